@@ -1,0 +1,7 @@
+"""`python -m sollol_nb` is `sollol-nb`."""
+
+import sys
+
+from sollol_nb.cli import main
+
+sys.exit(main())

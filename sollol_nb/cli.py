@@ -1,0 +1,85 @@
+"""The `sollol-nb` command: one function per subcommand, each returning the exit code.
+
+A subcommand is a line in `_SUBCOMMANDS`: its function (whose docstring is the help text) and a function that
+adds its arguments. Rooms it needs are imported inside it, so that `sollol-nb --help` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+
+from sollol_nb import __version__, config
+from sollol_nb.build_tools import BACKENDS
+from sollol_nb.errors import SollolError
+
+EXIT_OK = 0
+EXIT_TROUBLE = 1
+EXIT_INTERRUPTED = 130
+
+
+def install(arguments: argparse.Namespace) -> int:
+    """Build llama.cpp into the cache, unless a working build is there."""
+    from sollol_nb.toolchain import install_engine
+
+    engine = install_engine(backend=arguments.backend, force=arguments.force)
+    print(f"llama.cpp {engine.version} is in {engine.server.parent}")
+    own = config.llama_cpp_folder()
+    if own is not None:
+        print(f"SOLLOL_LLAMA_CPP is set: {own} is used instead, until you unset it")
+    return EXIT_OK
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    """Show what is found on this machine, what is missing and the command that mends it."""
+    from sollol_nb.doctor import describe, diagnose
+
+    diagnosis = diagnose()
+    if arguments.json:
+        print(json.dumps(diagnosis.as_plain_data(), indent=1))
+    else:
+        print(describe(diagnosis))
+    return EXIT_OK if diagnosis.usable else EXIT_TROUBLE
+
+
+def _install_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--backend", choices=BACKENDS, help="default: the GPU toolkit found here, else cpu")
+    parser.add_argument("--force", action="store_true", help="build again even if a working build is there")
+
+
+def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="the same as JSON")
+
+
+_SUBCOMMANDS: tuple[tuple[Callable[[argparse.Namespace], int], Callable[[argparse.ArgumentParser], None]], ...] = (
+    (install, _install_arguments),
+    (doctor, _doctor_arguments),
+)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="sollol-nb", description="Run sharded and Ollama models from notebooks.")
+    parser.add_argument("--version", action="version", version=f"sollol_nb {__version__}")
+    subparsers = parser.add_subparsers(metavar="command", required=True)
+    for function, add_arguments in _SUBCOMMANDS:
+        summary = (function.__doc__ or "").splitlines()[0]
+        subparser = subparsers.add_parser(function.__name__, help=summary, description=summary)
+        add_arguments(subparser)
+        subparser.set_defaults(run=function)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the exit code. Errors of this package are one line on stderr."""
+    arguments = _parser().parse_args(argv)
+    try:
+        code: int = arguments.run(arguments)
+    except SollolError as error:
+        print(f"sollol-nb: {error}", file=sys.stderr)
+        return EXIT_TROUBLE
+    except KeyboardInterrupt:
+        print("sollol-nb: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return code
