@@ -1,0 +1,302 @@
+"""Which worker takes how many layers: a pure function of model facts, workers and strategy.
+
+llama.cpp places n + 1 units, in order: the model's n blocks and the output layer (the input embedding stays with
+the coordinator). Each worker gets a contiguous run of units, so a placement is a list of counts, which
+`--tensor-split` reproduces exactly (see `placement_from_counts`).
+
+How many units each worker gets is a strategy's decision (`layer_strategies`); limits of memory, errors and the
+plan itself are the same for all strategies and are made here.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from sollol_nb.config import DEFAULT_CONTEXT_TOKENS
+from sollol_nb.errors import ConfigError, ModelDoesNotFitError, WorkersUnavailableError
+from sollol_nb.gguf_facts import kept_context_tokens
+from sollol_nb.layer_strategies import (
+    STRATEGIES,
+    ModelLoad,
+    WorkerCapacity,
+    memory_aware,
+    memory_domains,
+    unplaceable_units,
+)
+from sollol_nb.units import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sollol_nb.gguf_facts import ModelFacts
+
+__all__ = [
+    "MAX_WORKERS",
+    "STRATEGIES",
+    "LayerPlan",
+    "ModelLoad",
+    "Shard",
+    "WorkerCapacity",
+    "model_load",
+    "placement_from_counts",
+    "plan_layers",
+]
+
+MAX_WORKERS = 15
+"""llama.cpp schedules 16 backends (GGML_SCHED_MAX_BACKENDS), one of which is the coordinator's CPU."""
+
+BATCH_TOKENS = 512  # llama-server's default --ubatch-size
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A worker's run of units.
+
+    Attributes:
+        endpoint: the worker.
+        first_layer: its first block (the number of blocks, if it has the output layer only).
+        layer_count: its blocks; 0 if it has the output layer only.
+        has_output: whether it has the output layer.
+        weight_bytes, kv_bytes, reserve_bytes: predicted memory for weights, KV cache and compute buffers.
+        free_bytes: memory the worker reported as free.
+    """
+
+    endpoint: str
+    first_layer: int
+    layer_count: int
+    has_output: bool
+    weight_bytes: int
+    kv_bytes: int
+    reserve_bytes: int
+    free_bytes: int
+
+    @property
+    def unit_count(self) -> int:
+        return self.layer_count + self.has_output
+
+    @property
+    def last_layer(self) -> int:
+        """Its last block; `first_layer - 1` if it has none."""
+        return self.first_layer + self.layer_count - 1
+
+    @property
+    def needed_bytes(self) -> int:
+        return self.weight_bytes + self.kv_bytes + self.reserve_bytes
+
+    @property
+    def layers(self) -> str:
+        """`0-5`, `7`, `10-11 + output`, `output`."""
+        if not self.layer_count:
+            return "output"
+        blocks = f"{self.first_layer}-{self.last_layer}" if self.layer_count > 1 else f"{self.first_layer}"
+        return f"{blocks} + output" if self.has_output else blocks
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """Which worker takes which layers; workers without any are not in it."""
+
+    strategy: str
+    layer_count: int
+    context_tokens: int
+    shards: tuple[Shard, ...]
+
+    @property
+    def endpoints(self) -> tuple[str, ...]:
+        """Workers in the order of their layers, the order `--rpc` needs."""
+        return tuple(shard.endpoint for shard in self.shards)
+
+    @property
+    def unit_counts(self) -> tuple[int, ...]:
+        """Units of each worker; they sum to `layer_count + 1`."""
+        return tuple(shard.unit_count for shard in self.shards)
+
+    @property
+    def tensor_split(self) -> str:
+        """The value for `--tensor-split`: `6,4,3`."""
+        return ",".join(map(str, self.unit_counts))
+
+    @property
+    def gpu_layers(self) -> int:
+        """The value for `--gpu-layers` that places every unit on the workers."""
+        return self.layer_count + 1
+
+    @property
+    def needed_bytes(self) -> int:
+        return sum(shard.needed_bytes for shard in self.shards)
+
+    def describe(self) -> str:
+        """One line: `12 layers over 2 workers (even): a:50052 0-5 (1.2 GiB of 4.0 GiB), ...`."""
+        workers = "1 worker" if len(self.shards) == 1 else f"{len(self.shards)} workers"
+        places = ", ".join(
+            f"{shard.endpoint} {shard.layers} "
+            f"({format_bytes(shard.needed_bytes)} of {format_bytes(shard.free_bytes)})"
+            for shard in self.shards
+        )
+        return f"{self.layer_count} layers over {workers} ({self.strategy}): {places}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan as plain data for JSON."""
+        shards = [
+            asdict(shard) | {"layers": shard.layers, "needed_bytes": shard.needed_bytes} for shard in self.shards
+        ]
+        return {
+            "strategy": self.strategy,
+            "layer_count": self.layer_count,
+            "context_tokens": self.context_tokens,
+            "tensor_split": self.tensor_split,
+            "needed_bytes": self.needed_bytes,
+            "shards": shards,
+        }
+
+
+def plan_layers(
+    facts: ModelFacts,
+    workers: Sequence[WorkerCapacity],
+    *,
+    strategy: str = "memory_aware",
+    context_tokens: int = DEFAULT_CONTEXT_TOKENS,
+) -> LayerPlan:
+    """Spread a model's layers over workers.
+
+    The order of the workers is kept, except that workers of one memory domain move up to the first of them. Of
+    more than `MAX_WORKERS` those with the most memory are used.
+
+    Args:
+        facts: the model.
+        workers: the workers that may be used.
+        strategy: a name in `STRATEGIES`.
+        context_tokens: context of the coordinator, all its slots together.
+
+    Raises:
+        ConfigError: an unknown strategy, a context that is not positive, an endpoint named twice.
+        WorkersUnavailableError: no workers.
+        ModelDoesNotFitError: the workers' memory does not hold the model with this strategy.
+    """
+    if strategy not in STRATEGIES:
+        near = difflib.get_close_matches(strategy, STRATEGIES, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ConfigError(f"there is no strategy {strategy!r}; {hint}known are {', '.join(sorted(STRATEGIES))}")
+    if context_tokens <= 0:
+        raise ConfigError(
+            f"a context of {context_tokens} tokens is not possible; give a positive number, such as 4096"
+        )
+    if not workers:
+        raise WorkersUnavailableError("there is no worker to place layers on; start workers or set RPC_BACKENDS")
+    endpoints = [worker.endpoint for worker in workers]
+    twice = next((endpoint for endpoint in endpoints if endpoints.count(endpoint) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"worker {twice} is named twice; name each worker once")
+    load = model_load(facts, context_tokens)
+    usable = _usable(workers)
+    counts = STRATEGIES[strategy](load, usable)
+    if counts is None:
+        raise ModelDoesNotFitError(_shortage_of_all(load, usable))
+    plan = LayerPlan(strategy, facts.layer_count, context_tokens, _shards(load, usable, counts))
+    shortage = _shortage_of_one(plan, usable)
+    if shortage is not None:
+        fits = strategy != "memory_aware" and memory_aware(load, usable) is not None
+        advice = "strategy 'memory_aware' would fit" if fits else "add workers or ask for a smaller context"
+        raise ModelDoesNotFitError(f"{shortage}; {advice}")
+    return plan
+
+
+def placement_from_counts(counts: Sequence[int]) -> tuple[int, ...]:
+    """Device (index into `--rpc`) of each unit when `--tensor-split` is given these whole counts.
+
+    llama.cpp (llama-model.cpp, load_tensors): unit i of N goes to the first device whose cumulative share
+    exceeds i / N. Its float32 arithmetic cannot shift a border: at a border both sides are the same quotient of
+    the same two whole numbers, and elsewhere they lie at least 1 / N apart.
+    """
+    return tuple(device for device, count in enumerate(counts) for _ in range(count))
+
+
+def model_load(facts: ModelFacts, context_tokens: int) -> ModelLoad:
+    """Memory the model asks of its workers for this context.
+
+    The reserve is an upper estimate of llama.cpp's compute buffers with flash attention (its default where the
+    device can), fitted to the sizes a coordinator reports over widths, contexts and vocabularies: for each of 512
+    batched tokens the attention mask (8 bytes per token of context), 5 rows of the residual stream and 3 of
+    the feed-forward layer in f32, and 2 MiB. The output layer adds one row of logits for each of those tokens,
+    which newer builds keep only for tokens that are sampled.
+    """
+    row_values = 5 * facts.embedding_length + 3 * facts.feed_forward_width
+    return ModelLoad(
+        weight_bytes=(*facts.layer_bytes, facts.output_bytes),
+        kv_bytes=(*facts.kv_bytes(context_tokens), 0),
+        reserve_bytes=BATCH_TOKENS * (8 * kept_context_tokens(context_tokens) + 4 * row_values) + 2 * 2**20,
+        output_reserve_bytes=BATCH_TOKENS * 4 * facts.vocabulary_size,
+    )
+
+
+# --- from counts to plan ----------------------------------------------------------------------
+
+
+def _usable(workers: Sequence[WorkerCapacity]) -> list[WorkerCapacity]:
+    """At most `MAX_WORKERS` workers, those of one memory domain side by side."""
+    by_endpoint = {worker.endpoint: worker for worker in workers}
+    shares = {
+        endpoint: domain.free_bytes / len(domain.endpoints)
+        for domain in memory_domains(workers)
+        for endpoint in domain.endpoints
+    }
+    kept = sorted(shares, key=lambda endpoint: -shares[endpoint])[:MAX_WORKERS]
+    return [by_endpoint[endpoint] for endpoint in shares if endpoint in kept]
+
+
+def _shards(load: ModelLoad, workers: Sequence[WorkerCapacity], counts: Sequence[int]) -> tuple[Shard, ...]:
+    shards: list[Shard] = []
+    first, output = 0, load.unit_count - 1
+    for worker, count in zip(workers, counts, strict=True):
+        if not count:
+            continue
+        end = first + count
+        has_output = end > output
+        shards.append(
+            Shard(
+                endpoint=worker.endpoint,
+                first_layer=first,
+                layer_count=count - has_output,
+                has_output=has_output,
+                weight_bytes=sum(load.weight_bytes[first:end]),
+                kv_bytes=sum(load.kv_bytes[first:end]),
+                reserve_bytes=load.reserve_bytes + load.output_reserve_bytes * has_output,
+                free_bytes=worker.free_bytes,
+            )
+        )
+        first = end
+    return tuple(shards)
+
+
+def _shortage_of_one(plan: LayerPlan, workers: Sequence[WorkerCapacity]) -> str | None:
+    """The first memory that a plan overfills, in words."""
+    for domain in memory_domains(workers):
+        shards = [shard for shard in plan.shards if shard.endpoint in domain.endpoints]
+        needed = sum(shard.needed_bytes for shard in shards)
+        if needed > domain.free_bytes:
+            places = " and ".join(f"{shard.endpoint} (layers {shard.layers})" for shard in shards)
+            return (
+                f"strategy {plan.strategy!r} needs {format_bytes(needed)} on {places}, where "
+                f"{format_bytes(domain.free_bytes)} are free: short by {format_bytes(needed - domain.free_bytes)}"
+            )
+    return None
+
+
+def _shortage_of_all(load: ModelLoad, workers: Sequence[WorkerCapacity]) -> str:
+    """Why no split fits, in words."""
+    domains = memory_domains(workers)
+    needed_bytes = sum(load.weight_bytes) + sum(load.kv_bytes) + load.output_reserve_bytes
+    needed_bytes += load.reserve_bytes * len(domains)
+    free_bytes = sum(domain.free_bytes for domain in domains)
+    left_count, left_bytes = unplaceable_units(load, workers)
+    tightest = min(domains, key=lambda domain: domain.free_bytes)
+    owners = "1 worker has" if len(workers) == 1 else f"{len(workers)} workers have"
+    return (
+        f"the model needs {format_bytes(needed_bytes)} and {owners} {format_bytes(free_bytes)} free: "
+        f"{left_count} of {load.unit_count} layers find no room, "
+        f"short by {format_bytes(max(needed_bytes - free_bytes, left_bytes))}; the tightest is "
+        f"{tightest.endpoints[0]} with {format_bytes(tightest.free_bytes)} free; "
+        "add workers or ask for a smaller context"
+    )

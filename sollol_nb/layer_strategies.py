@@ -1,0 +1,214 @@
+"""Strategies: how many units (blocks, then the output layer) each worker gets.
+
+A strategy is one pure function from a `ModelLoad` and workers to unit counts. To add one, write the function and
+enter it in `STRATEGIES`; whether its counts fit the workers' memory is checked by `plan_layers` for all alike.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerCapacity:
+    """What the planner knows of a worker.
+
+    Attributes:
+        endpoint: `host:port`.
+        free_bytes: memory the worker reports as free.
+        total_bytes: memory the worker reports in all.
+        round_trip_ms: network round trip, paid once per worker and token.
+        memory_domain: workers naming the same domain draw on one memory, such as CPU workers of one host.
+    """
+
+    endpoint: str
+    free_bytes: int
+    total_bytes: int
+    round_trip_ms: float = 0.0
+    memory_domain: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLoad:
+    """Memory a model asks of its workers.
+
+    Attributes:
+        weight_bytes: of each unit: the blocks, then the output layer.
+        kv_bytes: KV cache of each unit for the whole context; 0 for the output layer.
+        reserve_bytes: compute buffers of each worker that takes part.
+        output_reserve_bytes: compute buffers that the output layer adds to its worker.
+    """
+
+    weight_bytes: tuple[int, ...]
+    kv_bytes: tuple[int, ...]
+    reserve_bytes: int
+    output_reserve_bytes: int
+
+    @property
+    def unit_count(self) -> int:
+        return len(self.weight_bytes)
+
+
+Strategy = Callable[[ModelLoad, Sequence[WorkerCapacity]], list[int] | None]
+"""From a load and workers (those of one memory domain side by side) to the units of each worker, in their order.
+
+The counts sum to `load.unit_count`; None says that no split fits. Counts that do not fit are refused afterwards.
+"""
+
+
+def even(load: ModelLoad, workers: Sequence[WorkerCapacity]) -> list[int]:
+    """The same number of units for each worker, the remainder to the first ones."""
+    share, remainder = divmod(load.unit_count, len(workers))
+    return [share + (position < remainder) for position in range(len(workers))]
+
+
+def memory_aware(load: ModelLoad, workers: Sequence[WorkerCapacity]) -> list[int] | None:
+    """Units in proportion to the free memory, by bytes; None only if no split in this order fits.
+
+    A worker's room is what its compute buffers leave of its free memory. First the fullest room is made as empty
+    as possible (the smallest ratio of bytes to room that all can keep), then, within that ratio, the bytes are
+    spread as proportionally as possible (least squares).
+    """
+    row = _UnitRow.of(load)
+    domains = memory_domains(workers)
+    # Where memory is too tight for the buffers of all workers that share it, one of them has to do.
+    for buffers_for_all in (True, False):
+        rooms = _rooms(load, domains, buffers_for_all)
+        if row.fill(rooms) == row.count:
+            borders = _proportional_borders(row, rooms, _smallest_ratio(row, rooms))
+            return _within_domains(row, domains, load.reserve_bytes, borders)
+    return None
+
+
+STRATEGIES: dict[str, Strategy] = {"memory_aware": memory_aware, "even": even}
+
+
+def unplaceable_units(load: ModelLoad, workers: Sequence[WorkerCapacity]) -> tuple[int, int]:
+    """Units, and their bytes, that find no room although the workers are filled to the brim."""
+    row = _UnitRow.of(load)
+    placed = row.fill(_rooms(load, memory_domains(workers), False))
+    missing_reserve = load.output_reserve_bytes if placed < row.count else 0
+    return row.count - placed, row.bytes_of(placed, row.count) + missing_reserve
+
+
+# --- workers that share a memory --------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryDomain:
+    """Workers that share one memory."""
+
+    endpoints: tuple[str, ...]
+    free_bytes: int
+
+
+def memory_domains(workers: Sequence[WorkerCapacity]) -> list[MemoryDomain]:
+    """Memories in the order of their first workers. Of differing reports the smallest counts."""
+    groups: dict[str, list[WorkerCapacity]] = {}
+    for worker in workers:
+        name = f"worker {worker.endpoint}" if worker.memory_domain is None else f"domain {worker.memory_domain}"
+        groups.setdefault(name, []).append(worker)
+    return [
+        MemoryDomain(tuple(w.endpoint for w in group), max(0, min(w.free_bytes for w in group)))
+        for group in groups.values()
+    ]
+
+
+def _rooms(load: ModelLoad, domains: Sequence[MemoryDomain], buffers_for_all: bool) -> list[int]:
+    """Bytes that each memory has for units; negative where not even the compute buffers fit."""
+    return [
+        domain.free_bytes - load.reserve_bytes * (len(domain.endpoints) if buffers_for_all else 1)
+        for domain in domains
+    ]
+
+
+def _within_domains(
+    row: _UnitRow, domains: Sequence[MemoryDomain], reserve_bytes: int, borders: Sequence[int]
+) -> list[int]:
+    """Units of each worker: those of a memory are spread over as many of its workers as it has buffers for."""
+    counts: list[int] = []
+    for domain, (first, end) in zip(domains, pairwise(borders), strict=True):
+        spare_bytes = domain.free_bytes - row.bytes_of(first, end) - row.reserve_of(first, end)
+        used = min(len(domain.endpoints), end - first, max(1, spare_bytes // max(1, reserve_bytes)))
+        if used:
+            part = _UnitRow(row.cumulative[first : end + 1], 0)
+            inner = _proportional_borders(part, [row.cumulative[-1]] * used, 1.0)
+            counts += [after - before for before, after in pairwise(inner)]
+        counts += [0] * (len(domain.endpoints) - used)
+    return counts
+
+
+# --- a row of units into a row of rooms -------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _UnitRow:
+    """Units in order: `cumulative[i]` bytes lie before unit i. The last one may need a reserve besides."""
+
+    cumulative: tuple[int, ...]
+    last_reserve_bytes: int
+
+    @classmethod
+    def of(cls, load: ModelLoad) -> _UnitRow:
+        units = map(sum, zip(load.weight_bytes, load.kv_bytes, strict=True))
+        return cls(tuple(accumulate(units, initial=0)), load.output_reserve_bytes)
+
+    @property
+    def count(self) -> int:
+        return len(self.cumulative) - 1
+
+    def bytes_of(self, first: int, end: int) -> int:
+        return self.cumulative[end] - self.cumulative[first]
+
+    def reserve_of(self, first: int, end: int) -> int:
+        return self.last_reserve_bytes if first < end == self.count else 0
+
+    def fits(self, first: int, end: int, room_bytes: int, ratio: float) -> bool:
+        """Whether units `first` to `end - 1` fill at most this ratio of the room, and all they need fits in it."""
+        byte_count = self.bytes_of(first, end)
+        return byte_count <= room_bytes * ratio and byte_count + self.reserve_of(first, end) <= room_bytes
+
+    def fill(self, rooms: Sequence[int], ratio: float = 1.0) -> int:
+        """Units that find a place when each room, from the left, takes as many as it can."""
+        placed = 0
+        for room_bytes in rooms:
+            ends = range(placed + 1, self.count + 1)
+            placed += bisect_left(ends, True, key=lambda end: not self.fits(placed, end, room_bytes, ratio))
+        return placed
+
+
+def _smallest_ratio(row: _UnitRow, rooms: Sequence[int]) -> float:
+    """The smallest ratio of bytes to room, to 1e-6, at which all units find a place; at 1 they do."""
+    low, high = 0.0, 1.0
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        if row.fill(rooms, middle) == row.count:
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def _proportional_borders(row: _UnitRow, rooms: Sequence[int], ratio: float) -> list[int]:
+    """First unit of each room (and the end): least sum of bytes² / room with none above the ratio."""
+    costs: dict[int, float] = {0: 0.0}  # units placed so far -> least cost
+    choices: list[dict[int, int]] = []  # per room: units placed with it -> units placed before it
+    for room_bytes in rooms:
+        next_costs: dict[int, float] = {}
+        choice: dict[int, int] = {}
+        for first, cost in costs.items():
+            for end in range(first, row.count + 1):
+                if end > first and not row.fits(first, end, room_bytes, ratio):
+                    break
+                cost_here = cost + row.bytes_of(first, end) ** 2 / max(1, room_bytes)
+                if end not in next_costs or cost_here <= next_costs[end]:
+                    next_costs[end], choice[end] = cost_here, first
+        costs = next_costs
+        choices.append(choice)
+    borders = [row.count]
+    for choice in reversed(choices):
+        borders.append(choice[borders[-1]])
+    return borders[::-1]
