@@ -62,6 +62,13 @@ def log_dir() -> Path:
     return path
 
 
+def lease_dir() -> Path:
+    """Folder for the locks by which kernels of this user lease workers."""
+    path = state_dir() / "leases"
+    path.mkdir(exist_ok=True, mode=0o700)
+    return path
+
+
 def llama_cpp_folder() -> Path | None:
     """The user's own llama.cpp folder (`SOLLOL_LLAMA_CPP`), if set."""
     value = _variable("SOLLOL_LLAMA_CPP")

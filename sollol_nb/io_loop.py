@@ -1,0 +1,276 @@
+"""The one daemon thread with one event loop that carries all I/O of the process.
+
+Async code here runs on that loop whichever loop or thread asks for it: `io_bound` lets a coroutine method be
+awaited from any loop (a kernel's, `asyncio.run`'s, several in turn), `blocking` makes its blocking twin. So
+connections, locks and child processes live on one loop for the life of the process, and a stop button or
+Ctrl-C cancels the work instead of abandoning it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import os
+import queue
+import threading
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
+from concurrent.futures import CancelledError as FutureCancelledError
+from concurrent.futures import Future, wait
+from contextlib import aclosing
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
+
+from sollol_nb.errors import RequestCancelledError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+
+_CANCEL_GRACE_S = 10.0  # how long a cancelled coroutine may take to clean up before the caller goes on
+_INTERRUPT_CHECK_S = 0.5
+
+_lock = threading.Lock()
+_loop: asyncio.AbstractEventLoop | None = None
+
+
+def io_loop() -> asyncio.AbstractEventLoop:
+    """The process's I/O loop, started on first use."""
+    global _loop
+    with _lock:
+        if _loop is None or _loop.is_closed():
+            _loop = asyncio.new_event_loop()
+            threading.Thread(target=_loop.run_forever, name="sollol_nb I/O", daemon=True).start()
+        return _loop
+
+
+def _forget_loop() -> None:
+    # A forked child has the loop object but not its thread; it gets a loop of its own when it asks.
+    global _loop, _lock
+    _loop, _lock = None, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_loop)
+
+
+def on_io_loop() -> bool:
+    """Whether the caller already runs on the I/O loop."""
+    try:
+        return asyncio.get_running_loop() is _loop
+    except RuntimeError:
+        return False
+
+
+def _refuse_on_io_loop() -> None:
+    if on_io_loop():
+        raise RuntimeError("blocking calls cannot be made from the I/O loop; await the async API there")
+
+
+def submit(coroutine: Coroutine[Any, Any, R]) -> Future[R]:
+    """Start a coroutine on the I/O loop; cancelling the future cancels the coroutine."""
+    return asyncio.run_coroutine_threadsafe(coroutine, io_loop())
+
+
+def run_blocking(coroutine: Coroutine[Any, Any, R]) -> R:
+    """Run a coroutine on the I/O loop and wait for it, from any other thread.
+
+    A KeyboardInterrupt cancels the coroutine, waits until it has cleaned up, and goes on up.
+
+    Raises:
+        RuntimeError: called on the I/O loop itself, where waiting would never end.
+        RequestCancelledError: something else cancelled the coroutine.
+    """
+    try:
+        _refuse_on_io_loop()
+    except RuntimeError:
+        coroutine.close()
+        raise
+    finished = threading.Event()
+
+    async def noted() -> R:
+        try:
+            return await coroutine
+        finally:
+            finished.set()
+
+    future = submit(noted())
+    try:
+        while not future.done():  # with a limit, since a wait without one cannot be interrupted on Windows
+            wait((future,), timeout=_INTERRUPT_CHECK_S)
+        return future.result()
+    except FutureCancelledError as error:
+        raise RequestCancelledError("the request was cancelled") from error
+    except BaseException:
+        if not future.done():  # the wait was interrupted, not the work
+            future.cancel()
+            finished.wait(_CANCEL_GRACE_S)
+        raise
+
+
+def io_bound(
+    method: Callable[P, Coroutine[Any, Any, R]],
+) -> Callable[P, Coroutine[Any, Any, R]]:
+    """Let a coroutine function be awaited from any loop; it runs on the I/O loop."""
+
+    @functools.wraps(method)
+    async def hop(*args: P.args, **kwargs: P.kwargs) -> R:
+        if on_io_loop():
+            return await method(*args, **kwargs)
+        return await asyncio.wrap_future(submit(method(*args, **kwargs)))
+
+    return hop
+
+
+def io_bound_stream(method: Callable[P, AsyncGenerator[T, None]]) -> Callable[P, AsyncGenerator[T, None]]:
+    """Let an async generator function be iterated from any loop; it runs on the I/O loop, as one task."""
+
+    @functools.wraps(method)
+    async def hop(*args: P.args, **kwargs: P.kwargs) -> AsyncGenerator[T, None]:
+        if on_io_loop():
+            async with aclosing(method(*args, **kwargs)) as stream:
+                async for item in stream:
+                    yield item
+            return
+        deliveries: asyncio.Queue[_Delivery[T]] = asyncio.Queue()
+        here = asyncio.get_running_loop()
+        cancel = _start_pump(
+            method(*args, **kwargs), lambda one: here.call_soon_threadsafe(deliveries.put_nowait, one)
+        )
+        ended = False
+        try:
+            while True:
+                delivery = await deliveries.get()
+                ended = delivery.ended
+                if ended:
+                    break
+                yield delivery.item
+        finally:
+            if not ended:
+                cancel()
+                async with asyncio.timeout(_CANCEL_GRACE_S):
+                    while not (await deliveries.get()).ended:
+                        pass
+        delivery.raise_error()
+
+    return hop
+
+
+class _Delivery(Generic[T]):
+    """One item of a stream on its way to another thread, or its end, with or without an error."""
+
+    def __init__(self, *, item: T | None = None, ended: bool = False, error: BaseException | None = None) -> None:
+        self.item: T = item  # type: ignore[assignment]  # only read when the stream has not ended
+        self.ended = ended
+        self._error = error
+
+    def raise_error(self) -> None:
+        if isinstance(self._error, asyncio.CancelledError):
+            raise RequestCancelledError("the request was cancelled") from self._error
+        if self._error is not None:
+            raise self._error
+
+
+def _start_pump(
+    stream: AsyncGenerator[T, None], deliver: Callable[[_Delivery[T]], object]
+) -> Callable[[], object]:
+    """Deliver a stream's items and its end, from one task on the I/O loop; returns what cancels that task."""
+    loop = io_loop()
+    tasks: list[asyncio.Task[None]] = []
+
+    async def pump() -> None:
+        async with aclosing(stream):
+            async for item in stream:
+                deliver(_Delivery(item=item))
+
+    def begin() -> None:
+        tasks.append(loop.create_task(pump()))
+        tasks[0].add_done_callback(end)
+
+    def end(task: asyncio.Task[None]) -> None:  # comes for a task that was cancelled before its first step, too
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        with contextlib.suppress(RuntimeError):  # the consumer's loop is closed: nobody listens any more
+            deliver(_Delivery(ended=True, error=error))
+
+    loop.call_soon_threadsafe(begin)
+    return lambda: loop.call_soon_threadsafe(lambda: tasks[0].cancel())  # it has begun by then
+
+
+def blocking(
+    method: Callable[Concatenate[Any, P], Coroutine[Any, Any, R]],
+) -> Callable[Concatenate[Any, P], R]:
+    """The blocking twin of an async method; the instance carries the async object as `_async`."""
+
+    def twin(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return run_blocking(method(self._async, *args, **kwargs))
+
+    functools.update_wrapper(twin, method)
+    return twin
+
+
+def blocking_stream(
+    method: Callable[Concatenate[Any, P], AsyncGenerator[T, None]],
+) -> Callable[Concatenate[Any, P], Generator[T, None, None]]:
+    """The blocking twin of an async generator method: a generator; closing it cancels the work."""
+
+    def twin(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> Generator[T, None, None]:
+        return iterate_blocking(method(self._async, *args, **kwargs))
+
+    functools.update_wrapper(twin, method)
+    return twin
+
+
+@overload
+def iterate_blocking(stream: AsyncGenerator[T, None]) -> Generator[T, None, None]: ...
+
+
+@overload
+def iterate_blocking(stream: AsyncGenerator[T, None], *, tick_s: float) -> Generator[T | None, None, None]: ...
+
+
+def iterate_blocking(
+    stream: AsyncGenerator[T, None], *, tick_s: float | None = None
+) -> Generator[T | None, None, None]:
+    """Read an async generator, run as one task on the I/O loop, from another thread.
+
+    Args:
+        tick_s: if given, None is yielded whenever nothing came for so long.
+
+    Raises:
+        RuntimeError: read on the I/O loop itself, where waiting would never end.
+        RequestCancelledError: something else cancelled the work.
+    """
+    _refuse_on_io_loop()
+    deliveries: queue.SimpleQueue[_Delivery[T]] = queue.SimpleQueue()
+    cancel = _start_pump(stream, deliveries.put)
+    ended = False
+    try:
+        while True:
+            try:
+                # With a limit, for Windows: see `run_blocking`.
+                delivery = deliveries.get(timeout=tick_s or _INTERRUPT_CHECK_S)
+            except queue.Empty:
+                if tick_s is not None:
+                    yield None
+                continue
+            ended = delivery.ended
+            if ended:
+                break
+            yield delivery.item
+    finally:
+        if not ended:
+            cancel()
+            if not on_io_loop():  # the garbage collector may close us there, where waiting would lock
+                with contextlib.suppress(queue.Empty):
+                    while not deliveries.get(timeout=_CANCEL_GRACE_S).ended:
+                        pass
+    delivery.raise_error()
+
+
+def same(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
+    """A method that does no I/O, for a blocking twin: it calls the async object's as it is."""
+
+    def twin(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return method(self._async, *args, **kwargs)
+
+    functools.update_wrapper(twin, method)
+    return twin

@@ -1,0 +1,109 @@
+"""The record of one request: its clock while it runs, its latency row and `_routing` when it ends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from sollol_nb.latency import LatencyRow
+
+
+class RequestRecord:
+    """Notes when what happened; times are taken with `time.perf_counter`."""
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+        self.backend = ""
+        self.reason = ""
+        self.note = ""
+        self.place = ""
+        self.layout = ""
+        self.plan: dict[str, Any] | None = None
+        self.placement_differences: list[str] = []
+        self.queue_ms: float | None = None
+        self.load_ms: float | None = None
+        self.failovers: list[dict[str, Any]] = []
+        self.text = ""
+        self._started_at = time.time()
+        self._began = time.perf_counter()
+        self._sent: float | None = None
+        self._first: float | None = None
+        self._final: Mapping[str, Any] = {}
+
+    def sent(self) -> None:
+        """The request goes to its place now."""
+        self._sent = time.perf_counter()
+
+    def saw(self, chunk: Mapping[str, Any]) -> None:
+        """A chunk came back."""
+        message = chunk.get("message") or {}
+        if self._first is None and (message.get("content") or message.get("thinking") or chunk.get("done")):
+            self._first = time.perf_counter()
+        self.text = ("" if chunk.get("_restarted") else self.text) + (message.get("content") or "")
+        if chunk.get("done"):
+            self._final = chunk
+
+    @property
+    def duration_ms(self) -> float:
+        """Since the request came in."""
+        return (time.perf_counter() - self._began) * 1000
+
+    @property
+    def ttft_ms(self) -> float | None:
+        """From the request to its first token, waiting and loading included."""
+        return None if self._first is None else (self._first - self._began) * 1000
+
+    @property
+    def router_overhead_ms(self) -> float | None:
+        """The router's own part of the time before the request went to its place."""
+        if self._sent is None:
+            return None
+        return max(0.0, (self._sent - self._began) * 1000 - (self.queue_ms or 0.0) - (self.load_ms or 0.0))
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Generation speed as the engine measured it; None for answers of no more than one token."""
+        count, nanoseconds = self._final.get("eval_count"), self._final.get("eval_duration")
+        return count / nanoseconds * 1e9 if count and count > 1 and nanoseconds else None
+
+    def routing(self) -> dict[str, Any]:
+        """The `_routing` entry of the answer."""
+        return {
+            "backend": self.backend,
+            "reason": self.reason,
+            "note": self.note,
+            "duration_ms": round(self.duration_ms, 3),
+            "coordinator_url": self.place if self.backend.startswith("llama.cpp") else None,
+            "node_url": None if self.backend.startswith("llama.cpp") else self.place,
+            "plan": self.plan,
+            "placement_differences": self.placement_differences,
+            "layout": self.layout,
+            "queue_ms": self.queue_ms,
+            "load_ms": self.load_ms,
+            "ttft_ms": self.ttft_ms,
+            "tokens_per_s": self.tokens_per_s,
+            "router_overhead_ms": self.router_overhead_ms,
+            "failovers": self.failovers,
+        }
+
+    def row(self, status: str, error: str = "") -> LatencyRow:
+        """The latency row, as of now."""
+        return LatencyRow(
+            started_at=self._started_at,
+            model=str(self.model),  # also where what was asked for is no name
+            backend=self.backend,
+            layout=self.layout,
+            place=self.place,
+            queue_ms=self.queue_ms,
+            load_ms=self.load_ms,
+            ttft_ms=self.ttft_ms,
+            total_ms=self.duration_ms,
+            prompt_tokens=self._final.get("prompt_eval_count"),
+            completion_tokens=self._final.get("eval_count"),
+            tokens_per_s=self.tokens_per_s,
+            router_overhead_ms=self.router_overhead_ms,
+            failovers=len(self.failovers),
+            status=status,
+            error=error,
+        )
