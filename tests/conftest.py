@@ -1,0 +1,54 @@
+"""Fixtures of the whole suite: real engines, started once, and a state folder of the suite's own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from sollol_nb.sync_wrapper import HybridRouter
+from sollol_nb.toolchain import Engine, find_engine
+
+pytest_plugins = ["tests.ollama_server"]
+
+ENGINE_NAMES = ("llama-server", "ggml-rpc-server", "rpc-server", "ollama")
+NO_OLLAMA = "127.0.0.1:9"  # the discard port: nothing answers there
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Nothing of the user's is read or written: state folder, workers and Ollama nodes are the suite's own."""
+    folder = tmp_path_factory.mktemp("state")
+    settings = {"SOLLOL_STATE_DIR": str(folder), "OLLAMA_HOST": NO_OLLAMA, "OLLAMA_MODELS": str(folder / "ollama")}
+    before = {name: os.environ.pop(name, None) for name in (*settings, "RPC_BACKENDS")}
+    os.environ.update(settings)
+    yield folder
+    for name, value in before.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+
+
+@pytest.fixture(scope="session")
+def engine() -> Engine:
+    """The real llama.cpp binaries. `make test` installs them; their absence is a failure, never a skip."""
+    return find_engine()
+
+
+@pytest.fixture(scope="session")
+def router(engine: Engine) -> Iterator[HybridRouter]:
+    """A blocking router over three real local workers, shared by the tests that only ask."""
+    with HybridRouter(auto_setup_rpc=True, auto_discover_rpc=False, num_rpc_backends=3) as shared:
+        yield shared
+
+
+def engine_processes() -> list[psutil.Process]:
+    """Engine processes that descend from this one."""
+    return [
+        child
+        for child in psutil.Process().children(recursive=True)
+        if child.name().removesuffix(".exe") in ENGINE_NAMES
+    ]
