@@ -1,0 +1,183 @@
+"""Gates: who may use a place next.
+
+A `Gate` stands before one place (an Ollama node, a coordinator) that serves `slots` requests at once. While a
+slot is free nobody waits; otherwise requests are let in by priority, first come first served within a level.
+
+Ageing: a waiting request gains one level every `AGEING_S` seconds, so its level is
+
+    priority + waited_s / AGEING_S
+
+Two waiting requests gain at the same pace, so their order never changes while they wait, and it is the order
+of `arrived_s - priority * AGEING_S`: each level is worth a head start of `AGEING_S` seconds. The waiting list
+is therefore simply kept sorted, and BATCH (1) is overtaken by CRITICAL (10) only while it has waited less than
+nine times `AGEING_S` longer.
+
+A request may wait at several gates at once (`first_slot`) and takes the first slot any of them has: so it is
+never bound to one queue while another place stands idle.
+
+A gate belongs to one event loop; nothing is bound to it before the first wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+import itertools
+import time
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from sollol_nb.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Sequence
+
+AGEING_S = 10.0
+DEFAULT_PRIORITY = 5
+
+_arrivals = itertools.count()
+
+
+@dataclass(order=True, slots=True)
+class _Waiter:
+    """One waiting request; the same object stands in the list of every gate it waits at."""
+
+    virtual_arrival_s: float
+    number: int
+    granted: asyncio.Future[Gate | None] = field(compare=False)
+    gates: Sequence[Gate] = field(compare=False)
+
+    def leave(self) -> None:
+        for gate in self.gates:
+            place = bisect.bisect_left(gate._waiters, self)
+            if place < len(gate._waiters) and gate._waiters[place] is self:
+                del gate._waiters[place]
+
+
+class Gate:
+    """Lets `slots` requests at a time into one place, by priority with ageing.
+
+    Args:
+        slots: how many requests the place serves at once, at least 1; may be changed later.
+        ageing_s: seconds of waiting that are worth one level of priority.
+        clock: monotonic seconds; a test may hand in its own.
+
+    Raises:
+        ConfigError: `slots` is less than 1.
+    """
+
+    def __init__(
+        self, slots: int, *, ageing_s: float = AGEING_S, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._slots = _checked_slots(slots)
+        self._ageing_s = ageing_s
+        self._clock = clock
+        self._running = 0
+        self._waiters: list[_Waiter] = []
+
+    def __repr__(self) -> str:
+        return f"<Gate {self._running}/{self._slots} running, {self.waiting} waiting>"
+
+    @property
+    def slots(self) -> int:
+        """How many requests may run at once."""
+        return self._slots
+
+    @slots.setter
+    def slots(self, slots: int) -> None:
+        self._slots = _checked_slots(slots)
+        self._let_in()
+
+    @property
+    def running(self) -> int:
+        """How many requests hold a slot."""
+        return self._running
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait here (some of them perhaps at other gates too)."""
+        return len(self._waiters)
+
+    @property
+    def has_free_slot(self) -> bool:
+        """Whether a request arriving now would not wait."""
+        return self._running < self._slots
+
+    @asynccontextmanager
+    async def slot(
+        self, priority: int = DEFAULT_PRIORITY, *, arrived_s: float | None = None
+    ) -> AsyncIterator[float]:
+        """Hold a slot for the length of an `async with`; gives the milliseconds waited for it.
+
+        Args:
+            priority: 1 to 10, higher is served sooner.
+            arrived_s: when the request arrived, on the gate's clock, if that was before now.
+        """
+        began_s = self._clock()
+        arrived_s = began_s if arrived_s is None else arrived_s
+        while await first_slot([self], priority, arrived_s=arrived_s) is None:
+            pass
+        try:
+            yield (self._clock() - began_s) * 1e3
+        finally:
+            self.release()
+
+    def release(self) -> None:
+        """Give back a slot taken with `first_slot`; the next request in order gets it."""
+        self._running -= 1
+        self._let_in()
+
+    def dismiss(self) -> None:
+        """Wake all who wait here, in their order, with no slot: what they based their choice on has changed."""
+        while self._waiters:
+            self._wake_first(None)
+
+    def _let_in(self) -> None:
+        while self._waiters and self.has_free_slot:
+            if self._wake_first(self):
+                self._running += 1
+
+    def _wake_first(self, answer: Gate | None) -> bool:
+        """Take the first waiter off all lists; False if its wait was cancelled just before."""
+        waiter = self._waiters[0]
+        waiter.leave()
+        if waiter.granted.done():
+            return False
+        waiter.granted.set_result(answer)
+        return True
+
+
+async def first_slot(
+    gates: Sequence[Gate], priority: int = DEFAULT_PRIORITY, *, arrived_s: float | None = None
+) -> Gate | None:
+    """Take one slot at whichever of `gates` has one first; the caller must `release()` it.
+
+    Returns:
+        The gate whose slot is now held, or None if a gate was told to `dismiss()` its waiters: look again at
+        what there is, and call again with the same `arrived_s`, which keeps the place in the order.
+    """
+    for gate in gates:
+        if gate.has_free_slot:
+            gate._running += 1
+            return gate
+    # Gates waited at together share one pace and one clock: those of the first.
+    arrived = gates[0]._clock() if arrived_s is None else arrived_s
+    granted: asyncio.Future[Gate | None] = asyncio.get_running_loop().create_future()
+    waiter = _Waiter(arrived - priority * gates[0]._ageing_s, next(_arrivals), granted, gates)
+    for gate in gates:
+        bisect.insort(gate._waiters, waiter)
+    try:
+        return await granted
+    except asyncio.CancelledError:
+        waiter.leave()
+        # A slot may have been granted in the same turn of the loop in which the wait was cancelled.
+        if not granted.cancelled() and (gate_of_slot := granted.result()) is not None:
+            gate_of_slot.release()
+        raise
+
+
+def _checked_slots(slots: int) -> int:
+    if slots < 1:
+        raise ConfigError(f"a gate needs at least 1 slot, not {slots}")
+    return slots

@@ -1,0 +1,131 @@
+"""Requests to Ollama as plain data: bodies, answers put together from chunks, and how to go on with a half one.
+
+Protocol: https://github.com/ollama/ollama/blob/main/docs/api.md. Everything a caller gives goes through; only
+two things are moved: what Ollama calls options goes into `options`, and `max_tokens` becomes `num_predict`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# Runner and sampling options of Ollama (api/types.go: Options), with those of older versions.
+OPTION_NAMES = frozenset(
+    """
+    frequency_penalty low_vram main_gpu min_p mirostat mirostat_eta mirostat_tau num_batch num_ctx num_gpu
+    num_keep num_predict num_thread numa penalize_newline presence_penalty repeat_last_n repeat_penalty seed stop
+    temperature tfs_z top_k top_p typical_p use_mlock use_mmap
+    """.split()  # noqa: SIM905
+)
+
+
+def request_body(
+    model: str,
+    *,
+    max_tokens: int | None = None,
+    options: Mapping[str, Any] | None = None,
+    **fields: Any,
+) -> dict[str, Any]:
+    """The body of a request. A keyword that names an option goes into `options` and wins over one there; any
+    other goes into the body as it is; None leaves a field out."""
+    chosen = dict(options or {})
+    body: dict[str, Any] = {"model": model}
+    for name, value in fields.items():
+        if value is None:
+            continue
+        if name in OPTION_NAMES:
+            chosen[name] = value
+        else:
+            body[name] = value
+    if max_tokens is not None:
+        chosen["num_predict"] = max_tokens
+    if isinstance(chosen.get("stop"), str):
+        chosen["stop"] = [chosen["stop"]]
+    if chosen:
+        body["options"] = chosen
+    return body
+
+
+class AnswerSoFar:
+    """What has arrived of one streamed answer of `/api/chat` or `/api/generate`."""
+
+    def __init__(self) -> None:
+        self._whole: dict[str, Any] = {}
+        self.tokens = 0
+
+    def add(self, chunk: Mapping[str, Any]) -> bool:
+        """Take in one chunk; whether it carried any of the answer."""
+        for name, value in chunk.items():
+            if name == "message" and isinstance(value, Mapping):
+                message = self._whole.setdefault("message", {})
+                for part, said in value.items():
+                    _extend(message, part, said, part in ("content", "thinking"))
+            else:
+                _extend(self._whole, name, value, name in ("response", "thinking"))
+        message = chunk.get("message")
+        parts = message if isinstance(message, Mapping) else chunk
+        carried = any(parts.get(part) for part in ("content", "response", "thinking", "tool_calls"))
+        self.tokens += carried
+        return carried
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The assistant's message so far (chat)."""
+        return dict(self._whole.get("message", {}))
+
+    @property
+    def text(self) -> str:
+        """The text so far (generate)."""
+        return str(self._whole.get("response", ""))
+
+    @property
+    def thought(self) -> bool:
+        """Whether the model has been thinking in a field of its own (generate)."""
+        return bool(self._whole.get("thinking"))
+
+    def merged(self) -> dict[str, Any]:
+        """One answer as Ollama gives it without streaming: the last chunk, with all of the text."""
+        return dict(self._whole)
+
+
+def _extend(into: dict[str, Any], name: str, value: Any, is_text: bool) -> None:
+    if is_text and isinstance(value, str):
+        into[name] = into.get(name, "") + value
+    elif name in ("tool_calls", "logprobs") and isinstance(value, Sequence):
+        into[name] = [*into.get(name, []), *value]
+    else:
+        into[name] = value
+
+
+def chat_continuation(body: Mapping[str, Any], so_far: AnswerSoFar) -> dict[str, Any]:
+    """The chat request that goes on where the answer broke off: the assistant's words so far come last.
+
+    Ollama joins two messages of one role by an empty line, so words that the caller had already put into the
+    assistant's mouth and the new ones become one message.
+    """
+    messages = [dict(message) for message in body["messages"]]
+    said = {"role": "assistant", "content": "", **so_far.message}
+    if messages and messages[-1].get("role") == "assistant":
+        before = messages.pop()
+        said = {**before, **said, "content": f"{before.get('content', '')}{said['content']}"}
+    return _with_tokens_left({**body, "messages": [*messages, said]}, so_far)
+
+
+def generate_continuation(body: Mapping[str, Any], prompt: str, so_far: AnswerSoFar) -> dict[str, Any]:
+    """The generate request that goes on where the answer broke off: raw, from the rendered prompt and the text."""
+    moved = ("prompt", "system", "template", "context", "suffix", "raw", "think")
+    rest = {name: value for name, value in body.items() if name not in moved}
+    return _with_tokens_left({**rest, "raw": True, "prompt": prompt + so_far.text}, so_far)
+
+
+def can_continue(path: str, body: Mapping[str, Any], so_far: AnswerSoFar) -> bool:
+    """Whether a half answer can be continued. Not with `format`, whose grammar always starts at the beginning,
+    nor after separate thinking in generate, which a raw prompt cannot express."""
+    return not body.get("format") and not (path == "/api/generate" and so_far.thought)
+
+
+def _with_tokens_left(body: dict[str, Any], so_far: AnswerSoFar) -> dict[str, Any]:
+    limit = body.get("options", {}).get("num_predict", -1)
+    if isinstance(limit, int) and limit > 0:
+        body["options"] = {**body["options"], "num_predict": max(1, limit - so_far.tokens)}
+    return body

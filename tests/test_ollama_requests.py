@@ -1,0 +1,114 @@
+"""Requests to Ollama and half answers as plain data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from sollol_nb.ollama_requests import (
+    AnswerSoFar,
+    can_continue,
+    chat_continuation,
+    generate_continuation,
+    request_body,
+)
+
+
+@pytest.mark.parametrize(
+    ("given", "body"),
+    [
+        ({}, {}),
+        ({"temperature": 0, "seed": 7}, {"options": {"temperature": 0, "seed": 7}}),
+        ({"max_tokens": 5}, {"options": {"num_predict": 5}}),
+        ({"options": {"top_k": 3, "seed": 1}, "seed": 2}, {"options": {"top_k": 3, "seed": 2}}),
+        ({"stop": "."}, {"options": {"stop": ["."]}}),
+        ({"stop": [".", "!"]}, {"options": {"stop": [".", "!"]}}),
+        (
+            {"format": {"type": "object"}, "keep_alive": 0, "think": False, "tools": []},
+            {"format": {"type": "object"}, "keep_alive": 0, "think": False, "tools": []},
+        ),
+        ({"something_new": [1], "options": {"brand_new": 2}}, {"something_new": [1], "options": {"brand_new": 2}}),
+        ({"temperature": None, "format": None, "max_tokens": None, "options": None}, {}),
+    ],
+)
+def test_what_is_given_goes_through(given: dict[str, Any], body: dict[str, Any]) -> None:
+    assert request_body("m", **given) == {"model": "m", **body}
+
+
+def so_far(*chunks: dict[str, Any]) -> AnswerSoFar:
+    answer = AnswerSoFar()
+    for chunk in chunks:
+        answer.add(chunk)
+    return answer
+
+
+def said(content: str, **more: Any) -> dict[str, Any]:
+    return {"message": {"role": "assistant", "content": content, **more}, "done": False}
+
+
+def test_chunks_become_one_answer() -> None:
+    call = {"function": {"name": "clock", "arguments": {}}}
+    answer = so_far(
+        {**said("", thinking="Hm"), "model": "m", "logprobs": [1]},
+        {**said("One", thinking="m."), "logprobs": [2]},
+        said(" two", tool_calls=[call]),
+        {**said("", tool_calls=[call]), "done": True, "done_reason": "stop", "eval_count": 4},
+    )
+    message = {"role": "assistant", "content": "One two", "thinking": "Hmm.", "tool_calls": [call, call]}
+    assert answer.merged() == {
+        "model": "m",
+        "message": message,
+        "logprobs": [1, 2],
+        "done": True,
+        "done_reason": "stop",
+        "eval_count": 4,
+    }
+    assert answer.tokens == 4
+
+
+def test_a_half_chat_goes_on_from_the_assistants_own_words() -> None:
+    user = {"role": "user", "content": "Count."}
+    body = {"model": "m", "messages": [user], "options": {"num_predict": 10, "seed": 1}}
+    assert chat_continuation(body, so_far(said("One"), said(" two"))) == {
+        "model": "m",
+        "messages": [user, {"role": "assistant", "content": "One two"}],
+        "options": {"num_predict": 8, "seed": 1},
+    }
+    assert body["messages"] == [user]
+
+
+def test_words_put_into_the_assistants_mouth_and_its_own_stay_one_message() -> None:
+    body = {"model": "m", "messages": [{"role": "assistant", "content": "Sure: ", "thinking": "t"}]}
+    continued = chat_continuation(body, so_far(said("one")))
+    assert continued["messages"] == [{"role": "assistant", "content": "Sure: one", "thinking": "t"}]
+
+
+def test_a_half_generation_goes_on_as_raw_text() -> None:
+    body = {"model": "m", "prompt": "Count.", "system": "s", "think": False, "options": {"num_predict": 1}, "x": 1}
+    continued = generate_continuation(
+        body, "<user>Count.<assistant>", so_far({"response": "One"}, {"response": " two"})
+    )
+    assert continued == {
+        "model": "m",
+        "prompt": "<user>Count.<assistant>One two",
+        "raw": True,
+        "options": {"num_predict": 1},
+        "x": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "chunk", "expected"),
+    [
+        ("/api/chat", {}, said("One"), True),
+        ("/api/chat", {}, said("", thinking="Hm"), True),
+        ("/api/chat", {"format": "json"}, said("{"), False),
+        ("/api/generate", {}, {"response": "One"}, True),
+        ("/api/generate", {}, {"response": "", "thinking": "Hm"}, False),
+    ],
+)
+def test_which_half_answers_can_be_continued(
+    path: str, body: dict[str, Any], chunk: dict[str, Any], expected: bool
+) -> None:
+    assert can_continue(path, body, so_far(chunk)) is expected

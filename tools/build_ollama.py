@@ -1,0 +1,93 @@
+"""Build the Ollama that the tests talk to: `make ollama`, or `python tools/build_ollama.py`.
+
+Tests of Ollama use a real one, of one pinned version. It is built with Go, which verifies every module against
+its checksum database. The zip that Go fetches lacks Ollama's C++ headers (such zips leave out folders named
+`vendor`); they are taken from the pinned llama.cpp source that the engines are built from. The result is
+`<cache>/ollama/<version>/ollama`, put there by one rename; its path is printed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import filelock
+
+from sollol_nb import config
+from sollol_nb.build_steps import BuildSteps, shown
+from sollol_nb.build_tools import compiler_command, find_compiler, find_tool
+from sollol_nb.engine_build import fetch_source, remove_tree
+from sollol_nb.errors import EngineBuildError, SollolError
+
+VERSION = "0.17.4"
+MODULE = "github.com/ollama/ollama"
+BUILD_LIMIT_S = 3600.0
+CHECK_LIMIT_S = 60.0
+
+
+def ollama_path() -> Path:
+    """Where the built Ollama is, or will be."""
+    name = "ollama.exe" if sys.platform == "win32" else "ollama"
+    return config.cache_dir() / "ollama" / VERSION / name
+
+
+def build_ollama() -> Path:
+    """Build Ollama unless it is there; the path of the program.
+
+    Raises:
+        EngineBuildError: go or a C++ compiler is missing, or a step failed.
+    """
+    final = ollama_path()
+    go = find_tool("go")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(final.parent / ".lock", timeout=BUILD_LIMIT_S), shown(None) as tell:
+        if final.exists():
+            return final
+        if go is None:
+            raise EngineBuildError(
+                "no go found to build Ollama with; install Go 1.24 or newer from https://go.dev/dl"
+            )
+        if find_compiler() is None:
+            raise EngineBuildError(f"no C++ compiler found to build Ollama with; run: {compiler_command()}")
+        work = Path(tempfile.mkdtemp(prefix=".build-", dir=final.parent))
+        try:
+            steps = BuildSteps(config.log_dir() / "build-ollama.log", tell)
+            fetch_source(work / "source", steps)
+            headers = work / "source" / "vendor"
+            # What BuildSteps starts gets our environment. -O2 because Go's own default for C++ is slower code.
+            os.environ |= {
+                "CGO_ENABLED": "1",
+                "CGO_CPPFLAGS": f"-I{headers}",
+                "CGO_CXXFLAGS": f"-O2 -I{headers}",
+                "GOBIN": str(work / "bin"),
+                "GOFLAGS": "-buildvcs=false",
+            }
+            tell("building Ollama (some minutes)", 0.1)
+            steps.must_run(
+                "building Ollama",
+                *(go, "install", "-ldflags", f"-X {MODULE}/version.Version={VERSION}", f"{MODULE}@v{VERSION}"),
+                limit_s=BUILD_LIMIT_S,
+            )
+            built = work / "bin" / final.name
+            steps.must_run("starting the built Ollama", built, "--version", limit_s=CHECK_LIMIT_S)
+            built.replace(final)
+        finally:
+            remove_tree(work)
+        tell(f"Ollama {VERSION} installed", 1.0)
+    return final
+
+
+def main() -> int:
+    """Build, and print where the program is."""
+    try:
+        print(build_ollama())
+    except SollolError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
