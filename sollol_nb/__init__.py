@@ -1,0 +1,51 @@
+"""Run models too big for one machine from a notebook.
+
+`%load_ext sollol_nb`, then `%%sollol MODEL` in a cell. In Python: `HybridRouter` and `OllamaPool` here are
+async; their blocking twins are in `sollol_nb.sync_wrapper`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from IPython.core.interactiveshell import InteractiveShell
+
+    from sollol_nb.completion import Completion
+    from sollol_nb.hybrid_router import MODEL_PROFILES, HybridRouter
+    from sollol_nb.ollama_pool import OllamaPool
+    from sollol_nb.priority_helpers import Priority
+
+__version__ = "0.1.0"
+__all__ = ["MODEL_PROFILES", "Completion", "HybridRouter", "OllamaPool", "Priority"]
+
+_HOMES = {
+    "Completion": "completion",
+    "HybridRouter": "hybrid_router",
+    "MODEL_PROFILES": "hybrid_router",
+    "OllamaPool": "ollama_pool",
+    "Priority": "priority_helpers",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Lazily, so that the command line and `%load_ext` load no more than they need.
+    if name in _HOMES:
+        from importlib import import_module
+
+        return getattr(import_module(f"sollol_nb.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'sollol_nb' has no attribute {name!r}")
+
+
+def load_ipython_extension(shell: InteractiveShell) -> None:
+    """Called by `%load_ext sollol_nb`."""
+    from sollol_nb import notebook
+
+    notebook.load_ipython_extension(shell)
+
+
+def unload_ipython_extension(shell: InteractiveShell) -> None:
+    """Called by `%unload_ext sollol_nb`."""
+    from sollol_nb import notebook
+
+    notebook.unload_ipython_extension(shell)

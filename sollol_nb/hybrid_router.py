@@ -1,0 +1,418 @@
+"""The hybrid router: small models go to Ollama, large ones to a llama-server over RPC workers.
+
+`HybridRouter` is the async API; it can be awaited from any event loop, since its work runs on the process's
+I/O loop (`io_loop.py`). `sync_wrapper.HybridRouter` is its blocking twin. Making a router does no I/O: nodes are
+looked at, workers probed and engines started when a request needs them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+from collections.abc import AsyncGenerator, Collection, Iterable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sollol_nb import config
+from sollol_nb.cluster_status import ClusterStatus, CoordinatorStatus
+from sollol_nb.completion import Completion
+from sollol_nb.coordinator import DEFAULT_SLOTS, Coordinator
+from sollol_nb.coordinator_pool import CoordinatorPool, PoolSettings
+from sollol_nb.errors import ConfigError, RequestTimeoutError
+from sollol_nb.events import EventBus
+from sollol_nb.gguf_facts import read_facts
+from sollol_nb.io_loop import io_bound, io_bound_stream
+from sollol_nb.latency import LatencyLog, LatencyRow
+from sollol_nb.layer_plan import STRATEGIES
+from sollol_nb.llama_chat import check_messages, check_options
+from sollol_nb.model_files import DEMO_MODEL_PATH, DEMO_NOTE, find_model_file
+from sollol_nb.ollama_pool import OllamaPool
+from sollol_nb.priority_helpers import Priority
+from sollol_nb.profiles import MODEL_PROFILES, profile_of
+from sollol_nb.request_record import RequestRecord
+from sollol_nb.routing import DISTRIBUTED, LOCAL, OLLAMA, Route, decide_route
+from sollol_nb.workers import Workers, WorkerStatus
+
+__all__ = ["DEFAULT_TIMEOUT_S", "MODEL_PROFILES", "HybridRouter"]
+
+DEFAULT_TIMEOUT_S = 600.0
+DEFAULT_COORDINATOR_TIMEOUT_S = 1200.0
+
+
+class HybridRouter:
+    """Routes chat requests by the model's profile, and keeps what it started warm.
+
+    Args:
+        ollama_pool: the Ollama nodes; by default those of `OLLAMA_HOST`, or this machine's.
+        enable_distributed: whether large models are sharded.
+        rpc_backends: workers as `"host:port"` or `{"host": ..., "port": ...}`; by default those of the
+            variable `RPC_BACKENDS`.
+        num_rpc_backends: how many workers a model is spread over; by default 3, or as many as its size takes.
+        auto_discover_rpc: look for workers on this machine's ports 50052 to 50067 where more are needed.
+        auto_setup_rpc: start workers on this machine where more are needed.
+        coordinator_timeout: seconds that a coordinator may take to load its model.
+        coordinator_port: the first port to try for a coordinator.
+        distributed_threshold_params: models of more billions of parameters are sharded too.
+        model_filter: only these models are sharded by this router.
+        gguf_path: the GGUF file for models on llama.cpp, instead of looking into Ollama's storage.
+        layer_strategy: how layers are spread, `memory_aware` or `even`.
+        context_tokens: context of a coordinator, shared by its slots; by default the model's own, at most 8192.
+        slots: requests that a coordinator serves at the same time.
+        timeout: default limit of a request in seconds, from when its place is ready.
+        llama_cpp: folder with the llama.cpp binaries.
+        latency: the latency log; by default the one in the state folder.
+
+    Raises:
+        ConfigError: an argument cannot be used.
+
+    Attributes:
+        events: the event bus of this router's workers, coordinators and requests.
+        latency: the latency log.
+    """
+
+    def __init__(
+        self,
+        ollama_pool: OllamaPool | None = None,
+        *,
+        enable_distributed: bool = True,
+        rpc_backends: Iterable[str | Mapping[str, Any]] | None = None,
+        num_rpc_backends: int | None = None,
+        auto_discover_rpc: bool = True,
+        auto_setup_rpc: bool = False,
+        coordinator_timeout: float = DEFAULT_COORDINATOR_TIMEOUT_S,
+        coordinator_port: int = config.DEFAULT_COORDINATOR_PORT,
+        distributed_threshold_params: float | None = None,
+        model_filter: Collection[str] | None = None,
+        gguf_path: str | Path | None = None,
+        layer_strategy: str = "memory_aware",
+        context_tokens: int | None = None,
+        slots: int = DEFAULT_SLOTS,
+        timeout: float = DEFAULT_TIMEOUT_S,
+        llama_cpp: str | Path | None = None,
+        latency: LatencyLog | None = None,
+    ) -> None:
+        for name, number in {
+            "num_rpc_backends": num_rpc_backends,
+            "context_tokens": context_tokens,
+            "slots": slots,
+            "coordinator_timeout": coordinator_timeout,
+            "timeout": timeout,
+            "distributed_threshold_params": distributed_threshold_params,
+        }.items():
+            if number is not None and not _is_positive(number):
+                raise ConfigError(f"{name}={number!r} must be more than 0")
+            if name in ("num_rpc_backends", "context_tokens", "slots") and isinstance(number, float):
+                raise ConfigError(f"{name}={number!r} must be a whole number")
+        if layer_strategy not in STRATEGIES:
+            near = difflib.get_close_matches(layer_strategy, STRATEGIES, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(STRATEGIES)}"
+            raise ConfigError(f"layer_strategy={layer_strategy!r} is unknown; {hint}")
+        if isinstance(model_filter, str):
+            model_filter = [model_filter]
+        given = config.rpc_backends() if rpc_backends is None else [_endpoint(one) for one in rpc_backends]
+        self.events = EventBus()
+        self.latency = latency if latency is not None else LatencyLog()
+        self._ollama = ollama_pool if ollama_pool is not None else OllamaPool.auto_configure()
+        self._enable_distributed = enable_distributed
+        self._threshold = distributed_threshold_params
+        self._model_filter = model_filter
+        self._gguf_path = gguf_path
+        self._timeout_s = timeout
+        self._workers = Workers(given, self.events)
+        self._coordinators = CoordinatorPool(
+            PoolSettings(
+                num_rpc_backends=num_rpc_backends,
+                auto_discover_rpc=auto_discover_rpc,
+                auto_setup_rpc=auto_setup_rpc,
+                coordinator_timeout_s=coordinator_timeout,
+                coordinator_port=coordinator_port,
+                layer_strategy=layer_strategy,
+                context_tokens=context_tokens,
+                slots=slots,
+                llama_cpp=Path(llama_cpp) if llama_cpp is not None else None,
+            ),
+            self._workers,
+            self.events,
+        )
+        self._counts = {OLLAMA: 0, DISTRIBUTED: 0, LOCAL: 0, "": 0}
+
+    def __repr__(self) -> str:
+        models = ", ".join(one.model for one in self._coordinators.coordinators) or "none"
+        return f"<HybridRouter: {len(self._workers.endpoints)} workers, coordinators: {models}>"
+
+    # --- asking ---------------------------------------------------------------------------------
+
+    async def route_request(
+        self,
+        /,
+        model: str,
+        messages: Sequence[Mapping[str, Any]] | str,
+        *,
+        priority: int = Priority.NORMAL,
+        timeout: float | None = None,
+        **options: Any,
+    ) -> Completion:
+        """Ask a model, and wait for the whole answer.
+
+        Args:
+            model: a model's name, such as `llama3.1:70b` or `demo:sharded`, or the path of a `.gguf` file.
+            messages: `[{"role": "user", "content": "Hello!"}]`, or one user message as a string.
+            priority: 1 to 10; of requests that wait for the same place, higher ones go first.
+            timeout: limit in seconds, from when the place is ready.
+            **options: `max_tokens`, `temperature`, `top_p`, `top_k`, `min_p`, `seed`, `stop`, `format`
+                (`"json"` or a JSON schema), `tools`, `options` (Ollama's own dict), ...
+
+        Returns:
+            The answer in Ollama's shape, with `_routing`.
+
+        Raises:
+            SollolError: of the kind that fits; see `errors.py`.
+        """
+        async with aclosing(self.stream(model, messages, priority=priority, timeout=timeout, **options)) as chunks:
+            return Completion.from_chunks([chunk async for chunk in chunks])
+
+    @io_bound_stream
+    async def stream(
+        self,
+        /,
+        model: str,
+        messages: Sequence[Mapping[str, Any]] | str,
+        *,
+        priority: int = Priority.NORMAL,
+        timeout: float | None = None,
+        **options: Any,
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """Ask a model; yields Ollama-shaped chunks as they come, the last with `done` and `_routing`.
+
+        Arguments and errors are those of `route_request`. Leaving the loop early (closing the generator)
+        cancels the generation on the engine.
+        """
+        record = RequestRecord(model)
+        status, error_words = "cancelled", ""
+        self.events.publish("request.started", model, f"asking {model}")
+        try:
+            async with aclosing(self._chunks(record, messages, priority, timeout, options)) as chunks:
+                async for chunk in chunks:
+                    record.saw(chunk)
+                    if chunk.get("done"):
+                        chunk = {**chunk, "total_duration": int(record.duration_ms * 1e6)}
+                        chunk["load_duration"] = int((record.load_ms or 0) * 1e6)
+                        chunk["_routing"] = record.routing()
+                        # The row is there before the caller has its answer.
+                        status = "ok"
+                        await self._write(record.row("ok"))
+                    yield chunk
+        except Exception as error:
+            status = "timeout" if isinstance(error, TimeoutError) else "error"
+            error_words = str(error)
+            raise
+        finally:
+            if status != "ok":
+                await self._write(record.row(status, error_words))
+            self._counts[record.backend] += 1
+            self.events.publish("request.finished", model, f"{model}: {status}", status=status)
+
+    async def _chunks(
+        self,
+        record: RequestRecord,
+        messages: Sequence[Mapping[str, Any]] | str,
+        priority: int,
+        timeout_s: float | None,
+        options: Mapping[str, Any],
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        checked_messages, checked_options = check_messages(messages), check_options(options)
+        if not isinstance(priority, int) or not Priority.BATCH <= priority <= Priority.CRITICAL:
+            raise ConfigError(f"priority={priority!r} must be a number from 1 (BATCH) to 10 (CRITICAL)")
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        if not _is_positive(timeout_s):
+            raise ConfigError(f"timeout={timeout_s!r} must be more than 0 seconds")
+        route = await self.route(record.model)
+        record.backend, record.reason = route.backend, route.reason
+        record.note = DEMO_NOTE if route.model_path == DEMO_MODEL_PATH else ""
+        if route.backend == OLLAMA:
+            record.sent()
+            async for chunk in self._ollama.stream_chat(
+                route.model, checked_messages, priority=priority, timeout=timeout_s, **checked_options
+            ):
+                if chunk.get("done"):
+                    _take_node_routing(record, chunk.get("_routing") or {})
+                yield chunk
+            return
+        coordinator, record.load_ms = await self._coordinators.get(route)
+        record.place = coordinator.base_url
+        if coordinator.plan:
+            record.plan = coordinator.plan.as_dict()
+            record.layout = "/".join(map(str, coordinator.plan.unit_counts))
+            record.placement_differences = coordinator.placement_differences
+        try:
+            async with asyncio.timeout(timeout_s), coordinator.gate.slot(priority) as queue_ms:
+                record.queue_ms = queue_ms
+                record.sent()
+                async with aclosing(coordinator.stream_chat(checked_messages, checked_options)) as chunks:
+                    async for chunk in chunks:
+                        yield chunk
+        except TimeoutError as error:
+            raise RequestTimeoutError(
+                f"{route.model} was not done after {timeout_s:g} s and was cancelled (it had written "
+                f"{len(record.text)} characters); give a larger timeout or a smaller max_tokens"
+            ) from error
+
+    # --- deciding -------------------------------------------------------------------------------
+
+    def should_use_distributed(self, model: str) -> bool:
+        """Whether this router would shard the model, by its profile (no node or worker is asked)."""
+        allowed = self._model_filter is None or model in self._model_filter
+        return self._enable_distributed and allowed and bool(self._profile(model).requires_distributed)
+
+    @io_bound
+    async def route(self, model: str) -> Route:
+        """Where a request for this model would go now, and why.
+
+        Raises:
+            ModelError, ConfigError: it could go nowhere; the message says why.
+        """
+        if not isinstance(model, str) or not model.strip():
+            raise ConfigError(f"model={model!r} is not a model's name; try demo, or llama3.2")
+        profile = await asyncio.to_thread(self._profile, model)
+        # A model that is sharded anyway need not wait for Ollama's word, and a file has no name there.
+        is_file = model.endswith(".gguf")
+        ask_ollama = not is_file and not (profile.requires_distributed and self._enable_distributed)
+        in_ollama, words = await self._in_ollama(model) if ask_ollama else (False, "Ollama was not asked")
+        path = None if in_ollama else await asyncio.to_thread(find_model_file, model, self._gguf_path)
+        route = decide_route(
+            profile,
+            in_ollama=in_ollama,
+            ollama_words=words,
+            model_path=path,
+            enable_distributed=self._enable_distributed,
+            model_filter=self._model_filter,
+        )
+        is_demo = route.model_path == DEMO_MODEL_PATH
+        return replace(route, reason=f"{route.reason} ({DEMO_NOTE})") if is_demo else route
+
+    # --- the cluster ----------------------------------------------------------------------------
+
+    @property
+    def coordinator(self) -> Coordinator | None:
+        """The running coordinator that shards over workers, the last used if several; None if there is none."""
+        sharded = [one for one in self._coordinators.coordinators if one.plan is not None]
+        return sharded[-1] if sharded else None
+
+    @property
+    def coordinator_model(self) -> str | None:
+        """The model of `coordinator`."""
+        return self.coordinator.model if self.coordinator else None
+
+    @property
+    def coordinators(self) -> list[Coordinator]:
+        """All running coordinators, local ones too, the most recently used last."""
+        return self._coordinators.coordinators
+
+    @io_bound
+    async def cluster(self) -> ClusterStatus:
+        """Look at all workers, and tell their state and the layers of each coordinator."""
+        workers = await self._workers.refresh()
+        return ClusterStatus(tuple(workers), tuple(map(CoordinatorStatus.of, self.coordinators)))
+
+    @io_bound
+    async def start_workers(self, count: int) -> list[str]:
+        """Start workers on this machine, on loopback from port 50052 upward; returns their endpoints."""
+        return await self._workers.start_local(await self._coordinators.engine(), count)
+
+    @io_bound
+    async def discover_workers(self) -> list[str]:
+        """Look for workers on this machine's usual ports; returns the endpoints that are new."""
+        return await self._workers.discover()
+
+    @io_bound
+    async def add_worker(self, endpoint: str) -> WorkerStatus:
+        """Make a worker (`host:port`) known, and look at it."""
+        endpoint = self._workers.add(endpoint)
+        return next(one for one in await self._workers.refresh() if one.endpoint == endpoint)
+
+    @io_bound
+    async def remove_worker(self, endpoint: str) -> None:
+        """Forget a worker; one that was started here is stopped."""
+        if not await self._workers.stop_local([endpoint]):
+            self._workers.remove(endpoint)
+
+    @io_bound
+    async def stop_coordinator(self, model: str | None = None) -> list[str]:
+        """Stop the coordinators of a model, or all; returns the models stopped."""
+        return await self._coordinators.stop(model)
+
+    def get_stats(self) -> dict[str, Any]:
+        """Counts and states of this router.
+
+        Keys: `distributed_requests`, `ollama_requests`, `local_requests`, `failed_requests` (found no place),
+        `coordinator_uptime_seconds` (of `coordinator`; 0 without), `active_rpc_backends` (workers held),
+        `known_rpc_backends`, `coordinators` (model to URL).
+        """
+        running = self.coordinators
+        return {
+            "distributed_requests": self._counts[DISTRIBUTED],
+            "ollama_requests": self._counts[OLLAMA],
+            "local_requests": self._counts[LOCAL],
+            "failed_requests": self._counts[""],
+            "coordinator_uptime_seconds": round(self.coordinator.uptime_s, 3) if self.coordinator else 0,
+            "active_rpc_backends": sum(len(one.rpc_backends) for one in running),
+            "known_rpc_backends": len(self._workers.endpoints),
+            "coordinators": {one.model: one.base_url for one in running},
+        }
+
+    @io_bound
+    async def close(self) -> None:
+        """Stop the coordinators and workers that this router started, and close connections. Twice is fine."""
+        await self._coordinators.stop()
+        await self._workers.stop_local()
+        await self._ollama.close()
+
+    async def __aenter__(self) -> HybridRouter:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    # --- inside ---------------------------------------------------------------------------------
+
+    def _profile(self, model: str) -> Any:
+        profile = profile_of(model, threshold_params=self._threshold)
+        if profile.source.startswith("profile"):
+            return profile
+        path = find_model_file(model, self._gguf_path)
+        if path is None:
+            return profile
+        return profile_of(model, facts=read_facts(path), threshold_params=self._threshold)
+
+    async def _in_ollama(self, model: str) -> tuple[bool, str]:
+        if await self._ollama.has_model(model):
+            return True, "an Ollama node has it"
+        if any(node.state == "ready" for node in self._ollama.nodes):
+            return False, "no Ollama node has it"
+        return False, "no Ollama node answers"
+
+    async def _write(self, row: LatencyRow) -> None:
+        await asyncio.to_thread(self.latency.record, row)
+
+
+def _is_positive(number: object) -> bool:
+    return isinstance(number, int | float) and not isinstance(number, bool) and number > 0
+
+
+def _endpoint(backend: str | Mapping[str, Any]) -> str:
+    """`host:port` of a backend given as text or as a dict with `host` and `port`."""
+    if isinstance(backend, str):
+        return config.format_endpoint(*config.parse_endpoint(backend))
+    if not isinstance(backend, Mapping) or "host" not in backend:
+        raise ConfigError(f'{backend!r} is not an RPC backend; write {{"host": "192.168.1.10", "port": 50052}}')
+    text = config.format_endpoint(str(backend["host"]), backend.get("port", config.DEFAULT_RPC_PORT))
+    return config.format_endpoint(*config.parse_endpoint(text))
+
+
+def _take_node_routing(record: RequestRecord, node_routing: Mapping[str, Any]) -> None:
+    record.place = str(node_routing.get("node") or "")
+    record.queue_ms = node_routing.get("queue_ms")
+    record.load_ms = node_routing.get("load_ms") or None
+    record.failovers = list(node_routing.get("failovers") or ())

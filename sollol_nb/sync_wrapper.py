@@ -1,0 +1,119 @@
+"""The blocking twins: the same names and methods as the async API, for scripts, threads and notebook cells.
+
+They are generated from the async classes (`io_loop.blocking`), work inside a running event loop too (their work
+runs on the I/O thread), may be called from several threads at once, and cancel on KeyboardInterrupt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from typing import Any, Self
+
+from sollol_nb import hybrid_router, ollama_pool
+from sollol_nb.coordinator import Coordinator
+from sollol_nb.events import EventBus
+from sollol_nb.io_loop import blocking, blocking_stream, same
+from sollol_nb.latency import LatencyLog
+from sollol_nb.ollama_nodes import NodeStatus
+
+__all__ = ["HybridRouter", "OllamaPool"]
+
+
+class HybridRouter:
+    """The blocking `HybridRouter`; arguments are those of `hybrid_router.HybridRouter`."""
+
+    def __init__(self, ollama_pool: OllamaPool | ollama_pool.OllamaPool | None = None, **settings: Any) -> None:
+        pool = ollama_pool._async if isinstance(ollama_pool, OllamaPool) else ollama_pool
+        self._async = hybrid_router.HybridRouter(pool, **settings)
+
+    def __repr__(self) -> str:
+        return repr(self._async)
+
+    route_request = blocking(hybrid_router.HybridRouter.route_request)
+    stream = blocking_stream(hybrid_router.HybridRouter.stream)
+    route = blocking(hybrid_router.HybridRouter.route)
+    cluster = blocking(hybrid_router.HybridRouter.cluster)
+    start_workers = blocking(hybrid_router.HybridRouter.start_workers)
+    discover_workers = blocking(hybrid_router.HybridRouter.discover_workers)
+    add_worker = blocking(hybrid_router.HybridRouter.add_worker)
+    remove_worker = blocking(hybrid_router.HybridRouter.remove_worker)
+    stop_coordinator = blocking(hybrid_router.HybridRouter.stop_coordinator)
+    close = blocking(hybrid_router.HybridRouter.close)
+
+    should_use_distributed = same(hybrid_router.HybridRouter.should_use_distributed)
+    get_stats = same(hybrid_router.HybridRouter.get_stats)
+
+    @property
+    def stream_async(self) -> Callable[..., AsyncGenerator[dict[str, Any], None]]:
+        """The async `stream`, for a caller that brings its own way to wait."""
+        return self._async.stream
+
+    @property
+    def coordinator(self) -> Coordinator | None:
+        """The running coordinator that shards over workers, the last used if several; None if there is none."""
+        return self._async.coordinator
+
+    @property
+    def coordinator_model(self) -> str | None:
+        """The model of `coordinator`."""
+        return self._async.coordinator_model
+
+    @property
+    def coordinators(self) -> list[Coordinator]:
+        """All running coordinators, local ones too, the most recently used last."""
+        return self._async.coordinators
+
+    @property
+    def latency(self) -> LatencyLog:
+        """The latency log."""
+        return self._async.latency
+
+    @property
+    def events(self) -> EventBus:
+        """The event bus of this router's workers, coordinators and requests."""
+        return self._async.events
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class OllamaPool:
+    """The blocking `OllamaPool`; arguments are those of `ollama_pool.OllamaPool`."""
+
+    def __init__(self, nodes: Sequence[str | Mapping[str, Any]] | None = None, **settings: Any) -> None:
+        self._async = ollama_pool.OllamaPool(nodes, **settings)
+
+    @classmethod
+    def auto_configure(cls, nodes: Sequence[str | Mapping[str, Any]] | None = None, **settings: Any) -> Self:
+        """A pool of the given nodes, else of those in `OLLAMA_HOST`, else of localhost. Asks nobody yet."""
+        return cls(nodes, **settings)
+
+    def __repr__(self) -> str:
+        return repr(self._async)
+
+    chat = blocking(ollama_pool.OllamaPool.chat)
+    stream_chat = blocking_stream(ollama_pool.OllamaPool.stream_chat)
+    generate = blocking(ollama_pool.OllamaPool.generate)
+    stream_generate = blocking_stream(ollama_pool.OllamaPool.stream_generate)
+    embed = blocking(ollama_pool.OllamaPool.embed)
+    has_model = blocking(ollama_pool.OllamaPool.has_model)
+    list = blocking(ollama_pool.OllamaPool.list)
+    ps = blocking(ollama_pool.OllamaPool.ps)
+    show = blocking(ollama_pool.OllamaPool.show)
+    pull = blocking_stream(ollama_pool.OllamaPool.pull)
+    pull_with_bar = blocking(ollama_pool.OllamaPool.pull_with_bar)
+    close = blocking(ollama_pool.OllamaPool.close)
+
+    @property
+    def nodes(self) -> Sequence[NodeStatus]:
+        """Every node as seen now, in the order given."""
+        return self._async.nodes
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,539 @@
+"""The router on real engines: answers, options, who goes first, and what each end leaves behind."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sollol_nb import hybrid_router, workers
+from sollol_nb.errors import (
+    ConfigError,
+    ModelFileError,
+    ModelNotFoundError,
+    RequestTimeoutError,
+    SollolError,
+)
+from sollol_nb.events import EventBus
+from sollol_nb.hybrid_router import MODEL_PROFILES
+from sollol_nb.model_files import DEMO_MODEL_PATH
+from sollol_nb.rpc_discovery import discover
+from sollol_nb.sync_wrapper import HybridRouter
+from sollol_nb.toolchain import Engine
+from sollol_nb.workers import Workers
+from tests.engines import QUESTION, eventually, eventually_async, run, write_endless
+
+pytestmark = pytest.mark.engine
+
+SHARDED, LOCAL = "llama.cpp-distributed", "llama.cpp-local"
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_endless(tmp_path_factory.mktemp("models")))
+
+
+@pytest.fixture(scope="module")
+def one_slot(engine: Engine) -> Iterator[HybridRouter]:
+    """A router whose places serve one request at a time."""
+    with HybridRouter(auto_discover_rpc=False, slots=1) as mine:
+        yield mine
+
+
+@pytest.fixture(scope="module")
+def greedy(router: HybridRouter) -> str:
+    """The demo model's greedy answer, which ends by itself."""
+    answer = router.route_request("demo:sharded", QUESTION, temperature=0, max_tokens=500)
+    assert answer.finish_reason == "stop"
+    assert len(answer.text) > 40
+    return answer.text
+
+
+def last_row(router: HybridRouter, model: str) -> Any:
+    return router.latency.frame(model=model, last=1).iloc[0]
+
+
+def slots_idle(router: HybridRouter) -> None:
+    """Wait until no slot of any coordinator works."""
+
+    def busy() -> int:
+        return sum(run(one.busy_slots()) + one.gate.running for one in router.coordinators)
+
+    eventually(lambda: busy() == 0, "all slots are idle")
+
+
+# --- an answer --------------------------------------------------------------------------------
+
+
+def test_an_answer_has_the_shape_of_ollamas_and_tells_its_route(router: HybridRouter) -> None:
+    answer = router.route_request("demo:sharded", QUESTION, temperature=0, max_tokens=30)
+    coordinator = router.coordinator
+    assert coordinator is not None
+    assert coordinator.plan is not None
+
+    assert answer["model"] == "demo:sharded"
+    assert answer["done"] is True
+    assert answer["message"]["role"] == "assistant"
+    assert answer["message"]["content"] == answer.text != ""
+    assert 0 < answer["eval_count"] <= 30
+    assert answer["prompt_eval_count"] > 0
+    for name in ("total_duration", "eval_duration", "prompt_eval_duration"):
+        assert isinstance(answer[name], int)
+        assert answer[name] > 0
+    assert answer["total_duration"] >= answer["eval_duration"]
+    routing = answer["_routing"]
+    assert routing["backend"] == SHARDED
+    assert routing["coordinator_url"] == coordinator.base_url
+    assert routing["duration_ms"] > 0
+    assert routing["plan"] == coordinator.plan.as_dict()
+    assert routing["placement_differences"] == []
+    assert routing["layout"] == "/".join(map(str, coordinator.plan.unit_counts))
+    assert "MODEL_PROFILES" in routing["reason"]
+    json.dumps(answer)
+
+
+@pytest.mark.parametrize("question", [QUESTION, "Tell me everything about sharding.", "zzz 123 \N{SNOWMAN}"])
+def test_the_sharded_greedy_answer_is_the_local_one(router: HybridRouter, question: str) -> None:
+    sharded = router.route_request("demo:sharded", question, temperature=0, max_tokens=120)
+    local = router.route_request("demo", question, temperature=0, max_tokens=120)
+    assert (sharded.routing["backend"], local.routing["backend"]) == (SHARDED, LOCAL)
+    assert (sharded.text, sharded["eval_count"]) == (local.text, local["eval_count"])
+    assert local.routing["plan"] is None
+    assert local.routing["coordinator_url"] != sharded.routing["coordinator_url"]
+
+
+def test_streamed_chunks_join_to_the_whole_answer(router: HybridRouter, greedy: str) -> None:
+    *chunks, last = router.stream("demo:sharded", QUESTION, temperature=0, max_tokens=500)
+    assert len(chunks) > 10
+    assert all(chunk["done"] is False and "_routing" not in chunk for chunk in chunks)
+    assert "".join(chunk["message"]["content"] for chunk in [*chunks, last]) == greedy
+    assert last["done"] is True
+    assert last["_routing"]["backend"] == SHARDED
+    assert last["done_reason"] == "stop"
+
+
+def test_a_string_is_one_user_message(router: HybridRouter, greedy: str) -> None:
+    messages = [{"role": "user", "content": QUESTION}]
+    assert router.route_request("demo:sharded", messages, temperature=0, max_tokens=500).text == greedy
+
+
+# --- options ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"max_tokens": 7}, {"num_predict": 7}, {"options": {"num_predict": 7}}])
+def test_max_tokens_cuts_the_answer_and_says_so(
+    router: HybridRouter, greedy: str, options: dict[str, Any]
+) -> None:
+    answer = router.route_request("demo:sharded", QUESTION, temperature=0, **options)
+    assert (answer["done_reason"], answer["eval_count"]) == ("length", 7)
+    assert greedy.startswith(answer.text)
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_the_answer_ends_before_a_stop_text(router: HybridRouter, greedy: str, as_list: bool) -> None:
+    stop = greedy.split()[5]
+    answer = router.route_request(
+        "demo:sharded", QUESTION, temperature=0, max_tokens=500, stop=[stop] if as_list else stop
+    )
+    assert answer.text == greedy[: greedy.index(stop)]
+    assert answer["done_reason"] == "stop"
+
+
+def test_the_same_seed_gives_the_same_answer_and_others_another(router: HybridRouter) -> None:
+    anything_goes: dict[str, Any] = {"temperature": 2.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    texts = [
+        router.route_request("demo:sharded", QUESTION, max_tokens=40, seed=seed, **anything_goes).text
+        for seed in (1, 1, 2, 3)
+    ]
+    assert texts[0] == texts[1]
+    assert len(set(texts)) > 1
+
+
+def test_a_json_schema_is_kept_to(router: HybridRouter) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"answer": {"enum": ["left", "right"]}, "sure": {"type": "boolean"}},
+        "required": ["answer", "sure"],
+        "additionalProperties": False,
+    }
+    answer = router.route_request("demo:sharded", QUESTION, temperature=0, max_tokens=300, format=schema)
+    value = json.loads(answer.text)
+    assert value.keys() == {"answer", "sure"}
+    assert value["answer"] in ("left", "right")
+    assert isinstance(value["sure"], bool)
+
+
+# --- where it goes ----------------------------------------------------------------------------
+
+
+def test_the_users_profile_table_is_read_at_each_decision(
+    router: HybridRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert router.route("demo").backend == LOCAL
+    assert router.should_use_distributed("demo") is False
+
+    monkeypatch.setitem(MODEL_PROFILES, "demo", {**MODEL_PROFILES["demo"], "requires_distributed": True})
+
+    assert router.route("demo").backend == SHARDED
+    assert router.should_use_distributed("demo") is True
+    assert router.route_request("demo", QUESTION, max_tokens=1).routing["backend"] == SHARDED
+
+
+@pytest.mark.parametrize(
+    ("settings", "model", "sharded"),
+    [
+        ({}, "llama3.2", False),
+        ({}, "llama3.1:8b", False),
+        ({}, "llama3.1:70b", True),
+        ({}, "mixtral:8x7b", True),
+        ({}, "qwen3:235b", True),
+        ({}, "nothing-known", False),
+        ({"distributed_threshold_params": 10}, "codellama:13b", True),
+        ({"distributed_threshold_params": 20}, "codellama:13b", False),
+        ({"distributed_threshold_params": 300}, "qwen3:235b", False),
+        ({"enable_distributed": False}, "llama3.1:70b", False),
+        ({"model_filter": ["llama3.1:70b"]}, "llama3.1:70b", True),
+        ({"model_filter": ["llama3.1:70b"]}, "mixtral:8x7b", False),
+        ({"model_filter": "mixtral:8x7b"}, "mixtral:8x7b", True),
+    ],
+)
+def test_what_is_sharded_follows_profile_threshold_and_filter(
+    settings: dict[str, Any], model: str, sharded: bool
+) -> None:
+    assert HybridRouter(auto_discover_rpc=False, **settings).should_use_distributed(model) is sharded
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "backend"),
+    [
+        ("llama3.1:70b", {"gguf_path": DEMO_MODEL_PATH}, SHARDED),
+        ("llama3.2", {"gguf_path": str(DEMO_MODEL_PATH)}, LOCAL),
+        (str(DEMO_MODEL_PATH), {}, LOCAL),
+        (str(DEMO_MODEL_PATH), {"gguf_path": "/no/such/file.gguf"}, LOCAL),
+        (str(DEMO_MODEL_PATH), {"distributed_threshold_params": 1e-4}, SHARDED),
+    ],
+)
+def test_a_model_file_is_named_by_gguf_path_or_as_the_model(
+    engine: Engine, model: str, settings: dict[str, Any], backend: str
+) -> None:
+    route = HybridRouter(auto_discover_rpc=False, **settings).route(model)
+    assert (route.backend, route.model_path) == (backend, DEMO_MODEL_PATH)
+
+
+def test_a_model_file_named_as_the_model_answers(one_slot: HybridRouter, router: HybridRouter) -> None:
+    named = one_slot.route_request(str(DEMO_MODEL_PATH), QUESTION, temperature=0, max_tokens=30)
+    assert named.text == router.route_request("demo", QUESTION, temperature=0, max_tokens=30).text
+    assert named.routing["backend"] == LOCAL
+
+
+def test_workers_of_others_are_found_and_used_and_left_running(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = Workers([], EventBus())
+    try:
+        endpoints = run(others.start_local(engine, 2))
+        ports = [int(endpoint.rpartition(":")[2]) for endpoint in endpoints]
+        monkeypatch.setattr(workers, "discover", partial(discover, ports=ports))
+        with HybridRouter() as mine:
+            answer = mine.route_request("demo:sharded", QUESTION, max_tokens=1)
+            assert [shard["endpoint"] for shard in answer.routing["plan"]["shards"]] == endpoints
+            assert mine.discover_workers() == []
+        eventually(lambda: [one.state for one in run(others.refresh())] == ["free"] * 2, "they are free again")
+    finally:
+        run(others.stop_local())
+
+
+# --- bad input --------------------------------------------------------------------------------
+
+HELLO = [{"role": "user", "content": "Hello!"}]
+
+
+@pytest.mark.parametrize(
+    ("model", "messages", "options", "kind", "words"),
+    [
+        ("demo", [], {}, ConfigError, "messages must be a list such as"),
+        ("demo", 7, {}, ConfigError, "messages must be a list such as"),
+        ("demo", ["Hello!"], {}, ConfigError, 'messages[0] must be a dict with "role" and "content", not str'),
+        ("demo", [{"content": "Hello!"}], {}, ConfigError, 'messages[0] must be a dict with "role"'),
+        ("demo", [*HELLO, {"role": "robot", "content": "x"}], {}, ConfigError, "messages[1] has role 'robot'"),
+        ("demo", [{"role": "user"}], {}, ConfigError, 'messages[0] needs "content" as text'),
+        ("demo", [{"role": "user", "content": None}], {}, ConfigError, 'messages[0] needs "content" as text'),
+        ("demo", HELLO, {"temprature": 1}, ConfigError, "unknown option 'temprature'; did you mean temperature?"),
+        ("demo", HELLO, {"max_tokens": "many"}, ConfigError, "option max_tokens='many' must be int"),
+        ("demo", HELLO, {"temperature": True}, ConfigError, "option temperature=True must be int or float"),
+        ("demo", HELLO, {"stream": True}, ConfigError, "iterate router.stream(...) for chunks"),
+        ("demo", HELLO, {"format": "xml"}, ConfigError, "format='xml' must be \"json\" or a JSON schema"),
+        ("demo", HELLO, {"priority": 11}, ConfigError, "priority=11 must be a number from 1 (BATCH) to 10"),
+        ("demo", HELLO, {"priority": 0}, ConfigError, "priority=0 must be a number from 1 (BATCH) to 10"),
+        ("demo", HELLO, {"priority": "high"}, ConfigError, "priority='high' must be a number from 1"),
+        ("demo", HELLO, {"timeout": 0}, ConfigError, "timeout=0 must be more than 0 seconds"),
+        ("demo", HELLO, {"timeout": "long"}, ConfigError, "timeout='long' must be"),
+        ("demo", HELLO, {"timeout": float("nan")}, ConfigError, "timeout=nan must be"),
+        ("", HELLO, {}, ConfigError, "model='' is not a model's name; try demo"),
+        (None, HELLO, {}, ConfigError, "model=None is not a model's name; try demo"),
+        ("nosuch", HELLO, {}, ModelNotFoundError, "no place has nosuch (no Ollama node answers); fetch it with"),
+        (
+            "llama3.1:70b",
+            HELLO,
+            {},
+            ModelNotFoundError,
+            "fetch it with `ollama pull llama3.1:70b`, or give gguf_path=",
+        ),
+        ("/no/such.gguf", HELLO, {}, ModelFileError, "/no/such.gguf is not there; give the path of a GGUF file"),
+    ],
+)
+def test_bad_input_is_one_line_that_says_what_to_do(
+    router: HybridRouter, model: Any, messages: Any, options: dict[str, Any], kind: type[SollolError], words: str
+) -> None:
+    with pytest.raises(SollolError) as caught:
+        router.route_request(model, messages, **options)
+    assert type(caught.value) is kind
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"num_rpc_backends": 0}, "num_rpc_backends=0 must be more than 0"),
+        ({"coordinator_timeout": -1}, "coordinator_timeout=-1 must be more than 0"),
+        ({"slots": 0}, "slots=0 must be more than 0"),
+        ({"slots": 2.5}, "slots=2.5 must be a whole number"),
+        ({"timeout": "long"}, "timeout='long' must be more than 0"),
+        ({"timeout": 0}, "timeout=0 must be more than 0"),
+        ({"layer_strategy": "evn"}, "layer_strategy='evn' is unknown; did you mean 'even'?"),
+        ({"rpc_backends": ["here:now"]}, "'here:now' is not an endpoint"),
+        ({"rpc_backends": [{"port": 50052}]}, "is not an RPC backend; write"),
+        ({"rpc_backends": [{"host": "10.1.2.3", "port": 0}]}, "'10.1.2.3:0' is not an endpoint"),
+    ],
+)
+def test_a_setting_that_cannot_be_used_is_refused_at_once(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        HybridRouter(**settings)
+    assert words in str(caught.value)
+
+
+def test_workers_can_be_named_as_text_as_dicts_and_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    named = HybridRouter(rpc_backends=["10.1.2.3", {"host": "10.1.2.4"}, {"host": "10.1.2.5", "port": 50055}])
+    assert named.get_stats()["known_rpc_backends"] == 3
+    monkeypatch.setenv("RPC_BACKENDS", "10.1.2.3:50052, 10.1.2.4:50053")
+    assert HybridRouter().get_stats()["known_rpc_backends"] == 2
+    assert HybridRouter(rpc_backends=[]).get_stats()["known_rpc_backends"] == 0
+
+
+# --- limits and cancelling --------------------------------------------------------------------
+
+
+def test_a_request_over_its_time_is_cancelled_on_the_engine(one_slot: HybridRouter, endless: str) -> None:
+    one_slot.route_request(endless, "Go on", max_tokens=1)
+    with pytest.raises(RequestTimeoutError) as caught:
+        one_slot.route_request(endless, "Go on", temperature=0, timeout=0.5)
+
+    assert isinstance(caught.value, TimeoutError)
+    assert f"{endless} was not done after 0.5 s and was cancelled (it had written " in str(caught.value)
+    assert "give a larger timeout or a smaller max_tokens" in str(caught.value)
+    slots_idle(one_slot)
+    row = last_row(one_slot, endless)
+    assert (row.status, row.error) == ("timeout", str(caught.value))
+    assert 0 < row.ttft_ms <= row.total_ms
+
+
+def test_waiting_for_a_slot_counts_against_the_time(one_slot: HybridRouter, endless: str) -> None:
+    holder = one_slot.stream(endless, "Go on", temperature=0)
+    next(holder)
+    with pytest.raises(RequestTimeoutError, match="it had written 0 characters"):
+        one_slot.route_request(endless, "Go on", timeout=0.3)
+    assert next(holder)["done"] is False, "the one that has the slot goes on"
+    holder.close()
+    slots_idle(one_slot)
+
+
+def test_leaving_a_stream_early_frees_the_slot(one_slot: HybridRouter, endless: str) -> None:
+    for position, _ in enumerate(one_slot.stream(endless, "Go on", temperature=0)):
+        if position == 5:
+            break
+    slots_idle(one_slot)
+    row = last_row(one_slot, endless)
+    assert (row.status, row.error) == ("cancelled", "")
+    assert 0 < row.ttft_ms <= row.total_ms
+
+
+@pytest.mark.parametrize("phase", ["writing", "waiting for a slot"])
+def test_cancelling_a_task_frees_the_slot(one_slot: HybridRouter, endless: str, phase: str) -> None:
+    async def cancelled() -> None:
+        ask = partial(one_slot._async.route_request, endless, "Go on", temperature=0)
+        holder = asyncio.create_task(ask())
+        gate = await eventually_async(lambda: gate_of(one_slot, endless), "the coordinator runs")
+        await eventually_async(lambda: gate.running == 1, "it has the slot")
+        tasks = [holder]
+        if phase == "waiting for a slot":
+            tasks.insert(0, asyncio.create_task(ask()))
+            await eventually_async(lambda: gate.waiting == 1, "the other waits")
+        for task in tasks:
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    asyncio.run(cancelled())
+    slots_idle(one_slot)
+    assert last_row(one_slot, endless).status == "cancelled"
+
+
+def gate_of(router: HybridRouter, model: str) -> Any:
+    return next((one.gate for one in router.coordinators if one.model == model), None)
+
+
+# --- many at once -----------------------------------------------------------------------------
+
+
+def test_waiting_requests_are_served_in_order_of_priority(one_slot: HybridRouter, endless: str) -> None:
+    async def ask_all() -> list[int]:
+        router = one_slot._async
+        holder = router.stream(endless, "Go on", temperature=0)
+        await anext(holder)
+        gate = gate_of(one_slot, endless)
+        served: list[int] = []
+
+        async def ask(priority: int) -> None:
+            async for _ in router.stream(endless, "Go on", max_tokens=2, priority=priority):
+                if not served or served[-1] != priority:
+                    served.append(priority)
+
+        asking = []
+        for priority in (3, 8, 1, 10, 5):
+            asking.append(asyncio.create_task(ask(priority)))
+            await eventually_async(lambda: gate.waiting == len(asking), "the request waits")
+        await holder.aclose()
+        await asyncio.gather(*asking)
+        return served
+
+    assert asyncio.run(ask_all()) == [10, 8, 5, 3, 1]
+
+
+def test_forty_requests_at_once_are_all_answered(router: HybridRouter) -> None:
+    counted = router.get_stats()["distributed_requests"]
+
+    async def ask_all() -> list[Any]:
+        ask = router._async.route_request
+        return await asyncio.gather(
+            *(ask("demo:sharded", f"{QUESTION} {number}", max_tokens=8) for number in range(40))
+        )
+
+    answers = asyncio.run(ask_all())
+
+    assert all(answer["done"] and 0 < answer["eval_count"] <= 8 for answer in answers)
+    assert router.get_stats()["distributed_requests"] == counted + 40
+    rows = router.latency.frame(model="demo:sharded", last=40)
+    assert set(rows.status) == {"ok"}
+    assert (rows.queue_ms > 0).sum() >= 30, "four at a time: the others waited"
+    slots_idle(router)
+
+
+# --- what is written down ---------------------------------------------------------------------
+
+
+def test_an_answered_request_leaves_a_row_of_its_timings(router: HybridRouter) -> None:
+    router.route_request("demo:sharded", QUESTION, max_tokens=1)
+    answer = router.route_request("demo:sharded", QUESTION, max_tokens=20)
+    row = last_row(router, "demo:sharded")
+
+    assert (row.model, row.backend, row.status, row.error) == ("demo:sharded", SHARDED, "ok", "")
+    assert row.layout == answer.routing["layout"]
+    assert row.place == answer.routing["coordinator_url"]
+    assert row.completion_tokens == answer["eval_count"]
+    assert row.prompt_tokens == answer["prompt_eval_count"]
+    assert row.load_ms != row.load_ms, "it was running: no load"
+    assert 0 <= row.queue_ms <= row.ttft_ms <= row.total_ms
+    assert 0 <= row.router_overhead_ms <= row.ttft_ms
+    assert row.tokens_per_s > 0
+    assert row.failovers == 0
+
+
+def test_a_request_that_waits_for_a_start_has_the_load_in_its_time_to_first_token(router: HybridRouter) -> None:
+    router.stop_coordinator("demo:sharded")
+    answer = router.route_request("demo:sharded", QUESTION, max_tokens=2)
+    row = last_row(router, "demo:sharded")
+    assert 0 < row.load_ms <= row.ttft_ms <= row.total_ms
+    assert row.router_overhead_ms <= row.ttft_ms - row.load_ms
+    assert answer["load_duration"] == pytest.approx(row.load_ms * 1e6, rel=0.01)
+
+
+def test_a_failed_request_leaves_a_row_with_its_error(router: HybridRouter) -> None:
+    failed = router.get_stats()["failed_requests"]
+    with pytest.raises(ModelNotFoundError) as caught:
+        router.route_request("nosuch", QUESTION)
+    row = last_row(router, "nosuch")
+    assert (row.status, row.error, row.backend, row.place) == ("error", str(caught.value), "", "")
+    assert row.ttft_ms != row.ttft_ms
+    assert row.total_ms > 0
+    assert router.get_stats()["failed_requests"] == failed + 1
+
+
+def test_events_tell_the_life_of_requests_workers_and_coordinators(engine: Engine) -> None:
+    seen: list[Any] = []
+    with HybridRouter(auto_setup_rpc=True, auto_discover_rpc=False, num_rpc_backends=1) as mine:
+        unsubscribe = mine.events.subscribe(seen.append)
+        mine.route_request("demo:sharded", QUESTION, max_tokens=1)
+        with pytest.raises(ModelNotFoundError):
+            mine.route_request("nosuch", QUESTION)
+        (endpoint,) = (worker.endpoint for worker in mine.cluster().workers)
+    unsubscribe()
+    assert [(event.kind, event.subject) for event in seen] == [
+        ("request.started", "demo:sharded"),
+        ("worker.started", endpoint),
+        ("coordinator.starting", "demo:sharded"),
+        ("coordinator.ready", "demo:sharded"),
+        ("request.finished", "demo:sharded"),
+        ("request.started", "nosuch"),
+        ("request.finished", "nosuch"),
+        ("coordinator.stopped", "demo:sharded"),
+        ("worker.stopped", endpoint),
+    ]
+    assert [event.data["status"] for event in seen if event.kind == "request.finished"] == ["ok", "error"]
+
+
+def test_the_statistics_count_requests_and_show_what_runs(router: HybridRouter) -> None:
+    before = router.get_stats()
+    router.route_request("demo:sharded", QUESTION, max_tokens=1)
+    router.route_request("demo", QUESTION, max_tokens=1)
+    stats = router.get_stats()
+    assert stats.keys() == {
+        "distributed_requests",
+        "ollama_requests",
+        "local_requests",
+        "failed_requests",
+        "coordinator_uptime_seconds",
+        "active_rpc_backends",
+        "known_rpc_backends",
+        "coordinators",
+    }
+    assert stats["distributed_requests"] == before["distributed_requests"] + 1
+    assert stats["local_requests"] == before["local_requests"] + 1
+    assert stats["coordinator_uptime_seconds"] > 0
+    assert (stats["active_rpc_backends"], stats["known_rpc_backends"]) == (3, 3)
+    assert stats["coordinators"].keys() >= {"demo", "demo:sharded"}
+    assert router.coordinator_model == "demo:sharded"
+
+
+def test_the_async_router_can_be_used_from_several_event_loops_in_turn(router: HybridRouter) -> None:
+    async def ask() -> str:
+        answer = await router._async.route_request("demo:sharded", QUESTION, temperature=0, max_tokens=20)
+        return answer.text
+
+    assert len({asyncio.run(ask()) for _ in range(3)}) == 1
+
+
+def test_closing_twice_is_fine_and_a_router_needs_no_closing_before_use(engine: Engine, tmp_path: Path) -> None:
+    async def life() -> None:
+        async with hybrid_router.HybridRouter(auto_discover_rpc=False) as mine:
+            await mine.route_request("demo", QUESTION, max_tokens=1)
+            assert len(mine.coordinators) == 1
+        await mine.close()
+        assert mine.coordinators == []
+
+    asyncio.run(life())
