@@ -1,0 +1,109 @@
+"""A real Jupyter kernel, and what its cells showed."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from jupyter_client.manager import start_new_kernel
+
+CELL_TIMEOUT_S = 120
+_COLORS = re.compile(r"\x1b\[[0-9;]*m")
+
+
+@dataclass
+class Shown:
+    """What one cell showed.
+
+    Attributes:
+        status: `ok` or `error`.
+        stream: text of stdout and stderr.
+        error: the traceback as lines, without colours.
+        displays: mime bundles of `display_data` and `execute_result`, after all updates.
+        updates: how often a display was updated.
+    """
+
+    status: str = ""
+    stream: str = ""
+    error: list[str] = field(default_factory=list)
+    displays: list[dict[str, str]] = field(default_factory=list)
+    updates: int = 0
+
+    @property
+    def markdown(self) -> str:
+        """The last display as Markdown."""
+        return self.displays[-1]["text/markdown"]
+
+    @property
+    def text(self) -> str:
+        """The last display as plain text."""
+        return self.displays[-1]["text/plain"]
+
+
+class Kernel:
+    """A kernel that runs one cell after the other."""
+
+    def __init__(self, manager: Any, client: Any) -> None:
+        self.manager = manager
+        self.client = client
+        self._shown: dict[str, tuple[Shown, dict[str, int]]] = {}
+
+    @property
+    def pid(self) -> int:
+        """Process id of the kernel."""
+        return int(self.manager.provisioner.pid)
+
+    def run(self, code: str) -> Shown:
+        """Run a cell to its end."""
+        return self.collect(self.client.execute(code))
+
+    def value(self, expression: str) -> str:
+        """The repr of an expression."""
+        shown = self.run(f"print(repr(({expression})))")
+        assert shown.status == "ok", shown.error
+        return shown.stream.strip()
+
+    def collect(self, message_id: str, *, until_shown: str | None = None) -> Shown:
+        """What a cell shows until it is done, or until its displayed Markdown contains `until_shown`."""
+        shown, places = self._shown.setdefault(message_id, (Shown(), {}))
+        deadline = time.monotonic() + CELL_TIMEOUT_S
+        while time.monotonic() < deadline:
+            message = self.client.get_iopub_msg(timeout=CELL_TIMEOUT_S)
+            if message["parent_header"].get("msg_id") != message_id:
+                continue
+            content, kind = message["content"], message["msg_type"]
+            if kind == "stream":
+                shown.stream += content["text"]
+            elif kind == "error":
+                shown.error = _COLORS.sub("", "\n".join(content["traceback"])).splitlines()
+            elif kind in ("display_data", "execute_result"):
+                places[content.get("transient", {}).get("display_id", "")] = len(shown.displays)
+                shown.displays.append(content["data"])
+            elif kind == "update_display_data":
+                shown.updates += 1
+                shown.displays[places[content["transient"]["display_id"]]] = content["data"]
+            elif kind == "status" and content["execution_state"] == "idle":
+                reply = self.client.get_shell_msg(timeout=CELL_TIMEOUT_S)
+                while reply["parent_header"].get("msg_id") != message_id:
+                    reply = self.client.get_shell_msg(timeout=CELL_TIMEOUT_S)
+                shown.status = reply["content"]["status"]
+                return shown
+            if until_shown and shown.displays and until_shown in shown.displays[-1].get("text/markdown", ""):
+                return shown
+        raise AssertionError(f"the cell was not done after {CELL_TIMEOUT_S} s")
+
+
+@contextmanager
+def kernel(**variables: str) -> Iterator[Kernel]:
+    """A fresh kernel with these environment variables, shut down at the end."""
+    manager, client = start_new_kernel(kernel_name="python3", env={**os.environ, **variables})
+    try:
+        yield Kernel(manager, client)
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
