@@ -306,7 +306,8 @@ class Coordinator:
     async def _lost(self, error: Exception) -> CoordinatorLostError:
         # The broken connection is seen an instant before the exit of the process.
         try:
-            report = await asyncio.wait_for(self._process.wait(), 2.0)
+            async with asyncio.timeout(2.0):
+                report = await self._process.wait()
         except TimeoutError:
             return CoordinatorLostError(
                 f"the coordinator of {self.model} broke off: {error}; log: {self.log_path}"

@@ -19,7 +19,7 @@ import psutil
 
 from sollol_nb import config
 from sollol_nb.coordinator import DEFAULT_SLOTS, Coordinator, CoordinatorSettings, exit_reason
-from sollol_nb.errors import ModelDoesNotFitError, WorkersUnavailableError
+from sollol_nb.errors import CoordinatorStartError, ModelDoesNotFitError, WorkersUnavailableError
 from sollol_nb.events import EventBus
 from sollol_nb.gguf_facts import ModelFacts, read_facts
 from sollol_nb.layer_plan import LayerPlan, plan_layers
@@ -41,6 +41,7 @@ class PoolSettings:
     auto_setup_rpc: bool = False
     coordinator_timeout_s: float = 1200.0
     coordinator_port: int = config.DEFAULT_COORDINATOR_PORT
+    rpc_port: int = config.DEFAULT_RPC_PORT
     layer_strategy: str = "memory_aware"
     context_tokens: int | None = None
     slots: int = DEFAULT_SLOTS
@@ -58,6 +59,7 @@ class CoordinatorPool:
         self._starting: defaultdict[tuple[str, str], asyncio.Lock] = defaultdict(asyncio.Lock)
         self._claiming = asyncio.Lock()  # choosing workers and holding them is one step
         self._tasks: set[asyncio.Task[None]] = set()
+        self._closings = 0
 
     @property
     def coordinators(self) -> list[Coordinator]:
@@ -108,8 +110,14 @@ class CoordinatorPool:
             await self._forget(coordinator)
         return [one.model for one in chosen]
 
+    async def close(self) -> None:
+        """Stop all coordinators, also those that are being started."""
+        self._closings += 1
+        await self.stop()
+
     async def _start(self, route: Route) -> Coordinator:
         assert route.model_path is not None
+        closings = self._closings
         engine = await self.engine()
         facts = await asyncio.to_thread(read_facts, route.model_path)
         context_tokens = self.settings.context_tokens or min(facts.context_length, MAX_DEFAULT_CONTEXT_TOKENS)
@@ -137,6 +145,10 @@ class CoordinatorPool:
                 self._workers.release(plan.endpoints)
             self._events.publish("coordinator.failed", route.model, str(error) or "the start was cancelled")
             raise
+        if self._closings != closings:
+            await coordinator.stop()
+            self._workers.release(coordinator.rpc_backends)
+            raise CoordinatorStartError(f"the router was closed while {route.model} was starting; ask again")
         self._events.publish(
             "coordinator.ready",
             route.model,
@@ -190,7 +202,7 @@ class CoordinatorPool:
     async def _free_workers(self, engine: Engine, elsewhere: Collection[str]) -> list[WorkerStatus]:
         """The free workers that are not leased elsewhere; discovered and started as far as allowed."""
         wanted = self.settings.num_rpc_backends
-        enough = wanted or (1 if self._workers.endpoints else DEFAULT_WORKERS)
+        enough = wanted or (1 if self._workers.has_given else DEFAULT_WORKERS)
 
         def free() -> list[WorkerStatus]:
             statuses = self._workers.statuses()
@@ -202,7 +214,7 @@ class CoordinatorPool:
         # More workers on this machine bring no more memory: those that another coordinator holds count too.
         missing = min(enough - len(free()), (wanted or DEFAULT_WORKERS) - self._workers.running_local)
         if missing > 0 and self.settings.auto_setup_rpc:
-            await self._workers.start_local(engine, missing)
+            await self._workers.start_local(engine, missing, first_port=self.settings.rpc_port)
         return free()
 
     async def _make_room_here(self, needed_bytes: int) -> None:

@@ -102,7 +102,8 @@ class EngineProcess:
         try:
             process.stdin.write(json.dumps(spec).encode() + b"\n")
             await process.stdin.drain()
-            message = await asyncio.wait_for(_read_message(process), START_TIMEOUT_S)
+            async with asyncio.timeout(START_TIMEOUT_S):  # not wait_for: Python 3.11's may swallow a cancellation
+                message = await _read_message(process)
         except BaseException as error:
             _close_lifeline(process)
             if isinstance(error, TimeoutError | OSError):
@@ -132,7 +133,8 @@ class EngineProcess:
         """End the process (SIGTERM, after a grace SIGKILL) and wait for its end. Stopping twice is fine."""
         _close_lifeline(self._supervisor)
         try:
-            return await asyncio.wait_for(self.wait(), supervisor.STOP_GRACE_S * 3)
+            async with asyncio.timeout(supervisor.STOP_GRACE_S * 3):
+                return await self.wait()
         except TimeoutError:
             self._kill_engine()
             return await self.wait()

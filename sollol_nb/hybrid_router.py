@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import difflib
+import logging
+import sqlite3
 from collections.abc import AsyncGenerator, Collection, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -37,6 +39,8 @@ from sollol_nb.workers import Workers, WorkerStatus
 
 __all__ = ["DEFAULT_TIMEOUT_S", "MODEL_PROFILES", "HybridRouter"]
 
+logger = logging.getLogger(__name__)
+
 DEFAULT_TIMEOUT_S = 600.0
 DEFAULT_COORDINATOR_TIMEOUT_S = 1200.0
 
@@ -54,6 +58,7 @@ class HybridRouter:
         auto_setup_rpc: start workers on this machine where more are needed.
         coordinator_timeout: seconds that a coordinator may take to load its model.
         coordinator_port: the first port to try for a coordinator.
+        rpc_port: the first port to try for workers started here.
         distributed_threshold_params: models of more billions of parameters are sharded too.
         model_filter: only these models are sharded by this router.
         gguf_path: the GGUF file for models on llama.cpp, instead of looking into Ollama's storage.
@@ -83,6 +88,7 @@ class HybridRouter:
         auto_setup_rpc: bool = False,
         coordinator_timeout: float = DEFAULT_COORDINATOR_TIMEOUT_S,
         coordinator_port: int = config.DEFAULT_COORDINATOR_PORT,
+        rpc_port: int = config.DEFAULT_RPC_PORT,
         distributed_threshold_params: float | None = None,
         model_filter: Collection[str] | None = None,
         gguf_path: str | Path | None = None,
@@ -128,6 +134,7 @@ class HybridRouter:
                 auto_setup_rpc=auto_setup_rpc,
                 coordinator_timeout_s=coordinator_timeout,
                 coordinator_port=coordinator_port,
+                rpc_port=rpc_port,
                 layer_strategy=layer_strategy,
                 context_tokens=context_tokens,
                 slots=slots,
@@ -318,8 +325,9 @@ class HybridRouter:
 
     @io_bound
     async def start_workers(self, count: int) -> list[str]:
-        """Start workers on this machine, on loopback from port 50052 upward; returns their endpoints."""
-        return await self._workers.start_local(await self._coordinators.engine(), count)
+        """Start workers on this machine, on loopback from `rpc_port` upward; returns their endpoints."""
+        engine = await self._coordinators.engine()
+        return await self._workers.start_local(engine, count, first_port=self._coordinators.settings.rpc_port)
 
     @io_bound
     async def discover_workers(self) -> list[str]:
@@ -365,7 +373,7 @@ class HybridRouter:
     @io_bound
     async def close(self) -> None:
         """Stop the coordinators and workers that this router started, and close connections. Twice is fine."""
-        await self._coordinators.stop()
+        await self._coordinators.close()
         await self._workers.stop_local()
         await self._ollama.close()
 
@@ -394,7 +402,10 @@ class HybridRouter:
         return False, "no Ollama node answers"
 
     async def _write(self, row: LatencyRow) -> None:
-        await asyncio.to_thread(self.latency.record, row)
+        try:
+            await asyncio.to_thread(self.latency.record, row)
+        except (OSError, sqlite3.Error) as error:  # an answer is worth more than its row
+            logger.warning("the latency row was not written to %s: %s", self.latency.path, error)
 
 
 def _is_positive(number: object) -> bool:

@@ -283,17 +283,10 @@ class OllamaPool:
 
     async def pull_with_bar(self, /, model: str, *, node: str | None = None, **options: Any) -> None:
         """`pull`, showing a progress bar. Errors are those of `pull`."""
-        from tqdm.auto import tqdm
-
-        with tqdm(desc=f"pulling {model}", unit="B", unit_scale=True, unit_divisor=1024) as bar:
-            done_bytes: dict[str, tuple[int, int]] = {}
+        with PullBar(model) as bar:
             async with aclosing(self.pull(model, node=node, **options)) as progress:
                 async for step in progress:
-                    if "digest" in step and "total" in step:
-                        done_bytes[step["digest"]] = (step.get("completed", 0), step["total"])
-                    bar.set_postfix_str(str(step.get("status", "")), refresh=False)
-                    bar.n, bar.total = (sum(column) for column in zip((0, 0), *done_bytes.values(), strict=True))
-                    bar.refresh()
+                    bar.show(step)
 
     @io_bound
     async def close(self) -> None:
@@ -305,6 +298,30 @@ class OllamaPool:
 def _journey(path: str, body: dict[str, Any], priority: int, timeout: float | None) -> Journey:
     name = ModelName.parse(str(body["model"]))
     return Journey(path, body, checked_priority(priority), Deadline(timeout, str(name)), name)
+
+
+class PullBar:
+    """A progress bar over the steps of a pull, for terminals and notebooks."""
+
+    def __init__(self, model: str) -> None:
+        from tqdm.auto import tqdm
+
+        self._bar = tqdm(desc=f"pulling {model}", unit="B", unit_scale=True, unit_divisor=1024)
+        self._layers: dict[str, tuple[int, int]] = {}  # done and total bytes, by digest
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def show(self, step: Mapping[str, Any]) -> None:
+        """Show one step as `pull` gives it."""
+        if "digest" in step and "total" in step:
+            self._layers[step["digest"]] = (step.get("completed", 0), step["total"])
+        self._bar.set_postfix_str(str(step.get("status", "")), refresh=False)
+        self._bar.n, self._bar.total = (sum(column) for column in zip((0, 0), *self._layers.values(), strict=True))
+        self._bar.refresh()
 
 
 async def _whole(chunks: AsyncGenerator[dict[str, Any], None]) -> dict[str, Any]:

@@ -35,6 +35,8 @@ TAIL_LINE_BYTES = 1000
 _LEVEL = re.compile(rb"^\d+\.\d+\.\d+\.\d+ ([A-Z]) ")
 # What an abort prints has no prefix: source position, terminate, signal words.
 _ABORT = re.compile(rb"\.(cpp|h|cu|m|c):\d+: |terminate called|what\(\):|GGML_ASSERT|error while loading")
+# It may come in the middle of another thread's line, right after that one's prefix.
+_ABORT_AFTER_PREFIX = re.compile(rb"\S*\.(cpp|h|cu|m|c):\d+: |terminate called")
 
 
 class LogDrain(threading.Thread):
@@ -70,7 +72,7 @@ class LogDrain(threading.Thread):
             self._quiet = self._marker is not None and self._marker in line
             return True
         level = _LEVEL.match(line)
-        if level:
+        if level and not _ABORT_AFTER_PREFIX.match(line, level.end()):
             self._dropping = level.group(1) == b"D"
             return not self._dropping
         return not self._dropping or _ABORT.search(line) is not None

@@ -104,8 +104,13 @@ class OllamaPool:
     ps = blocking(ollama_pool.OllamaPool.ps)
     show = blocking(ollama_pool.OllamaPool.show)
     pull = blocking_stream(ollama_pool.OllamaPool.pull)
-    pull_with_bar = blocking(ollama_pool.OllamaPool.pull_with_bar)
     close = blocking(ollama_pool.OllamaPool.close)
+
+    def pull_with_bar(self, /, model: str, *, node: str | None = None, **options: Any) -> None:
+        """`pull`, with a progress bar drawn by the calling thread: not every frontend takes it from others."""
+        with ollama_pool.PullBar(model) as bar:
+            for step in self.pull(model, node=node, **options):
+                bar.show(step)
 
     @property
     def nodes(self) -> Sequence[NodeStatus]:

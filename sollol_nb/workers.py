@@ -97,9 +97,14 @@ class Workers:
         return list(self._probes)
 
     @property
+    def has_given(self) -> bool:
+        """Whether workers are known that were not started here."""
+        return any(endpoint not in self._local for endpoint in self._probes)
+
+    @property
     def running_local(self) -> int:
-        """How many workers started here are alive."""
-        return sum(1 for process in self._local.values() if process.is_running())
+        """How many workers started here are not down."""
+        return sum(1 for one in self.statuses() if one.is_local and one.state != "down")
 
     def add(self, endpoint: str) -> str:
         """Make an endpoint known (`host`, `host:port`); returns it as `host:port`. Adding twice is fine."""
@@ -280,11 +285,20 @@ def free_ports(first: int, count: int, host: str = LOOPBACK) -> list[int]:
     return found
 
 
+def _listens(pid: int, port: int) -> bool:
+    try:
+        sockets = psutil.Process(pid).net_connections("tcp")
+    except psutil.NoSuchProcess:
+        return False
+    return any(one.status == psutil.CONN_LISTEN and one.laddr.port == port for one in sockets)
+
+
 async def _wait_until_free(endpoint: str, process: EngineProcess) -> None:
     host, port = config.parse_endpoint(endpoint)
     deadline = time.monotonic() + START_TIMEOUT_S
     while process.is_running():
-        if (await probe(host, port, timeout_s=1.0)).outcome is ProbeOutcome.FREE:
+        # A stranger's worker may have taken the port a moment before ours, and would answer too.
+        if _listens(process.pid, port) and (await probe(host, port, timeout_s=1.0)).outcome is ProbeOutcome.FREE:
             return
         if time.monotonic() > deadline:
             raise WorkerStartError(

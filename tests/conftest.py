@@ -41,7 +41,8 @@ def engine() -> Engine:
 @pytest.fixture(scope="session")
 def router(engine: Engine) -> Iterator[HybridRouter]:
     """A blocking router over three real local workers, shared by the tests that only ask."""
-    with HybridRouter(auto_setup_rpc=True, auto_discover_rpc=False, num_rpc_backends=3) as shared:
+    # Not on the usual port, which other tests expect to be free.
+    with HybridRouter(auto_setup_rpc=True, auto_discover_rpc=False, num_rpc_backends=3, rpc_port=51052) as shared:
         yield shared
 
 

@@ -41,6 +41,7 @@ from tests.engines import (
     QUESTION,
     OtherProtocolWorker,
     PausingProxy,
+    all_end,
     engine_on,
     engines_of,
     eventually_async,
@@ -221,7 +222,9 @@ def test_requests_without_the_key_are_refused(running: Coordinator, path: str, h
 
 
 def test_the_log_is_a_private_file_that_holds_no_prompt(router: HybridRouter, running: Coordinator) -> None:
-    secret = "The password of the harbour is zanzibar"
+    secret = (
+        "The harbour is zanzibar\nharbour.cpp:12: zanzibar\nGGML_ASSERT(zanzibar)\nterminate called in zanzibar"
+    )
     router.route_request("demo:sharded", secret, max_tokens=20)
     router.route_request("demo:sharded", [{"role": "system", "content": secret}], format="json", max_tokens=20)
 
@@ -388,7 +391,7 @@ def test_a_start_that_is_cancelled_leaves_no_process(engine: Engine) -> None:
                 await starting
             return started
 
-    assert [one for one in run(cancelled()) if is_alive(one)] == []
+    all_end(run(cancelled()))
 
 
 def truncated(folder: Path) -> CoordinatorSettings:

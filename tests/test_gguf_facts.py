@@ -13,10 +13,10 @@ from pathlib import Path
 import gguf
 import psutil
 import pytest
-from gguf_files import cut, write_keys, write_llama
 
 from sollol_nb.errors import ModelFileError
 from sollol_nb.gguf_facts import read_facts
+from tests.gguf_files import cut, write_keys, write_llama
 
 F16, F32 = 2, 4
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from gguf_files import write_llama
 
 from sollol_nb.errors import ConfigError
 from sollol_nb.gguf_facts import ModelFacts, read_facts
@@ -16,6 +15,7 @@ from sollol_nb.profiles import (
     profile_of,
     size_from_name,
 )
+from tests.gguf_files import write_llama
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -121,23 +121,31 @@ def test_two_processes_that_start_workers_at_once_get_different_ports(engine: En
     all_end(processes)
 
 
+@pytest.mark.parametrize("holder", ["a silent program", "another user's worker"])
 def test_a_worker_that_ends_at_once_is_told_with_its_last_words_and_none_is_left(
-    engine: Engine, local: Workers, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, local: Workers, monkeypatch: pytest.MonkeyPatch, holder: str
 ) -> None:
-    before = engines_of(psutil.Process())
     first = unused_ports(3)
-    with silent_peer(first + 1):
+    other = Workers([], EventBus())
+    with ExitStack() as held:
+        if holder == "a silent program":
+            held.enter_context(silent_peer(first + 1))
+        else:
+            run(other.start_local(engine, 1, first_port=first + 1))
+        before = engines_of(psutil.Process())
         # What happens when another program takes the port just after it was seen to be free.
         monkeypatch.setattr(workers, "free_ports", lambda start, count: list(range(start, start + count)))
         with pytest.raises(WorkerStartError) as caught:
             run(local.start_local(engine, 3, first_port=first))
+        left = [one for one in engines_of(psutil.Process()) if one not in before]
+        run(other.stop_local())
 
     message = str(caught.value)
     assert message.startswith(f"the worker at 127.0.0.1:{first + 1} ended at once: ")
     assert "Failed to create server socket" in message
     assert "\n" not in message
     assert Path(message.rpartition("log: ")[2]).is_file()
-    assert engines_of(psutil.Process()) == before
+    assert left == []
     assert local.endpoints == []
 
 

@@ -1,0 +1,53 @@
+# Each target creates what it needs. A Python (3.11 or newer) and a C++ compiler are all that must be there.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lab lint bench engine ollama ollama-for-ci clean
+
+help:
+	@echo "make demo   run the quickstart notebook headless and print what it shows"
+	@echo "make lab    open JupyterLab on the notebooks"
+	@echo "make test   run all tests, on real engines, and the notebooks"
+	@echo "make lint   ruff and mypy"
+	@echo "make bench  measure; every figure in the README comes from here"
+	@echo "make ollama build the Ollama that the tests use, if you have none"
+
+# One stamp for each set of extras; pip runs again when pyproject.toml has changed.
+$(VENV)/stamp-%: pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@touch $@
+
+engine: $(VENV)/stamp-build
+	@$(BIN)/sollol-nb install
+
+demo: $(VENV)/stamp-lab engine
+	@$(BIN)/python tools/run_notebook.py notebooks/01_quickstart.ipynb
+
+lab: $(VENV)/stamp-lab engine
+	$(BIN)/jupyter lab --notebook-dir notebooks
+
+ollama: $(VENV)/stamp-build
+	@$(BIN)/python tools/build_ollama.py
+
+# A contributor without Ollama may do without; CI may not.
+ollama-for-ci: $(VENV)/stamp-build
+	@test -z "$$CI" || test -n "$$SOLLOL_TEST_OLLAMA" || command -v ollama || $(MAKE) --no-print-directory ollama
+
+test: $(VENV)/stamp-dev engine ollama-for-ci
+	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --nbval $(NOTEBOOKS)
+
+lint: $(VENV)/stamp-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/stamp-dev engine
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
