@@ -11,6 +11,7 @@ import asyncio
 import difflib
 import logging
 import sqlite3
+import weakref
 from collections.abc import AsyncGenerator, Collection, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -25,7 +26,7 @@ from sollol_nb.coordinator_pool import CoordinatorPool, PoolSettings
 from sollol_nb.errors import ConfigError, RequestTimeoutError
 from sollol_nb.events import EventBus
 from sollol_nb.gguf_facts import read_facts
-from sollol_nb.io_loop import io_bound, io_bound_stream
+from sollol_nb.io_loop import io_bound, io_bound_stream, submit
 from sollol_nb.latency import LatencyLog, LatencyRow
 from sollol_nb.layer_plan import STRATEGIES
 from sollol_nb.llama_chat import check_messages, check_options
@@ -143,6 +144,8 @@ class HybridRouter:
             self._workers,
             self.events,
         )
+        # A router that nobody holds any more must not hold workers.
+        weakref.finalize(self, _close_later, self._coordinators, self._workers, self._ollama).atexit = False
         self._counts = {OLLAMA: 0, DISTRIBUTED: 0, LOCAL: 0, "": 0}
 
     def __repr__(self) -> str:
@@ -373,9 +376,7 @@ class HybridRouter:
     @io_bound
     async def close(self) -> None:
         """Stop the coordinators and workers that this router started, and close connections. Twice is fine."""
-        await self._coordinators.close()
-        await self._workers.stop_local()
-        await self._ollama.close()
+        await _close(self._coordinators, self._workers, self._ollama)
 
     async def __aenter__(self) -> HybridRouter:
         return self
@@ -406,6 +407,16 @@ class HybridRouter:
             await asyncio.to_thread(self.latency.record, row)
         except (OSError, sqlite3.Error) as error:  # an answer is worth more than its row
             logger.warning("the latency row was not written to %s: %s", self.latency.path, error)
+
+
+async def _close(coordinators: CoordinatorPool, workers: Workers, ollama: OllamaPool) -> None:
+    await coordinators.close()
+    await workers.stop_local()
+    await ollama.close()
+
+
+def _close_later(coordinators: CoordinatorPool, workers: Workers, ollama: OllamaPool) -> None:
+    submit(_close(coordinators, workers, ollama))
 
 
 def _is_positive(number: object) -> bool:

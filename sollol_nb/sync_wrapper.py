@@ -107,7 +107,8 @@ class OllamaPool:
     close = blocking(ollama_pool.OllamaPool.close)
 
     def pull_with_bar(self, /, model: str, *, node: str | None = None, **options: Any) -> None:
-        """`pull`, with a progress bar drawn by the calling thread: not every frontend takes it from others."""
+        """`pull`, showing a progress bar. Errors are those of `pull`."""
+        # Not the async one's twin: the bar is drawn by this thread, since frontends may not take it from another.
         with ollama_pool.PullBar(model) as bar:
             for step in self.pull(model, node=node, **options):
                 bar.show(step)

@@ -199,14 +199,23 @@ class Workers:
         except filelock.Timeout as error:
             raise WorkerStartError("another process has been starting workers for a minute; try again") from error
         started: dict[str, EngineProcess] = {}
+        leased: list[str] = []
+        port = first_port
         try:
-            for port in free_ports(first_port, count):
-                started[f"{LOOPBACK}:{port}"] = await start_worker(engine, LOOPBACK, port, threads)
+            while len(started) < count:
+                (port,) = free_ports(port, 1)
+                endpoint = f"{LOOPBACK}:{port}"
+                # A lease may outlast its worker until its coordinator notices; that port is not for us.
+                if self.hold([endpoint], "a worker that is being started"):
+                    leased.append(endpoint)
+                    started[endpoint] = await start_worker(engine, LOOPBACK, port, threads)
+                port += 1
             await asyncio.gather(*(_wait_until_free(*one) for one in started.items()))
         except BaseException:
             await asyncio.gather(*(process.stop() for process in started.values()))
             raise
         finally:
+            self.release(leased)
             lock.release()
         for endpoint, process in started.items():
             self._local[endpoint] = process
