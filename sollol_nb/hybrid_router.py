@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import difflib
 import logging
+import re
 import sqlite3
 import weakref
 from collections.abc import AsyncGenerator, Collection, Iterable, Mapping, Sequence
@@ -23,7 +24,7 @@ from sollol_nb.cluster_status import ClusterStatus, CoordinatorStatus
 from sollol_nb.completion import Completion
 from sollol_nb.coordinator import DEFAULT_SLOTS, Coordinator
 from sollol_nb.coordinator_pool import CoordinatorPool, PoolSettings
-from sollol_nb.errors import ConfigError, RequestTimeoutError
+from sollol_nb.errors import ConfigError, OllamaResponseError, RequestTimeoutError, WorkersUnavailableError
 from sollol_nb.events import EventBus
 from sollol_nb.gguf_facts import read_facts
 from sollol_nb.io_loop import io_bound, io_bound_stream, submit
@@ -43,6 +44,10 @@ __all__ = ["DEFAULT_TIMEOUT_S", "MODEL_PROFILES", "HybridRouter"]
 logger = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT_S = 600.0
+# Ollama's words, and its engine's, when a model does not fit (Ollama's llm/server.go, ggml's allocators).
+_OUT_OF_MEMORY = re.compile(
+    r"requires more system memory|out of memory|(unable|failed) to allocate", re.IGNORECASE
+)
 DEFAULT_COORDINATOR_TIMEOUT_S = 1200.0
 
 
@@ -239,18 +244,25 @@ class HybridRouter:
         if not _is_positive(timeout_s):
             raise ConfigError(f"timeout={timeout_s!r} must be more than 0 seconds")
         route = await self.route(record.model)
-        record.backend, record.reason = route.backend, route.reason
-        record.note = DEMO_NOTE if route.model_path == DEMO_MODEL_PATH else ""
+        record.take(route)
         if route.backend == OLLAMA:
             record.sent()
-            async for chunk in self._ollama.stream_chat(
-                route.model, checked_messages, priority=priority, timeout=timeout_s, **checked_options
-            ):
-                if chunk.get("done"):
-                    _take_node_routing(record, chunk.get("_routing") or {})
-                yield chunk
-            return
-        coordinator, record.load_ms = await self._coordinators.get(route)
+            try:
+                async for chunk in self._ollama.stream_chat(
+                    route.model, checked_messages, priority=priority, timeout=timeout_s, **checked_options
+                ):
+                    if chunk.get("done"):
+                        record.take_node(chunk.get("_routing") or {})
+                    yield chunk
+                return
+            except OllamaResponseError as error:
+                route = await self._sharded_instead(route, error, record)
+        try:
+            coordinator, record.load_ms = await self._coordinators.get(route)
+        except WorkersUnavailableError as error:
+            if record.failovers:
+                raise WorkersUnavailableError(f"{record.failovers[-1]['what']}; {error}") from error
+            raise
         record.place = coordinator.base_url
         if coordinator.plan:
             record.plan = coordinator.plan.as_dict()
@@ -269,12 +281,28 @@ class HybridRouter:
                 f"{len(record.text)} characters); give a larger timeout or a smaller max_tokens"
             ) from error
 
+    async def _sharded_instead(self, route: Route, error: OllamaResponseError, record: RequestRecord) -> Route:
+        """The route over workers for a model that Ollama has no memory for; else the error goes on."""
+        if record.text or not _OUT_OF_MEMORY.search(str(error)) or not self._may_shard(route.model):
+            raise error
+        path = await asyncio.to_thread(find_model_file, route.model, self._gguf_path)
+        if path is None:
+            raise error
+        instead = replace(
+            route,
+            backend=DISTRIBUTED,
+            model_path=path,
+            reason=f"{route.reason}, but it has no memory for it, so it is sharded",
+        )
+        record.leave(str(error))
+        record.take(instead)
+        return instead
+
     # --- deciding -------------------------------------------------------------------------------
 
     def should_use_distributed(self, model: str) -> bool:
         """Whether this router would shard the model, by its profile (no node or worker is asked)."""
-        allowed = self._model_filter is None or model in self._model_filter
-        return self._enable_distributed and allowed and bool(self._profile(model).requires_distributed)
+        return self._may_shard(model) and bool(self._profile(model).requires_distributed)
 
     @io_bound
     async def route(self, model: str) -> Route:
@@ -395,6 +423,9 @@ class HybridRouter:
             return profile
         return profile_of(model, facts=read_facts(path), threshold_params=self._threshold)
 
+    def _may_shard(self, model: str) -> bool:
+        return self._enable_distributed and (self._model_filter is None or model in self._model_filter)
+
     async def _in_ollama(self, model: str) -> tuple[bool, str]:
         if await self._ollama.has_model(model):
             return True, "an Ollama node has it"
@@ -431,10 +462,3 @@ def _endpoint(backend: str | Mapping[str, Any]) -> str:
         raise ConfigError(f'{backend!r} is not an RPC backend; write {{"host": "192.168.1.10", "port": 50052}}')
     text = config.format_endpoint(str(backend["host"]), backend.get("port", config.DEFAULT_RPC_PORT))
     return config.format_endpoint(*config.parse_endpoint(text))
-
-
-def _take_node_routing(record: RequestRecord, node_routing: Mapping[str, Any]) -> None:
-    record.place = str(node_routing.get("node") or "")
-    record.queue_ms = node_routing.get("queue_ms")
-    record.load_ms = node_routing.get("load_ms") or None
-    record.failovers = list(node_routing.get("failovers") or ())

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from sollol_nb.latency import LatencyRow
+from sollol_nb.model_files import DEMO_MODEL_PATH, DEMO_NOTE
+from sollol_nb.routing import Route
 
 
 class RequestRecord:
@@ -30,6 +32,25 @@ class RequestRecord:
         self._sent: float | None = None
         self._first: float | None = None
         self._final: Mapping[str, Any] = {}
+
+    def take(self, route: Route) -> None:
+        """It goes this way."""
+        self.backend, self.reason = route.backend, route.reason
+        self.note = DEMO_NOTE if route.model_path == DEMO_MODEL_PATH else ""
+
+    def take_node(self, node_routing: Mapping[str, Any]) -> None:
+        """An Ollama node has answered; its `_routing` says which, and what it took."""
+        self.place = str(node_routing.get("node") or "")
+        self.queue_ms = node_routing.get("queue_ms")
+        self.load_ms = node_routing.get("load_ms") or None
+        self.failovers += node_routing.get("failovers") or ()
+
+    def leave(self, what: str) -> None:
+        """A place could not answer, and the request goes on elsewhere from its beginning."""
+        cost_ms = (time.perf_counter() - (self._sent or self._began)) * 1000
+        self.failovers.append(
+            {"what": what, "when": time.time(), "cost_ms": cost_ms, "continued": False, "tokens_before": 0}
+        )
 
     def sent(self) -> None:
         """The request goes to its place now."""

@@ -68,6 +68,13 @@ class Kernel:
         assert shown.status == "ok", shown.error
         return shown.stream.strip()
 
+    def reply(self, kind: str) -> dict[str, Any]:
+        """The next reply of a kind on the shell channel."""
+        while True:
+            message: dict[str, Any] = self.client.get_shell_msg(timeout=CELL_TIMEOUT_S)
+            if message["msg_type"] == kind:
+                return message
+
     def collect(self, message_id: str, *, until_shown: str | None = None) -> Shown:
         """What a cell shows until it is done, or until its displayed Markdown contains `until_shown`."""
         shown, places = self._shown.setdefault(message_id, (Shown(), {}))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,22 @@ from sollol_nb.errors import (
     ConfigError,
     ModelFileError,
     ModelNotFoundError,
+    OllamaResponseError,
     RequestTimeoutError,
     SollolError,
+    WorkersUnavailableError,
 )
 from sollol_nb.events import EventBus
 from sollol_nb.hybrid_router import MODEL_PROFILES
 from sollol_nb.model_files import DEMO_MODEL_PATH
+from sollol_nb.routing import DISTRIBUTED, OLLAMA
 from sollol_nb.rpc_discovery import discover
 from sollol_nb.sync_wrapper import HybridRouter
 from sollol_nb.toolchain import Engine
 from sollol_nb.workers import Workers
 from tests.engines import QUESTION, eventually, eventually_async, run, write_endless
+from tests.gguf_files import write_llama
+from tests.ollama_server import CHATML, OllamaServer
 
 pytestmark = pytest.mark.engine
 
@@ -537,3 +542,33 @@ def test_closing_twice_is_fine_and_a_router_needs_no_closing_before_use(engine: 
         assert mine.coordinators == []
 
     asyncio.run(life())
+
+
+@pytest.mark.ollama
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_small_model_that_ollama_has_no_memory_for_is_offered_to_sharding(
+    start_ollamas: Callable[..., OllamaServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """Ollama itself says so: a context of 2^30 tokens takes more memory than any machine of ours has."""
+    server = start_ollamas()
+    hungry = write_llama(tmp_path / "hungry.gguf", context=2**30)
+    server.create("hungry:1b", hungry, CHATML, f"PARAMETER num_ctx {2**30}")
+    monkeypatch.setenv("OLLAMA_HOST", f"127.0.0.1:{server.port}")
+    monkeypatch.setenv("OLLAMA_MODELS", str(server.models_folder))
+    with HybridRouter(auto_discover_rpc=False, context_tokens=512) as mine:
+        assert mine.route("hungry:1b").backend == OLLAMA
+        if workers:
+            mine.start_workers(workers)
+            answer = mine.route_request("hungry:1b", "Hello!", max_tokens=4)
+            assert answer.routing["backend"] == DISTRIBUTED
+            assert "it has no memory for it, so it is sharded" in answer.routing["reason"]
+            assert "memory" in answer.routing["failovers"][0]["what"]
+            assert mine.latency.frame(last=1).failovers[0] == 1
+        else:
+            with pytest.raises(WorkersUnavailableError, match=r"memory.*needs RPC workers and none is known"):
+                mine.route_request("hungry:1b", "Hello!", max_tokens=4)
+    with (
+        HybridRouter(auto_discover_rpc=False, enable_distributed=False) as not_sharding,
+        pytest.raises(OllamaResponseError, match="memory"),
+    ):
+        not_sharding.route_request("hungry:1b", "Hello!", max_tokens=4)

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from sollol_nb.profiles import MODEL_PROFILES
 from tests.kernels import Kernel, kernel
 
 pytestmark = pytest.mark.engine
@@ -175,6 +176,7 @@ def test_unloading_leaves_nothing_behind(engine: object) -> None:
         assert len(engines_below(one.pid)) == 2
         assert one.run("%unload_ext sollol_nb").error == []
         assert one.run(f"after = {snapshot}").error == []
+        assert "sollol" not in one.value("[*get_ipython().strdispatchers['complete_command'].strs]")
         assert one.value("[k for k in before.keys() | after.keys() if before.get(k) is not after.get(k)]") == "[]"
         assert engines_below(one.pid) == []
         for magic in MAGICS:
@@ -188,6 +190,31 @@ def test_nested_loops_can_be_switched_off() -> None:
     with kernel(SOLLOL_NEST_ASYNCIO="0") as one:
         one.run("%load_ext sollol_nb\nimport asyncio")
         assert "cannot be called from a running event loop" in one.run("asyncio.run(asyncio.sleep(0))").error[-1]
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        ("%%sollol llama3.1:", {"llama3.1:8b", "llama3.1:70b", "llama3.1:405b"}),
+        ("%%sollol demo", {"demo", "demo:sharded"}),
+        ("%sollol_route mix", {"mixtral:8x7b"}),
+        ("%%sollol installed", {"installed-here:7b"}),
+        ("%%sollol demo Hel", set()),
+    ],
+)
+def test_model_names_complete_from_profiles_and_what_is_installed(
+    notebook: Kernel, typed: str, completed: set[str]
+) -> None:
+    manifest = Path(os.environ["OLLAMA_MODELS"], "manifests/registry.ollama.ai/library/installed-here/7b")
+    manifest.parent.mkdir(parents=True, exist_ok=True)
+    manifest.write_text("{}")
+    notebook.client.complete(typed)
+    content = notebook.reply("complete_reply")["content"]
+    typed_up_to_there = typed[: content["cursor_start"]]
+    model = typed_up_to_there.split()[-1] if not typed_up_to_there.endswith(" ") else ""
+    names = {f"{model}{match}" for match in content["matches"]}
+    # After a colon IPython offers its own completions too.
+    assert names & {*MODEL_PROFILES, "installed-here:7b"} == completed
 
 
 def test_two_kernels_at_once_and_no_engine_after_they_end(engine: object) -> None:

@@ -1,7 +1,7 @@
 """The notebook face: `%load_ext sollol_nb` registers the magics; one router serves the kernel.
 
 The only floor that knows of IPython. What loading puts into IPython, unloading takes out again (IPython itself
-does not): the magics, the short errors, the nested event loop, and the router with all that it started.
+does not): magics, completion, short errors, the nested event loop, and the router with all that it started.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sollol_nb import config
-from sollol_nb.notebook import errors_in_cells, nested_loop
+from sollol_nb.notebook import completer, errors_in_cells, nested_loop
 from sollol_nb.sync_wrapper import HybridRouter
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def load_ipython_extension(shell: InteractiveShell) -> None:
     from sollol_nb.notebook.magics import SollolMagics
 
     shell.register_magics(SollolMagics)
+    completer.install(shell, _running_models)
     errors_in_cells.shorten()
     if config.nested_loop_wanted():
         nested_loop.allow()
@@ -59,7 +60,12 @@ def unload_ipython_extension(shell: InteractiveShell) -> None:
         _router = None
     nested_loop.forbid()
     errors_in_cells.restore()
+    completer.remove(shell)
     for kind in ("line", "cell"):
         for name in _MAGICS:
             shell.magics_manager.magics[kind].pop(name, None)
     shell.magics_manager.registry.pop("SollolMagics", None)
+
+
+def _running_models() -> list[str]:
+    return [one.model for one in _router.coordinators] if _router is not None else []
