@@ -30,7 +30,7 @@ def main() -> int:
     parser.add_argument("picture", type=Path)
     parser.add_argument("--theme", choices=("light", "dark"), default="light")
     parser.add_argument("--height", type=int, default=1500)
-    parser.add_argument("--scroll-to", help="text of a cell to scroll to before taking the picture")
+    parser.add_argument("--clip", type=int, nargs=2, metavar=("TOP", "BOTTOM"), help="only these pixel rows")
     arguments = parser.parse_args()
     chromium = next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
     if chromium is None:
@@ -91,11 +91,13 @@ def take(chromium: str, address: str, arguments: argparse.Namespace) -> None:
             ".every(one => /\\[\\d+\\]/.test(one.textContent))",
             timeout=TIMEOUT_MS,
         )
-        if arguments.scroll_to:
-            page.get_by_text(arguments.scroll_to).first.scroll_into_view_if_needed()
         page.wait_for_timeout(1000)
         arguments.picture.parent.mkdir(parents=True, exist_ok=True)
-        page.locator(".jp-NotebookPanel").first.screenshot(path=arguments.picture)
+        box = page.locator(".jp-NotebookPanel").first.bounding_box()
+        assert box is not None
+        top, bottom = arguments.clip or (0, box["height"])
+        clip = {"x": box["x"], "y": box["y"] + top, "width": box["width"], "height": bottom - top}
+        page.screenshot(path=arguments.picture, clip=clip)
         browser.close()
 
 
