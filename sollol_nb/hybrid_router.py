@@ -274,7 +274,7 @@ class HybridRouter:
                 record.sent()
                 async with aclosing(coordinator.stream_chat(checked_messages, checked_options)) as chunks:
                     async for chunk in chunks:
-                        yield chunk
+                        yield {**chunk, "model": route.model}  # a file may have been loaded under another name
         except TimeoutError as error:
             raise RequestTimeoutError(
                 f"{route.model} was not done after {timeout_s:g} s and was cancelled (it had written "

@@ -572,3 +572,10 @@ def test_a_small_model_that_ollama_has_no_memory_for_is_offered_to_sharding(
         pytest.raises(OllamaResponseError, match="memory"),
     ):
         not_sharding.route_request("hungry:1b", "Hello!", max_tokens=4)
+
+
+def test_an_answer_bears_the_name_that_was_asked_for(router: HybridRouter) -> None:
+    by_name = router.route_request("demo", QUESTION, max_tokens=2)
+    by_path = router.route_request(str(DEMO_MODEL_PATH), QUESTION, max_tokens=2)
+    assert by_path.routing["coordinator_url"] == by_name.routing["coordinator_url"]
+    assert (by_name["model"], by_path["model"]) == ("demo", str(DEMO_MODEL_PATH))
