@@ -126,7 +126,7 @@ class HybridRouter:
         given = config.rpc_backends() if rpc_backends is None else [_endpoint(one) for one in rpc_backends]
         self.events = EventBus()
         self.latency = latency if latency is not None else LatencyLog()
-        self._ollama = ollama_pool if ollama_pool is not None else OllamaPool.auto_configure()
+        self._ollama = ollama_pool if ollama_pool is not None else OllamaPool.auto_configure(events=self.events)
         self._enable_distributed = enable_distributed
         self._threshold = distributed_threshold_params
         self._model_filter = model_filter
@@ -373,9 +373,14 @@ class HybridRouter:
 
     @io_bound
     async def remove_worker(self, endpoint: str) -> None:
-        """Forget a worker; one that was started here is stopped."""
-        if not await self._workers.stop_local([endpoint]):
-            self._workers.remove(endpoint)
+        """Forget a worker; one that was started here is stopped.
+
+        Raises:
+            ConfigError: it is not known, or a coordinator holds it.
+        """
+        endpoint = config.format_endpoint(*config.parse_endpoint(endpoint))
+        self._workers.remove(endpoint)
+        await self._workers.stop_local([endpoint])
 
     @io_bound
     async def stop_coordinator(self, model: str | None = None) -> list[str]:

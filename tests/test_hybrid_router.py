@@ -579,3 +579,16 @@ def test_an_answer_bears_the_name_that_was_asked_for(router: HybridRouter) -> No
     by_path = router.route_request(str(DEMO_MODEL_PATH), QUESTION, max_tokens=2)
     assert by_path.routing["coordinator_url"] == by_name.routing["coordinator_url"]
     assert (by_name["model"], by_path["model"]) == ("demo", str(DEMO_MODEL_PATH))
+
+
+def test_a_worker_that_a_coordinator_holds_is_not_removed_under_it() -> None:
+    with HybridRouter(auto_discover_rpc=False, rpc_port=52052) as mine:
+        (worker,) = mine.start_workers(1)
+        mine.route_request("demo:sharded", QUESTION, max_tokens=2)
+        with pytest.raises(ConfigError, match="is held by the coordinator of demo:sharded; stop that first"):
+            mine.remove_worker(worker)
+        mine.stop_coordinator()
+        mine.remove_worker(worker)
+        assert mine.cluster().workers == ()
+        with pytest.raises(ConfigError, match="is not a known worker"):
+            mine.remove_worker(worker)
