@@ -29,6 +29,7 @@ from sollol_nb.rpc_discovery import discover
 from sollol_nb.sync_wrapper import HybridRouter
 from sollol_nb.toolchain import Engine
 from sollol_nb.workers import Workers
+from tests.conftest import NO_OLLAMA
 from tests.engines import QUESTION, eventually, eventually_async, run, write_endless
 from tests.gguf_files import write_llama
 from tests.ollama_server import CHATML, OllamaServer
@@ -495,6 +496,7 @@ def test_events_tell_the_life_of_requests_workers_and_coordinators(engine: Engin
         ("coordinator.ready", "demo:sharded"),
         ("request.finished", "demo:sharded"),
         ("request.started", "nosuch"),
+        ("node.absent", f"http://{NO_OLLAMA}"),
         ("request.finished", "nosuch"),
         ("coordinator.stopped", "demo:sharded"),
         ("worker.stopped", endpoint),
