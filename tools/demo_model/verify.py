@@ -71,7 +71,7 @@ REQUIRED = {
     "out of scope": 0.93,
     "with system message": 0.97,
     "second turn": 0.97,
-    "tenth turn": 0.85,
+    "tenth turn": 0.95,
     "continued from a cut": 0.95,
 }
 
