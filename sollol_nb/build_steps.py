@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,6 +31,7 @@ _LINE_LIMIT = 240
 _POLL_S = 0.1
 _KILL_LIMIT_S = 10.0
 _GONE_LIMIT_S = 1.0  # killed already; where nobody reaps orphans they stay as zombies
+_STEP = "SOLLOL_BUILD_STEP"  # in the environment of all that a step starts, however deep
 
 
 class BuildSteps:
@@ -49,7 +51,8 @@ class BuildSteps:
         KeyboardInterrupt ends the whole process tree and is passed on. The program stays in our process group,
         so that an interrupt from terminal or notebook stops it also while we run in another thread.
         """
-        environment = config.child_environment(GIT_TERMINAL_PROMPT="0", PYTHONUNBUFFERED="1")
+        step = uuid.uuid4().hex
+        environment = config.child_environment(GIT_TERMINAL_PROMPT="0", PYTHONUNBUFFERED="1", **{_STEP: step})
         with self.log_path.open("ab") as sink, self.log_path.open("rb") as source:
             source.seek(0, os.SEEK_END)
             process = subprocess.Popen(
@@ -71,6 +74,8 @@ class BuildSteps:
                         process.wait(_POLL_S)
             finally:
                 end_process_tree(process)
+                if process.returncode != 0:  # it may have ended by itself, before those that it started
+                    _end_all_of(step)
 
     def must_run(
         self,
@@ -134,6 +139,27 @@ def end_process_tree(process: subprocess.Popen[bytes]) -> None:
     with suppress(subprocess.TimeoutExpired):
         process.wait(_KILL_LIMIT_S)
     psutil.wait_procs(family, timeout=_GONE_LIMIT_S)
+
+
+def _end_all_of(step: str) -> None:
+    """Kill what a step started and left behind: orphans have lost their parent, but not their environment.
+
+    What a process starts while it is being killed is found in the next round.
+    """
+    while family := [one for one in psutil.process_iter() if _environment(one).get(_STEP) == step]:
+        for member in family:
+            with suppress(psutil.Error):
+                member.kill()
+        _, alive = psutil.wait_procs(family, timeout=_GONE_LIMIT_S)
+        if alive:
+            return  # not ours to kill, or stuck in the kernel
+
+
+def _environment(process: psutil.Process) -> dict[str, str]:
+    try:
+        return process.environ() if process.status() != psutil.STATUS_ZOMBIE else {}
+    except (psutil.Error, OSError):
+        return {}
 
 
 @contextmanager

@@ -269,11 +269,19 @@ def test_an_interrupted_build_leaves_no_process_and_no_engine(engines: Path, in_
     assert "KeyboardInterrupt" in errors, errors
     assert ("building llama.cpp was interrupted" in errors) == in_thread
     assert contents(engines) == []
-    # What was interrupted with its group may still be on its way out; left alone it would sleep for a minute.
+    # Killed ones may still be on their way out; left alone it would sleep for a minute.
     deadline = time.monotonic() + GONE_LIMIT_S
     while processes_in(engines) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not processes_in(engines)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell script")
+def test_what_outlives_a_failed_step_is_ended(engines: Path, tmp_path: Path) -> None:
+    steps = BuildSteps(tmp_path / "log", silent)
+    orphan = f"cd {tmp_path}; (sleep 61; sleep 61) & exit 3"
+    assert steps.run("sh", "-c", orphan, limit_s=30) == 3
+    assert not [one for one in processes_in(tmp_path) if "sleep" in one]
 
 
 def test_of_two_processes_at_once_one_builds_and_the_other_finds_it(engines: Path) -> None:
