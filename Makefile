@@ -5,12 +5,15 @@ BIN := $(VENV)/bin
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab lint bench engine ollama ollama-for-ci clean
+N ?= 50
+
+.PHONY: help demo test chaos lab lint bench engine ollama ollama-for-ci clean
 
 help:
 	@echo "make demo   run the quickstart notebook headless and print what it shows"
 	@echo "make lab    open JupyterLab on the notebooks"
 	@echo "make test   run all tests, on real engines, and the notebooks"
+	@echo "make chaos  N=200: break answers at random moments, and compare them with undisturbed ones"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  measure; every figure in the README comes from here"
 	@echo "make ollama build the Ollama that the tests use, if you have none"
@@ -40,6 +43,9 @@ ollama-for-ci: $(VENV)/stamp-build
 test: $(VENV)/stamp-dev engine ollama-for-ci
 	$(BIN)/python -m pytest
 	$(BIN)/python -m pytest --nbval $(NOTEBOOKS)
+
+chaos: $(VENV)/stamp-dev engine
+	$(BIN)/python -m tests.chaos --n $(N)
 
 lint: $(VENV)/stamp-dev
 	$(BIN)/ruff check .

@@ -18,6 +18,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from sollol_nb.io_loop import run_blocking
+from sollol_nb.running import stop_running
 from tests.ollama_server import NO_OLLAMA, OllamaServer, find_ollama
 
 NEED_OLLAMA = ("02_hybrid_routing.ipynb",)
@@ -44,7 +46,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """End the world."""
+    """End the world; the notebooks' engines would live on for their keep_alive."""
+    run_blocking(stop_running(also_used=True))
     if "ollama" in _world:
         _world["ollama"].kill()
     shutil.rmtree(_world["folder"], ignore_errors=True)

@@ -44,6 +44,28 @@ def doctor(arguments: argparse.Namespace) -> int:
     return EXIT_OK if diagnosis.usable else EXIT_TROUBLE
 
 
+def ps(arguments: argparse.Namespace) -> int:
+    """Show the coordinators and workers that run, of all notebooks."""
+    from sollol_nb.io_loop import run_blocking
+    from sollol_nb.running import as_text, running
+
+    engines = run_blocking(running())
+    print(json.dumps([one.as_dict() for one in engines], indent=1) if arguments.json else as_text(engines))
+    return EXIT_OK
+
+
+def stop(arguments: argparse.Namespace) -> int:
+    """Stop coordinators and workers: those that nobody uses, those named, or all."""
+    from sollol_nb.io_loop import run_blocking
+    from sollol_nb.running import running, stop_running
+
+    for one in run_blocking(stop_running(arguments.names, also_used=arguments.all)):
+        print(f"stopped {one.kind} {one.name} (pid {one.pid})")
+    for one in run_blocking(running()) if not arguments.names else ():
+        print(f"{one.kind} {one.name} (pid {one.pid}) goes on: {one.state}; `sollol-nb stop --all` stops it too")
+    return EXIT_OK
+
+
 def _install_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", choices=BACKENDS, help="default: the GPU toolkit found here, else cpu")
     parser.add_argument("--force", action="store_true", help="build again even if a working build is there")
@@ -53,9 +75,20 @@ def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="the same as JSON")
 
 
+def _ps_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="the same as JSON")
+
+
+def _stop_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("names", nargs="*", metavar="NAME", help="a model, a worker's host:port, or an id of ps")
+    parser.add_argument("--all", action="store_true", help="also those in use")
+
+
 _SUBCOMMANDS: tuple[tuple[Callable[[argparse.Namespace], int], Callable[[argparse.ArgumentParser], None]], ...] = (
     (install, _install_arguments),
     (doctor, _doctor_arguments),
+    (ps, _ps_arguments),
+    (stop, _stop_arguments),
 )
 
 

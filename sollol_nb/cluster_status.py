@@ -77,8 +77,9 @@ class CoordinatorStatus:
     differences: tuple[str, ...]
 
     @classmethod
-    def of(cls, coordinator: Coordinator) -> CoordinatorStatus:
+    def of(cls, coordinator: Coordinator, remark: str = "") -> CoordinatorStatus:
         """The status of a coordinator now."""
+        demo = DEMO_NOTE if coordinator.settings.model_path == DEMO_MODEL_PATH else ""
         plan, placement = coordinator.plan, coordinator.placement
         segments = []
         for position, shard in enumerate(plan.shards if plan else ()):
@@ -98,7 +99,7 @@ class CoordinatorStatus:
             )
         return cls(
             coordinator.model,
-            DEMO_NOTE if coordinator.settings.model_path == DEMO_MODEL_PATH else "",
+            "; ".join(filter(None, (demo, remark))),
             coordinator.base_url,
             str(coordinator.log_path),
             plan.strategy if plan else "this machine only",

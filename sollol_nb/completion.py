@@ -73,6 +73,7 @@ class Completion(dict[str, Any]):
             parts.append(f"{self['eval_count']} tokens")
         if self.finish_reason in ("length", "cancelled"):
             parts.append({"length": "cut at max_tokens", "cancelled": "cancelled"}[self.finish_reason])
+        parts += [_failover_words(one) for one in routing.get("failovers") or () if one.get("continued")]
         if routing.get("note"):
             parts.append(str(routing["note"]))
         return " · ".join(part for part in parts if part)
@@ -89,3 +90,11 @@ class Completion(dict[str, Any]):
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(str(self))  # else IPython's printer of dicts is asked for the plain text
+
+
+def _failover_words(failover: Mapping[str, Any]) -> str:
+    """A place that was lost in mid-answer, as a quiet remark."""
+    lost = ", ".join(failover.get("lost_workers") or ()) or "its coordinator"
+    cost_ms = failover.get("cost_ms")
+    after = f" after {cost_ms / 1000:.1f} s" if cost_ms else ""
+    return f"lost {lost} at token {failover.get('tokens_before', 0)}, continued{after}"

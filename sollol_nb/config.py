@@ -8,7 +8,8 @@ and `SOLLOL_STATE_DIR`.
 |---|---|
 | `SOLLOL_LLAMA_CPP` | folder with `llama-server` and the RPC worker |
 | `SOLLOL_CACHE_DIR` | engine builds (safe to delete) |
-| `SOLLOL_STATE_DIR` | latency log and engine logs |
+| `SOLLOL_STATE_DIR` | latency log, engine logs, and the registry of what runs |
+| `SOLLOL_KEEP_ALIVE` | how long an engine lives without a request: `600`, `10m` (default), `0`, `forever` |
 | `SOLLOL_NEST_ASYNCIO` | `0`: `%load_ext` does not make the kernel's event loop reentrant |
 | `RPC_BACKENDS` | RPC workers, `host:port,host:port` |
 | `OLLAMA_HOST` | Ollama nodes, comma-separated, with or without scheme and port |
@@ -19,8 +20,10 @@ and `SOLLOL_STATE_DIR`.
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
+import re
 from pathlib import Path
 
 import platformdirs
@@ -32,6 +35,9 @@ DEFAULT_RPC_PORT = 50052
 DEFAULT_COORDINATOR_PORT = 18080
 DEFAULT_OLLAMA_PORT = 11434
 DEFAULT_CONTEXT_TOKENS = 4096
+DEFAULT_KEEP_ALIVE = "10m"
+
+_SECONDS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
 
 
 def _variable(name: str) -> str | None:
@@ -49,7 +55,7 @@ def cache_dir() -> Path:
 
 
 def state_dir() -> Path:
-    """Folder for the latency log and engine logs, created with mode 0700."""
+    """Folder for the latency log, engine logs and the registry, created with mode 0700."""
     path = _folder("SOLLOL_STATE_DIR", platformdirs.user_state_dir(APP_NAME, appauthor=False))
     path.mkdir(parents=True, exist_ok=True, mode=0o700)
     return path
@@ -62,11 +68,42 @@ def log_dir() -> Path:
     return path
 
 
-def lease_dir() -> Path:
-    """Folder for the locks by which kernels of this user lease workers."""
-    path = state_dir() / "leases"
+def registry_dir() -> Path:
+    """Folder for the entries and keys of running engines, created with mode 0700."""
+    path = state_dir() / "registry"
     path.mkdir(exist_ok=True, mode=0o700)
     return path
+
+
+def default_keep_alive_s() -> float | None:
+    """How long an engine lives without a request (`SOLLOL_KEEP_ALIVE`), in seconds; None is for ever."""
+    return keep_alive_seconds(_variable("SOLLOL_KEEP_ALIVE") or DEFAULT_KEEP_ALIVE)
+
+
+def keep_alive_seconds(value: object) -> float | None:
+    """Seconds of a keep_alive as Ollama writes it: `300`, `"10m"`, `"1h30m"`; 0 ends an engine right after its
+    request. Negative numbers and `"forever"` give None: for ever.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    seconds: float | None = None
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        seconds = float(value)
+    elif isinstance(value, str):
+        text = value.strip().lower()
+        if text in ("forever", "inf"):
+            return None
+        parts = re.findall(r"([\d.]+)(ms|h|m|s)", text)
+        with contextlib.suppress(ValueError):
+            if parts and "".join(map("".join, parts)) == text.lstrip("-"):
+                seconds = sum(float(number) * _SECONDS[unit] for number, unit in parts)
+                seconds = -seconds if text.startswith("-") else seconds
+            else:
+                seconds = float(text)
+    if seconds is None or seconds != seconds:
+        raise ConfigError(f'keep_alive={value!r} is no time; write seconds, "10m", 0, or "forever"')
+    return None if seconds < 0 or seconds == float("inf") else seconds
 
 
 def llama_cpp_folder() -> Path | None:

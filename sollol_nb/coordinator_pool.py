@@ -1,8 +1,11 @@
-"""All coordinators of a router: the running one for a model, or a new one over free workers.
+"""All coordinators of a router: the running one for a model, an adopted one, or a new one over free workers.
 
-Two requests at once for a model that is not running start one coordinator. One that died is noticed, its workers
-are released, and the next request starts another. Where workers or memory are short, the least recently used
-idle coordinator makes room.
+Two requests at once for a model that is not running start one coordinator, also when they come from two kernels.
+One that died is noticed, and the next request plans again over the workers that are left. Where workers or memory
+are short, the least recently used idle coordinator makes room.
+
+A coordinator that runs already for the same model and settings, started by another kernel or one that has been
+restarted, is adopted instead of loading the model once more.
 """
 
 from __future__ import annotations
@@ -10,42 +13,27 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Coroutine
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import psutil
 
-from sollol_nb import config
-from sollol_nb.coordinator import DEFAULT_SLOTS, Coordinator, CoordinatorSettings, exit_reason
-from sollol_nb.errors import CoordinatorStartError, ModelDoesNotFitError, WorkersUnavailableError
+from sollol_nb import registry
+from sollol_nb.coordinator import Coordinator
+from sollol_nb.coordinator_start import CoordinatorStarter, PoolSettings
+from sollol_nb.errors import CoordinatorStartError
 from sollol_nb.events import EventBus
-from sollol_nb.gguf_facts import ModelFacts, read_facts
-from sollol_nb.layer_plan import LayerPlan, plan_layers
-from sollol_nb.routing import DISTRIBUTED, Route
-from sollol_nb.toolchain import Engine, ensure_engine
+from sollol_nb.exit_reasons import code_words, exit_reason
+from sollol_nb.gate import Gate
+from sollol_nb.routing import Route
+from sollol_nb.toolchain import Engine
 from sollol_nb.units import format_bytes
-from sollol_nb.workers import Workers, WorkerStatus
+from sollol_nb.workers import Workers
 
-DEFAULT_WORKERS = 3
-MAX_DEFAULT_CONTEXT_TOKENS = 8192
-
-
-@dataclass(frozen=True, slots=True)
-class PoolSettings:
-    """How coordinators are started. See `HybridRouter` for the meaning of each."""
-
-    num_rpc_backends: int | None = None
-    auto_discover_rpc: bool = True
-    auto_setup_rpc: bool = False
-    coordinator_timeout_s: float = 1200.0
-    coordinator_port: int = config.DEFAULT_COORDINATOR_PORT
-    rpc_port: int = config.DEFAULT_RPC_PORT
-    layer_strategy: str = "memory_aware"
-    context_tokens: int | None = None
-    slots: int = DEFAULT_SLOTS
-    llama_cpp: Path | None = None
+LOOK_INTERVAL_S = 2.0
+"""How often idle coordinators are looked at: whether their workers are still connected."""
+_Key = tuple[str, str]
+"""Model file and backend."""
 
 
 class CoordinatorPool:
@@ -55,9 +43,12 @@ class CoordinatorPool:
         self.settings = settings
         self._workers = workers
         self._events = events
-        self._running: dict[tuple[str, str], Coordinator] = {}
-        self._starting: defaultdict[tuple[str, str], asyncio.Lock] = defaultdict(asyncio.Lock)
-        self._claiming = asyncio.Lock()  # choosing workers and holding them is one step
+        self._running: dict[_Key, Coordinator] = {}
+        # A gate outlives its coordinator: who waits for the model keeps the place when it starts anew.
+        self._gates: dict[_Key, Gate] = {}
+        self._lost: dict[_Key, frozenset[str]] = {}
+        self._starting: defaultdict[_Key, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._starter = CoordinatorStarter(settings, workers, events, self._make_room, self._make_room_here)
         self._tasks: set[asyncio.Task[None]] = set()
         self._closings = 0
 
@@ -70,15 +61,10 @@ class CoordinatorPool:
 
     async def engine(self) -> Engine:
         """The llama.cpp binaries: found, or installed on first need, with progress told as events."""
-
-        def tell(step: str, share: float | None) -> None:
-            words = step if share is None else f"{step}: {share:.0%}"
-            self._events.publish("engine.building", "llama.cpp", words, share=share)
-
-        return await asyncio.to_thread(ensure_engine, self.settings.llama_cpp, progress=tell)
+        return await self._starter.engine()
 
     async def get(self, route: Route) -> tuple[Coordinator, float | None]:
-        """The running coordinator for a route, started if there is none.
+        """The running coordinator for a route, adopted or started if this router has none.
 
         Returns:
             The coordinator, and the milliseconds waited for its start; None if it was running.
@@ -86,8 +72,7 @@ class CoordinatorPool:
         Raises:
             ModelFileError, ModelDoesNotFitError, WorkersUnavailableError, CoordinatorError, EngineError: why not.
         """
-        assert route.model_path is not None
-        key = (str(route.model_path), route.backend)
+        key = _key(route)
         began = time.perf_counter()
         coordinator = self._running.get(key)
         if coordinator is not None and coordinator.is_running():
@@ -96,12 +81,36 @@ class CoordinatorPool:
             coordinator = self._running.get(key)
             if coordinator is not None and coordinator.is_running():  # another request has started it meanwhile
                 return coordinator, (time.perf_counter() - began) * 1000
+            lost: frozenset[str] = frozenset()
             if coordinator is not None:
                 await self._forget(coordinator)
-            coordinator = await self._start(route)
+                lost = await self._workers.look_for_lost(coordinator.rpc_backends)
+            self._lost[key] = lost
+            closings = self._closings
+            coordinator = await self._starter.start(route, self.gate(route), lost)
+            if self._closings != closings:
+                await coordinator.stop_unless_shared()
+                raise CoordinatorStartError(f"the router was closed while {route.model} was starting; ask again")
             self._running[key] = coordinator
             self._watch(coordinator)
             return coordinator, (time.perf_counter() - began) * 1000
+
+    async def others(self) -> list[tuple[Coordinator, str]]:
+        """Coordinators of this user's other kernels, only to be shown, and who started them."""
+        mine = {one.base_url for one in self._running.values()}
+        found = []
+        for entry in await asyncio.to_thread(registry.entries, registry.COORDINATOR):
+            if entry.about.get("url") not in mine and (other := await Coordinator.glance(entry)) is not None:
+                found.append((other, registry.owner_words(entry.about)))
+        return found
+
+    def lost_workers(self, route: Route) -> frozenset[str]:
+        """Workers that were found lost when the coordinator of a route was last started anew."""
+        return self._lost.get(_key(route), frozenset())
+
+    def gate(self, route: Route) -> Gate:
+        """The gate before the coordinator of a route, which it keeps when it starts anew."""
+        return self._gates.setdefault(_key(route), Gate(self.settings.slots))
 
     async def stop(self, model: str | None = None) -> list[str]:
         """Stop the coordinators of a model, or all. Returns the models that were stopped."""
@@ -111,111 +120,17 @@ class CoordinatorPool:
         return [one.model for one in chosen]
 
     async def close(self) -> None:
-        """Stop all coordinators, also those that are being started."""
+        """Stop all coordinators that no other kernel uses, also those that are being started."""
         self._closings += 1
-        await self.stop()
+        for coordinator in list(self._running.values()):
+            await self._forget(coordinator, unless_shared=True)
 
-    async def _start(self, route: Route) -> Coordinator:
-        assert route.model_path is not None
-        closings = self._closings
-        engine = await self.engine()
-        facts = await asyncio.to_thread(read_facts, route.model_path)
-        context_tokens = self.settings.context_tokens or min(facts.context_length, MAX_DEFAULT_CONTEXT_TOKENS)
-        if route.backend == DISTRIBUTED:
-            async with self._claiming:
-                plan, devices = await self._plan_and_hold(route, facts, engine, context_tokens)
-        else:
-            await self._make_room_here(facts.file_bytes)
-            plan, devices = None, {}
-        layers = "/".join(map(str, plan.unit_counts)) if plan else ""
-        where = f"over {len(plan.endpoints)} workers, layers {layers}" if plan else "on this machine"
-        self._events.publish("coordinator.starting", route.model, f"starting {route.model} {where}")
-        settings = CoordinatorSettings(
-            route.model, route.model_path, facts, plan, context_tokens, self.settings.slots, devices
-        )
-        try:
-            coordinator = await Coordinator.start(
-                engine,
-                settings,
-                first_port=self.settings.coordinator_port,
-                timeout_s=self.settings.coordinator_timeout_s,
-            )
-        except BaseException as error:
-            if plan:
-                self._workers.release(plan.endpoints)
-            self._events.publish("coordinator.failed", route.model, str(error) or "the start was cancelled")
-            raise
-        if self._closings != closings:
-            await coordinator.stop()
-            self._workers.release(coordinator.rpc_backends)
-            raise CoordinatorStartError(f"the router was closed while {route.model} was starting; ask again")
-        self._events.publish(
-            "coordinator.ready",
-            route.model,
-            f"{route.model} is ready at {coordinator.base_url} after {coordinator.load_ms / 1000:.1f} s",
-            load_ms=coordinator.load_ms,
-        )
-        for difference in coordinator.placement_differences:
-            self._events.publish("coordinator.placed_otherwise", route.model, difference)
-        return coordinator
-
-    async def _plan_and_hold(
-        self, route: Route, facts: ModelFacts, engine: Engine, context_tokens: int
-    ) -> tuple[LayerPlan, dict[str, tuple[int, ...]]]:
-        """Choose workers, plan and lease; idle coordinators make room where free workers do not suffice."""
-        elsewhere: set[str] = set()  # leased by another router or kernel in the meantime
-        while True:
-            free = await self._free_workers(engine, elsewhere)
-            try:
-                if not free:
-                    raise WorkersUnavailableError(
-                        no_workers_words(route.model, self._workers.statuses(), elsewhere)
-                    )
-                plan = self._plan_over(free, facts, context_tokens)
-            except (WorkersUnavailableError, ModelDoesNotFitError):
-                if await self._stop_least_recently_used(lambda one: bool(one.rpc_backends), route.model):
-                    continue
-                raise
-            held = self._workers.hold(plan.endpoints, route.model)
-            if len(held) == len(plan.endpoints):
-                return plan, {one.endpoint: one.probe.device_free_bytes for one in free if one.probe}
-            self._workers.release(held)
-            elsewhere |= set(plan.endpoints) - set(held)
-
-    def _plan_over(self, free: list[WorkerStatus], facts: ModelFacts, context_tokens: int) -> LayerPlan:
-        """The plan over `num_rpc_backends` of these workers; by default over three, or as many as it takes."""
-        count = min(self.settings.num_rpc_backends or DEFAULT_WORKERS, len(free))
-        while True:
-            try:
-                return plan_layers(
-                    facts,
-                    [worker.capacity for worker in free[:count]],
-                    strategy=self.settings.layer_strategy,
-                    context_tokens=context_tokens,
-                )
-            except ModelDoesNotFitError:
-                # Each worker costs a round trip per token, so more are only taken where memory asks for them.
-                if self.settings.num_rpc_backends is not None or count == len(free):
-                    raise
-                count += 1
-
-    async def _free_workers(self, engine: Engine, elsewhere: Collection[str]) -> list[WorkerStatus]:
-        """The free workers that are not leased elsewhere; discovered and started as far as allowed."""
-        wanted = self.settings.num_rpc_backends
-        enough = wanted or (1 if self._workers.has_given else DEFAULT_WORKERS)
-
-        def free() -> list[WorkerStatus]:
-            statuses = self._workers.statuses()
-            return [one for one in statuses if one.state == "free" and one.endpoint not in elsewhere]
-
-        await self._workers.refresh()
-        if len(free()) < (wanted or 1) and self.settings.auto_discover_rpc and await self._workers.discover():
-            await self._workers.refresh()
-        # More workers on this machine bring no more memory: those that another coordinator holds count too.
-        missing = min(enough - len(free()), (wanted or DEFAULT_WORKERS) - self._workers.running_local)
-        if missing > 0 and self.settings.auto_setup_rpc:
-            await self._workers.start_local(engine, missing, first_port=self.settings.rpc_port)
-        return free()
+    def detach(self) -> None:
+        """Let go of all coordinators; they live on for their keep_alive."""
+        self._closings += 1
+        for coordinator in self._running.values():
+            coordinator.detach()
+        self._running.clear()
 
     async def _make_room_here(self, needed_bytes: int) -> None:
         """End idle coordinators that run on this machine while its memory is short."""
@@ -223,10 +138,24 @@ class CoordinatorPool:
             if not await self._stop_least_recently_used(lambda one: one.plan is None, format_bytes(needed_bytes)):
                 return  # the engine will say what it lacks
 
+    async def _make_room(self, model: str) -> bool:
+        """Free workers: of a coordinator that an ended kernel left, else of the least recently used idle one."""
+        mine = {one.base_url for one in self._running.values()}
+        for entry in await asyncio.to_thread(registry.entries, registry.COORDINATOR):
+            if not entry.workers or entry.about.get("url") in mine:
+                continue
+            left = await Coordinator.adopt(entry)
+            if left is None:
+                continue
+            left.free()
+            if await left.stop_unless_shared():
+                words = f"stopped {left.model}, left by an ended kernel, to make room for {model}"
+                self._events.publish("coordinator.made_room", left.model, words)
+                return True
+        return await self._stop_least_recently_used(lambda one: bool(one.rpc_backends), model)
+
     async def _stop_least_recently_used(self, eligible: Callable[[Coordinator], bool], needed_for: str) -> bool:
-        idle = [
-            one for one in self.coordinators if eligible(one) and not one.gate.running and not one.gate.waiting
-        ]
+        idle = [one for one in self.coordinators if eligible(one) and one.is_idle]
         if not idle:
             return False
         self._events.publish(
@@ -237,27 +166,52 @@ class CoordinatorPool:
         await self._forget(idle[0])
         return True
 
+    # --- watching -------------------------------------------------------------------------------
+
     def _watch(self, coordinator: Coordinator) -> None:
-        async def released_at_end() -> None:
+        async def forgotten_at_end() -> None:
             report = await coordinator.wait_ended()
-            if coordinator in self._running.values():  # it ended by itself
-                reason = exit_reason(report.tail) or f"exit code {report.code}"
+            if coordinator not in self._running.values():
+                return
+            if report.why and report.code is not None:  # it was ended, by its keep_alive or by someone
+                words = f"{coordinator.model} was ended: {report.why}"
+                self._events.publish("coordinator.stopped", coordinator.model, words)
+            else:
+                reason = exit_reason(report.tail) or code_words(report.code)
                 self._events.publish("coordinator.lost", coordinator.model, f"{coordinator.model} ended: {reason}")
-                await self._forget(coordinator)
 
-        self._in_background(released_at_end())
+        async def looked_at() -> None:
+            while coordinator.is_running():
+                await asyncio.sleep(LOOK_INTERVAL_S)
+                if not coordinator.is_idle or not coordinator.is_running():
+                    continue  # a request notices by itself
+                broken = await asyncio.to_thread(coordinator.broken_links)
+                if broken and coordinator.is_running():
+                    words = f"{coordinator.model} lost its connection to {', '.join(broken)}"
+                    self._events.publish("coordinator.lost", coordinator.model, words)
+                    await self._forget(coordinator)
+                    await self._workers.look_for_lost(coordinator.rpc_backends)
 
-    async def _forget(self, coordinator: Coordinator) -> None:
-        for key in [key for key, one in self._running.items() if one is coordinator]:
+        self._in_background(forgotten_at_end())
+        if coordinator.rpc_backends:
+            self._in_background(looked_at())
+
+    async def _forget(self, coordinator: Coordinator, *, unless_shared: bool = False) -> None:
+        was_running = coordinator.is_running()
+        known = [key for key, one in self._running.items() if one is coordinator]
+        for key in known:
             del self._running[key]
 
-        async def stopped_and_released() -> None:
-            await coordinator.stop()
-            self._workers.release(coordinator.rpc_backends)
-            self._events.publish("coordinator.stopped", coordinator.model, f"{coordinator.model} is stopped")
+        async def stopped() -> None:
+            if unless_shared:
+                await coordinator.stop_unless_shared()
+            else:
+                await coordinator.stop()
+            if known and was_running:
+                self._events.publish("coordinator.stopped", coordinator.model, f"{coordinator.model} is stopped")
 
-        # Whoever waits for this may be cancelled; the workers must be released all the same.
-        await asyncio.shield(self._in_background(stopped_and_released()))
+        # Whoever waits for this may be cancelled; the engine must be ended all the same.
+        await asyncio.shield(self._in_background(stopped()))
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
@@ -266,19 +220,5 @@ class CoordinatorPool:
         return task
 
 
-def no_workers_words(model: str, statuses: list[WorkerStatus], elsewhere: Collection[str] = ()) -> str:
-    """Why no worker can be used, and what to run."""
-    what_to_do = (
-        "start some here with `%sollol_cluster start 3` (or auto_setup_rpc=True), or on each machine "
-        "`ggml-rpc-server -H <its address> -p 50052`, then name them in rpc_backends= or RPC_BACKENDS"
-    )
-    if not statuses:
-        return f"{model} needs RPC workers and none is known; {what_to_do}"
-    details = [
-        f"{one.endpoint} is leased by another router or kernel of yours"
-        if one.endpoint in elsewhere
-        else one.detail
-        for one in statuses
-    ]
-    seen = "; ".join(details[:5]) + (" ..." if len(statuses) > 5 else "")
-    return f"{model} needs RPC workers and none of {len(statuses)} is free: {seen}; {what_to_do}"
+def _key(route: Route) -> _Key:
+    return str(route.model_path), route.backend

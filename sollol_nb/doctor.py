@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from sollol_nb import __version__, build_tools, config, engine_build, toolchain
-from sollol_nb.errors import EngineError
+from sollol_nb.errors import ConfigError, EngineError
 
 OLLAMA_PROBE_LIMIT_S = 1.0
 
@@ -137,16 +137,16 @@ def describe(diagnosis: Diagnosis) -> str:
 
 def _probe_ollama(entry: str) -> OllamaProbe:
     """Try a plain connection to an `OLLAMA_HOST` entry (`host`, `host:port` or a URL)."""
+    from sollol_nb.ollama_nodes import node_url
+
     try:
-        parts = urlsplit(entry if "://" in entry else f"//{entry}")
-        port = parts.port or {"http": 80, "https": 443}.get(parts.scheme, config.DEFAULT_OLLAMA_PORT)
-    except ValueError:
+        parts = urlsplit(node_url(entry))
+    except ConfigError:
         return OllamaProbe(entry, 0, False)
     host = parts.hostname or "localhost"
-    # Ollama's server reads the same variable as the address to listen on; these mean "everywhere".
-    target = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+    port = parts.port or config.DEFAULT_OLLAMA_PORT
     try:
-        socket.create_connection((target, port), timeout=OLLAMA_PROBE_LIMIT_S).close()
+        socket.create_connection((host, port), timeout=OLLAMA_PROBE_LIMIT_S).close()
     except OSError:
         return OllamaProbe(host, port, False)
     return OllamaProbe(host, port, True)

@@ -16,7 +16,9 @@
   + CoordinatorError               a llama-server over workers
     x CoordinatorStartError
     x CoordinatorTimeoutError      (also a TimeoutError)
-    x CoordinatorLostError
+    + CoordinatorLostError
+      x AnswerInterruptedError     (.partial)
+    x AnswerDivergedError
   + TransportError                 HTTP to an engine or node; places translate it into their own words
     x ConnectFailedError
     x ConnectionBrokenError
@@ -29,9 +31,12 @@
     x RequestTimeoutError          (also a TimeoutError)
     x RequestRejectedError
     x RequestCancelledError
+    x StructureError               (.text)
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 
 class SollolError(Exception):
@@ -114,6 +119,22 @@ class CoordinatorLostError(CoordinatorError):
     """The coordinator's process ended, or its connection broke, in the middle of a request."""
 
 
+class AnswerInterruptedError(CoordinatorLostError):
+    """A coordinator was lost in mid-answer, and no other could take over.
+
+    Attributes:
+        partial: the completion so far; `router.resume(error)` goes on with it once workers are back.
+        state: what is needed for that, as plain data; None when not a token had been asked for.
+    """
+
+    partial: Any = None
+    state: dict[str, Any] | None = None
+
+
+class AnswerDivergedError(CoordinatorError):
+    """An answer had to be repeated on another coordinator, which wrote something else."""
+
+
 # --- HTTP -------------------------------------------------------------------------------------
 
 
@@ -179,3 +200,15 @@ class RequestRejectedError(RequestError):
 
 class RequestCancelledError(RequestError):
     """The request was cancelled before it finished."""
+
+
+class StructureError(RequestError):
+    """The answer does not have the structure that was asked for.
+
+    Attributes:
+        text: the answer as it came.
+    """
+
+    def __init__(self, message: str, *, text: str) -> None:
+        super().__init__(message)
+        self.text = text

@@ -12,7 +12,6 @@ import difflib
 import logging
 import re
 import sqlite3
-import weakref
 from collections.abc import AsyncGenerator, Collection, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -20,24 +19,32 @@ from pathlib import Path
 from typing import Any
 
 from sollol_nb import config
-from sollol_nb.cluster_status import ClusterStatus, CoordinatorStatus
 from sollol_nb.completion import Completion
-from sollol_nb.coordinator import DEFAULT_SLOTS, Coordinator
-from sollol_nb.coordinator_pool import CoordinatorPool, PoolSettings
-from sollol_nb.errors import ConfigError, OllamaResponseError, RequestTimeoutError, WorkersUnavailableError
+from sollol_nb.coordinator_pool import CoordinatorPool
+from sollol_nb.coordinator_settings import DEFAULT_SLOTS
+from sollol_nb.coordinator_start import PoolSettings
+from sollol_nb.errors import (
+    AnswerInterruptedError,
+    ConfigError,
+    OllamaResponseError,
+    WorkersUnavailableError,
+)
 from sollol_nb.events import EventBus
+from sollol_nb.failover import stream_answer
 from sollol_nb.gguf_facts import read_facts
-from sollol_nb.io_loop import io_bound, io_bound_stream, submit
+from sollol_nb.io_loop import io_bound, io_bound_stream
 from sollol_nb.latency import LatencyLog, LatencyRow
 from sollol_nb.layer_plan import STRATEGIES
+from sollol_nb.llama_answer import Answer
 from sollol_nb.llama_chat import check_messages, check_options
 from sollol_nb.model_files import DEMO_MODEL_PATH, DEMO_NOTE, find_model_file
 from sollol_nb.ollama_pool import OllamaPool
 from sollol_nb.priority_helpers import Priority
 from sollol_nb.profiles import MODEL_PROFILES, profile_of
 from sollol_nb.request_record import RequestRecord
-from sollol_nb.routing import DISTRIBUTED, LOCAL, OLLAMA, Route, decide_route
-from sollol_nb.workers import Workers, WorkerStatus
+from sollol_nb.router_cluster import RouterCluster
+from sollol_nb.routing import DISTRIBUTED, OLLAMA, Route, decide_route
+from sollol_nb.workers import Workers
 
 __all__ = ["DEFAULT_TIMEOUT_S", "MODEL_PROFILES", "HybridRouter"]
 
@@ -51,7 +58,7 @@ _OUT_OF_MEMORY = re.compile(
 DEFAULT_COORDINATOR_TIMEOUT_S = 1200.0
 
 
-class HybridRouter:
+class HybridRouter(RouterCluster):
     """Routes chat requests by the model's profile, and keeps what it started warm.
 
     Args:
@@ -73,6 +80,9 @@ class HybridRouter:
         slots: requests that a coordinator serves at the same time.
         timeout: default limit of a request in seconds, from when its place is ready.
         llama_cpp: folder with the llama.cpp binaries.
+        keep_alive: how long a coordinator (and a worker started here) lives without a request: seconds, `"10m"`,
+            0 (ends with its request) or `"forever"`; or a dict of such by model, with `"*"` for all others. By
+            default that of the variable `SOLLOL_KEEP_ALIVE`, or 10 minutes. It lives on when the kernel ends.
         latency: the latency log; by default the one in the state folder.
 
     Raises:
@@ -103,6 +113,7 @@ class HybridRouter:
         slots: int = DEFAULT_SLOTS,
         timeout: float = DEFAULT_TIMEOUT_S,
         llama_cpp: str | Path | None = None,
+        keep_alive: float | str | Mapping[str, float | str] | None = None,
         latency: LatencyLog | None = None,
     ) -> None:
         for name, number in {
@@ -124,34 +135,29 @@ class HybridRouter:
         if isinstance(model_filter, str):
             model_filter = [model_filter]
         given = config.rpc_backends() if rpc_backends is None else [_endpoint(one) for one in rpc_backends]
-        self.events = EventBus()
+        events = EventBus()
+        settings = PoolSettings(
+            num_rpc_backends=num_rpc_backends,
+            auto_discover_rpc=auto_discover_rpc,
+            auto_setup_rpc=auto_setup_rpc,
+            coordinator_timeout_s=coordinator_timeout,
+            coordinator_port=coordinator_port,
+            rpc_port=rpc_port,
+            layer_strategy=layer_strategy,
+            context_tokens=context_tokens,
+            slots=slots,
+            llama_cpp=Path(llama_cpp) if llama_cpp is not None else None,
+            **_keep_alive_settings(keep_alive),
+        )
+        workers = Workers(given, events)
+        ollama = ollama_pool if ollama_pool is not None else OllamaPool.auto_configure(events=events)
+        super().__init__(CoordinatorPool(settings, workers, events), workers, ollama, events)
         self.latency = latency if latency is not None else LatencyLog()
-        self._ollama = ollama_pool if ollama_pool is not None else OllamaPool.auto_configure(events=self.events)
         self._enable_distributed = enable_distributed
         self._threshold = distributed_threshold_params
         self._model_filter = model_filter
         self._gguf_path = gguf_path
         self._timeout_s = timeout
-        self._workers = Workers(given, self.events)
-        self._coordinators = CoordinatorPool(
-            PoolSettings(
-                num_rpc_backends=num_rpc_backends,
-                auto_discover_rpc=auto_discover_rpc,
-                auto_setup_rpc=auto_setup_rpc,
-                coordinator_timeout_s=coordinator_timeout,
-                coordinator_port=coordinator_port,
-                rpc_port=rpc_port,
-                layer_strategy=layer_strategy,
-                context_tokens=context_tokens,
-                slots=slots,
-                llama_cpp=Path(llama_cpp) if llama_cpp is not None else None,
-            ),
-            self._workers,
-            self.events,
-        )
-        # A router that nobody holds any more must not hold workers.
-        weakref.finalize(self, _close_later, self._coordinators, self._workers, self._ollama).atexit = False
-        self._counts = {OLLAMA: 0, DISTRIBUTED: 0, LOCAL: 0, "": 0}
 
     def __repr__(self) -> str:
         models = ", ".join(one.model for one in self._coordinators.coordinators) or "none"
@@ -188,6 +194,56 @@ class HybridRouter:
         async with aclosing(self.stream(model, messages, priority=priority, timeout=timeout, **options)) as chunks:
             return Completion.from_chunks([chunk async for chunk in chunks])
 
+    async def resume(
+        self, interrupted: AnswerInterruptedError, *, priority: int = Priority.NORMAL, timeout: float | None = None
+    ) -> Completion:
+        """Go on with an answer that was interrupted because no coordinator could take over.
+
+        Args:
+            interrupted: the error that said so.
+
+        Returns:
+            The whole answer, with what came before the interruption.
+
+        Raises:
+            ConfigError: the error holds nothing to go on with.
+            SollolError: as for `route_request`.
+        """
+        if not isinstance(interrupted, AnswerInterruptedError) or interrupted.state is None:
+            raise ConfigError("resume() takes an AnswerInterruptedError of an answer that had begun; ask again")
+        answer = Answer.from_state(interrupted.state)
+        before = {"message": {"role": "assistant", "content": answer.text, "thinking": answer.thinking}}
+        async with aclosing(self._resumed(answer, priority, timeout)) as chunks:
+            return Completion.from_chunks([before, *[chunk async for chunk in chunks]])
+
+    @io_bound_stream
+    async def _resumed(
+        self, answer: Answer, priority: int, timeout_s: float | None
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        record = RequestRecord(answer.model)
+        record.text = answer.text
+
+        async def chunks() -> AsyncGenerator[dict[str, Any], None]:
+            route = await self.route(answer.model)
+            record.take(route)
+            if route.backend == OLLAMA:
+                raise ConfigError(
+                    f"{answer.model} goes to Ollama now, which cannot go on with this answer; ask again"
+                )
+            async for chunk in stream_answer(
+                self._coordinators,
+                route,
+                record,
+                lambda _: answer,
+                priority=_checked_priority(priority),
+                timeout_s=self._checked_timeout_s(timeout_s),
+            ):
+                yield chunk
+
+        async with aclosing(self._recorded(record, chunks())) as recorded:
+            async for chunk in recorded:
+                yield chunk
+
     @io_bound_stream
     async def stream(
         self,
@@ -205,10 +261,19 @@ class HybridRouter:
         cancels the generation on the engine.
         """
         record = RequestRecord(model)
-        status, error_words = "cancelled", ""
+        chunks = self._chunks(record, messages, priority, timeout, options)
+        async with aclosing(self._recorded(record, chunks)) as recorded:
+            async for chunk in recorded:
+                yield chunk
+
+    async def _recorded(
+        self, record: RequestRecord, chunks: AsyncGenerator[dict[str, Any], None]
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """The chunks, the last with `_routing`, and one latency row whatever happens."""
+        model, status, error_words = record.model, "cancelled", ""
         self.events.publish("request.started", model, f"asking {model}")
         try:
-            async with aclosing(self._chunks(record, messages, priority, timeout, options)) as chunks:
+            async with aclosing(chunks):
                 async for chunk in chunks:
                     record.saw(chunk)
                     if chunk.get("done"):
@@ -222,6 +287,8 @@ class HybridRouter:
         except Exception as error:
             status = "timeout" if isinstance(error, TimeoutError) else "error"
             error_words = str(error)
+            if isinstance(error, AnswerInterruptedError):
+                error.partial = record.partial()
             raise
         finally:
             if status != "ok":
@@ -238,11 +305,7 @@ class HybridRouter:
         options: Mapping[str, Any],
     ) -> AsyncGenerator[dict[str, Any], None]:
         checked_messages, checked_options = check_messages(messages), check_options(options)
-        if not isinstance(priority, int) or not Priority.BATCH <= priority <= Priority.CRITICAL:
-            raise ConfigError(f"priority={priority!r} must be a number from 1 (BATCH) to 10 (CRITICAL)")
-        timeout_s = self._timeout_s if timeout_s is None else timeout_s
-        if not _is_positive(timeout_s):
-            raise ConfigError(f"timeout={timeout_s!r} must be more than 0 seconds")
+        priority, timeout_s = _checked_priority(priority), self._checked_timeout_s(timeout_s)
         route = await self.route(record.model)
         record.take(route)
         if route.backend == OLLAMA:
@@ -258,28 +321,29 @@ class HybridRouter:
             except OllamaResponseError as error:
                 route = await self._sharded_instead(route, error, record)
         try:
-            coordinator, record.load_ms = await self._coordinators.get(route)
+            async with aclosing(
+                stream_answer(
+                    self._coordinators,
+                    route,
+                    record,
+                    lambda coordinator: coordinator.answer(checked_messages, checked_options),
+                    priority=priority,
+                    timeout_s=timeout_s,
+                    keep_alive=checked_options.get("keep_alive"),
+                )
+            ) as chunks:
+                async for chunk in chunks:
+                    yield chunk
         except WorkersUnavailableError as error:
             if record.failovers:
                 raise WorkersUnavailableError(f"{record.failovers[-1]['what']}; {error}") from error
             raise
-        record.place = coordinator.base_url
-        if coordinator.plan:
-            record.plan = coordinator.plan.as_dict()
-            record.layout = "/".join(map(str, coordinator.plan.unit_counts))
-            record.placement_differences = coordinator.placement_differences
-        try:
-            async with asyncio.timeout(timeout_s), coordinator.gate.slot(priority) as queue_ms:
-                record.queue_ms = queue_ms
-                record.sent()
-                async with aclosing(coordinator.stream_chat(checked_messages, checked_options)) as chunks:
-                    async for chunk in chunks:
-                        yield {**chunk, "model": route.model}  # a file may have been loaded under another name
-        except TimeoutError as error:
-            raise RequestTimeoutError(
-                f"{route.model} was not done after {timeout_s:g} s and was cancelled (it had written "
-                f"{len(record.text)} characters); give a larger timeout or a smaller max_tokens"
-            ) from error
+
+    def _checked_timeout_s(self, timeout_s: float | None) -> float:
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        if not _is_positive(timeout_s):
+            raise ConfigError(f"timeout={timeout_s!r} must be more than 0 seconds")
+        return timeout_s
 
     async def _sharded_instead(self, route: Route, error: OllamaResponseError, record: RequestRecord) -> Route:
         """The route over workers for a model that Ollama has no memory for; else the error goes on."""
@@ -330,93 +394,6 @@ class HybridRouter:
         is_demo = route.model_path == DEMO_MODEL_PATH
         return replace(route, reason=f"{route.reason} ({DEMO_NOTE})") if is_demo else route
 
-    # --- the cluster ----------------------------------------------------------------------------
-
-    @property
-    def coordinator(self) -> Coordinator | None:
-        """The running coordinator that shards over workers, the last used if several; None if there is none."""
-        sharded = [one for one in self._coordinators.coordinators if one.plan is not None]
-        return sharded[-1] if sharded else None
-
-    @property
-    def coordinator_model(self) -> str | None:
-        """The model of `coordinator`."""
-        return self.coordinator.model if self.coordinator else None
-
-    @property
-    def coordinators(self) -> list[Coordinator]:
-        """All running coordinators, local ones too, the most recently used last."""
-        return self._coordinators.coordinators
-
-    @io_bound
-    async def cluster(self) -> ClusterStatus:
-        """Look at all workers, and tell their state and the layers of each coordinator."""
-        workers = await self._workers.refresh()
-        return ClusterStatus(tuple(workers), tuple(map(CoordinatorStatus.of, self.coordinators)))
-
-    @io_bound
-    async def start_workers(self, count: int) -> list[str]:
-        """Start workers on this machine, on loopback from `rpc_port` upward; returns their endpoints."""
-        engine = await self._coordinators.engine()
-        return await self._workers.start_local(engine, count, first_port=self._coordinators.settings.rpc_port)
-
-    @io_bound
-    async def discover_workers(self) -> list[str]:
-        """Look for workers on this machine's usual ports; returns the endpoints that are new."""
-        return await self._workers.discover()
-
-    @io_bound
-    async def add_worker(self, endpoint: str) -> WorkerStatus:
-        """Make a worker (`host:port`) known, and look at it."""
-        endpoint = self._workers.add(endpoint)
-        return next(one for one in await self._workers.refresh() if one.endpoint == endpoint)
-
-    @io_bound
-    async def remove_worker(self, endpoint: str) -> None:
-        """Forget a worker; one that was started here is stopped.
-
-        Raises:
-            ConfigError: it is not known, or a coordinator holds it.
-        """
-        endpoint = config.format_endpoint(*config.parse_endpoint(endpoint))
-        self._workers.remove(endpoint)
-        await self._workers.stop_local([endpoint])
-
-    @io_bound
-    async def stop_coordinator(self, model: str | None = None) -> list[str]:
-        """Stop the coordinators of a model, or all; returns the models stopped."""
-        return await self._coordinators.stop(model)
-
-    def get_stats(self) -> dict[str, Any]:
-        """Counts and states of this router.
-
-        Keys: `distributed_requests`, `ollama_requests`, `local_requests`, `failed_requests` (found no place),
-        `coordinator_uptime_seconds` (of `coordinator`; 0 without), `active_rpc_backends` (workers held),
-        `known_rpc_backends`, `coordinators` (model to URL).
-        """
-        running = self.coordinators
-        return {
-            "distributed_requests": self._counts[DISTRIBUTED],
-            "ollama_requests": self._counts[OLLAMA],
-            "local_requests": self._counts[LOCAL],
-            "failed_requests": self._counts[""],
-            "coordinator_uptime_seconds": round(self.coordinator.uptime_s, 3) if self.coordinator else 0,
-            "active_rpc_backends": sum(len(one.rpc_backends) for one in running),
-            "known_rpc_backends": len(self._workers.endpoints),
-            "coordinators": {one.model: one.base_url for one in running},
-        }
-
-    @io_bound
-    async def close(self) -> None:
-        """Stop the coordinators and workers that this router started, and close connections. Twice is fine."""
-        await _close(self._coordinators, self._workers, self._ollama)
-
-    async def __aenter__(self) -> HybridRouter:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
-
     # --- inside ---------------------------------------------------------------------------------
 
     def _profile(self, model: str) -> Any:
@@ -445,14 +422,20 @@ class HybridRouter:
             logger.warning("the latency row was not written to %s: %s", self.latency.path, error)
 
 
-async def _close(coordinators: CoordinatorPool, workers: Workers, ollama: OllamaPool) -> None:
-    await coordinators.close()
-    await workers.stop_local()
-    await ollama.close()
+def _checked_priority(priority: int) -> int:
+    if not isinstance(priority, int) or not Priority.BATCH <= priority <= Priority.CRITICAL:
+        raise ConfigError(f"priority={priority!r} must be a number from 1 (BATCH) to 10 (CRITICAL)")
+    return priority
 
 
-def _close_later(coordinators: CoordinatorPool, workers: Workers, ollama: OllamaPool) -> None:
-    submit(_close(coordinators, workers, ollama))
+def _keep_alive_settings(keep_alive: float | str | Mapping[str, float | str] | None) -> dict[str, Any]:
+    """`keep_alive` as the settings of the coordinator pool."""
+    by_model = dict(keep_alive) if isinstance(keep_alive, Mapping) else {}
+    rest = by_model.pop("*", None) if isinstance(keep_alive, Mapping) else keep_alive
+    return {
+        "keep_alive_s": config.default_keep_alive_s() if rest is None else config.keep_alive_seconds(rest),
+        "keep_alive_of": {model: config.keep_alive_seconds(value) for model, value in by_model.items()},
+    }
 
 
 def _is_positive(number: object) -> bool:

@@ -21,7 +21,7 @@ from sollol_nb.errors import ConfigError
 if TYPE_CHECKING:
     import pandas as pd
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 BUSY_TIMEOUT_S = 10.0
 MAX_ROWS = 2**63 - 1  # of SQLite's integers
 
@@ -47,6 +47,7 @@ class LatencyRow:
         failovers: how often the request went on elsewhere.
         status: `ok`, `error`, `timeout` or `cancelled`.
         error: the error's line, or "".
+        partial_text: what had been written of an answer that did not end well, or "".
     """
 
     started_at: float
@@ -65,7 +66,11 @@ class LatencyRow:
     failovers: int
     status: str
     error: str
+    partial_text: str = ""
 
+
+_ADDED_IN = ("partial_text",)
+"""Columns that came after version 1, one version each."""
 
 # column: (SQLite type, pandas dtype). `started_at` becomes a UTC timestamp.
 _COLUMNS: dict[str, tuple[str, str]] = {
@@ -85,17 +90,23 @@ _COLUMNS: dict[str, tuple[str, str]] = {
     "failovers": ("INTEGER NOT NULL", "Int64"),
     "status": ("TEXT NOT NULL", "string"),
     "error": ("TEXT NOT NULL", "string"),
+    "partial_text": ("TEXT NOT NULL DEFAULT ''", "string"),
 }
 assert list(_COLUMNS) == [one.name for one in fields(LatencyRow)]
 
+# Statements that make version N + 1 of the file from version N; a new file gets them all.
 _CREATE = f"""
 CREATE TABLE IF NOT EXISTS requests (
     id INTEGER PRIMARY KEY,
-    {", ".join(f"{name} {sql_type}" for name, (sql_type, _) in _COLUMNS.items())}
+    {", ".join(f"{name} {sql_type}" for name, (sql_type, _) in _COLUMNS.items() if name not in _ADDED_IN)}
 );
 CREATE INDEX IF NOT EXISTS requests_started_at ON requests (started_at);
-PRAGMA user_version = {SCHEMA_VERSION};
 """
+_MIGRATIONS = (
+    _CREATE,
+    *(f"ALTER TABLE requests ADD COLUMN {name} {_COLUMNS[name][0]};" for name in _ADDED_IN),
+)
+assert len(_MIGRATIONS) == SCHEMA_VERSION
 _NAMES = ", ".join(_COLUMNS)
 _INSERT = f"INSERT INTO requests ({_NAMES}) VALUES ({', '.join('?' * len(_COLUMNS))})"  # noqa: S608 - constants
 
@@ -159,8 +170,9 @@ class LatencyLog:
     def _connection(self) -> Iterator[sqlite3.Connection]:
         connection = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_S)
         try:
-            if connection.execute("PRAGMA user_version").fetchone()[0] == 0:
-                _create(connection)
+            version = connection.execute("PRAGMA user_version").fetchone()[0]
+            if version < SCHEMA_VERSION:
+                _bring_up_to_date(connection)
             connection.execute("PRAGMA synchronous = NORMAL")  # safe with WAL; a row need not survive power loss
             with connection:
                 yield connection
@@ -168,15 +180,25 @@ class LatencyLog:
             connection.close()
 
 
-def _create(connection: sqlite3.Connection) -> None:
+def _bring_up_to_date(connection: sqlite3.Connection) -> None:
+    """Create the table, or add what newer versions of it have.
+
+    A file that a newer version of this package has written keeps its further columns.
+    """
     # SQLite does not wait for its lock while the journal mode changes, and several writers may be the first.
     deadline = time.monotonic() + BUSY_TIMEOUT_S
     while True:
         try:
             connection.execute("PRAGMA journal_mode = WAL")
-            connection.executescript(_CREATE)
+            connection.execute("BEGIN IMMEDIATE")
+            version = connection.execute("PRAGMA user_version").fetchone()[0]  # another may have been quicker
+            for statement in "".join(_MIGRATIONS[version:]).split(";"):
+                connection.execute(statement)
+            connection.execute(f"PRAGMA user_version = {max(version, SCHEMA_VERSION)}")
+            connection.commit()
             return
         except sqlite3.OperationalError as error:
+            connection.rollback()
             if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
                 raise
             time.sleep(0.01)

@@ -11,7 +11,7 @@ plan itself are the same for all strategies and are made here.
 from __future__ import annotations
 
 import difflib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from sollol_nb.config import DEFAULT_CONTEXT_TOKENS
@@ -28,7 +28,7 @@ from sollol_nb.layer_strategies import (
 from sollol_nb.units import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from sollol_nb.gguf_facts import ModelFacts
 
@@ -136,6 +136,13 @@ class LayerPlan:
             for shard in self.shards
         )
         return f"{self.layer_count} layers over {workers} ({self.strategy}): {places}"
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> LayerPlan:
+        """The plan again from what `as_dict` gave. Raises KeyError or TypeError for anything else."""
+        names = [one.name for one in fields(Shard)]
+        shards = tuple(Shard(**{name: shard[name] for name in names}) for shard in data["shards"])
+        return cls(data["strategy"], data["layer_count"], data["context_tokens"], shards)
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as plain data for JSON."""

@@ -1,8 +1,9 @@
-"""Between Ollama's chat shape and llama-server's: requests one way, streamed pieces the other. Pure functions.
+"""Between Ollama's chat shape and llama-server's: requests one way, streamed pieces the other. It sends nothing.
 
 Requests and answers have Ollama's shape everywhere in this package (`options`, `num_predict`, `images`, `format`,
-`message`, `eval_count`); llama-server speaks OpenAI's (`/v1/chat/completions`). Sources: Ollama's `docs/api.md`,
-llama.cpp's `tools/server/README.md`.
+`message`, `eval_count`); llama-server speaks OpenAI's at `/v1/chat/completions` and its own at `/completion`.
+`llama_answer` decides which of the two an answer uses. Sources: Ollama's `docs/api.md`, llama.cpp's
+`tools/server/README.md`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import difflib
 import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from enum import Enum, auto
 from typing import Any
 
 from sollol_nb.errors import ConfigError
@@ -110,28 +112,44 @@ def request_body(messages: Sequence[Mapping[str, Any]], options: Mapping[str, An
         "messages": [_openai_message(message) for message in messages],
         "stream": True,
         "stream_options": {"include_usage": True},
+        **sampling_settings(options),
     }
-    for given in (options.get("options") or {}, options):  # the outer ones win
-        for name, (theirs, _) in SAMPLING_OPTIONS.items():
-            if given.get(name) is not None:
-                body[theirs] = given[name]
-    if isinstance(body.get("stop"), str):
-        body["stop"] = [body["stop"]]
-    wanted_format = options.get("format")
-    if wanted_format == "json":
+    schema = answer_schema(options)
+    if schema is not None and options["format"] == "json":
         body["response_format"] = {"type": "json_object"}
-    elif isinstance(wanted_format, Mapping):
-        body["response_format"] = {
-            "type": "json_schema",
-            "json_schema": {"name": "answer", "schema": wanted_format},
-        }
-    elif wanted_format:
-        raise ConfigError(f'format={wanted_format!r} must be "json" or a JSON schema as a dict')
+    elif schema is not None:
+        body["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
     if options.get("tools"):
         body["tools"] = list(options["tools"])
     if "think" in options:
         body["chat_template_kwargs"] = {"enable_thinking": bool(options["think"])}
     return body
+
+
+def sampling_settings(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The sampling options by llama-server's names; those in `options["options"]` give way to the outer ones."""
+    settings: dict[str, Any] = {}
+    for given in (options.get("options") or {}, options):
+        for name, (theirs, _) in SAMPLING_OPTIONS.items():
+            if given.get(name) is not None:
+                settings[theirs] = given[name]
+    if isinstance(settings.get("stop"), str):
+        settings["stop"] = [settings["stop"]]
+    return settings
+
+
+def answer_schema(options: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The JSON schema that `format` asks for, None without one.
+
+    Raises:
+        ConfigError: `format` is neither "json" nor a schema.
+    """
+    wanted = options.get("format")
+    if isinstance(wanted, Mapping):
+        return dict(wanted)
+    if wanted and wanted != "json":
+        raise ConfigError(f'format={wanted!r} must be "json" or a JSON schema as a dict')
+    return {"type": "object"} if wanted else None
 
 
 def _openai_message(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,8 +191,31 @@ def parse_event(line: str) -> dict[str, Any] | None:
     return event if isinstance(event, dict) else None
 
 
+def progress_of(event: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(prompt tokens processed, all of them) if the event tells how far the prompt is; else None.
+
+    llama-server sends such events when asked to by `return_progress`: one when a slot takes the request, then one
+    after each batch of the prompt.
+    """
+    progress = event.get("prompt_progress")
+    return (int(progress["processed"]), int(progress["total"])) if progress else None
+
+
+def chat_chunk(model: str, content: str, thinking: str = "", *, done: bool = False) -> dict[str, Any]:
+    """One chunk of a streamed answer in Ollama's shape."""
+    message = {"role": "assistant", "content": content}
+    if thinking:
+        message["thinking"] = thinking
+    return {
+        "model": model,
+        "created_at": datetime.now(UTC).isoformat().replace("+00:00", "Z"),
+        "message": message,
+        "done": done,
+    }
+
+
 class ChunkTranslator:
-    """Turns llama-server's stream events into Ollama chunks, one answer per translator."""
+    """Turns the events of `/v1/chat/completions` into Ollama chunks, one answer per translator."""
 
     def __init__(self, model: str) -> None:
         self._model = model
@@ -197,21 +238,17 @@ class ChunkTranslator:
                 entry["arguments"] += function.get("arguments") or ""
             content, thinking = delta.get("content") or "", delta.get("reasoning_content") or ""
             if content or thinking:
-                message = {"role": "assistant", "content": content}
-                if thinking:
-                    message["thinking"] = thinking
-                return self._chunk(message, done=False)
+                return chat_chunk(self._model, content, thinking)
         return None
 
     def final(self) -> dict[str, Any]:
         """The last chunk: `done`, the reason, token counts, durations in nanoseconds, tool calls if any."""
-        message: dict[str, Any] = {"role": "assistant", "content": ""}
+        chunk = chat_chunk(self._model, "", done=True)
         if self._tool_calls:
-            message["tool_calls"] = [
+            chunk["message"]["tool_calls"] = [
                 {"function": {"name": call["name"], "arguments": _parsed_arguments(call["arguments"])}}
                 for call in self._tool_calls.values()
             ]
-        chunk = self._chunk(message, done=True)
         chunk["done_reason"] = self._finish_reason
         prompt_tokens = self._usage.get("prompt_tokens", self._timings.get("prompt_n"))
         completion_tokens = self._usage.get("completion_tokens", self._timings.get("predicted_n"))
@@ -221,17 +258,76 @@ class ChunkTranslator:
         chunk["eval_duration"] = int(self._timings.get("predicted_ms", 0) * 1e6)
         return chunk
 
-    def _chunk(self, message: dict[str, Any], *, done: bool) -> dict[str, Any]:
-        return {
-            "model": self._model,
-            "created_at": datetime.now(UTC).isoformat().replace("+00:00", "Z"),
-            "message": message,
-            "done": done,
-        }
-
 
 def _parsed_arguments(text: str) -> Any:
     try:
         return json.loads(text or "{}")
     except ValueError:
         return text
+
+
+OPENING_TAG, CLOSING_TAG = "<think>", "</think>"
+
+
+class _Phase(Enum):
+    BEGUN = auto()
+    """Nothing but whitespace, or a part of the opening tag, has come."""
+    OPENED = auto()
+    """The opening tag has just come."""
+    THINKING = auto()
+    CLOSED = auto()
+    """The closing tag has just come."""
+    ANSWERING = auto()
+
+
+class ThinkSplitter:
+    """Parts text of the form `<think>thoughts</think>answer` as it streams in.
+
+    Only what an answer begins with is thinking; tags later in it are its text. Whitespace after either tag is
+    dropped. What may turn out to be a tag is held back until it is decided.
+
+    Args:
+        inside: the prompt has ended with the opening tag already.
+    """
+
+    def __init__(self, *, inside: bool = False) -> None:
+        self._phase = _Phase.OPENED if inside else _Phase.BEGUN
+        self._held = ""
+
+    def feed(self, text: str) -> tuple[str, str]:
+        """The next text; gives what is thinking of what is decided now, and what is answer."""
+        self._held += text
+        thinking = ""
+        if self._phase is _Phase.BEGUN:
+            begin = self._held.lstrip()
+            if begin.startswith(OPENING_TAG):
+                self._phase, self._held = _Phase.OPENED, begin.removeprefix(OPENING_TAG)
+            elif not OPENING_TAG.startswith(begin):
+                self._phase = _Phase.ANSWERING
+        if self._phase is _Phase.OPENED:
+            self._held = self._held.lstrip()
+            self._phase = _Phase.THINKING if self._held else self._phase
+        if self._phase is _Phase.THINKING:
+            thinking, closing, rest = self._held.partition(CLOSING_TAG)
+            if closing:
+                self._phase, self._held = _Phase.CLOSED, rest
+            else:
+                held = _length_of_part(self._held, CLOSING_TAG)
+                thinking, self._held = thinking[: len(thinking) - held], thinking[len(thinking) - held :]
+        if self._phase is _Phase.CLOSED:
+            self._held = self._held.lstrip()
+            self._phase = _Phase.ANSWERING if self._held else self._phase
+        if self._phase is not _Phase.ANSWERING:
+            return thinking, ""
+        answer, self._held = self._held, ""
+        return thinking, answer
+
+    def flush(self) -> tuple[str, str]:
+        """What was held back when the text has ended."""
+        held, self._held = self._held, ""
+        return (held, "") if self._phase is _Phase.THINKING else ("", held)
+
+
+def _length_of_part(text: str, tag: str) -> int:
+    """How many characters at the end of the text the tag may begin with."""
+    return next(length for length in range(min(len(text), len(tag) - 1), -1, -1) if text.endswith(tag[:length]))

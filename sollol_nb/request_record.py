@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
+from sollol_nb.completion import Completion
 from sollol_nb.latency import LatencyRow
 from sollol_nb.model_files import DEMO_MODEL_PATH, DEMO_NOTE
 from sollol_nb.routing import Route
+
+if TYPE_CHECKING:
+    from sollol_nb.coordinator import Coordinator
 
 
 class RequestRecord:
@@ -31,6 +35,8 @@ class RequestRecord:
         self._began = time.perf_counter()
         self._sent: float | None = None
         self._first: float | None = None
+        self._last: float | None = None
+        self._lost_at: float | None = None
         self._final: Mapping[str, Any] = {}
 
     def take(self, route: Route) -> None:
@@ -51,6 +57,50 @@ class RequestRecord:
         self.failovers.append(
             {"what": what, "when": time.time(), "cost_ms": cost_ms, "continued": False, "tokens_before": 0}
         )
+
+    def run_on(self, coordinator: Coordinator) -> None:
+        """It runs on this coordinator now."""
+        plan = coordinator.plan
+        self.place = coordinator.base_url
+        self.plan = plan.as_dict() if plan else None
+        self.layout = "/".join(map(str, plan.unit_counts)) if plan else ""
+        self.placement_differences = coordinator.placement_differences
+
+    def lose(self, what: str, tokens_before: int) -> None:
+        """A coordinator was lost in mid-answer, with so many tokens known; the answer will be continued."""
+        self._lost_at = self._last or self._sent or self._began
+        self.failovers.append(
+            {
+                "what": what,
+                "when": time.time(),
+                "cost_ms": None,
+                "continued": True,
+                "tokens_before": tokens_before,
+                "lost_workers": [],
+            }
+        )
+
+    def lost_workers(self, endpoints: Iterable[str]) -> None:
+        """Which workers turned out to be lost with it."""
+        self.failovers[-1]["lost_workers"] = sorted(endpoints)
+
+    def goes_on(self) -> None:
+        """A chunk came; if a coordinator was lost before, this is when the answer went on.
+
+        The cost is counted from the last sign of the lost coordinator.
+        """
+        self._last = time.perf_counter()
+        if self._lost_at is not None:
+            cost_ms = (self._last - self._lost_at) * 1000
+            for failover in self.failovers:
+                if failover["cost_ms"] is None:
+                    failover["cost_ms"] = round(cost_ms, 3)
+            self._lost_at = None
+
+    def is_hopeless(self, most: int, most_without_a_token: int) -> bool:
+        """Whether coordinators were lost too often, or again and again at the same token."""
+        counts = [one["tokens_before"] for one in self.failovers if one["continued"]]
+        return len(counts) > most or len(counts) - len(set(counts)) >= most_without_a_token
 
     def sent(self) -> None:
         """The request goes to its place now."""
@@ -87,6 +137,13 @@ class RequestRecord:
         """Generation speed as the engine measured it; None for answers of no more than one token."""
         count, nanoseconds = self._final.get("eval_count"), self._final.get("eval_duration")
         return count / nanoseconds * 1e9 if count and count > 1 and nanoseconds else None
+
+    def partial(self) -> Completion:
+        """The completion as far as it came."""
+        message = {"role": "assistant", "content": self.text}
+        return Completion(
+            model=self.model, message=message, done=False, done_reason="error", _routing=self.routing()
+        )
 
     def routing(self) -> dict[str, Any]:
         """The `_routing` entry of the answer."""
@@ -127,4 +184,5 @@ class RequestRecord:
             failovers=len(self.failovers),
             status=status,
             error=error,
+            partial_text="" if status == "ok" else self.text,
         )

@@ -1,13 +1,27 @@
 """The supervisor: a small process that owns one engine process (a coordinator or a local worker).
 
-Run by path with the standard library only (`python -I -S supervisor.py`), so that it starts quickly and stays
-small. Its parent writes one JSON line to its stdin (`argv`, `env`, `log_path`, `log_limit_bytes`,
-`debug_until`), keeps that pipe open for as long as the engine should live, and reads JSON lines from its
-stdout: `{"event": "started", "pid": N}`, then `{"event": "exited", "code": N, "tail": [...]}`.
+Run by path (`python -I -S supervisor.py`) with the standard library and psutil only, so that it starts quickly
+and stays small. Its parent writes one JSON line to its stdin (`argv`, `env`, `log_path`, ...: see `EngineProcess`)
+and reads one from its stdout: `{"event": "started", "pid": ..., "control_port": ...}` or `{"event": "failed",
+"tail": [...]}`. From then on it depends on no other process: kernels come and go, and find the engine through
+its registry entry, a file that the supervisor writes (mode 0600, replaced atomically) and removes at the end.
 
-Why a process of its own: the engine gets a session of its own, so a kernel's interrupt cannot reach it; and
-when the parent ends in any way, `kill -9` included, the pipe closes and the engine is stopped. Secrets travel
-in `env` through the pipe, never in arguments.
+Control, on a port of loopback: JSON lines. A client first sends `{"key": ...}`, the secret of this engine, which
+stands in a file of its own; then requests `{"n": 1, "do": ...}`, each answered by `{"n": 1, "ok": ...}`:
+
+| do | does |
+|---|---|
+| `hold`, `free` | take or end a lease; the end of a connection ends its leases |
+| `keep_alive` | `seconds` that the engine lives without a lease; null is for ever |
+| `about` | merge `about` into the registry entry |
+| `status` | `clients` (others than the asker), `leases`, `idle_s`, `ends_in_s` |
+| `stop` | end the engine: `grace_s` before it is killed; with `unless_shared` only if no other client is there |
+
+When the engine has ended, all clients are told `{"event": "exited", "code": ..., "tail": [...], "why": ...}`.
+
+The engine gets a session of its own, so a kernel's interrupt cannot reach it. If the supervisor is killed, a
+guard (a forked copy of it on POSIX, a job object on Windows) ends the engine. Secrets travel in `env` through the
+pipe, never in arguments.
 
 The engine's log is drained here. After the line that contains `debug_until`, debug lines are dropped: at the
 verbosity that tells the layer placement the engine would log every token and prompt.
@@ -19,15 +33,26 @@ import contextlib
 import json
 import os
 import re
+import selectors
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from typing import IO, Any
 
+END_SIGNALS = (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
 STOP_GRACE_S = 5.0
-PARENT_CHECK_S = 1.0
+MIN_IDLE_S = 1.0
+"""Shortest life without a lease: with a keep_alive of 0, one request must be able to follow another."""
+FIRST_CLIENT_S = 30.0
+"""Time for the one that started the engine to connect, where keep_alive is shorter."""
+GREETING_LIMIT_S = 5.0
+LINE_LIMIT_BYTES = 256 * 1024
+STRANGERS_LIMIT = 64
+"""Connections without a key yet; where more come, the oldest of them is dropped."""
 TAIL_LINES = 40
 TAIL_LINE_BYTES = 1000
 
@@ -53,7 +78,11 @@ class LogDrain(threading.Thread):
         self._dropping = False
 
     def run(self) -> None:
-        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        # Whatever happens to the log, the reading goes on: the engine would block on a full pipe.
+        try:
+            descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        except OSError:
+            descriptor = os.open(os.devnull, os.O_WRONLY)
         with os.fdopen(descriptor, "wb", buffering=0) as log:
             written = 0
             for line in self._pipe:
@@ -61,7 +90,6 @@ class LogDrain(threading.Thread):
                     continue
                 self.tail.append(line[:TAIL_LINE_BYTES].decode("utf-8", "replace").rstrip())
                 if written < self._limit_bytes:
-                    # A full disk must not stop the reading: the engine would block on its full pipe.
                     with contextlib.suppress(OSError):
                         written += log.write(line) or 0
                         if written >= self._limit_bytes:
@@ -78,16 +106,249 @@ class LogDrain(threading.Thread):
         return not self._dropping or _ABORT.search(line) is not None
 
 
-def stop(engine: subprocess.Popen[bytes], grace_s: float = STOP_GRACE_S) -> None:
-    """End the engine and whatever it started: ask, wait, then insist. Tolerates that it is gone."""
-    _signal(engine, signal.SIGTERM)
+class Client:
+    """One control connection: its unread bytes, and the leases it holds."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.unread = b""
+        self.leases = 0
+        self.greeted = False
+        self.since = time.monotonic()
+
+    def tell(self, message: dict[str, Any]) -> bool:
+        """Send a line; False for one who does not read, or has gone."""
+        try:
+            self.connection.sendall(json.dumps(message).encode() + b"\n")
+        except OSError:
+            return False
+        return True
+
+
+class Supervisor:
+    """Serves the control port until the engine has ended."""
+
+    def __init__(
+        self, spec: dict[str, Any], engine: subprocess.Popen[bytes], drain: LogDrain, held: list[socket.socket]
+    ) -> None:
+        self._spec = spec
+        self._engine = engine
+        self._drain = drain
+        self._held = held
+        self._keep_alive_s: float | None = spec["keep_alive_s"]
+        self._about: dict[str, Any] = spec["about"]
+        self._clients: set[Client] = set()
+        self._idle_since = time.monotonic()
+        self._first_client_until = self._idle_since + FIRST_CLIENT_S
+        self._why = ""
+        self._kill_at: float | None = None
+        self._selector = selectors.DefaultSelector()
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
+        self._listener.setblocking(False)
+        self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        self._woken, self._wake = socket.socketpair()
+        self._selector.register(self._woken, selectors.EVENT_READ, lambda: self._woken.recv(64))
+        self._entry = {
+            "id": spec["id"],
+            "kind": spec["kind"],
+            "pid": engine.pid,
+            "pid_started": _start_time(engine.pid),
+            "supervisor_pid": os.getpid(),
+            "supervisor_started": _start_time(os.getpid()),
+            "control_port": self.control_port,
+            "key_path": spec["key_path"],
+            "log_path": spec["log_path"],
+            "started_at": time.time(),
+        }
+
+    @property
+    def control_port(self) -> int:
+        """The port of loopback that it listens on."""
+        return int(self._listener.getsockname()[1])
+
+    def write_entry(self) -> None:
+        """Write the registry entry anew; a full disk leaves the old one."""
+        path = self._spec["entry_path"]
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path + ".new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                json.dump({**self._entry, "keep_alive_s": self._keep_alive_s, "about": self._about}, file)
+            os.replace(path + ".new", path)
+
+    def serve(self, signals: list[int]) -> None:
+        """Until the engine has ended, which these signals, that came before, may ask for."""
+        threading.Thread(target=self._wait_for_engine, daemon=True).start()
+        for number in END_SIGNALS:
+            signal.signal(number, self._told_to_end)
+        if signals:
+            self._told_to_end()
+        while self._engine.poll() is None or self._is_expected():
+            now = time.monotonic()
+            for client in [one for one in self._clients if not one.greeted and now - one.since > GREETING_LIMIT_S]:
+                self._drop(client)
+            if self._kill_at is not None and now >= self._kill_at:
+                self._kill_at = None
+                _signal(self._engine, getattr(signal, "SIGKILL", signal.SIGTERM))
+            elif not self._why and (ends_in := self._ends_in_s()) is not None and ends_in <= 0:
+                self._stop("idle")
+            for key, _ in self._selector.select(self._pause_s()):
+                key.data()
+        if os.name == "posix":
+            _signal(self._engine, signal.SIGKILL)  # what it started may outlive it
+        self._drain.join(STOP_GRACE_S)
+        code, tail = self._engine.returncode, list(self._drain.tail)
+        with contextlib.suppress(OSError), open(self._spec["log_path"], "ab") as log:
+            log.write(f"[the engine ended: exit code {code}{', ' * bool(self._why)}{self._why}]\n".encode())
+        # These go first: whoever is told, finds the entry gone, and the engines free that were held.
+        remove_files(self._spec)
+        for other in self._held:
+            other.close()
+        for client in self._clients:
+            if client.greeted:
+                client.connection.settimeout(1.0)
+                client.tell({"event": "exited", "code": code, "tail": tail, "why": self._why})
+
+    def _is_expected(self) -> bool:
+        """Whether the one that started an engine which ended at once is still to come, to be told why."""
+        expected_until = self._first_client_until - FIRST_CLIENT_S + GREETING_LIMIT_S
+        return not self._why and 0.0 < expected_until > time.monotonic()
+
+    def _told_to_end(self, *_: object) -> None:
+        self._stop("its supervisor was told to end")
+        self._wake.send(b"t")
+
+    def _wait_for_engine(self) -> None:
+        self._engine.wait()
+        self._wake.send(b"e")
+
+    def _leases(self) -> int:
+        return sum(client.leases for client in self._clients)
+
+    def _ends_in_s(self) -> float | None:
+        if self._keep_alive_s is None or self._leases():
+            return None
+        ends_at = max(self._idle_since + max(self._keep_alive_s, MIN_IDLE_S), self._first_client_until)
+        return ends_at - time.monotonic()
+
+    def _pause_s(self) -> float:
+        waits = [60.0]
+        if self._kill_at is not None:
+            waits.append(self._kill_at - time.monotonic())
+        if not self._why and (ends_in := self._ends_in_s()) is not None:
+            waits.append(ends_in)
+        if self._engine.returncode is not None or any(not one.greeted for one in self._clients):
+            waits.append(GREETING_LIMIT_S)
+        return max(0.0, min(waits))
+
+    def _stop(self, why: str, grace_s: float = STOP_GRACE_S) -> None:
+        kill_at = time.monotonic() + grace_s
+        if not self._why:
+            self._why, self._kill_at = why, kill_at
+            _signal(self._engine, signal.SIGTERM)
+        elif self._kill_at is not None:
+            self._kill_at = min(self._kill_at, kill_at)
+
+    # --- clients --------------------------------------------------------------------------------
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            connection, _ = self._listener.accept()
+            connection.setblocking(False)
+            client = Client(connection)
+            self._clients.add(client)
+            self._selector.register(connection, selectors.EVENT_READ, lambda: self._read(client))
+            strangers = [one for one in self._clients if not one.greeted]
+            if len(strangers) > STRANGERS_LIMIT:
+                self._drop(min(strangers, key=lambda one: one.since))
+
+    def _drop(self, client: Client) -> None:
+        if client not in self._clients:  # dropped by what came in just before
+            return
+        held = client.leases
+        self._clients.discard(client)
+        self._selector.unregister(client.connection)
+        client.connection.close()
+        if held and not self._leases():
+            self._idle_since = time.monotonic()
+
+    def _read(self, client: Client) -> None:
+        try:
+            data = client.connection.recv(65536)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        *lines, client.unread = (client.unread + data).split(b"\n")
+        if not data or len(client.unread) > LINE_LIMIT_BYTES:
+            self._drop(client)
+            return
+        for line in lines:
+            try:
+                message = json.loads(line)
+                answer = self._answer(client, message) if client.greeted else self._greet(client, message)
+                understood = answer is not None and client.tell(answer)
+            except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
+                understood = False
+            if not understood:
+                self._drop(client)
+                return
+
+    def _greet(self, client: Client, message: dict[str, Any]) -> dict[str, Any] | None:
+        if not _is_same_secret(str(message["key"]).encode(), str(self._spec["key"]).encode()):
+            return None
+        client.greeted = True
+        if self._first_client_until:
+            self._first_client_until, self._idle_since = 0.0, time.monotonic()
+        return {"event": "hello", "id": self._spec["id"], "pid": self._engine.pid}
+
+    def _answer(self, client: Client, message: dict[str, Any]) -> dict[str, Any]:
+        answer: dict[str, Any] = {"n": message["n"], "ok": True}
+        match message["do"]:
+            case "hold":
+                answer["ok"] = not self._why
+                client.leases += not self._why
+            case "free":
+                if client.leases:
+                    client.leases -= 1
+                    if not self._leases():
+                        self._idle_since = time.monotonic()
+            case "keep_alive":
+                seconds = message["seconds"]
+                self._keep_alive_s = None if seconds is None else max(0.0, float(seconds))
+                self.write_entry()
+            case "about":
+                self._about |= message["about"]
+                self.write_entry()
+            case "status":
+                others = sum(1 for one in self._clients if one.greeted and one is not client)
+                idle_s = None if self._leases() else time.monotonic() - self._idle_since
+                answer |= {"clients": others, "leases": self._leases(), "idle_s": idle_s}
+                answer["ends_in_s"] = self._ends_in_s()
+            case "stop":
+                shared = any(one.greeted and one is not client for one in self._clients)
+                answer["ok"] = not (shared and message.get("unless_shared"))
+                if answer["ok"]:
+                    self._stop(str(message.get("why", "stopped")), float(message.get("grace_s", STOP_GRACE_S)))
+            case _:
+                answer["ok"] = False
+        return answer
+
+
+def _is_same_secret(given: bytes, secret: bytes) -> bool:
+    """In constant time; `hmac` has that too, but brings OpenSSL's megabytes with it."""
+    difference = len(given) ^ len(secret)
+    for one, other in zip(given, secret):  # noqa: B905 - lengths are compared above
+        difference |= one ^ other
+    return difference == 0
+
+
+def _start_time(pid: int) -> float | None:
     try:
-        engine.wait(grace_s)
-    except subprocess.TimeoutExpired:
-        _signal(engine, getattr(signal, "SIGKILL", signal.SIGTERM))
-        engine.wait()
-    if os.name == "posix":
-        _signal(engine, signal.SIGKILL)  # what it started may outlive it
+        import psutil
+
+        return float(psutil.Process(pid).create_time())
+    except Exception:  # psutil is missing, or the process has gone already
+        return None
 
 
 def _signal(engine: subprocess.Popen[bytes], number: int) -> None:
@@ -100,24 +361,104 @@ def _signal(engine: subprocess.Popen[bytes], number: int) -> None:
         pass
 
 
-def _tell(message: dict[str, Any]) -> None:
+def remove_files(spec: dict[str, Any]) -> None:
+    """Remove the engine's registry entry and its key."""
+    for path in (spec["entry_path"], spec["entry_path"] + ".new", spec["key_path"]):
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+
+def hold_others(holds: list[dict[str, Any]]) -> list[socket.socket]:
+    """Leases on other engines (the local workers of a coordinator), for as long as these connections stand."""
+    held = []
+    for other in holds:
+        with contextlib.suppress(OSError):
+            connection = socket.create_connection(("127.0.0.1", other["port"]), timeout=5.0)
+            connection.sendall(json.dumps({"key": other["key"]}).encode() + b"\n" + b'{"n": 1, "do": "hold"}\n')
+            held.append(connection)
+    return held
+
+
+# --- the guard: what ends the engine when the supervisor is killed --------------------------------
+
+
+def start_guard(spec: dict[str, Any]) -> int:
+    """Fork the guard; returns the pipe that tells it the engine's pid, and whose end tells it of ours (POSIX)."""
+    reads, writes = os.pipe()
+    if os.fork():
+        os.close(reads)
+        return writes
     try:
+        os.close(writes)
+        os.setsid()
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for descriptor in (0, 1, 2):
+            os.dup2(nothing, descriptor)
+        said = b""
+        while data := os.read(reads, 64):
+            said += data
+        pid, _, done = said.partition(b"\n")
+        if not done:  # the supervisor ended without a word
+            if pid:
+                with contextlib.suppress(OSError):
+                    os.killpg(int(pid), signal.SIGKILL)
+            remove_files(spec)
+    finally:
+        os._exit(0)
+
+
+def _tell_guard(guard: int | None, words: str) -> None:
+    if guard is not None:
+        with contextlib.suppress(OSError):  # without a guard the engine is only less safe
+            os.write(guard, words.encode())
+
+
+def end_with_us(engine: subprocess.Popen[bytes]) -> Any:
+    """On Windows: a job object that ends the engine when our last handle to it closes; keep what it returns."""
+    if sys.platform != "win32":
+        return None
+    import ctypes
+
+    kernel32 = ctypes.WinDLL("kernel32")
+    kernel32.CreateJobObjectW.restype = ctypes.c_void_p
+    job = kernel32.CreateJobObjectW(None, None)
+    # JOBOBJECT_EXTENDED_LIMIT_INFORMATION (class 9), where LimitFlags lies after two 64-bit times;
+    # 0x2000 is JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE.
+    information = (ctypes.c_ubyte * 144)()
+    ctypes.c_uint32.from_buffer(information, 16).value = 0x2000
+    kernel32.SetInformationJobObject(ctypes.c_void_p(job), 9, information, len(information))
+    kernel32.AssignProcessToJobObject(ctypes.c_void_p(job), ctypes.c_void_p(int(engine._handle)))
+    return job
+
+
+def _tell_parent(message: dict[str, Any]) -> None:
+    with contextlib.suppress(OSError):  # a parent that has gone is no reason to end
         sys.stdout.write(json.dumps(message) + "\n")
         sys.stdout.flush()
-    except OSError:  # the parent is gone; the engine is stopped by the closed stdin
-        pass
+    # Nothing of ours may keep the parent's pipes open.
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1):
+        os.dup2(nothing, descriptor)
+
+
+def remember_signals() -> list[int]:
+    """What collects the signals that ask for the end, until the supervisor serves and can obey."""
+    signals: list[int] = []
+    for number in END_SIGNALS:
+        signal.signal(number, lambda number, _: signals.append(number))
+    return signals
 
 
 def main() -> int:
     spec = json.loads(sys.stdin.readline())
-    # The pipe is watched by a daemon thread through the raw descriptor: a thread blocked inside the buffered
-    # sys.stdin would hold its lock and abort the interpreter's shutdown.
-    lifeline = sys.stdin.fileno()
-    parent = os.getppid()
+    sys.path.append(spec["psutil_folder"])
+    guard = start_guard(spec) if os.name == "posix" else None
+    signals = remember_signals()
     if os.name == "posix":
         own_session: dict[str, Any] = {"start_new_session": True}
     else:
         own_session = {"creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)}
+    held = hold_others(spec["holds"])
     try:
         engine = subprocess.Popen(
             spec["argv"],
@@ -130,37 +471,23 @@ def main() -> int:
             **own_session,
         )
     except OSError as error:
-        _tell({"event": "exited", "code": 127, "tail": [f"{spec['argv'][0]}: {error.strerror}"]})
+        remove_files(spec)
+        _tell_parent({"event": "failed", "tail": [f"{spec['argv'][0]}: {error.strerror}"]})
         return 1
+    _tell_guard(guard, f"{engine.pid}\n")
+    job = end_with_us(engine)
     assert engine.stdout is not None
     drain = LogDrain(engine.stdout, spec["log_path"], spec["log_limit_bytes"], spec.get("debug_until"))
     drain.start()
-    _tell({"event": "started", "pid": engine.pid})
-
-    ended = threading.Event()
-
-    def watch_lifeline() -> None:
-        while os.read(lifeline, 4096):
-            pass
-        ended.set()
-
-    def watch_engine() -> None:
-        engine.wait()
-        ended.set()
-
-    threading.Thread(target=watch_lifeline, daemon=True).start()
-    threading.Thread(target=watch_engine, daemon=True).start()
-    signal.signal(signal.SIGTERM, lambda *_: ended.set())
-    # A process forked from the parent may hold the pipe open after the parent is gone.
-    while not ended.wait(PARENT_CHECK_S) and os.getppid() == parent:
-        pass
-    stop(engine)
-    drain.join(STOP_GRACE_S)
-    _tell({"event": "exited", "code": engine.returncode, "tail": list(drain.tail)})
+    supervisor = Supervisor(spec, engine, drain, held)
+    supervisor.write_entry()
+    _tell_parent({"event": "started", "pid": engine.pid, "control_port": supervisor.control_port})
+    supervisor.serve(signals)
+    _tell_guard(guard, "done")
+    del job  # it had to live until here
     return 0
 
 
 if __name__ == "__main__":
     code = main()
-    sys.stdout.flush()
     os._exit(code)  # daemon threads may sit in reads that never end

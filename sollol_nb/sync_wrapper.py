@@ -30,6 +30,7 @@ class HybridRouter:
         return repr(self._async)
 
     route_request = blocking(hybrid_router.HybridRouter.route_request)
+    resume = blocking(hybrid_router.HybridRouter.resume)
     stream = blocking_stream(hybrid_router.HybridRouter.stream)
     route = blocking(hybrid_router.HybridRouter.route)
     cluster = blocking(hybrid_router.HybridRouter.cluster)

@@ -12,18 +12,20 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import filelock
 import psutil
 
-from sollol_nb import config
+from sollol_nb import config, registry
 from sollol_nb.engine_process import EngineProcess
 from sollol_nb.errors import ConfigError, WorkerStartError
 from sollol_nb.events import EventBus
 from sollol_nb.layer_plan import WorkerCapacity
+from sollol_nb.registry import Entry
 from sollol_nb.rpc_discovery import Probe, ProbeOutcome, discover, probe, probe_all
 from sollol_nb.toolchain import Engine
 
@@ -31,6 +33,11 @@ LOOPBACK = "127.0.0.1"
 START_TIMEOUT_S = 20.0
 START_LOCK_TIMEOUT_S = 60.0
 MAX_LOCAL_WORKERS = 64
+DEFAULT_KEEP_ALIVE_S = 600.0
+# A worker that is lost for the second time within ten minutes is left alone for half a minute, then longer.
+LOSSES_COUNT_FOR_S = 600.0
+FIRST_COOL_DOWN_S = 30.0
+LONGEST_COOL_DOWN_S = 300.0
 
 _TROUBLE = re.compile(r"fail|error|abort|cannot|invalid", re.IGNORECASE)
 
@@ -85,8 +92,8 @@ class Workers:
     def __init__(self, endpoints: Iterable[str], events: EventBus) -> None:
         self._events = events
         self._probes: dict[str, Probe | None] = {}
-        self._held_by: dict[str, str] = {}
-        self._leases: dict[str, filelock.BaseFileLock] = {}
+        self._holders: dict[str, Entry] = {}
+        self._losses: dict[str, list[float]] = {}
         self._local: dict[str, EngineProcess] = {}
         for endpoint in endpoints:
             self.add(endpoint)
@@ -120,48 +127,66 @@ class Workers:
         """
         if endpoint not in self._probes:
             raise ConfigError(f"{endpoint} is not a known worker; known are {', '.join(self._probes) or 'none'}")
-        if endpoint in self._held_by:
-            raise ConfigError(
-                f"{endpoint} is held by the coordinator of {self._held_by[endpoint]}; stop that first"
-            )
+        holder = registry.holders().get(endpoint)
+        if holder is not None:
+            raise ConfigError(f"{endpoint} is {_held_words(holder)}; stop that first")
         del self._probes[endpoint]
 
-    def hold(self, endpoints: Iterable[str], holder: str) -> list[str]:
-        """Lease workers for a coordinator; held ones are not probed until released.
+    def lost(self, endpoint: str, why: str) -> None:
+        """A coordinator has lost this worker; after the second time it cools down (see `cools_down_s`)."""
+        if endpoint not in self._probes:
+            return
+        losses = self._losses[endpoint] = [at for at in self._losses.get(endpoint, ()) if _is_recent(at)]
+        losses.append(time.monotonic())
+        self._probes[endpoint] = None
+        self._events.publish("worker.lost", endpoint, f"lost the worker at {endpoint}: {why}")
 
-        A lease is a lock on a file, which the system frees if this process dies: so neither another router nor
-        another kernel of this user chooses the same worker in the moment before the engine has connected.
+    async def look_for_lost(self, endpoints: Iterable[str]) -> frozenset[str]:
+        """After the end of a coordinator: which of its workers do not answer; each is told as lost.
 
-        Returns:
-            Those that were leased; the others are leased elsewhere.
+        A worker that is well needs a moment to see that its coordinator is gone; a probe waits for that.
         """
-        leased = []
-        for endpoint in endpoints:
-            path = config.lease_dir() / f"{endpoint.replace(':', '_')}.lock"
-            lease = filelock.FileLock(path, timeout=0, thread_local=False)
-            try:
-                lease.acquire()
-            except filelock.Timeout:
-                continue
-            self._leases[endpoint], self._held_by[endpoint] = lease, holder
-            leased.append(endpoint)
-        return leased
+        silent = []
+        for seen in await probe_all([one for one in endpoints if one in self._probes]):
+            if seen.outcome is ProbeOutcome.FREE:
+                self._note(seen)
+            else:
+                self.lost(seen.endpoint, seen.detail)
+                silent.append(seen.endpoint)
+        return frozenset(silent)
 
-    def release(self, endpoints: Iterable[str]) -> None:
-        """End the leases of these workers. Releasing twice is fine."""
-        for endpoint in endpoints:
-            self._held_by.pop(endpoint, None)
-            lease = self._leases.pop(endpoint, None)
-            if lease is not None:
-                lease.release()
+    def cools_down_s(self, endpoint: str) -> float:
+        """Seconds for which a worker that was lost again and again is only used if no other suffices."""
+        losses = [at for at in self._losses.get(endpoint, ()) if _is_recent(at)]
+        if len(losses) < 2:  # once may happen to anyone
+            return 0.0
+        pause_s = min(FIRST_COOL_DOWN_S * 2.0 ** (len(losses) - 2), LONGEST_COOL_DOWN_S)
+        return max(0.0, losses[-1] + pause_s - time.monotonic())
 
-    async def refresh(self) -> list[WorkerStatus]:
-        """Look at every worker that is not held, and tell the state of all."""
-        free = [endpoint for endpoint in self._probes if endpoint not in self._held_by]
+    async def refresh(self, *, except_for: Collection[str] = ()) -> list[WorkerStatus]:
+        """Look at every worker that is not held, and tell the state of all.
+
+        Who holds which is read from the registry; a held worker is not probed, since it would not answer.
+
+        Args:
+            except_for: endpoints not to look at now, because they were just found lost.
+        """
+        self._holders = await asyncio.to_thread(registry.holders)
+        free = [one for one in self._probes if one not in self._holders and one not in except_for]
         for seen in await probe_all(free):
-            if seen.endpoint in self._probes and seen.endpoint not in self._held_by:
-                self._probes[seen.endpoint] = seen
+            if seen.endpoint in self._probes and seen.endpoint not in self._holders:
+                self._note(seen)
         return self.statuses()
+
+    def _note(self, seen: Probe) -> None:
+        before, self._probes[seen.endpoint] = self._probes[seen.endpoint], seen
+        was, now = (None if one is None else _STATE_OF_OUTCOME[one.outcome] for one in (before, seen))
+        if was == "free" and now == "down":
+            self._events.publish(
+                "worker.lost", seen.endpoint, f"lost the worker at {seen.endpoint}: {seen.detail}"
+            )
+        elif now == "free" and (was == "down" or (was is None and self._losses.get(seen.endpoint))):
+            self._events.publish("worker.returned", seen.endpoint, f"the worker at {seen.endpoint} is back")
 
     def statuses(self) -> list[WorkerStatus]:
         """The state of all workers as last seen, without looking again."""
@@ -175,12 +200,50 @@ class Workers:
             self._events.publish("worker.discovered", endpoint, f"found a worker at {endpoint}")
         return found
 
+    async def take_over(self, endpoints: Iterable[str] | None = None) -> list[str]:
+        """Adopt local workers of this user that run on after the kernel that started them.
+
+        Args:
+            endpoints: these, whoever else uses them (they belong to an adopted coordinator); by default those
+                on which nobody has a lease.
+
+        Returns:
+            The endpoints that were not known before.
+        """
+        wanted = None if endpoints is None else set(endpoints)
+        new = []
+        for entry in await asyncio.to_thread(registry.entries, registry.WORKER):
+            endpoint = str(entry.about.get("endpoint"))
+            known = self._local.get(endpoint)
+            if (known is not None and known.is_running()) or (wanted is not None and endpoint not in wanted):
+                continue
+            process = await EngineProcess.adopt(entry)
+            if process is None:
+                continue
+            if (wanted is None and (await process.status()).get("leases") != 0) or not await process.hold():
+                process.detach()
+                continue
+            if endpoint not in self._probes:
+                new.append(endpoint)
+                self._events.publish("worker.adopted", endpoint, f"adopted the worker at {endpoint}")
+            self._local[endpoint] = process
+            self.add(endpoint)
+        return new
+
     async def start_local(
-        self, engine: Engine, count: int, *, first_port: int = config.DEFAULT_RPC_PORT
+        self,
+        engine: Engine,
+        count: int,
+        *,
+        first_port: int = config.DEFAULT_RPC_PORT,
+        keep_alive_s: float | None = DEFAULT_KEEP_ALIVE_S,
     ) -> list[str]:
         """Start workers on this machine, on loopback, from `first_port` upward, skipping taken ports.
 
         The cores are shared out over all local workers of this start (a worker's own default is one thread).
+
+        Args:
+            keep_alive_s: how long they live after this process and without a coordinator; None is for ever.
 
         Returns:
             Their endpoints, once each answers its probe.
@@ -199,23 +262,22 @@ class Workers:
         except filelock.Timeout as error:
             raise WorkerStartError("another process has been starting workers for a minute; try again") from error
         started: dict[str, EngineProcess] = {}
-        leased: list[str] = []
         port = first_port
         try:
+            held = await asyncio.to_thread(registry.holders)
             while len(started) < count:
                 (port,) = free_ports(port, 1)
                 endpoint = f"{LOOPBACK}:{port}"
-                # A lease may outlast its worker until its coordinator notices; that port is not for us.
-                if self.hold([endpoint], "a worker that is being started"):
-                    leased.append(endpoint)
-                    started[endpoint] = await start_worker(engine, LOOPBACK, port, threads)
+                # A coordinator may not have noticed yet that its worker is gone; that port is not for us.
+                if endpoint not in held:
+                    started[endpoint] = await start_worker(engine, LOOPBACK, port, threads, keep_alive_s)
                 port += 1
             await asyncio.gather(*(_wait_until_free(*one) for one in started.items()))
+            await asyncio.gather(*(process.hold() for process in started.values()))
         except BaseException:
             await asyncio.gather(*(process.stop() for process in started.values()))
             raise
         finally:
-            self.release(leased)
             lock.release()
         for endpoint, process in started.items():
             self._local[endpoint] = process
@@ -228,14 +290,35 @@ class Workers:
 
     async def stop_local(self, endpoints: Sequence[str] | None = None) -> list[str]:
         """Stop workers started here (all, or these) and forget them. Returns the stopped ones."""
-        chosen = [one for one in self._local if endpoints is None or one in endpoints]
-        self.release(chosen)
-        processes = {endpoint: self._local.pop(endpoint) for endpoint in chosen}
+        processes = self._forget_local(endpoints)
         await asyncio.gather(*(process.stop() for process in processes.values()))
+        for endpoint in processes:
+            self._events.publish("worker.stopped", endpoint, f"stopped the worker at {endpoint}")
+        return list(processes)
+
+    async def close(self) -> None:
+        """Stop the workers started here, except those that others still use."""
+        processes = self._forget_local(None)
+        ended = await asyncio.gather(*(process.stop_unless_shared() for process in processes.values()))
+        for endpoint, is_stopped in zip(processes, ended, strict=True):
+            if is_stopped:
+                self._events.publish("worker.stopped", endpoint, f"stopped the worker at {endpoint}")
+
+    def detach(self) -> None:
+        """Let go of the workers started here; they live on for their keep_alive."""
+        for process in self._forget_local(None).values():
+            process.detach()
+
+    def _forget_local(self, endpoints: Sequence[str] | None) -> dict[str, EngineProcess]:
+        chosen = [one for one in self._local if endpoints is None or one in endpoints]
         for endpoint in chosen:
             self._probes.pop(endpoint, None)
-            self._events.publish("worker.stopped", endpoint, f"stopped the worker at {endpoint}")
-        return chosen
+        return {endpoint: self._local.pop(endpoint) for endpoint in chosen}
+
+    def entries_of(self, endpoints: Iterable[str]) -> list[Entry]:
+        """The registry entries of those of these workers that run on this machine under a supervisor."""
+        wanted = set(endpoints)
+        return [one for one in registry.entries(registry.WORKER) if one.about.get("endpoint") in wanted]
 
     def log_path(self, endpoint: str) -> Path | None:
         """The log file of a local worker; None for others."""
@@ -243,17 +326,26 @@ class Workers:
         return process.log_path if process else None
 
     def _status(self, endpoint: str) -> WorkerStatus:
-        seen, holder, local = self._probes[endpoint], self._held_by.get(endpoint), self._local.get(endpoint)
+        seen, holder, local = self._probes[endpoint], self._holders.get(endpoint), self._local.get(endpoint)
         if local is not None and not local.is_running():
             report = local.exit_report
             state, detail = "down", f"{endpoint} ended with exit code {report.code if report else '?'}"
         elif holder is not None:
-            state, detail = "held", f"held by the coordinator of {holder}"
+            state, detail = "held", _held_words(holder)
         elif seen is None:
             state, detail = "down", f"{endpoint} has not been looked at yet"
         else:
             state, detail = _STATE_OF_OUTCOME[seen.outcome], seen.detail
-        return WorkerStatus(endpoint, state, detail, holder, seen, local is not None)
+        held_by = holder.name if holder is not None else None
+        return WorkerStatus(endpoint, state, detail, held_by, seen, local is not None)
+
+
+def _held_words(holder: Entry) -> str:
+    return f"held by the coordinator of {holder.name}, started by {registry.owner_words(holder.about)}"
+
+
+def _is_recent(at: float) -> bool:
+    return time.monotonic() - at < LOSSES_COUNT_FOR_S
 
 
 _STATE_OF_OUTCOME = {
@@ -265,10 +357,28 @@ _STATE_OF_OUTCOME = {
 }
 
 
-async def start_worker(engine: Engine, host: str, port: int, threads: int) -> EngineProcess:
+async def start_worker(
+    engine: Engine, host: str, port: int, threads: int, keep_alive_s: float | None
+) -> EngineProcess:
     """Start one worker process; it may not answer yet."""
-    argv = [str(engine.worker), "-H", host, "-p", str(port), "-t", str(threads)]
-    return await EngineProcess.start(argv, log_path=config.log_dir() / f"worker-{port}-{os.getpid()}.log")
+    return await EngineProcess.start(
+        [str(engine.worker), "-H", host, "-p", str(port), "-t", str(threads)],
+        kind=registry.WORKER,
+        about={"endpoint": config.format_endpoint(host, port), "threads": threads},
+        keep_alive_s=keep_alive_s,
+        log_path=registry.new_log_path(registry.WORKER, port),
+    )
+
+
+@lru_cache
+def addresses_of(endpoint: str) -> frozenset[tuple[str, int]]:
+    """An endpoint as pairs of IP address and port; empty when its name cannot be resolved."""
+    host, port = config.parse_endpoint(endpoint)
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError:
+        return frozenset()
+    return frozenset((str(address[0]), port) for *_, address in found)
 
 
 def free_ports(first: int, count: int, host: str = LOOPBACK) -> list[int]:

@@ -9,6 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from sollol_nb.io_loop import run_blocking
+from sollol_nb.running import stop_running
 from sollol_nb.sync_wrapper import HybridRouter
 from sollol_nb.toolchain import Engine, find_engine
 
@@ -22,10 +24,16 @@ NO_OLLAMA = "127.0.0.1:9"  # the discard port: nothing answers there
 def own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Nothing of the user's is read or written: state folder, workers and Ollama nodes are the suite's own."""
     folder = tmp_path_factory.mktemp("state")
-    settings = {"SOLLOL_STATE_DIR": str(folder), "OLLAMA_HOST": NO_OLLAMA, "OLLAMA_MODELS": str(folder / "ollama")}
+    settings = {
+        "SOLLOL_STATE_DIR": str(folder),
+        "SOLLOL_KEEP_ALIVE": "60s",  # should the tests be killed, their engines end soon
+        "OLLAMA_HOST": NO_OLLAMA,
+        "OLLAMA_MODELS": str(folder / "ollama"),
+    }
     before = {name: os.environ.pop(name, None) for name in (*settings, "RPC_BACKENDS")}
     os.environ.update(settings)
     yield folder
+    run_blocking(stop_running(also_used=True))
     for name, value in before.items():
         os.environ.pop(name, None)
         if value is not None:

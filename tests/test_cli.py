@@ -96,8 +96,8 @@ def test_doctor_is_content_with_a_real_engine(
         ("http://node", "node", 80),
         ("https://node/path", "node", 443),
         ("http://[::1]:9", "::1", 9),
-        ("0.0.0.0", "0.0.0.0", 11434),
-        (":9", "localhost", 9),
+        ("0.0.0.0", "127.0.0.1", 11434),
+        (":9", "127.0.0.1", 9),
         ("node:port", "node:port", 0),
     ],
 )
@@ -118,7 +118,7 @@ def test_an_ollama_that_listens_is_seen(
         port = listener.getsockname()[1]
         monkeypatch.setenv("OLLAMA_HOST", f"http://0.0.0.0:{port}")
         cli.main(["doctor", "--json"])
-    assert report_of(capsys)["ollama"] == [{"host": "0.0.0.0", "port": port, "reachable": True}]
+    assert report_of(capsys)["ollama"] == [{"host": "127.0.0.1", "port": port, "reachable": True}]
 
 
 def test_install_passes_its_options_on_and_says_where_the_engine_is(

@@ -141,12 +141,71 @@ def test_reentrant_loop_can_be_switched_off(value: str, wanted: bool, monkeypatc
     assert config.nested_loop_wanted() is wanted
 
 
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        (300, 300.0),
+        (0.5, 0.5),
+        (0, 0.0),
+        ("0", 0.0),
+        ("300", 300.0),
+        (" 10M ", 600.0),
+        ("1h30m", 5400.0),
+        ("1.5h", 5400.0),
+        ("2m3s500ms", 123.5),
+        ("0s", 0.0),
+        (-1, None),
+        ("-1", None),
+        ("-5m", None),
+        ("forever", None),
+        (" Forever", None),
+        ("inf", None),
+        (float("inf"), None),
+    ],
+)
+def test_keep_alive_is_read_as_ollama_writes_it(value: object, seconds: float | None) -> None:
+    assert config.keep_alive_seconds(value) == seconds
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["", " ", "-", "m", "10 m", "10d", "5m3", "1..5m", "ten", "10m;", "nan", float("nan"), True, None, [], b"10m"],
+    ids=repr,
+)
+def test_what_is_no_keep_alive_is_told_with_an_example(value: object) -> None:
+    with pytest.raises(ConfigError, match=r'is no time; write seconds, "10m", 0, or "forever"') as caught:
+        config.keep_alive_seconds(value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"), [(None, 600.0), ("", 600.0), ("90s", 90.0), ("0", 0.0), ("forever", None), ("-1", None)]
+)
+def test_default_keep_alive_is_read_from_the_environment(
+    value: str | None, seconds: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SOLLOL_KEEP_ALIVE", raising=False)
+    if value is not None:
+        monkeypatch.setenv("SOLLOL_KEEP_ALIVE", value)
+
+    assert config.default_keep_alive_s() == seconds
+
+
+def test_bad_default_keep_alive_is_told_as_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOLLOL_KEEP_ALIVE", "soon")
+
+    with pytest.raises(ConfigError, match="'soon' is no time"):
+        config.default_keep_alive_s()
+
+
 def test_folders_are_created_for_the_owner_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOLLOL_STATE_DIR", str(tmp_path / "a" / "state"))
 
     assert config.log_dir() == config.state_dir() / "logs" == tmp_path / "a" / "state" / "logs"
+    assert config.registry_dir() == tmp_path / "a" / "state" / "registry"
+    assert config.registry_dir().is_dir()
     if os.name == "posix":
-        for folder in (config.state_dir(), config.log_dir()):
+        for folder in (config.state_dir(), config.log_dir(), config.registry_dir()):
             assert folder.stat().st_mode & 0o777 == 0o700
 
 

@@ -18,8 +18,9 @@ import httpx
 import psutil
 import pytest
 
-from sollol_nb import config, coordinator
-from sollol_nb.coordinator import READY_POLL_S, Coordinator, CoordinatorSettings
+from sollol_nb import config, coordinator_start
+from sollol_nb.coordinator import READY_POLL_S, Coordinator
+from sollol_nb.coordinator_settings import CoordinatorSettings
 from sollol_nb.errors import (
     CoordinatorStartError,
     CoordinatorTimeoutError,
@@ -30,12 +31,13 @@ from sollol_nb.errors import (
 )
 from sollol_nb.events import EventBus
 from sollol_nb.gguf_facts import read_facts
+from sollol_nb.http_client import JsonClient
 from sollol_nb.layer_plan import LayerPlan, plan_layers
 from sollol_nb.layer_strategies import WorkerCapacity
 from sollol_nb.model_files import DEMO_MODEL_PATH
 from sollol_nb.sync_wrapper import HybridRouter
 from sollol_nb.toolchain import Engine
-from sollol_nb.workers import Workers
+from sollol_nb.workers import Workers, free_ports
 from tests.engines import (
     HANG_GUARD_S,
     QUESTION,
@@ -93,7 +95,10 @@ async def start(
     first_port: int = config.DEFAULT_COORDINATOR_PORT,
     timeout_s: float = HANG_GUARD_S,
 ) -> Coordinator:
-    return await Coordinator.start(engine, settings, first_port=first_port, timeout_s=timeout_s)
+    (port,) = free_ports(first_port, 1)
+    one = await Coordinator.launch(engine, settings, port=port, keep_alive_s=60)
+    await one.until_ready(timeout_s)
+    return one
 
 
 def start_error(engine: Engine, settings: CoordinatorSettings, timeout_s: float = HANG_GUARD_S) -> SollolError:
@@ -242,8 +247,9 @@ def test_the_log_is_a_private_file_that_holds_no_prompt(router: HybridRouter, ru
 
 
 def test_the_default_port_is_18080_or_one_after_it(running: Coordinator) -> None:
-    assert inspect.signature(Coordinator.start).parameters["first_port"].default == 18080
-    assert int(running.base_url.rpartition(":")[2]) >= 18080
+    assert inspect.signature(HybridRouter).parameters["settings"].kind is inspect.Parameter.VAR_KEYWORD
+    assert config.DEFAULT_COORDINATOR_PORT == 18080
+    assert running.port >= 18080
 
 
 EVERYTHING_IS_FINE = http_stranger(200)
@@ -255,31 +261,32 @@ def test_a_stranger_on_the_port_is_never_used(
 ) -> None:
     first = unused_ports(3)
     if looks_free:
-        monkeypatch.setattr(coordinator, "free_ports", lambda port, count: [port])
-
-    async def started() -> tuple[str, int]:
-        one = await start(engine, over(endpoints), first_port=first)
-        pid = engine_on(first + 1).pid
-        await one.stop()
-        return one.base_url, pid - one.pid
-
-    with serving(EVERYTHING_IS_FINE, first):
-        assert run(started()) == (f"http://127.0.0.1:{first + 1}", 0)
+        monkeypatch.setattr(coordinator_start, "free_ports", lambda port, count: [port])
+    with (
+        serving(EVERYTHING_IS_FINE, first),
+        HybridRouter(rpc_backends=endpoints, auto_discover_rpc=False, coordinator_port=first) as mine,
+    ):
+        mine.route_request("demo:sharded", QUESTION, max_tokens=1)
+        assert mine.coordinator is not None
+        assert mine.coordinator.base_url == f"http://127.0.0.1:{first + 1}"
+        assert engine_on(first + 1).pid == mine.coordinator.pid
 
 
 def test_when_every_port_is_taken_it_says_so(
     engine: Engine, endpoints: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(coordinator, "free_ports", lambda port, count: [port])
-    monkeypatch.setattr(coordinator, "PORT_TRIES", 2)
+    monkeypatch.setattr(coordinator_start, "free_ports", lambda port, count: [port])
+    monkeypatch.setattr(coordinator_start, "START_TRIES", 2)
     first = unused_ports(2)
     with ExitStack() as held:
         for port in (first, first + 1):
             held.enter_context(silent_peer(port))
-        with pytest.raises(
-            CoordinatorStartError, match=f"ports {first} to {first + 1} are all taken; free one or"
-        ):
-            run(start(engine, over(endpoints), first_port=first))
+        mine = held.enter_context(
+            HybridRouter(rpc_backends=endpoints, auto_discover_rpc=False, coordinator_port=first)
+        )
+        with pytest.raises(CoordinatorStartError, match=f"port {first + 1} is taken by another program; free it"):
+            mine.route_request("demo:sharded", QUESTION, max_tokens=1)
+        assert mine.coordinators == []
 
 
 @pytest.mark.parametrize(
@@ -312,7 +319,8 @@ def test_what_answers_must_prove_to_be_ours(
         place = nullcontext(unused_port())
 
     async def proven(port: int) -> bool:
-        claimed = Coordinator(settings, running._process, port, key)
+        claimed = Coordinator(settings, running._process, port)
+        claimed._client = JsonClient(claimed.base_url, api_key=key)
         try:
             return await claimed._is_ours()
         finally:
@@ -461,7 +469,8 @@ def test_a_coordinator_can_be_stopped_twice_and_tells_its_state(engine: Engine, 
 def test_what_the_engine_refuses_is_told_in_its_words_and_leaves_it_running(running: Coordinator) -> None:
     async def ask() -> None:
         schema = {"type": "object", "properties": {"a": {"type": "nonsense"}}}
-        async for _ in running.stream_chat([{"role": "user", "content": "Hello!"}], {"format": schema}):
+        answer = running.answer([{"role": "user", "content": "Hello!"}], {"format": schema})
+        async for _ in running.stream(answer):
             pass
 
     with pytest.raises(RequestRejectedError, match="demo:sharded") as caught:

@@ -1,7 +1,8 @@
-"""However a process that used a router ends, its engines end too."""
+"""However a process that used a router ends, its engines end too: at once if it closed it, else soon after."""
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 from pathlib import Path
@@ -10,7 +11,17 @@ import psutil
 import pytest
 
 from sollol_nb.toolchain import Engine
-from tests.engines import HANG_GUARD_S, all_end, engines_of, eventually, says, script, with_variable, write_endless
+from tests.engines import (
+    HANG_GUARD_S,
+    all_end,
+    engines_of,
+    eventually,
+    is_alive,
+    says,
+    script,
+    with_variable,
+    write_endless,
+)
 
 pytestmark = pytest.mark.engine
 
@@ -18,8 +29,8 @@ USES_A_ROUTER = """
 import os, signal, sys, threading
 from sollol_nb.sync_wrapper import HybridRouter
 
-ending, endless = sys.argv[1:]
-router = HybridRouter(auto_setup_rpc=True, auto_discover_rpc=False, num_rpc_backends=2)
+ending, endless, keep_alive = sys.argv[1:]
+router = HybridRouter(auto_setup_rpc=True, auto_discover_rpc=False, num_rpc_backends=2, keep_alive=keep_alive)
 router.route_request("demo:sharded", "What is a worker?", max_tokens=2)
 if ending == "killed while generating":
     for position, _ in enumerate(router.stream(endless, "Go on", temperature=0)):
@@ -67,6 +78,10 @@ def descendants(pid: int) -> list[psutil.Process]:
     return psutil.Process(pid).children(recursive=True)
 
 
+def nothing_is_registered(state: Path) -> bool:
+    return [path.name for path in (state / "registry").iterdir() if path.suffix != ".lock"] == []
+
+
 @pytest.mark.parametrize(
     ("ending", "code"),
     [
@@ -79,9 +94,11 @@ def descendants(pid: int) -> list[psutil.Process]:
     ],
 )
 def test_engines_end_with_a_process_that_ends_by_itself(
-    engine: Engine, endless: str, ending: str, code: int
+    engine: Engine, endless: str, tmp_path: Path, ending: str, code: int
 ) -> None:
-    with script(USES_A_ROUTER, ending, endless) as process:
+    # Whoever closes ends them at once; else the next kernel may still want them.
+    keep_alive = "forever" if ending == "closed" else "1"
+    with script(USES_A_ROUTER, ending, endless, keep_alive, SOLLOL_STATE_DIR=str(tmp_path)) as process:
         says(process, "ready")
         engines, everything = engines_of(psutil.Process(process.pid)), descendants(process.pid)
         _, errors = process.communicate("\n", timeout=HANG_GUARD_S)
@@ -90,6 +107,7 @@ def test_engines_end_with_a_process_that_ends_by_itself(
     assert errors == "" or ending == "an exception", "nothing is complained about on the way out"
     assert len(engines) == 3, "two workers and a coordinator"
     all_end(everything)
+    assert nothing_is_registered(tmp_path)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
@@ -107,7 +125,7 @@ def test_engines_end_with_a_process_that_is_killed(
     engine: Engine, endless: str, tmp_path: Path, ending: str, signal_name: str
 ) -> None:
     number = getattr(signal, signal_name)
-    with script(USES_A_ROUTER, ending, endless, SOLLOL_STATE_DIR=str(tmp_path)) as process:
+    with script(USES_A_ROUTER, ending, endless, "1", SOLLOL_STATE_DIR=str(tmp_path)) as process:
         says(process, "ready")
         everything = descendants(process.pid)
         assert len(with_variable("SOLLOL_STATE_DIR", str(tmp_path))) > len(everything) >= 6
@@ -116,11 +134,30 @@ def test_engines_end_with_a_process_that_is_killed(
     all_end(everything)
     # Also what was about to start when the process was killed.
     eventually(lambda: not with_variable("SOLLOL_STATE_DIR", str(tmp_path)), "nothing of it is left")
+    assert nothing_is_registered(tmp_path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_a_killed_supervisor_takes_its_engine_with_it_even_when_the_kernel_is_gone(
+    engine: Engine, endless: str, tmp_path: Path
+) -> None:
+    with script(USES_A_ROUTER, "killed", endless, "forever", SOLLOL_STATE_DIR=str(tmp_path)) as process:
+        says(process, "ready")
+        everything = descendants(process.pid)
+        supervisors = [json.loads(path.read_text()) for path in (tmp_path / "registry").glob("*.json")]
+        process.kill()
+        process.wait(HANG_GUARD_S)
+    assert len(supervisors) == 3
+    assert any(map(is_alive, everything))
+    for entry in supervisors:
+        psutil.Process(entry["supervisor_pid"]).kill()
+    all_end(everything)
+    eventually(lambda: nothing_is_registered(tmp_path), "the guards have cleaned up")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
 def test_engines_end_although_a_forked_child_holds_their_pipes(engine: Engine, endless: str) -> None:
-    with script(USES_A_ROUTER, "a forked child lives on", endless) as process:
+    with script(USES_A_ROUTER, "a forked child lives on", endless, "1") as process:
         says(process, "ready")
         forked = [one for one in descendants(process.pid) if one.cmdline()[:2] == [sys.executable, "-c"]]
         everything = [one for one in descendants(process.pid) if one not in forked]

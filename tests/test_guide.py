@@ -27,6 +27,7 @@ from sollol_nb.hybrid_router import MODEL_PROFILES
 from sollol_nb.hybrid_router import HybridRouter as AsyncRouter
 from sollol_nb.io_loop import run_blocking
 from sollol_nb.model_files import DEMO_MODEL_PATH
+from sollol_nb.running import running, stop_running
 from sollol_nb.sync_wrapper import HybridRouter, OllamaPool
 from sollol_nb.toolchain import Engine
 from sollol_nb.workers import start_worker
@@ -46,6 +47,7 @@ MODELS = ("llama3.2", "llama3.1:8b", "llama3.1:70b", "llama3.1:405b", "custom-70
 LARGE = "llama3.1:70b"
 QUESTION = [{"role": "user", "content": "What is a worker?"}]
 GUIDE_WORKERS = [f"127.0.0.{host}:50052" for host in (1, 2, 3)]
+MORE_WORKERS = tuple(f"127.0.0.1:{port}" for port in range(50053, 50058))
 DISTRIBUTED, OLLAMA = "llama.cpp-distributed", "ollama-pool"
 
 
@@ -76,7 +78,7 @@ def guide_world(
         ollama.create(model)
     custom = tmp_path_factory.mktemp("custom") / "model.gguf"
     shutil.copy(DEMO_MODEL_PATH, custom)
-    places = [*GUIDE_WORKERS, *(f"127.0.0.1:{port}" for port in range(50053, 50058))]
+    places = [*GUIDE_WORKERS, *MORE_WORKERS]
     workers: list[EngineProcess] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OLLAMA_HOST", f"127.0.0.1:{ollama.port}")
@@ -84,7 +86,7 @@ def guide_world(
         try:
             for place in places:
                 host, port = config.parse_endpoint(place)
-                workers.append(run_blocking(start_worker(engine, host, port, 1)))
+                workers.append(run_blocking(start_worker(engine, host, port, 1, 600.0)))
             with HybridRouter(rpc_backends=places) as looking:
                 eventually(lambda: all(one.state == "free" for one in looking.cluster().workers), "workers answer")
             yield custom
@@ -274,6 +276,10 @@ def test_block_of_the_guide(
                 made.close()
             elif isinstance(made, AsyncRouter):
                 run_blocking(made.close())
+        # A router that the block made and dropped leaves its coordinator to the next one, as in a notebook.
+        for left in run_blocking(running()):
+            if left.kind == "coordinator" and set(left.workers) & {*GUIDE_WORKERS, *MORE_WORKERS}:
+                run_blocking(stop_running([left.id]))
         MODEL_PROFILES.clear()
         MODEL_PROFILES.update(profiles)
 

@@ -587,7 +587,10 @@ def test_a_worker_that_a_coordinator_holds_is_not_removed_under_it() -> None:
     with HybridRouter(auto_discover_rpc=False, rpc_port=52052) as mine:
         (worker,) = mine.start_workers(1)
         mine.route_request("demo:sharded", QUESTION, max_tokens=2)
-        with pytest.raises(ConfigError, match="is held by the coordinator of demo:sharded; stop that first"):
+        with pytest.raises(
+            ConfigError,
+            match="is held by the coordinator of demo:sharded, started by this kernel; stop that first",
+        ):
             mine.remove_worker(worker)
         mine.stop_coordinator()
         mine.remove_worker(worker)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -16,7 +18,7 @@ import pytest
 
 from sollol_nb import config
 from sollol_nb.errors import ConfigError
-from sollol_nb.latency import LatencyLog, LatencyRow
+from sollol_nb.latency import SCHEMA_VERSION, LatencyLog, LatencyRow
 
 HANG_GUARD_S = 120.0
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -56,6 +58,7 @@ REFUSED = LatencyRow(
     failovers=0,
     status="error",
     error="no place has it\n\u2028",
+    partial_text="half an ans\0\n",
 )
 
 
@@ -91,7 +94,7 @@ def test_columns_have_their_types_whatever_the_rows_hold(log: LatencyLog, rows: 
         assert types[name] == "float64", name
     for name in ("prompt_tokens", "completion_tokens", "failovers"):
         assert types[name] == "Int64", name
-    for name in ("model", "backend", "layout", "place", "status", "error"):
+    for name in ("model", "backend", "layout", "place", "status", "error", "partial_text"):
         assert types[name] == "string", name
 
 
@@ -138,6 +141,85 @@ def test_log_is_read_again_by_another_object(tmp_path: Path) -> None:
     assert len(LatencyLog(str(tmp_path / "log")).frame()) == 1
 
 
+# --- files of other versions ------------------------------------------------------------------
+
+VERSION_1 = """
+CREATE TABLE requests (
+    id INTEGER PRIMARY KEY,
+    started_at REAL NOT NULL, model TEXT NOT NULL, backend TEXT NOT NULL, layout TEXT NOT NULL,
+    place TEXT NOT NULL, queue_ms REAL, load_ms REAL, ttft_ms REAL, total_ms REAL NOT NULL,
+    prompt_tokens INTEGER, completion_tokens INTEGER, tokens_per_s REAL, router_overhead_ms REAL,
+    failovers INTEGER NOT NULL, status TEXT NOT NULL, error TEXT NOT NULL
+);
+CREATE INDEX requests_started_at ON requests (started_at);
+PRAGMA user_version = 1;
+"""
+INSERT_1 = """
+INSERT INTO requests (
+    started_at, model, backend, layout, place, queue_ms, load_ms, ttft_ms, total_ms, prompt_tokens,
+    completion_tokens, tokens_per_s, router_overhead_ms, failovers, status, error
+) VALUES (1000.5, 'old', 'ollama-pool', '', 'http://a', 0.5, NULL, 80.25, ?, 12, NULL, 41.5, NULL, 1, 'ok', '')
+"""
+
+
+def insert_as_version_1(path: Path, rows: int) -> None:
+    with contextlib.closing(sqlite3.connect(path, timeout=HANG_GUARD_S)) as connection, connection:
+        connection.executemany(INSERT_1, [(float(number),) for number in range(rows)])
+
+
+def write_version_1(path: Path) -> None:
+    """A log with three rows, as the first version of this package wrote it."""
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.executescript(VERSION_1)
+    insert_as_version_1(path, 3)
+
+
+def version_of(path: Path) -> int:
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        return int(connection.execute("PRAGMA user_version").fetchone()[0])
+
+
+def test_rows_of_version_1_stay_and_new_ones_are_added(log: LatencyLog) -> None:
+    write_version_1(log.path)
+
+    before = log.frame()
+    log.record(REFUSED)
+    insert_as_version_1(log.path, 1)  # by an older version that is still in use
+    after = log.frame()
+
+    assert version_of(log.path) == SCHEMA_VERSION
+    assert list(before.columns) == list(after.columns) == list(LatencyRow.__slots__)
+    assert before.equals(after.iloc[:3])
+    assert after["model"].tolist() == ["old", "old", "old", REFUSED.model, "old"]
+    assert after["total_ms"].tolist() == [0.0, 1.0, 2.0, 0.5, 0.0]
+    assert after["partial_text"].tolist() == ["", "", "", REFUSED.partial_text, ""]
+    first = before.iloc[0].to_dict()
+    assert first["started_at"] == pd.Timestamp(1000.5, unit="s", tz="UTC")
+    assert (first["backend"], first["ttft_ms"], first["prompt_tokens"]) == ("ollama-pool", 80.25, 12)
+    assert pd.isna(first["completion_tokens"])
+    assert str(before["partial_text"].dtype) == "string"
+
+
+def test_file_of_a_newer_version_is_used_and_keeps_what_is_newer(log: LatencyLog) -> None:
+    log.record(FULL)
+    with contextlib.closing(sqlite3.connect(log.path)) as connection, connection:
+        connection.execute("ALTER TABLE requests ADD COLUMN joules REAL NOT NULL DEFAULT 7")
+        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 5}")
+
+    log.record(REFUSED)
+    frame = log.frame()
+
+    assert frame["model"].tolist() == [FULL.model, REFUSED.model]
+    assert list(frame.columns) == list(LatencyRow.__slots__)
+    assert version_of(log.path) == SCHEMA_VERSION + 5
+    with contextlib.closing(sqlite3.connect(log.path)) as connection:
+        assert connection.execute("SELECT joules FROM requests").fetchall() == [(7.0,), (7.0,)]
+
+
+# --- several writers --------------------------------------------------------------------------
+
+
 def test_threads_that_write_to_a_new_log_at_once_lose_nothing(log: LatencyLog) -> None:
     start = threading.Barrier(16)
 
@@ -168,8 +250,11 @@ for number in range(50):
 """
 
 
-@pytest.mark.parametrize("attempt", range(4))
-def test_processes_that_write_to_a_new_log_at_once_lose_nothing(log: LatencyLog, attempt: int) -> None:
+@pytest.mark.parametrize("before", ["no file", "version 1"])
+@pytest.mark.parametrize("attempt", range(2))
+def test_processes_that_write_to_a_log_at_once_lose_nothing(log: LatencyLog, before: str, attempt: int) -> None:
+    if before == "version 1":
+        write_version_1(log.path)
     writers = [
         subprocess.Popen(
             [sys.executable, "-c", WRITES, str(log.path), f"m{writer}"],
@@ -196,5 +281,8 @@ def test_processes_that_write_to_a_new_log_at_once_lose_nothing(log: LatencyLog,
         for one in writers:
             one.kill()
 
-    counted = log.frame().groupby("model")["total_ms"].apply(sorted)
+    frame = log.frame()
+    counted = frame[frame["model"] != "old"].groupby("model")["total_ms"].apply(sorted)
     assert counted.to_dict() == {f"m{writer}": [float(n) for n in range(50)] for writer in range(6)}
+    assert (frame["model"] == "old").sum() == (3 if before == "version 1" else 0)
+    assert version_of(log.path) == SCHEMA_VERSION

@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 
 from sollol_nb.errors import ConfigError
-from sollol_nb.llama_chat import ChunkTranslator, check_messages, check_options, parse_event, request_body
+from sollol_nb.llama_chat import (
+    ChunkTranslator,
+    ThinkSplitter,
+    check_messages,
+    check_options,
+    parse_event,
+    progress_of,
+    request_body,
+)
 
 HELLO = [{"role": "user", "content": "Hello!"}]
 CALL = {"function": {"name": "add", "arguments": {"a": 1}}}
@@ -325,3 +333,73 @@ def test_counts_fall_back_to_the_timings_and_may_be_missing() -> None:
     assert (from_timings["prompt_eval_count"], from_timings["eval_count"]) == (6, 3)
     assert (nothing["prompt_eval_count"], nothing["eval_count"]) == (None, None)
     assert (nothing["done_reason"], nothing["eval_duration"]) == ("stop", 0)
+
+
+@pytest.mark.parametrize(
+    ("event", "progress"),
+    [
+        ({"prompt_progress": {"total": 22, "cache": 4, "processed": 20, "time_ms": 3}}, (20, 22)),
+        ({"prompt_progress": {"total": 22, "processed": 0}, "content": ""}, (0, 22)),
+        ({"content": "a"}, None),
+        ({}, None),
+    ],
+)
+def test_progress_of_the_prompt_is_read(event: dict[str, Any], progress: tuple[int, int] | None) -> None:
+    assert progress_of(event) == progress
+
+
+# --- thoughts ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "inside", "thinking", "answer"),
+    [
+        ("<think>Hm.</think>Yes.", False, "Hm.", "Yes."),
+        ("\n <think>\n\nHm.\n</think>\n\n Yes. \n", False, "Hm.\n", "Yes. \n"),
+        ("Hm.\n</think>\n\nYes.", True, "Hm.\n", "Yes."),
+        ("\n\nHm.</think>Yes.", True, "Hm.", "Yes."),
+        ("<think>Hm.", True, "<think>Hm.", ""),
+        ("<think></think>Yes.", False, "", "Yes."),
+        ("<think>\n\n</think>\n\nYes.", False, "", "Yes."),
+        ("</think>Yes.", True, "", "Yes."),
+        ("<think>Hm.", False, "Hm.", ""),
+        ("<think>Hm.</think>", False, "Hm.", ""),
+        ("<think>Hm.</think>\n", False, "Hm.", ""),
+        ("<think>a < b </ c </thin </thinker></think>Yes.", False, "a < b </ c </thin </thinker>", "Yes."),
+        ("<think>Hm.</thi", False, "Hm.</thi", ""),
+        ("<think>a</think>b<think>c</think>d", False, "a", "b<think>c</think>d"),
+        ("<think>a</think></think>b", False, "a", "</think>b"),
+        ("Yes.", False, "", "Yes."),
+        ("  Yes.", False, "", "  Yes."),
+        ("Yes, <think>really</think>.", False, "", "Yes, <think>really</think>."),
+        ("<thinking>Yes.", False, "", "<thinking>Yes."),
+        ("<thi", False, "", "<thi"),
+        ("  <", False, "", "  <"),
+        ("\n", False, "", "\n"),
+        ("\n", True, "", ""),
+        ("", False, "", ""),
+        ("", True, "", ""),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 100])
+def test_thoughts_are_parted_however_the_text_is_cut(
+    text: str, inside: bool, thinking: str, answer: str, size: int
+) -> None:
+    splitter = ThinkSplitter(inside=inside)
+
+    parts = [splitter.feed(text[begin : begin + size]) for begin in range(0, len(text), size)]
+    parts.append(splitter.flush())
+
+    assert "".join(part[0] for part in parts) == thinking
+    assert "".join(part[1] for part in parts) == answer
+    assert splitter.flush() == ("", "")
+
+
+def test_thoughts_and_answer_are_given_as_soon_as_they_are_decided() -> None:
+    splitter = ThinkSplitter()
+
+    pieces = ["<th", "ink>", "Hm", ", <", "b> </", "think", ">", "\n", "Yes", " <", "."]
+    assert [splitter.feed(piece) for piece in pieces] == [
+        ("", ""), ("", ""), ("Hm", ""), (", ", ""), ("<b> ", ""), ("", ""), ("", ""), ("", ""), ("", "Yes"),
+        ("", " <"), ("", "."),
+    ]  # fmt: skip

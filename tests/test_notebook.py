@@ -21,12 +21,14 @@ MAGICS = ("sollol", "sollol_cluster", "sollol_latency", "sollol_route")
 
 
 @pytest.fixture(scope="module")
-def notebook(engine: object) -> Iterator[Kernel]:
+def notebook(engine: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
     """A kernel with the extension loaded and three workers started."""
-    with kernel() as one:
+    state = str(tmp_path_factory.mktemp("kernel"))
+    with kernel(SOLLOL_STATE_DIR=state, SOLLOL_KEEP_ALIVE="5s") as one:
         assert one.run("%load_ext sollol_nb").status == "ok"
         assert one.run("%sollol_cluster start 3").status == "ok"
         yield one
+        assert one.run("%sollol_stop --all").status == "ok"
 
 
 def test_an_answer_streams_into_the_cell_and_ends_as_markdown(notebook: Kernel) -> None:
@@ -217,26 +219,52 @@ def test_model_names_complete_from_profiles_and_what_is_installed(
     assert names & {*MODEL_PROFILES, "installed-here:7b"} == completed
 
 
-def test_two_kernels_at_once_and_no_engine_after_they_end(engine: object) -> None:
-    with kernel() as one, kernel() as other:
+def test_two_kernels_share_a_coordinator_and_no_engine_is_left_after_them(engine: object, tmp_path: Path) -> None:
+    variables = {"SOLLOL_STATE_DIR": str(tmp_path), "SOLLOL_KEEP_ALIVE": "2s"}
+    with kernel(**variables) as one, kernel(**variables) as other:
         for each in (one, other):
-            each.run("%load_ext sollol_nb")
+            assert each.run("%load_ext sollol_nb").status == "ok"
+        assert one.run("%sollol_cluster start 2").status == "ok"
         ask = "%%sollol demo:sharded --temperature 0 --max-tokens 30 --out answer\nWhat is a worker?"
-        messages = [(each, each.client.execute("%sollol_cluster start 2")) for each in (one, other)]
-        for each, message_id in messages:
-            assert each.collect(message_id).status == "ok"
-        messages = [(each, each.client.execute(ask)) for each in (one, other)]
-        for each, message_id in messages:
-            assert each.collect(message_id).status == "ok"
+        for each in (one, other):
+            assert each.run(ask).status == "ok"
         assert one.value("answer.text") == other.value("answer.text")
-        places = [each.value("answer.routing['coordinator_url']") for each in (one, other)]
-        assert places[0] != places[1]
-        engines = engines_below(one.pid) + engines_below(other.pid)
-        assert len(engines) == 6, "each kernel has two workers and a coordinator"
+        place = "answer.routing['coordinator_url']"
+        assert one.value(place) == other.value(place)
+        assert other.run("from sollol_nb.notebook import router\nc = router().cluster()").status == "ok"
+        engines = engines_below(one.pid)
+        assert len(engines) == 3
+        assert engines_below(other.pid) == [], "it adopted those of the first"
+        assert "held by the coordinator of demo:sharded" in other.run("%sollol_cluster --text").stream
+
         psutil.Process(one.pid).kill()
+        assert other.run(ask).status == "ok", "the one that started it is not needed any more"
+        listed = subprocess.run(
+            [Path(sys.executable).with_name("sollol-nb"), "ps"],
+            env={**os.environ, **variables},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        assert [line.split()[:2] for line in listed.splitlines()[1:]] == [
+            ["coordinator", "demo:sharded"],
+            *(["worker", worker] for worker in eval(other.value("[w.endpoint for w in c.workers]"))),
+        ]
         other.manager.shutdown_kernel(now=False)
-        _, alive = psutil.wait_procs(engines, timeout=30)
+        _, alive = psutil.wait_procs(engines, timeout=60)
         assert alive == []
+
+
+def test_stop_ends_the_coordinators_of_this_kernel_or_all_that_runs(notebook: Kernel) -> None:
+    notebook.run("%%sollol demo:sharded --max-tokens 5\nHello!")
+    assert "no coordinator" not in notebook.run("%sollol_cluster --text").stream
+    assert "coordinator demo:sharded" in notebook.run("%sollol_stop").stream
+    assert notebook.run("%sollol_stop").stream == "nothing runs\n"
+    notebook.run("%%sollol demo:sharded --max-tokens 5\nHello!")
+    assert notebook.run("%sollol_stop demo:sharded").stream == "stopped coordinator demo:sharded\n"
+    assert notebook.run("%sollol_stop nosuch").error[-1].startswith("ConfigError: nothing called 'nosuch' runs; ")
+    assert notebook.run("%sollol_stop --all").stream.count("worker 127.0.0.1:") == 3
+    assert notebook.run("%sollol_cluster start 3").status == "ok"
 
 
 def test_in_a_terminal_the_answer_is_printed_as_it_comes(engine: object, tmp_path: Path) -> None:
@@ -245,6 +273,7 @@ def test_in_a_terminal_the_answer_is_printed_as_it_comes(engine: object, tmp_pat
         "%sollol_cluster start 2\n"
         "%sollol demo:sharded --temperature 0 --max-tokens 60 'What is a worker?'\n"
         "%sollol_cluster --text\n"
+        "%sollol_stop --all\n"
         "exit()\n"
     )
     ended = subprocess.run(

@@ -399,7 +399,13 @@ def test_the_blocking_check_is_not_taken_for_a_test() -> None:
 async def real_worker(engine: Engine, folder: Path) -> AsyncIterator[tuple[int, EngineProcess]]:
     port = unused_port()
     argv = [str(engine.worker), "-H", "127.0.0.1", "-p", str(port)]
-    process = await EngineProcess.start(argv, log_path=folder / "worker.log")
+    process = await EngineProcess.start(
+        argv,
+        kind="worker",
+        about={"endpoint": f"127.0.0.1:{port}"},
+        keep_alive_s=60,
+        log_path=folder / "worker.log",
+    )
     try:
         await until_free(port)
         yield port, process

@@ -1,101 +1,105 @@
-"""Engine processes: owned by a supervisor, logged within limits, and never left behind."""
+"""The supervisor: owns one engine, serves whoever has its key, and leaves nothing behind.
+
+Here it is started by hand, as its protocol says; `test_engine_process.py` is about its handle.
+"""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
+import json
 import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import psutil
 import pytest
 
-from sollol_nb import engine_process, supervisor
-from sollol_nb.engine_process import EngineProcess, ExitReport
-from sollol_nb.errors import EngineError
-from sollol_nb.io_loop import run_blocking
-from sollol_nb.rpc_discovery import ProbeOutcome, probe
-from sollol_nb.toolchain import Engine
-from sollol_nb.workers import free_ports
+from sollol_nb import supervisor
+from tests.engines import eventually, script
+from tests.supervised import (
+    IGNORES,
+    KEY,
+    MINUTES,
+    nothing_is_left,
+    supervised,
+    with_constants,
+)
 
-T = TypeVar("T")
-
-HANG_GUARD_S = 60.0
-MINUTES = "import time; time.sleep(600)"
-
-posix_only = pytest.mark.skipif(os.name != "posix", reason="POSIX signals and process groups")
-
-
-def run(coroutine: Coroutine[Any, Any, T]) -> T:
-    async def guarded() -> T:
-        async with asyncio.timeout(HANG_GUARD_S):
-            return await coroutine
-
-    return run_blocking(guarded())  # where engine processes live
+posix_only = pytest.mark.skipif(os.name != "posix", reason="POSIX signals, modes and process groups")
 
 
 @pytest.fixture
-def log_path(tmp_path: Path) -> Path:
-    return tmp_path / "engine.log"
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder for the files of this test's supervisors; in the end, nothing of them runs."""
+    yield tmp_path
+    nothing_is_left(tmp_path)
 
 
-async def start(code: str, log_path: Path, **options: Any) -> EngineProcess:
-    return await EngineProcess.start([sys.executable, "-c", code], log_path=log_path, **options)
+def report_of(folder: Path, code: str, **more: Any) -> dict[str, Any]:
+    """How an engine that ends by itself is told to have ended."""
+    with supervised(folder, code, **more) as owner:
+        return owner.connect().exited()
 
 
-@contextlib.asynccontextmanager
-async def running(code: str, log_path: Path, **options: Any) -> AsyncIterator[EngineProcess]:
-    engine = await start(code, log_path, **options)
-    try:
-        yield engine
-    finally:
-        await engine.stop()
+# --- what it says and writes ------------------------------------------------------------------
 
 
-async def report_of(code: str, log_path: Path, **options: Any) -> ExitReport:
-    return await (await start(code, log_path, **options)).wait()
+def test_parent_and_registry_are_told_the_same(folder: Path) -> None:
+    with supervised(folder, about={"endpoint": "127.0.0.1:50052"}, keep_alive_s=7.5) as owner:
+        entry = owner.entry()
+        hello = owner.connect().hello
+
+    assert owner.engine is not None
+    assert owner.started == {"event": "started", "pid": owner.engine.pid, "control_port": owner.control_port}
+    assert hello == {"event": "hello", "id": "worker-1", "pid": owner.engine.pid}
+    assert abs(entry.pop("pid_started") - owner.engine.create_time()) < 1
+    assert entry.pop("supervisor_started") <= entry.pop("started_at")
+    assert entry == {
+        "id": "worker-1",
+        "kind": "worker",
+        "pid": owner.engine.pid,
+        "supervisor_pid": owner.process.pid,
+        "control_port": owner.control_port,
+        "key_path": str(folder / "worker-1.key"),
+        "log_path": str(folder / "worker-1.log"),
+        "keep_alive_s": 7.5,
+        "about": {"endpoint": "127.0.0.1:50052"},
+    }
 
 
-async def line_in(log_path: Path, text: str) -> str:
-    """The first line of the log with this text, once it is there."""
-    while True:  # ends with the hang guard
-        found = await asyncio.to_thread(_line, log_path, text)
-        if found:
-            return found
-        await asyncio.sleep(0.01)
+@posix_only
+def test_entry_and_log_are_readable_by_their_owner_only(folder: Path) -> None:
+    with supervised(folder, f"print('a prompt', flush=True); {MINUTES}") as owner:
+        owner.line("a prompt")
+        for path in (owner.spec["entry_path"], owner.log_path):
+            assert Path(path).stat().st_mode & 0o777 == 0o600
 
 
-def _line(log_path: Path, text: str) -> str:
-    lines = log_path.read_text().splitlines(keepends=True) if log_path.exists() else []
-    return next((line.strip() for line in lines if text in line and line.endswith("\n")), "")
+def test_it_listens_on_loopback_only_and_is_small(folder: Path) -> None:
+    with supervised(folder) as owner:
+        process = psutil.Process(owner.process.pid)
+        listening = [one.laddr for one in process.net_connections() if one.status == psutil.CONN_LISTEN]
+        assert listening == [("127.0.0.1", owner.control_port)]
+        assert process.memory_info().rss < 20 * 1024**2
 
 
-def wait_ended(process: psutil.Process) -> None:
-    """Return when the process has ended; fails if it does not."""
-    deadline = time.monotonic() + HANG_GUARD_S
-    with contextlib.suppress(psutil.NoSuchProcess):
-        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-            assert time.monotonic() < deadline, f"{process} is still there"
-            time.sleep(0.01)
+def test_secrets_stand_in_no_argument_and_no_environment_but_the_engines(folder: Path) -> None:
+    code = f"import os; print('got', len(os.environ['API_KEY']), flush=True); {MINUTES}"
+    with supervised(folder, code, env={**os.environ, "API_KEY": KEY}) as owner:
+        assert owner.line("got ") == f"got {len(KEY)}"
+        assert owner.engine is not None
+        family = [psutil.Process(owner.process.pid), *psutil.Process(owner.process.pid).children(recursive=True)]
+        assert owner.engine in family
+        for process in family:
+            assert KEY not in " ".join(process.cmdline())
+        for process in set(family) - {owner.engine}:
+            assert KEY not in " ".join(process.environ().values())
+        assert KEY not in json.dumps(owner.entry())
+        assert KEY not in owner.log_path.read_text("utf-8")
 
 
-@pytest.fixture
-def short_grace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A supervisor that insists after 0.3 s instead of 5 s; it runs by path, so it is a copy."""
-    text = Path(supervisor.__file__).read_text()
-    assert text.count("STOP_GRACE_S = 5.0") == 1
-    copy = tmp_path / "supervisor.py"
-    copy.write_text(text.replace("STOP_GRACE_S = 5.0", "STOP_GRACE_S = 0.3"))
-    monkeypatch.setattr(supervisor, "__file__", str(copy))
-
-
-# --- the end of an engine, as told ------------------------------------------------------------
+# --- the engine's end and its log -------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -108,98 +112,60 @@ def short_grace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.param("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", -9, marks=posix_only),
     ],
 )
-def test_exit_report_tells_the_code_or_the_signal(code: str, exit_code: int, log_path: Path) -> None:
-    assert run(report_of(code, log_path)).code == exit_code
+def test_exit_code_or_signal_is_told_and_logged(code: str, exit_code: int, folder: Path) -> None:
+    with supervised(folder, code) as owner:
+        assert owner.connect().exited() == {"code": exit_code, "tail": [], "why": ""}
+        owner.all_gone()
+    assert owner.log_path.read_text("utf-8") == f"[the engine ended: exit code {exit_code}]\n"
 
 
-def test_exit_report_carries_the_last_lines_of_both_streams(log_path: Path) -> None:
+def test_last_lines_of_both_streams_are_told(folder: Path) -> None:
     code = "import os\nfor i in range(100): os.write(1 + i % 2, b'line %d\\n' % i)"
-
-    report = run(report_of(code, log_path))
-
-    assert report.tail == tuple(f"line {i}" for i in range(100 - supervisor.TAIL_LINES, 100))
-    assert log_path.read_text().splitlines() == [f"line {i}" for i in range(100)]
-
-
-def test_running_is_told_until_the_end(log_path: Path) -> None:
-    async def look() -> None:
-        engine = await start(MINUTES, log_path)
-        assert engine.is_running()
-        assert engine.exit_report is None
-        assert psutil.Process(engine.pid).is_running()
-        report = await engine.stop()
-        assert not engine.is_running()
-        assert engine.exit_report == report
-        assert await engine.stop() == report
-
-    run(look())
+    lines = [f"line {i}" for i in range(100)]
+    with supervised(folder, code) as owner:
+        assert owner.connect().exited()["tail"] == lines[-supervisor.TAIL_LINES :]
+    assert owner.log_path.read_text("utf-8").splitlines()[:-1] == lines
 
 
-@pytest.mark.parametrize("kind", ["missing", "folder", "not executable", "not a program"])
-@posix_only
-def test_binary_that_cannot_run_is_one_line_that_names_it(kind: str, tmp_path: Path) -> None:
-    binary = tmp_path / "llama-server"
-    if kind == "folder":
-        binary.mkdir()
-    elif kind != "missing":
-        binary.write_bytes(b"\0not a program")
-        binary.chmod(0o755 if kind == "not a program" else 0o644)
-
-    with pytest.raises(EngineError) as caught:
-        run(EngineProcess.start([str(binary)], log_path=tmp_path / "log"))
-
-    assert str(binary) in str(caught.value)
-    assert "sollol-nb doctor" in str(caught.value)
-    assert "\n" not in str(caught.value)
+def test_log_ends_at_its_size_limit_but_the_engine_and_the_tail_go_on(folder: Path) -> None:
+    with supervised(folder, "for i in range(100000): print('line', i)", log_limit_bytes=2000) as owner:
+        told = owner.connect().exited()
+    assert (told["code"], told["tail"][-1]) == (0, "line 99999")
+    assert owner.log_path.stat().st_size < 2000 + 200
+    assert owner.log_path.read_text("utf-8").splitlines()[-2:] == [
+        "[the log ends here: it reached its size limit]",
+        "[the engine ended: exit code 0]",
+    ]
 
 
-# --- the log ----------------------------------------------------------------------------------
-
-
-@posix_only
-def test_log_is_readable_by_its_owner_only(log_path: Path) -> None:
-    run(report_of("print('a prompt')", log_path))
-
-    assert log_path.stat().st_mode & 0o777 == 0o600
-
-
-def test_log_ends_at_its_size_limit_but_the_engine_and_the_tail_go_on(
-    log_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(engine_process, "LOG_LIMIT_BYTES", 2000)
-
-    report = run(report_of("for i in range(100000): print('line', i)", log_path))
-
-    assert report.code == 0
-    assert report.tail[-1] == "line 99999"
-    assert log_path.stat().st_size < 2000 + 100
-    assert log_path.read_text().splitlines()[-1] == "[the log ends here: it reached its size limit]"
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
-def test_full_disk_does_not_stop_the_engine() -> None:
-    report = run(report_of("for i in range(100000): print('line', i)", Path("/dev/full")))
-
-    assert report == ExitReport(0, tuple(f"line {i}" for i in range(99960, 100000)))
+@pytest.mark.parametrize(
+    "log_path",
+    [
+        pytest.param(
+            "/dev/full", marks=pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device")
+        ),
+        str(Path(__file__).parent / "no such folder" / "engine.log"),
+    ],
+    ids=["full disk", "no folder"],
+)
+def test_log_that_cannot_be_written_does_not_stop_the_engine(log_path: str, folder: Path) -> None:
+    told = report_of(folder, "for i in range(100000): print('line', i)", log_path=log_path)
+    assert told == {"code": 0, "tail": [f"line {i}" for i in range(99960, 100000)], "why": ""}
 
 
 @pytest.mark.parametrize(
     "text", ["'x' * 1_000_000", "'\\x00' * 100_000", "'\U0001f600' * 100_000", "'a' * 100_000 + '\\n'"]
 )
-def test_very_long_lines_do_not_lose_the_exit_report(text: str, log_path: Path) -> None:
+def test_very_long_lines_do_not_lose_the_exit_report(text: str, folder: Path) -> None:
     code = f"import sys; sys.stdout.buffer.write((({text}) + chr(10)).encode() * 50); raise SystemExit(7)"
-
-    report = run(report_of(code, log_path))
-
-    assert report.code == 7
-    assert len(report.tail) == supervisor.TAIL_LINES
+    told = report_of(folder, code)
+    assert (told["code"], len(told["tail"])) == (7, supervisor.TAIL_LINES)
 
 
-def test_output_that_is_not_utf8_is_kept_as_it_is(log_path: Path) -> None:
-    report = run(report_of("import sys; sys.stdout.buffer.write(b'caf\\xe9\\n')", log_path))
-
-    assert report.tail == ("caf\ufffd",)
-    assert log_path.read_bytes() == b"caf\xe9\n"
+def test_output_that_is_not_utf8_is_kept_as_it_is(folder: Path) -> None:
+    with supervised(folder, "import sys; sys.stdout.buffer.write(b'caf\\xe9\\n')") as owner:
+        assert owner.connect().exited()["tail"] == ["caf\ufffd"]
+    assert owner.log_path.read_bytes().startswith(b"caf\xe9\n[the engine ended")
 
 
 LOG = """\
@@ -215,274 +181,184 @@ which continues
 """
 
 
-def test_debug_lines_after_the_marker_are_dropped_and_an_abort_is_kept(log_path: Path) -> None:
-    report = run(report_of(f"print({LOG!r}, end='')", log_path, debug_until="listening on"))
-
-    dropped = (3, 4, 7)
-    kept = [line for number, line in enumerate(LOG.splitlines()) if number not in dropped]
-    assert log_path.read_text().splitlines() == kept
-    assert list(report.tail) == kept
-
-
-def test_without_a_marker_debug_lines_stay(log_path: Path) -> None:
-    run(report_of(f"print({LOG!r}, end='')", log_path))
-
-    assert log_path.read_text() == LOG
-
-
-# --- what the engine is given -----------------------------------------------------------------
-
-
-def test_secret_of_the_environment_reaches_the_engine_and_no_argument(log_path: Path) -> None:
-    secret = "a-very-secret-key"
-    code = f"import os; print('got', len(os.environ['LLAMA_API_KEY']), flush=True); {MINUTES}"
-
-    async def look() -> None:
-        async with running(code, log_path, env={"LLAMA_API_KEY": secret}) as engine:
-            await line_in(log_path, f"got {len(secret)}")
-            process = psutil.Process(engine.pid)
-            owner = process.parent()
-            assert owner is not None
-            for one in (process, owner):
-                assert secret not in " ".join(one.cmdline())
-            assert secret not in " ".join(owner.environ().values())
-
-    run(look())
-
-
-def test_leftover_options_in_the_environment_do_not_reach_the_engine(
-    log_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("debug_until", "dropped"), [("listening on", (3, 4, 7)), ("a warning", (7,)), ("never said", ()), (None, ())]
+)
+def test_debug_lines_after_the_marker_are_dropped_and_an_abort_is_kept(
+    debug_until: str | None, dropped: tuple[int, ...], folder: Path
 ) -> None:
-    monkeypatch.setenv("LLAMA_ARG_CTX_SIZE", "17")
-    monkeypatch.setenv("SOLLOL_TEST_KEPT", "yes")
-    code = "import os; print(os.environ.get('LLAMA_ARG_CTX_SIZE'), os.environ['SOLLOL_TEST_KEPT'])"
-
-    assert run(report_of(code, log_path)).tail == ("None yes",)
-
-
-def test_engine_reads_nothing_from_standard_input(log_path: Path) -> None:
-    assert run(report_of("print(repr(input.__self__ and __import__('sys').stdin.read()))", log_path)).tail == (
-        "''",
-    )
+    kept = [line for number, line in enumerate(LOG.splitlines()) if number not in dropped]
+    with supervised(folder, f"print({LOG!r}, end='')", debug_until=debug_until) as owner:
+        assert owner.connect().exited()["tail"] == kept
+    assert owner.log_path.read_text("utf-8").splitlines()[:-1] == kept
 
 
-# --- stopping ---------------------------------------------------------------------------------
+def test_engine_reads_nothing_and_its_environment_is_what_was_given(folder: Path) -> None:
+    code = "import os, sys; print(repr(sys.stdin.read()), os.environ)"
+    with supervised(folder, code, env={"ONLY": "this"}) as owner:
+        (line,) = owner.connect().exited()["tail"]
+    assert line.startswith("'' environ({'ONLY': 'this'")
 
-IGNORES = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+
+# --- how long it lives ------------------------------------------------------------------------
+
+
+def test_engine_without_a_lease_ends_after_keep_alive_and_not_before(folder: Path) -> None:
+    with supervised(folder, program=with_constants(folder, MIN_IDLE_S=0.05), keep_alive_s=600) as owner:
+        holder, watcher = owner.connect(), owner.connect()
+        assert holder.ask("hold")["ok"]
+        holder.ask("keep_alive", seconds=0)
+        assert watcher.ask("status")["ends_in_s"] is None
+        assert owner.is_running()
+        holder.ask("free")
+        assert watcher.exited()["why"] == "idle"
+        owner.all_gone()
+
+
+def test_keep_alive_counts_from_the_last_lease_and_not_from_a_look(folder: Path) -> None:
+    with supervised(folder) as owner:
+        first = owner.connect()
+        first.ask("hold")
+        first.ask("free")
+        idle_s = []
+        for _ in range(3):
+            watcher = owner.connect()
+            idle_s.append(watcher.ask("status")["idle_s"])
+            watcher.close()
+        eventually(lambda: first.ask("status")["clients"] == 0, "all watchers have left")
+        idle_s.append(first.ask("status")["idle_s"])
+        assert idle_s == sorted(idle_s), "it only grows"
+        first.ask("hold")
+        first.ask("free")
+        assert first.ask("status")["ends_in_s"] > 600 - idle_s[-1], "a lease begins it anew"
+
+
+def test_with_a_keep_alive_of_0_one_request_can_follow_another(folder: Path) -> None:
+    with supervised(folder, program=with_constants(folder, MIN_IDLE_S=30.0), keep_alive_s=0.0) as owner:
+        control = owner.connect()
+        for _ in range(3):
+            assert control.ask("hold") == {"ok": True}
+            assert control.ask("free") == {"ok": True}
+            assert 0 < control.ask("status")["ends_in_s"] <= 30
+    assert supervisor.MIN_IDLE_S > 0
 
 
 @posix_only
-def test_engine_is_asked_first(log_path: Path) -> None:
-    code = f"""
-import signal, sys
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))
-print("up", flush=True)
-{MINUTES}"""
+def test_lease_of_a_killed_process_ends(folder: Path) -> None:
+    text = """
+import sys
+from tests.supervised import Control
+control = Control(int(sys.argv[1]))
+print("held", control.ask("hold")["ok"], flush=True)
+sys.stdin.readline()
+"""
+    with supervised(folder) as owner:
+        watcher = owner.connect()
+        with script(text, str(owner.control_port)) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "held True\n"
+            assert watcher.ask("status")["leases"] == 1
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            eventually(lambda: watcher.ask("status")["leases"] == 0, "its lease has ended")
 
-    async def look() -> ExitReport:
-        engine = await start(code, log_path)
-        await line_in(log_path, "up")
-        return await engine.stop()
 
-    assert run(look()).code == 5
+@pytest.mark.parametrize("code", [MINUTES, "pass"], ids=["an engine that runs", "one that ended at once"])
+def test_starter_that_never_connects_is_waited_for_only_a_while(code: str, folder: Path) -> None:
+    limits = {"FIRST_CLIENT_S": 0.5, "GREETING_LIMIT_S": 0.2} if code == MINUTES else {"GREETING_LIMIT_S": 0.5}
+    with supervised(folder, code, program=with_constants(folder, **limits), keep_alive_s=0.0) as owner:
+        owner.all_gone()
 
 
-@posix_only
-@pytest.mark.usefixtures("short_grace")
-def test_engine_that_ignores_the_request_is_killed(log_path: Path) -> None:
-    async def look() -> ExitReport:
-        engine = await start(f"{IGNORES} print('up', flush=True); {MINUTES}", log_path)
-        await line_in(log_path, "up")
-        return await engine.stop()
-
-    assert run(look()).code == -signal.SIGKILL
-
+# --- how it ends ------------------------------------------------------------------------------
 
 STARTS_A_CHILD = """
 import subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-c", {child!r}])
+child = subprocess.Popen([sys.executable, "-I", "-S", "-c", {child!r}])
 print("child", child.pid, flush=True)
 {then}
 """
 
 
-async def child_of(log_path: Path) -> psutil.Process:
-    return psutil.Process(int((await line_in(log_path, "child ")).split()[1]))
-
-
 @posix_only
 @pytest.mark.parametrize("child", [MINUTES, IGNORES + MINUTES], ids=["obeys", "ignores the request"])
-def test_children_of_a_stopped_engine_end_with_it(child: str, log_path: Path) -> None:
-    code = STARTS_A_CHILD.format(child=f"{child}", then="time.sleep(600)")
-
-    async def look() -> psutil.Process:
-        async with running(code, log_path):
-            return await child_of(log_path)
-
-    wait_ended(run(look()))
-
-
-@posix_only
-def test_children_of_an_engine_that_ended_by_itself_end_too(log_path: Path) -> None:
-    async def look() -> psutil.Process:
-        engine = await start(STARTS_A_CHILD.format(child=MINUTES, then="time.sleep(0.5)"), log_path)
-        child = await child_of(log_path)
-        assert (await engine.wait()).code == 0
-        return child
-
-    wait_ended(run(look()))
-
-
-@posix_only
-def test_lost_supervisor_takes_its_engine_with_it(log_path: Path) -> None:
-    async def look() -> tuple[psutil.Process, ExitReport]:
-        engine = await start(f"{IGNORES} {MINUTES}", log_path)
-        process = psutil.Process(engine.pid)
-        owner = process.parent()
-        assert owner is not None
-        owner.kill()
-        return process, await engine.wait()
-
-    process, report = run(look())
-
-    assert report == ExitReport(None, ("the supervisor of this process was lost",))
-    wait_ended(process)
+@pytest.mark.parametrize("ending", ["stopped", "by itself", "supervisor killed", "supervisor told to end"])
+def test_what_the_engine_started_ends_with_it(ending: str, child: str, folder: Path) -> None:
+    then = "time.sleep(0.2)" if ending == "by itself" else "time.sleep(600)"
+    with supervised(folder, STARTS_A_CHILD.format(child=child, then=then)) as owner:
+        started = psutil.Process(int(owner.line("child ").split()[1]))
+        control = owner.connect()
+        match ending:
+            case "stopped":
+                control.ask("stop")
+            case "supervisor killed":
+                owner.process.kill()
+            case "supervisor told to end":
+                owner.process.terminate()
+        owner.all_gone()
+        eventually(lambda: not started.is_running() or started.status() == "zombie", "the child has ended")
+        told = control.line()
+    if ending == "supervisor killed":
+        assert told is None
+    else:
+        assert told is not None
+        whys = {"stopped": "stopped", "by itself": "", "supervisor told to end": "its supervisor was told to end"}
+        assert told["why"] == whys[ending]
 
 
 @posix_only
-def test_start_that_is_cancelled_leaves_nothing_behind(log_path: Path) -> None:
-    async def look() -> list[psutil.Process]:
-        before = set(psutil.Process().children(recursive=True))
-        starting = asyncio.create_task(start(MINUTES, log_path))
-        new: set[psutil.Process] = set()
-        while not new:
-            await asyncio.sleep(0.001)
-            new = set(psutil.Process().children(recursive=True)) - before
-        starting.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await (await starting).stop()  # it was quicker than we
-        return list(new)
-
-    for process in run(look()):
-        wait_ended(process)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_signal_is_obeyed_from_the_first_moment(number: signal.Signals, folder: Path) -> None:
+    with supervised(folder, IGNORES + MINUTES, program=with_constants(folder, STOP_GRACE_S=0.1)) as owner:
+        owner.process.send_signal(number)
+        owner.all_gone()
+    assert owner.process.returncode == 0
 
 
-# --- the parent's end -------------------------------------------------------------------------
-
-PARENT = """
-import asyncio, os, signal, sys, time
+@posix_only
+def test_killed_supervisor_with_a_killed_starter_leaves_nothing(folder: Path) -> None:
+    text = """
+import sys, time
 from pathlib import Path
-from sollol_nb.engine_process import EngineProcess
-
-async def main():
-    engine = await EngineProcess.start(
-        [sys.executable, "-c", "import time; time.sleep(600)"], log_path=Path(sys.argv[1])
-    )
-    print("engine", engine.pid, flush=True)
-    {then}
-
-asyncio.run(main())
+from tests.supervised import IGNORES, MINUTES, supervised
+with supervised(Path(sys.argv[1]), IGNORES + MINUTES) as owner:
+    print(owner.process.pid, flush=True)
+    time.sleep(600)
 """
-WAITS = "await asyncio.to_thread(sys.stdin.readline)"
-FORKS = "child = os.fork(); child or time.sleep(600); print('fork', child, flush=True); time.sleep(600)"
+    with script(text, str(folder), SOLLOL_STATE_DIR=str(folder)) as starter:
+        assert starter.stdout is not None
+        owner = psutil.Process(int(starter.stdout.readline()))
+        starter.kill()
+        owner.kill()
+    nothing_is_left(folder)
+    eventually(lambda: not list(folder.glob("*.json*")) and not list(folder.glob("*.key")), "no file is left")
 
 
-@contextlib.contextmanager
-def parent(then: str, log_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """A Python process with an engine, in a process group of its own."""
-    argv = [sys.executable, "-c", PARENT.format(then=then), str(log_path)]
-    with subprocess.Popen(
-        argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+def test_held_engines_live_on_for_the_one_that_holds_them_and_no_longer(folder: Path) -> None:
+    with supervised(folder, program=with_constants(folder, MIN_IDLE_S=0.05), keep_alive_s=0.0) as worker:
+        holds = [{"port": worker.control_port, "key": KEY}, {"port": 9, "key": "of one that has gone"}]
+        kernel = worker.connect()
+        kernel.ask("hold")
+        with supervised(folder, name="coordinator-1", holds=holds) as coordinator:
+            eventually(lambda: kernel.ask("status")["leases"] == 2, "it is held twice")
+            kernel.close()  # the kernel has died; only the coordinator's supervisor is left
+            watcher = worker.connect()
+            assert watcher.ask("status")["leases"] == 1
+            last = coordinator.connect()
+            last.ask("stop")
+            last.exited()
+            assert watcher.exited()["why"] == "idle"
+        worker.all_gone()
 
 
-def told(process: subprocess.Popen[str], word: str) -> psutil.Process:
-    assert process.stdout is not None
-    said, number = process.stdout.readline().split()
-    assert said == word
-    return psutil.Process(int(number))
-
-
-def go_on(process: subprocess.Popen[str]) -> None:
-    assert process.stdin is not None
-    process.stdin.write("\n")
-    process.stdin.flush()
-
-
-@posix_only
-def test_engine_ends_when_its_parent_is_killed(log_path: Path) -> None:
-    with parent("time.sleep(600)", log_path) as process:
-        engine = told(process, "engine")
-        owner = engine.parent()
-        assert owner is not None
-        process.kill()
-        wait_ended(engine)
-        wait_ended(owner)
-
-
-@pytest.mark.parametrize("then", ["return", "os._exit(0)", "raise SystemExit(1)"])
-def test_engine_ends_when_its_parent_ends(then: str, log_path: Path) -> None:
-    with parent(f"{WAITS}\n    {then}", log_path) as process:
-        engine = told(process, "engine")
-        go_on(process)
-        process.wait(HANG_GUARD_S)
-        wait_ended(engine)
-
-
-@posix_only
-def test_engine_ends_with_its_parent_though_a_forked_child_holds_the_pipe(log_path: Path) -> None:
-    with parent(FORKS, log_path) as process:
-        engine, fork = told(process, "engine"), told(process, "fork")
-        process.kill()
-        wait_ended(engine)
-        assert fork.is_running()
-        fork.kill()
-
-
-@posix_only
-def test_interrupt_of_the_parents_process_group_does_not_reach_the_engine(log_path: Path) -> None:
-    then = (
-        "signal.signal(signal.SIGINT, lambda *_: print('interrupted', os.getpid(), flush=True))\n"
-        "    print('ready', os.getpid(), flush=True)\n"
-        f"    {WAITS}\n"
-        "    print('code', abs((await engine.stop()).code), flush=True)"
-    )
-    with parent(then, log_path) as process:
-        engine, _ = told(process, "engine"), told(process, "ready")
-        os.killpg(process.pid, signal.SIGINT)
-        told(process, "interrupted")
-        assert engine.is_running()
-        go_on(process)
-        assert process.stdout is not None
-        # An interrupt on its way would end it with another code: it was the supervisor that did.
-        assert process.stdout.readline().split() == ["code", str(int(signal.SIGTERM))]
-
-
-# --- a real worker ----------------------------------------------------------------------------
-
-
-@pytest.mark.engine
-@posix_only
-def test_real_worker_answers_logs_and_is_reported_when_killed(engine: Engine, log_path: Path) -> None:
-    async def look() -> ExitReport:
-        (port,) = free_ports(50400, 1)
-        argv = [str(engine.worker), "-H", "127.0.0.1", "-p", str(port)]
-        worker = await EngineProcess.start(argv, log_path=log_path)
-        try:
-            while (await probe("127.0.0.1", port)).outcome is not ProbeOutcome.FREE:
-                assert worker.is_running()
-                await asyncio.sleep(0.02)
-            os.kill(worker.pid, signal.SIGKILL)
-            return await worker.wait()
-        finally:
-            await worker.stop()
-
-    report = run(look())
-
-    assert report.code == -signal.SIGKILL
-    assert any("RPC server" in line for line in report.tail)
-    assert "RPC server" in log_path.read_text()
+def test_held_engines_are_let_go_of_before_the_end_is_told(folder: Path) -> None:
+    with supervised(folder) as worker:
+        kernel = worker.connect()
+        holds = [{"port": worker.control_port, "key": KEY}]
+        with supervised(folder, name="coordinator-1", holds=holds) as coordinator:
+            eventually(lambda: kernel.ask("status")["clients"] == 1, "it is held")
+            last = coordinator.connect()
+            last.ask("stop")
+            assert last.line() is not None
+            assert kernel.ask("stop", unless_shared=True) == {"ok": True}, "nobody else uses it now"
+            kernel.exited()

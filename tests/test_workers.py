@@ -7,7 +7,7 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from sollol_nb import config, workers
+from sollol_nb.engine_process import EngineProcess
 from sollol_nb.errors import ConfigError, EngineError, WorkerStartError
 from sollol_nb.events import EventBus
 from sollol_nb.toolchain import Engine
@@ -211,6 +212,24 @@ def test_a_killed_local_worker_shows_as_down(engine: Engine, local: Workers) -> 
     assert looked_at(local)[other].state == "free"
 
 
+@contextmanager
+def holding(endpoint: str, model: str) -> Iterator[None]:
+    """A coordinator that holds this worker, as the registry tells it."""
+    holder = run(
+        EngineProcess.start(
+            [sys.executable, "-c", "import time; time.sleep(60)"],
+            kind="coordinator",
+            about={"model": model, "workers": [endpoint]},
+            keep_alive_s=60,
+            log_path=config.log_dir() / "holder.log",
+        )
+    )
+    try:
+        yield
+    finally:
+        run(holder.stop())
+
+
 # --- what is known of them --------------------------------------------------------------------
 
 
@@ -220,9 +239,10 @@ def test_each_state_is_told_apart_in_words(engine: Engine, local: Workers) -> No
         refused = unused_port()
         for port in (silent, newer, refused):
             local.add(f"127.0.0.1:{port}")
-        local.hold([held], "llama3.1:70b")
-        seen = looked_at(local)
-        probed_before = seen[held].probe
+        probed_before = looked_at(local)[held].probe
+        with holding(held, "llama3.1:70b"):
+            seen = looked_at(local)
+            assert looked_at(local)[held].probe is probed_before, "a held worker is not probed"
 
     told = {endpoint: (status.state, status.held_by) for endpoint, status in seen.items()}
     assert told == {
@@ -232,10 +252,8 @@ def test_each_state_is_told_apart_in_words(engine: Engine, local: Workers) -> No
         f"127.0.0.1:{newer}": ("incompatible", None),
         f"127.0.0.1:{refused}": ("down", None),
     }
-    assert seen[held].detail == "held by the coordinator of llama3.1:70b"
+    assert seen[held].detail == "held by the coordinator of llama3.1:70b, started by this kernel"
     assert "RPC protocol 8.0.0" in seen[f"127.0.0.1:{newer}"].detail
-    assert looked_at(local)[held].probe is probed_before, "a held worker is not probed"
-    local.release([held])
     assert looked_at(local)[held].state == "free"
 
 
@@ -250,10 +268,9 @@ def test_workers_of_one_machine_share_its_memory_in_the_plan(engine: Engine, loc
 def test_an_endpoint_becomes_known_once_and_can_be_forgotten() -> None:
     known = Workers(["10.1.2.3", "10.1.2.3:50052"], EventBus())
     assert known.endpoints == ["10.1.2.3:50052"]
-    known.hold(known.endpoints, "some model")
-    with pytest.raises(ConfigError, match=r"10.1.2.3:50052 is held by the coordinator of some model; stop that"):
+    words = r"10.1.2.3:50052 is held by the coordinator of some model, started by this kernel; stop that"
+    with holding("10.1.2.3:50052", "some model"), pytest.raises(ConfigError, match=words):
         known.remove("10.1.2.3:50052")
-    known.release(known.endpoints)
     known.remove("10.1.2.3:50052")
     with pytest.raises(ConfigError, match=r"10.1.2.3:50052 is not a known worker; known are none"):
         known.remove("10.1.2.3:50052")

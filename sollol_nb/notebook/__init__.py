@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["load_ipython_extension", "router", "unload_ipython_extension", "use_router"]
 
 _router: HybridRouter | None = None
-_MAGICS = ("sollol", "sollol_cluster", "sollol_latency", "sollol_route")
+_MAGICS = ("sollol", "sollol_cluster", "sollol_latency", "sollol_route", "sollol_stop")
 
 
 def router(**settings: Any) -> HybridRouter:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from sollol_nb.completion import Completion
-from sollol_nb.errors import RequestCancelledError, SollolError
+from sollol_nb.errors import AnswerInterruptedError, RequestCancelledError, SollolError
 from sollol_nb.events import Event
 from sollol_nb.io_loop import iterate_blocking
 
@@ -46,7 +46,7 @@ def ask(
 
     def note(event: Event) -> None:
         if event.kind.startswith(("engine.", "coordinator.", "worker.")):
-            status.append(event.words)
+            status.append(event.words)  # what is going on, until the next chunk comes
 
     unsubscribe = router.events.subscribe(note)
     try:
@@ -54,12 +54,15 @@ def ask(
         for chunk in iterate_blocking(router.stream_async(model, messages, **options), tick_s=UPDATE_INTERVAL_S):
             if chunk is not None:
                 chunks.append(chunk)
+                status.clear()
             view.show(chunks, status[-1] if status else "")
     except (KeyboardInterrupt, SollolError) as error:
         interrupted = isinstance(error, KeyboardInterrupt)
         partial = Completion.from_chunks(chunks)
         partial.setdefault("model", model)
         partial["done_reason"] = "cancelled" if interrupted else "error"
+        if isinstance(error, AnswerInterruptedError) and error.partial is not None:
+            partial["_routing"] = error.partial.routing
         if chunks:
             keep(partial)
         view.finish(partial if chunks else None)
@@ -90,7 +93,9 @@ class _NotebookView:
         now = time.monotonic()
         if now - self._shown_at < UPDATE_INTERVAL_S:
             return
-        text = Completion.from_chunks(chunks).text or f"*{status} …*"
+        text = Completion.from_chunks(chunks).text
+        if status:  # a model is being loaded, or a lost one replaced
+            text = f"{text}\n\n*{status} …*" if text else f"*{status} …*"
         if text == self._shown:
             return
         self._shown, self._shown_at = text, now
@@ -116,7 +121,7 @@ class _TerminalView:
         self._status = ""
 
     def show(self, chunks: list[dict[str, Any]], status: str) -> None:
-        if status != self._status and not chunks:
+        if status and status != self._status:
             self._status = status
             print(f"[{status}]", file=sys.stderr, flush=True)
         for chunk in chunks[self._printed :]:

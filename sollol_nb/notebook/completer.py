@@ -1,4 +1,4 @@
-"""Tab completion of model names after `%%sollol`, `%sollol` and `%sollol_route`.
+"""Tab completion of model names after `%%sollol`, `%sollol`, `%sollol_route` and `%sollol_stop`.
 
 Names are those of the profiles, of the running coordinators, and of what is really installed in Ollama's
 storage on this machine; the storage is a few small files, read when asked.
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from IPython.core.interactiveshell import InteractiveShell
 
-COMMANDS = ("%%sollol", "%sollol", "%sollol_route")
+COMMANDS = ("%%sollol", "%sollol", "%sollol_route", "%sollol_stop")
 _HOOK = "complete_command"
 
 

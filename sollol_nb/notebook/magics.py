@@ -12,8 +12,10 @@ from IPython.utils.process import arg_split  # type: ignore[attr-defined]
 from sollol_nb import notebook
 from sollol_nb.cluster_status import ClusterStatus
 from sollol_nb.completion import Completion
+from sollol_nb.io_loop import run_blocking
 from sollol_nb.notebook.answer import ask
 from sollol_nb.priority_helpers import Priority
+from sollol_nb.running import stop_running
 from sollol_nb.toolchain import ensure_engine
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ _priority.__name__ = "priority (1 to 10, or a name such as high)"  # argparse sh
 
 @magics_class
 class SollolMagics(Magics):
-    """`%%sollol`, `%sollol_cluster`, `%sollol_latency`, `%sollol_route`."""
+    """`%%sollol`, `%sollol_cluster`, `%sollol_latency`, `%sollol_route`, `%sollol_stop`."""
 
     @no_var_expand
     @magic_arguments()
@@ -141,6 +143,27 @@ class SollolMagics(Magics):
             print(status)
             return None
         return status
+
+    @magic_arguments()
+    @argument("names", nargs="*", help="models, or workers as host:port; default: this notebook's coordinators")
+    @argument("--all", action="store_true", help="all that runs, of other notebooks and in use too")
+    @line_magic
+    def sollol_stop(self, line: str) -> None:
+        """Stop coordinators: those of this notebook, those named, or all that runs (workers too).
+
+        Example::
+
+            %sollol_stop                  stop this notebook's coordinators
+            %sollol_stop llama3.1:70b     stop the coordinator of one model, whoever started it
+            %sollol_stop --all            stop every coordinator and every worker on this machine
+        """
+        arguments = parse_argstring(self.sollol_stop, line)
+        if arguments.all or arguments.names:
+            ended = run_blocking(stop_running(arguments.names, also_used=True))
+            stopped = [f"{one.kind} {one.name}" for one in ended]
+        else:
+            stopped = [f"coordinator {model}" for model in notebook.router().stop_coordinator()]
+        print("stopped " + ", ".join(stopped) if stopped else "nothing runs")
 
     @magic_arguments()
     @argument("--model", help="only requests to this model")

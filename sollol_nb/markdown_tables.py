@@ -1,0 +1,73 @@
+"""Markdown tables, written and read, and numbers and texts short enough for their cells.
+
+Source of the format: GitHub Flavored Markdown, section 4.10 (a header row, a delimiter row of dashes, cells
+between pipes, `\\|` for a pipe in a cell).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+_DELIMITERS = re.compile(r"\s*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*")
+_PIPE = re.compile(r"(?<!\\)\|")
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Texts as a Markdown table; pipes and line ends in them are escaped."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(escaped, line)) + " |" for line in lines)
+
+
+def parse_markdown_table(text: str) -> tuple[list[str], list[list[str]]] | None:
+    """Header and rows of the first Markdown table in a text, None without one.
+
+    Each row is as long as the header: cells beyond it are dropped, and those that lack are empty.
+    """
+    lines = text.splitlines()
+    for position in range(1, len(lines)):
+        header = _cells(lines[position - 1])
+        delimiters = lines[position]
+        if (
+            "|" in lines[position - 1]
+            and _DELIMITERS.fullmatch(delimiters)
+            and len(_cells(delimiters)) == len(header)
+        ):
+            rows: list[list[str]] = []
+            for line in lines[position + 1 :]:
+                if "|" not in line:
+                    break
+                cells = _cells(line)
+                rows.append((cells + [""] * len(header))[: len(header)])
+            return header, rows
+    return None
+
+
+def _cells(line: str) -> list[str]:
+    inner = line.strip().removeprefix("|")
+    cells = _PIPE.split(inner)
+    if len(cells) > 1 and not cells[-1].strip():  # the pipe at the end of the line
+        cells.pop()
+    return [cell.strip().replace("\\|", "|") for cell in cells]
+
+
+def escaped(text: str) -> str:
+    """A text as it can stand in a cell."""
+    return "<br>".join(text.replace("|", "\\|").splitlines())
+
+
+def shortened(text: str, limit_chars: int) -> str:
+    """The text, its end replaced by `…` if it is longer than this."""
+    return text if len(text) <= limit_chars else text[: limit_chars - 1] + "…"
+
+
+def compact_number(value: float) -> str:
+    """A float with six significant digits, or all digits before the point if these are more."""
+    if value != value:
+        return "NaN"
+    return f"{value:.0f}" if 1e6 <= abs(value) < 1e15 else f"{value:.6g}"
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 row`, `50,000 rows`."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")

@@ -1,0 +1,147 @@
+"""The cluster side of a router: its workers and coordinators, seen and steered; and its end."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, Self
+
+from sollol_nb import config
+from sollol_nb.cluster_status import ClusterStatus, CoordinatorStatus
+from sollol_nb.coordinator import Coordinator
+from sollol_nb.coordinator_pool import CoordinatorPool
+from sollol_nb.events import EventBus
+from sollol_nb.io_loop import io_bound, submit
+from sollol_nb.ollama_pool import OllamaPool
+from sollol_nb.routing import DISTRIBUTED, LOCAL, OLLAMA
+from sollol_nb.workers import Workers, WorkerStatus
+
+
+class RouterCluster:
+    """What `HybridRouter` is, apart from asking.
+
+    Attributes:
+        events: the event bus of this router's workers, coordinators and requests.
+    """
+
+    def __init__(
+        self, coordinators: CoordinatorPool, workers: Workers, ollama: OllamaPool, events: EventBus
+    ) -> None:
+        self.events = events
+        self._coordinators = coordinators
+        self._workers = workers
+        self._ollama = ollama
+        self._counts = {OLLAMA: 0, DISTRIBUTED: 0, LOCAL: 0, "": 0}
+        # A router that nobody holds any more must not hold workers. Its engines live on for their keep_alive, so
+        # that the next router, or this kernel after a restart, finds the model loaded.
+        weakref.finalize(self, _let_go_later, coordinators, workers, ollama).atexit = False
+
+    @property
+    def coordinator(self) -> Coordinator | None:
+        """The running coordinator that shards over workers, the last used if several; None if there is none."""
+        sharded = [one for one in self._coordinators.coordinators if one.plan is not None]
+        return sharded[-1] if sharded else None
+
+    @property
+    def coordinator_model(self) -> str | None:
+        """The model of `coordinator`."""
+        return self.coordinator.model if self.coordinator else None
+
+    @property
+    def coordinators(self) -> list[Coordinator]:
+        """All running coordinators, local ones too, the most recently used last."""
+        return self._coordinators.coordinators
+
+    @io_bound
+    async def cluster(self) -> ClusterStatus:
+        """Look at all workers, and tell their state and the layers of each coordinator, other kernels' too."""
+        workers = await self._workers.refresh()
+        statuses = [CoordinatorStatus.of(one) for one in self.coordinators]
+        statuses += [
+            CoordinatorStatus.of(one, f"started by {owner}") for one, owner in await self._coordinators.others()
+        ]
+        return ClusterStatus(tuple(workers), tuple(statuses))
+
+    @io_bound
+    async def start_workers(self, count: int) -> list[str]:
+        """Start workers on this machine, on loopback from `rpc_port` upward; returns their endpoints."""
+        engine = await self._coordinators.engine()
+        settings = self._coordinators.settings
+        return await self._workers.start_local(
+            engine, count, first_port=settings.rpc_port, keep_alive_s=settings.keep_alive_s
+        )
+
+    @io_bound
+    async def discover_workers(self) -> list[str]:
+        """Look for workers on this machine's usual ports; returns the endpoints that are new."""
+        return await self._workers.discover()
+
+    @io_bound
+    async def add_worker(self, endpoint: str) -> WorkerStatus:
+        """Make a worker (`host:port`) known, and look at it."""
+        endpoint = self._workers.add(endpoint)
+        return next(one for one in await self._workers.refresh() if one.endpoint == endpoint)
+
+    @io_bound
+    async def remove_worker(self, endpoint: str) -> None:
+        """Forget a worker; one that was started here is stopped.
+
+        Raises:
+            ConfigError: it is not known, or a coordinator holds it.
+        """
+        endpoint = config.format_endpoint(*config.parse_endpoint(endpoint))
+        self._workers.remove(endpoint)
+        await self._workers.stop_local([endpoint])
+
+    @io_bound
+    async def stop_coordinator(self, model: str | None = None) -> list[str]:
+        """Stop the coordinators of a model, or all; returns the models stopped."""
+        return await self._coordinators.stop(model)
+
+    def get_stats(self) -> dict[str, Any]:
+        """Counts and states of this router.
+
+        Keys: `distributed_requests`, `ollama_requests`, `local_requests`, `failed_requests` (found no place),
+        `coordinator_uptime_seconds` (of `coordinator`; 0 without), `active_rpc_backends` (workers held),
+        `known_rpc_backends`, `coordinators` (model to URL).
+        """
+        running = self.coordinators
+        return {
+            "distributed_requests": self._counts[DISTRIBUTED],
+            "ollama_requests": self._counts[OLLAMA],
+            "local_requests": self._counts[LOCAL],
+            "failed_requests": self._counts[""],
+            "coordinator_uptime_seconds": round(self.coordinator.uptime_s, 3) if self.coordinator else 0,
+            "active_rpc_backends": sum(len(one.rpc_backends) for one in running),
+            "known_rpc_backends": len(self._workers.endpoints),
+            "coordinators": {one.model: one.base_url for one in running},
+        }
+
+    @io_bound
+    async def close(self, *, keep: bool = False) -> None:
+        """End the coordinators and workers that no other process uses, and close connections. Twice is fine.
+
+        Args:
+            keep: leave the engines running for their keep_alive, for whoever comes next.
+        """
+        if keep:
+            await _let_go(self._coordinators, self._workers, self._ollama)
+            return
+        await self._coordinators.close()
+        await self._workers.close()
+        await self._ollama.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+
+async def _let_go(coordinators: CoordinatorPool, workers: Workers, ollama: OllamaPool) -> None:
+    coordinators.detach()
+    workers.detach()
+    await ollama.close()
+
+
+def _let_go_later(coordinators: CoordinatorPool, workers: Workers, ollama: OllamaPool) -> None:
+    submit(_let_go(coordinators, workers, ollama))

@@ -1,0 +1,99 @@
+"""The long run: `python -m tests.chaos --n 200 --seed 1`, or `make chaos N=200`.
+
+Prints, for each kind of fault, in how many trials every answer was the undisturbed one, and how long the reader
+waited for the next token. A failed trial is printed with the line that repeats it. Exit code 1 if any failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from sollol_nb.toolchain import find_engine
+from tests.chaos.machines import Cluster
+from tests.chaos.trials import TRIALS, Chaos
+from tests.engines import eventually, with_variable
+
+
+@dataclass
+class Tally:
+    """Of one kind of fault.
+
+    Attributes:
+        silences_s: of each answer that a fault has struck, the time until its next token.
+    """
+
+    tried: int = 0
+    survived: int = 0
+    silences_s: list[float] = field(default_factory=list)
+
+    def row(self, name: str) -> str:
+        """A line of the table."""
+        median_s, longest_s = (
+            (f"{statistics.median(self.silences_s):.2f} s", f"{max(self.silences_s):.2f} s")
+            if self.silences_s
+            else ("", "")
+        )
+        return f"{name:<22} {self.survived:>4} / {self.tried:<4} {median_s:>10} {longest_s:>10}"
+
+
+def main() -> int:
+    """Run trials; the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description="Break answers, and compare them.")
+    parser.add_argument("--n", type=int, default=50, help="number of trials (default: 50)")
+    parser.add_argument(
+        "--seed", type=int, default=int(time.time()), help="of the first trial; the next has one more"
+    )
+    parser.add_argument("--only", choices=TRIALS, help="one kind of fault instead of all in turn")
+    arguments = parser.parse_args()
+    names = [arguments.only] if arguments.only else list(TRIALS)
+    seeds = range(arguments.seed, arguments.seed + arguments.n)
+    with tempfile.TemporaryDirectory(prefix="chaos-") as state:
+        os.environ |= {"SOLLOL_STATE_DIR": state, "OLLAMA_HOST": "127.0.0.1:9"}
+        with Cluster(find_engine()) as cluster:
+            tallies = break_answers(Chaos(cluster), names, seeds)
+        eventually(lambda: not with_variable("SOLLOL_STATE_DIR", state), "no process is left")
+    print(f"\n{'fault':<22} {'survived':>11} {'next token':>10} {'longest':>10}")
+    everything = Tally(
+        sum(one.tried for one in tallies.values()),
+        sum(one.survived for one in tallies.values()),
+        [silence_s for one in tallies.values() for silence_s in one.silences_s],
+    )
+    for name, tally in [*tallies.items(), ("all", everything)]:
+        print(tally.row(name))
+    return int(any(one.survived < one.tried for one in tallies.values()))
+
+
+def break_answers(chaos: Chaos, names: Sequence[str], seeds: Sequence[int]) -> dict[str, Tally]:
+    """One trial for each seed; which one follows from the seed, so that a seed says it all."""
+    tallies = {name: Tally() for name in names}
+    for number, seed in enumerate(seeds, 1):
+        name = names[seed % len(names)]
+        tally = tallies[name]
+        tally.tried += 1
+        try:
+            answers = TRIALS[name](chaos, random.Random(f"{name} {seed}"))
+            differences = chaos.differences(answers)
+        except Exception:
+            answers, differences = [], [traceback.format_exc()]
+        silences_s = [one.silence_s for one in answers if one.silence_s is not None]
+        tally.silences_s += silences_s
+        tally.survived += not differences
+        words = f"next token after {max(silences_s, default=0):.2f} s" if not differences else "FAILED"
+        print(f"{number}/{len(seeds)} {name}: {words}", flush=True)
+        if differences:
+            print(f"  repeat with: python -m tests.chaos --n 1 --seed {seed} --only {name!r}")
+            print(*differences, sep="\n  ", flush=True)
+    return tallies
+
+
+if __name__ == "__main__":
+    sys.exit(main())

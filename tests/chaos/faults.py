@@ -1,0 +1,113 @@
+"""Faults, one function each: something happens to a machine, a wire or a process while a router answers.
+
+A fault draws its victim from the scene's own random numbers, so that a seed repeats it.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import psutil
+
+from sollol_nb import registry
+from sollol_nb.sync_wrapper import HybridRouter
+from tests.chaos.machines import Cluster, Machine
+
+
+@dataclass
+class Scene:
+    """Where faults strike.
+
+    Attributes:
+        wired: the router reaches the machines through their wires.
+        lost: endpoints, as the router knows them, of the machines that were lost, in this order.
+        struck_at: `time.perf_counter()` of the first fault, None before.
+    """
+
+    cluster: Cluster
+    router: HybridRouter
+    random: random.Random
+    wired: bool = False
+    lost: list[str] = field(default_factory=list)
+    struck_at: float | None = None
+
+    def strike(self, fault: Fault) -> None:
+        """Let a fault strike now."""
+        self.struck_at = self.struck_at or time.perf_counter()
+        fault.strike(self)
+
+    def strike_later(self, fault: Fault, within_s: float) -> threading.Timer:
+        """Let a fault strike at some time within so many seconds; gives the thread that does it."""
+        timer = threading.Timer(self.random.uniform(0, within_s), self.strike, (fault,))
+        timer.start()
+        return timer
+
+    def victim(self) -> Machine:
+        """One of the machines in use; any of them where none is in use just now."""
+        used = [self.cluster.machine(endpoint) for endpoint in sorted(registry.holders())]
+        return self.random.choice([one for one in used if one.is_well] or self.cluster.well())
+
+    def lose(self) -> Machine:
+        """A victim that is counted as lost."""
+        machine = self.victim()
+        self.lost.append(self.endpoint(machine))
+        return machine
+
+    def endpoint(self, machine: Machine) -> str:
+        """As the router knows the machine."""
+        return machine.wired_endpoint if self.wired else machine.endpoint
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One kind of fault.
+
+    Attributes:
+        needs_wire: it can only be done to a machine that is reached through its wire.
+    """
+
+    name: str
+    strike: Callable[[Scene], None]
+    needs_wire: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _signal_coordinators(number: int) -> None:
+    for entry in registry.entries(registry.COORDINATOR):
+        with suppress(psutil.NoSuchProcess):
+            psutil.Process(entry.pid).send_signal(number)
+
+
+def _kill_supervisors() -> None:
+    for entry in registry.entries(registry.COORDINATOR):
+        with suppress(psutil.NoSuchProcess):
+            psutil.Process(entry.supervisor_pid).kill()
+
+
+WORKER_KILLED = Fault("worker killed", lambda scene: scene.lose().kill())
+WORKER_FROZEN = Fault("worker frozen", lambda scene: scene.lose().freeze())
+LINK_RESET = Fault("link reset", lambda scene: scene.victim().reset(), needs_wire=True)
+LINK_SWALLOWS = Fault("link swallows", lambda scene: scene.lose().swallow(), needs_wire=True)
+COORDINATOR_KILLED = Fault("coordinator killed", lambda _: _signal_coordinators(signal.SIGKILL))
+COORDINATOR_FROZEN = Fault("coordinator frozen", lambda _: _signal_coordinators(signal.SIGSTOP))
+SUPERVISOR_KILLED = Fault("supervisor killed", lambda _: _kill_supervisors())
+
+FAULTS = (
+    WORKER_KILLED,
+    WORKER_FROZEN,
+    LINK_RESET,
+    LINK_SWALLOWS,
+    COORDINATOR_KILLED,
+    COORDINATOR_FROZEN,
+    SUPERVISOR_KILLED,
+)
+QUICK_FAULTS = (WORKER_KILLED, LINK_RESET, COORDINATOR_KILLED, SUPERVISOR_KILLED)
+"""Those that are seen at once; silence has to be waited for."""

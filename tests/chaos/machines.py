@@ -1,0 +1,233 @@
+"""Machines of a cluster that can fail: real RPC workers that nothing of ours owns, each behind a wire that can.
+
+The workers are started as a user starts them on another machine: plain processes in a session of their own, which
+the package does not know. The wire is a TCP proxy: it passes, breaks all connections, or swallows what is sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import struct
+import subprocess
+import threading
+from collections.abc import Coroutine
+from contextlib import suppress
+from functools import cache
+from typing import Any, TypeVar
+
+from sollol_nb.toolchain import Engine
+from sollol_nb.workers import free_ports
+from tests.engines import HANG_GUARD_S, eventually
+
+T = TypeVar("T")
+
+HOST = "127.0.0.1"
+FIRST_PORT = 25000
+COORDINATOR_PORT = 25800
+_NO_LINGER = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
+
+
+@cache
+def _network() -> asyncio.AbstractEventLoop:
+    """The loop on which all wires live; not the package's own, which a fault may keep busy."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="wires", daemon=True).start()
+    return loop
+
+
+def _on_network(work: Coroutine[Any, Any, T]) -> T:
+    return asyncio.run_coroutine_threadsafe(work, _network()).result(HANG_GUARD_S)
+
+
+class Wire:
+    """A proxy on `port` of loopback for what listens on `target_port`."""
+
+    def __init__(self, port: int, target_port: int) -> None:
+        self.port = port
+        self._target_port = target_port
+        self._server: asyncio.Server | None = None
+        self._links: set[asyncio.StreamWriter] = set()
+        self._passing = asyncio.Event()
+        self._passing.set()
+
+    def open(self) -> None:
+        """Listen, and pass."""
+
+        async def opened() -> None:
+            self._passing.set()
+            if self._server is None:
+                self._server = await asyncio.start_server(self._link, HOST, self.port)
+
+        _on_network(opened())
+
+    def reset(self) -> None:
+        """Break all connections (TCP RST on both sides); new ones pass."""
+        _on_network(self._reset())
+
+    def swallow(self) -> None:
+        """Let no byte pass, in either direction, and close nothing. New connections get no answer."""
+
+        async def swallowed() -> None:
+            self._passing.clear()
+
+        _on_network(swallowed())
+
+    def close(self) -> None:
+        """Refuse new connections, and break those that are."""
+
+        async def closed() -> None:
+            if self._server is not None:
+                self._server.close()
+                self._server = None
+            await self._reset()
+            self._passing.set()
+
+        _on_network(closed())
+
+    async def _reset(self) -> None:
+        for writer in list(self._links):
+            with suppress(OSError):
+                writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+            writer.transport.abort()
+
+    async def _link(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._links.add(writer)
+        try:
+            await self._passing.wait()
+            with suppress(OSError):
+                far_reader, far_writer = await asyncio.open_connection(HOST, self._target_port)
+                self._links.add(far_writer)
+                try:
+                    await asyncio.gather(self._copy(reader, far_writer), self._copy(far_reader, writer))
+                finally:
+                    self._links.discard(far_writer)
+                    far_writer.transport.abort()
+        finally:
+            self._links.discard(writer)
+            writer.transport.abort()
+
+    async def _copy(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while data := await source.read(65536):
+                await self._passing.wait()
+                sink.write(data)
+                await sink.drain()
+        await self._passing.wait()  # nor does the end of a connection pass
+        sink.close()
+
+
+class Machine:
+    """A worker machine: an RPC worker, reached directly or through its wire.
+
+    Attributes:
+        endpoint: where the worker listens.
+        wired_endpoint: where its wire does.
+    """
+
+    def __init__(self, engine: Engine, port: int, wire_port: int) -> None:
+        self.endpoint, self.wired_endpoint = f"{HOST}:{port}", f"{HOST}:{wire_port}"
+        self._engine = engine
+        self._port = port
+        self._wire = Wire(wire_port, port)
+        self._worker: subprocess.Popen[bytes] | None = None
+        self._was_struck = False
+
+    def __repr__(self) -> str:
+        return f"<Machine {self.endpoint}, {'well' if self.is_well else 'not well'}>"
+
+    @property
+    def is_well(self) -> bool:
+        """Whether nothing has happened to it since it was last made well."""
+        return self._worker is not None and self._worker.poll() is None and not self._was_struck
+
+    @property
+    def has_broken_pipe(self) -> bool:
+        """Whether its worker ended because it wrote to a coordinator that was gone, as workers do."""
+        return self._worker is not None and self._worker.poll() == -signal.SIGPIPE
+
+    def make_well(self) -> None:
+        """Start it, anew if something had happened to it; it listens on the same ports as before."""
+        if self.is_well:
+            return
+        self.kill()
+        self._worker = subprocess.Popen(
+            [str(self._engine.worker), "-H", HOST, "-p", str(self._port), "-t", "1"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={name: value for name, value in os.environ.items() if not name.startswith("SOLLOL_")},
+            start_new_session=True,
+        )
+        eventually(self._listens, f"the worker on port {self._port} listens")
+        self._wire.open()
+        self._was_struck = False
+
+    def kill(self) -> None:
+        """It is gone at once, and refuses connections."""
+        self._was_struck = True
+        if self._worker is not None:
+            self._worker.kill()
+            self._worker.wait()
+        self._wire.close()
+
+    def freeze(self) -> None:
+        """It accepts connections (its system does), and does nothing."""
+        self._was_struck = True
+        self._signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """It goes on where it was frozen."""
+        self._signal(signal.SIGCONT)
+
+    def reset(self) -> None:
+        """All connections through its wire break."""
+        self._wire.reset()
+
+    def swallow(self) -> None:
+        """Its wire swallows what is sent."""
+        self._was_struck = True
+        self._wire.swallow()
+
+    def pass_again(self) -> None:
+        """Its wire passes again, what was swallowed first."""
+        self._wire.open()
+
+    def _signal(self, number: int) -> None:
+        assert self._worker is not None
+        self._worker.send_signal(number)
+
+    def _listens(self) -> bool:
+        with socket.socket() as trial:
+            return trial.connect_ex((HOST, self._port)) == 0
+
+
+class Cluster:
+    """Some machines."""
+
+    def __init__(self, engine: Engine, count: int = 4) -> None:
+        ports = free_ports(FIRST_PORT, 2 * count)
+        self.machines = [Machine(engine, *pair) for pair in zip(ports[:count], ports[count:], strict=True)]
+
+    def __enter__(self) -> Cluster:
+        self.make_well()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for machine in self.machines:
+            machine.kill()
+
+    def make_well(self) -> None:
+        """Make all machines well again."""
+        for machine in self.machines:
+            machine.make_well()
+
+    def machine(self, endpoint: str) -> Machine:
+        """The machine at an endpoint, wired or not."""
+        return next(one for one in self.machines if endpoint in (one.endpoint, one.wired_endpoint))
+
+    def well(self) -> list[Machine]:
+        """The machines to which nothing has happened."""
+        return [one for one in self.machines if one.is_well]

@@ -1,0 +1,149 @@
+"""Kernels that are killed, and kernels that want the same workers."""
+
+from __future__ import annotations
+
+import ast
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from sollol_nb import registry
+from sollol_nb.rpc_discovery import test_rpc_backend as is_free
+from tests.chaos.machines import COORDINATOR_PORT
+from tests.chaos.trials import ACCENTS, LONG, MODEL, Chaos
+from tests.engines import eventually, is_alive, with_variable
+from tests.kernels import Kernel, Shown, kernel
+
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals"),
+]
+
+MAKE_ROUTER = f"""
+from IPython.display import Markdown, display
+from sollol_nb.sync_wrapper import HybridRouter
+router = HybridRouter(auto_discover_rpc=False, coordinator_port={COORDINATOR_PORT}, **settings)
+"""
+ASK = f"answer = router.route_request({MODEL!r}, {ACCENTS.text!r}, temperature=0)"
+ASK_AND_TELL = f"""
+for number, chunk in enumerate(router.stream({MODEL!r}, {LONG.text!r}, temperature=0)):
+    if number == 50:
+        display(Markdown("half way"))
+"""
+WHAT_RUNS = """dict(
+    pid=router.coordinator.pid,
+    url=router.coordinator.base_url,
+    load_ms=router.coordinator.load_ms,
+    log=str(router.coordinator.log_path),
+    log_length=len(router.coordinator.log_path.read_text(errors="replace")) > 1000,
+    layers={one.place: one.units for one in router.coordinator.placement.devices},
+    workers=router.coordinator.rpc_backends,
+)"""
+
+
+@contextmanager
+def kernel_with_router(chaos: Chaos, **settings: Any) -> Iterator[Kernel]:
+    """A kernel whose `router` knows three of the machines."""
+    backends = ",".join(machine.endpoint for machine in chaos.cluster.machines[:3])
+    with kernel(RPC_BACKENDS=backends, SOLLOL_KEEP_ALIVE="2s") as one:
+        shown = one.run(f"settings = {settings!r}\n{MAKE_ROUTER}")
+        assert shown.status == "ok", shown.error
+        yield one
+
+
+def value(one: Kernel, expression: str) -> Any:
+    return ast.literal_eval(one.value(expression))
+
+
+def kinds(one: Kernel) -> list[str]:
+    found: list[str] = value(one, "[event.kind for event in router.events.recent()]")
+    return [kind for kind in found if kind.startswith("coordinator.")]
+
+
+def kill(one: Kernel) -> None:
+    os.kill(one.pid, signal.SIGKILL)
+    process = psutil.Process(one.pid)
+    eventually(lambda: not is_alive(process), "the kernel is dead")
+
+
+@pytest.mark.parametrize("when", ["between answers", "in mid-answer"])
+def test_a_killed_kernel_leaves_its_model_to_the_next_and_nothing_for_ever(
+    chaos: Chaos, state: Path, when: str
+) -> None:
+    chaos.cluster.make_well()
+    undisturbed = chaos.undisturbed(ACCENTS)
+    with kernel_with_router(chaos) as first, kernel_with_router(chaos) as second:
+        assert first.run(ASK).status == "ok"
+        before = value(first, WHAT_RUNS)
+        if when == "in mid-answer":
+            first.collect(first.client.execute(ASK_AND_TELL), until_shown="half way")
+        kill(first)
+
+        assert second.run(ASK).status == "ok"
+        assert value(second, "(answer.text, answer['eval_count'])") == (undisturbed.text, undisturbed.eval_count)
+        assert value(second, WHAT_RUNS) == before
+        assert sum(len(units) for units in before["layers"].values()) > 0
+        assert kinds(second) == ["coordinator.adopted"]
+        assert "held" in value(second, "[one.state for one in router.cluster().workers]")
+        kill(second)
+
+        # What still runs are these kernels' engines and their supervisors; keep_alive ends them.
+        eventually(lambda: not with_variable("SOLLOL_STATE_DIR", str(state)), "no process is left")
+        assert not registry.entries()
+        for machine in chaos.cluster.machines:
+            assert is_free("127.0.0.1", int(machine.endpoint.rpartition(":")[2]))
+
+
+def ask_both(first: Kernel, second: Kernel) -> list[Shown]:
+    """The same cell in both, at the same time."""
+    asked = [(one, one.client.execute(ASK)) for one in (first, second)]
+    return [one.collect(message_id) for one, message_id in asked]
+
+
+def test_two_kernels_that_ask_the_same_share_a_coordinator(chaos: Chaos) -> None:
+    chaos.cluster.make_well()
+    with kernel_with_router(chaos) as first, kernel_with_router(chaos) as second:
+        assert [shown.status for shown in ask_both(first, second)] == ["ok", "ok"]
+        assert value(first, WHAT_RUNS) == value(second, WHAT_RUNS)
+        told = [[kind for kind in kinds(one) if kind != "coordinator.starting"] for one in (first, second)]
+        assert sorted(told) == [["coordinator.adopted"], ["coordinator.ready"]]
+        for one in (first, second):
+            assert value(one, "answer.text") == chaos.undisturbed(ACCENTS).text
+
+
+def test_two_kernels_that_fight_for_workers_get_different_ones(chaos: Chaos) -> None:
+    chaos.cluster.make_well()
+    with (
+        kernel_with_router(chaos, num_rpc_backends=2, context_tokens=2048) as first,
+        kernel_with_router(chaos, num_rpc_backends=1, context_tokens=4096) as second,
+    ):
+        assert [shown.status for shown in ask_both(first, second)] == ["ok", "ok"]
+        workers = [value(one, "router.coordinator.rpc_backends") for one in (first, second)]
+        held = sorted(endpoint for each in workers for endpoint in each)
+        assert held == [machine.endpoint for machine in chaos.cluster.machines[:3]]
+        for one in (first, second):
+            assert value(one, "answer.text") == chaos.undisturbed(ACCENTS).text
+
+
+def test_of_two_kernels_that_want_all_workers_one_is_told_who_has_them(chaos: Chaos) -> None:
+    chaos.cluster.make_well()
+    with (
+        kernel_with_router(chaos, context_tokens=2048) as first,
+        kernel_with_router(chaos, context_tokens=4096) as second,
+    ):
+        shown = ask_both(first, second)
+        assert sorted(one.status for one in shown) == ["error", "ok"]
+        winner, loser = (first, second) if shown[0].status == "ok" else (second, first)
+        (error,) = [one.error for one in shown if one.status == "error"]
+        assert "WorkersUnavailableError" in error[-1]
+        assert f"held by the coordinator of {MODEL}, started by process {winner.pid}" in error[-1]
+        assert winner.run("router.close()").status == "ok"
+        assert loser.run(ASK).status == "ok", "they are free now"
+        assert value(loser, "answer.text") == chaos.undisturbed(ACCENTS).text

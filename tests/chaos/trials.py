@@ -1,0 +1,324 @@
+"""Trials: questions asked while faults strike, and the undisturbed answers beside which theirs are held.
+
+A trial is a function of the cluster and a seed. It gives the answers it got, or raises where one was not given
+or the router's own account of the fault is wrong.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from sollol_nb.coordinator import Coordinator
+from sollol_nb.errors import AnswerInterruptedError
+from sollol_nb.events import Event
+from sollol_nb.priority_helpers import Priority
+from sollol_nb.sync_wrapper import HybridRouter
+from tests.chaos.faults import FAULTS, QUICK_FAULTS, WORKER_KILLED, Fault, Scene
+from tests.chaos.machines import COORDINATOR_PORT, Cluster
+from tests.engines import HANG_GUARD_S, eventually
+
+MODEL = "demo:sharded"
+WORKERS = 3
+SLOTS = 4
+LATE_CHUNKS = 25
+"""So near the end the whole answer may be there before a fault is felt."""
+LIMIT_S = 60.0
+"""Of each answer and each start: what hangs is a failure."""
+SOON_S = 0.3
+"""About as long as the demo model takes to load over three workers, or to read the long prompt."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """Something to ask at temperature 0.
+
+    Attributes:
+        options: further options of the request.
+    """
+
+    name: str
+    text: str
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "what": {"type": "string", "maxLength": 60},
+        "parts": {"type": "array", "items": {"type": "string", "maxLength": 60}, "minItems": 2, "maxItems": 4},
+        "count": {"type": "integer"},
+    },
+    "required": ["what", "parts", "count"],
+}
+HELLO = Question("a greeting", "Hello!", {"max_tokens": 1})
+LONG = Question("a long answer", "Tell me everything about sharding.")
+ACCENTS = Question("characters of many bytes", "Say something with accents and symbols.")
+JSON = Question("a JSON schema", "What is a worker?", {"format": _SCHEMA, "max_tokens": 250})
+LONG_PROMPT = Question("a long prompt", "A worker holds layers. " * 300 + "What is a worker?", {"max_tokens": 40})
+OF_EACH_LENGTH = [Question(f"{count} tokens", LONG.text, {"max_tokens": count}) for count in (90, 150, 210, 270)]
+QUESTIONS = (LONG, ACCENTS, JSON)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer, and how it came.
+
+    Attributes:
+        chunks: how many came.
+        first_at: `time.perf_counter()` of the first.
+        silence_s: the longest time without a chunk since the first fault; None if none struck.
+    """
+
+    question: Question
+    text: str
+    eval_count: int
+    done_reason: str
+    routing: Mapping[str, Any]
+    chunks: int = 0
+    first_at: float = 0.0
+    silence_s: float | None = None
+
+    @property
+    def failovers(self) -> list[dict[str, Any]]:
+        """As `_routing` tells them."""
+        return list(self.routing["failovers"])
+
+    def differences(self, undisturbed: Answer) -> list[str]:
+        """What it has other than the undisturbed one."""
+        return [
+            f"{self.question}: {name} is {getattr(self, name)!r}, undisturbed {getattr(undisturbed, name)!r}"
+            for name in ("text", "eval_count", "done_reason")
+            if getattr(self, name) != getattr(undisturbed, name)
+        ]
+
+
+class Chaos:
+    """A cluster to be broken, and the undisturbed answers of its model."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        with self.scene(random.Random(0)) as scene:
+            asked = (*QUESTIONS, LONG_PROMPT, *OF_EACH_LENGTH)
+            self._undisturbed = {one: ask(scene, one) for one in asked}
+
+    @contextmanager
+    def scene(self, rng: random.Random, *, wired: bool = False, **settings: Any) -> Iterator[Scene]:
+        """A fresh router over machines that are well."""
+        self.cluster.make_well()
+        endpoints = [one.wired_endpoint if wired else one.endpoint for one in self.cluster.machines]
+        usual = {
+            "num_rpc_backends": WORKERS,
+            "auto_discover_rpc": False,
+            "coordinator_port": COORDINATOR_PORT,
+            "coordinator_timeout": LIMIT_S,
+            "timeout": LIMIT_S,
+            "slots": SLOTS,
+            "keep_alive": "20s",
+        }
+        with HybridRouter(rpc_backends=endpoints, **{**usual, **settings}) as router:
+            yield Scene(self.cluster, router, rng, wired)
+
+    def undisturbed(self, question: Question) -> Answer:
+        """The answer without any fault."""
+        return self._undisturbed[question]
+
+    def somewhere(self, rng: random.Random, question: Question) -> int:
+        """The number of a chunk, except the last."""
+        return rng.randint(1, self.undisturbed(question).chunks - 1)
+
+    def differences(self, answers: list[Answer]) -> list[str]:
+        """What the answers have other than the undisturbed ones."""
+        return [words for one in answers for words in one.differences(self.undisturbed(one.question))]
+
+
+Trial = Callable[[Chaos, random.Random], list[Answer]]
+
+
+def ask(
+    scene: Scene, question: Question, at: Mapping[int, Callable[[], object]] | None = None, **more: Any
+) -> Answer:
+    """Ask, and do something right after the chunks of these numbers (from 1)."""
+    text, number, first_at, silence_s = "", 0, 0.0, None
+    seen_at = time.perf_counter()
+    chunk: dict[str, Any] = {}
+    stream = scene.router.stream(MODEL, question.text, temperature=0, **question.options, **more)
+    for number, chunk in enumerate(stream, 1):
+        now = time.perf_counter()
+        first_at = first_at or now
+        if scene.struck_at is not None:
+            silence_s = max(silence_s or 0.0, now - max(seen_at, scene.struck_at))
+        seen_at = now
+        text += chunk["message"]["content"]
+        if at is not None and number in at:
+            at[number]()
+    routing = chunk["_routing"]
+    return Answer(question, text, chunk["eval_count"], chunk["done_reason"], routing, number, first_at, silence_s)
+
+
+def coordinator_of(scene: Scene) -> Coordinator:
+    """The scene's coordinator, which is started if none runs."""
+    ask(scene, HELLO)
+    coordinator = scene.router.coordinator
+    assert coordinator is not None
+    return coordinator
+
+
+def _check_lost(scene: Scene, failover: Mapping[str, Any]) -> None:
+    """The lost workers are those that were struck, and those that the end of their coordinator took with it."""
+    lost = failover["lost_workers"]
+    assert set(scene.lost) <= set(lost), failover
+    for endpoint in set(lost) - set(scene.lost):
+        assert scene.cluster.machine(endpoint).has_broken_pipe, failover
+
+
+# --- trials -----------------------------------------------------------------------------------
+
+
+def one_fault(fault: Fault, chaos: Chaos, rng: random.Random, question: Question | None = None) -> list[Answer]:
+    """A fault in mid-answer, of which the answer's `_routing` and the latency row tell."""
+    question = question or rng.choice(QUESTIONS)
+    with chaos.scene(rng, wired=fault.needs_wire) as scene:
+        ask(scene, HELLO)
+        place = chaos.somewhere(rng, question)
+        answer = ask(scene, question, {place: partial(scene.strike, fault)})
+        assert len(answer.failovers) == 1 or place > answer.chunks - LATE_CHUNKS, answer.failovers
+        for failover in answer.failovers:
+            assert failover["continued"], failover
+            assert failover["cost_ms"] is not None, failover
+            _check_lost(scene, failover)
+        (row,) = scene.router.latency.frame(last=1).itertuples()
+        assert (row.failovers, row.status, row.partial_text) == (len(answer.failovers), "ok", "")
+        return [answer]
+
+
+def two_faults(chaos: Chaos, rng: random.Random) -> list[Answer]:
+    """A second fault later in the same answer, or while the first is being survived."""
+    first, second = rng.choice(QUICK_FAULTS), rng.choice(FAULTS)
+    with chaos.scene(rng, wired=first.needs_wire or second.needs_wire) as scene:
+        ask(scene, HELLO)
+        if rng.random() < 0.5:
+
+            def both() -> None:
+                scene.strike(first)
+                late.append(scene.strike_later(second, SOON_S))
+
+            late: list[Any] = []
+            answer = ask(scene, LONG, {chaos.somewhere(rng, LONG): both})
+            late[0].join()
+        else:
+            places = sorted((chaos.somewhere(rng, LONG), chaos.somewhere(rng, LONG)))
+            strikes = [partial(scene.strike, first), partial(scene.strike, second)]
+            answer = ask(scene, LONG, dict(zip(places, strikes, strict=True)))
+        return [answer]
+
+
+def all_dead_then_one_back(chaos: Chaos, rng: random.Random) -> list[Answer]:
+    """No worker is left: the answer is interrupted, keeps what came, and is resumed once one is back."""
+    question = rng.choice(QUESTIONS)
+    with chaos.scene(rng) as scene:
+        ask(scene, HELLO)
+
+        def all_die() -> None:
+            for machine in chaos.cluster.machines:
+                machine.kill()
+
+        try:
+            ask(scene, question, {chaos.somewhere(rng, question): all_die})
+        except AnswerInterruptedError as error:
+            interrupted = error
+        else:
+            raise AssertionError("it answered without workers")
+        partial_text = interrupted.partial.text
+        assert partial_text
+        assert chaos.undisturbed(question).text.startswith(partial_text), partial_text
+        (row,) = scene.router.latency.frame(last=1).itertuples()
+        assert (row.status, row.partial_text) == ("error", partial_text)
+        rng.choice(chaos.cluster.machines).make_well()
+        done = scene.router.resume(interrupted)
+        return [
+            Answer(
+                question,
+                done.text,
+                done["eval_count"],
+                done.finish_reason,
+                done.routing,
+                silence_s=done.routing["ttft_ms"] / 1000,
+            )
+        ]
+
+
+def while_loading(chaos: Chaos, rng: random.Random) -> list[Answer]:
+    """A worker dies while the model is being loaded over it; the load is tried again without it."""
+    with chaos.scene(rng) as scene:
+        strikes: list[Any] = []
+
+        def strike_once(event: Event) -> None:
+            if event.kind == "coordinator.starting" and not strikes:
+                strikes.append(scene.strike_later(WORKER_KILLED, SOON_S))
+
+        scene.router.events.subscribe(strike_once)
+        answer = ask(scene, LONG)
+        strikes[0].join()
+        return [answer]
+
+
+def in_the_prompt(chaos: Chaos, rng: random.Random) -> list[Answer]:
+    """A fault while a long prompt is being processed, or soon after the first tokens."""
+    fault = rng.choice(QUICK_FAULTS)
+    with chaos.scene(rng, wired=fault.needs_wire) as scene:
+        ask(scene, HELLO)
+        late = scene.strike_later(fault, SOON_S)
+        answer = ask(scene, LONG_PROMPT)
+        late.join()
+        return [answer]
+
+
+def all_slots_busy(chaos: Chaos, rng: random.Random) -> list[Answer]:
+    """Four answers run and two wait when a fault strikes; all are given, and those that wait keep their order."""
+    fault = rng.choice(QUICK_FAULTS)
+    with chaos.scene(rng, wired=fault.needs_wire) as scene, ThreadPoolExecutor(SLOTS + 2) as threads:
+        gate = coordinator_of(scene).gate
+        answers: list[Future[Answer]] = []
+
+        def all_at_the_gate() -> bool:
+            assert not any(one.done() for one in answers), [one.result() for one in answers if one.done()]
+            return gate.running + gate.waiting == len(answers)
+
+        def asked(question: Question, priority: int) -> None:
+            answers.append(threads.submit(ask, scene, question, priority=priority))
+            eventually(all_at_the_gate, f"{len(answers)} requests are at the gate")
+
+        # Of different lengths, so that slots become free one by one.
+        for question in OF_EACH_LENGTH:
+            asked(question, Priority.NORMAL)
+        asked(ACCENTS, Priority.BATCH)
+        asked(ACCENTS, Priority.HIGH)
+        late = scene.strike_later(fault, SOON_S)
+        *running, low, high = (one.result(HANG_GUARD_S) for one in answers)
+        late.join()
+        assert high.first_at < low.first_at, "the one with the higher priority goes first"
+        for one in running:
+            (failover,) = one.failovers
+            _check_lost(scene, failover)
+        # What waited was silent for other reasons.
+        return [*running, replace(low, silence_s=None), replace(high, silence_s=None)]
+
+
+TRIALS: dict[str, Trial] = {
+    **{fault.name: partial(one_fault, fault) for fault in FAULTS},
+    "two faults": two_faults,
+    "all dead, one back": all_dead_then_one_back,
+    "while loading": while_loading,
+    "in the prompt": in_the_prompt,
+    "all slots busy": all_slots_busy,
+}
