@@ -382,12 +382,24 @@ class Coordinator:
         if not await self._is_ours():
             raise self._port_taken()
         self.placement = read_placement(await self._start_log())
+        if self.adopted and not self.load_ms:
+            self.load_ms = await self._told_load_ms()
         if not self.load_ms:
-            self.load_ms = self.uptime_s * 1000  # whoever started it, and however late this kernel came
+            self.load_ms = self.uptime_s * 1000
             await self._process.tell_about(load_ms=self.load_ms)
         self.pace.loaded(self.load_ms / 1000)
         if not self.pace.is_calibrated:
             await self._calibrate()
+
+    async def _told_load_ms(self) -> float:
+        """What the process that started it says, a moment after it is ready; 0 if it says nothing."""
+        deadline = time.monotonic() + LOG_DRAIN_LIMIT_S
+        while time.monotonic() < deadline:
+            for entry in await asyncio.to_thread(registry.entries, registry.COORDINATOR):
+                if entry.id == self._process.entry_id and (load_ms := entry.about.get("load_ms")):
+                    return float(load_ms)
+            await asyncio.sleep(READY_POLL_S)
+        return 0.0
 
     async def _calibrate(self) -> None:
         """Measure a token, so that silence can be judged from the first request on."""

@@ -211,7 +211,13 @@ class CoordinatorStarter:
             if not sharded:
                 await self._make_room_here(start.facts.file_bytes)
             while True:
-                plan, devices = await self._plan(start) if sharded else (None, {})
+                try:
+                    plan, devices = await self._plan(start) if sharded else (None, {})
+                except (WorkersUnavailableError, ModelDoesNotFitError):
+                    # Another kernel may have taken them a moment ago, for the same model.
+                    if (running := await self._adopt(start)) is not None:
+                        return running
+                    raise
                 settings = CoordinatorSettings(
                     start.route.model,
                     start.model_path,

@@ -92,7 +92,10 @@ class JsonClient:
         """
         timeout = _timeout(read_timeout_s if read_timeout_s is not None else self._read_timeout_s)
         with self._translated(path):
-            async with self._client.stream("POST", self.base_url + path, json=body, timeout=timeout) as response:
+            # llama-server closes the connection after a streamed answer, unannounced; it is not to be used again.
+            async with self._client.stream(
+                "POST", self.base_url + path, json=body, timeout=timeout, headers={"Connection": "close"}
+            ) as response:
                 if response.status_code >= 400:
                     await response.aread()
                     raise self._status_error(path, response)

@@ -53,6 +53,7 @@ GREETING_LIMIT_S = 5.0
 LINE_LIMIT_BYTES = 256 * 1024
 STRANGERS_LIMIT = 64
 """Connections without a key yet; where more come, the oldest of them is dropped."""
+GUARD_DONE = b"done"
 TAIL_LINES = 40
 TAIL_LINE_BYTES = 1000
 
@@ -143,7 +144,7 @@ class Supervisor:
         self._why = ""
         self._kill_at: float | None = None
         self._selector = selectors.DefaultSelector()
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=256)
         self._listener.setblocking(False)
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
         self._woken, self._wake = socket.socketpair()
@@ -397,20 +398,19 @@ def start_guard(spec: dict[str, Any]) -> int:
         said = b""
         while data := os.read(reads, 64):
             said += data
-        pid, _, done = said.partition(b"\n")
-        if not done:  # the supervisor ended without a word
-            if pid:
+        if not said.endswith(GUARD_DONE):  # the supervisor ended without a word
+            if said:
                 with contextlib.suppress(OSError):
-                    os.killpg(int(pid), signal.SIGKILL)
+                    os.killpg(int(said), signal.SIGKILL)
             remove_files(spec)
     finally:
         os._exit(0)
 
 
-def _tell_guard(guard: int | None, words: str) -> None:
+def _tell_guard(guard: int | None, words: bytes) -> None:
     if guard is not None:
         with contextlib.suppress(OSError):  # without a guard the engine is only less safe
-            os.write(guard, words.encode())
+            os.write(guard, words)
 
 
 def end_with_us(engine: subprocess.Popen[bytes]) -> Any:
@@ -455,7 +455,11 @@ def main() -> int:
     guard = start_guard(spec) if os.name == "posix" else None
     signals = remember_signals()
     if os.name == "posix":
-        own_session: dict[str, Any] = {"start_new_session": True}
+        # The process tells its pid itself, before it becomes the engine: there is no moment without a guard.
+        own_session: dict[str, Any] = {
+            "start_new_session": True,
+            "preexec_fn": lambda: _tell_guard(guard, b"%d\n" % os.getpid()),
+        }
     else:
         own_session = {"creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)}
     held = hold_others(spec["holds"])
@@ -472,9 +476,9 @@ def main() -> int:
         )
     except OSError as error:
         remove_files(spec)
+        _tell_guard(guard, GUARD_DONE)
         _tell_parent({"event": "failed", "tail": [f"{spec['argv'][0]}: {error.strerror}"]})
         return 1
-    _tell_guard(guard, f"{engine.pid}\n")
     job = end_with_us(engine)
     assert engine.stdout is not None
     drain = LogDrain(engine.stdout, spec["log_path"], spec["log_limit_bytes"], spec.get("debug_until"))
@@ -483,7 +487,7 @@ def main() -> int:
     supervisor.write_entry()
     _tell_parent({"event": "started", "pid": engine.pid, "control_port": supervisor.control_port})
     supervisor.serve(signals)
-    _tell_guard(guard, "done")
+    _tell_guard(guard, GUARD_DONE)
     del job  # it had to live until here
     return 0
 

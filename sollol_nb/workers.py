@@ -12,7 +12,8 @@ import os
 import re
 import socket
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -210,7 +211,12 @@ class Workers:
         Returns:
             The endpoints that were not known before.
         """
-        wanted = None if endpoints is None else set(endpoints)
+        if endpoints is None:
+            async with _starting_lock():  # one that another kernel is starting has no lease yet
+                return await self._take_over(None)
+        return await self._take_over(set(endpoints))
+
+    async def _take_over(self, wanted: Collection[str] | None) -> list[str]:
         new = []
         for entry in await asyncio.to_thread(registry.entries, registry.WORKER):
             endpoint = str(entry.about.get("endpoint"))
@@ -255,30 +261,24 @@ class Workers:
         if not 1 <= count <= MAX_LOCAL_WORKERS:
             raise ConfigError(f"cannot start {count} workers; a number from 1 to {MAX_LOCAL_WORKERS} can be")
         threads = max(1, (os.cpu_count() or 1) // count)
-        # Between seeing that a port is free and the worker listening on it, no other kernel may choose.
-        lock = filelock.FileLock(config.state_dir() / "workers.lock", thread_local=False)
-        try:
-            await asyncio.to_thread(lock.acquire, timeout=START_LOCK_TIMEOUT_S)
-        except filelock.Timeout as error:
-            raise WorkerStartError("another process has been starting workers for a minute; try again") from error
         started: dict[str, EngineProcess] = {}
-        port = first_port
-        try:
-            held = await asyncio.to_thread(registry.holders)
-            while len(started) < count:
-                (port,) = free_ports(port, 1)
-                endpoint = f"{LOOPBACK}:{port}"
-                # A coordinator may not have noticed yet that its worker is gone; that port is not for us.
-                if endpoint not in held:
-                    started[endpoint] = await start_worker(engine, LOOPBACK, port, threads, keep_alive_s)
-                port += 1
-            await asyncio.gather(*(_wait_until_free(*one) for one in started.items()))
-            await asyncio.gather(*(process.hold() for process in started.values()))
-        except BaseException:
-            await asyncio.gather(*(process.stop() for process in started.values()))
-            raise
-        finally:
-            lock.release()
+        # Between seeing that a port is free and the worker listening on it, no other kernel may choose.
+        async with _starting_lock():
+            port = first_port
+            try:
+                held = await asyncio.to_thread(registry.holders)
+                while len(started) < count:
+                    (port,) = free_ports(port, 1)
+                    endpoint = f"{LOOPBACK}:{port}"
+                    # A coordinator may not have noticed yet that its worker is gone; that port is not for us.
+                    if endpoint not in held:
+                        started[endpoint] = await start_worker(engine, LOOPBACK, port, threads, keep_alive_s)
+                    port += 1
+                await asyncio.gather(*(_wait_until_free(*one) for one in started.items()))
+                await asyncio.gather(*(process.hold() for process in started.values()))
+            except BaseException:
+                await asyncio.gather(*(process.stop() for process in started.values()))
+                raise
         for endpoint, process in started.items():
             self._local[endpoint] = process
             self.add(endpoint)
@@ -355,6 +355,20 @@ _STATE_OF_OUTCOME = {
     ProbeOutcome.UNREACHABLE: "down",
     ProbeOutcome.INCOMPATIBLE: "incompatible",
 }
+
+
+@asynccontextmanager
+async def _starting_lock() -> AsyncIterator[None]:
+    """Only one kernel of this user starts or takes over workers at a time."""
+    lock = filelock.FileLock(config.state_dir() / "workers.lock", thread_local=False)
+    try:
+        await asyncio.to_thread(lock.acquire, timeout=START_LOCK_TIMEOUT_S)
+    except filelock.Timeout as error:
+        raise WorkerStartError("another process has been starting workers for a minute; try again") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 async def start_worker(

@@ -89,8 +89,6 @@ def llama_server(engine: Engine, folder: Path, *flags: str) -> Iterator[Run]:
     def run(test: Callable[[Server], Awaitable[Any]]) -> Any:
         async def guarded() -> Any:
             client = JsonClient(url, api_key=API_KEY)
-            # llama-server closes a connection after a stream, unannounced: the next request on it may break.
-            client._client.headers["Connection"] = "close"
             try:
                 async with asyncio.timeout(200):
                     return await test(Server(client))

@@ -177,7 +177,7 @@ def supervised(
     try:
         process.stdin.write(json.dumps(spec).encode() + b"\n")
         process.stdin.flush()
-        yield Supervised(process, spec, json.loads(process.stdout.readline()))
+        yield Supervised(process, spec, json.loads(process.stdout.readline() or "{}"))
     finally:
         process.kill()
         _, complaints = process.communicate()

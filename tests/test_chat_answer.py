@@ -24,7 +24,6 @@ from tests.llama_server import (
     cut_after,
     llama_server,
     new_answer,
-    through_json,
     uncut,
     whole,
 )
@@ -128,24 +127,25 @@ def test_both_kinds_write_the_same(run: Run, question: str, options: dict[str, A
 @pytest.mark.engine
 def test_drawn_seed_lets_a_sampled_chat_be_repeated(run: Run) -> None:
     async def test(server: Server) -> None:
-        options = {"temperature": 1.5, "tools": [TOOL], "max_tokens": 40}
-        answer = new_answer(ACCENTS, options)
+        wild = {"temperature": 5.0, "min_p": 0.0, "top_p": 1.0}
+        answer = new_answer(ACCENTS, {**wild, "tools": [TOOL], "max_tokens": 30})
+        unasked = answer.state()
         events, expected = await uncut(server, answer)
-        seed = answer.seed
-        for cut in (2, 9, len(events) // 2, len(events) - 3):
-            again = new_answer(ACCENTS, {**options, "seed": seed})
-            again, chunks = await cut_after(server, again, events[:cut])
+        for cut in (3, 9, len(events) // 2, len(events) - 3):
+            again, chunks = await cut_after(server, Answer.from_state(unasked), events[:cut])
             assert whole(chunks + await server.finish(again)) == expected
+        _, other = await uncut(server, new_answer(ACCENTS, {**wild, "tools": [TOOL], "max_tokens": 30}))
+        assert other != expected
 
     run(test)
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize(
-    "shown", ["A worker is a small cat", "A worker is a small server that lends its memory " * 9]
-)
-def test_chat_that_is_not_repeated_cannot_go_on(run: Run, shown: str) -> None:
+@pytest.mark.parametrize(("kept", "more"), [(20, "cat"), (None, " And more.")])
+def test_chat_that_is_not_repeated_cannot_go_on(run: Run, kept: int | None, more: str) -> None:
     async def test(server: Server) -> None:
+        _, repeated = await uncut(server, new_answer(SHORT, {**GREEDY, "tools": [TOOL]}))
+        shown = repeated["content"][:kept] + more
         answer = new_answer(SHORT, {**GREEDY, "tools": [TOOL]})
         await answer.request(server.client.post)
         answer.translate({"choices": [{"delta": {"content": shown}}]})
@@ -166,18 +166,19 @@ def test_tool_calls_come_with_the_last_chunk_and_only_once() -> None:
         calls = [{"index": 0, "function": {"name": name, "arguments": arguments}}]
         return {"choices": [{"delta": {"tool_calls": calls}}]}
 
-    answer: Answer = new_answer(SHORT, {"tools": [TOOL]})
+    answer = new_answer(SHORT, {"tools": [TOOL]})
     asyncio.run(answer.request(nothing))
     assert answer.translate({"choices": [{"delta": {"content": "Let me see."}}]}) is not None
     assert answer.translate(call("now", '{"zone": "U')) is None
-    answer = through_json(answer)
     asyncio.run(answer.request(nothing))
     events = [{"choices": [{"delta": {"content": "Let me see."}}]}, call("now", '{"zone": "U'), call(None, 'TC"}')]
     assert [answer.translate(event) for event in events] == [None, None, None]
-    answer.translate({"choices": [{"delta": {}, "finish_reason": "tool_calls"}]})
+    answer.translate({"prompt_progress": {"total": 9, "processed": 9}, "choices": [{"delta": {"content": None}}]})
+    answer.translate({"choices": [{"delta": {}, "finish_reason": "tool_calls"}], "timings": {"predicted_n": 6}})
 
     final = answer.final()
 
+    assert (final["prompt_eval_count"], final["eval_count"]) == (9, 6)  # no usage has come
     assert final["message"]["tool_calls"] == [{"function": {"name": "now", "arguments": {"zone": "UTC"}}}]
     assert final["done_reason"] == "tool_calls"
     assert answer.is_complete

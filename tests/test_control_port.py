@@ -244,7 +244,7 @@ def test_crowd_of_strangers_leaves_room_for_who_has_the_key(folder: Path) -> Non
     with supervised(folder) as owner, contextlib.ExitStack() as crowd:
         process = psutil.Process(owner.process.pid)
         known = [owner.connect() for _ in range(3)]
-        for _ in range(300):
+        for _ in range(200):
             crowd.enter_context(socket.create_connection(("127.0.0.1", owner.control_port)))
         late = owner.connect()
         assert late.ask("status")["clients"] == len(known)

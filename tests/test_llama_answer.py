@@ -180,7 +180,7 @@ def test_sampled_answer_keeps_its_beginning_and_goes_on_the_same_way_each_time(
     run: Run, options: dict[str, Any]
 ) -> None:
     async def test(server: Server) -> None:
-        options_ = {**options, "temperature": 1.0}
+        options_ = {**options, "temperature": 3.0, "min_p": 0.0}
         events, expected = await uncut(server, new_answer(ACCENTS, options_))
         _, again = await uncut(server, new_answer(ACCENTS, options_))
         assert again == expected

@@ -334,6 +334,23 @@ with supervised(Path(sys.argv[1]), IGNORES + MINUTES) as owner:
     eventually(lambda: not list(folder.glob("*.json*")) and not list(folder.glob("*.key")), "no file is left")
 
 
+@posix_only
+def test_supervisor_killed_the_moment_its_engine_is_there_leaves_nothing(folder: Path) -> None:
+    dies_at_once = """
+start = subprocess.Popen
+subprocess.Popen = lambda *args, **options: (start(*args, **options), os.kill(os.getpid(), signal.SIGKILL))
+
+if __name__"""
+    program = with_constants(folder)
+    text = program.read_text("utf-8")
+    assert text.count("\nif __name__") == 1
+    program.write_text(text.replace("\nif __name__", dies_at_once), "utf-8")
+    with supervised(folder, IGNORES + MINUTES, program=program) as owner:
+        assert owner.process.wait() == -signal.SIGKILL
+        nothing_is_left(folder)
+        eventually(lambda: not owner.files, "its files are gone")
+
+
 def test_held_engines_live_on_for_the_one_that_holds_them_and_no_longer(folder: Path) -> None:
     with supervised(folder, program=with_constants(folder, MIN_IDLE_S=0.05), keep_alive_s=0.0) as worker:
         holds = [{"port": worker.control_port, "key": KEY}, {"port": 9, "key": "of one that has gone"}]

@@ -27,6 +27,7 @@ T = TypeVar("T")
 HOST = "127.0.0.1"
 FIRST_PORT = 25000
 COORDINATOR_PORT = 25800
+MACHINES = 4
 _NO_LINGER = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
 
 
@@ -204,12 +205,30 @@ class Machine:
             return trial.connect_ex((HOST, self._port)) == 0
 
 
-class Cluster:
-    """Some machines."""
+def _reserve_ports(count: int) -> tuple[socket.socket, int]:
+    """So many ports in a row, and what keeps them from other clusters: a listener on the first."""
+    for first in range(FIRST_PORT, COORDINATOR_PORT, count):
+        listener = socket.socket()
+        try:
+            listener.bind((HOST, first))
+            listener.listen()
+        except OSError:
+            listener.close()
+            continue
+        if free_ports(first + 1, count - 1) == list(range(first + 1, first + count)):
+            return listener, first
+        listener.close()
+    raise AssertionError(f"no {count} free ports in a row from {FIRST_PORT} upward")
 
-    def __init__(self, engine: Engine, count: int = 4) -> None:
-        ports = free_ports(FIRST_PORT, 2 * count)
-        self.machines = [Machine(engine, *pair) for pair in zip(ports[:count], ports[count:], strict=True)]
+
+class Cluster:
+    """Three machines and a spare one."""
+
+    def __init__(self, engine: Engine) -> None:
+        # The ports of a dead machine are free, and must stay its own also while another cluster looks for some.
+        self._reserved, first = _reserve_ports(1 + 2 * MACHINES)
+        workers = range(first + 1, first + 1 + MACHINES)
+        self.machines = [Machine(engine, port, port + MACHINES) for port in workers]
 
     def __enter__(self) -> Cluster:
         self.make_well()
@@ -218,6 +237,7 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         for machine in self.machines:
             machine.kill()
+        self._reserved.close()
 
     def make_well(self) -> None:
         """Make all machines well again."""
