@@ -52,6 +52,7 @@ from sollol_nb.workers import LOOPBACK, addresses_of
 READY_POLL_S = 0.02
 LISTENING = "listening on http"  # the engine's words when it accepts requests
 LOG_DRAIN_LIMIT_S = 2.0
+TOLD_LIMIT_S = 10.0
 # A stream that went silent is ended by the watch over all streams (see `pace`), long before this.
 SILENCE_LIMIT_S = 3600.0
 LOAD_CHECK_S = 1.0
@@ -393,7 +394,7 @@ class Coordinator:
 
     async def _told_load_ms(self) -> float:
         """What the process that started it says, a moment after it is ready; 0 if it says nothing."""
-        deadline = time.monotonic() + LOG_DRAIN_LIMIT_S
+        deadline = time.monotonic() + TOLD_LIMIT_S
         while time.monotonic() < deadline:
             for entry in await asyncio.to_thread(registry.entries, registry.COORDINATOR):
                 if entry.id == self._process.entry_id and (load_ms := entry.about.get("load_ms")):

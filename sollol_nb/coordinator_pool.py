@@ -142,7 +142,8 @@ class CoordinatorPool:
         """Free workers: of a coordinator that an ended kernel left, else of the least recently used idle one."""
         mine = {one.base_url for one in self._running.values()}
         for entry in await asyncio.to_thread(registry.entries, registry.COORDINATOR):
-            if not entry.workers or entry.about.get("url") in mine:
+            # One that is still loading may be so new that its kernel is not connected to it yet.
+            if not entry.workers or not entry.about.get("load_ms") or entry.about.get("url") in mine:
                 continue
             left = await Coordinator.adopt(entry)
             if left is None:

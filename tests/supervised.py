@@ -40,10 +40,11 @@ def nothing_is_left(folder: Path) -> None:
     variable = "SOLLOL_STATE_DIR", str(folder)
     try:
         eventually(lambda: not with_variable(*variable), f"nothing of {folder} runs")
-    finally:
+    except AssertionError:
         for process in with_variable(*variable):
             with contextlib.suppress(psutil.Error):
                 process.kill()
+        raise
 
 
 class Control:

@@ -12,12 +12,13 @@ from contextlib import aclosing
 import pytest
 
 from sollol_nb import coordinator as coordinator_room
+from sollol_nb import coordinator_pool as pool_room
 from sollol_nb import workers as workers_room
 from sollol_nb.errors import AnswerInterruptedError, WorkersUnavailableError
 from sollol_nb.events import Event
 from tests.chaos.faults import COORDINATOR_KILLED, WORKER_KILLED, Scene
 from tests.chaos.machines import Machine
-from tests.chaos.trials import HELLO, LONG, MODEL, SOON_S, Answer, Chaos, ask, coordinator_of
+from tests.chaos.trials import ACCENTS, HELLO, LONG, MODEL, SOON_S, Answer, Chaos, ask, coordinator_of
 from tests.engines import HANG_GUARD_S, eventually
 
 pytestmark = [
@@ -55,7 +56,7 @@ def test_a_spare_machine_takes_the_place_of_a_lost_one_until_that_is_back(
     *first, spare = chaos.cluster.machines
     with chaos.scene(rng) as scene:
         assert used(scene) == first
-        answer = ask(scene, LONG, {50: lambda: scene.strike(WORKER_KILLED)})
+        answer = ask(scene, ACCENTS, {5: lambda: scene.strike(WORKER_KILLED)})
         assert is_undisturbed(chaos, answer)
         lost = scene.cluster.machine(scene.lost[0])
         assert set(used(scene)) == {*first, spare} - {lost}
@@ -73,7 +74,7 @@ def test_a_machine_that_is_lost_again_and_again_cools_down(
     with chaos.scene(rng) as scene:
         for _ in range(2):
             assert used(scene) == first
-            assert is_undisturbed(chaos, ask(scene, LONG, {50: flapping.kill}))
+            assert is_undisturbed(chaos, ask(scene, ACCENTS, {5: flapping.kill}))
             flapping.make_well()
         calm = {first[0], first[2], spare}
         assert set(used(scene)) == calm, "it is well, and left alone all the same"
@@ -85,12 +86,15 @@ def test_a_machine_that_is_lost_again_and_again_cools_down(
         assert used(scene) == first
 
 
-def test_a_machine_that_dies_between_answers_costs_the_next_one_nothing(chaos: Chaos, rng: random.Random) -> None:
+def test_a_machine_that_dies_between_answers_costs_the_next_one_nothing(
+    chaos: Chaos, rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_room, "LOOK_INTERVAL_S", 0.1)
     with chaos.scene(rng) as scene:
         before = coordinator_of(scene)
         scene.strike(WORKER_KILLED)
         eventually(lambda: not before.is_running(), "the idle coordinator is ended")
-        answer = ask(scene, LONG)
+        answer = ask(scene, ACCENTS)
         assert is_undisturbed(chaos, answer)
         assert answer.failovers == []
 
@@ -115,7 +119,7 @@ def test_a_short_silence_is_waited_for(
             begins(victim)
             threading.Timer(SOON_S, ends, (victim,)).start()
 
-        answer = ask(scene, LONG, {50: pauses})
+        answer = ask(scene, ACCENTS, {5: pauses})
         assert is_undisturbed(chaos, answer)
         assert answer.failovers == []
         assert scene.router.coordinator is before
@@ -133,7 +137,7 @@ def test_a_machine_that_freezes_while_it_is_being_loaded_is_given_up(
 
     with chaos.scene(rng) as scene:
         scene.router.events.subscribe(freeze_once)
-        answer = ask(scene, LONG)
+        answer = ask(scene, ACCENTS)
         assert is_undisturbed(chaos, answer)
         assert scene.router.coordinator is not None
         assert frozen.endpoint not in scene.router.coordinator.rpc_backends
@@ -203,7 +207,7 @@ def test_a_request_can_be_cancelled_while_its_coordinator_is_replaced(chaos: Cha
         scene.router.events.subscribe(told)
         asyncio.run(cancelled())
         eventually(lambda: not gate.running, "its slot is free")
-        assert is_undisturbed(chaos, ask(scene, LONG))
+        assert is_undisturbed(chaos, ask(scene, ACCENTS))
 
 
 def test_a_router_can_be_closed_while_a_coordinator_is_replaced(chaos: Chaos, rng: random.Random) -> None:
