@@ -35,6 +35,14 @@ def with_constants(folder: Path, **constants: float) -> Path:
     return copy
 
 
+def with_code(program: Path, before: str, code: str) -> Path:
+    """The same copy with more code before a line, which is there once."""
+    text = program.read_text("utf-8")
+    assert text.count(f"\n{before}") == 1
+    program.write_text(text.replace(f"\n{before}", f"\n{code}\n{before}"), "utf-8")
+    return program
+
+
 def nothing_is_left(folder: Path) -> None:
     """Wait until no process runs that was started with this state folder; what does not end is killed."""
     variable = "SOLLOL_STATE_DIR", str(folder)

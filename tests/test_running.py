@@ -9,8 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from sollol_nb import cli, config
+from sollol_nb import cli, config, registry
+from sollol_nb.coordinator_pool import CoordinatorPool
+from sollol_nb.coordinator_settings import file_identity
+from sollol_nb.coordinator_start import PoolSettings
 from sollol_nb.engine_process import EngineProcess
+from sollol_nb.events import EventBus
+from sollol_nb.model_files import DEMO_MODEL_PATH
+from sollol_nb.running import stop_running
+from sollol_nb.workers import Workers
 from tests.engines import run
 
 
@@ -84,3 +91,26 @@ def test_stop_of_a_name_that_nothing_has_is_one_line(
 ) -> None:
     assert cli.main(["stop", "bog"]) == 1
     assert "nothing called 'bog' runs; running are 127.0.0.1:50052, big, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("load_ms", [None, 100.0], ids=["loading", "ready"])
+def test_only_a_coordinator_that_is_ready_and_left_by_its_kernel_makes_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load_ms: float | None
+) -> None:
+    monkeypatch.setenv("SOLLOL_STATE_DIR", str(tmp_path))
+    about = {
+        "model": "left",
+        "model_file": file_identity(DEMO_MODEL_PATH),
+        "plan": None,
+        "context_tokens": 512,
+        "slots": 1,
+        "port": 1,
+        "workers": ["127.0.0.1:50052"],
+        "load_ms": load_ms,
+    }
+    run(start("coordinator", **about)).detach()  # as if its kernel had gone, or had not come yet
+    events = EventBus()
+    pool = CoordinatorPool(PoolSettings(), Workers([], events), events)
+    assert run(pool._make_room("wanted")) == (load_ms is not None)
+    assert len(registry.entries()) == (load_ms is None)
+    run(stop_running(also_used=True))

@@ -339,12 +339,8 @@ def test_supervisor_killed_the_moment_its_engine_is_there_leaves_nothing(folder:
     dies_at_once = """
 start = subprocess.Popen
 subprocess.Popen = lambda *args, **options: (start(*args, **options), os.kill(os.getpid(), signal.SIGKILL))
-
-if __name__"""
-    program = with_constants(folder)
-    text = program.read_text("utf-8")
-    assert text.count("\nif __name__") == 1
-    program.write_text(text.replace("\nif __name__", dies_at_once), "utf-8")
+"""
+    program = with_code(with_constants(folder), "if __name__", dies_at_once)
     with supervised(folder, IGNORES + MINUTES, program=program) as owner:
         assert owner.process.wait() == -signal.SIGKILL
         nothing_is_left(folder)
@@ -372,7 +368,8 @@ def test_held_engines_are_let_go_of_before_the_end_is_told(folder: Path) -> None
     with supervised(folder) as worker:
         kernel = worker.connect()
         holds = [{"port": worker.control_port, "key": KEY}]
-        with supervised(folder, name="coordinator-1", holds=holds) as coordinator:
+        lingers = with_code(with_constants(folder), "    _tell_guard(guard, GUARD_DONE)\n    del", "    time.sleep(600)")
+        with supervised(folder, name="coordinator-1", holds=holds, program=lingers) as coordinator:
             eventually(lambda: kernel.ask("status")["clients"] == 1, "it is held")
             last = coordinator.connect()
             last.ask("stop")
