@@ -23,6 +23,7 @@ from tests.supervised import (
     MINUTES,
     nothing_is_left,
     supervised,
+    with_code,
     with_constants,
 )
 
@@ -368,7 +369,8 @@ def test_held_engines_are_let_go_of_before_the_end_is_told(folder: Path) -> None
     with supervised(folder) as worker:
         kernel = worker.connect()
         holds = [{"port": worker.control_port, "key": KEY}]
-        lingers = with_code(with_constants(folder), "    _tell_guard(guard, GUARD_DONE)\n    del", "    time.sleep(600)")
+        done = "    _tell_guard(guard, GUARD_DONE)\n    del"
+        lingers = with_code(with_constants(folder), done, "    time.sleep(600)")
         with supervised(folder, name="coordinator-1", holds=holds, program=lingers) as coordinator:
             eventually(lambda: kernel.ask("status")["clients"] == 1, "it is held")
             last = coordinator.connect()
