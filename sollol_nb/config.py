@@ -89,7 +89,8 @@ def keep_alive_seconds(value: object) -> float | None:
     """
     seconds: float | None = None
     if isinstance(value, int | float) and not isinstance(value, bool):
-        seconds = float(value)
+        with contextlib.suppress(OverflowError):
+            seconds = float(value)
     elif isinstance(value, str):
         text = value.strip().lower()
         if text in ("forever", "inf"):

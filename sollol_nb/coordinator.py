@@ -1,8 +1,8 @@
 """The coordinator: one llama-server running one plan of one model.
 
-The coordinator listens on loopback, has an API key of its own (in its
-environment, not in its arguments), and proves before it is used that it is itself what answers on the port: it
-refuses a request without the key and names our model file to one with it. A stranger on the port is never used.
+The coordinator listens on loopback, has an API key of its own (in its environment, not in its arguments), and
+proves before it is used that it is itself what answers on the port (`coordinator_readiness`): it refuses a request
+without the key and names our model file to one with it. A stranger on the port is never used.
 
 It does not depend on the process that started it: its registry entry says what it runs, and `adopt` takes it up
 again in a restarted kernel or a second notebook, with its plan, log and layer map.
@@ -23,42 +23,33 @@ from typing import Any
 import psutil
 
 from sollol_nb import registry
+from sollol_nb.coordinator_readiness import LISTENING, PortTakenError, StartingCoordinator
 from sollol_nb.coordinator_settings import CoordinatorSettings, known_flags, server_flags
 from sollol_nb.engine_process import EngineProcess, ExitReport
 from sollol_nb.errors import (
     ConnectFailedError,
     ConnectionBrokenError,
     CoordinatorLostError,
-    CoordinatorStartError,
-    CoordinatorTimeoutError,
     HttpStatusError,
     ModelFileError,
     RequestRejectedError,
-    TransportError,
     TransportTimeoutError,
 )
-from sollol_nb.exit_reasons import BAD_MODEL, PORT_TAKEN, code_words, exit_reason
+from sollol_nb.exit_reasons import code_words, exit_reason
 from sollol_nb.gate import Gate
 from sollol_nb.http_client import JsonClient
 from sollol_nb.layer_plan import LayerPlan
 from sollol_nb.llama_answer import Answer, answer_for
 from sollol_nb.llama_chat import parse_event
+from sollol_nb.local_workers import LOOPBACK
 from sollol_nb.pace import Pace
 from sollol_nb.placement import Placement, read_placement
 from sollol_nb.registry import Entry
 from sollol_nb.toolchain import Engine
-from sollol_nb.workers import LOOPBACK, addresses_of
+from sollol_nb.workers import addresses_of
 
-READY_POLL_S = 0.02
-LISTENING = "listening on http"  # the engine's words when it accepts requests
-LOG_DRAIN_LIMIT_S = 2.0
-TOLD_LIMIT_S = 10.0
 # A stream that went silent is ended by the watch over all streams (see `pace`), long before this.
 SILENCE_LIMIT_S = 3600.0
-LOAD_CHECK_S = 1.0
-LOAD_STALL_S = 60.0
-"""A coordinator that loads, but used no processor time for so long, waits for a worker that is gone."""
-CALIBRATION_LIMIT_S = 60.0
 
 
 class Coordinator:
@@ -124,7 +115,7 @@ class Coordinator:
     @property
     def uptime_s(self) -> float:
         """Seconds since its start."""
-        return time.time() - self._process.started_at
+        return time.time() - self._process.entry.started_at
 
     @property
     def pid(self) -> int:
@@ -175,8 +166,7 @@ class Coordinator:
             about={**settings.as_dict(), "port": port, "url": f"http://{LOOPBACK}:{port}", **(about or {})},
             keep_alive_s=keep_alive_s,
             key=api_key,
-            # Without the backtrace a debugger is not attached at an abort, which takes seconds.
-            env={"LLAMA_API_KEY": api_key, "GGML_NO_BACKTRACE": "1"},
+            env={"LLAMA_API_KEY": api_key},
             log_path=registry.new_log_path(registry.COORDINATOR, port),
             debug_until=LISTENING,
             holds=holds,
@@ -185,8 +175,8 @@ class Coordinator:
         return cls(settings, process, port, gate=gate)
 
     @classmethod
-    async def adopt(cls, entry: Entry, *, gate: Gate | None = None) -> Coordinator | None:
-        """The coordinator of a registry entry, which may still be loading (see `until_ready`).
+    async def attach(cls, entry: Entry, *, gate: Gate | None = None) -> Coordinator | None:
+        """The coordinator of a registry entry, without a lease on it.
 
         None if its supervisor does not answer, or the entry does not say what it runs.
         """
@@ -196,48 +186,53 @@ class Coordinator:
         except (KeyError, TypeError, ValueError, ModelFileError):
             return None
         process = await EngineProcess.adopt(entry)
-        if process is None:
-            return None
-        if not await process.hold():
-            process.detach()
-            return None
-        coordinator = cls(settings, process, port, gate=gate, adopted=True)
-        coordinator.load_ms = float(entry.about.get("load_ms") or 0.0)
-        coordinator.pace.calibrate(float(entry.about.get("seconds_per_token") or 0.0))
-        return coordinator
+        return cls(settings, process, port, gate=gate, adopted=True) if process is not None else None
+
+    @classmethod
+    async def adopt(cls, entry: Entry, *, gate: Gate | None = None) -> Coordinator | None:
+        """The same with a lease; it may still be loading (see `until_ready`). None also if it is ending."""
+        coordinator = await cls.attach(entry, gate=gate)
+        if coordinator is None or await coordinator.hold():
+            return coordinator
+        await coordinator.let_go()
+        return None
 
     @classmethod
     async def glance(cls, entry: Entry) -> Coordinator | None:
-        """The coordinator of a registry entry, only to be shown: no lease, and let go of at once."""
-        coordinator = await cls.adopt(entry)
+        """The coordinator of a registry entry, only to be shown; let go of at once."""
+        coordinator = await cls.attach(entry)
         if coordinator is None:
             return None
-        coordinator.detach()
+        await coordinator.let_go()
+        coordinator.load_ms = float(entry.about.get("load_ms") or 0.0)
         with contextlib.suppress(OSError):
             log = await asyncio.to_thread(coordinator.log_path.read_text, "utf-8", "replace")
             coordinator.placement = read_placement(log)
-        await coordinator._close()
         return coordinator
 
     async def until_ready(self, timeout_s: float) -> None:
-        """Wait until it answers, and read where it placed the layers. It is stopped if that fails.
+        """Wait until it can be used. It is stopped if that fails, or let go of if another process started it.
 
         Raises:
-            CoordinatorStartError: it ended before it was ready; with the log's reason.
-            PortTakenError: something else has its port.
-            CoordinatorTimeoutError: it was not ready within `timeout_s`.
+            CoordinatorError, ModelFileError: as in `StartingCoordinator.until_ready`.
         """
         try:
-            await self._until_ready(timeout_s)
+            starting = StartingCoordinator(
+                self.settings, self._process, self._client, self._keyless, adopted=self.adopted
+            )
+            ready = await starting.until_ready(timeout_s)
         except BaseException as error:
             # What another process started is not ours to end, unless it is not what it says.
             if self.adopted and not isinstance(error, PortTakenError):
-                self.detach()
+                await self.let_go()
             else:
                 await self.stop(grace_s=0.0)
             raise
         finally:
             self.free()
+        self.placement, self.load_ms, self._chat_template = ready.placement, ready.load_ms, ready.chat_template
+        self.pace.loaded(ready.load_ms / 1000)
+        self.pace.calibrate(ready.seconds_per_token)
 
     async def hold(self) -> bool:
         """Take a lease for a request; False if it has ended or is ending."""
@@ -263,9 +258,10 @@ class Coordinator:
         await self._close()
         return stopped
 
-    def detach(self) -> None:
-        """Let go of it; it lives on for its keep_alive."""
+    async def let_go(self) -> None:
+        """End this process's connections to it; it lives on for its keep_alive."""
         self._process.detach()
+        await self._close()
 
     async def wait_ended(self) -> ExitReport:
         """Wait until the process ends."""
@@ -356,126 +352,9 @@ class Coordinator:
                 return
             await asyncio.sleep(left_s)
 
-    async def _until_ready(self, timeout_s: float) -> None:
-        started = time.monotonic()
-        ended = asyncio.create_task(self._process.wait())
-        busy = _BusyProcess(self.pid)
-        try:
-            while True:
-                if ended.done():
-                    raise self._start_error(ended.result())
-                if await self._answers_healthy():
-                    break
-                waited_s = time.monotonic() - started
-                if waited_s > timeout_s:
-                    raise CoordinatorTimeoutError(
-                        f"the coordinator of {self.model} was not ready within {timeout_s:g} s; give a larger "
-                        f"coordinator_timeout, or see its log: {self.log_path}"
-                    )
-                if self.plan is not None and busy.idle_s() > LOAD_STALL_S:
-                    raise CoordinatorStartError(
-                        f"the coordinator of {self.model} stopped loading for {LOAD_STALL_S:g} s: a worker does "
-                        f"not answer any more; see %sollol_cluster for which; log: {self.log_path}"
-                    )
-                await asyncio.wait({ended}, timeout=READY_POLL_S)
-        finally:
-            ended.cancel()
-        if not await self._is_ours():
-            raise self._port_taken()
-        self.placement = read_placement(await self._start_log())
-        if self.adopted and not self.load_ms:
-            self.load_ms = await self._told_load_ms()
-        if not self.load_ms:
-            self.load_ms = self.uptime_s * 1000
-            await self._process.tell_about(load_ms=self.load_ms)
-        self.pace.loaded(self.load_ms / 1000)
-        if not self.pace.is_calibrated:
-            await self._calibrate()
-
-    async def _told_load_ms(self) -> float:
-        """What the process that started it says, a moment after it is ready; 0 if it says nothing."""
-        deadline = time.monotonic() + TOLD_LIMIT_S
-        while time.monotonic() < deadline:
-            for entry in await asyncio.to_thread(registry.entries, registry.COORDINATOR):
-                if entry.id == self._process.entry_id and (load_ms := entry.about.get("load_ms")):
-                    return float(load_ms)
-            await asyncio.sleep(READY_POLL_S)
-        return 0.0
-
-    async def _calibrate(self) -> None:
-        """Measure a token, so that silence can be judged from the first request on."""
-        body = {"prompt": [0], "n_predict": 3, "temperature": 0, "cache_prompt": False, "ignore_eos": True}
-        try:
-            answer = await self._client.post("/completion", body, timeout_s=CALIBRATION_LIMIT_S)
-            seconds_per_token = float(answer["timings"]["predicted_per_token_ms"]) / 1000
-        except (TransportError, KeyError, TypeError, ValueError):
-            return  # the first request will tell
-        self.pace.calibrate(seconds_per_token)
-        await self._process.tell_about(seconds_per_token=seconds_per_token)
-
-    async def _start_log(self) -> str:
-        """The log up to where the engine listens; it may be drained a little later than the engine is ready."""
-        deadline = time.monotonic() + LOG_DRAIN_LIMIT_S
-        while True:
-            log = await asyncio.to_thread(self.log_path.read_text, "utf-8", "replace")
-            if LISTENING in log or time.monotonic() > deadline:
-                return log
-            await asyncio.sleep(READY_POLL_S)
-
-    async def _answers_healthy(self) -> bool:
-        try:
-            await self._keyless.get("/health", timeout_s=1.0)
-        except TransportError:  # not listening yet, or 503 while it loads
-            return False
-        return True
-
-    async def _is_ours(self) -> bool:
-        """Whether what answers on the port is our engine: it knows our key, wants it, and has our file."""
-        if not self.is_running():
-            return False
-        try:
-            await self._keyless.post("/tokenize", {"content": ""})
-        except HttpStatusError as error:
-            if error.status != 401:
-                return False
-        except TransportError:
-            return False
-        else:
-            return False  # it works without a key: not ours
-        try:
-            props = await self._client.get("/props", timeout_s=10.0)
-        except TransportError:
-            return False
-        if not isinstance(props, dict) or props.get("model_path") != str(self.settings.model_path):
-            return False
-        self._chat_template = str(props.get("chat_template") or "")
-        return True
-
-    def _port_taken(self) -> PortTakenError:
-        return PortTakenError(
-            f"port {self.port} is taken by another program; free it, or give another coordinator_port"
-        )
-
-    def _start_error(self, report: ExitReport) -> Exception:
-        reason = exit_reason(report.tail)
-        if reason is PORT_TAKEN:
-            return self._port_taken()
-        if report.why and report.code is not None:
-            reason = report.why
-        if reason is None:
-            reason = "; ".join(report.tail[-2:]) or "it said nothing"
-        kind = ModelFileError if reason is BAD_MODEL else CoordinatorStartError
-        return kind(
-            f"the coordinator of {self.model} ended while starting ({code_words(report.code)}): {reason}; "
-            f"log: {self.log_path}"
-        )
-
     async def _lost(self, error: Exception) -> CoordinatorLostError:
-        # The broken connection is seen an instant before the exit of the process.
-        try:
-            async with asyncio.timeout(2.0):
-                report = await self._process.wait()
-        except TimeoutError:
+        report = await self._process.ended_within(2.0)
+        if report is None:
             return CoordinatorLostError(
                 f"the coordinator of {self.model} broke off: {error}; log: {self.log_path}"
             )
@@ -484,30 +363,3 @@ class Coordinator:
         return CoordinatorLostError(
             f"the coordinator of {self.model} ended ({code_words(report.code)}){because}; log: {self.log_path}"
         )
-
-
-class _BusyProcess:
-    """Whether a process does anything: its processor time, looked at now and then."""
-
-    def __init__(self, pid: int) -> None:
-        self._pid = pid
-        self._seen = (-1.0, time.monotonic())
-        self._looked_at = 0.0
-
-    def idle_s(self) -> float:
-        """Seconds for which it used no processor time; 0 where the system does not tell."""
-        now = time.monotonic()
-        if now - self._looked_at >= LOAD_CHECK_S:
-            self._looked_at = now
-            try:
-                times = psutil.Process(self._pid).cpu_times()
-            except psutil.Error:
-                return 0.0
-            used_s = times.user + times.system
-            if used_s != self._seen[0]:
-                self._seen = (used_s, now)
-        return now - self._seen[1]
-
-
-class PortTakenError(CoordinatorStartError):
-    """Something else has the coordinator's port."""

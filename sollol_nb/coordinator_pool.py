@@ -125,12 +125,12 @@ class CoordinatorPool:
         for coordinator in list(self._running.values()):
             await self._forget(coordinator, unless_shared=True)
 
-    def detach(self) -> None:
-        """Let go of all coordinators; they live on for their keep_alive."""
+    async def let_go(self) -> None:
+        """End the connections to all coordinators; they live on for their keep_alive."""
         self._closings += 1
-        for coordinator in self._running.values():
-            coordinator.detach()
-        self._running.clear()
+        running, self._running = self._running, {}
+        for coordinator in running.values():
+            await coordinator.let_go()
 
     async def _make_room_here(self, needed_bytes: int) -> None:
         """End idle coordinators that run on this machine while its memory is short."""
@@ -145,11 +145,8 @@ class CoordinatorPool:
             # One that is still loading may be so new that its kernel is not connected to it yet.
             if not entry.workers or not entry.about.get("load_ms") or entry.about.get("url") in mine:
                 continue
-            left = await Coordinator.adopt(entry)
-            if left is None:
-                continue
-            left.free()
-            if await left.stop_unless_shared():
+            left = await Coordinator.attach(entry)
+            if left is not None and await left.stop_unless_shared():
                 words = f"stopped {left.model}, left by an ended kernel, to make room for {model}"
                 self._events.publish("coordinator.made_room", left.model, words)
                 return True

@@ -13,8 +13,8 @@ from typing import Any
 from sollol_nb.errors import EngineError
 from sollol_nb.gguf_facts import ModelFacts, read_facts
 from sollol_nb.layer_plan import LayerPlan
+from sollol_nb.local_workers import LOOPBACK
 from sollol_nb.placement import split_over_devices
-from sollol_nb.workers import LOOPBACK
 
 DEFAULT_SLOTS = 4
 

@@ -13,19 +13,28 @@ from pathlib import Path
 from typing import Any
 
 from sollol_nb import config, registry
-from sollol_nb.coordinator import Coordinator, PortTakenError
+from sollol_nb.coordinator import Coordinator
+from sollol_nb.coordinator_readiness import PortTakenError
 from sollol_nb.coordinator_settings import DEFAULT_SLOTS, CoordinatorSettings, file_identity
-from sollol_nb.errors import CoordinatorError, ModelDoesNotFitError, WorkersUnavailableError
+from sollol_nb.errors import (
+    CoordinatorError,
+    CoordinatorStartError,
+    ModelDoesNotFitError,
+    WorkersUnavailableError,
+)
 from sollol_nb.events import EventBus
 from sollol_nb.gate import Gate
 from sollol_nb.gguf_facts import ModelFacts, read_facts
 from sollol_nb.layer_plan import LayerPlan, plan_layers
+from sollol_nb.local_workers import free_ports
 from sollol_nb.routing import DISTRIBUTED, Route
 from sollol_nb.toolchain import Engine, ensure_engine
-from sollol_nb.workers import Workers, WorkerStatus, free_ports
+from sollol_nb.workers import Workers, WorkerStatus
 
 DEFAULT_WORKERS = 3
 MAX_DEFAULT_CONTEXT_TOKENS = 8192
+MAX_CHANCES = 2
+"""So often a start is tried again that failed for no lasting reason, with all its workers well."""
 START_TRIES = 5
 """A start is tried again where a worker was lost while it loaded, or another program took the port."""
 
@@ -65,6 +74,7 @@ class _Start:
     first_port: int
     lost: frozenset[str]
     elsewhere: set[str] = field(default_factory=set)
+    chances_left: int = MAX_CHANCES
 
     @property
     def model_path(self) -> Path:
@@ -144,15 +154,19 @@ class CoordinatorStarter:
         raise AssertionError("the last try raises")
 
     async def _worth_another_try(self, start: _Start, coordinator: Coordinator, error: BaseException) -> bool:
-        """Whether it can go better next time: on another port, or without the workers that were lost."""
+        """Whether it can go better next time: on another port, without the lost workers, or by chance."""
         if isinstance(error, PortTakenError):
             start.first_port = coordinator.port + 1
             return True
-        if not isinstance(error, CoordinatorError) or coordinator.adopted:
+        if not isinstance(error, CoordinatorError):
             return False
-        lost = await self._workers.look_for_lost(coordinator.rpc_backends)
-        start.lost |= lost
-        return bool(lost)
+        if not coordinator.adopted:  # else its workers are for the one that started it to look at
+            lost = await self._workers.look_for_lost(coordinator.rpc_backends)
+            start.lost |= lost
+            if lost:
+                return True
+        start.chances_left -= 1
+        return isinstance(error, CoordinatorStartError) and error.may_pass and start.chances_left >= 0
 
     async def _tell_ready(self, route: Route, coordinator: Coordinator) -> None:
         if coordinator.adopted:

@@ -13,7 +13,6 @@ import json
 import os
 import secrets
 import sys
-import time
 import uuid
 import weakref
 from collections.abc import Mapping, Sequence
@@ -30,6 +29,7 @@ from sollol_nb.registry import Entry
 LOG_LIMIT_BYTES = 16 * 1024 * 1024
 START_TIMEOUT_S = 15.0
 ANSWER_TIMEOUT_S = 5.0
+SUPERVISOR_END_LOOKS = 100
 MESSAGE_LIMIT_BYTES = 1024 * 1024  # the supervisor's longest message: a tail, escaped as JSON
 
 
@@ -53,33 +53,13 @@ class EngineProcess:
     """One engine process under its supervisor, as seen from this process.
 
     Attributes:
-        pid: of the engine (not of its supervisor).
+        entry: its registry entry, as it was when this handle was made.
         key: the engine's secret; never shown.
-        log_path: the file that its output is drained to, mode 0600.
-        started_at: `time.time()` of the start.
-        entry_id: names its registry entry.
     """
 
-    def __init__(
-        self,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        *,
-        pid: int,
-        pid_started: float | None,
-        key: str,
-        log_path: Path,
-        started_at: float,
-        entry_id: str,
-        control_port: int,
-    ) -> None:
-        self.pid = pid
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, entry: Entry, key: str) -> None:
+        self.entry = entry
         self.key = key
-        self.log_path = log_path
-        self.started_at = started_at
-        self.entry_id = entry_id
-        self.control_port = control_port
-        self._pid_started = pid_started
         self._reader, self._writer = reader, writer
         self._numbers = itertools.count(1)
         self._answers: dict[int, asyncio.Future[dict[str, Any]]] = {}
@@ -91,6 +71,16 @@ class EngineProcess:
 
     def __repr__(self) -> str:
         return f"<EngineProcess {self.pid}, {'running' if self.is_running() else 'ended'}>"
+
+    @property
+    def pid(self) -> int:
+        """Process id of the engine (not of its supervisor)."""
+        return self.entry.pid
+
+    @property
+    def log_path(self) -> Path:
+        """The file that its output is drained to, mode 0600."""
+        return Path(self.entry.log_path)
 
     @classmethod
     async def start(
@@ -118,15 +108,11 @@ class EngineProcess:
             holds: engines (local workers) that must live as long as this one.
 
         Raises:
-            EngineError: the binary cannot be run.
+            EngineError: the binary cannot be run, or the engine cannot be registered.
         """
         registry.prune_logs()
         entry_id = f"{kind}-{uuid.uuid4().hex[:12]}"
         key = key or secrets.token_urlsafe(32)
-        key_path = config.registry_dir() / f"{entry_id}.key"
-        descriptor = os.open(key_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(key)
         spec = {
             "argv": list(argv),
             "env": config.child_environment(**(env or {})),
@@ -134,7 +120,7 @@ class EngineProcess:
             "kind": kind,
             "key": key,
             "entry_path": str(config.registry_dir() / f"{entry_id}.json"),
-            "key_path": str(key_path),
+            "key_path": str(config.registry_dir() / f"{entry_id}.key"),
             "log_path": str(log_path),
             "log_limit_bytes": LOG_LIMIT_BYTES,
             "debug_until": debug_until,
@@ -146,27 +132,17 @@ class EngineProcess:
         try:
             started = await _spawn_supervisor(spec)
             try:
-                reader, writer = await _connect(started["control_port"], key)
+                entry = registry.find(entry_id)
+                if entry is None:  # no other kernel would know of it, nor which workers it holds
+                    raise EngineError(f"{argv[0]} could not be registered in {config.registry_dir()}; is it full?")
+                reader, writer = await _connect(entry.control_port, key)
             except BaseException:
                 with contextlib.suppress(psutil.Error):  # an engine that nobody knows of must not stay
                     psutil.Process(started["supervisor_pid"]).terminate()
                 raise
-        except BaseException as error:
-            key_path.unlink(missing_ok=True)
-            if isinstance(error, TimeoutError | OSError):
-                raise EngineError(f"the supervisor of {argv[0]} did not start; try again") from error
-            raise
-        return cls(
-            reader,
-            writer,
-            pid=started["pid"],
-            pid_started=_start_time(started["pid"]),
-            key=key,
-            log_path=log_path,
-            started_at=time.time(),
-            entry_id=entry_id,
-            control_port=started["control_port"],
-        )
+        except (TimeoutError, OSError) as error:
+            raise EngineError(f"the supervisor of {argv[0]} did not start; try again") from error
+        return cls(reader, writer, entry, key)
 
     @classmethod
     async def adopt(cls, entry: Entry) -> EngineProcess | None:
@@ -180,17 +156,7 @@ class EngineProcess:
             if not entry.is_alive():
                 registry.clean(entry)
             return None
-        return cls(
-            reader,
-            writer,
-            pid=entry.pid,
-            pid_started=entry.pid_started,
-            key=key,
-            log_path=Path(entry.log_path),
-            started_at=entry.started_at,
-            entry_id=entry.id,
-            control_port=entry.control_port,
-        )
+        return cls(reader, writer, entry, key)
 
     def is_running(self) -> bool:
         """Whether the engine process is alive, as far as this handle knows."""
@@ -206,6 +172,13 @@ class EngineProcess:
         await self._exited.wait()
         assert self._report is not None
         return self._report
+
+    async def ended_within(self, seconds: float) -> ExitReport | None:
+        """How it ended, if it does so in a moment: a broken connection is seen an instant before the exit."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                return await self.wait()
+        return None
 
     async def hold(self) -> bool:
         """Take a lease: the engine is not ended for idleness until `free`. False if it has ended or is ending."""
@@ -286,10 +259,12 @@ class EngineProcess:
                     answer.set_result(message)
         if report is None and self._detached:
             report = ExitReport(None, (), "let go of")
-        if report is None:
-            # The supervisor is gone without a word; its guard ends the engine, and so do we.
+        if report is None and await self._supervisor_ends():
+            # Gone without a word; its guard ends the engine, and so do we.
             self._kill_engine()
             report = ExitReport(None, ("the supervisor of this process was lost",))
+        if report is None:  # others may use the engine; it is only lost to us
+            report = ExitReport(None, ("the connection to the supervisor of this process was lost",))
         self._report = report
         self._writer.close()
         for answer in self._answers.values():
@@ -297,9 +272,18 @@ class EngineProcess:
                 answer.set_result({})
         self._exited.set()
 
+    async def _supervisor_ends(self) -> bool:
+        """Whether the supervisor has ended; the end of its connections is seen a moment before."""
+        for _ in range(SUPERVISOR_END_LOOKS):
+            if not self.entry.is_alive():
+                return True
+            await asyncio.sleep(0.02)
+        return False
+
     def _kill_engine(self) -> None:
         # Never a stranger that got a recycled pid.
-        if self._pid_started is not None and registry.is_same_process(self.pid, self._pid_started):
+        started = self.entry.pid_started
+        if started is not None and registry.is_same_process(self.pid, started):
             with contextlib.suppress(psutil.Error):
                 psutil.Process(self.pid).kill()
 
@@ -383,10 +367,3 @@ async def _connect(port: int, key: str) -> tuple[asyncio.StreamReader, asyncio.S
 
 def _own_name() -> str:
     return Path(sys.argv[0]).name or "python" if sys.argv else "python"
-
-
-def _start_time(pid: int) -> float | None:
-    try:
-        return psutil.Process(pid).create_time()
-    except psutil.Error:
-        return None

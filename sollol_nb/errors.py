@@ -108,7 +108,13 @@ class CoordinatorError(SollolError):
 
 
 class CoordinatorStartError(CoordinatorError):
-    """The coordinator exited before it was ready; the message carries the log's reason."""
+    """The coordinator exited before it was ready; the message carries the log's reason.
+
+    Attributes:
+        may_pass: it was killed, stalled or lost a worker, so another try may go better.
+    """
+
+    may_pass: bool = False
 
 
 class CoordinatorTimeoutError(CoordinatorError, TimeoutError):

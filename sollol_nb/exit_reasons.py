@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 PORT_TAKEN = "the port is taken by another program"
+WORKER_LOST = "a worker was lost; see %sollol_cluster for which, and start it again"
 BAD_MODEL = "the model file is damaged or not one that llama.cpp loads"
 _REASONS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern, re.IGNORECASE), words)
@@ -21,7 +22,7 @@ _REASONS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         ),
         (
             r"Remote RPC server crashed|failed to connect to \S+:\d+|RPC transport",
-            "a worker was lost; see %sollol_cluster for which, and start it again",
+            WORKER_LOST,
         ),
         (
             r"out of memory|failed to allocate|unable to allocate|bad_alloc|cannot allocate memory",

@@ -32,7 +32,7 @@ from sollol_nb.errors import WorkersUnavailableError
 
 COORDINATOR = "coordinator"
 WORKER = "worker"
-CLAIM_TIMEOUT_S = 60.0
+LOCK_TIMEOUT_S = 60.0
 LOGS_KEPT = 50
 _CLOCK_TOLERANCE_S = 2.0  # start times are computed from the clock, which may be set meanwhile
 
@@ -143,14 +143,20 @@ def owner_words(about: dict[str, Any]) -> str:
 
 
 @contextlib.asynccontextmanager
-async def claims() -> AsyncIterator[None]:
-    """The lock under which workers are chosen and claimed, across all processes of this user.
+async def locked(name: str, doing: str) -> AsyncIterator[None]:
+    """A lock between all processes of this user.
+
+    It is polled: a wait in a thread that is cancelled would get the lock all the same, and keep it.
+
+    Args:
+        name: of the lock.
+        doing: what its holder does, for the error.
 
     Raises:
         WorkersUnavailableError: another process has held it for a minute.
     """
-    lock = filelock.FileLock(config.registry_dir() / "claims.lock", thread_local=False, timeout=0)
-    deadline = time.monotonic() + CLAIM_TIMEOUT_S
+    lock = filelock.FileLock(config.registry_dir() / f"{name}.lock", thread_local=False, timeout=0)
+    deadline = time.monotonic() + LOCK_TIMEOUT_S
     while True:
         try:
             lock.acquire()
@@ -158,13 +164,18 @@ async def claims() -> AsyncIterator[None]:
         except filelock.Timeout as error:
             if time.monotonic() > deadline:
                 raise WorkersUnavailableError(
-                    "another process has been choosing workers for a minute; try again"
+                    f"another process has been {doing} for {LOCK_TIMEOUT_S:g} s; try again"
                 ) from error
         await asyncio.sleep(0.02)
     try:
         yield
     finally:
         lock.release()
+
+
+def claims() -> contextlib.AbstractAsyncContextManager[None]:
+    """The lock under which workers are chosen and claimed."""
+    return locked("claims", "choosing workers")
 
 
 def new_log_path(kind: str, port: int) -> Path:
@@ -190,6 +201,11 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "started_at": (int, float),
     "about": (dict,),
 }
+
+
+def find(entry_id: str) -> Entry | None:
+    """The entry with this id, if there is one."""
+    return _read(config.registry_dir() / f"{entry_id}.json")
 
 
 def _read(path: Path) -> Entry | None:

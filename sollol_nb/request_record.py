@@ -53,10 +53,8 @@ class RequestRecord:
 
     def leave(self, what: str) -> None:
         """A place could not answer, and the request goes on elsewhere from its beginning."""
-        cost_ms = (time.perf_counter() - (self._sent or self._began)) * 1000
-        self.failovers.append(
-            {"what": what, "when": time.time(), "cost_ms": cost_ms, "continued": False, "tokens_before": 0}
-        )
+        self._note_failover(what, 0, continued=False)
+        self.failovers[-1]["cost_ms"] = (time.perf_counter() - (self._sent or self._began)) * 1000
 
     def run_on(self, coordinator: Coordinator) -> None:
         """It runs on this coordinator now."""
@@ -69,12 +67,15 @@ class RequestRecord:
     def lose(self, what: str, tokens_before: int) -> None:
         """A coordinator was lost in mid-answer, with so many tokens known; the answer will be continued."""
         self._lost_at = self._last or self._sent or self._began
+        self._note_failover(what, tokens_before, continued=True)
+
+    def _note_failover(self, what: str, tokens_before: int, *, continued: bool) -> None:
         self.failovers.append(
             {
                 "what": what,
                 "when": time.time(),
                 "cost_ms": None,
-                "continued": True,
+                "continued": continued,
                 "tokens_before": tokens_before,
                 "lost_workers": [],
             }

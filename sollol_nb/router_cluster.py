@@ -138,7 +138,7 @@ class RouterCluster:
 
 
 async def _let_go(coordinators: CoordinatorPool, workers: Workers, ollama: OllamaPool) -> None:
-    coordinators.detach()
+    await coordinators.let_go()
     workers.detach()
     await ollama.close()
 

@@ -7,7 +7,8 @@ and reads one from its stdout: `{"event": "started", "pid": ..., "control_port":
 its registry entry, a file that the supervisor writes (mode 0600, replaced atomically) and removes at the end.
 
 Control, on a port of loopback: JSON lines. A client first sends `{"key": ...}`, the secret of this engine, which
-stands in a file of its own; then requests `{"n": 1, "do": ...}`, each answered by `{"n": 1, "ok": ...}`:
+the supervisor keeps in a file of its own; then requests `{"n": 1, "do": ...}`, each answered by `{"n": 1,
+"ok": ...}`:
 
 | do | does |
 |---|---|
@@ -170,10 +171,9 @@ class Supervisor:
     def write_entry(self) -> None:
         """Write the registry entry anew; a full disk leaves the old one."""
         path = self._spec["entry_path"]
+        entry = {**self._entry, "keep_alive_s": self._keep_alive_s, "about": self._about}
         with contextlib.suppress(OSError):
-            descriptor = os.open(path + ".new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump({**self._entry, "keep_alive_s": self._keep_alive_s, "about": self._about}, file)
+            write_private(path + ".new", json.dumps(entry))
             os.replace(path + ".new", path)
 
     def serve(self, signals: list[int]) -> None:
@@ -362,6 +362,13 @@ def _signal(engine: subprocess.Popen[bytes], number: int) -> None:
         pass
 
 
+def write_private(path: str, text: str) -> None:
+    """Write a file that only its owner may read."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
+
+
 def remove_files(spec: dict[str, Any]) -> None:
     """Remove the engine's registry entry and its key."""
     for path in (spec["entry_path"], spec["entry_path"] + ".new", spec["key_path"]):
@@ -464,6 +471,7 @@ def main() -> int:
         own_session = {"creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)}
     held = hold_others(spec["holds"])
     try:
+        write_private(spec["key_path"], spec["key"])
         engine = subprocess.Popen(
             spec["argv"],
             env=spec["env"],
@@ -477,7 +485,8 @@ def main() -> int:
     except OSError as error:
         remove_files(spec)
         _tell_guard(guard, GUARD_DONE)
-        _tell_parent({"event": "failed", "tail": [f"{spec['argv'][0]}: {error.strerror}"]})
+        what = spec["key_path"] if error.filename == spec["key_path"] else spec["argv"][0]
+        _tell_parent({"event": "failed", "tail": [f"{what}: {error.strerror}"]})
         return 1
     job = end_with_us(engine)
     assert engine.stdout is not None

@@ -1,46 +1,37 @@
-"""RPC workers: starting them on this machine, and knowing the state of all that a router may use.
+"""The RPC workers that a router may use, and the state of each.
 
 A worker is free, held (by which coordinator), busy (a stranger holds it, or it hangs), down or incompatible.
-Flags of the worker binary live here. Workers do no authentication and no encryption (and have had remote code
-execution bugs), so the ones started here listen on loopback only.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import re
 import socket
 import time
-from collections.abc import AsyncIterator, Collection, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import filelock
 import psutil
 
 from sollol_nb import config, registry
 from sollol_nb.engine_process import EngineProcess
-from sollol_nb.errors import ConfigError, WorkerStartError
+from sollol_nb.errors import ConfigError
 from sollol_nb.events import EventBus
 from sollol_nb.layer_plan import WorkerCapacity
+from sollol_nb.local_workers import LOOPBACK, free_ports, start_worker, wait_until_free
 from sollol_nb.registry import Entry
-from sollol_nb.rpc_discovery import Probe, ProbeOutcome, discover, probe, probe_all
+from sollol_nb.rpc_discovery import Probe, ProbeOutcome, discover, probe_all
 from sollol_nb.toolchain import Engine
 
-LOOPBACK = "127.0.0.1"
-START_TIMEOUT_S = 20.0
-START_LOCK_TIMEOUT_S = 60.0
 MAX_LOCAL_WORKERS = 64
 DEFAULT_KEEP_ALIVE_S = 600.0
 # A worker that is lost for the second time within ten minutes is left alone for half a minute, then longer.
 LOSSES_COUNT_FOR_S = 600.0
 FIRST_COOL_DOWN_S = 30.0
 LONGEST_COOL_DOWN_S = 300.0
-
-_TROUBLE = re.compile(r"fail|error|abort|cannot|invalid", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +44,7 @@ class WorkerStatus:
         detail: one line in words: by whom it is held, or what is wrong and what to do.
         held_by: the model whose coordinator holds it, or None.
         probe: the last look at it; memory and round trip are from then.
-        is_local: started by this process.
+        is_local: a process on this machine that this router started or took over.
     """
 
     endpoint: str
@@ -212,7 +203,9 @@ class Workers:
             The endpoints that were not known before.
         """
         if endpoints is None:
-            async with _starting_lock():  # one that another kernel is starting has no lease yet
+            async with registry.locked(
+                "workers", "starting workers"
+            ):  # one that another kernel is starting has no lease yet
                 return await self._take_over(None)
         return await self._take_over(set(endpoints))
 
@@ -263,7 +256,7 @@ class Workers:
         threads = max(1, (os.cpu_count() or 1) // count)
         started: dict[str, EngineProcess] = {}
         # Between seeing that a port is free and the worker listening on it, no other kernel may choose.
-        async with _starting_lock():
+        async with registry.locked("workers", "starting workers"):
             port = first_port
             try:
                 held = await asyncio.to_thread(registry.holders)
@@ -274,7 +267,7 @@ class Workers:
                     if endpoint not in held:
                         started[endpoint] = await start_worker(engine, LOOPBACK, port, threads, keep_alive_s)
                     port += 1
-                await asyncio.gather(*(_wait_until_free(*one) for one in started.items()))
+                await asyncio.gather(*(wait_until_free(*one) for one in started.items()))
                 await asyncio.gather(*(process.hold() for process in started.values()))
             except BaseException:
                 await asyncio.gather(*(process.stop() for process in started.values()))
@@ -357,33 +350,6 @@ _STATE_OF_OUTCOME = {
 }
 
 
-@asynccontextmanager
-async def _starting_lock() -> AsyncIterator[None]:
-    """Only one kernel of this user starts or takes over workers at a time."""
-    lock = filelock.FileLock(config.state_dir() / "workers.lock", thread_local=False)
-    try:
-        await asyncio.to_thread(lock.acquire, timeout=START_LOCK_TIMEOUT_S)
-    except filelock.Timeout as error:
-        raise WorkerStartError("another process has been starting workers for a minute; try again") from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-async def start_worker(
-    engine: Engine, host: str, port: int, threads: int, keep_alive_s: float | None
-) -> EngineProcess:
-    """Start one worker process; it may not answer yet."""
-    return await EngineProcess.start(
-        [str(engine.worker), "-H", host, "-p", str(port), "-t", str(threads)],
-        kind=registry.WORKER,
-        about={"endpoint": config.format_endpoint(host, port), "threads": threads},
-        keep_alive_s=keep_alive_s,
-        log_path=registry.new_log_path(registry.WORKER, port),
-    )
-
-
 @lru_cache
 def addresses_of(endpoint: str) -> frozenset[tuple[str, int]]:
     """An endpoint as pairs of IP address and port; empty when its name cannot be resolved."""
@@ -393,53 +359,3 @@ def addresses_of(endpoint: str) -> frozenset[tuple[str, int]]:
     except OSError:
         return frozenset()
     return frozenset((str(address[0]), port) for *_, address in found)
-
-
-def free_ports(first: int, count: int, host: str = LOOPBACK) -> list[int]:
-    """The first `count` ports from `first` upward that nothing listens on.
-
-    Raises:
-        WorkerStartError: there are not that many.
-    """
-    found: list[int] = []
-    for port in range(first, 65536):
-        if len(found) == count:
-            break
-        with socket.socket() as trial:
-            try:
-                if os.name == "posix":  # a port whose old connections still linger is free for a server
-                    trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                trial.bind((host, port))
-            except OSError:
-                continue
-        found.append(port)
-    if len(found) < count:
-        raise WorkerStartError(f"no {count} free ports from {first} upward on {host}; give another first port")
-    return found
-
-
-def _listens(pid: int, port: int) -> bool:
-    try:
-        sockets = psutil.Process(pid).net_connections("tcp")
-    except psutil.NoSuchProcess:
-        return False
-    return any(one.status == psutil.CONN_LISTEN and one.laddr.port == port for one in sockets)
-
-
-async def _wait_until_free(endpoint: str, process: EngineProcess) -> None:
-    host, port = config.parse_endpoint(endpoint)
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while process.is_running():
-        # A stranger's worker may have taken the port a moment before ours, and would answer too.
-        if _listens(process.pid, port) and (await probe(host, port, timeout_s=1.0)).outcome is ProbeOutcome.FREE:
-            return
-        if time.monotonic() > deadline:
-            raise WorkerStartError(
-                f"the worker at {endpoint} does not answer after {START_TIMEOUT_S:g} s; log: {process.log_path}"
-            )
-        await asyncio.sleep(0.02)
-    report = process.exit_report
-    tail = report.tail if report else ()
-    # Its standard output is buffered until it ends, so that what went wrong does not come last in the log.
-    words = " / ".join([line for line in tail if _TROUBLE.search(line)][-3:] or tail[-3:])
-    raise WorkerStartError(f"the worker at {endpoint} ended at once: {words}; log: {process.log_path}")

@@ -171,7 +171,6 @@ def supervised(
         "psutil_folder": str(Path(psutil.__file__).parents[1]),
         **more,
     }
-    Path(spec["key_path"]).write_text(KEY, "utf-8")
     process = subprocess.Popen(
         [sys.executable, "-I", "-S", str(program or supervisor.__file__)],
         env={**os.environ, "SOLLOL_STATE_DIR": str(folder)},

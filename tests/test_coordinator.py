@@ -19,7 +19,8 @@ import psutil
 import pytest
 
 from sollol_nb import config, coordinator_start
-from sollol_nb.coordinator import READY_POLL_S, Coordinator
+from sollol_nb.coordinator import Coordinator
+from sollol_nb.coordinator_readiness import READY_POLL_S, StartingCoordinator
 from sollol_nb.coordinator_settings import CoordinatorSettings
 from sollol_nb.errors import (
     CoordinatorStartError,
@@ -34,10 +35,11 @@ from sollol_nb.gguf_facts import read_facts
 from sollol_nb.http_client import JsonClient
 from sollol_nb.layer_plan import LayerPlan, plan_layers
 from sollol_nb.layer_strategies import WorkerCapacity
+from sollol_nb.local_workers import free_ports
 from sollol_nb.model_files import DEMO_MODEL_PATH
 from sollol_nb.sync_wrapper import HybridRouter
 from sollol_nb.toolchain import Engine
-from sollol_nb.workers import Workers, free_ports
+from sollol_nb.workers import Workers
 from tests.engines import (
     HANG_GUARD_S,
     QUESTION,
@@ -319,13 +321,14 @@ def test_what_answers_must_prove_to_be_ours(
         place = nullcontext(unused_port())
 
     async def proven(port: int) -> bool:
-        claimed = Coordinator(settings, running._process, port)
-        claimed._client = JsonClient(claimed.base_url, api_key=key)
+        url = f"http://127.0.0.1:{port}"
+        client, keyless = JsonClient(url, api_key=key), JsonClient(url, read_timeout_s=5.0)
         try:
-            return await claimed._is_ours()
+            claimed = StartingCoordinator(settings, running._process, client, keyless, adopted=False)
+            return await claimed.own_chat_template() is not None
         finally:
-            await claimed._client.aclose()
-            await claimed._keyless.aclose()
+            await client.aclose()
+            await keyless.aclose()
 
     with place as port:
         assert run(proven(port)) is is_ours

@@ -18,10 +18,10 @@ import pytest
 from sollol_nb import config, engine_process, registry, supervisor
 from sollol_nb.engine_process import EngineProcess, ExitReport
 from sollol_nb.errors import EngineError
+from sollol_nb.local_workers import start_worker
 from sollol_nb.registry import Entry
 from sollol_nb.rpc_discovery import ProbeOutcome, probe
 from sollol_nb.toolchain import Engine
-from sollol_nb.workers import start_worker
 from tests.engines import (
     eventually_async,
     is_alive,
@@ -86,7 +86,7 @@ async def adopted() -> EngineProcess:
 
 
 def supervisor_of(engine: EngineProcess) -> psutil.Process:
-    return psutil.Process(next(one.supervisor_pid for one in registry.entries() if one.id == engine.entry_id))
+    return psutil.Process(next(one.supervisor_pid for one in registry.entries() if one.id == engine.entry.id))
 
 
 # --- starting ---------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ def test_started_engine_is_told_and_registered() -> None:
             assert engine.exit_report is None
             assert psutil.Process(engine.pid).cmdline() == [*PYTHON, MINUTES]
             entry = only_entry()
-            assert (entry.id, entry.pid, entry.control_port) == (engine.entry_id, engine.pid, engine.control_port)
+            assert entry == engine.entry
             assert entry.about == {"model": "m", "owner_pid": os.getpid(), "owner": Path(sys.argv[0]).name}
             assert entry.keep_alive_s is None
             assert entry.read_key() == engine.key
@@ -138,7 +138,7 @@ def test_keys_are_drawn_anew_and_shown_nowhere() -> None:
         async with running() as one, running() as other:
             assert one.key != other.key
             assert len(one.key) >= 32
-            (key_path,) = config.registry_dir().glob(f"{one.entry_id}.key")
+            (key_path,) = config.registry_dir().glob(f"{one.entry.id}.key")
             assert key_path.stat().st_mode & 0o777 == 0o600
             for process in (psutil.Process(one.pid), supervisor_of(one)):
                 assert one.key not in " ".join(process.cmdline())
@@ -285,6 +285,7 @@ def test_entry_without_its_key_is_not_adopted() -> None:
     with supervised(config.registry_dir()) as owner:
         Path(owner.spec["key_path"]).unlink()
         assert run(EngineProcess.adopt(only_entry())) is None
+    nothing_is_left(config.registry_dir())
 
 
 # --- ending -----------------------------------------------------------------------------------
@@ -431,3 +432,19 @@ def test_real_worker_answers_logs_and_is_reported_when_killed(engine: Engine) ->
     assert report.code == -signal.SIGKILL
     assert any("RPC server" in line for line in report.tail)
     assert "RPC server" in log_path.read_text()
+
+
+def test_connection_that_is_lost_alone_does_not_end_the_engine_for_others() -> None:
+    async def look() -> None:
+        async with running() as engine:
+            other = await adopted()
+            await engine.tell_about(words="x" * (2 * supervisor.LINE_LIMIT_BYTES))  # more than it listens to
+            report = await engine.wait()
+            assert (report.code, report.why) == (None, "")
+            assert "the connection to the supervisor" in report.tail[0]
+            assert other.is_running()
+            assert (await other.status())["clients"] == 0
+            assert psutil.pid_exists(engine.pid)
+            await other.stop()
+
+    run(look())

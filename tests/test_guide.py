@@ -26,11 +26,11 @@ from sollol_nb.engine_process import EngineProcess
 from sollol_nb.hybrid_router import MODEL_PROFILES
 from sollol_nb.hybrid_router import HybridRouter as AsyncRouter
 from sollol_nb.io_loop import run_blocking
+from sollol_nb.local_workers import start_worker
 from sollol_nb.model_files import DEMO_MODEL_PATH
 from sollol_nb.running import running, stop_running
 from sollol_nb.sync_wrapper import HybridRouter, OllamaPool
 from sollol_nb.toolchain import Engine
-from sollol_nb.workers import start_worker
 from tests.engines import eventually
 from tests.ollama_server import OllamaServer
 

@@ -332,7 +332,7 @@ def test_claims_of_another_process_are_waited_for_until_it_lets_go_or_dies(
     with script(CLAIMS, "hold") as other:
         says(other, "held")
         with monkeypatch.context() as patched:
-            patched.setattr(registry, "CLAIM_TIMEOUT_S", 0.0)
+            patched.setattr(registry, "LOCK_TIMEOUT_S", 0.0)
             with pytest.raises(
                 WorkersUnavailableError, match="another process has been choosing workers"
             ) as caught:

@@ -14,12 +14,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from sollol_nb import config, workers
+from sollol_nb import config, local_workers, workers
 from sollol_nb.engine_process import EngineProcess
 from sollol_nb.errors import ConfigError, EngineError, WorkerStartError
 from sollol_nb.events import EventBus
+from sollol_nb.local_workers import free_ports
 from sollol_nb.toolchain import Engine
-from sollol_nb.workers import Workers, WorkerStatus, free_ports
+from sollol_nb.workers import Workers, WorkerStatus
 from tests.engines import (
     OtherProtocolWorker,
     all_end,
@@ -158,7 +159,7 @@ def test_a_worker_that_never_answers_is_given_up_and_ended(
     mute = tmp_path / "mute-worker"
     mute.write_text(f"#!/bin/sh\necho $$ > {told}.new; mv {told}.new {told}\nexec sleep 600\n")
     mute.chmod(0o700)
-    monkeypatch.setattr(workers, "START_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(local_workers, "START_TIMEOUT_S", 1.0)
 
     with pytest.raises(WorkerStartError, match=r"does not answer after 1 s; log: "):
         run(local.start_local(replace(engine, worker=mute), 1))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import signal
 import statistics
 import sys
 import tempfile
@@ -17,9 +18,10 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from sollol_nb import coordinator_readiness
 from sollol_nb.toolchain import find_engine
 from tests.chaos.machines import Cluster
-from tests.chaos.trials import TRIALS, Chaos
+from tests.chaos.trials import STALL_S, TRIALS, Chaos
 from tests.engines import eventually, with_variable
 
 
@@ -54,10 +56,12 @@ def main() -> int:
     )
     parser.add_argument("--only", choices=TRIALS, help="one kind of fault instead of all in turn")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to end"))  # not without ending the machines
     names = [arguments.only] if arguments.only else list(TRIALS)
     seeds = range(arguments.seed, arguments.seed + arguments.n)
     with tempfile.TemporaryDirectory(prefix="chaos-") as state:
         os.environ |= {"SOLLOL_STATE_DIR": state, "OLLAMA_HOST": "127.0.0.1:9"}
+        coordinator_readiness.LOAD_STALL_S = STALL_S
         with Cluster(find_engine()) as cluster:
             tallies = break_answers(Chaos(cluster), names, seeds)
         eventually(lambda: not with_variable("SOLLOL_STATE_DIR", state), "no process is left")
@@ -83,7 +87,7 @@ def break_answers(chaos: Chaos, names: Sequence[str], seeds: Sequence[int]) -> d
             answers = TRIALS[name](chaos, random.Random(f"{name} {seed}"))
             differences = chaos.differences(answers)
         except Exception:
-            answers, differences = [], [traceback.format_exc()]
+            answers, differences = [], [traceback.format_exc(), *map(repr, chaos.cluster.machines)]
         silences_s = [one.silence_s for one in answers if one.silence_s is not None]
         tally.silences_s += silences_s
         tally.survived += not differences

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from sollol_nb import registry
+from sollol_nb import coordinator_readiness, registry
 from sollol_nb.toolchain import Engine
 from tests.chaos.machines import Cluster
-from tests.chaos.trials import Chaos
+from tests.chaos.trials import STALL_S, Chaos
 from tests.engines import eventually, with_variable
 
 
@@ -31,9 +31,11 @@ def cluster(engine: Engine, state: Path) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="package")
-def chaos(cluster: Cluster) -> Chaos:
+def chaos(cluster: Cluster) -> Iterator[Chaos]:
     """The cluster with the undisturbed answers of its model."""
-    return Chaos(cluster)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(coordinator_readiness, "LOAD_STALL_S", STALL_S)
+        yield Chaos(cluster)
 
 
 @pytest.fixture(autouse=True)

@@ -18,8 +18,8 @@ from contextlib import suppress
 from functools import cache
 from typing import Any, TypeVar
 
+from sollol_nb.local_workers import free_ports
 from sollol_nb.toolchain import Engine
-from sollol_nb.workers import free_ports
 from tests.engines import HANG_GUARD_S, eventually
 
 T = TypeVar("T")
@@ -137,7 +137,9 @@ class Machine:
         self._was_struck = False
 
     def __repr__(self) -> str:
-        return f"<Machine {self.endpoint}, {'well' if self.is_well else 'not well'}>"
+        code = self._worker.poll() if self._worker is not None else None
+        ended = "" if code is None else f", its worker ended with {code}"
+        return f"<Machine {self.endpoint}, {'struck' if self._was_struck else 'not struck'}{ended}>"
 
     @property
     def is_well(self) -> bool:

@@ -11,7 +11,6 @@ from contextlib import aclosing
 
 import pytest
 
-from sollol_nb import coordinator as coordinator_room
 from sollol_nb import coordinator_pool as pool_room
 from sollol_nb import workers as workers_room
 from sollol_nb.errors import AnswerInterruptedError, WorkersUnavailableError
@@ -125,10 +124,7 @@ def test_a_short_silence_is_waited_for(
         assert scene.router.coordinator is before
 
 
-def test_a_machine_that_freezes_while_it_is_being_loaded_is_given_up(
-    chaos: Chaos, rng: random.Random, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(coordinator_room, "LOAD_STALL_S", 2.0)
+def test_a_machine_that_freezes_while_it_is_being_loaded_is_given_up(chaos: Chaos, rng: random.Random) -> None:
     frozen = chaos.cluster.machines[1]
 
     def freeze_once(event: Event) -> None:
