@@ -6,6 +6,7 @@ python tools/run_notebook.py notebooks/01_quickstart.ipynb [--save]
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import textwrap
 from pathlib import Path
@@ -33,6 +34,7 @@ def main() -> int:
     parser.add_argument("notebook", type=Path)
     parser.add_argument("--save", action="store_true", help="write the outputs into the notebook")
     arguments = parser.parse_args()
+    os.environ.setdefault("SOLLOL_KEEP_ALIVE", "10s")  # nobody comes back to these engines
     notebook = nbformat.read(arguments.notebook, as_version=4)
     folder = str(arguments.notebook.resolve().parent)
     client = NotebookClient(notebook, timeout=CELL_TIMEOUT_S, resources={"metadata": {"path": folder}})
