@@ -9,7 +9,7 @@ import pytest
 
 from sollol_nb.completion import Completion
 from sollol_nb.errors import ConfigError
-from sollol_nb.notebook.expansion import expand
+from sollol_nb.expansion import Template, expand
 
 
 class Moody:
@@ -143,12 +143,13 @@ def test_variables_are_only_read(variables: dict[str, Any]) -> None:
         ("{{ lambda: 1 }}", "{{ lambda: 1 }} at line 1, column 1: "),
         ("{{ x | nofilter }}", "No filter named 'nofilter'"),
         ("{{{ x }}}", "--no-expand"),
+        ("{{ input }}", "{{ input }}: there is no such variable, only Python's own function; --no-expand"),
         ("{{ " + "x + " * 1000 + "nope }}", "…"),
     ],
 )
 def test_errors_are_one_line_that_names_the_expression(text: str, words: str, variables: dict[str, Any]) -> None:
     with pytest.raises(ConfigError) as caught:
-        expand(text, variables)
+        expand(text, variables, way_out="--no-expand sends braces as they are")
     message = str(caught.value)
     assert words in message
     assert "\n" not in message
@@ -160,3 +161,17 @@ def test_nothing_runs_if_a_later_expression_is_not_closed() -> None:
     with pytest.raises(ConfigError):
         expand("{{ calls.append(1) }} {{ x", {"calls": calls})
     assert calls == []
+
+
+def test_nothing_runs_if_a_later_expression_is_none() -> None:
+    calls: list[int] = []
+    with pytest.raises(ConfigError, match="nofilter"):
+        expand("{{ calls.append(1) }} {{ x | nofilter }}", {"calls": calls, "x": 1})
+    assert calls == []
+
+
+def test_a_template_is_filled_many_times() -> None:
+    template = Template("{{ x + 1 }} of {{ y }}")
+    assert [template.fill({"x": x, "y": "z"}) for x in range(3)] == ["1 of z", "2 of z", "3 of z"]
+    with pytest.raises(ConfigError, match=r"^\{\{ x \+ 1 \}\}: there is no variable x$"):
+        template.fill({"y": 1})
