@@ -1,0 +1,53 @@
+"""Endpoints as text: `host:port` taken apart, put together, and told whether they are on this machine."""
+
+from __future__ import annotations
+
+import ipaddress
+
+from sollol_nb.errors import ConfigError
+
+DEFAULT_RPC_PORT = 50052
+
+
+def parse_endpoint(text: str, default_port: int = DEFAULT_RPC_PORT) -> tuple[str, int]:
+    """Split `host:port`, `host`, `[v6]:port` into host and port.
+
+    Raises:
+        ConfigError: the text is not an endpoint.
+    """
+    host, port = text.strip(), str(default_port)
+    if host.startswith("["):
+        host, closed, rest = host[1:].partition("]")
+        if not closed or not host or rest[:1] not in ("", ":"):
+            host = ""
+        port = rest.removeprefix(":") or port
+    elif host.count(":") == 1:
+        host, port = host.split(":")
+    if (
+        not host
+        or any(c.isspace() or not c.isprintable() or c in "/@,;" for c in host)
+        or (":" in host and not _is_address(host))
+        or not port.isdecimal()
+        or not 0 < int(port) < 65536
+    ):
+        raise ConfigError(f"{text!r} is not an endpoint; write host:port, such as 192.168.1.10:{default_port}")
+    return host, int(port)
+
+
+def format_endpoint(host: str, port: int) -> str:
+    """`host:port`, with brackets around an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def is_loopback(endpoint: str) -> bool:
+    """Whether a `host:port` endpoint is on this machine by its address (127.0.0.0/8, ::1, localhost)."""
+    host, _ = parse_endpoint(endpoint)
+    return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
