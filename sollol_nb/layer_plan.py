@@ -41,6 +41,7 @@ __all__ = [
     "WorkerCapacity",
     "model_load",
     "placement_from_counts",
+    "plan_from_counts",
     "plan_layers",
 ]
 
@@ -48,6 +49,8 @@ MAX_WORKERS = 15
 """llama.cpp schedules 16 backends (GGML_SCHED_MAX_BACKENDS), one of which is the coordinator's CPU."""
 
 BATCH_TOKENS = 512  # llama-server's default --ubatch-size
+GIVEN = "as given"
+"""The strategy of a plan whose counts were given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +99,21 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """Which worker takes which layers; workers without any are not in it."""
+    """Which worker takes which layers; workers without any are not in it.
+
+    Attributes:
+        strategy: what decided, a name in `STRATEGIES` or `GIVEN`.
+        layer_count: the model's blocks.
+        context_tokens: of the coordinator, all its slots together.
+        shards: in the order of their layers.
+        predicted_token_ms: time of a token, where it could be told when the plan was made (see `token_time`).
+    """
 
     strategy: str
     layer_count: int
     context_tokens: int
     shards: tuple[Shard, ...]
+    predicted_token_ms: float | None = None
 
     @property
     def endpoints(self) -> tuple[str, ...]:
@@ -142,7 +154,8 @@ class LayerPlan:
         """The plan again from what `as_dict` gave. Raises KeyError or TypeError for anything else."""
         names = [one.name for one in fields(Shard)]
         shards = tuple(Shard(**{name: shard[name] for name in names}) for shard in data["shards"])
-        return cls(data["strategy"], data["layer_count"], data["context_tokens"], shards)
+        counts = data["strategy"], data["layer_count"], data["context_tokens"]
+        return cls(*counts, shards, data.get("predicted_token_ms"))  # entries of older versions lack it
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as plain data for JSON."""
@@ -155,6 +168,7 @@ class LayerPlan:
             "context_tokens": self.context_tokens,
             "tensor_split": self.tensor_split,
             "needed_bytes": self.needed_bytes,
+            "predicted_token_ms": self.predicted_token_ms,
             "shards": shards,
         }
 
@@ -186,28 +200,72 @@ def plan_layers(
         near = difflib.get_close_matches(strategy, STRATEGIES, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ConfigError(f"there is no strategy {strategy!r}; {hint}known are {', '.join(sorted(STRATEGIES))}")
-    if context_tokens <= 0:
-        raise ConfigError(
-            f"a context of {context_tokens} tokens is not possible; give a positive number, such as 4096"
-        )
-    if not workers:
-        raise WorkersUnavailableError("there is no worker to place layers on; start workers or set RPC_BACKENDS")
-    endpoints = [worker.endpoint for worker in workers]
-    twice = next((endpoint for endpoint in endpoints if endpoints.count(endpoint) > 1), None)
-    if twice is not None:
-        raise ConfigError(f"worker {twice} is named twice; name each worker once")
+    _check_request(workers, context_tokens)
     load = model_load(facts, context_tokens)
     usable = _usable(workers)
     counts = STRATEGIES[strategy](load, usable)
     if counts is None:
         raise ModelDoesNotFitError(_shortage_of_all(load, usable))
     plan = LayerPlan(strategy, facts.layer_count, context_tokens, _shards(load, usable, counts))
-    shortage = _shortage_of_one(plan, usable)
+    shortage = memory_shortage(plan, usable)
     if shortage is not None:
         fits = strategy != "memory_aware" and memory_aware(load, usable) is not None
         advice = "strategy 'memory_aware' would fit" if fits else "add workers or ask for a smaller context"
         raise ModelDoesNotFitError(f"{shortage}; {advice}")
     return plan
+
+
+def plan_from_counts(
+    facts: ModelFacts,
+    workers: Sequence[WorkerCapacity],
+    counts: Sequence[int],
+    *,
+    context_tokens: int = DEFAULT_CONTEXT_TOKENS,
+) -> LayerPlan:
+    """The plan that gives each worker so many units, in this order.
+
+    Args:
+        facts: the model.
+        workers: the workers, in the order of their layers.
+        counts: units (blocks, then the output layer) of each worker; 0 leaves it out. They sum to the model's
+            blocks plus one.
+        context_tokens: context of the coordinator, all its slots together.
+
+    Raises:
+        ConfigError: counts that are no placement of this model, a context that is not positive, an endpoint named
+            twice.
+        WorkersUnavailableError: no workers.
+        ModelDoesNotFitError: a worker's memory does not hold what it is given.
+    """
+    plan = unchecked_plan(facts, workers, counts, context_tokens=context_tokens)
+    shortage = memory_shortage(plan, workers)
+    if shortage is not None:
+        raise ModelDoesNotFitError(f"{shortage}; move layers to a worker with more memory")
+    return plan
+
+
+def unchecked_plan(
+    facts: ModelFacts, workers: Sequence[WorkerCapacity], counts: Sequence[int], *, context_tokens: int
+) -> LayerPlan:
+    """The same, also where memory does not hold it (see `memory_shortage`).
+
+    Raises:
+        ConfigError, WorkersUnavailableError: as in `plan_from_counts`.
+    """
+    _check_request(workers, context_tokens)
+    unit_count = facts.layer_count + 1
+    given = "/".join(map(str, counts))
+    if len(counts) != len(workers):
+        raise ConfigError(f"{given} are {len(counts)} counts for {len(workers)} workers; give one for each")
+    if any(type(count) is not int or count < 0 for count in counts) or sum(counts) != unit_count:
+        raise ConfigError(
+            f"{given} does not place the model's {unit_count} units ({facts.layer_count} blocks and the output "
+            f"layer); give whole numbers that sum to {unit_count}"
+        )
+    if sum(map(bool, counts)) > MAX_WORKERS:
+        raise ConfigError(f"{given} uses more than {MAX_WORKERS} workers, which llama.cpp cannot schedule")
+    shards = _shards(model_load(facts, context_tokens), workers, counts)
+    return LayerPlan(GIVEN, facts.layer_count, context_tokens, shards)
 
 
 def placement_from_counts(counts: Sequence[int]) -> tuple[int, ...]:
@@ -239,6 +297,19 @@ def model_load(facts: ModelFacts, context_tokens: int) -> ModelLoad:
 
 
 # --- from counts to plan ----------------------------------------------------------------------
+
+
+def _check_request(workers: Sequence[WorkerCapacity], context_tokens: int) -> None:
+    if context_tokens <= 0:
+        raise ConfigError(
+            f"a context of {context_tokens} tokens is not possible; give a positive number, such as 4096"
+        )
+    if not workers:
+        raise WorkersUnavailableError("there is no worker to place layers on; start workers or set RPC_BACKENDS")
+    endpoints = [worker.endpoint for worker in workers]
+    twice = next((endpoint for endpoint in endpoints if endpoints.count(endpoint) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"worker {twice} is named twice; name each worker once")
 
 
 def _usable(workers: Sequence[WorkerCapacity]) -> list[WorkerCapacity]:
@@ -277,15 +348,16 @@ def _shards(load: ModelLoad, workers: Sequence[WorkerCapacity], counts: Sequence
     return tuple(shards)
 
 
-def _shortage_of_one(plan: LayerPlan, workers: Sequence[WorkerCapacity]) -> str | None:
-    """The first memory that a plan overfills, in words."""
+def memory_shortage(plan: LayerPlan, workers: Sequence[WorkerCapacity]) -> str | None:
+    """The first memory that a plan overfills, in words; None where all of it fits."""
+    subject = "the given layout" if plan.strategy == GIVEN else f"strategy {plan.strategy!r}"
     for domain in memory_domains(workers):
         shards = [shard for shard in plan.shards if shard.endpoint in domain.endpoints]
         needed = sum(shard.needed_bytes for shard in shards)
         if needed > domain.free_bytes:
             places = " and ".join(f"{shard.endpoint} (layers {shard.layers})" for shard in shards)
             return (
-                f"strategy {plan.strategy!r} needs {format_bytes(needed)} on {places}, where "
+                f"{subject} needs {format_bytes(needed)} on {places}, where "
                 f"{format_bytes(domain.free_bytes)} are free: short by {format_bytes(needed - domain.free_bytes)}"
             )
     return None

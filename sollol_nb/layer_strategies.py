@@ -20,14 +20,14 @@ class WorkerCapacity:
         endpoint: `host:port`.
         free_bytes: memory the worker reports as free.
         total_bytes: memory the worker reports in all.
-        round_trip_ms: network round trip, paid once per worker and token.
+        round_trip_ms: network round trip, paid once per worker and token; None where it was not measured.
         memory_domain: workers naming the same domain draw on one memory, such as CPU workers of one host.
     """
 
     endpoint: str
     free_bytes: int
     total_bytes: int
-    round_trip_ms: float = 0.0
+    round_trip_ms: float | None = None
     memory_domain: str | None = None
 
 

@@ -21,6 +21,7 @@ from sollol_nb.layer_plan import (
     WorkerCapacity,
     model_load,
     placement_from_counts,
+    plan_from_counts,
     plan_layers,
 )
 from sollol_nb.layer_strategies import ModelLoad, even, memory_aware
@@ -435,3 +436,36 @@ def test_a_wider_model_and_a_longer_context_reserve_more() -> None:
     assert model_load(TWELVE, 8192).reserve_bytes > base.reserve_bytes
     assert model_load(replace(TWELVE, embedding_length=4096), 4096).reserve_bytes > base.reserve_bytes
     assert model_load(replace(TWELVE, vocabulary_size=128_000), 4096).output_reserve_bytes == 512 * 4 * 128_000
+
+
+# --- given counts -----------------------------------------------------------------------------
+
+
+def test_given_counts_are_planned_exactly_and_in_the_order_given() -> None:
+    plan = plan_from_counts(TWELVE, workers(20 * GB, 20 * GB, 20 * GB), (2, 0, 11))
+    assert (plan.strategy, plan.endpoints, plan.unit_counts) == ("as given", ("w0:1", "w2:1"), (2, 11))
+    assert plan.describe().startswith("12 layers over 2 workers (as given): w0:1 0-1")
+
+
+def test_given_counts_are_checked_against_each_memory() -> None:
+    with pytest.raises(ModelDoesNotFitError, match=r"given layout needs .* on w1:1 \(layers 2-11 \+ output\)"):
+        plan_from_counts(TWELVE, workers(20 * GB, 5 * GB), (2, 11))
+    with pytest.raises(ModelDoesNotFitError, match="move layers to a worker with more memory"):
+        plan_from_counts(TWELVE, workers(12 * GB, 12 * GB, domains="aa"), (6, 7))
+
+
+def test_given_counts_use_no_more_workers_than_the_engine_can_schedule() -> None:
+    facts = model([GB] * 80, GB)
+    with pytest.raises(ConfigError, match="more than 15 workers"):
+        plan_from_counts(facts, workers(*[90 * GB] * 16), (66, *[1] * 15))
+    assert len(plan_from_counts(facts, workers(*[90 * GB] * 16), (67, *[1] * 14, 0)).shards) == 15
+
+
+@pytest.mark.parametrize("predicted_ms", [None, 12.5])
+def test_a_plan_survives_as_plain_data(plan: LayerPlan, predicted_ms: float | None) -> None:
+    told = replace(plan, predicted_token_ms=predicted_ms)
+    data = json.loads(json.dumps(told.as_dict()))
+    assert data["predicted_token_ms"] == predicted_ms
+    assert LayerPlan.from_dict(data) == told
+    del data["predicted_token_ms"]
+    assert LayerPlan.from_dict(data) == plan
