@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Collection, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from sollol_nb.events import EventBus
 from sollol_nb.gate import Gate
 from sollol_nb.gguf_facts import ModelFacts, read_facts
 from sollol_nb.layer_plan import LayerPlan, plan_layers
+from sollol_nb.load_progress import LoadProgress, told_loading
 from sollol_nb.local_workers import free_ports
 from sollol_nb.routing import DISTRIBUTED, Route
 from sollol_nb.toolchain import Engine, ensure_engine
@@ -135,7 +137,8 @@ class CoordinatorStarter:
             coordinator: Coordinator | None = None
             try:
                 coordinator = await self._adopt(start) or await self._launch(start)
-                await coordinator.until_ready(self._settings.coordinator_timeout_s)
+                async with self._progress_told(route.model, coordinator):
+                    await coordinator.until_ready(self._settings.coordinator_timeout_s)
             except BaseException as error:
                 words = str(error) or "the start was cancelled"
                 self._events.publish("coordinator.failed", route.model, words)
@@ -152,6 +155,12 @@ class CoordinatorStarter:
                 await self._tell_ready(route, coordinator)
                 return coordinator
         raise AssertionError("the last try raises")
+
+    def _progress_told(self, model: str, coordinator: Coordinator) -> AbstractAsyncContextManager[None]:
+        def tell(progress: LoadProgress) -> None:
+            self._events.publish("coordinator.loading", model, progress.words, **progress.as_dict())
+
+        return told_loading(coordinator.settings, coordinator.pid, coordinator.log_path, tell)
 
     async def _worth_another_try(self, start: _Start, coordinator: Coordinator, error: BaseException) -> bool:
         """Whether it can go better next time: on another port, without the lost workers, or by chance."""
