@@ -148,7 +148,7 @@ _TABLE = (
         "strategy",
         "router",
         kinds.STRATEGY,
-        "How layers are spread over workers: memory_aware (by free memory), even (by count), ...",
+        "How layers are spread over workers, such as memory_aware (by free memory) or even (by count).",
         "SOLLOL_STRATEGY",
         default="memory_aware",
         option="layer_strategy",
