@@ -6,6 +6,8 @@ are short, the least recently used idle coordinator makes room.
 
 A coordinator that runs already for the same model and settings, started by another kernel or one that has been
 restarted, is adopted instead of loading the model once more.
+
+What tokens took on each layout is remembered, so that the time of a token on another layout can be told.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -21,16 +24,20 @@ import psutil
 from sollol_nb import registry
 from sollol_nb.coordinator import Coordinator
 from sollol_nb.coordinator_start import CoordinatorStarter, PoolSettings
-from sollol_nb.errors import CoordinatorStartError
+from sollol_nb.errors import ConfigError, CoordinatorStartError, ModelDoesNotFitError
 from sollol_nb.events import EventBus
 from sollol_nb.exit_reasons import code_words, exit_reason
 from sollol_nb.gate import Gate
+from sollol_nb.layer_plan import LayerPlan
 from sollol_nb.routing import Route
+from sollol_nb.token_measurements import TokenMeasurements
+from sollol_nb.token_time import TokenTime, WorkerSpeeds, parts_of, predict
 from sollol_nb.toolchain import Engine
 from sollol_nb.units import format_bytes
+from sollol_nb.what_if import Forecast, forecast, without_layout
 from sollol_nb.workers import Workers
 
-LOOK_INTERVAL_S = 2.0
+LOOK_INTERVAL_S = 1.0
 """How often idle coordinators are looked at: whether their workers are still connected."""
 _Key = tuple[str, str]
 """Model file and backend."""
@@ -40,7 +47,6 @@ class CoordinatorPool:
     """Starts, keeps and stops coordinators. Lives on the I/O loop."""
 
     def __init__(self, settings: PoolSettings, workers: Workers, events: EventBus) -> None:
-        self.settings = settings
         self._workers = workers
         self._events = events
         self._running: dict[_Key, Coordinator] = {}
@@ -48,9 +54,22 @@ class CoordinatorPool:
         self._gates: dict[_Key, Gate] = {}
         self._lost: dict[_Key, frozenset[str]] = {}
         self._starting: defaultdict[_Key, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self._starter = CoordinatorStarter(settings, workers, events, self._make_room, self._make_room_here)
+        self._routes: dict[_Key, Route] = {}
+        self._measured = TokenMeasurements(events)
+        self._starter = CoordinatorStarter(
+            settings, workers, events, self._make_room, self._make_room_here, self.predict
+        )
         self._tasks: set[asyncio.Task[None]] = set()
         self._closings = 0
+
+    @property
+    def settings(self) -> PoolSettings:
+        """How coordinators are started."""
+        return self._starter.settings
+
+    @settings.setter
+    def settings(self, settings: PoolSettings) -> None:
+        self._starter.settings = settings
 
     @property
     def coordinators(self) -> list[Coordinator]:
@@ -86,14 +105,84 @@ class CoordinatorPool:
                 await self._forget(coordinator)
                 lost = await self._workers.look_for_lost(coordinator.rpc_backends)
             self._lost[key] = lost
-            closings = self._closings
-            coordinator = await self._starter.start(route, self.gate(route), lost)
-            if self._closings != closings:
-                await coordinator.stop_unless_shared()
-                raise CoordinatorStartError(f"the router was closed while {route.model} was starting; ask again")
-            self._running[key] = coordinator
-            self._watch(coordinator)
+            coordinator = await self._start(route, lost)
             return coordinator, (time.perf_counter() - began) * 1000
+
+    async def lay_out(self, model: str, layout: Mapping[str, int]) -> Coordinator:
+        """Start the coordinator of a model anew, with so many units on each worker; answers go on over it.
+
+        Args:
+            model: one that runs sharded.
+            layout: units of each worker (its endpoint), in the order of their layers. 0 leaves it out.
+
+        Raises:
+            ConfigError: no sharded coordinator of this router runs the model, or this is no layout of it.
+            ModelDoesNotFitError: a worker's memory does not hold what it would get; the running one goes on.
+            WorkersUnavailableError, CoordinatorError: the new one could not be started; the old one has ended.
+        """
+        coordinator = self._sharded(model)
+        (key,) = (key for key, one in self._running.items() if one is coordinator)
+        foreseen = self.what_if(model, layout)
+        if not foreseen.fits:
+            raise ModelDoesNotFitError(f"{foreseen.shortage}; move layers to a worker with more memory")
+        before = "/".join(map(str, coordinator.plan.unit_counts)) if coordinator.plan else ""
+        words = f"{model} is laid out anew: {foreseen.describe()}, instead of {before}"
+        self._events.publish("coordinator.planned", model, words)
+        async with self._starting[key]:
+            await self._forget(coordinator)
+            return await self._start(self._routes[key], frozenset(), layout)
+
+    def what_if(self, model: str, layout: Mapping[str, int]) -> Forecast:
+        """What another layout of a running model would need and bring.
+
+        Args, raises:
+            as in `lay_out`, whether it fits or not.
+        """
+        coordinator = self._sharded(model)
+        assert coordinator.plan is not None
+        capacities = {one.endpoint: one.capacity for one in self._workers.statuses()}
+        unknown = [endpoint for endpoint in layout if endpoint not in capacities]
+        if unknown:
+            known = ", ".join(capacities) or "none"
+            raise ConfigError(f"{unknown[0]} is not a known worker; known are {known}")
+        return forecast(
+            coordinator.settings.facts,
+            without_layout(coordinator.plan, [capacities[endpoint] for endpoint in layout]),
+            list(layout.values()),
+            context_tokens=coordinator.settings.context_tokens,
+            speeds=self._speeds(coordinator.settings.model_path),
+        )
+
+    def predict(self, model_path: Path, plan: LayerPlan) -> TokenTime:
+        """The time of a token under a plan for a model file, from what its tokens took so far."""
+        return predict(self._speeds(model_path), parts_of(plan, self._workers.round_trips_ms))
+
+    def token_ms(self, coordinator: Coordinator) -> float | None:
+        """Milliseconds of a token of one answer alone, as measured; None before the first token."""
+        return self._measured.token_ms(coordinator)
+
+    def _speeds(self, model_path: Path) -> WorkerSpeeds | None:
+        return self._measured.speeds(model_path, self.coordinators, self._workers.round_trips_ms)
+
+    def _sharded(self, model: str) -> Coordinator:
+        found = [one for one in self.coordinators if one.model == model and one.plan is not None]
+        if not found:
+            running = ", ".join(one.model for one in self.coordinators if one.plan is not None) or "none"
+            raise ConfigError(f"no coordinator of this router shards {model}; running are {running}")
+        return found[-1]
+
+    async def _start(
+        self, route: Route, lost: frozenset[str], layout: Mapping[str, int] | None = None
+    ) -> Coordinator:
+        closings = self._closings
+        coordinator = await self._starter.start(route, self.gate(route), lost, layout=layout)
+        if self._closings != closings:
+            await coordinator.stop_unless_shared()
+            raise CoordinatorStartError(f"the router was closed while {route.model} was starting; ask again")
+        self._running[_key(route)] = coordinator
+        self._routes[_key(route)] = route
+        self._watch(coordinator)
+        return coordinator
 
     async def others(self) -> list[tuple[Coordinator, str]]:
         """Coordinators of this user's other kernels, only to be shown, and who started them."""
@@ -169,6 +258,7 @@ class CoordinatorPool:
     def _watch(self, coordinator: Coordinator) -> None:
         async def forgotten_at_end() -> None:
             report = await coordinator.wait_ended()
+            self._measured.keep(coordinator, self._workers.round_trips_ms)
             if coordinator not in self._running.values():
                 return
             if report.why and report.code is not None:  # it was ended, by its keep_alive or by someone

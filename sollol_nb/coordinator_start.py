@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,11 @@ from sollol_nb.errors import (
 from sollol_nb.events import EventBus
 from sollol_nb.gate import Gate
 from sollol_nb.gguf_facts import ModelFacts, read_facts
-from sollol_nb.layer_plan import LayerPlan, plan_layers
+from sollol_nb.layer_plan import GIVEN, LayerPlan, plan_from_counts, plan_layers
 from sollol_nb.load_progress import LoadProgress, told_loading
 from sollol_nb.local_workers import free_ports
 from sollol_nb.routing import DISTRIBUTED, Route
+from sollol_nb.token_time import TokenTime
 from sollol_nb.toolchain import Engine, ensure_engine
 from sollol_nb.workers import Workers, WorkerStatus
 
@@ -75,6 +76,7 @@ class _Start:
     wanted: Mapping[str, Any]
     first_port: int
     lost: frozenset[str]
+    layout: Mapping[str, int] | None
     elsewhere: set[str] = field(default_factory=set)
     chances_left: int = MAX_CHANCES
 
@@ -88,8 +90,10 @@ class CoordinatorStarter:
     """Adopts or starts coordinators. Lives on the I/O loop.
 
     Args:
+        settings: how; may be changed later, for the starts after that.
         make_room: frees workers for a model by ending an idle coordinator; False when there is none.
         make_room_here: frees so many bytes of this machine's memory, as far as idle coordinators hold it.
+        predict: the time of a token under a plan for this model file, as far as it can be told.
     """
 
     def __init__(
@@ -99,12 +103,14 @@ class CoordinatorStarter:
         events: EventBus,
         make_room: Callable[[str], Awaitable[bool]],
         make_room_here: Callable[[int], Awaitable[None]],
+        predict: Callable[[Path, LayerPlan], TokenTime],
     ) -> None:
-        self._settings = settings
+        self.settings = settings
         self._workers = workers
         self._events = events
         self._make_room = make_room
         self._make_room_here = make_room_here
+        self._predict = predict
         self._claiming = asyncio.Lock()  # planning and holding workers is one step
 
     async def engine(self) -> Engine:
@@ -114,14 +120,22 @@ class CoordinatorStarter:
             words = step if share is None else f"{step}: {share:.0%}"
             self._events.publish("engine.building", "llama.cpp", words, share=share)
 
-        return await asyncio.to_thread(ensure_engine, self._settings.llama_cpp, progress=tell)
+        return await asyncio.to_thread(ensure_engine, self.settings.llama_cpp, progress=tell)
 
-    async def start(self, route: Route, gate: Gate, lost: frozenset[str] = frozenset()) -> Coordinator:
+    async def start(
+        self,
+        route: Route,
+        gate: Gate,
+        lost: frozenset[str] = frozenset(),
+        *,
+        layout: Mapping[str, int] | None = None,
+    ) -> Coordinator:
         """A coordinator for a route, ready to be asked.
 
         Args:
             gate: the gate that it gets.
             lost: workers that were just found lost, to be chosen last.
+            layout: units of each worker, in the order of their layers, instead of a strategy's choice.
 
         Raises:
             ModelFileError, ModelDoesNotFitError, WorkersUnavailableError, CoordinatorError, EngineError: why not.
@@ -129,16 +143,17 @@ class CoordinatorStarter:
         assert route.model_path is not None
         engine = await self.engine()
         facts = await asyncio.to_thread(read_facts, route.model_path)
-        context_tokens = self._settings.context_tokens or min(facts.context_length, MAX_DEFAULT_CONTEXT_TOKENS)
-        wanted = self._wanted(route, engine, context_tokens)
-        start = _Start(route, gate, engine, facts, context_tokens, wanted, self._settings.coordinator_port, lost)
+        context_tokens = self.settings.context_tokens or min(facts.context_length, MAX_DEFAULT_CONTEXT_TOKENS)
+        wanted = self._wanted(route, engine, context_tokens, layout)
+        first_port = self.settings.coordinator_port
+        start = _Start(route, gate, engine, facts, context_tokens, wanted, first_port, lost, layout)
         failed: BaseException | None = None
         for tries_left in reversed(range(START_TRIES)):
             coordinator: Coordinator | None = None
             try:
                 coordinator = await self._adopt(start) or await self._launch(start)
                 async with self._progress_told(route.model, coordinator):
-                    await coordinator.until_ready(self._settings.coordinator_timeout_s)
+                    await coordinator.until_ready(self.settings.coordinator_timeout_s)
             except BaseException as error:
                 words = str(error) or "the start was cancelled"
                 self._events.publish("coordinator.failed", route.model, words)
@@ -190,19 +205,22 @@ class CoordinatorStarter:
 
     # --- adopting -------------------------------------------------------------------------------
 
-    def _wanted(self, route: Route, engine: Engine, context_tokens: int) -> dict[str, Any]:
+    def _wanted(
+        self, route: Route, engine: Engine, context_tokens: int, layout: Mapping[str, int] | None
+    ) -> dict[str, Any]:
         """What a running coordinator must agree with to be used instead of a new one."""
         assert route.model_path is not None
         sharded = route.backend == DISTRIBUTED
+        strategy, workers = self.settings.layer_strategy, self.settings.num_rpc_backends
         return {
             "model_file": file_identity(route.model_path),
             "engine": str(engine.server),
             "engine_version": engine.version,
             "backend": route.backend,
             "context_tokens": context_tokens,
-            "slots": self._settings.slots,
-            "strategy": self._settings.layer_strategy if sharded else None,
-            "wanted_workers": self._settings.num_rpc_backends if sharded else None,
+            "slots": self.settings.slots,
+            "strategy": (GIVEN if layout else strategy) if sharded else None,
+            "wanted_workers": ([list(one) for one in layout.items()] if layout else workers) if sharded else None,
         }
 
     async def _adopt(self, start: _Start) -> Coordinator | None:
@@ -247,7 +265,7 @@ class CoordinatorStarter:
                     start.facts,
                     plan,
                     start.context_tokens,
-                    self._settings.slots,
+                    self.settings.slots,
                     devices,
                 )
                 async with registry.claims():
@@ -269,7 +287,7 @@ class CoordinatorStarter:
             start.engine,
             settings,
             port=port,
-            keep_alive_s=self._settings.keep_alive(model),
+            keep_alive_s=self.settings.keep_alive(model),
             about=start.wanted,
             gate=start.gate,
             holds=self._workers.entries_of(plan.endpoints) if plan else (),
@@ -279,6 +297,8 @@ class CoordinatorStarter:
 
     async def _plan(self, start: _Start) -> tuple[LayerPlan, dict[str, tuple[int, ...]]]:
         """Choose workers and plan; idle coordinators make room where free workers do not suffice."""
+        if start.layout is not None:
+            return await self._plan_as_given(start, start.layout)
         avoided = start.lost | {one for one in self._workers.endpoints if self._workers.cools_down_s(one)}
         while True:
             free = await self._free_workers(start, avoided)
@@ -287,7 +307,7 @@ class CoordinatorStarter:
                     statuses = self._workers.statuses()
                     raise WorkersUnavailableError(no_workers_words(start.route.model, statuses))
                 plan = self._plan_over(free, start.facts, start.context_tokens)
-                return plan, {one.endpoint: one.probe.device_free_bytes for one in free if one.probe}
+                return self._predicted(start, plan), _device_free_bytes(free)
             except (WorkersUnavailableError, ModelDoesNotFitError):
                 if avoided:  # better a shaky worker than none
                     avoided = frozenset()
@@ -296,26 +316,47 @@ class CoordinatorStarter:
                     continue
                 raise
 
+    async def _plan_as_given(
+        self, start: _Start, layout: Mapping[str, int]
+    ) -> tuple[LayerPlan, dict[str, tuple[int, ...]]]:
+        """The plan over exactly these workers."""
+        statuses = {one.endpoint: one for one in await self._workers.refresh()}
+        chosen = [statuses[endpoint] for endpoint, count in layout.items() if count and endpoint in statuses]
+        unusable = [one.detail for one in chosen if one.state != "free" or one.endpoint in start.elsewhere]
+        unusable += [
+            f"{one} is not a known worker" for one, count in layout.items() if count and one not in statuses
+        ]
+        if unusable:
+            raise WorkersUnavailableError(
+                f"{start.route.model} cannot be laid out as asked: {'; '.join(unusable)}; choose other workers"
+            )
+        capacities, counts = [one.capacity for one in chosen], [layout[one.endpoint] for one in chosen]
+        plan = plan_from_counts(start.facts, capacities, counts, context_tokens=start.context_tokens)
+        return self._predicted(start, plan), _device_free_bytes(chosen)
+
+    def _predicted(self, start: _Start, plan: LayerPlan) -> LayerPlan:
+        return replace(plan, predicted_token_ms=self._predict(start.model_path, plan).token_ms)
+
     def _plan_over(self, free: list[WorkerStatus], facts: ModelFacts, context_tokens: int) -> LayerPlan:
         """The plan over `num_rpc_backends` of these workers; by default over three, or as many as it takes."""
-        count = min(self._settings.num_rpc_backends or DEFAULT_WORKERS, len(free))
+        count = min(self.settings.num_rpc_backends or DEFAULT_WORKERS, len(free))
         while True:
             try:
                 return plan_layers(
                     facts,
                     [worker.capacity for worker in free[:count]],
-                    strategy=self._settings.layer_strategy,
+                    strategy=self.settings.layer_strategy,
                     context_tokens=context_tokens,
                 )
             except ModelDoesNotFitError:
                 # Each worker costs a round trip per token, so more are only taken where memory asks for them.
-                if self._settings.num_rpc_backends is not None or count == len(free):
+                if self.settings.num_rpc_backends is not None or count == len(free):
                     raise
                 count += 1
 
     async def _free_workers(self, start: _Start, avoided: Collection[str]) -> list[WorkerStatus]:
         """The free workers that are not taken elsewhere; adopted, discovered and started as far as allowed."""
-        wanted = self._settings.num_rpc_backends
+        wanted = self.settings.num_rpc_backends
         enough = wanted or (1 if self._workers.has_given else DEFAULT_WORKERS)
 
         fresh: set[str] = set()  # started in the place of lost ones
@@ -326,24 +367,28 @@ class CoordinatorStarter:
             return [one for one in statuses if one.state == "free" and one.endpoint not in barred]
 
         await self._workers.refresh(except_for=avoided)
-        if len(free()) < (wanted or 1) and (self._settings.auto_discover_rpc or self._settings.auto_setup_rpc):
+        if len(free()) < (wanted or 1) and (self.settings.auto_discover_rpc or self.settings.auto_setup_rpc):
             found = await self._workers.take_over()
-            if len(free()) + len(found) < (wanted or 1) and self._settings.auto_discover_rpc:
+            if len(free()) + len(found) < (wanted or 1) and self.settings.auto_discover_rpc:
                 found += await self._workers.discover()
             if found:
                 await self._workers.refresh(except_for=avoided)
         # More workers on this machine bring no more memory: those that another coordinator holds count too.
         missing = min(enough - len(free()), (wanted or DEFAULT_WORKERS) - self._workers.running_local)
-        if missing > 0 and self._settings.auto_setup_rpc:
+        if missing > 0 and self.settings.auto_setup_rpc:
             fresh |= set(
                 await self._workers.start_local(
                     start.engine,
                     missing,
-                    first_port=self._settings.rpc_port,
-                    keep_alive_s=self._settings.keep_alive_s,
+                    first_port=self.settings.rpc_port,
+                    keep_alive_s=self.settings.keep_alive_s,
                 )
             )
         return free()
+
+
+def _device_free_bytes(workers: list[WorkerStatus]) -> dict[str, tuple[int, ...]]:
+    return {one.endpoint: one.probe.device_free_bytes for one in workers if one.probe}
 
 
 def no_workers_words(model: str, statuses: list[WorkerStatus]) -> str:

@@ -47,10 +47,18 @@ class EventBus:
         self._kept: deque[Event] = deque(maxlen=KEPT_EVENTS)
 
     def publish(self, kind: str, subject: str, words: str, **data: Any) -> None:
-        """Tell an event to all subscribers."""
+        """Tell an event to all subscribers, and keep it for late comers."""
         event = Event(kind, subject, words, data)
         with self._lock:
             self._kept.append(event)
+        self._tell(event)
+
+    def report(self, kind: str, subject: str, words: str, **data: Any) -> None:
+        """Tell what changes all the time (a round trip, memory): late comers do not want what it was before."""
+        self._tell(Event(kind, subject, words, data))
+
+    def _tell(self, event: Event) -> None:
+        with self._lock:
             subscribers = list(self._subscribers)
         for subscriber in subscribers:
             try:

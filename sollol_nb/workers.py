@@ -1,6 +1,7 @@
 """The RPC workers that a router may use, and the state of each.
 
-A worker is free, held (by which coordinator), busy (a stranger holds it, or it hangs), down or incompatible.
+A worker is free, held (by which coordinator), busy (a stranger holds it, or it hangs), down or incompatible. The
+end of a local worker is told by its supervisor at once; that of another is seen when somebody looks.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from sollol_nb import config, registry
 from sollol_nb.engine_process import EngineProcess
 from sollol_nb.errors import ConfigError
 from sollol_nb.events import EventBus
+from sollol_nb.exit_reasons import code_words
 from sollol_nb.layer_plan import WorkerCapacity
 from sollol_nb.local_workers import LOOPBACK, free_ports, start_worker, wait_until_free
 from sollol_nb.registry import Entry
@@ -69,7 +71,7 @@ class WorkerStatus:
             self.endpoint,
             free_bytes=free_bytes,
             total_bytes=seen.total_bytes,
-            round_trip_ms=seen.round_trip_ms or 0.0,
+            round_trip_ms=seen.round_trip_ms,
             memory_domain=memory_domain,
         )
 
@@ -87,8 +89,10 @@ class Workers:
         self._holders: dict[str, Entry] = {}
         self._losses: dict[str, list[float]] = {}
         self._local: dict[str, EngineProcess] = {}
+        self._round_trips_ms: dict[str, float | None] = {}
+        self._watches: dict[str, asyncio.Task[None]] = {}
         for endpoint in endpoints:
-            self.add(endpoint)
+            self._probes[config.format_endpoint(*config.parse_endpoint(endpoint))] = None
 
     @property
     def endpoints(self) -> list[str]:
@@ -105,10 +109,17 @@ class Workers:
         """How many workers started here are not down."""
         return sum(1 for one in self.statuses() if one.is_local and one.state != "down")
 
+    @property
+    def round_trips_ms(self) -> dict[str, float | None]:
+        """The last round trip of each worker that was ever seen free, also of those that are held now."""
+        return dict(self._round_trips_ms)
+
     def add(self, endpoint: str) -> str:
         """Make an endpoint known (`host`, `host:port`); returns it as `host:port`. Adding twice is fine."""
         endpoint = config.format_endpoint(*config.parse_endpoint(endpoint))
-        self._probes.setdefault(endpoint, None)
+        if endpoint not in self._probes:
+            self._probes[endpoint] = None
+            self._events.publish("worker.added", endpoint, f"{endpoint} may be used")
         return endpoint
 
     def remove(self, endpoint: str) -> None:
@@ -123,6 +134,7 @@ class Workers:
         if holder is not None:
             raise ConfigError(f"{endpoint} is {_held_words(holder)}; stop that first")
         del self._probes[endpoint]
+        self._events.publish("worker.removed", endpoint, f"{endpoint} is not used any more")
 
     def lost(self, endpoint: str, why: str) -> None:
         """A coordinator has lost this worker; after the second time it cools down (see `cools_down_s`)."""
@@ -131,7 +143,9 @@ class Workers:
         losses = self._losses[endpoint] = [at for at in self._losses.get(endpoint, ()) if _is_recent(at)]
         losses.append(time.monotonic())
         self._probes[endpoint] = None
-        self._events.publish("worker.lost", endpoint, f"lost the worker at {endpoint}: {why}")
+        local = self._local.get(endpoint)
+        if local is None or local.is_running():  # else its end has been told already
+            self._events.publish("worker.lost", endpoint, f"lost the worker at {endpoint}: {why}")
 
     async def look_for_lost(self, endpoints: Iterable[str]) -> frozenset[str]:
         """After the end of a coordinator: which of its workers do not answer; each is told as lost.
@@ -163,17 +177,24 @@ class Workers:
         Args:
             except_for: endpoints not to look at now, because they were just found lost.
         """
-        self._holders = await asyncio.to_thread(registry.holders)
-        free = [one for one in self._probes if one not in self._holders and one not in except_for]
-        for seen in await probe_all(free):
-            if seen.endpoint in self._probes and seen.endpoint not in self._holders:
-                self._note(seen)
+        await self.look_at([one for one in self._probes if one not in except_for])
         return self.statuses()
 
+    async def look_at(self, endpoints: Iterable[str]) -> None:
+        """Look at these workers, unless they are held."""
+        self._holders = await asyncio.to_thread(registry.holders)
+        for seen in await probe_all([one for one in endpoints if one not in self._holders]):
+            if seen.endpoint in self._probes and seen.endpoint not in self._holders:
+                self._note(seen)
+
     def _note(self, seen: Probe) -> None:
+        if seen.round_trip_ms is not None:
+            self._round_trips_ms[seen.endpoint] = seen.round_trip_ms
+        self._events.report("probe.done", seen.endpoint, seen.detail, round_trip_ms=seen.round_trip_ms)
         before, self._probes[seen.endpoint] = self._probes[seen.endpoint], seen
         was, now = (None if one is None else _STATE_OF_OUTCOME[one.outcome] for one in (before, seen))
-        if was == "free" and now == "down":
+        local = self._local.get(seen.endpoint)
+        if was == "free" and now == "down" and (local is None or local.is_running()):
             self._events.publish(
                 "worker.lost", seen.endpoint, f"lost the worker at {seen.endpoint}: {seen.detail}"
             )
@@ -188,7 +209,7 @@ class Workers:
         """Look for workers on this machine's usual ports; returns the endpoints that were not known before."""
         found = [one.endpoint for one in await discover() if one.endpoint not in self._probes]
         for endpoint in found:
-            self.add(endpoint)
+            self._probes[endpoint] = None
             self._events.publish("worker.discovered", endpoint, f"found a worker at {endpoint}")
         return found
 
@@ -225,8 +246,7 @@ class Workers:
             if endpoint not in self._probes:
                 new.append(endpoint)
                 self._events.publish("worker.adopted", endpoint, f"adopted the worker at {endpoint}")
-            self._local[endpoint] = process
-            self.add(endpoint)
+            self._take(endpoint, process)
         return new
 
     async def start_local(
@@ -273,8 +293,7 @@ class Workers:
                 await asyncio.gather(*(process.stop() for process in started.values()))
                 raise
         for endpoint, process in started.items():
-            self._local[endpoint] = process
-            self.add(endpoint)
+            self._take(endpoint, process)
             self._events.publish(
                 "worker.started", endpoint, f"started a worker at {endpoint} with {threads} threads"
             )
@@ -306,7 +325,26 @@ class Workers:
         chosen = [one for one in self._local if endpoints is None or one in endpoints]
         for endpoint in chosen:
             self._probes.pop(endpoint, None)
+            self._watches.pop(endpoint).cancel()
         return {endpoint: self._local.pop(endpoint) for endpoint in chosen}
+
+    def _take(self, endpoint: str, process: EngineProcess) -> None:
+        """This local worker is ours now; its end will be told."""
+
+        async def told_at_end() -> None:
+            report = await process.wait()
+            if report.why and report.code is not None:  # by its keep_alive or by someone
+                words = f"the worker at {endpoint} was ended: {report.why}"
+                self._events.publish("worker.stopped", endpoint, words)
+            else:
+                words = f"lost the worker at {endpoint}: it ended ({code_words(report.code)})"
+                self._events.publish("worker.lost", endpoint, words)
+
+        if (before := self._watches.get(endpoint)) is not None:
+            before.cancel()
+        self._local[endpoint] = process
+        self._watches[endpoint] = asyncio.create_task(told_at_end())
+        self._probes.setdefault(endpoint, None)
 
     def entries_of(self, endpoints: Iterable[str]) -> list[Entry]:
         """The registry entries of those of these workers that run on this machine under a supervisor."""
