@@ -53,6 +53,7 @@ __all__ = [
     "ollama_hosts",
     "ollama_models_folder",
     "ollama_num_parallel",
+    "or_default",
     "parse_endpoint",
     "registry_dir",
     "rpc_backends",
@@ -98,6 +99,11 @@ def find(name: str) -> Found:
 def default(name: str) -> Any:
     """The value of `find`, without where it comes from."""
     return find(name).value
+
+
+def or_default(given: Any, name: str) -> Any:
+    """What a caller gave, or the value of `default` where that is None."""
+    return default(name) if given is None else given
 
 
 def settings_files() -> list[Path]:

@@ -296,6 +296,13 @@ def test_keep_alive_of_models_that_are_not_named(folder: Path, text: str, second
     assert config.default_keep_alive_s() == seconds
 
 
+@pytest.mark.parametrize(("given", "slots"), [(None, 2), (0, 0), (8, 8)])
+def test_an_argument_wins_over_all_of_them(folder: Path, given: int | None, slots: int) -> None:
+    write(folder, "slots = 2")
+
+    assert config.or_default(given, "slots") == slots
+
+
 def test_an_empty_list_in_a_file_is_a_value(folder: Path) -> None:
     write(config.user_settings_file().parent, 'workers = ["10.0.0.1"]')
     write(folder, "workers = []")
