@@ -40,7 +40,7 @@ def find_nearest(start: Path) -> list[Path]:
 def is_file(path: str | Path) -> bool:
     """Whether a file is there, as far as we may look.
 
-    It is asked for each folder above, at each reading of a setting, so without pathlib, which takes six times as long.
+    It is asked for each folder above, at each reading of a setting, so without pathlib, which takes far longer.
     """
     return os.path.isfile(path)  # noqa: PTH113
 
