@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,11 @@ if TYPE_CHECKING:
 
 
 class RequestRecord:
-    """Notes when what happened; times are taken with `time.perf_counter`."""
+    """Notes when what happened; times are taken with `time.perf_counter`.
+
+    Attributes:
+        priority: the priority it was asked with; None until that is known to be one.
+    """
 
     def __init__(self, model: str) -> None:
         self.model = model
@@ -25,6 +30,7 @@ class RequestRecord:
         self.note = ""
         self.place = ""
         self.layout = ""
+        self.priority: int | None = None
         self.plan: dict[str, Any] | None = None
         self.placement_differences: list[str] = []
         self.queue_ms: float | None = None
@@ -186,4 +192,8 @@ class RequestRecord:
             status=status,
             error=error,
             partial_text="" if status == "ok" else self.text,
+            priority=self.priority,
+            done_reason=self._final.get("done_reason") or "",
+            predicted_ms_per_token=(self.plan or {}).get("predicted_token_ms"),
+            failover_details=json.dumps(self.failovers) if self.failovers else "",
         )

@@ -1,4 +1,4 @@
-"""The latency log: what is written is read back, whoever writes at the same time."""
+"""The latency log: what is written is read back, whoever writes at the same time, and kept as long as wanted."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -19,6 +21,9 @@ import pytest
 from sollol_nb import config
 from sollol_nb.errors import ConfigError
 from sollol_nb.latency import SCHEMA_VERSION, LatencyLog, LatencyRow
+from sollol_nb.latency_columns import BLOCK_ROWS
+from sollol_nb.latency_filter import seconds_of
+from sollol_nb.latency_schema import COLUMNS, schema_table
 
 HANG_GUARD_S = 120.0
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -40,6 +45,10 @@ FULL = LatencyRow(
     failovers=1,
     status="ok",
     error="",
+    priority=8,
+    done_reason="stop",
+    predicted_ms_per_token=24.5,
+    failover_details='[{"what": "lost", "when": 1772366400.5, "lost_workers": ["a:1"]}]',
 )
 REFUSED = LatencyRow(
     started_at=(NOON + timedelta(hours=1)).timestamp(),
@@ -89,39 +98,122 @@ def test_columns_have_their_types_whatever_the_rows_hold(log: LatencyLog, rows: 
 
     types = log.frame().dtypes
 
-    assert isinstance(types["started_at"], pd.DatetimeTZDtype)
-    for name in ("queue_ms", "load_ms", "ttft_ms", "total_ms", "tokens_per_s", "router_overhead_ms"):
-        assert types[name] == "float64", name
-    for name in ("prompt_tokens", "completion_tokens", "failovers"):
-        assert types[name] == "Int64", name
-    for name in ("model", "backend", "layout", "place", "status", "error", "partial_text"):
-        assert types[name] == "string", name
+    assert types.to_dict() == {one.name: pd.api.types.pandas_dtype(one.dtype) for one in COLUMNS} | {
+        one.name: pd.StringDtype("python") for one in COLUMNS if one.dtype == "string"
+    }
 
 
-def written_hourly(log: LatencyLog) -> None:
-    for hour in range(6):
-        at = (NOON + timedelta(hours=hour)).timestamp()
-        log.record(replace(FULL, started_at=at, model=f"m{hour % 2}", total_ms=float(hour)))
+def test_text_that_is_no_unicode_is_written_as_near_as_can_be(log: LatencyLog) -> None:
+    log.record(replace(FULL, model="a\ud800b"))
+
+    assert log.frame()["model"].tolist() == ["a\\ud800b"]
+
+
+def test_the_page_of_the_schema_is_up_to_date() -> None:
+    page = Path(__file__).parent.parent / "notebooks" / "latency_schema.md"
+
+    assert schema_table() in page.read_text(encoding="utf-8")
+    assert f"version {SCHEMA_VERSION}" in page.read_text(encoding="utf-8")
+
+
+# --- which rows -------------------------------------------------------------------------------
+
+HOURLY = [
+    replace(
+        FULL,
+        started_at=(NOON + timedelta(hours=hour)).timestamp(),
+        model=f"m{hour % 2}",
+        backend="ollama-pool" if hour < 3 else "llama.cpp-local",
+        status="error" if hour == 5 else "ok",
+        total_ms=float(hour),
+    )
+    for hour in range(6)
+]
+
+
+def blocks_in(path: Path) -> list[tuple[int, int]]:
+    """First and last id of each block of columns."""
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        return connection.execute("SELECT first_id, last_id FROM blocks ORDER BY last_id").fetchall()
+
+
+@pytest.fixture(scope="module", params=["rows", "block", "blocks and rows"])
+def hourly(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LatencyLog:
+    """Six rows, the newest: as rows, in one block of columns with others before them, or over two and a rest."""
+    log = LatencyLog(tmp_path_factory.mktemp("hourly") / "log")
+    old = replace(FULL, model="before", backend="", status="timeout", started_at=0.0)
+    before, blocks = {"rows": (0, 0), "block": (BLOCK_ROWS - 6, 1), "blocks and rows": (2 * BLOCK_ROWS - 3, 2)}[
+        request.param
+    ]
+    log.record(*[old] * before, *HOURLY)
+    log.frame()
+    assert len(blocks_in(log.path)) == blocks
+    return log
 
 
 @pytest.mark.parametrize(
     ("wanted", "hours"),
     [
-        ({}, [0, 1, 2, 3, 4, 5]),
+        ({"since": NOON}, [0, 1, 2, 3, 4, 5]),
         ({"model": "m1"}, [1, 3, 5]),
         ({"model": "unknown"}, []),
         ({"last": 2}, [4, 5]),
-        ({"last": 100}, [0, 1, 2, 3, 4, 5]),
+        ({"last": 6}, [0, 1, 2, 3, 4, 5]),
+        ({"since": NOON, "last": 100_000}, [0, 1, 2, 3, 4, 5]),
         ({"since": NOON + timedelta(hours=4)}, [4, 5]),
         ({"since": (NOON + timedelta(hours=4)).astimezone().replace(tzinfo=None)}, [4, 5]),
+        ({"since": (NOON + timedelta(hours=4)).isoformat()}, [4, 5]),
+        ({"since": NOON, "until": NOON + timedelta(hours=2)}, [0, 1]),
         ({"since": NOON + timedelta(hours=1), "model": "m1", "last": 2}, [3, 5]),
         ({"since": NOON + timedelta(days=1)}, []),
+        ({"since": "1h"}, []),
+        ({"backend": "ollama-pool"}, [0, 1, 2]),
+        ({"status": "error"}, [5]),
+        ({"backend": "llama.cpp-local", "status": "ok", "model": "m0"}, [4]),
+        ({"model": "m0", "last": 2}, [2, 4]),
+    ],
+    ids=str,
+)
+def test_filters_narrow_the_frame(hourly: LatencyLog, wanted: dict[str, Any], hours: list[int]) -> None:
+    frame = hourly.frame(**wanted)
+
+    assert frame["total_ms"].tolist() == hours
+    assert frame.equals(hourly.frame().tail(6).iloc[hours].reset_index(drop=True))
+
+
+@pytest.mark.parametrize(
+    ("moment", "seconds_before"),
+    [
+        ("90s", 90),
+        ("1h", 3600),
+        ("1h 30min", 5400),
+        ("2 days", 172_800),
+        ("1 Week", 604_800),
+        ("0.5d", 43_200),
+        (timedelta(minutes=2), 120),
     ],
 )
-def test_filters_narrow_the_frame(log: LatencyLog, wanted: dict[str, object], hours: list[int]) -> None:
-    written_hourly(log)
+def test_a_span_is_counted_back_from_now(moment: str | timedelta, seconds_before: float) -> None:
+    assert seconds_of(moment, 1e9) == 1e9 - seconds_before
 
-    assert log.frame(**wanted)["total_ms"].tolist() == hours  # type: ignore[arg-type]
+
+@pytest.mark.parametrize("moment", ["", "1", "soon", "1 parsec", "1h soon", "-1h", 3600, None, "2026-13-01"])
+def test_what_is_no_time_is_named(moment: Any) -> None:
+    with pytest.raises(ConfigError, match="is no time; write '1h'"):
+        seconds_of(moment, 1e9)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "words"),
+    [
+        ({"status": "canceled"}, "did you mean 'cancelled'"),
+        ({"status": "good"}, "known are ok, error, timeout, cancelled"),
+        ({"model": 7}, "model=7 is not a name"),
+    ],
+)
+def test_filters_that_cannot_be_used_are_named(log: LatencyLog, wanted: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        log.frame(**wanted)
 
 
 @pytest.mark.parametrize("last", [0, -1, 2.5, "3", True, 2**70])
@@ -175,6 +267,21 @@ def write_version_1(path: Path) -> None:
     insert_as_version_1(path, 3)
 
 
+VERSION_2 = """
+ALTER TABLE requests ADD COLUMN partial_text TEXT NOT NULL DEFAULT '';
+PRAGMA user_version = 2;
+"""
+INSERT_2 = INSERT_1.replace("error\n)", "error, partial_text\n)").replace("'ok', '')", "'error', 'lost', 'half')")
+
+
+def write_version_2(path: Path) -> None:
+    """A log that the first version began and the second went on with: three rows, then one."""
+    write_version_1(path)
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.executescript(VERSION_2)
+        connection.execute(INSERT_2, (7.0,))
+
+
 def version_of(path: Path) -> int:
     with contextlib.closing(sqlite3.connect(path)) as connection:
         return int(connection.execute("PRAGMA user_version").fetchone()[0])
@@ -199,6 +306,41 @@ def test_rows_of_version_1_stay_and_new_ones_are_added(log: LatencyLog) -> None:
     assert (first["backend"], first["ttft_ms"], first["prompt_tokens"]) == ("ollama-pool", 80.25, 12)
     assert pd.isna(first["completion_tokens"])
     assert str(before["partial_text"].dtype) == "string"
+
+
+def test_rows_of_version_2_stay_and_have_what_is_new_empty(log: LatencyLog) -> None:
+    write_version_2(log.path)
+
+    log.record(FULL)
+    frame = log.frame()
+
+    assert version_of(log.path) == SCHEMA_VERSION
+    assert frame["total_ms"].tolist() == [0.0, 1.0, 2.0, 7.0, FULL.total_ms]
+    assert frame["partial_text"].tolist() == ["", "", "", "half", ""]
+    assert frame["priority"].isna().tolist() == [True] * 4 + [False]
+    assert frame["predicted_ms_per_token"].isna().tolist() == [True] * 4 + [False]
+    for name in ("done_reason", "failover_details"):
+        assert frame[name].tolist() == [""] * 4 + [getattr(FULL, name)], name
+
+
+def test_many_rows_of_an_older_version_are_packed_when_they_are_read(log: LatencyLog) -> None:
+    write_version_1(log.path)
+    insert_as_version_1(log.path, 2 * BLOCK_ROWS)
+
+    few, whole = log.frame(last=2), log.frame()
+
+    assert blocks_in(log.path) == [(1, BLOCK_ROWS), (BLOCK_ROWS + 1, 2 * BLOCK_ROWS)]
+    assert whole["total_ms"].tolist() == [0.0, 1.0, 2.0, *map(float, range(2 * BLOCK_ROWS))]
+    assert few.equals(whole.tail(2).reset_index(drop=True))
+
+
+def test_blocks_that_lack_a_column_are_read_by_their_rows(log: LatencyLog) -> None:
+    log.record(*[FULL] * BLOCK_ROWS)
+    before = log.frame()
+    with contextlib.closing(sqlite3.connect(log.path)) as connection, connection:
+        connection.execute('UPDATE blocks SET header = \'{"fields": [["started_at", "<f8"]], "texts": {}}\'')
+
+    assert log.frame().equals(before)
 
 
 def test_file_of_a_newer_version_is_used_and_keeps_what_is_newer(log: LatencyLog) -> None:
@@ -286,3 +428,88 @@ def test_processes_that_write_to_a_log_at_once_lose_nothing(log: LatencyLog, bef
     assert counted.to_dict() == {f"m{writer}": [float(n) for n in range(50)] for writer in range(6)}
     assert (frame["model"] == "old").sum() == (3 if before == "version 1" else 0)
     assert version_of(log.path) == SCHEMA_VERSION
+
+
+# --- blocks and retention -----------------------------------------------------------------------
+
+
+def test_rows_changed_or_deleted_by_hand_are_not_read_from_a_block_any_more(log: LatencyLog) -> None:
+    log.record(*(replace(FULL, total_ms=float(number)) for number in range(3 * BLOCK_ROWS)))
+    assert len(log.frame()) == 3 * BLOCK_ROWS
+    with contextlib.closing(sqlite3.connect(log.path)) as connection, connection:
+        connection.execute("DELETE FROM requests WHERE id = 5")
+        connection.execute("UPDATE requests SET model = 'renamed' WHERE id = ?", (BLOCK_ROWS + 1,))
+
+    frame = log.frame()
+
+    assert blocks_in(log.path) == [(2 * BLOCK_ROWS + 1, 3 * BLOCK_ROWS)]
+    assert frame["total_ms"].tolist() == [float(n) for n in range(3 * BLOCK_ROWS) if n != 4]
+    assert frame.index[frame["model"] == "renamed"].tolist() == [BLOCK_ROWS - 1]
+
+
+def test_a_log_emptied_by_hand_is_empty_and_goes_on(log: LatencyLog) -> None:
+    log.record(*[FULL] * BLOCK_ROWS)
+    with contextlib.closing(sqlite3.connect(log.path)) as connection, connection:
+        connection.execute("DELETE FROM requests")
+
+    assert log.frame().empty
+    assert blocks_in(log.path) == []
+    log.record(REFUSED)
+    assert log.frame()["model"].tolist() == [REFUSED.model]
+
+
+@pytest.mark.parametrize("kept", [1, 100, BLOCK_ROWS, 2 * BLOCK_ROWS + 7])
+def test_the_newest_rows_are_kept_and_the_others_pruned(tmp_path: Path, kept: int) -> None:
+    count = 3 * BLOCK_ROWS
+    LatencyLog(tmp_path / "log").record(*(replace(FULL, total_ms=float(number)) for number in range(count)))
+    log = LatencyLog(tmp_path / "log", keep_rows=kept)
+
+    for _ in range(2):  # each new writer prunes; so many at once are more than one of them does
+        LatencyLog(log.path, keep_rows=kept).record(replace(FULL, total_ms=-1.0))
+
+    last = [float(number) for number in range(count)] + [-1.0, -1.0]
+    assert log.frame()["total_ms"].tolist() == last[-kept:]
+
+
+def test_rows_older_than_wanted_are_pruned(tmp_path: Path) -> None:
+    now_s = time.time()
+    for age_days in (30.0, 2.5, 1.5, 0.5):
+        LatencyLog(tmp_path / "log").record(replace(FULL, started_at=now_s - age_days * 86400, total_ms=age_days))
+
+    LatencyLog(tmp_path / "log", keep_days=2).record(replace(FULL, started_at=now_s, total_ms=0.0))
+
+    assert LatencyLog(tmp_path / "log").frame()["total_ms"].tolist() == [1.5, 0.5, 0.0]
+
+
+def test_a_writer_packs_and_prunes_now_and_then(tmp_path: Path) -> None:
+    log = LatencyLog(tmp_path / "log", keep_rows=10)
+    counts = []
+    for first in range(0, 600, 100):
+        log.record(*(replace(FULL, total_ms=float(number)) for number in range(first, first + 100)))
+        counts.append(len(log.frame()))
+
+    assert counts == [10, 110, 210, 310, 410, 10]
+    assert log.frame()["total_ms"].tolist() == [float(number) for number in range(590, 600)]
+
+
+def test_a_log_that_cannot_be_pruned_still_takes_rows(
+    log: LatencyLog, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def locked(_: LatencyLog) -> None:
+        raise sqlite3.OperationalError("database is locked")
+
+    monkeypatch.setattr(LatencyLog, "_tidy", locked)
+    log.record(FULL)
+
+    assert len(log.frame()) == 1
+    assert "was not pruned: database is locked" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [{"keep_days": 0}, {"keep_days": -1}, {"keep_days": "7"}, {"keep_rows": 0}, {"keep_rows": 1.5}],
+    ids=str,
+)
+def test_what_is_kept_must_be_more_than_nothing(wanted: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wanted))):
+        LatencyLog("log", **wanted)
