@@ -23,6 +23,7 @@ from typing import Any
 import psutil
 
 from sollol_nb import registry
+from sollol_nb.context_window import turn_starts
 from sollol_nb.coordinator_readiness import LISTENING, PortTakenError, StartingCoordinator
 from sollol_nb.coordinator_settings import CoordinatorSettings, known_flags, server_flags
 from sollol_nb.engine_process import EngineProcess, ExitReport
@@ -32,15 +33,17 @@ from sollol_nb.errors import (
     CoordinatorLostError,
     HttpStatusError,
     ModelFileError,
-    RequestRejectedError,
+    TransportError,
     TransportTimeoutError,
 )
 from sollol_nb.exit_reasons import code_words, exit_reason
+from sollol_nb.fitting_answer import FittingAnswer
 from sollol_nb.gate import Gate
 from sollol_nb.http_client import JsonClient
 from sollol_nb.layer_plan import LayerPlan
 from sollol_nb.llama_answer import Answer, answer_for
 from sollol_nb.llama_chat import parse_event
+from sollol_nb.llama_refusals import refusal
 from sollol_nb.local_workers import LOOPBACK
 from sollol_nb.pace import Pace
 from sollol_nb.placement import Placement, read_placement
@@ -61,6 +64,9 @@ class Coordinator:
         log_path: the engine's log, drained to a file.
         placement: where the engine says it put the layers; None until it is ready.
         load_ms: from the start of the process until it was ready.
+        request_context_tokens: what it holds for one request, prompt and answer. With one pool of context for all
+            slots that is the whole pool, if the model was trained for as much; requests that run at the same time
+            share it.
         gate: waiting requests, in order of priority.
         pace: what it usually needs for a token.
         adopted: whether another process (or router) started it.
@@ -82,6 +88,7 @@ class Coordinator:
         self.log_path = process.log_path
         self.placement: Placement | None = None
         self.load_ms = 0.0
+        self.request_context_tokens = settings.context_tokens
         self.gate = gate if gate is not None else Gate(settings.slots)
         self.pace = Pace()
         self.adopted = adopted
@@ -233,6 +240,9 @@ class Coordinator:
         self.placement, self.load_ms, self._chat_template = ready.placement, ready.load_ms, ready.chat_template
         self.pace.loaded(ready.load_ms / 1000)
         self.pace.calibrate(ready.seconds_per_token)
+        with contextlib.suppress(TransportError, KeyError, TypeError):  # then it is taken to be what was asked for
+            props = await self._client.get("/props", timeout_s=10.0)
+            self.request_context_tokens = int(props["default_generation_settings"]["n_ctx"])
 
     async def hold(self) -> bool:
         """Take a lease for a request; False if it has ended or is ending."""
@@ -276,17 +286,32 @@ class Coordinator:
     # --- asking ---------------------------------------------------------------------------------
 
     def answer(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> Answer:
-        """A new answer, to be streamed here, and elsewhere if this coordinator is lost."""
+        """A new answer, to be streamed here, and elsewhere if this coordinator is lost.
+
+        With the option `overflow="drop_oldest"` the oldest turns that do not fit the context are dropped.
+        """
+        if options.get("overflow") == "drop_oldest" and len(turn_starts(messages)) > 1:
+            return FittingAnswer(
+                self.model,
+                messages,
+                options,
+                chat_template=self._chat_template,
+                context_tokens=self.request_context_tokens,
+            )
         return answer_for(self.model, messages, options, chat_template=self._chat_template)
 
     async def stream(self, answer: Answer) -> AsyncGenerator[dict[str, Any], None]:
         """Stream an answer from where it stands; yields Ollama-shaped chunks, the last with `done`.
+
+        Where turns were dropped to fit the context, the first chunk and the last have `_dropped`: what, in words.
+        Where the answer ended because the context was full, the last has `_context_full`: its size in tokens.
 
         Closing the generator cancels the work in the engine's slot. The caller brings the slot (see `gate`),
         the lease (`hold`) and the time limit.
 
         Raises:
             CoordinatorLostError: the process ended, the connection broke, or it went silent.
+            ContextOverflowError: the messages do not fit the context.
             RequestRejectedError: the engine refused the request.
         """
         self.last_used_at = time.monotonic()
@@ -306,9 +331,9 @@ class Coordinator:
                             break
                 if not answer.is_complete and not answer.is_abandoned:
                     raise ConnectionBrokenError(f"{self.base_url}: the answer ended without its last event")
-            yield answer.final()
+            yield self._last_chunk(answer.final())
         except HttpStatusError as error:
-            raise RequestRejectedError(f"{self.model} refused the request: {error.reason}") from error
+            raise refusal(self.model, error.reason, self.request_context_tokens) from error
         except (ConnectionBrokenError, ConnectFailedError, TransportTimeoutError) as error:
             raise await self._lost(error) from error
         finally:
@@ -321,8 +346,15 @@ class Coordinator:
             if event is None:
                 continue
             if "error" in event:
-                raise RequestRejectedError(f"{self.model}: {event['error'].get('message', event['error'])}")
+                reason = str(event["error"].get("message", event["error"]))
+                raise refusal(self.model, reason, self.request_context_tokens)
             yield event
+
+    def _last_chunk(self, chunk: dict[str, Any]) -> dict[str, Any]:
+        used_tokens = (chunk.get("prompt_eval_count") or 0) + (chunk.get("eval_count") or 0)
+        if chunk.get("done_reason") != "length" or used_tokens < self.request_context_tokens:
+            return chunk
+        return {**chunk, "_context_full": self.request_context_tokens}
 
     async def busy_slots(self) -> int:
         """How many of the engine's slots are processing, as the engine says."""

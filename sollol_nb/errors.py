@@ -29,9 +29,12 @@
     x OllamaResponseError
   + RequestError                   one chat request
     x RequestTimeoutError          (also a TimeoutError)
-    x RequestRejectedError
+    + RequestRejectedError
+      x ContextOverflowError       (.prompt_tokens, .context_tokens)
     x RequestCancelledError
-    x StructureError               (.text)
+    x ChatBusyError
+    x StructureError               (.text, .completion)
+* BatchInterrupted                 (a KeyboardInterrupt: `except Exception` must not swallow a stop; .partial)
 """
 
 from __future__ import annotations
@@ -131,10 +134,14 @@ class AnswerInterruptedError(CoordinatorLostError):
     Attributes:
         partial: the completion so far; `router.resume(error)` goes on with it once workers are back.
         state: what is needed for that, as plain data; None when not a token had been asked for.
+        backend: the backend that was asked for, if any.
+        schema: what the whole answer must fit, if anything.
     """
 
     partial: Any = None
     state: dict[str, Any] | None = None
+    backend: str | None = None
+    schema: object = None
 
 
 class AnswerDivergedError(CoordinatorError):
@@ -204,8 +211,28 @@ class RequestRejectedError(RequestError):
     """The engine refused the request (an HTTP 4xx); the message is the engine's own."""
 
 
+class ContextOverflowError(RequestRejectedError):
+    """The messages do not fit the context of the place that should answer; nothing was left out in silence.
+
+    Attributes:
+        prompt_tokens: what the messages take; None where the place does not tell.
+        context_tokens: what it holds for one request, answer included; None where it does not tell.
+    """
+
+    def __init__(
+        self, message: str, *, prompt_tokens: int | None = None, context_tokens: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.prompt_tokens = prompt_tokens
+        self.context_tokens = context_tokens
+
+
 class RequestCancelledError(RequestError):
     """The request was cancelled before it finished."""
+
+
+class ChatBusyError(RequestError):
+    """The chat is still answering another question."""
 
 
 class StructureError(RequestError):
@@ -213,8 +240,25 @@ class StructureError(RequestError):
 
     Attributes:
         text: the answer as it came.
+        completion: the answer with its timings, where a request was made.
     """
 
-    def __init__(self, message: str, *, text: str) -> None:
+    def __init__(self, message: str, *, text: str, completion: Any = None) -> None:
         super().__init__(message)
         self.text = text
+        self.completion = completion
+
+
+# --- batches ----------------------------------------------------------------------------------
+
+
+class BatchInterrupted(KeyboardInterrupt):
+    """A batch was stopped by Ctrl-C or the stop button; the same call again goes on with it.
+
+    Attributes:
+        partial: the batch's frame, with the rows that are done.
+    """
+
+    def __init__(self, message: str, *, partial: Any) -> None:
+        super().__init__(message)
+        self.partial = partial

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from enum import Enum, auto
 from typing import Any
 
+from sollol_nb.context_window import OVERFLOW_CHOICES
 from sollol_nb.errors import ConfigError
 
 _NUMBER = (int, float)
@@ -42,6 +43,7 @@ CHAT_OPTIONS: dict[str, tuple[type, ...]] = {
     "tools": (list, tuple),
     "keep_alive": (str, int, float),
     "think": (bool, str),
+    "overflow": (str,),
 }
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -103,6 +105,8 @@ def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
             wanted = " or ".join(one.__name__ for one in types)
             raise ConfigError(f"option {name}={value!r} must be {wanted}")
+    if checked.get("overflow", "error") not in OVERFLOW_CHOICES:
+        raise ConfigError(f"overflow={checked['overflow']!r} must be {' or '.join(OVERFLOW_CHOICES)}")
     return checked
 
 

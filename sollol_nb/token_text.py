@@ -9,6 +9,14 @@ Post: TypeAlias = Callable[[str, Mapping[str, Any]], Awaitable[Any]]
 """Posts a JSON body to a path of the engine and gives the decoded answer."""
 
 
+async def prompt_tokens(post: Post, request: Mapping[str, Any]) -> int:
+    """Tokens of the prompt that a request for `/v1/chat/completions` makes. What an image takes is not counted."""
+    shaping = ("messages", "tools", "chat_template_kwargs", "response_format")
+    rendered = await post("/apply-template", {name: request[name] for name in shaping if name in request})
+    content = {"content": rendered["prompt"], "add_special": True, "parse_special": True}
+    return len((await post("/tokenize", content))["tokens"])
+
+
 async def spelled(post: Post, text: str) -> list[int]:
     """Tokens that spell a text in the middle of another."""
     ids = await tokens_within(post, text)
