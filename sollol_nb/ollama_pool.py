@@ -24,15 +24,17 @@ from contextlib import aclosing
 from typing import Any, Self
 
 from sollol_nb import config
+from sollol_nb.context_window import OVERFLOW_CHOICES, turn_starts
 from sollol_nb.errors import ConfigError, OllamaResponseError, OllamaUnavailableError
 from sollol_nb.events import EventBus
 from sollol_nb.gate import DEFAULT_PRIORITY
 from sollol_nb.io_loop import io_bound, io_bound_stream
 from sollol_nb.ollama_choice import Holding, choose_node
 from sollol_nb.ollama_exchange import Deadline, NodeLostError, Patience, exchange
+from sollol_nb.ollama_fitting import answer_what_fits
 from sollol_nb.ollama_gguf_resolver import ModelName
 from sollol_nb.ollama_nodes import NodeStatus, node_url
-from sollol_nb.ollama_requests import AnswerSoFar, request_body
+from sollol_nb.ollama_requests import KEEPS_ALL, AnswerSoFar, request_body
 from sollol_nb.ollama_serving import CHAT, EMBED, GENERATE, Journey, Serving
 from sollol_nb.priority_helpers import checked_priority
 
@@ -114,6 +116,7 @@ class OllamaPool:
         *,
         priority: int = DEFAULT_PRIORITY,
         timeout: float | None = None,
+        overflow: str = "error",
         **options: Any,
     ) -> dict[str, Any]:
         """One answer of `/api/chat`, as Ollama gives it without streaming, and `_routing` (see the module).
@@ -123,16 +126,22 @@ class OllamaPool:
             messages: as Ollama takes them: `role`, `content`, perhaps `images` (base64) and `tool_calls`.
             priority: 1 (BATCH) to 10 (CRITICAL).
             timeout: seconds for everything; None waits as long as it takes.
+            overflow: what happens to messages that do not fit the context: `error`, or `drop_oldest`, which leaves
+                out the oldest turns (see `context_window`) and says so as `_dropped`.
             options: `max_tokens`, any of Ollama's options (`temperature`, `seed`, ...), and anything else that
                 `/api/chat` takes (`tools`, `format`, `think`, `keep_alive`, `options`, ...).
 
         Raises:
             OllamaUnavailableError: no node answers, or none is left that has the model.
             ModelNotFoundError: no node has the model.
+            ContextOverflowError: the messages do not fit the context.
             OllamaResponseError: Ollama refused; the message is its own.
             RequestTimeoutError: not finished within `timeout` seconds.
         """
-        return await _whole(self.stream_chat(model, messages, priority=priority, timeout=timeout, **options))
+        chunks = self.stream_chat(
+            model, messages, priority=priority, timeout=timeout, overflow=overflow, **options
+        )
+        return await _whole(chunks)
 
     @io_bound_stream
     async def stream_chat(
@@ -143,15 +152,22 @@ class OllamaPool:
         *,
         priority: int = DEFAULT_PRIORITY,
         timeout: float | None = None,
+        overflow: str = "error",
         **options: Any,
     ) -> AsyncGenerator[dict[str, Any], None]:
         """The chunks of `/api/chat` as Ollama sends them; the last has `done` and `_routing`.
 
         If an answer in a `format` has to start again at another node, the first chunk of the new answer has
-        `_restarted`: what came before it is void. Arguments and errors are those of `chat`.
+        `_restarted`: what came before it is void. Where the answer ended because the context was full, the last
+        chunk has `_context_full`: its size in tokens. Arguments and errors are those of `chat`.
         """
-        body = request_body(model, messages=list(messages), **_without_stream(options))
-        async with aclosing(self._serving.answer(_journey(CHAT, body, priority, timeout))) as chunks:
+        if overflow not in OVERFLOW_CHOICES:
+            raise ConfigError(f"overflow={overflow!r} must be {' or '.join(OVERFLOW_CHOICES)}")
+        body = request_body(model, messages=list(messages), **{**KEEPS_ALL, **_without_stream(options)})
+        journey = _journey(CHAT, body, priority, timeout)
+        has_turns = overflow == "drop_oldest" and len(turn_starts(messages)) > 1
+        answer = answer_what_fits(self._serving, journey) if has_turns else self._serving.answer(journey)
+        async with aclosing(answer) as chunks:
             async for chunk in chunks:
                 yield chunk
 
@@ -182,7 +198,7 @@ class OllamaPool:
         **options: Any,
     ) -> AsyncGenerator[dict[str, Any], None]:
         """The chunks of `/api/generate` as Ollama sends them; the last has `done` and `_routing`."""
-        body = request_body(model, prompt=prompt, **_without_stream(options))
+        body = request_body(model, prompt=prompt, **{**KEEPS_ALL, **_without_stream(options)})
         async with aclosing(self._serving.answer(_journey(GENERATE, body, priority, timeout))) as chunks:
             async for chunk in chunks:
                 yield chunk

@@ -2,6 +2,10 @@
 
 Protocol: https://github.com/ollama/ollama/blob/main/docs/api.md. Everything a caller gives goes through; only
 two things are moved: what Ollama calls options goes into `options`, and `max_tokens` becomes `num_predict`.
+
+By itself Ollama drops the beginning of a prompt, and the oldest part of an answer under way, where they do not fit
+its context, and does not say so. `KEEPS_ALL` asks it for an error and for an answer that ends instead (its
+`server/prompt.go` and `runner/`). An Ollama from before October 2025 does not know these fields.
 """
 
 from __future__ import annotations
@@ -17,6 +21,14 @@ OPTION_NAMES = frozenset(
     temperature tfs_z top_k top_p typical_p use_mlock use_mmap
     """.split()  # noqa: SIM905
 )
+
+KEEPS_ALL = {"truncate": False, "shift": False}
+
+# To guess the tokens of a prompt: what a chat template adds to a message, in characters, and an image, in tokens
+# (the number that Ollama's server/prompt.go takes).
+_TEMPLATE_CHARACTERS = 24
+_IMAGE_TOKENS = 768
+_MOST_CHARACTERS_PER_TOKEN = 8
 
 
 def request_body(
@@ -122,6 +134,33 @@ def can_continue(path: str, body: Mapping[str, Any], so_far: AnswerSoFar) -> boo
     """Whether a half answer can be continued. Not with `format`, whose grammar always starts at the beginning,
     nor after separate thinking in generate, which a raw prompt cannot express."""
     return not body.get("format") and not (path == "/api/generate" and so_far.thought)
+
+
+def estimated_tokens(messages: Sequence[Mapping[str, Any]], tokens_per_character: float) -> int:
+    """A guess at the prompt's tokens from its characters, images included."""
+    images = sum(len(message.get("images") or ()) for message in messages)
+    return int(characters(messages) * tokens_per_character) + images * _IMAGE_TOKENS + 1
+
+
+def characters(messages: Sequence[Mapping[str, Any]]) -> int:
+    """Characters of the prompt, those that a chat template adds among them (a guess)."""
+    return sum(len(str(message.get("content") or "")) + _TEMPLATE_CHARACTERS for message in messages)
+
+
+def is_too_long(reason: str) -> bool:
+    """Whether Ollama refuses a request because its prompt does not fit (`errorInputTooLong` of its runners)."""
+    return "exceeds the context length" in reason
+
+
+def unread_words(messages: Sequence[Mapping[str, Any]], prompt_tokens: object) -> str:
+    """Words for a prompt of which Ollama has read too few tokens for all its text; "" for any other."""
+    text = sum(len(str(message.get("content") or "")) for message in messages)
+    if not isinstance(prompt_tokens, int) or text <= prompt_tokens * _MOST_CHARACTERS_PER_TOKEN:
+        return ""
+    return (
+        f"Ollama read only {prompt_tokens:,} tokens of these {text:,} characters, and does not say what it left "
+        "out; a newer Ollama would, and a larger num_ctx keeps more"
+    )
 
 
 def _with_tokens_left(body: dict[str, Any], so_far: AnswerSoFar) -> dict[str, Any]:

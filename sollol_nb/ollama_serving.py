@@ -14,6 +14,7 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from sollol_nb.context_window import overflow_error
 from sollol_nb.errors import (
     ConnectionBrokenError,
     ModelNotFoundError,
@@ -40,8 +41,11 @@ from sollol_nb.ollama_nodes import (
 from sollol_nb.ollama_requests import (
     AnswerSoFar,
     can_continue,
+    characters,
     chat_continuation,
     generate_continuation,
+    is_too_long,
+    unread_words,
 )
 
 BACKEND = "ollama-pool"
@@ -64,6 +68,7 @@ class Journey:
     failovers: list[dict[str, Any]] = field(default_factory=list)
     has_gone_back: bool = False
     queue_ms: float = 0.0
+    load_ms: float = 0.0  # before the request itself was sent
     ttft_ms: float | None = None
 
     def leave(self, node: OllamaNode, why: NodeLostError) -> None:
@@ -101,7 +106,7 @@ class Journey:
             "queue_ms": self.queue_ms,
             "ttft_ms": self.ttft_ms,
             "total_ms": (time.monotonic() - self.began_s) * 1e3,
-            "load_ms": final.get("load_duration", 0) / 1e6,
+            "load_ms": self.load_ms + final.get("load_duration", 0) / 1e6,
             "failovers": self.failovers,
         }
 
@@ -120,6 +125,7 @@ class Serving:
         self.nodes = {url: OllamaNode(url, slots, self._node_changed) for url in urls}
         self.patience = patience
         self.answer_tokens = ASSUMED_ANSWER_TOKENS
+        self.tokens_per_character: dict[str, float] = {}  # of the last chat with each model
         self._events = events
 
     # --- a request's way ------------------------------------------------------------------------
@@ -139,6 +145,7 @@ class Serving:
                                 chunk, restarted = {**chunk, "_restarted": True}, False
                             if is_last:
                                 self._learn(node, offer, journey, chunk)
+                                chunk |= await self._remarks(node, journey, chunk)
                                 chunk["_routing"] = journey.routing(node, chunk)
                             yield chunk
                             if is_last:
@@ -149,6 +156,47 @@ class Serving:
                     if why.lacks_model:
                         node.lacks(journey.name.key)
                     journey.leave(node, why)
+                except OllamaResponseError as refused:
+                    if not is_too_long(str(refused)):
+                        raise
+                    context_tokens = await self._context_tokens_at(node, journey.name.key)
+                    raise overflow_error(
+                        str(journey.name), None, context_tokens, remedy='options={"num_ctx": ...}'
+                    ) from refused
+
+    async def _remarks(self, node: OllamaNode, journey: Journey, final: Mapping[str, Any]) -> dict[str, Any]:
+        """`_context_full` (tokens) if the answer ended because the context was, `_dropped` (words) if this Ollama
+        seems to have left out a part of the prompt in silence."""
+        remarks: dict[str, Any] = {}
+        answer_tokens = final.get("eval_count") or 0
+        was_cut = final.get("done_reason") == "length"
+        if was_cut and answer_tokens != journey.body.get("options", {}).get("num_predict"):
+            context_tokens = await self._context_tokens_at(node, journey.name.key)
+            if (
+                context_tokens is not None
+                and (final.get("prompt_eval_count") or 0) + answer_tokens >= context_tokens
+            ):
+                remarks["_context_full"] = context_tokens
+        if words := unread_words(journey.body.get("messages") or (), final.get("prompt_eval_count")):
+            remarks["_dropped"] = words
+        return remarks
+
+    async def context_tokens(self, key: str) -> int | None:
+        """What the nodes that have a model loaded hold for one request of it, the least of them; None if none
+        has it loaded, or none tells."""
+        nodes = [one for one in self.nodes.values() if one.state is NodeState.READY]
+        told = await asyncio.gather(*(self._context_tokens_at(node, key) for node in nodes))
+        return min((tokens for tokens in told if tokens is not None), default=None)
+
+    async def _context_tokens_at(self, node: OllamaNode, key: str) -> int | None:
+        try:
+            answer = await node.client.get("/api/ps", timeout_s=LOOK_TIMEOUT_S)
+        except TransportError:
+            return None
+        for entry in answer.get("models") or ():
+            if ModelName.parse(str(entry.get("name"))).key == key and entry.get("context_length"):
+                return int(entry["context_length"])
+        return None
 
     async def _next_request(self, node: OllamaNode, journey: Journey) -> tuple[dict[str, Any], bool]:
         """The body to send, and whether it starts an answer again of which a part was shown."""
@@ -250,6 +298,9 @@ class Serving:
         node.served(journey.name.key, str(journey.name), final, had_to_load=had_to_load)
         if journey.body.get("keep_alive") == 0:
             node.unloaded(journey.name.key)
+        prompt_tokens, asked = final.get("prompt_eval_count"), journey.body.get("messages")
+        if prompt_tokens and asked and not any(message.get("images") for message in asked):
+            self.tokens_per_character[journey.name.key] = prompt_tokens / characters(asked)
         if journey.so_far.tokens:
             self.answer_tokens += NEW_SAMPLE_WEIGHT * (journey.so_far.tokens - self.answer_tokens)
 
