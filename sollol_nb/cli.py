@@ -26,9 +26,9 @@ def install(arguments: argparse.Namespace) -> int:
 
     engine = install_engine(backend=arguments.backend, force=arguments.force)
     print(f"llama.cpp {engine.version} is in {engine.server.parent}")
-    own = config.llama_cpp_folder()
-    if own is not None:
-        print(f"SOLLOL_LLAMA_CPP is set: {own} is used instead, until you unset it")
+    own = config.find("llama_cpp")
+    if own.value is not None:
+        print(f"{own.source} says llama_cpp: {own.value} is used instead, until you take that out")
     return EXIT_OK
 
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from sollol_nb import completion_view
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+TIMINGS = ("queue_ms", "load_ms", "ttft_ms", "duration_ms", "tokens_per_s", "router_overhead_ms")
 
 
 class Completion(dict[str, Any]):
@@ -15,7 +21,14 @@ class Completion(dict[str, Any]):
     `prompt_eval_duration`, `eval_duration` (nanoseconds), and `_routing`: `backend`, `reason`, `duration_ms`,
     `coordinator_url`, `plan`, `queue_ms`, `load_ms`, `ttft_ms`, `tokens_per_s`, `router_overhead_ms`,
     `failovers`.
+
+    Attributes:
+        schema: what the answer was asked to fit (see `sollol_nb.structure`); None for free text.
+        shown_as: how a notebook shows it: `markdown`, `text`, `json`, `html` or `code`.
     """
+
+    schema: object = None
+    shown_as: str = "markdown"
 
     @classmethod
     def from_chunks(cls, chunks: Iterable[Mapping[str, Any]]) -> Completion:
@@ -48,35 +61,63 @@ class Completion(dict[str, Any]):
         return str(self.get("message", {}).get("content", ""))
 
     @property
+    def thinking(self) -> str:
+        """The model's reasoning before the answer, or ""."""
+        return str(self.get("message", {}).get("thinking", ""))
+
+    @property
+    def code(self) -> str:
+        """The text of the answer's first fenced code block, or the whole text where it has none."""
+        return completion_view.code_in(self.text)[1]
+
+    @property
     def routing(self) -> dict[str, Any]:
         """Where the request went, why, and what it took (`_routing`)."""
         return dict(self.get("_routing", {}))
 
     @property
+    def route(self) -> str:
+        """Where the request went and why, in words."""
+        routing = self.routing
+        return f"{routing.get('backend', '')}: {routing.get('reason', '')}" if routing else ""
+
+    @property
+    def timings(self) -> dict[str, float | None]:
+        """In milliseconds `queue_ms`, `load_ms`, `ttft_ms`, `duration_ms`, `router_overhead_ms`; and
+        `tokens_per_s`."""
+        routing = self.routing
+        return {name: routing.get(name) for name in TIMINGS}
+
+    @property
     def finish_reason(self) -> str:
-        """`stop`, `length`, `tool_calls` or `cancelled`."""
+        """`stop`, `length`, `tool_calls`, `cancelled` or `error`."""
         return str(self.get("done_reason", ""))
+
+    @property
+    def value(self) -> Any:
+        """The answer as what its `schema` describes, checked; without a schema as the JSON that it is.
+
+        Raises:
+            StructureError: it does not fit, or is no JSON; `.text` has it as it came.
+        """
+        from sollol_nb.structure import parse_structured
+
+        return parse_structured(self.text, object if self.schema is None else self.schema)
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """The answer as a DataFrame: the rows of its `value`, or without a schema the table that is in its text.
+
+        Raises:
+            StructureError: there is none.
+        """
+        from sollol_nb.structure import frame_from_text, frame_of
+
+        return frame_from_text(self.text) if self.schema is None else frame_of(self.value)
 
     def footer(self) -> str:
         """One line: model, place, time to first token, speed."""
-        routing = self.routing
-        parts = [str(self.get("model", "")), str(routing.get("backend", ""))]
-        if routing.get("layout"):
-            parts.append(f"layers {routing['layout']}")
-        if routing.get("load_ms"):
-            parts.append(f"loaded in {routing['load_ms'] / 1000:.1f} s")
-        if routing.get("ttft_ms") is not None:
-            parts.append(f"first token {routing['ttft_ms']:.0f} ms")
-        if routing.get("tokens_per_s"):
-            parts.append(f"{routing['tokens_per_s']:.0f} tokens/s")
-        if self.get("eval_count") is not None:
-            parts.append(f"{self['eval_count']} tokens")
-        if self.finish_reason in ("length", "cancelled"):
-            parts.append({"length": "cut at max_tokens", "cancelled": "cancelled"}[self.finish_reason])
-        parts += [_failover_words(one) for one in routing.get("failovers") or () if one.get("continued")]
-        if routing.get("note"):
-            parts.append(str(routing["note"]))
-        return " · ".join(part for part in parts if part)
+        return completion_view.footer(self)
 
     def __str__(self) -> str:
         return f"{self.text}\n\n[{self.footer()}]"
@@ -85,16 +126,7 @@ class Completion(dict[str, Any]):
         return f"<Completion of {self.get('model')}: {self.text[:60]!r}>"
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
-        footer = html.escape(self.footer())
-        return {"text/plain": str(self), "text/markdown": f"{self.text}\n\n<sub>{footer}</sub>"}
+        return completion_view.mime_bundle(self)
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(str(self))  # else IPython's printer of dicts is asked for the plain text
-
-
-def _failover_words(failover: Mapping[str, Any]) -> str:
-    """A place that was lost in mid-answer, as a quiet remark."""
-    lost = ", ".join(failover.get("lost_workers") or ()) or "its coordinator"
-    cost_ms = failover.get("cost_ms")
-    after = f" after {cost_ms / 1000:.1f} s" if cost_ms else ""
-    return f"lost {lost} at token {failover.get('tokens_before', 0)}, continued{after}"

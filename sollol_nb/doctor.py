@@ -73,8 +73,10 @@ def diagnose() -> Diagnosis:
         engine = toolchain.find_engine()
     except EngineError as error:
         missing.append(str(error))
-        if config.llama_cpp_folder() is not None:
-            remedy = _forget_variable("SOLLOL_LLAMA_CPP")
+        own = config.find("llama_cpp")
+        if own.value is not None:
+            is_variable = own.source == "SOLLOL_LLAMA_CPP"
+            remedy = _forget_variable(own.source) if is_variable else f"take llama_cpp out of {own.source}"
         elif compiler is None:
             missing.append("a C++ compiler to build llama.cpp with")
             remedy = build_tools.compiler_command()

@@ -14,6 +14,7 @@ import functools
 import os
 import queue
 import threading
+import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from concurrent.futures import CancelledError as FutureCancelledError
 from concurrent.futures import Future, wait
@@ -31,16 +32,50 @@ _INTERRUPT_CHECK_S = 0.5
 
 _lock = threading.Lock()
 _loop: asyncio.AbstractEventLoop | None = None
+_thread: threading.Thread | None = None
+_users: weakref.WeakSet[object] = weakref.WeakSet()
 
 
 def io_loop() -> asyncio.AbstractEventLoop:
     """The process's I/O loop, started on first use."""
-    global _loop
+    global _loop, _thread
     with _lock:
         if _loop is None or _loop.is_closed():
             _loop = asyncio.new_event_loop()
-            threading.Thread(target=_loop.run_forever, name="sollol_nb I/O", daemon=True).start()
+            _thread = threading.Thread(target=_loop.run_forever, name="sollol_nb I/O", daemon=True)
+            _thread.start()
         return _loop
+
+
+def uses_io_loop(user: object) -> None:
+    """Note an object whose connections live on the loop, so that the loop is not stopped under it."""
+    _users.add(user)
+
+
+def done_with_io_loop(user: object) -> None:
+    """Note that an object has closed its connections."""
+    _users.discard(user)
+
+
+def stop_if_unused() -> bool:
+    """End the loop and its thread, if no object that uses it is left and nothing runs there; False if one is.
+
+    A later call of `io_loop` starts another.
+    """
+    with _lock:
+        loop, thread = _loop, _thread
+        if loop is None or thread is None or loop.is_closed():
+            return True
+        if _users or on_io_loop() or asyncio.all_tasks(loop):
+            return False
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(_CANCEL_GRACE_S)
+        if thread.is_alive():
+            return False
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.run_until_complete(loop.shutdown_default_executor())
+        loop.close()
+        return True
 
 
 def _forget_loop() -> None:
@@ -224,16 +259,19 @@ def iterate_blocking(stream: AsyncGenerator[T, None]) -> Generator[T, None, None
 
 
 @overload
-def iterate_blocking(stream: AsyncGenerator[T, None], *, tick_s: float) -> Generator[T | None, None, None]: ...
+def iterate_blocking(
+    stream: AsyncGenerator[T, None], *, tick_s: float, cancel_grace_s: float = ...
+) -> Generator[T | None, None, None]: ...
 
 
 def iterate_blocking(
-    stream: AsyncGenerator[T, None], *, tick_s: float | None = None
+    stream: AsyncGenerator[T, None], *, tick_s: float | None = None, cancel_grace_s: float = _CANCEL_GRACE_S
 ) -> Generator[T | None, None, None]:
     """Read an async generator, run as one task on the I/O loop, from another thread.
 
     Args:
         tick_s: if given, None is yielded whenever nothing came for so long.
+        cancel_grace_s: how long a reader that leaves early waits until the work has cleaned up.
 
     Raises:
         RuntimeError: read on the I/O loop itself, where waiting would never end.
@@ -261,7 +299,7 @@ def iterate_blocking(
             cancel()
             if not on_io_loop():  # the garbage collector may close us there, where waiting would lock
                 with contextlib.suppress(queue.Empty):
-                    while not deliveries.get(timeout=_CANCEL_GRACE_S).ended:
+                    while not deliveries.get(timeout=cancel_grace_s).ended:
                         pass
     delivery.raise_error()
 

@@ -77,6 +77,13 @@ class ModelProfile:
     source: str
     reason: str
 
+    def __str__(self) -> str:
+        size = "unknown size" if self.parameter_count_b is None else _parameters(self.parameter_count_b)
+        memory = "" if self.memory_bytes is None else f", about {self.memory_bytes / 1e9:.3g} GB"
+        sharded = {True: "sharded", False: "not sharded", None: "not sharded as far as known"}
+        needs = sharded[self.requires_distributed]
+        return f"{self.model}: {size}{memory} (from: {self.source}); {needs}: {self.reason}"
+
 
 def size_from_name(model: str) -> float | None:
     """Billions of parameters that a model's name states, or None.

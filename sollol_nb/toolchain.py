@@ -156,8 +156,8 @@ def check_pair(server: Path, worker: Path, source: str) -> Engine:
 def _named_folder(folder: str | Path | None) -> tuple[Path, str] | None:
     if folder is not None:
         return Path(folder).expanduser().absolute(), "given folder"
-    own = config.llama_cpp_folder()
-    return (own.absolute(), "SOLLOL_LLAMA_CPP") if own is not None else None
+    own = config.find("llama_cpp")
+    return (own.value.absolute(), own.source) if own.value is not None else None
 
 
 def _in_named_folder(folder: Path, source: str) -> Engine:

@@ -11,6 +11,7 @@ import pytest
 
 from sollol_nb.io_loop import run_blocking
 from sollol_nb.running import stop_running
+from sollol_nb.settings import SETTINGS
 from sollol_nb.sync_wrapper import HybridRouter
 from sollol_nb.toolchain import Engine, find_engine
 
@@ -26,11 +27,13 @@ def own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("state")
     settings = {
         "SOLLOL_STATE_DIR": str(folder),
+        "SOLLOL_CONFIG": "0",  # no settings file of the user's
         "SOLLOL_KEEP_ALIVE": "60s",  # should the tests be killed, their engines end soon
         "OLLAMA_HOST": NO_OLLAMA,
         "OLLAMA_MODELS": str(folder / "ollama"),
     }
-    before = {name: os.environ.pop(name, None) for name in (*settings, "RPC_BACKENDS")}
+    others = (one.variable for one in SETTINGS.values() if one.name not in ("llama_cpp", "cache_dir"))
+    before = {name: os.environ.pop(name, None) for name in {*settings, *others}}
     os.environ.update(settings)
     yield folder
     run_blocking(stop_running(also_used=True))

@@ -75,6 +75,17 @@ class Kernel:
             if message["msg_type"] == kind:
                 return message
 
+    def collect_updates(self, *, until: str) -> dict[str, str]:
+        """The next update of any display, whichever cell made it, whose Markdown contains `until`."""
+        deadline = time.monotonic() + CELL_TIMEOUT_S
+        while time.monotonic() < deadline:
+            message = self.client.get_iopub_msg(timeout=CELL_TIMEOUT_S)
+            if message["msg_type"] == "update_display_data":
+                data: dict[str, str] = message["content"]["data"]
+                if until in data.get("text/markdown", ""):
+                    return data
+        raise AssertionError(f"no display showed {until!r} within {CELL_TIMEOUT_S} s")
+
     def collect(self, message_id: str, *, until_shown: str | None = None) -> Shown:
         """What a cell shows until it is done, or until its displayed Markdown contains `until_shown`."""
         shown, places = self._shown.setdefault(message_id, (Shown(), {}))

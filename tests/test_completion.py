@@ -93,7 +93,7 @@ def test_answer_without_text_is_empty(chunks: list[dict[str, Any]]) -> None:
         ({"_routing": {"backend": "ollama-pool", "ttft_ms": 0.0, "load_ms": None}, "eval_count": 0},
          "demo \u00b7 ollama-pool \u00b7 first token 0 ms \u00b7 0 tokens"),
         ({"_routing": {}, "done_reason": "length"}, "demo \u00b7 2 tokens \u00b7 cut at max_tokens"),
-        ({"_routing": {}, "done_reason": "cancelled", "eval_count": None}, "demo \u00b7 cancelled"),
+        ({"_routing": {}, "done_reason": "cancelled", "eval_count": None}, "demo \u00b7 stopped"),
     ],
 )  # fmt: skip
 def test_footer_is_one_line_of_what_is_known(changes: dict[str, Any], footer: str) -> None:

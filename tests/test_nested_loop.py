@@ -97,7 +97,7 @@ def test_it_can_be_allowed_and_forbidden_again_and_again() -> None:
 
 @pytest.fixture
 def short_errors() -> Iterator[None]:
-    errors_in_cells.shorten()
+    errors_in_cells.shorten(lambda: True)
     yield
     errors_in_cells.restore()
 
@@ -110,7 +110,7 @@ def test_errors_of_the_package_render_as_one_line() -> None:
 
 
 def test_whole_tracebacks_come_back() -> None:
-    errors_in_cells.shorten()
+    errors_in_cells.shorten(lambda: True)
     errors_in_cells.restore()
     errors_in_cells.restore()
 

@@ -13,11 +13,11 @@ import pytest
 
 from sollol_nb.profiles import MODEL_PROFILES
 from tests.kernels import Kernel, kernel
+from tests.test_magic_help import MAGICS
 
 pytestmark = pytest.mark.engine
 
 LONG_QUESTION = "Tell me everything about sharding."
-MAGICS = ("sollol", "sollol_cluster", "sollol_latency", "sollol_route")
 
 
 @pytest.fixture(scope="module")
@@ -99,11 +99,17 @@ def test_the_route_magic_says_where_and_why(notebook: Kernel) -> None:
         ("%%sollol /no/such/file.gguf\nHello", "ModelFileError: /no/such/file.gguf is not there"),
         ("%%sollol demo --top-p 7 --timeout -1\nHello", "ConfigError: timeout=-1.0 must be more than 0 seconds"),
         ("%sollol_cluster add nonsense:port", "ConfigError: 'nonsense:port' is not an endpoint"),
-        ("%sollol_route", "UsageError: the following arguments are required: model"),
-        ("%%sollol demo --max-tokens many\nHello", "UsageError: argument --max-tokens: invalid int value: 'many'"),
-        ("%%sollol demo --nosuch 1\nHello", "UsageError: unrecognized arguments: --nosuch 1"),
+        ("%sollol_route", "UsageError: %sollol_route: model is missing; %sollol_route? lists all options"),
+        (
+            "%%sollol demo --max-tokens many\nHello",
+            "UsageError: %%sollol: --max-tokens takes a whole number such as",
+        ),
+        (
+            "%%sollol demo --tempratur 1\nHello",
+            "UsageError: %%sollol: --tempratur is no option; did you mean --temp",
+        ),
         ("%%sollol demo\n  ", "UsageError: the prompt is empty"),
-        ("%%sollol demo --out 1x\nHello", "UsageError: --out '1x' is not a variable name"),
+        ("%%sollol demo --out 1x\nHello", "UsageError: --out is '1x', which is not a variable name"),
         ("%sollol_cluster start many", "UsageError: start takes a number of workers, not 'many'"),
         ("%sollol_cluster stop nosuch", "UsageError: no coordinator runs nosuch"),
     ],

@@ -1,70 +1,130 @@
 """The notebook face: `%load_ext sollol_nb` registers the magics; one router serves the kernel.
 
 The only floor that knows of IPython. What loading puts into IPython, unloading takes out again (IPython itself
-does not): magics, completion, short errors, the nested event loop, and the router with all that it started.
+does not): magics, completion, settings, short errors, the frame accessor, the nested event loop, answers in the
+background, and the router with all that it started (or not, see `%config Sollol.on_unload`).
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from sollol_nb import config
-from sollol_nb.notebook import completer, errors_in_cells, nested_loop
+from sollol_nb import frame_accessor, io_loop
+from sollol_nb.chats import ChatBook
+from sollol_nb.notebook import background, completer, errors_in_cells, nested_loop, traits
 from sollol_nb.sync_wrapper import HybridRouter
 
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
 
-__all__ = ["load_ipython_extension", "router", "unload_ipython_extension", "use_router"]
+    from sollol_nb.notebook.traits import Sollol
+
+__all__ = ["chats", "load_ipython_extension", "router", "settings", "unload_ipython_extension", "use_router"]
+
+_MAGICS = {
+    "asking": "AskMagics",
+    "cluster_magics": "ClusterMagics",
+    "model_magics": "ModelMagics",
+    "record_magics": "RecordMagics",
+}
+"""Module of this package: its class of magics."""
 
 _router: HybridRouter | None = None
-_MAGICS = ("sollol", "sollol_cluster", "sollol_latency", "sollol_route", "sollol_stop")
+_router_is_stale = False
+_settings: Sollol | None = None
+_chats = ChatBook()
 
 
-def router(**settings: Any) -> HybridRouter:
-    """The kernel's router, made on first use.
+def settings() -> Sollol:
+    """The kernel's settings, those of `%config Sollol`.
+
+    Raises:
+        RuntimeError: the extension is not loaded.
+    """
+    if _settings is None:
+        raise RuntimeError("the extension is not loaded; run %load_ext sollol_nb")
+    return _settings
+
+
+def chats() -> ChatBook:
+    """The kernel's conversations."""
+    return _chats
+
+
+def router(**router_settings: Any) -> HybridRouter:
+    """The kernel's router, made on first use, and anew when a setting of it has changed.
 
     Args:
-        **settings: make it anew with these settings of `HybridRouter`; the one before is closed.
+        **router_settings: make it anew with these settings of `HybridRouter`; the one before is closed.
     """
-    if settings or _router is None:
-        return use_router(HybridRouter(**settings))
+    if _router is None or router_settings or _router_is_stale:
+        configured = _settings.router_settings() if _settings is not None else {}
+        # One that only has old settings leaves its engines to the next, which adopts those that still fit.
+        return _replace_router(HybridRouter(**{**configured, **router_settings}), keep=not router_settings)
     return _router
 
 
 def use_router(new: HybridRouter | None) -> HybridRouter:
     """Let the magics use this router from now on; the one before is closed. None makes a fresh one."""
-    global _router
-    before, _router = _router, new if new is not None else HybridRouter()
-    if before is not None and before is not _router:
-        before.close()
-    return _router
+    return _replace_router(new if new is not None else HybridRouter(), keep=False)
+
+
+def _replace_router(new: HybridRouter, *, keep: bool) -> HybridRouter:
+    global _router, _router_is_stale
+    before, _router, _router_is_stale = _router, new, False
+    if before is not None and before is not new:
+        if keep and (_settings is None or _settings.own("workers") is None):
+            new.take_workers(before.worker_endpoints)  # what was started, found or added by hand is not forgotten
+        before.close(keep=keep)
+    return new
+
+
+def _settings_changed() -> None:
+    global _router_is_stale
+    _router_is_stale = _router is not None
 
 
 def load_ipython_extension(shell: InteractiveShell) -> None:
     """Register the magics, make errors short, and let `asyncio.run` work in cells. Loading twice is fine."""
-    from sollol_nb.notebook.magics import SollolMagics
-
-    shell.register_magics(SollolMagics)
-    completer.install(shell, _running_models)
-    errors_in_cells.shorten()
-    if config.nested_loop_wanted():
+    global _settings
+    _settings = traits.install(shell)
+    _settings.on_router_change(_settings_changed)
+    for module, name in _MAGICS.items():
+        shell.register_magics(getattr(import_module(f"{__name__}.{module}"), name))
+    completer.install(
+        shell,
+        _running_models,
+        chats=lambda: list(_chats),
+        workers=lambda: _router.worker_endpoints if _router is not None else (),
+    )
+    errors_in_cells.shorten(lambda: _settings is None or bool(_settings.or_built_in("short_errors")))
+    frame_accessor.register(router)
+    if _settings.nest_asyncio:
         nested_loop.allow()
 
 
 def unload_ipython_extension(shell: InteractiveShell) -> None:
-    """Take out all that loading put in, and stop what the kernel's router started."""
-    global _router
+    """Take out all that loading put in, and stop what the kernel's router started, or keep it running."""
+    global _router, _settings, _chats
+    keep = _settings is not None and _settings.or_built_in("on_unload") == "keep"
+    background.cancel_all()
     if _router is not None:
-        _router.close()
+        _router.close(keep=keep)
         _router = None
+    _chats = ChatBook()
     nested_loop.forbid()
+    frame_accessor.unregister()
     errors_in_cells.restore()
     completer.remove(shell)
-    for kind in ("line", "cell"):
-        for name in _MAGICS:
-            shell.magics_manager.magics[kind].pop(name, None)
-    shell.magics_manager.registry.pop("SollolMagics", None)
+    for name in _MAGICS.values():
+        magics = shell.magics_manager.registry.pop(name, None)
+        for kind, functions in magics.magics.items() if magics is not None else ():
+            for function in functions:
+                shell.magics_manager.magics[kind].pop(function, None)
+    traits.remove(shell)
+    _settings = None
+    io_loop.stop_if_unused()
 
 
 def _running_models() -> list[str]:

@@ -1,11 +1,13 @@
 """Errors of this package as one line in a cell, without a traceback.
 
 IPython asks an exception for `_render_traceback_`. It is given to the tree's base class while the extension is
-loaded, so that the rooms below know nothing of IPython.
+loaded, so that the rooms below know nothing of IPython. `%config Sollol.short_errors = False` shows all again.
 """
 
 from __future__ import annotations
 
+import traceback
+from collections.abc import Callable
 from typing import Any
 
 from sollol_nb.errors import SollolError
@@ -13,16 +15,19 @@ from sollol_nb.errors import SollolError
 _HOOK = "_render_traceback_"
 
 
-def shorten() -> None:
-    """Show errors of this package as one line."""
-    setattr(SollolError, _HOOK, _one_line)
+def shorten(wanted: Callable[[], bool]) -> None:
+    """Show errors of this package as one line, as long as that is wanted."""
+
+    def render(error: SollolError, *_: Any) -> list[str]:
+        if not wanted():
+            return "".join(traceback.format_exception(error)).rstrip("\n").split("\n")
+        words = " ".join(str(error).split())
+        return [f"\x1b[31m{type(error).__name__}\x1b[0m: {words}"]
+
+    setattr(SollolError, _HOOK, render)
 
 
 def restore() -> None:
     """Show whole tracebacks again."""
     if _HOOK in vars(SollolError):
         delattr(SollolError, _HOOK)
-
-
-def _one_line(error: SollolError, *_: Any) -> list[str]:
-    return [f"\x1b[31m{type(error).__name__}\x1b[0m: {error}"]
