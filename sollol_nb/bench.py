@@ -1,12 +1,13 @@
 """Benchmarks through the router: cases in turns, one row per request, and a result that keeps what was measured.
 
-`bench` is `HybridRouter.bench`; `bench_blocking` is its blocking twin, with a progress bar; `measure` gives rows
-as they come. What is asked is planned in `bench_plan`; `bench_places` sees to it that it is loaded.
+`bench` is `HybridRouter.bench`, `bench_blocking` that of the blocking router; `measure` gives rows as they come.
+What is asked is planned in `bench_plan`; `bench_places` sees to it that it is loaded.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
@@ -29,6 +30,8 @@ from sollol_nb.errors import RequestCancelledError, SollolError
 from sollol_nb.io_loop import io_bound_stream, iterate_blocking
 
 if TYPE_CHECKING:
+    from tqdm import tqdm
+
     from sollol_nb.events import Event
     from sollol_nb.hybrid_router import HybridRouter
 
@@ -58,7 +61,7 @@ async def bench(
     *,
     layouts: str | int | Sequence[str | int] = "auto",
     strategies: str | Sequence[str] = (),
-    concurrency: int | Sequence[int] = 1,
+    concurrency: int | str | Sequence[int] = 1,
     prompts: int | Sequence[str] = 3,
     repeat: int = 5,
     warmup: int = 1,
@@ -69,7 +72,8 @@ async def bench(
     """Measure models over layouts, strategies and concurrency, all cases in turns.
 
     In each round every case gets each prompt once per client (`concurrency`), so that drift of the machine meets
-    all cases alike. A case that fails does not end the benchmark; its rows carry the error.
+    all cases alike. A case that fails does not end the benchmark; its rows carry the error. The blocking twin
+    shows a progress bar, and the stop button or Ctrl-C ends it with what was measured (`complete` is False).
 
     Args:
         models: one name, or several.
@@ -89,6 +93,7 @@ async def bench(
     Raises:
         ConfigError: an argument cannot be used.
         WorkersUnavailableError: there are too few workers for a layout.
+        RequestCancelledError: the blocking twin was stopped before anything was measured.
         SollolError: no case could be measured; the first one's error.
     """
     settings = bench_settings(
@@ -110,13 +115,8 @@ async def bench(
     return collected.result(complete=True)
 
 
-def bench_blocking(router: HybridRouter, models: str | Sequence[str], **wanted: Any) -> BenchResult:
-    """`bench` from a thread or a cell, with a progress bar. The stop button or Ctrl-C keeps what was measured.
-
-    Raises:
-        RequestCancelledError: it was stopped before anything was measured.
-        SollolError: as for `bench`.
-    """
+def bench_blocking(self: Any, models: str | Sequence[str], **wanted: Any) -> BenchResult:
+    router: HybridRouter = self._async
     settings = bench_settings(models, **wanted)
     collected = _Collected(settings)
     status: deque[str] = deque(maxlen=1)
@@ -142,6 +142,9 @@ def bench_blocking(router: HybridRouter, models: str | Sequence[str], **wanted: 
     finally:
         unsubscribe()
     return collected.result(complete=is_complete)
+
+
+functools.update_wrapper(bench_blocking, bench)
 
 
 @io_bound_stream
@@ -307,22 +310,27 @@ class _Bar:
     """A progress bar over the requests, for terminals and notebooks; gone at the end."""
 
     def __init__(self) -> None:
-        from tqdm.auto import tqdm
-
-        self._bar = tqdm(desc="benchmark", unit="request", leave=False, total=1)
+        self._bar: tqdm[Any] | None = None
+        self._words = ""
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
     def show(self, item: BenchStart | BenchNote | BenchRow | None, status: str) -> None:
         """Show what came, and what is going on besides."""
         if isinstance(item, BenchStart):
-            self._bar.reset(item.request_count)
-        words = item.case if isinstance(item, BenchRow) else status
-        if words:
-            self._bar.set_postfix_str(words, refresh=not isinstance(item, BenchRow))
+            from tqdm.auto import tqdm
+
+            self._bar = tqdm(desc="benchmark", unit="request", leave=False, total=item.request_count)
+        if self._bar is None:
+            return
+        words = item.case if isinstance(item, BenchRow) else status or self._words
+        if words != self._words:
+            self._words = words
+            self._bar.set_postfix_str(words)
         if isinstance(item, BenchRow):
             self._bar.update()

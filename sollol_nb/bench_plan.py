@@ -128,7 +128,7 @@ def bench_settings(
     *,
     layouts: str | int | Sequence[str | int] = AUTO,
     strategies: str | Sequence[str] = (),
-    concurrency: int | Sequence[int] = 1,
+    concurrency: int | str | Sequence[int] = 1,
     prompts: int | Sequence[str] = DEFAULT_PROMPTS,
     repeat: int = DEFAULT_REPEAT,
     warmup: int = DEFAULT_WARMUP,
