@@ -3,8 +3,8 @@
 The engine tells in its log which units each worker gets, and when the weights are loaded; it does not tell how
 far it is in between. That is known from the system, where it counts what a TCP connection has delivered (see
 `tcp_counters`): while it loads, a coordinator sends its workers their weights and next to nothing else. No worker
-is asked, for a worker answers nobody but its coordinator. A worker that keeps tensors in a cache of its own is sent
-only what it lacks; such a load is shown as less until all weights are loaded.
+is asked, for a worker answers nobody but its coordinator. A worker that keeps tensors in a cache of its own is
+sent only what it lacks; such a load is shown as less until all weights are loaded.
 
 Source of the order in which a worker gets its units: llama.cpp loads a device's tensors in the order in which
 `load_tensors` (llama-model.cpp) creates them, the output layer before the blocks.

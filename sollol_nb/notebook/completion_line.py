@@ -1,0 +1,147 @@
+"""What is to be completed in the line of a magic: an option, or the value of which option or argument.
+
+The magic's own parser says which options and arguments there are, what they take, and which choices they have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import dataclass
+
+_MAGIC = re.compile(r"\s*(?:[^%=]*=\s*)?%{1,2}(sollol\w*)\s+(.*)", re.DOTALL)
+_ASSIGNMENT = re.compile(r"\w+\s*<<\s+")
+# Quotes count at the beginning of a word and of an option's value; the last may still be open.
+_WORD = re.compile(r"""(?:(?<![^\s=])(?:"(?:\\.|[^"\\])*(?:"|$)|'[^']*(?:'|$))|\S)+""", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class MagicLine:
+    """A magic's line up to the cursor.
+
+    Attributes:
+        magic: the name, such as `sollol_route`.
+        words: those before the one at the cursor, as they were written.
+        fragment: the word at the cursor as far as it is written, quotes included.
+    """
+
+    magic: str
+    words: tuple[str, ...]
+    fragment: str
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What can stand at the cursor.
+
+    Attributes:
+        fragment: the text before the cursor that a completion replaces.
+        names: what the value is, the most telling name first: `sollol_cluster.stop` (an argument after the choice
+            `stop`), `sollol_cluster.what`, `what`. Empty where no value can stand.
+        choices: the only possible values, if the parser lists them.
+        options: options that can stand here.
+    """
+
+    fragment: str
+    names: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+
+
+def magic_line(text: str) -> MagicLine | None:
+    """A line up to the cursor, if it is one of this package's magics and its name is complete.
+
+    Understands `%%magic`, `%magic`, `variable = %magic` and `%%magic variable << ...`.
+    """
+    match = _MAGIC.fullmatch(text)
+    if match is None:
+        return None
+    magic, rest = match.groups()
+    rest = _ASSIGNMENT.sub("", rest, count=1) if _ASSIGNMENT.match(rest) else rest
+    words = [one[0] for one in _WORD.finditer(rest)]
+    fragment = words.pop() if words and rest.endswith(words[-1]) else ""
+    return MagicLine(magic, tuple(words), fragment)
+
+
+def wanted(line: MagicLine, parser: argparse.ArgumentParser) -> Wanted:
+    """What can stand at the cursor of a line with this parser."""
+    given: list[str] = []  # arguments that are no options, as written
+    used: set[argparse.Action] = set()
+    pending: argparse.Action | None = None  # the option whose value comes next
+    for word in line.words:
+        if pending is not None and not word.startswith("--"):
+            pending = None
+        elif _is_option(word):
+            name, sign, _ = word.partition("=")
+            pending = _option(parser, name)
+            if pending is not None:
+                used.add(pending)
+            if sign or pending is None or pending.nargs == 0:
+                pending = None
+        else:
+            given.append(word)
+    if _is_option(line.fragment):
+        name, sign, value = line.fragment.partition("=")
+        action = _option(parser, name) if sign else None
+        if action is not None:
+            return _value(value, line.magic, action, action.dest)
+        return Wanted(line.fragment, options=_options(parser, used))
+    if pending is not None:
+        return _value(line.fragment, line.magic, pending, pending.dest)
+    return _argument(line, parser, given, _options(parser, used) if not line.fragment else ())
+
+
+def _is_option(word: str) -> bool:
+    return word.startswith("-") and not word.lstrip("-")[:1].isdigit()
+
+
+def _option(parser: argparse.ArgumentParser, name: str) -> argparse.Action | None:
+    """The option of this name, or the only one that begins so, as argparse has it."""
+    known = {option: action for action in parser._actions for option in action.option_strings}
+    if name in known:
+        return known[name]
+    found = [action for option, action in known.items() if name.startswith("--") and option.startswith(name)]
+    return found[0] if len(found) == 1 else None
+
+
+def _options(parser: argparse.ArgumentParser, used: set[argparse.Action]) -> tuple[str, ...]:
+    """Options that may still be given: each once, unless it collects its values."""
+    free = [one for one in parser._actions if one not in used or isinstance(one, argparse._AppendAction)]
+    return tuple(option for action in free for option in action.option_strings if option.startswith("--"))
+
+
+def _value(
+    fragment: str,
+    magic: str,
+    action: argparse.Action,
+    *names: str,
+    chosen: str | None = None,
+    options: tuple[str, ...] = (),
+) -> Wanted:
+    telling = ([f"{magic}.{chosen}"] if chosen is not None else []) + [f"{magic}.{name}" for name in names]
+    choices = tuple(str(choice) for choice in action.choices or ())
+    return Wanted(fragment, (*telling, *names), choices, options)
+
+
+def _argument(
+    line: MagicLine, parser: argparse.ArgumentParser, given: list[str], options: tuple[str, ...]
+) -> Wanted:
+    """The argument that comes after those given. `MODEL [PROMPT]` names the parts of one that takes several."""
+    left, chosen = len(given), None
+    for action in parser._actions:
+        if action.option_strings:
+            continue
+        parts = _parts(action)
+        takes_many = action.nargs in ("*", "+")
+        if left == 0 or takes_many:
+            part = parts[min(left, len(parts) - 1)]
+            return _value(line.fragment, line.magic, action, part, chosen=chosen, options=options)
+        left -= 1
+        chosen = given[len(given) - left - 1] if action.choices else None
+    return Wanted(line.fragment, options=options)
+
+
+def _parts(action: argparse.Action) -> list[str]:
+    if not isinstance(action.metavar, str):
+        return [action.dest]
+    return [part.strip("[]").lower() for part in action.metavar.split()]
