@@ -14,6 +14,7 @@ import functools
 import os
 import queue
 import threading
+import time
 import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from concurrent.futures import CancelledError as FutureCancelledError
@@ -42,9 +43,16 @@ def io_loop() -> asyncio.AbstractEventLoop:
     with _lock:
         if _loop is None or _loop.is_closed():
             _loop = asyncio.new_event_loop()
-            _thread = threading.Thread(target=_loop.run_forever, name="sollol_nb I/O", daemon=True)
+            _thread = threading.Thread(target=_run, args=(_loop,), name="sollol_nb I/O", daemon=True)
             _thread.start()
         return _loop
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    loop.run_forever()  # until `stop_if_unused`
+    loop.run_until_complete(loop.shutdown_asyncgens())
+    loop.run_until_complete(loop.shutdown_default_executor())
+    loop.close()
 
 
 def uses_io_loop(user: object) -> None:
@@ -57,25 +65,27 @@ def done_with_io_loop(user: object) -> None:
     _users.discard(user)
 
 
-def stop_if_unused() -> bool:
+def stop_if_unused(*, wait_s: float = 0.0) -> bool:
     """End the loop and its thread, if no object that uses it is left and nothing runs there; False if one is.
 
     A later call of `io_loop` starts another.
+
+    Args:
+        wait_s: how long to wait for what runs there.
     """
+    _refuse_on_io_loop()
+    deadline = time.monotonic() + wait_s
     with _lock:
         loop, thread = _loop, _thread
         if loop is None or thread is None or loop.is_closed():
             return True
-        if _users or on_io_loop() or asyncio.all_tasks(loop):
-            return False
+        while _users or asyncio.all_tasks(loop):
+            if _users or time.monotonic() >= deadline:
+                return False
+            time.sleep(0.01)
         loop.call_soon_threadsafe(loop.stop)
         thread.join(_CANCEL_GRACE_S)
-        if thread.is_alive():
-            return False
-        loop.run_until_complete(loop.shutdown_asyncgens())
-        loop.run_until_complete(loop.shutdown_default_executor())
-        loop.close()
-        return True
+        return not thread.is_alive()
 
 
 def _forget_loop() -> None:

@@ -417,3 +417,34 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 @posix_only
 def test_forked_child_gets_an_io_loop_of_its_own() -> None:
     subprocess.run([sys.executable, "-W", "ignore", "-c", FORKS], check=True, timeout=HANG_GUARD_S)
+
+
+def test_the_loop_ends_when_nothing_uses_it_and_begins_anew_when_asked() -> None:
+    """In a process of its own: the suite's loop has users."""
+    code = """
+import asyncio, threading
+from sollol_nb import io_loop
+
+class User:
+    pass
+
+user = User()
+first = io_loop.io_loop()
+io_loop.uses_io_loop(user)
+assert io_loop.stop_if_unused() is False
+io_loop.done_with_io_loop(user)
+
+release = threading.Event()
+work = io_loop.submit(asyncio.to_thread(release.wait, 60))
+assert io_loop.run_blocking(asyncio.sleep(0, True))
+assert io_loop.stop_if_unused() is False, "something runs there"
+release.set()
+assert work.result(60)
+while not io_loop.stop_if_unused():
+    pass
+assert first.is_closed()
+assert not any(thread.name == "sollol_nb I/O" for thread in threading.enumerate())
+assert io_loop.run_blocking(asyncio.sleep(0, "again")) == "again"
+assert io_loop.io_loop() is not first
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=HANG_GUARD_S)

@@ -17,6 +17,24 @@ from tests.test_magic_help import MAGICS
 
 pytestmark = pytest.mark.engine
 
+LEFT_BEHIND = """{
+    name: found
+    for name, found in {
+        "configurables": [c for c in get_ipython().configurables if "sollol" in type(c).__module__],
+        "matchers": [m for m in get_ipython().Completer.custom_matchers if "sollol" in m.__module__],
+        "events": [
+            f for fs in get_ipython().events.callbacks.values() for f in fs if "sollol" in f.__module__
+        ],
+        "printers": [
+            f
+            for f in get_ipython().display_formatter.ipython_display_formatter.type_printers.values()
+            if "sollol" in f.__module__
+        ],
+        "threads": [t.name for t in __import__("threading").enumerate() if "sollol" in t.name],
+        "accessors": [pd.DataFrame.sollol] if hasattr(pd.DataFrame, "sollol") else [],
+    }.items()
+    if found
+}"""
 LONG_QUESTION = "Tell me everything about sharding."
 
 
@@ -180,11 +198,14 @@ def test_unloading_leaves_nothing_behind(engine: object) -> None:
             assert one.run(command).error == []
             assert one.value(f"all(m in get_ipython().magics_manager.magics['line'] for m in {MAGICS})") == "True"
             assert one.run("asyncio.run(asyncio.sleep(0, 'nested'))").text == "'nested'"
-        one.run("%sollol_cluster start 2")
-        assert len(engines_below(one.pid)) == 2
+        one.run("%sollol_cluster start 2\nimport pandas as pd")
+        one.run("%sollol demo:sharded --max-tokens 5 --chat tour Hello\n%sollol demo --background Hello")
+        one.run("%config Sollol.max_tokens = 7")
+        assert one.value("[*" + LEFT_BEHIND + "]") == "['configurables', 'matchers', 'threads', 'accessors']"
+        assert len(engines_below(one.pid)) >= 3
         assert one.run("%unload_ext sollol_nb").error == []
         assert one.run(f"after = {snapshot}").error == []
-        assert "sollol" not in one.value("[*get_ipython().strdispatchers['complete_command'].strs]")
+        assert one.value(LEFT_BEHIND) == "{}"
         assert one.value("[k for k in before.keys() | after.keys() if before.get(k) is not after.get(k)]") == "[]"
         assert engines_below(one.pid) == []
         for magic in MAGICS:
@@ -192,6 +213,37 @@ def test_unloading_leaves_nothing_behind(engine: object) -> None:
         assert "cannot be called from a running event loop" in one.run("asyncio.run(asyncio.sleep(0))").error[-1]
         one.run("from sollol_nb.errors import ConfigError")
         assert len(one.run("raise ConfigError('long again')").error) > 1
+
+
+def test_unloading_keeps_engines_running_if_told_so(engine: object, tmp_path: Path) -> None:
+    with kernel(SOLLOL_STATE_DIR=str(tmp_path), SOLLOL_KEEP_ALIVE="60s") as one:
+        one.run("%load_ext sollol_nb\n%sollol_cluster start 1\n%sollol demo:sharded --max-tokens 5 Hello")
+        one.run("%config Sollol.on_unload = 'keep'")
+        before = engines_below(one.pid)
+        assert len(before) == 2
+        assert one.run("%unload_ext sollol_nb").error == []
+        assert engines_below(one.pid) == before
+        assert one.run("%load_ext sollol_nb").error == []
+        assert one.run("%sollol demo:sharded --max-tokens 5 --out again Hello").error == []
+        assert engines_below(one.pid) == before, "they were taken up again"
+        assert one.run("%sollol_stop --all").error == []
+
+
+def test_a_changed_setting_of_the_router_holds_for_the_next_request(engine: object, tmp_path: Path) -> None:
+    with kernel(SOLLOL_STATE_DIR=str(tmp_path), SOLLOL_KEEP_ALIVE="5s") as one:
+        one.run("%load_ext sollol_nb\n%sollol_cluster start 2")
+        workers = set(engines_below(one.pid))
+        assert one.run("%config Sollol.num_workers = 1").error == []
+        assert one.run("%sollol demo:sharded --max-tokens 5 --out a Hello").error == []
+        assert one.value("a.routing['layout']") == "'13'"
+        assert one.run("%config Sollol.num_workers = 2").error == []
+        assert one.run("%config Sollol.strategy = 'even'").error == []
+        assert workers <= set(engines_below(one.pid))
+        assert one.run("%sollol_stop demo:sharded").error == []
+        assert one.run("%sollol demo:sharded --max-tokens 5 --out a Hello").error == []
+        assert one.value("a.routing['layout'], a.routing['plan']['strategy']") == "('7/6', 'even')"
+        assert workers <= set(engines_below(one.pid)), "the workers went over to the new router"
+        assert one.run("%sollol_stop --all").error == []
 
 
 def test_nested_loops_can_be_switched_off() -> None:

@@ -27,8 +27,12 @@ _MAGICS = {
     "cluster_magics": "ClusterMagics",
     "model_magics": "ModelMagics",
     "record_magics": "RecordMagics",
+    "bench_magic": "BenchMagics",
 }
 """Module of this package: its class of magics."""
+
+_LAST_WORK_S = 2.0
+"""How long unloading waits for the last work on the I/O loop to end."""
 
 _router: HybridRouter | None = None
 _router_is_stale = False
@@ -122,9 +126,10 @@ def unload_ipython_extension(shell: InteractiveShell) -> None:
         for kind, functions in magics.magics.items() if magics is not None else ():
             for function in functions:
                 shell.magics_manager.magics[kind].pop(function, None)
+    shell.configurables[:] = [one for one in shell.configurables if type(one).__name__ not in _MAGICS.values()]
     traits.remove(shell)
     _settings = None
-    io_loop.stop_if_unused()
+    io_loop.stop_if_unused(wait_s=_LAST_WORK_S)
 
 
 def _running_models() -> list[str]:
