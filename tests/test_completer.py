@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from sollol_nb.notebook.completer import models_of_nodes
 from sollol_nb.notebook.completion_cache import CompletionCache
 from sollol_nb.notebook.completion_line import MagicLine, Wanted, magic_line, wanted
 from sollol_nb.profiles import MODEL_PROFILES
@@ -348,8 +347,12 @@ completer.install(get_ipython(), broken, chats=broken, workers=broken, ollama_mo
 
 
 @pytest.mark.ollama
-def test_models_of_nodes_are_those_that_ollama_lists(
-    ollama: OllamaServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("OLLAMA_HOST", f"127.0.0.1:{ollama.port}")
-    assert {"llama3.2:latest", "llama3.1:70b", "someone/special:7b"} <= set(models_of_nodes())
+def test_models_of_an_ollama_node_are_completed_right_after_loading(ollama: OllamaServer, tmp_path: Path) -> None:
+    """By their names there, with nothing of them in this machine's storage."""
+    node = f"127.0.0.1:{ollama.port}"
+    with kernel(OLLAMA_HOST=node, OLLAMA_MODELS=str(tmp_path)) as one:
+        assert one.run("%load_ext sollol_nb").error == []
+        lines = ["%%sollol someone/special:7b"]
+        eventually(lambda: completed(one, "%%sollol someone/") == lines, "the node's model is known")
+        expected = ["llama3.2", "llama3.2:latest"]  # the profile, and what the node has
+        assert completed(one, "%%sollol llama3.2") == [f"%%sollol {name}" for name in expected]
