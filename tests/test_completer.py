@@ -137,13 +137,13 @@ def test_a_place_that_hangs_delays_neither_the_answer_nor_other_places(cache: Co
 
     places = {"hanging": hanging, "quick": lambda: ["here"]}
     try:
-        eventually(lambda: cache.names(places) == ["here"], "the quick place is known")
-        assert cache.names(places) == ["here"]
+        eventually(lambda: cache.names(places) == {"hanging": (), "quick": ("here",)}, "the quick place is known")
+        assert cache.names(places) == {"hanging": (), "quick": ("here",)}
         assert not goes_on.is_set()
         assert asked == ["hanging"], "it is not asked again before it has answered"
     finally:
         goes_on.set()
-    eventually(lambda: cache.names(places) == ["late", "here"], "what was late is known")
+    eventually(lambda: cache.names(places)["hanging"] == ("late",), "what was late is known")
 
 
 def test_a_broken_place_keeps_what_it_had(cache: CompletionCache) -> None:
@@ -152,16 +152,18 @@ def test_a_broken_place_keeps_what_it_had(cache: CompletionCache) -> None:
     def breaking() -> list[str]:
         return next(answers)  # StopIteration from the second time on
 
-    eventually(lambda: cache.names({"place": breaking}) == ["one"], "it is known")
+    eventually(lambda: cache.names({"place": breaking}) == {"place": ("one",)}, "it is known")
     for _ in range(20):
-        assert cache.names({"place": breaking}) == ["one"]
+        assert cache.names({"place": breaking}) == {"place": ("one",)}
 
 
 def test_what_changes_in_a_quick_place_is_seen(cache: CompletionCache) -> None:
     now = ["one"]
-    eventually(lambda: cache.names({"place": lambda: list(now)}) == ["one"], "it is known")
+    eventually(lambda: cache.names({"place": lambda: list(now)}) == {"place": ("one",)}, "it is known")
     now.append("two")
-    eventually(lambda: cache.names({"place": lambda: list(now)}) == ["one", "two"], "the change is known")
+    eventually(
+        lambda: cache.names({"place": lambda: list(now)}) == {"place": ("one", "two")}, "the change is known"
+    )
 
 
 def test_a_closed_cache_asks_nobody_and_leaves_no_thread() -> None:
@@ -172,7 +174,7 @@ def test_a_closed_cache_asks_nobody_and_leaves_no_thread() -> None:
     cache.close()
     asked: list[str] = []
 
-    assert cache.names({"other": lambda: asked}) == []
+    assert cache.names({"other": lambda: asked}) == {"other": ()}
     assert cache.refresh({"other": lambda: asked}) == []
     eventually(lambda: not completion_threads(), "its threads have ended")
 
@@ -304,6 +306,14 @@ def test_the_line_oriented_api_of_terminals_gives_whole_names_too(notebook: Kern
     assert notebook.value(f"get_ipython().complete(None, {line!r}, {len(line)})") == (
         "('llama3.1:', ['llama3.1:405b', 'llama3.1:70b', 'llama3.1:8b'])"
     )
+
+
+@pytest.mark.parametrize(
+    "typed", ["%%sollol ~nobody-of-that-name/x", "%%sollol /no/such/folder/x", "%%sollol '\0/x"]
+)
+def test_a_path_that_cannot_be_is_completed_by_nothing(notebook: Kernel, typed: str) -> None:
+    assert completed(notebook, typed) == []
+    assert completed(notebook, "%%sollol llama3.1:7") == ["%%sollol llama3.1:70b"]
 
 
 def test_other_lines_are_completed_as_ever(notebook: Kernel) -> None:

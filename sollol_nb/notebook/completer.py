@@ -15,6 +15,7 @@ import re
 import weakref
 from collections.abc import Callable, Iterable
 from enum import Enum
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -178,10 +179,13 @@ class _Names:
         """The names of one kind that may fit what is typed."""
         match kind:
             case "models":
-                known = {*MODEL_PROFILES, *self._quick("running"), *self._cache.names(self.slow_models())}
-                return known | self._paths(typed, ".gguf")
+                folder = _Folder(typed)
+                slow = self._cache.names(self.slow_models() | folder.place)
+                paths = folder.paths(slow.pop(folder.key), ".gguf")
+                return {*MODEL_PROFILES, *self._quick("running"), *chain.from_iterable(slow.values()), *paths}
             case "files":
-                return self._paths(typed, "")
+                folder = _Folder(typed)
+                return folder.paths(self._cache.names(folder.place)[folder.key], "")
             case "engines":
                 return {*self._quick("running"), *self._quick("workers")}
             case "priorities":
@@ -196,18 +200,6 @@ class _Names:
         with contextlib.suppress(Exception):  # a broken source has no names
             return list(self._at_hand[source]())
         return []
-
-    def _paths(self, typed: str, suffix: str) -> set[str]:
-        """Files that end so, and folders, beside the path that is being typed."""
-        cut = max(typed.rfind("/"), typed.rfind(os.sep)) + 1
-        written, begun = typed[:cut], typed[cut:]
-        folder = Path(written or ".").expanduser().absolute()
-        return {
-            written + entry
-            for entry in self._cache.names({str(folder): lambda: _entries(folder)})
-            if entry.endswith(suffix) or (entry.endswith("/") and typed)
-            if begun.startswith(".") or not entry.startswith(".")
-        }
 
     def _variables(self, fits: Callable[[Any], bool]) -> list[str]:
         """The user's variables with a value of some kind."""
@@ -231,8 +223,35 @@ def _is_schema(value: Any) -> bool:
     return is_of(value, "pandas.DataFrame")
 
 
-def _entries(folder: Path) -> list[str]:
-    """What a folder has; folders end in `/`. Of a model in several files only the first, which names the model."""
-    with os.scandir(folder) as listing:
-        names = [f"{entry.name}/" if entry.is_dir() else entry.name for entry in listing]
-    return [name for name in names if not _LATER_PART.search(name)]
+class _Folder:
+    """The folder of a path that is being typed.
+
+    Attributes:
+        key: names it in the cache.
+        place: how the cache reads it.
+    """
+
+    def __init__(self, typed: str) -> None:
+        cut = max(typed.rfind("/"), typed.rfind(os.sep)) + 1
+        self._written, self._begun = typed[:cut], typed[cut:]
+        self._folder = Path(self._written or ".")
+        with contextlib.suppress(RuntimeError, OSError):  # a `~name` without a home, a working folder that is gone
+            self._folder = self._folder.expanduser().absolute()
+        self.key = f"folder {self._folder}"
+        self.place: dict[str, Read] = {self.key: self._entries}
+
+    def _entries(self) -> list[str]:
+        """What is in it; folders end in `/`. Of a model in several files only the first, which names the model."""
+        with os.scandir(self._folder) as listing:
+            names = [f"{entry.name}/" if entry.is_dir() else entry.name for entry in listing]
+        return [name for name in names if not _LATER_PART.search(name)]
+
+    def paths(self, entries: Iterable[str], suffix: str) -> list[str]:
+        """Files that end so, and folders once a path is begun, as one writes them; hidden ones if asked for."""
+        is_begun = bool(self._written or self._begun)
+        return [
+            self._written + entry
+            for entry in entries
+            if entry.endswith(suffix) or (entry.endswith("/") and is_begun)
+            if self._begun.startswith(".") or not entry.startswith(".")
+        ]

@@ -15,6 +15,7 @@ from concurrent.futures import Future, wait
 Read = Callable[[], Iterable[str]]
 
 WAIT_LIMIT_S = 0.03
+"""One wait in each completion: people feel a Tab that takes longer than 50 ms."""
 FRESH_FACTOR, MAX_FRESH_S = 20.0, 30.0
 """What was read is taken as it is for so many times as long as reading it took: a quick disk is read each time."""
 CLOSE_LIMIT_S = 4.0
@@ -30,11 +31,11 @@ class CompletionCache:
         self._under_way: dict[str, Future[None]] = {}
         self._closed = False
 
-    def names(self, places: Mapping[str, Read]) -> list[str]:
-        """The names that these places have now, as far as they say so within `WAIT_LIMIT_S`, else had before."""
+    def names(self, places: Mapping[str, Read]) -> dict[str, tuple[str, ...]]:
+        """The names that each place has now, as far as it says so within `WAIT_LIMIT_S`, else had before."""
         wait(self.refresh(places), timeout=WAIT_LIMIT_S)
         with self._lock:
-            return [name for key in places for name in self._names.get(key, ())]
+            return {key: self._names.get(key, ()) for key in places}
 
     def refresh(self, places: Mapping[str, Read]) -> list[Future[None]]:
         """Begin to read those places that are not fresh, and not being read already."""
