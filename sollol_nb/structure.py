@@ -22,7 +22,7 @@ from sollol_nb.structure_checks import Misfit, checked_schema, json_in, validate
 from sollol_nb.structure_frames import frame_from_text, frame_like, frame_of, schema_of_frame
 from sollol_nb.structure_types import built, is_type, schema_of_type
 
-__all__ = ["frame_from_text", "frame_of", "json_schema_of", "parse_structured"]
+__all__ = ["field_names", "frame_from_text", "frame_of", "json_schema_of", "parse_structured"]
 
 
 def json_schema_of(schema: object) -> dict[str, Any]:
@@ -48,6 +48,25 @@ def json_schema_of(schema: object) -> dict[str, Any]:
         f"DataFrame as an example, not {shortened(' '.join(repr(schema).split()), 60)}"
         + (f" (give the class {type(schema).__name__}, not an object of it)" if is_object else "")
     )
+
+
+def field_names(schema: object) -> tuple[str, ...]:
+    """The names of the fields that a value of this schema has, if that is an object; else none.
+
+    A DataFrame as an example has none: its columns are those of many rows.
+
+    Raises:
+        ConfigError: see `json_schema_of`.
+    """
+    json_schema = json_schema_of(schema)
+    if is_of(schema, "pandas.DataFrame"):
+        return ()
+    if is_type(schema) and hasattr(schema, "model_fields"):  # pydantic's own schema has aliases
+        return tuple(schema.model_fields)
+    reference = str(json_schema.get("$ref", ""))
+    if reference.startswith("#/$defs/"):  # of a class that refers to itself
+        json_schema = json_schema["$defs"][reference.removeprefix("#/$defs/")]
+    return tuple(json_schema.get("properties", ()))
 
 
 def parse_structured(text: str, schema: object) -> Any:

@@ -6,17 +6,39 @@ runs on the I/O thread), may be called from several threads at once, and cancel 
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from typing import Any, Self
+import functools
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self
 
 from sollol_nb import hybrid_router, ollama_pool
+from sollol_nb.batch import Batch
+from sollol_nb.batch_store import BatchStore
 from sollol_nb.coordinator import Coordinator
 from sollol_nb.events import EventBus
 from sollol_nb.io_loop import blocking, blocking_stream, same
 from sollol_nb.latency import LatencyLog
 from sollol_nb.ollama_nodes import NodeStatus
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 __all__ = ["HybridRouter", "OllamaPool"]
+
+
+P = ParamSpec("P")
+
+
+def _blocking_batch(
+    method: Callable[Concatenate[Any, P], Coroutine[Any, Any, pd.DataFrame]],
+) -> Callable[Concatenate[Any, P], pd.DataFrame]:
+    """The blocking twin of the async `map`, whose batch shows its bar from the calling thread."""
+    batch: Callable[..., Batch] = Batch
+
+    def twin(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> pd.DataFrame:
+        return batch(self._async, *args, **kwargs).run_blocking()
+
+    functools.update_wrapper(twin, method)
+    return twin
 
 
 class HybridRouter:
@@ -38,8 +60,10 @@ class HybridRouter:
     discover_workers = blocking(hybrid_router.HybridRouter.discover_workers)
     add_worker = blocking(hybrid_router.HybridRouter.add_worker)
     remove_worker = blocking(hybrid_router.HybridRouter.remove_worker)
+    take_workers = blocking(hybrid_router.HybridRouter.take_workers)
     stop_coordinator = blocking(hybrid_router.HybridRouter.stop_coordinator)
     close = blocking(hybrid_router.HybridRouter.close)
+    map = _blocking_batch(hybrid_router.HybridRouter.map)
 
     should_use_distributed = same(hybrid_router.HybridRouter.should_use_distributed)
     get_stats = same(hybrid_router.HybridRouter.get_stats)
@@ -48,6 +72,11 @@ class HybridRouter:
     def stream_async(self) -> Callable[..., AsyncGenerator[dict[str, Any], None]]:
         """The async `stream`, for a caller that brings its own way to wait."""
         return self._async.stream
+
+    @property
+    def worker_endpoints(self) -> list[str]:
+        """All known workers as `host:port`, in the order in which they became known."""
+        return self._async.worker_endpoints
 
     @property
     def coordinator(self) -> Coordinator | None:
@@ -68,6 +97,11 @@ class HybridRouter:
     def latency(self) -> LatencyLog:
         """The latency log."""
         return self._async.latency
+
+    @property
+    def batch_store(self) -> BatchStore:
+        """The answers of batches; `batch_store.clear()` forgets them."""
+        return self._async.batch_store
 
     @property
     def events(self) -> EventBus:

@@ -1,0 +1,287 @@
+"""A batch: the same asked of many rows, over all slots that there are; stopped and gone on with at any time.
+
+* Everything is checked, and every row filled in, before the first request.
+* Rows that ask the same are asked once. Rows that an earlier batch was answered (this kernel's or another's) are
+  not asked again; `batch_store.py` tells what counts as the same, and how long answers are kept.
+* An answer is kept as soon as it is there. After an interrupt, a crash or a restart of the kernel, the same
+  call asks only what is left.
+* A row's error stays beside it and stops no other; it is asked again by the next call. What would fail every row
+  (an unknown model, no workers) is raised at once.
+* Requests wait with priority BATCH, behind everybody else's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sqlite3
+from collections import Counter, defaultdict, deque
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sollol_nb import config
+from sollol_nb.batch_frame import CACHED, ERROR, OK, RowResult, check_columns, joined
+from sollol_nb.batch_rows import Rows, RowTable, RowTemplate, questions
+from sollol_nb.batch_store import answer_key
+from sollol_nb.chat_request import checked_priority, checked_timeout_s, options_with_schema
+from sollol_nb.completion import Completion
+from sollol_nb.errors import (
+    BatchInterrupted,
+    ConfigError,
+    CoordinatorStartError,
+    CoordinatorTimeoutError,
+    EngineError,
+    ModelError,
+    OllamaResponseError,
+    OllamaUnavailableError,
+    RequestRejectedError,
+    SollolError,
+    StructureError,
+    WorkerError,
+)
+from sollol_nb.io_loop import io_bound_stream, iterate_blocking
+from sollol_nb.priority_helpers import Priority
+from sollol_nb.routing import checked_backend
+from sollol_nb.structured_answer import fitted
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from tqdm.std import tqdm
+
+    from sollol_nb.hybrid_router import HybridRouter
+
+logger = logging.getLogger(__name__)
+
+HITS_EVERY_ROW = (
+    ConfigError,
+    EngineError,
+    ModelError,
+    WorkerError,
+    CoordinatorStartError,
+    CoordinatorTimeoutError,
+    OllamaUnavailableError,
+)
+"""Errors that say nothing of a row."""
+
+SAME_REFUSALS = 5
+"""So many different rows refused in the same words, and none answered: so would be all others."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPlace:
+    """Where a batch runs.
+
+    Attributes:
+        identity: what tells the model from another of the same name.
+        slots: requests served at once.
+    """
+
+    identity: dict[str, Any]
+    slots: int
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How many more rows have got their result, and which status."""
+
+    rows: int
+    status: str
+
+
+class Batch:
+    """One batch of a router. The arguments are those of `HybridRouter.map`.
+
+    Raises:
+        ConfigError: an argument cannot be used, or a row not filled in. Nothing is sent.
+    """
+
+    def __init__(
+        self,
+        router: HybridRouter,
+        /,
+        rows: Rows,
+        template: RowTemplate,
+        *,
+        model: str | None = None,
+        schema: object = None,
+        system: str | None = None,
+        backend: str | None = None,
+        concurrency: int | None = None,
+        priority: int = Priority.BATCH,
+        timeout: float | None = None,
+        fresh: bool = False,
+        progress: bool = True,
+        prefix: str = "",
+        **options: Any,
+    ) -> None:
+        self._router = router
+        self._model = config.default("model") if model is None else model
+        if not self._model:
+            raise ConfigError('no model is named; give model="demo", or set one in the setting `model`')
+        if concurrency is not None and (type(concurrency) is not int or concurrency < 1):
+            raise ConfigError(f"concurrency={concurrency!r} must be a whole number of requests, from 1 up")
+        if timeout is not None:
+            checked_timeout_s(timeout)
+        self._arguments = {
+            "schema": schema,
+            "backend": checked_backend(backend),
+            "priority": checked_priority(priority),
+            "timeout": timeout,
+            **options,
+        }
+        self._options = options_with_schema(options, schema)
+        self._schema = schema
+        self._concurrency = concurrency
+        self._fresh = fresh
+        self._shows_progress = progress
+        self._prefix = prefix
+        self._table = RowTable.read(rows)
+        check_columns(self._table.frame, prefix, schema)
+        self._questions = questions(self._table.items, template, system)
+        self._results = [RowResult()] * len(self._questions)
+        self._counts: Counter[str] = Counter()  # of rows, by status
+        self._refusals: Counter[str] = Counter()  # of questions, by the error's words
+
+    def frame(self) -> pd.DataFrame:
+        """The rows with their results, as far as there are any."""
+        return joined(
+            self._table.frame, self._results, model=self._model, schema=self._schema, prefix=self._prefix
+        )
+
+    async def run(self) -> pd.DataFrame:
+        """Ask all rows. Errors are those of `HybridRouter.map`."""
+        with self._bar() as bar:
+            async with aclosing(self._steps()) as steps:
+                async for step in steps:
+                    self._show(bar, step)
+        return self.frame()
+
+    def run_blocking(self) -> pd.DataFrame:
+        """The same for any thread but the I/O loop's. The bar is drawn by this one, since frontends may not take
+        it from another.
+
+        Raises:
+            BatchInterrupted: KeyboardInterrupt; what was under way is cancelled on the engine.
+        """
+        try:
+            with self._bar() as bar, closing(iterate_blocking(self._steps())) as steps:
+                for step in steps:
+                    self._show(bar, step)
+        except KeyboardInterrupt:
+            raise BatchInterrupted(
+                f"stopped: {self._progress_words()}; run the same call again to go on, or take what there is from "
+                ".partial",
+                partial=self.frame(),
+            ) from None
+        return self.frame()
+
+    @io_bound_stream
+    async def _steps(self) -> AsyncGenerator[Progress, None]:
+        """Ask all rows, telling of each that has its result."""
+        if not self._questions:
+            return
+        place = await self._router._batch_place(self._model, self._arguments["backend"])
+        rows_of = defaultdict(list)  # positions, by the key of what they ask
+        for position, messages in enumerate(self._questions):
+            rows_of[answer_key(self._model, place.identity, messages, self._options)].append(position)
+        if not self._fresh and (known := await self._take_known(rows_of)):
+            yield Progress(known, CACHED)
+        to_ask = deque((key, rows) for key, rows in rows_of.items() if self._results[rows[0]].status != CACHED)
+        concurrency = self._concurrency or place.slots
+        asking: set[asyncio.Task[Progress]] = set()
+        done: set[asyncio.Task[Progress]] = set()
+        try:
+            while to_ask or asking:
+                while to_ask and len(asking) < concurrency:
+                    asking.add(asyncio.create_task(self._ask(*to_ask.popleft())))
+                done, asking = await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    yield task.result()
+        except SollolError as error:
+            if self._counts[OK]:
+                error.add_note(f"{self._progress_words()}; the same call goes on once this is mended")
+            raise
+        finally:
+            for task in asking:
+                task.cancel()
+            await asyncio.gather(*asking, *done, return_exceptions=True)
+        await self._prune()
+
+    async def _take_known(self, rows_of: dict[str, list[int]]) -> int:
+        """Take the answers that were kept and fit; gives to how many rows."""
+        try:
+            kept = await asyncio.to_thread(self._router.batch_store.get, rows_of)
+        except (OSError, sqlite3.Error) as error:
+            logger.warning("kept answers cannot be read from %s: %s", self._router.batch_store.path, error)
+            return 0
+        for key, completion in kept.items():
+            try:
+                result = self._result(CACHED, fitted(completion, self._schema))
+            except StructureError:  # the class checks more by now than its JSON schema says
+                continue
+            self._note(rows_of[key], result)
+        return self._counts[CACHED]
+
+    async def _ask(self, key: str, rows: list[int]) -> Progress:
+        try:
+            completion = await self._router.route_request(self._model, self._questions[rows[0]], **self._arguments)
+        except HITS_EVERY_ROW:
+            raise
+        except SollolError as error:
+            if isinstance(error, RequestRejectedError | OllamaResponseError):
+                self._note_refusal(error)
+            answer = error.completion if isinstance(error, StructureError) else None
+            result = RowResult(ERROR, answer, error=" ".join(str(error).split()))
+        else:
+            result = self._result(OK, completion)
+        self._note(rows, result)
+        if result.status == OK:
+            await self._keep(key, completion)
+        return Progress(len(rows), result.status)
+
+    def _note(self, rows: list[int], result: RowResult) -> None:
+        for position in rows:
+            self._results[position] = result
+        self._counts[result.status] += len(rows)
+
+    def _result(self, status: str, completion: Completion) -> RowResult:
+        has_value = completion.schema is not None
+        return RowResult(status, completion, completion.value if has_value else None)
+
+    def _note_refusal(self, error: SollolError) -> None:
+        self._refusals[str(error)] += 1
+        none_answered = not self._counts[OK] + self._counts[CACHED]
+        if none_answered and self._refusals[str(error)] >= SAME_REFUSALS:
+            raise error
+
+    async def _keep(self, key: str, completion: Completion) -> None:
+        try:
+            await asyncio.to_thread(self._router.batch_store.put, key, completion)
+        except (OSError, sqlite3.Error) as error:  # an answer is worth more than its keeping
+            logger.warning("an answer was not kept in %s: %s", self._router.batch_store.path, error)
+
+    async def _prune(self) -> None:
+        try:
+            await asyncio.to_thread(self._router.batch_store.prune)
+        except (OSError, sqlite3.Error) as error:
+            logger.warning("%s was not tidied: %s", self._router.batch_store.path, error)
+
+    # --- what is shown --------------------------------------------------------------------------
+
+    def _progress_words(self) -> str:
+        done = self._counts[OK] + self._counts[CACHED]
+        return f"{done:,} of {len(self._results):,} rows are done and kept"
+
+    def _bar(self) -> tqdm[Any]:
+        from tqdm.auto import tqdm
+
+        return tqdm(total=len(self._questions), desc=self._model, unit="row", disable=not self._shows_progress)
+
+    def _show(self, bar: tqdm[Any], step: Progress) -> None:
+        if step.status == CACHED and not bar.disable:
+            bar.initial += step.rows  # so that the pace is that of what is asked
+        if self._counts[ERROR]:
+            bar.set_postfix_str(f"{self._counts[ERROR]} errors", refresh=False)
+        bar.update(step.rows)

@@ -1,0 +1,135 @@
+"""`df.sollol.map(...)`: batches of a router (`HybridRouter.map`) as a pandas accessor.
+
+`%load_ext` registers it with the kernel's router. In a script::
+
+    from sollol_nb import frame_accessor
+    frame_accessor.register(lambda: router)
+    labelled = df.sollol.map("Is this praise or blame? {{ text }}", model="llama3.2", schema=Label)
+
+Registering does not import pandas, which takes longer than all else that is loaded with the extension: where it is
+not imported yet, the accessor comes with it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from sollol_nb.batch_rows import RowTemplate
+from sollol_nb.errors import ConfigError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from sollol_nb.sync_wrapper import HybridRouter
+
+NAME = "sollol"
+
+_get_router: Callable[[], HybridRouter] | None = None
+
+
+class FrameAccessor:
+    """`df.sollol`: a frame's rows, asked of a model."""
+
+    def __init__(self, frame: pd.DataFrame) -> None:
+        self._frame = frame
+
+    def map(self, template: RowTemplate, *, router: HybridRouter | None = None, **settings: Any) -> pd.DataFrame:
+        """`router.map(df, template, **settings)`: the frame joined with an answer for each row.
+
+        Args:
+            template: a text with `{{ column }}` in it, or a function of a row (a dict by column).
+            router: a blocking router; by default the registered one.
+            settings: those of `HybridRouter.map`: `model`, `schema`, `system`, `concurrency`, `fresh`, ...
+
+        Raises:
+            ConfigError: there is no router, or as for `HybridRouter.map`.
+            SollolError, BatchInterrupted: as for `HybridRouter.map`.
+        """
+        if router is None:
+            if _get_router is None:
+                raise ConfigError("no router is registered for df.sollol; give one: router=HybridRouter()")
+            router = _get_router()
+        return router.map(self._frame, template, **settings)
+
+
+def register(get_router: Callable[[], HybridRouter] | None = None) -> None:
+    """Give all frames `.sollol`. Registering again only changes the router.
+
+    Args:
+        get_router: gives the router of calls that name none; called at each of them. None: each must name one.
+    """
+    global _get_router
+    _get_router = get_router
+    if _is_imported():
+        _attach()
+    elif _WITH_PANDAS not in sys.meta_path:
+        sys.meta_path.insert(0, _WITH_PANDAS)
+
+
+def unregister() -> None:
+    """Take `.sollol` away again. Fine where it is not there."""
+    global _get_router
+    _get_router = None
+    if _WITH_PANDAS in sys.meta_path:
+        sys.meta_path.remove(_WITH_PANDAS)
+    if _is_imported():
+        frames = _frames()
+        if NAME in frames._accessors:
+            delattr(frames, NAME)
+            frames._accessors.discard(NAME)
+
+
+def _is_imported() -> bool:
+    return hasattr(sys.modules.get("pandas"), "DataFrame")
+
+
+def _frames() -> Any:
+    import pandas as pd
+
+    return pd.DataFrame  # as Any: `_accessors`, the names of all accessors, is not in its type
+
+
+def _attach() -> None:
+    from pandas.api.extensions import register_dataframe_accessor
+
+    if NAME not in _frames()._accessors:
+        register_dataframe_accessor(NAME)(FrameAccessor)
+
+
+class _AttachingLoader(Loader):
+    """Loads pandas as its own loader does, then attaches the accessor."""
+
+    def __init__(self, inner: Loader) -> None:
+        self._inner = inner
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._inner.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._inner.exec_module(module)
+        assert module.__spec__ is not None
+        module.__spec__.loader = module.__loader__ = self._inner
+        _attach()
+
+
+class _WithPandas(MetaPathFinder):
+    """Waits for the import of pandas, once."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name != "pandas":
+            return None
+        sys.meta_path.remove(self)
+        spec = PathFinder.find_spec(name, path)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _AttachingLoader(spec.loader)
+        return spec
+
+
+_WITH_PANDAS = _WithPandas()
