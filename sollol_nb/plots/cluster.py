@@ -1,0 +1,82 @@
+"""The layer map: which worker has which layers of each model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+from sollol_nb.cluster_status import COLORS, ClusterStatus, CoordinatorStatus, LayerSegment
+from sollol_nb.markdown_tables import shortened
+from sollol_nb.plots.style import MAX_NAME_CHARS, axes_or_new, legend_below, rows_from_top, titled, without_data
+from sollol_nb.units import format_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from sollol_nb.coordinator import Coordinator
+
+PLANNED_HEIGHT, ACTUAL_HEIGHT, GAP = 0.46, 0.2, 0.05
+CHARS_ACROSS = 64  # of the words in segments, over the whole width
+MAX_DETAILED = 6  # segments whose weights the legend has room for
+
+
+def layer_map(status: ClusterStatus | CoordinatorStatus | Coordinator, ax: Axes | None = None) -> Axes:
+    """Each coordinator's layers as a bar of units (the blocks, then the output layer), a segment for each worker.
+
+    The wide bar is the plan; the narrow one below it is what the engine says it placed.
+
+    Args:
+        status: `router.cluster()`, one of its coordinators' status, or a coordinator.
+        ax: where to draw; by default a new figure.
+    """
+    ax = axes_or_new(ax)
+    title = "Layers of each model by worker"
+    if isinstance(status, ClusterStatus):
+        coordinators = status.coordinators
+    else:
+        coordinators = (status if isinstance(status, CoordinatorStatus) else CoordinatorStatus.of(status),)
+    sharded = [one for one in coordinators if one.segments]
+    if not sharded:
+        return without_data(ax, title, "no model is sharded now")
+    most_units = max(sum(segment.units for segment in one.segments) for one in sharded)
+    for row, coordinator in enumerate(sharded):
+        _draw_coordinator(ax, row, coordinator.segments, CHARS_ACROSS / most_units)
+    ax.set_yticks(range(len(sharded)), [shortened(one.model, MAX_NAME_CHARS) for one in sharded])
+    rows_from_top(ax, len(sharded))
+    ax.set_xlim(0, most_units)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_xlabel("units (blocks, then the output layer)")
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    segments = [segment for one in sharded for segment in one.segments]
+    weights = [f", {format_bytes(segment.weight_bytes)}" for segment in segments]
+    if len(segments) > MAX_DETAILED:
+        weights = [""] * len(segments)
+    legend_below(
+        ax,
+        [Patch(facecolor=COLORS[segment.color]) for segment in segments],
+        [f"{segment.place}: {segment.layers}{more}" for segment, more in zip(segments, weights, strict=True)],
+    )
+    told = any(segment.actual_units is not None for segment in segments)
+    titled(ax, title, "wide: planned, narrow: as the engine placed them" if told else "as planned")
+    return ax
+
+
+def _draw_coordinator(ax: Axes, row: int, segments: tuple[LayerSegment, ...], chars_per_unit: float) -> None:
+    """The planned bar of one coordinator, and the actual one below it."""
+    planned_from = actual_from = 0
+    told = any(segment.actual_units is not None for segment in segments)
+    y = row - (ACTUAL_HEIGHT + GAP) / 2 if told else float(row)
+    y_actual = y + PLANNED_HEIGHT / 2 + GAP + ACTUAL_HEIGHT / 2
+    background = ax.get_facecolor()
+    for segment in segments:
+        look: dict[str, Any] = {"color": COLORS[segment.color], "edgecolor": background, "linewidth": 1.0}
+        ax.barh(y, segment.units, PLANNED_HEIGHT, planned_from, **look)
+        if len(segment.layers) <= segment.units * chars_per_unit:
+            middle = planned_from + segment.units / 2
+            ax.text(middle, y, segment.layers, ha="center", va="center", color="#111111", fontsize="small")
+        planned_from += segment.units
+        if segment.actual_units is not None:
+            ax.barh(y_actual, segment.actual_units, ACTUAL_HEIGHT, actual_from, **look)
+            actual_from += segment.actual_units

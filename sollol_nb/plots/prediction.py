@@ -1,0 +1,85 @@
+"""The layer plan's prediction beside what the engine measured."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.lines import Line2D
+
+from sollol_nb.markdown_tables import shortened
+from sollol_nb.plots.style import (
+    MAX_NAME_CHARS,
+    axes_or_new,
+    checked_frame,
+    color_of,
+    ink,
+    legend_below,
+    quiet,
+    scale,
+    titled,
+    without_data,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+MAX_POINTS = 2000  # of one model, the newest
+MAX_MODELS = 6  # with a colour of their own
+
+
+def predicted_vs_measured(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Time per token as the layer plan predicted it (x) and as the engine measured it (y), coloured by model.
+
+    On the dashed line both are equal; above it the engine was slower than predicted.
+
+    Args:
+        frame: the latency log (`model`, `tokens_per_s`, `predicted_ms_per_token`).
+        ax: where to draw; by default a new figure.
+
+    Raises:
+        ConfigError: the frame lacks a column.
+    """
+    checked_frame(frame, "model", "tokens_per_s", "predicted_ms_per_token")
+    ax, title = axes_or_new(ax), "Time per token: predicted and measured"
+    known = frame[(frame["predicted_ms_per_token"] > 0) & (frame["tokens_per_s"] > 0)]
+    if known.empty:
+        return without_data(ax, title, "no requests yet" if frame.empty else "no request with a prediction yet")
+    predicted_ms = known["predicted_ms_per_token"].to_numpy(dtype=float)
+    measured_ms = 1000.0 / known["tokens_per_s"].to_numpy(dtype=float)
+    both = np.concatenate([predicted_ms, measured_ms])
+    for which in ("x", "y"):
+        scale(ax, which, both)
+    diagonal = Line2D(ax.get_xlim(), ax.get_xlim(), color=ink(ax), alpha=0.6, linewidth=1.2, linestyle="--")
+    ax.add_line(diagonal)
+    counts = known["model"].value_counts()
+    names = sorted(map(str, counts.index[:MAX_MODELS]))
+    colors = color_of(names)
+    models = known["model"].astype(str).to_numpy()
+    groups = {name: models == name for name in names}
+    if len(counts) > MAX_MODELS:
+        groups["other models"] = ~np.isin(models, names)
+        colors["other models"] = "#8c8c8c"
+    handles = []
+    for name, here in groups.items():
+        newest = slice(-MAX_POINTS, None)
+        handles.append(
+            ax.scatter(
+                predicted_ms[here][newest],
+                measured_ms[here][newest],
+                s=18,
+                color=colors[name],
+                alpha=0.75,
+                linewidths=0,
+                zorder=2,
+            )
+        )
+    labels = [f"{shortened(name, MAX_NAME_CHARS)}, n = {int(here.sum()):,}" for name, here in groups.items()]
+    legend_below(ax, [*handles, diagonal], [*labels, "measured as predicted"])
+    ax.set_xlabel("predicted (ms per token)")
+    ax.set_ylabel("measured (ms per token)")
+    quiet(ax, grid="both")
+    off = float(np.median(np.abs(measured_ms / predicted_ms - 1)))
+    titled(ax, title, f"half of the requests were within {off:.0%} of the prediction")
+    return ax
