@@ -24,6 +24,8 @@ from sollol_nb.readable import readable
 if TYPE_CHECKING:
     from jinja2 import Environment
 
+_PYTHONS = {name: value for name, value in vars(builtins).items() if name[0] != "_"} | {"readable": readable}
+"""What expressions may name besides variables."""
 _NEVER = "\0never in a text {}\0"  # stands where Jinja wants delimiters that nobody is to use
 
 
@@ -107,8 +109,14 @@ class _Expression:
     """One compiled expression. Raises jinja2.TemplateSyntaxError if it is none."""
 
     def __init__(self, source: str) -> None:
+        from jinja2 import meta
+
+        environment = _environment()
         self._source = source
-        self._compute: Callable[[dict[str, object]], Any] = _environment().compile_expression(
+        self._names = meta.find_undeclared_variables(environment.parse(f"{{{{ {source} }}}}"))
+        # Only those of Python that it names: Jinja copies them at each run.
+        self._pythons = {name: _PYTHONS[name] for name in self._names if name in _PYTHONS}
+        self._compute: Callable[[dict[str, object]], Any] = environment.compile_expression(
             source, undefined_to_none=False
         )
 
@@ -118,36 +126,34 @@ class _Expression:
 
         shown = _shown(self._source)
         try:
-            value = self._compute(dict(namespace))
+            value = self._compute({**self._pythons, **namespace})
             if isinstance(value, Undefined):
                 str(value)  # raises UndefinedError
-            if callable(value) and value is vars(builtins).get(self._source.strip()):
-                near = _near_words(self._source.strip(), namespace)
-                raise ConfigError(f"{shown}: there is no such variable, only Python's own function{near}{way_out}")
+            name = self._source.strip()
+            if callable(value) and name in self._pythons and name not in namespace:
+                raise ConfigError(
+                    f"{shown}: there is no such variable, only Python's own function"
+                    f"{_near_words(name, namespace)}{way_out}"
+                )
             return readable(value)
         except ConfigError:
             raise
         except UndefinedError as error:
-            raise ConfigError(f"{shown}: {_undefined_words(self._source, namespace, error)}{way_out}") from None
+            raise ConfigError(f"{shown}: {self._undefined_words(namespace, error)}{way_out}") from None
         except Exception as error:  # the user's own code can raise anything
             words = " ".join(f"{type(error).__name__}: {error}".split())
             raise ConfigError(f"{shown}: {shortened(words, 300)}") from error
 
+    def _undefined_words(self, namespace: Mapping[str, object], error: Exception) -> str:
+        """Which variable does not exist, and which was perhaps meant; else which attribute or item."""
+        missing = sorted(self._names - set(namespace) - set(self._pythons))
+        if not missing:
+            return str(error).replace("has no attribute", "has no attribute or item")
+        return f"there is no variable {missing[0]}{_near_words(missing[0], namespace)}"
+
 
 def _shown(expression: str) -> str:
     return f"{{{{ {shortened(' '.join(expression.split()), 60)} }}}}"
-
-
-def _undefined_words(expression: str, namespace: Mapping[str, object], error: Exception) -> str:
-    """Which variable does not exist, and which was perhaps meant; else which attribute or item."""
-    from jinja2 import meta
-
-    environment = _environment()
-    names = meta.find_undeclared_variables(environment.parse(f"{{{{ {expression} }}}}"))
-    missing = sorted(names - set(namespace) - set(environment.globals))
-    if not missing:
-        return str(error).replace("has no attribute", "has no attribute or item")
-    return f"there is no variable {missing[0]}{_near_words(missing[0], namespace)}"
 
 
 def _near_words(name: str, namespace: Mapping[str, object]) -> str:
@@ -169,6 +175,4 @@ def _environment() -> Environment:
         comment_end_string=_NEVER.format(4),
     )
     environment.globals.clear()
-    environment.globals.update({name: value for name, value in vars(builtins).items() if name[0] != "_"})
-    environment.globals["readable"] = readable
     return environment
