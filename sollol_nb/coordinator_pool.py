@@ -135,8 +135,11 @@ class CoordinatorPool:
     def what_if(self, model: str, layout: Mapping[str, int]) -> Forecast:
         """What another layout of a running model would need and bring.
 
-        Args, raises:
-            as in `lay_out`, whether it fits or not.
+        Args:
+            model, layout: as in `lay_out`; whether it fits is told in the forecast.
+
+        Raises:
+            ConfigError: no sharded coordinator of this router runs the model, or this is no layout of it.
         """
         coordinator = self._sharded(model)
         assert coordinator.plan is not None
@@ -196,6 +199,13 @@ class CoordinatorPool:
     def lost_workers(self, route: Route) -> frozenset[str]:
         """Workers that were found lost when the coordinator of a route was last started anew."""
         return self._lost.get(_key(route), frozenset())
+
+    def tell_continued(self, route: Route, token_count: int, coordinator: Coordinator) -> None:
+        """An answer goes on over this coordinator, after so many tokens from one that was lost."""
+        plan = coordinator.plan
+        layers = f" over layers {'/'.join(map(str, plan.unit_counts))}" if plan else ""
+        words = f"an answer of {route.model} goes on after {token_count} tokens at {coordinator.base_url}{layers}"
+        self._events.publish("answer.continued", route.model, words)
 
     def gate(self, route: Route) -> Gate:
         """The gate before the coordinator of a route, which it keeps when it starts anew."""

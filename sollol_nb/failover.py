@@ -87,6 +87,7 @@ async def stream_answer(
                 except SollolError as error:
                     raise _interrupted(route, answer, f"{lost}; no other could take over: {error}") from error
                 record.lost_workers(coordinators.lost_workers(route))
+                coordinators.tell_continued(route, answer.token_count if answer else 0, coordinator)
     except TimeoutError as error:
         raise RequestTimeoutError(
             f"{route.model} was not done after {timeout_s:g} s and was cancelled (it had written "

@@ -39,6 +39,7 @@ __all__ = [
     "ModelLoad",
     "Shard",
     "WorkerCapacity",
+    "check_strategy",
     "model_load",
     "placement_from_counts",
     "plan_from_counts",
@@ -196,10 +197,7 @@ def plan_layers(
         WorkersUnavailableError: no workers.
         ModelDoesNotFitError: the workers' memory does not hold the model with this strategy.
     """
-    if strategy not in STRATEGIES:
-        near = difflib.get_close_matches(strategy, STRATEGIES, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(f"there is no strategy {strategy!r}; {hint}known are {', '.join(sorted(STRATEGIES))}")
+    check_strategy(strategy)
     _check_request(workers, context_tokens)
     load = model_load(facts, context_tokens)
     usable = _usable(workers)
@@ -213,6 +211,18 @@ def plan_layers(
         advice = "strategy 'memory_aware' would fit" if fits else "add workers or ask for a smaller context"
         raise ModelDoesNotFitError(f"{shortage}; {advice}")
     return plan
+
+
+def check_strategy(strategy: str) -> None:
+    """Refuse a strategy that does not exist.
+
+    Raises:
+        ConfigError: with the nearest that does.
+    """
+    if strategy not in STRATEGIES:
+        near = difflib.get_close_matches(strategy, STRATEGIES, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ConfigError(f"there is no strategy {strategy!r}; {hint}known are {', '.join(sorted(STRATEGIES))}")
 
 
 def plan_from_counts(

@@ -213,7 +213,8 @@ class RouterAsking(RouterCluster):
             if status != "ok":
                 await self._write(record.row(status, error_words))
             self._counts[record.backend] += 1
-            self.events.publish("request.finished", model, f"{model}: {status}", status=status)
+            facts = {"place": record.place, "tokens_per_s": record.tokens_per_s, "ttft_ms": record.ttft_ms}
+            self.events.publish("request.finished", model, f"{model}: {status}", status=status, **facts)
 
     async def _chunks(
         self, record: RequestRecord, messages: Sequence[Mapping[str, Any]] | str, **arguments: Any
@@ -289,6 +290,20 @@ class RouterAsking(RouterCluster):
             ModelError, ConfigError: it could go nowhere, or not there; the message says why.
         """
         return await self._routes.find(model, checked_backend(backend))
+
+    @io_bound
+    async def preload(self, model: str) -> str:
+        """Have a model loaded where a request for it would go; returns where that is, in words.
+
+        Raises:
+            SollolError: it cannot be loaded; of the kind that fits, as for `route_request`.
+        """
+        route = await self.route(model)
+        if route.backend == OLLAMA:
+            await self._ollama.generate(route.model, "", max_tokens=1)
+            return "in Ollama"
+        coordinator, _ = await self._coordinators.get(route)
+        return f"at {coordinator.base_url}"
 
     @io_bound
     async def _batch_place(self, model: str, backend: str | None) -> BatchPlace:

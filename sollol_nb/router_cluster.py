@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Self
 
 from sollol_nb import config
-from sollol_nb.cluster_status import ClusterStatus, CoordinatorStatus
+from sollol_nb.cluster_state import ClusterState
+from sollol_nb.cluster_status import ClusterStatus
 from sollol_nb.coordinator import Coordinator
 from sollol_nb.coordinator_pool import CoordinatorPool
 from sollol_nb.events import EventBus
-from sollol_nb.io_loop import io_bound, submit
+from sollol_nb.io_loop import done_with_io_loop, io_bound, submit, uses_io_loop
+from sollol_nb.layer_plan import check_strategy
 from sollol_nb.ollama_pool import OllamaPool
 from sollol_nb.routing import DISTRIBUTED, LOCAL, OLLAMA
+from sollol_nb.what_if import Forecast
 from sollol_nb.workers import Workers, WorkerStatus
 
 
@@ -21,6 +26,7 @@ class RouterCluster:
 
     Attributes:
         events: the event bus of this router's workers, coordinators and requests.
+        state: its cluster, live, for whoever watches.
     """
 
     def __init__(
@@ -30,7 +36,9 @@ class RouterCluster:
         self._coordinators = coordinators
         self._workers = workers
         self._ollama = ollama
+        self.state = ClusterState(coordinators, workers, ollama, events)
         self._counts = {OLLAMA: 0, DISTRIBUTED: 0, LOCAL: 0, "": 0}
+        uses_io_loop(self)
         # A router that nobody holds any more must not hold workers. Its engines live on for their keep_alive, so
         # that the next router, or this kernel after a restart, finds the model loaded.
         weakref.finalize(self, _let_go_later, coordinators, workers, ollama).atexit = False
@@ -51,15 +59,15 @@ class RouterCluster:
         """All running coordinators, local ones too, the most recently used last."""
         return self._coordinators.coordinators
 
+    @property
+    def worker_endpoints(self) -> list[str]:
+        """All known workers as `host:port`, in the order in which they became known."""
+        return self._workers.endpoints
+
     @io_bound
     async def cluster(self) -> ClusterStatus:
         """Look at all workers, and tell their state and the layers of each coordinator, other kernels' too."""
-        workers = await self._workers.refresh()
-        statuses = [CoordinatorStatus.of(one) for one in self.coordinators]
-        statuses += [
-            CoordinatorStatus.of(one, f"started by {owner}") for one, owner in await self._coordinators.others()
-        ]
-        return ClusterStatus(tuple(workers), tuple(statuses))
+        return await self.state.look()
 
     @io_bound
     async def start_workers(self, count: int) -> list[str]:
@@ -82,6 +90,13 @@ class RouterCluster:
         return next(one for one in await self._workers.refresh() if one.endpoint == endpoint)
 
     @io_bound
+    async def take_workers(self, endpoints: Sequence[str]) -> None:
+        """Make workers known that another router of this process knows; local ones are held as its own."""
+        for endpoint in endpoints:
+            self._workers.add(endpoint)
+        await self._workers.take_over(endpoints)
+
+    @io_bound
     async def remove_worker(self, endpoint: str) -> None:
         """Forget a worker; one that was started here is stopped.
 
@@ -96,6 +111,66 @@ class RouterCluster:
     async def stop_coordinator(self, model: str | None = None) -> list[str]:
         """Stop the coordinators of a model, or all; returns the models stopped."""
         return await self._coordinators.stop(model)
+
+    @io_bound
+    async def apply_plan(self, model: str, counts: Mapping[str, int]) -> None:
+        """Lay a running model out anew; its answers go on over the new layout.
+
+        Args:
+            model: one that this router runs sharded.
+            counts: units (blocks, then the output layer) of each worker, in the order of their layers; they sum
+                to the model's blocks plus one, and 0 leaves a worker out: `{"10.0.0.1:50052": 20, ...}`.
+
+        Raises:
+            ConfigError: no coordinator of this router shards the model, or this is no layout of it.
+            ModelDoesNotFitError: a worker's memory does not hold what it would get; the running one goes on.
+            WorkersUnavailableError, CoordinatorError: the new one could not be started; the old one has ended.
+        """
+        await self._coordinators.lay_out(model, counts)
+
+    @io_bound
+    async def what_if(self, model: str, counts: Mapping[str, int]) -> Forecast:
+        """What another layout of a running model would need and bring; nothing is changed.
+
+        Args:
+            model, counts: as in `apply_plan`; a layout that does not fit is told in the forecast.
+
+        Raises:
+            ConfigError: no coordinator of this router shards the model, or this is no layout of it.
+        """
+        return self._coordinators.what_if(model, counts)
+
+    @property
+    def layer_strategy(self) -> str:
+        """How the layers of the next models are spread."""
+        return self._coordinators.settings.layer_strategy
+
+    @io_bound
+    async def configure(self, *, layer_strategy: str | None = None, keep_alive: float | str | None = None) -> None:
+        """Change how coordinators are started from now on.
+
+        Args:
+            layer_strategy: how layers are spread, a name in `layer_plan.STRATEGIES`.
+            keep_alive: how long they live without a request, as in `HybridRouter`; also of those that run.
+
+        Raises:
+            ConfigError: one of them cannot be used.
+        """
+        settings = self._coordinators.settings
+        if layer_strategy is not None:
+            check_strategy(layer_strategy)
+            settings = replace(settings, layer_strategy=layer_strategy)
+        if keep_alive is not None:
+            settings = replace(settings, keep_alive_s=config.keep_alive_seconds(keep_alive), keep_alive_of={})
+        self._coordinators.settings = settings
+        if layer_strategy is not None:
+            words = f"models that are started from now on are spread by strategy {layer_strategy!r}"
+            self.events.publish("router.changed", "layer_strategy", words)
+        if keep_alive is not None:
+            for coordinator in self.coordinators:
+                await coordinator.keep_alive(settings.keep_alive_s)
+            words = f"coordinators live for {keep_alive} without a request"
+            self.events.publish("router.changed", "keep_alive", words)
 
     def get_stats(self) -> dict[str, Any]:
         """Counts and states of this router.
@@ -123,9 +198,11 @@ class RouterCluster:
         Args:
             keep: leave the engines running for their keep_alive, for whoever comes next.
         """
+        done_with_io_loop(self)
         if keep:
             await _let_go(self._coordinators, self._workers, self._ollama)
             return
+        await self.state.close()
         await self._coordinators.close()
         await self._workers.close()
         await self._ollama.close()

@@ -62,6 +62,10 @@ class HybridRouter:
     remove_worker = blocking(hybrid_router.HybridRouter.remove_worker)
     take_workers = blocking(hybrid_router.HybridRouter.take_workers)
     stop_coordinator = blocking(hybrid_router.HybridRouter.stop_coordinator)
+    preload = blocking(hybrid_router.HybridRouter.preload)
+    apply_plan = blocking(hybrid_router.HybridRouter.apply_plan)
+    what_if = blocking(hybrid_router.HybridRouter.what_if)
+    configure = blocking(hybrid_router.HybridRouter.configure)
     close = blocking(hybrid_router.HybridRouter.close)
     map = _blocking_batch(hybrid_router.HybridRouter.map)
 
@@ -72,6 +76,11 @@ class HybridRouter:
     def stream_async(self) -> Callable[..., AsyncGenerator[dict[str, Any], None]]:
         """The async `stream`, for a caller that brings its own way to wait."""
         return self._async.stream
+
+    @property
+    def layer_strategy(self) -> str:
+        """How the layers of the next models are spread."""
+        return self._async.layer_strategy
 
     @property
     def worker_endpoints(self) -> list[str]:

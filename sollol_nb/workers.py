@@ -25,7 +25,7 @@ from sollol_nb.exit_reasons import code_words
 from sollol_nb.layer_plan import WorkerCapacity
 from sollol_nb.local_workers import LOOPBACK, free_ports, start_worker, wait_until_free
 from sollol_nb.registry import Entry
-from sollol_nb.rpc_discovery import Probe, ProbeOutcome, discover, probe_all
+from sollol_nb.rpc_discovery import DEFAULT_TIMEOUT_S, Probe, ProbeOutcome, discover, probe_all
 from sollol_nb.toolchain import Engine
 
 MAX_LOCAL_WORKERS = 64
@@ -63,7 +63,7 @@ class WorkerStatus:
         if seen is None:
             return WorkerCapacity(self.endpoint, free_bytes=0, total_bytes=0)
         free_bytes, memory_domain = seen.free_bytes, None
-        if config.is_loopback(self.endpoint) and _is_system_memory(seen.total_bytes):
+        if _is_system_memory(seen.total_bytes) and config.is_loopback(self.endpoint):
             # All CPU workers of a machine offer the same memory, and each calls all of it free.
             free_bytes = min(free_bytes, psutil.virtual_memory().available)
             memory_domain = LOOPBACK
@@ -77,7 +77,12 @@ class WorkerStatus:
 
 
 def _is_system_memory(total_bytes: int) -> bool:
-    return abs(total_bytes - psutil.virtual_memory().total) < 64 * 1024**2
+    return abs(total_bytes - _system_memory_bytes()) < 64 * 1024**2
+
+
+@lru_cache
+def _system_memory_bytes() -> int:
+    return psutil.virtual_memory().total
 
 
 class Workers:
@@ -136,17 +141,6 @@ class Workers:
         del self._probes[endpoint]
         self._events.publish("worker.removed", endpoint, f"{endpoint} is not used any more")
 
-    def lost(self, endpoint: str, why: str) -> None:
-        """A coordinator has lost this worker; after the second time it cools down (see `cools_down_s`)."""
-        if endpoint not in self._probes:
-            return
-        losses = self._losses[endpoint] = [at for at in self._losses.get(endpoint, ()) if _is_recent(at)]
-        losses.append(time.monotonic())
-        self._probes[endpoint] = None
-        local = self._local.get(endpoint)
-        if local is None or local.is_running():  # else its end has been told already
-            self._events.publish("worker.lost", endpoint, f"lost the worker at {endpoint}: {why}")
-
     async def look_for_lost(self, endpoints: Iterable[str]) -> frozenset[str]:
         """After the end of a coordinator: which of its workers do not answer; each is told as lost.
 
@@ -154,12 +148,24 @@ class Workers:
         """
         silent = []
         for seen in await probe_all([one for one in endpoints if one in self._probes]):
+            if seen.endpoint not in self._probes:  # removed meanwhile
+                continue
             if seen.outcome is ProbeOutcome.FREE:
                 self._note(seen)
             else:
-                self.lost(seen.endpoint, seen.detail)
+                self._lost(seen)
                 silent.append(seen.endpoint)
         return frozenset(silent)
+
+    def _lost(self, seen: Probe) -> None:
+        """A coordinator has lost this worker; after the second time it cools down (see `cools_down_s`)."""
+        endpoint = seen.endpoint
+        losses = self._losses[endpoint] = [at for at in self._losses.get(endpoint, ()) if _is_recent(at)]
+        losses.append(time.monotonic())
+        self._probes[endpoint] = seen
+        if seen.outcome is not ProbeOutcome.REFUSED or endpoint not in self._local:  # else its supervisor tells
+            words = f"lost the worker at {endpoint}: {seen.detail}"
+            self._events.publish("worker.lost", endpoint, words)
 
     def cools_down_s(self, endpoint: str) -> float:
         """Seconds for which a worker that was lost again and again is only used if no other suffices."""
@@ -180,10 +186,11 @@ class Workers:
         await self.look_at([one for one in self._probes if one not in except_for])
         return self.statuses()
 
-    async def look_at(self, endpoints: Iterable[str]) -> None:
+    async def look_at(self, endpoints: Iterable[str], *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         """Look at these workers, unless they are held."""
         self._holders = await asyncio.to_thread(registry.holders)
-        for seen in await probe_all([one for one in endpoints if one not in self._holders]):
+        free = [one for one in endpoints if one not in self._holders]
+        for seen in await probe_all(free, timeout_s=timeout_s):
             if seen.endpoint in self._probes and seen.endpoint not in self._holders:
                 self._note(seen)
 
@@ -193,12 +200,11 @@ class Workers:
         self._events.report("probe.done", seen.endpoint, seen.detail, round_trip_ms=seen.round_trip_ms)
         before, self._probes[seen.endpoint] = self._probes[seen.endpoint], seen
         was, now = (None if one is None else _STATE_OF_OUTCOME[one.outcome] for one in (before, seen))
-        local = self._local.get(seen.endpoint)
-        if was == "free" and now == "down" and (local is None or local.is_running()):
+        if was == "free" and now == "down" and seen.endpoint not in self._local:  # of these their supervisors tell
             self._events.publish(
                 "worker.lost", seen.endpoint, f"lost the worker at {seen.endpoint}: {seen.detail}"
             )
-        elif now == "free" and (was == "down" or (was is None and self._losses.get(seen.endpoint))):
+        elif now == "free" and (was == "down" or (was != "free" and self._losses.get(seen.endpoint))):
             self._events.publish("worker.returned", seen.endpoint, f"the worker at {seen.endpoint} is back")
 
     def statuses(self) -> list[WorkerStatus]:
