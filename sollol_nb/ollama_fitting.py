@@ -7,7 +7,7 @@ first answer there is nothing to estimate by, and everything is sent.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -45,9 +45,9 @@ async def answer_what_fits(serving: Serving, journey: Journey) -> AsyncGenerator
             return
         except ContextOverflowError as error:
             at_least = fitted.dropped_count + 1
-            if error.context_tokens is None or at_least >= len(turn_starts(messages)):
+            context_tokens = error.context_tokens or context_tokens  # with keep_alive=0 it is unloaded by now
+            if context_tokens is None or at_least >= len(turn_starts(messages)):
                 raise
-            context_tokens = error.context_tokens
             # What was refused had more tokens than the context, at the least.
             sent = characters(fitted.messages)
             tokens_per_character = max(tokens_per_character or 0.0, (context_tokens + 1) / sent)
@@ -68,7 +68,7 @@ async def _fitted(
         count_tokens,
         model=str(journey.name),
         context_tokens=context_tokens,
-        max_tokens=_options(journey).get("num_predict"),
+        max_tokens=journey.option("num_predict"),
         at_least=at_least,
         is_estimate=True,
     )
@@ -76,7 +76,7 @@ async def _fitted(
 
 async def _context_tokens(serving: Serving, journey: Journey) -> int | None:
     """What the model holds for this request; it is loaded for that, if no node has it loaded yet."""
-    asked_for = _options(journey).get("num_ctx")
+    asked_for = journey.option("num_ctx")
     if isinstance(asked_for, int) and asked_for > 0:
         return asked_for
     context_tokens = await serving.context_tokens(journey.name.key)
@@ -92,8 +92,3 @@ async def _context_tokens(serving: Serving, journey: Journey) -> int | None:
         journey.queue_ms = loading.queue_ms
         context_tokens = await serving.context_tokens(journey.name.key)
     return context_tokens
-
-
-def _options(journey: Journey) -> Mapping[str, Any]:
-    options: Mapping[str, Any] = journey.body.get("options") or {}
-    return options

@@ -24,7 +24,7 @@ from contextlib import aclosing
 from typing import Any, Self
 
 from sollol_nb import config
-from sollol_nb.context_window import OVERFLOW_CHOICES, turn_starts
+from sollol_nb.context_window import DROP_OLDEST, ERROR, check_overflow, turn_starts
 from sollol_nb.errors import ConfigError, OllamaResponseError, OllamaUnavailableError
 from sollol_nb.events import EventBus
 from sollol_nb.gate import DEFAULT_PRIORITY
@@ -116,7 +116,7 @@ class OllamaPool:
         *,
         priority: int = DEFAULT_PRIORITY,
         timeout: float | None = None,
-        overflow: str = "error",
+        overflow: str = ERROR,
         **options: Any,
     ) -> dict[str, Any]:
         """One answer of `/api/chat`, as Ollama gives it without streaming, and `_routing` (see the module).
@@ -152,7 +152,7 @@ class OllamaPool:
         *,
         priority: int = DEFAULT_PRIORITY,
         timeout: float | None = None,
-        overflow: str = "error",
+        overflow: str = ERROR,
         **options: Any,
     ) -> AsyncGenerator[dict[str, Any], None]:
         """The chunks of `/api/chat` as Ollama sends them; the last has `done` and `_routing`.
@@ -161,11 +161,9 @@ class OllamaPool:
         `_restarted`: what came before it is void. Where the answer ended because the context was full, the last
         chunk has `_context_full`: its size in tokens. Arguments and errors are those of `chat`.
         """
-        if overflow not in OVERFLOW_CHOICES:
-            raise ConfigError(f"overflow={overflow!r} must be {' or '.join(OVERFLOW_CHOICES)}")
         body = request_body(model, messages=list(messages), **{**KEEPS_ALL, **_without_stream(options)})
         journey = _journey(CHAT, body, priority, timeout)
-        has_turns = overflow == "drop_oldest" and len(turn_starts(messages)) > 1
+        has_turns = check_overflow(overflow) == DROP_OLDEST and len(turn_starts(messages)) > 1
         answer = answer_what_fits(self._serving, journey) if has_turns else self._serving.answer(journey)
         async with aclosing(answer) as chunks:
             async for chunk in chunks:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Container, Iterable, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,6 +70,10 @@ class Journey:
     queue_ms: float = 0.0
     load_ms: float = 0.0  # before the request itself was sent
     ttft_ms: float | None = None
+
+    def option(self, name: str) -> Any:
+        """One of Ollama's options, as asked for; None where it was not."""
+        return (self.body.get("options") or {}).get(name)
 
     def leave(self, node: OllamaNode, why: NodeLostError) -> None:
         """Note that a node was left, and why."""
@@ -159,9 +163,12 @@ class Serving:
                 except OllamaResponseError as refused:
                     if not is_too_long(str(refused)):
                         raise
-                    context_tokens = await self._context_tokens_at(node, journey.name.key)
+                    context_tokens = await self._context_tokens_of(node, journey)
                     raise overflow_error(
-                        str(journey.name), None, context_tokens, remedy='options={"num_ctx": ...}'
+                        str(journey.name),
+                        None,
+                        context_tokens,
+                        remedy='a larger num_ctx (options={"num_ctx": ...})',
                     ) from refused
 
     async def _remarks(self, node: OllamaNode, journey: Journey, final: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,9 +176,9 @@ class Serving:
         seems to have left out a part of the prompt in silence."""
         remarks: dict[str, Any] = {}
         answer_tokens = final.get("eval_count") or 0
-        was_cut = final.get("done_reason") == "length"
-        if was_cut and answer_tokens != journey.body.get("options", {}).get("num_predict"):
-            context_tokens = await self._context_tokens_at(node, journey.name.key)
+        was_cut = final.get("done_reason") == "length" and journey.body.get("shift") is False
+        if was_cut and answer_tokens != journey.option("num_predict"):
+            context_tokens = await self._context_tokens_of(node, journey)
             if (
                 context_tokens is not None
                 and (final.get("prompt_eval_count") or 0) + answer_tokens >= context_tokens
@@ -188,15 +195,21 @@ class Serving:
         told = await asyncio.gather(*(self._context_tokens_at(node, key) for node in nodes))
         return min((tokens for tokens in told if tokens is not None), default=None)
 
+    async def _context_tokens_of(self, node: OllamaNode, journey: Journey) -> int | None:
+        # A model that was not to be kept loaded is not listed any more.
+        return await self._context_tokens_at(node, journey.name.key) or journey.option("num_ctx")
+
     async def _context_tokens_at(self, node: OllamaNode, key: str) -> int | None:
+        # Ollama loads what several names share once, and shows it under one of them: told by the digest.
         try:
-            answer = await node.client.get("/api/ps", timeout_s=LOOK_TIMEOUT_S)
+            paths = ("/api/ps", "/api/tags")
+            answers = [await node.client.get(path, timeout_s=LOOK_TIMEOUT_S) for path in paths]
         except TransportError:
             return None
-        for entry in answer.get("models") or ():
-            if ModelName.parse(str(entry.get("name"))).key == key and entry.get("context_length"):
-                return int(entry["context_length"])
-        return None
+        loaded, on_disk = (answer.get("models") or () for answer in answers)
+        digests = {one.get("digest") for one in on_disk if _is_named(one, key)}
+        told = (one.get("context_length") for one in loaded if one.get("digest") in digests)
+        return next((int(tokens) for tokens in told if tokens), None)
 
     async def _next_request(self, node: OllamaNode, journey: Journey) -> tuple[dict[str, Any], bool]:
         """The body to send, and whether it starts an answer again of which a part was shown."""
@@ -355,6 +368,12 @@ class Serving:
 
     def urls(self) -> str:
         return ", ".join(self.nodes)
+
+
+def _is_named(entry: Mapping[str, Any], key: str) -> bool:
+    with suppress(ModelNotFoundError):  # a name that is none
+        return ModelName.parse(str(entry.get("name"))).key == key
+    return False
 
 
 async def _look_at(nodes: Iterable[OllamaNode]) -> None:

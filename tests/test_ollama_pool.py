@@ -17,6 +17,7 @@ import pytest
 
 from sollol_nb.errors import (
     ConfigError,
+    ContextOverflowError,
     ModelNotFoundError,
     OllamaResponseError,
     OllamaUnavailableError,
@@ -26,6 +27,7 @@ from sollol_nb.events import Event, EventBus
 from sollol_nb.ollama_choice import Holding
 from sollol_nb.ollama_pool import OllamaPool
 
+from .engines import write_endless
 from .gguf_files import write_llama
 from .ollama_server import CHATML, OllamaServer
 
@@ -36,7 +38,7 @@ MESSAGES = [{"role": "user", "content": QUESTION}]
 STORY = "Tell me a long story."  # the demo model's longest answer
 STORY_MESSAGES = [{"role": "user", "content": STORY}]
 STORY_TOKENS = 400  # at work long enough to be harmed at it
-GREEDY = {"temperature": 0, "seed": 1}
+GREEDY: dict[str, Any] = {"temperature": 0, "seed": 1}
 TOOL = {
     "type": "function",
     "function": {
@@ -191,6 +193,97 @@ def test_images_reach_the_model(ollama: OllamaServer) -> None:
     with_image = with_pool(ollama)(lambda pool: pool.chat("llama3.2", seen, max_tokens=1))
     without = with_pool(ollama)(lambda pool: pool.chat("llama3.2", MESSAGES, max_tokens=1))
     assert with_image["prompt_eval_count"] == expected["prompt_eval_count"] > without["prompt_eval_count"]
+
+
+# --- a context that is too small ----------------------------------------------------------------
+
+DEMO_CONTEXT_TOKENS = 2048
+LONG_MESSAGES = [{"role": "user", "content": "word " * 300}]
+
+
+@pytest.fixture(scope="module")
+def small_models(
+    start_ollamas: Callable[..., OllamaServer], tmp_path_factory: pytest.TempPathFactory
+) -> OllamaServer:
+    """A server with a model that never stops by itself, and one that was trained for 256 tokens."""
+    server, folder = start_ollamas(), tmp_path_factory.mktemp("small_models")
+    server.create("endless", write_endless(folder))
+    server.create("narrow", write_llama(folder / "narrow.gguf", blocks=2, vocabulary=300, context=256))
+    return server
+
+
+@pytest.mark.parametrize("model", ["llama3.2", "llama3.1:70b"])  # loaded once, and listed under one name
+@pytest.mark.parametrize("path", ["chat", "generate"])
+def test_a_prompt_that_does_not_fit_is_an_error_and_nothing_is_dropped(
+    ollama: OllamaServer, path: str, model: str
+) -> None:
+    prompt = "word " * 3000
+
+    async def ask(pool: OllamaPool) -> ContextOverflowError:
+        asked: Awaitable[Any] = (
+            pool.chat(model, [{"role": "user", "content": prompt}])
+            if path == "chat"
+            else pool.generate(model, prompt)
+        )
+        with pytest.raises(ContextOverflowError, match=r"^llama3.*context of 2,048,.*num_ctx") as overflow:
+            await asked
+        assert pool.nodes[0].state == "ready"
+        return overflow.value
+
+    overflow = with_pool(ollama)(ask)
+    assert (overflow.prompt_tokens, overflow.context_tokens) == (None, DEMO_CONTEXT_TOKENS)
+
+
+def test_what_ollama_drops_because_it_was_told_to_is_said(ollama: OllamaServer) -> None:
+    asked: dict[str, Any] = {"num_ctx": 64, "max_tokens": 1, "truncate": True}
+    answer = with_pool(ollama)(lambda pool: pool.chat("llama3.2", LONG_MESSAGES, **asked))
+    assert answer["prompt_eval_count"] <= 64
+    assert "does not say what it left out" in answer["_dropped"]
+
+
+@pytest.mark.parametrize(
+    ("more", "is_full"),
+    [({}, True), ({"keep_alive": 0}, True), ({"max_tokens": 2}, False), ({"shift": True}, False)],
+)
+def test_an_answer_that_fills_the_context_ends_and_says_so(
+    small_models: OllamaServer, more: dict[str, Any], is_full: bool
+) -> None:
+    limit: dict[str, Any] = {"max_tokens": 100} if "shift" in more else {}
+    hi = [{"role": "user", "content": "Hi"}]
+    answer = with_pool(small_models)(lambda pool: pool.chat("endless", hi, num_ctx=64, **GREEDY, **limit, **more))
+    assert answer["done_reason"] == "length"
+    assert answer.get("_context_full") == (64 if is_full else None)
+    used_tokens = answer["prompt_eval_count"] + answer["eval_count"]
+    assert (64 <= used_tokens <= 65) if is_full else (used_tokens < 64 or "shift" in more)
+
+
+@pytest.mark.parametrize(("num_ctx", "context_tokens"), [(128, 128), (1_000_000, 256)])
+def test_the_oldest_turns_are_dropped_when_asked_to(
+    small_models: OllamaServer, num_ctx: int, context_tokens: int
+) -> None:
+    turn = [{"role": "user", "content": "w" * 100}, {"role": "assistant", "content": "w" * 100}]
+
+    async def ask(pool: OllamaPool) -> dict[str, Any]:
+        answer: dict[str, Any] = await pool.chat(
+            "narrow",
+            [*turn * 8, {"role": "user", "content": "Hi"}],
+            overflow="drop_oldest",
+            num_ctx=num_ctx,
+            max_tokens=2,
+        )
+        return answer
+
+    answer = with_pool(small_models)(ask)
+    assert answer["prompt_eval_count"] < context_tokens
+    assert f"to fit {context_tokens:,} tokens of context" in answer["_dropped"]
+
+
+def test_an_overflow_that_is_no_choice_is_refused(ollama: OllamaServer) -> None:
+    async def ask(pool: OllamaPool) -> None:
+        with pytest.raises(ConfigError, match="overflow='drop' must be error or drop_oldest"):
+            await pool.chat("llama3.2", MESSAGES, overflow="drop")
+
+    with_pool(ollama)(ask)
 
 
 def test_a_request_that_is_no_json_is_refused(ollama: OllamaServer) -> None:

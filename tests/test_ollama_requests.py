@@ -9,9 +9,13 @@ import pytest
 from sollol_nb.ollama_requests import (
     AnswerSoFar,
     can_continue,
+    characters,
     chat_continuation,
+    estimated_tokens,
     generate_continuation,
+    is_too_long,
     request_body,
+    unread_words,
 )
 
 
@@ -112,3 +116,42 @@ def test_which_half_answers_can_be_continued(
     path: str, body: dict[str, Any], chunk: dict[str, Any], expected: bool
 ) -> None:
     assert can_continue(path, body, so_far(chunk)) is expected
+
+
+# --- prompts that are too long ------------------------------------------------------------------
+
+
+def test_tokens_are_estimated_by_those_of_an_earlier_prompt() -> None:
+    earlier = [{"role": "user", "content": "a" * 976}]
+    tokens_per_character = 250 / characters(earlier)
+    assert estimated_tokens(earlier, tokens_per_character) == 251
+    assert estimated_tokens([*earlier, *earlier], tokens_per_character) == 501
+    with_images = [{**earlier[0], "images": ["aGk=", "aGk="]}]
+    assert estimated_tokens(with_images, tokens_per_character) == 251 + 2 * 768
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt_tokens", "is_told"),
+    [
+        ("a" * 400, 100, False),
+        ("a" * 800, 100, False),
+        ("a" * 801, 100, True),
+        ("a" * 801, None, False),
+        ("", 0, False),
+    ],
+)
+def test_a_prompt_of_which_too_little_was_read_is_told(
+    text: str, prompt_tokens: int | None, is_told: bool
+) -> None:
+    assert bool(unread_words([{"role": "user", "content": text}], prompt_tokens)) is is_told
+
+
+@pytest.mark.parametrize(
+    ("reason", "too_long"),
+    [
+        ("Ollama at http://a: the input length exceeds the context length", True),
+        ("Ollama at http://a: model requires more system memory", False),
+    ],
+)
+def test_the_refusal_of_a_long_prompt_is_known(reason: str, too_long: bool) -> None:
+    assert is_too_long(reason) is too_long
