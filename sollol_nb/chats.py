@@ -6,6 +6,10 @@ that is told (see `context_window`); the chat itself keeps everything. A model's
 looked at, and not sent again.
 
 Chats live in the memory of the process. `Chat.export` writes one to a file, `Chat.load` reads it again.
+
+    chat = Chat("trip", system="Be brief.")
+    for chunk in iterate_blocking(ask_in_chat(router.stream_async, chat, "demo", "What is a worker?")):
+        print(chunk["message"]["content"], end="")
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from typing import Any, Self
 
 from sollol_nb import chat_view
 from sollol_nb.completion import Completion
-from sollol_nb.context_window import turn_starts
+from sollol_nb.context_window import DROP_OLDEST, turn_starts
 from sollol_nb.errors import ChatBusyError, ConfigError, RequestCancelledError
 from sollol_nb.llama_chat import check_messages
 
@@ -148,6 +152,18 @@ class Chat:
         )
         self._said += [Said(dict(question), now), said]
         return True
+
+    def amend(self, answer: Completion) -> None:
+        """Put the whole answer (as `router.resume` gives it) in the place of the last one, which broke off.
+
+        Raises:
+            ConfigError: the last answer did not break off.
+        """
+        if not self._said or self._said[-1].done_reason != "error":
+            raise ConfigError(f"the last answer of chat {self.name} did not break off; there is nothing to amend")
+        note = self._said.pop().note
+        question = self._said.pop()
+        self.add(question.message, Completion({"_dropped": note, **answer}))
 
     @contextmanager
     def answering(self) -> Iterator[None]:
@@ -334,7 +350,7 @@ async def ask_in_chat(
         SollolError: as for `HybridRouter.stream`.
     """
     question = check_messages(prompt if isinstance(prompt, str) else [prompt])[0]
-    options = {"overflow": "drop_oldest", **options}
+    options["overflow"] = options.get("overflow") or DROP_OLDEST
     chunks: list[dict[str, Any]] = []
     with chat.answering():
         try:

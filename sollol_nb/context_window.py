@@ -15,9 +15,9 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from sollol_nb.errors import ContextOverflowError
+from sollol_nb.errors import ConfigError, ContextOverflowError
 
-OVERFLOW_CHOICES = ("error", "drop_oldest")
+ERROR, DROP_OLDEST = OVERFLOW_CHOICES = ("error", "drop_oldest")
 """What a request may ask for where its messages do not fit: an error, or to drop its oldest turns."""
 
 Message: TypeAlias = Mapping[str, Any]
@@ -38,6 +38,13 @@ class Fitted:
     messages: tuple[Message, ...]
     dropped_count: int = 0
     words: str = ""
+
+
+def check_overflow(choice: str) -> str:
+    """The choice, or ConfigError if it is none."""
+    if choice not in OVERFLOW_CHOICES:
+        raise ConfigError(f"overflow={choice!r} must be {' or '.join(OVERFLOW_CHOICES)}")
+    return choice
 
 
 def turn_starts(messages: Sequence[Message]) -> list[int]:

@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 
 from sollol_nb import registry
-from sollol_nb.context_window import turn_starts
+from sollol_nb.context_window import DROP_OLDEST, turn_starts
 from sollol_nb.coordinator_readiness import LISTENING, PortTakenError, StartingCoordinator
 from sollol_nb.coordinator_settings import CoordinatorSettings, known_flags, server_flags
 from sollol_nb.engine_process import EngineProcess, ExitReport
@@ -290,7 +290,7 @@ class Coordinator:
 
         With the option `overflow="drop_oldest"` the oldest turns that do not fit the context are dropped.
         """
-        if options.get("overflow") == "drop_oldest" and len(turn_starts(messages)) > 1:
+        if options.get("overflow") == DROP_OLDEST and len(turn_starts(messages)) > 1:
             return FittingAnswer(
                 self.model,
                 messages,

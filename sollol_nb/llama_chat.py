@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from enum import Enum, auto
 from typing import Any
 
-from sollol_nb.context_window import OVERFLOW_CHOICES
+from sollol_nb.context_window import check_overflow
 from sollol_nb.errors import ConfigError
 
 _NUMBER = (int, float)
@@ -105,8 +105,8 @@ def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
             wanted = " or ".join(one.__name__ for one in types)
             raise ConfigError(f"option {name}={value!r} must be {wanted}")
-    if checked.get("overflow", "error") not in OVERFLOW_CHOICES:
-        raise ConfigError(f"overflow={checked['overflow']!r} must be {' or '.join(OVERFLOW_CHOICES)}")
+    if "overflow" in checked:
+        check_overflow(checked["overflow"])
     return checked
 
 

@@ -290,6 +290,17 @@ def test_an_answer_that_breaks_off_is_kept_as_far_as_it_came() -> None:
     assert (chat.said[-1].done_reason, chat.said[-1].model, chat.said[-1].note) == ("error", "m", "dropped it")
 
 
+def test_an_answer_that_broke_off_is_amended_by_the_whole_one() -> None:
+    chat = chat_of(1)
+    broken = Completion({**answer("Hel"), "done_reason": "error", "_dropped": "dropped it"})
+    chat.add(user("Hi"), broken)
+    chat.amend(answer("Hello"))
+    assert chat.messages == [*chat_of(1).messages, user("Hi"), assistant("Hello")]
+    assert chat.said[-1].note == "dropped it"
+    with pytest.raises(ConfigError, match="did not break off"):
+        chat.amend(answer("Hello"))
+
+
 def test_a_question_that_failed_before_a_word_is_not_kept_and_leaves_the_chat_free() -> None:
     chat = chat_of(1)
     with pytest.raises(AnswerInterruptedError):
@@ -462,11 +473,9 @@ def small_ollama(
 
 
 @pytest.mark.ollama
-@pytest.mark.parametrize("is_loaded", [True, False])
-def test_at_ollama_turns_that_do_not_fit_are_dropped_in_words(small_ollama: OllamaServer, is_loaded: bool) -> None:
+def test_at_ollama_turns_that_do_not_fit_are_dropped_in_words(small_ollama: OllamaServer) -> None:
     with HybridRouter(OllamaPool(small_ollama.base_url)) as router:
-        first = [*chat_of(1).messages, user("Hi")]
-        router.route_request("small", first, max_tokens=1, keep_alive=None if is_loaded else 0)
+        router.route_request("small", [*chat_of(1).messages, user("Hi")], max_tokens=1)
         chat = chat_of(6)
         chunks = asked(router, chat, "small", "and now?", max_tokens=20, temperature=0)
         words = chunks[0]["_dropped"]
@@ -478,6 +487,20 @@ def test_at_ollama_turns_that_do_not_fit_are_dropped_in_words(small_ollama: Olla
     assert f"to fit {CONTEXT_TOKENS} tokens of context" in words
     assert chunks[-1]["_dropped"] == chunks[-1]["_routing"]["dropped"] == words
     assert [note for _, note in chat.notes] == [words]
+
+
+@pytest.mark.ollama
+@pytest.mark.parametrize("keep_alive", ["1m", 0], ids=["loaded", "unloaded"])
+def test_at_ollama_the_answer_has_its_room(small_ollama: OllamaServer, keep_alive: str | int) -> None:
+    chat = chat_of(1)
+    with HybridRouter(OllamaPool(small_ollama.base_url)) as router:
+        all_of_it = [*chat.messages, user("and now?")]
+        whole = router.route_request("small", all_of_it, max_tokens=1, keep_alive=keep_alive)
+        max_tokens = CONTEXT_TOKENS - whole["prompt_eval_count"] + 5
+        chunks = asked(router, chat, "small", "and now?", max_tokens=max_tokens)
+    assert 5 < max_tokens <= CONTEXT_TOKENS // 2
+    assert chunks[0]["_dropped"].startswith("dropped the oldest turn (about ")
+    assert chunks[-1]["eval_count"] == max_tokens
 
 
 @pytest.mark.ollama

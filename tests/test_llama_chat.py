@@ -98,6 +98,7 @@ def test_message_that_cannot_be_used_is_named(given: Any, words: str) -> None:
         ({"think": True}, {"think": True}),
         ({"keep_alive": -1}, {"keep_alive": -1}),
         ({"options": {"num_ctx": 10}}, {"options": {"num_ctx": 10}}),
+        ({"overflow": "drop_oldest"}, {"overflow": "drop_oldest"}),
     ],
 )
 def test_known_options_pass_and_none_is_left_out(given: dict[str, Any], checked: dict[str, Any]) -> None:
@@ -122,6 +123,8 @@ def test_known_options_pass_and_none_is_left_out(given: dict[str, Any], checked:
         ({"options": [1]}, "must be dict"),
         ({"keep_alive": True}, "must be str or int or float"),
         ({"think": 1}, "must be bool or str"),
+        ({"overflow": 1}, "must be str"),
+        ({"overflow": "drop"}, "overflow='drop' must be error or drop_oldest"),
     ],
 )
 def test_option_that_cannot_be_used_is_named(given: dict[str, Any], words: str) -> None:
