@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import importlib
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,8 +26,12 @@ def check_format(path: Path) -> None:
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise ConfigError(f"{path.name!r} does not end in {' or '.join(SUFFIXES)}; the suffix tells the format")
-    if suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
-        raise ConfigError("writing Parquet needs pyarrow; pip install 'sollol_nb[parquet]', or write a .csv file")
+    if suffix == ".parquet":
+        try:
+            importlib.import_module("pyarrow")
+        except ImportError as error:
+            words = "writing Parquet needs pyarrow; pip install 'sollol_nb[parquet]', or write a .csv file"
+            raise ConfigError(f"{words} ({error})") from error
 
 
 def write_frame(frame: pd.DataFrame, path: Path) -> Path:

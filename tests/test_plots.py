@@ -16,8 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection, PolyCollection
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.image import imread
 from matplotlib.patches import Rectangle
-from matplotlib.testing.compare import compare_images
 
 from sollol_nb import plots
 from sollol_nb.cluster_status import COLORS
@@ -36,7 +36,8 @@ from tests.plot_pictures import (
     pinned_style,
 )
 
-TOLERANCE_RMS = 14.0  # of 255; fonts differ a little between versions of matplotlib
+AVERAGED_PX = 12  # fonts and lines are a fraction of a pixel elsewhere in other versions of matplotlib
+TOLERANCE_RMS = 3.5  # of 255, between averages; 3.1 is what matplotlib 3.8 and 3.11 differ by
 OF_FRAMES: list[Callable[..., Axes]] = [
     plots.ttft_ecdf,
     plots.total_ecdf,
@@ -71,22 +72,40 @@ def rows(ax: Axes) -> list[str]:
 # --- how they look ----------------------------------------------------------------------------
 
 
+def difference_rms(one: Path, other: Path) -> float:
+    """Root mean square of the difference of two pictures, of 255, after averaging squares of pixels."""
+    averages = []
+    for path in (one, other):
+        pixels = imread(path)[:, :, :3]
+        height, width = (length // AVERAGED_PX for length in pixels.shape[:2])
+        squares = pixels[: height * AVERAGED_PX, : width * AVERAGED_PX]
+        averages.append(squares.reshape(height, AVERAGED_PX, width, AVERAGED_PX, 3).mean((1, 3)))
+    return float(np.sqrt(np.mean((averages[0] - averages[1]) ** 2)) * 255)
+
+
 @pytest.mark.parametrize("name", DRAWINGS)
 def test_it_looks_like_its_picture(name: str, tmp_path: Path) -> None:
     draw(DRAWINGS[name], tmp_path / f"{name}.png")
 
-    difference = compare_images(str(PICTURES / f"{name}.png"), str(tmp_path / f"{name}.png"), TOLERANCE_RMS)
-    assert difference is None, difference
+    assert difference_rms(PICTURES / f"{name}.png", tmp_path / f"{name}.png") <= TOLERANCE_RMS
 
 
-def test_the_tolerance_sees_a_missing_line(tmp_path: Path) -> None:
-    def without_a_backend(ax: Axes) -> Axes:
-        frame = busy_frame()
-        return plots.ttft_ecdf(frame[frame["backend"] != "ollama-pool"], ax)
+@pytest.mark.parametrize(
+    ("name", "drawing"),
+    [
+        ("ttft_ecdf", lambda ax: plots.ttft_ecdf(busy_frame().query("backend != 'ollama-pool'"), ax)),
+        ("layer_map", lambda ax: plots.layer_map(coordinator_status("llama3.1:70b", [27, 27, 27]), ax)),
+        ("timeline", lambda ax: plots.timeline(busy_frame(60).assign(failover_details=""), None, ax)),
+        ("no_requests", lambda ax: plots.ttft_ecdf(busy_frame(1), ax)),
+    ],
+    ids=["a line is missing", "a model is missing", "faults are missing", "there is a request"],
+)
+def test_the_tolerance_is_less_than_what_matters(
+    name: str, drawing: Callable[[Axes], Axes], tmp_path: Path
+) -> None:
+    draw(drawing, tmp_path / "other.png")
 
-    draw(without_a_backend, tmp_path / "less.png")
-
-    assert compare_images(str(PICTURES / "ttft_ecdf.png"), str(tmp_path / "less.png"), TOLERANCE_RMS) is not None
+    assert difference_rms(PICTURES / f"{name}.png", tmp_path / "other.png") > TOLERANCE_RMS
 
 
 @pytest.mark.parametrize("name", DRAWINGS)
