@@ -161,11 +161,9 @@ async def measure(
         await places.prepare()
         labels = case_labels(places.cases)
         yield BenchStart(labels, settings.requests_of(places.cases))
-        async with aclosing(_Rounds(settings, places, labels).run()) as rows:
-            async for row in rows:
-                yield row
-        for words in dict.fromkeys(places.notes):
-            yield BenchNote(words)
+        async with aclosing(_Rounds(settings, places, labels).run()) as items:
+            async for item in items:
+                yield item
     finally:
         # The engines must be ended, also when whoever waits is cancelled once more.
         await asyncio.shield(places.close())
@@ -181,8 +179,8 @@ class _Rounds:
         self._run_mark = int(time.time() * 1000) % 10**8
         self._began = time.perf_counter()
 
-    async def run(self) -> AsyncGenerator[BenchRow, None]:
-        """All rows. Raises the first error where nothing could be measured."""
+    async def run(self) -> AsyncGenerator[BenchNote | BenchRow, None]:
+        """All rows, and what to know of them. Raises the first error where nothing could be measured."""
         targets = list(dict.fromkeys(case.target for case in self._labels))
         errors: list[SollolError] = []
         has_measured = False
@@ -197,6 +195,8 @@ class _Rounds:
                     for case in cases:
                         yield replace(self._empty_row(case, round_number), error=str(error))
                     continue
+                for words in self._places.take_notes():
+                    yield BenchNote(words)
                 for case in cases:
                     async with aclosing(self._turn(case, round_number)) as rows:
                         async for row in rows:
@@ -218,7 +218,7 @@ class _Rounds:
                         await self._places.ask(target, prompt)
                 return
             except SollolError as error:
-                if not self._places.failed(target, error):
+                if not await self._places.failed(target, error):
                     raise
 
     async def _turn(self, case: BenchCase, round_number: int) -> AsyncGenerator[BenchRow, None]:
@@ -295,7 +295,7 @@ class _Collected:
         match item:
             case BenchStart():
                 self._cases = item.cases
-            case BenchNote():
+            case BenchNote() if item.words not in self._notes:
                 self._notes.append(item.words)
             case BenchRow():
                 self.rows.append(item)

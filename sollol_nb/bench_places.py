@@ -41,13 +41,12 @@ class BenchPlaces:
     Attributes:
         cases: what is measured, in the order of turns; empty before `prepare`.
         takes_turns: whether coordinators take turns on the same workers.
-        notes: what was done or must be known, in words.
     """
 
     def __init__(self, router: HybridRouter, settings: BenchSettings) -> None:
         self.cases: tuple[BenchCase, ...] = ()
         self.takes_turns = bool(settings.reload)
-        self.notes: list[str] = []
+        self._notes: list[str] = []
         self._router = router
         self._settings = settings
         self._routers: dict[BenchTarget, HybridRouter] = {}
@@ -91,10 +90,11 @@ class BenchPlaces:
         """Make sure that the workers a target needs are free, or that it is loaded.
 
         Returns:
-            Whether it has yet to be loaded, which its next request does.
+            Whether it was not loaded before; if need be its next request loads it.
 
         Raises:
             WorkersUnavailableError: other coordinators hold the workers.
+            SollolError: exact counts cannot be laid out.
         """
         if target in self._loaded:
             return False
@@ -110,18 +110,27 @@ class BenchPlaces:
                     "%sollol_cluster shows who holds the others"
                 )
         self._loaded.add(target)
+        if target.layout.unit_counts:
+            await self._lay_out(target)
         return True
 
-    def failed(self, target: BenchTarget, error: Exception) -> bool:
+    async def failed(self, target: BenchTarget, error: Exception) -> bool:
         """A target could not be loaded. Returns whether it can be tried again, with the others out of its way."""
         self._loaded.discard(target)
+        if self._routers[target] is not self._router:
+            await self._routers[target].stop_coordinator()
         is_short = isinstance(error, WorkersUnavailableError | ModelDoesNotFitError)
         others = any(self._needs[one] for one in self._loaded)
         if not is_short or self.takes_turns or not others or self._settings.reload is False:
             return False
         self.takes_turns = True
-        self.notes.append(f"not all can be loaded at once ({error})")
+        self._notes.append(f"not all could be loaded at once ({error}), so from then on they took turns")
         return True
+
+    def take_notes(self) -> list[str]:
+        """What was done or must be known, in words, since this was last called."""
+        notes, self._notes = self._notes, []
+        return notes
 
     async def close(self) -> None:
         """End all coordinators that were started for the benchmark; that of `auto` stays loaded."""
@@ -139,7 +148,6 @@ class BenchPlaces:
         assert route.model_path is not None  # what is sharded has a file
         facts = await asyncio.to_thread(read_facts, route.model_path)
         check_counts(target.layout, target.model, facts.layer_count)
-        counts = str(target.layout) if target.layout.unit_counts else ""
         router = type(theirs)(
             rpc_backends=theirs._workers.endpoints,
             num_rpc_backends=target.layout.worker_count or settings.num_rpc_backends,
@@ -147,7 +155,7 @@ class BenchPlaces:
             coordinator_timeout=settings.coordinator_timeout_s,
             coordinator_port=settings.coordinator_port,
             gguf_path=route.model_path,
-            layer_strategy=counts or target.strategy or settings.layer_strategy,
+            layer_strategy=target.strategy or settings.layer_strategy,
             context_tokens=settings.context_tokens,
             slots=settings.slots,
             timeout=theirs._timeout_s,
@@ -195,11 +203,20 @@ class BenchPlaces:
                 "start more, or let the layouts take turns (reload=True)"
             )
         self.takes_turns = bool(self._settings.reload) or not fits
-        self.notes.append(
+        self._notes.append(
             "coordinators took turns on the same workers; each turn began with a load, which is not measured"
             if self.takes_turns
             else "each coordinator had workers of its own (column `workers`): a fair comparison if these are alike"
         )
+
+    async def _lay_out(self, target: BenchTarget) -> None:
+        """Start a target's coordinator with exact counts. Only what runs can be laid out, so it loads twice."""
+        router, counts = self._routers[target], target.layout.unit_counts
+        await router.route_request(target.model, "Hello!", backend=_backend(target), max_tokens=1)
+        usable = {endpoint for one in router.coordinators for endpoint in one.rpc_backends}
+        usable |= set(await self._free())
+        chosen = [endpoint for endpoint in router._workers.endpoints if endpoint in usable][: len(counts)]
+        await router.apply_plan(target.model, dict(zip(chosen, counts, strict=True)))
 
     async def _free(self) -> list[str]:
         return [one.endpoint for one in await self._router._workers.refresh() if one.state == "free"]
@@ -219,7 +236,7 @@ class BenchPlaces:
         for coordinator in self._idle():
             if count > 0 and coordinator.model not in kept:
                 await self._router.stop_coordinator(coordinator.model)
-                self.notes.append(f"stopped the idle coordinator of {coordinator.model} to free its workers")
+                self._notes.append(f"stopped the idle coordinator of {coordinator.model} to free its workers")
                 count -= len(coordinator.rpc_backends)
 
     async def _unload_all(self) -> None:

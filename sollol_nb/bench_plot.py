@@ -1,4 +1,4 @@
-"""Plots of a benchmark: a line per case, its median with the 95 % interval, and a dot for each round."""
+"""Plots of a benchmark: for each case the median (a bar), its 95 % interval (a band), and a dot for each round."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 PANELS = ("ttft_ms", "prompt_tokens_per_s", "tokens_per_s")
 THROUGHPUT = "throughput_tokens_per_s"
-# Okabe and Ito's colour-blind-safe palette; grey dots read on light and dark grounds.
-_COLOR, _ROUND_COLOR = "#0072b2", "#8c8c8c"
+# Of Okabe and Ito's colour-blind-safe palette; the grey reads on light and dark grounds.
+_COLOR, _ROUND_COLOR = "#0072b2", "#7a7a7a"
 _ROW_INCHES = 0.42
 
 
@@ -37,10 +37,10 @@ def draw_metric(result: BenchResult, metric: str, ax: Axes | None = None) -> Axe
     summary = result.summary().xs(metric, level="metric")
     for position, case in enumerate(result.cases):
         values = here.loc[here["case"] == case, "value"]
-        ax.plot(values, [position] * len(values), ".", color=_ROUND_COLOR, markersize=5, alpha=0.7, zorder=1)
+        ax.plot(values, [position] * len(values), ".", color=_ROUND_COLOR, markersize=6, zorder=2)
     positions = range(len(result.cases))
-    ax.hlines(positions, summary["lower"], summary["upper"], color=_COLOR, linewidth=2.5, zorder=2)
-    ax.plot(summary["median"], positions, "o", color=_COLOR, markersize=7, zorder=3)
+    ax.hlines(positions, summary["lower"], summary["upper"], color=_COLOR, linewidth=7, alpha=0.35, zorder=1)
+    ax.plot(summary["median"], positions, "|", color=_COLOR, markersize=16, markeredgewidth=3, zorder=3)
     ax.set_yticks(positions, result.cases)
     ax.set_ylim(len(result.cases) - 0.5, -0.5)  # the first case on top
     ax.set_xlim(left=0)

@@ -17,7 +17,7 @@ from sollol_nb.errors import ConfigError, ModelNotFoundError, RequestTimeoutErro
 from sollol_nb.events import Event
 from sollol_nb.sync_wrapper import HybridRouter
 from sollol_nb.toolchain import Engine
-from tests.engines import engines_of, run, unused_port, unused_ports
+from tests.engines import engine_on, engines_of, is_alive, run, unused_port, unused_ports
 
 pytestmark = pytest.mark.engine
 
@@ -82,6 +82,30 @@ def test_turns_can_be_asked_for_and_refused(idle: HybridRouter) -> None:
     assert any("took turns on the same workers" in note for note in result.notes)
     with pytest.raises(ConfigError, match="5 workers are needed to load all layouts at once and 3 are available"):
         bench_blocking(idle, MODEL, layouts=[2, 3], reload=False, **QUICK)
+
+
+def test_exact_counts_are_laid_out_as_they_are_written(idle: HybridRouter) -> None:
+    result = bench_blocking(idle, MODEL, layouts=["5/4/4", "10/3"], **QUICK)
+    layers = dict(zip(result.frame["case"], result.frame["layers"], strict=True))
+    assert layers == {"layers 5/4/4": "5/4/4", "layers 10/3": "10/3"}
+    assert turns(result) == ["layers 5/4/4", "layers 10/3"] * 2
+    assert result.frame["load_ms"].isna().all()
+
+
+def test_coordinators_take_turns_from_when_not_all_can_be_loaded(engine: Engine) -> None:
+    with HybridRouter(auto_discover_rpc=False, rpc_port=unused_ports(3)) as router:
+        endpoints = router.start_workers(3)
+        third = engine_on(int(endpoints[2].rpartition(":")[2]))
+
+        def kill_a_free_worker(event: Event) -> None:
+            if event.kind == "request.finished" and is_alive(third):
+                third.kill()
+
+        router.events.subscribe(kill_a_free_worker)
+        result = bench_blocking(router, MODEL, layouts=[1, 2], **QUICK)
+    assert turns(result) == ["1 worker", "2 workers"] * 2
+    assert set(result.frame["error"]) == {""}
+    assert any("from then on they took turns" in note for note in result.notes)
 
 
 def test_auto_is_the_router_itself_and_stays_loaded(idle: HybridRouter) -> None:
