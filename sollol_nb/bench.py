@@ -116,6 +116,7 @@ async def bench(
 
 
 def bench_blocking(self: Any, models: str | Sequence[str], **wanted: Any) -> BenchResult:
+    # Documented as `bench` is, see below. As every twin, `self` carries the async router as `_async`.
     router: HybridRouter = self._async
     settings = bench_settings(models, **wanted)
     collected = _Collected(settings)
