@@ -28,6 +28,7 @@ from sollol_nb.batch_store import answer_key
 from sollol_nb.chat_request import checked_priority, checked_timeout_s, options_with_schema
 from sollol_nb.completion import Completion
 from sollol_nb.errors import (
+    AnswerInterruptedError,
     BatchInterrupted,
     ConfigError,
     CoordinatorStartError,
@@ -232,8 +233,7 @@ class Batch:
         except SollolError as error:
             if isinstance(error, RequestRejectedError | OllamaResponseError):
                 self._note_refusal(error)
-            answer = error.completion if isinstance(error, StructureError) else None
-            result = RowResult(ERROR, answer, error=" ".join(str(error).split()))
+            result = RowResult(ERROR, _answer_of(error), error=" ".join(str(error).split()))
         else:
             result = self._result(OK, completion)
         self._note(rows, result)
@@ -257,8 +257,12 @@ class Batch:
             raise error
 
     async def _keep(self, key: str, completion: Completion) -> None:
+        saving = asyncio.create_task(asyncio.to_thread(self._router.batch_store.put, key, completion))
         try:
-            await asyncio.to_thread(self._router.batch_store.put, key, completion)
+            await asyncio.shield(saving)
+        except asyncio.CancelledError:  # the batch is being stopped, but what is there is kept
+            await asyncio.wait([saving])
+            raise
         except (OSError, sqlite3.Error) as error:  # an answer is worth more than its keeping
             logger.warning("an answer was not kept in %s: %s", self._router.batch_store.path, error)
 
@@ -285,3 +289,13 @@ class Batch:
         if self._counts[ERROR]:
             bar.set_postfix_str(f"{self._counts[ERROR]} errors", refresh=False)
         bar.update(step.rows)
+
+
+def _answer_of(error: SollolError) -> Completion | None:
+    """What there is of an answer that did not end well."""
+    answer: Completion | None = None
+    if isinstance(error, StructureError):
+        answer = error.completion
+    elif isinstance(error, AnswerInterruptedError):
+        answer = error.partial
+    return answer

@@ -22,6 +22,7 @@ from sollol_nb.batch_store import BatchStore
 from sollol_nb.errors import (
     BatchInterrupted,
     ConfigError,
+    ModelFileError,
     ModelNotFoundError,
     RequestRejectedError,
     WorkersUnavailableError,
@@ -30,6 +31,7 @@ from sollol_nb.events import Event
 from sollol_nb.sync_wrapper import HybridRouter, OllamaPool
 from sollol_nb.toolchain import Engine
 from tests.engines import HANG_GUARD_S, REPOSITORY, eventually, eventually_async, run, says, script, write_endless
+from tests.kernels import kernel
 from tests.ollama_server import OllamaServer
 
 pytestmark = pytest.mark.engine
@@ -390,6 +392,28 @@ def test_without_workers_no_second_row_is_tried(engine: Engine, tmp_path: Path) 
         assert [event.kind for event in begun].count("request.started") == 1
 
 
+def test_what_begins_to_fail_every_row_is_raised_and_what_is_done_is_kept(
+    router: HybridRouter, asked: list[Event], tmp_path: Path
+) -> None:
+    path = write_endless(tmp_path)
+    moved = path.with_suffix(".away")
+
+    def move(event: Event) -> None:
+        if event.kind == "request.finished" and path.exists():
+            path.rename(moved)
+
+    forget = router.events.subscribe(move)
+    with pytest.raises(ModelFileError, match="is not there") as caught:
+        router.map(range(5), "{{ item }}", model=str(path), concurrency=1, **GREEDY)
+    forget()
+    assert caught.value.__notes__ == ["1 of 5 rows are done and kept; the same call goes on once this is mended"]
+    moved.rename(path)
+    asked.clear()
+    result = router.map(range(5), "{{ item }}", model=str(path), concurrency=1, **GREEDY)
+    assert list(result.status) == ["cached", "ok", "ok", "ok", "ok"]
+    router.stop_coordinator(str(path))
+
+
 def test_a_refusal_of_every_row_is_raised_after_a_few(router: HybridRouter, asked: list[Event]) -> None:
     refused = {"type": "string", "minLength": 50_000}  # more than a grammar may repeat
     few = router.map(range(2), "{{ item }}", model="demo", schema=refused, **GREEDY)
@@ -497,6 +521,38 @@ def test_a_killed_kernels_batch_is_gone_on_with_by_the_next(router: HybridRouter
     )
     assert list(result.status) == ["cached"] * 5 + ["ok"] * 25
     assert len(asked) == 25
+
+
+STOPPED_CELL = """
+import os, signal
+from sollol_nb.sync_wrapper import HybridRouter
+router = HybridRouter(auto_discover_rpc=False)
+ended = 0
+def count(event):
+    global ended
+    if event.kind == "request.finished" and event.data["status"] == "ok":
+        ended += 1
+        if ended == 5:
+            os.kill(os.getpid(), signal.SIGINT)  # what the stop button sends
+router.events.subscribe(count)
+"""
+BATCH_CELL = "result = router.map(range(30), 'Stop {{ item }}', model='demo', temperature=0, max_tokens=30)"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a process cannot send itself Ctrl-C alone there")
+def test_the_stop_button_ends_a_cells_batch_and_the_cell_again_goes_on(tmp_path: Path) -> None:
+    with kernel(SOLLOL_STATE_DIR=str(tmp_path)) as notebook:
+        notebook.run(STOPPED_CELL)
+        stopped = notebook.run(BATCH_CELL)
+        assert stopped.status == "error"
+        assert "of 30 rows are done and kept; run the same call again to go on" in stopped.error[-1]
+        done = int(notebook.value("(__import__('sys').last_value.partial.status == 'ok').sum().item()"))
+        assert 5 <= done < 30
+        assert notebook.run(BATCH_CELL).status == "ok"
+        kept = int(notebook.value("(result.status == 'cached').sum().item()"))
+        assert kept >= done
+        assert notebook.value("set(result.status) == {'cached', 'ok'}") == "True"
+        notebook.run("router.close()")
 
 
 # --- the accessor -----------------------------------------------------------------------------

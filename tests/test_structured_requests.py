@@ -13,11 +13,12 @@ import pytest
 from pydantic import BaseModel
 
 from sollol_nb.completion import Completion
-from sollol_nb.errors import StructureError
-from sollol_nb.routing import OLLAMA
+from sollol_nb.errors import AnswerInterruptedError, StructureError
+from sollol_nb.routing import DISTRIBUTED, OLLAMA
 from sollol_nb.structured_answer import fitted
 from sollol_nb.sync_wrapper import HybridRouter, OllamaPool
-from tests.engines import QUESTION
+from sollol_nb.toolchain import Engine
+from tests.engines import QUESTION, engine_on
 from tests.ollama_server import OllamaServer
 
 pytestmark = pytest.mark.engine
@@ -122,3 +123,25 @@ def test_a_call_of_tools_is_no_misfit() -> None:
     call = {"function": {"name": "look", "arguments": {}}}
     completion = Completion(message={"role": "assistant", "content": "", "tool_calls": [call]}, done=True)
     assert fitted(completion, TURN) is completion
+
+
+def test_an_interrupted_answer_is_resumed_where_it_was_asked_for_and_checked(engine: Engine) -> None:
+    flips = {"type": "array", "items": {"type": "boolean"}, "minItems": 60, "maxItems": 60}
+    asked: dict[str, Any] = {"backend": "sharded", "schema": flips, "temperature": 0, "max_tokens": 1500}
+    # With a context of its own, so that no coordinator of other tests is adopted.
+    with HybridRouter(auto_discover_rpc=False, num_rpc_backends=2, context_tokens=1856, rpc_port=52152) as mine:
+        workers = mine.start_workers(2)
+        whole = mine.route_request("demo", QUESTION, **asked)
+        assert len(whole.value) == 60
+        chunks = mine.stream("demo", QUESTION, **asked)
+        next(chunks)
+        for endpoint in workers:
+            engine_on(int(endpoint.rpartition(":")[2])).kill()
+        with pytest.raises(AnswerInterruptedError) as caught:
+            list(chunks)
+        for endpoint in workers:
+            mine.remove_worker(endpoint)
+        mine.start_workers(2)
+        resumed = mine.resume(caught.value)
+    assert resumed.routing["backend"] == DISTRIBUTED
+    assert (resumed.schema, resumed.text) == (flips, whole.text)
