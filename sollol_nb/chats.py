@@ -357,9 +357,6 @@ async def ask_in_chat(
             async with aclosing(stream(model, [*chat.messages, question], **options)) as answer:
                 async for chunk in answer:
                     if chunk.get("done"):
-                        if chunk.get("_dropped"):
-                            routing = {**chunk.get("_routing", {}), "dropped": chunk["_dropped"]}
-                            chunk = {**chunk, "_routing": routing}
                         chat.add(question, Completion.from_chunks([*chunks, chunk]))
                     chunks.append(chunk)
                     yield chunk

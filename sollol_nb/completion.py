@@ -20,7 +20,8 @@ class Completion(dict[str, Any]):
     `done`, `done_reason`, `prompt_eval_count`, `eval_count` (tokens), `total_duration`, `load_duration`,
     `prompt_eval_duration`, `eval_duration` (nanoseconds), and `_routing`: `backend`, `reason`, `duration_ms`,
     `coordinator_url`, `plan`, `queue_ms`, `load_ms`, `ttft_ms`, `tokens_per_s`, `router_overhead_ms`,
-    `failovers`.
+    `failovers`, `dropped` (which messages were left out to fit the context, in words). Where it applies also
+    `_dropped` (the same) and `_context_full` (tokens of the context that cut the answer).
 
     Attributes:
         schema: what the answer was asked to fit (see `sollol_nb.structure`); None for free text.

@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sollol_nb.units import format_bytes
@@ -186,7 +187,8 @@ def _escaped(text: str) -> str:
 def footer(completion: Completion) -> str:
     """One line: model, place, time to first token, speed, and what was unusual."""
     routing = completion.routing
-    parts = [str(completion.get("model", "")), str(routing.get("backend", ""))]
+    model = str(completion.get("model", ""))
+    parts = [Path(model).name if model.endswith(".gguf") else model, str(routing.get("backend", ""))]
     if routing.get("layout"):
         parts.append(f"layers {routing['layout']}")
     if routing.get("load_ms"):
@@ -198,9 +200,11 @@ def footer(completion: Completion) -> str:
     if completion.get("eval_count") is not None:
         parts.append(f"{completion['eval_count']} tokens")
     unusual = {"length": "cut at max_tokens", "cancelled": "stopped", "error": "broken off"}
+    if completion.get("_context_full"):
+        unusual["length"] = f"cut, its context of {completion['_context_full']:,} tokens is full"
     parts.append(unusual.get(completion.finish_reason, ""))
     parts += [_failover_words(one) for one in routing.get("failovers") or () if one.get("continued")]
-    parts += [str(routing.get("dropped") or ""), str(routing.get("note") or "")]
+    parts += [str(routing.get("dropped") or completion.get("_dropped") or ""), str(routing.get("note") or "")]
     return " · ".join(part for part in parts if part)
 
 

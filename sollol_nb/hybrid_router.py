@@ -15,7 +15,6 @@ from sollol_nb import config
 from sollol_nb.batch import Batch
 from sollol_nb.batch_store import BatchStore
 from sollol_nb.coordinator_pool import CoordinatorPool
-from sollol_nb.coordinator_settings import DEFAULT_SLOTS
 from sollol_nb.events import EventBus
 from sollol_nb.latency import LatencyLog
 from sollol_nb.ollama_pool import OllamaPool
@@ -40,11 +39,14 @@ DEFAULT_COORDINATOR_TIMEOUT_S = 1200.0
 class HybridRouter(RouterAsking):
     """Routes chat requests by the model's profile, and keeps what it started warm.
 
+    What is not given here is taken from the settings (`settings.py`): an environment variable, then
+    `sollol_nb.toml`, then the default told below.
+
     Args:
         ollama_pool: the Ollama nodes; by default those of `OLLAMA_HOST`, or this machine's.
         enable_distributed: whether large models are sharded.
         rpc_backends: workers as `"host:port"` or `{"host": ..., "port": ...}`; by default those of the
-            variable `RPC_BACKENDS`.
+            setting `workers`.
         num_rpc_backends: how many workers a model is spread over; by default 3, or as many as its size takes.
         auto_discover_rpc: look for workers on this machine's ports 50052 to 50067 where more are needed.
         auto_setup_rpc: start workers on this machine where more are needed.
@@ -54,14 +56,14 @@ class HybridRouter(RouterAsking):
         distributed_threshold_params: models of more billions of parameters are sharded too.
         model_filter: only these models are sharded by this router.
         gguf_path: the GGUF file for models on llama.cpp, instead of looking into Ollama's storage.
-        layer_strategy: how layers are spread, `memory_aware` or `even`.
+        layer_strategy: how layers are spread, by default `memory_aware`.
         context_tokens: context of a coordinator, shared by its slots; by default the model's own, at most 8192.
-        slots: requests that a coordinator serves at the same time.
-        timeout: default limit of a request in seconds, from when its place is ready.
+        slots: requests that a coordinator serves at the same time, by default 4.
+        timeout: limit of a request in seconds, from when its place is ready; by default 600.
         llama_cpp: folder with the llama.cpp binaries.
         keep_alive: how long a coordinator (and a worker started here) lives without a request: seconds, `"10m"`,
             0 (ends with its request) or `"forever"`; or a dict of such by model, with `"*"` for all others. By
-            default that of the variable `SOLLOL_KEEP_ALIVE`, or 10 minutes. It lives on when the kernel ends.
+            default 10 minutes. It lives on when the kernel ends.
         latency: the latency log; by default the one in the state folder.
 
     Raises:
@@ -81,38 +83,40 @@ class HybridRouter(RouterAsking):
         rpc_backends: Iterable[str | Mapping[str, Any]] | None = None,
         num_rpc_backends: int | None = None,
         auto_discover_rpc: bool = True,
-        auto_setup_rpc: bool = False,
+        auto_setup_rpc: bool | None = None,
         coordinator_timeout: float = DEFAULT_COORDINATOR_TIMEOUT_S,
         coordinator_port: int = config.DEFAULT_COORDINATOR_PORT,
         rpc_port: int = config.DEFAULT_RPC_PORT,
         distributed_threshold_params: float | None = None,
         model_filter: Collection[str] | None = None,
         gguf_path: str | Path | None = None,
-        layer_strategy: str = "memory_aware",
+        layer_strategy: str | None = None,
         context_tokens: int | None = None,
-        slots: int = DEFAULT_SLOTS,
-        timeout: float = DEFAULT_TIMEOUT_S,
+        slots: int | None = None,
+        timeout: float | None = None,
         llama_cpp: str | Path | None = None,
         keep_alive: float | str | Mapping[str, float | str] | None = None,
         latency: LatencyLog | None = None,
     ) -> None:
+        timeout = config.or_default(timeout, "timeout")
+        distributed_threshold_params = config.or_default(distributed_threshold_params, "threshold_params")
         check_amounts(
             coordinator_timeout=coordinator_timeout,
             timeout=timeout,
             distributed_threshold_params=distributed_threshold_params,
         )
         settings = pool_settings(
-            num_rpc_backends=num_rpc_backends,
+            num_rpc_backends=config.or_default(num_rpc_backends, "num_workers"),
             auto_discover_rpc=auto_discover_rpc,
-            auto_setup_rpc=auto_setup_rpc,
+            auto_setup_rpc=config.or_default(auto_setup_rpc, "auto_setup"),
             coordinator_timeout_s=coordinator_timeout,
             coordinator_port=coordinator_port,
             rpc_port=rpc_port,
-            layer_strategy=layer_strategy,
-            context_tokens=context_tokens,
-            slots=slots,
+            layer_strategy=config.or_default(layer_strategy, "strategy"),
+            context_tokens=config.or_default(context_tokens, "context_tokens"),
+            slots=config.or_default(slots, "slots"),
             llama_cpp=llama_cpp,
-            keep_alive=keep_alive,
+            keep_alive=config.or_default(keep_alive, "keep_alive"),
         )
         events = EventBus()
         workers = Workers(endpoints(rpc_backends), events)

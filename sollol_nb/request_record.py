@@ -37,6 +37,7 @@ class RequestRecord:
         self.load_ms: float | None = None
         self.failovers: list[dict[str, Any]] = []
         self.text = ""
+        self.dropped = ""
         self._started_at = time.time()
         self._began = time.perf_counter()
         self._sent: float | None = None
@@ -119,6 +120,7 @@ class RequestRecord:
         if self._first is None and (message.get("content") or message.get("thinking") or chunk.get("done")):
             self._first = time.perf_counter()
         self.text = ("" if chunk.get("_restarted") else self.text) + (message.get("content") or "")
+        self.dropped = chunk.get("_dropped") or self.dropped
         if chunk.get("done"):
             self._final = chunk
 
@@ -170,6 +172,7 @@ class RequestRecord:
             "tokens_per_s": self.tokens_per_s,
             "router_overhead_ms": self.router_overhead_ms,
             "failovers": self.failovers,
+            "dropped": self.dropped,
         }
 
     def row(self, status: str, error: str = "") -> LatencyRow:

@@ -52,7 +52,7 @@ class RouteFinder:
 
     def would_shard(self, model: str) -> bool:
         """Whether the model is sharded by its profile (no node or worker is asked)."""
-        return self._may_shard(model) and bool(self._profile(model).requires_distributed)
+        return self._may_shard(model) and bool(self.profile(model).requires_distributed)
 
     async def find(self, model: str, backend: str | None) -> Route:
         """Where a request for this model goes now, and why.
@@ -65,7 +65,7 @@ class RouteFinder:
         """
         if not isinstance(model, str) or not model.strip():
             raise ConfigError(f"model={model!r} is not a model's name; try demo, or llama3.2")
-        profile = await asyncio.to_thread(self._profile, model)
+        profile = await asyncio.to_thread(self.profile, model)
         # A model that is sharded anyway need not wait for Ollama's word, and a file has no name there.
         needs_ollama = not (profile.requires_distributed and self._enable_distributed)
         ask_ollama = not model.endswith(".gguf") and (needs_ollama if backend is None else backend == OLLAMA)
@@ -116,7 +116,8 @@ class RouteFinder:
         )
         return max(1, sum(node.slots for node in have_it))
 
-    def _profile(self, model: str) -> ModelProfile:
+    def profile(self, model: str) -> ModelProfile:
+        """What is known of a model, and from where. Errors are those of `profile_of` and `read_facts`."""
         profile = profile_of(model, threshold_params=self._threshold)
         if profile.source.startswith("profile"):
             return profile

@@ -7,7 +7,7 @@ import logging
 import sqlite3
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sollol_nb.batch import BatchPlace
 from sollol_nb.chat_request import ChatRequest, checked_priority, checked_timeout_s
@@ -17,6 +17,7 @@ from sollol_nb.errors import (
     AnswerInterruptedError,
     ConfigError,
     OllamaResponseError,
+    OllamaUnavailableError,
     WorkersUnavailableError,
 )
 from sollol_nb.events import EventBus
@@ -24,14 +25,20 @@ from sollol_nb.failover import stream_answer
 from sollol_nb.io_loop import io_bound, io_bound_stream
 from sollol_nb.latency import LatencyLog, LatencyRow
 from sollol_nb.llama_answer import Answer
+from sollol_nb.model_listing import list_models, models_frame
+from sollol_nb.ollama_gguf_resolver import OllamaGGUFResolver
 from sollol_nb.ollama_pool import OllamaPool
 from sollol_nb.priority_helpers import Priority
+from sollol_nb.profiles import ModelProfile
 from sollol_nb.request_record import RequestRecord
 from sollol_nb.route_finder import RouteFinder
 from sollol_nb.router_cluster import RouterCluster
 from sollol_nb.routing import OLLAMA, Route, checked_backend
 from sollol_nb.structured_answer import fitted
 from sollol_nb.workers import Workers
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 logger = logging.getLogger(__name__)
 
@@ -86,13 +93,15 @@ class RouterAsking(RouterCluster):
             priority: 1 to 10; of requests that wait for the same place, higher ones go first.
             timeout: limit in seconds, from when the place is ready.
             **options: `max_tokens`, `temperature`, `top_p`, `top_k`, `min_p`, `seed`, `stop`, `format`
-                (`"json"` or a JSON schema), `tools`, `options` (Ollama's own dict), ...
+                (`"json"` or a JSON schema), `tools`, `options` (Ollama's own dict), `overflow` (`"error"`, or
+                `"drop_oldest"`: leaves out the oldest turns that do not fit, and says so as `_dropped`), ...
 
         Returns:
             The answer in Ollama's shape, with `_routing`.
 
         Raises:
             StructureError: the answer does not fit the schema; the error has it as `.completion`.
+            ContextOverflowError: the messages do not fit the model's context.
             SollolError: of the kind that fits; see `errors.py`.
         """
         chunks = self.stream(
@@ -290,6 +299,36 @@ class RouterAsking(RouterCluster):
             ModelError, ConfigError: it could go nowhere, or not there; the message says why.
         """
         return await self._routes.find(model, checked_backend(backend))
+
+    def profile(self, model: str) -> ModelProfile:
+        """What is known of a model, and from where (no node or worker is asked).
+
+        Raises:
+            ModelFileError, ConfigError: its file or its entry in `MODEL_PROFILES` cannot be used.
+        """
+        return self._routes.profile(model)
+
+    @io_bound
+    async def models(self) -> pd.DataFrame:
+        """The models that can be asked, one row each (see `model_listing`); without Ollama nodes that are away."""
+        try:
+            in_ollama = (await self._ollama.list())["models"]
+            loaded = (await self._ollama.ps())["models"]
+        except OllamaUnavailableError:
+            in_ollama, loaded = [], []
+        in_storage = await asyncio.to_thread(OllamaGGUFResolver().installed)
+        coordinators = {one.model: one.base_url for one in self.coordinators}
+        return await asyncio.to_thread(
+            lambda: models_frame(
+                list_models(
+                    self.profile,
+                    in_ollama=in_ollama,
+                    loaded=loaded,
+                    in_storage=in_storage,
+                    coordinators=coordinators,
+                )
+            )
+        )
 
     @io_bound
     async def preload(self, model: str) -> str:

@@ -1,8 +1,7 @@
-"""The settings of a router as its caller wrote them, checked; and the variables that stand in for some of them."""
+"""The settings of a router as its caller wrote them, checked."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from sollol_nb import config
 from sollol_nb.chat_request import is_positive
 from sollol_nb.coordinator_start import PoolSettings
 from sollol_nb.errors import ConfigError
-from sollol_nb.layer_plan import STRATEGIES
+from sollol_nb.layer_plan import check_strategy
 
 
 def check_amounts(**amounts: object) -> None:
@@ -48,10 +47,7 @@ def pool_settings(
     for name, count in counts.items():
         if isinstance(count, float):
             raise ConfigError(f"{name}={count!r} must be a whole number")
-    if layer_strategy not in STRATEGIES:
-        near = difflib.get_close_matches(layer_strategy, STRATEGIES, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(STRATEGIES)}"
-        raise ConfigError(f"layer_strategy={layer_strategy!r} is unknown; {hint}")
+    check_strategy(layer_strategy)
     return PoolSettings(
         num_rpc_backends=num_rpc_backends,
         context_tokens=context_tokens,
@@ -64,7 +60,7 @@ def pool_settings(
 
 
 def endpoints(backends: Iterable[str | Mapping[str, Any]] | None) -> list[str]:
-    """The workers as `host:port`; by default those of the variable `RPC_BACKENDS`.
+    """The workers as `host:port`; by default those of the setting `workers`.
 
     Raises:
         ConfigError: one is not an endpoint.

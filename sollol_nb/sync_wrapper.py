@@ -60,6 +60,7 @@ class HybridRouter:
     discover_workers = blocking(hybrid_router.HybridRouter.discover_workers)
     add_worker = blocking(hybrid_router.HybridRouter.add_worker)
     remove_worker = blocking(hybrid_router.HybridRouter.remove_worker)
+    models = blocking(hybrid_router.HybridRouter.models)
     take_workers = blocking(hybrid_router.HybridRouter.take_workers)
     stop_coordinator = blocking(hybrid_router.HybridRouter.stop_coordinator)
     preload = blocking(hybrid_router.HybridRouter.preload)
@@ -70,6 +71,7 @@ class HybridRouter:
     map = _blocking_batch(hybrid_router.HybridRouter.map)
 
     should_use_distributed = same(hybrid_router.HybridRouter.should_use_distributed)
+    profile = same(hybrid_router.HybridRouter.profile)
     get_stats = same(hybrid_router.HybridRouter.get_stats)
 
     @property

@@ -179,3 +179,13 @@ def test_the_footer_opens_and_tells_why() -> None:
 def test_what_came_short_is_told() -> None:
     for reason, words in (("length", "cut at max_tokens"), ("cancelled", "stopped"), ("error", "broken off")):
         assert words in Completion(model="demo", done_reason=reason).footer()
+
+
+def test_what_was_left_out_and_a_full_context_are_told() -> None:
+    assert Completion(model="demo", _dropped="dropped the oldest turn").footer() == "demo \u00b7 dropped the oldest turn"
+    full = Completion(model="demo", done_reason="length", _context_full=2048)
+    assert full.footer() == "demo \u00b7 cut, its context of 2,048 tokens is full"
+
+
+def test_a_file_is_named_by_its_name() -> None:
+    assert Completion(model="/models/some.gguf").footer() == "some.gguf"

@@ -359,7 +359,7 @@ def test_bad_input_is_one_line_that_says_what_to_do(
         ({"slots": 2.5}, "slots=2.5 must be a whole number"),
         ({"timeout": "long"}, "timeout='long' must be more than 0"),
         ({"timeout": 0}, "timeout=0 must be more than 0"),
-        ({"layer_strategy": "evn"}, "layer_strategy='evn' is unknown; did you mean 'even'?"),
+        ({"layer_strategy": "evn"}, "there is no strategy 'evn'; did you mean 'even'?"),
         ({"rpc_backends": ["here:now"]}, "'here:now' is not an endpoint"),
         ({"rpc_backends": [{"port": 50052}]}, "is not an RPC backend; write"),
         ({"rpc_backends": [{"host": "10.1.2.3", "port": 0}]}, "'10.1.2.3:0' is not an endpoint"),
