@@ -6,7 +6,7 @@ bus as by the real rooms.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,13 +17,14 @@ from sollol_nb.coordinator import Coordinator
 from sollol_nb.coordinator_pool import CoordinatorPool
 from sollol_nb.events import EventBus
 from sollol_nb.gate import Gate
-from sollol_nb.layer_plan import LayerPlan, plan_layers
+from sollol_nb.layer_plan import LayerPlan, plan_from_counts, plan_layers
 from sollol_nb.layer_strategies import WorkerCapacity
 from sollol_nb.ollama_nodes import NodeStatus
 from sollol_nb.ollama_pool import OllamaPool
 from sollol_nb.placement import DevicePlacement, Placement
 from sollol_nb.rpc_discovery import Probe, ProbeOutcome
 from sollol_nb.token_time import TokenTime, WorkerSpeeds, parts_of
+from sollol_nb.what_if import Forecast, forecast
 from sollol_nb.workers import Workers, WorkerStatus
 from tests.test_layer_plan import model
 
@@ -74,6 +75,7 @@ class SimulatedCluster:
         self.coordinators: list[Coordinator] = []
         self.nodes = list(nodes)
         self.looks: list[str] = []
+        self.layer_strategy = "memory_aware"
         self.speeds: WorkerSpeeds | None = None
         self.state = ClusterState(
             cast(CoordinatorPool, self._pool()),
@@ -88,10 +90,12 @@ class SimulatedCluster:
         self.workers[name] = replace(self.workers[name], state=state, detail=words, **more)
         self.events.publish(kind, name, words)
 
-    def run_model(self, name: str, numbers: Iterable[int], token_ms: float = 25.0) -> Coordinator:
-        """A model is ready over these workers."""
+    def run_model(
+        self, name: str, numbers: Iterable[int], token_ms: float = 25.0, counts: Sequence[int] | None = None
+    ) -> Coordinator:
+        """A model is ready over these workers, with so many units on each."""
         capacities = [WorkerCapacity(endpoint(n), 30 * GIB, 32 * GIB, 0.4) for n in numbers]
-        plan = plan_layers(BIG, capacities)
+        plan = plan_layers(BIG, capacities) if counts is None else plan_from_counts(BIG, capacities, counts)
         coordinator = coordinator_of(name, plan, port=18080 + len(self.coordinators))
         self.coordinators.append(coordinator)
         self.speeds = WorkerSpeeds({}, token_ms / sum(shard.weight_bytes for shard in plan.shards), 0.0)
@@ -109,6 +113,24 @@ class SimulatedCluster:
             for held in one.rpc_backends:
                 self.workers[held] = replace(self.workers[held], state="free", detail="free", held_by=None)
         self.events.publish("coordinator.stopped", name, f"{name} is stopped")
+
+    async def what_if(self, name: str, counts: Mapping[str, int]) -> Forecast:
+        """As `HybridRouter.what_if`."""
+        (coordinator,) = [one for one in self.coordinators if one.model == name]
+        capacities = [WorkerCapacity(place, 30 * GIB, 32 * GIB, 0.4) for place in counts]
+        return forecast(
+            coordinator.settings.facts,
+            capacities,
+            list(counts.values()),
+            context_tokens=coordinator.settings.context_tokens,
+            speeds=self.speeds,
+        )
+
+    async def apply_plan(self, name: str, counts: Mapping[str, int]) -> None:
+        """As `HybridRouter.apply_plan`."""
+        self.end_model(name)
+        chosen = [number for number in range(len(self.workers)) if counts.get(endpoint(number))]
+        self.run_model(name, chosen, counts=[counts[endpoint(number)] for number in chosen])
 
     # --- the rooms, as ClusterState reads them ----------------------------------------------------
 

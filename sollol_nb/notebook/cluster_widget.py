@@ -1,0 +1,189 @@
+"""The cluster widget: the live map of a router's cluster, with controls below it.
+
+The map is drawn by an anywidget (`cluster_map`); without anywidget the same state is shown as static HTML in an
+ipywidgets.HTML; where there are no widgets at all (a saved notebook on the web, a terminal) as HTML or text.
+
+There is one widget for each router, however often it is shown, so all that show it are in step. Views tell that
+they are there; when the last has gone the widget ends its subscription and all looking, and takes them up again
+when it is shown again. `close()` ends it for good and leaves the last state in its place as static HTML.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+import weakref
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import ipywidgets
+
+from sollol_nb import sync_wrapper
+from sollol_nb.io_loop import run_blocking, submit
+from sollol_nb.notebook.cluster_actions import ClusterActions
+from sollol_nb.notebook.cluster_controls import ModelControls, WorkerControls
+from sollol_nb.notebook.what_if_panel import WhatIfPanel
+
+if TYPE_CHECKING:
+    from sollol_nb import hybrid_router
+    from sollol_nb.notebook.cluster_map import ClusterMap
+
+VIEW_LEASE_S = 150.0
+"""A view that has not told for so long has gone with its page. Pages in the background tell once a minute."""
+HTML_EVERY_S = 1.0
+_WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
+
+_widgets: weakref.WeakKeyDictionary[hybrid_router.HybridRouter, ClusterWidget] = weakref.WeakKeyDictionary()
+
+
+def cluster_widget(router: hybrid_router.HybridRouter | sync_wrapper.HybridRouter) -> ClusterWidget:
+    """The widget of a router's cluster; the same one each time, until it is closed."""
+    asynchronous = router._async if isinstance(router, sync_wrapper.HybridRouter) else router
+    widget = _widgets.get(asynchronous)
+    if widget is None or widget.is_closed:
+        widget = _widgets[asynchronous] = ClusterWidget(asynchronous)
+    return widget
+
+
+class ClusterWidget:
+    """A router's cluster to look at and to steer; the router is not kept alive by it.
+
+    Attributes:
+        map: the drawing; None without anywidget.
+        workers, models, what_if: the controls.
+        box: all of them, as one ipywidget.
+        is_closed: whether it was closed for good.
+    """
+
+    def __init__(self, router: hybrid_router.HybridRouter) -> None:
+        self.is_closed = False
+        self._state = router.state
+        self._lock = threading.RLock()
+        self._views: dict[str, float] = {}
+        self._is_watching = False
+        self._displays: list[Any] = []
+        actions = ClusterActions(router, self._refresh)
+        self.workers = WorkerControls(actions)
+        self.models = ModelControls(actions, router.layer_strategy)
+        self.what_if = WhatIfPanel(weakref.ref(router), actions)
+        self.map = _make_map(self)
+        self._html = ipywidgets.HTML(self._state.status()._repr_html_()) if self.map is None else None
+        self._html_is_due = False
+        steering = ipywidgets.VBox([self.workers.box, self.models.box])
+        panels = ipywidgets.Accordion(
+            [steering, self.what_if.box], titles=("Steer", "What if"), selected_index=None
+        )
+        self.box = ipywidgets.VBox([self.map if self.map is not None else self._html, panels])
+
+    def __repr__(self) -> str:
+        return f"<ClusterWidget: {'closed' if self.is_closed else f'{len(self._views)} views'}>"
+
+    def _ipython_display_(self) -> None:
+        from IPython.display import display
+
+        handle = display(self.bundle(), raw=True, display_id=True)
+        if handle is not None:
+            self._displays.append(handle)
+
+    def bundle(self) -> dict[str, Any]:
+        """What is displayed, by MIME type: the widget, and its state as HTML and text for where there are none."""
+        static = self._state.status()._repr_mimebundle_()
+        if self.is_closed:
+            return static
+        with self._lock:
+            self._views["display"] = time.monotonic()  # until the first view tells
+        run_blocking(self._watch_or_not())
+        view = {"version_major": 2, "version_minor": 0, "model_id": self.box.model_id}
+        return {_WIDGET_VIEW: view, **static}
+
+    def close(self) -> None:
+        """End it, and leave the last state where it is shown. Closing twice is fine."""
+        if self.is_closed:
+            return
+        self.is_closed = True
+        run_blocking(self._watch_or_not())
+        for handle in self._displays:
+            handle.update(self.bundle(), raw=True)
+        self._displays.clear()
+        _close_all(self.box)
+
+    # --- watching -------------------------------------------------------------------------------
+
+    def on_view(self, view: str, is_here: bool) -> None:
+        """A view tells that it is there, or that it goes."""
+        with self._lock:
+            self._views.pop("display", None)
+            if is_here:
+                self._views[view] = time.monotonic()
+            else:
+                self._views.pop(view, None)
+            is_settled = self._is_watching == bool(self._views)
+        if not is_settled and not self._state.is_closed:
+            submit(self._watch_or_not())
+
+    async def _watch_or_not(self) -> None:
+        """Watch while there are views, else do not."""
+        wanted = bool(self._views) and not self.is_closed
+        if wanted and not self._is_watching:
+            self._is_watching = True
+            await self._state.watch(self._on_patch)
+            self._refresh()
+        elif not wanted and self._is_watching:
+            self._is_watching = False
+            await self._state.unwatch(self._on_patch)
+
+    def _on_patch(self, patch: Mapping[str, Any]) -> None:
+        """On the I/O loop: pass a change on to the map and the controls."""
+        if self.map is not None:
+            self.map.change(patch)
+        self._show_html()
+        if patch.keys() & {"workers", "coordinators", "starting"}:
+            self._refresh()
+        self._drop_gone_views()
+
+    def _show_html(self) -> None:
+        """Show the state as HTML, soon; it is large, so not with every change."""
+        html = self._html
+        if html is None or self._html_is_due:
+            return
+
+        def show() -> None:
+            self._html_is_due = False
+            html.value = self._state.status()._repr_html_()
+
+        self._html_is_due = True
+        asyncio.get_running_loop().call_later(HTML_EVERY_S, show)
+
+    def _refresh(self) -> None:
+        if not self.is_closed:
+            for part in (self.workers, self.models, self.what_if):
+                part.refresh(self._state.data)
+
+    def _drop_gone_views(self) -> None:
+        if self.map is None:  # views of ipywidgets.HTML do not tell
+            return
+        long_ago = time.monotonic() - VIEW_LEASE_S
+        with self._lock:
+            self._views = {view: told_at for view, told_at in self._views.items() if told_at > long_ago}
+            if not self._views:
+                submit(self._watch_or_not())
+
+
+def _make_map(widget: ClusterWidget) -> ClusterMap | None:
+    try:
+        from sollol_nb.notebook.cluster_map import ClusterMap
+    except ImportError:  # anywidget is not installed
+        return None
+    return ClusterMap(lambda: widget._state.data, widget.on_view)
+
+
+def _close_all(widget: ipywidgets.Widget) -> None:
+    """Close a widget with all in it, and the models of their layouts and styles."""
+    for child in getattr(widget, "children", ()):
+        _close_all(child)
+    for name in ("layout", "style"):
+        part = getattr(widget, name, None)
+        if part is not None:
+            part.close()
+    widget.close()
