@@ -16,7 +16,7 @@ import asyncio
 import logging
 import sqlite3
 from collections import Counter, defaultdict, deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing, closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -184,10 +184,9 @@ class Batch:
         if not self._questions:
             return
         place = await self._router._batch_place(self._model, self._arguments["backend"])
-        rows_of = defaultdict(list)  # positions, by the key of what they ask
-        for position, messages in enumerate(self._questions):
-            rows_of[answer_key(self._model, place.identity, messages, self._options)].append(position)
-        if not self._fresh and (known := await self._take_known(rows_of)):
+        # Over many rows these two take long, and the I/O loop is everybody's.
+        rows_of = await asyncio.to_thread(self._by_question, place.identity)
+        if not self._fresh and (known := await asyncio.to_thread(self._take_known, rows_of)):
             yield Progress(known, CACHED)
         to_ask = deque((key, rows) for key, rows in rows_of.items() if self._results[rows[0]].status != CACHED)
         concurrency = self._concurrency or place.slots
@@ -210,10 +209,17 @@ class Batch:
             await asyncio.gather(*asking, *done, return_exceptions=True)
         await self._prune()
 
-    async def _take_known(self, rows_of: dict[str, list[int]]) -> int:
+    def _by_question(self, identity: Mapping[str, Any]) -> dict[str, list[int]]:
+        """The positions of the rows, by the key of what they ask."""
+        rows_of = defaultdict(list)
+        for position, messages in enumerate(self._questions):
+            rows_of[answer_key(self._model, identity, messages, self._options)].append(position)
+        return dict(rows_of)
+
+    def _take_known(self, rows_of: Mapping[str, list[int]]) -> int:
         """Take the answers that were kept and fit; gives to how many rows."""
         try:
-            kept = await asyncio.to_thread(self._router.batch_store.get, rows_of)
+            kept = self._router.batch_store.get(rows_of)
         except (OSError, sqlite3.Error) as error:
             logger.warning("kept answers cannot be read from %s: %s", self._router.batch_store.path, error)
             return 0

@@ -18,7 +18,7 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ class BatchStore:
         with self._connection() as connection:
             connection.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?)", row)
 
-    def get(self, keys: Collection[str]) -> dict[str, Completion]:
+    def get(self, keys: Iterable[str]) -> dict[str, Completion]:
         """The answers that are kept of these; they count as used now."""
         wanted = list(keys)
         found: dict[str, Completion] = {}
