@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from sollol_nb.cores import usable_cores
 from sollol_nb.errors import EngineError
 from sollol_nb.gguf_facts import ModelFacts, read_facts
 from sollol_nb.layer_plan import LayerPlan
@@ -88,6 +90,8 @@ def server_flags(settings: CoordinatorSettings, port: int, known: frozenset[str]
             "-ts",
             split,
         ]
+    if usable_cores() < (os.cpu_count() or 1):  # llama.cpp counts those that a container may not use
+        flags += ["-t", str(usable_cores())]
     optional = [
         ("--kv-unified", []),  # one pool of context for all slots, instead of an n-th for each
         ("--cache-ram", ["0"]),  # the prompt cache in memory aborts over RPC (llama.cpp issue 26529)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from sollol_nb import config
 from sollol_nb.batch import Batch
 from sollol_nb.batch_store import BatchStore
+from sollol_nb.bench import bench as bench_router
 from sollol_nb.coordinator_pool import CoordinatorPool
 from sollol_nb.events import EventBus
 from sollol_nb.latency import LatencyLog
@@ -142,6 +143,8 @@ class HybridRouter(RouterAsking):
     def __repr__(self) -> str:
         models = ", ".join(one.model for one in self._coordinators.coordinators) or "none"
         return f"<HybridRouter: {len(self._workers.endpoints)} workers, coordinators: {models}>"
+
+    bench = bench_router
 
     # --- a batch --------------------------------------------------------------------------------
 

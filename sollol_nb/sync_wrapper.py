@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self
 from sollol_nb import hybrid_router, ollama_pool
 from sollol_nb.batch import Batch
 from sollol_nb.batch_store import BatchStore
+from sollol_nb.bench import bench_blocking
 from sollol_nb.coordinator import Coordinator
 from sollol_nb.events import EventBus
 from sollol_nb.io_loop import blocking, blocking_stream, same
@@ -69,6 +70,7 @@ class HybridRouter:
     configure = blocking(hybrid_router.HybridRouter.configure)
     close = blocking(hybrid_router.HybridRouter.close)
     map = _blocking_batch(hybrid_router.HybridRouter.map)
+    bench = bench_blocking
 
     should_use_distributed = same(hybrid_router.HybridRouter.should_use_distributed)
     profile = same(hybrid_router.HybridRouter.profile)

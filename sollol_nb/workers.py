@@ -7,7 +7,6 @@ end of a local worker is told by its supervisor at once; that of another is seen
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 import time
 from collections.abc import Collection, Iterable, Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 import psutil
 
 from sollol_nb import config, registry
+from sollol_nb.cores import usable_cores
 from sollol_nb.engine_process import EngineProcess
 from sollol_nb.errors import ConfigError
 from sollol_nb.events import EventBus
@@ -279,7 +279,7 @@ class Workers:
         """
         if not 1 <= count <= MAX_LOCAL_WORKERS:
             raise ConfigError(f"cannot start {count} workers; a number from 1 to {MAX_LOCAL_WORKERS} can be")
-        threads = max(1, (os.cpu_count() or 1) // count)
+        threads = max(1, usable_cores() // count)
         started: dict[str, EngineProcess] = {}
         # Between seeing that a port is free and the worker listening on it, no other kernel may choose.
         async with registry.locked("workers", "starting workers"):

@@ -72,6 +72,8 @@ class BenchMagics(Magics):
 
         Example::
 
+            %sollol_cluster start 3
+
             %sollol_bench demo:sharded --layouts 1,2,3 --out result
 
             %sollol_bench demo:sharded --layouts auto,local --concurrency 1,4 --max-tokens 32
