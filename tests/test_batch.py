@@ -41,6 +41,15 @@ TEMPLATE = "What is {{ word }}?"
 WORDS = pd.DataFrame({"word": ["a worker", "a coordinator", "a layer"], "n": [1, 2, 3]}, index=[7, 5, 5])
 
 
+@pytest.fixture(scope="module")
+def router(engine: Engine) -> Iterator[HybridRouter]:
+    """A router of its own: a batch's events would push those out that other tests look for."""
+    with HybridRouter(
+        auto_setup_rpc=True, auto_discover_rpc=False, num_rpc_backends=3, rpc_port=51152, context_tokens=2304
+    ) as mine:
+        yield mine
+
+
 @pytest.fixture(autouse=True)
 def own_store(router: HybridRouter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test begins with nothing kept."""
