@@ -131,12 +131,3 @@ def test_the_saved_notebook_holds_each_answer_once_as_markdown(page: LabPage, en
     for form in output.data.values():
         assert 0 < len(form) - length < 2000, "the text and the footer"
     assert "widgets" not in notebook.metadata
-
-
-def test_the_cluster_is_shown_in_the_light_and_in_the_dark(page: LabPage, lab: HeadlessLab) -> None:
-    page.screenshot("cluster-light")
-    dark = lab.open(["%load_ext sollol_nb", "%sollol_cluster"], theme="dark")
-    dark.run_all()
-    assert "127.0.0.1:" in dark.output_text(1)
-    dark.screenshot("cluster-dark")
-    dark.close()
