@@ -44,6 +44,7 @@ from sollol_nb.errors import (
 )
 from sollol_nb.io_loop import io_bound_stream, iterate_blocking
 from sollol_nb.priority_helpers import Priority
+from sollol_nb.progress_bars import progress_bar
 from sollol_nb.routing import checked_backend
 from sollol_nb.structured_answer import fitted
 
@@ -285,9 +286,9 @@ class Batch:
         return f"{done:,} of {len(self._results):,} rows are done and kept"
 
     def _bar(self) -> tqdm[Any]:
-        from tqdm.auto import tqdm
-
-        return tqdm(total=len(self._questions), desc=self._model, unit="row", disable=not self._shows_progress)
+        return progress_bar(
+            total=len(self._questions), desc=self._model, unit="row", disable=not self._shows_progress
+        )
 
     def _show(self, bar: tqdm[Any], step: Progress) -> None:
         if step.status == CACHED and not bar.disable:

@@ -28,6 +28,7 @@ from sollol_nb.bench_plan import (
 from sollol_nb.bench_result import BenchResult, BenchRow, measured
 from sollol_nb.errors import RequestCancelledError, SollolError
 from sollol_nb.io_loop import io_bound_stream, iterate_blocking
+from sollol_nb.progress_bars import progress_bar
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -324,9 +325,7 @@ class _Bar:
     def show(self, item: BenchStart | BenchNote | BenchRow | None, status: str) -> None:
         """Show what came, and what is going on besides."""
         if isinstance(item, BenchStart):
-            from tqdm.auto import tqdm
-
-            self._bar = tqdm(desc="benchmark", unit="request", leave=False, total=item.request_count)
+            self._bar = progress_bar(desc="benchmark", unit="request", leave=False, total=item.request_count)
         if self._bar is None:
             return
         words = item.case if isinstance(item, BenchRow) else status or self._words

@@ -17,6 +17,7 @@ import psutil
 
 from sollol_nb import config
 from sollol_nb.errors import EngineBuildError
+from sollol_nb.progress_bars import progress_bar
 
 Progress = Callable[[str, float | None], None]
 """Called with what is being done and the share done of the whole (0 to 1), or with a remark and None."""
@@ -168,17 +169,15 @@ def shown(progress: Progress | None) -> Iterator[Progress]:
     if progress is not None:
         yield progress
         return
-    from tqdm.auto import tqdm
-
     bar: Any = None
 
     def tell(text: str, share: float | None) -> None:
         nonlocal bar
         if share is None:
-            tqdm.write(text)
+            print(text)
             return
         if bar is None:
-            bar = tqdm(total=100, bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}")
+            bar = progress_bar(total=100, bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}")
         bar.set_description_str(text, refresh=False)
         bar.n = round(100 * share, 1)
         bar.refresh()

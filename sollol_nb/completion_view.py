@@ -174,7 +174,7 @@ def folded_thinking(completion: Completion) -> str:
 
 def folded_footer(completion: Completion) -> str:
     """The footer; it opens, and tells why the request went where it did, and what took how long."""
-    line = f"<sub>{html.escape(footer(completion), quote=False)}</sub>"
+    line = f"<small>{html.escape(footer(completion), quote=False)}</small>"
     details = "\n".join(f"- {_escaped(one)}" for one in why(completion))
     return f"<details><summary>{line}</summary>\n\n{details}\n\n</details>" if details else line
 
@@ -184,11 +184,15 @@ def _escaped(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]<>|])", r"\\\1", " ".join(text.split()))
 
 
+def shown_name(model: str) -> str:
+    """A model's name as people read it: of a file without its folders."""
+    return Path(model).name if model.endswith(".gguf") else model
+
+
 def footer(completion: Completion) -> str:
     """One line: model, place, time to first token, speed, and what was unusual."""
     routing = completion.routing
-    model = str(completion.get("model", ""))
-    parts = [Path(model).name if model.endswith(".gguf") else model, str(routing.get("backend", ""))]
+    parts = [shown_name(str(completion.get("model", ""))), str(routing.get("backend", ""))]
     if routing.get("layout"):
         parts.append(f"layers {routing['layout']}")
     if routing.get("load_ms"):

@@ -135,7 +135,7 @@ class HybridRouter(RouterAsking):
             ollama,
             events,
             routes=routes,
-            latency=latency if latency is not None else LatencyLog(),
+            latency=latency if latency is not None else _own_log(),
             timeout_s=timeout,
         )
         self.batch_store = BatchStore()
@@ -211,3 +211,9 @@ class HybridRouter(RouterAsking):
             **options,
         )
         return await batch.run()
+
+
+def _own_log() -> LatencyLog:
+    """The latency log of the state folder, with the retention that is set."""
+    keep_rows = config.default("latency_keep_rows") or None
+    return LatencyLog(keep_days=config.default("latency_keep_days"), keep_rows=keep_rows)

@@ -37,6 +37,7 @@ from sollol_nb.ollama_nodes import NodeStatus, node_url
 from sollol_nb.ollama_requests import KEEPS_ALL, AnswerSoFar, request_body
 from sollol_nb.ollama_serving import CHAT, EMBED, GENERATE, Journey, Serving
 from sollol_nb.priority_helpers import checked_priority
+from sollol_nb.progress_bars import progress_bar
 
 FIRST_TOKEN_TIMEOUT_S = 600.0  # loading hundreds of gigabytes from a slow disk takes minutes
 SILENCE_TIMEOUT_S = 60.0
@@ -318,9 +319,7 @@ class PullBar:
     """A progress bar over the steps of a pull, for terminals and notebooks."""
 
     def __init__(self, model: str) -> None:
-        from tqdm.auto import tqdm
-
-        self._bar = tqdm(desc=f"pulling {model}", unit="B", unit_scale=True, unit_divisor=1024)
+        self._bar = progress_bar(desc=f"pulling {model}", unit="B", unit_scale=True, unit_divisor=1024)
         self._layers: dict[str, tuple[int, int]] = {}  # done and total bytes, by digest
 
     def __enter__(self) -> Self:

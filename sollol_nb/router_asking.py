@@ -203,7 +203,10 @@ class RouterAsking(RouterCluster):
         try:
             async with aclosing(chunks):
                 async for chunk in chunks:
+                    is_first = record.ttft_ms is None
                     record.saw(chunk)
+                    if is_first:  # an answer that is cut short has no last chunk to say where it ran
+                        chunk = {**chunk, "_routing": record.routing()}
                     if chunk.get("done"):
                         chunk = {**chunk, "total_duration": int(record.duration_ms * 1e6)}
                         chunk["load_duration"] = int((record.load_ms or 0) * 1e6)

@@ -275,6 +275,22 @@ _TABLE = (
         default_words="the user's state folder",
     ),
     Setting(
+        "latency_keep_days",
+        "machine",
+        kinds.number("a number of days above 0, such as 90", above=True),
+        "Days after which rows of the latency log are pruned.",
+        "SOLLOL_LATENCY_KEEP_DAYS",
+        default_words="rows are kept for ever",
+    ),
+    Setting(
+        "latency_keep_rows",
+        "machine",
+        kinds.whole_number("a whole number, such as 100000, or 0 for all", least=0),
+        "How many of the newest rows the latency log keeps; 0 keeps all.",
+        "SOLLOL_LATENCY_KEEP_ROWS",
+        default=1_000_000,
+    ),
+    Setting(
         "ollama_models",
         "machine",
         kinds.FOLDER,

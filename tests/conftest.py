@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,8 +18,14 @@ from sollol_nb.toolchain import Engine, find_engine
 
 pytest_plugins = ["tests.ollama_server"]
 
+collect_ignore = ["test_terminal.py"] if sys.platform == "win32" else []
 ENGINE_NAMES = ("llama-server", "ggml-rpc-server", "rpc-server", "ollama")
 NO_OLLAMA = "127.0.0.1:9"  # the discard port: nothing answers there
+
+
+def pytest_report_header() -> list[str]:
+    """Say what is left out."""
+    return [f"left out: {name} (pexpect needs a POSIX terminal)" for name in collect_ignore]
 
 
 @pytest.fixture(scope="session", autouse=True)

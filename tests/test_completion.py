@@ -106,7 +106,7 @@ def test_notebook_shows_the_text_and_an_escaped_footer() -> None:
     shown = answer._repr_mimebundle_()
 
     assert shown["text/plain"] == "**Hi**\n\n[<script>x \u00b7 2 tokens]"
-    assert shown["text/markdown"] == "**Hi**\n\n<sub>&lt;script&gt;x \u00b7 2 tokens</sub>"
+    assert shown["text/markdown"] == "**Hi**\n\n<small>&lt;script&gt;x \u00b7 2 tokens</small>"
     assert str(answer) == shown["text/plain"]
     assert repr(answer) == "<Completion of <script>x: '**Hi**'>"
 

@@ -163,8 +163,8 @@ def test_the_footer_opens_and_tells_why() -> None:
     shown = completion("x", eval_count=1200, prompt_eval_count=7, _routing=routing)
     markdown = shown._repr_mimebundle_()["text/markdown"]
 
-    assert "<summary><sub>demo · llama.cpp-distributed · layers 5/4 · first token 12 ms · 1200 tokens" in markdown
-    assert "dropped the 2 oldest turns</sub></summary>" in markdown
+    assert "<summary><small>demo · llama.cpp-distributed · layers 5/4 · first token 12 ms · 1200" in markdown
+    assert "dropped the 2 oldest turns</small></summary>" in markdown
     for line in (
         r"- why: listed \* as large",
         "- at http://127.0.0.1:18080",
@@ -182,7 +182,7 @@ def test_what_came_short_is_told() -> None:
 
 
 def test_what_was_left_out_and_a_full_context_are_told() -> None:
-    assert Completion(model="demo", _dropped="dropped the oldest turn").footer() == "demo \u00b7 dropped the oldest turn"
+    assert Completion(model="demo", _dropped="dropped 2 turns").footer() == "demo \u00b7 dropped 2 turns"
     full = Completion(model="demo", done_reason="length", _context_full=2048)
     assert full.footer() == "demo \u00b7 cut, its context of 2,048 tokens is full"
 

@@ -128,7 +128,7 @@ def test_requests_at_once_of_a_node(value: str, requests: int, monkeypatch: pyte
 def test_requests_at_once_must_be_a_whole_number(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OLLAMA_NUM_PARALLEL", value)
 
-    with pytest.raises(ConfigError, match="OLLAMA_NUM_PARALLEL=.* must be a whole number"):
+    with pytest.raises(ConfigError, match=r"OLLAMA_NUM_PARALLEL=.* must be a whole number"):
         config.ollama_num_parallel()
 
 

@@ -462,7 +462,7 @@ def test_of_many_lines_the_first_are_shown() -> None:
 def test_libraries_are_not_imported_for_values_that_are_not_theirs() -> None:
     code = (
         "import sys; from sollol_nb.readable import readable; from sollol_nb.structure import json_schema_of\n"
-        "from sollol_nb.notebook.expansion import expand\n"
+        "from sollol_nb.expansion import expand\n"
         "readable([1, {'a': object()}]); readable(3.5); json_schema_of(list[int]); expand('no braces', {})\n"
         "print(sorted({'pandas', 'numpy', 'matplotlib', 'pydantic', 'jinja2', 'jsonschema'} & set(sys.modules)))"
     )

@@ -433,3 +433,7 @@ def test_a_working_folder_that_is_gone_has_no_file(folder: Path, monkeypatch: py
     write(config.user_settings_file().parent, "slots = 2")
 
     assert config.default("slots") == 2
+
+
+def test_the_readme_has_the_table_of_settings() -> None:
+    assert as_markdown().strip() in (Path(__file__).parents[1] / "README.md").read_text()

@@ -54,7 +54,7 @@ def test_one_measurement_tells_every_layout_of_workers_that_are_alike(units: tup
     ("round_trip_ms", "tokens_per_s"), [(10, (91, 45.6, 30.4)), (5, (145, 73, 49)), (1, (315, 182, 122))]
 )
 def test_a_round_trip_is_paid_once_for_each_worker(round_trip_ms: float, tokens_per_s: tuple[float, ...]) -> None:
-    """A tiny model through a delay proxy, measured over one, two and three workers: two of these tell the third."""
+    """A tiny model through a delay proxy, over one, two and three workers: two of these tell the third."""
     layouts = [parts(*units, round_trip_ms=round_trip_ms) for units in ((9, 0, 0), (4, 5, 0), (3, 3, 3))]
     one, two, three = (Measurement(*pair) for pair in zip(layouts, (1000 / n for n in tokens_per_s), strict=True))
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from sollol_nb import frame_accessor, io_loop
 from sollol_nb.chats import ChatBook
 from sollol_nb.notebook import background, completer, errors_in_cells, nested_loop, traits
+from sollol_nb.notebook.displays import is_kernel
+from sollol_nb.progress_bars import use_bars
 from sollol_nb.sync_wrapper import HybridRouter
 
 if TYPE_CHECKING:
@@ -104,6 +106,10 @@ def load_ipython_extension(shell: InteractiveShell) -> None:
     )
     errors_in_cells.shorten(lambda: _settings is None or bool(_settings.or_built_in("short_errors")))
     frame_accessor.register(router)
+    if is_kernel(shell):
+        from sollol_nb.notebook.text_bar import TextBar
+
+        use_bars(TextBar)
     if _settings.nest_asyncio:
         nested_loop.allow()
 
@@ -119,6 +125,7 @@ def unload_ipython_extension(shell: InteractiveShell) -> None:
     _chats = ChatBook()
     nested_loop.forbid()
     frame_accessor.unregister()
+    use_bars(None)
     errors_in_cells.restore()
     completer.remove(shell)
     for name in _MAGICS.values():

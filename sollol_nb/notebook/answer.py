@@ -11,6 +11,7 @@ from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from sollol_nb.completion import Completion
+from sollol_nb.completion_view import shown_name
 from sollol_nb.errors import AnswerInterruptedError, RequestCancelledError, SollolError
 from sollol_nb.events import Event, EventBus
 from sollol_nb.io_loop import iterate_blocking
@@ -61,7 +62,7 @@ def ask(
                 keep(partial)
             view.finish(partial)
             if isinstance(error, KeyboardInterrupt):
-                raise RequestCancelledError(f"{request.model}: stopped; what came so far is kept") from None
+                raise stopped(request.model) from None
             raise
     completion = request.dressed(answer.completion())
     try:
@@ -72,6 +73,11 @@ def ask(
         raise
     view.finish(completion, None if isinstance(value, Completion) else value)
     return value
+
+
+def stopped(model: str) -> RequestCancelledError:
+    """The error of an answer that its user has stopped."""
+    return RequestCancelledError(f"{shown_name(model)}: stopped; what came so far is kept")
 
 
 def broken_off(request: CellRequest, answer: LiveAnswer, error: BaseException) -> Completion | None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sollol_nb.completion import Completion
-from sollol_nb.completion_view import folded_footer, live_markdown, safe_markdown
+from sollol_nb.completion_view import folded_footer, live_markdown, safe_markdown, tail
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -70,6 +70,8 @@ class LiveAnswer:
         """The completion of what came; whole, if the last chunk did."""
         completion = Completion.from_chunks(self._chunks)
         completion.setdefault("model", self._model)
+        if "_routing" not in completion and self._chunks:  # cut short: the first chunk says where it ran
+            completion["_routing"] = self._chunks[0].get("_routing", {})
         return completion
 
 
@@ -107,7 +109,7 @@ class NotebookView:
         if not markdown or markdown == self._shown:
             return
         self._shown, self._shown_at, self._has_text = markdown, now, answer.has_begun
-        self._put({"text/markdown": markdown, "text/plain": answer.text or answer.status})
+        self._put({"text/markdown": markdown, "text/plain": tail(answer.text) or answer.status})
 
     def finish(self, completion: Completion | None, frame: pd.DataFrame | None = None, *, error: str = "") -> None:
         """The final answer in the place of the live one, and the error where no cell tells it."""

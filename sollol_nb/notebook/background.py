@@ -17,10 +17,11 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from sollol_nb.completion import Completion
+from sollol_nb.completion_view import shown_name
 from sollol_nb.errors import RequestCancelledError, RequestTimeoutError, SollolError
 from sollol_nb.events import EventBus
 from sollol_nb.io_loop import io_loop
-from sollol_nb.notebook.answer import broken_off, told
+from sollol_nb.notebook.answer import broken_off, stopped, told
 from sollol_nb.notebook.answer_views import UPDATE_INTERVAL_S, LiveAnswer, NotebookView
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ class BackgroundAnswer:
 
     def _end(self, task: asyncio.Task[Completion | pd.DataFrame]) -> None:
         if task.cancelled():
-            self._future.set_exception(RequestCancelledError(f"{self.model}: stopped; what came so far is kept"))
+            self._future.set_exception(stopped(self.model))
         elif (error := task.exception()) is not None:
             self._future.set_exception(error)
         else:
@@ -141,7 +142,9 @@ class BackgroundAnswer:
         while not self.done:
             left_s = _WAIT_S if deadline is None else min(deadline - time.monotonic(), _WAIT_S)
             if left_s <= 0:
-                raise RequestTimeoutError(f"{self.model} has not answered within {timeout:g} s; it goes on")
+                raise RequestTimeoutError(
+                    f"{shown_name(self.model)} has not answered within {timeout:g} s; it goes on"
+                )
             self._ended.wait(left_s)
         return self._future.result()
 
@@ -168,7 +171,7 @@ class BackgroundAnswer:
         return "cancelled" if isinstance(self.error, RequestCancelledError) else "failed"
 
     def __repr__(self) -> str:
-        return f"<BackgroundAnswer of {self.model}: {self.state}, {len(self.text):,} characters>"
+        return f"<BackgroundAnswer of {shown_name(self.model)}: {self.state}, {len(self.text):,} characters>"
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(repr(self))
@@ -182,7 +185,7 @@ class BackgroundAnswer:
                 self._show_end(view)
                 return
             if not self._answer.has_begun and not self._answer.status:
-                self._answer.status = f"asking {self.model}"
+                self._answer.status = f"asking {shown_name(self.model)}"
             view.show(self._answer)
             self._views.append(view)
 

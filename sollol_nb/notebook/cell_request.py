@@ -14,7 +14,7 @@ from IPython.core.error import UsageError
 
 from sollol_nb.completion import Completion
 from sollol_nb.expansion import expand
-from sollol_nb.notebook.options import Word, named, variable_name
+from sollol_nb.notebook.options import WAY_OUT, Word, named, variable_name
 from sollol_nb.structured_answer import fitted
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def cell_request(
     """
     model, prompt = _model_and_prompt(list(arguments.words), cell, defaults.get("model"))
     if cell is not None and arguments.expand:
-        prompt = expand(prompt, variables)
+        prompt = expand(prompt, variables, way_out=WAY_OUT)
     if not prompt.strip():
         raise UsageError("the prompt is empty; write it below %%sollol MODEL, or after %sollol MODEL")
     if arguments.reset and arguments.chat is None:

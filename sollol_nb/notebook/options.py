@@ -18,6 +18,7 @@ from sollol_nb.errors import ConfigError
 from sollol_nb.expansion import expand
 from sollol_nb.priority_helpers import Priority
 
+WAY_OUT = "--no-expand sends braces as they are"
 _ESCAPES = {"n": "\n", "t": "\t", '"': '"', "\\": "\\"}
 _ASSIGNMENT = re.compile(r"\s*(\w+)\s*<<(?:\s+|$)(.*)", re.DOTALL)
 _REQUIRED = re.compile(r"the following arguments are required: (.+)")
@@ -155,7 +156,7 @@ def _expanded(words: list[Word], variables: dict[str, Any], name: str) -> list[W
     """The words with their expressions replaced; `--var NAME=VALUE` adds to the variables on the way."""
     expanded: list[Word] = []
     for word in words:
-        text = expand(word, variables)
+        text = expand(word, variables, way_out=WAY_OUT)
         expanded.append(word if text == word else Word(text, f'"{text}"' if word.is_quoted else text))
         value_of_var = text.removeprefix("--var=") if text.startswith("--var=") else None
         if len(expanded) > 1 and expanded[-2] == "--var":
