@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -17,12 +18,15 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 CELL_TIMEOUT_S = 900
+COLORS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def shown(output: Any) -> str:
     """An output as text: Markdown where it has it, else plain text."""
     if output.output_type == "stream":
         return str(output.text)
+    if output.output_type == "error":
+        return COLORS.sub("", "\n".join(output.traceback))
     data = output.get("data", {})
     if "image/png" in data:
         return "[plot]"
@@ -37,7 +41,9 @@ def main() -> int:
     os.environ.setdefault("SOLLOL_KEEP_ALIVE", "10s")  # nobody comes back to these engines
     notebook = nbformat.read(arguments.notebook, as_version=4)
     folder = str(arguments.notebook.resolve().parent)
-    client = NotebookClient(notebook, timeout=CELL_TIMEOUT_S, resources={"metadata": {"path": folder}})
+    client = NotebookClient(
+        notebook, timeout=CELL_TIMEOUT_S, coalesce_streams=True, resources={"metadata": {"path": folder}}
+    )
     try:
         client.execute()
     except CellExecutionError as error:

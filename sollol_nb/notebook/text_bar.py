@@ -26,7 +26,7 @@ class TextBar(_Bar):
 
     def __init__(self, **settings: Any) -> None:
         self._update: Any = None
-        super().__init__(**settings, file=io.StringIO(), ncols=COLUMNS)
+        super().__init__(**settings, file=io.StringIO(), ncols=COLUMNS, ascii=False)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         """Show the bar as it is now."""
