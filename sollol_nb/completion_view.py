@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sollol_nb.markdown_tables import counted
 from sollol_nb.units import format_bytes
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ FORMATS = ("markdown", "text", "json", "html", "code")
 LIVE_CHARS = 6000
 """While it streams, a long answer is shown by its end: all of it, ten times a second, would stall the page."""
 
+_THINK, _END_OF_THINK = "<think>", "</think>"
 _FENCE = re.compile(r"^ {0,3}(?P<marks>`{3,}|~{3,})(?P<info>[^\n]*)$", re.MULTILINE)
 # Code spans on one line (HTML at the beginning of a line ends those that go further), tags that are harmless and
 # common in tables, links; then what begins another tag, a character by number, or an address that is a script.
@@ -81,6 +83,15 @@ def _marks(fence: str) -> str:
     return fence[: len(fence) - len(fence.lstrip(fence[0]))]
 
 
+def parted(text: str, thinking: str) -> tuple[str, str]:
+    """Answer and reasoning, also where an engine left both in the text: `<think>reasoning</think>answer`."""
+    begin = text.lstrip()
+    if thinking or not begin.startswith(_THINK):
+        return text, thinking
+    thinking, _, answer = begin.removeprefix(_THINK).partition(_END_OF_THINK)
+    return answer.lstrip(), thinking.strip()
+
+
 def code_in(text: str) -> tuple[str, str]:
     """Language and text of the first fenced code block; `("", text)` without one."""
     for is_code, part in parts_of(text):
@@ -118,14 +129,15 @@ def mime_bundle(completion: Completion) -> dict[str, str]:
     plain = {"text/plain": str(completion)}
     if completion.shown_as == "text":
         return plain
+    text, thinking = parted(completion.text, completion.thinking)
     ending = f"\n\n{folded_footer(completion)}"
     body = {"json": _json_block, "code": _code_block, "html": _html_block}.get(completion.shown_as)
     if body is not None:
-        markdown = body(completion.text) + ending
+        markdown = body(text) + ending
         if completion.shown_as == "html":
-            return {**plain, "text/markdown": markdown, "text/html": _page(completion)}
+            return {**plain, "text/markdown": markdown, "text/html": _page(text, completion)}
         return {**plain, "text/markdown": markdown}
-    return {**plain, "text/markdown": safe_markdown(completion.text) + folded_thinking(completion) + ending}
+    return {**plain, "text/markdown": safe_markdown(text) + folded_thinking(thinking) + ending}
 
 
 def _json_block(text: str) -> str:
@@ -151,8 +163,8 @@ def _html_in(text: str) -> str:
 _PAGE_STYLE = "width: 100%; height: 400px; border: 1px solid #8888; background: white; resize: vertical;"
 
 
-def _page(completion: Completion) -> str:
-    source = html.escape(_html_in(completion.text))
+def _page(text: str, completion: Completion) -> str:
+    source = html.escape(_html_in(text))
     return (
         f'<iframe sandbox="" srcdoc="{source}" title="answer of {html.escape(str(completion.get("model")))}" '
         f'style="{_PAGE_STYLE}"></iframe>'
@@ -161,14 +173,14 @@ def _page(completion: Completion) -> str:
     )
 
 
-def folded_thinking(completion: Completion) -> str:
+def folded_thinking(thinking: str) -> str:
     """The reasoning as a fold after the answer; "" without any."""
-    if not completion.thinking:
+    if not thinking:
         return ""
-    words = len(completion.thinking.split())
+    words = counted(len(thinking.split()), "word")
     return (
-        f"\n\n<details><summary>reasoning ({words:,} words)</summary>\n\n"
-        f"{safe_markdown(completion.thinking)}\n\n</details>"
+        f"\n\n<details><summary>reasoning ({words})</summary>\n\n"
+        f"{safe_markdown(thinking)}\n\n</details>"
     )
 
 
@@ -261,6 +273,7 @@ def _failover_words(failover: Mapping[str, Any]) -> str:
 
 def live_markdown(text: str, thinking: str, status: str) -> str:
     """An answer while it is written: its end, or the end of the reasoning, and what is going on."""
+    text, thinking = parted(text, thinking)
     parts = []
     if text:
         parts.append(safe_markdown(tail(text)))

@@ -13,6 +13,7 @@ from sollol_nb.completion_view import (
     fenced,
     live_markdown,
     open_fence,
+    parted,
     parts_of,
     safe_markdown,
     tail,
@@ -112,6 +113,21 @@ def test_reasoning_is_folded_after_the_answer() -> None:
     assert markdown.startswith(
         "Yes.\n\n<details><summary>reasoning (3 words)</summary>\n\nI think &lt;b>so&lt;/b>."
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("<think>\nHm.\n</think>\n\nYes.", ("Yes.", "Hm.")),
+        (" <think>Hm", ("", "Hm")),
+        ("Say <think> aloud", ("Say <think> aloud", "")),
+    ],
+)
+def test_reasoning_that_was_left_in_the_text_is_folded_too(text: str, parts: tuple[str, str]) -> None:
+    assert parted(text, "") == parts
+    assert parted(text, "known") == (text, "known")
+    shown = completion(text)._repr_mimebundle_()["text/markdown"]
+    assert ("reasoning (1 word)" in shown) is bool(parts[1])
 
 
 @pytest.mark.parametrize(
