@@ -10,6 +10,9 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from enum import Enum
+from typing import Any
 
 from sollol_nb import __version__, config
 from sollol_nb.build_tools import BACKENDS
@@ -17,6 +20,7 @@ from sollol_nb.errors import SollolError
 
 EXIT_OK = 0
 EXIT_TROUBLE = 1
+EXIT_ATTENTION = 3
 EXIT_INTERRUPTED = 130
 
 
@@ -54,6 +58,25 @@ def ps(arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def status(arguments: argparse.Namespace) -> int:
+    """Show workers, layers and Ollama nodes. The exit code is 0 if all is well, 3 if something needs attention."""
+    from sollol_nb.io_loop import run_blocking
+    from sollol_nb.user_cluster import troubles, user_cluster
+
+    cluster = run_blocking(user_cluster())
+    lines = troubles(cluster)
+    if arguments.json:
+        print(json.dumps({**asdict(cluster), "troubles": lines}, indent=1, default=_as_json))
+    else:
+        print(cluster)
+        print("\n".join(f"attention: {line}" for line in lines) if lines else "all is well")
+    return EXIT_ATTENTION if lines else EXIT_OK
+
+
+def _as_json(value: Any) -> Any:
+    return value.value if isinstance(value, Enum) else str(value)
+
+
 def stop(arguments: argparse.Namespace) -> int:
     """Stop coordinators and workers: those that nobody uses, those named, or all."""
     from sollol_nb.io_loop import run_blocking
@@ -79,6 +102,10 @@ def _ps_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="the same as JSON")
 
 
+def _status_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="the same as JSON, with a list of troubles")
+
+
 def _stop_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help="a model, a worker's host:port, or an id of ps")
     parser.add_argument("--all", action="store_true", help="also those in use")
@@ -88,6 +115,7 @@ _SUBCOMMANDS: tuple[tuple[Callable[[argparse.Namespace], int], Callable[[argpars
     (install, _install_arguments),
     (doctor, _doctor_arguments),
     (ps, _ps_arguments),
+    (status, _status_arguments),
     (stop, _stop_arguments),
 )
 

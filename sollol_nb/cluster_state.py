@@ -113,8 +113,8 @@ class ClusterState:
 
     @io_bound
     async def look(self) -> ClusterStatus:
-        """Look at all workers, and at other kernels' coordinators; then the status."""
-        await self._workers.refresh()
+        """Look at all workers and Ollama nodes, and at other kernels' coordinators; then the status."""
+        await asyncio.gather(self._workers.refresh(), self._ollama.look())
         self._others = await self._coordinators.others()
         return self.status()
 

@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sollol_nb.markdown_tables import counted
 from sollol_nb.model_files import DEMO_MODEL_PATH, DEMO_NOTE
 from sollol_nb.token_time import TokenTime
 from sollol_nb.units import format_bytes
@@ -227,10 +228,13 @@ class ClusterStatus:
             lines += [f"  differs from the plan: {difference}" for difference in one.differences]
         if not self.coordinators:
             lines.append("no coordinator is running")
-        lines.append(f"{len(self.workers)} workers" if self.workers else "no worker is known")
-        lines += [f"  {one.endpoint:<22} {one.state:<12} {worker_words(one)}" for one in self.workers]
+        lines.append(counted(len(self.workers), "worker") if self.workers else "no worker is known")
+        lines += [
+            f"  {one.endpoint:<22} {one.state:<12} {worker_words(one)}" + " (local)" * one.is_local
+            for one in self.workers
+        ]
         if self.nodes:
-            lines.append("1 Ollama node" if len(self.nodes) == 1 else f"{len(self.nodes)} Ollama nodes")
+            lines.append(counted(len(self.nodes), "Ollama node"))
         lines += [f"  {one.url:<22} {one.state:<12} {node_words(one)}" for one in self.nodes]
         return "\n".join(lines)
 

@@ -95,6 +95,12 @@ class OllamaPool:
         await self._serving.look()
         return self
 
+    @io_bound
+    async def look(self) -> builtins.list[NodeStatus]:
+        """Look at all nodes now, for 3 s at most; returns them as seen."""
+        await self._serving.look()
+        return self.nodes
+
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 

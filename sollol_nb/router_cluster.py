@@ -66,7 +66,8 @@ class RouterCluster:
 
     @io_bound
     async def cluster(self) -> ClusterStatus:
-        """Look at all workers, and tell their state and the layers of each coordinator, other kernels' too."""
+        """Look at all workers and Ollama nodes, and tell their state and the layers of each coordinator, other
+        kernels' too."""
         return await self.state.look()
 
     @io_bound
