@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,7 +14,7 @@ from sollol_nb.cluster_status import ClusterStatus
 from sollol_nb.coordinator import Coordinator
 from sollol_nb.coordinator_pool import CoordinatorPool
 from sollol_nb.events import EventBus
-from sollol_nb.io_loop import done_with_io_loop, io_bound, submit, uses_io_loop
+from sollol_nb.io_loop import done_with_io_loop, io_bound, on_io_loop, run_blocking, submit, uses_io_loop
 from sollol_nb.layer_plan import check_strategy
 from sollol_nb.ollama_pool import OllamaPool
 from sollol_nb.routing import DISTRIBUTED, LOCAL, OLLAMA
@@ -172,6 +173,20 @@ class RouterCluster:
                 await coordinator.keep_alive(settings.keep_alive_s)
             words = f"coordinators live for {keep_alive} without a request"
             self.events.publish("router.changed", "keep_alive", words)
+
+    @io_bound
+    async def status(self) -> ClusterStatus:
+        """The same as `cluster`, as known now; asks nobody."""
+        return self.state.status()
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
+        status = self.state.status() if on_io_loop() else run_blocking(self.status())
+        shown = status._repr_mimebundle_()
+        title = html.escape(repr(self))
+        return {
+            "text/plain": f"{self!r}\n{shown['text/plain']}",
+            "text/html": f"<p><code>{title}</code></p>{shown['text/html']}",
+        }
 
     def get_stats(self) -> dict[str, Any]:
         """Counts and states of this router.

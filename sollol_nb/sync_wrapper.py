@@ -52,11 +52,15 @@ class HybridRouter:
     def __repr__(self) -> str:
         return repr(self._async)
 
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
+        return self._async._repr_mimebundle_(include, exclude)
+
     route_request = blocking(hybrid_router.HybridRouter.route_request)
     resume = blocking(hybrid_router.HybridRouter.resume)
     stream = blocking_stream(hybrid_router.HybridRouter.stream)
     route = blocking(hybrid_router.HybridRouter.route)
     cluster = blocking(hybrid_router.HybridRouter.cluster)
+    status = blocking(hybrid_router.HybridRouter.status)
     start_workers = blocking(hybrid_router.HybridRouter.start_workers)
     discover_workers = blocking(hybrid_router.HybridRouter.discover_workers)
     add_worker = blocking(hybrid_router.HybridRouter.add_worker)

@@ -236,3 +236,13 @@ def test_an_interrupt_before_the_coordinator_is_ready_stops_its_start(engine: En
         worker.resume()
         eventually(lambda: mine.cluster().workers[0].state == "free", "the worker is free")
         assert mine.route_request("demo:sharded", QUESTION, max_tokens=1)["done"]
+
+
+def test_a_router_shows_its_cluster(router: HybridRouter) -> None:
+    router.route_request("demo:sharded", QUESTION, max_tokens=2)
+    shown = router._repr_mimebundle_()
+
+    assert shown["text/plain"].startswith(repr(router) + "\ndemo:sharded at ")
+    assert "held by the coordinator of demo:sharded" in shown["text/plain"]
+    assert shown["text/html"].startswith("<p><code>&lt;HybridRouter: ")
+    assert shown["text/html"].count("held by the coordinator of demo:sharded") == 3
