@@ -242,7 +242,8 @@ def test_a_router_shows_its_cluster(router: HybridRouter) -> None:
     router.route_request("demo:sharded", QUESTION, max_tokens=2)
     shown = router._repr_mimebundle_()
 
-    assert shown["text/plain"].startswith(repr(router) + "\ndemo:sharded at ")
+    assert shown["text/plain"].startswith(f"{router!r}\n")
+    assert "\ndemo:sharded at http://127.0.0.1:" in shown["text/plain"]
     assert "held by the coordinator of demo:sharded" in shown["text/plain"]
     assert shown["text/html"].startswith("<p><code>&lt;HybridRouter: ")
     assert shown["text/html"].count("held by the coordinator of demo:sharded") == 3
