@@ -1,7 +1,9 @@
 """The cluster widget: the live map of a router's cluster, with controls below it.
 
 The map is drawn by an anywidget (`cluster_map`); without anywidget the same state is shown as static HTML in an
-ipywidgets.HTML; where there are no widgets at all (a saved notebook on the web, a terminal) as HTML or text.
+ipywidgets.HTML; where there are no widgets at all (a terminal) as text. Front ends seldom save the state of
+widgets, so a second output beside the widget holds the state as static HTML: hidden by the map's style sheet while
+there is a map, seen in a saved notebook that is opened later or elsewhere, and made anew after logged events.
 
 There is one widget for each router, however often it is shown, so all that show it are in step. Views tell that
 they are there; when the last has gone the widget ends its subscription and all looking, and takes them up again
@@ -14,7 +16,7 @@ import asyncio
 import threading
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets
@@ -26,12 +28,15 @@ from sollol_nb.notebook.cluster_controls import ModelControls, WorkerControls
 from sollol_nb.notebook.what_if_panel import WhatIfPanel
 
 if TYPE_CHECKING:
+    from IPython.display import DisplayHandle
+
     from sollol_nb import hybrid_router
     from sollol_nb.notebook.cluster_map import ClusterMap
 
 VIEW_LEASE_S = 150.0
 """A view that has not told for so long has gone with its page. Pages in the background tell once a minute."""
 HTML_EVERY_S = 1.0
+SNAPSHOT_EVERY_S = 5.0
 _WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 
 _widgets: weakref.WeakKeyDictionary[hybrid_router.HybridRouter, ClusterWidget] = weakref.WeakKeyDictionary()
@@ -62,14 +67,14 @@ class ClusterWidget:
         self._lock = threading.RLock()
         self._views: dict[str, float] = {}
         self._is_watching = False
-        self._displays: list[Any] = []
+        self._snapshots: list[DisplayHandle] = []
+        self._due: set[str] = set()
         actions = ClusterActions(router, self._refresh)
         self.workers = WorkerControls(actions)
         self.models = ModelControls(actions, router.layer_strategy)
         self.what_if = WhatIfPanel(weakref.ref(router), actions)
         self.map = _make_map(self)
         self._html = ipywidgets.HTML(self._state.status()._repr_html_()) if self.map is None else None
-        self._html_is_due = False
         steering = ipywidgets.VBox([self.workers.box, self.models.box])
         panels = ipywidgets.Accordion(
             [steering, self.what_if.box], titles=("Steer", "What if"), selected_index=None
@@ -80,22 +85,23 @@ class ClusterWidget:
         return f"<ClusterWidget: {'closed' if self.is_closed else f'{len(self._views)} views'}>"
 
     def _ipython_display_(self) -> None:
+        from IPython.core.getipython import get_ipython
         from IPython.display import display
 
-        handle = display(self.bundle(), raw=True, display_id=True)
-        if handle is not None:
-            self._displays.append(handle)
+        bundle = self.bundle()
+        display(bundle, raw=True)
+        if _WIDGET_VIEW in bundle and hasattr(get_ipython(), "kernel"):
+            self._snapshots.append(display(self._snapshot(), raw=True, display_id=True))
 
     def bundle(self) -> dict[str, Any]:
-        """What is displayed, by MIME type: the widget, and its state as HTML and text for where there are none."""
-        static = self._state.status()._repr_mimebundle_()
+        """What is displayed, by MIME type: the widget, and its state for where there are none."""
         if self.is_closed:
-            return static
+            return self._state.status()._repr_mimebundle_()
         with self._lock:
             self._views["display"] = time.monotonic()  # until the first view tells
         run_blocking(self._watch_or_not())
         view = {"version_major": 2, "version_minor": 0, "model_id": self.box.model_id}
-        return {_WIDGET_VIEW: view, **static}
+        return {_WIDGET_VIEW: view, "text/plain": str(self._state.status())}
 
     def close(self) -> None:
         """End it, and leave the last state where it is shown. Closing twice is fine."""
@@ -103,10 +109,17 @@ class ClusterWidget:
             return
         self.is_closed = True
         run_blocking(self._watch_or_not())
-        for handle in self._displays:
-            handle.update(self.bundle(), raw=True)
-        self._displays.clear()
+        for snapshot in self._snapshots:
+            snapshot.update(self._snapshot(), raw=True)
+        self._snapshots.clear()
         _close_all(self.box)
+
+    def _snapshot(self) -> dict[str, str]:
+        """The state as it stays in a saved notebook."""
+        status = self._state.status()
+        at = time.strftime("%Y-%m-%d %H:%M:%S")
+        html = f'<div class="sollol-snapshot">{status._repr_html_()}<p>as of {at}</p></div>'
+        return {"text/html": html, "text/plain": f"{status}\nas of {at}"}
 
     # --- watching -------------------------------------------------------------------------------
 
@@ -137,23 +150,33 @@ class ClusterWidget:
         """On the I/O loop: pass a change on to the map and the controls."""
         if self.map is not None:
             self.map.change(patch)
-        self._show_html()
+        else:
+            self._soon("html", HTML_EVERY_S, self._show_html)
+        if "events" in patch:
+            self._soon("snapshots", SNAPSHOT_EVERY_S, self._show_snapshots)
         if patch.keys() & {"workers", "coordinators", "starting"}:
             self._refresh()
         self._drop_gone_views()
 
+    def _soon(self, what: str, seconds: float, show: Callable[[], None]) -> None:
+        """Show what is large, after a while, for all changes until then."""
+
+        def run() -> None:
+            self._due.discard(what)
+            if not self.is_closed:
+                show()
+
+        if what not in self._due:
+            self._due.add(what)
+            asyncio.get_running_loop().call_later(seconds, run)
+
     def _show_html(self) -> None:
-        """Show the state as HTML, soon; it is large, so not with every change."""
-        html = self._html
-        if html is None or self._html_is_due:
-            return
+        if self._html is not None:
+            self._html.value = self._state.status()._repr_html_()
 
-        def show() -> None:
-            self._html_is_due = False
-            html.value = self._state.status()._repr_html_()
-
-        self._html_is_due = True
-        asyncio.get_running_loop().call_later(HTML_EVERY_S, show)
+    def _show_snapshots(self) -> None:
+        for snapshot in self._snapshots:
+            snapshot.update(self._snapshot(), raw=True)
 
     def _refresh(self) -> None:
         if not self.is_closed:

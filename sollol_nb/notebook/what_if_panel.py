@@ -183,7 +183,7 @@ def forecast_html(foreseen: Forecast) -> str:
     """A forecast as a small table, and one line that says whether it fits and how quick it would be."""
     cell = 'style="padding: 0 14px 0 0; text-align: left;"'
     rows = [
-        f"<tr><td {cell}>{escape(one.endpoint)}</td><td {cell}>{escape(one.layers) or 'dropped'}</td>"
+        f"<tr><td {cell}>{escape(one.endpoint)}</td><td {cell}>{escape(one.layers) or 'no layers'}</td>"
         f"<td {cell}>{memory_words(one)}</td>"
         f"<td {cell}>{'' if one.token_ms is None else f'{one.token_ms:.3g} ms'}</td></tr>"
         for one in foreseen.workers

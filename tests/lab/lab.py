@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 import nbformat
-from playwright.sync_api import BrowserContext, sync_playwright
+from playwright.sync_api import BrowserContext, Page, sync_playwright
 
 from tests.lab.page import LabPage
 from tests.lab.server import LabServer
@@ -86,6 +86,10 @@ class HeadlessLab:
         opened = LabPage(page, self._server, path, self._pictures)
         opened.load()
         return opened
+
+    def new_page(self) -> Page:
+        """An empty page of the browser, for what needs no notebook."""
+        return self._browser.new_page()
 
 
 @contextmanager

@@ -136,6 +136,13 @@ class LabPage:
         """Whether the kernel has nothing to do."""
         return self.page.locator(READY).count() > 0
 
+    def clear_output(self, index: int) -> None:
+        """Take away what a cell shows, by the menu."""
+        self.cell(index).locator(".jp-InputPrompt").click()
+        self.page.get_by_role("menuitem", name="Edit", exact=True).click()
+        self.page.get_by_role("menuitem", name="Clear Cell Output", exact=True).click()
+        self.output(index).locator(".jp-OutputArea-output").first.wait_for(state="detached")
+
     def press_stop(self) -> None:
         """The stop button of the toolbar."""
         self.page.locator(".jp-NotebookPanel-toolbar [data-jp-item-name='interrupt']").click()

@@ -6,7 +6,6 @@
 
 const SVG = "http://www.w3.org/2000/svg";
 const ALIVE_EVERY_MS = 20000;
-const CHARACTER_WIDTH = 6.6; // of the boxes' font
 const MOST_IN_ORDER = 12; // of more workers, those that are not well come first
 const WELL = ["free", "held", "ready"];
 const MARKS = { free: "○", held: "●", busy: "◐", ready: "○", cooling: "◐", unknown: "?", absent: "–" };
@@ -70,15 +69,18 @@ function boxes(y, height, parts) {
   });
 }
 
-// Shorten the words in boxes to what their boxes' width holds.
+// Shorten the words in boxes to what their boxes' width holds. Addresses differ at their ends, so these stay.
 function fitWords(root) {
+  if (!root.clientWidth) return; // not laid out yet; the ResizeObserver tells when it is
   for (const words of root.querySelectorAll(".sollol-box text")) {
-    const room = Math.floor((words.parentNode.getBoundingClientRect().width - 8) / CHARACTER_WIDTH);
-    const whole = words.dataset.whole;
-    // Addresses differ at their ends.
-    const cut = words.dataset.keeps === "end" ? `…${whole.slice(1 - room)}` : `${whole.slice(0, room - 1)}…`;
-    const shown = whole.length <= room ? whole : room < 3 ? "" : cut;
-    if (words.textContent !== shown) words.textContent = shown;
+    const room = words.parentNode.width.baseVal.value - 8;
+    const { whole, keeps } = words.dataset;
+    words.textContent = whole;
+    let kept = Math.ceil((whole.length * room) / words.getComputedTextLength());
+    while (words.textContent && words.getComputedTextLength() > room) {
+      kept -= 1;
+      words.textContent = kept < 2 ? "" : keeps === "end" ? `…${whole.slice(-kept)}` : `${whole.slice(0, kept)}…`;
+    }
   }
 }
 
@@ -152,7 +154,8 @@ function tableRow(cells) {
 
 function coordinatorCard(coordinator) {
   const busy = `${coordinator.running}/${coordinator.slots} running, ${coordinator.waiting} waiting`;
-  const facts = [coordinator.words, busy, coordinator.time, coordinator.answer, coordinator.note];
+  const answer = coordinator.answer && `last answer: ${coordinator.answer}`;
+  const facts = [coordinator.words, busy, coordinator.time, answer, coordinator.note];
   const card = element(
     "section",
     { class: "sollol-card" },

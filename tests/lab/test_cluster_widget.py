@@ -1,0 +1,208 @@
+"""The cluster widget as a person meets it: JupyterLab in a browser, workers that die, sliders that are moved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Locator, expect
+
+from tests.lab.lab import HeadlessLab
+from tests.lab.page import LIMIT_MS, LabPage
+
+pytestmark = [pytest.mark.engine, pytest.mark.lab]
+
+REPOSITORY = Path(__file__).parents[2]
+SHOW = "from sollol_nb.notebook import router\nfrom sollol_nb.notebook.cluster_widget import cluster_widget\n"
+SHOW += "widget = cluster_widget(router())\nwidget"
+KILL = """
+import psutil
+from sollol_nb import registry
+killed = held[0]
+(entry,) = [one for one in registry.entries("worker") if one.about["endpoint"] == killed]
+psutil.Process(entry.pid).kill()
+print(killed)
+"""
+SIMULATED = f"""
+import sys
+sys.path.insert(0, {str(REPOSITORY)!r})
+from tests.simulated_cluster import SimulatedCluster, endpoint, node
+from sollol_nb.notebook.cluster_widget import cluster_widget
+"""
+
+expect.set_options(timeout=LIMIT_MS)
+
+
+@pytest.fixture(scope="module")
+def page(lab: HeadlessLab) -> Iterator[LabPage]:
+    """A notebook over four workers, three of which run the demo model, and the widget shown below."""
+    three = "from sollol_nb.notebook import router\nrouter(num_rpc_backends=3, context_tokens=4096);"
+    ask = '%sollol demo:sharded "What is a worker?" --max-tokens 5'
+    cells = ["%load_ext sollol_nb", three, "%sollol_cluster start 4", ask, SHOW]
+    opened = lab.open(cells, viewport=(1250, 1500))
+    opened.run_all()
+    yield opened
+    opened.close()
+
+
+def layers(page: LabPage, cell: int) -> list[str]:
+    """The layer ranges in the map, in order."""
+    return (
+        page.output(cell)
+        .locator(".sollol-row-planned text.sollol-strong")
+        .evaluate_all("texts => texts.map(text => text.dataset.whole)")
+    )
+
+
+def row(page: LabPage, cell: int, endpoint: str) -> Locator:
+    return page.output(cell).locator(f"tr[data-endpoint='{endpoint}']")
+
+
+def test_it_shows_layers_workers_and_events(page: LabPage) -> None:
+    expect(page.output(4).locator("section")).to_have_count(1)
+    assert layers(page, 4) == ["0-3", "4-7", "8-11 + output"]
+    expect(page.output(4).locator("tr[data-state='held']")).to_have_count(3)
+    expect(page.output(4).locator("tr[data-state='free']")).to_have_count(1)
+    expect(page.output(4).locator(".sollol-log")).to_contain_text("demo:sharded is ready at")
+    expect(page.output(4).locator("section")).to_contain_text("ms a token")
+    page.screenshot("cluster-widget")
+
+
+def test_a_moved_slider_changes_the_prediction_and_the_applied_layout_the_map(page: LabPage) -> None:
+    output = page.output(4)
+    output.get_by_text("What if", exact=True).click()
+    prediction = output.locator(".widget-html").last
+    expect(prediction).to_contain_text("fits")
+    before = prediction.inner_text()
+    sliders = output.get_by_role("slider")
+    expect(sliders).to_have_count(4)
+    apply = output.get_by_role("button", name="Apply", exact=True)
+    expect(apply).to_be_disabled()
+
+    sliders.nth(2).focus()
+    page.page.keyboard.press("Home")
+
+    expect(prediction).not_to_have_text(before, use_inner_text=True)
+    expect(prediction).to_contain_text("no layers")
+    page.screenshot("cluster-what-if")
+    expect(apply).to_be_enabled()
+    apply.click()
+    expect(output.locator(".sollol-log")).to_contain_text(
+        "demo:sharded is laid out anew: 4/9 over 2 workers: fits"
+    )
+    expect(output.locator(".sollol-row-planned .sollol-box")).to_have_count(2)
+    assert layers(page, 4) == ["0-3", "4-11 + output"]
+    expect(output.locator("section")).to_contain_text("as given")
+    expect(output.locator("tr[data-state='held']")).to_have_count(2)
+    assert "4/9" in page.ask('%sollol demo:sharded "What is a worker?" --max-tokens 5')
+    expect(output.locator("section")).to_contain_text("predicted")
+
+
+def test_requests_are_seen_while_their_cell_runs(page: LabPage) -> None:
+    asking = page.add('%sollol demo:sharded "Tell me everything about sharding." --max-tokens 2000')
+    page.page.evaluate(
+        """() => {
+            window.totals = [];
+            const map = document.querySelector('.sollol-cluster');
+            const look = () => window.totals.push(map.innerText.split('\\n')[0]);
+            new MutationObserver(look).observe(map, {subtree: true, childList: true, characterData: true});
+        }"""
+    )
+    page.run(asking)
+    page.page.wait_for_function("() => window.totals.some(one => one.includes('1 running'))")
+
+
+def test_a_killed_worker_turns_and_the_model_is_planned_anew(page: LabPage) -> None:
+    page.ask("held = router().coordinator.rpc_backends")
+    killed = page.ask(KILL)
+    expect(row(page, 4, killed)).to_have_attribute("data-state", "down")
+    expect(row(page, 4, killed)).to_contain_text("ended with exit code")
+    expect(page.output(4).locator(".sollol-log")).to_contain_text(f"lost the worker at {killed}")
+    page.screenshot("cluster-lost")
+
+    page.ask('%sollol demo:sharded "What is a worker?" --max-tokens 5')
+    expect(page.output(4).locator("section")).to_contain_text("memory_aware")
+    expect(page.output(4).locator("tr[data-state='held']")).to_have_count(3)
+    assert layers(page, 4) == ["0-3", "4-7", "8-11 + output"]
+
+
+def test_shown_twice_it_is_in_step_and_closed_outputs_free_it(page: LabPage) -> None:
+    again = page.add("widget")
+    page.run(again)
+    expect(page.output(again).locator("section")).to_have_count(1)
+    page.ask('router().add_worker("127.0.0.1:9");')
+    for cell in (4, again):
+        expect(row(page, cell, "127.0.0.1:9")).to_have_attribute("data-state", "down")
+    assert page.ask("router()._async.state.is_watched") == "True"
+
+    for cell in (4, again):
+        page.clear_output(cell)
+    waiting = "import time\nwhile router()._async.state.is_watched: time.sleep(0.05)\n"
+    assert page.ask(waiting + "widget") != ""
+    shown = page.page.locator(".jp-Cell").count() - 1
+    expect(row(page, shown, "127.0.0.1:9")).to_have_attribute("data-state", "down")
+
+
+def test_a_saved_notebook_shows_the_last_state_without_a_kernel(lab: HeadlessLab) -> None:
+    page = lab.open(
+        [SIMULATED + "cluster = SimulatedCluster(3, [node(1)])\ncluster_widget(cluster)"], viewport=(1250, 900)
+    )
+    page.run_all()
+    expect(page.output(0).locator("tr[data-endpoint]")).to_have_count(4)
+    expect(page.output(0).locator(".sollol-snapshot")).to_be_hidden()
+    page.ask('cluster.change_worker(1, "down", "nothing listens there", "worker.lost")')
+    expect(row(page, 0, "10.0.0.11:50052")).to_have_attribute("data-state", "down")
+    expect(page.output(0).locator(".sollol-snapshot")).to_contain_text("nothing listens there")
+    path = page.save()
+    page.close()
+
+    reopened = lab.open(path, viewport=(1250, 900))
+    snapshot = reopened.output(0).locator("[data-mime-type='text/html']")
+    expect(snapshot).to_be_visible()
+    expect(snapshot).to_contain_text("nothing listens there")
+    reopened.screenshot("cluster-saved")
+    reopened.close()
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("count", [3, 64])
+def test_it_is_readable_in_each_theme_and_size(lab: HeadlessLab, theme: str, count: int) -> None:
+    held = min(count, 15)
+    source = SIMULATED + (
+        f"cluster = SimulatedCluster({count}, [node(1), node(2, 'absent')])\n"
+        f"cluster.run_model('llama3.1:70b', range({held}))\n"
+        f"cluster.change_worker({count - 1}, 'down', 'nothing listens there; start it there', 'worker.lost')\n"
+        "cluster_widget(cluster)"
+    )
+    page = lab.open([source], theme=theme, viewport=(1250, 1400))  # type: ignore[arg-type]
+    page.run_all()
+    expect(page.output(0).locator("tr[data-endpoint^='10.']")).to_have_count(count)
+    page.screenshot(f"cluster-{count}-{theme}")
+    ground, words = (
+        page.output(0)
+        .locator(".sollol-cluster")
+        .evaluate(
+            """one => {
+            let ground = one;
+            const color = (of) => getComputedStyle(of).backgroundColor;
+            while (ground && color(ground) === 'rgba(0, 0, 0, 0)') ground = ground.parentElement;
+            return [color(ground), getComputedStyle(one).color];
+        }"""
+        )
+    )
+    page.close()
+    assert contrast(ground, words) > 7
+
+
+def contrast(one: str, other: str) -> float:
+    """Contrast of two CSS colours as in WCAG 2, 1 to 21."""
+
+    def luminance(color: str) -> float:
+        numbers = [float(part) for part in color[color.index("(") + 1 : -1].split(",")][:3]
+        channels = [part / 255 for part in numbers]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    lighter, darker = sorted((luminance(one), luminance(other)), reverse=True)
+    return (lighter + 0.05) / (darker + 0.05)
