@@ -33,7 +33,7 @@ from sollol_nb.ollama_nodes import NodeStatus
 from sollol_nb.units import format_bytes
 from sollol_nb.workers import WorkerStatus
 
-MEMORY_STEPS = 200
+MEMORY_STEPS = 50
 """Memory is told in so many steps of the whole: one is seen, less is noise."""
 
 

@@ -142,6 +142,9 @@ class ClusterState:
         self._live = Live()
         for event in self._events.recent():
             self._note(event)
+        for endpoint, round_trip_ms in self._workers.round_trips_ms.items():
+            if round_trip_ms is not None:
+                self._live.round_trips_ms[endpoint] = {next(self._numbers): round_trip_ms}
         self._under_way = 0  # what began before is not counted
         self._changed, self._look_soon = asyncio.Event(), asyncio.Event()
         loop, changed = asyncio.get_running_loop(), self._changed

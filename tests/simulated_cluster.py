@@ -161,7 +161,8 @@ class SimulatedCluster:
             def endpoints(self) -> list[str]:
                 return list(cluster.workers)
 
-        return Rooms(look_at=look_at, statuses=lambda: list(self.workers.values()))
+        seen = {name: one.probe.round_trip_ms for name, one in self.workers.items() if one.probe}
+        return Rooms(look_at=look_at, statuses=lambda: list(self.workers.values()), round_trips_ms=seen)
 
     def _ollama(self) -> SimpleNamespace:
         cluster = self

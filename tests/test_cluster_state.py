@@ -65,7 +65,7 @@ def test_the_state_tells_workers_coordinators_nodes_and_events() -> None:
 
     held, free = told["workers"][endpoint(0)], told["workers"][endpoint(2)]
     assert (held["state"], held["held_by"]) == ("held", "llama3.1:70b")
-    assert (free["state"], free["memory"]) == ("free", "29.9 GiB free of 32.0 GiB")
+    assert (free["state"], free["memory"]) == ("free", "29.4 GiB free of 32.0 GiB")
     assert free["protocol"] == "RPC 7.0.0"
     (coordinator,) = told["coordinators"].values()
     assert [one["layers"] for one in coordinator["segments"].values()] == ["0-20", "21-39 + output"]

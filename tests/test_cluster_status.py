@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,9 +16,12 @@ from sollol_nb.cluster_status import ClusterStatus, CoordinatorStatus, LayerSegm
 from sollol_nb.coordinator import Coordinator
 from sollol_nb.layer_plan import LayerPlan, Shard
 from sollol_nb.model_files import DEMO_MODEL_PATH, DEMO_NOTE
+from sollol_nb.ollama_nodes import NodeStatus
 from sollol_nb.placement import DevicePlacement, Placement
 from sollol_nb.rpc_discovery import Probe, ProbeOutcome
+from sollol_nb.token_time import TokenTime
 from sollol_nb.workers import WorkerStatus
+from tests.simulated_cluster import node as simulated_node
 
 GIB, MIB = 2**30, 2**20
 VOID = {"meta", "link", "br", "hr", "img", "input"}
@@ -287,3 +291,53 @@ def test_demo_model_is_told_as_one() -> None:
     assert DEMO_NOTE in str(status)
     assert DEMO_NOTE in as_html(status).text
     assert CoordinatorStatus.of(stand_in()).note == ""
+
+
+# --- token times, local devices, Ollama nodes -------------------------------------------------
+
+
+def test_predicted_and_measured_token_times_stand_side_by_side() -> None:
+    plan = replace(stand_in().plan, predicted_token_ms=20.0)  # type: ignore[type-var]
+    status = CoordinatorStatus.of(stand_in(plan=plan), token_ms=25.0, token=TokenTime((15.0, 5.0)))
+
+    for shown in (str(ClusterStatus((), (status,))), as_html(ClusterStatus((), (status,))).text):
+        assert "predicted 20 ms a token, measured 25 ms a token (40 tokens/s)" in shown
+    assert [one.time_share for one in status.segments] == [0.75, 0.25]
+    assert "15 ms of each token (75%)" in status.segments[0].words
+    assert "15 ms (75 %)" in as_html(ClusterStatus((), (status,))).text
+
+
+def test_an_unknown_token_time_is_not_invented() -> None:
+    status = CoordinatorStatus.of(stand_in(), token=TokenTime((), "nothing was measured"))
+
+    assert status.token_words == ""
+    assert [(one.token_ms, one.time_share) for one in status.segments] == [(None, None)] * 2
+    assert "ms of each token" not in str(ClusterStatus((), (status,)))
+
+
+def test_devices_of_the_coordinators_own_machine_are_shown() -> None:
+    placement = Placement((DevicePlacement("a:1", (0,), 11, 1), DevicePlacement("CPU", (), 3 * MIB, 0)))
+    status = ClusterStatus((), (CoordinatorStatus.of(stand_in(placement=placement)),))
+
+    assert "CPU of this machine: 3.0 MiB weights" in str(status)
+    assert "CPU of this machine" in as_html(status).text
+
+
+@pytest.mark.parametrize(
+    ("node", "words"),
+    [
+        (simulated_node(1), "llama3.2 loaded, 0/1 slots busy, 0 waiting, 21.4 ms a token"),
+        (simulated_node(1, loaded_models=(), ms_per_token=None), "nothing loaded, 0/1 slots busy, 0 waiting"),
+        (
+            simulated_node(1, "absent"),
+            "nothing accepts connections at http://10.0.1.1:11434; start it there: ollama",
+        ),
+        (simulated_node(1, "cooling", last_error="it broke off"), "it broke off; it is tried again by itself"),
+        (simulated_node(1, "unknown"), "not looked at yet"),
+    ],
+)
+def test_each_ollama_node_tells_what_it_has_or_what_is_wrong(node: NodeStatus, words: str) -> None:
+    status = ClusterStatus((), (), (node,))
+
+    assert f"{node.url:<22} {node.state:<12} {words}" in str(status)
+    assert f"{node.state} {words}" in as_html(status).text

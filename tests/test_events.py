@@ -105,3 +105,14 @@ def test_events_of_many_threads_are_all_told() -> None:
         list(pool.map(lambda number: publish(bus, number), range(400)))
 
     assert sorted(event.data["number"] for event in seen) == list(range(400))
+
+
+def test_what_is_only_reported_is_told_and_not_kept() -> None:
+    bus = EventBus()
+    seen: list[Event] = []
+    bus.subscribe(seen.append)
+
+    bus.report("probe.done", "127.0.0.1:1", "free", round_trip_ms=0.1)
+
+    assert [event.data["round_trip_ms"] for event in seen] == [0.1]
+    assert bus.recent() == []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import sys
@@ -86,16 +85,16 @@ def test_local_workers_start_at_the_usual_port_and_listen_on_loopback_only(engin
         assert listening == [("127.0.0.1", port_of(endpoint))]
 
 
-@pytest.mark.parametrize(("cores", "count", "threads"), [(8, 2, "4"), (7, 3, "2"), (1, 3, "1"), (None, 1, "1")])
+@pytest.mark.parametrize(("cores", "count", "threads"), [(8, 2, "4"), (7, 3, "2"), (1, 3, "1")])
 def test_the_cores_are_shared_out_over_the_workers(
     engine: Engine,
     local: Workers,
     monkeypatch: pytest.MonkeyPatch,
-    cores: int | None,
+    cores: int,
     count: int,
     threads: str,
 ) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(workers, "usable_cores", lambda: cores)
 
     endpoints = run(local.start_local(engine, count))
 

@@ -45,6 +45,7 @@ class WhatIfPanel:
         self._base: dict[str, int] = {}  # the running layout, and free workers with 0
         self._base_url = ""
         self._forecast: Forecast | None = None
+        self._foreseen_with: str | None = None
         self.model = ipywidgets.Dropdown(options=(), layout={"width": "250px"})
         self.sliders: list[ipywidgets.IntSlider] = []
         self._rows = ipywidgets.VBox([])
@@ -78,6 +79,8 @@ class WhatIfPanel:
             is_other = (url, _used(base)) != (self._base_url, _used(self._base))
             if is_other or (base != self._base and self.counts == self._base):
                 self._set_up()
+            elif self._measured() != self._foreseen_with:
+                self._foresee()
             else:
                 self._enable()
 
@@ -134,6 +137,7 @@ class WhatIfPanel:
     def _foresee(self) -> None:
         """Predict for the sliders as they stand, on the I/O loop."""
         self._forecast = None
+        self._foreseen_with = self._measured()
         self._enable()
         router = self._router()
         if not self._base or router is None:
@@ -152,6 +156,11 @@ class WhatIfPanel:
                 self._forecast = foreseen
                 self.prediction.value = forecast_html(foreseen)
                 self._enable()
+
+    def _measured(self) -> str | None:
+        """What is known of the running layout's token time; a prediction made with other facts is out of date."""
+        time: str | None = self._sharded().get(self._base_url, {}).get("time")
+        return time
 
     def _enable(self) -> None:
         """Apply makes sense for another layout that fits, while no answer runs on the old one."""
