@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from sollol_nb.errors import ModelError
 from sollol_nb.model_files import DEMO_NAMES
 from sollol_nb.profiles import MODEL_PROFILES, ModelProfile
+from sollol_nb.profiles import profile_of as profile_of_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -69,12 +71,16 @@ def list_models(
         where.setdefault(name, [])
     for name in DEMO_NAMES:
         where.setdefault(name, []).append("built in")
+    def listed(name: str, places: list[str]) -> ListedModel:
+        try:
+            profile = profile_of(name)
+        except ModelError:  # one that is damaged must not hide the others
+            profile = profile_of_name(name)
+        return ListedModel.of(profile, ", ".join(places), running.get(name, ""))
+
     running = {_short(str(entry["name"])): "loaded" for entry in loaded} | dict(coordinators)
-    listed = [
-        ListedModel.of(profile_of(name), ", ".join(places), running.get(name, ""))
-        for name, places in where.items()
-    ]
-    return sorted(listed, key=lambda one: (not one.running, not one.where, one.model))
+    models = [listed(name, places) for name, places in where.items()]
+    return sorted(models, key=lambda one: (not one.running, not one.where, one.model))
 
 
 def models_frame(models: Iterable[ListedModel]) -> pd.DataFrame:

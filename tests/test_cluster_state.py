@@ -294,7 +294,8 @@ def test_a_real_cluster_is_told_from_its_workers_to_its_layers(router: HybridRou
         router.stop_coordinator("demo:sharded")
         router.route_request("demo:sharded", "What is a worker?", max_tokens=5, temperature=0)
         eventually(lambda: watcher.state["coordinators"], "its coordinator is told")
-        (coordinator,) = [one for one in watcher.state["coordinators"].values() if one.get("own")]
+        known = watcher.state["coordinators"].values()
+        (coordinator,) = [one for one in known if one.get("own") and one["model"] == "demo:sharded"]
         assert sum(one["units"] for one in coordinator["segments"].values()) == 13
         assert [one["units"] for one in coordinator["segments"].values()] == [
             one["actual"] for one in coordinator["segments"].values()

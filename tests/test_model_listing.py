@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from sollol_nb.errors import ModelFileError
 from sollol_nb.model_listing import ListedModel, list_models, models_frame
-from sollol_nb.profiles import MODEL_PROFILES, profile_of
+from sollol_nb.profiles import MODEL_PROFILES, ModelProfile, profile_of
 
 
 def listed(**given: object) -> dict[str, ListedModel]:
@@ -39,6 +40,16 @@ def test_a_model_is_listed_once_with_all_who_have_it() -> None:
     assert (models["odd"].parameters_b, models["odd"].sharded) == (None, None)
     assert models["demo:sharded"].running == "http://127.0.0.1:18080"
     assert "/models/x.gguf" in models
+
+
+def test_a_damaged_model_is_listed_by_its_name() -> None:
+    def refuse(model: str) -> ModelProfile:
+        if model == "broken:7b":
+            raise ModelFileError("it is damaged")
+        return profile_of(model)
+
+    models = list_models(refuse, in_ollama=[], loaded=[], in_storage=["broken:7b"], coordinators={})
+    assert {one.model: one.parameters_b for one in models}["broken:7b"] == 7.0
 
 
 def test_what_runs_comes_first_then_what_is_there() -> None:
