@@ -1,0 +1,140 @@
+"""Laying a running model out anew: answers go on, what does not fit changes nothing, times are predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from sollol_nb.completion import Completion
+from sollol_nb.errors import ConfigError, ModelDoesNotFitError
+from sollol_nb.layer_strategies import WorkerCapacity
+from sollol_nb.sync_wrapper import HybridRouter
+from sollol_nb.toolchain import Engine
+from sollol_nb.workers import WorkerStatus
+from tests.engines import QUESTION, write_endless
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def sharding(engine: Engine) -> Iterator[HybridRouter]:
+    """A router over three workers of its own."""
+    with HybridRouter(auto_discover_rpc=False, distributed_threshold_params=1e-6, context_tokens=1024) as mine:
+        mine.start_workers(3)
+        yield mine
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_endless(tmp_path_factory.mktemp("models")))
+
+
+def layout(router: HybridRouter, *counts: int) -> dict[str, int]:
+    return dict(zip(router.worker_endpoints, counts, strict=True))
+
+
+def running_layout(router: HybridRouter) -> tuple[int, ...]:
+    assert router.coordinator is not None
+    assert router.coordinator.plan is not None
+    assert router.coordinator.placement_differences == []
+    return router.coordinator.plan.unit_counts
+
+
+def test_an_answer_goes_on_over_the_new_layout(sharding: HybridRouter, endless: str) -> None:
+    whole = sharding.route_request(endless, QUESTION, temperature=0, max_tokens=60)
+    before = running_layout(sharding)
+
+    chunks: list[dict[str, Any]] = []
+    for position, chunk in enumerate(sharding.stream(endless, QUESTION, temperature=0, max_tokens=60)):
+        chunks.append(chunk)
+        if position == 3:
+            sharding.apply_plan(endless, layout(sharding, 0, 4, 1))
+
+    answer = Completion.from_chunks(chunks)
+    assert (answer.text, answer["eval_count"]) == (whole.text, 60)
+    assert running_layout(sharding) == (4, 1) != before
+    assert answer.routing["plan"]["strategy"] == "as given"
+    events = {event.kind: event.words for event in sharding.events.recent()}
+    assert f"{endless} is laid out anew: 4/1 over 2 workers: fits" in events["coordinator.planned"]
+    assert events["answer.continued"].startswith(f"an answer of {endless} goes on after ")
+
+
+def test_its_token_time_was_predicted_from_the_layouts_before(sharding: HybridRouter, endless: str) -> None:
+    sharding.apply_plan(endless, layout(sharding, 2, 2, 1))
+    foreseen = sharding.what_if(endless, layout(sharding, 5, 0, 0)).token.token_ms
+    sharding.apply_plan(endless, layout(sharding, 5, 0, 0))
+
+    answer = sharding.route_request(endless, QUESTION, temperature=0, max_tokens=20)
+
+    assert foreseen is not None
+    assert answer.routing["plan"]["predicted_token_ms"] == pytest.approx(foreseen, rel=0.5)
+    (status,) = [one for one in sharding.cluster().coordinators if one.model == endless]
+    assert status.token_words.startswith("predicted ")
+    assert ", measured " in status.token_words
+
+
+@pytest.mark.parametrize(
+    ("counts", "words"),
+    [
+        ((1, 1, 1), r"1/1/1 does not place the model's 5 units"),
+        ((5, 1, -1), r"give whole numbers that sum to 5"),
+    ],
+)
+def test_what_is_no_layout_changes_nothing(
+    sharding: HybridRouter, endless: str, counts: tuple[int, ...], words: str
+) -> None:
+    sharding.route_request(endless, QUESTION, max_tokens=2)
+    before = sharding.coordinator
+    with pytest.raises(ConfigError, match=words):
+        sharding.apply_plan(endless, layout(sharding, *counts))
+    assert sharding.coordinator is before
+
+
+def test_an_unknown_worker_or_model_is_named(sharding: HybridRouter, endless: str) -> None:
+    sharding.route_request(endless, QUESTION, max_tokens=2)
+    with pytest.raises(ConfigError, match=r"10.9.9.9:50052 is not a known worker; known are 127"):
+        sharding.what_if(endless, {"10.9.9.9:50052": 5})
+    with pytest.raises(
+        ConfigError, match=r"no coordinator of this router shards demo; running are .*endless.gguf"
+    ):
+        sharding.apply_plan("demo", layout(sharding, 5, 0, 0))
+
+
+def test_a_layout_that_does_not_fit_is_refused_and_the_running_one_goes_on(
+    sharding: HybridRouter, endless: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sharding.route_request(endless, QUESTION, max_tokens=2)
+    coordinator = sharding.coordinator
+    assert coordinator is not None
+    assert coordinator.plan is not None
+    tiny = tuple(replace(shard, free_bytes=1000) for shard in coordinator.plan.shards)
+    settings = replace(coordinator.settings, plan=replace(coordinator.plan, shards=tiny))
+    monkeypatch.setattr(coordinator, "settings", settings)
+    small = property(lambda self: WorkerCapacity(self.endpoint, free_bytes=1000, total_bytes=1000))
+    monkeypatch.setattr(WorkerStatus, "capacity", small)
+
+    foreseen = sharding.what_if(endless, layout(sharding, 1, 2, 2))
+    with pytest.raises(ModelDoesNotFitError, match=r"the given layout needs .*; move layers to a worker"):
+        sharding.apply_plan(endless, layout(sharding, 1, 2, 2))
+
+    assert not foreseen.fits
+    assert sharding.coordinator is coordinator
+
+
+def test_the_next_start_is_by_strategy_again(sharding: HybridRouter, endless: str) -> None:
+    sharding.apply_plan(endless, layout(sharding, 5, 0, 0))
+    sharding.stop_coordinator(endless)
+    answer = sharding.route_request(endless, QUESTION, max_tokens=2)
+    assert answer.routing["plan"]["strategy"] == "memory_aware"
+    assert len(running_layout(sharding)) == 3
+
+
+def test_preloading_starts_the_coordinator_that_a_request_then_uses(sharding: HybridRouter) -> None:
+    sharding.stop_coordinator()
+    said = sharding.preload("demo:sharded")
+    assert sharding.coordinator is not None
+    assert said == f"at {sharding.coordinator.base_url}"
+    assert sharding.route_request("demo:sharded", QUESTION, max_tokens=2).routing["load_ms"] is None
