@@ -33,7 +33,7 @@ _MAGICS = {
 }
 """Module of this package: its class of magics."""
 
-_LAST_WORK_S = 2.0
+_LAST_WORK_S = 5.0
 """How long unloading waits for the last work on the I/O loop to end."""
 
 _router: HybridRouter | None = None
