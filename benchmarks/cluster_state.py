@@ -3,8 +3,8 @@
     python benchmarks/cluster_state.py [--workers 100] [--local 30] [--seconds 20]
 
 `--local` of the workers are real ones on this machine, the others are addresses where nothing listens; each is
-probed in its turn as for a widget that is shown. Then one of the real ones is killed, and the time is taken until a
-watcher knows. The state folder is a temporary one.
+probed in its turn as for a widget that is shown. Then one of the real ones is killed, and the time is taken until
+a watcher knows. The state folder is a temporary one.
 """
 
 from __future__ import annotations

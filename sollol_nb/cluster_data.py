@@ -8,6 +8,7 @@
 | `starting` | model that is being loaded: `words`, `share` (0 to 1) |
 | `events` | number of the event: `at`, `kind`, `words` |
 | `totals` | requests: `running`, `waiting`, `asked`, `failed` |
+| `closed` | there when the router was closed: nothing changes any more |
 
 Numbers are rounded to what a view shows, so that noise makes no traffic. What is not known is left out.
 """  # noqa: E501 - a table's row is one line

@@ -106,9 +106,13 @@ class ClusterState:
                 await self._end()
 
     async def close(self) -> None:
-        """Tell nobody any more, for good."""
-        self.is_closed = True
-        self._listeners.clear()
+        """Tell nobody any more, for good. The last patch says so: `closed`."""
+        listeners, self._listeners = self._listeners, []
+        if not self.is_closed:
+            self.is_closed = True
+            self._data = {**self._data, "closed": True}
+            for listener in listeners:
+                listener({"closed": True})
         await self._end()
 
     @io_bound

@@ -285,6 +285,19 @@ def test_who_watches_again_is_told_what_has_changed_meanwhile() -> None:
     assert patched(known, patches[0])["workers"][endpoint(2)]["state"] == "down"
 
 
+def test_a_closed_router_is_told_once_and_its_state_stays() -> None:
+    cluster = SimulatedCluster(1)
+    with watching(cluster) as watcher:
+        run(cluster.state.close())
+        run(cluster.state.close())
+        cluster.change_worker(0, "down", "gone", "worker.lost")
+        assert watcher.patches[-1] == {"closed": True}
+    assert watcher.state["workers"][endpoint(0)]["state"] == "free"
+    with watching(cluster) as late:
+        assert late.state == watcher.state
+        assert not cluster.state.is_watched
+
+
 # --- on real engines --------------------------------------------------------------------------
 
 
@@ -318,5 +331,6 @@ def test_the_end_of_an_idle_worker_is_told_by_its_supervisor(engine: Any) -> Non
             killed: psutil.Process = engine_on(int(name.rpartition(":")[2]))
             killed.kill()
             eventually(lambda: watcher.state["workers"][name]["state"] == "down", "its end is told")
-            losses = [event for event in mine.events.recent() if event.kind == "worker.lost"]
-        assert [event.words for event in losses] == [f"lost the worker at {name}: it ended (signal 9)"]
+            words = f"lost the worker at {name}: it ended (signal 9)"
+            eventually(lambda: words in [event.words for event in mine.events.recent()], "with its reason")
+        assert [event.kind for event in mine.events.recent()].count("worker.lost") == 1

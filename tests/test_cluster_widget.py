@@ -341,6 +341,18 @@ def test_looking_for_workers_without_finding_one_is_told(
     eventually(lambda: "found no worker that was not known" in words(router), "told")
 
 
+def test_when_its_router_is_closed_nothing_can_be_done_any_more(
+    steered: ClusterWidget, router: HybridRouter
+) -> None:
+    steered.workers.endpoint.value = "10.0.0.5"
+    steered.models.model.value = "demo"
+    assert not steered.workers.add.disabled
+    router.close()
+    for button in (steered.workers.add, steered.workers.discover, steered.models.load, steered.what_if.apply):
+        eventually(lambda button=button: button.disabled, f"{button.description} is disabled")
+    assert "no worker is known" in steered.bundle()["text/plain"]
+
+
 def test_an_action_runs_once_at_a_time(widget: ClusterWidget, cluster: SimulatedCluster) -> None:
     may_end = threading.Event()
     begun: list[int] = []
@@ -355,7 +367,7 @@ def test_an_action_runs_once_at_a_time(widget: ClusterWidget, cluster: Simulated
     widget.workers.endpoint.value = "10.9.9.9"
     assert widget.workers.add.disabled
     may_end.set()
-    eventually(lambda: not actions.is_under_way("add") and not widget.workers.add.disabled, "it is done")
+    eventually(lambda: not actions.is_unavailable("add") and not widget.workers.add.disabled, "it is done")
     assert begun == [1]
 
 

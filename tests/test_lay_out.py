@@ -11,10 +11,11 @@ import pytest
 from sollol_nb.completion import Completion
 from sollol_nb.errors import ConfigError, ModelDoesNotFitError
 from sollol_nb.layer_strategies import WorkerCapacity
-from sollol_nb.sync_wrapper import HybridRouter
+from sollol_nb.sync_wrapper import HybridRouter, OllamaPool
 from sollol_nb.toolchain import Engine
 from sollol_nb.workers import WorkerStatus
 from tests.engines import QUESTION, write_endless
+from tests.ollama_server import OllamaServer
 
 pytestmark = pytest.mark.engine
 
@@ -138,3 +139,12 @@ def test_preloading_starts_the_coordinator_that_a_request_then_uses(sharding: Hy
     assert sharding.coordinator is not None
     assert said == f"at {sharding.coordinator.base_url}"
     assert sharding.route_request("demo:sharded", QUESTION, max_tokens=2).routing["load_ms"] is None
+
+
+@pytest.mark.ollama
+def test_preloading_a_model_of_ollama_has_its_node_load_it(ollama: OllamaServer) -> None:
+    pool = OllamaPool([f"127.0.0.1:{ollama.port}"])
+    with HybridRouter(pool, auto_discover_rpc=False, enable_distributed=False) as mine:
+        assert mine.preload("llama3.1:70b") == "in Ollama"
+        (node,) = pool.nodes
+        assert "llama3.1:70b" in node.loaded_models

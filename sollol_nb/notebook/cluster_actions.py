@@ -30,14 +30,15 @@ class ClusterActions:
         self._on_change = on_change
         self._under_way: set[str] = set()
 
-    def is_under_way(self, kind: str) -> bool:
-        """Whether such an action runs now."""
-        return kind in self._under_way
+    def is_unavailable(self, kind: str) -> bool:
+        """Whether such an action cannot begin now: one runs, or the router was closed or is gone."""
+        router = self._router()
+        return router is None or router.state.is_closed or kind in self._under_way
 
     def begin(
         self, kind: str, words: str, action: Callable[[HybridRouter], Coroutine[Any, Any, str | None]]
     ) -> None:
-        """Begin an action, unless one of its kind runs; from any thread.
+        """Begin an action, unless it is unavailable; from any thread.
 
         Args:
             kind: what the control does, such as `discover`.
@@ -45,7 +46,7 @@ class ClusterActions:
             action: does it; gives words for an event, or None where the router tells by itself.
         """
         router = self._router()
-        if router is None or kind in self._under_way:
+        if router is None or self.is_unavailable(kind):
             return
         self._under_way.add(kind)
         submit(self._run(kind, words, action(router)))

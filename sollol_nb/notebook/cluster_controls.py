@@ -62,7 +62,7 @@ class WorkerControls:
         self._enable()
 
     def _enable(self) -> None:
-        busy = self._actions.is_under_way
+        busy = self._actions.is_unavailable
         endpoint = _endpoint(self.endpoint.value)
         known = self._data.get("workers", {})
         self.add.disabled = busy("add") or endpoint is None or endpoint in known
@@ -144,7 +144,7 @@ class ModelControls:
         return [one["model"] for one in self._data.get("coordinators", {}).values() if one.get("own")]
 
     def _enable(self) -> None:
-        busy, model = self._actions.is_under_way, self.model.value.strip()
+        busy, model = self._actions.is_unavailable, self.model.value.strip()
         loading = {*self._data.get("starting", {}), *self._running()}
         self.load.disabled = busy("load") or not model or model in loading
         self.stop.disabled = busy("stop") or self.running.value is None

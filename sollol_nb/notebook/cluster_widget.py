@@ -154,7 +154,7 @@ class ClusterWidget:
             self._soon("html", HTML_EVERY_S, self._show_html)
         if "events" in patch:
             self._soon("snapshots", SNAPSHOT_EVERY_S, self._show_snapshots)
-        if patch.keys() & {"workers", "coordinators", "starting"}:
+        if patch.keys() & {"workers", "coordinators", "starting", "closed"}:
             self._refresh()
         self._drop_gone_views()
 

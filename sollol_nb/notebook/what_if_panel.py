@@ -167,7 +167,7 @@ class WhatIfPanel:
         coordinator = self._sharded().get(self._base_url, {})
         is_moved = bool(self._base) and self.counts != self._base
         is_idle = not coordinator.get("running") and not coordinator.get("waiting")
-        is_applying = self._actions.is_under_way("apply")
+        is_applying = self._actions.is_unavailable("apply")
         fits = self._forecast is not None and self._forecast.fits
         self.apply.disabled = not (is_moved and fits and is_idle) or is_applying
         self.reset.disabled = not is_moved or is_applying

@@ -190,6 +190,12 @@ def test_a_patch_is_drawn_in_all_views_and_touches_only_what_it_changes(page: Pa
     assert order == [endpoint(number) for number in range(4)]
 
 
+def test_the_end_of_the_router_is_told(page: Page) -> None:
+    page.evaluate("state => window.show(state)", state_of(three_workers()))
+    page.evaluate("patch => window.change(patch)", {"closed": True})
+    assert "the router was closed; this is its last state" in page.locator("#one").inner_text()
+
+
 def test_a_model_is_seen_to_load_and_then_to_run(page: Page) -> None:
     page.evaluate("state => window.show(state)", {"starting": {"big": {"words": "1 of 4 GiB", "share": 0.25}}})
     assert page.locator("#one progress").get_attribute("value") == "0.25"

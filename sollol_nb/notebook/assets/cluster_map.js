@@ -327,7 +327,10 @@ class View {
     const before = this.state;
     this.state = state;
     const { totals, coordinators, starting, workers, nodes, events } = state;
-    if (totals !== before.totals) this.totals.replaceChildren(totalsWords(totals || {}));
+    if (totals !== before.totals || state.closed !== before.closed) {
+      const closed = state.closed ? " · the router was closed; this is its last state" : "";
+      this.totals.replaceChildren(totalsWords(totals || {}) + closed);
+    }
     if (coordinators !== before.coordinators || starting !== before.starting) {
       const loading = Object.entries(starting || {}).map(([name, one]) => [`starting ${name}`, this.named(name, one)]);
       const running = inOrder(coordinators);
