@@ -42,7 +42,11 @@ def main() -> int:
     notebook = nbformat.read(arguments.notebook, as_version=4)
     folder = str(arguments.notebook.resolve().parent)
     client = NotebookClient(
-        notebook, timeout=CELL_TIMEOUT_S, coalesce_streams=True, resources={"metadata": {"path": folder}}
+        notebook,
+        timeout=CELL_TIMEOUT_S,
+        coalesce_streams=True,
+        store_widget_state=False,  # what is to stay is shown beside each widget
+        resources={"metadata": {"path": folder}},
     )
     try:
         client.execute()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from IPython.core.error import UsageError
 from IPython.core.magic import Magics, line_magic, magics_class
 from IPython.core.magic_arguments import argument, magic_arguments
@@ -11,8 +13,12 @@ from sollol_nb.cluster_status import ClusterStatus
 from sollol_nb.engine_logs import engine_log
 from sollol_nb.io_loop import run_blocking
 from sollol_nb.notebook import options
+from sollol_nb.notebook.displays import is_kernel
 from sollol_nb.running import stop_running
 from sollol_nb.toolchain import ensure_engine
+
+if TYPE_CHECKING:
+    from sollol_nb.notebook.cluster_widget import ClusterWidget
 
 ACTIONS = ("start", "stop", "discover", "add", "remove")
 
@@ -24,10 +30,11 @@ class ClusterMagics(Magics):
     @magic_arguments()
     @argument("action", nargs="?", choices=ACTIONS, help="default: show")
     @argument("what", nargs="*", help="start: how many; add, remove: host:port; stop: a model (default: all)")
-    @argument("--text", action="store_true", help="as text instead of HTML")
+    @argument("--static", action="store_true", help="as it is now, instead of the live widget")
+    @argument("--text", action="store_true", help="as it is now, as text")
     @line_magic
-    def sollol_cluster(self, line: str) -> ClusterStatus | None:
-        """Show workers and the layers of each coordinator, or change them.
+    def sollol_cluster(self, line: str) -> ClusterWidget | ClusterStatus | None:
+        """Show workers and the layers of each coordinator, live and with controls; or change them.
 
         Example::
 
@@ -42,6 +49,8 @@ class ClusterMagics(Magics):
             %sollol_cluster discover
 
             %sollol_cluster stop
+
+            %sollol_cluster --static
 
             %sollol_cluster --text
         """
@@ -74,7 +83,11 @@ class ClusterMagics(Magics):
         if arguments.text:
             print(status)
             return None
-        return status
+        if arguments.static or arguments.action is not None or not is_kernel(self.shell):
+            return status
+        from sollol_nb.notebook.cluster_widget import cluster_widget
+
+        return cluster_widget(router)
 
     @magic_arguments()
     @argument("names", nargs="*", help="models, or workers as host:port; default: this notebook's coordinators")
