@@ -23,6 +23,7 @@ from sollol_nb.bench_plan import (
 )
 from sollol_nb.coordinator_start import DEFAULT_WORKERS
 from sollol_nb.errors import ConfigError, ModelDoesNotFitError, WorkersUnavailableError
+from sollol_nb.events import Event
 from sollol_nb.gguf_facts import read_facts
 from sollol_nb.routing import DISTRIBUTED, LOCAL
 
@@ -163,9 +164,12 @@ class BenchPlaces:
             keep_alive=max(KEEP_ALIVE_S, settings.keep_alive(target.model) or 0.0),
             latency=theirs.latency,
         )
-        router.events.subscribe(
-            lambda event: theirs.events.publish(event.kind, event.subject, event.words, **event.data)
-        )
+
+        def pass_on(event: Event) -> None:
+            if event.kind != "probe.done":  # each look at a worker, which the bus does not keep either
+                theirs.events.publish(event.kind, event.subject, event.words, **event.data)
+
+        router.events.subscribe(pass_on)
         return router
 
     # --- workers --------------------------------------------------------------------------------

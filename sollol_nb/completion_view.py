@@ -178,10 +178,7 @@ def folded_thinking(thinking: str) -> str:
     if not thinking:
         return ""
     words = counted(len(thinking.split()), "word")
-    return (
-        f"\n\n<details><summary>reasoning ({words})</summary>\n\n"
-        f"{safe_markdown(thinking)}\n\n</details>"
-    )
+    return f"\n\n<details><summary>reasoning ({words})</summary>\n\n{safe_markdown(thinking)}\n\n</details>"
 
 
 def folded_footer(completion: Completion) -> str:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from sollol_nb.batch_rows import Rows, RowTemplate
+    from sollol_nb.notebook.cluster_widget import ClusterWidget
 
 __all__ = ["DEFAULT_TIMEOUT_S", "MODEL_PROFILES", "HybridRouter"]
 
@@ -145,6 +146,12 @@ class HybridRouter(RouterAsking):
         return f"<HybridRouter: {len(self._workers.endpoints)} workers, coordinators: {models}>"
 
     bench = bench_router
+
+    def widget(self) -> ClusterWidget:
+        """The live cluster with its controls, for a notebook; the same one each time. Needs ipywidgets."""
+        from sollol_nb.notebook.cluster_widget import cluster_widget
+
+        return cluster_widget(self)
 
     # --- a batch --------------------------------------------------------------------------------
 

@@ -71,6 +71,7 @@ def list_models(
         where.setdefault(name, [])
     for name in DEMO_NAMES:
         where.setdefault(name, []).append("built in")
+
     def listed(name: str, places: list[str]) -> ListedModel:
         try:
             profile = profile_of(name)

@@ -23,6 +23,8 @@ from sollol_nb.ollama_nodes import NodeStatus
 if TYPE_CHECKING:
     import pandas as pd
 
+    from sollol_nb.notebook.cluster_widget import ClusterWidget
+
 __all__ = ["HybridRouter", "OllamaPool"]
 
 
@@ -54,6 +56,12 @@ class HybridRouter:
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
         return self._async._repr_mimebundle_(include, exclude)
+
+    def widget(self) -> ClusterWidget:
+        """The live cluster with its controls, for a notebook; the same one each time. Needs ipywidgets."""
+        from sollol_nb.notebook.cluster_widget import cluster_widget
+
+        return cluster_widget(self)
 
     route_request = blocking(hybrid_router.HybridRouter.route_request)
     resume = blocking(hybrid_router.HybridRouter.resume)

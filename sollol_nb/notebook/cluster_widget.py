@@ -89,8 +89,11 @@ class ClusterWidget:
         from IPython.display import display
 
         bundle = self.bundle()
+        has_snapshot = _WIDGET_VIEW in bundle and hasattr(get_ipython(), "kernel")
+        if has_snapshot:
+            bundle["text/plain"] = "the cluster, live where widgets are shown; its last state:"
         display(bundle, raw=True)
-        if _WIDGET_VIEW in bundle and hasattr(get_ipython(), "kernel"):
+        if has_snapshot:
             self._snapshots.append(display(self._snapshot(), raw=True, display_id=True))
 
     def bundle(self) -> dict[str, Any]:
