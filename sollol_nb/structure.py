@@ -12,7 +12,7 @@ properties may go on until `max_tokens`. llama-server refuses a `pattern` that i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from sollol_nb.errors import ConfigError, StructureError
@@ -22,7 +22,7 @@ from sollol_nb.structure_checks import Misfit, checked_schema, json_in, validate
 from sollol_nb.structure_frames import frame_from_text, frame_like, frame_of, schema_of_frame
 from sollol_nb.structure_types import built, is_type, schema_of_type
 
-__all__ = ["field_names", "frame_from_text", "frame_of", "json_schema_of", "parse_structured"]
+__all__ = ["field_names", "frame_from_text", "frame_of", "json_schema_of", "parse_structured", "parser_of"]
 
 
 def json_schema_of(schema: object) -> dict[str, Any]:
@@ -82,15 +82,29 @@ def parse_structured(text: str, schema: object) -> Any:
         StructureError: the text is not JSON, or does not fit the schema; the message names the field.
         ConfigError: see `json_schema_of`.
     """
+    return parser_of(schema)(text)
+
+
+def parser_of(schema: object) -> Callable[[str], Any]:
+    """`parse_structured` for many answers: the schema is read once, which takes longer than an answer does.
+
+    Raises:
+        ConfigError: see `json_schema_of`.
+    """
     json_schema = json_schema_of(schema)
-    try:
-        data = json_in(text)
-        if is_type(schema):
-            return built(schema, data)
-        validate(data, json_schema)
-        return data if isinstance(schema, Mapping) else frame_like(schema, data["rows"])
-    except Misfit as misfit:
-        raise StructureError(
-            f"the answer does not have the structure that was asked for: {misfit.words}; .text has it as it came",
-            text=text,
-        ) from None
+
+    def parse(text: str) -> Any:
+        try:
+            data = json_in(text)
+            if is_type(schema):
+                return built(schema, data, json_schema)
+            validate(data, json_schema)
+            return data if isinstance(schema, Mapping) else frame_like(schema, data["rows"])
+        except Misfit as misfit:
+            raise StructureError(
+                "the answer does not have the structure that was asked for: "
+                f"{misfit.words}; .text has it as it came",
+                text=text,
+            ) from None
+
+    return parse

@@ -68,14 +68,17 @@ def schema_of_type(hint: Any) -> dict[str, Any]:
     return _SchemaOfType().whole(hint)
 
 
-def built(hint: Any, data: Any) -> Any:
+def built(hint: Any, data: Any, schema: Mapping[str, Any]) -> Any:
     """A value of a type, from JSON.
+
+    Args:
+        schema: the type's JSON schema.
 
     Raises:
         Misfit: the data does not fit, or a class refuses it.
     """
     if not _is_model(hint):  # models check by themselves, and are more lenient
-        validate(data, schema_of_type(hint))
+        validate(data, schema)
     return _built(hint, data, ())
 
 
@@ -92,6 +95,12 @@ def _model(model: Any, data: Any, path: DataPath) -> Any:
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise Misfit((*path, *first["loc"]), first["msg"]) from None
+    except Exception as error:  # of a validator of the user's
+        raise _refused(error, path) from None
+
+
+def _refused(error: Exception, path: DataPath) -> Misfit:
+    return Misfit(path, f"{type(error).__name__}: {shortened(str(error), 200)}")
 
 
 def _fields(hint: Any) -> dict[str, tuple[Any, bool]] | None:
@@ -249,4 +258,4 @@ def _built(hint: Any, data: Any, path: DataPath) -> Any:
     except Misfit:
         raise
     except Exception as error:  # of classes that check themselves, and of texts that are no dates
-        raise Misfit(path, f"{type(error).__name__}: {shortened(str(error), 200)}") from None
+        raise _refused(error, path) from None

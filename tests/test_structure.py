@@ -485,6 +485,20 @@ def test_what_a_model_refuses_is_a_misfit(
     assert caught.value.text == text
 
 
+def test_a_model_whose_own_check_fails_refuses_the_answer() -> None:
+    pydantic = pytest.importorskip("pydantic")
+
+    def divided(value: int) -> int:
+        return 1 // value
+
+    checked = Annotated[int, pydantic.AfterValidator(divided)]
+    model = pydantic.create_model("Divided", number=(checked, ...))
+    with pytest.raises(StructureError, match="ZeroDivisionError"):
+        parse_structured('{"number": 0}', model)
+    with pytest.raises(StructureError, match=r"\[0\]: ZeroDivisionError"):
+        parse_structured('[{"number": 0}]', list[model])  # type: ignore[valid-type]
+
+
 def test_models_that_cannot_be_asked_for_say_so(models: SimpleNamespace) -> None:
     with pytest.raises(ConfigError, match="give the class Person, not an object of it"):
         json_schema_of(models.Person(name="a", age=1))
