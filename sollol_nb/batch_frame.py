@@ -77,7 +77,7 @@ def joined(
 
     columns = _columns(results, prefix, schema)
     names = field_names(schema) if schema is not None else ()
-    taken = {*frame.columns, *columns}
+    taken = {*frame.columns.get_level_values(0), *columns}
     fields: dict[str, Any] = {}
     for name in names:
         column = f"{prefix}{name}"
@@ -86,10 +86,14 @@ def joined(
         taken.add(column)
         fields[column] = _typed([_field(result.value, name) for result in results])
     answer = f"{prefix}answer"
-    new = {answer: columns.pop(answer), **fields, **columns}
-    result = pd.concat([frame, pd.DataFrame(new, index=frame.index)], axis=1)
+    new = pd.DataFrame({answer: columns.pop(answer), **fields, **columns}, index=frame.index)
+    if (levels := frame.columns.nlevels) > 1:  # else the names of all columns would become tuples
+        below = [""] * (levels - 1)
+        new.columns = pd.MultiIndex.from_tuples([(name, *below) for name in new], names=frame.columns.names)
+    result = pd.concat([frame, new], axis=1)
     counts = Counter(one.status for one in results)
-    result.attrs["sollol"] = {"model": model, **{name: counts[name] for name in (OK, CACHED, ERROR, CANCELLED)}}
+    about = {"model": model, **{name: counts[name] for name in (OK, CACHED, ERROR, CANCELLED)}}
+    result.attrs = {**frame.attrs, "sollol": about}
     return result
 
 
@@ -126,4 +130,7 @@ def _typed(values: Sequence[Any]) -> Any:
     kinds: frozenset[type] = frozenset(type(value) for value in values if value is not None)
     dtype: Any = _NULLABLE.get(kinds)
     has_none = any(value is None for value in values)
-    return (column.astype(dtype) if dtype is not None and has_none else column.infer_objects()).array
+    try:
+        return (column.astype(dtype) if dtype is not None and has_none else column.infer_objects()).array
+    except (OverflowError, TypeError, ValueError):  # JSON's numbers have no limits
+        return column.array

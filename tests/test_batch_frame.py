@@ -94,3 +94,45 @@ def test_the_index_is_kept_also_with_labels_that_come_twice() -> None:
     frame = joined(rows, [RowResult(), RowResult()], model="demo", schema=None, prefix="")
     assert list(frame.index) == ["a", "a"]
     assert list(rows.columns) == ["x"], "the input is as it was"
+
+
+def test_numbers_that_no_dtype_has_room_for_stay_as_they_are() -> None:
+    frame = frame_of(result(None, 2**70, True, 10**400, None), result(None, 1, True, 0.5, None), RowResult(ERROR))
+    assert list(frame["count"][:2]) == [2**70, 1]
+    assert list(frame.share[:2]) == [10**400, 0.5]
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        pd.MultiIndex.from_tuples([("x", "a"), ("x", "b")], names=["k", "l"]),
+        pd.CategoricalIndex(["a", "b"]),
+        pd.DatetimeIndex(["2024-01-01", "2024-01-02"]),
+        pd.Index([0, 1]),
+    ],
+    ids=["levels", "categories", "dates", "numbers"],
+)
+def test_columns_of_any_index_are_kept_and_the_new_ones_found_by_their_names(columns: pd.Index[Any]) -> None:
+    rows = pd.DataFrame([[1, 2]], columns=columns)
+    frame = joined(rows, [result("a", 1, True, 0.5, [])], model="demo", schema=Found, prefix="")
+    assert (frame["answer"][0], frame["status"][0], frame["name"][0]) == ("said", OK, "a")
+    assert frame.columns.nlevels == columns.nlevels
+    assert list(frame[list(columns)].iloc[0]) == [1, 2]
+    with pytest.raises(ConfigError, match="the rows have answer, value, status"):
+        check_columns(frame, "", Found)
+
+
+def test_a_field_is_not_put_among_columns_of_several_levels_by_the_same_name() -> None:
+    rows = pd.DataFrame([[1, 2]], columns=pd.MultiIndex.from_tuples([("name", "a"), ("name", "b")]))
+    frame = joined(rows, [result("a", 1, True, 0.5, [])], model="demo", schema=Found, prefix="")
+    assert list(frame["name"].columns) == ["a", "b"]
+    assert frame["answer_name"][0] == "a"
+
+
+def test_what_the_frame_says_of_itself_is_kept() -> None:
+    rows = pd.DataFrame({"x": [1]})
+    rows.attrs["source"] = "here"
+    frame = joined(rows, [RowResult()], model="demo", schema=None, prefix="")
+    assert frame.attrs["source"] == "here"
+    assert frame.attrs["sollol"]["cancelled"] == 1
+    assert "sollol" not in rows.attrs

@@ -34,6 +34,8 @@ def said(messages: list[list[dict[str, Any]]]) -> list[str]:
         ([[1, 2], [3, 4]], [[1, 2], [3, 4]], ["item"]),
         ([], [], ["item"]),
         (FRAME.iloc[:0], [], ["name", "n", "x"]),
+        (FRAME[[]], [{}, {}], []),
+        (pd.DataFrame({("k", "a"): [1]}), [{("k", "a"): 1}], [("k", "a")]),
     ],
 )
 def test_rows_may_be_held_by_many_things(rows: Any, items: list[Any], columns: list[str]) -> None:
@@ -78,6 +80,7 @@ def test_other_things_are_refused(rows: Any, words: str) -> None:
         (RowTable.read(FRAME).items, "{{ name }} {{ n + 1 }}", ["a 2", "b 3"]),
         (RowTable.read(FRAME).items, "{{ row.name }} {{ row['x'] }}", ["a 0.5", "b 1.5"]),
         ([{"two words": 1}], "{{ row['two words'] }}", ["1"]),
+        ([{("k", "a"): 1, 0: 2}], "{{ row['k', 'a'] }}{{ row[0] }}", ["12"]),
         ([{"row": 1, "len": 2}], "{{ row }} {{ len }}", ["1 2"]),
         ([{"a": 1, "b": [2]}], "{{ row }}", ['{"a": 1, "b": [2]}']),
         (["x", "y"], "{{ item }}{{ value }}{{ row }}", ["xxx", "yyy"]),
