@@ -94,7 +94,7 @@ class BatchStore:
             connection.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?)", row)
 
     def get(self, keys: Iterable[str]) -> dict[str, Completion]:
-        """The answers that are kept of these; they count as used now."""
+        """The answers that are kept of these; they count as used now, if the file can be written."""
         wanted = list(keys)
         found: dict[str, Completion] = {}
         with self._connection() as connection:
@@ -105,10 +105,13 @@ class BatchStore:
                     f"SELECT key, completion FROM answers WHERE key IN ({marks})",  # noqa: S608 - marks only
                     some,
                 )
-                found.update((key, Completion(json.loads(text))) for key, text in rows)
-            connection.executemany(
-                "UPDATE answers SET used_at = ? WHERE key = ?", [(time.time(), key) for key in found]
-            )
+                for key, text in rows:
+                    with contextlib.suppress(ValueError):  # a damaged file
+                        found[key] = Completion(json.loads(text))
+            with contextlib.suppress(sqlite3.OperationalError):  # locked for long
+                connection.executemany(
+                    "UPDATE answers SET used_at = ? WHERE key = ?", [(time.time(), key) for key in found]
+                )
         return found
 
     def prune(self, *, keep_days: float = KEEP_DAYS, keep_rows: int = KEEP_ROWS) -> int:

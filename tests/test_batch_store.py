@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -127,6 +128,22 @@ def test_processes_share_what_is_kept(store: BatchStore) -> None:
         assert says(process, "wrote") == "from here"
         assert process.wait(HANG_GUARD_S) == 0
     assert store.get(["theirs"])["theirs"].text == "from there"
+
+
+def test_answers_are_found_also_while_another_writes(store: BatchStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.put("k", completion("x"))
+    monkeypatch.setattr(batch_store, "BUSY_TIMEOUT_S", 0.01)
+    with contextlib.closing(sqlite3.connect(store.path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        assert store.get(["k"])["k"].text == "x"
+
+
+def test_an_answer_that_cannot_be_read_is_none(store: BatchStore) -> None:
+    store.put("whole", completion("x"))
+    store.put("torn", completion("y"))
+    with contextlib.closing(sqlite3.connect(store.path)) as connection, connection:
+        connection.execute("UPDATE answers SET completion = substr(completion, 1, 9) WHERE key = 'torn'")
+    assert list(store.get(["whole", "torn"])) == ["whole"]
 
 
 # --- forgetting -------------------------------------------------------------------------------
