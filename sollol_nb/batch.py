@@ -31,6 +31,7 @@ from sollol_nb.errors import (
     AnswerInterruptedError,
     BatchInterrupted,
     ConfigError,
+    ContextOverflowError,
     CoordinatorStartError,
     CoordinatorTimeoutError,
     EngineError,
@@ -43,10 +44,11 @@ from sollol_nb.errors import (
     WorkerError,
 )
 from sollol_nb.io_loop import io_bound_stream, iterate_blocking
+from sollol_nb.markdown_tables import counted
 from sollol_nb.priority_helpers import Priority
 from sollol_nb.progress_bars import progress_bar
 from sollol_nb.routing import checked_backend
-from sollol_nb.structured_answer import fitted
+from sollol_nb.structure import parser_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -135,6 +137,7 @@ class Batch:
         }
         self._options = options_with_schema(options, schema)
         self._schema = schema
+        self._parse = None if schema is None else parser_of(schema)
         self._concurrency = concurrency
         self._fresh = fresh
         self._shows_progress = progress
@@ -145,6 +148,7 @@ class Batch:
         self._results = [RowResult()] * len(self._questions)
         self._counts: Counter[str] = Counter()  # of rows, by status
         self._refusals: Counter[str] = Counter()  # of questions, by the error's words
+        self._are_kept = True
 
     def frame(self) -> pd.DataFrame:
         """The rows with their results, as far as there are any."""
@@ -172,9 +176,9 @@ class Batch:
                 for step in steps:
                     self._show(bar, step)
         except KeyboardInterrupt:
+            next_step = "run the same call again to go on, or take what there is from .partial"
             raise BatchInterrupted(
-                f"stopped: {self._progress_words()}; run the same call again to go on, or take what there is from "
-                ".partial",
+                f"stopped: {self._progress_words()}; {next_step if self._are_kept else 'take them from .partial'}",
                 partial=self.frame(),
             ) from None
         return self.frame()
@@ -226,7 +230,7 @@ class Batch:
             return 0
         for key, completion in kept.items():
             try:
-                result = self._result(CACHED, fitted(completion, self._schema))
+                result = self._result(CACHED, completion)
             except StructureError:  # the class checks more by now than its JSON schema says
                 continue
             self._note(rows_of[key], result)
@@ -235,14 +239,13 @@ class Batch:
     async def _ask(self, key: str, rows: list[int]) -> Progress:
         try:
             completion = await self._router.route_request(self._model, self._questions[rows[0]], **self._arguments)
+            result = self._result(OK, completion)
         except HITS_EVERY_ROW:
             raise
         except SollolError as error:
             if isinstance(error, RequestRejectedError | OllamaResponseError):
                 self._note_refusal(error)
             result = RowResult(ERROR, _answer_of(error), error=" ".join(str(error).split()))
-        else:
-            result = self._result(OK, completion)
         self._note(rows, result)
         if result.status == OK:
             await self._keep(key, completion)
@@ -254,10 +257,14 @@ class Batch:
         self._counts[result.status] += len(rows)
 
     def _result(self, status: str, completion: Completion) -> RowResult:
-        has_value = completion.schema is not None
-        return RowResult(status, completion, completion.value if has_value else None)
+        """Raises StructureError where the answer does not fit the schema."""
+        if self._parse is None or completion["message"].get("tool_calls"):
+            return RowResult(status, completion)
+        return RowResult(status, completion, self._parse(completion.text))
 
     def _note_refusal(self, error: SollolError) -> None:
+        if isinstance(error, ContextOverflowError):  # says something of its row, also in the same words
+            return
         self._refusals[str(error)] += 1
         none_answered = not self._counts[OK] + self._counts[CACHED]
         if none_answered and self._refusals[str(error)] >= SAME_REFUSALS:
@@ -271,7 +278,10 @@ class Batch:
             await asyncio.wait([saving])
             raise
         except (OSError, sqlite3.Error) as error:  # an answer is worth more than its keeping
-            logger.warning("an answer was not kept in %s: %s", self._router.batch_store.path, error)
+            if self._are_kept:  # told once; there may be thousands
+                self._are_kept = False
+                path = self._router.batch_store.path
+                logger.warning("an answer was not kept in %s: %s (if the file is damaged, delete it)", path, error)
 
     async def _prune(self) -> None:
         try:
@@ -283,7 +293,8 @@ class Batch:
 
     def _progress_words(self) -> str:
         done = self._counts[OK] + self._counts[CACHED]
-        return f"{done:,} of {len(self._results):,} rows are done and kept"
+        kept = " and kept" if self._are_kept else ", but could not be kept"
+        return f"{done:,} of {len(self._results):,} rows are done{kept}"
 
     def _bar(self) -> tqdm[Any]:
         return progress_bar(
@@ -294,7 +305,7 @@ class Batch:
         if step.status == CACHED and not bar.disable:
             bar.initial += step.rows  # so that the pace is that of what is asked
         if self._counts[ERROR]:
-            bar.set_postfix_str(f"{self._counts[ERROR]} errors", refresh=False)
+            bar.set_postfix_str(counted(self._counts[ERROR], "error"), refresh=False)
         bar.update(step.rows)
 
 

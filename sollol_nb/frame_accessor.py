@@ -114,18 +114,19 @@ class _AttachingLoader(Loader):
         self._inner.exec_module(module)
         assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self._inner
-        _attach()
+        if _WITH_PANDAS in sys.meta_path:  # else the accessor was taken back meanwhile
+            sys.meta_path.remove(_WITH_PANDAS)
+            _attach()
 
 
 class _WithPandas(MetaPathFinder):
-    """Waits for the import of pandas, once."""
+    """Waits until pandas is imported. Others may only ask whether it is there (`importlib.util.find_spec`)."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if name != "pandas":
             return None
-        sys.meta_path.remove(self)
         spec = PathFinder.find_spec(name, path)
         if spec is not None and spec.loader is not None:
             spec.loader = _AttachingLoader(spec.loader)

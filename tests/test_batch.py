@@ -274,7 +274,31 @@ def test_a_store_that_cannot_be_used_costs_no_answer(
 ) -> None:
     monkeypatch.setattr(router._async, "batch_store", BatchStore(tmp_path / "no" / "such" / "folder"))
     assert list(router.map(WORDS, TEMPLATE, model="demo", **GREEDY).status) == ["ok"] * 3
-    assert "an answer was not kept" in caplog.text
+    assert caplog.text.count("an answer was not kept") == 1, "and so says one line, not one for each row"
+
+
+def test_a_damaged_store_costs_no_answer(
+    router: HybridRouter, caplog: pytest.LogCaptureFixture, asked: list[Event]
+) -> None:
+    router.map(WORDS, TEMPLATE, model="demo", **GREEDY)
+    for path in router.batch_store.path.parent.glob("batches.sqlite*"):
+        path.write_bytes(b"no database at all " * 1000)
+    assert list(router.map(WORDS, TEMPLATE, model="demo", **GREEDY).status) == ["ok"] * 3
+    assert len(asked) == 6
+    assert caplog.text.count("an answer was not kept") == 1
+    assert "delete it" in caplog.text
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a process cannot send itself Ctrl-C alone there")
+def test_a_stopped_batch_does_not_say_that_what_could_not_be_kept_is_kept(
+    router: HybridRouter, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(router._async, "batch_store", BatchStore(tmp_path / "no" / "such" / "folder"))
+    forget = stop_after(router, 2)
+    with pytest.raises(BatchInterrupted) as caught:
+        router.map(range(30), "Tell {{ item }}", model="demo", **{**GREEDY, "max_tokens": 40, "concurrency": 1})
+    forget()
+    assert "rows are done, but could not be kept; take them from .partial" in str(caught.value)
 
 
 # --- at once ----------------------------------------------------------------------------------
@@ -433,6 +457,13 @@ def test_a_refusal_of_every_row_is_raised_after_a_few(router: HybridRouter, aske
     assert len(asked) < 15
 
 
+def test_rows_that_are_all_too_long_in_the_same_way_stop_no_other(router: HybridRouter) -> None:
+    rows = [*("word " * 4_000 + letter for letter in "abcdefgh"), "Hello!"]
+    result = router.map(rows, "{{ item }}", model="demo", concurrency=1, **GREEDY)
+    assert list(result.status) == ["error"] * 8 + ["ok"]
+    assert result.error[:8].nunique() == 1, "so that this test is one of the same words"
+
+
 # --- stopped ----------------------------------------------------------------------------------
 
 
@@ -585,6 +616,7 @@ def test_frames_have_the_accessor_while_it_is_registered(router: HybridRouter) -
 
 
 BEFORE_PANDAS = """
+import importlib.util
 import sys
 from sollol_nb import frame_accessor
 
@@ -592,11 +624,32 @@ frame_accessor.register()
 assert "pandas" not in sys.modules
 frame_accessor.unregister()
 frame_accessor.register()
+assert importlib.util.find_spec("pandas") is not None  # others look whether it is there, and do not import it
 import pandas as pd
 print("has", hasattr(pd.DataFrame(), "sollol"), pd.__spec__.loader is pd.__loader__, pd.DataFrame({"a": [1]}).a[0])
 frame_accessor.unregister()
 print("has", hasattr(pd.DataFrame(), "sollol"), len(pd.DataFrame._accessors))
 """
+
+
+TAKEN_BACK = """
+import importlib.util
+import sys
+from sollol_nb import frame_accessor
+
+frame_accessor.register()
+spec = importlib.util.find_spec("pandas")
+frame_accessor.unregister()
+sys.modules["pandas"] = module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+print("has", hasattr(module.DataFrame, "sollol"), flush=True)
+"""
+
+
+def test_an_accessor_that_was_taken_back_does_not_come_with_pandas() -> None:
+    with script(TAKEN_BACK, PYTHONPATH=str(REPOSITORY)) as process:
+        assert says(process, "has") == "False"
+        assert process.wait(HANG_GUARD_S) == 0
 
 
 def test_the_accessor_waits_for_pandas_to_be_imported() -> None:
