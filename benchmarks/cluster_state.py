@@ -68,9 +68,7 @@ def measure(router: HybridRouter, seconds: float) -> None:
     print(f"{len(router.worker_endpoints)} workers: {used_s / took_s:.2%} of a core")
     if sizes_bytes:
         mean_bytes = sum(sizes_bytes) / len(sizes_bytes)
-        print(
-            f"{len(sizes_bytes) / took_s:.2f} patches/s of {mean_bytes:.0f} bytes (largest {max(sizes_bytes)}); "
-        )
+        print(f"{len(sizes_bytes) / took_s:.2f} patches/s of {mean_bytes:.0f} bytes (largest {max(sizes_bytes)})")
     print(f"the whole state: {len(json.dumps(whole))} bytes")
     entry = registry.entries(registry.WORKER)[0]
     lost[0] = entry.name

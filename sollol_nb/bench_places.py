@@ -21,11 +21,11 @@ from sollol_nb.bench_plan import (
     check_counts,
     fits_side_by_side,
 )
-from sollol_nb.coordinator_start import DEFAULT_WORKERS
 from sollol_nb.errors import ConfigError, ModelDoesNotFitError, WorkersUnavailableError
 from sollol_nb.events import Event
 from sollol_nb.gguf_facts import read_facts
 from sollol_nb.routing import DISTRIBUTED, LOCAL
+from sollol_nb.worker_choice import DEFAULT_WORKERS
 
 if TYPE_CHECKING:
     from sollol_nb.completion import Completion

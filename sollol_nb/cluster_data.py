@@ -2,7 +2,7 @@
 
 | key | holds, by |
 |---|---|
-| `workers` | endpoint: `n` (order), `state`, `color`, `words`, `memory`, `used` (0 to 1), `rtt` (ms, by number of look), ... |
+| `workers` | endpoint: `n` (order), `state`, `color`, `words`, `free` and `total` memory, `used` (0 to 1), `rtt` (ms, by number of look), ... |
 | `coordinators` | URL: `model`, `words`, `time`, `segments` by endpoint, `local` by device, `running`, `waiting`, ... |
 | `nodes` | URL of an Ollama node: `state`, `words`, `running`, `waiting`, `slots` |
 | `starting` | model that is being loaded: `words`, `share` (0 to 1) |
@@ -39,25 +39,47 @@ MEMORY_STEPS = 50
 
 
 @dataclass(slots=True)
+class RequestCounts:
+    """How many requests a router has got: counted from its first on, since the bus keeps only its last events.
+
+    Attributes:
+        asked, failed: so far.
+        under_way: now.
+    """
+
+    asked: int = 0
+    failed: int = 0
+    under_way: int = 0
+
+    def note(self, event: Event) -> None:
+        """Count, if it is of a request."""
+        if event.kind == "request.started":
+            self.asked += 1
+            self.under_way += 1
+        elif event.kind == "request.finished":
+            self.under_way -= 1
+            self.failed += event.data.get("status") in ("error", "timeout")
+
+
+@dataclass(slots=True)
 class Live:
     """What only the bus tells, of as much as a view shows.
 
     Attributes:
+        requests: the counts.
         round_trips_ms: of each worker, by the number of the look.
         last_error: of each worker: why it was last lost.
         last_answer: of each place, in words.
         starting: models that are being loaded: words, and the share that is done.
         events: by number, the oldest first.
-        asked, failed: requests so far.
     """
 
+    requests: RequestCounts
     round_trips_ms: dict[str, dict[int, float]] = field(default_factory=dict)
     last_error: dict[str, str] = field(default_factory=dict)
     last_answer: dict[str, str] = field(default_factory=dict)
     starting: dict[str, tuple[str, float | None]] = field(default_factory=dict)
     events: dict[int, Event] = field(default_factory=dict)
-    asked: int = 0
-    failed: int = 0
 
 
 def cluster_data(status: ClusterStatus, live: Live, own: Iterable[str]) -> dict[str, Any]:
@@ -82,8 +104,8 @@ def cluster_data(status: ClusterStatus, live: Live, own: Iterable[str]) -> dict[
         "totals": {
             "running": sum(one.running for one in places),
             "waiting": sum(one.waiting for one in places),
-            "asked": live.asked,
-            "failed": live.failed,
+            "asked": live.requests.asked,
+            "failed": live.requests.failed,
         },
     }
 
@@ -91,12 +113,12 @@ def cluster_data(status: ClusterStatus, live: Live, own: Iterable[str]) -> dict[
 def _worker(number: int, worker: WorkerStatus, live: Live) -> dict[str, Any]:
     seen = worker.probe
     is_well = worker.state in ("free", "held")
-    memory = used = protocol = None
+    free = total = used = protocol = None
     if is_well and seen is not None and seen.total_bytes:
         step = max(1, seen.total_bytes // MEMORY_STEPS)
         free_bytes = worker.capacity.free_bytes // step * step
-        memory = f"{format_bytes(free_bytes)} free of {format_bytes(seen.total_bytes)}"
-        used = round(1 - free_bytes / seen.total_bytes, 3)
+        free, total = format_bytes(free_bytes), format_bytes(seen.total_bytes)
+        used = round(1 - free_bytes / seen.total_bytes, 2)
     if seen is not None and seen.protocol:
         protocol = "RPC " + ".".join(map(str, seen.protocol))
     round_trips_ms = live.round_trips_ms.get(worker.endpoint)
@@ -106,7 +128,8 @@ def _worker(number: int, worker: WorkerStatus, live: Live) -> dict[str, Any]:
         color=state_color(worker.state),
         words="" if worker.state == "free" else worker.detail,
         held_by=worker.held_by,
-        memory=memory,
+        free=free,
+        total=total,
         used=used,
         protocol=protocol,
         rtt={str(look): _digits(ms, 2) for look, ms in round_trips_ms.items()} if round_trips_ms else None,

@@ -5,7 +5,8 @@ models) is read from this process's own objects when something happened, and onc
 Watchers get the whole state once, then patches (`state_patch`), at most `PATCHES_PER_S` of them.
 
 Looking costs, and a worker that dies idle tells nobody. So while somebody watches, `LOOKS_PER_S` workers are
-probed each second, in turn: all of ten in one second, all of a hundred in ten. The end of a local worker is
+probed each second, in turn: all of ten in one second, all of a hundred in ten; `LOOKS_AT_ONCE` together, so that
+what they bring makes a small patch. The end of a local worker is
 told by its supervisor, and a held one's by its coordinator, without looking. Ollama nodes, and coordinators of
 other kernels, are looked at every `OTHERS_EVERY_S` seconds. When nobody watches any more, nothing of this runs.
 """
@@ -16,10 +17,10 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from sollol_nb.cluster_data import Live, answer_words, cluster_data
+from sollol_nb.cluster_data import Live, RequestCounts, answer_words, cluster_data
 from sollol_nb.cluster_status import ClusterStatus, CoordinatorStatus
 from sollol_nb.coordinator import Coordinator
 from sollol_nb.coordinator_pool import CoordinatorPool
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 PATCHES_PER_S = 4
 LOOKS_PER_S = 10
+LOOKS_AT_ONCE = 5
 LOOK_TIMEOUT_S = 1.0
 OTHERS_EVERY_S = 10.0
 ROUND_TRIPS_KEPT = 20
@@ -68,11 +70,12 @@ class ClusterState:
         self._unsubscribe: Callable[[], None] | None = None
         self._changed = asyncio.Event()
         self._look_soon = asyncio.Event()
-        self._under_way = 0
         self._numbers = itertools.count()
         self._others: list[tuple[Coordinator, str]] = []
-        self._live = Live()
+        self._requests = RequestCounts()
+        self._live = Live(self._requests)
         self._data: dict[str, Any] = {}
+        events.subscribe(self._requests.note)
 
     @property
     def data(self) -> dict[str, Any]:
@@ -111,8 +114,7 @@ class ClusterState:
         if not self.is_closed:
             self.is_closed = True
             self._data = {**self._data, "closed": True}
-            for listener in listeners:
-                listener({"closed": True})
+            self._send({"closed": True}, listeners)
         await self._end()
 
     @io_bound
@@ -143,13 +145,12 @@ class ClusterState:
     # --- kept up to date --------------------------------------------------------------------------
 
     def _begin(self) -> None:
-        self._live = Live()
+        self._live = Live(self._requests)
         for event in self._events.recent():
             self._note(event)
         for endpoint, round_trip_ms in self._workers.round_trips_ms.items():
             if round_trip_ms is not None:
                 self._live.round_trips_ms[endpoint] = {next(self._numbers): round_trip_ms}
-        self._under_way = 0  # what began before is not counted
         self._changed, self._look_soon = asyncio.Event(), asyncio.Event()
         loop, changed = asyncio.get_running_loop(), self._changed
 
@@ -174,10 +175,13 @@ class ClusterState:
     async def _tell_changes(self) -> None:
         while True:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(1.0 if self._under_way > 0 else None):
+                async with asyncio.timeout(1.0 if self._requests.under_way > 0 else None):
                     await self._changed.wait()
             self._changed.clear()
-            self._tell()
+            try:
+                self._tell()
+            except Exception:
+                logger.exception("the cluster's state could not be told")
             await asyncio.sleep(1 / PATCHES_PER_S)
 
     def _tell(self) -> None:
@@ -185,8 +189,15 @@ class ClusterState:
         patch = patch_between(self._data, after)
         self._data = after
         if patch:
-            for listener in list(self._listeners):
+            self._send(patch, self._listeners)
+
+    def _send(self, patch: Mapping[str, Any], listeners: Iterable[Listener]) -> None:
+        """Tell each; one that fails keeps it from no other."""
+        for listener in list(listeners):
+            try:
                 listener(patch)
+            except Exception:
+                logger.exception("a view of the cluster could not take a change")
 
     def _current(self) -> dict[str, Any]:
         own = [one.base_url for one in self._coordinators.coordinators]
@@ -197,10 +208,9 @@ class ClusterState:
         position, others_due = 0, 0.0
         while True:
             endpoints = self._workers.endpoints
-            turn = [
-                endpoints[(position + step) % len(endpoints)] for step in range(min(LOOKS_PER_S, len(endpoints)))
-            ]
-            position += len(turn)
+            count = min(LOOKS_AT_ONCE, len(endpoints))
+            turn = [endpoints[(position + step) % len(endpoints)] for step in range(count)]
+            position += count
             try:
                 await self._workers.look_at(turn, timeout_s=LOOK_TIMEOUT_S)
                 if loop.time() >= others_due:
@@ -210,8 +220,11 @@ class ClusterState:
                     self._changed.set()
             except OSError as error:  # of the registry's folder; the next look may go well
                 logger.warning("the cluster could not be looked at: %s", error)
+            except Exception:
+                logger.exception("the cluster could not be looked at")
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(1.0):
+                # All of a few workers are looked at once a second, not more often.
+                async with asyncio.timeout(count / min(LOOKS_PER_S, len(endpoints)) if endpoints else 1.0):
                     await self._look_soon.wait()
             self._look_soon.clear()
 
@@ -232,12 +245,7 @@ class ClusterState:
                 live.round_trips_ms.pop(event.subject, None)
             case "coordinator.starting" | "coordinator.loading":
                 live.starting[event.subject] = (event.words, event.data.get("share"))
-            case "request.started":
-                self._under_way += 1
-                live.asked += 1
             case "request.finished":
-                self._under_way -= 1
-                live.failed += event.data.get("status") in ("error", "timeout")
                 if event.data.get("place") and (words := answer_words(event.data)):
                     live.last_answer[event.data["place"]] = words
         if event.kind in _STARTED:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from sollol_nb.token_time import TokenTime, WorkerSpeeds, parts_of, predict
 from sollol_nb.toolchain import Engine
 from sollol_nb.units import format_bytes
 from sollol_nb.what_if import Forecast, forecast, without_layout
+from sollol_nb.worker_choice import check_free
 from sollol_nb.workers import Workers
 
 LOOK_INTERVAL_S = 1.0
@@ -118,19 +119,32 @@ class CoordinatorPool:
         Raises:
             ConfigError: no sharded coordinator of this router runs the model, or this is no layout of it.
             ModelDoesNotFitError: a worker's memory does not hold what it would get; the running one goes on.
-            WorkersUnavailableError, CoordinatorError: the new one could not be started; the old one has ended.
+            WorkersUnavailableError: a worker is not free; the running one goes on. Or it was taken or lost while
+                the new one started.
+            CoordinatorError: the new one could not be started; the old one has ended.
         """
-        coordinator = self._sharded(model)
-        (key,) = (key for key, one in self._running.items() if one is coordinator)
-        foreseen = self.what_if(model, layout)
-        if not foreseen.fits:
-            raise ModelDoesNotFitError(f"{foreseen.shortage}; move layers to a worker with more memory")
-        before = "/".join(map(str, coordinator.plan.unit_counts)) if coordinator.plan else ""
-        words = f"{model} is laid out anew: {foreseen.describe()}, instead of {before}"
-        self._events.publish("coordinator.planned", model, words)
-        async with self._starting[key]:
+        async with self._starting[self._key_of(self._sharded(model))]:
+            coordinator = self._sharded(model)  # another, if it was laid out or started anew meanwhile
+            foreseen = self.what_if(model, layout)
+            if not foreseen.fits:
+                raise ModelDoesNotFitError(f"{foreseen.shortage}; move layers to a worker with more memory")
+            await self._check_free(model, foreseen.plan.endpoints, coordinator)
+            before = "/".join(map(str, coordinator.plan.unit_counts)) if coordinator.plan else ""
+            words = f"{model} is laid out anew: {foreseen.describe()}, instead of {before}"
+            self._events.publish("coordinator.planned", model, words)
+            route = self._routes[self._key_of(coordinator)]
             await self._forget(coordinator)
-            return await self._start(self._routes[key], frozenset(), layout)
+            return await self._start(route, frozenset(), layout)
+
+    async def _check_free(self, model: str, endpoints: Iterable[str], coordinator: Coordinator) -> None:
+        """Refuse workers that are neither free nor this coordinator's, before it is ended for them."""
+        others = [one for one in endpoints if one not in coordinator.rpc_backends]
+        await self._workers.look_at(others)
+        statuses = [one for one in self._workers.statuses() if one.endpoint in others]
+        check_free(model, statuses)
+
+    def _key_of(self, coordinator: Coordinator) -> _Key:
+        return next(key for key, one in self._running.items() if one is coordinator)
 
     def what_if(self, model: str, layout: Mapping[str, int]) -> Forecast:
         """What another layout of a running model would need and bring.

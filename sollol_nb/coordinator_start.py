@@ -26,15 +26,15 @@ from sollol_nb.errors import (
 from sollol_nb.events import EventBus
 from sollol_nb.gate import Gate
 from sollol_nb.gguf_facts import ModelFacts, read_facts
-from sollol_nb.layer_plan import GIVEN, LayerPlan, plan_from_counts, plan_layers
+from sollol_nb.layer_plan import GIVEN, LayerPlan, plan_from_counts
 from sollol_nb.load_progress import LoadProgress, told_loading
 from sollol_nb.local_workers import free_ports
 from sollol_nb.routing import DISTRIBUTED, Route
 from sollol_nb.token_time import TokenTime
 from sollol_nb.toolchain import Engine, ensure_engine
+from sollol_nb.worker_choice import DEFAULT_WORKERS, check_free, no_workers_words, plan_over
 from sollol_nb.workers import Workers, WorkerStatus
 
-DEFAULT_WORKERS = 3
 MAX_DEFAULT_CONTEXT_TOKENS = 8192
 MAX_CHANCES = 2
 """So often a start is tried again that failed for no lasting reason, with all its workers well."""
@@ -173,7 +173,7 @@ class CoordinatorStarter:
 
     def _progress_told(self, model: str, coordinator: Coordinator) -> AbstractAsyncContextManager[None]:
         def tell(progress: LoadProgress) -> None:
-            self._events.publish("coordinator.loading", model, progress.words, **progress.as_dict())
+            self._events.report("coordinator.loading", model, progress.words, **progress.as_dict())
 
         return told_loading(coordinator.settings, coordinator.pid, coordinator.log_path, tell)
 
@@ -306,7 +306,13 @@ class CoordinatorStarter:
                 if not free:
                     statuses = self._workers.statuses()
                     raise WorkersUnavailableError(no_workers_words(start.route.model, statuses))
-                plan = self._plan_over(free, start.facts, start.context_tokens)
+                plan = plan_over(
+                    free,
+                    start.facts,
+                    wanted=self.settings.num_rpc_backends,
+                    strategy=self.settings.layer_strategy,
+                    context_tokens=start.context_tokens,
+                )
                 return self._predicted(start, plan), _device_free_bytes(free)
             except (WorkersUnavailableError, ModelDoesNotFitError):
                 if avoided:  # better a shaky worker than none
@@ -321,38 +327,21 @@ class CoordinatorStarter:
     ) -> tuple[LayerPlan, dict[str, tuple[int, ...]]]:
         """The plan over exactly these workers."""
         statuses = {one.endpoint: one for one in await self._workers.refresh()}
-        chosen = [statuses[endpoint] for endpoint, count in layout.items() if count and endpoint in statuses]
-        unusable = [one.detail for one in chosen if one.state != "free" or one.endpoint in start.elsewhere]
-        unusable += [
-            f"{one} is not a known worker" for one, count in layout.items() if count and one not in statuses
-        ]
-        if unusable:
+        endpoints = [endpoint for endpoint, count in layout.items() if count]
+        removed = [endpoint for endpoint in endpoints if endpoint not in statuses]
+        if removed:
             raise WorkersUnavailableError(
-                f"{start.route.model} cannot be laid out as asked: {'; '.join(unusable)}; choose other workers"
+                f"{start.route.model} cannot be laid out as asked: {removed[0]} is not known any more; "
+                "choose other workers"
             )
+        chosen = [statuses[endpoint] for endpoint in endpoints]
+        check_free(start.route.model, chosen, taken=start.elsewhere)
         capacities, counts = [one.capacity for one in chosen], [layout[one.endpoint] for one in chosen]
         plan = plan_from_counts(start.facts, capacities, counts, context_tokens=start.context_tokens)
         return self._predicted(start, plan), _device_free_bytes(chosen)
 
     def _predicted(self, start: _Start, plan: LayerPlan) -> LayerPlan:
         return replace(plan, predicted_token_ms=self._predict(start.model_path, plan).token_ms)
-
-    def _plan_over(self, free: list[WorkerStatus], facts: ModelFacts, context_tokens: int) -> LayerPlan:
-        """The plan over `num_rpc_backends` of these workers; by default over three, or as many as it takes."""
-        count = min(self.settings.num_rpc_backends or DEFAULT_WORKERS, len(free))
-        while True:
-            try:
-                return plan_layers(
-                    facts,
-                    [worker.capacity for worker in free[:count]],
-                    strategy=self.settings.layer_strategy,
-                    context_tokens=context_tokens,
-                )
-            except ModelDoesNotFitError:
-                # Each worker costs a round trip per token, so more are only taken where memory asks for them.
-                if self.settings.num_rpc_backends is not None or count == len(free):
-                    raise
-                count += 1
 
     async def _free_workers(self, start: _Start, avoided: Collection[str]) -> list[WorkerStatus]:
         """The free workers that are not taken elsewhere; adopted, discovered and started as far as allowed."""
@@ -389,16 +378,3 @@ class CoordinatorStarter:
 
 def _device_free_bytes(workers: list[WorkerStatus]) -> dict[str, tuple[int, ...]]:
     return {one.endpoint: one.probe.device_free_bytes for one in workers if one.probe}
-
-
-def no_workers_words(model: str, statuses: list[WorkerStatus]) -> str:
-    """Why no worker can be used, and what to run."""
-    what_to_do = (
-        "start some here with `%sollol_cluster start 3` (or auto_setup_rpc=True), or on each machine "
-        "`ggml-rpc-server -H <its address> -p 50052`, then name them in rpc_backends= or RPC_BACKENDS"
-    )
-    if not statuses:
-        return f"{model} needs RPC workers and none is known; {what_to_do}"
-    details = [one.detail for one in statuses]
-    seen = "; ".join(details[:5]) + (" ..." if len(statuses) > 5 else "")
-    return f"{model} needs RPC workers and none of {len(statuses)} is free: {seen}; {what_to_do}"

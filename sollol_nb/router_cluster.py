@@ -42,7 +42,7 @@ class RouterCluster:
         uses_io_loop(self)
         # A router that nobody holds any more must not hold workers. Its engines live on for their keep_alive, so
         # that the next router, or this kernel after a restart, finds the model loaded.
-        weakref.finalize(self, _let_go_later, coordinators, workers, ollama).atexit = False
+        weakref.finalize(self, _let_go_later, self.state, coordinators, workers, ollama).atexit = False
 
     @property
     def coordinator(self) -> Coordinator | None:
@@ -126,7 +126,9 @@ class RouterCluster:
         Raises:
             ConfigError: no coordinator of this router shards the model, or this is no layout of it.
             ModelDoesNotFitError: a worker's memory does not hold what it would get; the running one goes on.
-            WorkersUnavailableError, CoordinatorError: the new one could not be started; the old one has ended.
+            WorkersUnavailableError: a worker is not free; the running one goes on. Or it was taken or lost while
+                the new one started.
+            CoordinatorError: the new one could not be started; the old one has ended.
         """
         await self._coordinators.lay_out(model, counts)
 
@@ -216,7 +218,7 @@ class RouterCluster:
         """
         done_with_io_loop(self)
         if keep:
-            await _let_go(self._coordinators, self._workers, self._ollama)
+            await _let_go(self.state, self._coordinators, self._workers, self._ollama)
             return
         await self.state.close()
         await self._coordinators.close()
@@ -230,11 +232,16 @@ class RouterCluster:
         await self.close()
 
 
-async def _let_go(coordinators: CoordinatorPool, workers: Workers, ollama: OllamaPool) -> None:
+async def _let_go(
+    state: ClusterState, coordinators: CoordinatorPool, workers: Workers, ollama: OllamaPool
+) -> None:
+    await state.close()
     await coordinators.let_go()
     workers.detach()
     await ollama.close()
 
 
-def _let_go_later(coordinators: CoordinatorPool, workers: Workers, ollama: OllamaPool) -> None:
-    submit(_let_go(coordinators, workers, ollama))
+def _let_go_later(
+    state: ClusterState, coordinators: CoordinatorPool, workers: Workers, ollama: OllamaPool
+) -> None:
+    submit(_let_go(state, coordinators, workers, ollama))

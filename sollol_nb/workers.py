@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import time
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -27,13 +26,10 @@ from sollol_nb.local_workers import LOOPBACK, free_ports, start_worker, wait_unt
 from sollol_nb.registry import Entry
 from sollol_nb.rpc_discovery import DEFAULT_TIMEOUT_S, Probe, ProbeOutcome, discover, probe_all
 from sollol_nb.toolchain import Engine
+from sollol_nb.worker_losses import WorkerLosses
 
 MAX_LOCAL_WORKERS = 64
 DEFAULT_KEEP_ALIVE_S = 600.0
-# A worker that is lost for the second time within ten minutes is left alone for half a minute, then longer.
-LOSSES_COUNT_FOR_S = 600.0
-FIRST_COOL_DOWN_S = 30.0
-LONGEST_COOL_DOWN_S = 300.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +88,7 @@ class Workers:
         self._events = events
         self._probes: dict[str, Probe | None] = {}
         self._holders: dict[str, Entry] = {}
-        self._losses: dict[str, list[float]] = {}
+        self._losses = WorkerLosses()
         self._local: dict[str, EngineProcess] = {}
         self._round_trips_ms: dict[str, float | None] = {}
         self._watches: dict[str, asyncio.Task[None]] = {}
@@ -160,8 +156,7 @@ class Workers:
     def _lost(self, seen: Probe) -> None:
         """A coordinator has lost this worker; after the second time it cools down (see `cools_down_s`)."""
         endpoint = seen.endpoint
-        losses = self._losses[endpoint] = [at for at in self._losses.get(endpoint, ()) if _is_recent(at)]
-        losses.append(time.monotonic())
+        self._losses.note(endpoint)
         self._probes[endpoint] = seen
         if seen.outcome is not ProbeOutcome.REFUSED or endpoint not in self._local:  # else its supervisor tells
             words = f"lost the worker at {endpoint}: {seen.detail}"
@@ -169,11 +164,7 @@ class Workers:
 
     def cools_down_s(self, endpoint: str) -> float:
         """Seconds for which a worker that was lost again and again is only used if no other suffices."""
-        losses = [at for at in self._losses.get(endpoint, ()) if _is_recent(at)]
-        if len(losses) < 2:  # once may happen to anyone
-            return 0.0
-        pause_s = min(FIRST_COOL_DOWN_S * 2.0 ** (len(losses) - 2), LONGEST_COOL_DOWN_S)
-        return max(0.0, losses[-1] + pause_s - time.monotonic())
+        return self._losses.cools_down_s(endpoint)
 
     async def refresh(self, *, except_for: Collection[str] = ()) -> list[WorkerStatus]:
         """Look at every worker that is not held, and tell the state of all.
@@ -190,7 +181,10 @@ class Workers:
         """Look at these workers, unless they are held."""
         self._holders = await asyncio.to_thread(registry.holders)
         free = [one for one in endpoints if one not in self._holders]
-        for seen in await probe_all(free, timeout_s=timeout_s):
+        found = await probe_all(free, timeout_s=timeout_s)
+        if any(seen.outcome is ProbeOutcome.BUSY for seen in found):  # perhaps taken since, by a coordinator
+            self._holders = await asyncio.to_thread(registry.holders)
+        for seen in found:
             if seen.endpoint in self._probes and seen.endpoint not in self._holders:
                 self._note(seen)
 
@@ -204,7 +198,7 @@ class Workers:
             self._events.publish(
                 "worker.lost", seen.endpoint, f"lost the worker at {seen.endpoint}: {seen.detail}"
             )
-        elif now == "free" and (was == "down" or (was != "free" and self._losses.get(seen.endpoint))):
+        elif now == "free" and (was == "down" or (was != "free" and seen.endpoint in self._losses)):
             self._events.publish("worker.returned", seen.endpoint, f"the worker at {seen.endpoint} is back")
 
     def statuses(self) -> list[WorkerStatus]:
@@ -213,11 +207,12 @@ class Workers:
 
     async def discover(self) -> list[str]:
         """Look for workers on this machine's usual ports; returns the endpoints that were not known before."""
-        found = [one.endpoint for one in await discover() if one.endpoint not in self._probes]
-        for endpoint in found:
-            self._probes[endpoint] = None
-            self._events.publish("worker.discovered", endpoint, f"found a worker at {endpoint}")
-        return found
+        found = [one for one in await discover() if one.endpoint not in self._probes]
+        for seen in found:
+            self._probes[seen.endpoint] = None
+            self._events.publish("worker.discovered", seen.endpoint, f"found a worker at {seen.endpoint}")
+            self._note(seen)
+        return [one.endpoint for one in found]
 
     async def take_over(self, endpoints: Iterable[str] | None = None) -> list[str]:
         """Adopt local workers of this user that run on after the kernel that started them.
@@ -381,10 +376,6 @@ def _held_words(holder: Entry) -> str:
     return f"held by the coordinator of {holder.name}, started by {registry.owner_words(holder.about)}"
 
 
-def _is_recent(at: float) -> bool:
-    return time.monotonic() - at < LOSSES_COUNT_FOR_S
-
-
 _STATE_OF_OUTCOME = {
     ProbeOutcome.FREE: "free",
     ProbeOutcome.BUSY: "busy",
@@ -394,12 +385,16 @@ _STATE_OF_OUTCOME = {
 }
 
 
-@lru_cache
 def addresses_of(endpoint: str) -> frozenset[tuple[str, int]]:
-    """An endpoint as pairs of IP address and port; empty when its name cannot be resolved."""
-    host, port = config.parse_endpoint(endpoint)
+    """An endpoint as pairs of IP address and port; empty while its name cannot be resolved."""
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except OSError:
+        return _resolved(endpoint)
+    except OSError:  # it is asked again the next time
         return frozenset()
+
+
+@lru_cache
+def _resolved(endpoint: str) -> frozenset[tuple[str, int]]:
+    host, port = config.parse_endpoint(endpoint)
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return frozenset((str(address[0]), port) for *_, address in found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -9,12 +10,12 @@ from typing import Any
 import pytest
 
 from sollol_nb.completion import Completion
-from sollol_nb.errors import ConfigError, ModelDoesNotFitError
+from sollol_nb.errors import ConfigError, ModelDoesNotFitError, WorkersUnavailableError
 from sollol_nb.layer_strategies import WorkerCapacity
 from sollol_nb.sync_wrapper import HybridRouter, OllamaPool
 from sollol_nb.toolchain import Engine
 from sollol_nb.workers import WorkerStatus
-from tests.engines import QUESTION, write_endless
+from tests.engines import QUESTION, engine_on, eventually, run, write_endless
 from tests.ollama_server import OllamaServer
 
 pytestmark = pytest.mark.engine
@@ -35,6 +36,10 @@ def endless(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def layout(router: HybridRouter, *counts: int) -> dict[str, int]:
     return dict(zip(router.worker_endpoints, counts, strict=True))
+
+
+def states(router: HybridRouter) -> dict[str, str]:
+    return {one.endpoint: one.state for one in router.status().workers}
 
 
 def running_layout(router: HybridRouter) -> tuple[int, ...]:
@@ -123,6 +128,36 @@ def test_a_layout_that_does_not_fit_is_refused_and_the_running_one_goes_on(
 
     assert not foreseen.fits
     assert sharding.coordinator is coordinator
+
+
+def test_a_layout_over_a_worker_that_is_gone_is_refused_and_the_running_one_goes_on(
+    sharding: HybridRouter, endless: str
+) -> None:
+    sharding.route_request(endless, QUESTION, max_tokens=2)
+    coordinator = sharding.coordinator
+    (gone,) = sharding.start_workers(1)
+    try:
+        engine_on(int(gone.rpartition(":")[2])).kill()
+        eventually(lambda: states(sharding)[gone] == "down", "it is gone")
+        with pytest.raises(WorkersUnavailableError, match=rf"laid out as asked: {gone} ended .*; choose other"):
+            sharding.apply_plan(endless, {gone: 5})
+    finally:
+        sharding.remove_worker(gone)
+    assert sharding.coordinator is coordinator
+    assert sharding.route_request(endless, QUESTION, max_tokens=2)["eval_count"] == 2
+
+
+def test_two_layouts_at_once_are_made_one_after_the_other(sharding: HybridRouter, endless: str) -> None:
+    sharding.route_request(endless, QUESTION, max_tokens=2)
+    layouts = [layout(sharding, 3, 1, 1), layout(sharding, 1, 1, 3)]
+
+    async def both() -> None:
+        await asyncio.gather(*(sharding._async.apply_plan(endless, one) for one in layouts))
+
+    run(both())
+    assert running_layout(sharding) == (1, 1, 3)
+    assert [one.model for one in sharding.coordinators].count(endless) == 1
+    assert sharding.route_request(endless, QUESTION, max_tokens=2)["eval_count"] == 2
 
 
 def test_the_next_start_is_by_strategy_again(sharding: HybridRouter, endless: str) -> None:

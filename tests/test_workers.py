@@ -9,17 +9,19 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
-from sollol_nb import config, local_workers, workers
+from sollol_nb import config, local_workers, registry, workers
 from sollol_nb.engine_process import EngineProcess
 from sollol_nb.errors import ConfigError, EngineError, WorkerStartError
 from sollol_nb.events import EventBus
 from sollol_nb.local_workers import free_ports
+from sollol_nb.rpc_discovery import Probe, ProbeOutcome
 from sollol_nb.toolchain import Engine
-from sollol_nb.workers import Workers, WorkerStatus
+from sollol_nb.workers import Workers, WorkerStatus, addresses_of
 from tests.engines import (
     OtherProtocolWorker,
     all_end,
@@ -38,6 +40,8 @@ from tests.engines import (
 
 pytestmark = pytest.mark.engine
 
+GIB = 2**30
+
 
 @pytest.fixture
 def local(engine: Engine) -> Iterator[Workers]:
@@ -53,6 +57,48 @@ def port_of(endpoint: str) -> int:
 
 def looked_at(known: Workers) -> dict[str, WorkerStatus]:
     return {status.endpoint: status for status in run(known.refresh())}
+
+
+# --- looking ----------------------------------------------------------------------------------
+
+
+def test_one_that_was_taken_while_it_was_looked_at_is_held_and_what_was_known_of_it_stays(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name = "10.0.0.1:50052"
+    free = Probe(name, ProbeOutcome.FREE, "free", (7, 0, 0), (GIB,), GIB, 0.4)
+    busy = Probe(name, ProbeOutcome.BUSY, "somebody uses it", None, (), 0, None)
+    found, holders = iter([free, busy]), iter([{}, {}, {name: SimpleNamespace(name="demo", about={})}])
+
+    async def probe_all(*_: object, **__: object) -> list[Probe]:
+        return [next(found)]
+
+    monkeypatch.setattr(workers, "probe_all", probe_all)
+    monkeypatch.setattr(registry, "holders", lambda: next(holders))
+    mine = Workers([name], EventBus())
+    assert looked_at(mine)[name].state == "free"
+
+    (seen,) = run(mine.refresh())
+
+    assert (seen.state, seen.held_by, seen.probe) == ("held", "demo", free)
+
+
+def test_a_discovered_worker_is_known_to_be_free_at_once(engine: Engine, local: Workers) -> None:
+    found = run(local.start_local(engine, 1))
+    other = Workers([], EventBus())
+
+    assert run(other.discover()) == found
+    assert [one.state for one in other.statuses()] == ["free"]
+
+
+def test_a_name_that_could_not_be_resolved_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object, **__: object) -> None:
+        raise OSError("Temporary failure in name resolution")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    assert addresses_of("gpu-box:50052") == frozenset()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(2, 1, 6, "", ("10.0.0.7", 50052))])
+    assert addresses_of("gpu-box:50052") == {("10.0.0.7", 50052)}
 
 
 # --- starting ---------------------------------------------------------------------------------

@@ -172,7 +172,7 @@ def test_an_empty_cluster_says_so(page: Page) -> None:
 def test_a_patch_is_drawn_in_all_views_and_touches_only_what_it_changes(page: Page) -> None:
     page.evaluate("state => window.show(state)", state_of(three_workers()))
     page.evaluate("() => document.querySelectorAll('tr, section').forEach(one => { one.seen = true; })")
-    patch = {"workers": {endpoint(1): {"state": "down", "words": "gone", "memory": None}}}
+    patch = {"workers": {endpoint(1): {"state": "down", "words": "gone", "free": None, "used": None}}}
     page.evaluate("patch => window.change(patch)", patch)
 
     for view in ("one", "two"):

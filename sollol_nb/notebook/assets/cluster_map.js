@@ -199,14 +199,14 @@ function sparkline(roundTrips) {
 }
 
 function memoryBar(worker) {
-  if (worker.memory === undefined) return "";
+  if (worker.used === undefined) return "";
   const bar = shape(
     "svg",
     { width: 60, height: 10, class: "sollol-memory" },
     shape("rect", { x: 0.5, y: 0.5, width: 59, height: 9, class: "sollol-all" }),
     shape("rect", { x: 1, y: 1, width: (58 * worker.used).toFixed(1), height: 8, class: "sollol-used" }),
   );
-  return element("span", {}, bar, ` ${worker.memory}`);
+  return element("span", {}, bar, ` ${worker.free} free of ${worker.total}`);
 }
 
 function workerRow(endpoint, worker) {
