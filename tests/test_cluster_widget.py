@@ -9,16 +9,18 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import comm
 import ipywidgets
 import pytest
+from IPython.core.events import EventManager
 from ipywidgets.widgets import widget as widget_room
 
 from sollol_nb import hybrid_router
 from sollol_nb.io_loop import run_blocking
-from sollol_nb.notebook.cluster_widget import ClusterWidget, cluster_widget
+from sollol_nb.notebook.cluster_widget import SNAPSHOTS_KEPT, ClusterWidget, cluster_widget
 from sollol_nb.sync_wrapper import HybridRouter
 from tests.engines import eventually, unused_port
 from tests.simulated_cluster import SimulatedCluster, endpoint, node
@@ -112,6 +114,7 @@ def test_without_anywidget_the_state_is_shown_as_html(
 
 def test_closed_it_leaves_the_last_state_and_nothing_else(cluster: SimulatedCluster) -> None:
     open_before = len(_open_widgets())
+    subscribers_before = list(cluster.events._subscribers)
     widget = cluster_widget(cluster)  # type: ignore[arg-type]
     widget.bundle()
     assert len(_open_widgets()) > open_before + 10
@@ -121,7 +124,7 @@ def test_closed_it_leaves_the_last_state_and_nothing_else(cluster: SimulatedClus
 
     assert len(_open_widgets()) == open_before
     assert not cluster.state.is_watched
-    assert cluster.events._subscribers == []
+    assert cluster.events._subscribers == subscribers_before
     assert set(widget.bundle()) == {"text/html", "text/plain"}
 
 
@@ -154,9 +157,14 @@ def test_a_change_is_sent_as_a_patch_of_a_few_hundred_bytes(
     cluster.change_worker(3, "down", "nothing listens there", "worker.lost")
     eventually(lambda: "nothing listens" in json.dumps(sent), "it is sent")
 
-    to_map = [message for comm_id, message in sent if comm_id == widget.map.model_id]
-    assert {message["method"] for message in to_map} == {"custom"}
-    assert max(len(json.dumps(message)) for message in to_map) < 1000
+    messages = to_map(sent, widget)
+    assert {message["method"] for message in messages} == {"custom"}
+    assert max(len(json.dumps(message)) for message in messages) < 700
+
+
+def to_map(sent: list[tuple[str, dict[str, Any]]], widget: ClusterWidget) -> list[dict[str, Any]]:
+    assert widget.map is not None
+    return [message for comm_id, message in sent if comm_id == widget.map.model_id]
 
 
 def test_a_page_that_opens_gets_the_state_as_it_is_now(widget: ClusterWidget, cluster: SimulatedCluster) -> None:
@@ -191,10 +199,60 @@ def test_a_view_whose_page_has_gone_without_a_word_is_forgotten(
     widget: ClusterWidget, cluster: SimulatedCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert widget.map is not None
+    monkeypatch.setattr("IPython.core.getipython.get_ipython", lambda: None)
+    widget.bundle()
     widget.map._handle_custom_msg(HERE, [])
     monkeypatch.setattr("sollol_nb.notebook.cluster_widget.VIEW_LEASE_S", -1.0)
     cluster.change_worker(3, "down", "gone", "worker.lost")
     eventually(lambda: not cluster.state.is_watched, "nobody looks any more")
+
+
+def test_while_a_cell_runs_no_view_is_forgotten_since_kernels_do_not_hear_them_then(
+    cluster: SimulatedCluster, monkeypatch: pytest.MonkeyPatch, sent: list[tuple[str, dict[str, Any]]]
+) -> None:
+    cells = EventManager(None, ("pre_run_cell", "post_run_cell"))  # type: ignore[arg-type]
+    monkeypatch.setattr("IPython.core.getipython.get_ipython", lambda: SimpleNamespace(events=cells))
+    widget = cluster_widget(cluster)  # type: ignore[arg-type]
+    widget.bundle()
+    assert widget.map is not None
+    cells.trigger("post_run_cell", None)
+    cells.trigger("pre_run_cell", None)
+    widget.map._handle_custom_msg(HERE, [])
+    monkeypatch.setattr("sollol_nb.notebook.cluster_widget.VIEW_LEASE_S", -1.0)
+    told = len(to_map(sent, widget))
+    cluster.change_worker(0, "down", "gone", "worker.lost")
+    eventually(lambda: len(to_map(sent, widget)) > told, "it is told")
+    told = len(to_map(sent, widget))
+    cluster.change_worker(1, "down", "gone", "worker.lost")
+    eventually(lambda: len(to_map(sent, widget)) > told, "this too")
+    assert cluster.state.is_watched
+
+    cells.trigger("post_run_cell", None)
+    cluster.change_worker(2, "down", "gone", "worker.lost")
+    eventually(lambda: not cluster.state.is_watched, "now it is forgotten")
+    assert not any(cells.callbacks.values()), "and cells are not followed any more"
+    widget.close()
+
+
+def test_of_the_outputs_that_show_it_the_last_ones_are_kept_up_to_date(
+    widget: ClusterWidget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handles: list[Any] = []
+
+    def display(*_: Any, **options: Any) -> Any:
+        if options.get("display_id"):
+            handles.append(SimpleNamespace(updates=[]))
+            handles[-1].update = lambda bundle, raw, handle=handles[-1]: handle.updates.append(bundle)
+            return handles[-1]
+        return None
+
+    monkeypatch.setattr("IPython.display.display", display)
+    monkeypatch.setattr("IPython.core.getipython.get_ipython", lambda: SimpleNamespace(kernel=1, events=None))
+    for _ in range(SNAPSHOTS_KEPT + 3):
+        widget._ipython_display_()
+    monkeypatch.undo()
+    widget.close()
+    assert [len(one.updates) for one in handles] == [0] * 3 + [1] * SNAPSHOTS_KEPT
 
 
 # --- what if ----------------------------------------------------------------------------------
@@ -267,6 +325,33 @@ def test_sliders_that_were_moved_stay_while_other_things_change(
     assert units(widget) == [20, 8, 13, 0]
 
 
+def test_sliders_that_were_moved_stay_when_another_model_starts_or_ends() -> None:
+    cluster = SimulatedCluster(5)
+    cluster.run_model("big", [0, 1, 2])
+    widget = cluster_widget(cluster)  # type: ignore[arg-type]
+    widget.bundle()
+    eventually(lambda: units(widget) == [14, 14, 13, 0, 0], "its layout is shown")
+    widget.what_if.sliders[0].value = 20
+
+    cluster.run_model("another", [3, 4])
+    cluster.coordinators.reverse()  # it comes first
+    cluster.events.publish("worker.note", endpoint(0), "look again")
+    eventually(lambda: widget.what_if.model.options == ("another", "big"), "it can be chosen")
+    assert (widget.what_if.model.value, units(widget)) == ("big", [20, 8, 13, 0, 0])
+    cluster.end_model("another")
+    eventually(lambda: widget.what_if.model.options == ("big",), "it is gone")
+    assert units(widget) == [20, 8, 13, 0, 0]
+    widget.close()
+
+
+def test_layers_cannot_be_moved_to_a_worker_that_is_gone(widget: ClusterWidget, cluster: SimulatedCluster) -> None:
+    widget.what_if.sliders[3].value = 5
+    eventually(lambda: not widget.what_if.apply.disabled, "it can be applied")
+    cluster.change_worker(3, "down", "gone", "worker.lost")
+    eventually(lambda: units(widget) == [14, 14, 13], "its slider is gone, and the running layout is shown")
+    assert widget.what_if.apply.disabled
+
+
 def test_without_a_sharded_model_there_is_nothing_to_move(steered: ClusterWidget) -> None:
     assert steered.what_if.sliders == []
     assert steered.what_if.apply.disabled
@@ -319,6 +404,19 @@ def test_what_could_not_be_done_is_told_by_an_event(steered: ClusterWidget, rout
     eventually(lambda: not steered.models.load.disabled, "it can be tried again")
 
 
+def test_an_action_that_fails_unforeseen_is_told_too(
+    steered: ClusterWidget, router: HybridRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def failing(_: Any) -> None:
+        raise PermissionError("the state folder cannot be written")
+
+    actions = steered.workers._actions
+    actions.begin("discover", "looking for workers", failing)
+    told = "looking for workers failed: PermissionError: the state folder cannot be written"
+    eventually(lambda: told in words(router), "it is told")
+    eventually(lambda: not actions.is_unavailable("discover"), "it can be tried again")
+
+
 def test_a_strategy_and_a_keep_alive_hold_from_now_on(steered: ClusterWidget, router: HybridRouter) -> None:
     steered.models.strategy.value = "even"
     steered.models.keep_alive.value = "1h"
@@ -328,6 +426,9 @@ def test_a_strategy_and_a_keep_alive_hold_from_now_on(steered: ClusterWidget, ro
     eventually(lambda: router._async._coordinators.settings.keep_alive_s == 3600.0, "keep_alive is set")
     assert settings.layer_strategy == "even"
     assert "models that are started from now on are spread by strategy 'even'" in words(router)
+    router.configure(layer_strategy="memory_aware")
+    eventually(lambda: steered.models.strategy.value == "memory_aware", "chosen elsewhere, it is shown")
+    assert router.layer_strategy == "memory_aware"
 
 
 def test_looking_for_workers_without_finding_one_is_told(

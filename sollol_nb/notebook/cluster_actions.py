@@ -5,6 +5,7 @@ A router tells what it did by events of its own; what it could not do is told he
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,8 @@ from sollol_nb.io_loop import submit
 
 if TYPE_CHECKING:
     from sollol_nb.hybrid_router import HybridRouter
+
+logger = logging.getLogger(__name__)
 
 
 class ClusterActions:
@@ -59,6 +62,9 @@ class ClusterActions:
                 self._events.publish("action.done", kind, done)
         except SollolError as error:
             self._events.publish("action.failed", kind, f"{words} failed: {error}")
+        except Exception as error:
+            logger.exception("%s failed", words)
+            self._events.publish("action.failed", kind, f"{words} failed: {type(error).__name__}: {error}")
         finally:
             self._under_way.discard(kind)
             self._on_change()

@@ -5,7 +5,7 @@ Each is enabled only while it makes sense, as told by the cluster's plain state 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets
@@ -99,11 +99,12 @@ class ModelControls:
     """Load and stop models, and choose how the next ones are started.
 
     Args:
-        strategy: the router's strategy now.
+        strategy: gives the router's strategy; None once the router is gone.
     """
 
-    def __init__(self, actions: ClusterActions, strategy: str) -> None:
+    def __init__(self, actions: ClusterActions, strategy: Callable[[], str | None]) -> None:
         self._actions = actions
+        self._strategy = strategy
         self._data: Mapping[str, Any] = {}
         self.model = ipywidgets.Combobox(
             placeholder="model", options=tuple(MODEL_PROFILES), ensure_option=False, layout=_NARROW
@@ -114,7 +115,10 @@ class ModelControls:
         self.running = ipywidgets.Dropdown(options=(), layout=_WIDE)
         self.stop = ipywidgets.Button(description="Stop", tooltip="stop its coordinator", layout=_SMALL)
         self.strategy = ipywidgets.Dropdown(
-            options=tuple(STRATEGIES), value=strategy, tooltip="how layers are spread from now on", layout=_NARROW
+            options=tuple(STRATEGIES),
+            value=strategy(),
+            tooltip="how layers are spread from now on",
+            layout=_NARROW,
         )
         self.keep_alive = ipywidgets.Text(placeholder="keep_alive: 10m, 1h, forever", layout=_NARROW)
         self.keep = ipywidgets.Button(
@@ -138,6 +142,9 @@ class ModelControls:
         """Fit the controls to the state."""
         self._data = data
         choose_among(self.running, self._running())
+        chosen = self._strategy()
+        if chosen is not None and not self._actions.is_unavailable("strategy"):  # else it is about to change
+            self.strategy.value = chosen
         self._enable()
 
     def _running(self) -> list[str]:
@@ -169,6 +176,9 @@ class ModelControls:
         self._actions.begin("stop", f"stopping {model}", stop)
 
     def _choose_strategy(self, change: Mapping[str, Any]) -> None:
+        if change["new"] == self._strategy():
+            return
+
         async def choose(router: HybridRouter) -> None:
             await router.configure(layer_strategy=change["new"])
 

@@ -16,6 +16,7 @@ import asyncio
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,8 @@ VIEW_LEASE_S = 150.0
 """A view that has not told for so long has gone with its page. Pages in the background tell once a minute."""
 HTML_EVERY_S = 1.0
 SNAPSHOT_EVERY_S = 5.0
+SNAPSHOTS_KEPT = 4
+"""So many of the outputs that show it are kept up to date in the notebook's file: the last ones."""
 _WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 
 _widgets: weakref.WeakKeyDictionary[hybrid_router.HybridRouter, ClusterWidget] = weakref.WeakKeyDictionary()
@@ -67,12 +70,13 @@ class ClusterWidget:
         self._lock = threading.RLock()
         self._views: dict[str, float] = {}
         self._is_watching = False
-        self._snapshots: list[DisplayHandle] = []
+        self._is_cell_running = False
+        self._snapshots: deque[DisplayHandle] = deque(maxlen=SNAPSHOTS_KEPT)
         self._due: set[str] = set()
-        actions = ClusterActions(router, self._refresh)
+        actions, known = ClusterActions(router, self._refresh), weakref.ref(router)
         self.workers = WorkerControls(actions)
-        self.models = ModelControls(actions, router.layer_strategy)
-        self.what_if = WhatIfPanel(weakref.ref(router), actions)
+        self.models = ModelControls(actions, lambda: _strategy_of(known()))
+        self.what_if = WhatIfPanel(known, actions)
         self.map = _make_map(self)
         self._html = ipywidgets.HTML(self._state.status()._repr_html_()) if self.map is None else None
         steering = ipywidgets.VBox([self.workers.box, self.models.box])
@@ -100,8 +104,11 @@ class ClusterWidget:
         """What is displayed, by MIME type: the widget, and its state for where there are none."""
         if self.is_closed:
             return self._state.status()._repr_mimebundle_()
+        from IPython.core.getipython import get_ipython
+
         with self._lock:
             self._views["display"] = time.monotonic()  # until the first view tells
+            self._is_cell_running = get_ipython() is not None  # the one that shows it
         run_blocking(self._watch_or_not())
         view = {"version_major": 2, "version_minor": 0, "model_id": self.box.model_id}
         return {_WIDGET_VIEW: view, "text/plain": str(self._state.status())}
@@ -143,10 +150,12 @@ class ClusterWidget:
         wanted = bool(self._views) and not self.is_closed
         if wanted and not self._is_watching:
             self._is_watching = True
+            self._follow_cells(not self._state.is_closed)
             await self._state.watch(self._on_patch)
             self._refresh()
         elif not wanted and self._is_watching:
             self._is_watching = False
+            self._follow_cells(False)
             await self._state.unwatch(self._on_patch)
 
     def _on_patch(self, patch: Mapping[str, Any]) -> None:
@@ -157,8 +166,10 @@ class ClusterWidget:
             self._soon("html", HTML_EVERY_S, self._show_html)
         if "events" in patch:
             self._soon("snapshots", SNAPSHOT_EVERY_S, self._show_snapshots)
-        if patch.keys() & {"workers", "coordinators", "starting", "closed"}:
+        if patch.keys() & {"workers", "coordinators", "starting", "events", "closed"}:
             self._refresh()
+        if "closed" in patch:
+            self._follow_cells(False)
         self._drop_gone_views()
 
     def _soon(self, what: str, seconds: float, show: Callable[[], None]) -> None:
@@ -187,13 +198,39 @@ class ClusterWidget:
                 part.refresh(self._state.data)
 
     def _drop_gone_views(self) -> None:
-        if self.map is None:  # views of ipywidgets.HTML do not tell
+        if self.map is None or self._is_cell_running:  # views of ipywidgets.HTML do not tell
             return
         long_ago = time.monotonic() - VIEW_LEASE_S
         with self._lock:
             self._views = {view: told_at for view, told_at in self._views.items() if told_at > long_ago}
             if not self._views:
                 submit(self._watch_or_not())
+
+    # Many kernels read no message of a view while a cell runs, so what views tell then comes only after it.
+
+    def _follow_cells(self, is_wanted: bool) -> None:
+        from IPython.core.getipython import get_ipython
+
+        shell = get_ipython()
+        if shell is None:
+            return
+        for name, callback in (("pre_run_cell", self._cell_begins), ("post_run_cell", self._cell_ends)):
+            if is_wanted:
+                shell.events.register(name, callback)
+            elif callback in shell.events.callbacks[name]:
+                shell.events.unregister(name, callback)
+
+    def _cell_begins(self, _: object) -> None:
+        self._is_cell_running = True
+
+    def _cell_ends(self, _: object) -> None:
+        with self._lock:
+            self._is_cell_running = False
+            self._views = dict.fromkeys(self._views, time.monotonic())
+
+
+def _strategy_of(router: hybrid_router.HybridRouter | None) -> str | None:
+    return router.layer_strategy if router is not None else None
 
 
 def _make_map(widget: ClusterWidget) -> ClusterMap | None:

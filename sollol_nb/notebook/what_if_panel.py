@@ -61,7 +61,7 @@ class WhatIfPanel:
         )
         head = ipywidgets.HBox([self.model, self.apply, self.reset])
         self.box = ipywidgets.VBox([head, self._rows, self.prediction])
-        self.model.observe(lambda _: self._set_up(), "value")
+        self.model.observe(self._choose, "value")
         self.apply.on_click(self._apply)
         self.reset.on_click(lambda _: self._move_all(list(self._base.values())))
 
@@ -71,12 +71,17 @@ class WhatIfPanel:
         return dict(zip(self._base, (one.value for one in self.sliders), strict=True))
 
     def refresh(self, data: Mapping[str, Any]) -> None:
-        """Fit the panel to the state; sliders that were moved stay as long as their layout runs."""
+        """Fit the panel to the state; sliders that were moved stay as long as their layout and workers do."""
         with self._lock:
             self._data = data
-            choose_among(self.model, [one["model"] for one in self._sharded().values()])
+            self._is_setting = True  # new options choose the first for a moment
+            try:
+                choose_among(self.model, [one["model"] for one in self._sharded().values()])
+            finally:
+                self._is_setting = False
             url, base = self._layout()
             is_other = (url, _used(base)) != (self._base_url, _used(self._base))
+            is_other |= any(endpoint not in base for endpoint, _ in _used(self.counts))
             if is_other or (base != self._base and self.counts == self._base):
                 self._set_up()
             elif self._measured() != self._foreseen_with:
@@ -99,6 +104,11 @@ class WhatIfPanel:
                 free = [name for name, worker in workers.items() if worker["state"] == "free"]
                 return url, counts | dict.fromkeys(free[: max(0, MAX_WORKERS - len(counts))], 0)
         return "", {}
+
+    def _choose(self, _: object) -> None:
+        with self._lock:
+            if not self._is_setting:
+                self._set_up()
 
     def _set_up(self) -> None:
         with self._lock:
