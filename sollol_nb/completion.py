@@ -130,4 +130,6 @@ class Completion(dict[str, Any]):
         return completion_view.mime_bundle(self)
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        printer.text(str(self))  # else IPython's printer of dicts is asked for the plain text
+        printer.text(
+            completion_view.printable(str(self))
+        )  # else IPython's printer of dicts is asked for the plain text

@@ -1,8 +1,8 @@
 """How a completion looks: Markdown with the reasoning folded and a footer that opens, JSON, code, HTML or text.
 
 What a model writes is not trusted. Frontends run scripts in the Markdown of a cell that its user has executed, so
-HTML in an answer is shown as text, outside of code where it is text anyway; an answer that is meant to be a page
-(`html`) goes into a frame that may run nothing.
+HTML in an answer is shown as text, outside of code where it is text anyway, and no image is fetched from an
+address that a model made up; an answer that is meant to be a page (`html`) goes into a frame that may run nothing.
 """
 
 from __future__ import annotations
@@ -27,16 +27,25 @@ LIVE_CHARS = 6000
 
 _THINK, _END_OF_THINK = "<think>", "</think>"
 _FENCE = re.compile(r"^ {0,3}(?P<marks>`{3,}|~{3,})(?P<info>[^\n]*)$", re.MULTILINE)
-# Code spans on one line (HTML at the beginning of a line ends those that go further), tags that are harmless and
-# common in tables, links; then what begins another tag, a character by number, or an address that is a script.
+_LANGUAGE = re.compile(r"[\w+#.-]*")
+# What begins a tag, or a character by number or in a scheme; an image, which is fetched unasked; a link's
+# definition that has a title, which may go on over blank lines; an address that is a script; and what JupyterLab
+# puts where a formula was. It puts formulas back unchecked, into addresses too, where a quote ends the attribute.
+_DANGER = (
+    r"<(?=[a-z/!?])|&(?=#|(?:tab|newline|colon);)|!(?=\[)|\](?=:\s*(?:<[^\n>]*>|\S+)\s+[\"'(])|@(?=\\*@)"
+    r"|(?:javascript|vbscript)(?=[\s\\]*:)|data(?=[\s\\]*:\s*(?:text|application|image/svg))"
+)
+_ADDRESS = re.compile(r"\][(:]|://|www\.", re.IGNORECASE)
+_IN_CODE = re.compile(_DANGER, re.IGNORECASE)
+# Code spans on one line, tags that are harmless and common in tables, links; then dangers.
 _SPAN_OR_DANGER = re.compile(
-    r"(?<![\\`])(?P<ticks>`+)(?!`)[^\n]+?(?<!`)(?P=ticks)(?!`)"
+    r"(?<![\\`])(?P<ticks>`+)(?!`)(?P<code>[^\n]+?)(?<!`)(?P=ticks)(?!`)"
     r"|</?(?:br|sub|sup) ?/?>"
-    r"|<(?:https?|mailto):[^\s<>]+>"
-    r"|(?P<danger><(?=[a-z/!?])|&(?=#)|"
-    r"(?:javascript|vbscript)(?=\s*(?::|&colon;))|data(?=\s*(?::|&colon;)\s*(?:text|application|image/svg)))",
+    r"|<(?:https?|mailto):[^\s<>\"]+>"
+    rf"|(?P<danger>{_DANGER})|(?P<quote>\")",
     re.IGNORECASE,
 )
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 # --- text ---------------------------------------------------------------------------------------
@@ -67,16 +76,73 @@ def open_fence(text: str) -> str:
 
 
 def safe_markdown(text: str) -> str:
-    """The text with its HTML shown as text, and an open code block closed."""
+    """The text with its HTML shown as text, and an open code block closed.
+
+    Frontends do not agree on where code begins and ends. So code blocks with tags in them are written anew where
+    none can take them for anything else, and code spans with tags as what they look like, free of any syntax.
+    """
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    parts = list(parts_of(text))
+    may_have_formulas = "$" in text or "\\" in text
+    risky = any(is_code and _is_risky(part, may_have_formulas) for is_code, part in parts)
+    write = _block_apart if risky else _block_as_it_is
+    safe = ""
+    for is_code, part in parts:
+        safe = write(safe, part) if is_code else safe + _disarmed(part, may_have_formulas)
+    return safe
+
+
+def _is_risky(block: str, may_have_formulas: bool) -> bool:
+    """Whether a code block could do something, were it not taken for code."""
+    language = block.partition("\n")[0].strip().lstrip("`~").strip()
+    quotes_in_addresses = may_have_formulas and '"' in block and _ADDRESS.search(block)
+    return bool(_IN_CODE.search(block) or quotes_in_addresses) or not _LANGUAGE.fullmatch(language)
+
+
+def _block_apart(before: str, block: str) -> str:
+    """The text before and a code block that is out of all lists and quotes."""
+    language, code = code_in(block)
+    code = re.sub(rf"^ {{1,{_indent(block)}}}", "", code, flags=re.MULTILINE) if _indent(block) else code
+    return f"{before}\n\n{fenced(code, language)}\n\n".lstrip("\n")
+
+
+def _block_as_it_is(before: str, block: str) -> str:
+    # The blank line ends a formula that was begun before.
+    between = "" if not before or before.endswith("\n\n") else "\n"
+    fence = open_fence(block)
+    return f"{before}{between}{block}" + (f"\n{' ' * _indent(block)}{_marks(fence)}" if fence else "")
+
+
+def _indent(block: str) -> int:
+    return len(block) - len(block.lstrip(" "))
+
+
+def _disarmed(text: str, may_have_formulas: bool) -> str:
+    """What is not fenced code, with its HTML shown as text."""
 
     def disarmed(match: re.Match[str]) -> str:
+        if (code := match["code"]) is not None:
+            is_risky = _IN_CODE.search(code) or (may_have_formulas and '"' in code)
+            return f"<code>{_by_number(code)}</code>" if is_risky else match[0]
+        if match["quote"]:
+            return "&quot;" if may_have_formulas else match[0]
         if not match["danger"]:
             return match[0]
-        return {"<": "&lt;", "&": "&amp;"}.get(match[0], f"{match[0]}\u200b")  # no scheme has such a space in it
+        if match[0].isalpha():
+            return f"{match[0]}\u200b"  # no scheme has such a space in it
+        return {"<": "&lt;", "&": "&amp;"}.get(match[0], f"&#{ord(match[0])};")
 
-    safe = "".join(part if is_code else _SPAN_OR_DANGER.sub(disarmed, part) for is_code, part in parts_of(text))
-    fence = open_fence(text)
-    return f"{safe}\n{_marks(fence)}" if fence else safe
+    return _SPAN_OR_DANGER.sub(disarmed, text)
+
+
+def _by_number(text: str) -> str:
+    """The text with each character that could mean something as its number."""
+    return "".join(one if one.isalnum() or one == " " else f"&#{ord(one)};" for one in text)
+
+
+def printable(text: str) -> str:
+    """The text without characters that steer a terminal."""
+    return _CONTROL.sub("", text)
 
 
 def _marks(fence: str) -> str:
@@ -108,7 +174,8 @@ def fenced(text: str, language: str = "") -> str:
     """A text as a fenced code block, whatever fences it holds."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     marks = "`" * max(3, longest + 1)
-    return f"{marks}{language}\n{text}\n{marks}"
+    word = _LANGUAGE.match(language)
+    return f"{marks}{word[0] if word else ''}\n{text}\n{marks}"
 
 
 def tail(text: str, limit_chars: int = LIVE_CHARS) -> str:

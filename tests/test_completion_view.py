@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
+from nbconvert.filters.markdown import markdown2html
 
 from sollol_nb.completion import Completion
 from sollol_nb.completion_view import (
@@ -38,24 +40,96 @@ def completion(text: str, shown_as: str = "markdown", thinking: str = "", **more
         ("one<br>two<br/>three H<sub>2</sub>O", "one<br>two<br/>three H<sub>2</sub>O"),
         ("<br onclick=x>", "&lt;br onclick=x>"),
         ("see <https://example.org/a?b=c>", "see <https://example.org/a?b=c>"),
-        ("the `<div>` tag", "the `<div>` tag"),
-        ("``a ` <b>`` <i>", "``a ` <b>`` &lt;i>"),
+        ("the `div` tag", "the `div` tag"),
+        ("the `<div>` tag", "the <code>&#60;div&#62;</code> tag"),
+        ("``a ` <b>`` <i>", "<code>a &#96; &#60;b&#62;</code> &lt;i>"),
         (r"\`<script>x</script>`", r"\`&lt;script>x&lt;/script>`"),
         ("`a\n<script>x</script>\n`", "`a\n&lt;script>x&lt;/script>\n`"),
         ("[x](javascript:alert(1))", "[x](javascript\u200b:alert(1))"),
-        ("[x](JavaScript&colon;alert(1))", "[x](JavaScript\u200b&colon;alert(1))"),
+        (r"[x](javascript\:alert(1))", "[x](javascript\u200b\\:alert(1))"),
+        ("[x](JavaScript&colon;alert(1))", "[x](JavaScript&amp;colon;alert(1))"),
+        ("[x](java&Tab;script:alert(1))", "[x](java&amp;Tab;script:alert(1))"),
+        ("![x](https://example.org/?q=secret)", "&#33;[x](https://example.org/?q=secret)"),
         ("[x](&#106;avascript:alert(1))", "[x](&amp;#106;avascript:alert(1))"),
         ("here is the data: 1, 2", "here is the data: 1, 2"),
         ("[x]: data:text/html,y", "[x]: data\u200b:text/html,y"),
-        ("```html\n<b>x</b>\n```\n<b>", "```html\n<b>x</b>\n```\n&lt;b>"),
-        ("~~~\n<b>\n```\n~~~\n<b>", "~~~\n<b>\n```\n~~~\n&lt;b>"),
+        ("```html\n<b>x</b>\n```\n<b>", "```html\n<b>x</b>\n```\n\n\n&lt;b>"),
+        ("~~~\n<b>\n```\n~~~\n<b>", "````\n<b>\n```\n````\n\n\n&lt;b>"),
+        ("- a\n  ```\n  <b>\n   c\n  ```\n- d", "- a\n\n\n```\n<b>\n c\n```\n\n\n- d"),
+        ("- a\n  ```py\n  x\n  ```\n- d", "- a\n\n  ```py\n  x\n  ```\n- d"),
+        ("- a\n  ```py\n  x", "- a\n\n  ```py\n  x\n  ```"),
+        ('"a" costs 5', '"a" costs 5'),
+        ('"a" costs $5', "&quot;a&quot; costs $5"),
         ("```py\nx = 1", "```py\nx = 1\n```"),
-        ("````\n```\n<b>", "````\n```\n<b>\n````"),
+        ("````\n```\n<b>", "````\n```\n<b>\n````\n\n"),
         ("", ""),
     ],
 )
 def test_html_of_a_model_is_shown_as_text_and_code_stays_code(text: str, safe: str) -> None:
     assert safe_markdown(text) == safe
+
+
+IMAGE = "<img src=x onerror=alert(1)>"
+HOVER = '$" onmouseover=alert(1) x="$'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"`a\nb` {IMAGE} `c`",  # a code span over two lines
+        f"\\\\`a` {IMAGE} `b`",  # a backslash that is escaped itself
+        f"\\``a` {IMAGE} `b`",
+        f"- a\n  ```\n\n{IMAGE}",  # a block ends with its list
+        f"> ```\n{IMAGE}\n```",
+        f"<br>\n```\n{IMAGE}\n```",  # no block begins in a block of HTML
+        f"```\rx\r```\r{IMAGE}",  # the line ends of old Macintoshes
+        f'[a]: x "t\n\n```\n"\n{IMAGE}\n```',  # a title that goes on
+        f"$x\n```$\n{IMAGE}\n```",  # a formula that takes a fence
+        f"~~~\n```\n~~~\n{IMAGE}\n```\n{IMAGE}\n~~~\n{IMAGE}",
+        f"- a\n  ~~~\n\n```\n~~~\n{IMAGE}\n```",
+        f"```\n{IMAGE}\n```~\n{IMAGE}",
+        f"   ```\n   {IMAGE}\n{IMAGE}",
+        f"1. a\n   ```\n   x\n```\n{IMAGE}\n   ```\n{IMAGE}",
+    ],
+)
+def test_no_tag_of_a_model_is_one_however_its_text_is_read(text: str) -> None:
+    safe = safe_markdown(text)
+    assert "<img" not in markdown2html(safe)
+    assert "<img" not in without_blocks(safe), "tags are left in code only, which is apart from all else"
+
+
+def without_blocks(markdown: str) -> str:
+    """The text without its code blocks that begin at the margin, between blank lines."""
+    return re.sub(r"(?:\A|(?<=\n\n))(`{3,})[\w+#.-]*\n.*?\n\1(?=\n\n|\Z)", "", markdown, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"[x](https://a{HOVER})",
+        f"<https://a{HOVER.replace(' ', '/')}>",
+        f"https://a/{HOVER}",
+        f"[x](https://a{HOVER.replace('$', '@@')}",
+        f"`a`[x](https://a{HOVER})`b`",
+        f"- a\n  ```\n\n[x](https://a{HOVER})",
+        f"[x](https://a$\n```\n{HOVER[1:-1]}\n```\n$)",
+        f"```{HOVER}\ncode\n```",
+    ],
+)
+def test_a_formula_brings_no_quote_into_an_address(text: str) -> None:
+    # JupyterLab takes formulas out of the text before it reads Markdown, and puts them back without a check.
+    formulas = re.findall(r"\$(?:(?!\n\s*\n)[^$])*\$", without_blocks(safe_markdown(text)))
+    assert not any('"' in one for one in formulas)
+
+
+@pytest.mark.parametrize("text", ["@@0@@", r"@\@0@@", r"@\\@0@@"])
+def test_the_places_of_formulas_are_not_made_up(text: str) -> None:
+    assert safe_markdown(text).startswith("&#64;")
+
+
+def test_a_language_of_code_is_a_word() -> None:
+    page = completion(f"~~~a`b{IMAGE}\nx\n~~~", "code")._repr_mimebundle_()["text/markdown"]
+    assert page.startswith("```a\nx\n```\n")
 
 
 def test_the_parts_of_a_text_are_the_text() -> None:
