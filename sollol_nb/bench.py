@@ -180,11 +180,11 @@ class _Rounds:
         self._labels = dict(zip(places.cases, labels, strict=True))
         self._run_mark = int(time.time() * 1000) % 10**8
         self._began = time.perf_counter()
+        self._first_error: SollolError | None = None
 
     async def run(self) -> AsyncGenerator[BenchNote | BenchRow, None]:
         """All rows, and what to know of them. Raises the first error where nothing could be measured."""
         targets = list(dict.fromkeys(case.target for case in self._labels))
-        errors: list[SollolError] = []
         has_measured = False
         for round_number in range(self._settings.repeat):
             for target in list(targets):
@@ -192,7 +192,7 @@ class _Rounds:
                 try:
                     await self._ready(target)
                 except SollolError as error:  # it is left out from now on
-                    errors.append(error)
+                    self._first_error = self._first_error or error
                     targets.remove(target)
                     for case in cases:
                         yield replace(self._empty_row(case, round_number), error=str(error))
@@ -204,8 +204,8 @@ class _Rounds:
                         async for row in rows:
                             has_measured |= not row.error
                             yield row
-        if errors and not has_measured:
-            raise errors[0]
+        if self._first_error is not None and not has_measured:
+            raise self._first_error
 
     async def _ready(self, target: BenchTarget) -> None:
         """Load what is asked next, and warm it up."""
@@ -274,6 +274,7 @@ class _Rounds:
         try:
             completion = await self._places.ask(case.target, prompt)
         except SollolError as error:
+            self._first_error = self._first_error or error
             return replace(row, error=str(error))
         return replace(row, **measured(completion))
 

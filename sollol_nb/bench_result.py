@@ -161,7 +161,9 @@ class BenchResult:
     def rounds(self) -> pd.DataFrame:
         """One row per case, round and metric (columns `case`, `round`, `metric`, `value`): what summaries weigh.
 
-        Requests that failed or waited for a load are left out, and with them their round's throughput.
+        Requests that failed or waited for a load are left out, and with them their round: prompts differ, so the
+        median of some of them is not that of all. Only where a case has no whole round do its parts count, but for
+        their throughput.
         """
         import pandas as pd
 
@@ -303,7 +305,13 @@ class BenchResult:
         for row in self.rows:
             rows.setdefault((row.case, row.round), []).append(row)
         prompts = len(self.settings.get("prompts", ()))
-        return {key: _round_values(these, prompts) for key, these in rows.items()}
+        whole = {key for key, these in rows.items() if len(_good(these)) == prompts * these[0].concurrency}
+        cases_with_whole = {case for case, _ in whole}
+        return {
+            key: _round_values(these, is_whole=key in whole)
+            for key, these in rows.items()
+            if key in whole or key[0] not in cases_with_whole
+        }
 
     @cached_property
     def _summaries(self) -> dict[tuple[str, str], _Summary]:
@@ -319,13 +327,17 @@ class BenchResult:
         return {(case, metric): found[case, metric] for case in self.cases for metric in METRICS}
 
 
-def _round_values(rows: list[BenchRow], prompts: int) -> dict[str, float]:
+def _good(rows: list[BenchRow]) -> list[BenchRow]:
+    return [row for row in rows if not row.error and not row.load_ms]
+
+
+def _round_values(rows: list[BenchRow], *, is_whole: bool) -> dict[str, float]:
     """The value of each metric in one round of one case; metrics that no request has are left out."""
-    good = [row for row in rows if not row.error and not row.load_ms]
+    good = _good(rows)
     values: dict[str, float] = {}
     for metric in METRICS:
         if metric == "throughput_tokens_per_s":
-            if len(good) == prompts * rows[0].concurrency:
+            if is_whole:
                 values[metric] = _throughput(good)
             continue
         middle = estimate(getattr(row, metric) for row in good)

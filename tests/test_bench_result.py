@@ -94,6 +94,18 @@ def test_what_failed_or_waited_for_a_load_is_no_measurement(spoilt: dict[str, An
     assert len(some.frame) == 2, "the row is there all the same"
 
 
+def test_a_round_that_was_not_measured_whole_does_not_count_beside_whole_ones() -> None:
+    stopped = result(
+        *(row(case, 0, prompt, ttft_ms=10.0 + 90 * prompt) for case in "ab" for prompt in range(2)),
+        *(row("a", 1, prompt, ttft_ms=10.0 + 90 * prompt) for prompt in range(2)),
+        row("b", 1, 0, ttft_ms=10.0),  # the stop button: its long prompt was not asked any more
+        complete=False,
+    )
+    line = of(stopped.summary(), "b", "ttft_ms")
+    assert (line["median"], line["n"], line["ratio"], line["requests"]) == (55.0, 1, 1.0, 3)
+    assert len(stopped.frame) == 7
+
+
 def test_a_case_without_measurements_is_shown_as_such() -> None:
     some = result(row("a", 0, 0), row("a", 0, 1), row("b", 0, 0, error="too small", total_ms=None))
     line = of(some.summary(), "b", "ttft_ms")
