@@ -103,8 +103,10 @@ class Kernel:
                 places[content.get("transient", {}).get("display_id", "")] = len(shown.displays)
                 shown.displays.append(content["data"])
             elif kind == "update_display_data":
-                shown.updates += 1
-                shown.displays[places[content["transient"]["display_id"]]] = content["data"]
+                place = places.get(content["transient"]["display_id"])
+                if place is not None:  # with ipykernel 6, answers in the background update through any cell
+                    shown.updates += 1
+                    shown.displays[place] = content["data"]
             elif kind == "status" and content["execution_state"] == "idle":
                 reply = self.client.get_shell_msg(timeout=CELL_TIMEOUT_S)
                 while reply["parent_header"].get("msg_id") != message_id:

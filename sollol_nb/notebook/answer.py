@@ -56,7 +56,7 @@ def ask(
                     if chunk is not None:
                         answer.add(chunk)
                     view.show(answer)
-        except (KeyboardInterrupt, SollolError) as error:
+        except (KeyboardInterrupt, Exception) as error:
             partial = broken_off(request, answer, error)
             if partial is not None:
                 keep(partial)

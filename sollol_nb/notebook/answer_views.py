@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import html
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sollol_nb.completion import Completion
-from sollol_nb.completion_view import folded_footer, live_markdown, safe_markdown, tail
+from sollol_nb.completion_view import folded_footer, live_markdown, printable, safe_markdown, tail
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,15 +24,18 @@ UPDATE_INTERVAL_S = 0.1
 
 
 class LiveAnswer:
-    """An answer as far as it came.
+    """An answer as far as it came. Threads may read it while another adds to it.
 
     Attributes:
         status: what is going on where no text comes: a model is loaded, a lost one replaced.
+        restarts: how often it has begun again.
     """
 
     def __init__(self, model: str) -> None:
         self.status = ""
+        self.restarts = 0
         self._model = model
+        self._lock = threading.Lock()
         self._chunks: list[Mapping[str, Any]] = []
         self._text: list[str] = []
         self._thinking: list[str] = []
@@ -42,14 +46,16 @@ class LiveAnswer:
     @property
     def text(self) -> str:
         """Its text so far."""
-        self._text = ["".join(self._text)]
-        return self._text[0]
+        with self._lock:
+            self._text = ["".join(self._text)]
+            return self._text[0]
 
     @property
     def thinking(self) -> str:
         """The model's reasoning so far."""
-        self._thinking = ["".join(self._thinking)]
-        return self._thinking[0]
+        with self._lock:
+            self._thinking = ["".join(self._thinking)]
+            return self._thinking[0]
 
     @property
     def has_begun(self) -> bool:
@@ -59,11 +65,13 @@ class LiveAnswer:
     def add(self, chunk: Mapping[str, Any]) -> None:
         """Take in the next chunk."""
         message = chunk.get("message") or {}
-        if chunk.get("_restarted"):  # what came before was void
-            self._text, self._thinking = [], []
-        self._chunks.append(chunk)
-        self._text.append(message.get("content") or "")
-        self._thinking.append(message.get("thinking") or "")
+        with self._lock:
+            if chunk.get("_restarted"):  # what came before was void
+                self.restarts += 1
+                self._text, self._thinking = [], []
+            self._chunks.append(chunk)
+            self._text.append(message.get("content") or "")
+            self._thinking.append(message.get("thinking") or "")
         self.status = ""
 
     def completion(self) -> Completion:
@@ -135,6 +143,9 @@ class NotebookView:
             self._update(bundle)
 
 
+BEGINS_AGAIN = "[the answer begins again]"
+
+
 class TerminalView:
     """Prints what is new; the reasoning dimmed, and what is going on to stderr."""
 
@@ -142,6 +153,7 @@ class TerminalView:
 
     def __init__(self) -> None:
         self._printed = {"text": 0, "thinking": 0}
+        self._restarts = 0
         self._status = ""
         self._colors = sys.stdout.isatty()
 
@@ -150,6 +162,9 @@ class TerminalView:
         if answer.status and answer.status != self._status:
             self._status = answer.status
             print(f"[{answer.status}]", file=sys.stderr, flush=True)
+        if answer.restarts != self._restarts:
+            self._restarts, self._printed = answer.restarts, {"text": 0, "thinking": 0}
+            print(f"\n{BEGINS_AGAIN}", file=sys.stderr, flush=True)
         thinking = self._new("thinking", answer.thinking)
         if thinking:
             print(f"{self.DIM}{thinking}{self.PLAIN}" if self._colors else thinking, end="", flush=True)
@@ -160,12 +175,9 @@ class TerminalView:
             print(text, end="", flush=True)
 
     def _new(self, kind: str, text: str) -> str:
-        if len(text) < self._printed[kind]:  # the answer has begun again
-            print("\n[the answer begins again]", file=sys.stderr, flush=True)
-            self._printed[kind] = 0
         new = text[self._printed[kind] :]
         self._printed[kind] = len(text)
-        return new
+        return printable(new)
 
     def finish(self, completion: Completion | None, frame: pd.DataFrame | None = None) -> None:
         """The rest, and the footer."""
@@ -182,10 +194,14 @@ class PlainView:
 
     def __init__(self) -> None:
         self._printed = 0
+        self._restarts = 0
         self._shown_at = 0.0
 
     def show(self, answer: LiveAnswer) -> None:
         """Print what is new, if it is time."""
+        if answer.restarts != self._restarts:
+            self._restarts, self._printed = answer.restarts, 0
+            print(f"\n{BEGINS_AGAIN}", file=sys.stderr, flush=True)
         now = time.monotonic()
         if now - self._shown_at < UPDATE_INTERVAL_S and self._printed:
             return
@@ -198,7 +214,7 @@ class PlainView:
             self._print(f"{completion.text}\n")
 
     def _print(self, text: str) -> None:
-        print(text[self._printed :], end="", flush=True)
+        print(printable(text[self._printed :]), end="", flush=True)
         self._printed = len(text)
 
 

@@ -13,12 +13,12 @@ import time
 import weakref
 from collections.abc import AsyncGenerator, Callable, Generator
 from concurrent.futures import Future
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any
 
 from sollol_nb.completion import Completion
 from sollol_nb.completion_view import shown_name
-from sollol_nb.errors import RequestCancelledError, RequestTimeoutError, SollolError
+from sollol_nb.errors import RequestCancelledError, RequestTimeoutError
 from sollol_nb.events import EventBus
 from sollol_nb.io_loop import io_loop
 from sollol_nb.notebook.answer import broken_off, stopped, told
@@ -74,11 +74,13 @@ class BackgroundAnswer:
 
         loop.call_soon_threadsafe(begin)
         _running.add(self)
+        self._showing: threading.Thread | None = None
         if make_display is not None:
-            context = contextvars.copy_context()
-            threading.Thread(
-                target=context.run, args=(self._keep_shown,), name="sollol_nb display", daemon=True
-            ).start()
+            run = contextvars.copy_context().run
+            self._showing = threading.Thread(
+                target=run, args=(self._keep_shown,), name="sollol_nb display", daemon=True
+            )
+            self._showing.start()
 
     async def _read(self, chunks: AsyncGenerator[dict[str, Any], None]) -> Completion | pd.DataFrame:
         try:
@@ -91,7 +93,7 @@ class BackgroundAnswer:
         except asyncio.CancelledError:
             self._partial = broken_off(self._request, self._answer, RequestCancelledError())
             raise
-        except SollolError as error:
+        except Exception as error:
             self._partial = self._partial or broken_off(self._request, self._answer, error)
             raise
 
@@ -149,8 +151,19 @@ class BackgroundAnswer:
         return self._future.result()
 
     def __await__(self) -> Generator[Any, None, Completion | pd.DataFrame]:
-        # Shielded: who stops waiting does not stop the answer.
-        return asyncio.shield(asyncio.wrap_future(self._future)).__await__()
+        return self._wait().__await__()
+
+    async def _wait(self) -> Completion | pd.DataFrame:
+        loop = asyncio.get_running_loop()
+        ended = asyncio.Event()
+
+        def wake(_: Future[Any]) -> None:
+            with suppress(RuntimeError):  # that loop is closed: who waited has left
+                loop.call_soon_threadsafe(ended.set)
+
+        self._future.add_done_callback(wake)
+        await ended.wait()
+        return self._future.result()
 
     def cancel(self) -> bool:
         """Stop it, and free its slot on the engine; False if it has ended already."""
@@ -158,6 +171,13 @@ class BackgroundAnswer:
             return False
         io_loop().call_soon_threadsafe(lambda: self._task.cancel())  # it has begun by then
         return True
+
+    def join(self, timeout_s: float) -> None:
+        """Wait until it has ended and its end is shown."""
+        deadline = time.monotonic() + timeout_s
+        self._ended.wait(timeout_s)
+        if self._showing is not None:
+            self._showing.join(max(0.0, deadline - time.monotonic()))
 
     # --- showing ----------------------------------------------------------------------------------
 
@@ -206,7 +226,11 @@ class BackgroundAnswer:
         view.finish(self._partial, frame, error=words)
 
 
-def cancel_all() -> None:
-    """Stop all answers that are written in the background."""
-    for one in list(_running):
+def cancel_all(*, wait_s: float) -> None:
+    """Stop all answers that are written in the background, and wait so long until they and their threads ended."""
+    deadline = time.monotonic() + wait_s
+    answers = list(_running)
+    for one in answers:
         one.cancel()
+    for one in answers:
+        one.join(max(0.0, deadline - time.monotonic()))
