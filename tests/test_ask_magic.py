@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines import write_endless
+from tests.engines import eventually, write_endless
 from tests.kernels import Kernel, kernel
 
 pytestmark = pytest.mark.engine
@@ -43,6 +43,12 @@ def test_a_completion_that_is_looked_at_later_is_shown_again(notebook: Kernel) -
     notebook.run(f"%%sollol demo {GREEDY} --out again\nWhat is a worker?")
     assert "<details><summary><small>demo" in notebook.run("again").markdown
     assert "<details><summary><small>demo" in notebook.run("again").markdown
+
+
+def test_two_answers_of_one_cell_are_shown_where_they_are_looked_at_later(notebook: Kernel) -> None:
+    notebook.run(f"one = %sollol demo {GREEDY} What is a worker\ntwo = %sollol demo {GREEDY} What is a plan")
+    for name in ("one", "two"):
+        assert "<details><summary><small>demo" in notebook.run(name).markdown
 
 
 @pytest.mark.parametrize(
@@ -212,7 +218,8 @@ def test_a_stopped_answer_keeps_its_text_also_when_it_would_never_end(notebook: 
     assert notebook.value("cut.finish_reason, len(cut.text) > 0, _ is cut") == "('cancelled', True, True)"
     assert "stopped" in shown.markdown
     notebook.run("from sollol_nb.io_loop import run_blocking\nfrom sollol_nb.notebook import router")
-    assert notebook.value("[run_blocking(c.busy_slots()) for c in router().coordinators][-1]") == "0"
+    busy = "[run_blocking(c.busy_slots()) for c in router().coordinators][-1]"
+    eventually(lambda: notebook.value(busy) == "0", "the slot is free")
 
 
 def test_a_long_answer_under_way_is_shown_by_its_end_and_saved_whole(notebook: Kernel, tmp_path: Path) -> None:
@@ -251,6 +258,19 @@ def test_a_conversation_goes_on(notebook: Kernel, tmp_path: Path) -> None:
     shown = notebook.run("%sollol_chat tour")
     assert len(shown.error) == 1
     assert shown.error[0].startswith("ConfigError: ")
+
+
+def test_a_conversation_keeps_its_system_message_whatever_the_default_is(notebook: Kernel) -> None:
+    notebook.run("%config Sollol.system = 'Be brief.'")
+    try:
+        notebook.run(f"%%sollol demo {GREEDY} --chat one --system 'Be a pirate.' --quiet\nHi")
+        notebook.run(f"%%sollol demo {GREEDY} --chat two --quiet\nHi")
+        for name, system in (("one", "Be a pirate."), ("two", "Be brief.")):
+            notebook.run(f"%%sollol demo {GREEDY} --chat {name} --quiet\nAnd?\n")
+            notebook.run(f"m = %sollol_chat {name} --messages")
+            assert notebook.value("m[0]['content'], len(m)") == f"('{system}', 5)"
+    finally:
+        notebook.run("%config Sollol.system = None")
 
 
 # --- in the background --------------------------------------------------------------------------

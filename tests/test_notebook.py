@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from sollol_nb.profiles import MODEL_PROFILES
+from tests.engines import eventually
 from tests.kernels import Kernel, kernel
 from tests.test_magic_help import MAGICS
 
@@ -149,7 +150,8 @@ def test_the_stop_button_cancels_on_the_engine_and_keeps_the_text(notebook: Kern
     assert shown.error == ["RequestCancelledError: demo:sharded: stopped; what came so far is kept"]
     assert notebook.value("cut.finish_reason, len(cut.text) > 0") == "('cancelled', True)"
     notebook.run("from sollol_nb.io_loop import run_blocking\nfrom sollol_nb.notebook import router")
-    assert notebook.value("run_blocking(router().coordinator.busy_slots())") == "0"
+    busy = "run_blocking(router().coordinator.busy_slots())"
+    eventually(lambda: notebook.value(busy) == "0", "the slot is free")
     assert notebook.value("router().latency.frame().status.iloc[-1]") == "'cancelled'"
     # The engine was not touched by the interrupt.
     assert notebook.run("%%sollol demo:sharded --max-tokens 5\nHello!").status == "ok"

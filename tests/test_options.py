@@ -157,8 +157,9 @@ def test_an_answer_can_be_named_before_the_line(line: str, name: str | None, res
 
 
 def test_a_name_that_cannot_be_a_variable_is_refused() -> None:
-    with pytest.raises(UsageError, match="'1x', which is not a variable name"):
-        options.assigned("1x << demo")
+    for name in ("1x", "class"):
+        with pytest.raises(UsageError, match=f"'{name}', which is not a variable name"):
+            options.assigned(f"{name} << demo")
 
 
 def test_an_option_can_name_a_thing_of_the_notebook() -> None:

@@ -7,6 +7,7 @@ background, and the router with all that it started (or not, see `%config Sollol
 
 from __future__ import annotations
 
+import threading
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +35,10 @@ _MAGICS = {
 """Module of this package: its class of magics."""
 
 _LAST_WORK_S = 5.0
-"""How long unloading waits for the last work on the I/O loop to end."""
+"""How long unloading waits for answers in the background to stop, and for the last work on the I/O loop to end."""
 
+_router_lock = threading.RLock()
+"""Held while the router is made or replaced, since several threads may ask at once."""
 _router: HybridRouter | None = None
 _router_is_stale = False
 _settings: Sollol | None = None
@@ -64,16 +67,18 @@ def router(**router_settings: Any) -> HybridRouter:
     Args:
         **router_settings: make it anew with these settings of `HybridRouter`; the one before is closed.
     """
-    if _router is None or router_settings or _router_is_stale:
-        configured = _settings.router_settings() if _settings is not None else {}
-        # One that only has old settings leaves its engines to the next, which adopts those that still fit.
-        return _replace_router(HybridRouter(**{**configured, **router_settings}), keep=not router_settings)
-    return _router
+    with _router_lock:
+        if _router is None or router_settings or _router_is_stale:
+            configured = _settings.router_settings() if _settings is not None else {}
+            # One that only has old settings leaves its engines to the next, which adopts those that still fit.
+            return _replace_router(HybridRouter(**{**configured, **router_settings}), keep=not router_settings)
+        return _router
 
 
 def use_router(new: HybridRouter | None) -> HybridRouter:
     """Let the magics use this router from now on; the one before is closed. None makes a fresh one."""
-    return _replace_router(new if new is not None else HybridRouter(), keep=False)
+    with _router_lock:
+        return _replace_router(new if new is not None else HybridRouter(), keep=False)
 
 
 def _replace_router(new: HybridRouter, *, keep: bool) -> HybridRouter:
@@ -118,7 +123,7 @@ def unload_ipython_extension(shell: InteractiveShell) -> None:
     """Take out all that loading put in, and stop what the kernel's router started, or keep it running."""
     global _router, _settings, _chats
     keep = _settings is not None and _settings.or_built_in("on_unload") == "keep"
-    background.cancel_all()
+    background.cancel_all(wait_s=_LAST_WORK_S)
     if _router is not None:
         _router.close(keep=keep)
         _router = None

@@ -176,6 +176,6 @@ def _stream(router: HybridRouter, request: CellRequest) -> AsyncGenerator[dict[s
     if request.reset:
         chats.add(Chat(request.chat), replace=True)
     chat = chats.open(request.chat)
-    if request.system is not None:
+    if request.system is not None and not (request.system_is_default and chat.system):
         chat.system = request.system
     return ask_in_chat(router.stream_async, chat, request.model, request.prompt, **request.stream_options)

@@ -32,6 +32,7 @@ class CellRequest:
         model: its name.
         prompt: the user's message, expanded.
         system: the system message, or None.
+        system_is_default: it is what holds for all requests that bring none.
         options: of `HybridRouter.stream`, without those that are None.
         schema: what the answer must fit, or None.
         chat: name of the conversation that it belongs to, or None.
@@ -48,6 +49,7 @@ class CellRequest:
     prompt: str
     system: str | None
     options: Mapping[str, Any]
+    system_is_default: bool = False
     schema: object = None
     chat: str | None = None
     reset: bool = False
@@ -140,6 +142,7 @@ def cell_request(
         model=model,
         prompt=prompt.strip(),
         system=arguments.system if arguments.system is not None else defaults.get("system"),
+        system_is_default=arguments.system is None,
         options=options,
         schema=schema,
         chat=arguments.chat,

@@ -10,6 +10,7 @@ import argparse
 import difflib
 import re
 from collections.abc import Callable, Mapping
+from keyword import iskeyword
 from typing import Any
 
 from IPython.core.error import UsageError
@@ -123,7 +124,7 @@ def variable_name(text: str, what: str) -> str:
     Raises:
         UsageError: it cannot.
     """
-    if not text.isidentifier():
+    if not text.isidentifier() or iskeyword(text):
         raise UsageError(f"{what} is {text!r}, which is not a variable name")
     return text
 
