@@ -17,7 +17,7 @@ import logging
 import sqlite3
 from collections import Counter, defaultdict, deque
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing, closing
+from contextlib import aclosing, closing, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +68,9 @@ HITS_EVERY_ROW = (
     OllamaUnavailableError,
 )
 """Errors that say nothing of a row."""
+
+TAKEN_AT_ONCE = 1000
+"""Kept answers that are read at once."""
 
 SAME_REFUSALS = 5
 """So many different rows refused in the same words, and none answered: so would be all others."""
@@ -189,10 +192,12 @@ class Batch:
         if not self._questions:
             return
         place = await self._router._batch_place(self._model, self._arguments["backend"])
-        # Over many rows these two take long, and the I/O loop is everybody's.
+        # Over many rows this takes long, and the I/O loop is everybody's.
         rows_of = await asyncio.to_thread(self._by_question, place.identity)
-        if not self._fresh and (known := await asyncio.to_thread(self._take_known, rows_of)):
-            yield Progress(known, CACHED)
+        if not self._fresh:
+            async with aclosing(self._take_known(rows_of)) as steps:
+                async for step in steps:
+                    yield step
         to_ask = deque((key, rows) for key, rows in rows_of.items() if self._results[rows[0]].status != CACHED)
         concurrency = self._concurrency or place.slots
         asking: set[asyncio.Task[Progress]] = set()
@@ -221,20 +226,26 @@ class Batch:
             rows_of[answer_key(self._model, identity, messages, self._options)].append(position)
         return dict(rows_of)
 
-    def _take_known(self, rows_of: Mapping[str, list[int]]) -> int:
-        """Take the answers that were kept and fit; gives to how many rows."""
-        try:
-            kept = self._router.batch_store.get(rows_of)
-        except (OSError, sqlite3.Error) as error:
-            logger.warning("kept answers cannot be read from %s: %s", self._router.batch_store.path, error)
-            return 0
-        for key, completion in kept.items():
+    async def _take_known(self, rows_of: Mapping[str, list[int]]) -> AsyncGenerator[Progress, None]:
+        """Take the answers that were kept and fit, some at once: neither a stop nor the bar waits for all."""
+        keys = list(rows_of)
+        for start in range(0, len(keys), TAKEN_AT_ONCE):
             try:
-                result = self._result(CACHED, completion)
-            except StructureError:  # the class checks more by now than its JSON schema says
-                continue
-            self._note(rows_of[key], result)
-        return self._counts[CACHED]
+                known = await asyncio.to_thread(self._known, keys[start : start + TAKEN_AT_ONCE])
+            except (OSError, sqlite3.Error) as error:
+                logger.warning("kept answers cannot be read from %s: %s", self._router.batch_store.path, error)
+                return
+            for key, result in known.items():
+                self._note(rows_of[key], result)
+            if known:
+                yield Progress(sum(len(rows_of[key]) for key in known), CACHED)
+
+    def _known(self, keys: list[str]) -> dict[str, RowResult]:
+        known: dict[str, RowResult] = {}
+        for key, completion in self._router.batch_store.get(keys).items():
+            with suppress(StructureError):  # the class checks more by now than its JSON schema says
+                known[key] = self._result(CACHED, completion)
+        return known
 
     async def _ask(self, key: str, rows: list[int]) -> Progress:
         try:

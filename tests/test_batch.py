@@ -7,7 +7,8 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -17,8 +18,9 @@ import pandas as pd
 import pytest
 from pydantic import BaseModel, Field
 
-from sollol_nb import frame_accessor
+from sollol_nb import batch, frame_accessor
 from sollol_nb.batch_store import BatchStore
+from sollol_nb.completion import Completion
 from sollol_nb.errors import (
     BatchInterrupted,
     ConfigError,
@@ -507,6 +509,34 @@ def test_an_interrupted_batch_goes_on_where_it_was(router: HybridRouter, asked: 
     finished = partial.status == "ok"
     assert list(whole.answer[finished]) == list(partial.answer[finished])
     assert set(whole.status) == {"ok", "cached"}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a process cannot send itself Ctrl-C alone there")
+def test_a_batch_can_be_stopped_while_kept_answers_are_taken(
+    router: HybridRouter, asked: list[Event], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    router.map(range(6), "Say {{ item }}", model="demo", **GREEDY)
+    asked.clear()
+    reads: list[list[str]] = []
+    stopped = threading.Event()
+    read = router.batch_store.get
+
+    def stopped_at_the_second(keys: Iterable[str]) -> dict[str, Completion]:
+        reads.append(list(keys))
+        if len(reads) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stopped.wait(HANG_GUARD_S)
+        return read(reads[-1])
+
+    monkeypatch.setattr(router.batch_store, "get", stopped_at_the_second)
+    monkeypatch.setattr(batch, "TAKEN_AT_ONCE", 2)
+    with pytest.raises(BatchInterrupted, match="stopped: 2 of 6 rows are done") as caught:
+        router.map(range(6), "Say {{ item }}", model="demo", **GREEDY)
+    stopped.set()
+    assert list(caught.value.partial.status) == ["cached"] * 2 + ["cancelled"] * 4
+    assert asked == []
+    assert list(router.map(range(6), "Say {{ item }}", model="demo", **GREEDY).status) == ["cached"] * 6
+    assert [len(keys) for keys in reads] == [2] * 5
 
 
 def test_cancelling_the_async_batch_ends_its_requests_and_keeps_what_is_done(
