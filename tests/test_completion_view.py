@@ -20,6 +20,7 @@ from sollol_nb.completion_view import (
     safe_markdown,
     tail,
 )
+from tests.hostile_answers import ADDRESSES, IMAGE, TAGS
 
 
 def completion(text: str, shown_as: str = "markdown", thinking: str = "", **more: Any) -> Completion:
@@ -69,29 +70,7 @@ def test_html_of_a_model_is_shown_as_text_and_code_stays_code(text: str, safe: s
     assert safe_markdown(text) == safe
 
 
-IMAGE = "<img src=x onerror=alert(1)>"
-HOVER = '$" onmouseover=alert(1) x="$'
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        f"`a\nb` {IMAGE} `c`",  # a code span over two lines
-        f"\\\\`a` {IMAGE} `b`",  # a backslash that is escaped itself
-        f"\\``a` {IMAGE} `b`",
-        f"- a\n  ```\n\n{IMAGE}",  # a block ends with its list
-        f"> ```\n{IMAGE}\n```",
-        f"<br>\n```\n{IMAGE}\n```",  # no block begins in a block of HTML
-        f"```\rx\r```\r{IMAGE}",  # the line ends of old Macintoshes
-        f'[a]: x "t\n\n```\n"\n{IMAGE}\n```',  # a title that goes on
-        f"$x\n```$\n{IMAGE}\n```",  # a formula that takes a fence
-        f"~~~\n```\n~~~\n{IMAGE}\n```\n{IMAGE}\n~~~\n{IMAGE}",
-        f"- a\n  ~~~\n\n```\n~~~\n{IMAGE}\n```",
-        f"```\n{IMAGE}\n```~\n{IMAGE}",
-        f"   ```\n   {IMAGE}\n{IMAGE}",
-        f"1. a\n   ```\n   x\n```\n{IMAGE}\n   ```\n{IMAGE}",
-    ],
-)
+@pytest.mark.parametrize("text", TAGS)
 def test_no_tag_of_a_model_is_one_however_its_text_is_read(text: str) -> None:
     safe = safe_markdown(text)
     assert "<img" not in markdown2html(safe)
@@ -103,19 +82,7 @@ def without_blocks(markdown: str) -> str:
     return re.sub(r"(?:\A|(?<=\n\n))(`{3,})[\w+#.-]*\n.*?\n\1(?=\n\n|\Z)", "", markdown, flags=re.DOTALL)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        f"[x](https://a{HOVER})",
-        f"<https://a{HOVER.replace(' ', '/')}>",
-        f"https://a/{HOVER}",
-        f"[x](https://a{HOVER.replace('$', '@@')}",
-        f"`a`[x](https://a{HOVER})`b`",
-        f"- a\n  ```\n\n[x](https://a{HOVER})",
-        f"[x](https://a$\n```\n{HOVER[1:-1]}\n```\n$)",
-        f"```{HOVER}\ncode\n```",
-    ],
-)
+@pytest.mark.parametrize("text", ADDRESSES)
 def test_a_formula_brings_no_quote_into_an_address(text: str) -> None:
     # JupyterLab takes formulas out of the text before it reads Markdown, and puts them back without a check.
     formulas = re.findall(r"\$(?:(?!\n\s*\n)[^$])*\$", without_blocks(safe_markdown(text)))

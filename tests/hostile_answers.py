@@ -1,0 +1,47 @@
+"""Answers that would run something in a frontend, were they shown as they came."""
+
+from __future__ import annotations
+
+IMAGE = "<img src=x onerror=alert(1)>"
+HOVER = '$" onmouseover=alert(1) x="$'
+
+TAGS = (
+    f"`a\nb` {IMAGE} `c`",  # a code span over two lines
+    f"\\\\`a` {IMAGE} `b`",  # a backslash that is escaped itself
+    f"\\``a` {IMAGE} `b`",
+    f"- a\n  ```\n\n{IMAGE}",  # a block ends with its list
+    f"> ```\n{IMAGE}\n```",
+    f"<br>\n```\n{IMAGE}\n```",  # no block begins in a block of HTML
+    f"```\rx\r```\r{IMAGE}",  # the line ends of old Macintoshes
+    f'[a]: x "t\n\n```\n"\n{IMAGE}\n```',  # a title that goes on
+    f"$x\n```$\n{IMAGE}\n```",  # a formula that takes a fence
+    f"~~~\n```\n~~~\n{IMAGE}\n```\n{IMAGE}\n~~~\n{IMAGE}",
+    f"- a\n  ~~~\n\n```\n~~~\n{IMAGE}\n```",
+    f"```\n{IMAGE}\n```~\n{IMAGE}",
+    f"   ```\n   {IMAGE}\n{IMAGE}",
+    f"1. a\n   ```\n   x\n```\n{IMAGE}\n   ```\n{IMAGE}",
+)
+"""Tags that look as if they were code, or the other way round."""
+
+ADDRESSES = (
+    f"[x](https://a{HOVER})",
+    f"<https://a{HOVER.replace(' ', '/')}>",
+    f"https://a/{HOVER}",
+    f"[x](https://a{HOVER.replace('$', '@@')}",
+    f"`a`[x](https://a{HOVER})`b`",
+    f"- a\n  ```\n\n[x](https://a{HOVER})",
+    f"[x](https://a$\n```\n{HOVER[1:-1]}\n```\n$)",
+    f"```{HOVER}\ncode\n```",
+)
+"""Quotes that come into an address by a formula."""
+
+SCRIPTS = (
+    "[x](javascript:alert(1))",
+    r"[x](javascript\:alert(1))",
+    "[x](javascript&colon;alert(1))",
+    "[x](java&Tab;script:alert(1))",
+    "[x](&#106;avascript:alert(1))",
+    "<javascript:alert(1)>",
+    "[x][y]\n\n[y]: javascript:alert(1)",
+)
+"""Addresses that are scripts."""
