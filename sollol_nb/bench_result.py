@@ -291,6 +291,8 @@ class BenchResult:
         remarks = [f"{told}; [95 % bootstrap interval]; {len(self.rows)} requests"]
         if not self.complete:
             remarks.append("incomplete: it was stopped before its end")
+        if not any(self._values.values()):
+            remarks.append("no request was measured: each failed or waited for a load")
         return [*remarks, *self.notes]
 
     # --- inside ---------------------------------------------------------------------------------

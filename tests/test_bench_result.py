@@ -114,6 +114,12 @@ def test_a_case_without_measurements_is_shown_as_such() -> None:
     assert str(some).splitlines()[0].rstrip().endswith("errors")
 
 
+def test_a_table_without_any_measurement_says_why() -> None:
+    words = "no request was measured: each failed or waited for a load"
+    assert words in str(result(row("a", 0, 0, load_ms=900.0), cases=("a",)))
+    assert words not in str(result(row("a", 0, 0), cases=("a",)))
+
+
 def test_the_frame_is_typed_also_without_rows() -> None:
     for some in (result(row("a", 0, 0)), result()):
         types = some.frame.dtypes.astype(str)

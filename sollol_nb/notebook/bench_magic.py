@@ -13,6 +13,7 @@ from sollol_nb import notebook
 from sollol_nb.bench import bench_blocking
 from sollol_nb.bench_plan import DEFAULT_MAX_TOKENS, DEFAULT_PROMPTS, DEFAULT_REPEAT, DEFAULT_WARMUP
 from sollol_nb.bench_result import BenchResult
+from sollol_nb.markdown_tables import counted
 from sollol_nb.notebook import options
 from sollol_nb.notebook.displays import is_kernel
 
@@ -121,5 +122,5 @@ def _show_plot(result: BenchResult) -> None:
 
     picture = io.BytesIO()
     overview(result).savefig(picture, format="png", dpi=PLOT_DPI)
-    words = f"plot of {len(result.cases)} cases"
+    words = f"plot of {counted(len(result.cases), 'case')}"
     display({"image/png": picture.getvalue(), "text/plain": words}, raw=True)
