@@ -62,7 +62,8 @@ def _schema_of_column(name: str, column: pd.Series[Any]) -> dict[str, Any]:
     if kinds.is_bool_dtype(dtype):
         schema = {"type": "boolean"}
     elif kinds.is_integer_dtype(dtype):
-        schema = {"type": "integer", **_bounds(getattr(dtype, "numpy_dtype", dtype))}
+        numpys = getattr(dtype, "numpy_dtype", getattr(dtype, "subtype", dtype))  # nullable, sparse
+        schema = {"type": "integer", **_bounds(numpys)}
     elif kinds.is_float_dtype(dtype):
         schema = {"type": "number"}
     elif kinds.is_datetime64_any_dtype(dtype):

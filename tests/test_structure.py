@@ -576,6 +576,15 @@ def test_times_without_a_zone_in_the_example_are_utc() -> None:
     assert frame["t"].tolist() == [pd.Timestamp("2024-01-01 08:00")]
 
 
+def test_sparse_columns_are_asked_for_as_what_they_hold() -> None:
+    example = pd.DataFrame({"n": pd.arrays.SparseArray([0, 0, 1]), "x": pd.arrays.SparseArray([0.0, 0.5, 0.0])})
+    row = json_schema_of(example)["properties"]["rows"]["items"]["properties"]
+    assert (row["n"]["type"], row["x"]["type"]) == ("integer", "number")
+    frame = parse_structured('{"rows": [{"n": 2, "x": 0.5}]}', example)
+    assert frame.to_dict("list") == {"n": [2], "x": [0.5]}
+    assert list(frame.dtypes) == list(example.dtypes)
+
+
 # --- frames of anything -----------------------------------------------------------------------
 
 
