@@ -68,6 +68,8 @@ class Live:
     Attributes:
         requests: the counts.
         round_trips_ms: of each worker, by the number of the look.
+        free_bytes: of each worker's memory when it was its turn to be looked at: what local workers share changes
+            for all of them at once, and is told of a few at a time.
         last_error: of each worker: why it was last lost.
         last_answer: of each place, in words.
         starting: models that are being loaded: words, and the share that is done.
@@ -76,6 +78,7 @@ class Live:
 
     requests: RequestCounts
     round_trips_ms: dict[str, dict[int, float]] = field(default_factory=dict)
+    free_bytes: dict[str, int] = field(default_factory=dict)
     last_error: dict[str, str] = field(default_factory=dict)
     last_answer: dict[str, str] = field(default_factory=dict)
     starting: dict[str, tuple[str, float | None]] = field(default_factory=dict)
@@ -115,8 +118,8 @@ def _worker(number: int, worker: WorkerStatus, live: Live) -> dict[str, Any]:
     is_well = worker.state in ("free", "held")
     free = total = used = protocol = None
     if is_well and seen is not None and seen.total_bytes:
-        step = max(1, seen.total_bytes // MEMORY_STEPS)
-        free_bytes = worker.capacity.free_bytes // step * step
+        step, known_bytes = max(1, seen.total_bytes // MEMORY_STEPS), live.free_bytes.get(worker.endpoint)
+        free_bytes = (worker.capacity.free_bytes if known_bytes is None else known_bytes) // step * step
         free, total = format_bytes(free_bytes), format_bytes(seen.total_bytes)
         used = round(1 - free_bytes / seen.total_bytes, 2)
     if seen is not None and seen.protocol:

@@ -17,7 +17,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from sollol_nb.cluster_data import Live, RequestCounts, answer_words, cluster_data
@@ -159,6 +159,7 @@ class ClusterState:
             loop.call_soon_threadsafe(changed.set)
 
         self._unsubscribe = self._events.subscribe(on_event)
+        self._note_memory(self._workers.endpoints)
         self._tell()
         self._tasks = [asyncio.create_task(self._tell_changes()), asyncio.create_task(self._look_around())]
 
@@ -213,6 +214,7 @@ class ClusterState:
             position += count
             try:
                 await self._workers.look_at(turn, timeout_s=LOOK_TIMEOUT_S)
+                self._note_memory(turn)
                 if loop.time() >= others_due:
                     others_due = loop.time() + OTHERS_EVERY_S
                     await self._ollama
@@ -227,6 +229,11 @@ class ClusterState:
                 async with asyncio.timeout(count / min(LOOKS_PER_S, len(endpoints)) if endpoints else 1.0):
                     await self._look_soon.wait()
             self._look_soon.clear()
+
+    def _note_memory(self, endpoints: Collection[str]) -> None:
+        for one in self._workers.statuses():
+            if one.endpoint in endpoints and one.probe is not None and one.probe.total_bytes:
+                self._live.free_bytes[one.endpoint] = one.capacity.free_bytes
 
     # --- what the bus tells -----------------------------------------------------------------------
 
@@ -243,6 +250,7 @@ class ClusterState:
             case "worker.removed" | "worker.stopped":
                 live.last_error.pop(event.subject, None)
                 live.round_trips_ms.pop(event.subject, None)
+                live.free_bytes.pop(event.subject, None)
             case "coordinator.starting" | "coordinator.loading":
                 live.starting[event.subject] = (event.words, event.data.get("share"))
             case "request.finished":

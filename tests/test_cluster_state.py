@@ -21,7 +21,7 @@ from sollol_nb.io_loop import run_blocking
 from sollol_nb.state_patch import patched
 from sollol_nb.sync_wrapper import HybridRouter
 from tests.engines import engine_on, eventually, run
-from tests.simulated_cluster import SimulatedCluster, endpoint, node
+from tests.simulated_cluster import GIB, SimulatedCluster, endpoint, node
 
 
 class Watcher:
@@ -294,6 +294,18 @@ def test_workers_are_looked_at_in_turn_and_their_round_trips_remembered() -> Non
     with watching(cluster):
         eventually(lambda: len(set(cluster.looks)) == 25, "each has its turn")
     assert cluster.looks[:25] == list(cluster.workers)
+
+
+def test_memory_that_changes_for_all_workers_is_told_of_a_few_at_a_time() -> None:
+    cluster = SimulatedCluster(30)
+    with watching(cluster) as watcher:
+        for name, one in cluster.workers.items():
+            assert one.probe is not None
+            cluster.workers[name] = replace(one, probe=replace(one.probe, device_free_bytes=(20 * GIB,)))
+        eventually(
+            lambda: {one["used"] for one in watcher.state["workers"].values()} == {0.38}, "it is told of all"
+        )
+    assert max(watcher.sizes_bytes) < 1000
 
 
 def test_looking_goes_on_after_a_look_that_failed(
