@@ -32,7 +32,7 @@ from sollol_nb.errors import (
 from sollol_nb.events import Event
 from sollol_nb.sync_wrapper import HybridRouter, OllamaPool
 from sollol_nb.toolchain import Engine
-from tests.engines import HANG_GUARD_S, REPOSITORY, eventually, eventually_async, run, says, script, write_endless
+from tests.engines import HANG_GUARD_S, eventually, eventually_async, run, says, script, write_endless
 from tests.kernels import kernel
 from tests.ollama_server import OllamaServer
 
@@ -643,47 +643,3 @@ def test_frames_have_the_accessor_while_it_is_registered(router: HybridRouter) -
     assert not hasattr(WORDS, "sollol")
     assert list(named.status) == ["ok"] * 3
     assert list(registered.status) == ["cached"] * 3
-
-
-BEFORE_PANDAS = """
-import importlib.util
-import sys
-from sollol_nb import frame_accessor
-
-frame_accessor.register()
-assert "pandas" not in sys.modules
-frame_accessor.unregister()
-frame_accessor.register()
-assert importlib.util.find_spec("pandas") is not None  # others look whether it is there, and do not import it
-import pandas as pd
-print("has", hasattr(pd.DataFrame(), "sollol"), pd.__spec__.loader is pd.__loader__, pd.DataFrame({"a": [1]}).a[0])
-frame_accessor.unregister()
-print("has", hasattr(pd.DataFrame(), "sollol"), len(pd.DataFrame._accessors))
-"""
-
-
-TAKEN_BACK = """
-import importlib.util
-import sys
-from sollol_nb import frame_accessor
-
-frame_accessor.register()
-spec = importlib.util.find_spec("pandas")
-frame_accessor.unregister()
-sys.modules["pandas"] = module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-print("has", hasattr(module.DataFrame, "sollol"), flush=True)
-"""
-
-
-def test_an_accessor_that_was_taken_back_does_not_come_with_pandas() -> None:
-    with script(TAKEN_BACK, PYTHONPATH=str(REPOSITORY)) as process:
-        assert says(process, "has") == "False"
-        assert process.wait(HANG_GUARD_S) == 0
-
-
-def test_the_accessor_waits_for_pandas_to_be_imported() -> None:
-    with script(BEFORE_PANDAS, PYTHONWARNINGS="error", PYTHONPATH=str(REPOSITORY)) as process:
-        assert says(process, "has") == "True True 1"
-        assert says(process, "has").startswith("False")
-        assert process.wait(HANG_GUARD_S) == 0
