@@ -286,7 +286,7 @@ class BenchResult:
         return pd.DataFrame(columns, index=pd.Index(self.cases, name="case"))
 
     def _remarks(self) -> list[str]:
-        rounds = len({row.round for row in self.rows})
+        rounds = len({number for (_, number), values in self._values.items() if values})
         told = f"medians over {rounds} rounds, each case in turn" if rounds != 1 else "one round: no intervals"
         remarks = [f"{told}; [95 % bootstrap interval]; {len(self.rows)} requests"]
         if not self.complete:

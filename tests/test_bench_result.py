@@ -104,6 +104,9 @@ def test_a_round_that_was_not_measured_whole_does_not_count_beside_whole_ones() 
     line = of(stopped.summary(), "b", "ttft_ms")
     assert (line["median"], line["n"], line["ratio"], line["requests"]) == (55.0, 1, 1.0, 3)
     assert len(stopped.frame) == 7
+    assert "medians over 2 rounds" in str(stopped)
+    first_only = result(*(one for one in stopped.rows if one.round == 0 or one.prompt == 0), complete=False)
+    assert "one round: no intervals" in str(first_only)
 
 
 def test_a_case_without_measurements_is_shown_as_such() -> None:
