@@ -45,6 +45,11 @@ _SPAN_OR_DANGER = re.compile(
     rf"|(?P<danger>{_DANGER})|(?P<quote>\")",
     re.IGNORECASE,
 )
+# nbconvert lets a formula go on over blank lines and fences. These cannot: one line, or one that begins a line.
+_FORMULA = re.compile(
+    r"(?<![\\$])\$\$[^$\n]*[^$\n\\]\$\$(?!\$)|^\$\$[^$]*[^$\\]\$\$(?!\$)|(?P<open>\$(?=\$)|\\(?=begin|\\\[))",
+    re.MULTILINE | re.IGNORECASE,
+)
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -88,7 +93,11 @@ def safe_markdown(text: str) -> str:
     write = _block_apart if risky else _block_as_it_is
     safe = ""
     for is_code, part in parts:
-        safe = write(safe, part) if is_code else safe + _disarmed(part, may_have_formulas)
+        if is_code:
+            safe = write(safe, part)
+        else:
+            text_part = _disarmed(part, may_have_formulas)
+            safe += _with_closed_formulas(text_part) if risky else text_part
     return safe
 
 
@@ -133,6 +142,11 @@ def _disarmed(text: str, may_have_formulas: bool) -> str:
         return {"<": "&lt;", "&": "&amp;"}.get(match[0], f"&#{ord(match[0])};")
 
     return _SPAN_OR_DANGER.sub(disarmed, text)
+
+
+def _with_closed_formulas(text: str) -> str:
+    """The text, with what could begin a formula that ends in a later part as what it looks like."""
+    return _FORMULA.sub(lambda match: f"&#{ord(match[0])};" if match["open"] else match[0], text)
 
 
 def _by_number(text: str) -> str:

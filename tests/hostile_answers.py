@@ -15,6 +15,8 @@ TAGS = (
     f"```\rx\r```\r{IMAGE}",  # the line ends of old Macintoshes
     f'[a]: x "t\n\n```\n"\n{IMAGE}\n```',  # a title that goes on
     f"$x\n```$\n{IMAGE}\n```",  # a formula that takes a fence
+    f"$$\n```html\n$$ {IMAGE}\n```",  # nbconvert's goes on over blank lines
+    f"a $$x\n$$ y\n```html\n$$ {IMAGE}\n```",
     f"~~~\n```\n~~~\n{IMAGE}\n```\n{IMAGE}\n~~~\n{IMAGE}",
     f"- a\n  ~~~\n\n```\n~~~\n{IMAGE}\n```",
     f"```\n{IMAGE}\n```~\n{IMAGE}",

@@ -94,6 +94,15 @@ def test_the_places_of_formulas_are_not_made_up(text: str) -> None:
     assert safe_markdown(text).startswith("&#64;")
 
 
+def test_formulas_are_left_alone_unless_they_may_end_in_code() -> None:
+    code = "\n```\n<b>\n```"
+    for formula in ("$a$", "$$a$$", "so $$a$$ b", "$$\na\n$$"):
+        assert safe_markdown(formula + code).startswith(f"{formula}\n")
+    for formula in ("$$a", "$$a\\$$", "a $$b\n$$ c", "\\\\[a\\\\]"):
+        assert not safe_markdown(formula + code).startswith(f"{formula}\n")
+        assert safe_markdown(formula) == formula
+
+
 def test_a_language_of_code_is_a_word() -> None:
     page = completion(f"~~~a`b{IMAGE}\nx\n~~~", "code")._repr_mimebundle_()["text/markdown"]
     assert page.startswith("```a\nx\n```\n")
