@@ -40,6 +40,7 @@ from sollol_nb.workers import Workers
 
 LOOK_INTERVAL_S = 1.0
 """How often idle coordinators are looked at: whether their workers are still connected."""
+SECOND_LOOK_S = 0.1
 _Key = tuple[str, str]
 """Model file and backend."""
 
@@ -298,6 +299,9 @@ class CoordinatorPool:
                 if not coordinator.is_idle or not coordinator.is_running():
                     continue  # a request notices by itself
                 broken = await asyncio.to_thread(coordinator.broken_links)
+                if broken:  # a list of connections that change while it is read may lack one
+                    await asyncio.sleep(SECOND_LOOK_S)
+                    broken = await asyncio.to_thread(coordinator.broken_links)
                 if broken and coordinator.is_running():
                     words = f"{coordinator.model} lost its connection to {', '.join(broken)}"
                     self._events.publish("coordinator.lost", coordinator.model, words)

@@ -210,6 +210,22 @@ def test_without_discovery_the_default_number_of_workers_is_set_up(engine: Engin
 # --- lost -------------------------------------------------------------------------------------
 
 
+def test_a_connection_that_was_overlooked_once_is_no_lost_worker(
+    breakable: HybridRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    breakable.route_request("demo:sharded", QUESTION, max_tokens=3)
+    coordinator, looks = coordinator_of(breakable), []
+
+    def overlooked_once() -> list[str]:
+        looks.append(Coordinator.broken_links(coordinator))
+        return coordinator.rpc_backends if len(looks) == 1 else looks[-1]
+
+    monkeypatch.setattr(coordinator, "broken_links", overlooked_once)
+    eventually(lambda: len(looks) > 2, "it is looked at again and again")
+    assert coordinator.is_running()
+    assert coordinator_of(breakable) is coordinator
+
+
 def test_a_coordinator_killed_while_idle_is_noticed_and_the_next_request_starts_another(
     breakable: HybridRouter,
 ) -> None:
