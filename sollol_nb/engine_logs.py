@@ -18,7 +18,8 @@ def engine_log(name: str, *, last: int = 20, grep: str | None = None) -> str:
         grep: only lines that contain this text, in any case.
 
     Raises:
-        ConfigError: no such engine runs; the message names those that do, and the folder of older logs.
+        ConfigError: no such engine runs (the message names those that do, and the folder of older logs), or its
+            log cannot be read.
     """
     entries = registry.entries()
     # Of several coordinators of a model the one that was started last.
@@ -30,6 +31,9 @@ def engine_log(name: str, *, last: int = 20, grep: str | None = None) -> str:
         )
     path = Path(found[-1].log_path)
     wanted = (grep or "").casefold()
-    with path.open(encoding="utf-8", errors="replace") as log:
-        lines = deque((line for line in log if wanted in line.casefold()), maxlen=last)
+    try:
+        with path.open(encoding="utf-8", errors="replace") as log:
+            lines = deque((line for line in log if wanted in line.casefold()), maxlen=last)
+    except OSError as error:
+        raise ConfigError(f"the log of {name} cannot be read: {path} ({error.strerror or error})") from None
     return f"{path}\n" + "".join(lines).rstrip("\n")
