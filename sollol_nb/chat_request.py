@@ -75,7 +75,8 @@ def options_with_schema(options: Mapping[str, Any], schema: object) -> dict[str,
         checked["format"] = json_schema_of(schema)
     answer_schema(checked)
     if "keep_alive" in checked:
-        config.keep_alive_seconds(checked["keep_alive"])
+        keep_alive_s = config.keep_alive_seconds(checked["keep_alive"])
+        checked["keep_alive"] = -1 if keep_alive_s is None else keep_alive_s  # Ollama knows no "forever"
     return checked
 
 

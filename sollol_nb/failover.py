@@ -53,6 +53,7 @@ async def stream_answer(
     """
     coordinator, record.load_ms = await coordinators.get(route)
     answer: Answer | None = None
+    lost: CoordinatorLostError | None = None
     try:
         async with (
             asyncio.timeout(timeout_s) as limit,
@@ -60,35 +61,40 @@ async def stream_answer(
         ):
             record.sent()
             while True:
-                if not await coordinator.hold():  # it ended while the request waited, or is ending
-                    coordinator = await _another(coordinators, route, limit, coordinator)
-                    continue
-                try:
-                    record.run_on(coordinator)
-                    if keep_alive is not None:
-                        await coordinator.keep_alive(config.keep_alive_seconds(keep_alive))
-                    answer = answer or begin(coordinator)
-                    async with aclosing(coordinator.stream(answer)) as chunks:
-                        async for chunk in chunks:
-                            record.goes_on()
-                            yield {**chunk, "model": route.model}  # a file may be loaded under another name
-                    return
-                except CoordinatorLostError as error:
-                    record.lose(str(error), answer.token_count if answer else 0)
-                    if record.is_hopeless(MAX_FAILOVERS, MAX_WITHOUT_A_TOKEN):
-                        raise _interrupted(
-                            route, answer, f"lost {len(record.failovers)} times: {error}"
-                        ) from error
-                    lost = error
-                finally:
-                    coordinator.free()
+                if await coordinator.hold():  # else it ended while the request waited, or is ending
+                    try:
+                        record.run_on(coordinator)
+                        if keep_alive is not None:
+                            await coordinator.keep_alive(config.keep_alive_seconds(keep_alive))
+                        answer = answer or begin(coordinator)
+                        async with aclosing(coordinator.stream(answer)) as chunks:
+                            async for chunk in chunks:
+                                record.goes_on()
+                                if chunk.get("done"):  # in time, however long the reader takes over it
+                                    limit.reschedule(None)
+                                yield {**chunk, "model": route.model}  # a file may be loaded under another name
+                        return
+                    except CoordinatorLostError as error:
+                        record.lose(str(error), answer.token_count if answer else 0)
+                        if record.is_hopeless(MAX_FAILOVERS, MAX_WITHOUT_A_TOKEN):
+                            raise _interrupted(
+                                route, answer, f"lost {len(record.failovers)} times: {error}"
+                            ) from error
+                        lost = error
+                    finally:
+                        coordinator.free()
                 try:
                     coordinator = await _another(coordinators, route, limit, coordinator)
                 except SollolError as error:
+                    if lost is None:
+                        raise
                     raise _interrupted(route, answer, f"{lost}; no other could take over: {error}") from error
-                record.lost_workers(coordinators.lost_workers(route))
-                coordinators.tell_continued(route, answer.token_count if answer else 0, coordinator)
+                if lost is not None:
+                    record.lost_workers(coordinators.lost_workers(route))
+                    coordinators.tell_continued(route, answer.token_count if answer else 0, coordinator)
     except TimeoutError as error:
+        if not limit.expired():  # a coordinator's start has a limit of its own
+            raise
         raise RequestTimeoutError(
             f"{route.model} was not done after {timeout_s:g} s and was cancelled (it had written "
             f"{len(record.text)} characters); give a larger timeout or a smaller max_tokens"

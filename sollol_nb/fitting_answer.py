@@ -1,7 +1,8 @@
 """Answers whose oldest turns are dropped where the messages do not fit the engine's context; see `context_window`.
 
 The engine itself counts the tokens, when it is asked for the first time. What was dropped is told at once, in the
-first chunk, and again in the last one, both times as `_dropped`. After that the answer is one of the other kinds.
+first chunk (of an answer that is resumed, too), and again in the last one, both times as `_dropped`. To what fits
+there is then an answer of one of the other kinds.
 """
 
 from __future__ import annotations
@@ -77,10 +78,13 @@ class FittingAnswer(Answer):
         return {**chunk, "_dropped": self._dropped} if self._dropped else chunk
 
     def state(self) -> dict[str, Any]:
-        if self._fitted is not None:
-            return self._fitted.state()
-        own = {"chat_template": self._chat_template, "context_tokens": self._context_tokens}
-        return {**self._common_state(), **own}
+        return {
+            **self._common_state(),
+            "chat_template": self._chat_template,
+            "context_tokens": self._context_tokens,
+            "dropped": self._dropped,
+            "fitted": None if self._fitted is None else self._fitted.state(),
+        }
 
     @classmethod
     def _restored(cls, state: Mapping[str, Any]) -> FittingAnswer:
@@ -92,6 +96,10 @@ class FittingAnswer(Answer):
             context_tokens=int(state["context_tokens"]),
         )
         answer._restore_common(state)
+        answer._dropped = str(state["dropped"])
+        if state["fitted"] is not None:
+            answer._fitted = Answer.from_state(state["fitted"])
+            answer._follow(answer._fitted)
         return answer
 
     def _answer_to(self, messages: Sequence[Message]) -> Answer:

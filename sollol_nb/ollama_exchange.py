@@ -51,11 +51,25 @@ class Deadline:
         self._timeout_s = timeout_s
         self._model = model
         self._end_s = None if timeout_s is None else time.monotonic() + timeout_s
+        self._paused_at_s: float | None = None
 
     @property
     def left_s(self) -> float | None:
-        """Seconds left, at least 0."""
-        return None if self._end_s is None else max(0.0, self._end_s - time.monotonic())
+        """Seconds left, at least 0; None for no end, and while its clock stands still."""
+        if self._end_s is None or self._paused_at_s is not None:
+            return None
+        return max(0.0, self._end_s - time.monotonic())
+
+    def pause(self) -> None:
+        """Let its clock stand still, until `go_on`."""
+        if self._paused_at_s is None:
+            self._paused_at_s = time.monotonic()
+
+    def go_on(self) -> None:
+        """Let its clock go on, if it stands still."""
+        if self._end_s is not None and self._paused_at_s is not None:
+            self._end_s += time.monotonic() - self._paused_at_s
+        self._paused_at_s = None
 
     def check(self) -> None:
         """Raise RequestTimeoutError if the time is over."""

@@ -2,7 +2,7 @@
 
 Ollama has no way to count tokens, so they are estimated by the tokens per character of the model's last prompt.
 It has the last word: what it refuses as too long is asked again with at least one turn less. Before a model's
-first answer there is nothing to estimate by, and everything is sent.
+first answer, and after a much shorter prompt, there is nothing to estimate by, and everything is sent.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ async def answer_what_fits(serving: Serving, journey: Journey) -> AsyncGenerator
     body, key = journey.body, journey.name.key
     messages: Sequence[Message] = body["messages"]
     context_tokens = await _context_tokens(serving, journey)
-    tokens_per_character = serving.tokens_per_character.get(key)
+    tokens_per_character = serving.tokens_per_character(key, characters(messages))
     at_least = 0
     while True:
         fitted = Fitted(tuple(messages))

@@ -132,7 +132,7 @@ class OllamaPool:
             model: a name as `ollama list` shows it; a missing tag is `latest`.
             messages: as Ollama takes them: `role`, `content`, perhaps `images` (base64) and `tool_calls`.
             priority: 1 (BATCH) to 10 (CRITICAL).
-            timeout: seconds for everything; None waits as long as it takes.
+            timeout: seconds for everything but loading the model; None waits as long as it takes.
             overflow: what happens to messages that do not fit the context: `error`, or `drop_oldest`, which leaves
                 out the oldest turns (see `context_window`) and says so as `_dropped`.
             options: `max_tokens`, any of Ollama's options (`temperature`, `seed`, ...), and anything else that
@@ -162,7 +162,8 @@ class OllamaPool:
         overflow: str = ERROR,
         **options: Any,
     ) -> AsyncGenerator[dict[str, Any], None]:
-        """The chunks of `/api/chat` as Ollama sends them; the last has `done` and `_routing`.
+        """The chunks of `/api/chat` as Ollama sends them; the last has `done` and `_routing`. The first
+        of each node has `_routing` as far as it is known by then.
 
         If an answer in a `format` has to start again at another node, the first chunk of the new answer has
         `_restarted`: what came before it is void. Where the answer ended because the context was full, the last
@@ -202,7 +203,7 @@ class OllamaPool:
         timeout: float | None = None,
         **options: Any,
     ) -> AsyncGenerator[dict[str, Any], None]:
-        """The chunks of `/api/generate` as Ollama sends them; the last has `done` and `_routing`."""
+        """The chunks of `/api/generate` as Ollama sends them, with `done` and `_routing` as in `stream_chat`."""
         body = request_body(model, prompt=prompt, **{**KEEPS_ALL, **_without_stream(options)})
         async with aclosing(self._serving.answer(_journey(GENERATE, body, priority, timeout))) as chunks:
             async for chunk in chunks:

@@ -49,6 +49,7 @@ from sollol_nb.ollama_requests import (
 )
 
 BACKEND = "ollama-pool"
+TELLING_FACTOR = 4  # of a prompt's length: what it tells of longer ones
 CHAT, GENERATE, EMBED = "/api/chat", "/api/generate", "/api/embed"
 
 
@@ -103,7 +104,7 @@ class Journey:
         return is_last
 
     def routing(self, node: OllamaNode, final: Mapping[str, Any]) -> dict[str, Any]:
-        """The `_routing` of the finished answer."""
+        """The `_routing` of the answer, so far or, with the last chunk, as a whole."""
         return {
             "backend": BACKEND,
             "node": node.url,
@@ -111,7 +112,7 @@ class Journey:
             "ttft_ms": self.ttft_ms,
             "total_ms": (time.monotonic() - self.began_s) * 1e3,
             "load_ms": self.load_ms + final.get("load_duration", 0) / 1e6,
-            "failovers": self.failovers,
+            "failovers": [dict(one) for one in self.failovers],
         }
 
 
@@ -129,22 +130,31 @@ class Serving:
         self.nodes = {url: OllamaNode(url, slots, self._node_changed) for url in urls}
         self.patience = patience
         self.answer_tokens = ASSUMED_ANSWER_TOKENS
-        self.tokens_per_character: dict[str, float] = {}  # of the last chat with each model
+        self._last_prompts: dict[str, tuple[int, int]] = {}  # tokens and characters of each model's last chat
         self._events = events
 
     # --- a request's way ------------------------------------------------------------------------
 
     async def answer(self, journey: Journey) -> AsyncGenerator[dict[str, Any], None]:
-        """The chunks of a request's answer; the last has `_routing`. Errors are those of `OllamaPool.chat`."""
+        """The chunks of a request's answer; the first of each node and the last have `_routing`.
+
+        Errors are those of `OllamaPool.chat`.
+        """
         while True:
             async with self._place(journey) as (node, offer):
+                if offer.holding is Holding.ON_DISK:  # loading the model does not count against the request's time
+                    journey.deadline.pause()
                 try:
                     request, restarted = await self._next_request(node, journey)
+                    is_first = True
                     async with aclosing(
                         exchange(node, journey.path, request, deadline=journey.deadline, patience=self.patience)
                     ) as chunks:
                         async for chunk in chunks:
+                            journey.deadline.go_on()
                             is_last = journey.take(chunk)
+                            if is_first:  # an answer that is cut short has no last chunk to say where it ran
+                                chunk, is_first = {**chunk, "_routing": journey.routing(node, chunk)}, False
                             if restarted:
                                 chunk, restarted = {**chunk, "_restarted": True}, False
                             if is_last:
@@ -157,6 +167,7 @@ class Serving:
                     error = ConnectionBrokenError(f"{node.url} ended its answer before it was done")
                     raise lost(node, error)
                 except NodeLostError as why:
+                    journey.deadline.go_on()
                     if why.lacks_model:
                         node.lacks(journey.name.key)
                     journey.leave(node, why)
@@ -187,6 +198,13 @@ class Serving:
         if words := unread_words(journey.body.get("messages") or (), final.get("prompt_eval_count")):
             remarks["_dropped"] = words
         return remarks
+
+    def tokens_per_character(self, key: str, prompt_characters: int) -> float | None:
+        """What the last chat with a model tells of a prompt of so many characters; None if there was none, or a
+        much shorter one, most of which may have been what the template adds once."""
+        tokens, seen_characters = self._last_prompts.get(key, (0, 0))
+        is_telling = 0 < prompt_characters <= seen_characters * TELLING_FACTOR
+        return tokens / seen_characters if is_telling else None
 
     async def context_tokens(self, key: str) -> int | None:
         """What the nodes that have a model loaded hold for one request of it, the least of them; None if none
@@ -313,7 +331,7 @@ class Serving:
             node.unloaded(journey.name.key)
         prompt_tokens, asked = final.get("prompt_eval_count"), journey.body.get("messages")
         if prompt_tokens and asked and not any(message.get("images") for message in asked):
-            self.tokens_per_character[journey.name.key] = prompt_tokens / characters(asked)
+            self._last_prompts[journey.name.key] = prompt_tokens, characters(asked)
         if journey.so_far.tokens:
             self.answer_tokens += NEW_SAMPLE_WEIGHT * (journey.so_far.tokens - self.answer_tokens)
 

@@ -21,6 +21,7 @@ class RequestRecord:
 
     Attributes:
         priority: the priority it was asked with; None until that is known to be one.
+        router_overhead_ms: the router's own part of the time before the request went to its place.
     """
 
     def __init__(self, model: str) -> None:
@@ -35,12 +36,14 @@ class RequestRecord:
         self.placement_differences: list[str] = []
         self.queue_ms: float | None = None
         self.load_ms: float | None = None
+        self.router_overhead_ms: float | None = None
         self.failovers: list[dict[str, Any]] = []
         self.text = ""
         self.dropped = ""
         self._started_at = time.time()
         self._began = time.perf_counter()
         self._sent: float | None = None
+        self._left_ms = 0.0  # spent at a place that could not answer
         self._first: float | None = None
         self._last: float | None = None
         self._lost_at: float | None = None
@@ -52,16 +55,17 @@ class RequestRecord:
         self.note = DEMO_NOTE if route.model_path == DEMO_MODEL_PATH else ""
 
     def take_node(self, node_routing: Mapping[str, Any]) -> None:
-        """An Ollama node has answered; its `_routing` says which, and what it took."""
+        """An Ollama node has begun or ended its answer; its `_routing` says which, and what it took so far."""
         self.place = str(node_routing.get("node") or "")
         self.queue_ms = node_routing.get("queue_ms")
         self.load_ms = node_routing.get("load_ms") or None
-        self.failovers += node_routing.get("failovers") or ()
+        self.failovers = [dict(one) for one in node_routing.get("failovers") or ()]
 
     def leave(self, what: str) -> None:
         """A place could not answer, and the request goes on elsewhere from its beginning."""
         self._note_failover(what, 0, continued=False)
-        self.failovers[-1]["cost_ms"] = (time.perf_counter() - (self._sent or self._began)) * 1000
+        self._left_ms = (time.perf_counter() - (self._sent or self._began)) * 1000
+        self.failovers[-1]["cost_ms"] = self._left_ms
 
     def run_on(self, coordinator: Coordinator) -> None:
         """It runs on this coordinator now."""
@@ -111,8 +115,10 @@ class RequestRecord:
         return len(counts) > most or len(counts) - len(set(counts)) >= most_without_a_token
 
     def sent(self) -> None:
-        """The request goes to its place now."""
+        """The request goes to its place now: at Ollama before it waits and the model loads, else after that."""
         self._sent = time.perf_counter()
+        waited_ms = (self.queue_ms or 0.0) + (self.load_ms or 0.0) + self._left_ms
+        self.router_overhead_ms = max(0.0, (self._sent - self._began) * 1000 - waited_ms)
 
     def saw(self, chunk: Mapping[str, Any]) -> None:
         """A chunk came back."""
@@ -133,13 +139,6 @@ class RequestRecord:
     def ttft_ms(self) -> float | None:
         """From the request to its first token, waiting and loading included."""
         return None if self._first is None else (self._first - self._began) * 1000
-
-    @property
-    def router_overhead_ms(self) -> float | None:
-        """The router's own part of the time before the request went to its place."""
-        if self._sent is None:
-            return None
-        return max(0.0, (self._sent - self._began) * 1000 - (self.queue_ms or 0.0) - (self.load_ms or 0.0))
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -171,7 +170,7 @@ class RequestRecord:
             "ttft_ms": self.ttft_ms,
             "tokens_per_s": self.tokens_per_s,
             "router_overhead_ms": self.router_overhead_ms,
-            "failovers": self.failovers,
+            "failovers": [dict(one) for one in self.failovers],
             "dropped": self.dropped,
         }
 

@@ -142,21 +142,30 @@ class RouterAsking(RouterCluster):
         record.text = answer.text
 
         async def chunks() -> AsyncGenerator[dict[str, Any], None]:
+            record.priority = checked_priority(priority)
+            limit_s = checked_timeout_s(self._timeout_s if timeout_s is None else timeout_s)
             route = await self.route(answer.model, backend=interrupted.backend)
             record.take(route)
             if route.backend == OLLAMA:
                 raise ConfigError(
                     f"{answer.model} goes to Ollama now, which cannot go on with this answer; ask again"
                 )
-            async for chunk in stream_answer(
-                self._coordinators,
-                route,
-                record,
-                lambda _: answer,
-                priority=checked_priority(priority),
-                timeout_s=checked_timeout_s(self._timeout_s if timeout_s is None else timeout_s),
-            ):
-                yield chunk
+            try:
+                async with aclosing(
+                    stream_answer(
+                        self._coordinators,
+                        route,
+                        record,
+                        lambda _: answer,
+                        priority=record.priority,
+                        timeout_s=limit_s,
+                    )
+                ) as resumed:
+                    async for chunk in resumed:
+                        yield chunk
+            except AnswerInterruptedError as error:
+                error.backend, error.schema = interrupted.backend, interrupted.schema
+                raise
 
         async with aclosing(self._recorded(record, chunks())) as recorded:
             async for chunk in recorded:
@@ -199,13 +208,16 @@ class RouterAsking(RouterCluster):
     ) -> AsyncGenerator[dict[str, Any], None]:
         """The chunks, the last with `_routing`, and one latency row whatever happens."""
         model, status, error_words = record.model, "cancelled", ""
+        told_place = None
         self.events.publish("request.started", model, f"asking {model}")
         try:
             async with aclosing(chunks):
                 async for chunk in chunks:
                     is_first = record.ttft_ms is None
                     record.saw(chunk)
-                    if is_first:  # an answer that is cut short has no last chunk to say where it ran
+                    # An answer that is cut short has no last chunk to say where it ran.
+                    if is_first or "_routing" in chunk or record.place != told_place:
+                        told_place = record.place
                         chunk = {**chunk, "_routing": record.routing()}
                     if chunk.get("done"):
                         chunk = {**chunk, "total_duration": int(record.duration_ms * 1e6)}
@@ -238,19 +250,22 @@ class RouterAsking(RouterCluster):
         if route.backend == OLLAMA:
             record.sent()
             try:
-                async for chunk in self._ollama.stream_chat(
-                    route.model,
-                    request.messages,
-                    priority=request.priority,
-                    timeout=request.timeout_s,
-                    **request.options,
-                ):
-                    if chunk.get("done"):
-                        record.take_node(chunk.get("_routing") or {})
-                    yield chunk
+                async with aclosing(
+                    self._ollama.stream_chat(
+                        route.model,
+                        request.messages,
+                        priority=request.priority,
+                        timeout=request.timeout_s,
+                        **request.options,
+                    )
+                ) as chunks:
+                    async for chunk in chunks:
+                        if "_routing" in chunk:
+                            record.take_node(chunk["_routing"])
+                        yield chunk
                 return
             except OllamaResponseError as error:
-                may_move = not record.text and request.backend is None
+                may_move = record.ttft_ms is None and request.backend is None
                 instead = await self._routes.sharded_instead(route, error) if may_move else None
                 if instead is None:
                     raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Iterator
+from contextlib import aclosing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -224,6 +225,33 @@ def test_a_model_that_ollama_has_can_be_asked_of_any_backend(
         assert answer.routing["reason"] == "asked for; an Ollama node has it"
         with pytest.raises(ModelNotFoundError, match="ollama-pool was asked for nosuch, but no Ollama"):
             mine.route("nosuch", backend="ollama")
+
+
+@pytest.mark.ollama
+def test_a_stream_from_ollama_that_is_left_early_has_said_where_it_ran_and_frees_its_slot_at_once(
+    ollama: OllamaServer,
+) -> None:
+    pool = OllamaPool([ollama.base_url])
+    with HybridRouter(pool, auto_discover_rpc=False) as mine:
+
+        async def first_chunk() -> dict[str, Any]:
+            async with aclosing(mine.stream_async("llama3.2", "Tell me a long story.")) as chunks:
+                return await anext(chunks)
+
+        first = run(first_chunk())
+        assert pool.nodes[0].running == 0
+        assert (first["_routing"]["backend"], first["_routing"]["node_url"]) == (OLLAMA, ollama.base_url)
+        row = last_row(mine, "llama3.2")
+        assert (row.status, row.place) == ("cancelled", ollama.base_url)
+
+
+@pytest.mark.ollama
+def test_a_model_is_kept_for_ever_by_ollama_too(ollama: OllamaServer) -> None:
+    with HybridRouter(OllamaPool([ollama.base_url]), auto_discover_rpc=False) as mine:
+        mine.route_request("llama3.2", QUESTION, max_tokens=1, keep_alive="forever")
+        (loaded,) = ollama.ask("/api/ps")["models"]
+        assert int(loaded["expires_at"][:4]) > 2200
+        mine.route_request("llama3.2", QUESTION, max_tokens=1, keep_alive="5m")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import re
 import threading
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,7 @@ def test_a_chat_is_ollamas_own_answer_and_says_where_it_ran(ollama: OllamaServer
     assert 0 <= routing["queue_ms"] <= routing["ttft_ms"] <= routing["total_ms"]
 
 
-def test_a_stream_has_ollamas_chunks_and_the_last_says_where_it_ran(ollama: OllamaServer) -> None:
+def test_a_stream_has_ollamas_chunks_and_the_first_and_last_say_where_it_runs(ollama: OllamaServer) -> None:
     async def collect(pool: OllamaPool) -> list[dict[str, Any]]:
         return [chunk async for chunk in pool.stream_chat("llama3.2", MESSAGES, **GREEDY)]
 
@@ -120,7 +120,8 @@ def test_a_stream_has_ollamas_chunks_and_the_last_says_where_it_ran(ollama: Olla
     assert "".join(chunk["message"]["content"] for chunk in chunks) == expected["message"]["content"]
     assert len(chunks) > 5
     assert [chunk["done"] for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
-    assert ["_routing" in chunk for chunk in chunks] == [chunk["done"] for chunk in chunks]
+    assert [at for at, chunk in enumerate(chunks) if "_routing" in chunk] == [0, len(chunks) - 1]
+    assert chunks[0]["_routing"]["node"] == chunks[-1]["_routing"]["node"] == ollama.base_url
 
 
 def test_a_generation_is_ollamas_own(ollama: OllamaServer) -> None:
@@ -775,6 +776,23 @@ def test_a_timeout_ends_the_request_on_the_node_and_frees_its_slot(ollama: Ollam
         for bad in (0, -1, float("nan")):
             with pytest.raises(ConfigError, match="positive"):
                 await pool.chat("llama3.2", MESSAGES, timeout=bad)
+
+    with_pool(ollama)(ask)
+
+
+def test_loading_the_model_does_not_count_against_the_time(ollama: OllamaServer) -> None:
+    """The load takes longer than the timeout; so without a pause of its clock not a word would come."""
+
+    async def ask(pool: OllamaPool) -> None:
+        for loaded in ollama.ask("/api/ps")["models"]:
+            direct(ollama, "/api/generate", model=loaded["name"], keep_alive=0)
+        await until(lambda: not ollama.ask("/api/ps")["models"])
+        await pool.look()
+        pieces = 0
+        with suppress(RequestTimeoutError):  # of the rest
+            async for _ in pool.stream_chat("llama3.2", STORY_MESSAGES, timeout=0.02):
+                pieces += 1
+        assert pieces
 
     with_pool(ollama)(ask)
 

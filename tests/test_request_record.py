@@ -67,3 +67,32 @@ def test_failovers_are_told_in_detail() -> None:
     assert (told["what"], told["tokens_before"]) == ("the coordinator ended", 3)
     assert told["lost_workers"] == ["a:1", "b:2"]
     assert isinstance(row, LatencyRow)
+
+
+def test_a_record_told_in_a_chunk_stays_as_it_was() -> None:
+    record = RequestRecord("m")
+    record.sent()
+    told = record.routing()
+    record.lose("the coordinator ended", 3)
+
+    assert told["failovers"] == []
+    assert len(record.routing()["failovers"]) == 1
+
+
+def test_what_ollama_took_after_the_request_was_sent_is_not_taken_off_the_routers_own_time() -> None:
+    record = RequestRecord("m")
+    record.sent()
+    overhead_ms = record.router_overhead_ms
+    record.take_node({"node": "http://a:1", "queue_ms": 1e6, "load_ms": 1e6, "failovers": []})
+
+    assert record.row("ok").router_overhead_ms == overhead_ms
+    assert overhead_ms is not None
+    assert overhead_ms > 0
+
+
+def test_a_node_that_tells_its_failovers_twice_has_each_counted_once() -> None:
+    record = RequestRecord("m")
+    for _ in range(2):
+        record.take_node({"node": "http://b:1", "failovers": [{"what": "a was lost"}]})
+
+    assert record.row("ok").failovers == 1
