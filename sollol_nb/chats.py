@@ -137,33 +137,27 @@ class Chat:
         """Add a question and its answer, also one that was cut short. Neither is kept if the answer has no text
         (and calls no tool); returns whether they were.
         """
-        message = {name: value for name, value in answer["message"].items() if value}
-        if not message.get("content") and not message.get("tool_calls"):
-            return False
-        now = datetime.now(UTC)
-        said = Said(
-            {"content": "", **message},
-            now,
-            model=str(answer.get("model") or ""),
-            done_reason=answer.finish_reason,
-            note=str(answer.get("_dropped") or ""),
-            prompt_tokens=answer.get("prompt_eval_count"),
-            answer_tokens=answer.get("eval_count"),
-        )
-        self._said += [Said(dict(question), now), said]
-        return True
+        said = _said(answer)
+        if said is not None:
+            self._said += [Said(dict(question), said.at), said]
+        return said is not None
 
     def amend(self, answer: Completion) -> None:
         """Put the whole answer (as `router.resume` gives it) in the place of the last one, which broke off.
 
         Raises:
-            ConfigError: the last answer did not break off.
+            ConfigError: the last answer did not break off, or this one has no text.
+            ChatBusyError: the chat is answering another question.
         """
-        if not self._said or self._said[-1].done_reason != "error":
-            raise ConfigError(f"the last answer of chat {self.name} did not break off; there is nothing to amend")
-        note = self._said.pop().note
-        question = self._said.pop()
-        self.add(question.message, Completion({"_dropped": note, **answer}))
+        with self.answering():
+            if not self._said or self._said[-1].done_reason != "error":
+                raise ConfigError(
+                    f"the last answer of chat {self.name} did not break off; there is nothing to amend"
+                )
+            whole = _said(Completion({"_dropped": self._said[-1].note, **answer}))
+            if whole is None:
+                raise ConfigError(f"the answer has no text; chat {self.name} keeps the one that broke off")
+            self._said[-1] = whole
 
     @contextmanager
     def answering(self) -> Iterator[None]:
@@ -363,10 +357,26 @@ async def ask_in_chat(
         except BaseException as error:
             if chunks and not chunks[-1].get("done"):
                 failed = isinstance(error, Exception) and not isinstance(error, RequestCancelledError)
-                dropped = {"_dropped": chunks[0]["_dropped"]} if "_dropped" in chunks[0] else {}
-                partial = Completion.from_chunks(chunks) | dropped
+                told = [chunk["_dropped"] for chunk in chunks if "_dropped" in chunk]
+                partial = Completion.from_chunks(chunks) | ({"_dropped": told[-1]} if told else {})
                 chat.add(question, Completion(partial, done_reason="error" if failed else "cancelled"))
             raise
+
+
+def _said(answer: Completion) -> Said | None:
+    """An answer as a chat keeps it; None if it has no text and calls no tool."""
+    message = {name: value for name, value in answer["message"].items() if value}
+    if not message.get("content") and not message.get("tool_calls"):
+        return None
+    return Said(
+        {"content": "", **message},
+        datetime.now(UTC),
+        model=str(answer.get("model") or ""),
+        done_reason=answer.finish_reason,
+        note=str(answer.get("_dropped") or ""),
+        prompt_tokens=answer.get("prompt_eval_count"),
+        answer_tokens=answer.get("eval_count"),
+    )
 
 
 def _checked_name(name: str) -> str:

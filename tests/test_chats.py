@@ -22,11 +22,12 @@ from sollol_nb.errors import (
     SollolError,
 )
 from sollol_nb.io_loop import iterate_blocking
+from sollol_nb.model_files import DEMO_MODEL_PATH
 from sollol_nb.ollama_pool import OllamaPool
 from sollol_nb.sync_wrapper import HybridRouter
 from sollol_nb.toolchain import Engine
 from tests.engines import run, write_endless
-from tests.ollama_server import OllamaServer
+from tests.ollama_server import CHATML, OllamaServer
 
 CONTEXT_TOKENS = 256
 CALL = {"function": {"name": "now", "arguments": {}}}
@@ -297,8 +298,29 @@ def test_an_answer_that_broke_off_is_amended_by_the_whole_one() -> None:
     chat.amend(answer("Hello"))
     assert chat.messages == [*chat_of(1).messages, user("Hi"), assistant("Hello")]
     assert chat.said[-1].note == "dropped it"
+    assert chat.said[-2].at < chat.said[-1].at, "the question was asked before"
     with pytest.raises(ConfigError, match="did not break off"):
         chat.amend(answer("Hello"))
+
+
+def test_an_answer_that_broke_off_stays_where_it_cannot_be_amended() -> None:
+    chat = Chat("c")
+    chat.add(user("Hi"), Completion({**answer("Hel"), "done_reason": "error"}))
+    with pytest.raises(ConfigError, match="no text"):
+        chat.amend(answer(""))
+    with chat.answering(), pytest.raises(ChatBusyError):
+        chat.amend(answer("Hello"))
+    assert chat.messages == [user("Hi"), assistant("Hel")]
+
+
+def test_what_was_dropped_in_mid_answer_is_noted_too() -> None:
+    """As where the next Ollama node has less context than the one that was lost."""
+    chunk = {"model": "m", "message": assistant("Hel"), "done": False}
+    stream = breaking_off([chunk, {**chunk, "_dropped": "dropped it"}, chunk], AnswerInterruptedError("gone"))
+    chat = Chat("c")
+    with pytest.raises(AnswerInterruptedError):
+        list(iterate_blocking(ask_in_chat(stream, chat, "m", "Hi")))
+    assert [note for _, note in chat.notes] == ["dropped it"]
 
 
 def test_a_question_that_failed_before_a_word_is_not_kept_and_leaves_the_chat_free() -> None:
@@ -501,6 +523,17 @@ def test_at_ollama_the_answer_has_its_room(small_ollama: OllamaServer, keep_aliv
     assert 5 < max_tokens <= CONTEXT_TOKENS // 2
     assert chunks[0]["_dropped"].startswith("dropped the oldest turn (about ")
     assert chunks[-1]["eval_count"] == max_tokens
+
+
+@pytest.mark.ollama
+def test_a_short_prompt_under_a_long_template_drops_nothing_of_the_next_chat(small_ollama: OllamaServer) -> None:
+    small_ollama.create("wordy", DEMO_MODEL_PATH, CHATML, f"SYSTEM {'Be brief. ' * 20}")
+    with HybridRouter(OllamaPool(small_ollama.base_url)) as router:
+        short = router.route_request("wordy", "Hi", max_tokens=1)
+        assert short["prompt_eval_count"] > 2 * len("Hi")
+        chunks = asked(router, chat_of(3), "wordy", "and now?", max_tokens=5)
+    assert not any("_dropped" in chunk for chunk in chunks)
+    assert chunks[-1]["prompt_eval_count"] < CONTEXT_TOKENS // 2
 
 
 @pytest.mark.ollama
