@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from sollol_nb import completion_view
+from sollol_nb import completion_view, safe_markdown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -69,7 +69,7 @@ class Completion(dict[str, Any]):
     @property
     def code(self) -> str:
         """The text of the answer's first fenced code block, or the whole text where it has none."""
-        return completion_view.code_in(self.text)[1]
+        return safe_markdown.code_in(self.text)[1]
 
     @property
     def routing(self) -> dict[str, Any]:
@@ -131,5 +131,5 @@ class Completion(dict[str, Any]):
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(
-            completion_view.printable(str(self))
+            safe_markdown.printable(str(self))
         )  # else IPython's printer of dicts is asked for the plain text

@@ -9,17 +9,8 @@ import pytest
 from nbconvert.filters.markdown import markdown2html
 
 from sollol_nb.completion import Completion
-from sollol_nb.completion_view import (
-    LIVE_CHARS,
-    code_in,
-    fenced,
-    live_markdown,
-    open_fence,
-    parted,
-    parts_of,
-    safe_markdown,
-    tail,
-)
+from sollol_nb.completion_view import LIVE_CHARS, live_markdown, parted, tail
+from sollol_nb.safe_markdown import code_in, fenced, open_fence, parts_of, safe_markdown
 from tests.hostile_answers import ADDRESSES, IMAGE, TAGS
 
 
@@ -200,7 +191,9 @@ def test_a_page_runs_nothing_and_leaves_its_frame_nowhere() -> None:
     bundle = completion('<b>x</b><script>alert("1")</script>', "html")._repr_mimebundle_()
 
     page = bundle["text/html"]
-    assert page.startswith('<iframe sandbox="" srcdoc="&lt;b&gt;x&lt;/b&gt;&lt;script&gt;alert(&quot;1&quot;)')
+    assert page.startswith('<iframe sandbox="" srcdoc="&lt;meta http-equiv=&quot;Content-Security-Policy&quot;')
+    assert "default-src &#x27;none&#x27;" in page, "nothing is fetched either"
+    assert "&gt;&lt;b&gt;x&lt;/b&gt;&lt;script&gt;alert(&quot;1&quot;)" in page
     assert "<script" not in page
     assert "<pre>&lt;b&gt;x" in page, "where frames are not shown, the source is"
 

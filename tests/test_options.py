@@ -172,3 +172,10 @@ def test_an_option_can_name_a_thing_of_the_notebook() -> None:
         options.named(lambda text: eval(text, dict(namespace)), "Persn", "--schema", namespace)
     with pytest.raises(ConfigError, match="--schema 1/0: ZeroDivisionError: division by zero"):
         options.named(lambda text: eval(text, {}), "1/0", "--schema", {})
+
+
+def test_an_option_can_be_json() -> None:
+    schema = '{"type": "object", "additionalProperties": false}'
+
+    assert options.named(eval, schema, "--schema", {}) == {"type": "object", "additionalProperties": False}
+    assert options.named(eval, "{'a': 1}", "--schema", {}) == {"a": 1}

@@ -15,7 +15,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sollol_nb.completion import Completion
-from sollol_nb.completion_view import folded_footer, live_markdown, printable, safe_markdown, tail
+from sollol_nb.completion_view import folded_footer, live_markdown, tail
+from sollol_nb.safe_markdown import printable, safe_markdown
 
 if TYPE_CHECKING:
     import pandas as pd

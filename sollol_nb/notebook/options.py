@@ -7,7 +7,9 @@ options are its `magic_arguments`, so that its `?` help, tab completion and this
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
+import json
 import re
 from collections.abc import Callable, Mapping
 from keyword import iskeyword
@@ -230,11 +232,14 @@ def priority(text: str) -> int:
 
 
 def named(evaluate: Callable[[str], Any], expression: str, option: str, namespace: Mapping[str, Any]) -> Any:
-    """The value of an option that names something in the notebook.
+    """The value of an option that names something in the notebook, or is JSON.
 
     Raises:
         ConfigError: there is no such thing; the nearest name is told.
     """
+    if expression.startswith("{"):
+        with contextlib.suppress(ValueError):  # a JSON schema as it is; else a dict of Python
+            return json.loads(expression)
     try:
         return evaluate(expression)
     except NameError as error:

@@ -23,7 +23,7 @@ LIVE = """output => [...output.querySelectorAll('*')].filter(one =>
 
 @pytest.fixture(scope="module")
 def page(lab: HeadlessLab) -> Iterator[LabPage]:
-    opened = lab.open(["from sollol_nb import completion_view\nfrom IPython.display import Markdown"])
+    opened = lab.open(["from sollol_nb import safe_markdown\nfrom IPython.display import Markdown"])
     opened.run_all()
     yield opened
     opened.close()
@@ -43,9 +43,9 @@ def live_elements(page: LabPage, texts: tuple[str, ...], make: str) -> list[str]
 @pytest.mark.parametrize("texts", [TAGS, ADDRESSES, SCRIPTS], ids=["tags", "addresses", "scripts"])
 def test_nothing_of_a_hostile_answer_runs(page: LabPage, texts: tuple[str, ...]) -> None:
     assert live_elements(page, texts, "text") != [], "JupyterLab would run them"
-    assert live_elements(page, texts, "completion_view.safe_markdown(text)") == []
+    assert live_elements(page, texts, "safe_markdown.safe_markdown(text)") == []
 
 
 def test_a_hostile_language_of_code_runs_nothing(page: LabPage) -> None:
     text = f"~~~a`b{IMAGE}\nx\n~~~"
-    assert live_elements(page, (text,), "completion_view.fenced(*reversed(completion_view.code_in(text)))") == []
+    assert live_elements(page, (text,), "safe_markdown.fenced(*reversed(safe_markdown.code_in(text)))") == []
