@@ -178,7 +178,8 @@ class RouterCluster:
 
     @io_bound
     async def status(self) -> ClusterStatus:
-        """The same as `cluster`, as known now; asks nobody."""
+        """The same as `cluster`, as known now; asks no worker and no node."""
+        await self._workers.read_holders()
         return self.state.status()
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:

@@ -38,7 +38,7 @@ class WorkerStatus:
 
     Attributes:
         endpoint: `host:port`.
-        state: `free`, `held`, `busy`, `down` or `incompatible`.
+        state: `free`, `held`, `busy`, `down`, `incompatible` or `unknown` (not looked at yet).
         detail: one line in words: by whom it is held, or what is wrong and what to do.
         held_by: the model whose coordinator holds it, or None.
         probe: the last look at it; memory and round trip are from then.
@@ -166,6 +166,10 @@ class Workers:
         """Seconds for which a worker that was lost again and again is only used if no other suffices."""
         return self._losses.cools_down_s(endpoint)
 
+    async def read_holders(self) -> None:
+        """See which workers coordinators hold now; asks no worker."""
+        self._holders = await asyncio.to_thread(registry.holders)
+
     async def refresh(self, *, except_for: Collection[str] = ()) -> list[WorkerStatus]:
         """Look at every worker that is not held, and tell the state of all.
 
@@ -179,11 +183,11 @@ class Workers:
 
     async def look_at(self, endpoints: Iterable[str], *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         """Look at these workers, unless they are held."""
-        self._holders = await asyncio.to_thread(registry.holders)
+        await self.read_holders()
         free = [one for one in endpoints if one not in self._holders]
         found = await probe_all(free, timeout_s=timeout_s)
         if any(seen.outcome is ProbeOutcome.BUSY for seen in found):  # perhaps taken since, by a coordinator
-            self._holders = await asyncio.to_thread(registry.holders)
+            await self.read_holders()
         for seen in found:
             if seen.endpoint in self._probes and seen.endpoint not in self._holders:
                 self._note(seen)
@@ -365,7 +369,7 @@ class Workers:
         elif holder is not None:
             state, detail = "held", _held_words(holder)
         elif seen is None:
-            state, detail = "down", f"{endpoint} has not been looked at yet"
+            state, detail = "unknown", "not looked at yet"
         else:
             state, detail = _STATE_OF_OUTCOME[seen.outcome], seen.detail
         held_by = holder.name if holder is not None else None

@@ -240,7 +240,6 @@ def test_an_interrupt_before_the_coordinator_is_ready_stops_its_start(engine: En
 
 def test_a_router_shows_its_cluster(router: HybridRouter) -> None:
     router.route_request("demo:sharded", QUESTION, max_tokens=2)
-    router.cluster()
     shown = router._repr_mimebundle_()
 
     assert shown["text/plain"].startswith(f"{router!r}\n")
