@@ -367,7 +367,8 @@ class Coordinator:
         except psutil.Error:
             return []
         linked = {(one.raddr.ip, one.raddr.port) for one in links if one.raddr and one.status == "ESTABLISHED"}
-        return [one for one in self.rpc_backends if not linked & addresses_of(one)]
+        known = {one: addresses_of(one) for one in self.rpc_backends}  # empty where a name cannot be resolved now
+        return [one for one, addresses in known.items() if addresses and not linked & addresses]
 
     # --- inside ---------------------------------------------------------------------------------
 

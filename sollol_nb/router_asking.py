@@ -234,11 +234,13 @@ class RouterAsking(RouterCluster):
                 error.partial = record.partial()
             raise
         finally:
-            if status != "ok":
-                await self._write(record.row(status, error_words))
-            self._counts[record.backend] += 1
-            facts = {"place": record.place, "tokens_per_s": record.tokens_per_s, "ttft_ms": record.ttft_ms}
-            self.events.publish("request.finished", model, f"{model}: {status}", status=status, **facts)
+            try:
+                if status != "ok":
+                    await self._write(record.row(status, error_words))
+            finally:  # also where that is cancelled once more
+                self._counts[record.backend] += 1
+                facts = {"place": record.place, "tokens_per_s": record.tokens_per_s, "ttft_ms": record.ttft_ms}
+                self.events.publish("request.finished", model, f"{model}: {status}", status=status, **facts)
 
     async def _chunks(
         self, record: RequestRecord, messages: Sequence[Mapping[str, Any]] | str, **arguments: Any

@@ -79,8 +79,10 @@ class LiveAnswer:
         """The completion of what came; whole, if the last chunk did."""
         completion = Completion.from_chunks(self._chunks)
         completion.setdefault("model", self._model)
-        if "_routing" not in completion and self._chunks:  # cut short: the first chunk says where it ran
-            completion["_routing"] = self._chunks[0].get("_routing", {})
+        if "_routing" not in completion:  # cut short: the first chunk from each place says where it ran
+            completion["_routing"] = next(
+                (one["_routing"] for one in reversed(self._chunks) if "_routing" in one), {}
+            )
         return completion
 
 
