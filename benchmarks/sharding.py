@@ -70,7 +70,7 @@ def overhead(router: HybridRouter, model: str, rounds: int) -> tuple[float, floa
     messages = check_messages("Hello!")
 
     async def straight() -> None:
-        async for _ in coordinator.stream_chat(messages, {"max_tokens": 1, "temperature": 0}):
+        async for _ in coordinator.stream(coordinator.answer(messages, {"max_tokens": 1, "temperature": 0})):
             pass
 
     direct: list[float] = []
