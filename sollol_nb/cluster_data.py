@@ -4,7 +4,7 @@
 |---|---|
 | `workers` | endpoint: `n` (order), `state`, `color`, `words`, `free` and `total` memory, `used` (0 to 1), `rtt` (ms, by number of look), ... |
 | `coordinators` | URL: `model`, `words`, `time`, `segments` by endpoint, `local` by device, `running`, `waiting`, ... |
-| `nodes` | URL of an Ollama node: `state`, `words`, `running`, `waiting`, `slots` |
+| `nodes` | URL of an Ollama node: `state`, `words`, `rtt` (as of workers), `running`, `waiting`, `slots` |
 | `starting` | model that is being loaded: `words`, `share` (0 to 1) |
 | `events` | number of the event: `at`, `kind`, `words` |
 | `totals` | requests: `running`, `waiting`, `asked`, `failed` |
@@ -67,7 +67,7 @@ class Live:
 
     Attributes:
         requests: the counts.
-        round_trips_ms: of each worker, by the number of the look.
+        round_trips_ms: of each worker and Ollama node, by the number of the look.
         free_bytes: of each worker's memory when it was its turn to be looked at: what local workers share changes
             for all of them at once, and is told of a few at a time.
         last_error: of each worker: why it was last lost.
@@ -124,7 +124,6 @@ def _worker(number: int, worker: WorkerStatus, live: Live) -> dict[str, Any]:
         used = round(1 - free_bytes / seen.total_bytes, 2)
     if seen is not None and seen.protocol:
         protocol = "RPC " + ".".join(map(str, seen.protocol))
-    round_trips_ms = live.round_trips_ms.get(worker.endpoint)
     return _known(
         n=number,
         state=worker.state,
@@ -135,10 +134,16 @@ def _worker(number: int, worker: WorkerStatus, live: Live) -> dict[str, Any]:
         total=total,
         used=used,
         protocol=protocol,
-        rtt={str(look): _digits(ms, 2) for look, ms in round_trips_ms.items()} if round_trips_ms else None,
+        rtt=_round_trips(worker.endpoint, live),
         last_error=live.last_error.get(worker.endpoint),
         local=1 if worker.is_local else None,
     )
+
+
+def _round_trips(place: str, live: Live) -> dict[str, float] | None:
+    """Milliseconds of the last looks, by their number; None without any."""
+    looks = live.round_trips_ms.get(place, {})
+    return {str(number): _rounded(ms, 2) for number, ms in looks.items()} or None
 
 
 def _coordinator(number: int, one: CoordinatorStatus, live: Live, *, is_own: bool) -> dict[str, Any]:
@@ -183,6 +188,7 @@ def _node(number: int, node: NodeStatus, live: Live) -> dict[str, Any]:
         state=node.state,
         color=state_color(node.state),
         words=node_words(node),
+        rtt=_round_trips(node.url, live),
         answer=live.last_answer.get(node.url),
         running=node.running,
         waiting=node.waiting,
@@ -201,7 +207,11 @@ def _beside(planned_bytes: int, actual_bytes: int | None) -> str:
 
 
 def _digits(number: float | None, digits: int) -> float | None:
-    return None if number is None else float(f"{number:.{digits}g}")
+    return None if number is None else _rounded(number, digits)
+
+
+def _rounded(number: float, digits: int) -> float:
+    return float(f"{number:.{digits}g}")
 
 
 def _known(**values: Any) -> dict[str, Any]:

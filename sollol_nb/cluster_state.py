@@ -217,7 +217,8 @@ class ClusterState:
                 self._note_memory(turn)
                 if loop.time() >= others_due:
                     others_due = loop.time() + OTHERS_EVERY_S
-                    await self._ollama
+                    await self._ollama.look()
+                    self._note_nodes()
                     self._others = await self._coordinators.others()
                     self._changed.set()
             except OSError as error:  # of the registry's folder; the next look may go well
@@ -234,6 +235,13 @@ class ClusterState:
         for one in self._workers.statuses():
             if one.endpoint in endpoints and one.probe is not None and one.probe.total_bytes:
                 self._live.free_bytes[one.endpoint] = one.capacity.free_bytes
+
+    def _note_nodes(self) -> None:
+        for node in self._ollama.nodes:
+            if node.round_trip_ms is not None:
+                looks = self._live.round_trips_ms.setdefault(node.url, {})
+                looks[next(self._numbers)] = node.round_trip_ms
+                _keep_last(looks, ROUND_TRIPS_KEPT)
 
     # --- what the bus tells -----------------------------------------------------------------------
 

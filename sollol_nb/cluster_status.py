@@ -271,8 +271,9 @@ def node_words(node: NodeStatus) -> str:
     """What an Ollama node has loaded and does, or what is wrong with it and what to do."""
     if node.state == "ready":
         loaded = ", ".join(node.loaded_models) or "nothing"
+        size = f" ({format_bytes(node.loaded_bytes)})" if node.loaded_bytes else ""
         speed = "" if node.ms_per_token is None else f", {node.ms_per_token:.3g} ms a token"
-        return f"{loaded} loaded, {node.running}/{node.slots} slots busy, {node.waiting} waiting{speed}"
+        return f"{loaded} loaded{size}, {node.running}/{node.slots} slots busy, {node.waiting} waiting{speed}"
     if node.state == "unknown":
         return "not looked at yet"
     what_to_do = "start it there: ollama serve" if node.state == "absent" else "it is tried again by itself"

@@ -66,6 +66,8 @@ class NodeStatus:
         ms_per_token: measured, averaged over its models; None before the first answer.
         last_error: why it was last left, if it ever was.
         retry_in_s: seconds until it is looked at again, if it is absent or cooling.
+        round_trip_ms: how long its last short answer took (`/api/ps`, which needs no disk); None before.
+        loaded_bytes: memory of the models that it has loaded, as it says; None before it was looked at.
     """
 
     url: str
@@ -79,6 +81,8 @@ class NodeStatus:
     ms_per_token: float | None
     last_error: str | None
     retry_in_s: float | None
+    round_trip_ms: float | None = None
+    loaded_bytes: int | None = None
 
 
 def node_url(node: str | Mapping[str, Any]) -> str:
@@ -142,6 +146,8 @@ class OllamaNode:
         self._loaded_digests: frozenset[str] = frozenset()
         self._ms_per_token: dict[str, float] = {}
         self._load_ms: dict[str, float] = {}
+        self._round_trip_ms: float | None = None
+        self._loaded_bytes: int | None = None
         self._failures = 0
         self._looked_at_s = float("-inf")
         self._retry_at_s = 0.0
@@ -199,6 +205,8 @@ class OllamaNode:
             ms_per_token=ms_per_token,
             last_error=self.last_error,
             retry_in_s=max(0.0, self._retry_at_s - time.monotonic()) if self.state in _LEFT_ALONE else None,
+            round_trip_ms=self._round_trip_ms,
+            loaded_bytes=self._loaded_bytes,
         )
 
     # --- looking ------------------------------------------------------------------------------
@@ -224,7 +232,10 @@ class OllamaNode:
     async def _look(self) -> None:
         try:
             on_disk, digests = _models(await self.client.get("/api/tags", timeout_s=LOOK_TIMEOUT_S))
-            loaded, loaded_digests = _models(await self.client.get("/api/ps", timeout_s=LOOK_TIMEOUT_S))
+            asked_at_s = time.monotonic()
+            running = await self.client.get("/api/ps", timeout_s=LOOK_TIMEOUT_S)
+            self._round_trip_ms = (time.monotonic() - asked_at_s) * 1e3
+            loaded, loaded_digests = _models(running)
         except TransportError as error:
             self.failed(error)
             return
@@ -233,6 +244,7 @@ class OllamaNode:
         has_new_models = (self._on_disk.keys(), self._loaded.keys()) != (on_disk.keys(), loaded.keys())
         self.state, self._on_disk, self._loaded = NodeState.READY, on_disk, loaded
         self._digests, self._loaded_digests = digests, frozenset(loaded_digests.values())
+        self._loaded_bytes = sum(int(model.get("size") or 0) for model in running["models"])
         if has_new_state or has_new_models:
             self._on_change(self, has_new_state=has_new_state)
 
@@ -272,6 +284,7 @@ class OllamaNode:
         state = NodeState.ABSENT if isinstance(error, ConnectFailedError) else NodeState.COOLING
         has_new_state, self.state = self.state is not state, state
         self._loaded, self._loaded_digests = {}, frozenset()
+        self._round_trip_ms = self._loaded_bytes = None
         pause_s = min(LONGEST_RETRY_S, FIRST_RETRY_S * 2.0 ** min(self._failures - 1, 10))
         # Not all nodes behind one switch should be asked again in the same instant.
         pause_s *= random.uniform(0.8, 1.2)  # noqa: S311

@@ -172,11 +172,8 @@ class SimulatedCluster:
             def nodes(self) -> list[NodeStatus]:
                 return list(cluster.nodes)
 
-            async def _look(self) -> None:
-                pass
-
-            def __await__(self) -> Any:
-                return self._look().__await__()
+            async def look(self) -> list[NodeStatus]:
+                return self.nodes
 
         return Pool()
 

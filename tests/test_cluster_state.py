@@ -308,6 +308,16 @@ def test_memory_that_changes_for_all_workers_is_told_of_a_few_at_a_time() -> Non
     assert max(watcher.sizes_bytes) < 1000
 
 
+def test_round_trips_of_ollama_nodes_are_remembered_too() -> None:
+    cluster = SimulatedCluster(1, [node(1, round_trip_ms=1.234, loaded_bytes=2 * 2**30), node(2, "absent")])
+    with watching(cluster) as watcher:
+        ready, absent = (one.url for one in cluster.nodes)
+        eventually(lambda: watcher.state["nodes"][ready].get("rtt"), "it is looked at")
+        assert set(watcher.state["nodes"][ready]["rtt"].values()) == {1.2}
+        assert "rtt" not in watcher.state["nodes"][absent]
+        assert watcher.state["nodes"][ready]["words"].startswith("llama3.2 loaded (2.0 GiB), ")
+
+
 def test_looking_goes_on_after_a_look_that_failed(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

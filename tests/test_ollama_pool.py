@@ -330,6 +330,8 @@ def test_a_model_loaded_under_one_name_is_loaded_under_all_its_names(ollama: Oll
         async with OllamaPool([ollama.base_url]) as pool:
             await pool.chat("llama3.2", MESSAGES, max_tokens=1)
         async with OllamaPool([ollama.base_url]) as pool:  # knows only what Ollama says
+            assert (pool.nodes[0].loaded_bytes or 0) > 0
+            assert (pool.nodes[0].round_trip_ms or 0) > 0
             (shown,) = {name for name in pool.nodes[0].loaded_models if name != "tools:latest"}
             keys = ("llama3.2:latest", "llama3.1:70b", "someone/special:7b")
             assert shown in keys

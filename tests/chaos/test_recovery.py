@@ -12,7 +12,7 @@ from contextlib import aclosing
 import pytest
 
 from sollol_nb import coordinator_pool as pool_room
-from sollol_nb import workers as workers_room
+from sollol_nb import worker_losses
 from sollol_nb.errors import AnswerInterruptedError, WorkersUnavailableError
 from sollol_nb.events import Event
 from tests.chaos.faults import COORDINATOR_KILLED, WORKER_KILLED, Scene
@@ -81,7 +81,7 @@ def test_a_machine_that_is_lost_again_and_again_cools_down(
             machine.kill()
         assert used(scene) == [flapping], "better than none"
         chaos.cluster.make_well()
-        monkeypatch.setattr(workers_room, "FIRST_COOL_DOWN_S", 0.0)
+        monkeypatch.setattr(worker_losses, "FIRST_COOL_DOWN_S", 0.0)
         assert used(scene) == first
 
 

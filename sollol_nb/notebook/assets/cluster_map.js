@@ -222,7 +222,7 @@ function workerRow(endpoint, worker) {
 }
 
 function nodeRow(url, node) {
-  const row = tableRow([url, stateMark(node), node.words, node.answer || ""]);
+  const row = tableRow([url, stateMark(node), sparkline(node.rtt), node.words, node.answer || ""]);
   row.dataset.endpoint = url;
   row.dataset.state = node.state;
   return row;
@@ -309,7 +309,7 @@ class View {
     this.workerOverview = element("div");
     this.workerPart = part(this.workerOverview, workers);
     this.workers = new Rows(workerBody, workerRow);
-    const [nodes, nodeBody] = table(["Ollama node", "state", "about", "last answer"]);
+    const [nodes, nodeBody] = table(["Ollama node", "state", "round trip", "about", "last answer"]);
     this.nodeOverview = element("div");
     this.nodePart = part(this.nodeOverview, nodes);
     this.nodes = new Rows(nodeBody, nodeRow);
