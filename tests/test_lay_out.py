@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sollol_nb import workers as workers_room
 from sollol_nb.completion import Completion
 from sollol_nb.errors import ConfigError, ModelDoesNotFitError, WorkersUnavailableError
 from sollol_nb.layer_strategies import WorkerCapacity
+from sollol_nb.rpc_discovery import Probe, probe_all
 from sollol_nb.sync_wrapper import HybridRouter, OllamaPool
 from sollol_nb.toolchain import Engine
 from sollol_nb.workers import WorkerStatus
@@ -66,16 +69,31 @@ def test_a_running_model_is_laid_out_anew(sharding: HybridRouter, endless: str) 
     assert f"{endless} is laid out anew: 4/1 over 2 workers: fits" in events["coordinator.planned"]
 
 
-def test_its_token_time_was_predicted_from_the_layouts_before(sharding: HybridRouter, endless: str) -> None:
-    sharding.apply_plan(endless, layout(sharding, 2, 2, 1))
+def test_its_token_time_was_predicted_from_the_layouts_before(
+    sharding: HybridRouter, endless: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def steady(endpoints: Iterable[str], **settings: Any) -> list[Probe]:
+        return [replace(one, round_trip_ms=0.05) for one in await probe_all(endpoints, **settings)]
+
+    # Real workers and a real measurement, but one that stays as it is between forecast and start.
+    monkeypatch.setattr(workers_room, "probe_all", steady)
+    sharding.stop_coordinator()
+    sharding.cluster()
+    sharding.route_request(endless, QUESTION, temperature=0, max_tokens=20)
+    pool = sharding._async._coordinators
+    speeds = pool._speeds(Path(endless))
+    assert speeds is not None
+    monkeypatch.setattr(pool, "_speeds", lambda _: speeds)
+
     foreseen = sharding.what_if(endless, layout(sharding, 5, 0, 0)).token.token_ms
     sharding.apply_plan(endless, layout(sharding, 5, 0, 0))
-
     answer = sharding.route_request(endless, QUESTION, temperature=0, max_tokens=20)
 
     assert foreseen is not None
     assert foreseen > 0
-    assert answer.routing["plan"]["predicted_token_ms"] > 0
+    predicted = answer.routing["plan"]["predicted_token_ms"]
+    assert predicted == pytest.approx(foreseen)
+    assert sharding.latency.frame(model=endless, last=1)["predicted_ms_per_token"].tolist() == [predicted]
     (status,) = [one for one in sharding.cluster().coordinators if one.model == endless]
     assert status.token_words.startswith("predicted ")
     assert ", measured " in status.token_words
