@@ -21,8 +21,8 @@ from typing import Any
 
 import psutil
 
-from sollol_nb import registry
-from sollol_nb.io_loop import run_blocking
+from sollol_nb.llama_cpp.processes import registry
+from sollol_nb.runtime.io_loop import run_blocking
 from sollol_nb.sync_wrapper import HybridRouter
 
 

@@ -24,14 +24,14 @@ from statistics import median, quantiles
 
 import pandas as pd
 
-from sollol_nb.latency import LatencyLog, LatencyRow
+from sollol_nb.latency.log import LatencyLog, LatencyRow
 
 LIMIT_S = 1.0
 WRITTEN_AT_ONCE = 5000
 FRESH = """
 import sys, time
 import pandas
-from sollol_nb.latency import LatencyLog
+from sollol_nb.latency.log import LatencyLog
 began = time.perf_counter()
 rows = len(LatencyLog(sys.argv[1]).frame())
 print(time.perf_counter() - began)

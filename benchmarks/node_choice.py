@@ -12,8 +12,8 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 
-from sollol_nb.ollama_choice import Holding, NodeOffer, choose_node
-from sollol_nb.ollama_nodes import OllamaNode
+from sollol_nb.ollama.choice import Holding, NodeOffer, choose_node
+from sollol_nb.ollama.nodes import OllamaNode
 
 KEY = "llama3.2:latest"
 LIMIT_US = 50.0

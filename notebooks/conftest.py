@@ -18,9 +18,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from sollol_nb.io_loop import run_blocking
-from sollol_nb.running import stop_running
-from tests.ollama_server import NO_OLLAMA, OllamaServer, find_ollama
+from sollol_nb.llama_cpp.processes.running import stop_running
+from sollol_nb.runtime.io_loop import run_blocking
+from tests.support.ollama_server import NO_OLLAMA, OllamaServer, find_ollama
 
 NEED_OLLAMA = ("02_hybrid_routing.ipynb",)
 

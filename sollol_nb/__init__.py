@@ -8,23 +8,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from sollol_nb._version import __version__
+
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
 
-    from sollol_nb.completion import Completion
+    from sollol_nb.chat.completion import Completion
     from sollol_nb.hybrid_router import MODEL_PROFILES, HybridRouter
-    from sollol_nb.ollama_pool import OllamaPool
-    from sollol_nb.priority_helpers import Priority
+    from sollol_nb.ollama.pool import OllamaPool
+    from sollol_nb.runtime.priority import Priority
 
-__version__ = "0.1.0"
-__all__ = ["MODEL_PROFILES", "Completion", "HybridRouter", "OllamaPool", "Priority"]
+__all__ = ["MODEL_PROFILES", "Completion", "HybridRouter", "OllamaPool", "Priority", "__version__"]
 
 _HOMES = {
-    "Completion": "completion",
+    "Completion": "chat.completion",
     "HybridRouter": "hybrid_router",
     "MODEL_PROFILES": "hybrid_router",
-    "OllamaPool": "ollama_pool",
-    "Priority": "priority_helpers",
+    "OllamaPool": "ollama.pool",
+    "Priority": "runtime.priority",
 }
 
 

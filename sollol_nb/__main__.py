@@ -2,6 +2,6 @@
 
 import sys
 
-from sollol_nb.cli import main
+from sollol_nb.cli.main import main
 
 sys.exit(main())

@@ -19,7 +19,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from sollol_nb.batch_rows import RowTemplate
+from sollol_nb.batch.rows import RowTemplate
 from sollol_nb.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -11,26 +11,26 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sollol_nb import config
-from sollol_nb.batch import Batch
-from sollol_nb.batch_store import BatchStore
-from sollol_nb.bench import bench as bench_router
-from sollol_nb.coordinator_pool import CoordinatorPool
-from sollol_nb.events import EventBus
-from sollol_nb.latency import LatencyLog
-from sollol_nb.ollama_pool import OllamaPool
-from sollol_nb.priority_helpers import Priority
-from sollol_nb.profiles import MODEL_PROFILES
-from sollol_nb.route_finder import RouteFinder
-from sollol_nb.router_asking import RouterAsking
-from sollol_nb.router_settings import check_amounts, endpoints, pool_settings
-from sollol_nb.workers import Workers
+from sollol_nb.batch.batch import Batch
+from sollol_nb.batch.store import BatchStore
+from sollol_nb.bench.bench import bench as bench_router
+from sollol_nb.latency.log import LatencyLog
+from sollol_nb.llama_cpp.coordinators.pool import CoordinatorPool
+from sollol_nb.llama_cpp.workers.workers import Workers
+from sollol_nb.models.profiles import MODEL_PROFILES
+from sollol_nb.ollama.pool import OllamaPool
+from sollol_nb.router.asking import RouterAsking
+from sollol_nb.router.finder import RouteFinder
+from sollol_nb.router.settings import check_amounts, endpoints, pool_settings
+from sollol_nb.runtime.events import EventBus
+from sollol_nb.runtime.priority import Priority
+from sollol_nb.settings import config
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from sollol_nb.batch_rows import Rows, RowTemplate
-    from sollol_nb.notebook.cluster_widget import ClusterWidget
+    from sollol_nb.batch.rows import Rows, RowTemplate
+    from sollol_nb.widget.cluster_widget import ClusterWidget
 
 __all__ = ["DEFAULT_TIMEOUT_S", "MODEL_PROFILES", "HybridRouter"]
 
@@ -149,7 +149,7 @@ class HybridRouter(RouterAsking):
 
     def widget(self) -> ClusterWidget:
         """The live cluster with its controls, for a notebook; the same one each time. Needs ipywidgets."""
-        from sollol_nb.notebook.cluster_widget import cluster_widget
+        from sollol_nb.widget.cluster_widget import cluster_widget
 
         return cluster_widget(self)
 

@@ -10,20 +10,21 @@ import functools
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self
 
-from sollol_nb import hybrid_router, ollama_pool
-from sollol_nb.batch import Batch
-from sollol_nb.batch_store import BatchStore
-from sollol_nb.bench import bench_blocking
-from sollol_nb.coordinator import Coordinator
-from sollol_nb.events import EventBus
-from sollol_nb.io_loop import blocking, blocking_stream, same
-from sollol_nb.latency import LatencyLog
-from sollol_nb.ollama_nodes import NodeStatus
+from sollol_nb import hybrid_router
+from sollol_nb.batch.batch import Batch
+from sollol_nb.batch.store import BatchStore
+from sollol_nb.bench.bench import bench_blocking
+from sollol_nb.latency.log import LatencyLog
+from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
+from sollol_nb.ollama import pool as ollama_pool
+from sollol_nb.ollama.nodes import NodeStatus
+from sollol_nb.runtime.events import EventBus
+from sollol_nb.runtime.io_loop import blocking, blocking_stream, same
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from sollol_nb.notebook.cluster_widget import ClusterWidget
+    from sollol_nb.widget.cluster_widget import ClusterWidget
 
 __all__ = ["HybridRouter", "OllamaPool"]
 
@@ -59,7 +60,7 @@ class HybridRouter:
 
     def widget(self) -> ClusterWidget:
         """The live cluster with its controls, for a notebook; the same one each time. Needs ipywidgets."""
-        from sollol_nb.notebook.cluster_widget import cluster_widget
+        from sollol_nb.widget.cluster_widget import cluster_widget
 
         return cluster_widget(self)
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from sollol_nb.io_loop import run_blocking
-from sollol_nb.running import stop_running
-from sollol_nb.settings import SETTINGS
+from sollol_nb.llama_cpp.engine.find import Engine, find_engine
+from sollol_nb.llama_cpp.processes.running import stop_running
+from sollol_nb.runtime.io_loop import run_blocking
+from sollol_nb.settings.table import SETTINGS
 from sollol_nb.sync_wrapper import HybridRouter
-from sollol_nb.toolchain import Engine, find_engine
 
-pytest_plugins = ["tests.ollama_server"]
+pytest_plugins = ["tests.support.ollama_server"]
 
 collect_ignore = ["test_terminal.py"] if sys.platform == "win32" else []
 ENGINE_NAMES = ("llama-server", "ggml-rpc-server", "rpc-server", "ollama")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.engines import HANG_GUARD_S, REPOSITORY, says, script
+from tests.support.engines import HANG_GUARD_S, REPOSITORY, says, script
 
 BEFORE_PANDAS = """
 import importlib.util

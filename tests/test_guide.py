@@ -21,18 +21,18 @@ from typing import Any
 import psutil
 import pytest
 
-from sollol_nb import config
-from sollol_nb.engine_process import EngineProcess
 from sollol_nb.hybrid_router import MODEL_PROFILES
 from sollol_nb.hybrid_router import HybridRouter as AsyncRouter
-from sollol_nb.io_loop import run_blocking
-from sollol_nb.local_workers import start_worker
-from sollol_nb.model_files import DEMO_MODEL_PATH
-from sollol_nb.running import running, stop_running
+from sollol_nb.llama_cpp.engine.find import Engine
+from sollol_nb.llama_cpp.processes.process import EngineProcess
+from sollol_nb.llama_cpp.processes.running import running, stop_running
+from sollol_nb.llama_cpp.workers.local import start_worker
+from sollol_nb.models.files import DEMO_MODEL_PATH
+from sollol_nb.runtime.io_loop import run_blocking
+from sollol_nb.settings import config
 from sollol_nb.sync_wrapper import HybridRouter, OllamaPool
-from sollol_nb.toolchain import Engine
-from tests.engines import eventually
-from tests.ollama_server import OllamaServer
+from tests.support.engines import eventually
+from tests.support.ollama_server import OllamaServer
 
 pytestmark = [
     pytest.mark.engine,

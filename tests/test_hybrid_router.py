@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sollol_nb import hybrid_router, workers
+from sollol_nb import hybrid_router
 from sollol_nb.errors import (
     ConfigError,
     ModelFileError,
@@ -22,18 +22,19 @@ from sollol_nb.errors import (
     SollolError,
     WorkersUnavailableError,
 )
-from sollol_nb.events import EventBus
 from sollol_nb.hybrid_router import MODEL_PROFILES
-from sollol_nb.model_files import DEMO_MODEL_PATH
-from sollol_nb.routing import DISTRIBUTED, OLLAMA
-from sollol_nb.rpc_discovery import discover
+from sollol_nb.llama_cpp.engine.find import Engine
+from sollol_nb.llama_cpp.workers import workers
+from sollol_nb.llama_cpp.workers.probe import discover
+from sollol_nb.llama_cpp.workers.workers import Workers
+from sollol_nb.models.files import DEMO_MODEL_PATH
+from sollol_nb.models.routing import DISTRIBUTED, OLLAMA
+from sollol_nb.runtime.events import EventBus
 from sollol_nb.sync_wrapper import HybridRouter, OllamaPool
-from sollol_nb.toolchain import Engine
-from sollol_nb.workers import Workers
 from tests.conftest import NO_OLLAMA
-from tests.engines import QUESTION, eventually, eventually_async, run, write_endless
-from tests.gguf_files import write_llama
-from tests.ollama_server import CHATML, OllamaServer
+from tests.support.engines import QUESTION, eventually, eventually_async, run, write_endless
+from tests.support.gguf_files import write_llama
+from tests.support.ollama_server import CHATML, OllamaServer
 
 pytestmark = pytest.mark.engine
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines import script
+from tests.support.engines import script
 
 pytestmark = pytest.mark.engine
 

@@ -15,11 +15,12 @@ from typing import Any
 import psutil
 import pytest
 
-from sollol_nb import hybrid_router, ollama_pool, sync_wrapper
-from sollol_nb.io_loop import submit
+from sollol_nb import hybrid_router, sync_wrapper
+from sollol_nb.llama_cpp.engine.find import Engine
+from sollol_nb.ollama import pool as ollama_pool
+from sollol_nb.runtime.io_loop import submit
 from sollol_nb.sync_wrapper import HybridRouter
-from sollol_nb.toolchain import Engine
-from tests.engines import (
+from tests.support.engines import (
     HANG_GUARD_S,
     QUESTION,
     all_end,
@@ -162,7 +163,7 @@ def test_the_pool_can_be_handed_to_a_router() -> None:
 
 INTERRUPTED = """
 import os, signal, sys, threading, time
-from sollol_nb.io_loop import run_blocking
+from sollol_nb.runtime.io_loop import run_blocking
 from sollol_nb.sync_wrapper import HybridRouter
 
 model, how = sys.argv[1:]

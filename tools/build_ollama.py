@@ -15,11 +15,11 @@ from pathlib import Path
 
 import filelock
 
-from sollol_nb import config
-from sollol_nb.build_steps import BuildSteps, shown
-from sollol_nb.build_tools import compiler_command, find_compiler, find_tool
-from sollol_nb.engine_build import fetch_source, remove_tree
 from sollol_nb.errors import EngineBuildError, SollolError
+from sollol_nb.llama_cpp.engine.build import fetch_source, remove_tree
+from sollol_nb.llama_cpp.engine.steps import BuildSteps, shown
+from sollol_nb.llama_cpp.engine.tools import compiler_command, find_compiler, find_tool
+from sollol_nb.settings import config
 
 VERSION = "0.17.4"
 MODULE = "github.com/ollama/ollama"

@@ -11,26 +11,30 @@ import threading
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from sollol_nb import frame_accessor, io_loop
-from sollol_nb.chats import ChatBook
-from sollol_nb.notebook import background, completer, errors_in_cells, nested_loop, traits
+from sollol_nb import frame_accessor
+from sollol_nb.chat.conversation import ChatBook
+from sollol_nb.notebook import errors_in_cells, nested_loop
+from sollol_nb.notebook import settings_traits as traits
+from sollol_nb.notebook import tab_completion as completer
+from sollol_nb.notebook.answers import background
 from sollol_nb.notebook.displays import is_kernel
-from sollol_nb.progress_bars import use_bars
+from sollol_nb.runtime import io_loop
+from sollol_nb.runtime.progress_bars import use_bars
 from sollol_nb.sync_wrapper import HybridRouter
 
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
 
-    from sollol_nb.notebook.traits import Sollol
+    from sollol_nb.notebook.settings_traits import Sollol
 
 __all__ = ["chats", "load_ipython_extension", "router", "settings", "unload_ipython_extension", "use_router"]
 
 _MAGICS = {
-    "asking": "AskMagics",
-    "cluster_magics": "ClusterMagics",
-    "model_magics": "ModelMagics",
-    "record_magics": "RecordMagics",
-    "bench_magic": "BenchMagics",
+    "ask": "AskMagics",
+    "cluster": "ClusterMagics",
+    "models": "ModelMagics",
+    "latency": "RecordMagics",
+    "bench": "BenchMagics",
 }
 """Module of this package: its class of magics."""
 
@@ -102,7 +106,7 @@ def load_ipython_extension(shell: InteractiveShell) -> None:
     _settings = traits.install(shell)
     _settings.on_router_change(_settings_changed)
     for module, name in _MAGICS.items():
-        shell.register_magics(getattr(import_module(f"{__name__}.{module}"), name))
+        shell.register_magics(getattr(import_module(f"{__name__}.magics.{module}"), name))
     completer.install(
         shell,
         _running_models,

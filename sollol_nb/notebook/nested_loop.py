@@ -16,7 +16,7 @@ import asyncio.tasks
 from types import ModuleType
 from typing import Any
 
-from sollol_nb.io_loop import io_loop
+from sollol_nb.runtime.io_loop import io_loop
 
 _MISSING = object()
 _before: list[tuple[ModuleType | type, dict[str, Any]]] = []

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from sollol_nb.cluster_status import COLORS, ClusterStatus, CoordinatorStatus, LayerSegment
-from sollol_nb.markdown_tables import shortened
+from sollol_nb.cluster.status import COLORS, ClusterStatus, CoordinatorStatus, LayerSegment
 from sollol_nb.plots.style import MAX_NAME_CHARS, axes_or_new, legend_below, rows_from_top, titled, without_data
-from sollol_nb.units import format_bytes
+from sollol_nb.text.tables import shortened
+from sollol_nb.text.units import format_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from sollol_nb.coordinator import Coordinator
+    from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 
 PLANNED_HEIGHT, ACTUAL_HEIGHT, GAP = 0.46, 0.2, 0.05
 CHARS_ACROSS = 64  # of the words in segments, over the whole width

@@ -10,7 +10,6 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
-from sollol_nb.markdown_tables import shortened
 from sollol_nb.plots.style import (
     BACKEND_COLORS,
     MAX_NAME_CHARS,
@@ -26,7 +25,8 @@ from sollol_nb.plots.style import (
     titled,
     without_data,
 )
-from sollol_nb.priority_helpers import Priority
+from sollol_nb.runtime.priority import Priority
+from sollol_nb.text.tables import shortened
 
 if TYPE_CHECKING:
     import pandas as pd

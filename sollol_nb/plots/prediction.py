@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.lines import Line2D
 
-from sollol_nb.markdown_tables import shortened
 from sollol_nb.plots.style import (
     MAX_NAME_CHARS,
     axes_or_new,
@@ -20,6 +19,7 @@ from sollol_nb.plots.style import (
     titled,
     without_data,
 )
+from sollol_nb.text.tables import shortened
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -13,7 +13,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.dates import AutoDateLocator, ConciseDateFormatter, date2num
 from matplotlib.patches import Patch
 
-from sollol_nb.cluster_status import BAD_COLOR
+from sollol_nb.cluster.status import BAD_COLOR
 from sollol_nb.plots.style import (
     axes_or_new,
     checked_frame,
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
 
-    from sollol_nb.events import Event
+    from sollol_nb.runtime.events import Event
 
 MAX_REQUESTS = 2000
 STATUS_COLORS = {"ok": "#009e73", "error": BAD_COLOR, "timeout": "#e69f00", "cancelled": "#8c8c8c"}

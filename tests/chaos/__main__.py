@@ -18,11 +18,11 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from sollol_nb import coordinator_readiness
-from sollol_nb.toolchain import find_engine
+from sollol_nb.llama_cpp.coordinators import readiness as coordinator_readiness
+from sollol_nb.llama_cpp.engine.find import find_engine
 from tests.chaos.machines import Cluster
 from tests.chaos.trials import STALL_S, TRIALS, Chaos
-from tests.engines import eventually, with_variable
+from tests.support.engines import eventually, with_variable
 
 
 @dataclass

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from sollol_nb import coordinator_readiness, registry
-from sollol_nb.toolchain import Engine
+from sollol_nb.llama_cpp.coordinators import readiness as coordinator_readiness
+from sollol_nb.llama_cpp.engine.find import Engine
+from sollol_nb.llama_cpp.processes import registry
 from tests.chaos.machines import Cluster
 from tests.chaos.trials import STALL_S, Chaos
-from tests.engines import eventually, with_variable
+from tests.support.engines import eventually, with_variable
 
 
 @pytest.fixture(scope="package")

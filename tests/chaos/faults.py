@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import psutil
 
-from sollol_nb import registry
+from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.sync_wrapper import HybridRouter
 from tests.chaos.machines import Cluster, Machine
 

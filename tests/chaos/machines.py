@@ -18,9 +18,9 @@ from contextlib import suppress
 from functools import cache
 from typing import Any, TypeVar
 
-from sollol_nb.local_workers import free_ports
-from sollol_nb.toolchain import Engine
-from tests.engines import HANG_GUARD_S, eventually
+from sollol_nb.llama_cpp.engine.find import Engine
+from sollol_nb.llama_cpp.workers.local import free_ports
+from tests.support.engines import HANG_GUARD_S, eventually
 
 T = TypeVar("T")
 

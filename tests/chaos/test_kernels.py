@@ -14,12 +14,12 @@ from typing import Any
 import psutil
 import pytest
 
-from sollol_nb import registry
-from sollol_nb.rpc_discovery import test_rpc_backend as is_free
+from sollol_nb.llama_cpp.processes import registry
+from sollol_nb.llama_cpp.workers.probe import test_rpc_backend as is_free
 from tests.chaos.machines import COORDINATOR_PORT
 from tests.chaos.trials import ACCENTS, LONG, MODEL, Chaos
-from tests.engines import eventually, is_alive, with_variable
-from tests.kernels import Kernel, Shown, kernel
+from tests.support.engines import eventually, is_alive, with_variable
+from tests.support.kernels import Kernel, Shown, kernel
 
 pytestmark = [
     pytest.mark.engine,

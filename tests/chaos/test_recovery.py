@@ -11,14 +11,14 @@ from contextlib import aclosing
 
 import pytest
 
-from sollol_nb import coordinator_pool as pool_room
-from sollol_nb import worker_losses
 from sollol_nb.errors import AnswerInterruptedError, WorkersUnavailableError
-from sollol_nb.events import Event
+from sollol_nb.llama_cpp.coordinators import pool as pool_room
+from sollol_nb.llama_cpp.workers import losses as worker_losses
+from sollol_nb.runtime.events import Event
 from tests.chaos.faults import COORDINATOR_KILLED, WORKER_KILLED, Scene
 from tests.chaos.machines import Machine
 from tests.chaos.trials import ACCENTS, HELLO, LONG, MODEL, SOON_S, Answer, Chaos, ask, coordinator_of
-from tests.engines import HANG_GUARD_S, eventually
+from tests.support.engines import HANG_GUARD_S, eventually
 
 pytestmark = [
     pytest.mark.engine,

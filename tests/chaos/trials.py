@@ -15,14 +15,14 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from sollol_nb.coordinator import Coordinator
 from sollol_nb.errors import AnswerInterruptedError
-from sollol_nb.events import Event
-from sollol_nb.priority_helpers import Priority
+from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
+from sollol_nb.runtime.events import Event
+from sollol_nb.runtime.priority import Priority
 from sollol_nb.sync_wrapper import HybridRouter
 from tests.chaos.faults import FAULTS, QUICK_FAULTS, WORKER_KILLED, Fault, Scene
 from tests.chaos.machines import COORDINATOR_PORT, Cluster
-from tests.engines import HANG_GUARD_S, eventually
+from tests.support.engines import HANG_GUARD_S, eventually
 
 MODEL = "demo:sharded"
 WORKERS = 3

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from playwright.sync_api import Page
 
-from sollol_nb.io_loop import run_blocking
-from sollol_nb.notebook.cluster_map import ASSETS
-from sollol_nb.state_patch import patched
+from sollol_nb.cluster.state_patch import patched
+from sollol_nb.runtime.io_loop import run_blocking
+from sollol_nb.widget.cluster_map import ASSETS
+from tests.cluster.test_state_patch import random_state
 from tests.lab.lab import HeadlessLab
-from tests.simulated_cluster import SimulatedCluster, endpoint, node
-from tests.test_state_patch import random_state
+from tests.support.simulated_cluster import SimulatedCluster, endpoint, node
 
 pytestmark = [pytest.mark.engine, pytest.mark.lab]
 

@@ -14,11 +14,11 @@ from tests.lab.page import LIMIT_MS, LabPage
 pytestmark = [pytest.mark.engine, pytest.mark.lab]
 
 REPOSITORY = Path(__file__).parents[2]
-SHOW = "from sollol_nb.notebook import router\nfrom sollol_nb.notebook.cluster_widget import cluster_widget\n"
+SHOW = "from sollol_nb.notebook import router\nfrom sollol_nb.widget.cluster_widget import cluster_widget\n"
 SHOW += "widget = cluster_widget(router())\nwidget"
 KILL = """
 import psutil
-from sollol_nb import registry
+from sollol_nb.llama_cpp.processes import registry
 killed = held[0]
 (entry,) = [one for one in registry.entries("worker") if one.about["endpoint"] == killed]
 psutil.Process(entry.pid).kill()
@@ -27,8 +27,8 @@ print(killed)
 SIMULATED = f"""
 import sys
 sys.path.insert(0, {str(REPOSITORY)!r})
-from tests.simulated_cluster import SimulatedCluster, endpoint, node
-from sollol_nb.notebook.cluster_widget import cluster_widget
+from tests.support.simulated_cluster import SimulatedCluster, endpoint, node
+from sollol_nb.widget.cluster_widget import cluster_widget
 """
 
 expect.set_options(timeout=LIMIT_MS)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from tests.hostile_answers import ADDRESSES, IMAGE, SCRIPTS, TAGS
 from tests.lab.lab import HeadlessLab
 from tests.lab.page import LabPage
+from tests.support.hostile_answers import ADDRESSES, IMAGE, SCRIPTS, TAGS
 
 pytestmark = pytest.mark.lab
 
@@ -23,7 +23,7 @@ LIVE = """output => [...output.querySelectorAll('*')].filter(one =>
 
 @pytest.fixture(scope="module")
 def page(lab: HeadlessLab) -> Iterator[LabPage]:
-    opened = lab.open(["from sollol_nb import safe_markdown\nfrom IPython.display import Markdown"])
+    opened = lab.open(["from sollol_nb.text import safe_markdown\nfrom IPython.display import Markdown"])
     opened.run_all()
     yield opened
     opened.close()

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from sollol_nb.completion_view import LIVE_CHARS
-from tests.gguf_files import write_llama
+from sollol_nb.chat.completion_view import LIVE_CHARS
 from tests.lab.lab import HeadlessLab
 from tests.lab.page import LabPage
+from tests.support.gguf_files import write_llama
 
 pytestmark = [pytest.mark.engine, pytest.mark.lab]
 

@@ -1,0 +1,330 @@
+"""A batch: the same asked of many rows, over all slots that there are; stopped and gone on with at any time.
+
+* Everything is checked, and every row filled in, before the first request.
+* Rows that ask the same are asked once. Rows that an earlier batch was answered (this kernel's or another's) are
+  not asked again; `batch_store.py` tells what counts as the same, and how long answers are kept.
+* An answer is kept as soon as it is there. After an interrupt, a crash or a restart of the kernel, the same
+  call asks only what is left.
+* A row's error stays beside it and stops no other; it is asked again by the next call. What would fail every row
+  (an unknown model, no workers) is raised at once.
+* Requests wait with priority BATCH, behind everybody else's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sqlite3
+from collections import Counter, defaultdict, deque
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing, closing, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sollol_nb.batch.frame import CACHED, ERROR, OK, RowResult, check_columns, joined
+from sollol_nb.batch.rows import Rows, RowTable, RowTemplate, questions
+from sollol_nb.batch.store import answer_key
+from sollol_nb.chat.completion import Completion
+from sollol_nb.chat.request import checked_priority, checked_timeout_s, options_with_schema
+from sollol_nb.errors import (
+    AnswerInterruptedError,
+    BatchInterrupted,
+    ConfigError,
+    ContextOverflowError,
+    CoordinatorStartError,
+    CoordinatorTimeoutError,
+    EngineError,
+    ModelError,
+    OllamaResponseError,
+    OllamaUnavailableError,
+    RequestRejectedError,
+    SollolError,
+    StructureError,
+    WorkerError,
+)
+from sollol_nb.models.routing import checked_backend
+from sollol_nb.runtime.io_loop import io_bound_stream, iterate_blocking
+from sollol_nb.runtime.priority import Priority
+from sollol_nb.runtime.progress_bars import progress_bar
+from sollol_nb.schema.schema import parser_of
+from sollol_nb.settings import config
+from sollol_nb.text.tables import counted
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from tqdm.std import tqdm
+
+    from sollol_nb.hybrid_router import HybridRouter
+
+logger = logging.getLogger(__name__)
+
+HITS_EVERY_ROW = (
+    ConfigError,
+    EngineError,
+    ModelError,
+    WorkerError,
+    CoordinatorStartError,
+    CoordinatorTimeoutError,
+    OllamaUnavailableError,
+)
+"""Errors that say nothing of a row."""
+
+TAKEN_AT_ONCE = 1000
+"""Kept answers that are read at once."""
+
+SAME_REFUSALS = 5
+"""So many different rows refused in the same words, and none answered: so would be all others."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPlace:
+    """Where a batch runs.
+
+    Attributes:
+        identity: what tells the model from another of the same name.
+        slots: requests served at once.
+    """
+
+    identity: dict[str, Any]
+    slots: int
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How many more rows have got their result, and which status."""
+
+    rows: int
+    status: str
+
+
+class Batch:
+    """One batch of a router. The arguments are those of `HybridRouter.map`.
+
+    Raises:
+        ConfigError: an argument cannot be used, or a row not filled in. Nothing is sent.
+    """
+
+    def __init__(
+        self,
+        router: HybridRouter,
+        /,
+        rows: Rows,
+        template: RowTemplate,
+        *,
+        model: str | None = None,
+        schema: object = None,
+        system: str | None = None,
+        backend: str | None = None,
+        concurrency: int | None = None,
+        priority: int = Priority.BATCH,
+        timeout: float | None = None,
+        fresh: bool = False,
+        progress: bool = True,
+        prefix: str = "",
+        **options: Any,
+    ) -> None:
+        self._router = router
+        self._model = config.default("model") if model is None else model
+        if not self._model:
+            raise ConfigError('no model is named; give model="demo", or set one in the setting `model`')
+        if concurrency is not None and (type(concurrency) is not int or concurrency < 1):
+            raise ConfigError(f"concurrency={concurrency!r} must be a whole number of requests, from 1 up")
+        if timeout is not None:
+            checked_timeout_s(timeout)
+        self._arguments = {
+            "schema": schema,
+            "backend": checked_backend(backend),
+            "priority": checked_priority(priority),
+            "timeout": timeout,
+            **options,
+        }
+        self._options = options_with_schema(options, schema)
+        self._schema = schema
+        self._parse = None if schema is None else parser_of(schema)
+        self._concurrency = concurrency
+        self._fresh = fresh
+        self._shows_progress = progress
+        self._prefix = prefix
+        self._table = RowTable.read(rows)
+        check_columns(self._table.frame, prefix, schema)
+        self._questions = questions(self._table.items, template, system)
+        self._results = [RowResult()] * len(self._questions)
+        self._counts: Counter[str] = Counter()  # of rows, by status
+        self._refusals: Counter[str] = Counter()  # of questions, by the error's words
+        self._are_kept = True
+
+    def frame(self) -> pd.DataFrame:
+        """The rows with their results, as far as there are any."""
+        return joined(
+            self._table.frame, self._results, model=self._model, schema=self._schema, prefix=self._prefix
+        )
+
+    async def run(self) -> pd.DataFrame:
+        """Ask all rows. Errors are those of `HybridRouter.map`."""
+        with self._bar() as bar:
+            async with aclosing(self._steps()) as steps:
+                async for step in steps:
+                    self._show(bar, step)
+        return self.frame()
+
+    def run_blocking(self) -> pd.DataFrame:
+        """The same for any thread but the I/O loop's. The bar is drawn by this one, since frontends may not take
+        it from another.
+
+        Raises:
+            BatchInterrupted: KeyboardInterrupt; what was under way is cancelled on the engine.
+        """
+        try:
+            with self._bar() as bar, closing(iterate_blocking(self._steps())) as steps:
+                for step in steps:
+                    self._show(bar, step)
+        except KeyboardInterrupt:
+            next_step = "run the same call again to go on, or take what there is from .partial"
+            raise BatchInterrupted(
+                f"stopped: {self._progress_words()}; {next_step if self._are_kept else 'take them from .partial'}",
+                partial=self.frame(),
+            ) from None
+        return self.frame()
+
+    @io_bound_stream
+    async def _steps(self) -> AsyncGenerator[Progress, None]:
+        """Ask all rows, telling of each that has its result."""
+        if not self._questions:
+            return
+        place = await self._router._batch_place(self._model, self._arguments["backend"])
+        # Over many rows this takes long, and the I/O loop is everybody's.
+        rows_of = await asyncio.to_thread(self._by_question, place.identity)
+        if not self._fresh:
+            async with aclosing(self._take_known(rows_of)) as steps:
+                async for step in steps:
+                    yield step
+        to_ask = deque((key, rows) for key, rows in rows_of.items() if self._results[rows[0]].status != CACHED)
+        concurrency = self._concurrency or place.slots
+        asking: set[asyncio.Task[Progress]] = set()
+        done: set[asyncio.Task[Progress]] = set()
+        try:
+            while to_ask or asking:
+                while to_ask and len(asking) < concurrency:
+                    asking.add(asyncio.create_task(self._ask(*to_ask.popleft())))
+                done, asking = await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    yield task.result()
+        except SollolError as error:
+            if self._counts[OK]:
+                error.add_note(f"{self._progress_words()}; the same call goes on once this is mended")
+            raise
+        finally:
+            for task in asking:
+                task.cancel()
+            await asyncio.gather(*asking, *done, return_exceptions=True)
+        await self._prune()
+
+    def _by_question(self, identity: Mapping[str, Any]) -> dict[str, list[int]]:
+        """The positions of the rows, by the key of what they ask."""
+        rows_of = defaultdict(list)
+        for position, messages in enumerate(self._questions):
+            rows_of[answer_key(self._model, identity, messages, self._options)].append(position)
+        return dict(rows_of)
+
+    async def _take_known(self, rows_of: Mapping[str, list[int]]) -> AsyncGenerator[Progress, None]:
+        """Take the answers that were kept and fit, some at once: neither a stop nor the bar waits for all."""
+        keys = list(rows_of)
+        for start in range(0, len(keys), TAKEN_AT_ONCE):
+            try:
+                known = await asyncio.to_thread(self._known, keys[start : start + TAKEN_AT_ONCE])
+            except (OSError, sqlite3.Error) as error:
+                logger.warning("kept answers cannot be read from %s: %s", self._router.batch_store.path, error)
+                return
+            for key, result in known.items():
+                self._note(rows_of[key], result)
+            if known:
+                yield Progress(sum(len(rows_of[key]) for key in known), CACHED)
+
+    def _known(self, keys: list[str]) -> dict[str, RowResult]:
+        known: dict[str, RowResult] = {}
+        for key, completion in self._router.batch_store.get(keys).items():
+            with suppress(StructureError):  # the class checks more by now than its JSON schema says
+                known[key] = self._result(CACHED, completion)
+        return known
+
+    async def _ask(self, key: str, rows: list[int]) -> Progress:
+        try:
+            completion = await self._router.route_request(self._model, self._questions[rows[0]], **self._arguments)
+            result = self._result(OK, completion)
+        except HITS_EVERY_ROW:
+            raise
+        except SollolError as error:
+            if isinstance(error, RequestRejectedError | OllamaResponseError):
+                self._note_refusal(error)
+            result = RowResult(ERROR, _answer_of(error), error=" ".join(str(error).split()))
+        self._note(rows, result)
+        if result.status == OK:
+            await self._keep(key, completion)
+        return Progress(len(rows), result.status)
+
+    def _note(self, rows: list[int], result: RowResult) -> None:
+        for position in rows:
+            self._results[position] = result
+        self._counts[result.status] += len(rows)
+
+    def _result(self, status: str, completion: Completion) -> RowResult:
+        """Raises StructureError where the answer does not fit the schema."""
+        if self._parse is None or completion["message"].get("tool_calls"):
+            return RowResult(status, completion)
+        return RowResult(status, completion, self._parse(completion.text))
+
+    def _note_refusal(self, error: SollolError) -> None:
+        if isinstance(error, ContextOverflowError):  # says something of its row, also in the same words
+            return
+        self._refusals[str(error)] += 1
+        none_answered = not self._counts[OK] + self._counts[CACHED]
+        if none_answered and self._refusals[str(error)] >= SAME_REFUSALS:
+            raise error
+
+    async def _keep(self, key: str, completion: Completion) -> None:
+        saving = asyncio.create_task(asyncio.to_thread(self._router.batch_store.put, key, completion))
+        try:
+            await asyncio.shield(saving)
+        except asyncio.CancelledError:  # the batch is being stopped, but what is there is kept
+            await asyncio.wait([saving])
+            raise
+        except (OSError, sqlite3.Error) as error:  # an answer is worth more than its keeping
+            if self._are_kept:  # told once; there may be thousands
+                self._are_kept = False
+                path = self._router.batch_store.path
+                logger.warning("an answer was not kept in %s: %s (if the file is damaged, delete it)", path, error)
+
+    async def _prune(self) -> None:
+        try:
+            await asyncio.to_thread(self._router.batch_store.prune)
+        except (OSError, sqlite3.Error) as error:
+            logger.warning("%s was not tidied: %s", self._router.batch_store.path, error)
+
+    # --- what is shown --------------------------------------------------------------------------
+
+    def _progress_words(self) -> str:
+        done = self._counts[OK] + self._counts[CACHED]
+        kept = " and kept" if self._are_kept else ", but could not be kept"
+        return f"{done:,} of {len(self._results):,} rows are done{kept}"
+
+    def _bar(self) -> tqdm[Any]:
+        return progress_bar(
+            total=len(self._questions), desc=self._model, unit="row", disable=not self._shows_progress
+        )
+
+    def _show(self, bar: tqdm[Any], step: Progress) -> None:
+        if step.status == CACHED and not bar.disable:
+            bar.initial += step.rows  # so that the pace is that of what is asked
+        if self._counts[ERROR]:
+            bar.set_postfix_str(counted(self._counts[ERROR], "error"), refresh=False)
+        bar.update(step.rows)
+
+
+def _answer_of(error: SollolError) -> Completion | None:
+    """What there is of an answer that did not end well."""
+    answer: Completion | None = None
+    if isinstance(error, StructureError):
+        answer = error.completion
+    elif isinstance(error, AnswerInterruptedError):
+        answer = error.partial
+    return answer

@@ -1,0 +1,136 @@
+"""The result of a batch as a frame: the rows as they came, joined with what became of each.
+
+| column | is |
+|---|---|
+| `answer` | the answer's text; missing where there is none |
+| one per field | of a schema that is an object: the field's value; `answer_NAME` where that name is taken |
+| `value` | with a schema: the answer as what the schema describes; missing where it does not fit |
+| `status` | `ok`, `cached` (answered in an earlier batch), `error`, `cancelled` (the batch was stopped) |
+| `error` | the error's line, or "" |
+| `backend`, `finish_reason` | where it ran, and why it ended; "" without an answer |
+| `ttft_ms`, `total_ms`, `tokens_per_s`, `completion_tokens` | as in the latency log, from when it was asked |
+
+`frame.attrs["sollol"]` has the model and the counts by status.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sollol_nb.batch.rows import object_column
+from sollol_nb.chat.completion import Completion
+from sollol_nb.errors import ConfigError
+from sollol_nb.schema.schema import field_names
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_NULLABLE: dict[frozenset[type], str] = {
+    frozenset({bool}): "boolean",
+    frozenset({int}): "Int64",
+    frozenset({float}): "float64",
+    frozenset({float, int}): "float64",
+}
+"""The types of values -> a dtype that has room for None beside them."""
+
+OK, CACHED, ERROR, CANCELLED = "ok", "cached", "error", "cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class RowResult:
+    """What became of one row.
+
+    Attributes:
+        status: `ok`, `cached`, `error` or `cancelled`.
+        completion: the answer, also one that does not fit its schema.
+        value: the answer as what the schema describes.
+        error: the error's line.
+    """
+
+    status: str = CANCELLED
+    completion: Completion | None = None
+    value: Any = None
+    error: str = ""
+
+
+def check_columns(frame: pd.DataFrame, prefix: str, schema: object) -> None:
+    """Refuse a frame that has columns of the result's names.
+
+    Raises:
+        ConfigError: it has.
+    """
+    taken = [name for name in _columns([], prefix, schema) if name in frame.columns]
+    if taken:
+        raise ConfigError(
+            f"the rows have {', '.join(taken)} already; give the new columns a prefix, such as prefix='second_'"
+        )
+
+
+def joined(
+    frame: pd.DataFrame, results: Sequence[RowResult], *, model: str, schema: object, prefix: str
+) -> pd.DataFrame:
+    """The frame with the columns of the result; one result for each of its rows, in their order."""
+    import pandas as pd
+
+    columns = _columns(results, prefix, schema)
+    names = field_names(schema) if schema is not None else ()
+    taken = {*frame.columns.get_level_values(0), *columns}
+    fields: dict[str, Any] = {}
+    for name in names:
+        column = f"{prefix}{name}"
+        while column in taken:
+            column = f"{prefix}answer_{column.removeprefix(prefix)}"
+        taken.add(column)
+        fields[column] = _typed([_field(result.value, name) for result in results])
+    answer = f"{prefix}answer"
+    new = pd.DataFrame({answer: columns.pop(answer), **fields, **columns}, index=frame.index)
+    if (levels := frame.columns.nlevels) > 1:  # else the names of all columns would become tuples
+        below = [""] * (levels - 1)
+        new.columns = pd.MultiIndex.from_tuples([(name, *below) for name in new], names=frame.columns.names)
+    result = pd.concat([frame, new], axis=1)
+    counts = Counter(one.status for one in results)
+    about = {"model": model, **{name: counts[name] for name in (OK, CACHED, ERROR, CANCELLED)}}
+    result.attrs = {**frame.attrs, "sollol": about}
+    return result
+
+
+def _columns(results: Sequence[RowResult], prefix: str, schema: object) -> dict[str, Any]:
+    """The columns of the result by their names, but those of a schema's fields."""
+    import pandas as pd
+
+    answers = [one.completion for one in results]
+    routings = [{} if one is None else one.routing for one in answers]
+    columns: dict[str, Any] = {"answer": object_column([None if one is None else one.text for one in answers])}
+    if schema is not None:
+        columns["value"] = object_column([one.value for one in results])
+    columns["status"] = object_column([one.status for one in results])
+    columns["error"] = object_column([one.error for one in results])
+    columns["backend"] = object_column([str(one.get("backend") or "") for one in routings])
+    columns["finish_reason"] = object_column(["" if one is None else one.finish_reason for one in answers])
+    for name, key in (("ttft_ms", "ttft_ms"), ("total_ms", "duration_ms"), ("tokens_per_s", "tokens_per_s")):
+        columns[name] = pd.Series([one.get(key) for one in routings], dtype="float64").array
+    columns["completion_tokens"] = pd.array(
+        [None if one is None else one.get("eval_count") for one in answers], dtype="Int64"
+    )
+    return {f"{prefix}{name}": column for name, column in columns.items()}
+
+
+def _field(value: Any, name: str) -> Any:
+    return value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
+
+
+def _typed(values: Sequence[Any]) -> Any:
+    """A column of the values' own type; booleans and numbers keep theirs beside None."""
+    import pandas as pd
+
+    column: pd.Series[Any] = pd.Series(object_column(values))
+    kinds: frozenset[type] = frozenset(type(value) for value in values if value is not None)
+    dtype: Any = _NULLABLE.get(kinds)
+    has_none = any(value is None for value in values)
+    try:
+        return (column.astype(dtype) if dtype is not None and has_none else column.infer_objects()).array
+    except (OverflowError, TypeError, ValueError):  # JSON's numbers have no limits
+        return column.array

@@ -1,0 +1,113 @@
+"""The rows of a batch: read from whatever holds them, and filled into a template. Pure; nothing is sent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from sollol_nb.errors import ConfigError
+from sollol_nb.llama_cpp.answers.protocol import check_messages
+from sollol_nb.text.expansion import Template
+from sollol_nb.text.tables import shortened
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Messages: TypeAlias = "Sequence[Mapping[str, Any]]"
+Rows: TypeAlias = "pd.DataFrame | pd.Series[Any] | Iterable[Any]"
+RowTemplate: TypeAlias = "str | Callable[[Any], str | Messages]"
+
+
+@dataclass(frozen=True, slots=True)
+class RowTable:
+    """Rows that were read.
+
+    Attributes:
+        frame: the rows as they came, or a frame made of them.
+        items: what a template sees of each row: a dict, or the value itself where it is no dict.
+    """
+
+    frame: pd.DataFrame
+    items: list[Any]
+
+    @classmethod
+    def read(cls, rows: Rows) -> RowTable:
+        """Read a frame (each row a dict by column), a series, or any iterable (to its end).
+
+        Dicts become the columns of a frame, other values its column `item`; a series keeps its name.
+
+        Raises:
+            ConfigError: it is none of these, or two columns have the same name.
+        """
+        import pandas as pd
+
+        if isinstance(rows, pd.DataFrame):
+            if not rows.columns.is_unique:
+                twice = rows.columns[rows.columns.duplicated()][0]
+                raise ConfigError(f"the frame has two columns named {twice!r}; give each a name of its own")
+            names = list(rows.columns)
+            values = rows.itertuples(index=False, name=None)
+            return cls(rows, [dict(zip(names, row, strict=True)) for row in values])
+        if isinstance(rows, pd.Series):
+            return cls(rows.to_frame("item" if rows.name is None else rows.name), list(rows))
+        if isinstance(rows, str | bytes | Mapping) or not isinstance(rows, Iterable):
+            raise ConfigError(
+                "rows must be a DataFrame, a Series, or a list of dicts or values, not "
+                f"{shortened(' '.join(repr(rows).split()), 60)}"
+            )
+        items = list(rows)
+        if items and all(isinstance(item, Mapping) for item in items):
+            return cls(pd.DataFrame([dict(item) for item in items]), items)
+        return cls(pd.DataFrame({"item": object_column(items)}).infer_objects(), items)
+
+
+def object_column(values: Sequence[Any]) -> Any:
+    """An array of objects, which numpy would make a table of where they are lists."""
+    import numpy as np
+
+    column = np.empty(len(values), dtype=object)
+    for position, value in enumerate(values):
+        column[position] = value
+    return column
+
+
+def questions(items: Sequence[Any], template: RowTemplate, system: str | None) -> list[list[dict[str, Any]]]:
+    """The messages of each row.
+
+    Args:
+        template: a text with `{{ expression }}` (see `expansion.py`) over the row: its columns by their names and
+            `row` for all of it; `item`, `value` and `row` for a value that is no dict. Or a function of the row
+            that gives a text or messages.
+        system: if given, the system message before each.
+
+    Raises:
+        ConfigError: the template cannot be used, or not with a row; that one is named by its position, from 0.
+    """
+    if not isinstance(template, str) and not callable(template):
+        raise ConfigError(f"the template must be a text or a function of a row, not {type(template).__name__}")
+    if isinstance(template, str) and "{{" not in template and len(items) > 1:
+        raise ConfigError(
+            "the template has no {{ column }} in it, so all rows would ask the same; single braces mean nothing"
+        )
+    ask = _filling(Template(template)) if isinstance(template, str) else template
+    before = [{"role": "system", "content": system}] if system is not None else []
+    asked = []
+    for position, item in enumerate(items):
+        try:
+            asked.append(before + check_messages(ask(item)))
+        except ConfigError as error:
+            raise ConfigError(f"row {position}: {error}") from error
+        except Exception as error:  # the user's own function can raise anything
+            words = shortened(" ".join(f"{type(error).__name__}: {error}".split()), 300)
+            raise ConfigError(f"row {position}: the template function failed with {words}") from error
+    return asked
+
+
+def _filling(template: Template) -> Callable[[Any], str]:
+    def fill(item: Any) -> str:
+        if isinstance(item, Mapping):
+            return template.fill({"row": item, **{str(name): value for name, value in item.items()}})
+        return template.fill({"row": item, "item": item, "value": item})
+
+    return fill

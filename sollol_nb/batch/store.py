@@ -1,0 +1,174 @@
+"""Answers of batches, kept in SQLite, so that a row that was answered is never asked again.
+
+An answer is found by a key: the SHA-256 of the model, its file (or Ollama's digest of it), the messages and the
+options, the schema included. Anything else, another file under the model's name too, is another question. Only
+answers that ended well are kept, sampled ones as well: a batch that goes on should not change what it has, so at a
+temperature above 0 the same row gets the same answer until it is asked with `fresh=True`.
+
+The file lies in the state folder (mode 0600, since it holds prompts' answers), is in WAL mode, and each operation
+opens its own connection, so several kernels may write at once. After each batch that comes to its end, answers
+that were not used for `KEEP_DAYS` days go, and the least recently used of more than `KEEP_ROWS`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sollol_nb.chat.completion import Completion
+from sollol_nb.errors import ConfigError
+from sollol_nb.settings import config
+
+SCHEMA_VERSION = 1
+BUSY_TIMEOUT_S = 10.0
+KEEP_DAYS = 30.0
+KEEP_ROWS = 200_000
+
+_DAY_S = 86_400.0
+_KEYS_AT_ONCE = 500  # SQLite's limit of variables in one statement was 999 for long
+_LARGE_ROUTING = ("plan", "placement_differences")
+_CREATE = (
+    """CREATE TABLE answers (
+        key TEXT PRIMARY KEY,
+        model TEXT NOT NULL,
+        used_at REAL NOT NULL,
+        completion TEXT NOT NULL
+    ) WITHOUT ROWID""",
+    "CREATE INDEX answers_used_at ON answers (used_at)",
+    f"PRAGMA user_version = {SCHEMA_VERSION}",
+)
+
+
+def answer_key(
+    model: str, identity: Mapping[str, Any], messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
+) -> str:
+    """The key of a question.
+
+    Args:
+        identity: what tells the model from another of the same name.
+        options: `keep_alive` does not count, since it changes no answer.
+
+    Raises:
+        ConfigError: messages or options cannot be written as JSON.
+    """
+    # Properties of a schema stay in their order, in which they are written.
+    counted = {name: options[name] for name in sorted(options) if name != "keep_alive"}
+    try:
+        text = json.dumps([model, dict(identity), [dict(one) for one in messages], counted])
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"the messages or options of a batch must be writable as JSON: {error}") from None
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class BatchStore:
+    """Answers by their keys, in one SQLite file.
+
+    Args:
+        path: the file; by default `batches.sqlite` in the state folder.
+    """
+
+    def __init__(self, path: str | Path | None = None) -> None:
+        self.path = Path(path) if path is not None else config.state_dir() / "batches.sqlite"
+
+    def __repr__(self) -> str:
+        return f"BatchStore({str(self.path)!r})"
+
+    def __len__(self) -> int:
+        """How many answers are kept."""
+        with self._connection() as connection:
+            return int(connection.execute("SELECT count(*) FROM answers").fetchone()[0])
+
+    def put(self, key: str, completion: Completion) -> None:
+        """Keep an answer; waits for other writers, at most 10 s."""
+        routing = {name: value for name, value in completion.routing.items() if name not in _LARGE_ROUTING}
+        text = json.dumps({**completion, "_routing": routing})
+        row = (key, str(completion.get("model", "")), time.time(), text)
+        with self._connection() as connection:
+            connection.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?)", row)
+
+    def get(self, keys: Iterable[str]) -> dict[str, Completion]:
+        """The answers that are kept of these; they count as used now, if the file can be written."""
+        wanted = list(keys)
+        found: dict[str, Completion] = {}
+        with self._connection() as connection:
+            for start in range(0, len(wanted), _KEYS_AT_ONCE):
+                some = wanted[start : start + _KEYS_AT_ONCE]
+                marks = ", ".join("?" * len(some))
+                rows = connection.execute(
+                    f"SELECT key, completion FROM answers WHERE key IN ({marks})",  # noqa: S608 - marks only
+                    some,
+                )
+                for key, text in rows:
+                    with contextlib.suppress(ValueError):  # a damaged file
+                        found[key] = Completion(json.loads(text))
+            with contextlib.suppress(sqlite3.OperationalError):  # locked for long
+                connection.executemany(
+                    "UPDATE answers SET used_at = ? WHERE key = ?", [(time.time(), key) for key in found]
+                )
+        return found
+
+    def prune(self, *, keep_days: float = KEEP_DAYS, keep_rows: int = KEEP_ROWS) -> int:
+        """Forget answers not used for `keep_days` days, and the least recently used of more than `keep_rows`;
+        gives how many."""
+        with self._connection() as connection:
+            old = connection.execute("DELETE FROM answers WHERE used_at < ?", [time.time() - keep_days * _DAY_S])
+            many = connection.execute(
+                """DELETE FROM answers WHERE key IN (
+                    SELECT key FROM answers ORDER BY used_at DESC LIMIT -1 OFFSET ?
+                )""",
+                [keep_rows],
+            )
+            return old.rowcount + many.rowcount
+
+    def clear(self, model: str | None = None) -> int:
+        """Forget all answers, or those of one model, and give their space back; gives how many."""
+        with self._connection() as connection:
+            if model is None:
+                count = connection.execute("DELETE FROM answers").rowcount
+            else:
+                count = connection.execute("DELETE FROM answers WHERE model = ?", [model]).rowcount
+        with self._connection() as connection:
+            connection.isolation_level = None  # VACUUM runs in no transaction
+            connection.execute("VACUUM")
+        return count
+
+    @contextlib.contextmanager
+    def _connection(self) -> Iterator[sqlite3.Connection]:
+        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite's own files beside it take its mode
+        connection = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_S)
+        try:
+            if connection.execute("PRAGMA user_version").fetchone()[0] < SCHEMA_VERSION:
+                _create(connection)
+            connection.execute(
+                "PRAGMA synchronous = NORMAL"
+            )  # safe with WAL; an answer need not survive power loss
+            with connection:
+                yield connection
+        finally:
+            connection.close()
+
+
+def _create(connection: sqlite3.Connection) -> None:
+    # SQLite does not wait for its lock while the journal mode changes, and several writers may be the first.
+    deadline = time.monotonic() + BUSY_TIMEOUT_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("BEGIN IMMEDIATE")
+            if connection.execute("PRAGMA user_version").fetchone()[0] < SCHEMA_VERSION:
+                for statement in _CREATE:
+                    connection.execute(statement)
+            connection.commit()
+            return
+        except sqlite3.OperationalError as error:
+            connection.rollback()
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)

@@ -1,0 +1,337 @@
+"""Benchmarks through the router: cases in turns, one row per request, and a result that keeps what was measured.
+
+`bench` is `HybridRouter.bench`, `bench_blocking` that of the blocking router; `measure` gives rows as they come.
+What is asked is planned in `bench_plan`; `bench_places` sees to it that it is loaded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing, closing
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Self
+
+from sollol_nb.bench.places import BenchPlaces
+from sollol_nb.bench.plan import (
+    BenchCase,
+    BenchSettings,
+    BenchTarget,
+    bench_settings,
+    case_labels,
+    client_prompts,
+    marked,
+)
+from sollol_nb.bench.result import BenchResult, BenchRow, measured
+from sollol_nb.errors import RequestCancelledError, SollolError
+from sollol_nb.runtime.io_loop import io_bound_stream, iterate_blocking
+from sollol_nb.runtime.progress_bars import progress_bar
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from sollol_nb.hybrid_router import HybridRouter
+    from sollol_nb.runtime.events import Event
+
+__all__ = ["BenchNote", "BenchStart", "bench", "bench_blocking", "measure"]
+
+TICK_S = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class BenchStart:
+    """A benchmark begins: the labels of its cases, and how many requests it measures."""
+
+    cases: tuple[str, ...]
+    request_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class BenchNote:
+    """Something to know when reading the numbers, in words."""
+
+    words: str
+
+
+async def bench(
+    router: HybridRouter,
+    models: str | Sequence[str],
+    *,
+    layouts: str | int | Sequence[str | int] = "auto",
+    strategies: str | Sequence[str] = (),
+    concurrency: int | str | Sequence[int] = 1,
+    prompts: int | Sequence[str] = 3,
+    repeat: int = 5,
+    warmup: int = 1,
+    reload: bool | None = None,
+    timeout: float | None = None,
+    **options: Any,
+) -> BenchResult:
+    """Measure models over layouts, strategies and concurrency, all cases in turns.
+
+    In each round every case gets each prompt once per client (`concurrency`), so that drift of the machine meets
+    all cases alike. A case that fails does not end the benchmark; its rows carry the error. The blocking twin
+    shows a progress bar, and the stop button or Ctrl-C ends it with what was measured (`complete` is False).
+
+    Args:
+        models: one name, or several.
+        layouts: `"auto"` (as the router decides), `"local"` (no workers), a number of workers, or units per worker
+            such as `"5/4/4"` (blocks and, last, the output layer); one, or several.
+        strategies: layer strategies, for layouts that leave the counts open; by default the router's own.
+        concurrency: requests at once; one number, or several.
+        prompts: how many of the built-in prompts, or a list of texts.
+        repeat: rounds.
+        warmup: requests after each load that are not measured. With 0 the first measured request loads, and is
+            left out of the summary.
+        reload: True lets the coordinators take turns on the same workers, with a load at each turn; False loads
+            all at once, on workers of their own; by default that is done where enough workers are free.
+        timeout: limit of each request in seconds.
+        **options: of each request, as for `route_request`; by default `temperature=0`, `max_tokens=64`.
+
+    Raises:
+        ConfigError: an argument cannot be used.
+        WorkersUnavailableError: there are too few workers for a layout.
+        RequestCancelledError: the blocking twin was stopped before anything was measured.
+        SollolError: no case could be measured; the first one's error.
+    """
+    settings = bench_settings(
+        models,
+        layouts=layouts,
+        strategies=strategies,
+        concurrency=concurrency,
+        prompts=prompts,
+        repeat=repeat,
+        warmup=warmup,
+        reload=reload,
+        timeout=timeout,
+        **options,
+    )
+    collected = _Collected(settings)
+    async with aclosing(measure(router, settings)) as items:
+        async for item in items:
+            collected.take(item)
+    return collected.result(complete=True)
+
+
+def bench_blocking(self: Any, models: str | Sequence[str], **wanted: Any) -> BenchResult:
+    # Documented as `bench` is, see below. As every twin, `self` carries the async router as `_async`.
+    router: HybridRouter = self._async
+    settings = bench_settings(models, **wanted)
+    collected = _Collected(settings)
+    status: deque[str] = deque(maxlen=1)
+
+    def note(event: Event) -> None:
+        if event.kind.startswith(("coordinator.", "engine.", "worker.")):
+            status.append(event.words)
+
+    unsubscribe = router.events.subscribe(note)
+    is_complete = True
+    try:
+        # Ticks let the bar, which frontends take from this thread only, tell of loads.
+        with _Bar() as bar, closing(iterate_blocking(measure(router, settings), tick_s=TICK_S)) as items:
+            for item in items:
+                if item is not None:
+                    collected.take(item)
+                    status.clear()
+                bar.show(item, status[0] if status else "")
+    except KeyboardInterrupt:
+        is_complete = False
+        if not collected.rows:
+            raise RequestCancelledError("the benchmark was stopped before anything was measured") from None
+    finally:
+        unsubscribe()
+    return collected.result(complete=is_complete)
+
+
+functools.update_wrapper(bench_blocking, bench)
+
+
+@io_bound_stream
+async def measure(
+    router: HybridRouter, settings: BenchSettings
+) -> AsyncGenerator[BenchStart | BenchNote | BenchRow, None]:
+    """Run a benchmark; yields its start, then rows and notes as they come.
+
+    Closing the generator ends the benchmark, and the coordinators that were started for it. Errors are those of
+    `bench`.
+    """
+    places = BenchPlaces(router, settings)
+    try:
+        await places.prepare()
+        labels = case_labels(places.cases)
+        yield BenchStart(labels, settings.requests_of(places.cases))
+        async with aclosing(_Rounds(settings, places, labels).run()) as items:
+            async for item in items:
+                yield item
+    finally:
+        # The engines must be ended, also when whoever waits is cancelled once more.
+        await asyncio.shield(places.close())
+
+
+class _Rounds:
+    """The rounds of one benchmark."""
+
+    def __init__(self, settings: BenchSettings, places: BenchPlaces, labels: Sequence[str]) -> None:
+        self._settings = settings
+        self._places = places
+        self._labels = dict(zip(places.cases, labels, strict=True))
+        self._run_mark = int(time.time() * 1000) % 10**8
+        self._began = time.perf_counter()
+        self._first_error: SollolError | None = None
+
+    async def run(self) -> AsyncGenerator[BenchNote | BenchRow, None]:
+        """All rows, and what to know of them. Raises the first error where nothing could be measured."""
+        targets = list(dict.fromkeys(case.target for case in self._labels))
+        has_measured = False
+        for round_number in range(self._settings.repeat):
+            for target in list(targets):
+                cases = [case for case in self._labels if case.target == target]
+                try:
+                    await self._ready(target)
+                except SollolError as error:  # it is left out from now on
+                    self._first_error = self._first_error or error
+                    targets.remove(target)
+                    for case in cases:
+                        yield replace(self._empty_row(case, round_number), error=str(error))
+                    continue
+                for words in self._places.take_notes():
+                    yield BenchNote(words)
+                for case in cases:
+                    async with aclosing(self._turn(case, round_number)) as rows:
+                        async for row in rows:
+                            has_measured |= not row.error
+                            yield row
+        if self._first_error is not None and not has_measured:
+            raise self._first_error
+
+    async def _ready(self, target: BenchTarget) -> None:
+        """Load what is asked next, and warm it up."""
+        settings = self._settings
+        while True:
+            try:
+                if await self._places.load(target):
+                    for number in range(settings.warmup):
+                        prompt = marked(
+                            settings.prompts[number % len(settings.prompts)], self._run_mark - 1 - number
+                        )
+                        await self._places.ask(target, prompt)
+                return
+            except SollolError as error:
+                if not await self._places.failed(target, error):
+                    raise
+
+    async def _turn(self, case: BenchCase, round_number: int) -> AsyncGenerator[BenchRow, None]:
+        """One round of one case: all its clients at once. Rows come as they are measured."""
+        rows: asyncio.Queue[BenchRow | None] = asyncio.Queue()
+
+        async def client(number: int) -> None:
+            try:
+                for row, prompt in self._requests(case, round_number, number):
+                    rows.put_nowait(await self._ask(case, row, prompt))
+            finally:
+                rows.put_nowait(None)
+
+        clients = [asyncio.create_task(client(number)) for number in range(case.concurrency)]
+        try:
+            busy = case.concurrency
+            while busy:
+                row = await rows.get()
+                if row is None:
+                    busy -= 1
+                else:
+                    yield row
+            await asyncio.gather(*clients)
+        finally:
+            for one in clients:
+                one.cancel()
+            await asyncio.gather(*clients, return_exceptions=True)
+
+    def _requests(self, case: BenchCase, round_number: int, client: int) -> list[tuple[BenchRow, str]]:
+        """The rows to fill of one client, and what it asks."""
+        asked = client_prompts(self._settings, case.concurrency, client, round_number, self._run_mark)
+        empty = self._empty_row(case, round_number)
+        return [(replace(empty, client=client, prompt=number), prompt) for number, prompt in asked]
+
+    def _empty_row(self, case: BenchCase, round_number: int) -> BenchRow:
+        target = case.target
+        return BenchRow(
+            case=self._labels[case],
+            model=target.model,
+            layout=str(target.layout),
+            strategy=target.strategy,
+            concurrency=case.concurrency,
+            round=round_number,
+            client=0,
+            prompt=0,
+            start_s=self._now_s(),
+        )
+
+    async def _ask(self, case: BenchCase, row: BenchRow, prompt: str) -> BenchRow:
+        row = replace(row, start_s=self._now_s())
+        try:
+            completion = await self._places.ask(case.target, prompt)
+        except SollolError as error:
+            self._first_error = self._first_error or error
+            return replace(row, error=str(error))
+        return replace(row, **measured(completion))
+
+    def _now_s(self) -> float:
+        return time.perf_counter() - self._began
+
+
+class _Collected:
+    """What came so far, and the result that it makes."""
+
+    def __init__(self, settings: BenchSettings) -> None:
+        self.rows: list[BenchRow] = []
+        self._settings = asdict(settings) | {
+            "layouts": [str(layout) for layout in settings.layouts],
+            "started_at": time.time(),
+        }
+        self._cases: tuple[str, ...] = ()
+        self._notes: list[str] = []
+
+    def take(self, item: BenchStart | BenchNote | BenchRow) -> None:
+        match item:
+            case BenchStart():
+                self._cases = item.cases
+            case BenchNote() if item.words not in self._notes:
+                self._notes.append(item.words)
+            case BenchRow():
+                self.rows.append(item)
+
+    def result(self, *, complete: bool) -> BenchResult:
+        left_out = {row.case: row.error for row in self.rows if row.error}
+        notes = [*self._notes, *(f"{case}: {error}" for case, error in left_out.items())]
+        return BenchResult(self._cases, tuple(self.rows), self._settings, tuple(notes), complete)
+
+
+class _Bar:
+    """A progress bar over the requests, for terminals and notebooks; gone at the end."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm[Any] | None = None
+        self._words = ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def show(self, item: BenchStart | BenchNote | BenchRow | None, status: str) -> None:
+        """Show what came, and what is going on besides."""
+        if isinstance(item, BenchStart):
+            self._bar = progress_bar(desc="benchmark", unit="request", leave=False, total=item.request_count)
+        if self._bar is None:
+            return
+        words = item.case if isinstance(item, BenchRow) else status or self._words
+        if words != self._words:
+            self._words = words
+            self._bar.set_postfix_str(words)
+        if isinstance(item, BenchRow):
+            self._bar.update()

@@ -1,0 +1,363 @@
+"""The result of a benchmark: one row per request, and their medians with intervals, per case.
+
+A summary weighs rounds, not requests: requests of one round share its moment, so a case's value in a round is the
+median of its requests there, and the median over rounds, its interval and the ratio to the first case (round by
+round) are made of these values. Throughput is a value of a round by itself.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sollol_nb.bench.statistics import Estimate, estimate, paired_ratio
+from sollol_nb.chat.completion import Completion
+from sollol_nb.errors import ConfigError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """What is measured: its title for tables and plots, and whether a higher value is better."""
+
+    title: str
+    higher_is_better: bool = False
+
+
+METRICS: dict[str, Metric] = {
+    "ttft_ms": Metric("first token, ms"),
+    "prompt_tokens_per_s": Metric("prompt, tokens/s", True),
+    "tokens_per_s": Metric("generation, tokens/s", True),
+    "total_ms": Metric("whole answer, ms"),
+    "throughput_tokens_per_s": Metric("throughput, tokens/s", True),
+    "queue_ms": Metric("queue, ms"),
+    "router_overhead_ms": Metric("router overhead, ms"),
+}
+"""Metrics of a summary. `throughput_tokens_per_s` is of a round: all tokens written, by the time from the first
+request's begin to the last one's end; the others are of a request and are described in `BenchRow`."""
+
+
+@dataclass(frozen=True, slots=True)
+class BenchRow:
+    """One measured request. None where it does not apply, or the request failed.
+
+    Attributes:
+        case: the case's label.
+        model, layout, strategy, concurrency: the case; `strategy` is "" where the router's own is used.
+        round, client, prompt: numbers from 0; `prompt` is the position in the settings' prompts.
+        start_s: when it was sent, in seconds since the benchmark began to measure.
+        backend: where it ran, such as `llama.cpp-distributed`.
+        layers: units per worker as planned, such as `5/4/4`; "" where nothing is sharded.
+        workers: endpoints of these workers, separated by spaces.
+        queue_ms: waited at the place's gate.
+        load_ms: waited for a load; such a request is left out of the summary.
+        ttft_ms: from the request to its first token.
+        total_ms: from the request to its last token.
+        prompt_tokens, completion_tokens: tokens read and written.
+        prompt_tokens_per_s: speed of reading the prompt, as the engine measured it.
+        tokens_per_s: speed of writing, as the engine measured it; None for one token or less.
+        router_overhead_ms: part of `ttft_ms` spent in the router itself.
+        failovers: how often it went on elsewhere.
+        error: why it failed, or "".
+    """
+
+    case: str
+    model: str
+    layout: str
+    strategy: str
+    concurrency: int
+    round: int
+    client: int
+    prompt: int
+    start_s: float
+    backend: str = ""
+    layers: str = ""
+    workers: str = ""
+    queue_ms: float | None = None
+    load_ms: float | None = None
+    ttft_ms: float | None = None
+    total_ms: float | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    prompt_tokens_per_s: float | None = None
+    tokens_per_s: float | None = None
+    router_overhead_ms: float | None = None
+    failovers: int = 0
+    error: str = ""
+
+
+_TEXTS = ("case", "model", "layout", "strategy", "backend", "layers", "workers", "error")
+_WHOLE = ("concurrency", "round", "client", "prompt", "prompt_tokens", "completion_tokens", "failovers")
+_DTYPES = dict.fromkeys(_TEXTS, "string") | dict.fromkeys(_WHOLE, "Int64")
+
+
+@dataclass(frozen=True, slots=True)
+class _Summary:
+    """One metric of one case: over the rounds, and as the ratio to the first case."""
+
+    value: Estimate
+    ratio: Estimate
+
+
+def measured(completion: Completion) -> dict[str, Any]:
+    """What a completion says of itself, by the names of `BenchRow`."""
+    routing = completion.routing
+    shards = (routing.get("plan") or {}).get("shards", ())
+    prompt_tokens, prompt_ns = completion.get("prompt_eval_count"), completion.get("prompt_eval_duration")
+    return {
+        "backend": routing.get("backend", ""),
+        "layers": routing.get("layout") or "",
+        "workers": " ".join(shard["endpoint"] for shard in shards),
+        "queue_ms": routing.get("queue_ms"),
+        "load_ms": routing.get("load_ms"),
+        "ttft_ms": routing.get("ttft_ms"),
+        "total_ms": routing.get("duration_ms"),
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion.get("eval_count"),
+        "prompt_tokens_per_s": prompt_tokens / prompt_ns * 1e9 if prompt_tokens and prompt_ns else None,
+        "tokens_per_s": routing.get("tokens_per_s"),
+        "router_overhead_ms": routing.get("router_overhead_ms"),
+        "failovers": len(routing.get("failovers") or ()),
+    }
+
+
+@dataclass(frozen=True, repr=False)
+class BenchResult:
+    """What a benchmark measured.
+
+    Attributes:
+        cases: the labels of all cases, in the order of their turns.
+        rows: one for each request.
+        settings: what was asked for, as plain data: models, layouts, prompts, repeat, options, ...
+        notes: what one should know to read the numbers, in words.
+        complete: whether it was measured to its end.
+    """
+
+    cases: tuple[str, ...]
+    rows: tuple[BenchRow, ...]
+    settings: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+    complete: bool = True
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """One row per request; columns as in `BenchRow`."""
+        import pandas as pd
+
+        frame = pd.DataFrame([asdict(row) for row in self.rows], columns=[one.name for one in fields(BenchRow)])
+        return frame.astype({name: _DTYPES.get(name, "float64") for name in frame.columns})
+
+    def rounds(self) -> pd.DataFrame:
+        """One row per case, round and metric (columns `case`, `round`, `metric`, `value`): what summaries weigh.
+
+        Requests that failed or waited for a load are left out, and with them their round: prompts differ, so the
+        median of some of them is not that of all. Only where a case has no whole round do its parts count, but for
+        their throughput.
+        """
+        import pandas as pd
+
+        return pd.DataFrame(
+            [
+                (case, number, metric, value)
+                for (case, number), values in self._values.items()
+                for metric, value in values.items()
+            ],
+            columns=["case", "round", "metric", "value"],
+        )
+
+    def summary(self) -> pd.DataFrame:
+        """One row per case and metric (the index).
+
+        Columns: `median`, `lower`, `upper` (95 % interval, see `bench_statistics`), `n` (rounds that it rests on),
+        `ratio`, `ratio_lower`, `ratio_upper` (to the first case, round by round), `requests` and `errors` (of the
+        case). What no request of a case has is NaN, with `n` 0.
+        """
+        import pandas as pd
+
+        lines = [
+            {
+                "median": one.value.median,
+                "lower": one.value.lower,
+                "upper": one.value.upper,
+                "n": one.value.n,
+                "ratio": one.ratio.median,
+                "ratio_lower": one.ratio.lower,
+                "ratio_upper": one.ratio.upper,
+                "requests": sum(row.case == case for row in self.rows),
+                "errors": self._errors(case),
+            }
+            for (case, _), one in self._summaries.items()
+        ]
+        return pd.DataFrame(lines, index=pd.MultiIndex.from_tuples(self._summaries, names=["case", "metric"]))
+
+    def plot(self, ax: Axes | None = None, metric: str = "tokens_per_s") -> Axes:
+        """Draw one metric: median and interval of each case, and every round as a dot.
+
+        Args:
+            ax: where to; by default a new figure.
+            metric: a name in `METRICS`.
+
+        Raises:
+            ConfigError: there is no such metric.
+        """
+        from sollol_nb.bench.figure import draw_metric
+
+        return draw_metric(self, metric, ax)
+
+    # --- file -----------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> Path:
+        """Write everything to a JSON file; returns its path."""
+        path = Path(path)
+        data = {
+            "format": FORMAT_VERSION,
+            "cases": self.cases,
+            "settings": dict(self.settings),
+            "notes": self.notes,
+            "complete": self.complete,
+            "rows": [asdict(row) for row in self.rows],
+        }
+        path.write_text(json.dumps(data, indent=1, ensure_ascii=False), encoding="utf-8")
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> BenchResult:
+        """Read what `save` wrote.
+
+        Raises:
+            ConfigError: the file is not there, or is not the file of a benchmark.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            if data["format"] != FORMAT_VERSION:
+                raise ConfigError(f"{path} has format {data['format']}, and this version reads {FORMAT_VERSION}")
+            rows = tuple(BenchRow(**row) for row in data["rows"])
+            return cls(tuple(data["cases"]), rows, data["settings"], tuple(data["notes"]), data["complete"])
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from None
+        except (ValueError, KeyError, TypeError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"{path} is not a saved benchmark; BenchResult.save() writes such a file") from error
+
+    # --- what is shown --------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        state = "" if self.complete else ", incomplete"
+        return f"<BenchResult: {len(self.cases)} cases, {len(self.rows)} requests{state}>"
+
+    def __str__(self) -> str:
+        return "\n".join([self._table().to_string(), *self._remarks()])
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        remarks = "<br>".join(map(html.escape, self._remarks()))
+        return {
+            "text/plain": str(self),
+            "text/html": f"{self._table().to_html()}\n<p><small>{remarks}</small></p>",
+        }
+
+    def _table(self) -> pd.DataFrame:
+        """The summary as people read it: a line per case, `median [lower, upper]` per metric."""
+        import pandas as pd
+
+        columns: dict[str, list[str]] = {}
+        for metric, about in METRICS.items():
+            values = [self._summaries[case, metric].value for case in self.cases]
+            is_worth_it = metric != "queue_ms" or any(one.median >= 1.0 for one in values)
+            if is_worth_it and any(one.n for one in values):
+                columns[about.title] = [_figure(one) for one in values]
+        if len(self.cases) > 1:
+            ratios = [self._summaries[case, "tokens_per_s"].ratio for case in self.cases]
+            columns["generation, ratio to the first"] = [_figure(one) for one in ratios]
+        errors = [self._errors(case) for case in self.cases]
+        if any(errors):
+            columns["errors"] = [str(one) for one in errors]
+        return pd.DataFrame(columns, index=pd.Index(self.cases, name="case"))
+
+    def _remarks(self) -> list[str]:
+        rounds = len({number for (_, number), values in self._values.items() if values})
+        told = f"medians over {rounds} rounds, each case in turn" if rounds != 1 else "one round: no intervals"
+        remarks = [f"{told}; [95 % bootstrap interval]; {len(self.rows)} requests"]
+        if not self.complete:
+            remarks.append("incomplete: it was stopped before its end")
+        if not any(self._values.values()):
+            remarks.append("no request was measured: each failed or waited for a load")
+        return [*remarks, *self.notes]
+
+    # --- inside ---------------------------------------------------------------------------------
+
+    def _errors(self, case: str) -> int:
+        return sum(bool(row.error) for row in self.rows if row.case == case)
+
+    @cached_property
+    def _values(self) -> dict[tuple[str, int], dict[str, float]]:
+        """(case, round) -> metric -> value."""
+        rows: dict[tuple[str, int], list[BenchRow]] = {}
+        for row in self.rows:
+            rows.setdefault((row.case, row.round), []).append(row)
+        prompts = len(self.settings.get("prompts", ()))
+        whole = {key for key, these in rows.items() if len(_good(these)) == prompts * these[0].concurrency}
+        cases_with_whole = {case for case, _ in whole}
+        return {
+            key: _round_values(these, is_whole=key in whole)
+            for key, these in rows.items()
+            if key in whole or key[0] not in cases_with_whole
+        }
+
+    @cached_property
+    def _summaries(self) -> dict[tuple[str, str], _Summary]:
+        """(case, metric) -> its median, interval and ratio."""
+        numbers = sorted({row.round for row in self.rows})
+        found = {}
+        for metric in METRICS:
+            baseline: list[float | None] = []
+            for case in self.cases:
+                values = [self._values.get((case, number), {}).get(metric) for number in numbers]
+                baseline = baseline or values
+                found[case, metric] = _Summary(estimate(values), paired_ratio(values, baseline))
+        return {(case, metric): found[case, metric] for case in self.cases for metric in METRICS}
+
+
+def _good(rows: list[BenchRow]) -> list[BenchRow]:
+    return [row for row in rows if not row.error and not row.load_ms]
+
+
+def _round_values(rows: list[BenchRow], *, is_whole: bool) -> dict[str, float]:
+    """The value of each metric in one round of one case; metrics that no request has are left out."""
+    good = _good(rows)
+    values: dict[str, float] = {}
+    for metric in METRICS:
+        if metric == "throughput_tokens_per_s":
+            if is_whole:
+                values[metric] = _throughput(good)
+            continue
+        middle = estimate(getattr(row, metric) for row in good)
+        if middle.n:
+            values[metric] = middle.median
+    return values
+
+
+def _throughput(rows: list[BenchRow]) -> float:
+    """Tokens per second of all requests together."""
+    end_s = max(row.start_s + (row.total_ms or 0.0) / 1000 for row in rows)
+    return sum(row.completion_tokens or 0 for row in rows) / max(end_s - min(row.start_s for row in rows), 1e-9)
+
+
+def _figure(value: Estimate) -> str:
+    """`344 [330, 351]`, with as many digits as three significant ones take."""
+    if not value.n:
+        return "-"
+    digits = 0 if not value.median else max(0, 2 - math.floor(math.log10(abs(value.median))))
+    text = f"{value.median:,.{digits}f}"
+    return text if value.n == 1 else f"{text} [{value.lower:,.{digits}f}, {value.upper:,.{digits}f}]"

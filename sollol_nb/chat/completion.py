@@ -1,0 +1,136 @@
+"""The completion: an answer as an Ollama-shaped dict that also knows how to show itself in a notebook."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from sollol_nb.chat import completion_view
+from sollol_nb.text import safe_markdown
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+TIMINGS = ("queue_ms", "load_ms", "ttft_ms", "duration_ms", "tokens_per_s", "router_overhead_ms")
+
+
+class Completion(dict[str, Any]):
+    """An answer in the shape of Ollama's `/api/chat`, plus `_routing`.
+
+    Keys: `model`, `created_at`, `message` (`role`, `content`, and where present `thinking`, `tool_calls`),
+    `done`, `done_reason`, `prompt_eval_count`, `eval_count` (tokens), `total_duration`, `load_duration`,
+    `prompt_eval_duration`, `eval_duration` (nanoseconds), and `_routing`: `backend`, `reason`, `duration_ms`,
+    `coordinator_url`, `plan`, `queue_ms`, `load_ms`, `ttft_ms`, `tokens_per_s`, `router_overhead_ms`,
+    `failovers`, `dropped` (which messages were left out to fit the context, in words). Where it applies also
+    `_dropped` (the same) and `_context_full` (tokens of the context that cut the answer).
+
+    Attributes:
+        schema: what the answer was asked to fit (see `sollol_nb.schema`); None for free text.
+        shown_as: how a notebook shows it: `markdown`, `text`, `json`, `html` or `code`.
+    """
+
+    schema: object = None
+    shown_as: str = "markdown"
+
+    @classmethod
+    def from_chunks(cls, chunks: Iterable[Mapping[str, Any]]) -> Completion:
+        """Join streamed chunks into the whole answer; the last chunk carries everything but the text.
+
+        A chunk with `_restarted` begins the answer again.
+        """
+        content: list[str] = []
+        thinking: list[str] = []
+        tool_calls: list[Any] = []
+        last: Mapping[str, Any] = {}
+        for chunk in chunks:
+            message = chunk.get("message") or {}
+            if chunk.get("_restarted"):  # what came before was void
+                content, thinking, tool_calls = [], [], []
+            content.append(message.get("content") or "")
+            thinking.append(message.get("thinking") or "")
+            tool_calls.extend(message.get("tool_calls") or ())
+            last = chunk
+        message = {"role": "assistant", "content": "".join(content)}
+        if any(thinking):
+            message["thinking"] = "".join(thinking)
+        if tool_calls:
+            message["tool_calls"] = tool_calls
+        return cls({**last, "message": message})
+
+    @property
+    def text(self) -> str:
+        """The answer's text."""
+        return str(self.get("message", {}).get("content", ""))
+
+    @property
+    def thinking(self) -> str:
+        """The model's reasoning before the answer, or ""."""
+        return str(self.get("message", {}).get("thinking", ""))
+
+    @property
+    def code(self) -> str:
+        """The text of the answer's first fenced code block, or the whole text where it has none."""
+        return safe_markdown.code_in(self.text)[1]
+
+    @property
+    def routing(self) -> dict[str, Any]:
+        """Where the request went, why, and what it took (`_routing`)."""
+        return dict(self.get("_routing", {}))
+
+    @property
+    def route(self) -> str:
+        """Where the request went and why, in words."""
+        routing = self.routing
+        return f"{routing.get('backend', '')}: {routing.get('reason', '')}" if routing else ""
+
+    @property
+    def timings(self) -> dict[str, float | None]:
+        """In milliseconds `queue_ms`, `load_ms`, `ttft_ms`, `duration_ms`, `router_overhead_ms`; and
+        `tokens_per_s`."""
+        routing = self.routing
+        return {name: routing.get(name) for name in TIMINGS}
+
+    @property
+    def finish_reason(self) -> str:
+        """`stop`, `length`, `tool_calls`, `cancelled` or `error`."""
+        return str(self.get("done_reason", ""))
+
+    @property
+    def value(self) -> Any:
+        """The answer as what its `schema` describes, checked; without a schema as the JSON that it is.
+
+        Raises:
+            StructureError: it does not fit, or is no JSON; `.text` has it as it came.
+        """
+        from sollol_nb.schema.schema import parse_structured
+
+        return parse_structured(self.text, object if self.schema is None else self.schema)
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """The answer as a DataFrame: the rows of its `value`, or without a schema the table that is in its text.
+
+        Raises:
+            StructureError: there is none.
+        """
+        from sollol_nb.schema.schema import frame_from_text, frame_of
+
+        return frame_from_text(self.text) if self.schema is None else frame_of(self.value)
+
+    def footer(self) -> str:
+        """One line: model, place, time to first token, speed."""
+        return completion_view.footer(self)
+
+    def __str__(self) -> str:
+        return f"{self.text}\n\n[{self.footer()}]"
+
+    def __repr__(self) -> str:
+        return f"<Completion of {self.get('model')}: {self.text[:60]!r}>"
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        return completion_view.mime_bundle(self)
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(
+            safe_markdown.printable(str(self))
+        )  # else IPython's printer of dicts is asked for the plain text

@@ -1,0 +1,99 @@
+"""One chat request as its caller wrote it, checked before anything is sent. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sollol_nb.errors import ConfigError
+from sollol_nb.llama_cpp.answers.protocol import answer_schema, check_messages, check_options
+from sollol_nb.models.routing import checked_backend
+from sollol_nb.runtime.priority import Priority
+from sollol_nb.schema.schema import json_schema_of
+from sollol_nb.settings import config
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRequest:
+    """What is asked, and how.
+
+    Attributes:
+        messages: Ollama-shaped.
+        options: Ollama-shaped; `format` is there if a schema was given.
+        priority: 1 to 10.
+        timeout_s: limit in seconds, from when the place is ready.
+        backend: the one that was asked for, in full; None where the router is to choose.
+        schema: what the answer must fit, as it was given; None for free text.
+    """
+
+    messages: list[dict[str, Any]]
+    options: dict[str, Any]
+    priority: int
+    timeout_s: float
+    backend: str | None
+    schema: object
+
+    @classmethod
+    def checked(
+        cls,
+        messages: Sequence[Mapping[str, Any]] | str,
+        *,
+        priority: int,
+        timeout_s: float,
+        backend: str | None,
+        schema: object,
+        options: Mapping[str, Any],
+    ) -> ChatRequest:
+        """The request of these arguments (those of `HybridRouter.route_request`).
+
+        Raises:
+            ConfigError: one of them cannot be used.
+        """
+        return cls(
+            check_messages(messages),
+            options_with_schema(options, schema),
+            checked_priority(priority),
+            checked_timeout_s(timeout_s),
+            checked_backend(backend),
+            schema,
+        )
+
+
+def options_with_schema(options: Mapping[str, Any], schema: object) -> dict[str, Any]:
+    """The options of a request, checked, with `format` from the schema if there is one.
+
+    Raises:
+        ConfigError: one cannot be used, or both `format` and a schema are given.
+    """
+    checked = check_options(options)
+    if schema is not None:
+        if "format" in checked:
+            raise ConfigError(
+                "both schema and format are given, and both say what the answer looks like; give one"
+            )
+        checked["format"] = json_schema_of(schema)
+    answer_schema(checked)
+    if "keep_alive" in checked:
+        keep_alive_s = config.keep_alive_seconds(checked["keep_alive"])
+        checked["keep_alive"] = -1 if keep_alive_s is None else keep_alive_s  # Ollama knows no "forever"
+    return checked
+
+
+def checked_priority(priority: int) -> int:
+    """The priority. Raises ConfigError if it is none."""
+    if not isinstance(priority, int) or not Priority.BATCH <= priority <= Priority.CRITICAL:
+        raise ConfigError(f"priority={priority!r} must be a number from 1 (BATCH) to 10 (CRITICAL)")
+    return priority
+
+
+def checked_timeout_s(timeout_s: float) -> float:
+    """The limit in seconds. Raises ConfigError if it is none."""
+    if not is_positive(timeout_s):
+        raise ConfigError(f"timeout={timeout_s!r} must be more than 0 seconds")
+    return timeout_s
+
+
+def is_positive(number: object) -> bool:
+    """Whether it is a number of more than 0."""
+    return isinstance(number, int | float) and not isinstance(number, bool) and number > 0

@@ -1,0 +1,147 @@
+"""The `sollol-nb` command: one function per subcommand, each returning the exit code.
+
+A subcommand is a line in `_SUBCOMMANDS`: its function (whose docstring is the help text) and a function that
+adds its arguments. Rooms it needs are imported inside it, so that `sollol-nb --help` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from enum import Enum
+from typing import Any
+
+from sollol_nb._version import __version__
+from sollol_nb.errors import SollolError
+from sollol_nb.llama_cpp.engine.tools import BACKENDS
+from sollol_nb.settings import config
+
+EXIT_OK = 0
+EXIT_TROUBLE = 1
+EXIT_ATTENTION = 3
+EXIT_INTERRUPTED = 130
+
+
+def install(arguments: argparse.Namespace) -> int:
+    """Build llama.cpp into the cache, unless a working build is there."""
+    from sollol_nb.llama_cpp.engine.find import install_engine
+
+    engine = install_engine(backend=arguments.backend, force=arguments.force)
+    print(f"llama.cpp {engine.version} is in {engine.server.parent}")
+    own = config.find("llama_cpp")
+    if own.value is not None:
+        print(f"{own.source} says llama_cpp: {own.value} is used instead, until you take that out")
+    return EXIT_OK
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    """Show what is found on this machine, what is missing and the command that mends it."""
+    from sollol_nb.cli.doctor import describe, diagnose
+
+    diagnosis = diagnose()
+    if arguments.json:
+        print(json.dumps(diagnosis.as_plain_data(), indent=1))
+    else:
+        print(describe(diagnosis))
+    return EXIT_OK if diagnosis.usable else EXIT_TROUBLE
+
+
+def ps(arguments: argparse.Namespace) -> int:
+    """Show the coordinators and workers that run, of all notebooks."""
+    from sollol_nb.llama_cpp.processes.running import as_text, running
+    from sollol_nb.runtime.io_loop import run_blocking
+
+    engines = run_blocking(running())
+    print(json.dumps([one.as_dict() for one in engines], indent=1) if arguments.json else as_text(engines))
+    return EXIT_OK
+
+
+def status(arguments: argparse.Namespace) -> int:
+    """Show workers, layers and Ollama nodes. The exit code is 0 if all is well, 3 if something needs attention."""
+    from sollol_nb.cli.status import troubles, user_cluster
+    from sollol_nb.runtime.io_loop import run_blocking
+
+    cluster = run_blocking(user_cluster())
+    lines = troubles(cluster)
+    if arguments.json:
+        print(json.dumps({**asdict(cluster), "troubles": lines}, indent=1, default=_as_json))
+    else:
+        print(cluster)
+        print("\n".join(f"attention: {line}" for line in lines) if lines else "all is well")
+    return EXIT_ATTENTION if lines else EXIT_OK
+
+
+def _as_json(value: Any) -> Any:
+    return value.value if isinstance(value, Enum) else str(value)
+
+
+def stop(arguments: argparse.Namespace) -> int:
+    """Stop coordinators and workers: those that nobody uses, those named, or all."""
+    from sollol_nb.llama_cpp.processes.running import running, stop_running
+    from sollol_nb.runtime.io_loop import run_blocking
+
+    for one in run_blocking(stop_running(arguments.names, also_used=arguments.all)):
+        print(f"stopped {one.kind} {one.name} (pid {one.pid})")
+    for one in run_blocking(running()) if not arguments.names else ():
+        print(f"{one.kind} {one.name} (pid {one.pid}) goes on: {one.state}; `sollol-nb stop --all` stops it too")
+    return EXIT_OK
+
+
+def _install_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--backend", choices=BACKENDS, help="default: the GPU toolkit found here, else cpu")
+    parser.add_argument("--force", action="store_true", help="build again even if a working build is there")
+
+
+def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="the same as JSON")
+
+
+def _ps_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="the same as JSON")
+
+
+def _status_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="the same as JSON, with a list of troubles")
+
+
+def _stop_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("names", nargs="*", metavar="NAME", help="a model, a worker's host:port, or an id of ps")
+    parser.add_argument("--all", action="store_true", help="also those in use")
+
+
+_SUBCOMMANDS: tuple[tuple[Callable[[argparse.Namespace], int], Callable[[argparse.ArgumentParser], None]], ...] = (
+    (install, _install_arguments),
+    (doctor, _doctor_arguments),
+    (ps, _ps_arguments),
+    (status, _status_arguments),
+    (stop, _stop_arguments),
+)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="sollol-nb", description="Run sharded and Ollama models from notebooks.")
+    parser.add_argument("--version", action="version", version=f"sollol_nb {__version__}")
+    subparsers = parser.add_subparsers(metavar="command", required=True)
+    for function, add_arguments in _SUBCOMMANDS:
+        summary = (function.__doc__ or "").splitlines()[0]
+        subparser = subparsers.add_parser(function.__name__, help=summary, description=summary)
+        add_arguments(subparser)
+        subparser.set_defaults(run=function)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the exit code. Errors of this package are one line on stderr."""
+    arguments = _parser().parse_args(argv)
+    try:
+        code: int = arguments.run(arguments)
+    except SollolError as error:
+        print(f"sollol-nb: {error}", file=sys.stderr)
+        return EXIT_TROUBLE
+    except KeyboardInterrupt:
+        print("sollol-nb: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return code

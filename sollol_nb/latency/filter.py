@@ -1,0 +1,100 @@
+"""Which rows of the latency log are wanted: names, a span of time, the newest N."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import PurePath
+
+from sollol_nb.errors import ConfigError
+from sollol_nb.latency.schema import STATUSES
+
+MAX_ROWS = 2**63 - 1  # of SQLite's integers
+_UNIT_S = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}
+_UNIT_NAMES = {
+    "s": ("s", "sec", "secs", "second", "seconds"),
+    "min": ("m", "min", "mins", "minute", "minutes"),
+    "h": ("h", "hour", "hours"),
+    "d": ("d", "day", "days"),
+    "w": ("w", "week", "weeks"),
+}
+_SECONDS_OF = {name: _UNIT_S[unit] for unit, names in _UNIT_NAMES.items() for name in names}
+_AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]+)[\s,]*")
+
+Moment = datetime | timedelta | str
+"""A time (naive ones are local), a span before now, or either as text: `2026-03-01`, `1h`, `2 days`."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowFilter:
+    """The rows that are wanted; None does not narrow.
+
+    Attributes:
+        equal: column and the text it must have.
+        since_s: started at or after this, in seconds since the epoch.
+        until_s: started before this.
+        last: only the newest N of these.
+    """
+
+    equal: tuple[tuple[str, str], ...] = ()
+    since_s: float | None = None
+    until_s: float | None = None
+    last: int | None = None
+
+    @classmethod
+    def of(
+        cls,
+        now_s: float,
+        *,
+        model: str | None = None,
+        backend: str | None = None,
+        status: str | None = None,
+        since: Moment | None = None,
+        until: Moment | None = None,
+        last: int | None = None,
+    ) -> RowFilter:
+        """The filter for arguments as a person gives them; `now_s` is what spans are counted back from.
+
+        Raises:
+            ConfigError: one of them cannot be used.
+        """
+        if last is not None and (type(last) is not int or not 0 < last <= MAX_ROWS):
+            raise ConfigError(f"last={last!r} is not a positive number of rows; write last=20")
+        if status is not None and status not in STATUSES:
+            near = difflib.get_close_matches(str(status), STATUSES, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(STATUSES)}"
+            raise ConfigError(f"status={status!r} is unknown; {hint}")
+        for name, text in (("model", model), ("backend", backend)):
+            if text is not None and not isinstance(text, str | PurePath):
+                raise ConfigError(f"{name}={text!r} is not a name; write {name}='...'")
+        names = {"model": model, "backend": backend, "status": status}
+        return cls(
+            equal=tuple((name, str(text)) for name, text in names.items() if text is not None),
+            since_s=None if since is None else seconds_of(since, now_s),
+            until_s=None if until is None else seconds_of(until, now_s),
+            last=last,
+        )
+
+
+def seconds_of(moment: Moment, now_s: float) -> float:
+    """A moment in seconds since the epoch; spans are counted back from `now_s`.
+
+    Raises:
+        ConfigError: it is no time and no span.
+    """
+    if isinstance(moment, datetime):
+        return moment.timestamp()
+    if isinstance(moment, timedelta):
+        return now_s - moment.total_seconds()
+    if isinstance(moment, str):
+        text = moment.strip().lower()
+        amounts = _AMOUNT.findall(text)
+        if amounts and not _AMOUNT.sub("", text) and all(unit in _SECONDS_OF for _, unit in amounts):
+            return now_s - sum(float(number) * _SECONDS_OF[unit] for number, unit in amounts)
+        try:
+            return datetime.fromisoformat(moment.strip()).timestamp()
+        except (ValueError, OverflowError):
+            pass
+    raise ConfigError(f"{moment!r} is no time; write '1h', '2 days', '2026-03-01 12:00', or a datetime")

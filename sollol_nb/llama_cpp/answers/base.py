@@ -1,0 +1,185 @@
+"""What the two kinds of answers have in common; see `llama_answer`."""
+
+from __future__ import annotations
+
+import secrets
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+from sollol_nb.errors import AnswerDivergedError, ConfigError
+from sollol_nb.llama_cpp.answers.protocol import chat_chunk, sampling_settings
+from sollol_nb.llama_cpp.answers.tokens import Post
+
+SEEDS = 2**31  # llama.cpp takes 2**32 - 1 as "draw one"
+CHARACTERS_PER_TOKEN = 3  # a guess on the safe side, until the engine says how long the prompt is
+
+
+class Answer(ABC):
+    """One answer under way.
+
+        while (asked := await answer.request(post)) is not None:
+            async for event in <the events of a streaming POST of asked>:
+                chunk = answer.translate(event)    # show it, unless it is None
+                if answer.is_abandoned:
+                    break
+        last = answer.final()
+
+    When the engine is lost anywhere in there, begin again with another engine and the same answer.
+
+    Attributes:
+        model: the name it was asked for by.
+        text, thinking: what went out so far.
+        token_count: tokens generated so far, as far as known.
+        seed: given, or drawn.
+        waiting_prompt_tokens: tokens of the prompt that the engine has still to process; a guess until it says.
+        is_complete: nothing is left to ask for.
+        is_abandoned: the rest of this stream is of no use; close it and ask again.
+    """
+
+    kind: ClassVar[str]
+
+    def __init_subclass__(cls) -> None:
+        _KINDS[cls.kind] = cls
+
+    def __init__(self, model: str, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> None:
+        self.model = model
+        self.text = ""
+        self.thinking = ""
+        self.token_count = 0
+        self.is_complete = False
+        self.is_abandoned = False
+        self.waiting_prompt_tokens = sum(_characters(one) for one in messages) // CHARACTERS_PER_TOKEN + 1
+        self._messages = [dict(message) for message in messages]
+        self._options = dict(options)
+        given = sampling_settings(options).get("seed")
+        self.seed: int = given if given is not None and given >= 0 else secrets.randbelow(SEEDS)
+        self._prompt_tokens: int | None = None
+        self._timings: Mapping[str, Any] = {}
+        self._spent_ms = {"prompt_ms": 0.0, "predicted_ms": 0.0}  # on engines that were lost
+
+    @abstractmethod
+    async def request(self, post: Post) -> tuple[str, dict[str, Any]] | None:
+        """Path and body to stream from now; None when the answer is complete. Call it once per stream.
+
+        Raises:
+            whatever `post` raises.
+        """
+
+    @abstractmethod
+    def translate(self, event: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The Ollama chunk of an event, or None when it brings nothing to show.
+
+        Raises:
+            AnswerDivergedError: this engine writes another answer, and there is no other way to go on.
+        """
+
+    @abstractmethod
+    def final(self) -> dict[str, Any]:
+        """The last chunk: `done`, the reason, tokens and nanoseconds over all engines, tool calls if any."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """All that is needed to go on later, also in another process, as plain data for JSON."""
+
+    @staticmethod
+    def from_state(state: Mapping[str, Any]) -> Answer:
+        """The answer that `state` was taken of; its next `request` continues it.
+
+        Raises:
+            ConfigError: it is not the state of an answer.
+        """
+        try:
+            return _KINDS[state["kind"]]._restored(state)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(f"this is not the state of an answer ({error!r}); ask again") from error
+
+    @classmethod
+    @abstractmethod
+    def _restored(cls, state: Mapping[str, Any]) -> Self: ...
+
+    def _common_state(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "model": self.model,
+            "messages": self._messages,
+            "options": self._options,
+            "seed": self.seed,
+            "token_count": self.token_count,
+            "prompt_tokens": self._prompt_tokens,
+            "spent_ms": {name: self._total_ms(name) for name in self._spent_ms},
+        }
+
+    def _restore_common(self, state: Mapping[str, Any]) -> None:
+        self.seed = int(state["seed"])
+        self.token_count = int(state["token_count"])
+        self._prompt_tokens = state["prompt_tokens"]
+        self._spent_ms = {name: float(state["spent_ms"][name]) for name in self._spent_ms}
+
+    def _begin_stream(self) -> None:
+        self._spent_ms = {name: self._total_ms(name) for name in self._spent_ms}
+        self._timings = {}
+        self.is_abandoned = False
+
+    def _total_ms(self, name: str) -> float:
+        return float(self._spent_ms[name] + self._timings.get(name, 0.0))
+
+    def _show(self, content: str, thinking: str) -> dict[str, Any] | None:
+        self.text += content
+        self.thinking += thinking
+        return chat_chunk(self.model, content, thinking) if content or thinking else None
+
+    def _with_counts(self, chunk: dict[str, Any], done_reason: str) -> dict[str, Any]:
+        return {
+            **chunk,
+            "done_reason": done_reason,
+            "prompt_eval_count": self._prompt_tokens,
+            "eval_count": self.token_count,
+            "prompt_eval_duration": int(self._total_ms("prompt_ms") * 1e6),
+            "eval_duration": int(self._total_ms("predicted_ms") * 1e6),
+        }
+
+
+_KINDS: dict[str, type[Answer]] = {}
+
+
+def diverged(model: str) -> AnswerDivergedError:
+    """Another engine should have repeated what went out, and did not."""
+    return AnswerDivergedError(
+        f"{model}: the coordinator was lost in mid-answer, and another one begins the same answer differently, so "
+        "it cannot go on; ask again"
+    )
+
+
+def _characters(message: Mapping[str, Any]) -> int:
+    content = message.get("content")
+    parts = content if isinstance(content, list) else [{"text": content}]
+    return sum(len(part.get("text") or "") for part in parts)
+
+
+class Written:
+    """Text that went out, and how far the present engine has come in it.
+
+    Attributes:
+        text: all that went out.
+        at: characters of it that the present engine has been given or has repeated.
+    """
+
+    def __init__(self, text: str = "") -> None:
+        self.text = text
+        self.at = 0
+
+    @property
+    def is_repeated(self) -> bool:
+        return self.at == len(self.text)
+
+    def agrees(self, piece: str) -> bool:
+        """Whether a piece repeats what went out, as far as that goes."""
+        return piece.startswith(self.text[self.at : self.at + len(piece)])
+
+    def take(self, piece: str) -> str:
+        """The part of an agreeing piece that is new."""
+        new = piece[len(self.text) - self.at :]
+        self.at += len(piece)
+        self.text += new
+        return new

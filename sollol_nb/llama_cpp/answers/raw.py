@@ -1,0 +1,237 @@
+"""Answers streamed as token ids, which another engine can continue exactly; see `llama_answer`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sollol_nb.llama_cpp.answers.base import CHARACTERS_PER_TOKEN, SEEDS, Answer, Written, diverged
+from sollol_nb.llama_cpp.answers.protocol import (
+    CLOSING_TAG,
+    OPENING_TAG,
+    ThinkSplitter,
+    answer_schema,
+    chat_chunk,
+    progress_of,
+    request_body,
+    sampling_settings,
+)
+from sollol_nb.llama_cpp.answers.tokens import Post, grammar_prompt, spelled, tokens_within
+
+# Leaves out what else the last event repeats of the request, such as the whole prompt.
+_LAST_EVENT = ["stop", "stop_type", "tokens_predicted", "tokens_evaluated", "timings"]
+
+
+@dataclass(slots=True)
+class _Piece:
+    """Text that came with one event, and the ids of its tokens; None for those that the stream left out."""
+
+    text: str
+    ids: list[int | None]
+
+
+class RawAnswer(Answer):
+    """An answer streamed as token ids from `/completion`; see the module.
+
+    Args:
+        splits_thinking: the model's template writes thoughts between `<think>` and `</think>`.
+    """
+
+    kind = "raw"
+
+    def __init__(
+        self,
+        model: str,
+        messages: Sequence[Mapping[str, Any]],
+        options: Mapping[str, Any],
+        *,
+        splits_thinking: bool = False,
+    ) -> None:
+        super().__init__(model, messages, options)
+        settings = sampling_settings(options)
+        settings.pop("seed", None)
+        self._limit: int | None = settings.pop("max_tokens", None)
+        self._settings = settings
+        self._schema = answer_schema(options)
+        self._splits_thinking = splits_thinking
+        self._splitter: ThinkSplitter | None = None
+        self._prompt: str | None = None
+        self._done_reason = ""
+        self._pieces: list[_Piece] = []
+        self._written = Written()
+        # Text whose tokens are not known for sure: spelled by the tokenizer, or generated again and compared.
+        self._spells = settings.get("temperature", 1) > 0
+        self._grammar_prompt: str | None = None
+        self._from_start = False  # no engine can go on in the middle of it
+        self._given = 0  # tokens of the answer that the present engine got with the prompt
+        self._predicted = 0  # tokens that it has generated
+        self._pending: list[int | None] = []  # of these, those whose text has not come yet
+
+    async def request(self, post: Post) -> tuple[str, dict[str, Any]] | None:
+        self._begin_stream()
+        if self.is_complete:
+            return None
+        if self._prompt is None:
+            asked = request_body(self._messages, self._options)
+            names = ("messages", "chat_template_kwargs", "response_format")
+            rendered = await post("/apply-template", {name: asked[name] for name in names if name in asked})
+            self._begin(str(rendered["prompt"]))
+        assert self._prompt is not None
+        await self._settle(post)
+        ids = [token for piece in self._pieces for token in piece.ids]
+        self._given, self._predicted, self._pending = len(ids), 0, []
+        if not ids:
+            self.waiting_prompt_tokens = len(self._prompt) // CHARACTERS_PER_TOKEN + 1
+            return "/completion", {**self._body(), "prompt": self._prompt, "seed": self.seed}
+        if self._limit is not None and 0 <= self._limit <= len(ids):
+            self._complete("length", len(ids))
+            return None
+        prompt = {"content": self._prompt, "add_special": True, "parse_special": True}
+        prompt_ids = (await post("/tokenize", prompt))["tokens"]
+        self.waiting_prompt_tokens = len(prompt_ids) + len(ids)
+        body = self._body() | {"prompt": [*prompt_ids, *ids], "seed": (self.seed + len(ids)) % SEEDS}
+        if self._limit is not None and self._limit > 0:
+            body["n_predict"] = self._limit - len(ids)
+        if self._schema is not None:
+            body["generation_prompt"] = self._grammar_prompt
+        return "/completion", body
+
+    def translate(self, event: Mapping[str, Any]) -> dict[str, Any] | None:
+        if self.is_complete or self.is_abandoned:
+            return None
+        self._timings = event.get("timings") or self._timings
+        if self._prompt_tokens is None and "tokens_evaluated" in event:
+            self._prompt_tokens = event["tokens_evaluated"]
+        progress = progress_of(event)
+        if progress is not None:
+            self.waiting_prompt_tokens = progress[1] - progress[0]
+            return None
+        self.waiting_prompt_tokens = 0
+        predicted, ids = event.get("tokens_predicted", 0), event.get("tokens") or []
+        if event.get("stop"):
+            if self._written.is_repeated:
+                self._complete("length" if event.get("stop_type") == "limit" else "stop", self._given + predicted)
+            else:
+                self._diverge()
+            return None
+        self._pending += [*[None] * (predicted - self._predicted - len(ids)), *ids]
+        self._predicted = predicted
+        self.token_count = max(self.token_count, self._given + predicted)
+        text = event.get("content")
+        if not text:
+            return None
+        if not self._written.agrees(text):
+            self._diverge()
+            return None
+        self._pieces.append(_Piece(text, self._pending))
+        self._pending = []
+        return self._show(*self._split(self._written.take(text)))
+
+    def final(self) -> dict[str, Any]:
+        thinking, content = self._splitter.flush() if self._splitter is not None else ("", "")
+        self._show(content, thinking)
+        return self._with_counts(chat_chunk(self.model, content, thinking, done=True), self._done_reason)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            **self._common_state(),
+            "splits_thinking": self._splits_thinking,
+            "prompt": self._prompt,
+            "done_reason": self._done_reason,
+            "spells": self._spells,
+            "written": self._written.text,
+            "pieces": [[piece.text, piece.ids] for piece in self._pieces],
+        }
+
+    @classmethod
+    def _restored(cls, state: Mapping[str, Any]) -> RawAnswer:
+        answer = cls(
+            state["model"], state["messages"], state["options"], splits_thinking=bool(state["splits_thinking"])
+        )
+        answer._restore_common(state)
+        answer._pieces = [_Piece(str(text), list(ids)) for text, ids in state["pieces"]]
+        answer._spells = bool(state["spells"])
+        answer._written = Written(str(state["written"]))
+        if state["prompt"] is not None:
+            answer._begin(str(state["prompt"]))
+            answer._show(*answer._split(answer._written.text))
+        if state["done_reason"]:
+            answer._complete(str(state["done_reason"]), answer.token_count)
+        return answer
+
+    def _begin(self, prompt: str) -> None:
+        self._prompt = prompt
+        if self._splits_thinking:
+            self._splitter = ThinkSplitter(inside=prompt.rstrip().endswith(OPENING_TAG))
+
+    def _body(self) -> dict[str, Any]:
+        body: dict[str, Any] = {
+            **self._settings,
+            "stream": True,
+            "return_tokens": True,
+            "return_progress": True,
+            "timings_per_token": True,  # so that durations are known also of an engine that is lost
+            "response_fields": _LAST_EVENT,
+        }
+        if self._limit is not None:
+            body["n_predict"] = self._limit
+        if self._schema is not None:
+            body["json_schema"] = self._schema
+        if self._splits_thinking:
+            body["preserved_tokens"] = [OPENING_TAG, CLOSING_TAG]  # shown also where they are special tokens
+        return body
+
+    def _split(self, text: str) -> tuple[str, str]:
+        """What to show of new text: answer and thinking."""
+        if self._splitter is None:
+            return text, ""
+        thinking, content = self._splitter.feed(text)
+        return content, thinking
+
+    def _complete(self, reason: str, token_count: int) -> None:
+        self.is_complete, self._done_reason, self.token_count = True, reason, token_count
+
+    def _diverge(self) -> None:
+        """What should repeat text that went out does not: that text's tokens cannot be found by repeating."""
+        if self._from_start:
+            raise diverged(self.model)
+        self._spells = self.is_abandoned = True
+
+    async def _settle(self, post: Post) -> None:
+        """Keep the pieces whose tokens are known; see that the rest of what went out is spelled or repeated."""
+        known = 0
+        for piece in self._pieces:
+            if not await _find_ids(post, piece, is_last=piece is self._pieces[-1]):
+                break
+            known += 1
+        del self._pieces[known:]
+        kept = "".join(piece.text for piece in self._pieces)
+        rest = self._written.text[len(kept) :]
+        if rest and self._spells:
+            self._pieces.append(_Piece(rest, list(await spelled(post, rest))))
+            kept += rest
+        if kept and self._schema is not None:
+            self._grammar_prompt = await grammar_prompt(post, kept)
+            if self._grammar_prompt is None:  # the grammar has to see the answer from its start
+                self._pieces, kept, self._from_start = [], "", True
+        self._written.at = len(kept)
+
+
+async def _find_ids(post: Post, piece: _Piece, *, is_last: bool) -> bool:
+    """Fill in the ids that the stream left out; False if they cannot be found.
+
+    The ids of the last piece must also spell its text: they do not where a stop string or the end of the answer
+    came with it, and then the answer may not go on from there.
+    """
+    if None not in piece.ids:
+        return not is_last or (await post("/detokenize", {"tokens": piece.ids}))["content"] == piece.text
+    ids = await tokens_within(post, piece.text)
+    agrees = (
+        ids is not None
+        and len(ids) == len(piece.ids)
+        and all(one in (None, other) for one, other in zip(piece.ids, ids, strict=True))
+    )
+    if agrees:
+        piece.ids = list(ids or ())
+    return agrees

@@ -1,0 +1,398 @@
+"""The coordinator: one llama-server running one plan of one model.
+
+The coordinator listens on loopback, has an API key of its own (in its environment, not in its arguments), and
+proves before it is used that it is itself what answers on the port (`coordinator_readiness`): it refuses a request
+without the key and names our model file to one with it. A stranger on the port is never used.
+
+It does not depend on the process that started it: its registry entry says what it runs, and `adopt` takes it up
+again in a restarted kernel or a second notebook, with its plan, log and layer map.
+
+The true layer placement is only in the engine's debug log, so it starts at that verbosity; the supervisor drops
+debug lines from the log once the engine listens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from typing import Any
+
+import psutil
+
+from sollol_nb.chat.context_window import DROP_OLDEST, turn_starts
+from sollol_nb.errors import (
+    ConnectFailedError,
+    ConnectionBrokenError,
+    CoordinatorLostError,
+    HttpStatusError,
+    ModelFileError,
+    TransportError,
+    TransportTimeoutError,
+)
+from sollol_nb.layers.plan import LayerPlan
+from sollol_nb.llama_cpp.answers.fitting import FittingAnswer
+from sollol_nb.llama_cpp.answers.kinds import Answer, answer_for
+from sollol_nb.llama_cpp.answers.protocol import parse_event
+from sollol_nb.llama_cpp.answers.refusals import refusal
+from sollol_nb.llama_cpp.coordinators.pace import Pace
+from sollol_nb.llama_cpp.coordinators.placement import Placement, read_placement
+from sollol_nb.llama_cpp.coordinators.readiness import LISTENING, PortTakenError, StartingCoordinator
+from sollol_nb.llama_cpp.coordinators.settings import CoordinatorSettings, known_flags, server_flags
+from sollol_nb.llama_cpp.engine.find import Engine
+from sollol_nb.llama_cpp.processes import registry
+from sollol_nb.llama_cpp.processes.exit_reasons import code_words, exit_reason
+from sollol_nb.llama_cpp.processes.process import EngineProcess, ExitReport
+from sollol_nb.llama_cpp.processes.registry import Entry
+from sollol_nb.llama_cpp.workers.local import LOOPBACK
+from sollol_nb.llama_cpp.workers.workers import addresses_of
+from sollol_nb.runtime.gate import Gate
+from sollol_nb.runtime.http_client import JsonClient
+
+# A stream that went silent is ended by the watch over all streams (see `pace`), long before this.
+SILENCE_LIMIT_S = 3600.0
+
+
+class Coordinator:
+    """A running (or ended) llama-server.
+
+    Attributes:
+        settings: what it runs.
+        base_url: `http://127.0.0.1:<port>`.
+        log_path: the engine's log, drained to a file.
+        placement: where the engine says it put the layers; None until it is ready.
+        load_ms: from the start of the process until it was ready.
+        request_context_tokens: what it holds for one request, prompt and answer. With one pool of context for all
+            slots that is the whole pool, if the model was trained for as much; requests that run at the same time
+            share it.
+        gate: waiting requests, in order of priority.
+        pace: what it usually needs for a token.
+        adopted: whether another process (or router) started it.
+        last_used_at: `time.monotonic()` of the last request's begin or end.
+    """
+
+    def __init__(
+        self,
+        settings: CoordinatorSettings,
+        process: EngineProcess,
+        port: int,
+        *,
+        gate: Gate | None = None,
+        adopted: bool = False,
+    ) -> None:
+        self.settings = settings
+        self.port = port
+        self.base_url = f"http://{LOOPBACK}:{port}"
+        self.log_path = process.log_path
+        self.placement: Placement | None = None
+        self.load_ms = 0.0
+        self.request_context_tokens = settings.context_tokens
+        self.gate = gate if gate is not None else Gate(settings.slots)
+        self.pace = Pace()
+        self.adopted = adopted
+        self.last_used_at = time.monotonic()
+        self._process = process
+        self._went_silent = ""
+        self._watcher: asyncio.Task[None] | None = None
+        self._chat_template = ""
+        self._client = JsonClient(self.base_url, api_key=process.key, read_timeout_s=SILENCE_LIMIT_S)
+        self._keyless = JsonClient(self.base_url, read_timeout_s=5.0)
+
+    def __repr__(self) -> str:
+        state = "running" if self.is_running() else "ended"
+        return f"<Coordinator of {self.settings.model} at {self.base_url}, {state}>"
+
+    @property
+    def model(self) -> str:
+        """The model's name."""
+        return self.settings.model
+
+    @property
+    def plan(self) -> LayerPlan | None:
+        """The layer plan it was started with; None when nothing is sharded."""
+        return self.settings.plan
+
+    @property
+    def rpc_backends(self) -> list[str]:
+        """Endpoints of the workers it holds."""
+        return list(self.plan.endpoints) if self.plan else []
+
+    @property
+    def uptime_s(self) -> float:
+        """Seconds since its start."""
+        return time.time() - self._process.entry.started_at
+
+    @property
+    def pid(self) -> int:
+        """Process id of the engine."""
+        return self._process.pid
+
+    @property
+    def placement_differences(self) -> list[str]:
+        """Where the engine placed layers other than planned, one line each; empty when as planned."""
+        return self.placement.differences(self.plan) if self.placement and self.plan else []
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request of this process runs or waits here."""
+        return not self.gate.running and not self.gate.waiting
+
+    def is_running(self) -> bool:
+        """Whether the process is alive."""
+        return self._process.is_running()
+
+    # --- its life -------------------------------------------------------------------------------
+
+    @classmethod
+    async def launch(
+        cls,
+        engine: Engine,
+        settings: CoordinatorSettings,
+        *,
+        port: int,
+        keep_alive_s: float | None,
+        about: Mapping[str, Any] | None = None,
+        gate: Gate | None = None,
+        holds: Sequence[Entry] = (),
+    ) -> Coordinator:
+        """Start a llama-server on a port; it is not ready yet (see `until_ready`), but it holds its workers.
+
+        Args:
+            about: more for its registry entry.
+            holds: local workers that must live as long as it does.
+
+        Raises:
+            EngineError: the binary cannot be run.
+        """
+        api_key = secrets.token_urlsafe(32) + "-key"  # the engine logs a key's last four characters
+        process = await EngineProcess.start(
+            [str(engine.server), *server_flags(settings, port, known_flags(engine.server))],
+            kind=registry.COORDINATOR,
+            about={**settings.as_dict(), "port": port, "url": f"http://{LOOPBACK}:{port}", **(about or {})},
+            keep_alive_s=keep_alive_s,
+            key=api_key,
+            env={"LLAMA_API_KEY": api_key},
+            log_path=registry.new_log_path(registry.COORDINATOR, port),
+            debug_until=LISTENING,
+            holds=holds,
+        )
+        await process.hold()  # while it loads
+        return cls(settings, process, port, gate=gate)
+
+    @classmethod
+    async def attach(cls, entry: Entry, *, gate: Gate | None = None) -> Coordinator | None:
+        """The coordinator of a registry entry, without a lease on it.
+
+        None if its supervisor does not answer, or the entry does not say what it runs.
+        """
+        try:
+            settings = await asyncio.to_thread(CoordinatorSettings.from_dict, entry.about)
+            port = int(entry.about["port"])
+        except (KeyError, TypeError, ValueError, ModelFileError):
+            return None
+        process = await EngineProcess.adopt(entry)
+        return cls(settings, process, port, gate=gate, adopted=True) if process is not None else None
+
+    @classmethod
+    async def adopt(cls, entry: Entry, *, gate: Gate | None = None) -> Coordinator | None:
+        """The same with a lease; it may still be loading (see `until_ready`). None also if it is ending."""
+        coordinator = await cls.attach(entry, gate=gate)
+        if coordinator is None or await coordinator.hold():
+            return coordinator
+        await coordinator.let_go()
+        return None
+
+    @classmethod
+    async def glance(cls, entry: Entry) -> Coordinator | None:
+        """The coordinator of a registry entry, only to be shown; let go of at once."""
+        coordinator = await cls.attach(entry)
+        if coordinator is None:
+            return None
+        await coordinator.let_go()
+        coordinator.load_ms = float(entry.about.get("load_ms") or 0.0)
+        with contextlib.suppress(OSError):
+            log = await asyncio.to_thread(coordinator.log_path.read_text, "utf-8", "replace")
+            coordinator.placement = read_placement(log)
+        return coordinator
+
+    async def until_ready(self, timeout_s: float) -> None:
+        """Wait until it can be used. It is stopped if that fails, or let go of if another process started it.
+
+        Raises:
+            CoordinatorError, ModelFileError: as in `StartingCoordinator.until_ready`.
+        """
+        try:
+            starting = StartingCoordinator(
+                self.settings, self._process, self._client, self._keyless, adopted=self.adopted
+            )
+            ready = await starting.until_ready(timeout_s)
+        except BaseException as error:
+            # What another process started is not ours to end, unless it is not what it says.
+            if self.adopted and not isinstance(error, PortTakenError):
+                await self.let_go()
+            else:
+                await self.stop(grace_s=0.0)
+            raise
+        finally:
+            self.free()
+        self.placement, self.load_ms, self._chat_template = ready.placement, ready.load_ms, ready.chat_template
+        self.pace.loaded(ready.load_ms / 1000)
+        self.pace.calibrate(ready.seconds_per_token)
+        with contextlib.suppress(TransportError, KeyError, TypeError):  # then it is taken to be what was asked for
+            props = await self._client.get("/props", timeout_s=10.0)
+            self.request_context_tokens = int(props["default_generation_settings"]["n_ctx"])
+
+    async def hold(self) -> bool:
+        """Take a lease for a request; False if it has ended or is ending."""
+        return await self._process.hold()
+
+    def free(self) -> None:
+        """End the lease of a request."""
+        self._process.free()
+
+    async def keep_alive(self, seconds: float | None) -> None:
+        """How long it lives without a request from now on; None is for ever."""
+        await self._process.keep_alive(seconds)
+
+    async def stop(self, *, grace_s: float | None = None, why: str = "stopped") -> ExitReport:
+        """End the process and close connections. Stopping twice is fine."""
+        report = await self._process.stop(why=why, **({} if grace_s is None else {"grace_s": grace_s}))
+        await self._close()
+        return report
+
+    async def stop_unless_shared(self) -> bool:
+        """End the process, unless another process uses it; False if it goes on for them."""
+        stopped = await self._process.stop_unless_shared()
+        await self._close()
+        return stopped
+
+    async def let_go(self) -> None:
+        """End this process's connections to it; it lives on for its keep_alive."""
+        self._process.detach()
+        await self._close()
+
+    async def wait_ended(self) -> ExitReport:
+        """Wait until the process ends."""
+        return await self._process.wait()
+
+    async def _close(self) -> None:
+        if self._watcher is not None:
+            self._watcher.cancel()
+        await self._client.aclose()
+        await self._keyless.aclose()
+
+    # --- asking ---------------------------------------------------------------------------------
+
+    def answer(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> Answer:
+        """A new answer, to be streamed here, and elsewhere if this coordinator is lost.
+
+        With the option `overflow="drop_oldest"` the oldest turns that do not fit the context are dropped.
+        """
+        if options.get("overflow") == DROP_OLDEST and len(turn_starts(messages)) > 1:
+            return FittingAnswer(
+                self.model,
+                messages,
+                options,
+                chat_template=self._chat_template,
+                context_tokens=self.request_context_tokens,
+            )
+        return answer_for(self.model, messages, options, chat_template=self._chat_template)
+
+    async def stream(self, answer: Answer) -> AsyncGenerator[dict[str, Any], None]:
+        """Stream an answer from where it stands; yields Ollama-shaped chunks, the last with `done`.
+
+        Where turns were dropped to fit the context, the first chunk and the last have `_dropped`: what, in words.
+        Where the answer ended because the context was full, the last has `_context_full`: its size in tokens.
+
+        Closing the generator cancels the work in the engine's slot. The caller brings the slot (see `gate`),
+        the lease (`hold`) and the time limit.
+
+        Raises:
+            CoordinatorLostError: the process ended, the connection broke, or it went silent.
+            ContextOverflowError: the messages do not fit the context.
+            RequestRejectedError: the engine refused the request.
+        """
+        self.last_used_at = time.monotonic()
+        stream = self.pace.open(answer)
+        self._watch()
+        try:
+            while (asked := await answer.request(self._client.post)) is not None:
+                stream.sent()
+                async with self._client.stream_lines(*asked) as lines:
+                    async for event in self._events(lines):
+                        stream.progress(event)
+                        chunk = answer.translate(event)
+                        if chunk is not None:
+                            with stream.handing_on():
+                                yield chunk
+                        if answer.is_abandoned:
+                            break
+                if not answer.is_complete and not answer.is_abandoned:
+                    raise ConnectionBrokenError(f"{self.base_url}: the answer ended without its last event")
+            yield self._last_chunk(answer.final())
+        except HttpStatusError as error:
+            raise refusal(self.model, error.reason, self.request_context_tokens) from error
+        except (ConnectionBrokenError, ConnectFailedError, TransportTimeoutError) as error:
+            raise await self._lost(error) from error
+        finally:
+            stream.close()
+            self.last_used_at = time.monotonic()
+
+    async def _events(self, lines: AsyncIterator[str]) -> AsyncIterator[dict[str, Any]]:
+        async for line in lines:
+            event = parse_event(line)
+            if event is None:
+                continue
+            if "error" in event:
+                reason = str(event["error"].get("message", event["error"]))
+                raise refusal(self.model, reason, self.request_context_tokens)
+            yield event
+
+    def _last_chunk(self, chunk: dict[str, Any]) -> dict[str, Any]:
+        used_tokens = (chunk.get("prompt_eval_count") or 0) + (chunk.get("eval_count") or 0)
+        if chunk.get("done_reason") != "length" or used_tokens < self.request_context_tokens:
+            return chunk
+        return {**chunk, "_context_full": self.request_context_tokens}
+
+    async def busy_slots(self) -> int:
+        """How many of the engine's slots are processing, as the engine says."""
+        return sum(1 for slot in await self._client.get("/slots", timeout_s=5.0) if slot["is_processing"])
+
+    def broken_links(self) -> list[str]:
+        """Workers to which it has no TCP connection any more, as the system says; asks nobody."""
+        try:
+            links = psutil.Process(self.pid).net_connections("tcp")
+        except psutil.Error:
+            return []
+        linked = {(one.raddr.ip, one.raddr.port) for one in links if one.raddr and one.status == "ESTABLISHED"}
+        known = {one: addresses_of(one) for one in self.rpc_backends}  # empty where a name cannot be resolved now
+        return [one for one, addresses in known.items() if addresses and not linked & addresses]
+
+    # --- inside ---------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        if self._watcher is None or self._watcher.done():
+            self._watcher = asyncio.create_task(self._end_when_silent())
+
+    async def _end_when_silent(self) -> None:
+        """Kill the engine when all its streams have been silent for longer than it ever needs."""
+        while self.is_running() and (left_s := self.pace.patience_s()) is not None:
+            if left_s <= 0:
+                self._went_silent = f"it went silent for {self.pace.silence_s():.1f} s"
+                await self._process.stop(grace_s=0.0, why="silent")
+                return
+            await asyncio.sleep(left_s)
+
+    async def _lost(self, error: Exception) -> CoordinatorLostError:
+        report = await self._process.ended_within(2.0)
+        if report is None:
+            return CoordinatorLostError(
+                f"the coordinator of {self.model} broke off: {error}; log: {self.log_path}"
+            )
+        reason = self._went_silent or report.why or exit_reason(report.tail)
+        because = f": {reason}" if reason else ""
+        return CoordinatorLostError(
+            f"the coordinator of {self.model} ended ({code_words(report.code)}){because}; log: {self.log_path}"
+        )

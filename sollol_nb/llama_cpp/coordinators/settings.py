@@ -1,0 +1,117 @@
+"""What a coordinator runs, and the flags of llama-server that say so. They live nowhere else."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from sollol_nb.errors import EngineError
+from sollol_nb.gguf.facts import ModelFacts, read_facts
+from sollol_nb.layers.plan import LayerPlan
+from sollol_nb.llama_cpp.coordinators.placement import split_over_devices
+from sollol_nb.llama_cpp.processes.cores import usable_cores
+from sollol_nb.llama_cpp.workers.local import LOOPBACK
+
+DEFAULT_SLOTS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinatorSettings:
+    """What one coordinator runs.
+
+    Attributes:
+        model: the name it was asked for by.
+        model_path: the GGUF file.
+        facts: the file's facts.
+        plan: the layer plan; None runs everything on this machine.
+        context_tokens: shared by all slots.
+        slots: requests served at the same time.
+        device_free_bytes: free bytes of each device, per endpoint, for workers with several devices.
+    """
+
+    model: str
+    model_path: Path
+    facts: ModelFacts
+    plan: LayerPlan | None
+    context_tokens: int
+    slots: int = DEFAULT_SLOTS
+    device_free_bytes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a registry entry: what another kernel must know to use the coordinator, or to leave it alone."""
+        return {
+            "model": self.model,
+            "model_file": file_identity(self.model_path),
+            "plan": self.plan.as_dict() if self.plan else None,
+            "workers": list(self.plan.endpoints) if self.plan else [],
+            "context_tokens": self.context_tokens,
+            "slots": self.slots,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> CoordinatorSettings:
+        """The settings again. Raises KeyError, TypeError or ModelFileError where that cannot be."""
+        path = Path(data["model_file"]["path"])
+        plan = LayerPlan.from_dict(data["plan"]) if data["plan"] else None
+        return cls(
+            str(data["model"]), path, read_facts(path), plan, int(data["context_tokens"]), int(data["slots"])
+        )
+
+
+def file_identity(path: Path) -> dict[str, Any]:
+    """What tells a file from another, or from its own next version: path, size and time of change."""
+    about = path.stat()
+    return {"path": str(path), "size": about.st_size, "mtime_ns": about.st_mtime_ns}
+
+
+def server_flags(settings: CoordinatorSettings, port: int, known: frozenset[str]) -> list[str]:
+    """llama-server's arguments for these settings.
+
+    Args:
+        known: flags that this build knows; those that came or went with versions are only passed when known.
+    """
+    flags = ["-m", str(settings.model_path), "--host", LOOPBACK, "--port", str(port)]
+    flags += ["-c", str(settings.context_tokens), "-np", str(settings.slots)]
+    if settings.plan is not None:
+        split = split_over_devices(settings.plan, settings.device_free_bytes)
+        flags += [
+            "--rpc",
+            ",".join(settings.plan.endpoints),
+            "-ngl",
+            str(settings.plan.gpu_layers),
+            "-sm",
+            "layer",
+            "-ts",
+            split,
+        ]
+    if usable_cores() < (os.cpu_count() or 1):  # llama.cpp counts those that a container may not use
+        flags += ["-t", str(usable_cores())]
+    optional = [
+        ("--kv-unified", []),  # one pool of context for all slots, instead of an n-th for each
+        ("--cache-ram", ["0"]),  # the prompt cache in memory aborts over RPC (llama.cpp issue 26529)
+        ("--offline", []),
+        ("--no-webui", []),
+        ("--jinja", []),
+    ]
+    if settings.plan is not None:
+        optional.append(("--fit", ["off"]))  # it would change the plan
+    for flag, values in optional:
+        if flag in known:
+            flags += [flag, *values]
+    return [*flags, "-lv", "5"]
+
+
+@lru_cache
+def known_flags(server: Path) -> frozenset[str]:
+    """The flags that this build of llama-server knows. Raises EngineError if it does not run."""
+    try:
+        answer = subprocess.run([str(server), "--help"], capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise EngineError(f"{server} does not run ({error}); run `sollol-nb doctor`") from error
+    return frozenset(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", answer.stdout + answer.stderr))

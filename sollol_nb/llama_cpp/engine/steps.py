@@ -1,0 +1,200 @@
+"""Run the programs of a build: output to a log file, progress from it, a time limit, no process left behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+
+from sollol_nb.errors import EngineBuildError
+from sollol_nb.runtime.progress_bars import progress_bar
+from sollol_nb.settings import config
+
+Progress = Callable[[str, float | None], None]
+"""Called with what is being done and the share done of the whole (0 to 1), or with a remark and None."""
+
+_BUILD_COUNT = re.compile(r"^\[(\d+)/(\d+)\]|^\[ *(\d+)%\]")  # Ninja's and Make's
+_TROUBLE = re.compile(
+    r"^FAILED: |^CMake Error|^ERROR|\berror:|\berror [A-Z]+\d+|\bfatal\b"
+    r"|undefined reference|No space left|Killed"
+)
+_TAIL_LINES = 15
+_LINE_LIMIT = 240
+_POLL_S = 0.1
+_KILL_LIMIT_S = 10.0
+_GONE_LIMIT_S = 1.0  # killed already; where nobody reaps orphans they stay as zombies
+_STEP = "SOLLOL_BUILD_STEP"  # in the environment of all that a step starts, however deep
+
+
+class BuildSteps:
+    """Runs the programs of one build, with their output in one log file and what they do told to `progress`."""
+
+    def __init__(self, log_path: Path, progress: Progress) -> None:
+        self.log_path = log_path
+        self.progress = progress
+        log_path.write_bytes(b"")
+
+    def run(
+        self, *command: str | Path, limit_s: float, on_line: Callable[[str], None] = lambda line: None
+    ) -> int | None:
+        """The program's exit code, or None if it was ended at the time limit.
+
+        Output goes to a file and not a pipe: a compiler's helper that outlives it cannot keep us waiting.
+        KeyboardInterrupt ends the whole process tree and is passed on. The program stays in our process group,
+        so that an interrupt from terminal or notebook stops it also while we run in another thread.
+        """
+        step = uuid.uuid4().hex
+        environment = config.child_environment(GIT_TERMINAL_PROMPT="0", PYTHONUNBUFFERED="1", **{_STEP: step})
+        with self.log_path.open("ab") as sink, self.log_path.open("rb") as source:
+            source.seek(0, os.SEEK_END)
+            process = subprocess.Popen(
+                [str(part) for part in command],
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                env=environment,
+            )
+            deadline = time.monotonic() + limit_s
+            try:
+                while True:
+                    code = process.poll()
+                    for line in _complete_lines(source):
+                        on_line(line)
+                    if code is not None or time.monotonic() > deadline:
+                        return code
+                    with suppress(subprocess.TimeoutExpired):
+                        process.wait(_POLL_S)
+            finally:
+                end_process_tree(process)
+                if process.returncode != 0:  # it may have ended by itself, before those that it started
+                    _end_all_of(step)
+
+    def must_run(
+        self,
+        doing: str,
+        *command: str | Path,
+        limit_s: float,
+        on_line: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        """Like `run`, for a step that has to succeed.
+
+        Raises:
+            EngineBuildError: it did not; the message ends with the log lines that matter.
+        """
+        code = self.run(*command, limit_s=limit_s, on_line=on_line)
+        if code == 0:
+            return
+        if code is None:
+            why = f"took longer than {limit_s / 60:.0f} min and was stopped"
+        elif code in (-signal.SIGINT, 128 + signal.SIGINT):
+            why = "was interrupted"
+        else:
+            why = f"failed (exit code {code})"
+        lines = log_tail(self.log_path.read_text(errors="replace"))
+        raise EngineBuildError("\n".join([f"{doing} {why}; whole log: {self.log_path}", *lines]))
+
+
+def build_share(line: str) -> float | None:
+    """Share of the build done (0 to 1) by a line of Ninja (`[12/240] ...`) or Make (`[ 5%] ...`), else None."""
+    match = _BUILD_COUNT.match(line)
+    if match is None:
+        return None
+    done, total, percent = match.groups()
+    return int(percent) / 100 if percent else int(done) / max(int(total), 1)
+
+
+def log_tail(text: str) -> list[str]:
+    """The lines of a build log a person wants: from the first sign of trouble on, else the last ones."""
+    lines = [line.rstrip()[:_LINE_LIMIT] for line in text.splitlines() if line.strip()]
+    lines = [line for line in lines if build_share(line) is None]
+    for number, line in enumerate(lines):
+        if _TROUBLE.search(line) and not line.startswith("--"):  # CMake's "-- Looking for x - not found"
+            return lines[number : number + _TAIL_LINES]
+    return lines[-_TAIL_LINES:]
+
+
+def end_process_tree(process: subprocess.Popen[bytes]) -> None:
+    """Kill a program and all it started; each is suspended before its children are listed, so none escapes."""
+    if process.poll() is not None:
+        return  # its pid may be somebody else's by now
+    try:
+        family = [psutil.Process(process.pid)]
+    except psutil.NoSuchProcess:
+        return
+    for member in family:  # grows while it is walked
+        with suppress(psutil.Error):
+            member.suspend()
+            family.extend(member.children())
+    for member in family:
+        with suppress(psutil.Error):
+            member.kill()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(_KILL_LIMIT_S)
+    psutil.wait_procs(family, timeout=_GONE_LIMIT_S)
+
+
+def _end_all_of(step: str) -> None:
+    """Kill what a step started and left behind: orphans have lost their parent, but not their environment.
+
+    What a process starts while it is being killed is found in the next round.
+    """
+    while family := [one for one in psutil.process_iter() if _environment(one).get(_STEP) == step]:
+        for member in family:
+            with suppress(psutil.Error):
+                member.kill()
+        _, alive = psutil.wait_procs(family, timeout=_GONE_LIMIT_S)
+        if alive:
+            return  # not ours to kill, or stuck in the kernel
+
+
+def _environment(process: psutil.Process) -> dict[str, str]:
+    try:
+        return process.environ() if process.status() != psutil.STATUS_ZOMBIE else {}
+    except (psutil.Error, OSError):
+        return {}
+
+
+@contextmanager
+def shown(progress: Progress | None) -> Iterator[Progress]:
+    """The caller's progress, or a bar in the terminal or notebook, made when there is something to show."""
+    if progress is not None:
+        yield progress
+        return
+    bar: Any = None
+
+    def tell(text: str, share: float | None) -> None:
+        nonlocal bar
+        if share is None:
+            print(text)
+            return
+        if bar is None:
+            bar = progress_bar(total=100, bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}")
+        bar.set_description_str(text, refresh=False)
+        bar.n = round(100 * share, 1)
+        bar.refresh()
+
+    try:
+        yield tell
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+def _complete_lines(source: IO[bytes]) -> Iterator[str]:
+    """Lines that are whole by now; a half line stays for the next call."""
+    while True:
+        start = source.tell()
+        line = source.readline()
+        if not line.endswith(b"\n"):
+            source.seek(start)
+            return
+        yield line.decode(errors="replace").rstrip()

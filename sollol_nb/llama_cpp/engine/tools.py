@@ -1,0 +1,185 @@
+"""What this machine offers for building llama.cpp: CMake, Ninja, a C++ compiler, GPU toolkits.
+
+Everything here only looks; nothing is fetched or built. Missing things are named before any download, in one
+line that says what to install on this system.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from sollol_nb.errors import ConfigError, EngineBuildError
+from sollol_nb.settings import config
+
+Backend = Literal["cpu", "cuda", "metal", "hip", "vulkan"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+
+INSTALL_CMAKE = 'pip install "sollol_nb[build]"'
+
+_GPU_OPTIONS: dict[Backend, str] = {
+    "cuda": "GGML_CUDA",
+    "metal": "GGML_METAL",
+    "hip": "GGML_HIP",
+    "vulkan": "GGML_VULKAN",
+}
+_TOOLKIT_WANTED: dict[Backend, str] = {
+    "cuda": "nvcc of the CUDA toolkit",
+    "metal": "a Mac with Apple silicon",
+    "hip": "hipcc of ROCm",
+    "vulkan": "glslc of the Vulkan SDK",
+}
+_COMPILER_COMMANDS = (  # (package manager, command); the first one present is named
+    ("apt-get", "sudo apt-get install g++"),
+    ("dnf", "sudo dnf install gcc-c++"),
+    ("pacman", "sudo pacman -S gcc"),
+    ("zypper", "sudo zypper install gcc-c++"),
+    ("apk", "sudo apk add build-base"),
+)
+_VSWHERE = Path("C:/Program Files (x86)/Microsoft Visual Studio/Installer/vswhere.exe")
+
+
+@dataclass(frozen=True, slots=True)
+class BuildTools:
+    """The tools one build uses."""
+
+    cmake: Path
+    ninja: Path | None
+    compiler: str
+
+
+def find_build_tools() -> BuildTools:
+    """CMake, Ninja (where there is one) and the C++ compiler.
+
+    Raises:
+        EngineBuildError: CMake or a C++ compiler is missing; the message says what to install.
+    """
+    compiler = find_compiler()
+    if compiler is None:
+        raise EngineBuildError(f"no C++ compiler found to build llama.cpp with; run: {compiler_command()}")
+    cmake = find_tool("cmake")
+    if cmake is None:
+        raise EngineBuildError(f"no cmake found to build llama.cpp with; run: {INSTALL_CMAKE}")
+    return BuildTools(cmake, find_tool("ninja"), compiler)
+
+
+def find_tool(name: str) -> Path | None:
+    """A program beside this Python (where pip puts `cmake` and `ninja`), else on PATH.
+
+    A kernel's PATH often lacks its own environment's folder, and what was installed there was meant for us.
+    """
+    found = shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
+    return Path(found) if found else None
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler CMake will use, as a path or as written in `CXX`; None where there is none."""
+    chosen = config.cxx_compiler()
+    if chosen and shutil.which(chosen.split()[0]):
+        return chosen
+    if sys.platform == "darwin" and not _answers("xcode-select", "-p"):
+        return None  # /usr/bin/c++ exists on every Mac, but without the tools it only opens a dialog
+    names = ("cl", "clang-cl", "g++") if sys.platform == "win32" else ("c++", "g++", "clang++")
+    for name in names:
+        if found := shutil.which(name):
+            return found
+    if sys.platform == "win32" and _VSWHERE.is_file():
+        return "Visual Studio"
+    return None
+
+
+def compiler_command() -> str:
+    """The command that installs a C++ compiler on this system."""
+    if sys.platform == "darwin":
+        return "xcode-select --install"
+    if sys.platform == "win32":
+        return "winget install Microsoft.VisualStudio.2022.BuildTools (with 'Desktop development with C++')"
+    for manager, command in _COMPILER_COMMANDS:
+        if shutil.which(manager):
+            return command
+    return "your system's package manager, for g++"
+
+
+def gpu_toolkits() -> dict[Backend, str]:
+    """GPU backends that can be built here, best first, each with what was found for it."""
+    found: dict[Backend, str] = {}
+    if sys.platform == "darwin" and platform.machine() == "arm64":
+        found["metal"] = "Apple silicon"
+    if nvcc := _compiler_of_toolkit("nvcc", "/usr/local/cuda/bin"):
+        found["cuda"] = nvcc
+    if hipcc := _compiler_of_toolkit("hipcc", "/opt/rocm/bin"):
+        found["hip"] = hipcc
+    if (glslc := shutil.which("glslc")) and config.vulkan_sdk():
+        found["vulkan"] = glslc
+    return found
+
+
+def choose_backend(asked: str | None) -> Backend:
+    """The backend to build: the one asked for, else the first GPU toolkit's, else the CPU's.
+
+    Raises:
+        ConfigError: no such backend.
+        EngineBuildError: its toolkit is not on this machine.
+    """
+    toolkits = gpu_toolkits()
+    if asked is None:
+        return next(iter(toolkits), "cpu")
+    for backend in BACKENDS:
+        if backend == asked:
+            break
+    else:
+        raise ConfigError(f"no backend {asked!r}; choose one of {', '.join(BACKENDS)}")
+    # Distributions ship glslc without the SDK's variable: enough for who asks for Vulkan by name.
+    if backend == "cpu" or backend in toolkits or (backend == "vulkan" and shutil.which("glslc")):
+        return backend
+    raise EngineBuildError(
+        f"backend {backend} needs {_TOOLKIT_WANTED[backend]}, which is not here; "
+        "install it, or take the cpu backend"
+    )
+
+
+def cmake_options(backend: Backend, tools: BuildTools, *, commit: str) -> list[str]:
+    """CMake's configure options: Release, RPC on, the one GPU backend on, all we do not need off.
+
+    The run path makes programs look for their libraries beside themselves, so the folder can be moved.
+    """
+    options = {
+        "CMAKE_BUILD_TYPE": "Release",
+        "CMAKE_BUILD_WITH_INSTALL_RPATH": "ON",
+        "CMAKE_INSTALL_RPATH": "@loader_path" if sys.platform == "darwin" else "$ORIGIN",
+        "GGML_RPC": "ON",
+        "LLAMA_BUILD_TESTS": "OFF",
+        "LLAMA_BUILD_EXAMPLES": "OFF",
+        "LLAMA_BUILD_APP": "OFF",
+        "LLAMA_BUILD_UI": "OFF",
+        "LLAMA_USE_PREBUILT_UI": "OFF",
+        "LLAMA_OPENSSL": "OFF",
+        # Without these llama.cpp would ask whatever git repository the cache happens to lie in.
+        "LLAMA_BUILD_NUMBER": "0",
+        "LLAMA_BUILD_COMMIT": commit,
+    }
+    options |= {option: "ON" if name == backend else "OFF" for name, option in _GPU_OPTIONS.items()}
+    if backend == "cuda":
+        options["CMAKE_CUDA_COMPILER"] = gpu_toolkits()["cuda"]
+    flags = [f"-D{name}={value}" for name, value in options.items()]
+    # On Windows Ninja works only where cl is on PATH; CMake finds Visual Studio itself.
+    if tools.ninja and tools.compiler != "Visual Studio":
+        flags += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tools.ninja}"]
+    return flags
+
+
+def _compiler_of_toolkit(name: str, usual_folder: str) -> str | None:
+    return shutil.which(name) or shutil.which(name, path=usual_folder)
+
+
+def _answers(*command: str) -> bool:
+    try:
+        return subprocess.run(command, capture_output=True, timeout=10, check=False).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False

@@ -1,0 +1,370 @@
+"""The handle of an engine process owned by a supervisor (see `supervisor.py`): start or adopt, hold, watch, stop.
+
+Lives on the I/O loop. The engine does not depend on the handle: it lives while someone holds a lease on it, and
+`keep_alive` longer. Each verb tolerates exactly that the process is already gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import secrets
+import sys
+import uuid
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from sollol_nb.errors import EngineError
+from sollol_nb.llama_cpp.processes import registry, supervisor
+from sollol_nb.llama_cpp.processes.registry import Entry
+from sollol_nb.settings import config
+
+LOG_LIMIT_BYTES = 16 * 1024 * 1024
+START_TIMEOUT_S = 15.0
+ANSWER_TIMEOUT_S = 5.0
+SUPERVISOR_END_LOOKS = 100
+MESSAGE_LIMIT_BYTES = 1024 * 1024  # the supervisor's longest message: a tail, escaped as JSON
+
+
+@dataclass(frozen=True, slots=True)
+class ExitReport:
+    """How an engine process ended.
+
+    Attributes:
+        code: the exit code; negative is the number of the signal that ended it; None when the supervisor
+            itself was lost.
+        tail: the last lines of the log.
+        why: "" when it ended by itself, else why it was ended, such as `idle` or `stopped`.
+    """
+
+    code: int | None
+    tail: tuple[str, ...]
+    why: str = ""
+
+
+class EngineProcess:
+    """One engine process under its supervisor, as seen from this process.
+
+    Attributes:
+        entry: its registry entry, as it was when this handle was made.
+        key: the engine's secret; never shown.
+    """
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, entry: Entry, key: str) -> None:
+        self.entry = entry
+        self.key = key
+        self._reader, self._writer = reader, writer
+        self._numbers = itertools.count(1)
+        self._answers: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._report: ExitReport | None = None
+        self._detached = False
+        self._exited = asyncio.Event()
+        self._watcher = asyncio.create_task(self._watch())
+        _handles.add(self)
+
+    def __repr__(self) -> str:
+        return f"<EngineProcess {self.pid}, {'running' if self.is_running() else 'ended'}>"
+
+    @property
+    def pid(self) -> int:
+        """Process id of the engine (not of its supervisor)."""
+        return self.entry.pid
+
+    @property
+    def log_path(self) -> Path:
+        """The file that its output is drained to, mode 0600."""
+        return Path(self.entry.log_path)
+
+    @classmethod
+    async def start(
+        cls,
+        argv: Sequence[str],
+        *,
+        kind: str,
+        log_path: Path,
+        about: Mapping[str, Any],
+        keep_alive_s: float | None,
+        key: str | None = None,
+        env: Mapping[str, str] | None = None,
+        debug_until: str | None = None,
+        holds: Sequence[Entry] = (),
+    ) -> EngineProcess:
+        """Start `argv` under a supervisor, and connect to it.
+
+        Args:
+            kind: `coordinator` or `worker`.
+            about: what it runs, for its registry entry.
+            keep_alive_s: how long it lives without a lease; None is for ever.
+            key: its secret, which is also in `env` if the engine needs it; by default one is drawn.
+            env: added to this process's environment; never shown in arguments.
+            debug_until: after the first log line with this text, debug lines are dropped from the log.
+            holds: engines (local workers) that must live as long as this one.
+
+        Raises:
+            EngineError: the binary cannot be run, or the engine cannot be registered.
+        """
+        registry.prune_logs()
+        entry_id = f"{kind}-{uuid.uuid4().hex[:12]}"
+        key = key or secrets.token_urlsafe(32)
+        spec = {
+            "argv": list(argv),
+            "env": config.child_environment(**(env or {})),
+            "id": entry_id,
+            "kind": kind,
+            "key": key,
+            "entry_path": str(config.registry_dir() / f"{entry_id}.json"),
+            "key_path": str(config.registry_dir() / f"{entry_id}.key"),
+            "log_path": str(log_path),
+            "log_limit_bytes": LOG_LIMIT_BYTES,
+            "debug_until": debug_until,
+            "keep_alive_s": keep_alive_s,
+            "about": {"owner_pid": os.getpid(), "owner": _own_name(), **about},
+            "holds": [{"port": one.control_port, "key": one.read_key()} for one in holds],
+            "psutil_folder": str(Path(psutil.__file__).parents[1]),
+        }
+        try:
+            started = await _spawn_supervisor(spec)
+            try:
+                entry = registry.find(entry_id)
+                if entry is None:  # no other kernel would know of it, nor which workers it holds
+                    raise EngineError(f"{argv[0]} could not be registered in {config.registry_dir()}; is it full?")
+                reader, writer = await _connect(entry.control_port, key)
+            except BaseException:
+                with contextlib.suppress(psutil.Error):  # an engine that nobody knows of must not stay
+                    psutil.Process(started["supervisor_pid"]).terminate()
+                raise
+        except (TimeoutError, OSError) as error:
+            raise EngineError(f"the supervisor of {argv[0]} did not start; try again") from error
+        return cls(reader, writer, entry, key)
+
+    @classmethod
+    async def adopt(cls, entry: Entry) -> EngineProcess | None:
+        """The handle of a running engine; None if its supervisor does not answer (a dead one is cleaned up)."""
+        key = entry.read_key()
+        try:
+            if key is None:
+                return None
+            reader, writer = await _connect(entry.control_port, key)
+        except (TimeoutError, OSError, EngineError):
+            if not entry.is_alive():
+                registry.clean(entry)
+            return None
+        return cls(reader, writer, entry, key)
+
+    def is_running(self) -> bool:
+        """Whether the engine process is alive, as far as this handle knows."""
+        return self._report is None
+
+    @property
+    def exit_report(self) -> ExitReport | None:
+        """How it ended, or None while it runs."""
+        return self._report
+
+    async def wait(self) -> ExitReport:
+        """Wait for the end of the process."""
+        await self._exited.wait()
+        assert self._report is not None
+        return self._report
+
+    async def ended_within(self, seconds: float) -> ExitReport | None:
+        """How it ended, if it does so in a moment: a broken connection is seen an instant before the exit."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                return await self.wait()
+        return None
+
+    async def hold(self) -> bool:
+        """Take a lease: the engine is not ended for idleness until `free`. False if it has ended or is ending."""
+        return bool((await self._ask("hold")).get("ok"))
+
+    def free(self) -> None:
+        """End a lease."""
+        self._send("free")
+
+    async def keep_alive(self, seconds: float | None) -> None:
+        """How long it lives without a lease from now on; None is for ever."""
+        await self._ask("keep_alive", seconds=seconds)
+
+    async def tell_about(self, **about: Any) -> None:
+        """Add to what its registry entry says."""
+        await self._ask("about", about=about)
+
+    async def status(self) -> dict[str, Any]:
+        """`clients` (others than this handle), `leases`, `idle_s`, `ends_in_s`; empty when it has ended."""
+        return await self._ask("status")
+
+    async def stop(self, *, grace_s: float = supervisor.STOP_GRACE_S, why: str = "stopped") -> ExitReport:
+        """End the process (SIGTERM, after a grace SIGKILL) and wait for its end. Stopping twice is fine."""
+        self._send("stop", grace_s=grace_s, why=why)
+        try:
+            async with asyncio.timeout(grace_s + 2 * supervisor.STOP_GRACE_S):
+                return await self.wait()
+        except TimeoutError:
+            self._kill_engine()
+            return await self.wait()
+
+    async def stop_unless_shared(self) -> bool:
+        """End the process unless another process (or router) is connected; False if it goes on for them."""
+        answer = await self._ask("stop", unless_shared=True, why="closed")
+        if not answer.get("ok") and self.is_running():
+            self.detach()
+            return False
+        await self.wait()
+        return True
+
+    def detach(self) -> None:
+        """Let go of the engine without ending it; the leases of this handle end."""
+        self._detached = True
+        self._writer.close()
+
+    # --- the wire -------------------------------------------------------------------------------
+
+    def _send(self, do: str, **arguments: Any) -> int:
+        number = next(self._numbers)
+        if self.is_running() and not self._writer.is_closing():
+            self._writer.write(json.dumps({"n": number, "do": do, **arguments}).encode() + b"\n")
+        return number
+
+    async def _ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+        """The supervisor's answer; empty when it has ended or does not answer."""
+        number = self._send(do, **arguments)
+        if not self.is_running() or self._detached:
+            return {}
+        answer = self._answers[number] = asyncio.get_running_loop().create_future()
+        try:
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                told: dict[str, Any] = await answer
+                return told
+        except TimeoutError:
+            return {}
+        finally:
+            self._answers.pop(number, None)
+
+    async def _watch(self) -> None:
+        report: ExitReport | None = None
+        with contextlib.suppress(OSError, ValueError):
+            while report is None and (line := await self._reader.readline()):
+                message = json.loads(line)
+                if message.get("event") == "exited":
+                    report = ExitReport(message["code"], tuple(message["tail"]), message["why"])
+                answer = self._answers.get(message.get("n", 0))
+                if answer is not None and not answer.done():
+                    answer.set_result(message)
+        if report is None and self._detached:
+            report = ExitReport(None, (), "let go of")
+        if report is None and await self._supervisor_ends():
+            # Gone without a word; its guard ends the engine, and so do we.
+            self._kill_engine()
+            report = ExitReport(None, ("the supervisor of this process was lost",))
+        if report is None:  # others may use the engine; it is only lost to us
+            report = ExitReport(None, ("the connection to the supervisor of this process was lost",))
+        self._report = report
+        self._writer.close()
+        for answer in self._answers.values():
+            if not answer.done():
+                answer.set_result({})
+        self._exited.set()
+
+    async def _supervisor_ends(self) -> bool:
+        """Whether the supervisor has ended; the end of its connections is seen a moment before."""
+        for _ in range(SUPERVISOR_END_LOOKS):
+            if not self.entry.is_alive():
+                return True
+            await asyncio.sleep(0.02)
+        return False
+
+    def _kill_engine(self) -> None:
+        # Never a stranger that got a recycled pid.
+        started = self.entry.pid_started
+        if started is not None and registry.is_same_process(self.pid, started):
+            with contextlib.suppress(psutil.Error):
+                psutil.Process(self.pid).kill()
+
+
+_handles: weakref.WeakSet[EngineProcess] = weakref.WeakSet()
+
+
+def _let_go_in_forked_child() -> None:
+    # A lease lasts as long as its connection, so no copy of the connection may outlive the one that took it.
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for handle in _handles:
+        descriptor = handle._writer.get_extra_info("socket").fileno()
+        if descriptor >= 0:
+            os.dup2(nothing, descriptor, inheritable=False)
+    os.close(nothing)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go_in_forked_child)
+
+
+async def _spawn_supervisor(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Start a supervisor; what it says when the engine is started. It stays when this process ends."""
+    flags: dict[str, Any] = (
+        {"start_new_session": True} if os.name == "posix" else {"creationflags": 0x00000200}
+    )  # a kernel's interrupt goes to its whole process group; 0x200 is CREATE_NEW_PROCESS_GROUP
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-I",
+        "-S",
+        str(supervisor.__file__),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+        limit=MESSAGE_LIMIT_BYTES,
+        **flags,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        process.stdin.write(json.dumps(spec).encode() + b"\n")
+        await process.stdin.drain()
+        async with asyncio.timeout(START_TIMEOUT_S):  # not wait_for: Python 3.11's may swallow a cancellation
+            line = await process.stdout.readline()
+    except BaseException:
+        # It ends its engine on this signal; it may not have one yet.
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+        raise
+    finally:
+        process.stdin.close()
+    try:
+        message = json.loads(line)
+    except ValueError:
+        message = {}
+    if message.get("event") != "started":
+        reason = " ".join(message.get("tail", [])) or "the supervisor ended"
+        raise EngineError(f"could not run {reason}; run `sollol-nb doctor` to see what was found")
+    return {**message, "supervisor_pid": process.pid}
+
+
+async def _connect(port: int, key: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A control connection whose supervisor has shown that it knows the key.
+
+    Raises:
+        TimeoutError, OSError: nothing answers.
+        EngineError: something else answers.
+    """
+    async with asyncio.timeout(ANSWER_TIMEOUT_S):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=MESSAGE_LIMIT_BYTES)
+        try:
+            writer.write(json.dumps({"key": key}).encode() + b"\n")
+            hello = await reader.readline()
+            if not hello.startswith(b'{"event": "hello"'):
+                raise EngineError(f"what listens on 127.0.0.1:{port} is not the supervisor that was expected")
+        except BaseException:
+            writer.close()
+            raise
+    return reader, writer
+
+
+def _own_name() -> str:
+    return Path(sys.argv[0]).name or "python" if sys.argv else "python"

@@ -1,0 +1,225 @@
+"""The registry of what runs: one small file per engine, written by its supervisor, read by every kernel.
+
+An entry says which process the engine is, how to speak to its supervisor, and (`about`) what it runs: for a
+coordinator the model file and its identity, plan, workers and URL; for a local worker its endpoint. The files are
+in the user's state folder with mode 0600; the engine's secret stands in a file of its own beside the entry.
+
+The registry is also the table of leases: a worker belongs to the coordinator whose living entry names it. Who
+wants workers reads the table and starts a coordinator under one lock (`claims`): no two kernels get the same.
+
+An entry counts only while its supervisor lives: same pid and same start time, so a recycled pid is never taken
+for ours. What a dead supervisor left behind is cleaned up by whoever finds it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import time
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import filelock
+import psutil
+
+from sollol_nb.errors import WorkersUnavailableError
+from sollol_nb.settings import config
+
+COORDINATOR = "coordinator"
+WORKER = "worker"
+LOCK_TIMEOUT_S = 60.0
+LOGS_KEPT = 50
+_CLOCK_TOLERANCE_S = 2.0  # start times are computed from the clock, which may be set meanwhile
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What is known of one running engine.
+
+    Attributes:
+        id: unique, also the file's name.
+        kind: `coordinator` or `worker`.
+        pid, pid_started: the engine's process and its start time (seconds since the epoch, None if unknown).
+        supervisor_pid, supervisor_started: the same of its supervisor.
+        control_port: the supervisor's port of loopback.
+        key_path: the file with the engine's secret.
+        log_path: its log.
+        started_at: seconds since the epoch.
+        keep_alive_s: how long it lives without a lease; None is for ever.
+        about: what it runs.
+        path: the entry's own file.
+    """
+
+    id: str
+    kind: str
+    pid: int
+    pid_started: float | None
+    supervisor_pid: int
+    supervisor_started: float | None
+    control_port: int
+    key_path: str
+    log_path: str
+    started_at: float
+    keep_alive_s: float | None
+    about: dict[str, Any] = field(repr=False)
+    path: Path = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        """The model of a coordinator, the endpoint of a worker."""
+        return str(self.about.get("model") or self.about.get("endpoint") or self.id)
+
+    @property
+    def workers(self) -> list[str]:
+        """Endpoints that a coordinator holds."""
+        return list(self.about.get("workers") or ())
+
+    def is_alive(self) -> bool:
+        """Whether its supervisor lives."""
+        return is_same_process(self.supervisor_pid, self.supervisor_started)
+
+    def read_key(self) -> str | None:
+        """The engine's secret; None when the file is gone."""
+        try:
+            return Path(self.key_path).read_text("utf-8")
+        except OSError:
+            return None
+
+
+def is_same_process(pid: int, started: float | None) -> bool:
+    """Whether this pid still is the process that was started then, and not a later one with a recycled pid."""
+    try:
+        process = psutil.Process(pid)
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        return started is None or abs(process.create_time() - started) < _CLOCK_TOLERANCE_S
+    except (psutil.NoSuchProcess, ValueError):  # gone, or no pid at all
+        return False
+    except psutil.Error:
+        return True  # it is there, and the system does not tell more
+
+
+def entries(kind: str | None = None) -> list[Entry]:
+    """The engines that run, oldest first. Entries of dead supervisors are cleaned up on the way."""
+    found = []
+    for path in config.registry_dir().glob("*.json"):
+        entry = _read(path)
+        if entry is None:
+            continue
+        if not entry.is_alive():
+            clean(entry)
+        elif kind in (None, entry.kind):
+            found.append(entry)
+    return sorted(found, key=lambda entry: entry.started_at)
+
+
+def clean(entry: Entry) -> None:
+    """Remove what a dead supervisor left: its engine, if that still runs, and the entry's files."""
+    if entry.pid_started is not None and is_same_process(entry.pid, entry.pid_started):
+        with contextlib.suppress(psutil.Error):
+            psutil.Process(entry.pid).kill()
+    for path in (entry.path, Path(entry.key_path)):
+        if path.parent == entry.path.parent:  # an entry names nothing outside the registry
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def holders() -> dict[str, Entry]:
+    """Which coordinator's entry names which worker as its own."""
+    return {endpoint: entry for entry in entries(COORDINATOR) for endpoint in entry.workers}
+
+
+def owner_words(about: dict[str, Any]) -> str:
+    """Who started it, in words."""
+    pid = about.get("owner_pid")
+    if pid == os.getpid():
+        return "this kernel"
+    return f"process {pid} ({about.get('owner', 'a kernel')})"
+
+
+@contextlib.asynccontextmanager
+async def locked(name: str, doing: str) -> AsyncIterator[None]:
+    """A lock between all processes of this user.
+
+    It is polled: a wait in a thread that is cancelled would get the lock all the same, and keep it.
+
+    Args:
+        name: of the lock.
+        doing: what its holder does, for the error.
+
+    Raises:
+        WorkersUnavailableError: another process has held it for a minute.
+    """
+    lock = filelock.FileLock(config.registry_dir() / f"{name}.lock", thread_local=False, timeout=0)
+    deadline = time.monotonic() + LOCK_TIMEOUT_S
+    while True:
+        try:
+            lock.acquire()
+            break
+        except filelock.Timeout as error:
+            if time.monotonic() > deadline:
+                raise WorkersUnavailableError(
+                    f"another process has been {doing} for {LOCK_TIMEOUT_S:g} s; try again"
+                ) from error
+        await asyncio.sleep(0.02)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def claims() -> contextlib.AbstractAsyncContextManager[None]:
+    """The lock under which workers are chosen and claimed."""
+    return locked("claims", "choosing workers")
+
+
+def new_log_path(kind: str, port: int) -> Path:
+    """Where the log of a new engine goes; that of the one before on this port stays readable."""
+    return config.log_dir() / f"{kind}-{port}-{uuid.uuid4().hex[:8]}.log"
+
+
+def prune_logs() -> None:
+    """Remove the oldest logs of engines; those of running ones and the newest stay."""
+    used = {entry.log_path for entry in entries()}
+    logs = [path for kind in (COORDINATOR, WORKER) for path in config.log_dir().glob(f"{kind}-*.log")]
+    with contextlib.suppress(OSError):
+        logs.sort(key=lambda path: path.stat().st_mtime)
+        for path in logs[:-LOGS_KEPT]:
+            if str(path) not in used:
+                path.unlink(missing_ok=True)
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("id", "kind", "key_path", "log_path"), (str,)),
+    **dict.fromkeys(("pid", "supervisor_pid", "control_port"), (int,)),
+    **dict.fromkeys(("pid_started", "supervisor_started", "keep_alive_s"), (int, float, type(None))),
+    "started_at": (int, float),
+    "about": (dict,),
+}
+
+
+def find(entry_id: str) -> Entry | None:
+    """The entry with this id, if there is one."""
+    return _read(config.registry_dir() / f"{entry_id}.json")
+
+
+def _read(path: Path) -> Entry | None:
+    """The entry in a file; None for a file that is going, or is none of ours (which is removed)."""
+    try:
+        read = json.loads(path.read_text("utf-8"))
+        # What a newer version of this package has added is not for us.
+        entry = Entry(**{one.name: read[one.name] for one in fields(Entry) if one.name != "path"}, path=path)
+        for name, types in _TYPES.items():
+            if not isinstance(getattr(entry, name), types):
+                raise TypeError(name)
+        return entry
+    except OSError:
+        return None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        path.unlink(missing_ok=True)
+        return None

@@ -1,0 +1,91 @@
+"""Worker processes on this machine: free ports for them, their start, and when they answer.
+
+Flags of the worker binary live here. Workers do no authentication and no encryption (and have had remote code
+execution bugs), so the ones started here listen on loopback only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import socket
+import time
+
+import psutil
+
+from sollol_nb.errors import WorkerStartError
+from sollol_nb.llama_cpp.engine.find import Engine
+from sollol_nb.llama_cpp.processes import registry
+from sollol_nb.llama_cpp.processes.process import EngineProcess
+from sollol_nb.llama_cpp.workers.probe import ProbeOutcome, probe
+from sollol_nb.settings import config
+
+LOOPBACK = "127.0.0.1"
+START_TIMEOUT_S = 20.0
+
+_TROUBLE = re.compile(r"fail|error|abort|cannot|invalid", re.IGNORECASE)
+
+
+async def start_worker(
+    engine: Engine, host: str, port: int, threads: int, keep_alive_s: float | None
+) -> EngineProcess:
+    """Start one worker process; it may not answer yet."""
+    return await EngineProcess.start(
+        [str(engine.worker), "-H", host, "-p", str(port), "-t", str(threads)],
+        kind=registry.WORKER,
+        about={"endpoint": config.format_endpoint(host, port), "threads": threads},
+        keep_alive_s=keep_alive_s,
+        log_path=registry.new_log_path(registry.WORKER, port),
+    )
+
+
+def free_ports(first: int, count: int, host: str = LOOPBACK) -> list[int]:
+    """The first `count` ports from `first` upward that nothing listens on.
+
+    Raises:
+        WorkerStartError: there are not that many.
+    """
+    found: list[int] = []
+    for port in range(first, 65536):
+        if len(found) == count:
+            break
+        with socket.socket() as trial:
+            try:
+                if os.name == "posix":  # a port whose old connections still linger is free for a server
+                    trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                trial.bind((host, port))
+            except OSError:
+                continue
+        found.append(port)
+    if len(found) < count:
+        raise WorkerStartError(f"no {count} free ports from {first} upward on {host}; give another first port")
+    return found
+
+
+def _listens(pid: int, port: int) -> bool:
+    try:
+        sockets = psutil.Process(pid).net_connections("tcp")
+    except psutil.NoSuchProcess:
+        return False
+    return any(one.status == psutil.CONN_LISTEN and one.laddr.port == port for one in sockets)
+
+
+async def wait_until_free(endpoint: str, process: EngineProcess) -> None:
+    """Wait until a worker that was started answers its probe. Raises WorkerStartError if it does not."""
+    host, port = config.parse_endpoint(endpoint)
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while process.is_running():
+        # A stranger's worker may have taken the port a moment before ours, and would answer too.
+        if _listens(process.pid, port) and (await probe(host, port, timeout_s=1.0)).outcome is ProbeOutcome.FREE:
+            return
+        if time.monotonic() > deadline:
+            raise WorkerStartError(
+                f"the worker at {endpoint} does not answer after {START_TIMEOUT_S:g} s; log: {process.log_path}"
+            )
+        await asyncio.sleep(0.02)
+    report = process.exit_report
+    tail = report.tail if report else ()
+    # Its standard output is buffered until it ends, so that what went wrong does not come last in the log.
+    words = " / ".join([line for line in tail if _TROUBLE.search(line)][-3:] or tail[-3:])
+    raise WorkerStartError(f"the worker at {endpoint} ended at once: {words}; log: {process.log_path}")

@@ -1,0 +1,262 @@
+"""The wire probe of llama.cpp RPC workers, and finding them.
+
+The only room that knows wire bytes. The protocol (ggml-rpc.cpp of llama.cpp, protocol 7) is raw TCP: a
+request is one command byte, an 8-byte little-endian payload length and the payload; a response is an 8-byte
+length and the payload. HELLO (14) comes first and tells the protocol version; DEVICE_COUNT (15) and
+GET_DEVICE_MEMORY (11) follow.
+
+A worker serves one client at a time: while a coordinator holds it, a second client connects but its HELLO is
+never answered. So a probe has five outcomes (`ProbeOutcome`), and a worker that one's own coordinator holds
+must not be probed at all: it would only read as busy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import struct
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+
+from sollol_nb.runtime.io_loop import run_blocking
+from sollol_nb.settings.config import DEFAULT_RPC_PORT, format_endpoint, parse_endpoint
+
+PROTOCOL_MAJOR = 7
+PROTOCOL_MINOR = 0
+DEFAULT_TIMEOUT_S = 2.0
+DISCOVERY_PORTS = range(DEFAULT_RPC_PORT, DEFAULT_RPC_PORT + 16)
+
+_HELLO, _DEVICE_COUNT, _GET_DEVICE_MEMORY = 14, 15, 11
+_CAPABILITIES = bytes(24)  # zeros: plain TCP, no transport upgrade
+_HELLO_ANSWER_BYTES = 4 + len(_CAPABILITIES)
+_OLD_HELLO_ANSWER_BYTES = (3, 4)  # majors below 7 answer with the bare version
+_MAX_DEVICES = 64
+_NO_LINGER = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
+
+
+class ProbeOutcome(Enum):
+    """What a probe found."""
+
+    FREE = "free"
+    BUSY = "busy"  # connects, then stays silent: held by a coordinator, or hung
+    REFUSED = "refused"
+    UNREACHABLE = "unreachable"
+    INCOMPATIBLE = "incompatible"  # answers with another protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """One look at one endpoint.
+
+    Attributes:
+        endpoint: `host:port`.
+        outcome: which of the five.
+        detail: one line in words, with what to do where something is wrong.
+        protocol: version of the RPC protocol, `(major, minor, patch)`; None where it was not told.
+        device_free_bytes: free memory of each device that the worker offers, in its order.
+        total_bytes: memory, summed over its devices.
+        round_trip_ms: the quickest of the round trips seen during the probe; None where there was none.
+    """
+
+    endpoint: str
+    outcome: ProbeOutcome
+    detail: str
+    protocol: tuple[int, int, int] | None = None
+    device_free_bytes: tuple[int, ...] = ()
+    total_bytes: int = 0
+    round_trip_ms: float | None = None
+
+    @property
+    def free_bytes(self) -> int:
+        """Free memory, summed over its devices."""
+        return sum(self.device_free_bytes)
+
+
+class _NotThisProtocol(Exception):
+    """The peer answers, but not as this protocol says."""
+
+
+async def probe(host: str, port: int, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Probe:
+    """Look at one endpoint, within `timeout_s` seconds. Never raises for what a peer does.
+
+    Raises:
+        ConfigError: host and port are no endpoint.
+    """
+    endpoint = format_endpoint(host, port)
+    parse_endpoint(endpoint)
+    deadline = time.monotonic() + timeout_s
+    try:
+        async with asyncio.timeout(timeout_s):
+            reader, writer = await _connect(host, port)
+    except TimeoutError:
+        # A held worker lets two clients queue; the next ones are dropped like packets at a firewall.
+        return _unreachable(endpoint, f"no answer within {timeout_s:g} s; or it is held, with a full queue")
+    except ConnectionRefusedError:
+        return Probe(
+            endpoint,
+            ProbeOutcome.REFUSED,
+            f"nothing listens on {endpoint}; start it there: ggml-rpc-server -H {host} -p {port}",
+        )
+    except (OSError, UnicodeError) as error:  # no route, unknown host, a label too long for DNS
+        return _unreachable(endpoint, getattr(error, "strerror", None) or str(error))
+    try:
+        async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+            return await _converse(endpoint, reader, writer)
+    except TimeoutError:
+        return Probe(
+            endpoint,
+            ProbeOutcome.BUSY,
+            f"{endpoint} accepts but does not answer: a coordinator holds it, or it hangs",
+        )
+    except (_NotThisProtocol, asyncio.IncompleteReadError, OSError) as error:
+        version = await _old_version(host, port, deadline)
+        return _incompatible(endpoint, version, str(error) if isinstance(error, _NotThisProtocol) else "")
+    finally:
+        _reset(writer)
+
+
+async def probe_all(endpoints: Iterable[str], *, timeout_s: float = DEFAULT_TIMEOUT_S) -> list[Probe]:
+    """Probe `host:port` endpoints at the same time; results in the same order."""
+    pairs = [parse_endpoint(endpoint) for endpoint in endpoints]
+    return list(await asyncio.gather(*(probe(host, port, timeout_s=timeout_s) for host, port in pairs)))
+
+
+async def discover(
+    hosts: Iterable[str] = ("127.0.0.1",),
+    ports: Iterable[int] = DISCOVERY_PORTS,
+    *,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+) -> list[Probe]:
+    """Free and busy workers on the given hosts and ports (default: this machine, ports 50052 to 50067).
+
+    Looks nowhere it was not told to look: other machines are found by naming them.
+    """
+    port_list = list(ports)
+    probes = await probe_all(
+        (format_endpoint(host, port) for host in hosts for port in port_list), timeout_s=timeout_s
+    )
+    return [one for one in probes if one.outcome in (ProbeOutcome.FREE, ProbeOutcome.BUSY)]
+
+
+def test_rpc_backend(
+    host: str,
+    port: int = DEFAULT_RPC_PORT,  # noqa: PT028 - not a test
+    timeout: float = DEFAULT_TIMEOUT_S,  # noqa: PT028 - not a test
+) -> bool:
+    """Whether a coordinator could use this worker now: it answers with a fitting protocol and is free."""
+    return run_blocking(probe(host, port, timeout_s=timeout)).outcome is ProbeOutcome.FREE
+
+
+test_rpc_backend.__test__ = False  # type: ignore[attr-defined]  # its name looks like a test to pytest
+
+
+async def _connect(host: str, port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Try each address of the host in turn; if none accepts, one that refused tells the most."""
+    addresses = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    failures: list[OSError] = []
+    for *_, address in addresses:
+        try:
+            return await asyncio.open_connection(str(address[0]), port, limit=4096)
+        except OSError as error:
+            failures.append(error)
+    raise next((one for one in failures if isinstance(one, ConnectionRefusedError)), failures[0])
+
+
+async def _converse(endpoint: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Probe:
+    round_trips: list[float] = []
+
+    async def ask(command: int, payload: bytes) -> bytes:
+        started = time.perf_counter()
+        writer.write(struct.pack("<BQ", command, len(payload)) + payload)
+        await writer.drain()
+        (length,) = struct.unpack("<Q", await reader.readexactly(8))
+        if length > _HELLO_ANSWER_BYTES:  # no answer in this conversation is longer
+            raise _NotThisProtocol("the answer is not of the RPC protocol")
+        answer = await reader.readexactly(length)
+        round_trips.append((time.perf_counter() - started) * 1000)
+        return answer
+
+    hello = await ask(_HELLO, _CAPABILITIES)
+    if len(hello) in _OLD_HELLO_ANSWER_BYTES:
+        return _incompatible(endpoint, (hello[0], hello[1], hello[2]))
+    if len(hello) != _HELLO_ANSWER_BYTES:
+        raise _NotThisProtocol("the answer is not of the RPC protocol")
+    protocol = (hello[0], hello[1], hello[2])
+    if protocol[0] != PROTOCOL_MAJOR or protocol[1] > PROTOCOL_MINOR:
+        return _incompatible(endpoint, protocol)
+    count_answer = await ask(_DEVICE_COUNT, b"")
+    if len(count_answer) != 4:
+        raise _NotThisProtocol("the device count is malformed")
+    (device_count,) = struct.unpack("<I", count_answer)
+    if not 0 < device_count <= _MAX_DEVICES:
+        raise _NotThisProtocol(f"it claims {device_count} devices")
+    device_free_bytes: list[int] = []
+    total_bytes = 0
+    for device in range(device_count):
+        memory = await ask(_GET_DEVICE_MEMORY, struct.pack("<I", device))
+        if len(memory) != 16:
+            raise _NotThisProtocol("the memory answer is malformed")
+        free, total = struct.unpack("<QQ", memory)
+        device_free_bytes.append(free)
+        total_bytes += total
+    return Probe(
+        endpoint,
+        ProbeOutcome.FREE,
+        "free",
+        protocol,
+        tuple(device_free_bytes),
+        total_bytes,
+        # The first answer may wait for the worker to notice us; the quickest is the wire's.
+        min(round_trips),
+    )
+
+
+async def _old_version(host: str, port: int, deadline: float) -> tuple[int, int, int] | None:
+    """The version of a worker older than protocol 7: it expects a HELLO without payload."""
+    with contextlib.suppress(TimeoutError, OSError, asyncio.IncompleteReadError):
+        async with asyncio.timeout(max(0.05, deadline - time.monotonic())):
+            reader, writer = await _connect(host, port)
+            try:
+                writer.write(struct.pack("<BQ", _HELLO, 0))
+                await writer.drain()
+                (length,) = struct.unpack("<Q", await reader.readexactly(8))
+                if length in _OLD_HELLO_ANSWER_BYTES:
+                    answer = await reader.readexactly(length)
+                    return answer[0], answer[1], answer[2]
+            finally:
+                _reset(writer)
+    return None
+
+
+def _reset(writer: asyncio.StreamWriter) -> None:
+    """Close with a reset. A busy worker reads our HELLO when its client has left; after an ordinary close its
+    answer would raise SIGPIPE there, and end it."""
+    with contextlib.suppress(OSError):
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+    writer.transport.abort()
+
+
+def _unreachable(endpoint: str, why: str) -> Probe:
+    return Probe(
+        endpoint,
+        ProbeOutcome.UNREACHABLE,
+        f"{endpoint} cannot be reached ({why}); check the address, the network and the firewall",
+    )
+
+
+def _incompatible(endpoint: str, version: tuple[int, int, int] | None, why: str = "") -> Probe:
+    if version:
+        spoken = "RPC protocol " + ".".join(map(str, version))
+    else:
+        spoken = "something that is not RPC protocol 7" + (f" ({why})" if why else "")
+    return Probe(
+        endpoint,
+        ProbeOutcome.INCOMPATIBLE,
+        f"{endpoint} speaks {spoken}, this side {PROTOCOL_MAJOR}.{PROTOCOL_MINOR}; "
+        "run a worker and a coordinator of the same llama.cpp build",
+        version,
+    )

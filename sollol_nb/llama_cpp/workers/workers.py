@@ -1,0 +1,405 @@
+"""The RPC workers that a router may use, and the state of each.
+
+A worker is free, held (by which coordinator), busy (a stranger holds it, or it hangs), down or incompatible. The
+end of a local worker is told by its supervisor at once; that of another is seen when somebody looks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import psutil
+
+from sollol_nb.errors import ConfigError
+from sollol_nb.layers.plan import WorkerCapacity
+from sollol_nb.llama_cpp.engine.find import Engine
+from sollol_nb.llama_cpp.processes import registry
+from sollol_nb.llama_cpp.processes.cores import usable_cores
+from sollol_nb.llama_cpp.processes.exit_reasons import code_words
+from sollol_nb.llama_cpp.processes.process import EngineProcess
+from sollol_nb.llama_cpp.processes.registry import Entry
+from sollol_nb.llama_cpp.workers.local import LOOPBACK, free_ports, start_worker, wait_until_free
+from sollol_nb.llama_cpp.workers.losses import WorkerLosses
+from sollol_nb.llama_cpp.workers.probe import DEFAULT_TIMEOUT_S, Probe, ProbeOutcome, discover, probe_all
+from sollol_nb.runtime.events import EventBus
+from sollol_nb.settings import config
+
+MAX_LOCAL_WORKERS = 64
+DEFAULT_KEEP_ALIVE_S = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    """One worker as seen now.
+
+    Attributes:
+        endpoint: `host:port`.
+        state: `free`, `held`, `busy`, `down`, `incompatible` or `unknown` (not looked at yet).
+        detail: one line in words: by whom it is held, or what is wrong and what to do.
+        held_by: the model whose coordinator holds it, or None.
+        probe: the last look at it; memory and round trip are from then.
+        is_local: a process on this machine that this router started or took over.
+    """
+
+    endpoint: str
+    state: str
+    detail: str
+    held_by: str | None
+    probe: Probe | None
+    is_local: bool
+
+    @property
+    def capacity(self) -> WorkerCapacity:
+        """What the layer plan needs to know of it."""
+        seen = self.probe
+        if seen is None:
+            return WorkerCapacity(self.endpoint, free_bytes=0, total_bytes=0)
+        free_bytes, memory_domain = seen.free_bytes, None
+        if _is_system_memory(seen.total_bytes) and config.is_loopback(self.endpoint):
+            # All CPU workers of a machine offer the same memory, and each calls all of it free.
+            free_bytes = min(free_bytes, psutil.virtual_memory().available)
+            memory_domain = LOOPBACK
+        return WorkerCapacity(
+            self.endpoint,
+            free_bytes=free_bytes,
+            total_bytes=seen.total_bytes,
+            round_trip_ms=seen.round_trip_ms,
+            memory_domain=memory_domain,
+        )
+
+
+def _is_system_memory(total_bytes: int) -> bool:
+    return abs(total_bytes - _system_memory_bytes()) < 64 * 1024**2
+
+
+@lru_cache
+def _system_memory_bytes() -> int:
+    return psutil.virtual_memory().total
+
+
+class Workers:
+    """The workers that a router may use: given ones, discovered ones, local ones. Lives on the I/O loop."""
+
+    def __init__(self, endpoints: Iterable[str], events: EventBus) -> None:
+        self._events = events
+        self._probes: dict[str, Probe | None] = {}
+        self._holders: dict[str, Entry] = {}
+        self._losses = WorkerLosses()
+        self._local: dict[str, EngineProcess] = {}
+        self._round_trips_ms: dict[str, float | None] = {}
+        self._watches: dict[str, asyncio.Task[None]] = {}
+        for endpoint in endpoints:
+            self._probes[config.format_endpoint(*config.parse_endpoint(endpoint))] = None
+
+    @property
+    def endpoints(self) -> list[str]:
+        """All known endpoints, in the order they became known."""
+        return list(self._probes)
+
+    @property
+    def has_given(self) -> bool:
+        """Whether workers are known that were not started here."""
+        return any(endpoint not in self._local for endpoint in self._probes)
+
+    @property
+    def running_local(self) -> int:
+        """How many workers started here are not down."""
+        return sum(1 for one in self.statuses() if one.is_local and one.state != "down")
+
+    @property
+    def round_trips_ms(self) -> dict[str, float | None]:
+        """The last round trip of each worker that was ever seen free, also of those that are held now."""
+        return dict(self._round_trips_ms)
+
+    def add(self, endpoint: str) -> str:
+        """Make an endpoint known (`host`, `host:port`); returns it as `host:port`. Adding twice is fine."""
+        endpoint = config.format_endpoint(*config.parse_endpoint(endpoint))
+        if endpoint not in self._probes:
+            self._probes[endpoint] = None
+            self._events.publish("worker.added", endpoint, f"{endpoint} may be used")
+        return endpoint
+
+    def remove(self, endpoint: str) -> None:
+        """Forget an endpoint.
+
+        Raises:
+            ConfigError: it is not known, or a coordinator holds it.
+        """
+        if endpoint not in self._probes:
+            raise ConfigError(f"{endpoint} is not a known worker; known are {', '.join(self._probes) or 'none'}")
+        holder = registry.holders().get(endpoint)
+        if holder is not None:
+            raise ConfigError(f"{endpoint} is {_held_words(holder)}; stop that first")
+        del self._probes[endpoint]
+        self._events.publish("worker.removed", endpoint, f"{endpoint} is not used any more")
+
+    async def look_for_lost(self, endpoints: Iterable[str]) -> frozenset[str]:
+        """After the end of a coordinator: which of its workers do not answer; each is told as lost.
+
+        A worker that is well needs a moment to see that its coordinator is gone; a probe waits for that.
+        """
+        silent = []
+        for seen in await probe_all([one for one in endpoints if one in self._probes]):
+            if seen.endpoint not in self._probes:  # removed meanwhile
+                continue
+            if seen.outcome is ProbeOutcome.FREE:
+                self._note(seen)
+            else:
+                self._lost(seen)
+                silent.append(seen.endpoint)
+        return frozenset(silent)
+
+    def _lost(self, seen: Probe) -> None:
+        """A coordinator has lost this worker; after the second time it cools down (see `cools_down_s`)."""
+        endpoint = seen.endpoint
+        self._losses.note(endpoint)
+        self._probes[endpoint] = seen
+        if seen.outcome is not ProbeOutcome.REFUSED or endpoint not in self._local:  # else its supervisor tells
+            words = f"lost the worker at {endpoint}: {seen.detail}"
+            self._events.publish("worker.lost", endpoint, words)
+
+    def cools_down_s(self, endpoint: str) -> float:
+        """Seconds for which a worker that was lost again and again is only used if no other suffices."""
+        return self._losses.cools_down_s(endpoint)
+
+    async def read_holders(self) -> None:
+        """See which workers coordinators hold now; asks no worker."""
+        self._holders = await asyncio.to_thread(registry.holders)
+
+    async def refresh(self, *, except_for: Collection[str] = ()) -> list[WorkerStatus]:
+        """Look at every worker that is not held, and tell the state of all.
+
+        Who holds which is read from the registry; a held worker is not probed, since it would not answer.
+
+        Args:
+            except_for: endpoints not to look at now, because they were just found lost.
+        """
+        await self.look_at([one for one in self._probes if one not in except_for])
+        return self.statuses()
+
+    async def look_at(self, endpoints: Iterable[str], *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+        """Look at these workers, unless they are held."""
+        await self.read_holders()
+        free = [one for one in endpoints if one not in self._holders]
+        found = await probe_all(free, timeout_s=timeout_s)
+        if any(seen.outcome is ProbeOutcome.BUSY for seen in found):  # perhaps taken since, by a coordinator
+            await self.read_holders()
+        for seen in found:
+            if seen.endpoint in self._probes and seen.endpoint not in self._holders:
+                self._note(seen)
+
+    def _note(self, seen: Probe) -> None:
+        if seen.round_trip_ms is not None:
+            self._round_trips_ms[seen.endpoint] = seen.round_trip_ms
+        self._events.report("probe.done", seen.endpoint, seen.detail, round_trip_ms=seen.round_trip_ms)
+        before, self._probes[seen.endpoint] = self._probes[seen.endpoint], seen
+        was, now = (None if one is None else _STATE_OF_OUTCOME[one.outcome] for one in (before, seen))
+        if was == "free" and now == "down" and seen.endpoint not in self._local:  # of these their supervisors tell
+            self._events.publish(
+                "worker.lost", seen.endpoint, f"lost the worker at {seen.endpoint}: {seen.detail}"
+            )
+        elif now == "free" and (was == "down" or (was != "free" and seen.endpoint in self._losses)):
+            self._events.publish("worker.returned", seen.endpoint, f"the worker at {seen.endpoint} is back")
+
+    def statuses(self) -> list[WorkerStatus]:
+        """The state of all workers as last seen, without looking again."""
+        return [self._status(endpoint) for endpoint in self._probes]
+
+    async def discover(self) -> list[str]:
+        """Look for workers on this machine's usual ports; returns the endpoints that were not known before."""
+        found = [one for one in await discover() if one.endpoint not in self._probes]
+        for seen in found:
+            self._probes[seen.endpoint] = None
+            self._events.publish("worker.discovered", seen.endpoint, f"found a worker at {seen.endpoint}")
+            self._note(seen)
+        return [one.endpoint for one in found]
+
+    async def take_over(self, endpoints: Iterable[str] | None = None) -> list[str]:
+        """Adopt local workers of this user that run on after the kernel that started them.
+
+        Args:
+            endpoints: these, whoever else uses them (they belong to an adopted coordinator); by default those
+                on which nobody has a lease.
+
+        Returns:
+            The endpoints that were not known before.
+        """
+        if endpoints is None:
+            async with registry.locked(
+                "workers", "starting workers"
+            ):  # one that another kernel is starting has no lease yet
+                return await self._take_over(None)
+        return await self._take_over(set(endpoints))
+
+    async def _take_over(self, wanted: Collection[str] | None) -> list[str]:
+        new = []
+        for entry in await asyncio.to_thread(registry.entries, registry.WORKER):
+            endpoint = str(entry.about.get("endpoint"))
+            known = self._local.get(endpoint)
+            if (known is not None and known.is_running()) or (wanted is not None and endpoint not in wanted):
+                continue
+            process = await EngineProcess.adopt(entry)
+            if process is None:
+                continue
+            if (wanted is None and (await process.status()).get("leases") != 0) or not await process.hold():
+                process.detach()
+                continue
+            if endpoint not in self._probes:
+                new.append(endpoint)
+                self._events.publish("worker.adopted", endpoint, f"adopted the worker at {endpoint}")
+            self._take(endpoint, process)
+        return new
+
+    async def start_local(
+        self,
+        engine: Engine,
+        count: int,
+        *,
+        first_port: int = config.DEFAULT_RPC_PORT,
+        keep_alive_s: float | None = DEFAULT_KEEP_ALIVE_S,
+    ) -> list[str]:
+        """Start workers on this machine, on loopback, from `first_port` upward, skipping taken ports.
+
+        The cores are shared out over all local workers of this start (a worker's own default is one thread).
+
+        Args:
+            keep_alive_s: how long they live after this process and without a coordinator; None is for ever.
+
+        Returns:
+            Their endpoints, once each answers its probe.
+
+        Raises:
+            ConfigError: `count` is not between 1 and 64.
+            WorkerStartError: one could not be started; those that could are stopped again.
+        """
+        if not 1 <= count <= MAX_LOCAL_WORKERS:
+            raise ConfigError(f"cannot start {count} workers; a number from 1 to {MAX_LOCAL_WORKERS} can be")
+        threads = max(1, usable_cores() // count)
+        started: dict[str, EngineProcess] = {}
+        # Between seeing that a port is free and the worker listening on it, no other kernel may choose.
+        async with registry.locked("workers", "starting workers"):
+            port = first_port
+            try:
+                held = await asyncio.to_thread(registry.holders)
+                while len(started) < count:
+                    (port,) = free_ports(port, 1)
+                    endpoint = f"{LOOPBACK}:{port}"
+                    # A coordinator may not have noticed yet that its worker is gone; that port is not for us.
+                    if endpoint not in held:
+                        started[endpoint] = await start_worker(engine, LOOPBACK, port, threads, keep_alive_s)
+                    port += 1
+                await asyncio.gather(*(wait_until_free(*one) for one in started.items()))
+                await asyncio.gather(*(process.hold() for process in started.values()))
+            except BaseException:
+                await asyncio.gather(*(process.stop() for process in started.values()))
+                raise
+        for endpoint, process in started.items():
+            self._take(endpoint, process)
+            self._events.publish(
+                "worker.started", endpoint, f"started a worker at {endpoint} with {threads} threads"
+            )
+        await self.refresh()
+        return list(started)
+
+    async def stop_local(self, endpoints: Sequence[str] | None = None) -> list[str]:
+        """Stop workers started here (all, or these) and forget them. Returns the stopped ones."""
+        processes = self._forget_local(endpoints)
+        await asyncio.gather(*(process.stop() for process in processes.values()))
+        for endpoint in processes:
+            self._events.publish("worker.stopped", endpoint, f"stopped the worker at {endpoint}")
+        return list(processes)
+
+    async def close(self) -> None:
+        """Stop the workers started here, except those that others still use."""
+        processes = self._forget_local(None)
+        ended = await asyncio.gather(*(process.stop_unless_shared() for process in processes.values()))
+        for endpoint, is_stopped in zip(processes, ended, strict=True):
+            if is_stopped:
+                self._events.publish("worker.stopped", endpoint, f"stopped the worker at {endpoint}")
+
+    def detach(self) -> None:
+        """Let go of the workers started here; they live on for their keep_alive."""
+        for process in self._forget_local(None).values():
+            process.detach()
+
+    def _forget_local(self, endpoints: Sequence[str] | None) -> dict[str, EngineProcess]:
+        chosen = [one for one in self._local if endpoints is None or one in endpoints]
+        for endpoint in chosen:
+            self._probes.pop(endpoint, None)
+            self._watches.pop(endpoint).cancel()
+        return {endpoint: self._local.pop(endpoint) for endpoint in chosen}
+
+    def _take(self, endpoint: str, process: EngineProcess) -> None:
+        """This local worker is ours now; its end will be told."""
+
+        async def told_at_end() -> None:
+            report = await process.wait()
+            if report.why and report.code is not None:  # by its keep_alive or by someone
+                words = f"the worker at {endpoint} was ended: {report.why}"
+                self._events.publish("worker.stopped", endpoint, words)
+            else:
+                words = f"lost the worker at {endpoint}: it ended ({code_words(report.code)})"
+                self._events.publish("worker.lost", endpoint, words)
+
+        if (before := self._watches.get(endpoint)) is not None:
+            before.cancel()
+        self._local[endpoint] = process
+        self._watches[endpoint] = asyncio.create_task(told_at_end())
+        self._probes.setdefault(endpoint, None)
+
+    def entries_of(self, endpoints: Iterable[str]) -> list[Entry]:
+        """The registry entries of those of these workers that run on this machine under a supervisor."""
+        wanted = set(endpoints)
+        return [one for one in registry.entries(registry.WORKER) if one.about.get("endpoint") in wanted]
+
+    def log_path(self, endpoint: str) -> Path | None:
+        """The log file of a local worker; None for others."""
+        process = self._local.get(endpoint)
+        return process.log_path if process else None
+
+    def _status(self, endpoint: str) -> WorkerStatus:
+        seen, holder, local = self._probes[endpoint], self._holders.get(endpoint), self._local.get(endpoint)
+        if local is not None and not local.is_running():
+            report = local.exit_report
+            state, detail = "down", f"{endpoint} ended with exit code {report.code if report else '?'}"
+        elif holder is not None:
+            state, detail = "held", _held_words(holder)
+        elif seen is None:
+            state, detail = "unknown", "not looked at yet"
+        else:
+            state, detail = _STATE_OF_OUTCOME[seen.outcome], seen.detail
+        held_by = holder.name if holder is not None else None
+        return WorkerStatus(endpoint, state, detail, held_by, seen, local is not None)
+
+
+def _held_words(holder: Entry) -> str:
+    return f"held by the coordinator of {holder.name}, started by {registry.owner_words(holder.about)}"
+
+
+_STATE_OF_OUTCOME = {
+    ProbeOutcome.FREE: "free",
+    ProbeOutcome.BUSY: "busy",
+    ProbeOutcome.REFUSED: "down",
+    ProbeOutcome.UNREACHABLE: "down",
+    ProbeOutcome.INCOMPATIBLE: "incompatible",
+}
+
+
+def addresses_of(endpoint: str) -> frozenset[tuple[str, int]]:
+    """An endpoint as pairs of IP address and port; empty while its name cannot be resolved."""
+    try:
+        return _resolved(endpoint)
+    except OSError:  # it is asked again the next time
+        return frozenset()
+
+
+@lru_cache
+def _resolved(endpoint: str) -> frozenset[tuple[str, int]]:
+    host, port = config.parse_endpoint(endpoint)
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return frozenset((str(address[0]), port) for *_, address in found)

@@ -1,0 +1,229 @@
+"""What is known of a model before any of it runs: its size, its memory, and whether it needs sharding.
+
+Three sources, the best first: the user's table (`MODEL_PROFILES`, read at each decision, so an edit in a cell
+takes effect at once), the header of the model's file, and the size in the model's name. A model of which none
+of them says anything stays unknown; nothing is assumed in silence.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sollol_nb.errors import ConfigError
+from sollol_nb.settings.config import DEFAULT_CONTEXT_TOKENS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from sollol_nb.gguf.facts import ModelFacts
+
+MODEL_PROFILES: dict[str, dict[str, Any]] = {
+    # Small models: Ollama
+    "llama3.2": {"parameter_count": 3, "estimated_memory_gb": 2, "requires_distributed": False},
+    "phi": {"parameter_count": 3, "estimated_memory_gb": 1.5, "requires_distributed": False},
+    # Medium models: Ollama
+    "llama3.1:8b": {"parameter_count": 8, "estimated_memory_gb": 5, "requires_distributed": False},
+    "codellama:13b": {"parameter_count": 13, "estimated_memory_gb": 8, "requires_distributed": False},
+    # Large models: sharded with llama.cpp
+    "llama3.1:70b": {"parameter_count": 70, "estimated_memory_gb": 40, "requires_distributed": True},
+    "llama3.1:405b": {"parameter_count": 405, "estimated_memory_gb": 240, "requires_distributed": True},
+    "mixtral:8x7b": {"parameter_count": 47, "estimated_memory_gb": 26, "requires_distributed": True},
+    # The model that comes with the package, as one process and sharded
+    "demo": {"parameter_count": 0.003, "estimated_memory_gb": 0.05, "requires_distributed": False},
+    "demo:sharded": {"parameter_count": 0.003, "estimated_memory_gb": 0.05, "requires_distributed": True},
+}
+"""Model name -> `parameter_count` (billions), `estimated_memory_gb` (1e9 bytes), `requires_distributed`.
+
+Add and change entries freely; any of the three keys may be missing, other keys are ignored.
+"""
+
+DEFAULT_THRESHOLD_PARAMS = 40.0
+"""Billions of parameters above which a model that is not listed is sharded."""
+
+BYTES_PER_PARAMETER = 0.61
+"""For models known by name only: Q4_K_M, Ollama's usual quantization, has 4.89 bits per weight (table in
+llama.cpp's tools/quantize/README.md; Llama 3.1 70B: 43.1 GB)."""
+
+MIXTURE_SHARE = 0.83
+"""`8x7b` counts the shared attention layers eight times; Mixtral's true 46.7B of 8 x 7B and 141B of 8 x 22B
+are 0.83 and 0.80 of the product."""
+
+_SIZE = re.compile(
+    r"(?<![a-z0-9.])(?:(?P<experts>\d+)x|e)?(?P<number>\d+(?:\.\d+)?)(?P<unit>[mbt])(?![a-z0-9])", re.IGNORECASE
+)
+_BILLIONS = {"m": 1e-3, "b": 1.0, "t": 1e3}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelProfile:
+    """What is known of a model, and from where.
+
+    Attributes:
+        model: the name as asked for.
+        parameter_count_b: parameters in billions; None when unknown.
+        memory_bytes: estimated memory for weights and a context of 4096 tokens; None when unknown.
+        requires_distributed: whether to shard it; None when its size is unknown.
+        source: "profile 'llama3.1:70b'", "GGUF header of <file name>", "name" or "unknown".
+        reason: why it is sharded or not, in words for the route.
+    """
+
+    model: str
+    parameter_count_b: float | None
+    memory_bytes: int | None
+    requires_distributed: bool | None
+    source: str
+    reason: str
+
+    def __str__(self) -> str:
+        size = "unknown size" if self.parameter_count_b is None else _parameters(self.parameter_count_b)
+        memory = "" if self.memory_bytes is None else f", about {self.memory_bytes / 1e9:.3g} GB"
+        sharded = {True: "sharded", False: "not sharded", None: "not sharded as far as known"}
+        needs = sharded[self.requires_distributed]
+        return f"{self.model}: {size}{memory} (from: {self.source}); {needs}: {self.reason}"
+
+
+def size_from_name(model: str) -> float | None:
+    """Billions of parameters that a model's name states, or None.
+
+    Understands `qwen3:235b`, `gemma3:270m`, `kimi-k2:1t`, `hf.co/user/Repo-70B-GGUF:Q4_K_M`, and mixtures:
+    `mixtral:8x7b` is 8 x 7 x `MIXTURE_SHARE`; in `qwen3:30b-a3b` the active part (`a3b`) is not the size. Of
+    several sizes the largest counts (`olmoe-1b-7b`), and trillions only where nothing else is stated (a `3t`
+    beside `1.1b` is the length of the training). `gemma3n:e4b` is taken at its word, 4 (effective) billions,
+    although more are stored.
+    """
+    last_part = model.rsplit("/", 1)[-1]
+    sizes: dict[bool, list[float]] = {False: [], True: []}
+    for match in _SIZE.finditer(last_part):
+        unit = match["unit"].lower()
+        size = float(match["number"]) * _BILLIONS[unit]
+        if match["experts"]:
+            size *= int(match["experts"]) * MIXTURE_SHARE
+        sizes[unit == "t"].append(size)
+    found = sizes[False] or sizes[True]
+    return max(found) if found else None
+
+
+def profile_of(
+    model: str,
+    *,
+    facts: ModelFacts | None = None,
+    threshold_params: float | None = None,
+    profiles: Mapping[str, Mapping[str, Any]] = MODEL_PROFILES,
+) -> ModelProfile:
+    """Find out what is known of a model and whether it is sharded.
+
+    A listed model is sharded if its entry says so. If its entry says no, it is sharded only when it has more
+    parameters than a threshold given here. Any other model, by its entry, header or name, is sharded when it
+    has more parameters than the threshold, or than `DEFAULT_THRESHOLD_PARAMS` if none is given.
+
+    Args:
+        model: name as the user wrote it; `x` and `x:latest` are the same, other tags are different models.
+        facts: the header of the model's file, where one is at hand.
+        threshold_params: the user's own threshold in billions of parameters.
+        profiles: the table of listed models.
+
+    Raises:
+        ConfigError: no name, an unusable threshold, or a malformed entry.
+    """
+    if not model.strip():
+        raise ConfigError("no model is named; give a name such as llama3.2")
+    if threshold_params is not None and not _is_amount(threshold_params):
+        raise ConfigError(
+            f"distributed_threshold_params is {threshold_params!r}; give billions of parameters, such as 30"
+        )
+    key = _listed_key(model, profiles)
+    entry = _Entry.read(key, profiles[key]) if key is not None else _Entry()
+    size, size_words = _size(model, key, entry, facts)
+    if entry.memory_gb is not None:
+        memory_bytes: int | None = round(entry.memory_gb * 1e9)
+    elif facts is not None:
+        memory_bytes = facts.file_bytes + sum(facts.kv_bytes(DEFAULT_CONTEXT_TOKENS))
+    else:
+        memory_bytes = None if size is None else round(size * 1e9 * BYTES_PER_PARAMETER)
+    if key is not None:
+        source = f"profile {key!r}"
+    elif facts is not None:
+        source = f"GGUF header of {facts.path.name}"
+    else:
+        source = "unknown" if size is None else "name"
+    needs_sharding, reason = _decide(model, key, entry, size, size_words, threshold_params)
+    return ModelProfile(model, size, memory_bytes, needs_sharding, source, reason)
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """An entry of `MODEL_PROFILES`, checked."""
+
+    parameter_count_b: float | None = None
+    memory_gb: float | None = None
+    requires_distributed: bool | None = None
+
+    @classmethod
+    def read(cls, key: str, entry: object) -> _Entry:
+        if not hasattr(entry, "get"):
+            raise ConfigError(
+                f"MODEL_PROFILES[{key!r}] is {entry!r}; make it a dict such as {{'parameter_count': 70}}"
+            )
+        for name in ("parameter_count", "estimated_memory_gb"):
+            value = entry.get(name)
+            if value is not None and not _is_amount(value):
+                raise ConfigError(f"MODEL_PROFILES[{key!r}][{name!r}] is {value!r}; give a number, such as 70")
+        needs_sharding = entry.get("requires_distributed")
+        if needs_sharding is not None and not isinstance(needs_sharding, bool):
+            raise ConfigError(
+                f"MODEL_PROFILES[{key!r}]['requires_distributed'] is {needs_sharding!r}; give True or False"
+            )
+        return cls(entry.get("parameter_count"), entry.get("estimated_memory_gb"), needs_sharding)
+
+
+def _is_amount(value: object) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and math.isfinite(value) and value >= 0  # type: ignore[arg-type,operator]
+
+
+def _listed_key(model: str, profiles: Mapping[str, Any]) -> str | None:
+    other = model.removesuffix(":latest") if model.endswith(":latest") else f"{model}:latest"
+    return next((key for key in (model, other) if key in profiles), None)
+
+
+def _size(model: str, key: str | None, entry: _Entry, facts: ModelFacts | None) -> tuple[float | None, str]:
+    """Billions of parameters, and "by its ..." words that say who says so."""
+    if entry.parameter_count_b is not None:
+        return float(entry.parameter_count_b), f"by its entry {key!r} in MODEL_PROFILES"
+    if facts is not None:
+        return facts.parameter_count / 1e9, f"by the header of {facts.path.name}"
+    return size_from_name(model), "by its name"
+
+
+def _decide(
+    model: str, key: str | None, entry: _Entry, size: float | None, size_words: str, threshold: float | None
+) -> tuple[bool | None, str]:
+    """Whether to shard, and why."""
+    if entry.requires_distributed:
+        return True, f"{model} is listed in MODEL_PROFILES as needing sharding"
+    if entry.requires_distributed is False:
+        listed = f"{model} is listed in MODEL_PROFILES as not needing sharding"
+        if threshold is None or size is None or size <= threshold:
+            return False, listed
+        return (
+            True,
+            f"{listed}, but {_parameters(size)} are over the threshold of {_billions(threshold)} that was set",
+        )
+    if size is None:
+        missing = "nothing is known of" if key is None else "no size is listed for"
+        return None, f"{missing} {model}: its size is unknown"
+    limit = DEFAULT_THRESHOLD_PARAMS if threshold is None else threshold
+    side = "over" if size > limit else "within"
+    return size > limit, f"{model}: {_parameters(size)} {size_words}, {side} the threshold of {_billions(limit)}"
+
+
+def _parameters(size: float) -> str:
+    return f"{_billions(size)} parameters"
+
+
+def _billions(size: float) -> str:
+    """`235B`, `46.5B`, `270M`."""
+    return f"{size:.4g}B" if size >= 1 or size == 0 else f"{size * 1e3:.3g}M"

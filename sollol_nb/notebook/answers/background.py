@@ -1,0 +1,236 @@
+"""An answer that is written while the notebook goes on: a handle that shows live, can be awaited, cancelled, read.
+
+The request runs on the I/O loop. A thread of its own shows it, with the context of the cell that asked, since a
+kernel finds the cell that output belongs to in it. Each place where the handle is shown is kept up to date.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import threading
+import time
+import weakref
+from collections.abc import AsyncGenerator, Callable, Generator
+from concurrent.futures import Future
+from contextlib import aclosing, suppress
+from typing import TYPE_CHECKING, Any
+
+from sollol_nb.chat.completion import Completion
+from sollol_nb.chat.completion_view import shown_name
+from sollol_nb.errors import RequestCancelledError, RequestTimeoutError
+from sollol_nb.notebook.answers.cell import broken_off, stopped, told
+from sollol_nb.notebook.answers.views import UPDATE_INTERVAL_S, LiveAnswer, NotebookView
+from sollol_nb.runtime.events import EventBus
+from sollol_nb.runtime.io_loop import io_loop
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from sollol_nb.notebook.answers.request import CellRequest
+
+MakeDisplay = Callable[[dict[str, Any]], Callable[[dict[str, Any]], None]]
+_WAIT_S = 0.5  # a wait without a limit cannot be interrupted on Windows
+
+_running: weakref.WeakSet[BackgroundAnswer] = weakref.WeakSet()
+
+
+class BackgroundAnswer:
+    """An answer that is being written.
+
+    `result()` waits for it, `await` does too, `cancel()` stops it, `text` is what came so far.
+
+    Args:
+        request: what is asked.
+        chunks: the answer's stream.
+        events: of the router.
+        make_display: how a notebook shows a mime bundle and updates it; None in a terminal.
+    """
+
+    def __init__(
+        self,
+        request: CellRequest,
+        chunks: AsyncGenerator[dict[str, Any], None],
+        events: EventBus,
+        make_display: MakeDisplay | None,
+    ) -> None:
+        self.model = request.model
+        self._request = request
+        self._answer = LiveAnswer(request.model)
+        self._events = events
+        self._make_display = make_display
+        self._views: list[NotebookView] = []
+        self._views_lock = threading.Lock()
+        self._end_is_shown = False
+        self._ended = threading.Event()
+        self._partial: Completion | None = None
+        self._future: Future[Completion | pd.DataFrame] = Future()
+        self._task: asyncio.Task[Completion | pd.DataFrame]
+        loop = io_loop()
+
+        def begin() -> None:
+            self._task = loop.create_task(self._read(chunks))
+            self._task.add_done_callback(self._end)
+
+        loop.call_soon_threadsafe(begin)
+        _running.add(self)
+        self._showing: threading.Thread | None = None
+        if make_display is not None:
+            run = contextvars.copy_context().run
+            self._showing = threading.Thread(
+                target=run, args=(self._keep_shown,), name="sollol_nb display", daemon=True
+            )
+            self._showing.start()
+
+    async def _read(self, chunks: AsyncGenerator[dict[str, Any], None]) -> Completion | pd.DataFrame:
+        try:
+            with told(self._events, self.model, self._answer):
+                async with aclosing(chunks):
+                    async for chunk in chunks:
+                        self._answer.add(chunk)
+            self._partial = completion = self._request.dressed(self._answer.completion())
+            return await asyncio.to_thread(self._request.result, completion)
+        except asyncio.CancelledError:
+            self._partial = broken_off(self._request, self._answer, RequestCancelledError())
+            raise
+        except Exception as error:
+            self._partial = self._partial or broken_off(self._request, self._answer, error)
+            raise
+
+    def _end(self, task: asyncio.Task[Completion | pd.DataFrame]) -> None:
+        if task.cancelled():
+            self._future.set_exception(stopped(self.model))
+        elif (error := task.exception()) is not None:
+            self._future.set_exception(error)
+        else:
+            self._future.set_result(task.result())
+        self._ended.set()
+
+    # --- reading ----------------------------------------------------------------------------------
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended, well or not."""
+        return self._ended.is_set()
+
+    @property
+    def text(self) -> str:
+        """What came so far."""
+        return self._answer.text
+
+    @property
+    def completion(self) -> Completion | None:
+        """The completion once it has ended, also one that was stopped or broke off; None before that, and if
+        nothing came."""
+        return self._partial if self.done else None
+
+    @property
+    def error(self) -> BaseException | None:
+        """Why it did not end well; None if it did, or runs."""
+        return self._future.exception() if self.done else None
+
+    def result(self, timeout: float | None = None) -> Completion | pd.DataFrame:
+        """Wait for the answer. An interrupt ends the waiting, not the answer.
+
+        Args:
+            timeout: the longest wait in seconds; None waits as long as the request may take.
+
+        Raises:
+            RequestTimeoutError: it has not ended by then; it goes on.
+            RequestCancelledError: it was cancelled; `.completion` has what came so far.
+            SollolError: of the kind that fits.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not self.done:
+            left_s = _WAIT_S if deadline is None else min(deadline - time.monotonic(), _WAIT_S)
+            if left_s <= 0:
+                raise RequestTimeoutError(
+                    f"{shown_name(self.model)} has not answered within {timeout:g} s; it goes on"
+                )
+            self._ended.wait(left_s)
+        return self._future.result()
+
+    def __await__(self) -> Generator[Any, None, Completion | pd.DataFrame]:
+        return self._wait().__await__()
+
+    async def _wait(self) -> Completion | pd.DataFrame:
+        loop = asyncio.get_running_loop()
+        ended = asyncio.Event()
+
+        def wake(_: Future[Any]) -> None:
+            with suppress(RuntimeError):  # that loop is closed: who waited has left
+                loop.call_soon_threadsafe(ended.set)
+
+        self._future.add_done_callback(wake)
+        await ended.wait()
+        return self._future.result()
+
+    def cancel(self) -> bool:
+        """Stop it, and free its slot on the engine; False if it has ended already."""
+        if self.done:
+            return False
+        io_loop().call_soon_threadsafe(lambda: self._task.cancel())  # it has begun by then
+        return True
+
+    def join(self, timeout_s: float) -> None:
+        """Wait until it has ended and its end is shown."""
+        deadline = time.monotonic() + timeout_s
+        self._ended.wait(timeout_s)
+        if self._showing is not None:
+            self._showing.join(max(0.0, deadline - time.monotonic()))
+
+    # --- showing ----------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> str:
+        """In one word: `waiting`, `writing`, `done`, `cancelled` or `failed`."""
+        if not self.done:
+            return "writing" if self._answer.has_begun else "waiting"
+        if self.error is None:
+            return "done"
+        return "cancelled" if isinstance(self.error, RequestCancelledError) else "failed"
+
+    def __repr__(self) -> str:
+        return f"<BackgroundAnswer of {shown_name(self.model)}: {self.state}, {len(self.text):,} characters>"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(repr(self))
+
+    def _ipython_display_(self) -> None:
+        if self._make_display is None:
+            raise NotImplementedError  # a terminal prints the repr
+        view = NotebookView(self._make_display)
+        with self._views_lock:
+            if self._end_is_shown:
+                self._show_end(view)
+                return
+            if not self._answer.has_begun and not self._answer.status:
+                self._answer.status = f"asking {shown_name(self.model)}"
+            view.show(self._answer)
+            self._views.append(view)
+
+    def _keep_shown(self) -> None:
+        while not self._ended.wait(UPDATE_INTERVAL_S):
+            for view in list(self._views):
+                view.show(self._answer)
+        with self._views_lock:
+            for view in self._views:
+                self._show_end(view)
+            self._end_is_shown = True
+
+    def _show_end(self, view: NotebookView) -> None:
+        error = self.error
+        value = None if error is not None else self._future.result()
+        frame = None if value is None or isinstance(value, Completion) else value
+        words = "" if error is None else f"{type(error).__name__}: {error}"
+        view.finish(self._partial, frame, error=words)
+
+
+def cancel_all(*, wait_s: float) -> None:
+    """Stop all answers that are written in the background, and wait so long until they and their threads ended."""
+    deadline = time.monotonic() + wait_s
+    answers = list(_running)
+    for one in answers:
+        one.cancel()
+    for one in answers:
+        one.join(max(0.0, deadline - time.monotonic()))

@@ -1,0 +1,176 @@
+"""One `%%sollol` cell as a request: what is asked, of which model, how the answer is shown, and where it is kept.
+
+The magic's options are declared in `asking.py`; here they become one object that the rest works with.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from IPython.core.error import UsageError
+
+from sollol_nb.chat.completion import Completion
+from sollol_nb.chat.structured_answer import fitted
+from sollol_nb.notebook.magic_line import WAY_OUT, Word, named, variable_name
+from sollol_nb.text.expansion import expand
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+OPTIONS = ("temperature", "top_p", "max_tokens", "seed", "stop", "priority", "timeout", "backend")
+"""Options of the magic that are the router's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class CellRequest:
+    """One question to a model.
+
+    Attributes:
+        model: its name.
+        prompt: the user's message, expanded.
+        system: the system message, or None.
+        system_is_default: it is what holds for all requests that bring none.
+        options: of `HybridRouter.stream`, without those that are None.
+        schema: what the answer must fit, or None.
+        chat: name of the conversation that it belongs to, or None.
+        reset: begin that conversation anew.
+        shown_as: `markdown`, `text`, `json`, `html` or `code`.
+        raw: show the text as it comes, and nothing else.
+        quiet: show nothing.
+        as_frame: the value is a DataFrame.
+        out: variable that gets the value, or None.
+        background: do not wait for the answer.
+    """
+
+    model: str
+    prompt: str
+    system: str | None
+    options: Mapping[str, Any]
+    system_is_default: bool = False
+    schema: object = None
+    chat: str | None = None
+    reset: bool = False
+    shown_as: str = "markdown"
+    raw: bool = False
+    quiet: bool = False
+    as_frame: bool = False
+    out: str | None = None
+    background: bool = False
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """The request's messages where it belongs to no conversation."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return [*system, {"role": "user", "content": self.prompt}]
+
+    @property
+    def stream_options(self) -> dict[str, Any]:
+        """Keyword arguments of `HybridRouter.stream`."""
+        options = dict(self.options)
+        if self.schema is not None:
+            options["schema"] = self.schema
+        elif self.shown_as == "json":
+            options["format"] = "json"
+        return options
+
+    def dressed(self, completion: Completion) -> Completion:
+        """The completion as it is to be shown and read."""
+        completion.shown_as, completion.schema = self.shown_as, self.schema
+        return completion
+
+    def result(self, completion: Completion) -> Completion | pd.DataFrame:
+        """The cell's value.
+
+        Raises:
+            StructureError: the answer does not fit the schema, or holds no frame.
+        """
+        fitted(completion, self.schema)
+        if not self.as_frame:
+            return completion
+        frame = completion.frame
+        frame.attrs["completion"] = completion
+        return frame
+
+
+def cell_request(
+    arguments: argparse.Namespace,
+    cell: str | None,
+    *,
+    out: str | None,
+    defaults: Mapping[str, Any],
+    variables: Mapping[str, Any],
+    evaluate: Callable[[str], Any],
+) -> CellRequest:
+    """The request of a cell.
+
+    Args:
+        arguments: the parsed options.
+        cell: the text below the first line; None for the line form.
+        out: the name before `<<`, if there was one.
+        defaults: of `%config Sollol`, by name of the option.
+        variables: what `{{ }}` in the cell may use.
+        evaluate: evaluates an expression in the notebook.
+
+    Raises:
+        UsageError, ConfigError: what is missing or wrong, in one line.
+    """
+    model, prompt = _model_and_prompt(list(arguments.words), cell, defaults.get("model"))
+    if cell is not None and arguments.expand:
+        prompt = expand(prompt, variables, way_out=WAY_OUT)
+    if not prompt.strip():
+        raise UsageError("the prompt is empty; write it below %%sollol MODEL, or after %sollol MODEL")
+    if arguments.reset and arguments.chat is None:
+        raise UsageError("--reset begins a conversation anew; name it with --chat NAME")
+    if arguments.raw and arguments.quiet:
+        raise UsageError("--raw shows the text and --quiet shows nothing; give one of them")
+    if out is not None and arguments.out is not None:
+        raise UsageError(f"the answer has two names, {out} and {arguments.out}; give one of them")
+    options = {}
+    for name in OPTIONS:
+        given = getattr(arguments, name)
+        value = defaults.get(name) if given is None else given
+        if value is not None:
+            options[name] = value
+    schema = None
+    if arguments.schema is not None:
+        schema = named(evaluate, arguments.schema, "--schema", variables)
+    shown_as = arguments.format or ("json" if schema is not None else defaults.get("format") or "markdown")
+    return CellRequest(
+        model=model,
+        prompt=prompt.strip(),
+        system=arguments.system if arguments.system is not None else defaults.get("system"),
+        system_is_default=arguments.system is None,
+        options=options,
+        schema=schema,
+        chat=arguments.chat,
+        reset=arguments.reset,
+        shown_as=shown_as,
+        raw=arguments.raw,
+        quiet=arguments.quiet,
+        as_frame=arguments.frame,
+        out=variable_name(arguments.out, "--out") if arguments.out is not None else out,
+        background=arguments.background,
+    )
+
+
+def _model_and_prompt(words: list[Word], cell: str | None, default: str | None) -> tuple[str, str]:
+    """Model and prompt; words in quotes are a prompt, if there is a default model."""
+    first = words[0] if words else None
+    is_prompt = first is not None and first.is_quoted and not first.endswith(".gguf") and cell is None
+    if first is None or is_prompt:
+        if default is None:
+            raise UsageError(
+                "no model is named; write %%sollol demo, or set a default: %config Sollol.model = 'llama3.2'"
+            )
+        model = default
+    else:
+        model = str(words.pop(0))
+    if cell is None:
+        return model, str(words[0]) if len(words) == 1 else " ".join(word.raw for word in words)
+    if words:
+        rest = " ".join(word.raw for word in words)
+        raise UsageError(f"unexpected {rest!r}; in a cell the prompt goes below the first line")
+    return model, cell

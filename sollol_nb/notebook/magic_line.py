@@ -1,0 +1,250 @@
+"""The line of a magic as options: split, expanded, parsed; and one line of help where that fails.
+
+A line is split at spaces outside of quotes and of `{{ }}`. An apostrophe within a word is no quote. Each magic's
+options are its `magic_arguments`, so that its `?` help, tab completion and this room know the same ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import json
+import re
+from collections.abc import Callable, Mapping
+from keyword import iskeyword
+from typing import Any
+
+from IPython.core.error import UsageError
+
+from sollol_nb.errors import ConfigError
+from sollol_nb.runtime.priority import Priority
+from sollol_nb.text.expansion import expand
+
+WAY_OUT = "--no-expand sends braces as they are"
+_ESCAPES = {"n": "\n", "t": "\t", '"': '"', "\\": "\\"}
+_ASSIGNMENT = re.compile(r"\s*(\w+)\s*<<(?:\s+|$)(.*)", re.DOTALL)
+_REQUIRED = re.compile(r"the following arguments are required: (.+)")
+_INVALID_CHOICE = re.compile(r"argument (.+?): invalid choice: '?(.*?)'? \(choose from (.+)\)")
+_ARGUMENT = re.compile(r"argument (.+?): (.+)")
+
+
+class Word(str):
+    """A word of a line, without quotes.
+
+    Attributes:
+        raw: as it was written.
+    """
+
+    raw: str
+
+    def __new__(cls, text: str, raw: str) -> Word:
+        """The word `text`, written as `raw`."""
+        word = super().__new__(cls, text)
+        word.raw = raw
+        return word
+
+    @property
+    def is_quoted(self) -> bool:
+        """Whether it was written in quotes."""
+        return self.raw[:1] in "\"'" and len(self.raw) > 1 and self.raw[-1] == self.raw[0]
+
+
+def split(line: str) -> list[Word]:
+    """The words of a line."""
+    words: list[Word] = []
+    at = 0
+    while at < len(line):
+        if line[at].isspace():
+            at += 1
+            continue
+        end, text = _word_at(line, at)
+        words.append(Word(text, line[at:end]))
+        at = end
+    return words
+
+
+def _word_at(line: str, at: int) -> tuple[int, str]:
+    """Where the word that begins here ends, and its text."""
+    text = ""
+    while at < len(line) and not line[at].isspace():
+        opens = line[at] in "\"'" and (not text or text.endswith("="))
+        if opens and (end := _quote_end(line, at)) is not None:
+            text += _unquoted(line[at:end])
+        elif line.startswith("{{", at):
+            end = _expression_end(line, at)
+            text += line[at:end]
+        else:
+            end = at + 1
+            text += line[at]
+        at = end
+    return at, text
+
+
+def _quote_end(line: str, at: int) -> int | None:
+    """Where the quoted text that begins here ends, or None if it does not."""
+    mark, end = line[at], at + 1
+    while end < len(line) and line[end] != mark:
+        end += 2 if line[end] == "\\" and mark == '"' else 1
+    return end + 1 if end < len(line) else None
+
+
+def _unquoted(text: str) -> str:
+    inner = text[1:-1]
+    if text[0] == "'":
+        return inner
+    return re.sub(r"\\(.)", lambda match: _ESCAPES.get(match[1], match[0]), inner)
+
+
+def _expression_end(line: str, at: int) -> int:
+    """Where the `{{ expression }}` that begins here ends; braces and texts inside it belong to it."""
+    depth, end = 0, at + 2
+    while end < len(line):
+        if line[end] in "\"'" and (quote_end := _quote_end(line, end)) is not None:
+            end = quote_end
+            continue
+        if line.startswith("}}", end) and depth == 0:
+            return end + 2
+        depth += {"{": 1, "}": -1}.get(line[end], 0)
+        end += 1
+    return len(line)
+
+
+def assigned(line: str) -> tuple[str | None, str]:
+    """`name << rest` as (name, rest); (None, line) for other lines.
+
+    Raises:
+        UsageError: the name cannot be a variable's.
+    """
+    match = _ASSIGNMENT.match(line)
+    return (variable_name(match[1], "the name before <<"), match[2]) if match else (None, line)
+
+
+def variable_name(text: str, what: str) -> str:
+    """The text, if it can be a variable's name.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    if not text.isidentifier() or iskeyword(text):
+        raise UsageError(f"{what} is {text!r}, which is not a variable name")
+    return text
+
+
+def parse(
+    magic: Any, line: str, *, name: str, namespace: Mapping[str, Any] | None = None
+) -> tuple[argparse.Namespace, Mapping[str, Any]]:
+    """The options of a line, and the variables that its `{{ }}` and those of the cell may use.
+
+    Args:
+        magic: the decorated method, which has the parser.
+        name: of the magic, for messages, such as `%%sollol`.
+        namespace: the notebook's variables; without them nothing is expanded.
+
+    Raises:
+        UsageError: one line that says which option is wrong, and which is the nearest right one.
+        ConfigError: an expression cannot be expanded.
+    """
+    words, variables = split(line), dict(namespace or {})
+    if namespace is not None and "--no-expand" not in words:
+        words = _expanded(words, variables, name)
+    try:
+        # Intermixed, since a prompt may come after options.
+        return magic.parser.parse_intermixed_args(words), variables
+    except UsageError as error:
+        raise UsageError(_usage(str(error), magic.parser, name)) from None
+
+
+def _expanded(words: list[Word], variables: dict[str, Any], name: str) -> list[Word]:
+    """The words with their expressions replaced; `--var NAME=VALUE` adds to the variables on the way."""
+    expanded: list[Word] = []
+    for word in words:
+        text = expand(word, variables, way_out=WAY_OUT)
+        expanded.append(word if text == word else Word(text, f'"{text}"' if word.is_quoted else text))
+        value_of_var = text.removeprefix("--var=") if text.startswith("--var=") else None
+        if len(expanded) > 1 and expanded[-2] == "--var":
+            value_of_var = text
+        if value_of_var is not None:
+            variable, sign, value = value_of_var.partition("=")
+            if not sign:
+                raise UsageError(f"{name}: --var takes NAME=VALUE, such as --var city=Rome, not {value_of_var!r}")
+            variables[variable_name(variable, "--var")] = value
+    return expanded
+
+
+def _usage(message: str, parser: argparse.ArgumentParser, name: str) -> str:
+    """argparse's message as one line that says what to write."""
+    options = sorted(option for option in parser._option_string_actions if option.startswith("--"))
+    help_ = f"{name}? lists all options"
+    if message.startswith("unrecognized arguments: "):
+        unknown = message.removeprefix("unrecognized arguments: ").split()
+        first = next((word for word in unknown if word.startswith("-")), "")
+        if not first:
+            return f"{name}: unexpected {' '.join(unknown)!r}; {help_}"
+        near = difflib.get_close_matches(first.partition("=")[0], options, 1, 0.5)
+        return f"{name}: {first} is no option" + (f"; did you mean {near[0]}? " if near else "; ") + help_
+    if match := _REQUIRED.match(message):
+        return f"{name}: {match[1]} is missing; {help_}"
+    if match := _INVALID_CHOICE.match(message):
+        choices = [choice.strip("' ") for choice in match[3].split(",")]
+        near = difflib.get_close_matches(match[2], choices, 1, 0.5)
+        known = f"did you mean {near[0]}?" if near else f"known are {', '.join(choices)}"
+        return f"{name}: {match[1]} {match[2]} is unknown; {known}"
+    if match := _ARGUMENT.match(message):
+        return f"{name}: {match[1]} {match[2].replace('expected one argument', 'takes a value')}; {help_}"
+    return f"{name}: {message}; {help_}"
+
+
+# --- types of options: what they say goes into the usage line -------------------------------------
+
+
+def whole_number(text: str) -> int:
+    """A whole number that is more than 0."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"takes a whole number such as 100, not {text!r}")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    """A seed."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"takes a whole number such as 42, not {text!r}") from None
+
+
+def number(text: str) -> float:
+    """A number."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"takes a number such as 0.7, not {text!r}") from None
+
+
+def priority(text: str) -> int:
+    """A priority by number or by name."""
+    if text.isdecimal() and 1 <= int(text) <= 10:
+        return int(text)
+    name = text.upper().replace("-", "_")
+    if name in Priority.__members__:
+        return int(Priority[name])
+    raise argparse.ArgumentTypeError(f"takes 1 to 10 or a name such as high, not {text!r}")
+
+
+def named(evaluate: Callable[[str], Any], expression: str, option: str, namespace: Mapping[str, Any]) -> Any:
+    """The value of an option that names something in the notebook, or is JSON.
+
+    Raises:
+        ConfigError: there is no such thing; the nearest name is told.
+    """
+    if expression.startswith("{"):
+        with contextlib.suppress(ValueError):  # a JSON schema as it is; else a dict of Python
+            return json.loads(expression)
+    try:
+        return evaluate(expression)
+    except NameError as error:
+        near = difflib.get_close_matches(getattr(error, "name", None) or expression, list(namespace), 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"{option} {expression}: {error}{hint}") from None
+    except Exception as error:  # the user's own expression can raise anything
+        raise ConfigError(f"{option} {expression}: {type(error).__name__}: {error}") from None

@@ -1,0 +1,181 @@
+"""`%%sollol`, which asks, and `%sollol_chat`, which shows the conversations."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import TYPE_CHECKING, Any
+
+from IPython.core.error import UsageError
+from IPython.core.magic import Magics, line_cell_magic, line_magic, magics_class, no_var_expand
+from IPython.core.magic_arguments import argument, magic_arguments
+
+from sollol_nb import notebook
+from sollol_nb.chat.completion import Completion
+from sollol_nb.chat.completion_view import FORMATS
+from sollol_nb.chat.conversation import Chat, ChatBook, ask_in_chat
+from sollol_nb.notebook import magic_line as options
+from sollol_nb.notebook.answers.background import BackgroundAnswer
+from sollol_nb.notebook.answers.cell import ask
+from sollol_nb.notebook.answers.request import CellRequest, cell_request
+from sollol_nb.notebook.answers.views import NotebookView, NoView, PlainView, TerminalView, View
+from sollol_nb.notebook.displays import hide_once, is_kernel, make_display
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from sollol_nb.sync_wrapper import HybridRouter
+
+BACKENDS = ("auto", "ollama", "sharded", "local")
+
+
+@magics_class
+class AskMagics(Magics):
+    """`%%sollol` and `%sollol_chat`."""
+
+    @no_var_expand
+    @magic_arguments()
+    @argument(
+        "words", nargs="*", metavar="MODEL [PROMPT]", help="model name; in the line form the prompt after it"
+    )
+    @argument("--temperature", type=options.number, help="0 is greedy: the same answer each time")
+    @argument("--top-p", type=options.number, help="keep the most likely tokens that sum up to this probability")
+    @argument("--max-tokens", type=options.whole_number, help="longest answer, in tokens")
+    @argument("--seed", type=options.seed, help="seed of the sampling")
+    @argument("--stop", action="append", help="end the answer before this text (may be given several times)")
+    @argument("--system", help="system message")
+    @argument("--priority", type=options.priority, help="1 to 10, or a name such as high")
+    @argument("--timeout", type=options.number, help="limit in seconds, from when the model is ready")
+    @argument("--backend", choices=BACKENDS, help="where to run, instead of by the model's profile")
+    @argument("--chat", metavar="NAME", help="go on with this conversation")
+    @argument("--reset", action="store_true", help="begin the conversation anew")
+    @argument("--format", choices=FORMATS, help="how the answer is shown; json is also asked of the model")
+    @argument("--schema", metavar="VAR", help="pydantic model, dataclass, JSON schema or example frame to fit")
+    @argument("--frame", action="store_true", help="the value is a DataFrame")
+    @argument("--out", metavar="NAME", help="variable that gets the value")
+    @argument("--quiet", action="store_true", help="show nothing")
+    @argument("--raw", action="store_true", help="show the text as it comes, without Markdown and footer")
+    @argument("--background", action="store_true", help="go on at once; the value is a handle of the answer")
+    @argument("--var", action="append", metavar="NAME=VALUE", help="a variable for {{ NAME }} in this cell only")
+    @argument("--no-expand", dest="expand", action="store_false", help="leave {{ }} as it is")
+    @line_cell_magic
+    def sollol(self, line: str, cell: str | None = None) -> Completion | pd.DataFrame | BackgroundAnswer:
+        """Ask a model; the answer streams into the cell and is its value.
+
+        `{{ expression }}` in the cell and the options is replaced by its value; frames, arrays and figures become
+        text that a model can read. `name << MODEL` is another way to write `--out name`.
+
+        Example::
+
+            %%sollol demo --max-tokens 100 --out answer
+            What is model sharding?
+
+            topic = "a worker"
+
+            %sollol demo --temperature 0 "What is {{ topic }}?"
+
+            %%sollol reply << demo --chat tour
+            What is a coordinator?
+
+            %%sollol demo --background --quiet --out handle
+            What is a layer plan?
+
+            handle.result(60).text
+        """
+        assert self.shell is not None
+        name = "%sollol" if cell is None else "%%sollol"
+        out, rest = options.assigned(line)
+        arguments, variables = options.parse(self.sollol, rest, name=name, namespace=self.shell.user_ns)
+        request = cell_request(
+            arguments,
+            cell,
+            out=out,
+            defaults=notebook.settings().request_defaults(),
+            variables=variables,
+            evaluate=self.shell.ev,
+        )
+        router = notebook.router()
+        chunks = _stream(router, request)
+        if request.background:
+            display = make_display if is_kernel(self.shell) and not request.quiet else None
+            handle = BackgroundAnswer(request, chunks, router.events, display)
+            self._keep_as(request.out, handle)
+            return handle
+
+        def keep(completion: Completion) -> None:
+            self._keep_as(request.out, completion)
+            self.shell.displayhook.update_user_ns(completion)  # type: ignore[union-attr]  # as `_`, Out[n]
+
+        value = ask(request, chunks, router.events, self._view(request), keep=keep)
+        self._keep_as(request.out, value)
+        hide_once(self.shell, value)
+        return value
+
+    def _keep_as(self, name: str | None, value: object) -> None:
+        assert self.shell is not None
+        if name is not None:
+            self.shell.user_ns[name] = value
+
+    def _view(self, request: CellRequest) -> View:
+        if request.quiet:
+            return NoView()
+        if request.raw:
+            return PlainView()
+        return NotebookView(make_display) if is_kernel(self.shell) else TerminalView()
+
+    @magic_arguments()
+    @argument("name", nargs="?", help="the conversation; default: all that there are")
+    @argument("--messages", action="store_true", help="the value is its list of messages")
+    @argument("--save", metavar="FILE", help="write it to a JSON file")
+    @argument("--load", metavar="FILE", help="read it from such a file, in the place of what it was")
+    @argument("--clear", action="store_true", help="forget it")
+    @line_magic
+    def sollol_chat(self, line: str) -> Chat | ChatBook | list[dict[str, Any]] | None:
+        """Show a conversation, take its messages, keep it in a file, or forget it.
+
+        Conversations live as long as the kernel.
+
+        Example::
+
+            %sollol demo --chat tour "What is a worker?"
+
+            %sollol_chat
+
+            %sollol_chat tour
+
+            messages = %sollol_chat tour --messages
+
+            %sollol_chat tour --save tour.json
+
+            %sollol_chat copy --load tour.json
+
+            %sollol_chat tour --clear
+        """
+        arguments, _ = options.parse(self.sollol_chat, line, name="%sollol_chat")
+        chats = notebook.chats()
+        if arguments.name is None:
+            if arguments.messages or arguments.save or arguments.load or arguments.clear:
+                raise UsageError("%sollol_chat: name the conversation, such as %sollol_chat tour")
+            return chats
+        if arguments.load is not None:
+            chats.add(Chat.load(arguments.load, name=arguments.name), replace=True)
+        chat = chats.find(arguments.name)
+        if arguments.save is not None:
+            print(f"{chat.name} is in {chat.export(arguments.save)}")
+        if arguments.clear:
+            chats.remove(arguments.name)
+        if arguments.messages:
+            return chat.to_messages()
+        return None if arguments.save is not None or arguments.clear else chat
+
+
+def _stream(router: HybridRouter, request: CellRequest) -> AsyncGenerator[dict[str, Any], None]:
+    """The chunks of the answer, in its conversation if it belongs to one."""
+    if request.chat is None:
+        return router.stream_async(request.model, request.messages, **request.stream_options)
+    chats = notebook.chats()
+    if request.reset:
+        chats.add(Chat(request.chat), replace=True)
+    chat = chats.open(request.chat)
+    if request.system is not None and not (request.system_is_default and chat.system):
+        chat.system = request.system
+    return ask_in_chat(router.stream_async, chat, request.model, request.prompt, **request.stream_options)

@@ -1,0 +1,126 @@
+"""`%sollol_bench`: a benchmark in a cell, with its progress, its table and its plot."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from typing import Any
+
+from IPython.core.magic import Magics, line_magic, magics_class
+from IPython.core.magic_arguments import argument, magic_arguments
+
+from sollol_nb import notebook
+from sollol_nb.bench.bench import bench_blocking
+from sollol_nb.bench.plan import DEFAULT_MAX_TOKENS, DEFAULT_PROMPTS, DEFAULT_REPEAT, DEFAULT_WARMUP
+from sollol_nb.bench.result import BenchResult
+from sollol_nb.notebook import magic_line as options
+from sollol_nb.notebook.displays import is_kernel
+from sollol_nb.text.tables import counted
+
+PLOT_DPI = 100
+
+
+@magics_class
+class BenchMagics(Magics):
+    """`%sollol_bench`."""
+
+    @magic_arguments()
+    @argument("models", nargs="+", metavar="model", help="models, such as demo:sharded")
+    @argument(
+        "--layouts",
+        default="auto",
+        help="auto, local, numbers of workers, or units per worker; several with commas: auto,1,2,5/4/4",
+    )
+    @argument("--strategies", default="", help="layer strategies, with commas: even,memory_aware")
+    @argument("--concurrency", default="1", help="requests at once, with commas: 1,2,4")
+    @argument(
+        "--prompts",
+        default=str(DEFAULT_PROMPTS),
+        help=f"a variable with a list of texts, or how many of the built-in ones (default {DEFAULT_PROMPTS})",
+    )
+    @argument(
+        "--repeat", type=options.whole_number, default=DEFAULT_REPEAT, help=f"rounds (default {DEFAULT_REPEAT})"
+    )
+    @argument(
+        "--warmup",
+        default=str(DEFAULT_WARMUP),
+        help=f"requests after a load that are not measured (default {DEFAULT_WARMUP})",
+    )
+    @argument(
+        "--max-tokens",
+        type=options.whole_number,
+        default=DEFAULT_MAX_TOKENS,
+        help=f"longest answer, in tokens (default {DEFAULT_MAX_TOKENS})",
+    )
+    @argument("--temperature", type=options.number, help="default 0: all layouts write the same answers")
+    @argument("--timeout", type=options.number, help="limit of each request in seconds")
+    @argument(
+        "--reload",
+        action="store_true",
+        default=None,
+        help="let coordinators take turns on the same workers, also where enough are free for all",
+    )
+    @argument("--out", metavar="NAME", help="variable that gets the result")
+    @line_magic
+    def sollol_bench(self, line: str) -> BenchResult:
+        """Measure models, layouts, strategies and concurrency; the cases take turns.
+
+        Shows medians with 95 % intervals and a plot. The result has `.frame` (one row per request), `.summary()`,
+        `.plot()` and `.save(path)`. The stop button ends it and keeps what was measured.
+
+        Where enough workers are free, all coordinators are loaded at once, each on workers of its own; else they
+        take turns on the same workers, and each turn begins with a load, which is not measured.
+
+        Example::
+
+            %sollol_cluster start 3
+
+            %sollol_bench demo:sharded --layouts 1,2,3 --out result
+
+            %sollol_bench demo:sharded --layouts auto,local --concurrency 1,4 --max-tokens 32
+
+            %sollol_bench demo:sharded --layouts 2 --strategies even,memory_aware --repeat 10
+        """
+        assert self.shell is not None
+        arguments, _ = options.parse(self.sollol_bench, line, name="%sollol_bench")
+        if arguments.out is not None:
+            options.variable_name(arguments.out, "--out")
+        result = bench_blocking(
+            notebook.router(),
+            arguments.models,
+            layouts=arguments.layouts,
+            strategies=arguments.strategies,
+            concurrency=arguments.concurrency,
+            prompts=_prompts(arguments.prompts, self.shell),
+            repeat=arguments.repeat,
+            warmup=arguments.warmup,
+            reload=arguments.reload,
+            timeout=arguments.timeout,
+            max_tokens=arguments.max_tokens,
+            temperature=arguments.temperature,
+        )
+        if arguments.out is not None:
+            self.shell.user_ns[arguments.out] = result
+        if is_kernel(self.shell):
+            _show_plot(result)
+        return result
+
+
+def _prompts(text: str, shell: Any) -> Any:
+    """A number of built-in prompts, or the texts of a variable (a list, a column of a frame, one text)."""
+    if text.isdecimal():
+        return int(text)
+    value = options.named(shell.ev, text, "--prompts", shell.user_ns)
+    return list(value) if isinstance(value, Iterable) and not isinstance(value, str) else value
+
+
+def _show_plot(result: BenchResult) -> None:
+    """Show the plot as a picture, without pyplot, whose backend and open figures are the user's."""
+    from IPython.display import display
+
+    from sollol_nb.bench.figure import overview
+
+    picture = io.BytesIO()
+    overview(result).savefig(picture, format="png", dpi=PLOT_DPI)
+    words = f"plot of {counted(len(result.cases), 'case')}"
+    display({"image/png": picture.getvalue(), "text/plain": words}, raw=True)

@@ -1,0 +1,141 @@
+"""The magics that look at the cluster and steer it: workers, coordinators, models, logs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from IPython.core.error import UsageError
+from IPython.core.magic import Magics, line_magic, magics_class
+from IPython.core.magic_arguments import argument, magic_arguments
+
+from sollol_nb import notebook
+from sollol_nb.cluster.status import ClusterStatus
+from sollol_nb.llama_cpp.engine.find import ensure_engine
+from sollol_nb.llama_cpp.processes.engine_logs import engine_log
+from sollol_nb.llama_cpp.processes.running import stop_running
+from sollol_nb.notebook import magic_line as options
+from sollol_nb.notebook.displays import is_kernel
+from sollol_nb.runtime.io_loop import run_blocking
+
+if TYPE_CHECKING:
+    from sollol_nb.widget.cluster_widget import ClusterWidget
+
+ACTIONS = ("start", "stop", "discover", "add", "remove")
+
+
+@magics_class
+class ClusterMagics(Magics):
+    """`%sollol_cluster`, `%sollol_stop`, `%sollol_log`."""
+
+    @magic_arguments()
+    @argument("action", nargs="?", choices=ACTIONS, help="default: show")
+    @argument("what", nargs="*", help="start: how many; add, remove: host:port; stop: a model (default: all)")
+    @argument("--static", action="store_true", help="as it is now, instead of the live widget")
+    @argument("--text", action="store_true", help="as it is now, as text")
+    @line_magic
+    def sollol_cluster(self, line: str) -> ClusterWidget | ClusterStatus | None:
+        """Show workers and the layers of each coordinator, live and with controls; or change them.
+
+        Example::
+
+            %sollol_cluster start 2
+
+            %sollol_cluster
+
+            %sollol_cluster add 192.168.1.10:50052
+
+            %sollol_cluster remove 192.168.1.10:50052
+
+            %sollol_cluster discover
+
+            %sollol_cluster stop
+
+            %sollol_cluster --static
+
+            %sollol_cluster --text
+        """
+        arguments, _ = options.parse(self.sollol_cluster, line, name="%sollol_cluster")
+        router, what = notebook.router(), arguments.what
+        match arguments.action:
+            case "start":
+                count = what[0] if what else "3"
+                if not count.isdecimal():
+                    raise UsageError(f"start takes a number of workers, not {count!r}: %sollol_cluster start 3")
+                ensure_engine(
+                    notebook.settings().own("llama_cpp")
+                )  # here, in the main thread, so that a first build shows its progress bar
+                router.start_workers(int(count))
+            case "discover":
+                router.discover_workers()
+            case "add" | "remove":
+                if not what:
+                    raise UsageError(
+                        f"{arguments.action} takes endpoints: %sollol_cluster {arguments.action} HOST:PORT"
+                    )
+                for endpoint in what:
+                    router.add_worker(endpoint) if arguments.action == "add" else router.remove_worker(endpoint)
+            case "stop":
+                for model in what or [None]:
+                    if not router.stop_coordinator(model) and model is not None:
+                        running = ", ".join(one.model for one in router.coordinators) or "none"
+                        raise UsageError(f"no coordinator runs {model}; running: {running}")
+        status = router.cluster()
+        if arguments.text:
+            print(status)
+            return None
+        if arguments.static or arguments.action is not None or not is_kernel(self.shell):
+            return status
+        from sollol_nb.widget.cluster_widget import cluster_widget
+
+        return cluster_widget(router)
+
+    @magic_arguments()
+    @argument("names", nargs="*", help="models, or workers as host:port; default: this notebook's coordinators")
+    @argument("--all", action="store_true", help="all that runs, of other notebooks and in use too")
+    @line_magic
+    def sollol_stop(self, line: str) -> None:
+        """Stop coordinators: those of this notebook, those named, or all that runs (workers too).
+
+        Example::
+
+            %sollol_stop
+
+            %sollol demo "What is a worker?"
+
+            %sollol_stop demo
+
+            %sollol_stop --all
+        """
+        arguments, _ = options.parse(self.sollol_stop, line, name="%sollol_stop")
+        if arguments.all or arguments.names:
+            ended = run_blocking(stop_running(arguments.names, also_used=True))
+            stopped = [f"{one.kind} {one.name}" for one in ended]
+        else:
+            stopped = [f"coordinator {model}" for model in notebook.router().stop_coordinator()]
+        print("stopped " + ", ".join(stopped) if stopped else "nothing runs")
+
+    @magic_arguments()
+    @argument("name", nargs="?", help="a model, or a worker as host:port; default: the coordinator used last")
+    @argument("--last", type=options.whole_number, default=20, help="how many lines (default: 20)")
+    @argument("--grep", metavar="TEXT", help="only lines with this text, in any case")
+    @line_magic
+    def sollol_log(self, line: str) -> None:
+        """Show the last lines of an engine's log: of a coordinator, by its model, or of a worker.
+
+        Example::
+
+            %sollol demo "What is a worker?"
+
+            %sollol_log
+
+            %sollol_log demo --last 5
+
+            %sollol_log demo --grep error
+        """
+        arguments, _ = options.parse(self.sollol_log, line, name="%sollol_log")
+        name = arguments.name
+        if name is None:
+            if not notebook.router().coordinators:
+                raise UsageError("no coordinator of this notebook runs; name a model or worker: %sollol_log demo")
+            name = notebook.router().coordinators[-1].model
+        print(engine_log(name, last=arguments.last, grep=arguments.grep))

@@ -1,0 +1,82 @@
+"""`%sollol_latency`: the latency log as a frame, a plot or a file."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from IPython.core.magic import Magics, line_magic, magics_class
+from IPython.core.magic_arguments import argument, magic_arguments
+
+from sollol_nb import notebook
+from sollol_nb.latency.schema import STATUSES
+from sollol_nb.notebook import magic_line as options
+from sollol_nb.notebook.displays import hide_once
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+    from sollol_nb.sync_wrapper import HybridRouter
+
+PLOTS = ("ttft", "total", "speed", "timeline", "predicted", "queue")
+
+
+@magics_class
+class RecordMagics(Magics):
+    """`%sollol_latency`."""
+
+    @magic_arguments()
+    @argument("--model", help="only requests to this model")
+    @argument("--backend", help="only requests that ran there, such as llama.cpp-distributed")
+    @argument("--status", choices=STATUSES, help="only requests that ended so")
+    @argument("--since", metavar="WHEN", help="only since then: 1h, 2 days, or a date and time")
+    @argument("--until", metavar="WHEN", help="only until then")
+    @argument("--last", type=options.whole_number, help="only the newest N of these")
+    @argument("--plot", nargs="?", const="total", choices=PLOTS, help="draw it (default: total)")
+    @argument("--export", metavar="FILE", help="write it to a .csv or .parquet file instead")
+    @line_magic
+    def sollol_latency(self, line: str) -> pd.DataFrame | Axes | None:
+        """The latency log as a pandas frame, one row per request, the newest last; or a plot of it, or a file.
+
+        Example::
+
+            frame = %sollol_latency --last 20
+
+            frame[["model", "ttft_ms", "total_ms"]]
+
+            %sollol_latency --since 1h --status ok
+
+            %sollol_latency --since "2 days" --plot ttft
+
+            %sollol_latency --export latency.csv
+        """
+        arguments, _ = options.parse(self.sollol_latency, line, name="%sollol_latency")
+        router = notebook.router()
+        chosen = ("model", "backend", "status", "since", "until", "last")
+        filters = {name: getattr(arguments, name) for name in chosen}
+        if arguments.export is not None:
+            print(f"written to {router.latency.export(arguments.export, **filters)}")
+            return None
+        frame = router.latency.frame(**filters)
+        if arguments.plot is None:
+            return frame
+        axes = _plotted(arguments.plot, frame, router)
+        hide_once(self.shell, axes)  # the figure is shown; its name would stand below it
+        return axes
+
+
+def _plotted(name: str, frame: pd.DataFrame, router: HybridRouter) -> Axes:
+    from sollol_nb import plots
+
+    if name == "timeline":
+        return plots.timeline(frame, events=router.events.recent())
+    draw: Callable[[pd.DataFrame], Axes] = {
+        "ttft": plots.ttft_ecdf,
+        "total": plots.total_ecdf,
+        "speed": plots.tokens_per_s_by_layout,
+        "predicted": plots.predicted_vs_measured,
+        "queue": plots.queue_wait_by_priority,
+    }[name]
+    return draw(frame)

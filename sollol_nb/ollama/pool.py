@@ -1,0 +1,361 @@
+"""All Ollama nodes as one: chat, generate, embed and the rest, wherever it is done soonest.
+
+A request goes to the node that has the model and is expected to finish first (`ollama_nodes.choose_node`), waits
+at that node's gate by priority, and streams back. If the node dies or goes silent (`ollama_exchange`), the answer
+goes on at another that has the model: a chat with the words so far as the assistant's last message, a generation
+as raw text. The result says so under `_routing`:
+
+| key | is |
+|---|---|
+| `backend`, `node` | "ollama-pool", and the URL of the node that finished |
+| `queue_ms` | time spent waiting at gates |
+| `ttft_ms` | from the call to the first word |
+| `total_ms`, `load_ms` | from the call to the end; loading the model, as Ollama says |
+| `failovers` | a dict for each node that was left: `what` happened, `when` (`time.time()`), `cost_ms` (from the last sign of the old node to the first of the new), `continued` (False if nothing had been said yet, or the answer had to start again), `tokens_before` |
+
+The pool works on the process's I/O loop (`io_loop.py`), whichever loop asks.
+"""  # noqa: E501 - a table's row is one line
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any, Self
+
+from sollol_nb.chat.context_window import DROP_OLDEST, ERROR, check_overflow, turn_starts
+from sollol_nb.errors import ConfigError, OllamaResponseError, OllamaUnavailableError
+from sollol_nb.models.ollama_storage import ModelName
+from sollol_nb.ollama.choice import Holding, choose_node
+from sollol_nb.ollama.exchange import Deadline, NodeLostError, Patience, exchange
+from sollol_nb.ollama.fitting import answer_what_fits
+from sollol_nb.ollama.nodes import NodeStatus, node_url
+from sollol_nb.ollama.requests import KEEPS_ALL, AnswerSoFar, request_body
+from sollol_nb.ollama.serving import CHAT, EMBED, GENERATE, Journey, Serving
+from sollol_nb.runtime.events import EventBus
+from sollol_nb.runtime.gate import DEFAULT_PRIORITY
+from sollol_nb.runtime.io_loop import io_bound, io_bound_stream
+from sollol_nb.runtime.priority import checked_priority
+from sollol_nb.runtime.progress_bars import progress_bar
+from sollol_nb.settings import config
+
+FIRST_TOKEN_TIMEOUT_S = 600.0  # loading hundreds of gigabytes from a slow disk takes minutes
+SILENCE_TIMEOUT_S = 60.0
+PROBE_AFTER_S = 5.0
+
+
+class OllamaPool:
+    """Ollama nodes, used as one.
+
+    Args:
+        nodes: each as `host`, `host:port`, a URL, or `{"host": ..., "port": ...}`; None takes `OLLAMA_HOST`, else
+            localhost:11434. A node without Ollama is no error: it shows in `nodes` as absent, and is used when it
+            comes up.
+        num_parallel: requests a node serves at once; None takes `OLLAMA_NUM_PARALLEL`, else 1.
+        first_token_timeout_s: the longest silence before the first chunk, while the model loads.
+        silence_timeout_s: the longest silence between two chunks.
+        probe_after_s: after so much silence the node is asked whether it is there, and has as long to say so.
+        events: told of nodes that come and go (`node.ready`, `node.absent`, `node.cooling`).
+
+    Raises:
+        ConfigError: a node is not an address.
+    """
+
+    def __init__(
+        self,
+        nodes: str | Sequence[str | Mapping[str, Any]] | None = None,
+        *,
+        num_parallel: int | None = None,
+        first_token_timeout_s: float = FIRST_TOKEN_TIMEOUT_S,
+        silence_timeout_s: float = SILENCE_TIMEOUT_S,
+        probe_after_s: float = PROBE_AFTER_S,
+        events: EventBus | None = None,
+    ) -> None:
+        if isinstance(nodes, str):
+            nodes = [node for node in nodes.split(",") if node.strip()]
+        urls = [node_url(node) for node in nodes or config.ollama_hosts() or ["127.0.0.1"]]
+        self._serving = Serving(
+            dict.fromkeys(urls),
+            slots=config.ollama_num_parallel() if num_parallel is None else num_parallel,
+            patience=Patience(first_token_timeout_s, silence_timeout_s, probe_after_s),
+            events=events,
+        )
+
+    @classmethod
+    def auto_configure(cls, nodes: str | Sequence[str | Mapping[str, Any]] | None = None, **settings: Any) -> Self:
+        """A pool of the given nodes, else of those in `OLLAMA_HOST`, else of localhost. Asks nobody yet;
+        `await` the pool to look at its nodes now. `settings` are those of the class."""
+        return cls(nodes, **settings)
+
+    def __await__(self) -> Generator[Any, None, Self]:
+        return self.__aenter__().__await__()
+
+    @io_bound
+    async def __aenter__(self) -> Self:
+        await self._serving.look()
+        return self
+
+    @io_bound
+    async def look(self) -> builtins.list[NodeStatus]:
+        """Look at all nodes now, for 3 s at most; returns them as seen."""
+        await self._serving.look()
+        return self.nodes
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    def __repr__(self) -> str:
+        return f"OllamaPool({', '.join(f'{node.url}: {node.state}' for node in self.nodes)})"
+
+    @property
+    def nodes(self) -> builtins.list[NodeStatus]:
+        """Every node as seen now, in the order given."""
+        return self._serving.statuses()
+
+    # --- answers ------------------------------------------------------------------------------
+
+    @io_bound
+    async def chat(
+        self,
+        /,
+        model: str,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        priority: int = DEFAULT_PRIORITY,
+        timeout: float | None = None,
+        overflow: str = ERROR,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """One answer of `/api/chat`, as Ollama gives it without streaming, and `_routing` (see the module).
+
+        Args:
+            model: a name as `ollama list` shows it; a missing tag is `latest`.
+            messages: as Ollama takes them: `role`, `content`, perhaps `images` (base64) and `tool_calls`.
+            priority: 1 (BATCH) to 10 (CRITICAL).
+            timeout: seconds for everything but loading the model; None waits as long as it takes.
+            overflow: what happens to messages that do not fit the context: `error`, or `drop_oldest`, which leaves
+                out the oldest turns (see `context_window`) and says so as `_dropped`.
+            options: `max_tokens`, any of Ollama's options (`temperature`, `seed`, ...), and anything else that
+                `/api/chat` takes (`tools`, `format`, `think`, `keep_alive`, `options`, ...).
+
+        Raises:
+            OllamaUnavailableError: no node answers, or none is left that has the model.
+            ModelNotFoundError: no node has the model.
+            ContextOverflowError: the messages do not fit the context.
+            OllamaResponseError: Ollama refused; the message is its own.
+            RequestTimeoutError: not finished within `timeout` seconds.
+        """
+        chunks = self.stream_chat(
+            model, messages, priority=priority, timeout=timeout, overflow=overflow, **options
+        )
+        return await _whole(chunks)
+
+    @io_bound_stream
+    async def stream_chat(
+        self,
+        /,
+        model: str,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        priority: int = DEFAULT_PRIORITY,
+        timeout: float | None = None,
+        overflow: str = ERROR,
+        **options: Any,
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """The chunks of `/api/chat` as Ollama sends them; the last has `done` and `_routing`. The first
+        of each node has `_routing` as far as it is known by then.
+
+        If an answer in a `format` has to start again at another node, the first chunk of the new answer has
+        `_restarted`: what came before it is void. Where the answer ended because the context was full, the last
+        chunk has `_context_full`: its size in tokens. Arguments and errors are those of `chat`.
+        """
+        body = request_body(model, messages=list(messages), **{**KEEPS_ALL, **_without_stream(options)})
+        journey = _journey(CHAT, body, priority, timeout)
+        has_turns = check_overflow(overflow) == DROP_OLDEST and len(turn_starts(messages)) > 1
+        answer = answer_what_fits(self._serving, journey) if has_turns else self._serving.answer(journey)
+        async with aclosing(answer) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    @io_bound
+    async def generate(
+        self,
+        /,
+        model: str,
+        prompt: str,
+        *,
+        priority: int = DEFAULT_PRIORITY,
+        timeout: float | None = None,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """One answer of `/api/generate` and `_routing`. Options (also `suffix`, `system`, `raw`, `images`, ...)
+        go through; errors are those of `chat`."""
+        return await _whole(self.stream_generate(model, prompt, priority=priority, timeout=timeout, **options))
+
+    @io_bound_stream
+    async def stream_generate(
+        self,
+        /,
+        model: str,
+        prompt: str,
+        *,
+        priority: int = DEFAULT_PRIORITY,
+        timeout: float | None = None,
+        **options: Any,
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """The chunks of `/api/generate` as Ollama sends them, with `done` and `_routing` as in `stream_chat`."""
+        body = request_body(model, prompt=prompt, **{**KEEPS_ALL, **_without_stream(options)})
+        async with aclosing(self._serving.answer(_journey(GENERATE, body, priority, timeout))) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    @io_bound
+    async def embed(
+        self,
+        /,
+        model: str,
+        input: str | Sequence[str],
+        *,
+        priority: int = DEFAULT_PRIORITY,
+        timeout: float | None = None,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """The answer of `/api/embed` and `_routing`: `embeddings` has one vector, or one for each text of a
+        batch, in its order. Errors are those of `chat`."""
+        texts = input if isinstance(input, str) else [*input]
+        body = request_body(model, input=texts, **_without_stream(options))
+        return await _whole(self._serving.answer(_journey(EMBED, body, priority, timeout)))
+
+    # --- models -------------------------------------------------------------------------------
+
+    @io_bound
+    async def has_model(self, model: str) -> bool:
+        """Whether a node that answers has the model."""
+        offers = await self._serving.offers(ModelName.parse(model).key)
+        return any(offer.holding is not Holding.NOTHING for offer in offers)
+
+    @io_bound
+    async def list(self) -> dict[str, Any]:
+        """Models on disk, as `/api/tags` gives them, each once, with `nodes`: the URLs that have it.
+
+        Raises:
+            OllamaUnavailableError: no node answers.
+        """
+        models: dict[tuple[Any, Any], dict[str, Any]] = {}
+        for url, entry in await self._serving.entries("/api/tags"):
+            known = models.setdefault((entry.get("name"), entry.get("digest")), {**entry, "nodes": []})
+            known["nodes"].append(url)
+        return {"models": [*models.values()]}
+
+    @io_bound
+    async def ps(self) -> dict[str, Any]:
+        """Models loaded, as `/api/ps` gives them, each with `node`: the URL that has it loaded.
+
+        Raises:
+            OllamaUnavailableError: no node answers.
+        """
+        return {"models": [{**entry, "node": url} for url, entry in await self._serving.entries("/api/ps")]}
+
+    @io_bound
+    async def show(self, /, model: str, **options: Any) -> dict[str, Any]:
+        """What `/api/show` says of a model, from a node that has it. Errors are those of `chat`."""
+        journey = _journey("/api/show", request_body(model, **options), DEFAULT_PRIORITY, None)
+        while True:
+            offer, _ = await self._serving.chosen(journey)
+            try:
+                return await self._serving.post(
+                    self._serving.nodes[offer.url], journey.path, journey.body, journey.deadline
+                )
+            except NodeLostError as lost:
+                journey.left[offer.url] = lost
+
+    @io_bound_stream
+    async def pull(
+        self, /, model: str, *, node: str | None = None, **options: Any
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """Pull a model onto a node, giving Ollama's progress (`status`, `digest`, `total`, `completed`: bytes).
+
+        Args:
+            node: which one; None takes one that has the model (an update), else the one with the least to do.
+
+        Raises:
+            OllamaUnavailableError: no node answers, or it went away.
+            OllamaResponseError: Ollama could not; the message is its own.
+        """
+        key = ModelName.parse(model).key
+        if node is not None and node_url(node) not in self._serving.nodes:
+            raise ConfigError(f"{node} is not a node of this pool; those are: {', '.join(self._serving.nodes)}")
+        offers = [o for o in await self._serving.offers(key) if node is None or o.url == node_url(node)]
+        chosen = choose_node(offers)
+        if chosen is None:
+            raise self._serving.unavailable()
+        puller = self._serving.nodes[chosen.url]
+        # A checksum over a large file is minutes of silence: only the server itself has to answer.
+        patience = Patience(None, None, self._serving.patience.probe_after_s)
+        body, deadline = request_body(model, stream=True, **options), Deadline(None, model)
+        try:
+            async with aclosing(
+                exchange(puller, "/api/pull", body, deadline=deadline, patience=patience)
+            ) as progress:
+                async for step in progress:
+                    yield step
+        except NodeLostError as lost:
+            raise (OllamaResponseError if lost.said else OllamaUnavailableError)(str(lost)) from lost
+        await puller.look()
+
+    async def pull_with_bar(self, /, model: str, *, node: str | None = None, **options: Any) -> None:
+        """`pull`, showing a progress bar. Errors are those of `pull`."""
+        with PullBar(model) as bar:
+            async with aclosing(self.pull(model, node=node, **options)) as progress:
+                async for step in progress:
+                    bar.show(step)
+
+    @io_bound
+    async def close(self) -> None:
+        """Close all connections and stop looking at nodes. Closing twice is fine; a later request opens again."""
+        for node in self._serving.nodes.values():
+            await node.aclose()
+
+
+def _journey(path: str, body: dict[str, Any], priority: int, timeout: float | None) -> Journey:
+    name = ModelName.parse(str(body["model"]))
+    return Journey(path, body, checked_priority(priority), Deadline(timeout, str(name)), name)
+
+
+class PullBar:
+    """A progress bar over the steps of a pull, for terminals and notebooks."""
+
+    def __init__(self, model: str) -> None:
+        self._bar = progress_bar(desc=f"pulling {model}", unit="B", unit_scale=True, unit_divisor=1024)
+        self._layers: dict[str, tuple[int, int]] = {}  # done and total bytes, by digest
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def show(self, step: Mapping[str, Any]) -> None:
+        """Show one step as `pull` gives it."""
+        if "digest" in step and "total" in step:
+            self._layers[step["digest"]] = (step.get("completed", 0), step["total"])
+        self._bar.set_postfix_str(str(step.get("status", "")), refresh=False)
+        self._bar.n, self._bar.total = (sum(column) for column in zip((0, 0), *self._layers.values(), strict=True))
+        self._bar.refresh()
+
+
+async def _whole(chunks: AsyncGenerator[dict[str, Any], None]) -> dict[str, Any]:
+    """One answer of all chunks."""
+    answer = AnswerSoFar()
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            if chunk.pop("_restarted", False):
+                answer = AnswerSoFar()
+            answer.add(chunk)
+    return answer.merged()
+
+
+def _without_stream(options: dict[str, Any]) -> dict[str, Any]:
+    if options.get("stream") is not None:
+        raise ConfigError("stream is not an option here; stream_chat and stream_generate give the chunks")
+    return options

@@ -1,0 +1,139 @@
+"""Answers that survive their coordinator.
+
+When a coordinator is lost in mid-answer, every request that ran on it comes here by itself: it asks for a
+coordinator again (one of them starts it, over the workers that are left; the others wait for that) and continues
+from the tokens it has. The slot at the gate is kept meanwhile, so order and priorities hold: what was running runs
+on first, and what was waiting keeps its place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing, suppress
+from typing import Any
+
+from sollol_nb.errors import AnswerInterruptedError, CoordinatorLostError, RequestTimeoutError, SollolError
+from sollol_nb.llama_cpp.answers.kinds import Answer
+from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
+from sollol_nb.llama_cpp.coordinators.pool import CoordinatorPool
+from sollol_nb.models.routing import Route
+from sollol_nb.router.record import RequestRecord
+from sollol_nb.settings import config
+
+MAX_FAILOVERS = 10
+MAX_WITHOUT_A_TOKEN = 3
+"""A request that loses coordinators one after the other without a token in between may be what kills them."""
+ENDING_LIMIT_S = 30.0
+
+
+async def stream_answer(
+    coordinators: CoordinatorPool,
+    route: Route,
+    record: RequestRecord,
+    begin: Callable[[Coordinator], Answer],
+    *,
+    priority: int,
+    timeout_s: float,
+    keep_alive: object = None,
+) -> AsyncGenerator[dict[str, Any], None]:
+    """Stream one answer, continued on another coordinator whenever one is lost.
+
+    Args:
+        record: gets place, plan, times and failovers.
+        begin: makes the answer; called once, with the first coordinator.
+        keep_alive: if given, how long the coordinator lives without a request from now on.
+        timeout_s: limit from when the first coordinator is ready; the time that a coordinator takes to start
+            again does not count.
+
+    Raises:
+        AnswerInterruptedError: no coordinator could take over, or too many were lost.
+        RequestTimeoutError, RequestRejectedError: as they say.
+        SollolError: the first coordinator could not be started.
+    """
+    coordinator, record.load_ms = await coordinators.get(route)
+    answer: Answer | None = None
+    lost: CoordinatorLostError | None = None
+    try:
+        async with (
+            asyncio.timeout(timeout_s) as limit,
+            coordinators.gate(route).slot(priority) as record.queue_ms,
+        ):
+            record.sent()
+            while True:
+                if await coordinator.hold():  # else it ended while the request waited, or is ending
+                    try:
+                        record.run_on(coordinator)
+                        if keep_alive is not None:
+                            await coordinator.keep_alive(config.keep_alive_seconds(keep_alive))
+                        answer = answer or begin(coordinator)
+                        async with aclosing(coordinator.stream(answer)) as chunks:
+                            async for chunk in chunks:
+                                record.goes_on()
+                                if chunk.get("done"):  # in time, however long the reader takes over it
+                                    limit.reschedule(None)
+                                yield {**chunk, "model": route.model}  # a file may be loaded under another name
+                        return
+                    except CoordinatorLostError as error:
+                        record.lose(str(error), answer.token_count if answer else 0)
+                        if record.is_hopeless(MAX_FAILOVERS, MAX_WITHOUT_A_TOKEN):
+                            raise _interrupted(
+                                route, answer, f"lost {len(record.failovers)} times: {error}"
+                            ) from error
+                        lost = error
+                    finally:
+                        coordinator.free()
+                try:
+                    coordinator = await _another(coordinators, route, limit, coordinator)
+                except SollolError as error:
+                    if lost is None:
+                        raise
+                    raise _interrupted(route, answer, f"{lost}; no other could take over: {error}") from error
+                if lost is not None:
+                    record.lost_workers(coordinators.lost_workers(route))
+                    coordinators.tell_continued(route, answer.token_count if answer else 0, coordinator)
+    except TimeoutError as error:
+        if not limit.expired():  # a coordinator's start has a limit of its own
+            raise
+        raise RequestTimeoutError(
+            f"{route.model} was not done after {timeout_s:g} s and was cancelled (it had written "
+            f"{len(record.text)} characters); give a larger timeout or a smaller max_tokens"
+        ) from error
+
+
+async def _another(
+    coordinators: CoordinatorPool, route: Route, limit: asyncio.Timeout, ended: Coordinator
+) -> Coordinator:
+    """The next coordinator; the request's clock stands still while it starts."""
+    loop = asyncio.get_running_loop()
+    when, began = limit.when(), loop.time()
+    limit.reschedule(None)
+    try:
+        if not ended.is_running() or await _ends(ended):
+            coordinator, _ = await coordinators.get(route)
+            return coordinator
+        return ended  # only the connection broke
+    finally:
+        if when is not None:
+            limit.reschedule(when + loop.time() - began)
+
+
+async def _ends(coordinator: Coordinator) -> bool:
+    """Whether it ends, where it refuses leases: it is being stopped then."""
+    if await coordinator.hold():
+        coordinator.free()
+        return False
+    with suppress(TimeoutError):  # its supervisor ends it long before
+        async with asyncio.timeout(ENDING_LIMIT_S):
+            await coordinator.wait_ended()
+    return True
+
+
+def _interrupted(route: Route, answer: Answer | None, why: str) -> AnswerInterruptedError:
+    tokens = answer.token_count if answer is not None else 0
+    error = AnswerInterruptedError(
+        f"{route.model}: the answer was interrupted after {tokens} tokens; {why}; what came so far is kept, and "
+        "router.resume(error) continues it once workers are back"
+    )
+    error.state = answer.state() if answer is not None else None
+    return error

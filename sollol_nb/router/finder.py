@@ -1,0 +1,137 @@
+"""Finding a model's route: what is known of it, which places have it, and what `routing.py` makes of that."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sollol_nb.errors import ConfigError, OllamaResponseError, OllamaUnavailableError
+from sollol_nb.gguf.facts import read_facts
+from sollol_nb.llama_cpp.coordinators.settings import file_identity
+from sollol_nb.models.files import DEMO_MODEL_PATH, DEMO_NOTE, find_model_file
+from sollol_nb.models.ollama_storage import ModelName
+from sollol_nb.models.profiles import ModelProfile, profile_of
+from sollol_nb.models.routing import DISTRIBUTED, OLLAMA, Route, decide_route
+from sollol_nb.ollama.pool import OllamaPool
+
+# Ollama's words, and its engine's, when a model does not fit (Ollama's llm/server.go, ggml's allocators).
+_OUT_OF_MEMORY = re.compile(
+    r"requires more system memory|out of memory|(unable|failed) to allocate", re.IGNORECASE
+)
+
+
+class RouteFinder:
+    """Finds routes for one router. Lives on the I/O loop.
+
+    Args:
+        ollama: the Ollama nodes.
+        enable_distributed: whether large models are sharded.
+        threshold_params: models of more billions of parameters are sharded too.
+        model_filter: if given, only these models are sharded.
+        gguf_path: the file for models on llama.cpp, instead of looking into Ollama's storage.
+    """
+
+    def __init__(
+        self,
+        ollama: OllamaPool,
+        *,
+        enable_distributed: bool,
+        threshold_params: float | None,
+        model_filter: Collection[str] | None,
+        gguf_path: str | Path | None,
+    ) -> None:
+        self._ollama = ollama
+        self._enable_distributed = enable_distributed
+        self._threshold = threshold_params
+        self._model_filter = model_filter
+        self._gguf_path = gguf_path
+
+    def would_shard(self, model: str) -> bool:
+        """Whether the model is sharded by its profile (no node or worker is asked)."""
+        return self._may_shard(model) and bool(self.profile(model).requires_distributed)
+
+    async def find(self, model: str, backend: str | None) -> Route:
+        """Where a request for this model goes now, and why.
+
+        Args:
+            backend: the one that was asked for, in full, if any.
+
+        Raises:
+            ModelError, ConfigError: it can go nowhere, or not there; the message says why.
+        """
+        if not isinstance(model, str) or not model.strip():
+            raise ConfigError(f"model={model!r} is not a model's name; try demo, or llama3.2")
+        profile = await asyncio.to_thread(self.profile, model)
+        # A model that is sharded anyway need not wait for Ollama's word, and a file has no name there.
+        needs_ollama = not (profile.requires_distributed and self._enable_distributed)
+        ask_ollama = not model.endswith(".gguf") and (needs_ollama if backend is None else backend == OLLAMA)
+        in_ollama, words = await self._in_ollama(model) if ask_ollama else (False, "Ollama was not asked")
+        path = None
+        if backend != OLLAMA and not in_ollama:
+            path = await asyncio.to_thread(find_model_file, model, self._gguf_path)
+        route = decide_route(
+            profile,
+            in_ollama=in_ollama,
+            ollama_words=words,
+            model_path=path,
+            backend=backend,
+            enable_distributed=self._enable_distributed,
+            model_filter=self._model_filter,
+        )
+        is_demo = route.model_path == DEMO_MODEL_PATH
+        return replace(route, reason=f"{route.reason} ({DEMO_NOTE})") if is_demo else route
+
+    async def sharded_instead(self, route: Route, error: OllamaResponseError) -> Route | None:
+        """The route over workers for a model that Ollama has no memory for; None if there is none, or the error
+        says something else."""
+        if not _OUT_OF_MEMORY.search(str(error)) or not self._may_shard(route.model):
+            return None
+        path = await asyncio.to_thread(find_model_file, route.model, self._gguf_path)
+        if path is None:
+            return None
+        reason = f"{route.reason}, but it has no memory for it, so it is sharded"
+        return replace(route, backend=DISTRIBUTED, model_path=path, reason=reason)
+
+    async def identity(self, route: Route) -> dict[str, Any]:
+        """What tells the model of a route from another of the same name: its file, or Ollama's digest of it."""
+        if route.model_path is not None:
+            return await asyncio.to_thread(file_identity, route.model_path)
+        key = ModelName.parse(route.model).key
+        try:
+            models = (await self._ollama.list())["models"]
+        except OllamaUnavailableError:  # the requests will say so
+            return {}
+        digests = {str(one.get("digest")) for one in models if ModelName.parse(str(one.get("name"))).key == key}
+        return {"digests": sorted(digests)}
+
+    def ollama_slots(self, model: str) -> int:
+        """How many requests to the model the Ollama nodes that have it serve at once; at least 1."""
+        key = ModelName.parse(model).key
+        have_it = (
+            node for node in self._ollama.nodes if any(ModelName.parse(one).key == key for one in node.models)
+        )
+        return max(1, sum(node.slots for node in have_it))
+
+    def profile(self, model: str) -> ModelProfile:
+        """What is known of a model, and from where. Errors are those of `profile_of` and `read_facts`."""
+        profile = profile_of(model, threshold_params=self._threshold)
+        if profile.source.startswith("profile"):
+            return profile
+        path = find_model_file(model, self._gguf_path)
+        if path is None:
+            return profile
+        return profile_of(model, facts=read_facts(path), threshold_params=self._threshold)
+
+    def _may_shard(self, model: str) -> bool:
+        return self._enable_distributed and (self._model_filter is None or model in self._model_filter)
+
+    async def _in_ollama(self, model: str) -> tuple[bool, str]:
+        if await self._ollama.has_model(model):
+            return True, "an Ollama node has it"
+        if any(node.state == "ready" for node in self._ollama.nodes):
+            return False, "no Ollama node has it"
+        return False, "no Ollama node answers"

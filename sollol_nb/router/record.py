@@ -1,0 +1,201 @@
+"""The record of one request: its clock while it runs, its latency row and `_routing` when it ends."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from sollol_nb.chat.completion import Completion
+from sollol_nb.latency.log import LatencyRow
+from sollol_nb.models.files import DEMO_MODEL_PATH, DEMO_NOTE
+from sollol_nb.models.routing import Route
+
+if TYPE_CHECKING:
+    from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
+
+
+class RequestRecord:
+    """Notes when what happened; times are taken with `time.perf_counter`.
+
+    Attributes:
+        priority: the priority it was asked with; None until that is known to be one.
+        router_overhead_ms: the router's own part of the time before the request went to its place.
+    """
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+        self.backend = ""
+        self.reason = ""
+        self.note = ""
+        self.place = ""
+        self.layout = ""
+        self.priority: int | None = None
+        self.plan: dict[str, Any] | None = None
+        self.placement_differences: list[str] = []
+        self.queue_ms: float | None = None
+        self.load_ms: float | None = None
+        self.router_overhead_ms: float | None = None
+        self.failovers: list[dict[str, Any]] = []
+        self.text = ""
+        self.dropped = ""
+        self._started_at = time.time()
+        self._began = time.perf_counter()
+        self._sent: float | None = None
+        self._left_ms = 0.0  # spent at a place that could not answer
+        self._first: float | None = None
+        self._last: float | None = None
+        self._lost_at: float | None = None
+        self._final: Mapping[str, Any] = {}
+
+    def take(self, route: Route) -> None:
+        """It goes this way."""
+        self.backend, self.reason = route.backend, route.reason
+        self.note = DEMO_NOTE if route.model_path == DEMO_MODEL_PATH else ""
+
+    def take_node(self, node_routing: Mapping[str, Any]) -> None:
+        """An Ollama node has begun or ended its answer; its `_routing` says which, and what it took so far."""
+        self.place = str(node_routing.get("node") or "")
+        self.queue_ms = node_routing.get("queue_ms")
+        self.load_ms = node_routing.get("load_ms") or None
+        self.failovers = [dict(one) for one in node_routing.get("failovers") or ()]
+
+    def leave(self, what: str) -> None:
+        """A place could not answer, and the request goes on elsewhere from its beginning."""
+        self._note_failover(what, 0, continued=False)
+        self._left_ms = (time.perf_counter() - (self._sent or self._began)) * 1000
+        self.failovers[-1]["cost_ms"] = self._left_ms
+
+    def run_on(self, coordinator: Coordinator) -> None:
+        """It runs on this coordinator now."""
+        plan = coordinator.plan
+        self.place = coordinator.base_url
+        self.plan = plan.as_dict() if plan else None
+        self.layout = "/".join(map(str, plan.unit_counts)) if plan else ""
+        self.placement_differences = coordinator.placement_differences
+
+    def lose(self, what: str, tokens_before: int) -> None:
+        """A coordinator was lost in mid-answer, with so many tokens known; the answer will be continued."""
+        self._lost_at = self._last or self._sent or self._began
+        self._note_failover(what, tokens_before, continued=True)
+
+    def _note_failover(self, what: str, tokens_before: int, *, continued: bool) -> None:
+        self.failovers.append(
+            {
+                "what": what,
+                "when": time.time(),
+                "cost_ms": None,
+                "continued": continued,
+                "tokens_before": tokens_before,
+                "lost_workers": [],
+            }
+        )
+
+    def lost_workers(self, endpoints: Iterable[str]) -> None:
+        """Which workers turned out to be lost with it."""
+        self.failovers[-1]["lost_workers"] = sorted(endpoints)
+
+    def goes_on(self) -> None:
+        """A chunk came; if a coordinator was lost before, this is when the answer went on.
+
+        The cost is counted from the last sign of the lost coordinator.
+        """
+        self._last = time.perf_counter()
+        if self._lost_at is not None:
+            cost_ms = (self._last - self._lost_at) * 1000
+            for failover in self.failovers:
+                if failover["cost_ms"] is None:
+                    failover["cost_ms"] = round(cost_ms, 3)
+            self._lost_at = None
+
+    def is_hopeless(self, most: int, most_without_a_token: int) -> bool:
+        """Whether coordinators were lost too often, or again and again at the same token."""
+        counts = [one["tokens_before"] for one in self.failovers if one["continued"]]
+        return len(counts) > most or len(counts) - len(set(counts)) >= most_without_a_token
+
+    def sent(self) -> None:
+        """The request goes to its place now: at Ollama before it waits and the model loads, else after that."""
+        self._sent = time.perf_counter()
+        waited_ms = (self.queue_ms or 0.0) + (self.load_ms or 0.0) + self._left_ms
+        self.router_overhead_ms = max(0.0, (self._sent - self._began) * 1000 - waited_ms)
+
+    def saw(self, chunk: Mapping[str, Any]) -> None:
+        """A chunk came back."""
+        message = chunk.get("message") or {}
+        if self._first is None and (message.get("content") or message.get("thinking") or chunk.get("done")):
+            self._first = time.perf_counter()
+        self.text = ("" if chunk.get("_restarted") else self.text) + (message.get("content") or "")
+        self.dropped = chunk.get("_dropped") or self.dropped
+        if chunk.get("done"):
+            self._final = chunk
+
+    @property
+    def duration_ms(self) -> float:
+        """Since the request came in."""
+        return (time.perf_counter() - self._began) * 1000
+
+    @property
+    def ttft_ms(self) -> float | None:
+        """From the request to its first token, waiting and loading included."""
+        return None if self._first is None else (self._first - self._began) * 1000
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Generation speed as the engine measured it; None for answers of no more than one token."""
+        count, nanoseconds = self._final.get("eval_count"), self._final.get("eval_duration")
+        return count / nanoseconds * 1e9 if count and count > 1 and nanoseconds else None
+
+    def partial(self) -> Completion:
+        """The completion as far as it came."""
+        message = {"role": "assistant", "content": self.text}
+        return Completion(
+            model=self.model, message=message, done=False, done_reason="error", _routing=self.routing()
+        )
+
+    def routing(self) -> dict[str, Any]:
+        """The `_routing` entry of the answer."""
+        return {
+            "backend": self.backend,
+            "reason": self.reason,
+            "note": self.note,
+            "duration_ms": round(self.duration_ms, 3),
+            "coordinator_url": self.place if self.backend.startswith("llama.cpp") else None,
+            "node_url": None if self.backend.startswith("llama.cpp") else self.place,
+            "plan": self.plan,
+            "placement_differences": self.placement_differences,
+            "layout": self.layout,
+            "queue_ms": self.queue_ms,
+            "load_ms": self.load_ms,
+            "ttft_ms": self.ttft_ms,
+            "tokens_per_s": self.tokens_per_s,
+            "router_overhead_ms": self.router_overhead_ms,
+            "failovers": [dict(one) for one in self.failovers],
+            "dropped": self.dropped,
+        }
+
+    def row(self, status: str, error: str = "") -> LatencyRow:
+        """The latency row, as of now."""
+        return LatencyRow(
+            started_at=self._started_at,
+            model=str(self.model),  # also where what was asked for is no name
+            backend=self.backend,
+            layout=self.layout,
+            place=self.place,
+            queue_ms=self.queue_ms,
+            load_ms=self.load_ms,
+            ttft_ms=self.ttft_ms,
+            total_ms=self.duration_ms,
+            prompt_tokens=self._final.get("prompt_eval_count"),
+            completion_tokens=self._final.get("eval_count"),
+            tokens_per_s=self.tokens_per_s,
+            router_overhead_ms=self.router_overhead_ms,
+            failovers=len(self.failovers),
+            status=status,
+            error=error,
+            partial_text="" if status == "ok" else self.text,
+            priority=self.priority,
+            done_reason=self._final.get("done_reason") or "",
+            predicted_ms_per_token=(self.plan or {}).get("predicted_token_ms"),
+            failover_details=json.dumps(self.failovers) if self.failovers else "",
+        )

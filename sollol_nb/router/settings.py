@@ -1,0 +1,88 @@
+"""The settings of a router as its caller wrote them, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sollol_nb.chat.request import is_positive
+from sollol_nb.errors import ConfigError
+from sollol_nb.layers.plan import check_strategy
+from sollol_nb.llama_cpp.coordinators.start import PoolSettings
+from sollol_nb.settings import config
+
+
+def check_amounts(**amounts: object) -> None:
+    """Refuse amounts that are not more than 0; None is left to its default.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    for name, amount in amounts.items():
+        if amount is not None and not is_positive(amount):
+            raise ConfigError(f"{name}={amount!r} must be more than 0")
+
+
+def pool_settings(
+    *,
+    num_rpc_backends: int | None,
+    context_tokens: int | None,
+    slots: int,
+    layer_strategy: str,
+    llama_cpp: str | Path | None,
+    keep_alive: float | str | Mapping[str, float | str] | None,
+    **others: Any,
+) -> PoolSettings:
+    """The settings of the coordinator pool.
+
+    Args:
+        others: those that `PoolSettings` takes as they are.
+
+    Raises:
+        ConfigError: one of them cannot be used.
+    """
+    counts = {"num_rpc_backends": num_rpc_backends, "context_tokens": context_tokens, "slots": slots}
+    check_amounts(**counts)
+    for name, count in counts.items():
+        if isinstance(count, float):
+            raise ConfigError(f"{name}={count!r} must be a whole number")
+    check_strategy(layer_strategy)
+    return PoolSettings(
+        num_rpc_backends=num_rpc_backends,
+        context_tokens=context_tokens,
+        slots=slots,
+        layer_strategy=layer_strategy,
+        llama_cpp=Path(llama_cpp) if llama_cpp is not None else None,
+        **_keep_alive_settings(keep_alive),
+        **others,
+    )
+
+
+def endpoints(backends: Iterable[str | Mapping[str, Any]] | None) -> list[str]:
+    """The workers as `host:port`; by default those of the setting `workers`.
+
+    Raises:
+        ConfigError: one is not an endpoint.
+    """
+    return config.rpc_backends() if backends is None else [_endpoint(one) for one in backends]
+
+
+def _endpoint(backend: str | Mapping[str, Any]) -> str:
+    """`host:port` of a backend given as text or as a dict with `host` and `port`."""
+    if isinstance(backend, str):
+        return config.format_endpoint(*config.parse_endpoint(backend))
+    if not isinstance(backend, Mapping) or "host" not in backend:
+        raise ConfigError(f'{backend!r} is not an RPC backend; write {{"host": "192.168.1.10", "port": 50052}}')
+    text = config.format_endpoint(str(backend["host"]), backend.get("port", config.DEFAULT_RPC_PORT))
+    return config.format_endpoint(*config.parse_endpoint(text))
+
+
+def _keep_alive_settings(keep_alive: float | str | Mapping[str, float | str] | None) -> dict[str, Any]:
+    """`keep_alive` as the settings of the coordinator pool."""
+    by_model = dict(keep_alive) if isinstance(keep_alive, Mapping) else {}
+    rest = by_model.pop("*", None) if isinstance(keep_alive, Mapping) else keep_alive
+    return {
+        "keep_alive_s": config.default_keep_alive_s() if rest is None else config.keep_alive_seconds(rest),
+        "keep_alive_of": {model: config.keep_alive_seconds(value) for model, value in by_model.items()},
+    }

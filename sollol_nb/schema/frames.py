@@ -1,0 +1,263 @@
+"""Frames as schemas, and answers as frames: from objects, rows, Markdown tables, CSV and JSON."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import re
+from collections.abc import Mapping, Sequence
+from datetime import date
+from typing import TYPE_CHECKING, Any
+
+from sollol_nb.chat.completion import Completion
+from sollol_nb.errors import ConfigError, StructureError
+from sollol_nb.schema.checks import FENCE, Misfit, json_in
+from sollol_nb.text.readable import is_of
+from sollol_nb.text.tables import parse_markdown_table, shortened
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_NUMBER = re.compile(r"[+-]?(\d{1,3}(,\d{3})+|0|[1-9]\d*)?(\.\d+)?([eE][+-]?\d+)?")
+_MISSING = frozenset(["", "-", "\u2013", "\u2014", "n/a", "na", "nan", "none", "null"])
+_EMPHASIS = re.compile(r"^(\*\*|`)(.+)\1$")
+
+
+def schema_of_frame(frame: Any) -> dict[str, Any]:
+    """The schema of an object whose `rows` are objects with the columns of an example.
+
+    Numbers, booleans, texts, dates and categories keep to their dtypes; an object column of anything else may hold
+    any value. A column may hold null if it does so in the example, or if its dtype is a nullable one. The index is
+    left out.
+
+    Raises:
+        ConfigError: a dtype that JSON cannot hold, no columns, or two of the same name.
+    """
+    names = [str(name) for name in frame.columns]
+    if not names or len(set(names)) < len(names):
+        raise ConfigError("a DataFrame as an example needs columns, each of a name of its own")
+    columns = {name: _schema_of_column(name, frame.iloc[:, position]) for position, name in enumerate(names)}
+    row = {"type": "object", "properties": columns, "required": names, "additionalProperties": False}
+    return {
+        "type": "object",
+        "properties": {"rows": {"type": "array", "items": row}},
+        "required": ["rows"],
+        "additionalProperties": False,
+    }
+
+
+def _schema_of_column(name: str, column: pd.Series[Any]) -> dict[str, Any]:
+    import pandas as pd
+
+    dtype: Any = column.dtype
+    kinds = pd.api.types
+    has_null = bool(column.isna().any()) or isinstance(getattr(dtype, "na_value", None), type(pd.NA))
+    if isinstance(dtype, pd.CategoricalDtype):
+        choices = dtype.categories.tolist()
+        if not choices or not all(isinstance(choice, str | int | float) for choice in choices):
+            raise ConfigError(f"column {name}: the categories must be texts or numbers")
+        return {"enum": [*choices, None] if has_null else choices}
+    schema: dict[str, Any]
+    if kinds.is_bool_dtype(dtype):
+        schema = {"type": "boolean"}
+    elif kinds.is_integer_dtype(dtype):
+        numpys = getattr(dtype, "numpy_dtype", getattr(dtype, "subtype", dtype))  # nullable, sparse
+        schema = {"type": "integer", **_bounds(numpys)}
+    elif kinds.is_float_dtype(dtype):
+        schema = {"type": "number"}
+    elif kinds.is_datetime64_any_dtype(dtype):
+        times = column.dropna()
+        has_days_only = len(times) > 0 and bool((times == times.dt.normalize()).all())
+        days_only = has_days_only and getattr(dtype, "tz", None) is None
+        schema = {"type": "string", "format": "date" if days_only else "date-time"}
+    elif kinds.is_object_dtype(dtype):
+        schema = _schema_of_objects(column)
+    elif kinds.is_string_dtype(dtype):
+        schema = {"type": "string"}
+        has_null = bool(column.isna().any())  # such a dtype is what any text has
+    else:
+        raise ConfigError(f"column {name}: {dtype} cannot be asked for as JSON; give numbers, texts or dates")
+    types = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+    return {**schema, "type": [*types, "null"]} if has_null and "null" not in types else schema
+
+
+def _bounds(dtype: Any) -> dict[str, int]:
+    """The least and largest integer, where these are not those of any other."""
+    if dtype.itemsize == 8:
+        return {"minimum": 0} if dtype.kind == "u" else {}
+    bits = 8 * dtype.itemsize
+    return (
+        {"minimum": 0, "maximum": 2**bits - 1}
+        if dtype.kind == "u"
+        else {"minimum": -(2 ** (bits - 1)), "maximum": 2 ** (bits - 1) - 1}
+    )
+
+
+def _schema_of_objects(column: pd.Series[Any]) -> dict[str, Any]:
+    from pandas.api.types import infer_dtype
+
+    known = {
+        "string": {"type": "string"},
+        "empty": {"type": "string"},
+        "boolean": {"type": "boolean"},
+        "integer": {"type": "integer"},
+        "floating": {"type": "number"},
+        "mixed-integer-float": {"type": "number"},
+        "date": {"type": "string", "format": "date"},
+    }
+    schema: dict[str, Any] | None = known.get(infer_dtype(column, skipna=True))
+    values = column.dropna()
+    if schema is None and len(values):
+        for type_name, of in (("array", list | tuple), ("object", Mapping)):
+            if all(isinstance(value, of) for value in values):
+                schema = {"type": type_name}
+    return schema or {"type": ["string", "number", "boolean", "object", "array", "null"]}
+
+
+def frame_like(example: Any, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Rows that fit `schema_of_frame` as a frame with the columns and dtypes of the example.
+
+    Times get the example's time zone; where it has none, they are UTC.
+
+    Raises:
+        Misfit: a column that cannot be of its dtype.
+    """
+    import pandas as pd
+
+    columns = {}
+    for position, name in enumerate(map(str, example.columns)):
+        try:
+            columns[position] = _column_like(example.iloc[:, position], [row[name] for row in rows])
+        except (ValueError, TypeError, OverflowError) as error:
+            raise Misfit(("rows", name), f"{type(error).__name__}: {shortened(str(error), 100)}") from None
+    frame = pd.DataFrame(columns)
+    frame.columns = example.columns
+    return frame
+
+
+def _column_like(example: pd.Series[Any], values: list[Any]) -> pd.Series[Any]:
+    import pandas as pd
+
+    dtype: Any = example.dtype
+    kinds = pd.api.types
+    data: Any = values
+    if not isinstance(dtype, pd.CategoricalDtype):
+        if kinds.is_datetime64_any_dtype(dtype):
+            data = pd.to_datetime(values, utc=True, format="ISO8601").tz_convert(getattr(dtype, "tz", None))
+        elif kinds.is_object_dtype(dtype) and kinds.infer_dtype(example, skipna=True) == "date":
+            data = [None if value is None else date.fromisoformat(value) for value in values]
+        elif kinds.is_integer_dtype(dtype):  # JSON's 3.0 is an integer too
+            data = [None if value is None else int(value) for value in values]
+    column: pd.Series[Any] = pd.Series(data, dtype=dtype)
+    return column
+
+
+# --- any answer -------------------------------------------------------------------------------
+
+
+def frame_of(value: object) -> pd.DataFrame:
+    """A value as a frame: objects as rows, a list of them or a single one.
+
+    An object with nothing but a list in it, such as `{"rows": [...]}`, is that list. Other lists become one
+    column. A text or an answer of a model is read by `frame_from_text`.
+
+    Raises:
+        StructureError: a value that has no rows.
+    """
+    import pandas as pd
+
+    if isinstance(value, pd.DataFrame):
+        return value
+    if isinstance(value, str | Completion):
+        return frame_from_text(value if isinstance(value, str) else value.text)
+    value = _as_mapping(value)
+    name = "value"
+    if isinstance(value, Mapping):
+        only = next(iter(value.values())) if len(value) == 1 else None
+        if isinstance(only, list | tuple):
+            name, value = str(next(iter(value))), only
+        else:
+            value = [value]
+    if not isinstance(value, list | tuple | set | frozenset):
+        raise StructureError(
+            f"{shortened(repr(value), 60)} cannot become a frame: it has no rows", text=str(value)
+        )
+    rows = [_as_mapping(row) for row in value]
+    if not any(isinstance(row, Mapping) for row in rows):
+        return pd.DataFrame({name: rows}) if rows else pd.DataFrame()
+    if not all(isinstance(row, Mapping) for row in rows):
+        raise StructureError("a list of objects and other values cannot become a frame", text=str(value))
+    return pd.DataFrame(rows)
+
+
+def _as_mapping(value: Any) -> Any:
+    """An object with fields as a mapping of them; anything else as it is."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if is_of(value, "pydantic.BaseModel"):
+        return dict(value)
+    return value._asdict() if isinstance(value, tuple) and hasattr(value, "_asdict") else value
+
+
+def frame_from_text(text: str) -> pd.DataFrame:
+    """The frame that an answer holds: the first Markdown table in it, else JSON or CSV.
+
+    JSON and CSV are looked for in fenced blocks, or where there are none in the whole text and its paragraphs. CSV
+    has a header, two columns or more, and rows of the same length. Columns whose texts are all numbers (`1,234.5`
+    too) or all true and false become these.
+
+    Raises:
+        StructureError: none of them is there.
+    """
+    table = parse_markdown_table(text)
+    if table is not None:
+        return _frame_of_texts(table[0], [[_EMPHASIS.sub(r"\2", cell) for cell in row] for row in table[1]])
+    whole = text.strip()
+    blocks = FENCE.findall(text) or [whole, *sorted(re.split(r"\n\s*\n", whole), key=len, reverse=True)]
+    for block in map(str.strip, blocks):
+        if block.startswith(("[", "{")):
+            try:
+                return frame_of(json_in(block))
+            except (Misfit, StructureError):
+                continue
+        rows = _csv_rows(block)
+        if rows is not None:
+            return _frame_of_texts(rows[0], rows[1:])
+    raise StructureError(
+        "the answer holds no table: no Markdown table, CSV or JSON records; .text has it as it came", text=text
+    )
+
+
+def _csv_rows(block: str) -> list[list[str]] | None:
+    for delimiter in ",;\t":
+        try:
+            lines = csv.reader(io.StringIO(block), delimiter=delimiter, skipinitialspace=True, strict=True)
+            rows = [row for row in lines if row]
+        except csv.Error:
+            continue
+        header = rows[0] if rows else []
+        if len(header) > 1 and len(rows) > 1 and all(len(row) == len(header) for row in rows) and all(header):
+            return rows
+    return None
+
+
+def _frame_of_texts(header: Sequence[str], rows: Sequence[Sequence[str]]) -> pd.DataFrame:
+    import pandas as pd
+
+    columns = {position: _typed([row[position] for row in rows]) for position in range(len(header))}
+    frame = pd.DataFrame(columns)
+    frame.columns = pd.Index(header)
+    return frame
+
+
+def _typed(texts: Sequence[str]) -> list[Any]:
+    """Numbers or booleans if the texts are nothing else, with None for what is missing; else the texts."""
+    present = [text for text in texts if text.lower() not in _MISSING]
+    if present and all(any(map(str.isdigit, text)) and _NUMBER.fullmatch(text) for text in present):
+        plain = [text.replace(",", "") if text.lower() not in _MISSING else None for text in texts]
+        whole = all(text.lstrip("+-").replace(",", "").isdigit() for text in present)
+        return [None if text is None else int(text) if whole else float(text) for text in plain]
+    if present and all(text.lower() in ("true", "false") for text in present):
+        return [None if text.lower() in _MISSING else text.lower() == "true" for text in texts]
+    return [text or None for text in texts]

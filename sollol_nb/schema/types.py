@@ -1,0 +1,261 @@
+"""Python types as JSON schemas, and JSON that fits them as values of these types.
+
+What is made keeps to what llama.cpp makes grammars of (`common/json-schema-to-grammar.cpp`): local `$ref`s,
+`anyOf`, `enum`, `prefixItems` without `items`, and the formats date, time, date-time (with a time zone) and uuid.
+To it an empty schema means an object, not anything, so `Any` lists all types. pydantic is never imported: a class
+can only be of it where it has been imported already.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import types
+import typing
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
+from datetime import date, datetime, time
+from decimal import Decimal
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, Literal, NotRequired, Required, Union
+from uuid import UUID
+
+from sollol_nb.errors import ConfigError
+from sollol_nb.schema.checks import DataPath, Misfit, validate
+from sollol_nb.text.tables import shortened
+
+_ANYTHING = {"type": ["string", "number", "boolean", "object", "array", "null"]}
+# type -> (its JSON schema, how it is made from what JSON has)
+_SIMPLE: dict[Any, tuple[dict[str, Any], Callable[[Any], Any]]] = {
+    Any: (_ANYTHING, lambda data: data),
+    object: (_ANYTHING, lambda data: data),
+    type(None): ({"type": "null"}, lambda data: data),
+    bool: ({"type": "boolean"}, bool),
+    int: ({"type": "integer"}, int),
+    float: ({"type": "number"}, float),
+    str: ({"type": "string"}, str),
+    Decimal: ({"type": "number"}, lambda data: Decimal(str(data))),
+    datetime: ({"type": "string", "format": "date-time"}, datetime.fromisoformat),
+    date: ({"type": "string", "format": "date"}, date.fromisoformat),
+    time: ({"type": "string", "format": "time"}, time.fromisoformat),
+    UUID: ({"type": "string", "format": "uuid"}, UUID),
+    Path: ({"type": "string"}, Path),
+}
+_LISTS: dict[Any, Callable[[Iterable[Any]], Any]] = {
+    list: list,
+    tuple: tuple,
+    set: set,
+    frozenset: frozenset,
+    Sequence: list,
+    Collection: list,
+    Iterable: list,
+}
+_MAPPINGS = (dict, Mapping, MutableMapping)
+
+
+def is_type(schema: Any) -> bool:
+    """Whether it is a class or another type, such as `list[int]` or `int | None`."""
+    return isinstance(schema, type) or typing.get_origin(schema) is not None
+
+
+def schema_of_type(hint: Any) -> dict[str, Any]:
+    """The JSON schema of a type with all that it refers to.
+
+    Raises:
+        ConfigError: a type that JSON cannot hold.
+    """
+    return _SchemaOfType().whole(hint)
+
+
+def built(hint: Any, data: Any, schema: Mapping[str, Any]) -> Any:
+    """A value of a type, from JSON.
+
+    Args:
+        schema: the type's JSON schema.
+
+    Raises:
+        Misfit: the data does not fit, or a class refuses it.
+    """
+    if not _is_model(hint):  # models check by themselves, and are more lenient
+        validate(data, schema)
+    return _built(hint, data, ())
+
+
+def _is_model(schema: Any) -> bool:
+    """Whether it is a pydantic model class; if pydantic was never imported, nothing is."""
+    base = getattr(sys.modules.get("pydantic"), "BaseModel", None)
+    return base is not None and isinstance(schema, type) and issubclass(schema, base)
+
+
+def _model(model: Any, data: Any, path: DataPath) -> Any:
+    pydantic: Any = sys.modules["pydantic"]
+    try:
+        return model.model_validate_json(json.dumps(data))
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise Misfit((*path, *first["loc"]), first["msg"]) from None
+    except Exception as error:  # of a validator of the user's
+        raise _refused(error, path) from None
+
+
+def _refused(error: Exception, path: DataPath) -> Misfit:
+    return Misfit(path, f"{type(error).__name__}: {shortened(str(error), 200)}")
+
+
+def _fields(hint: Any) -> dict[str, tuple[Any, bool]] | None:
+    """name -> (type, whether it must be given) for a dataclass, NamedTuple or TypedDict; None for other types."""
+    if not isinstance(hint, type):
+        return None
+    if dataclasses.is_dataclass(hint):
+        missing = dataclasses.MISSING
+        required = {
+            field.name: field.default is missing and field.default_factory is missing
+            for field in dataclasses.fields(hint)
+            if field.init
+        }
+    elif typing.is_typeddict(hint):
+        required = {name: name in hint.__required_keys__ for name in hint.__annotations__}  # type: ignore[attr-defined]
+    elif issubclass(hint, tuple) and hasattr(hint, "_field_defaults"):
+        required = {name: name not in hint._field_defaults for name in hint._fields}  # type: ignore[attr-defined]
+    else:
+        return None
+    try:
+        hints = typing.get_type_hints(hint, localns={hint.__name__: hint}, include_extras=True)
+    except Exception as error:  # annotations are code
+        raise ConfigError(f"{hint.__name__} has a type that cannot be found: {error}") from None
+    for name, kind in hints.items():  # a TypedDict's own account is wrong where annotations are texts
+        if typing.get_origin(kind) in (Required, NotRequired):
+            required[name] = typing.get_origin(kind) is Required
+    return {name: (hints.get(name, Any), must) for name, must in required.items()}
+
+
+def _bare(hint: Any) -> Any:
+    """The type without annotations around it."""
+    while typing.get_origin(hint) in (Annotated, Required, NotRequired):
+        hint = typing.get_args(hint)[0]
+    return type(None) if hint is None else hint
+
+
+class _SchemaOfType:
+    """Makes the JSON schema of a type; classes inside it become definitions."""
+
+    def __init__(self) -> None:
+        self._definitions: dict[str, Any] = {}
+        self._classes: dict[str, Any] = {}
+
+    def whole(self, hint: Any) -> dict[str, Any]:
+        """The schema of a type with the definitions that it refers to."""
+        if _is_model(hint):
+            return self._of_model(hint)
+        schema = self._of(hint, getattr(hint, "__name__", "the type"))
+        name = schema.get("$ref", "").removeprefix("#/$defs/")
+        if name and json.dumps(schema)[1:-1] not in json.dumps(self._definitions):
+            schema = self._definitions.pop(name)  # nothing refers to it
+        return {**schema, "$defs": self._definitions} if self._definitions else schema
+
+    def _of(self, hint: Any, where: str) -> dict[str, Any]:
+        hint = _bare(hint)
+        origin, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
+        if origin in _SIMPLE:
+            return dict(_SIMPLE[origin][0])
+        if origin is Literal or (isinstance(hint, type) and issubclass(hint, Enum)):
+            given = arguments if origin is Literal else tuple(hint)
+            values = [one.value if isinstance(one, Enum) else one for one in given]
+            if not values or not all(value is None or isinstance(value, str | int | float) for value in values):
+                raise ConfigError(f"{where}: the choices must be texts, numbers, booleans or None")
+            return {"enum": values}
+        if origin in (Union, types.UnionType):
+            return {"anyOf": [self._of(one, where) for one in arguments]}
+        if (fields := _fields(hint)) is not None:
+            return self._defined(hint, lambda: self._of_fields(hint, fields))
+        if _is_model(hint):
+            return self._defined(hint, lambda: self._of_model(hint))
+        if origin is tuple and arguments and arguments[-1] is not ...:
+            items = [self._of(one, where) for one in arguments]
+            return {"type": "array", "prefixItems": items, "minItems": len(items), "maxItems": len(items)}
+        if origin in _LISTS:
+            return {"type": "array", **({"items": self._of(arguments[0], where)} if arguments else {})}
+        if origin in _MAPPINGS:
+            if arguments and _bare(arguments[0]) not in (str, Any):
+                raise ConfigError(f"{where}: the keys of a JSON object are texts, so a dict[str, ...] is needed")
+            return {
+                "type": "object",
+                **({"additionalProperties": self._of(arguments[1], where)} if arguments else {}),
+            }
+        name = getattr(hint, "__name__", None) or shortened(repr(hint), 60)
+        raise ConfigError(
+            f"{where}: {name} is no type that an answer in JSON can have; use a dataclass for objects"
+        )
+
+    def _of_fields(self, cls: type, fields: Mapping[str, tuple[Any, bool]]) -> dict[str, Any]:
+        return {
+            "type": "object",
+            "properties": {name: self._of(hint, f"{cls.__name__}.{name}") for name, (hint, _) in fields.items()},
+            "required": [name for name, (_, must) in fields.items() if must],
+            "additionalProperties": False,
+        }
+
+    def _of_model(self, model: Any) -> dict[str, Any]:
+        pydantic: Any = sys.modules["pydantic"]
+        try:
+            schema: dict[str, Any] = model.model_json_schema()
+        except pydantic.errors.PydanticUserError as error:
+            raise ConfigError(f"{model.__name__} has no JSON schema: {str(error).splitlines()[0]}") from None
+        return schema
+
+    def _defined(self, cls: Any, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """A reference to the schema of a class, which is made once."""
+        name = cls.__name__
+        if self._classes.setdefault(name, cls) is not cls:
+            raise ConfigError(f"two classes in the schema are named {name}")
+        if name not in self._definitions:
+            self._definitions[name] = {}  # until it is made; it may refer to itself
+            made = make()
+            for inner, definition in made.pop("$defs", {}).items():
+                if self._definitions.get(inner, {}) not in ({}, definition):
+                    raise ConfigError(f"two classes in the schema are named {inner}")
+                self._definitions[inner] = definition
+            if made != {"$ref": f"#/$defs/{name}"}:  # a recursive model defines itself
+                self._definitions[name] = made
+        return {"$ref": f"#/$defs/{name}"}
+
+
+def _built(hint: Any, data: Any, path: DataPath) -> Any:
+    """A value of a type from data that has been validated."""
+    hint = _bare(hint)
+    origin, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        reasons = []
+        for one in arguments:
+            try:
+                validate(data, schema_of_type(one), path)
+                return _built(one, data, path)
+            except Misfit as misfit:
+                reasons.append(misfit.words)
+        raise Misfit((), "; or ".join(reasons))
+    if _is_model(hint):
+        return _model(hint, data, path)
+    try:
+        if origin in _SIMPLE:
+            return _SIMPLE[origin][1](data)
+        if origin is Literal:
+            return next(
+                value for value in arguments if (value.value if isinstance(value, Enum) else value) == data
+            )
+        if isinstance(hint, type) and issubclass(hint, Enum):
+            return hint(data)
+        if (fields := _fields(hint)) is not None:
+            return hint(**{name: _built(fields[name][0], value, (*path, name)) for name, value in data.items()})
+        if origin in _LISTS:
+            kinds: Iterable[Any] = arguments[:1] * len(data) if arguments else [Any] * len(data)
+            if origin is tuple and arguments and arguments[-1] is not ...:
+                kinds = arguments
+            steps = enumerate(zip(kinds, data, strict=True))
+            return _LISTS[origin](_built(kind, item, (*path, at)) for at, (kind, item) in steps)
+        kind = arguments[1] if arguments else Any
+        return {name: _built(kind, item, (*path, name)) for name, item in data.items()}
+    except Misfit:
+        raise
+    except Exception as error:  # of classes that check themselves, and of texts that are no dates
+        raise _refused(error, path) from None

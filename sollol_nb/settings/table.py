@@ -1,0 +1,346 @@
+"""The table of settings: every default that a person can change, once.
+
+A setting has one name everywhere: as a key of `sollol_nb.toml`, in `%config Sollol.NAME = ...`, and (with its own
+spelling where another program coined it, such as `OLLAMA_HOST`) as an environment variable. Its value comes from
+the first of these that gives one:
+
+1. an option of the call or of the magic's line,
+2. `%config Sollol.NAME = ...`, or `c.Sollol.NAME = ...` in `ipython_config.py`,
+3. the environment variable,
+4. `sollol_nb.toml` in the working folder, or in the nearest folder above that has one,
+5. `sollol_nb.toml` in the user's config folder (`config.user_settings_file()` says where),
+6. the built-in default.
+
+This room holds the table and nothing that lives; `config.py` finds the values of 3 to 6, `notebook/traits.py`
+those of 2. `python -m sollol_nb.settings` prints the table as Markdown.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal
+
+from sollol_nb.errors import ConfigError
+from sollol_nb.runtime.priority import Priority
+from sollol_nb.settings import kinds
+from sollol_nb.settings.kinds import Kind
+from sollol_nb.text.tables import markdown_table
+
+FILE_NAME = "sollol_nb.toml"
+
+Side = Literal["request", "router", "notebook", "machine"]
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One setting.
+
+    Attributes:
+        name: its name, as a key of the file and in `%config Sollol.NAME`.
+        side: what it concerns: a `request` of a magic, the kernel's `router`, the `notebook` itself, or the
+            `machine` (folders, and what Ollama was told; these cannot be changed from within a notebook).
+        kind: which values are good.
+        help: what it does, for a person.
+        variable: its environment variable.
+        default: the built-in default; None where `default_words` say what happens without a value.
+        default_words: the default in words, where the value alone does not say it.
+        option: its name as an argument of `HybridRouter` or option of a request, if another.
+    """
+
+    name: str
+    side: Side
+    kind: Kind
+    help: str
+    variable: str
+    default: Any = None
+    default_words: str = ""
+    option: str = ""
+
+    @property
+    def argument(self) -> str:
+        """Its name as an argument of `HybridRouter`, or as an option of a request."""
+        return self.option or self.name
+
+    @property
+    def default_text(self) -> str:
+        """The built-in default as a person reads it."""
+        return self.default_words or str(self.default).lower()
+
+
+_TABLE = (
+    Setting(
+        "model",
+        "request",
+        kinds.MODEL,
+        "The model that is asked where a cell names none.",
+        "SOLLOL_MODEL",
+        default_words="none: the cell names it",
+    ),
+    Setting(
+        "temperature",
+        "request",
+        kinds.number("a number from 0 up, such as 0.7"),
+        "How freely tokens are drawn; 0 is greedy: the same answer each time.",
+        "SOLLOL_TEMPERATURE",
+        default_words="the engine's",
+    ),
+    Setting(
+        "top_p",
+        "request",
+        kinds.number("a number above 0, at most 1, such as 0.9", above=True, most=1),
+        "Keep the most likely tokens that sum up to this probability.",
+        "SOLLOL_TOP_P",
+        default_words="the engine's",
+    ),
+    Setting(
+        "max_tokens",
+        "request",
+        kinds.whole_number("a whole number from 1 up, such as 512", least=1),
+        "Longest answer, in tokens.",
+        "SOLLOL_MAX_TOKENS",
+        default_words="the engine's",
+    ),
+    Setting(
+        "seed",
+        "request",
+        kinds.whole_number("a whole number from 0 up, such as 42", least=0),
+        "Seed of the sampling: the same seed gives the same answer.",
+        "SOLLOL_SEED",
+        default_words="another one each time",
+    ),
+    Setting(
+        "system",
+        "request",
+        kinds.text("a text"),
+        "System message of requests that bring none.",
+        "SOLLOL_SYSTEM",
+        default_words="none",
+    ),
+    Setting(
+        "priority",
+        "request",
+        kinds.PRIORITY,
+        "Which request goes first where several wait: 1 (batch) to 10 (critical), or a name such as high.",
+        "SOLLOL_PRIORITY",
+        default=int(Priority.NORMAL),
+        default_words="5 (normal)",
+    ),
+    Setting(
+        "timeout",
+        "request",
+        kinds.number("a number of seconds above 0, such as 120", above=True),
+        "Limit of a request in seconds, from when its model is ready.",
+        "SOLLOL_TIMEOUT",
+        default=600,
+    ),
+    Setting(
+        "format",
+        "request",
+        kinds.one_of("markdown", "text", "json", "html", "code"),
+        "How an answer is shown in a notebook: markdown, text, json, html or code.",
+        "SOLLOL_FORMAT",
+        default="markdown",
+    ),
+    Setting(
+        "strategy",
+        "router",
+        kinds.STRATEGY,
+        "How layers are spread over workers, such as memory_aware (by free memory) or even (by count).",
+        "SOLLOL_STRATEGY",
+        default="memory_aware",
+        option="layer_strategy",
+    ),
+    Setting(
+        "keep_alive",
+        "router",
+        kinds.KEEP_ALIVE,
+        "How long an engine lives without a request: seconds, 10m, 0 (ends with its request), forever; in a file "
+        'or in %config also by model: {"llama3.1:70b": "forever", "*": "5m"}.',
+        "SOLLOL_KEEP_ALIVE",
+        default="10m",
+    ),
+    Setting(
+        "workers",
+        "router",
+        kinds.ENDPOINTS,
+        "RPC workers, each as host:port; in a variable with commas between them.",
+        "RPC_BACKENDS",
+        default=[],
+        default_words="those found on this machine",
+        option="rpc_backends",
+    ),
+    Setting(
+        "num_workers",
+        "router",
+        kinds.whole_number("a whole number from 1 up, such as 3", least=1),
+        "How many workers a model is spread over.",
+        "SOLLOL_NUM_WORKERS",
+        default_words="3, or as many as its size takes",
+        option="num_rpc_backends",
+    ),
+    Setting(
+        "auto_setup",
+        "router",
+        kinds.YES_OR_NO,
+        "Whether workers are started on this machine where a model needs more of them.",
+        "SOLLOL_AUTO_SETUP",
+        default=False,
+        option="auto_setup_rpc",
+    ),
+    Setting(
+        "context_tokens",
+        "router",
+        kinds.whole_number("a whole number from 1 up, such as 4096", least=1),
+        "Context of a coordinator in tokens, shared by its slots.",
+        "SOLLOL_CONTEXT_TOKENS",
+        default_words="the model's own, at most 8192",
+    ),
+    Setting(
+        "slots",
+        "router",
+        kinds.whole_number("a whole number from 1 up, such as 4", least=1),
+        "Requests that a coordinator serves at the same time.",
+        "SOLLOL_SLOTS",
+        default=4,
+    ),
+    Setting(
+        "threshold_params",
+        "router",
+        kinds.number("billions of parameters above 0, such as 30", above=True),
+        "Models of more billions of parameters than this are sharded.",
+        "SOLLOL_THRESHOLD_PARAMS",
+        default_words="40 for models that are not in `MODEL_PROFILES`",
+        option="distributed_threshold_params",
+    ),
+    Setting(
+        "ollama_hosts",
+        "router",
+        kinds.OLLAMA_HOSTS,
+        "Ollama nodes, each as host, host:port or URL; in a variable with commas between them.",
+        "OLLAMA_HOST",
+        default=[],
+        default_words="this machine's",
+        option="ollama_pool",
+    ),
+    Setting(
+        "llama_cpp",
+        "router",
+        kinds.FOLDER,
+        "Folder with llama-server and the RPC worker.",
+        "SOLLOL_LLAMA_CPP",
+        default_words="the first that is found, else built",
+    ),
+    Setting(
+        "short_errors",
+        "notebook",
+        kinds.YES_OR_NO,
+        "Whether errors of this package show as one line in a cell, without a traceback.",
+        "SOLLOL_SHORT_ERRORS",
+        default=True,
+    ),
+    Setting(
+        "on_unload",
+        "notebook",
+        kinds.one_of("stop", "keep"),
+        "What %unload_ext does with this notebook's engines: stop ends those that no other notebook uses, keep "
+        "leaves them to their keep_alive.",
+        "SOLLOL_ON_UNLOAD",
+        default="stop",
+    ),
+    Setting(
+        "nest_asyncio",
+        "notebook",
+        kinds.YES_OR_NO,
+        "Whether %load_ext makes asyncio.run work in cells.",
+        "SOLLOL_NEST_ASYNCIO",
+        default=True,
+    ),
+    Setting(
+        "cache_dir",
+        "machine",
+        kinds.FOLDER,
+        "Folder for engine builds; safe to delete.",
+        "SOLLOL_CACHE_DIR",
+        default_words="the user's cache folder",
+    ),
+    Setting(
+        "state_dir",
+        "machine",
+        kinds.FOLDER,
+        "Folder for the latency log, engine logs, and the registry of what runs.",
+        "SOLLOL_STATE_DIR",
+        default_words="the user's state folder",
+    ),
+    Setting(
+        "latency_keep_days",
+        "machine",
+        kinds.number("a number of days above 0, such as 90", above=True),
+        "Days after which rows of the latency log are pruned.",
+        "SOLLOL_LATENCY_KEEP_DAYS",
+        default_words="rows are kept for ever",
+    ),
+    Setting(
+        "latency_keep_rows",
+        "machine",
+        kinds.whole_number("a whole number, such as 100000, or 0 for all", least=0),
+        "How many of the newest rows the latency log keeps; 0 keeps all.",
+        "SOLLOL_LATENCY_KEEP_ROWS",
+        default=1_000_000,
+    ),
+    Setting(
+        "ollama_models",
+        "machine",
+        kinds.FOLDER,
+        "Ollama's model storage on this machine.",
+        "OLLAMA_MODELS",
+        default_words="where Ollama puts it",
+    ),
+    Setting(
+        "ollama_num_parallel",
+        "machine",
+        kinds.whole_number("a whole number, such as 4", least=0),
+        "Requests that an Ollama node serves at once.",
+        "OLLAMA_NUM_PARALLEL",
+        default=1,
+    ),
+)
+
+SETTINGS: Mapping[str, Setting] = MappingProxyType({setting.name: setting for setting in _TABLE})
+"""All settings by name, in the order in which they are shown."""
+
+
+def setting_of(name: str, label: str) -> Setting:
+    """The setting of this name. `label` names the place that asks, in the error.
+
+    Raises:
+        ConfigError: there is none; the message has the nearest known one.
+    """
+    setting = SETTINGS.get(name)
+    if setting is None:
+        # HybridRouter's own name of it, or the variable's, is a better hint than a near miss.
+        others = {other.lower(): one.name for one in _TABLE for other in (one.argument, one.variable)}
+        near = difflib.get_close_matches(name.lower(), SETTINGS, 1)
+        meant = others.get(name.lower()) or (near[0] if near else None)
+        hint = f"did you mean {meant}?" if meant else f"known are {', '.join(SETTINGS)}"
+        raise ConfigError(f"{label}: there is no setting {name!r}; {hint}")
+    return setting
+
+
+def as_markdown() -> str:
+    """The table as Markdown: key of the file, name in `%config`, variable, default, meaning."""
+    return markdown_table(
+        ("`sollol_nb.toml`", "`%config`", "variable", "default", "meaning"),
+        [
+            (
+                f"`{setting.name}`",
+                "" if setting.side == "machine" else f"`Sollol.{setting.name}`",
+                f"`{setting.variable}`",
+                setting.default_text,
+                setting.help,
+            )
+            for setting in _TABLE
+        ],
+    )

@@ -1,0 +1,209 @@
+"""Controls of a cluster, of core ipywidgets: workers, models, and how coordinators are started.
+
+Each is enabled only while it makes sense, as told by the cluster's plain state (`cluster_data`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import ipywidgets
+
+from sollol_nb.errors import ConfigError
+from sollol_nb.layers.plan import STRATEGIES
+from sollol_nb.models.profiles import MODEL_PROFILES
+from sollol_nb.settings import config
+
+if TYPE_CHECKING:
+    from sollol_nb.hybrid_router import HybridRouter
+    from sollol_nb.widget.actions import ClusterActions
+
+_SMALL = {"width": "auto"}
+_NARROW = {"width": "170px"}
+_WIDE = {"width": "230px"}
+
+
+def choose_among(dropdown: ipywidgets.Dropdown, names: Sequence[str]) -> None:
+    """Give a dropdown these options; what is chosen stays so as long as it is one of them."""
+    if tuple(dropdown.options) != tuple(names):
+        chosen = dropdown.value
+        dropdown.options = tuple(names)
+        dropdown.value = chosen if chosen in names else (names[0] if names else None)
+
+
+class WorkerControls:
+    """Add, remove and discover workers."""
+
+    def __init__(self, actions: ClusterActions) -> None:
+        self._actions = actions
+        self._data: Mapping[str, Any] = {}
+        self.endpoint = ipywidgets.Text(placeholder="host:port of a worker", layout=_NARROW)
+        self.add = ipywidgets.Button(description="Add", tooltip="use this worker too", layout=_SMALL)
+        self.known = ipywidgets.Dropdown(options=(), layout=_WIDE)
+        self.remove = ipywidgets.Button(
+            description="Remove", tooltip="forget it; one that was started here is stopped", layout=_SMALL
+        )
+        self.discover = ipywidgets.Button(
+            description="Discover", tooltip="look for workers on this machine's usual ports", layout=_SMALL
+        )
+        self.box = ipywidgets.HBox([self.endpoint, self.add, self.known, self.remove, self.discover])
+        self.endpoint.observe(lambda _: self._enable(), "value")
+        self.add.on_click(self._add)
+        self.remove.on_click(self._remove)
+        self.discover.on_click(self._discover)
+        self._enable()
+
+    def refresh(self, data: Mapping[str, Any]) -> None:
+        """Fit the controls to the state."""
+        self._data = data
+        workers = data.get("workers", {})
+        choose_among(self.known, [name for name, one in workers.items() if one["state"] != "held"])
+        self._enable()
+
+    def _enable(self) -> None:
+        busy = self._actions.is_unavailable
+        endpoint = _endpoint(self.endpoint.value)
+        known = self._data.get("workers", {})
+        self.add.disabled = busy("add") or endpoint is None or endpoint in known
+        self.remove.disabled = busy("remove") or self.known.value is None
+        self.known.disabled = self.known.value is None
+        self.discover.disabled = busy("discover")
+
+    def _add(self, _: object) -> None:
+        endpoint = self.endpoint.value
+
+        async def add(router: HybridRouter) -> None:
+            await router.add_worker(endpoint)
+            self.endpoint.value = ""
+
+        self._actions.begin("add", f"adding {endpoint}", add)
+
+    def _remove(self, _: object) -> None:
+        endpoint = self.known.value
+
+        async def remove(router: HybridRouter) -> None:
+            await router.remove_worker(endpoint)
+
+        self._actions.begin("remove", f"removing {endpoint}", remove)
+
+    def _discover(self, _: object) -> None:
+        async def discover(router: HybridRouter) -> str | None:
+            found = await router.discover_workers()
+            return None if found else "found no worker that was not known"
+
+        self._actions.begin("discover", "looking for workers", discover)
+
+
+class ModelControls:
+    """Load and stop models, and choose how the next ones are started.
+
+    Args:
+        strategy: gives the router's strategy; None once the router is gone.
+    """
+
+    def __init__(self, actions: ClusterActions, strategy: Callable[[], str | None]) -> None:
+        self._actions = actions
+        self._strategy = strategy
+        self._data: Mapping[str, Any] = {}
+        self.model = ipywidgets.Combobox(
+            placeholder="model", options=tuple(MODEL_PROFILES), ensure_option=False, layout=_NARROW
+        )
+        self.load = ipywidgets.Button(
+            description="Load", tooltip="start its coordinator, or load it in Ollama", layout=_SMALL
+        )
+        self.running = ipywidgets.Dropdown(options=(), layout=_WIDE)
+        self.stop = ipywidgets.Button(description="Stop", tooltip="stop its coordinator", layout=_SMALL)
+        self.strategy = ipywidgets.Dropdown(
+            options=tuple(STRATEGIES),
+            value=strategy(),
+            tooltip="how layers are spread from now on",
+            layout=_NARROW,
+        )
+        self.keep_alive = ipywidgets.Text(placeholder="keep_alive: 10m, 1h, forever", layout=_NARROW)
+        self.keep = ipywidgets.Button(
+            description="Set", tooltip="how long coordinators live without a request", layout=_SMALL
+        )
+        self.box = ipywidgets.VBox(
+            [
+                ipywidgets.HBox([self.model, self.load, self.running, self.stop]),
+                ipywidgets.HBox([self.strategy, self.keep_alive, self.keep]),
+            ]
+        )
+        for text in (self.model, self.keep_alive):
+            text.observe(lambda _: self._enable(), "value")
+        self.strategy.observe(self._choose_strategy, "value")
+        self.load.on_click(self._load)
+        self.stop.on_click(self._stop)
+        self.keep.on_click(self._keep)
+        self._enable()
+
+    def refresh(self, data: Mapping[str, Any]) -> None:
+        """Fit the controls to the state."""
+        self._data = data
+        choose_among(self.running, self._running())
+        chosen = self._strategy()
+        if chosen is not None and not self._actions.is_unavailable("strategy"):  # else it is about to change
+            self.strategy.value = chosen
+        self._enable()
+
+    def _running(self) -> list[str]:
+        return [one["model"] for one in self._data.get("coordinators", {}).values() if one.get("own")]
+
+    def _enable(self) -> None:
+        busy, model = self._actions.is_unavailable, self.model.value.strip()
+        loading = {*self._data.get("starting", {}), *self._running()}
+        self.load.disabled = busy("load") or not model or model in loading
+        self.stop.disabled = busy("stop") or self.running.value is None
+        self.running.disabled = self.running.value is None
+        self.keep.disabled = busy("keep_alive") or not _is_keep_alive(self.keep_alive.value)
+        self.strategy.disabled = busy("strategy")
+
+    def _load(self, _: object) -> None:
+        model = self.model.value.strip()
+
+        async def load(router: HybridRouter) -> str | None:
+            return f"{model} is loaded: {await router.preload(model)}"
+
+        self._actions.begin("load", f"loading {model}", load)
+
+    def _stop(self, _: object) -> None:
+        model = self.running.value
+
+        async def stop(router: HybridRouter) -> None:
+            await router.stop_coordinator(model)
+
+        self._actions.begin("stop", f"stopping {model}", stop)
+
+    def _choose_strategy(self, change: Mapping[str, Any]) -> None:
+        if change["new"] == self._strategy():
+            return
+
+        async def choose(router: HybridRouter) -> None:
+            await router.configure(layer_strategy=change["new"])
+
+        self._actions.begin("strategy", f"choosing strategy {change['new']}", choose)
+
+    def _keep(self, _: object) -> None:
+        keep_alive = self.keep_alive.value
+
+        async def keep(router: HybridRouter) -> None:
+            await router.configure(keep_alive=keep_alive)
+
+        self._actions.begin("keep_alive", f"setting keep_alive to {keep_alive}", keep)
+
+
+def _endpoint(text: str) -> str | None:
+    """`host:port` of what was typed; None while it is no endpoint."""
+    try:
+        return config.format_endpoint(*config.parse_endpoint(text))
+    except ConfigError:
+        return None
+
+
+def _is_keep_alive(text: str) -> bool:
+    try:
+        config.keep_alive_seconds(text)
+    except ConfigError:
+        return False
+    return True

@@ -1,0 +1,132 @@
+"""The rows of a batch: what they may be held by, and how they are filled into a template."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from sollol_nb.batch.rows import RowTable, questions
+from sollol_nb.errors import ConfigError
+
+FRAME = pd.DataFrame({"name": ["a", "b"], "n": [1, 2], "x": [0.5, 1.5]}, index=["r", "s"])
+
+
+def said(messages: list[list[dict[str, Any]]]) -> list[str]:
+    return [one[-1]["content"] for one in messages]
+
+
+# --- reading ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rows", "items", "columns"),
+    [
+        (FRAME, [{"name": "a", "n": 1, "x": 0.5}, {"name": "b", "n": 2, "x": 1.5}], ["name", "n", "x"]),
+        (FRAME.name, ["a", "b"], ["name"]),
+        (pd.Series([1, 2]), [1, 2], ["item"]),
+        (["a", "b"], ["a", "b"], ["item"]),
+        ((n for n in (1, 2)), [1, 2], ["item"]),
+        ({7}, [7], ["item"]),
+        ([{"a": 1}, {"b": 2}], [{"a": 1}, {"b": 2}], ["a", "b"]),
+        ([{"a": 1}, 2], [{"a": 1}, 2], ["item"]),
+        ([[1, 2], [3, 4]], [[1, 2], [3, 4]], ["item"]),
+        ([], [], ["item"]),
+        (FRAME.iloc[:0], [], ["name", "n", "x"]),
+        (FRAME[[]], [{}, {}], []),
+        (pd.DataFrame({("k", "a"): [1]}), [{("k", "a"): 1}], [("k", "a")]),
+    ],
+)
+def test_rows_may_be_held_by_many_things(rows: Any, items: list[Any], columns: list[str]) -> None:
+    table = RowTable.read(rows)
+    assert table.items == items
+    assert list(table.frame.columns) == columns
+    assert len(table.frame) == len(items)
+
+
+def test_a_frame_and_a_series_keep_their_index() -> None:
+    assert RowTable.read(FRAME).frame is FRAME
+    assert list(RowTable.read(FRAME.name).frame.index) == ["r", "s"]
+
+
+def test_whole_numbers_stay_whole_beside_others() -> None:
+    assert [type(value) for value in RowTable.read(FRAME).items[0].values()] == [str, int, float]
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ("a text", "rows must be a DataFrame, a Series, or a list of dicts or values, not 'a text'"),
+        (b"bytes", "rows must be a DataFrame"),
+        ({"a": [1, 2]}, "not {'a': [1, 2]}"),
+        (7, "not 7"),
+        (None, "not None"),
+        (pd.DataFrame([[1, 2]], columns=["a", "a"]), "two columns named 'a'; give each a name of its own"),
+    ],
+)
+def test_other_things_are_refused(rows: Any, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        RowTable.read(rows)
+    assert words in str(caught.value)
+
+
+# --- filling in -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("items", "template", "texts"),
+    [
+        (RowTable.read(FRAME).items, "{{ name }} {{ n + 1 }}", ["a 2", "b 3"]),
+        (RowTable.read(FRAME).items, "{{ row.name }} {{ row['x'] }}", ["a 0.5", "b 1.5"]),
+        ([{"two words": 1}], "{{ row['two words'] }}", ["1"]),
+        ([{("k", "a"): 1, 0: 2}], "{{ row['k', 'a'] }}{{ row[0] }}", ["12"]),
+        ([{"row": 1, "len": 2}], "{{ row }} {{ len }}", ["1 2"]),
+        ([{"a": 1, "b": [2]}], "{{ row }}", ['{"a": 1, "b": [2]}']),
+        (["x", "y"], "{{ item }}{{ value }}{{ row }}", ["xxx", "yyy"]),
+        (["{{ item }}"], "{{ item }}", ["{{ item }}"]),
+        (["x"], '{"json": {"of": "{{ item }}"}}', ['{"json": {"of": "x"}}']),
+        (["x"], "no column, one row", ["no column, one row"]),
+        (["x", "y"], lambda item: item * 2, ["xx", "yy"]),
+        (RowTable.read(FRAME).items, lambda row: f"{row['name']}!", ["a!", "b!"]),
+        (["x"], lambda item: [{"role": "user", "content": item}], ["x"]),
+        ([], "{{ anything }}", []),
+    ],
+)
+def test_each_row_fills_the_template(items: list[Any], template: Any, texts: list[str]) -> None:
+    assert said(questions(items, template, None)) == texts
+
+
+def test_a_system_message_comes_first_and_is_taken_as_it_is() -> None:
+    (messages,) = questions(["x"], "{{ item }}", "Be {{ brief }}.")
+    assert messages == [{"role": "system", "content": "Be {{ brief }}."}, {"role": "user", "content": "x"}]
+
+
+def fails(_: Any) -> str:
+    raise KeyError("text")
+
+
+@pytest.mark.parametrize(
+    ("items", "template", "words"),
+    [
+        ([{"a": 1}, {"b": 1}], "{{ a }}", "row 1: {{ a }}: there is no variable a"),
+        ([{"text": 1}], "{{ texts }}", "row 0: {{ texts }}: there is no variable texts (did you mean text?)"),
+        (
+            [{"text": 1}],
+            "{{ input }}",
+            "row 0: {{ input }}: there is no such variable, only Python's own",
+        ),
+        ([1, 0], "{{ 1 / item }}", "row 1: {{ 1 / item }}: ZeroDivisionError"),
+        ([1], "{{ item", "{{ at line 1, column 1 is never closed by }}"),
+        ([1, 2], "Say {item}", "the template has no {{ column }} in it, so all rows would ask the same"),
+        ([1], fails, "row 0: the template function failed with KeyError: 'text'"),
+        ([1], lambda _: 7, "row 0: messages must be a list such as"),
+        ([1], lambda _: [], "row 0: messages must be a list such as"),
+        ([1], 7, "the template must be a text or a function of a row, not int"),
+    ],
+)
+def test_what_cannot_be_filled_in_is_told_with_its_row(items: list[Any], template: Any, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        questions(items, template, None)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)

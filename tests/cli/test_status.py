@@ -1,0 +1,77 @@
+"""`sollol-nb status`: the cluster as seen from outside of the notebooks that use it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sollol_nb.cli.status import troubles
+from sollol_nb.cluster.status import ClusterStatus
+from sollol_nb.llama_cpp.workers.workers import WorkerStatus
+from sollol_nb.ollama.nodes import NodeStatus
+from sollol_nb.sync_wrapper import HybridRouter
+from tests.support.engines import QUESTION, unused_port
+
+
+def sollol_nb(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    program = Path(sys.executable).with_name("sollol-nb")
+    return subprocess.run(
+        [program, *arguments], env={**os.environ, **variables}, capture_output=True, text=True, timeout=120
+    )
+
+
+def worker(endpoint: str, state: str) -> WorkerStatus:
+    return WorkerStatus(endpoint, state, f"{endpoint} says why", None, None, False)
+
+
+def node(state: str) -> NodeStatus:
+    return NodeStatus("http://a:11434", state, (), (), 0, 0, 1, 0.0, None, "no route", None)
+
+
+def test_what_needs_attention_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = ("free", "held", "busy", "down", "incompatible")
+    status = ClusterStatus(tuple(worker(f"{state}:1", state) for state in states), (), (node("absent"),))
+
+    monkeypatch.delenv("OLLAMA_HOST")
+    assert troubles(status) == [
+        "worker busy:1 is busy: busy:1 says why",
+        "worker down:1 is down: down:1 says why",
+        "worker incompatible:1 is incompatible: incompatible:1 says why",
+    ]
+    monkeypatch.setenv("OLLAMA_HOST", "a")
+    assert troubles(status)[-1] == "Ollama node http://a:11434 is absent: no route; start it there: ollama serve"
+    assert troubles(ClusterStatus((), (), (node("ready"),))) == []
+
+
+@pytest.mark.engine
+def test_status_sees_what_a_notebook_runs(router: HybridRouter) -> None:
+    answer = router.route_request("demo:sharded", QUESTION, max_tokens=2)
+    endpoints = [shard["endpoint"] for shard in answer.routing["plan"]["shards"]]
+
+    shown = sollol_nb("status", OLLAMA_HOST="")
+    assert shown.returncode == 0, shown.stderr
+    assert f"demo:sharded at {answer.routing['coordinator_url']}" in shown.stdout
+    assert shown.stdout.endswith("all is well\n")
+    for endpoint in endpoints:
+        assert f"{endpoint}: layers " in shown.stdout
+
+    plain: dict[str, Any] = json.loads(sollol_nb("status", "--json", OLLAMA_HOST="").stdout)
+    assert {one["endpoint"]: one["state"] for one in plain["workers"]}.items() >= dict.fromkeys(
+        endpoints, "held"
+    ).items()
+    assert plain["troubles"] == []
+    assert router.route_request("demo:sharded", QUESTION, max_tokens=2).routing["load_ms"] is None, "left alone"
+
+
+def test_a_worker_that_is_gone_is_an_exit_code() -> None:
+    endpoint = f"127.0.0.1:{unused_port()}"
+    for arguments in (("status",), ("status", "--json")):
+        shown = sollol_nb(*arguments, RPC_BACKENDS=endpoint, OLLAMA_HOST="")
+        assert shown.returncode == 3
+        assert f"worker {endpoint} is down: nothing listens on {endpoint}" in shown.stdout

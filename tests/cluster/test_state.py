@@ -1,0 +1,451 @@
+"""The live state: told whole once, then as small patches, and nothing runs when nobody watches."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import psutil
+import pytest
+
+from sollol_nb.cluster.data import answer_words
+from sollol_nb.cluster.state import EVENTS_KEPT, ROUND_TRIPS_KEPT
+from sollol_nb.cluster.state_patch import patched
+from sollol_nb.hybrid_router import HybridRouter as AsyncHybridRouter
+from sollol_nb.runtime.events import KEPT_EVENTS
+from sollol_nb.runtime.io_loop import run_blocking
+from sollol_nb.sync_wrapper import HybridRouter
+from tests.support.engines import engine_on, eventually, run
+from tests.support.simulated_cluster import GIB, SimulatedCluster, endpoint, node
+
+
+class Watcher:
+    """What a view would hold: the state, kept up to date by patches alone."""
+
+    def __init__(self) -> None:
+        self.state: dict[str, Any] = {}
+        self.patches: list[Mapping[str, Any]] = []
+
+    def __call__(self, patch: Mapping[str, Any]) -> None:
+        self.patches.append(patch)
+        self.state = patched(self.state, patch)
+
+    @property
+    def sizes_bytes(self) -> list[int]:
+        return [len(json.dumps(patch)) for patch in self.patches]
+
+
+def is_down(watcher: Watcher, number: int) -> Callable[[], bool]:
+    return lambda: watcher.state["workers"][endpoint(number)]["state"] == "down"
+
+
+@contextmanager
+def watching(cluster: SimulatedCluster | HybridRouter) -> Iterator[Watcher]:
+    watcher = Watcher()
+    state = cluster.state if isinstance(cluster, SimulatedCluster) else cluster._async.state
+
+    async def begin() -> None:
+        watcher.state = await state.watch(watcher)
+        watcher.patches.clear()
+
+    run_blocking(begin())
+    try:
+        yield watcher
+    finally:
+        run_blocking(state.unwatch(watcher))
+
+
+# --- the whole state --------------------------------------------------------------------------
+
+
+def test_the_state_tells_workers_coordinators_nodes_and_events() -> None:
+    cluster = SimulatedCluster(3, [node(1), node(2, "absent")])
+    cluster.run_model("llama3.1:70b", [0, 1])
+
+    with watching(cluster) as watcher:
+        told = watcher.state
+
+    held, free = told["workers"][endpoint(0)], told["workers"][endpoint(2)]
+    assert (held["state"], held["held_by"]) == ("held", "llama3.1:70b")
+    assert (free["state"], free["free"], free["total"], free["used"]) == ("free", "29.4 GiB", "32.0 GiB", 0.08)
+    assert free["protocol"] == "RPC 7.0.0"
+    (coordinator,) = told["coordinators"].values()
+    assert [one["layers"] for one in coordinator["segments"].values()] == ["0-20", "21-39 + output"]
+    assert sum(one["part"] for one in coordinator["segments"].values()) == pytest.approx(1, abs=0.02)
+    assert coordinator["time"] == "measured 26.3 ms a token (38 tokens/s)"
+    assert [one["words"] for one in coordinator["local"].values()] == ["CPU of this machine: 256.0 MiB weights"]
+    ready, absent = told["nodes"].values()
+    assert ready["words"] == "llama3.2 loaded, 0/1 slots busy, 0 waiting, 21.4 ms a token"
+    assert absent["words"].endswith("; start it there: ollama serve")
+    assert [event["kind"] for event in told["events"].values()] == ["coordinator.ready"]
+
+
+def test_the_state_is_plain_data_without_none() -> None:
+    cluster = SimulatedCluster(2, [node(1, "absent", last_error=None)])
+    cluster.workers[endpoint(1)] = replace(cluster.workers[endpoint(1)], probe=None, state="down", detail="gone")
+
+    with watching(cluster) as watcher:
+        state = watcher.state
+
+    text = json.dumps(state)
+    assert "null" not in text
+    assert json.loads(text) == state
+
+
+# --- patches ----------------------------------------------------------------------------------
+
+
+def test_patches_alone_keep_a_watcher_up_to_date() -> None:
+    cluster = SimulatedCluster(8, [node(1)])
+    with watching(cluster) as watcher:
+        cluster.run_model("big", [0, 1, 2])
+        eventually(lambda: watcher.state["coordinators"], "the coordinator is told")
+        cluster.change_worker(5, "down", "nothing listens there; start it", "worker.lost")
+        cluster.end_model("big")
+        cluster.nodes[0] = node(1, "absent")
+        cluster.events.publish("node.absent", cluster.nodes[0].url, "Ollama is absent")
+        eventually(lambda: not watcher.state["coordinators"], "its end is told")
+        eventually(lambda: watcher.state["workers"][endpoint(5)]["state"] == "down", "the loss is told")
+        eventually(lambda: watcher.state == cluster.state.data, "nothing is left to tell")
+
+    worker = watcher.state["workers"][endpoint(5)]
+    assert (worker["words"], worker["last_error"]) == ("nothing listens there; start it",) * 2
+    kinds = [event["kind"] for event in watcher.state["events"].values()]
+    assert kinds == ["coordinator.ready", "worker.lost", "coordinator.stopped", "node.absent"]
+
+
+def test_two_watchers_get_the_same_patches() -> None:
+    cluster = SimulatedCluster(3)
+    with watching(cluster) as one, watching(cluster) as other:
+        cluster.change_worker(1, "down", "gone", "worker.lost")
+        eventually(lambda: other.state["workers"][endpoint(1)]["state"] == "down", "told to both")
+        assert one.state == other.state
+    assert one.state["workers"][endpoint(1)]["state"] == "down"
+
+
+def test_a_storm_of_events_makes_few_patches() -> None:
+    cluster = SimulatedCluster(3)
+    with watching(cluster) as watcher:
+        for number in range(1000):
+            cluster.events.publish("worker.note", endpoint(0), f"event {number}")
+        eventually(
+            lambda: "event 999" in [event["words"] for event in watcher.state["events"].values()], "all is told"
+        )
+
+    assert len(watcher.patches) < 20
+    assert [event["words"] for event in watcher.state["events"].values()] == [
+        f"event {number}" for number in range(1000 - EVENTS_KEPT, 1000)
+    ]
+
+
+def test_a_watcher_that_fails_keeps_it_from_no_other(caplog: pytest.LogCaptureFixture) -> None:
+    cluster = SimulatedCluster(3)
+
+    def failing(patch: Mapping[str, Any]) -> None:
+        raise ValueError(f"cannot draw {sorted(patch)}")
+
+    run_blocking(cluster.state.watch(failing))
+    with watching(cluster) as watcher:
+        for number in range(2):
+            cluster.change_worker(number, "down", "gone", "worker.lost")
+            eventually(is_down(watcher, number), "it is told")
+    run_blocking(cluster.state.unwatch(failing))
+    assert "a view of the cluster could not take a change" in caplog.text
+
+
+def test_with_a_hundred_workers_a_change_takes_a_few_hundred_bytes() -> None:
+    cluster = SimulatedCluster(100)
+    with watching(cluster) as watcher:
+        whole_bytes = len(json.dumps(watcher.state))
+        cluster.change_worker(40, "down", "nothing listens there", "worker.lost")
+        eventually(lambda: watcher.state["workers"][endpoint(40)]["state"] == "down", "it is told")
+        eventually(lambda: len(watcher.patches) >= 3, "looks are told too")
+
+    assert whole_bytes > 10_000
+    assert max(watcher.sizes_bytes) < 700
+
+
+def test_nothing_is_told_where_nothing_has_changed() -> None:
+    cluster = SimulatedCluster(0)
+    with watching(cluster) as watcher:
+        cluster.events.report("probe.done", "10.9.9.9:50052", "free")
+        cluster.events.publish("request.started", "demo", "asking demo")
+        eventually(lambda: watcher.patches, "the request is told")
+    assert watcher.patches[0] == {"totals": {"asked": 1}}
+
+
+# --- what the bus tells -----------------------------------------------------------------------
+
+
+def test_requests_are_told_as_numbers_and_their_place_remembers_the_last_answer() -> None:
+    cluster = SimulatedCluster(2)
+    coordinator = cluster.run_model("big", [0, 1])
+    with watching(cluster) as watcher:
+        cluster.events.publish("request.started", "big", "asking big")
+        facts = {"place": coordinator.base_url, "tokens_per_s": 38.04, "ttft_ms": 120.4}
+        cluster.events.publish("request.finished", "big", "big: ok", status="ok", **facts)
+        cluster.events.publish("request.started", "big", "asking big")
+        cluster.events.publish("request.finished", "big", "big: error", status="error")
+        eventually(lambda: watcher.state["totals"].get("failed"), "both are told")
+
+    assert watcher.state["totals"] == {"running": 0, "waiting": 0, "asked": 2, "failed": 1}
+    answer = watcher.state["coordinators"][coordinator.base_url]["answer"]
+    assert answer == "38 tokens/s, first token after 120 ms"
+    assert [event["kind"] for event in watcher.state["events"].values()] == ["coordinator.ready"]
+
+
+def test_requests_at_a_gate_are_seen_while_they_run() -> None:
+    cluster = SimulatedCluster(2)
+    coordinator = cluster.run_model("big", [0, 1])
+
+    async def ask() -> None:
+        async with coordinator.gate.slot():
+            await asked.wait()
+
+    with watching(cluster) as watcher:
+        asked = asyncio.Event()
+        cluster.events.publish("request.started", "big", "asking big")
+        request = asyncio.run_coroutine_threadsafe(ask(), asyncio_loop())
+        eventually(lambda: watcher.state["totals"]["running"] == 1, "it is seen without an event of the gate")
+        asyncio_loop().call_soon_threadsafe(asked.set)
+        request.result()
+        eventually(lambda: watcher.state["totals"]["running"] == 0, "its end too")
+
+
+def test_requests_are_followed_also_if_the_watch_begins_amid_another() -> None:
+    cluster = SimulatedCluster(2)
+    coordinator = cluster.run_model("big", [0, 1])
+    cluster.events.publish("request.started", "big", "asking big")
+
+    async def ask() -> None:
+        async with coordinator.gate.slot():
+            await asked.wait()
+
+    with watching(cluster) as watcher:
+        asked = asyncio.Event()
+        cluster.events.publish("request.finished", "big", "big: ok", status="ok")
+        cluster.events.publish("request.started", "big", "asking big")
+        eventually(lambda: watcher.state["totals"]["asked"] == 2, "the next one is told")
+        request = asyncio.run_coroutine_threadsafe(ask(), asyncio_loop())
+        eventually(lambda: watcher.state["totals"]["running"] == 1, "it is seen without an event of the gate")
+        asyncio_loop().call_soon_threadsafe(asked.set)
+        request.result()
+
+
+def test_all_requests_count_however_many_and_whenever_somebody_watches() -> None:
+    cluster = SimulatedCluster(0)
+    for number in range(KEPT_EVENTS):
+        cluster.events.publish("request.started", "big", "asking big")
+        status = "error" if number == 0 else "ok"
+        cluster.events.publish("request.finished", "big", f"big: {status}", status=status)
+    with watching(cluster) as watcher:
+        totals = watcher.state["totals"]
+    with watching(cluster) as again:
+        assert again.state["totals"] == totals == {"running": 0, "waiting": 0, "asked": KEPT_EVENTS, "failed": 1}
+
+
+def asyncio_loop() -> asyncio.AbstractEventLoop:
+    from sollol_nb.runtime.io_loop import io_loop
+
+    return io_loop()
+
+
+def test_a_model_that_is_loading_is_told_until_it_is_ready() -> None:
+    cluster = SimulatedCluster(2)
+    with watching(cluster) as watcher:
+        cluster.events.publish("coordinator.starting", "big", "starting big over 2 workers")
+        cluster.events.publish("coordinator.loading", "big", "1.2 GiB of 4.0 GiB", share=0.3)
+        eventually(lambda: watcher.state["starting"].get("big", {}).get("share") == 0.3, "progress is told")
+        cluster.run_model("big", [0, 1])
+        eventually(lambda: not watcher.state["starting"], "it is ready")
+    assert "coordinator.loading" not in [event["kind"] for event in watcher.state["events"].values()]
+
+
+def test_a_late_watcher_finds_what_happened_before() -> None:
+    cluster = SimulatedCluster(2)
+    cluster.change_worker(1, "down", "lost the worker", "worker.lost")
+    with watching(cluster) as watcher:
+        assert watcher.state["workers"][endpoint(1)]["last_error"] == "lost the worker"
+        assert [event["words"] for event in watcher.state["events"].values()] == ["lost the worker"]
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ({"tokens_per_s": 245.2, "ttft_ms": 34.21}, "245 tokens/s, first token after 34.2 ms"),
+        ({"tokens_per_s": None, "ttft_ms": 0.5}, "first token after 0.5 ms"),
+        ({}, None),
+    ],
+)
+def test_an_answer_is_told_as_far_as_it_is_known(facts: dict[str, Any], words: str | None) -> None:
+    assert answer_words(facts) == words
+
+
+# --- looking ----------------------------------------------------------------------------------
+
+
+def test_workers_are_looked_at_in_turn_and_their_round_trips_remembered() -> None:
+    cluster = SimulatedCluster(25)
+    with watching(cluster):
+        eventually(lambda: len(set(cluster.looks)) == 25, "each has its turn")
+    assert cluster.looks[:25] == list(cluster.workers)
+
+
+def test_memory_that_changes_for_all_workers_is_told_of_a_few_at_a_time() -> None:
+    cluster = SimulatedCluster(30)
+    with watching(cluster) as watcher:
+        for name, one in cluster.workers.items():
+            assert one.probe is not None
+            cluster.workers[name] = replace(one, probe=replace(one.probe, device_free_bytes=(20 * GIB,)))
+        eventually(
+            lambda: {one["used"] for one in watcher.state["workers"].values()} == {0.38}, "it is told of all"
+        )
+    assert max(watcher.sizes_bytes) < 1000
+
+
+def test_round_trips_of_ollama_nodes_are_remembered_too() -> None:
+    cluster = SimulatedCluster(1, [node(1, round_trip_ms=1.234, loaded_bytes=2 * 2**30), node(2, "absent")])
+    with watching(cluster) as watcher:
+        ready, absent = (one.url for one in cluster.nodes)
+        eventually(lambda: watcher.state["nodes"][ready].get("rtt"), "it is looked at")
+        assert set(watcher.state["nodes"][ready]["rtt"].values()) == {1.2}
+        assert "rtt" not in watcher.state["nodes"][absent]
+        assert watcher.state["nodes"][ready]["words"].startswith("llama3.2 loaded (2.0 GiB), ")
+
+
+def test_looking_goes_on_after_a_look_that_failed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cluster = SimulatedCluster(1)
+    look_at = cluster.state._workers.look_at
+    failures = [ValueError("a strange answer"), PermissionError("no entry")]
+
+    async def failing_first(endpoints: Iterable[str], *, timeout_s: float) -> None:
+        if failures:
+            raise failures.pop(0)
+        await look_at(endpoints, timeout_s=timeout_s)
+
+    monkeypatch.setattr(cluster.state._workers, "look_at", failing_first)
+    with watching(cluster):
+        eventually(lambda: cluster.looks, "it is looked at")
+    assert caplog.text.count("the cluster could not be looked at") == 2
+
+
+def test_of_the_round_trips_the_last_ones_are_kept() -> None:
+    cluster = SimulatedCluster(1)
+    with watching(cluster) as watcher:
+        for number in range(ROUND_TRIPS_KEPT + 10):
+            cluster.events.report("probe.done", endpoint(0), "free", round_trip_ms=number + 0.123)
+        last = float(f"{ROUND_TRIPS_KEPT + 9.123:.2g}")
+        eventually(lambda: last in watcher.state["workers"][endpoint(0)].get("rtt", {}).values(), "told")
+        assert len(watcher.state["workers"][endpoint(0)]["rtt"]) == ROUND_TRIPS_KEPT
+
+
+def test_when_nobody_watches_nothing_runs() -> None:
+    cluster = SimulatedCluster(3)
+
+    def tasks() -> int:
+        async def count() -> int:
+            return sum(1 for one in asyncio.all_tasks() if "ClusterState" in repr(one.get_coro()))
+
+        return run(count())
+
+    assert tasks() == 0
+    counting = list(cluster.events._subscribers)
+    with watching(cluster):
+        assert tasks() == 2
+        assert len(cluster.events._subscribers) == len(counting) + 1
+        with watching(cluster):
+            assert tasks() == 2
+        assert cluster.state.is_watched
+    assert tasks() == 0
+    assert cluster.events._subscribers == counting
+    assert not cluster.state.is_watched
+
+
+def test_who_watches_again_is_told_what_has_changed_meanwhile() -> None:
+    cluster = SimulatedCluster(3)
+    with watching(cluster) as watcher:
+        known = dict(watcher.state)
+    cluster.change_worker(2, "down", "gone", "worker.lost")
+
+    patches: list[Mapping[str, Any]] = []
+    run_blocking(cluster.state.watch(patches.append))
+    run_blocking(cluster.state.unwatch(patches.append))
+
+    assert patched(known, patches[0])["workers"][endpoint(2)]["state"] == "down"
+
+
+def test_a_closed_router_is_told_once_and_its_state_stays() -> None:
+    cluster = SimulatedCluster(1)
+    with watching(cluster) as watcher:
+        run(cluster.state.close())
+        run(cluster.state.close())
+        cluster.change_worker(0, "down", "gone", "worker.lost")
+        assert watcher.patches[-1] == {"closed": True}
+    assert watcher.state["workers"][endpoint(0)]["state"] == "free"
+    with watching(cluster) as late:
+        assert late.state == watcher.state
+        assert not cluster.state.is_watched
+
+
+def test_a_router_that_lets_its_engines_run_on_or_is_forgotten_is_closed_for_watchers_too() -> None:
+    kept = HybridRouter(auto_discover_rpc=False)
+    with watching(kept) as watcher:
+        kept.close(keep=True)
+        assert watcher.patches[-1] == {"closed": True}
+        assert not kept._async.state.is_watched
+
+    forgotten = AsyncHybridRouter(auto_discover_rpc=False)
+    state, told = forgotten.state, Watcher()
+    run_blocking(state.watch(told))
+    del forgotten
+    gc.collect()
+    eventually(lambda: told.patches and told.patches[-1] == {"closed": True}, "its end is told")
+    assert not state.is_watched
+
+
+# --- on real engines --------------------------------------------------------------------------
+
+
+@pytest.mark.engine
+def test_a_real_cluster_is_told_from_its_workers_to_its_layers(router: HybridRouter) -> None:
+    with watching(router) as watcher:
+        router.stop_coordinator()  # all: another name of the same file may have begun it
+        router.route_request("demo:sharded", "What is a worker?", max_tokens=5, temperature=0)
+
+        def own() -> list[dict[str, Any]]:
+            known = watcher.state["coordinators"].values()
+            return [one for one in known if one.get("own") and one["model"] == "demo:sharded"]
+
+        (coordinator,) = eventually(own, "its coordinator is told")
+        assert sum(one["units"] for one in coordinator["segments"].values()) == 13
+        assert [one["units"] for one in coordinator["segments"].values()] == [
+            one["actual"] for one in coordinator["segments"].values()
+        ]
+        assert "measured" in coordinator["time"]
+
+        def held() -> list[dict[str, Any]]:
+            return [one for one in watcher.state["workers"].values() if one["state"] == "held"]
+
+        eventually(lambda: len(held()) == 3, "they are told to be held")
+        assert all(one["protocol"].startswith("RPC 7") and one["free"] and one["total"] for one in held())
+
+
+@pytest.mark.engine
+def test_the_end_of_an_idle_worker_is_told_by_its_supervisor(engine: Any) -> None:
+    with HybridRouter(auto_discover_rpc=False) as mine:
+        (name,) = mine.start_workers(1)
+        with watching(mine) as watcher:
+            assert watcher.state["workers"][name]["state"] == "free"
+            killed: psutil.Process = engine_on(int(name.rpartition(":")[2]))
+            killed.kill()
+            eventually(lambda: watcher.state["workers"][name]["state"] == "down", "its end is told")
+            words = f"lost the worker at {name}: it ended (signal 9)"
+            eventually(lambda: words in [event.words for event in mine.events.recent()], "with its reason")
+        assert [event.kind for event in mine.events.recent()].count("worker.lost") == 1

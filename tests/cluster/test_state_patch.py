@@ -1,0 +1,58 @@
+"""A merge patch makes the one state of the other, and is as small as the difference."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from sollol_nb.cluster.state_patch import patch_between, patched
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "patch"),
+    [
+        ({}, {}, {}),
+        ({"a": 1}, {"a": 1}, {}),
+        ({"a": 1}, {"a": 2}, {"a": 2}),
+        ({"a": 1}, {}, {"a": None}),
+        ({}, {"a": {"b": 1}}, {"a": {"b": 1}}),
+        ({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}}, {"a": {"c": 3}}),
+        ({"a": {"b": 1}}, {"a": {}}, {"a": {"b": None}}),
+        ({"a": {"b": 1}}, {"a": 5}, {"a": 5}),
+        ({"a": 5}, {"a": {"b": 1}}, {"a": {"b": 1}}),
+        ({"a": 5}, {"a": {}}, {"a": {}}),
+        ({"a": [1, 2]}, {"a": [1, 2, 3]}, {"a": [1, 2, 3]}),
+        ({"a": 0}, {"a": False, "b": ""}, {"b": ""}),
+    ],
+)
+def test_a_patch_is_the_difference(before: dict[str, Any], after: dict[str, Any], patch: dict[str, Any]) -> None:
+    assert patch_between(before, after) == patch
+    assert patched(before, patch) == after
+
+
+def random_state(chance: random.Random, depth: int) -> dict[str, Any]:
+    values: list[Any] = [0, 1, "x", "", [1], [], 2.5]
+    return {
+        key: random_state(chance, depth - 1) if depth and chance.random() < 0.5 else chance.choice(values)
+        for key in chance.sample("abcdef", chance.randint(0, 5))
+    }
+
+
+def test_a_patch_between_any_two_states_leads_from_one_to_the_other() -> None:
+    chance = random.Random(2)
+    for _ in range(500):
+        before, after = random_state(chance, 3), random_state(chance, 3)
+        assert patched(before, patch_between(before, after)) == after
+        assert patched(after, patch_between(before, after)) == after, "a patch may come twice"
+
+
+def test_what_a_patch_does_not_touch_stays_the_same_object() -> None:
+    before = {"a": {"x": 1}, "b": {"y": {"z": 1}}}
+
+    after = patched(before, {"b": {"w": 1}})
+
+    assert after["a"] is before["a"]
+    assert after["b"]["y"] is before["b"]["y"]
+    assert before == {"a": {"x": 1}, "b": {"y": {"z": 1}}}

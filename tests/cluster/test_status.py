@@ -1,0 +1,343 @@
+"""The cluster's status: the same state as text and as HTML, whatever the names in it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from html import unescape
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from sollol_nb.cluster.status import ClusterStatus, CoordinatorStatus, LayerSegment
+from sollol_nb.layers.plan import LayerPlan, Shard
+from sollol_nb.layers.token_time import TokenTime
+from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
+from sollol_nb.llama_cpp.coordinators.placement import DevicePlacement, Placement
+from sollol_nb.llama_cpp.workers.probe import Probe, ProbeOutcome
+from sollol_nb.llama_cpp.workers.workers import WorkerStatus
+from sollol_nb.models.files import DEMO_MODEL_PATH, DEMO_NOTE
+from sollol_nb.ollama.nodes import NodeStatus
+from tests.support.simulated_cluster import node as simulated_node
+
+GIB, MIB = 2**30, 2**20
+VOID = {"meta", "link", "br", "hr", "img", "input"}
+
+
+def worker(number: int, state: str = "free", detail: str = "", **more: Any) -> WorkerStatus:
+    endpoint = more.pop("endpoint", f"10.0.0.{number}:50052")
+    probe = Probe(endpoint, ProbeOutcome.FREE, "free", (7, 0, 3), (3 * GIB,), 4 * GIB, 0.4567)
+    values = {"held_by": None, "probe": probe, "is_local": False} | more
+    return WorkerStatus(endpoint, state, detail or state, **values)
+
+
+def segment(place: str, layers: str, units: int, **more: Any) -> LayerSegment:
+    values: dict[str, Any] = {
+        "actual_units": units,
+        "weight_bytes": 2 * MIB,
+        "actual_weight_bytes": 3 * MIB,
+        "kv_bytes": MIB,
+        "share": units / 10,
+        "color": 0,
+    }
+    return LayerSegment(place, layers, units, **(values | more))
+
+
+def coordinator(*segments: LayerSegment, **more: Any) -> CoordinatorStatus:
+    values: dict[str, Any] = {
+        "model": "llama3.1:70b",
+        "note": "",
+        "url": "http://127.0.0.1:18080",
+        "log_path": "/tmp/log",
+        "strategy": "memory_aware",
+        "context_tokens": 8192,
+        "running": 1,
+        "waiting": 2,
+        "slots": 4,
+        "uptime_s": 9.0,
+        "load_ms": 1250.0,
+        "segments": segments,
+        "differences": (),
+    }
+    return CoordinatorStatus(**(values | more))
+
+
+class _Text(HTMLParser):
+    """The visible text, the tooltips and the tags of an HTML fragment; fails on tags that do not nest."""
+
+    def __init__(self, fragment: str) -> None:
+        super().__init__()
+        self.words: list[str] = []
+        self.titles: list[str] = []
+        self.tags: set[str] = set()
+        self._open: list[str] = []
+        self.feed(fragment)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.titles += [value or "" for name, value in attrs if name == "title"]
+        assert not [name for name, _ in attrs if name.startswith("on") or name in ("src", "href")]
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self._open and self._open[-1] != "style":
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.words))
+
+
+def as_html(status: ClusterStatus) -> _Text:
+    return _Text(status._repr_html_())
+
+
+SHARDED = ClusterStatus(
+    (
+        worker(1, "held", "held by the coordinator of llama3.1:70b", held_by="llama3.1:70b"),
+        worker(2, is_local=True),
+    ),
+    (
+        coordinator(
+            segment("10.0.0.1:50052", "0-5", 6),
+            segment("10.0.0.2:50052", "6-8 + output", 4, actual_units=3, actual_weight_bytes=None),
+            differences=("10.0.0.2:50052: planned 4 units from unit 6, the engine placed 3 from unit 7",),
+        ),
+    ),
+)
+
+
+# --- the same state, twice --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fact",
+    [
+        "llama3.1:70b",
+        "http://127.0.0.1:18080",
+        "memory_aware",
+        "8192 tokens of context",
+        "1/4 slots busy",
+        "2 waiting",
+        "0-5",
+        "6-8 + output",
+        "2.0 MiB",
+        "3.0 MiB",
+        "10.0.0.2:50052: planned 4 units from unit 6, the engine placed 3 from unit 7",
+        "held by the coordinator of llama3.1:70b",
+        "3.0 GiB free of 4.0 GiB, 0.46 ms, RPC 7.0.3",
+    ],
+)
+def test_text_and_html_tell_the_same_facts(fact: str) -> None:
+    page = as_html(SHARDED)
+
+    assert fact in str(SHARDED)
+    assert fact in page.text
+
+
+def test_tooltips_are_the_words_of_the_text() -> None:
+    titles = as_html(SHARDED).titles
+
+    assert titles == [one.words for one in SHARDED.coordinators[0].segments]
+    assert all(title in str(SHARDED) for title in titles)
+    assert titles[1] == (
+        "10.0.0.2:50052: layers 6-8 + output; planned 4 units, 2.0 MiB weights, 1.0 MiB KV; actual 3 units"
+    )
+    assert "the engine did not tell" in segment("a:1", "0", 1, actual_units=None, actual_weight_bytes=None).words
+
+
+def test_notebook_gets_both() -> None:
+    assert SHARDED._repr_mimebundle_() == {"text/plain": str(SHARDED), "text/html": SHARDED._repr_html_()}
+
+
+def test_empty_cluster_says_so_and_how_to_go_on() -> None:
+    empty = ClusterStatus((), ())
+
+    assert str(empty).splitlines() == ["no coordinator is running", "no worker is known"]
+    assert "No coordinator is running." in as_html(empty).text
+    assert "No worker is known" in as_html(empty).text
+    assert "%sollol_cluster start 3" in as_html(empty).text
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (worker(1, "busy", "10.0.0.1:50052 accepts but does not answer"), "accepts but does not answer"),
+        (worker(1, "down", "nothing listens on 10.0.0.1:50052"), "nothing listens on 10.0.0.1:50052"),
+        (worker(1, "incompatible", "speaks RPC protocol 3.6.1"), "speaks RPC protocol 3.6.1"),
+        (worker(1, "down", "has not been looked at yet", probe=None), "has not been looked at yet"),
+        (
+            worker(1, "held", "held by the coordinator of a", probe=None, held_by="a"),
+            "held by the coordinator of a",
+        ),
+        (worker(1), "3.0 GiB free of 4.0 GiB, 0.46 ms, RPC 7.0.3"),
+    ],
+)
+def test_each_worker_tells_its_state_and_what_is_wrong(status: WorkerStatus, words: str) -> None:
+    cluster = ClusterStatus((status,), ())
+
+    (line,) = str(cluster).splitlines()[2:]
+    assert line.split()[:2] == ["10.0.0.1:50052", status.state]
+    assert words in line
+    assert words in as_html(cluster).text
+
+
+# --- hostile and large ------------------------------------------------------------------------
+
+HOSTILE = "\"><script>alert(1)</script><img src=x onerror=alert(1)> {{ 7*7 }} ' &amp;"
+
+
+def test_hostile_names_are_text_in_html() -> None:
+    status = ClusterStatus(
+        (worker(1, "busy", HOSTILE, endpoint=HOSTILE),),
+        (
+            coordinator(
+                segment(HOSTILE, HOSTILE, 1), model=HOSTILE, note=HOSTILE, url=HOSTILE, differences=(HOSTILE,)
+            ),
+        ),
+    )
+
+    fragment = status._repr_html_()
+    page = _Text(fragment)
+
+    assert not page.tags & {"script", "img"}
+    assert "<script" not in fragment
+    assert "49" not in page.text
+    assert HOSTILE in unescape(fragment)
+
+
+def test_sixty_four_workers_render() -> None:
+    segments = [segment(f"10.0.0.{n}:50052", str(n), 1, share=1 / 64, color=n % 8) for n in range(64)]
+    status = ClusterStatus(tuple(worker(n) for n in range(64)), (coordinator(*segments),))
+
+    page = as_html(status)
+
+    assert len(page.titles) == 64
+    assert all(f"10.0.0.{n}:50052" in page.text and f"10.0.0.{n}:50052" in str(status) for n in range(64))
+    assert "64 workers" in str(status)
+    assert "http" not in status._repr_html_().replace("http://127.0.0.1:18080", "")  # nothing is fetched
+
+
+def test_several_coordinators_are_all_shown() -> None:
+    status = ClusterStatus((), (coordinator(model="one"), coordinator(model="two", waiting=0)))
+
+    assert "one at http" in str(status)
+    assert "two at http" in str(status)
+    assert {"one", "two"} <= set(as_html(status).text.split())
+
+
+# --- from a coordinator -----------------------------------------------------------------------
+
+
+def stand_in(**changes: Any) -> Coordinator:
+    """What the status reads of a coordinator."""
+    one = Shard("a:1", 0, 3, False, weight_bytes=10, kv_bytes=1, reserve_bytes=0, free_bytes=0)
+    two = Shard("b:2", 3, 1, True, weight_bytes=20, kv_bytes=2, reserve_bytes=0, free_bytes=0)
+    values: dict[str, Any] = {
+        "model": "demo",
+        "base_url": "http://127.0.0.1:18080",
+        "log_path": Path("log"),
+        "plan": LayerPlan("even", 4, 4096, (one, two)),
+        "placement": Placement((DevicePlacement("a:1", (0, 1, 2), 11, 1),)),
+        "settings": SimpleNamespace(
+            model_path=Path("m.gguf"), context_tokens=4096, facts=SimpleNamespace(layer_count=4)
+        ),
+        "gate": SimpleNamespace(running=1, waiting=0, slots=2),
+        "uptime_s": 5.0,
+        "load_ms": 10.0,
+        "placement_differences": ["b:2: planned 2 units from unit 3, the engine placed none"],
+    }
+    return cast(Coordinator, SimpleNamespace(**(values | changes)))
+
+
+def test_segments_put_plan_and_placement_side_by_side() -> None:
+    status = CoordinatorStatus.of(stand_in())
+
+    assert [one.layers for one in status.segments] == ["0-2", "3 + output"]
+    assert [(one.units, one.actual_units) for one in status.segments] == [(3, 3), (2, None)]
+    assert [(one.weight_bytes, one.actual_weight_bytes) for one in status.segments] == [(10, 11), (20, None)]
+    assert sum(one.share for one in status.segments) == pytest.approx(1)
+    assert len({one.color for one in status.segments}) == 2
+    assert status.differences == ("b:2: planned 2 units from unit 3, the engine placed none",)
+    assert status.strategy == "even"
+
+
+@pytest.mark.parametrize(
+    "changes", [{"plan": None}, {"plan": None, "placement": None, "placement_differences": []}]
+)
+def test_local_coordinator_has_no_segments(changes: dict[str, Any]) -> None:
+    status = CoordinatorStatus.of(stand_in(**changes))
+
+    assert status.segments == ()
+    assert status.strategy == "this machine only"
+    assert "this machine only" in as_html(ClusterStatus((), (status,))).text
+
+
+def test_demo_model_is_told_as_one() -> None:
+    settings = stand_in().settings
+    demo = SimpleNamespace(model_path=DEMO_MODEL_PATH, context_tokens=256, facts=settings.facts)
+
+    status = ClusterStatus((), (CoordinatorStatus.of(stand_in(settings=demo)),))
+
+    assert DEMO_NOTE in str(status)
+    assert DEMO_NOTE in as_html(status).text
+    assert CoordinatorStatus.of(stand_in()).note == ""
+
+
+# --- token times, local devices, Ollama nodes -------------------------------------------------
+
+
+def test_predicted_and_measured_token_times_stand_side_by_side() -> None:
+    plan = replace(stand_in().plan, predicted_token_ms=20.0)  # type: ignore[type-var]
+    status = CoordinatorStatus.of(stand_in(plan=plan), token_ms=25.0, token=TokenTime((15.0, 5.0)))
+
+    for shown in (str(ClusterStatus((), (status,))), as_html(ClusterStatus((), (status,))).text):
+        assert "predicted 20 ms a token, measured 25 ms a token (40 tokens/s)" in shown
+    assert [one.time_share for one in status.segments] == [0.75, 0.25]
+    assert "15 ms of each token (75%)" in status.segments[0].words
+    assert "15 ms (75 %)" in as_html(ClusterStatus((), (status,))).text
+
+
+def test_an_unknown_token_time_is_not_invented() -> None:
+    status = CoordinatorStatus.of(stand_in(), token=TokenTime((), "nothing was measured"))
+
+    assert status.token_words == ""
+    assert [(one.token_ms, one.time_share) for one in status.segments] == [(None, None)] * 2
+    assert "ms of each token" not in str(ClusterStatus((), (status,)))
+
+
+def test_devices_of_the_coordinators_own_machine_are_shown() -> None:
+    placement = Placement((DevicePlacement("a:1", (0,), 11, 1), DevicePlacement("CPU", (), 3 * MIB, 0)))
+    status = ClusterStatus((), (CoordinatorStatus.of(stand_in(placement=placement)),))
+
+    assert "CPU of this machine: 3.0 MiB weights" in str(status)
+    assert "CPU of this machine" in as_html(status).text
+
+
+@pytest.mark.parametrize(
+    ("node", "words"),
+    [
+        (simulated_node(1), "llama3.2 loaded, 0/1 slots busy, 0 waiting, 21.4 ms a token"),
+        (simulated_node(1, loaded_models=(), ms_per_token=None), "nothing loaded, 0/1 slots busy, 0 waiting"),
+        (
+            simulated_node(1, "absent"),
+            "nothing accepts connections at http://10.0.1.1:11434; start it there: ollama",
+        ),
+        (simulated_node(1, "cooling", last_error="it broke off"), "it broke off; it is tried again by itself"),
+        (simulated_node(1, "unknown"), "not looked at yet"),
+    ],
+)
+def test_each_ollama_node_tells_what_it_has_or_what_is_wrong(node: NodeStatus, words: str) -> None:
+    status = ClusterStatus((), (), (node,))
+
+    assert f"{node.url:<22} {node.state:<12} {words}" in str(status)
+    assert f"{node.state} {words}" in as_html(status).text

@@ -1,0 +1,515 @@
+"""The latency log: what is written is read back, whoever writes at the same time, and kept as long as wanted."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from sollol_nb.errors import ConfigError
+from sollol_nb.latency.filter import seconds_of
+from sollol_nb.latency.frames import BLOCK_ROWS
+from sollol_nb.latency.log import SCHEMA_VERSION, LatencyLog, LatencyRow
+from sollol_nb.latency.schema import COLUMNS, schema_table
+from sollol_nb.settings import config
+
+HANG_GUARD_S = 120.0
+NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
+
+FULL = LatencyRow(
+    started_at=NOON.timestamp(),
+    model="llama3.1:70b",
+    backend="llama.cpp-distributed",
+    layout="5/4/4",
+    place="http://127.0.0.1:18080",
+    queue_ms=1.5,
+    load_ms=4000.25,
+    ttft_ms=80.5,
+    total_ms=900.125,
+    prompt_tokens=12,
+    completion_tokens=34,
+    tokens_per_s=41.5,
+    router_overhead_ms=0.75,
+    failovers=1,
+    status="ok",
+    error="",
+    priority=8,
+    done_reason="stop",
+    predicted_ms_per_token=24.5,
+    failover_details='[{"what": "lost", "when": 1772366400.5, "lost_workers": ["a:1"]}]',
+)
+REFUSED = LatencyRow(
+    started_at=(NOON + timedelta(hours=1)).timestamp(),
+    model="caf\u00e9 '; DROP TABLE requests; --",
+    backend="",
+    layout="",
+    place="",
+    queue_ms=None,
+    load_ms=None,
+    ttft_ms=None,
+    total_ms=0.5,
+    prompt_tokens=None,
+    completion_tokens=None,
+    tokens_per_s=None,
+    router_overhead_ms=None,
+    failovers=0,
+    status="error",
+    error="no place has it\n\u2028",
+    partial_text="half an ans\0\n",
+)
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> LatencyLog:
+    return LatencyLog(tmp_path / "latency.sqlite")
+
+
+def test_rows_come_back_as_written_oldest_first(log: LatencyLog) -> None:
+    log.record(FULL)
+    log.record(REFUSED)
+
+    frame = log.frame()
+
+    assert list(frame.columns) == list(LatencyRow.__slots__)
+    for position, row in enumerate((FULL, REFUSED)):
+        read = frame.iloc[position].to_dict()
+        assert read.pop("started_at") == pd.Timestamp(row.started_at, unit="s", tz="UTC")
+        assert {name: None if pd.isna(value) else value for name, value in read.items()} == {
+            name: getattr(row, name) for name in LatencyRow.__slots__ if name != "started_at"
+        }
+
+
+@pytest.mark.parametrize("rows", [[], [REFUSED], [FULL, REFUSED]], ids=["empty", "without numbers", "all"])
+def test_columns_have_their_types_whatever_the_rows_hold(log: LatencyLog, rows: list[LatencyRow]) -> None:
+    for row in rows:
+        log.record(row)
+
+    types = log.frame().dtypes
+
+    assert types.to_dict() == {one.name: pd.api.types.pandas_dtype(one.dtype) for one in COLUMNS} | {
+        one.name: pd.StringDtype("python") for one in COLUMNS if one.dtype == "string"
+    }
+
+
+def test_text_that_is_no_unicode_is_written_as_near_as_can_be(log: LatencyLog) -> None:
+    log.record(replace(FULL, model="a\ud800b"))
+
+    assert log.frame()["model"].tolist() == ["a\\ud800b"]
+
+
+def test_the_page_of_the_schema_is_up_to_date() -> None:
+    page = Path(__file__).parents[2] / "notebooks" / "latency_schema.md"
+
+    assert schema_table() in page.read_text(encoding="utf-8")
+    assert f"version {SCHEMA_VERSION}" in page.read_text(encoding="utf-8")
+
+
+# --- which rows -------------------------------------------------------------------------------
+
+HOURLY = [
+    replace(
+        FULL,
+        started_at=(NOON + timedelta(hours=hour)).timestamp(),
+        model=f"m{hour % 2}",
+        backend="ollama-pool" if hour < 3 else "llama.cpp-local",
+        status="error" if hour == 5 else "ok",
+        total_ms=float(hour),
+    )
+    for hour in range(6)
+]
+
+
+def blocks_in(path: Path) -> list[tuple[int, int]]:
+    """First and last id of each block of columns."""
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        return connection.execute("SELECT first_id, last_id FROM blocks ORDER BY last_id").fetchall()
+
+
+@pytest.fixture(scope="module", params=["rows", "block", "blocks and rows"])
+def hourly(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LatencyLog:
+    """Six rows, the newest: as rows, in one block of columns with others before them, or over two and a rest."""
+    log = LatencyLog(tmp_path_factory.mktemp("hourly") / "log")
+    old = replace(FULL, model="before", backend="", status="timeout", started_at=0.0)
+    before, blocks = {"rows": (0, 0), "block": (BLOCK_ROWS - 6, 1), "blocks and rows": (2 * BLOCK_ROWS - 3, 2)}[
+        request.param
+    ]
+    log.record(*[old] * before, *HOURLY)
+    log.frame()
+    assert len(blocks_in(log.path)) == blocks
+    return log
+
+
+@pytest.mark.parametrize(
+    ("wanted", "hours"),
+    [
+        ({"since": NOON}, [0, 1, 2, 3, 4, 5]),
+        ({"model": "m1"}, [1, 3, 5]),
+        ({"model": "unknown"}, []),
+        ({"last": 2}, [4, 5]),
+        ({"last": 6}, [0, 1, 2, 3, 4, 5]),
+        ({"since": NOON, "last": 100_000}, [0, 1, 2, 3, 4, 5]),
+        ({"since": NOON + timedelta(hours=4)}, [4, 5]),
+        ({"since": (NOON + timedelta(hours=4)).astimezone().replace(tzinfo=None)}, [4, 5]),
+        ({"since": (NOON + timedelta(hours=4)).isoformat()}, [4, 5]),
+        ({"since": NOON, "until": NOON + timedelta(hours=2)}, [0, 1]),
+        ({"since": NOON + timedelta(hours=1), "model": "m1", "last": 2}, [3, 5]),
+        ({"since": NOON + timedelta(days=1)}, []),
+        ({"since": "1h"}, []),
+        ({"backend": "ollama-pool"}, [0, 1, 2]),
+        ({"status": "error"}, [5]),
+        ({"backend": "llama.cpp-local", "status": "ok", "model": "m0"}, [4]),
+        ({"model": "m0", "last": 2}, [2, 4]),
+    ],
+    ids=str,
+)
+def test_filters_narrow_the_frame(hourly: LatencyLog, wanted: dict[str, Any], hours: list[int]) -> None:
+    frame = hourly.frame(**wanted)
+
+    assert frame["total_ms"].tolist() == hours
+    assert frame.equals(hourly.frame().tail(6).iloc[hours].reset_index(drop=True))
+
+
+@pytest.mark.parametrize(
+    ("moment", "seconds_before"),
+    [
+        ("90s", 90),
+        ("1h", 3600),
+        ("1h 30min", 5400),
+        ("2 days", 172_800),
+        ("1 Week", 604_800),
+        ("0.5d", 43_200),
+        (timedelta(minutes=2), 120),
+    ],
+)
+def test_a_span_is_counted_back_from_now(moment: str | timedelta, seconds_before: float) -> None:
+    assert seconds_of(moment, 1e9) == 1e9 - seconds_before
+
+
+@pytest.mark.parametrize("moment", ["", "1", "soon", "1 parsec", "1h soon", "-1h", 3600, None, "2026-13-01"])
+def test_what_is_no_time_is_named(moment: Any) -> None:
+    with pytest.raises(ConfigError, match="is no time; write '1h'"):
+        seconds_of(moment, 1e9)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "words"),
+    [
+        ({"status": "canceled"}, "did you mean 'cancelled'"),
+        ({"status": "good"}, "known are ok, error, timeout, cancelled"),
+        ({"model": 7}, "model=7 is not a name"),
+    ],
+)
+def test_filters_that_cannot_be_used_are_named(log: LatencyLog, wanted: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        log.frame(**wanted)
+
+
+@pytest.mark.parametrize("last", [0, -1, 2.5, "3", True, 2**70])
+def test_last_must_be_a_positive_whole_number(log: LatencyLog, last: object) -> None:
+    with pytest.raises(ConfigError, match="not a positive number of rows"):
+        log.frame(last=last)  # type: ignore[arg-type]
+
+
+def test_log_outlives_the_object_and_stands_in_the_state_folder_by_default() -> None:
+    assert LatencyLog().path == config.state_dir() / "latency.sqlite"
+    assert repr(LatencyLog("a.sqlite")) == "LatencyLog('a.sqlite')"
+
+
+def test_log_is_read_again_by_another_object(tmp_path: Path) -> None:
+    LatencyLog(tmp_path / "log").record(FULL)
+
+    assert len(LatencyLog(str(tmp_path / "log")).frame()) == 1
+
+
+# --- files of other versions ------------------------------------------------------------------
+
+VERSION_1 = """
+CREATE TABLE requests (
+    id INTEGER PRIMARY KEY,
+    started_at REAL NOT NULL, model TEXT NOT NULL, backend TEXT NOT NULL, layout TEXT NOT NULL,
+    place TEXT NOT NULL, queue_ms REAL, load_ms REAL, ttft_ms REAL, total_ms REAL NOT NULL,
+    prompt_tokens INTEGER, completion_tokens INTEGER, tokens_per_s REAL, router_overhead_ms REAL,
+    failovers INTEGER NOT NULL, status TEXT NOT NULL, error TEXT NOT NULL
+);
+CREATE INDEX requests_started_at ON requests (started_at);
+PRAGMA user_version = 1;
+"""
+INSERT_1 = """
+INSERT INTO requests (
+    started_at, model, backend, layout, place, queue_ms, load_ms, ttft_ms, total_ms, prompt_tokens,
+    completion_tokens, tokens_per_s, router_overhead_ms, failovers, status, error
+) VALUES (1000.5, 'old', 'ollama-pool', '', 'http://a', 0.5, NULL, 80.25, ?, 12, NULL, 41.5, NULL, 1, 'ok', '')
+"""
+
+
+def insert_as_version_1(path: Path, rows: int) -> None:
+    with contextlib.closing(sqlite3.connect(path, timeout=HANG_GUARD_S)) as connection, connection:
+        connection.executemany(INSERT_1, [(float(number),) for number in range(rows)])
+
+
+def write_version_1(path: Path) -> None:
+    """A log with three rows, as the first version of this package wrote it."""
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.executescript(VERSION_1)
+    insert_as_version_1(path, 3)
+
+
+VERSION_2 = """
+ALTER TABLE requests ADD COLUMN partial_text TEXT NOT NULL DEFAULT '';
+PRAGMA user_version = 2;
+"""
+INSERT_2 = INSERT_1.replace("error\n)", "error, partial_text\n)").replace("'ok', '')", "'error', 'lost', 'half')")
+
+
+def write_version_2(path: Path) -> None:
+    """A log that the first version began and the second went on with: three rows, then one."""
+    write_version_1(path)
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.executescript(VERSION_2)
+        connection.execute(INSERT_2, (7.0,))
+
+
+def version_of(path: Path) -> int:
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        return int(connection.execute("PRAGMA user_version").fetchone()[0])
+
+
+def test_rows_of_version_1_stay_and_new_ones_are_added(log: LatencyLog) -> None:
+    write_version_1(log.path)
+
+    before = log.frame()
+    log.record(REFUSED)
+    insert_as_version_1(log.path, 1)  # by an older version that is still in use
+    after = log.frame()
+
+    assert version_of(log.path) == SCHEMA_VERSION
+    assert list(before.columns) == list(after.columns) == list(LatencyRow.__slots__)
+    assert before.equals(after.iloc[:3])
+    assert after["model"].tolist() == ["old", "old", "old", REFUSED.model, "old"]
+    assert after["total_ms"].tolist() == [0.0, 1.0, 2.0, 0.5, 0.0]
+    assert after["partial_text"].tolist() == ["", "", "", REFUSED.partial_text, ""]
+    first = before.iloc[0].to_dict()
+    assert first["started_at"] == pd.Timestamp(1000.5, unit="s", tz="UTC")
+    assert (first["backend"], first["ttft_ms"], first["prompt_tokens"]) == ("ollama-pool", 80.25, 12)
+    assert pd.isna(first["completion_tokens"])
+    assert str(before["partial_text"].dtype) == "string"
+
+
+def test_rows_of_version_2_stay_and_have_what_is_new_empty(log: LatencyLog) -> None:
+    write_version_2(log.path)
+
+    log.record(FULL)
+    frame = log.frame()
+
+    assert version_of(log.path) == SCHEMA_VERSION
+    assert frame["total_ms"].tolist() == [0.0, 1.0, 2.0, 7.0, FULL.total_ms]
+    assert frame["partial_text"].tolist() == ["", "", "", "half", ""]
+    assert frame["priority"].isna().tolist() == [True] * 4 + [False]
+    assert frame["predicted_ms_per_token"].isna().tolist() == [True] * 4 + [False]
+    for name in ("done_reason", "failover_details"):
+        assert frame[name].tolist() == [""] * 4 + [getattr(FULL, name)], name
+
+
+def test_many_rows_of_an_older_version_are_packed_when_they_are_read(log: LatencyLog) -> None:
+    write_version_1(log.path)
+    insert_as_version_1(log.path, 2 * BLOCK_ROWS)
+
+    few, whole = log.frame(last=2), log.frame()
+
+    assert blocks_in(log.path) == [(1, BLOCK_ROWS), (BLOCK_ROWS + 1, 2 * BLOCK_ROWS)]
+    assert whole["total_ms"].tolist() == [0.0, 1.0, 2.0, *map(float, range(2 * BLOCK_ROWS))]
+    assert few.equals(whole.tail(2).reset_index(drop=True))
+
+
+def test_blocks_that_lack_a_column_are_read_by_their_rows(log: LatencyLog) -> None:
+    log.record(*[FULL] * BLOCK_ROWS)
+    before = log.frame()
+    with contextlib.closing(sqlite3.connect(log.path)) as connection, connection:
+        connection.execute('UPDATE blocks SET header = \'{"fields": [["started_at", "<f8"]], "texts": {}}\'')
+
+    assert log.frame().equals(before)
+
+
+def test_file_of_a_newer_version_is_used_and_keeps_what_is_newer(log: LatencyLog) -> None:
+    log.record(FULL)
+    with contextlib.closing(sqlite3.connect(log.path)) as connection, connection:
+        connection.execute("ALTER TABLE requests ADD COLUMN joules REAL NOT NULL DEFAULT 7")
+        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 5}")
+
+    log.record(REFUSED)
+    frame = log.frame()
+
+    assert frame["model"].tolist() == [FULL.model, REFUSED.model]
+    assert list(frame.columns) == list(LatencyRow.__slots__)
+    assert version_of(log.path) == SCHEMA_VERSION + 5
+    with contextlib.closing(sqlite3.connect(log.path)) as connection:
+        assert connection.execute("SELECT joules FROM requests").fetchall() == [(7.0,), (7.0,)]
+
+
+# --- several writers --------------------------------------------------------------------------
+
+
+def test_threads_that_write_to_a_new_log_at_once_lose_nothing(log: LatencyLog) -> None:
+    start = threading.Barrier(16)
+
+    def write(thread: int) -> None:
+        start.wait(HANG_GUARD_S)
+        for number in range(10):
+            log.record(replace(FULL, model=f"m{thread}", total_ms=float(number)))
+            log.frame(last=1)
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(write, range(16)))
+
+    counted = log.frame().groupby("model")["total_ms"].apply(sorted)
+    assert counted.to_dict() == {f"m{thread}": [float(n) for n in range(10)] for thread in range(16)}
+
+
+WRITES = """
+import sys
+from sollol_nb.latency.log import LatencyLog, LatencyRow
+
+log = LatencyLog(sys.argv[1])
+print("ready", flush=True)
+sys.stdin.readline()
+for number in range(50):
+    log.record(
+        LatencyRow(0.0, sys.argv[2], "", "", "", None, None, None, number, None, None, None, None, 0, "ok", "")
+    )
+"""
+
+
+@pytest.mark.parametrize("before", ["no file", "version 1"])
+@pytest.mark.parametrize("attempt", range(2))
+def test_processes_that_write_to_a_log_at_once_lose_nothing(log: LatencyLog, before: str, attempt: int) -> None:
+    if before == "version 1":
+        write_version_1(log.path)
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WRITES, str(log.path), f"m{writer}"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+        )
+        for writer in range(6)
+    ]
+    try:
+        for one in writers:
+            assert one.stdout is not None
+            assert one.stdout.readline() == "ready\n"
+        for one in writers:
+            assert one.stdin is not None
+            one.stdin.write("\n")
+            one.stdin.flush()
+        for one in writers:
+            _, words = one.communicate(timeout=HANG_GUARD_S)
+            assert one.returncode == 0, words
+    finally:
+        for one in writers:
+            one.kill()
+
+    frame = log.frame()
+    counted = frame[frame["model"] != "old"].groupby("model")["total_ms"].apply(sorted)
+    assert counted.to_dict() == {f"m{writer}": [float(n) for n in range(50)] for writer in range(6)}
+    assert (frame["model"] == "old").sum() == (3 if before == "version 1" else 0)
+    assert version_of(log.path) == SCHEMA_VERSION
+
+
+# --- blocks and retention -----------------------------------------------------------------------
+
+
+def test_rows_changed_or_deleted_by_hand_are_not_read_from_a_block_any_more(log: LatencyLog) -> None:
+    log.record(*(replace(FULL, total_ms=float(number)) for number in range(3 * BLOCK_ROWS)))
+    assert len(log.frame()) == 3 * BLOCK_ROWS
+    with contextlib.closing(sqlite3.connect(log.path)) as connection, connection:
+        connection.execute("DELETE FROM requests WHERE id = 5")
+        connection.execute("UPDATE requests SET model = 'renamed' WHERE id = ?", (BLOCK_ROWS + 1,))
+
+    frame = log.frame()
+
+    assert blocks_in(log.path) == [(2 * BLOCK_ROWS + 1, 3 * BLOCK_ROWS)]
+    assert frame["total_ms"].tolist() == [float(n) for n in range(3 * BLOCK_ROWS) if n != 4]
+    assert frame.index[frame["model"] == "renamed"].tolist() == [BLOCK_ROWS - 1]
+
+
+def test_a_log_emptied_by_hand_is_empty_and_goes_on(log: LatencyLog) -> None:
+    log.record(*[FULL] * BLOCK_ROWS)
+    with contextlib.closing(sqlite3.connect(log.path)) as connection, connection:
+        connection.execute("DELETE FROM requests")
+
+    assert log.frame().empty
+    assert blocks_in(log.path) == []
+    log.record(REFUSED)
+    assert log.frame()["model"].tolist() == [REFUSED.model]
+
+
+@pytest.mark.parametrize("kept", [1, 100, BLOCK_ROWS, 2 * BLOCK_ROWS + 7])
+def test_the_newest_rows_are_kept_and_the_others_pruned(tmp_path: Path, kept: int) -> None:
+    count = 3 * BLOCK_ROWS
+    LatencyLog(tmp_path / "log").record(*(replace(FULL, total_ms=float(number)) for number in range(count)))
+    log = LatencyLog(tmp_path / "log", keep_rows=kept)
+
+    for _ in range(2):  # each new writer prunes; so many at once are more than one of them does
+        LatencyLog(log.path, keep_rows=kept).record(replace(FULL, total_ms=-1.0))
+
+    last = [float(number) for number in range(count)] + [-1.0, -1.0]
+    assert log.frame()["total_ms"].tolist() == last[-kept:]
+
+
+def test_rows_older_than_wanted_are_pruned(tmp_path: Path) -> None:
+    now_s = time.time()
+    for age_days in (30.0, 2.5, 1.5, 0.5):
+        LatencyLog(tmp_path / "log").record(replace(FULL, started_at=now_s - age_days * 86400, total_ms=age_days))
+
+    LatencyLog(tmp_path / "log", keep_days=2).record(replace(FULL, started_at=now_s, total_ms=0.0))
+
+    assert LatencyLog(tmp_path / "log").frame()["total_ms"].tolist() == [1.5, 0.5, 0.0]
+
+
+def test_a_writer_packs_and_prunes_now_and_then(tmp_path: Path) -> None:
+    log = LatencyLog(tmp_path / "log", keep_rows=10)
+    counts = []
+    for first in range(0, 600, 100):
+        log.record(*(replace(FULL, total_ms=float(number)) for number in range(first, first + 100)))
+        counts.append(len(log.frame()))
+
+    assert counts == [10, 110, 210, 310, 410, 10]
+    assert log.frame()["total_ms"].tolist() == [float(number) for number in range(590, 600)]
+
+
+def test_a_log_that_cannot_be_pruned_still_takes_rows(
+    log: LatencyLog, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def locked(_: LatencyLog) -> None:
+        raise sqlite3.OperationalError("database is locked")
+
+    monkeypatch.setattr(LatencyLog, "_tidy", locked)
+    log.record(FULL)
+
+    assert len(log.frame()) == 1
+    assert "was not pruned: database is locked" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [{"keep_days": 0}, {"keep_days": -1}, {"keep_days": "7"}, {"keep_rows": 0}, {"keep_rows": 1.5}],
+    ids=str,
+)
+def test_what_is_kept_must_be_more_than_nothing(wanted: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wanted))):
+        LatencyLog("log", **wanted)

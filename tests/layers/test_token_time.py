@@ -1,0 +1,166 @@
+"""The time of a token is told from what was measured on other layouts, and from nothing else."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from sollol_nb.layers.plan import LayerPlan, Shard
+from sollol_nb.layers.token_time import Measurement, TokenTime, WorkerPart, calibrate, parts_of, predict
+
+MIB = 2**20
+
+
+def parts(*units: int, round_trip_ms: float | None = 0.5) -> tuple[WorkerPart, ...]:
+    """Workers `w0`, `w1`, ... that read so many MiB; those that read nothing take no part."""
+    return tuple(
+        WorkerPart(f"w{number}", count * MIB, round_trip_ms) for number, count in enumerate(units) if count
+    )
+
+
+def token_ms(speeds: dict[str, float], layout: tuple[WorkerPart, ...], hop_ms: float = 0.0) -> float:
+    """The cost model itself, with ms per MiB."""
+    return sum(
+        part.read_bytes / MIB * speeds[part.endpoint] + (part.round_trip_ms or 0.0) + hop_ms for part in layout
+    )
+
+
+ALIKE = dict.fromkeys(("w0", "w1", "w2"), 0.4)
+ONE_SLOW = {"w0": 0.2, "w1": 0.2, "w2": 0.7}
+
+
+def measured(
+    speeds: dict[str, float], *layouts: tuple[int, ...], hop_ms: float = 0.0, round_trip_ms: float = 0.5
+) -> list[Measurement]:
+    found = []
+    for units in layouts:
+        layout = parts(*units, round_trip_ms=round_trip_ms)
+        found.append(Measurement(layout, token_ms(speeds, layout, hop_ms)))
+    return found
+
+
+# --- known ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("units", [(8, 8, 9), (25, 0, 0), (0, 12, 13), (23, 1, 1)])
+def test_one_measurement_tells_every_layout_of_workers_that_are_alike(units: tuple[int, ...]) -> None:
+    speeds = calibrate(measured(ALIKE, (8, 8, 9)))
+
+    assert predict(speeds, parts(*units)).token_ms == pytest.approx(token_ms(ALIKE, parts(*units)), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("round_trip_ms", "tokens_per_s"), [(10, (91, 45.6, 30.4)), (5, (145, 73, 49)), (1, (315, 182, 122))]
+)
+def test_a_round_trip_is_paid_once_for_each_worker(round_trip_ms: float, tokens_per_s: tuple[float, ...]) -> None:
+    """A tiny model through a delay proxy, over one, two and three workers: two of these tell the third."""
+    layouts = [parts(*units, round_trip_ms=round_trip_ms) for units in ((9, 0, 0), (4, 5, 0), (3, 3, 3))]
+    one, two, three = (Measurement(*pair) for pair in zip(layouts, (1000 / n for n in tokens_per_s), strict=True))
+
+    told = predict(calibrate([one, two]), three.parts)
+
+    assert told.token_ms == pytest.approx(three.token_ms, rel=0.06)
+
+
+def test_a_slow_worker_is_found_from_two_layouts() -> None:
+    speeds = calibrate(measured(ONE_SLOW, (8, 8, 9), (11, 11, 3)))
+
+    assert speeds is not None
+    assert speeds.ms_per_byte["w2"] > 2 * speeds.ms_per_byte["w0"]
+    fewer = predict(speeds, parts(12, 13, 0)).token_ms
+    assert fewer == pytest.approx(token_ms(ONE_SLOW, parts(12, 13, 0)), rel=0.15)
+
+
+def test_a_hop_is_told_apart_from_bytes_once_the_number_of_workers_has_changed() -> None:
+    alone = calibrate(measured(ALIKE, (8, 8, 9), hop_ms=2.0))
+    both = calibrate(measured(ALIKE, (8, 8, 9), (25, 0, 0), hop_ms=2.0))
+
+    assert alone is not None
+    assert both is not None
+    assert alone.hop_ms == pytest.approx(0, abs=1e-3)
+    assert both.hop_ms == pytest.approx(2, rel=0.05)
+
+
+def test_a_worker_that_was_never_measured_is_taken_to_be_as_fast_as_usual() -> None:
+    speeds = calibrate(measured(ALIKE, (12, 13, 0)))
+
+    assert speeds is not None
+    assert "w2" not in speeds.ms_per_byte
+    assert predict(speeds, parts(0, 0, 25)).token_ms == pytest.approx(25 * 0.4 + 0.5, rel=1e-3)
+
+
+def test_measurements_that_vary_do_not_make_workers_differ() -> None:
+    chance = random.Random(7)
+    noisy = [
+        Measurement(one.parts, one.token_ms * chance.uniform(0.97, 1.03))
+        for one in measured(ALIKE, *[(8, 8, 9)] * 10)
+    ]
+    speeds = calibrate(noisy)
+
+    assert speeds is not None
+    assert max(speeds.ms_per_byte.values()) == pytest.approx(min(speeds.ms_per_byte.values()), rel=1e-3)
+
+
+def test_shares_of_a_token_sum_to_one_and_follow_the_bytes() -> None:
+    shares = predict(calibrate(measured(ALIKE, (10, 10, 5))), parts(20, 4, 1)).shares
+
+    assert sum(shares) == pytest.approx(1)
+    assert list(shares) == sorted(shares, reverse=True)
+
+
+@pytest.mark.parametrize(
+    "layouts",
+    [((5, 5, 5), (5, 5, 5)), ((1, 24, 0), (24, 1, 0)), ((1, 1, 1), (30, 30, 30)), ((1, 0, 0), (0, 0, 90))],
+)
+def test_no_speed_is_below_zero_whatever_was_measured(layouts: tuple[tuple[int, ...], ...]) -> None:
+    chance = random.Random(3)
+    for _ in range(50):
+        absurd = [Measurement(parts(*units), chance.uniform(0.1, 100)) for units in layouts]
+        speeds = calibrate(absurd)
+        assert speeds is not None
+        assert min(*speeds.ms_per_byte.values(), speeds.usual_ms_per_byte, speeds.hop_ms) >= 0
+
+
+# --- unknown ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "measurements",
+    [
+        [],
+        [Measurement(parts(5, 5, round_trip_ms=None), 10.0)],
+        [Measurement(parts(5, 5), 0.0)],
+        [Measurement((), 10.0)],
+    ],
+)
+def test_what_tells_nothing_is_not_calibrated_by(measurements: list[Measurement]) -> None:
+    assert calibrate(measurements) is None
+
+
+def test_an_unmeasured_model_has_no_token_time_and_says_why() -> None:
+    told = predict(None, parts(5, 5))
+
+    assert told == TokenTime((), "no token of this model was measured yet")
+    assert (told.token_ms, told.tokens_per_s, told.shares) == (None, None, ())
+
+
+def test_a_worker_that_was_never_probed_leaves_the_token_time_unknown_and_is_named() -> None:
+    layout = (*parts(5), WorkerPart("10.0.0.9:50052", 5 * MIB, None))
+
+    told = predict(calibrate(measured(ALIKE, (8, 8, 9))), layout)
+
+    assert told.token_ms is None
+    assert told.unknown == "the round trip to 10.0.0.9:50052 is not known yet"
+
+
+def test_the_parts_of_a_plan_are_its_weights_and_the_round_trips_told() -> None:
+    shards = tuple(
+        Shard(endpoint, 0, 3, False, weight_bytes=7, kv_bytes=1, reserve_bytes=1, free_bytes=9)
+        for endpoint in ("a:1", "b:2")
+    )
+
+    assert parts_of(LayerPlan("even", 5, 4096, shards), {"a:1": 0.3}) == (
+        WorkerPart("a:1", 7, 0.3),
+        WorkerPart("b:2", 7, None),
+    )

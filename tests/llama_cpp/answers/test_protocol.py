@@ -1,0 +1,408 @@
+"""Requests and answers between Ollama's shape and llama-server's."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from typing import Any
+
+import pytest
+
+from sollol_nb.errors import ConfigError
+from sollol_nb.llama_cpp.answers.protocol import (
+    ChunkTranslator,
+    ThinkSplitter,
+    check_messages,
+    check_options,
+    parse_event,
+    progress_of,
+    request_body,
+)
+
+HELLO = [{"role": "user", "content": "Hello!"}]
+CALL = {"function": {"name": "add", "arguments": {"a": 1}}}
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+# --- messages ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "checked"),
+    [
+        ("Hello!", HELLO),
+        ("", [{"role": "user", "content": ""}]),
+        (HELLO, HELLO),
+        (tuple(HELLO), HELLO),
+        (
+            [{"role": "system", "content": "Be brief."}, *HELLO],
+            [{"role": "system", "content": "Be brief."}, *HELLO],
+        ),
+        ([{"role": "assistant", "tool_calls": [CALL]}], [{"role": "assistant", "tool_calls": [CALL]}]),
+        ([{"role": "user", "content": [{"type": "text", "text": "a"}]}],) * 2,
+        ([{"role": "user", "content": "a", "images": ["aGk="]}],) * 2,
+        ([{"role": "tool", "content": "2", "tool_name": "add"}],) * 2,
+    ],
+)
+def test_messages_are_a_list_of_dicts(given: Any, checked: list[dict[str, Any]]) -> None:
+    assert check_messages(given) == checked
+
+
+def test_checked_messages_are_copies() -> None:
+    checked = check_messages(HELLO)
+    checked[0]["content"] = "changed"
+
+    assert HELLO[0]["content"] == "Hello!"
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ([], "messages must be a list such as"),
+        ({"role": "user", "content": "a"}, "messages must be a list such as"),
+        (None, "messages must be a list such as"),
+        (b"Hello", r"messages\[0\] must be a dict"),
+        (["Hello"], r"messages\[0\] must be a dict .* not str"),
+        ([*HELLO, {"content": "a"}], r"messages\[1\] must be a dict"),
+        ([{"role": "robot", "content": "a"}], "role 'robot'; roles are system, user, assistant, tool"),
+        ([{"role": ["user"], "content": "a"}], "roles are"),
+        ([{"role": "user"}], 'needs "content" as text'),
+        ([{"role": "user", "content": None}], 'needs "content" as text'),
+        ([{"role": "user", "content": 5}], 'needs "content" as text'),
+        ([{"role": "user", "content": "a", "images": "aGk="}], '"images" that are not a list'),
+        ([{"role": "user", "content": "a", "images": [b"\x89PNG"]}], '"images" that are not a list'),
+        ([{"role": "assistant", "tool_calls": CALL}], "tool_calls that are not a list"),
+        ([{"role": "assistant", "tool_calls": [{"name": "add"}]}], "tool_calls that are not a list"),
+        ([{"role": "assistant", "tool_calls": ["add"]}], "tool_calls that are not a list"),
+    ],
+)
+def test_message_that_cannot_be_used_is_named(given: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        check_messages(given)
+    assert "\n" not in str(caught.value)
+
+
+# --- options ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "checked"),
+    [
+        ({}, {}),
+        ({"temperature": None, "seed": 3}, {"seed": 3}),
+        ({"temperature": 0}, {"temperature": 0}),
+        ({"stop": "\n"}, {"stop": "\n"}),
+        ({"stop": ["a", "b"]}, {"stop": ["a", "b"]}),
+        ({"format": "json"}, {"format": "json"}),
+        ({"format": SCHEMA}, {"format": SCHEMA}),
+        ({"think": True}, {"think": True}),
+        ({"keep_alive": -1}, {"keep_alive": -1}),
+        ({"options": {"num_ctx": 10}}, {"options": {"num_ctx": 10}}),
+        ({"overflow": "drop_oldest"}, {"overflow": "drop_oldest"}),
+    ],
+)
+def test_known_options_pass_and_none_is_left_out(given: dict[str, Any], checked: dict[str, Any]) -> None:
+    assert check_options(given) == checked
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"temprature": 1}, "unknown option 'temprature'; did you mean temperature"),
+        ({"max_token": 1}, "did you mean max_tokens"),
+        ({"zzz": 1}, "unknown option 'zzz'; known are format, frequency_penalty, keep_alive"),
+        ({"stream": True}, r"iterate router.stream\(...\) for chunks"),
+        ({"max_tokens": "5"}, "option max_tokens='5' must be int"),
+        ({"max_tokens": 5.0}, "option max_tokens=5.0 must be int"),
+        ({"max_tokens": True}, "option max_tokens=True must be int"),
+        ({"temperature": False}, "option temperature=False must be int or float"),
+        ({"temperature": "hot"}, "must be int or float"),
+        ({"stop": 5}, "option stop=5 must be str or list or tuple"),
+        ({"format": 1}, "must be str or dict"),
+        ({"tools": {"a": 1}}, "must be list or tuple"),
+        ({"options": [1]}, "must be dict"),
+        ({"keep_alive": True}, "must be str or int or float"),
+        ({"think": 1}, "must be bool or str"),
+        ({"overflow": 1}, "must be str"),
+        ({"overflow": "drop"}, "overflow='drop' must be error or drop_oldest"),
+    ],
+)
+def test_option_that_cannot_be_used_is_named(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        check_options(given)
+
+
+# --- the request's body -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "body"),
+    [
+        ({}, {}),
+        ({"max_tokens": 5}, {"max_tokens": 5}),
+        ({"num_predict": 5}, {"max_tokens": 5}),
+        ({"options": {"num_predict": 5}}, {"max_tokens": 5}),
+        ({"options": {"num_predict": 100}, "max_tokens": 5}, {"max_tokens": 5}),
+        ({"options": {"temperature": 1, "seed": 2}, "temperature": 0}, {"temperature": 0, "seed": 2}),
+        ({"options": {"num_ctx": 100, "num_gpu": 1}}, {}),
+        ({"options": {"temperature": None}}, {}),
+        ({"stop": "a"}, {"stop": ["a"]}),
+        ({"stop": ["a", "b"]}, {"stop": ["a", "b"]}),
+        ({"format": "json"}, {"response_format": {"type": "json_object"}}),
+        (
+            {"format": SCHEMA},
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}},
+        ),
+        ({"format": ""}, {}),
+        ({"tools": ({"type": "function"},)}, {"tools": [{"type": "function"}]}),
+        ({"tools": []}, {}),
+        ({"think": False}, {"chat_template_kwargs": {"enable_thinking": False}}),
+        ({"keep_alive": "5m"}, {}),
+        ({"top_k": 1, "top_p": 0.5, "min_p": 0.1}, {"top_k": 1, "top_p": 0.5, "min_p": 0.1}),
+        ({"repeat_penalty": 1.1, "repeat_last_n": 64}, {"repeat_penalty": 1.1, "repeat_last_n": 64}),
+    ],
+)  # fmt: skip
+def test_options_become_those_of_llama_server(options: dict[str, Any], body: dict[str, Any]) -> None:
+    expected = {"messages": HELLO, "stream": True, "stream_options": {"include_usage": True}, **body}
+
+    assert request_body(HELLO, options) == expected
+
+
+def test_unknown_format_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="format='xml' must be \"json\" or a JSON schema"):
+        request_body(HELLO, {"format": "xml"})
+
+
+@pytest.mark.parametrize(
+    ("image", "url"),
+    [
+        ("aGk=", "data:image/png;base64,aGk="),
+        ("data:image/jpeg;base64,aGk=", "data:image/jpeg;base64,aGk="),
+        ("https://example.org/a.png", "https://example.org/a.png"),
+    ],
+)
+def test_images_become_parts_of_the_content(image: str, url: str) -> None:
+    message = {"role": "user", "content": "What is this?", "images": [image]}
+
+    (sent,) = request_body([message], {})["messages"]
+
+    assert sent == {
+        "role": "user",
+        "content": [
+            {"type": "text", "text": "What is this?"},
+            {"type": "image_url", "image_url": {"url": url}},
+        ],
+    }
+    assert message["images"] == [image]
+
+
+@pytest.mark.parametrize("arguments", [{"a": 1}, '{"a": 1}'])
+def test_arguments_of_tool_calls_become_json_text(arguments: object) -> None:
+    message = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"function": {"name": "add", "arguments": arguments}}],
+    }
+
+    (sent,) = request_body([message], {})["messages"]
+
+    assert sent["tool_calls"] == [
+        {"id": "call_0", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    ]
+
+
+def test_tool_call_keeps_its_id_and_may_have_no_arguments() -> None:
+    calls = [{"id": "x1", "function": {"name": "now"}}]
+
+    (sent,) = request_body([{"role": "assistant", "tool_calls": calls}], {})["messages"]
+
+    assert sent["tool_calls"][0]["id"] == "x1"
+    assert sent["tool_calls"][0]["function"]["arguments"] == "{}"
+
+
+# --- the answer -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "event"),
+    [
+        ('data: {"choices": []}', {"choices": []}),
+        ("data: [DONE]", None),
+        ("data: [1]", None),
+        ("", None),
+        (": a comment", None),
+        ("event: x", None),
+    ],
+)
+def test_lines_of_the_event_stream_are_read(line: str, event: object) -> None:
+    assert parse_event(line) == event
+
+
+def delta(reason: str | None = None, **fields: Any) -> dict[str, Any]:
+    return {"choices": [{"index": 0, "delta": fields, "finish_reason": reason}]}
+
+
+def call_piece(index: int, name: str | None = None, arguments: str | None = None) -> dict[str, Any]:
+    return delta(tool_calls=[{"index": index, "function": {"name": name, "arguments": arguments}}])
+
+
+LAST = {
+    "choices": [],
+    "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10},
+    "timings": {"prompt_n": 6, "prompt_ms": 12.5, "predicted_n": 3, "predicted_ms": 30.25},
+}
+
+
+def translated(*events: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The chunks with text, and the final one."""
+    translator = ChunkTranslator("demo")
+    chunks = [chunk for event in events if (chunk := translator.translate(event)) is not None]
+    return chunks, translator.final()
+
+
+def test_text_comes_as_ollama_chunks_with_counts_and_nanoseconds_at_the_end() -> None:
+    chunks, final = translated(
+        delta(role="assistant", content=None), delta(content="Hel"), delta(content="lo"), delta("stop"), LAST
+    )
+
+    assert [chunk["message"] for chunk in chunks] == [
+        {"role": "assistant", "content": "Hel"},
+        {"role": "assistant", "content": "lo"},
+    ]
+    assert all(chunk["model"] == "demo" and chunk["done"] is False for chunk in chunks)
+    assert datetime.fromisoformat(chunks[0]["created_at"]).tzinfo is not None
+    del final["created_at"]
+    assert final == {
+        "model": "demo",
+        "message": {"role": "assistant", "content": ""},
+        "done": True,
+        "done_reason": "stop",
+        "prompt_eval_count": 7,
+        "eval_count": 3,
+        "prompt_eval_duration": 12_500_000,
+        "eval_duration": 30_250_000,
+    }
+
+
+@pytest.mark.parametrize("reason", ["stop", "length", "tool_calls"])
+def test_finish_reason_is_told(reason: str) -> None:
+    assert translated(delta(content="a"), delta(reason))[1]["done_reason"] == reason
+
+
+def test_thinking_is_kept_apart_from_the_text() -> None:
+    chunks, _ = translated(delta(reasoning_content="Hm."), delta(content="Yes."))
+
+    assert [chunk["message"] for chunk in chunks] == [
+        {"role": "assistant", "content": "", "thinking": "Hm."},
+        {"role": "assistant", "content": "Yes."},
+    ]
+
+
+def test_tool_calls_in_pieces_are_whole_in_the_final_chunk() -> None:
+    chunks, final = translated(
+        call_piece(0, "add"),
+        call_piece(0, None, '{"a"'),
+        call_piece(1, "now", ""),
+        call_piece(0, None, ": 1}"),
+        delta("tool_calls"),
+    )
+
+    assert chunks == []
+    assert final["message"]["tool_calls"] == [
+        {"function": {"name": "add", "arguments": {"a": 1}}},
+        {"function": {"name": "now", "arguments": {}}},
+    ]
+
+
+def test_arguments_that_are_no_json_are_given_as_text() -> None:
+    _, final = translated(call_piece(0, "add", '{"a": '))
+
+    assert final["message"]["tool_calls"] == [{"function": {"name": "add", "arguments": '{"a": '}}]
+
+
+@pytest.mark.parametrize("text", ["caf\u00e9", "\U0001f600", "\u2028\u0085", "e\u0301", "\u4f60\u597d", '"\\\n'])
+def test_text_of_any_script_survives(text: str) -> None:
+    events = [parse_event("data: " + json.dumps(delta(content=piece))) for piece in text]
+
+    chunks, _ = translated(*(event for event in events if event is not None))
+
+    assert "".join(chunk["message"]["content"] for chunk in chunks) == text
+
+
+def test_counts_fall_back_to_the_timings_and_may_be_missing() -> None:
+    _, from_timings = translated({"choices": [], "timings": LAST["timings"]})
+    _, nothing = translated()
+
+    assert (from_timings["prompt_eval_count"], from_timings["eval_count"]) == (6, 3)
+    assert (nothing["prompt_eval_count"], nothing["eval_count"]) == (None, None)
+    assert (nothing["done_reason"], nothing["eval_duration"]) == ("stop", 0)
+
+
+@pytest.mark.parametrize(
+    ("event", "progress"),
+    [
+        ({"prompt_progress": {"total": 22, "cache": 4, "processed": 20, "time_ms": 3}}, (20, 22)),
+        ({"prompt_progress": {"total": 22, "processed": 0}, "content": ""}, (0, 22)),
+        ({"content": "a"}, None),
+        ({}, None),
+    ],
+)
+def test_progress_of_the_prompt_is_read(event: dict[str, Any], progress: tuple[int, int] | None) -> None:
+    assert progress_of(event) == progress
+
+
+# --- thoughts ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "inside", "thinking", "answer"),
+    [
+        ("<think>Hm.</think>Yes.", False, "Hm.", "Yes."),
+        ("\n <think>\n\nHm.\n</think>\n\n Yes. \n", False, "Hm.\n", "Yes. \n"),
+        ("Hm.\n</think>\n\nYes.", True, "Hm.\n", "Yes."),
+        ("\n\nHm.</think>Yes.", True, "Hm.", "Yes."),
+        ("<think>Hm.", True, "<think>Hm.", ""),
+        ("<think></think>Yes.", False, "", "Yes."),
+        ("<think>\n\n</think>\n\nYes.", False, "", "Yes."),
+        ("</think>Yes.", True, "", "Yes."),
+        ("<think>Hm.", False, "Hm.", ""),
+        ("<think>Hm.</think>", False, "Hm.", ""),
+        ("<think>Hm.</think>\n", False, "Hm.", ""),
+        ("<think>a < b </ c </thin </thinker></think>Yes.", False, "a < b </ c </thin </thinker>", "Yes."),
+        ("<think>Hm.</thi", False, "Hm.</thi", ""),
+        ("<think>a</think>b<think>c</think>d", False, "a", "b<think>c</think>d"),
+        ("<think>a</think></think>b", False, "a", "</think>b"),
+        ("Yes.", False, "", "Yes."),
+        ("  Yes.", False, "", "  Yes."),
+        ("Yes, <think>really</think>.", False, "", "Yes, <think>really</think>."),
+        ("<thinking>Yes.", False, "", "<thinking>Yes."),
+        ("<thi", False, "", "<thi"),
+        ("  <", False, "", "  <"),
+        ("\n", False, "", "\n"),
+        ("\n", True, "", ""),
+        ("", False, "", ""),
+        ("", True, "", ""),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 100])
+def test_thoughts_are_parted_however_the_text_is_cut(
+    text: str, inside: bool, thinking: str, answer: str, size: int
+) -> None:
+    splitter = ThinkSplitter(inside=inside)
+
+    parts = [splitter.feed(text[begin : begin + size]) for begin in range(0, len(text), size)]
+    parts.append(splitter.flush())
+
+    assert "".join(part[0] for part in parts) == thinking
+    assert "".join(part[1] for part in parts) == answer
+    assert splitter.flush() == ("", "")
+
+
+def test_thoughts_and_answer_are_given_as_soon_as_they_are_decided() -> None:
+    splitter = ThinkSplitter()
+
+    pieces = ["<th", "ink>", "Hm", ", <", "b> </", "think", ">", "\n", "Yes", " <", "."]
+    assert [splitter.feed(piece) for piece in pieces] == [
+        ("", ""), ("", ""), ("Hm", ""), (", ", ""), ("<b> ", ""), ("", ""), ("", ""), ("", ""), ("", "Yes"),
+        ("", " <"), ("", "."),
+    ]  # fmt: skip

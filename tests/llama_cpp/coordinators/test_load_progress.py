@@ -1,0 +1,314 @@
+"""How far a load is: from the engine's log and the system's counters, and on a real engine over a slow wire."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+from contextlib import AsyncExitStack, suppress
+from dataclasses import replace
+
+import pytest
+
+from sollol_nb.gguf.facts import ModelFacts, read_facts
+from sollol_nb.hybrid_router import HybridRouter
+from sollol_nb.layers.plan import LayerPlan, Shard
+from sollol_nb.llama_cpp.coordinators.load_progress import load_progress
+from sollol_nb.llama_cpp.coordinators.settings import CoordinatorSettings
+from sollol_nb.llama_cpp.engine.find import Engine
+from sollol_nb.llama_cpp.processes.tcp_counters import delivered_bytes
+from sollol_nb.llama_cpp.workers.workers import Workers
+from sollol_nb.runtime.events import Event, EventBus
+from sollol_nb.settings import config
+from sollol_nb.text.units import format_bytes
+from tests.support.engines import QUESTION, eventually_async, run
+from tests.support.gguf_files import write_llama
+
+MIB = 2**20
+ONE, TWO = "127.0.0.1:50052", "127.0.0.1:50053"
+BLOCK_BYTES, OUTPUT_BYTES = 10 * MIB, 4 * MIB
+CONSTRUCTING = "0.01.126.820 I llama_context: constructing llama_context\n"
+LAYERS = f"""\
+0.00.011.384 I llama_prepare_model_devices: using device RPC0 ({ONE}) (unknown id) - 24105 MiB free
+0.00.011.534 I llama_prepare_model_devices: using device RPC1 ({TWO}) (unknown id) - 24105 MiB free
+0.00.054.501 D load_tensors: layer   0 assigned to device RPC0, is_swa = 0
+0.00.054.516 D load_tensors: layer   1 assigned to device RPC0, is_swa = 0
+0.00.054.517 D load_tensors: layer   2 assigned to device RPC1, is_swa = 0
+0.00.054.518 D load_tensors: layer   3 assigned to device RPC1, is_swa = 0
+0.00.054.519 D load_tensors: layer   4 assigned to device RPC1, is_swa = 0
+"""
+
+
+def shard(endpoint: str, first: int, count: int, *, output: bool = False) -> Shard:
+    return Shard(endpoint, first, count, output, weight_bytes=0, kv_bytes=0, reserve_bytes=0, free_bytes=0)
+
+
+@pytest.fixture(scope="module")
+def facts(tmp_path_factory: pytest.TempPathFactory) -> ModelFacts:
+    """Four blocks of 10 MiB and an output layer of 4 MiB."""
+    real = read_facts(write_llama(tmp_path_factory.mktemp("models") / "small.gguf"))
+    return replace(real, layer_bytes=(BLOCK_BYTES,) * 4, output_bytes=OUTPUT_BYTES, file_bytes=50 * MIB)
+
+
+@pytest.fixture(scope="module")
+def sharded(facts: ModelFacts) -> CoordinatorSettings:
+    plan = LayerPlan("even", 4, 4096, (shard(ONE, 0, 2), shard(TWO, 2, 2, output=True)))
+    return CoordinatorSettings("big:70b", facts.path, facts, plan, 4096)
+
+
+# --- reading ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("log", "delivered", "share", "words"),
+    [
+        pytest.param(
+            "",
+            {},
+            0.0,
+            f"0 % (0 B of 44.0 MiB); {ONE} 0 of 2 layers, {TWO} 0 of 3 layers",
+            id="the engine has said nothing yet",
+        ),
+        pytest.param(
+            LAYERS,
+            {ONE: 11 * MIB},
+            11 / 44,
+            f"25 % (11.0 MiB of 44.0 MiB); {ONE} 1 of 2 layers, {TWO} 0 of 3 layers",
+            id="in the middle of the first worker",
+        ),
+        pytest.param(
+            LAYERS,
+            {ONE: 21 * MIB, TWO: 4 * MIB},
+            24 / 44,
+            f"54 % (24.0 MiB of 44.0 MiB); {ONE} 2 of 2 layers, {TWO} 1 of 3 layers",
+            id="more was sent than weights; the output layer comes first",
+        ),
+        pytest.param(
+            LAYERS,
+            {ONE: 30 * MIB, TWO: 24 * MIB - 1},
+            1 - 1 / (44 * MIB),
+            f"99 % (44.0 MiB of 44.0 MiB); {ONE} 2 of 2 layers, {TWO} 2 of 3 layers",
+            id="a byte is missing",
+        ),
+        pytest.param(
+            LAYERS.replace("layer   2 assigned to device RPC1", "layer   2 assigned to device RPC0"),
+            {ONE: 30 * MIB},
+            30 / 44,
+            f"68 % (30.0 MiB of 44.0 MiB); {ONE} 3 of 3 layers, {TWO} 0 of 2 layers",
+            id="the engine places otherwise than planned",
+        ),
+        pytest.param(
+            LAYERS, None, None, f"44.0 MiB; {ONE} 2 layers, {TWO} 3 layers", id="the system counts nothing"
+        ),
+        pytest.param(
+            LAYERS + CONSTRUCTING,
+            {ONE: 1 * MIB},
+            1.0,
+            "100 % (44.0 MiB of 44.0 MiB); making room for the context",
+            id="the workers had the rest in their caches",
+        ),
+        pytest.param(
+            LAYERS + CONSTRUCTING,
+            None,
+            1.0,
+            "100 % (44.0 MiB of 44.0 MiB); making room for the context",
+            id="the engine says that the weights are loaded",
+        ),
+    ],
+)
+def test_progress_is_what_the_log_and_the_counters_say(
+    sharded: CoordinatorSettings, log: str, delivered: dict[str, int] | None, share: float | None, words: str
+) -> None:
+    progress = load_progress(sharded, log, delivered)
+
+    assert progress.words == f"loading big:70b: {words}"
+    assert progress.share == (None if share is None else pytest.approx(share))
+    assert progress.total_bytes == 44 * MIB
+    assert progress.loaded_bytes == (None if share is None else pytest.approx(share * 44 * MIB))
+    assert [one.endpoint for one in progress.per_worker] == [ONE, TWO]
+    assert sum(one.planned_units for one in progress.per_worker) == 5
+    assert sum(one.total_bytes for one in progress.per_worker) == 44 * MIB
+    if share is not None:
+        assert sum(one.loaded_bytes or 0 for one in progress.per_worker) == progress.loaded_bytes
+
+
+def test_progress_without_workers_says_what_is_loaded_and_when_it_is(facts: ModelFacts) -> None:
+    settings = CoordinatorSettings("small", facts.path, facts, None, 4096)
+
+    loading, loaded = load_progress(settings, ""), load_progress(settings, CONSTRUCTING)
+
+    assert (loading.share, loading.loaded_bytes, loading.total_bytes) == (None, None, 50 * MIB)
+    assert loading.words == "loading small: 50.0 MiB on this machine"
+    assert (loaded.share, loaded.loaded_bytes, loaded.per_worker) == (1.0, 50 * MIB, ())
+
+
+def test_an_event_gets_plain_values(sharded: CoordinatorSettings) -> None:
+    assert load_progress(sharded, LAYERS, {ONE: 11 * MIB}).as_dict() == {
+        "share": 0.25,
+        "loaded_bytes": 11 * MIB,
+        "total_bytes": 44 * MIB,
+        "per_worker": [
+            {
+                "endpoint": ONE,
+                "placed_units": 1,
+                "planned_units": 2,
+                "loaded_bytes": 11 * MIB,
+                "total_bytes": 20 * MIB,
+            },
+            {"endpoint": TWO, "placed_units": 0, "planned_units": 3, "loaded_bytes": 0, "total_bytes": 24 * MIB},
+        ],
+    }
+
+
+# --- counting ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "host"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
+def test_delivered_bytes_are_those_that_the_peer_got_of_all_connections(
+    family: socket.AddressFamily, host: str
+) -> None:
+    with socket.socket(family) as listener:
+        listener.bind((host, 0))
+        listener.listen()
+        peer = listener.getsockname()[:2]
+        with socket.create_connection(peer) as one, socket.create_connection(peer) as other:
+            for connection, count in ((one, 100_000), (other, 50_000)):
+                accepted, _ = listener.accept()
+                with accepted:
+                    connection.sendall(bytes(count))
+                    left = count
+                    while left:
+                        left -= len(accepted.recv(left))
+            counts = delivered_bytes(os.getpid())
+
+    if sys.platform == "linux":
+        assert counts is not None
+        assert counts[peer] == pytest.approx(150_000, abs=10)  # a SYN counts as a byte
+    else:
+        assert counts is None
+
+
+def test_an_ended_process_has_delivered_nothing_that_is_known() -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    assert delivered_bytes(process.pid) is None
+
+
+# --- on a real engine -------------------------------------------------------------------------
+
+HALT_EVERY_BYTES, HALF_BYTES = 12 * MIB, 6 * MIB
+ON_THE_WAY_BYTES = 16 * MIB  # more than a system keeps of one connection that nobody reads
+
+
+class MeteredWire:
+    """A worker seen through a wire that lets through as many bytes as it was told to, and then waits."""
+
+    def __init__(self, worker: str) -> None:
+        self._worker = config.parse_endpoint(worker)
+        self._left_bytes = 0
+        self._more = asyncio.Condition()
+
+    async def __aenter__(self) -> MeteredWire:
+        self._server = await asyncio.start_server(self._pass, "127.0.0.1", 0)
+        self.endpoint = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        await self.let_through(2**40)
+
+    async def let_through(self, more_bytes: int) -> None:
+        async with self._more:
+            self._left_bytes += more_bytes
+            self._more.notify_all()
+
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        worker_reader, worker_writer = await asyncio.open_connection(*self._worker)
+        await asyncio.gather(self._copy(reader, worker_writer, metered=True), self._copy(worker_reader, writer))
+
+    async def _copy(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, metered: bool = False) -> None:
+        with suppress(OSError):
+            while data := await source.read(65536):
+                if metered:
+                    async with self._more:
+                        await self._more.wait_for(lambda: self._left_bytes > 0)
+                        self._left_bytes -= len(data)
+                sink.write(data)
+                await sink.drain()
+        sink.close()
+
+
+@pytest.fixture(scope="module")
+def heavy(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model of 150 MB: far more than the system keeps on the way."""
+    path = tmp_path_factory.mktemp("models") / "heavy.gguf"
+    return str(write_llama(path, blocks=8, embedding=768, feed_forward=3072, heads=12, vocabulary=400))
+
+
+@pytest.mark.engine
+def test_progress_grows_with_what_the_workers_get_and_stands_still_with_the_wire(
+    engine: Engine, heavy: str
+) -> None:
+    """Both in the router that loads the model and in one that adopts it meanwhile."""
+
+    async def told() -> tuple[list[Event], list[Event], list[tuple[int, Event]]]:
+        workers = Workers([], EventBus())
+        near, far = await workers.start_local(engine, 2)
+        async with AsyncExitStack() as stack:
+            stack.push_async_callback(workers.stop_local)
+            wire = await stack.enter_async_context(MeteredWire(near))
+            loads, adopts = [
+                await stack.enter_async_context(
+                    HybridRouter(
+                        rpc_backends=[wire.endpoint, far],
+                        auto_discover_rpc=False,
+                        distributed_threshold_params=1e-6,
+                        layer_strategy="even",
+                    )
+                )
+                for _ in range(2)
+            ]
+            loading, adopting = loading_events(loads), loading_events(adopts)
+            passed_bytes = 1 * MIB
+            await wire.let_through(passed_bytes)  # the greetings, and a little more
+            first = asyncio.create_task(loads.route_request(heavy, QUESTION, max_tokens=1))
+            await eventually_async(lambda: loading, "progress is told")
+            second = asyncio.create_task(adopts.route_request(heavy, QUESTION, max_tokens=1))
+            await eventually_async(lambda: adopting, "it is told to the second router too")
+
+            halts = [(passed_bytes, loading[-1])]
+            for _ in range(3):
+                await wire.let_through(HALT_EVERY_BYTES)
+                passed_bytes += HALT_EVERY_BYTES
+                await eventually_async(
+                    lambda: loading[-1].data["loaded_bytes"] >= halts[-1][1].data["loaded_bytes"] + HALF_BYTES,
+                    "progress goes on with the wire",
+                )
+                halts.append((passed_bytes, loading[-1]))
+            await wire.let_through(2**40)
+            await asyncio.gather(first, second)
+            return loading, adopting, halts
+
+    loading, adopting, halts = run(told())
+
+    for events in (loading, adopting):
+        shares = [event.data["share"] for event in events]
+        assert shares == sorted(shares), "it only grows"
+        assert {event.subject for event in events} == {heavy}
+    total_bytes = loading[0].data["total_bytes"]
+    for passed_bytes, event in halts:
+        near, far = event.data["per_worker"]
+        assert event.data["loaded_bytes"] <= passed_bytes + ON_THE_WAY_BYTES < total_bytes
+        assert 0 <= near["placed_units"] < near["planned_units"]
+        assert far["placed_units"] == 0
+        assert f"of {format_bytes(total_bytes)}" in event.words
+        assert f"{far['endpoint']} 0 of {far['planned_units']} layers" in event.words
+
+
+def loading_events(router: HybridRouter) -> list[Event]:
+    """The events of loading from now on, as they come."""
+    heard: list[Event] = []
+    router.events.subscribe(lambda event: heard.append(event) if event.kind == "coordinator.loading" else None)
+    return heard

@@ -1,0 +1,503 @@
+"""Coordinators over their life: one per model, warm across requests, lost without harm, ended to make room."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from sollol_nb import hybrid_router
+from sollol_nb.chat.completion import Completion
+from sollol_nb.errors import (
+    AnswerInterruptedError,
+    ConfigError,
+    ModelDoesNotFitError,
+    ModelFileError,
+    SollolError,
+    WorkersUnavailableError,
+)
+from sollol_nb.layers.strategies import WorkerCapacity
+from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
+from sollol_nb.llama_cpp.engine.find import Engine
+from sollol_nb.llama_cpp.workers.workers import WorkerStatus
+from sollol_nb.sync_wrapper import HybridRouter
+from tests.support.engines import (
+    QUESTION,
+    OtherProtocolWorker,
+    all_end,
+    engine_on,
+    engines_of,
+    eventually,
+    is_alive,
+    run,
+    says,
+    script,
+    serving,
+    unused_port,
+    write_endless,
+)
+from tests.support.gguf_files import cut, write_llama
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def breakable(engine: Engine) -> Iterator[HybridRouter]:
+    """A router over three workers of its own, whose engines the tests here kill; it starts what it lacks."""
+    # With a context of its own, so that no coordinator of other tests is adopted.
+    with HybridRouter(
+        auto_setup_rpc=True, auto_discover_rpc=False, num_rpc_backends=3, context_tokens=2048
+    ) as mine:
+        yield mine
+
+
+LONG_QUESTION = "Tell me everything about sharding."  # the answer is still under way after its first chunks
+TWO_TOKENS: dict[str, Any] = {"max_tokens": 2, "temperature": 0}
+"""Greedy: from random weights, sampling may draw bytes that are no text, which llama-server fails to send."""
+
+
+@pytest.fixture(scope="module")
+def sharding(engine: Engine) -> Iterator[HybridRouter]:
+    """A router that shards every model over three workers of its own, and starts no others."""
+    with HybridRouter(auto_discover_rpc=False, distributed_threshold_params=1e-6, timeout=600) as mine:
+        mine.start_workers(3)
+        yield mine
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_endless(tmp_path_factory.mktemp("models")))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_llama(tmp_path_factory.mktemp("models") / "small.gguf"))
+
+
+def coordinator_of(router: HybridRouter) -> Coordinator:
+    assert router.coordinator is not None
+    return router.coordinator
+
+
+def worker_states(router: HybridRouter) -> list[str]:
+    return sorted(worker.state for worker in router.cluster().workers)
+
+
+def kinds(router: HybridRouter, since: int = 0) -> list[str]:
+    return [event.kind for event in router.events.recent()[since:]]
+
+
+def started_since(router: HybridRouter, since: int) -> int:
+    return kinds(router, since).count("coordinator.starting")
+
+
+def error_of(ask: Callable[[], Any], kind: type[SollolError]) -> str:
+    """The one line of the error that asking ends in."""
+    with pytest.raises(kind) as caught:
+        ask()
+    assert type(caught.value) is kind
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# --- one for each model, kept warm ------------------------------------------------------------
+
+
+def test_a_second_request_finds_the_model_loaded(router: HybridRouter) -> None:
+    router.stop_coordinator("demo:sharded")
+    first = router.route_request("demo:sharded", QUESTION, max_tokens=3)
+    pid = coordinator_of(router).pid
+    second = router.route_request("demo:sharded", QUESTION, max_tokens=3)
+
+    assert first.routing["load_ms"] > 0
+    assert second.routing["load_ms"] is None
+    assert coordinator_of(router).pid == pid
+    assert first.routing["coordinator_url"] == second.routing["coordinator_url"]
+
+
+def test_requests_at_once_from_an_event_loop_start_one_coordinator(router: HybridRouter) -> None:
+    router.stop_coordinator("demo:sharded")
+    since = len(router.events.recent())
+
+    async def ask_all() -> list[Any]:
+        ask = router._async.route_request
+        return await asyncio.gather(*(ask("demo:sharded", QUESTION, max_tokens=3) for _ in range(4)))
+
+    answers = asyncio.run(ask_all())
+
+    assert started_since(router, since) == 1
+    assert all(answer.routing["load_ms"] > 0 for answer in answers), "all waited for its start"
+    assert len({answer.routing["coordinator_url"] for answer in answers}) == 1
+
+
+def test_requests_at_once_from_threads_start_one_coordinator(router: HybridRouter) -> None:
+    router.stop_coordinator("demo:sharded")
+    since = len(router.events.recent())
+    together = threading.Barrier(4)
+
+    def ask(_: int) -> str:
+        together.wait()
+        return router.route_request("demo:sharded", QUESTION, max_tokens=3, temperature=0).text
+
+    with ThreadPoolExecutor(4) as threads:
+        assert len(set(threads.map(ask, range(4)))) == 1
+    assert started_since(router, since) == 1
+
+
+WHOLE_ROUTER = """
+from sollol_nb.sync_wrapper import HybridRouter
+import sys
+settings = {"num_rpc_backends": 2, "context_tokens": int(sys.argv[1])}
+with HybridRouter(auto_setup_rpc=True, auto_discover_rpc=False, **settings) as router:
+    answer = router.route_request("demo:sharded", "What is a worker?", temperature=0, max_tokens=40)
+    print("pid", router.coordinator.pid, flush=True)
+    print("url", answer.routing["coordinator_url"], flush=True)
+    print("workers", *router.coordinator.rpc_backends, flush=True)
+    print("units", *(len(one.units) for one in router.coordinator.placement.devices if one.units), flush=True)
+    print("text", answer.text.encode().hex(), flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_two_processes_with_other_settings_have_workers_and_ports_of_their_own(
+    router: HybridRouter, tmp_path: Path
+) -> None:
+    state = {"SOLLOL_STATE_DIR": str(tmp_path)}
+    with script(WHOLE_ROUTER, "1024", **state) as one, script(WHOLE_ROUTER, "1280", **state) as other:
+        pids = {says(each, "pid") for each in (one, other)}
+        urls = {says(each, "url") for each in (one, other)}
+        workers = [endpoint for each in (one, other) for endpoint in says(each, "workers").split()]
+        units = [says(each, "units").split() for each in (one, other)]
+        texts = [bytes.fromhex(says(each, "text")).decode() for each in (one, other)]
+        processes = [engine for each in (one, other) for engine in engines_of(psutil.Process(each.pid))]
+        one.communicate("\n")
+        other.communicate("\n")
+
+    assert len(pids) == len(urls) == 2
+    assert len(set(workers)) == len(workers) == 4
+    assert [sum(map(int, each)) for each in units] == [13, 13]
+    assert len(processes) == 6
+    ours = router.route_request("demo:sharded", QUESTION, temperature=0, max_tokens=40)
+    assert texts == [ours.text] * 2
+    all_end(processes)
+
+
+def test_a_second_process_adopts_the_coordinator_of_the_first_and_the_last_one_ends_it(
+    engine: Engine, tmp_path: Path
+) -> None:
+    state = {"SOLLOL_STATE_DIR": str(tmp_path)}
+    with script(WHOLE_ROUTER, "1536", **state) as one:
+        pid, url, workers, units, text = (says(one, word) for word in ("pid", "url", "workers", "units", "text"))
+        with script(WHOLE_ROUTER, "1536", **state) as other:
+            told = [says(other, word) for word in ("pid", "url", "workers", "units", "text")]
+            processes = engines_of(psutil.Process(one.pid))
+            assert engines_of(psutil.Process(other.pid)) == [], "it started none"
+            one.communicate("\n")
+            assert len(processes) == 3
+            assert all(map(is_alive, processes)), "the other one uses them"
+            other.communicate("\n")
+    assert told == [pid, url, workers, units, text]
+    all_end(processes)
+
+
+def test_without_discovery_the_default_number_of_workers_is_set_up(engine: Engine) -> None:
+    with HybridRouter(auto_setup_rpc=True, auto_discover_rpc=False) as mine:
+        answer = mine.route_request("demo:sharded", QUESTION, max_tokens=1)
+        assert len(answer.routing["plan"]["shards"]) == 3
+
+
+# --- lost -------------------------------------------------------------------------------------
+
+
+def test_a_connection_that_was_overlooked_once_is_no_lost_worker(
+    breakable: HybridRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    breakable.route_request("demo:sharded", QUESTION, max_tokens=3)
+    coordinator, looks = coordinator_of(breakable), []
+
+    def overlooked_once() -> list[str]:
+        looks.append(Coordinator.broken_links(coordinator))
+        return coordinator.rpc_backends if len(looks) == 1 else looks[-1]
+
+    monkeypatch.setattr(coordinator, "broken_links", overlooked_once)
+    eventually(lambda: len(looks) > 2, "it is looked at again and again")
+    assert coordinator.is_running()
+    assert coordinator_of(breakable) is coordinator
+
+
+def test_a_coordinator_killed_while_idle_is_noticed_and_the_next_request_starts_another(
+    breakable: HybridRouter,
+) -> None:
+    breakable.route_request("demo:sharded", QUESTION, max_tokens=3)
+    lost = coordinator_of(breakable)
+    psutil.Process(lost.pid).kill()
+
+    eventually(lambda: breakable.coordinator is None, "the loss is noticed")
+    assert breakable.coordinator_model is None
+    eventually(lambda: worker_states(breakable) == ["free"] * 3, "its workers are free")
+    assert "demo:sharded ended: signal 9" in [event.words for event in breakable.events.recent()]
+    assert breakable.get_stats()["coordinator_uptime_seconds"] == 0
+
+    answer = breakable.route_request("demo:sharded", QUESTION, max_tokens=3)
+    assert answer.routing["load_ms"] > 0
+    assert coordinator_of(breakable).pid != lost.pid
+    assert worker_states(breakable) == ["held"] * 3
+
+
+def test_an_answer_goes_on_when_its_coordinator_is_killed(sharding: HybridRouter) -> None:
+    whole = sharding.route_request("demo:sharded", LONG_QUESTION, temperature=0)
+    killed = psutil.Process(coordinator_of(sharding).pid)
+
+    chunks = []
+    for position, chunk in enumerate(sharding.stream("demo:sharded", LONG_QUESTION, temperature=0)):
+        chunks.append(chunk)
+        if position == 3:
+            killed.kill()
+
+    answer = Completion.from_chunks(chunks)
+    assert (answer.text, answer["eval_count"], answer["done_reason"]) == (whole.text, whole["eval_count"], "stop")
+    (failover,) = answer.routing["failovers"]
+    assert failover["what"].startswith("the coordinator of demo:sharded ended (signal 9); log: ")
+    assert failover["continued"]
+    assert 3 <= failover["tokens_before"] < whole["eval_count"]
+    assert failover["cost_ms"] > 0
+    assert failover["lost_workers"] == []
+    row = sharding.latency.frame(model="demo:sharded", last=1).iloc[0]
+    assert (row.status, row.failovers, row.completion_tokens) == ("ok", 1, whole["eval_count"])
+
+
+def test_a_worker_killed_while_idle_is_noticed_and_replaced(breakable: HybridRouter) -> None:
+    breakable.route_request("demo:sharded", QUESTION, max_tokens=3)
+    before = coordinator_of(breakable)
+    lost = before.rpc_backends[1]
+    engine_on(int(lost.rpartition(":")[2])).kill()
+
+    eventually(lambda: not before.is_running(), "the coordinator that has lost it is ended")
+    events = [event.words for event in breakable.events.recent()]
+    assert f"demo:sharded lost its connection to {lost}" in events
+
+    again = breakable.route_request("demo:sharded", QUESTION, max_tokens=3)
+    assert again.routing["load_ms"] > 0
+    assert again.routing["failovers"] == []
+    assert len(coordinator_of(breakable).rpc_backends) == 3
+    assert worker_states(breakable).count("held") == 3
+
+
+def test_without_a_worker_left_the_answer_is_kept_and_resumed_later(sharding: HybridRouter) -> None:
+    whole = sharding.route_request("demo:sharded", LONG_QUESTION, temperature=0)
+    workers = coordinator_of(sharding).rpc_backends
+    processes = [engine_on(int(endpoint.rpartition(":")[2])) for endpoint in workers]
+    asked = sharding.stream("demo:sharded", LONG_QUESTION, temperature=0)
+    chunks = [next(asked) for _ in range(5)]
+    for process in processes:
+        process.kill()
+
+    with pytest.raises(AnswerInterruptedError) as caught:
+        chunks += asked
+
+    text = Completion.from_chunks(chunks).text
+    assert text
+    assert whole.text.startswith(text)
+    assert caught.value.partial.text == text
+    assert "no other could take over" in str(caught.value)
+    assert "router.resume(error)" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    row = sharding.latency.frame(model="demo:sharded", last=1).iloc[0]
+    assert (row.status, row.partial_text) == ("error", text)
+
+    for endpoint in workers:
+        sharding.remove_worker(endpoint)
+    sharding.start_workers(3)
+    resumed = sharding.resume(caught.value)
+    assert (resumed.text, resumed["eval_count"], resumed["done_reason"]) == (
+        whole.text,
+        whole["eval_count"],
+        "stop",
+    )
+    with pytest.raises(ConfigError, match="takes an AnswerInterruptedError"):
+        sharding.resume(ValueError())  # type: ignore[arg-type]
+
+
+# --- making room ------------------------------------------------------------------------------
+
+
+def test_an_idle_coordinator_makes_room_for_another_model(
+    sharding: HybridRouter, endless: str, small: str
+) -> None:
+    sharding.stop_coordinator()
+    sharding.route_request(endless, QUESTION, **TWO_TOKENS)
+    before = coordinator_of(sharding)
+    since = len(sharding.events.recent())
+
+    sharding.route_request(small, QUESTION, **TWO_TOKENS)
+
+    assert not before.is_running()
+    assert [one.model for one in sharding.coordinators] == [small]
+    words = [event.words for event in sharding.events.recent()[since:] if event.kind == "coordinator.made_room"]
+    assert words == [f"stopping {endless} (idle) to make room for {small}"]
+
+
+def test_a_busy_coordinator_is_not_stopped_to_make_room(sharding: HybridRouter, endless: str, small: str) -> None:
+    sharding.stop_coordinator()
+    chunks = sharding.stream(endless, QUESTION, temperature=0)
+    next(chunks)
+    busy = coordinator_of(sharding)
+
+    words = error_of(lambda: sharding.route_request(small, QUESTION, **TWO_TOKENS), WorkersUnavailableError)
+
+    assert words.startswith(
+        f"{small} needs RPC workers and none of 3 is free: held by the coordinator of {endless}"
+    )
+    assert busy.is_running()
+    assert next(chunks)["done"] is False, "its answer goes on"
+    chunks.close()
+    assert sharding.route_request(small, QUESTION, **TWO_TOKENS)["eval_count"] == 2
+    assert not busy.is_running()
+
+
+def test_stopping_releases_the_workers_and_stopping_twice_is_fine(sharding: HybridRouter, small: str) -> None:
+    sharding.route_request(small, QUESTION, **TWO_TOKENS)
+    pid = coordinator_of(sharding).pid
+    assert sharding.stop_coordinator("no such model") == []
+    assert sharding.stop_coordinator(small) == [small]
+    assert sharding.stop_coordinator(small) == []
+    assert not psutil.pid_exists(pid)
+    assert worker_states(sharding) == ["free"] * 3
+
+
+def test_a_stop_that_is_cancelled_releases_the_workers_all_the_same(sharding: HybridRouter, small: str) -> None:
+    sharding.route_request(small, QUESTION, **TWO_TOKENS)
+    pid = coordinator_of(sharding).pid
+
+    async def cancelled() -> None:
+        stopping = asyncio.create_task(sharding._async.stop_coordinator(small))
+        await asyncio.sleep(0)  # it has begun
+        stopping.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await stopping
+
+    run(cancelled())
+    eventually(lambda: not psutil.pid_exists(pid), "the engine has ended")
+    eventually(lambda: worker_states(sharding) == ["free"] * 3, "the workers are free")
+
+
+# --- what cannot start ------------------------------------------------------------------------
+
+
+def test_a_model_that_does_not_fit_is_refused_before_any_engine_starts(
+    sharding: HybridRouter, small: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sharding.stop_coordinator()
+    since = len(sharding.events.recent())
+    tiny = property(lambda self: WorkerCapacity(self.endpoint, free_bytes=100_000, total_bytes=100_000))
+    monkeypatch.setattr(WorkerStatus, "capacity", tiny)
+
+    words = error_of(lambda: sharding.route_request(small, QUESTION), ModelDoesNotFitError)
+
+    assert "layers find no room" in words
+    assert started_since(sharding, since) == 0
+    assert worker_states(sharding) == ["free"] * 3
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ("cut", "cut.gguf"),
+        ("missing", "missing.gguf is not there; give the path of a GGUF file"),
+        ("text", "text.gguf"),
+    ],
+)
+def test_a_damaged_model_file_is_told_before_any_engine_starts(
+    engine: Engine, tmp_path: Path, damage: str, words: str
+) -> None:
+    path = tmp_path / f"{damage}.gguf"
+    if damage == "cut":
+        cut(write_llama(path), missing_bytes=5000)
+    elif damage == "text":
+        path.write_text("This is not a model.\n" * 100)
+    before = engines_of(psutil.Process())
+    with HybridRouter(gguf_path=path, auto_setup_rpc=True, auto_discover_rpc=False) as mine:
+        assert words in error_of(lambda: mine.route_request("llama3.1:70b", QUESTION), ModelFileError)
+        assert kinds(mine) == ["request.started", "request.finished"]
+    assert engines_of(psutil.Process()) == before
+
+
+def test_a_worker_of_another_protocol_is_not_used_and_is_named(engine: Engine) -> None:
+    with serving(OtherProtocolWorker) as newer, HybridRouter(auto_discover_rpc=False) as mine:
+        mine.add_worker(f"127.0.0.1:{newer}")
+        words = error_of(lambda: mine.route_request("demo:sharded", QUESTION), WorkersUnavailableError)
+        assert f"127.0.0.1:{newer} speaks RPC protocol 8.0.0, this side 7.0" in words
+
+        (usable,) = mine.start_workers(1)
+        answer = mine.route_request("demo:sharded", QUESTION, max_tokens=2)
+        assert [shard["endpoint"] for shard in answer.routing["plan"]["shards"]] == [usable]
+
+
+def test_without_workers_the_error_says_how_to_get_some(engine: Engine) -> None:
+    with HybridRouter(auto_discover_rpc=False) as mine:
+        words = error_of(lambda: mine.route_request("demo:sharded", QUESTION), WorkersUnavailableError)
+    assert words.startswith("demo:sharded needs RPC workers and none is known; start some here with")
+    with HybridRouter(auto_discover_rpc=False, rpc_backends=[f"127.0.0.1:{unused_port()}"]) as mine:
+        words = error_of(lambda: mine.route_request("demo:sharded", QUESTION), WorkersUnavailableError)
+    assert "none of 1 is free: nothing listens on 127.0.0.1:" in words
+
+
+def test_a_worker_that_hangs_at_the_start_costs_the_coordinator_timeout_and_no_more(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker falls silent between the look at it and the start."""
+    with HybridRouter(auto_discover_rpc=False, coordinator_timeout=1.0) as mine:
+        (endpoint,) = mine.start_workers(1)
+        worker = engine_on(int(endpoint.rpartition(":")[2]))
+        before = engines_of(psutil.Process())
+
+        def hangs(event: Any) -> None:
+            if event.kind == "coordinator.starting":
+                worker.suspend()
+
+        stop_hanging = mine.events.subscribe(hangs)
+        words = error_of(lambda: mine.route_request("demo:sharded", QUESTION), WorkersUnavailableError)
+        stop_hanging()
+
+        assert "was not ready within 1 s; give a larger coordinator_timeout" in words
+        assert f"none of 1 is free: {endpoint}" in words
+        assert kinds(mine)[-2:] == ["coordinator.failed", "request.finished"]
+        assert engines_of(psutil.Process()) == before
+        row = mine.latency.frame(model="demo:sharded", last=1).iloc[0]
+        assert row.status == "error"
+        worker.resume()
+        eventually(lambda: worker_states(mine) == ["free"], "the worker is free again")
+
+
+def test_a_request_cancelled_while_its_coordinator_starts_leaves_no_engine_and_free_workers(
+    engine: Engine,
+) -> None:
+    async def cancelled(mine: hybrid_router.HybridRouter) -> None:
+        starting = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def note(event: Any) -> None:
+            if event.kind == "coordinator.starting":
+                loop.call_soon_threadsafe(starting.set)
+
+        mine.events.subscribe(note)
+        asking = asyncio.create_task(mine.route_request("demo:sharded", QUESTION))
+        await starting.wait()
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+
+    with HybridRouter(auto_discover_rpc=False) as mine:
+        mine.start_workers(2)
+        before = engines_of(psutil.Process())
+        asyncio.run(cancelled(mine._async))
+        assert mine.coordinators == []
+        all_end([one for one in engines_of(psutil.Process()) if one not in before])
+        eventually(lambda: worker_states(mine) == ["free"] * 2, "the workers are free")
+        assert mine.latency.frame(model="demo:sharded", last=1).status[0] == "cancelled"

@@ -1,0 +1,405 @@
+"""The registry: what it lists runs, what is dead is cleaned up, and nobody else's things are touched."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from sollol_nb.errors import WorkersUnavailableError
+from sollol_nb.llama_cpp.processes import registry
+from sollol_nb.llama_cpp.processes.registry import Entry
+from sollol_nb.settings import config
+from tests.support.engines import HANG_GUARD_S, eventually, is_alive, run, says, script
+from tests.support.supervised import KEY, MINUTES, PYTHON, nothing_is_left, supervised
+
+posix_only = pytest.mark.skipif(os.name != "posix", reason="POSIX modes and processes")
+
+US = psutil.Process()
+NOBODY = 2**22 + 5  # above the highest pid that Linux gives, and none that others give
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A registry of this test's own; in the end, nothing of it runs."""
+    monkeypatch.setenv("SOLLOL_STATE_DIR", str(tmp_path))
+    yield config.registry_dir()
+    nothing_is_left(config.registry_dir())
+
+
+@pytest.fixture
+def stranger() -> Iterator[psutil.Process]:
+    """A process that has nothing to do with any of this."""
+    with subprocess.Popen([*PYTHON, MINUTES]) as process:
+        yield psutil.Process(process.pid)
+        process.kill()
+
+
+def write(folder: Path, name: str = "worker-1", **changes: Any) -> Path:
+    """Write an entry and its key; its supervisor is this process, its engine nobody."""
+    (folder / f"{name}.key").write_text(KEY)
+    entry = {
+        "id": name,
+        "kind": "worker",
+        "pid": NOBODY,
+        "pid_started": 1000.0,
+        "supervisor_pid": US.pid,
+        "supervisor_started": US.create_time(),
+        "control_port": 9,
+        "key_path": str(folder / f"{name}.key"),
+        "log_path": str(config.log_dir() / f"{name}.log"),
+        "started_at": 2000.0,
+        "keep_alive_s": 600.0,
+        "about": {},
+        **changes,
+    }
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(entry))
+    return path
+
+
+def ids(kind: str | None = None) -> list[str]:
+    return [entry.id for entry in registry.entries(kind)]
+
+
+# --- what it lists ----------------------------------------------------------------------------
+
+
+def test_running_engines_are_listed_oldest_first_and_gone_when_they_end(folder: Path) -> None:
+    assert registry.entries() == []
+    with ExitStack() as running:
+        one = running.enter_context(supervised(folder, name="worker-b", about={"endpoint": "127.0.0.1:1"}))
+        about = {"model": "m", "workers": ["127.0.0.1:1"]}
+        two = running.enter_context(supervised(folder, name="coordinator-a", kind="coordinator", about=about))
+        assert ids() == ["worker-b", "coordinator-a"]
+        assert ids("worker") == ["worker-b"]
+        assert ids("coordinator") == ["coordinator-a"]
+        assert [(entry.name, entry.workers) for entry in registry.entries()] == [
+            ("127.0.0.1:1", []),
+            ("m", ["127.0.0.1:1"]),
+        ]
+        assert [entry.read_key() for entry in registry.entries()] == [KEY, KEY]
+        assert {endpoint: entry.id for endpoint, entry in registry.holders().items()} == {
+            "127.0.0.1:1": "coordinator-a"
+        }
+        for owner in (one, two):
+            control = owner.connect()
+            control.ask("stop")
+            control.exited()
+            assert owner.spec["id"] not in ids(), "whoever is told of the end finds it gone"
+            assert owner.files == []
+
+
+def test_entry_shows_neither_its_key_nor_all_it_is_about(folder: Path) -> None:
+    write(folder, about={"model": "m", "prompt": "a secret"})
+    (entry,) = registry.entries()
+    assert KEY not in repr(entry)
+    assert "a secret" not in repr(entry)
+    Path(entry.key_path).unlink()
+    assert entry.read_key() is None
+
+
+@pytest.mark.parametrize(
+    ("about", "words"),
+    [
+        ({"owner_pid": os.getpid(), "owner": "x"}, "this kernel"),
+        ({"owner_pid": 17, "owner": "ipykernel"}, "process 17 (ipykernel)"),
+        ({"owner_pid": 17}, "process 17 (a kernel)"),
+    ],
+)
+def test_owner_is_told_in_words(about: dict[str, Any], words: str) -> None:
+    assert registry.owner_words(about) == words
+
+
+@posix_only
+def test_registry_is_for_its_owner_only(folder: Path) -> None:
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert folder.parent == config.state_dir()
+
+
+def test_reader_never_sees_half_an_entry(folder: Path) -> None:
+    with supervised(folder, name="worker-1") as owner:
+        control, path, updated = owner.connect(), Path(owner.spec["entry_path"]), threading.Event()
+
+        def update() -> None:
+            for number in range(400):
+                control.ask("about", about={"number": number, "filling": "x" * (number % 7) * 5000})
+            updated.set()
+
+        writer = threading.Thread(target=update)
+        writer.start()
+        seen = set()
+        while not updated.is_set():
+            seen.add(json.loads(path.read_text("utf-8"))["about"].get("number"))
+            assert ids() == ["worker-1"]
+        writer.join(HANG_GUARD_S)
+        assert len(seen) > 1, "it was read while it was written"
+        assert owner.entry()["about"]["number"] == 399
+
+
+# --- what is no entry -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "3", "null", '"a"', '{"id": "x"}', "\x00\x01", "[" * 100_000, "{}"], ids=ascii
+)
+def test_file_that_is_no_entry_is_removed_and_the_others_are_read(text: str, folder: Path) -> None:
+    write(folder, "good")
+    (folder / "bad.json").write_text(text)
+    assert ids() == ["good"]
+    assert not (folder / "bad.json").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pid": "17"},
+        {"pid": None},
+        {"pid": -1, "supervisor_pid": -1},
+        {"supervisor_pid": 2**70},
+        {"supervisor_pid": 1.5},
+        {"supervisor_started": "yesterday"},
+        {"control_port": None},
+        {"key_path": 3},
+        {"started_at": None},
+        {"keep_alive_s": []},
+        {"about": []},
+        {"about": None},
+    ],
+    ids=str,
+)
+def test_entry_with_a_field_of_another_kind_is_removed(change: dict[str, Any], folder: Path) -> None:
+    write(folder, "good")
+    bad = write(folder, "bad", **change)
+    assert ids() == ["good"]
+    assert not bad.exists()
+
+
+@pytest.mark.parametrize("name", [one.name for one in fields(Entry) if one.name != "path"])
+def test_entry_that_lacks_a_field_is_removed(name: str, folder: Path) -> None:
+    path = write(folder)
+    entry = json.loads(path.read_text())
+    del entry[name]
+    path.write_text(json.dumps(entry))
+    assert registry.entries() == []
+    assert not path.exists()
+
+
+def test_entry_of_a_newer_version_is_read_as_far_as_it_is_known(folder: Path) -> None:
+    write(folder, added_later="x")
+    assert ids() == ["worker-1"]
+
+
+def test_files_of_others_in_the_folder_stay(folder: Path) -> None:
+    for name in ("claims.lock", "worker-9.key", "worker-9.json.new"):
+        (folder / name).write_text("x")
+    assert registry.entries() == []
+    assert len(list(folder.iterdir())) == 3
+
+
+# --- what is dead -----------------------------------------------------------------------------
+
+
+def test_same_process_is_told_by_pid_and_start_time(stranger: psutil.Process) -> None:
+    started = stranger.create_time()
+    assert registry.is_same_process(stranger.pid, started)
+    assert registry.is_same_process(stranger.pid, started + 1), "clocks are set now and then"
+    assert registry.is_same_process(stranger.pid, None), "a start time is not always known"
+    assert not registry.is_same_process(stranger.pid, started + 60)
+    assert not registry.is_same_process(NOBODY, None)
+    stranger.kill()
+    eventually(lambda: not is_alive(stranger), "it has ended")
+    assert not registry.is_same_process(stranger.pid, started), "one that is dead and not yet reaped"
+
+
+@pytest.mark.parametrize("supervisor", ["nobody", "a recycled pid"])
+@pytest.mark.parametrize("engine", ["nobody", "a recycled pid", "a recycled pid, start unknown"])
+def test_dead_entry_is_cleaned_up_and_a_process_with_its_pid_is_left_alone(
+    supervisor: str, engine: str, stranger: psutil.Process, folder: Path
+) -> None:
+    path = write(
+        folder,
+        pid=NOBODY if engine == "nobody" else stranger.pid,
+        pid_started=None if "unknown" in engine else stranger.create_time() - 100,
+        supervisor_pid=NOBODY if supervisor == "nobody" else stranger.pid,
+        supervisor_started=stranger.create_time() - 100,
+    )
+    entry = registry._read(path)
+    assert entry is not None
+    assert not entry.is_alive()
+    assert registry.entries() == []
+    assert list(folder.iterdir()) == []
+    assert is_alive(stranger)
+
+
+@posix_only
+def test_engine_that_lost_both_supervisor_and_guard_is_ended_by_who_finds_it(folder: Path) -> None:
+    with supervised(folder) as owner:
+        assert owner.engine is not None
+        (guard,) = set(psutil.Process(owner.process.pid).children()) - {owner.engine}
+        guard.kill()
+        owner.process.kill()
+        try:
+            eventually(lambda: owner.process.poll() is not None and not is_alive(guard), "both are gone")
+            assert is_alive(owner.engine)
+            assert len(owner.files) == 2
+            assert registry.entries() == []
+            assert owner.files == []
+            eventually(lambda: not owner.is_running(), "the engine has ended too")
+        finally:
+            owner.engine.kill()
+
+
+@posix_only
+def test_guard_that_is_killed_does_not_disturb_the_supervisor(folder: Path) -> None:
+    with supervised(folder) as owner:
+        (guard,) = set(psutil.Process(owner.process.pid).children()) - {owner.engine}
+        guard.kill()
+        control = owner.connect()
+        assert control.ask("stop") == {"ok": True}
+        control.exited()
+        owner.all_gone()
+    assert owner.process.returncode == 0
+
+
+@pytest.mark.parametrize("where", ["outside", "outside by dots", "a folder", "missing"])
+def test_dead_entry_names_nothing_outside_the_registry(where: str, folder: Path, tmp_path: Path) -> None:
+    precious, inside = tmp_path / "precious", folder / "inside"
+    precious.write_text("x")
+    inside.mkdir()
+    key_path = {
+        "outside": precious,
+        "outside by dots": f"{folder}/../precious",
+        "a folder": inside,
+        "missing": folder / "missing",
+    }[where]
+    path = write(folder, supervisor_pid=NOBODY, key_path=str(key_path))
+    assert registry.entries() == []
+    assert precious.exists()
+    assert inside.exists()
+    assert not path.exists()
+
+
+# --- claims -----------------------------------------------------------------------------------
+
+CLAIMS = """
+import asyncio, sys
+from pathlib import Path
+from sollol_nb.llama_cpp.processes import registry
+
+async def hold():
+    async with registry.claims():
+        print("held", flush=True)
+        await asyncio.to_thread(sys.stdin.readline)
+    print("released", flush=True)
+
+async def count():
+    counter = Path(sys.argv[2])
+    for _ in range(8):
+        async with registry.claims():
+            number = int(counter.read_text())
+            await asyncio.sleep(0.001)
+            counter.write_text(str(number + 1))
+
+async def both():
+    print("ready", flush=True)
+    sys.stdin.readline()
+    await asyncio.gather(count(), count())
+
+asyncio.run(hold() if sys.argv[1] == "hold" else both())
+"""
+
+
+async def claimed() -> bool:
+    async with registry.claims():
+        return True
+
+
+@pytest.mark.parametrize("ending", ["released", "killed"])
+def test_claims_of_another_process_are_waited_for_until_it_lets_go_or_dies(
+    ending: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with script(CLAIMS, "hold") as other:
+        says(other, "held")
+        with monkeypatch.context() as patched:
+            patched.setattr(registry, "LOCK_TIMEOUT_S", 0.0)
+            with pytest.raises(
+                WorkersUnavailableError, match="another process has been choosing workers"
+            ) as caught:
+                run(claimed())
+        assert "\n" not in str(caught.value)
+
+        async def waits() -> bool:
+            waiting = asyncio.create_task(claimed())
+            await asyncio.sleep(0)
+            assert not waiting.done()
+            if ending == "killed":
+                other.kill()
+            else:
+                assert other.stdin is not None
+                other.stdin.write("\n")
+                other.stdin.flush()
+            return await waiting
+
+        assert run(waits())
+
+
+def test_claims_exclude_each_other_across_and_within_processes(folder: Path, tmp_path: Path) -> None:
+    counter = tmp_path / "counter"
+    counter.write_text("0")
+    with ExitStack() as started:
+        others = [started.enter_context(script(CLAIMS, "count", str(counter))) for _ in range(2)]
+        for other in others:
+            says(other, "ready")
+        for other in others:
+            assert other.stdin is not None
+            other.stdin.write("\n")
+            other.stdin.flush()
+        assert [other.wait(HANG_GUARD_S) for other in others] == [0, 0]
+    assert counter.read_text() == str(2 * 2 * 8)
+
+
+def test_claim_that_fails_or_is_cancelled_is_let_go_of(folder: Path) -> None:
+    async def interrupted() -> None:
+        async with registry.claims():
+            raise KeyError("as a test")
+
+    for _ in range(2):
+        with pytest.raises(KeyError):
+            run(interrupted())
+    assert run(claimed())
+
+
+# --- logs -------------------------------------------------------------------------------------
+
+
+def test_oldest_logs_are_removed_but_never_one_in_use(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "LOGS_KEPT", 3)
+    names = [f"{kind}-{number}.log" for number in range(4) for kind in ("worker", "coordinator")]
+    for age, name in enumerate(["notes.txt", "mine.log", *names]):
+        (config.log_dir() / name).write_text("x")
+        os.utime(config.log_dir() / name, (1000 + age, 1000 + age))
+    write(folder, log_path=str(config.log_dir() / "coordinator-0.log"))
+
+    registry.prune_logs()
+
+    left = {path.name for path in config.log_dir().iterdir()}
+    assert left == {"notes.txt", "mine.log", "coordinator-0.log", *names[-3:]}
+
+
+def test_each_engine_gets_a_log_of_its_own(folder: Path) -> None:
+    one, other = (registry.new_log_path(registry.WORKER, 50052) for _ in range(2))
+    assert one != other
+    assert one.parent == config.log_dir()
+    assert re.fullmatch(r"worker-50052-\w+\.log", one.name)

@@ -1,0 +1,140 @@
+"""`sollol-nb ps` and `sollol-nb stop`: what runs, of all kernels, and its end."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sollol_nb.cli import main as cli
+from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
+from sollol_nb.llama_cpp.coordinators.pool import CoordinatorPool
+from sollol_nb.llama_cpp.coordinators.settings import file_identity
+from sollol_nb.llama_cpp.coordinators.start import PoolSettings
+from sollol_nb.llama_cpp.processes import registry
+from sollol_nb.llama_cpp.processes.process import EngineProcess
+from sollol_nb.llama_cpp.processes.running import stop_running
+from sollol_nb.llama_cpp.workers.workers import Workers
+from sollol_nb.models.files import DEMO_MODEL_PATH
+from sollol_nb.runtime.events import EventBus
+from sollol_nb.settings import config
+from tests.support.engines import run
+
+
+async def start(kind: str, **about: object) -> EngineProcess:
+    return await EngineProcess.start(
+        [sys.executable, "-c", "import time; time.sleep(60)"],
+        kind=kind,
+        about=about,
+        keep_alive_s=60,
+        log_path=config.log_dir() / f"{kind}.log",
+    )
+
+
+@pytest.fixture
+def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[EngineProcess]]:
+    """A coordinator that is asked something, and an idle worker."""
+    monkeypatch.setenv("SOLLOL_STATE_DIR", str(tmp_path))
+    worker = run(start("worker", endpoint="127.0.0.1:50052"))
+    coordinator = run(start("coordinator", model="big", url="http://127.0.0.1:1", workers=["127.0.0.1:50052"]))
+    assert run(coordinator.hold())
+    yield [coordinator, worker]
+    for process in (coordinator, worker):
+        run(process.stop())
+
+
+def test_ps_lists_what_runs_as_a_table_and_as_json(
+    running: list[EngineProcess], capsys: pytest.CaptureFixture[str]
+) -> None:
+    coordinator, worker = running
+    assert cli.main(["ps"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["KIND", "NAME", "PID", "STATE", "AGE", "WHERE"]
+    assert lines[1].split()[:5] == ["coordinator", "big", str(coordinator.pid), "in", "use"]
+    assert lines[1].endswith("http://127.0.0.1:1 over 127.0.0.1:50052")
+    assert lines[2].split()[:5] == ["worker", "127.0.0.1:50052", str(worker.pid), "idle,", "ends"]
+
+    assert cli.main(["ps", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [(one["kind"], one["leases"]) for one in told] == [("coordinator", 1), ("worker", 0)]
+    assert told[0]["state"] == "in use"
+
+
+def test_stop_ends_what_nobody_uses_and_says_what_goes_on(
+    running: list[EngineProcess], capsys: pytest.CaptureFixture[str]
+) -> None:
+    coordinator, worker = running
+    assert cli.main(["stop"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"stopped worker 127.0.0.1:50052 (pid {worker.pid})",
+        f"coordinator big (pid {coordinator.pid}) goes on: in use; `sollol-nb stop --all` stops it too",
+    ]
+    assert run(worker.wait()).why == "stopped by its user"
+    assert coordinator.is_running()
+
+
+@pytest.mark.parametrize("words", [["--all"], ["big", "127.0.0.1:50052"]])
+def test_stop_ends_all_or_those_named_also_in_use(
+    running: list[EngineProcess], capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    assert cli.main(["stop", *words]) == 0
+    assert [line.split()[:3] for line in capsys.readouterr().out.splitlines()] == [
+        ["stopped", "coordinator", "big"],
+        ["stopped", "worker", "127.0.0.1:50052"],
+    ]
+    assert cli.main(["ps"]) == 0
+    assert capsys.readouterr().out == "nothing runs\n"
+
+
+def test_stop_of_a_name_that_nothing_has_is_one_line(
+    running: list[EngineProcess], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["stop", "bog"]) == 1
+    assert "nothing called 'bog' runs; running are 127.0.0.1:50052, big, " in capsys.readouterr().err
+
+
+LEFT = {
+    "model": "left",
+    "model_file": file_identity(DEMO_MODEL_PATH),
+    "plan": None,
+    "context_tokens": 512,
+    "slots": 1,
+    "port": 1,
+    "workers": ["127.0.0.1:50052"],
+}
+
+
+def test_looking_at_a_coordinator_does_not_prolong_its_life(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOLLOL_STATE_DIR", str(tmp_path))
+
+    async def look() -> None:
+        process = await start("coordinator", **LEFT)
+        before = await process.status()
+        told_at = time.monotonic()
+        seen = await Coordinator.glance(process.entry)
+        assert seen is not None
+        assert seen.model == "left"
+        asked_at = time.monotonic()
+        assert (await process.status())["idle_s"] >= before["idle_s"] + asked_at - told_at
+        await process.stop()
+
+    run(look())
+
+
+@pytest.mark.parametrize("load_ms", [None, 100.0], ids=["loading", "ready"])
+def test_only_a_coordinator_that_is_ready_and_left_by_its_kernel_makes_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load_ms: float | None
+) -> None:
+    monkeypatch.setenv("SOLLOL_STATE_DIR", str(tmp_path))
+    run(start("coordinator", **LEFT, load_ms=load_ms)).detach()  # as if its kernel had gone, or not come yet
+    events = EventBus()
+    pool = CoordinatorPool(PoolSettings(), Workers([], events), events)
+    assert run(pool._make_room("wanted")) == (load_ms is not None)
+    assert len(registry.entries()) == (load_ms is None)
+    run(stop_running(also_used=True))

@@ -1,0 +1,380 @@
+"""The supervisor: owns one engine, serves whoever has its key, and leaves nothing behind.
+
+Here it is started by hand, as its protocol says; `test_engine_process.py` is about its handle.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from sollol_nb.llama_cpp.processes import supervisor
+from tests.support.engines import eventually, script
+from tests.support.supervised import (
+    IGNORES,
+    KEY,
+    MINUTES,
+    nothing_is_left,
+    supervised,
+    with_code,
+    with_constants,
+)
+
+posix_only = pytest.mark.skipif(os.name != "posix", reason="POSIX signals, modes and process groups")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder for the files of this test's supervisors; in the end, nothing of them runs."""
+    yield tmp_path
+    nothing_is_left(tmp_path)
+
+
+def report_of(folder: Path, code: str, **more: Any) -> dict[str, Any]:
+    """How an engine that ends by itself is told to have ended."""
+    with supervised(folder, code, **more) as owner:
+        return owner.connect().exited()
+
+
+# --- what it says and writes ------------------------------------------------------------------
+
+
+def test_parent_and_registry_are_told_the_same(folder: Path) -> None:
+    with supervised(folder, about={"endpoint": "127.0.0.1:50052"}, keep_alive_s=7.5) as owner:
+        entry = owner.entry()
+        hello = owner.connect().hello
+
+    assert owner.engine is not None
+    assert owner.started == {"event": "started", "pid": owner.engine.pid, "control_port": owner.control_port}
+    assert hello == {"event": "hello", "id": "worker-1", "pid": owner.engine.pid}
+    assert abs(entry.pop("pid_started") - owner.engine.create_time()) < 1
+    assert entry.pop("supervisor_started") <= entry.pop("started_at")
+    assert entry == {
+        "id": "worker-1",
+        "kind": "worker",
+        "pid": owner.engine.pid,
+        "supervisor_pid": owner.process.pid,
+        "control_port": owner.control_port,
+        "key_path": str(folder / "worker-1.key"),
+        "log_path": str(folder / "worker-1.log"),
+        "keep_alive_s": 7.5,
+        "about": {"endpoint": "127.0.0.1:50052"},
+    }
+
+
+@posix_only
+def test_entry_and_log_are_readable_by_their_owner_only(folder: Path) -> None:
+    with supervised(folder, f"print('a prompt', flush=True); {MINUTES}") as owner:
+        owner.line("a prompt")
+        for path in (owner.spec["entry_path"], owner.log_path):
+            assert Path(path).stat().st_mode & 0o777 == 0o600
+
+
+def test_it_listens_on_loopback_only_and_is_small(folder: Path) -> None:
+    with supervised(folder) as owner:
+        process = psutil.Process(owner.process.pid)
+        listening = [one.laddr for one in process.net_connections() if one.status == psutil.CONN_LISTEN]
+        assert listening == [("127.0.0.1", owner.control_port)]
+        assert process.memory_info().rss < 20 * 1024**2
+
+
+def test_secrets_stand_in_no_argument_and_no_environment_but_the_engines(folder: Path) -> None:
+    code = f"import os; print('got', len(os.environ['API_KEY']), flush=True); {MINUTES}"
+    with supervised(folder, code, env={**os.environ, "API_KEY": KEY}) as owner:
+        assert owner.line("got ") == f"got {len(KEY)}"
+        assert owner.engine is not None
+        family = [psutil.Process(owner.process.pid), *psutil.Process(owner.process.pid).children(recursive=True)]
+        assert owner.engine in family
+        for process in family:
+            assert KEY not in " ".join(process.cmdline())
+        for process in set(family) - {owner.engine}:
+            assert KEY not in " ".join(process.environ().values())
+        assert KEY not in json.dumps(owner.entry())
+        assert KEY not in owner.log_path.read_text("utf-8")
+
+
+# --- the engine's end and its log -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "exit_code"),
+    [
+        ("pass", 0),
+        ("raise SystemExit(3)", 3),
+        pytest.param("import os; os.abort()", -6, marks=posix_only),
+        pytest.param("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", -11, marks=posix_only),
+        pytest.param("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", -9, marks=posix_only),
+    ],
+)
+def test_exit_code_or_signal_is_told_and_logged(code: str, exit_code: int, folder: Path) -> None:
+    with supervised(folder, code) as owner:
+        assert owner.connect().exited() == {"code": exit_code, "tail": [], "why": ""}
+        owner.all_gone()
+    assert owner.log_path.read_text("utf-8") == f"[the engine ended: exit code {exit_code}]\n"
+
+
+def test_last_lines_of_both_streams_are_told(folder: Path) -> None:
+    code = "import os\nfor i in range(100): os.write(1 + i % 2, b'line %d\\n' % i)"
+    lines = [f"line {i}" for i in range(100)]
+    with supervised(folder, code) as owner:
+        assert owner.connect().exited()["tail"] == lines[-supervisor.TAIL_LINES :]
+    assert owner.log_path.read_text("utf-8").splitlines()[:-1] == lines
+
+
+def test_log_ends_at_its_size_limit_but_the_engine_and_the_tail_go_on(folder: Path) -> None:
+    with supervised(folder, "for i in range(100000): print('line', i)", log_limit_bytes=2000) as owner:
+        told = owner.connect().exited()
+    assert (told["code"], told["tail"][-1]) == (0, "line 99999")
+    assert owner.log_path.stat().st_size < 2000 + 200
+    assert owner.log_path.read_text("utf-8").splitlines()[-2:] == [
+        "[the log ends here: it reached its size limit]",
+        "[the engine ended: exit code 0]",
+    ]
+
+
+@pytest.mark.parametrize(
+    "log_path",
+    [
+        pytest.param(
+            "/dev/full", marks=pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device")
+        ),
+        str(Path(__file__).parent / "no such folder" / "engine.log"),
+    ],
+    ids=["full disk", "no folder"],
+)
+def test_log_that_cannot_be_written_does_not_stop_the_engine(log_path: str, folder: Path) -> None:
+    told = report_of(folder, "for i in range(100000): print('line', i)", log_path=log_path)
+    assert told == {"code": 0, "tail": [f"line {i}" for i in range(99960, 100000)], "why": ""}
+
+
+@pytest.mark.parametrize(
+    "text", ["'x' * 1_000_000", "'\\x00' * 100_000", "'\U0001f600' * 100_000", "'a' * 100_000 + '\\n'"]
+)
+def test_very_long_lines_do_not_lose_the_exit_report(text: str, folder: Path) -> None:
+    code = f"import sys; sys.stdout.buffer.write((({text}) + chr(10)).encode() * 50); raise SystemExit(7)"
+    told = report_of(folder, code)
+    assert (told["code"], len(told["tail"])) == (7, supervisor.TAIL_LINES)
+
+
+def test_output_that_is_not_utf8_is_kept_as_it_is(folder: Path) -> None:
+    with supervised(folder, "import sys; sys.stdout.buffer.write(b'caf\\xe9\\n')") as owner:
+        assert owner.connect().exited()["tail"] == ["caf\ufffd"]
+    assert owner.log_path.read_bytes().startswith(b"caf\xe9\n[the engine ended")
+
+
+LOG = """\
+0.00.001.000 D load_tensors: layer   0 assigned to device RPC0, is_swa = 0
+0.00.002.000 I srv  llama_server: listening on http://127.0.0.1:8080
+0.00.003.000 I slot launch_slot_: processing task
+0.00.004.000 D slot process_toke: next token: 'secret'
+and the rest of a prompt, which continues that line
+0.00.005.000 W srv  update_slots: a warning
+which continues
+0.00.006.000 D slot process_toke: next token: 'secret'
+/src/ggml-rpc.cpp:563: Remote RPC server crashed or returned malformed response
+"""
+
+
+@pytest.mark.parametrize(
+    ("debug_until", "dropped"), [("listening on", (3, 4, 7)), ("a warning", (7,)), ("never said", ()), (None, ())]
+)
+def test_debug_lines_after_the_marker_are_dropped_and_an_abort_is_kept(
+    debug_until: str | None, dropped: tuple[int, ...], folder: Path
+) -> None:
+    kept = [line for number, line in enumerate(LOG.splitlines()) if number not in dropped]
+    with supervised(folder, f"print({LOG!r}, end='')", debug_until=debug_until) as owner:
+        assert owner.connect().exited()["tail"] == kept
+    assert owner.log_path.read_text("utf-8").splitlines()[:-1] == kept
+
+
+def test_engine_reads_nothing_and_its_environment_is_what_was_given(folder: Path) -> None:
+    code = "import os, sys; print(repr(sys.stdin.read()), os.environ)"
+    with supervised(folder, code, env={"ONLY": "this"}) as owner:
+        (line,) = owner.connect().exited()["tail"]
+    assert line.startswith("'' environ({'ONLY': 'this'")
+
+
+# --- how long it lives ------------------------------------------------------------------------
+
+
+def test_engine_without_a_lease_ends_after_keep_alive_and_not_before(folder: Path) -> None:
+    with supervised(folder, program=with_constants(folder, MIN_IDLE_S=0.05), keep_alive_s=600) as owner:
+        holder, watcher = owner.connect(), owner.connect()
+        assert holder.ask("hold")["ok"]
+        holder.ask("keep_alive", seconds=0)
+        assert watcher.ask("status")["ends_in_s"] is None
+        assert owner.is_running()
+        holder.ask("free")
+        assert watcher.exited()["why"] == "idle"
+        owner.all_gone()
+
+
+def test_keep_alive_counts_from_the_last_lease_and_not_from_a_look(folder: Path) -> None:
+    with supervised(folder) as owner:
+        first = owner.connect()
+        first.ask("hold")
+        first.ask("free")
+        idle_s = []
+        for _ in range(3):
+            watcher = owner.connect()
+            idle_s.append(watcher.ask("status")["idle_s"])
+            watcher.close()
+        eventually(lambda: first.ask("status")["clients"] == 0, "all watchers have left")
+        idle_s.append(first.ask("status")["idle_s"])
+        assert idle_s == sorted(idle_s), "it only grows"
+        first.ask("hold")
+        first.ask("free")
+        assert first.ask("status")["ends_in_s"] > 600 - idle_s[-1], "a lease begins it anew"
+
+
+def test_with_a_keep_alive_of_0_one_request_can_follow_another(folder: Path) -> None:
+    with supervised(folder, program=with_constants(folder, MIN_IDLE_S=30.0), keep_alive_s=0.0) as owner:
+        control = owner.connect()
+        for _ in range(3):
+            assert control.ask("hold") == {"ok": True}
+            assert control.ask("free") == {"ok": True}
+            assert 0 < control.ask("status")["ends_in_s"] <= 30
+    assert supervisor.MIN_IDLE_S > 0
+
+
+@posix_only
+def test_lease_of_a_killed_process_ends(folder: Path) -> None:
+    text = """
+import sys
+from tests.support.supervised import Control
+control = Control(int(sys.argv[1]))
+print("held", control.ask("hold")["ok"], flush=True)
+sys.stdin.readline()
+"""
+    with supervised(folder) as owner:
+        watcher = owner.connect()
+        with script(text, str(owner.control_port)) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "held True\n"
+            assert watcher.ask("status")["leases"] == 1
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            eventually(lambda: watcher.ask("status")["leases"] == 0, "its lease has ended")
+
+
+@pytest.mark.parametrize("code", [MINUTES, "pass"], ids=["an engine that runs", "one that ended at once"])
+def test_starter_that_never_connects_is_waited_for_only_a_while(code: str, folder: Path) -> None:
+    limits = {"FIRST_CLIENT_S": 0.5, "GREETING_LIMIT_S": 0.2} if code == MINUTES else {"GREETING_LIMIT_S": 0.5}
+    with supervised(folder, code, program=with_constants(folder, **limits), keep_alive_s=0.0) as owner:
+        owner.all_gone()
+
+
+# --- how it ends ------------------------------------------------------------------------------
+
+STARTS_A_CHILD = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-I", "-S", "-c", {child!r}])
+print("child", child.pid, flush=True)
+{then}
+"""
+
+
+@posix_only
+@pytest.mark.parametrize("child", [MINUTES, IGNORES + MINUTES], ids=["obeys", "ignores the request"])
+@pytest.mark.parametrize("ending", ["stopped", "by itself", "supervisor killed", "supervisor told to end"])
+def test_what_the_engine_started_ends_with_it(ending: str, child: str, folder: Path) -> None:
+    then = "time.sleep(0.2)" if ending == "by itself" else "time.sleep(600)"
+    with supervised(folder, STARTS_A_CHILD.format(child=child, then=then)) as owner:
+        started = psutil.Process(int(owner.line("child ").split()[1]))
+        control = owner.connect()
+        match ending:
+            case "stopped":
+                control.ask("stop")
+            case "supervisor killed":
+                owner.process.kill()
+            case "supervisor told to end":
+                owner.process.terminate()
+        owner.all_gone()
+        eventually(lambda: not started.is_running() or started.status() == "zombie", "the child has ended")
+        told = control.line()
+    if ending == "supervisor killed":
+        assert told is None
+    else:
+        assert told is not None
+        whys = {"stopped": "stopped", "by itself": "", "supervisor told to end": "its supervisor was told to end"}
+        assert told["why"] == whys[ending]
+
+
+@posix_only
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_signal_is_obeyed_from_the_first_moment(number: signal.Signals, folder: Path) -> None:
+    with supervised(folder, IGNORES + MINUTES, program=with_constants(folder, STOP_GRACE_S=0.1)) as owner:
+        owner.process.send_signal(number)
+        owner.all_gone()
+    assert owner.process.returncode == 0
+
+
+@posix_only
+def test_killed_supervisor_with_a_killed_starter_leaves_nothing(folder: Path) -> None:
+    text = """
+import sys, time
+from pathlib import Path
+from tests.support.supervised import IGNORES, MINUTES, supervised
+with supervised(Path(sys.argv[1]), IGNORES + MINUTES) as owner:
+    print(owner.process.pid, flush=True)
+    time.sleep(600)
+"""
+    with script(text, str(folder), SOLLOL_STATE_DIR=str(folder)) as starter:
+        assert starter.stdout is not None
+        owner = psutil.Process(int(starter.stdout.readline()))
+        starter.kill()
+        owner.kill()
+    nothing_is_left(folder)
+    eventually(lambda: not list(folder.glob("*.json*")) and not list(folder.glob("*.key")), "no file is left")
+
+
+@posix_only
+def test_supervisor_killed_the_moment_its_engine_is_there_leaves_nothing(folder: Path) -> None:
+    dies_at_once = """
+start = subprocess.Popen
+subprocess.Popen = lambda *args, **options: (start(*args, **options), os.kill(os.getpid(), signal.SIGKILL))
+"""
+    program = with_code(with_constants(folder), "if __name__", dies_at_once)
+    with supervised(folder, IGNORES + MINUTES, program=program) as owner:
+        assert owner.process.wait() == -signal.SIGKILL
+        nothing_is_left(folder)
+        eventually(lambda: not owner.files, "its files are gone")
+
+
+def test_held_engines_live_on_for_the_one_that_holds_them_and_no_longer(folder: Path) -> None:
+    with supervised(folder, program=with_constants(folder, MIN_IDLE_S=0.05), keep_alive_s=0.0) as worker:
+        holds = [{"port": worker.control_port, "key": KEY}, {"port": 9, "key": "of one that has gone"}]
+        kernel = worker.connect()
+        kernel.ask("hold")
+        with supervised(folder, name="coordinator-1", holds=holds) as coordinator:
+            eventually(lambda: kernel.ask("status")["leases"] == 2, "it is held twice")
+            kernel.close()  # the kernel has died; only the coordinator's supervisor is left
+            watcher = worker.connect()
+            assert watcher.ask("status")["leases"] == 1
+            last = coordinator.connect()
+            last.ask("stop")
+            last.exited()
+            assert watcher.exited()["why"] == "idle"
+        worker.all_gone()
+
+
+def test_held_engines_are_let_go_of_before_the_end_is_told(folder: Path) -> None:
+    with supervised(folder) as worker:
+        kernel = worker.connect()
+        holds = [{"port": worker.control_port, "key": KEY}]
+        done = "    _tell_guard(guard, GUARD_DONE)\n    del"
+        lingers = with_code(with_constants(folder), done, "    time.sleep(600)")
+        with supervised(folder, name="coordinator-1", holds=holds, program=lingers) as coordinator:
+            eventually(lambda: kernel.ask("status")["clients"] == 1, "it is held")
+            last = coordinator.connect()
+            last.ask("stop")
+            assert last.line() is not None
+            assert kernel.ask("stop", unless_shared=True) == {"ok": True}, "nobody else uses it now"
+            kernel.exited()

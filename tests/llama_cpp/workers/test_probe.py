@@ -1,0 +1,499 @@
+"""The wire probe: five outcomes told apart, in bounded time, whatever the peer does."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import socket
+import struct
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from sollol_nb.errors import ConfigError
+from sollol_nb.llama_cpp.engine.find import Engine
+from sollol_nb.llama_cpp.processes.process import EngineProcess
+from sollol_nb.llama_cpp.workers.probe import (
+    PROTOCOL_MAJOR,
+    PROTOCOL_MINOR,
+    Probe,
+    ProbeOutcome,
+    discover,
+    probe,
+    probe_all,
+    test_rpc_backend,
+)
+
+T = TypeVar("T")
+Peer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+HANG_GUARD_S = 60.0
+SHORT_S = 0.4  # the probe's own limit where the peer stays silent
+HELLO, DEVICE_COUNT, GET_DEVICE_MEMORY = 14, 15, 11
+GIB = 1024**3
+OURS = (PROTOCOL_MAJOR, PROTOCOL_MINOR, 3)
+
+
+def run(coroutine: Coroutine[Any, Any, T]) -> T:
+    async def guarded() -> T:
+        async with asyncio.timeout(HANG_GUARD_S):
+            return await coroutine
+
+    return asyncio.run(guarded())
+
+
+# --- peers ------------------------------------------------------------------------------------
+
+
+def answer(payload: bytes) -> bytes:
+    return struct.pack("<Q", len(payload)) + payload
+
+
+def hello(major: int, minor: int, patch: int = 0) -> bytes:
+    return bytes([major, minor, patch, 0]) + bytes(24)
+
+
+async def for_ever() -> None:
+    await asyncio.Event().wait()
+
+
+def worker(
+    *,
+    greeting: bytes | None = hello(*OURS),
+    devices: bytes | None = struct.pack("<I", 1),
+    memory: bytes | None = struct.pack("<QQ", 3 * GIB, 4 * GIB),
+) -> Peer:
+    """Answers each command with the given payload; with silence where it is None."""
+    payloads = {HELLO: greeting, DEVICE_COUNT: devices, GET_DEVICE_MEMORY: memory}
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            command, length = struct.unpack("<BQ", await reader.readexactly(9))
+            await reader.readexactly(length)
+            payload = payloads[command]
+            if payload is None:
+                await for_ever()
+            else:
+                writer.write(answer(payload))
+
+    return serve
+
+
+def says(data: bytes, *, then: str) -> Peer:
+    """Sends `data` after the first request, then closes or stays silent."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(9)
+        writer.write(data)
+        await writer.drain()
+        if then == "silence":
+            await for_ever()
+
+    return serve
+
+
+def trickles(data: bytes, pause_s: float) -> Peer:
+    """Sends `data` a byte at a time, over and over."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            for byte in data:
+                writer.write(bytes([byte]))
+                await writer.drain()
+                await asyncio.sleep(pause_s)
+
+    return serve
+
+
+def of_protocol_3(major: int = 3, minor: int = 6, patch: int = 1) -> Peer:
+    """Greets without capabilities; one who sends some is cut off."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        _, length = struct.unpack("<BQ", await reader.readexactly(9))
+        if length == 0:
+            writer.write(answer(bytes([major, minor, patch])))
+
+    return serve
+
+
+async def closes_at_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    pass
+
+
+async def resets(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await reader.read(1)
+    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
+
+
+@contextlib.asynccontextmanager
+async def listening(peer: Peer) -> AsyncIterator[int]:
+    """The port of a loopback server that treats every client so."""
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        tasks.add(task)
+        try:
+            await peer(reader, writer)
+        except (OSError, EOFError, asyncio.CancelledError):
+            pass
+        finally:
+            writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks)
+
+
+async def look_at(peer: Peer, timeout_s: float = SHORT_S) -> Probe:
+    async with listening(peer) as port:
+        seen = await probe("127.0.0.1", port, timeout_s=timeout_s)
+        assert seen.endpoint == f"127.0.0.1:{port}"
+        return seen
+
+
+def unused_port() -> int:
+    with socket.socket() as trial:
+        trial.bind(("127.0.0.1", 0))
+        return int(trial.getsockname()[1])
+
+
+# --- the five outcomes ------------------------------------------------------------------------
+
+
+def test_free_worker_tells_version_devices_memory_and_round_trip() -> None:
+    seen = run(look_at(worker(devices=struct.pack("<I", 2)), timeout_s=HANG_GUARD_S))
+
+    assert seen.outcome is ProbeOutcome.FREE
+    assert seen.protocol == OURS
+    assert seen.device_free_bytes == (3 * GIB, 3 * GIB)
+    assert (seen.free_bytes, seen.total_bytes) == (6 * GIB, 8 * GIB)
+    assert seen.round_trip_ms is not None
+    assert seen.round_trip_ms > 0
+
+
+def test_nothing_listening_is_refused_and_says_how_to_start_a_worker() -> None:
+    port = unused_port()
+
+    seen = run(probe("127.0.0.1", port))
+
+    assert seen.outcome is ProbeOutcome.REFUSED
+    assert f"ggml-rpc-server -H 127.0.0.1 -p {port}" in seen.detail
+
+
+def test_host_with_two_addresses_that_both_refuse_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    port = unused_port()
+
+    async def look() -> Probe:
+        async def both(*_: Any, **__: Any) -> list[Any]:
+            six = (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("::1", port, 0, 0))
+            return [six, (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
+
+        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", both)
+        return await probe("worker.example", port)
+
+    assert run(look()).outcome is ProbeOutcome.REFUSED
+
+
+def test_unknown_host_is_unreachable() -> None:
+    seen = run(probe("worker.invalid", 50052))
+
+    assert seen.outcome is ProbeOutcome.UNREACHABLE
+    assert "check the address" in seen.detail
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a full backlog drops new connections on Linux only")
+def test_host_that_drops_connection_attempts_is_unreachable() -> None:
+    async def look() -> Probe:
+        with contextlib.ExitStack() as stack:
+            listener = stack.enter_context(socket.socket())
+            listener.bind(("127.0.0.1", 0))
+            listener.listen(0)
+            for _ in range(8):  # fills the backlog; nobody accepts
+                filler = stack.enter_context(socket.socket())
+                filler.setblocking(False)
+                filler.connect_ex(listener.getsockname())
+            return await probe("127.0.0.1", listener.getsockname()[1], timeout_s=SHORT_S)
+
+    seen = run(look())
+
+    assert seen.outcome is ProbeOutcome.UNREACHABLE
+    assert "no answer within 0.4 s" in seen.detail
+
+
+@pytest.mark.parametrize(
+    ("host", "port"),
+    [("127.0.0.1", 0), ("127.0.0.1", 65536), ("127.0.0.1", -1), ("", 50052), ("a\0b", 50052), ("a b", 50052)],
+)
+def test_what_is_no_endpoint_is_a_config_error(host: str, port: int) -> None:
+    with pytest.raises(ConfigError, match="is not an endpoint"):
+        run(probe(host, port))
+
+
+def test_host_name_too_long_for_dns_is_unreachable() -> None:
+    assert run(probe("a" * 70, 50052)).outcome is ProbeOutcome.UNREACHABLE
+
+
+# --- misbehaving peers ------------------------------------------------------------------------
+
+BUSY, INCOMPATIBLE = ProbeOutcome.BUSY, ProbeOutcome.INCOMPATIBLE
+NOT_RPC = "something that is not RPC protocol 7"
+HUGE = struct.pack("<Q", 2**62)
+GREETING = answer(hello(*OURS))
+
+
+@pytest.mark.parametrize(
+    ("peer", "outcome", "words"),
+    [
+        pytest.param(closes_at_once, INCOMPATIBLE, NOT_RPC, id="closes at once"),
+        pytest.param(says(b"", then="close"), INCOMPATIBLE, NOT_RPC, id="closes after HELLO"),
+        pytest.param(resets, INCOMPATIBLE, NOT_RPC, id="resets the connection"),
+        pytest.param(says(os.urandom(200), then="close"), INCOMPATIBLE, NOT_RPC, id="random bytes"),
+        pytest.param(
+            says(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n", then="close"),
+            INCOMPATIBLE,
+            NOT_RPC,
+            id="HTTP answer",
+        ),
+        pytest.param(says(b"SSH-2.0-OpenSSH_9.6\r\n", then="silence"), INCOMPATIBLE, NOT_RPC, id="SSH banner"),
+        pytest.param(says(HUGE, then="silence"), INCOMPATIBLE, NOT_RPC, id="huge length, then silence"),
+        pytest.param(says(HUGE + bytes(5000), then="close"), INCOMPATIBLE, NOT_RPC, id="huge length and data"),
+        pytest.param(says(b"", then="silence"), BUSY, "accepts but does not answer", id="silence"),
+        pytest.param(says(bytes(4), then="silence"), BUSY, "does not answer", id="half a length, then silence"),
+        pytest.param(
+            says(GREETING[:20], then="silence"),
+            BUSY,
+            "does not answer",
+            id="half a HELLO, then silence",
+        ),
+        pytest.param(says(GREETING[:20], then="close"), INCOMPATIBLE, NOT_RPC, id="half a HELLO, closes"),
+        pytest.param(says(GREETING, then="close"), INCOMPATIBLE, NOT_RPC, id="closes after its HELLO"),
+        pytest.param(says(GREETING, then="silence"), BUSY, "does not answer", id="only a HELLO"),
+        pytest.param(worker(memory=None), BUSY, "does not answer", id="silent about memory"),
+        pytest.param(trickles(b"\xff", 0.001), INCOMPATIBLE, NOT_RPC, id="endless trickle of garbage"),
+        pytest.param(trickles(GREETING, 0.1), BUSY, "does not answer", id="endless slow trickle"),
+        pytest.param(worker(greeting=b""), INCOMPATIBLE, NOT_RPC, id="empty HELLO"),
+        pytest.param(worker(greeting=bytes(5)), INCOMPATIBLE, NOT_RPC, id="HELLO of 5 bytes"),
+        pytest.param(worker(greeting=bytes(29)), INCOMPATIBLE, NOT_RPC, id="HELLO of 29 bytes"),
+        pytest.param(of_protocol_3(), INCOMPATIBLE, "RPC protocol 3.6.1", id="older, closes on capabilities"),
+        pytest.param(
+            worker(greeting=bytes([6, 0, 2])), INCOMPATIBLE, "RPC protocol 6.0.2", id="older, answers 3 bytes"
+        ),
+        pytest.param(
+            worker(greeting=bytes([6, 1, 2, 0])), INCOMPATIBLE, "RPC protocol 6.1.2", id="older, answers 4 bytes"
+        ),
+        pytest.param(worker(greeting=hello(8, 0)), INCOMPATIBLE, "RPC protocol 8.0.0", id="newer major"),
+        pytest.param(worker(greeting=hello(7, 9)), INCOMPATIBLE, "RPC protocol 7.9.0", id="newer minor"),
+        pytest.param(worker(devices=bytes(4)), INCOMPATIBLE, "0 devices", id="no device"),
+        pytest.param(worker(devices=b"\xff" * 4), INCOMPATIBLE, "4294967295 devices", id="4 billion devices"),
+        pytest.param(worker(devices=bytes(3)), INCOMPATIBLE, "device count is malformed", id="short device count"),
+        pytest.param(worker(memory=bytes(8)), INCOMPATIBLE, "memory answer is malformed", id="short memory"),
+        pytest.param(worker(memory=bytes(24)), INCOMPATIBLE, "memory answer is malformed", id="long memory"),
+    ],
+)
+def test_misbehaving_peer_is_told_as_what_it_is(peer: Peer, outcome: ProbeOutcome, words: str) -> None:
+    seen = run(look_at(peer))
+
+    assert seen.outcome is outcome
+    assert words in seen.detail
+    assert "\n" not in seen.detail
+    assert not seen.device_free_bytes
+
+
+def test_older_and_newer_versions_are_told_as_numbers_too() -> None:
+    assert run(look_at(of_protocol_3(2, 5, 0), HANG_GUARD_S)).protocol == (2, 5, 0)
+    assert run(look_at(worker(greeting=hello(8, 1, 4)), HANG_GUARD_S)).protocol == (8, 1, 4)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_garbage_never_crashes_or_hangs_the_probe(seed: int) -> None:
+    chance = random.Random(seed)
+
+    def garbage() -> bytes:
+        """Short random bytes, half of them with a length in front that makes them look right."""
+        payload = chance.randbytes(chance.choice((0, 1, 3, 4, 16, 28, 28, 40)))
+        if len(payload) == 28 and chance.random() < 0.7:
+            payload = bytes([7, 0]) + payload[2:]
+        return answer(payload) if chance.random() < 0.7 else payload
+
+    async def babbles(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for _ in range(chance.randrange(1, 5)):
+            await reader.read(64)
+            writer.write(garbage())
+        if chance.random() < 0.3:
+            await for_ever()
+
+    async def look() -> list[Probe]:
+        async with listening(babbles) as port:
+            return await probe_all([f"127.0.0.1:{port}"] * 50, timeout_s=SHORT_S)
+
+    outcomes = {seen.outcome for seen in run(look())}
+
+    assert outcomes <= {ProbeOutcome.FREE, ProbeOutcome.BUSY, ProbeOutcome.INCOMPATIBLE}
+    assert ProbeOutcome.INCOMPATIBLE in outcomes
+
+
+# --- finding ----------------------------------------------------------------------------------
+
+
+def test_discovery_finds_free_and_busy_workers_on_the_given_ports_and_nothing_else() -> None:
+    async def look() -> tuple[set[str], set[str]]:
+        web = says(b"HTTP/1.1 200 OK\r\n\r\n", then="close")
+        async with (
+            listening(worker()) as free,
+            listening(worker(greeting=None)) as busy,
+            listening(web) as web_port,
+            listening(worker()) as not_asked,
+        ):
+            found = await discover(ports=[free, busy, web_port, unused_port()], timeout_s=SHORT_S)
+            assert f"127.0.0.1:{not_asked}" not in {one.endpoint for one in found}
+            return {one.endpoint for one in found}, {f"127.0.0.1:{free}", f"127.0.0.1:{busy}"}
+
+    found, expected = run(look())
+    assert found == expected
+
+
+def test_probe_all_keeps_the_order_of_the_endpoints() -> None:
+    async def look() -> None:
+        async with listening(worker()) as free, listening(worker(greeting=None)) as busy:
+            endpoints = [f"127.0.0.1:{port}" for port in (busy, free, unused_port(), free)]
+            seen = await probe_all(endpoints, timeout_s=SHORT_S)
+        assert [one.endpoint for one in seen] == endpoints
+        assert [one.outcome.value for one in seen] == ["busy", "free", "refused", "free"]
+
+    run(look())
+
+
+@pytest.mark.parametrize(
+    ("peer", "usable"), [(worker(), True), (worker(greeting=None), False), (worker(greeting=hello(8, 0)), False)]
+)
+def test_the_blocking_check_says_whether_a_worker_can_be_used(peer: Peer, usable: bool) -> None:
+    async def look() -> bool:
+        async with listening(peer) as port:
+            return await asyncio.to_thread(test_rpc_backend, "127.0.0.1", port, timeout=SHORT_S)
+
+    assert run(look()) is usable
+
+
+def test_the_blocking_check_is_not_taken_for_a_test() -> None:
+    assert test_rpc_backend.__test__ is False  # type: ignore[attr-defined]
+
+
+# --- real workers -----------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def real_worker(engine: Engine, folder: Path) -> AsyncIterator[tuple[int, EngineProcess]]:
+    port = unused_port()
+    argv = [str(engine.worker), "-H", "127.0.0.1", "-p", str(port)]
+    process = await EngineProcess.start(
+        argv,
+        kind="worker",
+        about={"endpoint": f"127.0.0.1:{port}"},
+        keep_alive_s=60,
+        log_path=folder / "worker.log",
+    )
+    try:
+        await until_free(port)
+        yield port, process
+    finally:
+        await process.stop()
+
+
+async def until_free(port: int) -> Probe:
+    while True:  # ends with the hang guard
+        seen = await probe("127.0.0.1", port)
+        if seen.outcome is ProbeOutcome.FREE:
+            return seen
+        await asyncio.sleep(0.02)
+
+
+@pytest.mark.engine
+def test_real_worker_is_free_and_tells_its_memory(engine: Engine, tmp_path: Path) -> None:
+    async def look() -> Probe:
+        async with real_worker(engine, tmp_path) as (port, _):
+            return await until_free(port)
+
+    seen = run(look())
+
+    assert seen.protocol is not None
+    assert seen.protocol[0] == PROTOCOL_MAJOR
+    assert len(seen.device_free_bytes) >= 1
+    assert 0 < seen.free_bytes <= seen.total_bytes
+
+
+async def attach(port: int) -> asyncio.StreamWriter:
+    """Hold a worker as a coordinator does: greet, and stay connected."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(struct.pack("<BQ", HELLO, 24) + bytes(24))
+    await reader.readexactly(8 + 28)
+    return writer
+
+
+@pytest.mark.engine
+def test_real_worker_is_busy_while_a_client_holds_it_and_free_afterwards(engine: Engine) -> None:
+    async def look() -> tuple[Probe, Probe]:
+        # Started as on another machine, without a supervisor: here SIGPIPE would end it.
+        port = unused_port()
+        argv = (str(engine.worker), "-H", "127.0.0.1", "-p", str(port))
+        process = await asyncio.create_subprocess_exec(*argv, stdout=asyncio.subprocess.DEVNULL)
+        try:
+            await until_free(port)
+            holder = await attach(port)
+            held = await probe("127.0.0.1", port, timeout_s=SHORT_S)
+            holder.close()
+            return held, await until_free(port)
+        finally:
+            process.kill()
+            await process.wait()
+
+    held, afterwards = run(look())
+
+    assert held.outcome is ProbeOutcome.BUSY
+    assert "a coordinator holds it" in held.detail
+    assert afterwards.outcome is ProbeOutcome.FREE
+
+
+@pytest.mark.engine
+def test_supervised_worker_survives_a_client_that_leaves_before_its_answer(engine: Engine, tmp_path: Path) -> None:
+    async def look() -> Probe:
+        async with real_worker(engine, tmp_path) as (port, _):
+            holder = await attach(port)
+            _, impatient = await asyncio.open_connection("127.0.0.1", port)
+            impatient.write(struct.pack("<BQ", HELLO, 24) + bytes(24))
+            await impatient.drain()
+            impatient.close()
+            await impatient.wait_closed()
+            holder.close()
+            return await until_free(port)
+
+    assert run(look()).outcome is ProbeOutcome.FREE
+
+
+@pytest.mark.engine
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGSTOP")
+def test_stopped_real_worker_is_busy_and_free_when_it_goes_on(engine: Engine, tmp_path: Path) -> None:
+    async def look() -> tuple[Probe, Probe]:
+        async with real_worker(engine, tmp_path) as (port, process):
+            os.kill(process.pid, signal.SIGSTOP)
+            stopped = await probe("127.0.0.1", port, timeout_s=SHORT_S)
+            os.kill(process.pid, signal.SIGCONT)
+            return stopped, await until_free(port)
+
+    stopped, afterwards = run(look())
+
+    assert stopped.outcome is ProbeOutcome.BUSY
+    assert afterwards.outcome is ProbeOutcome.FREE

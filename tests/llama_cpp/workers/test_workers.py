@@ -1,0 +1,338 @@
+"""Workers on this machine: where they listen, what they share, how they start, end and look."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from sollol_nb.errors import ConfigError, EngineError, WorkerStartError
+from sollol_nb.llama_cpp.engine.find import Engine
+from sollol_nb.llama_cpp.processes import registry
+from sollol_nb.llama_cpp.processes.process import EngineProcess
+from sollol_nb.llama_cpp.workers import local as local_workers
+from sollol_nb.llama_cpp.workers import workers
+from sollol_nb.llama_cpp.workers.local import free_ports
+from sollol_nb.llama_cpp.workers.probe import Probe, ProbeOutcome
+from sollol_nb.llama_cpp.workers.workers import Workers, WorkerStatus, addresses_of
+from sollol_nb.runtime.events import EventBus
+from sollol_nb.settings import config
+from tests.support.engines import (
+    OtherProtocolWorker,
+    all_end,
+    engine_on,
+    engines_of,
+    eventually,
+    run,
+    says,
+    script,
+    serving,
+    silent_peer,
+    unused_port,
+    unused_ports,
+    words_after,
+)
+
+pytestmark = pytest.mark.engine
+
+GIB = 2**30
+
+
+@pytest.fixture
+def local(engine: Engine) -> Iterator[Workers]:
+    """Workers that are all stopped at the end."""
+    mine = Workers([], EventBus())
+    yield mine
+    run(mine.stop_local())
+
+
+def port_of(endpoint: str) -> int:
+    return config.parse_endpoint(endpoint)[1]
+
+
+def looked_at(known: Workers) -> dict[str, WorkerStatus]:
+    return {status.endpoint: status for status in run(known.refresh())}
+
+
+# --- looking ----------------------------------------------------------------------------------
+
+
+def test_one_that_was_taken_while_it_was_looked_at_is_held_and_what_was_known_of_it_stays(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name = "10.0.0.1:50052"
+    free = Probe(name, ProbeOutcome.FREE, "free", (7, 0, 0), (GIB,), GIB, 0.4)
+    busy = Probe(name, ProbeOutcome.BUSY, "somebody uses it", None, (), 0, None)
+    found, holders = iter([free, busy]), iter([{}, {}, {name: SimpleNamespace(name="demo", about={})}])
+
+    async def probe_all(*_: object, **__: object) -> list[Probe]:
+        return [next(found)]
+
+    monkeypatch.setattr(workers, "probe_all", probe_all)
+    monkeypatch.setattr(registry, "holders", lambda: next(holders))
+    mine = Workers([name], EventBus())
+    assert looked_at(mine)[name].state == "free"
+
+    (seen,) = run(mine.refresh())
+
+    assert (seen.state, seen.held_by, seen.probe) == ("held", "demo", free)
+
+
+def test_a_discovered_worker_is_known_to_be_free_at_once(engine: Engine, local: Workers) -> None:
+    found = run(local.start_local(engine, 1))
+    other = Workers([], EventBus())
+
+    assert run(other.discover()) == found
+    assert [one.state for one in other.statuses()] == ["free"]
+
+
+def test_a_name_that_could_not_be_resolved_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object, **__: object) -> None:
+        raise OSError("Temporary failure in name resolution")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    assert addresses_of("gpu-box:50052") == frozenset()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(2, 1, 6, "", ("10.0.0.7", 50052))])
+    assert addresses_of("gpu-box:50052") == {("10.0.0.7", 50052)}
+
+
+# --- starting ---------------------------------------------------------------------------------
+
+
+def test_local_workers_take_the_first_free_ports_from_the_given_one_upward(engine: Engine, local: Workers) -> None:
+    first = unused_ports(6)
+    with ExitStack() as held:
+        for taken in (first, first + 2):
+            listener = held.enter_context(socket.socket())
+            listener.bind(("127.0.0.1", taken))
+            listener.listen()
+
+        endpoints = run(local.start_local(engine, 3, first_port=first))
+
+    assert endpoints == [f"127.0.0.1:{first + step}" for step in (1, 3, 4)]
+    assert [status.state for status in local.statuses()] == ["free"] * 3
+    assert all(status.is_local for status in local.statuses())
+
+
+def test_local_workers_start_at_the_usual_port_and_listen_on_loopback_only(engine: Engine, local: Workers) -> None:
+    endpoints = run(local.start_local(engine, 2))
+
+    assert config.DEFAULT_RPC_PORT == 50052
+    assert all(port_of(endpoint) >= 50052 for endpoint in endpoints)
+    for endpoint in endpoints:
+        listening = [
+            one.laddr for one in engine_on(port_of(endpoint)).net_connections() if one.status == psutil.CONN_LISTEN
+        ]
+        assert listening == [("127.0.0.1", port_of(endpoint))]
+
+
+@pytest.mark.parametrize(("cores", "count", "threads"), [(8, 2, "4"), (7, 3, "2"), (1, 3, "1")])
+def test_the_cores_are_shared_out_over_the_workers(
+    engine: Engine,
+    local: Workers,
+    monkeypatch: pytest.MonkeyPatch,
+    cores: int,
+    count: int,
+    threads: str,
+) -> None:
+    monkeypatch.setattr(workers, "usable_cores", lambda: cores)
+
+    endpoints = run(local.start_local(engine, count))
+
+    assert [words_after(engine_on(port_of(endpoint)), "-t") for endpoint in endpoints] == [threads] * count
+
+
+START_THREE = """
+from sollol_nb.sync_wrapper import HybridRouter
+import sys
+with HybridRouter(auto_discover_rpc=False) as router:
+    print("started", *router.start_workers(3), flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_two_processes_that_start_workers_at_once_get_different_ports(engine: Engine) -> None:
+    with script(START_THREE) as one, script(START_THREE) as other:
+        endpoints = says(one, "started").split() + says(other, "started").split()
+        processes = [engine for each in (one, other) for engine in engines_of(psutil.Process(each.pid))]
+        one.communicate("\n")
+        other.communicate("\n")
+
+    assert len(set(endpoints)) == len(endpoints) == 6
+    assert len(processes) == 6
+    all_end(processes)
+
+
+@pytest.mark.parametrize("holder", ["a silent program", "another user's worker"])
+def test_a_worker_that_ends_at_once_is_told_with_its_last_words_and_none_is_left(
+    engine: Engine, local: Workers, monkeypatch: pytest.MonkeyPatch, holder: str
+) -> None:
+    first = unused_ports(3)
+    other = Workers([], EventBus())
+    with ExitStack() as held:
+        if holder == "a silent program":
+            held.enter_context(silent_peer(first + 1))
+        else:
+            run(other.start_local(engine, 1, first_port=first + 1))
+        before = engines_of(psutil.Process())
+        # What happens when another program takes the port just after it was seen to be free.
+        monkeypatch.setattr(workers, "free_ports", lambda start, count: list(range(start, start + count)))
+        with pytest.raises(WorkerStartError) as caught:
+            run(local.start_local(engine, 3, first_port=first))
+        left = [one for one in engines_of(psutil.Process()) if one not in before]
+        run(other.stop_local())
+
+    message = str(caught.value)
+    assert message.startswith(f"the worker at 127.0.0.1:{first + 1} ended at once: ")
+    assert "Failed to create server socket" in message
+    assert "\n" not in message
+    assert Path(message.rpartition("log: ")[2]).is_file()
+    assert left == []
+    assert local.endpoints == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a script with a shebang stands for the worker")
+def test_a_worker_that_never_answers_is_given_up_and_ended(
+    engine: Engine, local: Workers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = tmp_path / "pid"
+    mute = tmp_path / "mute-worker"
+    mute.write_text(f"#!/bin/sh\necho $$ > {told}.new; mv {told}.new {told}\nexec sleep 600\n")
+    mute.chmod(0o700)
+    monkeypatch.setattr(local_workers, "START_TIMEOUT_S", 1.0)
+
+    with pytest.raises(WorkerStartError, match=r"does not answer after 1 s; log: "):
+        run(local.start_local(replace(engine, worker=mute), 1))
+
+    assert not psutil.pid_exists(int(told.read_text()))
+    assert local.endpoints == []
+
+
+def test_a_worker_program_that_is_not_there_says_so(engine: Engine, local: Workers, tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=r"could not run .*no-such-worker: .*sollol-nb doctor"):
+        run(local.start_local(replace(engine, worker=tmp_path / "no-such-worker"), 1))
+    assert local.endpoints == []
+
+
+@pytest.mark.parametrize("count", [0, -1, 65])
+def test_a_number_of_workers_that_makes_no_sense_is_refused(engine: Engine, local: Workers, count: int) -> None:
+    with pytest.raises(ConfigError, match=f"cannot start {count} workers; a number from 1 to 64 can be"):
+        run(local.start_local(engine, count))
+
+
+def test_too_few_ports_say_what_to_do() -> None:
+    with pytest.raises(WorkerStartError, match=r"no 9 free ports from 65530 upward on 127.0.0.1; give another"):
+        free_ports(65530, 9)
+
+
+# --- ending -----------------------------------------------------------------------------------
+
+
+def test_stopped_workers_end_and_are_forgotten(engine: Engine, local: Workers) -> None:
+    kept, *stopped = run(local.start_local(engine, 3))
+    processes = [engine_on(port_of(endpoint)) for endpoint in stopped]
+
+    assert run(local.stop_local(stopped)) == stopped
+    all_end(processes)
+    assert local.endpoints == [kept]
+
+    last = engine_on(port_of(kept))
+    assert run(local.stop_local()) == [kept]
+    all_end([last])
+    assert run(local.stop_local()) == [], "stopping twice is fine"
+
+
+def test_a_killed_local_worker_shows_as_down(engine: Engine, local: Workers) -> None:
+    killed, other = run(local.start_local(engine, 2))
+    engine_on(port_of(killed)).kill()
+
+    words = f"{killed} ended with exit code {-signal.SIGKILL}"
+    eventually(lambda: looked_at(local)[killed].detail == words, "its end is noticed")
+
+    assert looked_at(local)[killed].state == "down"
+    assert looked_at(local)[other].state == "free"
+
+
+@contextmanager
+def holding(endpoint: str, model: str) -> Iterator[None]:
+    """A coordinator that holds this worker, as the registry tells it."""
+    holder = run(
+        EngineProcess.start(
+            [sys.executable, "-c", "import time; time.sleep(60)"],
+            kind="coordinator",
+            about={"model": model, "workers": [endpoint]},
+            keep_alive_s=60,
+            log_path=config.log_dir() / "holder.log",
+        )
+    )
+    try:
+        yield
+    finally:
+        run(holder.stop())
+
+
+# --- what is known of them --------------------------------------------------------------------
+
+
+def test_each_state_is_told_apart_in_words(engine: Engine, local: Workers) -> None:
+    free, held = run(local.start_local(engine, 2))
+    with silent_peer() as silent, serving(OtherProtocolWorker) as newer:
+        refused = unused_port()
+        for port in (silent, newer, refused):
+            local.add(f"127.0.0.1:{port}")
+        probed_before = looked_at(local)[held].probe
+        with holding(held, "llama3.1:70b"):
+            seen = looked_at(local)
+            assert looked_at(local)[held].probe is probed_before, "a held worker is not probed"
+
+    told = {endpoint: (status.state, status.held_by) for endpoint, status in seen.items()}
+    assert told == {
+        free: ("free", None),
+        held: ("held", "llama3.1:70b"),
+        f"127.0.0.1:{silent}": ("busy", None),
+        f"127.0.0.1:{newer}": ("incompatible", None),
+        f"127.0.0.1:{refused}": ("down", None),
+    }
+    assert seen[held].detail == "held by the coordinator of llama3.1:70b, started by this kernel"
+    assert "RPC protocol 8.0.0" in seen[f"127.0.0.1:{newer}"].detail
+    assert looked_at(local)[held].state == "free"
+
+
+def test_workers_of_one_machine_share_its_memory_in_the_plan(engine: Engine, local: Workers) -> None:
+    run(local.start_local(engine, 2))
+    capacities = [status.capacity for status in local.statuses()]
+    assert {one.memory_domain for one in capacities} == {"127.0.0.1"}
+    assert all(0 < one.free_bytes <= one.total_bytes for one in capacities)
+    assert all(one.round_trip_ms > 0 for one in capacities)
+
+
+def test_an_endpoint_becomes_known_once_and_can_be_forgotten() -> None:
+    known = Workers(["10.1.2.3", "10.1.2.3:50052"], EventBus())
+    assert known.endpoints == ["10.1.2.3:50052"]
+    words = r"10.1.2.3:50052 is held by the coordinator of some model, started by this kernel; stop that"
+    with holding("10.1.2.3:50052", "some model"), pytest.raises(ConfigError, match=words):
+        known.remove("10.1.2.3:50052")
+    known.remove("10.1.2.3:50052")
+    with pytest.raises(ConfigError, match=r"10.1.2.3:50052 is not a known worker; known are none"):
+        known.remove("10.1.2.3:50052")
+
+
+def test_workers_tell_events_of_their_life(engine: Engine) -> None:
+    events = EventBus()
+    mine = Workers([], events)
+    (endpoint,) = run(mine.start_local(engine, 1))
+    assert mine.log_path(endpoint) is not None
+    assert mine.log_path("10.1.2.3:50052") is None
+    run(mine.stop_local())
+    assert [(event.kind, event.subject) for event in events.recent()] == [
+        ("worker.started", endpoint),
+        ("worker.stopped", endpoint),
+    ]

@@ -1,0 +1,74 @@
+"""The list of models: who has each, what is known of it, and whether it runs."""
+
+from __future__ import annotations
+
+from sollol_nb.errors import ModelFileError
+from sollol_nb.models.listing import ListedModel, list_models, models_frame
+from sollol_nb.models.profiles import MODEL_PROFILES, ModelProfile, profile_of
+
+
+def listed(**given: object) -> dict[str, ListedModel]:
+    nothing = {"in_ollama": [], "loaded": [], "in_storage": [], "coordinators": {}}
+    models = list_models(profile_of, **{**nothing, **given})  # type: ignore[arg-type]
+    assert len({one.model for one in models}) == len(models)
+    return {one.model: one for one in models}
+
+
+def test_models_with_a_profile_are_listed_also_where_nobody_has_them() -> None:
+    models = listed()
+
+    assert set(models) == set(MODEL_PROFILES)
+    assert models["llama3.1:70b"] == ListedModel("llama3.1:70b", "", 70.0, 40.0, True, "")
+    assert models["demo"].where == "built in"
+
+
+def test_a_model_is_listed_once_with_all_who_have_it() -> None:
+    entries = [
+        {"name": "llama3.2:latest", "nodes": ["http://a:11434", "http://b:11434"]},
+        {"name": "odd", "nodes": ["http://a:11434"]},
+    ]
+    models = listed(
+        in_ollama=entries,
+        loaded=[{"name": "llama3.2:latest"}],
+        in_storage=["llama3.2", "stored:7b"],
+        coordinators={"demo:sharded": "http://127.0.0.1:18080", "/models/x.gguf": "http://127.0.0.1:18081"},
+    )
+
+    assert models["llama3.2"].where == "http://a:11434, http://b:11434"
+    assert models["llama3.2"].running == "loaded"
+    assert models["stored:7b"] == ListedModel("stored:7b", "this machine", 7.0, 4.27, False, "")
+    assert (models["odd"].parameters_b, models["odd"].sharded) == (None, None)
+    assert models["demo:sharded"].running == "http://127.0.0.1:18080"
+    assert "/models/x.gguf" in models
+
+
+def test_a_damaged_model_is_listed_by_its_name() -> None:
+    def refuse(model: str) -> ModelProfile:
+        if model == "broken:7b":
+            raise ModelFileError("it is damaged")
+        return profile_of(model)
+
+    models = list_models(refuse, in_ollama=[], loaded=[], in_storage=["broken:7b"], coordinators={})
+    assert {one.model: one.parameters_b for one in models}["broken:7b"] == 7.0
+
+
+def test_what_runs_comes_first_then_what_is_there() -> None:
+    models = list(listed(in_storage=["stored:7b"], coordinators={"demo:sharded": "http://127.0.0.1:18080"}))
+
+    assert models[:3] == ["demo:sharded", "demo", "stored:7b"]
+    assert models[3:] == sorted(models[3:])
+
+
+def test_the_frame_has_a_column_for_each_fact() -> None:
+    frame = models_frame(listed().values())
+
+    assert [f"{name}:{dtype}" for name, dtype in frame.dtypes.items()] == [
+        "model:string",
+        "where:string",
+        "parameters_b:Float64",
+        "memory_gb:Float64",
+        "sharded:boolean",
+        "running:string",
+    ]
+    assert frame.set_index("model").loc["llama3.1:405b", "sharded"]
+    assert len(models_frame([])) == 0

@@ -1,0 +1,109 @@
+"""Answers in the background: who waits for one may leave, and nobody hears of that."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
+
+import pytest
+
+from sollol_nb.errors import RequestCancelledError
+from sollol_nb.notebook.answers.background import BackgroundAnswer, MakeDisplay, cancel_all
+from sollol_nb.notebook.answers.request import CellRequest
+from sollol_nb.runtime.events import EventBus
+from sollol_nb.runtime.io_loop import io_loop
+from tests.support.engines import HANG_GUARD_S
+
+
+class Stream:
+    """A stream that ends when it is told to."""
+
+    def __init__(self, *, fails: Exception | None = None) -> None:
+        self._may_end = asyncio.Event()
+        self._fails = fails
+
+    async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
+        yield {"message": {"content": "so "}, "done": False}
+        await self._may_end.wait()
+        if self._fails is not None:
+            raise self._fails
+        yield {"message": {"content": "far"}, "done": True, "done_reason": "stop"}
+
+    def end(self) -> None:
+        io_loop().call_soon_threadsafe(self._may_end.set)
+
+
+def background(stream: Stream, make_display: MakeDisplay | None = None) -> BackgroundAnswer:
+    request = CellRequest("demo", "Hi", None, {})
+    return BackgroundAnswer(request, stream.chunks(), EventBus(), make_display)
+
+
+def test_who_leaves_before_the_end_is_not_called_any_more(caplog: pytest.LogCaptureFixture) -> None:
+    stream = Stream()
+    handle = background(stream)
+
+    async def wait_a_moment() -> None:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(handle, 0.01)
+
+    asyncio.run(wait_a_moment())
+    asyncio.run(wait_a_moment())
+    with caplog.at_level(logging.DEBUG):
+        stream.end()
+        assert handle.result(HANG_GUARD_S)["message"]["content"] == "so far"
+        assert asyncio.run(_awaited(handle)) is handle.result()
+    assert [record.getMessage() for record in caplog.records if "callback" in record.getMessage()] == []
+
+
+async def _awaited(handle: BackgroundAnswer) -> object:
+    return await handle
+
+
+def test_nothing_of_answers_is_left_once_all_are_cancelled() -> None:
+    shown: list[dict[str, Any]] = []
+
+    def make_display(bundle: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
+        shown.append(bundle)
+        return shown.append
+
+    handle = background(Stream(), make_display)
+    handle._ipython_display_()
+    cancel_all(wait_s=HANG_GUARD_S)
+    assert handle.done
+    assert "stopped" in shown[-1]["text/plain"]
+    assert [one for one in threading.enumerate() if one.name == "sollol_nb display"] == []
+
+
+def test_several_loops_may_await_the_same_answer() -> None:
+    stream = Stream()
+    handle = background(stream)
+    values: list[object] = []
+    waiters = [threading.Thread(target=lambda: values.append(asyncio.run(_awaited(handle)))) for _ in range(3)]
+    for one in waiters:
+        one.start()
+    stream.end()
+    for one in waiters:
+        one.join(HANG_GUARD_S)
+    assert values == [handle.result()] * 3
+
+
+def test_a_cancelled_answer_says_so_to_who_awaits_it() -> None:
+    handle = background(Stream())
+    assert handle.cancel()
+    with pytest.raises(RequestCancelledError):
+        asyncio.run(_awaited(handle))
+    with pytest.raises(RequestCancelledError):
+        handle.result(HANG_GUARD_S)
+
+
+def test_what_came_before_an_unforeseen_error_is_kept() -> None:
+    stream = Stream(fails=ZeroDivisionError("of a bug"))
+    handle = background(stream)
+    stream.end()
+    with pytest.raises(ZeroDivisionError):
+        handle.result(HANG_GUARD_S)
+    assert handle.completion is not None
+    assert (handle.completion.text, handle.completion.finish_reason) == ("so ", "error")

@@ -1,0 +1,120 @@
+"""From the options of a cell to its request."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from IPython.core.error import UsageError
+
+from sollol_nb.chat.completion import Completion
+from sollol_nb.errors import ConfigError, StructureError
+from sollol_nb.notebook import magic_line as options
+from sollol_nb.notebook.answers.request import CellRequest, cell_request
+from sollol_nb.notebook.magics.ask import AskMagics
+
+
+def request(
+    line: str, cell: str | None = None, *, defaults: dict[str, Any] | None = None, **variables: Any
+) -> CellRequest:
+    out, rest = options.assigned(line)
+    arguments, given = options.parse(AskMagics.sollol, rest, name="%%sollol", namespace=variables)
+    return cell_request(
+        arguments,
+        cell,
+        out=out,
+        defaults=defaults or {},
+        variables=given,
+        evaluate=lambda text: eval(text, dict(variables)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "cell", "model", "prompt"),
+    [
+        ("demo", "Hi\nthere\n", "demo", "Hi\nthere"),
+        ("demo Hi there", None, "demo", "Hi there"),
+        ('demo "Hi  there?"', None, "demo", "Hi  there?"),
+        ('demo say "hello" twice', None, "demo", 'say "hello" twice'),
+        ("demo --seed 1 What's up", None, "demo", "What's up"),
+        ('"/my models/x.gguf" Hi', None, "/my models/x.gguf", "Hi"),
+        ('"/my models/x.gguf"', "Hi", "/my models/x.gguf", "Hi"),
+        ('"Hi there"', None, "default", "Hi there"),
+        ("", "Hi", "default", "Hi"),
+        ("{{ name }}", "Hi {{ name * 2 }}", "demo", "Hi demodemo"),
+        ("demo --no-expand", "Hi {{ name }}", "demo", "Hi {{ name }}"),
+        ("demo --var n=3", "{{ n }} {x}", "demo", "3 {x}"),
+    ],
+)
+def test_model_and_prompt(line: str, cell: str | None, model: str, prompt: str) -> None:
+    made = request(line, cell, defaults={"model": "default"}, name="demo")
+
+    assert (made.model, made.prompt) == (model, prompt)
+
+
+def test_options_of_the_line_go_before_defaults() -> None:
+    defaults = {"temperature": 0.5, "max_tokens": 7, "system": "Be brief.", "format": "text", "priority": 3}
+    made = request("demo --temperature 0 --stop a --stop b --priority high", "Hi", defaults=defaults)
+
+    assert made.stream_options == {"temperature": 0.0, "max_tokens": 7, "stop": ["a", "b"], "priority": 7}
+    assert made.messages == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    assert made.shown_as == "text"
+    assert request("demo --system ''", "Hi", defaults=defaults).messages == [{"role": "user", "content": "Hi"}]
+
+
+def test_json_is_asked_of_the_engine_unless_a_schema_says_more() -> None:
+    schema = {"type": "object"}
+
+    assert request("demo --format json", "Hi").stream_options == {"format": "json"}
+    assert request("demo --schema s", "Hi", s=schema).stream_options == {"schema": schema}
+    assert request("demo --schema s", "Hi", s=schema).shown_as == "json"
+    assert request("demo --schema s --format text", "Hi", s=schema).shown_as == "text"
+
+
+@pytest.mark.parametrize(
+    ("line", "cell", "words"),
+    [
+        ("demo", " \n", "the prompt is empty"),
+        ("demo", None, "the prompt is empty"),
+        ("demo what", "Hi", "unexpected 'what'; in a cell the prompt goes below"),
+        ("", "Hi", "no model is named"),
+        ('"Hi there"', None, "no model is named"),
+        ("demo --reset", "Hi", "name it with --chat NAME"),
+        ("demo --raw --quiet", "Hi", "give one of them"),
+        ("x << demo --out y", "Hi", "two names, x and y"),
+        ("demo --out 1x", "Hi", "'1x', which is not a variable name"),
+    ],
+)
+def test_what_is_missing_or_wrong_is_told(line: str, cell: str | None, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        request(line, cell)
+
+
+def test_the_name_before_the_line_is_where_the_answer_goes() -> None:
+    assert request("x << demo", "Hi").out == request("demo --out x", "Hi").out == "x"
+    assert request("demo", "Hi").out is None
+
+
+def test_the_value_is_the_completion_or_its_frame() -> None:
+    rows = {"type": "array", "items": {"type": "object", "properties": {"a": {"type": "integer"}}}}
+    answer = Completion(message={"role": "assistant", "content": '[{"a": 1}, {"a": 2}]'})
+    plain, framed = request("demo", "Hi"), request("demo --schema s --frame", "Hi", s=rows)
+
+    assert plain.result(plain.dressed(answer)) is answer
+    frame = framed.result(framed.dressed(answer))
+    assert not isinstance(frame, Completion)
+    assert frame["a"].tolist() == [1, 2]
+    assert frame.attrs["completion"] is answer
+
+
+def test_an_answer_that_does_not_fit_has_no_value() -> None:
+    made = request("demo --schema int", "Hi", int=int)
+    answer = made.dressed(Completion(message={"role": "assistant", "content": '"text"'}))
+
+    with pytest.raises(StructureError, match="does not have the structure"):
+        made.result(answer)
+
+
+def test_an_unknown_schema_is_told() -> None:
+    with pytest.raises(ConfigError, match="did you mean Person"):
+        request("demo --schema Persn", "Hi", Person=int)

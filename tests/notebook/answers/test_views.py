@@ -1,0 +1,73 @@
+"""An answer under way: read by several threads, begun again, and shown without what steers a terminal."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from typing import Any
+
+import pytest
+from IPython.core.formatters import DisplayFormatter
+
+from sollol_nb.chat.completion import Completion
+from sollol_nb.notebook.answers.views import BEGINS_AGAIN, LiveAnswer, PlainView, TerminalView, View
+
+
+def chunk(text: str, **more: object) -> dict[str, object]:
+    return {"message": {"role": "assistant", "content": text}, **more}
+
+
+def test_a_thread_that_reads_an_answer_loses_nothing_of_it() -> None:
+    answer, parts = LiveAnswer("demo"), 20_000
+    ended, interval_s = threading.Event(), sys.getswitchinterval()
+
+    def read() -> None:
+        while not ended.is_set():
+            assert set(answer.text) <= {"x"}
+
+    sys.setswitchinterval(1e-6)  # threads take turns at every chance
+    readers = [threading.Thread(target=read) for _ in range(3)]
+    for one in readers:
+        one.start()
+    for _ in range(parts):
+        answer.add(chunk("x"))
+    ended.set()
+    for one in readers:
+        one.join()
+    sys.setswitchinterval(interval_s)
+    assert len(answer.text) == parts == len(answer.completion().text)
+
+
+@pytest.mark.parametrize("make_view", [TerminalView, PlainView])
+def test_an_answer_that_begins_again_is_printed_from_its_beginning(
+    make_view: type[TerminalView | PlainView], capsys: pytest.CaptureFixture[str]
+) -> None:
+    view: View = make_view()
+    answer = LiveAnswer("demo")
+    answer.add(chunk("Hello wor"))
+    view.show(answer)
+    answer.add(chunk("Good morning, ", _restarted=True))  # longer than what was void
+    view.show(answer)
+    answer.add(chunk("all", done=True))
+    view.finish(answer.completion())
+    shown = capsys.readouterr()
+    assert "Hello worGood morning, all\n" in shown.out
+    assert shown.err.split("\n") == ["", BEGINS_AGAIN, ""]
+
+
+@pytest.mark.parametrize("make_view", [TerminalView, PlainView])
+def test_a_model_cannot_steer_the_terminal(
+    make_view: type[TerminalView | PlainView], capsys: pytest.CaptureFixture[str]
+) -> None:
+    view: View = make_view()
+    answer = LiveAnswer("demo")
+    answer.add(chunk("a\x1b]52;c;cm0gLXJm\x07b\x9b2J\tc\n", done=True))
+    view.show(answer)
+    view.finish(answer.completion())
+    assert capsys.readouterr().out.startswith("a]52;c;cm0gLXJmb2J\tc\n")
+
+
+def test_a_completion_in_a_terminal_cannot_either() -> None:
+    formatter: Any = DisplayFormatter()
+    formats, _ = formatter.format(Completion(model="demo", message={"content": "\x1b[2J"}))
+    assert "\x1b" not in formats["text/plain"]

@@ -1,0 +1,97 @@
+"""`%sollol_bench` in a real kernel: table and plot, variables, the stop button, and one line for what is wrong."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sollol_nb.latency.log import LatencyLog
+from sollol_nb.notebook.magics.bench import BenchMagics
+from tests.support.engines import eventually
+from tests.support.kernels import Kernel, kernel
+
+pytestmark = pytest.mark.engine
+
+QUICK = "--repeat 2 --prompts 2 --max-tokens 6"
+EXAMPLES = re.findall(r"^ *(%sollol_bench demo.*)$", BenchMagics.sollol_bench.__doc__ or "", re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The kernel's state folder."""
+    return tmp_path_factory.mktemp("kernel")
+
+
+@pytest.fixture(scope="module")
+def notebook(engine: object, state: Path) -> Iterator[Kernel]:
+    """A kernel with the magic and three workers."""
+    with kernel(SOLLOL_STATE_DIR=str(state), SOLLOL_KEEP_ALIVE="5s") as one:
+        for code in ("%load_ext sollol_nb", "%sollol_cluster start 3"):
+            shown = one.run(code)
+            assert shown.status == "ok", shown.error
+        yield one
+        assert one.run("%sollol_stop --all").status == "ok"
+
+
+def test_a_benchmark_shows_its_table_and_its_plot(notebook: Kernel) -> None:
+    shown = notebook.run(f"%sollol_bench demo:sharded --layouts 1,2 {QUICK} --out result")
+    assert shown.status == "ok", shown.error
+    assert "image/png" in shown.displays[-2]
+    assert "2 workers" in shown.displays[-1]["text/html"]
+    assert "medians over 2 rounds" in shown.text
+    assert notebook.value("list(result.frame['case'].unique())") == "['1 worker', '2 workers']"
+    assert notebook.value("_ is result, result.complete, len(result.rows)") == "(True, True, 8)"
+
+
+def test_prompts_are_a_variable_of_the_notebook(notebook: Kernel) -> None:
+    notebook.run("questions = ['What is a worker?', 'What is a coordinator?', 'Hello!']")
+    for prompts in ("questions", "__import__('pandas').Series(questions)"):
+        shown = notebook.run(f"result = %sollol_bench demo:sharded --repeat 1 --max-tokens 4 --prompts {prompts}")
+        assert shown.status == "ok", shown.error
+        assert notebook.value("list(result.settings['prompts']) == questions") == "True"
+
+
+def test_the_help_has_examples() -> None:
+    assert len(EXAMPLES) == 3
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_the_examples_of_the_help_run(notebook: Kernel, example: str) -> None:
+    shown = notebook.run(f"{example} --repeat 1 --prompts 1")
+    assert shown.status == "ok", shown.error
+
+
+def test_the_stop_button_keeps_what_was_measured(notebook: Kernel, state: Path) -> None:
+    log = LatencyLog(state / "latency.sqlite")
+    before = len(log.frame())
+    cell = notebook.client.execute("%sollol_bench demo:sharded --layouts 1,2 --repeat 500 --out stopped")
+    eventually(lambda: len(log.frame()) > before + 5, "some requests were measured")
+    notebook.manager.interrupt_kernel()
+    shown = notebook.collect(cell)
+    assert shown.status == "ok", shown.error
+    assert "incomplete: it was stopped before its end" in shown.text
+    assert notebook.value("0 < len(stopped.rows) < 3000, stopped.complete") == "(True, False)"
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("", "%sollol_bench: model is missing"),
+        ("demo:sharded --layuots 1", "--layuots is no option; did you mean --layouts?"),
+        ("demo:sharded --layouts 5/4", "layout 5/4 places 9 units, but demo:sharded has 13"),
+        ("demo:sharded --layouts 9", "9 workers are needed and 3 are known; start them here with"),
+        ("demo:sharded --prompts questoins", "did you mean questions?"),
+        ("demo:sharded --prompts 99", "prompts=99: there are"),
+        ("demo:sharded --repeat x", "--repeat takes a whole number"),
+        ("demo:sharded --out 1x", "--out is '1x', which is not a variable name"),
+    ],
+)
+def test_what_is_wrong_is_one_line(notebook: Kernel, line: str, words: str) -> None:
+    notebook.run("questions = ['Hello!']")
+    shown = notebook.run(f"%sollol_bench {line}")
+    assert shown.status == "error"
+    assert words in "".join([*shown.error, shown.stream])
+    assert shown.displays == [], "no progress of what was not begun"

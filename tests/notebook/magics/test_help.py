@@ -1,0 +1,66 @@
+"""The `?` help of every magic: it has examples, and they run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.kernels import Kernel, kernel
+
+pytestmark = pytest.mark.engine
+
+MAGICS = (
+    "sollol",
+    "sollol_bench",
+    "sollol_chat",
+    "sollol_cluster",
+    "sollol_latency",
+    "sollol_log",
+    "sollol_models",
+    "sollol_profile",
+    "sollol_route",
+    "sollol_stop",
+)
+
+
+@pytest.fixture(scope="module")
+def notebook(engine: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
+    """A kernel with the extension loaded, in a folder of its own."""
+    folder = tmp_path_factory.mktemp("kernel")
+    with kernel(SOLLOL_STATE_DIR=str(folder / "state"), SOLLOL_KEEP_ALIVE="5s") as one:
+        assert one.run(f"import os\nos.chdir({str(folder)!r})\n%load_ext sollol_nb").error == []
+        yield one
+        assert one.run("%sollol_stop --all").error == []
+
+
+def examples(help_: str) -> list[str]:
+    """The cells of a magic's examples: paragraphs after `Example::`, up to the next text at the margin."""
+    indented = re.search(r"Example::\n\n((?: +.*\n|\n)+)", help_)
+    assert indented is not None, help_
+    paragraphs = re.split(r"\n\s*\n", indented[1].strip("\n"))
+    return ["\n".join(line.strip() for line in one.splitlines()) for one in paragraphs if one.strip()]
+
+
+def test_all_magics_are_known_here(notebook: Kernel) -> None:
+    known = "sorted(m for m in get_ipython().magics_manager.magics['line'] if m.startswith('sollol'))"
+    assert notebook.value(known) == repr(list(MAGICS))
+
+
+@pytest.mark.parametrize("magic", MAGICS)
+def test_the_examples_of_a_magic_run(notebook: Kernel, magic: str) -> None:
+    help_ = eval(notebook.value(f"get_ipython().magics_manager.magics['line'][{magic!r}].__doc__"))
+    cells = examples(help_)
+    assert cells
+    assert all(any(magic in cell for cell in cells) for _ in cells)
+    for cell in cells:
+        shown = notebook.run(cell)
+        assert (shown.error, [line for line in shown.stream.splitlines() if "Error" in line]) == ([], []), cell
+
+
+@pytest.mark.parametrize("magic", MAGICS)
+def test_the_question_mark_shows_the_help(notebook: Kernel, magic: str) -> None:
+    notebook.client.execute(f"%{magic}?")
+    payload = notebook.reply("execute_reply")["content"]["payload"]
+    assert "Example::" in payload[0]["data"]["text/plain"]

@@ -1,0 +1,45 @@
+"""What a cell has shown itself is not shown as its value, and is shown wherever else it is looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from IPython.core.interactiveshell import InteractiveShell
+
+from sollol_nb.chat.completion import Completion
+from sollol_nb.notebook.displays import hide_once
+
+
+@pytest.fixture
+def shell() -> Iterator[Any]:
+    yield InteractiveShell.instance()
+    InteractiveShell.clear_instance()
+
+
+def is_shown(shell: Any, value: object) -> bool:
+    return bool(shell.display_formatter.format(value)[0])
+
+
+def test_all_answers_of_one_cell_are_hidden_in_it_and_shown_after_it(shell: Any) -> None:
+    first, second, other = (Completion(model=name) for name in ("a", "b", "c"))
+    before = dict(shell.display_formatter.ipython_display_formatter.type_printers)
+    hide_once(shell, first)
+    hide_once(shell, second)
+    assert [is_shown(shell, one) for one in (first, second, other)] == [False, False, True]
+    shell.events.trigger("post_run_cell", None)
+    assert [is_shown(shell, one) for one in (first, second, other)] == [True, True, True]
+    assert shell.display_formatter.ipython_display_formatter.type_printers == before
+
+
+def test_a_printer_of_the_users_own_comes_back(shell: Any) -> None:
+    printers = shell.display_formatter.ipython_display_formatter
+    seen: list[object] = []
+    printers.for_type(Completion, seen.append)
+    value = Completion(model="a")
+    hide_once(shell, value)
+    hide_once(shell, Completion(model="b"))
+    shell.events.trigger("post_run_cell", None)
+    shell.display_formatter.format(value)
+    assert seen == [value]

@@ -1,0 +1,356 @@
+"""The magics in a real Jupyter kernel, on real engines."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from sollol_nb.models.profiles import MODEL_PROFILES
+from tests.notebook.magics.test_help import MAGICS
+from tests.support.engines import eventually
+from tests.support.kernels import Kernel, kernel
+
+pytestmark = pytest.mark.engine
+
+LEFT_BEHIND = """{
+    name: found
+    for name, found in {
+        "configurables": [c for c in get_ipython().configurables if "sollol" in type(c).__module__],
+        "matchers": [m for m in get_ipython().Completer.custom_matchers if "sollol" in m.__module__],
+        "events": [
+            f for fs in get_ipython().events.callbacks.values() for f in fs if "sollol" in f.__module__
+        ],
+        "printers": [
+            f
+            for f in get_ipython().display_formatter.ipython_display_formatter.type_printers.values()
+            if "sollol" in f.__module__
+        ],
+        "threads": [t.name for t in __import__("threading").enumerate() if "sollol" in t.name],
+        "accessors": [pd.DataFrame.sollol] if hasattr(pd.DataFrame, "sollol") else [],
+    }.items()
+    if found
+}"""
+LONG_QUESTION = "Tell me everything about sharding."
+
+
+@pytest.fixture(scope="module")
+def notebook(engine: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
+    """A kernel with the extension loaded and three workers started."""
+    state = str(tmp_path_factory.mktemp("kernel"))
+    with kernel(SOLLOL_STATE_DIR=state, SOLLOL_KEEP_ALIVE="5s") as one:
+        assert one.run("%load_ext sollol_nb").status == "ok"
+        assert one.run("%sollol_cluster start 3").status == "ok"
+        yield one
+        assert one.run("%sollol_stop --all").status == "ok"
+
+
+def test_an_answer_streams_into_the_cell_and_ends_as_markdown(notebook: Kernel) -> None:
+    shown = notebook.run(f"%%sollol demo:sharded --temperature 0 --out answer\n{LONG_QUESTION}")
+    assert shown.status == "ok"
+    assert len(shown.displays) == 1, "one display, updated in place"
+    assert shown.updates >= 2
+    text = notebook.run("print(answer.text)").stream.removesuffix("\n")
+    assert shown.markdown.startswith(text)
+    assert "llama.cpp-distributed" in shown.markdown
+    assert "demo model" in shown.markdown, "it says that it is a demo"
+    assert shown.text.startswith(text)
+
+
+def test_the_sharded_answer_is_the_answer_of_the_unsharded_model(notebook: Kernel) -> None:
+    for model in ("demo", "demo:sharded"):
+        variable = model.replace(":", "_")
+        notebook.run(f"%%sollol {model} --temperature 0 --max-tokens 60 --out {variable}\nWhat is a worker?")
+    assert notebook.value("demo.text == demo_sharded.text, len(demo.text) > 20") == "(True, True)"
+    assert notebook.value("demo.routing['backend']") == "'llama.cpp-local'"
+    assert notebook.value("demo_sharded.routing['backend']") == "'llama.cpp-distributed'"
+
+
+def test_asking_again_does_not_load_again(notebook: Kernel) -> None:
+    notebook.run("%%sollol demo:sharded --max-tokens 5\nHello!")
+    notebook.run("%%sollol demo:sharded --max-tokens 5 --out again\nHello!")
+    assert notebook.value("again.routing['load_ms'], again is _") == "(None, True)"
+
+
+def test_the_line_form_takes_the_prompt_on_the_line(notebook: Kernel) -> None:
+    for prompt in ("'What is a worker?'", "What's a worker"):
+        shown = notebook.run(f"%sollol demo:sharded --temperature 0 --max-tokens 20 {prompt}")
+        assert "worker" in shown.markdown
+
+
+def test_the_cluster_shows_workers_and_the_layer_map(notebook: Kernel) -> None:
+    notebook.run("%%sollol demo:sharded --max-tokens 5\nHello!")
+    shown = notebook.run("%sollol_cluster")
+    assert shown.displays[-1]["text/html"].count("bgcolor") == 3
+    as_text = notebook.run("%sollol_cluster --text").stream
+    for text in (shown.text, as_text):
+        assert "layers 0-3; planned 4 units" in text
+        assert text.count("actual 4 units") == 2
+        assert text.count("actual 5 units") == 1
+        assert text.count("held by the coordinator of demo:sharded") == 3
+
+
+def test_the_latency_magic_gives_the_frame(notebook: Kernel) -> None:
+    notebook.run("%%sollol demo:sharded --max-tokens 5\nHello!")
+    assert notebook.run("frame = %sollol_latency --model demo:sharded --last 1").status == "ok"
+    assert notebook.value("(len(frame), frame.status[0], frame.layout[0], frame.completion_tokens[0] <= 5)") == (
+        "(1, 'ok', '4/4/5', np.True_)"
+    )
+
+
+def test_the_route_magic_says_where_and_why(notebook: Kernel) -> None:
+    assert notebook.run("%sollol_route demo:sharded").stream == (
+        "demo:sharded → llama.cpp-distributed: demo:sharded is listed in MODEL_PROFILES as needing sharding"
+        " (a tiny demo model, not a general one)\n"
+    )
+    assert "llama.cpp-local" in notebook.run("%sollol_route demo").stream
+
+
+@pytest.mark.parametrize(
+    ("cell", "words"),
+    [
+        ("%%sollol nosuchmodel\nHello", "ModelNotFoundError: no place has nosuchmodel"),
+        ("%%sollol /no/such/file.gguf\nHello", "ModelFileError: /no/such/file.gguf is not there"),
+        ("%%sollol demo --top-p 7 --timeout -1\nHello", "ConfigError: timeout=-1.0 must be more than 0 seconds"),
+        ("%sollol_cluster add nonsense:port", "ConfigError: 'nonsense:port' is not an endpoint"),
+        ("%sollol_route", "UsageError: %sollol_route: model is missing; %sollol_route? lists all options"),
+        (
+            "%%sollol demo --max-tokens many\nHello",
+            "UsageError: %%sollol: --max-tokens takes a whole number such as",
+        ),
+        (
+            "%%sollol demo --tempratur 1\nHello",
+            "UsageError: %%sollol: --tempratur is no option; did you mean --temp",
+        ),
+        ("%%sollol demo\n  ", "UsageError: the prompt is empty"),
+        ("%%sollol demo --out 1x\nHello", "UsageError: --out is '1x', which is not a variable name"),
+        ("%sollol_cluster start many", "UsageError: start takes a number of workers, not 'many'"),
+        ("%sollol_cluster stop nosuch", "UsageError: no coordinator runs nosuch"),
+    ],
+)
+def test_errors_are_one_line(notebook: Kernel, cell: str, words: str) -> None:
+    shown = notebook.run(cell)
+    lines = shown.error or shown.stream.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith(words)
+
+
+def test_the_stop_button_cancels_on_the_engine_and_keeps_the_text(notebook: Kernel) -> None:
+    message_id = notebook.client.execute(
+        f"%%sollol demo:sharded --temperature 0 --max-tokens 1900 --out cut\n{LONG_QUESTION}"
+    )
+    notebook.collect(message_id, until_shown="shard")
+    notebook.manager.interrupt_kernel()
+    shown = notebook.collect(message_id)
+    assert shown.error == ["RequestCancelledError: demo:sharded: stopped; what came so far is kept"]
+    assert notebook.value("cut.finish_reason, len(cut.text) > 0") == "('cancelled', True)"
+    notebook.run("from sollol_nb.runtime.io_loop import run_blocking\nfrom sollol_nb.notebook import router")
+    busy = "run_blocking(router().coordinator.busy_slots())"
+    eventually(lambda: notebook.value(busy) == "0", "the slot is free")
+    assert notebook.value("router().latency.frame().status.iloc[-1]") == "'cancelled'"
+    # The engine was not touched by the interrupt.
+    assert notebook.run("%%sollol demo:sharded --max-tokens 5\nHello!").status == "ok"
+
+
+def test_asyncio_run_works_in_cells_also_queued_ones(notebook: Kernel) -> None:
+    """The guide's Example 4 as it stands, two cells sent at once."""
+    code = (
+        "import asyncio\n"
+        "from sollol_nb import HybridRouter, OllamaPool\n"
+        "async def ask():\n"
+        "    pool = await OllamaPool.auto_configure()\n"
+        "    async with HybridRouter(ollama_pool=pool, num_rpc_backends=2, auto_setup_rpc=True,"
+        " auto_discover_rpc=False) as one:\n"
+        "        response = await one.route_request(model='demo:sharded',"
+        " messages=[{'role': 'user', 'content': 'What is a worker?'}], max_tokens=10)\n"
+        "    print(response['_routing']['backend'], bool(response['message']['content']))\n"
+        "asyncio.run(ask())"
+    )
+    first = notebook.client.execute(code)
+    second = notebook.client.execute("print('second cell')")
+    assert notebook.collect(first).stream == "llama.cpp-distributed True\n"
+    assert notebook.collect(second).stream == "second cell\n"
+    assert notebook.run("await ask()").stream == "llama.cpp-distributed True\n"
+
+
+def test_the_blocking_api_works_in_the_running_loop_of_a_kernel(notebook: Kernel) -> None:
+    code = (
+        "from sollol_nb.notebook import router\n"
+        "chunks = list(router().stream('demo:sharded', 'Hello!', max_tokens=5))\n"
+        "print(len(chunks) > 1, chunks[-1]['done'])"
+    )
+    assert notebook.run(code).stream == "True True\n"
+
+
+def test_unloading_leaves_nothing_behind(engine: object) -> None:
+    with kernel() as one:
+        one.run("import asyncio, asyncio.events, asyncio.tasks, asyncio.futures")
+        one.run("loop = type(asyncio.get_running_loop())")
+        snapshot = (
+            "{**{('asyncio', k): v for k, v in vars(asyncio).items()},"
+            " **{('loop', k): v for c in loop.__mro__ for k, v in vars(c).items()}}"
+        )
+        one.run(f"before = {snapshot}")
+        for command in ("%load_ext sollol_nb", "%reload_ext sollol_nb"):
+            assert one.run(command).error == []
+            assert one.value(f"all(m in get_ipython().magics_manager.magics['line'] for m in {MAGICS})") == "True"
+            assert one.run("asyncio.run(asyncio.sleep(0, 'nested'))").text == "'nested'"
+        one.run("%sollol_cluster start 2\nimport pandas as pd")
+        one.run("%sollol demo:sharded --max-tokens 5 --chat tour Hello\n%sollol demo --background Hello")
+        one.run("%config Sollol.max_tokens = 7")
+        assert one.value("[*" + LEFT_BEHIND + "]") == "['configurables', 'matchers', 'threads', 'accessors']"
+        assert len(engines_below(one.pid)) >= 3
+        assert one.run("%unload_ext sollol_nb").error == []
+        assert one.run(f"after = {snapshot}").error == []
+        assert one.value(LEFT_BEHIND) == "{}"
+        assert one.value("[k for k in before.keys() | after.keys() if before.get(k) is not after.get(k)]") == "[]"
+        assert engines_below(one.pid) == []
+        for magic in MAGICS:
+            assert "not found" in one.run(f"%{magic}").stream
+        assert "cannot be called from a running event loop" in one.run("asyncio.run(asyncio.sleep(0))").error[-1]
+        one.run("from sollol_nb.errors import ConfigError")
+        assert len(one.run("raise ConfigError('long again')").error) > 1
+
+
+def test_unloading_keeps_engines_running_if_told_so(engine: object, tmp_path: Path) -> None:
+    with kernel(SOLLOL_STATE_DIR=str(tmp_path), SOLLOL_KEEP_ALIVE="60s") as one:
+        one.run("%load_ext sollol_nb\n%sollol_cluster start 1\n%sollol demo:sharded --max-tokens 5 Hello")
+        one.run("%config Sollol.on_unload = 'keep'")
+        before = engines_below(one.pid)
+        assert len(before) == 2
+        assert one.run("%unload_ext sollol_nb").error == []
+        assert engines_below(one.pid) == before
+        assert one.run("%load_ext sollol_nb").error == []
+        assert one.run("%sollol demo:sharded --max-tokens 5 --out again Hello").error == []
+        assert engines_below(one.pid) == before, "they were taken up again"
+        assert one.run("%sollol_stop --all").error == []
+
+
+def test_a_changed_setting_of_the_router_holds_for_the_next_request(engine: object, tmp_path: Path) -> None:
+    with kernel(SOLLOL_STATE_DIR=str(tmp_path), SOLLOL_KEEP_ALIVE="5s") as one:
+        one.run("%load_ext sollol_nb\n%sollol_cluster start 2")
+        workers = set(engines_below(one.pid))
+        assert one.run("%config Sollol.num_workers = 1").error == []
+        assert one.run("%sollol demo:sharded --max-tokens 5 --out a Hello").error == []
+        assert one.value("a.routing['layout']") == "'13'"
+        assert one.run("%config Sollol.num_workers = 2").error == []
+        assert one.run("%config Sollol.strategy = 'even'").error == []
+        assert workers <= set(engines_below(one.pid))
+        assert one.run("%sollol_stop demo:sharded").error == []
+        assert one.run("%sollol demo:sharded --max-tokens 5 --out a Hello").error == []
+        assert one.value("a.routing['layout'], a.routing['plan']['strategy']") == "('7/6', 'even')"
+        assert workers <= set(engines_below(one.pid)), "the workers went over to the new router"
+        assert one.run("%sollol_stop --all").error == []
+
+
+def test_nested_loops_can_be_switched_off() -> None:
+    with kernel(SOLLOL_NEST_ASYNCIO="0") as one:
+        one.run("%load_ext sollol_nb\nimport asyncio")
+        assert "cannot be called from a running event loop" in one.run("asyncio.run(asyncio.sleep(0))").error[-1]
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        ("%%sollol llama3.1:", {"llama3.1:8b", "llama3.1:70b", "llama3.1:405b"}),
+        ("%%sollol demo", {"demo", "demo:sharded"}),
+        ("%sollol_route mix", {"mixtral:8x7b"}),
+        ("%%sollol installed", {"installed-here:7b"}),
+        ("%%sollol demo Hel", set()),
+    ],
+)
+def test_model_names_complete_from_profiles_and_what_is_installed(
+    notebook: Kernel, typed: str, completed: set[str]
+) -> None:
+    manifest = Path(os.environ["OLLAMA_MODELS"], "manifests/registry.ollama.ai/library/installed-here/7b")
+    manifest.parent.mkdir(parents=True, exist_ok=True)
+    manifest.write_text("{}")
+    notebook.client.complete(typed)
+    content = notebook.reply("complete_reply")["content"]
+    typed_up_to_there = typed[: content["cursor_start"]]
+    model = typed_up_to_there.split()[-1] if not typed_up_to_there.endswith(" ") else ""
+    names = {f"{model}{match}" for match in content["matches"]}
+    # After a colon IPython offers its own completions too.
+    assert names & {*MODEL_PROFILES, "installed-here:7b"} == completed
+
+
+def test_two_kernels_share_a_coordinator_and_no_engine_is_left_after_them(engine: object, tmp_path: Path) -> None:
+    variables = {"SOLLOL_STATE_DIR": str(tmp_path), "SOLLOL_KEEP_ALIVE": "2s"}
+    with kernel(**variables) as one, kernel(**variables) as other:
+        for each in (one, other):
+            assert each.run("%load_ext sollol_nb").status == "ok"
+        assert one.run("%sollol_cluster start 2").status == "ok"
+        ask = "%%sollol demo:sharded --temperature 0 --max-tokens 30 --out answer\nWhat is a worker?"
+        for each in (one, other):
+            assert each.run(ask).status == "ok"
+        assert one.value("answer.text") == other.value("answer.text")
+        place = "answer.routing['coordinator_url']"
+        assert one.value(place) == other.value(place)
+        assert other.run("from sollol_nb.notebook import router\nc = router().cluster()").status == "ok"
+        engines = engines_below(one.pid)
+        assert len(engines) == 3
+        assert engines_below(other.pid) == [], "it adopted those of the first"
+        assert "held by the coordinator of demo:sharded" in other.run("%sollol_cluster --text").stream
+
+        psutil.Process(one.pid).kill()
+        assert other.run(ask).status == "ok", "the one that started it is not needed any more"
+        listed = subprocess.run(
+            [Path(sys.executable).with_name("sollol-nb"), "ps"],
+            env={**os.environ, **variables},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        assert [line.split()[:2] for line in listed.splitlines()[1:]] == [
+            ["coordinator", "demo:sharded"],
+            *(["worker", worker] for worker in eval(other.value("[w.endpoint for w in c.workers]"))),
+        ]
+        other.manager.shutdown_kernel(now=False)
+        _, alive = psutil.wait_procs(engines, timeout=60)
+        assert alive == []
+
+
+def test_stop_ends_the_coordinators_of_this_kernel_or_all_that_runs(notebook: Kernel) -> None:
+    notebook.run("%%sollol demo:sharded --max-tokens 5\nHello!")
+    assert "no coordinator" not in notebook.run("%sollol_cluster --text").stream
+    assert "coordinator demo:sharded" in notebook.run("%sollol_stop").stream
+    assert notebook.run("%sollol_stop").stream == "nothing runs\n"
+    notebook.run("%%sollol demo:sharded --max-tokens 5\nHello!")
+    assert notebook.run("%sollol_stop demo:sharded").stream == "stopped coordinator demo:sharded\n"
+    assert notebook.run("%sollol_stop nosuch").error[-1].startswith("ConfigError: nothing called 'nosuch' runs; ")
+    assert notebook.run("%sollol_stop --all").stream.count("worker 127.0.0.1:") == 3
+    assert notebook.run("%sollol_cluster start 3").status == "ok"
+
+
+def test_in_a_terminal_the_answer_is_printed_as_it_comes(engine: object, tmp_path: Path) -> None:
+    code = (
+        "%load_ext sollol_nb\n"
+        "%sollol_cluster start 2\n"
+        "%sollol demo:sharded --temperature 0 --max-tokens 60 'What is a worker?'\n"
+        "%sollol_cluster --text\n"
+        "%sollol_stop --all\n"
+        "exit()\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-m", "IPython", "--simple-prompt", "--colors=nocolor", "--no-banner"],
+        input=code,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "IPYTHONDIR": str(tmp_path)},
+        check=True,
+    )
+    assert "worker" in ended.stdout
+    assert "llama.cpp-distributed" in ended.stdout
+    assert "planned" in ended.stdout
+
+
+def engines_below(pid: int) -> list[psutil.Process]:
+    """Engine processes among the descendants of a process."""
+    names = ("llama-server", "ggml-rpc-server", "rpc-server")
+    return [one for one in psutil.Process(pid).children(recursive=True) if one.name() in names]

@@ -1,0 +1,118 @@
+"""What the extension changes in a kernel, and puts back: the nested loop, and errors as one line."""
+
+from __future__ import annotations
+
+import asyncio
+import asyncio.tasks
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, TypeVar
+
+import pytest
+
+from sollol_nb.errors import CoordinatorLostError, SollolError
+from sollol_nb.notebook import errors_in_cells, nested_loop
+from sollol_nb.runtime.io_loop import io_bound, io_loop, run_blocking
+
+T = TypeVar("T")
+
+
+async def one() -> int:
+    await asyncio.sleep(0)
+    return 1
+
+
+async def in_a_cell() -> int:
+    """What a user writes where a loop runs already."""
+    return asyncio.run(one()) + asyncio.get_running_loop().run_until_complete(one())
+
+
+def in_kernel(cell: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Run a cell where the extension was loaded: inside a running loop."""
+
+    async def kernel() -> T:
+        nested_loop.allow()
+        try:
+            return await cell()
+        finally:
+            nested_loop.forbid()
+
+    return asyncio.run(kernel())
+
+
+def patchable() -> list[dict[str, Any]]:
+    loop = asyncio.new_event_loop()
+    loop.close()
+    places = [asyncio, asyncio.events, asyncio.futures, asyncio.tasks, *type(loop).__mro__[:-1]]
+    return [dict(vars(place)) for place in places]
+
+
+def test_asyncio_run_works_in_a_running_loop() -> None:
+    assert in_kernel(in_a_cell) == 2
+
+
+def test_the_package_works_in_a_nested_run_as_elsewhere() -> None:
+    @io_bound
+    async def where() -> asyncio.AbstractEventLoop:
+        return asyncio.get_running_loop()
+
+    async def cell() -> tuple[asyncio.AbstractEventLoop, int]:
+        return asyncio.run(where()), run_blocking(one())
+
+    assert in_kernel(cell) == (io_loop(), 1)
+
+
+def test_without_it_a_running_loop_refuses() -> None:
+    async def cell() -> None:
+        work = one()
+        with pytest.raises(RuntimeError, match="running event loop"):
+            asyncio.run(work)
+        work.close()
+
+    asyncio.run(cell())
+
+
+def test_everything_is_put_back() -> None:
+    async def kernel() -> None:
+        io_loop()
+        before = patchable()
+        nested_loop.allow()
+        nested_loop.allow()
+        during = patchable()
+        nested_loop.forbid()
+        nested_loop.forbid()
+
+        assert during != before
+        for now, then in zip(patchable(), before, strict=True):
+            assert now == then
+
+    asyncio.run(kernel())
+    assert asyncio.run(one()) == 1
+
+
+def test_it_can_be_allowed_and_forbidden_again_and_again() -> None:
+    for _ in range(3):
+        assert in_kernel(in_a_cell) == 2
+        assert asyncio.run(one()) == 1
+
+
+@pytest.fixture
+def short_errors() -> Iterator[None]:
+    errors_in_cells.shorten(lambda: True)
+    yield
+    errors_in_cells.restore()
+
+
+@pytest.mark.usefixtures("short_errors")
+def test_errors_of_the_package_render_as_one_line() -> None:
+    error: Any = CoordinatorLostError("the coordinator of demo ended")
+
+    assert error._render_traceback_() == ["\x1b[31mCoordinatorLostError\x1b[0m: the coordinator of demo ended"]
+
+
+def test_whole_tracebacks_come_back() -> None:
+    errors_in_cells.shorten(lambda: True)
+    errors_in_cells.restore()
+    errors_in_cells.restore()
+
+    assert not hasattr(SollolError("x"), "_render_traceback_")
+    assert not hasattr(ValueError("x"), "_render_traceback_")

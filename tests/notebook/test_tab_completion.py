@@ -1,0 +1,368 @@
+"""Tab completion: what is wanted in a line, a cache that waits for no slow place, and a real kernel's answers."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sollol_nb.models.profiles import MODEL_PROFILES
+from sollol_nb.notebook.tab_cache import CompletionCache
+from sollol_nb.notebook.tab_line import MagicLine, Wanted, magic_line, wanted
+from tests.support.engines import HANG_GUARD_S, eventually
+from tests.support.kernels import Kernel, kernel
+from tests.support.ollama_server import OllamaServer
+
+# --- the line ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("%%sollol ", MagicLine("sollol", (), "")),
+        ("%%sollol llama3.1:7", MagicLine("sollol", (), "llama3.1:7")),
+        ("%sollol_route demo --ba", MagicLine("sollol_route", ("demo",), "--ba")),
+        ("%sollol_latency --model demo ", MagicLine("sollol_latency", ("--model", "demo"), "")),
+        ("    %sollol_stop d", MagicLine("sollol_stop", (), "d")),
+        ("frame = %sollol_latency --la", MagicLine("sollol_latency", (), "--la")),
+        ("a['x'], b = %sollol demo ", MagicLine("sollol", ("demo",), "")),
+        ("%%sollol answer << lla", MagicLine("sollol", (), "lla")),
+        ("%%sollol answer << demo --t", MagicLine("sollol", ("demo",), "--t")),
+        ("%%sollol demo --system 'be short' --s", MagicLine("sollol", ("demo", "--system", "'be short'"), "--s")),
+        ('%%sollol "my models/a', MagicLine("sollol", (), '"my models/a')),
+        ('%%sollol demo --stop="a b" --t', MagicLine("sollol", ("demo", '--stop="a b"'), "--t")),
+        ("%sollol demo What's a wor", MagicLine("sollol", ("demo", "What's", "a"), "wor")),
+        ("%sollol_rou", None),
+        ("%%sollol", None),
+        ("%matplotlib inl", None),
+        ("sollol demo", None),
+        ("if x == %sollol", None),
+        ("", None),
+    ],
+)
+def test_a_line_is_a_magic_and_its_words(text: str, line: MagicLine | None) -> None:
+    assert magic_line(text) == line
+
+
+def parser() -> argparse.ArgumentParser:
+    one = argparse.ArgumentParser(add_help=False)
+    one.add_argument("action", nargs="?", choices=("start", "stop"))
+    one.add_argument("what", nargs="*")
+    one.add_argument("--temperature", type=float)
+    one.add_argument("--top-p", type=float)
+    one.add_argument("--stop", action="append")
+    one.add_argument("--backend", choices=("auto", "local"))
+    one.add_argument("--out")
+    one.add_argument("--raw", "-r", action="store_true")
+    return one
+
+
+OPTIONS = ("--temperature", "--top-p", "--stop", "--backend", "--out", "--raw")
+ACTION = ("cluster.action", "action")
+WHAT = ("cluster.what", "what")
+
+
+def without(*names: str) -> tuple[str, ...]:
+    return tuple(option for option in OPTIONS if option not in names)
+
+
+@pytest.mark.parametrize(
+    ("words", "fragment", "place"),
+    [
+        pytest.param("", "", Wanted("", ACTION, ("start", "stop"), OPTIONS), id="first argument, or an option"),
+        pytest.param("", "st", Wanted("st", ACTION, ("start", "stop")), id="first argument"),
+        pytest.param("stop", "d", Wanted("d", ("cluster.stop", *WHAT)), id="argument of a choice"),
+        pytest.param("stop demo", "d", Wanted("d", ("cluster.stop", *WHAT)), id="one more of them"),
+        pytest.param("--raw stop", "d", Wanted("d", ("cluster.stop", *WHAT)), id="after a switch"),
+        pytest.param("", "--t", Wanted("--t", options=OPTIONS), id="option"),
+        pytest.param("", "-", Wanted("-", options=OPTIONS), id="option, hardly begun"),
+        pytest.param("--raw", "--", Wanted("--", options=without("--raw")), id="not the same again"),
+        pytest.param("-r", "--", Wanted("--", options=without("--raw")), id="not by its short name either"),
+        pytest.param("--stop x", "--", Wanted("--", options=OPTIONS), id="those that collect, again"),
+        pytest.param("--temp 1", "--", Wanted("--", options=without("--temperature")), id="abbreviated"),
+        pytest.param("--out", "a", Wanted("a", ("cluster.out", "out")), id="value"),
+        pytest.param("--out=x", "st", Wanted("st", ACTION, ("start", "stop")), id="value in the same word"),
+        pytest.param("", "--out=a", Wanted("a", ("cluster.out", "out")), id="value being written there"),
+        pytest.param(
+            "--backend", "", Wanted("", ("cluster.backend", "backend"), ("auto", "local")), id="value with choices"
+        ),
+        pytest.param("--temperature", "-1", Wanted("-1", ("cluster.temperature", "temperature")), id="negative"),
+        pytest.param("--out", "--", Wanted("--", options=without("--out")), id="forgotten value"),
+        pytest.param("--nosuch", "st", Wanted("st", ACTION, ("start", "stop")), id="unknown option"),
+        pytest.param("", "--nosuch=x", Wanted("--nosuch=x", options=OPTIONS), id="unknown option with a value"),
+    ],
+)
+def test_what_is_wanted_is_read_from_the_magics_own_parser(words: str, fragment: str, place: Wanted) -> None:
+    assert wanted(MagicLine("cluster", tuple(words.split()), fragment), parser()) == place
+
+
+def test_the_parts_of_an_argument_are_named_by_its_metavar() -> None:
+    ask = argparse.ArgumentParser(add_help=False)
+    ask.add_argument("words", nargs="*", metavar="MODEL [PROMPT]")
+
+    names = [wanted(MagicLine("sollol", ("x",) * count, "y"), ask).names for count in range(3)]
+
+    assert names == [("sollol.model", "model"), ("sollol.prompt", "prompt"), ("sollol.prompt", "prompt")]
+
+
+def test_nothing_is_wanted_after_the_last_argument() -> None:
+    route = argparse.ArgumentParser(add_help=False)
+    route.add_argument("model")
+
+    assert wanted(MagicLine("sollol_route", ("demo",), "x"), route) == Wanted("x")
+
+
+# --- the cache --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache() -> Iterator[CompletionCache]:
+    one = CompletionCache()
+    yield one
+    one.close()
+
+
+def test_a_place_that_hangs_delays_neither_the_answer_nor_other_places(cache: CompletionCache) -> None:
+    goes_on = threading.Event()
+    asked = []
+
+    def hanging() -> list[str]:
+        asked.append("hanging")
+        assert goes_on.wait(HANG_GUARD_S)
+        return ["late"]
+
+    places = {"hanging": hanging, "quick": lambda: ["here"]}
+    try:
+        eventually(lambda: cache.names(places) == {"hanging": (), "quick": ("here",)}, "the quick place is known")
+        assert cache.names(places) == {"hanging": (), "quick": ("here",)}
+        assert not goes_on.is_set()
+        assert asked == ["hanging"], "it is not asked again before it has answered"
+    finally:
+        goes_on.set()
+    eventually(lambda: cache.names(places)["hanging"] == ("late",), "what was late is known")
+
+
+def test_a_broken_place_keeps_what_it_had(cache: CompletionCache) -> None:
+    answers = iter([["one"]])
+
+    def breaking() -> list[str]:
+        return next(answers)  # StopIteration from the second time on
+
+    eventually(lambda: cache.names({"place": breaking}) == {"place": ("one",)}, "it is known")
+    for _ in range(20):
+        assert cache.names({"place": breaking}) == {"place": ("one",)}
+
+
+def test_what_changes_in_a_quick_place_is_seen(cache: CompletionCache) -> None:
+    now = ["one"]
+    eventually(lambda: cache.names({"place": lambda: list(now)}) == {"place": ("one",)}, "it is known")
+    now.append("two")
+    eventually(
+        lambda: cache.names({"place": lambda: list(now)}) == {"place": ("one", "two")}, "the change is known"
+    )
+
+
+def test_a_closed_cache_asks_nobody_and_leaves_no_thread() -> None:
+    cache = CompletionCache()
+    goes_on = threading.Event()
+    cache.refresh({"slow": lambda: [str(goes_on.wait(HANG_GUARD_S))]})
+    goes_on.set()
+    cache.close()
+    asked: list[str] = []
+
+    assert cache.names({"other": lambda: asked}) == {"other": ()}
+    assert cache.refresh({"other": lambda: asked}) == []
+    eventually(lambda: not completion_threads(), "its threads have ended")
+
+
+def completion_threads() -> list[str]:
+    return [one.name for one in threading.enumerate() if "completion" in one.name]
+
+
+# --- in a kernel ------------------------------------------------------------------------------
+
+STORED = "installed-here:7b"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """GGUF files (by name), other files, and a folder with a space."""
+    folder = tmp_path_factory.mktemp("files")
+    for name in ("tiny.gguf", "big-00001-of-00002.gguf", "big-00002-of-00002.gguf", "notes.txt", ".hidden.gguf"):
+        (folder / name).touch()
+    (folder / "my models").mkdir()
+    (folder / "my models" / "one.gguf").touch()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def notebook(folder: Path) -> Iterator[Kernel]:
+    """A kernel with the extension loaded, some variables, and one model in Ollama's storage."""
+    manifest = Path(os.environ["OLLAMA_MODELS"], "manifests/registry.ollama.ai/library/installed-here/7b")
+    manifest.parent.mkdir(parents=True, exist_ok=True)
+    manifest.write_text("{}")
+    code = f"""\
+%load_ext sollol_nb
+%cd -q {folder}
+import dataclasses, enum
+import pandas as pd
+import sollol_nb.chat.completion
+from sollol_nb.notebook import tab_completion as completer
+@dataclasses.dataclass
+class Town:
+    name: str
+class Color(enum.Enum):
+    RED = 1
+townsfolk, townlist, towns = {{"type": "object"}}, [1], pd.DataFrame()
+answered = sollol_nb.chat.completion.Completion.__new__(sollol_nb.chat.completion.Completion)
+completer.install(
+    get_ipython(),
+    lambda: ["running-model:1b"],
+    chats=lambda: ["tour", "trip"],
+    workers=lambda: ["127.0.0.1:50052"],
+    ollama_models=lambda: ["on-a-node:3b"],
+)
+"""
+    with kernel() as one:
+        assert one.run(code).error == []
+        yield one
+
+
+def completed(notebook: Kernel, typed: str) -> list[str]:
+    """The whole line after each completion that the kernel offers."""
+    notebook.client.complete(typed)
+    content = notebook.reply("complete_reply")["content"]
+    assert content["cursor_end"] == len(typed)
+    return [typed[: content["cursor_start"]] + match for match in content["matches"]]
+
+
+@pytest.mark.parametrize(
+    ("typed", "ends"),
+    [
+        ("%%sollol llama3.1:", ["llama3.1:405b", "llama3.1:70b", "llama3.1:8b"]),
+        ("%%sollol llama3.1:7", ["llama3.1:70b"]),
+        ("%%sollol answer << mix", ["mixtral:8x7b"]),
+        ("x = %sollol dem", ["demo", "demo:sharded"]),
+        ("print(1)\n%sollol_route mix", ["mixtral:8x7b"]),
+        ("%sollol_latency --model mix", ["mixtral:8x7b"]),
+        ("%sollol_profile Mix", ["mixtral:8x7b"]),
+        ("%%sollol inst", [STORED]),
+        ("%%sollol on-a", ["on-a-node:3b"]),
+        ("%%sollol runn", ["running-model:1b"]),
+        ("%sollol_stop runn", ["running-model:1b"]),
+        ("%sollol_stop 127.0.0.1:5", ["127.0.0.1:50052"]),
+        ("%sollol_cluster stop runn", ["running-model:1b"]),
+        ("%sollol_cluster remove 127", ["127.0.0.1:50052"]),
+        ("%sollol_cluster sta", ["start"]),
+        ("%%sollol demo --temp", ["--temperature"]),
+        ("%%sollol demo --priority be", ["below-normal"]),
+        ("%%sollol demo --backend sh", ["sharded"]),
+        ("%%sollol demo --chat t", ["tour", "trip"]),
+        ("%sollol_chat to", ["tour"]),
+        ("%%sollol demo --schema ", ["Color", "Town", "towns", "townsfolk"]),
+        ("%%sollol demo --out ans", ["answered"]),
+        ("%%sollol tin", ["tiny.gguf"]),
+        ("%%sollol ./b", ["./big-00001-of-00002.gguf"]),
+        ("%%sollol ./.h", ["./.hidden.gguf"]),
+        ("%%sollol my", ['"my models/']),
+        ('%%sollol "my models/', ['"my models/one.gguf"']),
+        ("%sollol_chat tour --load no", ["notes.txt"]),
+    ],
+)
+def test_tab_completes_what_can_stand_there(notebook: Kernel, typed: str, ends: list[str]) -> None:
+    line_start = typed[: typed.rfind(" ", 0, typed.find('"') if '"' in typed else None) + 1]
+    lines = sorted((line_start + end for end in ends), key=str.casefold)
+    eventually(lambda: completed(notebook, typed) == lines, f"{typed!r} is completed as {lines}")
+
+
+def test_an_empty_place_is_completed_by_all_models_there_are(notebook: Kernel) -> None:
+    expected = {
+        *MODEL_PROFILES,
+        STORED,
+        "on-a-node:3b",
+        "running-model:1b",
+        "tiny.gguf",
+        "big-00001-of-00002.gguf",
+    }
+    eventually(
+        lambda: {line.removeprefix("%%sollol ") for line in completed(notebook, "%%sollol ")} == expected,
+        f"all of {expected}",
+    )
+
+
+def test_options_are_those_of_the_magic_and_each_is_offered_once(notebook: Kernel) -> None:
+    options = {line.split()[-1] for line in completed(notebook, "%%sollol demo --seed 1 ")}
+    assert {"--temperature", "--top-p", "--stop", "--out"} <= options
+    assert "--seed" not in options
+    assert all(option.startswith("--") for option in options)
+
+
+def test_the_line_oriented_api_of_terminals_gives_whole_names_too(notebook: Kernel) -> None:
+    line = "%%sollol llama3.1:"
+    assert notebook.value(f"get_ipython().complete(None, {line!r}, {len(line)})") == (
+        "('llama3.1:', ['llama3.1:405b', 'llama3.1:70b', 'llama3.1:8b'])"
+    )
+
+
+@pytest.mark.parametrize(
+    "typed", ["%%sollol ~nobody-of-that-name/x", "%%sollol /no/such/folder/x", "%%sollol '\0/x"]
+)
+def test_a_path_that_cannot_be_is_completed_by_nothing(notebook: Kernel, typed: str) -> None:
+    assert completed(notebook, typed) == []
+    assert completed(notebook, "%%sollol llama3.1:7") == ["%%sollol llama3.1:70b"]
+
+
+def test_other_lines_are_completed_as_ever(notebook: Kernel) -> None:
+    assert "townsfolk.keys" in completed(notebook, "townsfolk.ke")
+    assert "%%sollol demo\ntownlist" in completed(notebook, "%%sollol demo\ntownl")
+
+
+def test_a_node_that_hangs_or_breaks_delays_nothing_and_all_is_taken_out_again(folder: Path) -> None:
+    hanging = """\
+%load_ext sollol_nb
+import threading
+from sollol_nb.notebook import tab_completion as completer
+before = [*get_ipython().Completer.custom_matchers]
+goes_on = threading.Event()
+def hanging():
+    goes_on.wait(HANG_GUARD_S)
+    return ["unhurried:1b"]
+def broken():
+    raise OSError("gone")
+completer.install(get_ipython(), broken, chats=broken, workers=broken, ollama_models=hanging)
+""".replace("HANG_GUARD_S", str(HANG_GUARD_S))
+    with kernel() as one:
+        assert one.run(hanging).error == []
+        assert completed(one, "%%sollol mix") == ["%%sollol mixtral:8x7b"]
+        assert completed(one, "%sollol_chat tour") == []
+        assert completed(one, "%%sollol unhu") == []
+        assert one.value("goes_on.is_set()") == "False"
+        one.run("goes_on.set()")
+        eventually(lambda: completed(one, "%%sollol unhu") == ["%%sollol unhurried:1b"], "what was late is known")
+        one.run("completer.remove(get_ipython())")
+        assert "%%sollol mixtral:8x7b" not in completed(one, "%%sollol mix")
+        assert one.value("[m for m in get_ipython().Completer.custom_matchers if m not in before]") == "[]"
+        eventually(
+            lambda: one.value("[t.name for t in threading.enumerate() if 'completion' in t.name]") == "[]",
+            "its threads have ended",
+        )
+        assert one.run("completer.remove(get_ipython())").error == [], "removing twice is fine"
+
+
+# --- a real Ollama ----------------------------------------------------------------------------
+
+
+@pytest.mark.ollama
+def test_models_of_an_ollama_node_are_completed_right_after_loading(ollama: OllamaServer, tmp_path: Path) -> None:
+    """By their names there, with nothing of them in this machine's storage."""
+    node = f"127.0.0.1:{ollama.port}"
+    with kernel(OLLAMA_HOST=node, OLLAMA_MODELS=str(tmp_path)) as one:
+        assert one.run("%load_ext sollol_nb").error == []
+        lines = ["%%sollol someone/special:7b"]
+        eventually(lambda: completed(one, "%%sollol someone/") == lines, "the node's model is known")
+        expected = ["llama3.2", "llama3.2:latest"]  # the profile, and what the node has
+        assert completed(one, "%%sollol llama3.2") == [f"%%sollol {name}" for name in expected]

@@ -1,0 +1,157 @@
+"""Requests to Ollama and half answers as plain data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from sollol_nb.ollama.requests import (
+    AnswerSoFar,
+    can_continue,
+    characters,
+    chat_continuation,
+    estimated_tokens,
+    generate_continuation,
+    is_too_long,
+    request_body,
+    unread_words,
+)
+
+
+@pytest.mark.parametrize(
+    ("given", "body"),
+    [
+        ({}, {}),
+        ({"temperature": 0, "seed": 7}, {"options": {"temperature": 0, "seed": 7}}),
+        ({"max_tokens": 5}, {"options": {"num_predict": 5}}),
+        ({"options": {"top_k": 3, "seed": 1}, "seed": 2}, {"options": {"top_k": 3, "seed": 2}}),
+        ({"stop": "."}, {"options": {"stop": ["."]}}),
+        ({"stop": [".", "!"]}, {"options": {"stop": [".", "!"]}}),
+        (
+            {"format": {"type": "object"}, "keep_alive": 0, "think": False, "tools": []},
+            {"format": {"type": "object"}, "keep_alive": 0, "think": False, "tools": []},
+        ),
+        ({"something_new": [1], "options": {"brand_new": 2}}, {"something_new": [1], "options": {"brand_new": 2}}),
+        ({"temperature": None, "format": None, "max_tokens": None, "options": None}, {}),
+    ],
+)
+def test_what_is_given_goes_through(given: dict[str, Any], body: dict[str, Any]) -> None:
+    assert request_body("m", **given) == {"model": "m", **body}
+
+
+def so_far(*chunks: dict[str, Any]) -> AnswerSoFar:
+    answer = AnswerSoFar()
+    for chunk in chunks:
+        answer.add(chunk)
+    return answer
+
+
+def said(content: str, **more: Any) -> dict[str, Any]:
+    return {"message": {"role": "assistant", "content": content, **more}, "done": False}
+
+
+def test_chunks_become_one_answer() -> None:
+    call = {"function": {"name": "clock", "arguments": {}}}
+    answer = so_far(
+        {**said("", thinking="Hm"), "model": "m", "logprobs": [1]},
+        {**said("One", thinking="m."), "logprobs": [2]},
+        said(" two", tool_calls=[call]),
+        {**said("", tool_calls=[call]), "done": True, "done_reason": "stop", "eval_count": 4},
+    )
+    message = {"role": "assistant", "content": "One two", "thinking": "Hmm.", "tool_calls": [call, call]}
+    assert answer.merged() == {
+        "model": "m",
+        "message": message,
+        "logprobs": [1, 2],
+        "done": True,
+        "done_reason": "stop",
+        "eval_count": 4,
+    }
+    assert answer.tokens == 4
+
+
+def test_a_half_chat_goes_on_from_the_assistants_own_words() -> None:
+    user = {"role": "user", "content": "Count."}
+    body = {"model": "m", "messages": [user], "options": {"num_predict": 10, "seed": 1}}
+    assert chat_continuation(body, so_far(said("One"), said(" two"))) == {
+        "model": "m",
+        "messages": [user, {"role": "assistant", "content": "One two"}],
+        "options": {"num_predict": 8, "seed": 1},
+    }
+    assert body["messages"] == [user]
+
+
+def test_words_put_into_the_assistants_mouth_and_its_own_stay_one_message() -> None:
+    body = {"model": "m", "messages": [{"role": "assistant", "content": "Sure: ", "thinking": "t"}]}
+    continued = chat_continuation(body, so_far(said("one")))
+    assert continued["messages"] == [{"role": "assistant", "content": "Sure: one", "thinking": "t"}]
+
+
+def test_a_half_generation_goes_on_as_raw_text() -> None:
+    body = {"model": "m", "prompt": "Count.", "system": "s", "think": False, "options": {"num_predict": 1}, "x": 1}
+    continued = generate_continuation(
+        body, "<user>Count.<assistant>", so_far({"response": "One"}, {"response": " two"})
+    )
+    assert continued == {
+        "model": "m",
+        "prompt": "<user>Count.<assistant>One two",
+        "raw": True,
+        "options": {"num_predict": 1},
+        "x": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "chunk", "expected"),
+    [
+        ("/api/chat", {}, said("One"), True),
+        ("/api/chat", {}, said("", thinking="Hm"), True),
+        ("/api/chat", {"format": "json"}, said("{"), False),
+        ("/api/generate", {}, {"response": "One"}, True),
+        ("/api/generate", {}, {"response": "", "thinking": "Hm"}, False),
+    ],
+)
+def test_which_half_answers_can_be_continued(
+    path: str, body: dict[str, Any], chunk: dict[str, Any], expected: bool
+) -> None:
+    assert can_continue(path, body, so_far(chunk)) is expected
+
+
+# --- prompts that are too long ------------------------------------------------------------------
+
+
+def test_tokens_are_estimated_by_those_of_an_earlier_prompt() -> None:
+    earlier = [{"role": "user", "content": "a" * 976}]
+    tokens_per_character = 250 / characters(earlier)
+    assert estimated_tokens(earlier, tokens_per_character) == 251
+    assert estimated_tokens([*earlier, *earlier], tokens_per_character) == 501
+    with_images = [{**earlier[0], "images": ["aGk=", "aGk="]}]
+    assert estimated_tokens(with_images, tokens_per_character) == 251 + 2 * 768
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt_tokens", "is_told"),
+    [
+        ("a" * 400, 100, False),
+        ("a" * 800, 100, False),
+        ("a" * 801, 100, True),
+        ("a" * 801, None, False),
+        ("", 0, False),
+    ],
+)
+def test_a_prompt_of_which_too_little_was_read_is_told(
+    text: str, prompt_tokens: int | None, is_told: bool
+) -> None:
+    assert bool(unread_words([{"role": "user", "content": text}], prompt_tokens)) is is_told
+
+
+@pytest.mark.parametrize(
+    ("reason", "too_long"),
+    [
+        ("Ollama at http://a: the input length exceeds the context length", True),
+        ("Ollama at http://a: model requires more system memory", False),
+    ],
+)
+def test_the_refusal_of_a_long_prompt_is_known(reason: str, too_long: bool) -> None:
+    assert is_too_long(reason) is too_long

@@ -1,0 +1,200 @@
+"""Answers over coordinators that are lost: the turns that real engines take too seldom, on stand-ins for them.
+
+`test_coordinator_pool.py` has the failovers of real ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any, cast
+
+import pytest
+
+from sollol_nb import hybrid_router
+from sollol_nb.errors import (
+    AnswerInterruptedError,
+    CoordinatorLostError,
+    CoordinatorTimeoutError,
+    RequestTimeoutError,
+    SollolError,
+    WorkersUnavailableError,
+)
+from sollol_nb.llama_cpp.answers.kinds import ChatAnswer
+from sollol_nb.llama_cpp.coordinators.pool import CoordinatorPool
+from sollol_nb.models.files import DEMO_MODEL_PATH
+from sollol_nb.models.profiles import profile_of
+from sollol_nb.models.routing import DISTRIBUTED, Route
+from sollol_nb.router import asking as router_asking
+from sollol_nb.router.failover import stream_answer
+from sollol_nb.router.record import RequestRecord
+from sollol_nb.runtime.gate import Gate
+from sollol_nb.sync_wrapper import HybridRouter
+from tests.support.engines import run
+
+ROUTE = Route("demo", DISTRIBUTED, "asked for", profile_of("demo"), DEMO_MODEL_PATH)
+Chunk = dict[str, Any]
+
+
+def piece(text: str, *, done: bool = False) -> Chunk:
+    return {"model": "demo", "message": {"role": "assistant", "content": text}, "done": done}
+
+
+class StandIn:
+    """A coordinator that gives these chunks and then is lost; without `takes_requests` it is just ending."""
+
+    base_url = "http://127.0.0.1:1"
+    plan = None
+    placement_differences: tuple[str, ...] = ()
+
+    def __init__(self, *chunks: Chunk, takes_requests: bool = True) -> None:
+        self._chunks = chunks
+        self._takes_requests = takes_requests
+        self.leases = 0
+
+    async def hold(self) -> bool:
+        self.leases += self._takes_requests
+        return self._takes_requests
+
+    def free(self) -> None:
+        self.leases -= 1
+
+    def is_running(self) -> bool:
+        return False
+
+    def answer(self, _: object) -> ChatAnswer:
+        return ChatAnswer("demo", [{"role": "user", "content": "Hi"}], {})
+
+    async def stream(self, _: ChatAnswer) -> AsyncGenerator[Chunk, None]:
+        for chunk in self._chunks:
+            yield chunk
+            if chunk["done"]:
+                return
+        raise CoordinatorLostError("it was killed")
+
+
+class StandInPool:
+    """Gives these coordinators one after the other, or raises where there is an error among them."""
+
+    def __init__(self, *places: StandIn | SollolError) -> None:
+        self._places = iter(places)
+        self.door = Gate(1)
+        self.told: list[StandIn] = []
+
+    def gate(self, _: Route) -> Gate:
+        return self.door
+
+    async def get(self, _: Route) -> tuple[StandIn, float | None]:
+        place = next(self._places)
+        if isinstance(place, SollolError):
+            raise place
+        return place, None
+
+    def lost_workers(self, _: Route) -> frozenset[str]:
+        return frozenset({"w:1"})
+
+    def tell_continued(self, _route: Route, _tokens: int, coordinator: StandIn) -> None:
+        self.told.append(coordinator)
+
+
+async def answered(pool: StandInPool, *, timeout_s: float = 60, reads_for_s: float = 0) -> list[Chunk]:
+    begin = cast(Any, StandIn().answer)
+    chunks = []
+    stream = stream_answer(
+        cast(CoordinatorPool, pool), ROUTE, RequestRecord("demo"), begin, priority=5, timeout_s=timeout_s
+    )
+    async with aclosing(stream):
+        async for chunk in stream:
+            chunks.append(chunk)
+            await asyncio.sleep(reads_for_s)
+    return chunks
+
+
+def test_an_answer_goes_on_where_the_next_coordinator_ends_before_it_is_asked() -> None:
+    ending, last = StandIn(takes_requests=False), StandIn(piece("lo"), piece("", done=True))
+    pool = StandInPool(StandIn(piece("Hel")), ending, last)
+    chunks = asyncio.run(answered(pool))
+    assert "".join(chunk["message"]["content"] for chunk in chunks) == "Hello"
+    assert pool.told == [ending, last]
+    assert (last.leases, pool.door.running) == (0, 0)
+
+
+def test_an_answer_under_way_is_kept_where_the_next_coordinator_ends_and_no_other_starts() -> None:
+    gone = WorkersUnavailableError("no worker is left")
+    pool = StandInPool(StandIn(piece("Hel")), StandIn(takes_requests=False), gone)
+    with pytest.raises(
+        AnswerInterruptedError, match=r"it was killed; no other could take over: no worker"
+    ) as caught:
+        asyncio.run(answered(pool))
+    assert caught.value.state is not None
+    assert pool.door.running == 0
+
+
+@pytest.mark.parametrize("error", [WorkersUnavailableError("no worker"), CoordinatorTimeoutError("not ready")])
+def test_a_request_that_waited_is_told_why_no_coordinator_starts_for_it(error: SollolError) -> None:
+    pool = StandInPool(StandIn(takes_requests=False), error)
+    with pytest.raises(type(error)) as caught:
+        asyncio.run(answered(pool))
+    assert caught.value is error
+    assert pool.told == []
+
+
+def test_an_answer_done_in_time_stays_so_however_long_its_reader_takes_over_its_end() -> None:
+    pool = StandInPool(StandIn(piece("Hello", done=True)))
+    assert len(asyncio.run(answered(pool, timeout_s=0.05, reads_for_s=0.2))) == 1
+
+
+def test_an_answer_not_done_in_time_is_cancelled() -> None:
+    class Silent(StandIn):
+        async def stream(self, _: ChatAnswer) -> AsyncGenerator[Chunk, None]:
+            await asyncio.Event().wait()
+            yield piece("never")
+
+    pool = StandInPool(Silent())
+    with pytest.raises(RequestTimeoutError, match=r"not done after 0\.05 s"):
+        asyncio.run(answered(pool, timeout_s=0.05))
+    assert pool.door.running == 0
+
+
+# --- seen from the router -----------------------------------------------------------------------
+
+
+def test_an_answer_that_is_interrupted_again_is_resumed_for_the_same_schema_and_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def interrupted(*_: Any, **__: Any) -> AsyncGenerator[Chunk, None]:
+        yield piece("Hel")
+        error = AnswerInterruptedError("lost")
+        error.state = StandIn().answer(None).state()
+        raise error
+
+    monkeypatch.setattr(router_asking, "stream_answer", interrupted)
+    with HybridRouter(auto_discover_rpc=False) as router:
+        with pytest.raises(AnswerInterruptedError) as first:
+            router.route_request("demo", "Hi", schema=list[str], backend="sharded", priority=7)
+        with pytest.raises(AnswerInterruptedError) as second:
+            router.resume(first.value, priority=8)
+        rows = router.latency.frame(model="demo", last=2)
+    assert (first.value.schema, first.value.backend) == (list[str], DISTRIBUTED)
+    assert (second.value.schema, second.value.backend) == (list[str], DISTRIBUTED)
+    assert list(rows.priority) == [7, 8]
+
+
+def test_a_stream_says_where_it_runs_each_time_that_it_changes_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def moving(_pool: object, _route: object, record: RequestRecord, *_: Any, **__: Any) -> Any:
+        record.place = "http://a"
+        yield piece("H")
+        yield piece("e")
+        record.place = "http://b"
+        yield piece("l")
+        yield piece("lo")
+        yield piece("", done=True)
+
+    async def places(router: hybrid_router.HybridRouter) -> list[str | None]:
+        stream = router.stream("demo", "Hi", backend="local")
+        return [chunk.get("_routing", {}).get("coordinator_url") async for chunk in stream]
+
+    monkeypatch.setattr(router_asking, "stream_answer", moving)
+    with HybridRouter(auto_discover_rpc=False) as router:
+        assert run(places(router._async)) == ["http://a", None, "http://b", None, "http://b"]

@@ -1,0 +1,98 @@
+"""The record of a request becomes its latency row: what the plots and frames need is in it."""
+
+from __future__ import annotations
+
+import json
+
+from sollol_nb.latency.schema import LatencyRow
+from sollol_nb.router.record import RequestRecord
+
+FINAL = {
+    "message": {"content": "."},
+    "done": True,
+    "done_reason": "length",
+    "prompt_eval_count": 7,
+    "eval_count": 20,
+    "eval_duration": 500_000_000,
+}
+
+
+def test_row_of_an_answer_has_what_its_last_chunk_and_its_plan_tell() -> None:
+    record = RequestRecord("m")
+    record.priority = 8
+    record.plan = {"predicted_token_ms": 24.5}
+    record.saw({"message": {"content": "half"}})
+    record.saw(FINAL)
+
+    row = record.row("ok")
+
+    assert (row.priority, row.done_reason, row.predicted_ms_per_token) == (8, "length", 24.5)
+    assert (row.prompt_tokens, row.completion_tokens, row.tokens_per_s) == (7, 20, 40.0)
+    assert (row.failovers, row.failover_details, row.partial_text) == (0, "", "")
+
+
+def test_row_of_a_request_that_was_refused_is_empty_where_nothing_applies() -> None:
+    row = RequestRecord("m").row("error", "no such model")
+
+    assert (row.status, row.error, row.partial_text) == ("error", "no such model", "")
+    assert (row.priority, row.done_reason, row.predicted_ms_per_token, row.failover_details) == (
+        None,
+        "",
+        None,
+        "",
+    )
+
+
+def test_plan_without_a_prediction_leaves_it_out() -> None:
+    record = RequestRecord("m")
+    record.plan = {"strategy": "even"}
+
+    assert record.row("ok").predicted_ms_per_token is None
+
+
+def test_failovers_are_told_in_detail() -> None:
+    record = RequestRecord("m")
+    record.sent()
+    record.saw({"message": {"content": "half"}})
+    record.lose("the coordinator ended", 3)
+    record.lost_workers(["b:2", "a:1"])
+    record.goes_on()
+
+    row = record.row("cancelled")
+
+    (told,) = json.loads(row.failover_details)
+    assert row.failovers == 1
+    assert row.partial_text == "half"
+    assert told == record.routing()["failovers"][0]
+    assert (told["what"], told["tokens_before"]) == ("the coordinator ended", 3)
+    assert told["lost_workers"] == ["a:1", "b:2"]
+    assert isinstance(row, LatencyRow)
+
+
+def test_a_record_told_in_a_chunk_stays_as_it_was() -> None:
+    record = RequestRecord("m")
+    record.sent()
+    told = record.routing()
+    record.lose("the coordinator ended", 3)
+
+    assert told["failovers"] == []
+    assert len(record.routing()["failovers"]) == 1
+
+
+def test_what_ollama_took_after_the_request_was_sent_is_not_taken_off_the_routers_own_time() -> None:
+    record = RequestRecord("m")
+    record.sent()
+    overhead_ms = record.router_overhead_ms
+    record.take_node({"node": "http://a:1", "queue_ms": 1e6, "load_ms": 1e6, "failovers": []})
+
+    assert record.row("ok").router_overhead_ms == overhead_ms
+    assert overhead_ms is not None
+    assert overhead_ms > 0
+
+
+def test_a_node_that_tells_its_failovers_twice_has_each_counted_once() -> None:
+    record = RequestRecord("m")
+    for _ in range(2):
+        record.take_node({"node": "http://b:1", "failovers": [{"what": "a was lost"}]})
+
+    assert record.row("ok").failovers == 1

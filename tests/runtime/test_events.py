@@ -1,0 +1,118 @@
+"""The event bus: told once to all who subscribed; a broken subscriber breaks nobody else."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from sollol_nb.runtime.events import KEPT_EVENTS, Event, EventBus
+
+
+def publish(bus: EventBus, number: int) -> None:
+    bus.publish("worker.started", f"127.0.0.1:{number}", f"started worker {number}", number=number)
+
+
+def test_subscriber_gets_every_event_from_then_on_in_order() -> None:
+    bus = EventBus()
+    seen: list[Event] = []
+    publish(bus, 0)
+    bus.subscribe(seen.append)
+
+    publish(bus, 1)
+    publish(bus, 2)
+
+    assert [event.data["number"] for event in seen] == [1, 2]
+    assert seen[0].kind == "worker.started"
+    assert seen[0].subject == "127.0.0.1:1"
+    assert seen[0].words == "started worker 1"
+    assert seen[0].at <= seen[1].at
+
+
+def test_subscription_ends_when_told_twice_is_fine() -> None:
+    bus = EventBus()
+    seen: list[Event] = []
+    other: list[Event] = []
+    end = bus.subscribe(seen.append)
+    bus.subscribe(other.append)
+
+    publish(bus, 1)
+    end()
+    end()
+    publish(bus, 2)
+
+    assert [event.data["number"] for event in seen] == [1]
+    assert [event.data["number"] for event in other] == [1, 2]
+
+
+def test_subscriber_that_raises_is_dropped_and_the_others_go_on(caplog: pytest.LogCaptureFixture) -> None:
+    bus = EventBus()
+    calls: list[Event] = []
+    seen: list[Event] = []
+
+    def broken(event: Event) -> None:
+        calls.append(event)
+        raise ValueError("a broken view")
+
+    bus.subscribe(broken)
+    bus.subscribe(seen.append)
+    with caplog.at_level(logging.ERROR):
+        publish(bus, 1)
+        publish(bus, 2)
+
+    assert len(calls) == 1
+    assert len(seen) == 2
+    assert "was dropped" in caplog.text
+
+
+def test_late_comer_finds_the_last_events_oldest_first() -> None:
+    bus = EventBus()
+
+    for number in range(KEPT_EVENTS + 10):
+        publish(bus, number)
+
+    assert [event.data["number"] for event in bus.recent()] == list(range(10, KEPT_EVENTS + 10))
+
+
+def test_subscriber_may_subscribe_publish_and_leave_while_it_is_called() -> None:
+    bus = EventBus()
+    seen: list[Event] = []
+
+    def once(event: Event) -> None:
+        end()
+        bus.subscribe(seen.append)
+        publish(bus, 2)
+
+    end = bus.subscribe(once)
+    publish(bus, 1)
+
+    assert [event.data["number"] for event in seen] == [2]
+
+
+def test_events_of_many_threads_are_all_told() -> None:
+    bus = EventBus()
+    seen: list[Event] = []
+    lock = threading.Lock()
+
+    def note(event: Event) -> None:
+        with lock:
+            seen.append(event)
+
+    bus.subscribe(note)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: publish(bus, number), range(400)))
+
+    assert sorted(event.data["number"] for event in seen) == list(range(400))
+
+
+def test_what_is_only_reported_is_told_and_not_kept() -> None:
+    bus = EventBus()
+    seen: list[Event] = []
+    bus.subscribe(seen.append)
+
+    bus.report("probe.done", "127.0.0.1:1", "free", round_trip_ms=0.1)
+
+    assert [event.data["round_trip_ms"] for event in seen] == [0.1]
+    assert bus.recent() == []

@@ -1,0 +1,321 @@
+"""HTTP to engines and nodes: every way to fail has one name, and secrets stay secret."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+import traceback
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
+
+import pytest
+
+from sollol_nb.errors import (
+    ConnectFailedError,
+    ConnectionBrokenError,
+    HttpStatusError,
+    TransportError,
+    TransportTimeoutError,
+)
+from sollol_nb.runtime.http_client import JsonClient
+
+T = TypeVar("T")
+Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+HANG_GUARD_S = 60.0
+KEY = "a-very-secret-key"
+
+
+def run(coroutine: Coroutine[Any, Any, T]) -> T:
+    async def guarded() -> T:
+        async with asyncio.timeout(HANG_GUARD_S):
+            return await coroutine
+
+    return asyncio.run(guarded())
+
+
+def response(body: bytes, status: str = "200 OK", content_type: str = "application/json") -> bytes:
+    head = f"HTTP/1.1 {status}\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def chunk(data: bytes) -> bytes:
+    return f"{len(data):x}\r\n".encode() + data + b"\r\n"
+
+
+async def read_request(reader: asyncio.StreamReader) -> tuple[str, bytes]:
+    head = (await reader.readuntil(b"\r\n\r\n")).decode()
+    length = next((int(line.split(":")[1]) for line in head.lower().splitlines() if "content-length" in line), 0)
+    return head, await reader.readexactly(length)
+
+
+def says(*pieces: bytes, then: str = "close") -> Handler:
+    """Answers a request with these pieces, each in a packet of its own, then closes or stays silent."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        for piece in pieces:
+            writer.write(piece)
+            await writer.drain()
+            await asyncio.sleep(0)
+        if then == "silence":
+            await asyncio.Event().wait()
+
+    return serve
+
+
+@contextlib.asynccontextmanager
+async def client_of(handler: Handler, **options: Any) -> AsyncIterator[JsonClient]:
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        tasks.add(task)
+        try:
+            await handler(reader, writer)
+        except (OSError, EOFError, asyncio.CancelledError):
+            pass
+        finally:
+            writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    client = JsonClient(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/", **options)
+    try:
+        yield client
+    finally:
+        await client.aclose()
+        await client.aclose()
+        server.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks)
+
+
+async def get(handler: Handler, **options: Any) -> Any:
+    async with client_of(handler, **options) as client:
+        return await client.get("/props")
+
+
+async def read_lines(handler: Handler, **options: Any) -> list[str]:
+    async with client_of(handler, **options) as client, client.stream_lines("/api/chat", {}) as lines:
+        return [line async for line in lines]
+
+
+# --- answers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "value"),
+    [(b'{"a": [1, "\xc3\xa9"]}', {"a": [1, "\u00e9"]}), (b"[]", []), (b"null", None), (b"", None)],
+)
+def test_answer_is_decoded_json(body: bytes, value: object) -> None:
+    assert run(get(says(response(body)))) == value
+
+
+@pytest.mark.parametrize("method", ["post", "delete"])
+def test_body_is_sent_as_json_with_the_key_as_a_bearer_token(method: str) -> None:
+    seen: dict[str, Any] = {}
+
+    async def notes(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        seen["head"], body = await read_request(reader)
+        seen["body"] = json.loads(body)
+        writer.write(response(b"{}"))
+
+    async def ask() -> None:
+        async with client_of(notes, api_key=KEY) as client:
+            await getattr(client, method)("/api/x", {"model": "caf\u00e9"})
+
+    run(ask())
+
+    assert seen["head"].startswith(f"{method.upper()} /api/x HTTP/1.1")
+    assert f"authorization: bearer {KEY}" in seen["head"].lower()
+    assert seen["body"] == {"model": "caf\u00e9"}
+
+
+def test_proxies_of_the_environment_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+
+    assert run(get(says(response(b'{"direct": true}')))) == {"direct": True}
+
+
+# --- failures ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("handler", "error", "words"),
+    [
+        pytest.param(says(), ConnectionBrokenError, "ended in mid-answer", id="closes without an answer"),
+        pytest.param(
+            says(response(b'{"a": 1}')[:-3]),
+            ConnectionBrokenError,
+            "ended in mid-answer",
+            id="closes in mid-answer",
+        ),
+        pytest.param(says(b"SSH-2.0-OpenSSH\r\n"), ConnectionBrokenError, "mid-answer", id="speaks no HTTP"),
+        pytest.param(says(then="silence"), TransportTimeoutError, "no answer in time", id="silent"),
+        pytest.param(
+            says(response(b'{"a": 1}')[:-3], then="silence"),
+            TransportTimeoutError,
+            "in time",
+            id="silent in mid-answer",
+        ),
+        pytest.param(says(response(b"<html>")), TransportError, "is not JSON", id="HTML"),
+        pytest.param(says(response(b'{"a": ')), TransportError, "is not JSON", id="half of JSON"),
+        pytest.param(says(response(b'"\xff"')), TransportError, "is not JSON", id="not UTF-8"),
+        pytest.param(says(response(b"[" * 200_000)), TransportError, "is not JSON", id="nested too deeply"),
+    ],
+)
+def test_failure_has_its_own_error(handler: Handler, error: type[Exception], words: str) -> None:
+    with pytest.raises(TransportError, match=words) as caught:
+        run(get(handler, api_key=KEY, read_timeout_s=0.2))
+
+    assert type(caught.value) is error
+    assert "127.0.0.1" in str(caught.value)
+    assert "/props" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert KEY not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "reason"),
+    [
+        pytest.param(
+            response(
+                b'{"error":{"code":401,"message":"Invalid API Key","type":"authentication_error"}}',
+                "401 Unauthorized",
+            ),
+            401,
+            "Invalid API Key",
+            id="llama-server's shape",
+        ),
+        pytest.param(
+            response(b'{"error":"model \'x\' not found"}', "404 Not Found"),
+            404,
+            "model 'x' not found",
+            id="Ollama's shape",
+        ),
+        pytest.param(response(b"two\nlines", "500 Oops", "text/plain"), 500, "two lines", id="plain text"),
+        pytest.param(response(b"", "503 Service Unavailable"), 503, "Service Unavailable", id="empty"),
+        pytest.param(
+            response(b'{"error": {"code": 1}}', "400 Bad"), 400, '{"error": {"code": 1}}', id="no message"
+        ),
+        pytest.param(response(b'["x"]', "400 Bad"), 400, '["x"]', id="a list"),
+        pytest.param(response(b"x" * 9000, "400 Bad"), 400, "x" * 500, id="long text is cut"),
+        pytest.param(response(b"[" * 200_000, "400 Bad"), 400, "[" * 500, id="nested too deeply"),
+        pytest.param(response(b"\xff\xfe", "400 Bad"), 400, None, id="not UTF-8"),
+    ],
+)
+def test_error_status_carries_the_peers_own_words(answer: bytes, status: int, reason: str | None) -> None:
+    for ask in (get, read_lines):
+        with pytest.raises(HttpStatusError) as caught:
+            run(ask(says(answer), api_key=KEY))
+
+        assert caught.value.status == status
+        assert reason is None or caught.value.reason == reason
+        assert str(status) in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert KEY not in str(caught.value)
+
+
+def unused_url() -> str:
+    with socket.socket() as trial:
+        trial.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{trial.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [unused_url(), "http://node.invalid:11434", "http://[::1", "http://a b:1"],
+)
+def test_address_where_nothing_listens_is_a_failed_connection(url: str) -> None:
+    async def ask() -> None:
+        client = JsonClient(url, api_key=KEY)
+        try:
+            await client.get("/health")
+        finally:
+            await client.aclose()
+
+    with pytest.raises(ConnectFailedError) as caught:
+        run(ask())
+    assert KEY not in "".join(traceback.format_exception(caught.value))
+
+
+def test_repr_tells_the_address_and_never_the_key() -> None:
+    assert repr(JsonClient("http://127.0.0.1:1/", api_key=KEY)) == "JsonClient('http://127.0.0.1:1')"
+
+
+# --- streams ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pieces", "lines"),
+    [
+        pytest.param([b"one\ntwo\n"], ["one", "two"], id="one piece"),
+        pytest.param([b"on", b"e\nt", b"wo", b"\n"], ["one", "two"], id="cut anywhere"),
+        pytest.param([b"one\r\n\r\ntwo"], ["one", "", "two"], id="CRLF, no line feed at the end"),
+        pytest.param([b"caf\xc3", b"\xa9\n"], ["caf\u00e9"], id="cut within a character"),
+        pytest.param(
+            ['"a\u2028b\u0085c\x0bd"\n'.encode()], ['"a\u2028b\u0085c\x0bd"'], id="other line ends are text"
+        ),
+        pytest.param([b"\xff\n"], ["\ufffd"], id="not UTF-8"),
+        pytest.param([], [], id="nothing"),
+    ],
+)
+def test_stream_gives_lines_as_they_were_sent(pieces: list[bytes], lines: list[str]) -> None:
+    assert run(read_lines(says(CHUNKED, *map(chunk, pieces), b"0\r\n\r\n"))) == lines
+
+
+@pytest.mark.parametrize(("then", "error"), [("close", ConnectionBrokenError), ("silence", TransportTimeoutError)])
+def test_stream_that_breaks_gives_its_lines_and_then_the_error(then: str, error: type[Exception]) -> None:
+    seen: list[str] = []
+
+    async def read() -> None:
+        handler = says(CHUNKED, chunk(b"one\ntw"), then=then)
+        async with (
+            client_of(handler) as client,
+            client.stream_lines("/api/chat", {}, read_timeout_s=0.2) as lines,
+        ):
+            async for line in lines:
+                seen.append(line)
+
+    with pytest.raises(error):
+        run(read())
+    assert seen == ["one"]
+
+
+def test_leaving_a_stream_early_closes_the_connection() -> None:
+    async def read() -> None:
+        closed = asyncio.Event()
+
+        async def talks_until_closed(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await read_request(reader)
+            writer.write(CHUNKED + chunk(b"one\n"))
+            assert await reader.read() == b""
+            closed.set()
+
+        async with client_of(talks_until_closed) as client:
+            async with client.stream_lines("/api/chat", {}) as lines:
+                assert await anext(lines) == "one"
+            await closed.wait()
+
+    run(read())
+
+
+def test_error_of_the_reader_passes_through_unchanged() -> None:
+    async def read() -> None:
+        async with (
+            client_of(says(CHUNKED, chunk(b"one\n"), then="silence")) as client,
+            client.stream_lines("/api/chat", {}) as lines,
+        ):
+            async for _ in lines:
+                raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine"):
+        run(read())

@@ -1,0 +1,450 @@
+"""The I/O loop: async work reachable from any loop and thread, cancelled and never abandoned."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from sollol_nb.errors import RequestCancelledError, RequestTimeoutError
+from sollol_nb.runtime import io_loop as io_loop_module
+from sollol_nb.runtime.io_loop import (
+    blocking,
+    blocking_stream,
+    io_bound,
+    io_bound_stream,
+    io_loop,
+    iterate_blocking,
+    on_io_loop,
+    run_blocking,
+    same,
+)
+
+HANG_GUARD_S = 60.0
+
+posix_only = pytest.mark.skipif(os.name != "posix", reason="signals to a thread, fork")
+
+
+async def for_ever() -> None:
+    await asyncio.Event().wait()
+
+
+async def interrupt_main_thread() -> None:
+    """Ctrl-C, once the main thread waits in a blocking call."""
+    main = threading.main_thread().ident
+    assert main is not None
+    waiting_in = (threading.__file__, io_loop_module.__file__)
+    while sys._current_frames()[main].f_code.co_filename not in waiting_in:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.01)
+    signal.pthread_kill(main, signal.SIGINT)
+
+
+class Numbers:
+    """A stream that notes how it ended."""
+
+    def __init__(self, *, stop_at: int | None = None, error: BaseException | None = None) -> None:
+        self.stop_at = stop_at
+        self.error = error
+        self.cleaned_up = threading.Event()
+        self.loops: list[asyncio.AbstractEventLoop] = []
+
+    async def count(self) -> AsyncGenerator[int, None]:
+        self.loops.append(asyncio.get_running_loop())
+        try:
+            number = 0
+            while self.stop_at is None or number < self.stop_at:
+                yield number
+                number += 1
+                await asyncio.sleep(0)
+            if self.error is not None:
+                raise self.error
+            if self.stop_at is None:
+                await for_ever()
+        finally:
+            self.cleaned_up.set()
+
+    async def then_silence(self) -> AsyncGenerator[int, None]:
+        try:
+            yield 0
+            await for_ever()
+        finally:
+            self.cleaned_up.set()
+
+
+# --- one call ---------------------------------------------------------------------------------
+
+
+def test_blocking_call_gives_the_result_and_runs_on_the_io_loop() -> None:
+    async def work() -> tuple[asyncio.AbstractEventLoop, bool]:
+        return asyncio.get_running_loop(), on_io_loop()
+
+    assert run_blocking(work()) == (io_loop(), True)
+    assert not on_io_loop()
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("bad"), TimeoutError("late"), RequestTimeoutError("late"), StopAsyncIteration()]
+)
+def test_blocking_call_raises_what_the_coroutine_raises(error: Exception) -> None:
+    async def work() -> None:
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        run_blocking(work())
+    assert caught.value.args == error.args
+
+
+def test_blocking_call_that_is_cancelled_from_inside_says_so() -> None:
+    async def work() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        await for_ever()
+
+    with pytest.raises(RequestCancelledError, match="was cancelled"):
+        run_blocking(work())
+
+
+@posix_only
+def test_interrupt_cancels_the_work_and_waits_for_its_clean_up() -> None:
+    cleaned_up = []
+
+    async def work() -> None:
+        try:
+            await interrupt_main_thread()
+            await for_ever()
+        finally:
+            await asyncio.sleep(0)
+            cleaned_up.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_blocking(work())
+    assert cleaned_up
+
+
+def test_blocking_call_on_the_io_loop_is_refused_and_never_hangs() -> None:
+    async def work() -> None:
+        with pytest.raises(RuntimeError, match="await the async API"):
+            run_blocking(for_ever())
+        with pytest.raises(RuntimeError, match="await the async API"):
+            next(iterate_blocking(Numbers().count()))
+
+    run_blocking(work())
+
+
+def test_many_threads_may_call_and_read_at_once() -> None:
+    async def double(number: int) -> int:
+        await asyncio.sleep(0)
+        return number * 2
+
+    def work(number: int) -> tuple[int, list[int]]:
+        return run_blocking(double(number)), list(iterate_blocking(Numbers(stop_at=20).count()))
+
+    with ThreadPoolExecutor(16) as pool:
+        results = list(pool.map(work, range(100)))
+
+    assert results == [(number * 2, list(range(20))) for number in range(100)]
+
+
+# --- from other loops -------------------------------------------------------------------------
+
+
+def test_async_method_can_be_awaited_from_several_loops_in_turn_and_runs_on_one() -> None:
+    @io_bound
+    async def where() -> asyncio.AbstractEventLoop:
+        """Tell the loop."""
+        return asyncio.get_running_loop()
+
+    async def twice() -> set[asyncio.AbstractEventLoop]:
+        return {await where(), await where()}
+
+    assert asyncio.run(twice()) | asyncio.run(twice()) | run_blocking(twice()) == {io_loop()}
+    assert where.__doc__ == "Tell the loop."
+
+
+def test_cancelled_waiting_in_another_loop_cancels_the_work() -> None:
+    started, cancelled = threading.Event(), threading.Event()
+
+    @io_bound
+    async def work() -> None:
+        started.set()
+        try:
+            await for_ever()
+        finally:
+            cancelled.set()
+
+    async def impatient() -> None:
+        task = asyncio.create_task(work())
+        assert await asyncio.to_thread(started.wait, HANG_GUARD_S)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(impatient())
+    assert cancelled.wait(HANG_GUARD_S)
+
+
+def collect(stream: Callable[[], AsyncGenerator[int, None]], limit: int | None = None) -> list[int]:
+    """Items of a stream read in a loop of its own, at most `limit`."""
+
+    async def read() -> list[int]:
+        items: list[int] = []
+        reading = stream()
+        async for item in reading:
+            items.append(item)
+            if len(items) == limit:
+                break
+        await reading.aclose()
+        return items
+
+    return asyncio.run(read())
+
+
+def test_stream_read_from_another_loop_keeps_its_order_and_runs_on_the_io_loop() -> None:
+    numbers = Numbers(stop_at=500)
+
+    assert collect(io_bound_stream(numbers.count)) == list(range(500))
+    assert numbers.loops == [io_loop()]
+
+
+def test_stream_read_on_the_io_loop_itself_is_the_stream() -> None:
+    stream = io_bound_stream(Numbers(stop_at=5).count)
+
+    async def read() -> list[int]:
+        return [item async for item in stream()]
+
+    assert run_blocking(read()) == list(range(5))
+
+
+def test_stream_closed_early_has_cleaned_up_when_close_returns() -> None:
+    numbers = Numbers()
+
+    assert collect(io_bound_stream(numbers.count), limit=3) == [0, 1, 2]
+    assert numbers.cleaned_up.is_set()
+
+
+def test_error_in_a_stream_comes_after_the_items_before_it() -> None:
+    stream = io_bound_stream(Numbers(stop_at=3, error=ValueError("broke")).count)
+    items: list[int] = []
+
+    async def read() -> None:
+        async for item in stream():
+            items.append(item)
+
+    with pytest.raises(ValueError, match="broke"):
+        asyncio.run(read())
+    assert items == [0, 1, 2]
+
+
+def test_cancelled_reader_of_a_silent_stream_cancels_the_work() -> None:
+    numbers = Numbers()
+    stream = io_bound_stream(numbers.then_silence)
+
+    async def read() -> None:
+        got_one = asyncio.Event()
+
+        async def reader() -> None:
+            async for _ in stream():
+                got_one.set()
+
+        task = asyncio.create_task(reader())
+        await asyncio.wait_for(got_one.wait(), HANG_GUARD_S)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(read())
+    assert numbers.cleaned_up.is_set()
+
+
+def test_reader_cancelled_before_the_work_could_begin_is_cancelled_at_once() -> None:
+    numbers = Numbers()
+    stream = io_bound_stream(numbers.count)
+    may_go_on = threading.Event()
+
+    async def read() -> None:
+        io_loop().call_soon_threadsafe(may_go_on.wait, HANG_GUARD_S)  # the I/O loop is occupied
+        task = asyncio.create_task(anext(stream()))
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.sleep(0)
+        may_go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(read())
+    assert numbers.loops == []
+
+
+def test_work_cancelled_from_inside_is_told_as_cancelled() -> None:
+    stream = Numbers(stop_at=1, error=asyncio.CancelledError()).count
+
+    with pytest.raises(RequestCancelledError):
+        collect(io_bound_stream(stream))
+    with pytest.raises(RequestCancelledError):
+        list(iterate_blocking(stream()))
+
+
+# --- streams read by a thread -----------------------------------------------------------------
+
+
+def test_blocking_iteration_gives_all_items_in_order() -> None:
+    assert list(iterate_blocking(Numbers(stop_at=500).count())) == list(range(500))
+
+
+def test_blocking_iteration_left_early_has_cleaned_up() -> None:
+    numbers = Numbers()
+    reading = iterate_blocking(numbers.count())
+
+    assert [next(reading), next(reading)] == [0, 1]
+    reading.close()
+    assert numbers.cleaned_up.is_set()
+
+
+def test_blocking_iteration_raises_what_the_stream_raises() -> None:
+    reading = iterate_blocking(Numbers(stop_at=2, error=OSError("gone")).count())
+
+    assert [next(reading), next(reading)] == [0, 1]
+    with pytest.raises(OSError, match="gone"):
+        next(reading)
+
+
+def test_ticks_are_given_while_a_stream_is_silent() -> None:
+    numbers = Numbers()
+    reading = iterate_blocking(numbers.then_silence(), tick_s=0.02)
+
+    seen = [item for item, _ in zip(reading, range(8), strict=False)]
+
+    assert [item for item in seen if item is not None] == [0]
+    assert seen[-1] is None
+    reading.close()
+    assert numbers.cleaned_up.is_set()
+
+
+@posix_only
+def test_interrupt_of_a_blocking_iteration_cancels_the_work() -> None:
+    cleaned_up = threading.Event()
+
+    async def interrupts() -> AsyncGenerator[int, None]:
+        try:
+            yield 0
+            await interrupt_main_thread()
+            await for_ever()
+        finally:
+            cleaned_up.set()
+
+    with pytest.raises(KeyboardInterrupt):
+        list(iterate_blocking(interrupts()))
+    assert cleaned_up.is_set()
+
+
+def test_abandoned_iteration_is_cancelled_by_the_garbage_collector() -> None:
+    numbers = Numbers()
+    reading = iterate_blocking(numbers.then_silence())
+    assert next(reading) == 0
+
+    del reading
+
+    assert numbers.cleaned_up.wait(HANG_GUARD_S)
+
+
+# --- twins ------------------------------------------------------------------------------------
+
+
+class Async:
+    """An async object with one method of each kind."""
+
+    async def add(self, left: int, *, right: int = 1) -> int:
+        """Add."""
+        return left + right
+
+    async def numbers(self, stop: int) -> AsyncGenerator[int, None]:
+        for number in range(stop):
+            yield number
+
+    def name(self) -> str:
+        return "async"
+
+
+class Blocking:
+    """Its blocking twin."""
+
+    def __init__(self) -> None:
+        self._async = Async()
+
+    add = blocking(Async.add)
+    numbers = blocking_stream(Async.numbers)
+    name = same(Async.name)
+
+
+def test_blocking_twin_has_the_same_methods_and_words() -> None:
+    twin = Blocking()
+
+    assert twin.add(1, right=4) == 5
+    assert list(twin.numbers(3)) == [0, 1, 2]
+    assert twin.name() == "async"
+    assert Blocking.add.__doc__ == "Add."
+    assert Blocking.add.__name__ == "add"
+
+
+# --- fork -------------------------------------------------------------------------------------
+
+FORKS = """
+import asyncio, os, sys
+from sollol_nb.runtime.io_loop import io_loop, run_blocking
+
+async def one():
+    return 1
+
+assert run_blocking(one()) == 1
+before = io_loop()
+child = os.fork()
+if child == 0:
+    os._exit(0 if run_blocking(one()) == 1 and io_loop() is not before else 1)
+assert run_blocking(one()) == 1 and io_loop() is before
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@posix_only
+def test_forked_child_gets_an_io_loop_of_its_own() -> None:
+    subprocess.run([sys.executable, "-W", "ignore", "-c", FORKS], check=True, timeout=HANG_GUARD_S)
+
+
+def test_the_loop_ends_when_nothing_uses_it_and_begins_anew_when_asked() -> None:
+    """In a process of its own: the suite's loop has users."""
+    code = """
+import asyncio, threading
+from sollol_nb.runtime import io_loop
+
+class User:
+    pass
+
+user = User()
+first = io_loop.io_loop()
+io_loop.uses_io_loop(user)
+assert io_loop.stop_if_unused() is False
+io_loop.done_with_io_loop(user)
+
+release = threading.Event()
+work = io_loop.submit(asyncio.to_thread(release.wait, 60))
+assert io_loop.run_blocking(asyncio.sleep(0, True))
+assert io_loop.stop_if_unused() is False, "something runs there"
+release.set()
+assert work.result(60)
+while not io_loop.stop_if_unused():
+    pass
+assert first.is_closed()
+assert not any(thread.name == "sollol_nb I/O" for thread in threading.enumerate())
+assert io_loop.run_blocking(asyncio.sleep(0, "again")) == "again"
+assert io_loop.io_loop() is not first
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=HANG_GUARD_S)

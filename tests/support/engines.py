@@ -1,0 +1,271 @@
+"""What tests on real engines share: a model that never stops writing, peers that are no engines, ways to wait."""
+
+from __future__ import annotations
+
+import asyncio
+import http.server
+import os
+import signal
+import socket
+import socketserver
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager, suppress
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+
+from sollol_nb.runtime.io_loop import run_blocking
+from tests.support.gguf_files import write_llama
+
+T = TypeVar("T")
+
+HANG_GUARD_S = 120.0
+REPOSITORY = Path(__file__).parents[2]
+ENGINE_NAMES = ("llama-server", "ggml-rpc-server", "rpc-server")
+ENDLESS_CONTEXT_TOKENS = 32768
+QUESTION = "What is a worker?"
+
+
+def run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine on the I/O loop, where coordinators and workers live."""
+
+    async def guarded() -> T:
+        async with asyncio.timeout(HANG_GUARD_S):
+            return await coroutine
+
+    return run_blocking(guarded())
+
+
+def eventually(condition: Callable[[], T], words: str) -> T:
+    """What the condition gives once it is true; a failure when it never is."""
+    deadline = time.monotonic() + HANG_GUARD_S
+    while time.monotonic() < deadline:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.02)
+    raise AssertionError(f"not so after {HANG_GUARD_S:g} s: {words}")
+
+
+async def eventually_async(condition: Callable[[], T], words: str) -> T:
+    """The same for a coroutine."""
+    deadline = time.monotonic() + HANG_GUARD_S
+    while time.monotonic() < deadline:
+        value = condition()
+        if value:
+            return value
+        await asyncio.sleep(0.02)
+    raise AssertionError(f"not so after {HANG_GUARD_S:g} s: {words}")
+
+
+# --- models -----------------------------------------------------------------------------------
+
+
+def write_endless(folder: Path, name: str = "endless.gguf") -> Path:
+    """A model with random weights and a long context: its greedy answer ends only at `max_tokens`."""
+    path = folder / name
+    return write_llama(
+        path, blocks=4, embedding=128, feed_forward=512, vocabulary=1000, context=ENDLESS_CONTEXT_TOKENS
+    )
+
+
+# --- processes --------------------------------------------------------------------------------
+
+
+def engines_of(root: psutil.Process) -> list[psutil.Process]:
+    """Engine processes that descend from `root`. They compare by pid and start time."""
+    found = []
+    for child in root.children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if child.name().removesuffix(".exe") in ENGINE_NAMES:
+                found.append(child)
+    return found
+
+
+def engine_on(port: int) -> psutil.Process:
+    """The engine of this process with this port in its arguments."""
+    ours = engines_of(psutil.Process())
+    found = [one for one in ours if is_alive(one) and words_after(one, "-p", "--port") == str(port)]
+    assert len(found) == 1, f"engines of ours on port {port}: {found}"
+    return found[0]
+
+
+def words_after(process: psutil.Process, *flags: str) -> str | None:
+    """The argument that follows one of the flags."""
+    return next((value for flag, value in pairwise(process.cmdline()) if flag in flags), None)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Whether it runs; one that only waits to be reaped does not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def all_end(processes: list[psutil.Process]) -> None:
+    """Wait until none of them runs."""
+    eventually(lambda: not [one for one in processes if is_alive(one)], f"{processes} ended")
+
+
+def with_variable(name: str, value: str) -> list[psutil.Process]:
+    """The processes of this machine that were started with this environment variable."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            if process.environ().get(name) == value and is_alive(process):
+                found.append(process)
+    return found
+
+
+@contextmanager
+def script(text: str, *arguments: str, **variables: str) -> Iterator[subprocess.Popen[str]]:
+    """A Python process that runs `text`, with more environment variables; killed at the end if it still runs."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", text, *arguments],
+        cwd=REPOSITORY,
+        env={**os.environ, **variables},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def says(process: subprocess.Popen[str], wanted: str) -> str:
+    """The next line that a script prints, which begins with `wanted`; the rest of it."""
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line.startswith(wanted):
+        process.send_signal(signal.SIGTERM)
+        raise AssertionError(f"wanted {wanted!r}, got {line!r}: {process.communicate()[1]}")
+    return line[len(wanted) :].strip()
+
+
+# --- peers ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def silent_peer(port: int = 0) -> Iterator[int]:
+    """A port of loopback that accepts connections (the kernel does) and never says a word."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", port))
+        listener.listen(16)
+        yield int(listener.getsockname()[1])
+
+
+def unused_port() -> int:
+    """A port of loopback on which nothing listens."""
+    with socket.socket() as trial:
+        trial.bind(("127.0.0.1", 0))
+        return int(trial.getsockname()[1])
+
+
+def unused_ports(count: int) -> int:
+    """The first of so many unused ports in a row, below those that systems give out by themselves."""
+    for first in range(20000, 30000, count):
+        with suppress(OSError):
+            for port in range(first, first + count):
+                with socket.socket() as trial:
+                    trial.bind(("127.0.0.1", port))
+            return first
+    raise AssertionError(f"no {count} unused ports in a row")
+
+
+@contextmanager
+def serving(handler: type[socketserver.BaseRequestHandler], port: int = 0) -> Iterator[int]:
+    """A threaded loopback server; gives its port."""
+
+    class Server(socketserver.ThreadingTCPServer):
+        allow_reuse_address = True
+        daemon_threads = True
+        block_on_close = False
+
+    with Server(("127.0.0.1", port), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+        thread.start()
+        try:
+            yield int(server.server_address[1])
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+class OtherProtocolWorker(socketserver.BaseRequestHandler):
+    """A worker that greets with RPC protocol 8."""
+
+    def handle(self) -> None:
+        self.request.recv(64)
+        self.request.sendall(struct.pack("<Q", 28) + bytes([8, 0, 0, 0]) + bytes(24))
+
+
+def http_stranger(status: int, body: bytes = b'{"status":"ok"}') -> type[http.server.BaseHTTPRequestHandler]:
+    """A web server that answers everything alike, keys or not, and counts requests in its `asked`."""
+
+    class Stranger(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        asked: list[str] = []  # noqa: RUF012 - shared by all its connections on purpose
+
+        def answer(self) -> None:
+            type(self).asked.append(self.path)
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_GET = do_POST = answer
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    return Stranger
+
+
+class PausingProxy:
+    """A worker seen through a wire that stops after so many bytes from the coordinator, until told to go on."""
+
+    def __init__(self, worker_port: int, passes_bytes: int) -> None:
+        self.paused = asyncio.Event()
+        self.go_on = asyncio.Event()
+        self._worker_port = worker_port
+        self._left_bytes = passes_bytes
+
+    async def __aenter__(self) -> PausingProxy:
+        self._server = await asyncio.start_server(self._pass, "127.0.0.1", 0)
+        self.endpoint = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        self.go_on.set()
+
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        worker_reader, worker_writer = await asyncio.open_connection("127.0.0.1", self._worker_port)
+        await asyncio.gather(self._copy(reader, worker_writer, held=True), self._copy(worker_reader, writer))
+
+    async def _copy(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, held: bool = False) -> None:
+        with suppress(OSError):
+            while data := await source.read(65536):
+                if held:
+                    self._left_bytes -= len(data)
+                    if self._left_bytes < 0:
+                        self.paused.set()
+                        await self.go_on.wait()
+                sink.write(data)
+                await sink.drain()
+        sink.close()

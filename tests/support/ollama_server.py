@@ -1,0 +1,214 @@
+"""A real Ollama for tests: a server on a free port, with storage of its own, stopped whole.
+
+Loaded as a pytest plugin (`pytest_plugins` in conftest.py). The program is `SOLLOL_TEST_OLLAMA`, else `ollama` on
+PATH, else the one `make ollama` builds. Without one the tests that ask for it are skipped, and the end of the run
+says how many; where `CI` is set that is a failure.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import pytest
+
+from sollol_nb.settings import config
+
+BUILT_VERSION = "0.17.4"  # of tools/build_ollama.py
+DEMO_MODEL = Path(__file__).parents[2] / "sollol_nb" / "models" / "demo.gguf"
+NO_OLLAMA = "no Ollama to test with: run `make ollama`, or set SOLLOL_TEST_OLLAMA to the program"
+START_LIMIT_S = 30.0
+
+# ChatML. An assistant's message that comes last is left open, so that the model goes on with it.
+CHATML = """{{ range $i, $_ := .Messages }}{{ $last := eq (len (slice $.Messages $i)) 1 -}}
+<|im_start|>{{ .Role }}
+{{ .Content }}{{ if or (ne .Role "assistant") (not $last) }}<|im_end|>
+{{ end }}{{ if and $last (ne .Role "assistant") }}<|im_start|>assistant
+{{ end }}{{ end }}"""
+
+
+class OllamaServer:
+    """One `ollama serve` with its runners, in a session of their own.
+
+    Args:
+        program: the `ollama` program.
+        folder: for its storage and log.
+        environment: more of Ollama's settings.
+    """
+
+    def __init__(self, program: Path, folder: Path, **environment: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.models_folder = folder / "models"
+        self.log_path = folder / "ollama.log"
+        self._program = program
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port: int = free.getsockname()[1]
+        own = {
+            "OLLAMA_HOST": f"127.0.0.1:{self.port}",
+            "OLLAMA_MODELS": str(self.models_folder),
+            "HOME": str(folder),
+            "USERPROFILE": str(folder),
+        }
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("OLLAMA_")}
+        self._environment = inherited | own | environment
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def base_url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> OllamaServer:
+        """Start, or start again on the same port, and wait until it answers."""
+        with self.log_path.open("ab") as log:
+            self._process = subprocess.Popen(
+                [str(self._program), "serve"],
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        end_s = time.monotonic() + START_LIMIT_S
+        while time.monotonic() < end_s and self._process.poll() is None:
+            with suppress(OSError):
+                self.ask("/api/version")
+                return self
+            time.sleep(0.05)
+        self.kill()
+        pytest.fail(f"Ollama did not start:\n{self.log_path.read_text()[-2000:]}")
+
+    def create(self, name: str, gguf: Path = DEMO_MODEL, template: str = CHATML, *lines: str) -> None:
+        """Make a model from a GGUF file; `lines` are more of the Modelfile (`SYSTEM ...`, `PARAMETER ...`)."""
+        modelfile = self.folder / "Modelfile"
+        # One thread: a small model is quicker so, and threads that wait for each other crawl on a busy machine.
+        settings = ['PARAMETER stop "<|im_end|>"', "PARAMETER num_thread 1", *lines]
+        modelfile.write_text("\n".join([f"FROM {gguf}", f'TEMPLATE """{template}"""', *settings]))
+        subprocess.run(
+            [str(self._program), "create", name, "-f", str(modelfile)],
+            env=self._environment,
+            check=True,
+            capture_output=True,
+            timeout=120,
+        )
+
+    def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        """The JSON of a GET, or of a POST with a body, asked without the package under test."""
+        data = None if body is None else json.dumps(body).encode()
+        with urllib.request.urlopen(urllib.request.Request(self.base_url + path, data), timeout=60) as answer:
+            return json.load(answer)
+
+    def kill(self) -> None:
+        """End the server and its runners at once, as a power cut would. Doing so twice is fine."""
+        if self._process is not None:
+            self._signal_all("kill")
+            self._process.wait(30)
+            self._process = None
+
+    def suspend(self) -> None:
+        """Keep the server and its runners from doing anything; the system still accepts connections for them."""
+        self._signal_all("suspend")
+
+    def resume(self) -> None:
+        """Let them go on."""
+        self._signal_all("resume")
+
+    def suspend_runners(self) -> None:
+        """Keep the models from doing anything, while the server itself answers."""
+        assert self._process is not None
+        for runner in psutil.Process(self._process.pid).children(recursive=True):
+            runner.suspend()
+
+    def _signal_all(self, verb: Literal["kill", "suspend", "resume"]) -> None:
+        assert self._process is not None
+        if sys.platform != "win32":
+            signals = {"kill": signal.SIGKILL, "suspend": signal.SIGSTOP, "resume": signal.SIGCONT}
+            # The group outlives a server that died alone, and so do its runners.
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signals[verb])
+            return
+        server = psutil.Process(self._process.pid)
+        for process in (server, *server.children(recursive=True)):
+            with suppress(psutil.NoSuchProcess):
+                getattr(process, verb)()
+
+
+def find_ollama() -> Path | None:
+    """The Ollama program for tests, if there is one."""
+    chosen = os.environ.get("SOLLOL_TEST_OLLAMA")
+    if chosen:
+        return Path(chosen)
+    if on_path := shutil.which("ollama"):
+        return Path(on_path)
+    name = "ollama.exe" if sys.platform == "win32" else "ollama"
+    built = config.cache_dir() / "ollama" / BUILT_VERSION / name
+    return built if built.exists() else None
+
+
+@pytest.fixture(scope="session")
+def ollama_program() -> Path:
+    """The real Ollama program."""
+    found = find_ollama()
+    if found is None:
+        if os.environ.get("CI"):
+            pytest.fail(NO_OLLAMA)
+        pytest.skip(NO_OLLAMA)
+    return found
+
+
+@pytest.fixture(scope="session")
+def start_ollamas(
+    ollama_program: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., OllamaServer]]:
+    """Starts servers that run until the end of the session; models are the caller's to create."""
+    servers: list[OllamaServer] = []
+
+    def start(**environment: str) -> OllamaServer:
+        servers.append(OllamaServer(ollama_program, tmp_path_factory.mktemp("ollama"), **environment))
+        return servers[-1].start()
+
+    yield start
+    for server in servers:
+        server.kill()
+
+
+@pytest.fixture(scope="session")
+def ollama(start_ollamas: Callable[..., OllamaServer]) -> OllamaServer:
+    """A server with the demo model under names of the guide, shared by tests that only ask."""
+    server = start_ollamas()
+    for name in ("llama3.2", "llama3.1:70b", "hf.co/someone/some-model-GGUF:Q4_K_M", "someone/special:7b"):
+        server.create(name)
+    return server
+
+
+@pytest.fixture
+def ollama_pair(ollama_program: Path, tmp_path: Path) -> Iterator[tuple[OllamaServer, OllamaServer]]:
+    """Two servers with `llama3.2`, for tests that do them harm."""
+    pair = OllamaServer(ollama_program, tmp_path / "a"), OllamaServer(ollama_program, tmp_path / "b")
+    try:
+        for server in pair:
+            server.start().create("llama3.2")
+        yield pair
+    finally:
+        for server in pair:
+            server.kill()
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say loudly how many tests wanted an Ollama and had none."""
+    skipped = sum(NO_OLLAMA in str(report.longrepr) for report in terminalreporter.stats.get("skipped", ()))
+    if skipped:
+        terminalreporter.write_line(f"{skipped} TESTS WERE SKIPPED: {NO_OLLAMA}", yellow=True, bold=True)

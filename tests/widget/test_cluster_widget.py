@@ -1,0 +1,506 @@
+"""The cluster widget: controls that make sense, layouts foreseen and then applied, small messages, no leaks."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import sys
+import threading
+import weakref
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import comm
+import ipywidgets
+import pytest
+from IPython.core.events import EventManager
+from ipywidgets.widgets import widget as widget_room
+
+from sollol_nb import hybrid_router
+from sollol_nb.runtime.io_loop import run_blocking
+from sollol_nb.sync_wrapper import HybridRouter
+from sollol_nb.widget.cluster_widget import SNAPSHOTS_KEPT, ClusterWidget, cluster_widget
+from tests.support.engines import eventually, unused_port
+from tests.support.simulated_cluster import SimulatedCluster, endpoint, node
+
+HERE, GONE = {"view": "one", "here": True}, {"view": "one", "here": False}
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
+    """All that widgets send to front ends: comm id and data."""
+    messages: list[tuple[str, dict[str, Any]]] = []
+
+    def publish(self: Any, msg_type: str, data: Any = None, **_: Any) -> None:
+        messages.append((self.comm_id, {"type": msg_type, **(data or {})}))
+
+    monkeypatch.setattr(comm.DummyComm, "publish_msg", publish)
+    return messages
+
+
+@pytest.fixture
+def cluster() -> SimulatedCluster:
+    """Four workers; a model runs over the first three."""
+    made = SimulatedCluster(4, [node(1)])
+    made.run_model("big", [0, 1, 2])
+    return made
+
+
+@pytest.fixture
+def widget(cluster: SimulatedCluster) -> Iterator[ClusterWidget]:
+    made = cluster_widget(cluster)  # type: ignore[arg-type]
+    made.bundle()
+    eventually(lambda: made.what_if.prediction.value.startswith("<b>"), "the first prediction is there")
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def router() -> Iterator[HybridRouter]:
+    """A real router without workers."""
+    with HybridRouter(auto_discover_rpc=False) as mine:
+        yield mine
+
+
+@pytest.fixture
+def steered(router: HybridRouter) -> Iterator[ClusterWidget]:
+    made = cluster_widget(router)
+    made.bundle()
+    yield made
+    made.close()
+
+
+def words(router: HybridRouter) -> list[str]:
+    return [event.words for event in router.events.recent()]
+
+
+# --- shown ------------------------------------------------------------------------------------
+
+
+def test_it_is_shown_as_a_widget_and_as_text_of_the_same_state(widget: ClusterWidget) -> None:
+    bundle = widget.bundle()
+
+    assert bundle["application/vnd.jupyter.widget-view+json"]["model_id"] == widget.box.model_id
+    assert "10.0.0.13:50052" in bundle["text/plain"]
+    assert "28-39 + output" in bundle["text/plain"]
+
+
+def test_a_router_has_one_widget_until_that_is_closed(router: HybridRouter) -> None:
+    one = cluster_widget(router)
+    assert cluster_widget(router._async) is one
+    one.close()
+    other = cluster_widget(router)
+    assert other is not one
+    other.close()
+
+
+def test_without_anywidget_the_state_is_shown_as_html(
+    cluster: SimulatedCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sollol_nb.widget.cluster_map", None)
+    widget = cluster_widget(cluster)  # type: ignore[arg-type]
+    widget.bundle()
+    (shown, _) = widget.box.children
+
+    cluster.change_worker(3, "down", "nothing listens there", "worker.lost")
+
+    assert widget.map is None
+    assert isinstance(shown, ipywidgets.HTML)
+    eventually(lambda: "nothing listens there" in shown.value, "the change is shown")
+    widget.close()
+
+
+def test_closed_it_leaves_the_last_state_and_nothing_else(cluster: SimulatedCluster) -> None:
+    open_before = len(_open_widgets())
+    subscribers_before = list(cluster.events._subscribers)
+    widget = cluster_widget(cluster)  # type: ignore[arg-type]
+    widget.bundle()
+    assert len(_open_widgets()) > open_before + 10
+
+    widget.close()
+    widget.close()
+
+    assert len(_open_widgets()) == open_before
+    assert not cluster.state.is_watched
+    assert cluster.events._subscribers == subscribers_before
+    assert set(widget.bundle()) == {"text/html", "text/plain"}
+
+
+def _open_widgets() -> dict[str, Any]:
+    return dict(widget_room._instances)
+
+
+def test_a_router_is_not_kept_by_its_widget() -> None:
+    mine = hybrid_router.HybridRouter(auto_discover_rpc=False)
+    kept = weakref.ref(mine)
+    widget = cluster_widget(mine)
+    widget.bundle()
+    run_blocking(mine.close())
+    del mine
+    gc.collect()
+
+    assert kept() is None
+    widget.workers.discover.click()
+    assert "no worker is known" in widget.bundle()["text/plain"]
+    widget.close()
+
+
+# --- messages ---------------------------------------------------------------------------------
+
+
+def test_a_change_is_sent_as_a_patch_of_a_few_hundred_bytes(
+    widget: ClusterWidget, cluster: SimulatedCluster, sent: list[tuple[str, dict[str, Any]]]
+) -> None:
+    assert widget.map is not None
+    cluster.change_worker(3, "down", "nothing listens there", "worker.lost")
+    eventually(lambda: "nothing listens" in json.dumps(sent), "it is sent")
+
+    messages = to_map(sent, widget)
+    assert {message["method"] for message in messages} == {"custom"}
+    assert max(len(json.dumps(message)) for message in messages) < 700
+
+
+def to_map(sent: list[tuple[str, dict[str, Any]]], widget: ClusterWidget) -> list[dict[str, Any]]:
+    assert widget.map is not None
+    return [message for comm_id, message in sent if comm_id == widget.map.model_id]
+
+
+def test_a_page_that_opens_gets_the_state_as_it_is_now(widget: ClusterWidget, cluster: SimulatedCluster) -> None:
+    assert widget.map is not None
+    cluster.change_worker(3, "down", "gone", "worker.lost")
+    eventually(lambda: cluster.state.data["workers"][endpoint(3)]["state"] == "down", "it is known")
+
+    state = widget.map.get_state()
+
+    assert state["state"] == cluster.state.data
+    assert "function render" in state["_esm"]
+    assert "http" not in state["_esm"].replace("http://www.w3.org/2000/svg", ""), "nothing is fetched"
+
+
+def test_it_watches_while_views_are_there_and_rests_when_the_last_has_gone(
+    widget: ClusterWidget, cluster: SimulatedCluster
+) -> None:
+    assert widget.map is not None
+    other = HERE | {"view": "two"}
+    for content in (HERE, other, HERE):
+        widget.map._handle_custom_msg(content, [])
+    widget.map._handle_custom_msg(GONE, [])
+    assert cluster.state.is_watched
+    widget.map._handle_custom_msg(other | {"here": False}, [])
+    eventually(lambda: not cluster.state.is_watched, "nobody looks any more")
+
+    widget.map._handle_custom_msg(HERE, [])
+    eventually(lambda: cluster.state.is_watched, "somebody looks again")
+
+
+def test_a_view_whose_page_has_gone_without_a_word_is_forgotten(
+    widget: ClusterWidget, cluster: SimulatedCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert widget.map is not None
+    monkeypatch.setattr("IPython.core.getipython.get_ipython", lambda: None)
+    widget.bundle()
+    widget.map._handle_custom_msg(HERE, [])
+    monkeypatch.setattr("sollol_nb.widget.cluster_widget.VIEW_LEASE_S", -1.0)
+    cluster.change_worker(3, "down", "gone", "worker.lost")
+    eventually(lambda: not cluster.state.is_watched, "nobody looks any more")
+
+
+def test_while_a_cell_runs_no_view_is_forgotten_since_kernels_do_not_hear_them_then(
+    cluster: SimulatedCluster, monkeypatch: pytest.MonkeyPatch, sent: list[tuple[str, dict[str, Any]]]
+) -> None:
+    cells = EventManager(None, ("pre_run_cell", "post_run_cell"))  # type: ignore[arg-type]
+    monkeypatch.setattr("IPython.core.getipython.get_ipython", lambda: SimpleNamespace(events=cells))
+    widget = cluster_widget(cluster)  # type: ignore[arg-type]
+    widget.bundle()
+    assert widget.map is not None
+    cells.trigger("post_run_cell", None)
+    cells.trigger("pre_run_cell", None)
+    widget.map._handle_custom_msg(HERE, [])
+    monkeypatch.setattr("sollol_nb.widget.cluster_widget.VIEW_LEASE_S", -1.0)
+    told = len(to_map(sent, widget))
+    cluster.change_worker(0, "down", "gone", "worker.lost")
+    eventually(lambda: len(to_map(sent, widget)) > told, "it is told")
+    told = len(to_map(sent, widget))
+    cluster.change_worker(1, "down", "gone", "worker.lost")
+    eventually(lambda: len(to_map(sent, widget)) > told, "this too")
+    assert cluster.state.is_watched
+
+    cells.trigger("post_run_cell", None)
+    cluster.change_worker(2, "down", "gone", "worker.lost")
+    eventually(lambda: not cluster.state.is_watched, "now it is forgotten")
+    assert not any(cells.callbacks.values()), "and cells are not followed any more"
+    widget.close()
+
+
+def test_of_the_outputs_that_show_it_the_last_ones_are_kept_up_to_date(
+    widget: ClusterWidget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handles: list[Any] = []
+
+    def display(*_: Any, **options: Any) -> Any:
+        if options.get("display_id"):
+            handles.append(SimpleNamespace(updates=[]))
+            handles[-1].update = lambda bundle, raw, handle=handles[-1]: handle.updates.append(bundle)
+            return handles[-1]
+        return None
+
+    monkeypatch.setattr("IPython.display.display", display)
+    monkeypatch.setattr("IPython.core.getipython.get_ipython", lambda: SimpleNamespace(kernel=1, events=None))
+    for _ in range(SNAPSHOTS_KEPT + 3):
+        widget._ipython_display_()
+    monkeypatch.undo()
+    widget.close()
+    assert [len(one.updates) for one in handles] == [0] * 3 + [1] * SNAPSHOTS_KEPT
+
+
+# --- what if ----------------------------------------------------------------------------------
+
+
+def units(widget: ClusterWidget) -> list[int]:
+    return [slider.value for slider in widget.what_if.sliders]
+
+
+def predicted(widget: ClusterWidget) -> str:
+    value: str = widget.what_if.prediction.value
+    return value
+
+
+def test_there_is_a_slider_for_each_worker_of_the_model_and_each_free_one(widget: ClusterWidget) -> None:
+    assert [slider.description for slider in widget.what_if.sliders] == [endpoint(number) for number in range(4)]
+    assert units(widget) == [14, 14, 13, 0]
+    assert widget.what_if.apply.disabled
+    assert widget.what_if.reset.disabled
+    assert "26.2 ms a token" in predicted(widget)
+
+
+def test_a_moved_slider_moves_its_neighbours_and_the_prediction(widget: ClusterWidget) -> None:
+    before = predicted(widget)
+    widget.what_if.sliders[0].value = 20
+
+    assert units(widget) == [20, 8, 13, 0]
+    eventually(lambda: predicted(widget) != before, "the prediction is told anew")
+    assert "<b>fits</b>" in predicted(widget)
+    assert "0-19" in predicted(widget)
+    eventually(lambda: not widget.what_if.apply.disabled, "it can be applied")
+
+
+def test_a_worker_is_dropped_by_moving_its_slider_to_zero(widget: ClusterWidget) -> None:
+    before = predicted(widget)
+    widget.what_if.sliders[2].value = 0
+
+    assert units(widget) == [14, 27, 0, 0]
+    eventually(lambda: predicted(widget) != before, "the prediction is told anew")
+    assert predicted(widget).count("no layers") == 2
+    assert "25.8 ms a token" in predicted(widget), "a round trip less"
+
+
+def test_a_layout_that_does_not_fit_cannot_be_applied(widget: ClusterWidget) -> None:
+    widget.what_if.sliders[0].value = 41
+
+    eventually(lambda: "does not fit" in predicted(widget), "it says so")
+    assert widget.what_if.apply.disabled
+    assert not widget.what_if.reset.disabled
+    widget.what_if.reset.click()
+    assert units(widget) == [14, 14, 13, 0]
+
+
+def test_an_applied_layout_is_the_running_one(widget: ClusterWidget, cluster: SimulatedCluster) -> None:
+    widget.what_if.sliders[0].value = 20
+    eventually(lambda: not widget.what_if.apply.disabled, "it can be applied")
+
+    widget.what_if.apply.click()
+
+    eventually(lambda: cluster.coordinators[0].plan.unit_counts == (20, 8, 13), "it runs")  # type: ignore[union-attr]
+    eventually(lambda: units(widget) == [20, 8, 13, 0] and widget.what_if.reset.disabled, "and is the new base")
+
+
+def test_sliders_that_were_moved_stay_while_other_things_change(
+    widget: ClusterWidget, cluster: SimulatedCluster
+) -> None:
+    widget.what_if.sliders[0].value = 20
+    cluster.change_worker(3, "down", "gone", "worker.lost")
+    eventually(lambda: cluster.state.data["workers"][endpoint(3)]["state"] == "down", "it is known")
+    assert units(widget) == [20, 8, 13, 0]
+
+
+def test_sliders_that_were_moved_stay_when_another_model_starts_or_ends() -> None:
+    cluster = SimulatedCluster(5)
+    cluster.run_model("big", [0, 1, 2])
+    widget = cluster_widget(cluster)  # type: ignore[arg-type]
+    widget.bundle()
+    eventually(lambda: units(widget) == [14, 14, 13, 0, 0], "its layout is shown")
+    widget.what_if.sliders[0].value = 20
+
+    cluster.run_model("another", [3, 4])
+    cluster.coordinators.reverse()  # it comes first
+    cluster.events.publish("worker.note", endpoint(0), "look again")
+    eventually(lambda: widget.what_if.model.options == ("another", "big"), "it can be chosen")
+    assert (widget.what_if.model.value, units(widget)) == ("big", [20, 8, 13, 0, 0])
+    cluster.end_model("another")
+    eventually(lambda: widget.what_if.model.options == ("big",), "it is gone")
+    assert units(widget) == [20, 8, 13, 0, 0]
+    widget.close()
+
+
+def test_layers_cannot_be_moved_to_a_worker_that_is_gone(widget: ClusterWidget, cluster: SimulatedCluster) -> None:
+    widget.what_if.sliders[3].value = 5
+    eventually(lambda: not widget.what_if.apply.disabled, "it can be applied")
+    cluster.change_worker(3, "down", "gone", "worker.lost")
+    eventually(lambda: units(widget) == [14, 14, 13], "its slider is gone, and the running layout is shown")
+    assert widget.what_if.apply.disabled
+
+
+def test_without_a_sharded_model_there_is_nothing_to_move(steered: ClusterWidget) -> None:
+    assert steered.what_if.sliders == []
+    assert steered.what_if.apply.disabled
+    assert steered.what_if.model.disabled
+    assert predicted(steered) == "No model of this notebook runs over workers."
+
+
+# --- controls ---------------------------------------------------------------------------------
+
+
+def test_controls_are_enabled_only_while_they_make_sense(steered: ClusterWidget, router: HybridRouter) -> None:
+    workers, models = steered.workers, steered.models
+    typed: list[tuple[Any, Any, str, bool]] = [
+        (workers.endpoint, workers.add, "", False),
+        (workers.endpoint, workers.add, "10.0.0.5:port", False),
+        (workers.endpoint, workers.add, "10.0.0.5", True),
+        (models.model, models.load, "", False),
+        (models.model, models.load, "demo", True),
+        (models.keep_alive, models.keep, "soon", False),
+        (models.keep_alive, models.keep, "1h30m", True),
+    ]
+    for text, button, value, is_enabled in typed:
+        text.value = value
+        assert button.disabled is not is_enabled, value
+    assert workers.remove.disabled
+    assert models.stop.disabled
+
+
+def test_a_worker_is_added_and_removed_and_the_bus_tells(steered: ClusterWidget, router: HybridRouter) -> None:
+    name = f"127.0.0.1:{unused_port()}"
+    steered.workers.endpoint.value = name
+    steered.workers.add.click()
+    eventually(lambda: steered.workers.known.value == name, "it can be removed")
+    eventually(lambda: not steered.workers.endpoint.value, "the field is empty again")
+    assert f"{name} may be used" in words(router)
+
+    steered.workers.endpoint.value = name
+    assert steered.workers.add.disabled, "it is known"
+    steered.workers.remove.click()
+    eventually(lambda: f"{name} is not used any more" in words(router), "the bus tells")
+    eventually(lambda: steered.workers.remove.disabled, "there is none to remove")
+
+
+def test_what_could_not_be_done_is_told_by_an_event(steered: ClusterWidget, router: HybridRouter) -> None:
+    steered.models.model.value = "/no/such/file.gguf"
+    steered.models.load.click()
+    eventually(
+        lambda: [one for one in words(router) if one.startswith("loading /no/such/file.gguf failed")], "told"
+    )
+    eventually(lambda: not steered.models.load.disabled, "it can be tried again")
+
+
+def test_an_action_that_fails_unforeseen_is_told_too(
+    steered: ClusterWidget, router: HybridRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def failing(_: Any) -> None:
+        raise PermissionError("the state folder cannot be written")
+
+    actions = steered.workers._actions
+    actions.begin("discover", "looking for workers", failing)
+    told = "looking for workers failed: PermissionError: the state folder cannot be written"
+    eventually(lambda: told in words(router), "it is told")
+    eventually(lambda: not actions.is_unavailable("discover"), "it can be tried again")
+
+
+def test_a_strategy_and_a_keep_alive_hold_from_now_on(steered: ClusterWidget, router: HybridRouter) -> None:
+    steered.models.strategy.value = "even"
+    steered.models.keep_alive.value = "1h"
+    steered.models.keep.click()
+    eventually(lambda: router.layer_strategy == "even", "the strategy is chosen")
+    settings = router._async._coordinators.settings
+    eventually(lambda: router._async._coordinators.settings.keep_alive_s == 3600.0, "keep_alive is set")
+    assert settings.layer_strategy == "even"
+    assert "models that are started from now on are spread by strategy 'even'" in words(router)
+    router.configure(layer_strategy="memory_aware")
+    eventually(lambda: steered.models.strategy.value == "memory_aware", "chosen elsewhere, it is shown")
+    assert router.layer_strategy == "memory_aware"
+
+
+def test_looking_for_workers_without_finding_one_is_told(
+    steered: ClusterWidget, router: HybridRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def nothing() -> list[Any]:
+        return []
+
+    monkeypatch.setattr("sollol_nb.llama_cpp.workers.workers.discover", nothing)
+    steered.workers.discover.click()
+    eventually(lambda: "found no worker that was not known" in words(router), "told")
+
+
+def test_when_its_router_is_closed_nothing_can_be_done_any_more(
+    steered: ClusterWidget, router: HybridRouter
+) -> None:
+    steered.workers.endpoint.value = "10.0.0.5"
+    steered.models.model.value = "demo"
+    assert not steered.workers.add.disabled
+    router.close()
+    for button in (steered.workers.add, steered.workers.discover, steered.models.load, steered.what_if.apply):
+        eventually(lambda button=button: button.disabled, f"{button.description} is disabled")
+    assert "no worker is known" in steered.bundle()["text/plain"]
+
+
+def test_an_action_runs_once_at_a_time(widget: ClusterWidget, cluster: SimulatedCluster) -> None:
+    may_end = threading.Event()
+    begun: list[int] = []
+
+    async def wait(_: Any) -> None:
+        begun.append(1)
+        await asyncio.to_thread(may_end.wait, 60)
+
+    actions = widget.workers._actions
+    actions.begin("add", "adding", wait)
+    actions.begin("add", "adding", wait)
+    widget.workers.endpoint.value = "10.9.9.9"
+    assert widget.workers.add.disabled
+    may_end.set()
+    eventually(lambda: not actions.is_unavailable("add") and not widget.workers.add.disabled, "it is done")
+    assert begun == [1]
+
+
+# --- on real engines --------------------------------------------------------------------------
+
+
+@pytest.mark.engine
+def test_a_loaded_model_is_laid_out_anew_and_predicted_before(engine: object) -> None:
+    with HybridRouter(auto_discover_rpc=False, context_tokens=1024) as mine:
+        mine.start_workers(2)
+        widget = cluster_widget(mine)
+        widget.bundle()
+        widget.models.model.value = "demo:sharded"
+        widget.models.load.click()
+        eventually(lambda: len(widget.what_if.sliders) == 2, "it is loaded")
+        eventually(lambda: "ms a token" in predicted(widget), "its token time is told")
+        before = mine.coordinator
+        assert before is not None
+
+        widget.what_if.sliders[0].value = 13
+        eventually(lambda: "no layers" in predicted(widget) and not widget.what_if.apply.disabled, "foreseen")
+        widget.what_if.apply.click()
+
+        eventually(lambda: mine.coordinator is not None and mine.coordinator is not before, "it runs anew")
+        after = mine.coordinator
+        assert after is not None
+        assert after.plan is not None
+        assert after.placement is not None
+        assert (after.plan.unit_counts, after.plan.strategy) == ((13,), "as given")
+        assert after.plan.predicted_token_ms is not None
+        assert after.placement_differences == []
+        answer = mine.route_request("demo:sharded", "What is a worker?", temperature=0, max_tokens=10)
+        assert answer["eval_count"] == 10
+        assert answer.routing["plan"]["tensor_split"] == "13"
+        widget.close()
