@@ -14,7 +14,7 @@ import time
 from contextlib import ExitStack
 from statistics import median
 
-from sollol_nb.llama_cpp.answers.protocol import check_messages
+from sollol_nb.chat.messages import check_messages
 from sollol_nb.runtime.io_loop import run_blocking
 from sollol_nb.sync_wrapper import HybridRouter
 

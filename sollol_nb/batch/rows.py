@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from sollol_nb.chat.messages import check_messages
 from sollol_nb.errors import ConfigError
-from sollol_nb.llama_cpp.answers.protocol import check_messages
 from sollol_nb.text.expansion import Template
 from sollol_nb.text.tables import shortened
 

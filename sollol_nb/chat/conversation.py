@@ -28,8 +28,8 @@ from typing import Any, Self
 from sollol_nb.chat import conversation_view as chat_view
 from sollol_nb.chat.completion import Completion
 from sollol_nb.chat.context_window import DROP_OLDEST, turn_starts
+from sollol_nb.chat.messages import check_messages
 from sollol_nb.errors import ChatBusyError, ConfigError, RequestCancelledError
-from sollol_nb.llama_cpp.answers.protocol import check_messages
 
 FILE_FORMAT = "sollol_nb chat"
 FILE_VERSION = 1

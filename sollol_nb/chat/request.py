@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sollol_nb.chat.messages import answer_schema, check_messages, check_options
 from sollol_nb.errors import ConfigError
-from sollol_nb.llama_cpp.answers.protocol import answer_schema, check_messages, check_options
 from sollol_nb.models.routing import checked_backend
 from sollol_nb.runtime.priority import Priority
 from sollol_nb.schema.schema import json_schema_of

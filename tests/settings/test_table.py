@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from sollol_nb.chat.completion_view import FORMATS
+from sollol_nb.chat.messages import CHAT_OPTIONS, SAMPLING_OPTIONS
 from sollol_nb.errors import ConfigError
 from sollol_nb.hybrid_router import DEFAULT_TIMEOUT_S, HybridRouter
-from sollol_nb.llama_cpp.answers.protocol import CHAT_OPTIONS, SAMPLING_OPTIONS
 from sollol_nb.llama_cpp.coordinators.settings import DEFAULT_SLOTS
 from sollol_nb.settings import config
 from sollol_nb.settings.table import FILE_NAME, SETTINGS, Setting, as_markdown

@@ -2,112 +2,19 @@
 
 Requests and answers have Ollama's shape everywhere in this package (`options`, `num_predict`, `images`, `format`,
 `message`, `eval_count`); llama-server speaks OpenAI's at `/v1/chat/completions` and its own at `/completion`.
-`llama_answer` decides which of the two an answer uses. Sources: Ollama's `docs/api.md`, llama.cpp's
+`kinds.answer_for` decides which of the two an answer uses. Sources: Ollama's `docs/api.md`, llama.cpp's
 `tools/server/README.md`.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from enum import Enum, auto
 from typing import Any
 
-from sollol_nb.chat.context_window import check_overflow
-from sollol_nb.errors import ConfigError
-
-_NUMBER = (int, float)
-_TEXT_OR_LIST = (str, list, tuple)
-
-# option -> (llama-server's name, accepted types)
-SAMPLING_OPTIONS: dict[str, tuple[str, tuple[type, ...]]] = {
-    "max_tokens": ("max_tokens", (int,)),
-    "num_predict": ("max_tokens", (int,)),
-    "temperature": ("temperature", _NUMBER),
-    "top_p": ("top_p", _NUMBER),
-    "top_k": ("top_k", (int,)),
-    "min_p": ("min_p", _NUMBER),
-    "typical_p": ("typical_p", _NUMBER),
-    "seed": ("seed", (int,)),
-    "stop": ("stop", _TEXT_OR_LIST),
-    "repeat_penalty": ("repeat_penalty", _NUMBER),
-    "repeat_last_n": ("repeat_last_n", (int,)),
-    "presence_penalty": ("presence_penalty", _NUMBER),
-    "frequency_penalty": ("frequency_penalty", _NUMBER),
-}
-CHAT_OPTIONS: dict[str, tuple[type, ...]] = {
-    "options": (dict,),
-    "format": (str, dict),
-    "tools": (list, tuple),
-    "keep_alive": (str, int, float),
-    "think": (bool, str),
-    "overflow": (str,),
-}
-ROLES = ("system", "user", "assistant", "tool")
-
-
-def check_messages(messages: Sequence[Mapping[str, Any]] | str) -> list[dict[str, Any]]:
-    """The messages as a list of dicts; a plain string is one user message.
-
-    Raises:
-        ConfigError: not a list of messages, or a message without a known role or content.
-    """
-    given: Sequence[Any] = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
-    if not isinstance(given, Sequence) or not given:
-        raise ConfigError('messages must be a list such as [{"role": "user", "content": "Hello!"}]')
-    for position, message in enumerate(given):
-        if not isinstance(message, Mapping) or "role" not in message:
-            raise ConfigError(
-                f'messages[{position}] must be a dict with "role" and "content", not {type(message).__name__}'
-            )
-        if message["role"] not in ROLES:
-            raise ConfigError(f"messages[{position}] has role {message['role']!r}; roles are {', '.join(ROLES)}")
-        if not isinstance(message.get("content"), str | list) and not message.get("tool_calls"):
-            raise ConfigError(f'messages[{position}] needs "content" as text')
-        images = message.get("images") or []
-        if not isinstance(images, list | tuple) or not all(isinstance(image, str) for image in images):
-            raise ConfigError(f'messages[{position}] has "images" that are not a list of base64 texts')
-        calls = message.get("tool_calls") or []
-        if not isinstance(calls, list | tuple) or not all(map(_is_tool_call, calls)):
-            raise ConfigError(
-                f"messages[{position}] has tool_calls that are not a list such as "
-                '[{"function": {"name": "f", "arguments": {}}}]'
-            )
-    return [dict(message) for message in given]
-
-
-def _is_tool_call(call: Any) -> bool:
-    function = call.get("function") if isinstance(call, Mapping) else None
-    return isinstance(function, Mapping) and isinstance(function.get("name"), str)
-
-
-def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The request's options without those that are None.
-
-    Raises:
-        ConfigError: an unknown option (with the nearest known name) or one of the wrong type.
-    """
-    known: dict[str, tuple[type, ...]] = {
-        **{name: types for name, (_, types) in SAMPLING_OPTIONS.items()},
-        **CHAT_OPTIONS,
-    }
-    checked = {name: value for name, value in options.items() if value is not None}
-    for name, value in checked.items():
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            if name == "stream":
-                raise ConfigError("route_request gives whole answers; iterate router.stream(...) for chunks")
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
-            raise ConfigError(f"unknown option {name!r}; {hint}")
-        types = known[name]
-        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            wanted = " or ".join(one.__name__ for one in types)
-            raise ConfigError(f"option {name}={value!r} must be {wanted}")
-    if "overflow" in checked:
-        check_overflow(checked["overflow"])
-    return checked
+from sollol_nb.chat.messages import SAMPLING_OPTIONS, answer_schema
 
 
 def request_body(messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,26 +41,12 @@ def sampling_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     """The sampling options by llama-server's names; those in `options["options"]` give way to the outer ones."""
     settings: dict[str, Any] = {}
     for given in (options.get("options") or {}, options):
-        for name, (theirs, _) in SAMPLING_OPTIONS.items():
+        for name in SAMPLING_OPTIONS:
             if given.get(name) is not None:
-                settings[theirs] = given[name]
+                settings["max_tokens" if name == "num_predict" else name] = given[name]
     if isinstance(settings.get("stop"), str):
         settings["stop"] = [settings["stop"]]
     return settings
-
-
-def answer_schema(options: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The JSON schema that `format` asks for, None without one.
-
-    Raises:
-        ConfigError: `format` is neither "json" nor a schema.
-    """
-    wanted = options.get("format")
-    if isinstance(wanted, Mapping):
-        return dict(wanted)
-    if wanted and wanted != "json":
-        raise ConfigError(f'format={wanted!r} must be "json" or a JSON schema as a dict')
-    return {"type": "object"} if wanted else None
 
 
 def _openai_message(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sollol_nb.chat.messages import answer_schema
 from sollol_nb.llama_cpp.answers.base import CHARACTERS_PER_TOKEN, SEEDS, Answer, Written, diverged
 from sollol_nb.llama_cpp.answers.protocol import (
     CLOSING_TAG,
     OPENING_TAG,
     ThinkSplitter,
-    answer_schema,
     chat_chunk,
     progress_of,
     request_body,

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from sollol_nb.chat.messages import check_messages, check_options
 from sollol_nb.errors import AnswerDivergedError
 from sollol_nb.llama_cpp.answers.kinds import Answer, ChatAnswer, RawAnswer
-from sollol_nb.llama_cpp.answers.protocol import check_messages, check_options
 from sollol_nb.llama_cpp.engine.find import Engine
 from tests.support.llama_server import (
     ACCENTS,
