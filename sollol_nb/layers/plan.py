@@ -11,11 +11,12 @@ plan itself are the same for all strategies and are made here.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sollol_nb.errors import ConfigError, ModelDoesNotFitError, WorkersUnavailableError
-from sollol_nb.gguf.facts import kept_context_tokens
+from sollol_nb.gguf.facts import ModelFacts, kept_context_tokens
 from sollol_nb.layers.strategies import (
     STRATEGIES,
     ModelLoad,
@@ -24,27 +25,10 @@ from sollol_nb.layers.strategies import (
     memory_domains,
     unplaceable_units,
 )
-from sollol_nb.settings.config import DEFAULT_CONTEXT_TOKENS
 from sollol_nb.text.units import format_bytes
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from sollol_nb.gguf.facts import ModelFacts
-
-__all__ = [
-    "MAX_WORKERS",
-    "STRATEGIES",
-    "LayerPlan",
-    "ModelLoad",
-    "Shard",
-    "WorkerCapacity",
-    "check_strategy",
-    "model_load",
-    "placement_from_counts",
-    "plan_from_counts",
-    "plan_layers",
-]
+DEFAULT_CONTEXT_TOKENS = 4096
+"""Context that a plan or an estimate of memory assumes where none is given."""
 
 MAX_WORKERS = 15
 """llama.cpp schedules 16 backends (GGML_SCHED_MAX_BACKENDS), one of which is the coordinator's CPU."""

@@ -16,10 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from sollol_nb.layers.plan import LayerPlan
+from sollol_nb.layers.plan import LayerPlan
 
 ALIKE_WEIGHT = 0.05
 """How strongly workers are taken to be alike. Measured times vary by some percent, which must not be taken for a

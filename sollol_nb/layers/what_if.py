@@ -9,15 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
+from sollol_nb.gguf.facts import ModelFacts
 from sollol_nb.layers.plan import LayerPlan, memory_shortage, unchecked_plan
 from sollol_nb.layers.strategies import WorkerCapacity
 from sollol_nb.layers.token_time import TokenTime, WorkerPart, WorkerSpeeds, predict
 from sollol_nb.text.units import format_bytes
-
-if TYPE_CHECKING:
-    from sollol_nb.gguf.facts import ModelFacts
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sollol_nb.errors import ConfigError
-from sollol_nb.settings.config import DEFAULT_CONTEXT_TOKENS
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from sollol_nb.gguf.facts import ModelFacts
+from sollol_nb.gguf.facts import ModelFacts
+from sollol_nb.layers.plan import DEFAULT_CONTEXT_TOKENS
 
 MODEL_PROFILES: dict[str, dict[str, Any]] = {
     # Small models: Ollama

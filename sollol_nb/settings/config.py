@@ -33,7 +33,6 @@ from sollol_nb.settings.table import FILE_NAME, SETTINGS
 __all__ = [
     "APP_NAME",
     "BUILT_IN",
-    "DEFAULT_CONTEXT_TOKENS",
     "DEFAULT_COORDINATOR_PORT",
     "DEFAULT_OLLAMA_PORT",
     "DEFAULT_RPC_PORT",
@@ -66,7 +65,6 @@ __all__ = [
 APP_NAME = "sollol_nb"
 DEFAULT_COORDINATOR_PORT = 18080
 DEFAULT_OLLAMA_PORT = 11434
-DEFAULT_CONTEXT_TOKENS = 4096
 
 BUILT_IN = "built-in default"
 

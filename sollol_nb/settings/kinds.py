@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sollol_nb.errors import ConfigError
+from sollol_nb.layers.strategies import STRATEGIES
 from sollol_nb.runtime.priority import Priority
 from sollol_nb.settings.endpoints import format_endpoint, parse_endpoint
 
@@ -176,9 +177,6 @@ def _keep_alive(value: Any) -> Any:
 
 
 def _strategy(value: Any) -> str:
-    # Imported here, for the strategies are on a floor above the settings.
-    from sollol_nb.layers.strategies import STRATEGIES
-
     if value not in STRATEGIES:
         raise ConfigError(f"{value!r} is no layer strategy; write one of {', '.join(STRATEGIES)}")
     return str(value)

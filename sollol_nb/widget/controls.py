@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import ipywidgets
 
 from sollol_nb.errors import ConfigError
-from sollol_nb.layers.plan import STRATEGIES
+from sollol_nb.layers.strategies import STRATEGIES
 from sollol_nb.models.profiles import MODEL_PROFILES
 from sollol_nb.settings import config
 

@@ -16,15 +16,13 @@ from sollol_nb.errors import ConfigError, ModelDoesNotFitError, WorkersUnavailab
 from sollol_nb.gguf.facts import ModelFacts
 from sollol_nb.layers.plan import (
     MAX_WORKERS,
-    STRATEGIES,
     LayerPlan,
-    WorkerCapacity,
     model_load,
     placement_from_counts,
     plan_from_counts,
     plan_layers,
 )
-from sollol_nb.layers.strategies import ModelLoad, even, memory_aware
+from sollol_nb.layers.strategies import STRATEGIES, ModelLoad, WorkerCapacity, even, memory_aware
 from sollol_nb.text.units import format_bytes
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 
 from sollol_nb.errors import ConfigError
-from sollol_nb.layers.plan import WorkerCapacity
+from sollol_nb.layers.strategies import WorkerCapacity
 from sollol_nb.llama_cpp.engine.find import Engine
 from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.processes.cores import usable_cores
