@@ -25,7 +25,8 @@ from sollol_nb.bench.plan import (
     client_prompts,
     marked,
 )
-from sollol_nb.bench.result import BenchResult, BenchRow, measured
+from sollol_nb.bench.result import BenchResult
+from sollol_nb.bench.rows import BenchRow, measured
 from sollol_nb.errors import RequestCancelledError, SollolError
 from sollol_nb.runtime.io_loop import io_bound_stream, iterate_blocking
 from sollol_nb.runtime.progress_bars import progress_bar

@@ -1,27 +1,36 @@
-"""Plots of a benchmark: for each case the median (a bar), its 95 % interval (a band), and a dot for each round."""
+"""Plots of a benchmark: for each case the median (a bar), its 95 % interval (a band), and a dot for each round.
+
+The functions take the frames of `BenchResult.rounds` and `BenchResult.summary`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from sollol_nb.bench.result import METRICS
+from sollol_nb.bench.rows import METRICS
 from sollol_nb.errors import ConfigError
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from sollol_nb.bench.result import BenchResult
-
-PANELS = ("ttft_ms", "prompt_tokens_per_s", "tokens_per_s")
-THROUGHPUT = "throughput_tokens_per_s"
 # Of Okabe and Ito's colour-blind-safe palette; the grey reads on light and dark grounds.
 _COLOR, _ROUND_COLOR = "#0072b2", "#7a7a7a"
 _ROW_INCHES = 0.42
 
 
-def draw_metric(result: BenchResult, metric: str, ax: Axes | None = None) -> Axes:
+def draw_metric(
+    rounds: pd.DataFrame, summary: pd.DataFrame, cases: Sequence[str], metric: str, ax: Axes | None = None
+) -> Axes:
     """Draw one metric on axes, by default those of a new figure.
+
+    Args:
+        rounds: columns `case`, `round`, `metric`, `value`.
+        summary: one row per case and metric (the index); columns `median`, `lower`, `upper`.
+        cases: in the order in which they are drawn, from the top.
+        metric: a name in `METRICS`.
 
     Raises:
         ConfigError: there is no such metric.
@@ -31,42 +40,38 @@ def draw_metric(result: BenchResult, metric: str, ax: Axes | None = None) -> Axe
     if ax is None:
         import matplotlib.pyplot as plt
 
-        _, ax = plt.subplots(figsize=(6.4, _height(result)), layout="constrained")
-    rounds = result.rounds()
-    here = rounds[rounds["metric"] == metric]
-    summary = result.summary().xs(metric, level="metric")
-    for position, case in enumerate(result.cases):
-        values = here.loc[here["case"] == case, "value"]
-        ax.plot(values, [position] * len(values), ".", color=_ROUND_COLOR, markersize=6, zorder=2)
-    positions = range(len(result.cases))
-    ax.hlines(positions, summary["lower"], summary["upper"], color=_COLOR, linewidth=7, alpha=0.35, zorder=1)
-    ax.plot(summary["median"], positions, "|", color=_COLOR, markersize=16, markeredgewidth=3, zorder=3)
-    ax.set_yticks(positions, result.cases)
-    ax.set_ylim(len(result.cases) - 0.5, -0.5)  # the first case on top
+        _, ax = plt.subplots(figsize=(6.4, _height_inches(cases)), layout="constrained")
+    values = rounds[rounds["metric"] == metric]
+    estimates = summary.loc[[(case, metric) for case in cases]]
+    for position, case in enumerate(cases):
+        of_case = values.loc[values["case"] == case, "value"]
+        ax.plot(of_case, [position] * len(of_case), ".", color=_ROUND_COLOR, markersize=6, zorder=2)
+    positions = range(len(cases))
+    ax.hlines(positions, estimates["lower"], estimates["upper"], color=_COLOR, linewidth=7, alpha=0.35, zorder=1)
+    ax.plot(estimates["median"], positions, "|", color=_COLOR, markersize=16, markeredgewidth=3, zorder=3)
+    ax.set_yticks(positions, cases)
+    ax.set_ylim(len(cases) - 0.5, -0.5)  # the first case on top
     ax.set_xlim(left=0)
-    about = METRICS[metric]
-    ax.set_xlabel(f"{about.title} ({'higher' if about.higher_is_better else 'lower'} is better)")
+    title, better = METRICS[metric].title, "higher" if METRICS[metric].higher_is_better else "lower"
+    ax.set_xlabel(f"{title} ({better} is better)")
     ax.grid(axis="x", alpha=0.3)
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
 
-def overview(result: BenchResult) -> Figure:
-    """A figure with the metrics side by side: first token, reading, writing, and where several ask, throughput.
-
-    It is not known to pyplot, so it is shown only by who asks for it.
-    """
+def draw_overview(
+    rounds: pd.DataFrame, summary: pd.DataFrame, cases: Sequence[str], metrics: Sequence[str]
+) -> Figure:
+    """A figure with these metrics side by side; arguments as for `draw_metric`."""
     from matplotlib.figure import Figure
 
-    several = any(row.concurrency > 1 for row in result.rows)
-    panels = (*PANELS, THROUGHPUT) if several else PANELS
-    figure = Figure(figsize=(3.6 * len(panels) + 1.2, _height(result)), layout="constrained")
-    for position, metric in enumerate(panels):
-        ax = draw_metric(result, metric, figure.add_subplot(1, len(panels), position + 1))
+    figure = Figure(figsize=(3.6 * len(metrics) + 1.2, _height_inches(cases)), layout="constrained")
+    for position, metric in enumerate(metrics):
+        ax = draw_metric(rounds, summary, cases, metric, figure.add_subplot(1, len(metrics), position + 1))
         if position:
             ax.set_yticklabels([])
     return figure
 
 
-def _height(result: BenchResult) -> float:
-    return 1.1 + _ROW_INCHES * max(2, len(result.cases))
+def _height_inches(cases: Sequence[str]) -> float:
+    return 1.1 + _ROW_INCHES * max(2, len(cases))

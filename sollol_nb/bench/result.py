@@ -16,90 +16,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sollol_nb.bench.figure import draw_metric, draw_overview
+from sollol_nb.bench.rows import DTYPES, METRICS, BenchRow
 from sollol_nb.bench.statistics import Estimate, estimate, paired_ratio
-from sollol_nb.chat.completion import Completion
 from sollol_nb.errors import ConfigError
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 FORMAT_VERSION = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Metric:
-    """What is measured: its title for tables and plots, and whether a higher value is better."""
-
-    title: str
-    higher_is_better: bool = False
-
-
-METRICS: dict[str, Metric] = {
-    "ttft_ms": Metric("first token, ms"),
-    "prompt_tokens_per_s": Metric("prompt, tokens/s", True),
-    "tokens_per_s": Metric("generation, tokens/s", True),
-    "total_ms": Metric("whole answer, ms"),
-    "throughput_tokens_per_s": Metric("throughput, tokens/s", True),
-    "queue_ms": Metric("queue, ms"),
-    "router_overhead_ms": Metric("router overhead, ms"),
-}
-"""Metrics of a summary. `throughput_tokens_per_s` is of a round: all tokens written, by the time from the first
-request's begin to the last one's end; the others are of a request and are described in `BenchRow`."""
-
-
-@dataclass(frozen=True, slots=True)
-class BenchRow:
-    """One measured request. None where it does not apply, or the request failed.
-
-    Attributes:
-        case: the case's label.
-        model, layout, strategy, concurrency: the case; `strategy` is "" where the router's own is used.
-        round, client, prompt: numbers from 0; `prompt` is the position in the settings' prompts.
-        start_s: when it was sent, in seconds since the benchmark began to measure.
-        backend: where it ran, such as `llama.cpp-distributed`.
-        layers: units per worker as planned, such as `5/4/4`; "" where nothing is sharded.
-        workers: endpoints of these workers, separated by spaces.
-        queue_ms: waited at the place's gate.
-        load_ms: waited for a load; such a request is left out of the summary.
-        ttft_ms: from the request to its first token.
-        total_ms: from the request to its last token.
-        prompt_tokens, completion_tokens: tokens read and written.
-        prompt_tokens_per_s: speed of reading the prompt, as the engine measured it.
-        tokens_per_s: speed of writing, as the engine measured it; None for one token or less.
-        router_overhead_ms: part of `ttft_ms` spent in the router itself.
-        failovers: how often it went on elsewhere.
-        error: why it failed, or "".
-    """
-
-    case: str
-    model: str
-    layout: str
-    strategy: str
-    concurrency: int
-    round: int
-    client: int
-    prompt: int
-    start_s: float
-    backend: str = ""
-    layers: str = ""
-    workers: str = ""
-    queue_ms: float | None = None
-    load_ms: float | None = None
-    ttft_ms: float | None = None
-    total_ms: float | None = None
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    prompt_tokens_per_s: float | None = None
-    tokens_per_s: float | None = None
-    router_overhead_ms: float | None = None
-    failovers: int = 0
-    error: str = ""
-
-
-_TEXTS = ("case", "model", "layout", "strategy", "backend", "layers", "workers", "error")
-_WHOLE = ("concurrency", "round", "client", "prompt", "prompt_tokens", "completion_tokens", "failovers")
-_DTYPES = dict.fromkeys(_TEXTS, "string") | dict.fromkeys(_WHOLE, "Int64")
+THROUGHPUT = "throughput_tokens_per_s"
+OVERVIEW_METRICS = ("ttft_ms", "prompt_tokens_per_s", "tokens_per_s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,28 +37,6 @@ class _Summary:
 
     value: Estimate
     ratio: Estimate
-
-
-def measured(completion: Completion) -> dict[str, Any]:
-    """What a completion says of itself, by the names of `BenchRow`."""
-    routing = completion.routing
-    shards = (routing.get("plan") or {}).get("shards", ())
-    prompt_tokens, prompt_ns = completion.get("prompt_eval_count"), completion.get("prompt_eval_duration")
-    return {
-        "backend": routing.get("backend", ""),
-        "layers": routing.get("layout") or "",
-        "workers": " ".join(shard["endpoint"] for shard in shards),
-        "queue_ms": routing.get("queue_ms"),
-        "load_ms": routing.get("load_ms"),
-        "ttft_ms": routing.get("ttft_ms"),
-        "total_ms": routing.get("duration_ms"),
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion.get("eval_count"),
-        "prompt_tokens_per_s": prompt_tokens / prompt_ns * 1e9 if prompt_tokens and prompt_ns else None,
-        "tokens_per_s": routing.get("tokens_per_s"),
-        "router_overhead_ms": routing.get("router_overhead_ms"),
-        "failovers": len(routing.get("failovers") or ()),
-    }
 
 
 @dataclass(frozen=True, repr=False)
@@ -156,7 +63,7 @@ class BenchResult:
         import pandas as pd
 
         frame = pd.DataFrame([asdict(row) for row in self.rows], columns=[one.name for one in fields(BenchRow)])
-        return frame.astype({name: _DTYPES.get(name, "float64") for name in frame.columns})
+        return frame.astype({name: DTYPES.get(name, "float64") for name in frame.columns})
 
     def rounds(self) -> pd.DataFrame:
         """One row per case, round and metric (columns `case`, `round`, `metric`, `value`): what summaries weigh.
@@ -179,7 +86,7 @@ class BenchResult:
     def summary(self) -> pd.DataFrame:
         """One row per case and metric (the index).
 
-        Columns: `median`, `lower`, `upper` (95 % interval, see `bench_statistics`), `n` (rounds that it rests on),
+        Columns: `median`, `lower`, `upper` (95 % interval, see `bench.statistics`), `n` (rounds that it rests on),
         `ratio`, `ratio_lower`, `ratio_upper` (to the first case, round by round), `requests` and `errors` (of the
         case). What no request of a case has is NaN, with `n` 0.
         """
@@ -211,9 +118,17 @@ class BenchResult:
         Raises:
             ConfigError: there is no such metric.
         """
-        from sollol_nb.bench.figure import draw_metric
+        return draw_metric(self.rounds(), self.summary(), self.cases, metric, ax)
 
-        return draw_metric(self, metric, ax)
+    def overview(self) -> Figure:
+        """A figure with the metrics side by side: first token, prompt speed, generation speed, and throughput
+        where a case sends several requests at the same time.
+
+        It is not registered with pyplot, so it appears only where it is displayed explicitly.
+        """
+        is_concurrent = any(row.concurrency > 1 for row in self.rows)
+        metrics = OVERVIEW_METRICS + (THROUGHPUT,) * is_concurrent
+        return draw_overview(self.rounds(), self.summary(), self.cases, metrics)
 
     # --- file -----------------------------------------------------------------------------------
 
@@ -338,7 +253,7 @@ def _round_values(rows: list[BenchRow], *, is_whole: bool) -> dict[str, float]:
     good = _good(rows)
     values: dict[str, float] = {}
     for metric in METRICS:
-        if metric == "throughput_tokens_per_s":
+        if metric == THROUGHPUT:
             if is_whole:
                 values[metric] = _throughput(good)
             continue

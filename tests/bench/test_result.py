@@ -9,8 +9,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pytest
 
-from sollol_nb.bench.figure import overview
-from sollol_nb.bench.result import METRICS, BenchResult, BenchRow, measured
+from sollol_nb.bench.result import BenchResult
+from sollol_nb.bench.rows import METRICS, BenchRow, measured
 from sollol_nb.chat.completion import Completion
 from sollol_nb.errors import ConfigError
 
@@ -183,9 +183,9 @@ def test_a_plot_has_a_line_for_each_case(two_cases: BenchResult) -> None:
 
 
 def test_the_overview_shows_throughput_only_where_several_ask_at_once(two_cases: BenchResult) -> None:
-    assert len(overview(two_cases).axes) == 3
-    assert len(overview(result(row("a", 0, 0, concurrency=2), cases=("a",))).axes) == 4
-    assert len(overview(result(row("a", 0, 0, error="gone"), cases=("a",))).axes) == 3
+    assert len(two_cases.overview().axes) == 3
+    assert len(result(row("a", 0, 0, concurrency=2), cases=("a",)).overview().axes) == 4
+    assert len(result(row("a", 0, 0, error="gone"), cases=("a",)).overview().axes) == 3
 
 
 def test_a_completion_tells_its_own_measurements() -> None:

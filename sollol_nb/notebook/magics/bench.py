@@ -118,9 +118,7 @@ def _show_plot(result: BenchResult) -> None:
     """Show the plot as a picture, without pyplot, whose backend and open figures are the user's."""
     from IPython.display import display
 
-    from sollol_nb.bench.figure import overview
-
     picture = io.BytesIO()
-    overview(result).savefig(picture, format="png", dpi=PLOT_DPI)
+    result.overview().savefig(picture, format="png", dpi=PLOT_DPI)
     words = f"plot of {counted(len(result.cases), 'case')}"
     display({"image/png": picture.getvalue(), "text/plain": words}, raw=True)
