@@ -125,8 +125,8 @@ def bench_blocking(self: Any, models: str | Sequence[str], **wanted: Any) -> Ben
     status: deque[str] = deque(maxlen=1)
 
     def note(event: Event) -> None:
-        if event.kind.startswith(("coordinator.", "engine.", "worker.")):
-            status.append(event.words)
+        if event.kind.source in ("coordinator", "engine", "worker"):
+            status.append(event.message)
 
     unsubscribe = router.events.subscribe(note)
     is_complete = True

@@ -25,7 +25,7 @@ from sollol_nb.errors import ConfigError, ModelDoesNotFitError, WorkersUnavailab
 from sollol_nb.gguf.facts import read_facts
 from sollol_nb.llama_cpp.workers.choice import DEFAULT_WORKERS
 from sollol_nb.models.routing import DISTRIBUTED, LOCAL
-from sollol_nb.runtime.events import Event
+from sollol_nb.runtime.events import Event, EventKind
 
 if TYPE_CHECKING:
     from sollol_nb.chat.completion import Completion
@@ -166,8 +166,8 @@ class BenchPlaces:
         )
 
         def pass_on(event: Event) -> None:
-            if event.kind != "probe.done":  # each look at a worker, which the bus does not keep either
-                theirs.events.publish(event.kind, event.subject, event.words, **event.data)
+            if event.kind != EventKind.PROBE_DONE:  # each look at a worker, which the bus does not keep either
+                theirs.events.publish(event.kind, event.subject, event.message, **event.data)
 
         router.events.subscribe(pass_on)
         return router

@@ -31,7 +31,7 @@ from sollol_nb.cluster.status import (
 )
 from sollol_nb.llama_cpp.workers.workers import WorkerStatus
 from sollol_nb.ollama.nodes import NodeStatus
-from sollol_nb.runtime.events import Event
+from sollol_nb.runtime.events import Event, EventKind
 from sollol_nb.text.units import format_bytes
 
 MEMORY_STEPS = 50
@@ -53,10 +53,10 @@ class RequestCounts:
 
     def note(self, event: Event) -> None:
         """Count, if it is of a request."""
-        if event.kind == "request.started":
+        if event.kind == EventKind.REQUEST_STARTED:
             self.asked += 1
             self.under_way += 1
-        elif event.kind == "request.finished":
+        elif event.kind == EventKind.REQUEST_FINISHED:
             self.under_way -= 1
             self.failed += event.data.get("status") in ("error", "timeout")
 
@@ -198,7 +198,7 @@ def _node(number: int, node: NodeStatus, live: Live) -> dict[str, Any]:
 
 def _event(event: Event) -> dict[str, str]:
     at = time.strftime("%H:%M:%S", time.localtime(event.at))
-    return {"at": at, "kind": event.kind, "words": event.words}
+    return {"at": at, "kind": event.kind, "message": event.message}
 
 
 def _beside(planned_bytes: int, actual_bytes: int | None) -> str:

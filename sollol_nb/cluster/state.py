@@ -27,7 +27,7 @@ from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.coordinators.pool import CoordinatorPool
 from sollol_nb.llama_cpp.workers.workers import Workers
 from sollol_nb.ollama.pool import OllamaPool
-from sollol_nb.runtime.events import Event, EventBus
+from sollol_nb.runtime.events import Event, EventBus, EventKind
 from sollol_nb.runtime.io_loop import io_bound
 
 logger = logging.getLogger(__name__)
@@ -40,10 +40,21 @@ OTHERS_EVERY_S = 10.0
 ROUND_TRIPS_KEPT = 20
 EVENTS_KEPT = 30
 
-_UNTOLD = ("request.started", "request.finished", "engine.building", "coordinator.loading", "probe.done")
+_UNTOLD = (
+    EventKind.REQUEST_STARTED,
+    EventKind.REQUEST_FINISHED,
+    EventKind.ENGINE_BUILDING,
+    EventKind.COORDINATOR_LOADING,
+    EventKind.PROBE_DONE,
+)
 """Kinds that are shown as numbers, not in the event log."""
-_STARTED = ("coordinator.ready", "coordinator.adopted", "coordinator.failed")
-_TAKES_OR_FREES = ("coordinator.ready", "coordinator.adopted", "coordinator.stopped", "coordinator.lost")
+_STARTED = (EventKind.COORDINATOR_READY, EventKind.COORDINATOR_ADOPTED, EventKind.COORDINATOR_FAILED)
+_TAKES_OR_FREES = (
+    EventKind.COORDINATOR_READY,
+    EventKind.COORDINATOR_ADOPTED,
+    EventKind.COORDINATOR_STOPPED,
+    EventKind.COORDINATOR_LOST,
+)
 """After these, other workers are held than before."""
 
 Listener = Callable[[Mapping[str, Any]], None]
@@ -248,20 +259,20 @@ class ClusterState:
     def _note(self, event: Event) -> None:
         live, number = self._live, next(self._numbers)
         match event.kind:
-            case "probe.done":
+            case EventKind.PROBE_DONE:
                 if event.data.get("round_trip_ms") is not None:
                     looks = live.round_trips_ms.setdefault(event.subject, {})
                     looks[number] = event.data["round_trip_ms"]
                     _keep_last(looks, ROUND_TRIPS_KEPT)
-            case "worker.lost":
-                live.last_error[event.subject] = event.words
-            case "worker.removed" | "worker.stopped":
+            case EventKind.WORKER_LOST:
+                live.last_error[event.subject] = event.message
+            case EventKind.WORKER_REMOVED | EventKind.WORKER_STOPPED:
                 live.last_error.pop(event.subject, None)
                 live.round_trips_ms.pop(event.subject, None)
                 live.free_bytes.pop(event.subject, None)
-            case "coordinator.starting" | "coordinator.loading":
-                live.starting[event.subject] = (event.words, event.data.get("share"))
-            case "request.finished":
+            case EventKind.COORDINATOR_STARTING | EventKind.COORDINATOR_LOADING:
+                live.starting[event.subject] = (event.message, event.data.get("share"))
+            case EventKind.REQUEST_FINISHED:
                 if event.data.get("place") and (words := answer_words(event.data)):
                     live.last_answer[event.data["place"]] = words
         if event.kind in _STARTED:

@@ -45,7 +45,7 @@ from sollol_nb.ollama.requests import (
     is_too_long,
     unread_words,
 )
-from sollol_nb.runtime.events import EventBus
+from sollol_nb.runtime.events import EventBus, EventKind
 from sollol_nb.runtime.gate import first_slot
 
 BACKEND = "ollama-pool"
@@ -376,7 +376,8 @@ class Serving:
             other.gate.dismiss()
         if has_new_state and self._events is not None:
             words = f"Ollama at {node.url} is {node.state.value}"
-            self._events.publish(f"node.{node.state.value}", node.url, words, error=node.last_error)
+            kind = EventKind(f"node.{node.state.value}")
+            self._events.publish(kind, node.url, words, error=node.last_error)
 
     def unavailable(self) -> OllamaUnavailableError:
         tried = "; ".join(node.last_error or node.url for node in self.nodes.values())

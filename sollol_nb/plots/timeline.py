@@ -25,17 +25,23 @@ from sollol_nb.plots.style import (
     titled,
     without_data,
 )
+from sollol_nb.runtime.events import Event, EventKind
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
 
-    from sollol_nb.runtime.events import Event
-
 MAX_REQUESTS = 2000
 STATUS_COLORS = {"ok": "#009e73", "error": BAD_COLOR, "timeout": "#e69f00", "cancelled": "#8c8c8c"}
-FAULT_KINDS = (".lost", ".failed", ".absent", ".cooling")
+FAULT_KINDS = (
+    EventKind.WORKER_LOST,
+    EventKind.COORDINATOR_LOST,
+    EventKind.COORDINATOR_FAILED,
+    EventKind.NODE_ABSENT,
+    EventKind.NODE_COOLING,
+    EventKind.ACTION_FAILED,
+)
 PALE = 0.4
 LANE_HEIGHT = 0.8
 DAY_S = 86400.0
@@ -166,7 +172,7 @@ def _mark_events(ax: Axes, events: Iterable[Event]) -> Artist | None:
     line = None
     for event in events:
         when = float(_days(np.array(event.at)))
-        if event.kind.endswith(FAULT_KINDS) and left <= when <= right:
+        if event.kind in FAULT_KINDS and left <= when <= right:
             line = ax.axvline(when, color=BAD_COLOR, linestyle=":", linewidth=1.4, zorder=3)
     return line
 

@@ -33,7 +33,7 @@ from sollol_nb.router.failover import stream_answer
 from sollol_nb.router.finder import RouteFinder
 from sollol_nb.router.record import RequestRecord
 from sollol_nb.router.steering import RouterCluster
-from sollol_nb.runtime.events import EventBus
+from sollol_nb.runtime.events import EventBus, EventKind
 from sollol_nb.runtime.io_loop import io_bound, io_bound_stream
 from sollol_nb.runtime.priority import Priority
 
@@ -209,7 +209,7 @@ class RouterAsking(RouterCluster):
         """The chunks, the last with `_routing`, and one latency row whatever happens."""
         model, status, error_words = record.model, "cancelled", ""
         told_place = None
-        self.events.publish("request.started", model, f"asking {model}")
+        self.events.publish(EventKind.REQUEST_STARTED, model, f"asking {model}")
         try:
             async with aclosing(chunks):
                 async for chunk in chunks:
@@ -240,7 +240,9 @@ class RouterAsking(RouterCluster):
             finally:  # also where that is cancelled once more
                 self._counts[record.backend] += 1
                 facts = {"place": record.place, "tokens_per_s": record.tokens_per_s, "ttft_ms": record.ttft_ms}
-                self.events.publish("request.finished", model, f"{model}: {status}", status=status, **facts)
+                self.events.publish(
+                    EventKind.REQUEST_FINISHED, model, f"{model}: {status}", status=status, **facts
+                )
 
     async def _chunks(
         self, record: RequestRecord, messages: Sequence[Mapping[str, Any]] | str, **arguments: Any

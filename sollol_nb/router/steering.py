@@ -17,7 +17,7 @@ from sollol_nb.llama_cpp.coordinators.pool import CoordinatorPool
 from sollol_nb.llama_cpp.workers.workers import Workers, WorkerStatus
 from sollol_nb.models.routing import DISTRIBUTED, LOCAL, OLLAMA
 from sollol_nb.ollama.pool import OllamaPool
-from sollol_nb.runtime.events import EventBus
+from sollol_nb.runtime.events import EventBus, EventKind
 from sollol_nb.runtime.io_loop import done_with_io_loop, io_bound, on_io_loop, run_blocking, submit, uses_io_loop
 from sollol_nb.settings import config
 
@@ -169,12 +169,12 @@ class RouterCluster:
         self._coordinators.settings = settings
         if layer_strategy is not None:
             words = f"models that are started from now on are spread by strategy {layer_strategy!r}"
-            self.events.publish("router.changed", "layer_strategy", words)
+            self.events.publish(EventKind.ROUTER_CHANGED, "layer_strategy", words)
         if keep_alive is not None:
             for coordinator in self.coordinators:
                 await coordinator.keep_alive(settings.keep_alive_s)
             words = f"coordinators live for {keep_alive} without a request"
-            self.events.publish("router.changed", "keep_alive", words)
+            self.events.publish(EventKind.ROUTER_CHANGED, "keep_alive", words)
 
     @io_bound
     async def status(self) -> ClusterStatus:

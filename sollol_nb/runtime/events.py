@@ -1,7 +1,7 @@
-"""The event bus: state changes of workers, coordinators and requests, told once, to whoever subscribed.
+"""The event bus: each change of a worker, coordinator, node or request, published once to all subscribers.
 
-Events are published on the I/O loop; a subscriber is called there and must be quick (hand over to a queue if it
-has work to do). A subscriber that raises is dropped, so that a broken view never breaks a request.
+Events are published on the I/O loop. A subscriber is called there and must be quick; if it has work to do, it puts
+the event into a queue. A subscriber that raises is dropped, so that a broken view never breaks a request.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -19,45 +20,118 @@ logger = logging.getLogger(__name__)
 KEPT_EVENTS = 500
 
 
+class EventKind(StrEnum):
+    """All kinds of events. The part before the dot is what the event is about, see `source`."""
+
+    ENGINE_BUILDING = "engine.building"
+    """llama.cpp is being built; `share` is how much of it is done, 0 to 1."""
+
+    WORKER_ADDED = "worker.added"
+    """A worker was added by its address."""
+    WORKER_REMOVED = "worker.removed"
+    """A worker is not used any more."""
+    WORKER_DISCOVERED = "worker.discovered"
+    """A worker was found on the network."""
+    WORKER_STARTED = "worker.started"
+    """A worker was started on this machine."""
+    WORKER_ADOPTED = "worker.adopted"
+    """A worker that another kernel started on this machine is used here too."""
+    WORKER_STOPPED = "worker.stopped"
+    """A worker on this machine was stopped, or ended in the normal way."""
+    WORKER_LOST = "worker.lost"
+    """A worker died or is not reachable any more."""
+    WORKER_RETURNED = "worker.returned"
+    """A lost worker is reachable again."""
+    PROBE_DONE = "probe.done"
+    """A worker was probed; `round_trip_ms`. Comes often and is not kept."""
+
+    COORDINATOR_PLANNED = "coordinator.planned"
+    """A model has a new layer plan."""
+    COORDINATOR_STARTING = "coordinator.starting"
+    """A coordinator is being started for a model."""
+    COORDINATOR_LOADING = "coordinator.loading"
+    """A coordinator has loaded more of its model; the data are those of `LoadProgress`. Comes often, not kept."""
+    COORDINATOR_READY = "coordinator.ready"
+    """A coordinator has loaded its model; `load_ms`."""
+    COORDINATOR_ADOPTED = "coordinator.adopted"
+    """A coordinator that another kernel started is used here too; `load_ms`."""
+    COORDINATOR_PLACED_OTHERWISE = "coordinator.placed_otherwise"
+    """llama.cpp has put layers elsewhere than the plan says."""
+    COORDINATOR_FAILED = "coordinator.failed"
+    """A coordinator could not be started."""
+    COORDINATOR_MADE_ROOM = "coordinator.made_room"
+    """A coordinator was stopped, so that another model has workers or memory."""
+    COORDINATOR_STOPPED = "coordinator.stopped"
+    """A coordinator was stopped on request."""
+    COORDINATOR_LOST = "coordinator.lost"
+    """A coordinator ended by itself, or one of its workers was lost."""
+    ANSWER_CONTINUED = "answer.continued"
+    """An interrupted answer continues on another coordinator."""
+
+    NODE_READY = "node.ready"
+    """An Ollama node answers."""
+    NODE_ABSENT = "node.absent"
+    """Nothing listens at an Ollama node's address; `error`."""
+    NODE_COOLING = "node.cooling"
+    """An Ollama node failed or went silent, and is not used for a while; `error`."""
+
+    ROUTER_CHANGED = "router.changed"
+    """A setting of the router was changed."""
+    REQUEST_STARTED = "request.started"
+    """The router has received a request."""
+    REQUEST_FINISHED = "request.finished"
+    """A request has ended, well or not; `status`, and timings as in the latency log."""
+
+    ACTION_DONE = "action.done"
+    """An action of the cluster widget was carried out."""
+    ACTION_FAILED = "action.failed"
+    """An action of the cluster widget failed."""
+
+    @property
+    def source(self) -> str:
+        """What the event is about: `worker`, `coordinator`, `request`, ..."""
+        return self.partition(".")[0]
+
+
 @dataclass(frozen=True, slots=True)
 class Event:
     """One state change.
 
     Attributes:
-        kind: dotted, the room first: `worker.started`, `coordinator.ready`, `request.finished`.
+        kind: one of `EventKind`.
         subject: what it happened to: an endpoint, a model.
-        words: one line for a person.
+        message: one line for a person.
         data: plain values for a view.
         at: `time.time()`.
     """
 
-    kind: str
+    kind: EventKind
     subject: str
-    words: str
+    message: str
     data: Mapping[str, Any] = field(default_factory=dict)
     at: float = field(default_factory=time.time)
 
 
 class EventBus:
-    """Publish and subscribe, with the last events kept for late comers."""
+    """Publish and subscribe; the last events are kept for later subscribers."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._subscribers: list[Callable[[Event], None]] = []
         self._kept: deque[Event] = deque(maxlen=KEPT_EVENTS)
 
-    def publish(self, kind: str, subject: str, words: str, **data: Any) -> None:
-        """Tell an event to all subscribers, and keep it for late comers."""
-        event = Event(kind, subject, words, data)
+    def publish(self, kind: EventKind, subject: str, message: str, **data: Any) -> None:
+        """Send an event to all subscribers, and keep it for `recent`."""
+        event = Event(kind, subject, message, data)
         with self._lock:
             self._kept.append(event)
-        self._tell(event)
+        self._send(event)
 
-    def report(self, kind: str, subject: str, words: str, **data: Any) -> None:
-        """Tell what changes all the time (a round trip, memory): late comers do not want what it was before."""
-        self._tell(Event(kind, subject, words, data))
+    def report(self, kind: EventKind, subject: str, message: str, **data: Any) -> None:
+        """Send an event without keeping it: for values that change often, such as a round trip."""
+        self._send(Event(kind, subject, message, data))
 
-    def _tell(self, event: Event) -> None:
+    def _send(self, event: Event) -> None:
         with self._lock:
             subscribers = list(self._subscribers)
         for subscriber in subscribers:
@@ -68,7 +142,7 @@ class EventBus:
                 self._unsubscribe(subscriber)
 
     def subscribe(self, subscriber: Callable[[Event], None]) -> Callable[[], None]:
-        """Call `subscriber` with every event from now on; returns the function that ends it."""
+        """Call `subscriber` with every event from now on. Returns a function that unsubscribes it."""
         with self._lock:
             self._subscribers.append(subscriber)
         return lambda: self._unsubscribe(subscriber)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 from sollol_nb.errors import SollolError
+from sollol_nb.runtime.events import EventKind
 from sollol_nb.runtime.io_loop import submit
 
 if TYPE_CHECKING:
@@ -59,12 +60,12 @@ class ClusterActions:
         try:
             done = await work
             if done:
-                self._events.publish("action.done", kind, done)
+                self._events.publish(EventKind.ACTION_DONE, kind, done)
         except SollolError as error:
-            self._events.publish("action.failed", kind, f"{words} failed: {error}")
+            self._events.publish(EventKind.ACTION_FAILED, kind, f"{words} failed: {error}")
         except Exception as error:
             logger.exception("%s failed", words)
-            self._events.publish("action.failed", kind, f"{words} failed: {type(error).__name__}: {error}")
+            self._events.publish(EventKind.ACTION_FAILED, kind, f"{words} failed: {type(error).__name__}: {error}")
         finally:
             self._under_way.discard(kind)
             self._on_change()

@@ -17,7 +17,7 @@ from sollol_nb.cluster.data import answer_words
 from sollol_nb.cluster.state import EVENTS_KEPT, ROUND_TRIPS_KEPT
 from sollol_nb.cluster.state_patch import patched
 from sollol_nb.hybrid_router import HybridRouter as AsyncHybridRouter
-from sollol_nb.runtime.events import KEPT_EVENTS
+from sollol_nb.runtime.events import KEPT_EVENTS, EventKind
 from sollol_nb.runtime.io_loop import run_blocking
 from sollol_nb.sync_wrapper import HybridRouter
 from tests.support.engines import engine_on, eventually, run
@@ -105,10 +105,10 @@ def test_patches_alone_keep_a_watcher_up_to_date() -> None:
     with watching(cluster) as watcher:
         cluster.run_model("big", [0, 1, 2])
         eventually(lambda: watcher.state["coordinators"], "the coordinator is told")
-        cluster.change_worker(5, "down", "nothing listens there; start it", "worker.lost")
+        cluster.change_worker(5, "down", "nothing listens there; start it", EventKind.WORKER_LOST)
         cluster.end_model("big")
         cluster.nodes[0] = node(1, "absent")
-        cluster.events.publish("node.absent", cluster.nodes[0].url, "Ollama is absent")
+        cluster.events.publish(EventKind.NODE_ABSENT, cluster.nodes[0].url, "Ollama is absent")
         eventually(lambda: not watcher.state["coordinators"], "its end is told")
         eventually(lambda: watcher.state["workers"][endpoint(5)]["state"] == "down", "the loss is told")
         eventually(lambda: watcher.state == cluster.state.data, "nothing is left to tell")
@@ -122,7 +122,7 @@ def test_patches_alone_keep_a_watcher_up_to_date() -> None:
 def test_two_watchers_get_the_same_patches() -> None:
     cluster = SimulatedCluster(3)
     with watching(cluster) as one, watching(cluster) as other:
-        cluster.change_worker(1, "down", "gone", "worker.lost")
+        cluster.change_worker(1, "down", "gone", EventKind.WORKER_LOST)
         eventually(lambda: other.state["workers"][endpoint(1)]["state"] == "down", "told to both")
         assert one.state == other.state
     assert one.state["workers"][endpoint(1)]["state"] == "down"
@@ -132,13 +132,13 @@ def test_a_storm_of_events_makes_few_patches() -> None:
     cluster = SimulatedCluster(3)
     with watching(cluster) as watcher:
         for number in range(1000):
-            cluster.events.publish("worker.note", endpoint(0), f"event {number}")
+            cluster.events.publish(EventKind.WORKER_RETURNED, endpoint(0), f"event {number}")
         eventually(
-            lambda: "event 999" in [event["words"] for event in watcher.state["events"].values()], "all is told"
+            lambda: "event 999" in [event["message"] for event in watcher.state["events"].values()], "all is told"
         )
 
     assert len(watcher.patches) < 20
-    assert [event["words"] for event in watcher.state["events"].values()] == [
+    assert [event["message"] for event in watcher.state["events"].values()] == [
         f"event {number}" for number in range(1000 - EVENTS_KEPT, 1000)
     ]
 
@@ -152,7 +152,7 @@ def test_a_watcher_that_fails_keeps_it_from_no_other(caplog: pytest.LogCaptureFi
     run_blocking(cluster.state.watch(failing))
     with watching(cluster) as watcher:
         for number in range(2):
-            cluster.change_worker(number, "down", "gone", "worker.lost")
+            cluster.change_worker(number, "down", "gone", EventKind.WORKER_LOST)
             eventually(is_down(watcher, number), "it is told")
     run_blocking(cluster.state.unwatch(failing))
     assert "a view of the cluster could not take a change" in caplog.text
@@ -162,7 +162,7 @@ def test_with_a_hundred_workers_a_change_takes_a_few_hundred_bytes() -> None:
     cluster = SimulatedCluster(100)
     with watching(cluster) as watcher:
         whole_bytes = len(json.dumps(watcher.state))
-        cluster.change_worker(40, "down", "nothing listens there", "worker.lost")
+        cluster.change_worker(40, "down", "nothing listens there", EventKind.WORKER_LOST)
         eventually(lambda: watcher.state["workers"][endpoint(40)]["state"] == "down", "it is told")
         eventually(lambda: len(watcher.patches) >= 3, "looks are told too")
 
@@ -173,8 +173,8 @@ def test_with_a_hundred_workers_a_change_takes_a_few_hundred_bytes() -> None:
 def test_nothing_is_told_where_nothing_has_changed() -> None:
     cluster = SimulatedCluster(0)
     with watching(cluster) as watcher:
-        cluster.events.report("probe.done", "10.9.9.9:50052", "free")
-        cluster.events.publish("request.started", "demo", "asking demo")
+        cluster.events.report(EventKind.PROBE_DONE, "10.9.9.9:50052", "free")
+        cluster.events.publish(EventKind.REQUEST_STARTED, "demo", "asking demo")
         eventually(lambda: watcher.patches, "the request is told")
     assert watcher.patches[0] == {"totals": {"asked": 1}}
 
@@ -186,11 +186,11 @@ def test_requests_are_told_as_numbers_and_their_place_remembers_the_last_answer(
     cluster = SimulatedCluster(2)
     coordinator = cluster.run_model("big", [0, 1])
     with watching(cluster) as watcher:
-        cluster.events.publish("request.started", "big", "asking big")
+        cluster.events.publish(EventKind.REQUEST_STARTED, "big", "asking big")
         facts = {"place": coordinator.base_url, "tokens_per_s": 38.04, "ttft_ms": 120.4}
-        cluster.events.publish("request.finished", "big", "big: ok", status="ok", **facts)
-        cluster.events.publish("request.started", "big", "asking big")
-        cluster.events.publish("request.finished", "big", "big: error", status="error")
+        cluster.events.publish(EventKind.REQUEST_FINISHED, "big", "big: ok", status="ok", **facts)
+        cluster.events.publish(EventKind.REQUEST_STARTED, "big", "asking big")
+        cluster.events.publish(EventKind.REQUEST_FINISHED, "big", "big: error", status="error")
         eventually(lambda: watcher.state["totals"].get("failed"), "both are told")
 
     assert watcher.state["totals"] == {"running": 0, "waiting": 0, "asked": 2, "failed": 1}
@@ -209,7 +209,7 @@ def test_requests_at_a_gate_are_seen_while_they_run() -> None:
 
     with watching(cluster) as watcher:
         asked = asyncio.Event()
-        cluster.events.publish("request.started", "big", "asking big")
+        cluster.events.publish(EventKind.REQUEST_STARTED, "big", "asking big")
         request = asyncio.run_coroutine_threadsafe(ask(), asyncio_loop())
         eventually(lambda: watcher.state["totals"]["running"] == 1, "it is seen without an event of the gate")
         asyncio_loop().call_soon_threadsafe(asked.set)
@@ -220,7 +220,7 @@ def test_requests_at_a_gate_are_seen_while_they_run() -> None:
 def test_requests_are_followed_also_if_the_watch_begins_amid_another() -> None:
     cluster = SimulatedCluster(2)
     coordinator = cluster.run_model("big", [0, 1])
-    cluster.events.publish("request.started", "big", "asking big")
+    cluster.events.publish(EventKind.REQUEST_STARTED, "big", "asking big")
 
     async def ask() -> None:
         async with coordinator.gate.slot():
@@ -228,8 +228,8 @@ def test_requests_are_followed_also_if_the_watch_begins_amid_another() -> None:
 
     with watching(cluster) as watcher:
         asked = asyncio.Event()
-        cluster.events.publish("request.finished", "big", "big: ok", status="ok")
-        cluster.events.publish("request.started", "big", "asking big")
+        cluster.events.publish(EventKind.REQUEST_FINISHED, "big", "big: ok", status="ok")
+        cluster.events.publish(EventKind.REQUEST_STARTED, "big", "asking big")
         eventually(lambda: watcher.state["totals"]["asked"] == 2, "the next one is told")
         request = asyncio.run_coroutine_threadsafe(ask(), asyncio_loop())
         eventually(lambda: watcher.state["totals"]["running"] == 1, "it is seen without an event of the gate")
@@ -240,9 +240,9 @@ def test_requests_are_followed_also_if_the_watch_begins_amid_another() -> None:
 def test_all_requests_count_however_many_and_whenever_somebody_watches() -> None:
     cluster = SimulatedCluster(0)
     for number in range(KEPT_EVENTS):
-        cluster.events.publish("request.started", "big", "asking big")
+        cluster.events.publish(EventKind.REQUEST_STARTED, "big", "asking big")
         status = "error" if number == 0 else "ok"
-        cluster.events.publish("request.finished", "big", f"big: {status}", status=status)
+        cluster.events.publish(EventKind.REQUEST_FINISHED, "big", f"big: {status}", status=status)
     with watching(cluster) as watcher:
         totals = watcher.state["totals"]
     with watching(cluster) as again:
@@ -258,8 +258,8 @@ def asyncio_loop() -> asyncio.AbstractEventLoop:
 def test_a_model_that_is_loading_is_told_until_it_is_ready() -> None:
     cluster = SimulatedCluster(2)
     with watching(cluster) as watcher:
-        cluster.events.publish("coordinator.starting", "big", "starting big over 2 workers")
-        cluster.events.publish("coordinator.loading", "big", "1.2 GiB of 4.0 GiB", share=0.3)
+        cluster.events.publish(EventKind.COORDINATOR_STARTING, "big", "starting big over 2 workers")
+        cluster.events.publish(EventKind.COORDINATOR_LOADING, "big", "1.2 GiB of 4.0 GiB", share=0.3)
         eventually(lambda: watcher.state["starting"].get("big", {}).get("share") == 0.3, "progress is told")
         cluster.run_model("big", [0, 1])
         eventually(lambda: not watcher.state["starting"], "it is ready")
@@ -268,10 +268,10 @@ def test_a_model_that_is_loading_is_told_until_it_is_ready() -> None:
 
 def test_a_late_watcher_finds_what_happened_before() -> None:
     cluster = SimulatedCluster(2)
-    cluster.change_worker(1, "down", "lost the worker", "worker.lost")
+    cluster.change_worker(1, "down", "lost the worker", EventKind.WORKER_LOST)
     with watching(cluster) as watcher:
         assert watcher.state["workers"][endpoint(1)]["last_error"] == "lost the worker"
-        assert [event["words"] for event in watcher.state["events"].values()] == ["lost the worker"]
+        assert [event["message"] for event in watcher.state["events"].values()] == ["lost the worker"]
 
 
 @pytest.mark.parametrize(
@@ -340,7 +340,7 @@ def test_of_the_round_trips_the_last_ones_are_kept() -> None:
     cluster = SimulatedCluster(1)
     with watching(cluster) as watcher:
         for number in range(ROUND_TRIPS_KEPT + 10):
-            cluster.events.report("probe.done", endpoint(0), "free", round_trip_ms=number + 0.123)
+            cluster.events.report(EventKind.PROBE_DONE, endpoint(0), "free", round_trip_ms=number + 0.123)
         last = float(f"{ROUND_TRIPS_KEPT + 9.123:.2g}")
         eventually(lambda: last in watcher.state["workers"][endpoint(0)].get("rtt", {}).values(), "told")
         assert len(watcher.state["workers"][endpoint(0)]["rtt"]) == ROUND_TRIPS_KEPT
@@ -372,7 +372,7 @@ def test_who_watches_again_is_told_what_has_changed_meanwhile() -> None:
     cluster = SimulatedCluster(3)
     with watching(cluster) as watcher:
         known = dict(watcher.state)
-    cluster.change_worker(2, "down", "gone", "worker.lost")
+    cluster.change_worker(2, "down", "gone", EventKind.WORKER_LOST)
 
     patches: list[Mapping[str, Any]] = []
     run_blocking(cluster.state.watch(patches.append))
@@ -386,7 +386,7 @@ def test_a_closed_router_is_told_once_and_its_state_stays() -> None:
     with watching(cluster) as watcher:
         run(cluster.state.close())
         run(cluster.state.close())
-        cluster.change_worker(0, "down", "gone", "worker.lost")
+        cluster.change_worker(0, "down", "gone", EventKind.WORKER_LOST)
         assert watcher.patches[-1] == {"closed": True}
     assert watcher.state["workers"][endpoint(0)]["state"] == "free"
     with watching(cluster) as late:
@@ -447,5 +447,5 @@ def test_the_end_of_an_idle_worker_is_told_by_its_supervisor(engine: Any) -> Non
             killed.kill()
             eventually(lambda: watcher.state["workers"][name]["state"] == "down", "its end is told")
             words = f"lost the worker at {name}: it ended (signal 9)"
-            eventually(lambda: words in [event.words for event in mine.events.recent()], "with its reason")
+            eventually(lambda: words in [event.message for event in mine.events.recent()], "with its reason")
         assert [event.kind for event in mine.events.recent()].count("worker.lost") == 1

@@ -65,7 +65,7 @@ def test_a_running_model_is_laid_out_anew(sharding: HybridRouter, endless: str) 
     assert running_layout(sharding) == (4, 1) != before
     again = sharding.route_request(endless, QUESTION, temperature=0, max_tokens=60)
     assert (again.text, again.routing["plan"]["strategy"]) == (whole.text, "as given")
-    events = {event.kind: event.words for event in sharding.events.recent()}
+    events = {event.kind: event.message for event in sharding.events.recent()}
     assert f"{endless} is laid out anew: 4/1 over 2 workers: fits" in events["coordinator.planned"]
 
 
@@ -217,6 +217,6 @@ def test_an_answer_goes_on_over_the_new_layout(sharding: HybridRouter) -> None:
     assert (answer.text, answer["eval_count"]) == (whole.text, whole["eval_count"])
     assert running_layout(sharding) == (9, 4) != before
     assert answer.routing["plan"]["strategy"] == "as given"
-    events = {event.kind: event.words for event in sharding.events.recent()}
+    events = {event.kind: event.message for event in sharding.events.recent()}
     assert f"{MODEL} is laid out anew: 9/4 over 2 workers: fits" in events["coordinator.planned"]
     assert events["answer.continued"].startswith(f"an answer of {MODEL} goes on after ")

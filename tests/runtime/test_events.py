@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from sollol_nb.runtime.events import KEPT_EVENTS, Event, EventBus
+from sollol_nb.runtime.events import KEPT_EVENTS, Event, EventBus, EventKind
 
 
 def publish(bus: EventBus, number: int) -> None:
-    bus.publish("worker.started", f"127.0.0.1:{number}", f"started worker {number}", number=number)
+    bus.publish(EventKind.WORKER_STARTED, f"127.0.0.1:{number}", f"started worker {number}", number=number)
 
 
 def test_subscriber_gets_every_event_from_then_on_in_order() -> None:
@@ -27,7 +27,7 @@ def test_subscriber_gets_every_event_from_then_on_in_order() -> None:
     assert [event.data["number"] for event in seen] == [1, 2]
     assert seen[0].kind == "worker.started"
     assert seen[0].subject == "127.0.0.1:1"
-    assert seen[0].words == "started worker 1"
+    assert seen[0].message == "started worker 1"
     assert seen[0].at <= seen[1].at
 
 
@@ -112,7 +112,7 @@ def test_what_is_only_reported_is_told_and_not_kept() -> None:
     seen: list[Event] = []
     bus.subscribe(seen.append)
 
-    bus.report("probe.done", "127.0.0.1:1", "free", round_trip_ms=0.1)
+    bus.report(EventKind.PROBE_DONE, "127.0.0.1:1", "free", round_trip_ms=0.1)
 
     assert [event.data["round_trip_ms"] for event in seen] == [0.1]
     assert bus.recent() == []

@@ -24,7 +24,7 @@ from sollol_nb import plots
 from sollol_nb.cluster.status import ClusterStatus, CoordinatorStatus, LayerSegment
 from sollol_nb.latency.frames import Block, frame_of
 from sollol_nb.latency.schema import COLUMNS
-from sollol_nb.runtime.events import Event
+from sollol_nb.runtime.events import Event, EventKind
 
 if TYPE_CHECKING:
     from sollol_nb.llama_cpp.workers.workers import WorkerStatus
@@ -132,9 +132,9 @@ def cluster(*coordinators: CoordinatorStatus) -> ClusterStatus:
 def faults() -> list[Event]:
     """Events of a cluster that lost a worker, and found it again."""
     return [
-        Event("worker.lost", "10.0.0.2:50052", "lost the worker", at=NOON_S + 451.0),
-        Event("worker.returned", "10.0.0.2:50052", "the worker is back", at=NOON_S + 500.0),
-        Event("coordinator.lost", "llama3.1:70b", "ended", at=NOON_S + 3600.0),
+        Event(EventKind.WORKER_LOST, "10.0.0.2:50052", "lost the worker", at=NOON_S + 451.0),
+        Event(EventKind.WORKER_RETURNED, "10.0.0.2:50052", "the worker is back", at=NOON_S + 500.0),
+        Event(EventKind.COORDINATOR_LOST, "llama3.1:70b", "ended", at=NOON_S + 3600.0),
     ]
 
 

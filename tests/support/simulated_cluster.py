@@ -24,7 +24,7 @@ from sollol_nb.llama_cpp.workers.probe import Probe, ProbeOutcome
 from sollol_nb.llama_cpp.workers.workers import Workers, WorkerStatus
 from sollol_nb.ollama.nodes import NodeStatus
 from sollol_nb.ollama.pool import OllamaPool
-from sollol_nb.runtime.events import EventBus
+from sollol_nb.runtime.events import EventBus, EventKind
 from sollol_nb.runtime.gate import Gate
 from tests.layers.test_plan import model
 
@@ -84,7 +84,7 @@ class SimulatedCluster:
             self.events,
         )
 
-    def change_worker(self, number: int, state: str, words: str, kind: str, **more: Any) -> None:
+    def change_worker(self, number: int, state: str, words: str, kind: EventKind, **more: Any) -> None:
         """A worker changes its state, and the bus tells."""
         name = endpoint(number)
         self.workers[name] = replace(self.workers[name], state=state, detail=words, **more)
@@ -103,7 +103,7 @@ class SimulatedCluster:
             detail = f"held by the coordinator of {name}, started by this kernel"
             self.workers[held] = replace(self.workers[held], state="held", detail=detail, held_by=name)
         words = f"{name} is ready at {coordinator.base_url} after 1.2 s"
-        self.events.publish("coordinator.ready", name, words, load_ms=1234.0)
+        self.events.publish(EventKind.COORDINATOR_READY, name, words, load_ms=1234.0)
         return coordinator
 
     def end_model(self, name: str) -> None:
@@ -112,7 +112,7 @@ class SimulatedCluster:
             self.coordinators.remove(one)
             for held in one.rpc_backends:
                 self.workers[held] = replace(self.workers[held], state="free", detail="free", held_by=None)
-        self.events.publish("coordinator.stopped", name, f"{name} is stopped")
+        self.events.publish(EventKind.COORDINATOR_STOPPED, name, f"{name} is stopped")
 
     async def what_if(self, name: str, counts: Mapping[str, int]) -> Forecast:
         """As `HybridRouter.what_if`."""
@@ -152,7 +152,7 @@ class SimulatedCluster:
                 self.looks.append(name)
                 seen = self.workers[name].probe
                 if seen is not None and self.workers[name].state == "free":
-                    self.events.report("probe.done", name, "free", round_trip_ms=seen.round_trip_ms)
+                    self.events.report(EventKind.PROBE_DONE, name, "free", round_trip_ms=seen.round_trip_ms)
 
         cluster = self
 

@@ -19,6 +19,7 @@ from IPython.core.events import EventManager
 from ipywidgets.widgets import widget as widget_room
 
 from sollol_nb import hybrid_router
+from sollol_nb.runtime.events import EventKind
 from sollol_nb.runtime.io_loop import run_blocking
 from sollol_nb.sync_wrapper import HybridRouter
 from sollol_nb.widget.cluster_widget import SNAPSHOTS_KEPT, ClusterWidget, cluster_widget
@@ -73,7 +74,7 @@ def steered(router: HybridRouter) -> Iterator[ClusterWidget]:
 
 
 def words(router: HybridRouter) -> list[str]:
-    return [event.words for event in router.events.recent()]
+    return [event.message for event in router.events.recent()]
 
 
 # --- shown ------------------------------------------------------------------------------------
@@ -104,7 +105,7 @@ def test_without_anywidget_the_state_is_shown_as_html(
     widget.bundle()
     (shown, _) = widget.box.children
 
-    cluster.change_worker(3, "down", "nothing listens there", "worker.lost")
+    cluster.change_worker(3, "down", "nothing listens there", EventKind.WORKER_LOST)
 
     assert widget.map is None
     assert isinstance(shown, ipywidgets.HTML)
@@ -154,7 +155,7 @@ def test_a_change_is_sent_as_a_patch_of_a_few_hundred_bytes(
     widget: ClusterWidget, cluster: SimulatedCluster, sent: list[tuple[str, dict[str, Any]]]
 ) -> None:
     assert widget.map is not None
-    cluster.change_worker(3, "down", "nothing listens there", "worker.lost")
+    cluster.change_worker(3, "down", "nothing listens there", EventKind.WORKER_LOST)
     eventually(lambda: "nothing listens" in json.dumps(sent), "it is sent")
 
     messages = to_map(sent, widget)
@@ -169,7 +170,7 @@ def to_map(sent: list[tuple[str, dict[str, Any]]], widget: ClusterWidget) -> lis
 
 def test_a_page_that_opens_gets_the_state_as_it_is_now(widget: ClusterWidget, cluster: SimulatedCluster) -> None:
     assert widget.map is not None
-    cluster.change_worker(3, "down", "gone", "worker.lost")
+    cluster.change_worker(3, "down", "gone", EventKind.WORKER_LOST)
     eventually(lambda: cluster.state.data["workers"][endpoint(3)]["state"] == "down", "it is known")
 
     state = widget.map.get_state()
@@ -203,7 +204,7 @@ def test_a_view_whose_page_has_gone_without_a_word_is_forgotten(
     widget.bundle()
     widget.map._handle_custom_msg(HERE, [])
     monkeypatch.setattr("sollol_nb.widget.cluster_widget.VIEW_LEASE_S", -1.0)
-    cluster.change_worker(3, "down", "gone", "worker.lost")
+    cluster.change_worker(3, "down", "gone", EventKind.WORKER_LOST)
     eventually(lambda: not cluster.state.is_watched, "nobody looks any more")
 
 
@@ -220,15 +221,15 @@ def test_while_a_cell_runs_no_view_is_forgotten_since_kernels_do_not_hear_them_t
     widget.map._handle_custom_msg(HERE, [])
     monkeypatch.setattr("sollol_nb.widget.cluster_widget.VIEW_LEASE_S", -1.0)
     told = len(to_map(sent, widget))
-    cluster.change_worker(0, "down", "gone", "worker.lost")
+    cluster.change_worker(0, "down", "gone", EventKind.WORKER_LOST)
     eventually(lambda: len(to_map(sent, widget)) > told, "it is told")
     told = len(to_map(sent, widget))
-    cluster.change_worker(1, "down", "gone", "worker.lost")
+    cluster.change_worker(1, "down", "gone", EventKind.WORKER_LOST)
     eventually(lambda: len(to_map(sent, widget)) > told, "this too")
     assert cluster.state.is_watched
 
     cells.trigger("post_run_cell", None)
-    cluster.change_worker(2, "down", "gone", "worker.lost")
+    cluster.change_worker(2, "down", "gone", EventKind.WORKER_LOST)
     eventually(lambda: not cluster.state.is_watched, "now it is forgotten")
     assert not any(cells.callbacks.values()), "and cells are not followed any more"
     widget.close()
@@ -320,7 +321,7 @@ def test_sliders_that_were_moved_stay_while_other_things_change(
     widget: ClusterWidget, cluster: SimulatedCluster
 ) -> None:
     widget.what_if.sliders[0].value = 20
-    cluster.change_worker(3, "down", "gone", "worker.lost")
+    cluster.change_worker(3, "down", "gone", EventKind.WORKER_LOST)
     eventually(lambda: cluster.state.data["workers"][endpoint(3)]["state"] == "down", "it is known")
     assert units(widget) == [20, 8, 13, 0]
 
@@ -335,7 +336,7 @@ def test_sliders_that_were_moved_stay_when_another_model_starts_or_ends() -> Non
 
     cluster.run_model("another", [3, 4])
     cluster.coordinators.reverse()  # it comes first
-    cluster.events.publish("worker.note", endpoint(0), "look again")
+    cluster.events.publish(EventKind.WORKER_RETURNED, endpoint(0), "look again")
     eventually(lambda: widget.what_if.model.options == ("another", "big"), "it can be chosen")
     assert (widget.what_if.model.value, units(widget)) == ("big", [20, 8, 13, 0, 0])
     cluster.end_model("another")
@@ -347,7 +348,7 @@ def test_sliders_that_were_moved_stay_when_another_model_starts_or_ends() -> Non
 def test_layers_cannot_be_moved_to_a_worker_that_is_gone(widget: ClusterWidget, cluster: SimulatedCluster) -> None:
     widget.what_if.sliders[3].value = 5
     eventually(lambda: not widget.what_if.apply.disabled, "it can be applied")
-    cluster.change_worker(3, "down", "gone", "worker.lost")
+    cluster.change_worker(3, "down", "gone", EventKind.WORKER_LOST)
     eventually(lambda: units(widget) == [14, 14, 13], "its slider is gone, and the running layout is shown")
     assert widget.what_if.apply.disabled
 

@@ -13,11 +13,11 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from sollol_nb.layers.token_time import Measurement, WorkerSpeeds, calibrate, parts_of
+from sollol_nb.runtime.events import Event, EventBus, EventKind
 
 if TYPE_CHECKING:
     from sollol_nb.layers.plan import LayerPlan
     from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
-    from sollol_nb.runtime.events import Event, EventBus
 
 ANSWERS_KEPT = 15
 LAYOUTS_KEPT = 20
@@ -79,11 +79,11 @@ class TokenMeasurements:
 
     def _note(self, event: Event) -> None:
         model = event.subject
-        if event.kind == "request.started":
+        if event.kind == EventKind.REQUEST_STARTED:
             self._under_way[model] += 1
             if self._under_way[model] > 1:
                 self._crowded.add(model)
-        elif event.kind == "request.finished":
+        elif event.kind == EventKind.REQUEST_FINISHED:
             place, tokens_per_s = event.data.get("place"), event.data.get("tokens_per_s")
             if place and tokens_per_s and model not in self._crowded:
                 self._answers_ms.setdefault(place, deque(maxlen=ANSWERS_KEPT)).append(1000 / tokens_per_s)

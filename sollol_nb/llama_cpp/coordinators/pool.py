@@ -34,7 +34,7 @@ from sollol_nb.llama_cpp.processes.exit_reasons import code_words, exit_reason
 from sollol_nb.llama_cpp.workers.choice import check_free
 from sollol_nb.llama_cpp.workers.workers import Workers
 from sollol_nb.models.routing import Route
-from sollol_nb.runtime.events import EventBus
+from sollol_nb.runtime.events import EventBus, EventKind
 from sollol_nb.runtime.gate import Gate
 from sollol_nb.text.units import format_bytes
 
@@ -132,7 +132,7 @@ class CoordinatorPool:
             await self._check_free(model, foreseen.plan.endpoints, coordinator)
             before = "/".join(map(str, coordinator.plan.unit_counts)) if coordinator.plan else ""
             words = f"{model} is laid out anew: {foreseen.describe()}, instead of {before}"
-            self._events.publish("coordinator.planned", model, words)
+            self._events.publish(EventKind.COORDINATOR_PLANNED, model, words)
             route = self._routes[self._key_of(coordinator)]
             await self._forget(coordinator)
             return await self._start(route, frozenset(), layout)
@@ -220,7 +220,7 @@ class CoordinatorPool:
         plan = coordinator.plan
         layers = f" over layers {'/'.join(map(str, plan.unit_counts))}" if plan else ""
         words = f"an answer of {route.model} goes on after {token_count} tokens at {coordinator.base_url}{layers}"
-        self._events.publish("answer.continued", route.model, words)
+        self._events.publish(EventKind.ANSWER_CONTINUED, route.model, words)
 
     def gate(self, route: Route) -> Gate:
         """The gate before the coordinator of a route, which it keeps when it starts anew."""
@@ -262,7 +262,7 @@ class CoordinatorPool:
             left = await Coordinator.attach(entry)
             if left is not None and await left.stop_unless_shared():
                 words = f"stopped {left.model}, left by an ended kernel, to make room for {model}"
-                self._events.publish("coordinator.made_room", left.model, words)
+                self._events.publish(EventKind.COORDINATOR_MADE_ROOM, left.model, words)
                 return True
         return await self._stop_least_recently_used(lambda one: bool(one.rpc_backends), model)
 
@@ -271,7 +271,7 @@ class CoordinatorPool:
         if not idle:
             return False
         self._events.publish(
-            "coordinator.made_room",
+            EventKind.COORDINATOR_MADE_ROOM,
             idle[0].model,
             f"stopping {idle[0].model} (idle) to make room for {needed_for}",
         )
@@ -288,10 +288,12 @@ class CoordinatorPool:
                 return
             if report.why and report.code is not None:  # it was ended, by its keep_alive or by someone
                 words = f"{coordinator.model} was ended: {report.why}"
-                self._events.publish("coordinator.stopped", coordinator.model, words)
+                self._events.publish(EventKind.COORDINATOR_STOPPED, coordinator.model, words)
             else:
                 reason = exit_reason(report.tail) or code_words(report.code)
-                self._events.publish("coordinator.lost", coordinator.model, f"{coordinator.model} ended: {reason}")
+                self._events.publish(
+                    EventKind.COORDINATOR_LOST, coordinator.model, f"{coordinator.model} ended: {reason}"
+                )
 
         async def looked_at() -> None:
             while coordinator.is_running():
@@ -304,7 +306,7 @@ class CoordinatorPool:
                     broken = await asyncio.to_thread(coordinator.broken_links)
                 if broken and coordinator.is_running():
                     words = f"{coordinator.model} lost its connection to {', '.join(broken)}"
-                    self._events.publish("coordinator.lost", coordinator.model, words)
+                    self._events.publish(EventKind.COORDINATOR_LOST, coordinator.model, words)
                     await self._forget(coordinator)
                     await self._workers.look_for_lost(coordinator.rpc_backends)
 
@@ -324,7 +326,9 @@ class CoordinatorPool:
             else:
                 await coordinator.stop()
             if known and was_running:
-                self._events.publish("coordinator.stopped", coordinator.model, f"{coordinator.model} is stopped")
+                self._events.publish(
+                    EventKind.COORDINATOR_STOPPED, coordinator.model, f"{coordinator.model} is stopped"
+                )
 
         # Whoever waits for this may be cancelled; the engine must be ended all the same.
         await asyncio.shield(self._in_background(stopped()))

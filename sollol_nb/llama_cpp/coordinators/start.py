@@ -32,7 +32,7 @@ from sollol_nb.llama_cpp.workers.choice import DEFAULT_WORKERS, check_free, no_w
 from sollol_nb.llama_cpp.workers.local import free_ports
 from sollol_nb.llama_cpp.workers.workers import Workers, WorkerStatus
 from sollol_nb.models.routing import DISTRIBUTED, Route
-from sollol_nb.runtime.events import EventBus
+from sollol_nb.runtime.events import EventBus, EventKind
 from sollol_nb.runtime.gate import Gate
 from sollol_nb.settings import config
 
@@ -119,7 +119,7 @@ class CoordinatorStarter:
 
         def tell(step: str, share: float | None) -> None:
             words = step if share is None else f"{step}: {share:.0%}"
-            self._events.publish("engine.building", "llama.cpp", words, share=share)
+            self._events.publish(EventKind.ENGINE_BUILDING, "llama.cpp", words, share=share)
 
         return await asyncio.to_thread(ensure_engine, self.settings.llama_cpp, progress=tell)
 
@@ -157,7 +157,7 @@ class CoordinatorStarter:
                     await coordinator.until_ready(self.settings.coordinator_timeout_s)
             except BaseException as error:
                 words = str(error) or "the start was cancelled"
-                self._events.publish("coordinator.failed", route.model, words)
+                self._events.publish(EventKind.COORDINATOR_FAILED, route.model, words)
                 if failed is not None and isinstance(error, WorkersUnavailableError | ModelDoesNotFitError):
                     raise type(error)(f"{failed}; {error}") from failed  # without the workers lost before
                 failed = error
@@ -174,7 +174,7 @@ class CoordinatorStarter:
 
     def _progress_told(self, model: str, coordinator: Coordinator) -> AbstractAsyncContextManager[None]:
         def tell(progress: LoadProgress) -> None:
-            self._events.report("coordinator.loading", model, progress.words, **progress.as_dict())
+            self._events.report(EventKind.COORDINATOR_LOADING, model, progress.words, **progress.as_dict())
 
         return told_loading(coordinator.settings, coordinator.pid, coordinator.log_path, tell)
 
@@ -196,13 +196,16 @@ class CoordinatorStarter:
     async def _tell_ready(self, route: Route, coordinator: Coordinator) -> None:
         if coordinator.adopted:
             await self._workers.take_over(coordinator.rpc_backends)
-            kind, words = "coordinator.adopted", f"{route.model} runs already at {coordinator.base_url}"
+            kind, words = EventKind.COORDINATOR_ADOPTED, f"{route.model} runs already at {coordinator.base_url}"
         else:
             seconds = f"{coordinator.load_ms / 1000:.1f} s"
-            kind, words = "coordinator.ready", f"{route.model} is ready at {coordinator.base_url} after {seconds}"
+            kind, words = (
+                EventKind.COORDINATOR_READY,
+                f"{route.model} is ready at {coordinator.base_url} after {seconds}",
+            )
         self._events.publish(kind, route.model, words, load_ms=coordinator.load_ms)
         for difference in coordinator.placement_differences:
-            self._events.publish("coordinator.placed_otherwise", route.model, difference)
+            self._events.publish(EventKind.COORDINATOR_PLACED_OTHERWISE, route.model, difference)
 
     # --- adopting -------------------------------------------------------------------------------
 
@@ -237,7 +240,7 @@ class CoordinatorStarter:
             if not entry.about.get("load_ms"):
                 owner = registry.owner_words(entry.about)
                 words = f"{start.route.model} is being loaded by {owner}; waiting for it"
-                self._events.publish("coordinator.starting", start.route.model, words)
+                self._events.publish(EventKind.COORDINATOR_STARTING, start.route.model, words)
             return coordinator
         return None
 
@@ -282,7 +285,7 @@ class CoordinatorStarter:
         model, plan = start.route.model, settings.plan
         layers = "/".join(map(str, plan.unit_counts)) if plan else ""
         where = f"over {len(plan.endpoints)} workers, layers {layers}" if plan else "on this machine"
-        self._events.publish("coordinator.starting", model, f"starting {model} {where}")
+        self._events.publish(EventKind.COORDINATOR_STARTING, model, f"starting {model} {where}")
         (port,) = free_ports(start.first_port, 1)
         return await Coordinator.launch(
             start.engine,

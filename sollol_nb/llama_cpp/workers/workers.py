@@ -26,7 +26,7 @@ from sollol_nb.llama_cpp.processes.registry import Entry
 from sollol_nb.llama_cpp.workers.local import LOOPBACK, free_ports, start_worker, wait_until_free
 from sollol_nb.llama_cpp.workers.losses import WorkerLosses
 from sollol_nb.llama_cpp.workers.probe import DEFAULT_TIMEOUT_S, Probe, ProbeOutcome, discover, probe_all
-from sollol_nb.runtime.events import EventBus
+from sollol_nb.runtime.events import EventBus, EventKind
 from sollol_nb.settings import config
 
 MAX_LOCAL_WORKERS = 64
@@ -121,7 +121,7 @@ class Workers:
         endpoint = config.format_endpoint(*config.parse_endpoint(endpoint))
         if endpoint not in self._probes:
             self._probes[endpoint] = None
-            self._events.publish("worker.added", endpoint, f"{endpoint} may be used")
+            self._events.publish(EventKind.WORKER_ADDED, endpoint, f"{endpoint} may be used")
         return endpoint
 
     def remove(self, endpoint: str) -> None:
@@ -136,7 +136,7 @@ class Workers:
         if holder is not None:
             raise ConfigError(f"{endpoint} is {_held_words(holder)}; stop that first")
         del self._probes[endpoint]
-        self._events.publish("worker.removed", endpoint, f"{endpoint} is not used any more")
+        self._events.publish(EventKind.WORKER_REMOVED, endpoint, f"{endpoint} is not used any more")
 
     async def look_for_lost(self, endpoints: Iterable[str]) -> frozenset[str]:
         """After the end of a coordinator: which of its workers do not answer; each is told as lost.
@@ -161,7 +161,7 @@ class Workers:
         self._probes[endpoint] = seen
         if seen.outcome is not ProbeOutcome.REFUSED or endpoint not in self._local:  # else its supervisor tells
             words = f"lost the worker at {endpoint}: {seen.detail}"
-            self._events.publish("worker.lost", endpoint, words)
+            self._events.publish(EventKind.WORKER_LOST, endpoint, words)
 
     def cools_down_s(self, endpoint: str) -> float:
         """Seconds for which a worker that was lost again and again is only used if no other suffices."""
@@ -196,15 +196,17 @@ class Workers:
     def _note(self, seen: Probe) -> None:
         if seen.round_trip_ms is not None:
             self._round_trips_ms[seen.endpoint] = seen.round_trip_ms
-        self._events.report("probe.done", seen.endpoint, seen.detail, round_trip_ms=seen.round_trip_ms)
+        self._events.report(EventKind.PROBE_DONE, seen.endpoint, seen.detail, round_trip_ms=seen.round_trip_ms)
         before, self._probes[seen.endpoint] = self._probes[seen.endpoint], seen
         was, now = (None if one is None else _STATE_OF_OUTCOME[one.outcome] for one in (before, seen))
         if was == "free" and now == "down" and seen.endpoint not in self._local:  # of these their supervisors tell
             self._events.publish(
-                "worker.lost", seen.endpoint, f"lost the worker at {seen.endpoint}: {seen.detail}"
+                EventKind.WORKER_LOST, seen.endpoint, f"lost the worker at {seen.endpoint}: {seen.detail}"
             )
         elif now == "free" and (was == "down" or (was != "free" and seen.endpoint in self._losses)):
-            self._events.publish("worker.returned", seen.endpoint, f"the worker at {seen.endpoint} is back")
+            self._events.publish(
+                EventKind.WORKER_RETURNED, seen.endpoint, f"the worker at {seen.endpoint} is back"
+            )
 
     def statuses(self) -> list[WorkerStatus]:
         """The state of all workers as last seen, without looking again."""
@@ -215,7 +217,7 @@ class Workers:
         found = [one for one in await discover() if one.endpoint not in self._probes]
         for seen in found:
             self._probes[seen.endpoint] = None
-            self._events.publish("worker.discovered", seen.endpoint, f"found a worker at {seen.endpoint}")
+            self._events.publish(EventKind.WORKER_DISCOVERED, seen.endpoint, f"found a worker at {seen.endpoint}")
             self._note(seen)
         return [one.endpoint for one in found]
 
@@ -251,7 +253,7 @@ class Workers:
                 continue
             if endpoint not in self._probes:
                 new.append(endpoint)
-                self._events.publish("worker.adopted", endpoint, f"adopted the worker at {endpoint}")
+                self._events.publish(EventKind.WORKER_ADOPTED, endpoint, f"adopted the worker at {endpoint}")
             self._take(endpoint, process)
         return new
 
@@ -301,7 +303,7 @@ class Workers:
         for endpoint, process in started.items():
             self._take(endpoint, process)
             self._events.publish(
-                "worker.started", endpoint, f"started a worker at {endpoint} with {threads} threads"
+                EventKind.WORKER_STARTED, endpoint, f"started a worker at {endpoint} with {threads} threads"
             )
         await self.refresh()
         return list(started)
@@ -311,7 +313,7 @@ class Workers:
         processes = self._forget_local(endpoints)
         await asyncio.gather(*(process.stop() for process in processes.values()))
         for endpoint in processes:
-            self._events.publish("worker.stopped", endpoint, f"stopped the worker at {endpoint}")
+            self._events.publish(EventKind.WORKER_STOPPED, endpoint, f"stopped the worker at {endpoint}")
         return list(processes)
 
     async def close(self) -> None:
@@ -320,7 +322,7 @@ class Workers:
         ended = await asyncio.gather(*(process.stop_unless_shared() for process in processes.values()))
         for endpoint, is_stopped in zip(processes, ended, strict=True):
             if is_stopped:
-                self._events.publish("worker.stopped", endpoint, f"stopped the worker at {endpoint}")
+                self._events.publish(EventKind.WORKER_STOPPED, endpoint, f"stopped the worker at {endpoint}")
 
     def detach(self) -> None:
         """Let go of the workers started here; they live on for their keep_alive."""
@@ -341,10 +343,10 @@ class Workers:
             report = await process.wait()
             if report.why and report.code is not None:  # by its keep_alive or by someone
                 words = f"the worker at {endpoint} was ended: {report.why}"
-                self._events.publish("worker.stopped", endpoint, words)
+                self._events.publish(EventKind.WORKER_STOPPED, endpoint, words)
             else:
                 words = f"lost the worker at {endpoint}: it ended ({code_words(report.code)})"
-                self._events.publish("worker.lost", endpoint, words)
+                self._events.publish(EventKind.WORKER_LOST, endpoint, words)
 
         if (before := self._watches.get(endpoint)) is not None:
             before.cancel()

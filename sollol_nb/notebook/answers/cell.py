@@ -97,9 +97,9 @@ def told(events: EventBus, model: str, answer: LiveAnswer) -> Iterator[None]:
     """While in here, the answer's status is what the bus tells of its model, and of engines and workers."""
 
     def note(event: Event) -> None:
-        room = event.kind.partition(".")[0]
-        if room in ("engine", "worker") or (room == "coordinator" and event.subject == model):
-            answer.status = event.words
+        source = event.kind.source
+        if source in ("engine", "worker") or (source == "coordinator" and event.subject == model):
+            answer.status = event.message
 
     unsubscribe = events.subscribe(note)
     try:

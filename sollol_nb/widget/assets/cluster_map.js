@@ -317,7 +317,7 @@ class View {
     part(element("b", {}, "events"), log);
     this.events = new Rows(log, (_, event) => {
       const at = element("span", { class: "sollol-faint" }, event.at);
-      return element("div", { "data-kind": event.kind }, at, ` ${event.words}`);
+      return element("div", { "data-kind": event.kind }, at, ` ${event.message}`);
     });
     this.state = {};
     this.starting = new Map();

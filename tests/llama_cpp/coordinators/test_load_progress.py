@@ -303,8 +303,8 @@ def test_progress_grows_with_what_the_workers_get_and_stands_still_with_the_wire
         assert event.data["loaded_bytes"] <= passed_bytes + ON_THE_WAY_BYTES < total_bytes
         assert 0 <= near["placed_units"] < near["planned_units"]
         assert far["placed_units"] == 0
-        assert f"of {format_bytes(total_bytes)}" in event.words
-        assert f"{far['endpoint']} 0 of {far['planned_units']} layers" in event.words
+        assert f"of {format_bytes(total_bytes)}" in event.message
+        assert f"{far['endpoint']} 0 of {far['planned_units']} layers" in event.message
 
 
 def loading_events(router: HybridRouter) -> list[Event]:

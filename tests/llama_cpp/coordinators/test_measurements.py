@@ -12,7 +12,7 @@ from sollol_nb.layers.plan import plan_from_counts
 from sollol_nb.layers.token_time import parts_of, predict
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.coordinators.measurements import LAYOUTS_KEPT, TokenMeasurements
-from sollol_nb.runtime.events import EventBus
+from sollol_nb.runtime.events import EventBus, EventKind
 from tests.layers.test_plan import GB, TWELVE, workers
 
 PATH = Path("model.gguf")
@@ -30,8 +30,8 @@ def coordinator(*counts: int, seconds_per_token: float | None = None, port: int 
 
 
 def answer(bus: EventBus, tokens_per_s: float | None, place: str = "http://127.0.0.1:18080") -> None:
-    bus.publish("request.started", "big", "asking big")
-    bus.publish("request.finished", "big", "big: ok", status="ok", place=place, tokens_per_s=tokens_per_s)
+    bus.publish(EventKind.REQUEST_STARTED, "big", "asking big")
+    bus.publish(EventKind.REQUEST_FINISHED, "big", "big: ok", status="ok", place=place, tokens_per_s=tokens_per_s)
 
 
 def test_the_pace_stands_in_until_an_answer_was_measured() -> None:
@@ -48,9 +48,9 @@ def test_the_pace_stands_in_until_an_answer_was_measured() -> None:
 def test_answers_that_ran_side_by_side_measure_nothing() -> None:
     bus = EventBus()
     measured, running = TokenMeasurements(bus), coordinator(7, 6, seconds_per_token=0.04)
-    bus.publish("request.started", "big", "asking big")
+    bus.publish(EventKind.REQUEST_STARTED, "big", "asking big")
     answer(bus, 10)
-    bus.publish("request.finished", "big", "big: ok", place=running.base_url, tokens_per_s=10)
+    bus.publish(EventKind.REQUEST_FINISHED, "big", "big: ok", place=running.base_url, tokens_per_s=10)
     assert measured.token_ms(running) == 40
 
     answer(bus, 50)

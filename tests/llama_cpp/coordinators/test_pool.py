@@ -241,7 +241,7 @@ def test_a_coordinator_killed_while_idle_is_noticed_and_the_next_request_starts_
     eventually(lambda: breakable.coordinator is None, "the loss is noticed")
     assert breakable.coordinator_model is None
     eventually(lambda: worker_states(breakable) == ["free"] * 3, "its workers are free")
-    assert "demo:sharded ended: signal 9" in [event.words for event in breakable.events.recent()]
+    assert "demo:sharded ended: signal 9" in [event.message for event in breakable.events.recent()]
     assert breakable.get_stats()["coordinator_uptime_seconds"] == 0
 
     answer = breakable.route_request("demo:sharded", QUESTION, max_tokens=3)
@@ -279,7 +279,7 @@ def test_a_worker_killed_while_idle_is_noticed_and_replaced(breakable: HybridRou
     engine_on(int(lost.rpartition(":")[2])).kill()
 
     eventually(lambda: not before.is_running(), "the coordinator that has lost it is ended")
-    events = [event.words for event in breakable.events.recent()]
+    events = [event.message for event in breakable.events.recent()]
     assert f"demo:sharded lost its connection to {lost}" in events
 
     again = breakable.route_request("demo:sharded", QUESTION, max_tokens=3)
@@ -339,7 +339,7 @@ def test_an_idle_coordinator_makes_room_for_another_model(
 
     assert not before.is_running()
     assert [one.model for one in sharding.coordinators] == [small]
-    words = [event.words for event in sharding.events.recent()[since:] if event.kind == "coordinator.made_room"]
+    words = [event.message for event in sharding.events.recent()[since:] if event.kind == "coordinator.made_room"]
     assert words == [f"stopping {endless} (idle) to make room for {small}"]
 
 
