@@ -43,6 +43,7 @@ from sollol_nb.errors import (
     WorkerError,
 )
 from sollol_nb.models.routing import checked_backend
+from sollol_nb.runtime.amounts import is_whole_number
 from sollol_nb.runtime.io_loop import io_bound_stream, iterate_blocking
 from sollol_nb.runtime.priority import Priority
 from sollol_nb.runtime.progress_bars import progress_bar
@@ -127,7 +128,7 @@ class Batch:
         self._model = config.default("model") if model is None else model
         if not self._model:
             raise ConfigError('no model is named; give model="demo", or set one in the setting `model`')
-        if concurrency is not None and (type(concurrency) is not int or concurrency < 1):
+        if concurrency is not None and not (is_whole_number(concurrency) and concurrency > 0):
             raise ConfigError(f"concurrency={concurrency!r} must be a whole number of requests, from 1 up")
         if timeout is not None:
             checked_timeout_s(timeout)

@@ -16,6 +16,7 @@ from typing import Any
 
 from sollol_nb.errors import ConfigError
 from sollol_nb.models import routing
+from sollol_nb.runtime.amounts import is_whole_number
 
 AUTO, LOCAL = "auto", "local"
 DEFAULT_PROMPTS = 3
@@ -276,7 +277,7 @@ def _counts(name: str, value: int | str | Sequence[int | str], least: int = 1) -
     counts: dict[int, None] = {}
     for one in _each(value):
         number = int(one) if isinstance(one, str) and one.isascii() and one.isdecimal() else one
-        if type(number) is not int or number < least:
+        if not is_whole_number(number) or number < least:
             raise ConfigError(f"{name}={value!r} must be whole numbers of at least {least}")
         counts[number] = None
     if not counts:
@@ -285,7 +286,7 @@ def _counts(name: str, value: int | str | Sequence[int | str], least: int = 1) -
 
 
 def _chosen_prompts(prompts: int | Sequence[str]) -> tuple[str, ...]:
-    if type(prompts) is int:
+    if is_whole_number(prompts):
         if not 1 <= prompts <= len(PROMPTS):
             raise ConfigError(f"prompts={prompts}: there are {len(PROMPTS)} prompts; give a list for more")
         return PROMPTS[:prompts]

@@ -9,6 +9,7 @@ from typing import Any
 from sollol_nb.chat.messages import answer_schema, check_messages, check_options
 from sollol_nb.errors import ConfigError
 from sollol_nb.models.routing import checked_backend
+from sollol_nb.runtime.amounts import is_positive
 from sollol_nb.runtime.priority import Priority
 from sollol_nb.schema.schema import json_schema_of
 from sollol_nb.settings import config
@@ -92,8 +93,3 @@ def checked_timeout_s(timeout_s: float) -> float:
     if not is_positive(timeout_s):
         raise ConfigError(f"timeout={timeout_s!r} must be more than 0 seconds")
     return timeout_s
-
-
-def is_positive(number: object) -> bool:
-    """Whether it is a number of more than 0."""
-    return isinstance(number, int | float) and not isinstance(number, bool) and number > 0

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import re
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import PurePath
 
 from sollol_nb.errors import ConfigError
 from sollol_nb.latency.schema import STATUSES
+from sollol_nb.runtime.amounts import is_whole_number, parse_duration
 
 MAX_ROWS = 2**63 - 1  # of SQLite's integers
 _UNIT_S = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}
@@ -20,8 +20,7 @@ _UNIT_NAMES = {
     "d": ("d", "day", "days"),
     "w": ("w", "week", "weeks"),
 }
-_SECONDS_OF = {name: _UNIT_S[unit] for unit, names in _UNIT_NAMES.items() for name in names}
-_AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]+)[\s,]*")
+_SECONDS_PER_UNIT = {name: _UNIT_S[unit] for unit, names in _UNIT_NAMES.items() for name in names}
 
 Moment = datetime | timedelta | str
 """A time (naive ones are local), a span before now, or either as text: `2026-03-01`, `1h`, `2 days`."""
@@ -60,7 +59,7 @@ class RowFilter:
         Raises:
             ConfigError: one of them cannot be used.
         """
-        if last is not None and (type(last) is not int or not 0 < last <= MAX_ROWS):
+        if last is not None and not (is_whole_number(last) and 0 < last <= MAX_ROWS):
             raise ConfigError(f"last={last!r} is not a positive number of rows; write last=20")
         if status is not None and status not in STATUSES:
             near = difflib.get_close_matches(str(status), STATUSES, 1)
@@ -89,10 +88,9 @@ def seconds_of(moment: Moment, now_s: float) -> float:
     if isinstance(moment, timedelta):
         return now_s - moment.total_seconds()
     if isinstance(moment, str):
-        text = moment.strip().lower()
-        amounts = _AMOUNT.findall(text)
-        if amounts and not _AMOUNT.sub("", text) and all(unit in _SECONDS_OF for _, unit in amounts):
-            return now_s - sum(float(number) * _SECONDS_OF[unit] for number, unit in amounts)
+        span_s = parse_duration(moment.strip().lower(), _SECONDS_PER_UNIT)
+        if span_s is not None:
+            return now_s - span_s
         try:
             return datetime.fromisoformat(moment.strip()).timestamp()
         except (ValueError, OverflowError):

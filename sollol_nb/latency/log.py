@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from sollol_nb.errors import ConfigError
 from sollol_nb.latency.filter import Moment, RowFilter
 from sollol_nb.latency.schema import COLUMNS, SCHEMA_VERSION, LatencyRow
+from sollol_nb.runtime.amounts import is_positive, is_whole_number
 from sollol_nb.settings import config
 
 if TYPE_CHECKING:
@@ -98,9 +99,9 @@ class LatencyLog:
         keep_days: float | None = None,
         keep_rows: int | None = DEFAULT_KEEP_ROWS,
     ) -> None:
-        if keep_days is not None and not (_is_number(keep_days) and keep_days > 0):
+        if keep_days is not None and not is_positive(keep_days):
             raise ConfigError(f"keep_days={keep_days!r} must be more than 0; None keeps rows for ever")
-        if keep_rows is not None and not (type(keep_rows) is int and keep_rows > 0):
+        if keep_rows is not None and not (is_whole_number(keep_rows) and keep_rows > 0):
             raise ConfigError(f"keep_rows={keep_rows!r} must be a whole number above 0; None keeps all rows")
         self.path = Path(path) if path is not None else config.state_dir() / "latency.sqlite"
         self.keep_days = keep_days
@@ -218,10 +219,6 @@ class LatencyLog:
                 yield connection
         finally:
             connection.close()
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _storable(value: Any) -> Any:

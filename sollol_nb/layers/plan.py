@@ -25,6 +25,7 @@ from sollol_nb.layers.strategies import (
     memory_domains,
     unplaceable_units,
 )
+from sollol_nb.runtime.amounts import is_whole_number
 from sollol_nb.text.units import format_bytes
 
 DEFAULT_CONTEXT_TOKENS = 4096
@@ -251,7 +252,7 @@ def unchecked_plan(
     given = "/".join(map(str, counts))
     if len(counts) != len(workers):
         raise ConfigError(f"{given} are {len(counts)} counts for {len(workers)} workers; give one for each")
-    if any(type(count) is not int or count < 0 for count in counts) or sum(counts) != unit_count:
+    if not all(is_whole_number(count) and count >= 0 for count in counts) or sum(counts) != unit_count:
         raise ConfigError(
             f"{given} does not place the model's {unit_count} units ({facts.layer_count} blocks and the output "
             f"layer); give whole numbers that sum to {unit_count}"

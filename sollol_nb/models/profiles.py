@@ -7,7 +7,6 @@ of them says anything stays unknown; nothing is assumed in silence.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 from sollol_nb.errors import ConfigError
 from sollol_nb.gguf.facts import ModelFacts
 from sollol_nb.layers.plan import DEFAULT_CONTEXT_TOKENS
+from sollol_nb.runtime.amounts import is_number
 
 MODEL_PROFILES: dict[str, dict[str, Any]] = {
     # Small models: Ollama
@@ -177,8 +177,7 @@ class _Entry:
 
 
 def _is_amount(value: object) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and math.isfinite(value) and value >= 0  # type: ignore[arg-type,operator]
+    return is_number(value) and 0 <= value < float("inf")
 
 
 def _listed_key(model: str, profiles: Mapping[str, Any]) -> str | None:

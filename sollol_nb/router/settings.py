@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sollol_nb.chat.request import is_positive
 from sollol_nb.errors import ConfigError
 from sollol_nb.layers.plan import check_strategy
 from sollol_nb.llama_cpp.coordinators.start import PoolSettings
+from sollol_nb.runtime.amounts import is_positive
 from sollol_nb.settings import config
 
 

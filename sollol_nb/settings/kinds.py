@@ -7,7 +7,6 @@ rest of the package uses. It knows neither names nor places of settings; `settin
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,10 @@ from typing import Any
 
 from sollol_nb.errors import ConfigError
 from sollol_nb.layers.strategies import STRATEGIES
+from sollol_nb.runtime.amounts import is_number, is_whole_number, parse_duration
 from sollol_nb.runtime.priority import Priority
 from sollol_nb.settings.endpoints import format_endpoint, parse_endpoint
 
-_SECONDS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
 _YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 _LONGEST_SHOWN_CHARS = 80
 
@@ -66,7 +65,7 @@ def number(words: str, *, least: float = 0, above: bool = False, most: float = f
     """A finite number from `least` (more than it if `above`) to `most`."""
 
     def check(value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if not is_number(value):
             raise TypeError
         # Written so that NaN fails too.
         if not (least < value if above else least <= value) or not value <= most or value == float("inf"):
@@ -80,7 +79,7 @@ def whole_number(words: str, *, least: int) -> Kind:
     """A whole number from `least` up."""
 
     def check(value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int):
+        if not is_whole_number(value):
             raise TypeError
         if value < least:
             raise ValueError
@@ -108,19 +107,19 @@ def keep_alive_seconds(value: object) -> float | None:
         ConfigError: it is none of these.
     """
     seconds: float | None = None
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if is_number(value):
         with contextlib.suppress(OverflowError):
             seconds = float(value)
     elif isinstance(value, str):
         written = value.strip().lower()
         if written in ("forever", "inf"):
             return None
-        parts = re.findall(r"([\d.]+)(ms|h|m|s)", written)
-        with contextlib.suppress(ValueError):
-            if parts and "".join(map("".join, parts)) == written.lstrip("-"):
-                seconds = sum(float(amount) * _SECONDS[unit] for amount, unit in parts)
-                seconds = -seconds if written.startswith("-") else seconds
-            else:
+        if written.split() == [written] and "," not in written:  # Ollama takes no spaces within
+            seconds = parse_duration(written.removeprefix("-"))
+        if seconds is not None:
+            seconds = -seconds if written.startswith("-") else seconds
+        else:
+            with contextlib.suppress(ValueError):
                 seconds = float(written)
     if seconds is None or seconds != seconds:
         raise ConfigError(f'keep_alive={value!r} is no time; write seconds, "10m", 0, or "forever"')
@@ -159,7 +158,7 @@ def _priority(value: Any) -> int:
         if name not in Priority.__members__:
             raise ValueError
         return int(Priority[name])
-    if isinstance(value, bool) or not isinstance(value, int):
+    if not is_whole_number(value):
         raise TypeError
     return int(Priority(value))
 
