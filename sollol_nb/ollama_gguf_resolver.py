@@ -1,5 +1,5 @@
 """From an Ollama model's name to its GGUF file, under the name that the guide uses. The code is in `models/`."""
 
-from sollol_nb.models.ollama_storage import OllamaGGUFResolver, OllamaModelFiles
+from sollol_nb.models.files import OllamaGGUFResolver, OllamaModelFiles
 
 __all__ = ["OllamaGGUFResolver", "OllamaModelFiles"]

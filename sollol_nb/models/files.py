@@ -1,15 +1,56 @@
-"""From a model's name to its GGUF file: the built-in demo model, a path, a router's own file, Ollama's storage."""
+"""From a model's name to its GGUF file: the built-in demo model, a path, a router's own file, Ollama's storage.
+
+Ollama keeps `manifests/<host>/<namespace>/<model>/<tag>`, a JSON list of layers, and the layers as
+`blobs/sha256-<hex>`. The layer with mediaType `application/vnd.ollama.image.model` is the model; projectors and
+adapters are GGUF files too and differ in their mediaType. Only files are read; Ollama need not run. For names see
+`names.py`.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import stat
+import struct
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from sollol_nb.errors import ModelFileError, ModelNotFoundError
-from sollol_nb.models.ollama_storage import OllamaGGUFResolver
+from sollol_nb.errors import ModelError, ModelFileError, ModelNotFoundError
+from sollol_nb.gguf.facts import read_facts
+from sollol_nb.models.names import DIGEST, ModelName, split_digest
+from sollol_nb.settings import config
 
 DEMO_MODEL_PATH = Path(__file__).parent / "demo.gguf"
 DEMO_NAMES = ("demo", "demo:sharded")
 DEMO_NOTE = "a tiny demo model, not a general one"
+
+_LAYER = "application/vnd.ollama.image."
+_MANIFEST_LIMIT_BYTES = 4 * 1024 * 1024
+_HEADER_START_BYTES = 1024 * 1024
+
+ARCHITECTURES = frozenset(
+    """
+    afmoe apertus arcee arctic arwkv7 baichuan bailingmoe bailingmoe2 bailingmoe3 bert bitnet bloom
+    chameleon chatglm codeshell cogvlm cohere2 cohere2moe command-r dbrx deci deepseek deepseek2
+    deepseek2-ocr deepseek32 deepseek4 dflash dots1 dots3note dream eagle3 ernie4_5 ernie4_5-moe
+    eurobert exaone exaone-moe exaone4 falcon falcon-h1 gemma gemma-embedding gemma2 gemma3 gemma3n
+    gemma4 gemma4-assistant glm-dsa glm4 glm4moe glm5-next gpt-oss gpt2 gptj gptneox granite granite_swa
+    granitehybrid granitemoe graniteswitch grok grovemoe hrm_text hunyuan-dense hunyuan-moe hunyuan_vl
+    hy_v3 hy_v4 internlm2 jais jais2 jamba jina-bert-v2 jina-bert-v3 kimi-k3 kimi-linear laguna lfm2
+    lfm2moe llada llada-moe llama llama-embed llama4 maincoder mamba mamba2 maple mellum mimo2 minicpm
+    minicpm3 minimax-01 minimax-m2 minimax-m3 mistral3 mistral4 modern-bert mpt muse-glimmer nanbeige
+    nemotron nemotron_h nemotron_h_moe neo-bert nomic-bert nomic-bert-moe olmo olmo2 olmoe openelm orion
+    paddleocr pangu-embedded phi2 phi3 phimoe plamo plamo2 plamo3 plm pockettts qwen qwen2 qwen2moe
+    qwen2vl qwen3 qwen35 qwen35moe qwen3moe qwen3next qwen3tts qwen3vl qwen3vlmoe qwen4exp refact rnd1
+    rwkv6 rwkv6qwen2 rwkv7 seed_oss smallthinker smollm3 spark2_5 stablelm starcoder starcoder2 step35
+    t5 t5encoder talkie wavtokenizer-dec xverse
+    """.split()  # noqa: SIM905 - one name a line would be six pages
+)
+"""What `general.architecture` may be: LLM_ARCH_NAMES in src/llama-arch.cpp of the pinned llama.cpp, without
+`clip` (a projector, not a model)."""
 
 
 def find_model_file(model: str, gguf_path: str | Path | None = None) -> Path | None:
@@ -34,3 +75,255 @@ def find_model_file(model: str, gguf_path: str | Path | None = None) -> Path | N
         return OllamaGGUFResolver().resolve(model)
     except ModelNotFoundError:
         return None
+
+
+@dataclass(frozen=True, slots=True)
+class OllamaModelFiles:
+    """The GGUF files of one model in Ollama's storage.
+
+    Attributes:
+        name: as `ollama list` shows it.
+        model: the model's own file.
+        projectors: vision or audio projectors (llama.cpp's `--mmproj`).
+        adapters: LoRA adapters (llama.cpp's `--lora`).
+    """
+
+    name: str
+    model: Path
+    projectors: tuple[Path, ...] = ()
+    adapters: tuple[Path, ...] = ()
+
+
+def storage_folders() -> list[Path]:
+    """Where Ollama may keep its models on this system, `OLLAMA_MODELS` first; they need not exist."""
+    chosen = config.ollama_models_folder()
+    folders = [chosen] if chosen is not None else []
+    # ~/.ollama holds on Linux, macOS and Windows alike.
+    folders.append(Path.home() / ".ollama" / "models")
+    if sys.platform != "win32":
+        folders += [
+            Path("/usr/share/ollama/.ollama/models"),  # the Linux service's user
+            Path("/var/lib/ollama/.ollama/models"),
+            Path("/var/lib/ollama/models"),
+            Path("/var/lib/ollama"),  # packages that set OLLAMA_MODELS to the service's state folder
+            Path("/var/snap/ollama/common/models"),
+        ]
+    if sys.platform == "darwin":
+        folders += [Path("/opt/homebrew/var/ollama/models"), Path("/usr/local/var/ollama/models")]
+    return list(dict.fromkeys(folders))
+
+
+class OllamaGGUFResolver:
+    """Finds the GGUF file of a model that Ollama has on this machine's disk.
+
+    Args:
+        models_dir: Ollama's storage; None looks in `OLLAMA_MODELS` and the usual places, in that order.
+    """
+
+    def __init__(self, models_dir: str | Path | None = None) -> None:
+        self._models_dir = None if models_dir is None else Path(models_dir).expanduser()
+
+    @property
+    def folders(self) -> list[Path]:
+        """The storage folders looked at, in order."""
+        return storage_folders() if self._models_dir is None else [self._models_dir]
+
+    def get_gguf_path(self, model: str) -> str:
+        """`resolve(model)` as text.
+
+        Raises:
+            ModelNotFoundError, ModelFileError: see `resolve`.
+        """
+        return str(self.resolve(model))
+
+    def resolve(self, model: str) -> Path:
+        """The GGUF file of a model that llama.cpp can load.
+
+        Raises:
+            ModelNotFoundError: Ollama's storage here has no such model; the message says where it was looked for.
+            ModelFileError: it has, but the file is missing, unfinished, not readable, not GGUF, or not of an
+                architecture llama.cpp loads.
+        """
+        return self.files(model).model
+
+    def files(self, model: str) -> OllamaModelFiles:
+        """All GGUF files of a model. Raises what `resolve` raises."""
+        text, pinned = split_digest(model)
+        wanted = ModelName.parse(text) if text else None
+        trouble: ModelError | None = None
+        for folder in self.folders:
+            try:
+                found = _blob_alone(folder, pinned) if wanted is None else _look(folder, wanted, pinned)
+            except ModelError as error:  # perhaps another storage has it whole
+                trouble = trouble or error
+            else:
+                if found is not None:
+                    return found
+        if trouble is not None:
+            raise trouble
+        places = ", ".join(str(folder) for folder in self.folders)
+        name = f"sha256:{pinned}" if wanted is None else str(wanted)
+        advice = "" if wanted is None else f"; run: ollama pull {wanted}"
+        raise ModelNotFoundError(f"Ollama's storage on this machine has no {name} (looked in {places}){advice}")
+
+    def installed(self) -> list[str]:
+        """Names of the models in storage as `ollama list` shows them, sorted; whether they load is not checked."""
+        names = {str(name) for folder in self.folders for name, _ in _manifests(folder)}
+        return sorted(names, key=str.lower)
+
+
+def _manifests(folder: Path) -> Iterator[tuple[ModelName, Path]]:
+    """Name and path of every manifest; folders that cannot be read hold none."""
+    root = folder / "manifests"
+    try:
+        paths = sorted(root.glob("*/*/*/*"))
+    except OSError:
+        return
+    for path in paths:
+        host, namespace, model, tag = path.relative_to(root).parts
+        try:
+            name = ModelName.parse(f"{host}/{namespace}/{model}:{tag}")
+            is_file = path.is_file()
+        except (ModelNotFoundError, OSError):
+            continue
+        if is_file:
+            yield name, path
+
+
+def _look(folder: Path, wanted: ModelName, pinned: str) -> OllamaModelFiles | None:
+    """The model's files in one storage folder; None if it is not there."""
+    path = folder.joinpath("manifests", wanted.host, wanted.namespace, wanted.model, wanted.tag)
+    try:
+        if not _is_there(path):
+            path = next((path for name, path in _manifests(folder) if name.key == wanted.key), path)
+            if not _is_there(path):
+                return None
+        with path.open("rb") as file:
+            content = file.read(_MANIFEST_LIMIT_BYTES)
+    except PermissionError:
+        raise _not_readable(str(wanted), path, folder) from None
+    except OSError as error:
+        raise ModelFileError(f"{wanted}: cannot read {path}: {error.strerror}") from None
+    layers, config_digest = _layers(wanted, path, content)
+    models = [layer for layer in layers if layer["mediaType"] == _LAYER + "model"]
+    if pinned and pinned not in (hashlib.sha256(content).hexdigest(), *(_hex(layer) for layer in models)):
+        raise ModelFileError(f"{wanted} is in {folder}, but not with the digest sha256:{pinned}")
+    if not models:
+        raise _no_model_layer(wanted, path, layers, config_digest)
+    # Of several Ollama itself takes the last.
+    return OllamaModelFiles(
+        str(wanted),
+        _checked_model(str(wanted), _blob(folder, str(wanted), models[-1])),
+        tuple(_blob(folder, str(wanted), x) for x in layers if x["mediaType"] == _LAYER + "projector"),
+        tuple(_blob(folder, str(wanted), x) for x in layers if x["mediaType"] == _LAYER + "adapter"),
+    )
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is such a file. Raises PermissionError where that cannot be known."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except PermissionError:
+        raise
+    except OSError:
+        return False
+
+
+def _blob_alone(folder: Path, digest: str) -> OllamaModelFiles | None:
+    path = folder / "blobs" / f"sha256-{digest}"
+    name = f"sha256:{digest}"
+    try:
+        if not _is_there(path):
+            return None
+    except PermissionError:
+        raise _not_readable(name, path, folder) from None
+    return OllamaModelFiles(name, _checked_model(name, path))
+
+
+def _layers(name: ModelName, path: Path, content: bytes) -> tuple[list[dict[str, Any]], str]:
+    """The manifest's layers and the digest of its config."""
+    try:
+        manifest = json.loads(content)
+        layers = [dict(layer) for layer in manifest["layers"]]
+        config_digest = str(dict(manifest.get("config") or {}).get("digest", ""))
+        for layer in layers:
+            if not isinstance(layer["mediaType"], str) or not isinstance(layer.get("size", 0), int):
+                raise TypeError("a layer's mediaType or size")
+            _hex(layer)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelFileError(
+            f"{name}: {path} is not a manifest of Ollama ({error!r}); run: ollama pull {name}"
+        ) from None
+    return layers, config_digest
+
+
+def _hex(layer: dict[str, Any]) -> str:
+    match = DIGEST.fullmatch(str(layer["digest"]))
+    if match is None:
+        raise ValueError("a layer's digest")
+    return match[1].lower()
+
+
+def _no_model_layer(
+    name: ModelName, path: Path, layers: list[dict[str, Any]], config_digest: str
+) -> ModelFileError:
+    if any(layer["mediaType"].startswith(_LAYER + "tensor") for layer in layers):
+        return ModelFileError(f"{name} is stored as separate tensors ({path}), not as GGUF; pull a GGUF variant")
+    blob = path.parents[4] / "blobs" / config_digest.replace(":", "-")
+    try:
+        settings = json.loads(blob.read_bytes()) if DIGEST.fullmatch(config_digest) else {}
+    except (OSError, ValueError):
+        settings = {}
+    if isinstance(settings, dict) and settings.get("remote_host"):
+        return ModelFileError(f"{name} is a cloud model ({path}): there is no file of it on this machine")
+    return ModelFileError(f"{name}: {path} names no model layer; run: ollama pull {name}")
+
+
+def _blob(folder: Path, name: str, layer: dict[str, Any]) -> Path:
+    """The file of a layer, whole by its size."""
+    path = folder / "blobs" / f"sha256-{_hex(layer)}"
+    again = f"; run: ollama pull {name}"
+    try:
+        size_bytes = path.stat().st_size
+    except PermissionError:
+        raise _not_readable(name, path, folder) from None
+    except OSError:
+        if any(path.parent.glob(path.name + "-partial*")):
+            raise ModelFileError(f"{name}: the download of {path} is unfinished{again}") from None
+        raise ModelFileError(f"{name}: {path} is missing{again}") from None
+    stated_bytes = layer.get("size", size_bytes)
+    if size_bytes != stated_bytes:
+        raise ModelFileError(f"{name}: {path} has {size_bytes} bytes, not the {stated_bytes} stated{again}")
+    return path
+
+
+def _checked_model(name: str, path: Path) -> Path:
+    """The path, if llama.cpp can load what is in it."""
+    try:
+        architecture = read_facts(path).architecture
+    except ModelFileError as error:
+        raise ModelFileError(f"{name}: {error}") from error
+    if architecture not in ARCHITECTURES:
+        raise ModelFileError(
+            f"{name}: {path} is of the architecture {architecture!r}, which this llama.cpp does not load; "
+            "run it through Ollama, or use a GGUF made for llama.cpp"
+        )
+    # Ollama's own engine keeps vision and audio tensors in the model's file; llama.cpp wants a file of their own
+    # and refuses the rest ("wrong number of tensors").
+    with path.open("rb") as file:
+        header = file.read(_HEADER_START_BYTES)
+    for part in ("vision", "audio"):
+        key = f"{architecture}.{part}.block_count".encode()
+        if struct.pack("<Q", len(key)) + key in header:
+            raise ModelFileError(
+                f"{name}: {path} has its {part} part in the same file, a form only Ollama's own engine loads; "
+                "run it through Ollama, or use a GGUF made for llama.cpp (such as hf.co/user/repo:quant)"
+            )
+    return path
+
+
+def _not_readable(name: str, path: Path, folder: Path) -> ModelFileError:
+    fix = "give yourself the right to read it"
+    if sys.platform != "win32":
+        fix = f"run: sudo usermod -aG ollama $USER (and log in again), or: sudo chmod -R a+rX {folder}"
+    return ModelFileError(f"{name}: no permission to read {path}; {fix}")

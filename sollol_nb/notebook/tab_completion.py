@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from IPython.core.completer import SimpleCompletion, context_matcher
 
 from sollol_nb.chat.completion import Completion
-from sollol_nb.models.ollama_storage import OllamaGGUFResolver
+from sollol_nb.models.files import OllamaGGUFResolver
 from sollol_nb.models.profiles import MODEL_PROFILES
 from sollol_nb.notebook.tab_cache import CompletionCache, Read
 from sollol_nb.notebook.tab_line import Wanted, magic_line, wanted

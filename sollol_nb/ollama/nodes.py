@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from sollol_nb.errors import ConfigError, ConnectFailedError, ModelNotFoundError, TransportError
-from sollol_nb.models.ollama_storage import ModelName
+from sollol_nb.models.names import ModelName
 from sollol_nb.ollama.choice import Holding, NodeOffer
 from sollol_nb.runtime.gate import Gate
 from sollol_nb.runtime.http_client import JsonClient

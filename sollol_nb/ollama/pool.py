@@ -25,7 +25,7 @@ from typing import Any, Self
 
 from sollol_nb.chat.context_window import DROP_OLDEST, ERROR, check_overflow, turn_starts
 from sollol_nb.errors import ConfigError, OllamaResponseError, OllamaUnavailableError
-from sollol_nb.models.ollama_storage import ModelName
+from sollol_nb.models.names import ModelName
 from sollol_nb.ollama.choice import Holding, choose_node
 from sollol_nb.ollama.exchange import Deadline, NodeLostError, Patience, exchange
 from sollol_nb.ollama.fitting import answer_what_fits

@@ -23,7 +23,7 @@ from sollol_nb.errors import (
     SollolError,
     TransportError,
 )
-from sollol_nb.models.ollama_storage import ModelName
+from sollol_nb.models.names import ModelName
 from sollol_nb.ollama.choice import Holding, NodeOffer, choose_node, worth_waiting_for
 from sollol_nb.ollama.exchange import Deadline, NodeLostError, Patience, exchange, lost
 from sollol_nb.ollama.nodes import (

@@ -24,8 +24,8 @@ from sollol_nb.latency.log import LatencyLog, LatencyRow
 from sollol_nb.llama_cpp.answers.kinds import Answer
 from sollol_nb.llama_cpp.coordinators.pool import CoordinatorPool
 from sollol_nb.llama_cpp.workers.workers import Workers
+from sollol_nb.models.files import OllamaGGUFResolver
 from sollol_nb.models.listing import list_models, models_frame
-from sollol_nb.models.ollama_storage import OllamaGGUFResolver
 from sollol_nb.models.profiles import ModelProfile
 from sollol_nb.models.routing import OLLAMA, Route, checked_backend
 from sollol_nb.ollama.pool import OllamaPool

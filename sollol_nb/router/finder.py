@@ -13,7 +13,7 @@ from sollol_nb.errors import ConfigError, OllamaResponseError, OllamaUnavailable
 from sollol_nb.gguf.facts import read_facts
 from sollol_nb.llama_cpp.coordinators.settings import file_identity
 from sollol_nb.models.files import DEMO_MODEL_PATH, DEMO_NOTE, find_model_file
-from sollol_nb.models.ollama_storage import ModelName
+from sollol_nb.models.names import ModelName
 from sollol_nb.models.profiles import ModelProfile, profile_of
 from sollol_nb.models.routing import DISTRIBUTED, OLLAMA, Route, decide_route
 from sollol_nb.ollama.pool import OllamaPool

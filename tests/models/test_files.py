@@ -15,12 +15,7 @@ import pytest
 
 from sollol_nb.errors import ModelFileError, ModelNotFoundError
 from sollol_nb.gguf.facts import read_facts
-from sollol_nb.models.ollama_storage import (
-    ARCHITECTURES,
-    ModelName,
-    OllamaGGUFResolver,
-    storage_folders,
-)
+from sollol_nb.models.files import ARCHITECTURES, OllamaGGUFResolver, storage_folders
 from tests.support.gguf_files import write_keys, write_llama
 from tests.support.ollama_server import DEMO_MODEL, OllamaServer
 
@@ -108,24 +103,6 @@ def test_a_digest_that_ollama_shows_pins_the_model(ollama: OllamaServer) -> None
 
 
 # --- names ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "parts", "short"),
-    [
-        ("llama3.2", ("registry.ollama.ai", "library", "llama3.2", "latest"), "llama3.2:latest"),
-        ("llama3.1:70b", ("registry.ollama.ai", "library", "llama3.1", "70b"), "llama3.1:70b"),
-        ("user/model:tag", ("registry.ollama.ai", "user", "model", "tag"), "user/model:tag"),
-        ("hf.co/u/r-GGUF:Q4_K_M", ("hf.co", "u", "r-GGUF", "Q4_K_M"), "hf.co/u/r-GGUF:Q4_K_M"),
-        ("host:5000/u/m", ("host:5000", "u", "m", "latest"), "host:5000/u/m:latest"),
-        ("http://host:5000/u/m:1", ("host:5000", "u", "m", "1"), "host:5000/u/m:1"),
-    ],
-)
-def test_a_name_has_four_parts(text: str, parts: tuple[str, str, str, str], short: str) -> None:
-    name = ModelName.parse(text)
-    assert (name.host, name.namespace, name.model, name.tag) == parts
-    assert str(name) == short
-    assert ModelName.parse(short) == name
 
 
 @pytest.mark.parametrize(
