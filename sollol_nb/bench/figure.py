@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING
 
 from sollol_nb.bench.rows import METRICS
 from sollol_nb.errors import ConfigError
+from sollol_nb.text import palette
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Of Okabe and Ito's colour-blind-safe palette; the grey reads on light and dark grounds.
-_COLOR, _ROUND_COLOR = "#0072b2", "#7a7a7a"
 _ROW_INCHES = 0.42
 
 
@@ -45,10 +44,12 @@ def draw_metric(
     estimates = summary.loc[[(case, metric) for case in cases]]
     for position, case in enumerate(cases):
         of_case = values.loc[values["case"] == case, "value"]
-        ax.plot(of_case, [position] * len(of_case), ".", color=_ROUND_COLOR, markersize=6, zorder=2)
+        ax.plot(of_case, [position] * len(of_case), ".", color=palette.GREY, markersize=6, zorder=2)
     positions = range(len(cases))
-    ax.hlines(positions, estimates["lower"], estimates["upper"], color=_COLOR, linewidth=7, alpha=0.35, zorder=1)
-    ax.plot(estimates["median"], positions, "|", color=_COLOR, markersize=16, markeredgewidth=3, zorder=3)
+    ax.hlines(
+        positions, estimates["lower"], estimates["upper"], color=palette.BLUE, linewidth=7, alpha=0.35, zorder=1
+    )
+    ax.plot(estimates["median"], positions, "|", color=palette.BLUE, markersize=16, markeredgewidth=3, zorder=3)
     ax.set_yticks(positions, cases)
     ax.set_ylim(len(cases) - 0.5, -0.5)  # the first case on top
     ax.set_xlim(left=0)

@@ -21,17 +21,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sollol_nb.cluster.status import (
-    COLORS,
     ClusterStatus,
     CoordinatorStatus,
     LayerSegment,
     LocalPart,
     node_words,
-    state_color,
 )
 from sollol_nb.llama_cpp.workers.workers import WorkerStatus
 from sollol_nb.ollama.nodes import NodeStatus
 from sollol_nb.runtime.events import Event, EventKind
+from sollol_nb.text.palette import state_color
 from sollol_nb.text.units import format_bytes
 
 MEMORY_STEPS = 50
@@ -170,7 +169,7 @@ def _segment(number: int, segment: LayerSegment) -> dict[str, Any]:
         layers=segment.layers,
         units=segment.units,
         actual=segment.actual_units,
-        color=COLORS[segment.color],
+        color=segment.color,
         weights=_beside(segment.weight_bytes, segment.actual_weight_bytes),
         kv=_beside(segment.kv_bytes, segment.actual_kv_bytes),
         ms=_digits(segment.token_ms, 3),

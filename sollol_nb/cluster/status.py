@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from sollol_nb.layers.token_time import TokenTime
 from sollol_nb.models.files import DEMO_MODEL_PATH, DEMO_NOTE
+from sollol_nb.text import palette
 from sollol_nb.text.tables import counted
 from sollol_nb.text.units import format_bytes
 
@@ -20,18 +21,6 @@ if TYPE_CHECKING:
     from sollol_nb.ollama.nodes import NodeStatus
 
 TEMPLATES = Path(__file__).parent / "templates"
-COLORS = ("#56b4e9", "#e69f00", "#2fbf93", "#f0e442", "#cc8fb5", "#e0814a", "#8fb3e0", "#b5b5b5")
-"""Okabe and Ito's colour-blind-safe palette, lightened so that black text can be read on it."""
-STATE_COLORS = {
-    "free": "#009e73",
-    "held": "#0072b2",
-    "busy": "#e69f00",
-    "ready": "#009e73",
-    "cooling": "#e69f00",
-    "unknown": "#8c8c8c",
-    "absent": "#8c8c8c",
-}
-BAD_COLOR = "#d55e00"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +36,7 @@ class LayerSegment:
         actual_weight_bytes: weights as the engine says; None when it did not tell.
         kv_bytes: planned KV cache.
         share: part of all units, 0 to 1.
-        color: index of its colour in `COLORS`.
+        color: its colour wherever the layers are drawn, one of `palette.SEGMENTS`.
         actual_kv_bytes: KV cache as the engine says; None when it did not tell.
         token_ms: its part of a token's time, as told by what was measured; None where that is unknown.
         time_share: the same as a part of the token, 0 to 1.
@@ -61,7 +50,7 @@ class LayerSegment:
     actual_weight_bytes: int | None
     kv_bytes: int
     share: float
-    color: int
+    color: str
     actual_kv_bytes: int | None = None
     token_ms: float | None = None
     time_share: float | None = None
@@ -172,7 +161,7 @@ class CoordinatorStatus:
                     placed.model_bytes if placed else None,
                     shard.kv_bytes,
                     shard.unit_count / (coordinator.settings.facts.layer_count + 1),
-                    position % len(COLORS),
+                    palette.SEGMENTS[position % len(palette.SEGMENTS)],
                     placed.kv_bytes if placed else None,
                     part_ms[position] if part_ms else None,
                     shares[position] if shares else None,
@@ -247,8 +236,8 @@ class ClusterStatus:
                 worker_words=worker_words,
                 node_words=node_words,
                 bytes=format_bytes,
-                colors=COLORS,
-                state_color=state_color,
+                segment_text=palette.SEGMENT_TEXT,
+                state_color=palette.state_color,
             )
         )
 
@@ -278,11 +267,6 @@ def node_words(node: NodeStatus) -> str:
         return "not looked at yet"
     what_to_do = "start it there: ollama serve" if node.state == "absent" else "it is tried again by itself"
     return f"{node.last_error}; {what_to_do}" if node.last_error else what_to_do
-
-
-def state_color(state: str) -> str:
-    """The colour of a state's dot; the state's word stands beside it."""
-    return STATE_COLORS.get(state, BAD_COLOR)
 
 
 def _bar(share: float, width: int = 20) -> str:

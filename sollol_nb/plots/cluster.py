@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from sollol_nb.cluster.status import COLORS, ClusterStatus, CoordinatorStatus, LayerSegment
+from sollol_nb.cluster.status import ClusterStatus, CoordinatorStatus, LayerSegment
 from sollol_nb.plots.style import MAX_NAME_CHARS, axes_or_new, legend_below, rows_from_top, titled, without_data
+from sollol_nb.text import palette
 from sollol_nb.text.tables import shortened
 from sollol_nb.text.units import format_bytes
 
@@ -55,7 +56,7 @@ def layer_map(status: ClusterStatus | CoordinatorStatus | Coordinator, ax: Axes 
         weights = [""] * len(segments)
     legend_below(
         ax,
-        [Patch(facecolor=COLORS[segment.color]) for segment in segments],
+        [Patch(facecolor=segment.color) for segment in segments],
         [f"{segment.place}: {segment.layers}{more}" for segment, more in zip(segments, weights, strict=True)],
     )
     told = any(segment.actual_units is not None for segment in segments)
@@ -71,11 +72,13 @@ def _draw_coordinator(ax: Axes, row: int, segments: tuple[LayerSegment, ...], ch
     y_actual = y + PLANNED_HEIGHT / 2 + GAP + ACTUAL_HEIGHT / 2
     background = ax.get_facecolor()
     for segment in segments:
-        look: dict[str, Any] = {"color": COLORS[segment.color], "edgecolor": background, "linewidth": 1.0}
+        look: dict[str, Any] = {"color": segment.color, "edgecolor": background, "linewidth": 1.0}
         ax.barh(y, segment.units, PLANNED_HEIGHT, planned_from, **look)
         if len(segment.layers) <= segment.units * chars_per_unit:
             middle = planned_from + segment.units / 2
-            ax.text(middle, y, segment.layers, ha="center", va="center", color="#111111", fontsize="small")
+            ax.text(
+                middle, y, segment.layers, ha="center", va="center", color=palette.SEGMENT_TEXT, fontsize="small"
+            )
         planned_from += segment.units
         if segment.actual_units is not None:
             ax.barh(y_actual, segment.actual_units, ACTUAL_HEIGHT, actual_from, **look)

@@ -11,7 +11,6 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from sollol_nb.plots.style import (
-    BACKEND_COLORS,
     MAX_NAME_CHARS,
     axes_or_new,
     checked_frame,
@@ -26,6 +25,7 @@ from sollol_nb.plots.style import (
     without_data,
 )
 from sollol_nb.runtime.priority import Priority
+from sollol_nb.text import palette
 from sollol_nb.text.tables import shortened
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ MAX_POINTS = 300  # of one group, spread evenly over its values
 MAX_GROUPS = 12
 MANY_GROUPS = 6
 BOX_WORDS = "boxes: quartiles, whiskers: 5 to 95 %"
-BOX_COLOR = "#56b4e9"  # reads on white and on black
+BOX_COLOR = palette.SKY_BLUE  # visible on white and on black
 _GOLDEN = 0.618034
 
 
@@ -142,7 +142,7 @@ def _ecdf(frame: pd.DataFrame, column: str, title: str, label: str, ax: Axes) ->
     if known.empty:
         return without_data(ax, title)
     groups = {str(key): np.sort(one.to_numpy(dtype=float)) for key, one in known[column].groupby(known["backend"])}
-    colors = color_of(groups, BACKEND_COLORS)
+    colors = color_of(groups, palette.BACKENDS)
     scale(ax, "x", np.concatenate(list(groups.values())))
     lines, labels = [], []
     for backend, values in groups.items():

@@ -19,6 +19,7 @@ from sollol_nb.plots.style import (
     titled,
     without_data,
 )
+from sollol_nb.text import palette
 from sollol_nb.text.tables import shortened
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def predicted_vs_measured(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     groups = {name: models == name for name in names}
     if len(counts) > MAX_MODELS:
         groups["other models"] = ~np.isin(models, names)
-        colors["other models"] = "#8c8c8c"
+        colors["other models"] = palette.GREY
     handles = []
     for name, here in groups.items():
         newest = slice(-MAX_POINTS, None)

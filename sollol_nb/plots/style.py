@@ -13,6 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import ScaledTranslation
 
 from sollol_nb.errors import ConfigError
+from sollol_nb.text import palette
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,13 +21,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
 
-LINE_COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8c8c8c")
-"""Okabe and Ito's colour-blind-safe palette without yellow and black, which vanish on light or dark ground."""
-BACKEND_COLORS = {
-    "ollama-pool": "#0072b2",
-    "llama.cpp-distributed": "#e69f00",
-    "llama.cpp-local": "#009e73",
-}
 MAX_NAME_CHARS = 24  # of a model; more would leave no room for the data
 LOG_FROM_RATIO = 20.0
 LEGEND_BELOW_PT = 44.0  # room for tick labels and the axis label
@@ -116,7 +110,7 @@ def legend_below(ax: Axes, handles: Sequence[Artist], labels: Sequence[str]) -> 
 def color_of(names: Iterable[str], fixed: dict[str, str] | None = None) -> dict[str, str]:
     """A colour for each name: the fixed one, or the next that is not taken."""
     fixed = fixed or {}
-    free = [color for color in LINE_COLORS if color not in fixed.values()] or list(LINE_COLORS)
+    free = [color for color in palette.SERIES if color not in fixed.values()] or list(palette.SERIES)
     others = [name for name in names if name not in fixed]
     return {**fixed, **{name: free[position % len(free)] for position, name in enumerate(others)}}
 

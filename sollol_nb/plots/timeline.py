@@ -13,7 +13,6 @@ from matplotlib.colors import to_rgba
 from matplotlib.dates import AutoDateLocator, ConciseDateFormatter, date2num
 from matplotlib.patches import Patch
 
-from sollol_nb.cluster.status import BAD_COLOR
 from sollol_nb.plots.style import (
     axes_or_new,
     checked_frame,
@@ -26,6 +25,7 @@ from sollol_nb.plots.style import (
     without_data,
 )
 from sollol_nb.runtime.events import Event, EventKind
+from sollol_nb.text import palette
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MAX_REQUESTS = 2000
-STATUS_COLORS = {"ok": "#009e73", "error": BAD_COLOR, "timeout": "#e69f00", "cancelled": "#8c8c8c"}
 FAULT_KINDS = (
     EventKind.WORKER_LOST,
     EventKind.COORDINATOR_LOST,
@@ -74,15 +73,15 @@ def timeline(frame: pd.DataFrame, events: Iterable[Event] | None = None, ax: Axe
     first = began + shown["ttft_ms"].to_numpy(dtype=float) / 1000 / DAY_S
     first = np.where(np.isnan(first), ended, np.minimum(first, ended))
     rows = _rows(ax, [str(place) for place in shown["place"]], began, ended)
-    statuses = [status if status in STATUS_COLORS else "cancelled" for status in shown["status"]]
-    _draw_bars(ax, began, first, rows, [to_rgba(STATUS_COLORS[status], PALE) for status in statuses])
-    _draw_bars(ax, first, ended, rows, [to_rgba(STATUS_COLORS[status]) for status in statuses])
+    statuses = [status if status in palette.REQUEST_STATUSES else "cancelled" for status in shown["status"]]
+    _draw_bars(ax, began, first, rows, [to_rgba(palette.REQUEST_STATUSES[status], PALE) for status in statuses])
+    _draw_bars(ax, first, ended, rows, [to_rgba(palette.REQUEST_STATUSES[status]) for status in statuses])
     margin = 0.03 * float(ended.max() - began.min()) or 1 / DAY_S
     ax.set_xlim(float(began.min()) - margin, float(ended.max()) + margin)
 
-    present = [status for status in STATUS_COLORS if status in statuses]
-    handles: list[Artist] = [Patch(facecolor=STATUS_COLORS[status]) for status in present]
-    handles.append(Patch(facecolor=to_rgba(STATUS_COLORS[present[0]], PALE)))
+    present = [status for status in palette.REQUEST_STATUSES if status in statuses]
+    handles: list[Artist] = [Patch(facecolor=palette.REQUEST_STATUSES[status]) for status in present]
+    handles.append(Patch(facecolor=to_rgba(palette.REQUEST_STATUSES[present[0]], PALE)))
     labels = [*present, "before the first token"]
     for handle, label in (
         (_mark_failovers(ax, shown["failover_details"], rows), "went on elsewhere"),
@@ -160,7 +159,7 @@ def _mark_failovers(ax: Axes, details: Iterable[str], rows: Any) -> Artist | Non
         linestyle="none",
         marker="X",
         markersize=9,
-        color=BAD_COLOR,
+        color=palette.BAD,
         markeredgecolor=ax.get_facecolor(),
         zorder=4,
     )[0]
@@ -173,7 +172,7 @@ def _mark_events(ax: Axes, events: Iterable[Event]) -> Artist | None:
     for event in events:
         when = float(_days(np.array(event.at)))
         if event.kind in FAULT_KINDS and left <= when <= right:
-            line = ax.axvline(when, color=BAD_COLOR, linestyle=":", linewidth=1.4, zorder=3)
+            line = ax.axvline(when, color=palette.BAD, linestyle=":", linewidth=1.4, zorder=3)
     return line
 
 

@@ -1,6 +1,6 @@
 """The cluster widget: the live map of a router's cluster, with controls below it.
 
-The map is drawn by an anywidget (`cluster_map`); without anywidget the same state is shown as static HTML in an
+The map is drawn by an anywidget (`map.ClusterMap`); without anywidget the same state is shown as static HTML in an
 ipywidgets.HTML; where there are no widgets at all (a terminal) as text. Front ends seldom save the state of
 widgets, so a second output beside the widget holds the state as static HTML: hidden by the map's style sheet while
 there is a map, seen in a saved notebook that is opened later or elsewhere, and made anew after logged events.
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from IPython.display import DisplayHandle
 
     from sollol_nb import hybrid_router
-    from sollol_nb.widget.cluster_map import ClusterMap
+    from sollol_nb.widget.map import ClusterMap
 
 VIEW_LEASE_S = 150.0
 """A view that has not told for so long has gone with its page. Pages in the background tell once a minute."""
@@ -235,7 +235,7 @@ def _strategy_of(router: hybrid_router.HybridRouter | None) -> str | None:
 
 def _make_map(widget: ClusterWidget) -> ClusterMap | None:
     try:
-        from sollol_nb.widget.cluster_map import ClusterMap
+        from sollol_nb.widget.map import ClusterMap
     except ImportError:  # anywidget is not installed
         return None
     return ClusterMap(lambda: widget._state.data, widget.on_view)

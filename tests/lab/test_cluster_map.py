@@ -11,7 +11,7 @@ from playwright.sync_api import Page
 
 from sollol_nb.cluster.state_patch import patched
 from sollol_nb.runtime.io_loop import run_blocking
-from sollol_nb.widget.cluster_map import ASSETS
+from sollol_nb.widget.map import SOURCE, STYLE
 from tests.cluster.test_state_patch import random_state
 from tests.lab.lab import HeadlessLab
 from tests.support.simulated_cluster import SimulatedCluster, endpoint, node
@@ -19,7 +19,7 @@ from tests.support.simulated_cluster import SimulatedCluster, endpoint, node
 pytestmark = [pytest.mark.engine, pytest.mark.lab]
 
 # In the page: the module, and a model that does what a front end's model does.
-LOAD = """async ([source, style]) => {
+LOAD = """async ([SOURCE.read_text("utf-8"), STYLE]) => {
     document.head.append(Object.assign(document.createElement('style'), {textContent: style}));
     const url = URL.createObjectURL(new Blob([source], {type: 'text/javascript'}));
     window.map = await import(url);
@@ -54,10 +54,9 @@ LOAD = """async ([source, style]) => {
 def page(lab: HeadlessLab) -> Iterator[Page]:
     """A page with the module loaded, and no notebook."""
     opened = lab.new_page()
-    source, style = ((ASSETS / f"cluster_map.{kind}").read_text("utf-8") for kind in ("js", "css"))
     errors: list[str] = []
     opened.on("pageerror", lambda error: errors.append(str(error)))
-    opened.evaluate(LOAD, [source, style])
+    opened.evaluate(LOAD, [SOURCE.read_text("utf-8"), STYLE])
     yield opened
     opened.close()
     assert errors == []

@@ -20,8 +20,8 @@ from matplotlib.image import imread
 from matplotlib.patches import Rectangle
 
 from sollol_nb import plots
-from sollol_nb.cluster.status import COLORS
 from sollol_nb.errors import ConfigError
+from sollol_nb.text import palette
 from tests.support.plot_pictures import (
     DRAWINGS,
     NOON_S,
@@ -194,7 +194,7 @@ def test_layer_map_has_a_segment_for_each_worker_planned_and_actual(ax: Axes) ->
         *((0, 5), (0, 5), (5, 4), (5, 5), (9, 4), (10, 3)),
         (0, 2),
     ]
-    assert [to_hex(bar.get_facecolor()) for bar in bars[:6:2]] == list(COLORS[:3])
+    assert [to_hex(bar.get_facecolor()) for bar in bars[:6:2]] == list(palette.SEGMENTS[:3])
     assert rows(ax) == ["big", "b"]
     assert labels(ax)[:2] == ["10.0.0.1:50052: 0-4, 2.4 GiB", "10.0.0.2:50052: 5-8, 1.9 GiB"]
     assert "output layer" in ax.get_xlabel()

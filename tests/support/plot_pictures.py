@@ -25,6 +25,7 @@ from sollol_nb.cluster.status import ClusterStatus, CoordinatorStatus, LayerSegm
 from sollol_nb.latency.frames import Block, frame_of
 from sollol_nb.latency.schema import COLUMNS
 from sollol_nb.runtime.events import Event, EventKind
+from sollol_nb.text.palette import SEGMENTS
 
 if TYPE_CHECKING:
     from sollol_nb.llama_cpp.workers.workers import WorkerStatus
@@ -115,7 +116,7 @@ def coordinator_status(
                 None,
                 GIB // 4,
                 count / total,
-                (first_worker + position - 1) % 8,
+                SEGMENTS[(first_worker + position - 1) % 8],
             )
         )
         first += count

@@ -100,7 +100,7 @@ def test_a_router_has_one_widget_until_that_is_closed(router: HybridRouter) -> N
 def test_without_anywidget_the_state_is_shown_as_html(
     cluster: SimulatedCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "sollol_nb.widget.cluster_map", None)
+    monkeypatch.setitem(sys.modules, "sollol_nb.widget.map", None)
     widget = cluster_widget(cluster)  # type: ignore[arg-type]
     widget.bundle()
     (shown, _) = widget.box.children

@@ -15,7 +15,16 @@ from typing import Any
 import anywidget
 import traitlets
 
+from sollol_nb.text import palette
+
 ASSETS = Path(__file__).parent / "assets"
+SOURCE = ASSETS / "cluster_map.js"
+STYLE = (
+    f".sollol-cluster {{ --sollol-bad: {palette.BAD}; --sollol-used: {palette.SKY_BLUE};"
+    f" --sollol-segment-text: {palette.SEGMENT_TEXT}; }}\n"
+    + (ASSETS / "cluster_map.css").read_text(encoding="utf-8")
+)
+"""The style sheet, after the palette's colours as the variables that it uses."""
 
 OnView = Callable[[str, bool], None]
 """Told that a view (by its id) is shown, again and again while it is, or that it has gone."""
@@ -33,8 +42,8 @@ class ClusterMap(anywidget.AnyWidget):
         on_view: told which views there are.
     """
 
-    _esm = ASSETS / "cluster_map.js"
-    _css = ASSETS / "cluster_map.css"
+    _esm = SOURCE
+    _css = STYLE
     state = traitlets.Any(0).tag(sync=True, to_json=_current)
 
     def __init__(self, current: Callable[[], dict[str, Any]], on_view: OnView) -> None:
