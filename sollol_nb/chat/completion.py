@@ -6,7 +6,10 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from sollol_nb.chat import completion_view
-from sollol_nb.text import safe_markdown
+from sollol_nb.errors import StructureError
+from sollol_nb.schema.frames import frame_from_text, frame_of
+from sollol_nb.schema.schema import parse_structured
+from sollol_nb.text.safe_markdown import code_in, printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -70,7 +73,7 @@ class Completion(dict[str, Any]):
     @property
     def code(self) -> str:
         """The text of the answer's first fenced code block, or the whole text where it has none."""
-        return safe_markdown.code_in(self.text)[1]
+        return code_in(self.text)[1]
 
     @property
     def routing(self) -> dict[str, Any]:
@@ -102,8 +105,6 @@ class Completion(dict[str, Any]):
         Raises:
             StructureError: it does not fit, or is no JSON; `.text` has it as it came.
         """
-        from sollol_nb.schema.schema import parse_structured
-
         return parse_structured(self.text, object if self.schema is None else self.schema)
 
     @property
@@ -113,8 +114,6 @@ class Completion(dict[str, Any]):
         Raises:
             StructureError: there is none.
         """
-        from sollol_nb.schema.schema import frame_from_text, frame_of
-
         return frame_from_text(self.text) if self.schema is None else frame_of(self.value)
 
     def footer(self) -> str:
@@ -122,15 +121,41 @@ class Completion(dict[str, Any]):
         return completion_view.footer(self)
 
     def __str__(self) -> str:
-        return f"{self.text}\n\n[{self.footer()}]"
+        return completion_view.plain_text(self)
 
     def __repr__(self) -> str:
         return f"<Completion of {self.get('model')}: {self.text[:60]!r}>"
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
-        return completion_view.mime_bundle(self)
+        return completion_view.mime_bundle(self, self.shown_as)
+
+    def _prompt_text_(self) -> str:
+        return self.text
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        printer.text(
-            safe_markdown.printable(str(self))
-        )  # else IPython's printer of dicts is asked for the plain text
+        printer.text(printable(str(self)))  # otherwise IPython would print it as a dict
+
+
+def checked_against_schema(completion: Completion, schema: object) -> Completion:
+    """The completion with its `schema`, which its text has been checked against.
+
+    Without a schema, and for an answer that calls tools, the completion is returned unchanged.
+
+    Raises:
+        StructureError: the answer does not match; `.completion` has it. If it was stopped at `max_tokens`, the
+            message says so.
+    """
+    if schema is None or completion["message"].get("tool_calls"):
+        return completion
+    completion.schema = schema
+    try:
+        parse_structured(completion.text, schema)
+    except StructureError as error:
+        message = str(error)
+        if completion.finish_reason == "length":
+            message = (
+                f"the answer was stopped after {completion.get('eval_count')} tokens, before it matched the "
+                "schema; give a larger max_tokens (the text is in .text)"
+            )
+        raise StructureError(message, text=completion.text, completion=completion) from None
+    return completion

@@ -1,7 +1,8 @@
-"""How a completion looks: Markdown with the reasoning folded and a footer that opens, JSON, code, HTML or text.
+"""How an answer is shown: Markdown with its reasoning folded and a footer that opens, JSON, code, HTML or text.
 
-What a model writes is not trusted: see `safe_markdown`. An answer that is meant to be a page (`html`) goes into a
-frame that may run and fetch nothing.
+The functions take an answer as a mapping (Ollama's shape with `_routing`; see `completion.Completion`). What a
+model writes is not trusted: see `safe_markdown`. An answer shown as a page (`html`) goes into a frame that can run
+and fetch nothing.
 """
 
 from __future__ import annotations
@@ -12,24 +13,24 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
 from sollol_nb.text.safe_markdown import code_in, fenced, open_fence, safe_markdown
-from sollol_nb.text.tables import counted
-from sollol_nb.text.units import format_bytes
+from sollol_nb.text.tables import counted, format_bytes, format_ms
 
-if TYPE_CHECKING:
-    from sollol_nb.chat.completion import Completion
+Answer: TypeAlias = Mapping[str, Any]
 
 FORMATS = ("markdown", "text", "json", "html", "code")
 LIVE_CHARS = 6000
-"""While it streams, a long answer is shown by its end: all of it, ten times a second, would stall the page."""
+"""Of a longer answer only the end is shown while it streams: all of it, ten times a second, would stall the
+page."""
 
 _THINK, _END_OF_THINK = "<think>", "</think>"
+
 # --- text ---------------------------------------------------------------------------------------
 
 
-def parted(text: str, thinking: str) -> tuple[str, str]:
+def split_thinking(text: str, thinking: str) -> tuple[str, str]:
     """Answer and reasoning, also where an engine left both in the text: `<think>reasoning</think>answer`."""
     begin = text.lstrip()
     if thinking or not begin.startswith(_THINK):
@@ -44,31 +45,42 @@ def tail(text: str, limit_chars: int = LIVE_CHARS) -> str:
         return text
     at = text.find("\n", len(text) - limit_chars) + 1 or len(text) - limit_chars
     fence = open_fence(text[:at])
-    notice = f"*… {at:,} characters above; the end of the answer shows all*\n\n"
+    notice = f"*… {at:,} characters above, shown when the answer is complete*\n\n"
     return notice + (f"{fence}\n" if fence else "") + text[at:]
 
 
-# --- an answer that has ended -------------------------------------------------------------------
+# --- a complete answer --------------------------------------------------------------------------
 
 
-def mime_bundle(completion: Completion) -> dict[str, str]:
-    """All forms of a completion; a frontend takes the richest that it knows."""
-    plain = {"text/plain": str(completion)}
-    if completion.shown_as == "text":
-        return plain
-    text, thinking = parted(completion.text, completion.thinking)
-    ending = f"\n\n{folded_footer(completion)}"
-    body = {"json": _json_block, "code": _code_block, "html": _html_block}.get(completion.shown_as)
-    if body is not None:
-        markdown = body(text) + ending
-        if completion.shown_as == "html":
-            return {**plain, "text/markdown": markdown, "text/html": _page(text, completion)}
-        return {**plain, "text/markdown": markdown}
-    return {**plain, "text/markdown": safe_markdown(text) + folded_thinking(thinking) + ending}
+def plain_text(answer: Answer) -> str:
+    """The answer's text and its footer."""
+    return f"{_text_of(answer)}\n\n[{footer(answer)}]"
+
+
+def mime_bundle(answer: Answer, shown_as: str) -> dict[str, str]:
+    """All forms of an answer, by MIME type; a frontend takes the richest that it knows.
+
+    Args:
+        shown_as: one of `FORMATS`.
+    """
+    bundle = {"text/plain": plain_text(answer)}
+    if shown_as == "text":
+        return bundle
+    text, thinking = split_thinking(_text_of(answer), str(answer.get("message", {}).get("thinking", "")))
+    as_block = {"json": _json_block, "code": _code_block, "html": _html_block}.get(shown_as)
+    body = safe_markdown(text) + folded_thinking(thinking) if as_block is None else as_block(text)
+    bundle["text/markdown"] = f"{body}\n\n{folded_footer(answer)}"
+    if shown_as == "html":
+        bundle["text/html"] = _page(text, answer)
+    return bundle
+
+
+def _text_of(answer: Answer) -> str:
+    return str(answer.get("message", {}).get("content", ""))
 
 
 def _json_block(text: str) -> str:
-    with suppress(ValueError):  # then it is shown as it came
+    with suppress(ValueError):  # text that is not JSON is shown unchanged
         text = json.dumps(json.loads(text), indent=2, ensure_ascii=False)
     return fenced(text, "json")
 
@@ -88,22 +100,20 @@ def _html_in(text: str) -> str:
 
 
 _PAGE_STYLE = "width: 100%; height: 400px; border: 1px solid #8888; background: white; resize: vertical;"
-
-
 _FETCH_NOTHING = (
     '<meta http-equiv="Content-Security-Policy" '
     "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:; font-src data:\">"
 )
 
 
-def _page(text: str, completion: Completion) -> str:
-    source, title = html.escape(_html_in(text)), html.escape(str(completion.get("model")))
+def _page(text: str, answer: Answer) -> str:
+    source, title = html.escape(_html_in(text)), html.escape(str(answer.get("model")))
     page = html.escape(_FETCH_NOTHING) + source
     return (
         f'<iframe sandbox="" srcdoc="{page}" title="answer of {title}" '
         f'style="{_PAGE_STYLE}"></iframe>'
         f"<details><summary>source</summary><pre>{source}</pre></details>"
-        f"<small>{html.escape(footer(completion))}</small>"
+        f"<small>{html.escape(footer(answer))}</small>"
     )
 
 
@@ -111,19 +121,19 @@ def folded_thinking(thinking: str) -> str:
     """The reasoning as a fold after the answer; "" without any."""
     if not thinking:
         return ""
-    words = counted(len(thinking.split()), "word")
-    return f"\n\n<details><summary>reasoning ({words})</summary>\n\n{safe_markdown(thinking)}\n\n</details>"
+    length = counted(len(thinking.split()), "word")
+    return f"\n\n<details><summary>reasoning ({length})</summary>\n\n{safe_markdown(thinking)}\n\n</details>"
 
 
-def folded_footer(completion: Completion) -> str:
-    """The footer; it opens, and tells why the request went where it did, and what took how long."""
-    line = f"<small>{html.escape(footer(completion), quote=False)}</small>"
-    details = "\n".join(f"- {_escaped(one)}" for one in why(completion))
-    return f"<details><summary>{line}</summary>\n\n{details}\n\n</details>" if details else line
+def folded_footer(answer: Answer) -> str:
+    """The footer as a fold; inside are the details (see `details`)."""
+    line = f"<small>{html.escape(footer(answer), quote=False)}</small>"
+    lines = "\n".join(f"- {_escaped(line)}" for line in details(answer))
+    return f"<details><summary>{line}</summary>\n\n{lines}\n\n</details>" if lines else line
 
 
 def _escaped(text: str) -> str:
-    """Words as Markdown shows them unchanged."""
+    """A line as Markdown that shows it unchanged."""
     return re.sub(r"([\\`*_{}\[\]<>|])", r"\\\1", " ".join(text.split()))
 
 
@@ -132,85 +142,87 @@ def shown_name(model: str) -> str:
     return Path(model).name if model.endswith(".gguf") else model
 
 
-def footer(completion: Completion) -> str:
-    """One line: model, place, time to first token, speed, and what was unusual."""
-    routing = completion.routing
-    parts = [shown_name(str(completion.get("model", ""))), str(routing.get("backend", ""))]
+def footer(answer: Answer) -> str:
+    """One line: model, backend, time to first token, speed, and what was unusual."""
+    routing = answer.get("_routing", {})
+    parts = [shown_name(str(answer.get("model", ""))), str(routing.get("backend", ""))]
     if routing.get("layout"):
         parts.append(f"layers {routing['layout']}")
     if routing.get("load_ms"):
         parts.append(f"loaded in {routing['load_ms'] / 1000:.1f} s")
     if routing.get("ttft_ms") is not None:
-        parts.append(f"first token {routing['ttft_ms']:.0f} ms")
+        parts.append(f"first token {format_ms(routing['ttft_ms'])}")
     if routing.get("tokens_per_s"):
         parts.append(f"{routing['tokens_per_s']:.0f} tokens/s")
-    if completion.get("eval_count") is not None:
-        parts.append(f"{completion['eval_count']} tokens")
-    unusual = {"length": "cut at max_tokens", "cancelled": "stopped", "error": "broken off"}
-    if completion.get("_context_full"):
-        unusual["length"] = f"cut, its context of {completion['_context_full']:,} tokens is full"
-    parts.append(unusual.get(completion.finish_reason, ""))
-    parts += [_failover_words(one) for one in routing.get("failovers") or () if one.get("continued")]
-    parts += [str(routing.get("dropped") or completion.get("_dropped") or ""), str(routing.get("note") or "")]
+    if answer.get("eval_count") is not None:
+        parts.append(f"{answer['eval_count']} tokens")
+    unusual = {"length": "stopped at max_tokens", "cancelled": "stopped", "error": "interrupted"}
+    if answer.get("_context_full"):
+        unusual["length"] = f"stopped: its context of {answer['_context_full']:,} tokens is full"
+    parts.append(unusual.get(str(answer.get("done_reason", "")), ""))
+    parts += [
+        _describe_failover(failover) for failover in routing.get("failovers") or () if failover.get("continued")
+    ]
+    parts += [str(routing.get("dropped") or answer.get("_dropped") or ""), str(routing.get("note") or "")]
     return " · ".join(part for part in parts if part)
 
 
-def why(completion: Completion) -> list[str]:
+def details(answer: Answer) -> list[str]:
     """Why this route, over which workers, and where the time went: one line each."""
-    routing = completion.routing
+    routing = answer.get("_routing", {})
     if not routing:
         return []
     lines = [f"why: {routing['reason']}"] if routing.get("reason") else []
-    place = routing.get("coordinator_url") or routing.get("node_url")
-    if place:
-        lines.append(f"at {place}")
+    url = routing.get("coordinator_url") or routing.get("node_url")
+    if url:
+        lines.append(f"at {url}")
     for shard in (routing.get("plan") or {}).get("shards", ()):
         lines.append(
             f"layers {shard['layers']} on {shard['endpoint']}: {format_bytes(shard['weight_bytes'])} weights, "
             f"{format_bytes(shard['kv_bytes'])} KV cache"
         )
-    lines += [f"differs from the plan: {one}" for one in routing.get("placement_differences") or ()]
+    lines += [f"differs from the plan: {difference}" for difference in routing.get("placement_differences") or ()]
     named = (
         ("queue", "queue_ms"),
         ("load", "load_ms"),
         ("first token", "ttft_ms"),
-        ("all", "duration_ms"),
-        ("router's own part", "router_overhead_ms"),
+        ("total", "duration_ms"),
+        ("router overhead", "router_overhead_ms"),
     )
-    times = [f"{name} {routing[key]:,.1f} ms" for name, key in named if routing.get(key) is not None]
+    times = [f"{name} {format_ms(routing[key])}" for name, key in named if routing.get(key) is not None]
     if times:
         lines.append(", ".join(times))
     counts = [
-        f"{completion[key]:,} {words}"
-        for key, words in (("prompt_eval_count", "prompt tokens"), ("eval_count", "tokens written"))
-        if completion.get(key) is not None
+        f"{answer[key]:,} {noun}"
+        for key, noun in (("prompt_eval_count", "prompt tokens"), ("eval_count", "tokens generated"))
+        if answer.get(key) is not None
     ]
     if counts:
         lines.append(", ".join(counts))
-    lines += [str(one["what"]) for one in routing.get("failovers") or () if one.get("what")]
+    lines += [str(failover["what"]) for failover in routing.get("failovers") or () if failover.get("what")]
     return lines
 
 
-def _failover_words(failover: Mapping[str, Any]) -> str:
-    """A place that was lost in mid-answer, as a quiet remark."""
+def _describe_failover(failover: Mapping[str, Any]) -> str:
+    """A backend that was lost in mid-answer, in a few words."""
     lost = ", ".join(failover.get("lost_workers") or ()) or "its coordinator"
     cost_ms = failover.get("cost_ms")
     after = f" after {cost_ms / 1000:.1f} s" if cost_ms else ""
     return f"lost {lost} at token {failover.get('tokens_before', 0)}, continued{after}"
 
 
-# --- an answer under way ------------------------------------------------------------------------
+# --- an answer while it streams ------------------------------------------------------------------
 
 
 def live_markdown(text: str, thinking: str, status: str) -> str:
-    """An answer while it is written: its end, or the end of the reasoning, and what is going on."""
-    text, thinking = parted(text, thinking)
+    """An answer while it streams: its end, or the end of the reasoning, and what happens at the moment."""
+    text, thinking = split_thinking(text, thinking)
     parts = []
     if text:
         parts.append(safe_markdown(tail(text)))
     elif thinking:
         quoted = safe_markdown(tail(thinking, LIVE_CHARS // 4)).replace("\n", "\n> ")
         parts.append(f"*reasoning …*\n\n> {quoted}")
-    if status:  # a model is being loaded, or a lost one replaced
+    if status:  # a model is being loaded, or a lost coordinator replaced
         parts.append(f"*{_escaped(status)} …*")
     return "\n\n".join(parts)

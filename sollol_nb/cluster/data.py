@@ -31,7 +31,7 @@ from sollol_nb.llama_cpp.workers.workers import WorkerStatus
 from sollol_nb.ollama.nodes import NodeStatus
 from sollol_nb.runtime.events import Event, EventKind
 from sollol_nb.text.palette import state_color
-from sollol_nb.text.units import format_bytes
+from sollol_nb.text.tables import format_bytes
 
 MEMORY_STEPS = 50
 """Memory is told in so many steps of the whole: one is seen, less is noise."""

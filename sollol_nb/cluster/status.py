@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 from sollol_nb.layers.token_time import TokenTime
 from sollol_nb.models.files import DEMO_MODEL_PATH, DEMO_NOTE
 from sollol_nb.text import palette
-from sollol_nb.text.tables import counted
-from sollol_nb.text.units import format_bytes
+from sollol_nb.text.tables import counted, format_bytes
 
 if TYPE_CHECKING:
     import jinja2

@@ -26,7 +26,7 @@ from sollol_nb.layers.strategies import (
     unplaceable_units,
 )
 from sollol_nb.runtime.amounts import is_whole_number
-from sollol_nb.text.units import format_bytes
+from sollol_nb.text.tables import format_bytes
 
 DEFAULT_CONTEXT_TOKENS = 4096
 """Context that a plan or an estimate of memory assumes where none is given."""

@@ -14,7 +14,7 @@ from sollol_nb.gguf.facts import ModelFacts
 from sollol_nb.layers.plan import LayerPlan, memory_shortage, unchecked_plan
 from sollol_nb.layers.strategies import WorkerCapacity
 from sollol_nb.layers.token_time import TokenTime, WorkerPart, WorkerSpeeds, predict
-from sollol_nb.text.units import format_bytes
+from sollol_nb.text.tables import format_bytes
 
 
 @dataclass(frozen=True, slots=True)

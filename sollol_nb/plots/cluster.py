@@ -10,8 +10,7 @@ from matplotlib.ticker import MaxNLocator
 from sollol_nb.cluster.status import ClusterStatus, CoordinatorStatus, LayerSegment
 from sollol_nb.plots.style import MAX_NAME_CHARS, axes_or_new, legend_below, rows_from_top, titled, without_data
 from sollol_nb.text import palette
-from sollol_nb.text.tables import shortened
-from sollol_nb.text.units import format_bytes
+from sollol_nb.text.tables import format_bytes, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

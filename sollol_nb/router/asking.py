@@ -10,9 +10,8 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from sollol_nb.batch.batch import BatchPlace
-from sollol_nb.chat.completion import Completion
+from sollol_nb.chat.completion import Completion, checked_against_schema
 from sollol_nb.chat.request import ChatRequest, checked_priority, checked_timeout_s
-from sollol_nb.chat.structured_answer import fitted
 from sollol_nb.errors import (
     AnswerInterruptedError,
     ConfigError,
@@ -108,7 +107,7 @@ class RouterAsking(RouterCluster):
             model, messages, schema=schema, backend=backend, priority=priority, timeout=timeout, **options
         )
         async with aclosing(chunks):
-            return fitted(Completion.from_chunks([chunk async for chunk in chunks]), schema)
+            return checked_against_schema(Completion.from_chunks([chunk async for chunk in chunks]), schema)
 
     async def resume(
         self, interrupted: AnswerInterruptedError, *, priority: int = Priority.NORMAL, timeout: float | None = None
@@ -132,7 +131,7 @@ class RouterAsking(RouterCluster):
         before = {"message": {"role": "assistant", "content": answer.text, "thinking": answer.thinking}}
         async with aclosing(self._resumed(answer, interrupted, priority, timeout)) as chunks:
             whole = Completion.from_chunks([before, *[chunk async for chunk in chunks]])
-        return fitted(whole, interrupted.schema)
+        return checked_against_schema(whole, interrupted.schema)
 
     @io_bound_stream
     async def _resumed(

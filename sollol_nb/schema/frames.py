@@ -10,10 +10,9 @@ from collections.abc import Mapping, Sequence
 from datetime import date
 from typing import TYPE_CHECKING, Any
 
-from sollol_nb.chat.completion import Completion
 from sollol_nb.errors import ConfigError, StructureError
 from sollol_nb.schema.checks import FENCE, Misfit, json_in
-from sollol_nb.text.readable import is_of
+from sollol_nb.text.readable import is_of, whole_text_of
 from sollol_nb.text.tables import parse_markdown_table, shortened
 
 if TYPE_CHECKING:
@@ -169,8 +168,9 @@ def frame_of(value: object) -> pd.DataFrame:
 
     if isinstance(value, pd.DataFrame):
         return value
-    if isinstance(value, str | Completion):
-        return frame_from_text(value if isinstance(value, str) else value.text)
+    text = whole_text_of(value)
+    if text is not None:
+        return frame_from_text(text)
     value = _as_mapping(value)
     name = "value"
     if isinstance(value, Mapping):

@@ -17,7 +17,6 @@ from enum import Enum
 from itertools import islice
 from typing import Any
 
-from sollol_nb.chat.completion import Completion
 from sollol_nb.text.tables import compact_number, counted, escaped, markdown_table, shortened
 
 LIMIT_CHARS = 8000
@@ -32,22 +31,32 @@ _MOST_DIGITS = 4000  # Python refuses to write longer integers
 def readable(value: object, *, limit_chars: int = LIMIT_CHARS) -> str:
     """The value as text for a prompt.
 
-    Texts and answers of a model are given whole. A DataFrame or Series becomes its shape, its dtypes and its head
-    as a Markdown table; an array its shape, dtype, range and head; a matplotlib figure words and sampled data; a
-    dict, list, tuple, set, dataclass or pydantic model JSON in one line; anything else what `str` says.
+    Texts, and objects with a method `_prompt_text_()` (such as a model's answer), are given whole. A DataFrame or
+    Series becomes its shape, its dtypes and its head as a Markdown table; an array its shape, dtype, range and
+    head; a matplotlib figure a description and sampled data; a dict, list, tuple, set, dataclass or pydantic model
+    JSON in one line; anything else what `str` says.
 
     Args:
         limit_chars: the most characters of anything but a text; not less than 100.
     """
-    match value:
-        case Completion():
-            return value.text
-        case Enum():
-            return readable(value.value, limit_chars=limit_chars)
-        case str():
-            return str(value)
+    if isinstance(value, Enum):
+        return readable(value.value, limit_chars=limit_chars)
+    whole = whole_text_of(value)
+    if whole is not None:
+        return whole
     text = _text_of(value, limit_chars)
     return text if len(text) <= limit_chars else _cut(text, limit_chars)
+
+
+def whole_text_of(value: object) -> str | None:
+    """The text that a value is: a string, or what its method `_prompt_text_()` returns; None for all else.
+
+    So a class can say what its objects are in a prompt, as IPython asks `_repr_html_()` what they are on a page.
+    """
+    if isinstance(value, str):
+        return str(value)
+    method = getattr(type(value), "_prompt_text_", None)
+    return None if method is None else str(method(value))
 
 
 def is_of(value: object, *names: str) -> bool:
@@ -296,7 +305,10 @@ class _PlainData:
             if not self.short:
                 raise _TooLargeError
             return "…"
-        container = None if isinstance(value, Completion) else _container(value)
+        text = None if isinstance(value, Enum) else whole_text_of(value)
+        if text is not None:
+            return self._text(text)
+        container = _container(value)
         if container is None:
             leaf = self._leaf(value)
             if not isinstance(leaf, list):
@@ -331,8 +343,8 @@ class _PlainData:
             return float(str(value)) if value.dtype.kind == "f" else value.item()
         if is_of(value, "numpy.ndarray") and value.ndim > 0 and value.size <= 100:
             return value.tolist()
-        if isinstance(value, str | Completion):
-            return self._text(readable(value))
+        if isinstance(value, str):  # of an Enum
+            return self._text(value)
         return self._text(readable(value, limit_chars=1000).partition("\n")[0])
 
     def _text(self, text: str) -> str:

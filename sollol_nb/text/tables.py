@@ -1,4 +1,4 @@
-"""Markdown tables, written and read, and numbers and texts short enough for their cells.
+"""Markdown tables, written and read, and numbers, units and texts as people read them.
 
 Source of the format: GitHub Flavored Markdown, section 4.10 (a header row, a delimiter row of dashes, cells
 between pipes, `\\|` for a pipe in a cell).
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 _DELIMITERS = re.compile(r"\s*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*")
 _PIPE = re.compile(r"(?<!\\)\|")
+_BINARY_STEPS = ("KiB", "MiB", "GiB", "TiB", "PiB")
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -71,3 +72,21 @@ def compact_number(value: float) -> str:
 def counted(count: int, noun: str) -> str:
     """`1 row`, `50,000 rows`."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def format_bytes(count: int) -> str:
+    """Bytes in the largest binary unit that leaves at least 1: `0 B`, `640 B`, `1.5 KiB`, `13.2 GiB`."""
+    if abs(count) < 1024:
+        return f"{count} B"
+    step = 1
+    # 1023.95 and more would be shown as 1024.0 of this unit.
+    while step < len(_BINARY_STEPS) and abs(count) / 1024**step >= 1023.95:
+        step += 1
+    return f"{count / 1024**step:.1f} {_BINARY_STEPS[step - 1]}"
+
+
+def format_ms(duration_ms: float) -> str:
+    """A duration of milliseconds, in seconds from one second on: `1.2 ms`, `348 ms`, `1.5 s`, `123 s`."""
+    if duration_ms < 999.5:
+        return f"{duration_ms:.{1 if duration_ms < 9.95 else 0}f} ms"
+    return f"{duration_ms / 1000:,.{1 if duration_ms < 99_950 else 0}f} s"

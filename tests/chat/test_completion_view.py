@@ -9,7 +9,7 @@ import pytest
 from nbconvert.filters.markdown import markdown2html
 
 from sollol_nb.chat.completion import Completion
-from sollol_nb.chat.completion_view import LIVE_CHARS, live_markdown, parted, tail
+from sollol_nb.chat.completion_view import LIVE_CHARS, live_markdown, split_thinking, tail
 from sollol_nb.text.safe_markdown import code_in, fenced, open_fence, parts_of, safe_markdown
 from tests.support.hostile_answers import ADDRESSES, IMAGE, TAGS
 
@@ -165,8 +165,8 @@ def test_reasoning_is_folded_after_the_answer() -> None:
     ],
 )
 def test_reasoning_that_was_left_in_the_text_is_folded_too(text: str, parts: tuple[str, str]) -> None:
-    assert parted(text, "") == parts
-    assert parted(text, "known") == (text, "known")
+    assert split_thinking(text, "") == parts
+    assert split_thinking(text, "known") == (text, "known")
     shown = completion(text)._repr_mimebundle_()["text/markdown"]
     assert ("reasoning (1 word)" in shown) is bool(parts[1])
 
@@ -228,22 +228,22 @@ def test_the_footer_opens_and_tells_why() -> None:
         r"- why: listed \* as large",
         "- at http://127.0.0.1:18080",
         "- layers 0-4 on a:50052: 1.0 MiB weights, 1.0 KiB KV cache",
-        "- queue 0.5 ms, first token 12.0 ms",
-        "- 7 prompt tokens, 1,200 tokens written",
+        "- queue 0.5 ms, first token 12 ms",
+        "- 7 prompt tokens, 1,200 tokens generated",
         "- b:50053 died",
     ):
         assert line in markdown
 
 
 def test_what_came_short_is_told() -> None:
-    for reason, words in (("length", "cut at max_tokens"), ("cancelled", "stopped"), ("error", "broken off")):
+    for reason, words in (("length", "stopped at max_tokens"), ("cancelled", "stopped"), ("error", "interrupted")):
         assert words in Completion(model="demo", done_reason=reason).footer()
 
 
 def test_what_was_left_out_and_a_full_context_are_told() -> None:
     assert Completion(model="demo", _dropped="dropped 2 turns").footer() == "demo \u00b7 dropped 2 turns"
     full = Completion(model="demo", done_reason="length", _context_full=2048)
-    assert full.footer() == "demo \u00b7 cut, its context of 2,048 tokens is full"
+    assert full.footer() == "demo \u00b7 stopped: its context of 2,048 tokens is full"
 
 
 def test_a_file_is_named_by_its_name() -> None:

@@ -23,7 +23,7 @@ from sollol_nb.layers.plan import (
     plan_layers,
 )
 from sollol_nb.layers.strategies import STRATEGIES, ModelLoad, WorkerCapacity, even, memory_aware
-from sollol_nb.text.units import format_bytes
+from sollol_nb.text.tables import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

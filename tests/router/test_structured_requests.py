@@ -12,8 +12,7 @@ import pandas as pd
 import pytest
 from pydantic import BaseModel
 
-from sollol_nb.chat.completion import Completion
-from sollol_nb.chat.structured_answer import fitted
+from sollol_nb.chat.completion import Completion, checked_against_schema
 from sollol_nb.errors import AnswerInterruptedError, StructureError
 from sollol_nb.llama_cpp.engine.find import Engine
 from sollol_nb.models.routing import DISTRIBUTED, OLLAMA
@@ -122,7 +121,7 @@ def test_an_answer_that_a_class_refuses_says_why_and_is_kept(router: HybridRoute
 def test_a_call_of_tools_is_no_misfit() -> None:
     call = {"function": {"name": "look", "arguments": {}}}
     completion = Completion(message={"role": "assistant", "content": "", "tool_calls": [call]}, done=True)
-    assert fitted(completion, TURN) is completion
+    assert checked_against_schema(completion, TURN) is completion
 
 
 def test_an_interrupted_answer_is_resumed_where_it_was_asked_for_and_checked(engine: Engine) -> None:

@@ -25,7 +25,7 @@ from sollol_nb.llama_cpp.coordinators.readiness import LISTENING
 from sollol_nb.llama_cpp.coordinators.settings import CoordinatorSettings
 from sollol_nb.llama_cpp.processes.tcp_counters import Address, delivered_bytes
 from sollol_nb.llama_cpp.workers.workers import addresses_of
-from sollol_nb.text.units import format_bytes
+from sollol_nb.text.tables import format_bytes
 
 LOOK_EVERY_S = 0.25
 WEIGHTS_LOADED = "constructing llama_context"  # the engine's words for what comes after the weights

@@ -36,7 +36,7 @@ from sollol_nb.llama_cpp.workers.workers import Workers
 from sollol_nb.models.routing import Route
 from sollol_nb.runtime.events import EventBus, EventKind
 from sollol_nb.runtime.gate import Gate
-from sollol_nb.text.units import format_bytes
+from sollol_nb.text.tables import format_bytes
 
 LOOK_INTERVAL_S = 1.0
 """How often idle coordinators are looked at: whether their workers are still connected."""

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from IPython.core.error import UsageError
 
-from sollol_nb.chat.completion import Completion
-from sollol_nb.chat.structured_answer import fitted
+from sollol_nb.chat.completion import Completion, checked_against_schema
 from sollol_nb.notebook.magic_line import WAY_OUT, Word, named, variable_name
 from sollol_nb.text.expansion import expand
 
@@ -87,7 +86,7 @@ class CellRequest:
         Raises:
             StructureError: the answer does not fit the schema, or holds no frame.
         """
-        fitted(completion, self.schema)
+        checked_against_schema(completion, self.schema)
         if not self.as_frame:
             return completion
         frame = completion.frame

@@ -22,7 +22,7 @@ from sollol_nb.llama_cpp.processes.tcp_counters import delivered_bytes
 from sollol_nb.llama_cpp.workers.workers import Workers
 from sollol_nb.runtime.events import Event, EventBus
 from sollol_nb.settings import config
-from sollol_nb.text.units import format_bytes
+from sollol_nb.text.tables import format_bytes
 from tests.support.engines import QUESTION, eventually_async, run
 from tests.support.gguf_files import write_llama
 
