@@ -27,7 +27,7 @@ from sollol_nb.cluster.status import (
     LocalPart,
     node_words,
 )
-from sollol_nb.llama_cpp.workers.workers import WorkerStatus
+from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.ollama.nodes import NodeStatus
 from sollol_nb.runtime.events import Event, EventKind
 from sollol_nb.text.palette import state_color

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import jinja2
 
     from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
-    from sollol_nb.llama_cpp.workers.workers import WorkerStatus
+    from sollol_nb.llama_cpp.workers.status import WorkerStatus
     from sollol_nb.ollama.nodes import NodeStatus
 
 TEMPLATES = Path(__file__).parent / "templates"

@@ -22,6 +22,7 @@ from sollol_nb.ollama.choice import Holding, NodeOffer
 from sollol_nb.runtime.gate import Gate
 from sollol_nb.runtime.http_client import JsonClient
 from sollol_nb.settings import config
+from sollol_nb.settings.endpoints import LOOPBACK
 
 LOOK_TIMEOUT_S = 3.0
 INVENTORY_FRESH_S = 10.0  # older than this, it is asked again beside the next request
@@ -111,10 +112,10 @@ def node_url(node: str | Mapping[str, Any]) -> str:
         parts = urlsplit(f"//{rest}")
     except ValueError:
         raise ConfigError(f"{text!r} is not an Ollama node; an IPv6 address is written [::1]:11434") from None
-    endpoint = f"127.0.0.1{parts.netloc}" if parts.netloc.startswith(":") else parts.netloc
+    endpoint = f"{LOOPBACK}{parts.netloc}" if parts.netloc.startswith(":") else parts.netloc
     default_port = {"http": 80, "https": 443}[scheme] if separator else config.DEFAULT_OLLAMA_PORT
     host, port = config.parse_endpoint(endpoint, default_port)
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - told apart, not bound
+    host = {"0.0.0.0": LOOPBACK, "::": "::1"}.get(host, host)  # noqa: S104 - told apart, not bound
     return f"{scheme}://{config.format_endpoint(host, port)}{parts.path.rstrip('/')}"
 
 

@@ -38,6 +38,7 @@ from sollol_nb.runtime.io_loop import io_bound, io_bound_stream
 from sollol_nb.runtime.priority import checked_priority
 from sollol_nb.runtime.progress_bars import progress_bar
 from sollol_nb.settings import config
+from sollol_nb.settings.endpoints import LOOPBACK
 
 FIRST_TOKEN_TIMEOUT_S = 600.0  # loading hundreds of gigabytes from a slow disk takes minutes
 SILENCE_TIMEOUT_S = 60.0
@@ -73,7 +74,7 @@ class OllamaPool:
     ) -> None:
         if isinstance(nodes, str):
             nodes = [node for node in nodes.split(",") if node.strip()]
-        urls = [node_url(node) for node in nodes or config.ollama_hosts() or ["127.0.0.1"]]
+        urls = [node_url(node) for node in nodes or config.ollama_hosts() or [LOOPBACK]]
         self._serving = Serving(
             dict.fromkeys(urls),
             slots=config.ollama_num_parallel() if num_parallel is None else num_parallel,

@@ -14,7 +14,8 @@ from sollol_nb.layers.plan import check_strategy
 from sollol_nb.layers.what_if import Forecast
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.coordinators.pool import CoordinatorPool
-from sollol_nb.llama_cpp.workers.workers import Workers, WorkerStatus
+from sollol_nb.llama_cpp.workers.status import WorkerStatus
+from sollol_nb.llama_cpp.workers.workers import Workers
 from sollol_nb.models.routing import DISTRIBUTED, LOCAL, OLLAMA
 from sollol_nb.ollama.pool import OllamaPool
 from sollol_nb.runtime.events import EventBus, EventKind

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ipaddress
+import socket
+from functools import lru_cache
 
 from sollol_nb.errors import ConfigError
 
 DEFAULT_RPC_PORT = 50052
+LOOPBACK = "127.0.0.1"
 
 
 def parse_endpoint(text: str, default_port: int = DEFAULT_RPC_PORT) -> tuple[str, int]:
@@ -43,6 +46,21 @@ def is_loopback(endpoint: str) -> bool:
     """Whether a `host:port` endpoint is on this machine by its address (127.0.0.0/8, ::1, localhost)."""
     host, _ = parse_endpoint(endpoint)
     return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
+
+
+def addresses_of(endpoint: str) -> frozenset[tuple[str, int]]:
+    """An endpoint as pairs of IP address and port; empty while its name cannot be resolved."""
+    try:
+        return _resolved(endpoint)
+    except OSError:  # it is asked again the next time
+        return frozenset()
+
+
+@lru_cache
+def _resolved(endpoint: str) -> frozenset[tuple[str, int]]:
+    host, port = parse_endpoint(endpoint)
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return frozenset((str(address[0]), port) for *_, address in found)
 
 
 def _is_address(host: str) -> bool:

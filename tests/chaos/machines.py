@@ -19,7 +19,7 @@ from functools import cache
 from typing import Any, TypeVar
 
 from sollol_nb.llama_cpp.engine.find import Engine
-from sollol_nb.llama_cpp.workers.local import free_ports
+from sollol_nb.llama_cpp.processes.machine import free_ports
 from tests.support.engines import HANG_GUARD_S, eventually
 
 T = TypeVar("T")

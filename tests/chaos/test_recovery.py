@@ -13,7 +13,7 @@ import pytest
 
 from sollol_nb.errors import AnswerInterruptedError, WorkersUnavailableError
 from sollol_nb.llama_cpp.coordinators import pool as pool_room
-from sollol_nb.llama_cpp.workers import losses as worker_losses
+from sollol_nb.llama_cpp.workers import workers
 from sollol_nb.runtime.events import Event
 from tests.chaos.faults import COORDINATOR_KILLED, WORKER_KILLED, Scene
 from tests.chaos.machines import Machine
@@ -81,7 +81,7 @@ def test_a_machine_that_is_lost_again_and_again_cools_down(
             machine.kill()
         assert used(scene) == [flapping], "better than none"
         chaos.cluster.make_well()
-        monkeypatch.setattr(worker_losses, "FIRST_COOL_DOWN_S", 0.0)
+        monkeypatch.setattr(workers, "FIRST_COOL_DOWN_S", 0.0)
         assert used(scene) == first
 
 

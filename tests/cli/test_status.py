@@ -13,7 +13,7 @@ import pytest
 
 from sollol_nb.cli.status import troubles
 from sollol_nb.cluster.status import ClusterStatus
-from sollol_nb.llama_cpp.workers.workers import WorkerStatus
+from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.ollama.nodes import NodeStatus
 from sollol_nb.sync_wrapper import HybridRouter
 from tests.support.engines import QUESTION, unused_port

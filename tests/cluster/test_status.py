@@ -18,7 +18,7 @@ from sollol_nb.layers.token_time import TokenTime
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.coordinators.placement import DevicePlacement, Placement
 from sollol_nb.llama_cpp.workers.probe import Probe, ProbeOutcome
-from sollol_nb.llama_cpp.workers.workers import WorkerStatus
+from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.models.files import DEMO_MODEL_PATH, DEMO_NOTE
 from sollol_nb.ollama.nodes import NodeStatus
 from tests.support.simulated_cluster import node as simulated_node

@@ -16,7 +16,7 @@ from sollol_nb.layers.strategies import WorkerCapacity
 from sollol_nb.llama_cpp.engine.find import Engine
 from sollol_nb.llama_cpp.workers import workers as workers_room
 from sollol_nb.llama_cpp.workers.probe import Probe, probe_all
-from sollol_nb.llama_cpp.workers.workers import WorkerStatus
+from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.sync_wrapper import HybridRouter, OllamaPool
 from tests.support.engines import QUESTION, engine_on, eventually, run, write_endless
 from tests.support.ollama_server import OllamaServer

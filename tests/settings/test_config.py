@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
 
 from sollol_nb.errors import ConfigError
 from sollol_nb.settings import config
+from sollol_nb.settings.endpoints import addresses_of
 
 
 @pytest.mark.parametrize(
@@ -239,3 +241,13 @@ def test_programs_get_our_environment_without_leftover_engine_options(monkeypatc
     assert given["HTTPS_PROXY"] == "http://proxy:1"
     assert given["LLAMA_API_KEY"] == "key"
     assert given["GGML_NO_BACKTRACE"] == "1"
+
+
+def test_a_name_that_could_not_be_resolved_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object, **__: object) -> None:
+        raise OSError("Temporary failure in name resolution")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    assert addresses_of("gpu-box:50052") == frozenset()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(2, 1, 6, "", ("10.0.0.7", 50052))])
+    assert addresses_of("gpu-box:50052") == {("10.0.0.7", 50052)}

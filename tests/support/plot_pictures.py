@@ -28,7 +28,7 @@ from sollol_nb.runtime.events import Event, EventKind
 from sollol_nb.text.palette import SEGMENTS
 
 if TYPE_CHECKING:
-    from sollol_nb.llama_cpp.workers.workers import WorkerStatus
+    from sollol_nb.llama_cpp.workers.status import WorkerStatus
 
 PICTURES = Path(__file__).parents[1] / "data" / "plots"
 DPI = 60

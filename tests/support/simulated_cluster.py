@@ -21,7 +21,8 @@ from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.coordinators.placement import DevicePlacement, Placement
 from sollol_nb.llama_cpp.coordinators.pool import CoordinatorPool
 from sollol_nb.llama_cpp.workers.probe import Probe, ProbeOutcome
-from sollol_nb.llama_cpp.workers.workers import Workers, WorkerStatus
+from sollol_nb.llama_cpp.workers.status import WorkerStatus
+from sollol_nb.llama_cpp.workers.workers import Workers
 from sollol_nb.ollama.nodes import NodeStatus
 from sollol_nb.ollama.pool import OllamaPool
 from sollol_nb.runtime.events import EventBus, EventKind

@@ -46,10 +46,9 @@ from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.processes.exit_reasons import code_words, exit_reason
 from sollol_nb.llama_cpp.processes.process import EngineProcess, ExitReport
 from sollol_nb.llama_cpp.processes.registry import Entry
-from sollol_nb.llama_cpp.workers.local import LOOPBACK
-from sollol_nb.llama_cpp.workers.workers import addresses_of
 from sollol_nb.runtime.gate import Gate
 from sollol_nb.runtime.http_client import JsonClient
+from sollol_nb.settings.endpoints import LOOPBACK, addresses_of
 
 # A stream that went silent is ended by the watch over all streams (see `pace`), long before this.
 SILENCE_LIMIT_S = 3600.0

@@ -2,9 +2,9 @@
 
 The engine tells in its log which units each worker gets, and when the weights are loaded; it does not tell how
 far it is in between. That is known from the system, where it counts what a TCP connection has delivered (see
-`tcp_counters`): while it loads, a coordinator sends its workers their weights and next to nothing else. No worker
-is asked, for a worker answers nobody but its coordinator. A worker that keeps tensors in a cache of its own is
-sent only what it lacks; such a load is shown as less until all weights are loaded.
+`machine.delivered_bytes`): while it loads, a coordinator sends its workers their weights and next to nothing
+else. No worker is asked, for a worker answers nobody but its coordinator. A worker that keeps tensors in a cache
+of its own is sent only what it lacks; such a load is shown as less until all weights are loaded.
 
 Source of the order in which a worker gets its units: llama.cpp loads a device's tensors in the order in which
 `load_tensors` (llama-model.cpp) creates them, the output layer before the blocks.
@@ -23,8 +23,8 @@ from typing import Any
 from sollol_nb.llama_cpp.coordinators.placement import Placement, read_placement
 from sollol_nb.llama_cpp.coordinators.readiness import LISTENING
 from sollol_nb.llama_cpp.coordinators.settings import CoordinatorSettings
-from sollol_nb.llama_cpp.processes.tcp_counters import Address, delivered_bytes
-from sollol_nb.llama_cpp.workers.workers import addresses_of
+from sollol_nb.llama_cpp.processes.machine import Address, delivered_bytes
+from sollol_nb.settings.endpoints import addresses_of
 from sollol_nb.text.tables import format_bytes
 
 LOOK_EVERY_S = 0.25

@@ -15,8 +15,8 @@ from sollol_nb.errors import EngineError
 from sollol_nb.gguf.facts import ModelFacts, read_facts
 from sollol_nb.layers.plan import LayerPlan
 from sollol_nb.llama_cpp.coordinators.placement import split_over_devices
-from sollol_nb.llama_cpp.processes.cores import usable_cores
-from sollol_nb.llama_cpp.workers.local import LOOPBACK
+from sollol_nb.llama_cpp.processes.machine import usable_cores
+from sollol_nb.settings.endpoints import LOOPBACK
 
 DEFAULT_SLOTS = 4
 

@@ -28,9 +28,10 @@ from sollol_nb.llama_cpp.coordinators.readiness import PortTakenError
 from sollol_nb.llama_cpp.coordinators.settings import DEFAULT_SLOTS, CoordinatorSettings, file_identity
 from sollol_nb.llama_cpp.engine.find import Engine, ensure_engine
 from sollol_nb.llama_cpp.processes import registry
+from sollol_nb.llama_cpp.processes.machine import free_ports
 from sollol_nb.llama_cpp.workers.choice import DEFAULT_WORKERS, check_free, no_workers_words, plan_over
-from sollol_nb.llama_cpp.workers.local import free_ports
-from sollol_nb.llama_cpp.workers.workers import Workers, WorkerStatus
+from sollol_nb.llama_cpp.workers.status import WorkerStatus
+from sollol_nb.llama_cpp.workers.workers import Workers
 from sollol_nb.models.routing import DISTRIBUTED, Route
 from sollol_nb.runtime.events import EventBus, EventKind
 from sollol_nb.runtime.gate import Gate

@@ -32,6 +32,7 @@ from sollol_nb.errors import EngineIncompatibleError, EngineNotFoundError
 from sollol_nb.llama_cpp.engine import build as engine_build
 from sollol_nb.llama_cpp.engine.steps import Progress, end_process_tree
 from sollol_nb.settings import config
+from sollol_nb.settings.endpoints import LOOPBACK
 
 SERVER_NAME = "llama-server"
 WORKER_NAMES = ("ggml-rpc-server", "rpc-server")
@@ -244,15 +245,15 @@ def _checked(server: Path, worker: Path, fingerprint: tuple[tuple[str, int, int]
         protocol = _greet(server, worker)
         if protocol is not None:
             return (found.group(1) if found else "unknown"), protocol
-    raise EngineIncompatibleError(f"{worker} could not be started: no free port on 127.0.0.1")
+    raise EngineIncompatibleError(f"{worker} could not be started: no free port on {LOOPBACK}")
 
 
 def _greet(server: Path, worker: Path) -> str | None:
     """Start the worker, let the server greet it; the worker's protocol, or None if its port was taken."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((LOOPBACK, 0))
         port = probe.getsockname()[1]
-    endpoint = f"127.0.0.1:{port}"
+    endpoint = f"{LOOPBACK}:{port}"
     with tempfile.TemporaryFile() as log:
 
         def printed() -> str:
@@ -261,7 +262,7 @@ def _greet(server: Path, worker: Path) -> str | None:
 
         try:
             process = subprocess.Popen(
-                [worker, "-H", "127.0.0.1", "-p", str(port)],
+                [worker, "-H", LOOPBACK, "-p", str(port)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -270,7 +271,7 @@ def _greet(server: Path, worker: Path) -> str | None:
         except OSError as error:
             raise EngineIncompatibleError(f"{worker} does not run here: {error.strerror or error}") from error
         try:
-            if not _listens(process, port):
+            if not _accepts_connections(process, port):
                 code = process.poll()
                 if code is not None and re.search(r"bind|in use|create server socket", printed()):
                     return None
@@ -291,12 +292,12 @@ def _greet(server: Path, worker: Path) -> str | None:
     )
 
 
-def _listens(process: subprocess.Popen[bytes], port: int) -> bool:
+def _accepts_connections(process: subprocess.Popen[bytes], port: int) -> bool:
     """Wait until the worker accepts connections; False if it ended or took too long."""
     deadline = time.monotonic() + CHECK_LIMIT_S
     while process.poll() is None and time.monotonic() < deadline:
         try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            socket.create_connection((LOOPBACK, port), timeout=1).close()
             return True
         except OSError:
             time.sleep(_POLL_S)

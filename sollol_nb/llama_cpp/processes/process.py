@@ -26,6 +26,7 @@ from sollol_nb.errors import EngineError
 from sollol_nb.llama_cpp.processes import registry, supervisor
 from sollol_nb.llama_cpp.processes.registry import Entry
 from sollol_nb.settings import config
+from sollol_nb.settings.endpoints import LOOPBACK
 
 LOG_LIMIT_BYTES = 16 * 1024 * 1024
 START_TIMEOUT_S = 15.0
@@ -354,12 +355,12 @@ async def _connect(port: int, key: str) -> tuple[asyncio.StreamReader, asyncio.S
         EngineError: something else answers.
     """
     async with asyncio.timeout(ANSWER_TIMEOUT_S):
-        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=MESSAGE_LIMIT_BYTES)
+        reader, writer = await asyncio.open_connection(LOOPBACK, port, limit=MESSAGE_LIMIT_BYTES)
         try:
             writer.write(json.dumps({"key": key}).encode() + b"\n")
             hello = await reader.readline()
             if not hello.startswith(b'{"event": "hello"'):
-                raise EngineError(f"what listens on 127.0.0.1:{port} is not the supervisor that was expected")
+                raise EngineError(f"what listens on {LOOPBACK}:{port} is not the supervisor that was expected")
         except BaseException:
             writer.close()
             raise

@@ -1,14 +1,16 @@
-"""What runs on this machine for this user, across all kernels: the list of `sollol-nb ps`, and its end.
+"""The engines of this user on this machine, of all kernels: list them, stop them, read their logs.
 
-Read from the registry and from the supervisors themselves; nothing of a router is needed.
+Read from the registry and from the supervisors; no router is needed.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from sollol_nb.errors import ConfigError
@@ -16,6 +18,7 @@ from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.processes.process import EngineProcess
 from sollol_nb.llama_cpp.processes.registry import Entry
 from sollol_nb.runtime.io_loop import io_bound
+from sollol_nb.settings import config
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +101,36 @@ async def stop_running(names: Collection[str] = (), *, also_used: bool = False) 
             if entry is not None and await _stop(entry, also_used=also_used or bool(names)):
                 ended.append(one)
     return ended
+
+
+def engine_log(name: str, *, last: int = 20, grep: str | None = None) -> str:
+    """The last lines of the log of an engine that runs, and a first line that says which file they are from.
+
+    Args:
+        name: a coordinator's model, a worker's `host:port`, or an id of `sollol-nb ps`.
+        last: how many lines at most.
+        grep: only lines that contain this text, in any case.
+
+    Raises:
+        ConfigError: no such engine runs (the message names those that do, and the folder of older logs), or its
+            log cannot be read.
+    """
+    entries = registry.entries()
+    # Of several coordinators of a model the one that was started last.
+    found = [one for one in sorted(entries, key=lambda one: one.started_at) if name in (one.name, one.id)]
+    if not found:
+        running = ", ".join(sorted({one.name for one in entries})) or "nothing"
+        raise ConfigError(
+            f"nothing called {name!r} runs (running: {running}); logs of what has ended are in {config.log_dir()}"
+        )
+    path = Path(found[-1].log_path)
+    wanted = (grep or "").casefold()
+    try:
+        with path.open(encoding="utf-8", errors="replace") as log:
+            lines = deque((line for line in log if wanted in line.casefold()), maxlen=last)
+    except OSError as error:
+        raise ConfigError(f"the log of {name} cannot be read: {path} ({error.strerror or error})") from None
+    return f"{path}\n" + "".join(lines).rstrip("\n")
 
 
 def as_text(engines: Sequence[RunningEngine]) -> str:

@@ -44,6 +44,7 @@ import time
 from collections import deque
 from typing import IO, Any
 
+LOOPBACK = "127.0.0.1"  # this file runs alone, without the package
 END_SIGNALS = (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
 STOP_GRACE_S = 5.0
 MIN_IDLE_S = 1.0
@@ -145,7 +146,7 @@ class Supervisor:
         self._why = ""
         self._kill_at: float | None = None
         self._selector = selectors.DefaultSelector()
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=256)
+        self._listener = socket.create_server((LOOPBACK, 0), backlog=256)
         self._listener.setblocking(False)
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
         self._woken, self._wake = socket.socketpair()
@@ -381,7 +382,7 @@ def hold_others(holds: list[dict[str, Any]]) -> list[socket.socket]:
     held = []
     for other in holds:
         with contextlib.suppress(OSError):
-            connection = socket.create_connection(("127.0.0.1", other["port"]), timeout=5.0)
+            connection = socket.create_connection((LOOPBACK, other["port"]), timeout=5.0)
             connection.sendall(json.dumps({"key": other["key"]}).encode() + b"\n" + b'{"n": 1, "do": "hold"}\n')
             held.append(connection)
     return held

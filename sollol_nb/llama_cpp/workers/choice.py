@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
 
 from sollol_nb.errors import ModelDoesNotFitError, WorkersUnavailableError
+from sollol_nb.gguf.facts import ModelFacts
 from sollol_nb.layers.plan import LayerPlan, plan_layers
-
-if TYPE_CHECKING:
-    from sollol_nb.gguf.facts import ModelFacts
-    from sollol_nb.llama_cpp.workers.workers import WorkerStatus
+from sollol_nb.llama_cpp.workers.status import WorkerStatus
 
 DEFAULT_WORKERS = 3
 

@@ -1,4 +1,4 @@
-"""Worker processes on this machine: free ports for them, their start, and when they answer.
+"""Worker processes on this machine: start one, and wait until it answers.
 
 Flags of the worker binary live here. Workers do no authentication and no encryption (and have had remote code
 execution bugs), so the ones started here listen on loopback only.
@@ -7,9 +7,7 @@ execution bugs), so the ones started here listen on loopback only.
 from __future__ import annotations
 
 import asyncio
-import os
 import re
-import socket
 import time
 
 import psutil
@@ -21,7 +19,6 @@ from sollol_nb.llama_cpp.processes.process import EngineProcess
 from sollol_nb.llama_cpp.workers.probe import ProbeOutcome, probe
 from sollol_nb.settings import config
 
-LOOPBACK = "127.0.0.1"
 START_TIMEOUT_S = 20.0
 
 _TROUBLE = re.compile(r"fail|error|abort|cannot|invalid", re.IGNORECASE)
@@ -40,30 +37,7 @@ async def start_worker(
     )
 
 
-def free_ports(first: int, count: int, host: str = LOOPBACK) -> list[int]:
-    """The first `count` ports from `first` upward that nothing listens on.
-
-    Raises:
-        WorkerStartError: there are not that many.
-    """
-    found: list[int] = []
-    for port in range(first, 65536):
-        if len(found) == count:
-            break
-        with socket.socket() as trial:
-            try:
-                if os.name == "posix":  # a port whose old connections still linger is free for a server
-                    trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                trial.bind((host, port))
-            except OSError:
-                continue
-        found.append(port)
-    if len(found) < count:
-        raise WorkerStartError(f"no {count} free ports from {first} upward on {host}; give another first port")
-    return found
-
-
-def _listens(pid: int, port: int) -> bool:
+def _is_listening(pid: int, port: int) -> bool:
     try:
         sockets = psutil.Process(pid).net_connections("tcp")
     except psutil.NoSuchProcess:
@@ -77,7 +51,8 @@ async def wait_until_free(endpoint: str, process: EngineProcess) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while process.is_running():
         # A stranger's worker may have taken the port a moment before ours, and would answer too.
-        if _listens(process.pid, port) and (await probe(host, port, timeout_s=1.0)).outcome is ProbeOutcome.FREE:
+        is_ours = _is_listening(process.pid, port)
+        if is_ours and (await probe(host, port, timeout_s=1.0)).outcome is ProbeOutcome.FREE:
             return
         if time.monotonic() > deadline:
             raise WorkerStartError(

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from sollol_nb.runtime.io_loop import run_blocking
-from sollol_nb.settings.config import DEFAULT_RPC_PORT, format_endpoint, parse_endpoint
+from sollol_nb.settings.endpoints import DEFAULT_RPC_PORT, LOOPBACK, format_endpoint, parse_endpoint
 
 PROTOCOL_MAJOR = 7
 PROTOCOL_MINOR = 0
@@ -126,7 +126,7 @@ async def probe_all(endpoints: Iterable[str], *, timeout_s: float = DEFAULT_TIME
 
 
 async def discover(
-    hosts: Iterable[str] = ("127.0.0.1",),
+    hosts: Iterable[str] = (LOOPBACK,),
     ports: Iterable[int] = DISCOVERY_PORTS,
     *,
     timeout_s: float = DEFAULT_TIMEOUT_S,

@@ -7,79 +7,29 @@ end of a local worker is told by its supervisor at once; that of another is seen
 from __future__ import annotations
 
 import asyncio
-import socket
+import time
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
-import psutil
-
 from sollol_nb.errors import ConfigError
-from sollol_nb.layers.strategies import WorkerCapacity
 from sollol_nb.llama_cpp.engine.find import Engine
 from sollol_nb.llama_cpp.processes import registry
-from sollol_nb.llama_cpp.processes.cores import usable_cores
 from sollol_nb.llama_cpp.processes.exit_reasons import code_words
+from sollol_nb.llama_cpp.processes.machine import free_ports, usable_cores
 from sollol_nb.llama_cpp.processes.process import EngineProcess
 from sollol_nb.llama_cpp.processes.registry import Entry
-from sollol_nb.llama_cpp.workers.local import LOOPBACK, free_ports, start_worker, wait_until_free
-from sollol_nb.llama_cpp.workers.losses import WorkerLosses
+from sollol_nb.llama_cpp.workers.local import start_worker, wait_until_free
 from sollol_nb.llama_cpp.workers.probe import DEFAULT_TIMEOUT_S, Probe, ProbeOutcome, discover, probe_all
+from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.runtime.events import EventBus, EventKind
 from sollol_nb.settings import config
+from sollol_nb.settings.endpoints import LOOPBACK
 
 MAX_LOCAL_WORKERS = 64
 DEFAULT_KEEP_ALIVE_S = 600.0
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerStatus:
-    """One worker as seen now.
-
-    Attributes:
-        endpoint: `host:port`.
-        state: `free`, `held`, `busy`, `down`, `incompatible` or `unknown` (not looked at yet).
-        detail: one line in words: by whom it is held, or what is wrong and what to do.
-        held_by: the model whose coordinator holds it, or None.
-        probe: the last look at it; memory and round trip are from then.
-        is_local: a process on this machine that this router started or took over.
-    """
-
-    endpoint: str
-    state: str
-    detail: str
-    held_by: str | None
-    probe: Probe | None
-    is_local: bool
-
-    @property
-    def capacity(self) -> WorkerCapacity:
-        """What the layer plan needs to know of it."""
-        seen = self.probe
-        if seen is None:
-            return WorkerCapacity(self.endpoint, free_bytes=0, total_bytes=0)
-        free_bytes, memory_domain = seen.free_bytes, None
-        if _is_system_memory(seen.total_bytes) and config.is_loopback(self.endpoint):
-            # All CPU workers of a machine offer the same memory, and each calls all of it free.
-            free_bytes = min(free_bytes, psutil.virtual_memory().available)
-            memory_domain = LOOPBACK
-        return WorkerCapacity(
-            self.endpoint,
-            free_bytes=free_bytes,
-            total_bytes=seen.total_bytes,
-            round_trip_ms=seen.round_trip_ms,
-            memory_domain=memory_domain,
-        )
-
-
-def _is_system_memory(total_bytes: int) -> bool:
-    return abs(total_bytes - _system_memory_bytes()) < 64 * 1024**2
-
-
-@lru_cache
-def _system_memory_bytes() -> int:
-    return psutil.virtual_memory().total
+LOSSES_COUNT_FOR_S = 600.0
+FIRST_COOL_DOWN_S = 30.0
+LONGEST_COOL_DOWN_S = 300.0
 
 
 class Workers:
@@ -392,16 +342,31 @@ _STATE_OF_OUTCOME = {
 }
 
 
-def addresses_of(endpoint: str) -> frozenset[tuple[str, int]]:
-    """An endpoint as pairs of IP address and port; empty while its name cannot be resolved."""
-    try:
-        return _resolved(endpoint)
-    except OSError:  # it is asked again the next time
-        return frozenset()
+class WorkerLosses:
+    """How often each worker was lost lately, and how long it is therefore avoided.
 
+    One loss may have any cause. A worker that is lost for the second time within ten minutes cools down for half a
+    minute, and for twice as long after each further loss.
+    """
 
-@lru_cache
-def _resolved(endpoint: str) -> frozenset[tuple[str, int]]:
-    host, port = config.parse_endpoint(endpoint)
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return frozenset((str(address[0]), port) for *_, address in found)
+    def __init__(self) -> None:
+        self._at: dict[str, list[float]] = {}
+
+    def __contains__(self, endpoint: object) -> bool:
+        return endpoint in self._at
+
+    def note(self, endpoint: str) -> None:
+        """It was lost now."""
+        self._at[endpoint] = [*self._recent(endpoint), time.monotonic()]
+
+    def cools_down_s(self, endpoint: str) -> float:
+        """Seconds for which it is still only used if no other suffices."""
+        losses = self._recent(endpoint)
+        if len(losses) < 2:
+            return 0.0
+        pause_s = min(FIRST_COOL_DOWN_S * 2.0 ** (len(losses) - 2), LONGEST_COOL_DOWN_S)
+        return max(0.0, losses[-1] + pause_s - time.monotonic())
+
+    def _recent(self, endpoint: str) -> list[float]:
+        now = time.monotonic()
+        return [at for at in self._at.get(endpoint, ()) if now - at < LOSSES_COUNT_FOR_S]

@@ -11,8 +11,7 @@ from IPython.core.magic_arguments import argument, magic_arguments
 from sollol_nb import notebook
 from sollol_nb.cluster.status import ClusterStatus
 from sollol_nb.llama_cpp.engine.find import ensure_engine
-from sollol_nb.llama_cpp.processes.engine_logs import engine_log
-from sollol_nb.llama_cpp.processes.running import stop_running
+from sollol_nb.llama_cpp.processes.running import engine_log, stop_running
 from sollol_nb.notebook import magic_line as options
 from sollol_nb.notebook.displays import is_kernel
 from sollol_nb.runtime.io_loop import run_blocking

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sollol_nb.llama_cpp.processes import cores
-from sollol_nb.llama_cpp.processes.cores import quota_cores, usable_cores
+from sollol_nb.llama_cpp.processes import machine
+from sollol_nb.llama_cpp.processes.machine import quota_cores, usable_cores
 
 V2 = "sys/fs/cgroup"
 
@@ -48,14 +48,14 @@ def test_the_tightest_quota_of_the_groups_above_counts(
 def test_a_part_of_a_core_counts_as_one(quota: float | None, usable: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
-    monkeypatch.setattr(cores, "quota_cores", lambda: quota)
+    monkeypatch.setattr(machine, "quota_cores", lambda: quota)
     assert usable_cores() == usable
 
 
 def test_cores_that_the_process_is_not_bound_to_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {2, 3, 5}, raising=False)
-    monkeypatch.setattr(cores, "quota_cores", lambda: None)
+    monkeypatch.setattr(machine, "quota_cores", lambda: None)
     assert usable_cores() == 3
 
 

@@ -1,4 +1,4 @@
-"""`sollol-nb ps` and `sollol-nb stop`: what runs, of all kernels, and its end."""
+"""Running engines of all kernels: `sollol-nb ps`, `sollol-nb stop`, their logs."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from sollol_nb.cli import main as cli
+from sollol_nb.errors import ConfigError
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.coordinators.pool import CoordinatorPool
 from sollol_nb.llama_cpp.coordinators.settings import file_identity
 from sollol_nb.llama_cpp.coordinators.start import PoolSettings
 from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.processes.process import EngineProcess
-from sollol_nb.llama_cpp.processes.running import stop_running
+from sollol_nb.llama_cpp.processes.running import engine_log, stop_running
 from sollol_nb.llama_cpp.workers.workers import Workers
 from sollol_nb.models.files import DEMO_MODEL_PATH
 from sollol_nb.runtime.events import EventBus
@@ -138,3 +140,24 @@ def test_only_a_coordinator_that_is_ready_and_left_by_its_kernel_makes_room(
     assert run(pool._make_room("wanted")) == (load_ms is not None)
     assert len(registry.entries()) == (load_ms is None)
     run(stop_running(also_used=True))
+
+
+# --- logs -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "demo.log"
+    entry = SimpleNamespace(name="demo", id="c1", started_at=0.0, log_path=str(path))
+    monkeypatch.setattr(registry, "entries", lambda: [entry])
+    return path
+
+
+def test_the_last_lines_that_contain_a_text(log: Path) -> None:
+    log.write_text("Loading a\nready\nloading b\nloading c\n")
+    assert engine_log("demo", last=2, grep="LOADING") == f"{log}\nloading b\nloading c"
+
+
+def test_a_log_that_was_deleted_is_told_in_one_line(log: Path) -> None:
+    with pytest.raises(ConfigError, match=r"the log of demo cannot be read: .*demo\.log \(No such file"):
+        engine_log("demo")

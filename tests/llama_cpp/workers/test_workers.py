@@ -17,12 +17,13 @@ import pytest
 from sollol_nb.errors import ConfigError, EngineError, WorkerStartError
 from sollol_nb.llama_cpp.engine.find import Engine
 from sollol_nb.llama_cpp.processes import registry
+from sollol_nb.llama_cpp.processes.machine import free_ports
 from sollol_nb.llama_cpp.processes.process import EngineProcess
 from sollol_nb.llama_cpp.workers import local as local_workers
 from sollol_nb.llama_cpp.workers import workers
-from sollol_nb.llama_cpp.workers.local import free_ports
 from sollol_nb.llama_cpp.workers.probe import Probe, ProbeOutcome
-from sollol_nb.llama_cpp.workers.workers import Workers, WorkerStatus, addresses_of
+from sollol_nb.llama_cpp.workers.status import WorkerStatus
+from sollol_nb.llama_cpp.workers.workers import Workers
 from sollol_nb.runtime.events import EventBus
 from sollol_nb.settings import config
 from tests.support.engines import (
@@ -92,16 +93,6 @@ def test_a_discovered_worker_is_known_to_be_free_at_once(engine: Engine, local: 
 
     assert run(other.discover()) == found
     assert [one.state for one in other.statuses()] == ["free"]
-
-
-def test_a_name_that_could_not_be_resolved_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unknown(*_: object, **__: object) -> None:
-        raise OSError("Temporary failure in name resolution")
-
-    monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    assert addresses_of("gpu-box:50052") == frozenset()
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(2, 1, 6, "", ("10.0.0.7", 50052))])
-    assert addresses_of("gpu-box:50052") == {("10.0.0.7", 50052)}
 
 
 # --- starting ---------------------------------------------------------------------------------

@@ -1,0 +1,181 @@
+"""Facts about this machine: usable cores, free ports, and the bytes that a process has sent over TCP."""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+import os
+import socket
+import struct
+import sys
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+import psutil
+
+from sollol_nb.errors import WorkerStartError
+from sollol_nb.settings.endpoints import LOOPBACK
+
+Address = tuple[str, int]
+
+_NETLINK_TIMEOUT_S = 0.5  # the kernel answers immediately or not at all
+_NETLINK_SOCK_DIAG = 4
+_SOCK_DIAG_BY_FAMILY = 20
+_NLM_F_REQUEST = 1
+_INET_DIAG_INFO = 2
+_ALL_STATES = 0xFFFFFFFF
+_NO_COOKIE = b"\xff" * 8
+_HEADER_BYTES, _MESSAGE_BYTES, _ATTRIBUTE_BYTES = 16, 72, 4
+_BYTES_ACKED_OFFSET = 120  # of `tcpi_bytes_acked` in `tcp_info`
+
+
+# --- cores: an engine with a thread for each core of the host is slow where its container may use two ------------
+
+
+def usable_cores() -> int:
+    """The smallest of: the machine's cores, the cores this process is bound to, and its CPU quota; at least 1."""
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = min(cores, len(os.sched_getaffinity(0)))
+    quota = quota_cores()
+    return cores if quota is None else max(1, min(cores, math.ceil(quota)))
+
+
+def quota_cores(root: Path = Path("/")) -> float | None:
+    """CPU quota of this process's Linux control groups in cores, e.g. 1.5; None without a limit.
+
+    Sources: the kernel's `cgroup-v2.rst` (`cpu.max`) and `sched-bwc.rst` (`cpu.cfs_quota_us`).
+
+    Args:
+        root: the folder that contains `proc` and `sys`.
+    """
+    groups = root / "sys/fs/cgroup"
+    quotas = [_quota_v2(groups / group / "cpu.max") for group in _own_groups(root)]
+    quotas.append(_quota_v1(groups / "cpu"))
+    return min((quota for quota in quotas if quota is not None), default=None)
+
+
+def _own_groups(root: Path) -> list[str]:
+    """The process's control group and its parents, relative to the root, which is all a container may see."""
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        if line.startswith("0::"):
+            group = PurePosixPath(line.removeprefix("0::").lstrip("/"))
+            return [str(group), *map(str, group.parents)]
+    return ["."]
+
+
+def _quota_v2(path: Path) -> float | None:
+    quota, _, period = _text(path).partition(" ")
+    return _cores(quota, period)
+
+
+def _quota_v1(folder: Path) -> float | None:
+    return _cores(_text(folder / "cpu.cfs_quota_us"), _text(folder / "cpu.cfs_period_us"))
+
+
+def _cores(quota: str, period: str) -> float | None:
+    """Both in microseconds; without a limit the quota is `max` or -1."""
+    quota, period = quota.strip(), period.strip()
+    return int(quota) / int(period) if quota.isdecimal() and period.isdecimal() and int(period) else None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:  # not Linux, or the other version of control groups
+        return ""
+
+
+# --- ports -----------------------------------------------------------------------------------
+
+
+def free_ports(first: int, count: int, host: str = LOOPBACK) -> list[int]:
+    """The first `count` ports from `first` upward that no program listens on.
+
+    Raises:
+        WorkerStartError: there are not enough free ports.
+    """
+    found: list[int] = []
+    for port in range(first, 65536):
+        if len(found) == count:
+            break
+        with socket.socket() as trial:
+            try:
+                if os.name == "posix":  # a port whose old connections still linger is free for a server
+                    trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                trial.bind((host, port))
+            except OSError:
+                continue
+        found.append(port)
+    if len(found) < count:
+        raise WorkerStartError(
+            f"fewer than {count} ports from {first} upward are free on {host}; choose a lower first port"
+        )
+    return found
+
+
+# --- bytes sent ------------------------------------------------------------------------------
+
+
+def delivered_bytes(pid: int) -> dict[Address, int] | None:
+    """Bytes that a process has sent and its peers have acknowledged, by the peer's IP address and port.
+
+    Linux reports them without privileges (`sock_diag(7)`: the attribute `INET_DIAG_INFO` holds a `tcp_info`, see
+    `linux/inet_diag.h` and `linux/tcp.h`). Several connections to one peer are added up; no peer is asked.
+
+    Returns:
+        None on other systems, and if the process has ended.
+    """
+    if sys.platform != "linux":
+        return None
+    try:
+        connections = psutil.Process(pid).net_connections("tcp")
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as netlink:
+            netlink.settimeout(_NETLINK_TIMEOUT_S)
+            delivered: dict[Address, int] = {}
+            for connection in connections:
+                if not connection.raddr:
+                    continue
+                netlink.send(_diag_request(connection.family, connection.laddr, connection.raddr))
+                acked = _acked_bytes(netlink.recv(65536))
+                if acked is not None:  # else the connection was just closed
+                    peer = (str(connection.raddr[0]), int(connection.raddr[1]))
+                    delivered[peer] = delivered.get(peer, 0) + acked
+    except (psutil.Error, OSError):
+        return None
+    return delivered
+
+
+def _diag_request(family: int, local: Address, remote: Address) -> bytes:
+    """An `nlmsghdr` and an `inet_diag_req_v2` that names one connection."""
+    wanted = 1 << (_INET_DIAG_INFO - 1)
+    connection = struct.pack("!HH", local[1], remote[1]) + _packed(local[0]) + _packed(remote[0])
+    request = struct.pack("=BBBBI", family, socket.IPPROTO_TCP, wanted, 0, _ALL_STATES)
+    request += connection + bytes(4) + _NO_COOKIE
+    header = struct.pack("=IHHII", _HEADER_BYTES + len(request), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 0, 0)
+    return header + request
+
+
+def _packed(host: str) -> bytes:
+    return ipaddress.ip_address(host).packed.ljust(16, b"\0")
+
+
+def _acked_bytes(answer: bytes) -> int | None:
+    """Acknowledged bytes in the kernel's answer; None if it is an error or does not contain them."""
+    size, kind = struct.unpack_from("=IH", answer)
+    if kind != _SOCK_DIAG_BY_FAMILY:
+        return None
+    for name, value in _attributes(answer[_HEADER_BYTES + _MESSAGE_BYTES : size]):
+        if name == _INET_DIAG_INFO and len(value) >= _BYTES_ACKED_OFFSET + 8:
+            (acked,) = struct.unpack_from("=Q", value, _BYTES_ACKED_OFFSET)
+            return int(acked)
+    return None
+
+
+def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
+    while len(data) >= _ATTRIBUTE_BYTES:
+        size, name = struct.unpack_from("=HH", data)
+        if size < _ATTRIBUTE_BYTES:
+            return
+        yield name, data[_ATTRIBUTE_BYTES:size]
+        data = data[(size + 3) & ~3 :]
