@@ -14,6 +14,7 @@ from sollol_nb import hybrid_router
 from sollol_nb.batch.batch import Batch
 from sollol_nb.batch.store import BatchStore
 from sollol_nb.bench.bench import bench_blocking
+from sollol_nb.chat.chunk import Chunk
 from sollol_nb.latency.log import LatencyLog
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.ollama import pool as ollama_pool
@@ -90,7 +91,7 @@ class HybridRouter:
     get_stats = same(hybrid_router.HybridRouter.get_stats)
 
     @property
-    def stream_async(self) -> Callable[..., AsyncGenerator[dict[str, Any], None]]:
+    def stream_async(self) -> Callable[..., AsyncGenerator[Chunk, None]]:
         """The async `stream`, for a caller that brings its own way to wait."""
         return self._async.stream
 

@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sollol_nb.chat.chunk import ROUTING
 from sollol_nb.chat.completion import Completion
 from sollol_nb.errors import ConfigError
 from sollol_nb.settings import config
@@ -88,7 +89,7 @@ class BatchStore:
     def put(self, key: str, completion: Completion) -> None:
         """Keep an answer; waits for other writers, at most 10 s."""
         routing = {name: value for name, value in completion.routing.items() if name not in _LARGE_ROUTING}
-        text = json.dumps({**completion, "_routing": routing})
+        text = json.dumps({**completion, ROUTING: routing})
         row = (key, str(completion.get("model", "")), time.time(), text)
         with self._connection() as connection:
             connection.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?)", row)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from sollol_nb.chat import completion_view
+from sollol_nb.chat.chunk import RESTARTED, ROUTING, Chunk
 from sollol_nb.errors import StructureError
 from sollol_nb.schema.frames import frame_from_text, frame_of
 from sollol_nb.schema.schema import parse_structured
@@ -36,7 +37,7 @@ class Completion(dict[str, Any]):
     shown_as: str = "markdown"
 
     @classmethod
-    def from_chunks(cls, chunks: Iterable[Mapping[str, Any]]) -> Completion:
+    def from_chunks(cls, chunks: Iterable[Chunk]) -> Completion:
         """Join streamed chunks into the whole answer; the last chunk carries everything but the text.
 
         A chunk with `_restarted` begins the answer again.
@@ -47,7 +48,7 @@ class Completion(dict[str, Any]):
         last: Mapping[str, Any] = {}
         for chunk in chunks:
             message = chunk.get("message") or {}
-            if chunk.get("_restarted"):  # what came before was void
+            if chunk.get(RESTARTED):  # what came before was void
                 content, thinking, tool_calls = [], [], []
             content.append(message.get("content") or "")
             thinking.append(message.get("thinking") or "")
@@ -78,7 +79,7 @@ class Completion(dict[str, Any]):
     @property
     def routing(self) -> dict[str, Any]:
         """Where the request went, why, and what it took (`_routing`)."""
-        return dict(self.get("_routing", {}))
+        return dict(self.get(ROUTING, {}))
 
     @property
     def route(self) -> str:

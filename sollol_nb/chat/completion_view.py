@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from sollol_nb.chat.chunk import CONTEXT_FULL, DROPPED, ROUTING
 from sollol_nb.text.safe_markdown import code_in, fenced, open_fence, safe_markdown
 from sollol_nb.text.tables import counted, format_bytes, format_ms
 
@@ -144,7 +145,7 @@ def shown_name(model: str) -> str:
 
 def footer(answer: Answer) -> str:
     """One line: model, backend, time to first token, speed, and what was unusual."""
-    routing = answer.get("_routing", {})
+    routing = answer.get(ROUTING, {})
     parts = [shown_name(str(answer.get("model", ""))), str(routing.get("backend", ""))]
     if routing.get("layout"):
         parts.append(f"layers {routing['layout']}")
@@ -157,19 +158,19 @@ def footer(answer: Answer) -> str:
     if answer.get("eval_count") is not None:
         parts.append(f"{answer['eval_count']} tokens")
     unusual = {"length": "stopped at max_tokens", "cancelled": "stopped", "error": "interrupted"}
-    if answer.get("_context_full"):
-        unusual["length"] = f"stopped: its context of {answer['_context_full']:,} tokens is full"
+    if answer.get(CONTEXT_FULL):
+        unusual["length"] = f"stopped: its context of {answer[CONTEXT_FULL]:,} tokens is full"
     parts.append(unusual.get(str(answer.get("done_reason", "")), ""))
     parts += [
         _describe_failover(failover) for failover in routing.get("failovers") or () if failover.get("continued")
     ]
-    parts += [str(routing.get("dropped") or answer.get("_dropped") or ""), str(routing.get("note") or "")]
+    parts += [str(routing.get("dropped") or answer.get(DROPPED) or ""), str(routing.get("note") or "")]
     return " · ".join(part for part in parts if part)
 
 
 def details(answer: Answer) -> list[str]:
     """Why this route, over which workers, and where the time went: one line each."""
-    routing = answer.get("_routing", {})
+    routing = answer.get(ROUTING, {})
     if not routing:
         return []
     lines = [f"why: {routing['reason']}"] if routing.get("reason") else []

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from sollol_nb.chat import conversation_view as chat_view
+from sollol_nb.chat.chunk import DROPPED, Chunk
 from sollol_nb.chat.completion import Completion
 from sollol_nb.chat.context_window import DROP_OLDEST, turn_starts
 from sollol_nb.chat.messages import check_messages
@@ -154,7 +155,7 @@ class Chat:
                 raise ConfigError(
                     f"the last answer of chat {self.name} did not break off; there is nothing to amend"
                 )
-            whole = _said(Completion({"_dropped": self._said[-1].note, **answer}))
+            whole = _said(Completion({DROPPED: self._said[-1].note, **answer}))
             if whole is None:
                 raise ConfigError(f"the answer has no text; chat {self.name} keeps the one that broke off")
             self._said[-1] = whole
@@ -321,12 +322,12 @@ class ChatBook(Mapping[str, Chat]):
 
 
 async def ask_in_chat(
-    stream: Callable[..., AsyncGenerator[dict[str, Any], None]],
+    stream: Callable[..., AsyncGenerator[Chunk, None]],
     chat: Chat,
     model: str,
     prompt: str | Mapping[str, Any],
     **options: Any,
-) -> AsyncGenerator[dict[str, Any], None]:
+) -> AsyncGenerator[Chunk, None]:
     """Ask the next question of a chat; yields chunks as `HybridRouter.stream` does.
 
     Where turns were dropped to fit the context, the first chunk and the last have `_dropped`: what, in words; the
@@ -345,7 +346,7 @@ async def ask_in_chat(
     """
     question = check_messages(prompt if isinstance(prompt, str) else [prompt])[0]
     options["overflow"] = options.get("overflow") or DROP_OLDEST
-    chunks: list[dict[str, Any]] = []
+    chunks: list[Chunk] = []
     with chat.answering():
         try:
             async with aclosing(stream(model, [*chat.messages, question], **options)) as answer:
@@ -357,8 +358,8 @@ async def ask_in_chat(
         except BaseException as error:
             if chunks and not chunks[-1].get("done"):
                 failed = isinstance(error, Exception) and not isinstance(error, RequestCancelledError)
-                told = [chunk["_dropped"] for chunk in chunks if "_dropped" in chunk]
-                partial = Completion.from_chunks(chunks) | ({"_dropped": told[-1]} if told else {})
+                told = [chunk[DROPPED] for chunk in chunks if DROPPED in chunk]
+                partial = Completion.from_chunks(chunks) | ({DROPPED: told[-1]} if told else {})
                 chat.add(question, Completion(partial, done_reason="error" if failed else "cancelled"))
             raise
 
@@ -373,7 +374,7 @@ def _said(answer: Completion) -> Said | None:
         datetime.now(UTC),
         model=str(answer.get("model") or ""),
         done_reason=answer.finish_reason,
-        note=str(answer.get("_dropped") or ""),
+        note=str(answer.get(DROPPED) or ""),
         prompt_tokens=answer.get("prompt_eval_count"),
         answer_tokens=answer.get("eval_count"),
     )

@@ -113,7 +113,7 @@ class NodeLostError(OllamaError):
 
 async def exchange(
     node: OllamaNode, path: str, body: Mapping[str, Any], *, deadline: Deadline, patience: Patience
-) -> AsyncGenerator[dict[str, Any], None]:
+) -> AsyncGenerator[Any, None]:
     """POST to a node and give the chunks of its answer. Closing this closes the connection.
 
     Raises:
@@ -208,7 +208,7 @@ def _refused(node: OllamaNode, status: int, reason: str) -> Exception:
     return OllamaResponseError(said)
 
 
-def _chunk(node: OllamaNode, line: str) -> dict[str, Any]:
+def _chunk(node: OllamaNode, line: str) -> Any:
     try:
         chunk = json.loads(line)
     except ValueError:

@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Any
 
+from sollol_nb.chat.chunk import DROPPED, ROUTING, Chunk
 from sollol_nb.chat.context_window import Fitted, Message, fit, turn_starts
 from sollol_nb.errors import ContextOverflowError
 from sollol_nb.ollama.requests import AnswerSoFar, characters, estimated_tokens
 from sollol_nb.ollama.serving import Journey, Serving
 
 
-async def answer_what_fits(serving: Serving, journey: Journey) -> AsyncGenerator[dict[str, Any], None]:
+async def answer_what_fits(serving: Serving, journey: Journey) -> AsyncGenerator[Chunk, None]:
     """The chunks of a chat's answer; where turns were dropped, the first and the last have `_dropped`: what.
 
     Raises:
@@ -40,7 +40,7 @@ async def answer_what_fits(serving: Serving, journey: Journey) -> AsyncGenerator
             async with aclosing(serving.answer(journey)) as chunks:
                 async for chunk in chunks:
                     if not is_told or (fitted.words and chunk.get("done")):
-                        chunk, is_told = {**chunk, "_dropped": fitted.words}, True
+                        chunk, is_told = {**chunk, DROPPED: fitted.words}, True
                     yield chunk
             return
         except ContextOverflowError as error:
@@ -87,8 +87,8 @@ async def _context_tokens(serving: Serving, journey: Journey) -> int | None:
         async with aclosing(serving.answer(loading)) as chunks:
             async for chunk in chunks:
                 if chunk.get("done"):
-                    routing = chunk["_routing"]
-                    journey.load_ms += routing["total_ms"] - routing["queue_ms"]
+                    routing = chunk[ROUTING]
+                    journey.load_ms += routing["total_ms"] - loading.queue_ms
         journey.queue_ms = loading.queue_ms
         context_tokens = await serving.context_tokens(journey.name.key)
     return context_tokens

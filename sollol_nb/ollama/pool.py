@@ -23,6 +23,7 @@ from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Self
 
+from sollol_nb.chat.chunk import RESTARTED, Chunk
 from sollol_nb.chat.context_window import DROP_OLDEST, ERROR, check_overflow, turn_starts
 from sollol_nb.errors import ConfigError, OllamaResponseError, OllamaUnavailableError
 from sollol_nb.models.names import ModelName
@@ -162,7 +163,7 @@ class OllamaPool:
         timeout: float | None = None,
         overflow: str = ERROR,
         **options: Any,
-    ) -> AsyncGenerator[dict[str, Any], None]:
+    ) -> AsyncGenerator[Chunk, None]:
         """The chunks of `/api/chat` as Ollama sends them; the last has `done` and `_routing`. The first
         of each node has `_routing` as far as it is known by then.
 
@@ -203,7 +204,7 @@ class OllamaPool:
         priority: int = DEFAULT_PRIORITY,
         timeout: float | None = None,
         **options: Any,
-    ) -> AsyncGenerator[dict[str, Any], None]:
+    ) -> AsyncGenerator[Chunk, None]:
         """The chunks of `/api/generate` as Ollama sends them, with `done` and `_routing` as in `stream_chat`."""
         body = request_body(model, prompt=prompt, **{**KEEPS_ALL, **_without_stream(options)})
         async with aclosing(self._serving.answer(_journey(GENERATE, body, priority, timeout))) as chunks:
@@ -345,15 +346,17 @@ class PullBar:
         self._bar.refresh()
 
 
-async def _whole(chunks: AsyncGenerator[dict[str, Any], None]) -> dict[str, Any]:
+async def _whole(chunks: AsyncGenerator[Chunk, None]) -> dict[str, Any]:
     """One answer of all chunks."""
     answer = AnswerSoFar()
     async with aclosing(chunks):
         async for chunk in chunks:
-            if chunk.pop("_restarted", False):
+            if chunk.get(RESTARTED):
                 answer = AnswerSoFar()
             answer.add(chunk)
-    return answer.merged()
+    merged = answer.merged()
+    merged.pop(RESTARTED, None)
+    return merged
 
 
 def _without_stream(options: dict[str, Any]) -> dict[str, Any]:

@@ -8,12 +8,14 @@ unless it is the only one and there again at once.
 from __future__ import annotations
 
 import asyncio
+import copy
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Container, Iterable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from sollol_nb.chat.chunk import CONTEXT_FULL, DROPPED, RESTARTED, ROUTING, Chunk, Failover, Routing
 from sollol_nb.chat.context_window import overflow_error
 from sollol_nb.errors import (
     ConnectionBrokenError,
@@ -66,7 +68,7 @@ class Journey:
     last_sign_s: float = field(default_factory=time.monotonic)
     so_far: AnswerSoFar = field(default_factory=AnswerSoFar)
     left: dict[str, NodeLostError] = field(default_factory=dict)  # by URL, in order
-    failovers: list[dict[str, Any]] = field(default_factory=list)
+    failovers: list[Failover] = field(default_factory=list)
     has_gone_back: bool = False
     queue_ms: float = 0.0
     load_ms: float = 0.0  # before the request itself was sent
@@ -91,7 +93,7 @@ class Journey:
             }
         )
 
-    def take(self, chunk: dict[str, Any]) -> bool:
+    def take(self, chunk: Chunk) -> bool:
         """Note what a chunk brings; whether it is the last."""
         now_s = time.monotonic()
         for failover in self.failovers:
@@ -103,7 +105,7 @@ class Journey:
             self.ttft_ms = (now_s - self.began_s) * 1e3
         return is_last
 
-    def routing(self, node: OllamaNode, final: Mapping[str, Any]) -> dict[str, Any]:
+    def routing(self, node: OllamaNode, final: Mapping[str, Any]) -> Routing:
         """The `_routing` of the answer, so far or, with the last chunk, as a whole."""
         return {
             "backend": BACKEND,
@@ -112,7 +114,7 @@ class Journey:
             "ttft_ms": self.ttft_ms,
             "total_ms": (time.monotonic() - self.began_s) * 1e3,
             "load_ms": self.load_ms + final.get("load_duration", 0) / 1e6,
-            "failovers": [dict(one) for one in self.failovers],
+            "failovers": copy.deepcopy(self.failovers),
         }
 
 
@@ -135,7 +137,7 @@ class Serving:
 
     # --- a request's way ------------------------------------------------------------------------
 
-    async def answer(self, journey: Journey) -> AsyncGenerator[dict[str, Any], None]:
+    async def answer(self, journey: Journey) -> AsyncGenerator[Chunk, None]:
         """The chunks of a request's answer; the first of each node and the last have `_routing`.
 
         Errors are those of `OllamaPool.chat`.
@@ -154,13 +156,13 @@ class Serving:
                             journey.deadline.go_on()
                             is_last = journey.take(chunk)
                             if is_first:  # an answer that is cut short has no last chunk to say where it ran
-                                chunk, is_first = {**chunk, "_routing": journey.routing(node, chunk)}, False
+                                chunk, is_first = {**chunk, ROUTING: journey.routing(node, chunk)}, False
                             if restarted:
-                                chunk, restarted = {**chunk, "_restarted": True}, False
+                                chunk, restarted = {**chunk, RESTARTED: True}, False
                             if is_last:
                                 self._learn(node, offer, journey, chunk)
                                 chunk |= await self._remarks(node, journey, chunk)
-                                chunk["_routing"] = journey.routing(node, chunk)
+                                chunk[ROUTING] = journey.routing(node, chunk)
                             yield chunk
                             if is_last:
                                 return
@@ -194,9 +196,9 @@ class Serving:
                 context_tokens is not None
                 and (final.get("prompt_eval_count") or 0) + answer_tokens >= context_tokens
             ):
-                remarks["_context_full"] = context_tokens
+                remarks[CONTEXT_FULL] = context_tokens
         if words := unread_words(journey.body.get("messages") or (), final.get("prompt_eval_count")):
-            remarks["_dropped"] = words
+            remarks[DROPPED] = words
         return remarks
 
     def tokens_per_character(self, key: str, prompt_characters: int) -> float | None:
@@ -341,7 +343,7 @@ class Serving:
         """The answer to a request that is answered in one piece."""
         async with aclosing(exchange(node, path, body, deadline=deadline, patience=self.patience)) as answers:
             async for answer in answers:
-                return answer
+                return dict(answer)
         raise NodeLostError(f"{node.url}{path} answered nothing")
 
     # --- nodes --------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from sollol_nb.batch.batch import BatchPlace
+from sollol_nb.chat.chunk import ROUTING, Chunk
 from sollol_nb.chat.completion import Completion, checked_against_schema
 from sollol_nb.chat.request import ChatRequest, checked_priority, checked_timeout_s
 from sollol_nb.errors import (
@@ -128,7 +129,7 @@ class RouterAsking(RouterCluster):
         if not isinstance(interrupted, AnswerInterruptedError) or interrupted.state is None:
             raise ConfigError("resume() takes an AnswerInterruptedError of an answer that had begun; ask again")
         answer = Answer.from_state(interrupted.state)
-        before = {"message": {"role": "assistant", "content": answer.text, "thinking": answer.thinking}}
+        before: Chunk = {"message": {"role": "assistant", "content": answer.text, "thinking": answer.thinking}}
         async with aclosing(self._resumed(answer, interrupted, priority, timeout)) as chunks:
             whole = Completion.from_chunks([before, *[chunk async for chunk in chunks]])
         return checked_against_schema(whole, interrupted.schema)
@@ -136,11 +137,11 @@ class RouterAsking(RouterCluster):
     @io_bound_stream
     async def _resumed(
         self, answer: Answer, interrupted: AnswerInterruptedError, priority: int, timeout_s: float | None
-    ) -> AsyncGenerator[dict[str, Any], None]:
+    ) -> AsyncGenerator[Chunk, None]:
         record = RequestRecord(answer.model)
         record.text = answer.text
 
-        async def chunks() -> AsyncGenerator[dict[str, Any], None]:
+        async def chunks() -> AsyncGenerator[Chunk, None]:
             record.priority = checked_priority(priority)
             limit_s = checked_timeout_s(self._timeout_s if timeout_s is None else timeout_s)
             route = await self.route(answer.model, backend=interrupted.backend)
@@ -182,7 +183,7 @@ class RouterAsking(RouterCluster):
         priority: int = Priority.NORMAL,
         timeout: float | None = None,
         **options: Any,
-    ) -> AsyncGenerator[dict[str, Any], None]:
+    ) -> AsyncGenerator[Chunk, None]:
         """Ask a model; yields Ollama-shaped chunks as they come, the last with `done` and `_routing`.
 
         Arguments and errors are those of `route_request`, but the engine alone sees to the schema: the text is not
@@ -203,8 +204,8 @@ class RouterAsking(RouterCluster):
                 yield chunk
 
     async def _recorded(
-        self, record: RequestRecord, chunks: AsyncGenerator[dict[str, Any], None]
-    ) -> AsyncGenerator[dict[str, Any], None]:
+        self, record: RequestRecord, chunks: AsyncGenerator[Chunk, None]
+    ) -> AsyncGenerator[Chunk, None]:
         """The chunks, the last with `_routing`, and one latency row whatever happens."""
         model, status, error_words = record.model, "cancelled", ""
         told_place = None
@@ -215,13 +216,13 @@ class RouterAsking(RouterCluster):
                     is_first = record.ttft_ms is None
                     record.saw(chunk)
                     # An answer that is cut short has no last chunk to say where it ran.
-                    if is_first or "_routing" in chunk or record.place != told_place:
+                    if is_first or ROUTING in chunk or record.place != told_place:
                         told_place = record.place
-                        chunk = {**chunk, "_routing": record.routing()}
+                        chunk = {**chunk, ROUTING: record.routing()}
                     if chunk.get("done"):
                         chunk = {**chunk, "total_duration": int(record.duration_ms * 1e6)}
                         chunk["load_duration"] = int((record.load_ms or 0) * 1e6)
-                        chunk["_routing"] = record.routing()
+                        chunk[ROUTING] = record.routing()
                         # The row is there before the caller has its answer.
                         status = "ok"
                         await self._write(record.row("ok"))
@@ -245,7 +246,7 @@ class RouterAsking(RouterCluster):
 
     async def _chunks(
         self, record: RequestRecord, messages: Sequence[Mapping[str, Any]] | str, **arguments: Any
-    ) -> AsyncGenerator[dict[str, Any], None]:
+    ) -> AsyncGenerator[Chunk, None]:
         request = ChatRequest.checked(messages, **arguments)
         record.priority = request.priority
         route = await self.route(record.model, backend=request.backend)
@@ -263,8 +264,8 @@ class RouterAsking(RouterCluster):
                     )
                 ) as chunks:
                     async for chunk in chunks:
-                        if "_routing" in chunk:
-                            record.take_node(chunk["_routing"])
+                        if ROUTING in chunk:
+                            record.take_node(chunk[ROUTING])
                         yield chunk
                 return
             except OllamaResponseError as error:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, suppress
-from typing import Any
 
+from sollol_nb.chat.chunk import Chunk
 from sollol_nb.errors import AnswerInterruptedError, CoordinatorLostError, RequestTimeoutError, SollolError
 from sollol_nb.llama_cpp.answers.kinds import Answer
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
@@ -36,7 +36,7 @@ async def stream_answer(
     priority: int,
     timeout_s: float,
     keep_alive: object = None,
-) -> AsyncGenerator[dict[str, Any], None]:
+) -> AsyncGenerator[Chunk, None]:
     """Stream one answer, continued on another coordinator whenever one is lost.
 
     Args:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from sollol_nb.chat.chunk import DROPPED, RESTARTED, Chunk, Failover, Routing
 from sollol_nb.chat.completion import Completion
 from sollol_nb.latency.log import LatencyRow
 from sollol_nb.models.files import DEMO_MODEL_PATH, DEMO_NOTE
@@ -37,7 +39,7 @@ class RequestRecord:
         self.queue_ms: float | None = None
         self.load_ms: float | None = None
         self.router_overhead_ms: float | None = None
-        self.failovers: list[dict[str, Any]] = []
+        self.failovers: list[Failover] = []
         self.text = ""
         self.dropped = ""
         self._started_at = time.time()
@@ -59,7 +61,7 @@ class RequestRecord:
         self.place = str(node_routing.get("node") or "")
         self.queue_ms = node_routing.get("queue_ms")
         self.load_ms = node_routing.get("load_ms") or None
-        self.failovers = [dict(one) for one in node_routing.get("failovers") or ()]
+        self.failovers = list(node_routing.get("failovers") or ())
 
     def leave(self, what: str) -> None:
         """A place could not answer, and the request goes on elsewhere from its beginning."""
@@ -120,13 +122,13 @@ class RequestRecord:
         waited_ms = (self.queue_ms or 0.0) + (self.load_ms or 0.0) + self._left_ms
         self.router_overhead_ms = max(0.0, (self._sent - self._began) * 1000 - waited_ms)
 
-    def saw(self, chunk: Mapping[str, Any]) -> None:
+    def saw(self, chunk: Chunk) -> None:
         """A chunk came back."""
         message = chunk.get("message") or {}
         if self._first is None and (message.get("content") or message.get("thinking") or chunk.get("done")):
             self._first = time.perf_counter()
-        self.text = ("" if chunk.get("_restarted") else self.text) + (message.get("content") or "")
-        self.dropped = chunk.get("_dropped") or self.dropped
+        self.text = ("" if chunk.get(RESTARTED) else self.text) + (message.get("content") or "")
+        self.dropped = chunk.get(DROPPED) or self.dropped
         if chunk.get("done"):
             self._final = chunk
 
@@ -153,7 +155,7 @@ class RequestRecord:
             model=self.model, message=message, done=False, done_reason="error", _routing=self.routing()
         )
 
-    def routing(self) -> dict[str, Any]:
+    def routing(self) -> Routing:
         """The `_routing` entry of the answer."""
         return {
             "backend": self.backend,
@@ -170,7 +172,7 @@ class RequestRecord:
             "ttft_ms": self.ttft_ms,
             "tokens_per_s": self.tokens_per_s,
             "router_overhead_ms": self.router_overhead_ms,
-            "failovers": [dict(one) for one in self.failovers],
+            "failovers": copy.deepcopy(self.failovers),
             "dropped": self.dropped,
         }
 

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
+from sollol_nb.chat.chunk import Chunk
 from sollol_nb.errors import AnswerDivergedError, ConfigError
 from sollol_nb.llama_cpp.answers.protocol import chat_chunk, sampling_settings
 from sollol_nb.llama_cpp.answers.tokens import Post
@@ -67,7 +68,7 @@ class Answer(ABC):
         """
 
     @abstractmethod
-    def translate(self, event: Mapping[str, Any]) -> dict[str, Any] | None:
+    def translate(self, event: Mapping[str, Any]) -> Chunk | None:
         """The Ollama chunk of an event, or None when it brings nothing to show.
 
         Raises:
@@ -75,7 +76,7 @@ class Answer(ABC):
         """
 
     @abstractmethod
-    def final(self) -> dict[str, Any]:
+    def final(self) -> Chunk:
         """The last chunk: `done`, the reason, tokens and nanoseconds over all engines, tool calls if any."""
 
     @abstractmethod
@@ -124,12 +125,12 @@ class Answer(ABC):
     def _total_ms(self, name: str) -> float:
         return float(self._spent_ms[name] + self._timings.get(name, 0.0))
 
-    def _show(self, content: str, thinking: str) -> dict[str, Any] | None:
+    def _show(self, content: str, thinking: str) -> Chunk | None:
         self.text += content
         self.thinking += thinking
         return chat_chunk(self.model, content, thinking) if content or thinking else None
 
-    def _with_counts(self, chunk: dict[str, Any], done_reason: str) -> dict[str, Any]:
+    def _with_counts(self, chunk: Chunk, done_reason: str) -> Chunk:
         return {
             **chunk,
             "done_reason": done_reason,

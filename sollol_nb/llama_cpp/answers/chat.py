@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sollol_nb.chat.chunk import Chunk
 from sollol_nb.llama_cpp.answers.base import Answer, Written, diverged
 from sollol_nb.llama_cpp.answers.protocol import ChunkTranslator, progress_of, request_body
 from sollol_nb.llama_cpp.answers.tokens import Post
@@ -30,7 +31,7 @@ class ChatAnswer(Answer):
         body |= {"seed": self.seed, "return_progress": True, "timings_per_token": True}
         return "/v1/chat/completions", body
 
-    def translate(self, event: Mapping[str, Any]) -> dict[str, Any] | None:
+    def translate(self, event: Mapping[str, Any]) -> Chunk | None:
         self._count(event)
         chunk = self._translator.translate(event)
         message = chunk["message"] if chunk is not None else {}
@@ -44,7 +45,7 @@ class ChatAnswer(Answer):
             self.is_complete = True
         return shown
 
-    def final(self) -> dict[str, Any]:
+    def final(self) -> Chunk:
         chunk = self._translator.final()
         return self._with_counts(chunk, chunk["done_reason"])
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sollol_nb.chat.chunk import DROPPED, Chunk
 from sollol_nb.chat.context_window import Message, fit
 from sollol_nb.llama_cpp.answers.base import Answer
 from sollol_nb.llama_cpp.answers.kinds import answer_for
@@ -64,18 +65,18 @@ class FittingAnswer(Answer):
         self._dropped = fitted.words
         return self._answer_to(fitted.messages)
 
-    def translate(self, event: Mapping[str, Any]) -> dict[str, Any] | None:
+    def translate(self, event: Mapping[str, Any]) -> Chunk | None:
         chunk = self._begun.translate(event)
         self._follow(self._begun)
         if self._dropped and not self._is_told:
             self._is_told = True
-            chunk = {**(chunk or chat_chunk(self.model, "")), "_dropped": self._dropped}
+            chunk = {**(chunk or chat_chunk(self.model, "")), DROPPED: self._dropped}
         return chunk
 
-    def final(self) -> dict[str, Any]:
+    def final(self) -> Chunk:
         chunk = self._begun.final()
         self._follow(self._begun)
-        return {**chunk, "_dropped": self._dropped} if self._dropped else chunk
+        return {**chunk, DROPPED: self._dropped} if self._dropped else chunk
 
     def state(self) -> dict[str, Any]:
         return {

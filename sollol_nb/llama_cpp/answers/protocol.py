@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from enum import Enum, auto
 from typing import Any
 
+from sollol_nb.chat.chunk import Chunk, ChunkMessage
 from sollol_nb.chat.messages import SAMPLING_OPTIONS, answer_schema
 
 
@@ -98,9 +99,9 @@ def progress_of(event: Mapping[str, Any]) -> tuple[int, int] | None:
     return (int(progress["processed"]), int(progress["total"])) if progress else None
 
 
-def chat_chunk(model: str, content: str, thinking: str = "", *, done: bool = False) -> dict[str, Any]:
+def chat_chunk(model: str, content: str, thinking: str = "", *, done: bool = False) -> Chunk:
     """One chunk of a streamed answer in Ollama's shape."""
-    message = {"role": "assistant", "content": content}
+    message: ChunkMessage = {"role": "assistant", "content": content}
     if thinking:
         message["thinking"] = thinking
     return {
@@ -121,7 +122,7 @@ class ChunkTranslator:
         self._timings: dict[str, Any] = {}
         self._tool_calls: dict[int, dict[str, str]] = {}
 
-    def translate(self, event: Mapping[str, Any]) -> dict[str, Any] | None:
+    def translate(self, event: Mapping[str, Any]) -> Chunk | None:
         """The Ollama chunk of an event, or None when it brings no text."""
         self._usage = event.get("usage") or self._usage
         self._timings = event.get("timings") or self._timings
@@ -138,7 +139,7 @@ class ChunkTranslator:
                 return chat_chunk(self._model, content, thinking)
         return None
 
-    def final(self) -> dict[str, Any]:
+    def final(self) -> Chunk:
         """The last chunk: `done`, the reason, token counts, durations in nanoseconds, tool calls if any."""
         chunk = chat_chunk(self._model, "", done=True)
         if self._tool_calls:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sollol_nb.chat.chunk import Chunk
 from sollol_nb.chat.messages import answer_schema
 from sollol_nb.llama_cpp.answers.base import CHARACTERS_PER_TOKEN, SEEDS, Answer, Written, diverged
 from sollol_nb.llama_cpp.answers.protocol import (
@@ -97,7 +98,7 @@ class RawAnswer(Answer):
             body["generation_prompt"] = self._grammar_prompt
         return "/completion", body
 
-    def translate(self, event: Mapping[str, Any]) -> dict[str, Any] | None:
+    def translate(self, event: Mapping[str, Any]) -> Chunk | None:
         if self.is_complete or self.is_abandoned:
             return None
         self._timings = event.get("timings") or self._timings
@@ -128,7 +129,7 @@ class RawAnswer(Answer):
         self._pending = []
         return self._show(*self._split(self._written.take(text)))
 
-    def final(self) -> dict[str, Any]:
+    def final(self) -> Chunk:
         thinking, content = self._splitter.flush() if self._splitter is not None else ("", "")
         self._show(content, thinking)
         return self._with_counts(chat_chunk(self.model, content, thinking, done=True), self._done_reason)

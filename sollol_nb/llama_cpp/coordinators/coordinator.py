@@ -22,6 +22,7 @@ from typing import Any
 
 import psutil
 
+from sollol_nb.chat.chunk import CONTEXT_FULL, Chunk
 from sollol_nb.chat.context_window import DROP_OLDEST, turn_starts
 from sollol_nb.errors import (
     ConnectFailedError,
@@ -299,7 +300,7 @@ class Coordinator:
             )
         return answer_for(self.model, messages, options, chat_template=self._chat_template)
 
-    async def stream(self, answer: Answer) -> AsyncGenerator[dict[str, Any], None]:
+    async def stream(self, answer: Answer) -> AsyncGenerator[Chunk, None]:
         """Stream an answer from where it stands; yields Ollama-shaped chunks, the last with `done`.
 
         Where turns were dropped to fit the context, the first chunk and the last have `_dropped`: what, in words.
@@ -349,11 +350,11 @@ class Coordinator:
                 raise refusal(self.model, reason, self.request_context_tokens)
             yield event
 
-    def _last_chunk(self, chunk: dict[str, Any]) -> dict[str, Any]:
+    def _last_chunk(self, chunk: Chunk) -> Chunk:
         used_tokens = (chunk.get("prompt_eval_count") or 0) + (chunk.get("eval_count") or 0)
         if chunk.get("done_reason") != "length" or used_tokens < self.request_context_tokens:
             return chunk
-        return {**chunk, "_context_full": self.request_context_tokens}
+        return {**chunk, CONTEXT_FULL: self.request_context_tokens}
 
     async def busy_slots(self) -> int:
         """How many of the engine's slots are processing, as the engine says."""

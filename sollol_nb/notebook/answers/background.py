@@ -16,6 +16,7 @@ from concurrent.futures import Future
 from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any
 
+from sollol_nb.chat.chunk import Chunk
 from sollol_nb.chat.completion import Completion
 from sollol_nb.chat.completion_view import shown_name
 from sollol_nb.errors import RequestCancelledError, RequestTimeoutError
@@ -50,7 +51,7 @@ class BackgroundAnswer:
     def __init__(
         self,
         request: CellRequest,
-        chunks: AsyncGenerator[dict[str, Any], None],
+        chunks: AsyncGenerator[Chunk, None],
         events: EventBus,
         make_display: MakeDisplay | None,
     ) -> None:
@@ -82,7 +83,7 @@ class BackgroundAnswer:
             )
             self._showing.start()
 
-    async def _read(self, chunks: AsyncGenerator[dict[str, Any], None]) -> Completion | pd.DataFrame:
+    async def _read(self, chunks: AsyncGenerator[Chunk, None]) -> Completion | pd.DataFrame:
         try:
             with told(self._events, self.model, self._answer):
                 async with aclosing(chunks):

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import closing, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from sollol_nb.chat.chunk import ROUTING, Chunk
 from sollol_nb.chat.completion import Completion
 from sollol_nb.chat.completion_view import shown_name
 from sollol_nb.errors import AnswerInterruptedError, RequestCancelledError, SollolError
@@ -29,7 +30,7 @@ later."""
 
 def ask(
     request: CellRequest,
-    chunks: AsyncGenerator[dict[str, Any], None],
+    chunks: AsyncGenerator[Chunk, None],
     events: EventBus,
     view: View,
     *,
@@ -88,7 +89,7 @@ def broken_off(request: CellRequest, answer: LiveAnswer, error: BaseException) -
     cancelled = isinstance(error, KeyboardInterrupt | RequestCancelledError)
     partial["done_reason"] = "cancelled" if cancelled else "error"
     if isinstance(error, AnswerInterruptedError) and error.partial is not None:
-        partial["_routing"] = error.partial.routing
+        partial[ROUTING] = error.partial.routing
     return partial
 
 

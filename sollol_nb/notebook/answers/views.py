@@ -11,9 +11,10 @@ import html
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
+from sollol_nb.chat.chunk import RESTARTED, ROUTING, Chunk
 from sollol_nb.chat.completion import Completion
 from sollol_nb.chat.completion_view import folded_footer, live_markdown, tail
 from sollol_nb.text.safe_markdown import printable, safe_markdown
@@ -37,7 +38,7 @@ class LiveAnswer:
         self.restarts = 0
         self._model = model
         self._lock = threading.Lock()
-        self._chunks: list[Mapping[str, Any]] = []
+        self._chunks: list[Chunk] = []
         self._text: list[str] = []
         self._thinking: list[str] = []
 
@@ -63,11 +64,11 @@ class LiveAnswer:
         """Whether anything of the answer has come."""
         return any(self._text) or any(self._thinking)
 
-    def add(self, chunk: Mapping[str, Any]) -> None:
+    def add(self, chunk: Chunk) -> None:
         """Take in the next chunk."""
         message = chunk.get("message") or {}
         with self._lock:
-            if chunk.get("_restarted"):  # what came before was void
+            if chunk.get(RESTARTED):  # what came before was void
                 self.restarts += 1
                 self._text, self._thinking = [], []
             self._chunks.append(chunk)
@@ -79,10 +80,8 @@ class LiveAnswer:
         """The completion of what came; whole, if the last chunk did."""
         completion = Completion.from_chunks(self._chunks)
         completion.setdefault("model", self._model)
-        if "_routing" not in completion:  # cut short: the first chunk from each place says where it ran
-            completion["_routing"] = next(
-                (one["_routing"] for one in reversed(self._chunks) if "_routing" in one), {}
-            )
+        if ROUTING not in completion:  # cut short: the first chunk from each place says where it ran
+            completion[ROUTING] = next((one[ROUTING] for one in reversed(self._chunks) if ROUTING in one), {})
         return completion
 
 

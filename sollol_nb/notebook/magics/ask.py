@@ -10,6 +10,7 @@ from IPython.core.magic import Magics, line_cell_magic, line_magic, magics_class
 from IPython.core.magic_arguments import argument, magic_arguments
 
 from sollol_nb import notebook
+from sollol_nb.chat.chunk import Chunk
 from sollol_nb.chat.completion import Completion
 from sollol_nb.chat.completion_view import FORMATS
 from sollol_nb.chat.conversation import Chat, ChatBook, ask_in_chat
@@ -168,7 +169,7 @@ class AskMagics(Magics):
         return None if arguments.save is not None or arguments.clear else chat
 
 
-def _stream(router: HybridRouter, request: CellRequest) -> AsyncGenerator[dict[str, Any], None]:
+def _stream(router: HybridRouter, request: CellRequest) -> AsyncGenerator[Chunk, None]:
     """The chunks of the answer, in its conversation if it belongs to one."""
     if request.chat is None:
         return router.stream_async(request.model, request.messages, **request.stream_options)

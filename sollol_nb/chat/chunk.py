@@ -1,0 +1,106 @@
+"""A chunk of a streamed answer: Ollama's keys, and the marks that this package adds, which begin with `_`.
+
+Each mark is named here once. Whoever joins chunks (`Completion.from_chunks`, the views) reads them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, NotRequired, TypedDict
+
+ROUTING: Final = "_routing"
+"""Where the request went, why, and what it took: a `Routing`. On the first chunk of each server and the last."""
+DROPPED: Final = "_dropped"
+"""Which messages were left out to fit the context, as one line. On the first chunk and the last."""
+RESTARTED: Final = "_restarted"
+"""True where the answer begins again on another server: the text received before it is void."""
+CONTEXT_FULL: Final = "_context_full"
+"""Tokens of the context that cut the answer. On the last chunk."""
+
+
+class Failover(TypedDict):
+    """A server that was left, or lost, while it had the request.
+
+    Keys:
+        what: happened, as one line.
+        when: `time.time()`.
+        cost_ms: from the last sign of the old server to the first of the new one; None until then.
+        continued: whether the next server continued the answer, instead of beginning it again.
+        tokens_before: of the answer, received by then.
+        lost_workers: their endpoints; only of a llama.cpp coordinator.
+    """
+
+    what: str
+    when: float
+    cost_ms: float | None
+    continued: bool
+    tokens_before: int
+    lost_workers: NotRequired[list[str]]
+
+
+class Routing(TypedDict, total=False):
+    """What `_routing` has. The Ollama pool by itself gives only the keys that `OllamaPool` documents.
+
+    Keys:
+        backend: `ollama-pool`, `llama.cpp-distributed` or `llama.cpp-local`.
+        reason: why it went there.
+        note: what to know about the model; only of the demo model.
+        duration_ms: from the request to the last token.
+        coordinator_url, node_url: the llama-server or the Ollama node; the other is None.
+        plan: the layer plan as plain data; None where nothing is sharded.
+        placement_differences: where llama.cpp put layers elsewhere than planned.
+        layout: layers per worker, in order, such as `5/4/4`.
+        queue_ms, load_ms, ttft_ms, tokens_per_s, router_overhead_ms, failovers: as in the latency log.
+        dropped: which messages were left out to fit the context.
+        node, total_ms: of the Ollama pool: the node that finished, and from the call to the end.
+    """
+
+    backend: str
+    reason: str
+    note: str
+    duration_ms: float
+    coordinator_url: str | None
+    node_url: str | None
+    plan: dict[str, Any] | None
+    placement_differences: list[str]
+    layout: str
+    queue_ms: float | None
+    load_ms: float | None
+    ttft_ms: float | None
+    tokens_per_s: float | None
+    router_overhead_ms: float | None
+    failovers: list[Failover]
+    dropped: str
+    node: str
+    total_ms: float
+
+
+class ChunkMessage(TypedDict, total=False):
+    """The piece of the assistant's message that a chunk brings."""
+
+    role: str
+    content: str
+    thinking: str
+    tool_calls: list[dict[str, Any]]
+
+
+class Chunk(TypedDict, total=False):
+    """One chunk of a chat's answer, in the shape of Ollama's `/api/chat`. The last has `done` and the counts.
+
+    Durations are in nanoseconds.
+    """
+
+    model: str
+    created_at: str
+    message: ChunkMessage
+    done: bool
+    done_reason: str
+    total_duration: int
+    load_duration: int
+    prompt_eval_count: int | None
+    prompt_eval_duration: int
+    eval_count: int | None
+    eval_duration: int
+    _routing: Routing
+    _dropped: str
+    _restarted: bool
+    _context_full: int
