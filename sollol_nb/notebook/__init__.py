@@ -1,152 +1,71 @@
-"""The notebook face: `%load_ext sollol_nb` registers the magics; one router serves the kernel.
+"""The extension: `%load_ext sollol_nb` registers the magics. No other folder knows of IPython's shell.
 
-The only floor that knows of IPython. What loading puts into IPython, unloading takes out again (IPython itself
-does not): magics, completion, settings, short errors, the frame accessor, the nested event loop, answers in the
-background, and the router with all that it started (or not, see `%config Sollol.on_unload`).
+`from sollol_nb.notebook import router, use_router, chats, settings` gives what the magics work with.
+
+- `magics/`: the magics, by subject.
+- `session.py`: the kernel's router, conversations and settings.
+- `answers/`: from the options of a cell to an answer that streams into it.
+- `magic_line.py`: the line of a magic as options.
+- `settings_traits.py`: `%config Sollol`.
+- `tab_completion.py`, `tab_line.py`: the Tab key in the lines of the magics.
+- `displays.py`: displays that are updated in place, and the progress bar.
+- `kernel_hooks.py`: short errors, and `asyncio.run` in cells.
 """
 
 from __future__ import annotations
 
-import threading
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sollol_nb import frame_accessor
-from sollol_nb.chat.conversation import ChatBook
-from sollol_nb.notebook import errors_in_cells, nested_loop
-from sollol_nb.notebook import settings_traits as traits
-from sollol_nb.notebook import tab_completion as completer
+from sollol_nb.notebook import kernel_hooks, session, tab_completion
 from sollol_nb.notebook.answers import background
-from sollol_nb.notebook.displays import is_kernel
+from sollol_nb.notebook.displays import TextBar, is_kernel
+from sollol_nb.notebook.magics.ask import AskMagics
+from sollol_nb.notebook.magics.bench import BenchMagics
+from sollol_nb.notebook.magics.cluster import ClusterMagics
+from sollol_nb.notebook.magics.latency import LatencyMagics
+from sollol_nb.notebook.magics.models import ModelMagics
+from sollol_nb.notebook.session import chats, router, settings, use_router
 from sollol_nb.runtime import io_loop
 from sollol_nb.runtime.progress_bars import use_bars
-from sollol_nb.sync_wrapper import HybridRouter
 
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
 
-    from sollol_nb.notebook.settings_traits import Sollol
-
 __all__ = ["chats", "load_ipython_extension", "router", "settings", "unload_ipython_extension", "use_router"]
 
-_MAGICS = {
-    "ask": "AskMagics",
-    "cluster": "ClusterMagics",
-    "models": "ModelMagics",
-    "latency": "RecordMagics",
-    "bench": "BenchMagics",
-}
-"""Module of this package: its class of magics."""
-
-_LAST_WORK_S = 5.0
-"""How long unloading waits for answers in the background to stop, and for the last work on the I/O loop to end."""
-
-_router_lock = threading.RLock()
-"""Held while the router is made or replaced, since several threads may ask at once."""
-_router: HybridRouter | None = None
-_router_is_stale = False
-_settings: Sollol | None = None
-_chats = ChatBook()
-
-
-def settings() -> Sollol:
-    """The kernel's settings, those of `%config Sollol`.
-
-    Raises:
-        RuntimeError: the extension is not loaded.
-    """
-    if _settings is None:
-        raise RuntimeError("the extension is not loaded; run %load_ext sollol_nb")
-    return _settings
-
-
-def chats() -> ChatBook:
-    """The kernel's conversations."""
-    return _chats
-
-
-def router(**router_settings: Any) -> HybridRouter:
-    """The kernel's router, made on first use, and anew when a setting of it has changed.
-
-    Args:
-        **router_settings: make it anew with these settings of `HybridRouter`; the one before is closed.
-    """
-    with _router_lock:
-        if _router is None or router_settings or _router_is_stale:
-            configured = _settings.router_settings() if _settings is not None else {}
-            # One that only has old settings leaves its engines to the next, which adopts those that still fit.
-            return _replace_router(HybridRouter(**{**configured, **router_settings}), keep=not router_settings)
-        return _router
-
-
-def use_router(new: HybridRouter | None) -> HybridRouter:
-    """Let the magics use this router from now on; the one before is closed. None makes a fresh one."""
-    with _router_lock:
-        return _replace_router(new if new is not None else HybridRouter(), keep=False)
-
-
-def _replace_router(new: HybridRouter, *, keep: bool) -> HybridRouter:
-    global _router, _router_is_stale
-    before, _router, _router_is_stale = _router, new, False
-    if before is not None and before is not new:
-        if keep and (_settings is None or _settings.own("workers") is None):
-            new.take_workers(before.worker_endpoints)  # what was started, found or added by hand is not forgotten
-        before.close(keep=keep)
-    return new
-
-
-def _settings_changed() -> None:
-    global _router_is_stale
-    _router_is_stale = _router is not None
+_MAGICS = (AskMagics, ClusterMagics, ModelMagics, LatencyMagics, BenchMagics)
+_END_LIMIT_S = 5.0
+"""How long unloading waits for answers in the background, and then for the I/O loop, to end."""
 
 
 def load_ipython_extension(shell: InteractiveShell) -> None:
-    """Register the magics, make errors short, and let `asyncio.run` work in cells. Loading twice is fine."""
-    global _settings
-    _settings = traits.install(shell)
-    _settings.on_router_change(_settings_changed)
-    for module, name in _MAGICS.items():
-        shell.register_magics(getattr(import_module(f"{__name__}.magics.{module}"), name))
-    completer.install(
-        shell,
-        _running_models,
-        chats=lambda: list(_chats),
-        workers=lambda: _router.worker_endpoints if _router is not None else (),
-    )
-    errors_in_cells.shorten(lambda: _settings is None or bool(_settings.or_built_in("short_errors")))
-    frame_accessor.register(router)
+    """Register the magics, and change what `kernel_hooks` says. Loading twice is fine."""
+    kernel_settings = session.start(shell)
+    shell.register_magics(*_MAGICS)
+    tab_completion.install(shell, session.running_models, chats=session.chats, workers=session.worker_endpoints)
+    kernel_hooks.shorten_errors(session.has_short_errors)
+    if kernel_settings.nest_asyncio:
+        kernel_hooks.allow_nested_loops()
+    frame_accessor.register(session.router)
     if is_kernel(shell):
-        from sollol_nb.notebook.text_bar import TextBar
-
         use_bars(TextBar)
-    if _settings.nest_asyncio:
-        nested_loop.allow()
 
 
 def unload_ipython_extension(shell: InteractiveShell) -> None:
-    """Take out all that loading put in, and stop what the kernel's router started, or keep it running."""
-    global _router, _settings, _chats
-    keep = _settings is not None and _settings.or_built_in("on_unload") == "keep"
-    background.cancel_all(wait_s=_LAST_WORK_S)
-    if _router is not None:
-        _router.close(keep=keep)
-        _router = None
-    _chats = ChatBook()
-    nested_loop.forbid()
-    frame_accessor.unregister()
+    """Remove all that loading added, which IPython itself does not; stop the router's engines, or keep them
+    running (`%config Sollol.on_unload`)."""
+    background.cancel_all(wait_s=_END_LIMIT_S)
+    session.end(shell)
     use_bars(None)
-    errors_in_cells.restore()
-    completer.remove(shell)
-    for name in _MAGICS.values():
-        magics = shell.magics_manager.registry.pop(name, None)
-        for kind, functions in magics.magics.items() if magics is not None else ():
+    frame_accessor.unregister()
+    kernel_hooks.forbid_nested_loops()
+    kernel_hooks.restore_errors()
+    tab_completion.remove(shell)
+    for magics in _MAGICS:
+        registered = shell.magics_manager.registry.pop(magics.__name__, None)
+        for kind, functions in registered.magics.items() if registered is not None else ():
             for function in functions:
                 shell.magics_manager.magics[kind].pop(function, None)
-    shell.configurables[:] = [one for one in shell.configurables if type(one).__name__ not in _MAGICS.values()]
-    traits.remove(shell)
-    _settings = None
-    io_loop.stop_if_unused(wait_s=_LAST_WORK_S)
-
-
-def _running_models() -> list[str]:
-    return [one.model for one in _router.coordinators] if _router is not None else []
+    shell.configurables[:] = [part for part in shell.configurables if not isinstance(part, _MAGICS)]
+    io_loop.stop_if_unused(wait_s=_END_LIMIT_S)

@@ -1,9 +1,19 @@
-"""Displays of a notebook that are updated in place, also from other threads and later cells."""
+"""Displays of a notebook that are updated in place, also by other threads and later cells; a progress bar."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from tqdm.std import tqdm
+
+BAR_COLUMNS = 78
+
+if TYPE_CHECKING:
+    _Bar = tqdm[Any]
+else:  # generic for type checkers only
+    _Bar = tqdm
 
 
 def is_kernel(shell: Any) -> bool:
@@ -12,7 +22,7 @@ def is_kernel(shell: Any) -> bool:
 
 
 def make_display(bundle: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
-    """Show a mime bundle; gives the function that replaces it."""
+    """Show a mime bundle; returns the function that replaces it."""
     from IPython.display import display
 
     handle: Any = display(bundle, raw=True, display_id=True)
@@ -20,31 +30,58 @@ def make_display(bundle: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
 
 
 def hide_once(shell: Any, value: object) -> None:
-    """Do not show this value as the running cell's own: it is on the screen already. `_` and `Out` get it."""
+    """Do not show this value of the running cell, since it is on the screen already. `_` and `Out` get it."""
     printers = shell.display_formatter.ipython_display_formatter
     hiding = printers.type_printers.get(type(value))
     if isinstance(hiding, _Hiding):  # not the first of this cell
         hiding.values.append(value)
         return
     hiding = _Hiding([value])
-    before = printers.for_type(type(value), hiding)
+    previous = printers.for_type(type(value), hiding)
 
     def restore(_: object) -> None:
         shell.events.unregister("post_run_cell", restore)
         if printers.type_printers.get(type(value)) is hiding:
             printers.pop(type(value))
-            if before is not None:
-                printers.for_type(type(value), before)
+            if previous is not None:
+                printers.for_type(type(value), previous)
 
     shell.events.register("post_run_cell", restore)
 
 
 class _Hiding:
-    """A printer of IPython that shows some values by nothing, and leaves others to the other ways to show them."""
+    """A printer of IPython that shows nothing for some values, and leaves all others to the other printers."""
 
     def __init__(self, values: list[object]) -> None:
         self.values = values
 
     def __call__(self, shown: object) -> None:
-        if not any(one is shown for one in self.values):
+        if not any(value is shown for value in self.values):
             raise NotImplementedError
+
+
+class TextBar(_Bar):
+    """A progress bar as text: every frontend shows it, and a saved notebook keeps its last state.
+
+    tqdm's own bar for notebooks is a widget, of which GitHub shows the first state only. A closed bar with
+    `leave=False` becomes empty.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        self._update: Callable[[dict[str, Any]], None] | None = None
+        super().__init__(**settings, file=io.StringIO(), ncols=BAR_COLUMNS, ascii=False)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Show the bar as it is now."""
+        bundle = {"text/plain": str(self) if msg is None else msg}
+        if self._update is None:
+            self._update = make_display(bundle)
+        else:
+            self._update(bundle)
+
+    def close(self) -> None:
+        """Show its last state, or nothing."""
+        if self.disable:
+            return
+        super().close()
+        self.display(None if self.leave else "")

@@ -1,9 +1,9 @@
 """Tab completion in the lines of this package's magics: models, options and their values, conversations, files.
 
-One matcher of IPython's matcher API takes part in its completion, in notebooks and terminals alike. It replaces
-the whole word at the cursor, since IPython would split `llama3.1:70b` at the colon, and where it knows an answer
-the other matchers (Python names, files) are silent. What disks and Ollama nodes have comes from a cache that is
-read behind the completer's back (`completion_cache`); the rest is at hand.
+One matcher of IPython's matcher API, for notebooks and terminals alike. It replaces the whole word at the cursor,
+since IPython would split `llama3.1:70b` at the colon. Where it has completions, the other matchers (Python names,
+files) are not asked. Names from disks and Ollama nodes come from a cache that threads fill, so that no slow source
+delays the Tab key; all other names are in memory.
 """
 
 from __future__ import annotations
@@ -12,8 +12,11 @@ import contextlib
 import dataclasses
 import os
 import re
+import threading
+import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, wait
 from enum import Enum
 from itertools import chain
 from pathlib import Path
@@ -24,8 +27,7 @@ from IPython.core.completer import SimpleCompletion, context_matcher
 from sollol_nb.chat.completion import Completion
 from sollol_nb.models.files import OllamaGGUFResolver
 from sollol_nb.models.profiles import MODEL_PROFILES
-from sollol_nb.notebook.tab_cache import CompletionCache, Read
-from sollol_nb.notebook.tab_line import Wanted, magic_line, wanted
+from sollol_nb.notebook.tab_line import Expected, expected, magic_line
 from sollol_nb.ollama.pool import OllamaPool
 from sollol_nb.runtime.io_loop import run_blocking
 from sollol_nb.runtime.priority import Priority
@@ -35,11 +37,18 @@ if TYPE_CHECKING:
     from IPython.core.completer import CompletionContext, SimpleMatcherResult
     from IPython.core.interactiveshell import InteractiveShell
 
+Read = Callable[[], Iterable[str]]
+
 MATCHER = "sollol_nb.completer"
+WAIT_LIMIT_S = 0.03
+"""How long one completion waits for slow sources: people feel a Tab that takes longer than 50 ms."""
+FRESH_FACTOR, MAX_FRESH_S = 20.0, 30.0
+"""Names stay fresh for this many times as long as reading them took: a quick disk is read each time."""
+CLOSE_LIMIT_S = 4.0
 _PRIORITY = 1000  # above IPython's own matchers, which then need not run
 _LATER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
 
-_VALUES = {
+_KINDS = {
     "model": "models",
     "chat": "chats",
     "priority": "priorities",
@@ -54,7 +63,7 @@ _VALUES = {
     "sollol_cluster.stop": "running",
     "sollol_cluster.remove": "workers",
 }
-"""Name of an option or argument (see `Wanted.names`) -> what its values are."""
+"""Name of an option or argument (see `Expected.names`) -> the kind of its values."""
 
 
 def install(
@@ -68,14 +77,14 @@ def install(
     """Complete the lines of this package's magics. Installing twice is fine.
 
     Args:
-        running: names of the running models; at hand, as is all that follows but the last.
-        chats: names of the conversations.
-        workers: endpoints of the known workers.
-        ollama_models: names of the models of the Ollama nodes; called in a thread, it may be slow. By default the
+        running: names of the running models, from memory.
+        chats: names of the conversations, from memory.
+        workers: endpoints of the known workers, from memory.
+        ollama_models: names of the models of the Ollama nodes; called in a thread, may be slow. By default the
             nodes of `OLLAMA_HOST` are asked.
     """
     remove(shell)
-    cache = CompletionCache()
+    cache = NameCache()
     names = _Names(shell, cache, running, chats, workers, ollama_models or models_of_nodes)
 
     @context_matcher(identifier=MATCHER, priority=_PRIORITY)
@@ -84,11 +93,11 @@ def install(
         parser = _parser(shell, line.magic) if line is not None else None
         if line is None or parser is None:
             return {"completions": []}
-        place = wanted(line, parser)
-        completions = _completions(names, place)
+        at_cursor = expected(line, parser)
+        completions = _completions(names, at_cursor)
         return {
             "completions": completions,
-            "matched_fragment": place.fragment,
+            "matched_fragment": at_cursor.fragment,
             "ordered": True,
             "suppress": bool(completions),
         }
@@ -99,9 +108,9 @@ def install(
 
 
 def remove(shell: InteractiveShell) -> None:
-    """Take the completion out again. Fine where there is none."""
+    """Remove the completion again. Fine where it is not installed."""
     matchers = shell.Completer.custom_matchers
-    matchers[:] = [one for one in matchers if getattr(one, "matcher_identifier", None) != MATCHER]
+    matchers[:] = [matcher for matcher in matchers if getattr(matcher, "matcher_identifier", None) != MATCHER]
     cache = _caches.pop(shell, None)
     if cache is not None:
         cache.close()
@@ -124,7 +133,63 @@ def models_of_nodes() -> list[str]:
     return run_blocking(names())
 
 
-_caches: weakref.WeakKeyDictionary[InteractiveShell, CompletionCache] = weakref.WeakKeyDictionary()
+class NameCache:
+    """The names that slow sources gave last, by the sources' keys.
+
+    Each source is read in its own thread, which ends with the reading: a source that hangs delays no other.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._names: dict[str, tuple[str, ...]] = {}
+        self._fresh_until: dict[str, float] = {}
+        self._readings: dict[str, Future[None]] = {}
+        self._closed = False
+
+    def names(self, sources: Mapping[str, Read]) -> dict[str, tuple[str, ...]]:
+        """The names of each source: those it gives within `WAIT_LIMIT_S`, else those it gave last."""
+        wait(self.refresh(sources), timeout=WAIT_LIMIT_S)
+        with self._lock:
+            return {key: self._names.get(key, ()) for key in sources}
+
+    def refresh(self, sources: Mapping[str, Read]) -> list[Future[None]]:
+        """Begin to read those sources that are neither fresh nor being read."""
+        begun = []
+        with self._lock:
+            for key, read in sources.items():
+                is_fresh = time.monotonic() < self._fresh_until.get(key, 0.0)
+                if self._closed or is_fresh or key in self._readings:
+                    continue
+                self._readings[key] = Future()
+                begun.append(self._readings[key])
+                thread = threading.Thread(
+                    target=self._read, args=(key, read), name=f"sollol_nb completion {key}", daemon=True
+                )
+                thread.start()
+        return begun
+
+    def close(self) -> None:
+        """Read nothing from now on. Waits for readings to end, but not for a source that hangs."""
+        with self._lock:
+            self._closed = True
+            readings = list(self._readings.values())
+        wait(readings, timeout=CLOSE_LIMIT_S)
+
+    def _read(self, key: str, read: Read) -> None:
+        names: tuple[str, ...] | None = None
+        began = time.monotonic()
+        with contextlib.suppress(Exception):  # a broken source keeps its last names
+            names = tuple(read())
+        with self._lock:
+            if names is not None:
+                self._names[key] = names
+            ended = time.monotonic()
+            self._fresh_until[key] = ended + min(FRESH_FACTOR * (ended - began), MAX_FRESH_S)
+            reading = self._readings.pop(key)
+        reading.set_result(None)
+
+
+_caches: weakref.WeakKeyDictionary[InteractiveShell, NameCache] = weakref.WeakKeyDictionary()
 
 
 def _parser(shell: InteractiveShell, magic: str) -> Any:
@@ -132,22 +197,22 @@ def _parser(shell: InteractiveShell, magic: str) -> Any:
     return getattr(function, "parser", None)
 
 
-def _completions(names: _Names, place: Wanted) -> list[SimpleCompletion]:
-    """Values that begin like the fragment, or options where none does."""
-    quote = place.fragment[:1] if place.fragment[:1] in ("'", '"') else ""
-    typed = place.fragment.removeprefix(quote)
-    kind = next((_VALUES[name] for name in place.names if name in _VALUES), None)
-    values = place.choices or (names.of(kind, typed) if kind is not None else ())
-    fitting = {value for value in values if value.casefold().startswith(typed.casefold())}
-    if fitting:
-        in_order = sorted(fitting, key=lambda value: (value.casefold(), value))
-        return [SimpleCompletion(_written(value, quote), type="value") for value in in_order]
-    options = [option for option in place.options if option.startswith(place.fragment)]
+def _completions(names: _Names, at_cursor: Expected) -> list[SimpleCompletion]:
+    """Values that begin with the fragment, or options where no value does."""
+    quote = at_cursor.fragment[:1] if at_cursor.fragment[:1] in ("'", '"') else ""
+    typed = at_cursor.fragment.removeprefix(quote)
+    kind = next((_KINDS[name] for name in at_cursor.names if name in _KINDS), None)
+    values = at_cursor.choices or (names.of(kind, typed) if kind is not None else ())
+    matching = {value for value in values if value.casefold().startswith(typed.casefold())}
+    if matching:
+        in_order = sorted(matching, key=lambda value: (value.casefold(), value))
+        return [SimpleCompletion(_quoted(value, quote), type="value") for value in in_order]
+    options = [option for option in at_cursor.options if option.startswith(at_cursor.fragment)]
     return [SimpleCompletion(option, type="option") for option in options]
 
 
-def _written(value: str, quote: str) -> str:
-    """A value as it is written in a line: in quotes where it has spaces. A folder's quotes stay open."""
+def _quoted(value: str, quote: str) -> str:
+    """A value in quotes if it needs them. A folder's quotes stay open."""
     if not quote and not re.search(r"\s", value):
         return value
     quote = quote or '"'
@@ -160,7 +225,7 @@ class _Names:
     def __init__(
         self,
         shell: InteractiveShell,
-        cache: CompletionCache,
+        cache: NameCache,
         running: Callable[[], Iterable[str]],
         chats: Callable[[], Iterable[str]],
         workers: Callable[[], Iterable[str]],
@@ -169,23 +234,23 @@ class _Names:
         self._shell = shell
         self._cache = cache
         self._ollama_models = ollama_models
-        self._at_hand = {"running": running, "chats": chats, "workers": workers}
+        self._in_memory = {"running": running, "chats": chats, "workers": workers}
 
     def slow_models(self) -> dict[str, Read]:
-        """The places on disk and in the network where models are."""
+        """The sources of model names on disk and in the network."""
         return {"stored": OllamaGGUFResolver().installed, "nodes": self._ollama_models}
 
     def of(self, kind: str, typed: str) -> Iterable[str]:
-        """The names of one kind that may fit what is typed."""
+        """The names of one kind that may match the typed text."""
         match kind:
             case "models":
                 folder = _Folder(typed)
-                slow = self._cache.names(self.slow_models() | folder.place)
+                slow = self._cache.names(self.slow_models() | folder.source)
                 paths = folder.paths(slow.pop(folder.key), ".gguf")
                 return {*MODEL_PROFILES, *self._quick("running"), *chain.from_iterable(slow.values()), *paths}
             case "files":
                 folder = _Folder(typed)
-                return folder.paths(self._cache.names(folder.place)[folder.key], "")
+                return folder.paths(self._cache.names(folder.source)[folder.key], "")
             case "engines":
                 return {*self._quick("running"), *self._quick("workers")}
             case "priorities":
@@ -198,23 +263,23 @@ class _Names:
 
     def _quick(self, source: str) -> list[str]:
         with contextlib.suppress(Exception):  # a broken source has no names
-            return list(self._at_hand[source]())
+            return list(self._in_memory[source]())
         return []
 
-    def _variables(self, fits: Callable[[Any], bool]) -> list[str]:
-        """The user's variables with a value of some kind."""
+    def _variables(self, has_kind: Callable[[Any], bool]) -> list[str]:
+        """The user's variables whose value is of some kind."""
         found = []
         for name, value in list(self._shell.user_ns.items()):
             if name.startswith("_") or name in self._shell.user_ns_hidden:
                 continue
-            with contextlib.suppress(Exception):  # a value may say anything when asked what it is
-                if fits(value):
+            with contextlib.suppress(Exception):  # a user's class may raise anything from `isinstance`
+                if has_kind(value):
                     found.append(name)
         return found
 
 
 def _is_schema(value: Any) -> bool:
-    """Whether it can be meant as the form of an answer: a class with fields, a JSON schema, an example frame."""
+    """Whether it may be the schema of an answer: a class with fields, a JSON schema, an example frame."""
     if isinstance(value, type):
         has_fields = dataclasses.is_dataclass(value) or "__annotations__" in vars(value)
         return has_fields or issubclass(value, Enum) or hasattr(value, "model_json_schema")
@@ -227,30 +292,31 @@ class _Folder:
     """The folder of a path that is being typed.
 
     Attributes:
-        key: names it in the cache.
-        place: how the cache reads it.
+        key: its name in the cache.
+        source: how the cache reads it, by that key.
     """
 
     def __init__(self, typed: str) -> None:
         cut = max(typed.rfind("/"), typed.rfind(os.sep)) + 1
-        self._written, self._begun = typed[:cut], typed[cut:]
-        self._folder = Path(self._written or ".")
-        with contextlib.suppress(RuntimeError, OSError):  # a `~name` without a home, a working folder that is gone
+        self._typed, self._begun = typed[:cut], typed[cut:]
+        self._folder = Path(self._typed or ".")
+        with contextlib.suppress(RuntimeError, OSError):  # a `~name` without a home, a deleted working folder
             self._folder = self._folder.expanduser().absolute()
         self.key = f"folder {self._folder}"
-        self.place: dict[str, Read] = {self.key: self._entries}
+        self.source: dict[str, Read] = {self.key: self._entries}
 
     def _entries(self) -> list[str]:
-        """What is in it; folders end in `/`. Of a model in several files only the first, which names the model."""
+        """Its files and folders; folders end with `/`. Of a model in several parts only the first."""
         with os.scandir(self._folder) as listing:
             names = [f"{entry.name}/" if entry.is_dir() else entry.name for entry in listing]
         return [name for name in names if not _LATER_PART.search(name)]
 
     def paths(self, entries: Iterable[str], suffix: str) -> list[str]:
-        """Files that end so, and folders once a path is begun, as one writes them; hidden ones if asked for."""
-        is_begun = bool(self._written or self._begun)
+        """Paths, as the user types them, of files with this suffix, and of folders once a path is begun; hidden
+        ones only after a dot."""
+        is_begun = bool(self._typed or self._begun)
         return [
-            self._written + entry
+            self._typed + entry
             for entry in entries
             if entry.endswith(suffix) or (entry.endswith("/") and is_begun)
             if self._begun.startswith(".") or not entry.startswith(".")

@@ -1,6 +1,6 @@
-"""What is to be completed in the line of a magic: an option, or the value of which option or argument.
+"""What is expected at the cursor in the line of a magic: an option, or the value of an option or argument.
 
-The magic's own parser says which options and arguments there are, what they take, and which choices they have.
+The magic's own parser says which options and arguments exist, what they take, and which choices they have.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class MagicLine:
 
     Attributes:
         magic: the name, such as `sollol_route`.
-        words: those before the one at the cursor, as they were written.
-        fragment: the word at the cursor as far as it is written, quotes included.
+        words: those before the word at the cursor, quotes included.
+        fragment: the word at the cursor, up to the cursor, quotes included.
     """
 
     magic: str
@@ -31,12 +31,12 @@ class MagicLine:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class Expected:
     """What can stand at the cursor.
 
     Attributes:
         fragment: the text before the cursor that a completion replaces.
-        names: what the value is, the most telling name first: `sollol_cluster.stop` (an argument after the choice
+        names: what the value is, the most specific name first: `sollol_cluster.stop` (an argument after the choice
             `stop`), `sollol_cluster.what`, `what`. Empty where no value can stand.
         choices: the only possible values, if the parser lists them.
         options: options that can stand here.
@@ -49,7 +49,7 @@ class Wanted:
 
 
 def magic_line(text: str) -> MagicLine | None:
-    """A line up to the cursor, if it is one of this package's magics and its name is complete.
+    """The line up to the cursor, if it begins with the whole name of one of this package's magics; else None.
 
     Understands `%%magic`, `%magic`, `variable = %magic` and `%%magic variable << ...`.
     """
@@ -58,14 +58,14 @@ def magic_line(text: str) -> MagicLine | None:
         return None
     magic, rest = match.groups()
     rest = _ASSIGNMENT.sub("", rest, count=1) if _ASSIGNMENT.match(rest) else rest
-    words = [one[0] for one in _WORD.finditer(rest)]
+    words = [word[0] for word in _WORD.finditer(rest)]
     fragment = words.pop() if words and rest.endswith(words[-1]) else ""
     return MagicLine(magic, tuple(words), fragment)
 
 
-def wanted(line: MagicLine, parser: argparse.ArgumentParser) -> Wanted:
+def expected(line: MagicLine, parser: argparse.ArgumentParser) -> Expected:
     """What can stand at the cursor of a line with this parser."""
-    given: list[str] = []  # arguments that are no options, as written
+    given: list[str] = []  # arguments before the cursor
     used: set[argparse.Action] = set()
     pending: argparse.Action | None = None  # the option whose value comes next
     for word in line.words:
@@ -85,7 +85,7 @@ def wanted(line: MagicLine, parser: argparse.ArgumentParser) -> Wanted:
         action = _option(parser, name) if sign else None
         if action is not None:
             return _value(value, line.magic, action, action.dest)
-        return Wanted(line.fragment, options=_options(parser, used))
+        return Expected(line.fragment, options=_options(parser, used))
     if pending is not None:
         return _value(line.fragment, line.magic, pending, pending.dest)
     return _argument(line, parser, given, _options(parser, used) if not line.fragment else ())
@@ -96,7 +96,7 @@ def _is_option(word: str) -> bool:
 
 
 def _option(parser: argparse.ArgumentParser, name: str) -> argparse.Action | None:
-    """The option of this name, or the only one that begins so, as argparse has it."""
+    """The option of this name, or the only one with this beginning, as argparse accepts it."""
     known = {option: action for action in parser._actions for option in action.option_strings}
     if name in known:
         return known[name]
@@ -106,7 +106,9 @@ def _option(parser: argparse.ArgumentParser, name: str) -> argparse.Action | Non
 
 def _options(parser: argparse.ArgumentParser, used: set[argparse.Action]) -> tuple[str, ...]:
     """Options that may still be given: each once, unless it collects its values."""
-    free = [one for one in parser._actions if one not in used or isinstance(one, argparse._AppendAction)]
+    free = [
+        action for action in parser._actions if action not in used or isinstance(action, argparse._AppendAction)
+    ]
     return tuple(option for action in free for option in action.option_strings if option.startswith("--"))
 
 
@@ -114,19 +116,20 @@ def _value(
     fragment: str,
     magic: str,
     action: argparse.Action,
-    *names: str,
+    name: str,
+    *,
     chosen: str | None = None,
     options: tuple[str, ...] = (),
-) -> Wanted:
-    telling = ([f"{magic}.{chosen}"] if chosen is not None else []) + [f"{magic}.{name}" for name in names]
+) -> Expected:
+    most_specific = () if chosen is None else (f"{magic}.{chosen}",)
     choices = tuple(str(choice) for choice in action.choices or ())
-    return Wanted(fragment, (*telling, *names), choices, options)
+    return Expected(fragment, (*most_specific, f"{magic}.{name}", name), choices, options)
 
 
 def _argument(
     line: MagicLine, parser: argparse.ArgumentParser, given: list[str], options: tuple[str, ...]
-) -> Wanted:
-    """The argument that comes after those given. `MODEL [PROMPT]` names the parts of one that takes several."""
+) -> Expected:
+    """The argument after those given. The metavar `MODEL [PROMPT]` names the parts of an argument with several."""
     left, chosen = len(given), None
     for action in parser._actions:
         if action.option_strings:
@@ -138,7 +141,7 @@ def _argument(
             return _value(line.fragment, line.magic, action, part, chosen=chosen, options=options)
         left -= 1
         chosen = given[len(given) - left - 1] if action.choices else None
-    return Wanted(line.fragment, options=options)
+    return Expected(line.fragment, options=options)
 
 
 def _parts(action: argparse.Action) -> list[str]:

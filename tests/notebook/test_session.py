@@ -1,40 +1,38 @@
-"""The one router of a kernel, whoever asks for it."""
+"""The session of a kernel: one router, whichever thread needs it first."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
 import pytest
 
-from sollol_nb import notebook
+from sollol_nb.notebook import session as session_module
+from sollol_nb.notebook.session import Session
 from sollol_nb.sync_wrapper import HybridRouter
 
 
-@pytest.fixture(autouse=True)
-def no_router_yet() -> Iterator[None]:
-    assert notebook._router is None
-    yield
-    if notebook._router is not None:
-        notebook._router.close()
-        notebook._router = None
-
-
-def test_threads_that_ask_at_once_share_one_router(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[HybridRouter] = []
+def test_threads_that_need_the_router_at_the_same_time_share_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    created: list[HybridRouter] = []
     two_at_once = threading.Barrier(2)
 
-    def make(**settings: Any) -> HybridRouter:
+    def create(**settings: Any) -> HybridRouter:
         with suppress(threading.BrokenBarrierError):
             two_at_once.wait(0.2)
-        made.append(HybridRouter(auto_discover_rpc=False, **settings))
-        return made[-1]
+        created.append(HybridRouter(auto_discover_rpc=False, **settings))
+        return created[-1]
 
-    monkeypatch.setattr(notebook, "HybridRouter", make)
+    monkeypatch.setattr(session_module, "HybridRouter", create)
+    session = Session()
     with ThreadPoolExecutor(4) as threads:
-        given = list(threads.map(lambda _: notebook.router(), range(4)))
-    assert len(made) == 1
-    assert given == made * 4
+        given = list(threads.map(lambda _: session.router(), range(4)))
+    assert len(created) == 1
+    assert given == created * 4
+    created[0].close()
+
+
+def test_without_the_extension_there_are_no_settings() -> None:
+    with pytest.raises(RuntimeError, match="%load_ext sollol_nb"):
+        Session().settings()

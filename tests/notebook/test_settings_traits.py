@@ -181,7 +181,7 @@ def test_a_change_of_the_router_is_told(settings: Sollol) -> None:
 
 # --- in a kernel ------------------------------------------------------------------------------
 
-INSTALL = "from sollol_nb.notebook import traits\nsettings = traits.install(get_ipython())"
+INSTALL = "from sollol_nb.notebook import settings_traits\nsettings = settings_traits.install(get_ipython())"
 
 
 @pytest.fixture(scope="module")
@@ -238,9 +238,12 @@ def test_a_bad_value_is_one_line_in_the_cell_and_does_not_stick(notebook: Kernel
 
 def test_installing_twice_keeps_what_was_set_and_removing_leaves_nothing_behind(notebook: Kernel) -> None:
     notebook.run("%config Sollol.system = 'Be brief.'\n%config Sollol.max_tokens = 'bad'")
-    assert notebook.value("traits.install(get_ipython()) is settings, settings.system") == "(True, 'Be brief.')"
+    assert (
+        notebook.value("settings_traits.install(get_ipython()) is settings, settings.system")
+        == "(True, 'Be brief.')"
+    )
 
-    notebook.run("traits.remove(get_ipython())\ntraits.remove(get_ipython())")
+    notebook.run("settings_traits.remove(get_ipython())\nsettings_traits.remove(get_ipython())")
     assert "Sollol" not in notebook.run("%config").stream
     assert notebook.value("dict(get_ipython().config.Sollol)") == "{'top_p': 0.25}", "as ipython_config.py has it"
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from sollol_nb.models.profiles import MODEL_PROFILES
-from sollol_nb.notebook.tab_cache import CompletionCache
-from sollol_nb.notebook.tab_line import MagicLine, Wanted, magic_line, wanted
+from sollol_nb.notebook.tab_completion import NameCache
+from sollol_nb.notebook.tab_line import Expected, MagicLine, expected, magic_line
 from tests.support.engines import HANG_GUARD_S, eventually
 from tests.support.kernels import Kernel, kernel
 from tests.support.ollama_server import OllamaServer
@@ -73,38 +73,41 @@ def without(*names: str) -> tuple[str, ...]:
 @pytest.mark.parametrize(
     ("words", "fragment", "place"),
     [
-        pytest.param("", "", Wanted("", ACTION, ("start", "stop"), OPTIONS), id="first argument, or an option"),
-        pytest.param("", "st", Wanted("st", ACTION, ("start", "stop")), id="first argument"),
-        pytest.param("stop", "d", Wanted("d", ("cluster.stop", *WHAT)), id="argument of a choice"),
-        pytest.param("stop demo", "d", Wanted("d", ("cluster.stop", *WHAT)), id="one more of them"),
-        pytest.param("--raw stop", "d", Wanted("d", ("cluster.stop", *WHAT)), id="after a switch"),
-        pytest.param("", "--t", Wanted("--t", options=OPTIONS), id="option"),
-        pytest.param("", "-", Wanted("-", options=OPTIONS), id="option, hardly begun"),
-        pytest.param("--raw", "--", Wanted("--", options=without("--raw")), id="not the same again"),
-        pytest.param("-r", "--", Wanted("--", options=without("--raw")), id="not by its short name either"),
-        pytest.param("--stop x", "--", Wanted("--", options=OPTIONS), id="those that collect, again"),
-        pytest.param("--temp 1", "--", Wanted("--", options=without("--temperature")), id="abbreviated"),
-        pytest.param("--out", "a", Wanted("a", ("cluster.out", "out")), id="value"),
-        pytest.param("--out=x", "st", Wanted("st", ACTION, ("start", "stop")), id="value in the same word"),
-        pytest.param("", "--out=a", Wanted("a", ("cluster.out", "out")), id="value being written there"),
+        pytest.param("", "", Expected("", ACTION, ("start", "stop"), OPTIONS), id="first argument, or an option"),
+        pytest.param("", "st", Expected("st", ACTION, ("start", "stop")), id="first argument"),
+        pytest.param("stop", "d", Expected("d", ("cluster.stop", *WHAT)), id="argument of a choice"),
+        pytest.param("stop demo", "d", Expected("d", ("cluster.stop", *WHAT)), id="one more of them"),
+        pytest.param("--raw stop", "d", Expected("d", ("cluster.stop", *WHAT)), id="after a switch"),
+        pytest.param("", "--t", Expected("--t", options=OPTIONS), id="option"),
+        pytest.param("", "-", Expected("-", options=OPTIONS), id="option, hardly begun"),
+        pytest.param("--raw", "--", Expected("--", options=without("--raw")), id="not the same again"),
+        pytest.param("-r", "--", Expected("--", options=without("--raw")), id="not by its short name either"),
+        pytest.param("--stop x", "--", Expected("--", options=OPTIONS), id="those that collect, again"),
+        pytest.param("--temp 1", "--", Expected("--", options=without("--temperature")), id="abbreviated"),
+        pytest.param("--out", "a", Expected("a", ("cluster.out", "out")), id="value"),
+        pytest.param("--out=x", "st", Expected("st", ACTION, ("start", "stop")), id="value in the same word"),
+        pytest.param("", "--out=a", Expected("a", ("cluster.out", "out")), id="value being written there"),
         pytest.param(
-            "--backend", "", Wanted("", ("cluster.backend", "backend"), ("auto", "local")), id="value with choices"
+            "--backend",
+            "",
+            Expected("", ("cluster.backend", "backend"), ("auto", "local")),
+            id="value with choices",
         ),
-        pytest.param("--temperature", "-1", Wanted("-1", ("cluster.temperature", "temperature")), id="negative"),
-        pytest.param("--out", "--", Wanted("--", options=without("--out")), id="forgotten value"),
-        pytest.param("--nosuch", "st", Wanted("st", ACTION, ("start", "stop")), id="unknown option"),
-        pytest.param("", "--nosuch=x", Wanted("--nosuch=x", options=OPTIONS), id="unknown option with a value"),
+        pytest.param("--temperature", "-1", Expected("-1", ("cluster.temperature", "temperature")), id="negative"),
+        pytest.param("--out", "--", Expected("--", options=without("--out")), id="forgotten value"),
+        pytest.param("--nosuch", "st", Expected("st", ACTION, ("start", "stop")), id="unknown option"),
+        pytest.param("", "--nosuch=x", Expected("--nosuch=x", options=OPTIONS), id="unknown option with a value"),
     ],
 )
-def test_what_is_wanted_is_read_from_the_magics_own_parser(words: str, fragment: str, place: Wanted) -> None:
-    assert wanted(MagicLine("cluster", tuple(words.split()), fragment), parser()) == place
+def test_what_is_wanted_is_read_from_the_magics_own_parser(words: str, fragment: str, place: Expected) -> None:
+    assert expected(MagicLine("cluster", tuple(words.split()), fragment), parser()) == place
 
 
 def test_the_parts_of_an_argument_are_named_by_its_metavar() -> None:
     ask = argparse.ArgumentParser(add_help=False)
     ask.add_argument("words", nargs="*", metavar="MODEL [PROMPT]")
 
-    names = [wanted(MagicLine("sollol", ("x",) * count, "y"), ask).names for count in range(3)]
+    names = [expected(MagicLine("sollol", ("x",) * count, "y"), ask).names for count in range(3)]
 
     assert names == [("sollol.model", "model"), ("sollol.prompt", "prompt"), ("sollol.prompt", "prompt")]
 
@@ -113,20 +116,20 @@ def test_nothing_is_wanted_after_the_last_argument() -> None:
     route = argparse.ArgumentParser(add_help=False)
     route.add_argument("model")
 
-    assert wanted(MagicLine("sollol_route", ("demo",), "x"), route) == Wanted("x")
+    assert expected(MagicLine("sollol_route", ("demo",), "x"), route) == Expected("x")
 
 
 # --- the cache --------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def cache() -> Iterator[CompletionCache]:
-    one = CompletionCache()
+def cache() -> Iterator[NameCache]:
+    one = NameCache()
     yield one
     one.close()
 
 
-def test_a_place_that_hangs_delays_neither_the_answer_nor_other_places(cache: CompletionCache) -> None:
+def test_a_place_that_hangs_delays_neither_the_answer_nor_other_places(cache: NameCache) -> None:
     goes_on = threading.Event()
     asked = []
 
@@ -146,7 +149,7 @@ def test_a_place_that_hangs_delays_neither_the_answer_nor_other_places(cache: Co
     eventually(lambda: cache.names(places)["hanging"] == ("late",), "what was late is known")
 
 
-def test_a_broken_place_keeps_what_it_had(cache: CompletionCache) -> None:
+def test_a_broken_place_keeps_what_it_had(cache: NameCache) -> None:
     answers = iter([["one"]])
 
     def breaking() -> list[str]:
@@ -157,7 +160,7 @@ def test_a_broken_place_keeps_what_it_had(cache: CompletionCache) -> None:
         assert cache.names({"place": breaking}) == {"place": ("one",)}
 
 
-def test_what_changes_in_a_quick_place_is_seen(cache: CompletionCache) -> None:
+def test_what_changes_in_a_quick_place_is_seen(cache: NameCache) -> None:
     now = ["one"]
     eventually(lambda: cache.names({"place": lambda: list(now)}) == {"place": ("one",)}, "it is known")
     now.append("two")
@@ -167,7 +170,7 @@ def test_what_changes_in_a_quick_place_is_seen(cache: CompletionCache) -> None:
 
 
 def test_a_closed_cache_asks_nobody_and_leaves_no_thread() -> None:
-    cache = CompletionCache()
+    cache = NameCache()
     goes_on = threading.Event()
     cache.refresh({"slow": lambda: [str(goes_on.wait(HANG_GUARD_S))]})
     goes_on.set()

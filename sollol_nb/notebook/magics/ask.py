@@ -9,12 +9,11 @@ from IPython.core.error import UsageError
 from IPython.core.magic import Magics, line_cell_magic, line_magic, magics_class, no_var_expand
 from IPython.core.magic_arguments import argument, magic_arguments
 
-from sollol_nb import notebook
 from sollol_nb.chat.chunk import Chunk
 from sollol_nb.chat.completion import Completion
 from sollol_nb.chat.completion_view import FORMATS
 from sollol_nb.chat.conversation import Chat, ChatBook, ask_in_chat
-from sollol_nb.notebook import magic_line as options
+from sollol_nb.notebook import magic_line, session
 from sollol_nb.notebook.answers.background import BackgroundAnswer
 from sollol_nb.notebook.answers.cell import ask
 from sollol_nb.notebook.answers.request import CellRequest, cell_request
@@ -38,14 +37,18 @@ class AskMagics(Magics):
     @argument(
         "words", nargs="*", metavar="MODEL [PROMPT]", help="model name; in the line form the prompt after it"
     )
-    @argument("--temperature", type=options.number, help="0 is greedy: the same answer each time")
-    @argument("--top-p", type=options.number, help="keep the most likely tokens that sum up to this probability")
-    @argument("--max-tokens", type=options.whole_number, help="longest answer, in tokens")
-    @argument("--seed", type=options.seed, help="seed of the sampling")
+    @argument("--temperature", type=magic_line.number, help="0 is greedy: the same answer each time")
+    @argument(
+        "--top-p",
+        type=magic_line.number,
+        help="sample from the most likely tokens that have this probability together",
+    )
+    @argument("--max-tokens", type=magic_line.whole_number, help="longest answer, in tokens")
+    @argument("--seed", type=magic_line.seed, help="seed of the sampling")
     @argument("--stop", action="append", help="end the answer before this text (may be given several times)")
     @argument("--system", help="system message")
-    @argument("--priority", type=options.priority, help="1 to 10, or a name such as high")
-    @argument("--timeout", type=options.number, help="limit in seconds, from when the model is ready")
+    @argument("--priority", type=magic_line.priority, help="1 to 10, or a name such as high")
+    @argument("--timeout", type=magic_line.number, help="limit in seconds, from when the model is ready")
     @argument("--backend", choices=BACKENDS, help="where to run, instead of by the model's profile")
     @argument("--chat", metavar="NAME", help="go on with this conversation")
     @argument("--reset", action="store_true", help="begin the conversation anew")
@@ -84,17 +87,17 @@ class AskMagics(Magics):
         """
         assert self.shell is not None
         name = "%sollol" if cell is None else "%%sollol"
-        out, rest = options.assigned(line)
-        arguments, variables = options.parse(self.sollol, rest, name=name, namespace=self.shell.user_ns)
+        out, rest = magic_line.assigned(line)
+        arguments, variables = magic_line.parse(self.sollol, rest, name=name, namespace=self.shell.user_ns)
         request = cell_request(
             arguments,
             cell,
             out=out,
-            defaults=notebook.settings().request_defaults(),
+            defaults=session.settings().request_defaults(),
             variables=variables,
             evaluate=self.shell.ev,
         )
-        router = notebook.router()
+        router = session.router()
         chunks = _stream(router, request)
         if request.background:
             display = make_display if is_kernel(self.shell) and not request.quiet else None
@@ -151,8 +154,8 @@ class AskMagics(Magics):
 
             %sollol_chat tour --clear
         """
-        arguments, _ = options.parse(self.sollol_chat, line, name="%sollol_chat")
-        chats = notebook.chats()
+        arguments, _ = magic_line.parse(self.sollol_chat, line, name="%sollol_chat")
+        chats = session.chats()
         if arguments.name is None:
             if arguments.messages or arguments.save or arguments.load or arguments.clear:
                 raise UsageError("%sollol_chat: name the conversation, such as %sollol_chat tour")
@@ -173,7 +176,7 @@ def _stream(router: HybridRouter, request: CellRequest) -> AsyncGenerator[Chunk,
     """The chunks of the answer, in its conversation if it belongs to one."""
     if request.chat is None:
         return router.stream_async(request.model, request.messages, **request.stream_options)
-    chats = notebook.chats()
+    chats = session.chats()
     if request.reset:
         chats.add(Chat(request.chat), replace=True)
     chat = chats.open(request.chat)

@@ -9,11 +9,10 @@ from typing import Any
 from IPython.core.magic import Magics, line_magic, magics_class
 from IPython.core.magic_arguments import argument, magic_arguments
 
-from sollol_nb import notebook
 from sollol_nb.bench.bench import bench_blocking
 from sollol_nb.bench.plan import DEFAULT_MAX_TOKENS, DEFAULT_PROMPTS, DEFAULT_REPEAT, DEFAULT_WARMUP
 from sollol_nb.bench.result import BenchResult
-from sollol_nb.notebook import magic_line as options
+from sollol_nb.notebook import magic_line, session
 from sollol_nb.notebook.displays import is_kernel
 from sollol_nb.text.tables import counted
 
@@ -39,7 +38,7 @@ class BenchMagics(Magics):
         help=f"a variable with a list of texts, or how many of the built-in ones (default {DEFAULT_PROMPTS})",
     )
     @argument(
-        "--repeat", type=options.whole_number, default=DEFAULT_REPEAT, help=f"rounds (default {DEFAULT_REPEAT})"
+        "--repeat", type=magic_line.whole_number, default=DEFAULT_REPEAT, help=f"rounds (default {DEFAULT_REPEAT})"
     )
     @argument(
         "--warmup",
@@ -48,12 +47,12 @@ class BenchMagics(Magics):
     )
     @argument(
         "--max-tokens",
-        type=options.whole_number,
+        type=magic_line.whole_number,
         default=DEFAULT_MAX_TOKENS,
         help=f"longest answer, in tokens (default {DEFAULT_MAX_TOKENS})",
     )
-    @argument("--temperature", type=options.number, help="default 0: all layouts write the same answers")
-    @argument("--timeout", type=options.number, help="limit of each request in seconds")
+    @argument("--temperature", type=magic_line.number, help="default 0: all layouts write the same answers")
+    @argument("--timeout", type=magic_line.number, help="limit of each request in seconds")
     @argument(
         "--reload",
         action="store_true",
@@ -82,11 +81,11 @@ class BenchMagics(Magics):
             %sollol_bench demo:sharded --layouts 2 --strategies even,memory_aware --repeat 10
         """
         assert self.shell is not None
-        arguments, _ = options.parse(self.sollol_bench, line, name="%sollol_bench")
+        arguments, _ = magic_line.parse(self.sollol_bench, line, name="%sollol_bench")
         if arguments.out is not None:
-            options.variable_name(arguments.out, "--out")
+            magic_line.variable_name(arguments.out, "--out")
         result = bench_blocking(
-            notebook.router(),
+            session.router(),
             arguments.models,
             layouts=arguments.layouts,
             strategies=arguments.strategies,
@@ -110,7 +109,7 @@ def _prompts(text: str, shell: Any) -> Any:
     """A number of built-in prompts, or the texts of a variable (a list, a column of a frame, one text)."""
     if text.isdecimal():
         return int(text)
-    value = options.named(shell.ev, text, "--prompts", shell.user_ns)
+    value = magic_line.named(shell.ev, text, "--prompts", shell.user_ns)
     return list(value) if isinstance(value, Iterable) and not isinstance(value, str) else value
 
 

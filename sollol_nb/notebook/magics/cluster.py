@@ -8,11 +8,10 @@ from IPython.core.error import UsageError
 from IPython.core.magic import Magics, line_magic, magics_class
 from IPython.core.magic_arguments import argument, magic_arguments
 
-from sollol_nb import notebook
 from sollol_nb.cluster.status import ClusterStatus
 from sollol_nb.llama_cpp.engine.find import ensure_engine
 from sollol_nb.llama_cpp.processes.running import engine_log, stop_running
-from sollol_nb.notebook import magic_line as options
+from sollol_nb.notebook import magic_line, session
 from sollol_nb.notebook.displays import is_kernel
 from sollol_nb.runtime.io_loop import run_blocking
 
@@ -53,16 +52,15 @@ class ClusterMagics(Magics):
 
             %sollol_cluster --text
         """
-        arguments, _ = options.parse(self.sollol_cluster, line, name="%sollol_cluster")
-        router, what = notebook.router(), arguments.what
+        arguments, _ = magic_line.parse(self.sollol_cluster, line, name="%sollol_cluster")
+        router, what = session.router(), arguments.what
         match arguments.action:
             case "start":
                 count = what[0] if what else "3"
                 if not count.isdecimal():
                     raise UsageError(f"start takes a number of workers, not {count!r}: %sollol_cluster start 3")
-                ensure_engine(
-                    notebook.settings().own("llama_cpp")
-                )  # here, in the main thread, so that a first build shows its progress bar
+                # Here, in the main thread, so that a first build shows its progress bar.
+                ensure_engine(session.settings().own("llama_cpp"))
                 router.start_workers(int(count))
             case "discover":
                 router.discover_workers()
@@ -105,17 +103,17 @@ class ClusterMagics(Magics):
 
             %sollol_stop --all
         """
-        arguments, _ = options.parse(self.sollol_stop, line, name="%sollol_stop")
+        arguments, _ = magic_line.parse(self.sollol_stop, line, name="%sollol_stop")
         if arguments.all or arguments.names:
             ended = run_blocking(stop_running(arguments.names, also_used=True))
             stopped = [f"{one.kind} {one.name}" for one in ended]
         else:
-            stopped = [f"coordinator {model}" for model in notebook.router().stop_coordinator()]
+            stopped = [f"coordinator {model}" for model in session.router().stop_coordinator()]
         print("stopped " + ", ".join(stopped) if stopped else "nothing runs")
 
     @magic_arguments()
     @argument("name", nargs="?", help="a model, or a worker as host:port; default: the coordinator used last")
-    @argument("--last", type=options.whole_number, default=20, help="how many lines (default: 20)")
+    @argument("--last", type=magic_line.whole_number, default=20, help="how many lines (default: 20)")
     @argument("--grep", metavar="TEXT", help="only lines with this text, in any case")
     @line_magic
     def sollol_log(self, line: str) -> None:
@@ -131,10 +129,10 @@ class ClusterMagics(Magics):
 
             %sollol_log demo --grep error
         """
-        arguments, _ = options.parse(self.sollol_log, line, name="%sollol_log")
+        arguments, _ = magic_line.parse(self.sollol_log, line, name="%sollol_log")
         name = arguments.name
         if name is None:
-            if not notebook.router().coordinators:
+            if not session.router().coordinators:
                 raise UsageError("no coordinator of this notebook runs; name a model or worker: %sollol_log demo")
-            name = notebook.router().coordinators[-1].model
+            name = session.router().coordinators[-1].model
         print(engine_log(name, last=arguments.last, grep=arguments.grep))

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 from IPython.core.magic import Magics, line_magic, magics_class
 from IPython.core.magic_arguments import argument, magic_arguments
 
-from sollol_nb import notebook
 from sollol_nb.latency.schema import STATUSES
-from sollol_nb.notebook import magic_line as options
+from sollol_nb.notebook import magic_line, session
 from sollol_nb.notebook.displays import hide_once
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ PLOTS = ("ttft", "total", "speed", "timeline", "predicted", "queue")
 
 
 @magics_class
-class RecordMagics(Magics):
+class LatencyMagics(Magics):
     """`%sollol_latency`."""
 
     @magic_arguments()
@@ -33,7 +32,7 @@ class RecordMagics(Magics):
     @argument("--status", choices=STATUSES, help="only requests that ended so")
     @argument("--since", metavar="WHEN", help="only since then: 1h, 2 days, or a date and time")
     @argument("--until", metavar="WHEN", help="only until then")
-    @argument("--last", type=options.whole_number, help="only the newest N of these")
+    @argument("--last", type=magic_line.whole_number, help="only the newest N of these")
     @argument("--plot", nargs="?", const="total", choices=PLOTS, help="draw it (default: total)")
     @argument("--export", metavar="FILE", help="write it to a .csv or .parquet file instead")
     @line_magic
@@ -52,8 +51,8 @@ class RecordMagics(Magics):
 
             %sollol_latency --export latency.csv
         """
-        arguments, _ = options.parse(self.sollol_latency, line, name="%sollol_latency")
-        router = notebook.router()
+        arguments, _ = magic_line.parse(self.sollol_latency, line, name="%sollol_latency")
+        router = session.router()
         chosen = ("model", "backend", "status", "since", "until", "last")
         filters = {name: getattr(arguments, name) for name in chosen}
         if arguments.export is not None:

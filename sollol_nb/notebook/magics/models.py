@@ -8,9 +8,8 @@ from IPython.core.error import UsageError
 from IPython.core.magic import Magics, line_magic, magics_class
 from IPython.core.magic_arguments import argument, magic_arguments
 
-from sollol_nb import notebook
 from sollol_nb.models.profiles import MODEL_PROFILES
-from sollol_nb.notebook import magic_line as options
+from sollol_nb.notebook import magic_line, session
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,8 +34,8 @@ class ModelMagics(Magics):
 
             %sollol_models demo
         """
-        arguments, _ = options.parse(self.sollol_models, line, name="%sollol_models")
-        frame = notebook.router().models()
+        arguments, _ = magic_line.parse(self.sollol_models, line, name="%sollol_models")
+        frame = session.router().models()
         return frame[frame["model"].str.contains(arguments.text, case=False, regex=False)].reset_index(drop=True)
 
     @magic_arguments()
@@ -50,13 +49,13 @@ class ModelMagics(Magics):
 
             %sollol_route demo
         """
-        arguments, _ = options.parse(self.sollol_route, line, name="%sollol_route")
-        print(notebook.router().route(arguments.model, backend=arguments.backend))
+        arguments, _ = magic_line.parse(self.sollol_route, line, name="%sollol_route")
+        print(session.router().route(arguments.model, backend=arguments.backend))
 
     @magic_arguments()
     @argument("model", help="model name")
-    @argument("--parameters", type=options.number, metavar="BILLIONS", help="set its number of parameters")
-    @argument("--memory", type=options.number, metavar="GB", help="set its memory, in 1e9 bytes")
+    @argument("--parameters", type=magic_line.number, metavar="BILLIONS", help="set its number of parameters")
+    @argument("--memory", type=magic_line.number, metavar="GB", help="set its memory, in 1e9 bytes")
     @argument("--sharded", action="store_true", default=None, help="say that it needs sharding")
     @argument("--not-sharded", dest="sharded", action="store_false", help="say that it does not")
     @argument("--forget", action="store_true", help="remove its entry; it is sized by its file or name again")
@@ -72,7 +71,7 @@ class ModelMagics(Magics):
 
             %sollol_profile custom-70b --forget
         """
-        arguments, _ = options.parse(self.sollol_profile, line, name="%sollol_profile")
+        arguments, _ = magic_line.parse(self.sollol_profile, line, name="%sollol_profile")
         model = str(arguments.model)
         given = {
             "parameter_count": arguments.parameters,
@@ -88,7 +87,7 @@ class ModelMagics(Magics):
         elif given:
             MODEL_PROFILES[model] = {**(before or {}), **given}
         try:
-            profile = notebook.router().profile(model)
+            profile = session.router().profile(model)
         except Exception:
             if before is not None:  # a profile that cannot be used is not kept
                 MODEL_PROFILES[model] = before

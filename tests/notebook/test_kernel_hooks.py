@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import pytest
 
 from sollol_nb.errors import CoordinatorLostError, SollolError
-from sollol_nb.notebook import errors_in_cells, nested_loop
+from sollol_nb.notebook import kernel_hooks
 from sollol_nb.runtime.io_loop import io_bound, io_loop, run_blocking
 
 T = TypeVar("T")
@@ -30,11 +30,11 @@ def in_kernel(cell: Callable[[], Coroutine[Any, Any, T]]) -> T:
     """Run a cell where the extension was loaded: inside a running loop."""
 
     async def kernel() -> T:
-        nested_loop.allow()
+        kernel_hooks.allow_nested_loops()
         try:
             return await cell()
         finally:
-            nested_loop.forbid()
+            kernel_hooks.forbid_nested_loops()
 
     return asyncio.run(kernel())
 
@@ -75,11 +75,11 @@ def test_everything_is_put_back() -> None:
     async def kernel() -> None:
         io_loop()
         before = patchable()
-        nested_loop.allow()
-        nested_loop.allow()
+        kernel_hooks.allow_nested_loops()
+        kernel_hooks.allow_nested_loops()
         during = patchable()
-        nested_loop.forbid()
-        nested_loop.forbid()
+        kernel_hooks.forbid_nested_loops()
+        kernel_hooks.forbid_nested_loops()
 
         assert during != before
         for now, then in zip(patchable(), before, strict=True):
@@ -97,9 +97,9 @@ def test_it_can_be_allowed_and_forbidden_again_and_again() -> None:
 
 @pytest.fixture
 def short_errors() -> Iterator[None]:
-    errors_in_cells.shorten(lambda: True)
+    kernel_hooks.shorten_errors(lambda: True)
     yield
-    errors_in_cells.restore()
+    kernel_hooks.restore_errors()
 
 
 @pytest.mark.usefixtures("short_errors")
@@ -110,9 +110,9 @@ def test_errors_of_the_package_render_as_one_line() -> None:
 
 
 def test_whole_tracebacks_come_back() -> None:
-    errors_in_cells.shorten(lambda: True)
-    errors_in_cells.restore()
-    errors_in_cells.restore()
+    kernel_hooks.shorten_errors(lambda: True)
+    kernel_hooks.restore_errors()
+    kernel_hooks.restore_errors()
 
     assert not hasattr(SollolError("x"), "_render_traceback_")
     assert not hasattr(ValueError("x"), "_render_traceback_")

@@ -1,0 +1,113 @@
+"""What a kernel has one of: its router, its conversations and its settings. The magics work with these."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+from sollol_nb.chat.conversation import ChatBook
+from sollol_nb.notebook import settings_traits
+from sollol_nb.sync_wrapper import HybridRouter
+
+if TYPE_CHECKING:
+    from IPython.core.interactiveshell import InteractiveShell
+
+    from sollol_nb.notebook.settings_traits import Sollol
+
+
+class Session:
+    """The router, the conversations and the settings of one kernel. Threads may use it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # held while the router is created or replaced
+        self._router: HybridRouter | None = None
+        self._router_is_stale = False
+        self._settings: Sollol | None = None
+        self._chats = ChatBook()
+
+    def start(self, shell: InteractiveShell) -> Sollol:
+        """Let `%config Sollol` set the settings; returns them. Starting twice is fine.
+
+        Raises:
+            ConfigError: `ipython_config.py` or the command line has a value that cannot be used.
+        """
+        self._settings = settings_traits.install(shell)
+        self._settings.on_router_change(self._mark_stale)
+        return self._settings
+
+    def end(self, shell: InteractiveShell) -> None:
+        """Close the router, with its engines or without them (setting `on_unload`); forget all else."""
+        keep = self._settings is not None and self._settings.or_built_in("on_unload") == "keep"
+        if self._router is not None:
+            self._router.close(keep=keep)
+        self._router, self._settings, self._chats = None, None, ChatBook()
+        settings_traits.remove(shell)
+
+    def settings(self) -> Sollol:
+        """The kernel's settings, those of `%config Sollol`.
+
+        Raises:
+            RuntimeError: the extension is not loaded.
+        """
+        if self._settings is None:
+            raise RuntimeError("the extension is not loaded; run %load_ext sollol_nb")
+        return self._settings
+
+    def chats(self) -> ChatBook:
+        """The kernel's conversations."""
+        return self._chats
+
+    def router(self, **router_settings: Any) -> HybridRouter:
+        """The kernel's router: created on first use, and again after one of its settings has changed.
+
+        Args:
+            **router_settings: replace the router by one with these settings of `HybridRouter`.
+        """
+        with self._lock:
+            if self._router is None or router_settings or self._router_is_stale:
+                configured = self._settings.router_settings() if self._settings is not None else {}
+                new = HybridRouter(**{**configured, **router_settings})
+                # After a changed setting the new router adopts those engines that still suit it.
+                return self._replace_router(new, keep=not router_settings)
+            return self._router
+
+    def use_router(self, new: HybridRouter | None) -> HybridRouter:
+        """Let the magics use this router from now on, or a new one if it is None. The previous one is closed."""
+        with self._lock:
+            return self._replace_router(new if new is not None else HybridRouter(), keep=False)
+
+    def running_models(self) -> list[str]:
+        """The models of the router's coordinators."""
+        return [coordinator.model for coordinator in self._router.coordinators] if self._router is not None else []
+
+    def worker_endpoints(self) -> list[str]:
+        """The router's workers as `host:port`."""
+        return self._router.worker_endpoints if self._router is not None else []
+
+    def has_short_errors(self) -> bool:
+        """Whether the package's errors are shown as one line (setting `short_errors`)."""
+        return self._settings is None or bool(self._settings.or_built_in("short_errors"))
+
+    def _replace_router(self, new: HybridRouter, *, keep: bool) -> HybridRouter:
+        previous, self._router, self._router_is_stale = self._router, new, False
+        if previous is not None and previous is not new:
+            if keep and (self._settings is None or self._settings.own("workers") is None):
+                new.take_workers(previous.worker_endpoints)  # also those that were started, found or added
+            previous.close(keep=keep)
+        return new
+
+    def _mark_stale(self) -> None:
+        self._router_is_stale = self._router is not None
+
+
+_session = Session()
+
+start = _session.start
+end = _session.end
+settings = _session.settings
+chats = _session.chats
+router = _session.router
+use_router = _session.use_router
+running_models = _session.running_models
+worker_endpoints = _session.worker_endpoints
+has_short_errors = _session.has_short_errors
