@@ -25,7 +25,7 @@ from sollol_nb.batch.frame import CACHED, ERROR, OK, RowResult, check_columns, j
 from sollol_nb.batch.rows import Rows, RowTable, RowTemplate, questions
 from sollol_nb.batch.store import answer_key
 from sollol_nb.chat.completion import Completion
-from sollol_nb.chat.request import checked_priority, checked_timeout_s, options_with_schema
+from sollol_nb.chat.request import checked_timeout_s, options_with_schema
 from sollol_nb.errors import (
     AnswerInterruptedError,
     BatchInterrupted,
@@ -45,7 +45,7 @@ from sollol_nb.errors import (
 from sollol_nb.models.routing import checked_backend
 from sollol_nb.runtime.amounts import is_whole_number
 from sollol_nb.runtime.io_loop import io_bound_stream, iterate_blocking
-from sollol_nb.runtime.priority import Priority
+from sollol_nb.runtime.priority import Priority, checked_priority
 from sollol_nb.runtime.progress_bars import progress_bar
 from sollol_nb.schema.schema import parser_of
 from sollol_nb.settings import config

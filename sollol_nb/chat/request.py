@@ -10,7 +10,7 @@ from sollol_nb.chat.messages import answer_schema, check_messages, check_options
 from sollol_nb.errors import ConfigError
 from sollol_nb.models.routing import checked_backend
 from sollol_nb.runtime.amounts import is_positive
-from sollol_nb.runtime.priority import Priority
+from sollol_nb.runtime.priority import checked_priority
 from sollol_nb.schema.schema import json_schema_of
 from sollol_nb.settings import config
 
@@ -79,13 +79,6 @@ def options_with_schema(options: Mapping[str, Any], schema: object) -> dict[str,
         keep_alive_s = config.keep_alive_seconds(checked["keep_alive"])
         checked["keep_alive"] = -1 if keep_alive_s is None else keep_alive_s  # Ollama knows no "forever"
     return checked
-
-
-def checked_priority(priority: int) -> int:
-    """The priority. Raises ConfigError if it is none."""
-    if not isinstance(priority, int) or not Priority.BATCH <= priority <= Priority.CRITICAL:
-        raise ConfigError(f"priority={priority!r} must be a number from 1 (BATCH) to 10 (CRITICAL)")
-    return priority
 
 
 def checked_timeout_s(timeout_s: float) -> float:

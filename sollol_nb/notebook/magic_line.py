@@ -18,7 +18,7 @@ from typing import Any
 from IPython.core.error import UsageError
 
 from sollol_nb.errors import ConfigError
-from sollol_nb.runtime.priority import Priority
+from sollol_nb.runtime.priority import is_priority, priority_named
 from sollol_nb.text.expansion import expand
 
 WAY_OUT = "--no-expand sends braces as they are"
@@ -223,12 +223,10 @@ def number(text: str) -> float:
 
 def priority(text: str) -> int:
     """A priority by number or by name."""
-    if text.isdecimal() and 1 <= int(text) <= 10:
-        return int(text)
-    name = text.upper().replace("-", "_")
-    if name in Priority.__members__:
-        return int(Priority[name])
-    raise argparse.ArgumentTypeError(f"takes 1 to 10 or a name such as high, not {text!r}")
+    priority = int(text) if text.isdecimal() else priority_named(text)
+    if not is_priority(priority):
+        raise argparse.ArgumentTypeError(f"takes 1 to 10 or a name such as high, not {text!r}")
+    return int(priority)
 
 
 def named(evaluate: Callable[[str], Any], expression: str, option: str, namespace: Mapping[str, Any]) -> Any:

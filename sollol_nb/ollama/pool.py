@@ -34,9 +34,8 @@ from sollol_nb.ollama.nodes import NodeStatus, node_url
 from sollol_nb.ollama.requests import KEEPS_ALL, AnswerSoFar, request_body
 from sollol_nb.ollama.serving import CHAT, EMBED, GENERATE, Journey, Serving
 from sollol_nb.runtime.events import EventBus
-from sollol_nb.runtime.gate import DEFAULT_PRIORITY
 from sollol_nb.runtime.io_loop import io_bound, io_bound_stream
-from sollol_nb.runtime.priority import checked_priority
+from sollol_nb.runtime.priority import Priority, checked_priority
 from sollol_nb.runtime.progress_bars import progress_bar
 from sollol_nb.settings import config
 from sollol_nb.settings.endpoints import LOOPBACK
@@ -123,7 +122,7 @@ class OllamaPool:
         model: str,
         messages: Sequence[Mapping[str, Any]],
         *,
-        priority: int = DEFAULT_PRIORITY,
+        priority: int = Priority.NORMAL,
         timeout: float | None = None,
         overflow: str = ERROR,
         **options: Any,
@@ -159,7 +158,7 @@ class OllamaPool:
         model: str,
         messages: Sequence[Mapping[str, Any]],
         *,
-        priority: int = DEFAULT_PRIORITY,
+        priority: int = Priority.NORMAL,
         timeout: float | None = None,
         overflow: str = ERROR,
         **options: Any,
@@ -186,7 +185,7 @@ class OllamaPool:
         model: str,
         prompt: str,
         *,
-        priority: int = DEFAULT_PRIORITY,
+        priority: int = Priority.NORMAL,
         timeout: float | None = None,
         **options: Any,
     ) -> dict[str, Any]:
@@ -201,7 +200,7 @@ class OllamaPool:
         model: str,
         prompt: str,
         *,
-        priority: int = DEFAULT_PRIORITY,
+        priority: int = Priority.NORMAL,
         timeout: float | None = None,
         **options: Any,
     ) -> AsyncGenerator[Chunk, None]:
@@ -218,7 +217,7 @@ class OllamaPool:
         model: str,
         input: str | Sequence[str],
         *,
-        priority: int = DEFAULT_PRIORITY,
+        priority: int = Priority.NORMAL,
         timeout: float | None = None,
         **options: Any,
     ) -> dict[str, Any]:
@@ -261,7 +260,7 @@ class OllamaPool:
     @io_bound
     async def show(self, /, model: str, **options: Any) -> dict[str, Any]:
         """What `/api/show` says of a model, from a node that has it. Errors are those of `chat`."""
-        journey = _journey("/api/show", request_body(model, **options), DEFAULT_PRIORITY, None)
+        journey = _journey("/api/show", request_body(model, **options), Priority.NORMAL, None)
         while True:
             offer, _ = await self._serving.chosen(journey)
             try:

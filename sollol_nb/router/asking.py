@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sollol_nb.batch.batch import BatchPlace
 from sollol_nb.chat.chunk import ROUTING, Chunk
 from sollol_nb.chat.completion import Completion, checked_against_schema
-from sollol_nb.chat.request import ChatRequest, checked_priority, checked_timeout_s
+from sollol_nb.chat.request import ChatRequest, checked_timeout_s
 from sollol_nb.errors import (
     AnswerInterruptedError,
     ConfigError,
@@ -35,7 +35,7 @@ from sollol_nb.router.record import RequestRecord
 from sollol_nb.router.steering import RouterCluster
 from sollol_nb.runtime.events import EventBus, EventKind
 from sollol_nb.runtime.io_loop import io_bound, io_bound_stream
-from sollol_nb.runtime.priority import Priority
+from sollol_nb.runtime.priority import Priority, checked_priority
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -29,12 +29,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from sollol_nb.errors import ConfigError
+from sollol_nb.runtime.priority import Priority
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
 
 AGEING_S = 10.0
-DEFAULT_PRIORITY = 5
 
 _arrivals = itertools.count()
 
@@ -106,7 +106,7 @@ class Gate:
 
     @asynccontextmanager
     async def slot(
-        self, priority: int = DEFAULT_PRIORITY, *, arrived_s: float | None = None
+        self, priority: int = Priority.NORMAL, *, arrived_s: float | None = None
     ) -> AsyncIterator[float]:
         """Hold a slot for the length of an `async with`; gives the milliseconds waited for it.
 
@@ -149,7 +149,7 @@ class Gate:
 
 
 async def first_slot(
-    gates: Sequence[Gate], priority: int = DEFAULT_PRIORITY, *, arrived_s: float | None = None
+    gates: Sequence[Gate], priority: int = Priority.NORMAL, *, arrived_s: float | None = None
 ) -> Gate | None:
     """Take one slot at whichever of `gates` has one first; the caller must `release()` it.
 

@@ -1,14 +1,16 @@
 """Priorities: ten named levels, and which of them a role or a task deserves.
 
-A request waits at its place's gate in this order (see `gate.py`; ageing keeps BATCH from starving). Any whole
+A request waits for a slot in this order (see `gate.py`; ageing keeps BATCH from starving). Any whole
 number from 1 to 10 may be given wherever a `Priority` is expected.
 """
 
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import TypeGuard
 
 from sollol_nb.errors import ConfigError
+from sollol_nb.runtime.amounts import is_whole_number
 
 
 class Priority(IntEnum):
@@ -86,13 +88,22 @@ def get_priority_for_task(task: str) -> int:
     return TASK_PRIORITIES.get("-".join(words), int(Priority.NORMAL))
 
 
-def checked_priority(priority: int) -> Priority:
-    """The priority as a `Priority`.
+def priority_named(name: str) -> Priority | None:
+    """The level of this name in any case, words joined by space, `_` or `-`; None if no level has it."""
+    return Priority.__members__.get(name.strip().upper().replace("-", "_").replace(" ", "_"))
+
+
+def is_priority(value: object) -> TypeGuard[int]:
+    """Whether it is a whole number from 1 to 10."""
+    return is_whole_number(value) and Priority.BATCH <= value <= Priority.CRITICAL
+
+
+def checked_priority(priority: int) -> int:
+    """The priority.
 
     Raises:
         ConfigError: it is not a whole number from 1 to 10.
     """
-    try:
-        return Priority(priority)
-    except ValueError as error:
-        raise ConfigError(f"priority {priority!r} is not one of the levels 1 (BATCH) to 10 (CRITICAL)") from error
+    if not is_priority(priority):
+        raise ConfigError(f"priority={priority!r} must be a number from 1 (BATCH) to 10 (CRITICAL)")
+    return int(priority)

@@ -15,7 +15,7 @@ from typing import Any
 from sollol_nb.errors import ConfigError
 from sollol_nb.layers.strategies import STRATEGIES
 from sollol_nb.runtime.amounts import is_number, is_whole_number, parse_duration
-from sollol_nb.runtime.priority import Priority
+from sollol_nb.runtime.priority import is_priority, priority_named
 from sollol_nb.settings.endpoints import format_endpoint, parse_endpoint
 
 _YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
@@ -153,14 +153,10 @@ def _yes_or_no_from_text(written: str) -> bool | str:
 
 
 def _priority(value: Any) -> int:
-    if isinstance(value, str):
-        name = value.strip().upper().replace("-", "_").replace(" ", "_")
-        if name not in Priority.__members__:
-            raise ValueError
-        return int(Priority[name])
-    if not is_whole_number(value):
-        raise TypeError
-    return int(Priority(value))
+    priority = priority_named(value) if isinstance(value, str) else value
+    if not is_priority(priority):
+        raise ValueError
+    return int(priority)
 
 
 def _keep_alive(value: Any) -> Any:

@@ -8,6 +8,7 @@ from sollol_nb.runtime.priority import (
     checked_priority,
     get_priority_for_role,
     get_priority_for_task,
+    priority_named,
 )
 
 
@@ -65,7 +66,21 @@ def test_a_task_has_its_priority(task: str, priority: int) -> None:
     assert get_priority_for_task(task) == priority
 
 
-@pytest.mark.parametrize("priority", [0, 11, -1, 5.5])
-def test_a_priority_outside_the_levels_is_refused(priority: float) -> None:
-    with pytest.raises(ConfigError, match=r"1 \(BATCH\) to 10 \(CRITICAL\)"):
+@pytest.mark.parametrize("priority", [1, 10, Priority.HIGH])
+def test_a_level_is_taken_as_a_number(priority: int) -> None:
+    assert checked_priority(priority) == priority
+    assert type(checked_priority(priority)) is int
+
+
+@pytest.mark.parametrize("priority", [0, 11, -1, 5.0, 5.5, True, "5", "high", None])
+def test_anything_else_is_refused(priority: object) -> None:
+    with pytest.raises(ConfigError, match=r"must be a number from 1 \(BATCH\) to 10 \(CRITICAL\)"):
         checked_priority(priority)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "level"),
+    [("high", Priority.HIGH), (" Below normal", 4), ("above-NORMAL", 6), ("LOW_EST", None), ("5", None)],
+)
+def test_a_level_is_found_by_its_name(name: str, level: int | None) -> None:
+    assert priority_named(name) == level
