@@ -1,52 +1,53 @@
-"""Chats: conversations that go on from one question to the next.
+"""A conversation: its messages, how it is written to a file, and how it is shown.
 
-A `Chat` holds what was said and what is known of it; `ask_in_chat` asks the next question with all of it, and adds
-question and answer. What no longer fits the model's context is left out of the request, oldest turns first, and
-that is told (see `context_window`); the chat itself keeps everything. A model's earlier reasoning is kept to be
-looked at, and not sent again.
+A `Chat` keeps every message and what is known of it. `conversations.ask_in_chat` asks the next question with
+all of them and adds question and answer. Turns that no longer fit the model's context are left out of the
+request, not out of the chat (see `context_window`). A model's earlier reasoning is kept to be shown, and is not
+sent again.
 
-Chats live in the memory of the process. `Chat.export` writes one to a file, `Chat.load` reads it again.
-
-    chat = Chat("trip", system="Be brief.")
-    for chunk in iterate_blocking(ask_in_chat(router.stream_async, chat, "demo", "What is a worker?")):
-        print(chunk["message"]["content"], end="")
+A chat lives in the memory of the process. `Chat.export` writes it to a file, `Chat.load` reads it back. When it is
+shown, long messages are folded, and every message is escaped.
 """
 
 from __future__ import annotations
 
-import difflib
+import html
 import json
 import re
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
-from sollol_nb.chat import conversation_view as chat_view
-from sollol_nb.chat.chunk import DROPPED, Chunk
+from sollol_nb.chat.chunk import DROPPED
 from sollol_nb.chat.completion import Completion
-from sollol_nb.chat.context_window import DROP_OLDEST, turn_starts
+from sollol_nb.chat.context_window import turn_starts
 from sollol_nb.chat.messages import check_messages
-from sollol_nb.errors import ChatBusyError, ConfigError, RequestCancelledError
+from sollol_nb.errors import ChatBusyError, ConfigError
+from sollol_nb.text.tables import counted
 
 FILE_FORMAT = "sollol_nb chat"
 FILE_VERSION = 1
+LONG_CHARS = 700
+SUMMARY_CHARS = 120
+
 _NAME = re.compile(r"\w[\w.-]{0,63}")
+_ENDED_EARLY = {"length": "stopped at max_tokens", "cancelled": "stopped", "error": "interrupted"}
 
 
-@dataclass(frozen=True, slots=True)
-class Said:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatMessage:
     """One message of a chat, and what is known of it.
 
     Attributes:
         message: in Ollama's shape: `role`, `content`, perhaps `thinking`, `images`, `tool_calls`.
-        at: when.
-        model: which model answered; "" for the others.
+        at: when it was added.
+        model: which model answered; "" for messages that are not answers.
         done_reason: why the answer ended: `stop`, `length`, `tool_calls`, `cancelled` or `error`.
-        note: what was dropped to ask for this answer; "" if nothing was.
+        note: which turns were dropped from the request for this answer; "" if none was.
         prompt_tokens: tokens of all messages that were sent for this answer.
         answer_tokens: tokens of the answer, reasoning included.
     """
@@ -64,17 +65,51 @@ class Said:
         """`system`, `user`, `assistant` or `tool`."""
         return str(self.message["role"])
 
+    @property
+    def speaker(self) -> str:
+        """The role, and of an answer in brackets its model and whether it ended early."""
+        about = ", ".join(filter(None, (self.model, _ENDED_EARLY.get(self.done_reason, ""))))
+        return f"{self.role} ({about})" if about else self.role
+
+    @property
+    def text(self) -> str:
+        """The content as text, with a mark for each image and each call of a tool."""
+        content = self.message.get("content") or ""
+        parts = [content] if isinstance(content, str) else [str(part.get("text") or "[media]") for part in content]
+        parts += [f"[calls {call['function']['name']}]" for call in self.message.get("tool_calls") or ()]
+        parts += ["[image]"] * len(self.message.get("images") or ())
+        return "\n".join(filter(None, parts))
+
     def as_dict(self) -> dict[str, Any]:
-        """As it stands in a file: the message, and of the rest what is known."""
+        """As it is written to a file: the message, and of the rest what is known."""
         known = {name: getattr(self, name) for name in _KNOWN if getattr(self, name) not in ("", None)}
         return {"at": self.at.isoformat(), **known, "message": dict(self.message)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Raises KeyError, TypeError or ValueError where it is none."""
+        """The message that `as_dict` wrote.
+
+        Raises:
+            KeyError, TypeError, ValueError: the data is something else.
+        """
         message = check_messages([data["message"]])[0]
+        known = {name: data[name] for name in _KNOWN if name in data}
+        return cls(message=message, at=datetime.fromisoformat(data["at"]), **known)
+
+    @classmethod
+    def from_answer(cls, answer: Completion) -> Self | None:
+        """An answer as a chat keeps it; None if it has no text and calls no tool."""
+        message = {name: value for name, value in answer["message"].items() if value}
+        if not message.get("content") and not message.get("tool_calls"):
+            return None
         return cls(
-            message, datetime.fromisoformat(data["at"]), **{name: data[name] for name in _KNOWN if name in data}
+            message={"content": "", **message},
+            at=datetime.now(UTC),
+            model=str(answer.get("model") or ""),
+            done_reason=answer.finish_reason,
+            note=str(answer.get(DROPPED) or ""),
+            prompt_tokens=answer.get("prompt_eval_count"),
+            answer_tokens=answer.get("eval_count"),
         )
 
 
@@ -85,7 +120,7 @@ class Chat:
     """One conversation.
 
     Args:
-        name: begins with a letter, digit or `_`; goes on with these, `.` and `-`; 64 characters at the most.
+        name: letters, digits, `_`, `.` and `-`, beginning with a letter, digit or `_`; at most 64 characters.
         system: the system message, sent before all others.
 
     Raises:
@@ -96,19 +131,19 @@ class Chat:
     """
 
     def __init__(self, name: str, *, system: str = "") -> None:
-        self.name = _checked_name(name)
+        self.name = checked_name(name)
         self.system = system
-        self._said: list[Said] = []
+        self._history: list[ChatMessage] = []
         self._busy = threading.Lock()
 
     @property
-    def said(self) -> tuple[Said, ...]:
-        """Everything that was said, the system message apart."""
-        return tuple(self._said)
+    def history(self) -> tuple[ChatMessage, ...]:
+        """All messages but the system message, oldest first."""
+        return tuple(self._history)
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        """What goes before the next question: all messages, the system message first, without reasoning."""
+        """What is sent before the next question: all messages, the system message first, without reasoning."""
         return [
             {name: value for name, value in message.items() if name != "thinking"}
             for message in self.to_messages()
@@ -117,91 +152,104 @@ class Chat:
     @property
     def model(self) -> str:
         """The model that answered last; "" before the first answer."""
-        return next((one.model for one in reversed(self._said) if one.model), "")
+        return next((entry.model for entry in reversed(self._history) if entry.model), "")
 
     @property
     def turn_count(self) -> int:
         """How many questions were asked."""
-        return len(turn_starts([one.message for one in self._said]))
+        return len(turn_starts([entry.message for entry in self._history]))
 
     @property
     def notes(self) -> list[tuple[datetime, str]]:
-        """When messages were left out of a request, and which."""
-        return [(one.at, one.note) for one in self._said if one.note]
+        """When turns were dropped from a request, and which."""
+        return [(entry.at, entry.note) for entry in self._history if entry.note]
+
+    @property
+    def last_time(self) -> str:
+        """When the last message was added, in local time; "" without any."""
+        return f"{self._history[-1].at.astimezone():%Y-%m-%d %H:%M}" if self._history else ""
+
+    @property
+    def title(self) -> str:
+        """One line: name, turns, model, time of the last message."""
+        turns = counted(self.turn_count, "turn")
+        return ", ".join(filter(None, (f"conversation {self.name}: {turns}", self.model, self.last_time)))
 
     @property
     def is_answering(self) -> bool:
-        """Whether an answer is under way."""
+        """Whether an answer is being written."""
         return self._busy.locked()
 
     def add(self, question: Mapping[str, Any], answer: Completion) -> bool:
-        """Add a question and its answer, also one that was cut short. Neither is kept if the answer has no text
-        (and calls no tool); returns whether they were.
+        """Add a question and its answer, even one that ended early. An answer without text that calls no tool is
+        not added, nor is its question; returns whether they were.
         """
-        said = _said(answer)
-        if said is not None:
-            self._said += [Said(dict(question), said.at), said]
-        return said is not None
+        entry = ChatMessage.from_answer(answer)
+        if entry is not None:
+            self._history += [ChatMessage(message=dict(question), at=entry.at), entry]
+        return entry is not None
 
     def amend(self, answer: Completion) -> None:
-        """Put the whole answer (as `router.resume` gives it) in the place of the last one, which broke off.
+        """Replace the last answer, which was interrupted, by the whole one (as `router.resume` returns it).
 
         Raises:
-            ConfigError: the last answer did not break off, or this one has no text.
+            ConfigError: the last answer was not interrupted, or this one has no text.
             ChatBusyError: the chat is answering another question.
         """
         with self.answering():
-            if not self._said or self._said[-1].done_reason != "error":
+            if not self._history or self._history[-1].done_reason != "error":
                 raise ConfigError(
-                    f"the last answer of chat {self.name} did not break off; there is nothing to amend"
+                    f"the last answer of conversation {self.name} was not interrupted; there is nothing to amend"
                 )
-            whole = _said(Completion({DROPPED: self._said[-1].note, **answer}))
+            whole = ChatMessage.from_answer(Completion({DROPPED: self._history[-1].note, **answer}))
             if whole is None:
-                raise ConfigError(f"the answer has no text; chat {self.name} keeps the one that broke off")
-            self._said[-1] = whole
+                raise ConfigError(f"the answer has no text; conversation {self.name} keeps the interrupted one")
+            self._history[-1] = whole
 
     @contextmanager
     def answering(self) -> Iterator[None]:
         """Hold the chat for one answer.
 
         Raises:
-            ChatBusyError: another one is under way.
+            ChatBusyError: another answer is being written.
         """
         if not self._busy.acquire(blocking=False):
-            raise ChatBusyError(f"chat {self.name} is still answering; wait for that answer, or stop it")
+            raise ChatBusyError(
+                f"conversation {self.name} is still answering another question; wait for it, or stop it"
+            )
         try:
             yield
         finally:
             self._busy.release()
 
     def clear(self) -> None:
-        """Forget what was said; the system message stays."""
-        self._said.clear()
+        """Forget all messages but the system message."""
+        self._history.clear()
 
     # --- to and from plain data -----------------------------------------------------------------
 
     def to_messages(self) -> list[dict[str, Any]]:
-        """All messages in Ollama's shape, the system message first, with the reasoning that came with answers."""
+        """All messages in Ollama's shape, the system message first, with the reasoning of the answers."""
         system = [{"role": "system", "content": self.system}] if self.system else []
-        return [*system, *(dict(one.message) for one in self._said)]
+        return [*system, *(dict(entry.message) for entry in self._history)]
 
     @classmethod
     def from_messages(cls, messages: Sequence[Mapping[str, Any]], *, name: str = "chat") -> Self:
-        """A chat that goes on from these messages; a system message that comes first becomes its own.
+        """A chat that continues these messages; a system message that comes first becomes its own.
 
         Raises:
-            ConfigError: they are no messages (see `llama_chat.check_messages`).
+            ConfigError: they are not messages (see `messages.check_messages`).
         """
         checked = check_messages(messages)
         chat = cls(name)
         if checked[0]["role"] == "system":
             chat.system = str(checked.pop(0)["content"])
         now = datetime.now(UTC)
-        chat._said = [Said(message, now) for message in checked]
+        chat._history = [ChatMessage(message=message, at=now) for message in checked]
         return chat
 
     def export(self, path: str | Path) -> Path:
-        """Write the chat to a JSON file, over one that is there; returns its path.
+        """Write the chat to a JSON file, replacing an existing one; returns its path.
 
         Raises:
             ConfigError: the file cannot be written.
@@ -211,13 +259,15 @@ class Chat:
             "version": FILE_VERSION,
             "name": self.name,
             "system": self.system,
-            "said": [one.as_dict() for one in self._said],
+            "said": [entry.as_dict() for entry in self._history],
         }
         path = Path(path).expanduser()
         try:
             path.write_text(json.dumps(data, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
-            raise ConfigError(f"the chat cannot be written to {path}: {error.strerror or error}") from error
+            raise ConfigError(
+                f"cannot write conversation {self.name} to {path}: {error.strerror or error}"
+            ) from error
         return path
 
     @classmethod
@@ -228,161 +278,83 @@ class Chat:
             name: another name for it.
 
         Raises:
-            ConfigError: the file cannot be read, or holds no chat.
+            ConfigError: the file cannot be read, or is not an exported chat.
         """
-        path, name = Path(path).expanduser(), None if name is None else _checked_name(name)
+        path, name = Path(path).expanduser(), None if name is None else checked_name(name)
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
+            raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
         except ValueError as error:
             raise ConfigError(f"{path} is not JSON ({error}); give a file that Chat.export wrote") from error
         if not isinstance(data, dict) or data.get("format") != FILE_FORMAT:
-            raise ConfigError(f"{path} holds no chat; give a file that Chat.export wrote, or use from_messages")
+            raise ConfigError(
+                f"{path} is not an exported conversation; give a file that Chat.export wrote, or use "
+                "Chat.from_messages"
+            )
         if data.get("version") != FILE_VERSION:
             raise ConfigError(
-                f"{path} has version {data.get('version')}, this sollol_nb reads {FILE_VERSION}; upgrade it"
+                f"{path} has version {data.get('version')}, but this sollol_nb reads version {FILE_VERSION}; "
+                "upgrade sollol_nb"
             )
         try:
             chat = cls(data["name"] if name is None else name, system=str(data["system"]))
-            chat._said = [Said.from_dict(one) for one in data["said"]]
+            chat._history = [ChatMessage.from_dict(entry) for entry in data["said"]]
         except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"{path} is damaged ({error!r}); export the chat again") from error
+            raise ConfigError(f"{path} is damaged ({error!r}); export the conversation again") from error
         return chat
 
     # --- shown ----------------------------------------------------------------------------------
 
     def __repr__(self) -> str:
-        turns = "1 turn" if self.turn_count == 1 else f"{self.turn_count} turns"
+        turns = counted(self.turn_count, "turn")
         return f"<Chat {self.name}: {', '.join(filter(None, (turns, self.model)))}>"
 
     def __str__(self) -> str:
-        return chat_view.as_text(self)
+        """The chat as text; of long messages only the beginning."""
+        lines = [self.title]
+        if self.system:
+            lines.append(f"system: {_beginning(self.system)}")
+        for entry in self._history:
+            lines += [f"[{entry.note}]"] if entry.note else []
+            lines.append(f"{entry.speaker}: {_beginning(entry.text)}")
+        return "\n".join(lines)
+
+    def _as_html(self) -> str:
+        parts = [f"<b>{html.escape(self.title)}</b>"]
+        if self.system:
+            parts.append(_message_html("system", self.system))
+        for entry in self._history:
+            if entry.note:
+                parts.append(f'<div style="opacity:.7;margin:.4em 0"><i>{html.escape(entry.note)}</i></div>')
+            parts.append(_message_html(entry.speaker, entry.text, str(entry.message.get("thinking") or "")))
+        return f"<div>{''.join(parts)}</div>"
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
-        return {"text/plain": chat_view.as_text(self), "text/html": chat_view.as_html(self)}
+        return {"text/plain": str(self), "text/html": self._as_html()}
 
 
-class ChatBook(Mapping[str, Chat]):
-    """The chats of one process, by name."""
-
-    def __init__(self) -> None:
-        self._chats: dict[str, Chat] = {}
-
-    def __getitem__(self, name: str) -> Chat:
-        return self._chats[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._chats)
-
-    def __len__(self) -> int:
-        return len(self._chats)
-
-    def open(self, name: str) -> Chat:
-        """The chat of this name, a new one where there is none.
-
-        Raises:
-            ConfigError: the name cannot be used.
-        """
-        return self._chats.setdefault(_checked_name(name), Chat(name))
-
-    def find(self, name: str) -> Chat:
-        """The chat of this name.
-
-        Raises:
-            ConfigError: there is none; the message says which there are.
-        """
-        if name in self._chats:
-            return self._chats[name]
-        near = difflib.get_close_matches(name, self._chats, 1)
-        there = ", ".join(sorted(self._chats)) or "none yet"
-        hint = f"did you mean {near[0]}?" if near else f"there are: {there}"
-        raise ConfigError(f"no chat is called {name!r}; {hint}")
-
-    def add(self, chat: Chat, *, replace: bool = False) -> None:
-        """Take in a chat under its own name.
-
-        Raises:
-            ConfigError: there is one of that name, and it is not to be replaced.
-        """
-        if not replace and self._chats.get(chat.name, chat) is not chat:
-            raise ConfigError(f"there is a chat {chat.name} already; give another name, or remove that one first")
-        self._chats[chat.name] = chat
-
-    def remove(self, name: str) -> Chat:
-        """Forget a chat; returns it. Raises ConfigError if there is none of this name."""
-        return self._chats.pop(self.find(name).name)
-
-    def __repr__(self) -> str:
-        return f"<ChatBook: {', '.join(map(repr, self._chats.values())) or 'empty'}>"
-
-    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
-        chats = list(self._chats.values())
-        return {"text/plain": chat_view.list_as_text(chats), "text/html": chat_view.list_as_html(chats)}
-
-
-async def ask_in_chat(
-    stream: Callable[..., AsyncGenerator[Chunk, None]],
-    chat: Chat,
-    model: str,
-    prompt: str | Mapping[str, Any],
-    **options: Any,
-) -> AsyncGenerator[Chunk, None]:
-    """Ask the next question of a chat; yields chunks as `HybridRouter.stream` does.
-
-    Where turns were dropped to fit the context, the first chunk and the last have `_dropped`: what, in words; the
-    last one's `_routing` has the same as `dropped`. Question and answer are in the chat when the last chunk comes,
-    and when the answer was cancelled or broke off, with the text so far; without any, the question is not kept.
-
-    Args:
-        stream: the router's `stream`, or the blocking router's `stream_async`.
-        prompt: the user's message as text, or a message as a dict (with `images`, or a tool's result).
-        options: those of `HybridRouter.stream`. `overflow="error"` refuses what does not fit, instead.
-
-    Raises:
-        ChatBusyError: the chat is still answering another question.
-        ContextOverflowError: the question alone does not fit the context.
-        SollolError: as for `HybridRouter.stream`.
-    """
-    question = check_messages(prompt if isinstance(prompt, str) else [prompt])[0]
-    options["overflow"] = options.get("overflow") or DROP_OLDEST
-    chunks: list[Chunk] = []
-    with chat.answering():
-        try:
-            async with aclosing(stream(model, [*chat.messages, question], **options)) as answer:
-                async for chunk in answer:
-                    if chunk.get("done"):
-                        chat.add(question, Completion.from_chunks([*chunks, chunk]))
-                    chunks.append(chunk)
-                    yield chunk
-        except BaseException as error:
-            if chunks and not chunks[-1].get("done"):
-                failed = isinstance(error, Exception) and not isinstance(error, RequestCancelledError)
-                told = [chunk[DROPPED] for chunk in chunks if DROPPED in chunk]
-                partial = Completion.from_chunks(chunks) | ({DROPPED: told[-1]} if told else {})
-                chat.add(question, Completion(partial, done_reason="error" if failed else "cancelled"))
-            raise
-
-
-def _said(answer: Completion) -> Said | None:
-    """An answer as a chat keeps it; None if it has no text and calls no tool."""
-    message = {name: value for name, value in answer["message"].items() if value}
-    if not message.get("content") and not message.get("tool_calls"):
-        return None
-    return Said(
-        {"content": "", **message},
-        datetime.now(UTC),
-        model=str(answer.get("model") or ""),
-        done_reason=answer.finish_reason,
-        note=str(answer.get(DROPPED) or ""),
-        prompt_tokens=answer.get("prompt_eval_count"),
-        answer_tokens=answer.get("eval_count"),
-    )
-
-
-def _checked_name(name: str) -> str:
+def checked_name(name: str) -> str:
+    """The name of a chat. Raises ConfigError if it cannot be one."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ConfigError(
-            f"{name!r} is no name for a chat; use letters, digits, _, . and -, the first a letter, digit or _"
+            f"{name!r} cannot be the name of a conversation; use at most 64 letters, digits, _, . and -, "
+            "beginning with a letter, digit or _"
         )
     return name
+
+
+def _beginning(text: str) -> str:
+    left = len(text) - LONG_CHARS
+    return text if left <= 0 else f"{text[:LONG_CHARS]} … ({left:,} more characters)"
+
+
+def _message_html(speaker: str, content: str, thinking: str = "") -> str:
+    body = f'<div style="white-space:pre-wrap">{html.escape(content)}</div>'
+    if len(content) > LONG_CHARS:
+        summary = html.escape(" ".join(content[:SUMMARY_CHARS].split()))
+        body = f"<details><summary>{summary} … ({len(content):,} characters)</summary>{body}</details>"
+    if thinking:
+        thoughts = f'<div style="white-space:pre-wrap;opacity:.7">{html.escape(thinking)}</div>'
+        body = f"<details><summary>reasoning</summary>{thoughts}</details>{body}"
+    return f'<div style="margin:.4em 0"><b>{html.escape(speaker)}</b>{body}</div>'

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any
 
-from sollol_nb.chat.conversation import ChatBook
+from sollol_nb.chat.conversations import ChatBook
 from sollol_nb.notebook import settings_traits
 from sollol_nb.sync_wrapper import HybridRouter
 

@@ -1,18 +1,17 @@
-"""Chats: what is kept and sent again, how they are written and shown, and what happens when one grows too long."""
+"""Questions in a chat, the chats of a process, and what happens when a chat grows too long for the context."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sollol_nb.chat.completion import Completion
-from sollol_nb.chat.conversation import Chat, ChatBook, ask_in_chat
+from sollol_nb.chat.conversation import Chat
+from sollol_nb.chat.conversations import ChatBook, ask_in_chat
 from sollol_nb.errors import (
     AnswerInterruptedError,
     ChatBusyError,
@@ -26,30 +25,11 @@ from sollol_nb.models.files import DEMO_MODEL_PATH
 from sollol_nb.ollama.pool import OllamaPool
 from sollol_nb.runtime.io_loop import iterate_blocking
 from sollol_nb.sync_wrapper import HybridRouter
+from tests.support.chats import Chunks, answer, assistant, chat_of, user
 from tests.support.engines import run, write_endless
 from tests.support.ollama_server import CHATML, OllamaServer
 
 CONTEXT_TOKENS = 256
-CALL = {"function": {"name": "now", "arguments": {}}}
-Chunks = list[dict[str, Any]]
-
-
-def user(content: str) -> dict[str, Any]:
-    return {"role": "user", "content": content}
-
-
-def assistant(content: str, **more: Any) -> dict[str, Any]:
-    return {"role": "assistant", "content": content, **more}
-
-
-def answer(content: str, **more: Any) -> Completion:
-    return Completion(message=assistant(content, **more), model="m", done_reason="stop", eval_count=3)
-
-
-def chat_of(turn_count: int, name: str = "c") -> Chat:
-    """A chat in which each answer repeats its question's number."""
-    messages = [one for at in range(turn_count) for one in (user(f"question {at}"), assistant(f"answer {at}"))]
-    return Chat.from_messages([{"role": "system", "content": "Be brief."}, *messages], name=name)
 
 
 def asked(router: HybridRouter, chat: Chat, model: str, prompt: Any, **options: Any) -> Chunks:
@@ -57,141 +37,7 @@ def asked(router: HybridRouter, chat: Chat, model: str, prompt: Any, **options: 
     return [*iterate_blocking(ask_in_chat(router.stream_async, chat, model, prompt, **options))]
 
 
-# --- what is kept -------------------------------------------------------------------------------
-
-
-def test_a_turn_is_kept_with_what_is_known_of_it() -> None:
-    chat = Chat("c", system="Be brief.")
-    assert chat.add(user("Hi"), Completion({**answer("Hello"), "prompt_eval_count": 9, "_dropped": "dropped it"}))
-    question, said = chat.said
-    assert (question.role, question.model, question.done_reason) == ("user", "", "")
-    assert (said.role, said.model, said.done_reason) == ("assistant", "m", "stop")
-    assert (said.prompt_tokens, said.answer_tokens) == (9, 3)
-    assert chat.notes == [(said.at, "dropped it")]
-    assert (chat.model, chat.turn_count) == ("m", 1)
-
-
-@pytest.mark.parametrize(
-    ("message", "is_kept"),
-    [
-        (assistant("Hel"), True),
-        (assistant("", tool_calls=[CALL]), True),
-        (assistant(""), False),
-        (assistant("", thinking="Hm"), False),
-    ],
-)
-def test_a_turn_without_an_answer_is_not_kept(message: dict[str, Any], is_kept: bool) -> None:
-    chat = Chat("c")
-    assert chat.add(user("Hi"), Completion(message=message, done_reason="cancelled")) is is_kept
-    assert len(chat.said) == 2 * is_kept
-
-
-def test_earlier_reasoning_is_kept_and_not_sent_again() -> None:
-    chat = Chat("c", system="Be brief.")
-    chat.add(user("Hi"), answer("Hello", thinking="They greet me."))
-    system = {"role": "system", "content": "Be brief."}
-    assert chat.messages == [system, user("Hi"), assistant("Hello")]
-    assert chat.to_messages() == [system, user("Hi"), assistant("Hello", thinking="They greet me.")]
-
-
-def test_messages_handed_out_are_copies() -> None:
-    chat = chat_of(1)
-    for messages in (chat.messages, chat.to_messages()):
-        messages[1]["content"] = "changed"
-        messages.pop()
-    assert chat.messages == chat_of(1).messages
-
-
-def test_a_cleared_chat_keeps_its_system_message_only() -> None:
-    chat = chat_of(2)
-    chat.clear()
-    assert chat.messages == [{"role": "system", "content": "Be brief."}]
-
-
-# --- to and from plain data ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "messages",
-    [
-        [user("Hi")],
-        [{"role": "system", "content": "Be brief."}, user("Hi"), assistant("Hello", thinking="Hm")],
-        [user("Hi"), {"role": "system", "content": "Now be long."}, user("Well?")],
-        [user("Time?"), assistant("", tool_calls=[CALL]), {"role": "tool", "content": "noon"}, assistant("Noon.")],
-        [{"role": "user", "content": "What is this?", "images": ["aGk="]}, assistant("A cat.")],
-    ],
-)
-def test_messages_come_back_as_they_went_in(messages: Chunks) -> None:
-    assert Chat.from_messages(messages).to_messages() == messages
-
-
-@pytest.mark.parametrize("messages", [[], [{"role": "nobody", "content": "Hi"}], ["Hi"]])
-def test_what_are_no_messages_makes_no_chat(messages: Any) -> None:
-    with pytest.raises(ConfigError, match="messages"):
-        Chat.from_messages(messages)
-
-
-def test_a_chat_comes_back_from_its_file_with_all_that_is_known(tmp_path: Path) -> None:
-    chat = chat_of(1, "trip")
-    chat.add(user("Grüße?"), Completion({**answer("你好", thinking="Hm"), "_dropped": "dropped it"}))
-    path = chat.export(tmp_path / "trip.json")
-    again = Chat.load(path)
-    assert (again.name, again.system, again.said) == (chat.name, chat.system, chat.said)
-    assert "Grüße" in path.read_text(encoding="utf-8")
-    assert Chat.load(str(path), name="other").name == "other"
-
-
-def test_an_exported_file_says_what_it_is(tmp_path: Path) -> None:
-    data = json.loads(chat_of(1).export(tmp_path / "c.json").read_text(encoding="utf-8"))
-    assert (data["format"], data["version"], data["name"], data["system"]) == (
-        "sollol_nb chat",
-        1,
-        "c",
-        "Be brief.",
-    )
-    assert [one["message"] for one in data["said"]] == [user("question 0"), assistant("answer 0")]
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        (None, "cannot be read"),
-        ("{", "is not JSON"),
-        ("[]", "holds no chat"),
-        ('{"format": "else"}', "holds no chat"),
-        ('{"format": "sollol_nb chat", "version": 2}', "has version 2"),
-        ('{"format": "sollol_nb chat", "version": 1}', "is damaged"),
-        ('{"format": "sollol_nb chat", "version": 1, "name": "c", "system": "", "said": ["Hi"]}', "is damaged"),
-        ('{"format": "sollol_nb chat", "version": 1, "name": "", "system": "", "said": []}', "is damaged"),
-    ],
-)
-def test_a_file_that_holds_no_chat_is_refused_in_one_line(tmp_path: Path, text: str | None, words: str) -> None:
-    path = tmp_path / "c.json"
-    if text is not None:
-        path.write_text(text)
-    with pytest.raises(ConfigError, match=words) as error:
-        Chat.load(path)
-    assert str(path) in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-def test_a_file_that_cannot_be_written_is_told(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot be written"):
-        chat_of(1).export(tmp_path / "missing" / "c.json")
-
-
-# --- names --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["c", "trip-2", "v1.0", "_x", "7", "äpfel", "a" * 64])
-def test_names_that_can_be_written_on_a_magic_line_are_good(name: str) -> None:
-    assert Chat(name).name == name
-
-
-@pytest.mark.parametrize("name", ["", "a b", "-x", ".x", "a/b", "a" * 65, "a\n", "<b>", None])
-def test_other_names_are_refused(name: Any) -> None:
-    with pytest.raises(ConfigError, match="is no name for a chat"):
-        ChatBook().open(name)
+# --- the chats of a process ----------------------------------------------------------------------
 
 
 def test_a_book_opens_finds_and_forgets_chats() -> None:
@@ -203,8 +49,8 @@ def test_a_book_opens_finds_and_forgets_chats() -> None:
     assert "trip" not in book
 
 
-@pytest.mark.parametrize(("name", "words"), [("trop", "did you mean trip"), ("zzz", "there are: plan, trip")])
-def test_a_chat_that_is_not_there_is_told_with_those_that_are(name: str, words: str) -> None:
+@pytest.mark.parametrize(("name", "words"), [("trop", "did you mean trip"), ("zzz", "existing: plan, trip")])
+def test_an_unknown_chat_is_an_error_that_names_those_that_exist(name: str, words: str) -> None:
     book = ChatBook()
     book.open("trip")
     book.open("plan")
@@ -212,66 +58,31 @@ def test_a_chat_that_is_not_there_is_told_with_those_that_are(name: str, words: 
         book.find(name)
 
 
-def test_a_loaded_chat_does_not_take_anothers_place_unless_told_to() -> None:
+def test_a_loaded_chat_replaces_another_only_on_request() -> None:
     book = ChatBook()
     book.open("c")
-    with pytest.raises(ConfigError, match="there is a chat c already"):
+    with pytest.raises(ConfigError, match="a conversation named c exists already"):
         book.add(chat_of(1))
     book.add(chat_of(1), replace=True)
     assert book["c"].turn_count == 1
     book.add(book["c"])
 
 
-# --- shown --------------------------------------------------------------------------------------
-
-
-def test_what_was_said_is_shown_and_never_run() -> None:
-    chat = Chat("c", system="<script>0</script>")
-    chat.add(user("<script>1</script>"), answer("<img src=x onerror=2>", thinking="<b>3</b>"))
-    chat.add(
-        user("x"), Completion({**answer("<q>"), "_dropped": "<u>", "model": "<m>", "done_reason": "cancelled"})
-    )
-    shown = chat._repr_mimebundle_()["text/html"]
-    for tag in ("<script", "<img", "<b>3", "<q>", "<u>", "<m>"):
-        assert tag not in shown
-    for text in ("&lt;script&gt;1", "&lt;img src=x onerror=2&gt;", "reasoning", "stopped"):
-        assert text in shown
-
-
-def test_long_messages_are_folded_and_lose_nothing() -> None:
-    chat = Chat("c")
-    chat.add(user("short"), answer("word " * 1000))
-    shown = chat._repr_mimebundle_()
-    assert shown["text/html"].count("<details>") == 1
-    assert "word " * 1000 in shown["text/html"]
-    assert "more characters" in shown["text/plain"]
-    assert len(shown["text/plain"]) < 1000
-
-
-def test_text_says_who_said_what_and_what_was_dropped() -> None:
-    chat = Chat("c", system="Be brief.")
-    chat.add(user("Hi"), Completion({**answer("Hello"), "_dropped": "dropped it", "done_reason": "error"}))
-    title, *lines = str(chat).splitlines()
-    assert title.startswith("chat c: 1 turn, m, ")
-    assert lines == ["system: Be brief.", "user: Hi", "[dropped it]", "assistant (m, broke off): Hello"]
-    assert repr(chat) == "<Chat c: 1 turn, m>"
-
-
 def test_a_book_lists_its_chats() -> None:
     book = ChatBook()
-    assert "no chats yet" in book._repr_mimebundle_()["text/html"]
+    assert "no conversations yet" in book._repr_mimebundle_()["text/html"]
     book.open("trip").add(user("Hi"), answer("Hello"))
     shown = book._repr_mimebundle_()
     assert "<td>trip</td><td>1</td><td>m</td>" in shown["text/html"]
-    assert "chat trip: 1 turn, m, " in shown["text/plain"]
+    assert "conversation trip: 1 turn, m, " in shown["text/plain"]
     assert repr(book) == "<ChatBook: <Chat trip: 1 turn, m>>"
 
 
 # --- asking -------------------------------------------------------------------------------------
 
 
-def breaking_off(after: Chunks, error: Exception) -> Callable[..., AsyncGenerator[dict[str, Any], None]]:
-    """A router's stream whose place is lost after these chunks."""
+def interrupted(after: Chunks, error: Exception) -> Callable[..., AsyncGenerator[dict[str, Any], None]]:
+    """A router's stream whose backend is lost after these chunks."""
 
     async def stream(*_: Any, **__: Any) -> AsyncGenerator[dict[str, Any], None]:
         for chunk in after:
@@ -281,42 +92,24 @@ def breaking_off(after: Chunks, error: Exception) -> Callable[..., AsyncGenerato
     return stream
 
 
-def test_an_answer_that_breaks_off_is_kept_as_far_as_it_came() -> None:
+def test_of_an_interrupted_answer_the_text_received_is_kept() -> None:
     first = {"model": "m", "message": assistant("Hel"), "done": False, "_dropped": "dropped it"}
-    stream = breaking_off([first, {**first, "message": assistant("lo")}], AnswerInterruptedError("gone"))
+    stream = interrupted([first, {**first, "message": assistant("lo")}], AnswerInterruptedError("gone"))
     chat = Chat("c")
     with pytest.raises(AnswerInterruptedError):
         list(iterate_blocking(ask_in_chat(stream, chat, "m", "Hi")))
     assert chat.messages == [user("Hi"), assistant("Hello")]
-    assert (chat.said[-1].done_reason, chat.said[-1].model, chat.said[-1].note) == ("error", "m", "dropped it")
-
-
-def test_an_answer_that_broke_off_is_amended_by_the_whole_one() -> None:
-    chat = chat_of(1)
-    broken = Completion({**answer("Hel"), "done_reason": "error", "_dropped": "dropped it"})
-    chat.add(user("Hi"), broken)
-    chat.amend(answer("Hello"))
-    assert chat.messages == [*chat_of(1).messages, user("Hi"), assistant("Hello")]
-    assert chat.said[-1].note == "dropped it"
-    assert chat.said[-2].at < chat.said[-1].at, "the question was asked before"
-    with pytest.raises(ConfigError, match="did not break off"):
-        chat.amend(answer("Hello"))
-
-
-def test_an_answer_that_broke_off_stays_where_it_cannot_be_amended() -> None:
-    chat = Chat("c")
-    chat.add(user("Hi"), Completion({**answer("Hel"), "done_reason": "error"}))
-    with pytest.raises(ConfigError, match="no text"):
-        chat.amend(answer(""))
-    with chat.answering(), pytest.raises(ChatBusyError):
-        chat.amend(answer("Hello"))
-    assert chat.messages == [user("Hi"), assistant("Hel")]
+    assert (chat.history[-1].done_reason, chat.history[-1].model, chat.history[-1].note) == (
+        "error",
+        "m",
+        "dropped it",
+    )
 
 
 def test_what_was_dropped_in_mid_answer_is_noted_too() -> None:
     """As where the next Ollama node has less context than the one that was lost."""
     chunk = {"model": "m", "message": assistant("Hel"), "done": False}
-    stream = breaking_off([chunk, {**chunk, "_dropped": "dropped it"}, chunk], AnswerInterruptedError("gone"))
+    stream = interrupted([chunk, {**chunk, "_dropped": "dropped it"}, chunk], AnswerInterruptedError("gone"))
     chat = Chat("c")
     with pytest.raises(AnswerInterruptedError):
         list(iterate_blocking(ask_in_chat(stream, chat, "m", "Hi")))
@@ -326,7 +119,7 @@ def test_what_was_dropped_in_mid_answer_is_noted_too() -> None:
 def test_a_question_that_failed_before_a_word_is_not_kept_and_leaves_the_chat_free() -> None:
     chat = chat_of(1)
     with pytest.raises(AnswerInterruptedError):
-        list(iterate_blocking(ask_in_chat(breaking_off([], AnswerInterruptedError("gone")), chat, "m", "Hi")))
+        list(iterate_blocking(ask_in_chat(interrupted([], AnswerInterruptedError("gone")), chat, "m", "Hi")))
     assert chat.messages == chat_of(1).messages
     assert not chat.is_answering
 
@@ -338,21 +131,21 @@ def test_the_next_question_is_asked_with_all_that_was_said(router: HybridRouter)
     asked(router, chat, "demo:sharded", first, temperature=0, max_tokens=20)
     chunks = asked(router, chat, "demo:sharded", user(second), temperature=0, max_tokens=20)
     said = chat.messages
-    assert [one["content"] for one in said[::2]] == [first, second]
+    assert [message["content"] for message in said[::2]] == [first, second]
     expected = router.route_request("demo:sharded", said[:3], temperature=0, max_tokens=20)
     assert Completion.from_chunks(chunks).text == expected.text == said[3]["content"]
-    assert chunks[-1]["prompt_eval_count"] == expected["prompt_eval_count"] == chat.said[3].prompt_tokens
+    assert chunks[-1]["prompt_eval_count"] == expected["prompt_eval_count"] == chat.history[3].prompt_tokens
     assert not chat.notes
     assert chunks[-1]["_routing"]["dropped"] == ""
 
 
 @pytest.mark.engine
-def test_a_stopped_answer_is_kept_as_far_as_it_came(router: HybridRouter) -> None:
+def test_of_a_stopped_answer_the_text_received_is_kept(router: HybridRouter) -> None:
     chat = Chat("c")
     stream = ask_in_chat(router.stream_async, chat, "demo", "Tell me everything about sharding.", temperature=0)
     with closing(iterate_blocking(stream)) as chunks:
         text = "".join(next(chunks)["message"]["content"] for _ in range(5))
-    assert chat.said[-1].done_reason == "cancelled"
+    assert chat.history[-1].done_reason == "cancelled"
     assert chat.messages[-1]["content"].startswith(text)
     assert not chat.is_answering
     asked(router, chat, "demo", "And?", max_tokens=3)
@@ -366,7 +159,7 @@ def test_a_chat_answers_one_question_at_a_time(router: HybridRouter) -> None:
     with closing(iterate_blocking(stream)) as chunks:
         next(chunks)
         assert chat.is_answering
-        with pytest.raises(ChatBusyError, match="chat c is still answering"):
+        with pytest.raises(ChatBusyError, match="conversation c is still answering"):
             asked(router, chat, "demo", "Hello?")
     asked(router, chat, "demo", "Hello?", max_tokens=3)
 
@@ -376,7 +169,7 @@ def test_an_unknown_model_leaves_the_chat_as_it_was(router: HybridRouter) -> Non
     chat = Chat("c")
     with pytest.raises(ModelNotFoundError):
         asked(router, chat, "no-such-model", "Hi")
-    assert not chat.said
+    assert not chat.history
 
 
 # --- a context that is too small, at a coordinator ----------------------------------------------
@@ -391,25 +184,27 @@ def small(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 @pytest.mark.engine
-def test_turns_that_do_not_fit_are_dropped_in_words_and_stay_in_the_chat(small: tuple[HybridRouter, str]) -> None:
+def test_turns_that_do_not_fit_are_dropped_with_a_note_and_stay_in_the_chat(
+    small: tuple[HybridRouter, str],
+) -> None:
     router, model = small
     chat = chat_of(6)
     chunks = asked(router, chat, model, "and now?", max_tokens=20, temperature=0)
-    words = chunks[0]["_dropped"]
-    dropped = chat.turn_count - 1 - words_count(words)
+    note = chunks[0]["_dropped"]
+    dropped = chat.turn_count - 1 - dropped_turns(note)
     kept = [chat.messages[0], *chat_of(6).messages[-2 * dropped :], user("and now?")]
     alone = router.route_request(model, kept, max_tokens=20, temperature=0)
     assert chunks[-1]["prompt_eval_count"] == alone["prompt_eval_count"] <= CONTEXT_TOKENS - 20
     assert Completion.from_chunks(chunks).text == alone.text
-    assert f"to fit {CONTEXT_TOKENS} tokens of context" in words
-    assert chunks[-1]["_dropped"] == chunks[-1]["_routing"]["dropped"] == words
-    assert [note for _, note in chat.notes] == [words]
+    assert f"to fit {CONTEXT_TOKENS} tokens of context" in note
+    assert chunks[-1]["_dropped"] == chunks[-1]["_routing"]["dropped"] == note
+    assert [note for _, note in chat.notes] == [note]
     assert chat.messages[:-2] == chat_of(6).messages
 
 
-def words_count(words: str) -> int:
-    """How many turns were dropped, in these words."""
-    return next((int(word) for word in words.split() if word.isdecimal()), 1)
+def dropped_turns(note: str) -> int:
+    """How many turns were dropped, as the note says."""
+    return next((int(word) for word in note.split() if word.isdecimal()), 1)
 
 
 @pytest.mark.engine
@@ -417,7 +212,7 @@ def test_one_turn_more_than_was_dropped_would_not_have_fitted(small: tuple[Hybri
     router, model = small
     chat = chat_of(6)
     chunks = asked(router, chat, model, "and now?", max_tokens=100)
-    kept_turns = 6 - words_count(chunks[0]["_dropped"])
+    kept_turns = 6 - dropped_turns(chunks[0]["_dropped"])
     one_more = [chat.messages[0], *chat_of(6).messages[-2 * kept_turns - 2 :], user("and now?")]
     tokens = router.route_request(model, one_more, max_tokens=1)["prompt_eval_count"]
     assert chunks[-1]["prompt_eval_count"] + 100 <= CONTEXT_TOKENS < tokens + 100
@@ -457,7 +252,7 @@ def test_an_answer_that_fills_the_context_says_so(small: tuple[HybridRouter, str
 
 
 @pytest.mark.engine
-def test_requests_that_fill_the_shared_context_together_are_told_what_to_do(
+def test_requests_that_fill_the_shared_context_together_fail_with_what_to_do(
     small: tuple[HybridRouter, str],
 ) -> None:
     router, model = small
@@ -495,20 +290,20 @@ def small_ollama(
 
 
 @pytest.mark.ollama
-def test_at_ollama_turns_that_do_not_fit_are_dropped_in_words(small_ollama: OllamaServer) -> None:
+def test_at_ollama_turns_that_do_not_fit_are_dropped_with_a_note(small_ollama: OllamaServer) -> None:
     with HybridRouter(OllamaPool(small_ollama.base_url)) as router:
         router.route_request("small", [*chat_of(1).messages, user("Hi")], max_tokens=1)
         chat = chat_of(6)
         chunks = asked(router, chat, "small", "and now?", max_tokens=20, temperature=0)
-        words = chunks[0]["_dropped"]
-        kept = [chat.messages[0], *chat_of(6).messages[2 * words_count(words) + 1 :], user("and now?")]
+        note = chunks[0]["_dropped"]
+        kept = [chat.messages[0], *chat_of(6).messages[2 * dropped_turns(note) + 1 :], user("and now?")]
         alone = router.route_request("small", kept, max_tokens=20, temperature=0)
     assert chunks[-1]["prompt_eval_count"] == alone["prompt_eval_count"] <= CONTEXT_TOKENS - 20
     assert Completion.from_chunks(chunks).text == alone.text
-    assert words.startswith("dropped the ")
-    assert f"to fit {CONTEXT_TOKENS} tokens of context" in words
-    assert chunks[-1]["_dropped"] == chunks[-1]["_routing"]["dropped"] == words
-    assert [note for _, note in chat.notes] == [words]
+    assert note.startswith("dropped the ")
+    assert f"to fit {CONTEXT_TOKENS} tokens of context" in note
+    assert chunks[-1]["_dropped"] == chunks[-1]["_routing"]["dropped"] == note
+    assert [note for _, note in chat.notes] == [note]
 
 
 @pytest.mark.ollama

@@ -12,7 +12,8 @@ from IPython.core.magic_arguments import argument, magic_arguments
 from sollol_nb.chat.chunk import Chunk
 from sollol_nb.chat.completion import Completion
 from sollol_nb.chat.completion_view import FORMATS
-from sollol_nb.chat.conversation import Chat, ChatBook, ask_in_chat
+from sollol_nb.chat.conversation import Chat
+from sollol_nb.chat.conversations import ChatBook, ask_in_chat
 from sollol_nb.notebook import magic_line, session
 from sollol_nb.notebook.answers.background import BackgroundAnswer
 from sollol_nb.notebook.answers.cell import ask
