@@ -8,7 +8,7 @@ from typing import Any
 
 from sollol_nb.errors import ConfigError
 from sollol_nb.layers.plan import check_strategy
-from sollol_nb.llama_cpp.coordinators.start import PoolSettings
+from sollol_nb.llama_cpp.coordinators.settings import PoolSettings
 from sollol_nb.runtime.amounts import is_positive
 from sollol_nb.settings import config
 

@@ -12,7 +12,7 @@ from contextlib import aclosing
 import pytest
 
 from sollol_nb.errors import AnswerInterruptedError, WorkersUnavailableError
-from sollol_nb.llama_cpp.coordinators import pool as pool_room
+from sollol_nb.llama_cpp.coordinators import running
 from sollol_nb.llama_cpp.workers import workers
 from sollol_nb.runtime.events import Event
 from tests.chaos.faults import COORDINATOR_KILLED, WORKER_KILLED, Scene
@@ -88,7 +88,7 @@ def test_a_machine_that_is_lost_again_and_again_cools_down(
 def test_a_machine_that_dies_between_answers_costs_the_next_one_nothing(
     chaos: Chaos, rng: random.Random, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pool_room, "LOOK_INTERVAL_S", 0.1)
+    monkeypatch.setattr(running, "CHECK_INTERVAL_S", 0.1)
     with chaos.scene(rng) as scene:
         before = coordinator_of(scene)
         scene.strike(WORKER_KILLED)

@@ -81,9 +81,10 @@ def test_its_token_time_was_predicted_from_the_layouts_before(
     sharding.cluster()
     sharding.route_request(endless, QUESTION, temperature=0, max_tokens=20)
     pool = sharding._async._coordinators
-    speeds = pool._speeds(Path(endless))
+    measurements = pool._measurements
+    speeds = measurements.speeds(Path(endless), pool.coordinators, pool._workers.round_trips_ms)
     assert speeds is not None
-    monkeypatch.setattr(pool, "_speeds", lambda _: speeds)
+    monkeypatch.setattr(measurements, "speeds", lambda *_: speeds)
 
     foreseen = sharding.what_if(endless, layout(sharding, 5, 0, 0)).token.token_ms
     sharding.apply_plan(endless, layout(sharding, 5, 0, 0))

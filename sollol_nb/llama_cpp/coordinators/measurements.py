@@ -10,14 +10,11 @@ from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
 
-from sollol_nb.layers.token_time import Measurement, WorkerSpeeds, calibrate, parts_of
+from sollol_nb.layers.plan import LayerPlan
+from sollol_nb.layers.token_time import Measurement, TokenTime, WorkerSpeeds, calibrate, parts_of, predict
+from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.runtime.events import Event, EventBus, EventKind
-
-if TYPE_CHECKING:
-    from sollol_nb.layers.plan import LayerPlan
-    from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 
 ANSWERS_KEPT = 15
 LAYOUTS_KEPT = 20
@@ -68,6 +65,16 @@ class TokenMeasurements:
                 if measurement is not None:
                     measurements[_layout_of(coordinator.plan)] = measurement
         return calibrate(list(measurements.values()))
+
+    def predict(
+        self,
+        model_path: Path,
+        plan: LayerPlan,
+        running: Iterable[Coordinator],
+        round_trips_ms: Mapping[str, float | None],
+    ) -> TokenTime:
+        """The time of a token under a plan for a model file, from what its tokens took so far."""
+        return predict(self.speeds(model_path, running, round_trips_ms), parts_of(plan, round_trips_ms))
 
     def _measurement(
         self, coordinator: Coordinator, round_trips_ms: Mapping[str, float | None]

@@ -1,4 +1,4 @@
-"""What a coordinator runs, and the flags of llama-server that say so. They live nowhere else."""
+"""How a router starts coordinators, what one of them runs, and the flags of llama-server for it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,35 @@ from sollol_nb.gguf.facts import ModelFacts, read_facts
 from sollol_nb.layers.plan import LayerPlan
 from sollol_nb.llama_cpp.coordinators.placement import split_over_devices
 from sollol_nb.llama_cpp.processes.machine import usable_cores
+from sollol_nb.settings import config
 from sollol_nb.settings.endpoints import LOOPBACK
 
 DEFAULT_SLOTS = 4
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PoolSettings:
+    """How the coordinators of a router are started. See `HybridRouter` for the meaning of each."""
+
+    num_rpc_backends: int | None = None
+    auto_discover_rpc: bool = True
+    auto_setup_rpc: bool = False
+    coordinator_timeout_s: float = 1200.0
+    coordinator_port: int = config.DEFAULT_COORDINATOR_PORT
+    rpc_port: int = config.DEFAULT_RPC_PORT
+    layer_strategy: str = "memory_aware"
+    context_tokens: int | None = None
+    slots: int = DEFAULT_SLOTS
+    llama_cpp: Path | None = None
+    keep_alive_s: float | None = 600.0
+    keep_alive_of: Mapping[str, float | None] = field(default_factory=dict)
+
+    def keep_alive(self, model: str) -> float | None:
+        """Seconds that this model's coordinator lives without a request; None is for ever."""
+        return self.keep_alive_of.get(model, self.keep_alive_s)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CoordinatorSettings:
     """What one coordinator runs.
 
@@ -60,7 +83,12 @@ class CoordinatorSettings:
         path = Path(data["model_file"]["path"])
         plan = LayerPlan.from_dict(data["plan"]) if data["plan"] else None
         return cls(
-            str(data["model"]), path, read_facts(path), plan, int(data["context_tokens"]), int(data["slots"])
+            model=str(data["model"]),
+            model_path=path,
+            facts=read_facts(path),
+            plan=plan,
+            context_tokens=int(data["context_tokens"]),
+            slots=int(data["slots"]),
         )
 
 

@@ -88,7 +88,9 @@ def over(
     facts = read_facts(path)
     capacities = [WorkerCapacity(endpoint, free_bytes=4 * GIB, total_bytes=4 * GIB) for endpoint in endpoints]
     plan = plan_layers(facts, capacities, strategy=strategy, context_tokens=1024)
-    return CoordinatorSettings("test:sharded", path, facts, plan, context_tokens=1024, slots=slots)
+    return CoordinatorSettings(
+        model="test:sharded", model_path=path, facts=facts, plan=plan, context_tokens=1024, slots=slots
+    )
 
 
 async def start(
@@ -408,7 +410,9 @@ def test_a_start_that_is_cancelled_leaves_no_process(engine: Engine) -> None:
 
 def truncated(folder: Path) -> CoordinatorSettings:
     whole = write_llama(folder / "whole.gguf")
-    settings = CoordinatorSettings("cut", whole, read_facts(whole), None, context_tokens=512)
+    settings = CoordinatorSettings(
+        model="cut", model_path=whole, facts=read_facts(whole), plan=None, context_tokens=512
+    )
     cut(whole, missing_bytes=10_000)
     return settings
 

@@ -55,7 +55,7 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> ModelFacts:
 @pytest.fixture(scope="module")
 def sharded(facts: ModelFacts) -> CoordinatorSettings:
     plan = LayerPlan("even", 4, 4096, (shard(ONE, 0, 2), shard(TWO, 2, 2, output=True)))
-    return CoordinatorSettings("big:70b", facts.path, facts, plan, 4096)
+    return CoordinatorSettings(model="big:70b", model_path=facts.path, facts=facts, plan=plan, context_tokens=4096)
 
 
 # --- reading ----------------------------------------------------------------------------------
@@ -135,7 +135,9 @@ def test_progress_is_what_the_log_and_the_counters_say(
 
 
 def test_progress_without_workers_says_what_is_loaded_and_when_it_is(facts: ModelFacts) -> None:
-    settings = CoordinatorSettings("small", facts.path, facts, None, 4096)
+    settings = CoordinatorSettings(
+        model="small", model_path=facts.path, facts=facts, plan=None, context_tokens=4096
+    )
 
     loading, loaded = load_progress(settings, ""), load_progress(settings, CONSTRUCTING)
 

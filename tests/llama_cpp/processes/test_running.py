@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,16 +12,9 @@ import pytest
 
 from sollol_nb.cli import main as cli
 from sollol_nb.errors import ConfigError
-from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
-from sollol_nb.llama_cpp.coordinators.pool import CoordinatorPool
-from sollol_nb.llama_cpp.coordinators.settings import file_identity
-from sollol_nb.llama_cpp.coordinators.start import PoolSettings
 from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.processes.process import EngineProcess
-from sollol_nb.llama_cpp.processes.running import engine_log, stop_running
-from sollol_nb.llama_cpp.workers.workers import Workers
-from sollol_nb.models.files import DEMO_MODEL_PATH
-from sollol_nb.runtime.events import EventBus
+from sollol_nb.llama_cpp.processes.running import engine_log
 from sollol_nb.settings import config
 from tests.support.engines import run
 
@@ -97,49 +89,6 @@ def test_stop_of_a_name_that_nothing_has_is_one_line(
 ) -> None:
     assert cli.main(["stop", "bog"]) == 1
     assert "nothing called 'bog' runs; running are 127.0.0.1:50052, big, " in capsys.readouterr().err
-
-
-LEFT = {
-    "model": "left",
-    "model_file": file_identity(DEMO_MODEL_PATH),
-    "plan": None,
-    "context_tokens": 512,
-    "slots": 1,
-    "port": 1,
-    "workers": ["127.0.0.1:50052"],
-}
-
-
-def test_looking_at_a_coordinator_does_not_prolong_its_life(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SOLLOL_STATE_DIR", str(tmp_path))
-
-    async def look() -> None:
-        process = await start("coordinator", **LEFT)
-        before = await process.status()
-        told_at = time.monotonic()
-        seen = await Coordinator.glance(process.entry)
-        assert seen is not None
-        assert seen.model == "left"
-        asked_at = time.monotonic()
-        assert (await process.status())["idle_s"] >= before["idle_s"] + asked_at - told_at
-        await process.stop()
-
-    run(look())
-
-
-@pytest.mark.parametrize("load_ms", [None, 100.0], ids=["loading", "ready"])
-def test_only_a_coordinator_that_is_ready_and_left_by_its_kernel_makes_room(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load_ms: float | None
-) -> None:
-    monkeypatch.setenv("SOLLOL_STATE_DIR", str(tmp_path))
-    run(start("coordinator", **LEFT, load_ms=load_ms)).detach()  # as if its kernel had gone, or not come yet
-    events = EventBus()
-    pool = CoordinatorPool(PoolSettings(), Workers([], events), events)
-    assert run(pool._make_room("wanted")) == (load_ms is not None)
-    assert len(registry.entries()) == (load_ms is None)
-    run(stop_running(also_used=True))
 
 
 # --- logs -------------------------------------------------------------------------------------

@@ -1,0 +1,166 @@
+"""Which workers a starting coordinator gets, and how many layers each.
+
+Free workers are used first; then, as far as the settings allow, workers are adopted, discovered and started here;
+last, idle coordinators end to free theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from sollol_nb.errors import ModelDoesNotFitError, WorkersUnavailableError
+from sollol_nb.gguf.facts import ModelFacts
+from sollol_nb.layers.plan import LayerPlan, plan_from_counts
+from sollol_nb.llama_cpp.coordinators.measurements import TokenMeasurements
+from sollol_nb.llama_cpp.coordinators.running import RunningCoordinators
+from sollol_nb.llama_cpp.coordinators.settings import PoolSettings
+from sollol_nb.llama_cpp.engine.find import Engine
+from sollol_nb.llama_cpp.workers.choice import DEFAULT_WORKERS, check_free, no_workers_words, plan_over
+from sollol_nb.llama_cpp.workers.status import WorkerStatus
+from sollol_nb.llama_cpp.workers.workers import Workers
+from sollol_nb.models.routing import Route
+from sollol_nb.runtime.gate import Gate
+
+MAX_CHANCES = 2
+"""How often a start is repeated that failed for no lasting reason, with all its workers well."""
+
+PlanOverDevices: TypeAlias = tuple[LayerPlan, dict[str, tuple[int, ...]]]
+"""A plan, and the free bytes of each device of its workers, by endpoint."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Start:
+    """One start in progress: what is wanted, and what failed attempts have shown.
+
+    Attributes:
+        wanted: what a running coordinator must agree with to be adopted instead.
+        layout: units of each worker, in the order of their layers, instead of a strategy's choice.
+        first_port: the coordinator listens on this port or the next free one.
+        lost: workers that were just found lost, to be chosen last.
+        taken: workers that another router or kernel took during the start.
+        chances_left: how often it may still be repeated without a known reason.
+    """
+
+    route: Route
+    gate: Gate
+    engine: Engine
+    facts: ModelFacts
+    context_tokens: int
+    wanted: Mapping[str, Any]
+    layout: Mapping[str, int] | None
+    first_port: int
+    lost: frozenset[str]
+    taken: set[str] = field(default_factory=set)
+    chances_left: int = MAX_CHANCES
+
+    @property
+    def model(self) -> str:
+        """The name the model was requested by."""
+        return self.route.model
+
+    @property
+    def model_path(self) -> Path:
+        """The GGUF file."""
+        assert self.route.model_path is not None
+        return self.route.model_path
+
+
+class Planner:
+    """Chooses workers for starting coordinators. Lives on the I/O loop."""
+
+    def __init__(self, workers: Workers, running: RunningCoordinators, measurements: TokenMeasurements) -> None:
+        self._workers = workers
+        self._running = running
+        self._measurements = measurements
+
+    async def plan(self, start: Start, settings: PoolSettings) -> PlanOverDevices:
+        """The plan for a start; idle coordinators end where free workers do not suffice.
+
+        Raises:
+            WorkersUnavailableError: there are no free workers, or those of the given layout are not free.
+            ModelDoesNotFitError: their memory does not hold the model.
+        """
+        if start.layout is not None:
+            return await self._plan_layout(start, start.layout)
+        cooling = {endpoint for endpoint in self._workers.endpoints if self._workers.cools_down_s(endpoint)}
+        avoided = start.lost | cooling
+        while True:
+            free = await self._free_workers(start, settings, avoided)
+            try:
+                if not free:
+                    raise WorkersUnavailableError(no_workers_words(start.model, self._workers.statuses()))
+                plan = plan_over(
+                    free,
+                    start.facts,
+                    wanted=settings.num_rpc_backends,
+                    strategy=settings.layer_strategy,
+                    context_tokens=start.context_tokens,
+                )
+                return self._with_prediction(start, plan, free)
+            except (WorkersUnavailableError, ModelDoesNotFitError):
+                if avoided:  # better a shaky worker than none
+                    avoided = frozenset()
+                elif not await self._running.free_workers(start.model):
+                    raise
+
+    async def _plan_layout(self, start: Start, layout: Mapping[str, int]) -> PlanOverDevices:
+        """The plan over exactly these workers."""
+        statuses = {worker.endpoint: worker for worker in await self._workers.refresh()}
+        endpoints = [endpoint for endpoint, count in layout.items() if count]
+        removed = [endpoint for endpoint in endpoints if endpoint not in statuses]
+        if removed:
+            raise WorkersUnavailableError(
+                f"{start.model} cannot be laid out as asked: {removed[0]} is not known any more; "
+                "choose other workers"
+            )
+        chosen = [statuses[endpoint] for endpoint in endpoints]
+        check_free(start.model, chosen, taken=start.taken)
+        plan = plan_from_counts(
+            start.facts,
+            [worker.capacity for worker in chosen],
+            [layout[endpoint] for endpoint in endpoints],
+            context_tokens=start.context_tokens,
+        )
+        return self._with_prediction(start, plan, chosen)
+
+    def _with_prediction(self, start: Start, plan: LayerPlan, chosen: Collection[WorkerStatus]) -> PlanOverDevices:
+        token = self._measurements.predict(
+            start.model_path, plan, self._running.coordinators, self._workers.round_trips_ms
+        )
+        device_free_bytes = {worker.endpoint: worker.probe.device_free_bytes for worker in chosen if worker.probe}
+        return replace(plan, predicted_token_ms=token.token_ms), device_free_bytes
+
+    async def _free_workers(
+        self, start: Start, settings: PoolSettings, avoided: Collection[str]
+    ) -> list[WorkerStatus]:
+        """The free workers that are not taken; adopted, discovered and started as far as allowed."""
+        wanted = settings.num_rpc_backends
+        enough = wanted or (1 if self._workers.has_given else DEFAULT_WORKERS)
+        replacements: set[str] = set()  # started at the addresses of lost ones
+
+        def free() -> list[WorkerStatus]:
+            barred = {*start.taken, *avoided} - replacements
+            return [
+                worker
+                for worker in self._workers.statuses()
+                if worker.state == "free" and worker.endpoint not in barred
+            ]
+
+        await self._workers.refresh(except_for=avoided)
+        if len(free()) < (wanted or 1) and (settings.auto_discover_rpc or settings.auto_setup_rpc):
+            found = await self._workers.take_over()
+            if len(free()) + len(found) < (wanted or 1) and settings.auto_discover_rpc:
+                found += await self._workers.discover()
+            if found:
+                await self._workers.refresh(except_for=avoided)
+        # More workers on this machine bring no more memory: those that another coordinator holds count too.
+        missing = min(enough - len(free()), (wanted or DEFAULT_WORKERS) - self._workers.running_local)
+        if missing > 0 and settings.auto_setup_rpc:
+            started = await self._workers.start_local(
+                start.engine, missing, first_port=settings.rpc_port, keep_alive_s=settings.keep_alive_s
+            )
+            replacements.update(started)
+        return free()

@@ -1,0 +1,183 @@
+"""The coordinators that run for a router: the table of them, the watch over each, and the end of idle ones.
+
+The end of a coordinator is reported as an event, with its reason. An idle one is checked for workers that are
+gone, which no request would notice. Where workers or memory are short, the least recently used idle one ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeAlias
+
+import psutil
+
+from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
+from sollol_nb.llama_cpp.coordinators.measurements import TokenMeasurements
+from sollol_nb.llama_cpp.processes import registry
+from sollol_nb.llama_cpp.processes.exit_reasons import code_words, exit_reason
+from sollol_nb.llama_cpp.workers.workers import Workers
+from sollol_nb.models.routing import Route
+from sollol_nb.runtime.events import EventBus, EventKind
+from sollol_nb.text.tables import format_bytes
+
+CHECK_INTERVAL_S = 1.0
+"""How often idle coordinators are checked: whether their workers are still connected."""
+SECOND_CHECK_S = 0.1
+
+RouteKey: TypeAlias = tuple[str, str]
+"""Model file and backend: routes with the same key share one coordinator."""
+
+
+def key_of(route: Route) -> RouteKey:
+    """What a coordinator is found by."""
+    return str(route.model_path), route.backend
+
+
+class RunningCoordinators:
+    """What a router runs. Lives on the I/O loop."""
+
+    def __init__(self, workers: Workers, events: EventBus, measurements: TokenMeasurements) -> None:
+        self._workers = workers
+        self._events = events
+        self._measurements = measurements
+        self._table: dict[RouteKey, tuple[Route, Coordinator]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def coordinators(self) -> list[Coordinator]:
+        """The running ones, the most recently used last."""
+        running = [coordinator for _, coordinator in self._table.values() if coordinator.is_running()]
+        return sorted(running, key=lambda coordinator: coordinator.last_used_at)
+
+    @property
+    def known(self) -> list[Coordinator]:
+        """All that were added and not ended here, also those that have ended by themselves."""
+        return [coordinator for _, coordinator in self._table.values()]
+
+    def find(self, route: Route) -> Coordinator | None:
+        """The coordinator of a route, which may have ended by itself; None if there is none."""
+        _, coordinator = self._table.get(key_of(route), (route, None))
+        return coordinator
+
+    def route_of(self, coordinator: Coordinator) -> Route:
+        """The route that a known coordinator was started for."""
+        return next(route for route, known in self._table.values() if known is coordinator)
+
+    def add(self, route: Route, coordinator: Coordinator) -> None:
+        """Enter the coordinator of a route, and watch it."""
+        self._table[key_of(route)] = (route, coordinator)
+        self._in_background(self._report_end(coordinator))
+        if coordinator.rpc_backends:
+            self._in_background(self._check_links(coordinator))
+
+    async def end(self, coordinator: Coordinator, *, unless_shared: bool = False) -> None:
+        """Take a coordinator out of the table and end it.
+
+        Args:
+            unless_shared: leave it running if another process uses it.
+        """
+        was_running = coordinator.is_running()
+        keys = [key for key, (_, known) in self._table.items() if known is coordinator]
+        for key in keys:
+            del self._table[key]
+
+        async def stop() -> None:
+            if unless_shared:
+                await coordinator.stop_unless_shared()
+            else:
+                await coordinator.stop()
+            if keys and was_running:
+                self._events.publish(
+                    EventKind.COORDINATOR_STOPPED, coordinator.model, f"{coordinator.model} is stopped"
+                )
+
+        # The caller may be cancelled; the engine must be ended all the same.
+        await asyncio.shield(self._in_background(stop()))
+
+    async def detach(self) -> None:
+        """End the connections to all coordinators; they live on for their keep_alive."""
+        table, self._table = self._table, {}
+        for _, coordinator in table.values():
+            await coordinator.let_go()
+
+    async def of_other_kernels(self) -> list[tuple[Coordinator, str]]:
+        """Coordinators that other kernels of this user run, only to be shown, and who started them."""
+        own_urls = {coordinator.base_url for coordinator in self.known}
+        found = []
+        for entry in await asyncio.to_thread(registry.entries, registry.COORDINATOR):
+            if entry.about.get("url") not in own_urls:
+                coordinator = await Coordinator.glance(entry)
+                if coordinator is not None:
+                    found.append((coordinator, registry.owner_words(entry.about)))
+        return found
+
+    # --- making room ----------------------------------------------------------------------------
+
+    async def free_memory(self, needed_bytes: int) -> None:
+        """End idle coordinators that run on this machine alone, while its memory is short."""
+        while psutil.virtual_memory().available < needed_bytes:
+            if not await self._end_least_recently_used(
+                lambda coordinator: coordinator.plan is None, format_bytes(needed_bytes)
+            ):
+                return  # the engine will say what it lacks
+
+    async def free_workers(self, model: str) -> bool:
+        """Free workers for a model, by ending a coordinator that an ended kernel left, else an idle one of this
+        router; False if there is none.
+        """
+        own_urls = {coordinator.base_url for coordinator in self.known}
+        for entry in await asyncio.to_thread(registry.entries, registry.COORDINATOR):
+            # One that is still loading may be so new that its kernel is not connected to it yet.
+            if not entry.workers or not entry.about.get("load_ms") or entry.about.get("url") in own_urls:
+                continue
+            left = await Coordinator.attach(entry)
+            if left is not None and await left.stop_unless_shared():
+                message = f"stopped {left.model}, left by an ended kernel, to make room for {model}"
+                self._events.publish(EventKind.COORDINATOR_MADE_ROOM, left.model, message)
+                return True
+        return await self._end_least_recently_used(lambda coordinator: bool(coordinator.rpc_backends), model)
+
+    async def _end_least_recently_used(self, eligible: Callable[[Coordinator], bool], needed_for: str) -> bool:
+        for coordinator in self.coordinators:
+            if eligible(coordinator) and coordinator.is_idle:
+                message = f"stopping {coordinator.model} (idle) to make room for {needed_for}"
+                self._events.publish(EventKind.COORDINATOR_MADE_ROOM, coordinator.model, message)
+                await self.end(coordinator)
+                return True
+        return False
+
+    # --- watching -------------------------------------------------------------------------------
+
+    async def _report_end(self, coordinator: Coordinator) -> None:
+        report = await coordinator.wait_ended()
+        self._measurements.keep(coordinator, self._workers.round_trips_ms)
+        if coordinator not in self.known:  # it was ended here
+            return
+        model = coordinator.model
+        if report.why and report.code is not None:  # it was ended, by its keep_alive or by someone else
+            self._events.publish(EventKind.COORDINATOR_STOPPED, model, f"{model} was ended: {report.why}")
+        else:
+            reason = exit_reason(report.tail) or code_words(report.code)
+            self._events.publish(EventKind.COORDINATOR_LOST, model, f"{model} ended: {reason}")
+
+    async def _check_links(self, coordinator: Coordinator) -> None:
+        while coordinator.is_running():
+            await asyncio.sleep(CHECK_INTERVAL_S)
+            if not coordinator.is_idle or not coordinator.is_running():
+                continue  # a request notices by itself
+            broken = await asyncio.to_thread(coordinator.broken_links)
+            if broken:  # a list of connections that change while it is read may lack one
+                await asyncio.sleep(SECOND_CHECK_S)
+                broken = await asyncio.to_thread(coordinator.broken_links)
+            if broken and coordinator.is_running():
+                message = f"{coordinator.model} lost its connection to {', '.join(broken)}"
+                self._events.publish(EventKind.COORDINATOR_LOST, coordinator.model, message)
+                await self.end(coordinator)
+                await self._workers.look_for_lost(coordinator.rpc_backends)
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task

@@ -1,0 +1,75 @@
+"""Coordinators of other kernels as a router sees them: shown without using them, ended where they were left."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
+from sollol_nb.llama_cpp.coordinators.measurements import TokenMeasurements
+from sollol_nb.llama_cpp.coordinators.running import RunningCoordinators
+from sollol_nb.llama_cpp.coordinators.settings import file_identity
+from sollol_nb.llama_cpp.processes import registry
+from sollol_nb.llama_cpp.processes.process import EngineProcess
+from sollol_nb.llama_cpp.processes.running import stop_running
+from sollol_nb.llama_cpp.workers.workers import Workers
+from sollol_nb.models.files import DEMO_MODEL_PATH
+from sollol_nb.runtime.events import EventBus
+from sollol_nb.settings import config
+from tests.support.engines import run
+
+LEFT = {
+    "model": "left",
+    "model_file": file_identity(DEMO_MODEL_PATH),
+    "plan": None,
+    "context_tokens": 512,
+    "slots": 1,
+    "port": 1,
+    "workers": ["127.0.0.1:50052"],
+}
+
+
+async def start_left(**about: object) -> EngineProcess:
+    """A process that is registered as a coordinator, and is none."""
+    return await EngineProcess.start(
+        [sys.executable, "-c", "import time; time.sleep(60)"],
+        kind="coordinator",
+        about={**LEFT, **about},
+        keep_alive_s=60,
+        log_path=config.log_dir() / "coordinator.log",
+    )
+
+
+def test_looking_at_a_coordinator_does_not_prolong_its_life(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOLLOL_STATE_DIR", str(tmp_path))
+
+    async def look() -> None:
+        process = await start_left()
+        before = await process.status()
+        told_at = time.monotonic()
+        seen = await Coordinator.glance(process.entry)
+        assert seen is not None
+        assert seen.model == "left"
+        asked_at = time.monotonic()
+        assert (await process.status())["idle_s"] >= before["idle_s"] + asked_at - told_at
+        await process.stop()
+
+    run(look())
+
+
+@pytest.mark.parametrize("load_ms", [None, 100.0], ids=["loading", "ready"])
+def test_only_a_coordinator_that_is_ready_and_left_by_its_kernel_makes_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load_ms: float | None
+) -> None:
+    monkeypatch.setenv("SOLLOL_STATE_DIR", str(tmp_path))
+    run(start_left(load_ms=load_ms)).detach()  # as if its kernel had gone, or not come yet
+    events = EventBus()
+    coordinators = RunningCoordinators(Workers([], events), events, TokenMeasurements(events))
+    assert run(coordinators.free_workers("wanted")) == (load_ms is not None)
+    assert len(registry.entries()) == (load_ms is None)
+    run(stop_running(also_used=True))
