@@ -18,7 +18,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from sollol_nb.llama_cpp.processes.running import stop_running
+from sollol_nb.llama_cpp.processes.running import stop_engines
 from sollol_nb.runtime.io_loop import run_blocking
 from tests.support.ollama_server import NO_OLLAMA, OllamaServer, find_ollama
 
@@ -47,7 +47,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """End the world; the notebooks' engines would live on for their keep_alive."""
-    run_blocking(stop_running(also_used=True))
+    run_blocking(stop_engines(also_used=True))
     if "ollama" in _world:
         _world["ollama"].kill()
     shutil.rmtree(_world["folder"], ignore_errors=True)

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from sollol_nb.llama_cpp.engine.find import Engine, find_engine
-from sollol_nb.llama_cpp.processes.running import stop_running
+from sollol_nb.llama_cpp.processes.running import stop_engines
 from sollol_nb.runtime.io_loop import run_blocking
 from sollol_nb.settings.table import SETTINGS
 from sollol_nb.sync_wrapper import HybridRouter
@@ -43,7 +43,7 @@ def own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     before = {name: os.environ.pop(name, None) for name in {*settings, *others}}
     os.environ.update(settings)
     yield folder
-    run_blocking(stop_running(also_used=True))
+    run_blocking(stop_engines(also_used=True))
     for name, value in before.items():
         os.environ.pop(name, None)
         if value is not None:

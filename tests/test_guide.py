@@ -25,7 +25,7 @@ from sollol_nb.hybrid_router import MODEL_PROFILES
 from sollol_nb.hybrid_router import HybridRouter as AsyncRouter
 from sollol_nb.llama_cpp.engine.find import Engine
 from sollol_nb.llama_cpp.processes.process import EngineProcess
-from sollol_nb.llama_cpp.processes.running import running, stop_running
+from sollol_nb.llama_cpp.processes.running import running_engines, stop_engines
 from sollol_nb.llama_cpp.workers.local import start_worker
 from sollol_nb.models.files import DEMO_MODEL_PATH
 from sollol_nb.runtime.io_loop import run_blocking
@@ -277,9 +277,9 @@ def test_block_of_the_guide(
             elif isinstance(made, AsyncRouter):
                 run_blocking(made.close())
         # A router that the block made and dropped leaves its coordinator to the next one, as in a notebook.
-        for left in run_blocking(running()):
+        for left in run_blocking(running_engines()):
             if left.kind == "coordinator" and set(left.workers) & {*GUIDE_WORKERS, *MORE_WORKERS}:
-                run_blocking(stop_running([left.id]))
+                run_blocking(stop_engines([left.id]))
         MODEL_PROFILES.clear()
         MODEL_PROFILES.update(profiles)
 

@@ -32,7 +32,7 @@ class OllamaProbe:
     reachable: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Diagnosis:
     """What was found on this machine.
 

@@ -51,11 +51,11 @@ def doctor(arguments: argparse.Namespace) -> int:
 
 def ps(arguments: argparse.Namespace) -> int:
     """Show the coordinators and workers that run, of all notebooks."""
-    from sollol_nb.llama_cpp.processes.running import as_text, running
+    from sollol_nb.llama_cpp.processes.running import as_table, running_engines
     from sollol_nb.runtime.io_loop import run_blocking
 
-    engines = run_blocking(running())
-    print(json.dumps([one.as_dict() for one in engines], indent=1) if arguments.json else as_text(engines))
+    engines = run_blocking(running_engines())
+    print(json.dumps([one.as_dict() for one in engines], indent=1) if arguments.json else as_table(engines))
     return EXIT_OK
 
 
@@ -80,12 +80,12 @@ def _as_json(value: Any) -> Any:
 
 def stop(arguments: argparse.Namespace) -> int:
     """Stop coordinators and workers: those that nobody uses, those named, or all."""
-    from sollol_nb.llama_cpp.processes.running import running, stop_running
+    from sollol_nb.llama_cpp.processes.running import running_engines, stop_engines
     from sollol_nb.runtime.io_loop import run_blocking
 
-    for one in run_blocking(stop_running(arguments.names, also_used=arguments.all)):
+    for one in run_blocking(stop_engines(arguments.names, also_used=arguments.all)):
         print(f"stopped {one.kind} {one.name} (pid {one.pid})")
-    for one in run_blocking(running()) if not arguments.names else ():
+    for one in run_blocking(running_engines()) if not arguments.names else ():
         print(f"{one.kind} {one.name} (pid {one.pid}) goes on: {one.state}; `sollol-nb stop --all` stops it too")
     return EXIT_OK
 

@@ -224,7 +224,7 @@ class ClusterState:
             turn = [endpoints[(position + step) % len(endpoints)] for step in range(count)]
             position += count
             try:
-                await self._workers.look_at(turn, timeout_s=LOOK_TIMEOUT_S)
+                await self._workers.probe(turn, timeout_s=LOOK_TIMEOUT_S)
                 self._note_memory(turn)
                 if loop.time() >= others_due:
                     others_due = loop.time() + OTHERS_EVERY_S

@@ -97,7 +97,7 @@ class RouterCluster:
         """Make workers known that another router of this process knows; local ones are held as its own."""
         for endpoint in endpoints:
             self._workers.add(endpoint)
-        await self._workers.take_over(endpoints)
+        await self._workers.adopt_local(endpoints)
 
     @io_bound
     async def remove_worker(self, endpoint: str) -> None:
@@ -180,7 +180,7 @@ class RouterCluster:
     @io_bound
     async def status(self) -> ClusterStatus:
         """The same as `cluster`, as known now; asks no worker and no node."""
-        await self._workers.read_holders()
+        await self._workers.refresh_holders()
         return self.state.status()
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:

@@ -132,7 +132,12 @@ def test_install_passes_its_options_on_and_says_where_the_engine_is(
 
     def install_engine(**options: object) -> Engine:
         asked.append(options)
-        return Engine(Path("/cache/bin/llama-server"), Path("/cache/bin/ggml-rpc-server"), "1", "cache")
+        return Engine(
+            server=Path("/cache/bin/llama-server"),
+            worker=Path("/cache/bin/ggml-rpc-server"),
+            version="1",
+            source="cache",
+        )
 
     monkeypatch.setattr(toolchain, "install_engine", install_engine)
     assert cli.main(["install"]) == 0

@@ -27,7 +27,9 @@ def sollol_nb(*arguments: str, **variables: str) -> subprocess.CompletedProcess[
 
 
 def worker(endpoint: str, state: str) -> WorkerStatus:
-    return WorkerStatus(endpoint, state, f"{endpoint} says why", None, None, False)
+    return WorkerStatus(
+        endpoint=endpoint, state=state, detail=f"{endpoint} says why", held_by=None, probe=None, is_local=False
+    )
 
 
 def node(state: str) -> NodeStatus:

@@ -322,15 +322,15 @@ def test_looking_goes_on_after_a_look_that_failed(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     cluster = SimulatedCluster(1)
-    look_at = cluster.state._workers.look_at
+    probe = cluster.state._workers.probe
     failures = [ValueError("a strange answer"), PermissionError("no entry")]
 
     async def failing_first(endpoints: Iterable[str], *, timeout_s: float) -> None:
         if failures:
             raise failures.pop(0)
-        await look_at(endpoints, timeout_s=timeout_s)
+        await probe(endpoints, timeout_s=timeout_s)
 
-    monkeypatch.setattr(cluster.state._workers, "look_at", failing_first)
+    monkeypatch.setattr(cluster.state._workers, "probe", failing_first)
     with watching(cluster):
         eventually(lambda: cluster.looks, "it is looked at")
     assert caplog.text.count("the cluster could not be looked at") == 2

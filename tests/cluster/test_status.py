@@ -29,9 +29,17 @@ VOID = {"meta", "link", "br", "hr", "img", "input"}
 
 def worker(number: int, state: str = "free", detail: str = "", **more: Any) -> WorkerStatus:
     endpoint = more.pop("endpoint", f"10.0.0.{number}:50052")
-    probe = Probe(endpoint, ProbeOutcome.FREE, "free", (7, 0, 3), (3 * GIB,), 4 * GIB, 0.4567)
+    probe = Probe(
+        endpoint=endpoint,
+        outcome=ProbeOutcome.FREE,
+        detail="free",
+        protocol=(7, 0, 3),
+        device_free_bytes=(3 * GIB,),
+        total_bytes=4 * GIB,
+        round_trip_ms=0.4567,
+    )
     values = {"held_by": None, "probe": probe, "is_local": False} | more
-    return WorkerStatus(endpoint, state, detail or state, **values)
+    return WorkerStatus(endpoint=endpoint, state=state, detail=detail or state, **values)
 
 
 def segment(place: str, layers: str, units: int, **more: Any) -> LayerSegment:

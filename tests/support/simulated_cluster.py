@@ -39,7 +39,13 @@ def endpoint(number: int) -> str:
 
 def probe(number: int, round_trip_ms: float = 0.4) -> Probe:
     return Probe(
-        endpoint(number), ProbeOutcome.FREE, "free", (7, 0, 0), (30 * GIB,), 32 * GIB, round_trip_ms + number / 100
+        endpoint=endpoint(number),
+        outcome=ProbeOutcome.FREE,
+        detail="free",
+        protocol=(7, 0, 0),
+        device_free_bytes=(30 * GIB,),
+        total_bytes=32 * GIB,
+        round_trip_ms=round_trip_ms + number / 100,
     )
 
 
@@ -70,7 +76,14 @@ class SimulatedCluster:
     def __init__(self, count: int, nodes: Iterable[NodeStatus] = ()) -> None:
         self.events = EventBus()
         self.workers = {
-            endpoint(number): WorkerStatus(endpoint(number), "free", "free", None, probe(number), False)
+            endpoint(number): WorkerStatus(
+                endpoint=endpoint(number),
+                state="free",
+                detail="free",
+                held_by=None,
+                probe=probe(number),
+                is_local=False,
+            )
             for number in range(count)
         }
         self.coordinators: list[Coordinator] = []
@@ -148,7 +161,7 @@ class SimulatedCluster:
         return pool
 
     def _workers(self) -> SimpleNamespace:
-        async def look_at(endpoints: Iterable[str], *, timeout_s: float) -> None:
+        async def probe_workers(endpoints: Iterable[str], *, timeout_s: float) -> None:
             for name in endpoints:
                 self.looks.append(name)
                 seen = self.workers[name].probe
@@ -163,7 +176,7 @@ class SimulatedCluster:
                 return list(cluster.workers)
 
         seen = {name: one.probe.round_trip_ms for name, one in self.workers.items() if one.probe}
-        return Rooms(look_at=look_at, statuses=lambda: list(self.workers.values()), round_trips_ms=seen)
+        return Rooms(probe=probe_workers, statuses=lambda: list(self.workers.values()), round_trips_ms=seen)
 
     def _ollama(self) -> SimpleNamespace:
         cluster = self

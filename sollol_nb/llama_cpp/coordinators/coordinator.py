@@ -44,7 +44,7 @@ from sollol_nb.llama_cpp.coordinators.readiness import LISTENING, PortTakenError
 from sollol_nb.llama_cpp.coordinators.settings import CoordinatorSettings, known_flags, server_flags
 from sollol_nb.llama_cpp.engine.find import Engine
 from sollol_nb.llama_cpp.processes import registry
-from sollol_nb.llama_cpp.processes.exit_reasons import code_words, exit_reason
+from sollol_nb.llama_cpp.processes.exit_reasons import describe_exit, exit_reason
 from sollol_nb.llama_cpp.processes.process import EngineProcess, ExitReport
 from sollol_nb.llama_cpp.processes.registry import Entry
 from sollol_nb.runtime.gate import Gate
@@ -394,5 +394,5 @@ class Coordinator:
         reason = self._went_silent or report.why or exit_reason(report.tail)
         because = f": {reason}" if reason else ""
         return CoordinatorLostError(
-            f"the coordinator of {self.model} ended ({code_words(report.code)}){because}; log: {self.log_path}"
+            f"the coordinator of {self.model} ended ({describe_exit(report.code)}){because}; log: {self.log_path}"
         )

@@ -18,7 +18,7 @@ from sollol_nb.llama_cpp.coordinators.measurements import TokenMeasurements
 from sollol_nb.llama_cpp.coordinators.running import RunningCoordinators
 from sollol_nb.llama_cpp.coordinators.settings import PoolSettings
 from sollol_nb.llama_cpp.engine.find import Engine
-from sollol_nb.llama_cpp.workers.choice import DEFAULT_WORKERS, check_free, no_workers_words, plan_over
+from sollol_nb.llama_cpp.workers.choice import DEFAULT_WORKERS, check_free, describe_missing_workers, plan_over
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.llama_cpp.workers.workers import Workers
 from sollol_nb.models.routing import Route
@@ -85,13 +85,13 @@ class Planner:
         """
         if start.layout is not None:
             return await self._plan_layout(start, start.layout)
-        cooling = {endpoint for endpoint in self._workers.endpoints if self._workers.cools_down_s(endpoint)}
+        cooling = {endpoint for endpoint in self._workers.endpoints if self._workers.cool_down_s(endpoint)}
         avoided = start.lost | cooling
         while True:
             free = await self._free_workers(start, settings, avoided)
             try:
                 if not free:
-                    raise WorkersUnavailableError(no_workers_words(start.model, self._workers.statuses()))
+                    raise WorkersUnavailableError(describe_missing_workers(start.model, self._workers.statuses()))
                 plan = plan_over(
                     free,
                     start.facts,
@@ -138,7 +138,7 @@ class Planner:
     ) -> list[WorkerStatus]:
         """The free workers that are not taken; adopted, discovered and started as far as allowed."""
         wanted = settings.num_rpc_backends
-        enough = wanted or (1 if self._workers.has_given else DEFAULT_WORKERS)
+        enough = wanted or (1 if self._workers.has_external else DEFAULT_WORKERS)
         replacements: set[str] = set()  # started at the addresses of lost ones
 
         def free() -> list[WorkerStatus]:
@@ -151,13 +151,13 @@ class Planner:
 
         await self._workers.refresh(except_for=avoided)
         if len(free()) < (wanted or 1) and (settings.auto_discover_rpc or settings.auto_setup_rpc):
-            found = await self._workers.take_over()
+            found = await self._workers.adopt_local()
             if len(free()) + len(found) < (wanted or 1) and settings.auto_discover_rpc:
                 found += await self._workers.discover()
             if found:
                 await self._workers.refresh(except_for=avoided)
         # More workers on this machine bring no more memory: those that another coordinator holds count too.
-        missing = min(enough - len(free()), (wanted or DEFAULT_WORKERS) - self._workers.running_local)
+        missing = min(enough - len(free()), (wanted or DEFAULT_WORKERS) - self._workers.running_local_count)
         if missing > 0 and settings.auto_setup_rpc:
             started = await self._workers.start_local(
                 start.engine, missing, first_port=settings.rpc_port, keep_alive_s=settings.keep_alive_s

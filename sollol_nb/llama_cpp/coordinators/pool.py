@@ -89,7 +89,7 @@ class CoordinatorPool:
             lost: frozenset[str] = frozenset()
             if coordinator is not None:
                 await self._running.end(coordinator)
-                lost = await self._workers.look_for_lost(coordinator.rpc_backends)
+                lost = await self._workers.find_lost(coordinator.rpc_backends)
             self._lost[key] = lost
             coordinator = await self._start(route, lost)
             return coordinator, (time.perf_counter() - began) * 1000
@@ -124,7 +124,7 @@ class CoordinatorPool:
     async def _check_free(self, model: str, endpoints: Iterable[str], coordinator: Coordinator) -> None:
         """Refuse workers that are neither free nor this coordinator's, before it is ended for them."""
         others = [endpoint for endpoint in endpoints if endpoint not in coordinator.rpc_backends]
-        await self._workers.look_at(others)
+        await self._workers.probe(others)
         check_free(model, [worker for worker in self._workers.statuses() if worker.endpoint in others])
 
     def what_if(self, model: str, layout: Mapping[str, int]) -> Forecast:

@@ -22,7 +22,13 @@ from sollol_nb.errors import (
 from sollol_nb.llama_cpp.coordinators.placement import Placement, read_placement
 from sollol_nb.llama_cpp.coordinators.settings import CoordinatorSettings
 from sollol_nb.llama_cpp.processes import registry
-from sollol_nb.llama_cpp.processes.exit_reasons import BAD_MODEL, PORT_TAKEN, WORKER_LOST, code_words, exit_reason
+from sollol_nb.llama_cpp.processes.exit_reasons import (
+    BAD_MODEL,
+    PORT_TAKEN,
+    WORKER_LOST,
+    describe_exit,
+    exit_reason,
+)
 from sollol_nb.llama_cpp.processes.process import EngineProcess, ExitReport
 from sollol_nb.runtime.http_client import JsonClient
 
@@ -124,7 +130,7 @@ class StartingCoordinator:
         load_ms = await self._told_load_ms() if self._adopted else 0.0
         if not load_ms:
             load_ms = (time.time() - self._process.entry.started_at) * 1000
-            await self._process.tell_about(load_ms=load_ms)
+            await self._process.update_about(load_ms=load_ms)
         seconds_per_token = float(self._process.entry.about.get("seconds_per_token") or 0.0)
         if not seconds_per_token:
             seconds_per_token = await self._seconds_per_token(load_ms / 1000)
@@ -162,7 +168,7 @@ class StartingCoordinator:
             if not self._adopted:
                 raise self._stalled(f"loaded, and then wrote no token for {limit_s:.0f} s") from error
             seconds_per_token = limit_s / CALIBRATION_TOKENS  # others may keep it busy
-        await self._process.tell_about(seconds_per_token=seconds_per_token)
+        await self._process.update_about(seconds_per_token=seconds_per_token)
         return seconds_per_token
 
     async def _start_log(self) -> str:
@@ -219,7 +225,7 @@ class StartingCoordinator:
         if reason is None:
             reason = "; ".join(report.tail[-2:]) or "it said nothing"
         words = (
-            f"the coordinator of {self._settings.model} ended while starting ({code_words(report.code)}): "
+            f"the coordinator of {self._settings.model} ended while starting ({describe_exit(report.code)}): "
             f"{reason}; log: {self._process.log_path}"
         )
         if reason is BAD_MODEL:

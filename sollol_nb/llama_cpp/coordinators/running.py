@@ -15,7 +15,7 @@ import psutil
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.coordinators.measurements import TokenMeasurements
 from sollol_nb.llama_cpp.processes import registry
-from sollol_nb.llama_cpp.processes.exit_reasons import code_words, exit_reason
+from sollol_nb.llama_cpp.processes.exit_reasons import describe_exit, exit_reason
 from sollol_nb.llama_cpp.workers.workers import Workers
 from sollol_nb.models.routing import Route
 from sollol_nb.runtime.events import EventBus, EventKind
@@ -109,7 +109,7 @@ class RunningCoordinators:
             if entry.about.get("url") not in own_urls:
                 coordinator = await Coordinator.glance(entry)
                 if coordinator is not None:
-                    found.append((coordinator, registry.owner_words(entry.about)))
+                    found.append((coordinator, registry.describe_owner(entry.about)))
         return found
 
     # --- making room ----------------------------------------------------------------------------
@@ -158,7 +158,7 @@ class RunningCoordinators:
         if report.why and report.code is not None:  # it was ended, by its keep_alive or by someone else
             self._events.publish(EventKind.COORDINATOR_STOPPED, model, f"{model} was ended: {report.why}")
         else:
-            reason = exit_reason(report.tail) or code_words(report.code)
+            reason = exit_reason(report.tail) or describe_exit(report.code)
             self._events.publish(EventKind.COORDINATOR_LOST, model, f"{model} ended: {reason}")
 
     async def _check_links(self, coordinator: Coordinator) -> None:
@@ -174,7 +174,7 @@ class RunningCoordinators:
                 message = f"{coordinator.model} lost its connection to {', '.join(broken)}"
                 self._events.publish(EventKind.COORDINATOR_LOST, coordinator.model, message)
                 await self.end(coordinator)
-                await self._workers.look_for_lost(coordinator.rpc_backends)
+                await self._workers.find_lost(coordinator.rpc_backends)
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)

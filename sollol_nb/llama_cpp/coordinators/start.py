@@ -143,7 +143,7 @@ class CoordinatorStarter:
         if not isinstance(error, CoordinatorError):
             return False
         if not coordinator.adopted:  # else the kernel that started it checks its workers
-            lost = await self._workers.look_for_lost(coordinator.rpc_backends)
+            lost = await self._workers.find_lost(coordinator.rpc_backends)
             start.lost |= lost
             if lost:
                 return True
@@ -153,7 +153,7 @@ class CoordinatorStarter:
     async def _report_ready(self, route: Route, coordinator: Coordinator) -> None:
         kind, message = EventKind.COORDINATOR_READY, f"{route.model} is ready at {coordinator.base_url}"
         if coordinator.adopted:
-            await self._workers.take_over(coordinator.rpc_backends)
+            await self._workers.adopt_local(coordinator.rpc_backends)
             kind, message = EventKind.COORDINATOR_ADOPTED, f"{route.model} runs already at {coordinator.base_url}"
         else:
             message += f" after {coordinator.load_ms / 1000:.1f} s"
@@ -186,13 +186,15 @@ class CoordinatorStarter:
         for entry in await asyncio.to_thread(registry.entries, registry.COORDINATOR):
             if any(entry.about.get(name) != value for name, value in start.wanted.items()):
                 continue
-            if self._workers.has_given and not set(entry.workers) <= set(self._workers.endpoints):
+            if self._workers.has_external and not set(entry.workers) <= set(self._workers.endpoints):
                 continue  # the user has named the workers to use
             coordinator = await Coordinator.adopt(entry, gate=start.gate)
             if coordinator is None:
                 continue
             if not entry.about.get("load_ms"):
-                message = f"{start.model} is being loaded by {registry.owner_words(entry.about)}; waiting for it"
+                message = (
+                    f"{start.model} is being loaded by {registry.describe_owner(entry.about)}; waiting for it"
+                )
                 self._events.publish(EventKind.COORDINATOR_STARTING, start.model, message)
             return coordinator
         return None

@@ -49,7 +49,7 @@ _PORT_ATTEMPTS = 3
 _POLL_S = 0.02
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
     """A checked pair of programs of one llama.cpp build.
 
@@ -152,7 +152,7 @@ def check_pair(server: Path, worker: Path, source: str) -> Engine:
         EngineIncompatibleError: they do not.
     """
     version, protocol = _checked(server, worker, _fingerprint(server, worker))
-    return Engine(server, worker, version, source, protocol)
+    return Engine(server=server, worker=worker, version=version, source=source, protocol=protocol)
 
 
 def _named_folder(folder: str | Path | None) -> tuple[Path, str] | None:

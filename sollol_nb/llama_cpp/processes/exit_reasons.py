@@ -47,7 +47,7 @@ def exit_reason(tail: Sequence[str]) -> str | None:
     return None
 
 
-def code_words(code: int | None) -> str:
+def describe_exit(code: int | None) -> str:
     """An exit code as people say it."""
     if code is None:
         return "its supervisor was lost"

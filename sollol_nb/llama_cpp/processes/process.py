@@ -31,7 +31,7 @@ from sollol_nb.settings.endpoints import LOOPBACK
 LOG_LIMIT_BYTES = 16 * 1024 * 1024
 START_TIMEOUT_S = 15.0
 ANSWER_TIMEOUT_S = 5.0
-SUPERVISOR_END_LOOKS = 100
+SUPERVISOR_END_POLLS = 100
 MESSAGE_LIMIT_BYTES = 1024 * 1024  # the supervisor's longest message: a tail, escaped as JSON
 
 
@@ -194,7 +194,7 @@ class EngineProcess:
         """How long it lives without a lease from now on; None is for ever."""
         await self._ask("keep_alive", seconds=seconds)
 
-    async def tell_about(self, **about: Any) -> None:
+    async def update_about(self, **about: Any) -> None:
         """Add to what its registry entry says."""
         await self._ask("about", about=about)
 
@@ -276,7 +276,7 @@ class EngineProcess:
 
     async def _supervisor_ends(self) -> bool:
         """Whether the supervisor has ended; the end of its connections is seen a moment before."""
-        for _ in range(SUPERVISOR_END_LOOKS):
+        for _ in range(SUPERVISOR_END_POLLS):
             if not self.entry.is_alive():
                 return True
             await asyncio.sleep(0.02)

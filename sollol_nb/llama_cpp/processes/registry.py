@@ -37,7 +37,7 @@ LOGS_KEPT = 50
 _CLOCK_TOLERANCE_S = 2.0  # start times are computed from the clock, which may be set meanwhile
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
     """What is known of one running engine.
 
@@ -134,7 +134,7 @@ def holders() -> dict[str, Entry]:
     return {endpoint: entry for entry in entries(COORDINATOR) for endpoint in entry.workers}
 
 
-def owner_words(about: dict[str, Any]) -> str:
+def describe_owner(about: dict[str, Any]) -> str:
     """Who started it, in words."""
     pid = about.get("owner_pid")
     if pid == os.getpid():

@@ -21,7 +21,7 @@ from sollol_nb.runtime.io_loop import io_bound
 from sollol_nb.settings import config
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunningEngine:
     """One engine process.
 
@@ -68,7 +68,7 @@ class RunningEngine:
 
 
 @io_bound
-async def running() -> list[RunningEngine]:
+async def running_engines() -> list[RunningEngine]:
     """All engines of this user that run now, coordinators first."""
     entries = await asyncio.to_thread(registry.entries)
     found = await asyncio.gather(*map(_look, entries))
@@ -76,7 +76,7 @@ async def running() -> list[RunningEngine]:
 
 
 @io_bound
-async def stop_running(names: Collection[str] = (), *, also_used: bool = False) -> list[RunningEngine]:
+async def stop_engines(names: Collection[str] = (), *, also_used: bool = False) -> list[RunningEngine]:
     """End engines; gives those that were ended.
 
     Args:
@@ -86,7 +86,7 @@ async def stop_running(names: Collection[str] = (), *, also_used: bool = False) 
     Raises:
         ConfigError: a name that nothing has.
     """
-    engines = await running()
+    engines = await running_engines()
     known = {label for one in engines for label in (one.name, one.id)}
     for name in names:
         if name not in known:
@@ -133,7 +133,7 @@ def engine_log(name: str, *, last: int = 20, grep: str | None = None) -> str:
     return f"{path}\n" + "".join(lines).rstrip("\n")
 
 
-def as_text(engines: Sequence[RunningEngine]) -> str:
+def as_table(engines: Sequence[RunningEngine]) -> str:
     """A table for a terminal."""
     if not engines:
         return "nothing runs"
@@ -154,18 +154,18 @@ async def _look(entry: Entry) -> RunningEngine:
         status = await process.status()
         process.detach()
     return RunningEngine(
-        entry.id,
-        entry.kind,
-        entry.name,
-        entry.pid,
-        str(entry.about.get("url", "")),
-        tuple(entry.workers),
-        time.time() - entry.started_at,
-        status.get("leases"),
-        status.get("clients"),
-        status.get("ends_in_s"),
-        registry.owner_words(entry.about),
-        entry.log_path,
+        id=entry.id,
+        kind=entry.kind,
+        name=entry.name,
+        pid=entry.pid,
+        url=str(entry.about.get("url", "")),
+        workers=tuple(entry.workers),
+        age_s=time.time() - entry.started_at,
+        leases=status.get("leases"),
+        clients=status.get("clients"),
+        ends_in_s=status.get("ends_in_s"),
+        started_by=registry.describe_owner(entry.about),
+        log_path=entry.log_path,
     )
 
 

@@ -48,7 +48,7 @@ def check_free(model: str, chosen: Sequence[WorkerStatus], taken: Collection[str
         raise WorkersUnavailableError(f"{model} cannot be laid out as asked: {words}; choose other workers")
 
 
-def no_workers_words(model: str, statuses: Sequence[WorkerStatus]) -> str:
+def describe_missing_workers(model: str, statuses: Sequence[WorkerStatus]) -> str:
     """Why no worker can be used, and what to run."""
     what_to_do = (
         "start some here with `%sollol_cluster start 3` (or auto_setup_rpc=True), or on each machine "

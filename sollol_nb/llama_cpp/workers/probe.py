@@ -48,7 +48,7 @@ class ProbeOutcome(Enum):
     INCOMPATIBLE = "incompatible"  # answers with another protocol
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
     """One look at one endpoint.
 
@@ -97,9 +97,9 @@ async def probe(host: str, port: int, *, timeout_s: float = DEFAULT_TIMEOUT_S) -
         return _unreachable(endpoint, f"no answer within {timeout_s:g} s; or it is held, with a full queue")
     except ConnectionRefusedError:
         return Probe(
-            endpoint,
-            ProbeOutcome.REFUSED,
-            f"nothing listens on {endpoint}; start it there: ggml-rpc-server -H {host} -p {port}",
+            endpoint=endpoint,
+            outcome=ProbeOutcome.REFUSED,
+            detail=f"nothing listens on {endpoint}; start it there: ggml-rpc-server -H {host} -p {port}",
         )
     except (OSError, UnicodeError) as error:  # no route, unknown host, a label too long for DNS
         return _unreachable(endpoint, getattr(error, "strerror", None) or str(error))
@@ -108,9 +108,9 @@ async def probe(host: str, port: int, *, timeout_s: float = DEFAULT_TIMEOUT_S) -
             return await _converse(endpoint, reader, writer)
     except TimeoutError:
         return Probe(
-            endpoint,
-            ProbeOutcome.BUSY,
-            f"{endpoint} accepts but does not answer: a coordinator holds it, or it hangs",
+            endpoint=endpoint,
+            outcome=ProbeOutcome.BUSY,
+            detail=f"{endpoint} accepts but does not answer: a coordinator holds it, or it hangs",
         )
     except (_NotThisProtocol, asyncio.IncompleteReadError, OSError) as error:
         version = await _old_version(host, port, deadline)
@@ -204,14 +204,14 @@ async def _converse(endpoint: str, reader: asyncio.StreamReader, writer: asyncio
         device_free_bytes.append(free)
         total_bytes += total
     return Probe(
-        endpoint,
-        ProbeOutcome.FREE,
-        "free",
-        protocol,
-        tuple(device_free_bytes),
-        total_bytes,
-        # The first answer may wait for the worker to notice us; the quickest is the wire's.
-        min(round_trips),
+        endpoint=endpoint,
+        outcome=ProbeOutcome.FREE,
+        detail="free",
+        protocol=protocol,
+        device_free_bytes=tuple(device_free_bytes),
+        total_bytes=total_bytes,
+        # The first answer may wait until the worker notices us; the fastest is that of the network.
+        round_trip_ms=min(round_trips),
     )
 
 
@@ -242,9 +242,9 @@ def _reset(writer: asyncio.StreamWriter) -> None:
 
 def _unreachable(endpoint: str, why: str) -> Probe:
     return Probe(
-        endpoint,
-        ProbeOutcome.UNREACHABLE,
-        f"{endpoint} cannot be reached ({why}); check the address, the network and the firewall",
+        endpoint=endpoint,
+        outcome=ProbeOutcome.UNREACHABLE,
+        detail=f"{endpoint} cannot be reached ({why}); check the address, the network and the firewall",
     )
 
 
@@ -254,9 +254,9 @@ def _incompatible(endpoint: str, version: tuple[int, int, int] | None, why: str 
     else:
         spoken = "something that is not RPC protocol 7" + (f" ({why})" if why else "")
     return Probe(
-        endpoint,
-        ProbeOutcome.INCOMPATIBLE,
-        f"{endpoint} speaks {spoken}, this side {PROTOCOL_MAJOR}.{PROTOCOL_MINOR}; "
+        endpoint=endpoint,
+        outcome=ProbeOutcome.INCOMPATIBLE,
+        detail=f"{endpoint} speaks {spoken}, this side {PROTOCOL_MAJOR}.{PROTOCOL_MINOR}; "
         "run a worker and a coordinator of the same llama.cpp build",
-        version,
+        protocol=version,
     )

@@ -12,7 +12,7 @@ from sollol_nb.llama_cpp.workers.probe import Probe
 from sollol_nb.settings.endpoints import LOOPBACK, is_loopback
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerStatus:
     """One worker as seen now.
 

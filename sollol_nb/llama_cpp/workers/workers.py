@@ -14,7 +14,7 @@ from pathlib import Path
 from sollol_nb.errors import ConfigError
 from sollol_nb.llama_cpp.engine.find import Engine
 from sollol_nb.llama_cpp.processes import registry
-from sollol_nb.llama_cpp.processes.exit_reasons import code_words
+from sollol_nb.llama_cpp.processes.exit_reasons import describe_exit
 from sollol_nb.llama_cpp.processes.machine import free_ports, usable_cores
 from sollol_nb.llama_cpp.processes.process import EngineProcess
 from sollol_nb.llama_cpp.processes.registry import Entry
@@ -52,12 +52,12 @@ class Workers:
         return list(self._probes)
 
     @property
-    def has_given(self) -> bool:
+    def has_external(self) -> bool:
         """Whether workers are known that were not started here."""
         return any(endpoint not in self._local for endpoint in self._probes)
 
     @property
-    def running_local(self) -> int:
+    def running_local_count(self) -> int:
         """How many workers started here are not down."""
         return sum(1 for one in self.statuses() if one.is_local and one.state != "down")
 
@@ -84,11 +84,11 @@ class Workers:
             raise ConfigError(f"{endpoint} is not a known worker; known are {', '.join(self._probes) or 'none'}")
         holder = registry.holders().get(endpoint)
         if holder is not None:
-            raise ConfigError(f"{endpoint} is {_held_words(holder)}; stop that first")
+            raise ConfigError(f"{endpoint} is {_describe_holder(holder)}; stop that first")
         del self._probes[endpoint]
         self._events.publish(EventKind.WORKER_REMOVED, endpoint, f"{endpoint} is not used any more")
 
-    async def look_for_lost(self, endpoints: Iterable[str]) -> frozenset[str]:
+    async def find_lost(self, endpoints: Iterable[str]) -> frozenset[str]:
         """After the end of a coordinator: which of its workers do not answer; each is told as lost.
 
         A worker that is well needs a moment to see that its coordinator is gone; a probe waits for that.
@@ -105,7 +105,7 @@ class Workers:
         return frozenset(silent)
 
     def _lost(self, seen: Probe) -> None:
-        """A coordinator has lost this worker; after the second time it cools down (see `cools_down_s`)."""
+        """A coordinator has lost this worker; after the second time it cools down (see `cool_down_s`)."""
         endpoint = seen.endpoint
         self._losses.note(endpoint)
         self._probes[endpoint] = seen
@@ -113,11 +113,11 @@ class Workers:
             words = f"lost the worker at {endpoint}: {seen.detail}"
             self._events.publish(EventKind.WORKER_LOST, endpoint, words)
 
-    def cools_down_s(self, endpoint: str) -> float:
+    def cool_down_s(self, endpoint: str) -> float:
         """Seconds for which a worker that was lost again and again is only used if no other suffices."""
-        return self._losses.cools_down_s(endpoint)
+        return self._losses.cool_down_s(endpoint)
 
-    async def read_holders(self) -> None:
+    async def refresh_holders(self) -> None:
         """See which workers coordinators hold now; asks no worker."""
         self._holders = await asyncio.to_thread(registry.holders)
 
@@ -129,16 +129,16 @@ class Workers:
         Args:
             except_for: endpoints not to look at now, because they were just found lost.
         """
-        await self.look_at([one for one in self._probes if one not in except_for])
+        await self.probe([one for one in self._probes if one not in except_for])
         return self.statuses()
 
-    async def look_at(self, endpoints: Iterable[str], *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+    async def probe(self, endpoints: Iterable[str], *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         """Look at these workers, unless they are held."""
-        await self.read_holders()
+        await self.refresh_holders()
         free = [one for one in endpoints if one not in self._holders]
         found = await probe_all(free, timeout_s=timeout_s)
         if any(seen.outcome is ProbeOutcome.BUSY for seen in found):  # perhaps taken since, by a coordinator
-            await self.read_holders()
+            await self.refresh_holders()
         for seen in found:
             if seen.endpoint in self._probes and seen.endpoint not in self._holders:
                 self._note(seen)
@@ -171,7 +171,7 @@ class Workers:
             self._note(seen)
         return [one.endpoint for one in found]
 
-    async def take_over(self, endpoints: Iterable[str] | None = None) -> list[str]:
+    async def adopt_local(self, endpoints: Iterable[str] | None = None) -> list[str]:
         """Adopt local workers of this user that run on after the kernel that started them.
 
         Args:
@@ -185,10 +185,10 @@ class Workers:
             async with registry.locked(
                 "workers", "starting workers"
             ):  # one that another kernel is starting has no lease yet
-                return await self._take_over(None)
-        return await self._take_over(set(endpoints))
+                return await self._adopt_local(None)
+        return await self._adopt_local(set(endpoints))
 
-    async def _take_over(self, wanted: Collection[str] | None) -> list[str]:
+    async def _adopt_local(self, wanted: Collection[str] | None) -> list[str]:
         new = []
         for entry in await asyncio.to_thread(registry.entries, registry.WORKER):
             endpoint = str(entry.about.get("endpoint"))
@@ -295,7 +295,7 @@ class Workers:
                 words = f"the worker at {endpoint} was ended: {report.why}"
                 self._events.publish(EventKind.WORKER_STOPPED, endpoint, words)
             else:
-                words = f"lost the worker at {endpoint}: it ended ({code_words(report.code)})"
+                words = f"lost the worker at {endpoint}: it ended ({describe_exit(report.code)})"
                 self._events.publish(EventKind.WORKER_LOST, endpoint, words)
 
         if (before := self._watches.get(endpoint)) is not None:
@@ -320,17 +320,24 @@ class Workers:
             report = local.exit_report
             state, detail = "down", f"{endpoint} ended with exit code {report.code if report else '?'}"
         elif holder is not None:
-            state, detail = "held", _held_words(holder)
+            state, detail = "held", _describe_holder(holder)
         elif seen is None:
             state, detail = "unknown", "not looked at yet"
         else:
             state, detail = _STATE_OF_OUTCOME[seen.outcome], seen.detail
         held_by = holder.name if holder is not None else None
-        return WorkerStatus(endpoint, state, detail, held_by, seen, local is not None)
+        return WorkerStatus(
+            endpoint=endpoint,
+            state=state,
+            detail=detail,
+            held_by=held_by,
+            probe=seen,
+            is_local=local is not None,
+        )
 
 
-def _held_words(holder: Entry) -> str:
-    return f"held by the coordinator of {holder.name}, started by {registry.owner_words(holder.about)}"
+def _describe_holder(holder: Entry) -> str:
+    return f"held by the coordinator of {holder.name}, started by {registry.describe_owner(holder.about)}"
 
 
 _STATE_OF_OUTCOME = {
@@ -359,7 +366,7 @@ class WorkerLosses:
         """It was lost now."""
         self._at[endpoint] = [*self._recent(endpoint), time.monotonic()]
 
-    def cools_down_s(self, endpoint: str) -> float:
+    def cool_down_s(self, endpoint: str) -> float:
         """Seconds for which it is still only used if no other suffices."""
         losses = self._recent(endpoint)
         if len(losses) < 2:

@@ -10,7 +10,7 @@ from IPython.core.magic_arguments import argument, magic_arguments
 
 from sollol_nb.cluster.status import ClusterStatus
 from sollol_nb.llama_cpp.engine.find import ensure_engine
-from sollol_nb.llama_cpp.processes.running import engine_log, stop_running
+from sollol_nb.llama_cpp.processes.running import engine_log, stop_engines
 from sollol_nb.notebook import magic_line, session
 from sollol_nb.notebook.displays import is_kernel
 from sollol_nb.runtime.io_loop import run_blocking
@@ -105,7 +105,7 @@ class ClusterMagics(Magics):
         """
         arguments, _ = magic_line.parse(self.sollol_stop, line, name="%sollol_stop")
         if arguments.all or arguments.names:
-            ended = run_blocking(stop_running(arguments.names, also_used=True))
+            ended = run_blocking(stop_engines(arguments.names, also_used=True))
             stopped = [f"{one.kind} {one.name}" for one in ended]
         else:
             stopped = [f"coordinator {model}" for model in session.router().stop_coordinator()]

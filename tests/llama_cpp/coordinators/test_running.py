@@ -14,7 +14,7 @@ from sollol_nb.llama_cpp.coordinators.running import RunningCoordinators
 from sollol_nb.llama_cpp.coordinators.settings import file_identity
 from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.processes.process import EngineProcess
-from sollol_nb.llama_cpp.processes.running import stop_running
+from sollol_nb.llama_cpp.processes.running import stop_engines
 from sollol_nb.llama_cpp.workers.workers import Workers
 from sollol_nb.models.files import DEMO_MODEL_PATH
 from sollol_nb.runtime.events import EventBus
@@ -72,4 +72,4 @@ def test_only_a_coordinator_that_is_ready_and_left_by_its_kernel_makes_room(
     coordinators = RunningCoordinators(Workers([], events), events, TokenMeasurements(events))
     assert run(coordinators.free_workers("wanted")) == (load_ms is not None)
     assert len(registry.entries()) == (load_ms is None)
-    run(stop_running(also_used=True))
+    run(stop_engines(also_used=True))

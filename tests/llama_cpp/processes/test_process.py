@@ -217,7 +217,7 @@ def test_adopted_engine_is_the_same_for_both_handles() -> None:
             assert (await other.status())["leases"] == 1
             engine.free()
             assert (await engine.status())["leases"] == 0
-            await other.tell_about(load_ms=5)
+            await other.update_about(load_ms=5)
             await engine.keep_alive(7)
             assert (only_entry().about["load_ms"], only_entry().keep_alive_s) == (5, 7.0)
             report = await other.stop(why="as a test")
@@ -440,7 +440,7 @@ def test_connection_that_is_lost_alone_does_not_end_the_engine_for_others() -> N
     async def look() -> None:
         async with running() as engine:
             other = await adopted()
-            await engine.tell_about(words="x" * (2 * supervisor.LINE_LIMIT_BYTES))  # more than it listens to
+            await engine.update_about(words="x" * (2 * supervisor.LINE_LIMIT_BYTES))  # more than it listens to
             report = await engine.wait()
             assert (report.code, report.why) == (None, "")
             assert "the connection to the supervisor" in report.tail[0]

@@ -119,7 +119,7 @@ def test_entry_shows_neither_its_key_nor_all_it_is_about(folder: Path) -> None:
     ],
 )
 def test_owner_is_told_in_words(about: dict[str, Any], words: str) -> None:
-    assert registry.owner_words(about) == words
+    assert registry.describe_owner(about) == words
 
 
 @posix_only

@@ -36,6 +36,6 @@ def test_a_worker_cools_down_from_its_second_loss_on(
         losses.note(NAME)
     clock[0] = now_s
 
-    assert losses.cools_down_s(NAME) == left_s
-    assert losses.cools_down_s("another") == 0
+    assert losses.cool_down_s(NAME) == left_s
+    assert losses.cool_down_s("another") == 0
     assert (NAME in losses) is bool(lost_at_s)

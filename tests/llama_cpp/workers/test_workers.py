@@ -70,8 +70,16 @@ def test_one_that_was_taken_while_it_was_looked_at_is_held_and_what_was_known_of
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     name = "10.0.0.1:50052"
-    free = Probe(name, ProbeOutcome.FREE, "free", (7, 0, 0), (GIB,), GIB, 0.4)
-    busy = Probe(name, ProbeOutcome.BUSY, "somebody uses it", None, (), 0, None)
+    free = Probe(
+        endpoint=name,
+        outcome=ProbeOutcome.FREE,
+        detail="free",
+        protocol=(7, 0, 0),
+        device_free_bytes=(GIB,),
+        total_bytes=GIB,
+        round_trip_ms=0.4,
+    )
+    busy = Probe(endpoint=name, outcome=ProbeOutcome.BUSY, detail="somebody uses it")
     found, holders = iter([free, busy]), iter([{}, {}, {name: SimpleNamespace(name="demo", about={})}])
 
     async def probe_all(*_: object, **__: object) -> list[Probe]:
