@@ -1,1 +1,11 @@
-"""chat"""
+"""What both backends speak: a chat request, its streamed answer, and conversations.
+
+- `messages.py`: messages and options of a request, checked.
+- `request.py`: one chat request, checked.
+- `context_window.py`: which messages fit the context.
+- `chunk.py`: a chunk of a streamed answer, and the marks that this package adds.
+- `completion.py`: the whole answer.
+- `completion_view.py`: how an answer is shown.
+- `conversation.py`: one conversation, its file, and how it is shown.
+- `conversations.py`: all conversations by name, and the next question in one.
+"""
