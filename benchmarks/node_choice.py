@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 
-from sollol_nb.ollama.choice import Holding, NodeOffer, choose_node
+from sollol_nb.ollama.choice import NodeOffer, Residency, choose_node
 from sollol_nb.ollama.nodes import OllamaNode
 
 KEY = "llama3.2:latest"
@@ -21,18 +21,18 @@ LIMIT_US = 50.0
 
 def idle(number: int) -> NodeOffer:
     """All equal: every one is a candidate to the end."""
-    return NodeOffer(f"http://node-{number}", Holding.LOADED, True, 0.0)
+    return NodeOffer(f"http://node-{number}", Residency.LOADED, True, 0.0)
 
 
 def busy(number: int) -> NodeOffer:
     """All loaded, all with a line of its own length."""
-    return NodeOffer(f"http://node-{number}", Holding.LOADED, False, random.random() * 10_000)
+    return NodeOffer(f"http://node-{number}", Residency.LOADED, False, random.random() * 10_000)
 
 
 def mixed(number: int) -> NodeOffer:
     """Some loaded, some on disk, some without the model."""
     return NodeOffer(
-        f"http://node-{number}", random.choice(list(Holding)), random.random() < 0.5, random.random() * 10_000
+        f"http://node-{number}", random.choice(list(Residency)), random.random() < 0.5, random.random() * 10_000
     )
 
 

@@ -156,7 +156,7 @@ class OllamaPool:
     def __repr__(self) -> str:
         return repr(self._async)
 
-    look = blocking(ollama_pool.OllamaPool.look)
+    refresh = blocking(ollama_pool.OllamaPool.refresh)
     chat = blocking(ollama_pool.OllamaPool.chat)
     stream_chat = blocking_stream(ollama_pool.OllamaPool.stream_chat)
     generate = blocking(ollama_pool.OllamaPool.generate)

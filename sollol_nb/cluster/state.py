@@ -131,7 +131,7 @@ class ClusterState:
     @io_bound
     async def look(self) -> ClusterStatus:
         """Look at all workers and Ollama nodes, and at other kernels' coordinators; then the status."""
-        await asyncio.gather(self._workers.refresh(), self._ollama.look())
+        await asyncio.gather(self._workers.refresh(), self._ollama.refresh())
         self._others = await self._coordinators.others()
         return self.status()
 
@@ -228,7 +228,7 @@ class ClusterState:
                 self._note_memory(turn)
                 if loop.time() >= others_due:
                     others_due = loop.time() + OTHERS_EVERY_S
-                    await self._ollama.look()
+                    await self._ollama.refresh()
                     self._note_nodes()
                     self._others = await self._coordinators.others()
                     self._changed.set()

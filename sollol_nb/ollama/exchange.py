@@ -1,7 +1,7 @@
 """One exchange with one Ollama node: a request sent, its chunks read, and its silences watched.
 
-A node that has sent nothing for `probe_after_s` is asked for its version; if not even that is answered in the
-same time, it is left. A node that does answer may be loading the model or reading a long prompt: it has
+A node that has sent nothing for `probe_after_s` is asked for its version; if it does not answer that in the same
+time either, it counts as lost. A node that does answer may be loading the model or reading a long prompt: it has
 `first_chunk_s` for its first chunk, and `between_chunks_s` from one chunk to the next.
 """
 
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """How long silence is borne; None is for ever, as long as the server itself answers."""
+    """The longest silences; None is no limit, as long as the server itself answers."""
 
     first_chunk_s: float | None
     between_chunks_s: float | None
@@ -39,7 +39,7 @@ class Patience:
 
 
 class Deadline:
-    """The end of a request's `timeout` seconds; None never ends.
+    """The time limit of a request; a `timeout_s` of None is no limit.
 
     Raises:
         ConfigError: the timeout is not a positive number.
@@ -55,18 +55,18 @@ class Deadline:
 
     @property
     def left_s(self) -> float | None:
-        """Seconds left, at least 0; None for no end, and while its clock stands still."""
+        """Seconds left, at least 0; None without a limit, and while its clock is paused."""
         if self._end_s is None or self._paused_at_s is not None:
             return None
         return max(0.0, self._end_s - time.monotonic())
 
     def pause(self) -> None:
-        """Let its clock stand still, until `go_on`."""
+        """Stop its clock until `resume`."""
         if self._paused_at_s is None:
             self._paused_at_s = time.monotonic()
 
-    def go_on(self) -> None:
-        """Let its clock go on, if it stands still."""
+    def resume(self) -> None:
+        """Start its clock again, if it was paused."""
         if self._end_s is not None and self._paused_at_s is not None:
             self._end_s += time.monotonic() - self._paused_at_s
         self._paused_at_s = None
@@ -76,11 +76,11 @@ class Deadline:
         if self.left_s == 0.0:
             raise self._error()
 
-    async def bound(self, doing: Awaitable[T]) -> T:
-        """What `doing` gives, or RequestTimeoutError if it takes longer than is left."""
+    async def wait_for(self, work: Awaitable[T]) -> T:
+        """The result of `work`; RequestTimeoutError if it takes longer than the time left."""
         try:
             async with asyncio.timeout(self.left_s) as limit:
-                return await doing
+                return await work
         except TimeoutError:
             if limit.expired():
                 raise self._error() from None
@@ -94,30 +94,30 @@ class Deadline:
 
 
 class NodeLostError(OllamaError):
-    """A node did not bring an answer to its end; another may.
+    """A node did not finish an answer; another may.
 
     Attributes:
-        said: Ollama's own words, if it gave a reason.
-        lacks_model: it says that it does not have the model.
-        broke_off: the connection ended; a server that was restarted would answer now.
+        reason: Ollama's own message, if it gave one.
+        lacks_model: it answered that it does not have the model.
+        connection_broke: the connection ended; a server that was restarted would answer now.
     """
 
     def __init__(
-        self, message: str, *, said: str | None = None, lacks_model: bool = False, broke_off: bool = False
+        self, message: str, *, reason: str | None = None, lacks_model: bool = False, connection_broke: bool = False
     ) -> None:
         super().__init__(message)
-        self.said = said
+        self.reason = reason
         self.lacks_model = lacks_model
-        self.broke_off = broke_off
+        self.connection_broke = connection_broke
 
 
 async def exchange(
     node: OllamaNode, path: str, body: Mapping[str, Any], *, deadline: Deadline, patience: Patience
 ) -> AsyncGenerator[Any, None]:
-    """POST to a node and give the chunks of its answer. Closing this closes the connection.
+    """POST to a node and yield the chunks of its answer. Closing this closes the connection.
 
     Raises:
-        NodeLostError: another node may do better. If this one failed, it knows already.
+        NodeLostError: another node may succeed. If this one failed, that is recorded already.
         OllamaResponseError: Ollama refused the request; no other node would take it.
         RequestTimeoutError: the deadline has passed.
         ConfigError: the request cannot be written as JSON.
@@ -142,14 +142,14 @@ async def exchange(
 async def _read(
     node: OllamaNode, path: str, body: Mapping[str, Any], lines: asyncio.Queue[str | Exception | None]
 ) -> None:
-    """Bring the lines of the answer into a queue, so that waiting for one can be given up without losing it."""
+    """Put the lines of the answer into a queue, so that a wait for a line can end without losing it."""
     try:
         async with node.client.stream_lines(path, body) as received:
             async for line in received:
                 if line.strip():
                     lines.put_nowait(line)
         lines.put_nowait(None)
-    except Exception as error:  # told to the one who waits
+    except Exception as error:  # raised where the line is awaited
         lines.put_nowait(error)
 
 
@@ -160,11 +160,11 @@ async def _next_line(
     deadline: Deadline,
     patience: Patience,
 ) -> str | Exception | None:
-    quiet_since_s = time.monotonic()
+    silent_since_s = time.monotonic()
     while lines.empty():
         waits_s = [patience.probe_after_s]
         if limit_s is not None:
-            waits_s.append(max(0.0, limit_s - (time.monotonic() - quiet_since_s)))
+            waits_s.append(max(0.0, limit_s - (time.monotonic() - silent_since_s)))
         if (left_s := deadline.left_s) is not None:
             waits_s.append(left_s)
         try:
@@ -172,40 +172,39 @@ async def _next_line(
                 return await lines.get()
         except TimeoutError:
             deadline.check()
-        quiet_s = time.monotonic() - quiet_since_s
-        if limit_s is not None and quiet_s >= limit_s:
-            raise lost(node, TransportTimeoutError(f"{node.url} sent nothing for {limit_s:g} s"))
-        if not await deadline.bound(node.answers(patience.probe_after_s)) and lines.empty():
-            raise lost(
-                node, TransportTimeoutError(f"{node.url} accepted the request, then answered nothing any more")
-            )
+        silence_s = time.monotonic() - silent_since_s
+        if limit_s is not None and silence_s >= limit_s:
+            raise node_lost(node, TransportTimeoutError(f"{node.url} sent nothing for {limit_s:g} s"))
+        if not await deadline.wait_for(node.is_alive(patience.probe_after_s)) and lines.empty():
+            message = f"{node.url} accepted the request, then stopped responding"
+            raise node_lost(node, TransportTimeoutError(message))
     return lines.get_nowait()
 
 
-def lost(node: OllamaNode, error: TransportError) -> NodeLostError:
-    """Tell a node that it failed, and the request that it must go elsewhere."""
-    node.failed(error)
-    return NodeLostError(str(error), broke_off=isinstance(error, ConnectionBrokenError))
+def node_lost(node: OllamaNode, error: TransportError) -> NodeLostError:
+    """Record the failure at the node; the error that sends the request to another."""
+    node.record_failure(error)
+    return NodeLostError(str(error), connection_broke=isinstance(error, ConnectionBrokenError))
 
 
 def _translated(node: OllamaNode, error: Exception) -> Exception:
     if isinstance(error, HttpStatusError):
         return _refused(node, error.status, error.reason)
     if isinstance(error, TransportError):
-        return lost(node, error)
+        return node_lost(node, error)
     if isinstance(error, TypeError | ValueError):
         return ConfigError(f"the request cannot be written as JSON ({error}); give images as base64 text")
     return error
 
 
 def _refused(node: OllamaNode, status: int, reason: str) -> Exception:
-    said = f"Ollama at {node.url}: {reason}"
+    message = f"Ollama at {node.url}: {reason}"
     if status == 404 and "model" in reason.lower():
-        return NodeLostError(said, said=said, lacks_model=True)
+        return NodeLostError(message, reason=message, lacks_model=True)
     # 429 and 5xx are about this node (queue full, no memory, runner crashed), other 4xx about the request.
     if status == 429 or status >= 500:
-        return NodeLostError(said, said=said)
-    return OllamaResponseError(said)
+        return NodeLostError(message, reason=message)
+    return OllamaResponseError(message)
 
 
 def _chunk(node: OllamaNode, line: str) -> Any:
@@ -214,7 +213,7 @@ def _chunk(node: OllamaNode, line: str) -> Any:
     except ValueError:
         chunk = None
     if not isinstance(chunk, dict):
-        raise lost(node, ConnectionBrokenError(f"{node.url} sent a line that is not JSON"))
+        raise node_lost(node, ConnectionBrokenError(f"{node.url} sent a line that is not JSON"))
     if chunk.get("error"):
         status = chunk.get("status")
         raise _refused(node, status if isinstance(status, int) else 500, str(chunk["error"]))

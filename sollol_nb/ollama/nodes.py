@@ -1,7 +1,7 @@
-"""Ollama nodes: their address, gate and HTTP client, what each holds, how fast it is, and whether it can be used.
+"""Ollama nodes: address, gate and HTTP client, the models each has, how fast it is, and whether it can be used.
 
-A node that fails is left alone for a while that doubles with every failure, is looked at again by itself after
-that, and is used again as soon as it answers.
+A node that fails is not used for a pause that doubles with every failure. After the pause it is asked again,
+without waiting for a request, and it is used again as soon as it answers.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from urllib.parse import urlsplit
 
 from sollol_nb.errors import ConfigError, ConnectFailedError, ModelNotFoundError, TransportError
 from sollol_nb.models.names import ModelName
-from sollol_nb.ollama.choice import Holding, NodeOffer
+from sollol_nb.ollama.choice import NodeOffer, Residency
 from sollol_nb.runtime.gate import Gate
 from sollol_nb.runtime.http_client import JsonClient
 from sollol_nb.settings import config
 from sollol_nb.settings.endpoints import LOOPBACK
 
-LOOK_TIMEOUT_S = 3.0
-INVENTORY_FRESH_S = 10.0  # older than this, it is asked again beside the next request
-INVENTORY_RECENT_S = 1.0  # younger than this, it is believed when it says that a model is missing
+QUERY_TIMEOUT_S = 3.0  # of short questions, such as what a node has
+INVENTORY_FRESH_S = 10.0  # older than this, it is asked for again beside the next request
+INVENTORY_RECENT_S = 1.0  # younger than this, it is trusted when it says that a model is missing
 FIRST_RETRY_S = 1.0
 LONGEST_RETRY_S = 60.0
 
 NEW_SAMPLE_WEIGHT = 0.3
-ASSUMED_MS_PER_TOKEN = 50.0  # of a node that has work but was never measured
+ASSUMED_MS_PER_TOKEN = 50.0  # of a node that is busy but was never measured
 ASSUMED_LOAD_MS = 10_000.0  # of a model that was never loaded there
 ASSUMED_ANSWER_TOKENS = 100.0  # before the first answer
 
@@ -40,35 +40,35 @@ class NodeState(StrEnum):
     """Whether a node can be used."""
 
     UNKNOWN = "unknown"
-    """Not looked at yet."""
+    """Not asked yet."""
     READY = "ready"
     ABSENT = "absent"
-    """Nothing listens there; looked at again with growing pauses."""
+    """Nothing listens there; asked again after growing pauses."""
     COOLING = "cooling"
-    """It failed or went silent; left alone for a while."""
+    """It failed or went silent; not used for a while."""
 
 
-_LEFT_ALONE = (NodeState.ABSENT, NodeState.COOLING)
+_PAUSED = (NodeState.ABSENT, NodeState.COOLING)
 
 
 @dataclass(frozen=True, slots=True)
 class NodeStatus:
-    """One node as seen now.
+    """The state of one node now.
 
     Attributes:
         url: where it is.
         state: "unknown", "ready", "absent" or "cooling".
         loaded_models: names as `ollama ps` shows them.
         models: names as `ollama list` shows them.
-        running: requests of this pool it works on.
+        running: requests of this pool that it is working on.
         waiting: requests of this pool waiting for it (some perhaps for other nodes too).
         slots: requests it serves at once (`OLLAMA_NUM_PARALLEL`).
         expected_wait_ms: how long a new request would wait to start, from what was measured; 0 with a free slot.
         ms_per_token: measured, averaged over its models; None before the first answer.
-        last_error: why it was last left, if it ever was.
-        retry_in_s: seconds until it is looked at again, if it is absent or cooling.
+        last_error: its last failure, if there was one.
+        retry_in_s: seconds until it is asked again, if it is absent or cooling.
         round_trip_ms: how long its last short answer took (`/api/ps`, which needs no disk); None before.
-        loaded_bytes: memory of the models that it has loaded, as it says; None before it was looked at.
+        loaded_bytes: memory of its loaded models, as it reports; None before it was asked.
     """
 
     url: str
@@ -115,7 +115,7 @@ def node_url(node: str | Mapping[str, Any]) -> str:
     endpoint = f"{LOOPBACK}{parts.netloc}" if parts.netloc.startswith(":") else parts.netloc
     default_port = {"http": 80, "https": 443}[scheme] if separator else config.DEFAULT_OLLAMA_PORT
     host, port = config.parse_endpoint(endpoint, default_port)
-    host = {"0.0.0.0": LOOPBACK, "::": "::1"}.get(host, host)  # noqa: S104 - told apart, not bound
+    host = {"0.0.0.0": LOOPBACK, "::": "::1"}.get(host, host)  # noqa: S104 - replaced, not bound
     return f"{scheme}://{config.format_endpoint(host, port)}{parts.path.rstrip('/')}"
 
 
@@ -131,7 +131,7 @@ class OllamaNode:
     Args:
         url: its base URL.
         slots: requests it serves at once.
-        on_change: told of every change.
+        on_change: called on every change.
     """
 
     def __init__(self, url: str, slots: int, on_change: NodeChanged) -> None:
@@ -150,46 +150,46 @@ class OllamaNode:
         self._round_trip_ms: float | None = None
         self._loaded_bytes: int | None = None
         self._failures = 0
-        self._looked_at_s = float("-inf")
+        self._refreshed_at_s = float("-inf")
         self._retry_at_s = 0.0
-        self._looking: asyncio.Task[None] | None = None
-        self._coming_back: asyncio.Task[None] | None = None
+        self._refreshing: asyncio.Task[None] | None = None
+        self._recovering: asyncio.Task[None] | None = None
 
     @property
     def client(self) -> JsonClient:
-        """Its HTTP client, without a limit on silence: callers bring their own."""
+        """Its HTTP client, without a limit on silence: callers set their own."""
         if self._client is None:
             self._client = JsonClient(self.url, read_timeout_s=None)
         return self._client
 
     @property
     def inventory_age_s(self) -> float:
-        """Seconds since it last said what it has; infinite if it never did."""
-        return time.monotonic() - self._looked_at_s
+        """Seconds since it last reported its models; infinite if it never did."""
+        return time.monotonic() - self._refreshed_at_s
 
-    def holding(self, key: str) -> Holding:
-        """What it has of a model (by `ModelName.key`)."""
+    def residency(self, key: str) -> Residency:
+        """Where it has a model (by `ModelName.key`)."""
         # Ollama loads what several names share once, and shows it under one of them.
         if key in self._loaded or self._digests.get(key) in self._loaded_digests:
-            return Holding.LOADED
-        return Holding.ON_DISK if key in self._on_disk else Holding.NOTHING
+            return Residency.LOADED
+        return Residency.ON_DISK if key in self._on_disk else Residency.MISSING
 
     def offer(self, key: str, answer_tokens: float) -> NodeOffer:
-        """What it can do for a request to a model, if a typical answer has so many tokens."""
+        """What it can do for a request to a model, if a typical answer has `answer_tokens` tokens."""
         gate = self.gate
-        there = gate.running + gate.waiting
+        request_count = gate.running + gate.waiting
         ms_per_token = self._ms_per_token.get(key)
         if ms_per_token is None:
-            # Unmeasured and idle is worth a try; unmeasured with work must not draw everything.
-            ms_per_token = ASSUMED_MS_PER_TOKEN if there else 0.0
-        expected_ms = ms_per_token * answer_tokens * (1 + there / gate.slots)
-        holding = self.holding(key)
-        if holding is Holding.ON_DISK:
+            # An idle node without measurements is worth a try; a busy one must not draw every request.
+            ms_per_token = ASSUMED_MS_PER_TOKEN if request_count else 0.0
+        expected_ms = ms_per_token * answer_tokens * (1 + request_count / gate.slots)
+        residency = self.residency(key)
+        if residency is Residency.ON_DISK:
             expected_ms += self._load_ms.get(key, ASSUMED_LOAD_MS)
-        return NodeOffer(self.url, holding, gate.has_free_slot, expected_ms)
+        return NodeOffer(self.url, residency, gate.has_free_slot, expected_ms)
 
     def status(self, answer_tokens: float) -> NodeStatus:
-        """The node as seen now."""
+        """The node's state now."""
         gate = self.gate
         measured = self._ms_per_token.values()
         ms_per_token = sum(measured) / len(measured) if measured else None
@@ -205,24 +205,24 @@ class OllamaNode:
             expected_wait_ms=0.0 if gate.has_free_slot else answer_ms * (gate.waiting + 1) / gate.slots,
             ms_per_token=ms_per_token,
             last_error=self.last_error,
-            retry_in_s=max(0.0, self._retry_at_s - time.monotonic()) if self.state in _LEFT_ALONE else None,
+            retry_in_s=max(0.0, self._retry_at_s - time.monotonic()) if self.state in _PAUSED else None,
             round_trip_ms=self._round_trip_ms,
             loaded_bytes=self._loaded_bytes,
         )
 
-    # --- looking ------------------------------------------------------------------------------
+    # --- questions to the node -------------------------------------------------------------------
 
-    async def look(self) -> None:
-        """Ask what it has; the answer, or why there is none, is in its state. Joins a look under way."""
-        await asyncio.shield(self.look_soon())
+    async def refresh(self) -> None:
+        """Ask which models it has; the answer, or the failure, is in its state. Joins a refresh under way."""
+        await asyncio.shield(self.start_refresh())
 
-    def look_soon(self) -> asyncio.Task[None]:
-        """Start a look, or join the one under way, without waiting for it."""
-        if self._looking is None or self._looking.done():
-            self._looking = asyncio.get_running_loop().create_task(self._look())
-        return self._looking
+    def start_refresh(self) -> asyncio.Task[None]:
+        """Start a refresh, or join the one under way, without waiting for it."""
+        if self._refreshing is None or self._refreshing.done():
+            self._refreshing = asyncio.get_running_loop().create_task(self._refresh())
+        return self._refreshing
 
-    async def answers(self, timeout_s: float) -> bool:
+    async def is_alive(self, timeout_s: float) -> bool:
         """Whether the server itself answers, however busy its models are."""
         try:
             await self.client.get("/api/version", timeout_s=timeout_s)
@@ -230,17 +230,17 @@ class OllamaNode:
             return False
         return True
 
-    async def _look(self) -> None:
+    async def _refresh(self) -> None:
         try:
-            on_disk, digests = _models(await self.client.get("/api/tags", timeout_s=LOOK_TIMEOUT_S))
+            on_disk, digests = _models(await self.client.get("/api/tags", timeout_s=QUERY_TIMEOUT_S))
             asked_at_s = time.monotonic()
-            running = await self.client.get("/api/ps", timeout_s=LOOK_TIMEOUT_S)
+            running = await self.client.get("/api/ps", timeout_s=QUERY_TIMEOUT_S)
             self._round_trip_ms = (time.monotonic() - asked_at_s) * 1e3
             loaded, loaded_digests = _models(running)
         except TransportError as error:
-            self.failed(error)
+            self.record_failure(error)
             return
-        self._looked_at_s = time.monotonic()
+        self._refreshed_at_s = time.monotonic()
         has_new_state = self.state is not NodeState.READY
         has_new_models = (self._on_disk.keys(), self._loaded.keys()) != (on_disk.keys(), loaded.keys())
         self.state, self._on_disk, self._loaded = NodeState.READY, on_disk, loaded
@@ -249,10 +249,10 @@ class OllamaNode:
         if has_new_state or has_new_models:
             self._on_change(self, has_new_state=has_new_state)
 
-    # --- what requests teach --------------------------------------------------------------------
+    # --- what requests report -------------------------------------------------------------------
 
-    def served(self, key: str, name: str, final: Mapping[str, Any], *, had_to_load: bool) -> None:
-        """A request was answered: take Ollama's own timings of it (nanoseconds), from the final chunk."""
+    def record_answer(self, key: str, name: str, final: Mapping[str, Any], *, had_to_load: bool) -> None:
+        """Record a finished answer, with Ollama's own timings (nanoseconds) from its final chunk."""
         self._failures = 0
         tokens, eval_ns = final.get("eval_count"), final.get("eval_duration")
         if isinstance(tokens, int) and isinstance(eval_ns, int) and tokens > 0:
@@ -266,21 +266,21 @@ class OllamaNode:
             self._loaded[key] = name
             self._on_change(self, has_new_state=False)
 
-    def unloaded(self, key: str) -> None:
-        """The model was sent away (`keep_alive=0`)."""
+    def record_unload(self, key: str) -> None:
+        """Record that the model was unloaded (`keep_alive=0`)."""
         self._loaded.pop(key, None)
         self._loaded_digests -= {self._digests.get(key, "")}
 
-    def lacks(self, key: str) -> None:
-        """It says that it does not have the model after all."""
-        self.unloaded(key)
+    def record_missing(self, key: str) -> None:
+        """Record its answer that it does not have the model after all."""
+        self.record_unload(key)
         self._on_disk.pop(key, None)
 
-    def failed(self, error: Exception) -> None:
-        """It did not answer, went silent or broke off: leave it alone for a while."""
+    def record_failure(self, error: Exception) -> None:
+        """It did not answer, went silent or ended the connection: do not use it for a while."""
         self.last_error = str(error)
-        if self.state in _LEFT_ALONE and time.monotonic() < self._retry_at_s:
-            return  # one failure, told by each request that was there
+        if self.state in _PAUSED and time.monotonic() < self._retry_at_s:
+            return  # the same failure, reported by each request that ran there
         self._failures += 1
         state = NodeState.ABSENT if isinstance(error, ConnectFailedError) else NodeState.COOLING
         has_new_state, self.state = self.state is not state, state
@@ -290,18 +290,18 @@ class OllamaNode:
         # Not all nodes behind one switch should be asked again in the same instant.
         pause_s *= random.uniform(0.8, 1.2)  # noqa: S311
         self._retry_at_s = time.monotonic() + pause_s
-        if self._coming_back is None or self._coming_back.done():
-            self._coming_back = asyncio.get_running_loop().create_task(self._come_back())
+        if self._recovering is None or self._recovering.done():
+            self._recovering = asyncio.get_running_loop().create_task(self._recover())
         self._on_change(self, has_new_state=has_new_state)
 
-    async def _come_back(self) -> None:
+    async def _recover(self) -> None:
         while self.state is not NodeState.READY:
             await asyncio.sleep(max(0.0, self._retry_at_s - time.monotonic()))
-            await self.look()
+            await self.refresh()
 
     async def aclose(self) -> None:
-        """Stop looking and close all connections. Closing twice is fine."""
-        tasks = [task for task in (self._coming_back, self._looking) if task is not None]
+        """Stop all refreshes and close all connections. Closing twice is fine."""
+        tasks = [task for task in (self._recovering, self._refreshing) if task is not None]
         for task in tasks:
             task.cancel()
         if tasks:
@@ -316,7 +316,7 @@ def _models(answer: Any) -> tuple[dict[str, str], dict[str, str]]:
     """By key, shown name and digest of each model in an answer of `/api/tags` or `/api/ps`."""
     models = answer.get("models") if isinstance(answer, Mapping) else None
     if not isinstance(models, list) or not all(isinstance(model, Mapping) for model in models):
-        raise TransportError("what answers there is not Ollama")
+        raise TransportError("the server there is not Ollama")
     names, digests = {}, {}
     for model in models:
         name = str(model.get("name") or model.get("model"))

@@ -1,19 +1,19 @@
-"""All Ollama nodes as one: chat, generate, embed and the rest, wherever it is done soonest.
+"""All Ollama nodes as one: chat, generate, embed and the rest, at the node that finishes first.
 
-A request goes to the node that has the model and is expected to finish first (`ollama_nodes.choose_node`), waits
-at that node's gate by priority, and streams back. If the node dies or goes silent (`ollama_exchange`), the answer
-goes on at another that has the model: a chat with the words so far as the assistant's last message, a generation
-as raw text. The result says so under `_routing`:
+A request goes to the node that has the model and is expected to finish first (`choice.py`), waits at that node's gate
+by priority, and streams back. If the node dies or goes silent (`exchange.py`), another that has the model continues
+the answer: a chat with the answer so far as the assistant's last message, a generation as raw text. `_routing` of the
+result reports it:
 
 | key | is |
 |---|---|
 | `backend`, `node` | "ollama-pool", and the URL of the node that finished |
 | `queue_ms` | time spent waiting at gates |
-| `ttft_ms` | from the call to the first word |
-| `total_ms`, `load_ms` | from the call to the end; loading the model, as Ollama says |
-| `failovers` | a dict for each node that was left: `what` happened, `when` (`time.time()`), `cost_ms` (from the last sign of the old node to the first of the new), `continued` (False if nothing had been said yet, or the answer had to start again), `tokens_before` |
+| `ttft_ms` | from the call to the first text |
+| `total_ms`, `load_ms` | from the call to the end; loading the model, as Ollama reports |
+| `failovers` | a dict for each node that failed: `what` happened, `when` (`time.time()`), `cost_ms` (from the last chunk of the old node to the first of the new), `continued` (False if no text had arrived yet, or the answer had to start again), `tokens_before` |
 
-The pool works on the process's I/O loop (`io_loop.py`), whichever loop asks.
+The pool runs on the process's I/O loop (`runtime/io_loop.py`), whichever loop calls it.
 """  # noqa: E501 - a table's row is one line
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from sollol_nb.chat.chunk import RESTARTED, Chunk
 from sollol_nb.chat.context_window import DROP_OLDEST, ERROR, check_overflow, turn_starts
 from sollol_nb.errors import ConfigError, OllamaResponseError, OllamaUnavailableError
 from sollol_nb.models.names import ModelName
-from sollol_nb.ollama.choice import Holding, choose_node
+from sollol_nb.ollama.choice import Residency, choose_node
 from sollol_nb.ollama.exchange import Deadline, NodeLostError, Patience, exchange
-from sollol_nb.ollama.fitting import answer_what_fits
+from sollol_nb.ollama.fitting import answer_dropping_turns
 from sollol_nb.ollama.nodes import NodeStatus, node_url
 from sollol_nb.ollama.requests import KEEPS_ALL, AnswerSoFar, request_body
-from sollol_nb.ollama.serving import CHAT, EMBED, GENERATE, Journey, Serving
+from sollol_nb.ollama.serving import CHAT, EMBED, GENERATE, PoolRequest, Serving
 from sollol_nb.runtime.events import EventBus
 from sollol_nb.runtime.io_loop import io_bound, io_bound_stream
 from sollol_nb.runtime.priority import Priority, checked_priority
@@ -50,13 +50,13 @@ class OllamaPool:
 
     Args:
         nodes: each as `host`, `host:port`, a URL, or `{"host": ..., "port": ...}`; None takes `OLLAMA_HOST`, else
-            localhost:11434. A node without Ollama is no error: it shows in `nodes` as absent, and is used when it
-            comes up.
-        num_parallel: requests a node serves at once; None takes `OLLAMA_NUM_PARALLEL`, else 1.
+            localhost:11434. A node where no Ollama runs is not an error: `nodes` lists it as absent, and it is
+            used once it runs.
+        num_parallel: requests a node serves at the same time; None takes `OLLAMA_NUM_PARALLEL`, else 1.
         first_token_timeout_s: the longest silence before the first chunk, while the model loads.
         silence_timeout_s: the longest silence between two chunks.
-        probe_after_s: after so much silence the node is asked whether it is there, and has as long to say so.
-        events: told of nodes that come and go (`node.ready`, `node.absent`, `node.cooling`).
+        probe_after_s: after this silence the node is asked whether it runs, and has the same time to answer.
+        events: where changes of a node's state are published (`node.ready`, `node.absent`, `node.cooling`).
 
     Raises:
         ConfigError: a node is not an address.
@@ -84,8 +84,8 @@ class OllamaPool:
 
     @classmethod
     def auto_configure(cls, nodes: str | Sequence[str | Mapping[str, Any]] | None = None, **settings: Any) -> Self:
-        """A pool of the given nodes, else of those in `OLLAMA_HOST`, else of localhost. Asks nobody yet;
-        `await` the pool to look at its nodes now. `settings` are those of the class."""
+        """A pool of the given nodes, else of those in `OLLAMA_HOST`, else of localhost. Contacts no node yet;
+        `await` the pool to ask its nodes now. `settings` are those of the class."""
         return cls(nodes, **settings)
 
     def __await__(self) -> Generator[Any, None, Self]:
@@ -93,13 +93,13 @@ class OllamaPool:
 
     @io_bound
     async def __aenter__(self) -> Self:
-        await self._serving.look()
+        await self._serving.refresh()
         return self
 
     @io_bound
-    async def look(self) -> builtins.list[NodeStatus]:
-        """Look at all nodes now, for 3 s at most; returns them as seen."""
-        await self._serving.look()
+    async def refresh(self) -> builtins.list[NodeStatus]:
+        """Ask all nodes now, for 3 s at most; returns their states."""
+        await self._serving.refresh()
         return self.nodes
 
     async def __aexit__(self, *_: object) -> None:
@@ -110,7 +110,7 @@ class OllamaPool:
 
     @property
     def nodes(self) -> builtins.list[NodeStatus]:
-        """Every node as seen now, in the order given."""
+        """The state of every node now, in the order given."""
         return self._serving.statuses()
 
     # --- answers ------------------------------------------------------------------------------
@@ -133,14 +133,14 @@ class OllamaPool:
             model: a name as `ollama list` shows it; a missing tag is `latest`.
             messages: as Ollama takes them: `role`, `content`, perhaps `images` (base64) and `tool_calls`.
             priority: 1 (BATCH) to 10 (CRITICAL).
-            timeout: seconds for everything but loading the model; None waits as long as it takes.
-            overflow: what happens to messages that do not fit the context: `error`, or `drop_oldest`, which leaves
-                out the oldest turns (see `context_window`) and says so as `_dropped`.
+            timeout: seconds for everything except loading the model; None is no limit.
+            overflow: what happens to messages that do not fit the context: `error`, or `drop_oldest`, which drops
+                the oldest turns (see `chat/context_window.py`) and reports them as `_dropped`.
             options: `max_tokens`, any of Ollama's options (`temperature`, `seed`, ...), and anything else that
                 `/api/chat` takes (`tools`, `format`, `think`, `keep_alive`, `options`, ...).
 
         Raises:
-            OllamaUnavailableError: no node answers, or none is left that has the model.
+            OllamaUnavailableError: no node runs, or all that have the model failed.
             ModelNotFoundError: no node has the model.
             ContextOverflowError: the messages do not fit the context.
             OllamaResponseError: Ollama refused; the message is its own.
@@ -149,10 +149,10 @@ class OllamaPool:
         chunks = self.stream_chat(
             model, messages, priority=priority, timeout=timeout, overflow=overflow, **options
         )
-        return await _whole(chunks)
+        return await _merged(chunks)
 
     @io_bound_stream
-    async def stream_chat(
+    def stream_chat(
         self,
         /,
         model: str,
@@ -167,16 +167,13 @@ class OllamaPool:
         of each node has `_routing` as far as it is known by then.
 
         If an answer in a `format` has to start again at another node, the first chunk of the new answer has
-        `_restarted`: what came before it is void. Where the answer ended because the context was full, the last
+        `_restarted`: discard all chunks before it. Where the answer ended because the context was full, the last
         chunk has `_context_full`: its size in tokens. Arguments and errors are those of `chat`.
         """
         body = request_body(model, messages=list(messages), **{**KEEPS_ALL, **_without_stream(options)})
-        journey = _journey(CHAT, body, priority, timeout)
-        has_turns = check_overflow(overflow) == DROP_OLDEST and len(turn_starts(messages)) > 1
-        answer = answer_what_fits(self._serving, journey) if has_turns else self._serving.answer(journey)
-        async with aclosing(answer) as chunks:
-            async for chunk in chunks:
-                yield chunk
+        request = _pool_request(CHAT, body, priority, timeout)
+        may_drop = check_overflow(overflow) == DROP_OLDEST and len(turn_starts(messages)) > 1
+        return answer_dropping_turns(self._serving, request) if may_drop else self._serving.answer(request)
 
     @io_bound
     async def generate(
@@ -190,11 +187,11 @@ class OllamaPool:
         **options: Any,
     ) -> dict[str, Any]:
         """One answer of `/api/generate` and `_routing`. Options (also `suffix`, `system`, `raw`, `images`, ...)
-        go through; errors are those of `chat`."""
-        return await _whole(self.stream_generate(model, prompt, priority=priority, timeout=timeout, **options))
+        are passed on; errors are those of `chat`."""
+        return await _merged(self.stream_generate(model, prompt, priority=priority, timeout=timeout, **options))
 
     @io_bound_stream
-    async def stream_generate(
+    def stream_generate(
         self,
         /,
         model: str,
@@ -206,9 +203,7 @@ class OllamaPool:
     ) -> AsyncGenerator[Chunk, None]:
         """The chunks of `/api/generate` as Ollama sends them, with `done` and `_routing` as in `stream_chat`."""
         body = request_body(model, prompt=prompt, **{**KEEPS_ALL, **_without_stream(options)})
-        async with aclosing(self._serving.answer(_journey(GENERATE, body, priority, timeout))) as chunks:
-            async for chunk in chunks:
-                yield chunk
+        return self._serving.answer(_pool_request(GENERATE, body, priority, timeout))
 
     @io_bound
     async def embed(
@@ -225,22 +220,22 @@ class OllamaPool:
         batch, in its order. Errors are those of `chat`."""
         texts = input if isinstance(input, str) else [*input]
         body = request_body(model, input=texts, **_without_stream(options))
-        return await _whole(self._serving.answer(_journey(EMBED, body, priority, timeout)))
+        return await _merged(self._serving.answer(_pool_request(EMBED, body, priority, timeout)))
 
     # --- models -------------------------------------------------------------------------------
 
     @io_bound
     async def has_model(self, model: str) -> bool:
-        """Whether a node that answers has the model."""
+        """Whether a running node has the model."""
         offers = await self._serving.offers(ModelName.parse(model).key)
-        return any(offer.holding is not Holding.NOTHING for offer in offers)
+        return any(offer.residency is not Residency.MISSING for offer in offers)
 
     @io_bound
     async def list(self) -> dict[str, Any]:
         """Models on disk, as `/api/tags` gives them, each once, with `nodes`: the URLs that have it.
 
         Raises:
-            OllamaUnavailableError: no node answers.
+            OllamaUnavailableError: no node runs.
         """
         models: dict[tuple[Any, Any], dict[str, Any]] = {}
         for url, entry in await self._serving.entries("/api/tags"):
@@ -253,56 +248,58 @@ class OllamaPool:
         """Models loaded, as `/api/ps` gives them, each with `node`: the URL that has it loaded.
 
         Raises:
-            OllamaUnavailableError: no node answers.
+            OllamaUnavailableError: no node runs.
         """
         return {"models": [{**entry, "node": url} for url, entry in await self._serving.entries("/api/ps")]}
 
     @io_bound
     async def show(self, /, model: str, **options: Any) -> dict[str, Any]:
-        """What `/api/show` says of a model, from a node that has it. Errors are those of `chat`."""
-        journey = _journey("/api/show", request_body(model, **options), Priority.NORMAL, None)
+        """The answer of `/api/show` for a model, from a node that has it. Errors are those of `chat`."""
+        request = _pool_request("/api/show", request_body(model, **options), Priority.NORMAL, None)
         while True:
-            offer, _ = await self._serving.chosen(journey)
+            offer, _ = await self._serving.choose(request)
             try:
                 return await self._serving.post(
-                    self._serving.nodes[offer.url], journey.path, journey.body, journey.deadline
+                    self._serving.nodes[offer.url], request.path, request.body, request.deadline
                 )
-            except NodeLostError as lost:
-                journey.left[offer.url] = lost
+            except NodeLostError as error:
+                request.failed[offer.url] = error
 
     @io_bound_stream
     async def pull(
         self, /, model: str, *, node: str | None = None, **options: Any
     ) -> AsyncGenerator[dict[str, Any], None]:
-        """Pull a model onto a node, giving Ollama's progress (`status`, `digest`, `total`, `completed`: bytes).
+        """Pull a model onto a node; yields Ollama's progress (`status`, `digest`, `total`, `completed`: bytes).
 
         Args:
-            node: which one; None takes one that has the model (an update), else the one with the least to do.
+            node: which one; None takes one that has the model (an update), else the least busy one.
 
         Raises:
-            OllamaUnavailableError: no node answers, or it went away.
-            OllamaResponseError: Ollama could not; the message is its own.
+            OllamaUnavailableError: no node runs, or the node stopped.
+            OllamaResponseError: Ollama failed; the message is its own.
         """
         key = ModelName.parse(model).key
         if node is not None and node_url(node) not in self._serving.nodes:
-            raise ConfigError(f"{node} is not a node of this pool; those are: {', '.join(self._serving.nodes)}")
-        offers = [o for o in await self._serving.offers(key) if node is None or o.url == node_url(node)]
+            raise ConfigError(f"{node} is not a node of this pool; its nodes are {', '.join(self._serving.nodes)}")
+        offers = await self._serving.offers(key)
+        if node is not None:
+            offers = [offer for offer in offers if offer.url == node_url(node)]
         chosen = choose_node(offers)
         if chosen is None:
             raise self._serving.unavailable()
-        puller = self._serving.nodes[chosen.url]
-        # A checksum over a large file is minutes of silence: only the server itself has to answer.
+        target = self._serving.nodes[chosen.url]
+        # A checksum over a large file takes minutes of silence: only the server itself has to answer.
         patience = Patience(None, None, self._serving.patience.probe_after_s)
         body, deadline = request_body(model, stream=True, **options), Deadline(None, model)
         try:
             async with aclosing(
-                exchange(puller, "/api/pull", body, deadline=deadline, patience=patience)
+                exchange(target, "/api/pull", body, deadline=deadline, patience=patience)
             ) as progress:
                 async for step in progress:
                     yield step
-        except NodeLostError as lost:
-            raise (OllamaResponseError if lost.said else OllamaUnavailableError)(str(lost)) from lost
-        await puller.look()
+        except NodeLostError as error:
+            raise (OllamaResponseError if error.reason else OllamaUnavailableError)(str(error)) from error
+        await target.refresh()
 
     async def pull_with_bar(self, /, model: str, *, node: str | None = None, **options: Any) -> None:
         """`pull`, showing a progress bar. Errors are those of `pull`."""
@@ -313,14 +310,20 @@ class OllamaPool:
 
     @io_bound
     async def close(self) -> None:
-        """Close all connections and stop looking at nodes. Closing twice is fine; a later request opens again."""
+        """Close all connections and stop asking nodes. Closing twice is fine; a later request connects again."""
         for node in self._serving.nodes.values():
             await node.aclose()
 
 
-def _journey(path: str, body: dict[str, Any], priority: int, timeout: float | None) -> Journey:
+def _pool_request(path: str, body: dict[str, Any], priority: int, timeout: float | None) -> PoolRequest:
     name = ModelName.parse(str(body["model"]))
-    return Journey(path, body, checked_priority(priority), Deadline(timeout, str(name)), name)
+    return PoolRequest(
+        path=path,
+        body=body,
+        priority=checked_priority(priority),
+        deadline=Deadline(timeout, str(name)),
+        name=name,
+    )
 
 
 class PullBar:
@@ -337,7 +340,7 @@ class PullBar:
         self._bar.close()
 
     def show(self, step: Mapping[str, Any]) -> None:
-        """Show one step as `pull` gives it."""
+        """Show one step that `pull` yields."""
         if "digest" in step and "total" in step:
             self._layers[step["digest"]] = (step.get("completed", 0), step["total"])
         self._bar.set_postfix_str(str(step.get("status", "")), refresh=False)
@@ -345,8 +348,8 @@ class PullBar:
         self._bar.refresh()
 
 
-async def _whole(chunks: AsyncGenerator[Chunk, None]) -> dict[str, Any]:
-    """One answer of all chunks."""
+async def _merged(chunks: AsyncGenerator[Chunk, None]) -> dict[str, Any]:
+    """All chunks merged into one answer."""
     answer = AnswerSoFar()
     async with aclosing(chunks):
         async for chunk in chunks:
@@ -360,5 +363,5 @@ async def _whole(chunks: AsyncGenerator[Chunk, None]) -> dict[str, Any]:
 
 def _without_stream(options: dict[str, Any]) -> dict[str, Any]:
     if options.get("stream") is not None:
-        raise ConfigError("stream is not an option here; stream_chat and stream_generate give the chunks")
+        raise ConfigError("stream is not an option here; call stream_chat or stream_generate")
     return options

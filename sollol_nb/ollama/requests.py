@@ -1,11 +1,12 @@
-"""Requests to Ollama as plain data: bodies, answers put together from chunks, and how to go on with a half one.
+"""Requests to Ollama as plain data: bodies, answers merged from chunks, and requests that continue a partial
+answer.
 
-Protocol: https://github.com/ollama/ollama/blob/main/docs/api.md. Everything a caller gives goes through; only
-two things are moved: what Ollama calls options goes into `options`, and `max_tokens` becomes `num_predict`.
+Protocol: https://github.com/ollama/ollama/blob/main/docs/api.md. Everything a caller gives is passed on; only
+two things move: Ollama's options go into `options`, and `max_tokens` becomes `num_predict`.
 
-By itself Ollama drops the beginning of a prompt, and the oldest part of an answer under way, where they do not fit
-its context, and does not say so. `KEEPS_ALL` asks it for an error and for an answer that ends instead (its
-`server/prompt.go` and `runner/`). An Ollama from before October 2025 does not know these fields.
+By default Ollama silently drops the beginning of a prompt, and the oldest part of the answer, where they do not
+fit its context. `KEEPS_ALL` makes it refuse such a prompt and end such an answer instead (its `server/prompt.go`
+and `runner/`). Ollama versions before October 2025 do not know these fields.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ OPTION_NAMES = frozenset(
 
 KEEPS_ALL = {"truncate": False, "shift": False}
 
-# To guess the tokens of a prompt: what a chat template adds to a message, in characters, and an image, in tokens
-# (the number that Ollama's server/prompt.go takes).
+# To estimate the tokens of a prompt: what a chat template adds to a message, in characters, and an image, in
+# tokens (the number that Ollama's server/prompt.go uses).
 _TEMPLATE_CHARACTERS = 24
 _IMAGE_TOKENS = 768
 _MOST_CHARACTERS_PER_TOKEN = 8
@@ -38,8 +39,8 @@ def request_body(
     options: Mapping[str, Any] | None = None,
     **fields: Any,
 ) -> dict[str, Any]:
-    """The body of a request. A keyword that names an option goes into `options` and wins over one there; any
-    other goes into the body as it is; None leaves a field out."""
+    """The body of a request. A keyword that names an option goes into `options` and overrides one there; any
+    other goes into the body unchanged; None leaves a field out."""
     chosen = dict(options or {})
     body: dict[str, Any] = {"model": model}
     for name, value in fields.items():
@@ -59,26 +60,26 @@ def request_body(
 
 
 class AnswerSoFar:
-    """What has arrived of one streamed answer of `/api/chat` or `/api/generate`."""
+    """The part received so far of a streamed answer of `/api/chat` or `/api/generate`."""
 
     def __init__(self) -> None:
         self._whole: dict[str, Any] = {}
         self.tokens = 0
 
     def add(self, chunk: Mapping[str, Any]) -> bool:
-        """Take in one chunk; whether it carried any of the answer."""
+        """Add one chunk; whether it carried any of the answer."""
         for name, value in chunk.items():
             if name == "message" and isinstance(value, Mapping):
                 message = self._whole.setdefault("message", {})
-                for part, said in value.items():
-                    _extend(message, part, said, part in ("content", "thinking"))
+                for part, piece in value.items():
+                    _extend(message, part, piece, part in ("content", "thinking"))
             else:
                 _extend(self._whole, name, value, name in ("response", "thinking"))
         message = chunk.get("message")
         parts = message if isinstance(message, Mapping) else chunk
-        carried = any(parts.get(part) for part in ("content", "response", "thinking", "tool_calls"))
-        self.tokens += carried
-        return carried
+        has_content = any(parts.get(part) for part in ("content", "response", "thinking", "tool_calls"))
+        self.tokens += has_content
+        return has_content
 
     @property
     def message(self) -> dict[str, Any]:
@@ -91,8 +92,8 @@ class AnswerSoFar:
         return str(self._whole.get("response", ""))
 
     @property
-    def thought(self) -> bool:
-        """Whether the model has been thinking in a field of its own (generate)."""
+    def has_thinking(self) -> bool:
+        """Whether the model's thinking arrived in a separate field (generate)."""
         return bool(self._whole.get("thinking"))
 
     def merged(self) -> dict[str, Any]:
@@ -110,40 +111,40 @@ def _extend(into: dict[str, Any], name: str, value: Any, is_text: bool) -> None:
 
 
 def chat_continuation(body: Mapping[str, Any], so_far: AnswerSoFar) -> dict[str, Any]:
-    """The chat request that goes on where the answer broke off: the assistant's words so far come last.
+    """The chat request that continues an interrupted answer: the answer so far is its last message.
 
-    Ollama joins two messages of one role by an empty line, so words that the caller had already put into the
-    assistant's mouth and the new ones become one message.
+    Ollama joins two messages of one role with an empty line between them, so a last assistant message of the
+    caller and the answer so far become one message.
     """
     messages = [dict(message) for message in body["messages"]]
-    said = {"role": "assistant", "content": "", **so_far.message}
+    partial = {"role": "assistant", "content": "", **so_far.message}
     if messages and messages[-1].get("role") == "assistant":
-        before = messages.pop()
-        said = {**before, **said, "content": f"{before.get('content', '')}{said['content']}"}
-    return _with_tokens_left({**body, "messages": [*messages, said]}, so_far)
+        prefill = messages.pop()
+        partial = {**prefill, **partial, "content": f"{prefill.get('content', '')}{partial['content']}"}
+    return _with_tokens_left({**body, "messages": [*messages, partial]}, so_far)
 
 
 def generate_continuation(body: Mapping[str, Any], prompt: str, so_far: AnswerSoFar) -> dict[str, Any]:
-    """The generate request that goes on where the answer broke off: raw, from the rendered prompt and the text."""
+    """The generate request that continues an interrupted answer: raw, the rendered prompt and the text so far."""
     moved = ("prompt", "system", "template", "context", "suffix", "raw", "think")
     rest = {name: value for name, value in body.items() if name not in moved}
     return _with_tokens_left({**rest, "raw": True, "prompt": prompt + so_far.text}, so_far)
 
 
 def can_continue(path: str, body: Mapping[str, Any], so_far: AnswerSoFar) -> bool:
-    """Whether a half answer can be continued. Not with `format`, whose grammar always starts at the beginning,
+    """Whether a partial answer can be continued. Not with `format`, whose grammar always starts at the beginning,
     nor after separate thinking in generate, which a raw prompt cannot express."""
-    return not body.get("format") and not (path == "/api/generate" and so_far.thought)
+    return not body.get("format") and not (path == "/api/generate" and so_far.has_thinking)
 
 
 def estimated_tokens(messages: Sequence[Mapping[str, Any]], tokens_per_character: float) -> int:
-    """A guess at the prompt's tokens from its characters, images included."""
+    """An estimate of the prompt's tokens from its characters, images included."""
     images = sum(len(message.get("images") or ()) for message in messages)
-    return int(characters(messages) * tokens_per_character) + images * _IMAGE_TOKENS + 1
+    return int(count_characters(messages) * tokens_per_character) + images * _IMAGE_TOKENS + 1
 
 
-def characters(messages: Sequence[Mapping[str, Any]]) -> int:
-    """Characters of the prompt, those that a chat template adds among them (a guess)."""
+def count_characters(messages: Sequence[Mapping[str, Any]]) -> int:
+    """Characters of the prompt, with an estimate of those that a chat template adds."""
     return sum(len(str(message.get("content") or "")) + _TEMPLATE_CHARACTERS for message in messages)
 
 
@@ -152,14 +153,14 @@ def is_too_long(reason: str) -> bool:
     return "exceeds the context length" in reason
 
 
-def unread_words(messages: Sequence[Mapping[str, Any]], prompt_tokens: object) -> str:
-    """Words for a prompt of which Ollama has read too few tokens for all its text; "" for any other."""
+def describe_truncation(messages: Sequence[Mapping[str, Any]], prompt_tokens: object) -> str:
+    """A message where Ollama read too few tokens for all of the prompt's text; "" otherwise."""
     text = sum(len(str(message.get("content") or "")) for message in messages)
     if not isinstance(prompt_tokens, int) or text <= prompt_tokens * _MOST_CHARACTERS_PER_TOKEN:
         return ""
     return (
-        f"Ollama read only {prompt_tokens:,} tokens of these {text:,} characters, and does not say what it left "
-        "out; a newer Ollama would, and a larger num_ctx keeps more"
+        f"Ollama read only {prompt_tokens:,} tokens of a prompt of {text:,} characters and did not report what it "
+        "dropped; a newer Ollama reports it, and a larger num_ctx keeps more"
     )
 
 

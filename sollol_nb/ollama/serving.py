@@ -1,8 +1,8 @@
-"""The way of a request through the Ollama nodes: choose one, wait at its gate, read the answer, go on elsewhere.
+"""How a request passes through the Ollama nodes: choose one, wait at its gate, read the answer, fail over.
 
-If a node dies or goes silent in mid-answer, another that has the model goes on: a chat with the words so far as
-the assistant's last message, a generation as raw text. A node that a request has left is not asked again by it,
-unless it is the only one and there again at once.
+If a node dies or goes silent in mid-answer, another node that has the model continues: a chat with the answer so
+far as the assistant's last message, a generation as raw text. A request does not return to a node that failed it,
+unless that node is the last one and answers again immediately.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from sollol_nb.errors import (
     TransportError,
 )
 from sollol_nb.models.names import ModelName
-from sollol_nb.ollama.choice import Holding, NodeOffer, choose_node, worth_waiting_for
-from sollol_nb.ollama.exchange import Deadline, NodeLostError, Patience, exchange, lost
+from sollol_nb.ollama.choice import NodeOffer, Residency, choose_node, worth_waiting_for
+from sollol_nb.ollama.exchange import Deadline, NodeLostError, Patience, exchange, node_lost
 from sollol_nb.ollama.nodes import (
     ASSUMED_ANSWER_TOKENS,
     INVENTORY_FRESH_S,
     INVENTORY_RECENT_S,
-    LOOK_TIMEOUT_S,
     NEW_SAMPLE_WEIGHT,
+    QUERY_TIMEOUT_S,
     NodeState,
     NodeStatus,
     OllamaNode,
@@ -41,51 +41,62 @@ from sollol_nb.ollama.nodes import (
 from sollol_nb.ollama.requests import (
     AnswerSoFar,
     can_continue,
-    characters,
     chat_continuation,
+    count_characters,
+    describe_truncation,
     generate_continuation,
     is_too_long,
-    unread_words,
 )
 from sollol_nb.runtime.events import EventBus, EventKind
 from sollol_nb.runtime.gate import first_slot
 
 BACKEND = "ollama-pool"
-TELLING_FACTOR = 4  # of a prompt's length: what it tells of longer ones
+EXTRAPOLATION_FACTOR = 4  # how much longer a prompt may be than the one its tokens are estimated by
 CHAT, GENERATE, EMBED = "/api/chat", "/api/generate", "/api/embed"
 
 
-@dataclass(slots=True)
-class Journey:
-    """One request on its way through the pool."""
+@dataclass(slots=True, kw_only=True)
+class PoolRequest:
+    """One request in the pool: what to send, and what has happened to it so far.
+
+    Attributes:
+        path: `CHAT`, `GENERATE`, `EMBED`, or another path of Ollama's API.
+        body: the request's body as the caller gave it.
+        priority: 1 to 10.
+        deadline: its time limit.
+        name: the model.
+        failed: the nodes that failed it and how, by URL, in order.
+        has_returned: whether it has returned to a node that had failed it; this may happen once.
+        load_ms: time spent on loading the model before the request itself was sent.
+    """
 
     path: str
     body: dict[str, Any]
     priority: int
     deadline: Deadline
     name: ModelName
-    began_s: float = field(default_factory=time.monotonic)
-    last_sign_s: float = field(default_factory=time.monotonic)
+    started_s: float = field(default_factory=time.monotonic)
+    last_chunk_s: float = field(default_factory=time.monotonic)
     so_far: AnswerSoFar = field(default_factory=AnswerSoFar)
-    left: dict[str, NodeLostError] = field(default_factory=dict)  # by URL, in order
+    failed: dict[str, NodeLostError] = field(default_factory=dict)
     failovers: list[Failover] = field(default_factory=list)
-    has_gone_back: bool = False
+    has_returned: bool = False
     queue_ms: float = 0.0
-    load_ms: float = 0.0  # before the request itself was sent
+    load_ms: float = 0.0
     ttft_ms: float | None = None
 
     def option(self, name: str) -> Any:
-        """One of Ollama's options, as asked for; None where it was not."""
+        """One of Ollama's options as the caller set it; None where it is not set."""
         return (self.body.get("options") or {}).get(name)
 
-    def leave(self, node: OllamaNode, why: NodeLostError) -> None:
-        """Note that a node was left, and why."""
-        self.left[node.url] = why
+    def record_failover(self, node: OllamaNode, error: NodeLostError) -> None:
+        """Record that a node failed this request."""
+        self.failed[node.url] = error
         tokens = self.so_far.tokens
         continued = tokens > 0 and can_continue(self.path, self.body, self.so_far)
         self.failovers.append(
             {
-                "what": str(why),
+                "what": str(error),
                 "when": time.time(),
                 "cost_ms": None,
                 "continued": continued,
@@ -93,39 +104,39 @@ class Journey:
             }
         )
 
-    def take(self, chunk: Chunk) -> bool:
-        """Note what a chunk brings; whether it is the last."""
+    def record_chunk(self, chunk: Chunk) -> bool:
+        """Record a chunk of the answer; whether it is the last."""
         now_s = time.monotonic()
         for failover in self.failovers:
             if failover["cost_ms"] is None:
-                failover["cost_ms"] = (now_s - self.last_sign_s) * 1e3
-        self.last_sign_s = now_s
+                failover["cost_ms"] = (now_s - self.last_chunk_s) * 1e3
+        self.last_chunk_s = now_s
         is_last = bool(chunk.get("done")) or self.path == EMBED
         if (self.so_far.add(chunk) or is_last) and self.ttft_ms is None:
-            self.ttft_ms = (now_s - self.began_s) * 1e3
+            self.ttft_ms = (now_s - self.started_s) * 1e3
         return is_last
 
     def routing(self, node: OllamaNode, final: Mapping[str, Any]) -> Routing:
-        """The `_routing` of the answer, so far or, with the last chunk, as a whole."""
+        """The `_routing` of the answer: so far, or (with the last chunk as `final`) as a whole."""
         return {
             "backend": BACKEND,
             "node": node.url,
             "queue_ms": self.queue_ms,
             "ttft_ms": self.ttft_ms,
-            "total_ms": (time.monotonic() - self.began_s) * 1e3,
+            "total_ms": (time.monotonic() - self.started_s) * 1e3,
             "load_ms": self.load_ms + final.get("load_duration", 0) / 1e6,
             "failovers": copy.deepcopy(self.failovers),
         }
 
 
 class Serving:
-    """The nodes of a pool, and the way of a request through them.
+    """Serves requests from the nodes of a pool.
 
     Args:
         urls: of the nodes, in the order given by the user.
-        slots: requests a node serves at once.
+        slots: requests a node serves at the same time.
         patience: how long a node may be silent.
-        events: told of nodes that come and go.
+        events: where changes of a node's state are published.
     """
 
     def __init__(self, urls: Iterable[str], *, slots: int, patience: Patience, events: EventBus | None) -> None:
@@ -135,137 +146,141 @@ class Serving:
         self._last_prompts: dict[str, tuple[int, int]] = {}  # tokens and characters of each model's last chat
         self._events = events
 
-    # --- a request's way ------------------------------------------------------------------------
+    # --- requests -----------------------------------------------------------------------------
 
-    async def answer(self, journey: Journey) -> AsyncGenerator[Chunk, None]:
+    async def answer(self, request: PoolRequest) -> AsyncGenerator[Chunk, None]:
         """The chunks of a request's answer; the first of each node and the last have `_routing`.
 
         Errors are those of `OllamaPool.chat`.
         """
         while True:
-            async with self._place(journey) as (node, offer):
-                if offer.holding is Holding.ON_DISK:  # loading the model does not count against the request's time
-                    journey.deadline.pause()
+            async with self._slot(request) as (node, offer):
+                if offer.residency is Residency.ON_DISK:  # the time limit excludes loading the model
+                    request.deadline.pause()
                 try:
-                    request, restarted = await self._next_request(node, journey)
+                    body, restarted = await self._next_body(node, request)
                     is_first = True
                     async with aclosing(
-                        exchange(node, journey.path, request, deadline=journey.deadline, patience=self.patience)
+                        exchange(node, request.path, body, deadline=request.deadline, patience=self.patience)
                     ) as chunks:
                         async for chunk in chunks:
-                            journey.deadline.go_on()
-                            is_last = journey.take(chunk)
-                            if is_first:  # an answer that is cut short has no last chunk to say where it ran
-                                chunk, is_first = {**chunk, ROUTING: journey.routing(node, chunk)}, False
+                            request.deadline.resume()
+                            is_last = request.record_chunk(chunk)
+                            if is_first:  # an interrupted answer has no last chunk to say where it ran
+                                chunk, is_first = {**chunk, ROUTING: request.routing(node, chunk)}, False
                             if restarted:
                                 chunk, restarted = {**chunk, RESTARTED: True}, False
                             if is_last:
-                                self._learn(node, offer, journey, chunk)
-                                chunk |= await self._remarks(node, journey, chunk)
-                                chunk[ROUTING] = journey.routing(node, chunk)
+                                self._record_answer(node, offer, request, chunk)
+                                chunk |= await self._context_marks(node, request, chunk)
+                                chunk[ROUTING] = request.routing(node, chunk)
                             yield chunk
                             if is_last:
                                 return
-                    error = ConnectionBrokenError(f"{node.url} ended its answer before it was done")
-                    raise lost(node, error)
-                except NodeLostError as why:
-                    journey.deadline.go_on()
-                    if why.lacks_model:
-                        node.lacks(journey.name.key)
-                    journey.leave(node, why)
+                    message = f"{node.url} closed the connection before the answer was complete"
+                    raise node_lost(node, ConnectionBrokenError(message))
+                except NodeLostError as error:
+                    request.deadline.resume()
+                    if error.lacks_model:
+                        node.record_missing(request.name.key)
+                    request.record_failover(node, error)
                 except OllamaResponseError as refused:
                     if not is_too_long(str(refused)):
                         raise
-                    context_tokens = await self._context_tokens_of(node, journey)
+                    context_tokens = await self._context_tokens_of(node, request)
                     raise overflow_error(
-                        str(journey.name),
+                        str(request.name),
                         None,
                         context_tokens,
                         remedy='a larger num_ctx (options={"num_ctx": ...})',
                     ) from refused
 
-    async def _remarks(self, node: OllamaNode, journey: Journey, final: Mapping[str, Any]) -> dict[str, Any]:
-        """`_context_full` (tokens) if the answer ended because the context was, `_dropped` (words) if this Ollama
-        seems to have left out a part of the prompt in silence."""
-        remarks: dict[str, Any] = {}
+    async def _context_marks(
+        self, node: OllamaNode, request: PoolRequest, final: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """`_context_full` (tokens) if the answer ended because the context was full, `_dropped` (a message) if
+        this Ollama seems to have dropped a part of the prompt silently."""
+        marks: dict[str, Any] = {}
         answer_tokens = final.get("eval_count") or 0
-        was_cut = final.get("done_reason") == "length" and journey.body.get("shift") is False
-        if was_cut and answer_tokens != journey.option("num_predict"):
-            context_tokens = await self._context_tokens_of(node, journey)
+        was_cut = final.get("done_reason") == "length" and request.body.get("shift") is False
+        if was_cut and answer_tokens != request.option("num_predict"):
+            context_tokens = await self._context_tokens_of(node, request)
             if (
                 context_tokens is not None
                 and (final.get("prompt_eval_count") or 0) + answer_tokens >= context_tokens
             ):
-                remarks[CONTEXT_FULL] = context_tokens
-        if words := unread_words(journey.body.get("messages") or (), final.get("prompt_eval_count")):
-            remarks[DROPPED] = words
-        return remarks
+                marks[CONTEXT_FULL] = context_tokens
+        if message := describe_truncation(request.body.get("messages") or (), final.get("prompt_eval_count")):
+            marks[DROPPED] = message
+        return marks
 
     def tokens_per_character(self, key: str, prompt_characters: int) -> float | None:
-        """What the last chat with a model tells of a prompt of so many characters; None if there was none, or a
-        much shorter one, most of which may have been what the template adds once."""
+        """Tokens per character of the last chat with a model, to estimate a prompt of `prompt_characters`; None
+        without a chat, or after a much shorter one, most of which may be text that the template adds once."""
         tokens, seen_characters = self._last_prompts.get(key, (0, 0))
-        is_telling = 0 < prompt_characters <= seen_characters * TELLING_FACTOR
-        return tokens / seen_characters if is_telling else None
+        is_usable = 0 < prompt_characters <= seen_characters * EXTRAPOLATION_FACTOR
+        return tokens / seen_characters if is_usable else None
 
     async def context_tokens(self, key: str) -> int | None:
-        """What the nodes that have a model loaded hold for one request of it, the least of them; None if none
-        has it loaded, or none tells."""
-        nodes = [one for one in self.nodes.values() if one.state is NodeState.READY]
-        told = await asyncio.gather(*(self._context_tokens_at(node, key) for node in nodes))
-        return min((tokens for tokens in told if tokens is not None), default=None)
+        """The smallest context for one request of a model among the nodes that have it loaded; None if none has,
+        or none reports it."""
+        nodes = [node for node in self.nodes.values() if node.state is NodeState.READY]
+        reported = await asyncio.gather(*(self._context_tokens_at(node, key) for node in nodes))
+        return min((tokens for tokens in reported if tokens is not None), default=None)
 
-    async def _context_tokens_of(self, node: OllamaNode, journey: Journey) -> int | None:
-        # A model that was not to be kept loaded is not listed any more.
-        return await self._context_tokens_at(node, journey.name.key) or journey.option("num_ctx")
+    async def _context_tokens_of(self, node: OllamaNode, request: PoolRequest) -> int | None:
+        # A model with keep_alive=0 is no longer listed.
+        return await self._context_tokens_at(node, request.name.key) or request.option("num_ctx")
 
     async def _context_tokens_at(self, node: OllamaNode, key: str) -> int | None:
-        # Ollama loads what several names share once, and shows it under one of them: told by the digest.
+        # Ollama loads a model with several names once, and shows one of the names; the digest identifies it.
         try:
             paths = ("/api/ps", "/api/tags")
-            answers = [await node.client.get(path, timeout_s=LOOK_TIMEOUT_S) for path in paths]
+            answers = [await node.client.get(path, timeout_s=QUERY_TIMEOUT_S) for path in paths]
         except TransportError:
             return None
         loaded, on_disk = (answer.get("models") or () for answer in answers)
-        digests = {one.get("digest") for one in on_disk if _is_named(one, key)}
-        told = (one.get("context_length") for one in loaded if one.get("digest") in digests)
-        return next((int(tokens) for tokens in told if tokens), None)
+        digests = {entry.get("digest") for entry in on_disk if _is_named(entry, key)}
+        reported = (entry.get("context_length") for entry in loaded if entry.get("digest") in digests)
+        return next((int(tokens) for tokens in reported if tokens), None)
 
-    async def _next_request(self, node: OllamaNode, journey: Journey) -> tuple[dict[str, Any], bool]:
-        """The body to send, and whether it starts an answer again of which a part was shown."""
-        body = journey.body if journey.path == EMBED else {**journey.body, "stream": True}
-        if not journey.so_far.tokens:
+    async def _next_body(self, node: OllamaNode, request: PoolRequest) -> tuple[dict[str, Any], bool]:
+        """The body to send, and whether it restarts an answer of which a part was already delivered."""
+        body = request.body if request.path == EMBED else {**request.body, "stream": True}
+        if not request.so_far.tokens:
             return body, False
-        if journey.failovers[-1]["continued"]:
-            if journey.path == CHAT:
-                return chat_continuation(body, journey.so_far), False
-            prompt = await self._rendered_prompt(node, body, journey.deadline)
+        if request.failovers[-1]["continued"]:
+            if request.path == CHAT:
+                return chat_continuation(body, request.so_far), False
+            prompt = await self._rendered_prompt(node, body, request.deadline)
             if prompt is not None:
-                return generate_continuation(body, prompt, journey.so_far), False
-            journey.failovers[-1]["continued"] = False
-        journey.so_far = AnswerSoFar()
+                return generate_continuation(body, prompt, request.so_far), False
+            request.failovers[-1]["continued"] = False
+        request.so_far = AnswerSoFar()
         return body, True
 
     async def _rendered_prompt(self, node: OllamaNode, body: dict[str, Any], deadline: Deadline) -> str | None:
-        """The prompt of a generate request as the model sees it; None from an Ollama too old to tell."""
+        """The prompt of a generate request as the model sees it; None from an Ollama too old to report it."""
         if body.get("raw"):
             return str(body["prompt"])
-        # An Ollama that does not know the field answers the request: one token of that is enough.
+        # An Ollama that does not know the field answers the request: one token of that answer is enough.
         one_token = {**body.get("options", {}), "num_predict": 1}
-        asked = {**body, "stream": False, "_debug_render_only": True, "options": one_token}
-        answer = await self.post(node, GENERATE, asked, deadline)
+        render = {**body, "stream": False, "_debug_render_only": True, "options": one_token}
+        answer = await self.post(node, GENERATE, render, deadline)
         rendered = (answer.get("_debug_info") or {}).get("rendered_template")
         return rendered if isinstance(rendered, str) else None
 
     @asynccontextmanager
-    async def _place(self, journey: Journey) -> AsyncIterator[tuple[OllamaNode, NodeOffer]]:
-        """Hold a slot at the best node there is for a request."""
+    async def _slot(self, request: PoolRequest) -> AsyncIterator[tuple[OllamaNode, NodeOffer]]:
+        """Hold a slot at the best node for a request."""
         arrived_s = time.monotonic()
         while True:
-            choice, offers = await journey.deadline.bound(self.chosen(journey))
-            gates = {self.nodes[o.url].gate: o for o in worth_waiting_for(choice, offers)}
-            gate = await journey.deadline.bound(first_slot([*gates], journey.priority, arrived_s=journey.began_s))
-            if gate is None:  # something has changed meanwhile
+            choice, offers = await request.deadline.wait_for(self.choose(request))
+            gates = {self.nodes[offer.url].gate: offer for offer in worth_waiting_for(choice, offers)}
+            gate = await request.deadline.wait_for(
+                first_slot([*gates], request.priority, arrived_s=request.started_s)
+            )
+            if gate is None:  # the nodes have changed meanwhile
                 continue
             offer = gates[gate]
             node = self.nodes[offer.url]
@@ -273,99 +288,104 @@ class Serving:
                 break
             gate.release()
         try:
-            journey.queue_ms += (time.monotonic() - arrived_s) * 1e3
+            request.queue_ms += (time.monotonic() - arrived_s) * 1e3
             yield node, offer
         finally:
             gate.release()
 
-    async def chosen(self, journey: Journey) -> tuple[NodeOffer, Sequence[NodeOffer]]:
-        """The node for a request, and what all offered. Errors are those of `OllamaPool.chat`."""
+    async def choose(self, request: PoolRequest) -> tuple[NodeOffer, Sequence[NodeOffer]]:
+        """The node for a request, and the offers of all. Errors are those of `OllamaPool.chat`."""
         while True:
-            offers = await self.offers(journey.name.key, journey.left)
+            offers = await self.offers(request.name.key, request.failed)
             choice = choose_node(offers)
-            if choice is not None and choice.holding is not Holding.NOTHING:
+            if choice is not None and choice.residency is not Residency.MISSING:
                 return choice, offers
-            if not await self._is_back(journey):
-                raise self._nothing_left(journey, bool(offers))
+            if not await self._can_return(request):
+                raise self._no_node_error(request, any_ready=bool(offers))
 
-    async def _is_back(self, journey: Journey) -> bool:
-        """Whether the node that was left last is there again: restarted, or an idle connection had been closed.
-        It is given one more chance."""
-        url, why = next(reversed(journey.left.items()), (None, None))
-        if url is None or why is None or not why.broke_off or journey.has_gone_back:
+    async def _can_return(self, request: PoolRequest) -> bool:
+        """Whether the node that failed last answers again: it was restarted, or an idle connection had been
+        closed. A request returns once."""
+        url, error = next(reversed(request.failed.items()), (None, None))
+        if url is None or error is None or not error.connection_broke or request.has_returned:
             return False
-        await self.nodes[url].look()
+        await self.nodes[url].refresh()
         if self.nodes[url].state is not NodeState.READY:
             return False
-        journey.has_gone_back = True
-        del journey.left[url]
+        request.has_returned = True
+        del request.failed[url]
         return True
 
-    def _nothing_left(self, journey: Journey, some_answer: bool) -> SollolError:
-        name = journey.name
-        why = next(reversed(journey.left.values()), None)
-        if why is not None and why.said and not why.lacks_model:
-            return OllamaResponseError(why.said)
-        if why is not None and not why.lacks_model:
+    def _no_node_error(self, request: PoolRequest, *, any_ready: bool) -> SollolError:
+        name = request.name
+        error = next(reversed(request.failed.values()), None)
+        if error is not None and error.reason and not error.lacks_model:
+            return OllamaResponseError(error.reason)
+        if error is not None and not error.lacks_model:
             return OllamaUnavailableError(
-                f"{why}; no other Ollama node has {name}: start it again with `ollama serve`"
+                f"{error}; no other Ollama node has {name}. Start the node again with `ollama serve`"
             )
-        if why is None and not some_answer:
+        if error is None and not any_ready:
             return self.unavailable()
-        return ModelNotFoundError(f"no Ollama node has {name} (asked: {self.urls()}); run: ollama pull {name}")
+        urls = ", ".join(self.nodes)
+        return ModelNotFoundError(f"no Ollama node has {name} (nodes: {urls}). Run: ollama pull {name}")
 
     async def offers(self, key: str, skip: Container[str] = ()) -> Sequence[NodeOffer]:
-        """What each node that can be used offers. Nodes never looked at are looked at now; so are all the others
-        if none can be used, or none has the model."""
+        """The offers of all usable nodes. Nodes that were never asked are asked now; so are all the others if none
+        is usable, or none has the model."""
         nodes = [node for node in self.nodes.values() if node.url not in skip]
-        await _look_at(node for node in nodes if node.state is NodeState.UNKNOWN)
+        await _refresh(node for node in nodes if node.state is NodeState.UNKNOWN)
         for node in nodes:
             if node.state is NodeState.READY and node.inventory_age_s > INVENTORY_FRESH_S:
-                node.look_soon()
-        if not any(node.state is NodeState.READY and node.holding(key) is not Holding.NOTHING for node in nodes):
-            await _look_at(node for node in nodes if node.inventory_age_s > INVENTORY_RECENT_S)
+                node.start_refresh()
+        if not any(
+            node.state is NodeState.READY and node.residency(key) is not Residency.MISSING for node in nodes
+        ):
+            await _refresh(node for node in nodes if node.inventory_age_s > INVENTORY_RECENT_S)
         return [node.offer(key, self.answer_tokens) for node in nodes if node.state is NodeState.READY]
 
-    def _learn(self, node: OllamaNode, offer: NodeOffer, journey: Journey, final: Mapping[str, Any]) -> None:
-        had_to_load = offer.holding is Holding.ON_DISK
-        node.served(journey.name.key, str(journey.name), final, had_to_load=had_to_load)
-        if journey.body.get("keep_alive") == 0:
-            node.unloaded(journey.name.key)
-        prompt_tokens, asked = final.get("prompt_eval_count"), journey.body.get("messages")
-        if prompt_tokens and asked and not any(message.get("images") for message in asked):
-            self._last_prompts[journey.name.key] = prompt_tokens, characters(asked)
-        if journey.so_far.tokens:
-            self.answer_tokens += NEW_SAMPLE_WEIGHT * (journey.so_far.tokens - self.answer_tokens)
+    def _record_answer(
+        self, node: OllamaNode, offer: NodeOffer, request: PoolRequest, final: Mapping[str, Any]
+    ) -> None:
+        had_to_load = offer.residency is Residency.ON_DISK
+        node.record_answer(request.name.key, str(request.name), final, had_to_load=had_to_load)
+        if request.body.get("keep_alive") == 0:
+            node.record_unload(request.name.key)
+        prompt_tokens, messages = final.get("prompt_eval_count"), request.body.get("messages")
+        if prompt_tokens and messages and not any(message.get("images") for message in messages):
+            self._last_prompts[request.name.key] = prompt_tokens, count_characters(messages)
+        if request.so_far.tokens:
+            self.answer_tokens += NEW_SAMPLE_WEIGHT * (request.so_far.tokens - self.answer_tokens)
 
     async def post(
         self, node: OllamaNode, path: str, body: Mapping[str, Any], deadline: Deadline
     ) -> dict[str, Any]:
-        """The answer to a request that is answered in one piece."""
+        """The answer to a request that is not streamed."""
         async with aclosing(exchange(node, path, body, deadline=deadline, patience=self.patience)) as answers:
             async for answer in answers:
                 return dict(answer)
-        raise NodeLostError(f"{node.url}{path} answered nothing")
+        raise NodeLostError(f"{node.url}{path} sent no answer")
 
     # --- nodes --------------------------------------------------------------------------------
 
-    async def look(self) -> None:
-        """Look at all nodes now."""
-        await _look_at(self.nodes.values())
+    async def refresh(self) -> None:
+        """Ask all nodes now which models they have."""
+        await _refresh(self.nodes.values())
 
     def statuses(self) -> list[NodeStatus]:
-        """Every node as seen now."""
+        """The state of every node now."""
         return [node.status(self.answer_tokens) for node in self.nodes.values()]
 
     async def entries(self, path: str) -> list[tuple[str, dict[str, Any]]]:
         """The models of `/api/tags` or `/api/ps` of every node that answers, with its URL."""
-        await _look_at(node for node in self.nodes.values() if node.state is not NodeState.READY)
+        await _refresh(node for node in self.nodes.values() if node.state is not NodeState.READY)
         entries = []
         for node in self.nodes.values():
             if node.state is NodeState.READY:
                 try:
-                    answer = await node.client.get(path, timeout_s=LOOK_TIMEOUT_S)
+                    answer = await node.client.get(path, timeout_s=QUERY_TIMEOUT_S)
                 except TransportError as error:
-                    node.failed(error)
+                    node.record_failure(error)
                 else:
                     entries += [(node.url, entry) for entry in answer.get("models") or ()]
         if not any(node.state is NodeState.READY for node in self.nodes.values()):
@@ -373,29 +393,26 @@ class Serving:
         return entries
 
     def _node_changed(self, node: OllamaNode, *, has_new_state: bool) -> None:
-        # Whoever waits chose by what was known before.
-        for other in self.nodes.values():
-            other.gate.dismiss()
+        # Requests that wait chose a node by the state before.
+        for waited_for in self.nodes.values():
+            waited_for.gate.dismiss()
         if has_new_state and self._events is not None:
             words = f"Ollama at {node.url} is {node.state.value}"
             kind = EventKind(f"node.{node.state.value}")
             self._events.publish(kind, node.url, words, error=node.last_error)
 
     def unavailable(self) -> OllamaUnavailableError:
-        tried = "; ".join(node.last_error or node.url for node in self.nodes.values())
+        errors = "; ".join(node.last_error or node.url for node in self.nodes.values())
         return OllamaUnavailableError(
-            f"no Ollama node answers ({tried}); start one with `ollama serve`, or name others in OLLAMA_HOST"
+            f"no Ollama node is running ({errors}). Start one with `ollama serve`, or name others in OLLAMA_HOST"
         )
-
-    def urls(self) -> str:
-        return ", ".join(self.nodes)
 
 
 def _is_named(entry: Mapping[str, Any], key: str) -> bool:
-    with suppress(ModelNotFoundError):  # a name that is none
+    with suppress(ModelNotFoundError):  # not a model name
         return ModelName.parse(str(entry.get("name"))).key == key
     return False
 
 
-async def _look_at(nodes: Iterable[OllamaNode]) -> None:
-    await asyncio.gather(*(node.look() for node in nodes))
+async def _refresh(nodes: Iterable[OllamaNode]) -> None:
+    await asyncio.gather(*(node.refresh() for node in nodes))

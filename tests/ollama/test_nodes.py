@@ -9,16 +9,16 @@ import pytest
 
 from sollol_nb.errors import ConfigError, ConnectFailedError, TransportTimeoutError
 from sollol_nb.ollama import nodes as ollama_nodes
-from sollol_nb.ollama.choice import Holding, NodeOffer, choose_node, worth_waiting_for
+from sollol_nb.ollama.choice import NodeOffer, Residency, choose_node, worth_waiting_for
 from sollol_nb.ollama.nodes import NodeState, OllamaNode, node_url
 from sollol_nb.runtime.gate import first_slot
 
-LOADED, ON_DISK, NOTHING = Holding.LOADED, Holding.ON_DISK, Holding.NOTHING
+LOADED, ON_DISK, NOTHING = Residency.LOADED, Residency.ON_DISK, Residency.MISSING
 KEY = "llama3.2:latest"
 
 
-def offer(name: str, holding: Holding, expected_ms: float, *, busy: bool = False) -> NodeOffer:
-    return NodeOffer(name, holding, not busy, expected_ms)
+def offer(name: str, residency: Residency, expected_ms: float, *, busy: bool = False) -> NodeOffer:
+    return NodeOffer(name, residency, not busy, expected_ms)
 
 
 @pytest.mark.parametrize(
@@ -173,9 +173,9 @@ def final(tokens: int, eval_ms: float, load_ms: float = 0) -> dict[str, int]:
 def test_what_a_node_offers_follows_what_was_measured() -> None:
     async def test(node: OllamaNode) -> None:
         assert node.offer(KEY, 100).expected_ms == 0  # never measured and idle: worth a try
-        node.served(KEY, KEY, final(10, 200), had_to_load=False)
+        node.record_answer(KEY, KEY, final(10, 200), had_to_load=False)
         assert node.offer(KEY, 100) == NodeOffer(node.url, LOADED, True, 2_000)
-        node.served(KEY, KEY, final(10, 300), had_to_load=False)
+        node.record_answer(KEY, KEY, final(10, 300), had_to_load=False)
         assert node.offer(KEY, 100).expected_ms == pytest.approx(2_300)  # 20 + 0.3 * (30 - 20) ms per token
         await first_slot([node.gate])
         await first_slot([node.gate])
@@ -192,9 +192,9 @@ def test_loading_a_model_costs_what_it_last_took_there() -> None:
     def test(node: OllamaNode) -> None:
         node._on_disk = {KEY: KEY}
         assert node.offer(KEY, 100) == NodeOffer(node.url, ON_DISK, True, ollama_nodes.ASSUMED_LOAD_MS)
-        node.served(KEY, KEY, final(10, 200, load_ms=1_500), had_to_load=True)
-        node.served(KEY, KEY, final(10, 200, load_ms=30), had_to_load=False)
-        node.unloaded(KEY)
+        node.record_answer(KEY, KEY, final(10, 200, load_ms=1_500), had_to_load=True)
+        node.record_answer(KEY, KEY, final(10, 200, load_ms=30), had_to_load=False)
+        node.record_unload(KEY)
         assert node.offer(KEY, 100) == NodeOffer(node.url, ON_DISK, True, 2_000 + 1_500)
 
     on_a_loop(test)
@@ -203,7 +203,7 @@ def test_loading_a_model_costs_what_it_last_took_there() -> None:
 def test_one_failure_told_by_many_requests_is_one_failure() -> None:
     async def test(node: OllamaNode) -> None:
         for _ in range(20):
-            node.failed(TransportTimeoutError("silent"))
+            node.record_failure(TransportTimeoutError("silent"))
         status = node.status(100)
         assert status.state == NodeState.COOLING
         assert status.last_error == "silent"
@@ -218,14 +218,14 @@ def test_the_pause_doubles_with_every_failure_up_to_a_limit() -> None:
         pauses_s = []
         for _ in range(12):
             node._retry_at_s = 0.0  # the pause is over
-            node.failed(ConnectFailedError("nothing listens"))
+            node.record_failure(ConnectFailedError("nothing listens"))
             pauses_s.append(node.status(100).retry_in_s or 0.0)
         assert node.state is NodeState.ABSENT
         expected = [min(60.0, 2.0**failure) for failure in range(12)]
         assert all(0.75 * e <= pause_s <= 1.2 * e for pause_s, e in zip(pauses_s, expected, strict=True)), pauses_s
-        node.served(KEY, KEY, final(1, 1), had_to_load=False)
+        node.record_answer(KEY, KEY, final(1, 1), had_to_load=False)
         node._retry_at_s = 0.0
-        node.failed(ConnectFailedError("nothing listens"))
+        node.record_failure(ConnectFailedError("nothing listens"))
         assert (node.status(100).retry_in_s or 0.0) <= 1.2 * ollama_nodes.FIRST_RETRY_S
 
     on_a_loop(test)

@@ -23,7 +23,7 @@ from sollol_nb.errors import (
     OllamaUnavailableError,
     RequestTimeoutError,
 )
-from sollol_nb.ollama.choice import Holding
+from sollol_nb.ollama.choice import Residency
 from sollol_nb.ollama.pool import OllamaPool
 from sollol_nb.runtime.events import Event, EventBus
 from tests.support.engines import write_endless
@@ -335,7 +335,7 @@ def test_a_model_loaded_under_one_name_is_loaded_under_all_its_names(ollama: Oll
             keys = ("llama3.2:latest", "llama3.1:70b", "someone/special:7b")
             assert shown in keys
             for key in keys:
-                assert pool._serving.nodes[ollama.base_url].holding(key) is Holding.LOADED
+                assert pool._serving.nodes[ollama.base_url].residency(key) is Residency.LOADED
 
     run(ask())
 
@@ -613,7 +613,7 @@ def test_a_node_that_was_silent_is_used_again_when_it_answers(
 
     async def ask(pool: OllamaPool) -> None:
         server.suspend()
-        with pytest.raises(OllamaUnavailableError, match="accepted the request, then answered nothing"):
+        with pytest.raises(OllamaUnavailableError, match="accepted the request, then stopped responding"):
             await pool.chat("llama3.2", MESSAGES)
         assert pool.nodes[0].state == "cooling"
         assert pool.nodes[0].retry_in_s is not None
@@ -788,7 +788,7 @@ def test_loading_the_model_does_not_count_against_the_time(ollama: OllamaServer)
         for loaded in ollama.ask("/api/ps")["models"]:
             direct(ollama, "/api/generate", model=loaded["name"], keep_alive=0)
         await until(lambda: not ollama.ask("/api/ps")["models"])
-        await pool.look()
+        await pool.refresh()
         pieces = 0
         with suppress(RequestTimeoutError):  # of the rest
             async for _ in pool.stream_chat("llama3.2", STORY_MESSAGES, timeout=0.02):

@@ -9,13 +9,13 @@ import pytest
 from sollol_nb.ollama.requests import (
     AnswerSoFar,
     can_continue,
-    characters,
     chat_continuation,
+    count_characters,
+    describe_truncation,
     estimated_tokens,
     generate_continuation,
     is_too_long,
     request_body,
-    unread_words,
 )
 
 
@@ -123,7 +123,7 @@ def test_which_half_answers_can_be_continued(
 
 def test_tokens_are_estimated_by_those_of_an_earlier_prompt() -> None:
     earlier = [{"role": "user", "content": "a" * 976}]
-    tokens_per_character = 250 / characters(earlier)
+    tokens_per_character = 250 / count_characters(earlier)
     assert estimated_tokens(earlier, tokens_per_character) == 251
     assert estimated_tokens([*earlier, *earlier], tokens_per_character) == 501
     with_images = [{**earlier[0], "images": ["aGk=", "aGk="]}]
@@ -143,7 +143,7 @@ def test_tokens_are_estimated_by_those_of_an_earlier_prompt() -> None:
 def test_a_prompt_of_which_too_little_was_read_is_told(
     text: str, prompt_tokens: int | None, is_told: bool
 ) -> None:
-    assert bool(unread_words([{"role": "user", "content": text}], prompt_tokens)) is is_told
+    assert bool(describe_truncation([{"role": "user", "content": text}], prompt_tokens)) is is_told
 
 
 @pytest.mark.parametrize(
