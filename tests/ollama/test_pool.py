@@ -238,7 +238,7 @@ def test_what_ollama_drops_because_it_was_told_to_is_said(ollama: OllamaServer) 
     asked: dict[str, Any] = {"num_ctx": 64, "max_tokens": 1, "truncate": True}
     answer = with_pool(ollama)(lambda pool: pool.chat("llama3.2", LONG_MESSAGES, **asked))
     assert answer["prompt_eval_count"] <= 64
-    assert "does not say what it left out" in answer["_dropped"]
+    assert "did not report what it dropped" in answer["_dropped"]
 
 
 @pytest.mark.parametrize(
