@@ -194,7 +194,7 @@ class HybridRouter(RouterAsking):
         Returns:
             The rows as they came (values of an iterable as the column `item`), in their order, with the columns
             `answer`, the fields of the schema, `value`, `status`, `error`, `backend`, `finish_reason`, `ttft_ms`,
-            `total_ms`, `tokens_per_s` and `completion_tokens`; see `batch_frame.py`.
+            `total_ms`, `tokens_per_s` and `completion_tokens`; see `batch/frame.py`.
 
         Raises:
             ConfigError: an argument, or a row that cannot be filled in; nothing was sent.

@@ -143,7 +143,7 @@ class HybridRouter:
 
 
 class OllamaPool:
-    """The blocking `OllamaPool`; arguments are those of `ollama_pool.OllamaPool`."""
+    """The blocking `OllamaPool`; arguments are those of `sollol_nb.ollama.pool.OllamaPool`."""
 
     def __init__(self, nodes: Sequence[str | Mapping[str, Any]] | None = None, **settings: Any) -> None:
         self._async = ollama_pool.OllamaPool(nodes, **settings)

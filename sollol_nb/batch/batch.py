@@ -2,7 +2,7 @@
 
 * Everything is checked, and every row filled in, before the first request.
 * Rows that ask the same are asked once. Rows that an earlier batch was answered (this kernel's or another's) are
-  not asked again; `batch_store.py` tells what counts as the same, and how long answers are kept.
+  not asked again; `batch/store.py` tells what counts as the same, and how long answers are kept.
 * An answer is kept as soon as it is there. After an interrupt, a crash or a restart of the kernel, the same
   call asks only what is left.
 * A row's error stays beside it and stops no other; it is asked again by the next call. What would fail every row

@@ -2,7 +2,7 @@
 
 Pure functions: a model's facts, workers and counts go in; memory on each worker, whether it fits, and the time of
 a token come out. Counts are units (blocks, then the output layer) of each worker, in the order of their layers, as
-in `layer_plan.plan_from_counts`.
+in `plan.plan_from_counts`.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ class RouterAsking(RouterCluster):
             model: a model's name, such as `llama3.1:70b` or `demo:sharded`, or the path of a `.gguf` file.
             messages: `[{"role": "user", "content": "Hello!"}]`, or one user message as a string.
             schema: what the answer must fit: a pydantic model class, a dataclass, another type such as
-                `list[str]`, a JSON schema as a dict, or a DataFrame as an example (see `structure.py`). The
+                `list[str]`, a JSON schema as a dict, or a DataFrame as an example (see `schema/schema.py`). The
                 engine is held to it, and the answer is checked; `.value` has it as such.
             backend: where it must run, whatever the model's size: `ollama`, `sharded` or `local` (or in full, as
                 in `_routing`); None and `auto` leave that to the router.
@@ -332,7 +332,8 @@ class RouterAsking(RouterCluster):
 
     @io_bound
     async def models(self) -> pd.DataFrame:
-        """The models that can be asked, one row each (see `model_listing`); without Ollama nodes that are away."""
+        """The models that can be asked, one row each (see `models/listing.py`), without those of absent Ollama
+        nodes."""
         try:
             in_ollama = (await self._ollama.list())["models"]
             loaded = (await self._ollama.ps())["models"]

@@ -155,7 +155,7 @@ class RouterCluster:
         """Change how coordinators are started from now on.
 
         Args:
-            layer_strategy: how layers are spread, a name in `layer_plan.STRATEGIES`.
+            layer_strategy: how layers are spread, a name in `plan.STRATEGIES`.
             keep_alive: how long they live without a request, as in `HybridRouter`; also of those that run.
 
         Raises:

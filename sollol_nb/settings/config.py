@@ -108,7 +108,7 @@ def settings_files() -> list[Path]:
     """The settings files that are read, the one that wins first.
 
     Raises:
-        ConfigError: the nearest one was put there by someone else; see `settings_file.find_nearest`.
+        ConfigError: the nearest one was put there by someone else; see `file.find_nearest`.
     """
     chosen = _variable("SOLLOL_CONFIG")
     if chosen is not None:

@@ -11,8 +11,8 @@ the first of these that gives one:
 5. `sollol_nb.toml` in the user's config folder (`config.user_settings_file()` says where),
 6. the built-in default.
 
-This room holds the table and nothing that lives; `config.py` finds the values of 3 to 6, `notebook/traits.py`
-those of 2. `python -m sollol_nb.settings` prints the table as Markdown.
+This room holds the table and nothing that lives; `config.py` finds the values of 3 to 6,
+`notebook/settings_traits.py` those of 2. `python -m sollol_nb.settings` prints the table as Markdown.
 """
 
 from __future__ import annotations

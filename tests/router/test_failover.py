@@ -1,6 +1,6 @@
 """Answers over coordinators that are lost: the turns that real engines take too seldom, on stand-ins for them.
 
-`test_coordinator_pool.py` has the failovers of real ones.
+`coordinators/test_pool.py` has the failovers of real ones.
 """
 
 from __future__ import annotations

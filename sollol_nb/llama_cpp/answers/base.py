@@ -1,4 +1,4 @@
-"""What the two kinds of answers have in common; see `llama_answer`."""
+"""What the two kinds of answers have in common; see `kinds`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers streamed through llama-server's own parser, which another engine can only repeat; see `llama_answer`."""
+"""Answers streamed through llama-server's own parser, which another engine can only repeat; see `kinds`."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def answer_for(
     """A new answer of the kind that suits the question.
 
     Args:
-        messages, options: Ollama-shaped, as `llama_chat.check_messages` and `check_options` give them.
+        messages, options: Ollama-shaped, as `messages.check_messages` and `check_options` give them.
         chat_template: of the model; `/props` names it so.
     """
     if needs_chat_parser(messages, options, chat_template):

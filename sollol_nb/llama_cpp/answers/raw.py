@@ -1,4 +1,4 @@
-"""Answers streamed as token ids, which another engine can continue exactly; see `llama_answer`."""
+"""Answers streamed as token ids, which another engine can continue exactly; see `kinds`."""
 
 from __future__ import annotations
 

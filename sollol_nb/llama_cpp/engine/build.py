@@ -91,7 +91,7 @@ def build_engine(
     """Build and install the engine unless a working one is there; the `bin` folder it is in.
 
     Args:
-        backend: one of `build_tools.BACKENDS`; None takes the GPU toolkit found here, else the CPU.
+        backend: one of `tools.BACKENDS`; None takes the GPU toolkit found here, else the CPU.
         check: takes a `bin` folder, returns the RPC protocol, raises EngineError if the engine does not work.
         force: build even if a working engine is installed.
         progress: told of every step; None shows a progress bar.

@@ -1,6 +1,6 @@
 """The supervisor: owns one engine, serves whoever has its key, and leaves nothing behind.
 
-Here it is started by hand, as its protocol says; `test_engine_process.py` is about its handle.
+Here it is started by hand, as its protocol says; `test_process.py` is about its handle.
 """
 
 from __future__ import annotations
