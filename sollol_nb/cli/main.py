@@ -55,7 +55,7 @@ def ps(arguments: argparse.Namespace) -> int:
     from sollol_nb.runtime.io_loop import run_blocking
 
     engines = run_blocking(running_engines())
-    print(json.dumps([one.as_dict() for one in engines], indent=1) if arguments.json else as_table(engines))
+    print(json.dumps([engine.as_dict() for engine in engines], indent=1) if arguments.json else as_table(engines))
     return EXIT_OK
 
 
@@ -83,10 +83,11 @@ def stop(arguments: argparse.Namespace) -> int:
     from sollol_nb.llama_cpp.processes.running import running_engines, stop_engines
     from sollol_nb.runtime.io_loop import run_blocking
 
-    for one in run_blocking(stop_engines(arguments.names, also_used=arguments.all)):
-        print(f"stopped {one.kind} {one.name} (pid {one.pid})")
-    for one in run_blocking(running_engines()) if not arguments.names else ():
-        print(f"{one.kind} {one.name} (pid {one.pid}) goes on: {one.state}; `sollol-nb stop --all` stops it too")
+    for engine in run_blocking(stop_engines(arguments.names, also_used=arguments.all)):
+        print(f"stopped {engine.kind} {engine.name} (pid {engine.pid})")
+    for engine in run_blocking(running_engines()) if not arguments.names else ():
+        left = f"{engine.kind} {engine.name} (pid {engine.pid}), {engine.state}"
+        print(f"left running: {left}; use --all to stop it too")
     return EXIT_OK
 
 

@@ -322,7 +322,9 @@ def test_stop_ends_the_coordinators_of_this_kernel_or_all_that_runs(notebook: Ke
     assert notebook.run("%sollol_stop").stream == "nothing runs\n"
     notebook.run("%%sollol demo:sharded --max-tokens 5\nHello!")
     assert notebook.run("%sollol_stop demo:sharded").stream == "stopped coordinator demo:sharded\n"
-    assert notebook.run("%sollol_stop nosuch").error[-1].startswith("ConfigError: nothing called 'nosuch' runs; ")
+    assert (
+        notebook.run("%sollol_stop nosuch").error[-1].startswith("ConfigError: nothing named 'nosuch' is running ")
+    )
     assert notebook.run("%sollol_stop --all").stream.count("worker 127.0.0.1:") == 3
     assert notebook.run("%sollol_cluster start 3").status == "ok"
 

@@ -1,24 +1,24 @@
-"""Why an engine ended, in words: read from the last lines of its log."""
+"""Why an engine ended, read from the last lines of its log."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 
-PORT_TAKEN = "the port is taken by another program"
-WORKER_LOST = "a worker was lost; see %sollol_cluster for which, and start it again"
-BAD_MODEL = "the model file is damaged or not one that llama.cpp loads"
+PORT_TAKEN = "another program uses the port"
+WORKER_LOST = "a worker was lost; %sollol_cluster shows which one; start it again"
+BAD_MODEL = "the model file is damaged, or llama.cpp does not support it"
 _REASONS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
-    (re.compile(pattern, re.IGNORECASE), words)
-    for pattern, words in (
+    (re.compile(pattern, re.IGNORECASE), reason)
+    for pattern, reason in (
         (r"couldn't bind|bind.*(failed|in use)", PORT_TAKEN),
         (
             r"RPC server version mismatch",
             "a worker speaks another RPC protocol; use one llama.cpp build everywhere",
         ),
-        (  # an abort may come before the line that tells the version is written
+        (  # the engine may abort before it has logged the version
             r"RPC handshake failed",
-            "a worker was lost or speaks another RPC protocol; see %sollol_cluster for which",
+            "a worker was lost or speaks another RPC protocol; %sollol_cluster shows which one",
         ),
         (
             r"Remote RPC server crashed|failed to connect to \S+:\d+|RPC transport",
@@ -26,7 +26,7 @@ _REASONS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         ),
         (
             r"out of memory|failed to allocate|unable to allocate|bad_alloc|cannot allocate memory",
-            "out of memory; add workers, use a smaller context, or a smaller model",
+            "out of memory; add workers, or use a smaller context or a smaller model",
         ),
         (
             r"not within the file bounds|invalid magic|model is corrupted|unknown model architecture|"
@@ -39,16 +39,16 @@ _REASONS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 
 
 def exit_reason(tail: Sequence[str]) -> str | None:
-    """Why an engine ended, from its last log lines, most telling first; None when they do not say."""
+    """Why an engine ended, by the first pattern that its last log lines match; None if none matches."""
     text = "\n".join(tail)
-    for pattern, words in _REASONS:
+    for pattern, reason in _REASONS:
         if pattern.search(text):
-            return words
+            return reason
     return None
 
 
 def describe_exit(code: int | None) -> str:
-    """An exit code as people say it."""
+    """An exit code as text: `signal 9`, `exit code 1`, or that the supervisor was lost."""
     if code is None:
         return "its supervisor was lost"
     return f"signal {-code}" if code < 0 else f"exit code {code}"

@@ -1,7 +1,7 @@
 """The handle of an engine process owned by a supervisor (see `supervisor.py`): start or adopt, hold, watch, stop.
 
-Lives on the I/O loop. The engine does not depend on the handle: it lives while someone holds a lease on it, and
-`keep_alive` longer. Each verb tolerates exactly that the process is already gone.
+Lives on the I/O loop. The engine does not depend on the handle: it lives while anybody holds a lease on it, and
+`keep_alive` longer. Each method tolerates that the process is already gone, and no other failure.
 """
 
 from __future__ import annotations
@@ -40,10 +40,9 @@ class ExitReport:
     """How an engine process ended.
 
     Attributes:
-        code: the exit code; negative is the number of the signal that ended it; None when the supervisor
-            itself was lost.
+        code: the exit code; if negative, the number of the signal that ended it; None if the supervisor was lost.
         tail: the last lines of the log.
-        why: "" when it ended by itself, else why it was ended, such as `idle` or `stopped`.
+        why: why it was stopped, such as `idle` or `stopped`; "" if it ended by itself.
     """
 
     code: int | None
@@ -81,7 +80,7 @@ class EngineProcess:
 
     @property
     def log_path(self) -> Path:
-        """The file that its output is drained to, mode 0600."""
+        """The file with its output, mode 0600."""
         return Path(self.entry.log_path)
 
     @classmethod
@@ -103,14 +102,14 @@ class EngineProcess:
         Args:
             kind: `coordinator` or `worker`.
             about: what it runs, for its registry entry.
-            keep_alive_s: how long it lives without a lease; None is for ever.
-            key: its secret, which is also in `env` if the engine needs it; by default one is drawn.
-            env: added to this process's environment; never shown in arguments.
-            debug_until: after the first log line with this text, debug lines are dropped from the log.
+            keep_alive_s: seconds that it lives without a lease; None is forever.
+            key: its secret, which `env` also contains if the engine needs it; by default a random one.
+            env: added to this process's environment; never visible in arguments.
+            debug_until: after the first log line with this text, debug lines are not written to the log.
             holds: engines (local workers) that must live as long as this one.
 
         Raises:
-            EngineError: the binary cannot be run, or the engine cannot be registered.
+            EngineError: the program cannot be run, or the engine cannot be registered.
         """
         registry.prune_logs()
         entry_id = f"{kind}-{uuid.uuid4().hex[:12]}"
@@ -128,18 +127,20 @@ class EngineProcess:
             "debug_until": debug_until,
             "keep_alive_s": keep_alive_s,
             "about": {"owner_pid": os.getpid(), "owner": _own_name(), **about},
-            "holds": [{"port": one.control_port, "key": one.read_key()} for one in holds],
+            "holds": [{"port": held.control_port, "key": held.read_key()} for held in holds],
             "psutil_folder": str(Path(psutil.__file__).parents[1]),
         }
         try:
             started = await _spawn_supervisor(spec)
             try:
                 entry = registry.find(entry_id)
-                if entry is None:  # no other kernel would know of it, nor which workers it holds
-                    raise EngineError(f"{argv[0]} could not be registered in {config.registry_dir()}; is it full?")
+                if entry is None:  # no other kernel would know about it or the workers that it holds
+                    raise EngineError(
+                        f"could not register {argv[0]} in {config.registry_dir()}; is the disk full?"
+                    )
                 reader, writer = await _connect(entry.control_port, key)
             except BaseException:
-                with contextlib.suppress(psutil.Error):  # an engine that nobody knows of must not stay
+                with contextlib.suppress(psutil.Error):  # an unregistered engine must not stay
                     psutil.Process(started["supervisor_pid"]).terminate()
                 raise
         except (TimeoutError, OSError) as error:
@@ -166,24 +167,24 @@ class EngineProcess:
 
     @property
     def exit_report(self) -> ExitReport | None:
-        """How it ended, or None while it runs."""
+        """How it ended; None while it runs."""
         return self._report
 
     async def wait(self) -> ExitReport:
-        """Wait for the end of the process."""
+        """Wait until the process ends."""
         await self._exited.wait()
         assert self._report is not None
         return self._report
 
     async def ended_within(self, seconds: float) -> ExitReport | None:
-        """How it ended, if it does so in a moment: a broken connection is seen an instant before the exit."""
+        """How it ended, if it ends within some seconds: a broken connection is seen shortly before the exit."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 return await self.wait()
         return None
 
     async def hold(self) -> bool:
-        """Take a lease: the engine is not ended for idleness until `free`. False if it has ended or is ending."""
+        """Take a lease, until `free`: the engine is not ended when idle. False if it has ended or is ending."""
         return bool((await self._ask("hold")).get("ok"))
 
     def free(self) -> None:
@@ -191,19 +192,19 @@ class EngineProcess:
         self._send("free")
 
     async def keep_alive(self, seconds: float | None) -> None:
-        """How long it lives without a lease from now on; None is for ever."""
+        """Set how long it lives without a lease; None is forever."""
         await self._ask("keep_alive", seconds=seconds)
 
     async def update_about(self, **about: Any) -> None:
-        """Add to what its registry entry says."""
+        """Add to the `about` of its registry entry."""
         await self._ask("about", about=about)
 
     async def status(self) -> dict[str, Any]:
-        """`clients` (others than this handle), `leases`, `idle_s`, `ends_in_s`; empty when it has ended."""
+        """`clients` (except this handle), `leases`, `idle_s`, `ends_in_s`; empty if it has ended."""
         return await self._ask("status")
 
     async def stop(self, *, grace_s: float = supervisor.STOP_GRACE_S, why: str = "stopped") -> ExitReport:
-        """End the process (SIGTERM, after a grace SIGKILL) and wait for its end. Stopping twice is fine."""
+        """End the process (SIGTERM, then SIGKILL after `grace_s`) and wait for its end. Stopping twice is fine."""
         self._send("stop", grace_s=grace_s, why=why)
         try:
             async with asyncio.timeout(grace_s + 2 * supervisor.STOP_GRACE_S):
@@ -213,7 +214,7 @@ class EngineProcess:
             return await self.wait()
 
     async def stop_unless_shared(self) -> bool:
-        """End the process unless another process (or router) is connected; False if it goes on for them."""
+        """End the process unless another process (or router) is connected; False if it keeps running for them."""
         answer = await self._ask("stop", unless_shared=True, why="closed")
         if not answer.get("ok") and self.is_running():
             self.detach()
@@ -222,7 +223,7 @@ class EngineProcess:
         return True
 
     def detach(self) -> None:
-        """Let go of the engine without ending it; the leases of this handle end."""
+        """Disconnect from the engine without stopping it; the leases of this handle end."""
         self._detached = True
         self._writer.close()
 
@@ -235,15 +236,15 @@ class EngineProcess:
         return number
 
     async def _ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """The supervisor's answer; empty when it has ended or does not answer."""
+        """The supervisor's answer; empty if it has ended or does not answer."""
         number = self._send(do, **arguments)
         if not self.is_running() or self._detached:
             return {}
         answer = self._answers[number] = asyncio.get_running_loop().create_future()
         try:
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
-                told: dict[str, Any] = await answer
-                return told
+                message: dict[str, Any] = await answer
+                return message
         except TimeoutError:
             return {}
         finally:
@@ -260,12 +261,12 @@ class EngineProcess:
                 if answer is not None and not answer.done():
                     answer.set_result(message)
         if report is None and self._detached:
-            report = ExitReport(None, (), "let go of")
+            report = ExitReport(None, (), "detached")
         if report is None and await self._supervisor_ends():
-            # Gone without a word; its guard ends the engine, and so do we.
+            # It was killed; its guard ends the engine, and so do we.
             self._kill_engine()
             report = ExitReport(None, ("the supervisor of this process was lost",))
-        if report is None:  # others may use the engine; it is only lost to us
+        if report is None:  # the engine still runs and others may use it; only this handle lost it
             report = ExitReport(None, ("the connection to the supervisor of this process was lost",))
         self._report = report
         self._writer.close()
@@ -275,7 +276,7 @@ class EngineProcess:
         self._exited.set()
 
     async def _supervisor_ends(self) -> bool:
-        """Whether the supervisor has ended; the end of its connections is seen a moment before."""
+        """Whether the supervisor has ended; its connections close shortly before."""
         for _ in range(SUPERVISOR_END_POLLS):
             if not self.entry.is_alive():
                 return True
@@ -283,7 +284,7 @@ class EngineProcess:
         return False
 
     def _kill_engine(self) -> None:
-        # Never a stranger that got a recycled pid.
+        # Never another process that got a recycled pid.
         started = self.entry.pid_started
         if started is not None and registry.is_same_process(self.pid, started):
             with contextlib.suppress(psutil.Error):
@@ -293,25 +294,25 @@ class EngineProcess:
 _handles: weakref.WeakSet[EngineProcess] = weakref.WeakSet()
 
 
-def _let_go_in_forked_child() -> None:
-    # A lease lasts as long as its connection, so no copy of the connection may outlive the one that took it.
-    nothing = os.open(os.devnull, os.O_RDWR)
+def _release_in_forked_child() -> None:
+    # A lease lasts as long as its connection, so the child must not keep a copy of the connection open.
+    devnull = os.open(os.devnull, os.O_RDWR)
     for handle in _handles:
         descriptor = handle._writer.get_extra_info("socket").fileno()
         if descriptor >= 0:
-            os.dup2(nothing, descriptor, inheritable=False)
-    os.close(nothing)
+            os.dup2(devnull, descriptor, inheritable=False)
+    os.close(devnull)
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_let_go_in_forked_child)
+    os.register_at_fork(after_in_child=_release_in_forked_child)
 
 
 async def _spawn_supervisor(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """Start a supervisor; what it says when the engine is started. It stays when this process ends."""
+    """Start a supervisor, which outlives this process; returns its report that the engine has started."""
     flags: dict[str, Any] = (
         {"start_new_session": True} if os.name == "posix" else {"creationflags": 0x00000200}
-    )  # a kernel's interrupt goes to its whole process group; 0x200 is CREATE_NEW_PROCESS_GROUP
+    )  # an interrupt reaches the whole process group of a kernel; 0x200 is CREATE_NEW_PROCESS_GROUP
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-I",
@@ -331,7 +332,7 @@ async def _spawn_supervisor(spec: Mapping[str, Any]) -> dict[str, Any]:
         async with asyncio.timeout(START_TIMEOUT_S):  # not wait_for: Python 3.11's may swallow a cancellation
             line = await process.stdout.readline()
     except BaseException:
-        # It ends its engine on this signal; it may not have one yet.
+        # On this signal it ends its engine, if it has started one.
         with contextlib.suppress(ProcessLookupError):
             process.terminate()
         raise
@@ -343,16 +344,16 @@ async def _spawn_supervisor(spec: Mapping[str, Any]) -> dict[str, Any]:
         message = {}
     if message.get("event") != "started":
         reason = " ".join(message.get("tail", [])) or "the supervisor ended"
-        raise EngineError(f"could not run {reason}; run `sollol-nb doctor` to see what was found")
+        raise EngineError(f"could not run {reason}; run `sollol-nb doctor` to check the installation")
     return {**message, "supervisor_pid": process.pid}
 
 
 async def _connect(port: int, key: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """A control connection whose supervisor has shown that it knows the key.
+    """A control connection to a supervisor that has accepted the key.
 
     Raises:
         TimeoutError, OSError: nothing answers.
-        EngineError: something else answers.
+        EngineError: another program answers.
     """
     async with asyncio.timeout(ANSWER_TIMEOUT_S):
         reader, writer = await asyncio.open_connection(LOOPBACK, port, limit=MESSAGE_LIMIT_BYTES)
@@ -360,7 +361,7 @@ async def _connect(port: int, key: str) -> tuple[asyncio.StreamReader, asyncio.S
             writer.write(json.dumps({"key": key}).encode() + b"\n")
             hello = await reader.readline()
             if not hello.startswith(b'{"event": "hello"'):
-                raise EngineError(f"what listens on {LOOPBACK}:{port} is not the supervisor that was expected")
+                raise EngineError(f"the program that listens on {LOOPBACK}:{port} is not the expected supervisor")
         except BaseException:
             writer.close()
             raise

@@ -1,14 +1,14 @@
-"""The registry of what runs: one small file per engine, written by its supervisor, read by every kernel.
+"""The registry of running engines: one small file per engine, written by its supervisor, read by every kernel.
 
-An entry says which process the engine is, how to speak to its supervisor, and (`about`) what it runs: for a
+An entry says which process the engine is, how to reach its supervisor, and (`about`) what it runs: for a
 coordinator the model file and its identity, plan, workers and URL; for a local worker its endpoint. The files are
-in the user's state folder with mode 0600; the engine's secret stands in a file of its own beside the entry.
+in the user's state folder with mode 0600; the engine's secret is in a separate file beside the entry.
 
-The registry is also the table of leases: a worker belongs to the coordinator whose living entry names it. Who
-wants workers reads the table and starts a coordinator under one lock (`claims`): no two kernels get the same.
+The registry also says who holds which worker: a worker belongs to the coordinator whose living entry names it. A
+kernel chooses workers and starts a coordinator under one lock (`claims`), so no two kernels get the same worker.
 
-An entry counts only while its supervisor lives: same pid and same start time, so a recycled pid is never taken
-for ours. What a dead supervisor left behind is cleaned up by whoever finds it.
+An entry counts only while its supervisor lives: same pid and same start time, so that a recycled pid is never
+mistaken for it. Whoever finds an entry of a dead supervisor removes it, and its engine.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import os
 import time
 import uuid
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,25 +34,25 @@ COORDINATOR = "coordinator"
 WORKER = "worker"
 LOCK_TIMEOUT_S = 60.0
 LOGS_KEPT = 50
-_CLOCK_TOLERANCE_S = 2.0  # start times are computed from the clock, which may be set meanwhile
+_CLOCK_TOLERANCE_S = 2.0  # start times are computed from the clock, which may be adjusted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """What is known of one running engine.
+    """One running engine.
 
     Attributes:
         id: unique, also the file's name.
         kind: `coordinator` or `worker`.
         pid, pid_started: the engine's process and its start time (seconds since the epoch, None if unknown).
-        supervisor_pid, supervisor_started: the same of its supervisor.
-        control_port: the supervisor's port of loopback.
-        key_path: the file with the engine's secret.
-        log_path: its log.
+        supervisor_pid, supervisor_started: the same for its supervisor.
+        control_port: the supervisor's port on loopback.
+        key_path: path of the file with the engine's secret.
+        log_path: path of its log.
         started_at: seconds since the epoch.
-        keep_alive_s: how long it lives without a lease; None is for ever.
+        keep_alive_s: seconds that it lives without a lease; None is forever.
         about: what it runs.
-        path: the entry's own file.
+        path: path of this entry's file.
     """
 
     id: str
@@ -80,11 +80,11 @@ class Entry:
         return list(self.about.get("workers") or ())
 
     def is_alive(self) -> bool:
-        """Whether its supervisor lives."""
+        """Whether its supervisor is running."""
         return is_same_process(self.supervisor_pid, self.supervisor_started)
 
     def read_key(self) -> str | None:
-        """The engine's secret; None when the file is gone."""
+        """The engine's secret; None if the file is gone."""
         try:
             return Path(self.key_path).read_text("utf-8")
         except OSError:
@@ -92,20 +92,20 @@ class Entry:
 
 
 def is_same_process(pid: int, started: float | None) -> bool:
-    """Whether this pid still is the process that was started then, and not a later one with a recycled pid."""
+    """Whether this pid is still the process that was started then, not a later one with a recycled pid."""
     try:
         process = psutil.Process(pid)
         if process.status() == psutil.STATUS_ZOMBIE:
             return False
         return started is None or abs(process.create_time() - started) < _CLOCK_TOLERANCE_S
-    except (psutil.NoSuchProcess, ValueError):  # gone, or no pid at all
+    except (psutil.NoSuchProcess, ValueError):  # gone, or not a valid pid
         return False
     except psutil.Error:
-        return True  # it is there, and the system does not tell more
+        return True  # it exists, and the system does not reveal more
 
 
 def entries(kind: str | None = None) -> list[Entry]:
-    """The engines that run, oldest first. Entries of dead supervisors are cleaned up on the way."""
+    """The running engines, oldest first. Entries of dead supervisors are removed."""
     found = []
     for path in config.registry_dir().glob("*.json"):
         entry = _read(path)
@@ -119,7 +119,7 @@ def entries(kind: str | None = None) -> list[Entry]:
 
 
 def clean(entry: Entry) -> None:
-    """Remove what a dead supervisor left: its engine, if that still runs, and the entry's files."""
+    """Remove what a dead supervisor left behind: its engine, if that still runs, and the entry's files."""
     if entry.pid_started is not None and is_same_process(entry.pid, entry.pid_started):
         with contextlib.suppress(psutil.Error):
             psutil.Process(entry.pid).kill()
@@ -130,12 +130,12 @@ def clean(entry: Entry) -> None:
 
 
 def holders() -> dict[str, Entry]:
-    """Which coordinator's entry names which worker as its own."""
+    """Endpoints of workers, each with the coordinator that holds it."""
     return {endpoint: entry for entry in entries(COORDINATOR) for endpoint in entry.workers}
 
 
 def describe_owner(about: dict[str, Any]) -> str:
-    """Who started it, in words."""
+    """Who started an engine, as text."""
     pid = about.get("owner_pid")
     if pid == os.getpid():
         return "this kernel"
@@ -146,11 +146,11 @@ def describe_owner(about: dict[str, Any]) -> str:
 async def locked(name: str, doing: str) -> AsyncIterator[None]:
     """A lock between all processes of this user.
 
-    It is polled: a wait in a thread that is cancelled would get the lock all the same, and keep it.
+    It is polled: a thread that waits for it cannot be cancelled, and would acquire the lock and keep it.
 
     Args:
-        name: of the lock.
-        doing: what its holder does, for the error.
+        name: name of the lock.
+        doing: what the holder does, for the error.
 
     Raises:
         WorkersUnavailableError: another process has held it for a minute.
@@ -179,12 +179,12 @@ def claims() -> contextlib.AbstractAsyncContextManager[None]:
 
 
 def new_log_path(kind: str, port: int) -> Path:
-    """Where the log of a new engine goes; that of the one before on this port stays readable."""
+    """Path of a new engine's log; the log of the previous engine on this port stays readable."""
     return config.log_dir() / f"{kind}-{port}-{uuid.uuid4().hex[:8]}.log"
 
 
 def prune_logs() -> None:
-    """Remove the oldest logs of engines; those of running ones and the newest stay."""
+    """Remove the oldest logs of engines, except those of running engines and the newest `LOGS_KEPT`."""
     used = {entry.log_path for entry in entries()}
     logs = [path for kind in (COORDINATOR, WORKER) for path in config.log_dir().glob(f"{kind}-*.log")]
     with contextlib.suppress(OSError):
@@ -204,16 +204,16 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 
 def find(entry_id: str) -> Entry | None:
-    """The entry with this id, if there is one."""
+    """The entry with this id; None if there is none."""
     return _read(config.registry_dir() / f"{entry_id}.json")
 
 
 def _read(path: Path) -> Entry | None:
-    """The entry in a file; None for a file that is going, or is none of ours (which is removed)."""
+    """The entry in a file; None if the file is gone or is not an entry (then it is removed)."""
     try:
-        read = json.loads(path.read_text("utf-8"))
-        # What a newer version of this package has added is not for us.
-        entry = Entry(**{one.name: read[one.name] for one in fields(Entry) if one.name != "path"}, path=path)
+        values = json.loads(path.read_text("utf-8"))
+        # A newer version of this package may have added keys; they are ignored.
+        entry = Entry(**{name: values[name] for name in _TYPES}, path=path)
         for name, types in _TYPES.items():
             if not isinstance(getattr(entry, name), types):
                 raise TypeError(name)

@@ -1,4 +1,4 @@
-"""The engines of this user on this machine, of all kernels: list them, stop them, read their logs.
+"""The running engines of this user on this machine, of all kernels: list them, stop them, read their logs.
 
 Read from the registry and from the supervisors; no router is needed.
 """
@@ -26,18 +26,18 @@ class RunningEngine:
     """One engine process.
 
     Attributes:
-        id: of its registry entry.
+        id: id of its registry entry.
         kind: `coordinator` or `worker`.
         name: the model of a coordinator, the endpoint of a worker.
         pid: process id of the engine.
-        url: of a coordinator, "" for a worker.
+        url: URL of a coordinator, "" for a worker.
         workers: endpoints that a coordinator holds.
         age_s: seconds since its start.
-        leases: requests, coordinators and kernels that hold it; None when its supervisor does not answer.
+        leases: requests, coordinators and kernels that hold it; None if its supervisor does not answer.
         clients: processes that are connected to it.
-        ends_in_s: seconds until it ends if nobody asks; None while it is held, or when it lives for ever.
-        started_by: in words.
-        log_path: its log.
+        ends_in_s: seconds until it ends unless it is used; None while it is held, or if it is kept forever.
+        started_by: who started it, as text.
+        log_path: path of its log.
     """
 
     id: str
@@ -55,12 +55,12 @@ class RunningEngine:
 
     @property
     def state(self) -> str:
-        """In words: whether it is used, and when it ends."""
+        """Whether it is used and when it ends, as text."""
         if self.leases is None:
-            return "does not answer"
+            return "not responding"
         if self.leases:
             return "in use"
-        return "idle, kept for ever" if self.ends_in_s is None else f"idle, ends in {self.ends_in_s:.0f} s"
+        return "idle, kept forever" if self.ends_in_s is None else f"idle, ends in {self.ends_in_s:.0f} s"
 
     def as_dict(self) -> dict[str, Any]:
         """As plain data for JSON."""
@@ -69,59 +69,62 @@ class RunningEngine:
 
 @io_bound
 async def running_engines() -> list[RunningEngine]:
-    """All engines of this user that run now, coordinators first."""
+    """All running engines of this user, coordinators first, then by age."""
     entries = await asyncio.to_thread(registry.entries)
-    found = await asyncio.gather(*map(_look, entries))
-    return sorted(found, key=lambda one: (one.kind, -one.age_s))
+    engines = await asyncio.gather(*map(_inspect, entries))
+    return sorted(engines, key=lambda engine: (engine.kind, -engine.age_s))
 
 
 @io_bound
 async def stop_engines(names: Collection[str] = (), *, also_used: bool = False) -> list[RunningEngine]:
-    """End engines; gives those that were ended.
+    """Stop engines; returns the stopped ones.
 
     Args:
-        names: models, endpoints or ids; by default all.
-        also_used: end them although someone uses them; engines that were named are ended in any case.
+        names: models, endpoints or ids; by default all engines.
+        also_used: stop engines that are in use, too; named engines are stopped in any case.
 
     Raises:
-        ConfigError: a name that nothing has.
+        ConfigError: no running engine has this name.
     """
     engines = await running_engines()
-    known = {label for one in engines for label in (one.name, one.id)}
+    known = {label for engine in engines for label in (engine.name, engine.id)}
     for name in names:
         if name not in known:
-            raise ConfigError(f"nothing called {name!r} runs; running are {', '.join(sorted(known)) or 'none'}")
-    ended = []
-    # Coordinators come first; the workers that they held are free then.
+            running = ", ".join(sorted(known)) or "nothing"
+            raise ConfigError(f"nothing named {name!r} is running (running: {running})")
+    stopped = []
+    # Coordinators come first; then the workers that they held are free.
     for kind in (registry.COORDINATOR, registry.WORKER):
-        chosen = [one for one in engines if one.kind == kind and (not names or {one.name, one.id} & set(names))]
         entries = {entry.id: entry for entry in await asyncio.to_thread(registry.entries, kind)}
-        for one in chosen:
-            entry = entries.get(one.id)
+        for engine in engines:
+            if engine.kind != kind or (names and not {engine.name, engine.id} & set(names)):
+                continue
+            entry = entries.get(engine.id)
             if entry is not None and await _stop(entry, also_used=also_used or bool(names)):
-                ended.append(one)
-    return ended
+                stopped.append(engine)
+    return stopped
 
 
 def engine_log(name: str, *, last: int = 20, grep: str | None = None) -> str:
-    """The last lines of the log of an engine that runs, and a first line that says which file they are from.
+    """The path of the log of a running engine, then the log's last lines.
 
     Args:
-        name: a coordinator's model, a worker's `host:port`, or an id of `sollol-nb ps`.
+        name: a coordinator's model, a worker's `host:port`, or an id of `sollol-nb ps --json`.
         last: how many lines at most.
-        grep: only lines that contain this text, in any case.
+        grep: only lines that contain this text, ignoring case.
 
     Raises:
-        ConfigError: no such engine runs (the message names those that do, and the folder of older logs), or its
-            log cannot be read.
+        ConfigError: no running engine has this name (the message lists those that run, and the folder of older
+            logs), or its log cannot be read.
     """
     entries = registry.entries()
-    # Of several coordinators of a model the one that was started last.
-    found = [one for one in sorted(entries, key=lambda one: one.started_at) if name in (one.name, one.id)]
+    # Of several coordinators of one model, the one that was started last.
+    found = [entry for entry in entries if name in (entry.name, entry.id)]
     if not found:
-        running = ", ".join(sorted({one.name for one in entries})) or "nothing"
+        running = ", ".join(sorted({entry.name for entry in entries})) or "nothing"
         raise ConfigError(
-            f"nothing called {name!r} runs (running: {running}); logs of what has ended are in {config.log_dir()}"
+            f"nothing named {name!r} is running (running: {running}); "
+            f"logs of ended engines are in {config.log_dir()}"
         )
     path = Path(found[-1].log_path)
     wanted = (grep or "").casefold()
@@ -129,25 +132,25 @@ def engine_log(name: str, *, last: int = 20, grep: str | None = None) -> str:
         with path.open(encoding="utf-8", errors="replace") as log:
             lines = deque((line for line in log if wanted in line.casefold()), maxlen=last)
     except OSError as error:
-        raise ConfigError(f"the log of {name} cannot be read: {path} ({error.strerror or error})") from None
+        raise ConfigError(f"cannot read the log of {name}: {path} ({error.strerror or error})") from None
     return f"{path}\n" + "".join(lines).rstrip("\n")
 
 
 def as_table(engines: Sequence[RunningEngine]) -> str:
     """A table for a terminal."""
     if not engines:
-        return "nothing runs"
+        return "nothing is running"
     rows = [("KIND", "NAME", "PID", "STATE", "AGE", "WHERE")]
-    for one in engines:
-        where = f"{one.url} over {', '.join(one.workers)}" if one.workers else one.url
-        rows.append((one.kind, one.name, str(one.pid), one.state, _age(one.age_s), where))
+    for engine in engines:
+        where = f"{engine.url} on {', '.join(engine.workers)}" if engine.workers else engine.url
+        rows.append((engine.kind, engine.name, str(engine.pid), engine.state, _age(engine.age_s), where))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
 
 
-async def _look(entry: Entry) -> RunningEngine:
+async def _inspect(entry: Entry) -> RunningEngine:
     process = await EngineProcess.adopt(entry)
     status: dict[str, Any] = {}
     if process is not None:
@@ -176,7 +179,7 @@ async def _stop(entry: Entry, *, also_used: bool) -> bool:
     if not also_used and (await process.status()).get("leases"):
         process.detach()
         return False
-    await process.stop(why="stopped by its user")
+    await process.stop(why="stopped by the user")
     return True
 
 

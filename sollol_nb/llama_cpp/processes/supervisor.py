@@ -6,26 +6,26 @@ and reads one from its stdout: `{"event": "started", "pid": ..., "control_port":
 "tail": [...]}`. From then on it depends on no other process: kernels come and go, and find the engine through
 its registry entry, a file that the supervisor writes (mode 0600, replaced atomically) and removes at the end.
 
-Control, on a port of loopback: JSON lines. A client first sends `{"key": ...}`, the secret of this engine, which
-the supervisor keeps in a file of its own; then requests `{"n": 1, "do": ...}`, each answered by `{"n": 1,
+Control protocol, on a loopback port: JSON lines. A client first sends `{"key": ...}`, the secret of this engine,
+which the supervisor keeps in a separate file; then requests `{"n": 1, "do": ...}`, each answered by `{"n": 1,
 "ok": ...}`:
 
 | do | does |
 |---|---|
 | `hold`, `free` | take or end a lease; the end of a connection ends its leases |
-| `keep_alive` | `seconds` that the engine lives without a lease; null is for ever |
+| `keep_alive` | set the `seconds` that the engine lives without a lease; null is forever |
 | `about` | merge `about` into the registry entry |
-| `status` | `clients` (others than the asker), `leases`, `idle_s`, `ends_in_s` |
-| `stop` | end the engine: `grace_s` before it is killed; with `unless_shared` only if no other client is there |
+| `status` | `clients` (except the one that asks), `leases`, `idle_s`, `ends_in_s` |
+| `stop` | end the engine, by force after `grace_s`; with `unless_shared` only if no other client is connected |
 
-When the engine has ended, all clients are told `{"event": "exited", "code": ..., "tail": [...], "why": ...}`.
+When the engine has ended, all clients receive `{"event": "exited", "code": ..., "tail": [...], "why": ...}`.
 
-The engine gets a session of its own, so a kernel's interrupt cannot reach it. If the supervisor is killed, a
+The engine runs in a separate session, so a kernel's interrupt cannot reach it. If the supervisor is killed, a
 guard (a forked copy of it on POSIX, a job object on Windows) ends the engine. Secrets travel in `env` through the
 pipe, never in arguments.
 
-The engine's log is drained here. After the line that contains `debug_until`, debug lines are dropped: at the
-verbosity that tells the layer placement the engine would log every token and prompt.
+The supervisor writes the engine's log. After the line that contains `debug_until`, it drops debug lines: at the
+verbosity that reports the layer placement, the engine would log every token and prompt.
 """
 
 from __future__ import annotations
@@ -50,25 +50,25 @@ STOP_GRACE_S = 5.0
 MIN_IDLE_S = 1.0
 """Shortest life without a lease: with a keep_alive of 0, one request must be able to follow another."""
 FIRST_CLIENT_S = 30.0
-"""Time for the one that started the engine to connect, where keep_alive is shorter."""
+"""Time for the client that started the engine to connect, if keep_alive is shorter."""
 GREETING_LIMIT_S = 5.0
 LINE_LIMIT_BYTES = 256 * 1024
-STRANGERS_LIMIT = 64
-"""Connections without a key yet; where more come, the oldest of them is dropped."""
+UNGREETED_LIMIT = 64
+"""Connections that have not sent the key yet; if there are more, the oldest is dropped."""
 GUARD_DONE = b"done"
 TAIL_LINES = 40
 TAIL_LINE_BYTES = 1000
 
-# llama.cpp's log lines start with a timestamp and a level letter; lines without continue the one before.
+# llama.cpp's log lines start with a timestamp and a level letter; lines without one continue the previous line.
 _LEVEL = re.compile(rb"^\d+\.\d+\.\d+\.\d+ ([A-Z]) ")
-# What an abort prints has no prefix: source position, terminate, signal words.
+# An abort prints lines without a prefix: a source position, "terminate called", the exception.
 _ABORT = re.compile(rb"\.(cpp|h|cu|m|c):\d+: |terminate called|what\(\):|GGML_ASSERT|error while loading")
-# It may come in the middle of another thread's line, right after that one's prefix.
+# An abort may print in the middle of another thread's line, right after its prefix.
 _ABORT_AFTER_PREFIX = re.compile(rb"\S*\.(cpp|h|cu|m|c):\d+: |terminate called")
 
 
 class LogDrain(threading.Thread):
-    """Copies the engine's output to a size-capped file and remembers the last lines."""
+    """Copies the engine's output to a file of limited size and keeps the last lines."""
 
     def __init__(self, pipe: IO[bytes], path: str, limit_bytes: int, debug_until: str | None) -> None:
         super().__init__(name="log drain", daemon=True)
@@ -81,7 +81,7 @@ class LogDrain(threading.Thread):
         self._dropping = False
 
     def run(self) -> None:
-        # Whatever happens to the log, the reading goes on: the engine would block on a full pipe.
+        # Keep reading whatever happens to the log: the engine would block on a full pipe.
         try:
             descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         except OSError:
@@ -89,7 +89,7 @@ class LogDrain(threading.Thread):
         with os.fdopen(descriptor, "wb", buffering=0) as log:
             written = 0
             for line in self._pipe:
-                if not self._wanted(line):
+                if not self._is_wanted(line):
                     continue
                 self.tail.append(line[:TAIL_LINE_BYTES].decode("utf-8", "replace").rstrip())
                 if written < self._limit_bytes:
@@ -98,7 +98,7 @@ class LogDrain(threading.Thread):
                         if written >= self._limit_bytes:
                             log.write(b"[the log ends here: it reached its size limit]\n")
 
-    def _wanted(self, line: bytes) -> bool:
+    def _is_wanted(self, line: bytes) -> bool:
         if not self._quiet:
             self._quiet = self._marker is not None and self._marker in line
             return True
@@ -110,7 +110,7 @@ class LogDrain(threading.Thread):
 
 
 class Client:
-    """One control connection: its unread bytes, and the leases it holds."""
+    """One control connection: its unprocessed bytes, and the leases it holds."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
@@ -119,8 +119,8 @@ class Client:
         self.greeted = False
         self.since = time.monotonic()
 
-    def tell(self, message: dict[str, Any]) -> bool:
-        """Send a line; False for one who does not read, or has gone."""
+    def send(self, message: dict[str, Any]) -> bool:
+        """Send a line; False if the client does not read, or has disconnected."""
         try:
             self.connection.sendall(json.dumps(message).encode() + b"\n")
         except OSError:
@@ -166,11 +166,11 @@ class Supervisor:
 
     @property
     def control_port(self) -> int:
-        """The port of loopback that it listens on."""
+        """The loopback port that it listens on."""
         return int(self._listener.getsockname()[1])
 
     def write_entry(self) -> None:
-        """Write the registry entry anew; a full disk leaves the old one."""
+        """Replace the registry entry; if the disk is full, the old one stays."""
         path = self._spec["entry_path"]
         entry = {**self._entry, "keep_alive_s": self._keep_alive_s, "about": self._about}
         with contextlib.suppress(OSError):
@@ -178,16 +178,17 @@ class Supervisor:
             os.replace(path + ".new", path)
 
     def serve(self, signals: list[int]) -> None:
-        """Until the engine has ended, which these signals, that came before, may ask for."""
+        """Serve until the engine has ended; `signals` are the end signals received so far."""
         threading.Thread(target=self._wait_for_engine, daemon=True).start()
         for number in END_SIGNALS:
-            signal.signal(number, self._told_to_end)
+            signal.signal(number, self._on_end_signal)
         if signals:
-            self._told_to_end()
+            self._on_end_signal()
         while self._engine.poll() is None or self._is_expected():
             now = time.monotonic()
-            for client in [one for one in self._clients if not one.greeted and now - one.since > GREETING_LIMIT_S]:
-                self._drop(client)
+            for client in [*self._clients]:
+                if not client.greeted and now - client.since > GREETING_LIMIT_S:
+                    self._drop(client)
             if self._kill_at is not None and now >= self._kill_at:
                 self._kill_at = None
                 _signal(self._engine, getattr(signal, "SIGKILL", signal.SIGTERM))
@@ -196,27 +197,27 @@ class Supervisor:
             for key, _ in self._selector.select(self._pause_s()):
                 key.data()
         if os.name == "posix":
-            _signal(self._engine, signal.SIGKILL)  # what it started may outlive it
+            _signal(self._engine, signal.SIGKILL)  # processes that it started may outlive it
         self._drain.join(STOP_GRACE_S)
         code, tail = self._engine.returncode, list(self._drain.tail)
         with contextlib.suppress(OSError), open(self._spec["log_path"], "ab") as log:
             log.write(f"[the engine ended: exit code {code}{', ' * bool(self._why)}{self._why}]\n".encode())
-        # These go first: whoever is told, finds the entry gone, and the engines free that were held.
+        # Before the report: its receivers must find the entry removed and the held engines free.
         remove_files(self._spec)
-        for other in self._held:
-            other.close()
+        for connection in self._held:
+            connection.close()
         for client in self._clients:
             if client.greeted:
                 client.connection.settimeout(1.0)
-                client.tell({"event": "exited", "code": code, "tail": tail, "why": self._why})
+                client.send({"event": "exited", "code": code, "tail": tail, "why": self._why})
 
     def _is_expected(self) -> bool:
-        """Whether the one that started an engine which ended at once is still to come, to be told why."""
+        """Whether to wait for the client that started this engine, to report why it ended immediately."""
         expected_until = self._first_client_until - FIRST_CLIENT_S + GREETING_LIMIT_S
         return not self._why and 0.0 < expected_until > time.monotonic()
 
-    def _told_to_end(self, *_: object) -> None:
-        self._stop("its supervisor was told to end")
+    def _on_end_signal(self, *_: object) -> None:
+        self._stop("its supervisor was terminated")
         self._wake.send(b"t")
 
     def _wait_for_engine(self) -> None:
@@ -238,7 +239,7 @@ class Supervisor:
             waits.append(self._kill_at - time.monotonic())
         if not self._why and (ends_in := self._ends_in_s()) is not None:
             waits.append(ends_in)
-        if self._engine.returncode is not None or any(not one.greeted for one in self._clients):
+        if self._engine.returncode is not None or any(not client.greeted for client in self._clients):
             waits.append(GREETING_LIMIT_S)
         return max(0.0, min(waits))
 
@@ -259,12 +260,12 @@ class Supervisor:
             client = Client(connection)
             self._clients.add(client)
             self._selector.register(connection, selectors.EVENT_READ, lambda: self._read(client))
-            strangers = [one for one in self._clients if not one.greeted]
-            if len(strangers) > STRANGERS_LIMIT:
-                self._drop(min(strangers, key=lambda one: one.since))
+            ungreeted = [known for known in self._clients if not known.greeted]
+            if len(ungreeted) > UNGREETED_LIMIT:
+                self._drop(min(ungreeted, key=lambda known: known.since))
 
     def _drop(self, client: Client) -> None:
-        if client not in self._clients:  # dropped by what came in just before
+        if client not in self._clients:  # an earlier event of this round has dropped it
             return
         held = client.leases
         self._clients.discard(client)
@@ -288,12 +289,15 @@ class Supervisor:
             try:
                 message = json.loads(line)
                 answer = self._answer(client, message) if client.greeted else self._greet(client, message)
-                understood = answer is not None and client.tell(answer)
+                understood = answer is not None and client.send(answer)
             except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
                 understood = False
             if not understood:
                 self._drop(client)
                 return
+
+    def _others(self, client: Client) -> list[Client]:
+        return [known for known in self._clients if known.greeted and known is not client]
 
     def _greet(self, client: Client, message: dict[str, Any]) -> dict[str, Any] | None:
         if not _is_same_secret(str(message["key"]).encode(), str(self._spec["key"]).encode()):
@@ -322,13 +326,12 @@ class Supervisor:
                 self._about |= message["about"]
                 self.write_entry()
             case "status":
-                others = sum(1 for one in self._clients if one.greeted and one is not client)
+                others = len(self._others(client))
                 idle_s = None if self._leases() else time.monotonic() - self._idle_since
                 answer |= {"clients": others, "leases": self._leases(), "idle_s": idle_s}
                 answer["ends_in_s"] = self._ends_in_s()
             case "stop":
-                shared = any(one.greeted and one is not client for one in self._clients)
-                answer["ok"] = not (shared and message.get("unless_shared"))
+                answer["ok"] = not (message.get("unless_shared") and self._others(client))
                 if answer["ok"]:
                     self._stop(str(message.get("why", "stopped")), float(message.get("grace_s", STOP_GRACE_S)))
             case _:
@@ -337,10 +340,10 @@ class Supervisor:
 
 
 def _is_same_secret(given: bytes, secret: bytes) -> bool:
-    """In constant time; `hmac` has that too, but brings OpenSSL's megabytes with it."""
+    """In constant time; `hmac` offers that too, but loads OpenSSL's megabytes."""
     difference = len(given) ^ len(secret)
-    for one, other in zip(given, secret):  # noqa: B905 - lengths are compared above
-        difference |= one ^ other
+    for given_byte, secret_byte in zip(given, secret):  # noqa: B905 - lengths are compared above
+        difference |= given_byte ^ secret_byte
     return difference == 0
 
 
@@ -349,7 +352,7 @@ def _start_time(pid: int) -> float | None:
         import psutil
 
         return float(psutil.Process(pid).create_time())
-    except Exception:  # psutil is missing, or the process has gone already
+    except Exception:  # psutil is missing, or the process is already gone
         return None
 
 
@@ -378,21 +381,21 @@ def remove_files(spec: dict[str, Any]) -> None:
 
 
 def hold_others(holds: list[dict[str, Any]]) -> list[socket.socket]:
-    """Leases on other engines (the local workers of a coordinator), for as long as these connections stand."""
+    """Leases on other engines (a coordinator's local workers), as long as these connections are open."""
     held = []
-    for other in holds:
+    for engine in holds:
         with contextlib.suppress(OSError):
-            connection = socket.create_connection((LOOPBACK, other["port"]), timeout=5.0)
-            connection.sendall(json.dumps({"key": other["key"]}).encode() + b"\n" + b'{"n": 1, "do": "hold"}\n')
+            connection = socket.create_connection((LOOPBACK, engine["port"]), timeout=5.0)
+            connection.sendall(json.dumps({"key": engine["key"]}).encode() + b"\n" + b'{"n": 1, "do": "hold"}\n')
             held.append(connection)
     return held
 
 
-# --- the guard: what ends the engine when the supervisor is killed --------------------------------
+# --- the guard: ends the engine if the supervisor is killed ------ --------------------------------
 
 
 def start_guard(spec: dict[str, Any]) -> int:
-    """Fork the guard; returns the pipe that tells it the engine's pid, and whose end tells it of ours (POSIX)."""
+    """Fork the guard (POSIX); returns the pipe that sends it the engine's pid and, by closing, reports our end."""
     reads, writes = os.pipe()
     if os.fork():
         os.close(reads)
@@ -400,29 +403,29 @@ def start_guard(spec: dict[str, Any]) -> int:
     try:
         os.close(writes)
         os.setsid()
-        nothing = os.open(os.devnull, os.O_RDWR)
+        devnull = os.open(os.devnull, os.O_RDWR)
         for descriptor in (0, 1, 2):
-            os.dup2(nothing, descriptor)
-        said = b""
+            os.dup2(devnull, descriptor)
+        received = b""
         while data := os.read(reads, 64):
-            said += data
-        if not said.endswith(GUARD_DONE):  # the supervisor ended without a word
-            if said:
+            received += data
+        if not received.endswith(GUARD_DONE):  # the supervisor was killed
+            if received:
                 with contextlib.suppress(OSError):
-                    os.killpg(int(said), signal.SIGKILL)
+                    os.killpg(int(received), signal.SIGKILL)
             remove_files(spec)
     finally:
         os._exit(0)
 
 
-def _tell_guard(guard: int | None, words: bytes) -> None:
+def _send_to_guard(guard: int | None, data: bytes) -> None:
     if guard is not None:
-        with contextlib.suppress(OSError):  # without a guard the engine is only less safe
-            os.write(guard, words)
+        with contextlib.suppress(OSError):  # without a guard the engine runs, only less safely
+            os.write(guard, data)
 
 
 def end_with_us(engine: subprocess.Popen[bytes]) -> Any:
-    """On Windows: a job object that ends the engine when our last handle to it closes; keep what it returns."""
+    """On Windows: a job object that ends the engine when our last handle to it closes; keep the result."""
     if sys.platform != "win32":
         return None
     import ctypes
@@ -439,18 +442,18 @@ def end_with_us(engine: subprocess.Popen[bytes]) -> Any:
     return job
 
 
-def _tell_parent(message: dict[str, Any]) -> None:
-    with contextlib.suppress(OSError):  # a parent that has gone is no reason to end
+def _report_to_parent(message: dict[str, Any]) -> None:
+    with contextlib.suppress(OSError):  # the parent may be gone; the engine runs on
         sys.stdout.write(json.dumps(message) + "\n")
         sys.stdout.flush()
-    # Nothing of ours may keep the parent's pipes open.
-    nothing = os.open(os.devnull, os.O_RDWR)
+    # The parent's pipes must not stay open.
+    devnull = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1):
-        os.dup2(nothing, descriptor)
+        os.dup2(devnull, descriptor)
 
 
 def remember_signals() -> list[int]:
-    """What collects the signals that ask for the end, until the supervisor serves and can obey."""
+    """Collect end signals in the returned list, until the supervisor serves and can act on them."""
     signals: list[int] = []
     for number in END_SIGNALS:
         signal.signal(number, lambda number, _: signals.append(number))
@@ -463,10 +466,10 @@ def main() -> int:
     guard = start_guard(spec) if os.name == "posix" else None
     signals = remember_signals()
     if os.name == "posix":
-        # The process tells its pid itself, before it becomes the engine: there is no moment without a guard.
+        # The process sends its pid itself, before it becomes the engine: there is no moment without a guard.
         own_session: dict[str, Any] = {
             "start_new_session": True,
-            "preexec_fn": lambda: _tell_guard(guard, b"%d\n" % os.getpid()),
+            "preexec_fn": lambda: _send_to_guard(guard, b"%d\n" % os.getpid()),
         }
     else:
         own_session = {"creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)}
@@ -479,15 +482,15 @@ def main() -> int:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            # SIGPIPE stays ignored, as in Python: a client that leaves must not end a worker that answers it.
+            # SIGPIPE stays ignored, as in Python: a client that disconnects must not end the worker.
             restore_signals=False,
             **own_session,
         )
     except OSError as error:
         remove_files(spec)
-        _tell_guard(guard, GUARD_DONE)
+        _send_to_guard(guard, GUARD_DONE)
         what = spec["key_path"] if error.filename == spec["key_path"] else spec["argv"][0]
-        _tell_parent({"event": "failed", "tail": [f"{what}: {error.strerror}"]})
+        _report_to_parent({"event": "failed", "tail": [f"{what}: {error.strerror}"]})
         return 1
     job = end_with_us(engine)
     assert engine.stdout is not None
@@ -495,10 +498,10 @@ def main() -> int:
     drain.start()
     supervisor = Supervisor(spec, engine, drain, held)
     supervisor.write_entry()
-    _tell_parent({"event": "started", "pid": engine.pid, "control_port": supervisor.control_port})
+    _report_to_parent({"event": "started", "pid": engine.pid, "control_port": supervisor.control_port})
     supervisor.serve(signals)
-    _tell_guard(guard, GUARD_DONE)
-    del job  # it had to live until here
+    _send_to_guard(guard, GUARD_DONE)
+    del job  # it had to stay open until here
     return 0
 
 

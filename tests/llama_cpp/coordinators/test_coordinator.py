@@ -420,8 +420,8 @@ def truncated(folder: Path) -> CoordinatorSettings:
 @pytest.mark.parametrize(
     ("case", "kind", "words"),
     [
-        ("truncated model", ModelFileError, "the model file is damaged or not one that llama.cpp loads"),
-        ("dead worker", CoordinatorStartError, "a worker was lost; see %sollol_cluster for which"),
+        ("truncated model", ModelFileError, "the model file is damaged, or llama.cpp does not support it"),
+        ("dead worker", CoordinatorStartError, "a worker was lost; %sollol_cluster shows which"),
         ("other protocol", CoordinatorStartError, "speaks another RPC protocol; "),
         ("no program", EngineError, "does not run"),
     ],

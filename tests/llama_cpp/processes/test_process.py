@@ -1,4 +1,4 @@
-"""The handle of an engine process: start or adopt it, hold it, watch it, end it or let go of it."""
+"""The handle of an engine process: start or adopt it, hold it, watch it, stop it or disconnect from it."""
 
 from __future__ import annotations
 
@@ -344,7 +344,7 @@ def test_shared_engine_goes_on_for_the_others_and_ends_with_the_last() -> None:
         other = await adopted()
         assert await engine.hold()
         assert not await engine.stop_unless_shared()
-        assert (await engine.wait()).why == "let go of"
+        assert (await engine.wait()).why == "detached"
         assert is_alive(psutil.Process(other.pid))
         assert (await other.status())["leases"] == 0, "its lease has ended with it"
         assert await other.stop_unless_shared()
@@ -359,7 +359,7 @@ def test_detached_engine_lives_on_and_can_be_adopted() -> None:
         pid = engine.pid
         assert await engine.hold()
         engine.detach()
-        assert await engine.wait() == ExitReport(None, (), "let go of")
+        assert await engine.wait() == ExitReport(None, (), "detached")
         assert not await engine.hold()
         other = await adopted()
         status = await other.status()

@@ -31,7 +31,7 @@ async def start(kind: str, **about: object) -> EngineProcess:
 
 @pytest.fixture
 def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[EngineProcess]]:
-    """A coordinator that is asked something, and an idle worker."""
+    """A coordinator that is in use, and an idle worker."""
     monkeypatch.setenv("SOLLOL_STATE_DIR", str(tmp_path))
     worker = run(start("worker", endpoint="127.0.0.1:50052"))
     coordinator = run(start("coordinator", model="big", url="http://127.0.0.1:1", workers=["127.0.0.1:50052"]))
@@ -49,46 +49,46 @@ def test_ps_lists_what_runs_as_a_table_and_as_json(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["KIND", "NAME", "PID", "STATE", "AGE", "WHERE"]
     assert lines[1].split()[:5] == ["coordinator", "big", str(coordinator.pid), "in", "use"]
-    assert lines[1].endswith("http://127.0.0.1:1 over 127.0.0.1:50052")
+    assert lines[1].endswith("http://127.0.0.1:1 on 127.0.0.1:50052")
     assert lines[2].split()[:5] == ["worker", "127.0.0.1:50052", str(worker.pid), "idle,", "ends"]
 
     assert cli.main(["ps", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert [(one["kind"], one["leases"]) for one in told] == [("coordinator", 1), ("worker", 0)]
-    assert told[0]["state"] == "in use"
+    engines = json.loads(capsys.readouterr().out)
+    assert [(engine["kind"], engine["leases"]) for engine in engines] == [("coordinator", 1), ("worker", 0)]
+    assert engines[0]["state"] == "in use"
 
 
-def test_stop_ends_what_nobody_uses_and_says_what_goes_on(
+def test_stop_ends_unused_engines_and_says_what_it_left_running(
     running: list[EngineProcess], capsys: pytest.CaptureFixture[str]
 ) -> None:
     coordinator, worker = running
     assert cli.main(["stop"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         f"stopped worker 127.0.0.1:50052 (pid {worker.pid})",
-        f"coordinator big (pid {coordinator.pid}) goes on: in use; `sollol-nb stop --all` stops it too",
+        f"left running: coordinator big (pid {coordinator.pid}), in use; use --all to stop it too",
     ]
-    assert run(worker.wait()).why == "stopped by its user"
+    assert run(worker.wait()).why == "stopped by the user"
     assert coordinator.is_running()
 
 
-@pytest.mark.parametrize("words", [["--all"], ["big", "127.0.0.1:50052"]])
+@pytest.mark.parametrize("arguments", [["--all"], ["big", "127.0.0.1:50052"]])
 def test_stop_ends_all_or_those_named_also_in_use(
-    running: list[EngineProcess], capsys: pytest.CaptureFixture[str], words: list[str]
+    running: list[EngineProcess], capsys: pytest.CaptureFixture[str], arguments: list[str]
 ) -> None:
-    assert cli.main(["stop", *words]) == 0
+    assert cli.main(["stop", *arguments]) == 0
     assert [line.split()[:3] for line in capsys.readouterr().out.splitlines()] == [
         ["stopped", "coordinator", "big"],
         ["stopped", "worker", "127.0.0.1:50052"],
     ]
     assert cli.main(["ps"]) == 0
-    assert capsys.readouterr().out == "nothing runs\n"
+    assert capsys.readouterr().out == "nothing is running\n"
 
 
-def test_stop_of_a_name_that_nothing_has_is_one_line(
+def test_stop_of_an_unknown_name_is_one_error_line(
     running: list[EngineProcess], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["stop", "bog"]) == 1
-    assert "nothing called 'bog' runs; running are 127.0.0.1:50052, big, " in capsys.readouterr().err
+    assert "nothing named 'bog' is running (running: 127.0.0.1:50052, big, " in capsys.readouterr().err
 
 
 # --- logs -------------------------------------------------------------------------------------
@@ -107,6 +107,6 @@ def test_the_last_lines_that_contain_a_text(log: Path) -> None:
     assert engine_log("demo", last=2, grep="LOADING") == f"{log}\nloading b\nloading c"
 
 
-def test_a_log_that_was_deleted_is_told_in_one_line(log: Path) -> None:
-    with pytest.raises(ConfigError, match=r"the log of demo cannot be read: .*demo\.log \(No such file"):
+def test_a_deleted_log_is_one_error_line(log: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read the log of demo: .*demo\.log \(No such file"):
         engine_log("demo")

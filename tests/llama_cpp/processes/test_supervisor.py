@@ -283,7 +283,7 @@ print("child", child.pid, flush=True)
 
 @posix_only
 @pytest.mark.parametrize("child", [MINUTES, IGNORES + MINUTES], ids=["obeys", "ignores the request"])
-@pytest.mark.parametrize("ending", ["stopped", "by itself", "supervisor killed", "supervisor told to end"])
+@pytest.mark.parametrize("ending", ["stopped", "by itself", "supervisor killed", "supervisor terminated"])
 def test_what_the_engine_started_ends_with_it(ending: str, child: str, folder: Path) -> None:
     then = "time.sleep(0.2)" if ending == "by itself" else "time.sleep(600)"
     with supervised(folder, STARTS_A_CHILD.format(child=child, then=then)) as owner:
@@ -294,7 +294,7 @@ def test_what_the_engine_started_ends_with_it(ending: str, child: str, folder: P
                 control.ask("stop")
             case "supervisor killed":
                 owner.process.kill()
-            case "supervisor told to end":
+            case "supervisor terminated":
                 owner.process.terminate()
         owner.all_gone()
         eventually(lambda: not started.is_running() or started.status() == "zombie", "the child has ended")
@@ -303,7 +303,7 @@ def test_what_the_engine_started_ends_with_it(ending: str, child: str, folder: P
         assert told is None
     else:
         assert told is not None
-        whys = {"stopped": "stopped", "by itself": "", "supervisor told to end": "its supervisor was told to end"}
+        whys = {"stopped": "stopped", "by itself": "", "supervisor terminated": "its supervisor was terminated"}
         assert told["why"] == whys[ending]
 
 
@@ -369,7 +369,7 @@ def test_held_engines_are_let_go_of_before_the_end_is_told(folder: Path) -> None
     with supervised(folder) as worker:
         kernel = worker.connect()
         holds = [{"port": worker.control_port, "key": KEY}]
-        done = "    _tell_guard(guard, GUARD_DONE)\n    del"
+        done = "    _send_to_guard(guard, GUARD_DONE)\n    del"
         lingers = with_code(with_constants(folder), done, "    time.sleep(600)")
         with supervised(folder, name="coordinator-1", holds=holds, program=lingers) as coordinator:
             eventually(lambda: kernel.ask("status")["clients"] == 1, "it is held")
