@@ -1,7 +1,7 @@
-"""The line of a magic as options: split, expanded, parsed; and one line of help where that fails.
+"""The line of a magic as options: split, expanded, parsed; errors are one line of help.
 
-A line is split at spaces outside of quotes and of `{{ }}`. An apostrophe within a word is no quote. Each magic's
-options are its `magic_arguments`, so that its `?` help, tab completion and this room know the same ones.
+A line is split at spaces outside quotes and `{{ }}`. An apostrophe inside a word is not a quote. Each magic
+declares its options as `magic_arguments`, which its `?` help, tab completion and this module read.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sollol_nb.errors import ConfigError
 from sollol_nb.runtime.priority import is_priority, priority_named
 from sollol_nb.text.expansion import expand
 
-WAY_OUT = "--no-expand sends braces as they are"
+NO_EXPAND_HINT = "--no-expand sends braces as they are"
 _ESCAPES = {"n": "\n", "t": "\t", '"': '"', "\\": "\\"}
 _ASSIGNMENT = re.compile(r"\s*(\w+)\s*<<(?:\s+|$)(.*)", re.DOTALL)
 _REQUIRED = re.compile(r"the following arguments are required: (.+)")
@@ -33,20 +33,20 @@ class Word(str):
     """A word of a line, without quotes.
 
     Attributes:
-        raw: as it was written.
+        raw: the word as typed, with its quotes.
     """
 
     raw: str
 
     def __new__(cls, text: str, raw: str) -> Word:
-        """The word `text`, written as `raw`."""
+        """The word `text`, typed as `raw`."""
         word = super().__new__(cls, text)
         word.raw = raw
         return word
 
     @property
     def is_quoted(self) -> bool:
-        """Whether it was written in quotes."""
+        """Whether it was typed in quotes."""
         return self.raw[:1] in "\"'" and len(self.raw) > 1 and self.raw[-1] == self.raw[0]
 
 
@@ -65,7 +65,7 @@ def split(line: str) -> list[Word]:
 
 
 def _word_at(line: str, at: int) -> tuple[int, str]:
-    """Where the word that begins here ends, and its text."""
+    """End and text of the word that begins here."""
     text = ""
     while at < len(line) and not line[at].isspace():
         opens = line[at] in "\"'" and (not text or text.endswith("="))
@@ -82,7 +82,7 @@ def _word_at(line: str, at: int) -> tuple[int, str]:
 
 
 def _quote_end(line: str, at: int) -> int | None:
-    """Where the quoted text that begins here ends, or None if it does not."""
+    """The end of the quoted text that begins here; None if its quote is never closed."""
     mark, end = line[at], at + 1
     while end < len(line) and line[end] != mark:
         end += 2 if line[end] == "\\" and mark == '"' else 1
@@ -97,7 +97,7 @@ def _unquoted(text: str) -> str:
 
 
 def _expression_end(line: str, at: int) -> int:
-    """Where the `{{ expression }}` that begins here ends; braces and texts inside it belong to it."""
+    """The end of the `{{ expression }}` that begins here, which may contain braces and quoted texts."""
     depth, end = 0, at + 2
     while end < len(line):
         if line[end] in "\"'" and (quote_end := _quote_end(line, end)) is not None:
@@ -110,39 +110,39 @@ def _expression_end(line: str, at: int) -> int:
     return len(line)
 
 
-def assigned(line: str) -> tuple[str | None, str]:
+def split_assignment(line: str) -> tuple[str | None, str]:
     """`name << rest` as (name, rest); (None, line) for other lines.
 
     Raises:
-        UsageError: the name cannot be a variable's.
+        UsageError: the name is not a valid variable name.
     """
     match = _ASSIGNMENT.match(line)
-    return (variable_name(match[1], "the name before <<"), match[2]) if match else (None, line)
+    return (variable_name(match[1], "before <<"), match[2]) if match else (None, line)
 
 
-def variable_name(text: str, what: str) -> str:
-    """The text, if it can be a variable's name.
+def variable_name(text: str, where: str) -> str:
+    """The text, if it is a valid variable name.
 
     Raises:
-        UsageError: it cannot.
+        UsageError: it is not; the message says where it stands.
     """
     if not text.isidentifier() or iskeyword(text):
-        raise UsageError(f"{what} is {text!r}, which is not a variable name")
+        raise UsageError(f"{text!r} ({where}) is not a valid variable name")
     return text
 
 
 def parse(
     magic: Any, line: str, *, name: str, namespace: Mapping[str, Any] | None = None
 ) -> tuple[argparse.Namespace, Mapping[str, Any]]:
-    """The options of a line, and the variables that its `{{ }}` and those of the cell may use.
+    """The options of a line, and the variables for the `{{ }}` of the cell: the namespace and each `--var`.
 
     Args:
         magic: the decorated method, which has the parser.
-        name: of the magic, for messages, such as `%%sollol`.
+        name: of the magic, such as `%%sollol`, for messages.
         namespace: the notebook's variables; without them nothing is expanded.
 
     Raises:
-        UsageError: one line that says which option is wrong, and which is the nearest right one.
+        UsageError: an option is wrong; the message suggests the nearest valid one.
         ConfigError: an expression cannot be expanded.
     """
     words, variables = split(line), dict(namespace or {})
@@ -152,14 +152,14 @@ def parse(
         # Intermixed, since a prompt may come after options.
         return magic.parser.parse_intermixed_args(words), variables
     except UsageError as error:
-        raise UsageError(_usage(str(error), magic.parser, name)) from None
+        raise UsageError(_usage_message(str(error), magic.parser, name)) from None
 
 
 def _expanded(words: list[Word], variables: dict[str, Any], name: str) -> list[Word]:
-    """The words with their expressions replaced; `--var NAME=VALUE` adds to the variables on the way."""
+    """The words with their expressions replaced; each `--var NAME=VALUE` adds to the variables."""
     expanded: list[Word] = []
     for word in words:
-        text = expand(word, variables, way_out=WAY_OUT)
+        text = expand(word, variables, way_out=NO_EXPAND_HINT)
         expanded.append(word if text == word else Word(text, f'"{text}"' if word.is_quoted else text))
         value_of_var = text.removeprefix("--var=") if text.startswith("--var=") else None
         if len(expanded) > 1 and expanded[-2] == "--var":
@@ -172,34 +172,35 @@ def _expanded(words: list[Word], variables: dict[str, Any], name: str) -> list[W
     return expanded
 
 
-def _usage(message: str, parser: argparse.ArgumentParser, name: str) -> str:
-    """argparse's message as one line that says what to write."""
+def _usage_message(message: str, parser: argparse.ArgumentParser, name: str) -> str:
+    """argparse's message as one line that says what to do."""
     options = sorted(option for option in parser._option_string_actions if option.startswith("--"))
-    help_ = f"{name}? lists all options"
+    help_ = f"see {name}? for the options"
     if message.startswith("unrecognized arguments: "):
         unknown = message.removeprefix("unrecognized arguments: ").split()
         first = next((word for word in unknown if word.startswith("-")), "")
         if not first:
             return f"{name}: unexpected {' '.join(unknown)!r}; {help_}"
         near = difflib.get_close_matches(first.partition("=")[0], options, 1, 0.5)
-        return f"{name}: {first} is no option" + (f"; did you mean {near[0]}? " if near else "; ") + help_
+        hint = f"did you mean {near[0]}? {help_.capitalize()}" if near else help_
+        return f"{name}: unknown option {first}; {hint}"
     if match := _REQUIRED.match(message):
         return f"{name}: {match[1]} is missing; {help_}"
     if match := _INVALID_CHOICE.match(message):
         choices = [choice.strip("' ") for choice in match[3].split(",")]
         near = difflib.get_close_matches(match[2], choices, 1, 0.5)
-        known = f"did you mean {near[0]}?" if near else f"known are {', '.join(choices)}"
-        return f"{name}: {match[1]} {match[2]} is unknown; {known}"
+        hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(choices)}"
+        return f"{name}: invalid {match[1]} {match[2]!r}; {hint}"
     if match := _ARGUMENT.match(message):
         return f"{name}: {match[1]} {match[2].replace('expected one argument', 'takes a value')}; {help_}"
     return f"{name}: {message}; {help_}"
 
 
-# --- types of options: what they say goes into the usage line -------------------------------------
+# --- types of options: their errors go into the usage message --------------------------------------
 
 
 def whole_number(text: str) -> int:
-    """A whole number that is more than 0."""
+    """A whole number greater than 0."""
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"takes a whole number such as 100, not {text!r}")
     return int(text)
@@ -229,14 +230,14 @@ def priority(text: str) -> int:
     return int(priority)
 
 
-def named(evaluate: Callable[[str], Any], expression: str, option: str, namespace: Mapping[str, Any]) -> Any:
-    """The value of an option that names something in the notebook, or is JSON.
+def named_value(evaluate: Callable[[str], Any], expression: str, option: str, namespace: Mapping[str, Any]) -> Any:
+    """The value of an option that names a variable, or is an expression or JSON.
 
     Raises:
-        ConfigError: there is no such thing; the nearest name is told.
+        ConfigError: it cannot be evaluated; the message suggests the nearest name.
     """
     if expression.startswith("{"):
-        with contextlib.suppress(ValueError):  # a JSON schema as it is; else a dict of Python
+        with contextlib.suppress(ValueError):  # JSON, else a Python dict
             return json.loads(expression)
     try:
         return evaluate(expression)

@@ -1,7 +1,8 @@
-"""`%config Sollol`: the settings of `settings.py` as traits, with help, for this kernel.
+"""`%config Sollol`: the settings of `settings/table.py` as traits of this kernel, with help.
 
-A trait that nobody set yields what holds without it (the variable's, the file's or the built-in value), looked up
-at each reading, so that an edit of `sollol_nb.toml` takes effect at once. Setting it to None lets that hold again.
+A trait that is not set has the value of the environment variable, of the settings file, or the default. It is
+looked up at each reading, so that an edit of `sollol_nb.toml` takes effect immediately. Setting a trait to None
+unsets it.
 `c.Sollol.temperature = 0` in `ipython_config.py` works like `%config Sollol.temperature = 0`.
 """
 
@@ -18,6 +19,7 @@ from traitlets.config import Configurable
 from sollol_nb.errors import ConfigError
 from sollol_nb.settings import config
 from sollol_nb.settings.table import FILE_NAME, SETTINGS, Setting, setting_of
+from sollol_nb.sync_wrapper import OllamaPool
 
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
@@ -30,7 +32,7 @@ _SECTION = "Sollol"
 
 
 class SettingTrait(TraitType[Any, Any]):
-    """A trait of the setting that it is named after. It stores only what was set; see the module."""
+    """The trait of the setting with the same name. It stores only a value that was set here."""
 
     default_value = None
     allow_none = True
@@ -40,29 +42,29 @@ class SettingTrait(TraitType[Any, Any]):
 
     @property
     def setting(self) -> Setting:
-        """The setting."""
+        """The setting of this trait."""
         assert self.name is not None
         return SETTINGS[self.name]
 
     def class_init(self, cls: type[HasTraits], name: str | None) -> None:
-        """Take the help text of the setting."""
+        """Use the help text of the setting."""
         super().class_init(cls, name)
         self.help = self.setting.help
 
     def get(self, obj: HasTraits, cls: type[Any] | None = None) -> Any:
-        """The value that holds.
+        """The value in effect.
 
         Raises:
-            ConfigError: a variable or file has a value that cannot be used.
+            ConfigError: a variable or file has an invalid value.
         """
         own = obj._trait_values.get(self.setting.name)
         return config.default(self.setting.name) if own is None else own
 
     def validate(self, obj: HasTraits, value: Any) -> Any:
-        """The value in its one form.
+        """The value in its normal form.
 
         Raises:
-            ConfigError: it cannot be used.
+            ConfigError: it is invalid.
         """
         return self.setting.kind.checked(value, f"{_SECTION}.{self.name}")
 
@@ -75,7 +77,7 @@ class Sollol(Configurable):
     """The settings of this kernel.
 
     Args:
-        shell: whose configuration holds what `ipython_config.py` and the command line say.
+        shell: its configuration has the values of `ipython_config.py` and the command line.
     """
 
     model = SettingTrait()
@@ -108,86 +110,88 @@ class Sollol(Configurable):
         super().__init__(parent=shell)
 
     def own(self, name: str) -> Any:
-        """The value that was set here; None where none was."""
+        """The value that was set here; None if it was not set."""
         return self._trait_values.get(name)
 
     def find(self, name: str) -> config.Found:
-        """The value that holds, and where it comes from.
+        """The value in effect, and where it comes from.
 
         Raises:
-            ConfigError: a variable or file has a value that cannot be used.
+            ConfigError: a variable or file has an invalid value.
         """
         own = self.own(name)
         return config.find(name) if own is None else config.Found(own, "%config")
 
     def or_built_in(self, name: str) -> Any:
-        """The value that holds, or the built-in default where a variable or file cannot be used: for what must not
-        fail by that, such as showing the error that says so."""
+        """The value in effect, or the default if a variable or file has an invalid value: for code that must not
+        fail because of that, such as showing the error about it."""
         try:
             return self.find(name).value
         except ConfigError:
             return SETTINGS[name].default
 
     def request_defaults(self) -> dict[str, Any]:
-        """What someone set for requests, by name of the option (`system`, `model` and `format` too).
+        """The request settings that were set anywhere, by name of the option (also `system`, `model`, `format`).
 
-        What nobody set is left out: there the router and the engines have defaults of their own. So is a `timeout`
-        of the variable or the file: it is the router's default, and this router may have been given another.
+        Settings with their default value are left out, since the router and the engines have their own defaults. A
+        `timeout` from the variable or the file is left out too: it is the router's default, and this router may
+        have been given another.
 
         Raises:
-            ConfigError: a variable or file has a value that cannot be used.
+            ConfigError: a variable or file has an invalid value.
         """
-        found = {one.argument: self.find(one.name) for one in SETTINGS.values() if one.side == "request"}
+        found = {
+            setting.argument: self.find(setting.name) for setting in SETTINGS.values() if setting.side == "request"
+        }
         if self.own("timeout") is None:
             del found["timeout"]
-        return {name: one.value for name, one in found.items() if one.source != config.BUILT_IN}
+        return {name: each.value for name, each in found.items() if each.source != config.BUILT_IN}
 
     def router_settings(self) -> dict[str, Any]:
-        """What was set here for the router, as keyword arguments of `sync_wrapper.HybridRouter`.
+        """The router's settings that were set here, as keyword arguments of `sync_wrapper.HybridRouter`.
 
-        It looks into variables and files itself for what is not among them.
+        The router itself reads variables and files for all others.
         """
         settings = {
-            one.argument: self.own(one.name)
-            for one in SETTINGS.values()
-            if one.side == "router" and self.own(one.name) is not None
+            setting.argument: self.own(setting.name)
+            for setting in SETTINGS.values()
+            if setting.side == "router" and self.own(setting.name) is not None
         }
         if "ollama_pool" in settings:
-            from sollol_nb.sync_wrapper import OllamaPool
-
             settings["ollama_pool"] = OllamaPool(settings["ollama_pool"])
         return settings
 
     def on_router_change(self, callback: Callable[[], object]) -> None:
-        """Call back whenever a setting of the router was changed here."""
-        self.observe(lambda _: callback(), [one.name for one in SETTINGS.values() if one.side == "router"])
+        """Call back whenever a setting of the router changes here."""
+        names = [setting.name for setting in SETTINGS.values() if setting.side == "router"]
+        self.observe(lambda _: callback(), names)
 
     def update_config(self, config: Config) -> None:
-        """What `%config Sollol.NAME = ...` calls.
+        """`%config Sollol.NAME = ...` calls this.
 
         Raises:
-            ConfigError: there is no such setting, or its value cannot be used.
+            ConfigError: the setting does not exist, or its value is invalid.
         """
         for name in config.get(_SECTION, ()):
             setting = setting_of(name, _SECTION)
             if setting.side == "machine":
                 raise ConfigError(
-                    f"{_SECTION}.{name} cannot be changed in a notebook; set {setting.variable} before it starts, "
-                    f"or {name} in {FILE_NAME}"
+                    f"{_SECTION}.{name} cannot be changed in a notebook; set {setting.variable} before the kernel "
+                    f"starts, or {name} in {FILE_NAME}"
                 )
         super().update_config(config)
 
     @contextmanager
     def hold_trait_notifications(self) -> Iterator[None]:
-        """Hold nothing. traitlets would end by setting each changed trait to what reading it yields, which would
-        pin the present default where a trait was set to None."""
+        """Hold nothing. traitlets would finally set each changed trait to the value it reads, and so pin the
+        present default of a trait that was set to None."""
         yield
 
     @classmethod
     def class_get_trait_help(
         cls, trait: TraitType[Any, Any], inst: HasTraits | None = None, helptext: str | None = None
     ) -> str:
-        """One setting in `%config Sollol`: its value and where that comes from, and how to set it."""
+        """One setting in `%config Sollol`: its value, where the value comes from, and how to set it."""
         assert isinstance(trait, SettingTrait)
         setting = trait.setting
         head = f"{cls.__name__}.{setting.name}"
@@ -204,10 +208,10 @@ class Sollol(Configurable):
 
 
 def install(shell: InteractiveShell) -> Sollol:
-    """Let `%config Sollol` work in this shell; gives the settings. Twice is fine, and keeps what was set.
+    """Make `%config Sollol` work in this shell; returns the settings. Twice is fine, and keeps their values.
 
     Raises:
-        ConfigError: `ipython_config.py` or the command line has a value that cannot be used.
+        ConfigError: `ipython_config.py` or the command line has an invalid value.
     """
     for settings in _installed(shell):
         return settings
@@ -217,7 +221,7 @@ def install(shell: InteractiveShell) -> Sollol:
 
 
 def remove(shell: InteractiveShell) -> None:
-    """Take the settings out again, and what `%config` has left of them in the shell's own configuration."""
+    """Remove the settings, and what `%config` has added to the shell's own configuration."""
     for settings in _installed(shell):
         shell.configurables.remove(settings)  # type: ignore[arg-type]
         shell.config.pop(_SECTION, None)
@@ -227,4 +231,4 @@ def remove(shell: InteractiveShell) -> None:
 
 def _installed(shell: InteractiveShell) -> list[Sollol]:
     configurables: list[Any] = shell.configurables
-    return [one for one in configurables if isinstance(one, Sollol)]
+    return [part for part in configurables if isinstance(part, Sollol)]

@@ -118,19 +118,19 @@ def test_the_route_magic_says_where_and_why(notebook: Kernel) -> None:
         ("%%sollol /no/such/file.gguf\nHello", "ModelFileError: /no/such/file.gguf is not there"),
         ("%%sollol demo --top-p 7 --timeout -1\nHello", "ConfigError: timeout=-1.0 must be more than 0 seconds"),
         ("%sollol_cluster add nonsense:port", "ConfigError: 'nonsense:port' is not an endpoint"),
-        ("%sollol_route", "UsageError: %sollol_route: model is missing; %sollol_route? lists all options"),
+        ("%sollol_route", "UsageError: %sollol_route: model is missing; see %sollol_route? for the options"),
         (
             "%%sollol demo --max-tokens many\nHello",
             "UsageError: %%sollol: --max-tokens takes a whole number such as",
         ),
         (
             "%%sollol demo --tempratur 1\nHello",
-            "UsageError: %%sollol: --tempratur is no option; did you mean --temp",
+            "UsageError: %%sollol: unknown option --tempratur; did you mean --temp",
         ),
         ("%%sollol demo\n  ", "UsageError: the prompt is empty"),
-        ("%%sollol demo --out 1x\nHello", "UsageError: --out is '1x', which is not a variable name"),
+        ("%%sollol demo --out 1x\nHello", "UsageError: '1x' (--out) is not a valid variable name"),
         ("%sollol_cluster start many", "UsageError: start takes a number of workers, not 'many'"),
-        ("%sollol_cluster stop nosuch", "UsageError: no coordinator runs nosuch"),
+        ("%sollol_cluster stop nosuch", "UsageError: there is no coordinator of nosuch"),
     ],
 )
 def test_errors_are_one_line(notebook: Kernel, cell: str, words: str) -> None:
@@ -147,7 +147,7 @@ def test_the_stop_button_cancels_on_the_engine_and_keeps_the_text(notebook: Kern
     notebook.collect(message_id, until_shown="shard")
     notebook.manager.interrupt_kernel()
     shown = notebook.collect(message_id)
-    assert shown.error == ["RequestCancelledError: demo:sharded: stopped; what came so far is kept"]
+    assert shown.error == ["RequestCancelledError: demo:sharded: stopped; the partial answer is kept"]
     assert notebook.value("cut.finish_reason, len(cut.text) > 0") == "('cancelled', True)"
     notebook.run("from sollol_nb.runtime.io_loop import run_blocking\nfrom sollol_nb.notebook import router")
     busy = "run_blocking(router().coordinator.busy_slots())"
@@ -319,7 +319,7 @@ def test_stop_ends_the_coordinators_of_this_kernel_or_all_that_runs(notebook: Ke
     notebook.run("%%sollol demo:sharded --max-tokens 5\nHello!")
     assert "no coordinator" not in notebook.run("%sollol_cluster --text").stream
     assert "coordinator demo:sharded" in notebook.run("%sollol_stop").stream
-    assert notebook.run("%sollol_stop").stream == "nothing runs\n"
+    assert notebook.run("%sollol_stop").stream == "nothing is running\n"
     notebook.run("%%sollol demo:sharded --max-tokens 5\nHello!")
     assert notebook.run("%sollol_stop demo:sharded").stream == "stopped coordinator demo:sharded\n"
     assert (

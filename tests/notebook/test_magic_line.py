@@ -9,15 +9,15 @@ from IPython.core.error import UsageError
 from IPython.core.magic_arguments import argument, magic_arguments
 
 from sollol_nb.errors import ConfigError
-from sollol_nb.notebook import magic_line as options
+from sollol_nb.notebook import magic_line
 
 
 @magic_arguments()
 @argument("words", nargs="*")
-@argument("--temperature", type=options.number)
-@argument("--max-tokens", type=options.whole_number)
-@argument("--seed", type=options.seed)
-@argument("--priority", type=options.priority)
+@argument("--temperature", type=magic_line.number)
+@argument("--max-tokens", type=magic_line.whole_number)
+@argument("--seed", type=magic_line.seed)
+@argument("--priority", type=magic_line.priority)
 @argument("--stop", action="append")
 @argument("--system")
 @argument("--format", choices=("markdown", "text", "json"))
@@ -53,18 +53,18 @@ def needy(self: Any, line: str) -> None:
     ],
 )
 def test_a_line_is_split_as_it_is_meant(line: str, words: list[str]) -> None:
-    assert options.split(line) == words
+    assert magic_line.split(line) == words
 
 
 def test_words_know_how_they_were_written() -> None:
-    plain, quoted = options.split('say "hello there"')
+    plain, quoted = magic_line.split('say "hello there"')
 
     assert (plain.raw, plain.is_quoted) == ("say", False)
     assert (quoted.raw, quoted.is_quoted) == ('"hello there"', True)
 
 
 def test_options_and_prompt_may_come_in_any_order() -> None:
-    arguments, _ = options.parse(magic, "demo --temperature 0 What --max-tokens 5 now", name="%m")
+    arguments, _ = magic_line.parse(magic, "demo --temperature 0 What --max-tokens 5 now", name="%m")
 
     assert arguments.words == ["demo", "What", "now"]
     assert (arguments.temperature, arguments.max_tokens) == (0.0, 5)
@@ -75,46 +75,52 @@ def test_options_and_prompt_may_come_in_any_order() -> None:
     [
         (
             "demo --temprature 1",
-            "%m: --temprature is no option; did you mean --temperature? %m? lists all options",
+            "%m: unknown option --temprature; did you mean --temperature? See %m? for the options",
         ),
-        ("demo --xyzzy", "%m: --xyzzy is no option; %m? lists all options"),
+        ("demo --xyzzy", "%m: unknown option --xyzzy; see %m? for the options"),
         (
             "--max-tokens many",
-            "%m: --max-tokens takes a whole number such as 100, not 'many'; %m? lists all options",
+            "%m: --max-tokens takes a whole number such as 100, not 'many'; see %m? for the options",
         ),
-        ("--max-tokens 0", "%m: --max-tokens takes a whole number such as 100, not '0'; %m? lists all options"),
-        ("--max-tokens", "%m: --max-tokens takes a value; %m? lists all options"),
-        ("--temperature warm", "%m: --temperature takes a number such as 0.7, not 'warm'; %m? lists all options"),
-        ("--seed 1.5", "%m: --seed takes a whole number such as 42, not '1.5'; %m? lists all options"),
+        ("--max-tokens 0", "%m: --max-tokens takes a whole number such as 100, not '0'; see %m? for the options"),
+        ("--max-tokens", "%m: --max-tokens takes a value; see %m? for the options"),
+        (
+            "--temperature warm",
+            "%m: --temperature takes a number such as 0.7, not 'warm'; see %m? for the options",
+        ),
+        ("--seed 1.5", "%m: --seed takes a whole number such as 42, not '1.5'; see %m? for the options"),
         (
             "--priority urgentt",
-            "%m: --priority takes 1 to 10 or a name such as high, not 'urgentt'; %m? lists all",
+            "%m: --priority takes 1 to 10 or a name such as high, not 'urgentt'; see %m? for the options",
         ),
-        ("--priority 11", "%m: --priority takes 1 to 10 or a name such as high, not '11'; %m? lists all options"),
-        ("--format jsn", "%m: --format jsn is unknown; did you mean json?"),
-        ("--format zzz", "%m: --format zzz is unknown; known are markdown, text, json"),
+        (
+            "--priority 11",
+            "%m: --priority takes 1 to 10 or a name such as high, not '11'; see %m? for the options",
+        ),
+        ("--format jsn", "%m: invalid --format 'jsn'; did you mean json?"),
+        ("--format zzz", "%m: invalid --format 'zzz'; choose from markdown, text, json"),
         ("--var city", "%m: --var takes NAME=VALUE, such as --var city=Rome, not 'city'"),
-        ("--var 1x=2", "--var is '1x', which is not a variable name"),
+        ("--var 1x=2", "'1x' (--var) is not a valid variable name"),
     ],
 )
 def test_a_wrong_option_is_told_in_one_line_with_the_nearest_right_one(line: str, usage: str) -> None:
     with pytest.raises(UsageError) as caught:
-        options.parse(magic, line, name="%m", namespace={})
+        magic_line.parse(magic, line, name="%m", namespace={})
     assert str(caught.value).startswith(usage)
     assert "\n" not in str(caught.value)
 
 
 def test_a_missing_word_is_told() -> None:
-    with pytest.raises(UsageError, match=r"^%n: model is missing; %n[?] lists all options$"):
-        options.parse(needy, "", name="%n")
+    with pytest.raises(UsageError, match=r"^%n: model is missing; see %n[?] for the options$"):
+        magic_line.parse(needy, "", name="%n")
     with pytest.raises(UsageError, match=r"^%n: unexpected 'b c'; "):
-        options.parse(needy, "a b c", name="%n")
+        magic_line.parse(needy, "a b c", name="%n")
 
 
 def test_expressions_in_options_are_expanded_each_as_one_word() -> None:
     variables = {"model": "demo", "role": 'a "wise" critic', "n": 3}
     line = "{{ model }} --system {{ role }} --max-tokens {{ n * 2 }} tell {{ n }}"
-    arguments, _ = options.parse(magic, line, name="%m", namespace=variables)
+    arguments, _ = magic_line.parse(magic, line, name="%m", namespace=variables)
 
     assert arguments.words == ["demo", "tell", "3"]
     assert (arguments.system, arguments.max_tokens) == ('a "wise" critic', 6)
@@ -123,7 +129,7 @@ def test_expressions_in_options_are_expanded_each_as_one_word() -> None:
 def test_variables_of_the_line_are_for_this_cell_only() -> None:
     variables = {"n": 3}
     line = "--var city=Rome --var='many={{ n }}0' {{ city }}"
-    arguments, given = options.parse(magic, line, name="%m", namespace=variables)
+    arguments, given = magic_line.parse(magic, line, name="%m", namespace=variables)
 
     assert arguments.words == ["Rome"]
     assert given == {"n": 3, "city": "Rome", "many": "30"}
@@ -131,7 +137,7 @@ def test_variables_of_the_line_are_for_this_cell_only() -> None:
 
 
 def test_expansion_can_be_switched_off() -> None:
-    arguments, _ = options.parse(magic, "demo --no-expand {{ nosuch }}", name="%m", namespace={})
+    arguments, _ = magic_line.parse(magic, "demo --no-expand {{ nosuch }}", name="%m", namespace={})
 
     assert arguments.words == ["demo", "{{ nosuch }}"]
     assert arguments.expand is False
@@ -139,7 +145,7 @@ def test_expansion_can_be_switched_off() -> None:
 
 def test_an_unknown_variable_is_told() -> None:
     with pytest.raises(ConfigError, match="there is no variable citi"):
-        options.parse(magic, "{{ citi }}", name="%m", namespace={"city": 1})
+        magic_line.parse(magic, "{{ citi }}", name="%m", namespace={"city": 1})
 
 
 @pytest.mark.parametrize(
@@ -153,29 +159,33 @@ def test_an_unknown_variable_is_told() -> None:
     ],
 )
 def test_an_answer_can_be_named_before_the_line(line: str, name: str | None, rest: str) -> None:
-    assert options.assigned(line) == (name, rest)
+    assert magic_line.split_assignment(line) == (name, rest)
 
 
 def test_a_name_that_cannot_be_a_variable_is_refused() -> None:
     for name in ("1x", "class"):
-        with pytest.raises(UsageError, match=f"'{name}', which is not a variable name"):
-            options.assigned(f"{name} << demo")
+        with pytest.raises(UsageError, match=f"'{name}' [(]before <<[)] is not a valid variable name"):
+            magic_line.split_assignment(f"{name} << demo")
 
 
 def test_an_option_can_name_a_thing_of_the_notebook() -> None:
     namespace = {"Person": int}
 
     assert (
-        options.named(lambda text: eval(text, dict(namespace)), "list[Person]", "--schema", namespace) == list[int]
+        magic_line.named_value(lambda text: eval(text, dict(namespace)), "list[Person]", "--schema", namespace)
+        == list[int]
     )
     with pytest.raises(ConfigError, match=r"--schema Persn: name 'Persn' is not defined; did you mean Person\?"):
-        options.named(lambda text: eval(text, dict(namespace)), "Persn", "--schema", namespace)
+        magic_line.named_value(lambda text: eval(text, dict(namespace)), "Persn", "--schema", namespace)
     with pytest.raises(ConfigError, match="--schema 1/0: ZeroDivisionError: division by zero"):
-        options.named(lambda text: eval(text, {}), "1/0", "--schema", {})
+        magic_line.named_value(lambda text: eval(text, {}), "1/0", "--schema", {})
 
 
 def test_an_option_can_be_json() -> None:
     schema = '{"type": "object", "additionalProperties": false}'
 
-    assert options.named(eval, schema, "--schema", {}) == {"type": "object", "additionalProperties": False}
-    assert options.named(eval, "{'a': 1}", "--schema", {}) == {"a": 1}
+    assert magic_line.named_value(eval, schema, "--schema", {}) == {
+        "type": "object",
+        "additionalProperties": False,
+    }
+    assert magic_line.named_value(eval, "{'a': 1}", "--schema", {}) == {"a": 1}

@@ -86,7 +86,7 @@ def test_values_get_their_one_form(settings: Sollol) -> None:
         ("workers", ["a:b"], "Sollol.workers: 'a:b' is not an endpoint; write host:port"),
         ("temprature", 1, "Sollol: there is no setting 'temprature'; did you mean temperature?"),
         ("layer_strategy", "even", "Sollol: there is no setting 'layer_strategy'; did you mean strategy?"),
-        ("state_dir", "/tmp", "Sollol.state_dir cannot be changed in a notebook; set SOLLOL_STATE_DIR before it"),
+        ("state_dir", "/tmp", "Sollol.state_dir cannot be changed in a notebook; set SOLLOL_STATE_DIR"),
     ],
 )
 def test_bad_values_are_told_in_one_line_and_change_nothing(

@@ -96,7 +96,7 @@ def test_text_streams_and_ctrl_c_keeps_it(terminal: Terminal, tmp_path: Path) ->
     terminal.wait_for(r"w\d+ w\d+")
     terminal.press_ctrl_c()
     shown = terminal.wait_prompt()
-    assert "stopped; what came so far is kept" in shown
+    assert "stopped; the partial answer is kept" in shown
     assert "('cancelled', True)" in terminal.run("_.finish_reason, len(_.text) > 0")
     assert "A worker" in terminal.run("%sollol demo:sharded --temperature 0 --max-tokens 9 'What is a worker?'")
 

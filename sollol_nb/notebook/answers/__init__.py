@@ -1,1 +1,7 @@
-"""answers"""
+"""From the options of a `%%sollol` cell to the answer that streams into it.
+
+- `request.py`: the options of a cell as one request.
+- `views.py`: an answer while it streams, and how a notebook or a terminal shows it.
+- `cell.py`: the cell waits for its answer.
+- `background.py`: the cell ends at once, and a handle represents the answer.
+"""

@@ -1,7 +1,7 @@
-"""An answer that is written while the notebook goes on: a handle that shows live, can be awaited, cancelled, read.
+"""An answer in the background: a handle that shows the answer live, and that can be awaited, cancelled and read.
 
-The request runs on the I/O loop. A thread of its own shows it, with the context of the cell that asked, since a
-kernel finds the cell that output belongs to in it. Each place where the handle is shown is kept up to date.
+The request runs on the I/O loop. A separate thread updates every display of the handle. It runs in the context of
+the cell, where a kernel looks up which cell an output belongs to.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sollol_nb.chat.chunk import Chunk
 from sollol_nb.chat.completion import Completion
 from sollol_nb.chat.completion_view import shown_name
 from sollol_nb.errors import RequestCancelledError, RequestTimeoutError
-from sollol_nb.notebook.answers.cell import broken_off, stopped, told
+from sollol_nb.notebook.answers.cell import follow_events, partial_completion, stopped_error
 from sollol_nb.notebook.answers.views import UPDATE_INTERVAL_S, LiveAnswer, NotebookView
 from sollol_nb.runtime.events import EventBus
 from sollol_nb.runtime.io_loop import io_loop
@@ -37,14 +37,14 @@ _running: weakref.WeakSet[BackgroundAnswer] = weakref.WeakSet()
 
 
 class BackgroundAnswer:
-    """An answer that is being written.
+    """An answer in the background.
 
-    `result()` waits for it, `await` does too, `cancel()` stops it, `text` is what came so far.
+    `result()` and `await` wait for it, `cancel()` stops it, `text` is the text received so far.
 
     Args:
-        request: what is asked.
+        request: the request.
         chunks: the answer's stream.
-        events: of the router.
+        events: the router's events.
         make_display: how a notebook shows a mime bundle and updates it; None in a terminal.
     """
 
@@ -85,22 +85,22 @@ class BackgroundAnswer:
 
     async def _read(self, chunks: AsyncGenerator[Chunk, None]) -> Completion | pd.DataFrame:
         try:
-            with told(self._events, self.model, self._answer):
+            with follow_events(self._events, self.model, self._answer):
                 async with aclosing(chunks):
                     async for chunk in chunks:
                         self._answer.add(chunk)
-            self._partial = completion = self._request.dressed(self._answer.completion())
-            return await asyncio.to_thread(self._request.result, completion)
+            self._partial = completion = self._request.apply_form(self._answer.completion())
+            return await asyncio.to_thread(self._request.value, completion)
         except asyncio.CancelledError:
-            self._partial = broken_off(self._request, self._answer, RequestCancelledError())
+            self._partial = partial_completion(self._request, self._answer, RequestCancelledError())
             raise
         except Exception as error:
-            self._partial = self._partial or broken_off(self._request, self._answer, error)
+            self._partial = self._partial or partial_completion(self._request, self._answer, error)
             raise
 
     def _end(self, task: asyncio.Task[Completion | pd.DataFrame]) -> None:
         if task.cancelled():
-            self._future.set_exception(stopped(self.model))
+            self._future.set_exception(stopped_error(self.model))
         elif (error := task.exception()) is not None:
             self._future.set_exception(error)
         else:
@@ -111,23 +111,23 @@ class BackgroundAnswer:
 
     @property
     def done(self) -> bool:
-        """Whether it has ended, well or not."""
+        """Whether it has ended, successfully or not."""
         return self._ended.is_set()
 
     @property
     def text(self) -> str:
-        """What came so far."""
+        """The text received so far."""
         return self._answer.text
 
     @property
     def completion(self) -> Completion | None:
-        """The completion once it has ended, also one that was stopped or broke off; None before that, and if
-        nothing came."""
+        """The completion once it has ended, or the partial one if it was stopped or failed; None before that,
+        and if no text arrived."""
         return self._partial if self.done else None
 
     @property
     def error(self) -> BaseException | None:
-        """Why it did not end well; None if it did, or runs."""
+        """Why it failed or was stopped; None if it is running or succeeded."""
         return self._future.exception() if self.done else None
 
     def result(self, timeout: float | None = None) -> Completion | pd.DataFrame:
@@ -137,16 +137,16 @@ class BackgroundAnswer:
             timeout: the longest wait in seconds; None waits as long as the request may take.
 
         Raises:
-            RequestTimeoutError: it has not ended by then; it goes on.
-            RequestCancelledError: it was cancelled; `.completion` has what came so far.
-            SollolError: of the kind that fits.
+            RequestTimeoutError: it has not ended within the timeout; it continues.
+            RequestCancelledError: it was cancelled; `.completion` has the partial answer.
+            SollolError: it failed for any other reason.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         while not self.done:
             left_s = _WAIT_S if deadline is None else min(deadline - time.monotonic(), _WAIT_S)
             if left_s <= 0:
                 raise RequestTimeoutError(
-                    f"{shown_name(self.model)} has not answered within {timeout:g} s; it goes on"
+                    f"{shown_name(self.model)} has not answered within {timeout:g} s; it continues"
                 )
             self._ended.wait(left_s)
         return self._future.result()
@@ -159,7 +159,7 @@ class BackgroundAnswer:
         ended = asyncio.Event()
 
         def wake(_: Future[Any]) -> None:
-            with suppress(RuntimeError):  # that loop is closed: who waited has left
+            with suppress(RuntimeError):  # that loop is closed: nobody waits there any more
                 loop.call_soon_threadsafe(ended.set)
 
         self._future.add_done_callback(wake)
@@ -167,10 +167,10 @@ class BackgroundAnswer:
         return self._future.result()
 
     def cancel(self) -> bool:
-        """Stop it, and free its slot on the engine; False if it has ended already."""
+        """Stop it, and free its slot on the engine; False if it had ended already."""
         if self.done:
             return False
-        io_loop().call_soon_threadsafe(lambda: self._task.cancel())  # it has begun by then
+        io_loop().call_soon_threadsafe(lambda: self._task.cancel())  # `begin` has created the task by then
         return True
 
     def join(self, timeout_s: float) -> None:
@@ -184,7 +184,7 @@ class BackgroundAnswer:
 
     @property
     def state(self) -> str:
-        """In one word: `waiting`, `writing`, `done`, `cancelled` or `failed`."""
+        """`waiting`, `writing`, `done`, `cancelled` or `failed`."""
         if not self.done:
             return "writing" if self._answer.has_begun else "waiting"
         if self.error is None:
@@ -223,15 +223,15 @@ class BackgroundAnswer:
         error = self.error
         value = None if error is not None else self._future.result()
         frame = None if value is None or isinstance(value, Completion) else value
-        words = "" if error is None else f"{type(error).__name__}: {error}"
-        view.finish(self._partial, frame, error=words)
+        message = "" if error is None else f"{type(error).__name__}: {error}"
+        view.finish(self._partial, frame, error=message)
 
 
 def cancel_all(*, wait_s: float) -> None:
-    """Stop all answers that are written in the background, and wait so long until they and their threads ended."""
+    """Stop all answers in the background, and wait at most this long for them and their threads to end."""
     deadline = time.monotonic() + wait_s
     answers = list(_running)
-    for one in answers:
-        one.cancel()
-    for one in answers:
-        one.join(max(0.0, deadline - time.monotonic()))
+    for answer in answers:
+        answer.cancel()
+    for answer in answers:
+        answer.join(max(0.0, deadline - time.monotonic()))

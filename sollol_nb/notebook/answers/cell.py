@@ -1,7 +1,7 @@
-"""An answer streams into the cell that asks, until it ends, fails, or is stopped; nothing of it is lost.
+"""Stream an answer into its cell until it ends, fails or is stopped. The text received so far is never lost.
 
-The request runs on the I/O loop; its chunks come to the cell's thread through a queue, since output is tied to a
-cell by the thread that makes it. A tick without a chunk shows what goes on: a model that is being loaded.
+The request runs on the I/O loop. Its chunks reach the cell's thread through a queue, since a kernel assigns output
+to a cell by the thread that prints it. While no chunk arrives, the view shows the latest event.
 """
 
 from __future__ import annotations
@@ -24,11 +24,10 @@ if TYPE_CHECKING:
     from sollol_nb.notebook.answers.request import CellRequest
 
 STOP_GRACE_S = 0.8
-"""How long a stopped cell waits until the engine has let go of its request; it lets go all the same, a bit
-later."""
+"""How long a stopped cell waits for the engine to cancel its request; a slower engine cancels it later."""
 
 
-def ask(
+def stream_into_cell(
     request: CellRequest,
     chunks: AsyncGenerator[Chunk, None],
     events: EventBus,
@@ -36,19 +35,19 @@ def ask(
     *,
     keep: Callable[[Completion], None],
 ) -> Completion | pd.DataFrame:
-    """Show an answer as it comes; gives the completion, or its frame if that is asked for.
+    """Show an answer while it streams; returns the completion, or its frame if the request says so.
 
     Args:
         chunks: the answer's stream.
-        events: of the router, for what goes on before and between.
-        keep: called with a completion that was cut short, or does not have the structure that was asked for.
+        events: the router's events, shown while no text arrives.
+        keep: called with a partial completion, or with one that does not match the requested schema.
 
     Raises:
-        RequestCancelledError: the stop button or Ctrl-C; the text so far stays shown and was kept.
-        SollolError: of the kind that fits; text that came before stays shown and was kept.
+        RequestCancelledError: the stop button or Ctrl-C; the partial answer stays visible and was kept.
+        SollolError: any other failure; the partial answer stays visible and was kept.
     """
     answer = LiveAnswer(request.model)
-    with told(events, request.model, answer):
+    with follow_events(events, request.model, answer):
         try:
             with closing(
                 iterate_blocking(chunks, tick_s=UPDATE_INTERVAL_S, cancel_grace_s=STOP_GRACE_S)
@@ -58,17 +57,17 @@ def ask(
                         answer.add(chunk)
                     view.show(answer)
         except (KeyboardInterrupt, Exception) as error:
-            partial = broken_off(request, answer, error)
+            partial = partial_completion(request, answer, error)
             if partial is not None:
                 keep(partial)
             view.finish(partial)
             if isinstance(error, KeyboardInterrupt):
-                raise stopped(request.model) from None
+                raise stopped_error(request.model) from None
             raise
-    completion = request.dressed(answer.completion())
+    completion = request.apply_form(answer.completion())
     try:
-        value = request.result(completion)
-    except SollolError:  # not the structure that was asked for
+        value = request.value(completion)
+    except SollolError:  # it does not match the schema
         keep(completion)
         view.finish(completion)
         raise
@@ -76,16 +75,16 @@ def ask(
     return value
 
 
-def stopped(model: str) -> RequestCancelledError:
+def stopped_error(model: str) -> RequestCancelledError:
     """The error of an answer that its user has stopped."""
-    return RequestCancelledError(f"{shown_name(model)}: stopped; what came so far is kept")
+    return RequestCancelledError(f"{shown_name(model)}: stopped; the partial answer is kept")
 
 
-def broken_off(request: CellRequest, answer: LiveAnswer, error: BaseException) -> Completion | None:
-    """The completion of an answer that did not end well; None if nothing of it had come."""
+def partial_completion(request: CellRequest, answer: LiveAnswer, error: BaseException) -> Completion | None:
+    """The completion of an answer that this error ended; None if no text had arrived."""
     if not answer.has_begun:
         return None
-    partial = request.dressed(answer.completion())
+    partial = request.apply_form(answer.completion())
     cancelled = isinstance(error, KeyboardInterrupt | RequestCancelledError)
     partial["done_reason"] = "cancelled" if cancelled else "error"
     if isinstance(error, AnswerInterruptedError) and error.partial is not None:
@@ -94,8 +93,8 @@ def broken_off(request: CellRequest, answer: LiveAnswer, error: BaseException) -
 
 
 @contextmanager
-def told(events: EventBus, model: str, answer: LiveAnswer) -> Iterator[None]:
-    """While in here, the answer's status is what the bus tells of its model, and of engines and workers."""
+def follow_events(events: EventBus, model: str, answer: LiveAnswer) -> Iterator[None]:
+    """Inside this context, the answer's status is the latest event of its model, or of engines and workers."""
 
     def note(event: Event) -> None:
         source = event.kind.source

@@ -1,6 +1,6 @@
-"""One `%%sollol` cell as a request: what is asked, of which model, how the answer is shown, and where it is kept.
+"""The options of a `%%sollol` cell as one request: model, prompt, how to show the answer, where to store it.
 
-The magic's options are declared in `asking.py`; here they become one object that the rest works with.
+`magics/ask.py` declares the options.
 """
 
 from __future__ import annotations
@@ -13,31 +13,31 @@ from typing import TYPE_CHECKING, Any
 from IPython.core.error import UsageError
 
 from sollol_nb.chat.completion import Completion, checked_against_schema
-from sollol_nb.notebook.magic_line import WAY_OUT, Word, named, variable_name
+from sollol_nb.notebook.magic_line import NO_EXPAND_HINT, Word, named_value, variable_name
 from sollol_nb.text.expansion import expand
 
 if TYPE_CHECKING:
     import pandas as pd
 
 OPTIONS = ("temperature", "top_p", "max_tokens", "seed", "stop", "priority", "timeout", "backend")
-"""Options of the magic that are the router's own."""
+"""Options of the magic that go to the router unchanged."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CellRequest:
-    """One question to a model.
+    """One request of a cell.
 
     Attributes:
-        model: its name.
-        prompt: the user's message, expanded.
+        model: the model's name.
+        prompt: the user's message, with `{{ }}` expanded.
         system: the system message, or None.
-        system_is_default: it is what holds for all requests that bring none.
-        options: of `HybridRouter.stream`, without those that are None.
-        schema: what the answer must fit, or None.
-        chat: name of the conversation that it belongs to, or None.
-        reset: begin that conversation anew.
+        system_is_default: the system message is the default, not the cell's own.
+        options: for `HybridRouter.stream`, without those that are None.
+        schema: what the answer must match, or None.
+        chat: name of the conversation that the request continues, or None.
+        reset: start that conversation over.
         shown_as: `markdown`, `text`, `json`, `html` or `code`.
-        raw: show the text as it comes, and nothing else.
+        raw: show only the model's text.
         quiet: show nothing.
         as_frame: the value is a DataFrame.
         out: variable that gets the value, or None.
@@ -61,7 +61,7 @@ class CellRequest:
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        """The request's messages where it belongs to no conversation."""
+        """The messages of a request that continues no conversation."""
         system = [{"role": "system", "content": self.system}] if self.system else []
         return [*system, {"role": "user", "content": self.prompt}]
 
@@ -75,16 +75,16 @@ class CellRequest:
             options["format"] = "json"
         return options
 
-    def dressed(self, completion: Completion) -> Completion:
-        """The completion as it is to be shown and read."""
+    def apply_form(self, completion: Completion) -> Completion:
+        """Set how the completion is shown, and its schema; returns it."""
         completion.shown_as, completion.schema = self.shown_as, self.schema
         return completion
 
-    def result(self, completion: Completion) -> Completion | pd.DataFrame:
+    def value(self, completion: Completion) -> Completion | pd.DataFrame:
         """The cell's value.
 
         Raises:
-            StructureError: the answer does not fit the schema, or holds no frame.
+            StructureError: the answer does not match the schema, or has no frame.
         """
         checked_against_schema(completion, self.schema)
         if not self.as_frame:
@@ -108,25 +108,25 @@ def cell_request(
     Args:
         arguments: the parsed options.
         cell: the text below the first line; None for the line form.
-        out: the name before `<<`, if there was one.
-        defaults: of `%config Sollol`, by name of the option.
+        out: the name before `<<`, if any.
+        defaults: from `%config Sollol`, by name of the option.
         variables: what `{{ }}` in the cell may use.
         evaluate: evaluates an expression in the notebook.
 
     Raises:
-        UsageError, ConfigError: what is missing or wrong, in one line.
+        UsageError, ConfigError: an option is missing or wrong.
     """
-    model, prompt = _model_and_prompt(list(arguments.words), cell, defaults.get("model"))
+    model, prompt = _model_and_prompt(list(arguments.model_and_prompt), cell, defaults.get("model"))
     if cell is not None and arguments.expand:
-        prompt = expand(prompt, variables, way_out=WAY_OUT)
+        prompt = expand(prompt, variables, way_out=NO_EXPAND_HINT)
     if not prompt.strip():
-        raise UsageError("the prompt is empty; write it below %%sollol MODEL, or after %sollol MODEL")
+        raise UsageError("the prompt is empty; write it below %%sollol MODEL or after %sollol MODEL")
     if arguments.reset and arguments.chat is None:
-        raise UsageError("--reset begins a conversation anew; name it with --chat NAME")
+        raise UsageError("--reset starts a conversation over; name it with --chat NAME")
     if arguments.raw and arguments.quiet:
-        raise UsageError("--raw shows the text and --quiet shows nothing; give one of them")
+        raise UsageError("--raw and --quiet exclude each other; use one of them")
     if out is not None and arguments.out is not None:
-        raise UsageError(f"the answer has two names, {out} and {arguments.out}; give one of them")
+        raise UsageError(f"the answer would go to two variables, {out} and {arguments.out}; name one of them")
     options = {}
     for name in OPTIONS:
         given = getattr(arguments, name)
@@ -135,7 +135,7 @@ def cell_request(
             options[name] = value
     schema = None
     if arguments.schema is not None:
-        schema = named(evaluate, arguments.schema, "--schema", variables)
+        schema = named_value(evaluate, arguments.schema, "--schema", variables)
     shown_as = arguments.format or ("json" if schema is not None else defaults.get("format") or "markdown")
     return CellRequest(
         model=model,
@@ -156,13 +156,13 @@ def cell_request(
 
 
 def _model_and_prompt(words: list[Word], cell: str | None, default: str | None) -> tuple[str, str]:
-    """Model and prompt; words in quotes are a prompt, if there is a default model."""
+    """Model and prompt. A quoted text in the place of the model is a prompt for the default model."""
     first = words[0] if words else None
     is_prompt = first is not None and first.is_quoted and not first.endswith(".gguf") and cell is None
     if first is None or is_prompt:
         if default is None:
             raise UsageError(
-                "no model is named; write %%sollol demo, or set a default: %config Sollol.model = 'llama3.2'"
+                "no model given; write %%sollol demo, or set a default: %config Sollol.model = 'llama3.2'"
             )
         model = default
     else:
@@ -171,5 +171,5 @@ def _model_and_prompt(words: list[Word], cell: str | None, default: str | None) 
         return model, str(words[0]) if len(words) == 1 else " ".join(word.raw for word in words)
     if words:
         rest = " ".join(word.raw for word in words)
-        raise UsageError(f"unexpected {rest!r}; in a cell the prompt goes below the first line")
+        raise UsageError(f"unexpected {rest!r}; with %%sollol the prompt goes below the first line")
     return model, cell

@@ -1,8 +1,8 @@
-"""An answer on the screen while it is written, and when it has ended.
+"""An answer on the screen, while it streams and at its end.
 
-In a notebook one display is updated ten times a second at most, whatever the speed of the model; the first token
-is shown at once. The final answer takes its place, so that a saved notebook holds that and nothing else. In a
-terminal the text is printed as it comes.
+In a notebook one display is updated at most ten times a second, whatever the speed of the model; the first token
+is shown immediately. The final answer replaces it, so that a saved notebook holds only that. A terminal prints the
+text as it arrives.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ UPDATE_INTERVAL_S = 0.1
 
 
 class LiveAnswer:
-    """An answer as far as it came. Threads may read it while another adds to it.
+    """An answer while it streams. Threads may read it while another adds chunks.
 
     Attributes:
-        status: what is going on where no text comes: a model is loaded, a lost one replaced.
-        restarts: how often it has begun again.
+        status: what happens while no text arrives: a model is loading, a lost worker is being replaced.
+        restarts: how often the answer started over.
     """
 
     def __init__(self, model: str) -> None:
@@ -42,33 +42,30 @@ class LiveAnswer:
         self._text: list[str] = []
         self._thinking: list[str] = []
 
-    def __len__(self) -> int:
-        return len(self._chunks)
-
     @property
     def text(self) -> str:
-        """Its text so far."""
+        """The text received so far."""
         with self._lock:
             self._text = ["".join(self._text)]
             return self._text[0]
 
     @property
     def thinking(self) -> str:
-        """The model's reasoning so far."""
+        """The reasoning received so far."""
         with self._lock:
             self._thinking = ["".join(self._thinking)]
             return self._thinking[0]
 
     @property
     def has_begun(self) -> bool:
-        """Whether anything of the answer has come."""
+        """Whether any text or reasoning has arrived."""
         return any(self._text) or any(self._thinking)
 
     def add(self, chunk: Chunk) -> None:
-        """Take in the next chunk."""
+        """Add the next chunk."""
         message = chunk.get("message") or {}
         with self._lock:
-            if chunk.get(RESTARTED):  # what came before was void
+            if chunk.get(RESTARTED):  # the text so far is void
                 self.restarts += 1
                 self._text, self._thinking = [], []
             self._chunks.append(chunk)
@@ -77,29 +74,30 @@ class LiveAnswer:
         self.status = ""
 
     def completion(self) -> Completion:
-        """The completion of what came; whole, if the last chunk did."""
+        """The completion of the chunks received so far."""
         completion = Completion.from_chunks(self._chunks)
         completion.setdefault("model", self._model)
-        if ROUTING not in completion:  # cut short: the first chunk from each place says where it ran
-            completion[ROUTING] = next((one[ROUTING] for one in reversed(self._chunks) if ROUTING in one), {})
+        if ROUTING not in completion:  # a partial one: the first chunk from each backend says where it ran
+            routings = (chunk[ROUTING] for chunk in reversed(self._chunks) if ROUTING in chunk)
+            completion[ROUTING] = next(routings, {})
         return completion
 
 
 class View(Protocol):
-    """Where an answer is shown."""
+    """How an answer is shown."""
 
     def show(self, answer: LiveAnswer) -> None:
-        """Show it as far as it came; called often."""
+        """Show the answer received so far; called often."""
 
     def finish(self, completion: Completion | None, frame: pd.DataFrame | None = None) -> None:
-        """Show it for the last time, or None if there is nothing to show; as a frame, if there is one."""
+        """Show the final answer, as a frame if there is one. None: there is no answer to show."""
 
 
 class NotebookView:
     """One display, updated at a steady rate.
 
     Args:
-        make_display: shows a mime bundle, and gives a function that replaces it.
+        make_display: shows a mime bundle, and returns the function that replaces it.
     """
 
     def __init__(self, make_display: Callable[[dict[str, Any]], Callable[[dict[str, Any]], None]]) -> None:
@@ -110,7 +108,7 @@ class NotebookView:
         self._has_text = False
 
     def show(self, answer: LiveAnswer) -> None:
-        """Show what is new, if it is time."""
+        """Show the new text, if it is time."""
         first_token = answer.has_begun and not self._has_text
         now = time.monotonic()
         if now - self._shown_at < UPDATE_INTERVAL_S and not first_token:
@@ -122,11 +120,11 @@ class NotebookView:
         self._put({"text/markdown": markdown, "text/plain": tail(answer.text) or answer.status})
 
     def finish(self, completion: Completion | None, frame: pd.DataFrame | None = None, *, error: str = "") -> None:
-        """The final answer in the place of the live one, and the error where no cell tells it."""
+        """Replace the live answer by the final one, and by the error where no cell raises it."""
         if error:
             end = completion._repr_mimebundle_() if completion is not None else {"text/plain": ""}
-            words = {"text/plain": error, "text/markdown": safe_markdown(error), "text/html": html.escape(error)}
-            self._put({kind: f"{text}\n\n{words[kind]}".lstrip() for kind, text in end.items()})
+            errors = {"text/plain": error, "text/markdown": safe_markdown(error), "text/html": html.escape(error)}
+            self._put({kind: f"{text}\n\n{errors[kind]}".lstrip() for kind, text in end.items()})
         elif completion is None:
             if self._update is not None:
                 self._put({"text/plain": ""})
@@ -145,11 +143,11 @@ class NotebookView:
             self._update(bundle)
 
 
-BEGINS_AGAIN = "[the answer begins again]"
+STARTS_OVER = "[the answer starts over]"
 
 
 class TerminalView:
-    """Prints what is new; the reasoning dimmed, and what is going on to stderr."""
+    """Prints new text, and dimmed reasoning; the status goes to stderr."""
 
     DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
@@ -160,13 +158,13 @@ class TerminalView:
         self._colors = sys.stdout.isatty()
 
     def show(self, answer: LiveAnswer) -> None:
-        """Print what is new."""
+        """Print the new text."""
         if answer.status and answer.status != self._status:
             self._status = answer.status
             print(f"[{answer.status}]", file=sys.stderr, flush=True)
         if answer.restarts != self._restarts:
             self._restarts, self._printed = answer.restarts, {"text": 0, "thinking": 0}
-            print(f"\n{BEGINS_AGAIN}", file=sys.stderr, flush=True)
+            print(f"\n{STARTS_OVER}", file=sys.stderr, flush=True)
         thinking = self._new("thinking", answer.thinking)
         if thinking:
             print(f"{self.DIM}{thinking}{self.PLAIN}" if self._colors else thinking, end="", flush=True)
@@ -182,7 +180,7 @@ class TerminalView:
         return printable(new)
 
     def finish(self, completion: Completion | None, frame: pd.DataFrame | None = None) -> None:
-        """The rest, and the footer."""
+        """Print the rest, and the footer."""
         if completion is None:
             return
         print(self._new("text", completion.text))
@@ -192,7 +190,7 @@ class TerminalView:
 
 
 class PlainView:
-    """The model's text and nothing else, as the output of the cell."""
+    """Prints the model's text and nothing else."""
 
     def __init__(self) -> None:
         self._printed = 0
@@ -200,10 +198,10 @@ class PlainView:
         self._shown_at = 0.0
 
     def show(self, answer: LiveAnswer) -> None:
-        """Print what is new, if it is time."""
+        """Print the new text, if it is time."""
         if answer.restarts != self._restarts:
             self._restarts, self._printed = answer.restarts, 0
-            print(f"\n{BEGINS_AGAIN}", file=sys.stderr, flush=True)
+            print(f"\n{STARTS_OVER}", file=sys.stderr, flush=True)
         now = time.monotonic()
         if now - self._shown_at < UPDATE_INTERVAL_S and self._printed:
             return
@@ -211,7 +209,7 @@ class PlainView:
         self._print(answer.text)
 
     def finish(self, completion: Completion | None, frame: pd.DataFrame | None = None) -> None:
-        """The rest."""
+        """Print the rest."""
         if completion is not None:
             self._print(f"{completion.text}\n")
 

@@ -1,4 +1,4 @@
-"""`%%sollol`, which asks, and `%sollol_chat`, which shows the conversations."""
+"""`%%sollol` asks a model, `%sollol_chat` shows the conversations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sollol_nb.chat.conversation import Chat
 from sollol_nb.chat.conversations import ChatBook, ask_in_chat
 from sollol_nb.notebook import magic_line, session
 from sollol_nb.notebook.answers.background import BackgroundAnswer
-from sollol_nb.notebook.answers.cell import ask
+from sollol_nb.notebook.answers.cell import stream_into_cell
 from sollol_nb.notebook.answers.request import CellRequest, cell_request
 from sollol_nb.notebook.answers.views import NotebookView, NoView, PlainView, TerminalView, View
 from sollol_nb.notebook.displays import hide_once, is_kernel, make_display
@@ -36,38 +36,43 @@ class AskMagics(Magics):
     @no_var_expand
     @magic_arguments()
     @argument(
-        "words", nargs="*", metavar="MODEL [PROMPT]", help="model name; in the line form the prompt after it"
+        "model_and_prompt",
+        nargs="*",
+        metavar="MODEL [PROMPT]",
+        help="model name; in the line form followed by the prompt",
     )
     @argument("--temperature", type=magic_line.number, help="0 is greedy: the same answer each time")
-    @argument(
-        "--top-p",
-        type=magic_line.number,
-        help="sample from the most likely tokens that have this probability together",
-    )
-    @argument("--max-tokens", type=magic_line.whole_number, help="longest answer, in tokens")
+    @argument("--top-p", type=magic_line.number, help="sample only the most likely tokens, up to this probability")
+    @argument("--max-tokens", type=magic_line.whole_number, help="maximum length of the answer, in tokens")
     @argument("--seed", type=magic_line.seed, help="seed of the sampling")
-    @argument("--stop", action="append", help="end the answer before this text (may be given several times)")
+    @argument("--stop", action="append", help="end the answer before this text (may be repeated)")
     @argument("--system", help="system message")
-    @argument("--priority", type=magic_line.priority, help="1 to 10, or a name such as high")
-    @argument("--timeout", type=magic_line.number, help="limit in seconds, from when the model is ready")
-    @argument("--backend", choices=BACKENDS, help="where to run, instead of by the model's profile")
-    @argument("--chat", metavar="NAME", help="go on with this conversation")
-    @argument("--reset", action="store_true", help="begin the conversation anew")
-    @argument("--format", choices=FORMATS, help="how the answer is shown; json is also asked of the model")
-    @argument("--schema", metavar="VAR", help="pydantic model, dataclass, JSON schema or example frame to fit")
-    @argument("--frame", action="store_true", help="the value is a DataFrame")
-    @argument("--out", metavar="NAME", help="variable that gets the value")
+    @argument("--priority", type=magic_line.priority, help="1 to 10 (highest), or a name such as high")
+    @argument("--timeout", type=magic_line.number, help="time limit in seconds, once the model is ready")
+    @argument("--backend", choices=BACKENDS, help="where to run it; default: the model's profile decides")
+    @argument("--chat", metavar="NAME", help="continue this conversation")
+    @argument("--reset", action="store_true", help="start the conversation over")
+    @argument("--format", choices=FORMATS, help="how to show the answer; json also makes the model write JSON")
+    @argument(
+        "--schema",
+        metavar="VAR",
+        help="pydantic model, dataclass, JSON schema or example frame the answer must match",
+    )
+    @argument("--frame", action="store_true", help="return a DataFrame")
+    @argument("--out", metavar="NAME", help="store the answer in this variable")
     @argument("--quiet", action="store_true", help="show nothing")
-    @argument("--raw", action="store_true", help="show the text as it comes, without Markdown and footer")
-    @argument("--background", action="store_true", help="go on at once; the value is a handle of the answer")
-    @argument("--var", action="append", metavar="NAME=VALUE", help="a variable for {{ NAME }} in this cell only")
-    @argument("--no-expand", dest="expand", action="store_false", help="leave {{ }} as it is")
+    @argument("--raw", action="store_true", help="print the plain text, without Markdown and footer")
+    @argument("--background", action="store_true", help="run in the background and return a handle")
+    @argument(
+        "--var", action="append", metavar="NAME=VALUE", help="set {{ NAME }} for this cell only (may be repeated)"
+    )
+    @argument("--no-expand", dest="expand", action="store_false", help="send {{ }} unchanged")
     @line_cell_magic
     def sollol(self, line: str, cell: str | None = None) -> Completion | pd.DataFrame | BackgroundAnswer:
-        """Ask a model; the answer streams into the cell and is its value.
+        """Ask a model. The answer streams into the cell and is its value.
 
-        `{{ expression }}` in the cell and the options is replaced by its value; frames, arrays and figures become
-        text that a model can read. `name << MODEL` is another way to write `--out name`.
+        `{{ expression }}` in the cell or the options is replaced by its value; frames, arrays and figures become
+        text that a model can read. `%%sollol name << MODEL` is short for `%%sollol MODEL --out name`.
 
         Example::
 
@@ -88,7 +93,7 @@ class AskMagics(Magics):
         """
         assert self.shell is not None
         name = "%sollol" if cell is None else "%%sollol"
-        out, rest = magic_line.assigned(line)
+        out, rest = magic_line.split_assignment(line)
         arguments, variables = magic_line.parse(self.sollol, rest, name=name, namespace=self.shell.user_ns)
         request = cell_request(
             arguments,
@@ -110,7 +115,7 @@ class AskMagics(Magics):
             self._keep_as(request.out, completion)
             self.shell.displayhook.update_user_ns(completion)  # type: ignore[union-attr]  # as `_`, Out[n]
 
-        value = ask(request, chunks, router.events, self._view(request), keep=keep)
+        value = stream_into_cell(request, chunks, router.events, self._view(request), keep=keep)
         self._keep_as(request.out, value)
         hide_once(self.shell, value)
         return value
@@ -128,16 +133,16 @@ class AskMagics(Magics):
         return NotebookView(make_display) if is_kernel(self.shell) else TerminalView()
 
     @magic_arguments()
-    @argument("name", nargs="?", help="the conversation; default: all that there are")
-    @argument("--messages", action="store_true", help="the value is its list of messages")
-    @argument("--save", metavar="FILE", help="write it to a JSON file")
-    @argument("--load", metavar="FILE", help="read it from such a file, in the place of what it was")
-    @argument("--clear", action="store_true", help="forget it")
+    @argument("name", nargs="?", help="the conversation; default: list all")
+    @argument("--messages", action="store_true", help="return its messages as a list")
+    @argument("--save", metavar="FILE", help="save it to a JSON file")
+    @argument("--load", metavar="FILE", help="load it from such a file; replaces the conversation of this name")
+    @argument("--clear", action="store_true", help="delete it")
     @line_magic
     def sollol_chat(self, line: str) -> Chat | ChatBook | list[dict[str, Any]] | None:
-        """Show a conversation, take its messages, keep it in a file, or forget it.
+        """Show a conversation, return its messages, save it, load it, or delete it.
 
-        Conversations live as long as the kernel.
+        Conversations are kept in memory and end with the kernel.
 
         Example::
 
@@ -165,7 +170,7 @@ class AskMagics(Magics):
             chats.add(Chat.load(arguments.load, name=arguments.name), replace=True)
         chat = chats.find(arguments.name)
         if arguments.save is not None:
-            print(f"{chat.name} is in {chat.export(arguments.save)}")
+            print(f"saved conversation {chat.name} to {chat.export(arguments.save)}")
         if arguments.clear:
             chats.remove(arguments.name)
         if arguments.messages:
@@ -174,7 +179,7 @@ class AskMagics(Magics):
 
 
 def _stream(router: HybridRouter, request: CellRequest) -> AsyncGenerator[Chunk, None]:
-    """The chunks of the answer, in its conversation if it belongs to one."""
+    """The answer's stream, which continues its conversation if it belongs to one."""
     if request.chat is None:
         return router.stream_async(request.model, request.messages, **request.stream_options)
     chats = session.chats()

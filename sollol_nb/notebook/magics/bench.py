@@ -28,14 +28,15 @@ class BenchMagics(Magics):
     @argument(
         "--layouts",
         default="auto",
-        help="auto, local, numbers of workers, or units per worker; several with commas: auto,1,2,5/4/4",
+        help="auto, local, a number of workers, or units (layers and the output layer) for each worker; "
+        "comma-separated: auto,1,2,5/4/4",
     )
-    @argument("--strategies", default="", help="layer strategies, with commas: even,memory_aware")
-    @argument("--concurrency", default="1", help="requests at once, with commas: 1,2,4")
+    @argument("--strategies", default="", help="layer strategies, comma-separated: even,memory_aware")
+    @argument("--concurrency", default="1", help="simultaneous requests, comma-separated: 1,2,4")
     @argument(
         "--prompts",
         default=str(DEFAULT_PROMPTS),
-        help=f"a variable with a list of texts, or how many of the built-in ones (default {DEFAULT_PROMPTS})",
+        help=f"a variable with a list of prompts, or a number of built-in prompts (default {DEFAULT_PROMPTS})",
     )
     @argument(
         "--repeat", type=magic_line.whole_number, default=DEFAULT_REPEAT, help=f"rounds (default {DEFAULT_REPEAT})"
@@ -43,32 +44,32 @@ class BenchMagics(Magics):
     @argument(
         "--warmup",
         default=str(DEFAULT_WARMUP),
-        help=f"requests after a load that are not measured (default {DEFAULT_WARMUP})",
+        help=f"unmeasured requests after each load (default {DEFAULT_WARMUP})",
     )
     @argument(
         "--max-tokens",
         type=magic_line.whole_number,
         default=DEFAULT_MAX_TOKENS,
-        help=f"longest answer, in tokens (default {DEFAULT_MAX_TOKENS})",
+        help=f"maximum length of an answer, in tokens (default {DEFAULT_MAX_TOKENS})",
     )
-    @argument("--temperature", type=magic_line.number, help="default 0: all layouts write the same answers")
-    @argument("--timeout", type=magic_line.number, help="limit of each request in seconds")
+    @argument("--temperature", type=magic_line.number, help="default 0: all layouts give the same answers")
+    @argument("--timeout", type=magic_line.number, help="time limit of each request, in seconds")
     @argument(
         "--reload",
         action="store_true",
         default=None,
-        help="let coordinators take turns on the same workers, also where enough are free for all",
+        help="let coordinators take turns on the same workers, even if there are enough free workers for all",
     )
-    @argument("--out", metavar="NAME", help="variable that gets the result")
+    @argument("--out", metavar="NAME", help="store the result in this variable")
     @line_magic
     def sollol_bench(self, line: str) -> BenchResult:
-        """Measure models, layouts, strategies and concurrency; the cases take turns.
+        """Compare models, layouts, strategies and concurrency. The cases take turns.
 
         Shows medians with 95 % intervals and a plot. The result has `.frame` (one row per request), `.summary()`,
-        `.plot()` and `.save(path)`. The stop button ends it and keeps what was measured.
+        `.plot()` and `.save(path)`. The stop button ends the benchmark and keeps the measurements so far.
 
-        Where enough workers are free, all coordinators are loaded at once, each on workers of its own; else they
-        take turns on the same workers, and each turn begins with a load, which is not measured.
+        If enough workers are free, each coordinator gets its own workers and all stay loaded. Otherwise they take
+        turns on the same workers, and each turn begins with a load, which is not measured.
 
         Example::
 
@@ -106,15 +107,15 @@ class BenchMagics(Magics):
 
 
 def _prompts(text: str, shell: Any) -> Any:
-    """A number of built-in prompts, or the texts of a variable (a list, a column of a frame, one text)."""
+    """A number of built-in prompts, or the prompts in a variable (a list, a column of a frame, one text)."""
     if text.isdecimal():
         return int(text)
-    value = magic_line.named(shell.ev, text, "--prompts", shell.user_ns)
+    value = magic_line.named_value(shell.ev, text, "--prompts", shell.user_ns)
     return list(value) if isinstance(value, Iterable) and not isinstance(value, str) else value
 
 
 def _show_plot(result: BenchResult) -> None:
-    """Show the plot as a picture, without pyplot, whose backend and open figures are the user's."""
+    """Show the plot as a picture, without pyplot: its backend and open figures belong to the user."""
     from IPython.display import display
 
     picture = io.BytesIO()

@@ -1,4 +1,4 @@
-"""The magics that look at the cluster and steer it: workers, coordinators, models, logs."""
+"""The magics that show and control the cluster: workers, coordinators, logs."""
 
 from __future__ import annotations
 
@@ -27,12 +27,14 @@ class ClusterMagics(Magics):
 
     @magic_arguments()
     @argument("action", nargs="?", choices=ACTIONS, help="default: show")
-    @argument("what", nargs="*", help="start: how many; add, remove: host:port; stop: a model (default: all)")
-    @argument("--static", action="store_true", help="as it is now, instead of the live widget")
-    @argument("--text", action="store_true", help="as it is now, as text")
+    @argument(
+        "what", nargs="*", help="start: number of workers; add, remove: host:port; stop: model (default: all)"
+    )
+    @argument("--static", action="store_true", help="a snapshot instead of the live widget")
+    @argument("--text", action="store_true", help="a snapshot as plain text")
     @line_magic
     def sollol_cluster(self, line: str) -> ClusterWidget | ClusterStatus | None:
-        """Show workers and the layers of each coordinator, live and with controls; or change them.
+        """Show the workers and the layers of each coordinator, live and with controls; or change them.
 
         Example::
 
@@ -74,8 +76,8 @@ class ClusterMagics(Magics):
             case "stop":
                 for model in what or [None]:
                     if not router.stop_coordinator(model) and model is not None:
-                        running = ", ".join(one.model for one in router.coordinators) or "none"
-                        raise UsageError(f"no coordinator runs {model}; running: {running}")
+                        running = ", ".join(session.running_models()) or "none"
+                        raise UsageError(f"there is no coordinator of {model}; running: {running}")
         status = router.cluster()
         if arguments.text:
             print(status)
@@ -88,10 +90,10 @@ class ClusterMagics(Magics):
 
     @magic_arguments()
     @argument("names", nargs="*", help="models, or workers as host:port; default: this notebook's coordinators")
-    @argument("--all", action="store_true", help="all that runs, of other notebooks and in use too")
+    @argument("--all", action="store_true", help="everything, including what other notebooks use")
     @line_magic
     def sollol_stop(self, line: str) -> None:
-        """Stop coordinators: those of this notebook, those named, or all that runs (workers too).
+        """Stop the coordinators of this notebook, those named, or everything (including workers).
 
         Example::
 
@@ -106,18 +108,18 @@ class ClusterMagics(Magics):
         arguments, _ = magic_line.parse(self.sollol_stop, line, name="%sollol_stop")
         if arguments.all or arguments.names:
             ended = run_blocking(stop_engines(arguments.names, also_used=True))
-            stopped = [f"{one.kind} {one.name}" for one in ended]
+            stopped = [f"{process.kind} {process.name}" for process in ended]
         else:
             stopped = [f"coordinator {model}" for model in session.router().stop_coordinator()]
-        print("stopped " + ", ".join(stopped) if stopped else "nothing runs")
+        print("stopped " + ", ".join(stopped) if stopped else "nothing is running")
 
     @magic_arguments()
     @argument("name", nargs="?", help="a model, or a worker as host:port; default: the coordinator used last")
-    @argument("--last", type=magic_line.whole_number, default=20, help="how many lines (default: 20)")
-    @argument("--grep", metavar="TEXT", help="only lines with this text, in any case")
+    @argument("--last", type=magic_line.whole_number, default=20, help="number of lines (default: 20)")
+    @argument("--grep", metavar="TEXT", help="only lines that contain this text, ignoring case")
     @line_magic
     def sollol_log(self, line: str) -> None:
-        """Show the last lines of an engine's log: of a coordinator, by its model, or of a worker.
+        """Show the last lines of the log of a coordinator or a worker.
 
         Example::
 
@@ -133,6 +135,8 @@ class ClusterMagics(Magics):
         name = arguments.name
         if name is None:
             if not session.router().coordinators:
-                raise UsageError("no coordinator of this notebook runs; name a model or worker: %sollol_log demo")
+                raise UsageError(
+                    "this notebook has no running coordinator; name a model or worker: %sollol_log demo"
+                )
             name = session.router().coordinators[-1].model
         print(engine_log(name, last=arguments.last, grep=arguments.grep))

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from sollol_nb.sync_wrapper import HybridRouter
 
+FILTERS = ("model", "backend", "status", "since", "until", "last")
 PLOTS = ("ttft", "total", "speed", "timeline", "predicted", "queue")
 
 
@@ -28,16 +29,16 @@ class LatencyMagics(Magics):
 
     @magic_arguments()
     @argument("--model", help="only requests to this model")
-    @argument("--backend", help="only requests that ran there, such as llama.cpp-distributed")
-    @argument("--status", choices=STATUSES, help="only requests that ended so")
-    @argument("--since", metavar="WHEN", help="only since then: 1h, 2 days, or a date and time")
-    @argument("--until", metavar="WHEN", help="only until then")
-    @argument("--last", type=magic_line.whole_number, help="only the newest N of these")
-    @argument("--plot", nargs="?", const="total", choices=PLOTS, help="draw it (default: total)")
-    @argument("--export", metavar="FILE", help="write it to a .csv or .parquet file instead")
+    @argument("--backend", help="only requests that ran on this backend, such as llama.cpp-distributed")
+    @argument("--status", choices=STATUSES, help="only requests with this status")
+    @argument("--since", metavar="WHEN", help="only requests after WHEN: 1h (ago), 2 days, or a date and time")
+    @argument("--until", metavar="WHEN", help="only requests before WHEN")
+    @argument("--last", type=magic_line.whole_number, metavar="N", help="only the newest N")
+    @argument("--plot", nargs="?", const="total", choices=PLOTS, help="draw a plot (default: total)")
+    @argument("--export", metavar="FILE", help="write the log to a .csv or .parquet file")
     @line_magic
     def sollol_latency(self, line: str) -> pd.DataFrame | Axes | None:
-        """The latency log as a pandas frame, one row per request, the newest last; or a plot of it, or a file.
+        """The latency log as a pandas frame, one row per request, newest last; or as a plot or a file.
 
         Example::
 
@@ -53,16 +54,15 @@ class LatencyMagics(Magics):
         """
         arguments, _ = magic_line.parse(self.sollol_latency, line, name="%sollol_latency")
         router = session.router()
-        chosen = ("model", "backend", "status", "since", "until", "last")
-        filters = {name: getattr(arguments, name) for name in chosen}
+        filters = {name: getattr(arguments, name) for name in FILTERS}
         if arguments.export is not None:
-            print(f"written to {router.latency.export(arguments.export, **filters)}")
+            print(f"saved to {router.latency.export(arguments.export, **filters)}")
             return None
         frame = router.latency.frame(**filters)
         if arguments.plot is None:
             return frame
         axes = _plotted(arguments.plot, frame, router)
-        hide_once(self.shell, axes)  # the figure is shown; its name would stand below it
+        hide_once(self.shell, axes)  # the figure is shown; its repr would stand below it
         return axes
 
 

@@ -1,4 +1,4 @@
-"""The magics about models: which there are, what is known of them, and where their requests would go."""
+"""The magics about models: list them, show or set their profiles, and show where their requests would go."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class ModelMagics(Magics):
     """`%sollol_models`, `%sollol_route`, `%sollol_profile`."""
 
     @magic_arguments()
-    @argument("text", nargs="?", default="", help="only names that contain this")
+    @argument("text", nargs="?", default="", help="only names that contain this text")
     @line_magic
     def sollol_models(self, line: str) -> pd.DataFrame:
-        """The models that can be asked, as a frame: installed in Ollama, running, built in, or with a profile.
+        """List the models as a frame: installed in Ollama, running, built in, or with a profile.
 
-        Columns: `model`, `where` (Ollama nodes, this machine, or nowhere yet), `parameters_b` (billions),
-        `memory_gb` (1e9 bytes, as far as known), `sharded`, `running`.
+        Columns: `model`, `where` (Ollama nodes, this machine; empty if not available yet), `parameters_b`
+        (billions), `memory_gb` (1e9 bytes, if known), `sharded`, `running`.
 
         Example::
 
@@ -40,10 +40,10 @@ class ModelMagics(Magics):
 
     @magic_arguments()
     @argument("model", help="model name")
-    @argument("--backend", choices=("auto", "ollama", "sharded", "local"), help="as if this were asked for")
+    @argument("--backend", choices=("auto", "ollama", "sharded", "local"), help="the route with this backend")
     @line_magic
     def sollol_route(self, line: str) -> None:
-        """Tell where a request for a model would go now, and why.
+        """Show where a request for a model would go now, and why.
 
         Example::
 
@@ -54,14 +54,21 @@ class ModelMagics(Magics):
 
     @magic_arguments()
     @argument("model", help="model name")
-    @argument("--parameters", type=magic_line.number, metavar="BILLIONS", help="set its number of parameters")
-    @argument("--memory", type=magic_line.number, metavar="GB", help="set its memory, in 1e9 bytes")
-    @argument("--sharded", action="store_true", default=None, help="say that it needs sharding")
-    @argument("--not-sharded", dest="sharded", action="store_false", help="say that it does not")
-    @argument("--forget", action="store_true", help="remove its entry; it is sized by its file or name again")
+    @argument(
+        "--parameters",
+        type=magic_line.number,
+        metavar="BILLIONS",
+        help="set its number of parameters, in billions",
+    )
+    @argument("--memory", type=magic_line.number, metavar="GB", help="set the memory it needs, in 1e9 bytes")
+    @argument("--sharded", action="store_true", default=None, help="mark as needing sharding")
+    @argument("--not-sharded", dest="sharded", action="store_false", help="mark as not needing sharding")
+    @argument(
+        "--forget", action="store_true", help="remove its profile; its size comes from its file or name again"
+    )
     @line_magic
     def sollol_profile(self, line: str) -> None:
-        """Tell what is known of a model, or set it: its entry in `MODEL_PROFILES`, in this kernel.
+        """Show the profile of a model, or set it in this kernel (its entry in `MODEL_PROFILES`).
 
         Example::
 
@@ -80,7 +87,7 @@ class ModelMagics(Magics):
         }
         given = {name: value for name, value in given.items() if value is not None}
         if arguments.forget and given:
-            raise UsageError("%sollol_profile: --forget removes the entry, so nothing can be set with it")
+            raise UsageError("%sollol_profile: --forget removes the profile; use it without other options")
         before = MODEL_PROFILES.get(model)
         if arguments.forget:
             MODEL_PROFILES.pop(model, None)
@@ -89,7 +96,7 @@ class ModelMagics(Magics):
         try:
             profile = session.router().profile(model)
         except Exception:
-            if before is not None:  # a profile that cannot be used is not kept
+            if before is not None:  # an invalid profile is not kept
                 MODEL_PROFILES[model] = before
             elif given:
                 MODEL_PROFILES.pop(model, None)

@@ -37,7 +37,7 @@ class Stream:
 
 
 def background(stream: Stream, make_display: MakeDisplay | None = None) -> BackgroundAnswer:
-    request = CellRequest("demo", "Hi", None, {})
+    request = CellRequest(model="demo", prompt="Hi", system=None, options={})
     return BackgroundAnswer(request, stream.chunks(), EventBus(), make_display)
 
 

@@ -9,7 +9,7 @@ from IPython.core.error import UsageError
 
 from sollol_nb.chat.completion import Completion
 from sollol_nb.errors import ConfigError, StructureError
-from sollol_nb.notebook import magic_line as options
+from sollol_nb.notebook import magic_line
 from sollol_nb.notebook.answers.request import CellRequest, cell_request
 from sollol_nb.notebook.magics.ask import AskMagics
 
@@ -17,8 +17,8 @@ from sollol_nb.notebook.magics.ask import AskMagics
 def request(
     line: str, cell: str | None = None, *, defaults: dict[str, Any] | None = None, **variables: Any
 ) -> CellRequest:
-    out, rest = options.assigned(line)
-    arguments, given = options.parse(AskMagics.sollol, rest, name="%%sollol", namespace=variables)
+    out, rest = magic_line.split_assignment(line)
+    arguments, given = magic_line.parse(AskMagics.sollol, rest, name="%%sollol", namespace=variables)
     return cell_request(
         arguments,
         cell,
@@ -76,13 +76,13 @@ def test_json_is_asked_of_the_engine_unless_a_schema_says_more() -> None:
     [
         ("demo", " \n", "the prompt is empty"),
         ("demo", None, "the prompt is empty"),
-        ("demo what", "Hi", "unexpected 'what'; in a cell the prompt goes below"),
-        ("", "Hi", "no model is named"),
-        ('"Hi there"', None, "no model is named"),
+        ("demo what", "Hi", "unexpected 'what'; with %%sollol the prompt goes below"),
+        ("", "Hi", "no model given"),
+        ('"Hi there"', None, "no model given"),
         ("demo --reset", "Hi", "name it with --chat NAME"),
-        ("demo --raw --quiet", "Hi", "give one of them"),
-        ("x << demo --out y", "Hi", "two names, x and y"),
-        ("demo --out 1x", "Hi", "'1x', which is not a variable name"),
+        ("demo --raw --quiet", "Hi", "exclude each other"),
+        ("x << demo --out y", "Hi", "two variables, x and y"),
+        ("demo --out 1x", "Hi", "'1x' [(]--out[)] is not a valid variable name"),
     ],
 )
 def test_what_is_missing_or_wrong_is_told(line: str, cell: str | None, words: str) -> None:
@@ -100,8 +100,8 @@ def test_the_value_is_the_completion_or_its_frame() -> None:
     answer = Completion(message={"role": "assistant", "content": '[{"a": 1}, {"a": 2}]'})
     plain, framed = request("demo", "Hi"), request("demo --schema s --frame", "Hi", s=rows)
 
-    assert plain.result(plain.dressed(answer)) is answer
-    frame = framed.result(framed.dressed(answer))
+    assert plain.value(plain.apply_form(answer)) is answer
+    frame = framed.value(framed.apply_form(answer))
     assert not isinstance(frame, Completion)
     assert frame["a"].tolist() == [1, 2]
     assert frame.attrs["completion"] is answer
@@ -109,10 +109,10 @@ def test_the_value_is_the_completion_or_its_frame() -> None:
 
 def test_an_answer_that_does_not_fit_has_no_value() -> None:
     made = request("demo --schema int", "Hi", int=int)
-    answer = made.dressed(Completion(message={"role": "assistant", "content": '"text"'}))
+    answer = made.apply_form(Completion(message={"role": "assistant", "content": '"text"'}))
 
     with pytest.raises(StructureError, match="does not have the structure"):
-        made.result(answer)
+        made.value(answer)
 
 
 def test_an_unknown_schema_is_told() -> None:

@@ -10,7 +10,7 @@ import pytest
 from IPython.core.formatters import DisplayFormatter
 
 from sollol_nb.chat.completion import Completion
-from sollol_nb.notebook.answers.views import BEGINS_AGAIN, LiveAnswer, PlainView, TerminalView, View
+from sollol_nb.notebook.answers.views import STARTS_OVER, LiveAnswer, PlainView, TerminalView, View
 
 
 def chunk(text: str, **more: object) -> dict[str, object]:
@@ -52,7 +52,7 @@ def test_an_answer_that_begins_again_is_printed_from_its_beginning(
     view.finish(answer.completion())
     shown = capsys.readouterr()
     assert "Hello worGood morning, all\n" in shown.out
-    assert shown.err.split("\n") == ["", BEGINS_AGAIN, ""]
+    assert shown.err.split("\n") == ["", STARTS_OVER, ""]
 
 
 @pytest.mark.parametrize("make_view", [TerminalView, PlainView])

@@ -70,7 +70,7 @@ def test_an_answer_can_be_given_a_name(notebook: Kernel, cell: str) -> None:
 
 def test_two_names_are_one_too_many(notebook: Kernel) -> None:
     shown = notebook.run("%%sollol a << demo --out b\nHi")
-    assert shown.stream == "UsageError: the answer has two names, a and b; give one of them\n"
+    assert shown.stream == "UsageError: the answer would go to two variables, a and b; name one of them\n"
 
 
 def test_quiet_shows_nothing_and_raw_only_the_text(notebook: Kernel) -> None:
@@ -182,7 +182,7 @@ def test_an_unknown_schema_names_the_nearest(notebook: Kernel) -> None:
 
 def test_defaults_come_from_config(notebook: Kernel) -> None:
     shown = notebook.run("%sollol 'What is a worker?'")
-    assert shown.stream.startswith("UsageError: no model is named; ")
+    assert shown.stream.startswith("UsageError: no model given; ")
     notebook.run("%config Sollol.model = 'demo'\n%config Sollol.max_tokens = 4\n%config Sollol.temperature = 0")
     try:
         assert notebook.run("%sollol 'What is a worker?'").error == []
@@ -214,7 +214,7 @@ def test_a_stopped_answer_keeps_its_text_also_when_it_would_never_end(notebook: 
     shown = notebook.collect(message_id, until_shown=" ")
     notebook.manager.interrupt_kernel()
     shown = notebook.collect(message_id)
-    assert shown.error == [f"RequestCancelledError: {endless.name}: stopped; what came so far is kept"]
+    assert shown.error == [f"RequestCancelledError: {endless.name}: stopped; the partial answer is kept"]
     assert notebook.value("cut.finish_reason, len(cut.text) > 0, _ is cut") == "('cancelled', True, True)"
     assert "stopped" in shown.markdown
     notebook.run("from sollol_nb.runtime.io_loop import run_blocking\nfrom sollol_nb.notebook import router")
@@ -292,7 +292,7 @@ def test_an_answer_can_be_written_in_the_background(notebook: Kernel, tmp_path: 
     assert shown.error == [f"RequestTimeoutError: {endless.name} has not answered within 0.2 s; it goes on"]
     assert notebook.value("handle.cancel()") == "True"
     assert notebook.run("handle.result(30)").error == [
-        f"RequestCancelledError: {endless.name}: stopped; what came so far is kept"
+        f"RequestCancelledError: {endless.name}: stopped; the partial answer is kept"
     ]
     assert notebook.value("handle.completion.finish_reason, handle.cancel(), handle.state") == (
         "('cancelled', False, 'cancelled')"

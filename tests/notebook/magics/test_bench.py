@@ -80,13 +80,13 @@ def test_the_stop_button_keeps_what_was_measured(notebook: Kernel, state: Path) 
     ("line", "words"),
     [
         ("", "%sollol_bench: model is missing"),
-        ("demo:sharded --layuots 1", "--layuots is no option; did you mean --layouts?"),
+        ("demo:sharded --layuots 1", "unknown option --layuots; did you mean --layouts?"),
         ("demo:sharded --layouts 5/4", "layout 5/4 places 9 units, but demo:sharded has 13"),
         ("demo:sharded --layouts 9", "9 workers are needed and 3 are known; start them here with"),
         ("demo:sharded --prompts questoins", "did you mean questions?"),
         ("demo:sharded --prompts 99", "prompts=99: there are"),
         ("demo:sharded --repeat x", "--repeat takes a whole number"),
-        ("demo:sharded --out 1x", "--out is '1x', which is not a variable name"),
+        ("demo:sharded --out 1x", "'1x' (--out) is not a valid variable name"),
     ],
 )
 def test_what_is_wrong_is_one_line(notebook: Kernel, line: str, words: str) -> None:
