@@ -289,7 +289,7 @@ def test_an_answer_can_be_written_in_the_background(notebook: Kernel, tmp_path: 
     assert notebook.run("import time\nwhile not handle.text: time.sleep(0.01)").error == []
     assert notebook.value("handle.done, handle.state") == "(False, 'writing')"
     shown = notebook.run("handle.result(0.2)")
-    assert shown.error == [f"RequestTimeoutError: {endless.name} has not answered within 0.2 s; it goes on"]
+    assert shown.error == [f"RequestTimeoutError: {endless.name} has not answered within 0.2 s; it continues"]
     assert notebook.value("handle.cancel()") == "True"
     assert notebook.run("handle.result(30)").error == [
         f"RequestCancelledError: {endless.name}: stopped; the partial answer is kept"
