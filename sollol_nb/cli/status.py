@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from sollol_nb.cluster.status import ClusterStatus, node_words, worker_words
+from sollol_nb.cluster.status import ClusterStatus, describe_node, describe_worker
 from sollol_nb.hybrid_router import HybridRouter
 from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.settings import config
@@ -31,13 +31,13 @@ def troubles(status: ClusterStatus) -> list[str]:
     An Ollama node is only missed where `OLLAMA_HOST` or a settings file names it.
     """
     lines = [
-        f"worker {one.endpoint} is {one.state}: {worker_words(one)}"
+        f"worker {one.endpoint} is {one.state}: {describe_worker(one)}"
         for one in status.workers
         if one.state not in ("free", "held")
     ]
     if config.find("ollama_hosts").source != config.BUILT_IN:
         lines += [
-            f"Ollama node {one.url} is {one.state}: {node_words(one)}"
+            f"Ollama node {one.url} is {one.state}: {describe_node(one)}"
             for one in status.nodes
             if one.state != "ready"
         ]

@@ -2,15 +2,19 @@
 
 | key | holds, by |
 |---|---|
-| `workers` | endpoint: `n` (order), `state`, `color`, `words`, `free` and `total` memory, `used` (0 to 1), `rtt` (ms, by number of look), ... |
-| `coordinators` | URL: `model`, `words`, `time`, `segments` by endpoint, `local` by device, `running`, `waiting`, ... |
-| `nodes` | URL of an Ollama node: `state`, `words`, `rtt` (as of workers), `running`, `waiting`, `slots` |
-| `starting` | model that is being loaded: `words`, `share` (0 to 1) |
-| `events` | number of the event: `at`, `kind`, `words` |
-| `totals` | requests: `running`, `waiting`, `asked`, `failed` |
-| `closed` | there when the router was closed: nothing changes any more |
+| `workers` | endpoint: `n` (order), `state`, `color`, `description`, `free` and `total` memory, `used` (0 to 1), `rtt` (ms, by probe number), ... |
+| `coordinators` | URL: `model`, `description`, `token_time`, `segments` by endpoint, `local` by device, `running`, `waiting`, ... |
+| `nodes` | URL of an Ollama node: `state`, `description`, `rtt` (as for workers), `running`, `waiting`, `slots` |
+| `starting` | model that is being loaded: `description`, `share` (0 to 1) |
+| `events` | number of the event: `at`, `kind`, `message` |
+| `totals` | requests: `running`, `waiting`, `total`, `failed` |
+| `closed` | present once the router was closed: nothing changes any more |
 
-Numbers are rounded to what a view shows, so that noise makes no traffic. What is not known is left out.
+Numbers are rounded to what a view shows, so that noise causes no traffic. Unknown values are left out.
+
+`patch_between` gives the difference of two states as a JSON merge patch (RFC 7396). In a patch, a key with None is
+removed, a dict is a patch of the dict at that key, and any other value (lists too) replaces the old one. That is why a
+state never holds None.
 """  # noqa: E501 - a table's row is one line
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from sollol_nb.cluster.status import (
     CoordinatorStatus,
     LayerSegment,
     LocalPart,
-    node_words,
+    describe_node,
 )
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.ollama.nodes import NodeStatus
@@ -34,44 +38,44 @@ from sollol_nb.text.palette import state_color
 from sollol_nb.text.tables import format_bytes
 
 MEMORY_STEPS = 50
-"""Memory is told in so many steps of the whole: one is seen, less is noise."""
+"""Free memory is rounded down to a multiple of 1/50 of the total: a step is visible, less is noise."""
 
 
 @dataclass(slots=True)
 class RequestCounts:
-    """How many requests a router has got: counted from its first on, since the bus keeps only its last events.
+    """How many requests a router has received, counted from its first one, since the bus keeps only recent events.
 
     Attributes:
-        asked, failed: so far.
-        under_way: now.
+        total, failed: so far.
+        running: now.
     """
 
-    asked: int = 0
+    total: int = 0
     failed: int = 0
-    under_way: int = 0
+    running: int = 0
 
-    def note(self, event: Event) -> None:
-        """Count, if it is of a request."""
+    def count(self, event: Event) -> None:
+        """Count the event if it is about a request."""
         if event.kind == EventKind.REQUEST_STARTED:
-            self.asked += 1
-            self.under_way += 1
+            self.total += 1
+            self.running += 1
         elif event.kind == EventKind.REQUEST_FINISHED:
-            self.under_way -= 1
+            self.running -= 1
             self.failed += event.data.get("status") in ("error", "timeout")
 
 
 @dataclass(slots=True)
-class Live:
-    """What only the bus tells, of as much as a view shows.
+class LiveFigures:
+    """What only events report, and as much of it as a view shows.
 
     Attributes:
         requests: the counts.
-        round_trips_ms: of each worker and Ollama node, by the number of the look.
-        free_bytes: of each worker's memory when it was its turn to be looked at: what local workers share changes
-            for all of them at once, and is told of a few at a time.
+        round_trips_ms: of each worker and Ollama node, by the number of the probe.
+        free_bytes: of each worker's memory at its last probe. Local workers share their machine's memory, which
+            changes for all of them at the same time; views get the new value of a few workers at a time.
         last_error: of each worker: why it was last lost.
-        last_answer: of each place, in words.
-        starting: models that are being loaded: words, and the share that is done.
+        last_answer: a description, by the URL of the coordinator or node.
+        starting: models that are being loaded: a description, and the share that is done.
         events: by number, the oldest first.
     """
 
@@ -84,50 +88,77 @@ class Live:
     events: dict[int, Event] = field(default_factory=dict)
 
 
-def cluster_data(status: ClusterStatus, live: Live, own: Iterable[str]) -> dict[str, Any]:
-    """The plain state.
+def cluster_data(status: ClusterStatus, live: LiveFigures, own: Iterable[str]) -> dict[str, Any]:
+    """The state as plain data.
 
     Args:
-        status: what is.
-        live: what the bus has told.
-        own: URLs of the coordinators of this router; others can only be looked at.
+        status: the cluster now.
+        live: what events have reported.
+        own: URLs of this router's coordinators; the others belong to other kernels and cannot be controlled.
     """
-    mine = set(own)
-    places: list[CoordinatorStatus | NodeStatus] = [*status.coordinators, *status.nodes]
+    own = set(own)
+    backends: list[CoordinatorStatus | NodeStatus] = [*status.coordinators, *status.nodes]
     return {
-        "workers": {one.endpoint: _worker(n, one, live) for n, one in enumerate(status.workers)},
+        "workers": {worker.endpoint: _worker(n, worker, live) for n, worker in enumerate(status.workers)},
         "coordinators": {
-            one.url: _coordinator(n, one, live, is_own=one.url in mine)
-            for n, one in enumerate(status.coordinators)
+            coordinator.url: _coordinator(n, coordinator, live, is_own=coordinator.url in own)
+            for n, coordinator in enumerate(status.coordinators)
         },
-        "nodes": {one.url: _node(n, one, live) for n, one in enumerate(status.nodes)},
-        "starting": {model: _known(words=words, share=share) for model, (words, share) in live.starting.items()},
+        "nodes": {node.url: _node(n, node, live) for n, node in enumerate(status.nodes)},
+        "starting": {
+            model: _known(description=description, share=share)
+            for model, (description, share) in live.starting.items()
+        },
         "events": {str(number): _event(event) for number, event in live.events.items()},
         "totals": {
-            "running": sum(one.running for one in places),
-            "waiting": sum(one.waiting for one in places),
-            "asked": live.requests.asked,
+            "running": sum(backend.running for backend in backends),
+            "waiting": sum(backend.waiting for backend in backends),
+            "total": live.requests.total,
             "failed": live.requests.failed,
         },
     }
 
 
-def _worker(number: int, worker: WorkerStatus, live: Live) -> dict[str, Any]:
-    seen = worker.probe
-    is_well = worker.state in ("free", "held")
+def patch_between(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """The patch that turns `before` into `after`; empty when they are equal."""
+    patch: dict[str, Any] = {key: None for key in before if key not in after}
+    for key, value in after.items():
+        old = before.get(key)
+        if isinstance(value, Mapping) and isinstance(old, Mapping):
+            inner = patch_between(old, value)
+            if inner:
+                patch[key] = inner
+        elif key not in before or old != value:
+            patch[key] = value
+    return patch
+
+
+def describe_answer(figures: Mapping[str, Any]) -> str | None:
+    """Speed and delay of a finished answer, from its event's data; None if the event has neither."""
+    known = []
+    if figures.get("tokens_per_s"):
+        known.append(f"{figures['tokens_per_s']:.3g} tokens/s")
+    if figures.get("ttft_ms") is not None:
+        known.append(f"first token after {_format_ms(figures['ttft_ms'])}")
+    return ", ".join(known) or None
+
+
+def _worker(number: int, worker: WorkerStatus, live: LiveFigures) -> dict[str, Any]:
+    probe = worker.probe
+    is_healthy = worker.state in ("free", "held")
     free = total = used = protocol = None
-    if is_well and seen is not None and seen.total_bytes:
-        step, known_bytes = max(1, seen.total_bytes // MEMORY_STEPS), live.free_bytes.get(worker.endpoint)
+    if is_healthy and probe is not None and probe.total_bytes:
+        step, known_bytes = max(1, probe.total_bytes // MEMORY_STEPS), live.free_bytes.get(worker.endpoint)
         free_bytes = (worker.capacity.free_bytes if known_bytes is None else known_bytes) // step * step
-        free, total = format_bytes(free_bytes), format_bytes(seen.total_bytes)
-        used = round(1 - free_bytes / seen.total_bytes, 2)
-    if seen is not None and seen.protocol:
-        protocol = "RPC " + ".".join(map(str, seen.protocol))
+        free, total = format_bytes(free_bytes), format_bytes(probe.total_bytes)
+        used = round(1 - free_bytes / probe.total_bytes, 2)
+    if probe is not None and probe.protocol:
+        protocol = "RPC " + ".".join(map(str, probe.protocol))
     return _known(
         n=number,
         state=worker.state,
         color=state_color(worker.state),
-        words="" if worker.state == "free" else worker.detail,
+        description="" if worker.state == "free" else worker.detail,
         held_by=worker.held_by,
         free=free,
         total=total,
@@ -139,27 +170,32 @@ def _worker(number: int, worker: WorkerStatus, live: Live) -> dict[str, Any]:
     )
 
 
-def _round_trips(place: str, live: Live) -> dict[str, float] | None:
-    """Milliseconds of the last looks, by their number; None without any."""
-    looks = live.round_trips_ms.get(place, {})
-    return {str(number): _rounded(ms, 2) for number, ms in looks.items()} or None
+def _round_trips(name: str, live: LiveFigures) -> dict[str, float] | None:
+    """Milliseconds of the last probes of a worker or node, by their number; None without any."""
+    round_trips_ms = live.round_trips_ms.get(name, {})
+    return {str(number): _rounded(ms, 2) for number, ms in round_trips_ms.items()} or None
 
 
-def _coordinator(number: int, one: CoordinatorStatus, live: Live, *, is_own: bool) -> dict[str, Any]:
+def _coordinator(
+    number: int, coordinator: CoordinatorStatus, live: LiveFigures, *, is_own: bool
+) -> dict[str, Any]:
     return _known(
         n=number,
-        model=one.model,
-        words=f"{one.strategy} · {one.context_tokens} tokens of context · ready in {one.load_ms / 1000:.2f} s",
-        note=one.note or None,
-        time=one.token_words or None,
-        answer=live.last_answer.get(one.url),
-        running=one.running,
-        waiting=one.waiting,
-        slots=one.slots,
+        model=coordinator.model,
+        description=(
+            f"{coordinator.strategy} · {coordinator.context_tokens} tokens of context · "
+            f"loaded in {coordinator.load_ms / 1000:.2f} s"
+        ),
+        note=coordinator.note or None,
+        token_time=coordinator.token_time_description or None,
+        answer=live.last_answer.get(coordinator.url),
+        running=coordinator.running,
+        waiting=coordinator.waiting,
+        slots=coordinator.slots,
         own=1 if is_own else None,
-        segments={segment.place: _segment(n, segment) for n, segment in enumerate(one.segments)},
-        local={part.place: _local_part(n, part) for n, part in enumerate(one.local)},
-        differences=list(one.differences) or None,
+        segments={segment.endpoint: _segment(n, segment) for n, segment in enumerate(coordinator.segments)},
+        local={part.device: _local_part(n, part) for n, part in enumerate(coordinator.local)},
+        differences=list(coordinator.differences) or None,
     )
 
 
@@ -170,23 +206,23 @@ def _segment(number: int, segment: LayerSegment) -> dict[str, Any]:
         units=segment.units,
         actual=segment.actual_units,
         color=segment.color,
-        weights=_beside(segment.weight_bytes, segment.actual_weight_bytes),
-        kv=_beside(segment.kv_bytes, segment.actual_kv_bytes),
+        weights=_planned_and_actual(segment.weight_bytes, segment.actual_weight_bytes),
+        kv=_planned_and_actual(segment.kv_bytes, segment.actual_kv_bytes),
         ms=_digits(segment.token_ms, 3),
-        part=_digits(segment.time_share, 2),
+        share=_digits(segment.time_share, 2),
     )
 
 
 def _local_part(number: int, part: LocalPart) -> dict[str, Any]:
-    return {"n": number, "units": part.units, "weights": part.weight_bytes, "words": part.words}
+    return {"n": number, "description": part.description}
 
 
-def _node(number: int, node: NodeStatus, live: Live) -> dict[str, Any]:
+def _node(number: int, node: NodeStatus, live: LiveFigures) -> dict[str, Any]:
     return _known(
         n=number,
         state=node.state,
         color=state_color(node.state),
-        words=node_words(node),
+        description=describe_node(node),
         rtt=_round_trips(node.url, live),
         answer=live.last_answer.get(node.url),
         running=node.running,
@@ -200,9 +236,14 @@ def _event(event: Event) -> dict[str, str]:
     return {"at": at, "kind": event.kind, "message": event.message}
 
 
-def _beside(planned_bytes: int, actual_bytes: int | None) -> str:
+def _planned_and_actual(planned_bytes: int, actual_bytes: int | None) -> str:
     actual = "?" if actual_bytes is None else format_bytes(actual_bytes)
     return f"{format_bytes(planned_bytes)} / {actual}"
+
+
+def _format_ms(ms: float) -> str:
+    """`34.2 ms`, or seconds from 1000 ms on."""
+    return f"{ms:.3g} ms" if ms < 999.5 else f"{ms / 1000:.3g} s"
 
 
 def _digits(number: float | None, digits: int) -> float | None:
@@ -215,13 +256,3 @@ def _rounded(number: float, digits: int) -> float:
 
 def _known(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
-
-
-def answer_words(facts: Mapping[str, Any]) -> str | None:
-    """A finished answer in words, from its event's data; None where it told nothing."""
-    told = []
-    if facts.get("tokens_per_s"):
-        told.append(f"{facts['tokens_per_s']:.3g} tokens/s")
-    if facts.get("ttft_ms") is not None:
-        told.append(f"first token after {facts['ttft_ms']:.3g} ms")
-    return ", ".join(told) or None

@@ -2,102 +2,108 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sollol_nb.layers.token_time import TokenTime
+from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
+from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.models.files import DEMO_MODEL_PATH, DEMO_NOTE
+from sollol_nb.ollama.nodes import NodeStatus
 from sollol_nb.text import palette
 from sollol_nb.text.tables import counted, format_bytes
 
 if TYPE_CHECKING:
     import jinja2
 
-    from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
-    from sollol_nb.llama_cpp.workers.status import WorkerStatus
-    from sollol_nb.ollama.nodes import NodeStatus
-
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerSegment:
     """The layers that one worker runs of one model.
 
     Attributes:
-        place: the worker's endpoint.
-        layers: planned layers in words, such as `0-4` or `10-11 + output`.
+        endpoint: the worker's.
+        layers: planned layers, such as `0-4` or `10-11 + output`.
         units: planned units (blocks and the output layer).
-        actual_units: what the engine says it placed; None when it did not tell.
+        actual_units: units that the engine reports to have placed; None if it reports none.
         weight_bytes: planned weights.
-        actual_weight_bytes: weights as the engine says; None when it did not tell.
+        actual_weight_bytes: weights as the engine reports them; None if it does not.
         kv_bytes: planned KV cache.
-        share: part of all units, 0 to 1.
+        actual_kv_bytes: KV cache as the engine reports it; None if it does not.
+        share: fraction of all units, 0 to 1.
         color: its colour wherever the layers are drawn, one of `palette.SEGMENTS`.
-        actual_kv_bytes: KV cache as the engine says; None when it did not tell.
-        token_ms: its part of a token's time, as told by what was measured; None where that is unknown.
-        time_share: the same as a part of the token, 0 to 1.
+        token_ms: its part of the time of a token, estimated from measurements; None if unknown.
+        time_share: the same as a fraction of the time of a token, 0 to 1.
     """
 
-    place: str
+    endpoint: str
     layers: str
     units: int
     actual_units: int | None
     weight_bytes: int
     actual_weight_bytes: int | None
     kv_bytes: int
+    actual_kv_bytes: int | None = None
     share: float
     color: str
-    actual_kv_bytes: int | None = None
     token_ms: float | None = None
     time_share: float | None = None
 
     @property
-    def words(self) -> str:
-        """Predicted beside actual, for a tooltip."""
-        actual = "the engine did not tell" if self.actual_units is None else f"actual {self.actual_units} units"
+    def description(self) -> str:
+        """Planned beside actual, for a tooltip."""
+        actual = "not reported" if self.actual_units is None else f"{self.actual_units} units"
         if self.actual_weight_bytes is not None:
-            actual += f", {format_bytes(self.actual_weight_bytes)}"
+            actual += f", {format_bytes(self.actual_weight_bytes)} weights"
         if self.actual_kv_bytes is not None:
-            actual += f", {format_bytes(self.actual_kv_bytes)} KV"
+            actual += f", {format_bytes(self.actual_kv_bytes)} KV cache"
         time = "" if self.token_ms is None else f"; {self.token_ms:.3g} ms of each token ({self.time_share:.0%})"
         return (
-            f"{self.place}: layers {self.layers}; planned {self.units} units, {format_bytes(self.weight_bytes)} "
-            f"weights, {format_bytes(self.kv_bytes)} KV; {actual}{time}"
+            f"{self.endpoint}: layers {self.layers}; planned: {self.units} units, "
+            f"{format_bytes(self.weight_bytes)} weights, {format_bytes(self.kv_bytes)} KV cache; "
+            f"actual: {actual}{time}"
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LocalPart:
-    """What the engine put on a device of the coordinator's own machine, such as `CPU`: the input embedding, or
-    everything where nothing is sharded.
+    """What the engine placed on a device of the coordinator's own machine, such as `CPU`: the input embedding, or
+    the whole model where nothing is sharded.
 
     Attributes:
-        place: the engine's name of the device.
-        units: blocks and output layer there.
-        weight_bytes, kv_bytes: as the engine says.
+        device: the engine's name of the device.
+        units: blocks and output layer placed there.
+        weight_bytes, kv_bytes: as the engine reports them.
     """
 
-    place: str
+    device: str
     units: int
     weight_bytes: int
     kv_bytes: int
 
     @property
-    def words(self) -> str:
+    def name(self) -> str:
+        """`this machine (CPU)`."""
+        return f"this machine ({self.device})"
+
+    @property
+    def description(self) -> str:
         """One line."""
         units = f"{self.units} units, " if self.units else ""
-        kv = f", {format_bytes(self.kv_bytes)} KV" if self.kv_bytes else ""
-        return f"{self.place} of this machine: {units}{format_bytes(self.weight_bytes)} weights{kv}"
+        kv = f", {format_bytes(self.kv_bytes)} KV cache" if self.kv_bytes else ""
+        return f"{self.name}: {units}{format_bytes(self.weight_bytes)} weights{kv}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CoordinatorStatus:
     """One running coordinator; `note` says what is special about its model.
 
-    `predicted_token_ms` was told when the layers were planned, `token_ms` is measured; None where unknown.
+    `predicted_token_ms` is of when the layers were planned, `token_ms` is measured; None if unknown.
     """
 
     model: str
@@ -118,13 +124,13 @@ class CoordinatorStatus:
     token_ms: float | None = None
 
     @property
-    def token_words(self) -> str:
+    def token_time_description(self) -> str:
         """Predicted beside measured; "" while neither is known."""
         known = []
         if self.predicted_token_ms is not None:
-            known.append(f"predicted {self.predicted_token_ms:.3g} ms a token")
+            known.append(f"{self.predicted_token_ms:.3g} ms per token (predicted)")
         if self.token_ms:
-            known.append(f"measured {self.token_ms:.3g} ms a token ({1000 / self.token_ms:.3g} tokens/s)")
+            known.append(f"{self.token_ms:.3g} ms per token (measured; {1000 / self.token_ms:.3g} tokens/s)")
         return ", ".join(known)
 
     @classmethod
@@ -141,58 +147,61 @@ class CoordinatorStatus:
         Args:
             remark: added to its note.
             token_ms: measured time of a token.
-            token: how that time is thought to be made up of its workers' parts.
+            token: the estimated parts of its workers in that time.
         """
         demo = DEMO_NOTE if coordinator.settings.model_path == DEMO_MODEL_PATH else ""
-        plan, placement = coordinator.plan, coordinator.placement
-        part_ms = token.part_ms if token else ()
-        shares = token.shares if token else ()
-        segments = []
-        for position, shard in enumerate(plan.shards if plan else ()):
-            placed = placement.of(shard.endpoint) if placement else None
-            segments.append(
-                LayerSegment(
-                    shard.endpoint,
-                    shard.layers,
-                    shard.unit_count,
-                    len(placed.units) if placed else None,
-                    shard.weight_bytes,
-                    placed.model_bytes if placed else None,
-                    shard.kv_bytes,
-                    shard.unit_count / (coordinator.settings.facts.layer_count + 1),
-                    palette.SEGMENTS[position % len(palette.SEGMENTS)],
-                    placed.kv_bytes if placed else None,
-                    part_ms[position] if part_ms else None,
-                    shares[position] if shares else None,
-                )
-            )
+        plan = coordinator.plan
         return cls(
-            coordinator.model,
-            "; ".join(filter(None, (demo, remark))),
-            coordinator.base_url,
-            str(coordinator.log_path),
-            plan.strategy if plan else "this machine only",
-            coordinator.settings.context_tokens,
-            coordinator.gate.running,
-            coordinator.gate.waiting,
-            coordinator.gate.slots,
-            coordinator.uptime_s,
-            coordinator.load_ms,
-            tuple(segments),
-            tuple(coordinator.placement_differences),
-            _local_parts(coordinator),
-            plan.predicted_token_ms if plan else None,
-            token_ms,
+            model=coordinator.model,
+            note="; ".join(filter(None, (demo, remark))),
+            url=coordinator.base_url,
+            log_path=str(coordinator.log_path),
+            strategy=plan.strategy if plan else "this machine only",
+            context_tokens=coordinator.settings.context_tokens,
+            running=coordinator.gate.running,
+            waiting=coordinator.gate.waiting,
+            slots=coordinator.gate.slots,
+            uptime_s=coordinator.uptime_s,
+            load_ms=coordinator.load_ms,
+            segments=tuple(_segments(coordinator, token)),
+            differences=tuple(coordinator.placement_differences),
+            local=tuple(_local_parts(coordinator)),
+            predicted_token_ms=plan.predicted_token_ms if plan else None,
+            token_ms=token_ms,
         )
 
 
-def _local_parts(coordinator: Coordinator) -> tuple[LocalPart, ...]:
+def _segments(coordinator: Coordinator, token: TokenTime | None) -> Iterator[LayerSegment]:
+    part_ms = token.part_ms if token else ()
+    shares = token.shares if token else ()
+    for position, shard in enumerate(coordinator.plan.shards if coordinator.plan else ()):
+        placed = coordinator.placement.of(shard.endpoint) if coordinator.placement else None
+        yield LayerSegment(
+            endpoint=shard.endpoint,
+            layers=shard.layers,
+            units=shard.unit_count,
+            actual_units=len(placed.units) if placed else None,
+            weight_bytes=shard.weight_bytes,
+            actual_weight_bytes=placed.model_bytes if placed else None,
+            kv_bytes=shard.kv_bytes,
+            actual_kv_bytes=placed.kv_bytes if placed else None,
+            share=shard.unit_count / (coordinator.settings.facts.layer_count + 1),
+            color=palette.SEGMENTS[position % len(palette.SEGMENTS)],
+            token_ms=part_ms[position] if part_ms else None,
+            time_share=shares[position] if shares else None,
+        )
+
+
+def _local_parts(coordinator: Coordinator) -> Iterator[LocalPart]:
     planned = coordinator.plan.endpoints if coordinator.plan else ()
-    return tuple(
-        LocalPart(device.place, len(device.units), device.model_bytes, device.kv_bytes)
-        for device in (coordinator.placement.devices if coordinator.placement else ())
-        if device.place not in planned and (device.units or device.model_bytes or device.kv_bytes)
-    )
+    for device in coordinator.placement.devices if coordinator.placement else ():
+        if device.place not in planned and (device.units or device.model_bytes or device.kv_bytes):
+            yield LocalPart(
+                device=device.place,
+                units=len(device.units),
+                weight_bytes=device.model_bytes,
+                kv_bytes=device.kv_bytes,
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,25 +214,28 @@ class ClusterStatus:
 
     def __str__(self) -> str:
         lines = []
-        for one in self.coordinators:
+        for coordinator in self.coordinators:
             lines.append(
-                f"{one.model} at {one.url} ({one.strategy}, {one.context_tokens} tokens of context, "
-                f"{one.running}/{one.slots} slots busy, {one.waiting} waiting)" + f" {one.note}" * bool(one.note)
+                f"{coordinator.model} at {coordinator.url} ({coordinator.strategy}, "
+                f"{coordinator.context_tokens} tokens of context, "
+                f"{coordinator.running}/{coordinator.slots} slots busy, {coordinator.waiting} waiting)"
+                + f" {coordinator.note}"
+                * bool(coordinator.note)
             )
-            lines += [f"  {one.token_words}"] if one.token_words else []
-            lines += [f"  {_bar(segment.share)} {segment.words}" for segment in one.segments]
-            lines += [f"  {part.words}" for part in one.local]
-            lines += [f"  differs from the plan: {difference}" for difference in one.differences]
+            lines += [f"  {coordinator.token_time_description}"] if coordinator.token_time_description else []
+            lines += [f"  {_bar(segment.share)} {segment.description}" for segment in coordinator.segments]
+            lines += [f"  {part.description}" for part in coordinator.local]
+            lines += [f"  differs from the plan: {difference}" for difference in coordinator.differences]
         if not self.coordinators:
             lines.append("no coordinator is running")
         lines.append(counted(len(self.workers), "worker") if self.workers else "no worker is known")
         lines += [
-            f"  {one.endpoint:<22} {one.state:<12} {worker_words(one)}" + " (local)" * one.is_local
-            for one in self.workers
+            f"  {worker.endpoint:<22} {worker.state:<12} {describe_worker(worker)}" + " (local)" * worker.is_local
+            for worker in self.workers
         ]
         if self.nodes:
             lines.append(counted(len(self.nodes), "Ollama node"))
-        lines += [f"  {one.url:<22} {one.state:<12} {node_words(one)}" for one in self.nodes]
+        lines += [f"  {node.url:<22} {node.state:<12} {describe_node(node)}" for node in self.nodes]
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -232,9 +244,9 @@ class ClusterStatus:
             .get_template("cluster.html.j2")
             .render(
                 status=self,
-                worker_words=worker_words,
-                node_words=node_words,
-                bytes=format_bytes,
+                describe_worker=describe_worker,
+                describe_node=describe_node,
+                format_bytes=format_bytes,
                 segment_text=palette.SEGMENT_TEXT,
                 state_color=palette.state_color,
             )
@@ -244,27 +256,29 @@ class ClusterStatus:
         return {"text/plain": str(self), "text/html": self._repr_html_()}
 
 
-def worker_words(worker: WorkerStatus) -> str:
-    """Memory, round trip and protocol of a worker when last seen, or what is wrong with it."""
-    seen = worker.probe
-    if worker.state not in ("free", "held") or seen is None or seen.round_trip_ms is None:
+def describe_worker(worker: WorkerStatus) -> str:
+    """Memory, round trip and protocol of a worker at its last probe, or what is wrong with it."""
+    probe = worker.probe
+    if worker.state not in ("free", "held") or probe is None or probe.round_trip_ms is None:
         return worker.detail
-    version = ".".join(map(str, seen.protocol or ()))
-    free = f"{format_bytes(worker.capacity.free_bytes)} free of {format_bytes(seen.total_bytes)}"
-    by = f"{worker.detail}; " if worker.held_by else ""
-    return f"{by}{free}, {seen.round_trip_ms:.2f} ms, RPC {version}"
+    version = ".".join(map(str, probe.protocol or ()))
+    free = f"{format_bytes(worker.capacity.free_bytes)} free of {format_bytes(probe.total_bytes)}"
+    holder = f"{worker.detail}; " if worker.held_by else ""
+    return f"{holder}{free}, {probe.round_trip_ms:.2f} ms, RPC {version}"
 
 
-def node_words(node: NodeStatus) -> str:
+def describe_node(node: NodeStatus) -> str:
     """What an Ollama node has loaded and does, or what is wrong with it and what to do."""
     if node.state == "ready":
         loaded = ", ".join(node.loaded_models) or "nothing"
         size = f" ({format_bytes(node.loaded_bytes)})" if node.loaded_bytes else ""
-        speed = "" if node.ms_per_token is None else f", {node.ms_per_token:.3g} ms a token"
+        speed = "" if node.ms_per_token is None else f", {node.ms_per_token:.3g} ms per token"
         return f"{loaded} loaded{size}, {node.running}/{node.slots} slots busy, {node.waiting} waiting{speed}"
     if node.state == "unknown":
-        return "not looked at yet"
-    what_to_do = "start it there: ollama serve" if node.state == "absent" else "it is tried again by itself"
+        return "not checked yet"
+    what_to_do = (
+        "start it there with: ollama serve" if node.state == "absent" else "it will be tried again automatically"
+    )
     return f"{node.last_error}; {what_to_do}" if node.last_error else what_to_do
 
 

@@ -56,7 +56,7 @@ def layer_map(status: ClusterStatus | CoordinatorStatus | Coordinator, ax: Axes 
     legend_below(
         ax,
         [Patch(facecolor=segment.color) for segment in segments],
-        [f"{segment.place}: {segment.layers}{more}" for segment, more in zip(segments, weights, strict=True)],
+        [f"{segment.endpoint}: {segment.layers}{more}" for segment, more in zip(segments, weights, strict=True)],
     )
     told = any(segment.actual_units is not None for segment in segments)
     titled(ax, title, "wide: planned, narrow: as the engine placed them" if told else "as planned")

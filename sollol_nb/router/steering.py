@@ -70,7 +70,7 @@ class RouterCluster:
     async def cluster(self) -> ClusterStatus:
         """Look at all workers and Ollama nodes, and tell their state and the layers of each coordinator, other
         kernels' too."""
-        return await self.state.look()
+        return await self.state.refresh()
 
     @io_bound
     async def start_workers(self, count: int) -> list[str]:

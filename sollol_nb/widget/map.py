@@ -58,4 +58,4 @@ class ClusterMap(anywidget.AnyWidget):
 
 def _told(content: Any, on_view: OnView) -> None:
     if isinstance(content, Mapping) and isinstance(content.get("view"), str):
-        on_view(content["view"], bool(content.get("here")))
+        on_view(content["view"], bool(content.get("shown")))

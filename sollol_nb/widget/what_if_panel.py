@@ -99,7 +99,7 @@ class WhatIfPanel:
         """URL and units of the chosen model's coordinator, free workers included; ("", {}) without one."""
         for url, one in self._sharded().items():
             if one["model"] == self.model.value:
-                counts = {place: segment["units"] for place, segment in one["segments"].items()}
+                counts = {endpoint: segment["units"] for endpoint, segment in one["segments"].items()}
                 workers = self._data.get("workers", {})
                 free = [name for name, worker in workers.items() if worker["state"] == "free"]
                 return url, counts | dict.fromkeys(free[: max(0, MAX_WORKERS - len(counts))], 0)
@@ -169,7 +169,7 @@ class WhatIfPanel:
 
     def _measured(self) -> str | None:
         """What is known of the running layout's token time; a prediction made with other facts is out of date."""
-        time: str | None = self._sharded().get(self._base_url, {}).get("time")
+        time: str | None = self._sharded().get(self._base_url, {}).get("token_time")
         return time
 
     def _enable(self) -> None:

@@ -47,7 +47,9 @@ def test_what_needs_attention_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         "worker incompatible:1 is incompatible: incompatible:1 says why",
     ]
     monkeypatch.setenv("OLLAMA_HOST", "a")
-    assert troubles(status)[-1] == "Ollama node http://a:11434 is absent: no route; start it there: ollama serve"
+    assert (
+        troubles(status)[-1] == "Ollama node http://a:11434 is absent: no route; start it there with: ollama serve"
+    )
     assert troubles(ClusterStatus((), (), (node("ready"),))) == []
 
 

@@ -13,14 +13,14 @@ from typing import Any
 import psutil
 import pytest
 
-from sollol_nb.cluster.data import answer_words
+from sollol_nb.cluster.data import describe_answer
 from sollol_nb.cluster.state import EVENTS_KEPT, ROUND_TRIPS_KEPT
-from sollol_nb.cluster.state_patch import patched
 from sollol_nb.hybrid_router import HybridRouter as AsyncHybridRouter
 from sollol_nb.runtime.events import KEPT_EVENTS, EventKind
 from sollol_nb.runtime.io_loop import run_blocking
 from sollol_nb.sync_wrapper import HybridRouter
 from tests.support.engines import engine_on, eventually, run
+from tests.support.merge_patch import patched
 from tests.support.simulated_cluster import GIB, SimulatedCluster, endpoint, node
 
 
@@ -76,12 +76,14 @@ def test_the_state_tells_workers_coordinators_nodes_and_events() -> None:
     assert free["protocol"] == "RPC 7.0.0"
     (coordinator,) = told["coordinators"].values()
     assert [one["layers"] for one in coordinator["segments"].values()] == ["0-20", "21-39 + output"]
-    assert sum(one["part"] for one in coordinator["segments"].values()) == pytest.approx(1, abs=0.02)
-    assert coordinator["time"] == "measured 26.3 ms a token (38 tokens/s)"
-    assert [one["words"] for one in coordinator["local"].values()] == ["CPU of this machine: 256.0 MiB weights"]
+    assert sum(one["share"] for one in coordinator["segments"].values()) == pytest.approx(1, abs=0.02)
+    assert coordinator["token_time"] == "26.3 ms per token (measured; 38 tokens/s)"
+    assert [one["description"] for one in coordinator["local"].values()] == [
+        "this machine (CPU): 256.0 MiB weights"
+    ]
     ready, absent = told["nodes"].values()
-    assert ready["words"] == "llama3.2 loaded, 0/1 slots busy, 0 waiting, 21.4 ms a token"
-    assert absent["words"].endswith("; start it there: ollama serve")
+    assert ready["description"] == "llama3.2 loaded, 0/1 slots busy, 0 waiting, 21.4 ms per token"
+    assert absent["description"].endswith("; start it there with: ollama serve")
     assert [event["kind"] for event in told["events"].values()] == ["coordinator.ready"]
 
 
@@ -114,7 +116,7 @@ def test_patches_alone_keep_a_watcher_up_to_date() -> None:
         eventually(lambda: watcher.state == cluster.state.data, "nothing is left to tell")
 
     worker = watcher.state["workers"][endpoint(5)]
-    assert (worker["words"], worker["last_error"]) == ("nothing listens there; start it",) * 2
+    assert (worker["description"], worker["last_error"]) == ("nothing listens there; start it",) * 2
     kinds = [event["kind"] for event in watcher.state["events"].values()]
     assert kinds == ["coordinator.ready", "worker.lost", "coordinator.stopped", "node.absent"]
 
@@ -155,7 +157,7 @@ def test_a_watcher_that_fails_keeps_it_from_no_other(caplog: pytest.LogCaptureFi
             cluster.change_worker(number, "down", "gone", EventKind.WORKER_LOST)
             eventually(is_down(watcher, number), "it is told")
     run_blocking(cluster.state.unwatch(failing))
-    assert "a view of the cluster could not take a change" in caplog.text
+    assert "a view of the cluster failed to apply a change" in caplog.text
 
 
 def test_with_a_hundred_workers_a_change_takes_a_few_hundred_bytes() -> None:
@@ -176,7 +178,7 @@ def test_nothing_is_told_where_nothing_has_changed() -> None:
         cluster.events.report(EventKind.PROBE_DONE, "10.9.9.9:50052", "free")
         cluster.events.publish(EventKind.REQUEST_STARTED, "demo", "asking demo")
         eventually(lambda: watcher.patches, "the request is told")
-    assert watcher.patches[0] == {"totals": {"asked": 1}}
+    assert watcher.patches[0] == {"totals": {"total": 1}}
 
 
 # --- what the bus tells -----------------------------------------------------------------------
@@ -193,7 +195,7 @@ def test_requests_are_told_as_numbers_and_their_place_remembers_the_last_answer(
         cluster.events.publish(EventKind.REQUEST_FINISHED, "big", "big: error", status="error")
         eventually(lambda: watcher.state["totals"].get("failed"), "both are told")
 
-    assert watcher.state["totals"] == {"running": 0, "waiting": 0, "asked": 2, "failed": 1}
+    assert watcher.state["totals"] == {"running": 0, "waiting": 0, "total": 2, "failed": 1}
     answer = watcher.state["coordinators"][coordinator.base_url]["answer"]
     assert answer == "38 tokens/s, first token after 120 ms"
     assert [event["kind"] for event in watcher.state["events"].values()] == ["coordinator.ready"]
@@ -230,7 +232,7 @@ def test_requests_are_followed_also_if_the_watch_begins_amid_another() -> None:
         asked = asyncio.Event()
         cluster.events.publish(EventKind.REQUEST_FINISHED, "big", "big: ok", status="ok")
         cluster.events.publish(EventKind.REQUEST_STARTED, "big", "asking big")
-        eventually(lambda: watcher.state["totals"]["asked"] == 2, "the next one is told")
+        eventually(lambda: watcher.state["totals"]["total"] == 2, "the next one is told")
         request = asyncio.run_coroutine_threadsafe(ask(), asyncio_loop())
         eventually(lambda: watcher.state["totals"]["running"] == 1, "it is seen without an event of the gate")
         asyncio_loop().call_soon_threadsafe(asked.set)
@@ -246,7 +248,7 @@ def test_all_requests_count_however_many_and_whenever_somebody_watches() -> None
     with watching(cluster) as watcher:
         totals = watcher.state["totals"]
     with watching(cluster) as again:
-        assert again.state["totals"] == totals == {"running": 0, "waiting": 0, "asked": KEPT_EVENTS, "failed": 1}
+        assert again.state["totals"] == totals == {"running": 0, "waiting": 0, "total": KEPT_EVENTS, "failed": 1}
 
 
 def asyncio_loop() -> asyncio.AbstractEventLoop:
@@ -275,15 +277,16 @@ def test_a_late_watcher_finds_what_happened_before() -> None:
 
 
 @pytest.mark.parametrize(
-    ("facts", "words"),
+    ("facts", "description"),
     [
+        ({"tokens_per_s": 9.0, "ttft_ms": 9470.1}, "9 tokens/s, first token after 9.47 s"),
         ({"tokens_per_s": 245.2, "ttft_ms": 34.21}, "245 tokens/s, first token after 34.2 ms"),
         ({"tokens_per_s": None, "ttft_ms": 0.5}, "first token after 0.5 ms"),
         ({}, None),
     ],
 )
-def test_an_answer_is_told_as_far_as_it_is_known(facts: dict[str, Any], words: str | None) -> None:
-    assert answer_words(facts) == words
+def test_an_answer_is_told_as_far_as_it_is_known(facts: dict[str, Any], description: str | None) -> None:
+    assert describe_answer(facts) == description
 
 
 # --- looking ----------------------------------------------------------------------------------
@@ -315,7 +318,7 @@ def test_round_trips_of_ollama_nodes_are_remembered_too() -> None:
         eventually(lambda: watcher.state["nodes"][ready].get("rtt"), "it is looked at")
         assert set(watcher.state["nodes"][ready]["rtt"].values()) == {1.2}
         assert "rtt" not in watcher.state["nodes"][absent]
-        assert watcher.state["nodes"][ready]["words"].startswith("llama3.2 loaded (2.0 GiB), ")
+        assert watcher.state["nodes"][ready]["description"].startswith("llama3.2 loaded (2.0 GiB), ")
 
 
 def test_looking_goes_on_after_a_look_that_failed(
@@ -333,7 +336,7 @@ def test_looking_goes_on_after_a_look_that_failed(
     monkeypatch.setattr(cluster.state._workers, "probe", failing_first)
     with watching(cluster):
         eventually(lambda: cluster.looks, "it is looked at")
-    assert caplog.text.count("the cluster could not be looked at") == 2
+    assert caplog.text.count("could not check the cluster") == 2
 
 
 def test_of_the_round_trips_the_last_ones_are_kept() -> None:
@@ -428,7 +431,7 @@ def test_a_real_cluster_is_told_from_its_workers_to_its_layers(router: HybridRou
         assert [one["units"] for one in coordinator["segments"].values()] == [
             one["actual"] for one in coordinator["segments"].values()
         ]
-        assert "measured" in coordinator["time"]
+        assert "measured" in coordinator["token_time"]
 
         def held() -> list[dict[str, Any]]:
             return [one for one in watcher.state["workers"].values() if one["state"] == "held"]

@@ -21,6 +21,7 @@ from sollol_nb.llama_cpp.workers.probe import Probe, ProbeOutcome
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.models.files import DEMO_MODEL_PATH, DEMO_NOTE
 from sollol_nb.ollama.nodes import NodeStatus
+from sollol_nb.text.palette import SEGMENTS
 from tests.support.simulated_cluster import node as simulated_node
 
 GIB, MIB = 2**30, 2**20
@@ -42,16 +43,16 @@ def worker(number: int, state: str = "free", detail: str = "", **more: Any) -> W
     return WorkerStatus(endpoint=endpoint, state=state, detail=detail or state, **values)
 
 
-def segment(place: str, layers: str, units: int, **more: Any) -> LayerSegment:
+def segment(endpoint: str, layers: str, units: int, **more: Any) -> LayerSegment:
     values: dict[str, Any] = {
         "actual_units": units,
         "weight_bytes": 2 * MIB,
         "actual_weight_bytes": 3 * MIB,
         "kv_bytes": MIB,
         "share": units / 10,
-        "color": 0,
+        "color": SEGMENTS[0],
     }
-    return LayerSegment(place, layers, units, **(values | more))
+    return LayerSegment(endpoint=endpoint, layers=layers, units=units, **(values | more))
 
 
 def coordinator(*segments: LayerSegment, **more: Any) -> CoordinatorStatus:
@@ -155,12 +156,14 @@ def test_text_and_html_tell_the_same_facts(fact: str) -> None:
 def test_tooltips_are_the_words_of_the_text() -> None:
     titles = as_html(SHARDED).titles
 
-    assert titles == [one.words for one in SHARDED.coordinators[0].segments]
+    assert titles == [one.description for one in SHARDED.coordinators[0].segments]
     assert all(title in str(SHARDED) for title in titles)
     assert titles[1] == (
-        "10.0.0.2:50052: layers 6-8 + output; planned 4 units, 2.0 MiB weights, 1.0 MiB KV; actual 3 units"
+        "10.0.0.2:50052: layers 6-8 + output; planned: 4 units, 2.0 MiB weights, 1.0 MiB KV cache; actual: 3 units"
     )
-    assert "the engine did not tell" in segment("a:1", "0", 1, actual_units=None, actual_weight_bytes=None).words
+    assert (
+        "actual: not reported" in segment("a:1", "0", 1, actual_units=None, actual_weight_bytes=None).description
+    )
 
 
 def test_notebook_gets_both() -> None:
@@ -224,7 +227,7 @@ def test_hostile_names_are_text_in_html() -> None:
 
 
 def test_sixty_four_workers_render() -> None:
-    segments = [segment(f"10.0.0.{n}:50052", str(n), 1, share=1 / 64, color=n % 8) for n in range(64)]
+    segments = [segment(f"10.0.0.{n}:50052", str(n), 1, share=1 / 64, color=SEGMENTS[n % 8]) for n in range(64)]
     status = ClusterStatus(tuple(worker(n) for n in range(64)), (coordinator(*segments),))
 
     page = as_html(status)
@@ -309,16 +312,16 @@ def test_predicted_and_measured_token_times_stand_side_by_side() -> None:
     status = CoordinatorStatus.of(stand_in(plan=plan), token_ms=25.0, token=TokenTime((15.0, 5.0)))
 
     for shown in (str(ClusterStatus((), (status,))), as_html(ClusterStatus((), (status,))).text):
-        assert "predicted 20 ms a token, measured 25 ms a token (40 tokens/s)" in shown
+        assert "20 ms per token (predicted), 25 ms per token (measured; 40 tokens/s)" in shown
     assert [one.time_share for one in status.segments] == [0.75, 0.25]
-    assert "15 ms of each token (75%)" in status.segments[0].words
+    assert "15 ms of each token (75%)" in status.segments[0].description
     assert "15 ms (75 %)" in as_html(ClusterStatus((), (status,))).text
 
 
 def test_an_unknown_token_time_is_not_invented() -> None:
     status = CoordinatorStatus.of(stand_in(), token=TokenTime((), "nothing was measured"))
 
-    assert status.token_words == ""
+    assert status.token_time_description == ""
     assert [(one.token_ms, one.time_share) for one in status.segments] == [(None, None)] * 2
     assert "ms of each token" not in str(ClusterStatus((), (status,)))
 
@@ -327,21 +330,24 @@ def test_devices_of_the_coordinators_own_machine_are_shown() -> None:
     placement = Placement((DevicePlacement("a:1", (0,), 11, 1), DevicePlacement("CPU", (), 3 * MIB, 0)))
     status = ClusterStatus((), (CoordinatorStatus.of(stand_in(placement=placement)),))
 
-    assert "CPU of this machine: 3.0 MiB weights" in str(status)
-    assert "CPU of this machine" in as_html(status).text
+    assert "this machine (CPU): 3.0 MiB weights" in str(status)
+    assert "this machine (CPU)" in as_html(status).text
 
 
 @pytest.mark.parametrize(
     ("node", "words"),
     [
-        (simulated_node(1), "llama3.2 loaded, 0/1 slots busy, 0 waiting, 21.4 ms a token"),
+        (simulated_node(1), "llama3.2 loaded, 0/1 slots busy, 0 waiting, 21.4 ms per token"),
         (simulated_node(1, loaded_models=(), ms_per_token=None), "nothing loaded, 0/1 slots busy, 0 waiting"),
         (
             simulated_node(1, "absent"),
-            "nothing accepts connections at http://10.0.1.1:11434; start it there: ollama",
+            "nothing accepts connections at http://10.0.1.1:11434; start it there with: ollama",
         ),
-        (simulated_node(1, "cooling", last_error="it broke off"), "it broke off; it is tried again by itself"),
-        (simulated_node(1, "unknown"), "not looked at yet"),
+        (
+            simulated_node(1, "cooling", last_error="it broke off"),
+            "it broke off; it will be tried again automatically",
+        ),
+        (simulated_node(1, "unknown"), "not checked yet"),
     ],
 )
 def test_each_ollama_node_tells_what_it_has_or_what_is_wrong(node: NodeStatus, words: str) -> None:

@@ -9,17 +9,16 @@ from typing import Any
 import pytest
 from playwright.sync_api import Page
 
-from sollol_nb.cluster.state_patch import patched
 from sollol_nb.runtime.io_loop import run_blocking
 from sollol_nb.widget.map import SOURCE, STYLE
-from tests.cluster.test_state_patch import random_state
 from tests.lab.lab import HeadlessLab
+from tests.support.merge_patch import patched, random_state
 from tests.support.simulated_cluster import SimulatedCluster, endpoint, node
 
 pytestmark = [pytest.mark.engine, pytest.mark.lab]
 
 # In the page: the module, and a model that does what a front end's model does.
-LOAD = """async ([SOURCE.read_text("utf-8"), STYLE]) => {
+LOAD = """async ([source, style]) => {
     document.head.append(Object.assign(document.createElement('style'), {textContent: style}));
     const url = URL.createObjectURL(new Blob([source], {type: 'text/javascript'}));
     window.map = await import(url);
@@ -108,7 +107,7 @@ def test_layers_are_boxes_as_wide_as_their_part(page: Page) -> None:
     assert [line for (line,) in planned] == [
         "0-19", endpoint(0), "20-34", endpoint(1), "35-39 + output", endpoint(2)
     ]  # fmt: skip
-    assert page.locator("#one .sollol-row-placed text").all_text_contents() == ["20", "15", "6"]
+    assert page.locator("#one .sollol-row-actual text").all_text_contents() == ["20", "15", "6"]
     time = page.locator("#one .sollol-row-time text").all_text_contents()
     assert [float(one.removesuffix(" %")) for one in time] == pytest.approx([48, 36, 17], abs=1)
 
@@ -171,7 +170,7 @@ def test_an_empty_cluster_says_so(page: Page) -> None:
 def test_a_patch_is_drawn_in_all_views_and_touches_only_what_it_changes(page: Page) -> None:
     page.evaluate("state => window.show(state)", state_of(three_workers()))
     page.evaluate("() => document.querySelectorAll('tr, section').forEach(one => { one.seen = true; })")
-    patch = {"workers": {endpoint(1): {"state": "down", "words": "gone", "free": None, "used": None}}}
+    patch = {"workers": {endpoint(1): {"state": "down", "description": "gone", "free": None, "used": None}}}
     page.evaluate("patch => window.change(patch)", patch)
 
     for view in ("one", "two"):
@@ -196,9 +195,13 @@ def test_the_end_of_the_router_is_told(page: Page) -> None:
 
 
 def test_a_model_is_seen_to_load_and_then_to_run(page: Page) -> None:
-    page.evaluate("state => window.show(state)", {"starting": {"big": {"words": "1 of 4 GiB", "share": 0.25}}})
+    page.evaluate(
+        "state => window.show(state)", {"starting": {"big": {"description": "1 of 4 GiB", "share": 0.25}}}
+    )
     assert page.locator("#one progress").get_attribute("value") == "0.25"
-    page.evaluate("patch => window.change(patch)", {"starting": {"big": {"words": "2 of 4 GiB", "share": 0.5}}})
+    page.evaluate(
+        "patch => window.change(patch)", {"starting": {"big": {"description": "2 of 4 GiB", "share": 0.5}}}
+    )
     assert page.locator("#one progress").get_attribute("value") == "0.5"
     coordinators = state_of(three_workers())["coordinators"]
     page.evaluate("patch => window.change(patch)", {"starting": {"big": None}, "coordinators": coordinators})
@@ -213,7 +216,7 @@ def test_figures_that_were_folded_stay_folded(page: Page) -> None:
     page.locator("#one summary").click()
     (url,) = state["coordinators"]
     page.evaluate("patch => window.change(patch)", {"coordinators": {url: {"running": 1}}})
-    assert "1/4 running" in page.locator("#one section").inner_text()
+    assert "1/4 slots busy" in page.locator("#one section").inner_text()
     assert page.locator("#one details[open]").count() == 0
 
 
@@ -237,6 +240,6 @@ def test_views_tell_that_they_are_there_and_that_they_go_and_leave_nothing(page:
     page.evaluate("state => window.show(state)", {})
     page.evaluate("() => { window.endViews.forEach(end => end()); window.endModel(); }")
     sent = page.evaluate("() => window.model.sent")
-    assert [one["here"] for one in sent] == [True, True, False, False]
+    assert [one["shown"] for one in sent] == [True, True, False, False]
     assert len({one["view"] for one in sent}) == 2
     assert page.evaluate("() => window.model.listeners") == []

@@ -65,7 +65,7 @@ def test_it_shows_layers_workers_and_events(page: LabPage) -> None:
     expect(page.output(4).locator("tr[data-state='held']")).to_have_count(3)
     expect(page.output(4).locator("tr[data-state='free']")).to_have_count(1)
     expect(page.output(4).locator(".sollol-log")).to_contain_text("demo:sharded is ready at")
-    expect(page.output(4).locator("section")).to_contain_text("ms a token")
+    expect(page.output(4).locator("section")).to_contain_text("ms per token")
     page.screenshot("cluster-widget")
 
 

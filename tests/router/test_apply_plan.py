@@ -96,8 +96,8 @@ def test_its_token_time_was_predicted_from_the_layouts_before(
     assert predicted == pytest.approx(foreseen)
     assert sharding.latency.frame(model=endless, last=1)["predicted_ms_per_token"].tolist() == [predicted]
     (status,) = [one for one in sharding.cluster().coordinators if one.model == endless]
-    assert status.token_words.startswith("predicted ")
-    assert ", measured " in status.token_words
+    assert " ms per token (predicted), " in status.token_time_description
+    assert " ms per token (measured; " in status.token_time_description
 
 
 @pytest.mark.parametrize(

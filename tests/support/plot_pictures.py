@@ -108,20 +108,33 @@ def coordinator_status(
         layers = f"{first}-{last}" if position < len(units) - 1 else f"{first}-{last - 1} + output"
         segments.append(
             LayerSegment(
-                f"10.0.0.{first_worker + position}:50052",
-                layers,
-                count,
-                actual[position] if actual else None,
-                int(count * 0.48 * GIB),
-                None,
-                GIB // 4,
-                count / total,
-                SEGMENTS[(first_worker + position - 1) % 8],
+                endpoint=f"10.0.0.{first_worker + position}:50052",
+                layers=layers,
+                units=count,
+                actual_units=actual[position] if actual else None,
+                weight_bytes=int(count * 0.48 * GIB),
+                actual_weight_bytes=None,
+                kv_bytes=GIB // 4,
+                share=count / total,
+                color=SEGMENTS[(first_worker + position - 1) % 8],
             )
         )
         first += count
-    about = ("", "http://127.0.0.1:18080", "log", "memory_aware", 8192, 0, 0, 4, 9.0, 1250.0)
-    return CoordinatorStatus(model, *about, tuple(segments), ())
+    return CoordinatorStatus(
+        model=model,
+        note="",
+        url="http://127.0.0.1:18080",
+        log_path="log",
+        strategy="memory_aware",
+        context_tokens=8192,
+        running=0,
+        waiting=0,
+        slots=4,
+        uptime_s=9.0,
+        load_ms=1250.0,
+        segments=tuple(segments),
+        differences=(),
+    )
 
 
 def cluster(*coordinators: CoordinatorStatus) -> ClusterStatus:

@@ -26,7 +26,7 @@ from sollol_nb.widget.cluster_widget import SNAPSHOTS_KEPT, ClusterWidget, clust
 from tests.support.engines import eventually, unused_port
 from tests.support.simulated_cluster import SimulatedCluster, endpoint, node
 
-HERE, GONE = {"view": "one", "here": True}, {"view": "one", "here": False}
+HERE, GONE = {"view": "one", "shown": True}, {"view": "one", "shown": False}
 
 
 @pytest.fixture
@@ -189,7 +189,7 @@ def test_it_watches_while_views_are_there_and_rests_when_the_last_has_gone(
         widget.map._handle_custom_msg(content, [])
     widget.map._handle_custom_msg(GONE, [])
     assert cluster.state.is_watched
-    widget.map._handle_custom_msg(other | {"here": False}, [])
+    widget.map._handle_custom_msg(other | {"shown": False}, [])
     eventually(lambda: not cluster.state.is_watched, "nobody looks any more")
 
     widget.map._handle_custom_msg(HERE, [])

@@ -1,13 +1,13 @@
 // The cluster map: layers of each coordinator as SVG, health of workers and Ollama nodes, requests, events.
 //
-// The model's `state` is plain data (see sollol_nb/cluster/data.py). Python sends it once; after that custom
-// messages bring JSON merge patches (RFC 7396), which are applied to the state here, once for all views. A patch
-// leaves what it does not touch as the same object, so a view redraws only what is not the same object any more.
+// The model's `state` is plain data (see sollol_nb/cluster/data.py). Python sends it once; after that it sends JSON
+// merge patches (RFC 7396) as custom messages, which are applied to the state here, once for all views. Objects that a
+// patch does not touch stay the same objects, so a view redraws only the entries whose object has changed.
 
 const SVG = "http://www.w3.org/2000/svg";
 const ALIVE_EVERY_MS = 20000;
-const MOST_IN_ORDER = 12; // of more workers, those that are not well come first
-const WELL = ["free", "held", "ready"];
+const MAX_IN_ORDER = 12; // with more workers, those with a problem come first
+const HEALTHY = ["free", "held", "ready"];
 const MARKS = { free: "○", held: "●", busy: "◐", ready: "○", cooling: "◐", unknown: "?", absent: "–" };
 
 // --- state ---------------------------------------------------------------------------------------
@@ -23,42 +23,42 @@ export function patched(state, patch) {
 }
 
 function inOrder(entries) {
-  return Object.entries(entries || {}).sort(([, one], [, other]) => one.n - other.n);
+  return Object.entries(entries || {}).sort(([, left], [, right]) => left.n - right.n);
 }
 
 // --- drawing helpers -----------------------------------------------------------------------------
 
 function element(tag, attributes = {}, ...children) {
-  const made = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-  made.append(...children.filter((child) => child !== undefined && child !== null));
-  return made;
+  const created = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) created.setAttribute(name, value);
+  created.append(...children.filter((child) => child !== undefined && child !== null));
+  return created;
 }
 
 function shape(tag, attributes = {}, ...children) {
-  const made = document.createElementNS(SVG, tag);
-  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-  made.append(...children);
-  return made;
+  const created = document.createElementNS(SVG, tag);
+  for (const [name, value] of Object.entries(attributes)) created.setAttribute(name, value);
+  created.append(...children);
+  return created;
 }
 
-function percent(part) {
-  return `${(100 * part).toFixed(3)}%`;
+function percent(share) {
+  return `${(100 * share).toFixed(3)}%`;
 }
 
-function stateMark(node) {
-  const mark = element("span", { class: "sollol-mark", style: `color: ${node.color}` }, MARKS[node.state] || "✕");
-  return element("span", {}, mark, ` ${node.state}`);
+function stateMark(entry) {
+  const mark = element("span", { class: "sollol-mark", style: `color: ${entry.color}` }, MARKS[entry.state] || "✕");
+  return element("span", {}, mark, ` ${entry.state}`);
 }
 
 // --- one coordinator -----------------------------------------------------------------------------
 
-// A row of boxes, each a part of the whole: {part, color, lines, title}.
-function boxes(y, height, parts) {
-  let at = 0;
-  return parts.map(({ part, color, lines, title }) => {
-    const box = shape("svg", { x: percent(at), y, width: percent(part), height, class: "sollol-box" });
-    at += part;
+// A row of boxes, each as wide as its share of the whole: {share, color, lines, title}.
+function boxes(height, parts) {
+  let left = 0;
+  return parts.map(({ share, color, lines, title }) => {
+    const box = shape("svg", { x: percent(left), y: 0, width: percent(share), height, class: "sollol-box" });
+    left += share;
     box.append(shape("title", {}, title));
     box.append(shape("rect", { x: 0.5, y: 0.5, width: "100%", height: height - 1, fill: color }));
     lines.forEach((line, number) => {
@@ -69,83 +69,84 @@ function boxes(y, height, parts) {
   });
 }
 
-// Shorten the words in boxes to what their boxes' width holds. Addresses differ at their ends, so these stay.
-function fitWords(root) {
-  if (!root.clientWidth) return; // not laid out yet; the ResizeObserver tells when it is
-  for (const words of root.querySelectorAll(".sollol-box text")) {
-    const room = words.parentNode.width.baseVal.value - 8;
-    const { whole, keeps } = words.dataset;
-    words.textContent = whole;
-    let kept = Math.ceil((whole.length * room) / words.getComputedTextLength());
-    while (words.textContent && words.getComputedTextLength() > room) {
+// Shorten the labels in boxes to the width of their boxes. Addresses differ at their ends, so those are kept.
+function fitLabels(root) {
+  if (!root.clientWidth) return; // no layout yet; the ResizeObserver calls again
+  for (const label of root.querySelectorAll(".sollol-box text")) {
+    const width = label.parentNode.width.baseVal.value - 8;
+    const { whole, keeps } = label.dataset;
+    label.textContent = whole;
+    let kept = Math.ceil((whole.length * width) / label.getComputedTextLength());
+    while (label.textContent && label.getComputedTextLength() > width) {
       kept -= 1;
-      words.textContent = kept < 2 ? "" : keeps === "end" ? `…${whole.slice(-kept)}` : `${whole.slice(0, kept)}…`;
+      label.textContent = kept < 2 ? "" : keeps === "end" ? `…${whole.slice(-kept)}` : `${whole.slice(0, kept)}…`;
     }
   }
 }
 
 function layerMap(coordinator) {
   const segments = inOrder(coordinator.segments);
-  const units = segments.reduce((sum, [, one]) => sum + one.units, 0);
-  const title = (place, one) =>
-    `${place}: layers ${one.layers}\nweights ${one.weights} (planned / actual)\nKV cache ${one.kv} (planned / actual)` +
-    (one.ms === undefined ? "" : `\n${one.ms} ms of each token`);
-  const ports = new Set(segments.map(([place]) => place.split(":").pop()));
-  const name = (place) => (ports.size === 1 && segments.length > 6 ? place.replace(/:\d+$/, "") : place);
-  const planned = segments.map(([place, one]) => ({
-    part: one.units / units,
-    color: one.color,
-    lines: [one.layers, name(place)],
-    title: title(place, one),
+  const units = segments.reduce((sum, [, segment]) => sum + segment.units, 0);
+  const title = (endpoint, { layers, weights, kv, ms }) =>
+    `${endpoint}: layers ${layers}\nweights ${weights} (planned / actual)\nKV cache ${kv} (planned / actual)` +
+    (ms === undefined ? "" : `\n${ms} ms of each token`);
+  const ports = new Set(segments.map(([endpoint]) => endpoint.split(":").pop()));
+  const name = (endpoint) => (ports.size === 1 && segments.length > 6 ? endpoint.replace(/:\d+$/, "") : endpoint);
+  const planned = segments.map(([endpoint, segment]) => ({
+    share: segment.units / units,
+    color: segment.color,
+    lines: [segment.layers, name(endpoint)],
+    title: title(endpoint, segment),
   }));
   const rows = [["planned", 36, planned]];
-  if (segments.every(([, one]) => one.actual !== undefined)) {
-    const actual = segments.map(([place, one]) => ({
-      part: one.actual / units,
-      color: one.color,
-      lines: [`${one.actual}`],
-      title: `${place}: the engine placed ${one.actual} units here`,
+  if (segments.every(([, segment]) => segment.actual !== undefined)) {
+    const actual = segments.map(([endpoint, segment]) => ({
+      share: segment.actual / units,
+      color: segment.color,
+      lines: [`${segment.actual}`],
+      title: `${endpoint}: the engine placed ${segment.actual} units here`,
     }));
-    rows.push(["placed", 20, actual]);
+    rows.push(["actual", 20, actual]);
   }
-  if (segments.every(([, one]) => one.part !== undefined)) {
-    const whole = segments.reduce((sum, [, one]) => sum + one.part, 0) || 1; // each is rounded
-    const time = segments.map(([place, one]) => ({
-      part: one.part / whole,
-      color: one.color,
-      lines: [`${Math.round(100 * one.part)} %`],
-      title: `${place}: ${one.ms} ms of each token`,
+  if (segments.every(([, segment]) => segment.share !== undefined)) {
+    const whole = segments.reduce((sum, [, segment]) => sum + segment.share, 0) || 1; // each share is rounded
+    const time = segments.map(([endpoint, segment]) => ({
+      share: segment.share / whole,
+      color: segment.color,
+      lines: [`${Math.round(100 * segment.share)} %`],
+      title: `${endpoint}: ${segment.ms} ms of each token`,
     }));
     rows.push(["time", 20, time]);
   }
   const bars = element("div", { class: "sollol-bars", role: "img", "aria-label": `layers of ${coordinator.model}` });
-  for (const [name, height, parts] of rows) {
+  for (const [row, height, parts] of rows) {
     bars.append(
-      element("span", { class: "sollol-faint" }, name),
-      shape("svg", { width: "100%", height, class: `sollol-row-${name}` }, ...boxes(0, height, parts)),
+      element("span", { class: "sollol-faint" }, row),
+      shape("svg", { width: "100%", height, class: `sollol-row-${row}` }, ...boxes(height, parts)),
     );
   }
   return bars;
 }
 
 function layerTable(coordinator) {
-  const rows = inOrder(coordinator.segments).map(([place, one]) => [
-    place,
-    one.layers,
-    `${one.units} / ${one.actual === undefined ? "?" : one.actual}`,
-    one.weights,
-    one.kv,
-    one.ms === undefined ? "?" : `${one.ms} ms (${Math.round(100 * one.part)} %)`,
+  const rows = inOrder(coordinator.segments).map(([endpoint, segment]) => [
+    endpoint,
+    segment.layers,
+    `${segment.units} / ${segment.actual === undefined ? "?" : segment.actual}`,
+    segment.weights,
+    segment.kv,
+    segment.ms === undefined ? "?" : `${segment.ms} ms (${Math.round(100 * segment.share)} %)`,
   ]);
-  const heads = ["worker", "layers", "units", "weights", "KV cache", "of a token"];
-  const table = element("table", {}, headRow(heads), ...rows.map((row) => tableRow(row)));
-  const note = element("div", { class: "sollol-faint" }, "planned / actual");
+  const labels = ["worker", "layers", "units", "weights", "KV cache", "share of token time"];
+  const table = element("table", {}, headRow(labels), ...rows.map((row) => tableRow(row)));
+  const note = "planned / actual; units are the model's blocks and its output layer";
   const opened = rows.length <= 4 ? { open: "" } : {};
-  return element("details", opened, element("summary", {}, "figures"), note, table);
+  const summary = element("summary", {}, "Details");
+  return element("details", opened, summary, element("div", { class: "sollol-faint" }, note), table);
 }
 
-function headRow(words) {
-  return element("tr", {}, ...words.map((word) => element("th", {}, word)));
+function headRow(labels) {
+  return element("tr", {}, ...labels.map((label) => element("th", {}, label)));
 }
 
 function tableRow(cells) {
@@ -153,16 +154,16 @@ function tableRow(cells) {
 }
 
 function coordinatorCard(coordinator) {
-  const busy = `${coordinator.running}/${coordinator.slots} running, ${coordinator.waiting} waiting`;
+  const busy = `${coordinator.running}/${coordinator.slots} slots busy, ${coordinator.waiting} waiting`;
   const answer = coordinator.answer && `last answer: ${coordinator.answer}`;
-  const facts = [coordinator.words, busy, coordinator.time, answer, coordinator.note];
+  const facts = [coordinator.description, busy, coordinator.token_time, answer, coordinator.note];
   const card = element(
     "section",
     { class: "sollol-card" },
     element("div", {}, element("b", {}, coordinator.model), ` ${facts.filter(Boolean).join(" · ")}`),
   );
   if (Object.keys(coordinator.segments || {}).length) card.append(layerMap(coordinator), layerTable(coordinator));
-  const local = inOrder(coordinator.local).map(([, one]) => one.words);
+  const local = inOrder(coordinator.local).map(([, part]) => part.description);
   if (local.length) card.append(element("div", { class: "sollol-faint" }, local.join("; ")));
   for (const difference of coordinator.differences || []) {
     card.append(element("div", { class: "sollol-bad" }, `⚠ differs from the plan: ${difference}`));
@@ -171,28 +172,29 @@ function coordinatorCard(coordinator) {
 }
 
 function startingCard(model, starting) {
-  const known = starting.share === undefined ? {} : { value: starting.share, max: 1 };
+  const progress = starting.share === undefined ? {} : { value: starting.share, max: 1 };
   return element(
     "section",
     { class: "sollol-card" },
-    element("div", {}, element("b", {}, model), ` ${starting.words}`),
-    element("progress", known),
+    element("div", {}, element("b", {}, model), ` ${starting.description}`),
+    element("progress", progress),
   );
 }
 
 // --- workers and nodes ---------------------------------------------------------------------------
 
 function sparkline(roundTrips) {
-  const looks = Object.keys(roundTrips || {}).map(Number).sort((one, other) => one - other);
-  if (!looks.length) return "";
-  const times = looks.map((look) => roundTrips[look]);
-  const most = Math.max(...times);
+  const probes = Object.keys(roundTrips || {}).map(Number).sort((left, right) => left - right);
+  if (!probes.length) return "";
+  const times = probes.map((probe) => roundTrips[probe]);
+  const longest = Math.max(...times);
   const step = 58 / Math.max(1, times.length - 1);
-  const points = times.map((ms, at) => `${(1 + at * step).toFixed(1)},${(15 - (13 * ms) / (most || 1)).toFixed(1)}`);
+  const y = (ms) => 15 - (13 * ms) / (longest || 1);
+  const points = times.map((ms, index) => `${(1 + index * step).toFixed(1)},${y(ms).toFixed(1)}`);
   const line = shape(
     "svg",
     { width: 60, height: 16, class: "sollol-spark" },
-    shape("title", {}, `round trips of the last looks, up to ${most} ms`),
+    shape("title", {}, `the last ${times.length} round trips, up to ${longest} ms`),
     shape("polyline", { points: points.join(" ") }),
   );
   return element("span", {}, line, ` ${times[times.length - 1]} ms`);
@@ -211,10 +213,10 @@ function memoryBar(worker) {
 
 function workerRow(endpoint, worker) {
   const name = `${endpoint}${worker.local ? " (local)" : ""}`;
-  const lost = worker.last_error && worker.state !== "down" ? `last: ${worker.last_error}` : "";
-  const words = [worker.words, lost].filter(Boolean).join("; ");
+  const lastError = worker.last_error && worker.state !== "down" ? `last error: ${worker.last_error}` : "";
+  const details = [worker.description, lastError].filter(Boolean).join("; ");
   const protocol = worker.protocol || "";
-  const cells = [name, stateMark(worker), sparkline(worker.rtt), memoryBar(worker), protocol, words];
+  const cells = [name, stateMark(worker), sparkline(worker.rtt), memoryBar(worker), protocol, details];
   const row = tableRow(cells);
   row.dataset.endpoint = endpoint;
   row.dataset.state = worker.state;
@@ -222,37 +224,37 @@ function workerRow(endpoint, worker) {
 }
 
 function nodeRow(url, node) {
-  const row = tableRow([url, stateMark(node), sparkline(node.rtt), node.words, node.answer || ""]);
+  const row = tableRow([url, stateMark(node), sparkline(node.rtt), node.description, node.answer || ""]);
   row.dataset.endpoint = url;
   row.dataset.state = node.state;
   return row;
 }
 
-// How many are in which state, and one mark for each: all of 64 at a glance.
-function overview(entries, one, many) {
+// How many are in which state, and a mark for each, which shows even 64 of them in one line.
+function overview(entries, singular, plural) {
   const counts = {};
   for (const [, entry] of entries) counts[entry.state] = (counts[entry.state] || 0) + 1;
-  const words = Object.entries(counts).map(([state, count]) => `${count} ${state}`);
+  const states = Object.entries(counts).map(([state, count]) => `${count} ${state}`);
   const marks = entries.map(([name, entry]) => {
-    const title = `${name}: ${entry.state}${entry.words ? `, ${entry.words}` : ""}`;
+    const title = `${name}: ${entry.state}${entry.description ? `, ${entry.description}` : ""}`;
     return element("span", { class: "sollol-mark", style: `color: ${entry.color}`, title }, MARKS[entry.state] || "✕");
   });
-  const total = `${entries.length} ${entries.length === 1 ? one : many}`;
-  return element("div", {}, element("b", {}, total), `: ${words.join(", ")} `, ...marks);
+  const total = `${entries.length} ${entries.length === 1 ? singular : plural}`;
+  return element("div", {}, element("b", {}, total), `: ${states.join(", ")} `, ...marks);
 }
 
-function unwellFirst(entries) {
-  const isWell = ([, entry]) => Number(WELL.includes(entry.state));
-  return [...entries].sort((one, other) => isWell(one) - isWell(other));
+function problemsFirst(entries) {
+  const isHealthy = ([, entry]) => Number(HEALTHY.includes(entry.state));
+  return [...entries].sort((left, right) => isHealthy(left) - isHealthy(right));
 }
 
 // --- the view ------------------------------------------------------------------------------------
 
-// Keeps one element for each entry, in order, and makes those anew whose entry has changed.
+// Keeps one element for each entry, in order, and creates a new one only for an entry that has changed.
 class Rows {
-  constructor(parent, make) {
+  constructor(parent, create) {
     this.parent = parent;
-    this.make = make;
+    this.create = create;
     this.drawn = new Map();
   }
 
@@ -260,33 +262,33 @@ class Rows {
     const before = this.drawn;
     this.drawn = new Map();
     for (const [key, entry] of entries) {
-      const known = before.get(key);
+      const old = before.get(key);
       before.delete(key);
-      if (known && known.entry === entry) {
-        this.drawn.set(key, known);
+      if (old && old.entry === entry) {
+        this.drawn.set(key, old);
         continue;
       }
-      const made = this.make(key, entry);
-      if (known) {
-        keepOpened(known.made, made);
-        known.made.replaceWith(made);
+      const row = this.create(key, entry);
+      if (old) {
+        keepFolded(old.row, row);
+        old.row.replaceWith(row);
       }
-      this.drawn.set(key, { entry, made });
+      this.drawn.set(key, { entry, row });
     }
-    for (const { made } of before.values()) made.remove();
+    for (const { row } of before.values()) row.remove();
     let previous = null;
-    for (const { made } of this.drawn.values()) {
-      const wanted = previous ? previous.nextSibling : this.parent.firstChild;
-      if (made !== wanted) this.parent.insertBefore(made, wanted);
-      previous = made;
+    for (const { row } of this.drawn.values()) {
+      const next = previous ? previous.nextSibling : this.parent.firstChild;
+      if (row !== next) this.parent.insertBefore(row, next);
+      previous = row;
     }
   }
 }
 
-function keepOpened(before, after) {
-  const old = before.querySelector("details");
-  const made = after.querySelector("details");
-  if (old && made) made.open = old.open;
+function keepFolded(oldRow, newRow) {
+  const before = oldRow.querySelector("details");
+  const after = newRow.querySelector("details");
+  if (before && after) after.open = before.open;
 }
 
 class View {
@@ -294,22 +296,24 @@ class View {
     this.root = root;
     root.classList.add("sollol-cluster");
     const part = (...children) => {
-      const made = element("div", { class: "sollol-part" }, ...children);
-      root.append(made);
-      return made;
+      const created = element("div", { class: "sollol-part" }, ...children);
+      root.append(created);
+      return created;
     };
-    const table = (heads) => {
+    const table = (labels) => {
       const body = element("tbody");
-      const whole = element("table", {}, element("thead", {}, headRow(heads)), body);
+      const whole = element("table", {}, element("thead", {}, headRow(labels)), body);
       return [element("div", { class: "sollol-scroll" }, whole), body];
     };
     this.totals = part();
-    this.coordinators = new Rows(part(), (_, one) => (one.model ? coordinatorCard(one) : startingCard(one.name, one)));
-    const [workers, workerBody] = table(["worker", "state", "round trip", "memory", "protocol", "about"]);
+    this.coordinators = new Rows(part(), (_, entry) =>
+      entry.model ? coordinatorCard(entry) : startingCard(entry.name, entry),
+    );
+    const [workers, workerBody] = table(["worker", "state", "round trip", "memory", "protocol", "details"]);
     this.workerOverview = element("div");
     this.workerPart = part(this.workerOverview, workers);
     this.workers = new Rows(workerBody, workerRow);
-    const [nodes, nodeBody] = table(["Ollama node", "state", "round trip", "about", "last answer"]);
+    const [nodes, nodeBody] = table(["Ollama node", "state", "round trip", "details", "last answer"]);
     this.nodeOverview = element("div");
     this.nodePart = part(this.nodeOverview, nodes);
     this.nodes = new Rows(nodeBody, nodeRow);
@@ -329,18 +333,21 @@ class View {
     const { totals, coordinators, starting, workers, nodes, events } = state;
     if (totals !== before.totals || state.closed !== before.closed) {
       const closed = state.closed ? " · the router was closed; this is its last state" : "";
-      this.totals.replaceChildren(totalsWords(totals || {}) + closed);
+      this.totals.replaceChildren(describeTotals(totals || {}) + closed);
     }
     if (coordinators !== before.coordinators || starting !== before.starting) {
-      const loading = Object.entries(starting || {}).map(([name, one]) => [`starting ${name}`, this.named(name, one)]);
+      const loading = Object.entries(starting || {}).map(([name, entry]) => [
+        `starting ${name}`,
+        this.named(name, entry),
+      ]);
       const running = inOrder(coordinators);
       this.coordinators.draw([...loading, ...running]);
-      fitWords(this.root);
+      fitLabels(this.root);
       this.coordinators.parent.dataset.empty = loading.length + running.length ? "" : "no coordinator is running";
     }
     if (workers !== before.workers) {
       const entries = inOrder(workers);
-      this.workers.draw(entries.length > MOST_IN_ORDER ? unwellFirst(entries) : entries);
+      this.workers.draw(entries.length > MAX_IN_ORDER ? problemsFirst(entries) : entries);
       this.workerOverview.replaceChildren(overview(entries, "worker", "workers"));
     }
     if (nodes !== before.nodes) {
@@ -350,24 +357,24 @@ class View {
       this.nodeOverview.replaceChildren(overview(entries, "Ollama node", "Ollama nodes"));
     }
     if (events !== before.events) {
-      const newestFirst = Object.entries(events || {}).sort(([one], [other]) => Number(other) - Number(one));
+      const newestFirst = Object.entries(events || {}).sort(([left], [right]) => Number(right) - Number(left));
       this.events.draw(newestFirst);
     }
   }
 
-  // A starting model with its name; the same object as long as nothing has changed.
-  named(name, one) {
+  // The entry of a starting model with its name added; the same object while the entry stays the same.
+  named(name, entry) {
     const known = this.starting.get(name);
-    if (known && known.of === one) return known.entry;
-    const entry = { ...one, name };
-    this.starting.set(name, { of: one, entry });
-    return entry;
+    if (known && known.entry === entry) return known.named;
+    const named = { ...entry, name };
+    this.starting.set(name, { entry, named });
+    return named;
   }
 }
 
-function totalsWords(totals) {
-  const { running = 0, waiting = 0, asked = 0, failed = 0 } = totals;
-  return `requests: ${running} running, ${waiting} waiting, ${asked} asked${failed ? `, ${failed} failed` : ""}`;
+function describeTotals(totals) {
+  const { running = 0, waiting = 0, total = 0, failed = 0 } = totals;
+  return `requests: ${running} running, ${waiting} waiting, ${total} total${failed ? `, ${failed} failed` : ""}`;
 }
 
 // --- anywidget -----------------------------------------------------------------------------------
@@ -383,34 +390,33 @@ function initialize({ model }) {
 function render({ model, el }) {
   const view = new View(el);
   const id = crypto.randomUUID ? crypto.randomUUID() : `${Math.random()}`;
-  let waiting = 0;
+  let scheduled = 0;
   const draw = () => {
-    waiting = 0;
+    scheduled = 0;
     view.draw(model.get("state") || {});
   };
-  const drawSoon = () => {
-    if (!waiting) waiting = requestAnimationFrame(draw);
+  const scheduleDraw = () => {
+    if (!scheduled) scheduled = requestAnimationFrame(draw);
   };
-  // Without a kernel (a saved notebook) there is nobody to tell.
-  const tell = (isHere) => {
+  const report = (isShown) => {
     try {
-      model.send({ view: id, here: isHere });
+      model.send({ view: id, shown: isShown });
     } catch {
-      clearInterval(alive);
+      clearInterval(alive); // a saved notebook, without a kernel that could receive it
     }
   };
-  const alive = setInterval(() => tell(true), ALIVE_EVERY_MS);
-  const resized = new ResizeObserver(() => fitWords(el));
+  const alive = setInterval(() => report(true), ALIVE_EVERY_MS);
+  const resized = new ResizeObserver(() => fitLabels(el));
   resized.observe(el);
   draw();
-  model.on("change:state", drawSoon);
-  tell(true);
+  model.on("change:state", scheduleDraw);
+  report(true);
   return () => {
     clearInterval(alive);
-    cancelAnimationFrame(waiting);
+    cancelAnimationFrame(scheduled);
     resized.disconnect();
-    model.off("change:state", drawSoon);
-    tell(false);
+    model.off("change:state", scheduleDraw);
+    report(false);
   };
 }
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from sollol_nb.cluster.state_patch import patch_between, patched
+from sollol_nb.cluster.data import patch_between
+from tests.support.merge_patch import patched, random_state
 
 
 @pytest.mark.parametrize(
@@ -30,14 +31,6 @@ from sollol_nb.cluster.state_patch import patch_between, patched
 def test_a_patch_is_the_difference(before: dict[str, Any], after: dict[str, Any], patch: dict[str, Any]) -> None:
     assert patch_between(before, after) == patch
     assert patched(before, patch) == after
-
-
-def random_state(chance: random.Random, depth: int) -> dict[str, Any]:
-    values: list[Any] = [0, 1, "x", "", [1], [], 2.5]
-    return {
-        key: random_state(chance, depth - 1) if depth and chance.random() < 0.5 else chance.choice(values)
-        for key in chance.sample("abcdef", chance.randint(0, 5))
-    }
 
 
 def test_a_patch_between_any_two_states_leads_from_one_to_the_other() -> None:
