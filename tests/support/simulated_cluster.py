@@ -186,7 +186,7 @@ class SimulatedCluster:
             def nodes(self) -> list[NodeStatus]:
                 return list(cluster.nodes)
 
-            async def look(self) -> list[NodeStatus]:
+            async def refresh(self) -> list[NodeStatus]:
                 return self.nodes
 
         return Pool()
