@@ -25,6 +25,7 @@ from sollol_nb.router.settings import check_amounts, endpoints, pool_settings
 from sollol_nb.runtime.events import EventBus
 from sollol_nb.runtime.priority import Priority
 from sollol_nb.settings import config
+from sollol_nb.settings.endpoints import DEFAULT_COORDINATOR_PORT, DEFAULT_RPC_PORT
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,9 +33,8 @@ if TYPE_CHECKING:
     from sollol_nb.batch.rows import Rows, RowTemplate
     from sollol_nb.widget.cluster_widget import ClusterWidget
 
-__all__ = ["DEFAULT_TIMEOUT_S", "MODEL_PROFILES", "HybridRouter"]
+__all__ = ["MODEL_PROFILES", "HybridRouter"]
 
-DEFAULT_TIMEOUT_S = 600.0
 DEFAULT_COORDINATOR_TIMEOUT_S = 1200.0
 
 
@@ -87,8 +87,8 @@ class HybridRouter(RouterAsking):
         auto_discover_rpc: bool = True,
         auto_setup_rpc: bool | None = None,
         coordinator_timeout: float = DEFAULT_COORDINATOR_TIMEOUT_S,
-        coordinator_port: int = config.DEFAULT_COORDINATOR_PORT,
-        rpc_port: int = config.DEFAULT_RPC_PORT,
+        coordinator_port: int = DEFAULT_COORDINATOR_PORT,
+        rpc_port: int = DEFAULT_RPC_PORT,
         distributed_threshold_params: float | None = None,
         model_filter: Collection[str] | None = None,
         gguf_path: str | Path | None = None,

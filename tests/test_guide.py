@@ -29,7 +29,7 @@ from sollol_nb.llama_cpp.processes.running import running_engines, stop_engines
 from sollol_nb.llama_cpp.workers.local import start_worker
 from sollol_nb.models.files import DEMO_MODEL_PATH
 from sollol_nb.runtime.io_loop import run_blocking
-from sollol_nb.settings import config
+from sollol_nb.settings.endpoints import parse_endpoint
 from sollol_nb.sync_wrapper import HybridRouter, OllamaPool
 from tests.support.engines import eventually
 from tests.support.ollama_server import OllamaServer
@@ -85,7 +85,7 @@ def guide_world(
         patch.setenv("OLLAMA_MODELS", str(ollama.models_folder))
         try:
             for place in places:
-                host, port = config.parse_endpoint(place)
+                host, port = parse_endpoint(place)
                 workers.append(run_blocking(start_worker(engine, host, port, 1, 600.0)))
             with HybridRouter(rpc_backends=places) as looking:
                 eventually(lambda: all(one.state == "free" for one in looking.cluster().workers), "workers answer")

@@ -23,9 +23,9 @@ from sollol_nb.bench.plan import (
 )
 from sollol_nb.errors import ConfigError, ModelDoesNotFitError, WorkersUnavailableError
 from sollol_nb.gguf.facts import read_facts
-from sollol_nb.llama_cpp.workers.choice import DEFAULT_WORKERS
 from sollol_nb.models.routing import DISTRIBUTED, LOCAL
 from sollol_nb.runtime.events import Event, EventKind
+from sollol_nb.settings.table import DEFAULT_WORKERS
 
 if TYPE_CHECKING:
     from sollol_nb.chat.completion import Completion

@@ -21,7 +21,6 @@ from sollol_nb.text.tables import counted, format_bytes, format_ms
 
 Answer: TypeAlias = Mapping[str, Any]
 
-FORMATS = ("markdown", "text", "json", "html", "code")
 LIVE_CHARS = 6000
 """Of a longer answer only the end is shown while it streams: all of it, ten times a second, would stall the
 page."""
@@ -62,7 +61,7 @@ def mime_bundle(answer: Answer, shown_as: str) -> dict[str, str]:
     """All forms of an answer, by MIME type; a frontend takes the richest that it knows.
 
     Args:
-        shown_as: one of `FORMATS`.
+        shown_as: one of `settings.table.FORMATS`.
     """
     bundle = {"text/plain": plain_text(answer)}
     if shown_as == "text":

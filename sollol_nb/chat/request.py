@@ -12,7 +12,7 @@ from sollol_nb.models.routing import checked_backend
 from sollol_nb.runtime.amounts import is_positive
 from sollol_nb.runtime.priority import checked_priority
 from sollol_nb.schema.schema import json_schema_of
-from sollol_nb.settings import config
+from sollol_nb.settings.kinds import keep_alive_seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ def options_with_schema(options: Mapping[str, Any], schema: object) -> dict[str,
         checked["format"] = json_schema_of(schema)
     answer_schema(checked)
     if "keep_alive" in checked:
-        keep_alive_s = config.keep_alive_seconds(checked["keep_alive"])
+        keep_alive_s = keep_alive_seconds(checked["keep_alive"])
         checked["keep_alive"] = -1 if keep_alive_s is None else keep_alive_s  # Ollama knows no "forever"
     return checked
 

@@ -19,6 +19,7 @@ from sollol_nb.llama_cpp.engine import build as engine_build
 from sollol_nb.llama_cpp.engine import find as toolchain
 from sollol_nb.llama_cpp.engine import tools as build_tools
 from sollol_nb.settings import config
+from sollol_nb.settings.endpoints import DEFAULT_OLLAMA_PORT
 
 OLLAMA_PROBE_LIMIT_S = 1.0
 
@@ -102,7 +103,7 @@ def diagnose() -> Diagnosis:
         backend=build_tools.choose_backend(None),
         demo_model=demo_model(),
         folders={"cache": config.cache_dir(), "state": config.state_dir()},
-        ollama=tuple(_probe_ollama(entry) for entry in config.ollama_hosts() or ["localhost"]),
+        ollama=tuple(_probe_ollama(entry) for entry in config.default("ollama_hosts") or ["localhost"]),
         missing=tuple(missing),
         remedy=remedy,
     )
@@ -150,7 +151,7 @@ def _probe_ollama(entry: str) -> OllamaProbe:
     except ConfigError:
         return OllamaProbe(entry, 0, False)
     host = parts.hostname or "localhost"
-    port = parts.port or config.DEFAULT_OLLAMA_PORT
+    port = parts.port or DEFAULT_OLLAMA_PORT
     try:
         socket.create_connection((host, port), timeout=OLLAMA_PROBE_LIMIT_S).close()
     except OSError:

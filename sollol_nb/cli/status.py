@@ -16,7 +16,7 @@ async def user_cluster() -> ClusterStatus:
     Workers and nodes are looked at now; nothing is started, held or stopped.
     """
     entries = await asyncio.to_thread(registry.entries)
-    endpoints = [*config.rpc_backends()]
+    endpoints = [*config.default("workers")]
     for entry in entries:
         endpoints += entry.workers
         if entry.kind == registry.WORKER:

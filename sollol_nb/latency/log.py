@@ -24,17 +24,17 @@ from sollol_nb.latency.filter import Moment, RowFilter
 from sollol_nb.latency.schema import COLUMNS, SCHEMA_VERSION, LatencyRow
 from sollol_nb.runtime.amounts import is_positive, is_whole_number
 from sollol_nb.settings import config
+from sollol_nb.settings.table import DEFAULT_KEEP_ROWS
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from sollol_nb.latency.frames import Block
 
-__all__ = ["DEFAULT_KEEP_ROWS", "SCHEMA_VERSION", "LatencyLog", "LatencyRow"]
+__all__ = ["SCHEMA_VERSION", "LatencyLog", "LatencyRow"]
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_KEEP_ROWS = 1_000_000
 BUSY_TIMEOUT_S = 10.0
 TIDY_EVERY_ROWS = 512
 """How often a writer packs and prunes; it also does with its first row."""

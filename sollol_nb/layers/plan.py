@@ -18,6 +18,7 @@ from typing import Any
 from sollol_nb.errors import ConfigError, ModelDoesNotFitError, WorkersUnavailableError
 from sollol_nb.gguf.facts import ModelFacts, kept_context_tokens
 from sollol_nb.layers.strategies import (
+    DEFAULT_STRATEGY,
     STRATEGIES,
     ModelLoad,
     WorkerCapacity,
@@ -163,7 +164,7 @@ def plan_layers(
     facts: ModelFacts,
     workers: Sequence[WorkerCapacity],
     *,
-    strategy: str = "memory_aware",
+    strategy: str = DEFAULT_STRATEGY,
     context_tokens: int = DEFAULT_CONTEXT_TOKENS,
 ) -> LayerPlan:
     """Spread a model's layers over workers.

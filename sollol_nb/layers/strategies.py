@@ -84,6 +84,7 @@ def memory_aware(load: ModelLoad, workers: Sequence[WorkerCapacity]) -> list[int
 
 
 STRATEGIES: dict[str, Strategy] = {"memory_aware": memory_aware, "even": even}
+DEFAULT_STRATEGY = "memory_aware"
 
 
 def unplaceable_units(load: ModelLoad, workers: Sequence[WorkerCapacity]) -> tuple[int, int]:

@@ -96,7 +96,7 @@ class OllamaModelFiles:
 
 def storage_folders() -> list[Path]:
     """Where Ollama may keep its models on this system, `OLLAMA_MODELS` first; they need not exist."""
-    chosen = config.ollama_models_folder()
+    chosen = config.default("ollama_models")
     folders = [chosen] if chosen is not None else []
     # ~/.ollama holds on Linux, macOS and Windows alike.
     folders.append(Path.home() / ".ollama" / "models")

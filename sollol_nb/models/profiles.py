@@ -16,6 +16,7 @@ from sollol_nb.errors import ConfigError
 from sollol_nb.gguf.facts import ModelFacts
 from sollol_nb.layers.plan import DEFAULT_CONTEXT_TOKENS
 from sollol_nb.runtime.amounts import is_number
+from sollol_nb.settings.table import DEFAULT_THRESHOLD_PARAMS
 
 MODEL_PROFILES: dict[str, dict[str, Any]] = {
     # Small models: Ollama
@@ -36,9 +37,6 @@ MODEL_PROFILES: dict[str, dict[str, Any]] = {
 
 Add and change entries freely; any of the three keys may be missing, other keys are ignored.
 """
-
-DEFAULT_THRESHOLD_PARAMS = 40.0
-"""Billions of parameters above which a model that is not listed is sharded."""
 
 BYTES_PER_PARAMETER = 0.61
 """For models known by name only: Q4_K_M, Ollama's usual quantization, has 4.89 bits per weight (table in

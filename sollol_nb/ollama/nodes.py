@@ -21,8 +21,7 @@ from sollol_nb.models.names import ModelName
 from sollol_nb.ollama.choice import NodeOffer, Residency
 from sollol_nb.runtime.gate import Gate
 from sollol_nb.runtime.http_client import JsonClient
-from sollol_nb.settings import config
-from sollol_nb.settings.endpoints import LOOPBACK
+from sollol_nb.settings.endpoints import DEFAULT_OLLAMA_PORT, LOOPBACK, format_endpoint, parse_endpoint
 
 QUERY_TIMEOUT_S = 3.0  # of short questions, such as what a node has
 INVENTORY_FRESH_S = 10.0  # older than this, it is asked for again beside the next request
@@ -98,7 +97,7 @@ def node_url(node: str | Mapping[str, Any]) -> str:
     if isinstance(node, Mapping):
         if not node.get("host"):
             raise ConfigError(f"{dict(node)!r} is not an Ollama node; give host and port")
-        host, port_text = str(node["host"]), str(node.get("port", config.DEFAULT_OLLAMA_PORT))
+        host, port_text = str(node["host"]), str(node.get("port", DEFAULT_OLLAMA_PORT))
         text = f"[{host}]:{port_text}" if ":" in host else f"{host}:{port_text}"
     else:
         text = node.strip()
@@ -113,10 +112,10 @@ def node_url(node: str | Mapping[str, Any]) -> str:
     except ValueError:
         raise ConfigError(f"{text!r} is not an Ollama node; an IPv6 address is written [::1]:11434") from None
     endpoint = f"{LOOPBACK}{parts.netloc}" if parts.netloc.startswith(":") else parts.netloc
-    default_port = {"http": 80, "https": 443}[scheme] if separator else config.DEFAULT_OLLAMA_PORT
-    host, port = config.parse_endpoint(endpoint, default_port)
+    default_port = {"http": 80, "https": 443}[scheme] if separator else DEFAULT_OLLAMA_PORT
+    host, port = parse_endpoint(endpoint, default_port)
     host = {"0.0.0.0": LOOPBACK, "::": "::1"}.get(host, host)  # noqa: S104 - replaced, not bound
-    return f"{scheme}://{config.format_endpoint(host, port)}{parts.path.rstrip('/')}"
+    return f"{scheme}://{format_endpoint(host, port)}{parts.path.rstrip('/')}"
 
 
 class NodeChanged(Protocol):

@@ -74,10 +74,10 @@ class OllamaPool:
     ) -> None:
         if isinstance(nodes, str):
             nodes = [node for node in nodes.split(",") if node.strip()]
-        urls = [node_url(node) for node in nodes or config.ollama_hosts() or [LOOPBACK]]
+        urls = [node_url(node) for node in nodes or config.default("ollama_hosts") or [LOOPBACK]]
         self._serving = Serving(
             dict.fromkeys(urls),
-            slots=config.ollama_num_parallel() if num_parallel is None else num_parallel,
+            slots=max(1, config.default("ollama_num_parallel")) if num_parallel is None else num_parallel,
             patience=Patience(first_token_timeout_s, silence_timeout_s, probe_after_s),
             events=events,
         )

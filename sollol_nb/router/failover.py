@@ -19,7 +19,7 @@ from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.coordinators.pool import CoordinatorPool
 from sollol_nb.models.routing import Route
 from sollol_nb.router.record import RequestRecord
-from sollol_nb.settings import config
+from sollol_nb.settings.kinds import keep_alive_seconds
 
 MAX_FAILOVERS = 10
 MAX_WITHOUT_A_TOKEN = 3
@@ -65,7 +65,7 @@ async def stream_answer(
                     try:
                         record.run_on(coordinator)
                         if keep_alive is not None:
-                            await coordinator.keep_alive(config.keep_alive_seconds(keep_alive))
+                            await coordinator.keep_alive(keep_alive_seconds(keep_alive))
                         answer = answer or begin(coordinator)
                         async with aclosing(coordinator.stream(answer)) as chunks:
                             async for chunk in chunks:

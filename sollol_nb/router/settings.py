@@ -11,6 +11,8 @@ from sollol_nb.layers.plan import check_strategy
 from sollol_nb.llama_cpp.coordinators.settings import PoolSettings
 from sollol_nb.runtime.amounts import is_positive
 from sollol_nb.settings import config
+from sollol_nb.settings.endpoints import DEFAULT_RPC_PORT, format_endpoint, parse_endpoint
+from sollol_nb.settings.kinds import keep_alive_seconds
 
 
 def check_amounts(**amounts: object) -> None:
@@ -65,17 +67,17 @@ def endpoints(backends: Iterable[str | Mapping[str, Any]] | None) -> list[str]:
     Raises:
         ConfigError: one is not an endpoint.
     """
-    return config.rpc_backends() if backends is None else [_endpoint(one) for one in backends]
+    return config.default("workers") if backends is None else [_endpoint(one) for one in backends]
 
 
 def _endpoint(backend: str | Mapping[str, Any]) -> str:
     """`host:port` of a backend given as text or as a dict with `host` and `port`."""
     if isinstance(backend, str):
-        return config.format_endpoint(*config.parse_endpoint(backend))
+        return format_endpoint(*parse_endpoint(backend))
     if not isinstance(backend, Mapping) or "host" not in backend:
         raise ConfigError(f'{backend!r} is not an RPC backend; write {{"host": "192.168.1.10", "port": 50052}}')
-    text = config.format_endpoint(str(backend["host"]), backend.get("port", config.DEFAULT_RPC_PORT))
-    return config.format_endpoint(*config.parse_endpoint(text))
+    text = format_endpoint(str(backend["host"]), backend.get("port", DEFAULT_RPC_PORT))
+    return format_endpoint(*parse_endpoint(text))
 
 
 def _keep_alive_settings(keep_alive: float | str | Mapping[str, float | str] | None) -> dict[str, Any]:
@@ -83,6 +85,6 @@ def _keep_alive_settings(keep_alive: float | str | Mapping[str, float | str] | N
     by_model = dict(keep_alive) if isinstance(keep_alive, Mapping) else {}
     rest = by_model.pop("*", None) if isinstance(keep_alive, Mapping) else keep_alive
     return {
-        "keep_alive_s": config.default_keep_alive_s() if rest is None else config.keep_alive_seconds(rest),
-        "keep_alive_of": {model: config.keep_alive_seconds(value) for model, value in by_model.items()},
+        "keep_alive_s": config.default_keep_alive_s() if rest is None else keep_alive_seconds(rest),
+        "keep_alive_of": {model: keep_alive_seconds(value) for model, value in by_model.items()},
     }

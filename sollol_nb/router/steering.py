@@ -20,7 +20,8 @@ from sollol_nb.models.routing import DISTRIBUTED, LOCAL, OLLAMA
 from sollol_nb.ollama.pool import OllamaPool
 from sollol_nb.runtime.events import EventBus, EventKind
 from sollol_nb.runtime.io_loop import done_with_io_loop, io_bound, on_io_loop, run_blocking, submit, uses_io_loop
-from sollol_nb.settings import config
+from sollol_nb.settings.endpoints import format_endpoint, parse_endpoint
+from sollol_nb.settings.kinds import keep_alive_seconds
 
 
 class RouterCluster:
@@ -106,7 +107,7 @@ class RouterCluster:
         Raises:
             ConfigError: it is not known, or a coordinator holds it.
         """
-        endpoint = config.format_endpoint(*config.parse_endpoint(endpoint))
+        endpoint = format_endpoint(*parse_endpoint(endpoint))
         self._workers.remove(endpoint)
         await self._workers.stop_local([endpoint])
 
@@ -166,7 +167,7 @@ class RouterCluster:
             check_strategy(layer_strategy)
             settings = replace(settings, layer_strategy=layer_strategy)
         if keep_alive is not None:
-            settings = replace(settings, keep_alive_s=config.keep_alive_seconds(keep_alive), keep_alive_of={})
+            settings = replace(settings, keep_alive_s=keep_alive_seconds(keep_alive), keep_alive_of={})
         self._coordinators.settings = settings
         if layer_strategy is not None:
             words = f"models that are started from now on are spread by strategy {layer_strategy!r}"

@@ -25,46 +25,11 @@ from typing import Any
 
 import platformdirs
 
-from sollol_nb.settings.endpoints import DEFAULT_RPC_PORT, format_endpoint, is_loopback, parse_endpoint
 from sollol_nb.settings.file import find_nearest, is_file, read_settings
 from sollol_nb.settings.kinds import keep_alive_seconds
 from sollol_nb.settings.table import FILE_NAME, SETTINGS
 
-__all__ = [
-    "APP_NAME",
-    "BUILT_IN",
-    "DEFAULT_COORDINATOR_PORT",
-    "DEFAULT_OLLAMA_PORT",
-    "DEFAULT_RPC_PORT",
-    "Found",
-    "cache_dir",
-    "child_environment",
-    "cxx_compiler",
-    "default",
-    "default_keep_alive_s",
-    "find",
-    "format_endpoint",
-    "is_loopback",
-    "keep_alive_seconds",
-    "llama_cpp_folder",
-    "log_dir",
-    "nested_loop_wanted",
-    "ollama_hosts",
-    "ollama_models_folder",
-    "ollama_num_parallel",
-    "or_default",
-    "parse_endpoint",
-    "registry_dir",
-    "rpc_backends",
-    "settings_files",
-    "state_dir",
-    "user_settings_file",
-    "vulkan_sdk",
-]
-
 APP_NAME = "sollol_nb"
-DEFAULT_COORDINATOR_PORT = 18080
-DEFAULT_OLLAMA_PORT = 11434
 
 BUILT_IN = "built-in default"
 
@@ -162,38 +127,6 @@ def default_keep_alive_s() -> float | None:
     if isinstance(value, Mapping):
         value = value.get("*", SETTINGS["keep_alive"].default)
     return keep_alive_seconds(value)
-
-
-def llama_cpp_folder() -> Path | None:
-    """The user's own llama.cpp folder, if set."""
-    folder: Path | None = default("llama_cpp")
-    return folder
-
-
-def nested_loop_wanted() -> bool:
-    """Whether `asyncio.run` should work in cells."""
-    return bool(default("nest_asyncio"))
-
-
-def ollama_hosts() -> list[str]:
-    """Ollama nodes as written, or an empty list."""
-    return list(default("ollama_hosts"))
-
-
-def ollama_models_folder() -> Path | None:
-    """Ollama's storage as the user moved it, if set."""
-    folder: Path | None = default("ollama_models")
-    return folder
-
-
-def ollama_num_parallel() -> int:
-    """Requests an Ollama node serves at once; 1 is Ollama's own default."""
-    return max(1, int(default("ollama_num_parallel")))
-
-
-def rpc_backends() -> list[str]:
-    """RPC workers as `host:port`, or an empty list."""
-    return list(default("workers"))
 
 
 def vulkan_sdk() -> Path | None:

@@ -9,6 +9,8 @@ from functools import lru_cache
 from sollol_nb.errors import ConfigError
 
 DEFAULT_RPC_PORT = 50052
+DEFAULT_COORDINATOR_PORT = 18080
+DEFAULT_OLLAMA_PORT = 11434
 LOOPBACK = "127.0.0.1"
 
 

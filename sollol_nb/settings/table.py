@@ -24,12 +24,24 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from sollol_nb.errors import ConfigError
+from sollol_nb.layers.strategies import DEFAULT_STRATEGY
 from sollol_nb.runtime.priority import Priority
 from sollol_nb.settings import kinds
 from sollol_nb.settings.kinds import Kind
 from sollol_nb.text.tables import markdown_table
 
 FILE_NAME = "sollol_nb.toml"
+FORMATS = ("markdown", "text", "json", "html", "code")
+"""How an answer can be shown in a notebook."""
+
+# Defaults that code outside this table uses too.
+DEFAULT_TIMEOUT_S = 600
+DEFAULT_KEEP_ALIVE = "10m"
+DEFAULT_SLOTS = 4
+DEFAULT_WORKERS = 3
+MAX_DEFAULT_CONTEXT_TOKENS = 8192
+DEFAULT_THRESHOLD_PARAMS = 40.0
+DEFAULT_KEEP_ROWS = 1_000_000
 
 Side = Literal["request", "router", "notebook", "machine"]
 
@@ -134,12 +146,12 @@ _TABLE = (
         kinds.number("a number of seconds above 0, such as 120", above=True),
         "Limit of a request in seconds, from when its model is ready.",
         "SOLLOL_TIMEOUT",
-        default=600,
+        default=DEFAULT_TIMEOUT_S,
     ),
     Setting(
         "format",
         "request",
-        kinds.one_of("markdown", "text", "json", "html", "code"),
+        kinds.one_of(*FORMATS),
         "How an answer is shown in a notebook: markdown, text, json, html or code.",
         "SOLLOL_FORMAT",
         default="markdown",
@@ -150,7 +162,7 @@ _TABLE = (
         kinds.STRATEGY,
         "How layers are spread over workers, such as memory_aware (by free memory) or even (by count).",
         "SOLLOL_STRATEGY",
-        default="memory_aware",
+        default=DEFAULT_STRATEGY,
         option="layer_strategy",
     ),
     Setting(
@@ -160,7 +172,7 @@ _TABLE = (
         "How long an engine lives without a request: seconds, 10m, 0 (ends with its request), forever; in a file "
         'or in %config also by model: {"llama3.1:70b": "forever", "*": "5m"}.',
         "SOLLOL_KEEP_ALIVE",
-        default="10m",
+        default=DEFAULT_KEEP_ALIVE,
     ),
     Setting(
         "workers",
@@ -178,7 +190,7 @@ _TABLE = (
         kinds.whole_number("a whole number from 1 up, such as 3", least=1),
         "How many workers a model is spread over.",
         "SOLLOL_NUM_WORKERS",
-        default_words="3, or as many as its size takes",
+        default_words=f"{DEFAULT_WORKERS}, or as many as its size takes",
         option="num_rpc_backends",
     ),
     Setting(
@@ -196,7 +208,7 @@ _TABLE = (
         kinds.whole_number("a whole number from 1 up, such as 4096", least=1),
         "Context of a coordinator in tokens, shared by its slots.",
         "SOLLOL_CONTEXT_TOKENS",
-        default_words="the model's own, at most 8192",
+        default_words=f"the model's own, at most {MAX_DEFAULT_CONTEXT_TOKENS}",
     ),
     Setting(
         "slots",
@@ -204,7 +216,7 @@ _TABLE = (
         kinds.whole_number("a whole number from 1 up, such as 4", least=1),
         "Requests that a coordinator serves at the same time.",
         "SOLLOL_SLOTS",
-        default=4,
+        default=DEFAULT_SLOTS,
     ),
     Setting(
         "threshold_params",
@@ -212,7 +224,7 @@ _TABLE = (
         kinds.number("billions of parameters above 0, such as 30", above=True),
         "Models of more billions of parameters than this are sharded.",
         "SOLLOL_THRESHOLD_PARAMS",
-        default_words="40 for models that are not in `MODEL_PROFILES`",
+        default_words=f"{DEFAULT_THRESHOLD_PARAMS:g} for models that are not in `MODEL_PROFILES`",
         option="distributed_threshold_params",
     ),
     Setting(
@@ -288,7 +300,7 @@ _TABLE = (
         kinds.whole_number("a whole number, such as 100000, or 0 for all", least=0),
         "How many of the newest rows the latency log keeps; 0 keeps all.",
         "SOLLOL_LATENCY_KEEP_ROWS",
-        default=1_000_000,
+        default=DEFAULT_KEEP_ROWS,
     ),
     Setting(
         "ollama_models",

@@ -13,7 +13,8 @@ import ipywidgets
 from sollol_nb.errors import ConfigError
 from sollol_nb.layers.strategies import STRATEGIES
 from sollol_nb.models.profiles import MODEL_PROFILES
-from sollol_nb.settings import config
+from sollol_nb.settings.endpoints import format_endpoint, parse_endpoint
+from sollol_nb.settings.kinds import keep_alive_seconds
 
 if TYPE_CHECKING:
     from sollol_nb.hybrid_router import HybridRouter
@@ -196,14 +197,14 @@ class ModelControls:
 def _endpoint(text: str) -> str | None:
     """`host:port` of what was typed; None while it is no endpoint."""
     try:
-        return config.format_endpoint(*config.parse_endpoint(text))
+        return format_endpoint(*parse_endpoint(text))
     except ConfigError:
         return None
 
 
 def _is_keep_alive(text: str) -> bool:
     try:
-        config.keep_alive_seconds(text)
+        keep_alive_seconds(text)
     except ConfigError:
         return False
     return True

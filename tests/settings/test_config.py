@@ -10,7 +10,8 @@ import pytest
 
 from sollol_nb.errors import ConfigError
 from sollol_nb.settings import config
-from sollol_nb.settings.endpoints import addresses_of
+from sollol_nb.settings.endpoints import addresses_of, format_endpoint, is_loopback, parse_endpoint
+from sollol_nb.settings.kinds import keep_alive_seconds
 
 
 @pytest.mark.parametrize(
@@ -28,8 +29,8 @@ from sollol_nb.settings.endpoints import addresses_of
     ],
 )
 def test_endpoint_is_split_into_host_and_port(text: str, endpoint: tuple[str, int]) -> None:
-    assert config.parse_endpoint(text) == endpoint
-    assert config.parse_endpoint(config.format_endpoint(*endpoint)) == endpoint
+    assert parse_endpoint(text) == endpoint
+    assert parse_endpoint(format_endpoint(*endpoint)) == endpoint
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,7 @@ def test_endpoint_is_split_into_host_and_port(text: str, endpoint: tuple[str, in
 )
 def test_what_is_no_endpoint_is_told_with_an_example(text: str) -> None:
     with pytest.raises(ConfigError, match="is not an endpoint; write host:port") as caught:
-        config.parse_endpoint(text)
+        parse_endpoint(text)
     assert "\n" not in str(caught.value)
 
 
@@ -79,7 +80,7 @@ def test_what_is_no_endpoint_is_told_with_an_example(text: str) -> None:
     ],
 )
 def test_loopback_is_told_by_the_address(endpoint: str, here: bool) -> None:
-    assert config.is_loopback(endpoint) is here
+    assert is_loopback(endpoint) is here
 
 
 @pytest.mark.parametrize(
@@ -99,14 +100,14 @@ def test_rpc_backends_are_read_from_the_environment(
     if value is not None:
         monkeypatch.setenv("RPC_BACKENDS", value)
 
-    assert config.rpc_backends() == backends
+    assert config.default("workers") == backends
 
 
 def test_bad_entry_of_rpc_backends_is_told_as_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RPC_BACKENDS", "10.0.0.1:50052,10.0.0.2:fifty")
 
     with pytest.raises(ConfigError, match=r"'10\.0\.0\.2:fifty' is not an endpoint"):
-        config.rpc_backends()
+        config.default("workers")
 
 
 @pytest.mark.parametrize(
@@ -116,14 +117,14 @@ def test_bad_entry_of_rpc_backends_is_told_as_written(monkeypatch: pytest.Monkey
 def test_ollama_hosts_are_kept_as_written(value: str, hosts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OLLAMA_HOST", value)
 
-    assert config.ollama_hosts() == hosts
+    assert config.default("ollama_hosts") == hosts
 
 
-@pytest.mark.parametrize(("value", "requests"), [("", 1), ("4", 4), ("0", 1), (" 2 ", 2)])
+@pytest.mark.parametrize(("value", "requests"), [("", 1), ("4", 4), ("0", 0), (" 2 ", 2)])
 def test_requests_at_once_of_a_node(value: str, requests: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OLLAMA_NUM_PARALLEL", value)
 
-    assert config.ollama_num_parallel() == requests
+    assert config.default("ollama_num_parallel") == requests
 
 
 @pytest.mark.parametrize("value", ["four", "-1", "1.5", "4x"])
@@ -131,7 +132,7 @@ def test_requests_at_once_must_be_a_whole_number(value: str, monkeypatch: pytest
     monkeypatch.setenv("OLLAMA_NUM_PARALLEL", value)
 
     with pytest.raises(ConfigError, match=r"OLLAMA_NUM_PARALLEL=.* must be a whole number"):
-        config.ollama_num_parallel()
+        config.default("ollama_num_parallel")
 
 
 @pytest.mark.parametrize(
@@ -140,7 +141,7 @@ def test_requests_at_once_must_be_a_whole_number(value: str, monkeypatch: pytest
 def test_reentrant_loop_can_be_switched_off(value: str, wanted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOLLOL_NEST_ASYNCIO", value)
 
-    assert config.nested_loop_wanted() is wanted
+    assert config.default("nest_asyncio") is wanted
 
 
 @pytest.mark.parametrize(
@@ -166,7 +167,7 @@ def test_reentrant_loop_can_be_switched_off(value: str, wanted: bool, monkeypatc
     ],
 )
 def test_keep_alive_is_read_as_ollama_writes_it(value: object, seconds: float | None) -> None:
-    assert config.keep_alive_seconds(value) == seconds
+    assert keep_alive_seconds(value) == seconds
 
 
 @pytest.mark.parametrize(
@@ -180,7 +181,7 @@ def test_keep_alive_is_read_as_ollama_writes_it(value: object, seconds: float | 
 )
 def test_what_is_no_keep_alive_is_told_with_an_example(value: object) -> None:
     with pytest.raises(ConfigError, match=r'is no time; write seconds, "10m", 0, or "forever"') as caught:
-        config.keep_alive_seconds(value)
+        keep_alive_seconds(value)
     assert "\n" not in str(caught.value)
 
 
@@ -221,8 +222,8 @@ def test_folders_of_the_user_may_begin_with_a_tilde(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("OLLAMA_MODELS", "~/models")
 
     assert config.cache_dir() == Path.home() / "cache"
-    assert config.llama_cpp_folder() == Path.home() / "llama.cpp"
-    assert config.ollama_models_folder() == Path.home() / "models"
+    assert config.default("llama_cpp") == Path.home() / "llama.cpp"
+    assert config.default("ollama_models") == Path.home() / "models"
 
 
 def test_cache_has_a_place_of_its_own_by_default(monkeypatch: pytest.MonkeyPatch) -> None:

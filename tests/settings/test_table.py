@@ -11,11 +11,9 @@ from typing import Any
 
 import pytest
 
-from sollol_nb.chat.completion_view import FORMATS
 from sollol_nb.chat.messages import CHAT_OPTIONS, SAMPLING_OPTIONS
 from sollol_nb.errors import ConfigError
-from sollol_nb.hybrid_router import DEFAULT_TIMEOUT_S, HybridRouter
-from sollol_nb.llama_cpp.coordinators.settings import DEFAULT_SLOTS
+from sollol_nb.hybrid_router import HybridRouter
 from sollol_nb.settings import config
 from sollol_nb.settings.table import FILE_NAME, SETTINGS, Setting, as_markdown
 
@@ -75,12 +73,6 @@ def test_settings_of_the_router_are_its_arguments() -> None:
 def test_settings_of_requests_are_options_of_the_router() -> None:
     options = {*SAMPLING_OPTIONS, *CHAT_OPTIONS, *inspect.signature(HybridRouter.stream).parameters}
     assert {one.argument for one in SETTINGS.values() if one.side == "request"} - {"system"} <= options
-
-
-def test_defaults_are_those_of_the_rooms() -> None:
-    assert SETTINGS["slots"].default == DEFAULT_SLOTS
-    assert SETTINGS["timeout"].default == DEFAULT_TIMEOUT_S
-    assert all(SETTINGS["format"].kind.checked(name, "format") == name for name in FORMATS)
 
 
 def test_the_table_is_printed_as_markdown() -> None:
@@ -271,14 +263,14 @@ def test_the_older_getters_look_into_files_too(folder: Path) -> None:
         'keep_alive = "1h"',
     )
 
-    assert config.rpc_backends() == ["10.0.0.1:50052"]
-    assert config.ollama_hosts() == ["http://a:1"]
-    assert config.nested_loop_wanted() is False
-    assert config.ollama_num_parallel() == 3
-    assert config.llama_cpp_folder() == folder / "engine"
+    assert config.default("workers") == ["10.0.0.1:50052"]
+    assert config.default("ollama_hosts") == ["http://a:1"]
+    assert config.default("nest_asyncio") is False
+    assert config.default("ollama_num_parallel") == 3
+    assert config.default("llama_cpp") == folder / "engine"
     assert config.cache_dir() == folder / "cache"
     assert config.default("state_dir") == folder / "/state"
-    assert config.ollama_models_folder() == Path.home() / "models"
+    assert config.default("ollama_models") == Path.home() / "models"
     assert config.default_keep_alive_s() == 3600
 
 
@@ -307,7 +299,7 @@ def test_an_empty_list_in_a_file_is_a_value(folder: Path) -> None:
     write(config.user_settings_file().parent, 'workers = ["10.0.0.1"]')
     write(folder, "workers = []")
 
-    assert config.rpc_backends() == []
+    assert config.default("workers") == []
 
 
 def test_what_a_caller_does_to_a_value_is_its_own_affair(folder: Path) -> None:

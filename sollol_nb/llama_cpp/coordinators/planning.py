@@ -18,11 +18,12 @@ from sollol_nb.llama_cpp.coordinators.measurements import TokenMeasurements
 from sollol_nb.llama_cpp.coordinators.running import RunningCoordinators
 from sollol_nb.llama_cpp.coordinators.settings import PoolSettings
 from sollol_nb.llama_cpp.engine.find import Engine
-from sollol_nb.llama_cpp.workers.choice import DEFAULT_WORKERS, check_free, describe_missing_workers, plan_over
+from sollol_nb.llama_cpp.workers.choice import check_free, describe_missing_workers, plan_over
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.llama_cpp.workers.workers import Workers
 from sollol_nb.models.routing import Route
 from sollol_nb.runtime.gate import Gate
+from sollol_nb.settings.table import DEFAULT_WORKERS
 
 MAX_CHANCES = 2
 """How often a start is repeated that failed for no lasting reason, with all its workers well."""

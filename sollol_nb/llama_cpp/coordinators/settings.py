@@ -16,27 +16,25 @@ from sollol_nb.gguf.facts import ModelFacts, read_facts
 from sollol_nb.layers.plan import LayerPlan
 from sollol_nb.llama_cpp.coordinators.placement import split_over_devices
 from sollol_nb.llama_cpp.processes.machine import usable_cores
-from sollol_nb.settings import config
 from sollol_nb.settings.endpoints import LOOPBACK
-
-DEFAULT_SLOTS = 4
+from sollol_nb.settings.table import DEFAULT_SLOTS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PoolSettings:
     """How the coordinators of a router are started. See `HybridRouter` for the meaning of each."""
 
-    num_rpc_backends: int | None = None
-    auto_discover_rpc: bool = True
-    auto_setup_rpc: bool = False
-    coordinator_timeout_s: float = 1200.0
-    coordinator_port: int = config.DEFAULT_COORDINATOR_PORT
-    rpc_port: int = config.DEFAULT_RPC_PORT
-    layer_strategy: str = "memory_aware"
-    context_tokens: int | None = None
-    slots: int = DEFAULT_SLOTS
-    llama_cpp: Path | None = None
-    keep_alive_s: float | None = 600.0
+    num_rpc_backends: int | None
+    auto_discover_rpc: bool
+    auto_setup_rpc: bool
+    coordinator_timeout_s: float
+    coordinator_port: int
+    rpc_port: int
+    layer_strategy: str
+    context_tokens: int | None
+    slots: int
+    llama_cpp: Path | None
+    keep_alive_s: float | None
     keep_alive_of: Mapping[str, float | None] = field(default_factory=dict)
 
     def keep_alive(self, model: str) -> float | None:

@@ -33,8 +33,8 @@ from sollol_nb.llama_cpp.workers.workers import Workers
 from sollol_nb.models.routing import DISTRIBUTED, Route
 from sollol_nb.runtime.events import EventBus, EventKind
 from sollol_nb.runtime.gate import Gate
+from sollol_nb.settings.table import MAX_DEFAULT_CONTEXT_TOKENS
 
-MAX_DEFAULT_CONTEXT_TOKENS = 8192
 START_TRIES = 5
 """A start is repeated where a worker was lost while it loaded, or another program took the port."""
 

@@ -8,8 +8,7 @@ from sollol_nb.errors import ModelDoesNotFitError, WorkersUnavailableError
 from sollol_nb.gguf.facts import ModelFacts
 from sollol_nb.layers.plan import LayerPlan, plan_layers
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
-
-DEFAULT_WORKERS = 3
+from sollol_nb.settings.table import DEFAULT_WORKERS
 
 
 def plan_over(

@@ -17,7 +17,7 @@ from sollol_nb.llama_cpp.engine.find import Engine
 from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.processes.process import EngineProcess
 from sollol_nb.llama_cpp.workers.probe import ProbeOutcome, probe
-from sollol_nb.settings import config
+from sollol_nb.settings.endpoints import format_endpoint, parse_endpoint
 
 START_TIMEOUT_S = 20.0
 
@@ -31,7 +31,7 @@ async def start_worker(
     return await EngineProcess.start(
         [str(engine.worker), "-H", host, "-p", str(port), "-t", str(threads)],
         kind=registry.WORKER,
-        about={"endpoint": config.format_endpoint(host, port), "threads": threads},
+        about={"endpoint": format_endpoint(host, port), "threads": threads},
         keep_alive_s=keep_alive_s,
         log_path=registry.new_log_path(registry.WORKER, port),
     )
@@ -47,7 +47,7 @@ def _is_listening(pid: int, port: int) -> bool:
 
 async def wait_until_free(endpoint: str, process: EngineProcess) -> None:
     """Wait until a worker that was started answers its probe. Raises WorkerStartError if it does not."""
-    host, port = config.parse_endpoint(endpoint)
+    host, port = parse_endpoint(endpoint)
     deadline = time.monotonic() + START_TIMEOUT_S
     while process.is_running():
         # A stranger's worker may have taken the port a moment before ours, and would answer too.

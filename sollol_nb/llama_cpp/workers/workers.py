@@ -22,11 +22,12 @@ from sollol_nb.llama_cpp.workers.local import start_worker, wait_until_free
 from sollol_nb.llama_cpp.workers.probe import DEFAULT_TIMEOUT_S, Probe, ProbeOutcome, discover, probe_all
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.runtime.events import EventBus, EventKind
-from sollol_nb.settings import config
-from sollol_nb.settings.endpoints import LOOPBACK
+from sollol_nb.settings.endpoints import DEFAULT_RPC_PORT, LOOPBACK, format_endpoint, parse_endpoint
+from sollol_nb.settings.kinds import keep_alive_seconds
+from sollol_nb.settings.table import DEFAULT_KEEP_ALIVE
 
 MAX_LOCAL_WORKERS = 64
-DEFAULT_KEEP_ALIVE_S = 600.0
+DEFAULT_KEEP_ALIVE_S = keep_alive_seconds(DEFAULT_KEEP_ALIVE)
 LOSSES_COUNT_FOR_S = 600.0
 FIRST_COOL_DOWN_S = 30.0
 LONGEST_COOL_DOWN_S = 300.0
@@ -44,7 +45,7 @@ class Workers:
         self._round_trips_ms: dict[str, float | None] = {}
         self._watches: dict[str, asyncio.Task[None]] = {}
         for endpoint in endpoints:
-            self._probes[config.format_endpoint(*config.parse_endpoint(endpoint))] = None
+            self._probes[format_endpoint(*parse_endpoint(endpoint))] = None
 
     @property
     def endpoints(self) -> list[str]:
@@ -68,7 +69,7 @@ class Workers:
 
     def add(self, endpoint: str) -> str:
         """Make an endpoint known (`host`, `host:port`); returns it as `host:port`. Adding twice is fine."""
-        endpoint = config.format_endpoint(*config.parse_endpoint(endpoint))
+        endpoint = format_endpoint(*parse_endpoint(endpoint))
         if endpoint not in self._probes:
             self._probes[endpoint] = None
             self._events.publish(EventKind.WORKER_ADDED, endpoint, f"{endpoint} may be used")
@@ -212,7 +213,7 @@ class Workers:
         engine: Engine,
         count: int,
         *,
-        first_port: int = config.DEFAULT_RPC_PORT,
+        first_port: int = DEFAULT_RPC_PORT,
         keep_alive_s: float | None = DEFAULT_KEEP_ALIVE_S,
     ) -> list[str]:
         """Start workers on this machine, on loopback, from `first_port` upward, skipping taken ports.

@@ -11,7 +11,6 @@ from IPython.core.magic_arguments import argument, magic_arguments
 
 from sollol_nb.chat.chunk import Chunk
 from sollol_nb.chat.completion import Completion
-from sollol_nb.chat.completion_view import FORMATS
 from sollol_nb.chat.conversation import Chat
 from sollol_nb.chat.conversations import ChatBook, ask_in_chat
 from sollol_nb.notebook import magic_line, session
@@ -20,6 +19,7 @@ from sollol_nb.notebook.answers.cell import stream_into_cell
 from sollol_nb.notebook.answers.request import CellRequest, cell_request
 from sollol_nb.notebook.answers.views import NotebookView, NoView, PlainView, TerminalView, View
 from sollol_nb.notebook.displays import hide_once, is_kernel, make_display
+from sollol_nb.settings.table import FORMATS
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -40,6 +40,7 @@ from sollol_nb.models.files import DEMO_MODEL_PATH
 from sollol_nb.runtime.events import EventBus
 from sollol_nb.runtime.http_client import JsonClient
 from sollol_nb.settings import config
+from sollol_nb.settings.endpoints import DEFAULT_COORDINATOR_PORT, parse_endpoint
 from sollol_nb.sync_wrapper import HybridRouter
 from tests.support.engines import (
     HANG_GUARD_S,
@@ -97,7 +98,7 @@ async def start(
     engine: Engine,
     settings: CoordinatorSettings,
     *,
-    first_port: int = config.DEFAULT_COORDINATOR_PORT,
+    first_port: int = DEFAULT_COORDINATOR_PORT,
     timeout_s: float = HANG_GUARD_S,
 ) -> Coordinator:
     (port,) = free_ports(first_port, 1)
@@ -253,7 +254,7 @@ def test_the_log_is_a_private_file_that_holds_no_prompt(router: HybridRouter, ru
 
 def test_the_default_port_is_18080_or_one_after_it(running: Coordinator) -> None:
     assert inspect.signature(HybridRouter).parameters["settings"].kind is inspect.Parameter.VAR_KEYWORD
-    assert config.DEFAULT_COORDINATOR_PORT == 18080
+    assert DEFAULT_COORDINATOR_PORT == 18080
     assert running.port >= 18080
 
 
@@ -345,7 +346,7 @@ def test_it_is_ready_when_its_health_says_so_and_not_before(engine: Engine, endp
     first = unused_ports(1)
 
     async def started() -> tuple[int, bool, bool]:
-        worker_port = config.parse_endpoint(endpoints[0])[1]
+        worker_port = parse_endpoint(endpoints[0])[1]
         async with PausingProxy(worker_port, passes_bytes=100_000) as proxy:  # of 5 MB of weights
             starting = asyncio.create_task(start(engine, over([proxy.endpoint]), first_port=first))
             async with asyncio.timeout(HANG_GUARD_S):
@@ -381,7 +382,7 @@ def test_a_worker_that_hangs_in_the_middle_of_loading_ends_in_the_timeout(
     before = engines_of(psutil.Process())
 
     async def attempt() -> None:
-        worker_port = config.parse_endpoint(endpoints[0])[1]
+        worker_port = parse_endpoint(endpoints[0])[1]
         async with PausingProxy(worker_port, passes_bytes=100_000) as proxy:
             await start(engine, over([proxy.endpoint]), timeout_s=1.0)
 

@@ -21,7 +21,7 @@ from sollol_nb.llama_cpp.engine.find import Engine
 from sollol_nb.llama_cpp.processes.machine import delivered_bytes
 from sollol_nb.llama_cpp.workers.workers import Workers
 from sollol_nb.runtime.events import Event, EventBus
-from sollol_nb.settings import config
+from sollol_nb.settings.endpoints import parse_endpoint
 from sollol_nb.text.tables import format_bytes
 from tests.support.engines import QUESTION, eventually_async, run
 from tests.support.gguf_files import write_llama
@@ -208,7 +208,7 @@ class MeteredWire:
     """A worker seen through a wire that lets through as many bytes as it was told to, and then waits."""
 
     def __init__(self, worker: str) -> None:
-        self._worker = config.parse_endpoint(worker)
+        self._worker = parse_endpoint(worker)
         self._left_bytes = 0
         self._more = asyncio.Condition()
 

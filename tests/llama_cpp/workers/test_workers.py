@@ -26,6 +26,7 @@ from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.llama_cpp.workers.workers import Workers
 from sollol_nb.runtime.events import EventBus
 from sollol_nb.settings import config
+from sollol_nb.settings.endpoints import DEFAULT_RPC_PORT, parse_endpoint
 from tests.support.engines import (
     OtherProtocolWorker,
     all_end,
@@ -56,7 +57,7 @@ def local(engine: Engine) -> Iterator[Workers]:
 
 
 def port_of(endpoint: str) -> int:
-    return config.parse_endpoint(endpoint)[1]
+    return parse_endpoint(endpoint)[1]
 
 
 def looked_at(known: Workers) -> dict[str, WorkerStatus]:
@@ -124,7 +125,7 @@ def test_local_workers_take_the_first_free_ports_from_the_given_one_upward(engin
 def test_local_workers_start_at_the_usual_port_and_listen_on_loopback_only(engine: Engine, local: Workers) -> None:
     endpoints = run(local.start_local(engine, 2))
 
-    assert config.DEFAULT_RPC_PORT == 50052
+    assert DEFAULT_RPC_PORT == 50052
     assert all(port_of(endpoint) >= 50052 for endpoint in endpoints)
     for endpoint in endpoints:
         listening = [
