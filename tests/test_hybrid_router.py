@@ -32,7 +32,7 @@ from sollol_nb.models.routing import DISTRIBUTED, OLLAMA
 from sollol_nb.runtime.events import EventBus
 from sollol_nb.sync_wrapper import HybridRouter, OllamaPool
 from tests.conftest import NO_OLLAMA
-from tests.support.engines import QUESTION, eventually, eventually_async, run, write_endless
+from tests.support.engines import QUESTION, busy_slots, eventually, eventually_async, run, write_endless
 from tests.support.gguf_files import write_llama
 from tests.support.ollama_server import CHATML, OllamaServer
 
@@ -70,7 +70,7 @@ def slots_idle(router: HybridRouter) -> None:
     """Wait until no slot of any coordinator works."""
 
     def busy() -> int:
-        return sum(run(one.busy_slots()) + one.gate.running for one in router.coordinators)
+        return sum(run(busy_slots(one)) + one.gate.running for one in router.coordinators)
 
     eventually(lambda: busy() == 0, "all slots are idle")
 

@@ -169,7 +169,7 @@ from sollol_nb.sync_wrapper import HybridRouter
 model, how = sys.argv[1:]
 
 def busy(router):
-    return sum(run_blocking(one.busy_slots()) for one in router.coordinators)
+    return sum(run_blocking(busy_slots(one)) for one in router.coordinators)
 
 def until(condition):
     deadline = time.monotonic() + 100

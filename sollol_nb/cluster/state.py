@@ -132,7 +132,7 @@ class ClusterState:
     async def refresh(self) -> ClusterStatus:
         """The status after a check of all workers, all Ollama nodes and the coordinators of other kernels."""
         await asyncio.gather(self._workers.refresh(), self._ollama.refresh())
-        self._others = await self._coordinators.others()
+        self._others = await self._coordinators.of_other_kernels()
         return self.status()
 
     def status(self) -> ClusterStatus:
@@ -233,7 +233,7 @@ class ClusterState:
                     others_due_s = loop.time() + OTHERS_EVERY_S
                     await self._ollama.refresh()
                     self._record_nodes()
-                    self._others = await self._coordinators.others()
+                    self._others = await self._coordinators.of_other_kernels()
                     self._changed.set()
             except OSError as error:  # of the registry's folder; the next attempt may succeed
                 logger.warning("could not check the cluster: %s", error)

@@ -21,7 +21,7 @@ from sollol_nb.errors import (
     WorkersUnavailableError,
 )
 from sollol_nb.latency.log import LatencyLog, LatencyRow
-from sollol_nb.llama_cpp.answers.kinds import Answer
+from sollol_nb.llama_cpp.answers.base import Answer
 from sollol_nb.llama_cpp.coordinators.pool import CoordinatorPool
 from sollol_nb.llama_cpp.workers.workers import Workers
 from sollol_nb.models.files import OllamaGGUFResolver

@@ -14,7 +14,7 @@ from contextlib import aclosing, suppress
 
 from sollol_nb.chat.chunk import Chunk
 from sollol_nb.errors import AnswerInterruptedError, CoordinatorLostError, RequestTimeoutError, SollolError
-from sollol_nb.llama_cpp.answers.kinds import Answer
+from sollol_nb.llama_cpp.answers.base import Answer
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.coordinators.pool import CoordinatorPool
 from sollol_nb.models.routing import Route
@@ -91,7 +91,7 @@ async def stream_answer(
                     raise _interrupted(route, answer, f"{lost}; no other could take over: {error}") from error
                 if lost is not None:
                     record.lost_workers(coordinators.lost_workers(route))
-                    coordinators.tell_continued(route, answer.token_count if answer else 0, coordinator)
+                    coordinators.report_continued(route, answer.token_count if answer else 0, coordinator)
     except TimeoutError as error:
         if not limit.expired():  # a coordinator's start has a limit of its own
             raise

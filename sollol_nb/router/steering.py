@@ -239,7 +239,7 @@ async def _let_go(
     state: ClusterState, coordinators: CoordinatorPool, workers: Workers, ollama: OllamaPool
 ) -> None:
     await state.close()
-    await coordinators.let_go()
+    await coordinators.detach()
     workers.detach()
     await ollama.close()
 

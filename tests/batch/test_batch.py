@@ -33,7 +33,16 @@ from sollol_nb.errors import (
 from sollol_nb.llama_cpp.engine.find import Engine
 from sollol_nb.runtime.events import Event
 from sollol_nb.sync_wrapper import HybridRouter, OllamaPool
-from tests.support.engines import HANG_GUARD_S, eventually, eventually_async, run, says, script, write_endless
+from tests.support.engines import (
+    HANG_GUARD_S,
+    busy_slots,
+    eventually,
+    eventually_async,
+    run,
+    says,
+    script,
+    write_endless,
+)
 from tests.support.kernels import kernel
 from tests.support.ollama_server import OllamaServer
 
@@ -499,7 +508,7 @@ def test_an_interrupted_batch_goes_on_where_it_was(router: HybridRouter, asked: 
     assert partial.answer[partial.status == "ok"].notna().all()
     assert f"stopped: {done} of 40 rows are done and kept; run the same call again to go on" in str(caught.value)
     assert isinstance(caught.value, KeyboardInterrupt)
-    eventually(lambda: sum(run(one.busy_slots()) for one in router.coordinators) == 0, "the slots are idle")
+    eventually(lambda: sum(run(busy_slots(one)) for one in router.coordinators) == 0, "the slots are idle")
     assert len(router.batch_store) >= done
 
     kept = len(router.batch_store)
@@ -553,7 +562,7 @@ def test_cancelling_the_async_batch_ends_its_requests_and_keeps_what_is_done(
             await task
 
     asyncio.run(cancelled())
-    eventually(lambda: sum(run(one.busy_slots()) for one in router.coordinators) == 0, "the slots are idle")
+    eventually(lambda: sum(run(busy_slots(one)) for one in router.coordinators) == 0, "the slots are idle")
     kept = len(router.batch_store)
     assert 3 <= kept < 16
     asked.clear()

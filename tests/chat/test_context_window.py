@@ -19,7 +19,7 @@ from sollol_nb.chat.context_window import (
     without_oldest,
 )
 from sollol_nb.errors import ContextOverflowError, RequestRejectedError
-from sollol_nb.llama_cpp.answers.refusals import refusal
+from sollol_nb.llama_cpp.answers.protocol import refusal
 
 
 def conversation(roles: str) -> list[dict[str, str]]:

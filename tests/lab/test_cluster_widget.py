@@ -88,9 +88,7 @@ def test_a_moved_slider_changes_the_prediction_and_the_applied_layout_the_map(pa
     page.screenshot("cluster-what-if")
     expect(apply).to_be_enabled()
     apply.click()
-    expect(output.locator(".sollol-log")).to_contain_text(
-        "demo:sharded is laid out anew: 4/9 over 2 workers: fits"
-    )
+    expect(output.locator(".sollol-log")).to_contain_text("new layout for demo:sharded: 4/9 over 2 workers: fits")
     expect(output.locator(".sollol-row-planned .sollol-box")).to_have_count(2)
     assert layers(page, 4) == ["0-3", "4-11 + output"]
     expect(output.locator("section")).to_contain_text("as given")

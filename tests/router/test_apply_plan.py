@@ -66,7 +66,7 @@ def test_a_running_model_is_laid_out_anew(sharding: HybridRouter, endless: str) 
     again = sharding.route_request(endless, QUESTION, temperature=0, max_tokens=60)
     assert (again.text, again.routing["plan"]["strategy"]) == (whole.text, "as given")
     events = {event.kind: event.message for event in sharding.events.recent()}
-    assert f"{endless} is laid out anew: 4/1 over 2 workers: fits" in events["coordinator.planned"]
+    assert f"new layout for {endless}: 4/1 over 2 workers: fits" in events["coordinator.planned"]
 
 
 def test_its_token_time_was_predicted_from_the_layouts_before(
@@ -219,5 +219,5 @@ def test_an_answer_goes_on_over_the_new_layout(sharding: HybridRouter) -> None:
     assert running_layout(sharding) == (9, 4) != before
     assert answer.routing["plan"]["strategy"] == "as given"
     events = {event.kind: event.message for event in sharding.events.recent()}
-    assert f"{MODEL} is laid out anew: 9/4 over 2 workers: fits" in events["coordinator.planned"]
-    assert events["answer.continued"].startswith(f"an answer of {MODEL} goes on after ")
+    assert f"new layout for {MODEL}: 9/4 over 2 workers: fits" in events["coordinator.planned"]
+    assert events["answer.continued"].startswith(f"resumed an answer from {MODEL} at token ")

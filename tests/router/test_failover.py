@@ -21,7 +21,7 @@ from sollol_nb.errors import (
     SollolError,
     WorkersUnavailableError,
 )
-from sollol_nb.llama_cpp.answers.kinds import ChatAnswer
+from sollol_nb.llama_cpp.answers.chat import ChatAnswer
 from sollol_nb.llama_cpp.coordinators.pool import CoordinatorPool
 from sollol_nb.models.files import DEMO_MODEL_PATH
 from sollol_nb.models.profiles import profile_of
@@ -94,7 +94,7 @@ class StandInPool:
     def lost_workers(self, _: Route) -> frozenset[str]:
         return frozenset({"w:1"})
 
-    def tell_continued(self, _route: Route, _tokens: int, coordinator: StandIn) -> None:
+    def report_continued(self, _route: Route, _tokens: int, coordinator: StandIn) -> None:
         self.told.append(coordinator)
 
 

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import psutil
 
+from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.runtime.io_loop import run_blocking
 from tests.support.gguf_files import write_llama
 
@@ -41,6 +42,11 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
             return await coroutine
 
     return run_blocking(guarded())
+
+
+async def busy_slots(coordinator: Coordinator) -> int:
+    """How many of a coordinator's slots are processing, according to its engine."""
+    return sum(slot["is_processing"] for slot in await coordinator._client.get("/slots", timeout_s=5.0))
 
 
 def eventually(condition: Callable[[], T], words: str) -> T:

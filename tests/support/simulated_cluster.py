@@ -149,14 +149,14 @@ class SimulatedCluster:
     # --- the rooms, as ClusterState reads them ----------------------------------------------------
 
     def _pool(self) -> SimpleNamespace:
-        async def others() -> list[Any]:
+        async def of_other_kernels() -> list[Any]:
             return []
 
         def predict(_: Path, plan: LayerPlan) -> TokenTime:
             parts = parts_of(plan, dict.fromkeys(plan.endpoints, 0.4))
             return self.speeds.predict(parts) if self.speeds else TokenTime((), "nothing was measured")
 
-        pool = SimpleNamespace(others=others, predict=predict, token_ms=lambda _: 26.3)
+        pool = SimpleNamespace(of_other_kernels=of_other_kernels, predict=predict, token_ms=lambda _: 26.3)
         pool.coordinators = self.coordinators
         return pool
 

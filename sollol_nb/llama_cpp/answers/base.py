@@ -1,4 +1,4 @@
-"""What the two kinds of answers have in common; see `kinds`."""
+"""What all kinds of answers share. The package's docstring says why there are several."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ CHARACTERS_PER_TOKEN = 3  # a guess on the safe side, until the engine says how 
 
 
 class Answer(ABC):
-    """One answer under way.
+    """One answer in progress.
 
-        while (asked := await answer.request(post)) is not None:
-            async for event in <the events of a streaming POST of asked>:
+        while (request := await answer.request(post)) is not None:
+            async for event in <the events of a streaming POST of request>:
                 chunk = answer.translate(event)    # show it, unless it is None
                 if answer.is_abandoned:
                     break
         last = answer.final()
 
-    When the engine is lost anywhere in there, begin again with another engine and the same answer.
+    When the engine is lost anywhere in this loop, start the loop again with another engine and the same answer.
 
     Attributes:
-        model: the name it was asked for by.
-        text, thinking: what went out so far.
+        model: the name it was requested by.
+        text, thinking: the text sent to the reader so far.
         token_count: tokens generated so far, as far as known.
         seed: given, or drawn.
-        waiting_prompt_tokens: tokens of the prompt that the engine has still to process; a guess until it says.
-        is_complete: nothing is left to ask for.
-        is_abandoned: the rest of this stream is of no use; close it and ask again.
+        waiting_prompt_tokens: tokens of the prompt that are not processed yet; a guess until the engine reports.
+        is_complete: no further request is needed.
+        is_abandoned: the rest of this stream is useless; close it, and send the next `request`.
     """
 
     kind: ClassVar[str]
@@ -50,7 +50,7 @@ class Answer(ABC):
         self.token_count = 0
         self.is_complete = False
         self.is_abandoned = False
-        self.waiting_prompt_tokens = sum(_characters(one) for one in messages) // CHARACTERS_PER_TOKEN + 1
+        self.waiting_prompt_tokens = sum(map(_characters, messages)) // CHARACTERS_PER_TOKEN + 1
         self._messages = [dict(message) for message in messages]
         self._options = dict(options)
         given = sampling_settings(options).get("seed")
@@ -61,18 +61,18 @@ class Answer(ABC):
 
     @abstractmethod
     async def request(self, post: Post) -> tuple[str, dict[str, Any]] | None:
-        """Path and body to stream from now; None when the answer is complete. Call it once per stream.
+        """Path and body of the next request to stream; None when the answer is complete. Call it once per stream.
 
         Raises:
-            whatever `post` raises.
+            TransportError: from `post`.
         """
 
     @abstractmethod
     def translate(self, event: Mapping[str, Any]) -> Chunk | None:
-        """The Ollama chunk of an event, or None when it brings nothing to show.
+        """The Ollama chunk of an event, or None when it has nothing to show.
 
         Raises:
-            AnswerDivergedError: this engine writes another answer, and there is no other way to go on.
+            AnswerDivergedError: this engine writes a different answer, so this one cannot continue.
         """
 
     @abstractmethod
@@ -81,11 +81,11 @@ class Answer(ABC):
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
-        """All that is needed to go on later, also in another process, as plain data for JSON."""
+        """All that is needed to continue later, also in another process, as plain data for JSON."""
 
     @staticmethod
     def from_state(state: Mapping[str, Any]) -> Answer:
-        """The answer that `state` was taken of; its next `request` continues it.
+        """The answer whose `state` this is; its next `request` continues it.
 
         Raises:
             ConfigError: it is not the state of an answer.
@@ -125,7 +125,7 @@ class Answer(ABC):
     def _total_ms(self, name: str) -> float:
         return float(self._spent_ms[name] + self._timings.get(name, 0.0))
 
-    def _show(self, content: str, thinking: str) -> Chunk | None:
+    def _append(self, content: str, thinking: str) -> Chunk | None:
         self.text += content
         self.thinking += thinking
         return chat_chunk(self.model, content, thinking) if content or thinking else None
@@ -144,11 +144,11 @@ class Answer(ABC):
 _KINDS: dict[str, type[Answer]] = {}
 
 
-def diverged(model: str) -> AnswerDivergedError:
-    """Another engine should have repeated what went out, and did not."""
+def diverged_error(model: str) -> AnswerDivergedError:
+    """Another engine should have repeated the text that was sent, and did not."""
     return AnswerDivergedError(
-        f"{model}: the coordinator was lost in mid-answer, and another one begins the same answer differently, so "
-        "it cannot go on; ask again"
+        f"{model}: the coordinator was lost in mid-answer, and the new one begins the answer differently, so it "
+        "cannot be continued; ask again"
     )
 
 
@@ -158,29 +158,30 @@ def _characters(message: Mapping[str, Any]) -> int:
     return sum(len(part.get("text") or "") for part in parts)
 
 
-class Written:
-    """Text that went out, and how far the present engine has come in it.
+class SentText:
+    """Text that was sent to the reader, and how much of it the present engine has.
 
     Attributes:
-        text: all that went out.
-        at: characters of it that the present engine has been given or has repeated.
+        text: all that was sent.
+        position: characters of it that the present engine was given or has repeated.
     """
 
     def __init__(self, text: str = "") -> None:
         self.text = text
-        self.at = 0
+        self.position = 0
 
     @property
     def is_repeated(self) -> bool:
-        return self.at == len(self.text)
+        """Whether the engine has all of it."""
+        return self.position == len(self.text)
 
-    def agrees(self, piece: str) -> bool:
-        """Whether a piece repeats what went out, as far as that goes."""
-        return piece.startswith(self.text[self.at : self.at + len(piece)])
+    def agrees_with(self, piece: str) -> bool:
+        """Whether the engine's next piece of text repeats what was sent, up to its end."""
+        return piece.startswith(self.text[self.position : self.position + len(piece)])
 
-    def take(self, piece: str) -> str:
-        """The part of an agreeing piece that is new."""
-        new = piece[len(self.text) - self.at :]
-        self.at += len(piece)
+    def add(self, piece: str) -> str:
+        """Add a piece that agrees; returns the part of it that is new."""
+        new = piece[len(self.text) - self.position :]
+        self.position += len(piece)
         self.text += new
         return new

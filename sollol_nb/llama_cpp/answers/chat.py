@@ -1,4 +1,4 @@
-"""Answers streamed through llama-server's own parser, which another engine can only repeat; see `kinds`."""
+"""Answers streamed through llama-server's own parser, which another engine can only repeat."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sollol_nb.chat.chunk import Chunk
-from sollol_nb.llama_cpp.answers.base import Answer, Written, diverged
+from sollol_nb.llama_cpp.answers.base import Answer, SentText, diverged_error
 from sollol_nb.llama_cpp.answers.protocol import ChunkTranslator, progress_of, request_body
 from sollol_nb.llama_cpp.answers.tokens import Post
 
 
 class ChatAnswer(Answer):
-    """An answer streamed from `/v1/chat/completions`; see the module."""
+    """An answer streamed from `/v1/chat/completions`."""
 
     kind = "chat"
 
     def __init__(self, model: str, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> None:
         super().__init__(model, messages, options)
         self._translator = ChunkTranslator(model)
-        self._content, self._thoughts = Written(), Written()
+        self._content, self._thoughts = SentText(), SentText()
 
     async def request(self, post: Post) -> tuple[str, dict[str, Any]] | None:
         self._begin_stream()
         if self.is_complete:
             return None
         self._translator = ChunkTranslator(self.model)
-        self._content, self._thoughts = Written(self.text), Written(self.thinking)
+        self._content, self._thoughts = SentText(self.text), SentText(self.thinking)
         body = request_body(self._messages, self._options)
         body |= {"seed": self.seed, "return_progress": True, "timings_per_token": True}
         return "/v1/chat/completions", body
@@ -36,12 +36,12 @@ class ChatAnswer(Answer):
         chunk = self._translator.translate(event)
         message = chunk["message"] if chunk is not None else {}
         content, thinking = message.get("content", ""), message.get("thinking", "")
-        if not (self._content.agrees(content) and self._thoughts.agrees(thinking)):
-            raise diverged(self.model)
-        shown = self._show(self._content.take(content), self._thoughts.take(thinking))
+        if not (self._content.agrees_with(content) and self._thoughts.agrees_with(thinking)):
+            raise diverged_error(self.model)
+        shown = self._append(self._content.add(content), self._thoughts.add(thinking))
         if any(choice.get("finish_reason") for choice in event.get("choices", ())):
             if not (self._content.is_repeated and self._thoughts.is_repeated):
-                raise diverged(self.model)
+                raise diverged_error(self.model)
             self.is_complete = True
         return shown
 

@@ -1,8 +1,8 @@
-"""Answers whose oldest turns are dropped where the messages do not fit the engine's context; see `context_window`.
+"""Answers whose oldest turns are dropped where the messages do not fit the context; see `chat.context_window`.
 
-The engine itself counts the tokens, when it is asked for the first time. What was dropped is told at once, in the
-first chunk (of an answer that is resumed, too), and again in the last one, both times as `_dropped`. To what fits
-there is then an answer of one of the other kinds.
+The engine counts the tokens, before the first request. The first chunk (also of an answer that is resumed) and the
+last one have `_dropped`, which says what was dropped. An answer of one of the other kinds then answers the
+messages that fit.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class FittingAnswer(Answer):
 
     Args:
         chat_template: of the model.
-        context_tokens: what the engine holds for one request, answer included.
+        context_tokens: the limit of the engine for one request, prompt and answer.
     """
 
     kind = "fitting"
@@ -40,16 +40,16 @@ class FittingAnswer(Answer):
         super().__init__(model, messages, options)
         self._chat_template = chat_template
         self._context_tokens = context_tokens
-        self._fitted: Answer | None = None
+        self._inner: Answer | None = None
         self._dropped = ""
-        self._is_told = False
+        self._is_dropped_sent = False
 
     async def request(self, post: Post) -> tuple[str, dict[str, Any]] | None:
-        if self._fitted is None:
-            self._fitted = await self._fit(post)
-        asked = await self._fitted.request(post)
-        self._follow(self._fitted)
-        return asked
+        if self._inner is None:
+            self._inner = await self._fit(post)
+        request = await self._inner.request(post)
+        self._copy_progress(self._inner)
+        return request
 
     async def _fit(self, post: Post) -> Answer:
         async def count_tokens(messages: Sequence[Message]) -> int:
@@ -66,16 +66,16 @@ class FittingAnswer(Answer):
         return self._answer_to(fitted.messages)
 
     def translate(self, event: Mapping[str, Any]) -> Chunk | None:
-        chunk = self._begun.translate(event)
-        self._follow(self._begun)
-        if self._dropped and not self._is_told:
-            self._is_told = True
+        chunk = self._started.translate(event)
+        self._copy_progress(self._started)
+        if self._dropped and not self._is_dropped_sent:
+            self._is_dropped_sent = True
             chunk = {**(chunk or chat_chunk(self.model, "")), DROPPED: self._dropped}
         return chunk
 
     def final(self) -> Chunk:
-        chunk = self._begun.final()
-        self._follow(self._begun)
+        chunk = self._started.final()
+        self._copy_progress(self._started)
         return {**chunk, DROPPED: self._dropped} if self._dropped else chunk
 
     def state(self) -> dict[str, Any]:
@@ -84,7 +84,7 @@ class FittingAnswer(Answer):
             "chat_template": self._chat_template,
             "context_tokens": self._context_tokens,
             "dropped": self._dropped,
-            "fitted": None if self._fitted is None else self._fitted.state(),
+            "fitted": None if self._inner is None else self._inner.state(),
         }
 
     @classmethod
@@ -99,8 +99,8 @@ class FittingAnswer(Answer):
         answer._restore_common(state)
         answer._dropped = str(state["dropped"])
         if state["fitted"] is not None:
-            answer._fitted = Answer.from_state(state["fitted"])
-            answer._follow(answer._fitted)
+            answer._inner = Answer.from_state(state["fitted"])
+            answer._copy_progress(answer._inner)
         return answer
 
     def _answer_to(self, messages: Sequence[Message]) -> Answer:
@@ -108,11 +108,11 @@ class FittingAnswer(Answer):
         return answer_for(self.model, messages, options, chat_template=self._chat_template)
 
     @property
-    def _begun(self) -> Answer:
-        assert self._fitted is not None, "nothing comes back before something was asked for"
-        return self._fitted
+    def _started(self) -> Answer:
+        assert self._inner is not None, "there are no events before the first request"
+        return self._inner
 
-    def _follow(self, answer: Answer) -> None:
+    def _copy_progress(self, answer: Answer) -> None:
         self.text, self.thinking, self.token_count = answer.text, answer.thinking, answer.token_count
         self.waiting_prompt_tokens = answer.waiting_prompt_tokens
         self.is_complete, self.is_abandoned = answer.is_complete, answer.is_abandoned

@@ -1,21 +1,28 @@
-"""Between Ollama's chat shape and llama-server's: requests one way, streamed pieces the other. It sends nothing.
+"""Between Ollama's chat shape and llama-server's: requests one way, events and refusals the other. Sends nothing.
 
 Requests and answers have Ollama's shape everywhere in this package (`options`, `num_predict`, `images`, `format`,
 `message`, `eval_count`); llama-server speaks OpenAI's at `/v1/chat/completions` and its own at `/completion`.
 `kinds.answer_for` decides which of the two an answer uses. Sources: Ollama's `docs/api.md`, llama.cpp's
-`tools/server/README.md`.
+`tools/server/README.md`, and `tools/server/server-context.cpp` for the wording of refusals.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from enum import Enum, auto
 from typing import Any
 
 from sollol_nb.chat.chunk import Chunk, ChunkMessage
+from sollol_nb.chat.context_window import overflow_error
 from sollol_nb.chat.messages import SAMPLING_OPTIONS, answer_schema
+from sollol_nb.errors import ContextOverflowError, RequestRejectedError
+
+_PROMPT_TOO_LONG = re.compile(r"\((\d+) tokens\) .*context size \((\d+)")
+# Requests that run at the same time share one pool of context; when it is full, all of them end.
+_POOL_USED_UP = re.compile(r"context size has been exceeded", re.IGNORECASE)
 
 
 def request_body(messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,7 +89,7 @@ def _as_json_text(arguments: Any) -> str:
 
 
 def parse_event(line: str) -> dict[str, Any] | None:
-    """One line of llama-server's event stream as its JSON; None for lines that carry nothing."""
+    """One line of llama-server's event stream, decoded; None for lines without an event."""
     if not line.startswith("data: ") or line == "data: [DONE]":
         return None
     event = json.loads(line[6:])
@@ -90,13 +97,31 @@ def parse_event(line: str) -> dict[str, Any] | None:
 
 
 def progress_of(event: Mapping[str, Any]) -> tuple[int, int] | None:
-    """(prompt tokens processed, all of them) if the event tells how far the prompt is; else None.
+    """(prompt tokens processed, prompt tokens in all) if the event reports progress of the prompt; else None.
 
-    llama-server sends such events when asked to by `return_progress`: one when a slot takes the request, then one
-    after each batch of the prompt.
+    With `return_progress`, llama-server sends such an event when a slot takes the request, and after each batch of
+    the prompt.
     """
     progress = event.get("prompt_progress")
     return (int(progress["processed"]), int(progress["total"])) if progress else None
+
+
+def refusal(model: str, reason: str, context_tokens: int) -> RequestRejectedError:
+    """The error for a reason that the engine gives; its wording is that of `server-context.cpp` (send_error).
+
+    Args:
+        context_tokens: the engine's limit for one request, prompt and answer.
+    """
+    too_long = _PROMPT_TOO_LONG.search(reason)
+    if too_long is not None:
+        return overflow_error(model, int(too_long[1]), int(too_long[2]))
+    if _POOL_USED_UP.search(reason):
+        return ContextOverflowError(
+            f"{model}: requests that ran at the same time filled the {context_tokens:,} tokens of context that "
+            "they share, so all of them ended; ask again, or give the router a larger context_tokens= or slots=1",
+            context_tokens=context_tokens,
+        )
+    return RequestRejectedError(f"{model} refused the request: {reason}")
 
 
 def chat_chunk(model: str, content: str, thinking: str = "", *, done: bool = False) -> Chunk:
@@ -123,7 +148,7 @@ class ChunkTranslator:
         self._tool_calls: dict[int, dict[str, str]] = {}
 
     def translate(self, event: Mapping[str, Any]) -> Chunk | None:
-        """The Ollama chunk of an event, or None when it brings no text."""
+        """The Ollama chunk of an event, or None when it has no text."""
         self._usage = event.get("usage") or self._usage
         self._timings = event.get("timings") or self._timings
         for choice in event.get("choices", ()):
@@ -169,23 +194,23 @@ OPENING_TAG, CLOSING_TAG = "<think>", "</think>"
 
 class _Phase(Enum):
     BEGUN = auto()
-    """Nothing but whitespace, or a part of the opening tag, has come."""
+    """Only whitespace, or a part of the opening tag, was received."""
     OPENED = auto()
-    """The opening tag has just come."""
+    """The opening tag was just received."""
     THINKING = auto()
     CLOSED = auto()
-    """The closing tag has just come."""
+    """The closing tag was just received."""
     ANSWERING = auto()
 
 
 class ThinkSplitter:
-    """Parts text of the form `<think>thoughts</think>answer` as it streams in.
+    """Splits streamed text of the form `<think>thoughts</think>answer`.
 
-    Only what an answer begins with is thinking; tags later in it are its text. Whitespace after either tag is
-    dropped. What may turn out to be a tag is held back until it is decided.
+    Only thoughts at the beginning count; later tags belong to the answer. Whitespace after a tag is dropped.
+    Text that may turn out to be a tag is held back until that is decided.
 
     Args:
-        inside: the prompt has ended with the opening tag already.
+        inside: the prompt already ended with the opening tag.
     """
 
     def __init__(self, *, inside: bool = False) -> None:
@@ -193,7 +218,7 @@ class ThinkSplitter:
         self._held = ""
 
     def feed(self, text: str) -> tuple[str, str]:
-        """The next text; gives what is thinking of what is decided now, and what is answer."""
+        """Take the next text; returns the thinking and the answer among the text that is decided now."""
         self._held += text
         thinking = ""
         if self._phase is _Phase.BEGUN:
@@ -221,11 +246,11 @@ class ThinkSplitter:
         return thinking, answer
 
     def flush(self) -> tuple[str, str]:
-        """What was held back when the text has ended."""
+        """The text that was held back, as thinking and answer, when the stream has ended."""
         held, self._held = self._held, ""
         return (held, "") if self._phase is _Phase.THINKING else ("", held)
 
 
 def _length_of_part(text: str, tag: str) -> int:
-    """How many characters at the end of the text the tag may begin with."""
+    """How many characters at the end of the text may be the beginning of the tag."""
     return next(length for length in range(min(len(text), len(tag) - 1), -1, -1) if text.endswith(tag[:length]))

@@ -1,4 +1,4 @@
-"""Answers streamed as token ids, which another engine can continue exactly; see `kinds`."""
+"""Answers streamed as token ids, which another engine can continue exactly."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from sollol_nb.chat.chunk import Chunk
 from sollol_nb.chat.messages import answer_schema
-from sollol_nb.llama_cpp.answers.base import CHARACTERS_PER_TOKEN, SEEDS, Answer, Written, diverged
+from sollol_nb.llama_cpp.answers.base import CHARACTERS_PER_TOKEN, SEEDS, Answer, SentText, diverged_error
 from sollol_nb.llama_cpp.answers.protocol import (
     CLOSING_TAG,
     OPENING_TAG,
@@ -20,20 +20,20 @@ from sollol_nb.llama_cpp.answers.protocol import (
 )
 from sollol_nb.llama_cpp.answers.tokens import Post, grammar_prompt, spelled, tokens_within
 
-# Leaves out what else the last event repeats of the request, such as the whole prompt.
-_LAST_EVENT = ["stop", "stop_type", "tokens_predicted", "tokens_evaluated", "timings"]
+# Without this list the last event repeats the request, with the whole prompt.
+_LAST_EVENT_FIELDS = ["stop", "stop_type", "tokens_predicted", "tokens_evaluated", "timings"]
 
 
 @dataclass(slots=True)
 class _Piece:
-    """Text that came with one event, and the ids of its tokens; None for those that the stream left out."""
+    """The text of one event, and the ids of its tokens; None for those that the stream left out."""
 
     text: str
     ids: list[int | None]
 
 
 class RawAnswer(Answer):
-    """An answer streamed as token ids from `/completion`; see the module.
+    """An answer streamed as token ids from `/completion`.
 
     Args:
         splits_thinking: the model's template writes thoughts between `<think>` and `</think>`.
@@ -60,26 +60,26 @@ class RawAnswer(Answer):
         self._prompt: str | None = None
         self._done_reason = ""
         self._pieces: list[_Piece] = []
-        self._written = Written()
-        # Text whose tokens are not known for sure: spelled by the tokenizer, or generated again and compared.
-        self._spells = settings.get("temperature", 1) > 0
+        self._sent = SentText()
+        # Text whose tokens are not known for sure is tokenised or (if False) generated again and compared.
+        self._tokenises = settings.get("temperature", 1) > 0
         self._grammar_prompt: str | None = None
-        self._from_start = False  # no engine can go on in the middle of it
-        self._given = 0  # tokens of the answer that the present engine got with the prompt
+        self._from_start = False  # no engine can continue in the middle of it
+        self._given = 0  # tokens of the answer that the present engine received with the prompt
         self._predicted = 0  # tokens that it has generated
-        self._pending: list[int | None] = []  # of these, those whose text has not come yet
+        self._pending: list[int | None] = []  # of these, those whose text was not received yet
 
     async def request(self, post: Post) -> tuple[str, dict[str, Any]] | None:
         self._begin_stream()
         if self.is_complete:
             return None
         if self._prompt is None:
-            asked = request_body(self._messages, self._options)
+            request = request_body(self._messages, self._options)
             names = ("messages", "chat_template_kwargs", "response_format")
-            rendered = await post("/apply-template", {name: asked[name] for name in names if name in asked})
+            rendered = await post("/apply-template", {name: request[name] for name in names if name in request})
             self._begin(str(rendered["prompt"]))
         assert self._prompt is not None
-        await self._settle(post)
+        await self._recover_tokens(post)
         ids = [token for piece in self._pieces for token in piece.ids]
         self._given, self._predicted, self._pending = len(ids), 0, []
         if not ids:
@@ -111,7 +111,7 @@ class RawAnswer(Answer):
         self.waiting_prompt_tokens = 0
         predicted, ids = event.get("tokens_predicted", 0), event.get("tokens") or []
         if event.get("stop"):
-            if self._written.is_repeated:
+            if self._sent.is_repeated:
                 self._complete("length" if event.get("stop_type") == "limit" else "stop", self._given + predicted)
             else:
                 self._diverge()
@@ -122,16 +122,16 @@ class RawAnswer(Answer):
         text = event.get("content")
         if not text:
             return None
-        if not self._written.agrees(text):
+        if not self._sent.agrees_with(text):
             self._diverge()
             return None
         self._pieces.append(_Piece(text, self._pending))
         self._pending = []
-        return self._show(*self._split(self._written.take(text)))
+        return self._append(*self._split(self._sent.add(text)))
 
     def final(self) -> Chunk:
         thinking, content = self._splitter.flush() if self._splitter is not None else ("", "")
-        self._show(content, thinking)
+        self._append(content, thinking)
         return self._with_counts(chat_chunk(self.model, content, thinking, done=True), self._done_reason)
 
     def state(self) -> dict[str, Any]:
@@ -140,8 +140,8 @@ class RawAnswer(Answer):
             "splits_thinking": self._splits_thinking,
             "prompt": self._prompt,
             "done_reason": self._done_reason,
-            "spells": self._spells,
-            "written": self._written.text,
+            "spells": self._tokenises,
+            "written": self._sent.text,
             "pieces": [[piece.text, piece.ids] for piece in self._pieces],
         }
 
@@ -152,11 +152,11 @@ class RawAnswer(Answer):
         )
         answer._restore_common(state)
         answer._pieces = [_Piece(str(text), list(ids)) for text, ids in state["pieces"]]
-        answer._spells = bool(state["spells"])
-        answer._written = Written(str(state["written"]))
+        answer._tokenises = bool(state["spells"])
+        answer._sent = SentText(str(state["written"]))
         if state["prompt"] is not None:
             answer._begin(str(state["prompt"]))
-            answer._show(*answer._split(answer._written.text))
+            answer._append(*answer._split(answer._sent.text))
         if state["done_reason"]:
             answer._complete(str(state["done_reason"]), answer.token_count)
         return answer
@@ -172,19 +172,19 @@ class RawAnswer(Answer):
             "stream": True,
             "return_tokens": True,
             "return_progress": True,
-            "timings_per_token": True,  # so that durations are known also of an engine that is lost
-            "response_fields": _LAST_EVENT,
+            "timings_per_token": True,  # so that durations are known also for an engine that is lost
+            "response_fields": _LAST_EVENT_FIELDS,
         }
         if self._limit is not None:
             body["n_predict"] = self._limit
         if self._schema is not None:
             body["json_schema"] = self._schema
         if self._splits_thinking:
-            body["preserved_tokens"] = [OPENING_TAG, CLOSING_TAG]  # shown also where they are special tokens
+            body["preserved_tokens"] = [OPENING_TAG, CLOSING_TAG]  # sent also where they are special tokens
         return body
 
     def _split(self, text: str) -> tuple[str, str]:
-        """What to show of new text: answer and thinking."""
+        """The parts of new text to show: answer and thinking."""
         if self._splitter is None:
             return text, ""
         thinking, content = self._splitter.feed(text)
@@ -194,13 +194,13 @@ class RawAnswer(Answer):
         self.is_complete, self._done_reason, self.token_count = True, reason, token_count
 
     def _diverge(self) -> None:
-        """What should repeat text that went out does not: that text's tokens cannot be found by repeating."""
+        """The engine did not repeat the text that was sent, so generating again cannot find its tokens."""
         if self._from_start:
-            raise diverged(self.model)
-        self._spells = self.is_abandoned = True
+            raise diverged_error(self.model)
+        self._tokenises = self.is_abandoned = True
 
-    async def _settle(self, post: Post) -> None:
-        """Keep the pieces whose tokens are known; see that the rest of what went out is spelled or repeated."""
+    async def _recover_tokens(self, post: Post) -> None:
+        """Keep the pieces whose tokens are known; have the rest of the sent text tokenised or repeated."""
         known = 0
         for piece in self._pieces:
             if not await _find_ids(post, piece, is_last=piece is self._pieces[-1]):
@@ -208,22 +208,22 @@ class RawAnswer(Answer):
             known += 1
         del self._pieces[known:]
         kept = "".join(piece.text for piece in self._pieces)
-        rest = self._written.text[len(kept) :]
-        if rest and self._spells:
+        rest = self._sent.text[len(kept) :]
+        if rest and self._tokenises:
             self._pieces.append(_Piece(rest, list(await spelled(post, rest))))
             kept += rest
         if kept and self._schema is not None:
             self._grammar_prompt = await grammar_prompt(post, kept)
-            if self._grammar_prompt is None:  # the grammar has to see the answer from its start
+            if self._grammar_prompt is None:  # the grammar must read the answer from its start
                 self._pieces, kept, self._from_start = [], "", True
-        self._written.at = len(kept)
+        self._sent.position = len(kept)
 
 
 async def _find_ids(post: Post, piece: _Piece, *, is_last: bool) -> bool:
     """Fill in the ids that the stream left out; False if they cannot be found.
 
-    The ids of the last piece must also spell its text: they do not where a stop string or the end of the answer
-    came with it, and then the answer may not go on from there.
+    The ids of the last piece must also spell its text: they do not where the engine cut the text at a stop string
+    or at the end of the answer, and then the answer must not continue after them.
     """
     if None not in piece.ids:
         return not is_last or (await post("/detokenize", {"tokens": piece.ids}))["content"] == piece.text
@@ -231,7 +231,7 @@ async def _find_ids(post: Post, piece: _Piece, *, is_last: bool) -> bool:
     agrees = (
         ids is not None
         and len(ids) == len(piece.ids)
-        and all(one in (None, other) for one, other in zip(piece.ids, ids, strict=True))
+        and all(known in (None, found) for known, found in zip(piece.ids, ids, strict=True))
     )
     if agrees:
         piece.ids = list(ids or ())

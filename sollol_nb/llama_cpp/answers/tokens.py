@@ -1,4 +1,4 @@
-"""Tokens and the text they spell, asked of the engine's tokenizer. What cannot be had exactly is refused."""
+"""Tokens and the text they spell, from the engine's tokenizer. None is returned where that is not exact."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeAlias
 
 Post: TypeAlias = Callable[[str, Mapping[str, Any]], Awaitable[Any]]
-"""Posts a JSON body to a path of the engine and gives the decoded answer."""
+"""Posts a JSON body to a path of the engine and returns the decoded answer."""
 
 
 async def prompt_tokens(post: Post, request: Mapping[str, Any]) -> int:
-    """Tokens of the prompt that a request for `/v1/chat/completions` makes. What an image takes is not counted."""
+    """Tokens of the prompt of a request for `/v1/chat/completions`. Those of images are not counted."""
     shaping = ("messages", "tools", "chat_template_kwargs", "response_format")
     rendered = await post("/apply-template", {name: request[name] for name in shaping if name in request})
     content = {"content": rendered["prompt"], "add_special": True, "parse_special": True}
@@ -18,16 +18,16 @@ async def prompt_tokens(post: Post, request: Mapping[str, Any]) -> int:
 
 
 async def spelled(post: Post, text: str) -> list[int]:
-    """Tokens that spell a text in the middle of another."""
+    """Token ids for a text in the middle of another: those that spell it exactly, or else the nearest."""
     ids = await tokens_within(post, text)
     return ids if ids is not None else list((await post("/tokenize", {"content": text}))["tokens"])
 
 
 async def tokens_within(post: Post, text: str) -> list[int] | None:
-    """The same, or None if there are no tokens that spell exactly the text.
+    """Token ids that spell exactly the text, or None if there are none.
 
-    Some vocabularies put a space before the first word of whatever they tokenise. So the text is also tried after
-    a line break, and the tokens before it are left out.
+    Some vocabularies put a space before the first word of a text. So the text is also tried after a line break,
+    without the tokens of that.
     """
     for before in ("", "\n"):
         content = {"content": before + text, "parse_special": False, "with_pieces": True}
@@ -40,12 +40,12 @@ async def tokens_within(post: Post, text: str) -> list[int] | None:
 
 
 async def grammar_prompt(post: Post, text: str) -> str | None:
-    """What to pass as `generation_prompt` so that a grammar goes on after this text; None if nothing is fit.
+    """What to pass as `generation_prompt`, so that a grammar continues after this text; None if that cannot be.
 
     llama-server tokenises it, special tokens included, drops a first token that begins with a space the text does
     not have, and lets the grammar read the rest. An end token in it would abort the whole engine (seen in
-    `llama_grammar_accept_impl`), so a text that spells a special token is refused; and where the vocabulary would
-    put a space into the first token, a letter is put before the text to be dropped instead.
+    `llama_grammar_accept_impl`), so the result is None for a text that spells a special token. Where the
+    vocabulary would put a space into the first token, a letter before the text is dropped instead.
     """
     for before in ("", "x"):
         content = {"content": before + text, "with_pieces": True}

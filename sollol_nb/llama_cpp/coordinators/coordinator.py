@@ -1,13 +1,13 @@
 """The coordinator: one llama-server running one plan of one model.
 
-The coordinator listens on loopback, has an API key of its own (in its environment, not in its arguments), and
-proves before it is used that it is itself what answers on the port (`coordinator_readiness`): it refuses a request
-without the key and names our model file to one with it. A stranger on the port is never used.
+The coordinator listens on loopback and has its own API key (in its environment, not in its arguments). Before it
+is used, it must prove that it is what answers on the port (see `readiness.py`): it refuses a request without the
+key, and names our model file in the answer to one with it. Another program on the port is never used.
 
-It does not depend on the process that started it: its registry entry says what it runs, and `adopt` takes it up
-again in a restarted kernel or a second notebook, with its plan, log and layer map.
+It does not depend on the process that started it: its registry entry says what it runs, and `adopt` connects to it
+from a restarted kernel or a second notebook, with its plan, log and layer map.
 
-The true layer placement is only in the engine's debug log, so it starts at that verbosity; the supervisor drops
+Where the engine placed the layers is only in its debug log, so it starts at that verbosity; the supervisor drops
 debug lines from the log once the engine listens.
 """
 
@@ -17,7 +17,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
 import psutil
@@ -30,14 +30,15 @@ from sollol_nb.errors import (
     CoordinatorLostError,
     HttpStatusError,
     ModelFileError,
+    RequestRejectedError,
     TransportError,
     TransportTimeoutError,
 )
 from sollol_nb.layers.plan import LayerPlan
+from sollol_nb.llama_cpp.answers.base import Answer
 from sollol_nb.llama_cpp.answers.fitting import FittingAnswer
-from sollol_nb.llama_cpp.answers.kinds import Answer, answer_for
-from sollol_nb.llama_cpp.answers.protocol import parse_event
-from sollol_nb.llama_cpp.answers.refusals import refusal
+from sollol_nb.llama_cpp.answers.kinds import answer_for
+from sollol_nb.llama_cpp.answers.protocol import parse_event, refusal
 from sollol_nb.llama_cpp.coordinators.pace import Pace
 from sollol_nb.llama_cpp.coordinators.placement import Placement, read_placement
 from sollol_nb.llama_cpp.coordinators.readiness import LISTENING, PortTakenError, StartingCoordinator
@@ -51,7 +52,7 @@ from sollol_nb.runtime.gate import Gate
 from sollol_nb.runtime.http_client import JsonClient
 from sollol_nb.settings.endpoints import LOOPBACK, addresses_of
 
-# A stream that went silent is ended by the watch over all streams (see `pace`), long before this.
+# A stream that went silent is ended by the watch over all streams (see `pace.py`), long before this.
 SILENCE_LIMIT_S = 3600.0
 
 
@@ -64,12 +65,12 @@ class Coordinator:
         log_path: the engine's log, drained to a file.
         placement: where the engine says it put the layers; None until it is ready.
         load_ms: from the start of the process until it was ready.
-        request_context_tokens: what it holds for one request, prompt and answer. With one pool of context for all
+        request_context_tokens: its limit for one request, prompt and answer. With one pool of context for all
             slots that is the whole pool, if the model was trained for as much; requests that run at the same time
             share it.
         gate: waiting requests, in order of priority.
-        pace: what it usually needs for a token.
-        adopted: whether another process (or router) started it.
+        pace: the time that it usually needs for a token.
+        is_adopted: whether another process (or router) started it.
         last_used_at: `time.monotonic()` of the last request's begin or end.
     """
 
@@ -80,7 +81,7 @@ class Coordinator:
         port: int,
         *,
         gate: Gate | None = None,
-        adopted: bool = False,
+        is_adopted: bool = False,
     ) -> None:
         self.settings = settings
         self.port = port
@@ -91,7 +92,7 @@ class Coordinator:
         self.request_context_tokens = settings.context_tokens
         self.gate = gate if gate is not None else Gate(settings.slots)
         self.pace = Pace()
-        self.adopted = adopted
+        self.is_adopted = is_adopted
         self.last_used_at = time.monotonic()
         self._process = process
         self._went_silent = ""
@@ -131,19 +132,19 @@ class Coordinator:
 
     @property
     def placement_differences(self) -> list[str]:
-        """Where the engine placed layers other than planned, one line each; empty when as planned."""
+        """Where the engine placed other layers than planned, one line each; empty if there are none."""
         return self.placement.differences(self.plan) if self.placement and self.plan else []
 
     @property
     def is_idle(self) -> bool:
-        """Whether no request of this process runs or waits here."""
+        """Whether no request of this process runs or waits at it."""
         return not self.gate.running and not self.gate.waiting
 
     def is_running(self) -> bool:
         """Whether the process is alive."""
         return self._process.is_running()
 
-    # --- its life -------------------------------------------------------------------------------
+    # --- start and end --------------------------------------------------------------------------
 
     @classmethod
     async def launch(
@@ -157,10 +158,10 @@ class Coordinator:
         gate: Gate | None = None,
         holds: Sequence[Entry] = (),
     ) -> Coordinator:
-        """Start a llama-server on a port; it is not ready yet (see `until_ready`), but it holds its workers.
+        """Start a llama-server on a port; it holds its workers, but is not ready yet (see `until_ready`).
 
         Args:
-            about: more for its registry entry.
+            about: additions to its registry entry.
             holds: local workers that must live as long as it does.
 
         Raises:
@@ -193,24 +194,27 @@ class Coordinator:
         except (KeyError, TypeError, ValueError, ModelFileError):
             return None
         process = await EngineProcess.adopt(entry)
-        return cls(settings, process, port, gate=gate, adopted=True) if process is not None else None
+        return cls(settings, process, port, gate=gate, is_adopted=True) if process is not None else None
 
     @classmethod
     async def adopt(cls, entry: Entry, *, gate: Gate | None = None) -> Coordinator | None:
-        """The same with a lease; it may still be loading (see `until_ready`). None also if it is ending."""
+        """The coordinator of a registry entry, with a lease; it may still be loading (see `until_ready`).
+
+        None where `attach` returns None, and if it is ending.
+        """
         coordinator = await cls.attach(entry, gate=gate)
         if coordinator is None or await coordinator.hold():
             return coordinator
-        await coordinator.let_go()
+        await coordinator.detach()
         return None
 
     @classmethod
-    async def glance(cls, entry: Entry) -> Coordinator | None:
-        """The coordinator of a registry entry, only to be shown; let go of at once."""
+    async def snapshot(cls, entry: Entry) -> Coordinator | None:
+        """The coordinator of a registry entry as it is now, only to be shown: no connection to it is kept."""
         coordinator = await cls.attach(entry)
         if coordinator is None:
             return None
-        await coordinator.let_go()
+        await coordinator.detach()
         coordinator.load_ms = float(entry.about.get("load_ms") or 0.0)
         with contextlib.suppress(OSError):
             log = await asyncio.to_thread(coordinator.log_path.read_text, "utf-8", "replace")
@@ -218,29 +222,30 @@ class Coordinator:
         return coordinator
 
     async def until_ready(self, timeout_s: float) -> None:
-        """Wait until it can be used. It is stopped if that fails, or let go of if another process started it.
+        """Wait until it can be used. If that fails, it is stopped, or only detached if another process started it.
 
         Raises:
             CoordinatorError, ModelFileError: as in `StartingCoordinator.until_ready`.
         """
         try:
             starting = StartingCoordinator(
-                self.settings, self._process, self._client, self._keyless, adopted=self.adopted
+                self.settings, self._process, self._client, self._keyless, is_adopted=self.is_adopted
             )
             ready = await starting.until_ready(timeout_s)
         except BaseException as error:
-            # What another process started is not ours to end, unless it is not what it says.
-            if self.adopted and not isinstance(error, PortTakenError):
-                await self.let_go()
+            # What another process started is not ours to end, unless something else has its port.
+            if self.is_adopted and not isinstance(error, PortTakenError):
+                await self.detach()
             else:
                 await self.stop(grace_s=0.0)
             raise
         finally:
             self.free()
         self.placement, self.load_ms, self._chat_template = ready.placement, ready.load_ms, ready.chat_template
-        self.pace.loaded(ready.load_ms / 1000)
+        self.pace.set_load_time(ready.load_ms / 1000)
         self.pace.calibrate(ready.seconds_per_token)
-        with contextlib.suppress(TransportError, KeyError, TypeError):  # then it is taken to be what was asked for
+        # Where it does not say, the limit is assumed to be what was requested.
+        with contextlib.suppress(TransportError, KeyError, TypeError):
             props = await self._client.get("/props", timeout_s=10.0)
             self.request_context_tokens = int(props["default_generation_settings"]["n_ctx"])
 
@@ -253,7 +258,7 @@ class Coordinator:
         self._process.free()
 
     async def keep_alive(self, seconds: float | None) -> None:
-        """How long it lives without a request from now on; None is for ever."""
+        """Set how long it lives without a request; None is for ever."""
         await self._process.keep_alive(seconds)
 
     async def stop(self, *, grace_s: float | None = None, why: str = "stopped") -> ExitReport:
@@ -263,12 +268,12 @@ class Coordinator:
         return report
 
     async def stop_unless_shared(self) -> bool:
-        """End the process, unless another process uses it; False if it goes on for them."""
+        """End the process, unless another process uses it; False if it keeps running for that one."""
         stopped = await self._process.stop_unless_shared()
         await self._close()
         return stopped
 
-    async def let_go(self) -> None:
+    async def detach(self) -> None:
         """End this process's connections to it; it lives on for its keep_alive."""
         self._process.detach()
         await self._close()
@@ -283,10 +288,10 @@ class Coordinator:
         await self._client.aclose()
         await self._keyless.aclose()
 
-    # --- asking ---------------------------------------------------------------------------------
+    # --- answers --------------------------------------------------------------------------------
 
     def answer(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> Answer:
-        """A new answer, to be streamed here, and elsewhere if this coordinator is lost.
+        """A new answer, to be streamed from this coordinator, and from another if this one is lost.
 
         With the option `overflow="drop_oldest"` the oldest turns that do not fit the context are dropped.
         """
@@ -301,13 +306,13 @@ class Coordinator:
         return answer_for(self.model, messages, options, chat_template=self._chat_template)
 
     async def stream(self, answer: Answer) -> AsyncGenerator[Chunk, None]:
-        """Stream an answer from where it stands; yields Ollama-shaped chunks, the last with `done`.
+        """Stream the rest of an answer; yields Ollama-shaped chunks, the last with `done`.
 
-        Where turns were dropped to fit the context, the first chunk and the last have `_dropped`: what, in words.
-        Where the answer ended because the context was full, the last has `_context_full`: its size in tokens.
+        Where turns were dropped to fit the context, the first chunk and the last have `_dropped`: which. Where the
+        answer ended because the context was full, the last has `_context_full`: its size in tokens.
 
-        Closing the generator cancels the work in the engine's slot. The caller brings the slot (see `gate`),
-        the lease (`hold`) and the time limit.
+        Closing the generator cancels the work in the engine's slot. The caller provides the slot (see `gate`), the
+        lease (`hold`) and the time limit.
 
         Raises:
             CoordinatorLostError: the process ended, the connection broke, or it went silent.
@@ -316,68 +321,68 @@ class Coordinator:
         """
         self.last_used_at = time.monotonic()
         stream = self.pace.open(answer)
-        self._watch()
+        self._watch_silence()
         try:
-            while (asked := await answer.request(self._client.post)) is not None:
-                stream.sent()
-                async with self._client.stream_lines(*asked) as lines:
-                    async for event in self._events(lines):
-                        stream.progress(event)
+            while (request := await answer.request(self._client.post)) is not None:
+                stream.on_sent()
+                async with self._client.stream_lines(*request) as lines:
+                    async for line in lines:
+                        event = self._checked_event(line)
+                        if event is None:
+                            continue
+                        stream.on_event(event)
                         chunk = answer.translate(event)
                         if chunk is not None:
-                            with stream.handing_on():
+                            with stream.reader_busy():
                                 yield chunk
                         if answer.is_abandoned:
                             break
                 if not answer.is_complete and not answer.is_abandoned:
                     raise ConnectionBrokenError(f"{self.base_url}: the answer ended without its last event")
-            yield self._last_chunk(answer.final())
+            yield self._with_context_full(answer.final())
         except HttpStatusError as error:
-            raise refusal(self.model, error.reason, self.request_context_tokens) from error
+            raise self._refusal(error.reason) from error
         except (ConnectionBrokenError, ConnectFailedError, TransportTimeoutError) as error:
-            raise await self._lost(error) from error
+            raise await self._lost_error(error) from error
         finally:
             stream.close()
             self.last_used_at = time.monotonic()
 
-    async def _events(self, lines: AsyncIterator[str]) -> AsyncIterator[dict[str, Any]]:
-        async for line in lines:
-            event = parse_event(line)
-            if event is None:
-                continue
-            if "error" in event:
-                reason = str(event["error"].get("message", event["error"]))
-                raise refusal(self.model, reason, self.request_context_tokens)
-            yield event
+    def _checked_event(self, line: str) -> dict[str, Any] | None:
+        """The event of a line, None if there is none; raises the error that it reports."""
+        event = parse_event(line)
+        if event is not None and "error" in event:
+            raise self._refusal(str(event["error"].get("message", event["error"])))
+        return event
 
-    def _last_chunk(self, chunk: Chunk) -> Chunk:
+    def _refusal(self, reason: str) -> RequestRejectedError:
+        return refusal(self.model, reason, self.request_context_tokens)
+
+    def _with_context_full(self, chunk: Chunk) -> Chunk:
         used_tokens = (chunk.get("prompt_eval_count") or 0) + (chunk.get("eval_count") or 0)
         if chunk.get("done_reason") != "length" or used_tokens < self.request_context_tokens:
             return chunk
         return {**chunk, CONTEXT_FULL: self.request_context_tokens}
 
-    async def busy_slots(self) -> int:
-        """How many of the engine's slots are processing, as the engine says."""
-        return sum(1 for slot in await self._client.get("/slots", timeout_s=5.0) if slot["is_processing"])
-
     def broken_links(self) -> list[str]:
-        """Workers to which it has no TCP connection any more, as the system says; asks nobody."""
+        """Workers to which it has no TCP connection any more, according to the operating system."""
         try:
             links = psutil.Process(self.pid).net_connections("tcp")
         except psutil.Error:
             return []
-        linked = {(one.raddr.ip, one.raddr.port) for one in links if one.raddr and one.status == "ESTABLISHED"}
-        known = {one: addresses_of(one) for one in self.rpc_backends}  # empty where a name cannot be resolved now
-        return [one for one, addresses in known.items() if addresses and not linked & addresses]
+        linked = {
+            (link.raddr.ip, link.raddr.port) for link in links if link.raddr and link.status == "ESTABLISHED"
+        }
+        # Addresses are empty where a name cannot be resolved now.
+        known = {endpoint: addresses_of(endpoint) for endpoint in self.rpc_backends}
+        return [endpoint for endpoint, addresses in known.items() if addresses and not linked & addresses]
 
-    # --- inside ---------------------------------------------------------------------------------
-
-    def _watch(self) -> None:
+    def _watch_silence(self) -> None:
         if self._watcher is None or self._watcher.done():
             self._watcher = asyncio.create_task(self._end_when_silent())
 
     async def _end_when_silent(self) -> None:
-        """Kill the engine when all its streams have been silent for longer than it ever needs."""
+        """Kill the engine when all its streams have been silent for longer than it can need."""
         while self.is_running() and (left_s := self.pace.patience_s()) is not None:
             if left_s <= 0:
                 self._went_silent = f"it went silent for {self.pace.silence_s():.1f} s"
@@ -385,11 +390,11 @@ class Coordinator:
                 return
             await asyncio.sleep(left_s)
 
-    async def _lost(self, error: Exception) -> CoordinatorLostError:
+    async def _lost_error(self, error: Exception) -> CoordinatorLostError:
         report = await self._process.ended_within(2.0)
         if report is None:
             return CoordinatorLostError(
-                f"the coordinator of {self.model} broke off: {error}; log: {self.log_path}"
+                f"lost the connection to the coordinator of {self.model}: {error}; log: {self.log_path}"
             )
         reason = self._went_silent or report.why or exit_reason(report.tail)
         because = f": {reason}" if reason else ""

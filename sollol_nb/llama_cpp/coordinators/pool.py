@@ -116,7 +116,7 @@ class CoordinatorPool:
                 raise ModelDoesNotFitError(f"{foreseen.shortage}; move layers to a worker with more memory")
             await self._check_free(model, foreseen.plan.endpoints, coordinator)
             before = "/".join(map(str, coordinator.plan.unit_counts)) if coordinator.plan else ""
-            message = f"{model} is laid out anew: {foreseen.describe()}, instead of {before}"
+            message = f"new layout for {model}: {foreseen.describe()}; before: {before}"
             self._events.publish(EventKind.COORDINATOR_PLANNED, model, message)
             await self._running.end(coordinator)
             return await self._start(route, frozenset(), layout)
@@ -180,7 +180,7 @@ class CoordinatorPool:
         self._running.add(route, coordinator)
         return coordinator
 
-    async def others(self) -> list[tuple[Coordinator, str]]:
+    async def of_other_kernels(self) -> list[tuple[Coordinator, str]]:
         """Coordinators that other kernels of this user run, only to be shown, and who started them."""
         return await self._running.of_other_kernels()
 
@@ -188,12 +188,11 @@ class CoordinatorPool:
         """Workers that were found lost when the coordinator of a route was last started anew."""
         return self._lost.get(key_of(route), frozenset())
 
-    def tell_continued(self, route: Route, token_count: int, coordinator: Coordinator) -> None:
-        """An answer goes on over this coordinator, after so many tokens from one that was lost."""
-        plan = coordinator.plan
-        layers = f" over layers {'/'.join(map(str, plan.unit_counts))}" if plan else ""
-        words = f"an answer of {route.model} goes on after {token_count} tokens at {coordinator.base_url}{layers}"
-        self._events.publish(EventKind.ANSWER_CONTINUED, route.model, words)
+    def report_continued(self, route: Route, token_count: int, coordinator: Coordinator) -> None:
+        """Publish that an answer continues on this coordinator, after so many tokens from one that was lost."""
+        where = coordinator.settings.describe_workers()
+        message = f"resumed an answer from {route.model} at token {token_count} {where}"
+        self._events.publish(EventKind.ANSWER_CONTINUED, route.model, message)
 
     def gate(self, route: Route) -> Gate:
         """The gate before the coordinator of a route, which it keeps when it starts anew."""
@@ -214,7 +213,7 @@ class CoordinatorPool:
         for coordinator in self._running.known:
             await self._running.end(coordinator, unless_shared=True)
 
-    async def let_go(self) -> None:
+    async def detach(self) -> None:
         """End the connections to all coordinators; they live on for their keep_alive."""
         self._closings += 1
         await self._running.detach()

@@ -75,7 +75,7 @@ class StartingCoordinator:
     Args:
         client: speaks to it with its key.
         keyless: speaks to it without.
-        adopted: another process has started it, and tells what it measured.
+        is_adopted: another process has started it, and tells what it measured.
     """
 
     def __init__(
@@ -85,13 +85,13 @@ class StartingCoordinator:
         client: JsonClient,
         keyless: JsonClient,
         *,
-        adopted: bool,
+        is_adopted: bool,
     ) -> None:
         self._settings = settings
         self._process = process
         self._client = client
         self._keyless = keyless
-        self._adopted = adopted
+        self._is_adopted = is_adopted
 
     async def until_ready(self, timeout_s: float) -> Ready:
         """Wait until it answers, prove that it is ours, read where it placed the layers, and measure a token.
@@ -127,7 +127,7 @@ class StartingCoordinator:
             report = await self._process.ended_within(0.5)
             raise self._port_taken() if report is None else self._start_error(report)
         placement = read_placement(await self._start_log())
-        load_ms = await self._told_load_ms() if self._adopted else 0.0
+        load_ms = await self._told_load_ms() if self._is_adopted else 0.0
         if not load_ms:
             load_ms = (time.time() - self._process.entry.started_at) * 1000
             await self._process.update_about(load_ms=load_ms)
@@ -165,7 +165,7 @@ class StartingCoordinator:
             report = await self._process.ended_within(0.5)
             if report is not None:
                 raise self._start_error(report) from error
-            if not self._adopted:
+            if not self._is_adopted:
                 raise self._stalled(f"loaded, and then wrote no token for {limit_s:.0f} s") from error
             seconds_per_token = limit_s / CALIBRATION_TOKENS  # others may keep it busy
         await self._process.update_about(seconds_per_token=seconds_per_token)

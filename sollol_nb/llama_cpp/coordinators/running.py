@@ -99,7 +99,7 @@ class RunningCoordinators:
         """End the connections to all coordinators; they live on for their keep_alive."""
         table, self._table = self._table, {}
         for _, coordinator in table.values():
-            await coordinator.let_go()
+            await coordinator.detach()
 
     async def of_other_kernels(self) -> list[tuple[Coordinator, str]]:
         """Coordinators that other kernels of this user run, only to be shown, and who started them."""
@@ -107,7 +107,7 @@ class RunningCoordinators:
         found = []
         for entry in await asyncio.to_thread(registry.entries, registry.COORDINATOR):
             if entry.about.get("url") not in own_urls:
-                coordinator = await Coordinator.glance(entry)
+                coordinator = await Coordinator.snapshot(entry)
                 if coordinator is not None:
                     found.append((coordinator, registry.describe_owner(entry.about)))
         return found

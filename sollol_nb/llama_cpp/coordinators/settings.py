@@ -64,6 +64,14 @@ class CoordinatorSettings:
     slots: int = DEFAULT_SLOTS
     device_free_bytes: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
+    def describe_workers(self) -> str:
+        """Where it runs, such as `on 3 workers (5/4/4 layers)` or `on this machine`."""
+        if self.plan is None:
+            return "on this machine"
+        count = len(self.plan.endpoints)
+        layers = "/".join(map(str, self.plan.unit_counts))
+        return f"on {count} worker{'s' if count > 1 else ''} ({layers} layers)"
+
     def as_dict(self) -> dict[str, Any]:
         """For a registry entry: what another kernel must know to use the coordinator, or to leave it alone."""
         return {

@@ -142,7 +142,7 @@ class CoordinatorStarter:
             return True
         if not isinstance(error, CoordinatorError):
             return False
-        if not coordinator.adopted:  # else the kernel that started it checks its workers
+        if not coordinator.is_adopted:  # else the kernel that started it checks its workers
             lost = await self._workers.find_lost(coordinator.rpc_backends)
             start.lost |= lost
             if lost:
@@ -152,7 +152,7 @@ class CoordinatorStarter:
 
     async def _report_ready(self, route: Route, coordinator: Coordinator) -> None:
         kind, message = EventKind.COORDINATOR_READY, f"{route.model} is ready at {coordinator.base_url}"
-        if coordinator.adopted:
+        if coordinator.is_adopted:
             await self._workers.adopt_local(coordinator.rpc_backends)
             kind, message = EventKind.COORDINATOR_ADOPTED, f"{route.model} runs already at {coordinator.base_url}"
         else:
@@ -237,10 +237,8 @@ class CoordinatorStarter:
                 start.taken |= taken  # by another router or kernel in the meantime
 
     async def _launch_on_free_port(self, start: Start, settings: CoordinatorSettings) -> Coordinator:
-        plan = settings.plan
-        layers = "/".join(map(str, plan.unit_counts)) if plan else ""
-        where = f"over {len(plan.endpoints)} workers, layers {layers}" if plan else "on this machine"
-        self._events.publish(EventKind.COORDINATOR_STARTING, start.model, f"starting {start.model} {where}")
+        message = f"starting {start.model} {settings.describe_workers()}"
+        self._events.publish(EventKind.COORDINATOR_STARTING, start.model, message)
         (port,) = free_ports(start.first_port, 1)
         return await Coordinator.launch(
             start.engine,
@@ -249,5 +247,5 @@ class CoordinatorStarter:
             keep_alive_s=self.settings.keep_alive(start.model),
             about=start.wanted,
             gate=start.gate,
-            holds=self._workers.entries_of(plan.endpoints) if plan else (),
+            holds=self._workers.entries_of(settings.plan.endpoints) if settings.plan else (),
         )

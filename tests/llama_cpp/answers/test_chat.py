@@ -11,7 +11,9 @@ import pytest
 
 from sollol_nb.chat.messages import check_messages, check_options
 from sollol_nb.errors import AnswerDivergedError
-from sollol_nb.llama_cpp.answers.kinds import Answer, ChatAnswer, RawAnswer
+from sollol_nb.llama_cpp.answers.base import Answer
+from sollol_nb.llama_cpp.answers.chat import ChatAnswer
+from sollol_nb.llama_cpp.answers.raw import RawAnswer
 from sollol_nb.llama_cpp.engine.find import Engine
 from tests.support.llama_server import (
     ACCENTS,
@@ -150,7 +152,7 @@ def test_chat_that_is_not_repeated_cannot_go_on(run: Run, kept: int | None, more
         await answer.request(server.client.post)
         answer.translate({"choices": [{"delta": {"content": shown}}]})
         with pytest.raises(
-            AnswerDivergedError, match="begins the same answer differently, so it cannot go on"
+            AnswerDivergedError, match="begins the answer differently, so it cannot be continued"
         ) as error:
             await server.finish(answer)
         assert "\n" not in str(error.value)

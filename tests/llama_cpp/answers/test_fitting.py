@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from sollol_nb.errors import ContextOverflowError
+from sollol_nb.llama_cpp.answers.base import Answer
 from sollol_nb.llama_cpp.answers.fitting import FittingAnswer
-from sollol_nb.llama_cpp.answers.kinds import Answer, answer_for
+from sollol_nb.llama_cpp.answers.kinds import answer_for
 from sollol_nb.llama_cpp.answers.protocol import request_body
 from sollol_nb.llama_cpp.answers.tokens import prompt_tokens
 from sollol_nb.llama_cpp.engine.find import Engine

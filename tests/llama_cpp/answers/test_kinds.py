@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 
 from sollol_nb.errors import ConfigError, HttpStatusError
-from sollol_nb.llama_cpp.answers.kinds import Answer, ChatAnswer, RawAnswer, answer_for, needs_chat_parser
+from sollol_nb.llama_cpp.answers.base import Answer
+from sollol_nb.llama_cpp.answers.chat import ChatAnswer
+from sollol_nb.llama_cpp.answers.kinds import answer_for, needs_chat_parser
+from sollol_nb.llama_cpp.answers.raw import RawAnswer
 from sollol_nb.llama_cpp.engine.find import Engine
 from tests.support.llama_server import (
     ACCENTS,

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from sollol_nb.errors import AnswerDivergedError
-from sollol_nb.llama_cpp.answers.kinds import Answer, RawAnswer
+from sollol_nb.llama_cpp.answers.base import Answer
+from sollol_nb.llama_cpp.answers.raw import RawAnswer
 from sollol_nb.llama_cpp.answers.tokens import grammar_prompt, spelled, tokens_within
 
 PROMPT = "Q:"
@@ -288,7 +289,7 @@ def test_where_the_grammar_cannot_go_on_all_is_repeated_or_given_up() -> None:
 
     assert ask(answer, tokenizer) == first
     assert tell(answer, ('"', [34], 1)) == ""
-    with pytest.raises(AnswerDivergedError, match="cannot go on; ask again"):
+    with pytest.raises(AnswerDivergedError, match="cannot be continued; ask again"):
         tell(answer, ("b", [98], 2))
 
 

@@ -48,6 +48,7 @@ from tests.support.engines import (
     OtherProtocolWorker,
     PausingProxy,
     all_end,
+    busy_slots,
     engine_on,
     engines_of,
     eventually_async,
@@ -328,7 +329,7 @@ def test_what_answers_must_prove_to_be_ours(
         url = f"http://127.0.0.1:{port}"
         client, keyless = JsonClient(url, api_key=key), JsonClient(url, read_timeout_s=5.0)
         try:
-            claimed = StartingCoordinator(settings, running._process, client, keyless, adopted=False)
+            claimed = StartingCoordinator(settings, running._process, client, keyless, is_adopted=False)
             return await claimed.own_chat_template() is not None
         finally:
             await client.aclose()
@@ -458,7 +459,7 @@ def test_a_coordinator_can_be_stopped_twice_and_tells_its_state(engine: Engine, 
             one.is_running(),
             one.rpc_backends,
             repr(one),
-            await one.busy_slots(),
+            await busy_slots(one),
             one.gate.slots,
         ]
         process = psutil.Process(one.pid)

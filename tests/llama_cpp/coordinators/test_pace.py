@@ -1,4 +1,4 @@
-"""What silence of a coordinator means, on a clock that the tests turn."""
+"""What silence of a coordinator means, on a clock that the tests set."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TOKEN = {"content": "a"}
 
 @dataclass
 class Question:
-    """As much of an answer as Pace knows."""
+    """The part of an answer that Pace needs."""
 
     waiting_prompt_tokens: int = 0
 
@@ -30,25 +30,25 @@ class Clock:
 
 
 class Watched:
-    """A Pace that is looked at as often as it wants to be."""
+    """A Pace that is checked as often as it says."""
 
     def __init__(self, *, seconds_per_token: float = 0.0, load_s: float | None = None) -> None:
         self.clock = Clock()
         self.pace = Pace(clock=self.clock)
         self.pace.calibrate(seconds_per_token)
         if load_s is not None:
-            self.pace.loaded(load_s)
+            self.pace.set_load_time(load_s)
 
     def open(self, prompt_tokens: int = 0) -> tuple[Stream, Question]:
         question = Question(prompt_tokens)
         stream = self.pace.open(question)
-        stream.sent()
+        stream.on_sent()
         return stream, question
 
     def tokens(self, stream: Stream, gap_s: float, count: int) -> None:
         for _ in range(count):
             self.clock.now += gap_s
-            stream.progress(TOKEN)
+            stream.on_event(TOKEN)
 
     def prompt(self, stream: Stream, question: Question, total: int, *, token_s: float, batch: int = 2048) -> None:
         """The engine takes the request and processes its prompt, batch by batch."""
@@ -56,9 +56,9 @@ class Watched:
             self.clock.now += (
                 token_s * (processed - (total - question.waiting_prompt_tokens)) if processed else 0.0
             )
-            stream.progress({"prompt_progress": {"processed": processed, "total": total}})
+            stream.on_event({"prompt_progress": {"processed": processed, "total": total}})
             question.waiting_prompt_tokens = total - processed
-        stream.progress(TOKEN)
+        stream.on_event(TOKEN)
 
     def dies_after_s(self, limit_s: float = 1e5) -> float:
         """How long it may be silent from now on until it is given up."""
@@ -84,7 +84,7 @@ class Watched:
         (5.0, 300.0, 0, 50.0),
         (0.01, 0.4, 100, MARGIN * 1.01),
         (0.01, 0.4, BATCH_TOKENS, MARGIN * 20.49),
-        (0.01, 0.4, 100 * BATCH_TOKENS, MARGIN * 20.49),  # it tells after each batch
+        (0.01, 0.4, 100 * BATCH_TOKENS, MARGIN * 20.49),  # it reports after each batch
     ],
 )
 def test_silence_is_allowed_by_what_was_measured(
@@ -106,7 +106,7 @@ def test_slow_machine_is_not_dead() -> None:
             patience_s = watched.pace.patience_s()
             assert patience_s is not None
             assert patience_s > 0
-        stream.progress(TOKEN)
+        stream.on_event(TOKEN)
 
     assert watched.pace.seconds_per_token == pytest.approx(4.9, abs=0.15)
 
@@ -167,9 +167,9 @@ def test_prompt_token_is_measured_where_it_can_be(total: int, token_s: float, me
 def test_cached_part_of_a_prompt_is_no_measure_of_its_speed() -> None:
     watched = Watched(seconds_per_token=0.1)
     stream, _ = watched.open(1000)
-    stream.progress({"prompt_progress": {"processed": 900, "total": 1000}})
+    stream.on_event({"prompt_progress": {"processed": 900, "total": 1000}})
     watched.clock.now += 1.0
-    stream.progress({"prompt_progress": {"processed": 1000, "total": 1000}})
+    stream.on_event({"prompt_progress": {"processed": 1000, "total": 1000}})
 
     assert watched.pace.seconds_per_prompt_token == pytest.approx(0.01)
 
@@ -179,7 +179,7 @@ def test_each_batch_of_a_prompt_is_measured_by_itself() -> None:
     stream, _ = watched.open(3000)
     for processed, seconds in ((0, 0.0), (1000, 10.0), (2000, 30.0)):  # attention grows with the context
         watched.clock.now += seconds
-        stream.progress({"prompt_progress": {"processed": processed, "total": 3000}})
+        stream.on_event({"prompt_progress": {"processed": processed, "total": 3000}})
 
     assert watched.pace.seconds_per_prompt_token == pytest.approx(0.03)
 
@@ -189,10 +189,10 @@ def test_token_that_came_with_the_prompt_of_another_is_no_measure() -> None:
     writing, _ = watched.open()
     watched.tokens(writing, 0.1, 5)
     asking, question = watched.open(2000)
-    asking.progress({"prompt_progress": {"processed": 0, "total": 2000}})
+    asking.on_event({"prompt_progress": {"processed": 0, "total": 2000}})
     watched.tokens(writing, 0.1, 1)
     watched.tokens(writing, 60.0, 1)  # told before the progress of the same batch
-    asking.progress({"prompt_progress": {"processed": 2000, "total": 2000}})
+    asking.on_event({"prompt_progress": {"processed": 2000, "total": 2000}})
     question.waiting_prompt_tokens = 0
 
     assert watched.pace.seconds_per_token == pytest.approx(0.1)
@@ -203,14 +203,14 @@ def test_stream_may_wait_for_the_prompt_of_another() -> None:
     writing, _ = watched.open()
     watched.tokens(writing, 0.1, 20)
     asking, question = watched.open(2000)
-    asking.progress({"prompt_progress": {"processed": 0, "total": 2000}})
+    asking.on_event({"prompt_progress": {"processed": 0, "total": 2000}})
 
     watched.clock.now += 60.0  # both are silent
     assert watched.pace.patience_s() == 1.0
-    asking.progress({"prompt_progress": {"processed": 2000, "total": 2000}})
+    asking.on_event({"prompt_progress": {"processed": 2000, "total": 2000}})
     question.waiting_prompt_tokens = 0
-    writing.progress(TOKEN)
-    asking.progress(TOKEN)
+    writing.on_event(TOKEN)
+    asking.on_event(TOKEN)
 
     assert watched.pace.seconds_per_token == pytest.approx(0.1)  # that wait was the prompt's
     watched.tokens(writing, 0.1, 1)
@@ -238,7 +238,7 @@ def test_streams_beside_each_other_do_not_make_tokens_look_cheap() -> None:
     for _ in range(30):
         watched.clock.now += 2.0
         for stream in streams:
-            stream.progress(TOKEN)
+            stream.on_event(TOKEN)
 
     assert watched.pace.seconds_per_token == pytest.approx(2.0)
 
@@ -275,7 +275,7 @@ def test_request_starts_the_clock_when_it_is_sent() -> None:
     for _ in range(3):
         watched.clock.now += 0.6
         watched.pace.patience_s()
-    stream.sent()
+    stream.on_sent()
 
     assert watched.dies_after_s() == pytest.approx(MIN_FLOOR_S)
 
@@ -286,9 +286,9 @@ def test_second_request_of_a_stream_is_measured_by_itself() -> None:
     watched.prompt(stream, question, 1000, token_s=0.001)
     watched.tokens(stream, 0.01, 3)
     watched.clock.now += 50.0
-    stream.sent()
+    stream.on_sent()
     watched.clock.now += 50.0
-    stream.progress({"prompt_progress": {"processed": 1040, "total": 1100}})
+    stream.on_event({"prompt_progress": {"processed": 1040, "total": 1100}})
     watched.tokens(stream, 0.0, 1)
 
     assert watched.pace.seconds_per_token == pytest.approx(0.01)
@@ -298,16 +298,16 @@ def test_second_request_of_a_stream_is_measured_by_itself() -> None:
 def test_unmeasured_is_never_judged_and_measured_by_its_first_tokens() -> None:
     watched = Watched(load_s=0.5)
     stream, _ = watched.open(100)
-    assert not watched.pace.is_calibrated
+    assert watched.pace.seconds_per_token is None
     assert watched.pace.seconds_per_prompt_token is None
     assert watched.pace.allowed_silence_s(0) == math.inf
     assert watched.dies_after_s(limit_s=5000) == math.inf
 
     stream.answer.waiting_prompt_tokens = 0
     watched.tokens(stream, 0.3, 1)
-    assert not watched.pace.is_calibrated  # one token shows no gap
+    assert watched.pace.seconds_per_token is None  # one token shows no gap
     watched.tokens(stream, 0.3, 1)
-    assert watched.pace.is_calibrated
+    assert watched.pace.seconds_per_token is not None
     assert watched.dies_after_s() == pytest.approx(3.0)
 
 
@@ -323,7 +323,7 @@ def test_calibration_keeps_what_is_known(estimate: float) -> None:
 def test_time_in_which_this_process_was_stopped_is_not_silence() -> None:
     watched = Watched(seconds_per_token=0.01, load_s=0.5)
     watched.open()
-    watched.clock.now += 3600.0  # nobody looked
+    watched.clock.now += 3600.0  # nothing was checked
 
     assert watched.pace.patience_s() == pytest.approx(1.0)
     assert watched.dies_after_s() == pytest.approx(MIN_FLOOR_S - 1.0)
@@ -333,13 +333,13 @@ def test_reader_may_take_its_time() -> None:
     watched = Watched(seconds_per_token=0.05, load_s=0.5)
     stream, _ = watched.open()
     watched.tokens(stream, 0.05, 3)
-    with stream.handing_on():
+    with stream.reader_busy():
         assert watched.dies_after_s(limit_s=100) == math.inf
-    watched.tokens(stream, 0.0, 1)  # it lay there meanwhile
+    watched.tokens(stream, 0.0, 1)  # it waited to be read
 
     assert watched.pace.seconds_per_token == pytest.approx(0.05)
     assert watched.dies_after_s() == pytest.approx(MIN_FLOOR_S)
-    stream.progress(TOKEN)
+    stream.on_event(TOKEN)
     watched.tokens(stream, 5.0, 1)
     assert watched.pace.seconds_per_token == pytest.approx(5.0)  # it is read again
 
@@ -349,7 +349,7 @@ def test_hurried_reader_does_not_hide_the_time_of_a_token() -> None:
     stream, _ = watched.open()
     for _ in range(5):
         watched.tokens(stream, 1.0, 1)
-        with stream.handing_on():
+        with stream.reader_busy():
             watched.clock.now += 0.2
 
     assert watched.pace.seconds_per_token == pytest.approx(1.2)
@@ -359,11 +359,11 @@ def test_engine_is_watched_while_one_stream_is_read() -> None:
     watched = Watched(seconds_per_token=0.01, load_s=0.5)
     slow, _ = watched.open()
     watched.open()
-    with slow.handing_on():
+    with slow.reader_busy():
         assert watched.dies_after_s() == pytest.approx(MIN_FLOOR_S)
 
 
-def test_repr_tells_the_pace() -> None:
+def test_repr_has_the_pace() -> None:
     watched = Watched()
     assert repr(watched.pace) == "<Pace: unmeasured, 0 streams>"
     watched.pace.calibrate(0.25)

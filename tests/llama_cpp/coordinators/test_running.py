@@ -52,7 +52,7 @@ def test_looking_at_a_coordinator_does_not_prolong_its_life(
         process = await start_left()
         before = await process.status()
         told_at = time.monotonic()
-        seen = await Coordinator.glance(process.entry)
+        seen = await Coordinator.snapshot(process.entry)
         assert seen is not None
         assert seen.model == "left"
         asked_at = time.monotonic()
