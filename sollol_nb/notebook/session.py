@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from sollol_nb.chat.conversations import ChatBook
 from sollol_nb.notebook import settings_traits
+from sollol_nb.notebook.settings_traits import Sollol
 from sollol_nb.sync_wrapper import HybridRouter
 
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
-
-    from sollol_nb.notebook.settings_traits import Sollol
 
 
 class Session:

@@ -21,14 +21,13 @@ from sollol_nb.chat.completion import Completion
 from sollol_nb.chat.completion_view import shown_name
 from sollol_nb.errors import RequestCancelledError, RequestTimeoutError
 from sollol_nb.notebook.answers.cell import follow_events, partial_completion, stopped_error
+from sollol_nb.notebook.answers.request import CellRequest
 from sollol_nb.notebook.answers.views import UPDATE_INTERVAL_S, LiveAnswer, NotebookView
 from sollol_nb.runtime.events import EventBus
 from sollol_nb.runtime.io_loop import io_loop
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from sollol_nb.notebook.answers.request import CellRequest
 
 MakeDisplay = Callable[[dict[str, Any]], Callable[[dict[str, Any]], None]]
 _WAIT_S = 0.5  # a wait without a limit cannot be interrupted on Windows

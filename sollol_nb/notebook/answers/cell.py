@@ -14,14 +14,13 @@ from sollol_nb.chat.chunk import ROUTING, Chunk
 from sollol_nb.chat.completion import Completion
 from sollol_nb.chat.completion_view import shown_name
 from sollol_nb.errors import AnswerInterruptedError, RequestCancelledError, SollolError
+from sollol_nb.notebook.answers.request import CellRequest
 from sollol_nb.notebook.answers.views import UPDATE_INTERVAL_S, LiveAnswer, View
 from sollol_nb.runtime.events import Event, EventBus
 from sollol_nb.runtime.io_loop import iterate_blocking
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from sollol_nb.notebook.answers.request import CellRequest
 
 STOP_GRACE_S = 0.8
 """How long a stopped cell waits for the engine to cancel its request; a slower engine cancels it later."""
