@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 
 from sollol_nb import hybrid_router
 from sollol_nb.batch.batch import Batch
@@ -17,6 +17,7 @@ from sollol_nb.bench.bench import bench_blocking
 from sollol_nb.chat.chunk import Chunk
 from sollol_nb.latency.log import LatencyLog
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
+from sollol_nb.llama_cpp.coordinators.settings import PoolSettings
 from sollol_nb.ollama import pool as ollama_pool
 from sollol_nb.ollama.nodes import NodeStatus
 from sollol_nb.runtime.events import EventBus
@@ -31,19 +32,27 @@ __all__ = ["HybridRouter", "OllamaPool"]
 
 
 P = ParamSpec("P")
+R = TypeVar("R")
 
 
-def _blocking_batch(
-    method: Callable[Concatenate[Any, P], Coroutine[Any, Any, pd.DataFrame]],
-) -> Callable[Concatenate[Any, P], pd.DataFrame]:
-    """The blocking twin of the async `map`, whose batch shows its bar from the calling thread."""
-    batch: Callable[..., Batch] = Batch
+def _from_this_thread(
+    function: Callable[..., R], method: Callable[Concatenate[Any, P], Coroutine[Any, Any, R]]
+) -> Callable[Concatenate[Any, P], R]:
+    """The blocking twin of a method that shows a progress bar: the calling thread draws it.
 
-    def twin(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> pd.DataFrame:
-        return batch(self._async, *args, **kwargs).run_blocking()
+    Args:
+        function: the blocking form of the method; it takes the async router.
+    """
+
+    def twin(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return function(self._async, *args, **kwargs)
 
     functools.update_wrapper(twin, method)
     return twin
+
+
+def _map_blocking(router: hybrid_router.HybridRouter, *args: Any, **kwargs: Any) -> pd.DataFrame:
+    return Batch(router, router.batch_store, *args, **kwargs).run_blocking()
 
 
 class HybridRouter:
@@ -61,9 +70,7 @@ class HybridRouter:
 
     def widget(self) -> ClusterWidget:
         """The live cluster with its controls, for a notebook; the same one each time. Needs ipywidgets."""
-        from sollol_nb.widget.cluster_widget import cluster_widget
-
-        return cluster_widget(self)
+        return self._async.widget()
 
     route_request = blocking(hybrid_router.HybridRouter.route_request)
     resume = blocking(hybrid_router.HybridRouter.resume)
@@ -71,6 +78,7 @@ class HybridRouter:
     route = blocking(hybrid_router.HybridRouter.route)
     cluster = blocking(hybrid_router.HybridRouter.cluster)
     status = blocking(hybrid_router.HybridRouter.status)
+    check_workers = blocking(hybrid_router.HybridRouter.check_workers)
     start_workers = blocking(hybrid_router.HybridRouter.start_workers)
     discover_workers = blocking(hybrid_router.HybridRouter.discover_workers)
     add_worker = blocking(hybrid_router.HybridRouter.add_worker)
@@ -83,8 +91,9 @@ class HybridRouter:
     what_if = blocking(hybrid_router.HybridRouter.what_if)
     configure = blocking(hybrid_router.HybridRouter.configure)
     close = blocking(hybrid_router.HybridRouter.close)
-    map = _blocking_batch(hybrid_router.HybridRouter.map)
-    bench = bench_blocking
+    slots_for = blocking(hybrid_router.HybridRouter.slots_for)
+    map = _from_this_thread(_map_blocking, hybrid_router.HybridRouter.map)
+    bench = _from_this_thread(bench_blocking, hybrid_router.HybridRouter.bench)
 
     should_use_distributed = same(hybrid_router.HybridRouter.should_use_distributed)
     profile = same(hybrid_router.HybridRouter.profile)
@@ -119,6 +128,23 @@ class HybridRouter:
     def coordinators(self) -> list[Coordinator]:
         """All running coordinators, local ones too, the most recently used last."""
         return self._async.coordinators
+
+    @property
+    def settings(self) -> PoolSettings:
+        """How coordinators are started; `configure` changes it."""
+        return self._async.settings
+
+    @property
+    def timeout_s(self) -> float:
+        """Limit of a request in seconds, from when its backend is ready."""
+        return self._async.timeout_s
+
+    def sibling(self, **changes: Any) -> Self:
+        router = type(self).__new__(type(self))
+        router._async = self._async.sibling(**changes)
+        return router
+
+    sibling.__doc__ = hybrid_router.HybridRouter.sibling.__doc__
 
     @property
     def latency(self) -> LatencyLog:

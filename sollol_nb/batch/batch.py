@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from sollol_nb.batch.frame import CACHED, ERROR, OK, RowResult, check_columns, joined
 from sollol_nb.batch.rows import Rows, RowTable, RowTemplate, questions
-from sollol_nb.batch.store import answer_key
+from sollol_nb.batch.store import BatchStore, answer_key
 from sollol_nb.chat.completion import Completion
 from sollol_nb.chat.request import checked_timeout_s, options_with_schema
 from sollol_nb.errors import (
@@ -43,6 +43,7 @@ from sollol_nb.errors import (
     WorkerError,
 )
 from sollol_nb.models.routing import checked_backend
+from sollol_nb.router.router import Router
 from sollol_nb.runtime.amounts import is_whole_number
 from sollol_nb.runtime.io_loop import io_bound_stream, iterate_blocking
 from sollol_nb.runtime.priority import Priority, checked_priority
@@ -54,8 +55,6 @@ from sollol_nb.text.tables import counted
 if TYPE_CHECKING:
     import pandas as pd
     from tqdm.std import tqdm
-
-    from sollol_nb.hybrid_router import HybridRouter
 
 logger = logging.getLogger(__name__)
 
@@ -78,19 +77,6 @@ SAME_REFUSALS = 5
 
 
 @dataclass(frozen=True, slots=True)
-class BatchPlace:
-    """Where a batch runs.
-
-    Attributes:
-        identity: what tells the model from another of the same name.
-        slots: requests served at once.
-    """
-
-    identity: dict[str, Any]
-    slots: int
-
-
-@dataclass(frozen=True, slots=True)
 class Progress:
     """How many more rows have got their result, and which status."""
 
@@ -107,7 +93,8 @@ class Batch:
 
     def __init__(
         self,
-        router: HybridRouter,
+        router: Router,
+        store: BatchStore,
         /,
         rows: Rows,
         template: RowTemplate,
@@ -125,6 +112,7 @@ class Batch:
         **options: Any,
     ) -> None:
         self._router = router
+        self._store = store
         self._model = config.default("model") if model is None else model
         if not self._model:
             raise ConfigError('no model is named; give model="demo", or set one in the setting `model`')
@@ -192,15 +180,15 @@ class Batch:
         """Ask all rows, telling of each that has its result."""
         if not self._questions:
             return
-        place = await self._router._batch_place(self._model, self._arguments["backend"])
+        found = await self._router.slots_for(self._model, backend=self._arguments["backend"])
         # Over many rows this takes long, and the I/O loop is everybody's.
-        rows_of = await asyncio.to_thread(self._by_question, place.identity)
+        rows_of = await asyncio.to_thread(self._by_question, found.identity)
         if not self._fresh:
             async with aclosing(self._take_known(rows_of)) as steps:
                 async for step in steps:
                     yield step
         to_ask = deque((key, rows) for key, rows in rows_of.items() if self._results[rows[0]].status != CACHED)
-        concurrency = self._concurrency or place.slots
+        concurrency = self._concurrency or found.slots
         asking: set[asyncio.Task[Progress]] = set()
         done: set[asyncio.Task[Progress]] = set()
         try:
@@ -234,7 +222,7 @@ class Batch:
             try:
                 known = await asyncio.to_thread(self._known, keys[start : start + TAKEN_AT_ONCE])
             except (OSError, sqlite3.Error) as error:
-                logger.warning("kept answers cannot be read from %s: %s", self._router.batch_store.path, error)
+                logger.warning("kept answers cannot be read from %s: %s", self._store.path, error)
                 return
             for key, result in known.items():
                 self._note(rows_of[key], result)
@@ -243,7 +231,7 @@ class Batch:
 
     def _known(self, keys: list[str]) -> dict[str, RowResult]:
         known: dict[str, RowResult] = {}
-        for key, completion in self._router.batch_store.get(keys).items():
+        for key, completion in self._store.get(keys).items():
             with suppress(StructureError):  # the class checks more by now than its JSON schema says
                 known[key] = self._result(CACHED, completion)
         return known
@@ -283,7 +271,7 @@ class Batch:
             raise error
 
     async def _keep(self, key: str, completion: Completion) -> None:
-        saving = asyncio.create_task(asyncio.to_thread(self._router.batch_store.put, key, completion))
+        saving = asyncio.create_task(asyncio.to_thread(self._store.put, key, completion))
         try:
             await asyncio.shield(saving)
         except asyncio.CancelledError:  # the batch is being stopped, but what is there is kept
@@ -292,14 +280,14 @@ class Batch:
         except (OSError, sqlite3.Error) as error:  # an answer is worth more than its keeping
             if self._are_kept:  # told once; there may be thousands
                 self._are_kept = False
-                path = self._router.batch_store.path
+                path = self._store.path
                 logger.warning("an answer was not kept in %s: %s (if the file is damaged, delete it)", path, error)
 
     async def _prune(self) -> None:
         try:
-            await asyncio.to_thread(self._router.batch_store.prune)
+            await asyncio.to_thread(self._store.prune)
         except (OSError, sqlite3.Error) as error:
-            logger.warning("%s was not tidied: %s", self._router.batch_store.path, error)
+            logger.warning("%s was not tidied: %s", self._store.path, error)
 
     # --- what is shown --------------------------------------------------------------------------
 

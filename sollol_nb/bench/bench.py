@@ -7,7 +7,6 @@ What is asked is planned in `bench_plan`; `bench_places` sees to it that it is l
 from __future__ import annotations
 
 import asyncio
-import functools
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
@@ -28,13 +27,13 @@ from sollol_nb.bench.plan import (
 from sollol_nb.bench.result import BenchResult
 from sollol_nb.bench.rows import BenchRow, measured
 from sollol_nb.errors import RequestCancelledError, SollolError
+from sollol_nb.router.router import Router
 from sollol_nb.runtime.io_loop import io_bound_stream, iterate_blocking
 from sollol_nb.runtime.progress_bars import progress_bar
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from sollol_nb.hybrid_router import HybridRouter
     from sollol_nb.runtime.events import Event
 
 __all__ = ["BenchNote", "BenchStart", "bench", "bench_blocking", "measure"]
@@ -58,7 +57,8 @@ class BenchNote:
 
 
 async def bench(
-    router: HybridRouter,
+    router: Router,
+    /,
     models: str | Sequence[str],
     *,
     layouts: str | int | Sequence[str | int] = "auto",
@@ -117,9 +117,8 @@ async def bench(
     return collected.result(complete=True)
 
 
-def bench_blocking(self: Any, models: str | Sequence[str], **wanted: Any) -> BenchResult:
-    # Documented as `bench` is, see below. As every twin, `self` carries the async router as `_async`.
-    router: HybridRouter = self._async
+def bench_blocking(router: Router, models: str | Sequence[str], **wanted: Any) -> BenchResult:
+    """`bench` for another thread than the I/O loop's, which draws the progress bar."""
     settings = bench_settings(models, **wanted)
     collected = _Collected(settings)
     status: deque[str] = deque(maxlen=1)
@@ -147,12 +146,9 @@ def bench_blocking(self: Any, models: str | Sequence[str], **wanted: Any) -> Ben
     return collected.result(complete=is_complete)
 
 
-functools.update_wrapper(bench_blocking, bench)
-
-
 @io_bound_stream
 async def measure(
-    router: HybridRouter, settings: BenchSettings
+    router: Router, settings: BenchSettings
 ) -> AsyncGenerator[BenchStart | BenchNote | BenchRow, None]:
     """Run a benchmark; yields its start, then rows and notes as they come.
 

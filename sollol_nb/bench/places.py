@@ -24,12 +24,12 @@ from sollol_nb.bench.plan import (
 from sollol_nb.errors import ConfigError, ModelDoesNotFitError, WorkersUnavailableError
 from sollol_nb.gguf.facts import read_facts
 from sollol_nb.models.routing import DISTRIBUTED, LOCAL
+from sollol_nb.router.router import Router
 from sollol_nb.runtime.events import Event, EventKind
 from sollol_nb.settings.table import DEFAULT_WORKERS
 
 if TYPE_CHECKING:
     from sollol_nb.chat.completion import Completion
-    from sollol_nb.hybrid_router import HybridRouter
     from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 
 # A coordinator must not end between its turns; the benchmark ends it. This is for a kernel that was killed.
@@ -44,18 +44,18 @@ class BenchPlaces:
         takes_turns: whether coordinators take turns on the same workers.
     """
 
-    def __init__(self, router: HybridRouter, settings: BenchSettings) -> None:
+    def __init__(self, router: Router, settings: BenchSettings) -> None:
         self.cases: tuple[BenchCase, ...] = ()
         self.takes_turns = bool(settings.reload)
         self._notes: list[str] = []
         self._router = router
         self._settings = settings
-        self._routers: dict[BenchTarget, HybridRouter] = {}
+        self._routers: dict[BenchTarget, Router] = {}
         self._needs: dict[BenchTarget, int] = {}
         self._loaded: set[BenchTarget] = set()
 
     async def ask(self, target: BenchTarget, prompt: str) -> Completion:
-        """Ask a target. Errors are those of `HybridRouter.route_request`."""
+        """Ask a target. Errors are those of `Router.route_request`."""
         return await self._routers[target].route_request(
             target.model,
             prompt,
@@ -77,13 +77,13 @@ class BenchPlaces:
         self.cases = bench_cases(self._settings, backends)
         for target in dict.fromkeys(case.target for case in self.cases):
             self._routers[target] = await self._router_for(target)
-            by_itself = self._router._coordinators.settings.num_rpc_backends or DEFAULT_WORKERS
+            by_itself = self._router.settings.num_rpc_backends or DEFAULT_WORKERS
             if target.layout.worker_count is not None:
                 self._needs[target] = target.layout.worker_count
             else:
                 self._needs[target] = by_itself if backends[target.model] == DISTRIBUTED else 0
         await self._find_workers(max(self._needs.values()))
-        known = len(self._router._workers.endpoints)
+        known = len(self._router.worker_endpoints)
         self._needs = {one: min(need, known) for one, need in self._needs.items()}
         await self._decide()
 
@@ -140,29 +140,21 @@ class BenchPlaces:
 
     # --- targets --------------------------------------------------------------------------------
 
-    async def _router_for(self, target: BenchTarget) -> HybridRouter:
+    async def _router_for(self, target: BenchTarget) -> Router:
         """The router whose requests for the target's model are spread as the target says."""
-        theirs, settings = self._router, self._router._coordinators.settings
+        theirs, settings = self._router, self._router.settings
         route = await theirs.route(target.model, backend=_backend(target))
         if _backend(target) != DISTRIBUTED:
             return theirs
         assert route.model_path is not None  # what is sharded has a file
         facts = await asyncio.to_thread(read_facts, route.model_path)
         check_counts(target.layout, target.model, facts.layer_count)
-        router = type(theirs)(
-            rpc_backends=theirs._workers.endpoints,
+        router = theirs.sibling(
             num_rpc_backends=target.layout.worker_count or settings.num_rpc_backends,
             auto_discover_rpc=False,
-            coordinator_timeout=settings.coordinator_timeout_s,
-            coordinator_port=settings.coordinator_port,
             gguf_path=route.model_path,
             layer_strategy=target.strategy or settings.layer_strategy,
-            context_tokens=settings.context_tokens,
-            slots=settings.slots,
-            timeout=theirs._timeout_s,
-            llama_cpp=settings.llama_cpp,
             keep_alive=max(KEEP_ALIVE_S, settings.keep_alive(target.model) or 0.0),
-            latency=theirs.latency,
         )
 
         def pass_on(event: Event) -> None:
@@ -176,19 +168,21 @@ class BenchPlaces:
 
     async def _find_workers(self, wanted: int) -> None:
         """Make as many workers known as the largest layout takes, as far as the router may."""
-        settings, workers = self._router._coordinators.settings, self._router._workers
-        if len(workers.endpoints) < wanted and settings.auto_discover_rpc:
+        settings = self._router.settings
+        if len(self._router.worker_endpoints) < wanted and settings.auto_discover_rpc:
             await self._router.discover_workers()
-        if len(workers.endpoints) < wanted and settings.auto_setup_rpc:
-            await self._router.start_workers(wanted - len(workers.endpoints))
+        known = self._router.worker_endpoints
+        if len(known) < wanted and settings.auto_setup_rpc:
+            await self._router.start_workers(wanted - len(known))
+            known = self._router.worker_endpoints
         for router in self._routers.values():
-            for endpoint in workers.endpoints:
-                router._workers.add(endpoint)
+            for endpoint in set(known) - set(router.worker_endpoints):
+                await router.add_worker(endpoint)
         named = max((one.layout.worker_count or 0 for one in self._routers), default=0)
         least = max(named, min(wanted, 1))
-        if len(workers.endpoints) < least:
+        if len(known) < least:
             raise WorkersUnavailableError(
-                f"{least} workers are needed and {len(workers.endpoints)} are known; start them here with "
+                f"{least} workers are needed and {len(known)} are known; start them here with "
                 f"`%sollol_cluster start {least}`, or name those of other machines with `%sollol_cluster add`"
             )
 
@@ -219,11 +213,11 @@ class BenchPlaces:
         await router.route_request(target.model, "Hello!", backend=_backend(target), max_tokens=1)
         usable = {endpoint for one in router.coordinators for endpoint in one.rpc_backends}
         usable |= set(await self._free())
-        chosen = [endpoint for endpoint in router._workers.endpoints if endpoint in usable][: len(counts)]
+        chosen = [endpoint for endpoint in router.worker_endpoints if endpoint in usable][: len(counts)]
         await router.apply_plan(target.model, dict(zip(chosen, counts, strict=True)))
 
     async def _free(self) -> list[str]:
-        return [one.endpoint for one in await self._router._workers.refresh() if one.state == "free"]
+        return [worker.endpoint for worker in await self._router.check_workers() if worker.state == "free"]
 
     def _idle(self) -> list[Coordinator]:
         """Coordinators that the router keeps warm, the longest idle first."""

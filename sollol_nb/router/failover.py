@@ -59,23 +59,22 @@ async def stream_answer(
             asyncio.timeout(timeout_s) as limit,
             coordinators.gate(route).slot(priority) as record.queue_ms,
         ):
-            record.sent()
+            record.set_sent()
             while True:
                 if await coordinator.hold():  # else it ended while the request waited, or is ending
                     try:
-                        record.run_on(coordinator)
+                        record.set_coordinator(coordinator)
                         if keep_alive is not None:
                             await coordinator.keep_alive(keep_alive_seconds(keep_alive))
                         answer = answer or begin(coordinator)
                         async with aclosing(coordinator.stream(answer)) as chunks:
                             async for chunk in chunks:
-                                record.goes_on()
                                 if chunk.get("done"):  # in time, however long the reader takes over it
                                     limit.reschedule(None)
                                 yield {**chunk, "model": route.model}  # a file may be loaded under another name
                         return
                     except CoordinatorLostError as error:
-                        record.lose(str(error), answer.token_count if answer else 0)
+                        record.add_failover(str(error), answer.token_count if answer else 0)
                         if record.is_hopeless(MAX_FAILOVERS, MAX_WITHOUT_A_TOKEN):
                             raise _interrupted(
                                 route, answer, f"lost {len(record.failovers)} times: {error}"
@@ -90,7 +89,7 @@ async def stream_answer(
                         raise
                     raise _interrupted(route, answer, f"{lost}; no other could take over: {error}") from error
                 if lost is not None:
-                    record.lost_workers(coordinators.lost_workers(route))
+                    record.set_lost_workers(coordinators.lost_workers(route))
                     coordinators.report_continued(route, answer.token_count if answer else 0, coordinator)
     except TimeoutError as error:
         if not limit.expired():  # a coordinator's start has a limit of its own

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Collection
-from dataclasses import replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sollol_nb.errors import ConfigError, OllamaResponseError, OllamaUnavailableError
 from sollol_nb.gguf.facts import read_facts
 from sollol_nb.llama_cpp.coordinators.settings import file_identity
-from sollol_nb.models.files import DEMO_MODEL_PATH, DEMO_NOTE, find_model_file
+from sollol_nb.models.files import DEMO_MODEL_PATH, DEMO_NOTE, OllamaGGUFResolver, find_model_file
+from sollol_nb.models.listing import ListedModel, list_models
 from sollol_nb.models.names import ModelName
 from sollol_nb.models.profiles import ModelProfile, profile_of
 from sollol_nb.models.routing import DISTRIBUTED, OLLAMA, Route, decide_route
@@ -22,6 +23,19 @@ from sollol_nb.ollama.pool import OllamaPool
 _OUT_OF_MEMORY = re.compile(
     r"requires more system memory|out of memory|(unable|failed) to allocate", re.IGNORECASE
 )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSlots:
+    """How many requests for a model run at the same time.
+
+    Attributes:
+        identity: what tells the model from another of the same name.
+        slots: the number of requests.
+    """
+
+    identity: dict[str, Any]
+    slots: int
 
 
 class RouteFinder:
@@ -45,10 +59,10 @@ class RouteFinder:
         gguf_path: str | Path | None,
     ) -> None:
         self._ollama = ollama
-        self._enable_distributed = enable_distributed
-        self._threshold = threshold_params
-        self._model_filter = model_filter
-        self._gguf_path = gguf_path
+        self.enable_distributed = enable_distributed
+        self.threshold_params = threshold_params
+        self.model_filter = model_filter
+        self.gguf_path = gguf_path
 
     def would_shard(self, model: str) -> bool:
         """Whether the model is sharded by its profile (no node or worker is asked)."""
@@ -67,20 +81,20 @@ class RouteFinder:
             raise ConfigError(f"model={model!r} is not a model's name; try demo, or llama3.2")
         profile = await asyncio.to_thread(self.profile, model)
         # A model that is sharded anyway need not wait for Ollama's word, and a file has no name there.
-        needs_ollama = not (profile.requires_distributed and self._enable_distributed)
+        needs_ollama = not (profile.requires_distributed and self.enable_distributed)
         ask_ollama = not model.endswith(".gguf") and (needs_ollama if backend is None else backend == OLLAMA)
         in_ollama, words = await self._in_ollama(model) if ask_ollama else (False, "Ollama was not asked")
         path = None
         if backend != OLLAMA and not in_ollama:
-            path = await asyncio.to_thread(find_model_file, model, self._gguf_path)
+            path = await asyncio.to_thread(find_model_file, model, self.gguf_path)
         route = decide_route(
             profile,
             in_ollama=in_ollama,
             ollama_words=words,
             model_path=path,
             backend=backend,
-            enable_distributed=self._enable_distributed,
-            model_filter=self._model_filter,
+            enable_distributed=self.enable_distributed,
+            model_filter=self.model_filter,
         )
         is_demo = route.model_path == DEMO_MODEL_PATH
         return replace(route, reason=f"{route.reason} ({DEMO_NOTE})") if is_demo else route
@@ -90,7 +104,7 @@ class RouteFinder:
         says something else."""
         if not _OUT_OF_MEMORY.search(str(error)) or not self._may_shard(route.model):
             return None
-        path = await asyncio.to_thread(find_model_file, route.model, self._gguf_path)
+        path = await asyncio.to_thread(find_model_file, route.model, self.gguf_path)
         if path is None:
             return None
         reason = f"{route.reason}, but it has no memory for it, so it is sharded"
@@ -116,18 +130,40 @@ class RouteFinder:
         )
         return max(1, sum(node.slots for node in have_it))
 
+    async def models(self, coordinators: Mapping[str, str]) -> list[ListedModel]:
+        """The models that can be asked, as `list_models` gives them; those of Ollama nodes that do not answer are
+        left out.
+
+        Args:
+            coordinators: model to URL of the running ones.
+        """
+        try:
+            in_ollama = (await self._ollama.list())["models"]
+            loaded = (await self._ollama.ps())["models"]
+        except OllamaUnavailableError:
+            in_ollama, loaded = [], []
+        in_storage = await asyncio.to_thread(OllamaGGUFResolver().installed)
+        return await asyncio.to_thread(
+            list_models,
+            self.profile,
+            in_ollama=in_ollama,
+            loaded=loaded,
+            in_storage=in_storage,
+            coordinators=coordinators,
+        )
+
     def profile(self, model: str) -> ModelProfile:
         """What is known of a model, and from where. Errors are those of `profile_of` and `read_facts`."""
-        profile = profile_of(model, threshold_params=self._threshold)
+        profile = profile_of(model, threshold_params=self.threshold_params)
         if profile.source.startswith("profile"):
             return profile
-        path = find_model_file(model, self._gguf_path)
+        path = find_model_file(model, self.gguf_path)
         if path is None:
             return profile
-        return profile_of(model, facts=read_facts(path), threshold_params=self._threshold)
+        return profile_of(model, facts=read_facts(path), threshold_params=self.threshold_params)
 
     def _may_shard(self, model: str) -> bool:
-        return self._enable_distributed and (self._model_filter is None or model in self._model_filter)
+        return self.enable_distributed and (self.model_filter is None or model in self.model_filter)
 
     async def _in_ollama(self, model: str) -> tuple[bool, str]:
         if await self._ollama.has_model(model):

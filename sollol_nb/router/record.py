@@ -26,7 +26,7 @@ class RequestRecord:
         router_overhead_ms: the router's own part of the time before the request went to its place.
     """
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, *, text: str = "") -> None:
         self.model = model
         self.backend = ""
         self.reason = ""
@@ -40,49 +40,53 @@ class RequestRecord:
         self.load_ms: float | None = None
         self.router_overhead_ms: float | None = None
         self.failovers: list[Failover] = []
-        self.text = ""
+        self.text = text
         self.dropped = ""
-        self._started_at = time.time()
-        self._began = time.perf_counter()
         self._sent: float | None = None
         self._left_ms = 0.0  # spent at a place that could not answer
         self._first: float | None = None
         self._last: float | None = None
         self._lost_at: float | None = None
         self._final: Mapping[str, Any] = {}
+        self.start()
 
-    def take(self, route: Route) -> None:
-        """It goes this way."""
+    def start(self) -> None:
+        """Start the clock (again): the request begins now."""
+        self._started_at = time.time()
+        self._began = time.perf_counter()
+
+    def set_route(self, route: Route) -> None:
+        """Note the route that the request takes."""
         self.backend, self.reason = route.backend, route.reason
         self.note = DEMO_NOTE if route.model_path == DEMO_MODEL_PATH else ""
 
-    def take_node(self, node_routing: Mapping[str, Any]) -> None:
-        """An Ollama node has begun or ended its answer; its `_routing` says which, and what it took so far."""
+    def set_node(self, node_routing: Mapping[str, Any]) -> None:
+        """Note the Ollama node that answers, and its times so far, from the `_routing` of its chunk."""
         self.place = str(node_routing.get("node") or "")
         self.queue_ms = node_routing.get("queue_ms")
         self.load_ms = node_routing.get("load_ms") or None
         self.failovers = list(node_routing.get("failovers") or ())
 
-    def leave(self, what: str) -> None:
-        """A place could not answer, and the request goes on elsewhere from its beginning."""
-        self._note_failover(what, 0, continued=False)
+    def add_fallback(self, what: str) -> None:
+        """Note that a backend could not answer, and that another one answers from the beginning."""
+        self._add_failover(what, 0, continued=False)
         self._left_ms = (time.perf_counter() - (self._sent or self._began)) * 1000
         self.failovers[-1]["cost_ms"] = self._left_ms
 
-    def run_on(self, coordinator: Coordinator) -> None:
-        """It runs on this coordinator now."""
+    def set_coordinator(self, coordinator: Coordinator) -> None:
+        """Note the coordinator on which the request runs now."""
         plan = coordinator.plan
         self.place = coordinator.base_url
         self.plan = plan.as_dict() if plan else None
         self.layout = "/".join(map(str, plan.unit_counts)) if plan else ""
         self.placement_differences = coordinator.placement_differences
 
-    def lose(self, what: str, tokens_before: int) -> None:
-        """A coordinator was lost in mid-answer, with so many tokens known; the answer will be continued."""
+    def add_failover(self, what: str, tokens_before: int) -> None:
+        """Note that the coordinator was lost after so many tokens, and that the answer will be continued."""
         self._lost_at = self._last or self._sent or self._began
-        self._note_failover(what, tokens_before, continued=True)
+        self._add_failover(what, tokens_before, continued=True)
 
-    def _note_failover(self, what: str, tokens_before: int, *, continued: bool) -> None:
+    def _add_failover(self, what: str, tokens_before: int, *, continued: bool) -> None:
         self.failovers.append(
             {
                 "what": what,
@@ -94,15 +98,24 @@ class RequestRecord:
             }
         )
 
-    def lost_workers(self, endpoints: Iterable[str]) -> None:
-        """Which workers turned out to be lost with it."""
+    def set_lost_workers(self, endpoints: Iterable[str]) -> None:
+        """Note which workers were lost in the last failover."""
         self.failovers[-1]["lost_workers"] = sorted(endpoints)
 
-    def goes_on(self) -> None:
-        """A chunk came; if a coordinator was lost before, this is when the answer went on.
+    def is_hopeless(self, most: int, most_without_a_token: int) -> bool:
+        """Whether coordinators were lost too often, or again and again at the same token."""
+        counts = [failover["tokens_before"] for failover in self.failovers if failover["continued"]]
+        return len(counts) > most or len(counts) - len(set(counts)) >= most_without_a_token
 
-        The cost is counted from the last sign of the lost coordinator.
-        """
+    def set_sent(self) -> None:
+        """Note that the request is sent now: to Ollama before it waits and the model loads, else after that."""
+        self._sent = time.perf_counter()
+        waited_ms = (self.queue_ms or 0.0) + (self.load_ms or 0.0) + self._left_ms
+        self.router_overhead_ms = max(0.0, (self._sent - self._began) * 1000 - waited_ms)
+
+    def add_chunk(self, chunk: Chunk) -> None:
+        """Note a chunk of the answer. After a failover it tells the cost: the time since the last sign of the lost
+        coordinator."""
         self._last = time.perf_counter()
         if self._lost_at is not None:
             cost_ms = (self._last - self._lost_at) * 1000
@@ -110,23 +123,9 @@ class RequestRecord:
                 if failover["cost_ms"] is None:
                     failover["cost_ms"] = round(cost_ms, 3)
             self._lost_at = None
-
-    def is_hopeless(self, most: int, most_without_a_token: int) -> bool:
-        """Whether coordinators were lost too often, or again and again at the same token."""
-        counts = [one["tokens_before"] for one in self.failovers if one["continued"]]
-        return len(counts) > most or len(counts) - len(set(counts)) >= most_without_a_token
-
-    def sent(self) -> None:
-        """The request goes to its place now: at Ollama before it waits and the model loads, else after that."""
-        self._sent = time.perf_counter()
-        waited_ms = (self.queue_ms or 0.0) + (self.load_ms or 0.0) + self._left_ms
-        self.router_overhead_ms = max(0.0, (self._sent - self._began) * 1000 - waited_ms)
-
-    def saw(self, chunk: Chunk) -> None:
-        """A chunk came back."""
         message = chunk.get("message") or {}
         if self._first is None and (message.get("content") or message.get("thinking") or chunk.get("done")):
-            self._first = time.perf_counter()
+            self._first = self._last
         self.text = ("" if chunk.get(RESTARTED) else self.text) + (message.get("content") or "")
         self.dropped = chunk.get(DROPPED) or self.dropped
         if chunk.get("done"):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from sollol_nb.errors import ConfigError
+from sollol_nb.latency.log import LatencyLog
 from sollol_nb.layers.plan import check_strategy
 from sollol_nb.llama_cpp.coordinators.settings import PoolSettings
 from sollol_nb.runtime.amounts import is_positive
@@ -32,6 +34,7 @@ def pool_settings(
     context_tokens: int | None,
     slots: int,
     layer_strategy: str,
+    coordinator_timeout: float,
     llama_cpp: str | Path | None,
     keep_alive: float | str | Mapping[str, float | str] | None,
     **others: Any,
@@ -55,10 +58,20 @@ def pool_settings(
         context_tokens=context_tokens,
         slots=slots,
         layer_strategy=layer_strategy,
+        coordinator_timeout_s=coordinator_timeout,
         llama_cpp=Path(llama_cpp) if llama_cpp is not None else None,
         **_keep_alive_settings(keep_alive),
         **others,
     )
+
+
+def pool_arguments(settings: PoolSettings) -> dict[str, Any]:
+    """The arguments of `Router` that give these settings; `pool_settings` the other way round."""
+    arguments = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    arguments["coordinator_timeout"] = arguments.pop("coordinator_timeout_s")
+    keep_alive = {**arguments.pop("keep_alive_of"), "*": arguments.pop("keep_alive_s")}
+    arguments["keep_alive"] = {model: "forever" if s is None else s for model, s in keep_alive.items()}
+    return arguments
 
 
 def endpoints(backends: Iterable[str | Mapping[str, Any]] | None) -> list[str]:
@@ -67,7 +80,7 @@ def endpoints(backends: Iterable[str | Mapping[str, Any]] | None) -> list[str]:
     Raises:
         ConfigError: one is not an endpoint.
     """
-    return config.default("workers") if backends is None else [_endpoint(one) for one in backends]
+    return config.default("workers") if backends is None else [_endpoint(backend) for backend in backends]
 
 
 def _endpoint(backend: str | Mapping[str, Any]) -> str:
@@ -88,3 +101,9 @@ def _keep_alive_settings(keep_alive: float | str | Mapping[str, float | str] | N
         "keep_alive_s": config.default_keep_alive_s() if rest is None else keep_alive_seconds(rest),
         "keep_alive_of": {model: keep_alive_seconds(value) for model, value in by_model.items()},
     }
+
+
+def latency_log() -> LatencyLog:
+    """The latency log of the state folder, with the retention that is set."""
+    keep_rows = config.default("latency_keep_rows") or None
+    return LatencyLog(keep_days=config.default("latency_keep_days"), keep_rows=keep_rows)

@@ -167,37 +167,63 @@ def io_bound(
 
 
 def io_bound_stream(method: Callable[P, AsyncGenerator[T, None]]) -> Callable[P, AsyncGenerator[T, None]]:
-    """Let an async generator function be iterated from any loop; it runs on the I/O loop, as one task."""
+    """Let an async generator be iterated from any loop; it runs on the I/O loop, there directly, else as one task.
+
+    Args:
+        method: an async generator function, or a function that returns an async generator.
+    """
 
     @functools.wraps(method)
-    async def hop(*args: P.args, **kwargs: P.kwargs) -> AsyncGenerator[T, None]:
-        if on_io_loop():
-            async with aclosing(method(*args, **kwargs)) as stream:
-                async for item in stream:
-                    yield item
-            return
-        deliveries: asyncio.Queue[_Delivery[T]] = asyncio.Queue()
-        here = asyncio.get_running_loop()
-        cancel = _start_pump(
-            method(*args, **kwargs), lambda one: here.call_soon_threadsafe(deliveries.put_nowait, one)
-        )
-        ended = False
-        try:
-            while True:
-                delivery = await deliveries.get()
-                ended = delivery.ended
-                if ended:
-                    break
-                yield delivery.item
-        finally:
-            if not ended:
-                cancel()
-                async with asyncio.timeout(_CANCEL_GRACE_S):
-                    while not (await deliveries.get()).ended:
-                        pass
-        delivery.raise_error()
+    def hop(*args: P.args, **kwargs: P.kwargs) -> AsyncGenerator[T, None]:
+        return _IoBoundStream(method(*args, **kwargs))
 
     return hop
+
+
+class _IoBoundStream(AsyncGenerator[T, None]):
+    """A stream that runs on the I/O loop.
+
+    How it is read is decided when it begins, since it may be made on one loop and read on another.
+    """
+
+    def __init__(self, stream: AsyncGenerator[T, None]) -> None:
+        self._stream = stream
+        self._has_begun = False
+
+    async def asend(self, value: None) -> T:
+        if not self._has_begun:
+            self._has_begun = True
+            if not on_io_loop():
+                self._stream = _from_io_loop(self._stream)
+        return await self._stream.asend(value)
+
+    async def athrow(self, typ: Any, val: Any = None, tb: Any = None) -> T:
+        return await self._stream.athrow(typ if val is None else val)
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
+async def _from_io_loop(stream: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
+    """The items of a stream that runs as one task on the I/O loop, for another loop."""
+    deliveries: asyncio.Queue[_Delivery[T]] = asyncio.Queue()
+    here = asyncio.get_running_loop()
+    cancel = _start_pump(stream, lambda delivery: here.call_soon_threadsafe(deliveries.put_nowait, delivery))
+    ended = False
+    try:
+        while True:
+            delivery = await deliveries.get()
+            ended = delivery.ended
+            if ended:
+                break
+            yield delivery.item
+    finally:
+        if not ended:
+            cancel()
+            async with asyncio.timeout(_CANCEL_GRACE_S):
+                while not (await deliveries.get()).ended:
+                    pass
+    delivery.raise_error()
 
 
 class _Delivery(Generic[T]):

@@ -15,7 +15,7 @@ from sollol_nb.runtime.events import EventKind
 from sollol_nb.runtime.io_loop import submit
 
 if TYPE_CHECKING:
-    from sollol_nb.hybrid_router import HybridRouter
+    from sollol_nb.router.router import Router
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ class ClusterActions:
         on_change: called on the I/O loop when an action begins or ends.
     """
 
-    def __init__(self, router: HybridRouter, on_change: Callable[[], None]) -> None:
+    def __init__(self, router: Router, on_change: Callable[[], None]) -> None:
         self._router = weakref.ref(router)
         self._events = router.events
         self._on_change = on_change
@@ -39,9 +39,7 @@ class ClusterActions:
         router = self._router()
         return router is None or router.state.is_closed or kind in self._under_way
 
-    def begin(
-        self, kind: str, words: str, action: Callable[[HybridRouter], Coroutine[Any, Any, str | None]]
-    ) -> None:
+    def begin(self, kind: str, words: str, action: Callable[[Router], Coroutine[Any, Any, str | None]]) -> None:
         """Begin an action, unless it is unavailable; from any thread.
 
         Args:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import ipywidgets
 
-from sollol_nb import sync_wrapper
+from sollol_nb.router.router import Router
 from sollol_nb.runtime.io_loop import run_blocking, submit
 from sollol_nb.widget.actions import ClusterActions
 from sollol_nb.widget.controls import ModelControls, WorkerControls
@@ -31,7 +31,6 @@ from sollol_nb.widget.what_if_panel import WhatIfPanel
 if TYPE_CHECKING:
     from IPython.display import DisplayHandle
 
-    from sollol_nb import hybrid_router
     from sollol_nb.widget.map import ClusterMap
 
 VIEW_LEASE_S = 150.0
@@ -42,15 +41,14 @@ SNAPSHOTS_KEPT = 4
 """So many of the outputs that show it are kept up to date in the notebook's file: the last ones."""
 _WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 
-_widgets: weakref.WeakKeyDictionary[hybrid_router.HybridRouter, ClusterWidget] = weakref.WeakKeyDictionary()
+_widgets: weakref.WeakKeyDictionary[Router, ClusterWidget] = weakref.WeakKeyDictionary()
 
 
-def cluster_widget(router: hybrid_router.HybridRouter | sync_wrapper.HybridRouter) -> ClusterWidget:
+def cluster_widget(router: Router) -> ClusterWidget:
     """The widget of a router's cluster; the same one each time, until it is closed."""
-    asynchronous = router._async if isinstance(router, sync_wrapper.HybridRouter) else router
-    widget = _widgets.get(asynchronous)
+    widget = _widgets.get(router)
     if widget is None or widget.is_closed:
-        widget = _widgets[asynchronous] = ClusterWidget(asynchronous)
+        widget = _widgets[router] = ClusterWidget(router)
     return widget
 
 
@@ -64,7 +62,7 @@ class ClusterWidget:
         is_closed: whether it was closed for good.
     """
 
-    def __init__(self, router: hybrid_router.HybridRouter) -> None:
+    def __init__(self, router: Router) -> None:
         self.is_closed = False
         self._state = router.state
         self._lock = threading.RLock()
@@ -229,7 +227,7 @@ class ClusterWidget:
             self._views = dict.fromkeys(self._views, time.monotonic())
 
 
-def _strategy_of(router: hybrid_router.HybridRouter | None) -> str | None:
+def _strategy_of(router: Router | None) -> str | None:
     return router.layer_strategy if router is not None else None
 
 

@@ -17,7 +17,7 @@ from sollol_nb.settings.endpoints import format_endpoint, parse_endpoint
 from sollol_nb.settings.kinds import keep_alive_seconds
 
 if TYPE_CHECKING:
-    from sollol_nb.hybrid_router import HybridRouter
+    from sollol_nb.router.router import Router
     from sollol_nb.widget.actions import ClusterActions
 
 _SMALL = {"width": "auto"}
@@ -74,7 +74,7 @@ class WorkerControls:
     def _add(self, _: object) -> None:
         endpoint = self.endpoint.value
 
-        async def add(router: HybridRouter) -> None:
+        async def add(router: Router) -> None:
             await router.add_worker(endpoint)
             self.endpoint.value = ""
 
@@ -83,13 +83,13 @@ class WorkerControls:
     def _remove(self, _: object) -> None:
         endpoint = self.known.value
 
-        async def remove(router: HybridRouter) -> None:
+        async def remove(router: Router) -> None:
             await router.remove_worker(endpoint)
 
         self._actions.begin("remove", f"removing {endpoint}", remove)
 
     def _discover(self, _: object) -> None:
-        async def discover(router: HybridRouter) -> str | None:
+        async def discover(router: Router) -> str | None:
             found = await router.discover_workers()
             return None if found else "found no worker that was not known"
 
@@ -163,7 +163,7 @@ class ModelControls:
     def _load(self, _: object) -> None:
         model = self.model.value.strip()
 
-        async def load(router: HybridRouter) -> str | None:
+        async def load(router: Router) -> str | None:
             return f"{model} is loaded: {await router.preload(model)}"
 
         self._actions.begin("load", f"loading {model}", load)
@@ -171,7 +171,7 @@ class ModelControls:
     def _stop(self, _: object) -> None:
         model = self.running.value
 
-        async def stop(router: HybridRouter) -> None:
+        async def stop(router: Router) -> None:
             await router.stop_coordinator(model)
 
         self._actions.begin("stop", f"stopping {model}", stop)
@@ -180,7 +180,7 @@ class ModelControls:
         if change["new"] == self._strategy():
             return
 
-        async def choose(router: HybridRouter) -> None:
+        async def choose(router: Router) -> None:
             await router.configure(layer_strategy=change["new"])
 
         self._actions.begin("strategy", f"choosing strategy {change['new']}", choose)
@@ -188,7 +188,7 @@ class ModelControls:
     def _keep(self, _: object) -> None:
         keep_alive = self.keep_alive.value
 
-        async def keep(router: HybridRouter) -> None:
+        async def keep(router: Router) -> None:
             await router.configure(keep_alive=keep_alive)
 
         self._actions.begin("keep_alive", f"setting keep_alive to {keep_alive}", keep)

@@ -22,7 +22,7 @@ from sollol_nb.widget.controls import choose_among
 if TYPE_CHECKING:
     import weakref
 
-    from sollol_nb.hybrid_router import HybridRouter
+    from sollol_nb.router.router import Router
     from sollol_nb.widget.actions import ClusterActions
 
 _NOTHING = "No model of this notebook runs over workers."
@@ -36,7 +36,7 @@ class WhatIfPanel:
         actions: apply a layout.
     """
 
-    def __init__(self, router: weakref.ref[HybridRouter], actions: ClusterActions) -> None:
+    def __init__(self, router: weakref.ref[Router], actions: ClusterActions) -> None:
         self._router = router
         self._actions = actions
         self._lock = threading.RLock()  # sliders are moved by the kernel's threads, and set up by the I/O loop
@@ -155,7 +155,7 @@ class WhatIfPanel:
             return
         submit(self._tell(router, self.model.value, self.counts))
 
-    async def _tell(self, router: HybridRouter, model: str, counts: dict[str, int]) -> None:
+    async def _tell(self, router: Router, model: str, counts: dict[str, int]) -> None:
         try:
             foreseen = await router.what_if(model, counts)
         except SollolError as error:
@@ -188,7 +188,7 @@ class WhatIfPanel:
     def _apply(self, _: object) -> None:
         model, counts = self.model.value, self.counts
 
-        async def apply(router: HybridRouter) -> None:
+        async def apply(router: Router) -> None:
             await router.apply_plan(model, counts)
 
         self._actions.begin("apply", f"laying {model} out anew", apply)

@@ -351,9 +351,9 @@ def test_rows_are_spread_over_the_ollama_nodes_that_have_the_model(
     settings = {**GREEDY, "max_tokens": 4}
     with HybridRouter(pool, auto_discover_rpc=False) as mine:
         mine._async.batch_store = BatchStore(tmp_path / "b.sqlite")
-        place = run(mine._async._batch_place("llama3.2", None))
-        assert place.slots == 4
-        assert len(place.identity["digests"][0]) > 20
+        found = mine.slots_for("llama3.2")
+        assert found.slots == 4
+        assert len(found.identity["digests"][0]) > 20
         result = mine.map(range(12), "Count to {{ item }}", model="llama3.2", **settings)
         assert list(result.status) == ["ok"] * 12, list(result.error)
         assert set(result.backend) == {"ollama-pool"}

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from sollol_nb import hybrid_router
-from sollol_nb.bench.bench import bench, bench_blocking
+from sollol_nb.bench.bench import bench
 from sollol_nb.bench.result import BenchResult
 from sollol_nb.errors import ConfigError, ModelNotFoundError, RequestTimeoutError, WorkersUnavailableError
 from sollol_nb.llama_cpp.engine.find import Engine
@@ -51,7 +51,7 @@ def coordinators() -> list[psutil.Process]:
 
 def test_cases_take_turns_side_by_side_where_workers_suffice(idle: HybridRouter) -> None:
     before = coordinators()
-    result = bench_blocking(idle, MODEL, layouts=[1, 2], **QUICK)
+    result = idle.bench(MODEL, layouts=[1, 2], **QUICK)
     assert result.complete
     assert turns(result) == ["1 worker", "2 workers"] * 2
     frame = result.frame
@@ -66,7 +66,7 @@ def test_cases_take_turns_side_by_side_where_workers_suffice(idle: HybridRouter)
 
 
 def test_coordinators_take_turns_on_the_same_workers_where_these_are_few(idle: HybridRouter) -> None:
-    result = bench_blocking(idle, MODEL, layouts=[2, 3], **QUICK)
+    result = idle.bench(MODEL, layouts=[2, 3], **QUICK)
     assert turns(result) == ["2 workers", "3 workers"] * 2
     frame = result.frame
     assert frame["load_ms"].isna().all(), "each turn begins with a load, before the measurement"
@@ -78,14 +78,14 @@ def test_coordinators_take_turns_on_the_same_workers_where_these_are_few(idle: H
 
 
 def test_turns_can_be_asked_for_and_refused(idle: HybridRouter) -> None:
-    result = bench_blocking(idle, MODEL, layouts=[1, 2], reload=True, **QUICK)
+    result = idle.bench(MODEL, layouts=[1, 2], reload=True, **QUICK)
     assert any("took turns on the same workers" in note for note in result.notes)
     with pytest.raises(ConfigError, match="5 workers are needed to load all layouts at once and 3 are available"):
-        bench_blocking(idle, MODEL, layouts=[2, 3], reload=False, **QUICK)
+        idle.bench(MODEL, layouts=[2, 3], reload=False, **QUICK)
 
 
 def test_exact_counts_are_laid_out_as_they_are_written(idle: HybridRouter) -> None:
-    result = bench_blocking(idle, MODEL, layouts=["5/4/4", "10/3"], **QUICK)
+    result = idle.bench(MODEL, layouts=["5/4/4", "10/3"], **QUICK)
     layers = dict(zip(result.frame["case"], result.frame["layers"], strict=True))
     assert layers == {"layers 5/4/4": "5/4/4", "layers 10/3": "10/3"}
     assert turns(result) == ["layers 5/4/4", "layers 10/3"] * 2
@@ -102,7 +102,7 @@ def test_coordinators_take_turns_from_when_not_all_can_be_loaded(engine: Engine)
                 third.kill()
 
         router.events.subscribe(kill_a_free_worker)
-        result = bench_blocking(router, MODEL, layouts=[1, 2], **QUICK)
+        result = router.bench(MODEL, layouts=[1, 2], **QUICK)
     assert turns(result) == ["1 worker", "2 workers"] * 2
     assert set(result.frame["error"]) == {""}
     assert any("from then on they took turns" in note for note in result.notes)
@@ -111,7 +111,7 @@ def test_coordinators_take_turns_from_when_not_all_can_be_loaded(engine: Engine)
 def test_auto_is_the_router_itself_and_stays_loaded(idle: HybridRouter) -> None:
     idle.route_request(MODEL, "Hello!", max_tokens=1)
     (before,) = idle.coordinators
-    result = bench_blocking(idle, MODEL, concurrency=[1, 2], **QUICK)
+    result = idle.bench(MODEL, concurrency=[1, 2], **QUICK)
     assert idle.coordinators == [before]
     assert set(result.frame["layers"]) == {"4/4/5"}
     assert result.cases == ("1 at once", "2 at once")
@@ -121,13 +121,13 @@ def test_auto_is_the_router_itself_and_stays_loaded(idle: HybridRouter) -> None:
 
 def test_an_idle_coordinator_of_the_router_makes_room(idle: HybridRouter) -> None:
     idle.route_request(MODEL, "Hello!", max_tokens=1)
-    result = bench_blocking(idle, MODEL, layouts=3, **QUICK)
+    result = idle.bench(MODEL, layouts=3, **QUICK)
     assert idle.coordinators == []
     assert f"stopped the idle coordinator of {MODEL} to free its workers" in result.notes
 
 
 def test_a_small_model_is_sharded_where_a_layout_says_so(idle: HybridRouter) -> None:
-    result = bench_blocking(idle, "demo", layouts=["local", 2], strategies=["even", "memory_aware"], **QUICK)
+    result = idle.bench("demo", layouts=["local", 2], strategies=["even", "memory_aware"], **QUICK)
     backends = dict(zip(result.frame["case"], result.frame["backend"], strict=True))
     assert backends == {
         "local": "llama.cpp-local",
@@ -139,7 +139,7 @@ def test_a_small_model_is_sharded_where_a_layout_says_so(idle: HybridRouter) -> 
 
 
 def test_clients_ask_at_the_same_time(idle: HybridRouter) -> None:
-    result = bench_blocking(idle, MODEL, layouts=1, concurrency=3, **QUICK)
+    result = idle.bench(MODEL, layouts=1, concurrency=3, **QUICK)
     assert len(result.rows) == 2 * 3 * 2
     first = [row for row in result.rows if row.round == 0]
     begins = {client: min(row.start_s for row in first if row.client == client) for client in range(3)}
@@ -152,7 +152,7 @@ def test_clients_ask_at_the_same_time(idle: HybridRouter) -> None:
 
 
 def test_without_warmup_the_first_request_loads_and_does_not_count(idle: HybridRouter) -> None:
-    result = bench_blocking(idle, MODEL, layouts=2, warmup=0, **QUICK)
+    result = idle.bench(MODEL, layouts=2, warmup=0, **QUICK)
     assert result.frame["load_ms"].notna().tolist() == [True, False, False, False]
     assert result.summary().loc[(MODEL, "throughput_tokens_per_s"), "n"] == 1
 
@@ -161,7 +161,7 @@ def test_what_cannot_be_loaded_is_left_out_and_the_rest_is_measured(idle: Hybrid
     known = idle.cluster().workers
     nobody = f"127.0.0.1:{unused_port()}"
     with HybridRouter(rpc_backends=[known[0].endpoint, nobody], auto_discover_rpc=False) as router:
-        result = bench_blocking(router, MODEL, layouts=[1, 2], **QUICK)
+        result = router.bench(MODEL, layouts=[1, 2], **QUICK)
     left_out = [row for row in result.rows if row.error]
     assert [row.case for row in left_out] == ["2 workers"]
     assert "needs 2 workers and 1 are free" in left_out[0].error
@@ -186,7 +186,7 @@ def test_what_cannot_be_measured_at_all_is_one_error(
 ) -> None:
     before = {one.pid for one in coordinators()}
     with pytest.raises(error, match=words):
-        bench_blocking(idle, models, **{**QUICK, **settings})
+        idle.bench(models, **{**QUICK, **settings})
     assert {one.pid for one in coordinators()} - before == {one.pid for one in idle.coordinators}
 
 
@@ -200,7 +200,7 @@ def test_an_interrupt_keeps_what_was_measured_and_ends_what_was_started(idle: Hy
 
     unsubscribe = idle.events.subscribe(interrupt_the_fifth)
     try:
-        result = bench_blocking(idle, MODEL, layouts=2, **{**QUICK, "repeat": 500})
+        result = idle.bench(MODEL, layouts=2, **{**QUICK, "repeat": 500})
     finally:
         unsubscribe()
     assert not result.complete

@@ -14,8 +14,7 @@ from tests.lab.page import LIMIT_MS, LabPage
 pytestmark = [pytest.mark.engine, pytest.mark.lab]
 
 REPOSITORY = Path(__file__).parents[2]
-SHOW = "from sollol_nb.notebook import router\nfrom sollol_nb.widget.cluster_widget import cluster_widget\n"
-SHOW += "widget = cluster_widget(router())\nwidget"
+SHOW = "from sollol_nb.notebook import router\nwidget = router().widget()\nwidget"
 KILL = """
 import psutil
 from sollol_nb.llama_cpp.processes import registry

@@ -26,7 +26,7 @@ from sollol_nb.llama_cpp.coordinators.pool import CoordinatorPool
 from sollol_nb.models.files import DEMO_MODEL_PATH
 from sollol_nb.models.profiles import profile_of
 from sollol_nb.models.routing import DISTRIBUTED, Route
-from sollol_nb.router import asking as router_asking
+from sollol_nb.router import active_request
 from sollol_nb.router.failover import stream_answer
 from sollol_nb.router.record import RequestRecord
 from sollol_nb.runtime.gate import Gate
@@ -169,7 +169,7 @@ def test_an_answer_that_is_interrupted_again_is_resumed_for_the_same_schema_and_
         error.state = StandIn().answer(None).state()
         raise error
 
-    monkeypatch.setattr(router_asking, "stream_answer", interrupted)
+    monkeypatch.setattr(active_request, "stream_answer", interrupted)
     with HybridRouter(auto_discover_rpc=False) as router:
         with pytest.raises(AnswerInterruptedError) as first:
             router.route_request("demo", "Hi", schema=list[str], backend="sharded", priority=7)
@@ -195,6 +195,6 @@ def test_a_stream_says_where_it_runs_each_time_that_it_changes_its_place(monkeyp
         stream = router.stream("demo", "Hi", backend="local")
         return [chunk.get("_routing", {}).get("coordinator_url") async for chunk in stream]
 
-    monkeypatch.setattr(router_asking, "stream_answer", moving)
+    monkeypatch.setattr(active_request, "stream_answer", moving)
     with HybridRouter(auto_discover_rpc=False) as router:
         assert run(places(router._async)) == ["http://a", None, "http://b", None, "http://b"]

@@ -21,8 +21,8 @@ def test_row_of_an_answer_has_what_its_last_chunk_and_its_plan_tell() -> None:
     record = RequestRecord("m")
     record.priority = 8
     record.plan = {"predicted_token_ms": 24.5}
-    record.saw({"message": {"content": "half"}})
-    record.saw(FINAL)
+    record.add_chunk({"message": {"content": "half"}})
+    record.add_chunk(FINAL)
 
     row = record.row("ok")
 
@@ -52,17 +52,17 @@ def test_plan_without_a_prediction_leaves_it_out() -> None:
 
 def test_failovers_are_told_in_detail() -> None:
     record = RequestRecord("m")
-    record.sent()
-    record.saw({"message": {"content": "half"}})
-    record.lose("the coordinator ended", 3)
-    record.lost_workers(["b:2", "a:1"])
-    record.goes_on()
+    record.set_sent()
+    record.add_chunk({"message": {"content": "half"}})
+    record.add_failover("the coordinator ended", 3)
+    record.set_lost_workers(["b:2", "a:1"])
+    record.add_chunk({"message": {"content": " more"}})
 
     row = record.row("cancelled")
 
     (told,) = json.loads(row.failover_details)
     assert row.failovers == 1
-    assert row.partial_text == "half"
+    assert row.partial_text == "half more"
     assert told == record.routing()["failovers"][0]
     assert (told["what"], told["tokens_before"]) == ("the coordinator ended", 3)
     assert told["lost_workers"] == ["a:1", "b:2"]
@@ -71,9 +71,9 @@ def test_failovers_are_told_in_detail() -> None:
 
 def test_a_record_told_in_a_chunk_stays_as_it_was() -> None:
     record = RequestRecord("m")
-    record.sent()
+    record.set_sent()
     told = record.routing()
-    record.lose("the coordinator ended", 3)
+    record.add_failover("the coordinator ended", 3)
 
     assert told["failovers"] == []
     assert len(record.routing()["failovers"]) == 1
@@ -81,9 +81,9 @@ def test_a_record_told_in_a_chunk_stays_as_it_was() -> None:
 
 def test_what_ollama_took_after_the_request_was_sent_is_not_taken_off_the_routers_own_time() -> None:
     record = RequestRecord("m")
-    record.sent()
+    record.set_sent()
     overhead_ms = record.router_overhead_ms
-    record.take_node({"node": "http://a:1", "queue_ms": 1e6, "load_ms": 1e6, "failovers": []})
+    record.set_node({"node": "http://a:1", "queue_ms": 1e6, "load_ms": 1e6, "failovers": []})
 
     assert record.row("ok").router_overhead_ms == overhead_ms
     assert overhead_ms is not None
@@ -93,6 +93,6 @@ def test_what_ollama_took_after_the_request_was_sent_is_not_taken_off_the_router
 def test_a_node_that_tells_its_failovers_twice_has_each_counted_once() -> None:
     record = RequestRecord("m")
     for _ in range(2):
-        record.take_node({"node": "http://b:1", "failovers": [{"what": "a was lost"}]})
+        record.set_node({"node": "http://b:1", "failovers": [{"what": "a was lost"}]})
 
     assert record.row("ok").failovers == 1

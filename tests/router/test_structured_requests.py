@@ -94,7 +94,7 @@ def test_an_answer_cut_before_it_fits_says_so_and_is_kept(router: HybridRouter) 
     with pytest.raises(StructureError) as caught:
         router.route_request("demo", QUESTION, schema=TURN, temperature=0, max_tokens=2)
     error = caught.value
-    assert "the answer was cut after 2 tokens" in str(error)
+    assert "the answer was stopped after 2 tokens" in str(error)
     assert "give a larger max_tokens" in str(error)
     assert "\n" not in str(error)
     assert (error.completion.finish_reason, error.completion["eval_count"]) == ("length", 2)

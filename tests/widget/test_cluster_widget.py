@@ -67,7 +67,7 @@ def router() -> Iterator[HybridRouter]:
 
 @pytest.fixture
 def steered(router: HybridRouter) -> Iterator[ClusterWidget]:
-    made = cluster_widget(router)
+    made = router.widget()
     made.bundle()
     yield made
     made.close()
@@ -89,12 +89,12 @@ def test_it_is_shown_as_a_widget_and_as_text_of_the_same_state(widget: ClusterWi
 
 
 def test_a_router_has_one_widget_until_that_is_closed(router: HybridRouter) -> None:
-    one = cluster_widget(router)
-    assert cluster_widget(router._async) is one
-    one.close()
-    other = cluster_widget(router)
-    assert other is not one
-    other.close()
+    first = router.widget()
+    assert cluster_widget(router._async) is first
+    first.close()
+    second = router.widget()
+    assert second is not first
+    second.close()
 
 
 def test_without_anywidget_the_state_is_shown_as_html(
@@ -480,7 +480,7 @@ def test_an_action_runs_once_at_a_time(widget: ClusterWidget, cluster: Simulated
 def test_a_loaded_model_is_laid_out_anew_and_predicted_before(engine: object) -> None:
     with HybridRouter(auto_discover_rpc=False, context_tokens=1024) as mine:
         mine.start_workers(2)
-        widget = cluster_widget(mine)
+        widget = mine.widget()
         widget.bundle()
         widget.models.model.value = "demo:sharded"
         widget.models.load.click()

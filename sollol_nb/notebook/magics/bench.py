@@ -9,7 +9,6 @@ from typing import Any
 from IPython.core.magic import Magics, line_magic, magics_class
 from IPython.core.magic_arguments import argument, magic_arguments
 
-from sollol_nb.bench.bench import bench_blocking
 from sollol_nb.bench.plan import DEFAULT_MAX_TOKENS, DEFAULT_PROMPTS, DEFAULT_REPEAT, DEFAULT_WARMUP
 from sollol_nb.bench.result import BenchResult
 from sollol_nb.notebook import magic_line, session
@@ -85,8 +84,7 @@ class BenchMagics(Magics):
         arguments, _ = magic_line.parse(self.sollol_bench, line, name="%sollol_bench")
         if arguments.out is not None:
             magic_line.variable_name(arguments.out, "--out")
-        result = bench_blocking(
-            session.router(),
+        result = session.router().bench(
             arguments.models,
             layouts=arguments.layouts,
             strategies=arguments.strategies,

@@ -84,9 +84,7 @@ class ClusterMagics(Magics):
             return None
         if arguments.static or arguments.action is not None or not is_kernel(self.shell):
             return status
-        from sollol_nb.widget.cluster_widget import cluster_widget
-
-        return cluster_widget(router)
+        return router.widget()
 
     @magic_arguments()
     @argument("names", nargs="*", help="models, or workers as host:port; default: this notebook's coordinators")

@@ -1,0 +1,182 @@
+"""The life of one request: checked, routed, answered, and recorded whatever happens."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sqlite3
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from sollol_nb.chat.chunk import ROUTING, Chunk
+from sollol_nb.chat.request import ChatRequest
+from sollol_nb.errors import (
+    AnswerInterruptedError,
+    ConfigError,
+    OllamaResponseError,
+    WorkersUnavailableError,
+)
+from sollol_nb.latency.log import LatencyLog, LatencyRow
+from sollol_nb.llama_cpp.answers.kinds import Answer
+from sollol_nb.llama_cpp.coordinators.pool import CoordinatorPool
+from sollol_nb.models.routing import OLLAMA, Route
+from sollol_nb.ollama.pool import OllamaPool
+from sollol_nb.router.failover import stream_answer
+from sollol_nb.router.finder import RouteFinder
+from sollol_nb.router.record import RequestRecord
+from sollol_nb.runtime.events import EventBus, EventKind
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestServices:
+    """What all requests of a router use.
+
+    Attributes:
+        counts: requests that have ended, by backend; "" is for those that found none.
+    """
+
+    routes: RouteFinder
+    ollama: OllamaPool
+    coordinators: CoordinatorPool
+    latency: LatencyLog
+    events: EventBus
+    counts: Counter[str]
+
+
+class ActiveRequest:
+    """One request, from its arguments to its latency row. Lives on the I/O loop.
+
+    Args:
+        services: those of its router.
+        model: as the caller names it.
+        check: gives the checked request. It is called when the request begins, so that a refused request is
+            recorded too.
+        interrupted: an answer to continue; None begins a new one.
+    """
+
+    def __init__(
+        self,
+        services: RequestServices,
+        model: str,
+        check: Callable[[], ChatRequest],
+        *,
+        interrupted: Answer | None = None,
+    ) -> None:
+        self._services = services
+        self._check = check
+        self._interrupted = interrupted
+        self._record = RequestRecord(model, text=interrupted.text if interrupted is not None else "")
+        self._reported_place: str | None = None
+
+    async def chunks(self) -> AsyncGenerator[Chunk, None]:
+        """Ollama-shaped chunks; the first, the last and each from a new place have `_routing`.
+
+        Closing the generator cancels the generation on the engine. Errors are those of `Router.route_request`.
+        """
+        record, status, error_text = self._record, "cancelled", ""
+        record.start()
+        self._services.events.publish(EventKind.REQUEST_STARTED, record.model, f"asking {record.model}")
+        try:
+            request = self._check()
+            record.priority = request.priority
+            route = await self._services.routes.find(record.model, request.backend)
+            record.set_route(route)
+            while True:
+                try:
+                    async with aclosing(self._answer(request, route)) as answer:
+                        async for chunk in answer:
+                            yielded = self._recorded(chunk)
+                            if yielded.get("done"):  # the row is written before the caller has its answer
+                                status = "ok"
+                                await self._write(record.row("ok"))
+                            yield yielded
+                    return
+                except OllamaResponseError as error:
+                    route = await self._sharded_instead(request, route, error)
+                except AnswerInterruptedError as error:
+                    error.backend, error.schema, error.partial = request.backend, request.schema, record.partial()
+                    raise
+                except WorkersUnavailableError as error:
+                    if not record.failovers:
+                        raise
+                    raise WorkersUnavailableError(f"{record.failovers[-1]['what']}; {error}") from error
+        except Exception as error:
+            status, error_text = "timeout" if isinstance(error, TimeoutError) else "error", str(error)
+            raise
+        finally:
+            try:
+                if status != "ok":
+                    await self._write(record.row(status, error_text))
+            finally:  # also where the write is cancelled
+                self._services.counts[record.backend] += 1
+                self._services.events.publish(
+                    EventKind.REQUEST_FINISHED,
+                    record.model,
+                    f"{record.model}: {status}",
+                    status=status,
+                    place=record.place,
+                    tokens_per_s=record.tokens_per_s,
+                    ttft_ms=record.ttft_ms,
+                )
+
+    def _answer(self, request: ChatRequest, route: Route) -> AsyncGenerator[Chunk, None]:
+        """The chunks of the backend that the route leads to."""
+        if route.backend != OLLAMA:
+            return stream_answer(
+                self._services.coordinators,
+                route,
+                self._record,
+                lambda coordinator: self._interrupted or coordinator.answer(request.messages, request.options),
+                priority=request.priority,
+                timeout_s=request.timeout_s,
+                keep_alive=request.options.get("keep_alive"),
+            )
+        if self._interrupted is not None:
+            raise ConfigError(
+                f"{route.model} is routed to Ollama now, which cannot continue this answer; ask again"
+            )
+        self._record.set_sent()
+        return self._services.ollama.stream_chat(
+            route.model,
+            request.messages,
+            priority=request.priority,
+            timeout=request.timeout_s,
+            **request.options,
+        )
+
+    async def _sharded_instead(self, request: ChatRequest, route: Route, error: OllamaResponseError) -> Route:
+        """The route over workers, if that is what Ollama's error calls for; else raises the error."""
+        may_change = self._record.ttft_ms is None and request.backend is None
+        instead = await self._services.routes.sharded_instead(route, error) if may_change else None
+        if instead is None:
+            raise error
+        self._record.add_fallback(str(error))
+        self._record.set_route(instead)
+        return instead
+
+    def _recorded(self, chunk: Chunk) -> Chunk:
+        """Note what a chunk brings; returns it with `_routing` where that is due."""
+        record = self._record
+        if ROUTING in chunk:  # of the Ollama node
+            record.set_node(chunk[ROUTING])
+        is_first, is_last = record.ttft_ms is None, chunk.get("done")
+        record.add_chunk(chunk)
+        # An answer that is cut short has no last chunk to say where it ran.
+        if is_first or is_last or ROUTING in chunk or record.place != self._reported_place:
+            self._reported_place = record.place
+            chunk = {**chunk, ROUTING: record.routing()}
+        if is_last:
+            chunk["total_duration"] = int(record.duration_ms * 1e6)
+            chunk["load_duration"] = int((record.load_ms or 0) * 1e6)
+        return chunk
+
+    async def _write(self, row: LatencyRow) -> None:
+        latency = self._services.latency
+        try:
+            await asyncio.to_thread(latency.record, row)
+        except (OSError, sqlite3.Error) as error:  # an answer is worth more than its row
+            logger.warning("the latency row was not written to %s: %s", latency.path, error)

@@ -1,0 +1,486 @@
+"""The router: small models go to Ollama, large ones to a llama-server over RPC workers.
+
+`Router` can be awaited from any event loop, since its work runs on the process's I/O loop (`runtime/io_loop.py`).
+Making a router does no I/O: Ollama nodes are asked, workers probed and engines started when a request needs them.
+Its parts: `RouteFinder` decides where a request goes, `ActiveRequest` is the life of one request, and
+`ClusterControl` shows and changes workers and coordinators.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import html
+import weakref
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import aclosing
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
+
+from sollol_nb.chat.chunk import Chunk
+from sollol_nb.chat.completion import Completion, checked_against_schema
+from sollol_nb.chat.request import ChatRequest, checked_timeout_s
+from sollol_nb.cluster.state import ClusterState
+from sollol_nb.errors import AnswerInterruptedError, ConfigError
+from sollol_nb.latency.log import LatencyLog
+from sollol_nb.llama_cpp.answers.kinds import Answer
+from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
+from sollol_nb.llama_cpp.coordinators.pool import CoordinatorPool
+from sollol_nb.llama_cpp.coordinators.settings import PoolSettings
+from sollol_nb.llama_cpp.workers.workers import Workers
+from sollol_nb.models.listing import models_frame
+from sollol_nb.models.profiles import ModelProfile
+from sollol_nb.models.routing import DISTRIBUTED, LOCAL, OLLAMA, Route, checked_backend
+from sollol_nb.ollama.pool import OllamaPool
+from sollol_nb.router.active_request import ActiveRequest, RequestServices
+from sollol_nb.router.cluster_control import ClusterControl
+from sollol_nb.router.finder import ModelSlots, RouteFinder
+from sollol_nb.router.settings import check_amounts, endpoints, latency_log, pool_arguments, pool_settings
+from sollol_nb.runtime.events import EventBus
+from sollol_nb.runtime.io_loop import (
+    done_with_io_loop,
+    io_bound,
+    io_bound_stream,
+    on_io_loop,
+    run_blocking,
+    submit,
+    uses_io_loop,
+)
+from sollol_nb.runtime.priority import Priority, checked_priority
+from sollol_nb.settings import config
+from sollol_nb.settings.endpoints import DEFAULT_COORDINATOR_PORT, DEFAULT_RPC_PORT
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+DEFAULT_COORDINATOR_TIMEOUT_S = 1200.0
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _control(method: Callable[Concatenate[ClusterControl, P], R]) -> Callable[Concatenate[Any, P], R]:
+    """A method of `ClusterControl`, as one of the router's own."""
+
+    def delegate(self: Router, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return method(self._control, *args, **kwargs)
+
+    functools.update_wrapper(delegate, method)
+    return delegate
+
+
+class Router:
+    """Routes chat requests by the model's profile, and keeps what it started warm.
+
+    Attributes:
+        events: the event bus of this router's workers, coordinators and requests.
+        latency: the latency log.
+        state: its cluster, live, for whoever watches.
+    """
+
+    def __init__(
+        self,
+        ollama_pool: OllamaPool | None = None,
+        *,
+        enable_distributed: bool = True,
+        rpc_backends: Iterable[str | Mapping[str, Any]] | None = None,
+        num_rpc_backends: int | None = None,
+        auto_discover_rpc: bool = True,
+        auto_setup_rpc: bool | None = None,
+        coordinator_timeout: float = DEFAULT_COORDINATOR_TIMEOUT_S,
+        coordinator_port: int = DEFAULT_COORDINATOR_PORT,
+        rpc_port: int = DEFAULT_RPC_PORT,
+        distributed_threshold_params: float | None = None,
+        model_filter: Collection[str] | None = None,
+        gguf_path: str | Path | None = None,
+        layer_strategy: str | None = None,
+        context_tokens: int | None = None,
+        slots: int | None = None,
+        timeout: float | None = None,
+        llama_cpp: str | Path | None = None,
+        keep_alive: float | str | Mapping[str, float | str] | None = None,
+        latency: LatencyLog | None = None,
+    ) -> None:
+        """What is not given here is taken from the settings (`settings/table.py`): an environment variable, then
+        `sollol_nb.toml`, then the default named below.
+
+        Args:
+            ollama_pool: the Ollama nodes; by default those of `OLLAMA_HOST`, or this machine's.
+            enable_distributed: whether large models are sharded.
+            rpc_backends: workers as `"host:port"` or `{"host": ..., "port": ...}`; by default those of the
+                setting `workers`.
+            num_rpc_backends: how many workers a model is spread over; by default 3, or as many as its size takes.
+            auto_discover_rpc: look for workers on this machine's ports 50052 to 50067 where more are needed.
+            auto_setup_rpc: start workers on this machine where more are needed.
+            coordinator_timeout: seconds that a coordinator may take to load its model.
+            coordinator_port: the first port to try for a coordinator.
+            rpc_port: the first port to try for workers started here.
+            distributed_threshold_params: models of more billions of parameters are sharded too.
+            model_filter: only these models are sharded by this router.
+            gguf_path: the GGUF file for models on llama.cpp, instead of looking into Ollama's storage.
+            layer_strategy: how layers are spread, by default `memory_aware`.
+            context_tokens: context of a coordinator, shared by its slots; by default the model's own, at most
+                8192.
+            slots: requests that a coordinator serves at the same time, by default 4.
+            timeout: limit of a request in seconds, from when its backend is ready; by default 600.
+            llama_cpp: folder with the llama.cpp binaries.
+            keep_alive: how long a coordinator (and a worker started here) lives without a request: seconds,
+                `"10m"`, 0 (ends with its request) or `"forever"`; or a dict of these by model, with `"*"` for all
+                others. By default 10 minutes. It lives on when the kernel ends.
+            latency: the latency log; by default the one in the state folder.
+
+        Raises:
+            ConfigError: an argument cannot be used.
+        """
+        self._timeout_s: float = config.or_default(timeout, "timeout")
+        distributed_threshold_params = config.or_default(distributed_threshold_params, "threshold_params")
+        check_amounts(
+            coordinator_timeout=coordinator_timeout,
+            timeout=self._timeout_s,
+            distributed_threshold_params=distributed_threshold_params,
+        )
+        settings = pool_settings(
+            num_rpc_backends=config.or_default(num_rpc_backends, "num_workers"),
+            auto_discover_rpc=auto_discover_rpc,
+            auto_setup_rpc=config.or_default(auto_setup_rpc, "auto_setup"),
+            coordinator_timeout=coordinator_timeout,
+            coordinator_port=coordinator_port,
+            rpc_port=rpc_port,
+            layer_strategy=config.or_default(layer_strategy, "strategy"),
+            context_tokens=config.or_default(context_tokens, "context_tokens"),
+            slots=config.or_default(slots, "slots"),
+            llama_cpp=llama_cpp,
+            keep_alive=config.or_default(keep_alive, "keep_alive"),
+        )
+        self.events = EventBus()
+        self._workers = Workers(endpoints(rpc_backends), self.events)
+        self._ollama = ollama_pool or OllamaPool.auto_configure(events=self.events)
+        self._coordinators = CoordinatorPool(settings, self._workers, self.events)
+        self._routes = RouteFinder(
+            self._ollama,
+            enable_distributed=enable_distributed,
+            threshold_params=distributed_threshold_params,
+            model_filter=[model_filter] if isinstance(model_filter, str) else model_filter,
+            gguf_path=gguf_path,
+        )
+        self.latency = latency if latency is not None else latency_log()
+        self.state = ClusterState(self._coordinators, self._workers, self._ollama, self.events)
+        self._control = ClusterControl(
+            self._coordinators, self._workers, self._ollama, state=self.state, events=self.events
+        )
+        self._services = RequestServices(
+            routes=self._routes,
+            ollama=self._ollama,
+            coordinators=self._coordinators,
+            latency=self.latency,
+            events=self.events,
+            counts=Counter(),
+        )
+        uses_io_loop(self)
+        # A router that nobody holds any more must not hold workers. Its engines live on for their keep_alive, so
+        # that the next router, or this kernel after a restart, finds the model loaded.
+        weakref.finalize(self, _release, self._control).atexit = False
+
+    def __repr__(self) -> str:
+        models = ", ".join(coordinator.model for coordinator in self.coordinators) or "none"
+        return f"<{type(self).__name__}: {len(self.worker_endpoints)} workers, coordinators: {models}>"
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
+        status = self.state.status() if on_io_loop() else run_blocking(self.status())
+        shown = status._repr_mimebundle_()
+        title = html.escape(repr(self))
+        return {
+            "text/plain": f"{self!r}\n{shown['text/plain']}",
+            "text/html": f"<p><code>{title}</code></p>{shown['text/html']}",
+        }
+
+    # --- asking ---------------------------------------------------------------------------------
+
+    async def route_request(
+        self,
+        /,
+        model: str,
+        messages: Sequence[Mapping[str, Any]] | str,
+        *,
+        schema: object = None,
+        backend: str | None = None,
+        priority: int = Priority.NORMAL,
+        timeout: float | None = None,
+        **options: Any,
+    ) -> Completion:
+        """Ask a model, and wait for the whole answer.
+
+        Args:
+            model: a model's name, such as `llama3.1:70b` or `demo:sharded`, or the path of a `.gguf` file.
+            messages: `[{"role": "user", "content": "Hello!"}]`, or one user message as a string.
+            schema: what the answer must fit: a pydantic model class, a dataclass, another type such as
+                `list[str]`, a JSON schema as a dict, or a DataFrame as an example (see `schema/schema.py`). The
+                engine is held to it, and the answer is checked; `.value` has the answer as that type.
+            backend: where it must run, whatever the model's size: `ollama`, `sharded` or `local` (or in full, as
+                in `_routing`); None and `auto` leave that to the router.
+            priority: 1 to 10; of requests that wait for the same backend, higher ones go first.
+            timeout: limit in seconds, from when the backend is ready.
+            **options: `max_tokens`, `temperature`, `top_p`, `top_k`, `min_p`, `seed`, `stop`, `format`
+                (`"json"` or a JSON schema), `tools`, `options` (Ollama's own dict), `overflow` (`"error"`, or
+                `"drop_oldest"`: leaves out the oldest turns that do not fit, and says so as `_dropped`), ...
+
+        Returns:
+            The answer in Ollama's shape, with `_routing`.
+
+        Raises:
+            StructureError: the answer does not fit the schema; the error has it as `.completion`.
+            ContextOverflowError: the messages do not fit the model's context.
+            SollolError: of the kind that fits; see `errors.py`.
+        """
+        chunks = self.stream(
+            model, messages, schema=schema, backend=backend, priority=priority, timeout=timeout, **options
+        )
+        async with aclosing(chunks):
+            return checked_against_schema(Completion.from_chunks([chunk async for chunk in chunks]), schema)
+
+    @io_bound_stream
+    def stream(
+        self,
+        /,
+        model: str,
+        messages: Sequence[Mapping[str, Any]] | str,
+        *,
+        schema: object = None,
+        backend: str | None = None,
+        priority: int = Priority.NORMAL,
+        timeout: float | None = None,
+        **options: Any,
+    ) -> AsyncGenerator[Chunk, None]:
+        """Ask a model; yields Ollama-shaped chunks as they come, the last with `done` and `_routing`.
+
+        Arguments and errors are those of `route_request`, but only the engine is held to the schema: the text is
+        not checked here. Leaving the loop early (closing the generator) cancels the generation on the engine.
+        """
+        check = partial(
+            ChatRequest.checked,
+            messages,
+            schema=schema,
+            backend=backend,
+            priority=priority,
+            timeout_s=self._timeout_s if timeout is None else timeout,
+            options=options,
+        )
+        return ActiveRequest(self._services, model, check).chunks()
+
+    async def resume(
+        self, interrupted: AnswerInterruptedError, *, priority: int = Priority.NORMAL, timeout: float | None = None
+    ) -> Completion:
+        """Continue an answer that was interrupted because no coordinator could take over.
+
+        Args:
+            interrupted: the error that said so.
+
+        Returns:
+            The whole answer, with the text from before the interruption; checked if a schema was given.
+
+        Raises:
+            ConfigError: the error holds nothing to continue.
+            StructureError: as for `route_request`.
+            SollolError: as for `route_request`.
+        """
+        if not isinstance(interrupted, AnswerInterruptedError) or interrupted.state is None:
+            raise ConfigError("resume() takes an AnswerInterruptedError of an answer that had begun; ask again")
+        answer = Answer.from_state(interrupted.state)
+        before: Chunk = {"message": {"role": "assistant", "content": answer.text, "thinking": answer.thinking}}
+        async with aclosing(self._resumed(answer, interrupted, priority, timeout)) as chunks:
+            whole = Completion.from_chunks([before, *[chunk async for chunk in chunks]])
+        return checked_against_schema(whole, interrupted.schema)
+
+    @io_bound_stream
+    def _resumed(
+        self, answer: Answer, interrupted: AnswerInterruptedError, priority: int, timeout_s: float | None
+    ) -> AsyncGenerator[Chunk, None]:
+        def checked() -> ChatRequest:
+            return ChatRequest(
+                messages=[],  # the answer has them, and the options
+                options={},
+                priority=checked_priority(priority),
+                timeout_s=checked_timeout_s(self._timeout_s if timeout_s is None else timeout_s),
+                backend=checked_backend(interrupted.backend),
+                schema=interrupted.schema,
+            )
+
+        return ActiveRequest(self._services, answer.model, checked, interrupted=answer).chunks()
+
+    # --- deciding -------------------------------------------------------------------------------
+
+    def should_use_distributed(self, model: str) -> bool:
+        """Whether this router would shard the model, by its profile (no node or worker is asked)."""
+        return self._routes.would_shard(model)
+
+    @io_bound
+    async def route(self, model: str, *, backend: str | None = None) -> Route:
+        """Where a request for this model would go now, and why.
+
+        Args:
+            backend: as for `route_request`.
+
+        Raises:
+            ModelError, ConfigError: it could go nowhere, or not there; the message says why.
+        """
+        return await self._routes.find(model, checked_backend(backend))
+
+    @io_bound
+    async def slots_for(self, model: str, *, backend: str | None = None) -> ModelSlots:
+        """How many requests for this model would run at the same time now, and which model that is.
+
+        Args:
+            backend: as for `route_request`.
+
+        Raises:
+            ModelError, ConfigError: as for `route`.
+        """
+        route = await self.route(model, backend=backend)
+        if route.backend == OLLAMA:
+            slots = self._routes.ollama_slots(route.model)
+        else:
+            slots = self._coordinators.gate(route).slots
+        return ModelSlots(identity=await self._routes.identity(route), slots=slots)
+
+    def profile(self, model: str) -> ModelProfile:
+        """What is known of a model, and from where (no node or worker is asked).
+
+        Raises:
+            ModelFileError, ConfigError: its file or its entry in `MODEL_PROFILES` cannot be used.
+        """
+        return self._routes.profile(model)
+
+    @io_bound
+    async def models(self) -> pd.DataFrame:
+        """The models that can be asked, one row each (see `models/listing.py`); those of Ollama nodes that do not
+        answer are left out."""
+        running = {coordinator.model: coordinator.base_url for coordinator in self.coordinators}
+        models = await self._routes.models(running)
+        return await asyncio.to_thread(models_frame, models)
+
+    @io_bound
+    async def preload(self, model: str) -> str:
+        """Have a model loaded where a request for it would go; returns where that is, such as `in Ollama`.
+
+        Raises:
+            SollolError: it cannot be loaded; of the kind that fits, as for `route_request`.
+        """
+        route = await self.route(model)
+        if route.backend == OLLAMA:
+            await self._ollama.generate(route.model, "", max_tokens=1)
+            return "in Ollama"
+        coordinator, _ = await self._coordinators.get(route)
+        return f"at {coordinator.base_url}"
+
+    # --- workers and coordinators ---------------------------------------------------------------
+
+    cluster = _control(ClusterControl.cluster)
+    status = _control(ClusterControl.status)
+    check_workers = _control(ClusterControl.check_workers)
+    start_workers = _control(ClusterControl.start_workers)
+    discover_workers = _control(ClusterControl.discover_workers)
+    add_worker = _control(ClusterControl.add_worker)
+    take_workers = _control(ClusterControl.take_workers)
+    remove_worker = _control(ClusterControl.remove_worker)
+    stop_coordinator = _control(ClusterControl.stop_coordinator)
+    apply_plan = _control(ClusterControl.apply_plan)
+    what_if = _control(ClusterControl.what_if)
+    configure = _control(ClusterControl.configure)
+
+    @property
+    def worker_endpoints(self) -> list[str]:
+        """All known workers as `host:port`, in the order in which they became known."""
+        return self._workers.endpoints
+
+    @property
+    def coordinator(self) -> Coordinator | None:
+        """The running coordinator that shards over workers, the last used if several; None if there is none."""
+        sharded = [coordinator for coordinator in self.coordinators if coordinator.plan is not None]
+        return sharded[-1] if sharded else None
+
+    @property
+    def coordinator_model(self) -> str | None:
+        """The model of `coordinator`."""
+        return self.coordinator.model if self.coordinator else None
+
+    @property
+    def coordinators(self) -> list[Coordinator]:
+        """All running coordinators, local ones too, the most recently used last."""
+        return self._coordinators.coordinators
+
+    @property
+    def layer_strategy(self) -> str:
+        """How the layers of the next models are spread."""
+        return self.settings.layer_strategy
+
+    def get_stats(self) -> dict[str, Any]:
+        """Counts and states of this router.
+
+        Keys: `distributed_requests`, `ollama_requests`, `local_requests`, `failed_requests` (no backend was
+        found), `coordinator_uptime_seconds` (of `coordinator`; 0 without), `active_rpc_backends` (workers held),
+        `known_rpc_backends`, `coordinators` (model to URL).
+        """
+        counts, running = self._services.counts, self.coordinators
+        return {
+            "distributed_requests": counts[DISTRIBUTED],
+            "ollama_requests": counts[OLLAMA],
+            "local_requests": counts[LOCAL],
+            "failed_requests": counts[""],
+            "coordinator_uptime_seconds": round(self.coordinator.uptime_s, 3) if self.coordinator else 0,
+            "active_rpc_backends": sum(len(coordinator.rpc_backends) for coordinator in running),
+            "known_rpc_backends": len(self.worker_endpoints),
+            "coordinators": {coordinator.model: coordinator.base_url for coordinator in running},
+        }
+
+    # --- settings, siblings, the end ------------------------------------------------------------
+
+    @property
+    def settings(self) -> PoolSettings:
+        """How coordinators are started; `configure` changes it."""
+        return self._coordinators.settings
+
+    @property
+    def timeout_s(self) -> float:
+        """Limit of a request in seconds, from when its backend is ready."""
+        return self._timeout_s
+
+    def sibling(self, **changes: Any) -> Self:
+        """A separate router over the same workers and Ollama nodes, with the same latency log.
+
+        Args:
+            **changes: arguments of the class; all others are as they are here now.
+        """
+        arguments = {
+            "ollama_pool": OllamaPool([node.url for node in self._ollama.nodes]),
+            "rpc_backends": self.worker_endpoints,
+            "timeout": self.timeout_s,
+            "latency": self.latency,
+            "enable_distributed": self._routes.enable_distributed,
+            "distributed_threshold_params": self._routes.threshold_params,
+            "model_filter": self._routes.model_filter,
+            "gguf_path": self._routes.gguf_path,
+            **pool_arguments(self.settings),
+        }
+        return type(self)(**{**arguments, **changes})
+
+    @io_bound
+    async def close(self, *, keep: bool = False) -> None:
+        """End the coordinators and workers that no other process uses, and close connections. Twice is fine.
+
+        Args:
+            keep: leave the engines running for their keep_alive, for whoever comes next.
+        """
+        done_with_io_loop(self)
+        await self._control.close(keep=keep)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+
+def _release(control: ClusterControl) -> None:
+    submit(control.close(keep=True))
