@@ -19,7 +19,7 @@ from sollol_nb.errors import (
     WorkersUnavailableError,
 )
 from sollol_nb.latency.log import LatencyLog, LatencyRow
-from sollol_nb.llama_cpp.answers.kinds import Answer
+from sollol_nb.llama_cpp.answers.base import Answer
 from sollol_nb.llama_cpp.coordinators.pool import CoordinatorPool
 from sollol_nb.models.routing import OLLAMA, Route
 from sollol_nb.ollama.pool import OllamaPool

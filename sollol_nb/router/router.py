@@ -25,7 +25,7 @@ from sollol_nb.chat.request import ChatRequest, checked_timeout_s
 from sollol_nb.cluster.state import ClusterState
 from sollol_nb.errors import AnswerInterruptedError, ConfigError
 from sollol_nb.latency.log import LatencyLog
-from sollol_nb.llama_cpp.answers.kinds import Answer
+from sollol_nb.llama_cpp.answers.base import Answer
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.coordinators.pool import CoordinatorPool
 from sollol_nb.llama_cpp.coordinators.settings import PoolSettings
