@@ -1,10 +1,9 @@
-"""What the latency log costs: writing a row, and reading a million of them as a frame.
+"""What the latency log costs: writing a row, and reading the newest rows, or a million, as a frame.
 
     python benchmarks/latency_log.py [--rows 1000000] [--rounds 5]
 
-A log in a temporary folder gets the rows through `record`. Then `frame()` is timed: in fresh processes, here, with
-filters, and for a log that an older version of this package has written; its first reading goes row by row and
-packs it. `pandas.read_sql` of the same rows stands beside it for comparison.
+A log in a temporary folder gets the rows through `record`. Then `frame()` is timed beside `pandas.read_sql` of the
+same rows, in turns, and with filters. Times are medians.
 """
 
 from __future__ import annotations
@@ -14,8 +13,6 @@ import contextlib
 import json
 import random
 import sqlite3
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,18 +21,11 @@ from statistics import median, quantiles
 
 import pandas as pd
 
-from sollol_nb.latency.log import LatencyLog, LatencyRow
-
-LIMIT_S = 1.0
-WRITTEN_AT_ONCE = 5000
-FRESH = """
-import sys, time
-import pandas
 from sollol_nb.latency.log import LatencyLog
-began = time.perf_counter()
-rows = len(LatencyLog(sys.argv[1]).frame())
-print(time.perf_counter() - began)
-"""
+from sollol_nb.latency.schema import LatencyRow
+
+WRITTEN_AT_ONCE = 5000
+NEWEST = 10_000
 
 
 def realistic_row(number: int) -> LatencyRow:
@@ -71,19 +61,15 @@ def realistic_row(number: int) -> LatencyRow:
     )
 
 
-def seconds(work: Callable[[], object], rounds: int) -> list[float]:
-    """Times of single calls, in seconds."""
-    times_s = []
+def seconds(*works: Callable[[], object], rounds: int) -> list[float]:
+    """The median time of each of these calls, in seconds; they take turns."""
+    times_s: list[list[float]] = [[] for _ in works]
     for _ in range(rounds):
-        began = time.perf_counter()
-        work()
-        times_s.append(time.perf_counter() - began)
-    return times_s
-
-
-def show(what: str, times_s: list[float]) -> None:
-    """One line of the result."""
-    print(f"{what:<52} median {median(times_s):7.3f} s   worst {max(times_s):7.3f} s")
+        for work, taken_s in zip(works, times_s, strict=True):
+            began = time.perf_counter()
+            work()
+            taken_s.append(time.perf_counter() - began)
+    return [median(taken_s) for taken_s in times_s]
 
 
 def main() -> None:
@@ -91,40 +77,47 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--rounds", type=int, default=5)
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     random.seed(1)
     with tempfile.TemporaryDirectory() as folder:
         log = LatencyLog(Path(folder) / "latency.sqlite", keep_rows=None)
         began = time.perf_counter()
-        for first in range(0, asked.rows, WRITTEN_AT_ONCE):
-            log.record(*map(realistic_row, range(first, min(first + WRITTEN_AT_ONCE, asked.rows))))
+        for first in range(0, arguments.rows, WRITTEN_AT_ONCE):
+            log.record(*map(realistic_row, range(first, min(first + WRITTEN_AT_ONCE, arguments.rows))))
         took_s, size_mb = time.perf_counter() - began, log.path.stat().st_size / 1e6
-        print(f"made {asked.rows:,} rows in {took_s:.0f} s: {size_mb:.0f} MB")
-        print(f"at most {LIMIT_S:g} s are wanted for reading them all")
+        print(f"wrote {arguments.rows:,} rows in {took_s:.0f} s: {size_mb:.0f} MB")
 
-        fresh_s = [
-            float(subprocess.check_output([sys.executable, "-c", FRESH, str(log.path)]))
-            for _ in range(asked.rounds)
-        ]
-        show("frame(), the first in a fresh process", fresh_s)
-        show("frame(), again in the same process", seconds(log.frame, asked.rounds))
-        show("frame(model=...)", seconds(lambda: log.frame(model="mistral"), asked.rounds))
-        show("frame(last=20)", seconds(lambda: log.frame(last=20), asked.rounds))
         with contextlib.closing(sqlite3.connect(log.path)) as connection:
-            query = "SELECT * FROM requests"
-            show("pandas.read_sql, for comparison", seconds(lambda: pd.read_sql(query, connection), 1))
+            newest = f"SELECT * FROM (SELECT * FROM requests ORDER BY id DESC LIMIT {NEWEST}) ORDER BY id"
+            for what, frame, query in (
+                (f"the newest {NEWEST:,}", lambda: log.frame(last=NEWEST), newest),
+                ("all rows", log.frame, "SELECT * FROM requests"),
+            ):
+                ours_s, pandas_s = seconds(
+                    frame, lambda query=query: pd.read_sql(query, connection), rounds=arguments.rounds
+                )
+                print(
+                    f"{what:<24} frame() {ours_s:6.3f} s   pandas.read_sql {pandas_s:6.3f} s   "
+                    f"ratio {ours_s / pandas_s:.2f}"
+                )
+        day_ago = pd.Timestamp(1.7e9 + arguments.rows * 0.6 - 86_400, unit="s", tz="UTC").to_pydatetime()
+        for what, filtered in (
+            ("last=20", lambda: log.frame(last=20)),
+            ("model=... (a fifth)", lambda: log.frame(model="mistral")),
+            ("since=... (the last day)", lambda: log.frame(since=day_ago)),
+        ):
+            (taken_s,) = seconds(filtered, rounds=arguments.rounds)
+            print(f"{what:<24} frame() {taken_s:6.3f} s")
 
-        times_s = seconds(lambda: log.record(realistic_row(0)), 3000)
-        centiles_ms = [one * 1000 for one in quantiles(times_s, n=100)]
+        times_ms = []
+        for number in range(3000):
+            began = time.perf_counter()
+            log.record(realistic_row(number))
+            times_ms.append((time.perf_counter() - began) * 1000)
         print(
-            f"record(), one row: median {centiles_ms[49]:.2f} ms, p99 {centiles_ms[98]:.2f} ms, "
-            f"worst (packs a block) {max(times_s) * 1000:.1f} ms"
+            f"record(), one row: median {median(times_ms):.2f} ms, p99 {quantiles(times_ms, n=100)[98]:.2f} ms, "
+            f"worst (with pruning) {max(times_ms):.1f} ms"
         )
-
-        with contextlib.closing(sqlite3.connect(log.path)) as connection, connection:
-            connection.execute("DELETE FROM blocks")  # older versions write none
-        show("frame(), the first after an older version's writing", seconds(log.frame, 1))
-        show("frame(), the next", seconds(log.frame, asked.rounds))
 
 
 if __name__ == "__main__":

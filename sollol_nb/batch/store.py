@@ -5,9 +5,9 @@ options, the schema included. Anything else, another file under the model's name
 answers that ended well are kept, sampled ones as well: a batch that goes on should not change what it has, so at a
 temperature above 0 the same row gets the same answer until it is asked with `fresh=True`.
 
-The file lies in the state folder (mode 0600, since it holds prompts' answers), is in WAL mode, and each operation
-opens its own connection, so several kernels may write at once. After each batch that comes to its end, answers
-that were not used for `KEEP_DAYS` days go, and the least recently used of more than `KEEP_ROWS`.
+The file lies in the state folder, and several kernels may write to it at the same time (see `sqlite_file`). Each
+batch that runs to its end deletes the answers that were not used for `KEEP_DAYS` days, and the least recently used
+ones of more than `KEEP_ROWS`.
 """
 
 from __future__ import annotations
@@ -15,20 +15,18 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sollol_nb.chat.chunk import ROUTING
 from sollol_nb.chat.completion import Completion
 from sollol_nb.errors import ConfigError
+from sollol_nb.runtime.sqlite_file import SqliteFile
 from sollol_nb.settings import config
 
-SCHEMA_VERSION = 1
-BUSY_TIMEOUT_S = 10.0
 KEEP_DAYS = 30.0
 KEEP_ROWS = 200_000
 
@@ -43,7 +41,6 @@ _CREATE = (
         completion TEXT NOT NULL
     ) WITHOUT ROWID""",
     "CREATE INDEX answers_used_at ON answers (used_at)",
-    f"PRAGMA user_version = {SCHEMA_VERSION}",
 )
 
 
@@ -77,13 +74,14 @@ class BatchStore:
 
     def __init__(self, path: str | Path | None = None) -> None:
         self.path = Path(path) if path is not None else config.state_dir() / "batches.sqlite"
+        self._file = SqliteFile(self.path, [_CREATE])
 
     def __repr__(self) -> str:
         return f"BatchStore({str(self.path)!r})"
 
     def __len__(self) -> int:
         """How many answers are kept."""
-        with self._connection() as connection:
+        with self._file.connection() as connection:
             return int(connection.execute("SELECT count(*) FROM answers").fetchone()[0])
 
     def put(self, key: str, completion: Completion) -> None:
@@ -91,14 +89,14 @@ class BatchStore:
         routing = {name: value for name, value in completion.routing.items() if name not in _LARGE_ROUTING}
         text = json.dumps({**completion, ROUTING: routing})
         row = (key, str(completion.get("model", "")), time.time(), text)
-        with self._connection() as connection:
+        with self._file.connection() as connection:
             connection.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?)", row)
 
     def get(self, keys: Iterable[str]) -> dict[str, Completion]:
         """The answers that are kept of these; they count as used now, if the file can be written."""
         wanted = list(keys)
         found: dict[str, Completion] = {}
-        with self._connection() as connection:
+        with self._file.connection() as connection:
             for start in range(0, len(wanted), _KEYS_AT_ONCE):
                 some = wanted[start : start + _KEYS_AT_ONCE]
                 marks = ", ".join("?" * len(some))
@@ -118,7 +116,7 @@ class BatchStore:
     def prune(self, *, keep_days: float = KEEP_DAYS, keep_rows: int = KEEP_ROWS) -> int:
         """Forget answers not used for `keep_days` days, and the least recently used of more than `keep_rows`;
         gives how many."""
-        with self._connection() as connection:
+        with self._file.connection() as connection:
             old = connection.execute("DELETE FROM answers WHERE used_at < ?", [time.time() - keep_days * _DAY_S])
             many = connection.execute(
                 """DELETE FROM answers WHERE key IN (
@@ -130,46 +128,12 @@ class BatchStore:
 
     def clear(self, model: str | None = None) -> int:
         """Forget all answers, or those of one model, and give their space back; gives how many."""
-        with self._connection() as connection:
+        with self._file.connection() as connection:
             if model is None:
                 count = connection.execute("DELETE FROM answers").rowcount
             else:
                 count = connection.execute("DELETE FROM answers WHERE model = ?", [model]).rowcount
-        with self._connection() as connection:
+        with self._file.connection() as connection:
             connection.isolation_level = None  # VACUUM runs in no transaction
             connection.execute("VACUUM")
         return count
-
-    @contextlib.contextmanager
-    def _connection(self) -> Iterator[sqlite3.Connection]:
-        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite's own files beside it take its mode
-        connection = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_S)
-        try:
-            if connection.execute("PRAGMA user_version").fetchone()[0] < SCHEMA_VERSION:
-                _create(connection)
-            connection.execute(
-                "PRAGMA synchronous = NORMAL"
-            )  # safe with WAL; an answer need not survive power loss
-            with connection:
-                yield connection
-        finally:
-            connection.close()
-
-
-def _create(connection: sqlite3.Connection) -> None:
-    # SQLite does not wait for its lock while the journal mode changes, and several writers may be the first.
-    deadline = time.monotonic() + BUSY_TIMEOUT_S
-    while True:
-        try:
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("BEGIN IMMEDIATE")
-            if connection.execute("PRAGMA user_version").fetchone()[0] < SCHEMA_VERSION:
-                for statement in _CREATE:
-                    connection.execute(statement)
-            connection.commit()
-            return
-        except sqlite3.OperationalError as error:
-            connection.rollback()
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
-                raise
-            time.sleep(0.01)

@@ -81,7 +81,7 @@ def seconds_of(moment: Moment, now_s: float) -> float:
     """A moment in seconds since the epoch; spans are counted back from `now_s`.
 
     Raises:
-        ConfigError: it is no time and no span.
+        ConfigError: it is neither a time nor a span.
     """
     if isinstance(moment, datetime):
         return moment.timestamp()
@@ -95,4 +95,4 @@ def seconds_of(moment: Moment, now_s: float) -> float:
             return datetime.fromisoformat(moment.strip()).timestamp()
         except (ValueError, OverflowError):
             pass
-    raise ConfigError(f"{moment!r} is no time; write '1h', '2 days', '2026-03-01 12:00', or a datetime")
+    raise ConfigError(f"cannot read {moment!r} as a time; use '1h', '2 days', '2026-03-01 12:00', or a datetime")

@@ -1,118 +1,108 @@
-"""Rows of the latency log as columns, which is how a million of them are read in under a second.
+"""Rows of the latency log as a pandas frame, and a frame as a file.
 
-Python objects are what makes reading slow: a million rows are twenty million of them. So rows are also kept in
-blocks of a few thousand: numbers as numpy holds them, a text as its position among the few different texts of the
-block. Building a frame from blocks copies memory and makes no object per value.
+Pandas is heavy to import, so this module is imported on first use.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import contextlib
+import importlib
+import secrets
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from sollol_nb.latency.schema import COLUMNS, FLOAT, INTEGER, TEXT, TIME
+from sollol_nb.errors import ConfigError
+from sollol_nb.latency.schema import COLUMNS, INTEGER, TEXT, TIME
 
-if TYPE_CHECKING:
-    from sollol_nb.latency.filter import RowFilter
-
-BLOCK_ROWS = 4096
-_MISSING = np.iinfo(np.int64).min  # stands for an integer that does not apply
-_STORED = {TIME: "<f8", FLOAT: "<f8", INTEGER: "<i8", TEXT: "<u2"}
-_FIELDS = [(one.name, _STORED[one.dtype]) for one in COLUMNS]
-_DTYPE = np.dtype(_FIELDS)
+SUFFIXES = (".csv", ".parquet")
+ROWS_AT_ONCE = 10_000
+"""So many rows at a time are turned into columns; as Python objects, a million would fill a gigabyte."""
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
-    """Rows in their order.
-
-    Attributes:
-        values: a structured array, one record per row; in it a text is its position in `texts`.
-        texts: the different texts of each text column.
-    """
-
-    values: np.ndarray[Any, np.dtype[np.void]]
-    texts: Mapping[str, Sequence[str]]
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    @classmethod
-    def of_rows(cls, rows: Sequence[tuple[Any, ...]]) -> Block:
-        """At most `BLOCK_ROWS` rows as SQLite gives them, values in the order of `COLUMNS`."""
-        values = np.empty(len(rows), _DTYPE)
-        texts: dict[str, list[str]] = {}
-        cells_by_column = zip(*rows, strict=True) if rows else [()] * len(COLUMNS)
-        for column, cells in zip(COLUMNS, cells_by_column, strict=True):
-            if column.dtype == TEXT:
-                positions = {text: position for position, text in enumerate(dict.fromkeys(cells))}
-                texts[column.name] = list(positions)
-                values[column.name] = [positions[text] for text in cells]
-            elif column.dtype == INTEGER:
-                values[column.name] = [_MISSING if cell is None else cell for cell in cells]
-            else:
-                values[column.name] = np.array(cells, dtype=float)  # None becomes NaN
-        return cls(values, texts)
-
-    def packed(self) -> tuple[str, bytes]:
-        """A JSON header that describes the block, and the bytes of its values."""
-        return json.dumps({"fields": _FIELDS, "texts": self.texts}), self.values.tobytes()
-
-    @classmethod
-    def unpacked(cls, header: str, data: bytes) -> Block | None:
-        """The block again; None if it was packed by an older version, which did not know all columns."""
-        about = json.loads(header)
-        stored = [(name, kind) for name, kind in about["fields"]]
-        if not set(stored) >= set(_FIELDS):
-            return None
-        return cls(np.frombuffer(data, stored), about["texts"])
-
-    def where(self, wanted: RowFilter) -> Block:
-        """The rows that are wanted, however many."""
-        values = self.values
-        for name, text in wanted.equal:
-            texts = self.texts[name]
-            values = values[values[name] == texts.index(text)] if text in texts else values[:0]
-        if wanted.since_s is not None:
-            values = values[values["started_at"] >= wanted.since_s]
-        if wanted.until_s is not None:
-            values = values[values["started_at"] < wanted.until_s]
-        return Block(values, self.texts)
-
-    def newest(self, count: int) -> Block:
-        """Its last rows, at most `count`."""
-        return Block(self.values[-count:], self.texts)
-
-
-def frame_of(blocks: Sequence[Block]) -> pd.DataFrame:
-    """The rows of all blocks as one frame, with the dtypes of `COLUMNS`."""
-    columns: dict[str, Any] = {}
-    for column in COLUMNS:
+def frame_of(rows: Iterable[tuple[Any, ...]]) -> pd.DataFrame:
+    """A frame of rows as SQLite gives them, values in the order of `COLUMNS`, with the dtypes of `COLUMNS`."""
+    left = iter(rows)
+    shared: dict[str, str] = {}  # equal texts become one object
+    pieces = [_columns(list(islice(left, ROWS_AT_ONCE)), shared)]
+    while more := list(islice(left, ROWS_AT_ONCE)):
+        pieces.append(_columns(more, shared))
+    joined: dict[str, Any] = {}
+    for column, arrays in zip(COLUMNS, zip(*pieces, strict=True), strict=True):
         if column.dtype == TEXT:
-            columns[column.name] = _text_column(column.name, blocks)
-            continue
-        values = np.concatenate([np.empty(0, _DTYPE[column.name]), *(one.values[column.name] for one in blocks)])
-        if column.dtype == INTEGER:
-            columns[column.name] = pd.arrays.IntegerArray(values, values == _MISSING)
+            joined[column.name] = pd.array(np.concatenate(arrays), dtype=pd.StringDtype("python"))
+        elif column.dtype == INTEGER:
+            joined[column.name] = pd.concat([pd.Series(array) for array in arrays], ignore_index=True)
         elif column.dtype == TIME:
-            milliseconds = np.round(values * 1000).astype("int64").astype("datetime64[ms]")
-            columns[column.name] = pd.Series(milliseconds).dt.tz_localize("UTC")
+            milliseconds = np.round(np.concatenate(arrays) * 1000).astype("int64").astype("datetime64[ms]")
+            joined[column.name] = pd.Series(milliseconds).dt.tz_localize("UTC")
         else:
-            columns[column.name] = values
-    return pd.DataFrame(columns, copy=False)
+            joined[column.name] = np.concatenate(arrays)
+    return pd.DataFrame(joined, copy=False)
 
 
-def _text_column(name: str, blocks: Sequence[Block]) -> Any:
-    """The texts of one column; equal texts share one object."""
-    positions: dict[str, int] = {}
-    codes = [np.empty(0, np.int64)]
-    for block in blocks:
-        in_all = [positions.setdefault(text, len(positions)) for text in block.texts[name]]
-        codes.append(np.array(in_all, np.int64)[block.values[name]])
-    different = pd.array(list(positions), dtype=pd.StringDtype("python"))
-    return different.take(np.concatenate(codes))
+def _columns(rows: Sequence[tuple[Any, ...]], shared: dict[str, str]) -> list[Any]:
+    """One array for each of `COLUMNS`: texts as objects, integers nullable, all else as floats."""
+    cells_by_column = zip(*rows, strict=True) if rows else [()] * len(COLUMNS)
+    arrays: list[Any] = []
+    for column, cells in zip(COLUMNS, cells_by_column, strict=True):
+        if column.dtype == TEXT:
+            arrays.append(np.array([shared.setdefault(text, text) for text in cells], dtype=object))
+        elif column.dtype == INTEGER:
+            arrays.append(pd.array(cells, dtype="Int64"))
+        else:
+            arrays.append(np.array(cells, dtype=float))  # None becomes NaN
+    return arrays
+
+
+# --- as a file --------------------------------------------------------------------------------
+
+
+def check_format(path: Path) -> None:
+    """Check that a file with this suffix can be written, before any row is read.
+
+    Raises:
+        ConfigError: the suffix is unknown, or pyarrow is not installed.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise ConfigError(f"cannot export to {path.name!r}: the name must end in {' or '.join(SUFFIXES)}")
+    if suffix == ".parquet":
+        try:
+            importlib.import_module("pyarrow")
+        except ImportError as error:
+            raise ConfigError(
+                "writing Parquet needs pyarrow: pip install 'sollol_nb[parquet]', or export to a .csv file "
+                f"({error})"
+            ) from error
+
+
+def write_frame(frame: pd.DataFrame, path: Path) -> Path:
+    """Write the frame in the format of the path's suffix; an existing file is replaced once the new one is whole.
+
+    CSV has a header, times in ISO 8601, and empty cells for what does not apply. Parquet keeps all dtypes.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with _replacing(path) as unfinished:
+        if path.suffix.lower() == ".parquet":
+            frame.to_parquet(unfinished, engine="pyarrow", index=False)
+        else:
+            frame.to_csv(unfinished, index=False, encoding="utf-8", date_format="%Y-%m-%dT%H:%M:%S.%f%z")
+    return path
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A new file beside `path` that replaces it at the end; after an error it is deleted."""
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -1,20 +1,14 @@
 """The latency log: one row per request, kept in SQLite, read as a pandas frame.
 
-The file lives in the state folder and outlives the kernel. It is in WAL mode, and each operation opens its own
-connection, so several threads and kernels may write at once. The only room that knows SQL.
-
-Two tables hold the same rows. `requests` is the log, one SQL row per request. `blocks` has each full run of
-`BLOCK_ROWS` of them once more, as columns (see `latency_columns`), for reading many quickly. Blocks are derived:
-triggers drop the block of a row that is deleted or changed, and rows without a block are read from `requests`.
+The file lies in the state folder and outlives the kernel; several threads and kernels may write to it at the same
+time (see `sqlite_file`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import sqlite3
 import time
-from collections.abc import Iterator
 from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,56 +17,44 @@ from sollol_nb.errors import ConfigError
 from sollol_nb.latency.filter import Moment, RowFilter
 from sollol_nb.latency.schema import COLUMNS, SCHEMA_VERSION, LatencyRow
 from sollol_nb.runtime.amounts import is_positive, is_whole_number
+from sollol_nb.runtime.sqlite_file import SqliteFile
 from sollol_nb.settings import config
 from sollol_nb.settings.table import DEFAULT_KEEP_ROWS
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from sollol_nb.latency.frames import Block
-
-__all__ = ["SCHEMA_VERSION", "LatencyLog", "LatencyRow"]
-
 logger = logging.getLogger(__name__)
 
-BUSY_TIMEOUT_S = 10.0
-TIDY_EVERY_ROWS = 512
-"""How often a writer packs and prunes; it also does with its first row."""
+PRUNE_EVERY_ROWS = 512
+"""How often a writer prunes; it also does with its first row."""
 PRUNED_AT_ONCE = 10_000
 """So many rows at most, so that no request waits long for it."""
 
-_NAMES = ", ".join(one.name for one in COLUMNS)
+_NAMES = ", ".join(column.name for column in COLUMNS)
 _INSERT = f"INSERT INTO requests ({_NAMES}) VALUES ({', '.join('?' * len(COLUMNS))})"  # noqa: S608 - constants
 
 
-def _added_in(version: int) -> tuple[str, ...]:
-    new = [one for one in COLUMNS if one.since == version]
-    return tuple(f"ALTER TABLE requests ADD COLUMN {one.name} {one.sql_type}" for one in new)
+def _columns_since(version: int) -> list[str]:
+    return [f"{column.name} {column.sql_type}" for column in COLUMNS if column.since == version]
 
 
-def _drop_block_after(change: str) -> str:
-    return (
-        f"CREATE TRIGGER drop_block_after_{change} AFTER {change} ON requests BEGIN "  # noqa: S608 - constants
-        "DELETE FROM blocks WHERE first_id <= OLD.id AND last_id = "
-        "(SELECT min(last_id) FROM blocks WHERE last_id >= OLD.id); END"
-    )
+def _added_in(version: int) -> list[str]:
+    return [f"ALTER TABLE requests ADD COLUMN {column}" for column in _columns_since(version)]
 
 
-# Statements that make version N + 1 of the file from version N; a new file gets them all.
-_FIRST_COLUMNS = ", ".join(f"{one.name} {one.sql_type}" for one in COLUMNS if one.since == 1)
-_MIGRATIONS: tuple[tuple[str, ...], ...] = (
-    (
-        f"CREATE TABLE IF NOT EXISTS requests (id INTEGER PRIMARY KEY, {_FIRST_COLUMNS})",
+_MIGRATIONS = (
+    [
+        f"CREATE TABLE IF NOT EXISTS requests (id INTEGER PRIMARY KEY, {', '.join(_columns_since(1))})",
         "CREATE INDEX IF NOT EXISTS requests_started_at ON requests (started_at)",
-    ),
+    ],
     _added_in(2),
-    (
-        *_added_in(3),
-        "CREATE TABLE blocks (last_id INTEGER PRIMARY KEY, first_id INTEGER NOT NULL, earliest_s REAL NOT NULL, "
-        "latest_s REAL NOT NULL, header TEXT NOT NULL, data BLOB NOT NULL)",
-        _drop_block_after("DELETE"),
-        _drop_block_after("UPDATE"),
-    ),
+    _added_in(3),
+    [  # version 3 also kept packed copies of the rows
+        "DROP TRIGGER IF EXISTS drop_block_after_DELETE",
+        "DROP TRIGGER IF EXISTS drop_block_after_UPDATE",
+        "DROP TABLE IF EXISTS blocks",
+    ],
 )
 assert len(_MIGRATIONS) == SCHEMA_VERSION
 
@@ -106,7 +88,8 @@ class LatencyLog:
         self.path = Path(path) if path is not None else config.state_dir() / "latency.sqlite"
         self.keep_days = keep_days
         self.keep_rows = keep_rows
-        self._is_tidied = False
+        self._file = SqliteFile(self.path, _MIGRATIONS)
+        self._has_pruned = False
 
     def __repr__(self) -> str:
         return f"LatencyLog({str(self.path)!r})"
@@ -118,13 +101,13 @@ class LatencyLog:
             sqlite3.Error: the file cannot be written.
         """
         values = [[_storable(value) for value in astuple(row)] for row in rows]
-        with self._connection() as connection:
+        with self._file.connection() as connection:
             connection.executemany(_INSERT, values)
             newest = connection.execute("SELECT max(id) FROM requests").fetchone()[0] or 0
-        if not self._is_tidied or newest % TIDY_EVERY_ROWS < len(rows):
-            self._is_tidied = True
+        if not self._has_pruned or newest % PRUNE_EVERY_ROWS < len(rows):
+            self._has_pruned = True
             try:
-                self._tidy()
+                self._prune()
             except sqlite3.Error as error:  # the rows are written, and the next writer tries again
                 logger.warning("the latency log %s was not pruned: %s", self.path, error)
 
@@ -147,38 +130,25 @@ class LatencyLog:
             until: only rows started before this.
             last: only the newest N rows of these.
             backend: only rows of this backend.
-            status: only rows that ended so: `ok`, `error`, `timeout` or `cancelled`.
+            status: only rows with this status: `ok`, `error`, `timeout` or `cancelled`.
 
         Raises:
             ConfigError: an argument cannot be used.
             sqlite3.Error: the file cannot be read.
         """
+        from sollol_nb.latency.frames import frame_of
+
         wanted = RowFilter.of(
             time.time(), model=model, backend=backend, status=status, since=since, until=until, last=last
         )
-        from sollol_nb.latency.frames import BLOCK_ROWS, frame_of
-
-        with self._connection() as connection:
-            if wanted.last is None or wanted.last > BLOCK_ROWS:
-                with contextlib.suppress(sqlite3.OperationalError):  # locked or read-only: then without
-                    while _pack(connection):  # what older versions have written; once
-                        pass
-            connection.execute("BEGIN")  # all that follows sees one state of the file
-            newest_first: list[Block] = []
-            still = wanted.last
-            for block in _blocks(connection, wanted):
-                newest_first.append(block if still is None else block.newest(still))
-                if still is not None:
-                    still -= len(newest_first[-1])
-                    if not still:
-                        break
-        return frame_of(newest_first[::-1])
+        with self._file.connection() as connection:
+            return frame_of(connection.execute(*_query(wanted)))
 
     def export(self, path: str | Path, **filters: Any) -> Path:
         """Write the log to a `.csv` or `.parquet` file; the file appears when it is whole.
 
         Args:
-            path: the file; its suffix tells the format. Parquet needs the extra `sollol_nb[parquet]`.
+            path: the file; its suffix is the format. Parquet needs the extra `sollol_nb[parquet]`.
             **filters: those of `frame`.
 
         Returns:
@@ -188,15 +158,14 @@ class LatencyLog:
             ConfigError: the suffix is unknown, pyarrow is not installed, or a filter cannot be used.
             OSError: the file cannot be written.
         """
-        from sollol_nb.latency.export import check_format, write_frame
+        from sollol_nb.latency.frames import check_format, write_frame
 
         check_format(Path(path))
         return write_frame(self.frame(**filters), Path(path))
 
-    def _tidy(self) -> None:
-        """Pack one block, if there are rows for one, and prune some of what need not be kept."""
-        with self._connection() as connection:
-            _pack(connection)
+    def _prune(self) -> None:
+        """Delete some of the rows that need not be kept."""
+        with self._file.connection() as connection:
             oldest, newest = connection.execute("SELECT min(id), max(id) FROM requests").fetchone()
             if oldest is None:
                 return
@@ -207,127 +176,21 @@ class LatencyLog:
                 (oldest + PRUNED_AT_ONCE, too_many, too_old_s),
             )
 
-    @contextlib.contextmanager
-    def _connection(self) -> Iterator[sqlite3.Connection]:
-        connection = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_S)
-        try:
-            version = connection.execute("PRAGMA user_version").fetchone()[0]
-            if version < SCHEMA_VERSION:
-                _bring_up_to_date(connection)
-            connection.execute("PRAGMA synchronous = NORMAL")  # safe with WAL; a row need not survive power loss
-            with connection:
-                yield connection
-        finally:
-            connection.close()
+
+def _query(wanted: RowFilter) -> tuple[str, list[Any]]:
+    """The query for the rows that are wanted, oldest first, and the values of its parameters."""
+    conditions: dict[str, Any] = {f"{name} = ?": text for name, text in wanted.equal}
+    if wanted.since_s is not None:
+        conditions["started_at >= ?"] = wanted.since_s
+    if wanted.until_s is not None:
+        conditions["started_at < ?"] = wanted.until_s
+    rows = "requests" + (" WHERE " + " AND ".join(conditions) if conditions else "")
+    values = list(conditions.values())
+    if wanted.last is not None:
+        rows, values = f"(SELECT * FROM {rows} ORDER BY id DESC LIMIT ?)", [*values, wanted.last]  # noqa: S608
+    return f"SELECT {_NAMES} FROM {rows} ORDER BY id", values  # noqa: S608 - names and conditions are ours
 
 
 def _storable(value: Any) -> Any:
-    """The value; a text that is no Unicode (a lone half of a surrogate pair) as near as UTF-8 can have it."""
+    """The value; in a text, halves of surrogate pairs are escaped, since UTF-8 cannot have them."""
     return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
-
-
-def _blocks(connection: sqlite3.Connection, wanted: RowFilter) -> Iterator[Block]:
-    """All rows that are wanted, newest block first; rows without a block are read one by one."""
-    from sollol_nb.latency.frames import Block
-
-    listed = connection.execute(
-        "SELECT last_id, first_id, earliest_s, latest_s FROM blocks ORDER BY last_id DESC"
-    ).fetchall()
-    above: int | None = None  # the first id of what was read last
-    for last_id, first_id, earliest_s, latest_s in listed:
-        if above is None or last_id + 1 < above:
-            yield from _unpacked_rows(connection, wanted, last_id, above)
-        above = first_id
-        if (wanted.since_s is not None and latest_s < wanted.since_s) or (
-            wanted.until_s is not None and earliest_s >= wanted.until_s
-        ):
-            continue
-        header, data = connection.execute(
-            "SELECT header, data FROM blocks WHERE last_id = ?", (last_id,)
-        ).fetchone()
-        block = Block.unpacked(header, data)
-        if block is None:
-            yield from _unpacked_rows(connection, wanted, first_id - 1, last_id + 1)
-        else:
-            yield block.where(wanted)
-    yield from _unpacked_rows(connection, wanted, None, above)
-
-
-def _unpacked_rows(
-    connection: sqlite3.Connection, wanted: RowFilter, below: int | None, above: int | None
-) -> Iterator[Block]:
-    """The wanted rows with ids between these two, as blocks, newest first."""
-    from sollol_nb.latency.frames import BLOCK_ROWS, Block
-
-    limits: list[tuple[str, Any]] = [(f"{name} = ?", text) for name, text in wanted.equal]
-    for clause, limit in (
-        ("id > ?", below),
-        ("id < ?", above),
-        ("started_at >= ?", wanted.since_s),
-        ("started_at < ?", wanted.until_s),
-    ):
-        if limit is not None:
-            limits.append((clause, limit))
-    where = "WHERE " + " AND ".join(clause for clause, _ in limits) if limits else ""
-    query = f"SELECT {_NAMES} FROM requests {where} ORDER BY id DESC LIMIT ?"  # noqa: S608 - constants
-    cursor = connection.execute(
-        query, [*(limit for _, limit in limits), -1 if wanted.last is None else wanted.last]
-    )
-    while rows := cursor.fetchmany(BLOCK_ROWS):
-        yield Block.of_rows(rows[::-1])
-
-
-def _pack(connection: sqlite3.Connection) -> bool:
-    """Keep the oldest full run of rows behind the last block as a block too; False where there is none.
-
-    Rows are encoded before the file is locked for writing; the block is only kept if its rows are still the same.
-    """
-    packed_to = connection.execute("SELECT max(last_id) FROM blocks").fetchone()[0] or 0
-    newest = connection.execute("SELECT max(id) FROM requests").fetchone()[0] or 0
-    from sollol_nb.latency.frames import BLOCK_ROWS, Block
-
-    if newest - packed_to < BLOCK_ROWS:
-        return False
-    query = f"SELECT id, {_NAMES} FROM requests WHERE id > ? ORDER BY id LIMIT ?"  # noqa: S608 - constants
-    rows = connection.execute(query, (packed_to, BLOCK_ROWS)).fetchall()
-    if len(rows) < BLOCK_ROWS:
-        return False
-    block = Block.of_rows([row[1:] for row in rows])
-    first_id, last_id = rows[0][0], rows[-1][0]
-    started_at = block.values["started_at"]
-    kept = connection.execute(
-        "INSERT OR IGNORE INTO blocks (last_id, first_id, earliest_s, latest_s, header, data) "
-        "SELECT ?, ?, ?, ?, ?, ? WHERE coalesce((SELECT max(last_id) FROM blocks), 0) = ? "
-        "AND (SELECT count(*) FROM requests WHERE id BETWEEN ? AND ?) = ?",
-        (
-            *(last_id, first_id, float(started_at.min()), float(started_at.max()), *block.packed()),
-            *(packed_to, first_id, last_id, len(rows)),
-        ),
-    ).rowcount
-    connection.commit()
-    return bool(kept)
-
-
-def _bring_up_to_date(connection: sqlite3.Connection) -> None:
-    """Create the tables, or add what newer versions of them have.
-
-    A file that a newer version of this package has written keeps its further columns.
-    """
-    # SQLite does not wait for its lock while the journal mode changes, and several writers may be the first.
-    deadline = time.monotonic() + BUSY_TIMEOUT_S
-    while True:
-        try:
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("BEGIN IMMEDIATE")
-            version = connection.execute("PRAGMA user_version").fetchone()[0]  # another may have been quicker
-            for statements in _MIGRATIONS[version:]:
-                for statement in statements:
-                    connection.execute(statement)
-            connection.execute(f"PRAGMA user_version = {max(version, SCHEMA_VERSION)}")
-            connection.commit()
-            return
-        except sqlite3.OperationalError as error:
-            connection.rollback()
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
-                raise
-            time.sleep(0.01)

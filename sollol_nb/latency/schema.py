@@ -11,7 +11,7 @@ from typing import Any
 
 from sollol_nb.text.tables import markdown_table
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 STATUSES = ("ok", "error", "timeout", "cancelled")
 
 TEXT, FLOAT, INTEGER, TIME = "string", "float64", "Int64", "datetime64[ms, UTC]"

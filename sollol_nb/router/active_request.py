@@ -18,7 +18,8 @@ from sollol_nb.errors import (
     OllamaResponseError,
     WorkersUnavailableError,
 )
-from sollol_nb.latency.log import LatencyLog, LatencyRow
+from sollol_nb.latency.log import LatencyLog
+from sollol_nb.latency.schema import LatencyRow
 from sollol_nb.llama_cpp.answers.base import Answer
 from sollol_nb.llama_cpp.coordinators.pool import CoordinatorPool
 from sollol_nb.models.routing import OLLAMA, Route

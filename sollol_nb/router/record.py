@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sollol_nb.chat.chunk import DROPPED, RESTARTED, Chunk, Failover, Routing
 from sollol_nb.chat.completion import Completion
-from sollol_nb.latency.log import LatencyRow
+from sollol_nb.latency.schema import LatencyRow
 from sollol_nb.models.files import DEMO_MODEL_PATH, DEMO_NOTE
 from sollol_nb.models.routing import Route
 

@@ -15,6 +15,7 @@ from sollol_nb.batch import store as batch_store
 from sollol_nb.batch.store import BatchStore, answer_key
 from sollol_nb.chat.completion import Completion
 from sollol_nb.errors import ConfigError
+from sollol_nb.runtime import sqlite_file
 from tests.support.engines import HANG_GUARD_S, says, script
 
 HELLO = [{"role": "user", "content": "Hello!"}]
@@ -132,7 +133,7 @@ def test_processes_share_what_is_kept(store: BatchStore) -> None:
 
 def test_answers_are_found_also_while_another_writes(store: BatchStore, monkeypatch: pytest.MonkeyPatch) -> None:
     store.put("k", completion("x"))
-    monkeypatch.setattr(batch_store, "BUSY_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(sqlite_file, "BUSY_TIMEOUT_S", 0.01)
     with contextlib.closing(sqlite3.connect(store.path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         assert store.get(["k"])["k"].text == "x"

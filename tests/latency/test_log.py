@@ -20,9 +20,9 @@ import pytest
 
 from sollol_nb.errors import ConfigError
 from sollol_nb.latency.filter import seconds_of
-from sollol_nb.latency.frames import BLOCK_ROWS
-from sollol_nb.latency.log import SCHEMA_VERSION, LatencyLog, LatencyRow
-from sollol_nb.latency.schema import COLUMNS, schema_table
+from sollol_nb.latency.frames import ROWS_AT_ONCE
+from sollol_nb.latency.log import PRUNED_AT_ONCE, LatencyLog
+from sollol_nb.latency.schema import COLUMNS, SCHEMA_VERSION, LatencyRow, schema_table
 from sollol_nb.settings import config
 
 HANG_GUARD_S = 120.0
@@ -131,23 +131,12 @@ HOURLY = [
 ]
 
 
-def blocks_in(path: Path) -> list[tuple[int, int]]:
-    """First and last id of each block of columns."""
-    with contextlib.closing(sqlite3.connect(path)) as connection:
-        return connection.execute("SELECT first_id, last_id FROM blocks ORDER BY last_id").fetchall()
-
-
-@pytest.fixture(scope="module", params=["rows", "block", "blocks and rows"])
+@pytest.fixture(scope="module", params=["alone", "after many others"])
 def hourly(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LatencyLog:
-    """Six rows, the newest: as rows, in one block of columns with others before them, or over two and a rest."""
+    """Six rows, the newest."""
     log = LatencyLog(tmp_path_factory.mktemp("hourly") / "log")
     old = replace(FULL, model="before", backend="", status="timeout", started_at=0.0)
-    before, blocks = {"rows": (0, 0), "block": (BLOCK_ROWS - 6, 1), "blocks and rows": (2 * BLOCK_ROWS - 3, 2)}[
-        request.param
-    ]
-    log.record(*[old] * before, *HOURLY)
-    log.frame()
-    assert len(blocks_in(log.path)) == blocks
+    log.record(*[old] * (0 if request.param == "alone" else ROWS_AT_ONCE - 3), *HOURLY)
     return log
 
 
@@ -198,8 +187,8 @@ def test_a_span_is_counted_back_from_now(moment: str | timedelta, seconds_before
 
 
 @pytest.mark.parametrize("moment", ["", "1", "soon", "1 parsec", "1h soon", "-1h", 3600, None, "2026-13-01"])
-def test_what_is_no_time_is_named(moment: Any) -> None:
-    with pytest.raises(ConfigError, match="is no time; write '1h'"):
+def test_what_cannot_be_read_as_a_time_is_named(moment: Any) -> None:
+    with pytest.raises(ConfigError, match="as a time; use '1h'"):
         seconds_of(moment, 1e9)
 
 
@@ -282,6 +271,41 @@ def write_version_2(path: Path) -> None:
         connection.execute(INSERT_2, (7.0,))
 
 
+VERSION_3 = """
+ALTER TABLE requests ADD COLUMN priority INTEGER;
+ALTER TABLE requests ADD COLUMN done_reason TEXT NOT NULL DEFAULT '';
+ALTER TABLE requests ADD COLUMN predicted_ms_per_token REAL;
+ALTER TABLE requests ADD COLUMN failover_details TEXT NOT NULL DEFAULT '';
+CREATE TABLE blocks (
+    last_id INTEGER PRIMARY KEY, first_id INTEGER NOT NULL, earliest_s REAL NOT NULL, latest_s REAL NOT NULL,
+    header TEXT NOT NULL, data BLOB NOT NULL
+);
+CREATE TRIGGER drop_block_after_DELETE AFTER DELETE ON requests BEGIN
+    DELETE FROM blocks WHERE first_id <= OLD.id
+    AND last_id = (SELECT min(last_id) FROM blocks WHERE last_id >= OLD.id);
+END;
+CREATE TRIGGER drop_block_after_UPDATE AFTER UPDATE ON requests BEGIN
+    DELETE FROM blocks WHERE first_id <= OLD.id
+    AND last_id = (SELECT min(last_id) FROM blocks WHERE last_id >= OLD.id);
+END;
+INSERT INTO blocks VALUES (3, 1, 1000.5, 1000.5, '{"fields": [], "texts": {}}', x'00');
+UPDATE requests SET priority = 5, done_reason = 'stop' WHERE id = 4;
+PRAGMA user_version = 3;
+"""
+
+
+def write_version_3(path: Path) -> None:
+    """The log of `write_version_2`, which the third version has packed, and given a priority and a reason."""
+    write_version_2(path)
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.executescript(VERSION_3)
+
+
+def tables_and_triggers(path: Path) -> set[tuple[str, str]]:
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        return set(connection.execute("SELECT type, name FROM sqlite_master WHERE name NOT LIKE 'sqlite%'"))
+
+
 def version_of(path: Path) -> int:
     with contextlib.closing(sqlite3.connect(path)) as connection:
         return int(connection.execute("PRAGMA user_version").fetchone()[0])
@@ -323,24 +347,21 @@ def test_rows_of_version_2_stay_and_have_what_is_new_empty(log: LatencyLog) -> N
         assert frame[name].tolist() == [""] * 4 + [getattr(FULL, name)], name
 
 
-def test_many_rows_of_an_older_version_are_packed_when_they_are_read(log: LatencyLog) -> None:
-    write_version_1(log.path)
-    insert_as_version_1(log.path, 2 * BLOCK_ROWS)
+def test_rows_of_version_3_stay_and_what_it_packed_is_dropped(log: LatencyLog) -> None:
+    write_version_3(log.path)
+    assert ("table", "blocks") in tables_and_triggers(log.path)
 
-    few, whole = log.frame(last=2), log.frame()
-
-    assert blocks_in(log.path) == [(1, BLOCK_ROWS), (BLOCK_ROWS + 1, 2 * BLOCK_ROWS)]
-    assert whole["total_ms"].tolist() == [0.0, 1.0, 2.0, *map(float, range(2 * BLOCK_ROWS))]
-    assert few.equals(whole.tail(2).reset_index(drop=True))
-
-
-def test_blocks_that_lack_a_column_are_read_by_their_rows(log: LatencyLog) -> None:
-    log.record(*[FULL] * BLOCK_ROWS)
     before = log.frame()
+    log.record(FULL)
     with contextlib.closing(sqlite3.connect(log.path)) as connection, connection:
-        connection.execute('UPDATE blocks SET header = \'{"fields": [["started_at", "<f8"]], "texts": {}}\'')
+        connection.execute("DELETE FROM requests WHERE id = 1")
 
-    assert log.frame().equals(before)
+    assert version_of(log.path) == SCHEMA_VERSION
+    assert tables_and_triggers(log.path) == {("table", "requests"), ("index", "requests_started_at")}
+    assert before["total_ms"].tolist() == [0.0, 1.0, 2.0, 7.0]
+    assert before["priority"].fillna(0).tolist() == [0, 0, 0, 5]
+    assert before["done_reason"].tolist() == ["", "", "", "stop"]
+    assert log.frame()["total_ms"].tolist() == [1.0, 2.0, 7.0, FULL.total_ms]
 
 
 def test_file_of_a_newer_version_is_used_and_keeps_what_is_newer(log: LatencyLog) -> None:
@@ -380,7 +401,8 @@ def test_threads_that_write_to_a_new_log_at_once_lose_nothing(log: LatencyLog) -
 
 WRITES = """
 import sys
-from sollol_nb.latency.log import LatencyLog, LatencyRow
+from sollol_nb.latency.log import LatencyLog
+from sollol_nb.latency.schema import LatencyRow
 
 log = LatencyLog(sys.argv[1])
 print("ready", flush=True)
@@ -392,11 +414,14 @@ for number in range(50):
 """
 
 
-@pytest.mark.parametrize("before", ["no file", "version 1"])
+OLD_FILES = {"no file": None, "version 1": write_version_1, "version 3": write_version_3}
+
+
+@pytest.mark.parametrize("before", OLD_FILES)
 @pytest.mark.parametrize("attempt", range(2))
 def test_processes_that_write_to_a_log_at_once_lose_nothing(log: LatencyLog, before: str, attempt: int) -> None:
-    if before == "version 1":
-        write_version_1(log.path)
+    if (write := OLD_FILES[before]) is not None:
+        write(log.path)
     writers = [
         subprocess.Popen(
             [sys.executable, "-c", WRITES, str(log.path), f"m{writer}"],
@@ -426,41 +451,49 @@ def test_processes_that_write_to_a_log_at_once_lose_nothing(log: LatencyLog, bef
     frame = log.frame()
     counted = frame[frame["model"] != "old"].groupby("model")["total_ms"].apply(sorted)
     assert counted.to_dict() == {f"m{writer}": [float(n) for n in range(50)] for writer in range(6)}
-    assert (frame["model"] == "old").sum() == (3 if before == "version 1" else 0)
+    assert (frame["model"] == "old").sum() == {"no file": 0, "version 1": 3, "version 3": 4}[before]
     assert version_of(log.path) == SCHEMA_VERSION
 
 
-# --- blocks and retention -----------------------------------------------------------------------
+# --- changed elsewhere, and retention -----------------------------------------------------------
 
 
-def test_rows_changed_or_deleted_by_hand_are_not_read_from_a_block_any_more(log: LatencyLog) -> None:
-    log.record(*(replace(FULL, total_ms=float(number)) for number in range(3 * BLOCK_ROWS)))
-    assert len(log.frame()) == 3 * BLOCK_ROWS
+def test_rows_changed_or_deleted_with_another_tool_are_read_so(log: LatencyLog) -> None:
+    log.record(*(replace(FULL, total_ms=float(number)) for number in range(10)))
+    assert len(log.frame()) == 10
     with contextlib.closing(sqlite3.connect(log.path)) as connection, connection:
         connection.execute("DELETE FROM requests WHERE id = 5")
-        connection.execute("UPDATE requests SET model = 'renamed' WHERE id = ?", (BLOCK_ROWS + 1,))
+        connection.execute("UPDATE requests SET model = 'renamed' WHERE id = 7")
 
     frame = log.frame()
 
-    assert blocks_in(log.path) == [(2 * BLOCK_ROWS + 1, 3 * BLOCK_ROWS)]
-    assert frame["total_ms"].tolist() == [float(n) for n in range(3 * BLOCK_ROWS) if n != 4]
-    assert frame.index[frame["model"] == "renamed"].tolist() == [BLOCK_ROWS - 1]
+    assert frame["total_ms"].tolist() == [0.0, 1.0, 2.0, 3.0, 5.0, 6.0, 7.0, 8.0, 9.0]
+    assert frame.index[frame["model"] == "renamed"].tolist() == [5]
 
 
-def test_a_log_emptied_by_hand_is_empty_and_goes_on(log: LatencyLog) -> None:
-    log.record(*[FULL] * BLOCK_ROWS)
+def test_a_log_emptied_with_another_tool_is_empty_and_takes_rows_again(log: LatencyLog) -> None:
+    log.record(FULL, FULL)
     with contextlib.closing(sqlite3.connect(log.path)) as connection, connection:
         connection.execute("DELETE FROM requests")
 
     assert log.frame().empty
-    assert blocks_in(log.path) == []
     log.record(REFUSED)
     assert log.frame()["model"].tolist() == [REFUSED.model]
 
 
-@pytest.mark.parametrize("kept", [1, 100, BLOCK_ROWS, 2 * BLOCK_ROWS + 7])
+@pytest.mark.skipif(sys.platform == "win32", reason="modes mean nothing there")
+def test_only_its_owner_can_read_a_log(log: LatencyLog) -> None:
+    log.record(FULL)
+
+    with contextlib.closing(sqlite3.connect(log.path)) as connection:
+        connection.execute("SELECT * FROM requests").fetchall()
+        modes = {path.name: path.stat().st_mode & 0o777 for path in log.path.parent.iterdir()}
+    assert set(modes.values()) == {0o600}, modes
+
+
+@pytest.mark.parametrize("kept", [1, 100, PRUNED_AT_ONCE + 7])
 def test_the_newest_rows_are_kept_and_the_others_pruned(tmp_path: Path, kept: int) -> None:
-    count = 3 * BLOCK_ROWS
+    count = 2 * PRUNED_AT_ONCE - 2
     LatencyLog(tmp_path / "log").record(*(replace(FULL, total_ms=float(number)) for number in range(count)))
     log = LatencyLog(tmp_path / "log", keep_rows=kept)
 
@@ -481,7 +514,7 @@ def test_rows_older_than_wanted_are_pruned(tmp_path: Path) -> None:
     assert LatencyLog(tmp_path / "log").frame()["total_ms"].tolist() == [1.5, 0.5, 0.0]
 
 
-def test_a_writer_packs_and_prunes_now_and_then(tmp_path: Path) -> None:
+def test_a_writer_prunes_now_and_then(tmp_path: Path) -> None:
     log = LatencyLog(tmp_path / "log", keep_rows=10)
     counts = []
     for first in range(0, 600, 100):
@@ -498,7 +531,7 @@ def test_a_log_that_cannot_be_pruned_still_takes_rows(
     def locked(_: LatencyLog) -> None:
         raise sqlite3.OperationalError("database is locked")
 
-    monkeypatch.setattr(LatencyLog, "_tidy", locked)
+    monkeypatch.setattr(LatencyLog, "_prune", locked)
     log.record(FULL)
 
     assert len(log.frame()) == 1

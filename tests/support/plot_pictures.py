@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 from sollol_nb import plots
 from sollol_nb.cluster.status import ClusterStatus, CoordinatorStatus, LayerSegment
-from sollol_nb.latency.frames import Block, frame_of
+from sollol_nb.latency.frames import frame_of
 from sollol_nb.latency.schema import COLUMNS
 from sollol_nb.runtime.events import Event, EventKind
 from sollol_nb.text.palette import SEGMENTS
@@ -57,7 +57,7 @@ def frame_with(**columns: Any) -> pd.DataFrame:
     cells = {one.name: [usual[one.dtype]] * count for one in COLUMNS}
     cells |= {"status": ["ok"] * count, "failovers": [0] * count, "total_ms": [1000.0] * count}
     cells |= {name: list(values) for name, values in columns.items()}
-    return frame_of([Block.of_rows(list(zip(*(cells[one.name] for one in COLUMNS), strict=True)))])
+    return frame_of(zip(*(cells[one.name] for one in COLUMNS), strict=True))
 
 
 def busy_frame(count: int = 400, models: int = 1, places: int = 3, seed: int = 1) -> pd.DataFrame:

@@ -64,8 +64,8 @@ def test_an_empty_log_and_a_filtered_one_are_exported_too(log: LatencyLog, tmp_p
 
 
 @pytest.mark.parametrize("name", ["log", "log.xlsx", "log.csv.gz"])
-def test_a_suffix_that_tells_no_format_is_named(log: LatencyLog, tmp_path: Path, name: str) -> None:
-    with pytest.raises(ConfigError, match=r"does not end in \.csv or \.parquet"):
+def test_an_unknown_suffix_is_named(log: LatencyLog, tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=r"must end in \.csv or \.parquet"):
         log.export(tmp_path / name)
 
 
