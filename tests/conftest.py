@@ -15,6 +15,7 @@ from sollol_nb.llama_cpp.processes.running import stop_engines
 from sollol_nb.runtime.io_loop import run_blocking
 from sollol_nb.settings.table import SETTINGS
 from sollol_nb.sync_wrapper import HybridRouter
+from tests.support.engines import write_endless
 
 pytest_plugins = ["tests.support.ollama_server"]
 
@@ -62,6 +63,12 @@ def router(engine: Engine) -> Iterator[HybridRouter]:
     # Not on the usual port, which other tests expect to be free.
     with HybridRouter(auto_setup_rpc=True, auto_discover_rpc=False, num_rpc_backends=3, rpc_port=51052) as shared:
         yield shared
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The path of a model that does not stop by itself: one for each module, so that none shares a coordinator."""
+    return str(write_endless(tmp_path_factory.mktemp("models")))
 
 
 def engine_processes() -> list[psutil.Process]:

@@ -32,18 +32,13 @@ from sollol_nb.models.routing import DISTRIBUTED, OLLAMA
 from sollol_nb.runtime.events import EventBus
 from sollol_nb.sync_wrapper import HybridRouter, OllamaPool
 from tests.conftest import NO_OLLAMA
-from tests.support.engines import QUESTION, busy_slots, eventually, eventually_async, run, write_endless
+from tests.support.engines import QUESTION, busy_slots, eventually, eventually_async, run
 from tests.support.gguf_files import write_llama
 from tests.support.ollama_server import CHATML, OllamaServer
 
 pytestmark = pytest.mark.engine
 
 SHARDED, LOCAL = "llama.cpp-distributed", "llama.cpp-local"
-
-
-@pytest.fixture(scope="module")
-def endless(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_endless(tmp_path_factory.mktemp("models")))
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from sollol_nb.llama_cpp.workers import workers as workers_room
 from sollol_nb.llama_cpp.workers.probe import Probe, probe_all
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.sync_wrapper import HybridRouter, OllamaPool
-from tests.support.engines import QUESTION, engine_on, eventually, run, write_endless
+from tests.support.engines import QUESTION, engine_on, eventually, run
 from tests.support.ollama_server import OllamaServer
 
 pytestmark = pytest.mark.engine
@@ -34,11 +34,6 @@ def sharding(engine: Engine) -> Iterator[HybridRouter]:
     with HybridRouter(auto_discover_rpc=False, distributed_threshold_params=1e-6, context_tokens=1024) as mine:
         mine.start_workers(3)
         yield mine
-
-
-@pytest.fixture(scope="module")
-def endless(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_endless(tmp_path_factory.mktemp("models")))
 
 
 def layout(router: HybridRouter, *counts: int) -> dict[str, int]:

@@ -7,8 +7,8 @@ import contextlib
 import json
 import socket
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
@@ -20,20 +20,9 @@ from sollol_nb.errors import (
     TransportTimeoutError,
 )
 from sollol_nb.runtime.http_client import JsonClient
+from tests.support.engines import Peer, listening, run
 
-T = TypeVar("T")
-Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
-
-HANG_GUARD_S = 60.0
 KEY = "a-very-secret-key"
-
-
-def run(coroutine: Coroutine[Any, Any, T]) -> T:
-    async def guarded() -> T:
-        async with asyncio.timeout(HANG_GUARD_S):
-            return await coroutine
-
-    return asyncio.run(guarded())
 
 
 def response(body: bytes, status: str = "200 OK", content_type: str = "application/json") -> bytes:
@@ -54,7 +43,7 @@ async def read_request(reader: asyncio.StreamReader) -> tuple[str, bytes]:
     return head, await reader.readexactly(length)
 
 
-def says(*pieces: bytes, then: str = "close") -> Handler:
+def says(*pieces: bytes, then: str = "close") -> Peer:
     """Answers a request with these pieces, each in a packet of its own, then closes or stays silent."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -70,40 +59,23 @@ def says(*pieces: bytes, then: str = "close") -> Handler:
 
 
 @contextlib.asynccontextmanager
-async def client_of(handler: Handler, **options: Any) -> AsyncIterator[JsonClient]:
-    tasks: set[asyncio.Task[None]] = set()
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        tasks.add(task)
+async def client_of(peer: Peer, **options: Any) -> AsyncIterator[JsonClient]:
+    async with listening(peer) as port:
+        client = JsonClient(f"http://127.0.0.1:{port}/", **options)
         try:
-            await handler(reader, writer)
-        except (OSError, EOFError, asyncio.CancelledError):
-            pass
+            yield client
         finally:
-            writer.close()
-
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    client = JsonClient(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/", **options)
-    try:
-        yield client
-    finally:
-        await client.aclose()
-        await client.aclose()
-        server.close()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks)
+            await client.aclose()
+            await client.aclose()
 
 
-async def get(handler: Handler, **options: Any) -> Any:
-    async with client_of(handler, **options) as client:
+async def get(peer: Peer, **options: Any) -> Any:
+    async with client_of(peer, **options) as client:
         return await client.get("/props")
 
 
-async def read_lines(handler: Handler, **options: Any) -> list[str]:
-    async with client_of(handler, **options) as client, client.stream_lines("/api/chat", {}) as lines:
+async def read_lines(peer: Peer, **options: Any) -> list[str]:
+    async with client_of(peer, **options) as client, client.stream_lines("/api/chat", {}) as lines:
         return [line async for line in lines]
 
 
@@ -149,7 +121,7 @@ def test_proxies_of_the_environment_are_ignored(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(
-    ("handler", "error", "words"),
+    ("peer", "error", "words"),
     [
         pytest.param(says(), ConnectionBrokenError, "ended in mid-answer", id="closes without an answer"),
         pytest.param(
@@ -172,9 +144,9 @@ def test_proxies_of_the_environment_are_ignored(monkeypatch: pytest.MonkeyPatch)
         pytest.param(says(response(b"[" * 200_000)), TransportError, "is not JSON", id="nested too deeply"),
     ],
 )
-def test_failure_has_its_own_error(handler: Handler, error: type[Exception], words: str) -> None:
+def test_failure_has_its_own_error(peer: Peer, error: type[Exception], words: str) -> None:
     with pytest.raises(TransportError, match=words) as caught:
-        run(get(handler, api_key=KEY, read_timeout_s=0.2))
+        run(get(peer, api_key=KEY, read_timeout_s=0.2))
 
     assert type(caught.value) is error
     assert "127.0.0.1" in str(caught.value)
@@ -277,9 +249,9 @@ def test_stream_that_breaks_gives_its_lines_and_then_the_error(then: str, error:
     seen: list[str] = []
 
     async def read() -> None:
-        handler = says(CHUNKED, chunk(b"one\ntw"), then=then)
+        peer = says(CHUNKED, chunk(b"one\ntw"), then=then)
         async with (
-            client_of(handler) as client,
+            client_of(peer) as client,
             client.stream_lines("/api/chat", {}, read_timeout_s=0.2) as lines,
         ):
             async for line in lines:

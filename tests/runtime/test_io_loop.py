@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import subprocess
 import sys
@@ -26,10 +25,9 @@ from sollol_nb.runtime.io_loop import (
     run_blocking,
     same,
 )
+from tests.support.engines import posix_only
 
 HANG_GUARD_S = 60.0
-
-posix_only = pytest.mark.skipif(os.name != "posix", reason="signals to a thread, fork")
 
 
 async def for_ever() -> None:

@@ -13,25 +13,29 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
+import pytest
 
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.runtime.io_loop import run_blocking
 from tests.support.gguf_files import write_llama
 
 T = TypeVar("T")
+Peer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 HANG_GUARD_S = 120.0
 REPOSITORY = Path(__file__).parents[2]
 ENGINE_NAMES = ("llama-server", "ggml-rpc-server", "rpc-server")
 ENDLESS_CONTEXT_TOKENS = 32768
 QUESTION = "What is a worker?"
+
+posix_only = pytest.mark.skipif(os.name != "posix", reason="POSIX signals, file modes and process groups")
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
@@ -208,6 +212,32 @@ def serving(handler: type[socketserver.BaseRequestHandler], port: int = 0) -> It
         finally:
             server.shutdown()
             thread.join()
+
+
+@asynccontextmanager
+async def listening(peer: Peer) -> AsyncIterator[int]:
+    """The port of a loopback server that treats every client as `peer` does."""
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        tasks.add(task)
+        try:
+            await peer(reader, writer)
+        except (OSError, EOFError, asyncio.CancelledError):
+            pass
+        finally:
+            writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks)
 
 
 class OtherProtocolWorker(socketserver.BaseRequestHandler):

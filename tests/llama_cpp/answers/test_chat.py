@@ -32,12 +32,6 @@ from tests.support.llama_server import (
 
 
 @pytest.fixture(scope="module")
-def run(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    with llama_server(engine, tmp_path_factory.mktemp("plain")) as run:
-        yield run
-
-
-@pytest.fixture(scope="module")
 def run_thinking(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     folder = tmp_path_factory.mktemp("thinking")
     (folder / "template.jinja").write_text(THINKING)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -15,7 +15,6 @@ from sollol_nb.llama_cpp.answers.base import Answer
 from sollol_nb.llama_cpp.answers.chat import ChatAnswer
 from sollol_nb.llama_cpp.answers.kinds import answer_for, needs_chat_parser
 from sollol_nb.llama_cpp.answers.raw import RawAnswer
-from sollol_nb.llama_cpp.engine.find import Engine
 from tests.support.llama_server import (
     ACCENTS,
     GREEDY,
@@ -28,19 +27,11 @@ from tests.support.llama_server import (
     Run,
     Server,
     cut_after,
-    llama_server,
     new_answer,
     through_json,
     uncut,
     whole,
 )
-
-
-@pytest.fixture(scope="module")
-def run(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    with llama_server(engine, tmp_path_factory.mktemp("plain")) as run:
-        yield run
-
 
 # --- which kind -------------------------------------------------------------------------------
 

@@ -40,7 +40,6 @@ from tests.support.engines import (
     script,
     serving,
     unused_port,
-    write_endless,
 )
 from tests.support.gguf_files import cut, write_llama
 
@@ -68,11 +67,6 @@ def sharding(engine: Engine) -> Iterator[HybridRouter]:
     with HybridRouter(auto_discover_rpc=False, distributed_threshold_params=1e-6, timeout=600) as mine:
         mine.start_workers(3)
         yield mine
-
-
-@pytest.fixture(scope="module")
-def endless(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_endless(tmp_path_factory.mktemp("models")))
 
 
 @pytest.fixture(scope="module")

@@ -13,27 +13,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.engines import eventually
+from tests.support.engines import eventually, posix_only
 from tests.support.supervised import (
     IGNORES,
     KEY,
     MINUTES,
     Control,
     Supervised,
-    nothing_is_left,
     supervised,
     with_constants,
 )
-
-posix_only = pytest.mark.skipif(os.name != "posix", reason="POSIX signals, modes and process groups")
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
-    """A folder for the files of this test's supervisors; in the end, nothing of them runs."""
-    yield tmp_path
-    nothing_is_left(tmp_path)
-
 
 # --- control ----------------------------------------------------------------------------------
 

@@ -20,7 +20,6 @@ from tests.support.engines import (
     says,
     script,
     with_variable,
-    write_endless,
 )
 
 pytestmark = pytest.mark.engine
@@ -66,11 +65,6 @@ elif ending == "a thread still reads":
     threading.Thread(target=read, daemon=True).start()
     reads.wait()
 """
-
-
-@pytest.fixture(scope="module")
-def endless(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_endless(tmp_path_factory.mktemp("models")))
 
 
 def descendants(pid: int) -> list[psutil.Process]:

@@ -15,10 +15,17 @@ import pytest
 
 from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.processes.process import EngineProcess
-from tests.support.engines import HANG_GUARD_S, eventually, is_alive, run, says, script, with_variable
+from tests.support.engines import (
+    HANG_GUARD_S,
+    eventually,
+    is_alive,
+    posix_only,
+    run,
+    says,
+    script,
+    with_variable,
+)
 from tests.support.supervised import nothing_is_left, with_constants
-
-posix_only = pytest.mark.skipif(os.name != "posix", reason="POSIX signals and process groups")
 
 
 @pytest.fixture(autouse=True)

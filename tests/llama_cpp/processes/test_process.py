@@ -27,14 +27,13 @@ from sollol_nb.settings import config
 from tests.support.engines import (
     eventually_async,
     is_alive,
+    posix_only,
     run,
     serving,
     silent_peer,
     unused_port,
 )
 from tests.support.supervised import IGNORES, MINUTES, PYTHON, nothing_is_left, supervised, with_constants
-
-posix_only = pytest.mark.skipif(os.name != "posix", reason="POSIX signals and process groups")
 
 LOST = ExitReport(None, ("the supervisor of this process was lost",))
 

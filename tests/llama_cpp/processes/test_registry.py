@@ -21,10 +21,8 @@ from sollol_nb.errors import WorkersUnavailableError
 from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.processes.registry import Entry
 from sollol_nb.settings import config
-from tests.support.engines import HANG_GUARD_S, eventually, is_alive, run, says, script
+from tests.support.engines import HANG_GUARD_S, eventually, is_alive, posix_only, run, says, script
 from tests.support.supervised import KEY, MINUTES, PYTHON, nothing_is_left, supervised
-
-posix_only = pytest.mark.skipif(os.name != "posix", reason="POSIX modes and processes")
 
 US = psutil.Process()
 NOBODY = 2**22 + 5  # above the highest pid that Linux gives, and none that others give

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import psutil
 import pytest
 
 from sollol_nb.llama_cpp.processes import supervisor
-from tests.support.engines import eventually, script
+from tests.support.engines import eventually, posix_only, script
 from tests.support.supervised import (
     IGNORES,
     KEY,
@@ -26,15 +25,6 @@ from tests.support.supervised import (
     with_code,
     with_constants,
 )
-
-posix_only = pytest.mark.skipif(os.name != "posix", reason="POSIX signals, modes and process groups")
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
-    """A folder for the files of this test's supervisors; in the end, nothing of them runs."""
-    yield tmp_path
-    nothing_is_left(tmp_path)
 
 
 def report_of(folder: Path, code: str, **more: Any) -> dict[str, Any]:

@@ -10,9 +10,9 @@ import signal
 import socket
 import struct
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 
@@ -29,23 +29,12 @@ from sollol_nb.llama_cpp.workers.probe import (
     probe_all,
     test_rpc_backend,
 )
+from tests.support.engines import HANG_GUARD_S, Peer, listening, run, unused_port
 
-T = TypeVar("T")
-Peer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
-
-HANG_GUARD_S = 60.0
 SHORT_S = 0.4  # the probe's own limit where the peer stays silent
 HELLO, DEVICE_COUNT, GET_DEVICE_MEMORY = 14, 15, 11
 GIB = 1024**3
 OURS = (PROTOCOL_MAJOR, PROTOCOL_MINOR, 3)
-
-
-def run(coroutine: Coroutine[Any, Any, T]) -> T:
-    async def guarded() -> T:
-        async with asyncio.timeout(HANG_GUARD_S):
-            return await coroutine
-
-    return asyncio.run(guarded())
 
 
 # --- peers ------------------------------------------------------------------------------------
@@ -132,43 +121,11 @@ async def resets(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
     writer.transport.abort()
 
 
-@contextlib.asynccontextmanager
-async def listening(peer: Peer) -> AsyncIterator[int]:
-    """The port of a loopback server that treats every client so."""
-    tasks: set[asyncio.Task[None]] = set()
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        tasks.add(task)
-        try:
-            await peer(reader, writer)
-        except (OSError, EOFError, asyncio.CancelledError):
-            pass
-        finally:
-            writer.close()
-
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    try:
-        yield server.sockets[0].getsockname()[1]
-    finally:
-        server.close()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks)
-
-
 async def look_at(peer: Peer, timeout_s: float = SHORT_S) -> Probe:
     async with listening(peer) as port:
         seen = await probe("127.0.0.1", port, timeout_s=timeout_s)
         assert seen.endpoint == f"127.0.0.1:{port}"
         return seen
-
-
-def unused_port() -> int:
-    with socket.socket() as trial:
-        trial.bind(("127.0.0.1", 0))
-        return int(trial.getsockname()[1])
 
 
 # --- the five outcomes ------------------------------------------------------------------------
