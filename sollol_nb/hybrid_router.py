@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Unpack
 
 from sollol_nb.batch.batch import Batch
 from sollol_nb.batch.rows import Rows, RowTemplate
 from sollol_nb.batch.store import BatchStore
 from sollol_nb.bench.bench import bench as bench_router
+from sollol_nb.chat.options import ChatOptions
 from sollol_nb.models.profiles import MODEL_PROFILES
 from sollol_nb.router.router import Router
 from sollol_nb.runtime.priority import Priority
@@ -59,7 +60,7 @@ class HybridRouter(Router):
         fresh: bool = False,
         progress: bool = True,
         prefix: str = "",
-        **options: Any,
+        **options: Unpack[ChatOptions],
     ) -> pd.DataFrame:
         """Ask the same of each row, over all slots of the places that have the model; `batch.py` tells the rules.
 

@@ -19,12 +19,13 @@ from collections import Counter, defaultdict, deque
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing, closing, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from sollol_nb.batch.frame import CACHED, ERROR, OK, RowResult, check_columns, joined
 from sollol_nb.batch.rows import Rows, RowTable, RowTemplate, questions
 from sollol_nb.batch.store import BatchStore, answer_key
 from sollol_nb.chat.completion import Completion
+from sollol_nb.chat.options import ChatOptions
 from sollol_nb.chat.request import checked_timeout_s, options_with_schema
 from sollol_nb.errors import (
     AnswerInterruptedError,
@@ -109,7 +110,7 @@ class Batch:
         fresh: bool = False,
         progress: bool = True,
         prefix: str = "",
-        **options: Any,
+        **options: Unpack[ChatOptions],
     ) -> None:
         self._router = router
         self._store = store
@@ -120,7 +121,7 @@ class Batch:
             raise ConfigError(f"concurrency={concurrency!r} must be a whole number of requests, from 1 up")
         if timeout is not None:
             checked_timeout_s(timeout)
-        self._arguments = {
+        self._arguments: dict[str, Any] = {
             "schema": schema,
             "backend": checked_backend(backend),
             "priority": checked_priority(priority),

@@ -1,6 +1,7 @@
 """What both backends speak: a chat request, its streamed answer, and conversations.
 
 - `messages.py`: messages and options of a request, checked.
+- `options.py`: the options of a request, as types.
 - `request.py`: one chat request, checked.
 - `context_window.py`: which messages fit the context.
 - `chunk.py`: a chunk of a streamed answer, and the marks that this package adds.

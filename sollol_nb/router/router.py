@@ -17,10 +17,11 @@ from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapp
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar, Unpack
 
 from sollol_nb.chat.chunk import Chunk
 from sollol_nb.chat.completion import Completion, checked_against_schema
+from sollol_nb.chat.options import ChatOptions
 from sollol_nb.chat.request import ChatRequest, checked_timeout_s
 from sollol_nb.cluster.state import ClusterState
 from sollol_nb.errors import AnswerInterruptedError, ConfigError
@@ -208,7 +209,7 @@ class Router:
         backend: str | None = None,
         priority: int = Priority.NORMAL,
         timeout: float | None = None,
-        **options: Any,
+        **options: Unpack[ChatOptions],
     ) -> Completion:
         """Ask a model, and wait for the whole answer.
 
@@ -251,7 +252,7 @@ class Router:
         backend: str | None = None,
         priority: int = Priority.NORMAL,
         timeout: float | None = None,
-        **options: Any,
+        **options: Unpack[ChatOptions],
     ) -> AsyncGenerator[Chunk, None]:
         """Ask a model; yields Ollama-shaped chunks as they come, the last with `done` and `_routing`.
 

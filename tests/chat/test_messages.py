@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from sollol_nb.chat.messages import check_messages, check_options
+from sollol_nb.chat.messages import CHAT_OPTIONS, SAMPLING_OPTIONS, check_messages, check_options
+from sollol_nb.chat.options import ChatOptions
 from sollol_nb.errors import ConfigError
 
 HELLO = [{"role": "user", "content": "Hello!"}]
@@ -120,3 +121,7 @@ def test_known_options_pass_and_none_is_left_out(given: dict[str, Any], checked:
 def test_option_that_cannot_be_used_is_named(given: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         check_options(given)
+
+
+def test_the_options_that_are_checked_are_those_that_editors_know() -> None:
+    assert ChatOptions.__annotations__.keys() == (SAMPLING_OPTIONS | CHAT_OPTIONS).keys()

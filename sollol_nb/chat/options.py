@@ -1,0 +1,45 @@
+"""The options of a request by name, so that editors complete them and type checkers check them.
+
+`messages.check_options` checks the same names at run time.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypedDict
+
+
+class ChatOptions(TypedDict, total=False):
+    """Options of one request; None is as if it was not given.
+
+    Keys:
+        max_tokens, num_predict: most tokens of the answer; the second is Ollama's name of it.
+        temperature, top_p, top_k, min_p, typical_p, seed, stop, repeat_penalty, repeat_last_n, presence_penalty,
+            frequency_penalty: of sampling, as in Ollama's `docs/modelfile.md`.
+        options: Ollama's own dict of these.
+        format: `"json"`, or a JSON schema.
+        tools: functions that the model may call, as in Ollama's `docs/api.md`.
+        keep_alive: how long the model stays loaded without a request: seconds, `"10m"`, 0 or `"forever"`.
+        think: whether (and for some models how much) the model thinks first.
+        overflow: what happens to messages that do not fit the context: `"error"`, or `"drop_oldest"`, which leaves
+            out the oldest turns.
+    """
+
+    max_tokens: int | None
+    num_predict: int | None
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    typical_p: float | None
+    seed: int | None
+    stop: str | list[str] | tuple[str, ...] | None
+    repeat_penalty: float | None
+    repeat_last_n: int | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    options: dict[str, Any] | None
+    format: str | dict[str, Any] | None
+    tools: list[dict[str, Any]] | tuple[dict[str, Any], ...] | None
+    keep_alive: float | str | None
+    think: bool | str | None
+    overflow: Literal["error", "drop_oldest"] | None
