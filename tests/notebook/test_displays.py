@@ -1,4 +1,4 @@
-"""What a cell has shown itself is not shown as its value, and is shown wherever else it is looked at."""
+"""A value that a cell has shown already is not shown as the cell's result, but is shown anywhere else."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def test_all_answers_of_one_cell_are_hidden_in_it_and_shown_after_it(shell: Any)
     before = dict(shell.display_formatter.ipython_display_formatter.type_printers)
     hide_once(shell, first)
     hide_once(shell, second)
-    assert [is_shown(shell, one) for one in (first, second, other)] == [False, False, True]
+    assert [is_shown(shell, completion) for completion in (first, second, other)] == [False, False, True]
     shell.events.trigger("post_run_cell", None)
-    assert [is_shown(shell, one) for one in (first, second, other)] == [True, True, True]
+    assert [is_shown(shell, completion) for completion in (first, second, other)] == [True, True, True]
     assert shell.display_formatter.ipython_display_formatter.type_printers == before
 
 
-def test_a_printer_of_the_users_own_comes_back(shell: Any) -> None:
+def test_the_users_own_printer_is_restored(shell: Any) -> None:
     printers = shell.display_formatter.ipython_display_formatter
     seen: list[object] = []
     printers.for_type(Completion, seen.append)

@@ -43,11 +43,11 @@ LONG_QUESTION = "Tell me everything about sharding."
 def notebook(engine: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
     """A kernel with the extension loaded and three workers started."""
     state = str(tmp_path_factory.mktemp("kernel"))
-    with kernel(SOLLOL_STATE_DIR=state, SOLLOL_KEEP_ALIVE="5s") as one:
-        assert one.run("%load_ext sollol_nb").status == "ok"
-        assert one.run("%sollol_cluster start 3").status == "ok"
-        yield one
-        assert one.run("%sollol_stop --all").status == "ok"
+    with kernel(SOLLOL_STATE_DIR=state, SOLLOL_KEEP_ALIVE="5s") as fresh:
+        assert fresh.run("%load_ext sollol_nb").status == "ok"
+        assert fresh.run("%sollol_cluster start 3").status == "ok"
+        yield fresh
+        assert fresh.run("%sollol_stop --all").status == "ok"
 
 
 def test_an_answer_streams_into_the_cell_and_ends_as_markdown(notebook: Kernel) -> None:
@@ -103,7 +103,7 @@ def test_the_latency_magic_gives_the_frame(notebook: Kernel) -> None:
     )
 
 
-def test_the_route_magic_says_where_and_why(notebook: Kernel) -> None:
+def test_the_route_magic_shows_the_route_and_its_reason(notebook: Kernel) -> None:
     assert notebook.run("%sollol_route demo:sharded").stream == (
         "demo:sharded → llama.cpp-distributed: demo:sharded is listed in MODEL_PROFILES as needing sharding"
         " (a tiny demo model, not a general one)\n"
@@ -112,7 +112,7 @@ def test_the_route_magic_says_where_and_why(notebook: Kernel) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cell", "words"),
+    ("cell", "message"),
     [
         ("%%sollol nosuchmodel\nHello", "ModelNotFoundError: no place has nosuchmodel"),
         ("%%sollol /no/such/file.gguf\nHello", "ModelFileError: /no/such/file.gguf is not there"),
@@ -133,11 +133,11 @@ def test_the_route_magic_says_where_and_why(notebook: Kernel) -> None:
         ("%sollol_cluster stop nosuch", "UsageError: there is no coordinator of nosuch"),
     ],
 )
-def test_errors_are_one_line(notebook: Kernel, cell: str, words: str) -> None:
+def test_errors_are_one_line(notebook: Kernel, cell: str, message: str) -> None:
     shown = notebook.run(cell)
     lines = shown.error or shown.stream.strip().splitlines()
     assert len(lines) == 1
-    assert lines[0].startswith(words)
+    assert lines[0].startswith(message)
 
 
 def test_the_stop_button_cancels_on_the_engine_and_keeps_the_text(notebook: Kernel) -> None:
@@ -157,7 +157,7 @@ def test_the_stop_button_cancels_on_the_engine_and_keeps_the_text(notebook: Kern
     assert notebook.run("%%sollol demo:sharded --max-tokens 5\nHello!").status == "ok"
 
 
-def test_asyncio_run_works_in_cells_also_queued_ones(notebook: Kernel) -> None:
+def test_asyncio_run_works_in_cells_including_queued_ones(notebook: Kernel) -> None:
     """The guide's Example 4 as it stands, two cells sent at once."""
     code = (
         "import asyncio\n"
@@ -165,8 +165,8 @@ def test_asyncio_run_works_in_cells_also_queued_ones(notebook: Kernel) -> None:
         "async def ask():\n"
         "    pool = await OllamaPool.auto_configure()\n"
         "    async with HybridRouter(ollama_pool=pool, num_rpc_backends=2, auto_setup_rpc=True,"
-        " auto_discover_rpc=False) as one:\n"
-        "        response = await one.route_request(model='demo:sharded',"
+        " auto_discover_rpc=False) as router:\n"
+        "        response = await router.route_request(model='demo:sharded',"
         " messages=[{'role': 'user', 'content': 'What is a worker?'}], max_tokens=10)\n"
         "    print(response['_routing']['backend'], bool(response['message']['content']))\n"
         "asyncio.run(ask())"
@@ -188,70 +188,74 @@ def test_the_blocking_api_works_in_the_running_loop_of_a_kernel(notebook: Kernel
 
 
 def test_unloading_leaves_nothing_behind(engine: object) -> None:
-    with kernel() as one:
-        one.run("import asyncio, asyncio.events, asyncio.tasks, asyncio.futures")
-        one.run("loop = type(asyncio.get_running_loop())")
+    with kernel() as fresh:
+        fresh.run("import asyncio, asyncio.events, asyncio.tasks, asyncio.futures")
+        fresh.run("loop = type(asyncio.get_running_loop())")
         snapshot = (
             "{**{('asyncio', k): v for k, v in vars(asyncio).items()},"
             " **{('loop', k): v for c in loop.__mro__ for k, v in vars(c).items()}}"
         )
-        one.run(f"before = {snapshot}")
+        fresh.run(f"before = {snapshot}")
         for command in ("%load_ext sollol_nb", "%reload_ext sollol_nb"):
-            assert one.run(command).error == []
-            assert one.value(f"all(m in get_ipython().magics_manager.magics['line'] for m in {MAGICS})") == "True"
-            assert one.run("asyncio.run(asyncio.sleep(0, 'nested'))").text == "'nested'"
-        one.run("%sollol_cluster start 2\nimport pandas as pd")
-        one.run("%sollol demo:sharded --max-tokens 5 --chat tour Hello\n%sollol demo --background Hello")
-        one.run("%config Sollol.max_tokens = 7")
-        assert one.value("[*" + LEFT_BEHIND + "]") == "['configurables', 'matchers', 'threads', 'accessors']"
-        assert len(engines_below(one.pid)) >= 3
-        assert one.run("%unload_ext sollol_nb").error == []
-        assert one.run(f"after = {snapshot}").error == []
-        assert one.value(LEFT_BEHIND) == "{}"
-        assert one.value("[k for k in before.keys() | after.keys() if before.get(k) is not after.get(k)]") == "[]"
-        assert engines_below(one.pid) == []
+            assert fresh.run(command).error == []
+            assert (
+                fresh.value(f"all(m in get_ipython().magics_manager.magics['line'] for m in {MAGICS})") == "True"
+            )
+            assert fresh.run("asyncio.run(asyncio.sleep(0, 'nested'))").text == "'nested'"
+        fresh.run("%sollol_cluster start 2\nimport pandas as pd")
+        fresh.run("%sollol demo:sharded --max-tokens 5 --chat tour Hello\n%sollol demo --background Hello")
+        fresh.run("%config Sollol.max_tokens = 7")
+        assert fresh.value("[*" + LEFT_BEHIND + "]") == "['configurables', 'matchers', 'threads', 'accessors']"
+        assert len(engines_below(fresh.pid)) >= 3
+        assert fresh.run("%unload_ext sollol_nb").error == []
+        assert fresh.run(f"after = {snapshot}").error == []
+        assert fresh.value(LEFT_BEHIND) == "{}"
+        assert (
+            fresh.value("[k for k in before.keys() | after.keys() if before.get(k) is not after.get(k)]") == "[]"
+        )
+        assert engines_below(fresh.pid) == []
         for magic in MAGICS:
-            assert "not found" in one.run(f"%{magic}").stream
-        assert "cannot be called from a running event loop" in one.run("asyncio.run(asyncio.sleep(0))").error[-1]
-        one.run("from sollol_nb.errors import ConfigError")
-        assert len(one.run("raise ConfigError('long again')").error) > 1
+            assert "not found" in fresh.run(f"%{magic}").stream
+        assert "cannot be called from a running event loop" in fresh.run("asyncio.run(asyncio.sleep(0))").error[-1]
+        fresh.run("from sollol_nb.errors import ConfigError")
+        assert len(fresh.run("raise ConfigError('long again')").error) > 1
 
 
-def test_unloading_keeps_engines_running_if_told_so(engine: object, tmp_path: Path) -> None:
-    with kernel(SOLLOL_STATE_DIR=str(tmp_path), SOLLOL_KEEP_ALIVE="60s") as one:
-        one.run("%load_ext sollol_nb\n%sollol_cluster start 1\n%sollol demo:sharded --max-tokens 5 Hello")
-        one.run("%config Sollol.on_unload = 'keep'")
-        before = engines_below(one.pid)
+def test_unloading_keeps_engines_running_if_so_configured(engine: object, tmp_path: Path) -> None:
+    with kernel(SOLLOL_STATE_DIR=str(tmp_path), SOLLOL_KEEP_ALIVE="60s") as fresh:
+        fresh.run("%load_ext sollol_nb\n%sollol_cluster start 1\n%sollol demo:sharded --max-tokens 5 Hello")
+        fresh.run("%config Sollol.on_unload = 'keep'")
+        before = engines_below(fresh.pid)
         assert len(before) == 2
-        assert one.run("%unload_ext sollol_nb").error == []
-        assert engines_below(one.pid) == before
-        assert one.run("%load_ext sollol_nb").error == []
-        assert one.run("%sollol demo:sharded --max-tokens 5 --out again Hello").error == []
-        assert engines_below(one.pid) == before, "they were taken up again"
-        assert one.run("%sollol_stop --all").error == []
+        assert fresh.run("%unload_ext sollol_nb").error == []
+        assert engines_below(fresh.pid) == before
+        assert fresh.run("%load_ext sollol_nb").error == []
+        assert fresh.run("%sollol demo:sharded --max-tokens 5 --out again Hello").error == []
+        assert engines_below(fresh.pid) == before, "the new router adopts them"
+        assert fresh.run("%sollol_stop --all").error == []
 
 
-def test_a_changed_setting_of_the_router_holds_for_the_next_request(engine: object, tmp_path: Path) -> None:
-    with kernel(SOLLOL_STATE_DIR=str(tmp_path), SOLLOL_KEEP_ALIVE="5s") as one:
-        one.run("%load_ext sollol_nb\n%sollol_cluster start 2")
-        workers = set(engines_below(one.pid))
-        assert one.run("%config Sollol.num_workers = 1").error == []
-        assert one.run("%sollol demo:sharded --max-tokens 5 --out a Hello").error == []
-        assert one.value("a.routing['layout']") == "'13'"
-        assert one.run("%config Sollol.num_workers = 2").error == []
-        assert one.run("%config Sollol.strategy = 'even'").error == []
-        assert workers <= set(engines_below(one.pid))
-        assert one.run("%sollol_stop demo:sharded").error == []
-        assert one.run("%sollol demo:sharded --max-tokens 5 --out a Hello").error == []
-        assert one.value("a.routing['layout'], a.routing['plan']['strategy']") == "('7/6', 'even')"
-        assert workers <= set(engines_below(one.pid)), "the workers went over to the new router"
-        assert one.run("%sollol_stop --all").error == []
+def test_a_changed_router_setting_applies_to_the_next_request(engine: object, tmp_path: Path) -> None:
+    with kernel(SOLLOL_STATE_DIR=str(tmp_path), SOLLOL_KEEP_ALIVE="5s") as fresh:
+        fresh.run("%load_ext sollol_nb\n%sollol_cluster start 2")
+        workers = set(engines_below(fresh.pid))
+        assert fresh.run("%config Sollol.num_workers = 1").error == []
+        assert fresh.run("%sollol demo:sharded --max-tokens 5 --out a Hello").error == []
+        assert fresh.value("a.routing['layout']") == "'13'"
+        assert fresh.run("%config Sollol.num_workers = 2").error == []
+        assert fresh.run("%config Sollol.strategy = 'even'").error == []
+        assert workers <= set(engines_below(fresh.pid))
+        assert fresh.run("%sollol_stop demo:sharded").error == []
+        assert fresh.run("%sollol demo:sharded --max-tokens 5 --out a Hello").error == []
+        assert fresh.value("a.routing['layout'], a.routing['plan']['strategy']") == "('7/6', 'even')"
+        assert workers <= set(engines_below(fresh.pid)), "the workers went over to the new router"
+        assert fresh.run("%sollol_stop --all").error == []
 
 
 def test_nested_loops_can_be_switched_off() -> None:
-    with kernel(SOLLOL_NEST_ASYNCIO="0") as one:
-        one.run("%load_ext sollol_nb\nimport asyncio")
-        assert "cannot be called from a running event loop" in one.run("asyncio.run(asyncio.sleep(0))").error[-1]
+    with kernel(SOLLOL_NEST_ASYNCIO="0") as fresh:
+        fresh.run("%load_ext sollol_nb\nimport asyncio")
+        assert "cannot be called from a running event loop" in fresh.run("asyncio.run(asyncio.sleep(0))").error[-1]
 
 
 @pytest.mark.parametrize(
@@ -264,7 +268,7 @@ def test_nested_loops_can_be_switched_off() -> None:
         ("%%sollol demo Hel", set()),
     ],
 )
-def test_model_names_complete_from_profiles_and_what_is_installed(
+def test_model_names_complete_from_profiles_and_installed_models(
     notebook: Kernel, typed: str, completed: set[str]
 ) -> None:
     manifest = Path(os.environ["OLLAMA_MODELS"], "manifests/registry.ollama.ai/library/installed-here/7b")
@@ -281,24 +285,24 @@ def test_model_names_complete_from_profiles_and_what_is_installed(
 
 def test_two_kernels_share_a_coordinator_and_no_engine_is_left_after_them(engine: object, tmp_path: Path) -> None:
     variables = {"SOLLOL_STATE_DIR": str(tmp_path), "SOLLOL_KEEP_ALIVE": "2s"}
-    with kernel(**variables) as one, kernel(**variables) as other:
-        for each in (one, other):
+    with kernel(**variables) as first, kernel(**variables) as second:
+        for each in (first, second):
             assert each.run("%load_ext sollol_nb").status == "ok"
-        assert one.run("%sollol_cluster start 2").status == "ok"
+        assert first.run("%sollol_cluster start 2").status == "ok"
         ask = "%%sollol demo:sharded --temperature 0 --max-tokens 30 --out answer\nWhat is a worker?"
-        for each in (one, other):
+        for each in (first, second):
             assert each.run(ask).status == "ok"
-        assert one.value("answer.text") == other.value("answer.text")
-        place = "answer.routing['coordinator_url']"
-        assert one.value(place) == other.value(place)
-        assert other.run("from sollol_nb.notebook import router\nc = router().cluster()").status == "ok"
-        engines = engines_below(one.pid)
+        assert first.value("answer.text") == second.value("answer.text")
+        url = "answer.routing['coordinator_url']"
+        assert first.value(url) == second.value(url)
+        assert second.run("from sollol_nb.notebook import router\nc = router().cluster()").status == "ok"
+        engines = engines_below(first.pid)
         assert len(engines) == 3
-        assert engines_below(other.pid) == [], "it adopted those of the first"
-        assert "held by the coordinator of demo:sharded" in other.run("%sollol_cluster --text").stream
+        assert engines_below(second.pid) == [], "it adopted those of the first"
+        assert "held by the coordinator of demo:sharded" in second.run("%sollol_cluster --text").stream
 
-        psutil.Process(one.pid).kill()
-        assert other.run(ask).status == "ok", "the one that started it is not needed any more"
+        psutil.Process(first.pid).kill()
+        assert second.run(ask).status == "ok", "the first kernel is not needed any more"
         listed = subprocess.run(
             [Path(sys.executable).with_name("sollol-nb"), "ps"],
             env={**os.environ, **variables},
@@ -308,14 +312,14 @@ def test_two_kernels_share_a_coordinator_and_no_engine_is_left_after_them(engine
         ).stdout
         assert [line.split()[:2] for line in listed.splitlines()[1:]] == [
             ["coordinator", "demo:sharded"],
-            *(["worker", worker] for worker in eval(other.value("[w.endpoint for w in c.workers]"))),
+            *(["worker", worker] for worker in eval(second.value("[w.endpoint for w in c.workers]"))),
         ]
-        other.manager.shutdown_kernel(now=False)
+        second.manager.shutdown_kernel(now=False)
         _, alive = psutil.wait_procs(engines, timeout=60)
         assert alive == []
 
 
-def test_stop_ends_the_coordinators_of_this_kernel_or_all_that_runs(notebook: Kernel) -> None:
+def test_stop_ends_this_kernels_coordinators_or_everything(notebook: Kernel) -> None:
     notebook.run("%%sollol demo:sharded --max-tokens 5\nHello!")
     assert "no coordinator" not in notebook.run("%sollol_cluster --text").stream
     assert "coordinator demo:sharded" in notebook.run("%sollol_stop").stream
@@ -329,7 +333,7 @@ def test_stop_ends_the_coordinators_of_this_kernel_or_all_that_runs(notebook: Ke
     assert notebook.run("%sollol_cluster start 3").status == "ok"
 
 
-def test_in_a_terminal_the_answer_is_printed_as_it_comes(engine: object, tmp_path: Path) -> None:
+def test_in_a_terminal_the_answer_is_printed_while_it_streams(engine: object, tmp_path: Path) -> None:
     code = (
         "%load_ext sollol_nb\n"
         "%sollol_cluster start 2\n"
@@ -355,4 +359,4 @@ def test_in_a_terminal_the_answer_is_printed_as_it_comes(engine: object, tmp_pat
 def engines_below(pid: int) -> list[psutil.Process]:
     """Engine processes among the descendants of a process."""
     names = ("llama-server", "ggml-rpc-server", "rpc-server")
-    return [one for one in psutil.Process(pid).children(recursive=True) if one.name() in names]
+    return [child for child in psutil.Process(pid).children(recursive=True) if child.name() in names]

@@ -1,4 +1,4 @@
-"""What the extension changes in a kernel, and puts back: the nested loop, and errors as one line."""
+"""What the extension changes in a kernel and restores: nested loops, and errors as one line."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from sollol_nb.runtime.io_loop import io_bound, io_loop, run_blocking
 T = TypeVar("T")
 
 
-async def one() -> int:
+async def give_one() -> int:
     await asyncio.sleep(0)
     return 1
 
 
 async def in_a_cell() -> int:
     """What a user writes where a loop runs already."""
-    return asyncio.run(one()) + asyncio.get_running_loop().run_until_complete(one())
+    return asyncio.run(give_one()) + asyncio.get_running_loop().run_until_complete(give_one())
 
 
 def in_kernel(cell: Callable[[], Coroutine[Any, Any, T]]) -> T:
@@ -50,20 +50,20 @@ def test_asyncio_run_works_in_a_running_loop() -> None:
     assert in_kernel(in_a_cell) == 2
 
 
-def test_the_package_works_in_a_nested_run_as_elsewhere() -> None:
+def test_the_package_works_in_a_nested_run() -> None:
     @io_bound
     async def where() -> asyncio.AbstractEventLoop:
         return asyncio.get_running_loop()
 
     async def cell() -> tuple[asyncio.AbstractEventLoop, int]:
-        return asyncio.run(where()), run_blocking(one())
+        return asyncio.run(where()), run_blocking(give_one())
 
     assert in_kernel(cell) == (io_loop(), 1)
 
 
-def test_without_it_a_running_loop_refuses() -> None:
+def test_without_the_hook_a_running_loop_refuses() -> None:
     async def cell() -> None:
-        work = one()
+        work = give_one()
         with pytest.raises(RuntimeError, match="running event loop"):
             asyncio.run(work)
         work.close()
@@ -71,7 +71,7 @@ def test_without_it_a_running_loop_refuses() -> None:
     asyncio.run(cell())
 
 
-def test_everything_is_put_back() -> None:
+def test_everything_is_restored() -> None:
     async def kernel() -> None:
         io_loop()
         before = patchable()
@@ -86,13 +86,13 @@ def test_everything_is_put_back() -> None:
             assert now == then
 
     asyncio.run(kernel())
-    assert asyncio.run(one()) == 1
+    assert asyncio.run(give_one()) == 1
 
 
-def test_it_can_be_allowed_and_forbidden_again_and_again() -> None:
+def test_nesting_can_be_allowed_and_forbidden_repeatedly() -> None:
     for _ in range(3):
         assert in_kernel(in_a_cell) == 2
-        assert asyncio.run(one()) == 1
+        assert asyncio.run(give_one()) == 1
 
 
 @pytest.fixture

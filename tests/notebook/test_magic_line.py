@@ -1,4 +1,4 @@
-"""A magic's line: words, expressions and options, and one line of help where they are wrong."""
+"""The line of a magic: words, expressions, options, and one line of help for each mistake."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ def needy(self: Any, line: str) -> None:
         ("demo\tx\ny", ["demo", "x", "y"]),
     ],
 )
-def test_a_line_is_split_as_it_is_meant(line: str, words: list[str]) -> None:
+def test_a_line_is_split_into_words(line: str, words: list[str]) -> None:
     assert magic_line.split(line) == words
 
 
-def test_words_know_how_they_were_written() -> None:
+def test_words_keep_their_quotes() -> None:
     plain, quoted = magic_line.split('say "hello there"')
 
     assert (plain.raw, plain.is_quoted) == ("say", False)
@@ -103,14 +103,14 @@ def test_options_and_prompt_may_come_in_any_order() -> None:
         ("--var 1x=2", "'1x' (--var) is not a valid variable name"),
     ],
 )
-def test_a_wrong_option_is_told_in_one_line_with_the_nearest_right_one(line: str, usage: str) -> None:
+def test_a_wrong_option_is_one_line_that_suggests_the_nearest(line: str, usage: str) -> None:
     with pytest.raises(UsageError) as caught:
         magic_line.parse(magic, line, name="%m", namespace={})
     assert str(caught.value).startswith(usage)
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_word_is_told() -> None:
+def test_a_missing_argument_is_named() -> None:
     with pytest.raises(UsageError, match=r"^%n: model is missing; see %n[?] for the options$"):
         magic_line.parse(needy, "", name="%n")
     with pytest.raises(UsageError, match=r"^%n: unexpected 'b c'; "):
@@ -126,7 +126,7 @@ def test_expressions_in_options_are_expanded_each_as_one_word() -> None:
     assert (arguments.system, arguments.max_tokens) == ('a "wise" critic', 6)
 
 
-def test_variables_of_the_line_are_for_this_cell_only() -> None:
+def test_variables_of_the_line_exist_in_this_cell_only() -> None:
     variables = {"n": 3}
     line = "--var city=Rome --var='many={{ n }}0' {{ city }}"
     arguments, given = magic_line.parse(magic, line, name="%m", namespace=variables)
@@ -143,7 +143,7 @@ def test_expansion_can_be_switched_off() -> None:
     assert arguments.expand is False
 
 
-def test_an_unknown_variable_is_told() -> None:
+def test_an_unknown_variable_is_an_error() -> None:
     with pytest.raises(ConfigError, match="there is no variable citi"):
         magic_line.parse(magic, "{{ citi }}", name="%m", namespace={"city": 1})
 
@@ -162,13 +162,13 @@ def test_an_answer_can_be_named_before_the_line(line: str, name: str | None, res
     assert magic_line.split_assignment(line) == (name, rest)
 
 
-def test_a_name_that_cannot_be_a_variable_is_refused() -> None:
+def test_an_invalid_variable_name_is_refused() -> None:
     for name in ("1x", "class"):
         with pytest.raises(UsageError, match=f"'{name}' [(]before <<[)] is not a valid variable name"):
             magic_line.split_assignment(f"{name} << demo")
 
 
-def test_an_option_can_name_a_thing_of_the_notebook() -> None:
+def test_an_option_can_name_a_variable() -> None:
     namespace = {"Person": int}
 
     assert (

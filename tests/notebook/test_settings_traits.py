@@ -1,4 +1,4 @@
-"""`%config Sollol`: settings with help, checked when set, and true to variables and files where not set."""
+"""`%config Sollol`: help, validation, and values from variables and files."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_each_setting_that_a_notebook_can_change_is_a_trait_with_help() -> None:
     assert all(traits[setting.name].help == setting.help for setting in IN_NOTEBOOKS)
 
 
-def test_a_trait_that_nobody_set_yields_what_holds_now(
+def test_a_trait_that_is_not_set_has_the_value_in_effect(
     settings: Sollol, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert (settings.slots, settings.find("slots").source) == (4, config.BUILT_IN)
@@ -59,7 +59,7 @@ def test_a_trait_that_nobody_set_yields_what_holds_now(
 
 
 @pytest.mark.parametrize("by_magic", [True, False])
-def test_none_lets_the_default_hold_again(settings: Sollol, file: Path, by_magic: bool) -> None:
+def test_none_restores_the_default(settings: Sollol, file: Path, by_magic: bool) -> None:
     settings.slots = 5
     if by_magic:
         configure(settings, slots=None)
@@ -71,7 +71,7 @@ def test_none_lets_the_default_hold_again(settings: Sollol, file: Path, by_magic
     assert settings.own("slots") is None
 
 
-def test_values_get_their_one_form(settings: Sollol) -> None:
+def test_values_get_their_normal_form(settings: Sollol) -> None:
     configure(settings, workers="a:1, b", priority="high", auto_setup=True)
 
     assert settings.workers == ["a:1", "b:50052"]
@@ -89,7 +89,7 @@ def test_values_get_their_one_form(settings: Sollol) -> None:
         ("state_dir", "/tmp", "Sollol.state_dir cannot be changed in a notebook; set SOLLOL_STATE_DIR"),
     ],
 )
-def test_bad_values_are_told_in_one_line_and_change_nothing(
+def test_invalid_values_are_one_line_and_change_nothing(
     settings: Sollol, name: str, value: object, words: str
 ) -> None:
     configure(settings, slots=5)
@@ -101,20 +101,20 @@ def test_bad_values_are_told_in_one_line_and_change_nothing(
     assert (settings.temperature, settings.workers, settings.slots, settings.seed) == (None, [], 5, 1)
 
 
-def test_a_bad_value_set_in_python_is_the_same_error(settings: Sollol) -> None:
+def test_an_invalid_value_set_in_python_is_the_same_error(settings: Sollol) -> None:
     with pytest.raises(ConfigError, match=r"Sollol\.slots=0 must be a whole number from 1 up"):
         settings.slots = 0
     assert settings.slots == 4
 
 
-def test_what_was_set_in_python_is_not_undone_by_the_magic(settings: Sollol) -> None:
+def test_the_magic_keeps_values_set_in_python(settings: Sollol) -> None:
     configure(settings, slots=5)
     settings.slots = 6
     configure(settings, seed=1)
     assert settings.slots == 6
 
 
-def test_what_must_not_fail_by_a_bad_file_gets_the_built_in_default(settings: Sollol, file: Path) -> None:
+def test_an_invalid_file_gives_the_default_where_reading_must_not_fail(settings: Sollol, file: Path) -> None:
     file.write_text('on_unload = "keep"')
     assert settings.or_built_in("on_unload") == "keep"
     file.write_text('on_unload = "perhaps"')
@@ -125,7 +125,7 @@ def test_what_must_not_fail_by_a_bad_file_gets_the_built_in_default(settings: So
     assert settings.or_built_in("on_unload") == "keep"
 
 
-def test_request_defaults_are_what_someone_set(
+def test_request_defaults_are_the_values_that_were_set(
     settings: Sollol, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert settings.request_defaults() == {}
@@ -165,7 +165,7 @@ def test_router_settings_are_arguments_of_the_router(settings: Sollol, file: Pat
         assert "1 workers" in repr(router)
 
 
-def test_a_change_of_the_router_is_told(settings: Sollol) -> None:
+def test_a_changed_router_setting_calls_back(settings: Sollol) -> None:
     changes: list[str] = []
     settings.on_router_change(lambda: changes.append("changed"))
 
@@ -194,12 +194,12 @@ def notebook(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
     file = folder / "mine.toml"
     file.write_text("slots = 2\n")
     variables = {"SOLLOL_CONFIG": str(file), "SOLLOL_SEED": "7", "SOLLOL_KEEP_ALIVE": ""}
-    with kernel(IPYTHONDIR=str(folder / "ipython"), **variables) as one:
-        assert one.run(f"from pathlib import Path\nFILE = Path({str(file)!r})\n{INSTALL}").status == "ok"
-        yield one
+    with kernel(IPYTHONDIR=str(folder / "ipython"), **variables) as fresh:
+        assert fresh.run(f"from pathlib import Path\nFILE = Path({str(file)!r})\n{INSTALL}").status == "ok"
+        yield fresh
 
 
-def test_the_magic_documents_each_setting_with_its_value_and_where_that_comes_from(notebook: Kernel) -> None:
+def test_the_magic_documents_each_setting_with_value_and_source(notebook: Kernel) -> None:
     lines = notebook.run("%config Sollol").stream.splitlines()
     for setting in IN_NOTEBOOKS:
         assert f"    {setting.help}" in lines
@@ -230,13 +230,13 @@ def test_the_magic_sets_and_shows(notebook: Kernel) -> None:
         ("%config Sollol.temprature = 1", "Sollol: there is no setting 'temprature'; did you mean temperature?"),
     ],
 )
-def test_a_bad_value_is_one_line_in_the_cell_and_does_not_stick(notebook: Kernel, cell: str, words: str) -> None:
+def test_an_invalid_value_is_one_line_in_the_cell_and_is_not_kept(notebook: Kernel, cell: str, words: str) -> None:
     assert notebook.run(cell).stream.strip().splitlines() == [f"ERROR:root:{words}"]
     assert notebook.run("%config Sollol.max_tokens = 9").stream == ""
     assert notebook.value("settings.temperature, settings.max_tokens") == "(None, 9)"
 
 
-def test_installing_twice_keeps_what_was_set_and_removing_leaves_nothing_behind(notebook: Kernel) -> None:
+def test_installing_twice_keeps_values_and_removing_leaves_nothing_behind(notebook: Kernel) -> None:
     notebook.run("%config Sollol.system = 'Be brief.'\n%config Sollol.max_tokens = 'bad'")
     assert (
         notebook.value("settings_traits.install(get_ipython()) is settings, settings.system")

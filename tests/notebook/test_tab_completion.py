@@ -1,4 +1,4 @@
-"""Tab completion: what is wanted in a line, a cache that waits for no slow place, and a real kernel's answers."""
+"""Tab completion: what is expected in a line, a cache for slow sources, and completions in a real kernel."""
 
 from __future__ import annotations
 
@@ -49,16 +49,16 @@ def test_a_line_is_a_magic_and_its_words(text: str, line: MagicLine | None) -> N
 
 
 def parser() -> argparse.ArgumentParser:
-    one = argparse.ArgumentParser(add_help=False)
-    one.add_argument("action", nargs="?", choices=("start", "stop"))
-    one.add_argument("what", nargs="*")
-    one.add_argument("--temperature", type=float)
-    one.add_argument("--top-p", type=float)
-    one.add_argument("--stop", action="append")
-    one.add_argument("--backend", choices=("auto", "local"))
-    one.add_argument("--out")
-    one.add_argument("--raw", "-r", action="store_true")
-    return one
+    magic = argparse.ArgumentParser(add_help=False)
+    magic.add_argument("action", nargs="?", choices=("start", "stop"))
+    magic.add_argument("what", nargs="*")
+    magic.add_argument("--temperature", type=float)
+    magic.add_argument("--top-p", type=float)
+    magic.add_argument("--stop", action="append")
+    magic.add_argument("--backend", choices=("auto", "local"))
+    magic.add_argument("--out")
+    magic.add_argument("--raw", "-r", action="store_true")
+    return magic
 
 
 OPTIONS = ("--temperature", "--top-p", "--stop", "--backend", "--out", "--raw")
@@ -71,7 +71,7 @@ def without(*names: str) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize(
-    ("words", "fragment", "place"),
+    ("words", "fragment", "at_cursor"),
     [
         pytest.param("", "", Expected("", ACTION, ("start", "stop"), OPTIONS), id="first argument, or an option"),
         pytest.param("", "st", Expected("st", ACTION, ("start", "stop")), id="first argument"),
@@ -99,8 +99,8 @@ def without(*names: str) -> tuple[str, ...]:
         pytest.param("", "--nosuch=x", Expected("--nosuch=x", options=OPTIONS), id="unknown option with a value"),
     ],
 )
-def test_what_is_wanted_is_read_from_the_magics_own_parser(words: str, fragment: str, place: Expected) -> None:
-    assert expected(MagicLine("cluster", tuple(words.split()), fragment), parser()) == place
+def test_the_magics_own_parser_says_what_is_expected(words: str, fragment: str, at_cursor: Expected) -> None:
+    assert expected(MagicLine("cluster", tuple(words.split()), fragment), parser()) == at_cursor
 
 
 def test_the_parts_of_an_argument_are_named_by_its_metavar() -> None:
@@ -112,7 +112,7 @@ def test_the_parts_of_an_argument_are_named_by_its_metavar() -> None:
     assert names == [("sollol.model", "model"), ("sollol.prompt", "prompt"), ("sollol.prompt", "prompt")]
 
 
-def test_nothing_is_wanted_after_the_last_argument() -> None:
+def test_nothing_is_expected_after_the_last_argument() -> None:
     route = argparse.ArgumentParser(add_help=False)
     route.add_argument("model")
 
@@ -124,56 +124,58 @@ def test_nothing_is_wanted_after_the_last_argument() -> None:
 
 @pytest.fixture
 def cache() -> Iterator[NameCache]:
-    one = NameCache()
-    yield one
-    one.close()
+    opened = NameCache()
+    yield opened
+    opened.close()
 
 
-def test_a_place_that_hangs_delays_neither_the_answer_nor_other_places(cache: NameCache) -> None:
-    goes_on = threading.Event()
+def test_a_source_that_hangs_delays_neither_completion_nor_other_sources(cache: NameCache) -> None:
+    may_answer = threading.Event()
     asked = []
 
     def hanging() -> list[str]:
         asked.append("hanging")
-        assert goes_on.wait(HANG_GUARD_S)
+        assert may_answer.wait(HANG_GUARD_S)
         return ["late"]
 
-    places = {"hanging": hanging, "quick": lambda: ["here"]}
+    sources = {"hanging": hanging, "quick": lambda: ["here"]}
     try:
-        eventually(lambda: cache.names(places) == {"hanging": (), "quick": ("here",)}, "the quick place is known")
-        assert cache.names(places) == {"hanging": (), "quick": ("here",)}
-        assert not goes_on.is_set()
+        eventually(
+            lambda: cache.names(sources) == {"hanging": (), "quick": ("here",)}, "the quick source is known"
+        )
+        assert cache.names(sources) == {"hanging": (), "quick": ("here",)}
+        assert not may_answer.is_set()
         assert asked == ["hanging"], "it is not asked again before it has answered"
     finally:
-        goes_on.set()
-    eventually(lambda: cache.names(places)["hanging"] == ("late",), "what was late is known")
+        may_answer.set()
+    eventually(lambda: cache.names(sources)["hanging"] == ("late",), "what was late is known")
 
 
-def test_a_broken_place_keeps_what_it_had(cache: NameCache) -> None:
+def test_a_broken_source_keeps_its_last_names(cache: NameCache) -> None:
     answers = iter([["one"]])
 
     def breaking() -> list[str]:
         return next(answers)  # StopIteration from the second time on
 
-    eventually(lambda: cache.names({"place": breaking}) == {"place": ("one",)}, "it is known")
+    eventually(lambda: cache.names({"source": breaking}) == {"source": ("one",)}, "it is known")
     for _ in range(20):
-        assert cache.names({"place": breaking}) == {"place": ("one",)}
+        assert cache.names({"source": breaking}) == {"source": ("one",)}
 
 
-def test_what_changes_in_a_quick_place_is_seen(cache: NameCache) -> None:
+def test_changes_in_a_quick_source_are_seen(cache: NameCache) -> None:
     now = ["one"]
-    eventually(lambda: cache.names({"place": lambda: list(now)}) == {"place": ("one",)}, "it is known")
+    eventually(lambda: cache.names({"source": lambda: list(now)}) == {"source": ("one",)}, "it is known")
     now.append("two")
     eventually(
-        lambda: cache.names({"place": lambda: list(now)}) == {"place": ("one", "two")}, "the change is known"
+        lambda: cache.names({"source": lambda: list(now)}) == {"source": ("one", "two")}, "the change is known"
     )
 
 
-def test_a_closed_cache_asks_nobody_and_leaves_no_thread() -> None:
+def test_a_closed_cache_reads_nothing_and_leaves_no_thread() -> None:
     cache = NameCache()
-    goes_on = threading.Event()
-    cache.refresh({"slow": lambda: [str(goes_on.wait(HANG_GUARD_S))]})
-    goes_on.set()
+    may_answer = threading.Event()
+    cache.refresh({"slow": lambda: [str(may_answer.wait(HANG_GUARD_S))]})
+    may_answer.set()
     cache.close()
     asked: list[str] = []
 
@@ -183,7 +185,7 @@ def test_a_closed_cache_asks_nobody_and_leaves_no_thread() -> None:
 
 
 def completion_threads() -> list[str]:
-    return [one.name for one in threading.enumerate() if "completion" in one.name]
+    return [thread.name for thread in threading.enumerate() if "completion" in thread.name]
 
 
 # --- in a kernel ------------------------------------------------------------------------------
@@ -214,7 +216,7 @@ def notebook(folder: Path) -> Iterator[Kernel]:
 import dataclasses, enum
 import pandas as pd
 import sollol_nb.chat.completion
-from sollol_nb.notebook import tab_completion as completer
+from sollol_nb.notebook import tab_completion
 @dataclasses.dataclass
 class Town:
     name: str
@@ -222,7 +224,7 @@ class Color(enum.Enum):
     RED = 1
 townsfolk, townlist, towns = {{"type": "object"}}, [1], pd.DataFrame()
 answered = sollol_nb.chat.completion.Completion.__new__(sollol_nb.chat.completion.Completion)
-completer.install(
+tab_completion.install(
     get_ipython(),
     lambda: ["running-model:1b"],
     chats=lambda: ["tour", "trip"],
@@ -230,9 +232,9 @@ completer.install(
     ollama_models=lambda: ["on-a-node:3b"],
 )
 """
-    with kernel() as one:
-        assert one.run(code).error == []
-        yield one
+    with kernel() as fresh:
+        assert fresh.run(code).error == []
+        yield fresh
 
 
 def completed(notebook: Kernel, typed: str) -> list[str]:
@@ -276,13 +278,13 @@ def completed(notebook: Kernel, typed: str) -> list[str]:
         ("%sollol_chat tour --load no", ["notes.txt"]),
     ],
 )
-def test_tab_completes_what_can_stand_there(notebook: Kernel, typed: str, ends: list[str]) -> None:
+def test_tab_completes_what_is_expected(notebook: Kernel, typed: str, ends: list[str]) -> None:
     line_start = typed[: typed.rfind(" ", 0, typed.find('"') if '"' in typed else None) + 1]
     lines = sorted((line_start + end for end in ends), key=str.casefold)
     eventually(lambda: completed(notebook, typed) == lines, f"{typed!r} is completed as {lines}")
 
 
-def test_an_empty_place_is_completed_by_all_models_there_are(notebook: Kernel) -> None:
+def test_an_empty_word_is_completed_by_all_models(notebook: Kernel) -> None:
     expected = {
         *MODEL_PROFILES,
         STORED,
@@ -297,7 +299,7 @@ def test_an_empty_place_is_completed_by_all_models_there_are(notebook: Kernel) -
     )
 
 
-def test_options_are_those_of_the_magic_and_each_is_offered_once(notebook: Kernel) -> None:
+def test_each_option_of_the_magic_is_offered_once(notebook: Kernel) -> None:
     options = {line.split()[-1] for line in completed(notebook, "%%sollol demo --seed 1 ")}
     assert {"--temperature", "--top-p", "--stop", "--out"} <= options
     assert "--seed" not in options
@@ -314,46 +316,48 @@ def test_the_line_oriented_api_of_terminals_gives_whole_names_too(notebook: Kern
 @pytest.mark.parametrize(
     "typed", ["%%sollol ~nobody-of-that-name/x", "%%sollol /no/such/folder/x", "%%sollol '\0/x"]
 )
-def test_a_path_that_cannot_be_is_completed_by_nothing(notebook: Kernel, typed: str) -> None:
+def test_an_impossible_path_has_no_completions(notebook: Kernel, typed: str) -> None:
     assert completed(notebook, typed) == []
     assert completed(notebook, "%%sollol llama3.1:7") == ["%%sollol llama3.1:70b"]
 
 
-def test_other_lines_are_completed_as_ever(notebook: Kernel) -> None:
+def test_other_lines_are_completed_as_usual(notebook: Kernel) -> None:
     assert "townsfolk.keys" in completed(notebook, "townsfolk.ke")
     assert "%%sollol demo\ntownlist" in completed(notebook, "%%sollol demo\ntownl")
 
 
-def test_a_node_that_hangs_or_breaks_delays_nothing_and_all_is_taken_out_again(folder: Path) -> None:
+def test_a_broken_or_hanging_node_delays_nothing_and_removal_is_complete(folder: Path) -> None:
     hanging = """\
 %load_ext sollol_nb
 import threading
-from sollol_nb.notebook import tab_completion as completer
+from sollol_nb.notebook import tab_completion
 before = [*get_ipython().Completer.custom_matchers]
-goes_on = threading.Event()
+may_answer = threading.Event()
 def hanging():
-    goes_on.wait(HANG_GUARD_S)
+    may_answer.wait(HANG_GUARD_S)
     return ["unhurried:1b"]
 def broken():
     raise OSError("gone")
-completer.install(get_ipython(), broken, chats=broken, workers=broken, ollama_models=hanging)
+tab_completion.install(get_ipython(), broken, chats=broken, workers=broken, ollama_models=hanging)
 """.replace("HANG_GUARD_S", str(HANG_GUARD_S))
-    with kernel() as one:
-        assert one.run(hanging).error == []
-        assert completed(one, "%%sollol mix") == ["%%sollol mixtral:8x7b"]
-        assert completed(one, "%sollol_chat tour") == []
-        assert completed(one, "%%sollol unhu") == []
-        assert one.value("goes_on.is_set()") == "False"
-        one.run("goes_on.set()")
-        eventually(lambda: completed(one, "%%sollol unhu") == ["%%sollol unhurried:1b"], "what was late is known")
-        one.run("completer.remove(get_ipython())")
-        assert "%%sollol mixtral:8x7b" not in completed(one, "%%sollol mix")
-        assert one.value("[m for m in get_ipython().Completer.custom_matchers if m not in before]") == "[]"
+    with kernel() as fresh:
+        assert fresh.run(hanging).error == []
+        assert completed(fresh, "%%sollol mix") == ["%%sollol mixtral:8x7b"]
+        assert completed(fresh, "%sollol_chat tour") == []
+        assert completed(fresh, "%%sollol unhu") == []
+        assert fresh.value("may_answer.is_set()") == "False"
+        fresh.run("may_answer.set()")
         eventually(
-            lambda: one.value("[t.name for t in threading.enumerate() if 'completion' in t.name]") == "[]",
+            lambda: completed(fresh, "%%sollol unhu") == ["%%sollol unhurried:1b"], "what was late is known"
+        )
+        fresh.run("tab_completion.remove(get_ipython())")
+        assert "%%sollol mixtral:8x7b" not in completed(fresh, "%%sollol mix")
+        assert fresh.value("[m for m in get_ipython().Completer.custom_matchers if m not in before]") == "[]"
+        eventually(
+            lambda: fresh.value("[t.name for t in threading.enumerate() if 'completion' in t.name]") == "[]",
             "its threads have ended",
         )
-        assert one.run("completer.remove(get_ipython())").error == [], "removing twice is fine"
+        assert fresh.run("tab_completion.remove(get_ipython())").error == [], "removing twice is fine"
 
 
 # --- a real Ollama ----------------------------------------------------------------------------
@@ -363,9 +367,9 @@ completer.install(get_ipython(), broken, chats=broken, workers=broken, ollama_mo
 def test_models_of_an_ollama_node_are_completed_right_after_loading(ollama: OllamaServer, tmp_path: Path) -> None:
     """By their names there, with nothing of them in this machine's storage."""
     node = f"127.0.0.1:{ollama.port}"
-    with kernel(OLLAMA_HOST=node, OLLAMA_MODELS=str(tmp_path)) as one:
-        assert one.run("%load_ext sollol_nb").error == []
+    with kernel(OLLAMA_HOST=node, OLLAMA_MODELS=str(tmp_path)) as fresh:
+        assert fresh.run("%load_ext sollol_nb").error == []
         lines = ["%%sollol someone/special:7b"]
-        eventually(lambda: completed(one, "%%sollol someone/") == lines, "the node's model is known")
+        eventually(lambda: completed(fresh, "%%sollol someone/") == lines, "the node's model is known")
         expected = ["llama3.2", "llama3.2:latest"]  # the profile, and what the node has
-        assert completed(one, "%%sollol llama3.2") == [f"%%sollol {name}" for name in expected]
+        assert completed(fresh, "%%sollol llama3.2") == [f"%%sollol {name}" for name in expected]

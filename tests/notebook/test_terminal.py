@@ -1,4 +1,4 @@
-"""The magics in a real IPython in a terminal: keys are typed, and read is what the screen gets."""
+"""The magics in a real IPython in a terminal: the tests type keys and read the screen."""
 
 from __future__ import annotations
 

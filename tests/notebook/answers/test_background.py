@@ -1,4 +1,4 @@
-"""Answers in the background: who waits for one may leave, and nobody hears of that."""
+"""Answers in the background: waiting, giving up, cancelling, failing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.engines import HANG_GUARD_S
 
 
 class Stream:
-    """A stream that ends when it is told to."""
+    """A stream that ends when `end` is called."""
 
     def __init__(self, *, fails: Exception | None = None) -> None:
         self._may_end = asyncio.Event()
@@ -41,7 +41,7 @@ def background(stream: Stream, make_display: MakeDisplay | None = None) -> Backg
     return BackgroundAnswer(request, stream.chunks(), EventBus(), make_display)
 
 
-def test_who_leaves_before_the_end_is_not_called_any_more(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_waiter_that_gave_up_is_not_called_back(caplog: pytest.LogCaptureFixture) -> None:
     stream = Stream()
     handle = background(stream)
 
@@ -62,7 +62,7 @@ async def _awaited(handle: BackgroundAnswer) -> object:
     return await handle
 
 
-def test_nothing_of_answers_is_left_once_all_are_cancelled() -> None:
+def test_cancelling_all_answers_ends_their_threads() -> None:
     shown: list[dict[str, Any]] = []
 
     def make_display(bundle: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
@@ -74,7 +74,7 @@ def test_nothing_of_answers_is_left_once_all_are_cancelled() -> None:
     cancel_all(wait_s=HANG_GUARD_S)
     assert handle.done
     assert "stopped" in shown[-1]["text/plain"]
-    assert [one for one in threading.enumerate() if one.name == "sollol_nb display"] == []
+    assert [thread for thread in threading.enumerate() if thread.name == "sollol_nb display"] == []
 
 
 def test_several_loops_may_await_the_same_answer() -> None:
@@ -82,15 +82,15 @@ def test_several_loops_may_await_the_same_answer() -> None:
     handle = background(stream)
     values: list[object] = []
     waiters = [threading.Thread(target=lambda: values.append(asyncio.run(_awaited(handle)))) for _ in range(3)]
-    for one in waiters:
-        one.start()
+    for thread in waiters:
+        thread.start()
     stream.end()
-    for one in waiters:
-        one.join(HANG_GUARD_S)
+    for thread in waiters:
+        thread.join(HANG_GUARD_S)
     assert values == [handle.result()] * 3
 
 
-def test_a_cancelled_answer_says_so_to_who_awaits_it() -> None:
+def test_awaiting_a_cancelled_answer_raises() -> None:
     handle = background(Stream())
     assert handle.cancel()
     with pytest.raises(RequestCancelledError):
@@ -99,7 +99,7 @@ def test_a_cancelled_answer_says_so_to_who_awaits_it() -> None:
         handle.result(HANG_GUARD_S)
 
 
-def test_what_came_before_an_unforeseen_error_is_kept() -> None:
+def test_an_unexpected_error_keeps_the_partial_answer() -> None:
     stream = Stream(fails=ZeroDivisionError("of a bug"))
     handle = background(stream)
     stream.end()

@@ -52,7 +52,7 @@ def test_model_and_prompt(line: str, cell: str | None, model: str, prompt: str) 
     assert (made.model, made.prompt) == (model, prompt)
 
 
-def test_options_of_the_line_go_before_defaults() -> None:
+def test_options_override_defaults() -> None:
     defaults = {"temperature": 0.5, "max_tokens": 7, "system": "Be brief.", "format": "text", "priority": 3}
     made = request("demo --temperature 0 --stop a --stop b --priority high", "Hi", defaults=defaults)
 
@@ -62,7 +62,7 @@ def test_options_of_the_line_go_before_defaults() -> None:
     assert request("demo --system ''", "Hi", defaults=defaults).messages == [{"role": "user", "content": "Hi"}]
 
 
-def test_json_is_asked_of_the_engine_unless_a_schema_says_more() -> None:
+def test_json_is_requested_from_the_engine_unless_there_is_a_schema() -> None:
     schema = {"type": "object"}
 
     assert request("demo --format json", "Hi").stream_options == {"format": "json"}
@@ -72,7 +72,7 @@ def test_json_is_asked_of_the_engine_unless_a_schema_says_more() -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "cell", "words"),
+    ("line", "cell", "message"),
     [
         ("demo", " \n", "the prompt is empty"),
         ("demo", None, "the prompt is empty"),
@@ -85,8 +85,8 @@ def test_json_is_asked_of_the_engine_unless_a_schema_says_more() -> None:
         ("demo --out 1x", "Hi", "'1x' [(]--out[)] is not a valid variable name"),
     ],
 )
-def test_what_is_missing_or_wrong_is_told(line: str, cell: str | None, words: str) -> None:
-    with pytest.raises(UsageError, match=words):
+def test_mistakes_are_usage_errors(line: str, cell: str | None, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         request(line, cell)
 
 
@@ -107,7 +107,7 @@ def test_the_value_is_the_completion_or_its_frame() -> None:
     assert frame.attrs["completion"] is answer
 
 
-def test_an_answer_that_does_not_fit_has_no_value() -> None:
+def test_an_answer_that_does_not_match_its_schema_has_no_value() -> None:
     made = request("demo --schema int", "Hi", int=int)
     answer = made.apply_form(Completion(message={"role": "assistant", "content": '"text"'}))
 
@@ -115,6 +115,6 @@ def test_an_answer_that_does_not_fit_has_no_value() -> None:
         made.value(answer)
 
 
-def test_an_unknown_schema_is_told() -> None:
+def test_an_unknown_schema_suggests_the_nearest() -> None:
     with pytest.raises(ConfigError, match="did you mean Person"):
         request("demo --schema Persn", "Hi", Person=int)

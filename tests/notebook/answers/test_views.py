@@ -1,4 +1,4 @@
-"""An answer under way: read by several threads, begun again, and shown without what steers a terminal."""
+"""A streaming answer: read by several threads, started over, shown without terminal control sequences."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def chunk(text: str, **more: object) -> dict[str, object]:
     return {"message": {"role": "assistant", "content": text}, **more}
 
 
-def test_a_thread_that_reads_an_answer_loses_nothing_of_it() -> None:
+def test_reading_threads_lose_no_chunks() -> None:
     answer, parts = LiveAnswer("demo"), 20_000
     ended, interval_s = threading.Event(), sys.getswitchinterval()
 
@@ -27,19 +27,19 @@ def test_a_thread_that_reads_an_answer_loses_nothing_of_it() -> None:
 
     sys.setswitchinterval(1e-6)  # threads take turns at every chance
     readers = [threading.Thread(target=read) for _ in range(3)]
-    for one in readers:
-        one.start()
+    for thread in readers:
+        thread.start()
     for _ in range(parts):
         answer.add(chunk("x"))
     ended.set()
-    for one in readers:
-        one.join()
+    for thread in readers:
+        thread.join()
     sys.setswitchinterval(interval_s)
     assert len(answer.text) == parts == len(answer.completion().text)
 
 
 @pytest.mark.parametrize("make_view", [TerminalView, PlainView])
-def test_an_answer_that_begins_again_is_printed_from_its_beginning(
+def test_an_answer_that_starts_over_is_printed_from_its_beginning(
     make_view: type[TerminalView | PlainView], capsys: pytest.CaptureFixture[str]
 ) -> None:
     view: View = make_view()
@@ -56,7 +56,7 @@ def test_an_answer_that_begins_again_is_printed_from_its_beginning(
 
 
 @pytest.mark.parametrize("make_view", [TerminalView, PlainView])
-def test_a_model_cannot_steer_the_terminal(
+def test_a_model_cannot_control_the_terminal(
     make_view: type[TerminalView | PlainView], capsys: pytest.CaptureFixture[str]
 ) -> None:
     view: View = make_view()
@@ -67,7 +67,7 @@ def test_a_model_cannot_steer_the_terminal(
     assert capsys.readouterr().out.startswith("a]52;c;cm0gLXJmb2J\tc\n")
 
 
-def test_a_completion_in_a_terminal_cannot_either() -> None:
+def test_the_repr_of_a_completion_has_no_control_sequences() -> None:
     formatter: Any = DisplayFormatter()
     formats, _ = formatter.format(Completion(model="demo", message={"content": "\x1b[2J"}))
     assert "\x1b" not in formats["text/plain"]

@@ -1,4 +1,4 @@
-"""`%%sollol` in a real kernel, on real engines: what it takes, what it shows, what its value is."""
+"""`%%sollol` in a real kernel, on real engines: its options, its display, its value."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ GREEDY = "--temperature 0 --max-tokens 30"
 def notebook(engine: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
     """A kernel with the extension loaded; `demo` runs on a local llama-server."""
     state = str(tmp_path_factory.mktemp("kernel"))
-    with kernel(SOLLOL_STATE_DIR=state, SOLLOL_KEEP_ALIVE="5s") as one:
-        assert one.run("%load_ext sollol_nb").error == []
-        yield one
-        assert one.run("%sollol_stop --all").error == []
+    with kernel(SOLLOL_STATE_DIR=state, SOLLOL_KEEP_ALIVE="5s") as fresh:
+        assert fresh.run("%load_ext sollol_nb").error == []
+        yield fresh
+        assert fresh.run("%sollol_stop --all").error == []
 
 
 # --- values -------------------------------------------------------------------------------------
@@ -39,13 +39,13 @@ def test_the_value_of_a_cell_is_the_completion_and_it_is_shown_once(notebook: Ke
     assert notebook.run("_").status == "ok"
 
 
-def test_a_completion_that_is_looked_at_later_is_shown_again(notebook: Kernel) -> None:
+def test_a_completion_is_shown_again_in_a_later_cell(notebook: Kernel) -> None:
     notebook.run(f"%%sollol demo {GREEDY} --out again\nWhat is a worker?")
     assert "<details><summary><small>demo" in notebook.run("again").markdown
     assert "<details><summary><small>demo" in notebook.run("again").markdown
 
 
-def test_two_answers_of_one_cell_are_shown_where_they_are_looked_at_later(notebook: Kernel) -> None:
+def test_two_answers_of_one_cell_are_shown_in_later_cells(notebook: Kernel) -> None:
     notebook.run(f"one = %sollol demo {GREEDY} What is a worker\ntwo = %sollol demo {GREEDY} What is a plan")
     for name in ("one", "two"):
         assert "<details><summary><small>demo" in notebook.run(name).markdown
@@ -68,7 +68,7 @@ def test_an_answer_can_be_given_a_name(notebook: Kernel, cell: str) -> None:
     assert notebook.value("kept.text[:8]") == "'A worker'"
 
 
-def test_two_names_are_one_too_many(notebook: Kernel) -> None:
+def test_two_variables_for_one_answer_are_refused(notebook: Kernel) -> None:
     shown = notebook.run("%%sollol a << demo --out b\nHi")
     assert shown.stream == "UsageError: the answer would go to two variables, a and b; name one of them\n"
 
@@ -90,13 +90,13 @@ def test_quiet_shows_nothing_and_raw_only_the_text(notebook: Kernel) -> None:
         ("html", {"text/plain", "text/markdown", "text/html"}),
     ],
 )
-def test_an_answer_is_shown_as_asked(notebook: Kernel, format_: str, kinds: set[str]) -> None:
+def test_an_answer_is_shown_in_the_requested_format(notebook: Kernel, format_: str, kinds: set[str]) -> None:
     shown = notebook.run(f"%%sollol demo {GREEDY} --format {format_}\nWhat is a worker?")
     assert shown.error == []
     assert set(shown.displays[-1]) == kinds
 
 
-def test_json_is_asked_of_the_engine_too(notebook: Kernel) -> None:
+def test_json_is_requested_from_the_engine_too(notebook: Kernel) -> None:
     shown = notebook.run("%%sollol demo --temperature 0 --max-tokens 60 --format json --out j\nWhat is a worker?")
     assert shown.markdown.startswith("```json\n")
     assert notebook.value("j.text.lstrip()[0]") == "'{'", "a grammar holds the engine to it"
@@ -131,7 +131,7 @@ def test_a_frame_goes_into_the_prompt_as_a_table(notebook: Kernel) -> None:
 # --- structure ----------------------------------------------------------------------------------
 
 
-def test_a_schema_holds_the_answer_and_gives_its_value(notebook: Kernel) -> None:
+def test_a_schema_constrains_the_answer_and_gives_its_value(notebook: Kernel) -> None:
     notebook.run(
         "from dataclasses import dataclass\n"
         "@dataclass\n"
@@ -155,13 +155,13 @@ def test_an_answer_becomes_a_frame(notebook: Kernel) -> None:
     assert shown.error == []
     assert notebook.value("(list(t.columns), len(t), str(t.dtypes['ok']), _ is t)") == "(['ok'], 1, 'bool', True)"
     assert notebook.value("bool(t.attrs['completion'].value['ok'] == t.ok[0])") == "True"
-    assert [sorted(one) for one in shown.displays] == [
+    assert [sorted(bundle) for bundle in shown.displays] == [
         ["text/html", "text/plain"],
         ["text/markdown", "text/plain"],
     ], "the table, then the footer"
 
 
-def test_an_answer_that_does_not_fit_is_kept(notebook: Kernel) -> None:
+def test_an_answer_that_does_not_match_its_schema_is_kept(notebook: Kernel) -> None:
     schema = {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]}
     notebook.run(f"schema = {schema!r}")
     shown = notebook.run("%%sollol demo --temperature 0 --max-tokens 3 --schema schema --out cut\nWhat is it?")
@@ -195,7 +195,7 @@ def test_defaults_come_from_config(notebook: Kernel) -> None:
             notebook.run(f"%config Sollol.{name} = None")
 
 
-def test_whole_tracebacks_can_be_had(notebook: Kernel) -> None:
+def test_whole_tracebacks_can_be_switched_on(notebook: Kernel) -> None:
     assert len(notebook.run("%%sollol nosuch\nHi").error) == 1
     notebook.run("%config Sollol.short_errors = False")
     try:
@@ -207,7 +207,7 @@ def test_whole_tracebacks_can_be_had(notebook: Kernel) -> None:
 # --- stopping -----------------------------------------------------------------------------------
 
 
-def test_a_stopped_answer_keeps_its_text_also_when_it_would_never_end(notebook: Kernel, tmp_path: Path) -> None:
+def test_a_stopped_endless_answer_keeps_its_text(notebook: Kernel, tmp_path: Path) -> None:
     endless = write_endless(tmp_path)
     assert notebook.run(f"%%sollol {endless} --max-tokens 1\nx").error == []  # loaded: what is shown now is text
     message_id = notebook.client.execute(f"%%sollol {endless} --temperature 0 --max-tokens 30000 --out cut\nx")
@@ -222,7 +222,7 @@ def test_a_stopped_answer_keeps_its_text_also_when_it_would_never_end(notebook: 
     eventually(lambda: notebook.value(busy) == "0", "the slot is free")
 
 
-def test_a_long_answer_under_way_is_shown_by_its_end_and_saved_whole(notebook: Kernel, tmp_path: Path) -> None:
+def test_a_long_answer_shows_its_end_while_it_streams_and_is_saved_whole(notebook: Kernel, tmp_path: Path) -> None:
     endless = write_endless(tmp_path)
     message_id = notebook.client.execute(f"%%sollol {endless} --temperature 0 --max-tokens 2500 --out long\nx")
     largest = 0
@@ -239,12 +239,12 @@ def test_a_long_answer_under_way_is_shown_by_its_end_and_saved_whole(notebook: K
 # --- conversations ------------------------------------------------------------------------------
 
 
-def test_a_conversation_goes_on(notebook: Kernel, tmp_path: Path) -> None:
+def test_a_conversation_continues(notebook: Kernel, tmp_path: Path) -> None:
     ask = f"%%sollol demo {GREEDY} --chat tour\n"
     assert notebook.run(ask + "What is a worker?").error == []
     assert notebook.run(ask + "What is a coordinator?").error == []
     assert notebook.run("m = %sollol_chat tour --messages").error == []
-    assert notebook.value("[one['role'] for one in m]") == "['user', 'assistant', 'user', 'assistant']"
+    assert notebook.value("[message['role'] for message in m]") == "['user', 'assistant', 'user', 'assistant']"
     assert "What is a coordinator?" in notebook.run("%sollol_chat tour").text
     assert "tour: 2 turns" in notebook.run("%sollol_chat").text
     saved = tmp_path / "tour.json"
@@ -276,7 +276,7 @@ def test_a_conversation_keeps_its_system_message_whatever_the_default_is(noteboo
 # --- in the background --------------------------------------------------------------------------
 
 
-def test_an_answer_can_be_written_in_the_background(notebook: Kernel, tmp_path: Path) -> None:
+def test_an_answer_can_run_in_the_background(notebook: Kernel, tmp_path: Path) -> None:
     shown = notebook.run(f"%%sollol demo {GREEDY} --background --out handle\nWhat is a worker?")
     assert shown.error == []
     assert len(shown.displays) == 1
@@ -299,14 +299,14 @@ def test_an_answer_can_be_written_in_the_background(notebook: Kernel, tmp_path: 
     )
 
 
-def test_what_is_written_in_the_background_is_shown_while_it_comes(notebook: Kernel) -> None:
+def test_a_background_answer_is_shown_while_it_streams(notebook: Kernel) -> None:
     message_id = notebook.client.execute(f"%%sollol demo {GREEDY} --background --out handle\nWhat is a worker?")
     notebook.collect(message_id)
     shown = notebook.collect_updates(until="small>")
     assert shown["text/markdown"].startswith("A worker")
 
 
-def test_several_threads_may_ask_at_once(notebook: Kernel) -> None:
+def test_several_threads_may_ask_at_the_same_time(notebook: Kernel) -> None:
     shown = notebook.run(
         "from concurrent.futures import ThreadPoolExecutor\n"
         "def ask(n):\n"

@@ -1,4 +1,4 @@
-"""`%sollol_bench` in a real kernel: table and plot, variables, the stop button, and one line for what is wrong."""
+"""`%sollol_bench` in a real kernel: table and plot, variables, the stop button, errors as one line."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def notebook(engine: object, state: Path) -> Iterator[Kernel]:
     """A kernel with the magic and three workers."""
-    with kernel(SOLLOL_STATE_DIR=str(state), SOLLOL_KEEP_ALIVE="5s") as one:
+    with kernel(SOLLOL_STATE_DIR=str(state), SOLLOL_KEEP_ALIVE="5s") as fresh:
         for code in ("%load_ext sollol_nb", "%sollol_cluster start 3"):
-            shown = one.run(code)
+            shown = fresh.run(code)
             assert shown.status == "ok", shown.error
-        yield one
-        assert one.run("%sollol_stop --all").status == "ok"
+        yield fresh
+        assert fresh.run("%sollol_stop --all").status == "ok"
 
 
 def test_a_benchmark_shows_its_table_and_its_plot(notebook: Kernel) -> None:
@@ -64,7 +64,7 @@ def test_the_examples_of_the_help_run(notebook: Kernel, example: str) -> None:
     assert shown.status == "ok", shown.error
 
 
-def test_the_stop_button_keeps_what_was_measured(notebook: Kernel, state: Path) -> None:
+def test_the_stop_button_keeps_the_measurements(notebook: Kernel, state: Path) -> None:
     log = LatencyLog(state / "latency.sqlite")
     before = len(log.frame())
     cell = notebook.client.execute("%sollol_bench demo:sharded --layouts 1,2 --repeat 500 --out stopped")
@@ -89,7 +89,7 @@ def test_the_stop_button_keeps_what_was_measured(notebook: Kernel, state: Path) 
         ("demo:sharded --out 1x", "'1x' (--out) is not a valid variable name"),
     ],
 )
-def test_what_is_wrong_is_one_line(notebook: Kernel, line: str, words: str) -> None:
+def test_mistakes_are_one_line(notebook: Kernel, line: str, words: str) -> None:
     notebook.run("questions = ['Hello!']")
     shown = notebook.run(f"%sollol_bench {line}")
     assert shown.status == "error"

@@ -29,10 +29,10 @@ MAGICS = (
 def notebook(engine: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
     """A kernel with the extension loaded, in a folder of its own."""
     folder = tmp_path_factory.mktemp("kernel")
-    with kernel(SOLLOL_STATE_DIR=str(folder / "state"), SOLLOL_KEEP_ALIVE="5s") as one:
-        assert one.run(f"import os\nos.chdir({str(folder)!r})\n%load_ext sollol_nb").error == []
-        yield one
-        assert one.run("%sollol_stop --all").error == []
+    with kernel(SOLLOL_STATE_DIR=str(folder / "state"), SOLLOL_KEEP_ALIVE="5s") as fresh:
+        assert fresh.run(f"import os\nos.chdir({str(folder)!r})\n%load_ext sollol_nb").error == []
+        yield fresh
+        assert fresh.run("%sollol_stop --all").error == []
 
 
 def examples(help_: str) -> list[str]:
@@ -40,7 +40,7 @@ def examples(help_: str) -> list[str]:
     indented = re.search(r"Example::\n\n((?: +.*\n|\n)+)", help_)
     assert indented is not None, help_
     paragraphs = re.split(r"\n\s*\n", indented[1].strip("\n"))
-    return ["\n".join(line.strip() for line in one.splitlines()) for one in paragraphs if one.strip()]
+    return ["\n".join(line.strip() for line in text.splitlines()) for text in paragraphs if text.strip()]
 
 
 def test_all_magics_are_known_here(notebook: Kernel) -> None:
