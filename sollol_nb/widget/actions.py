@@ -1,6 +1,6 @@
 """What a cluster's controls do: each action runs on the I/O loop, one of a kind at a time, and ends in an event.
 
-A router tells what it did by events of its own; what it could not do is told here, as `action.failed`.
+A router publishes what it did by events of its own; a failure is published here, as `action.failed`.
 """
 
 from __future__ import annotations
@@ -8,62 +8,63 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sollol_nb.errors import SollolError
+from sollol_nb.router.router import Router
 from sollol_nb.runtime.events import EventKind
 from sollol_nb.runtime.io_loop import submit
-
-if TYPE_CHECKING:
-    from sollol_nb.router.router import Router
 
 logger = logging.getLogger(__name__)
 
 
 class ClusterActions:
-    """The actions of one router, which is not kept alive by them.
+    """The actions of one router, which they do not keep alive.
 
     Args:
-        router: acted on.
-        on_change: called on the I/O loop when an action begins or ends.
+        router: what the actions act on.
+        on_change: called on the I/O loop when an action starts or ends.
     """
 
     def __init__(self, router: Router, on_change: Callable[[], None]) -> None:
         self._router = weakref.ref(router)
         self._events = router.events
         self._on_change = on_change
-        self._under_way: set[str] = set()
+        self._running: set[str] = set()
 
     def is_unavailable(self, kind: str) -> bool:
-        """Whether such an action cannot begin now: one runs, or the router was closed or is gone."""
+        """Whether an action cannot start now: one of its kind is running, or the router was closed or is gone."""
         router = self._router()
-        return router is None or router.state.is_closed or kind in self._under_way
+        return router is None or router.state.is_closed or kind in self._running
 
-    def begin(self, kind: str, words: str, action: Callable[[Router], Coroutine[Any, Any, str | None]]) -> None:
-        """Begin an action, unless it is unavailable; from any thread.
+    def start(
+        self, kind: str, description: str, action: Callable[[Router], Coroutine[Any, Any, str | None]]
+    ) -> None:
+        """Start an action, unless it is unavailable; from any thread.
 
         Args:
             kind: what the control does, such as `discover`.
-            words: what is being done, for the event of a failure.
-            action: does it; gives words for an event, or None where the router tells by itself.
+            description: such as `loading demo`, for the event of a failure.
+            action: does it; returns a message for an event, or None where the router publishes one.
         """
         router = self._router()
         if router is None or self.is_unavailable(kind):
             return
-        self._under_way.add(kind)
-        submit(self._run(kind, words, action(router)))
+        self._running.add(kind)
+        submit(self._run(kind, description, action(router)))
 
-    async def _run(self, kind: str, words: str, work: Coroutine[Any, Any, str | None]) -> None:
+    async def _run(self, kind: str, description: str, work: Coroutine[Any, Any, str | None]) -> None:
         self._on_change()
         try:
-            done = await work
-            if done:
-                self._events.publish(EventKind.ACTION_DONE, kind, done)
+            message = await work
+            if message:
+                self._events.publish(EventKind.ACTION_DONE, kind, message)
         except SollolError as error:
-            self._events.publish(EventKind.ACTION_FAILED, kind, f"{words} failed: {error}")
+            self._events.publish(EventKind.ACTION_FAILED, kind, f"{description} failed: {error}")
         except Exception as error:
-            logger.exception("%s failed", words)
-            self._events.publish(EventKind.ACTION_FAILED, kind, f"{words} failed: {type(error).__name__}: {error}")
+            logger.exception("%s failed", description)
+            message = f"{description} failed: {type(error).__name__}: {error}"
+            self._events.publish(EventKind.ACTION_FAILED, kind, message)
         finally:
-            self._under_way.discard(kind)
+            self._running.discard(kind)
             self._on_change()

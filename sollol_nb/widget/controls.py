@@ -1,24 +1,22 @@
-"""Controls of a cluster, of core ipywidgets: workers, models, and how coordinators are started.
+"""Controls of a cluster, made of core ipywidgets: workers, models, and how coordinators are started.
 
-Each is enabled only while it makes sense, as told by the cluster's plain state (`cluster_data`).
+Each is enabled only while it makes sense according to the cluster's plain state (`cluster_data`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ipywidgets
 
 from sollol_nb.errors import ConfigError
 from sollol_nb.layers.strategies import STRATEGIES
 from sollol_nb.models.profiles import MODEL_PROFILES
+from sollol_nb.router.router import Router
 from sollol_nb.settings.endpoints import format_endpoint, parse_endpoint
 from sollol_nb.settings.kinds import keep_alive_seconds
-
-if TYPE_CHECKING:
-    from sollol_nb.router.router import Router
-    from sollol_nb.widget.actions import ClusterActions
+from sollol_nb.widget.actions import ClusterActions
 
 _SMALL = {"width": "auto"}
 _NARROW = {"width": "170px"}
@@ -26,7 +24,7 @@ _WIDE = {"width": "230px"}
 
 
 def choose_among(dropdown: ipywidgets.Dropdown, names: Sequence[str]) -> None:
-    """Give a dropdown these options; what is chosen stays so as long as it is one of them."""
+    """Give a dropdown these options; its value stays as long as it is one of them."""
     if tuple(dropdown.options) != tuple(names):
         chosen = dropdown.value
         dropdown.options = tuple(names)
@@ -40,13 +38,15 @@ class WorkerControls:
         self._actions = actions
         self._data: Mapping[str, Any] = {}
         self.endpoint = ipywidgets.Text(placeholder="host:port of a worker", layout=_NARROW)
-        self.add = ipywidgets.Button(description="Add", tooltip="use this worker too", layout=_SMALL)
+        self.add = ipywidgets.Button(description="Add", tooltip="add this worker to the cluster", layout=_SMALL)
         self.known = ipywidgets.Dropdown(options=(), layout=_WIDE)
         self.remove = ipywidgets.Button(
-            description="Remove", tooltip="forget it; one that was started here is stopped", layout=_SMALL
+            description="Remove",
+            tooltip="remove this worker; if it was started here, it is stopped",
+            layout=_SMALL,
         )
         self.discover = ipywidgets.Button(
-            description="Discover", tooltip="look for workers on this machine's usual ports", layout=_SMALL
+            description="Discover", tooltip="search this machine's usual ports for workers", layout=_SMALL
         )
         self.box = ipywidgets.HBox([self.endpoint, self.add, self.known, self.remove, self.discover])
         self.endpoint.observe(lambda _: self._enable(), "value")
@@ -59,7 +59,7 @@ class WorkerControls:
         """Fit the controls to the state."""
         self._data = data
         workers = data.get("workers", {})
-        choose_among(self.known, [name for name, one in workers.items() if one["state"] != "held"])
+        choose_among(self.known, [endpoint for endpoint, worker in workers.items() if worker["state"] != "held"])
         self._enable()
 
     def _enable(self) -> None:
@@ -78,7 +78,7 @@ class WorkerControls:
             await router.add_worker(endpoint)
             self.endpoint.value = ""
 
-        self._actions.begin("add", f"adding {endpoint}", add)
+        self._actions.start("add", f"adding {endpoint}", add)
 
     def _remove(self, _: object) -> None:
         endpoint = self.known.value
@@ -86,21 +86,21 @@ class WorkerControls:
         async def remove(router: Router) -> None:
             await router.remove_worker(endpoint)
 
-        self._actions.begin("remove", f"removing {endpoint}", remove)
+        self._actions.start("remove", f"removing {endpoint}", remove)
 
     def _discover(self, _: object) -> None:
         async def discover(router: Router) -> str | None:
             found = await router.discover_workers()
-            return None if found else "found no worker that was not known"
+            return None if found else "found no new workers"
 
-        self._actions.begin("discover", "looking for workers", discover)
+        self._actions.start("discover", "searching for workers", discover)
 
 
 class ModelControls:
     """Load and stop models, and choose how the next ones are started.
 
     Args:
-        strategy: gives the router's strategy; None once the router is gone.
+        strategy: returns the router's strategy; None once the router is gone.
     """
 
     def __init__(self, actions: ClusterActions, strategy: Callable[[], str | None]) -> None:
@@ -111,19 +111,25 @@ class ModelControls:
             placeholder="model", options=tuple(MODEL_PROFILES), ensure_option=False, layout=_NARROW
         )
         self.load = ipywidgets.Button(
-            description="Load", tooltip="start its coordinator, or load it in Ollama", layout=_SMALL
+            description="Load",
+            tooltip="load this model: start its coordinator, or load it in Ollama",
+            layout=_SMALL,
         )
         self.running = ipywidgets.Dropdown(options=(), layout=_WIDE)
-        self.stop = ipywidgets.Button(description="Stop", tooltip="stop its coordinator", layout=_SMALL)
+        self.stop = ipywidgets.Button(
+            description="Stop", tooltip="stop the coordinator of this model", layout=_SMALL
+        )
         self.strategy = ipywidgets.Dropdown(
             options=tuple(STRATEGIES),
             value=strategy(),
-            tooltip="how layers are spread from now on",
+            tooltip="how the layers of the next models are spread",
             layout=_NARROW,
         )
-        self.keep_alive = ipywidgets.Text(placeholder="keep_alive: 10m, 1h, forever", layout=_NARROW)
+        self.keep_alive = ipywidgets.Text(placeholder="keep_alive, such as 1h", layout=_NARROW)
         self.keep = ipywidgets.Button(
-            description="Set", tooltip="how long coordinators live without a request", layout=_SMALL
+            description="Apply",
+            tooltip="how long coordinators stay loaded without requests: 10m, 1h, forever",
+            layout=_SMALL,
         )
         self.box = ipywidgets.VBox(
             [
@@ -144,12 +150,13 @@ class ModelControls:
         self._data = data
         choose_among(self.running, self._running())
         chosen = self._strategy()
-        if chosen is not None and not self._actions.is_unavailable("strategy"):  # else it is about to change
+        if chosen is not None and not self._actions.is_unavailable("strategy"):  # else a change is under way
             self.strategy.value = chosen
         self._enable()
 
     def _running(self) -> list[str]:
-        return [one["model"] for one in self._data.get("coordinators", {}).values() if one.get("own")]
+        coordinators = self._data.get("coordinators", {}).values()
+        return [coordinator["model"] for coordinator in coordinators if coordinator.get("own")]
 
     def _enable(self) -> None:
         busy, model = self._actions.is_unavailable, self.model.value.strip()
@@ -164,9 +171,9 @@ class ModelControls:
         model = self.model.value.strip()
 
         async def load(router: Router) -> str | None:
-            return f"{model} is loaded: {await router.preload(model)}"
+            return f"loaded {model}: {await router.preload(model)}"
 
-        self._actions.begin("load", f"loading {model}", load)
+        self._actions.start("load", f"loading {model}", load)
 
     def _stop(self, _: object) -> None:
         model = self.running.value
@@ -174,7 +181,7 @@ class ModelControls:
         async def stop(router: Router) -> None:
             await router.stop_coordinator(model)
 
-        self._actions.begin("stop", f"stopping {model}", stop)
+        self._actions.start("stop", f"stopping {model}", stop)
 
     def _choose_strategy(self, change: Mapping[str, Any]) -> None:
         if change["new"] == self._strategy():
@@ -183,7 +190,7 @@ class ModelControls:
         async def choose(router: Router) -> None:
             await router.configure(layer_strategy=change["new"])
 
-        self._actions.begin("strategy", f"choosing strategy {change['new']}", choose)
+        self._actions.start("strategy", f"changing the strategy to {change['new']}", choose)
 
     def _keep(self, _: object) -> None:
         keep_alive = self.keep_alive.value
@@ -191,11 +198,11 @@ class ModelControls:
         async def keep(router: Router) -> None:
             await router.configure(keep_alive=keep_alive)
 
-        self._actions.begin("keep_alive", f"setting keep_alive to {keep_alive}", keep)
+        self._actions.start("keep_alive", f"setting keep_alive to {keep_alive}", keep)
 
 
 def _endpoint(text: str) -> str | None:
-    """`host:port` of what was typed; None while it is no endpoint."""
+    """What was typed as `host:port`; None while it is not an endpoint."""
     try:
         return format_endpoint(*parse_endpoint(text))
     except ConfigError:

@@ -1,9 +1,9 @@
 """The cluster map: an anywidget that draws a cluster's plain state in the browser (`assets/cluster_map.js`).
 
-The JavaScript travels in the widget's own state: nothing is fetched, nothing is built. The front end gets the
-whole state when a model of it opens, and merge patches as custom messages from then on. So the state is no
-ordinary trait: it is made when it is asked for (by a page that opens, or by whoever saves widgets), and is never
-sent by itself. Saving a notebook keeps what the front end has, patches included.
+The JavaScript is part of the widget's own state: nothing is downloaded or compiled. The front end gets the whole
+state when it opens a model of the widget, and merge patches as custom messages from then on. So `state` is not an
+ordinary trait: it is computed on request (by a page that opens, or by whoever saves widgets), and Python never
+sends it by itself. A saved notebook keeps what the front end has, patches included.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STYLE = (
 """The style sheet, after the palette's colours as the variables that it uses."""
 
 OnView = Callable[[str, bool], None]
-"""Told that a view (by its id) is shown, again and again while it is, or that it has gone."""
+"""Called with the id of a view: with True when it opens and regularly while it is shown, else False."""
 
 
 def _current(_: object, widget: ClusterMap) -> dict[str, Any]:
@@ -35,11 +35,11 @@ def _current(_: object, widget: ClusterMap) -> dict[str, Any]:
 
 
 class ClusterMap(anywidget.AnyWidget):
-    """The map of one cluster, shown in as many places as one likes.
+    """The map of one cluster; it can be shown in several places at the same time.
 
     Args:
-        current: gives the plain state (see `cluster_data`).
-        on_view: told which views there are.
+        current: returns the plain state (see `cluster_data`).
+        on_view: called for each view that opens, stays or closes.
     """
 
     _esm = SOURCE
@@ -49,13 +49,13 @@ class ClusterMap(anywidget.AnyWidget):
     def __init__(self, current: Callable[[], dict[str, Any]], on_view: OnView) -> None:
         self.current = current
         super().__init__()
-        self.on_msg(lambda _, content, __: _told(content, on_view))
+        self.on_msg(lambda _, content, __: _handle(content, on_view))
 
-    def change(self, patch: Mapping[str, Any]) -> None:
+    def send_patch(self, patch: Mapping[str, Any]) -> None:
         """Send a merge patch to all views; from any thread."""
         self.send({"patch": patch})
 
 
-def _told(content: Any, on_view: OnView) -> None:
+def _handle(content: Any, on_view: OnView) -> None:
     if isinstance(content, Mapping) and isinstance(content.get("view"), str):
         on_view(content["view"], bool(content.get("shown")))

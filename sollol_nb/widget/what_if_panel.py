@@ -1,91 +1,88 @@
-"""What if: one slider for each worker; predicted memory and token time are seen before the layout is applied.
+"""What if: one slider for each worker; it predicts memory and token time before the layout is applied.
 
-A slider holds its worker's units (blocks and output layer); 0 drops the worker. What one gains its neighbours lose
-(`what_if.moved`), so the sliders always make a whole layout.
+A slider holds its worker's units (blocks and output layer); 0 drops the worker. What one slider gains, its
+neighbours lose (`what_if.moved`), so the sliders always hold a whole layout.
 """
 
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ipywidgets
 
 from sollol_nb.errors import SollolError
 from sollol_nb.layers.plan import MAX_WORKERS
 from sollol_nb.layers.what_if import Forecast, memory_words, moved, token_words
+from sollol_nb.router.router import Router
 from sollol_nb.runtime.io_loop import submit
+from sollol_nb.widget.actions import ClusterActions
 from sollol_nb.widget.controls import choose_among
 
-if TYPE_CHECKING:
-    import weakref
-
-    from sollol_nb.router.router import Router
-    from sollol_nb.widget.actions import ClusterActions
-
-_NOTHING = "No model of this notebook runs over workers."
+_NO_MODEL = "No model of this notebook runs on workers."
 
 
 class WhatIfPanel:
     """Sliders for the layout of one running model.
 
     Args:
-        router: asked for forecasts.
+        router: makes the forecasts.
         actions: apply a layout.
     """
 
     def __init__(self, router: weakref.ref[Router], actions: ClusterActions) -> None:
         self._router = router
         self._actions = actions
-        self._lock = threading.RLock()  # sliders are moved by the kernel's threads, and set up by the I/O loop
+        self._lock = threading.RLock()  # the kernel's threads move sliders, the I/O loop creates them
         self._is_setting = False
         self._data: Mapping[str, Any] = {}
-        self._base: dict[str, int] = {}  # the running layout, and free workers with 0
+        self._base: dict[str, int] = {}  # the running layout, then free workers with 0
         self._base_url = ""
         self._forecast: Forecast | None = None
-        self._foreseen_with: str | None = None
+        self._predicted_with: str | None = None
         self.model = ipywidgets.Dropdown(options=(), layout={"width": "250px"})
         self.sliders: list[ipywidgets.IntSlider] = []
         self._rows = ipywidgets.VBox([])
-        self.prediction = ipywidgets.HTML(_NOTHING)
+        self.prediction = ipywidgets.HTML(_NO_MODEL)
         self.apply = ipywidgets.Button(
             description="Apply",
-            tooltip="start the model anew on this layout",
+            tooltip="restart the model with this layout",
             layout={"width": "auto"},
             disabled=True,
         )
         self.reset = ipywidgets.Button(
             description="Reset", tooltip="back to the running layout", layout={"width": "auto"}, disabled=True
         )
-        head = ipywidgets.HBox([self.model, self.apply, self.reset])
-        self.box = ipywidgets.VBox([head, self._rows, self.prediction])
+        header = ipywidgets.HBox([self.model, self.apply, self.reset])
+        self.box = ipywidgets.VBox([header, self._rows, self.prediction])
         self.model.observe(self._choose, "value")
         self.apply.on_click(self._apply)
         self.reset.on_click(lambda _: self._move_all(list(self._base.values())))
 
     @property
     def counts(self) -> dict[str, int]:
-        """Units of each worker as the sliders stand, in the order of their layers."""
-        return dict(zip(self._base, (one.value for one in self.sliders), strict=True))
+        """Units of each worker by the sliders, in the order of their layers."""
+        return dict(zip(self._base, (slider.value for slider in self.sliders), strict=True))
 
     def refresh(self, data: Mapping[str, Any]) -> None:
-        """Fit the panel to the state; sliders that were moved stay as long as their layout and workers do."""
+        """Fit the panel to the state; moved sliders keep their values while their layout and workers exist."""
         with self._lock:
             self._data = data
-            self._is_setting = True  # new options choose the first for a moment
+            self._is_setting = True  # new options select the first one for a moment
             try:
-                choose_among(self.model, [one["model"] for one in self._sharded().values()])
+                choose_among(self.model, [coordinator["model"] for coordinator in self._sharded().values()])
             finally:
                 self._is_setting = False
             url, base = self._layout()
-            is_other = (url, _used(base)) != (self._base_url, _used(self._base))
-            is_other |= any(endpoint not in base for endpoint, _ in _used(self.counts))
-            if is_other or (base != self._base and self.counts == self._base):
+            is_new = (url, _used(base)) != (self._base_url, _used(self._base))
+            is_new |= any(endpoint not in base for endpoint, _ in _used(self.counts))
+            if is_new or (base != self._base and self.counts == self._base):
                 self._set_up()
-            elif self._measured() != self._foreseen_with:
-                self._foresee()
+            elif self._measured() != self._predicted_with:
+                self._predict()
             else:
                 self._enable()
 
@@ -93,15 +90,19 @@ class WhatIfPanel:
 
     def _sharded(self) -> dict[str, Mapping[str, Any]]:
         coordinators = self._data.get("coordinators", {})
-        return {url: one for url, one in coordinators.items() if one.get("own") and one.get("segments")}
+        return {
+            url: coordinator
+            for url, coordinator in coordinators.items()
+            if coordinator.get("own") and coordinator.get("segments")
+        }
 
     def _layout(self) -> tuple[str, dict[str, int]]:
         """URL and units of the chosen model's coordinator, free workers included; ("", {}) without one."""
-        for url, one in self._sharded().items():
-            if one["model"] == self.model.value:
-                counts = {endpoint: segment["units"] for endpoint, segment in one["segments"].items()}
+        for url, coordinator in self._sharded().items():
+            if coordinator["model"] == self.model.value:
+                counts = {endpoint: segment["units"] for endpoint, segment in coordinator["segments"].items()}
                 workers = self._data.get("workers", {})
-                free = [name for name, worker in workers.items() if worker["state"] == "free"]
+                free = [endpoint for endpoint, worker in workers.items() if worker["state"] == "free"]
                 return url, counts | dict.fromkeys(free[: max(0, MAX_WORKERS - len(counts))], 0)
         return "", {}
 
@@ -121,14 +122,14 @@ class WhatIfPanel:
             self._rows.children = tuple(self.sliders)
             for slider in before:
                 slider.close()
-            self._foresee()
+            self._predict()
 
     def _moved(self, change: Mapping[str, Any]) -> None:
         with self._lock:
             if self._is_setting:
                 return
             position = self.sliders.index(change["owner"])
-            counts = [one.value for one in self.sliders]
+            counts = [slider.value for slider in self.sliders]
             counts[position] = change["old"]
             self._move_all(moved(counts, position, change["new"]))
 
@@ -140,40 +141,40 @@ class WhatIfPanel:
                     slider.value = count
             finally:
                 self._is_setting = False
-            self._foresee()
+            self._predict()
 
     # --- prediction -----------------------------------------------------------------------------
 
-    def _foresee(self) -> None:
-        """Predict for the sliders as they stand, on the I/O loop."""
+    def _predict(self) -> None:
+        """Predict for the current values of the sliders, on the I/O loop."""
         self._forecast = None
-        self._foreseen_with = self._measured()
+        self._predicted_with = self._measured()
         self._enable()
         router = self._router()
         if not self._base or router is None:
-            self.prediction.value = _NOTHING
+            self.prediction.value = _NO_MODEL
             return
-        submit(self._tell(router, self.model.value, self.counts))
+        submit(self._show_forecast(router, self.model.value, self.counts))
 
-    async def _tell(self, router: Router, model: str, counts: dict[str, int]) -> None:
+    async def _show_forecast(self, router: Router, model: str, counts: dict[str, int]) -> None:
         try:
-            foreseen = await router.what_if(model, counts)
+            predicted = await router.what_if(model, counts)
         except SollolError as error:
             self.prediction.value = escape(str(error))
             return
         with self._lock:
-            if self._base and counts == self.counts:  # else they were moved on meanwhile
-                self._forecast = foreseen
-                self.prediction.value = forecast_html(foreseen)
+            if self._base and counts == self.counts:  # else they were moved meanwhile
+                self._forecast = predicted
+                self.prediction.value = forecast_html(predicted)
                 self._enable()
 
     def _measured(self) -> str | None:
-        """What is known of the running layout's token time; a prediction made with other facts is out of date."""
+        """The known token time of the running layout; a prediction made with another one is out of date."""
         time: str | None = self._sharded().get(self._base_url, {}).get("token_time")
         return time
 
     def _enable(self) -> None:
-        """Apply makes sense for another layout that fits, while no answer runs on the old one."""
+        """Apply is enabled for a changed layout that fits, while no answer runs on the old one."""
         coordinator = self._sharded().get(self._base_url, {})
         is_moved = bool(self._base) and self.counts != self._base
         is_idle = not coordinator.get("running") and not coordinator.get("waiting")
@@ -191,27 +192,28 @@ class WhatIfPanel:
         async def apply(router: Router) -> None:
             await router.apply_plan(model, counts)
 
-        self._actions.begin("apply", f"laying {model} out anew", apply)
+        self._actions.start("apply", f"applying the new layout of {model}", apply)
 
 
 def _used(counts: Mapping[str, int]) -> list[tuple[str, int]]:
     return [(endpoint, count) for endpoint, count in counts.items() if count]
 
 
-def forecast_html(foreseen: Forecast) -> str:
-    """A forecast as a small table, and one line that says whether it fits and how quick it would be."""
+def forecast_html(predicted: Forecast) -> str:
+    """A forecast as a small table, and a line that says whether it fits and how fast it would be."""
     cell = 'style="padding: 0 14px 0 0; text-align: left;"'
     rows = [
-        f"<tr><td {cell}>{escape(one.endpoint)}</td><td {cell}>{escape(one.layers) or 'no layers'}</td>"
-        f"<td {cell}>{memory_words(one)}</td>"
-        f"<td {cell}>{'' if one.token_ms is None else f'{one.token_ms:.3g} ms'}</td></tr>"
-        for one in foreseen.workers
+        f"<tr><td {cell}>{escape(worker.endpoint)}</td><td {cell}>{escape(worker.layers) or 'no layers'}</td>"
+        f"<td {cell}>{memory_words(worker)}</td>"
+        f"<td {cell}>{'' if worker.token_ms is None else f'{worker.token_ms:.3g} ms'}</td></tr>"
+        for worker in predicted.workers
     ]
-    heads = "".join(f"<th {cell}>{name}</th>" for name in ("worker", "layers", "memory", "of a token"))
-    verdict = "fits" if foreseen.fits else f"⚠ does not fit: {escape(foreseen.shortage)}"
+    labels = ("worker", "layers", "memory", "time per token")
+    header = "".join(f"<th {cell}>{label}</th>" for label in labels)
+    verdict = "fits" if predicted.fits else f"⚠ does not fit: {escape(predicted.shortage)}"
     return (
-        f"<b>{verdict}</b>; {escape(token_words(foreseen.token))}"
-        f'<table style="line-height: 1.5;"><tr>{heads}</tr>{"".join(rows)}</table>'
+        f"<b>{verdict}</b>; {escape(token_words(predicted.token))}"
+        f'<table style="line-height: 1.5;"><tr>{header}</tr>{"".join(rows)}</table>'
     )
 
 

@@ -89,12 +89,12 @@ def test_it_is_shown_as_a_widget_and_as_text_of_the_same_state(widget: ClusterWi
 
 
 def test_a_router_has_one_widget_until_that_is_closed(router: HybridRouter) -> None:
-    first = router.widget()
-    assert cluster_widget(router._async) is first
-    first.close()
-    second = router.widget()
-    assert second is not first
-    second.close()
+    widget = router.widget()
+    assert cluster_widget(router._async) is widget
+    widget.close()
+    renewed = router.widget()
+    assert renewed is not widget
+    renewed.close()
 
 
 def test_without_anywidget_the_state_is_shown_as_html(
@@ -357,7 +357,7 @@ def test_without_a_sharded_model_there_is_nothing_to_move(steered: ClusterWidget
     assert steered.what_if.sliders == []
     assert steered.what_if.apply.disabled
     assert steered.what_if.model.disabled
-    assert predicted(steered) == "No model of this notebook runs over workers."
+    assert predicted(steered) == "No model of this notebook runs on workers."
 
 
 # --- controls ---------------------------------------------------------------------------------
@@ -412,8 +412,8 @@ def test_an_action_that_fails_unforeseen_is_told_too(
         raise PermissionError("the state folder cannot be written")
 
     actions = steered.workers._actions
-    actions.begin("discover", "looking for workers", failing)
-    told = "looking for workers failed: PermissionError: the state folder cannot be written"
+    actions.start("discover", "searching for workers", failing)
+    told = "searching for workers failed: PermissionError: the state folder cannot be written"
     eventually(lambda: told in words(router), "it is told")
     eventually(lambda: not actions.is_unavailable("discover"), "it can be tried again")
 
@@ -440,7 +440,7 @@ def test_looking_for_workers_without_finding_one_is_told(
 
     monkeypatch.setattr("sollol_nb.llama_cpp.workers.workers.discover", nothing)
     steered.workers.discover.click()
-    eventually(lambda: "found no worker that was not known" in words(router), "told")
+    eventually(lambda: "found no new workers" in words(router), "told")
 
 
 def test_when_its_router_is_closed_nothing_can_be_done_any_more(
@@ -464,8 +464,8 @@ def test_an_action_runs_once_at_a_time(widget: ClusterWidget, cluster: Simulated
         await asyncio.to_thread(may_end.wait, 60)
 
     actions = widget.workers._actions
-    actions.begin("add", "adding", wait)
-    actions.begin("add", "adding", wait)
+    actions.start("add", "adding", wait)
+    actions.start("add", "adding", wait)
     widget.workers.endpoint.value = "10.9.9.9"
     assert widget.workers.add.disabled
     may_end.set()
