@@ -1,0 +1,157 @@
+"""A module imports only from lower layers: every import of the package against the tables in CONTRIBUTING.md.
+
+Imports in functions and under `TYPE_CHECKING` count too.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "sollol_nb"
+FILES = sorted(PACKAGE.rglob("*.py"))
+MAY_EXPORT = {"sollol_nb/__init__.py", "sollol_nb/plots/__init__.py", "sollol_nb/notebook/__init__.py"}
+LOADS_ON_FIRST_USE = "sollol_nb/__init__.py"
+HAND_ON_NAMES = ("priority_helpers.py", "rpc_discovery.py", "ollama_gguf_resolver.py")
+TABLE = re.compile(r"^\| layer \| packages \|\n\|[-|]+\|\n((?:\|.*\n)+)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Import:
+    """A module imports another, or a name in it; both as paths inside the package."""
+
+    importer: str
+    imported: str
+    line: int
+
+
+@cache
+def tables() -> list[dict[str, int]]:
+    """The layer of each path, of each table in CONTRIBUTING.md: of the package, and of the parts of a package."""
+    found = []
+    for table in TABLE.findall((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")):
+        layers: dict[str, int] = {}
+        for row in table.splitlines():
+            layer, packages = row.strip("|").split("|", 1)
+            for path in re.findall(r"`([^`]+)`", packages):
+                assert path not in layers, f"{path} is in the table twice"
+                layers[path] = int(layer)
+        found.append(layers)
+    return found
+
+
+def inside(file: Path) -> str:
+    return file.relative_to(PACKAGE).as_posix()
+
+
+def entry_of(path: str, table: dict[str, int]) -> str | None:
+    """The entry of a table that a module belongs to: its own, or the nearest folder's."""
+    return max((entry for entry in table if path == entry or (entry[-1] == "/" and path.startswith(entry))),
+               key=len, default=None)  # fmt: skip
+
+
+def path_of(module: str) -> str | None:
+    """The path of a dotted name if it is a module of the package."""
+    folder = PACKAGE.joinpath(*module.split(".")[1:])
+    for file in (folder / "__init__.py", folder.with_suffix(".py")):
+        if file.is_file():
+            return inside(file)
+    return None
+
+
+@cache
+def tree(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+def imports_of(file: Path) -> Iterator[Import]:
+    for node in ast.walk(tree(file)):
+        modules: list[str] = []
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{file}:{node.lineno}: an import relative to the file; write sollol_nb...."
+            modules = [f"{node.module}.{alias.name}" for alias in node.names]
+        for module in modules:
+            if module.partition(".")[0] == "sollol_nb":
+                imported = path_of(module) or path_of(module.rpartition(".")[0])
+                assert imported is not None, f"{file}:{node.lineno}: {module} does not exist"
+                yield Import(inside(file), imported, node.lineno)
+
+
+@cache
+def all_imports() -> list[Import]:
+    return [found for file in FILES for found in imports_of(file)]
+
+
+def test_each_module_is_in_the_table() -> None:
+    package, *parts = tables()
+    for file in FILES:
+        assert entry_of(inside(file), package) is not None, f"{inside(file)} has no layer in CONTRIBUTING.md"
+    for table in (package, *parts):
+        for entry in table:
+            assert (PACKAGE / entry).exists(), f"{entry} does not exist"
+
+
+def test_imports_lead_to_lower_layers() -> None:
+    wrong = []
+    for found in all_imports():
+        for table in tables():
+            above, below = entry_of(found.importer, table), entry_of(found.imported, table)
+            if above is not None and below is not None and above != below and table[above] <= table[below]:
+                wrong.append(
+                    f"{found.importer}:{found.line} (layer {table[above]}) imports {found.imported} "
+                    f"(layer {table[below]})"
+                )
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph: dict[str, set[str]] = {}
+    for found in all_imports():
+        if found.importer != found.imported:
+            graph.setdefault(found.importer, set()).add(found.imported)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
+
+
+def test_no_import_is_hidden_in_a_text() -> None:
+    """As an argument of `import_module` a module would escape the other tests here."""
+    for file in FILES:
+        if file.relative_to(ROOT).as_posix() == LOADS_ON_FIRST_USE:
+            continue  # the topmost module, which may import any other
+        for node in ast.walk(tree(file)):
+            if not isinstance(node, ast.Call):
+                continue
+            function = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if function in ("import_module", "__import__"):
+                texts = [part.value for argument in node.args for part in ast.walk(argument)
+                         if isinstance(part, ast.Constant) and isinstance(part.value, str)]  # fmt: skip
+                assert not any("sollol_nb" in text or text.startswith(".") for text in texts), (
+                    f"{inside(file)}:{node.lineno} imports a module of the package by {function}"
+                )
+
+
+def test_nothing_imports_modules_that_only_hand_on_names() -> None:
+    for found in all_imports():
+        assert found.imported not in HAND_ON_NAMES, f"{found.importer}:{found.line} imports {found.imported}"
+
+
+FOLDERS = [file for file in FILES if file.name == "__init__.py"]
+
+
+@pytest.mark.parametrize("file", FOLDERS, ids=inside)
+def test_the_init_of_a_folder_is_a_docstring(file: Path) -> None:
+    if file.relative_to(ROOT).as_posix() not in MAY_EXPORT:
+        (only,) = tree(file).body
+        assert isinstance(only, ast.Expr), "it hands on names; import the module that has them"
