@@ -1,8 +1,8 @@
-"""For nbval: the notebooks run in a world of their own, with a real Ollama that has the demo model.
+"""For nbval: the notebooks run with a separate state folder and a real Ollama server that has the demo model.
 
-nbval's items are no functions and take no fixtures, so the world is made by hooks of the session; kernels
-inherit its environment variables. Without an Ollama the notebooks that need one are left out, and the end of
-the run says so; where `CI` is set that is a failure.
+nbval's items are not functions and take no fixtures, so hooks of the session set this up; kernels inherit the
+environment variables. Without an Ollama the notebooks that need one are skipped, and the summary says so; with
+`CI` set that is a failure.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from tests.support.ollama_server import NO_OLLAMA, OllamaServer, find_ollama
 
 NEED_OLLAMA = ("02_hybrid_routing.ipynb",)
 
-_world: dict[str, Any] = {}
+_session: dict[str, Any] = {}
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Make the world: a state folder, no other Ollama than ours, and that one with the demo model."""
+    """Create a state folder, and start an Ollama server with the demo model; no other is used."""
     folder = Path(tempfile.mkdtemp(prefix="sollol-notebooks-"))
-    _world["folder"] = folder
+    _session["folder"] = folder
     os.environ.pop("RPC_BACKENDS", None)
     os.environ["SOLLOL_STATE_DIR"] = str(folder / "state")
     os.environ["OLLAMA_HOST"] = "127.0.0.1:9"  # nothing answers there
@@ -39,26 +39,26 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         if os.environ.get("CI"):
             pytest.exit(NO_OLLAMA, returncode=1)
         return
-    server = _world["ollama"] = OllamaServer(program, folder / "ollama")
+    server = _session["ollama"] = OllamaServer(program, folder / "ollama")
     server.start().create("demo")
     os.environ["OLLAMA_HOST"] = f"127.0.0.1:{server.port}"
     os.environ["OLLAMA_MODELS"] = str(server.models_folder)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """End the world; the notebooks' engines would live on for their keep_alive."""
+    """Stop everything; the notebooks' engines would otherwise run until their keep_alive is over."""
     run_blocking(stop_engines(also_used=True))
-    if "ollama" in _world:
-        _world["ollama"].kill()
-    shutil.rmtree(_world["folder"], ignore_errors=True)
+    if "ollama" in _session:
+        _session["ollama"].kill()
+    shutil.rmtree(_session["folder"], ignore_errors=True)
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    """Leave out what cannot run here."""
-    return True if collection_path.name in NEED_OLLAMA and "ollama" not in _world else None
+    """Skip notebooks that cannot run here."""
+    return True if collection_path.name in NEED_OLLAMA and "ollama" not in _session else None
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Say loudly what was left out."""
-    if "ollama" not in _world:
-        terminalreporter.write_line(f"{len(NEED_OLLAMA)} NOTEBOOK LEFT OUT: {NO_OLLAMA}", yellow=True, bold=True)
+    """Report skipped notebooks."""
+    if "ollama" not in _session:
+        terminalreporter.write_line(f"{len(NEED_OLLAMA)} NOTEBOOK SKIPPED: {NO_OLLAMA}", yellow=True, bold=True)

@@ -1,7 +1,35 @@
-"""Run models too big for one machine from a notebook.
+"""Run models that are too big for one machine from a notebook.
 
-`%load_ext sollol_nb`, then `%%sollol MODEL` in a cell. In Python: `HybridRouter` and `OllamaPool` here are
-async; their blocking twins are in `sollol_nb.sync_wrapper`.
+`%load_ext sollol_nb`, then `%%sollol MODEL` in a cell. In Python: `HybridRouter` and `OllamaPool` here are async;
+their blocking twins are in `sollol_nb.sync_wrapper`.
+
+Modules for programs:
+
+- `hybrid_router.py`: `HybridRouter` (async).
+- `sync_wrapper.py`: the blocking `HybridRouter` and `OllamaPool`.
+- `frame_accessor.py`: `df.sollol.map(...)`.
+- `plots/`: plots of the cluster and of the latency log.
+- `priority_helpers.py`, `rpc_discovery.py`, `ollama_gguf_resolver.py`: priorities, worker discovery, GGUF files of
+  models.
+- `errors.py`: all exceptions.
+
+Packages, each over the next (`CONTRIBUTING.md` says which imports which):
+
+- `notebook/`: the extension and its magics.
+- `cli/`: the command `sollol-nb`.
+- `batch/`, `bench/`, `widget/`: what is done with a router: batches, benchmarks, the live view.
+- `router/`: where a request goes, its life, its record.
+- `cluster/`: the state of the whole cluster.
+- `llama_cpp/`, `ollama/`: the two backends.
+- `chat/`: requests, answers and conversations.
+- `models/`: names, files, profiles and routes of models.
+- `latency/`: the latency log.
+- `settings/`: the table of settings, and where their values come from.
+- `layers/`: which worker runs how many layers.
+- `schema/`: structured answers.
+- `gguf/`: what a GGUF file says about its model.
+- `runtime/`: the I/O loop, events, priorities, HTTP, SQLite files.
+- `text/`: values as text, safe Markdown, tables, colors.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ class LatencyMagics(Magics):
     @argument("--model", help="only requests to this model")
     @argument("--backend", help="only requests that ran on this backend, such as llama.cpp-distributed")
     @argument("--status", choices=STATUSES, help="only requests with this status")
-    @argument("--since", metavar="WHEN", help="only requests after WHEN: 1h (ago), 2 days, or a date and time")
+    @argument("--since", metavar="WHEN", help="only requests after WHEN, such as 1h, 2 days, or a date and time")
     @argument("--until", metavar="WHEN", help="only requests before WHEN")
     @argument("--last", type=magic_line.whole_number, metavar="N", help="only the newest N")
     @argument("--plot", nargs="?", const="total", choices=PLOTS, help="draw a plot (default: total)")
