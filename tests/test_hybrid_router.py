@@ -196,7 +196,7 @@ def test_the_users_profile_table_is_read_at_each_decision(
 def test_a_backend_that_is_asked_for_is_taken(router: HybridRouter, model: str, asked: str, backend: str) -> None:
     route = router.route(model, backend=asked)
     assert route.backend == backend
-    assert route.reason.startswith("asked for" if asked != "auto" else "demo:sharded is listed")
+    assert route.reason.startswith("chosen with" if asked != "auto" else "listed in MODEL_PROFILES")
     answer = router.route_request(model, QUESTION, backend=asked, max_tokens=2)
     assert (answer["model"], answer.routing["backend"]) == (model, backend)
     *_, last = router.stream(model, QUESTION, backend=backend, max_tokens=2)
@@ -218,8 +218,8 @@ def test_a_model_that_ollama_has_can_be_asked_of_any_backend(
             assert mine.route(model, backend=asked).backend == backend
         answer = mine.route_request("llama3.1:70b", QUESTION, backend="ollama", max_tokens=2)
         assert answer.routing["backend"] == OLLAMA
-        assert answer.routing["reason"] == "asked for; an Ollama node has it"
-        with pytest.raises(ModelNotFoundError, match="ollama-pool was asked for nosuch, but no Ollama"):
+        assert answer.routing["reason"] == "chosen with backend=ollama; an Ollama node has it"
+        with pytest.raises(ModelNotFoundError, match="Ollama cannot run nosuch: no Ollama"):
             mine.route("nosuch", backend="ollama")
 
 
@@ -346,7 +346,7 @@ HELLO = [{"role": "user", "content": "Hello!"}]
             HELLO,
             {"backend": "ollama"},
             ModelNotFoundError,
-            "ollama-pool was asked for demo, but no",
+            "Ollama cannot run demo: no",
         ),
         ("demo", HELLO, {"schema": 7}, ConfigError, "a schema is a pydantic model class, a dataclass"),
         ("demo", HELLO, {"schema": {}}, ConfigError, "a dict with the keys (none) is no JSON schema"),
@@ -355,7 +355,7 @@ HELLO = [{"role": "user", "content": "Hello!"}]
         ("nosuch", HELLO, {"format": "xml"}, ConfigError, "format='xml' must be"),
         ("", HELLO, {}, ConfigError, "model='' is not a model's name; try demo"),
         (None, HELLO, {}, ConfigError, "model=None is not a model's name; try demo"),
-        ("nosuch", HELLO, {}, ModelNotFoundError, "no place has nosuch (no Ollama node answers); fetch it with"),
+        ("nosuch", HELLO, {}, ModelNotFoundError, "nosuch is not available: no Ollama node is running"),
         (
             "llama3.1:70b",
             HELLO,

@@ -1,8 +1,8 @@
-"""What is known of a model before any of it runs: its size, its memory, and whether it needs sharding.
+"""The profile of a model before it runs: its size, its memory, and whether it needs sharding.
 
 Three sources, the best first: the user's table (`MODEL_PROFILES`, read at each decision, so an edit in a cell
-takes effect at once), the header of the model's file, and the size in the model's name. A model of which none
-of them says anything stays unknown; nothing is assumed in silence.
+takes effect immediately), the header of the model's file, and the size in the model's name. The size of a model in
+none of them stays unknown; nothing is assumed silently.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sollol_nb.errors import ConfigError
@@ -52,17 +53,17 @@ _SIZE = re.compile(
 _BILLIONS = {"m": 1e-3, "b": 1.0, "t": 1e3}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelProfile:
-    """What is known of a model, and from where.
+    """What is known about a model, and the source.
 
     Attributes:
-        model: the name as asked for.
+        model: the name as the request has it.
         parameter_count_b: parameters in billions; None when unknown.
         memory_bytes: estimated memory for weights and a context of 4096 tokens; None when unknown.
-        requires_distributed: whether to shard it; None when its size is unknown.
+        requires_distributed: whether it needs sharding; None when its size is unknown.
         source: "profile 'llama3.1:70b'", "GGUF header of <file name>", "name" or "unknown".
-        reason: why it is sharded or not, in words for the route.
+        reason: why it is sharded or not, as one line.
     """
 
     model: str
@@ -73,11 +74,19 @@ class ModelProfile:
     reason: str
 
     def __str__(self) -> str:
-        size = "unknown size" if self.parameter_count_b is None else _parameters(self.parameter_count_b)
+        name = short_name(self.model)
+        if self.requires_distributed is None:
+            advice = f"Set its size in MODEL_PROFILES, or with %sollol_profile {self.model} --parameters N"
+            return f"{name}: size unknown, so it will not be sharded. {advice}"
+        size = "size unknown" if self.parameter_count_b is None else _parameters(self.parameter_count_b)
         memory = "" if self.memory_bytes is None else f", about {self.memory_bytes / 1e9:.3g} GB"
-        sharded = {True: "sharded", False: "not sharded", None: "not sharded as far as known"}
-        needs = sharded[self.requires_distributed]
-        return f"{self.model}: {size}{memory} (from: {self.source}); {needs}: {self.reason}"
+        sharded = "sharded" if self.requires_distributed else "not sharded"
+        return f"{name}: {size}{memory} (from {self.source}); {sharded}: {self.reason}"
+
+
+def short_name(model: str) -> str:
+    """The name of a model for display: of the path of a file only the file's name."""
+    return Path(model).name if model.endswith(".gguf") else model
 
 
 def size_from_name(model: str) -> float | None:
@@ -85,9 +94,9 @@ def size_from_name(model: str) -> float | None:
 
     Understands `qwen3:235b`, `gemma3:270m`, `kimi-k2:1t`, `hf.co/user/Repo-70B-GGUF:Q4_K_M`, and mixtures:
     `mixtral:8x7b` is 8 x 7 x `MIXTURE_SHARE`; in `qwen3:30b-a3b` the active part (`a3b`) is not the size. Of
-    several sizes the largest counts (`olmoe-1b-7b`), and trillions only where nothing else is stated (a `3t`
-    beside `1.1b` is the length of the training). `gemma3n:e4b` is taken at its word, 4 (effective) billions,
-    although more are stored.
+    several sizes the largest counts (`olmoe-1b-7b`), and trillions only where no other size is stated (a `3t`
+    beside `1.1b` is the length of the training). `gemma3n:e4b` counts as stated, 4 (effective) billions, although
+    more are stored.
     """
     last_part = model.rsplit("/", 1)[-1]
     sizes: dict[bool, list[float]] = {False: [], True: []}
@@ -108,15 +117,15 @@ def profile_of(
     threshold_params: float | None = None,
     profiles: Mapping[str, Mapping[str, Any]] = MODEL_PROFILES,
 ) -> ModelProfile:
-    """Find out what is known of a model and whether it is sharded.
+    """The profile of a model.
 
-    A listed model is sharded if its entry says so. If its entry says no, it is sharded only when it has more
-    parameters than a threshold given here. Any other model, by its entry, header or name, is sharded when it
-    has more parameters than the threshold, or than `DEFAULT_THRESHOLD_PARAMS` if none is given.
+    A listed model is sharded if its entry says True. If its entry says False, it is sharded only when it has more
+    parameters than a threshold given here. Any other model, by its entry, header or name, is sharded when it has
+    more parameters than the threshold, or than `DEFAULT_THRESHOLD_PARAMS` if none is given.
 
     Args:
         model: name as the user wrote it; `x` and `x:latest` are the same, other tags are different models.
-        facts: the header of the model's file, where one is at hand.
+        facts: the header of the model's file, if there is one.
         threshold_params: the user's own threshold in billions of parameters.
         profiles: the table of listed models.
 
@@ -124,14 +133,14 @@ def profile_of(
         ConfigError: no name, an unusable threshold, or a malformed entry.
     """
     if not model.strip():
-        raise ConfigError("no model is named; give a name such as llama3.2")
+        raise ConfigError("no model given; give a name such as llama3.2")
     if threshold_params is not None and not _is_amount(threshold_params):
         raise ConfigError(
-            f"distributed_threshold_params is {threshold_params!r}; give billions of parameters, such as 30"
+            f"distributed_threshold_params={threshold_params!r} must be billions of parameters, such as 30"
         )
     key = _listed_key(model, profiles)
     entry = _Entry.read(key, profiles[key]) if key is not None else _Entry()
-    size, size_words = _size(model, key, entry, facts)
+    size, size_source = _size(model, entry, facts)
     if entry.memory_gb is not None:
         memory_bytes: int | None = round(entry.memory_gb * 1e9)
     elif facts is not None:
@@ -144,8 +153,15 @@ def profile_of(
         source = f"GGUF header of {facts.path.name}"
     else:
         source = "unknown" if size is None else "name"
-    needs_sharding, reason = _decide(model, key, entry, size, size_words, threshold_params)
-    return ModelProfile(model, size, memory_bytes, needs_sharding, source, reason)
+    needs_sharding, reason = _decide(entry, size, size_source, threshold_params)
+    return ModelProfile(
+        model=model,
+        parameter_count_b=size,
+        memory_bytes=memory_bytes,
+        requires_distributed=needs_sharding,
+        source=source,
+        reason=reason,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,39 +195,38 @@ def _is_amount(value: object) -> bool:
 
 
 def _listed_key(model: str, profiles: Mapping[str, Any]) -> str | None:
-    other = model.removesuffix(":latest") if model.endswith(":latest") else f"{model}:latest"
-    return next((key for key in (model, other) if key in profiles), None)
+    same_model = model.removesuffix(":latest") if model.endswith(":latest") else f"{model}:latest"
+    return next((key for key in (model, same_model) if key in profiles), None)
 
 
-def _size(model: str, key: str | None, entry: _Entry, facts: ModelFacts | None) -> tuple[float | None, str]:
-    """Billions of parameters, and "by its ..." words that say who says so."""
+def _size(model: str, entry: _Entry, facts: ModelFacts | None) -> tuple[float | None, str]:
+    """Billions of parameters, and where the number is from."""
     if entry.parameter_count_b is not None:
-        return float(entry.parameter_count_b), f"by its entry {key!r} in MODEL_PROFILES"
+        return float(entry.parameter_count_b), "from MODEL_PROFILES"
     if facts is not None:
-        return facts.parameter_count / 1e9, f"by the header of {facts.path.name}"
-    return size_from_name(model), "by its name"
+        return facts.parameter_count / 1e9, "from its GGUF header"
+    return size_from_name(model), "from its name"
 
 
 def _decide(
-    model: str, key: str | None, entry: _Entry, size: float | None, size_words: str, threshold: float | None
+    entry: _Entry, size: float | None, size_source: str, threshold: float | None
 ) -> tuple[bool | None, str]:
     """Whether to shard, and why."""
     if entry.requires_distributed:
-        return True, f"{model} is listed in MODEL_PROFILES as needing sharding"
+        return True, "listed in MODEL_PROFILES as needing sharding"
     if entry.requires_distributed is False:
-        listed = f"{model} is listed in MODEL_PROFILES as not needing sharding"
+        reason = "listed in MODEL_PROFILES as not needing sharding"
         if threshold is None or size is None or size <= threshold:
-            return False, listed
-        return (
-            True,
-            f"{listed}, but {_parameters(size)} are over the threshold of {_billions(threshold)} that was set",
-        )
+            return False, reason
+        return True, f"{reason}, but {_parameters(size)} are above the threshold of {_billions(threshold)}"
     if size is None:
-        missing = "nothing is known of" if key is None else "no size is listed for"
-        return None, f"{missing} {model}: its size is unknown"
+        return None, "size unknown"
     limit = DEFAULT_THRESHOLD_PARAMS if threshold is None else threshold
-    side = "over" if size > limit else "within"
-    return size > limit, f"{model}: {_parameters(size)} {size_words}, {side} the threshold of {_billions(limit)}"
+    side = "above" if size > limit else "below" if size < limit else "at"
+    return (
+        size > limit,
+        f"{_parameters(size)} ({size_source}), {side} the sharding threshold of {_billions(limit)}",
+    )
 
 
 def _parameters(size: float) -> str:

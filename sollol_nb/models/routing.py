@@ -1,4 +1,4 @@
-"""The route: where a request goes, and why, in words. A pure decision over what is known."""
+"""The route of a request: its backend, and why. A pure function of the model's profile and where the model is."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sollol_nb.errors import ConfigError, ModelNotFoundError
-from sollol_nb.models.profiles import ModelProfile
+from sollol_nb.models.profiles import ModelProfile, short_name
 
 OLLAMA = "ollama-pool"
 DISTRIBUTED = "llama.cpp-distributed"
@@ -25,17 +25,20 @@ BACKEND_NAMES: dict[str, str | None] = {
 }
 """What a person may write for a backend -> the backend; None leaves the choice to the router."""
 
+_SHORT_NAMES = {OLLAMA: "ollama", DISTRIBUTED: "sharded", LOCAL: "local"}
+_DESCRIPTIONS = {OLLAMA: "Ollama", DISTRIBUTED: "sharded llama-server", LOCAL: "local llama-server"}
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
     """Where a model's requests go.
 
     Attributes:
         model: the name.
         backend: `ollama-pool`, `llama.cpp-distributed` or `llama.cpp-local`.
-        reason: why, in words.
-        profile: what is known of the model, and from where.
-        model_path: the GGUF file; None where Ollama has the model.
+        reason: why, as one line.
+        profile: what is known about the model.
+        model_path: the GGUF file; None where Ollama serves the model.
     """
 
     model: str
@@ -45,11 +48,12 @@ class Route:
     model_path: Path | None
 
     def __str__(self) -> str:
-        return f"{self.model} → {self.backend}: {self.reason}"
+        """`demo → local llama-server: listed in MODEL_PROFILES as not needing sharding`."""
+        return f"{short_name(self.model)} → {_DESCRIPTIONS[self.backend]}: {self.reason}"
 
 
 def checked_backend(backend: str | None) -> str | None:
-    """The backend that a person names, in full; None where the router is to choose.
+    """The full name of a backend that a person names; None where the router chooses.
 
     Raises:
         ConfigError: there is no such backend.
@@ -65,7 +69,7 @@ def decide_route(
     profile: ModelProfile,
     *,
     in_ollama: bool,
-    ollama_words: str,
+    ollama_state: str,
     model_path: Path | None,
     backend: str | None = None,
     enable_distributed: bool = True,
@@ -73,77 +77,90 @@ def decide_route(
 ) -> Route:
     """Large models are sharded; small ones go to Ollama, or to a local llama-server where no node has them.
 
-    A backend that was asked for is taken whatever the model's size, if the model can run there at all.
+    A requested backend is used whatever the model's size, if the model can run there at all.
 
     Args:
         in_ollama: whether a reachable Ollama node has the model.
-        ollama_words: state of Ollama for the reason, such as "no Ollama node answers".
+        ollama_state: for the reason, such as "no Ollama node is running"; "" where Ollama does not matter.
         model_path: the model's GGUF file on this machine, if any.
-        backend: the backend that was asked for, if any.
+        backend: the requested backend, if any.
         enable_distributed: whether sharding is allowed at all.
         model_filter: if given, only these models are sharded.
 
     Raises:
-        ModelNotFoundError: no place has the model, or not the one that was asked for.
-        ConfigError: it is to be sharded, and this router may not shard it.
+        ModelNotFoundError: the model is neither in Ollama nor on this machine, or not where the backend needs it.
+        ConfigError: the model needs sharding, and this router may not shard it.
     """
     model = profile.model
     if backend is not None:
-        return _asked_for(profile, backend, in_ollama, ollama_words, model_path, enable_distributed, model_filter)
-    if profile.requires_distributed:
-        if enable_distributed and model_filter is not None and model not in model_filter:
-            raise ConfigError(
-                f"{model} needs sharding, but this router's model_filter allows only {', '.join(model_filter)}"
-            )
-        if enable_distributed and model_path is not None:
-            return Route(model, DISTRIBUTED, profile.reason, profile, model_path)
-        if not enable_distributed and in_ollama:
-            reason = f"{profile.reason}, but enable_distributed is off, so Ollama tries"
-            return Route(model, OLLAMA, reason, profile, None)
-        if not enable_distributed:
-            raise ConfigError(f"{model} needs sharding ({profile.reason}), but enable_distributed is off")
-        raise ModelNotFoundError(
-            f"{model} needs sharding, but its GGUF file is not on this machine ({ollama_words}); "
-            f"fetch it with `ollama pull {model}`, or give gguf_path="
+        return _requested_route(
+            profile, backend, in_ollama, ollama_state, model_path, enable_distributed, model_filter
         )
+    if profile.requires_distributed:
+        if enable_distributed:
+            _check_filter(model, model_filter)
+            if model_path is None:
+                raise ModelNotFoundError(f"{model} needs sharding, but {_no_file(model)}")
+            return _route(profile, DISTRIBUTED, profile.reason, model_path)
+        if in_ollama:
+            return _route(profile, OLLAMA, f"{profile.reason}, but enable_distributed is off, so Ollama runs it")
+        raise ConfigError(f"{model} needs sharding ({profile.reason}), but enable_distributed is off")
+    reason = "; ".join(filter(None, (profile.reason, ollama_state)))
     if in_ollama:
-        return Route(model, OLLAMA, f"{profile.reason}; {ollama_words}", profile, None)
+        return _route(profile, OLLAMA, reason)
     if model_path is not None:
-        reason = f"{profile.reason}; {ollama_words}, so a local llama-server runs {model_path.name}"
-        return Route(model, LOCAL, reason, profile, model_path)
+        return _route(profile, LOCAL, reason, model_path)
     raise ModelNotFoundError(
-        f"no place has {model} ({ollama_words}); fetch it with `ollama pull {model}`, give gguf_path=, "
-        "or try the built-in model: demo"
+        f"{model} is not available: {ollama_state}, and {_no_file(model)}, or try the built-in model: demo"
     )
 
 
-def _asked_for(
+def _requested_route(
     profile: ModelProfile,
     backend: str,
     in_ollama: bool,
-    ollama_words: str,
+    ollama_state: str,
     model_path: Path | None,
     enable_distributed: bool,
     model_filter: Collection[str] | None,
 ) -> Route:
-    """The route to the backend that was asked for; the errors are those of `decide_route`."""
+    """The route to a requested backend; the errors are those of `decide_route`."""
     model = profile.model
-    asked = f"{backend} was asked for {model}, but"
+    reason = f"chosen with backend={_SHORT_NAMES[backend]}"
     if backend == OLLAMA:
         if in_ollama:
-            return Route(model, OLLAMA, f"asked for; {ollama_words}", profile, None)
+            return _route(profile, OLLAMA, f"{reason}; {ollama_state}")
         if model.endswith(".gguf"):
-            raise ModelNotFoundError(f"{asked} Ollama knows no files; make a model of it with `ollama create`")
+            raise ModelNotFoundError(
+                f"Ollama cannot run the file {model}; create a model from it with `ollama create`"
+            )
         raise ModelNotFoundError(
-            f"{asked} {ollama_words}; see that `ollama serve` runs, and fetch it with `ollama pull {model}`"
+            f"Ollama cannot run {model}: {ollama_state}. Start Ollama with `ollama serve`, and run "
+            f"`ollama pull {model}`"
         )
-    if backend == DISTRIBUTED and not enable_distributed:
-        raise ConfigError(f"{asked} enable_distributed is off")
-    if backend == DISTRIBUTED and model_filter is not None and model not in model_filter:
-        raise ConfigError(f"{asked} this router's model_filter allows only {', '.join(model_filter)}")
+    if backend == DISTRIBUTED:
+        if not enable_distributed:
+            raise ConfigError(f"cannot shard {model}: enable_distributed is off")
+        _check_filter(model, model_filter)
     if model_path is None:
-        raise ModelNotFoundError(
-            f"{asked} its GGUF file is not on this machine; "
-            f"fetch it with `ollama pull {model}`, or give gguf_path="
+        verb = "shard" if backend == DISTRIBUTED else "run"
+        raise ModelNotFoundError(f"cannot {verb} {model}: {_no_file(model)}")
+    return _route(profile, backend, reason, model_path)
+
+
+def _route(profile: ModelProfile, backend: str, reason: str, model_path: Path | None = None) -> Route:
+    return Route(model=profile.model, backend=backend, reason=reason, profile=profile, model_path=model_path)
+
+
+def _check_filter(model: str, model_filter: Collection[str] | None) -> None:
+    if model_filter is not None and model not in model_filter:
+        raise ConfigError(
+            f"cannot shard {model}: this router's model_filter allows only {', '.join(model_filter)}"
         )
-    return Route(model, backend, "asked for", profile, model_path)
+
+
+def _no_file(model: str) -> str:
+    return (
+        f"its GGUF file is not on this machine. Run `ollama pull {model}` here, or use the path of a .gguf file "
+        "as the model"
+    )

@@ -83,14 +83,14 @@ class RouteFinder:
         # A model that is sharded anyway need not wait for Ollama's word, and a file has no name there.
         needs_ollama = not (profile.requires_distributed and self.enable_distributed)
         ask_ollama = not model.endswith(".gguf") and (needs_ollama if backend is None else backend == OLLAMA)
-        in_ollama, words = await self._in_ollama(model) if ask_ollama else (False, "Ollama was not asked")
+        in_ollama, state = await self._in_ollama(model) if ask_ollama else (False, "")
         path = None
         if backend != OLLAMA and not in_ollama:
             path = await asyncio.to_thread(find_model_file, model, self.gguf_path)
         route = decide_route(
             profile,
             in_ollama=in_ollama,
-            ollama_words=words,
+            ollama_state=state,
             model_path=path,
             backend=backend,
             enable_distributed=self.enable_distributed,
@@ -107,7 +107,7 @@ class RouteFinder:
         path = await asyncio.to_thread(find_model_file, route.model, self.gguf_path)
         if path is None:
             return None
-        reason = f"{route.reason}, but it has no memory for it, so it is sharded"
+        reason = f"{route.reason}, but Ollama has too little memory for it, so it is sharded"
         return replace(route, backend=DISTRIBUTED, model_path=path, reason=reason)
 
     async def identity(self, route: Route) -> dict[str, Any]:
@@ -170,4 +170,4 @@ class RouteFinder:
             return True, "an Ollama node has it"
         if any(node.state == "ready" for node in self._ollama.nodes):
             return False, "no Ollama node has it"
-        return False, "no Ollama node answers"
+        return False, "no Ollama node is running"

@@ -384,7 +384,7 @@ def test_a_rows_error_stays_beside_it_and_stops_no_other(router: HybridRouter, a
 @pytest.mark.parametrize(
     ("rows", "template", "settings", "kind", "words"),
     [
-        (["a"], "{{ item }}", {"model": "nosuch"}, ModelNotFoundError, "no place has nosuch"),
+        (["a"], "{{ item }}", {"model": "nosuch"}, ModelNotFoundError, "nosuch is not available"),
         (["a"], "{{ item }}", {"model": None}, ConfigError, "no model is named"),
         (
             ["a"],
@@ -399,7 +399,7 @@ def test_a_rows_error_stays_beside_it_and_stops_no_other(router: HybridRouter, a
         (["a"], "{{ item }}", {"priority": 11}, ConfigError, "priority=11 must be"),
         (["a"], "{{ item }}", {"timeout": -1}, ConfigError, "timeout=-1 must be"),
         (["a"], "{{ item }}", {"backend": "clowd"}, ConfigError, "backend='clowd' is unknown"),
-        (["a"], "{{ item }}", {"backend": "ollama"}, ModelNotFoundError, "no Ollama node answers"),
+        (["a"], "{{ item }}", {"backend": "ollama"}, ModelNotFoundError, "no Ollama node is running"),
         (
             ["a", "b"],
             "{{ itm }}",

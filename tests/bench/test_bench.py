@@ -178,7 +178,7 @@ def test_what_cannot_be_loaded_is_left_out_and_the_rest_is_measured(idle: Hybrid
         (MODEL, {"temprature": 0}, ConfigError, "did you mean temperature"),
         (MODEL, {"temprature": 0, "warmup": 0}, ConfigError, "did you mean temperature"),
         (MODEL, {"timeout": 1e-6}, RequestTimeoutError, "was not done after"),
-        ("nosuch", {}, ModelNotFoundError, "no place has nosuch"),
+        ("nosuch", {}, ModelNotFoundError, "nosuch is not available"),
     ],
 )
 def test_what_cannot_be_measured_at_all_is_one_error(

@@ -91,7 +91,7 @@ def test_a_model_name_is_completed_after_its_colon(page: LabPage) -> None:
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        ("%%sollol nosuchmodel\nHello", "ModelNotFoundError: no place has nosuchmodel"),
+        ("%%sollol nosuchmodel\nHello", "ModelNotFoundError: nosuchmodel is not available"),
         ("%sollol_route", "UsageError: %sollol_route: model is missing"),
     ],
 )

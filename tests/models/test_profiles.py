@@ -129,43 +129,28 @@ ONE_OF_EACH: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("model", "threshold", "sharded", "reason"),
     [
-        ("yes", None, True, "yes is listed in MODEL_PROFILES as needing sharding"),
-        ("yes", 100, True, "yes is listed in MODEL_PROFILES as needing sharding"),
-        ("no", None, False, "no is listed in MODEL_PROFILES as not needing sharding"),
+        ("yes", None, True, "listed in MODEL_PROFILES as needing sharding"),
+        ("yes", 100, True, "listed in MODEL_PROFILES as needing sharding"),
+        ("no", None, False, "listed in MODEL_PROFILES as not needing sharding"),
         (
             "no",
             30,
             True,
-            "no is listed in MODEL_PROFILES as not needing sharding, "
-            "but 70B parameters are over the threshold of 30B that was set",
+            "listed in MODEL_PROFILES as not needing sharding, but 70B parameters are above the threshold of 30B",
         ),
-        ("no", 70, False, "no is listed in MODEL_PROFILES as not needing sharding"),
-        ("no-without-size", 1, False, "no-without-size is listed in MODEL_PROFILES as not needing sharding"),
-        (
-            "large",
-            None,
-            True,
-            "large: 70B parameters by its entry 'large' in MODEL_PROFILES, over the threshold of 40B",
-        ),
-        (
-            "small",
-            None,
-            False,
-            "small: 8B parameters by its entry 'small' in MODEL_PROFILES, within the threshold of 40B",
-        ),
-        (
-            "small",
-            0,
-            True,
-            "small: 8B parameters by its entry 'small' in MODEL_PROFILES, over the threshold of 0B",
-        ),
-        ("empty", None, None, "no size is listed for empty: its size is unknown"),
-        ("empty:90b", None, True, "empty:90b: 90B parameters by its name, over the threshold of 40B"),
-        ("qwen3:235b", None, True, "qwen3:235b: 235B parameters by its name, over the threshold of 40B"),
-        ("qwen3:235b", 500, False, "qwen3:235b: 235B parameters by its name, within the threshold of 500B"),
-        ("gemma3:270m", 0.1, True, "gemma3:270m: 270M parameters by its name, over the threshold of 100M"),
-        ("foo", None, None, "nothing is known of foo: its size is unknown"),
-        ("foo", 1, None, "nothing is known of foo: its size is unknown"),
+        ("no", 70, False, "listed in MODEL_PROFILES as not needing sharding"),
+        ("no-without-size", 1, False, "listed in MODEL_PROFILES as not needing sharding"),
+        ("large", None, True, "70B parameters (from MODEL_PROFILES), above the sharding threshold of 40B"),
+        ("large", 70, False, "70B parameters (from MODEL_PROFILES), at the sharding threshold of 70B"),
+        ("small", None, False, "8B parameters (from MODEL_PROFILES), below the sharding threshold of 40B"),
+        ("small", 0, True, "8B parameters (from MODEL_PROFILES), above the sharding threshold of 0B"),
+        ("empty", None, None, "size unknown"),
+        ("empty:90b", None, True, "90B parameters (from its name), above the sharding threshold of 40B"),
+        ("qwen3:235b", None, True, "235B parameters (from its name), above the sharding threshold of 40B"),
+        ("qwen3:235b", 500, False, "235B parameters (from its name), below the sharding threshold of 500B"),
+        ("gemma3:270m", 0.1, True, "270M parameters (from its name), above the sharding threshold of 100M"),
+        ("foo", None, None, "size unknown"),
+        ("foo", 1, None, "size unknown"),
     ],
 )
 def test_the_decision_follows_entry_threshold_and_size_and_says_so(
@@ -175,13 +160,25 @@ def test_the_decision_follows_entry_threshold_and_size_and_says_so(
     assert (profile.requires_distributed, profile.reason) == (sharded, reason)
 
 
+def test_a_profile_is_shown_in_one_line() -> None:
+    assert str(profile_of("llama3.1:70b")) == (
+        "llama3.1:70b: 70B parameters, about 40 GB (from profile 'llama3.1:70b'); "
+        "sharded: listed in MODEL_PROFILES as needing sharding"
+    )
+    assert str(profile_of("foo")) == (
+        "foo: size unknown, so it will not be sharded. "
+        "Set its size in MODEL_PROFILES, or with %sollol_profile foo --parameters N"
+    )
+    assert str(profile_of("/models/qwen3-8b.gguf")).startswith("qwen3-8b.gguf: 8B parameters, about 4.88 GB (")
+
+
 def test_a_header_is_believed_before_the_name(facts: ModelFacts) -> None:
     profile = profile_of("foo:70b", facts=facts)
     assert profile.source == "GGUF header of blob.gguf"
     assert profile.requires_distributed is False
     assert profile.parameter_count_b == facts.parameter_count / 1e9
     assert profile.memory_bytes == facts.file_bytes + sum(facts.kv_bytes(4096))
-    assert "by the header of blob.gguf, within the threshold of 40B" in profile.reason
+    assert "(from its GGUF header), below the sharding threshold of 40B" in profile.reason
 
 
 def test_an_entry_is_believed_before_the_header_which_fills_its_gaps(facts: ModelFacts) -> None:
@@ -234,5 +231,5 @@ def test_an_unusable_threshold_is_refused(threshold: Any) -> None:
 
 
 def test_a_model_must_be_named() -> None:
-    with pytest.raises(ConfigError, match="no model is named"):
+    with pytest.raises(ConfigError, match="no model given"):
         profile_of(" ")

@@ -105,7 +105,7 @@ def test_the_latency_magic_gives_the_frame(notebook: Kernel) -> None:
 
 def test_the_route_magic_shows_the_route_and_its_reason(notebook: Kernel) -> None:
     assert notebook.run("%sollol_route demo:sharded").stream == (
-        "demo:sharded → llama.cpp-distributed: demo:sharded is listed in MODEL_PROFILES as needing sharding"
+        "demo:sharded → sharded llama-server: listed in MODEL_PROFILES as needing sharding"
         " (a tiny demo model, not a general one)\n"
     )
     assert "llama.cpp-local" in notebook.run("%sollol_route demo").stream
@@ -114,7 +114,7 @@ def test_the_route_magic_shows_the_route_and_its_reason(notebook: Kernel) -> Non
 @pytest.mark.parametrize(
     ("cell", "message"),
     [
-        ("%%sollol nosuchmodel\nHello", "ModelNotFoundError: no place has nosuchmodel"),
+        ("%%sollol nosuchmodel\nHello", "ModelNotFoundError: nosuchmodel is not available"),
         ("%%sollol /no/such/file.gguf\nHello", "ModelFileError: /no/such/file.gguf is not there"),
         ("%%sollol demo --top-p 7 --timeout -1\nHello", "ConfigError: timeout=-1.0 must be more than 0 seconds"),
         ("%sollol_cluster add nonsense:port", "ConfigError: 'nonsense:port' is not an endpoint"),

@@ -33,7 +33,7 @@ from sollol_nb.runtime.gate import Gate
 from sollol_nb.sync_wrapper import HybridRouter
 from tests.support.engines import run
 
-ROUTE = Route("demo", DISTRIBUTED, "asked for", profile_of("demo"), DEMO_MODEL_PATH)
+ROUTE = Route(model="demo", backend=DISTRIBUTED, reason="", profile=profile_of("demo"), model_path=DEMO_MODEL_PATH)
 Chunk = dict[str, Any]
 
 
