@@ -1,6 +1,6 @@
 """A chunk of a streamed answer: Ollama's keys, and the marks that this package adds, which begin with `_`.
 
-Each mark is named here once. Whoever joins chunks (`Completion.from_chunks`, the views) reads them.
+`Completion.from_chunks` and the views read them.
 """
 
 from __future__ import annotations

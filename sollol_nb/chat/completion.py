@@ -25,11 +25,11 @@ class Completion(dict[str, Any]):
     `done`, `done_reason`, `prompt_eval_count`, `eval_count` (tokens), `total_duration`, `load_duration`,
     `prompt_eval_duration`, `eval_duration` (nanoseconds), and `_routing`: `backend`, `reason`, `duration_ms`,
     `coordinator_url`, `plan`, `queue_ms`, `load_ms`, `ttft_ms`, `tokens_per_s`, `router_overhead_ms`,
-    `failovers`, `dropped` (which messages were left out to fit the context, in words). Where it applies also
-    `_dropped` (the same) and `_context_full` (tokens of the context that cut the answer).
+    `failovers`, `dropped` (which turns were dropped to fit the context). Where it applies also `_dropped` (the
+    same) and `_context_full` (tokens of the context that was full before the answer ended).
 
     Attributes:
-        schema: what the answer was asked to fit (see `sollol_nb.schema`); None for free text.
+        schema: what the answer must match (see `sollol_nb.schema`); None for free text.
         shown_as: how a notebook shows it: `markdown`, `text`, `json`, `html` or `code`.
     """
 
@@ -40,7 +40,7 @@ class Completion(dict[str, Any]):
     def from_chunks(cls, chunks: Iterable[Chunk]) -> Completion:
         """Join streamed chunks into the whole answer; the last chunk carries everything but the text.
 
-        A chunk with `_restarted` begins the answer again.
+        A chunk with `_restarted` starts the answer over.
         """
         content: list[str] = []
         thinking: list[str] = []
@@ -48,7 +48,7 @@ class Completion(dict[str, Any]):
         last: Mapping[str, Any] = {}
         for chunk in chunks:
             message = chunk.get("message") or {}
-            if chunk.get(RESTARTED):  # what came before was void
+            if chunk.get(RESTARTED):  # the text received so far is void
                 content, thinking, tool_calls = [], [], []
             content.append(message.get("content") or "")
             thinking.append(message.get("thinking") or "")
@@ -78,12 +78,12 @@ class Completion(dict[str, Any]):
 
     @property
     def routing(self) -> dict[str, Any]:
-        """Where the request went, why, and what it took (`_routing`)."""
+        """Where the request went, why, and how long each step took (`_routing`)."""
         return dict(self.get(ROUTING, {}))
 
     @property
     def route(self) -> str:
-        """Where the request went and why, in words."""
+        """Where the request went and why, as one line."""
         routing = self.routing
         return f"{routing.get('backend', '')}: {routing.get('reason', '')}" if routing else ""
 
@@ -101,24 +101,24 @@ class Completion(dict[str, Any]):
 
     @property
     def value(self) -> Any:
-        """The answer as what its `schema` describes, checked; without a schema as the JSON that it is.
+        """The answer as its `schema` describes it, checked; without a schema, the answer's JSON as plain data.
 
         Raises:
-            StructureError: it does not fit, or is no JSON; `.text` has it as it came.
+            StructureError: it does not match, or is not JSON; `.text` has it unchanged.
         """
         return parse_structured(self.text, object if self.schema is None else self.schema)
 
     @property
     def frame(self) -> pd.DataFrame:
-        """The answer as a DataFrame: the rows of its `value`, or without a schema the table that is in its text.
+        """The answer as a DataFrame: the rows of its `value`; without a schema, the table in its text.
 
         Raises:
-            StructureError: there is none.
+            StructureError: it has no rows.
         """
         return frame_from_text(self.text) if self.schema is None else frame_of(self.value)
 
     def footer(self) -> str:
-        """One line: model, place, time to first token, speed."""
+        """One line: model, backend, time to first token, speed."""
         return completion_view.footer(self)
 
     def __str__(self) -> str:

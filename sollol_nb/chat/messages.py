@@ -1,4 +1,4 @@
-"""Messages and options of a chat request, in Ollama's shape: checked before anything is sent. Pure.
+"""Messages and options of a chat request, in Ollama's shape, checked before anything is sent. Pure.
 
 Source of the shape: Ollama's `docs/api.md`.
 """
@@ -30,7 +30,8 @@ SAMPLING_OPTIONS: dict[str, tuple[type, ...]] = {
     "presence_penalty": _NUMBER,
     "frequency_penalty": _NUMBER,
 }
-"""Option of sampling -> the types that it accepts."""
+"""Sampling options, with the types of their values."""
+
 CHAT_OPTIONS: dict[str, tuple[type, ...]] = {
     "options": (dict,),
     "format": (str, dict),
@@ -39,6 +40,8 @@ CHAT_OPTIONS: dict[str, tuple[type, ...]] = {
     "think": (bool, str),
     "overflow": (str,),
 }
+"""All other options, with the types of their values."""
+
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -57,7 +60,9 @@ def check_messages(messages: Sequence[Mapping[str, Any]] | str) -> list[dict[str
                 f'messages[{position}] must be a dict with "role" and "content", not {type(message).__name__}'
             )
         if message["role"] not in ROLES:
-            raise ConfigError(f"messages[{position}] has role {message['role']!r}; roles are {', '.join(ROLES)}")
+            raise ConfigError(
+                f"messages[{position}] has role {message['role']!r}; known roles: {', '.join(ROLES)}"
+            )
         if not isinstance(message.get("content"), str | list) and not message.get("tool_calls"):
             raise ConfigError(f'messages[{position}] needs "content" as text')
         images = message.get("images") or []
@@ -89,27 +94,30 @@ def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             if name == "stream":
-                raise ConfigError("route_request gives whole answers; iterate router.stream(...) for chunks")
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
+                raise ConfigError(
+                    "unknown option 'stream': route_request returns whole answers; for chunks, iterate over "
+                    "router.stream(...)"
+                )
+            hint = f"did you mean {near[0]}?" if near else f"known options: {', '.join(sorted(known))}"
             raise ConfigError(f"unknown option {name!r}; {hint}")
         types = known[name]
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            wanted = " or ".join(one.__name__ for one in types)
-            raise ConfigError(f"option {name}={value!r} must be {wanted}")
+            expected = " or ".join(accepted.__name__ for accepted in types)
+            raise ConfigError(f"option {name}={value!r} must be of type {expected}")
     if "overflow" in checked:
         check_overflow(checked["overflow"])
     return checked
 
 
 def answer_schema(options: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The JSON schema that `format` asks for, None without one.
+    """The JSON schema that `format` requests; None without one.
 
     Raises:
         ConfigError: `format` is neither "json" nor a schema.
     """
-    wanted = options.get("format")
-    if isinstance(wanted, Mapping):
-        return dict(wanted)
-    if wanted and wanted != "json":
-        raise ConfigError(f'format={wanted!r} must be "json" or a JSON schema as a dict')
-    return {"type": "object"} if wanted else None
+    requested = options.get("format")
+    if isinstance(requested, Mapping):
+        return dict(requested)
+    if requested and requested != "json":
+        raise ConfigError(f'format={requested!r} must be "json" or a JSON schema as a dict')
+    return {"type": "object"} if requested else None

@@ -9,19 +9,19 @@ from typing import Any, Literal, TypedDict
 
 
 class ChatOptions(TypedDict, total=False):
-    """Options of one request; None is as if it was not given.
+    """Options of one request; None means "not given".
 
     Keys:
-        max_tokens, num_predict: most tokens of the answer; the second is Ollama's name of it.
+        max_tokens, num_predict: most tokens of the answer; the second is Ollama's name for it.
         temperature, top_p, top_k, min_p, typical_p, seed, stop, repeat_penalty, repeat_last_n, presence_penalty,
-            frequency_penalty: of sampling, as in Ollama's `docs/modelfile.md`.
+            frequency_penalty: sampling, as in Ollama's `docs/modelfile.md`.
         options: Ollama's own dict of these.
         format: `"json"`, or a JSON schema.
         tools: functions that the model may call, as in Ollama's `docs/api.md`.
-        keep_alive: how long the model stays loaded without a request: seconds, `"10m"`, 0 or `"forever"`.
+        keep_alive: how long the model stays loaded after a request: seconds, `"10m"`, 0 or `"forever"`.
         think: whether (and for some models how much) the model thinks first.
-        overflow: what happens to messages that do not fit the context: `"error"`, or `"drop_oldest"`, which leaves
-            out the oldest turns.
+        overflow: what happens if the messages do not fit the context: `"error"`, or `"drop_oldest"`, which drops
+            the oldest turns.
     """
 
     max_tokens: int | None

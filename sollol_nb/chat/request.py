@@ -1,4 +1,4 @@
-"""One chat request as its caller wrote it, checked before anything is sent. Pure."""
+"""One chat request, checked before anything is sent. Pure."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from sollol_nb.schema.schema import json_schema_of
 from sollol_nb.settings.kinds import keep_alive_seconds
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ChatRequest:
-    """What is asked, and how.
+    """Messages, and how to answer them.
 
     Attributes:
-        messages: Ollama-shaped.
-        options: Ollama-shaped; `format` is there if a schema was given.
+        messages: in Ollama's shape.
+        options: in Ollama's shape; with `format` if a schema was given.
         priority: 1 to 10.
-        timeout_s: limit in seconds, from when the place is ready.
-        backend: the one that was asked for, in full; None where the router is to choose.
-        schema: what the answer must fit, as it was given; None for free text.
+        timeout_s: limit in seconds, counted from when the backend is ready.
+        backend: the requested backend by its full name; None if the router chooses.
+        schema: what the answer must match, as given; None for free text.
     """
 
     messages: list[dict[str, Any]]
@@ -46,18 +46,18 @@ class ChatRequest:
         schema: object,
         options: Mapping[str, Any],
     ) -> ChatRequest:
-        """The request of these arguments (those of `HybridRouter.route_request`).
+        """The request with these arguments (those of `HybridRouter.route_request`).
 
         Raises:
-            ConfigError: one of them cannot be used.
+            ConfigError: one of them is invalid.
         """
         return cls(
-            check_messages(messages),
-            options_with_schema(options, schema),
-            checked_priority(priority),
-            checked_timeout_s(timeout_s),
-            checked_backend(backend),
-            schema,
+            messages=check_messages(messages),
+            options=options_with_schema(options, schema),
+            priority=checked_priority(priority),
+            timeout_s=checked_timeout_s(timeout_s),
+            backend=checked_backend(backend),
+            schema=schema,
         )
 
 
@@ -65,24 +65,22 @@ def options_with_schema(options: Mapping[str, Any], schema: object) -> dict[str,
     """The options of a request, checked, with `format` from the schema if there is one.
 
     Raises:
-        ConfigError: one cannot be used, or both `format` and a schema are given.
+        ConfigError: one is invalid, or both `format` and a schema are given.
     """
     checked = check_options(options)
     if schema is not None:
         if "format" in checked:
-            raise ConfigError(
-                "both schema and format are given, and both say what the answer looks like; give one"
-            )
+            raise ConfigError("give either schema or format, not both: each describes the answer")
         checked["format"] = json_schema_of(schema)
     answer_schema(checked)
     if "keep_alive" in checked:
         keep_alive_s = keep_alive_seconds(checked["keep_alive"])
-        checked["keep_alive"] = -1 if keep_alive_s is None else keep_alive_s  # Ollama knows no "forever"
+        checked["keep_alive"] = -1 if keep_alive_s is None else keep_alive_s  # Ollama's "forever"
     return checked
 
 
 def checked_timeout_s(timeout_s: float) -> float:
-    """The limit in seconds. Raises ConfigError if it is none."""
+    """The limit in seconds. Raises ConfigError if it is not a number above 0."""
     if not is_positive(timeout_s):
         raise ConfigError(f"timeout={timeout_s!r} must be more than 0 seconds")
     return timeout_s

@@ -12,7 +12,7 @@ from contextlib import aclosing
 from dataclasses import replace
 
 from sollol_nb.chat.chunk import DROPPED, ROUTING, Chunk
-from sollol_nb.chat.context_window import Fitted, Message, fit, turn_starts
+from sollol_nb.chat.context_window import FittedMessages, Message, fit, turn_starts
 from sollol_nb.errors import ContextOverflowError
 from sollol_nb.ollama.requests import AnswerSoFar, count_characters, estimated_tokens
 from sollol_nb.ollama.serving import PoolRequest, Serving
@@ -31,16 +31,16 @@ async def answer_dropping_turns(serving: Serving, request: PoolRequest) -> Async
     tokens_per_character = serving.tokens_per_character(key, count_characters(messages))
     at_least = 0
     while True:
-        fitted = Fitted(tuple(messages))
+        fitted = FittedMessages(tuple(messages))
         if context_tokens is not None and tokens_per_character is not None:
             fitted = await _fitted(request, messages, context_tokens, tokens_per_character, at_least)
         request.body = {**body, "messages": list(fitted.messages)}
-        is_told = not fitted.words
+        is_told = not fitted.description
         try:
             async with aclosing(serving.answer(request)) as chunks:
                 async for chunk in chunks:
-                    if not is_told or (fitted.words and chunk.get("done")):
-                        chunk, is_told = {**chunk, DROPPED: fitted.words}, True
+                    if not is_told or (fitted.description and chunk.get("done")):
+                        chunk, is_told = {**chunk, DROPPED: fitted.description}, True
                     yield chunk
             return
         except ContextOverflowError as error:
@@ -59,7 +59,7 @@ async def _fitted(
     context_tokens: int,
     tokens_per_character: float,
     at_least: int,
-) -> Fitted:
+) -> FittedMessages:
     async def count_tokens(kept: Sequence[Message]) -> int:
         return estimated_tokens(kept, tokens_per_character)
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from sollol_nb.chat.context_window import (
-    Fitted,
+    FittedMessages,
     Message,
-    answer_room_tokens,
     fit,
     overflow_error,
+    tokens_for_answer,
     turn_starts,
     without_oldest,
 )
@@ -43,7 +43,7 @@ class TenEach:
         return 10 * len(messages)
 
 
-def fitted(roles: str, context_tokens: int, **more: Any) -> Fitted:
+def fitted(roles: str, context_tokens: int, **more: Any) -> FittedMessages:
     return asyncio.run(fit(conversation(roles), TenEach(), model="m", context_tokens=context_tokens, **more))
 
 
@@ -87,7 +87,7 @@ def test_whole_turns_go_and_system_messages_stay(roles: str, count: int, kept: l
     ],
 )
 def test_the_answer_has_its_room(context_tokens: int, max_tokens: int | None, room: int) -> None:
-    assert answer_room_tokens(context_tokens, max_tokens) == room
+    assert tokens_for_answer(context_tokens, max_tokens) == room
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_as_few_of_the_oldest_turns_go_as_it_takes(
     what = fitted(roles, context_tokens, **more)
     assert places(what.messages) == kept
     assert what.dropped_count == len(turn_starts(conversation(roles))) - len(turn_starts(what.messages))
-    assert bool(what.words) == bool(what.dropped_count)
+    assert bool(what.description) == bool(what.dropped_count)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_as_few_of_the_oldest_turns_go_as_it_takes(
     ],
 )
 def test_what_was_dropped_is_said(context_tokens: int, more: dict[str, Any], words: str) -> None:
-    assert fitted("suauau", context_tokens, **more).words == f"{words} with room for the answer"
+    assert fitted("suauau", context_tokens, **more).description == f"{words} with room for the answer"
 
 
 def test_a_last_turn_that_does_not_fit_alone_is_an_error_with_its_numbers() -> None:

@@ -62,7 +62,7 @@ class FittingAnswer(Answer):
             context_tokens=self._context_tokens,
             max_tokens=sampling_settings(self._options).get("max_tokens"),
         )
-        self._dropped = fitted.words
+        self._dropped = fitted.description
         return self._answer_to(fitted.messages)
 
     def translate(self, event: Mapping[str, Any]) -> Chunk | None:
