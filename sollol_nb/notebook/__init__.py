@@ -1,4 +1,4 @@
-"""The extension: `%load_ext sollol_nb` registers the magics. No other folder knows of IPython's shell.
+"""The extension: `%load_ext sollol_nb` registers the magics. No other package knows of IPython's shell.
 
 `from sollol_nb.notebook import router, use_router, chats, settings` gives what the magics work with.
 

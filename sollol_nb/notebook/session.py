@@ -1,4 +1,4 @@
-"""What a kernel has one of: its router, its conversations and its settings. The magics work with these."""
+"""The session of a kernel: its router, its conversations and its settings, which the magics use."""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ class AskMagics(Magics):
     @argument("name", nargs="?", help="the conversation; default: list all")
     @argument("--messages", action="store_true", help="return its messages as a list")
     @argument("--save", metavar="FILE", help="save it to a JSON file")
-    @argument("--load", metavar="FILE", help="load it from such a file; replaces the conversation of this name")
+    @argument("--load", metavar="FILE", help="load it from such a file, replacing a conversation of this name")
     @argument("--clear", action="store_true", help="delete it")
     @line_magic
     def sollol_chat(self, line: str) -> Chat | ChatBook | list[dict[str, Any]] | None:

@@ -118,5 +118,5 @@ def _show_plot(result: BenchResult) -> None:
 
     picture = io.BytesIO()
     result.overview().savefig(picture, format="png", dpi=PLOT_DPI)
-    words = f"plot of {counted(len(result.cases), 'case')}"
-    display({"image/png": picture.getvalue(), "text/plain": words}, raw=True)
+    text = f"plot of {counted(len(result.cases), 'case')}"
+    display({"image/png": picture.getvalue(), "text/plain": text}, raw=True)
