@@ -21,7 +21,7 @@ from sollol_nb.llama_cpp.coordinators.settings import PoolSettings
 from sollol_nb.ollama import pool as ollama_pool
 from sollol_nb.ollama.nodes import NodeStatus
 from sollol_nb.runtime.events import EventBus
-from sollol_nb.runtime.io_loop import blocking, blocking_stream, same
+from sollol_nb.runtime.io_loop import blocking, blocking_stream, delegate
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -95,9 +95,9 @@ class HybridRouter:
     map = _from_this_thread(_map_blocking, hybrid_router.HybridRouter.map)
     bench = _from_this_thread(bench_blocking, hybrid_router.HybridRouter.bench)
 
-    should_use_distributed = same(hybrid_router.HybridRouter.should_use_distributed)
-    profile = same(hybrid_router.HybridRouter.profile)
-    get_stats = same(hybrid_router.HybridRouter.get_stats)
+    should_use_distributed = delegate(hybrid_router.HybridRouter.should_use_distributed)
+    profile = delegate(hybrid_router.HybridRouter.profile)
+    get_stats = delegate(hybrid_router.HybridRouter.get_stats)
 
     @property
     def stream_async(self) -> Callable[..., AsyncGenerator[Chunk, None]]:

@@ -41,13 +41,13 @@ from sollol_nb.router.finder import ModelSlots, RouteFinder
 from sollol_nb.router.settings import check_amounts, endpoints, latency_log, pool_arguments, pool_settings
 from sollol_nb.runtime.events import EventBus
 from sollol_nb.runtime.io_loop import (
-    done_with_io_loop,
+    hold_io_loop,
     io_bound,
     io_bound_stream,
     on_io_loop,
+    release_io_loop,
     run_blocking,
     submit,
-    uses_io_loop,
 )
 from sollol_nb.runtime.priority import Priority, checked_priority
 from sollol_nb.settings import config
@@ -179,7 +179,7 @@ class Router:
             events=self.events,
             counts=Counter(),
         )
-        uses_io_loop(self)
+        hold_io_loop(self)
         # A router that nobody holds any more must not hold workers. Its engines live on for their keep_alive, so
         # that the next router, or this kernel after a restart, finds the model loaded.
         weakref.finalize(self, _release, self._control).atexit = False
@@ -473,7 +473,7 @@ class Router:
         Args:
             keep: leave the engines running for their keep_alive, for whoever comes next.
         """
-        done_with_io_loop(self)
+        release_io_loop(self)
         await self._control.close(keep=keep)
 
     async def __aenter__(self) -> Self:

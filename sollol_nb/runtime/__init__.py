@@ -1,1 +1,11 @@
-"""runtime"""
+"""What runs underneath: the I/O loop, events, order of requests, HTTP and SQLite; knows nothing of models.
+
+- `io_loop.py`: the one thread with one event loop that carries all I/O, and blocking twins of async methods
+- `events.py`: all kinds of events, and the bus that publishes them
+- `gate.py`: which request may use a server next
+- `priority.py`: the ten levels of priority, and those of roles and tasks
+- `amounts.py`: numbers and durations as callers give them
+- `http_client.py`: JSON over HTTP
+- `sqlite_file.py`: SQLite files that several kernels use
+- `progress_bars.py`: progress bars
+"""

@@ -1,7 +1,7 @@
-"""Gates: who may use a place next.
+"""Gates: which request may use a server next.
 
-A `Gate` stands before one place (an Ollama node, a coordinator) that serves `slots` requests at once. While a
-slot is free nobody waits; otherwise requests are let in by priority, first come first served within a level.
+A `Gate` guards one server (an Ollama node or a coordinator) that serves `slots` requests at the same time. While a
+slot is free, no request waits; otherwise requests get a slot by priority, and within a level in order of arrival.
 
 Ageing: a waiting request gains one level every `AGEING_S` seconds, so its level is
 
@@ -12,10 +12,10 @@ of `arrived_s - priority * AGEING_S`: each level is worth a head start of `AGEIN
 is therefore simply kept sorted, and BATCH (1) is overtaken by CRITICAL (10) only while it has waited less than
 nine times `AGEING_S` longer.
 
-A request may wait at several gates at once (`first_slot`) and takes the first slot any of them has: so it is
-never bound to one queue while another place stands idle.
+A request may wait at several gates (`first_slot`) and takes the first slot that becomes free at any of them, so it
+is never bound to one queue while another server is idle.
 
-A gate belongs to one event loop; nothing is bound to it before the first wait.
+A gate belongs to one event loop, from the first wait on.
 """
 
 from __future__ import annotations
@@ -41,27 +41,27 @@ _arrivals = itertools.count()
 
 @dataclass(order=True, slots=True)
 class _Waiter:
-    """One waiting request; the same object stands in the list of every gate it waits at."""
+    """One waiting request; the same object is in the list of every gate at which it waits."""
 
     virtual_arrival_s: float
     number: int
     granted: asyncio.Future[Gate | None] = field(compare=False)
     gates: Sequence[Gate] = field(compare=False)
 
-    def leave(self) -> None:
+    def withdraw(self) -> None:
         for gate in self.gates:
-            place = bisect.bisect_left(gate._waiters, self)
-            if place < len(gate._waiters) and gate._waiters[place] is self:
-                del gate._waiters[place]
+            index = bisect.bisect_left(gate._waiters, self)
+            if index < len(gate._waiters) and gate._waiters[index] is self:
+                del gate._waiters[index]
 
 
 class Gate:
-    """Lets `slots` requests at a time into one place, by priority with ageing.
+    """Admits `slots` requests at a time to one server, by priority with ageing.
 
     Args:
-        slots: how many requests the place serves at once, at least 1; may be changed later.
+        slots: how many requests the server serves at the same time, at least 1; may be changed later.
         ageing_s: seconds of waiting that are worth one level of priority.
-        clock: monotonic seconds; a test may hand in its own.
+        clock: monotonic seconds; a test may pass another one.
 
     Raises:
         ConfigError: `slots` is less than 1.
@@ -81,13 +81,13 @@ class Gate:
 
     @property
     def slots(self) -> int:
-        """How many requests may run at once."""
+        """How many requests may run at the same time."""
         return self._slots
 
     @slots.setter
     def slots(self, slots: int) -> None:
         self._slots = _checked_slots(slots)
-        self._let_in()
+        self._admit_waiting()
 
     @property
     def running(self) -> int:
@@ -96,7 +96,7 @@ class Gate:
 
     @property
     def waiting(self) -> int:
-        """How many requests wait here (some of them perhaps at other gates too)."""
+        """How many requests wait here, some of them perhaps at other gates too."""
         return len(self._waiters)
 
     @property
@@ -108,11 +108,11 @@ class Gate:
     async def slot(
         self, priority: int = Priority.NORMAL, *, arrived_s: float | None = None
     ) -> AsyncIterator[float]:
-        """Hold a slot for the length of an `async with`; gives the milliseconds waited for it.
+        """Hold a slot for the length of an `async with`, which yields the milliseconds of waiting for it.
 
         Args:
             priority: 1 to 10, higher is served sooner.
-            arrived_s: when the request arrived, on the gate's clock, if that was before now.
+            arrived_s: when the request arrived, on the gate's clock; by default now.
         """
         began_s = self._clock()
         arrived_s = began_s if arrived_s is None else arrived_s
@@ -126,22 +126,22 @@ class Gate:
     def release(self) -> None:
         """Give back a slot taken with `first_slot`; the next request in order gets it."""
         self._running -= 1
-        self._let_in()
+        self._admit_waiting()
 
     def dismiss(self) -> None:
-        """Wake all who wait here, in their order, with no slot: what they based their choice on has changed."""
+        """Wake all waiting requests, in order, without a slot: what their choice was based on has changed."""
         while self._waiters:
             self._wake_first(None)
 
-    def _let_in(self) -> None:
+    def _admit_waiting(self) -> None:
         while self._waiters and self.has_free_slot:
             if self._wake_first(self):
                 self._running += 1
 
     def _wake_first(self, answer: Gate | None) -> bool:
-        """Take the first waiter off all lists; False if its wait was cancelled just before."""
+        """Take the first waiter off all lists. False if its wait was cancelled just before."""
         waiter = self._waiters[0]
-        waiter.leave()
+        waiter.withdraw()
         if waiter.granted.done():
             return False
         waiter.granted.set_result(answer)
@@ -151,17 +151,17 @@ class Gate:
 async def first_slot(
     gates: Sequence[Gate], priority: int = Priority.NORMAL, *, arrived_s: float | None = None
 ) -> Gate | None:
-    """Take one slot at whichever of `gates` has one first; the caller must `release()` it.
+    """Take the first slot that is free at any of `gates`; the caller must `release()` it.
 
     Returns:
-        The gate whose slot is now held, or None if a gate was told to `dismiss()` its waiters: look again at
-        what there is, and call again with the same `arrived_s`, which keeps the place in the order.
+        The gate whose slot is now held, or None if a gate was asked to `dismiss()` its waiters: choose the gates
+        again, and call again with the same `arrived_s`, which keeps the position in the order.
     """
     for gate in gates:
         if gate.has_free_slot:
             gate._running += 1
             return gate
-    # Gates waited at together share one pace and one clock: those of the first.
+    # For requests that wait at several gates, the clock and the ageing of the first gate count.
     arrived = gates[0]._clock() if arrived_s is None else arrived_s
     granted: asyncio.Future[Gate | None] = asyncio.get_running_loop().create_future()
     waiter = _Waiter(arrived - priority * gates[0]._ageing_s, next(_arrivals), granted, gates)
@@ -170,7 +170,7 @@ async def first_slot(
     try:
         return await granted
     except asyncio.CancelledError:
-        waiter.leave()
+        waiter.withdraw()
         # A slot may have been granted in the same turn of the loop in which the wait was cancelled.
         if not granted.cancelled() and (gate_of_slot := granted.result()) is not None:
             gate_of_slot.release()

@@ -1,9 +1,9 @@
 """HTTP to engines and nodes: the only module that imports the HTTP client library.
 
 A `JsonClient` speaks to one base URL in JSON. Foreign exceptions are translated here, once, by a table (the
-most specific class wins), so that no other room knows the library. A client belongs to the event loop it is
-first used on; close it there with `aclose()`. Closing a stream early (leaving its `async with`) closes the
-connection, which is how engines are told to stop generating.
+most specific class wins), so that no other module depends on the library. A client belongs to the event loop on
+which it is first used; close it there with `aclose()`. Closing a stream early (leaving its `async with`) closes
+the connection, and the engine stops generating.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from sollol_nb.errors import (
 CONNECT_TIMEOUT_S = 5.0
 
 _TRANSLATIONS: tuple[tuple[type[Exception], type[TransportError], str], ...] = (
-    (httpx.ConnectTimeout, ConnectFailedError, "nothing answers"),
-    (httpx.ConnectError, ConnectFailedError, "nothing listens"),
-    (httpx.TimeoutException, TransportTimeoutError, "no answer in time"),
-    (httpx.RemoteProtocolError, ConnectionBrokenError, "the connection ended in mid-answer"),
-    (httpx.ReadError, ConnectionBrokenError, "the connection broke"),
-    (httpx.WriteError, ConnectionBrokenError, "the connection broke"),
-    (httpx.CloseError, ConnectionBrokenError, "the connection broke"),
-    (httpx.InvalidURL, ConnectFailedError, "the address cannot be used"),
-    (httpx.HTTPError, TransportError, "HTTP failed"),
+    (httpx.ConnectTimeout, ConnectFailedError, "cannot connect (timed out)"),
+    (httpx.ConnectError, ConnectFailedError, "cannot connect"),
+    (httpx.TimeoutException, TransportTimeoutError, "no answer within the time limit"),
+    (httpx.RemoteProtocolError, ConnectionBrokenError, "the answer is incomplete or not HTTP"),
+    (httpx.ReadError, ConnectionBrokenError, "the connection was lost"),
+    (httpx.WriteError, ConnectionBrokenError, "the connection was lost"),
+    (httpx.CloseError, ConnectionBrokenError, "the connection was lost"),
+    (httpx.InvalidURL, ConnectFailedError, "the address is not valid"),
+    (httpx.HTTPError, TransportError, "the HTTP request failed"),
 )
 
 
@@ -44,7 +44,7 @@ class JsonClient:
         base_url: scheme, host and port, such as `http://127.0.0.1:18080`.
         api_key: sent as a bearer token; never shown in the repr or in errors.
         read_timeout_s: the longest silence tolerated within an answer; None waits for ever, so callers
-            that pass None bring a limit of their own.
+            that pass None need a limit of their own.
     """
 
     def __init__(self, base_url: str, *, api_key: str | None = None, read_timeout_s: float | None = 30.0) -> None:
@@ -63,36 +63,36 @@ class JsonClient:
         return f"JsonClient({self.base_url!r})"
 
     async def get(self, path: str, *, timeout_s: float | None = None) -> Any:
-        """The decoded JSON of a GET. Raises a TransportError of the fitting kind."""
+        """The decoded JSON of a GET. Raises a TransportError of the matching kind."""
         return await self._request("GET", path, None, timeout_s)
 
     async def post(self, path: str, body: Mapping[str, Any], *, timeout_s: float | None = None) -> Any:
-        """The decoded JSON of a POST. Raises a TransportError of the fitting kind."""
+        """The decoded JSON of a POST. Raises a TransportError of the matching kind."""
         return await self._request("POST", path, body, timeout_s)
 
     async def delete(self, path: str, body: Mapping[str, Any], *, timeout_s: float | None = None) -> Any:
-        """The decoded JSON of a DELETE with a body. Raises a TransportError of the fitting kind."""
+        """The decoded JSON of a DELETE with a body. Raises a TransportError of the matching kind."""
         return await self._request("DELETE", path, body, timeout_s)
 
     @asynccontextmanager
     async def stream_lines(
         self, path: str, body: Mapping[str, Any], *, read_timeout_s: float | None = None
     ) -> AsyncIterator[AsyncIterator[str]]:
-        """POST, and read the answer line by line as it comes.
+        """POST, and read the answer line by line while it arrives.
 
         Example:
             async with client.stream_lines("/api/chat", body) as lines:
                 async for line in lines: ...
 
         Args:
-            read_timeout_s: the longest silence between two pieces; None takes the client's own.
+            read_timeout_s: the longest silence between two pieces; by default the client's.
 
         Raises:
-            TransportError: of the fitting kind, at once or in mid-answer.
+            TransportError: of the matching kind, before the answer or within it.
         """
         timeout = _timeout(read_timeout_s if read_timeout_s is not None else self._read_timeout_s)
         with self._translated(path):
-            # llama-server closes the connection after a streamed answer, unannounced; it is not to be used again.
+            # llama-server closes the connection after a streamed answer without notice; do not use it again.
             async with self._client.stream(
                 "POST", self.base_url + path, json=body, timeout=timeout, headers={"Connection": "close"}
             ) as response:
@@ -118,16 +118,16 @@ class JsonClient:
         try:
             return response.json()
         except (ValueError, RecursionError) as error:  # nested too deeply is not JSON for us either
-            raise TransportError(f"{self.base_url}{path} answered with something that is not JSON") from error
+            raise TransportError(f"{self.base_url}{path} sent an answer that is not JSON") from error
 
     @contextmanager
     def _translated(self, path: str) -> Iterator[None]:
         try:
             yield
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            for theirs, ours, words in _TRANSLATIONS:
+            for theirs, ours, message in _TRANSLATIONS:
                 if isinstance(error, theirs):
-                    raise ours(f"{self.base_url}{path}: {words}") from error
+                    raise ours(f"{self.base_url}{path}: {message}") from error
             raise
 
     def _status_error(self, path: str, response: httpx.Response) -> HttpStatusError:
@@ -140,8 +140,8 @@ class JsonClient:
 
 
 async def _lines(response: httpx.Response) -> AsyncIterator[str]:
-    """Lines ended by a line feed and nothing else: JSON text may hold U+2028, U+0085 and their like, at which
-    the library's own reader would cut."""
+    """Lines that end with a line feed and nothing else: JSON text may contain U+2028, U+0085 and the like, at
+    which the library's own reader would split."""
     rest = b""
     async for piece in response.aiter_bytes():
         *lines, rest = (rest + piece).split(b"\n")

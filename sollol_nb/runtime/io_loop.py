@@ -1,9 +1,9 @@
 """The one daemon thread with one event loop that carries all I/O of the process.
 
-Async code here runs on that loop whichever loop or thread asks for it: `io_bound` lets a coroutine method be
-awaited from any loop (a kernel's, `asyncio.run`'s, several in turn), `blocking` makes its blocking twin. So
-connections, locks and child processes live on one loop for the life of the process, and a stop button or
-Ctrl-C cancels the work instead of abandoning it.
+Async code runs on that loop, whichever loop or thread calls it: `io_bound` lets a coroutine method be awaited
+from any loop (a kernel's, that of `asyncio.run`, several in turn), and `blocking` makes its blocking twin. So
+connections, locks and child processes stay on one loop for the life of the process, and a stop button or Ctrl-C
+cancels the work instead of abandoning it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
 
-_CANCEL_GRACE_S = 10.0  # how long a cancelled coroutine may take to clean up before the caller goes on
+_CANCEL_GRACE_S = 10.0  # how long the caller waits for a cancelled coroutine to clean up
 _INTERRUPT_CHECK_S = 0.5
 
 _lock = threading.Lock()
@@ -55,23 +55,23 @@ def _run(loop: asyncio.AbstractEventLoop) -> None:
     loop.close()
 
 
-def uses_io_loop(user: object) -> None:
-    """Note an object whose connections live on the loop, so that the loop is not stopped under it."""
+def hold_io_loop(user: object) -> None:
+    """Note an object whose connections live on the loop, so that the loop is not stopped while it is open."""
     _users.add(user)
 
 
-def done_with_io_loop(user: object) -> None:
+def release_io_loop(user: object) -> None:
     """Note that an object has closed its connections."""
     _users.discard(user)
 
 
 def stop_if_unused(*, wait_s: float = 0.0) -> bool:
-    """End the loop and its thread, if no object that uses it is left and nothing runs there; False if one is.
+    """End the loop and its thread if no object holds it and nothing runs on it. Returns whether it has ended.
 
-    A later call of `io_loop` starts another.
+    A later call of `io_loop` starts a new one.
 
     Args:
-        wait_s: how long to wait for what runs there.
+        wait_s: how long to wait for tasks that still run.
     """
     _refuse_on_io_loop()
     deadline = time.monotonic() + wait_s
@@ -89,7 +89,7 @@ def stop_if_unused(*, wait_s: float = 0.0) -> bool:
 
 
 def _forget_loop() -> None:
-    # A forked child has the loop object but not its thread; it gets a loop of its own when it asks.
+    # A forked child has the loop object but not its thread; it gets a new loop when it needs one.
     global _loop, _lock
     _loop, _lock = None, threading.Lock()
 
@@ -119,7 +119,7 @@ def submit(coroutine: Coroutine[Any, Any, R]) -> Future[R]:
 def run_blocking(coroutine: Coroutine[Any, Any, R]) -> R:
     """Run a coroutine on the I/O loop and wait for it, from any other thread.
 
-    A KeyboardInterrupt cancels the coroutine, waits until it has cleaned up, and goes on up.
+    A KeyboardInterrupt cancels the coroutine, waits until it has cleaned up, and is raised again.
 
     Raises:
         RuntimeError: called on the I/O loop itself, where waiting would never end.
@@ -167,7 +167,7 @@ def io_bound(
 
 
 def io_bound_stream(method: Callable[P, AsyncGenerator[T, None]]) -> Callable[P, AsyncGenerator[T, None]]:
-    """Let an async generator be iterated from any loop; it runs on the I/O loop, there directly, else as one task.
+    """Let an async generator be iterated from any loop; it runs on the I/O loop, and from other loops as one task.
 
     Args:
         method: an async generator function, or a function that returns an async generator.
@@ -183,7 +183,7 @@ def io_bound_stream(method: Callable[P, AsyncGenerator[T, None]]) -> Callable[P,
 class _IoBoundStream(AsyncGenerator[T, None]):
     """A stream that runs on the I/O loop.
 
-    How it is read is decided when it begins, since it may be made on one loop and read on another.
+    How it is read is decided at its first item, since it may be created on one loop and read on another.
     """
 
     def __init__(self, stream: AsyncGenerator[T, None]) -> None:
@@ -244,7 +244,7 @@ class _Delivery(Generic[T]):
 def _start_pump(
     stream: AsyncGenerator[T, None], deliver: Callable[[_Delivery[T]], object]
 ) -> Callable[[], object]:
-    """Deliver a stream's items and its end, from one task on the I/O loop; returns what cancels that task."""
+    """Deliver a stream's items and its end from one task on the I/O loop. Returns a function that cancels it."""
     loop = io_loop()
     tasks: list[asyncio.Task[None]] = []
 
@@ -257,13 +257,13 @@ def _start_pump(
         tasks.append(loop.create_task(pump()))
         tasks[0].add_done_callback(end)
 
-    def end(task: asyncio.Task[None]) -> None:  # comes for a task that was cancelled before its first step, too
+    def end(task: asyncio.Task[None]) -> None:  # also called for a task that was cancelled before its first step
         error = asyncio.CancelledError() if task.cancelled() else task.exception()
-        with contextlib.suppress(RuntimeError):  # the consumer's loop is closed: nobody listens any more
+        with contextlib.suppress(RuntimeError):  # the consumer's loop is closed
             deliver(_Delivery(ended=True, error=error))
 
     loop.call_soon_threadsafe(begin)
-    return lambda: loop.call_soon_threadsafe(lambda: tasks[0].cancel())  # it has begun by then
+    return lambda: loop.call_soon_threadsafe(lambda: tasks[0].cancel())  # `begin` has run by then
 
 
 def blocking(
@@ -306,8 +306,8 @@ def iterate_blocking(
     """Read an async generator, run as one task on the I/O loop, from another thread.
 
     Args:
-        tick_s: if given, None is yielded whenever nothing came for so long.
-        cancel_grace_s: how long a reader that leaves early waits until the work has cleaned up.
+        tick_s: if given, None is yielded whenever no item has arrived for so long.
+        cancel_grace_s: how long a reader that stops early waits until the work has cleaned up.
 
     Raises:
         RuntimeError: read on the I/O loop itself, where waiting would never end.
@@ -340,8 +340,8 @@ def iterate_blocking(
     delivery.raise_error()
 
 
-def same(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
-    """A method that does no I/O, for a blocking twin: it calls the async object's as it is."""
+def delegate(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
+    """The twin of a method that does no I/O: it calls the async object's method directly."""
 
     def twin(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> R:
         return method(self._async, *args, **kwargs)

@@ -84,8 +84,8 @@ def get_priority_for_role(role: str) -> int:
 def get_priority_for_task(task: str) -> int:
     """The priority of a task such as "summarization", in any case, words joined by space, `_` or `-`;
     5 (NORMAL) for a task not in the table."""
-    words = task.replace("_", " ").replace("-", " ").lower().split()
-    return TASK_PRIORITIES.get("-".join(words), int(Priority.NORMAL))
+    parts = task.replace("_", " ").replace("-", " ").lower().split()
+    return TASK_PRIORITIES.get("-".join(parts), int(Priority.NORMAL))
 
 
 def priority_named(name: str) -> Priority | None:

@@ -1,4 +1,4 @@
-"""Progress bars: tqdm's, in terminals and notebooks; the extension brings one that a saved notebook keeps."""
+"""Progress bars of tqdm. The extension sets another class, whose bars stay in saved notebooks."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tqdm.std import tqdm
 
-_own: type[tqdm[Any]] | None = None
+_bar_class: type[tqdm[Any]] | None = None
 
 
 def progress_bar(**settings: Any) -> tqdm[Any]:
-    """A bar with these settings of tqdm. Make and use it in the thread whose output it is."""
-    from tqdm.auto import tqdm as usual
+    """A bar with these settings of tqdm. Create and use it in the thread that shows it."""
+    from tqdm.auto import tqdm as default_class
 
-    bar: tqdm[Any] = (usual if _own is None else _own)(**settings)
+    bar: tqdm[Any] = (default_class if _bar_class is None else _bar_class)(**settings)
     return bar
 
 
 def use_bars(bar: type[tqdm[Any]] | None) -> None:
-    """Draw bars with this class from now on; None goes back to tqdm's own choice."""
-    global _own
-    _own = bar
+    """Draw bars with this class from now on; None restores tqdm's own choice."""
+    global _bar_class
+    _bar_class = bar

@@ -466,7 +466,7 @@ def test_without_ollama_the_pool_says_what_to_run_and_uses_it_when_it_comes(
 
     async def ask(pool: OllamaPool) -> None:
         assert [node.state for node in pool.nodes] == ["absent"]
-        with pytest.raises(OllamaUnavailableError, match=f"{server.base_url}.*nothing listens.*`ollama serve`"):
+        with pytest.raises(OllamaUnavailableError, match=f"{server.base_url}.*cannot connect.*`ollama serve`"):
             await pool.chat("llama3.2", MESSAGES)
         with pytest.raises(OllamaUnavailableError, match="`ollama serve`"):
             await pool.list()

@@ -123,19 +123,19 @@ def test_proxies_of_the_environment_are_ignored(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("peer", "error", "words"),
     [
-        pytest.param(says(), ConnectionBrokenError, "ended in mid-answer", id="closes without an answer"),
+        pytest.param(says(), ConnectionBrokenError, "incomplete or not HTTP", id="closes without an answer"),
         pytest.param(
             says(response(b'{"a": 1}')[:-3]),
             ConnectionBrokenError,
-            "ended in mid-answer",
+            "incomplete or not HTTP",
             id="closes in mid-answer",
         ),
-        pytest.param(says(b"SSH-2.0-OpenSSH\r\n"), ConnectionBrokenError, "mid-answer", id="speaks no HTTP"),
-        pytest.param(says(then="silence"), TransportTimeoutError, "no answer in time", id="silent"),
+        pytest.param(says(b"SSH-2.0-OpenSSH\r\n"), ConnectionBrokenError, "incomplete or not HTTP", id="not HTTP"),
+        pytest.param(says(then="silence"), TransportTimeoutError, "no answer within the time limit", id="silent"),
         pytest.param(
             says(response(b'{"a": 1}')[:-3], then="silence"),
             TransportTimeoutError,
-            "in time",
+            "within the time limit",
             id="silent in mid-answer",
         ),
         pytest.param(says(response(b"<html>")), TransportError, "is not JSON", id="HTML"),

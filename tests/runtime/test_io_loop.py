@@ -17,13 +17,13 @@ from sollol_nb.runtime import io_loop as io_loop_module
 from sollol_nb.runtime.io_loop import (
     blocking,
     blocking_stream,
+    delegate,
     io_bound,
     io_bound_stream,
     io_loop,
     iterate_blocking,
     on_io_loop,
     run_blocking,
-    same,
 )
 from tests.support.engines import posix_only
 
@@ -380,7 +380,7 @@ class Blocking:
 
     add = blocking(Async.add)
     numbers = blocking_stream(Async.numbers)
-    name = same(Async.name)
+    name = delegate(Async.name)
 
 
 def test_blocking_twin_has_the_same_methods_and_words() -> None:
@@ -428,9 +428,9 @@ class User:
 
 user = User()
 first = io_loop.io_loop()
-io_loop.uses_io_loop(user)
+io_loop.hold_io_loop(user)
 assert io_loop.stop_if_unused() is False
-io_loop.done_with_io_loop(user)
+io_loop.release_io_loop(user)
 
 release = threading.Event()
 work = io_loop.submit(asyncio.to_thread(release.wait, 60))
