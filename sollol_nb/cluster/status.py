@@ -195,9 +195,9 @@ def _segments(coordinator: Coordinator, token: TokenTime | None) -> Iterator[Lay
 def _local_parts(coordinator: Coordinator) -> Iterator[LocalPart]:
     planned = coordinator.plan.endpoints if coordinator.plan else ()
     for device in coordinator.placement.devices if coordinator.placement else ():
-        if device.place not in planned and (device.units or device.model_bytes or device.kv_bytes):
+        if device.name not in planned and (device.units or device.model_bytes or device.kv_bytes):
             yield LocalPart(
-                device=device.place,
+                device=device.name,
                 units=len(device.units),
                 weight_bytes=device.model_bytes,
                 kv_bytes=device.kv_bytes,

@@ -43,7 +43,7 @@ WHAT_RUNS = """dict(
     load_ms=router.coordinator.load_ms,
     log=str(router.coordinator.log_path),
     log_length=len(router.coordinator.log_path.read_text(errors="replace")) > 1000,
-    layers={one.place: one.units for one in router.coordinator.placement.devices},
+    layers={device.name: device.units for device in router.coordinator.placement.devices},
     workers=router.coordinator.rpc_backends,
 )"""
 

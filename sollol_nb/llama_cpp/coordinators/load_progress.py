@@ -1,10 +1,10 @@
-"""How far a coordinator has come with loading: bytes and layers of the weights, per worker.
+"""How much of its model a coordinator has loaded: bytes and layers of the weights, per worker.
 
-The engine tells in its log which units each worker gets, and when the weights are loaded; it does not tell how
-far it is in between. That is known from the system, where it counts what a TCP connection has delivered (see
+The engine's log says which units each worker gets, and when the weights are loaded, but nothing in between. That
+is known from the operating system, where it counts the bytes that a TCP connection has delivered (see
 `machine.delivered_bytes`): while it loads, a coordinator sends its workers their weights and next to nothing
-else. No worker is asked, for a worker answers nobody but its coordinator. A worker that keeps tensors in a cache
-of its own is sent only what it lacks; such a load is shown as less until all weights are loaded.
+else. The workers are not probed, because each answers only its coordinator. A worker with its own cache of tensors
+receives only those that it lacks; such a load is shown as less until all weights are loaded.
 
 Source of the order in which a worker gets its units: llama.cpp loads a device's tensors in the order in which
 `load_tensors` (llama-model.cpp) creates them, the output layer before the blocks.
@@ -27,18 +27,18 @@ from sollol_nb.llama_cpp.processes.machine import Address, delivered_bytes
 from sollol_nb.settings.endpoints import addresses_of
 from sollol_nb.text.tables import format_bytes
 
-LOOK_EVERY_S = 0.25
-WEIGHTS_LOADED = "constructing llama_context"  # the engine's words for what comes after the weights
-_TELLING = re.compile(f"using device|assigned to device|{WEIGHTS_LOADED}|{LISTENING}")
+CHECK_INTERVAL_S = 0.25
+WEIGHTS_LOADED = "constructing llama_context"  # the engine logs this after the weights
+_RELEVANT_LINE = re.compile(f"using device|assigned to device|{WEIGHTS_LOADED}|{LISTENING}")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerProgress:
-    """How far one worker's share of the weights is.
+    """How much of its weights one worker has.
 
     Attributes:
         endpoint: the worker.
-        placed_units: its blocks, and the output layer, whose weights it has whole; None where that is not known.
+        placed_units: its blocks, and the output layer, that it has completely; None where that is not known.
         planned_units: how many it gets.
         loaded_bytes: weights that it has received; None where that is not known.
         total_bytes: weights that it gets.
@@ -51,59 +51,62 @@ class WorkerProgress:
     total_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LoadProgress:
-    """How far a coordinator has come with loading.
+    """How much of its model a coordinator has loaded.
 
     Attributes:
         share: of the weights, 0 to 1; None where that is not known.
         loaded_bytes: the same in bytes.
         total_bytes: the weights that workers get; without workers, the model's file.
         per_worker: in the order of the layers; empty without workers.
-        words: one line for a person.
+        message: one line for a person.
     """
 
     share: float | None
     loaded_bytes: int | None
     total_bytes: int
     per_worker: tuple[WorkerProgress, ...]
-    words: str
+    message: str
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for an event; without the words."""
+        """Plain values for an event, without the message."""
         data = asdict(self)
-        del data["words"]
+        del data["message"]
         return data | {"per_worker": list(data["per_worker"])}
 
 
 def load_progress(
     settings: CoordinatorSettings, log: str, delivered: Mapping[str, int] | None = None
 ) -> LoadProgress:
-    """How far a load is.
+    """How much is loaded.
 
     Args:
         settings: what is loaded, and by which plan.
         log: the engine's log so far.
-        delivered: bytes that each endpoint has got from the coordinator; None where the system does not tell.
+        delivered: bytes that each endpoint has received from the coordinator; None where the system does not
+            count.
     """
     is_loaded = WEIGHTS_LOADED in log
     workers = _workers(settings, read_placement(log), delivered, is_loaded=is_loaded)
-    total_bytes = sum(one.total_bytes for one in workers) if workers else settings.facts.file_bytes
+    total_bytes = sum(worker.total_bytes for worker in workers) if workers else settings.facts.file_bytes
     share: float | None = None
     loaded_bytes: int | None = None
     if is_loaded:
         share, loaded_bytes = 1.0, total_bytes
     elif workers and delivered is not None:
-        loaded_bytes = sum(one.loaded_bytes or 0 for one in workers)
+        loaded_bytes = sum(worker.loaded_bytes or 0 for worker in workers)
         share = loaded_bytes / total_bytes if total_bytes else 0.0
-    words = f"loading {settings.model}: {_weights_words(share, loaded_bytes, total_bytes)}"
+    message = f"loading {settings.model}: {_describe_weights(share, loaded_bytes, total_bytes)}"
     if is_loaded:
-        words += "; making room for the context"
+        message += "; allocating the context (KV cache)"
     elif workers:
-        words += "; " + ", ".join(_layers_words(one) for one in workers)
+        message += "; " + ", ".join(map(_describe_layers, workers))
     else:
-        words += " on this machine"
-    return LoadProgress(share, loaded_bytes, total_bytes, workers, words)
+        message += " on this machine"
+    return LoadProgress(
+        share=share, loaded_bytes=loaded_bytes, total_bytes=total_bytes, per_worker=workers, message=message
+    )
 
 
 def _workers(
@@ -116,7 +119,7 @@ def _workers(
     for shard in settings.plan.shards:
         units = tuple(range(shard.first_layer, shard.first_layer + shard.unit_count))
         device = placement.of(shard.endpoint)
-        if device is not None and device.units:  # where the engine does otherwise than planned, it is right
+        if device is not None and device.units:  # what it placed counts, not what was planned
             units = device.units
         output = len(unit_bytes) - 1
         in_order = [unit_bytes[unit] for unit in sorted(units, key=lambda unit: (unit != output, unit))]
@@ -126,13 +129,20 @@ def _workers(
             loaded_bytes = total_bytes
         elif delivered is not None:
             loaded_bytes = min(delivered.get(shard.endpoint, 0), total_bytes)
-        placed = None if loaded_bytes is None else _whole(in_order, loaded_bytes)
-        progress.append(WorkerProgress(shard.endpoint, placed, len(units), loaded_bytes, total_bytes))
+        progress.append(
+            WorkerProgress(
+                endpoint=shard.endpoint,
+                placed_units=None if loaded_bytes is None else _complete_count(in_order, loaded_bytes),
+                planned_units=len(units),
+                loaded_bytes=loaded_bytes,
+                total_bytes=total_bytes,
+            )
+        )
     return tuple(progress)
 
 
-def _whole(sizes: list[int], loaded_bytes: int) -> int:
-    """How many of these, loaded one after the other, are there whole."""
+def _complete_count(sizes: list[int], loaded_bytes: int) -> int:
+    """How many parts of these sizes, loaded one after the other, are complete."""
     count = 0
     for size in sizes:
         loaded_bytes -= size
@@ -142,14 +152,14 @@ def _whole(sizes: list[int], loaded_bytes: int) -> int:
     return count
 
 
-def _weights_words(share: float | None, loaded_bytes: int | None, total_bytes: int) -> str:
+def _describe_weights(share: float | None, loaded_bytes: int | None, total_bytes: int) -> str:
     if share is None or loaded_bytes is None:
         return format_bytes(total_bytes)
-    # Rounded down: 100 % is what is there whole.
+    # Rounded down: 100 % means that all of it is loaded.
     return f"{int(share * 100)} % ({format_bytes(loaded_bytes)} of {format_bytes(total_bytes)})"
 
 
-def _layers_words(worker: WorkerProgress) -> str:
+def _describe_layers(worker: WorkerProgress) -> str:
     if worker.placed_units is None:
         return f"{worker.endpoint} {worker.planned_units} layers"
     return f"{worker.endpoint} {worker.placed_units} of {worker.planned_units} layers"
@@ -159,17 +169,17 @@ def _layers_words(worker: WorkerProgress) -> str:
 
 
 @asynccontextmanager
-async def told_loading(
-    settings: CoordinatorSettings, pid: int, log_path: Path, tell: Callable[[LoadProgress], None]
+async def reporting_progress(
+    settings: CoordinatorSettings, pid: int, log_path: Path, report: Callable[[LoadProgress], None]
 ) -> AsyncGenerator[None, None]:
-    """While in this context, tell how far a coordinator's load is: when its words change, and every
-    `LOOK_EVERY_S` at most; nothing of a load that is quicker than that, and nothing after it has ended.
+    """In this context, report a coordinator's progress whenever its message changes, at most every
+    `CHECK_INTERVAL_S`. A quicker load is not reported at all, and nothing is reported after its end.
 
     Args:
-        pid: of the engine, whoever started it.
+        pid: of the engine, whichever kernel started it.
         log_path: its log.
     """
-    watching = asyncio.create_task(_watch(_Load(settings, pid, log_path), tell))
+    watching = asyncio.create_task(_watch(_Load(settings, pid, log_path), report))
     try:
         yield
     finally:
@@ -177,20 +187,20 @@ async def told_loading(
         await asyncio.wait({watching})
 
 
-async def _watch(load: _Load, tell: Callable[[LoadProgress], None]) -> None:
-    told = ""
+async def _watch(load: _Load, report: Callable[[LoadProgress], None]) -> None:
+    reported = ""
     while True:
-        await asyncio.sleep(LOOK_EVERY_S)
-        progress = await asyncio.to_thread(load.look)
+        await asyncio.sleep(CHECK_INTERVAL_S)
+        progress = await asyncio.to_thread(load.progress)
         if progress is None:
             return
-        if progress.words != told:
-            told = progress.words
-            tell(progress)
+        if progress.message != reported:
+            reported = progress.message
+            report(progress)
 
 
 class _Load:
-    """A load under way, looked at from outside."""
+    """A load in progress, seen from outside the engine."""
 
     def __init__(self, settings: CoordinatorSettings, pid: int, log_path: Path) -> None:
         self._settings = settings
@@ -201,26 +211,26 @@ class _Load:
         self._addresses: dict[str, frozenset[Address]] | None = None
         self._delivered: dict[str, int] | None = None
 
-    def look(self) -> LoadProgress | None:
-        """How far it is now; None once it has ended. Blocks for some milliseconds."""
-        self._read_on()
+    def progress(self) -> LoadProgress | None:
+        """Its progress now; None once it has ended. Blocks for some milliseconds."""
+        self._read_log()
         if LISTENING in self._log:
             return None
         self._count_bytes()
         return load_progress(self._settings, self._log, self._delivered)
 
-    def _read_on(self) -> None:
-        """Keep the telling lines among those that were written since the last look: a debug log is long."""
+    def _read_log(self) -> None:
+        """Keep the relevant lines among those written since the last call: a debug log is long."""
         try:
             with self._log_path.open("rb") as file:
                 file.seek(self._read_bytes)
                 new = file.read()
-        except OSError:  # not there yet
+        except OSError:  # it does not exist yet
             return
         whole = new[: new.rfind(b"\n") + 1]
         self._read_bytes += len(whole)
         lines = whole.decode("utf-8", "replace").splitlines(keepends=True)
-        self._log += "".join(line for line in lines if _TELLING.search(line))
+        self._log += "".join(line for line in lines if _RELEVANT_LINE.search(line))
 
     def _count_bytes(self) -> None:
         plan = self._settings.plan
@@ -231,7 +241,7 @@ class _Load:
             self._addresses = {endpoint: addresses_of(endpoint) for endpoint in plan.endpoints}
         before = self._delivered or {}
         self._delivered = {
-            # What a connection that is closed now had delivered stays delivered.
-            endpoint: max(sum(counts.get(one, 0) for one in addresses), before.get(endpoint, 0))
+            # Bytes of a connection that is closed by now still count.
+            endpoint: max(sum(counts.get(address, 0) for address in addresses), before.get(endpoint, 0))
             for endpoint, addresses in self._addresses.items()
         }

@@ -1,7 +1,7 @@
-"""What tokens took on each layout of each model: the memory behind predicted token times.
+"""The measured time of tokens on each layout of each model, from which token times are predicted.
 
-A token's time counts when one answer had its coordinator for itself, as the engine measured it (told by the bus
-when a request has finished). Until there is such an answer, the coordinator's pace stands in.
+The time that the engine measured counts if its answer was the only one on its coordinator; the event at the end of
+a request has it. Until there is such an answer, the coordinator's pace is used instead.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ _Layout = tuple[tuple[str, int], ...]
 
 
 class TokenMeasurements:
-    """Fed by the event bus; asked for speeds. Lives on the I/O loop."""
+    """Collects measurements from the event bus, and gives speeds. Lives on the I/O loop."""
 
     def __init__(self, events: EventBus) -> None:
         self._under_way: Counter[str] = Counter()  # requests by model
-        self._crowded: set[str] = set()  # models of which several are, or were until the last of these ended
-        self._answers_ms: dict[str, deque[float]] = {}  # by place
+        self._concurrent: set[str] = set()  # models with several requests, until the last of these has ended
+        self._answers_ms: dict[str, deque[float]] = {}  # by the URL of the coordinator
         self._kept: dict[Path, dict[_Layout, Measurement]] = {}
-        events.subscribe(self._note)
+        events.subscribe(self._on_event)
 
     def token_ms(self, coordinator: Coordinator) -> float | None:
-        """Milliseconds of a token of one answer alone; None before the first token."""
+        """Milliseconds per token of one answer alone; None before the first token."""
         answers_ms = self._answers_ms.get(coordinator.base_url)
         if answers_ms:
             return median(answers_ms)
@@ -49,7 +49,7 @@ class TokenMeasurements:
             return
         kept = self._kept.setdefault(coordinator.settings.model_path, {})
         layout = _layout_of(coordinator.plan)
-        kept.pop(layout, None)  # the newest is the last
+        kept.pop(layout, None)  # so that the newest is the last
         kept[layout] = measurement
         while len(kept) > LAYOUTS_KEPT:
             del kept[next(iter(kept))]
@@ -84,20 +84,20 @@ class TokenMeasurements:
             return None
         return Measurement(parts_of(coordinator.plan, round_trips_ms), token_ms)
 
-    def _note(self, event: Event) -> None:
+    def _on_event(self, event: Event) -> None:
         model = event.subject
         if event.kind == EventKind.REQUEST_STARTED:
             self._under_way[model] += 1
             if self._under_way[model] > 1:
-                self._crowded.add(model)
+                self._concurrent.add(model)
         elif event.kind == EventKind.REQUEST_FINISHED:
-            place, tokens_per_s = event.data.get("place"), event.data.get("tokens_per_s")
-            if place and tokens_per_s and model not in self._crowded:
-                self._answers_ms.setdefault(place, deque(maxlen=ANSWERS_KEPT)).append(1000 / tokens_per_s)
+            url, tokens_per_s = event.data.get("place"), event.data.get("tokens_per_s")
+            if url and tokens_per_s and model not in self._concurrent:
+                self._answers_ms.setdefault(url, deque(maxlen=ANSWERS_KEPT)).append(1000 / tokens_per_s)
             self._under_way[model] -= 1
             if self._under_way[model] <= 0:
                 del self._under_way[model]
-                self._crowded.discard(model)
+                self._concurrent.discard(model)
 
 
 def _layout_of(plan: LayerPlan) -> _Layout:

@@ -1,4 +1,4 @@
-"""The placement: where the engine says it put the layers, read back from its log, beside the plan.
+"""The placement: where the engine put the layers according to its log, compared with the plan.
 
 Source: the lines that llama.cpp prints while loading at debug verbosity (`llama-model.cpp`, `load_tensors`),
 such as `using device RPC0 (127.0.0.1:50052)`, `layer   3 assigned to device RPC0`, and
@@ -22,16 +22,16 @@ _BUFFER = re.compile(r"(\w+)(?:\[(\S+)\])?\s+(model|KV) buffer size\s*=\s*([\d.]
 
 @dataclass(frozen=True, slots=True)
 class DevicePlacement:
-    """What one worker (or local device) got.
+    """What the engine placed on one worker, or on a device of its own machine.
 
     Attributes:
-        place: the worker's endpoint, or the engine's name of a local device such as `CPU`.
+        name: the worker's endpoint, or the engine's name of a local device such as `CPU`.
         units: indices of its units: blocks 0 to n-1, and n for the output layer.
-        model_bytes: weights, as the engine says (it rounds to 0.01 MiB).
+        model_bytes: weights, as the engine reports them (rounded to 0.01 MiB).
         kv_bytes: the KV cache, likewise.
     """
 
-    place: str
+    name: str
     units: tuple[int, ...]
     model_bytes: int
     kv_bytes: int
@@ -39,58 +39,58 @@ class DevicePlacement:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """All that the engine placed, in its order of devices. Empty when the log did not tell."""
+    """All that the engine placed, in its order of devices. Empty if the log does not say."""
 
     devices: tuple[DevicePlacement, ...]
 
-    def of(self, place: str) -> DevicePlacement | None:
-        """What this endpoint or local device got, or None."""
-        return next((device for device in self.devices if device.place == place), None)
+    def of(self, name: str) -> DevicePlacement | None:
+        """What this endpoint or local device has; None if nothing is known of it."""
+        return next((device for device in self.devices if device.name == name), None)
 
     def differences(self, plan: LayerPlan) -> list[str]:
-        """Where the engine placed other units than planned, one line each."""
+        """Where the engine placed other units than planned, one line for each worker or device."""
         if not any(device.units for device in self.devices):
-            return ["the engine's log does not tell where it placed the layers"]
+            return ["the engine's log does not say where it placed the layers"]
         lines = []
         for shard in plan.shards:
             placed = self.of(shard.endpoint)
             count = len(placed.units) if placed else 0
             first = placed.units[0] if placed and placed.units else None
             if count != shard.unit_count or first != shard.first_layer:
-                got = f"{count} from unit {first}" if count else "none"
+                actual = f"{count} from unit {first}" if count else "none"
                 lines.append(
                     f"{shard.endpoint}: planned {shard.unit_count} units from unit {shard.first_layer}, "
-                    f"the engine placed {got}"
+                    f"but the engine placed {actual}"
                 )
         planned = set(plan.endpoints)
         lines += [
-            f"{device.place}: planned nothing, the engine placed {len(device.units)} units"
+            f"{device.name}: planned no units, but the engine placed {len(device.units)}"
             for device in self.devices
-            if device.units and device.place not in planned
+            if device.units and device.name not in planned
         ]
         return lines
 
 
 def read_placement(log: str) -> Placement:
-    """The placement as told by an engine's log up to the point where it is ready."""
+    """The placement according to an engine's log, up to the line where it is ready."""
     endpoint_of = dict(_DEVICE.findall(log))
     units: dict[str, list[int]] = {}
     for unit, device in _LAYER.findall(log):
         units.setdefault(endpoint_of.get(device, device), []).append(int(unit))
     sizes: dict[tuple[str, str], float] = {}
     for device, endpoint, kind, mebibytes in _BUFFER.findall(log):
-        place = endpoint or endpoint_of.get(device, device.removesuffix("_Mapped"))
-        sizes[place, kind] = sizes.get((place, kind), 0.0) + float(mebibytes)
-    places = list(dict.fromkeys([*endpoint_of.values(), *units, *(place for place, _ in sizes)]))
+        name = endpoint or endpoint_of.get(device, device.removesuffix("_Mapped"))
+        sizes[name, kind] = sizes.get((name, kind), 0.0) + float(mebibytes)
+    names = list(dict.fromkeys([*endpoint_of.values(), *units, *(name for name, _ in sizes)]))
     return Placement(
         tuple(
             DevicePlacement(
-                place,
-                tuple(units.get(place, ())),
-                round(sizes.get((place, "model"), 0.0) * 2**20),
-                round(sizes.get((place, "KV"), 0.0) * 2**20),
+                name,
+                tuple(units.get(name, ())),
+                round(sizes.get((name, "model"), 0.0) * 2**20),
+                round(sizes.get((name, "KV"), 0.0) * 2**20),
             )
-            for place in places
+            for name in names
         )
     )
 
@@ -102,22 +102,22 @@ def split_over_devices(plan: LayerPlan, device_free_bytes: Mapping[str, Sequence
     among them in proportion to their free memory (largest remainders first).
 
     Raises:
-        WorkersUnavailableError: the workers have more devices than llama.cpp takes.
+        WorkersUnavailableError: the workers have more devices than llama.cpp supports.
     """
     counts: list[int] = []
     for shard in plan.shards:
         free = list(device_free_bytes.get(shard.endpoint, ())) or [1]
         if not any(free):
             free = [1] * len(free)
-        exact = [shard.unit_count * one / sum(free) for one in free]
-        shares = [int(one) for one in exact]
+        exact = [shard.unit_count * free_bytes / sum(free) for free_bytes in free]
+        shares = [int(share) for share in exact]
         by_remainder = sorted(range(len(free)), key=lambda device: shares[device] - exact[device])
         for device in by_remainder[: shard.unit_count - sum(shares)]:
             shares[device] += 1
         counts += shares
     if len(counts) > MAX_WORKERS:
         raise WorkersUnavailableError(
-            f"the chosen workers have {len(counts)} devices, and llama.cpp takes at most {MAX_WORKERS}; "
+            f"the chosen workers have {len(counts)} devices, but llama.cpp supports at most {MAX_WORKERS}; "
             "choose fewer workers with num_rpc_backends"
         )
     return ",".join(map(str, counts))

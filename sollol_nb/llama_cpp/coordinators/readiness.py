@@ -1,7 +1,7 @@
-"""From the start of a coordinator until it can be used: loaded, proven to be ours, read and measured; or why not.
+"""From the start of a coordinator until it can be used: loaded, proven to be ours, measured; or why it failed.
 
-The same waiting serves a coordinator that this process has started and one that it adopts, which another kernel
-may still be loading.
+The same steps serve a coordinator that this process started and one that it adopts, which another kernel may still
+be loading.
 """
 
 from __future__ import annotations
@@ -34,32 +34,32 @@ from sollol_nb.runtime.http_client import JsonClient
 
 READY_POLL_S, SLOWEST_READY_POLL_S = 0.02, 1.0
 READY_POLL_SHARE = 0.05  # of the time waited so far, between these two
-LISTENING = "listening on http"  # the engine's words when it accepts requests
+LISTENING = "listening on http"  # the engine logs this when it accepts requests
 LOG_DRAIN_LIMIT_S = 2.0
-TOLD_LIMIT_S = 10.0
+LOAD_TIME_LIMIT_S = 10.0
 LOAD_CHECK_S = 1.0
 LOAD_STALL_S = 60.0
-"""A coordinator that loads, but used no processor time for so long, waits for a worker that is gone."""
+"""A loading coordinator that used no processor time for so long waits for a worker that is gone."""
 STALL_ALLOWANCE_S = 0.05
-"""Processor time that is none: answering our looks whether it is ready takes a quarter of a millisecond each."""
+"""Processor time that does not count: each of our checks whether it is ready takes a quarter of a millisecond."""
 CALIBRATION_TOKENS = 3
 CALIBRATION_MARGIN = 4.0
 MIN_CALIBRATION_LIMIT_S, MAX_CALIBRATION_LIMIT_S = 15.0, 120.0
-"""For the first tokens, a margin of the time to load: that reads all weights at least once, as each token does."""
+"""The first tokens may take a multiple of the load time: loading reads all weights once, as each token does."""
 
 
 class PortTakenError(CoordinatorStartError):
-    """Something else has the coordinator's port."""
+    """Another program has the coordinator's port."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Ready:
     """What is known of a coordinator once it can be used.
 
     Attributes:
-        placement: where the engine says it put the layers.
+        placement: where the engine put the layers, according to its log.
         load_ms: from the start of the process until it was ready.
-        seconds_per_token: measured; 0 if it did not tell.
+        seconds_per_token: measured; 0 if the engine did not report it.
         chat_template: of the model.
     """
 
@@ -70,12 +70,12 @@ class Ready:
 
 
 class StartingCoordinator:
-    """A llama-server on its way to be ready.
+    """A llama-server that is not ready yet.
 
     Args:
-        client: speaks to it with its key.
-        keyless: speaks to it without.
-        is_adopted: another process has started it, and tells what it measured.
+        client: sends requests with its key.
+        keyless: sends requests without.
+        is_adopted: another process started it, and publishes what it measured in the registry entry.
     """
 
     def __init__(
@@ -94,11 +94,11 @@ class StartingCoordinator:
         self._is_adopted = is_adopted
 
     async def until_ready(self, timeout_s: float) -> Ready:
-        """Wait until it answers, prove that it is ours, read where it placed the layers, and measure a token.
+        """Wait until it answers, check that it is ours, read where it placed the layers, and measure a token.
 
         Raises:
             CoordinatorStartError, ModelFileError: it ended before it was ready, or stopped loading.
-            PortTakenError: something else has its port.
+            PortTakenError: another program has its port.
             CoordinatorTimeoutError: it was not ready within `timeout_s`.
         """
         started = time.monotonic()
@@ -113,11 +113,11 @@ class StartingCoordinator:
                 waited_s = time.monotonic() - started
                 if waited_s > timeout_s:
                     raise CoordinatorTimeoutError(
-                        f"the coordinator of {self._settings.model} was not ready within {timeout_s:g} s; give a "
+                        f"the coordinator of {self._settings.model} was not ready within {timeout_s:g} s; pass a "
                         f"larger coordinator_timeout, or see its log: {self._process.log_path}"
                     )
                 if self._settings.plan is not None and busy.idle_s() > LOAD_STALL_S:
-                    raise self._stalled(f"stopped loading for {LOAD_STALL_S:g} s")
+                    raise self._stalled_error(f"made no progress for {LOAD_STALL_S:g} s")
                 pause_s = min(max(READY_POLL_S, READY_POLL_SHARE * waited_s), SLOWEST_READY_POLL_S)
                 await asyncio.wait({ended}, timeout=pause_s)
         finally:
@@ -125,20 +125,25 @@ class StartingCoordinator:
         chat_template = await self.own_chat_template()
         if chat_template is None:
             report = await self._process.ended_within(0.5)
-            raise self._port_taken() if report is None else self._start_error(report)
+            raise self._port_taken_error() if report is None else self._start_error(report)
         placement = read_placement(await self._start_log())
-        load_ms = await self._told_load_ms() if self._is_adopted else 0.0
+        load_ms = await self._published_load_ms() if self._is_adopted else 0.0
         if not load_ms:
             load_ms = (time.time() - self._process.entry.started_at) * 1000
             await self._process.update_about(load_ms=load_ms)
         seconds_per_token = float(self._process.entry.about.get("seconds_per_token") or 0.0)
         if not seconds_per_token:
             seconds_per_token = await self._seconds_per_token(load_ms / 1000)
-        return Ready(placement, load_ms, seconds_per_token, chat_template)
+        return Ready(
+            placement=placement,
+            load_ms=load_ms,
+            seconds_per_token=seconds_per_token,
+            chat_template=chat_template,
+        )
 
-    async def _told_load_ms(self) -> float:
-        """What the process that started it says, a moment after it is ready; 0 if it says nothing."""
-        deadline = time.monotonic() + TOLD_LIMIT_S
+    async def _published_load_ms(self) -> float:
+        """The load time that the process which started it publishes a moment later; 0 if it does not."""
+        deadline = time.monotonic() + LOAD_TIME_LIMIT_S
         while time.monotonic() < deadline:
             entry = registry.find(self._process.entry.id)
             if entry is not None and (load_ms := entry.about.get("load_ms")):
@@ -147,10 +152,10 @@ class StartingCoordinator:
         return 0.0
 
     async def _seconds_per_token(self, load_s: float) -> float:
-        """Measure a token, so that silence can be judged from the first request on; 0 if it does not tell.
+        """Measure a token, so that silence can be judged from the first request on; 0 if that is not reported.
 
         Raises:
-            CoordinatorStartError: no token came.
+            CoordinatorStartError: no token was generated.
         """
         body = {"prompt": [0], "n_predict": CALIBRATION_TOKENS, "temperature": 0}
         body |= {"cache_prompt": False, "ignore_eos": True}
@@ -160,19 +165,19 @@ class StartingCoordinator:
             answer = await self._client.post("/completion", body, timeout_s=limit_s)
             seconds_per_token = float(answer["timings"]["predicted_per_token_ms"]) / 1000
         except (HttpStatusError, KeyError, TypeError, ValueError):
-            return 0.0  # the first request will tell
+            return 0.0  # the first request will show it
         except TransportError as error:
             report = await self._process.ended_within(0.5)
             if report is not None:
                 raise self._start_error(report) from error
             if not self._is_adopted:
-                raise self._stalled(f"loaded, and then wrote no token for {limit_s:.0f} s") from error
-            seconds_per_token = limit_s / CALIBRATION_TOKENS  # others may keep it busy
+                raise self._stalled_error(f"generated no token within {limit_s:.0f} s of loading") from error
+            seconds_per_token = limit_s / CALIBRATION_TOKENS  # requests of other kernels may keep it busy
         await self._process.update_about(seconds_per_token=seconds_per_token)
         return seconds_per_token
 
     async def _start_log(self) -> str:
-        """The log up to where the engine listens; it may be drained a little later than the engine is ready."""
+        """The log up to the line where the engine listens, which may be written a little after it is ready."""
         deadline = time.monotonic() + LOG_DRAIN_LIMIT_S
         while True:
             log = await asyncio.to_thread(self._process.log_path.read_text, "utf-8", "replace")
@@ -188,8 +193,8 @@ class StartingCoordinator:
         return True
 
     async def own_chat_template(self) -> str | None:
-        """The model's chat template, if what answers on the port is our engine: it knows our key, wants it, and
-        has our file. None for anything else.
+        """The model's chat template, if what answers on the port is our engine: it knows our key, requires it, and
+        has our file. None for any other program.
         """
         if not self._process.is_running():
             return None
@@ -210,53 +215,51 @@ class StartingCoordinator:
             return None
         return str(props.get("chat_template") or "")
 
-    def _port_taken(self) -> PortTakenError:
+    def _port_taken_error(self) -> PortTakenError:
         port = self._process.entry.about["port"]
-        return PortTakenError(
-            f"port {port} is taken by another program; free it, or give another coordinator_port"
-        )
+        return PortTakenError(f"port {port} is used by another program; free it, or pass another coordinator_port")
 
     def _start_error(self, report: ExitReport) -> Exception:
         reason = exit_reason(report.tail)
         if reason is PORT_TAKEN:
-            return self._port_taken()
+            return self._port_taken_error()
         if report.why and report.code is not None:
             reason = report.why
         if reason is None:
-            reason = "; ".join(report.tail[-2:]) or "it said nothing"
-        words = (
+            reason = "; ".join(report.tail[-2:]) or "its log is empty"
+        message = (
             f"the coordinator of {self._settings.model} ended while starting ({describe_exit(report.code)}): "
             f"{reason}; log: {self._process.log_path}"
         )
         if reason is BAD_MODEL:
-            return ModelFileError(words)
-        error = CoordinatorStartError(words)
+            return ModelFileError(message)
+        error = CoordinatorStartError(message)
         was_killed = report.code is None or report.code < 0
         error.may_pass = not report.why and (was_killed or reason is WORKER_LOST)
         return error
 
-    def _stalled(self, what: str) -> CoordinatorStartError:
+    def _stalled_error(self, what: str) -> CoordinatorStartError:
         error = CoordinatorStartError(
-            f"the coordinator of {self._settings.model} {what}: a worker does not answer any more; see "
-            f"%sollol_cluster for which; log: {self._process.log_path}"
+            f"the coordinator of {self._settings.model} {what}: a worker stopped answering; %sollol_cluster shows "
+            f"which; log: {self._process.log_path}"
         )
         error.may_pass = True
         return error
 
 
 class _BusyProcess:
-    """Whether a process does anything: its processor time, looked at now and then."""
+    """Whether a process is working: its processor time, read from time to time."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
         self._seen = (-STALL_ALLOWANCE_S, time.monotonic())
-        self._looked_at = 0.0
+        self._checked_at = 0.0
 
     def idle_s(self) -> float:
-        """Seconds for which it used next to no processor time; 0 where the system does not tell."""
+        """Seconds for which it used next to no processor time; 0 where that is not known."""
         now = time.monotonic()
-        if now - self._looked_at >= LOAD_CHECK_S:
-            self._looked_at = now
+        if now - self._checked_at >= LOAD_CHECK_S:
+            self._checked_at = now
             try:
                 times = psutil.Process(self._pid).cpu_times()
             except psutil.Error:

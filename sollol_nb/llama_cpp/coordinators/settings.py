@@ -47,7 +47,7 @@ class CoordinatorSettings:
     """What one coordinator runs.
 
     Attributes:
-        model: the name it was asked for by.
+        model: the name it was requested by.
         model_path: the GGUF file.
         facts: the file's facts.
         plan: the layer plan; None runs everything on this machine.
@@ -73,7 +73,7 @@ class CoordinatorSettings:
         return f"on {count} worker{'s' if count > 1 else ''} ({layers} layers)"
 
     def as_dict(self) -> dict[str, Any]:
-        """For a registry entry: what another kernel must know to use the coordinator, or to leave it alone."""
+        """For a registry entry: what another kernel needs to decide whether to use the coordinator."""
         return {
             "model": self.model,
             "model_file": file_identity(self.model_path),
@@ -85,7 +85,7 @@ class CoordinatorSettings:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> CoordinatorSettings:
-        """The settings again. Raises KeyError, TypeError or ModelFileError where that cannot be."""
+        """The settings from `as_dict`. Raises KeyError, TypeError or ModelFileError if they are not valid."""
         path = Path(data["model_file"]["path"])
         plan = LayerPlan.from_dict(data["plan"]) if data["plan"] else None
         return cls(
@@ -99,7 +99,7 @@ class CoordinatorSettings:
 
 
 def file_identity(path: Path) -> dict[str, Any]:
-    """What tells a file from another, or from its own next version: path, size and time of change."""
+    """What distinguishes a file from others and from its next version: path, size and time of change."""
     about = path.stat()
     return {"path": str(path), "size": about.st_size, "mtime_ns": about.st_mtime_ns}
 
@@ -108,7 +108,7 @@ def server_flags(settings: CoordinatorSettings, port: int, known: frozenset[str]
     """llama-server's arguments for these settings.
 
     Args:
-        known: flags that this build knows; those that came or went with versions are only passed when known.
+        known: flags that this build knows; those that not all versions know are only passed if they are among them.
     """
     flags = ["-m", str(settings.model_path), "--host", LOOPBACK, "--port", str(port)]
     flags += ["-c", str(settings.context_tokens), "-np", str(settings.slots)]
@@ -124,10 +124,10 @@ def server_flags(settings: CoordinatorSettings, port: int, known: frozenset[str]
             "-ts",
             split,
         ]
-    if usable_cores() < (os.cpu_count() or 1):  # llama.cpp counts those that a container may not use
+    if usable_cores() < (os.cpu_count() or 1):  # llama.cpp also counts cores that a container may not use
         flags += ["-t", str(usable_cores())]
     optional = [
-        ("--kv-unified", []),  # one pool of context for all slots, instead of an n-th for each
+        ("--kv-unified", []),  # one pool of context for all slots, instead of an equal part for each
         ("--cache-ram", ["0"]),  # the prompt cache in memory aborts over RPC (llama.cpp issue 26529)
         ("--offline", []),
         ("--no-webui", []),

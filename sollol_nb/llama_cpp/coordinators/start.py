@@ -20,7 +20,7 @@ from sollol_nb.errors import (
 from sollol_nb.gguf.facts import read_facts
 from sollol_nb.layers.plan import GIVEN
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
-from sollol_nb.llama_cpp.coordinators.load_progress import LoadProgress, told_loading
+from sollol_nb.llama_cpp.coordinators.load_progress import LoadProgress, reporting_progress
 from sollol_nb.llama_cpp.coordinators.measurements import TokenMeasurements
 from sollol_nb.llama_cpp.coordinators.planning import Planner, Start
 from sollol_nb.llama_cpp.coordinators.readiness import PortTakenError
@@ -131,9 +131,9 @@ class CoordinatorStarter:
 
     def _progress_reported(self, model: str, coordinator: Coordinator) -> AbstractAsyncContextManager[None]:
         def report(progress: LoadProgress) -> None:
-            self._events.report(EventKind.COORDINATOR_LOADING, model, progress.words, **progress.as_dict())
+            self._events.report(EventKind.COORDINATOR_LOADING, model, progress.message, **progress.as_dict())
 
-        return told_loading(coordinator.settings, coordinator.pid, coordinator.log_path, report)
+        return reporting_progress(coordinator.settings, coordinator.pid, coordinator.log_path, report)
 
     async def _worth_another_try(self, start: Start, coordinator: Coordinator, error: BaseException) -> bool:
         """Whether it may succeed next time: on another port, without the lost workers, or by chance."""

@@ -149,7 +149,7 @@ def test_the_engine_places_the_layers_exactly_as_planned(
 
     assert one.placement is not None
     assert one.placement_differences == []
-    assert {device.place: device.units for device in one.placement.devices if device.units} == {
+    assert {device.name: device.units for device in one.placement.devices if device.units} == {
         shard.endpoint: tuple(range(shard.first_layer, shard.first_layer + shard.unit_count))
         for shard in plan.shards
     }
@@ -176,10 +176,10 @@ def test_a_placement_other_than_planned_is_reported_worker_by_worker(running: Co
 
     assert placement.differences(moved) == [
         f"{first.endpoint}: planned {first.unit_count + 1} units from unit 0, "
-        f"the engine placed {first.unit_count} from unit 0",
+        f"but the engine placed {first.unit_count} from unit 0",
         f"{second.endpoint}: planned {second.unit_count - 1} units from unit {second.first_layer + 1}, "
-        f"the engine placed {second.unit_count} from unit {second.first_layer}",
-        f"{third.endpoint}: planned nothing, the engine placed {third.unit_count} units",
+        f"but the engine placed {second.unit_count} from unit {second.first_layer}",
+        f"{third.endpoint}: planned no units, but the engine placed {third.unit_count}",
     ]
 
 
@@ -291,7 +291,7 @@ def test_when_every_port_is_taken_it_says_so(
         mine = held.enter_context(
             HybridRouter(rpc_backends=endpoints, auto_discover_rpc=False, coordinator_port=first)
         )
-        with pytest.raises(CoordinatorStartError, match=f"port {first + 1} is taken by another program; free it"):
+        with pytest.raises(CoordinatorStartError, match=f"port {first + 1} is used by another program; free it"):
             mine.route_request("demo:sharded", QUESTION, max_tokens=1)
         assert mine.coordinators == []
 
@@ -373,7 +373,7 @@ def test_a_coordinator_that_cannot_load_in_time_is_ended(engine: Engine, endpoin
         error = start_error(engine, over([f"127.0.0.1:{silent}"]), timeout_s=1.0)
     assert isinstance(error, CoordinatorTimeoutError)
     assert isinstance(error, TimeoutError)
-    assert "was not ready within 1 s; give a larger coordinator_timeout, or see its log" in str(error)
+    assert "was not ready within 1 s; pass a larger coordinator_timeout, or see its log" in str(error)
     assert log_named_in(error).is_file()
 
 

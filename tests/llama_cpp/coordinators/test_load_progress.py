@@ -1,4 +1,4 @@
-"""How far a load is: from the engine's log and the system's counters, and on a real engine over a slow wire."""
+"""Progress of a load: from the engine's log and the system's counters, and on a real engine over a slow wire."""
 
 from __future__ import annotations
 
@@ -62,14 +62,14 @@ def sharded(facts: ModelFacts) -> CoordinatorSettings:
 
 
 @pytest.mark.parametrize(
-    ("log", "delivered", "share", "words"),
+    ("log", "delivered", "share", "message"),
     [
         pytest.param(
             "",
             {},
             0.0,
             f"0 % (0 B of 44.0 MiB); {ONE} 0 of 2 layers, {TWO} 0 of 3 layers",
-            id="the engine has said nothing yet",
+            id="the log is empty yet",
         ),
         pytest.param(
             LAYERS,
@@ -97,7 +97,7 @@ def sharded(facts: ModelFacts) -> CoordinatorSettings:
             {ONE: 30 * MIB},
             30 / 44,
             f"68 % (30.0 MiB of 44.0 MiB); {ONE} 3 of 3 layers, {TWO} 0 of 2 layers",
-            id="the engine places otherwise than planned",
+            id="the engine places layers other than planned",
         ),
         pytest.param(
             LAYERS, None, None, f"44.0 MiB; {ONE} 2 layers, {TWO} 3 layers", id="the system counts nothing"
@@ -106,32 +106,32 @@ def sharded(facts: ModelFacts) -> CoordinatorSettings:
             LAYERS + CONSTRUCTING,
             {ONE: 1 * MIB},
             1.0,
-            "100 % (44.0 MiB of 44.0 MiB); making room for the context",
+            "100 % (44.0 MiB of 44.0 MiB); allocating the context (KV cache)",
             id="the workers had the rest in their caches",
         ),
         pytest.param(
             LAYERS + CONSTRUCTING,
             None,
             1.0,
-            "100 % (44.0 MiB of 44.0 MiB); making room for the context",
+            "100 % (44.0 MiB of 44.0 MiB); allocating the context (KV cache)",
             id="the engine says that the weights are loaded",
         ),
     ],
 )
 def test_progress_is_what_the_log_and_the_counters_say(
-    sharded: CoordinatorSettings, log: str, delivered: dict[str, int] | None, share: float | None, words: str
+    sharded: CoordinatorSettings, log: str, delivered: dict[str, int] | None, share: float | None, message: str
 ) -> None:
     progress = load_progress(sharded, log, delivered)
 
-    assert progress.words == f"loading big:70b: {words}"
+    assert progress.message == f"loading big:70b: {message}"
     assert progress.share == (None if share is None else pytest.approx(share))
     assert progress.total_bytes == 44 * MIB
     assert progress.loaded_bytes == (None if share is None else pytest.approx(share * 44 * MIB))
-    assert [one.endpoint for one in progress.per_worker] == [ONE, TWO]
-    assert sum(one.planned_units for one in progress.per_worker) == 5
-    assert sum(one.total_bytes for one in progress.per_worker) == 44 * MIB
+    assert [worker.endpoint for worker in progress.per_worker] == [ONE, TWO]
+    assert sum(worker.planned_units for worker in progress.per_worker) == 5
+    assert sum(worker.total_bytes for worker in progress.per_worker) == 44 * MIB
     if share is not None:
-        assert sum(one.loaded_bytes or 0 for one in progress.per_worker) == progress.loaded_bytes
+        assert sum(worker.loaded_bytes or 0 for worker in progress.per_worker) == progress.loaded_bytes
 
 
 def test_progress_without_workers_says_what_is_loaded_and_when_it_is(facts: ModelFacts) -> None:
@@ -142,7 +142,7 @@ def test_progress_without_workers_says_what_is_loaded_and_when_it_is(facts: Mode
     loading, loaded = load_progress(settings, ""), load_progress(settings, CONSTRUCTING)
 
     assert (loading.share, loading.loaded_bytes, loading.total_bytes) == (None, None, 50 * MIB)
-    assert loading.words == "loading small: 50.0 MiB on this machine"
+    assert loading.message == "loading small: 50.0 MiB on this machine"
     assert (loaded.share, loaded.loaded_bytes, loaded.per_worker) == (1.0, 50 * MIB, ())
 
 
@@ -168,15 +168,15 @@ def test_an_event_gets_plain_values(sharded: CoordinatorSettings) -> None:
 
 
 @pytest.mark.parametrize(("family", "host"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
-def test_delivered_bytes_are_those_that_the_peer_got_of_all_connections(
+def test_delivered_bytes_are_those_that_the_peer_received_over_all_connections(
     family: socket.AddressFamily, host: str
 ) -> None:
     with socket.socket(family) as listener:
         listener.bind((host, 0))
         listener.listen()
         peer = listener.getsockname()[:2]
-        with socket.create_connection(peer) as one, socket.create_connection(peer) as other:
-            for connection, count in ((one, 100_000), (other, 50_000)):
+        with socket.create_connection(peer) as first, socket.create_connection(peer) as second:
+            for connection, count in ((first, 100_000), (second, 50_000)):
                 accepted, _ = listener.accept()
                 with accepted:
                     connection.sendall(bytes(count))
@@ -192,7 +192,7 @@ def test_delivered_bytes_are_those_that_the_peer_got_of_all_connections(
         assert counts is None
 
 
-def test_an_ended_process_has_delivered_nothing_that_is_known() -> None:
+def test_of_an_ended_process_no_delivered_bytes_are_known() -> None:
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         process.wait()
     assert delivered_bytes(process.pid) is None
@@ -201,11 +201,11 @@ def test_an_ended_process_has_delivered_nothing_that_is_known() -> None:
 # --- on a real engine -------------------------------------------------------------------------
 
 HALT_EVERY_BYTES, HALF_BYTES = 12 * MIB, 6 * MIB
-ON_THE_WAY_BYTES = 16 * MIB  # more than a system keeps of one connection that nobody reads
+ON_THE_WAY_BYTES = 16 * MIB  # more than a system buffers for one connection that is not read
 
 
 class MeteredWire:
-    """A worker seen through a wire that lets through as many bytes as it was told to, and then waits."""
+    """A worker behind a wire that passes as many bytes as it is allowed, and then waits."""
 
     def __init__(self, worker: str) -> None:
         self._worker = parse_endpoint(worker)
@@ -244,18 +244,16 @@ class MeteredWire:
 
 @pytest.fixture(scope="module")
 def heavy(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A model of 150 MB: far more than the system keeps on the way."""
+    """A model of 150 MB: far more than the system buffers."""
     path = tmp_path_factory.mktemp("models") / "heavy.gguf"
     return str(write_llama(path, blocks=8, embedding=768, feed_forward=3072, heads=12, vocabulary=400))
 
 
 @pytest.mark.engine
-def test_progress_grows_with_what_the_workers_get_and_stands_still_with_the_wire(
-    engine: Engine, heavy: str
-) -> None:
-    """Both in the router that loads the model and in one that adopts it meanwhile."""
+def test_progress_grows_with_what_the_workers_receive_and_stops_with_the_wire(engine: Engine, heavy: str) -> None:
+    """Both in the router that loads the model and in one that adopts it in the meantime."""
 
-    async def told() -> tuple[list[Event], list[Event], list[tuple[int, Event]]]:
+    async def load() -> tuple[list[Event], list[Event], list[tuple[int, Event]]]:
         workers = Workers([], EventBus())
         near, far = await workers.start_local(engine, 2)
         async with AsyncExitStack() as stack:
@@ -276,9 +274,9 @@ def test_progress_grows_with_what_the_workers_get_and_stands_still_with_the_wire
             passed_bytes = 1 * MIB
             await wire.let_through(passed_bytes)  # the greetings, and a little more
             first = asyncio.create_task(loads.route_request(heavy, QUESTION, max_tokens=1))
-            await eventually_async(lambda: loading, "progress is told")
+            await eventually_async(lambda: loading, "progress is reported")
             second = asyncio.create_task(adopts.route_request(heavy, QUESTION, max_tokens=1))
-            await eventually_async(lambda: adopting, "it is told to the second router too")
+            await eventually_async(lambda: adopting, "it is reported by the second router too")
 
             halts = [(passed_bytes, loading[-1])]
             for _ in range(3):
@@ -286,14 +284,14 @@ def test_progress_grows_with_what_the_workers_get_and_stands_still_with_the_wire
                 passed_bytes += HALT_EVERY_BYTES
                 await eventually_async(
                     lambda: loading[-1].data["loaded_bytes"] >= halts[-1][1].data["loaded_bytes"] + HALF_BYTES,
-                    "progress goes on with the wire",
+                    "progress continues with the wire",
                 )
                 halts.append((passed_bytes, loading[-1]))
             await wire.let_through(2**40)
             await asyncio.gather(first, second)
             return loading, adopting, halts
 
-    loading, adopting, halts = run(told())
+    loading, adopting, halts = run(load())
 
     for events in (loading, adopting):
         shares = [event.data["share"] for event in events]
@@ -310,7 +308,7 @@ def test_progress_grows_with_what_the_workers_get_and_stands_still_with_the_wire
 
 
 def loading_events(router: HybridRouter) -> list[Event]:
-    """The events of loading from now on, as they come."""
-    heard: list[Event] = []
-    router.events.subscribe(lambda event: heard.append(event) if event.kind == "coordinator.loading" else None)
-    return heard
+    """The events of loading from now on, as they are published."""
+    received: list[Event] = []
+    router.events.subscribe(lambda event: received.append(event) if event.kind == "coordinator.loading" else None)
+    return received

@@ -57,7 +57,7 @@ PLAN = plan(shard(ONE, 0, 2), shard(TWO, 2, 2, output=True))
 def test_placement_is_read_from_the_log(suffix: str) -> None:
     placement = read_placement(log_of(layers("RPC0 RPC0 RPC1 RPC1 RPC1", suffix)))
 
-    assert [device.place for device in placement.devices] == [ONE, TWO, "CPU"]
+    assert [device.name for device in placement.devices] == [ONE, TWO, "CPU"]
     one, two, cpu = placement.devices
     assert (one.units, two.units, cpu.units) == ((0, 1), (2, 3, 4), ())
     assert (one.model_bytes, two.model_bytes) == (round(2.30 * MIB), round(2.62 * MIB))
@@ -88,7 +88,7 @@ def test_devices_of_one_worker_are_put_together() -> None:
 )
 def test_log_that_tells_nothing_gives_an_empty_placement(log: str) -> None:
     assert read_placement(log) == Placement(())
-    assert read_placement(log).differences(PLAN) == ["the engine's log does not tell where it placed the layers"]
+    assert read_placement(log).differences(PLAN) == ["the engine's log does not say where it placed the layers"]
 
 
 # --- comparing --------------------------------------------------------------------------------
@@ -101,22 +101,22 @@ def test_log_that_tells_nothing_gives_an_empty_placement(log: str) -> None:
         (
             "RPC0 RPC0 RPC0 RPC1 RPC1",
             [
-                f"{ONE}: planned 2 units from unit 0, the engine placed 3 from unit 0",
-                f"{TWO}: planned 3 units from unit 2, the engine placed 2 from unit 3",
+                f"{ONE}: planned 2 units from unit 0, but the engine placed 3 from unit 0",
+                f"{TWO}: planned 3 units from unit 2, but the engine placed 2 from unit 3",
             ],
         ),
         (
             "RPC1 RPC1 RPC1 RPC0 RPC0",
             [
-                f"{ONE}: planned 2 units from unit 0, the engine placed 2 from unit 3",
-                f"{TWO}: planned 3 units from unit 2, the engine placed 3 from unit 0",
+                f"{ONE}: planned 2 units from unit 0, but the engine placed 2 from unit 3",
+                f"{TWO}: planned 3 units from unit 2, but the engine placed 3 from unit 0",
             ],
         ),
         (
             "CPU CPU RPC1 RPC1 RPC1",
             [
-                f"{ONE}: planned 2 units from unit 0, the engine placed none",
-                "CPU: planned nothing, the engine placed 2 units",
+                f"{ONE}: planned 2 units from unit 0, but the engine placed none",
+                "CPU: planned no units, but the engine placed 2",
             ],
         ),
     ],
@@ -154,6 +154,6 @@ def test_every_unit_is_placed_whatever_the_memory() -> None:
             assert len(split.split(",")) == len(free)
 
 
-def test_more_devices_than_llama_cpp_takes_is_an_error() -> None:
+def test_more_devices_than_llama_cpp_supports_are_an_error() -> None:
     with pytest.raises(WorkersUnavailableError, match=r"have 17 devices, and llama\.cpp takes at most 15"):
         split_over_devices(PLAN, {ONE: [1] * 16, TWO: [1]})

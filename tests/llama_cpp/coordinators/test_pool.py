@@ -459,7 +459,7 @@ def test_a_worker_that_hangs_at_the_start_costs_the_coordinator_timeout_and_no_m
         words = error_of(lambda: mine.route_request("demo:sharded", QUESTION), WorkersUnavailableError)
         stop_hanging()
 
-        assert "was not ready within 1 s; give a larger coordinator_timeout" in words
+        assert "was not ready within 1 s; pass a larger coordinator_timeout" in words
         assert f"none of 1 is free: {endpoint}" in words
         assert kinds(mine)[-2:] == ["coordinator.failed", "request.finished"]
         assert engines_of(psutil.Process()) == before
