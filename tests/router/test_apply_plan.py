@@ -114,10 +114,10 @@ def test_what_is_no_layout_changes_nothing(
 
 def test_an_unknown_worker_or_model_is_named(sharding: HybridRouter, endless: str) -> None:
     sharding.route_request(endless, QUESTION, max_tokens=2)
-    with pytest.raises(ConfigError, match=r"10.9.9.9:50052 is not a known worker; known are 127"):
+    with pytest.raises(ConfigError, match=r"10.9.9.9:50052 is not a known worker; known workers: 127"):
         sharding.what_if(endless, {"10.9.9.9:50052": 5})
     with pytest.raises(
-        ConfigError, match=r"no coordinator of this router shards demo; running are .*endless.gguf"
+        ConfigError, match=r"demo is not running sharded in this router; running sharded: .*endless.gguf"
     ):
         sharding.apply_plan("demo", layout(sharding, 5, 0, 0))
 
@@ -152,7 +152,10 @@ def test_a_layout_over_a_worker_that_is_gone_is_refused_and_the_running_one_goes
     try:
         engine_on(int(gone.rpartition(":")[2])).kill()
         eventually(lambda: states(sharding)[gone] == "down", "it is gone")
-        with pytest.raises(WorkersUnavailableError, match=rf"laid out as asked: {gone} ended .*; choose other"):
+        with pytest.raises(
+            WorkersUnavailableError,
+            match=rf"cannot use this layout for .*: {gone} ended .*; choose other",
+        ):
             sharding.apply_plan(endless, {gone: 5})
     finally:
         sharding.remove_worker(gone)

@@ -126,7 +126,7 @@ class SimulatedCluster:
             self.coordinators.remove(one)
             for held in one.rpc_backends:
                 self.workers[held] = replace(self.workers[held], state="free", detail="free", held_by=None)
-        self.events.publish(EventKind.COORDINATOR_STOPPED, name, f"{name} is stopped")
+        self.events.publish(EventKind.COORDINATOR_STOPPED, name, f"stopped {name}")
 
     async def what_if(self, name: str, counts: Mapping[str, int]) -> Forecast:
         """As `HybridRouter.what_if`."""

@@ -114,8 +114,7 @@ class Planner:
         removed = [endpoint for endpoint in endpoints if endpoint not in statuses]
         if removed:
             raise WorkersUnavailableError(
-                f"{start.model} cannot be laid out as asked: {removed[0]} is not known any more; "
-                "choose other workers"
+                f"cannot use this layout for {start.model}: {removed[0]} was removed; choose other workers"
             )
         chosen = [statuses[endpoint] for endpoint in endpoints]
         check_free(start.model, chosen, taken=start.taken)

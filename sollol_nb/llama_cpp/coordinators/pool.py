@@ -142,7 +142,7 @@ class CoordinatorPool:
         unknown = [endpoint for endpoint in layout if endpoint not in capacities]
         if unknown:
             known = ", ".join(capacities) or "none"
-            raise ConfigError(f"{unknown[0]} is not a known worker; known are {known}")
+            raise ConfigError(f"{unknown[0]} is not a known worker; known workers: {known}")
         return forecast(
             coordinator.settings.facts,
             without_layout(coordinator.plan, [capacities[endpoint] for endpoint in layout]),
@@ -166,7 +166,7 @@ class CoordinatorPool:
         found = [coordinator for coordinator in sharded if coordinator.model == model]
         if not found:
             running = ", ".join(coordinator.model for coordinator in sharded) or "none"
-            raise ConfigError(f"no coordinator of this router shards {model}; running are {running}")
+            raise ConfigError(f"{model} is not running sharded in this router; running sharded: {running}")
         return found[-1]
 
     async def _start(

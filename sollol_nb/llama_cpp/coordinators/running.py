@@ -15,7 +15,7 @@ import psutil
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.coordinators.measurements import TokenMeasurements
 from sollol_nb.llama_cpp.processes import registry
-from sollol_nb.llama_cpp.processes.exit_reasons import describe_exit, exit_reason
+from sollol_nb.llama_cpp.processes.exit_reasons import WORKER_LOST, describe_exit, exit_reason
 from sollol_nb.llama_cpp.workers.workers import Workers
 from sollol_nb.models.routing import Route
 from sollol_nb.runtime.events import EventBus, EventKind
@@ -89,7 +89,7 @@ class RunningCoordinators:
                 await coordinator.stop()
             if keys and was_running:
                 self._events.publish(
-                    EventKind.COORDINATOR_STOPPED, coordinator.model, f"{coordinator.model} is stopped"
+                    EventKind.COORDINATOR_STOPPED, coordinator.model, f"stopped {coordinator.model}"
                 )
 
         # The caller may be cancelled; the engine must be ended all the same.
@@ -133,7 +133,7 @@ class RunningCoordinators:
                 continue
             left = await Coordinator.attach(entry)
             if left is not None and await left.stop_unless_shared():
-                message = f"stopped {left.model}, left by an ended kernel, to make room for {model}"
+                message = f"stopped {left.model}, which an ended kernel left, to make room for {model}"
                 self._events.publish(EventKind.COORDINATOR_MADE_ROOM, left.model, message)
                 return True
         return await self._end_least_recently_used(lambda coordinator: bool(coordinator.rpc_backends), model)
@@ -155,8 +155,11 @@ class RunningCoordinators:
         if coordinator not in self.known:  # it was ended here
             return
         model = coordinator.model
-        if report.why and report.code is not None:  # it was ended, by its keep_alive or by someone else
-            self._events.publish(EventKind.COORDINATOR_STOPPED, model, f"{model} was ended: {report.why}")
+        if report.why and report.code is not None:  # its keep_alive or another process ended it
+            self._events.publish(EventKind.COORDINATOR_STOPPED, model, f"{model} ended: {report.why}")
+        elif exit_reason(report.tail) is WORKER_LOST:
+            message = f"{model} ended because a worker was lost"
+            self._events.publish(EventKind.COORDINATOR_LOST, model, message)
         else:
             reason = exit_reason(report.tail) or describe_exit(report.code)
             self._events.publish(EventKind.COORDINATOR_LOST, model, f"{model} ended: {reason}")

@@ -108,7 +108,7 @@ def server_flags(settings: CoordinatorSettings, port: int, known: frozenset[str]
     """llama-server's arguments for these settings.
 
     Args:
-        known: flags that this build knows; those that not all versions know are only passed if they are among them.
+        known: flags that this build knows; flags that not all versions have are only passed if they are known.
     """
     flags = ["-m", str(settings.model_path), "--host", LOOPBACK, "--port", str(port)]
     flags += ["-c", str(settings.context_tokens), "-np", str(settings.slots)]

@@ -151,12 +151,13 @@ class CoordinatorStarter:
         return isinstance(error, CoordinatorStartError) and error.may_pass and start.chances_left >= 0
 
     async def _report_ready(self, route: Route, coordinator: Coordinator) -> None:
-        kind, message = EventKind.COORDINATOR_READY, f"{route.model} is ready at {coordinator.base_url}"
         if coordinator.is_adopted:
             await self._workers.adopt_local(coordinator.rpc_backends)
-            kind, message = EventKind.COORDINATOR_ADOPTED, f"{route.model} runs already at {coordinator.base_url}"
+            kind = EventKind.COORDINATOR_ADOPTED
+            message = f"{route.model} is already running at {coordinator.base_url}"
         else:
-            message += f" after {coordinator.load_ms / 1000:.1f} s"
+            kind, seconds = EventKind.COORDINATOR_READY, f"{coordinator.load_ms / 1000:.1f} s"
+            message = f"{route.model} is ready at {coordinator.base_url} after {seconds}"
         self._events.publish(kind, route.model, message, load_ms=coordinator.load_ms)
         for difference in coordinator.placement_differences:
             self._events.publish(EventKind.COORDINATOR_PLACED_OTHERWISE, route.model, difference)

@@ -44,7 +44,7 @@ def check_free(model: str, chosen: Sequence[WorkerStatus], taken: Collection[str
     unusable = [one.detail for one in chosen if one.state != "free" or one.endpoint in taken]
     if unusable:
         words = "; ".join(unusable)
-        raise WorkersUnavailableError(f"{model} cannot be laid out as asked: {words}; choose other workers")
+        raise WorkersUnavailableError(f"cannot use this layout for {model}: {words}; choose other workers")
 
 
 def describe_missing_workers(model: str, statuses: Sequence[WorkerStatus]) -> str:

@@ -82,7 +82,9 @@ class Workers:
             ConfigError: it is not known, or a coordinator holds it.
         """
         if endpoint not in self._probes:
-            raise ConfigError(f"{endpoint} is not a known worker; known are {', '.join(self._probes) or 'none'}")
+            raise ConfigError(
+                f"{endpoint} is not a known worker; known workers: {', '.join(self._probes) or 'none'}"
+            )
         holder = registry.holders().get(endpoint)
         if holder is not None:
             raise ConfigError(f"{endpoint} is {_describe_holder(holder)}; stop that first")

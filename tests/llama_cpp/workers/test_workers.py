@@ -321,7 +321,7 @@ def test_an_endpoint_becomes_known_once_and_can_be_forgotten() -> None:
     with holding("10.1.2.3:50052", "some model"), pytest.raises(ConfigError, match=words):
         known.remove("10.1.2.3:50052")
     known.remove("10.1.2.3:50052")
-    with pytest.raises(ConfigError, match=r"10.1.2.3:50052 is not a known worker; known are none"):
+    with pytest.raises(ConfigError, match=r"10.1.2.3:50052 is not a known worker; known workers: none"):
         known.remove("10.1.2.3:50052")
 
 
