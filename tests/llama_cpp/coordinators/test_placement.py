@@ -155,5 +155,5 @@ def test_every_unit_is_placed_whatever_the_memory() -> None:
 
 
 def test_more_devices_than_llama_cpp_supports_are_an_error() -> None:
-    with pytest.raises(WorkersUnavailableError, match=r"have 17 devices, and llama\.cpp takes at most 15"):
+    with pytest.raises(WorkersUnavailableError, match=r"have 17 devices, but llama\.cpp supports at most 15"):
         split_over_devices(PLAN, {ONE: [1] * 16, TWO: [1]})
