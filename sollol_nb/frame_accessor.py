@@ -6,8 +6,8 @@
     frame_accessor.register(lambda: router)
     labelled = df.sollol.map("Is this praise or blame? {{ text }}", model="llama3.2", schema=Label)
 
-Registering does not import pandas, which takes longer than all else that is loaded with the extension: where it is
-not imported yet, the accessor comes with it.
+Registering does not import pandas, which takes longer than all else that the extension loads: if pandas is not
+imported yet, the accessor is attached when it is.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _get_router: Callable[[], HybridRouter] | None = None
 
 
 class FrameAccessor:
-    """`df.sollol`: a frame's rows, asked of a model."""
+    """`df.sollol`: ask a model about each row of a frame."""
 
     def __init__(self, frame: pd.DataFrame) -> None:
         self._frame = frame
@@ -47,21 +47,22 @@ class FrameAccessor:
             settings: those of `HybridRouter.map`: `model`, `schema`, `system`, `concurrency`, `fresh`, ...
 
         Raises:
-            ConfigError: there is no router, or as for `HybridRouter.map`.
+            ConfigError: no router is registered, or as for `HybridRouter.map`.
             SollolError, BatchInterrupted: as for `HybridRouter.map`.
         """
         if router is None:
             if _get_router is None:
-                raise ConfigError("no router is registered for df.sollol; give one: router=HybridRouter()")
+                raise ConfigError("no router is registered for df.sollol; pass one: router=HybridRouter()")
             router = _get_router()
         return router.map(self._frame, template, **settings)
 
 
 def register(get_router: Callable[[], HybridRouter] | None = None) -> None:
-    """Give all frames `.sollol`. Registering again only changes the router.
+    """Add `.sollol` to all frames. Registering again only changes the router.
 
     Args:
-        get_router: gives the router of calls that name none; called at each of them. None: each must name one.
+        get_router: returns the router for calls without `router`; called for each of them. None: each call must
+            pass one.
     """
     global _get_router
     _get_router = get_router
@@ -72,7 +73,7 @@ def register(get_router: Callable[[], HybridRouter] | None = None) -> None:
 
 
 def unregister() -> None:
-    """Take `.sollol` away again. Fine where it is not there."""
+    """Remove `.sollol` from all frames, if they have it."""
     global _get_router
     _get_router = None
     if _WITH_PANDAS in sys.meta_path:
@@ -91,7 +92,7 @@ def _is_imported() -> bool:
 def _frames() -> Any:
     import pandas as pd
 
-    return pd.DataFrame  # as Any: `_accessors`, the names of all accessors, is not in its type
+    return pd.DataFrame  # as Any: `_accessors`, the names of all accessors, is not part of its type
 
 
 def _attach() -> None:
@@ -114,13 +115,14 @@ class _AttachingLoader(Loader):
         self._inner.exec_module(module)
         assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self._inner
-        if _WITH_PANDAS in sys.meta_path:  # else the accessor was taken back meanwhile
+        if _WITH_PANDAS in sys.meta_path:  # else `unregister` was called meanwhile
             sys.meta_path.remove(_WITH_PANDAS)
             _attach()
 
 
 class _WithPandas(MetaPathFinder):
-    """Waits until pandas is imported. Others may only ask whether it is there (`importlib.util.find_spec`)."""
+    """Waits until pandas is imported; a caller that only looks for its spec (`importlib.util.find_spec`) does not
+    end the wait."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None

@@ -1,4 +1,4 @@
-"""The hybrid router: what a person asks for models with. `sync_wrapper.HybridRouter` is its blocking twin."""
+"""`HybridRouter`: a router with batches, benchmarks and a cluster widget; its blocking twin is in `sync_wrapper`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ __all__ = ["MODEL_PROFILES", "HybridRouter"]
 
 
 class HybridRouter(Router):
-    """A `Router` with what is done with one: batches, benchmarks and the cluster widget.
+    """Routes chat requests by the model's profile, and keeps the engines that it started warm; async.
+
+    It is a `Router` with three things to do with one: `map`, `bench` and `widget`.
 
     Attributes:
         events: the event bus of this router's workers, coordinators and requests.
@@ -62,33 +64,33 @@ class HybridRouter(Router):
         prefix: str = "",
         **options: Unpack[ChatOptions],
     ) -> pd.DataFrame:
-        """Ask the same of each row, over all slots of the places that have the model; `batch.py` tells the rules.
+        """Ask the same of each row, over all slots that serve the model; `batch/batch.py` has the rules.
 
         Args:
             rows: a DataFrame or Series, or any iterable of dicts or values; it is read to its end first.
-            template: a text with `{{ column }}` in it, or a function of a row (a dict, or the value) that gives
+            template: a text with `{{ column }}` in it, or a function of a row (a dict, or the value) that returns
                 the prompt or the messages. All rows are filled in before the first request.
             model: a model's name or file; by default that of the setting `model`.
-            schema: what each answer must fit, as for `route_request`.
-            system: a system message before each prompt; taken as it is.
+            schema: what each answer must match, as for `route_request`.
+            system: a system message before each prompt; nothing is filled into it.
             backend: as for `route_request`.
-            concurrency: requests under way at once; by default the slots of all places that have the model.
-            priority: as for `route_request`; by default all other requests go first.
-            timeout: limit of each request in seconds, from when its place is ready.
-            fresh: ask again also what an earlier batch was answered.
+            concurrency: requests at the same time; by default the slots of all servers that have the model.
+            priority: as for `route_request`; by default below all other requests.
+            timeout: limit of each request in seconds, from when its backend is ready.
+            fresh: ask every row, also where an earlier batch has an answer.
             progress: show a progress bar.
             prefix: before the name of each new column.
             **options: those of `route_request`, for each row.
 
         Returns:
-            The rows as they came (values of an iterable as the column `item`), in their order, with the columns
+            The rows (values of an iterable as the column `item`), in their order, with the columns
             `answer`, the fields of the schema, `value`, `status`, `error`, `backend`, `finish_reason`, `ttft_ms`,
             `total_ms`, `tokens_per_s` and `completion_tokens`; see `batch/frame.py`.
 
         Raises:
-            ConfigError: an argument, or a row that cannot be filled in; nothing was sent.
+            ConfigError: an argument cannot be used, or a row cannot be filled in; nothing was sent.
             SollolError: what would fail every row: an unknown model, no workers, no Ollama.
-            BatchInterrupted: Ctrl-C or the stop button, in the blocking twin; what is done is kept.
+            BatchInterrupted: Ctrl-C or the stop button, in the blocking twin; the answers so far are kept.
         """
         batch = Batch(
             self,

@@ -1,7 +1,7 @@
 """The blocking twins: the same names and methods as the async API, for scripts, threads and notebook cells.
 
 They are generated from the async classes (`io_loop.blocking`), work inside a running event loop too (their work
-runs on the I/O thread), may be called from several threads at once, and cancel on KeyboardInterrupt.
+runs on the I/O thread), may be called from several threads at the same time, and cancel on KeyboardInterrupt.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class HybridRouter:
 
     @property
     def stream_async(self) -> Callable[..., AsyncGenerator[Chunk, None]]:
-        """The async `stream`, for a caller that brings its own way to wait."""
+        """The async `stream`, for a caller that waits in its own way."""
         return self._async.stream
 
     @property
@@ -176,7 +176,8 @@ class OllamaPool:
 
     @classmethod
     def auto_configure(cls, nodes: Sequence[str | Mapping[str, Any]] | None = None, **settings: Any) -> Self:
-        """A pool of the given nodes, else of those in `OLLAMA_HOST`, else of localhost. Asks nobody yet."""
+        """A pool of the given nodes, else of those in `OLLAMA_HOST`, else of localhost. No node is contacted
+        yet."""
         return cls(nodes, **settings)
 
     def __repr__(self) -> str:
@@ -197,7 +198,7 @@ class OllamaPool:
 
     def pull_with_bar(self, /, model: str, *, node: str | None = None, **options: Any) -> None:
         """`pull`, showing a progress bar. Errors are those of `pull`."""
-        # Not the async one's twin: the bar is drawn by this thread, since frontends may not take it from another.
+        # Not the twin of the async one: this thread draws the bar, since front ends may not take it from another.
         with ollama_pool.PullBar(model) as bar:
             for step in self.pull(model, node=node, **options):
                 bar.show(step)

@@ -1,13 +1,13 @@
-"""A batch: the same asked of many rows, over all slots that there are; stopped and gone on with at any time.
+"""A batch: the same question about many rows, over all slots of the model. It can be stopped and continued.
 
 * Everything is checked, and every row filled in, before the first request.
-* Rows that ask the same are asked once. Rows that an earlier batch was answered (this kernel's or another's) are
-  not asked again; `batch/store.py` tells what counts as the same, and how long answers are kept.
-* An answer is kept as soon as it is there. After an interrupt, a crash or a restart of the kernel, the same
-  call asks only what is left.
-* A row's error stays beside it and stops no other; it is asked again by the next call. What would fail every row
+* Rows that ask the same are asked once. Rows that an earlier batch (of this kernel or another) has answered are
+  not asked again; `batch/store.py` says what counts as the same, and how long answers are kept.
+* Each answer is kept as soon as it is complete. After an interrupt, a crash or a restart of the kernel, the same
+  call asks only the rest.
+* A row's error stays beside it and stops no other row; the next call asks it again. What would fail every row
   (an unknown model, no workers) is raised at once.
-* Requests wait with priority BATCH, behind everybody else's.
+* Requests wait with priority BATCH, behind all others.
 """
 
 from __future__ import annotations
@@ -68,18 +68,18 @@ HITS_EVERY_ROW = (
     CoordinatorTimeoutError,
     OllamaUnavailableError,
 )
-"""Errors that say nothing of a row."""
+"""Errors that are not about a single row."""
 
-TAKEN_AT_ONCE = 1000
-"""Kept answers that are read at once."""
+READ_AT_ONCE = 1000
+"""How many kept answers are read at a time: neither a stop nor the progress bar waits for all."""
 
 SAME_REFUSALS = 5
-"""So many different rows refused in the same words, and none answered: so would be all others."""
+"""When this many different rows were refused with the same message and none was answered, the batch fails."""
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How many more rows have got their result, and which status."""
+    """How many more rows have their result, and its status."""
 
     rows: int
     status: str
@@ -89,7 +89,7 @@ class Batch:
     """One batch of a router. The arguments are those of `HybridRouter.map`.
 
     Raises:
-        ConfigError: an argument cannot be used, or a row not filled in. Nothing is sent.
+        ConfigError: an argument cannot be used, or a row cannot be filled in. Nothing is sent.
     """
 
     def __init__(
@@ -116,9 +116,9 @@ class Batch:
         self._store = store
         self._model = config.default("model") if model is None else model
         if not self._model:
-            raise ConfigError('no model is named; give model="demo", or set one in the setting `model`')
+            raise ConfigError('no model given; pass model="demo", or set a default in the setting `model`')
         if concurrency is not None and not (is_whole_number(concurrency) and concurrency > 0):
-            raise ConfigError(f"concurrency={concurrency!r} must be a whole number of requests, from 1 up")
+            raise ConfigError(f"concurrency={concurrency!r} must be a whole number of requests, 1 or more")
         if timeout is not None:
             checked_timeout_s(timeout)
         self._arguments: dict[str, Any] = {
@@ -140,11 +140,11 @@ class Batch:
         self._questions = questions(self._table.items, template, system)
         self._results = [RowResult()] * len(self._questions)
         self._counts: Counter[str] = Counter()  # of rows, by status
-        self._refusals: Counter[str] = Counter()  # of questions, by the error's words
+        self._refusals: Counter[str] = Counter()  # of questions, by the error's message
         self._are_kept = True
 
     def frame(self) -> pd.DataFrame:
-        """The rows with their results, as far as there are any."""
+        """The rows with the results so far."""
         return joined(
             self._table.frame, self._results, model=self._model, schema=self._schema, prefix=self._prefix
         )
@@ -158,38 +158,47 @@ class Batch:
         return self.frame()
 
     def run_blocking(self) -> pd.DataFrame:
-        """The same for any thread but the I/O loop's. The bar is drawn by this one, since frontends may not take
-        it from another.
+        """The same, from any thread but the I/O loop's. The calling thread draws the progress bar, since front
+        ends may not take it from another.
 
         Raises:
-            BatchInterrupted: KeyboardInterrupt; what was under way is cancelled on the engine.
+            BatchInterrupted: KeyboardInterrupt; running requests are cancelled on the engine.
         """
         try:
             with self._bar() as bar, closing(iterate_blocking(self._steps())) as steps:
                 for step in steps:
                     self._show(bar, step)
         except KeyboardInterrupt:
-            next_step = "run the same call again to go on, or take what there is from .partial"
-            raise BatchInterrupted(
-                f"stopped: {self._progress_words()}; {next_step if self._are_kept else 'take them from .partial'}",
-                partial=self.frame(),
-            ) from None
+            if self._are_kept:
+                next_step = "run the same call again to continue, or take the rows so far from .partial"
+            else:
+                next_step = "take them from .partial"
+            message = f"stopped: {self._describe_progress()}; {next_step}"
+            raise BatchInterrupted(message, partial=self.frame()) from None
         return self.frame()
 
     @io_bound_stream
     async def _steps(self) -> AsyncGenerator[Progress, None]:
-        """Ask all rows, telling of each that has its result."""
+        """Ask all rows; yields as they get their results."""
         if not self._questions:
             return
-        found = await self._router.slots_for(self._model, backend=self._arguments["backend"])
+        model_slots = await self._router.slots_for(self._model, backend=self._arguments["backend"])
         # Over many rows this takes long, and the I/O loop is everybody's.
-        rows_of = await asyncio.to_thread(self._by_question, found.identity)
+        rows_of = await asyncio.to_thread(self._by_question, model_slots.identity)
         if not self._fresh:
-            async with aclosing(self._take_known(rows_of)) as steps:
-                async for step in steps:
-                    yield step
+            keys = list(rows_of)
+            for start in range(0, len(keys), READ_AT_ONCE):
+                try:
+                    kept = await asyncio.to_thread(self._kept, keys[start : start + READ_AT_ONCE])
+                except (OSError, sqlite3.Error) as error:
+                    logger.warning("kept answers cannot be read from %s: %s", self._store.path, error)
+                    break
+                for key, result in kept.items():
+                    self._note(rows_of[key], result)
+                if count := sum(len(rows_of[key]) for key in kept):
+                    yield Progress(count, CACHED)
         to_ask = deque((key, rows) for key, rows in rows_of.items() if self._results[rows[0]].status != CACHED)
-        concurrency = self._concurrency or found.slots
+        concurrency = self._concurrency or model_slots.slots
         asking: set[asyncio.Task[Progress]] = set()
         done: set[asyncio.Task[Progress]] = set()
         try:
@@ -201,7 +210,7 @@ class Batch:
                     yield task.result()
         except SollolError as error:
             if self._counts[OK]:
-                error.add_note(f"{self._progress_words()}; the same call goes on once this is mended")
+                error.add_note(f"{self._describe_progress()}; the same call continues once this is fixed")
             raise
         finally:
             for task in asking:
@@ -216,26 +225,13 @@ class Batch:
             rows_of[answer_key(self._model, identity, messages, self._options)].append(position)
         return dict(rows_of)
 
-    async def _take_known(self, rows_of: Mapping[str, list[int]]) -> AsyncGenerator[Progress, None]:
-        """Take the answers that were kept and fit, some at once: neither a stop nor the bar waits for all."""
-        keys = list(rows_of)
-        for start in range(0, len(keys), TAKEN_AT_ONCE):
-            try:
-                known = await asyncio.to_thread(self._known, keys[start : start + TAKEN_AT_ONCE])
-            except (OSError, sqlite3.Error) as error:
-                logger.warning("kept answers cannot be read from %s: %s", self._store.path, error)
-                return
-            for key, result in known.items():
-                self._note(rows_of[key], result)
-            if known:
-                yield Progress(sum(len(rows_of[key]) for key in known), CACHED)
-
-    def _known(self, keys: list[str]) -> dict[str, RowResult]:
-        known: dict[str, RowResult] = {}
+    def _kept(self, keys: list[str]) -> dict[str, RowResult]:
+        """The answers of earlier batches that match the schema."""
+        kept: dict[str, RowResult] = {}
         for key, completion in self._store.get(keys).items():
             with suppress(StructureError):  # the class checks more by now than its JSON schema says
-                known[key] = self._result(CACHED, completion)
-        return known
+                kept[key] = self._result(CACHED, completion)
+        return kept
 
     async def _ask(self, key: str, rows: list[int]) -> Progress:
         try:
@@ -258,13 +254,13 @@ class Batch:
         self._counts[result.status] += len(rows)
 
     def _result(self, status: str, completion: Completion) -> RowResult:
-        """Raises StructureError where the answer does not fit the schema."""
+        """Raises StructureError where the answer does not match the schema."""
         if self._parse is None or completion["message"].get("tool_calls"):
             return RowResult(status, completion)
         return RowResult(status, completion, self._parse(completion.text))
 
     def _note_refusal(self, error: SollolError) -> None:
-        if isinstance(error, ContextOverflowError):  # says something of its row, also in the same words
+        if isinstance(error, ContextOverflowError):  # is about its row, also with the same message
             return
         self._refusals[str(error)] += 1
         none_answered = not self._counts[OK] + self._counts[CACHED]
@@ -275,11 +271,11 @@ class Batch:
         saving = asyncio.create_task(asyncio.to_thread(self._store.put, key, completion))
         try:
             await asyncio.shield(saving)
-        except asyncio.CancelledError:  # the batch is being stopped, but what is there is kept
+        except asyncio.CancelledError:  # the batch is being stopped, but this answer is complete
             await asyncio.wait([saving])
             raise
         except (OSError, sqlite3.Error) as error:  # an answer is worth more than its keeping
-            if self._are_kept:  # told once; there may be thousands
+            if self._are_kept:  # reported once; there may be thousands
                 self._are_kept = False
                 path = self._store.path
                 logger.warning("an answer was not kept in %s: %s (if the file is damaged, delete it)", path, error)
@@ -288,11 +284,11 @@ class Batch:
         try:
             await asyncio.to_thread(self._store.prune)
         except (OSError, sqlite3.Error) as error:
-            logger.warning("%s was not tidied: %s", self._store.path, error)
+            logger.warning("old answers were not removed from %s: %s", self._store.path, error)
 
     # --- what is shown --------------------------------------------------------------------------
 
-    def _progress_words(self) -> str:
+    def _describe_progress(self) -> str:
         done = self._counts[OK] + self._counts[CACHED]
         kept = " and kept" if self._are_kept else ", but could not be kept"
         return f"{done:,} of {len(self._results):,} rows are done{kept}"
@@ -304,14 +300,14 @@ class Batch:
 
     def _show(self, bar: tqdm[Any], step: Progress) -> None:
         if step.status == CACHED and not bar.disable:
-            bar.initial += step.rows  # so that the pace is that of what is asked
+            bar.initial += step.rows  # so that the pace is that of the requests
         if self._counts[ERROR]:
             bar.set_postfix_str(counted(self._counts[ERROR], "error"), refresh=False)
         bar.update(step.rows)
 
 
 def _answer_of(error: SollolError) -> Completion | None:
-    """What there is of an answer that did not end well."""
+    """The answer of a request that failed, as far as there is one."""
     answer: Completion | None = None
     if isinstance(error, StructureError):
         answer = error.completion

@@ -1,14 +1,14 @@
-"""The result of a batch as a frame: the rows as they came, joined with what became of each.
+"""The result of a batch as a frame: the rows, joined with the outcome of each.
 
 | column | is |
 |---|---|
 | `answer` | the answer's text; missing where there is none |
 | one per field | of a schema that is an object: the field's value; `answer_NAME` where that name is taken |
-| `value` | with a schema: the answer as what the schema describes; missing where it does not fit |
+| `value` | with a schema: the answer as a value of the schema; missing where it does not match |
 | `status` | `ok`, `cached` (answered in an earlier batch), `error`, `cancelled` (the batch was stopped) |
-| `error` | the error's line, or "" |
-| `backend`, `finish_reason` | where it ran, and why it ended; "" without an answer |
-| `ttft_ms`, `total_ms`, `tokens_per_s`, `completion_tokens` | as in the latency log, from when it was asked |
+| `error` | the error's message, or "" |
+| `backend`, `finish_reason` | where the answer ran, and why it ended; "" without an answer |
+| `ttft_ms`, `total_ms`, `tokens_per_s`, `completion_tokens` | as in the latency log, of the request sent |
 
 `frame.attrs["sollol"]` has the model and the counts by status.
 """
@@ -34,20 +34,20 @@ _NULLABLE: dict[frozenset[type], str] = {
     frozenset({float}): "float64",
     frozenset({float, int}): "float64",
 }
-"""The types of values -> a dtype that has room for None beside them."""
+"""The types of values -> a dtype that can hold None beside them."""
 
 OK, CACHED, ERROR, CANCELLED = "ok", "cached", "error", "cancelled"
 
 
 @dataclass(frozen=True, slots=True)
 class RowResult:
-    """What became of one row.
+    """The outcome of one row.
 
     Attributes:
         status: `ok`, `cached`, `error` or `cancelled`.
-        completion: the answer, also one that does not fit its schema.
-        value: the answer as what the schema describes.
-        error: the error's line.
+        completion: the answer, also one that does not match its schema.
+        value: the answer as a value of the schema.
+        error: the error's message.
     """
 
     status: str = CANCELLED
@@ -57,10 +57,10 @@ class RowResult:
 
 
 def check_columns(frame: pd.DataFrame, prefix: str, schema: object) -> None:
-    """Refuse a frame that has columns of the result's names.
+    """Refuse a frame whose columns would be overwritten.
 
     Raises:
-        ConfigError: it has.
+        ConfigError: the frame has columns with the names of the result's columns.
     """
     taken = [name for name in _columns([], prefix, schema) if name in frame.columns]
     if taken:
@@ -90,30 +90,32 @@ def joined(
     if (levels := frame.columns.nlevels) > 1:  # else the names of all columns would become tuples
         below = [""] * (levels - 1)
         new.columns = pd.MultiIndex.from_tuples([(name, *below) for name in new], names=frame.columns.names)
-    result = pd.concat([frame, new], axis=1)
-    counts = Counter(one.status for one in results)
+    whole = pd.concat([frame, new], axis=1)
+    counts = Counter(result.status for result in results)
     about = {"model": model, **{name: counts[name] for name in (OK, CACHED, ERROR, CANCELLED)}}
-    result.attrs = {**frame.attrs, "sollol": about}
-    return result
+    whole.attrs = {**frame.attrs, "sollol": about}
+    return whole
 
 
 def _columns(results: Sequence[RowResult], prefix: str, schema: object) -> dict[str, Any]:
-    """The columns of the result by their names, but those of a schema's fields."""
+    """The columns of the result by name, without those of the schema's fields."""
     import pandas as pd
 
-    answers = [one.completion for one in results]
-    routings = [{} if one is None else one.routing for one in answers]
-    columns: dict[str, Any] = {"answer": object_column([None if one is None else one.text for one in answers])}
+    answers = [result.completion for result in results]
+    routings = [{} if answer is None else answer.routing for answer in answers]
+    texts = [None if answer is None else answer.text for answer in answers]
+    columns: dict[str, Any] = {"answer": object_column(texts)}
     if schema is not None:
-        columns["value"] = object_column([one.value for one in results])
-    columns["status"] = object_column([one.status for one in results])
-    columns["error"] = object_column([one.error for one in results])
-    columns["backend"] = object_column([str(one.get("backend") or "") for one in routings])
-    columns["finish_reason"] = object_column(["" if one is None else one.finish_reason for one in answers])
+        columns["value"] = object_column([result.value for result in results])
+    columns["status"] = object_column([result.status for result in results])
+    columns["error"] = object_column([result.error for result in results])
+    columns["backend"] = object_column([str(routing.get("backend") or "") for routing in routings])
+    reasons = ["" if answer is None else answer.finish_reason for answer in answers]
+    columns["finish_reason"] = object_column(reasons)
     for name, key in (("ttft_ms", "ttft_ms"), ("total_ms", "duration_ms"), ("tokens_per_s", "tokens_per_s")):
-        columns[name] = pd.Series([one.get(key) for one in routings], dtype="float64").array
+        columns[name] = pd.Series([routing.get(key) for routing in routings], dtype="float64").array
     columns["completion_tokens"] = pd.array(
-        [None if one is None else one.get("eval_count") for one in answers], dtype="Int64"
+        [None if answer is None else answer.get("eval_count") for answer in answers], dtype="Int64"
     )
     return {f"{prefix}{name}": column for name, column in columns.items()}
 
@@ -123,7 +125,7 @@ def _field(value: Any, name: str) -> Any:
 
 
 def _typed(values: Sequence[Any]) -> Any:
-    """A column of the values' own type; booleans and numbers keep theirs beside None."""
+    """A column of the values' type; booleans and numbers keep theirs beside None."""
     import pandas as pd
 
     column: pd.Series[Any] = pd.Series(object_column(values))

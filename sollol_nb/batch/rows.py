@@ -1,4 +1,4 @@
-"""The rows of a batch: read from whatever holds them, and filled into a template. Pure; nothing is sent."""
+"""The rows of a batch: read from a frame, a series or any iterable, and filled into a template. Pure."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ RowTemplate: TypeAlias = "str | Callable[[Any], str | Messages]"
 
 @dataclass(frozen=True, slots=True)
 class RowTable:
-    """Rows that were read.
+    """The rows of a batch.
 
     Attributes:
-        frame: the rows as they came, or a frame made of them.
-        items: what a template sees of each row: a dict, or the value itself where it is no dict.
+        frame: the rows, unchanged if they were a frame.
+        items: what a template gets of each row: a dict, or the value itself where it is not a dict.
     """
 
     frame: pd.DataFrame
@@ -38,14 +38,14 @@ class RowTable:
         Dicts become the columns of a frame, other values its column `item`; a series keeps its name.
 
         Raises:
-            ConfigError: it is none of these, or two columns have the same name.
+            ConfigError: `rows` is none of these, or two columns have the same name.
         """
         import pandas as pd
 
         if isinstance(rows, pd.DataFrame):
             if not rows.columns.is_unique:
                 twice = rows.columns[rows.columns.duplicated()][0]
-                raise ConfigError(f"the frame has two columns named {twice!r}; give each a name of its own")
+                raise ConfigError(f"the frame has two columns named {twice!r}; rename one of them")
             names = list(rows.columns)
             values = rows.itertuples(index=False, name=None)
             return cls(rows, [dict(zip(names, row, strict=True)) for row in values])
@@ -63,7 +63,7 @@ class RowTable:
 
 
 def object_column(values: Sequence[Any]) -> Any:
-    """An array of objects, which numpy would make a table of where they are lists."""
+    """An array of objects; numpy by itself would make a table of values that are lists."""
     import numpy as np
 
     column = np.empty(len(values), dtype=object)
@@ -77,31 +77,32 @@ def questions(items: Sequence[Any], template: RowTemplate, system: str | None) -
 
     Args:
         template: a text with `{{ expression }}` (see `expansion.py`) over the row: its columns by their names and
-            `row` for all of it; `item`, `value` and `row` for a value that is no dict. Or a function of the row
-            that gives a text or messages.
-        system: if given, the system message before each.
+            `row` for all of it; `item`, `value` and `row` for a value that is not a dict. Or a function of the row
+            that returns a text or messages.
+        system: if given, the system message before each prompt.
 
     Raises:
-        ConfigError: the template cannot be used, or not with a row; that one is named by its position, from 0.
+        ConfigError: the template cannot be used, or cannot be filled with a row; the message has the position of
+            the row, from 0.
     """
     if not isinstance(template, str) and not callable(template):
         raise ConfigError(f"the template must be a text or a function of a row, not {type(template).__name__}")
     if isinstance(template, str) and "{{" not in template and len(items) > 1:
         raise ConfigError(
-            "the template has no {{ column }} in it, so all rows would ask the same; single braces mean nothing"
+            "the template has no {{ column }} in it, so all rows would ask the same; write two braces: {{ name }}"
         )
     ask = _filling(Template(template)) if isinstance(template, str) else template
     before = [{"role": "system", "content": system}] if system is not None else []
-    asked = []
+    filled = []
     for position, item in enumerate(items):
         try:
-            asked.append(before + check_messages(ask(item)))
+            filled.append(before + check_messages(ask(item)))
         except ConfigError as error:
             raise ConfigError(f"row {position}: {error}") from error
-        except Exception as error:  # the user's own function can raise anything
-            words = shortened(" ".join(f"{type(error).__name__}: {error}".split()), 300)
-            raise ConfigError(f"row {position}: the template function failed with {words}") from error
-    return asked
+        except Exception as error:  # the user's function can raise anything
+            reason = shortened(" ".join(f"{type(error).__name__}: {error}".split()), 300)
+            raise ConfigError(f"row {position}: the template function failed with {reason}") from error
+    return filled
 
 
 def _filling(template: Template) -> Callable[[Any], str]:

@@ -1,1 +1,10 @@
-"""router"""
+"""The router: which backend answers a request, the life of the request, and its record.
+
+- `router.py`: `Router`, the API of all this.
+- `settings.py`: the arguments of a router, checked.
+- `finder.py`: from a model's name to a route.
+- `active_request.py`: the life of one request.
+- `failover.py`: an answer that is continued when its coordinator is lost.
+- `record.py`: the times of one request, its `_routing` and its latency row.
+- `cluster_control.py`: workers and coordinators, shown and changed.
+"""

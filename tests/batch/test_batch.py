@@ -451,7 +451,7 @@ def test_what_begins_to_fail_every_row_is_raised_and_what_is_done_is_kept(
     with pytest.raises(ModelFileError, match="is not there") as caught:
         router.map(range(5), "{{ item }}", model=str(path), concurrency=1, **GREEDY)
     forget()
-    assert caught.value.__notes__ == ["1 of 5 rows are done and kept; the same call goes on once this is mended"]
+    assert caught.value.__notes__ == ["1 of 5 rows are done and kept; the same call continues once this is fixed"]
     moved.rename(path)
     asked.clear()
     result = router.map(range(5), "{{ item }}", model=str(path), concurrency=1, **GREEDY)
@@ -506,7 +506,9 @@ def test_an_interrupted_batch_goes_on_where_it_was(router: HybridRouter, asked: 
     assert 8 <= done < 40
     assert set(partial.status) == {"ok", "cancelled"}
     assert partial.answer[partial.status == "ok"].notna().all()
-    assert f"stopped: {done} of 40 rows are done and kept; run the same call again to go on" in str(caught.value)
+    assert f"stopped: {done} of 40 rows are done and kept; run the same call again to continue" in str(
+        caught.value
+    )
     assert isinstance(caught.value, KeyboardInterrupt)
     eventually(lambda: sum(run(busy_slots(one)) for one in router.coordinators) == 0, "the slots are idle")
     assert len(router.batch_store) >= done
@@ -539,7 +541,7 @@ def test_a_batch_can_be_stopped_while_kept_answers_are_taken(
         return read(reads[-1])
 
     monkeypatch.setattr(router.batch_store, "get", stopped_at_the_second)
-    monkeypatch.setattr(batch, "TAKEN_AT_ONCE", 2)
+    monkeypatch.setattr(batch, "READ_AT_ONCE", 2)
     with pytest.raises(BatchInterrupted, match="stopped: 2 of 6 rows are done") as caught:
         router.map(range(6), "Say {{ item }}", model="demo", **GREEDY)
     stopped.set()
@@ -625,7 +627,7 @@ def test_the_stop_button_ends_a_cells_batch_and_the_cell_again_goes_on(tmp_path:
         notebook.run(STOPPED_CELL)
         stopped = notebook.run(BATCH_CELL)
         assert stopped.status == "error"
-        assert "of 30 rows are done and kept; run the same call again to go on" in stopped.error[-1]
+        assert "of 30 rows are done and kept; run the same call again to continue" in stopped.error[-1]
         done = int(notebook.value("(__import__('sys').last_value.partial.status == 'ok').sum().item()"))
         assert 5 <= done < 30
         assert notebook.run(BATCH_CELL).status == "ok"
@@ -642,7 +644,7 @@ def test_frames_have_the_accessor_while_it_is_registered(router: HybridRouter) -
     assert not hasattr(WORDS, "sollol")
     frame_accessor.register()
     try:
-        with pytest.raises(ConfigError, match=r"no router is registered for df\.sollol; give one"):
+        with pytest.raises(ConfigError, match=r"no router is registered for df\.sollol; pass one"):
             WORDS.sollol.map(TEMPLATE, model="demo")
         named = WORDS.sollol.map(TEMPLATE, router=router, model="demo", **GREEDY)
         frame_accessor.register(lambda: router)

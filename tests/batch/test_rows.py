@@ -62,7 +62,7 @@ def test_whole_numbers_stay_whole_beside_others() -> None:
         ({"a": [1, 2]}, "not {'a': [1, 2]}"),
         (7, "not 7"),
         (None, "not None"),
-        (pd.DataFrame([[1, 2]], columns=["a", "a"]), "two columns named 'a'; give each a name of its own"),
+        (pd.DataFrame([[1, 2]], columns=["a", "a"]), "two columns named 'a'; rename one of them"),
     ],
 )
 def test_other_things_are_refused(rows: Any, words: str) -> None:
