@@ -1,4 +1,4 @@
-"""`HybridRouter`: a router with batches, benchmarks and a cluster widget; its blocking twin is in `sync_wrapper`."""
+"""`HybridRouter`: a router with batches, benchmarks and a cluster widget; `sync_wrapper` has its blocking twin."""
 
 from __future__ import annotations
 
