@@ -21,7 +21,7 @@ from sollol_nb.errors import ConfigError
 from sollol_nb.runtime.priority import is_priority, priority_named
 from sollol_nb.text.expansion import expand
 
-NO_EXPAND_HINT = "--no-expand sends braces as they are"
+NO_EXPAND_HINT = "to send braces unchanged, use --no-expand"
 _ESCAPES = {"n": "\n", "t": "\t", '"': '"', "\\": "\\"}
 _ASSIGNMENT = re.compile(r"\s*(\w+)\s*<<(?:\s+|$)(.*)", re.DOTALL)
 _REQUIRED = re.compile(r"the following arguments are required: (.+)")
