@@ -647,7 +647,7 @@ def test_a_small_model_that_ollama_has_no_memory_for_is_offered_to_sharding(
             assert "memory" in answer.routing["failovers"][0]["what"]
             assert mine.latency.frame(last=1).failovers[0] == 1
         else:
-            with pytest.raises(WorkersUnavailableError, match=r"memory.*needs RPC workers and none is known"):
+            with pytest.raises(WorkersUnavailableError, match=r"memory.*needs RPC workers, but none is known"):
                 mine.route_request("hungry:1b", "Hello!", max_tokens=4)
     with (
         HybridRouter(auto_discover_rpc=False, enable_distributed=False) as not_sharding,
@@ -669,7 +669,7 @@ def test_a_worker_that_a_coordinator_holds_is_not_removed_under_it() -> None:
         mine.route_request("demo:sharded", QUESTION, max_tokens=2)
         with pytest.raises(
             ConfigError,
-            match="is held by the coordinator of demo:sharded, started by this kernel; stop that first",
+            match="held by the coordinator of demo:sharded, started by this kernel; stop that coordinator first",
         ):
             mine.remove_worker(worker)
         mine.stop_coordinator()

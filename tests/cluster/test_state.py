@@ -449,6 +449,6 @@ def test_the_end_of_an_idle_worker_is_told_by_its_supervisor(engine: Any) -> Non
             killed: psutil.Process = engine_on(int(name.rpartition(":")[2]))
             killed.kill()
             eventually(lambda: watcher.state["workers"][name]["state"] == "down", "its end is told")
-            words = f"lost the worker at {name}: it ended (signal 9)"
+            words = f"lost worker {name}: killed (signal 9)"
             eventually(lambda: words in [event.message for event in mine.events.recent()], "with its reason")
         assert [event.kind for event in mine.events.recent()].count("worker.lost") == 1

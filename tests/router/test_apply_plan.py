@@ -154,7 +154,7 @@ def test_a_layout_over_a_worker_that_is_gone_is_refused_and_the_running_one_goes
         eventually(lambda: states(sharding)[gone] == "down", "it is gone")
         with pytest.raises(
             WorkersUnavailableError,
-            match=rf"cannot use this layout for .*: {gone} ended .*; choose other",
+            match=rf"cannot use this layout for .*: {gone}: killed .*; choose other",
         ):
             sharding.apply_plan(endless, {gone: 5})
     finally:

@@ -387,12 +387,12 @@ def test_a_worker_is_added_and_removed_and_the_bus_tells(steered: ClusterWidget,
     steered.workers.add.click()
     eventually(lambda: steered.workers.known.value == name, "it can be removed")
     eventually(lambda: not steered.workers.endpoint.value, "the field is empty again")
-    assert f"{name} may be used" in words(router)
+    assert f"added worker {name}" in words(router)
 
     steered.workers.endpoint.value = name
     assert steered.workers.add.disabled, "it is known"
     steered.workers.remove.click()
-    eventually(lambda: f"{name} is not used any more" in words(router), "the bus tells")
+    eventually(lambda: f"removed worker {name}" in words(router), "the bus tells")
     eventually(lambda: steered.workers.remove.disabled, "there is none to remove")
 
 

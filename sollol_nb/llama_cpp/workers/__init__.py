@@ -1,1 +1,8 @@
-"""workers"""
+"""RPC workers: find them, start them on this machine, follow their states, choose among them.
+
+* `probe.py`: the RPC protocol's bytes: ask an endpoint whether it is a free worker, and for its memory
+* `status.py`: one worker as it was seen last
+* `local.py`: start a worker process on this machine
+* `workers.py`: all workers that a router may use
+* `choice.py`: which free workers get a model, and why none can be used
+"""

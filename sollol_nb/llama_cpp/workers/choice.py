@@ -1,4 +1,4 @@
-"""Which of the free workers a model is spread over, and why none can be: pure functions of what was seen."""
+"""Which free workers a model is spread over, and why none can be used: pure functions of worker statuses."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from sollol_nb.layers.plan import LayerPlan, plan_layers
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.settings.table import DEFAULT_WORKERS
 
+SHOWN_WORKERS = 5
+
 
 def plan_over(
     free: Sequence[WorkerStatus], facts: ModelFacts, *, wanted: int | None, strategy: str, context_tokens: int
 ) -> LayerPlan:
-    """The plan over so many of these workers; where None are wanted over three, or as many as it takes.
+    """The plan over the first `wanted` workers; by default over three, or more if the model needs more.
 
     Raises:
-        ModelDoesNotFitError: their memory does not hold the model.
+        ModelDoesNotFitError: the model does not fit into their memory.
     """
     count = min(wanted or DEFAULT_WORKERS, len(free))
     while True:
@@ -25,36 +27,43 @@ def plan_over(
             capacities = [worker.capacity for worker in free[:count]]
             return plan_layers(facts, capacities, strategy=strategy, context_tokens=context_tokens)
         except ModelDoesNotFitError:
-            # Each worker costs a round trip per token, so more are only taken where memory asks for them.
+            # Each worker costs a round trip per token, so more workers are used only if the memory requires it.
             if wanted is not None or count == len(free):
                 raise
             count += 1
 
 
 def check_free(model: str, chosen: Sequence[WorkerStatus], taken: Collection[str] = ()) -> None:
-    """Refuse a layout that names workers which cannot be had.
+    """Refuse a layout that names workers which are not free.
 
     Args:
-        chosen: the workers it uses, as seen now.
+        chosen: the workers that it uses, as seen now.
         taken: endpoints that were taken since.
 
     Raises:
         WorkersUnavailableError: some of them are not free.
     """
-    unusable = [one.detail for one in chosen if one.state != "free" or one.endpoint in taken]
-    if unusable:
-        words = "; ".join(unusable)
-        raise WorkersUnavailableError(f"cannot use this layout for {model}: {words}; choose other workers")
+    problems = [_describe_problem(worker) for worker in chosen if worker.state != "free"]
+    problems += [f"{worker.endpoint} was taken" for worker in chosen if worker.endpoint in taken]
+    if problems:
+        raise WorkersUnavailableError(
+            f"cannot use this layout for {model}: {'; '.join(problems)}; choose other workers"
+        )
 
 
 def describe_missing_workers(model: str, statuses: Sequence[WorkerStatus]) -> str:
     """Why no worker can be used, and what to run."""
     what_to_do = (
-        "start some here with `%sollol_cluster start 3` (or auto_setup_rpc=True), or on each machine "
-        "`ggml-rpc-server -H <its address> -p 50052`, then name them in rpc_backends= or RPC_BACKENDS"
+        "start workers here with `%sollol_cluster start 3` (or auto_setup_rpc=True), or run on each machine "
+        "`ggml-rpc-server -H <its address> -p 50052` and list them in rpc_backends= or RPC_BACKENDS"
     )
     if not statuses:
-        return f"{model} needs RPC workers and none is known; {what_to_do}"
-    details = [one.detail for one in statuses]
-    seen = "; ".join(details[:5]) + (" ..." if len(statuses) > 5 else "")
-    return f"{model} needs RPC workers and none of {len(statuses)} is free: {seen}; {what_to_do}"
+        return f"{model} needs RPC workers, but none is known; {what_to_do}"
+    problems = "; ".join(map(_describe_problem, statuses[:SHOWN_WORKERS])) + " ..." * (
+        len(statuses) > SHOWN_WORKERS
+    )
+    return f"{model} needs RPC workers, but none of {len(statuses)} is free: {problems}; {what_to_do}"
+
+
+def _describe_problem(worker: WorkerStatus) -> str:
+    return worker.detail if worker.endpoint in worker.detail else f"{worker.endpoint}: {worker.detail}"

@@ -1,7 +1,7 @@
 """Worker processes on this machine: start one, and wait until it answers.
 
-Flags of the worker binary live here. Workers do no authentication and no encryption (and have had remote code
-execution bugs), so the ones started here listen on loopback only.
+The only module that knows the flags of the worker program. Workers neither authenticate nor encrypt (and have had
+remote code execution bugs), so the ones started here listen on loopback only.
 """
 
 from __future__ import annotations
@@ -27,7 +27,14 @@ _TROUBLE = re.compile(r"fail|error|abort|cannot|invalid", re.IGNORECASE)
 async def start_worker(
     engine: Engine, host: str, port: int, threads: int, keep_alive_s: float | None
 ) -> EngineProcess:
-    """Start one worker process; it may not answer yet."""
+    """Start one worker process, which may not answer yet.
+
+    Args:
+        keep_alive_s: seconds that it lives without a lease; None is forever.
+
+    Raises:
+        EngineError: the program cannot be run.
+    """
     return await EngineProcess.start(
         [str(engine.worker), "-H", host, "-p", str(port), "-t", str(threads)],
         kind=registry.WORKER,
@@ -37,30 +44,34 @@ async def start_worker(
     )
 
 
-def _is_listening(pid: int, port: int) -> bool:
-    try:
-        sockets = psutil.Process(pid).net_connections("tcp")
-    except psutil.NoSuchProcess:
-        return False
-    return any(one.status == psutil.CONN_LISTEN and one.laddr.port == port for one in sockets)
-
-
 async def wait_until_free(endpoint: str, process: EngineProcess) -> None:
-    """Wait until a worker that was started answers its probe. Raises WorkerStartError if it does not."""
+    """Wait until a started worker answers a probe.
+
+    Raises:
+        WorkerStartError: it has ended, or does not answer within 20 s.
+    """
     host, port = parse_endpoint(endpoint)
     deadline = time.monotonic() + START_TIMEOUT_S
     while process.is_running():
-        # A stranger's worker may have taken the port a moment before ours, and would answer too.
+        # Another program's worker may have taken the port just before ours, and would answer too.
         is_ours = _is_listening(process.pid, port)
         if is_ours and (await probe(host, port, timeout_s=1.0)).outcome is ProbeOutcome.FREE:
             return
         if time.monotonic() > deadline:
             raise WorkerStartError(
-                f"the worker at {endpoint} does not answer after {START_TIMEOUT_S:g} s; log: {process.log_path}"
+                f"worker {endpoint} did not answer within {START_TIMEOUT_S:g} s; log: {process.log_path}"
             )
         await asyncio.sleep(0.02)
     report = process.exit_report
     tail = report.tail if report else ()
-    # Its standard output is buffered until it ends, so that what went wrong does not come last in the log.
-    words = " / ".join([line for line in tail if _TROUBLE.search(line)][-3:] or tail[-3:])
-    raise WorkerStartError(f"the worker at {endpoint} ended at once: {words}; log: {process.log_path}")
+    # Its standard output is buffered until it ends, so the error is not the last line of the log.
+    reason = " / ".join([line for line in tail if _TROUBLE.search(line)][-3:] or tail[-3:])
+    raise WorkerStartError(f"worker {endpoint} ended while starting: {reason}; log: {process.log_path}")
+
+
+def _is_listening(pid: int, port: int) -> bool:
+    try:
+        sockets = psutil.Process(pid).net_connections("tcp")
+    except psutil.NoSuchProcess:
+        return False
+    return any(sock.status == psutil.CONN_LISTEN and sock.laddr.port == port for sock in sockets)

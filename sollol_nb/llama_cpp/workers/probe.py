@@ -1,13 +1,13 @@
-"""The wire probe of llama.cpp RPC workers, and finding them.
+"""Probe llama.cpp RPC workers, and discover them.
 
-The only room that knows wire bytes. The protocol (ggml-rpc.cpp of llama.cpp, protocol 7) is raw TCP: a
+The only module that knows the bytes of the protocol (ggml-rpc.cpp of llama.cpp, protocol 7). It is raw TCP: a
 request is one command byte, an 8-byte little-endian payload length and the payload; a response is an 8-byte
-length and the payload. HELLO (14) comes first and tells the protocol version; DEVICE_COUNT (15) and
+length and the payload. HELLO (14) comes first and returns the protocol version; DEVICE_COUNT (15) and
 GET_DEVICE_MEMORY (11) follow.
 
-A worker serves one client at a time: while a coordinator holds it, a second client connects but its HELLO is
-never answered. So a probe has five outcomes (`ProbeOutcome`), and a worker that one's own coordinator holds
-must not be probed at all: it would only read as busy.
+A worker serves one client at a time: while a coordinator holds it, a second client can connect, but its HELLO is
+never answered. So a probe has five outcomes (`ProbeOutcome`), and a worker that one of our coordinators holds
+is not probed: it would only appear busy.
 """
 
 from __future__ import annotations
@@ -42,24 +42,24 @@ class ProbeOutcome(Enum):
     """What a probe found."""
 
     FREE = "free"
-    BUSY = "busy"  # connects, then stays silent: held by a coordinator, or hung
+    BUSY = "busy"  # accepts, but does not answer: held by a coordinator, or hung
     REFUSED = "refused"
     UNREACHABLE = "unreachable"
-    INCOMPATIBLE = "incompatible"  # answers with another protocol
+    INCOMPATIBLE = "incompatible"  # speaks another protocol
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """One look at one endpoint.
+    """The result of probing one endpoint.
 
     Attributes:
         endpoint: `host:port`.
-        outcome: which of the five.
-        detail: one line in words, with what to do where something is wrong.
-        protocol: version of the RPC protocol, `(major, minor, patch)`; None where it was not told.
-        device_free_bytes: free memory of each device that the worker offers, in its order.
+        outcome: one of the five outcomes.
+        detail: one line of text, with what to do if something is wrong.
+        protocol: version of the RPC protocol, `(major, minor, patch)`; None if unknown.
+        device_free_bytes: free memory of each device that the worker offers, in the worker's order.
         total_bytes: memory, summed over its devices.
-        round_trip_ms: the quickest of the round trips seen during the probe; None where there was none.
+        round_trip_ms: the fastest round trip of the probe; None if there was none.
     """
 
     endpoint: str
@@ -77,14 +77,14 @@ class Probe:
 
 
 class _NotThisProtocol(Exception):
-    """The peer answers, but not as this protocol says."""
+    """The peer answers, but does not follow this protocol."""
 
 
 async def probe(host: str, port: int, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Probe:
-    """Look at one endpoint, within `timeout_s` seconds. Never raises for what a peer does.
+    """Probe one endpoint, within `timeout_s` seconds. Whatever the peer does is an outcome, not an exception.
 
     Raises:
-        ConfigError: host and port are no endpoint.
+        ConfigError: host and port are not an endpoint.
     """
     endpoint = format_endpoint(host, port)
     parse_endpoint(endpoint)
@@ -93,24 +93,24 @@ async def probe(host: str, port: int, *, timeout_s: float = DEFAULT_TIMEOUT_S) -
         async with asyncio.timeout(timeout_s):
             reader, writer = await _connect(host, port)
     except TimeoutError:
-        # A held worker lets two clients queue; the next ones are dropped like packets at a firewall.
-        return _unreachable(endpoint, f"no answer within {timeout_s:g} s; or it is held, with a full queue")
+        # A held worker lets two clients queue; the packets of further ones are dropped, as by a firewall.
+        return _unreachable(endpoint, f"no answer within {timeout_s:g} s, or a coordinator holds it")
     except ConnectionRefusedError:
         return Probe(
             endpoint=endpoint,
             outcome=ProbeOutcome.REFUSED,
-            detail=f"nothing listens on {endpoint}; start it there: ggml-rpc-server -H {host} -p {port}",
+            detail=f"nothing listens on {endpoint}; start a worker there: ggml-rpc-server -H {host} -p {port}",
         )
     except (OSError, UnicodeError) as error:  # no route, unknown host, a label too long for DNS
         return _unreachable(endpoint, getattr(error, "strerror", None) or str(error))
     try:
         async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
-            return await _converse(endpoint, reader, writer)
+            return await _query(endpoint, reader, writer)
     except TimeoutError:
         return Probe(
             endpoint=endpoint,
             outcome=ProbeOutcome.BUSY,
-            detail=f"{endpoint} accepts but does not answer: a coordinator holds it, or it hangs",
+            detail=f"{endpoint} accepts connections but does not answer: a coordinator holds it, or it hangs",
         )
     except (_NotThisProtocol, asyncio.IncompleteReadError, OSError) as error:
         version = await _old_version(host, port, deadline)
@@ -133,13 +133,13 @@ async def discover(
 ) -> list[Probe]:
     """Free and busy workers on the given hosts and ports (default: this machine, ports 50052 to 50067).
 
-    Looks nowhere it was not told to look: other machines are found by naming them.
+    No other address is searched: to find workers on other machines, name the machines.
     """
     port_list = list(ports)
     probes = await probe_all(
         (format_endpoint(host, port) for host in hosts for port in port_list), timeout_s=timeout_s
     )
-    return [one for one in probes if one.outcome in (ProbeOutcome.FREE, ProbeOutcome.BUSY)]
+    return [probe for probe in probes if probe.outcome in (ProbeOutcome.FREE, ProbeOutcome.BUSY)]
 
 
 def test_rpc_backend(
@@ -147,7 +147,7 @@ def test_rpc_backend(
     port: int = DEFAULT_RPC_PORT,  # noqa: PT028 - not a test
     timeout: float = DEFAULT_TIMEOUT_S,  # noqa: PT028 - not a test
 ) -> bool:
-    """Whether a coordinator could use this worker now: it answers with a fitting protocol and is free."""
+    """Whether a coordinator could use this worker now: it is free and speaks a compatible protocol."""
     return run_blocking(probe(host, port, timeout_s=timeout)).outcome is ProbeOutcome.FREE
 
 
@@ -155,7 +155,11 @@ test_rpc_backend.__test__ = False  # type: ignore[attr-defined]  # its name look
 
 
 async def _connect(host: str, port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Try each address of the host in turn; if none accepts, one that refused tells the most."""
+    """Connect to the first address of the host that accepts.
+
+    Raises:
+        OSError: none accepts; a refused connection is the most informative failure, so it is preferred.
+    """
     addresses = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     failures: list[OSError] = []
     for *_, address in addresses:
@@ -163,10 +167,10 @@ async def _connect(host: str, port: int) -> tuple[asyncio.StreamReader, asyncio.
             return await asyncio.open_connection(str(address[0]), port, limit=4096)
         except OSError as error:
             failures.append(error)
-    raise next((one for one in failures if isinstance(one, ConnectionRefusedError)), failures[0])
+    raise next((error for error in failures if isinstance(error, ConnectionRefusedError)), failures[0])
 
 
-async def _converse(endpoint: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Probe:
+async def _query(endpoint: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Probe:
     round_trips: list[float] = []
 
     async def ask(command: int, payload: bytes) -> bytes:
@@ -174,8 +178,8 @@ async def _converse(endpoint: str, reader: asyncio.StreamReader, writer: asyncio
         writer.write(struct.pack("<BQ", command, len(payload)) + payload)
         await writer.drain()
         (length,) = struct.unpack("<Q", await reader.readexactly(8))
-        if length > _HELLO_ANSWER_BYTES:  # no answer in this conversation is longer
-            raise _NotThisProtocol("the answer is not of the RPC protocol")
+        if length > _HELLO_ANSWER_BYTES:  # no answer to these requests is longer
+            raise _NotThisProtocol("the answer does not follow the RPC protocol")
         answer = await reader.readexactly(length)
         round_trips.append((time.perf_counter() - started) * 1000)
         return answer
@@ -184,7 +188,7 @@ async def _converse(endpoint: str, reader: asyncio.StreamReader, writer: asyncio
     if len(hello) in _OLD_HELLO_ANSWER_BYTES:
         return _incompatible(endpoint, (hello[0], hello[1], hello[2]))
     if len(hello) != _HELLO_ANSWER_BYTES:
-        raise _NotThisProtocol("the answer is not of the RPC protocol")
+        raise _NotThisProtocol("the answer does not follow the RPC protocol")
     protocol = (hello[0], hello[1], hello[2])
     if protocol[0] != PROTOCOL_MAJOR or protocol[1] > PROTOCOL_MINOR:
         return _incompatible(endpoint, protocol)
@@ -193,7 +197,7 @@ async def _converse(endpoint: str, reader: asyncio.StreamReader, writer: asyncio
         raise _NotThisProtocol("the device count is malformed")
     (device_count,) = struct.unpack("<I", count_answer)
     if not 0 < device_count <= _MAX_DEVICES:
-        raise _NotThisProtocol(f"it claims {device_count} devices")
+        raise _NotThisProtocol(f"it reports {device_count} devices")
     device_free_bytes: list[int] = []
     total_bytes = 0
     for device in range(device_count):
@@ -233,8 +237,8 @@ async def _old_version(host: str, port: int, deadline: float) -> tuple[int, int,
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:
-    """Close with a reset. A busy worker reads our HELLO when its client has left; after an ordinary close its
-    answer would raise SIGPIPE there, and end it."""
+    """Close with a reset. A busy worker reads our HELLO once its client has disconnected; after an ordinary close,
+    its answer would raise SIGPIPE in the worker and end it."""
     with contextlib.suppress(OSError):
         writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
     writer.transport.abort()
@@ -250,13 +254,13 @@ def _unreachable(endpoint: str, why: str) -> Probe:
 
 def _incompatible(endpoint: str, version: tuple[int, int, int] | None, why: str = "") -> Probe:
     if version:
-        spoken = "RPC protocol " + ".".join(map(str, version))
+        protocol = "RPC protocol " + ".".join(map(str, version))
     else:
-        spoken = "something that is not RPC protocol 7" + (f" ({why})" if why else "")
+        protocol = f"a protocol that is not RPC protocol {PROTOCOL_MAJOR}" + (f" ({why})" if why else "")
     return Probe(
         endpoint=endpoint,
         outcome=ProbeOutcome.INCOMPATIBLE,
-        detail=f"{endpoint} speaks {spoken}, this side {PROTOCOL_MAJOR}.{PROTOCOL_MINOR}; "
-        "run a worker and a coordinator of the same llama.cpp build",
+        detail=f"{endpoint} speaks {protocol}, but this side speaks {PROTOCOL_MAJOR}.{PROTOCOL_MINOR}; "
+        "use the same llama.cpp build for workers and coordinators",
         protocol=version,
     )

@@ -1,4 +1,4 @@
-"""One worker as it was seen last: its state, and what a layer plan needs to know of it."""
+"""One worker as it was seen last: its state, and what a layer plan needs to know about it."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from sollol_nb.settings.endpoints import LOOPBACK, is_loopback
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerStatus:
-    """One worker as seen now.
+    """One worker as it was seen last.
 
     Attributes:
         endpoint: `host:port`.
-        state: `free`, `held`, `busy`, `down`, `incompatible` or `unknown` (not looked at yet).
-        detail: one line in words: by whom it is held, or what is wrong and what to do.
+        state: `free`, `held`, `busy`, `down`, `incompatible` or `unknown` (not probed yet).
+        detail: one line: who holds it, or what is wrong and what to do.
         held_by: the model whose coordinator holds it, or None.
-        probe: the last look at it; memory and round trip are from then.
-        is_local: a process on this machine that this router started or took over.
+        probe: its last probe; memory and round trip are from then.
+        is_local: whether it is a process on this machine that this router started or adopted.
     """
 
     endpoint: str
@@ -34,13 +34,13 @@ class WorkerStatus:
 
     @property
     def capacity(self) -> WorkerCapacity:
-        """What the layer plan needs to know of it."""
+        """What a layer plan needs to know about it."""
         seen = self.probe
         if seen is None:
             return WorkerCapacity(self.endpoint, free_bytes=0, total_bytes=0)
         free_bytes, memory_domain = seen.free_bytes, None
         if _is_system_memory(seen.total_bytes) and is_loopback(self.endpoint):
-            # All CPU workers of a machine offer the same memory, and each calls all of it free.
+            # All CPU workers of a machine share its memory, and each reports all of it as free.
             free_bytes = min(free_bytes, psutil.virtual_memory().available)
             memory_domain = LOOPBACK
         return WorkerCapacity(

@@ -1,22 +1,23 @@
 """The RPC workers that a router may use, and the state of each.
 
-A worker is free, held (by which coordinator), busy (a stranger holds it, or it hangs), down or incompatible. The
-end of a local worker is told by its supervisor at once; that of another is seen when somebody looks.
+A worker is free, held (by which coordinator), busy (another user's coordinator holds it, or it hangs), down or
+incompatible. The supervisor of a local worker reports its end immediately; the end of another worker is noticed at
+the next probe.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import Collection, Iterable, Sequence
-from pathlib import Path
 
 from sollol_nb.errors import ConfigError
 from sollol_nb.llama_cpp.engine.find import Engine
 from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.processes.exit_reasons import describe_exit
 from sollol_nb.llama_cpp.processes.machine import free_ports, usable_cores
-from sollol_nb.llama_cpp.processes.process import EngineProcess
+from sollol_nb.llama_cpp.processes.process import EngineProcess, ExitReport
 from sollol_nb.llama_cpp.processes.registry import Entry
 from sollol_nb.llama_cpp.workers.local import start_worker, wait_until_free
 from sollol_nb.llama_cpp.workers.probe import DEFAULT_TIMEOUT_S, Probe, ProbeOutcome, discover, probe_all
@@ -25,6 +26,7 @@ from sollol_nb.runtime.events import EventBus, EventKind
 from sollol_nb.settings.endpoints import DEFAULT_RPC_PORT, LOOPBACK, format_endpoint, parse_endpoint
 from sollol_nb.settings.kinds import keep_alive_seconds
 from sollol_nb.settings.table import DEFAULT_KEEP_ALIVE
+from sollol_nb.text.tables import counted
 
 MAX_LOCAL_WORKERS = 64
 DEFAULT_KEEP_ALIVE_S = keep_alive_seconds(DEFAULT_KEEP_ALIVE)
@@ -59,135 +61,130 @@ class Workers:
 
     @property
     def running_local_count(self) -> int:
-        """How many workers started here are not down."""
-        return sum(1 for one in self.statuses() if one.is_local and one.state != "down")
+        """How many of the workers started here are not down."""
+        return sum(1 for worker in self.statuses() if worker.is_local and worker.state != "down")
 
     @property
     def round_trips_ms(self) -> dict[str, float | None]:
-        """The last round trip of each worker that was ever seen free, also of those that are held now."""
+        """The last measured round trip of each worker, including those that are held now."""
         return dict(self._round_trips_ms)
 
     def add(self, endpoint: str) -> str:
-        """Make an endpoint known (`host`, `host:port`); returns it as `host:port`. Adding twice is fine."""
+        """Add a worker by its endpoint (`host`, `host:port`); returns it as `host:port`. Adding twice is fine."""
         endpoint = format_endpoint(*parse_endpoint(endpoint))
         if endpoint not in self._probes:
             self._probes[endpoint] = None
-            self._events.publish(EventKind.WORKER_ADDED, endpoint, f"{endpoint} may be used")
+            self._events.publish(EventKind.WORKER_ADDED, endpoint, f"added worker {endpoint}")
         return endpoint
 
     def remove(self, endpoint: str) -> None:
-        """Forget an endpoint.
+        """Remove a worker.
 
         Raises:
             ConfigError: it is not known, or a coordinator holds it.
         """
         if endpoint not in self._probes:
-            raise ConfigError(
-                f"{endpoint} is not a known worker; known workers: {', '.join(self._probes) or 'none'}"
-            )
+            known = ", ".join(self._probes) or "none"
+            raise ConfigError(f"{endpoint} is not a known worker; known workers: {known}")
         holder = registry.holders().get(endpoint)
         if holder is not None:
-            raise ConfigError(f"{endpoint} is {_describe_holder(holder)}; stop that first")
+            raise ConfigError(f"{endpoint} is {_describe_holder(holder)}; stop that coordinator first")
         del self._probes[endpoint]
-        self._events.publish(EventKind.WORKER_REMOVED, endpoint, f"{endpoint} is not used any more")
+        self._events.publish(EventKind.WORKER_REMOVED, endpoint, f"removed worker {endpoint}")
 
     async def find_lost(self, endpoints: Iterable[str]) -> frozenset[str]:
-        """After the end of a coordinator: which of its workers do not answer; each is told as lost.
+        """After the end of a coordinator: those of its workers that do not answer. Each is published as lost.
 
-        A worker that is well needs a moment to see that its coordinator is gone; a probe waits for that.
+        A healthy worker needs a moment to notice that its coordinator is gone; the probe waits for that.
         """
-        silent = []
-        for seen in await probe_all([one for one in endpoints if one in self._probes]):
-            if seen.endpoint not in self._probes:  # removed meanwhile
+        lost = []
+        for probe in await probe_all([endpoint for endpoint in endpoints if endpoint in self._probes]):
+            if probe.endpoint not in self._probes:  # removed during the probe
                 continue
-            if seen.outcome is ProbeOutcome.FREE:
-                self._note(seen)
+            if probe.outcome is ProbeOutcome.FREE:
+                self._record(probe)
             else:
-                self._lost(seen)
-                silent.append(seen.endpoint)
-        return frozenset(silent)
+                self._record_loss(probe)
+                lost.append(probe.endpoint)
+        return frozenset(lost)
 
-    def _lost(self, seen: Probe) -> None:
-        """A coordinator has lost this worker; after the second time it cools down (see `cool_down_s`)."""
-        endpoint = seen.endpoint
-        self._losses.note(endpoint)
-        self._probes[endpoint] = seen
-        if seen.outcome is not ProbeOutcome.REFUSED or endpoint not in self._local:  # else its supervisor tells
-            words = f"lost the worker at {endpoint}: {seen.detail}"
-            self._events.publish(EventKind.WORKER_LOST, endpoint, words)
+    def _record_loss(self, probe: Probe) -> None:
+        endpoint = probe.endpoint
+        self._losses.record(endpoint)
+        self._probes[endpoint] = probe
+        # The supervisor of a local worker reports its end.
+        if probe.outcome is not ProbeOutcome.REFUSED or endpoint not in self._local:
+            self._events.publish(EventKind.WORKER_LOST, endpoint, f"lost worker {endpoint}: {probe.detail}")
 
     def cool_down_s(self, endpoint: str) -> float:
-        """Seconds for which a worker that was lost again and again is only used if no other suffices."""
+        """Seconds during which this repeatedly lost worker is used only if the other workers do not suffice."""
         return self._losses.cool_down_s(endpoint)
 
     async def refresh_holders(self) -> None:
-        """See which workers coordinators hold now; asks no worker."""
+        """Read from the registry which workers are held now; no worker is probed."""
         self._holders = await asyncio.to_thread(registry.holders)
 
     async def refresh(self, *, except_for: Collection[str] = ()) -> list[WorkerStatus]:
-        """Look at every worker that is not held, and tell the state of all.
+        """Probe every worker that is not held; the status of all workers.
 
-        Who holds which is read from the registry; a held worker is not probed, since it would not answer.
+        The registry says who holds which worker; a held worker is not probed, since it would not answer.
 
         Args:
-            except_for: endpoints not to look at now, because they were just found lost.
+            except_for: endpoints not to probe now, because they were just found lost.
         """
-        await self.probe([one for one in self._probes if one not in except_for])
+        await self.probe([endpoint for endpoint in self._probes if endpoint not in except_for])
         return self.statuses()
 
     async def probe(self, endpoints: Iterable[str], *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
-        """Look at these workers, unless they are held."""
+        """Probe these workers, except those that are held."""
         await self.refresh_holders()
-        free = [one for one in endpoints if one not in self._holders]
-        found = await probe_all(free, timeout_s=timeout_s)
-        if any(seen.outcome is ProbeOutcome.BUSY for seen in found):  # perhaps taken since, by a coordinator
+        free = [endpoint for endpoint in endpoints if endpoint not in self._holders]
+        probes = await probe_all(free, timeout_s=timeout_s)
+        if any(probe.outcome is ProbeOutcome.BUSY for probe in probes):  # a coordinator may have taken it since
             await self.refresh_holders()
-        for seen in found:
-            if seen.endpoint in self._probes and seen.endpoint not in self._holders:
-                self._note(seen)
+        for probe in probes:
+            if probe.endpoint in self._probes and probe.endpoint not in self._holders:
+                self._record(probe)
 
-    def _note(self, seen: Probe) -> None:
-        if seen.round_trip_ms is not None:
-            self._round_trips_ms[seen.endpoint] = seen.round_trip_ms
-        self._events.report(EventKind.PROBE_DONE, seen.endpoint, seen.detail, round_trip_ms=seen.round_trip_ms)
-        before, self._probes[seen.endpoint] = self._probes[seen.endpoint], seen
-        was, now = (None if one is None else _STATE_OF_OUTCOME[one.outcome] for one in (before, seen))
-        if was == "free" and now == "down" and seen.endpoint not in self._local:  # of these their supervisors tell
-            self._events.publish(
-                EventKind.WORKER_LOST, seen.endpoint, f"lost the worker at {seen.endpoint}: {seen.detail}"
-            )
-        elif now == "free" and (was == "down" or (was != "free" and seen.endpoint in self._losses)):
-            self._events.publish(
-                EventKind.WORKER_RETURNED, seen.endpoint, f"the worker at {seen.endpoint} is back"
-            )
+    def _record(self, probe: Probe) -> None:
+        endpoint = probe.endpoint
+        if probe.round_trip_ms is not None:
+            self._round_trips_ms[endpoint] = probe.round_trip_ms
+        self._events.report(EventKind.PROBE_DONE, endpoint, probe.detail, round_trip_ms=probe.round_trip_ms)
+        before = self._probes[endpoint]
+        self._probes[endpoint] = probe
+        was, now = before and _STATE_OF_OUTCOME[before.outcome], _STATE_OF_OUTCOME[probe.outcome]
+        if was == "free" and now == "down" and endpoint not in self._local:  # supervisors report the end of these
+            self._events.publish(EventKind.WORKER_LOST, endpoint, f"lost worker {endpoint}: {probe.detail}")
+        elif now == "free" and (was == "down" or (was != "free" and endpoint in self._losses)):
+            self._events.publish(EventKind.WORKER_RETURNED, endpoint, f"worker {endpoint} is back")
 
     def statuses(self) -> list[WorkerStatus]:
-        """The state of all workers as last seen, without looking again."""
+        """The status of all workers as last seen, without a new probe."""
         return [self._status(endpoint) for endpoint in self._probes]
 
     async def discover(self) -> list[str]:
-        """Look for workers on this machine's usual ports; returns the endpoints that were not known before."""
-        found = [one for one in await discover() if one.endpoint not in self._probes]
-        for seen in found:
-            self._probes[seen.endpoint] = None
-            self._events.publish(EventKind.WORKER_DISCOVERED, seen.endpoint, f"found a worker at {seen.endpoint}")
-            self._note(seen)
-        return [one.endpoint for one in found]
+        """Search this machine's usual ports for workers; returns the endpoints that were not known before."""
+        found = [probe for probe in await discover() if probe.endpoint not in self._probes]
+        for probe in found:
+            self._probes[probe.endpoint] = None
+            self._events.publish(EventKind.WORKER_DISCOVERED, probe.endpoint, f"found worker {probe.endpoint}")
+            self._record(probe)
+        return [probe.endpoint for probe in found]
 
     async def adopt_local(self, endpoints: Iterable[str] | None = None) -> list[str]:
-        """Adopt local workers of this user that run on after the kernel that started them.
+        """Adopt local workers of this user that outlived the kernel that started them.
 
         Args:
-            endpoints: these, whoever else uses them (they belong to an adopted coordinator); by default those
-                on which nobody has a lease.
+            endpoints: the workers of an adopted coordinator, whoever else uses them; by default all that nobody
+                has a lease on.
 
         Returns:
             The endpoints that were not known before.
         """
         if endpoints is None:
-            async with registry.locked(
-                "workers", "starting workers"
-            ):  # one that another kernel is starting has no lease yet
+            # A worker that another kernel is starting has no lease yet.
+            async with registry.locked("workers", "starting workers"):
                 return await self._adopt_local(None)
         return await self._adopt_local(set(endpoints))
 
@@ -206,8 +203,8 @@ class Workers:
                 continue
             if endpoint not in self._probes:
                 new.append(endpoint)
-                self._events.publish(EventKind.WORKER_ADOPTED, endpoint, f"adopted the worker at {endpoint}")
-            self._take(endpoint, process)
+                self._events.publish(EventKind.WORKER_ADOPTED, endpoint, f"adopted worker {endpoint}")
+            self._add_local(endpoint, process)
         return new
 
     async def start_local(
@@ -220,23 +217,23 @@ class Workers:
     ) -> list[str]:
         """Start workers on this machine, on loopback, from `first_port` upward, skipping taken ports.
 
-        The cores are shared out over all local workers of this start (a worker's own default is one thread).
+        They share the machine's cores (by default, the worker program uses one thread).
 
         Args:
-            keep_alive_s: how long they live after this process and without a coordinator; None is for ever.
+            keep_alive_s: seconds that they live without this process and without a coordinator; None is forever.
 
         Returns:
-            Their endpoints, once each answers its probe.
+            Their endpoints, once each worker answers a probe.
 
         Raises:
             ConfigError: `count` is not between 1 and 64.
-            WorkerStartError: one could not be started; those that could are stopped again.
+            WorkerStartError: a worker could not be started; the others are stopped again.
         """
         if not 1 <= count <= MAX_LOCAL_WORKERS:
-            raise ConfigError(f"cannot start {count} workers; a number from 1 to {MAX_LOCAL_WORKERS} can be")
+            raise ConfigError(f"cannot start {count} workers; choose between 1 and {MAX_LOCAL_WORKERS}")
         threads = max(1, usable_cores() // count)
         started: dict[str, EngineProcess] = {}
-        # Between seeing that a port is free and the worker listening on it, no other kernel may choose.
+        # No other kernel may choose a port until our workers listen on theirs.
         async with registry.locked("workers", "starting workers"):
             port = first_port
             try:
@@ -244,99 +241,97 @@ class Workers:
                 while len(started) < count:
                     (port,) = free_ports(port, 1)
                     endpoint = f"{LOOPBACK}:{port}"
-                    # A coordinator may not have noticed yet that its worker is gone; that port is not for us.
+                    # A coordinator may not have noticed yet that its worker is gone; leave its port alone.
                     if endpoint not in held:
                         started[endpoint] = await start_worker(engine, LOOPBACK, port, threads, keep_alive_s)
                     port += 1
-                await asyncio.gather(*(wait_until_free(*one) for one in started.items()))
+                await asyncio.gather(*itertools.starmap(wait_until_free, started.items()))
                 await asyncio.gather(*(process.hold() for process in started.values()))
             except BaseException:
                 await asyncio.gather(*(process.stop() for process in started.values()))
                 raise
         for endpoint, process in started.items():
-            self._take(endpoint, process)
-            self._events.publish(
-                EventKind.WORKER_STARTED, endpoint, f"started a worker at {endpoint} with {threads} threads"
-            )
+            self._add_local(endpoint, process)
+            message = f"started worker {endpoint} with {counted(threads, 'thread')}"
+            self._events.publish(EventKind.WORKER_STARTED, endpoint, message)
         await self.refresh()
         return list(started)
 
     async def stop_local(self, endpoints: Sequence[str] | None = None) -> list[str]:
-        """Stop workers started here (all, or these) and forget them. Returns the stopped ones."""
+        """Stop and remove workers started here (all, or these). Returns the stopped ones."""
         processes = self._forget_local(endpoints)
         await asyncio.gather(*(process.stop() for process in processes.values()))
         for endpoint in processes:
-            self._events.publish(EventKind.WORKER_STOPPED, endpoint, f"stopped the worker at {endpoint}")
+            self._events.publish(EventKind.WORKER_STOPPED, endpoint, f"stopped worker {endpoint}")
         return list(processes)
 
     async def close(self) -> None:
-        """Stop the workers started here, except those that others still use."""
+        """Stop the workers started here, except those that other processes use."""
         processes = self._forget_local(None)
         ended = await asyncio.gather(*(process.stop_unless_shared() for process in processes.values()))
         for endpoint, is_stopped in zip(processes, ended, strict=True):
             if is_stopped:
-                self._events.publish(EventKind.WORKER_STOPPED, endpoint, f"stopped the worker at {endpoint}")
+                self._events.publish(EventKind.WORKER_STOPPED, endpoint, f"stopped worker {endpoint}")
 
     def detach(self) -> None:
-        """Let go of the workers started here; they live on for their keep_alive."""
+        """Disconnect from the workers started here; they keep running for their keep_alive."""
         for process in self._forget_local(None).values():
             process.detach()
 
     def _forget_local(self, endpoints: Sequence[str] | None) -> dict[str, EngineProcess]:
-        chosen = [one for one in self._local if endpoints is None or one in endpoints]
+        chosen = [endpoint for endpoint in self._local if endpoints is None or endpoint in endpoints]
         for endpoint in chosen:
             self._probes.pop(endpoint, None)
             self._watches.pop(endpoint).cancel()
         return {endpoint: self._local.pop(endpoint) for endpoint in chosen}
 
-    def _take(self, endpoint: str, process: EngineProcess) -> None:
-        """This local worker is ours now; its end will be told."""
+    def _add_local(self, endpoint: str, process: EngineProcess) -> None:
+        """Add a worker on this machine, and publish its end when it comes."""
 
-        async def told_at_end() -> None:
+        async def publish_end() -> None:
             report = await process.wait()
-            if report.why and report.code is not None:  # by its keep_alive or by someone
-                words = f"the worker at {endpoint} was ended: {report.why}"
-                self._events.publish(EventKind.WORKER_STOPPED, endpoint, words)
+            if report.why and report.code is not None:  # stopped on request, or by its keep_alive
+                self._events.publish(
+                    EventKind.WORKER_STOPPED, endpoint, f"worker {endpoint} was stopped: {report.why}"
+                )
             else:
-                words = f"lost the worker at {endpoint}: it ended ({describe_exit(report.code)})"
-                self._events.publish(EventKind.WORKER_LOST, endpoint, words)
+                message = f"lost worker {endpoint}: {_describe_end(report)}"
+                self._events.publish(EventKind.WORKER_LOST, endpoint, message)
 
         if (before := self._watches.get(endpoint)) is not None:
             before.cancel()
         self._local[endpoint] = process
-        self._watches[endpoint] = asyncio.create_task(told_at_end())
+        self._watches[endpoint] = asyncio.create_task(publish_end())
         self._probes.setdefault(endpoint, None)
 
     def entries_of(self, endpoints: Iterable[str]) -> list[Entry]:
-        """The registry entries of those of these workers that run on this machine under a supervisor."""
+        """The registry entries of these workers; only workers on this machine with a supervisor have one."""
         wanted = set(endpoints)
-        return [one for one in registry.entries(registry.WORKER) if one.about.get("endpoint") in wanted]
-
-    def log_path(self, endpoint: str) -> Path | None:
-        """The log file of a local worker; None for others."""
-        process = self._local.get(endpoint)
-        return process.log_path if process else None
+        return [entry for entry in registry.entries(registry.WORKER) if entry.about.get("endpoint") in wanted]
 
     def _status(self, endpoint: str) -> WorkerStatus:
-        seen, holder, local = self._probes[endpoint], self._holders.get(endpoint), self._local.get(endpoint)
-        if local is not None and not local.is_running():
-            report = local.exit_report
-            state, detail = "down", f"{endpoint} ended with exit code {report.code if report else '?'}"
+        probe, holder, local = self._probes[endpoint], self._holders.get(endpoint), self._local.get(endpoint)
+        if local is not None and local.exit_report is not None:
+            state, detail = "down", _describe_end(local.exit_report)
         elif holder is not None:
             state, detail = "held", _describe_holder(holder)
-        elif seen is None:
-            state, detail = "unknown", "not looked at yet"
+        elif probe is None:
+            state, detail = "unknown", "not probed yet"
         else:
-            state, detail = _STATE_OF_OUTCOME[seen.outcome], seen.detail
-        held_by = holder.name if holder is not None else None
+            state, detail = _STATE_OF_OUTCOME[probe.outcome], probe.detail
         return WorkerStatus(
             endpoint=endpoint,
             state=state,
             detail=detail,
-            held_by=held_by,
-            probe=seen,
+            held_by=holder.name if holder is not None else None,
+            probe=probe,
             is_local=local is not None,
         )
+
+
+def _describe_end(report: ExitReport) -> str:
+    was_killed = report.code is not None and report.code < 0
+    return f"{'killed' if was_killed else 'ended'} ({describe_exit(report.code)})"
 
 
 def _describe_holder(holder: Entry) -> str:
@@ -360,17 +355,17 @@ class WorkerLosses:
     """
 
     def __init__(self) -> None:
-        self._at: dict[str, list[float]] = {}
+        self._lost_at: dict[str, list[float]] = {}
 
     def __contains__(self, endpoint: object) -> bool:
-        return endpoint in self._at
+        return endpoint in self._lost_at
 
-    def note(self, endpoint: str) -> None:
-        """It was lost now."""
-        self._at[endpoint] = [*self._recent(endpoint), time.monotonic()]
+    def record(self, endpoint: str) -> None:
+        """Record that a worker was lost now."""
+        self._lost_at[endpoint] = [*self._recent(endpoint), time.monotonic()]
 
     def cool_down_s(self, endpoint: str) -> float:
-        """Seconds for which it is still only used if no other suffices."""
+        """Seconds during which it is still avoided; 0 if it is not."""
         losses = self._recent(endpoint)
         if len(losses) < 2:
             return 0.0
@@ -379,4 +374,4 @@ class WorkerLosses:
 
     def _recent(self, endpoint: str) -> list[float]:
         now = time.monotonic()
-        return [at for at in self._at.get(endpoint, ()) if now - at < LOSSES_COUNT_FOR_S]
+        return [at for at in self._lost_at.get(endpoint, ()) if now - at < LOSSES_COUNT_FOR_S]

@@ -33,7 +33,7 @@ def test_a_worker_cools_down_from_its_second_loss_on(
     losses, clock = WorkerLosses(), [0.0]
     monkeypatch.setattr("sollol_nb.llama_cpp.workers.workers.time.monotonic", lambda: clock[0])
     for clock[0] in lost_at_s:
-        losses.note(NAME)
+        losses.record(NAME)
     clock[0] = now_s
 
     assert losses.cool_down_s(NAME) == left_s

@@ -207,7 +207,7 @@ def test_host_name_too_long_for_dns_is_unreachable() -> None:
 # --- misbehaving peers ------------------------------------------------------------------------
 
 BUSY, INCOMPATIBLE = ProbeOutcome.BUSY, ProbeOutcome.INCOMPATIBLE
-NOT_RPC = "something that is not RPC protocol 7"
+NOT_RPC = "a protocol that is not RPC protocol 7"
 HUGE = struct.pack("<Q", 2**62)
 GREETING = answer(hello(*OURS))
 
@@ -228,7 +228,7 @@ GREETING = answer(hello(*OURS))
         pytest.param(says(b"SSH-2.0-OpenSSH_9.6\r\n", then="silence"), INCOMPATIBLE, NOT_RPC, id="SSH banner"),
         pytest.param(says(HUGE, then="silence"), INCOMPATIBLE, NOT_RPC, id="huge length, then silence"),
         pytest.param(says(HUGE + bytes(5000), then="close"), INCOMPATIBLE, NOT_RPC, id="huge length and data"),
-        pytest.param(says(b"", then="silence"), BUSY, "accepts but does not answer", id="silence"),
+        pytest.param(says(b"", then="silence"), BUSY, "accepts connections but does not answer", id="silence"),
         pytest.param(says(bytes(4), then="silence"), BUSY, "does not answer", id="half a length, then silence"),
         pytest.param(
             says(GREETING[:20], then="silence"),
