@@ -1,9 +1,9 @@
-"""Answers of batches, kept in SQLite, so that a row that was answered is never asked again.
+"""Answers of batches, kept in SQLite, so that no row is asked twice.
 
 An answer is found by a key: the SHA-256 of the model, its file (or Ollama's digest of it), the messages and the
 options, the schema included. Anything else, another file under the model's name too, is another question. Only
-answers that ended well are kept, sampled ones as well: a batch that goes on should not change what it has, so at a
-temperature above 0 the same row gets the same answer until it is asked with `fresh=True`.
+answers that ended well are kept, sampled ones as well: a batch that continues should not change its
+earlier answers, so at a temperature above 0 the same row gets the same answer until `fresh=True` is given.
 
 The file lies in the state folder, and several kernels may write to it at the same time (see `sqlite_file`). Each
 batch that runs to its end deletes the answers that were not used for `KEEP_DAYS` days, and the least recently used
@@ -31,7 +31,7 @@ KEEP_DAYS = 30.0
 KEEP_ROWS = 200_000
 
 _DAY_S = 86_400.0
-_KEYS_AT_ONCE = 500  # SQLite's limit of variables in one statement was 999 for long
+_KEYS_AT_ONCE = 500  # older SQLite allows 999 variables in a statement
 _LARGE_ROUTING = ("plan", "placement_differences")
 _CREATE = (
     """CREATE TABLE answers (
@@ -50,7 +50,7 @@ def answer_key(
     """The key of a question.
 
     Args:
-        identity: what tells the model from another of the same name.
+        identity: what distinguishes the model from another one of the same name.
         options: `keep_alive` does not count, since it changes no answer.
 
     Raises:
@@ -59,7 +59,7 @@ def answer_key(
     # Properties of a schema stay in their order, in which they are written.
     counted = {name: options[name] for name in sorted(options) if name != "keep_alive"}
     try:
-        text = json.dumps([model, dict(identity), [dict(one) for one in messages], counted])
+        text = json.dumps([model, dict(identity), [dict(message) for message in messages], counted])
     except (TypeError, ValueError) as error:
         raise ConfigError(f"the messages or options of a batch must be writable as JSON: {error}") from None
     return hashlib.sha256(text.encode()).hexdigest()
@@ -93,7 +93,7 @@ class BatchStore:
             connection.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?)", row)
 
     def get(self, keys: Iterable[str]) -> dict[str, Completion]:
-        """The answers that are kept of these; they count as used now, if the file can be written."""
+        """The kept answers to these; they count as used now, if the file can be written."""
         wanted = list(keys)
         found: dict[str, Completion] = {}
         with self._file.connection() as connection:
@@ -114,8 +114,11 @@ class BatchStore:
         return found
 
     def prune(self, *, keep_days: float = KEEP_DAYS, keep_rows: int = KEEP_ROWS) -> int:
-        """Forget answers not used for `keep_days` days, and the least recently used of more than `keep_rows`;
-        gives how many."""
+        """Delete answers not used for `keep_days` days, and the least recently used of more than `keep_rows`.
+
+        Returns:
+            How many were deleted.
+        """
         with self._file.connection() as connection:
             old = connection.execute("DELETE FROM answers WHERE used_at < ?", [time.time() - keep_days * _DAY_S])
             many = connection.execute(
@@ -127,7 +130,7 @@ class BatchStore:
             return old.rowcount + many.rowcount
 
     def clear(self, model: str | None = None) -> int:
-        """Forget all answers, or those of one model, and give their space back; gives how many."""
+        """Delete all answers, or those of one model, and shrink the file. Returns how many were deleted."""
         with self._file.connection() as connection:
             if model is None:
                 count = connection.execute("DELETE FROM answers").rowcount

@@ -1,4 +1,4 @@
-"""Which rows of the latency log are wanted: names, a span of time, the newest N."""
+"""Which rows of the latency log to read: names, a span of time, the newest N."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ Moment = datetime | timedelta | str
 
 @dataclass(frozen=True, slots=True)
 class RowFilter:
-    """The rows that are wanted; None does not narrow.
+    """Which rows to read. None does not limit them.
 
     Attributes:
-        equal: column and the text it must have.
-        since_s: started at or after this, in seconds since the epoch.
-        until_s: started before this.
+        equal: columns and the text that each must have.
+        since_s: only rows started at or after this, in seconds since the epoch.
+        until_s: only rows started before this.
         last: only the newest N of these.
     """
 
@@ -54,10 +54,10 @@ class RowFilter:
         until: Moment | None = None,
         last: int | None = None,
     ) -> RowFilter:
-        """The filter for arguments as a person gives them; `now_s` is what spans are counted back from.
+        """The filter for arguments as a person gives them; spans are counted back from `now_s`.
 
         Raises:
-            ConfigError: one of them cannot be used.
+            ConfigError: an argument cannot be used.
         """
         if last is not None and not (is_whole_number(last) and 0 < last <= MAX_ROWS):
             raise ConfigError(f"last={last!r} is not a positive number of rows; write last=20")

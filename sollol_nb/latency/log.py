@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PRUNE_EVERY_ROWS = 512
-"""How often a writer prunes; it also does with its first row."""
+"""How often a writer prunes; it also prunes with its first row."""
 PRUNED_AT_ONCE = 10_000
-"""So many rows at most, so that no request waits long for it."""
+"""A limit, so that no request waits long for the pruning."""
 
 _NAMES = ", ".join(column.name for column in COLUMNS)
 _INSERT = f"INSERT INTO requests ({_NAMES}) VALUES ({', '.join('?' * len(COLUMNS))})"  # noqa: S608 - constants
@@ -62,13 +62,13 @@ assert len(_MIGRATIONS) == SCHEMA_VERSION
 class LatencyLog:
     """One row per request in one SQLite file.
 
-    Rows that are older than `keep_days`, or not among the newest `keep_rows`, are pruned now and then by whoever
-    writes; the file may hold some hundreds more. It does not shrink, its space is used again.
+    Each writer prunes now and then: rows older than `keep_days`, and all but the newest `keep_rows`, of which the
+    file may hold some hundreds more. The file does not shrink; new rows use the free space.
 
     Args:
         path: the file; by default `latency.sqlite` in the state folder.
-        keep_days: how long rows are kept; by default for ever.
-        keep_rows: how many rows are kept; None is all.
+        keep_days: how long rows are kept; None keeps them for ever.
+        keep_rows: how many rows are kept; None keeps all.
 
     Raises:
         ConfigError: `keep_days` or `keep_rows` is not more than 0.
@@ -178,7 +178,7 @@ class LatencyLog:
 
 
 def _query(wanted: RowFilter) -> tuple[str, list[Any]]:
-    """The query for the rows that are wanted, oldest first, and the values of its parameters."""
+    """The query for the wanted rows, oldest first, and the values of its parameters."""
     conditions: dict[str, Any] = {f"{name} = ?": text for name, text in wanted.equal}
     if wanted.since_s is not None:
         conditions["started_at >= ?"] = wanted.since_s

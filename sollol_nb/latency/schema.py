@@ -1,7 +1,7 @@
-"""The schema of the latency log: what is recorded of one request, with dtypes, units and meanings.
+"""The schema of the latency log: what is recorded about one request, with dtypes, units and meanings.
 
 A column is never renamed or removed and keeps its meaning; a new version only adds columns, each with a default
-for the rows that are older. `notebooks/latency_schema.md` shows the same table.
+for older rows. `notebooks/latency_schema.md` shows the same table.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class Column:
     """One column of the log.
 
     Attributes:
-        name: of the attribute of `LatencyRow`, in the file and in a frame.
-        sql_type: its type in SQLite, with what fills it in rows of older versions.
-        dtype: in a frame.
-        unit: of its numbers; "" for texts.
+        name: the same in the file, in a frame and as an attribute of `LatencyRow`.
+        sql_type: its type in SQLite, with the default for rows of older versions.
+        dtype: its type in a frame.
+        unit: the unit of its numbers; "" for texts.
         meaning: one line.
         since: the schema version that added it.
     """
@@ -40,8 +40,8 @@ class Column:
 
 
 def _column(sql_type: str, dtype: str, unit: str, meaning: str, *, since: int = 1, **default: Any) -> Any:
-    about = {"sql_type": sql_type, "dtype": dtype, "unit": unit, "meaning": meaning, "since": since}
-    return field(metadata=about, **default)
+    metadata = {"sql_type": sql_type, "dtype": dtype, "unit": unit, "meaning": meaning, "since": since}
+    return field(metadata=metadata, **default)
 
 
 def _text(meaning: str, **more: Any) -> Any:
@@ -54,22 +54,26 @@ def _number(unit: str, meaning: str, *, dtype: str = FLOAT, required: bool = Fal
     return _column(sql_type, dtype, unit, meaning, **more)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LatencyRow:
-    """What is recorded of one request. None where a number does not apply, "" where a text does not.
+    """What is recorded about one request. None where a number does not apply, "" where a text does not.
 
-    `COLUMNS` tells units and meanings. In a row `started_at` is in seconds since the epoch.
+    `COLUMNS` has units and meanings. In a row, `started_at` is in seconds since the epoch.
     """
 
     started_at: float = _column("REAL NOT NULL", TIME, "UTC, ms", "when the router got the request")
-    model: str = _text("name that was asked for")
+    model: str = _text("name in the request")
     backend: str = _text(
         "`ollama-pool`, `llama.cpp-distributed` or `llama.cpp-local`; empty when none was reached"
     )
-    layout: str = _text("units per worker in order, such as `5/4/4`; empty where nothing is sharded")
-    place: str = _text("URL of the coordinator or node; the last one, after a failover")
-    queue_ms: float | None = _number("ms", "waited at the place's gate")
-    load_ms: float | None = _number("ms", "waited for the place to become ready (start, load the model)")
+    layout: str = _text(
+        "layers per worker in order, such as `5/4/4` (the output layer counts as one); empty if not sharded"
+    )
+    place: str = _text("URL of the coordinator or Ollama node; after a failover, of the last one")
+    queue_ms: float | None = _number("ms", "waited for a free slot")
+    load_ms: float | None = _number(
+        "ms", "waited for the coordinator or node to become ready (start, load the model)"
+    )
     ttft_ms: float | None = _number("ms", "from the request to the first token, waiting and loading included")
     total_ms: float = _number("ms", "from the request to the last token", required=True)
     prompt_tokens: int | None = _number("tokens", "tokens of the prompt", dtype=INTEGER)
@@ -78,11 +82,13 @@ class LatencyRow:
     router_overhead_ms: float | None = _number(
         "ms", "part of `ttft_ms` spent in the router itself (profile, route, plan, bookkeeping)"
     )
-    failovers: int = _number("count", "how often the request went on elsewhere", dtype=INTEGER, required=True)
+    failovers: int = _number(
+        "count", "how often the request was moved to another coordinator or node", dtype=INTEGER, required=True
+    )
     status: str = _text("`ok`, `error`, `timeout` or `cancelled`")
-    error: str = _text("the error's line")
-    partial_text: str = _text("what had been written of an answer that did not end well", since=2, default="")
-    priority: int | None = _number("1 to 10", "priority it was asked with", dtype=INTEGER, since=3, default=None)
+    error: str = _text("the error's message")
+    partial_text: str = _text("the text received so far, if the answer did not end with `ok`", since=2, default="")
+    priority: int | None = _number("1 to 10", "priority of the request", dtype=INTEGER, since=3, default=None)
     done_reason: str = _text("why the answer ended: `stop`, `length`, ...", since=3, default="")
     predicted_ms_per_token: float | None = _number(
         "ms/token", "the layer plan's prediction; compare with `1000 / tokens_per_s`", since=3, default=None
@@ -95,11 +101,14 @@ class LatencyRow:
     )
 
 
-COLUMNS = tuple(Column(name=one.name, **one.metadata) for one in fields(LatencyRow))
-"""All columns, in their order; those of a newer version stand after those of an older one."""
+COLUMNS = tuple(Column(name=column.name, **column.metadata) for column in fields(LatencyRow))
+"""All columns, in order; those of a newer version come after those of an older one."""
 
 
 def schema_table() -> str:
     """The columns as a Markdown table: name, dtype, unit, meaning, and the version that added it."""
-    rows = [(f"`{one.name}`", f"`{one.dtype}`", one.unit, one.meaning, str(one.since)) for one in COLUMNS]
+    rows = [
+        (f"`{column.name}`", f"`{column.dtype}`", column.unit, column.meaning, str(column.since))
+        for column in COLUMNS
+    ]
     return markdown_table(["name", "dtype", "unit", "meaning", "since"], rows)

@@ -409,7 +409,11 @@ print("ready", flush=True)
 sys.stdin.readline()
 for number in range(50):
     log.record(
-        LatencyRow(0.0, sys.argv[2], "", "", "", None, None, None, number, None, None, None, None, 0, "ok", "")
+        LatencyRow(
+            started_at=0.0, model=sys.argv[2], backend="", layout="", place="", queue_ms=None, load_ms=None,
+            ttft_ms=None, total_ms=number, prompt_tokens=None, completion_tokens=None, tokens_per_s=None,
+            router_overhead_ms=None, failovers=0, status="ok", error="",
+        )
     )
 """
 
