@@ -158,7 +158,7 @@ def test_the_stop_button_cancels_on_the_engine_and_keeps_the_text(notebook: Kern
 
 
 def test_asyncio_run_works_in_cells_including_queued_ones(notebook: Kernel) -> None:
-    """The guide's Example 4 as it stands, two cells sent at once."""
+    """The guide's Example 4 as it stands, two cells sent together."""
     code = (
         "import asyncio\n"
         "from sollol_nb import HybridRouter, OllamaPool\n"
@@ -248,7 +248,7 @@ def test_a_changed_router_setting_applies_to_the_next_request(engine: object, tm
         assert fresh.run("%sollol_stop demo:sharded").error == []
         assert fresh.run("%sollol demo:sharded --max-tokens 5 --out a Hello").error == []
         assert fresh.value("a.routing['layout'], a.routing['plan']['strategy']") == "('7/6', 'even')"
-        assert workers <= set(engines_below(fresh.pid)), "the workers went over to the new router"
+        assert workers <= set(engines_below(fresh.pid)), "the new router took over the workers"
         assert fresh.run("%sollol_stop --all").error == []
 
 
@@ -298,7 +298,7 @@ def test_two_kernels_share_a_coordinator_and_no_engine_is_left_after_them(engine
         assert second.run("from sollol_nb.notebook import router\nc = router().cluster()").status == "ok"
         engines = engines_below(first.pid)
         assert len(engines) == 3
-        assert engines_below(second.pid) == [], "it adopted those of the first"
+        assert engines_below(second.pid) == [], "it adopted the engines of the first kernel"
         assert "held by the coordinator of demo:sharded" in second.run("%sollol_cluster --text").stream
 
         psutil.Process(first.pid).kill()

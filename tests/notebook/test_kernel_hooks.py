@@ -22,12 +22,12 @@ async def give_one() -> int:
 
 
 async def in_a_cell() -> int:
-    """What a user writes where a loop runs already."""
+    """Code of a user, in a kernel whose loop runs already."""
     return asyncio.run(give_one()) + asyncio.get_running_loop().run_until_complete(give_one())
 
 
 def in_kernel(cell: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """Run a cell where the extension was loaded: inside a running loop."""
+    """Run a cell as with the extension loaded: inside a running loop."""
 
     async def kernel() -> T:
         kernel_hooks.allow_nested_loops()

@@ -21,7 +21,7 @@ IN_NOTEBOOKS = [setting for setting in SETTINGS.values() if setting.side != "mac
 
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The one settings file, not yet there; no variable is set."""
+    """The path of the only settings file, which does not exist yet; no variable is set."""
     for setting in SETTINGS.values():
         monkeypatch.delenv(setting.variable, raising=False)
     path = tmp_path / FILE_NAME
@@ -31,7 +31,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def settings(file: Path) -> Sollol:
-    """Settings of no shell."""
+    """Settings without a shell."""
     return Sollol()
 
 

@@ -76,17 +76,21 @@ def without(*names: str) -> tuple[str, ...]:
         pytest.param("", "", Expected("", ACTION, ("start", "stop"), OPTIONS), id="first argument, or an option"),
         pytest.param("", "st", Expected("st", ACTION, ("start", "stop")), id="first argument"),
         pytest.param("stop", "d", Expected("d", ("cluster.stop", *WHAT)), id="argument of a choice"),
-        pytest.param("stop demo", "d", Expected("d", ("cluster.stop", *WHAT)), id="one more of them"),
+        pytest.param("stop demo", "d", Expected("d", ("cluster.stop", *WHAT)), id="second argument of a choice"),
         pytest.param("--raw stop", "d", Expected("d", ("cluster.stop", *WHAT)), id="after a switch"),
         pytest.param("", "--t", Expected("--t", options=OPTIONS), id="option"),
-        pytest.param("", "-", Expected("-", options=OPTIONS), id="option, hardly begun"),
-        pytest.param("--raw", "--", Expected("--", options=without("--raw")), id="not the same again"),
-        pytest.param("-r", "--", Expected("--", options=without("--raw")), id="not by its short name either"),
-        pytest.param("--stop x", "--", Expected("--", options=OPTIONS), id="those that collect, again"),
+        pytest.param("", "-", Expected("-", options=OPTIONS), id="first dash of an option"),
+        pytest.param("--raw", "--", Expected("--", options=without("--raw")), id="each option once"),
+        pytest.param(
+            "-r", "--", Expected("--", options=without("--raw")), id="each option once, by its short name too"
+        ),
+        pytest.param("--stop x", "--", Expected("--", options=OPTIONS), id="collecting options again"),
         pytest.param("--temp 1", "--", Expected("--", options=without("--temperature")), id="abbreviated"),
         pytest.param("--out", "a", Expected("a", ("cluster.out", "out")), id="value"),
         pytest.param("--out=x", "st", Expected("st", ACTION, ("start", "stop")), id="value in the same word"),
-        pytest.param("", "--out=a", Expected("a", ("cluster.out", "out")), id="value being written there"),
+        pytest.param(
+            "", "--out=a", Expected("a", ("cluster.out", "out")), id="value in the same word, unfinished"
+        ),
         pytest.param(
             "--backend",
             "",
@@ -94,7 +98,7 @@ def without(*names: str) -> tuple[str, ...]:
             id="value with choices",
         ),
         pytest.param("--temperature", "-1", Expected("-1", ("cluster.temperature", "temperature")), id="negative"),
-        pytest.param("--out", "--", Expected("--", options=without("--out")), id="forgotten value"),
+        pytest.param("--out", "--", Expected("--", options=without("--out")), id="missing value"),
         pytest.param("--nosuch", "st", Expected("st", ACTION, ("start", "stop")), id="unknown option"),
         pytest.param("", "--nosuch=x", Expected("--nosuch=x", options=OPTIONS), id="unknown option with a value"),
     ],
@@ -148,7 +152,7 @@ def test_a_source_that_hangs_delays_neither_completion_nor_other_sources(cache: 
         assert asked == ["hanging"], "it is not asked again before it has answered"
     finally:
         may_answer.set()
-    eventually(lambda: cache.names(sources)["hanging"] == ("late",), "what was late is known")
+    eventually(lambda: cache.names(sources)["hanging"] == ("late",), "the late names are known")
 
 
 def test_a_broken_source_keeps_its_last_names(cache: NameCache) -> None:
@@ -157,14 +161,14 @@ def test_a_broken_source_keeps_its_last_names(cache: NameCache) -> None:
     def breaking() -> list[str]:
         return next(answers)  # StopIteration from the second time on
 
-    eventually(lambda: cache.names({"source": breaking}) == {"source": ("one",)}, "it is known")
+    eventually(lambda: cache.names({"source": breaking}) == {"source": ("one",)}, "its names are known")
     for _ in range(20):
         assert cache.names({"source": breaking}) == {"source": ("one",)}
 
 
 def test_changes_in_a_quick_source_are_seen(cache: NameCache) -> None:
     now = ["one"]
-    eventually(lambda: cache.names({"source": lambda: list(now)}) == {"source": ("one",)}, "it is known")
+    eventually(lambda: cache.names({"source": lambda: list(now)}) == {"source": ("one",)}, "its names are known")
     now.append("two")
     eventually(
         lambda: cache.names({"source": lambda: list(now)}) == {"source": ("one", "two")}, "the change is known"
@@ -348,7 +352,7 @@ tab_completion.install(get_ipython(), broken, chats=broken, workers=broken, olla
         assert fresh.value("may_answer.is_set()") == "False"
         fresh.run("may_answer.set()")
         eventually(
-            lambda: completed(fresh, "%%sollol unhu") == ["%%sollol unhurried:1b"], "what was late is known"
+            lambda: completed(fresh, "%%sollol unhu") == ["%%sollol unhurried:1b"], "the late names are known"
         )
         fresh.run("tab_completion.remove(get_ipython())")
         assert "%%sollol mixtral:8x7b" not in completed(fresh, "%%sollol mix")
@@ -365,7 +369,7 @@ tab_completion.install(get_ipython(), broken, chats=broken, workers=broken, olla
 
 @pytest.mark.ollama
 def test_models_of_an_ollama_node_are_completed_right_after_loading(ollama: OllamaServer, tmp_path: Path) -> None:
-    """By their names there, with nothing of them in this machine's storage."""
+    """By the node's names, while this machine's storage is empty."""
     node = f"127.0.0.1:{ollama.port}"
     with kernel(OLLAMA_HOST=node, OLLAMA_MODELS=str(tmp_path)) as fresh:
         assert fresh.run("%load_ext sollol_nb").error == []

@@ -21,7 +21,7 @@ RUN_CELL = "\x1b\r"  # Alt and Enter
 
 
 class Terminal:
-    """IPython on a terminal of its own."""
+    """IPython on a separate terminal."""
 
     def __init__(self, folder: Path) -> None:
         own = {
@@ -29,7 +29,7 @@ class Terminal:
             "SOLLOL_STATE_DIR": str(folder / "state"),
             "SOLLOL_KEEP_ALIVE": "5s",
             "TERM": "xterm",
-            "PROMPT_TOOLKIT_NO_CPR": "1",  # nobody answers where the cursor is
+            "PROMPT_TOOLKIT_NO_CPR": "1",  # pexpect does not report the cursor's position
         }
         self._cells = 1
         self._child = pexpect.spawn(
@@ -49,17 +49,17 @@ class Terminal:
         self._child.sendintr()
 
     def wait_for(self, pattern: str) -> None:
-        """Wait until what fits this regular expression came after what was read already."""
+        """Wait until unread output matches this regular expression."""
         self._child.expect(pattern)
 
     def wait_prompt(self) -> str:
-        """Wait for the next prompt; what came before it, without control sequences."""
+        """Wait for the next prompt; returns the output before it, without control sequences."""
         self._child.expect_exact(f"In [{self._cells}]:")
         self._cells += 1
         return _CONTROL.sub("", self._child.before)
 
     def run(self, line: str) -> str:
-        """Run one line; what it shows, its own echo included."""
+        """Run one line; returns its output, its own echo included."""
         self.type(line, ENTER)
         return self.wait_prompt()
 

@@ -25,7 +25,7 @@ def test_reading_threads_lose_no_chunks() -> None:
         while not ended.is_set():
             assert set(answer.text) <= {"x"}
 
-    sys.setswitchinterval(1e-6)  # threads take turns at every chance
+    sys.setswitchinterval(1e-6)  # threads switch as often as possible
     readers = [threading.Thread(target=read) for _ in range(3)]
     for thread in readers:
         thread.start()
@@ -46,7 +46,7 @@ def test_an_answer_that_starts_over_is_printed_from_its_beginning(
     answer = LiveAnswer("demo")
     answer.add(chunk("Hello wor"))
     view.show(answer)
-    answer.add(chunk("Good morning, ", _restarted=True))  # longer than what was void
+    answer.add(chunk("Good morning, ", _restarted=True))  # longer than the void text
     view.show(answer)
     answer.add(chunk("all", done=True))
     view.finish(answer.completion())

@@ -99,7 +99,7 @@ def test_an_answer_is_shown_in_the_requested_format(notebook: Kernel, format_: s
 def test_json_is_requested_from_the_engine_too(notebook: Kernel) -> None:
     shown = notebook.run("%%sollol demo --temperature 0 --max-tokens 60 --format json --out j\nWhat is a worker?")
     assert shown.markdown.startswith("```json\n")
-    assert notebook.value("j.text.lstrip()[0]") == "'{'", "a grammar holds the engine to it"
+    assert notebook.value("j.text.lstrip()[0]") == "'{'", "a grammar enforces JSON"
 
 
 # --- expansion ----------------------------------------------------------------------------------
@@ -112,7 +112,7 @@ def test_braces_are_expanded_in_the_cell_and_in_options(notebook: Kernel) -> Non
         "What is {{ what }} {{ thing }}?"
     )
     assert notebook.value("e.text[:8], e['eval_count']") == "('A worker', 16)"
-    assert notebook.run("what").error[-1].startswith("NameError"), "it was for that cell only"
+    assert notebook.run("what").error[-1].startswith("NameError"), "it existed in that cell only"
 
 
 def test_single_braces_and_unexpanded_cells_are_left_alone(notebook: Kernel) -> None:
@@ -189,7 +189,7 @@ def test_defaults_come_from_config(notebook: Kernel) -> None:
         assert notebook.value("_['eval_count']") == "4"
         assert notebook.run("%%sollol\nWhat is a worker?").error == []
         assert notebook.run("%%sollol --max-tokens 5\nWhat is a worker?").error == []
-        assert notebook.value("_['eval_count']") == "5", "the line goes first"
+        assert notebook.value("_['eval_count']") == "5", "the line overrides the setting"
     finally:
         for name in ("model", "max_tokens", "temperature"):
             notebook.run(f"%config Sollol.{name} = None")
@@ -209,7 +209,9 @@ def test_whole_tracebacks_can_be_switched_on(notebook: Kernel) -> None:
 
 def test_a_stopped_endless_answer_keeps_its_text(notebook: Kernel, tmp_path: Path) -> None:
     endless = write_endless(tmp_path)
-    assert notebook.run(f"%%sollol {endless} --max-tokens 1\nx").error == []  # loaded: what is shown now is text
+    assert (
+        notebook.run(f"%%sollol {endless} --max-tokens 1\nx").error == []
+    )  # loads the model, so that the next cell shows text only
     message_id = notebook.client.execute(f"%%sollol {endless} --temperature 0 --max-tokens 30000 --out cut\nx")
     shown = notebook.collect(message_id, until_shown=" ")
     notebook.manager.interrupt_kernel()

@@ -94,4 +94,4 @@ def test_mistakes_are_one_line(notebook: Kernel, line: str, words: str) -> None:
     shown = notebook.run(f"%sollol_bench {line}")
     assert shown.status == "error"
     assert words in "".join([*shown.error, shown.stream])
-    assert shown.displays == [], "no progress of what was not begun"
+    assert shown.displays == [], "no progress bar"

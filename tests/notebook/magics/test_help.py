@@ -27,7 +27,7 @@ MAGICS = (
 
 @pytest.fixture(scope="module")
 def notebook(engine: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
-    """A kernel with the extension loaded, in a folder of its own."""
+    """A kernel with the extension loaded, in an empty folder."""
     folder = tmp_path_factory.mktemp("kernel")
     with kernel(SOLLOL_STATE_DIR=str(folder / "state"), SOLLOL_KEEP_ALIVE="5s") as fresh:
         assert fresh.run(f"import os\nos.chdir({str(folder)!r})\n%load_ext sollol_nb").error == []
