@@ -1,1 +1,8 @@
-"""llama_cpp"""
+"""The llama.cpp backend: models whose layers are spread over RPC workers, or that run on this machine alone.
+
+* `engine/`: llama.cpp's programs, found or built.
+* `processes/`: engine processes under their supervisors, and the registry of what runs.
+* `workers/`: the RPC workers, and the state of each.
+* `answers/`: answers that survive their engine.
+* `coordinators/`: llama-servers, each of which runs one plan of one model.
+"""

@@ -61,7 +61,7 @@ class RawAnswer(Answer):
         self._done_reason = ""
         self._pieces: list[_Piece] = []
         self._sent = SentText()
-        # Text whose tokens are not known for sure is tokenised or (if False) generated again and compared.
+        # Text whose tokens are not known for sure: whether to tokenise it, or to generate it again and compare.
         self._tokenises = settings.get("temperature", 1) > 0
         self._grammar_prompt: str | None = None
         self._from_start = False  # no engine can continue in the middle of it

@@ -1,1 +1,14 @@
-"""coordinators"""
+"""The coordinators: llama-servers that each run one model, over workers or on this machine alone.
+
+* `pool.py`: all coordinators of a router; where the router asks for one.
+* `running.py`: the table of what runs, the watch over it, and the end of idle ones.
+* `start.py`: adopt a running coordinator or launch a new one.
+* `planning.py`: which workers a starting one gets, and how many layers each.
+* `coordinator.py`: one llama-server: launch, adopt, stream answers, stop.
+* `readiness.py`: from its start until it can be used.
+* `load_progress.py`: how much of its model it has loaded.
+* `placement.py`: where it placed the layers, according to its log.
+* `pace.py`: its usual time for a token, by which its silence is judged.
+* `measurements.py`: the measured time of tokens on each layout, from which token times are predicted.
+* `settings.py`: how coordinators are started, what one runs, and the flags of llama-server for it.
+"""

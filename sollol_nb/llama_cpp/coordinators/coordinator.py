@@ -244,7 +244,7 @@ class Coordinator:
         self.placement, self.load_ms, self._chat_template = ready.placement, ready.load_ms, ready.chat_template
         self.pace.set_load_time(ready.load_ms / 1000)
         self.pace.calibrate(ready.seconds_per_token)
-        # Where it does not say, the limit is assumed to be what was requested.
+        # If the engine does not say, the limit is assumed to be what was requested.
         with contextlib.suppress(TransportError, KeyError, TypeError):
             props = await self._client.get("/props", timeout_s=10.0)
             self.request_context_tokens = int(props["default_generation_settings"]["n_ctx"])

@@ -63,7 +63,7 @@ def test_thoughts_are_parted_as_llama_server_does(run_thinking: Run, text: str, 
         events, got = await uncut(server, raw, forced)
         chat = ChatAnswer("demo", check_messages(SHORT), check_options(options))
         _, expected = await uncut(server, chat, forced)
-        if think is not False:  # then llama-server looks for no thoughts
+        if think is not False:  # then llama-server does not parse thoughts
             assert (got["thinking"].strip(), got["content"]) == (
                 expected["thinking"].strip(),
                 expected["content"],
@@ -130,8 +130,8 @@ def test_drawn_seed_lets_a_sampled_chat_be_repeated(run: Run) -> None:
         for cut in (3, 9, len(events) // 2, len(events) - 3):
             again, chunks = await cut_after(server, Answer.from_state(unasked), events[:cut])
             assert whole(chunks + await server.finish(again)) == expected
-        _, other = await uncut(server, new_answer(ACCENTS, {**wild, "tools": [TOOL], "max_tokens": 30}))
-        assert other != expected
+        _, different = await uncut(server, new_answer(ACCENTS, {**wild, "tools": [TOOL], "max_tokens": 30}))
+        assert different != expected
 
     run(test)
 

@@ -50,7 +50,7 @@ def fitting(messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any] = 
 
 
 async def turns_that_fit(server: Server, count: int, options: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The messages with as many of so many turns as leave room for `max_tokens`, found one by one."""
+    """The messages with the most of these turns that still leave `max_tokens` free, found by trying each."""
     while await prompt_tokens(server.client.post, request_body(turns(count), options)) > CONTEXT_TOKENS - 40:
         count -= 1
     return turns(count)
@@ -70,9 +70,9 @@ def test_it_answers_what_fits_and_tells_what_it_dropped(run: Run, options: dict[
         expected = await server.finish(answer_for("demo", kept, options, chat_template=PLAIN))
         chunks = await server.finish(fitting(turns(20), options))
         assert whole(chunks) == whole(expected)
-        told = chunks[0]["_dropped"]
-        assert told.startswith(f"dropped the {20 - (len(kept) - 2) // 2} oldest turns (")
-        assert [chunk.get("_dropped") for chunk in chunks] == [told, *[None] * (len(chunks) - 2), told]
+        dropped = chunks[0]["_dropped"]
+        assert dropped.startswith(f"dropped the {20 - (len(kept) - 2) // 2} oldest turns (")
+        assert [chunk.get("_dropped") for chunk in chunks] == [dropped, *[None] * (len(chunks) - 2), dropped]
 
     run(test)
 

@@ -23,15 +23,15 @@ class Tokenizer:
     """The engine's small requests, over bytes: the id of a token is its byte, that of a word is given.
 
     Args:
-        words: text of tokens longer than a byte; those in <> are special.
+        pieces: text of tokens longer than a byte; those in <> are special.
         leading_space: a space is put before whatever is tokenised, as some vocabularies do.
         prompt: what the template renders.
     """
 
     def __init__(
-        self, words: Mapping[str, int] | None = None, *, leading_space: bool = False, prompt: str = PROMPT
+        self, pieces: Mapping[str, int] | None = None, *, leading_space: bool = False, prompt: str = PROMPT
     ) -> None:
-        self._words = {text.encode(): number for text, number in (words or {}).items()}
+        self._pieces = {text.encode(): number for text, number in (pieces or {}).items()}
         self._leading_space = leading_space
         self._prompt = prompt
 
@@ -39,7 +39,7 @@ class Tokenizer:
         if path == "/apply-template":
             return {"prompt": self._prompt}
         if path == "/detokenize":
-            spelling = {number: text for text, number in self._words.items()}
+            spelling = {number: text for text, number in self._pieces.items()}
             pieces = [spelling.get(token, bytes([token % 256])) for token in body["tokens"]]
             return {"content": b"".join(pieces).decode(errors="replace")}
         assert path == "/tokenize"
@@ -52,9 +52,11 @@ class Tokenizer:
         text = b" " + text if self._leading_space else text
         tokens = []
         while text:
-            words = [one for one in self._words if text.startswith(one) and (parse_special or one[:1] != b"<")]
-            piece = max(words, key=len, default=text[:1])
-            tokens.append((self._words.get(piece, piece[0]), piece))
+            known = [
+                piece for piece in self._pieces if text.startswith(piece) and (parse_special or piece[:1] != b"<")
+            ]
+            piece = max(known, key=len, default=text[:1])
+            tokens.append((self._pieces.get(piece, piece[0]), piece))
             text = text[len(piece) :]
         return tokens
 
@@ -77,7 +79,7 @@ def ask(answer: Answer, tokenizer: Tokenizer) -> dict[str, Any] | None:
     return asked and asked[1]
 
 
-def tell(answer: Answer, *events: tuple[str, Sequence[int], int]) -> str:
+def receive(answer: Answer, *events: tuple[str, Sequence[int], int]) -> str:
     """Let events (text, ids, tokens so far) come; what is shown of them."""
     shown = ""
     for text, ids, predicted in events:
@@ -120,14 +122,14 @@ def test_first_request_is_the_rendered_prompt_with_the_options(
 def test_continued_from_the_tokens_of_what_went_out() -> None:
     answer = new_answer(seed=7, max_tokens=10, temperature=0.5)
     ask(answer, Tokenizer())
-    tell(answer, ("a", [97], 1), ("b", [98], 2), ("", [99], 3))  # c may begin a stop string: held back
+    receive(answer, ("a", [97], 1), ("b", [98], 2), ("", [99], 3))  # c may begin a stop string: held back
 
     asked = ask(answer, Tokenizer())
 
     assert asked is not None
     assert asked["prompt"] == [*PROMPT_IDS, 97, 98]
     assert (asked["n_predict"], asked["seed"], asked["temperature"]) == (8, 9, 0.5)
-    assert tell(answer, ("c", [99], 1), ("d", [100], 2)) == "cd"
+    assert receive(answer, ("c", [99], 1), ("d", [100], 2)) == "cd"
 
     asked = ask(answer, Tokenizer())
 
@@ -140,7 +142,7 @@ def test_continued_from_the_tokens_of_what_went_out() -> None:
 def test_seed_never_becomes_the_one_that_means_any() -> None:
     answer = new_answer(seed=2**32 - 3)
     ask(answer, Tokenizer())
-    tell(answer, ("a", [97], 1), ("b", [98], 2))
+    receive(answer, ("a", [97], 1), ("b", [98], 2))
 
     asked = ask(answer, Tokenizer())
 
@@ -153,7 +155,7 @@ def test_nothing_that_went_out_before_the_first_token_is_continued() -> None:
     first = ask(answer, Tokenizer())
     answer.translate({"prompt_progress": {"total": 9, "processed": 4}, "tokens": [0], "tokens_predicted": 0})
     assert answer.waiting_prompt_tokens == 5
-    tell(answer, ("", [99], 1))
+    receive(answer, ("", [99], 1))
 
     assert answer.waiting_prompt_tokens == 0
     assert ask(answer, Tokenizer()) == first
@@ -164,7 +166,7 @@ def test_ids_that_the_stream_left_out_are_found_by_their_text(options: dict[str,
     answer = new_answer(**options)
     ask(answer, Tokenizer())
     e_acute = "\u00e9".encode()
-    tell(answer, ("x", [120], 1), ("\u00e9", [e_acute[1]], 3), ("y", [121], 4))
+    receive(answer, ("x", [120], 1), ("\u00e9", [e_acute[1]], 3), ("y", [121], 4))
 
     asked = ask(answer, Tokenizer())
 
@@ -175,7 +177,7 @@ def test_ids_that_the_stream_left_out_are_found_by_their_text(options: dict[str,
 def test_engine_that_gives_no_ids_can_be_continued_too() -> None:
     answer = new_answer(temperature=0)
     ask(answer, Tokenizer())
-    tell(answer, ("x", [], 1), ("yz", [], 3))
+    receive(answer, ("x", [], 1), ("yz", [], 3))
 
     asked = ask(answer, Tokenizer())
 
@@ -189,15 +191,15 @@ UNLIKELY = (("x", [120], 1), ("\u00e9", [77], 3), ("y", [121], 4), ("z", [122], 
 def test_text_of_unknown_tokens_is_generated_again_and_not_shown_again() -> None:
     answer = new_answer(temperature=0, max_tokens=9)
     ask(answer, Tokenizer())
-    assert tell(answer, *UNLIKELY) == "x\u00e9yz"
+    assert receive(answer, *UNLIKELY) == "x\u00e9yz"
 
     asked = ask(answer, Tokenizer())
 
     assert asked is not None
     assert (asked["prompt"], asked["n_predict"]) == ([*PROMPT_IDS, 120], 8)
-    assert tell(answer, ("\u00e9", [77], 2)) == ""
+    assert receive(answer, ("\u00e9", [77], 2)) == ""
     assert answer.token_count == 5
-    assert tell(answer, ("yz!", [5], 3)) == "!"
+    assert receive(answer, ("yz!", [5], 3)) == "!"
     end(answer, 4)
     assert (answer.text, answer.final()["eval_count"]) == ("x\u00e9yz!", 5)
 
@@ -206,12 +208,12 @@ def test_text_of_unknown_tokens_is_generated_again_and_not_shown_again() -> None
 def test_text_that_is_not_generated_again_is_spelled(how: str) -> None:
     answer = new_answer(temperature=0)
     ask(answer, Tokenizer())
-    tell(answer, *UNLIKELY)
+    receive(answer, *UNLIKELY)
     ask(answer, Tokenizer())
     if how == "other text":
-        assert tell(answer, ("\u00e9", [77], 2), ("no", [5], 3), ("thing", [6], 4)) == ""
+        assert receive(answer, ("\u00e9", [77], 2), ("no", [5], 3), ("thing", [6], 4)) == ""
     else:
-        tell(answer, ("\u00e9", [77], 2))
+        receive(answer, ("\u00e9", [77], 2))
         end(answer, 3)
     assert answer.is_abandoned
     assert not answer.is_complete
@@ -221,21 +223,21 @@ def test_text_that_is_not_generated_again_is_spelled(how: str) -> None:
     assert asked is not None
     assert asked["prompt"] == [*PROMPT_IDS, *"x\u00e9yz".encode()]
     assert not answer.is_abandoned
-    assert tell(answer, ("!", [33], 1)) == "!"
+    assert receive(answer, ("!", [33], 1)) == "!"
 
 
 def test_cut_while_text_is_generated_again_goes_on_from_there() -> None:
     answer = new_answer(temperature=0)
     ask(answer, Tokenizer())
-    tell(answer, *UNLIKELY)
+    receive(answer, *UNLIKELY)
     ask(answer, Tokenizer())
-    tell(answer, ("\u00e9y", [8, 9], 2))
+    receive(answer, ("\u00e9y", [8, 9], 2))
 
     asked = ask(answer, Tokenizer({"\u00e9": 8, "y": 9}))
 
     assert asked is not None
     assert asked["prompt"] == [*PROMPT_IDS, 120, 8, 9]
-    assert tell(answer, ("z", [122], 1), ("!", [33], 2)) == "!"
+    assert receive(answer, ("z", [122], 1), ("!", [33], 2)) == "!"
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.8}])  # an engine's own temperature is not 0
@@ -244,25 +246,25 @@ def test_sampled_text_of_unknown_tokens_is_spelled_at_once(options: dict[str, An
     answer = new_answer(**options)
     ask(answer, Tokenizer())
     last = "\u00e9".encode()[1] if tokens == 3 else 77
-    tell(answer, ("x", [120], 1), ("\u00e9", [last], 1 + tokens), ("yz", [5], 2 + tokens))
+    receive(answer, ("x", [120], 1), ("\u00e9", [last], 1 + tokens), ("yz", [5], 2 + tokens))
 
     asked = ask(answer, Tokenizer())
 
     assert asked is not None
     assert asked["prompt"] == [*PROMPT_IDS, *"x\u00e9yz".encode()]
-    assert tell(answer, ("!", [33], 1)) == "!"
+    assert receive(answer, ("!", [33], 1)) == "!"
 
 
 def test_tokens_that_say_more_than_was_shown_are_not_continued() -> None:
     answer = new_answer(temperature=0, stop=["STOP"])
     ask(answer, Tokenizer())
-    tell(answer, ("a", [97], 1), ("b", [500], 2))  # token 500 is "bSTOP"
+    receive(answer, ("a", [97], 1), ("b", [500], 2))  # token 500 is "bSTOP"
 
     asked = ask(answer, Tokenizer({"bSTOP": 500}))
 
     assert asked is not None
     assert asked["prompt"] == [*PROMPT_IDS, 97]
-    assert tell(answer, ("b", [500], 1)) == ""
+    assert receive(answer, ("b", [500], 1)) == ""
     end(answer, 1, "word")
     assert (answer.text, answer.final()["done_reason"], answer.final()["eval_count"]) == ("ab", "stop", 2)
 
@@ -272,7 +274,7 @@ def test_grammar_goes_on_after_what_went_out() -> None:
     first = ask(answer, Tokenizer())
     assert first is not None
     assert "generation_prompt" not in first
-    tell(answer, ('"', [34], 1), ("a", [97], 2))
+    receive(answer, ('"', [34], 1), ("a", [97], 2))
 
     asked = ask(answer, Tokenizer())
 
@@ -285,12 +287,12 @@ def test_where_the_grammar_cannot_go_on_all_is_repeated_or_given_up() -> None:
     answer = new_answer(temperature=0.8, seed=7, format=SCHEMA)
     tokenizer = Tokenizer({"<end>": 300})
     first = ask(answer, tokenizer)
-    tell(answer, ('"', [34], 1), ("<end>", list(b"<end>"), 6))
+    receive(answer, ('"', [34], 1), ("<end>", list(b"<end>"), 6))
 
     assert ask(answer, tokenizer) == first
-    assert tell(answer, ('"', [34], 1)) == ""
+    assert receive(answer, ('"', [34], 1)) == ""
     with pytest.raises(AnswerDivergedError, match="cannot be continued; ask again"):
-        tell(answer, ("b", [98], 2))
+        receive(answer, ("b", [98], 2))
 
 
 def test_times_of_all_engines_are_added_once() -> None:
@@ -319,7 +321,7 @@ def test_thoughts_are_parted_to_the_end(prompt: str, pieces: tuple[str, ...], th
     assert asked is not None
     assert asked["preserved_tokens"] == ["<think>", "</think>"]  # shown also where they are special
 
-    shown = tell(answer, *((piece, [97], number) for number, piece in enumerate(pieces, 1)))
+    shown = receive(answer, *((piece, [97], number) for number, piece in enumerate(pieces, 1)))
     end(answer, 9)
     final = answer.final()
 
@@ -330,7 +332,7 @@ def test_thoughts_are_parted_to_the_end(prompt: str, pieces: tuple[str, ...], th
 def test_state_keeps_what_is_unknown() -> None:
     answer = new_answer(temperature=0, max_tokens=9, seed=4)
     ask(answer, Tokenizer())
-    tell(answer, *UNLIKELY)
+    receive(answer, *UNLIKELY)
 
     again = Answer.from_state(json.loads(json.dumps(answer.state())))
 
@@ -369,7 +371,7 @@ def test_text_that_cannot_be_spelled_exactly_is_spelled_nearly() -> None:
         (" a", False, " a"),
         (" a", True, "x a"),
         ("a" + ROCKET, True, "xa" + ROCKET),
-        ("[a", True, "[a"),  # here the space is a token of its own
+        ("[a", True, "[a"),  # here the space is a separate token
         ("<end>", False, None),
         ("a<end>b", True, None),
         ("a<end", False, "a<end"),

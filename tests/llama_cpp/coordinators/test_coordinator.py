@@ -103,9 +103,9 @@ async def start(
     timeout_s: float = HANG_GUARD_S,
 ) -> Coordinator:
     (port,) = free_ports(first_port, 1)
-    one = await Coordinator.launch(engine, settings, port=port, keep_alive_s=60)
-    await one.until_ready(timeout_s)
-    return one
+    coordinator = await Coordinator.launch(engine, settings, port=port, keep_alive_s=60)
+    await coordinator.until_ready(timeout_s)
+    return coordinator
 
 
 def start_error(engine: Engine, settings: CoordinatorSettings, timeout_s: float = HANG_GUARD_S) -> SollolError:
@@ -117,7 +117,7 @@ def start_error(engine: Engine, settings: CoordinatorSettings, timeout_s: float 
 
     with pytest.raises(SollolError) as caught:
         run(attempt())
-    assert [one for one in engines_of(psutil.Process()) if one not in before and is_alive(one)] == []
+    assert [engine for engine in engines_of(psutil.Process()) if engine not in before and is_alive(engine)] == []
     assert "\n" not in str(caught.value)
     return caught.value
 
@@ -141,20 +141,20 @@ def test_the_engine_places_the_layers_exactly_as_planned(
     assert plan is not None
 
     async def placed() -> Coordinator:
-        one = await start(engine, settings)
-        await one.stop()
-        return one
+        coordinator = await start(engine, settings)
+        await coordinator.stop()
+        return coordinator
 
-    one = run(placed())
+    coordinator = run(placed())
 
-    assert one.placement is not None
-    assert one.placement_differences == []
-    assert {device.name: device.units for device in one.placement.devices if device.units} == {
+    assert coordinator.placement is not None
+    assert coordinator.placement_differences == []
+    assert {device.name: device.units for device in coordinator.placement.devices if device.units} == {
         shard.endpoint: tuple(range(shard.first_layer, shard.first_layer + shard.unit_count))
         for shard in plan.shards
     }
     for shard in plan.shards:
-        placed_there = one.placement.of(shard.endpoint)
+        placed_there = coordinator.placement.of(shard.endpoint)
         assert placed_there is not None
         assert placed_there.model_bytes == pytest.approx(shard.weight_bytes, abs=0.02 * 2**20)
         assert placed_there.kv_bytes == pytest.approx(shard.kv_bytes, abs=0.02 * 2**20)
@@ -189,9 +189,9 @@ def test_a_model_of_more_than_98_blocks_is_placed_wholly_on_the_workers(
     deep = write_llama(tmp_path / "deep.gguf", blocks=110, embedding=32, feed_forward=32, heads=2)
 
     async def placed() -> Coordinator:
-        one = await start(engine, over(endpoints[:2], deep))
-        await one.stop()
-        return one
+        coordinator = await start(engine, over(endpoints[:2], deep))
+        await coordinator.stop()
+        return coordinator
 
     placement = run(placed()).placement
 
@@ -203,8 +203,8 @@ def test_a_model_of_more_than_98_blocks_is_placed_wholly_on_the_workers(
 # --- who may talk to it -----------------------------------------------------------------------
 
 
-def api_key_of(one: Coordinator) -> str:
-    return psutil.Process(one.pid).environ()["LLAMA_API_KEY"]
+def api_key_of(coordinator: Coordinator) -> str:
+    return psutil.Process(coordinator.pid).environ()["LLAMA_API_KEY"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the environment of another process")
@@ -214,15 +214,16 @@ def test_the_api_key_is_its_own_and_in_no_process_list_and_no_log(
     key = api_key_of(running)
     assert len(key) > 32
     router.route_request("demo", QUESTION, max_tokens=1)
-    assert len({api_key_of(one) for one in router.coordinators}) == len(router.coordinators) == 2
+    assert len({api_key_of(coordinator) for coordinator in router.coordinators}) == len(router.coordinators) == 2
     for process in psutil.Process().children(recursive=True):  # engines and supervisors
         assert key not in " ".join(process.cmdline())
     assert key not in running.log_path.read_text(errors="replace")
 
 
 def test_only_loopback_is_listened_on(running: Coordinator) -> None:
-    listening = [one for one in psutil.Process(running.pid).net_connections() if one.status == psutil.CONN_LISTEN]
-    assert [f"http://{one.laddr.ip}:{one.laddr.port}" for one in listening] == [running.base_url]
+    connections = psutil.Process(running.pid).net_connections()
+    listening = [link.laddr for link in connections if link.status == psutil.CONN_LISTEN]
+    assert [f"http://{address.ip}:{address.port}" for address in listening] == [running.base_url]
     assert running.base_url.startswith("http://127.0.0.1:")
 
 
@@ -262,7 +263,7 @@ def test_the_default_port_is_18080_or_one_after_it(running: Coordinator) -> None
 EVERYTHING_IS_FINE = http_stranger(200)
 
 
-@pytest.mark.parametrize("looks_free", [False, True], ids=["seen to be taken", "taken after the look"])
+@pytest.mark.parametrize("looks_free", [False, True], ids=["seen to be used", "used after the check"])
 def test_a_stranger_on_the_port_is_never_used(
     engine: Engine, endpoints: list[str], monkeypatch: pytest.MonkeyPatch, looks_free: bool
 ) -> None:
@@ -360,9 +361,9 @@ def test_it_is_ready_when_its_health_says_so_and_not_before(engine: Engine, endp
                 loading = await health()
                 ready_before = starting.done()
                 proxy.go_on.set()
-                one = await starting
+                coordinator = await starting
                 healthy = await health() == 200
-            await one.stop()
+            await coordinator.stop()
             return loading, ready_before, healthy
 
     assert run(started()) == (503, False, True)
@@ -389,14 +390,14 @@ def test_a_worker_that_hangs_in_the_middle_of_loading_ends_in_the_timeout(
 
     with pytest.raises(CoordinatorTimeoutError):
         run(attempt())
-    assert [one for one in engines_of(psutil.Process()) if one not in before and is_alive(one)] == []
+    assert [engine for engine in engines_of(psutil.Process()) if engine not in before and is_alive(engine)] == []
 
 
 def test_a_start_that_is_cancelled_leaves_no_process(engine: Engine) -> None:
     before = engines_of(psutil.Process())
 
     def new_ones() -> list[psutil.Process]:
-        return [one for one in engines_of(psutil.Process()) if one not in before]
+        return [engine for engine in engines_of(psutil.Process()) if engine not in before]
 
     async def cancelled() -> list[psutil.Process]:
         with silent_peer() as silent:
@@ -420,7 +421,7 @@ def truncated(folder: Path) -> CoordinatorSettings:
 
 
 @pytest.mark.parametrize(
-    ("case", "kind", "words"),
+    ("case", "kind", "reason"),
     [
         ("truncated model", ModelFileError, "the model file is damaged, or llama.cpp does not support it"),
         ("dead worker", CoordinatorStartError, "a worker was lost; %sollol_cluster shows which"),
@@ -428,8 +429,8 @@ def truncated(folder: Path) -> CoordinatorSettings:
         ("no program", EngineError, "does not run"),
     ],
 )
-def test_an_end_before_it_is_ready_is_told_with_the_reason(
-    engine: Engine, endpoints: list[str], tmp_path: Path, case: str, kind: type[SollolError], words: str
+def test_an_end_before_it_is_ready_is_reported_with_its_reason(
+    engine: Engine, endpoints: list[str], tmp_path: Path, case: str, kind: type[SollolError], reason: str
 ) -> None:
     with serving(OtherProtocolWorker) as newer:
         if case == "truncated model":
@@ -443,40 +444,40 @@ def test_an_end_before_it_is_ready_is_told_with_the_reason(
             program.write_text("not a program")
             error = start_error(replace(engine, server=program), over(endpoints))
     assert type(error) is kind
-    assert words in str(error)
+    assert reason in str(error)
     if kind is not EngineError:
         assert "ended while starting (" in str(error)
         assert log_named_in(error).is_file()
 
 
-# --- its life ---------------------------------------------------------------------------------
+# --- start and end ----------------------------------------------------------------------------
 
 
-def test_a_coordinator_can_be_stopped_twice_and_tells_its_state(engine: Engine, endpoints: list[str]) -> None:
+def test_a_coordinator_can_be_stopped_twice_and_shows_its_state(engine: Engine, endpoints: list[str]) -> None:
     async def life() -> list[object]:
-        one = await start(engine, over(endpoints[:2], slots=3))
+        coordinator = await start(engine, over(endpoints[:2], slots=3))
         seen: list[object] = [
-            one.is_running(),
-            one.rpc_backends,
-            repr(one),
-            await busy_slots(one),
-            one.gate.slots,
+            coordinator.is_running(),
+            coordinator.rpc_backends,
+            repr(coordinator),
+            await busy_slots(coordinator),
+            coordinator.gate.slots,
         ]
-        process = psutil.Process(one.pid)
-        assert one.uptime_s > 0
-        assert one.load_ms > 0
-        report = await one.stop()
-        assert await one.stop() == report
-        return [*seen, is_alive(process), one.is_running(), repr(one).rpartition(", ")[2]]
+        process = psutil.Process(coordinator.pid)
+        assert coordinator.uptime_s > 0
+        assert coordinator.load_ms > 0
+        report = await coordinator.stop()
+        assert await coordinator.stop() == report
+        return [*seen, is_alive(process), coordinator.is_running(), repr(coordinator).rpartition(", ")[2]]
 
-    is_running, backends, words, *rest = run(life())
+    is_running, backends, text, *rest = run(life())
     assert is_running is True
     assert backends == endpoints[:2]
-    assert re.fullmatch(r"<Coordinator of test:sharded at http://127\.0\.0\.1:\d+, running>", str(words))
+    assert re.fullmatch(r"<Coordinator of test:sharded at http://127\.0\.0\.1:\d+, running>", str(text))
     assert rest == [0, 3, False, False, "ended>"]
 
 
-def test_what_the_engine_refuses_is_told_in_its_words_and_leaves_it_running(running: Coordinator) -> None:
+def test_a_refusal_of_the_engine_has_its_reason_and_leaves_it_running(running: Coordinator) -> None:
     async def ask() -> None:
         schema = {"type": "object", "properties": {"a": {"type": "nonsense"}}}
         answer = running.answer([{"role": "user", "content": "Hello!"}], {"format": schema})
@@ -491,7 +492,7 @@ def test_what_the_engine_refuses_is_told_in_its_words_and_leaves_it_running(runn
 
 def test_a_local_coordinator_has_no_plan_and_no_worker_flags(router: HybridRouter) -> None:
     router.route_request("demo", QUESTION, max_tokens=1)
-    (local,) = [one for one in router.coordinators if one.model == "demo"]
+    (local,) = [coordinator for coordinator in router.coordinators if coordinator.model == "demo"]
     plan: LayerPlan | None = local.plan
     assert plan is None
     assert (local.rpc_backends, local.placement_differences) == ([], [])

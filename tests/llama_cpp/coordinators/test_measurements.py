@@ -64,8 +64,8 @@ def test_a_layout_that_has_ended_helps_to_predict_the_next() -> None:
     answer(bus, 40)
     measured.keep(before, ROUND_TRIPS)
 
-    other = parts_of(coordinator(5, 4, 4).plan, ROUND_TRIPS)  # type: ignore[arg-type]
-    assert predict(measured.speeds(PATH, [], ROUND_TRIPS), other).token_ms == pytest.approx(25.5, rel=0.01)
+    new_parts = parts_of(coordinator(5, 4, 4).plan, ROUND_TRIPS)  # type: ignore[arg-type]
+    assert predict(measured.speeds(PATH, [], ROUND_TRIPS), new_parts).token_ms == pytest.approx(25.5, rel=0.01)
     assert measured.speeds(Path("other.gguf"), [], ROUND_TRIPS) is None, "of that model only"
     assert measured.token_ms(coordinator(5, 4, 4)) is None, "another at its address starts anew"
 

@@ -150,8 +150,8 @@ def test_huge_prompt_on_a_slow_machine_is_waited_for_a_batch_at_a_time() -> None
     [
         (2000, 0.01, 0.01),
         (32, 0.01, 0.01),
-        (31, 0.01, 0.1),  # too few to tell
-        (2000, 0.3, 0.1),  # a prompt token never costs more than a generated one
+        (31, 0.01, 0.1),  # too few to measure
+        (2000, 0.3, 0.1),  # a prompt token never takes longer than a generated one
     ],
 )
 def test_prompt_token_is_measured_where_it_can_be(total: int, token_s: float, measured: float) -> None:
@@ -191,7 +191,7 @@ def test_token_that_came_with_the_prompt_of_another_is_no_measure() -> None:
     asking, question = watched.open(2000)
     asking.on_event({"prompt_progress": {"processed": 0, "total": 2000}})
     watched.tokens(writing, 0.1, 1)
-    watched.tokens(writing, 60.0, 1)  # told before the progress of the same batch
+    watched.tokens(writing, 60.0, 1)  # received before the progress of the same batch
     asking.on_event({"prompt_progress": {"processed": 2000, "total": 2000}})
     question.waiting_prompt_tokens = 0
 

@@ -44,7 +44,7 @@ def shard(endpoint: str, first: int, count: int, *, output: bool = False) -> Sha
 
 
 def plan(*shards: Shard) -> LayerPlan:
-    return LayerPlan("memory_aware", sum(one.layer_count for one in shards), 4096, shards)
+    return LayerPlan("memory_aware", sum(shard.layer_count for shard in shards), 4096, shards)
 
 
 PLAN = plan(shard(ONE, 0, 2), shard(TWO, 2, 2, output=True))
@@ -58,12 +58,12 @@ def test_placement_is_read_from_the_log(suffix: str) -> None:
     placement = read_placement(log_of(layers("RPC0 RPC0 RPC1 RPC1 RPC1", suffix)))
 
     assert [device.name for device in placement.devices] == [ONE, TWO, "CPU"]
-    one, two, cpu = placement.devices
-    assert (one.units, two.units, cpu.units) == ((0, 1), (2, 3, 4), ())
-    assert (one.model_bytes, two.model_bytes) == (round(2.30 * MIB), round(2.62 * MIB))
-    assert (one.kv_bytes, two.kv_bytes) == (round(0.75 * MIB), round(0.50 * MIB))
+    first, second, cpu = placement.devices
+    assert (first.units, second.units, cpu.units) == ((0, 1), (2, 3, 4), ())
+    assert (first.model_bytes, second.model_bytes) == (round(2.30 * MIB), round(2.62 * MIB))
+    assert (first.kv_bytes, second.kv_bytes) == (round(0.75 * MIB), round(0.50 * MIB))
     assert (cpu.model_bytes, cpu.kv_bytes) == (round(0.31 * MIB), 0)
-    assert placement.of(TWO) is two
+    assert placement.of(TWO) is second
     assert placement.of("127.0.0.1:1") is None
 
 
@@ -137,9 +137,9 @@ def test_differences_from_the_plan_are_told(devices: str, differences: list[str]
         pytest.param({ONE: [5], TWO: [2, 1]}, "2,2,1", id="by free memory"),
         pytest.param({ONE: [5], TWO: [10, 1, 1]}, "2,3,0,0", id="nothing for a full device"),
         pytest.param({ONE: [5], TWO: [1, 1]}, "2,2,1", id="remainder to the first"),
-        pytest.param({ONE: [0, 0], TWO: [0]}, "1,1,3", id="no free memory told"),
+        pytest.param({ONE: [0, 0], TWO: [0]}, "1,1,3", id="free memory not known"),
         pytest.param({ONE: [5], TWO: [0, 0]}, "2,2,1", id="more units than devices without free memory"),
-        pytest.param({ONE: [], TWO: [7]}, "2,3", id="no devices told"),
+        pytest.param({ONE: [], TWO: [7]}, "2,3", id="devices not known"),
     ],
 )
 def test_units_of_a_worker_are_shared_among_its_devices(free: dict[str, list[int]], split: str) -> None:

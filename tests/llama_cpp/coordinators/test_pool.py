@@ -48,8 +48,8 @@ pytestmark = pytest.mark.engine
 
 @pytest.fixture(scope="module")
 def breakable(engine: Engine) -> Iterator[HybridRouter]:
-    """A router over three workers of its own, whose engines the tests here kill; it starts what it lacks."""
-    # With a context of its own, so that no coordinator of other tests is adopted.
+    """A router over three workers that only it uses, whose engines these tests kill; it starts missing ones."""
+    # With a context size that no other test uses, so that no coordinator of other tests is adopted.
     with HybridRouter(
         auto_setup_rpc=True, auto_discover_rpc=False, num_rpc_backends=3, context_tokens=2048
     ) as mine:
@@ -58,12 +58,12 @@ def breakable(engine: Engine) -> Iterator[HybridRouter]:
 
 LONG_QUESTION = "Tell me everything about sharding."  # the answer is still under way after its first chunks
 TWO_TOKENS: dict[str, Any] = {"max_tokens": 2, "temperature": 0}
-"""Greedy: from random weights, sampling may draw bytes that are no text, which llama-server fails to send."""
+"""Greedy: from random weights, sampling may draw bytes that are not text, which llama-server fails to send."""
 
 
 @pytest.fixture(scope="module")
 def sharding(engine: Engine) -> Iterator[HybridRouter]:
-    """A router that shards every model over three workers of its own, and starts no others."""
+    """A router that shards every model over three workers that only it uses, and starts no others."""
     with HybridRouter(auto_discover_rpc=False, distributed_threshold_params=1e-6, timeout=600) as mine:
         mine.start_workers(3)
         yield mine
@@ -92,7 +92,7 @@ def started_since(router: HybridRouter, since: int) -> int:
 
 
 def error_of(ask: Callable[[], Any], kind: type[SollolError]) -> str:
-    """The one line of the error that asking ends in."""
+    """The line of the error that the request ends in."""
     with pytest.raises(kind) as caught:
         ask()
     assert type(caught.value) is kind
@@ -115,7 +115,7 @@ def test_a_second_request_finds_the_model_loaded(router: HybridRouter) -> None:
     assert first.routing["coordinator_url"] == second.routing["coordinator_url"]
 
 
-def test_requests_at_once_from_an_event_loop_start_one_coordinator(router: HybridRouter) -> None:
+def test_requests_at_the_same_time_from_an_event_loop_start_one_coordinator(router: HybridRouter) -> None:
     router.stop_coordinator("demo:sharded")
     since = len(router.events.recent())
 
@@ -130,7 +130,7 @@ def test_requests_at_once_from_an_event_loop_start_one_coordinator(router: Hybri
     assert len({answer.routing["coordinator_url"] for answer in answers}) == 1
 
 
-def test_requests_at_once_from_threads_start_one_coordinator(router: HybridRouter) -> None:
+def test_requests_at_the_same_time_from_threads_start_one_coordinator(router: HybridRouter) -> None:
     router.stop_coordinator("demo:sharded")
     since = len(router.events.recent())
     together = threading.Barrier(4)
@@ -153,25 +153,26 @@ with HybridRouter(auto_setup_rpc=True, auto_discover_rpc=False, **settings) as r
     print("pid", router.coordinator.pid, flush=True)
     print("url", answer.routing["coordinator_url"], flush=True)
     print("workers", *router.coordinator.rpc_backends, flush=True)
-    print("units", *(len(one.units) for one in router.coordinator.placement.devices if one.units), flush=True)
+    devices = router.coordinator.placement.devices
+    print("units", *(len(device.units) for device in devices if device.units), flush=True)
     print("text", answer.text.encode().hex(), flush=True)
     sys.stdin.readline()
 """
 
 
-def test_two_processes_with_other_settings_have_workers_and_ports_of_their_own(
+def test_two_processes_with_other_settings_have_separate_workers_and_ports(
     router: HybridRouter, tmp_path: Path
 ) -> None:
     state = {"SOLLOL_STATE_DIR": str(tmp_path)}
-    with script(WHOLE_ROUTER, "1024", **state) as one, script(WHOLE_ROUTER, "1280", **state) as other:
-        pids = {says(each, "pid") for each in (one, other)}
-        urls = {says(each, "url") for each in (one, other)}
-        workers = [endpoint for each in (one, other) for endpoint in says(each, "workers").split()]
-        units = [says(each, "units").split() for each in (one, other)]
-        texts = [bytes.fromhex(says(each, "text")).decode() for each in (one, other)]
-        processes = [engine for each in (one, other) for engine in engines_of(psutil.Process(each.pid))]
-        one.communicate("\n")
-        other.communicate("\n")
+    with script(WHOLE_ROUTER, "1024", **state) as first, script(WHOLE_ROUTER, "1280", **state) as second:
+        pids = {says(process, "pid") for process in (first, second)}
+        urls = {says(process, "url") for process in (first, second)}
+        workers = [endpoint for process in (first, second) for endpoint in says(process, "workers").split()]
+        units = [says(process, "units").split() for process in (first, second)]
+        texts = [bytes.fromhex(says(process, "text")).decode() for process in (first, second)]
+        processes = [engine for process in (first, second) for engine in engines_of(psutil.Process(process.pid))]
+        first.communicate("\n")
+        second.communicate("\n")
 
     assert len(pids) == len(urls) == 2
     assert len(set(workers)) == len(workers) == 4
@@ -186,17 +187,17 @@ def test_a_second_process_adopts_the_coordinator_of_the_first_and_the_last_one_e
     engine: Engine, tmp_path: Path
 ) -> None:
     state = {"SOLLOL_STATE_DIR": str(tmp_path)}
-    with script(WHOLE_ROUTER, "1536", **state) as one:
-        pid, url, workers, units, text = (says(one, word) for word in ("pid", "url", "workers", "units", "text"))
-        with script(WHOLE_ROUTER, "1536", **state) as other:
-            told = [says(other, word) for word in ("pid", "url", "workers", "units", "text")]
-            processes = engines_of(psutil.Process(one.pid))
-            assert engines_of(psutil.Process(other.pid)) == [], "it started none"
-            one.communicate("\n")
+    with script(WHOLE_ROUTER, "1536", **state) as first:
+        pid, url, workers, units, text = (says(first, name) for name in ("pid", "url", "workers", "units", "text"))
+        with script(WHOLE_ROUTER, "1536", **state) as second:
+            shown = [says(second, name) for name in ("pid", "url", "workers", "units", "text")]
+            processes = engines_of(psutil.Process(first.pid))
+            assert engines_of(psutil.Process(second.pid)) == [], "it started none"
+            first.communicate("\n")
             assert len(processes) == 3
-            assert all(map(is_alive, processes)), "the other one uses them"
-            other.communicate("\n")
-    assert told == [pid, url, workers, units, text]
+            assert all(map(is_alive, processes)), "the second process uses them"
+            second.communicate("\n")
+    assert shown == [pid, url, workers, units, text]
     all_end(processes)
 
 
@@ -209,18 +210,18 @@ def test_without_discovery_the_default_number_of_workers_is_set_up(engine: Engin
 # --- lost -------------------------------------------------------------------------------------
 
 
-def test_a_connection_that_was_overlooked_once_is_no_lost_worker(
+def test_a_connection_that_was_overlooked_once_is_not_a_lost_worker(
     breakable: HybridRouter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     breakable.route_request("demo:sharded", QUESTION, max_tokens=3)
-    coordinator, looks = coordinator_of(breakable), []
+    coordinator, checks = coordinator_of(breakable), []
 
     def overlooked_once() -> list[str]:
-        looks.append(Coordinator.broken_links(coordinator))
-        return coordinator.rpc_backends if len(looks) == 1 else looks[-1]
+        checks.append(Coordinator.broken_links(coordinator))
+        return coordinator.rpc_backends if len(checks) == 1 else checks[-1]
 
     monkeypatch.setattr(coordinator, "broken_links", overlooked_once)
-    eventually(lambda: len(looks) > 2, "it is looked at again and again")
+    eventually(lambda: len(checks) > 2, "it is checked again and again")
     assert coordinator.is_running()
     assert coordinator_of(breakable) is coordinator
 
@@ -244,7 +245,7 @@ def test_a_coordinator_killed_while_idle_is_noticed_and_the_next_request_starts_
     assert worker_states(breakable) == ["held"] * 3
 
 
-def test_an_answer_goes_on_when_its_coordinator_is_killed(sharding: HybridRouter) -> None:
+def test_an_answer_continues_when_its_coordinator_is_killed(sharding: HybridRouter) -> None:
     whole = sharding.route_request("demo:sharded", LONG_QUESTION, temperature=0)
     killed = psutil.Process(coordinator_of(sharding).pid)
 
@@ -332,9 +333,10 @@ def test_an_idle_coordinator_makes_room_for_another_model(
     sharding.route_request(small, QUESTION, **TWO_TOKENS)
 
     assert not before.is_running()
-    assert [one.model for one in sharding.coordinators] == [small]
-    words = [event.message for event in sharding.events.recent()[since:] if event.kind == "coordinator.made_room"]
-    assert words == [f"stopping {endless} (idle) to make room for {small}"]
+    assert [coordinator.model for coordinator in sharding.coordinators] == [small]
+    events = sharding.events.recent()[since:]
+    messages = [event.message for event in events if event.kind == "coordinator.made_room"]
+    assert messages == [f"stopping {endless} (idle) to make room for {small}"]
 
 
 def test_a_busy_coordinator_is_not_stopped_to_make_room(sharding: HybridRouter, endless: str, small: str) -> None:
@@ -343,12 +345,12 @@ def test_a_busy_coordinator_is_not_stopped_to_make_room(sharding: HybridRouter, 
     next(chunks)
     busy = coordinator_of(sharding)
 
-    words = error_of(lambda: sharding.route_request(small, QUESTION, **TWO_TOKENS), WorkersUnavailableError)
+    message = error_of(lambda: sharding.route_request(small, QUESTION, **TWO_TOKENS), WorkersUnavailableError)
 
-    assert words.startswith(f"{small} needs RPC workers, but none of 3 is free: ")
-    assert words.count(f": held by the coordinator of {endless}") == 3
+    assert message.startswith(f"{small} needs RPC workers, but none of 3 is free: ")
+    assert message.count(f": held by the coordinator of {endless}") == 3
     assert busy.is_running()
-    assert next(chunks)["done"] is False, "its answer goes on"
+    assert next(chunks)["done"] is False, "its answer continues"
     chunks.close()
     assert sharding.route_request(small, QUESTION, **TWO_TOKENS)["eval_count"] == 2
     assert not busy.is_running()
@@ -391,23 +393,23 @@ def test_a_model_that_does_not_fit_is_refused_before_any_engine_starts(
     tiny = property(lambda self: WorkerCapacity(self.endpoint, free_bytes=100_000, total_bytes=100_000))
     monkeypatch.setattr(WorkerStatus, "capacity", tiny)
 
-    words = error_of(lambda: sharding.route_request(small, QUESTION), ModelDoesNotFitError)
+    message = error_of(lambda: sharding.route_request(small, QUESTION), ModelDoesNotFitError)
 
-    assert "layers find no room" in words
+    assert "layers find no room" in message
     assert started_since(sharding, since) == 0
     assert worker_states(sharding) == ["free"] * 3
 
 
 @pytest.mark.parametrize(
-    ("damage", "words"),
+    ("damage", "message"),
     [
         ("cut", "cut.gguf"),
         ("missing", "missing.gguf is not there; give the path of a GGUF file"),
         ("text", "text.gguf"),
     ],
 )
-def test_a_damaged_model_file_is_told_before_any_engine_starts(
-    engine: Engine, tmp_path: Path, damage: str, words: str
+def test_a_damaged_model_file_is_reported_before_any_engine_starts(
+    engine: Engine, tmp_path: Path, damage: str, message: str
 ) -> None:
     path = tmp_path / f"{damage}.gguf"
     if damage == "cut":
@@ -416,7 +418,7 @@ def test_a_damaged_model_file_is_told_before_any_engine_starts(
         path.write_text("This is not a model.\n" * 100)
     before = engines_of(psutil.Process())
     with HybridRouter(gguf_path=path, auto_setup_rpc=True, auto_discover_rpc=False) as mine:
-        assert words in error_of(lambda: mine.route_request("llama3.1:70b", QUESTION), ModelFileError)
+        assert message in error_of(lambda: mine.route_request("llama3.1:70b", QUESTION), ModelFileError)
         assert kinds(mine) == ["request.started", "request.finished"]
     assert engines_of(psutil.Process()) == before
 
@@ -424,8 +426,8 @@ def test_a_damaged_model_file_is_told_before_any_engine_starts(
 def test_a_worker_of_another_protocol_is_not_used_and_is_named(engine: Engine) -> None:
     with serving(OtherProtocolWorker) as newer, HybridRouter(auto_discover_rpc=False) as mine:
         mine.add_worker(f"127.0.0.1:{newer}")
-        words = error_of(lambda: mine.route_request("demo:sharded", QUESTION), WorkersUnavailableError)
-        assert f"127.0.0.1:{newer} speaks RPC protocol 8.0.0, but this side speaks 7.0" in words
+        message = error_of(lambda: mine.route_request("demo:sharded", QUESTION), WorkersUnavailableError)
+        assert f"127.0.0.1:{newer} speaks RPC protocol 8.0.0, but this side speaks 7.0" in message
 
         (usable,) = mine.start_workers(1)
         answer = mine.route_request("demo:sharded", QUESTION, max_tokens=2)
@@ -434,17 +436,17 @@ def test_a_worker_of_another_protocol_is_not_used_and_is_named(engine: Engine) -
 
 def test_without_workers_the_error_says_how_to_get_some(engine: Engine) -> None:
     with HybridRouter(auto_discover_rpc=False) as mine:
-        words = error_of(lambda: mine.route_request("demo:sharded", QUESTION), WorkersUnavailableError)
-    assert words.startswith("demo:sharded needs RPC workers, but none is known; start workers here with")
+        message = error_of(lambda: mine.route_request("demo:sharded", QUESTION), WorkersUnavailableError)
+    assert message.startswith("demo:sharded needs RPC workers, but none is known; start workers here with")
     with HybridRouter(auto_discover_rpc=False, rpc_backends=[f"127.0.0.1:{unused_port()}"]) as mine:
-        words = error_of(lambda: mine.route_request("demo:sharded", QUESTION), WorkersUnavailableError)
-    assert "none of 1 is free: nothing listens on 127.0.0.1:" in words
+        message = error_of(lambda: mine.route_request("demo:sharded", QUESTION), WorkersUnavailableError)
+    assert "none of 1 is free: nothing listens on 127.0.0.1:" in message
 
 
 def test_a_worker_that_hangs_at_the_start_costs_the_coordinator_timeout_and_no_more(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The worker falls silent between the look at it and the start."""
+    """The worker falls silent between the probe of it and the start."""
     with HybridRouter(auto_discover_rpc=False, coordinator_timeout=1.0) as mine:
         (endpoint,) = mine.start_workers(1)
         worker = engine_on(int(endpoint.rpartition(":")[2]))
@@ -455,11 +457,11 @@ def test_a_worker_that_hangs_at_the_start_costs_the_coordinator_timeout_and_no_m
                 worker.suspend()
 
         stop_hanging = mine.events.subscribe(hangs)
-        words = error_of(lambda: mine.route_request("demo:sharded", QUESTION), WorkersUnavailableError)
+        message = error_of(lambda: mine.route_request("demo:sharded", QUESTION), WorkersUnavailableError)
         stop_hanging()
 
-        assert "was not ready within 1 s; pass a larger coordinator_timeout" in words
-        assert f"none of 1 is free: {endpoint}" in words
+        assert "was not ready within 1 s; pass a larger coordinator_timeout" in message
+        assert f"none of 1 is free: {endpoint}" in message
         assert kinds(mine)[-2:] == ["coordinator.failed", "request.finished"]
         assert engines_of(psutil.Process()) == before
         row = mine.latency.frame(model="demo:sharded", last=1).iloc[0]
@@ -491,6 +493,6 @@ def test_a_request_cancelled_while_its_coordinator_starts_leaves_no_engine_and_f
         before = engines_of(psutil.Process())
         asyncio.run(cancelled(mine._async))
         assert mine.coordinators == []
-        all_end([one for one in engines_of(psutil.Process()) if one not in before])
+        all_end([process for process in engines_of(psutil.Process()) if process not in before])
         eventually(lambda: worker_states(mine) == ["free"] * 2, "the workers are free")
         assert mine.latency.frame(model="demo:sharded", last=1).status[0] == "cancelled"

@@ -1,4 +1,4 @@
-"""Coordinators of other kernels as a router sees them: shown without using them, ended where they were left."""
+"""Coordinators of other kernels in a router: shown without using them, ended where their kernel has ended."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LEFT = {
 
 
 async def start_left(**about: object) -> EngineProcess:
-    """A process that is registered as a coordinator, and is none."""
+    """A process that is registered as a coordinator, but is not one."""
     return await EngineProcess.start(
         [sys.executable, "-c", "import time; time.sleep(60)"],
         kind="coordinator",
@@ -43,23 +43,23 @@ async def start_left(**about: object) -> EngineProcess:
     )
 
 
-def test_looking_at_a_coordinator_does_not_prolong_its_life(
+def test_a_snapshot_of_a_coordinator_does_not_prolong_its_life(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SOLLOL_STATE_DIR", str(tmp_path))
 
-    async def look() -> None:
+    async def inspect() -> None:
         process = await start_left()
         before = await process.status()
-        told_at = time.monotonic()
+        began = time.monotonic()
         seen = await Coordinator.snapshot(process.entry)
         assert seen is not None
         assert seen.model == "left"
         asked_at = time.monotonic()
-        assert (await process.status())["idle_s"] >= before["idle_s"] + asked_at - told_at
+        assert (await process.status())["idle_s"] >= before["idle_s"] + asked_at - began
         await process.stop()
 
-    run(look())
+    run(inspect())
 
 
 @pytest.mark.parametrize("load_ms", [None, 100.0], ids=["loading", "ready"])
