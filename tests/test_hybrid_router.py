@@ -330,7 +330,7 @@ HELLO = [{"role": "user", "content": "Hello!"}]
         ("demo", [{"role": "user"}], {}, ConfigError, 'messages[0] needs "content" as text'),
         ("demo", [{"role": "user", "content": None}], {}, ConfigError, 'messages[0] needs "content" as text'),
         ("demo", HELLO, {"temprature": 1}, ConfigError, "unknown option 'temprature'; did you mean temperature?"),
-        ("demo", HELLO, {"max_tokens": "many"}, ConfigError, "option max_tokens='many' must be int"),
+        ("demo", HELLO, {"max_tokens": "many"}, ConfigError, "option max_tokens='many' must be of type int"),
         (
             "demo",
             HELLO,
@@ -338,7 +338,7 @@ HELLO = [{"role": "user", "content": "Hello!"}]
             ConfigError,
             "option temperature=True must be of type int or float",
         ),
-        ("demo", HELLO, {"stream": True}, ConfigError, "iterate router.stream(...) for chunks"),
+        ("demo", HELLO, {"stream": True}, ConfigError, "iterate over router.stream(...)"),
         ("demo", HELLO, {"format": "xml"}, ConfigError, "format='xml' must be \"json\" or a JSON schema"),
         ("demo", HELLO, {"priority": 11}, ConfigError, "priority=11 must be a number from 1 (BATCH) to 10"),
         ("demo", HELLO, {"priority": 0}, ConfigError, "priority=0 must be a number from 1 (BATCH) to 10"),
