@@ -19,7 +19,7 @@
     + CoordinatorLostError
       x AnswerInterruptedError     (.partial)
     x AnswerDivergedError
-  + TransportError                 HTTP to an engine or node; places translate it into their own words
+  + TransportError                 HTTP to an engine or node; backends translate it into their own errors
     x ConnectFailedError
     x ConnectionBrokenError
     x TransportTimeoutError        (also a TimeoutError)
@@ -43,41 +43,41 @@ from typing import Any
 
 
 class SollolError(Exception):
-    """Base of everything this package raises on purpose."""
+    """Base of all exceptions that this package raises deliberately."""
 
 
 class ConfigError(SollolError, ValueError):
-    """A setting, option or argument has a value that cannot be used."""
+    """A setting, option or argument has an invalid value."""
 
 
 # --- the llama.cpp binaries -------------------------------------------------------------------
 
 
 class EngineError(SollolError):
-    """Something about the llama.cpp binaries."""
+    """A problem with the llama.cpp programs."""
 
 
 class EngineNotFoundError(EngineError):
-    """No llama-server and RPC worker were found in any of the places looked at."""
+    """No llama-server and RPC worker program were found; the message says where they were searched."""
 
 
 class EngineIncompatibleError(EngineError):
-    """A binary was found but cannot be used: does not run, lacks RPC, or does not match its pair."""
+    """A program was found but cannot be used: it does not run, lacks RPC, or does not match the other one."""
 
 
 class EngineBuildError(EngineError):
-    """Fetching or building llama.cpp failed; the tail of the build log is in the message."""
+    """Fetching or building llama.cpp failed; the message has the end of the build log."""
 
 
 # --- models -----------------------------------------------------------------------------------
 
 
 class ModelError(SollolError):
-    """Something about a model or its file."""
+    """A problem with a model or its file."""
 
 
 class ModelNotFoundError(ModelError):
-    """No file is known for the model's name."""
+    """No backend has the model, and no file is known for its name."""
 
 
 class ModelFileError(ModelError):
@@ -85,36 +85,36 @@ class ModelFileError(ModelError):
 
 
 class ModelDoesNotFitError(ModelError):
-    """The plan needs more memory than the workers have; the message says how much and where."""
+    """The layer plan needs more memory than the workers have; the message says how much and where."""
 
 
 # --- workers ----------------------------------------------------------------------------------
 
 
 class WorkerError(SollolError):
-    """Something about RPC workers."""
+    """A problem with RPC workers."""
 
 
 class WorkerStartError(WorkerError):
-    """A local worker could not be started; the message carries its last log lines."""
+    """A local worker could not be started; the message has its last log lines."""
 
 
 class WorkersUnavailableError(WorkerError):
-    """Too few workers are free for what was asked."""
+    """Too few workers are free for the request."""
 
 
 # --- coordinators -----------------------------------------------------------------------------
 
 
 class CoordinatorError(SollolError):
-    """Something about a coordinator (a llama-server)."""
+    """A problem with a coordinator (a llama-server)."""
 
 
 class CoordinatorStartError(CoordinatorError):
-    """The coordinator exited before it was ready; the message carries the log's reason.
+    """The coordinator exited before it was ready; the message has the reason from its log.
 
     Attributes:
-        may_pass: it was killed, stalled or lost a worker, so another try may go better.
+        may_pass: it was killed, stalled or lost a worker, so another attempt may succeed.
     """
 
     may_pass: bool = False
@@ -125,17 +125,17 @@ class CoordinatorTimeoutError(CoordinatorError, TimeoutError):
 
 
 class CoordinatorLostError(CoordinatorError):
-    """The coordinator's process ended, or its connection broke, in the middle of a request."""
+    """The coordinator's process ended, or its connection broke, during a request."""
 
 
 class AnswerInterruptedError(CoordinatorLostError):
-    """A coordinator was lost in mid-answer, and no other could take over.
+    """A coordinator was lost during an answer, and no other one could continue it.
 
     Attributes:
-        partial: the completion so far; `router.resume(error)` goes on with it once workers are back.
-        state: what is needed for that, as plain data; None when not a token had been asked for.
-        backend: the backend that was asked for, if any.
-        schema: what the whole answer must fit, if anything.
+        partial: the completion so far; `router.resume(error)` continues it once workers are available again.
+        state: what is needed to continue, as plain data; None if no token had been requested.
+        backend: the requested backend, if any.
+        schema: what the whole answer must match, if anything.
     """
 
     partial: Any = None
@@ -145,7 +145,7 @@ class AnswerInterruptedError(CoordinatorLostError):
 
 
 class AnswerDivergedError(CoordinatorError):
-    """An answer had to be repeated on another coordinator, which wrote something else."""
+    """An answer had to be repeated on another coordinator, which generated different text."""
 
 
 # --- HTTP -------------------------------------------------------------------------------------
@@ -156,15 +156,15 @@ class TransportError(SollolError):
 
 
 class ConnectFailedError(TransportError):
-    """Nothing accepts connections there."""
+    """Nothing accepts connections at that address."""
 
 
 class ConnectionBrokenError(TransportError):
-    """The connection ended in the middle of an answer."""
+    """The connection ended during an answer."""
 
 
 class TransportTimeoutError(TransportError, TimeoutError):
-    """The peer accepted, then stayed silent past the limit."""
+    """The peer accepted the connection, then sent nothing for longer than the limit."""
 
 
 class HttpStatusError(TransportError):
@@ -185,7 +185,7 @@ class HttpStatusError(TransportError):
 
 
 class OllamaError(SollolError):
-    """Something about an Ollama node."""
+    """A problem with an Ollama node."""
 
 
 class OllamaUnavailableError(OllamaError):
@@ -200,7 +200,7 @@ class OllamaResponseError(OllamaError):
 
 
 class RequestError(SollolError):
-    """Something about one chat request."""
+    """A problem with one chat request."""
 
 
 class RequestTimeoutError(RequestError, TimeoutError):
@@ -212,11 +212,11 @@ class RequestRejectedError(RequestError):
 
 
 class ContextOverflowError(RequestRejectedError):
-    """The messages do not fit the context of the place that should answer; nothing was left out in silence.
+    """The messages do not fit the context of the server that should answer; nothing was dropped silently.
 
     Attributes:
-        prompt_tokens: what the messages take; None where the place does not tell.
-        context_tokens: what it holds for one request, answer included; None where it does not tell.
+        prompt_tokens: of the messages; None if the server does not report it.
+        context_tokens: the server's limit for one request, answer included; None if it does not report it.
     """
 
     def __init__(
@@ -236,11 +236,11 @@ class ChatBusyError(RequestError):
 
 
 class StructureError(RequestError):
-    """The answer does not have the structure that was asked for.
+    """The answer does not match its schema.
 
     Attributes:
-        text: the answer as it came.
-        completion: the answer with its timings, where a request was made.
+        text: the answer's text, unchanged.
+        completion: the answer with its timings, if it came from a request.
     """
 
     def __init__(self, message: str, *, text: str, completion: Any = None) -> None:
@@ -253,10 +253,10 @@ class StructureError(RequestError):
 
 
 class BatchInterrupted(KeyboardInterrupt):
-    """A batch was stopped by Ctrl-C or the stop button; the same call again goes on with it.
+    """A batch was stopped by Ctrl-C or the stop button; the same call continues it.
 
     Attributes:
-        partial: the batch's frame, with the rows that are done.
+        partial: the batch's frame, with the completed rows.
     """
 
     def __init__(self, message: str, *, partial: Any) -> None:

@@ -355,7 +355,7 @@ HELLO = [{"role": "user", "content": "Hello!"}]
             "Ollama cannot run demo: no",
         ),
         ("demo", HELLO, {"schema": 7}, ConfigError, "a schema is a pydantic model class, a dataclass"),
-        ("demo", HELLO, {"schema": {}}, ConfigError, "a dict with the keys (none) is no JSON schema"),
+        ("demo", HELLO, {"schema": {}}, ConfigError, "a dict with the keys (none) is not a JSON schema"),
         ("demo", HELLO, {"schema": int, "format": "json"}, ConfigError, "give either schema or format, not both"),
         ("nosuch", HELLO, {"keep_alive": "soon"}, ConfigError, "keep_alive='soon' is no time"),
         ("nosuch", HELLO, {"format": "xml"}, ConfigError, "format='xml' must be"),

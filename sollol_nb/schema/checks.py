@@ -1,6 +1,6 @@
-"""JSON against its schema: is this dict a JSON schema, is this text JSON, does it fit, and if not, where?
+"""JSON against its schema: is this dict a JSON schema, is this text JSON, does it match, and if not, where?
 
-The checks are those of the `jsonschema` library. Nothing is ever fetched for a `$ref`.
+The `jsonschema` library does the checks. Nothing is ever fetched for a `$ref`.
 """
 
 from __future__ import annotations
@@ -26,50 +26,50 @@ _KEYWORDS = {"type", "properties", "additionalProperties", "items", "prefixItems
 }
 
 
-class Misfit(Exception):
-    """Data that is not as its schema says.
+class SchemaMismatch(Exception):
+    """Data that does not match its schema.
 
     Attributes:
-        words: where, and why; one line.
+        reason: where, and why; one line.
     """
 
     def __init__(self, path: Iterable[str | int], reason: str) -> None:
         where = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).removeprefix(".")
-        self.words = " ".join((f"{where}: {reason}" if where else reason).split())
-        super().__init__(self.words)
+        self.reason = " ".join((f"{where}: {reason}" if where else reason).split())
+        super().__init__(self.reason)
 
 
 def json_in(text: str) -> Any:
-    """The data of a text that is JSON, perhaps in a Markdown fence.
+    """The data in a text that is JSON, perhaps inside a Markdown fence.
 
     Raises:
-        Misfit: it is not, or ends early.
+        SchemaMismatch: it is not JSON, or ends early.
     """
     fenced = FENCE.fullmatch(text.strip())
     source = (fenced[1] if fenced else text).strip()
     if not source:
-        raise Misfit((), "it is empty")
+        raise SchemaMismatch((), "it is empty")
     try:
         return json.loads(source, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
         if error.pos >= len(source) or error.msg.startswith("Unterminated string"):
-            raise Misfit(
-                (), f"its JSON ends early, after {len(source):,} characters (cut at max_tokens?)"
+            raise SchemaMismatch(
+                (), f"its JSON ends early, after {len(source):,} characters (stopped at max_tokens?)"
             ) from None
-        raise Misfit((), f"it is not JSON: {error.msg} at character {error.pos:,}") from None
+        raise SchemaMismatch((), f"it is not JSON: {error.msg} at character {error.pos:,}") from None
     except (ValueError, RecursionError) as error:
-        raise Misfit((), f"it is not JSON that can be read: {shortened(str(error), 100)}") from None
+        raise SchemaMismatch((), f"its JSON cannot be read: {shortened(str(error), 100)}") from None
 
 
 def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")
 
 
 def checked_schema(schema: Mapping[Any, Any]) -> dict[str, Any]:
     """A copy of the schema as plain data.
 
     Raises:
-        ConfigError: it is no JSON schema, or refers to something outside of it.
+        ConfigError: it is not a JSON schema, or refers to something outside itself.
     """
     from jsonschema import SchemaError
 
@@ -80,7 +80,7 @@ def checked_schema(schema: Mapping[Any, Any]) -> dict[str, Any]:
     if _KEYWORDS.isdisjoint(plain):
         keys = shortened(", ".join(plain) or "(none)", 60)
         raise ConfigError(
-            f"a dict with the keys {keys} is no JSON schema; one looks like "
+            f"a dict with the keys {keys} is not a JSON schema; an example of one: "
             '{"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}'
         )
     try:
@@ -88,10 +88,10 @@ def checked_schema(schema: Mapping[Any, Any]) -> dict[str, Any]:
     except SchemaError as error:
         where = ".".join(map(str, error.absolute_path))
         reason = shortened(error.message, 200)
-        raise ConfigError(f"the dict is no JSON schema{f' at {where}' if where else ''}: {reason}") from None
+        raise ConfigError(f"the dict is not a JSON schema{f' (at {where})' if where else ''}: {reason}") from None
     for reference in _references(plain):
         if not _has(plain, reference):
-            raise ConfigError(f'the schema has "$ref": "{reference}", which is nothing inside it')
+            raise ConfigError(f'"$ref": "{reference}" refers to nothing in the schema')
     return plain
 
 
@@ -124,25 +124,25 @@ def validate(data: Any, schema: Mapping[str, Any], path: DataPath = ()) -> None:
     """Check data against a schema.
 
     Args:
-        path: what leads to this data.
+        path: where this data is in the whole.
 
     Raises:
-        Misfit: at the place that tells most.
+        SchemaMismatch: for the most relevant error.
     """
     from jsonschema.exceptions import best_match
     from referencing import Registry
 
-    registry: Registry[Any] = Registry()  # else jsonschema would fetch what a "$ref" names
+    registry: Registry[Any] = Registry()  # otherwise jsonschema would fetch what a "$ref" names
     try:
         error = best_match(_validator(schema)(schema, registry=registry).iter_errors(data))
     except (RecursionError, re.error) as failed:
-        raise Misfit(path, f"it cannot be checked: {failed}") from None
+        raise SchemaMismatch(path, f"it cannot be checked: {failed}") from None
     if error is not None:
         reason = error.message
         if len(reason) > 200:  # it quotes the data
             rule = shortened(json.dumps(error.validator_value), 100)
-            reason = f"{shortened(repr(error.instance), 60)} does not fit {error.validator} {rule}"
-        raise Misfit((*path, *error.absolute_path), reason)
+            reason = f"{shortened(repr(error.instance), 60)} does not match {error.validator} {rule}"
+        raise SchemaMismatch((*path, *error.absolute_path), reason)
 
 
 def _validator(schema: Mapping[str, Any]) -> Any:

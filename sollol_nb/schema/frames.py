@@ -11,7 +11,7 @@ from datetime import date
 from typing import TYPE_CHECKING, Any
 
 from sollol_nb.errors import ConfigError, StructureError
-from sollol_nb.schema.checks import FENCE, Misfit, json_in
+from sollol_nb.schema.checks import FENCE, SchemaMismatch, json_in
 from sollol_nb.text.readable import is_of, whole_text_of
 from sollol_nb.text.tables import parse_markdown_table, shortened
 
@@ -26,16 +26,16 @@ _EMPHASIS = re.compile(r"^(\*\*|`)(.+)\1$")
 def schema_of_frame(frame: Any) -> dict[str, Any]:
     """The schema of an object whose `rows` are objects with the columns of an example.
 
-    Numbers, booleans, texts, dates and categories keep to their dtypes; an object column of anything else may hold
-    any value. A column may hold null if it does so in the example, or if its dtype is a nullable one. The index is
-    left out.
+    The type of a column of numbers, booleans, texts, dates or categories follows its dtype; any other object
+    column may hold any value. A column may hold null if it does so in the example, or if its dtype is nullable.
+    The index is ignored.
 
     Raises:
-        ConfigError: a dtype that JSON cannot hold, no columns, or two of the same name.
+        ConfigError: a dtype that JSON cannot represent, no columns, or two columns with the same name.
     """
     names = [str(name) for name in frame.columns]
     if not names or len(set(names)) < len(names):
-        raise ConfigError("a DataFrame as an example needs columns, each of a name of its own")
+        raise ConfigError("a DataFrame as an example needs columns with distinct names")
     columns = {name: _schema_of_column(name, frame.iloc[:, position]) for position, name in enumerate(names)}
     row = {"type": "object", "properties": columns, "required": names, "additionalProperties": False}
     return {
@@ -61,8 +61,8 @@ def _schema_of_column(name: str, column: pd.Series[Any]) -> dict[str, Any]:
     if kinds.is_bool_dtype(dtype):
         schema = {"type": "boolean"}
     elif kinds.is_integer_dtype(dtype):
-        numpys = getattr(dtype, "numpy_dtype", getattr(dtype, "subtype", dtype))  # nullable, sparse
-        schema = {"type": "integer", **_bounds(numpys)}
+        numpy_dtype = getattr(dtype, "numpy_dtype", getattr(dtype, "subtype", dtype))  # nullable, sparse
+        schema = {"type": "integer", **_bounds(numpy_dtype)}
     elif kinds.is_float_dtype(dtype):
         schema = {"type": "number"}
     elif kinds.is_datetime64_any_dtype(dtype):
@@ -74,15 +74,15 @@ def _schema_of_column(name: str, column: pd.Series[Any]) -> dict[str, Any]:
         schema = _schema_of_objects(column)
     elif kinds.is_string_dtype(dtype):
         schema = {"type": "string"}
-        has_null = bool(column.isna().any())  # such a dtype is what any text has
+        has_null = bool(column.isna().any())  # its dtype is nullable whether or not a text is missing
     else:
-        raise ConfigError(f"column {name}: {dtype} cannot be asked for as JSON; give numbers, texts or dates")
+        raise ConfigError(f"column {name}: JSON has no type for {dtype}; use numbers, texts or dates")
     types = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
     return {**schema, "type": [*types, "null"]} if has_null and "null" not in types else schema
 
 
 def _bounds(dtype: Any) -> dict[str, int]:
-    """The least and largest integer, where these are not those of any other."""
+    """The smallest and largest integer of a dtype; int64 has no bounds here, since JSON needs none for it."""
     if dtype.itemsize == 8:
         return {"minimum": 0} if dtype.kind == "u" else {}
     bits = 8 * dtype.itemsize
@@ -108,19 +108,19 @@ def _schema_of_objects(column: pd.Series[Any]) -> dict[str, Any]:
     schema: dict[str, Any] | None = known.get(infer_dtype(column, skipna=True))
     values = column.dropna()
     if schema is None and len(values):
-        for type_name, of in (("array", list | tuple), ("object", Mapping)):
-            if all(isinstance(value, of) for value in values):
+        for type_name, python_type in (("array", list | tuple), ("object", Mapping)):
+            if all(isinstance(value, python_type) for value in values):
                 schema = {"type": type_name}
     return schema or {"type": ["string", "number", "boolean", "object", "array", "null"]}
 
 
 def frame_like(example: Any, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """Rows that fit `schema_of_frame` as a frame with the columns and dtypes of the example.
+    """Rows that match `schema_of_frame`, as a frame with the columns and dtypes of the example.
 
-    Times get the example's time zone; where it has none, they are UTC.
+    Times get the example's time zone; if it has none, they are UTC.
 
     Raises:
-        Misfit: a column that cannot be of its dtype.
+        SchemaMismatch: a column cannot be converted to its dtype.
     """
     import pandas as pd
 
@@ -129,7 +129,7 @@ def frame_like(example: Any, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         try:
             columns[position] = _column_like(example.iloc[:, position], [row[name] for row in rows])
         except (ValueError, TypeError, OverflowError) as error:
-            raise Misfit(("rows", name), f"{type(error).__name__}: {shortened(str(error), 100)}") from None
+            raise SchemaMismatch(("rows", name), f"{type(error).__name__}: {shortened(str(error), 100)}") from None
     frame = pd.DataFrame(columns)
     frame.columns = example.columns
     return frame
@@ -156,13 +156,13 @@ def _column_like(example: pd.Series[Any], values: list[Any]) -> pd.Series[Any]:
 
 
 def frame_of(value: object) -> pd.DataFrame:
-    """A value as a frame: objects as rows, a list of them or a single one.
+    """A value as a frame: an object is one row, a list of objects one row each.
 
-    An object with nothing but a list in it, such as `{"rows": [...]}`, is that list. Other lists become one
-    column. A text or an answer of a model is read by `frame_from_text`.
+    An object that contains only a list, such as `{"rows": [...]}`, stands for that list. Other lists become one
+    column. A text or a model's answer is read by `frame_from_text`.
 
     Raises:
-        StructureError: a value that has no rows.
+        StructureError: the value has no rows.
     """
     import pandas as pd
 
@@ -181,18 +181,20 @@ def frame_of(value: object) -> pd.DataFrame:
             value = [value]
     if not isinstance(value, list | tuple | set | frozenset):
         raise StructureError(
-            f"{shortened(repr(value), 60)} cannot become a frame: it has no rows", text=str(value)
+            f"cannot make a DataFrame of {shortened(repr(value), 60)}: it has no rows", text=str(value)
         )
     rows = [_as_mapping(row) for row in value]
     if not any(isinstance(row, Mapping) for row in rows):
         return pd.DataFrame({name: rows}) if rows else pd.DataFrame()
     if not all(isinstance(row, Mapping) for row in rows):
-        raise StructureError("a list of objects and other values cannot become a frame", text=str(value))
+        raise StructureError(
+            "cannot make a DataFrame of a list that mixes objects and other values", text=str(value)
+        )
     return pd.DataFrame(rows)
 
 
 def _as_mapping(value: Any) -> Any:
-    """An object with fields as a mapping of them; anything else as it is."""
+    """An object with fields as a mapping; anything else unchanged."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if is_of(value, "pydantic.BaseModel"):
@@ -201,14 +203,14 @@ def _as_mapping(value: Any) -> Any:
 
 
 def frame_from_text(text: str) -> pd.DataFrame:
-    """The frame that an answer holds: the first Markdown table in it, else JSON or CSV.
+    """The frame in an answer: its first Markdown table, otherwise JSON or CSV.
 
-    JSON and CSV are looked for in fenced blocks, or where there are none in the whole text and its paragraphs. CSV
-    has a header, two columns or more, and rows of the same length. Columns whose texts are all numbers (`1,234.5`
-    too) or all true and false become these.
+    JSON and CSV are searched in fenced blocks; without any, in the whole text and its paragraphs. CSV has a
+    header, two or more columns, and rows of equal length. Columns whose texts are all numbers (also `1,234.5`)
+    or all true and false are converted.
 
     Raises:
-        StructureError: none of them is there.
+        StructureError: the text has none of them.
     """
     table = parse_markdown_table(text)
     if table is not None:
@@ -219,14 +221,12 @@ def frame_from_text(text: str) -> pd.DataFrame:
         if block.startswith(("[", "{")):
             try:
                 return frame_of(json_in(block))
-            except (Misfit, StructureError):
+            except (SchemaMismatch, StructureError):
                 continue
         rows = _csv_rows(block)
         if rows is not None:
             return _frame_of_texts(rows[0], rows[1:])
-    raise StructureError(
-        "the answer holds no table: no Markdown table, CSV or JSON records; .text has it as it came", text=text
-    )
+    raise StructureError("the answer has no Markdown table, CSV or JSON records (the text is in .text)", text=text)
 
 
 def _csv_rows(block: str) -> list[list[str]] | None:
@@ -252,7 +252,7 @@ def _frame_of_texts(header: Sequence[str], rows: Sequence[Sequence[str]]) -> pd.
 
 
 def _typed(texts: Sequence[str]) -> list[Any]:
-    """Numbers or booleans if the texts are nothing else, with None for what is missing; else the texts."""
+    """Numbers or booleans if all texts are such, with None where one is missing; otherwise the texts."""
     present = [text for text in texts if text.lower() not in _MISSING]
     if present and all(any(map(str.isdigit, text)) and _NUMBER.fullmatch(text) for text in present):
         plain = [text.replace(",", "") if text.lower() not in _MISSING else None for text in texts]

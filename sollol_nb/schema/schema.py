@@ -1,12 +1,14 @@
-"""Answers with a structure: what a person gives as `schema` becomes a JSON schema, and the answer becomes values.
+"""Structured answers: the argument `schema` becomes a JSON schema, and the answer becomes values.
 
-A schema is a pydantic model class, a dataclass, another type made of these (`list[Person]`, a TypedDict, an Enum),
-a JSON schema as a dict, or a DataFrame as an example. The engine is held to its JSON schema while it writes
-(llama-server makes a grammar of it, Ollama takes it as `format`), which rules out most misfits, but not all: an
-answer may be cut short, and an engine knows only a part of JSON schema. So the answer is checked here again.
+A schema is a pydantic model class, a dataclass, another type made of these (`list[Person]`, a TypedDict, an
+Enum), a JSON schema as a dict, or a DataFrame as an example. The engine is constrained by the JSON schema while
+it generates (llama-server makes a grammar of it, Ollama takes it as `format`). Mismatches remain possible: an
+answer may be stopped early, and an engine supports only a part of JSON schema. So the answer is checked again
+here.
 
-The more open a schema is, the less the engine is held to: a bare `list`, a `dict` or `{"type": "object"}` without
-properties may go on until `max_tokens`. llama-server refuses a `pattern` that is not anchored by `^` and `$`.
+The more open a schema is, the less it constrains the engine: an answer to a bare `list`, a `dict` or
+`{"type": "object"}` without properties may continue until `max_tokens`. llama-server refuses a `pattern` that is
+not anchored by `^` and `$`.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sollol_nb.errors import ConfigError, StructureError
-from sollol_nb.schema.checks import Misfit, checked_schema, json_in, validate
+from sollol_nb.schema.checks import SchemaMismatch, checked_schema, json_in, validate
 from sollol_nb.schema.frames import frame_from_text, frame_like, frame_of, schema_of_frame
 from sollol_nb.schema.types import built, is_type, schema_of_type
 from sollol_nb.text.readable import is_of
@@ -26,15 +28,15 @@ __all__ = ["field_names", "frame_from_text", "frame_of", "json_schema_of", "pars
 
 
 def json_schema_of(schema: object) -> dict[str, Any]:
-    """The JSON schema of what a person gives as one.
+    """The JSON schema for the argument `schema`.
 
-    A pydantic model class gives its own. A dataclass, NamedTuple or TypedDict becomes an object with its fields;
-    those with a default may be left out, the others may not, and there are none besides. A DataFrame becomes an
-    object whose `rows` are objects with its columns, typed by its dtypes (an object, because engines and models do
-    better with one on top). A dict is checked and copied.
+    A pydantic model class provides its own. A dataclass, NamedTuple or TypedDict becomes an object with its
+    fields; fields with a default are optional, all others required, and no further ones are allowed. A
+    DataFrame becomes an object whose `rows` are objects with its columns, typed by its dtypes (an object,
+    because engines and models do better with one at the top). A dict is checked and copied.
 
     Raises:
-        ConfigError: something else, a dict that is no JSON schema, or a type that JSON cannot hold.
+        ConfigError: something else, a dict that is not a JSON schema, or a type that JSON cannot represent.
     """
     if isinstance(schema, Mapping):
         return checked_schema(schema)
@@ -51,9 +53,9 @@ def json_schema_of(schema: object) -> dict[str, Any]:
 
 
 def field_names(schema: object) -> tuple[str, ...]:
-    """The names of the fields that a value of this schema has, if that is an object; else none.
+    """The names of the fields that a value of this schema has; () if it is not an object.
 
-    A DataFrame as an example has none: its columns are those of many rows.
+    () also for a DataFrame as an example: its columns belong to many rows.
 
     Raises:
         ConfigError: see `json_schema_of`.
@@ -70,16 +72,16 @@ def field_names(schema: object) -> tuple[str, ...]:
 
 
 def parse_structured(text: str, schema: object) -> Any:
-    """The answer's text as what the schema describes, checked.
+    """The answer's text as the value that the schema describes, checked.
 
-    A Markdown fence around the JSON is no misfit.
+    A Markdown fence around the JSON is allowed.
 
     Returns:
         For a class an instance of it (in lists and dicts where the type says so), for a dict plain data, for a
         DataFrame one with the same columns and dtypes.
 
     Raises:
-        StructureError: the text is not JSON, or does not fit the schema; the message names the field.
+        StructureError: the text is not JSON, or does not match the schema; the message names the field.
         ConfigError: see `json_schema_of`.
     """
     return parser_of(schema)(text)
@@ -100,10 +102,9 @@ def parser_of(schema: object) -> Callable[[str], Any]:
                 return built(schema, data, json_schema)
             validate(data, json_schema)
             return data if isinstance(schema, Mapping) else frame_like(schema, data["rows"])
-        except Misfit as misfit:
+        except SchemaMismatch as mismatch:
             raise StructureError(
-                "the answer does not have the structure that was asked for: "
-                f"{misfit.words}; .text has it as it came",
+                f"the answer does not match the schema: {mismatch.reason} (the text is in .text)",
                 text=text,
             ) from None
 

@@ -1,9 +1,9 @@
-"""Python types as JSON schemas, and JSON that fits them as values of these types.
+"""Python types as JSON schemas, and JSON that matches them as values of these types.
 
-What is made keeps to what llama.cpp makes grammars of (`common/json-schema-to-grammar.cpp`): local `$ref`s,
+The schemas use only what llama.cpp can turn into a grammar (`common/json-schema-to-grammar.cpp`): local `$ref`s,
 `anyOf`, `enum`, `prefixItems` without `items`, and the formats date, time, date-time (with a time zone) and uuid.
-To it an empty schema means an object, not anything, so `Any` lists all types. pydantic is never imported: a class
-can only be of it where it has been imported already.
+For llama.cpp an empty schema means an object, not anything, so `Any` lists all types. pydantic is never imported
+here: a class can only be a pydantic model if pydantic has been imported already.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from typing import Annotated, Any, Literal, NotRequired, Required, Union
 from uuid import UUID
 
 from sollol_nb.errors import ConfigError
-from sollol_nb.schema.checks import DataPath, Misfit, validate
+from sollol_nb.schema.checks import DataPath, SchemaMismatch, validate
 from sollol_nb.text.tables import shortened
 
 _ANYTHING = {"type": ["string", "number", "boolean", "object", "array", "null"]}
-# type -> (its JSON schema, how it is made from what JSON has)
+# type -> (its JSON schema, how its values are made from JSON's)
 _SIMPLE: dict[Any, tuple[dict[str, Any], Callable[[Any], Any]]] = {
     Any: (_ANYTHING, lambda data: data),
     object: (_ANYTHING, lambda data: data),
@@ -55,15 +55,15 @@ _MAPPINGS = (dict, Mapping, MutableMapping)
 
 
 def is_type(schema: Any) -> bool:
-    """Whether it is a class or another type, such as `list[int]` or `int | None`."""
+    """Whether this is a class or another type, such as `list[int]` or `int | None`."""
     return isinstance(schema, type) or typing.get_origin(schema) is not None
 
 
 def schema_of_type(hint: Any) -> dict[str, Any]:
-    """The JSON schema of a type with all that it refers to.
+    """The JSON schema of a type, with the definitions that it refers to.
 
     Raises:
-        ConfigError: a type that JSON cannot hold.
+        ConfigError: a type that JSON cannot represent.
     """
     return _SchemaOfType().whole(hint)
 
@@ -75,15 +75,15 @@ def built(hint: Any, data: Any, schema: Mapping[str, Any]) -> Any:
         schema: the type's JSON schema.
 
     Raises:
-        Misfit: the data does not fit, or a class refuses it.
+        SchemaMismatch: the data does not match, or a class refuses it.
     """
-    if not _is_model(hint):  # models check by themselves, and are more lenient
+    if not _is_model(hint):  # models check the data themselves, and are more lenient
         validate(data, schema)
     return _built(hint, data, ())
 
 
 def _is_model(schema: Any) -> bool:
-    """Whether it is a pydantic model class; if pydantic was never imported, nothing is."""
+    """Whether this is a pydantic model class; never, if pydantic has not been imported."""
     base = getattr(sys.modules.get("pydantic"), "BaseModel", None)
     return base is not None and isinstance(schema, type) and issubclass(schema, base)
 
@@ -94,17 +94,17 @@ def _model(model: Any, data: Any, path: DataPath) -> Any:
         return model.model_validate_json(json.dumps(data))
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise Misfit((*path, *first["loc"]), first["msg"]) from None
-    except Exception as error:  # of a validator of the user's
+        raise SchemaMismatch((*path, *first["loc"]), first["msg"]) from None
+    except Exception as error:  # from a validator that the user wrote
         raise _refused(error, path) from None
 
 
-def _refused(error: Exception, path: DataPath) -> Misfit:
-    return Misfit(path, f"{type(error).__name__}: {shortened(str(error), 200)}")
+def _refused(error: Exception, path: DataPath) -> SchemaMismatch:
+    return SchemaMismatch(path, f"{type(error).__name__}: {shortened(str(error), 200)}")
 
 
 def _fields(hint: Any) -> dict[str, tuple[Any, bool]] | None:
-    """name -> (type, whether it must be given) for a dataclass, NamedTuple or TypedDict; None for other types."""
+    """name -> (type, whether it is required) for a dataclass, NamedTuple or TypedDict; None for other types."""
     if not isinstance(hint, type):
         return None
     if dataclasses.is_dataclass(hint):
@@ -138,7 +138,7 @@ def _bare(hint: Any) -> Any:
 
 
 class _SchemaOfType:
-    """Makes the JSON schema of a type; classes inside it become definitions."""
+    """Builds the JSON schema of a type; classes inside it become definitions."""
 
     def __init__(self) -> None:
         self._definitions: dict[str, Any] = {}
@@ -151,7 +151,7 @@ class _SchemaOfType:
         schema = self._of(hint, getattr(hint, "__name__", "the type"))
         name = schema.get("$ref", "").removeprefix("#/$defs/")
         if name and json.dumps(schema)[1:-1] not in json.dumps(self._definitions):
-            schema = self._definitions.pop(name)  # nothing refers to it
+            schema = self._definitions.pop(name)  # nothing else refers to it
         return {**schema, "$defs": self._definitions} if self._definitions else schema
 
     def _of(self, hint: Any, where: str) -> dict[str, Any]:
@@ -161,38 +161,36 @@ class _SchemaOfType:
             return dict(_SIMPLE[origin][0])
         if origin is Literal or (isinstance(hint, type) and issubclass(hint, Enum)):
             given = arguments if origin is Literal else tuple(hint)
-            values = [one.value if isinstance(one, Enum) else one for one in given]
+            values = [choice.value if isinstance(choice, Enum) else choice for choice in given]
             if not values or not all(value is None or isinstance(value, str | int | float) for value in values):
                 raise ConfigError(f"{where}: the choices must be texts, numbers, booleans or None")
             return {"enum": values}
         if origin in (Union, types.UnionType):
-            return {"anyOf": [self._of(one, where) for one in arguments]}
+            return {"anyOf": [self._of(argument, where) for argument in arguments]}
         if (fields := _fields(hint)) is not None:
             return self._defined(hint, lambda: self._of_fields(hint, fields))
         if _is_model(hint):
             return self._defined(hint, lambda: self._of_model(hint))
         if origin is tuple and arguments and arguments[-1] is not ...:
-            items = [self._of(one, where) for one in arguments]
+            items = [self._of(argument, where) for argument in arguments]
             return {"type": "array", "prefixItems": items, "minItems": len(items), "maxItems": len(items)}
         if origin in _LISTS:
             return {"type": "array", **({"items": self._of(arguments[0], where)} if arguments else {})}
         if origin in _MAPPINGS:
             if arguments and _bare(arguments[0]) not in (str, Any):
-                raise ConfigError(f"{where}: the keys of a JSON object are texts, so a dict[str, ...] is needed")
+                raise ConfigError(f"{where}: the keys of a JSON object are texts; use dict[str, ...]")
             return {
                 "type": "object",
                 **({"additionalProperties": self._of(arguments[1], where)} if arguments else {}),
             }
         name = getattr(hint, "__name__", None) or shortened(repr(hint), 60)
-        raise ConfigError(
-            f"{where}: {name} is no type that an answer in JSON can have; use a dataclass for objects"
-        )
+        raise ConfigError(f"{where}: JSON has no type for {name}; use a dataclass for objects")
 
     def _of_fields(self, cls: type, fields: Mapping[str, tuple[Any, bool]]) -> dict[str, Any]:
         return {
             "type": "object",
             "properties": {name: self._of(hint, f"{cls.__name__}.{name}") for name, (hint, _) in fields.items()},
-            "required": [name for name, (_, must) in fields.items() if must],
+            "required": [name for name, (_, is_required) in fields.items() if is_required],
             "additionalProperties": False,
         }
 
@@ -205,12 +203,12 @@ class _SchemaOfType:
         return schema
 
     def _defined(self, cls: Any, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """A reference to the schema of a class, which is made once."""
+        """A reference to the schema of a class, which is built once."""
         name = cls.__name__
         if self._classes.setdefault(name, cls) is not cls:
             raise ConfigError(f"two classes in the schema are named {name}")
         if name not in self._definitions:
-            self._definitions[name] = {}  # until it is made; it may refer to itself
+            self._definitions[name] = {}  # placeholder: the class may refer to itself
             made = make()
             for inner, definition in made.pop("$defs", {}).items():
                 if self._definitions.get(inner, {}) not in ({}, definition):
@@ -222,18 +220,18 @@ class _SchemaOfType:
 
 
 def _built(hint: Any, data: Any, path: DataPath) -> Any:
-    """A value of a type from data that has been validated."""
+    """A value of a type, from validated data."""
     hint = _bare(hint)
     origin, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
     if origin in (Union, types.UnionType):
         reasons = []
-        for one in arguments:
+        for argument in arguments:
             try:
-                validate(data, schema_of_type(one), path)
-                return _built(one, data, path)
-            except Misfit as misfit:
-                reasons.append(misfit.words)
-        raise Misfit((), "; or ".join(reasons))
+                validate(data, schema_of_type(argument), path)
+                return _built(argument, data, path)
+            except SchemaMismatch as mismatch:
+                reasons.append(mismatch.reason)
+        raise SchemaMismatch((), "; or ".join(reasons))
     if _is_model(hint):
         return _model(hint, data, path)
     try:
@@ -255,7 +253,7 @@ def _built(hint: Any, data: Any, path: DataPath) -> Any:
             return _LISTS[origin](_built(kind, item, (*path, at)) for at, (kind, item) in steps)
         kind = arguments[1] if arguments else Any
         return {name: _built(kind, item, (*path, name)) for name, item in data.items()}
-    except Misfit:
+    except SchemaMismatch:
         raise
-    except Exception as error:  # of classes that check themselves, and of texts that are no dates
+    except Exception as error:  # from classes that check their values, and texts that are not dates
         raise _refused(error, path) from None

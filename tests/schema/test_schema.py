@@ -284,26 +284,29 @@ def _twins() -> object:
         (len, "not <built-in"),
         (pd.Series([1]), "a DataFrame as an example"),
         (Pet("a", Kind.CAT), "(give the class Pet, not an object of it)"),
-        (complex, "complex is no type that an answer in JSON can have"),
+        (complex, "JSON has no type for complex"),
         (object(), "not <object"),
-        (list[complex], "complex is no type"),
-        (dataclasses.make_dataclass("Wave", [("phase", list[complex])]), "Wave.phase: complex is no type"),
+        (list[complex], "JSON has no type for complex"),
+        (
+            dataclasses.make_dataclass("Wave", [("phase", list[complex])]),
+            "Wave.phase: JSON has no type for complex",
+        ),
         (_stranger(), "Stranger has a type that cannot be found"),
         (_twins(), "two classes in the schema are named Pet"),
         (dict[int, str], "the keys of a JSON object are texts"),
         (Literal[b"a"], "the choices must be"),
-        ({}, "a dict with the keys (none) is no JSON schema; one looks like"),
-        ({"name": "Ann", "age": 3}, "a dict with the keys name, age is no JSON schema"),
+        ({}, "a dict with the keys (none) is not a JSON schema; an example of one"),
+        ({"name": "Ann", "age": 3}, "a dict with the keys name, age is not a JSON schema"),
         ({"name": str}, "cannot be written as JSON"),
         ({"type": "number", "maximum": float("nan")}, "cannot be written as JSON"),
         (_endless(), "cannot be written as JSON"),
-        ({"type": "fruit"}, "no JSON schema at type: 'fruit'"),
-        ({"type": "object", "properties": {"a": {"type": 3}}}, "no JSON schema at properties.a.type"),
+        ({"type": "fruit"}, "not a JSON schema (at type): 'fruit'"),
+        ({"type": "object", "properties": {"a": {"type": 3}}}, "not a JSON schema (at properties.a.type)"),
         ({"$ref": "https://example.org/schema"}, "https://example.org/schema"),
         ({"type": "array", "items": {"$ref": "#/$defs/nothing"}}, "#/$defs/nothing"),
         (pd.DataFrame(), "needs columns"),
-        (pd.DataFrame([[1, 2]], columns=["a", "a"]), "each of a name of its own"),
-        (pd.DataFrame({"a": pd.to_timedelta([1])}), "column a: timedelta64"),
+        (pd.DataFrame([[1, 2]], columns=["a", "a"]), "columns with distinct names"),
+        (pd.DataFrame({"a": pd.to_timedelta([1])}), "column a: JSON has no type for timedelta64"),
         (pd.DataFrame({"a": pd.Categorical([])}), "column a: the categories"),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
@@ -375,11 +378,11 @@ def test_answers_become_values(schema: object, text: str, value: object) -> None
         (int, "", "it is empty"),
         (int, "Sure! Here it is: 3", "it is not JSON: Expecting value at character 0"),
         (int, "3 and more", "it is not JSON: Extra data at character 2"),
-        (Pet, '{"name": "a', "its JSON ends early, after 11 characters (cut at max_tokens?)"),
+        (Pet, '{"name": "a', "its JSON ends early, after 11 characters (stopped at max_tokens?)"),
         (Pet, '{"name": "a", "kind": ', "its JSON ends early"),
         (list, "[" * 100_000, "recursion"),
-        (list, "[" + "9" * 5000 + "]", "it is not JSON that can be read"),
-        (list[float], "[NaN]", "NaN is no number"),
+        (list, "[" + "9" * 5000 + "]", "its JSON cannot be read"),
+        (list[float], "[NaN]", "NaN is not a number"),
         (int, "1e999", "is not of type 'integer'"),
         (int, "true", "True is not of type 'integer'"),
         (int, '"3"', "'3' is not of type 'integer'"),
@@ -388,7 +391,7 @@ def test_answers_become_values(schema: object, text: str, value: object) -> None
         (Pet, '{"name": "a", "kind": "cat", "tail": 1}', "'tail' was unexpected"),
         (list[Pet], '[{"name": "a", "kind": "cat"}, {"name": 2, "kind": "cat"}]', "[1].name: 2 is not"),
         (Node, '{"value": 1, "children": [{"value": "é"}]}', "children[0].value: 'é' is not"),
-        (Pet, "[" + '"x", ' * 10_000 + "1]", "does not fit type"),
+        (Pet, "[" + '"x", ' * 10_000 + "1]", "does not match type"),
         (date, '"2024-13-01"', "ValueError: month must be in 1..12"),
         (dict[str, date], '{"born": "long ago"}', "born: ValueError: Invalid isoformat"),
         (tuple[int, str], "[1]", "[1] is too short"),
@@ -411,7 +414,7 @@ def test_misfits_say_where_and_keep_the_text(schema: object, text: str, words: s
     with pytest.raises(StructureError) as caught:
         parse_structured(text, schema)
     message = str(caught.value)
-    assert message.startswith("the answer does not have the structure that was asked for: ")
+    assert message.startswith("the answer does not match the schema: ")
     assert words in message
     assert "\n" not in message
     assert len(message) < 500
@@ -623,7 +626,7 @@ def test_a_frame_is_itself(example: pd.DataFrame) -> None:
 
 @pytest.mark.parametrize("value", [3, None, True, [1, {"a": 2}]], ids=repr)
 def test_what_has_no_rows_is_no_frame(value: object) -> None:
-    with pytest.raises(StructureError, match="cannot become a frame"):
+    with pytest.raises(StructureError, match="cannot make a DataFrame of"):
         frame_of(value)
 
 
@@ -674,6 +677,6 @@ def test_tables_in_texts_become_frames(text: str, columns: dict[str, list[Any]])
     ],
 )
 def test_a_text_without_a_table_says_so_and_is_kept(text: str) -> None:
-    with pytest.raises(StructureError, match="the answer holds no table") as caught:
+    with pytest.raises(StructureError, match="the answer has no Markdown table") as caught:
         frame_from_text(text)
     assert caught.value.text == text
