@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sollol_nb"
 FOLDERS = ("sollol_nb", "tests", "benchmarks", "tools")
 SOURCES = sorted(file for folder in FOLDERS for file in (ROOT / folder).rglob("*.py"))
-TEXTS = [ROOT / "README.md"]
+TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 
 OTHERS_FILES = {
     "sollol_nb.toml",  # what a user writes
