@@ -167,11 +167,12 @@ INTERRUPTED = """
 import os, signal, sys, threading, time
 from sollol_nb.runtime.io_loop import run_blocking
 from sollol_nb.sync_wrapper import HybridRouter
+from tests.support.engines import busy_slots
 
 model, how = sys.argv[1:]
 
 def busy(router):
-    return sum(run_blocking(busy_slots(one)) for one in router.coordinators)
+    return sum(run_blocking(busy_slots(coordinator)) for coordinator in router.coordinators)
 
 def until(condition):
     deadline = time.monotonic() + 100
