@@ -1,4 +1,4 @@
-"""The cluster of a router, seen and changed: its workers, its coordinators, and how new ones are started."""
+"""The cluster of a router, shown and changed: its workers, its coordinators, and how new ones are started."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sollol_nb.settings.kinds import keep_alive_seconds
 
 
 class ClusterControl:
-    """The workers and coordinators of one router. Its methods are the router's, too."""
+    """The workers and coordinators of one router. Its methods are also the router's."""
 
     def __init__(
         self,
@@ -39,8 +39,8 @@ class ClusterControl:
 
     @io_bound
     async def cluster(self) -> ClusterStatus:
-        """Look at all workers and Ollama nodes, and tell their state and the layers of each coordinator, other
-        kernels' too."""
+        """Check all workers and Ollama nodes; returns their state, and the layers of each coordinator, also of
+        other kernels."""
         return await self._state.refresh()
 
     @io_bound
@@ -59,25 +59,25 @@ class ClusterControl:
 
     @io_bound
     async def discover_workers(self) -> list[str]:
-        """Look for workers on this machine's usual ports; returns the endpoints that are new."""
+        """Look for workers on the usual ports of this machine; returns the endpoints that are new."""
         return await self._workers.discover()
 
     @io_bound
     async def add_worker(self, endpoint: str) -> WorkerStatus:
-        """Make a worker (`host:port`) known, and probe it."""
+        """Add a worker (`host:port`), and probe it; returns its status."""
         endpoint = self._workers.add(endpoint)
         return next(worker for worker in await self._workers.refresh() if worker.endpoint == endpoint)
 
     @io_bound
     async def take_workers(self, endpoints: Sequence[str]) -> None:
-        """Make workers known that another router of this process knows; local ones are held as its own."""
+        """Add workers that another router of this process knows; it holds those on this machine, too."""
         for endpoint in endpoints:
             self._workers.add(endpoint)
         await self._workers.adopt_local(endpoints)
 
     @io_bound
     async def remove_worker(self, endpoint: str) -> None:
-        """Forget a worker; one that was started here is stopped.
+        """Remove a worker; one that this router started is stopped.
 
         Raises:
             ConfigError: it is not known, or a coordinator holds it.
@@ -93,7 +93,7 @@ class ClusterControl:
 
     @io_bound
     async def apply_plan(self, model: str, counts: Mapping[str, int]) -> None:
-        """Lay a running model out anew; its answers go on over the new layout.
+        """Start a running model anew with another layout; its answers continue on the new one.
 
         Args:
             model: one that this router runs sharded.
@@ -101,23 +101,23 @@ class ClusterControl:
                 to the model's blocks plus one, and 0 leaves a worker out: `{"10.0.0.1:50052": 20, ...}`.
 
         Raises:
-            ConfigError: no coordinator of this router shards the model, or this is no layout of it.
-            ModelDoesNotFitError: a worker's memory does not hold what it would get; the running one goes on.
-            WorkersUnavailableError: a worker is not free; the running one goes on. Or it was taken or lost while
-                the new one started.
+            ConfigError: no coordinator of this router shards the model, or this is not a layout of it.
+            ModelDoesNotFitError: a worker's memory does not hold its part; the running coordinator continues.
+            WorkersUnavailableError: a worker is not free; the running coordinator continues. Or a worker was taken
+                or lost while the new one started.
             CoordinatorError: the new one could not be started; the old one has ended.
         """
         await self._coordinators.lay_out(model, counts)
 
     @io_bound
     async def what_if(self, model: str, counts: Mapping[str, int]) -> Forecast:
-        """What another layout of a running model would need and bring; nothing is changed.
+        """How much memory another layout of a running model would need, and how fast it would be.
 
         Args:
-            model, counts: as in `apply_plan`; a layout that does not fit is told in the forecast.
+            model, counts: as in `apply_plan`; the forecast says whether the layout fits.
 
         Raises:
-            ConfigError: no coordinator of this router shards the model, or this is no layout of it.
+            ConfigError: no coordinator of this router shards the model, or this is not a layout of it.
         """
         return self._coordinators.what_if(model, counts)
 
@@ -127,7 +127,7 @@ class ClusterControl:
 
         Args:
             layer_strategy: how layers are spread, a name in `plan.STRATEGIES`.
-            keep_alive: how long they live without a request, as in `HybridRouter`; also of those that run.
+            keep_alive: how long they live without a request, as in `HybridRouter`; also of the running ones.
 
         Raises:
             ConfigError: one of them cannot be used.
@@ -140,17 +140,17 @@ class ClusterControl:
             settings = replace(settings, keep_alive_s=keep_alive_seconds(keep_alive), keep_alive_of={})
         self._coordinators.settings = settings
         if layer_strategy is not None:
-            words = f"models that are started from now on are spread by strategy {layer_strategy!r}"
-            self._events.publish(EventKind.ROUTER_CHANGED, "layer_strategy", words)
+            message = f"models that start from now on are spread by strategy {layer_strategy!r}"
+            self._events.publish(EventKind.ROUTER_CHANGED, "layer_strategy", message)
         if keep_alive is not None:
             for coordinator in self._coordinators.coordinators:
                 await coordinator.keep_alive(settings.keep_alive_s)
-            words = f"coordinators live for {keep_alive} without a request"
-            self._events.publish(EventKind.ROUTER_CHANGED, "keep_alive", words)
+            message = f"coordinators live for {keep_alive} without a request"
+            self._events.publish(EventKind.ROUTER_CHANGED, "keep_alive", message)
 
     @io_bound
     async def status(self) -> ClusterStatus:
-        """The same as `cluster`, as known now; asks no worker and no node."""
+        """The same as `cluster`, from what is known now; contacts no worker and no node."""
         await self._workers.refresh_holders()
         return self._state.status()
 

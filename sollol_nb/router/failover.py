@@ -1,9 +1,9 @@
 """Answers that survive their coordinator.
 
-When a coordinator is lost in mid-answer, every request that ran on it comes here by itself: it asks for a
-coordinator again (one of them starts it, over the workers that are left; the others wait for that) and continues
-from the tokens it has. The slot at the gate is kept meanwhile, so order and priorities hold: what was running runs
-on first, and what was waiting keeps its place.
+When a coordinator is lost in mid-answer, each request that ran on it gets a coordinator again (the first request
+starts it, over the workers that are left; the others wait for it) and continues from the tokens it has. It keeps
+its slot at the gate meanwhile, so order and priorities hold: running requests continue first, and waiting requests
+keep their turn.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sollol_nb.settings.kinds import keep_alive_seconds
 
 MAX_FAILOVERS = 10
 MAX_WITHOUT_A_TOKEN = 3
-"""A request that loses coordinators one after the other without a token in between may be what kills them."""
+"""A request that loses one coordinator after another without a token in between may be what kills them."""
 ENDING_LIMIT_S = 30.0
 
 
@@ -40,15 +40,15 @@ async def stream_answer(
     """Stream one answer, continued on another coordinator whenever one is lost.
 
     Args:
-        record: gets place, plan, times and failovers.
+        record: gets the coordinator, the times and the failovers.
         begin: makes the answer; called once, with the first coordinator.
         keep_alive: if given, how long the coordinator lives without a request from now on.
-        timeout_s: limit from when the first coordinator is ready; the time that a coordinator takes to start
-            again does not count.
+        timeout_s: limit from when the first coordinator is ready; the start of another one does not count.
 
     Raises:
         AnswerInterruptedError: no coordinator could take over, or too many were lost.
-        RequestTimeoutError, RequestRejectedError: as they say.
+        RequestTimeoutError: the limit has passed.
+        RequestRejectedError: the engine refused the request.
         SollolError: the first coordinator could not be started.
     """
     coordinator, record.load_ms = await coordinators.get(route)
@@ -61,7 +61,7 @@ async def stream_answer(
         ):
             record.set_sent()
             while True:
-                if await coordinator.hold():  # else it ended while the request waited, or is ending
+                if await coordinator.hold():  # else it ended while the request waited, or is ending now
                     try:
                         record.set_coordinator(coordinator)
                         if keep_alive is not None:
@@ -69,46 +69,46 @@ async def stream_answer(
                         answer = answer or begin(coordinator)
                         async with aclosing(coordinator.stream(answer)) as chunks:
                             async for chunk in chunks:
-                                if chunk.get("done"):  # in time, however long the reader takes over it
+                                if chunk.get("done"):  # in time, however long the reader takes to read it
                                     limit.reschedule(None)
                                 yield {**chunk, "model": route.model}  # a file may be loaded under another name
                         return
                     except CoordinatorLostError as error:
                         record.add_failover(str(error), answer.token_count if answer else 0)
-                        if record.is_hopeless(MAX_FAILOVERS, MAX_WITHOUT_A_TOKEN):
-                            raise _interrupted(
-                                route, answer, f"lost {len(record.failovers)} times: {error}"
-                            ) from error
+                        if record.has_too_many_failovers(MAX_FAILOVERS, MAX_WITHOUT_A_TOKEN):
+                            reason = f"the coordinator was lost {len(record.failovers)} times: {error}"
+                            raise _interrupted(route, answer, reason) from error
                         lost = error
                     finally:
                         coordinator.free()
                 try:
-                    coordinator = await _another(coordinators, route, limit, coordinator)
+                    coordinator = await _next_coordinator(coordinators, route, limit, coordinator)
                 except SollolError as error:
                     if lost is None:
                         raise
-                    raise _interrupted(route, answer, f"{lost}; no other could take over: {error}") from error
+                    reason = f"{lost}; no other coordinator could take over: {error}"
+                    raise _interrupted(route, answer, reason) from error
                 if lost is not None:
                     record.set_lost_workers(coordinators.lost_workers(route))
                     coordinators.report_continued(route, answer.token_count if answer else 0, coordinator)
     except TimeoutError as error:
-        if not limit.expired():  # a coordinator's start has a limit of its own
+        if not limit.expired():  # the start of a coordinator has its own limit
             raise
         raise RequestTimeoutError(
-            f"{route.model} was not done after {timeout_s:g} s and was cancelled (it had written "
-            f"{len(record.text)} characters); give a larger timeout or a smaller max_tokens"
+            f"{route.model} did not finish within {timeout_s:g} s and was cancelled after {len(record.text)} "
+            "characters; give a larger timeout or a smaller max_tokens"
         ) from error
 
 
-async def _another(
+async def _next_coordinator(
     coordinators: CoordinatorPool, route: Route, limit: asyncio.Timeout, ended: Coordinator
 ) -> Coordinator:
-    """The next coordinator; the request's clock stands still while it starts."""
+    """The next coordinator, which may be the same; the time limit is paused while it starts."""
     loop = asyncio.get_running_loop()
     when, began = limit.when(), loop.time()
     limit.reschedule(None)
     try:
-        if not ended.is_running() or await _ends(ended):
+        if not ended.is_running() or await _is_stopping(ended):
             coordinator, _ = await coordinators.get(route)
             return coordinator
         return ended  # only the connection broke
@@ -117,8 +117,8 @@ async def _another(
             limit.reschedule(when + loop.time() - began)
 
 
-async def _ends(coordinator: Coordinator) -> bool:
-    """Whether it ends, where it refuses leases: it is being stopped then."""
+async def _is_stopping(coordinator: Coordinator) -> bool:
+    """Whether it refuses leases, since it is being stopped; returns when it has ended."""
     if await coordinator.hold():
         coordinator.free()
         return False
@@ -128,11 +128,11 @@ async def _ends(coordinator: Coordinator) -> bool:
     return True
 
 
-def _interrupted(route: Route, answer: Answer | None, why: str) -> AnswerInterruptedError:
+def _interrupted(route: Route, answer: Answer | None, reason: str) -> AnswerInterruptedError:
     tokens = answer.token_count if answer is not None else 0
     error = AnswerInterruptedError(
-        f"{route.model}: the answer was interrupted after {tokens} tokens; {why}; what came so far is kept, and "
-        "router.resume(error) continues it once workers are back"
+        f"{route.model}: the answer was interrupted after {tokens} tokens; {reason}; the text so far is kept, and "
+        "router.resume(error) continues it when workers are available again"
     )
     error.state = answer.state() if answer is not None else None
     return error

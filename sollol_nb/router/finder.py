@@ -1,4 +1,4 @@
-"""Finding a model's route: what is known of it, which places have it, and what `routing.py` makes of that."""
+"""Finding the route of a model: its profile, who has it, and the decision of `models/routing.py`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sollol_nb.models.profiles import ModelProfile, profile_of
 from sollol_nb.models.routing import DISTRIBUTED, OLLAMA, Route, decide_route
 from sollol_nb.ollama.pool import OllamaPool
 
-# Ollama's words, and its engine's, when a model does not fit (Ollama's llm/server.go, ggml's allocators).
+# The messages of Ollama and its engine when a model does not fit (Ollama's llm/server.go, ggml's allocators).
 _OUT_OF_MEMORY = re.compile(
     r"requires more system memory|out of memory|(unable|failed) to allocate", re.IGNORECASE
 )
@@ -30,7 +30,7 @@ class ModelSlots:
     """How many requests for a model run at the same time.
 
     Attributes:
-        identity: what tells the model from another of the same name.
+        identity: what distinguishes the model from another of the same name.
         slots: the number of requests.
     """
 
@@ -65,14 +65,14 @@ class RouteFinder:
         self.gguf_path = gguf_path
 
     def would_shard(self, model: str) -> bool:
-        """Whether the model is sharded by its profile (no node or worker is asked)."""
+        """Whether the model is sharded by its profile; contacts no node or worker."""
         return self._may_shard(model) and bool(self.profile(model).requires_distributed)
 
     async def find(self, model: str, backend: str | None) -> Route:
         """Where a request for this model goes now, and why.
 
         Args:
-            backend: the one that was asked for, in full, if any.
+            backend: the requested one, by its full name; None where the router chooses.
 
         Raises:
             ModelError, ConfigError: it can go nowhere, or not there; the message says why.
@@ -80,7 +80,7 @@ class RouteFinder:
         if not isinstance(model, str) or not model.strip():
             raise ConfigError(f"model={model!r} is not a model's name; try demo, or llama3.2")
         profile = await asyncio.to_thread(self.profile, model)
-        # A model that is sharded anyway need not wait for Ollama's word, and a file has no name there.
+        # A model that is sharded anyway need not wait for Ollama, and a file has no name there.
         needs_ollama = not (profile.requires_distributed and self.enable_distributed)
         ask_ollama = not model.endswith(".gguf") and (needs_ollama if backend is None else backend == OLLAMA)
         in_ollama, state = await self._in_ollama(model) if ask_ollama else (False, "")
@@ -100,8 +100,8 @@ class RouteFinder:
         return replace(route, reason=f"{route.reason} ({DEMO_NOTE})") if is_demo else route
 
     async def sharded_instead(self, route: Route, error: OllamaResponseError) -> Route | None:
-        """The route over workers for a model that Ollama has no memory for; None if there is none, or the error
-        says something else."""
+        """The route over workers for a model that Ollama has too little memory for; None if there is none, or if
+        the error has another cause."""
         if not _OUT_OF_MEMORY.search(str(error)) or not self._may_shard(route.model):
             return None
         path = await asyncio.to_thread(find_model_file, route.model, self.gguf_path)
@@ -111,7 +111,7 @@ class RouteFinder:
         return replace(route, backend=DISTRIBUTED, model_path=path, reason=reason)
 
     async def identity(self, route: Route) -> dict[str, Any]:
-        """What tells the model of a route from another of the same name: its file, or Ollama's digest of it."""
+        """What distinguishes the model of a route from another of the same name: its file, or Ollama's digest."""
         if route.model_path is not None:
             return await asyncio.to_thread(file_identity, route.model_path)
         key = ModelName.parse(route.model).key
@@ -119,16 +119,19 @@ class RouteFinder:
             models = (await self._ollama.list())["models"]
         except OllamaUnavailableError:  # the requests will say so
             return {}
-        digests = {str(one.get("digest")) for one in models if ModelName.parse(str(one.get("name"))).key == key}
+        named = [model for model in models if ModelName.parse(str(model.get("name"))).key == key]
+        digests = {str(model.get("digest")) for model in named}
         return {"digests": sorted(digests)}
 
     def ollama_slots(self, model: str) -> int:
-        """How many requests to the model the Ollama nodes that have it serve at once; at least 1."""
+        """How many requests to the model the Ollama nodes that have it serve at the same time; at least 1."""
         key = ModelName.parse(model).key
-        have_it = (
-            node for node in self._ollama.nodes if any(ModelName.parse(one).key == key for one in node.models)
-        )
-        return max(1, sum(node.slots for node in have_it))
+        slots = [
+            node.slots
+            for node in self._ollama.nodes
+            if any(ModelName.parse(name).key == key for name in node.models)
+        ]
+        return max(1, sum(slots))
 
     async def models(self, coordinators: Mapping[str, str]) -> list[ListedModel]:
         """The models that can be asked, as `list_models` gives them; those of Ollama nodes that do not answer are

@@ -1,4 +1,4 @@
-"""The record of one request: its clock while it runs, its latency row and `_routing` when it ends."""
+"""The record of one request: its times while it runs, its latency row and `_routing` when it ends."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 class RequestRecord:
-    """Notes when what happened; times are taken with `time.perf_counter`.
+    """What happened to one request, and when (by `time.perf_counter`).
 
     Attributes:
-        priority: the priority it was asked with; None until that is known to be one.
-        router_overhead_ms: the router's own part of the time before the request went to its place.
+        priority: of the request; None until it has been checked.
+        router_overhead_ms: the router's part of the time before the request was sent to its backend.
     """
 
     def __init__(self, model: str, *, text: str = "") -> None:
@@ -43,7 +43,7 @@ class RequestRecord:
         self.text = text
         self.dropped = ""
         self._sent: float | None = None
-        self._left_ms = 0.0  # spent at a place that could not answer
+        self._left_ms = 0.0  # spent at a backend that could not answer
         self._first: float | None = None
         self._last: float | None = None
         self._lost_at: float | None = None
@@ -102,8 +102,8 @@ class RequestRecord:
         """Note which workers were lost in the last failover."""
         self.failovers[-1]["lost_workers"] = sorted(endpoints)
 
-    def is_hopeless(self, most: int, most_without_a_token: int) -> bool:
-        """Whether coordinators were lost too often, or again and again at the same token."""
+    def has_too_many_failovers(self, most: int, most_without_a_token: int) -> bool:
+        """Whether coordinators were lost too often, or too often without a new token in between."""
         counts = [failover["tokens_before"] for failover in self.failovers if failover["continued"]]
         return len(counts) > most or len(counts) - len(set(counts)) >= most_without_a_token
 
@@ -114,8 +114,8 @@ class RequestRecord:
         self.router_overhead_ms = max(0.0, (self._sent - self._began) * 1000 - waited_ms)
 
     def add_chunk(self, chunk: Chunk) -> None:
-        """Note a chunk of the answer. After a failover it tells the cost: the time since the last sign of the lost
-        coordinator."""
+        """Note a chunk of the answer. The first one after a failover sets its cost: the time since the last chunk
+        of the lost coordinator."""
         self._last = time.perf_counter()
         if self._lost_at is not None:
             cost_ms = (self._last - self._lost_at) * 1000
@@ -133,22 +133,22 @@ class RequestRecord:
 
     @property
     def duration_ms(self) -> float:
-        """Since the request came in."""
+        """From the request to now."""
         return (time.perf_counter() - self._began) * 1000
 
     @property
     def ttft_ms(self) -> float | None:
-        """From the request to its first token, waiting and loading included."""
+        """From the request to the first token, with waiting and loading; None before it."""
         return None if self._first is None else (self._first - self._began) * 1000
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Generation speed as the engine measured it; None for answers of no more than one token."""
+        """Generation speed as the engine measured it; None for answers of one token or none."""
         count, nanoseconds = self._final.get("eval_count"), self._final.get("eval_duration")
         return count / nanoseconds * 1e9 if count and count > 1 and nanoseconds else None
 
     def partial(self) -> Completion:
-        """The completion as far as it came."""
+        """The completion so far."""
         message = {"role": "assistant", "content": self.text}
         return Completion(
             model=self.model, message=message, done=False, done_reason="error", _routing=self.routing()
@@ -179,7 +179,7 @@ class RequestRecord:
         """The latency row, as of now."""
         return LatencyRow(
             started_at=self._started_at,
-            model=str(self.model),  # also where what was asked for is no name
+            model=str(self.model),  # a text also where the request had something else
             backend=self.backend,
             layout=self.layout,
             place=self.place,

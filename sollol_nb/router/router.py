@@ -78,7 +78,7 @@ class Router:
     Attributes:
         events: the event bus of this router's workers, coordinators and requests.
         latency: the latency log.
-        state: its cluster, live, for whoever watches.
+        state: its cluster, live, for watchers such as the widget.
     """
 
     def __init__(
@@ -180,8 +180,8 @@ class Router:
             counts=Counter(),
         )
         hold_io_loop(self)
-        # A router that nobody holds any more must not hold workers. Its engines live on for their keep_alive, so
-        # that the next router, or this kernel after a restart, finds the model loaded.
+        # A router that is garbage must not hold workers. Its engines live on for their keep_alive, so that the
+        # next router, or this kernel after a restart, finds the model loaded.
         weakref.finalize(self, _release, self._control).atexit = False
 
     def __repr__(self) -> str:
@@ -216,7 +216,7 @@ class Router:
         Args:
             model: a model's name, such as `llama3.1:70b` or `demo:sharded`, or the path of a `.gguf` file.
             messages: `[{"role": "user", "content": "Hello!"}]`, or one user message as a string.
-            schema: what the answer must fit: a pydantic model class, a dataclass, another type such as
+            schema: what the answer must match: a pydantic model class, a dataclass, another type such as
                 `list[str]`, a JSON schema as a dict, or a DataFrame as an example (see `schema/schema.py`). The
                 engine is held to it, and the answer is checked; `.value` has the answer as that type.
             backend: where it must run, whatever the model's size: `ollama`, `sharded` or `local` (or in full, as
@@ -231,7 +231,7 @@ class Router:
             The answer in Ollama's shape, with `_routing`.
 
         Raises:
-            StructureError: the answer does not fit the schema; the error has it as `.completion`.
+            StructureError: the answer does not match the schema; the error has it as `.completion`.
             ContextOverflowError: the messages do not fit the model's context.
             SollolError: of the kind that fits; see `errors.py`.
         """
@@ -254,7 +254,7 @@ class Router:
         timeout: float | None = None,
         **options: Unpack[ChatOptions],
     ) -> AsyncGenerator[Chunk, None]:
-        """Ask a model; yields Ollama-shaped chunks as they come, the last with `done` and `_routing`.
+        """Ask a model; yields Ollama-shaped chunks as they arrive, the last with `done` and `_routing`.
 
         Arguments and errors are those of `route_request`, but only the engine is held to the schema: the text is
         not checked here. Leaving the loop early (closing the generator) cancels the generation on the engine.
@@ -276,13 +276,13 @@ class Router:
         """Continue an answer that was interrupted because no coordinator could take over.
 
         Args:
-            interrupted: the error that said so.
+            interrupted: the error that was raised then.
 
         Returns:
             The whole answer, with the text from before the interruption; checked if a schema was given.
 
         Raises:
-            ConfigError: the error holds nothing to continue.
+            ConfigError: the error has nothing to continue.
             StructureError: as for `route_request`.
             SollolError: as for `route_request`.
         """
@@ -313,7 +313,7 @@ class Router:
     # --- deciding -------------------------------------------------------------------------------
 
     def should_use_distributed(self, model: str) -> bool:
-        """Whether this router would shard the model, by its profile (no node or worker is asked)."""
+        """Whether this router would shard the model, by its profile; contacts no node or worker."""
         return self._routes.would_shard(model)
 
     @io_bound
@@ -324,7 +324,7 @@ class Router:
             backend: as for `route_request`.
 
         Raises:
-            ModelError, ConfigError: it could go nowhere, or not there; the message says why.
+            ModelError, ConfigError: no backend, or not this one, can answer; the message says why.
         """
         return await self._routes.find(model, checked_backend(backend))
 
@@ -346,7 +346,7 @@ class Router:
         return ModelSlots(identity=await self._routes.identity(route), slots=slots)
 
     def profile(self, model: str) -> ModelProfile:
-        """What is known of a model, and from where (no node or worker is asked).
+        """What is known about a model, and from where; contacts no node or worker.
 
         Raises:
             ModelFileError, ConfigError: its file or its entry in `MODEL_PROFILES` cannot be used.
@@ -448,7 +448,7 @@ class Router:
         return self._timeout_s
 
     def sibling(self, **changes: Any) -> Self:
-        """A separate router over the same workers and Ollama nodes, with the same latency log.
+        """Another router over the same workers and Ollama nodes, with the same latency log.
 
         Args:
             **changes: arguments of the class; all others are as they are here now.
@@ -471,7 +471,7 @@ class Router:
         """End the coordinators and workers that no other process uses, and close connections. Twice is fine.
 
         Args:
-            keep: leave the engines running for their keep_alive, for whoever comes next.
+            keep: leave the engines running for their keep_alive, so that the next router finds them.
         """
         release_io_loop(self)
         await self._control.close(keep=keep)

@@ -1,4 +1,4 @@
-"""The settings of a router as its caller wrote them, checked."""
+"""The arguments of a router, checked."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sollol_nb.settings.kinds import keep_alive_seconds
 
 
 def check_amounts(**amounts: object) -> None:
-    """Refuse amounts that are not more than 0; None is left to its default.
+    """Check that amounts are more than 0; None is allowed.
 
     Raises:
         ConfigError: one is not.
@@ -42,7 +42,7 @@ def pool_settings(
     """The settings of the coordinator pool.
 
     Args:
-        others: those that `PoolSettings` takes as they are.
+        others: fields of `PoolSettings` that are passed on unchanged.
 
     Raises:
         ConfigError: one of them cannot be used.

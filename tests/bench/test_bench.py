@@ -177,7 +177,7 @@ def test_what_cannot_be_loaded_is_left_out_and_the_rest_is_measured(idle: Hybrid
         (MODEL, {"layouts": 4}, WorkersUnavailableError, "4 workers are needed and 3 are known"),
         (MODEL, {"temprature": 0}, ConfigError, "did you mean temperature"),
         (MODEL, {"temprature": 0, "warmup": 0}, ConfigError, "did you mean temperature"),
-        (MODEL, {"timeout": 1e-6}, RequestTimeoutError, "was not done after"),
+        (MODEL, {"timeout": 1e-6}, RequestTimeoutError, "did not finish within"),
         ("nosuch", {}, ModelNotFoundError, "nosuch is not available"),
     ],
 )

@@ -124,7 +124,7 @@ def test_an_answer_under_way_is_kept_where_the_next_coordinator_ends_and_no_othe
     gone = WorkersUnavailableError("no worker is left")
     pool = StandInPool(StandIn(piece("Hel")), StandIn(takes_requests=False), gone)
     with pytest.raises(
-        AnswerInterruptedError, match=r"it was killed; no other could take over: no worker"
+        AnswerInterruptedError, match=r"it was killed; no other coordinator could take over: no worker"
     ) as caught:
         asyncio.run(answered(pool))
     assert caught.value.state is not None
@@ -152,7 +152,7 @@ def test_an_answer_not_done_in_time_is_cancelled() -> None:
             yield piece("never")
 
     pool = StandInPool(Silent())
-    with pytest.raises(RequestTimeoutError, match=r"not done after 0\.05 s"):
+    with pytest.raises(RequestTimeoutError, match=r"did not finish within 0\.05 s"):
         asyncio.run(answered(pool, timeout_s=0.05))
     assert pool.door.running == 0
 

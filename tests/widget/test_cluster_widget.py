@@ -426,7 +426,7 @@ def test_a_strategy_and_a_keep_alive_hold_from_now_on(steered: ClusterWidget, ro
     settings = router._async._coordinators.settings
     eventually(lambda: router._async._coordinators.settings.keep_alive_s == 3600.0, "keep_alive is set")
     assert settings.layer_strategy == "even"
-    assert "models that are started from now on are spread by strategy 'even'" in words(router)
+    assert "models that start from now on are spread by strategy 'even'" in words(router)
     router.configure(layer_strategy="memory_aware")
     eventually(lambda: steered.models.strategy.value == "memory_aware", "chosen elsewhere, it is shown")
     assert router.layer_strategy == "memory_aware"

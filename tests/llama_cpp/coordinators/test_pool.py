@@ -300,7 +300,7 @@ def test_without_a_worker_left_the_answer_is_kept_and_resumed_later(sharding: Hy
     assert text
     assert whole.text.startswith(text)
     assert caught.value.partial.text == text
-    assert "no other could take over" in str(caught.value)
+    assert "no other coordinator could take over" in str(caught.value)
     assert "router.resume(error)" in str(caught.value)
     assert "\n" not in str(caught.value)
     row = sharding.latency.frame(model="demo:sharded", last=1).iloc[0]
