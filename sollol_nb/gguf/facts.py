@@ -1,26 +1,23 @@
-"""What a model's GGUF file says: size, blocks, bytes of each block, and the memory its context needs.
+"""The facts in a model's GGUF header: size, blocks, bytes of each block, and the memory its context needs.
 
-Only headers are read (`gguf_header`), never the weights, so a model of hundreds of gigabytes answers as fast as
-a small one. What llama.cpp does with a tensor follows from its name (LLM_TENSOR_INFOS in llama-arch.cpp):
-`blk.N.` belongs to block N, a few belong to the input layer, which stays on the coordinator's CPU, the rest to
-the output layer.
+Only headers are read (`header.py`), never the weights, so a model of hundreds of gigabytes takes as long as a
+small one. What llama.cpp does with a tensor follows from its name (LLM_TENSOR_INFOS in llama-arch.cpp): `blk.N.`
+belongs to block N, a few belong to the input layer, which stays on the coordinator's CPU, the rest to the output
+layer.
 """
 
 from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sollol_nb.errors import ModelFileError
-from sollol_nb.gguf.header import GgufFile, Keys, TensorInfo, look_at, read_header
+from sollol_nb.gguf.header import GgufFile, Keys, TensorInfo, check_file, read_header
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-KV_ELEMENT_BYTES = 2  # K and V are kept as f16 unless llama-server is told otherwise
+KV_ELEMENT_BYTES = 2  # K and V are f16 unless llama-server is started with another type
 CONTEXT_STEP_TOKENS = 256  # llama.cpp rounds the context up to this
 MAX_BLOCKS = 512  # LLAMA_MAX_LAYERS of llama.cpp
 
@@ -30,24 +27,20 @@ _INPUT_TENSORS = ("token_embd.", "token_types.", "position_embd.", "per_layer_to
 _FIRST_BLOCK_TENSORS = ("token_embd_norm.", "rope_freqs.", "rope_factors_long.", "rope_factors_short.")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
     """The header of a GGUF model, reduced to what routing and planning need.
 
     Attributes:
         path: the file, or the first part of a split model.
         architecture: `general.architecture`, such as "llama".
-        name: `general.name`, if stated.
-        description: `general.description`, if stated.
         parameter_count: sum over the shapes of all tensors.
         file_bytes: size of all parts on disk.
-        quantization: "Q4_K_M", "F16", ... from `general.file_type`, else the tensor type with the most bytes.
         layer_count: blocks (`<architecture>.block_count`; the output layer is not one of them).
         layer_bytes: weight bytes of each block. Rope tables, a few hundred bytes, count with the first block
             although every device gets a copy.
         output_bytes: weight bytes of the output layer. With tied embeddings this includes the token embedding,
             of which llama.cpp puts a second copy on the device of the output layer.
-        embedding_bytes: weight bytes of the input layer, which stays on the coordinator's CPU.
         context_length: tokens the model was trained for; 0 if not stated.
         embedding_length: width of the residual stream; 0 if not stated.
         feed_forward_width: values per token in the widest feed-forward layer, with mixture-of-experts models
@@ -57,35 +50,29 @@ class ModelFacts:
             blocks with a sliding window, for multi-head latent attention (newer llama.cpp keeps no V there)
             and for hybrid models; the state of recurrent blocks, which does not grow with the context, is
             not counted.
-        has_chat_template: whether the file carries a chat template.
     """
 
     path: Path
     architecture: str
-    name: str | None
-    description: str | None
     parameter_count: int
     file_bytes: int
-    quantization: str
     layer_count: int
     layer_bytes: tuple[int, ...]
     output_bytes: int
-    embedding_bytes: int
     context_length: int
     embedding_length: int
     feed_forward_width: int
     vocabulary_size: int
     layer_kv_bytes_per_token: tuple[int, ...]
-    has_chat_template: bool
 
     def kv_bytes(self, context_tokens: int) -> tuple[int, ...]:
-        """Bytes of the KV cache of each block for a context of so many tokens (all slots together)."""
+        """Bytes of the KV cache of each block for a context of `context_tokens` (all slots together)."""
         tokens = kept_context_tokens(context_tokens)
         return tuple(per_token * tokens for per_token in self.layer_kv_bytes_per_token)
 
 
 def kept_context_tokens(context_tokens: int) -> int:
-    """The context llama.cpp makes of the one asked for: rounded up to `CONTEXT_STEP_TOKENS`."""
+    """The context that llama.cpp allocates: the requested one, rounded up to `CONTEXT_STEP_TOKENS`."""
     return -(-context_tokens // CONTEXT_STEP_TOKENS) * CONTEXT_STEP_TOKENS
 
 
@@ -93,19 +80,19 @@ def read_facts(path: Path | str) -> ModelFacts:
     """Read the header of a GGUF model.
 
     Args:
-        path: the file; for a split model (`name-00001-of-00003.gguf`) any of its parts. The result is remembered
+        path: the file; for a split model (`name-00001-of-00003.gguf`) any of its parts. The result is cached
             until a part's size or modification time changes.
 
     Raises:
-        ModelFileError: no such file, a folder, not readable, not GGUF, a version that is not supported,
-            truncated, damaged, a part missing, or not a model with blocks.
+        ModelFileError: no such file, a folder, not readable, not GGUF, an unsupported version, truncated, damaged,
+            a missing part, or not a model with blocks.
     """
     try:
         paths = _part_paths(Path(path).expanduser().absolute())
     except RuntimeError as error:  # "~someone" without a home
         raise ModelFileError(f"cannot read {path}: {error}; check the path") from None
-    advice = "check the path" if len(paths) == 1 else f"the model has {len(paths)} parts: download all of them"
-    return _facts_of(tuple(look_at(part, advice=advice) for part in paths))
+    advice = "check the path" if len(paths) == 1 else f"the model has {len(paths)} parts; download all of them"
+    return _facts_of(tuple(check_file(part, advice=advice) for part in paths))
 
 
 def _part_paths(path: Path) -> list[Path]:
@@ -115,7 +102,7 @@ def _part_paths(path: Path) -> list[Path]:
         return [path]
     count = int(match["count"])
     if not 0 < int(match["number"]) <= count:
-        raise ModelFileError(f"{path} names a part that cannot be: there are {count}; correct its name")
+        raise ModelFileError(f"{path} cannot be one of {count} parts; correct its name")
     ending = path.name[match.end("number") :]
     return [path.with_name(f"{match['stem']}-{number:05d}{ending}") for number in range(1, count + 1)]
 
@@ -126,8 +113,8 @@ def _facts_of(parts: tuple[GgufFile, ...]) -> ModelFacts:
     stated_parts = _integer(headers[0].keys, "split.count") or 1
     if stated_parts != len(parts):
         raise ModelFileError(
-            f"{parts[0].path} is one of {stated_parts} parts by its header, but its name says {len(parts)}; "
-            "give the parts their names back (name-00001-of-00003.gguf, ...)"
+            f"{parts[0].path} is one of {stated_parts} parts by its header, but one of {len(parts)} by its name; "
+            "restore the names of the parts (name-00001-of-00003.gguf, ...)"
         )
     return _summarise(parts, headers[0].keys, [tensor for header in headers for tensor in header.tensors])
 
@@ -136,7 +123,7 @@ def _summarise(parts: Sequence[GgufFile], keys: Keys, tensors: Sequence[TensorIn
     path = parts[0].path
     architecture = _text(keys, "general.architecture")
     if architecture is None:
-        raise ModelFileError(f"{path} does not state an architecture; it is not a model llama.cpp can load")
+        raise ModelFileError(f"{path} does not state an architecture; it is not a model that llama.cpp can load")
     layer_count = _integer(keys, f"{architecture}.block_count") or 0
     if not 0 < layer_count <= MAX_BLOCKS:
         raise ModelFileError(
@@ -144,7 +131,7 @@ def _summarise(parts: Sequence[GgufFile], keys: Keys, tensors: Sequence[TensorIn
             "name the model's own file, not an adapter or a vision projector"
         )
     layer_bytes = [0] * layer_count
-    output_bytes = embedding_bytes = 0
+    output_bytes = 0
     for tensor in tensors:
         block = _BLOCK_TENSOR.match(tensor.name)
         if block is not None:
@@ -155,9 +142,7 @@ def _summarise(parts: Sequence[GgufFile], keys: Keys, tensors: Sequence[TensorIn
             layer_bytes[int(block[1])] += tensor.byte_count
         elif tensor.name.startswith(_FIRST_BLOCK_TENSORS):
             layer_bytes[0] += tensor.byte_count
-        elif tensor.name.startswith(_INPUT_TENSORS):
-            embedding_bytes += tensor.byte_count
-        else:
+        elif not tensor.name.startswith(_INPUT_TENSORS):
             output_bytes += tensor.byte_count
     by_name = {tensor.name: tensor for tensor in tensors}
     token_embedding = by_name.get("token_embd.weight")
@@ -166,39 +151,17 @@ def _summarise(parts: Sequence[GgufFile], keys: Keys, tensors: Sequence[TensorIn
     return ModelFacts(
         path=path,
         architecture=architecture,
-        name=_text(keys, "general.name"),
-        description=_text(keys, "general.description"),
         parameter_count=sum(tensor.element_count for tensor in tensors),
         file_bytes=sum(part.file_bytes for part in parts),
-        quantization=_quantization(keys, tensors),
         layer_count=layer_count,
         layer_bytes=tuple(layer_bytes),
         output_bytes=output_bytes,
-        embedding_bytes=embedding_bytes,
         context_length=_integer(keys, f"{architecture}.context_length") or 0,
         embedding_length=_integer(keys, f"{architecture}.embedding_length") or 0,
         feed_forward_width=_feed_forward_width(keys, architecture, layer_count),
         vocabulary_size=token_embedding.shape[-1] if token_embedding is not None else 0,
         layer_kv_bytes_per_token=_kv_bytes_per_token(keys, architecture, layer_count),
-        has_chat_template=_text(keys, "tokenizer.chat_template") is not None,
     )
-
-
-def _quantization(keys: Keys, tensors: Sequence[TensorInfo]) -> str:
-    from gguf import LlamaFileType
-
-    file_type = _integer(keys, "general.file_type")
-    if file_type is not None:
-        try:
-            name = LlamaFileType(file_type & ~LlamaFileType.GUESSED).name
-        except ValueError:  # newer than the installed gguf
-            pass
-        else:
-            return name.removeprefix("MOSTLY_").removeprefix("ALL_")
-    bytes_by_type: dict[str, int] = {}
-    for tensor in tensors:
-        bytes_by_type[tensor.type_name] = bytes_by_type.get(tensor.type_name, 0) + tensor.byte_count
-    return max(bytes_by_type, key=lambda name: bytes_by_type[name], default="unknown")
 
 
 def _feed_forward_width(keys: Keys, architecture: str, layer_count: int) -> int:
@@ -233,7 +196,7 @@ def _integer(keys: Keys, key: str) -> int | None:
 
 
 def _per_layer(keys: Keys, key: str, layer_count: int, *, default: int | None) -> list[int]:
-    """One number per block from a key that holds one number for all, or a list; [] when absent and no default."""
+    """A number for each block, from a key with one number for all or a list; [] when absent without a default."""
     value = keys.get(key)
     if isinstance(value, list) and len(value) >= layer_count and all(isinstance(n, int) and n >= 0 for n in value):
         return value[:layer_count]

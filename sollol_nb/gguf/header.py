@@ -1,11 +1,11 @@
-"""Reads the header of one GGUF file: its keys, and its tensors' names, types, shapes and places.
+"""Reads the header of one GGUF file: its keys, and its tensors' names, shapes and positions.
 
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The official reader of the `gguf` package does
-the parsing; two of its steps are replaced here: every read is checked against the end of the file (the original
-goes on, or loops, past the end of a damaged file), and arrays are read or skipped in one go (the original makes
-several objects for each of the 400,000 entries of a large vocabulary, which takes seconds). The reader
-memory-maps the file; the map is gone when `read_header` returns or raises, so that the file can be replaced or
-deleted on Windows too.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The official reader of the `gguf` package parses
+it; two of its steps are replaced here: every read is checked against the end of the file (the original reads, or
+loops, past the end of a damaged file), and arrays are read or skipped in one step (the original creates several
+objects for each of the 400,000 entries of a large vocabulary, which takes seconds). The reader memory-maps the
+file; the map is closed when `read_header` returns or raises, so that the file can be replaced or deleted on
+Windows too.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ from __future__ import annotations
 import functools
 import struct
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sollol_nb.errors import ModelFileError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from gguf import GGUFReader
 
 Keys = dict[str, Any]
@@ -32,7 +31,7 @@ _MAX_ENTRIES = 2**17  # tensors, and keys; the largest models have a few thousan
 
 @dataclass(frozen=True, slots=True)
 class GgufFile:
-    """One file, as it was when looked at: the key under which facts are remembered."""
+    """One file and its state when it was checked: the key of the cache of facts."""
 
     path: Path
     file_bytes: int
@@ -41,10 +40,9 @@ class GgufFile:
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """A tensor's place in the file: `end_offset` is the first byte after its data."""
+    """A tensor: `end_offset` is the position of the first byte after its data."""
 
     name: str
-    type_name: str
     shape: tuple[int, ...]
     element_count: int
     byte_count: int
@@ -53,7 +51,7 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """Keys (strings, numbers, lists of numbers; lists of strings are left out) and tensors of one file."""
+    """Keys (strings, numbers, lists of numbers, but no lists of strings) and tensors of one file."""
 
     keys: Keys
     tensors: tuple[TensorInfo, ...]
@@ -63,11 +61,11 @@ class _EndOfFileError(ValueError):
     """The header points past the end of the file."""
 
 
-def look_at(path: Path, *, advice: str) -> GgufFile:
-    """Size and time of a file; `advice` ends the message when there is none.
+def check_file(path: Path, *, advice: str) -> GgufFile:
+    """Size and modification time of a file; `advice` ends the message when it does not exist.
 
     Raises:
-        ModelFileError: no such file, a folder or another thing that is not a file, no permission.
+        ModelFileError: no such file, a folder or a special file, no permission.
     """
     try:
         stat = path.stat()
@@ -75,7 +73,7 @@ def look_at(path: Path, *, advice: str) -> GgufFile:
     except PermissionError:
         raise ModelFileError(_no_permission(path)) from None
     except (FileNotFoundError, NotADirectoryError):
-        raise ModelFileError(f"there is no file {path}; {advice}") from None
+        raise ModelFileError(f"{path} does not exist; {advice}") from None
     except (OSError, ValueError) as error:
         raise ModelFileError(f"cannot read {path}: {_one_line(error)}; {advice}") from None
     if is_folder:
@@ -96,10 +94,10 @@ def read_header(file: GgufFile) -> Header:
     """Read a file's header.
 
     Raises:
-        ModelFileError: not readable, not GGUF, a version that is not supported, truncated or damaged.
+        ModelFileError: not readable, not GGUF, an unsupported version, truncated or damaged.
     """
-    # The reader's own exception holds its frames, and with them the memory map: so the new one is raised
-    # outside the except block, where it does not become its context.
+    # The reader's exception holds its frames, and with them the memory map: so the new error is raised outside the
+    # except block, where the reader's does not become its context.
     problem = _obvious_problem(file)
     if problem is None:
         try:
@@ -122,7 +120,7 @@ def read_header(file: GgufFile) -> Header:
 
 
 def _obvious_problem(file: GgufFile) -> str | None:
-    """What the first bytes already tell, in words that follow the file's name."""
+    """A problem visible in the first bytes, as a text that follows the file's name."""
     try:
         with file.path.open("rb") as opened:
             start = opened.read(_FIXED_HEADER_BYTES)
@@ -133,14 +131,14 @@ def _obvious_problem(file: GgufFile) -> str | None:
     if not start:
         return "is empty; download it again"
     if not start.startswith(_MAGIC):
-        return f"is not a GGUF file: it starts with {start[:4]!r}; convert the model to GGUF"
+        return f"is not a GGUF file (it starts with {start[:4]!r}); convert the model to GGUF"
     if len(start) < _FIXED_HEADER_BYTES:
         return f"is truncated: it has only {len(start)} bytes; download it again"
     version = struct.unpack_from("<I", start, 4)[0]
     if version & 0xFFFF == 0:
         return "is a big-endian GGUF file, which llama.cpp cannot load here; convert the model again"
     if version not in _SUPPORTED_VERSIONS:
-        return f"has GGUF version {version}; versions 2 and 3 are supported: convert the model again"
+        return f"has GGUF version {version}, but only versions 2 and 3 are supported; convert the model again"
     if max(struct.unpack_from("<QQ", start, 8)) > _MAX_ENTRIES:
         return "is damaged: its header counts are impossible; download it again"
     return None
@@ -151,17 +149,16 @@ def _one_line(error: Exception) -> str:
 
 
 def _parse(path: Path) -> Header:
-    """Read keys and tensor shapes into plain values; nothing of the memory map survives this function."""
+    """Read keys and tensor shapes into plain values, which do not refer to the memory map."""
     reader = _reader_class()(path)
     keys: Keys = {}
     for key, field in reader.fields.items():
-        # Large lists of numbers (token types, scores) are of no use here either.
+        # Large lists of numbers (token types, scores) are not needed either.
         if not key.startswith(("GGUF.", "tokenizer.ggml.")):
             keys[key] = field.contents()
     tensors = tuple(
         TensorInfo(
             name=tensor.name,
-            type_name=tensor.tensor_type.name,
             shape=tuple(int(size) for size in tensor.shape),
             element_count=int(tensor.n_elements),
             byte_count=int(tensor.n_bytes),
@@ -181,7 +178,7 @@ def _reader_class() -> type[GGUFReader]:
         """The official reader, bounded by the end of the file and without the tensors' data."""
 
         def _get(self, offset: Any, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:
-            if hasattr(self, "data_offset"):  # the header is done: this is a tensor's data, which may be missing
+            if hasattr(self, "data_offset"):  # after the header: a tensor's data, which may be missing
                 return np.broadcast_to(np.zeros((), dtype), (int(count),))
             self._check_end(int(offset) + np.dtype(dtype).itemsize * int(count))
             return super()._get(int(offset), dtype, count, override_order)

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gguf
 import psutil
 import pytest
 
@@ -44,25 +43,18 @@ def test_a_dense_model_is_measured_block_by_block(tmp_path: Path) -> None:
     matrices = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128
     norms = 2 * 64
     assert facts.layer_bytes == tuple(matrices * width + norms * F32 for width in (F16, F32, F16))
-    assert facts.embedding_bytes == 300 * 64 * F16
     assert facts.output_bytes == 300 * 64 * F16 + 64 * F32
     assert facts.parameter_count == 3 * (matrices + norms) + 2 * 300 * 64 + 64
-    assert (facts.architecture, facts.name, facts.description) == (
-        "llama",
-        "Test Llama",
-        "random weights for tests",
-    )
+    assert facts.architecture == "llama"
     assert (facts.layer_count, facts.context_length, facts.embedding_length) == (3, 2048, 64)
     assert (facts.feed_forward_width, facts.vocabulary_size) == (128, 300)
     assert facts.file_bytes == path.stat().st_size
-    assert facts.has_chat_template
 
 
 def test_tied_embeddings_are_counted_twice_because_the_output_device_gets_a_copy(tmp_path: Path) -> None:
     tied = read_facts(write_llama(tmp_path / "tied.gguf", tied=True))
     untied = read_facts(write_llama(tmp_path / "untied.gguf"))
     assert tied.output_bytes == untied.output_bytes
-    assert tied.embedding_bytes == untied.embedding_bytes
     assert tied.parameter_count < untied.parameter_count
 
 
@@ -112,23 +104,6 @@ def test_the_context_is_rounded_up_as_the_engine_does(llama: Path, asked: int, k
     assert facts.kv_bytes(asked) == tuple(kept * per_token for per_token in facts.layer_kv_bytes_per_token)
 
 
-@pytest.mark.parametrize(
-    ("file_type", "words"),
-    [
-        (gguf.LlamaFileType.MOSTLY_Q4_K_M, "Q4_K_M"),
-        (gguf.LlamaFileType.ALL_F32, "F32"),
-        (gguf.LlamaFileType.MOSTLY_F16, "F16"),
-        (gguf.LlamaFileType.MOSTLY_F16 | gguf.LlamaFileType.GUESSED, "F16"),
-        (None, "F16"),
-        (999, "F16"),
-    ],
-)
-def test_quantization_is_the_stated_one_else_that_of_most_bytes(
-    tmp_path: Path, file_type: int | None, words: str
-) -> None:
-    assert read_facts(write_llama(tmp_path / "m.gguf", file_type=file_type)).quantization == words
-
-
 # --- split models -----------------------------------------------------------------------------
 
 
@@ -148,7 +123,7 @@ def test_a_split_model_is_read_whole_from_any_of_its_parts(tmp_path: Path) -> No
 def test_a_missing_part_is_named(tmp_path: Path) -> None:
     first = write_llama(tmp_path / "m.gguf", tensors_per_part=15)
     (tmp_path / "m-00002-of-00003.gguf").unlink()
-    with pytest.raises(ModelFileError, match=r"no file .*m-00002-of-00003\.gguf; the model has 3 parts"):
+    with pytest.raises(ModelFileError, match=r"m-00002-of-00003\.gguf does not exist; the model has 3 parts"):
         read_facts(first)
 
 
@@ -219,8 +194,8 @@ def _gguf_start(version: int, *, tensors: int = 0, keys: int = 0, order: str = "
         pytest.param(b"", "is empty", id="empty"),
         pytest.param(b"PK\x03\x04 a zip", r"not a GGUF file.*b'PK", id="other format"),
         pytest.param(b"GGUF\x03", "truncated", id="five bytes"),
-        pytest.param(_gguf_start(1), "version 1;", id="old version"),
-        pytest.param(_gguf_start(99), "version 99;", id="future version"),
+        pytest.param(_gguf_start(1), "version 1,", id="old version"),
+        pytest.param(_gguf_start(99), "version 99,", id="future version"),
         pytest.param(_gguf_start(3, order=">"), "big-endian", id="big-endian"),
         pytest.param(_gguf_start(3), "architecture", id="nothing in it"),
         pytest.param(_gguf_start(3, keys=1), "truncated or damaged", id="a key promised, none there"),
@@ -288,9 +263,9 @@ def test_a_tensor_type_newer_than_the_reader_is_told(llama: Path) -> None:
 
 
 def test_a_missing_file_and_a_folder_are_told_apart(tmp_path: Path) -> None:
-    with pytest.raises(ModelFileError, match="there is no file"):
+    with pytest.raises(ModelFileError, match="does not exist"):
         read_facts(tmp_path / "none.gguf")
-    with pytest.raises(ModelFileError, match="there is no file"):
+    with pytest.raises(ModelFileError, match="does not exist"):
         read_facts(write_llama(tmp_path / "m.gguf") / "below-a-file.gguf")
     with pytest.raises(ModelFileError, match="is a folder"):
         read_facts(tmp_path)

@@ -37,21 +37,16 @@ def model(layer_bytes: Sequence[int], output_bytes: int, kv_per_token: int = 0) 
     return ModelFacts(
         path=Path("model.gguf"),
         architecture="llama",
-        name=None,
-        description=None,
         parameter_count=0,
         file_bytes=0,
-        quantization="F16",
         layer_count=len(layer_bytes),
         layer_bytes=tuple(layer_bytes),
         output_bytes=output_bytes,
-        embedding_bytes=0,
         context_length=4096,
         embedding_length=64,
         feed_forward_width=128,
         vocabulary_size=1000,
         layer_kv_bytes_per_token=(kv_per_token,) * len(layer_bytes),
-        has_chat_template=False,
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from sollol_nb.gguf.facts import read_facts
+from sollol_nb.gguf.header import check_file, read_header
 from sollol_nb.models.files import DEMO_MODEL_PATH
 from sollol_nb.sync_wrapper import HybridRouter
 
@@ -21,9 +22,10 @@ def test_the_file_is_a_small_llama_of_twelve_layers_that_says_what_it_is() -> No
     assert facts.file_bytes <= 8_000_000
     assert facts.architecture == "llama"
     assert facts.layer_count == 12
-    assert facts.has_chat_template
-    assert "demo" in (facts.description or "")
-    assert "Not a general model" in (facts.description or "")
+    keys = read_header(check_file(DEMO_MODEL_PATH, advice="")).keys
+    assert keys["tokenizer.chat_template"]
+    assert "demo" in keys["general.description"]
+    assert "Not a general model" in keys["general.description"]
 
 
 @pytest.mark.engine

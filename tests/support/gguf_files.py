@@ -35,7 +35,6 @@ def write_llama(
     experts: int = 0,
     experts_used: int = 1,
     f32_blocks: Collection[int] = (),
-    file_type: int | None = gguf.LlamaFileType.MOSTLY_F16,
     tensors_per_part: int = 0,
 ) -> Path:
     """Write a llama model and return the path of its (first) file.
@@ -58,8 +57,7 @@ def write_llama(
     if experts:
         writer.add_expert_count(experts)
         writer.add_expert_used_count(experts_used)
-    if file_type is not None:
-        writer.add_file_type(file_type)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
     _add_tokenizer(writer, vocabulary)
     for name, shape, is_f32 in _tensors(
         blocks, embedding, heads, kv_heads, feed_forward, vocabulary, tied, experts, f32_blocks
