@@ -3,8 +3,8 @@
     python benchmarks/cluster_state.py [--workers 100] [--local 30] [--seconds 20]
 
 `--local` of the workers are real ones on this machine, the others are addresses where nothing listens; each is
-probed in its turn as for a widget that is shown. Then one of the real ones is killed, and the time is taken until
-a watcher knows. The state folder is a temporary one.
+probed in its turn, as for a widget on the screen. Then a real worker is killed, and the time is measured until a
+watcher knows. The state folder is temporary.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def measure(router: HybridRouter, seconds: float) -> None:
 
     state = router._async.state
     whole = run_blocking(state.watch(listener))
-    time.sleep(3.0)  # the first looks bring more than later ones
+    time.sleep(3.0)  # the first probes bring more changes than later ones
     sizes_bytes.clear()
     began_s, used_s = time.perf_counter(), time.process_time()
     time.sleep(seconds)
@@ -75,7 +75,7 @@ def measure(router: HybridRouter, seconds: float) -> None:
     began_s = time.perf_counter()
     psutil.Process(entry.pid).kill()
     if down.wait(10.0):
-        print(f"a killed worker is told after {(time.perf_counter() - began_s) * 1000:.0f} ms")
+        print(f"a killed worker is reported after {(time.perf_counter() - began_s) * 1000:.0f} ms")
     run_blocking(state.unwatch(listener))
 
 

@@ -20,12 +20,12 @@ LIMIT_US = 50.0
 
 
 def idle(number: int) -> NodeOffer:
-    """All equal: every one is a candidate to the end."""
+    """All equal, so every node stays a candidate."""
     return NodeOffer(f"http://node-{number}", Residency.LOADED, True, 0.0)
 
 
 def busy(number: int) -> NodeOffer:
-    """All loaded, all with a line of its own length."""
+    """All loaded, with queues of different lengths."""
     return NodeOffer(f"http://node-{number}", Residency.LOADED, False, random.random() * 10_000)
 
 
@@ -53,7 +53,7 @@ def live_nodes(count: int) -> list[OllamaNode]:
     ]
     for node in nodes:
         final = {"eval_count": 10, "eval_duration": random.randrange(10**8, 10**9)}
-        node.served(KEY, KEY, final, had_to_load=False)
+        node.record_answer(KEY, KEY, final, had_to_load=False)
     return nodes
 
 
@@ -62,16 +62,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--nodes", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=2000)
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     random.seed(1)
-    print(f"{asked.nodes} nodes, {asked.rounds} rounds; at most {LIMIT_US:.0f} us are wanted")
+    print(f"{arguments.nodes} nodes, {arguments.rounds} rounds; the goal is at most {LIMIT_US:.0f} us")
     for kind in (idle, busy, mixed):
-        offers: Sequence[NodeOffer] = [kind(number) for number in range(asked.nodes)]
-        median_us, p99_us = microseconds(lambda offers=offers: choose_node(offers), asked.rounds)  # type: ignore[misc]
+        offers: Sequence[NodeOffer] = [kind(number) for number in range(arguments.nodes)]
+        median_us, p99_us = microseconds(lambda offers=offers: choose_node(offers), arguments.rounds)  # type: ignore[misc]
         print(f"choose_node, {kind.__name__:5}  median {median_us:6.1f} us   p99 {p99_us:6.1f} us")
-    nodes = live_nodes(asked.nodes)
+    nodes = live_nodes(arguments.nodes)
     median_us, p99_us = microseconds(
-        lambda: choose_node([node.offer(KEY, 100.0) for node in nodes]), max(1, asked.rounds // 10)
+        lambda: choose_node([node.offer(KEY, 100.0) for node in nodes]), max(1, arguments.rounds // 10)
     )
     print(f"offers and choice   median {median_us:6.1f} us   p99 {p99_us:6.1f} us")
 

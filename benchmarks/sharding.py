@@ -52,7 +52,7 @@ def main() -> None:
         model, router = layouts["3 workers"]
         direct, routed = overhead(router, model, rounds * 4)
         print(
-            f"\none token over 3 workers: {direct:.2f} ms straight from llama-server, {routed:.2f} ms through the "
+            f"\none token over 3 workers: {direct:.2f} ms directly from llama-server, {routed:.2f} ms through the "
             f"blocking router: ratio {routed / direct:.2f}"
         )
 
@@ -69,7 +69,7 @@ def overhead(router: HybridRouter, model: str, rounds: int) -> tuple[float, floa
     assert coordinator is not None
     messages = check_messages("Hello!")
 
-    async def straight() -> None:
+    async def direct_answer() -> None:
         async for _ in coordinator.stream(coordinator.answer(messages, {"max_tokens": 1, "temperature": 0})):
             pass
 
@@ -77,7 +77,7 @@ def overhead(router: HybridRouter, model: str, rounds: int) -> tuple[float, floa
     routed: list[float] = []
     for _ in range(rounds):
         began = time.perf_counter()
-        run_blocking(straight())
+        run_blocking(direct_answer())
         direct.append((time.perf_counter() - began) * 1000)
         began = time.perf_counter()
         router.route_request(model, "Hello!", temperature=0, max_tokens=1)

@@ -24,8 +24,8 @@ def log(tmp_path: Path) -> LatencyLog:
 
 def read_csv(path: Path) -> pd.DataFrame:
     """An exported CSV file with the dtypes of the log, as its readers would give them."""
-    texts = {one.name: pd.StringDtype("python") for one in COLUMNS if one.dtype == TEXT}
-    integers = {one.name: "Int64" for one in COLUMNS if one.dtype == INTEGER}
+    texts = {column.name: pd.StringDtype("python") for column in COLUMNS if column.dtype == TEXT}
+    integers = {column.name: "Int64" for column in COLUMNS if column.dtype == INTEGER}
     frame = pd.read_csv(path, dtype=texts | integers, parse_dates=["started_at"])
     frame[list(texts)] = frame[list(texts)].fillna("")
     return frame.astype({"started_at": "datetime64[ms, UTC]"})
@@ -46,7 +46,7 @@ def test_parquet_has_the_same_rows_and_types(log: LatencyLog, tmp_path: Path) ->
     path = log.export(str(tmp_path / "log.PARQUET"))
 
     read = pd.read_parquet(path).astype(
-        {one.name: pd.StringDtype("python") for one in COLUMNS if one.dtype == TEXT}
+        {column.name: pd.StringDtype("python") for column in COLUMNS if column.dtype == TEXT}
     )
     pd.testing.assert_frame_equal(read, log.frame())
 
@@ -58,7 +58,7 @@ def test_an_empty_log_and_a_filtered_one_are_exported_too(log: LatencyLog, tmp_p
     none = read(log.export(tmp_path / f"none.{suffix}", model="unknown"))
     some = read(log.export(tmp_path / f"some.{suffix}", model="m1", last=2))
 
-    assert list(none.columns) == list(some.columns) == [one.name for one in COLUMNS]
+    assert list(none.columns) == list(some.columns) == [column.name for column in COLUMNS]
     assert len(none) == 0
     assert some["total_ms"].tolist() == [3.0, 5.0]
 
@@ -94,6 +94,6 @@ def test_an_export_that_fails_leaves_the_file_before_it(
         log.export(path)
 
     assert path.read_bytes() == before
-    assert {one.name for one in tmp_path.iterdir()} - {"log.csv"} == {
-        one.name for one in tmp_path.glob("latency.sqlite*")
+    assert {file.name for file in tmp_path.iterdir()} - {"log.csv"} == {
+        file.name for file in tmp_path.glob("latency.sqlite*")
     }

@@ -98,12 +98,12 @@ def test_columns_have_their_types_whatever_the_rows_hold(log: LatencyLog, rows: 
 
     types = log.frame().dtypes
 
-    assert types.to_dict() == {one.name: pd.api.types.pandas_dtype(one.dtype) for one in COLUMNS} | {
-        one.name: pd.StringDtype("python") for one in COLUMNS if one.dtype == "string"
+    assert types.to_dict() == {column.name: pd.api.types.pandas_dtype(column.dtype) for column in COLUMNS} | {
+        column.name: pd.StringDtype("python") for column in COLUMNS if column.dtype == "string"
     }
 
 
-def test_text_that_is_no_unicode_is_written_as_near_as_can_be(log: LatencyLog) -> None:
+def test_text_that_is_not_valid_unicode_is_escaped(log: LatencyLog) -> None:
     log.record(replace(FULL, model="a\ud800b"))
 
     assert log.frame()["model"].tolist() == ["a\\ud800b"]
@@ -193,15 +193,15 @@ def test_what_cannot_be_read_as_a_time_is_named(moment: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "words"),
+    ("wanted", "message"),
     [
         ({"status": "canceled"}, "did you mean 'cancelled'"),
         ({"status": "good"}, "known are ok, error, timeout, cancelled"),
         ({"model": 7}, "model=7 is not a name"),
     ],
 )
-def test_filters_that_cannot_be_used_are_named(log: LatencyLog, wanted: dict[str, Any], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
+def test_filters_that_cannot_be_used_are_named(log: LatencyLog, wanted: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         log.frame(**wanted)
 
 
@@ -211,7 +211,7 @@ def test_last_must_be_a_positive_whole_number(log: LatencyLog, last: object) -> 
         log.frame(last=last)  # type: ignore[arg-type]
 
 
-def test_log_outlives_the_object_and_stands_in_the_state_folder_by_default() -> None:
+def test_log_is_in_the_state_folder_by_default() -> None:
     assert LatencyLog().path == config.state_dir() / "latency.sqlite"
     assert repr(LatencyLog("a.sqlite")) == "LatencyLog('a.sqlite')"
 
@@ -264,7 +264,7 @@ INSERT_2 = INSERT_1.replace("error\n)", "error, partial_text\n)").replace("'ok',
 
 
 def write_version_2(path: Path) -> None:
-    """A log that the first version began and the second went on with: three rows, then one."""
+    """A log that the first version began and the second continued: three rows, then one."""
     write_version_1(path)
     with contextlib.closing(sqlite3.connect(path)) as connection, connection:
         connection.executescript(VERSION_2)
@@ -438,19 +438,19 @@ def test_processes_that_write_to_a_log_at_once_lose_nothing(log: LatencyLog, bef
         for writer in range(6)
     ]
     try:
-        for one in writers:
-            assert one.stdout is not None
-            assert one.stdout.readline() == "ready\n"
-        for one in writers:
-            assert one.stdin is not None
-            one.stdin.write("\n")
-            one.stdin.flush()
-        for one in writers:
-            _, words = one.communicate(timeout=HANG_GUARD_S)
-            assert one.returncode == 0, words
+        for writer in writers:
+            assert writer.stdout is not None
+            assert writer.stdout.readline() == "ready\n"
+        for writer in writers:
+            assert writer.stdin is not None
+            writer.stdin.write("\n")
+            writer.stdin.flush()
+        for writer in writers:
+            _, errors = writer.communicate(timeout=HANG_GUARD_S)
+            assert writer.returncode == 0, errors
     finally:
-        for one in writers:
-            one.kill()
+        for writer in writers:
+            writer.kill()
 
     frame = log.frame()
     counted = frame[frame["model"] != "old"].groupby("model")["total_ms"].apply(sorted)
@@ -501,7 +501,7 @@ def test_the_newest_rows_are_kept_and_the_others_pruned(tmp_path: Path, kept: in
     LatencyLog(tmp_path / "log").record(*(replace(FULL, total_ms=float(number)) for number in range(count)))
     log = LatencyLog(tmp_path / "log", keep_rows=kept)
 
-    for _ in range(2):  # each new writer prunes; so many at once are more than one of them does
+    for _ in range(2):  # each new writer prunes; these are too many for one
         LatencyLog(log.path, keep_rows=kept).record(replace(FULL, total_ms=-1.0))
 
     last = [float(number) for number in range(count)] + [-1.0, -1.0]

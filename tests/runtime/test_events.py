@@ -1,4 +1,4 @@
-"""The event bus: told once to all who subscribed; a broken subscriber breaks nobody else."""
+"""The event bus: each subscriber gets each event once, and a broken subscriber breaks no other."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def test_subscriber_gets_every_event_from_then_on_in_order() -> None:
     assert seen[0].at <= seen[1].at
 
 
-def test_subscription_ends_when_told_twice_is_fine() -> None:
+def test_subscription_can_be_ended_twice() -> None:
     bus = EventBus()
     seen: list[Event] = []
-    other: list[Event] = []
+    still_subscribed: list[Event] = []
     end = bus.subscribe(seen.append)
-    bus.subscribe(other.append)
+    bus.subscribe(still_subscribed.append)
 
     publish(bus, 1)
     end()
@@ -44,10 +44,10 @@ def test_subscription_ends_when_told_twice_is_fine() -> None:
     publish(bus, 2)
 
     assert [event.data["number"] for event in seen] == [1]
-    assert [event.data["number"] for event in other] == [1, 2]
+    assert [event.data["number"] for event in still_subscribed] == [1, 2]
 
 
-def test_subscriber_that_raises_is_dropped_and_the_others_go_on(caplog: pytest.LogCaptureFixture) -> None:
+def test_subscriber_that_raises_is_dropped_and_the_others_stay(caplog: pytest.LogCaptureFixture) -> None:
     bus = EventBus()
     calls: list[Event] = []
     seen: list[Event] = []
@@ -67,7 +67,7 @@ def test_subscriber_that_raises_is_dropped_and_the_others_go_on(caplog: pytest.L
     assert "was dropped" in caplog.text
 
 
-def test_late_comer_finds_the_last_events_oldest_first() -> None:
+def test_later_subscriber_finds_the_last_events_oldest_first() -> None:
     bus = EventBus()
 
     for number in range(KEPT_EVENTS + 10):
@@ -76,7 +76,7 @@ def test_late_comer_finds_the_last_events_oldest_first() -> None:
     assert [event.data["number"] for event in bus.recent()] == list(range(10, KEPT_EVENTS + 10))
 
 
-def test_subscriber_may_subscribe_publish_and_leave_while_it_is_called() -> None:
+def test_subscriber_may_subscribe_publish_and_unsubscribe_while_it_is_called() -> None:
     bus = EventBus()
     seen: list[Event] = []
 
@@ -91,7 +91,7 @@ def test_subscriber_may_subscribe_publish_and_leave_while_it_is_called() -> None
     assert [event.data["number"] for event in seen] == [2]
 
 
-def test_events_of_many_threads_are_all_told() -> None:
+def test_events_of_many_threads_all_arrive() -> None:
     bus = EventBus()
     seen: list[Event] = []
     lock = threading.Lock()
@@ -107,7 +107,7 @@ def test_events_of_many_threads_are_all_told() -> None:
     assert sorted(event.data["number"] for event in seen) == list(range(400))
 
 
-def test_what_is_only_reported_is_told_and_not_kept() -> None:
+def test_what_is_only_reported_is_sent_and_not_kept() -> None:
     bus = EventBus()
     seen: list[Event] = []
     bus.subscribe(seen.append)

@@ -44,7 +44,7 @@ async def read_request(reader: asyncio.StreamReader) -> tuple[str, bytes]:
 
 
 def says(*pieces: bytes, then: str = "close") -> Peer:
-    """Answers a request with these pieces, each in a packet of its own, then closes or stays silent."""
+    """Answers a request with these pieces, each in a separate packet, then closes or stays silent."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await read_request(reader)
@@ -121,7 +121,7 @@ def test_proxies_of_the_environment_are_ignored(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(
-    ("peer", "error", "words"),
+    ("peer", "error", "message"),
     [
         pytest.param(says(), ConnectionBrokenError, "incomplete or not HTTP", id="closes without an answer"),
         pytest.param(
@@ -144,8 +144,8 @@ def test_proxies_of_the_environment_are_ignored(monkeypatch: pytest.MonkeyPatch)
         pytest.param(says(response(b"[" * 200_000)), TransportError, "is not JSON", id="nested too deeply"),
     ],
 )
-def test_failure_has_its_own_error(peer: Peer, error: type[Exception], words: str) -> None:
-    with pytest.raises(TransportError, match=words) as caught:
+def test_failure_has_its_own_error(peer: Peer, error: type[Exception], message: str) -> None:
+    with pytest.raises(TransportError, match=message) as caught:
         run(get(peer, api_key=KEY, read_timeout_s=0.2))
 
     assert type(caught.value) is error

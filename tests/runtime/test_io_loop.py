@@ -191,7 +191,7 @@ def test_cancelled_waiting_in_another_loop_cancels_the_work() -> None:
 
 
 def collect(stream: Callable[[], AsyncGenerator[int, None]], limit: int | None = None) -> list[int]:
-    """Items of a stream read in a loop of its own, at most `limit`."""
+    """Items of a stream read in a separate loop, at most `limit`."""
 
     async def read() -> list[int]:
         items: list[int] = []
@@ -383,7 +383,7 @@ class Blocking:
     name = delegate(Async.name)
 
 
-def test_blocking_twin_has_the_same_methods_and_words() -> None:
+def test_blocking_twin_has_the_same_methods_and_docstrings() -> None:
     twin = Blocking()
 
     assert twin.add(1, right=4) == 5
@@ -418,7 +418,7 @@ def test_forked_child_gets_an_io_loop_of_its_own() -> None:
 
 
 def test_the_loop_ends_when_nothing_uses_it_and_begins_anew_when_asked() -> None:
-    """In a process of its own: the suite's loop has users."""
+    """In a separate process: the suite's loop has users."""
     code = """
 import asyncio, threading
 from sollol_nb.runtime import io_loop
