@@ -1,7 +1,7 @@
-"""Benchmarks through the router: cases in turns, one row per request, and a result that keeps what was measured.
+"""Run a benchmark through the router: cases in turns, one row for each request, and a result that keeps them.
 
-`bench` is `HybridRouter.bench`, `bench_blocking` that of the blocking router; `measure` gives rows as they come.
-What is asked is planned in `bench_plan`; `bench_places` sees to it that it is loaded.
+`bench` is `HybridRouter.bench`, `bench_blocking` that of the blocking router; `measure` yields rows one by one.
+`bench.plan` decides what is sent in which order, and `bench.targets` loads the coordinators.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from contextlib import aclosing, closing
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
-from sollol_nb.bench.places import BenchPlaces
 from sollol_nb.bench.plan import (
     BenchCase,
     BenchSettings,
@@ -25,25 +24,23 @@ from sollol_nb.bench.plan import (
     marked,
 )
 from sollol_nb.bench.result import BenchResult
-from sollol_nb.bench.rows import BenchRow, measured
+from sollol_nb.bench.rows import BenchRow, measurements_of
+from sollol_nb.bench.targets import BenchTargets
 from sollol_nb.errors import RequestCancelledError, SollolError
 from sollol_nb.router.router import Router
+from sollol_nb.runtime.events import Event
 from sollol_nb.runtime.io_loop import io_bound_stream, iterate_blocking
 from sollol_nb.runtime.progress_bars import progress_bar
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from sollol_nb.runtime.events import Event
-
-__all__ = ["BenchNote", "BenchStart", "bench", "bench_blocking", "measure"]
-
 TICK_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
 class BenchStart:
-    """A benchmark begins: the labels of its cases, and how many requests it measures."""
+    """A benchmark starts: the labels of its cases, and the number of requests that it measures."""
 
     cases: tuple[str, ...]
     request_count: int
@@ -51,9 +48,9 @@ class BenchStart:
 
 @dataclass(frozen=True, slots=True)
 class BenchNote:
-    """Something to know when reading the numbers, in words."""
+    """A remark that matters for reading the numbers."""
 
-    words: str
+    text: str
 
 
 async def bench(
@@ -82,13 +79,14 @@ async def bench(
         layouts: `"auto"` (as the router decides), `"local"` (no workers), a number of workers, or units per worker
             such as `"5/4/4"` (blocks and, last, the output layer); one, or several.
         strategies: layer strategies, for layouts that leave the counts open; by default the router's own.
-        concurrency: requests at once; one number, or several.
+        concurrency: how many requests each case sends at the same time; one number, or several.
         prompts: how many of the built-in prompts, or a list of texts.
         repeat: rounds.
         warmup: requests after each load that are not measured. With 0 the first measured request loads, and is
             left out of the summary.
         reload: True lets the coordinators take turns on the same workers, with a load at each turn; False loads
-            all at once, on workers of their own; by default that is done where enough workers are free.
+            all of them at the same time, each on its own workers; by default this depends on whether enough
+            workers are free.
         timeout: limit of each request in seconds.
         **options: of each request, as for `route_request`; by default `temperature=0`, `max_tokens=64`.
 
@@ -110,92 +108,92 @@ async def bench(
         timeout=timeout,
         **options,
     )
-    collected = _Collected(settings)
+    collector = _Collector(settings)
     async with aclosing(measure(router, settings)) as items:
         async for item in items:
-            collected.take(item)
-    return collected.result(complete=True)
+            collector.add(item)
+    return collector.result(complete=True)
 
 
-def bench_blocking(router: Router, models: str | Sequence[str], **wanted: Any) -> BenchResult:
-    """`bench` for another thread than the I/O loop's, which draws the progress bar."""
-    settings = bench_settings(models, **wanted)
-    collected = _Collected(settings)
+def bench_blocking(router: Router, models: str | Sequence[str], **arguments: Any) -> BenchResult:
+    """`bench` for a thread other than the I/O loop's; this thread draws the progress bar."""
+    settings = bench_settings(models, **arguments)
+    collector = _Collector(settings)
     status: deque[str] = deque(maxlen=1)
 
-    def note(event: Event) -> None:
+    def on_event(event: Event) -> None:
         if event.kind.source in ("coordinator", "engine", "worker"):
             status.append(event.message)
 
-    unsubscribe = router.events.subscribe(note)
+    unsubscribe = router.events.subscribe(on_event)
     is_complete = True
     try:
-        # Ticks let the bar, which frontends take from this thread only, tell of loads.
+        # Front ends accept the bar from this thread only, so ticks let it show the progress of loads.
         with _Bar() as bar, closing(iterate_blocking(measure(router, settings), tick_s=TICK_S)) as items:
             for item in items:
                 if item is not None:
-                    collected.take(item)
+                    collector.add(item)
                     status.clear()
                 bar.show(item, status[0] if status else "")
     except KeyboardInterrupt:
         is_complete = False
-        if not collected.rows:
+        if not collector.rows:
             raise RequestCancelledError("the benchmark was stopped before anything was measured") from None
     finally:
         unsubscribe()
-    return collected.result(complete=is_complete)
+    return collector.result(complete=is_complete)
 
 
 @io_bound_stream
 async def measure(
     router: Router, settings: BenchSettings
 ) -> AsyncGenerator[BenchStart | BenchNote | BenchRow, None]:
-    """Run a benchmark; yields its start, then rows and notes as they come.
+    """Run a benchmark; yields its start, then rows and notes one by one.
 
-    Closing the generator ends the benchmark, and the coordinators that were started for it. Errors are those of
+    Closing the generator ends the benchmark and the coordinators that were started for it. Errors are those of
     `bench`.
     """
-    places = BenchPlaces(router, settings)
+    targets = BenchTargets(router, settings)
     try:
-        await places.prepare()
-        labels = case_labels(places.cases)
-        yield BenchStart(labels, settings.requests_of(places.cases))
-        async with aclosing(_Rounds(settings, places, labels).run()) as items:
+        await targets.prepare()
+        labels = case_labels(targets.cases)
+        yield BenchStart(labels, settings.requests_of(targets.cases))
+        async with aclosing(_Rounds(settings, targets, labels).run()) as items:
             async for item in items:
                 yield item
     finally:
-        # The engines must be ended, also when whoever waits is cancelled once more.
-        await asyncio.shield(places.close())
+        # The engines must be stopped even if the waiting task is cancelled again.
+        await asyncio.shield(targets.close())
 
 
 class _Rounds:
     """The rounds of one benchmark."""
 
-    def __init__(self, settings: BenchSettings, places: BenchPlaces, labels: Sequence[str]) -> None:
+    def __init__(self, settings: BenchSettings, targets: BenchTargets, labels: Sequence[str]) -> None:
         self._settings = settings
-        self._places = places
-        self._labels = dict(zip(places.cases, labels, strict=True))
+        self._targets = targets
+        self._labels = dict(zip(targets.cases, labels, strict=True))
         self._run_mark = int(time.time() * 1000) % 10**8
         self._began = time.perf_counter()
         self._first_error: SollolError | None = None
 
     async def run(self) -> AsyncGenerator[BenchNote | BenchRow, None]:
-        """All rows, and what to know of them. Raises the first error where nothing could be measured."""
+        """All rows and notes. Raises the first error if nothing could be measured."""
         targets = list(dict.fromkeys(case.target for case in self._labels))
         has_measured = False
         for round_number in range(self._settings.repeat):
             for target in list(targets):
                 cases = [case for case in self._labels if case.target == target]
                 try:
-                    await self._ready(target)
-                except SollolError as error:  # it is left out from now on
+                    await self._load(target)
+                except SollolError as error:  # the target is skipped from now on
                     self._first_error = self._first_error or error
                     targets.remove(target)
                     for case in cases:
                         yield replace(self._empty_row(case, round_number), error=str(error))
                     continue
-                for words in self._places.take_notes():
-                    yield BenchNote(words)
+                for text in self._targets.take_notes():
+                    yield BenchNote(text)
                 for case in cases:
                     async with aclosing(self._turn(case, round_number)) as rows:
                         async for row in rows:
@@ -204,24 +202,24 @@ class _Rounds:
         if self._first_error is not None and not has_measured:
             raise self._first_error
 
-    async def _ready(self, target: BenchTarget) -> None:
-        """Load what is asked next, and warm it up."""
+    async def _load(self, target: BenchTarget) -> None:
+        """Load the next target, and warm it up."""
         settings = self._settings
         while True:
             try:
-                if await self._places.load(target):
+                if await self._targets.load(target):
                     for number in range(settings.warmup):
                         prompt = marked(
                             settings.prompts[number % len(settings.prompts)], self._run_mark - 1 - number
                         )
-                        await self._places.ask(target, prompt)
+                        await self._targets.ask(target, prompt)
                 return
             except SollolError as error:
-                if not await self._places.failed(target, error):
+                if not await self._targets.record_failure(target, error):
                     raise
 
     async def _turn(self, case: BenchCase, round_number: int) -> AsyncGenerator[BenchRow, None]:
-        """One round of one case: all its clients at once. Rows come as they are measured."""
+        """One round of one case, with all its clients at the same time; yields rows one by one."""
         rows: asyncio.Queue[BenchRow | None] = asyncio.Queue()
 
         async def client(number: int) -> None:
@@ -242,15 +240,15 @@ class _Rounds:
                     yield row
             await asyncio.gather(*clients)
         finally:
-            for one in clients:
-                one.cancel()
+            for task in clients:
+                task.cancel()
             await asyncio.gather(*clients, return_exceptions=True)
 
     def _requests(self, case: BenchCase, round_number: int, client: int) -> list[tuple[BenchRow, str]]:
-        """The rows to fill of one client, and what it asks."""
-        asked = client_prompts(self._settings, case.concurrency, client, round_number, self._run_mark)
+        """The rows of one client without measurements, each with its prompt."""
+        prompts = client_prompts(self._settings, case.concurrency, client, round_number, self._run_mark)
         empty = self._empty_row(case, round_number)
-        return [(replace(empty, client=client, prompt=number), prompt) for number, prompt in asked]
+        return [(replace(empty, client=client, prompt=number), prompt) for number, prompt in prompts]
 
     def _empty_row(self, case: BenchCase, round_number: int) -> BenchRow:
         target = case.target
@@ -269,18 +267,18 @@ class _Rounds:
     async def _ask(self, case: BenchCase, row: BenchRow, prompt: str) -> BenchRow:
         row = replace(row, start_s=self._now_s())
         try:
-            completion = await self._places.ask(case.target, prompt)
+            completion = await self._targets.ask(case.target, prompt)
         except SollolError as error:
             self._first_error = self._first_error or error
             return replace(row, error=str(error))
-        return replace(row, **measured(completion))
+        return replace(row, **measurements_of(completion))
 
     def _now_s(self) -> float:
         return time.perf_counter() - self._began
 
 
-class _Collected:
-    """What came so far, and the result that it makes."""
+class _Collector:
+    """The rows and notes so far, and the result of them."""
 
     def __init__(self, settings: BenchSettings) -> None:
         self.rows: list[BenchRow] = []
@@ -291,27 +289,27 @@ class _Collected:
         self._cases: tuple[str, ...] = ()
         self._notes: list[str] = []
 
-    def take(self, item: BenchStart | BenchNote | BenchRow) -> None:
+    def add(self, item: BenchStart | BenchNote | BenchRow) -> None:
         match item:
             case BenchStart():
                 self._cases = item.cases
-            case BenchNote() if item.words not in self._notes:
-                self._notes.append(item.words)
+            case BenchNote() if item.text not in self._notes:
+                self._notes.append(item.text)
             case BenchRow():
                 self.rows.append(item)
 
     def result(self, *, complete: bool) -> BenchResult:
-        left_out = {row.case: row.error for row in self.rows if row.error}
-        notes = [*self._notes, *(f"{case}: {error}" for case, error in left_out.items())]
+        errors = {row.case: row.error for row in self.rows if row.error}
+        notes = [*self._notes, *(f"{case}: {error}" for case, error in errors.items())]
         return BenchResult(self._cases, tuple(self.rows), self._settings, tuple(notes), complete)
 
 
 class _Bar:
-    """A progress bar over the requests, for terminals and notebooks; gone at the end."""
+    """A progress bar over the requests, for terminals and notebooks; it disappears at the end."""
 
     def __init__(self) -> None:
         self._bar: tqdm[Any] | None = None
-        self._words = ""
+        self._text = ""
 
     def __enter__(self) -> Self:
         return self
@@ -321,14 +319,14 @@ class _Bar:
             self._bar.close()
 
     def show(self, item: BenchStart | BenchNote | BenchRow | None, status: str) -> None:
-        """Show what came, and what is going on besides."""
+        """Show a new item, or the status in between."""
         if isinstance(item, BenchStart):
             self._bar = progress_bar(desc="benchmark", unit="request", leave=False, total=item.request_count)
         if self._bar is None:
             return
-        words = item.case if isinstance(item, BenchRow) else status or self._words
-        if words != self._words:
-            self._words = words
-            self._bar.set_postfix_str(words)
+        text = item.case if isinstance(item, BenchRow) else status or self._text
+        if text != self._text:
+            self._text = text
+            self._bar.set_postfix_str(text)
         if isinstance(item, BenchRow):
             self._bar.update()

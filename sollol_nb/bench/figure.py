@@ -35,7 +35,7 @@ def draw_metric(
         ConfigError: there is no such metric.
     """
     if metric not in METRICS:
-        raise ConfigError(f"there is no metric {metric!r}; known are {', '.join(METRICS)}")
+        raise ConfigError(f"unknown metric {metric!r}; choose one of: {', '.join(METRICS)}")
     if ax is None:
         import matplotlib.pyplot as plt
 

@@ -1,11 +1,11 @@
-"""What a benchmark asks, and in which order: a pure function of what the user wrote.
+"""What a benchmark sends, and in which order: a pure function of its arguments.
 
-A case is a model, spread over workers in one way (a target), with so many requests at once. Cases take turns,
-round after round (A B C, A B C, ...), so that a machine that grows slower or faster meanwhile does so for all of
-them, and each round compares cases that ran close to each other in time.
+A case is a model that is spread over workers in one way (a target), with a number of requests at the same time.
+Cases take turns, round after round (A B C, A B C, ...), so that a machine that becomes slower or faster meanwhile
+does so for all of them, and each round compares cases that ran close to each other in time.
 
-Every request begins with a mark of its own, the same for all targets. So no engine can answer from its prompt
-cache, and with `temperature=0` all targets of a model read and write the same tokens.
+Every prompt begins with a unique mark, the same for all targets. So no engine can answer from its prompt cache,
+and with `temperature=0` all targets of a model read and generate the same tokens.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 from sollol_nb.errors import ConfigError
 from sollol_nb.models import routing
 from sollol_nb.runtime.amounts import is_whole_number
+from sollol_nb.text.tables import counted
 
 AUTO, LOCAL = "auto", "local"
 DEFAULT_PROMPTS = 3
@@ -41,7 +42,7 @@ PROMPTS: tuple[str, ...] = (
     "List five things that can make a network slow, each in one sentence.",
     "What is a layer plan?",
 )
-"""Prompts of several lengths that every model can take; a number of prompts takes the first ones."""
+"""Prompts of several lengths that suit every model; `prompts=3` takes the first three."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ class Layout:
         return AUTO if self.worker_count is None else str(self.worker_count or LOCAL)
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         """`auto`, `local`, `1 worker`, `3 workers`, `layers 5/4/4`."""
         if self.unit_counts:
             return f"layers {self}"
@@ -74,7 +75,7 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class BenchTarget:
-    """What the requests of a case go to: a model, spread in one way.
+    """What the requests of a case are sent to: a model that is spread in one way.
 
     Attributes:
         strategy: the layer strategy; "" is the router's own, or that of exact counts.
@@ -87,23 +88,23 @@ class BenchTarget:
 
 @dataclass(frozen=True, slots=True)
 class BenchCase:
-    """A target, asked by so many clients at once."""
+    """A target, and how many clients send requests to it at the same time."""
 
     target: BenchTarget
     concurrency: int = 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BenchSettings:
-    """What was asked for, checked.
+    """The checked arguments.
 
     Attributes:
-        models, layouts, strategies, concurrency: each case is one of each.
-        prompts: the texts; each client asks all of them in each round.
+        models, layouts, strategies, concurrency: a case combines one of each.
+        prompts: the texts; each client sends all of them in each round.
         repeat: rounds.
-        warmup: requests that a coordinator gets after it is loaded, before it is measured.
+        warmup: number of requests to a coordinator after its load that are not measured.
         reload: whether coordinators take turns on the same workers, each turn with a load (True), or are all
-            loaded at once, on workers of their own (False); None decides by how many workers are free.
+            loaded at the same time, each on its own workers (False); None decides by the number of free workers.
         options: of every request, such as `max_tokens`.
         timeout_s: limit of a request; None is the router's.
     """
@@ -137,14 +138,14 @@ def bench_settings(
     timeout: float | None = None,
     **options: Any,
 ) -> BenchSettings:
-    """Check what was asked for; arguments are those of `bench.bench`.
+    """Check the arguments, which are those of `bench.bench`.
 
     Raises:
-        ConfigError: something of it cannot be used.
+        ConfigError: one of them cannot be used.
     """
     settings = BenchSettings(
         models=_texts("models", models, "demo:sharded"),
-        layouts=tuple(dict.fromkeys(parse_layout(one) for one in _each(layouts))),
+        layouts=tuple(dict.fromkeys(parse_layout(layout) for layout in _each(layouts))),
         strategies=_texts("strategies", strategies, "even") if strategies else (),
         concurrency=_counts("concurrency", concurrency),
         prompts=_chosen_prompts(prompts),
@@ -179,7 +180,7 @@ def parse_layout(layout: str | int) -> Layout:
 
 
 def check_counts(layout: Layout, model: str, layer_count: int) -> None:
-    """Exact counts must place every unit of the model.
+    """Check that exact counts place every unit of the model.
 
     Raises:
         ConfigError: they do not.
@@ -188,7 +189,7 @@ def check_counts(layout: Layout, model: str, layer_count: int) -> None:
     if layout.unit_counts and total != layer_count + 1:
         raise ConfigError(
             f"layout {layout} places {total} units, but {model} has {layer_count + 1} "
-            f"({layer_count} layers and the output layer); make the counts sum up to that"
+            f"({layer_count} layers and the output layer); make the counts add up to that"
         )
 
 
@@ -196,8 +197,8 @@ def bench_cases(settings: BenchSettings, backends: Mapping[str, str]) -> tuple[B
     """All cases in the order of their turns: those of one target follow each other.
 
     Args:
-        backends: where the router takes each model by itself; strategies mean nothing to `auto` where nothing is
-            sharded, and `auto` and `local` are the same where it runs on a local llama-server.
+        backends: the backend that the router chooses for each model. Strategies do not apply to `auto` if the
+            router does not shard the model, and `auto` is the same as `local` if it uses a local llama-server.
     """
     targets: list[BenchTarget] = []
     for model in settings.models:
@@ -215,13 +216,13 @@ def bench_cases(settings: BenchSettings, backends: Mapping[str, str]) -> tuple[B
 
 
 def case_labels(cases: Sequence[BenchCase]) -> tuple[str, ...]:
-    """A short name for each case, of what differs among them: `2 workers, even, 4 at once`."""
+    """A short name for each case, made of what differs among the cases: `2 workers, even, 4 clients`."""
     parts = [
         (
             case.target.model,
-            case.target.layout.words,
+            case.target.layout.description,
             case.target.strategy,
-            f"{case.concurrency} at once",
+            counted(case.concurrency, "client"),
         )
         for case in cases
     ]
@@ -230,7 +231,7 @@ def case_labels(cases: Sequence[BenchCase]) -> tuple[str, ...]:
 
 
 def fits_side_by_side(worker_needs: Iterable[int], available_workers: int) -> bool:
-    """Whether all coordinators can be loaded at once, each on workers of its own."""
+    """Whether all coordinators can be loaded at the same time, each on its own workers."""
     return sum(worker_needs) <= available_workers
 
 
@@ -239,10 +240,11 @@ def client_prompts(
 ) -> list[tuple[int, str]]:
     """(number of the prompt, text to send) of one client in one round, in order.
 
-    Each client asks all prompts, beginning with another one than its neighbour.
+    Each client sends all prompts, and starts with a different one than the client before.
 
     Args:
-        run_mark: tells this run's requests from those of an earlier run, whose prompts may still be cached.
+        run_mark: distinguishes the requests of this run from those of earlier runs, whose prompts may still be
+            cached.
     """
     count = len(settings.prompts)
     numbers = [(client + step) % count for step in range(count)]
@@ -252,7 +254,8 @@ def client_prompts(
 
 
 def marked(prompt: str, mark: int) -> str:
-    """The prompt after a mark, whose digits are reversed: with the quickest first, hardly a token is shared."""
+    """The prompt after a mark with reversed digits: the fastest changing digit comes first, so that no tokens are
+    shared."""
     return f"[{str(mark)[::-1]}] {prompt}"
 
 
@@ -260,7 +263,7 @@ def marked(prompt: str, mark: int) -> str:
 
 
 def _each(value: str | int | Sequence[str | int]) -> list[str | int]:
-    """The parts of a list; a text is split at commas."""
+    """The items of a list; a text is split at commas."""
     if isinstance(value, str):
         return [part.strip() for part in value.split(",") if part.strip()]
     return list(value) if isinstance(value, Sequence) else [value]
@@ -268,15 +271,15 @@ def _each(value: str | int | Sequence[str | int]) -> list[str | int]:
 
 def _texts(name: str, value: str | Sequence[str], example: str) -> tuple[str, ...]:
     texts = _each(value)
-    if not texts or not all(isinstance(one, str) and one.strip() for one in texts):
+    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
         raise ConfigError(f"{name}={value!r} must be a name or a list of names, such as {example!r}")
-    return tuple(dict.fromkeys(str(one) for one in texts))
+    return tuple(dict.fromkeys(str(text) for text in texts))
 
 
 def _counts(name: str, value: int | str | Sequence[int | str], least: int = 1) -> tuple[int, ...]:
     counts: dict[int, None] = {}
-    for one in _each(value):
-        number = int(one) if isinstance(one, str) and one.isascii() and one.isdecimal() else one
+    for item in _each(value):
+        number = int(item) if isinstance(item, str) and item.isascii() and item.isdecimal() else item
         if not is_whole_number(number) or number < least:
             raise ConfigError(f"{name}={value!r} must be whole numbers of at least {least}")
         counts[number] = None
@@ -288,13 +291,15 @@ def _counts(name: str, value: int | str | Sequence[int | str], least: int = 1) -
 def _chosen_prompts(prompts: int | Sequence[str]) -> tuple[str, ...]:
     if is_whole_number(prompts):
         if not 1 <= prompts <= len(PROMPTS):
-            raise ConfigError(f"prompts={prompts}: there are {len(PROMPTS)} prompts; give a list for more")
+            raise ConfigError(
+                f"prompts={prompts}: choose between 1 and {len(PROMPTS)} built-in prompts, or pass a list of texts"
+            )
         return PROMPTS[:prompts]
     texts = [prompts] if isinstance(prompts, str) else prompts
     if (
         not isinstance(texts, Sequence)
         or not texts
-        or not all(isinstance(one, str) and one.strip() for one in texts)
+        or not all(isinstance(text, str) and text.strip() for text in texts)
     ):
         raise ConfigError("prompts must be a number or a list of texts, such as ['What is a worker?']")
     return tuple(texts)

@@ -1,8 +1,8 @@
 """The result of a benchmark: one row per request, and their medians with intervals, per case.
 
-A summary weighs rounds, not requests: requests of one round share its moment, so a case's value in a round is the
-median of its requests there, and the median over rounds, its interval and the ratio to the first case (round by
-round) are made of these values. Throughput is a value of a round by itself.
+A summary weighs rounds, not requests, since the requests of a round ran under the same conditions. A case's value
+in a round is the median of its requests there. The median over rounds, its interval and the ratio to the first
+case (round by round) are computed from these values. Throughput is measured for a whole round.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class BenchResult:
     Attributes:
         cases: the labels of all cases, in the order of their turns.
         rows: one for each request.
-        settings: what was asked for, as plain data: models, layouts, prompts, repeat, options, ...
-        notes: what one should know to read the numbers, in words.
-        complete: whether it was measured to its end.
+        settings: the arguments as plain data: models, layouts, prompts, repeat, options, ...
+        notes: remarks that matter for reading the numbers.
+        complete: False if it was stopped early.
     """
 
     cases: tuple[str, ...]
@@ -62,15 +62,18 @@ class BenchResult:
         """One row per request; columns as in `BenchRow`."""
         import pandas as pd
 
-        frame = pd.DataFrame([asdict(row) for row in self.rows], columns=[one.name for one in fields(BenchRow)])
+        frame = pd.DataFrame(
+            [asdict(row) for row in self.rows], columns=[column.name for column in fields(BenchRow)]
+        )
         return frame.astype({name: DTYPES.get(name, "float64") for name in frame.columns})
 
     def rounds(self) -> pd.DataFrame:
-        """One row per case, round and metric (columns `case`, `round`, `metric`, `value`): what summaries weigh.
+        """One row per case, round and metric (columns `case`, `round`, `metric`, `value`), from which summaries
+        are made.
 
-        Requests that failed or waited for a load are left out, and with them their round: prompts differ, so the
-        median of some of them is not that of all. Only where a case has no whole round do its parts count, but for
-        their throughput.
+        Requests that failed or waited for a load are left out, together with their round: prompts differ, so the
+        median of some prompts is not that of all. If a case has no complete round, its incomplete rounds count,
+        except for throughput.
         """
         import pandas as pd
 
@@ -86,25 +89,25 @@ class BenchResult:
     def summary(self) -> pd.DataFrame:
         """One row per case and metric (the index).
 
-        Columns: `median`, `lower`, `upper` (95 % interval, see `bench.statistics`), `n` (rounds that it rests on),
+        Columns: `median`, `lower`, `upper` (95 % interval, see `bench.statistics`), `n` (number of rounds),
         `ratio`, `ratio_lower`, `ratio_upper` (to the first case, round by round), `requests` and `errors` (of the
-        case). What no request of a case has is NaN, with `n` 0.
+        case). A metric that no request of a case has is NaN, with `n` 0.
         """
         import pandas as pd
 
         lines = [
             {
-                "median": one.value.median,
-                "lower": one.value.lower,
-                "upper": one.value.upper,
-                "n": one.value.n,
-                "ratio": one.ratio.median,
-                "ratio_lower": one.ratio.lower,
-                "ratio_upper": one.ratio.upper,
+                "median": estimates.value.median,
+                "lower": estimates.value.lower,
+                "upper": estimates.value.upper,
+                "n": estimates.value.n,
+                "ratio": estimates.ratio.median,
+                "ratio_lower": estimates.ratio.lower,
+                "ratio_upper": estimates.ratio.upper,
                 "requests": sum(row.case == case for row in self.rows),
                 "errors": self._errors(case),
             }
-            for (case, _), one in self._summaries.items()
+            for (case, _), estimates in self._summaries.items()
         ]
         return pd.DataFrame(lines, index=pd.MultiIndex.from_tuples(self._summaries, names=["case", "metric"]))
 
@@ -112,7 +115,7 @@ class BenchResult:
         """Draw one metric: median and interval of each case, and every round as a dot.
 
         Args:
-            ax: where to; by default a new figure.
+            ax: where to draw; by default a new figure.
             metric: a name in `METRICS`.
 
         Raises:
@@ -151,22 +154,24 @@ class BenchResult:
         """Read what `save` wrote.
 
         Raises:
-            ConfigError: the file is not there, or is not the file of a benchmark.
+            ConfigError: the file does not exist, or is not a saved benchmark.
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             if data["format"] != FORMAT_VERSION:
-                raise ConfigError(f"{path} has format {data['format']}, and this version reads {FORMAT_VERSION}")
+                raise ConfigError(
+                    f"{path} has format {data['format']}; this version reads format {FORMAT_VERSION}"
+                )
             rows = tuple(BenchRow(**row) for row in data["rows"])
             return cls(tuple(data["cases"]), rows, data["settings"], tuple(data["notes"]), data["complete"])
         except OSError as error:
-            raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from None
+            raise ConfigError(f"cannot read {path}: {error.strerror or error}") from None
         except (ValueError, KeyError, TypeError) as error:
             if isinstance(error, ConfigError):
                 raise
-            raise ConfigError(f"{path} is not a saved benchmark; BenchResult.save() writes such a file") from error
+            raise ConfigError(f"{path} is not a saved benchmark (a file written by BenchResult.save())") from error
 
-    # --- what is shown --------------------------------------------------------------------------
+    # --- display --------------------------------------------------------------------------
 
     def __repr__(self) -> str:
         state = "" if self.complete else ", incomplete"
@@ -183,31 +188,31 @@ class BenchResult:
         }
 
     def _table(self) -> pd.DataFrame:
-        """The summary as people read it: a line per case, `median [lower, upper]` per metric."""
+        """The summary as people read it: a line for each case, `median [lower, upper]` for each metric."""
         import pandas as pd
 
         columns: dict[str, list[str]] = {}
-        for metric, about in METRICS.items():
-            values = [self._summaries[case, metric].value for case in self.cases]
-            is_worth_it = metric != "queue_ms" or any(one.median >= 1.0 for one in values)
-            if is_worth_it and any(one.n for one in values):
-                columns[about.title] = [_figure(one) for one in values]
+        for metric_name, metric in METRICS.items():
+            values = [self._summaries[case, metric_name].value for case in self.cases]
+            is_shown = metric_name != "queue_ms" or any(value.median >= 1.0 for value in values)
+            if is_shown and any(value.n for value in values):
+                columns[metric.title] = [_format(value) for value in values]
         if len(self.cases) > 1:
             ratios = [self._summaries[case, "tokens_per_s"].ratio for case in self.cases]
-            columns["generation, ratio to the first"] = [_figure(one) for one in ratios]
+            columns["generation, ratio to first case"] = [_format(ratio) for ratio in ratios]
         errors = [self._errors(case) for case in self.cases]
         if any(errors):
-            columns["errors"] = [str(one) for one in errors]
+            columns["errors"] = [str(count) for count in errors]
         return pd.DataFrame(columns, index=pd.Index(self.cases, name="case"))
 
     def _remarks(self) -> list[str]:
         rounds = len({number for (_, number), values in self._values.items() if values})
-        told = f"medians over {rounds} rounds, each case in turn" if rounds != 1 else "one round: no intervals"
-        remarks = [f"{told}; [95 % bootstrap interval]; {len(self.rows)} requests"]
+        basis = f"medians over {rounds} rounds, each case in turn" if rounds != 1 else "one round: no intervals"
+        remarks = [f"{basis}; [95 % bootstrap interval]; {len(self.rows)} requests"]
         if not self.complete:
-            remarks.append("incomplete: it was stopped before its end")
+            remarks.append("incomplete: stopped before the end")
         if not any(self._values.values()):
-            remarks.append("no request was measured: each failed or waited for a load")
+            remarks.append("no request was measured: all failed or waited for a model load")
         return [*remarks, *self.notes]
 
     # --- inside ---------------------------------------------------------------------------------
@@ -269,8 +274,8 @@ def _throughput(rows: list[BenchRow]) -> float:
     return sum(row.completion_tokens or 0 for row in rows) / max(end_s - min(row.start_s for row in rows), 1e-9)
 
 
-def _figure(value: Estimate) -> str:
-    """`344 [330, 351]`, with as many digits as three significant ones take."""
+def _format(value: Estimate) -> str:
+    """`344 [330, 351]`, with three significant digits of the median."""
     if not value.n:
         return "-"
     digits = 0 if not value.median else max(0, 2 - math.floor(math.log10(abs(value.median))))

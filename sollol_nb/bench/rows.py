@@ -1,4 +1,4 @@
-"""What is measured of each request of a benchmark, and of each round: the metrics, and one row per request."""
+"""The metrics of a benchmark, and the row that each measured request becomes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sollol_nb.chat.completion import Completion
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """What is measured: its title for tables and plots, and whether a higher value is better."""
+    """A measured quantity: its title for tables and plots, and whether a higher value is better."""
 
     title: str
     higher_is_better: bool = False
@@ -25,11 +25,12 @@ METRICS: dict[str, Metric] = {
     "queue_ms": Metric("queue, ms"),
     "router_overhead_ms": Metric("router overhead, ms"),
 }
-"""Metrics of a summary. `throughput_tokens_per_s` is of a round: all tokens written, by the time from the first
-request's begin to the last one's end; the others are of a request and are described in `BenchRow`."""
+"""Metrics of a summary. `throughput_tokens_per_s` belongs to a round: all its generated tokens, divided by the
+time from the start of its first request to the end of its last one. The others belong to a request, see
+`BenchRow`."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BenchRow:
     """One measured request. None where it does not apply, or the request failed.
 
@@ -37,19 +38,19 @@ class BenchRow:
         case: the case's label.
         model, layout, strategy, concurrency: the case; `strategy` is "" where the router's own is used.
         round, client, prompt: numbers from 0; `prompt` is the position in the settings' prompts.
-        start_s: when it was sent, in seconds since the benchmark began to measure.
-        backend: where it ran, such as `llama.cpp-distributed`.
+        start_s: when it was sent, in seconds since the start of the measurement.
+        backend: the backend that ran it, such as `llama.cpp-distributed`.
         layers: units per worker as planned, such as `5/4/4`; "" where nothing is sharded.
         workers: endpoints of these workers, separated by spaces.
-        queue_ms: waited at the place's gate.
-        load_ms: waited for a load; such a request is left out of the summary.
+        queue_ms: time in the queue of its coordinator or node.
+        load_ms: time that it waited for a model load; a request that did is left out of the summary.
         ttft_ms: from the request to its first token.
         total_ms: from the request to its last token.
-        prompt_tokens, completion_tokens: tokens read and written.
-        prompt_tokens_per_s: speed of reading the prompt, as the engine measured it.
-        tokens_per_s: speed of writing, as the engine measured it; None for one token or less.
+        prompt_tokens, completion_tokens: tokens of the prompt and of the answer.
+        prompt_tokens_per_s: speed of prompt processing, as the engine measured it.
+        tokens_per_s: speed of generation, as the engine measured it; None for one token or less.
         router_overhead_ms: part of `ttft_ms` spent in the router itself.
-        failovers: how often it went on elsewhere.
+        failovers: how often it continued on another coordinator or node.
         error: why it failed, or "".
     """
 
@@ -81,11 +82,11 @@ class BenchRow:
 _TEXTS = ("case", "model", "layout", "strategy", "backend", "layers", "workers", "error")
 _WHOLE = ("concurrency", "round", "client", "prompt", "prompt_tokens", "completion_tokens", "failovers")
 DTYPES = dict.fromkeys(_TEXTS, "string") | dict.fromkeys(_WHOLE, "Int64")
-"""The type of each column of the frame; the others are numbers with a fraction."""
+"""The types of columns of the frame; all others are float64."""
 
 
-def measured(completion: Completion) -> dict[str, Any]:
-    """What a completion says of itself, by the names of `BenchRow`."""
+def measurements_of(completion: Completion) -> dict[str, Any]:
+    """The measurements that a completion carries, by the names of `BenchRow`."""
     routing = completion.routing
     shards = (routing.get("plan") or {}).get("shards", ())
     prompt_tokens, prompt_ns = completion.get("prompt_eval_count"), completion.get("prompt_eval_duration")

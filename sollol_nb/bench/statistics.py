@@ -1,8 +1,9 @@
-"""Medians, and how sure they are: percentile bootstrap intervals, the same at every call.
+"""Medians with percentile bootstrap intervals, which are the same at every call.
 
-Source: B. Efron and R. J. Tibshirani, An Introduction to the Bootstrap (Chapman & Hall, 1993), chapter 13: of many
-samples drawn from the values with replacement, the middle 95 % of their medians. It assumes nothing of the values'
-distribution. With few values the interval is rough and rather too narrow; with one there is none.
+Source: B. Efron and R. J. Tibshirani, An Introduction to the Bootstrap (Chapman & Hall, 1993), chapter 13: the
+middle 95 % of the medians of many samples, drawn from the values with replacement. It assumes nothing about the
+distribution of the values. With few values the interval is rough and tends to be too narrow; with one value there
+is no interval.
 
 The random draws have a fixed seed, so that the same values always give the same interval.
 """
@@ -20,7 +21,7 @@ SEED = 20240229
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A median and its interval, NaN where there is none.
+    """A median and its interval; NaN if unknown.
 
     Attributes:
         median: of the values.
@@ -53,8 +54,8 @@ def estimate(values: Iterable[float | None]) -> Estimate:
 def paired_ratio(values: Sequence[float | None], baseline: Sequence[float | None]) -> Estimate:
     """Median and interval of the ratios `values[i] / baseline[i]`.
 
-    Pairs are taken close to each other in time, so what slows the machine for a while slows both and cancels.
-    Pairs that lack one of the two, or have a baseline of 0, are left out.
+    The two values of a pair are measured close to each other in time, so that a slowdown of the machine affects
+    both and cancels out. Pairs with a missing value, or with a baseline of 0, are left out.
     """
     return estimate(
         value / base if value is not None and base else None for value, base in zip(values, baseline, strict=True)

@@ -58,7 +58,7 @@ def test_cases_take_turns_side_by_side_where_workers_suffice(idle: HybridRouter)
     assert list(frame.groupby("case")["layers"].unique().map(list)) == [["13"], ["6/7"]]
     one, two = (set(" ".join(rows["workers"]).split()) for _, rows in frame.groupby("case"))
     assert (len(one), len(two), one & two) == (1, 2, set())
-    assert any("workers of its own" in note for note in result.notes)
+    assert any("had its own workers" in note for note in result.notes)
     for metric in ("ttft_ms", "total_ms", "prompt_tokens_per_s", "tokens_per_s", "router_overhead_ms"):
         assert (frame[metric] > 0).all(), metric
     assert frame["load_ms"].isna().all(), "loads are not measured"
@@ -80,7 +80,7 @@ def test_coordinators_take_turns_on_the_same_workers_where_these_are_few(idle: H
 def test_turns_can_be_asked_for_and_refused(idle: HybridRouter) -> None:
     result = idle.bench(MODEL, layouts=[1, 2], reload=True, **QUICK)
     assert any("took turns on the same workers" in note for note in result.notes)
-    with pytest.raises(ConfigError, match="5 workers are needed to load all layouts at once and 3 are available"):
+    with pytest.raises(ConfigError, match="loading all layouts at the same time needs 5 workers but found only 3"):
         idle.bench(MODEL, layouts=[2, 3], reload=False, **QUICK)
 
 
@@ -114,7 +114,7 @@ def test_auto_is_the_router_itself_and_stays_loaded(idle: HybridRouter) -> None:
     result = idle.bench(MODEL, concurrency=[1, 2], **QUICK)
     assert idle.coordinators == [before]
     assert set(result.frame["layers"]) == {"4/4/5"}
-    assert result.cases == ("1 at once", "2 at once")
+    assert result.cases == ("1 client", "2 clients")
     logged = idle.latency.frame(model=MODEL, last=len(result.rows))
     assert set(logged["status"]) == {"ok"}, "requests of a benchmark are in the latency log"
 
@@ -164,17 +164,17 @@ def test_what_cannot_be_loaded_is_left_out_and_the_rest_is_measured(idle: Hybrid
         result = router.bench(MODEL, layouts=[1, 2], **QUICK)
     left_out = [row for row in result.rows if row.error]
     assert [row.case for row in left_out] == ["2 workers"]
-    assert "needs 2 workers and 1 are free" in left_out[0].error
+    assert "needs 2 free workers but found only 1" in left_out[0].error
     assert len(result.rows) == 1 + 2 * 2
     assert any(note.startswith("2 workers: ") for note in result.notes)
 
 
 @pytest.mark.parametrize(
-    ("models", "settings", "error", "words"),
+    ("models", "settings", "error", "message"),
     [
         (MODEL, {"layouts": "5/4"}, ConfigError, r"places 9 units, but demo:sharded has 13"),
         (MODEL, {"layouts": 2, "strategies": "evne"}, ConfigError, "did you mean 'even'"),
-        (MODEL, {"layouts": 4}, WorkersUnavailableError, "4 workers are needed and 3 are known"),
+        (MODEL, {"layouts": 4}, WorkersUnavailableError, "needs 4 workers but found only 3"),
         (MODEL, {"temprature": 0}, ConfigError, "did you mean temperature"),
         (MODEL, {"temprature": 0, "warmup": 0}, ConfigError, "did you mean temperature"),
         (MODEL, {"timeout": 1e-6}, RequestTimeoutError, "did not finish within"),
@@ -182,10 +182,10 @@ def test_what_cannot_be_loaded_is_left_out_and_the_rest_is_measured(idle: Hybrid
     ],
 )
 def test_what_cannot_be_measured_at_all_is_one_error(
-    idle: HybridRouter, models: str, settings: dict[str, Any], error: type[Exception], words: str
+    idle: HybridRouter, models: str, settings: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     before = {one.pid for one in coordinators()}
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=message):
         idle.bench(models, **{**QUICK, **settings})
     assert {one.pid for one in coordinators()} - before == {one.pid for one in idle.coordinators}
 

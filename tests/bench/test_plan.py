@@ -27,7 +27,7 @@ from sollol_nb.models.routing import DISTRIBUTED, LOCAL, OLLAMA
 
 
 @pytest.mark.parametrize(
-    ("written", "layout", "words"),
+    ("written", "layout", "description"),
     [
         ("auto", Layout(), "auto"),
         ("local", Layout(0), "local"),
@@ -36,10 +36,10 @@ from sollol_nb.models.routing import DISTRIBUTED, LOCAL, OLLAMA
         (" 5/4/4 ", Layout(3, (5, 4, 4)), "layers 5/4/4"),
     ],
 )
-def test_a_layout_reads_as_it_is_written(written: str | int, layout: Layout, words: str) -> None:
+def test_a_layout_reads_as_it_is_written(written: str | int, layout: Layout, description: str) -> None:
     assert parse_layout(written) == layout
     assert str(layout) == str(written).strip()
-    assert layout.words == words
+    assert layout.description == description
 
 
 @pytest.mark.parametrize("written", ["", "0", 0, -1, 1.5, True, "5/", "5/0/4", "5/4x", "two", "٣"])
@@ -91,7 +91,7 @@ def test_answers_are_greedy_and_short_unless_said_otherwise() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "words"),
+    ("given", "message"),
     [
         ({"models": []}, "models="),
         ({"models": [""]}, "models="),
@@ -103,15 +103,15 @@ def test_answers_are_greedy_and_short_unless_said_otherwise() -> None:
         ({"repeat": 0}, "repeat=0"),
         ({"repeat": True}, "repeat=True"),
         ({"warmup": -1}, "warmup=-1 must be whole numbers of at least 0"),
-        ({"prompts": 0}, f"there are {len(PROMPTS)} prompts"),
-        ({"prompts": len(PROMPTS) + 1}, f"there are {len(PROMPTS)} prompts"),
+        ({"prompts": 0}, f"choose between 1 and {len(PROMPTS)} built-in prompts"),
+        ({"prompts": len(PROMPTS) + 1}, f"choose between 1 and {len(PROMPTS)} built-in prompts"),
         ({"prompts": []}, "prompts must be a number or a list of texts"),
         ({"prompts": ["a", ""]}, "prompts must be a number or a list of texts"),
         ({"prompts": [1]}, "prompts must be a number or a list of texts"),
     ],
 )
-def test_what_cannot_be_measured_is_refused_by_name(given: dict[str, Any], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
+def test_what_cannot_be_measured_is_refused_by_name(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         bench_settings(**{"models": "demo", **given})
 
 
@@ -154,7 +154,7 @@ def test_labels_tell_only_what_differs() -> None:
 
     assert labels(("a", "2", "even", 1)) == ("a",)
     assert labels(("a", "1", "", 1), ("a", "2", "", 1)) == ("1 worker", "2 workers")
-    assert labels(("a", "auto", "", 1), ("a", "2", "even", 4)) == ("auto, 1 at once", "2 workers, even, 4 at once")
+    assert labels(("a", "auto", "", 1), ("a", "2", "even", 4)) == ("auto, 1 client", "2 workers, even, 4 clients")
     assert labels(("a", "2", "", 1), ("b", "2", "", 1)) == ("a", "b")
 
 

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 from sollol_nb.bench.result import BenchResult
-from sollol_nb.bench.rows import METRICS, BenchRow, measured
+from sollol_nb.bench.rows import METRICS, BenchRow, measurements_of
 from sollol_nb.chat.completion import Completion
 from sollol_nb.errors import ConfigError
 
@@ -118,9 +118,9 @@ def test_a_case_without_measurements_is_shown_as_such() -> None:
 
 
 def test_a_table_without_any_measurement_says_why() -> None:
-    words = "no request was measured: each failed or waited for a load"
-    assert words in str(result(row("a", 0, 0, load_ms=900.0), cases=("a",)))
-    assert words not in str(result(row("a", 0, 0), cases=("a",)))
+    remark = "no request was measured: all failed or waited for a model load"
+    assert remark in str(result(row("a", 0, 0, load_ms=900.0), cases=("a",)))
+    assert remark not in str(result(row("a", 0, 0), cases=("a",)))
 
 
 def test_the_frame_is_typed_also_without_rows() -> None:
@@ -135,7 +135,7 @@ def test_it_is_shown_as_a_table_with_what_one_must_know(two_cases: BenchResult) 
     for text in bundle.values():
         assert "generation, tokens/s" in text
         assert "50.5 [25.5, 100.5]" in text
-        assert "incomplete: it was stopped before its end" in text
+        assert "incomplete: stopped before the end" in text
         assert "queue" not in text, "nobody waited"
     assert "&lt;alike&gt;" in bundle["text/html"]
     assert repr(two_cases) == "<BenchResult: 2 cases, 12 requests>"
@@ -151,20 +151,20 @@ def test_a_saved_result_comes_back_whole(two_cases: BenchResult, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
-        (None, "cannot be read: No such file"),
+        (None, r"cannot read .*: No such file"),
         ("nonsense", "is not a saved benchmark"),
         ("[]", "is not a saved benchmark"),
-        ('{"format": 99}', "has format 99, and this version reads 1"),
+        ('{"format": 99}', "has format 99; this version reads format 1"),
         ('{"format": 1, "rows": [{"nosuch": 1}]}', "is not a saved benchmark"),
     ],
 )
-def test_another_file_is_refused(text: str | None, words: str, tmp_path: Path) -> None:
+def test_another_file_is_refused(text: str | None, message: str, tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(ConfigError, match=message):
         BenchResult.load(path)
 
 
@@ -178,7 +178,7 @@ def test_a_plot_has_a_line_for_each_case(two_cases: BenchResult) -> None:
     own = two_cases.plot()
     assert own.get_xlabel() == "generation, tokens/s (higher is better)"
     plt.close()
-    with pytest.raises(ConfigError, match=f"known are {', '.join(METRICS)}"):
+    with pytest.raises(ConfigError, match=f"choose one of: {', '.join(METRICS)}"):
         two_cases.plot(metric="speed")
 
 
@@ -201,7 +201,7 @@ def test_a_completion_tells_its_own_measurements() -> None:
             "failovers": [{}],
         },
     )
-    found = measured(completion)
+    found = measurements_of(completion)
     assert (found["layers"], found["workers"], found["total_ms"]) == ("7/6", "a:1 b:2", 250.0)
     assert (found["prompt_tokens_per_s"], found["completion_tokens"], found["failovers"]) == (300.0, 8, 1)
-    assert measured(Completion(eval_count=0))["prompt_tokens_per_s"] is None
+    assert measurements_of(Completion(eval_count=0))["prompt_tokens_per_s"] is None
