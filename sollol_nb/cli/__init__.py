@@ -1,1 +1,6 @@
-"""cli"""
+"""The `sollol-nb` command.
+
+* `main.py`: its subcommands
+* `doctor.py`: what is installed on this machine, what is missing, and how to fix it
+* `status.py`: the cluster of this user, seen from outside of any notebook
+"""

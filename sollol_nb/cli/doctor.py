@@ -1,6 +1,6 @@
-"""Look at everything the package stands on, and name the one command that mends what is missing.
+"""Check everything that the package needs, and name the one command that fixes what is missing.
 
-`diagnose` only looks (and lets the engine's two programs greet each other once); nothing is installed.
+`diagnose` only reads (and runs the engine's two programs once, to check them); nothing is installed.
 """
 
 from __future__ import annotations
@@ -15,9 +15,18 @@ from urllib.parse import urlsplit
 
 from sollol_nb._version import __version__
 from sollol_nb.errors import ConfigError, EngineError
-from sollol_nb.llama_cpp.engine import build as engine_build
-from sollol_nb.llama_cpp.engine import find as toolchain
-from sollol_nb.llama_cpp.engine import tools as build_tools
+from sollol_nb.llama_cpp.engine.build import read_record
+from sollol_nb.llama_cpp.engine.find import INSTALL_COMMAND, Engine, find_engine
+from sollol_nb.llama_cpp.engine.tools import (
+    INSTALL_CMAKE,
+    choose_backend,
+    compiler_command,
+    find_compiler,
+    find_tool,
+    gpu_toolkits,
+)
+from sollol_nb.models.files import DEMO_MODEL_PATH
+from sollol_nb.ollama.nodes import node_url
 from sollol_nb.settings import config
 from sollol_nb.settings.endpoints import DEFAULT_OLLAMA_PORT
 
@@ -26,7 +35,7 @@ OLLAMA_PROBE_LIMIT_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class OllamaProbe:
-    """An Ollama address as configured, and whether something accepts connections there."""
+    """A configured Ollama address, and whether anything accepts connections there."""
 
     host: str
     port: int
@@ -38,15 +47,19 @@ class Diagnosis:
     """What was found on this machine.
 
     Attributes:
-        usable: an engine is there and works.
-        engine: the engine, None if there is none that works.
-        engine_record: what the build in our cache says of itself (backend, source, commit), else empty.
-        missing: what is missing, one line each, the most important first.
-        remedy: the one command to run next; empty if nothing has to be done.
+        usable: whether there is a working engine.
+        engine: the working engine, or None.
+        engine_record: backend, source and commit of the engine if it was built by `sollol-nb install`, else empty.
+        tools: paths of the build tools, None where missing.
+        gpu_toolkits: the backends that can be built here, each with the program found for it.
+        backend: the backend that `sollol-nb install` would build.
+        demo_model: the demo model's file; None if this installation lacks it.
+        missing: what is missing or broken, one line each, the most important first.
+        remedy: the one command to run next; empty if there is nothing to do.
     """
 
     usable: bool
-    engine: toolchain.Engine | None
+    engine: Engine | None
     engine_record: dict[str, Any]
     version: str
     python: str
@@ -61,47 +74,46 @@ class Diagnosis:
     remedy: str
 
     def as_plain_data(self) -> dict[str, Any]:
-        """For JSON: dicts, lists and strings only."""
+        """As dicts, lists and strings, for JSON."""
         plain: dict[str, Any] = _plain(asdict(self))
         return plain
 
 
 def diagnose() -> Diagnosis:
-    """Look at engine, build tools, GPU toolkits, folders, demo model and Ollama. Blocking, about a second."""
-    engine: toolchain.Engine | None = None
+    """Check the engine, build tools, GPU toolkits, folders, demo model and Ollama. Blocks for about a second."""
+    engine: Engine | None = None
     missing: list[str] = []
     remedy = ""
-    compiler = build_tools.find_compiler()
-    tools = {name: _text(build_tools.find_tool(name)) for name in ("cmake", "ninja", "git")}
+    compiler = find_compiler()
+    tools = {name: _text(find_tool(name)) for name in ("cmake", "ninja", "git")}
     tools["c++"] = compiler
     try:
-        engine = toolchain.find_engine()
+        engine = find_engine()
     except EngineError as error:
         missing.append(str(error))
         own = config.find("llama_cpp")
         if own.value is not None:
             is_variable = own.source == "SOLLOL_LLAMA_CPP"
-            remedy = _forget_variable(own.source) if is_variable else f"take llama_cpp out of {own.source}"
+            remedy = _unset_command(own.source) if is_variable else f"remove llama_cpp from {own.source}"
         elif compiler is None:
-            missing.append("a C++ compiler to build llama.cpp with")
-            remedy = build_tools.compiler_command()
+            missing.append("no C++ compiler (needed to build llama.cpp)")
+            remedy = compiler_command()
         elif tools["cmake"] is None:
-            missing.append("cmake to build llama.cpp with")
-            remedy = build_tools.INSTALL_CMAKE
+            missing.append("cmake is missing (needed to build llama.cpp)")
+            remedy = INSTALL_CMAKE
         else:
-            remedy = toolchain.INSTALL_COMMAND
-    toolkits = build_tools.gpu_toolkits()
+            remedy = INSTALL_COMMAND
     return Diagnosis(
         usable=engine is not None,
         engine=engine,
-        engine_record=engine_build.read_record(engine.server.parent) if engine else {},
+        engine_record=read_record(engine.server.parent) if engine else {},
         version=__version__,
         python=f"{platform.python_version()} ({sys.executable})",
         system=f"{platform.system()} {platform.machine()}",
         tools=tools,
-        gpu_toolkits={str(name): found for name, found in toolkits.items()},
-        backend=build_tools.choose_backend(None),
-        demo_model=demo_model(),
+        gpu_toolkits={str(name): found for name, found in gpu_toolkits().items()},
+        backend=choose_backend(None),
+        demo_model=DEMO_MODEL_PATH if DEMO_MODEL_PATH.is_file() else None,
         folders={"cache": config.cache_dir(), "state": config.state_dir()},
         ollama=tuple(_probe_ollama(entry) for entry in config.default("ollama_hosts") or ["localhost"]),
         missing=tuple(missing),
@@ -109,43 +121,36 @@ def diagnose() -> Diagnosis:
     )
 
 
-def demo_model() -> Path | None:
-    """The demo model that comes with the package, if this installation carries it."""
-    return next(iter(sorted(Path(__file__).parents[1].rglob("*.gguf"))), None)
-
-
 def describe(diagnosis: Diagnosis) -> str:
-    """The diagnosis for a person: one fact a line, the verdict and the remedy last."""
+    """The diagnosis as text: one fact per line, the verdict and the remedy last."""
     engine, record = diagnosis.engine, diagnosis.engine_record
     lines = [("sollol_nb", f"{diagnosis.version}, Python {diagnosis.python}, {diagnosis.system}")]
     if engine is None:
-        lines.append(("engine", "none that works"))
+        lines.append(("engine", "not found"))
     else:
         built = f", {record['backend']} backend, built from {record['source']}" if record else ""
         lines += [
-            ("engine", f"llama.cpp {engine.version}{built}; found by: {engine.source}"),
+            ("engine", f"llama.cpp {engine.version}{built}, found in: {engine.source}"),
             ("llama-server", str(engine.server)),
-            ("RPC worker", f"{engine.worker} (RPC protocol {engine.protocol or 'not told'})"),
+            ("RPC worker", f"{engine.worker} (RPC protocol {engine.protocol or 'unknown'})"),
         ]
-    lines += [(name, path or "none") for name, path in diagnosis.tools.items()]
+    lines += [(name, path or "not found") for name, path in diagnosis.tools.items()]
     kits = ", ".join(f"{name} ({found})" for name, found in diagnosis.gpu_toolkits.items())
-    lines.append(("GPU toolkits", f"{kits or 'none'}; a build here takes the {diagnosis.backend} backend"))
-    lines.append(("demo model", str(diagnosis.demo_model or "not in this installation")))
+    lines.append(("GPU toolkits", f"{kits or 'none'}; `{INSTALL_COMMAND}` builds the {diagnosis.backend} backend"))
+    lines.append(("demo model", str(diagnosis.demo_model or "missing from this installation")))
     lines += [(f"{name} folder", str(path)) for name, path in diagnosis.folders.items()]
     lines += [
         ("Ollama", f"{node.host}:{node.port} {'answers' if node.reachable else 'does not answer'}")
         for node in diagnosis.ollama
     ]
+    lines += [("problem", problem) for problem in diagnosis.missing]
     text = [f"{name:13} {value}" for name, value in lines]
-    text += [f"{'missing':13} {what}" for what in diagnosis.missing]
-    text.append("ready" if diagnosis.usable else f"not ready; run: {diagnosis.remedy}")
+    text.append("ready" if diagnosis.usable else f"not ready; to fix it: {diagnosis.remedy}")
     return "\n".join(text)
 
 
 def _probe_ollama(entry: str) -> OllamaProbe:
-    """Try a plain connection to an `OLLAMA_HOST` entry (`host`, `host:port` or a URL)."""
-    from sollol_nb.ollama.nodes import node_url
-
+    """Try to connect to an `OLLAMA_HOST` entry (`host`, `host:port` or a URL)."""
     try:
         parts = urlsplit(node_url(entry))
     except ConfigError:
@@ -159,8 +164,8 @@ def _probe_ollama(entry: str) -> OllamaProbe:
     return OllamaProbe(host, port, True)
 
 
-def _forget_variable(name: str) -> str:
-    return f"Remove-Item Env:{name}" if sys.platform == "win32" else f"unset {name}"
+def _unset_command(variable: str) -> str:
+    return f"Remove-Item Env:{variable}" if sys.platform == "win32" else f"unset {variable}"
 
 
 def _text(path: Path | None) -> str | None:

@@ -1,7 +1,7 @@
 """The `sollol-nb` command: one function per subcommand, each returning the exit code.
 
 A subcommand is a line in `_SUBCOMMANDS`: its function (whose docstring is the help text) and a function that
-adds its arguments. Rooms it needs are imported inside it, so that `sollol-nb --help` is quick.
+adds its arguments. A function imports what it needs, so that `sollol-nb --help` is quick.
 """
 
 from __future__ import annotations
@@ -20,25 +20,27 @@ from sollol_nb.llama_cpp.engine.tools import BACKENDS
 from sollol_nb.settings import config
 
 EXIT_OK = 0
-EXIT_TROUBLE = 1
+EXIT_ERROR = 1
 EXIT_ATTENTION = 3
 EXIT_INTERRUPTED = 130
 
 
 def install(arguments: argparse.Namespace) -> int:
-    """Build llama.cpp into the cache, unless a working build is there."""
+    """Build llama.cpp and install it in the cache folder, unless a working build is installed."""
     from sollol_nb.llama_cpp.engine.find import install_engine
 
     engine = install_engine(backend=arguments.backend, force=arguments.force)
-    print(f"llama.cpp {engine.version} is in {engine.server.parent}")
+    print(f"llama.cpp {engine.version} is installed in {engine.server.parent}")
     own = config.find("llama_cpp")
     if own.value is not None:
-        print(f"{own.source} says llama_cpp: {own.value} is used instead, until you take that out")
+        print(
+            f"{own.value} is used instead, because {own.source} sets llama_cpp; remove that to use the new build"
+        )
     return EXIT_OK
 
 
 def doctor(arguments: argparse.Namespace) -> int:
-    """Show what is found on this machine, what is missing and the command that mends it."""
+    """Check the engine, build tools, folders and Ollama on this machine; show how to fix what is missing."""
     from sollol_nb.cli.doctor import describe, diagnose
 
     diagnosis = diagnose()
@@ -46,11 +48,11 @@ def doctor(arguments: argparse.Namespace) -> int:
         print(json.dumps(diagnosis.as_plain_data(), indent=1))
     else:
         print(describe(diagnosis))
-    return EXIT_OK if diagnosis.usable else EXIT_TROUBLE
+    return EXIT_OK if diagnosis.usable else EXIT_ERROR
 
 
 def ps(arguments: argparse.Namespace) -> int:
-    """Show the coordinators and workers that run, of all notebooks."""
+    """List the running coordinators and workers of all notebooks."""
     from sollol_nb.llama_cpp.processes.running import as_table, running_engines
     from sollol_nb.runtime.io_loop import run_blocking
 
@@ -60,12 +62,12 @@ def ps(arguments: argparse.Namespace) -> int:
 
 
 def status(arguments: argparse.Namespace) -> int:
-    """Show workers, layers and Ollama nodes. The exit code is 0 if all is well, 3 if something needs attention."""
-    from sollol_nb.cli.status import troubles, user_cluster
+    """Show workers, layers and Ollama nodes. Exit code 0: all is well; 3: something needs attention."""
+    from sollol_nb.cli.status import problems, user_cluster
     from sollol_nb.runtime.io_loop import run_blocking
 
     cluster = run_blocking(user_cluster())
-    lines = troubles(cluster)
+    lines = problems(cluster)
     if arguments.json:
         print(json.dumps({**asdict(cluster), "troubles": lines}, indent=1, default=_as_json))
     else:
@@ -79,7 +81,7 @@ def _as_json(value: Any) -> Any:
 
 
 def stop(arguments: argparse.Namespace) -> int:
-    """Stop coordinators and workers: those that nobody uses, those named, or all."""
+    """Stop coordinators and workers: the unused ones, the named ones, or all."""
     from sollol_nb.llama_cpp.processes.running import running_engines, stop_engines
     from sollol_nb.runtime.io_loop import run_blocking
 
@@ -92,25 +94,29 @@ def stop(arguments: argparse.Namespace) -> int:
 
 
 def _install_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--backend", choices=BACKENDS, help="default: the GPU toolkit found here, else cpu")
-    parser.add_argument("--force", action="store_true", help="build again even if a working build is there")
+    parser.add_argument(
+        "--backend", choices=BACKENDS, help="default: that of the GPU toolkit found here, else cpu"
+    )
+    parser.add_argument("--force", action="store_true", help="build even if a working build is installed")
 
 
 def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="the same as JSON")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _ps_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="the same as JSON")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _status_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="the same as JSON, with a list of troubles")
+    parser.add_argument("--json", action="store_true", help="print JSON; `troubles` lists what needs attention")
 
 
 def _stop_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("names", nargs="*", metavar="NAME", help="a model, a worker's host:port, or an id of ps")
-    parser.add_argument("--all", action="store_true", help="also those in use")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="a model, a worker's host:port, or an id of `sollol-nb ps --json`"
+    )
+    parser.add_argument("--all", action="store_true", help="also stop those in use")
 
 
 _SUBCOMMANDS: tuple[tuple[Callable[[argparse.Namespace], int], Callable[[argparse.ArgumentParser], None]], ...] = (
@@ -135,13 +141,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; the exit code. Errors of this package are one line on stderr."""
+    """Run the command; returns the exit code. An error of this package is one line on stderr."""
     arguments = _parser().parse_args(argv)
     try:
         code: int = arguments.run(arguments)
     except SollolError as error:
         print(f"sollol-nb: {error}", file=sys.stderr)
-        return EXIT_TROUBLE
+        return EXIT_ERROR
     except KeyboardInterrupt:
         print("sollol-nb: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

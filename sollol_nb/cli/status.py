@@ -1,4 +1,4 @@
-"""The cluster of this user as seen from outside of any notebook: for `sollol-nb status`."""
+"""The cluster of this user as seen from outside of any notebook, for `sollol-nb status`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from sollol_nb.settings import config
 
 
 async def user_cluster() -> ClusterStatus:
-    """All coordinators of this user, the workers that they hold, that run here or that are set, and Ollama nodes.
+    """All coordinators of this user, the workers that they hold, run here or are configured, and Ollama nodes.
 
-    Workers and nodes are looked at now; nothing is started, held or stopped.
+    Workers and nodes are probed now; nothing is started, held or stopped.
     """
     entries = await asyncio.to_thread(registry.entries)
     endpoints = [*config.default("workers")]
@@ -25,22 +25,22 @@ async def user_cluster() -> ClusterStatus:
         return await router.cluster()
 
 
-def troubles(status: ClusterStatus) -> list[str]:
-    """What needs somebody's attention, one line each.
+def problems(status: ClusterStatus) -> list[str]:
+    """What needs attention, one line each.
 
-    An Ollama node is only missed where `OLLAMA_HOST` or a settings file names it.
+    An unreachable Ollama node is a problem only if `OLLAMA_HOST` or a settings file names it.
     """
     lines = [
-        f"worker {one.endpoint} is {one.state}: {describe_worker(one)}"
-        for one in status.workers
-        if one.state not in ("free", "held")
+        f"worker {worker.endpoint} is {worker.state}: {describe_worker(worker)}"
+        for worker in status.workers
+        if worker.state not in ("free", "held")
     ]
     if config.find("ollama_hosts").source != config.BUILT_IN:
         lines += [
-            f"Ollama node {one.url} is {one.state}: {describe_node(one)}"
-            for one in status.nodes
-            if one.state != "ready"
+            f"Ollama node {node.url} is {node.state}: {describe_node(node)}"
+            for node in status.nodes
+            if node.state != "ready"
         ]
-    for one in status.coordinators:
-        lines += [f"{one.model} differs from its plan: {difference}" for difference in one.differences]
+    for coordinator in status.coordinators:
+        lines += [f"{coordinator.model} differs from its plan: {text}" for text in coordinator.differences]
     return lines

@@ -14,8 +14,7 @@ from sollol_nb import __version__
 from sollol_nb.cli import doctor
 from sollol_nb.cli import main as cli
 from sollol_nb.errors import EngineBuildError
-from sollol_nb.llama_cpp.engine import find as toolchain
-from sollol_nb.llama_cpp.engine import tools as build_tools
+from sollol_nb.llama_cpp.engine import find
 from sollol_nb.llama_cpp.engine.find import Engine
 
 
@@ -25,7 +24,7 @@ def bare_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HOME", "USERPROFILE", "SOLLOL_CACHE_DIR", "SOLLOL_STATE_DIR"):
         monkeypatch.setenv(name, str(tmp_path / name))
     monkeypatch.delenv("SOLLOL_LLAMA_CPP", raising=False)
-    monkeypatch.setattr(toolchain, "_pair_on_path", lambda: toolchain._Pair(None, None))
+    monkeypatch.setattr(find, "_pair_on_path", lambda: find._Pair(None, None))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         monkeypatch.setenv("OLLAMA_HOST", f"127.0.0.1:{free.getsockname()[1]}")
@@ -45,23 +44,23 @@ def report_of(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
         (("compiler", "cmake"), "install a compiler"),
     ],
 )
-def test_doctor_names_the_one_command_that_mends_it(
+def test_doctor_names_the_one_command_that_fixes_it(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     lacking: tuple[str, ...],
     remedy: str,
 ) -> None:
-    monkeypatch.setattr(build_tools, "find_tool", lambda name: None if name in lacking else Path(f"/bin/{name}"))
-    monkeypatch.setattr(build_tools, "find_compiler", lambda: None if "compiler" in lacking else "/bin/c++")
-    monkeypatch.setattr(build_tools, "compiler_command", lambda: "install a compiler")
+    monkeypatch.setattr(doctor, "find_tool", lambda name: None if name in lacking else Path(f"/bin/{name}"))
+    monkeypatch.setattr(doctor, "find_compiler", lambda: None if "compiler" in lacking else "/bin/c++")
+    monkeypatch.setattr(doctor, "compiler_command", lambda: "install a compiler")
     assert cli.main(["doctor"]) == 1
-    assert capsys.readouterr().out.splitlines()[-1] == f"not ready; run: {remedy}"
+    assert capsys.readouterr().out.splitlines()[-1] == f"not ready; to fix it: {remedy}"
     assert cli.main(["doctor", "--json"]) == 1
     report = report_of(capsys)
     assert (report["usable"], report["remedy"]) == (False, remedy)
 
 
-def test_doctor_says_that_ones_own_folder_is_the_trouble(
+def test_doctor_says_that_the_users_own_folder_is_the_problem(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("SOLLOL_LLAMA_CPP", str(tmp_path))
@@ -72,7 +71,7 @@ def test_doctor_says_that_ones_own_folder_is_the_trouble(
 
 
 @pytest.mark.engine
-def test_doctor_is_content_with_a_real_engine(
+def test_doctor_accepts_a_real_engine(
     engine: Engine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SOLLOL_LLAMA_CPP", str(engine.server.parent))
@@ -125,13 +124,13 @@ def test_an_ollama_that_listens_is_seen(
     assert report_of(capsys)["ollama"] == [{"host": "127.0.0.1", "port": port, "reachable": True}]
 
 
-def test_install_passes_its_options_on_and_says_where_the_engine_is(
+def test_install_passes_its_options_and_says_where_the_engine_is(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[dict[str, object]] = []
+    requested: list[dict[str, object]] = []
 
     def install_engine(**options: object) -> Engine:
-        asked.append(options)
+        requested.append(options)
         return Engine(
             server=Path("/cache/bin/llama-server"),
             worker=Path("/cache/bin/ggml-rpc-server"),
@@ -139,10 +138,10 @@ def test_install_passes_its_options_on_and_says_where_the_engine_is(
             source="cache",
         )
 
-    monkeypatch.setattr(toolchain, "install_engine", install_engine)
+    monkeypatch.setattr(find, "install_engine", install_engine)
     assert cli.main(["install"]) == 0
     assert cli.main(["install", "--backend", "cuda", "--force"]) == 0
-    assert asked == [{"backend": None, "force": False}, {"backend": "cuda", "force": True}]
+    assert requested == [{"backend": None, "force": False}, {"backend": "cuda", "force": True}]
     assert str(Path("/cache/bin")) in capsys.readouterr().out
     monkeypatch.setenv("SOLLOL_LLAMA_CPP", "/elsewhere")
     cli.main(["install"])
@@ -150,25 +149,25 @@ def test_install_passes_its_options_on_and_says_where_the_engine_is(
 
 
 @pytest.mark.parametrize(
-    ("raised", "code", "said"),
+    ("raised", "code", "message"),
     [
         (EngineBuildError("no cmake; do this"), 1, "sollol-nb: no cmake; do this\n"),
         (KeyboardInterrupt(), 130, "sollol-nb: interrupted\n"),
     ],
 )
-def test_trouble_is_one_line_and_an_exit_code(
+def test_an_error_is_one_line_and_an_exit_code(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     raised: BaseException,
     code: int,
-    said: str,
+    message: str,
 ) -> None:
     def install_engine(**_: object) -> Engine:
         raise raised
 
-    monkeypatch.setattr(toolchain, "install_engine", install_engine)
+    monkeypatch.setattr(find, "install_engine", install_engine)
     assert cli.main(["install"]) == code
-    assert capsys.readouterr().err == said
+    assert capsys.readouterr().err == message
 
 
 @pytest.mark.parametrize("arguments", [[], ["nonsense"], ["install", "--backend", "opencl"]])

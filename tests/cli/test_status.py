@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from sollol_nb.cli.status import troubles
+from sollol_nb.cli.status import problems
 from sollol_nb.cluster.status import ClusterStatus
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.ollama.nodes import NodeStatus
@@ -36,21 +36,21 @@ def node(state: str) -> NodeStatus:
     return NodeStatus("http://a:11434", state, (), (), 0, 0, 1, 0.0, None, "no route", None)
 
 
-def test_what_needs_attention_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_needs_attention_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     states = ("free", "held", "busy", "down", "incompatible")
     status = ClusterStatus(tuple(worker(f"{state}:1", state) for state in states), (), (node("absent"),))
 
     monkeypatch.delenv("OLLAMA_HOST")
-    assert troubles(status) == [
+    assert problems(status) == [
         "worker busy:1 is busy: busy:1 says why",
         "worker down:1 is down: down:1 says why",
         "worker incompatible:1 is incompatible: incompatible:1 says why",
     ]
     monkeypatch.setenv("OLLAMA_HOST", "a")
     assert (
-        troubles(status)[-1] == "Ollama node http://a:11434 is absent: no route; start it there with: ollama serve"
+        problems(status)[-1] == "Ollama node http://a:11434 is absent: no route; start it there with: ollama serve"
     )
-    assert troubles(ClusterStatus((), (), (node("ready"),))) == []
+    assert problems(ClusterStatus((), (), (node("ready"),))) == []
 
 
 @pytest.mark.engine
