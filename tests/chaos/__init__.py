@@ -1,1 +1,1 @@
-"""Faults at random moments of answers on real engines; every answer is compared with the undisturbed one."""
+"""Faults at random moments of answers on real engines; each answer is compared with the undisturbed one."""

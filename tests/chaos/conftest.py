@@ -1,4 +1,4 @@
-"""A cluster that can be broken, and a state folder that must be empty of processes at the end."""
+"""A cluster to break, and a state folder without processes at the end."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sollol_nb.llama_cpp.coordinators import readiness as coordinator_readiness
+from sollol_nb.llama_cpp.coordinators import readiness
 from sollol_nb.llama_cpp.engine.find import Engine
 from sollol_nb.llama_cpp.processes import registry
 from tests.chaos.machines import Cluster
@@ -17,7 +17,7 @@ from tests.support.engines import eventually, with_variable
 
 @pytest.fixture(scope="package")
 def state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A state folder of the package's own: its registry knows only what the tests here start."""
+    """A state folder for these tests alone: its registry has only what they start."""
     folder = tmp_path_factory.mktemp("chaos")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SOLLOL_STATE_DIR", str(folder))
@@ -35,7 +35,7 @@ def cluster(engine: Engine, state: Path) -> Iterator[Cluster]:
 def chaos(cluster: Cluster) -> Iterator[Chaos]:
     """The cluster with the undisturbed answers of its model."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(coordinator_readiness, "LOAD_STALL_S", STALL_S)
+        patch.setattr(readiness, "LOAD_STALL_S", STALL_S)
         yield Chaos(cluster)
 
 

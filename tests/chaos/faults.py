@@ -1,6 +1,6 @@
 """Faults, one function each: something happens to a machine, a wire or a process while a router answers.
 
-A fault draws its victim from the scene's own random numbers, so that a seed repeats it.
+A fault draws its victim from the random numbers of the scene, so that a seed repeats it.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ class Scene:
         fault.strike(self)
 
     def strike_later(self, fault: Fault, within_s: float) -> threading.Timer:
-        """Let a fault strike at some time within so many seconds; gives the thread that does it."""
+        """Let a fault strike at some time within so many seconds; returns the thread that does it."""
         timer = threading.Timer(self.random.uniform(0, within_s), self.strike, (fault,))
         timer.start()
         return timer
 
     def victim(self) -> Machine:
-        """One of the machines in use; any of them where none is in use just now."""
+        """One of the machines in use, or any machine if none is in use now."""
         used = [self.cluster.machine(endpoint) for endpoint in sorted(registry.holders())]
-        return self.random.choice([one for one in used if one.is_well] or self.cluster.well())
+        return self.random.choice([machine for machine in used if machine.is_well] or self.cluster.well())
 
     def lose(self) -> Machine:
         """A victim that is counted as lost."""
@@ -60,7 +60,7 @@ class Scene:
         return machine
 
     def endpoint(self, machine: Machine) -> str:
-        """As the router knows the machine."""
+        """The endpoint by which the router knows the machine."""
         return machine.wired_endpoint if self.wired else machine.endpoint
 
 
@@ -110,4 +110,4 @@ FAULTS = (
     SUPERVISOR_KILLED,
 )
 QUICK_FAULTS = (WORKER_KILLED, LINK_RESET, COORDINATOR_KILLED, SUPERVISOR_KILLED)
-"""Those that are seen at once; silence has to be waited for."""
+"""Faults that are noticed immediately; the others are noticed by silence."""

@@ -1,7 +1,7 @@
-"""Machines of a cluster that can fail: real RPC workers that nothing of ours owns, each behind a wire that can.
+"""Machines of a cluster that can fail: real RPC workers that the package does not own, each behind a wire.
 
-The workers are started as a user starts them on another machine: plain processes in a session of their own, which
-the package does not know. The wire is a TCP proxy: it passes, breaks all connections, or swallows what is sent.
+The workers are started as a user starts them on another machine: plain processes in their own session. The wire is
+a TCP proxy, which can also fail: it passes data, breaks all connections, or swallows the data.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _NO_LINGER = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
 
 @cache
 def _network() -> asyncio.AbstractEventLoop:
-    """The loop on which all wires live; not the package's own, which a fault may keep busy."""
+    """The event loop of all wires; not that of the package, which a fault may keep busy."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="wires", daemon=True).start()
     return loop
@@ -44,7 +44,7 @@ def _on_network(work: Coroutine[Any, Any, T]) -> T:
 
 
 class Wire:
-    """A proxy on `port` of loopback for what listens on `target_port`."""
+    """A proxy on `port` of loopback for the server on `target_port`."""
 
     def __init__(self, port: int, target_port: int) -> None:
         self.port = port
@@ -55,7 +55,7 @@ class Wire:
         self._passing.set()
 
     def open(self) -> None:
-        """Listen, and pass."""
+        """Listen, and pass data."""
 
         async def opened() -> None:
             self._passing.set()
@@ -69,7 +69,7 @@ class Wire:
         _on_network(self._reset())
 
     def swallow(self) -> None:
-        """Let no byte pass, in either direction, and close nothing. New connections get no answer."""
+        """Pass no byte in either direction, and close nothing. New connections get no answer."""
 
         async def swallowed() -> None:
             self._passing.clear()
@@ -77,7 +77,7 @@ class Wire:
         _on_network(swallowed())
 
     def close(self) -> None:
-        """Refuse new connections, and break those that are."""
+        """Refuse new connections, and break the open ones."""
 
         async def closed() -> None:
             if self._server is not None:
@@ -116,7 +116,7 @@ class Wire:
                 await self._passing.wait()
                 sink.write(data)
                 await sink.drain()
-        await self._passing.wait()  # nor does the end of a connection pass
+        await self._passing.wait()  # the end of a connection does not pass either
         sink.close()
 
 
@@ -125,7 +125,7 @@ class Machine:
 
     Attributes:
         endpoint: where the worker listens.
-        wired_endpoint: where its wire does.
+        wired_endpoint: where its wire listens.
     """
 
     def __init__(self, engine: Engine, port: int, wire_port: int) -> None:
@@ -143,7 +143,7 @@ class Machine:
 
     @property
     def is_well(self) -> bool:
-        """Whether nothing has happened to it since it was last made well."""
+        """Whether no fault has struck it since it was last made well."""
         return self._worker is not None and self._worker.poll() is None and not self._was_struck
 
     @property
@@ -152,7 +152,7 @@ class Machine:
         return self._worker is not None and self._worker.poll() == -signal.SIGPIPE
 
     def make_well(self) -> None:
-        """Start it, anew if something had happened to it; it listens on the same ports as before."""
+        """Start it, or restart it after a fault; it listens on the same ports as before."""
         if self.is_well:
             return
         self.kill()
@@ -169,7 +169,7 @@ class Machine:
         self._was_struck = False
 
     def kill(self) -> None:
-        """It is gone at once, and refuses connections."""
+        """End it without warning; it refuses connections."""
         self._was_struck = True
         if self._worker is not None:
             self._worker.kill()
@@ -177,25 +177,25 @@ class Machine:
         self._wire.close()
 
     def freeze(self) -> None:
-        """It accepts connections (its system does), and does nothing."""
+        """Stop it: its system accepts connections, but it does nothing."""
         self._was_struck = True
         self._signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
-        """It goes on where it was frozen."""
+        """Let it continue."""
         self._signal(signal.SIGCONT)
 
     def reset(self) -> None:
-        """All connections through its wire break."""
+        """Break all connections through its wire."""
         self._wire.reset()
 
     def swallow(self) -> None:
-        """Its wire swallows what is sent."""
+        """Let its wire swallow all data."""
         self._was_struck = True
         self._wire.swallow()
 
     def pass_again(self) -> None:
-        """Its wire passes again, what was swallowed first."""
+        """Let its wire pass data again, the swallowed data first."""
         self._wire.open()
 
     def _signal(self, number: int) -> None:
@@ -208,7 +208,7 @@ class Machine:
 
 
 def _reserve_ports(count: int) -> tuple[socket.socket, int]:
-    """So many ports in a row, and what keeps them from other clusters: a listener on the first."""
+    """The first of so many free ports in a row, and a listener on it that reserves them."""
     for first in range(FIRST_PORT, COORDINATOR_PORT, count):
         listener = socket.socket()
         try:
@@ -227,7 +227,7 @@ class Cluster:
     """Three machines and a spare one."""
 
     def __init__(self, engine: Engine) -> None:
-        # The ports of a dead machine are free, and must stay its own also while another cluster looks for some.
+        # The ports of a dead machine are free; another cluster must not take them.
         self._reserved, first = _reserve_ports(1 + 2 * MACHINES)
         workers = range(first + 1, first + 1 + MACHINES)
         self.machines = [Machine(engine, port, port + MACHINES) for port in workers]
@@ -248,8 +248,8 @@ class Cluster:
 
     def machine(self, endpoint: str) -> Machine:
         """The machine at an endpoint, wired or not."""
-        return next(one for one in self.machines if endpoint in (one.endpoint, one.wired_endpoint))
+        return next(machine for machine in self.machines if endpoint in (machine.endpoint, machine.wired_endpoint))
 
     def well(self) -> list[Machine]:
-        """The machines to which nothing has happened."""
-        return [one for one in self.machines if one.is_well]
+        """The machines that no fault has struck."""
+        return [machine for machine in self.machines if machine.is_well]

@@ -20,7 +20,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("name", TRIALS)
-def test_answers_go_on_as_if_nothing_had_happened(chaos: Chaos, name: str) -> None:
+def test_answers_continue_as_if_nothing_had_happened(chaos: Chaos, name: str) -> None:
     answers = TRIALS[name](chaos, random.Random(f"{name} 0"))
     assert answers
     assert not chaos.differences(answers)

@@ -19,7 +19,8 @@ from sollol_nb.llama_cpp.workers.probe import test_rpc_backend as is_free
 from tests.chaos.machines import COORDINATOR_PORT
 from tests.chaos.trials import ACCENTS, LONG, MODEL, Chaos
 from tests.support.engines import eventually, is_alive, with_variable
-from tests.support.kernels import Kernel, Shown, kernel
+from tests.support.kernels import Kernel, Shown
+from tests.support.kernels import kernel as new_kernel
 
 pytestmark = [
     pytest.mark.engine,
@@ -32,7 +33,7 @@ from sollol_nb.sync_wrapper import HybridRouter
 router = HybridRouter(auto_discover_rpc=False, coordinator_port={COORDINATOR_PORT}, **settings)
 """
 ASK = f"answer = router.route_request({MODEL!r}, {ACCENTS.text!r}, temperature=0)"
-ASK_AND_TELL = f"""
+ASK_AND_SHOW = f"""
 for number, chunk in enumerate(router.stream({MODEL!r}, {LONG.text!r}, temperature=0)):
     if number == 50:
         display(Markdown("half way"))
@@ -52,24 +53,24 @@ WHAT_RUNS = """dict(
 def kernel_with_router(chaos: Chaos, **settings: Any) -> Iterator[Kernel]:
     """A kernel whose `router` knows three of the machines."""
     backends = ",".join(machine.endpoint for machine in chaos.cluster.machines[:3])
-    with kernel(RPC_BACKENDS=backends, SOLLOL_KEEP_ALIVE="2s") as one:
-        shown = one.run(f"settings = {settings!r}\n{MAKE_ROUTER}")
+    with new_kernel(RPC_BACKENDS=backends, SOLLOL_KEEP_ALIVE="2s") as running:
+        shown = running.run(f"settings = {settings!r}\n{MAKE_ROUTER}")
         assert shown.status == "ok", shown.error
-        yield one
+        yield running
 
 
-def value(one: Kernel, expression: str) -> Any:
-    return ast.literal_eval(one.value(expression))
+def value(kernel: Kernel, expression: str) -> Any:
+    return ast.literal_eval(kernel.value(expression))
 
 
-def kinds(one: Kernel) -> list[str]:
-    found: list[str] = value(one, "[event.kind for event in router.events.recent()]")
+def kinds(kernel: Kernel) -> list[str]:
+    found: list[str] = value(kernel, "[event.kind for event in router.events.recent()]")
     return [kind for kind in found if kind.startswith("coordinator.")]
 
 
-def kill(one: Kernel) -> None:
-    os.kill(one.pid, signal.SIGKILL)
-    process = psutil.Process(one.pid)
+def kill(kernel: Kernel) -> None:
+    os.kill(kernel.pid, signal.SIGKILL)
+    process = psutil.Process(kernel.pid)
     eventually(lambda: not is_alive(process), "the kernel is dead")
 
 
@@ -81,7 +82,7 @@ def test_a_kernel_killed_in_mid_answer_leaves_its_model_to_the_next_and_nothing_
     with kernel_with_router(chaos) as first, kernel_with_router(chaos) as second:
         assert first.run(ASK).status == "ok"
         before = value(first, WHAT_RUNS)
-        first.collect(first.client.execute(ASK_AND_TELL), until_shown="half way")
+        first.collect(first.client.execute(ASK_AND_SHOW), until_shown="half way")
         kill(first)
 
         assert second.run(ASK).status == "ok"
@@ -89,7 +90,7 @@ def test_a_kernel_killed_in_mid_answer_leaves_its_model_to_the_next_and_nothing_
         assert value(second, WHAT_RUNS) == before
         assert sum(len(units) for units in before["layers"].values()) > 0
         assert kinds(second) == ["coordinator.adopted"]
-        assert "held" in value(second, "[one.state for one in router.cluster().workers]")
+        assert "held" in value(second, "[worker.state for worker in router.cluster().workers]")
         kill(second)
 
         # What still runs are these kernels' engines and their supervisors; keep_alive ends them.
@@ -101,22 +102,24 @@ def test_a_kernel_killed_in_mid_answer_leaves_its_model_to_the_next_and_nothing_
 
 def ask_both(first: Kernel, second: Kernel) -> list[Shown]:
     """The same cell in both, at the same time."""
-    asked = [(one, one.client.execute(ASK)) for one in (first, second)]
-    return [one.collect(message_id) for one, message_id in asked]
+    sent = [(kernel, kernel.client.execute(ASK)) for kernel in (first, second)]
+    return [kernel.collect(message_id) for kernel, message_id in sent]
 
 
 def test_two_kernels_that_ask_the_same_share_a_coordinator(chaos: Chaos) -> None:
     chaos.cluster.make_well()
     with kernel_with_router(chaos) as first, kernel_with_router(chaos) as second:
         assert [shown.status for shown in ask_both(first, second)] == ["ok", "ok"]
-        seen = [value(one, WHAT_RUNS) for one in (first, second)]
-        for one in seen:
-            assert one.pop("load_ms") > 0, "each has waited for its own part of the load"
+        seen = [value(kernel, WHAT_RUNS) for kernel in (first, second)]
+        for coordinator in seen:
+            assert coordinator.pop("load_ms") > 0, "each has waited for its own part of the load"
         assert seen[0] == seen[1]
-        told = [[kind for kind in kinds(one) if kind != "coordinator.starting"] for one in (first, second)]
-        assert sorted(told) == [["coordinator.adopted"], ["coordinator.ready"]]
-        for one in (first, second):
-            assert value(one, "answer.text") == chaos.undisturbed(ACCENTS).text
+        published = [
+            [kind for kind in kinds(kernel) if kind != "coordinator.starting"] for kernel in (first, second)
+        ]
+        assert sorted(published) == [["coordinator.adopted"], ["coordinator.ready"]]
+        for kernel in (first, second):
+            assert value(kernel, "answer.text") == chaos.undisturbed(ACCENTS).text
 
 
 def test_two_kernels_that_fight_for_workers_get_different_ones(chaos: Chaos) -> None:
@@ -126,23 +129,23 @@ def test_two_kernels_that_fight_for_workers_get_different_ones(chaos: Chaos) -> 
         kernel_with_router(chaos, num_rpc_backends=1, context_tokens=4096) as second,
     ):
         assert [shown.status for shown in ask_both(first, second)] == ["ok", "ok"]
-        workers = [value(one, "router.coordinator.rpc_backends") for one in (first, second)]
+        workers = [value(kernel, "router.coordinator.rpc_backends") for kernel in (first, second)]
         held = sorted(endpoint for each in workers for endpoint in each)
         assert held == [machine.endpoint for machine in chaos.cluster.machines[:3]]
-        for one in (first, second):
-            assert value(one, "answer.text") == chaos.undisturbed(ACCENTS).text
+        for kernel in (first, second):
+            assert value(kernel, "answer.text") == chaos.undisturbed(ACCENTS).text
 
 
-def test_of_two_kernels_that_want_all_workers_one_is_told_who_has_them(chaos: Chaos) -> None:
+def test_of_two_kernels_that_want_all_workers_the_second_learns_who_has_them(chaos: Chaos) -> None:
     chaos.cluster.make_well()
     with (
         kernel_with_router(chaos, context_tokens=2048) as first,
         kernel_with_router(chaos, context_tokens=4096) as second,
     ):
         shown = ask_both(first, second)
-        assert sorted(one.status for one in shown) == ["error", "ok"]
+        assert sorted(result.status for result in shown) == ["error", "ok"]
         winner, loser = (first, second) if shown[0].status == "ok" else (second, first)
-        (error,) = [one.error for one in shown if one.status == "error"]
+        (error,) = [result.error for result in shown if result.status == "error"]
         assert "WorkersUnavailableError" in error[-1]
         assert f"held by the coordinator of {MODEL}, started by process {winner.pid}" in error[-1]
         assert winner.run("router.close()").status == "ok"

@@ -1,4 +1,4 @@
-"""What becomes of machines and requests around a fault: they come back, cool down, give up, are given up."""
+"""Machines and requests after a fault: they return, cool down, give up, are given up."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_machine_that_is_lost_again_and_again_cools_down(
             assert is_undisturbed(chaos, ask(scene, ACCENTS, {5: flapping.kill}))
             flapping.make_well()
         calm = {first[0], first[2], spare}
-        assert set(used(scene)) == calm, "it is well, and left alone all the same"
+        assert set(used(scene)) == calm, "it is well, but not used"
         for machine in calm:
             machine.kill()
         assert used(scene) == [flapping], "better than none"
@@ -181,7 +181,7 @@ def test_a_second_resume_is_possible_when_the_first_finds_nobody(chaos: Chaos, r
 def test_a_request_can_be_cancelled_while_its_coordinator_is_replaced(chaos: Chaos, rng: random.Random) -> None:
     restarts = threading.Event()
 
-    def told(event: Event) -> None:
+    def on_event(event: Event) -> None:
         if event.kind == "coordinator.starting":
             restarts.set()
 
@@ -200,7 +200,7 @@ def test_a_request_can_be_cancelled_while_its_coordinator_is_replaced(chaos: Cha
 
     with chaos.scene(rng) as scene:
         gate = coordinator_of(scene).gate
-        scene.router.events.subscribe(told)
+        scene.router.events.subscribe(on_event)
         asyncio.run(cancelled())
         eventually(lambda: not gate.running, "its slot is free")
         assert is_undisturbed(chaos, ask(scene, ACCENTS))
@@ -209,13 +209,13 @@ def test_a_request_can_be_cancelled_while_its_coordinator_is_replaced(chaos: Cha
 def test_a_router_can_be_closed_while_a_coordinator_is_replaced(chaos: Chaos, rng: random.Random) -> None:
     restarts = threading.Event()
 
-    def told(event: Event) -> None:
+    def on_event(event: Event) -> None:
         if event.kind == "coordinator.starting":
             restarts.set()
 
     with chaos.scene(rng) as scene:
         ask(scene, HELLO)
-        scene.router.events.subscribe(told)
+        scene.router.events.subscribe(on_event)
 
         def closed() -> None:
             restarts.wait(HANG_GUARD_S)

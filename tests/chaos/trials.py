@@ -1,7 +1,7 @@
-"""Trials: questions asked while faults strike, and the undisturbed answers beside which theirs are held.
+"""Trials: questions asked while faults strike, and the undisturbed answers to compare theirs with.
 
-A trial is a function of the cluster and a seed. It gives the answers it got, or raises where one was not given
-or the router's own account of the fault is wrong.
+A trial is a function of the cluster and a seed. It returns its answers, or raises if an answer is missing or the
+router reports the fault incorrectly.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ MODEL = "demo:sharded"
 WORKERS = 3
 SLOTS = 4
 LATE_CHUNKS = 25
-"""So near the end the whole answer may be there before a fault is felt."""
+"""So near the end the whole answer may be received before a fault has an effect."""
 STALL_S = 5.0
 """In place of the coordinators' `LOAD_STALL_S`, which is meant for models that take minutes to load."""
 LIMIT_S = 60.0
-"""Of each answer and each start: what hangs is a failure."""
+"""For each answer and each start; whatever takes longer has failed."""
 SOON_S = 0.3
 """About as long as the demo model takes to load over three workers, or to read the long prompt."""
 
@@ -73,10 +73,10 @@ QUESTIONS = (LONG, ACCENTS, JSON)
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer, and how it came.
+    """One answer, and how it was received.
 
     Attributes:
-        chunks: how many came.
+        chunks: how many were received.
         chunks_since: how many of them since the first fault.
         first_at: `time.perf_counter()` of the first.
         silence_s: the longest time without a chunk since the first fault; None if none struck.
@@ -94,11 +94,11 @@ class Answer:
 
     @property
     def failovers(self) -> list[dict[str, Any]]:
-        """As `_routing` tells them."""
+        """Those of `_routing`."""
         return list(self.routing["failovers"])
 
     def differences(self, undisturbed: Answer) -> list[str]:
-        """What it has other than the undisturbed one."""
+        """Where it differs from the undisturbed one, one line each."""
         return [
             f"{self.question}: {name} is {getattr(self, name)!r}, undisturbed {getattr(undisturbed, name)!r}"
             for name in ("text", "eval_count", "done_reason")
@@ -112,14 +112,14 @@ class Chaos:
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
         with self.scene(random.Random(0)) as scene:
-            asked = (*QUESTIONS, LONG_PROMPT, NOT_SO_LONG)
-            self._undisturbed = {one: ask(scene, one) for one in asked}
+            questions = (*QUESTIONS, LONG_PROMPT, NOT_SO_LONG)
+            self._undisturbed = {question: ask(scene, question) for question in questions}
 
     @contextmanager
     def scene(self, rng: random.Random, *, wired: bool = False, **settings: Any) -> Iterator[Scene]:
         """A fresh router over machines that are well."""
         self.cluster.make_well()
-        endpoints = [one.wired_endpoint if wired else one.endpoint for one in self.cluster.machines]
+        endpoints = [machine.wired_endpoint if wired else machine.endpoint for machine in self.cluster.machines]
         usual = {
             "num_rpc_backends": WORKERS,
             "auto_discover_rpc": False,
@@ -141,8 +141,8 @@ class Chaos:
         return rng.randint(1, self.undisturbed(question).chunks - 1)
 
     def differences(self, answers: list[Answer]) -> list[str]:
-        """What the answers have other than the undisturbed ones."""
-        return [words for one in answers for words in one.differences(self.undisturbed(one.question))]
+        """Where the answers differ from the undisturbed ones, one line each."""
+        return [line for answer in answers for line in answer.differences(self.undisturbed(answer.question))]
 
 
 Trial = Callable[[Chaos, random.Random], list[Answer]]
@@ -180,10 +180,10 @@ def coordinator_of(scene: Scene) -> Coordinator:
     return coordinator
 
 
-def _check_told(scene: Scene, answer: Answer) -> None:
-    """The answer tells of the one fault that struck, unless it was too near its end to feel it.
+def _check_reported(scene: Scene, answer: Answer) -> None:
+    """The answer reports the one fault that struck, unless it was too near its end for an effect.
 
-    The lost workers are those that were struck, and those that the end of their coordinator took with it.
+    The lost workers are those that were struck, and those that the end of their coordinator ended.
     """
     assert len(answer.failovers) == 1 or (not answer.failovers and answer.chunks_since < LATE_CHUNKS), (
         answer.failovers
@@ -201,12 +201,12 @@ def _check_told(scene: Scene, answer: Answer) -> None:
 
 
 def one_fault(fault: Fault, chaos: Chaos, rng: random.Random, question: Question | None = None) -> list[Answer]:
-    """A fault in mid-answer, of which the answer's `_routing` and the latency row tell."""
+    """A fault in mid-answer, which the answer's `_routing` and the latency row report."""
     question = question or rng.choice(QUESTIONS)
     with chaos.scene(rng, wired=fault.needs_wire) as scene:
         ask(scene, HELLO)
         answer = ask(scene, question, {chaos.somewhere(rng, question): partial(scene.strike, fault)})
-        _check_told(scene, answer)
+        _check_reported(scene, answer)
         (row,) = scene.router.latency.frame(last=1).itertuples()
         assert (row.failovers, row.status, row.partial_text) == (len(answer.failovers), "ok", "")
         return [answer]
@@ -234,7 +234,7 @@ def two_faults(chaos: Chaos, rng: random.Random) -> list[Answer]:
 
 
 def all_dead_then_one_back(chaos: Chaos, rng: random.Random) -> list[Answer]:
-    """No worker is left: the answer is interrupted, keeps what came, and is resumed once one is back."""
+    """No worker is left: the answer is interrupted, keeps its text, and is resumed once a worker is back."""
     question = rng.choice(QUESTIONS)
     with chaos.scene(rng) as scene:
         ask(scene, HELLO)
@@ -295,33 +295,34 @@ def in_the_prompt(chaos: Chaos, rng: random.Random) -> list[Answer]:
 
 
 def all_slots_busy(chaos: Chaos, rng: random.Random) -> list[Answer]:
-    """Four answers run and two wait when a fault strikes; all are given, and those that wait keep their order."""
+    """Four answers run and two wait when a fault strikes; all are completed, the waiting ones in order."""
     fault = rng.choice(QUICK_FAULTS)
     with chaos.scene(rng, wired=fault.needs_wire) as scene, ThreadPoolExecutor(SLOTS + 2) as threads:
         gate = coordinator_of(scene).gate
         answers: list[Future[Answer]] = []
 
         def all_at_the_gate() -> bool:
-            assert not any(one.done() for one in answers), [one.result() for one in answers if one.done()]
+            done = [answer.result() for answer in answers if answer.done()]
+            assert not done, done
             return gate.running + gate.waiting == len(answers)
 
         def asked(question: Question, priority: int) -> None:
             answers.append(threads.submit(ask, scene, question, priority=priority))
             eventually(all_at_the_gate, f"{len(answers)} requests are at the gate")
 
-        # One that ends early makes room for those that wait, one after the other.
+        # A request that ends early frees a slot for the waiting ones, one after the other.
         for question in (*[LONG] * (SLOTS - 1), NOT_SO_LONG):
             asked(question, Priority.NORMAL)
         asked(ACCENTS, Priority.BATCH)
         asked(ACCENTS, Priority.HIGH)
         late = scene.strike_later(fault, SOON_S)
-        *running, low, high = (one.result(HANG_GUARD_S) for one in answers)
+        *running, low, high = (answer.result(HANG_GUARD_S) for answer in answers)
         late.join()
-        assert high.first_at < low.first_at, "the one with the higher priority goes first"
-        for one in running:
-            _check_told(scene, one)
-            assert one.question is NOT_SO_LONG or len(one.failovers) == 1, "the others were far from their end"
-        # What waited was silent for other reasons.
+        assert high.first_at < low.first_at, "the request with the higher priority is first"
+        for answer in running:
+            _check_reported(scene, answer)
+            assert answer.question is NOT_SO_LONG or len(answer.failovers) == 1, "others were far from their end"
+        # The waiting requests were silent for other reasons.
         return [*running, replace(low, silence_s=None), replace(high, silence_s=None)]
 
 
