@@ -1,11 +1,14 @@
 """Which worker takes how many layers: a pure function of model facts, workers and strategy.
 
 llama.cpp places n + 1 units, in order: the model's n blocks and the output layer (the input embedding stays with
-the coordinator). Each worker gets a contiguous run of units, so a placement is a list of counts, which
-`--tensor-split` reproduces exactly (see `placement_from_counts`).
+the coordinator). Each worker gets a contiguous run of units, so a placement is a list of counts.
 
-How many units each worker gets is a strategy's decision (`layer_strategies`); limits of memory, errors and the
-plan itself are the same for all strategies and are made here.
+`--tensor-split` reproduces whole counts exactly. llama.cpp (llama-model.cpp, load_tensors) puts unit i of N on the
+first device whose cumulative share exceeds i / N. Its float32 arithmetic cannot shift a border: at a border both
+sides are the same quotient of the same two whole numbers, and elsewhere they are at least 1 / N apart.
+
+A strategy decides how many units each worker gets (`strategies.py`); this module checks the memory and builds the
+plan, the same for all strategies.
 """
 
 from __future__ import annotations
@@ -40,9 +43,9 @@ GIVEN = "as given"
 """The strategy of a plan whose counts were given."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
-    """A worker's run of units.
+    """The units of one worker, without a gap.
 
     Attributes:
         endpoint: the worker.
@@ -84,16 +87,16 @@ class Shard:
         return f"{blocks} + output" if self.has_output else blocks
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerPlan:
     """Which worker takes which layers; workers without any are not in it.
 
     Attributes:
-        strategy: what decided, a name in `STRATEGIES` or `GIVEN`.
+        strategy: a name in `STRATEGIES`, or `GIVEN`.
         layer_count: the model's blocks.
         context_tokens: of the coordinator, all its slots together.
         shards: in the order of their layers.
-        predicted_token_ms: time of a token, where it could be told when the plan was made (see `token_time`).
+        predicted_token_ms: time per token, if it could be predicted when the plan was made (see `token_time.py`).
     """
 
     strategy: str
@@ -129,20 +132,24 @@ class LayerPlan:
     def describe(self) -> str:
         """One line: `12 layers over 2 workers (even): a:50052 0-5 (1.2 GiB of 4.0 GiB), ...`."""
         workers = "1 worker" if len(self.shards) == 1 else f"{len(self.shards)} workers"
-        places = ", ".join(
+        shards = ", ".join(
             f"{shard.endpoint} {shard.layers} "
             f"({format_bytes(shard.needed_bytes)} of {format_bytes(shard.free_bytes)})"
             for shard in self.shards
         )
-        return f"{self.layer_count} layers over {workers} ({self.strategy}): {places}"
+        return f"{self.layer_count} layers over {workers} ({self.strategy}): {shards}"
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LayerPlan:
-        """The plan again from what `as_dict` gave. Raises KeyError or TypeError for anything else."""
-        names = [one.name for one in fields(Shard)]
-        shards = tuple(Shard(**{name: shard[name] for name in names}) for shard in data["shards"])
-        counts = data["strategy"], data["layer_count"], data["context_tokens"]
-        return cls(*counts, shards, data.get("predicted_token_ms"))  # entries of older versions lack it
+        """The plan from the data of `as_dict`. Raises KeyError or TypeError for other data."""
+        names = [field.name for field in fields(Shard)]
+        return cls(
+            strategy=data["strategy"],
+            layer_count=data["layer_count"],
+            context_tokens=data["context_tokens"],
+            shards=tuple(Shard(**{name: shard[name] for name in names}) for shard in data["shards"]),
+            predicted_token_ms=data.get("predicted_token_ms"),  # entries of older versions lack it
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as plain data for JSON."""
@@ -169,8 +176,8 @@ def plan_layers(
 ) -> LayerPlan:
     """Spread a model's layers over workers.
 
-    The order of the workers is kept, except that workers of one memory domain move up to the first of them. Of
-    more than `MAX_WORKERS` those with the most memory are used.
+    The order of the workers is kept, except that workers of one memory domain follow the first of them. Of more
+    than `MAX_WORKERS` workers those with the most memory are used.
 
     Args:
         facts: the model.
@@ -181,7 +188,7 @@ def plan_layers(
     Raises:
         ConfigError: an unknown strategy, a context that is not positive, an endpoint named twice.
         WorkersUnavailableError: no workers.
-        ModelDoesNotFitError: the workers' memory does not hold the model with this strategy.
+        ModelDoesNotFitError: the model does not fit the workers' memory with this strategy.
     """
     check_strategy(strategy)
     _check_request(workers, context_tokens)
@@ -190,20 +197,25 @@ def plan_layers(
     counts = STRATEGIES[strategy](load, usable)
     if counts is None:
         raise ModelDoesNotFitError(_shortage_of_all(load, usable))
-    plan = LayerPlan(strategy, facts.layer_count, context_tokens, _shards(load, usable, counts))
+    plan = LayerPlan(
+        strategy=strategy,
+        layer_count=facts.layer_count,
+        context_tokens=context_tokens,
+        shards=_shards(load, usable, counts),
+    )
     shortage = memory_shortage(plan, usable)
     if shortage is not None:
         fits = strategy != "memory_aware" and memory_aware(load, usable) is not None
-        advice = "strategy 'memory_aware' would fit" if fits else "add workers or ask for a smaller context"
+        advice = "strategy 'memory_aware' would fit" if fits else "add workers or use a smaller context"
         raise ModelDoesNotFitError(f"{shortage}; {advice}")
     return plan
 
 
 def check_strategy(strategy: str) -> None:
-    """Refuse a strategy that does not exist.
+    """Refuse an unknown strategy.
 
     Raises:
-        ConfigError: with the nearest that does.
+        ConfigError: it is unknown; the message names the nearest known one.
     """
     if strategy not in STRATEGIES:
         near = difflib.get_close_matches(strategy, STRATEGIES, n=1)
@@ -218,20 +230,19 @@ def plan_from_counts(
     *,
     context_tokens: int = DEFAULT_CONTEXT_TOKENS,
 ) -> LayerPlan:
-    """The plan that gives each worker so many units, in this order.
+    """The plan that gives each worker its count of units, in this order.
 
     Args:
         facts: the model.
         workers: the workers, in the order of their layers.
-        counts: units (blocks, then the output layer) of each worker; 0 leaves it out. They sum to the model's
-            blocks plus one.
+        counts: units (blocks, then the output layer) of each worker; 0 leaves the worker out. They sum to
+            the model's blocks plus one.
         context_tokens: context of the coordinator, all its slots together.
 
     Raises:
-        ConfigError: counts that are no placement of this model, a context that is not positive, an endpoint named
-            twice.
+        ConfigError: counts that do not place this model, a context that is not positive, an endpoint named twice.
         WorkersUnavailableError: no workers.
-        ModelDoesNotFitError: a worker's memory does not hold what it is given.
+        ModelDoesNotFitError: a worker's share does not fit its memory.
     """
     plan = unchecked_plan(facts, workers, counts, context_tokens=context_tokens)
     shortage = memory_shortage(plan, workers)
@@ -243,7 +254,7 @@ def plan_from_counts(
 def unchecked_plan(
     facts: ModelFacts, workers: Sequence[WorkerCapacity], counts: Sequence[int], *, context_tokens: int
 ) -> LayerPlan:
-    """The same, also where memory does not hold it (see `memory_shortage`).
+    """As `plan_from_counts`, without the check of memory (see `memory_shortage`).
 
     Raises:
         ConfigError, WorkersUnavailableError: as in `plan_from_counts`.
@@ -252,7 +263,7 @@ def unchecked_plan(
     unit_count = facts.layer_count + 1
     given = "/".join(map(str, counts))
     if len(counts) != len(workers):
-        raise ConfigError(f"{given} are {len(counts)} counts for {len(workers)} workers; give one for each")
+        raise ConfigError(f"{given} has {len(counts)} counts for {len(workers)} workers; give one for each worker")
     if not all(is_whole_number(count) and count >= 0 for count in counts) or sum(counts) != unit_count:
         raise ConfigError(
             f"{given} does not place the model's {unit_count} units ({facts.layer_count} blocks and the output "
@@ -261,27 +272,17 @@ def unchecked_plan(
     if sum(map(bool, counts)) > MAX_WORKERS:
         raise ConfigError(f"{given} uses more than {MAX_WORKERS} workers, which llama.cpp cannot schedule")
     shards = _shards(model_load(facts, context_tokens), workers, counts)
-    return LayerPlan(GIVEN, facts.layer_count, context_tokens, shards)
-
-
-def placement_from_counts(counts: Sequence[int]) -> tuple[int, ...]:
-    """Device (index into `--rpc`) of each unit when `--tensor-split` is given these whole counts.
-
-    llama.cpp (llama-model.cpp, load_tensors): unit i of N goes to the first device whose cumulative share
-    exceeds i / N. Its float32 arithmetic cannot shift a border: at a border both sides are the same quotient of
-    the same two whole numbers, and elsewhere they lie at least 1 / N apart.
-    """
-    return tuple(device for device, count in enumerate(counts) for _ in range(count))
+    return LayerPlan(strategy=GIVEN, layer_count=facts.layer_count, context_tokens=context_tokens, shards=shards)
 
 
 def model_load(facts: ModelFacts, context_tokens: int) -> ModelLoad:
-    """Memory the model asks of its workers for this context.
+    """Memory that the model needs on its workers for this context.
 
     The reserve is an upper estimate of llama.cpp's compute buffers with flash attention (its default where the
-    device can), fitted to the sizes a coordinator reports over widths, contexts and vocabularies: for each of 512
-    batched tokens the attention mask (8 bytes per token of context), 5 rows of the residual stream and 3 of
-    the feed-forward layer in f32, and 2 MiB. The output layer adds one row of logits for each of those tokens,
-    which newer builds keep only for tokens that are sampled.
+    device can), fitted to the sizes that coordinators report for various widths, contexts and vocabularies: for
+    each of 512 batched tokens the attention mask (8 bytes per token of context), 5 rows of the residual stream and
+    3 of the feed-forward layer in f32, and 2 MiB. The output layer adds one row of logits for each of those
+    tokens, which newer builds keep only for tokens that are sampled.
     """
     row_values = 5 * facts.embedding_length + 3 * facts.feed_forward_width
     return ModelLoad(
@@ -301,7 +302,7 @@ def _check_request(workers: Sequence[WorkerCapacity], context_tokens: int) -> No
             f"a context of {context_tokens} tokens is not possible; give a positive number, such as 4096"
         )
     if not workers:
-        raise WorkersUnavailableError("there is no worker to place layers on; start workers or set RPC_BACKENDS")
+        raise WorkersUnavailableError("there is no worker to place layers on; start workers, or set RPC_BACKENDS")
     endpoints = [worker.endpoint for worker in workers]
     twice = next((endpoint for endpoint in endpoints if endpoints.count(endpoint) > 1), None)
     if twice is not None:
@@ -309,7 +310,7 @@ def _check_request(workers: Sequence[WorkerCapacity], context_tokens: int) -> No
 
 
 def _usable(workers: Sequence[WorkerCapacity]) -> list[WorkerCapacity]:
-    """At most `MAX_WORKERS` workers, those of one memory domain side by side."""
+    """At most `MAX_WORKERS` workers, those of one memory domain next to each other."""
     by_endpoint = {worker.endpoint: worker for worker in workers}
     shares = {
         endpoint: domain.free_bytes / len(domain.endpoints)
@@ -345,22 +346,22 @@ def _shards(load: ModelLoad, workers: Sequence[WorkerCapacity], counts: Sequence
 
 
 def memory_shortage(plan: LayerPlan, workers: Sequence[WorkerCapacity]) -> str | None:
-    """The first memory that a plan overfills, in words; None where all of it fits."""
+    """Which memory the plan exceeds, and by how much; None if it fits."""
     subject = "the given layout" if plan.strategy == GIVEN else f"strategy {plan.strategy!r}"
     for domain in memory_domains(workers):
         shards = [shard for shard in plan.shards if shard.endpoint in domain.endpoints]
         needed = sum(shard.needed_bytes for shard in shards)
         if needed > domain.free_bytes:
-            places = " and ".join(f"{shard.endpoint} (layers {shard.layers})" for shard in shards)
+            endpoints = " and ".join(f"{shard.endpoint} (layers {shard.layers})" for shard in shards)
             return (
-                f"{subject} needs {format_bytes(needed)} on {places}, where "
+                f"{subject} needs {format_bytes(needed)} on {endpoints}, but only "
                 f"{format_bytes(domain.free_bytes)} are free: short by {format_bytes(needed - domain.free_bytes)}"
             )
     return None
 
 
 def _shortage_of_all(load: ModelLoad, workers: Sequence[WorkerCapacity]) -> str:
-    """Why no split fits, in words."""
+    """Why no split fits."""
     domains = memory_domains(workers)
     needed_bytes = sum(load.weight_bytes) + sum(load.kv_bytes) + load.output_reserve_bytes
     needed_bytes += load.reserve_bytes * len(domains)
@@ -370,8 +371,8 @@ def _shortage_of_all(load: ModelLoad, workers: Sequence[WorkerCapacity]) -> str:
     owners = "1 worker has" if len(workers) == 1 else f"{len(workers)} workers have"
     return (
         f"the model needs {format_bytes(needed_bytes)} and {owners} {format_bytes(free_bytes)} free: "
-        f"{left_count} of {load.unit_count} layers find no room, "
-        f"short by {format_bytes(max(needed_bytes - free_bytes, left_bytes))}; the tightest is "
-        f"{tightest.endpoints[0]} with {format_bytes(tightest.free_bytes)} free; "
-        "add workers or ask for a smaller context"
+        f"{left_count} of {load.unit_count} layers do not fit, "
+        f"short by {format_bytes(max(needed_bytes - free_bytes, left_bytes))}; "
+        f"{tightest.endpoints[0]} has the least, {format_bytes(tightest.free_bytes)}; "
+        "add workers or use a smaller context"
     )

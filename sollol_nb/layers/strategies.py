@@ -1,7 +1,7 @@
 """Strategies: how many units (blocks, then the output layer) each worker gets.
 
 A strategy is one pure function from a `ModelLoad` and workers to unit counts. To add one, write the function and
-enter it in `STRATEGIES`; whether its counts fit the workers' memory is checked by `plan_layers` for all alike.
+enter it in `STRATEGIES`; `plan_layers` checks whether its counts fit the workers' memory.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from itertools import accumulate, pairwise
 
 @dataclass(frozen=True, slots=True)
 class WorkerCapacity:
-    """What the planner knows of a worker.
+    """What the planner knows about a worker.
 
     Attributes:
         endpoint: `host:port`.
         free_bytes: memory the worker reports as free.
-        total_bytes: memory the worker reports in all.
+        total_bytes: all memory that the worker reports.
         round_trip_ms: network round trip, paid once per worker and token; None where it was not measured.
-        memory_domain: workers naming the same domain draw on one memory, such as CPU workers of one host.
+        memory_domain: workers of the same domain share one memory, such as CPU workers on one host.
     """
 
     endpoint: str
@@ -33,12 +33,12 @@ class WorkerCapacity:
 
 @dataclass(frozen=True, slots=True)
 class ModelLoad:
-    """Memory a model asks of its workers.
+    """Memory that a model needs on its workers.
 
     Attributes:
         weight_bytes: of each unit: the blocks, then the output layer.
         kv_bytes: KV cache of each unit for the whole context; 0 for the output layer.
-        reserve_bytes: compute buffers of each worker that takes part.
+        reserve_bytes: compute buffers of each worker that has units.
         output_reserve_bytes: compute buffers that the output layer adds to its worker.
     """
 
@@ -53,9 +53,10 @@ class ModelLoad:
 
 
 Strategy = Callable[[ModelLoad, Sequence[WorkerCapacity]], list[int] | None]
-"""From a load and workers (those of one memory domain side by side) to the units of each worker, in their order.
+"""From a load and workers (those of one memory domain next to each other) to the units of each worker, in their
+order.
 
-The counts sum to `load.unit_count`; None says that no split fits. Counts that do not fit are refused afterwards.
+The counts sum to `load.unit_count`; None means that no split fits. `plan_layers` refuses counts that do not fit.
 """
 
 
@@ -68,17 +69,17 @@ def even(load: ModelLoad, workers: Sequence[WorkerCapacity]) -> list[int]:
 def memory_aware(load: ModelLoad, workers: Sequence[WorkerCapacity]) -> list[int] | None:
     """Units in proportion to the free memory, by bytes; None only if no split in this order fits.
 
-    A worker's room is what its compute buffers leave of its free memory. First the fullest room is made as empty
-    as possible (the smallest ratio of bytes to room that all can keep), then, within that ratio, the bytes are
+    A worker's budget is its free memory without its compute buffers. First the fullest worker is made as empty as
+    possible (the smallest ratio of bytes to budget that all can keep), then, within that ratio, the bytes are
     spread as proportionally as possible (least squares).
     """
     row = _UnitRow.of(load)
     domains = memory_domains(workers)
-    # Where memory is too tight for the buffers of all workers that share it, one of them has to do.
+    # Where a memory is too small for the buffers of all workers that share it, one of them is enough.
     for buffers_for_all in (True, False):
-        rooms = _rooms(load, domains, buffers_for_all)
-        if row.fill(rooms) == row.count:
-            borders = _proportional_borders(row, rooms, _smallest_ratio(row, rooms))
+        budgets = _budgets(load, domains, buffers_for_all)
+        if row.fill(budgets) == row.count:
+            borders = _proportional_borders(row, budgets, _smallest_ratio(row, budgets))
             return _within_domains(row, domains, load.reserve_bytes, borders)
     return None
 
@@ -88,9 +89,9 @@ DEFAULT_STRATEGY = "memory_aware"
 
 
 def unplaceable_units(load: ModelLoad, workers: Sequence[WorkerCapacity]) -> tuple[int, int]:
-    """Units, and their bytes, that find no room although the workers are filled to the brim."""
+    """Units, and their bytes, that do not fit even if the workers are filled completely."""
     row = _UnitRow.of(load)
-    placed = row.fill(_rooms(load, memory_domains(workers), False))
+    placed = row.fill(_budgets(load, memory_domains(workers), False))
     missing_reserve = load.output_reserve_bytes if placed < row.count else 0
     return row.count - placed, row.bytes_of(placed, row.count) + missing_reserve
 
@@ -107,19 +108,21 @@ class MemoryDomain:
 
 
 def memory_domains(workers: Sequence[WorkerCapacity]) -> list[MemoryDomain]:
-    """Memories in the order of their first workers. Of differing reports the smallest counts."""
+    """Memories in the order of their first workers. Where reports differ, the smallest is used."""
     groups: dict[str, list[WorkerCapacity]] = {}
     for worker in workers:
         name = f"worker {worker.endpoint}" if worker.memory_domain is None else f"domain {worker.memory_domain}"
         groups.setdefault(name, []).append(worker)
     return [
-        MemoryDomain(tuple(w.endpoint for w in group), max(0, min(w.free_bytes for w in group)))
+        MemoryDomain(
+            tuple(worker.endpoint for worker in group), max(0, min(worker.free_bytes for worker in group))
+        )
         for group in groups.values()
     ]
 
 
-def _rooms(load: ModelLoad, domains: Sequence[MemoryDomain], buffers_for_all: bool) -> list[int]:
-    """Bytes that each memory has for units; negative where not even the compute buffers fit."""
+def _budgets(load: ModelLoad, domains: Sequence[MemoryDomain], buffers_for_all: bool) -> list[int]:
+    """Bytes for units in each memory; negative where not even the compute buffers fit."""
     return [
         domain.free_bytes - load.reserve_bytes * (len(domain.endpoints) if buffers_for_all else 1)
         for domain in domains
@@ -129,7 +132,8 @@ def _rooms(load: ModelLoad, domains: Sequence[MemoryDomain], buffers_for_all: bo
 def _within_domains(
     row: _UnitRow, domains: Sequence[MemoryDomain], reserve_bytes: int, borders: Sequence[int]
 ) -> list[int]:
-    """Units of each worker: those of a memory are spread over as many of its workers as it has buffers for."""
+    """Units of each worker: those of a memory are spread over as many of its workers as it can hold buffers
+    for."""
     counts: list[int] = []
     for domain, (first, end) in zip(domains, pairwise(borders), strict=True):
         spare_bytes = domain.free_bytes - row.bytes_of(first, end) - row.reserve_of(first, end)
@@ -142,12 +146,12 @@ def _within_domains(
     return counts
 
 
-# --- a row of units into a row of rooms -------------------------------------------------------
+# --- a row of units into a row of budgets -----------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class _UnitRow:
-    """Units in order: `cumulative[i]` bytes lie before unit i. The last one may need a reserve besides."""
+    """Units in order: `cumulative[i]` bytes are before unit i. The last unit may need a reserve too."""
 
     cumulative: tuple[int, ...]
     last_reserve_bytes: int
@@ -167,44 +171,45 @@ class _UnitRow:
     def reserve_of(self, first: int, end: int) -> int:
         return self.last_reserve_bytes if first < end == self.count else 0
 
-    def fits(self, first: int, end: int, room_bytes: int, ratio: float) -> bool:
-        """Whether units `first` to `end - 1` fill at most this ratio of the room, and all they need fits in it."""
+    def fits(self, first: int, end: int, budget_bytes: int, ratio: float) -> bool:
+        """Whether units `first` to `end - 1` fill at most this ratio of the budget, and fit it with their
+        reserve."""
         byte_count = self.bytes_of(first, end)
-        return byte_count <= room_bytes * ratio and byte_count + self.reserve_of(first, end) <= room_bytes
+        return byte_count <= budget_bytes * ratio and byte_count + self.reserve_of(first, end) <= budget_bytes
 
-    def fill(self, rooms: Sequence[int], ratio: float = 1.0) -> int:
-        """Units that find a place when each room, from the left, takes as many as it can."""
+    def fill(self, budgets: Sequence[int], ratio: float = 1.0) -> int:
+        """Units that fit when each budget, from the left, takes as many as possible."""
         placed = 0
-        for room_bytes in rooms:
+        for budget_bytes in budgets:
             ends = range(placed + 1, self.count + 1)
-            placed += bisect_left(ends, True, key=lambda end: not self.fits(placed, end, room_bytes, ratio))
+            placed += bisect_left(ends, True, key=lambda end: not self.fits(placed, end, budget_bytes, ratio))
         return placed
 
 
-def _smallest_ratio(row: _UnitRow, rooms: Sequence[int]) -> float:
-    """The smallest ratio of bytes to room, to 1e-6, at which all units find a place; at 1 they do."""
+def _smallest_ratio(row: _UnitRow, budgets: Sequence[int]) -> float:
+    """The smallest ratio of bytes to budget, to 1e-6, at which all units fit; at 1 they do."""
     low, high = 0.0, 1.0
     while high - low > 1e-6:
         middle = (low + high) / 2
-        if row.fill(rooms, middle) == row.count:
+        if row.fill(budgets, middle) == row.count:
             high = middle
         else:
             low = middle
     return high
 
 
-def _proportional_borders(row: _UnitRow, rooms: Sequence[int], ratio: float) -> list[int]:
-    """First unit of each room (and the end): least sum of bytes² / room with none above the ratio."""
+def _proportional_borders(row: _UnitRow, budgets: Sequence[int], ratio: float) -> list[int]:
+    """First unit of each budget (and the end): least sum of bytes² / budget with none above the ratio."""
     costs: dict[int, float] = {0: 0.0}  # units placed so far -> least cost
-    choices: list[dict[int, int]] = []  # per room: units placed with it -> units placed before it
-    for room_bytes in rooms:
+    choices: list[dict[int, int]] = []  # per budget: units placed with it -> units placed before it
+    for budget_bytes in budgets:
         next_costs: dict[int, float] = {}
         choice: dict[int, int] = {}
         for first, cost in costs.items():
             for end in range(first, row.count + 1):
-                if end > first and not row.fits(first, end, room_bytes, ratio):
+                if end > first and not row.fits(first, end, budget_bytes, ratio):
                     break
-                cost_here = cost + row.bytes_of(first, end) ** 2 / max(1, room_bytes)
+                cost_here = cost + row.bytes_of(first, end) ** 2 / max(1, budget_bytes)
                 if end not in next_costs or cost_here <= next_costs[end]:
                     next_costs[end], choice[end] = cost_here, first
         costs = next_costs

@@ -1,8 +1,8 @@
-"""What if: another layout of a running model, seen before it is applied.
+"""What if: a forecast for another layout of a running model, before it is applied.
 
-Pure functions: a model's facts, workers and counts go in; memory on each worker, whether it fits, and the time of
-a token come out. Counts are units (blocks, then the output layer) of each worker, in the order of their layers, as
-in `plan.plan_from_counts`.
+Pure functions: from a model's facts, workers and counts to the memory on each worker, whether it fits, and the
+time per token. Counts are units (blocks, then the output layer) of each worker, in the order of their layers, as
+in `plan_from_counts`.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from sollol_nb.layers.token_time import TokenTime, WorkerPart, WorkerSpeeds, pre
 from sollol_nb.text.tables import format_bytes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerForecast:
     """What a worker would hold.
 
     Attributes:
         endpoint: the worker.
-        layers: in words, such as `0-5` or `10-11 + output`; "" for none.
+        layers: as text, such as `0-5` or `10-11 + output`; "" for none.
         unit_count: blocks and output layer.
         needed_bytes: predicted memory: weights, KV cache and compute buffers.
-        free_bytes: its memory without the running layout; workers of one machine's memory share it.
-        token_ms: its predicted part of a token; None where that cannot be told.
+        free_bytes: its free memory without the running layout; workers in one memory share it.
+        token_ms: its predicted part of the time per token; None if unknown.
     """
 
     endpoint: str
@@ -40,13 +40,13 @@ class WorkerForecast:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """A layout that is not applied yet.
+    """The forecast for a layout.
 
     Attributes:
         plan: the layout; workers without units are not in it.
-        workers: every worker asked about, in order.
-        shortage: which memory it overfills, in words; "" where it fits.
-        token: the predicted token.
+        workers: every given worker, in order.
+        shortage: which memory it exceeds, and by how much; "" if it fits.
+        token: the predicted time per token.
     """
 
     plan: LayerPlan
@@ -56,22 +56,22 @@ class Forecast:
 
     @property
     def fits(self) -> bool:
-        """Whether every worker's memory holds what it is given."""
+        """Whether every worker's share fits its memory."""
         return not self.shortage
 
     def describe(self) -> str:
-        """One line: `6/4/3 over 3 workers: fits; 12.5 ms a token (80.0 tokens/s)`."""
+        """One line: `6/4/3 over 3 workers: fits; 12.5 ms per token (80.0 tokens/s)`."""
         counts = "/".join(map(str, self.plan.unit_counts))
         workers = "1 worker" if len(self.plan.shards) == 1 else f"{len(self.plan.shards)} workers"
         fits = "fits" if self.fits else f"does not fit: {self.shortage}"
-        return f"{counts} over {workers}: {fits}; {token_words(self.token)}"
+        return f"{counts} over {workers}: {fits}; {describe_token_time(self.token)}"
 
 
-def token_words(token: TokenTime) -> str:
-    """`12.5 ms a token (80.0 tokens/s)`, or why that is not known."""
+def describe_token_time(token: TokenTime) -> str:
+    """`12.5 ms per token (80.0 tokens/s)`, or why it is unknown."""
     if token.token_ms is None or token.tokens_per_s is None:
-        return f"time of a token not known: {token.unknown}"
-    return f"{token.token_ms:.3g} ms a token ({token.tokens_per_s:.3g} tokens/s)"
+        return f"time per token unknown: {token.unknown}"
+    return f"{token.token_ms:.3g} ms per token ({token.tokens_per_s:.3g} tokens/s)"
 
 
 def forecast(
@@ -82,17 +82,17 @@ def forecast(
     context_tokens: int,
     speeds: WorkerSpeeds | None = None,
 ) -> Forecast:
-    """What a layout would need and bring.
+    """The memory and the time per token of a layout.
 
     Args:
         facts: the model.
         workers: with their memory as it is without the running layout (see `without_layout`).
         counts: units of each worker, in order.
         context_tokens: context of the coordinator, all its slots together.
-        speeds: of these workers, from `token_time.calibrate`; None where nothing was measured.
+        speeds: of these workers, from `token_time.calibrate`; None if nothing was measured.
 
     Raises:
-        ConfigError: counts that are no placement of this model.
+        ConfigError: counts that do not place this model.
         WorkersUnavailableError: no workers.
     """
     plan = unchecked_plan(facts, workers, counts, context_tokens=context_tokens)
@@ -109,21 +109,22 @@ def forecast(
         shard = shards.get(worker.endpoint)
         forecasts.append(
             WorkerForecast(
-                worker.endpoint,
-                shard.layers if shard else "",
-                shard.unit_count if shard else 0,
-                shard.needed_bytes if shard else 0,
-                worker.free_bytes,
-                part_ms.get(worker.endpoint),
+                endpoint=worker.endpoint,
+                layers=shard.layers if shard else "",
+                unit_count=shard.unit_count if shard else 0,
+                needed_bytes=shard.needed_bytes if shard else 0,
+                free_bytes=worker.free_bytes,
+                token_ms=part_ms.get(worker.endpoint),
             )
         )
     return Forecast(plan, tuple(forecasts), memory_shortage(plan, workers) or "", token)
 
 
 def without_layout(plan: LayerPlan, workers: Sequence[WorkerCapacity]) -> list[WorkerCapacity]:
-    """The workers with the memory that they would have if this plan's coordinator ended.
+    """The workers with the free memory that they would have if this plan's coordinator ended.
 
-    Its own workers had what they reported when it was planned; others on the same memory would have as much.
+    Its own workers had the memory that they reported when it was planned; others in the same memory would have as
+    much.
     """
     reported = {shard.endpoint: shard.free_bytes for shard in plan.shards}
     domain_bytes: dict[str, int] = {}
@@ -140,37 +141,34 @@ def without_layout(plan: LayerPlan, workers: Sequence[WorkerCapacity]) -> list[W
     return freed
 
 
-def moved(counts: Sequence[int], position: int, unit_count: int) -> list[int]:
-    """The counts when one worker is set to so many units, and its neighbours make up for it.
+def rebalance(counts: Sequence[int], position: int, unit_count: int) -> list[int]:
+    """The counts with `unit_count` units for one worker; its neighbours compensate, so that the sum stays.
 
-    What it gains is taken from the nearest workers, the following one first; what it loses goes to the nearest
-    that has units already (else to the nearest). The sum stays.
+    Units that it gains come from the nearest workers, the following one first; units that it loses go to the
+    nearest that has units already (else to the nearest).
     """
     total = sum(counts)
     result = list(counts)
-    others = sorted(
-        (one for one in range(len(counts)) if one != position), key=lambda one: _distance(one, position)
+    neighbours = sorted(
+        (index for index in range(len(counts)) if index != position),
+        key=lambda index: (abs(index - position), index < position),
     )
-    if not others:
+    if not neighbours:
         return result
     change = max(0, min(unit_count, total)) - result[position]
     result[position] += change
     if change < 0:
-        receiver = next((one for one in others if counts[one]), others[0])
+        receiver = next((index for index in neighbours if counts[index]), neighbours[0])
         result[receiver] -= change
         return result
-    for one in others:
-        taken = min(change, result[one])
-        result[one] -= taken
+    for index in neighbours:
+        taken = min(change, result[index])
+        result[index] -= taken
         change -= taken
     return result
 
 
-def _distance(one: int, position: int) -> tuple[int, bool]:
-    return abs(one - position), one < position
-
-
-def memory_words(worker: WorkerForecast) -> str:
+def describe_memory(worker: WorkerForecast) -> str:
     """`1.2 GiB of 4.0 GiB`, or `nothing` for a worker without layers."""
     if not worker.unit_count:
         return "nothing"

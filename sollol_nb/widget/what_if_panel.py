@@ -16,7 +16,7 @@ import ipywidgets
 
 from sollol_nb.errors import SollolError
 from sollol_nb.layers.plan import MAX_WORKERS
-from sollol_nb.layers.what_if import Forecast, memory_words, moved, token_words
+from sollol_nb.layers.what_if import Forecast, describe_memory, describe_token_time, rebalance
 from sollol_nb.router.router import Router
 from sollol_nb.runtime.io_loop import submit
 from sollol_nb.widget.actions import ClusterActions
@@ -131,7 +131,7 @@ class WhatIfPanel:
             position = self.sliders.index(change["owner"])
             counts = [slider.value for slider in self.sliders]
             counts[position] = change["old"]
-            self._move_all(moved(counts, position, change["new"]))
+            self._move_all(rebalance(counts, position, change["new"]))
 
     def _move_all(self, counts: Sequence[int]) -> None:
         with self._lock:
@@ -204,7 +204,7 @@ def forecast_html(predicted: Forecast) -> str:
     cell = 'style="padding: 0 14px 0 0; text-align: left;"'
     rows = [
         f"<tr><td {cell}>{escape(worker.endpoint)}</td><td {cell}>{escape(worker.layers) or 'no layers'}</td>"
-        f"<td {cell}>{memory_words(worker)}</td>"
+        f"<td {cell}>{describe_memory(worker)}</td>"
         f"<td {cell}>{'' if worker.token_ms is None else f'{worker.token_ms:.3g} ms'}</td></tr>"
         for worker in predicted.workers
     ]
@@ -212,7 +212,7 @@ def forecast_html(predicted: Forecast) -> str:
     header = "".join(f"<th {cell}>{label}</th>" for label in labels)
     verdict = "fits" if predicted.fits else f"⚠ does not fit: {escape(predicted.shortage)}"
     return (
-        f"<b>{verdict}</b>; {escape(token_words(predicted.token))}"
+        f"<b>{verdict}</b>; {escape(describe_token_time(predicted.token))}"
         f'<table style="line-height: 1.5;"><tr>{header}</tr>{"".join(rows)}</table>'
     )
 

@@ -251,13 +251,31 @@ def test_several_coordinators_are_all_shown() -> None:
 
 def stand_in(**changes: Any) -> Coordinator:
     """What the status reads of a coordinator."""
-    one = Shard("a:1", 0, 3, False, weight_bytes=10, kv_bytes=1, reserve_bytes=0, free_bytes=0)
-    two = Shard("b:2", 3, 1, True, weight_bytes=20, kv_bytes=2, reserve_bytes=0, free_bytes=0)
+    one = Shard(
+        endpoint="a:1",
+        first_layer=0,
+        layer_count=3,
+        has_output=False,
+        weight_bytes=10,
+        kv_bytes=1,
+        reserve_bytes=0,
+        free_bytes=0,
+    )
+    two = Shard(
+        endpoint="b:2",
+        first_layer=3,
+        layer_count=1,
+        has_output=True,
+        weight_bytes=20,
+        kv_bytes=2,
+        reserve_bytes=0,
+        free_bytes=0,
+    )
     values: dict[str, Any] = {
         "model": "demo",
         "base_url": "http://127.0.0.1:18080",
         "log_path": Path("log"),
-        "plan": LayerPlan("even", 4, 4096, (one, two)),
+        "plan": LayerPlan(strategy="even", layer_count=4, context_tokens=4096, shards=(one, two)),
         "placement": Placement((DevicePlacement("a:1", (0, 1, 2), 11, 1),)),
         "settings": SimpleNamespace(
             model_path=Path("m.gguf"), context_tokens=4096, facts=SimpleNamespace(layer_count=4)

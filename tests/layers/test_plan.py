@@ -18,7 +18,6 @@ from sollol_nb.layers.plan import (
     MAX_WORKERS,
     LayerPlan,
     model_load,
-    placement_from_counts,
     plan_from_counts,
     plan_layers,
 )
@@ -163,7 +162,7 @@ def test_even_names_the_first_worker_that_overflows_and_the_strategy_that_would_
 
 
 def test_even_asks_for_workers_where_no_strategy_would_fit() -> None:
-    with pytest.raises(ModelDoesNotFitError, match="add workers or ask for a smaller context"):
+    with pytest.raises(ModelDoesNotFitError, match="add workers or use a smaller context"):
         plan_layers(TWELVE, workers(4 * GB, 2 * GB), strategy="even")
 
 
@@ -174,7 +173,7 @@ def test_memory_aware_tells_needed_free_short_and_tightest() -> None:
     needed = 13 * GB + 2 * load.reserve_bytes + load.output_reserve_bytes
     message = str(failure.value)
     assert f"needs {format_bytes(needed)} and 2 workers have {format_bytes(10 * GB)} free" in message
-    assert "5 of 13 layers find no room" in message
+    assert "5 of 13 layers do not fit" in message
     assert f"short by {format_bytes(5 * GB + load.output_reserve_bytes)}" in message
     assert f"tightest is w1:1 with {format_bytes(4 * GB)} free" in message
     assert "add workers" in message
@@ -182,7 +181,7 @@ def test_memory_aware_tells_needed_free_short_and_tightest() -> None:
 
 def test_memory_in_pieces_too_small_for_a_layer_is_short_by_the_layers_left() -> None:
     blocks = model([3 * GB] * 4, 3 * GB)
-    with pytest.raises(ModelDoesNotFitError, match=r"3 of 5 layers find no room, short by 8\.4 GiB"):
+    with pytest.raises(ModelDoesNotFitError, match=r"3 of 5 layers do not fit, short by 8\.4 GiB"):
         plan_layers(blocks, workers(*[5 * GB] * 2, *[2 * GB] * 5))
 
 
@@ -378,6 +377,11 @@ def engine_placement(counts: Sequence[int]) -> tuple[int, ...]:
     )
 
 
+def planned_placement(counts: Sequence[int]) -> tuple[int, ...]:
+    """Device (index into `--rpc`) of each unit, as planned."""
+    return tuple(device for device, count in enumerate(counts) for _ in range(count))
+
+
 def test_whole_counts_are_placed_exactly_for_every_border_of_up_to_512_layers() -> None:
     for units in range(2, 514):
         borders = np.arange(1, units, dtype=np.float32) / np.float32(units)
@@ -385,7 +389,7 @@ def test_whole_counts_are_placed_exactly_for_every_border_of_up_to_512_layers() 
     for units in (2, 3, 13, 33, 61, 81, 127, 129, 513):
         for border in range(1, units):
             counts = (border, units - border)
-            assert engine_placement(counts) == placement_from_counts(counts)
+            assert engine_placement(counts) == planned_placement(counts)
 
 
 def test_whole_counts_are_placed_exactly_for_many_workers() -> None:
@@ -394,7 +398,7 @@ def test_whole_counts_are_placed_exactly_for_many_workers() -> None:
         units = chance.randint(1, 129)
         borders = sorted(chance.sample(range(1, units), min(units, chance.randint(1, 64)) - 1))
         counts = np.diff([0, *borders, units]).tolist()
-        assert engine_placement(counts) == placement_from_counts(counts)
+        assert engine_placement(counts) == planned_placement(counts)
 
 
 def test_even_counts_differ_by_one_at_most() -> None:

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from sollol_nb.layers.plan import LayerPlan, Shard
-from sollol_nb.layers.token_time import Measurement, TokenTime, WorkerPart, calibrate, parts_of, predict
+from sollol_nb.layers.token_time import Measurement, TokenTime, WorkerPart, calibrate, predict, worker_parts
 
 MIB = 2**20
 
@@ -151,16 +151,27 @@ def test_a_worker_that_was_never_probed_leaves_the_token_time_unknown_and_is_nam
     told = predict(calibrate(measured(ALIKE, (8, 8, 9))), layout)
 
     assert told.token_ms is None
-    assert told.unknown == "the round trip to 10.0.0.9:50052 is not known yet"
+    assert told.unknown == "the round trip to 10.0.0.9:50052 was not measured yet"
 
 
 def test_the_parts_of_a_plan_are_its_weights_and_the_round_trips_told() -> None:
     shards = tuple(
-        Shard(endpoint, 0, 3, False, weight_bytes=7, kv_bytes=1, reserve_bytes=1, free_bytes=9)
+        Shard(
+            endpoint=endpoint,
+            first_layer=0,
+            layer_count=3,
+            has_output=False,
+            weight_bytes=7,
+            kv_bytes=1,
+            reserve_bytes=1,
+            free_bytes=9,
+        )
         for endpoint in ("a:1", "b:2")
     )
 
-    assert parts_of(LayerPlan("even", 5, 4096, shards), {"a:1": 0.3}) == (
+    assert worker_parts(
+        LayerPlan(strategy="even", layer_count=5, context_tokens=4096, shards=shards), {"a:1": 0.3}
+    ) == (
         WorkerPart("a:1", 7, 0.3),
         WorkerPart("b:2", 7, None),
     )

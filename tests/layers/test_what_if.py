@@ -9,8 +9,15 @@ import pytest
 from sollol_nb.errors import ConfigError, WorkersUnavailableError
 from sollol_nb.layers.plan import model_load, plan_from_counts, plan_layers
 from sollol_nb.layers.strategies import WorkerCapacity
-from sollol_nb.layers.token_time import Measurement, WorkerSpeeds, calibrate, parts_of
-from sollol_nb.layers.what_if import Forecast, forecast, memory_words, moved, token_words, without_layout
+from sollol_nb.layers.token_time import Measurement, WorkerSpeeds, calibrate, worker_parts
+from sollol_nb.layers.what_if import (
+    Forecast,
+    describe_memory,
+    describe_token_time,
+    forecast,
+    rebalance,
+    without_layout,
+)
 from tests.layers.test_plan import GB, TWELVE, workers
 
 MEASURED = WorkerSpeeds({"w0:1": 1e-9, "w1:1": 1e-9, "w2:1": 4e-9}, 1e-9, 0.5)
@@ -35,8 +42,8 @@ def test_each_worker_is_told_its_layers_and_memory() -> None:
     assert (one.layers, one.unit_count, one.needed_bytes) == ("0-5", 6, 6 * GB + load.reserve_bytes)
     assert (two.layers, two.unit_count, two.needed_bytes, two.token_ms) == ("", 0, 0, None)
     assert three.layers == "6-11 + output"
-    assert memory_words(two) == "nothing"
-    assert memory_words(one) == "5.6 GiB of 18.6 GiB"
+    assert describe_memory(two) == "nothing"
+    assert describe_memory(one) == "5.6 GiB of 18.6 GiB"
 
 
 def test_it_is_the_plan_that_would_be_made() -> None:
@@ -54,7 +61,7 @@ def test_a_layout_that_does_not_fit_names_the_worker_and_what_is_short() -> None
 @pytest.mark.parametrize(
     ("counts", "words"),
     [
-        ((6, 4), "6/4 are 2 counts for 3 workers"),
+        ((6, 4), "6/4 has 2 counts for 3 workers"),
         ((6, 4, 4), "6/4/4 does not place the model's 13 units (12 blocks and the output layer)"),
         ((14, -1, 0), "give whole numbers that sum to 13"),
         ((6.5, 6.5, 0), "give whole numbers"),
@@ -97,20 +104,20 @@ def test_without_a_measurement_memory_is_told_and_time_is_not() -> None:
     assert unmeasured.fits
     assert unmeasured.token.token_ms is None
     assert unmeasured.describe() == (
-        "6/4/3 over 3 workers: fits; time of a token not known: no token of this model was measured yet"
+        "6/4/3 over 3 workers: fits; time per token unknown: no token of this model was measured yet"
     )
 
 
 def test_a_running_layout_predicts_what_it_was_measured_with() -> None:
     capacities = [WorkerCapacity(f"w{n}:1", 20 * GB, 20 * GB, round_trip_ms=0.4) for n in range(3)]
     plan = plan_layers(TWELVE, capacities)
-    parts = parts_of(plan, {one.endpoint: one.round_trip_ms for one in capacities})
+    parts = worker_parts(plan, {one.endpoint: one.round_trip_ms for one in capacities})
     speeds = calibrate([Measurement(parts, 25.0)])
 
     again = forecast(TWELVE, capacities, plan.unit_counts, context_tokens=4096, speeds=speeds)
 
     assert again.token.token_ms == pytest.approx(25.0, rel=1e-3)
-    assert token_words(again.token) == "25 ms a token (40 tokens/s)"
+    assert describe_token_time(again.token) == "25 ms per token (40 tokens/s)"
 
 
 # --- memory without the running layout --------------------------------------------------------
@@ -152,7 +159,7 @@ def test_a_free_worker_on_the_memory_of_a_held_one_gets_that_memory_back_too() -
 def test_neighbours_make_up_for_a_worker_that_is_moved(
     counts: tuple[int, ...], position: int, unit_count: int, after: list[int]
 ) -> None:
-    assert moved(counts, position, unit_count) == after
+    assert rebalance(counts, position, unit_count) == after
 
 
 def test_moving_never_loses_a_unit() -> None:
@@ -160,7 +167,7 @@ def test_moving_never_loses_a_unit() -> None:
     for _ in range(500):
         counts = [chance.randint(0, 9) for _ in range(chance.randint(1, 15))]
         position, wanted = chance.randrange(len(counts)), chance.randint(0, 40)
-        after = moved(counts, position, wanted)
+        after = rebalance(counts, position, wanted)
         assert sum(after) == sum(counts)
         assert min(after) >= 0
         if len(counts) > 1:

@@ -15,7 +15,7 @@ from typing import Any, cast
 from sollol_nb.cluster.state import ClusterState
 from sollol_nb.layers.plan import LayerPlan, plan_from_counts, plan_layers
 from sollol_nb.layers.strategies import WorkerCapacity
-from sollol_nb.layers.token_time import TokenTime, WorkerSpeeds, parts_of
+from sollol_nb.layers.token_time import TokenTime, WorkerSpeeds, worker_parts
 from sollol_nb.layers.what_if import Forecast, forecast
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.coordinators.placement import DevicePlacement, Placement
@@ -153,7 +153,7 @@ class SimulatedCluster:
             return []
 
         def predict(_: Path, plan: LayerPlan) -> TokenTime:
-            parts = parts_of(plan, dict.fromkeys(plan.endpoints, 0.4))
+            parts = worker_parts(plan, dict.fromkeys(plan.endpoints, 0.4))
             return self.speeds.predict(parts) if self.speeds else TokenTime((), "nothing was measured")
 
         pool = SimpleNamespace(of_other_kernels=of_other_kernels, predict=predict, token_ms=lambda _: 26.3)

@@ -273,7 +273,7 @@ def test_there_is_a_slider_for_each_worker_of_the_model_and_each_free_one(widget
     assert units(widget) == [14, 14, 13, 0]
     assert widget.what_if.apply.disabled
     assert widget.what_if.reset.disabled
-    assert "26.2 ms a token" in predicted(widget)
+    assert "26.2 ms per token" in predicted(widget)
 
 
 def test_a_moved_slider_moves_its_neighbours_and_the_prediction(widget: ClusterWidget) -> None:
@@ -294,7 +294,7 @@ def test_a_worker_is_dropped_by_moving_its_slider_to_zero(widget: ClusterWidget)
     assert units(widget) == [14, 27, 0, 0]
     eventually(lambda: predicted(widget) != before, "the prediction is told anew")
     assert predicted(widget).count("no layers") == 2
-    assert "25.8 ms a token" in predicted(widget), "a round trip less"
+    assert "25.8 ms per token" in predicted(widget), "a round trip less"
 
 
 def test_a_layout_that_does_not_fit_cannot_be_applied(widget: ClusterWidget) -> None:
@@ -485,7 +485,7 @@ def test_a_loaded_model_is_laid_out_anew_and_predicted_before(engine: object) ->
         widget.models.model.value = "demo:sharded"
         widget.models.load.click()
         eventually(lambda: len(widget.what_if.sliders) == 2, "it is loaded")
-        eventually(lambda: "ms a token" in predicted(widget), "its token time is told")
+        eventually(lambda: "ms per token" in predicted(widget), "its token time is told")
         before = mine.coordinator
         assert before is not None
 

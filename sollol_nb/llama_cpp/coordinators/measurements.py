@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 
 from sollol_nb.layers.plan import LayerPlan
-from sollol_nb.layers.token_time import Measurement, TokenTime, WorkerSpeeds, calibrate, parts_of, predict
+from sollol_nb.layers.token_time import Measurement, TokenTime, WorkerSpeeds, calibrate, predict, worker_parts
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.runtime.events import Event, EventBus, EventKind
 
@@ -74,7 +74,7 @@ class TokenMeasurements:
         round_trips_ms: Mapping[str, float | None],
     ) -> TokenTime:
         """The time of a token under a plan for a model file, from what its tokens took so far."""
-        return predict(self.speeds(model_path, running, round_trips_ms), parts_of(plan, round_trips_ms))
+        return predict(self.speeds(model_path, running, round_trips_ms), worker_parts(plan, round_trips_ms))
 
     def _measurement(
         self, coordinator: Coordinator, round_trips_ms: Mapping[str, float | None]
@@ -82,7 +82,7 @@ class TokenMeasurements:
         token_ms = self.token_ms(coordinator)
         if token_ms is None or coordinator.plan is None:
             return None
-        return Measurement(parts_of(coordinator.plan, round_trips_ms), token_ms)
+        return Measurement(worker_parts(coordinator.plan, round_trips_ms), token_ms)
 
     def _on_event(self, event: Event) -> None:
         model = event.subject

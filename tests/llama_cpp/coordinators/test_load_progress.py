@@ -42,7 +42,16 @@ LAYERS = f"""\
 
 
 def shard(endpoint: str, first: int, count: int, *, output: bool = False) -> Shard:
-    return Shard(endpoint, first, count, output, weight_bytes=0, kv_bytes=0, reserve_bytes=0, free_bytes=0)
+    return Shard(
+        endpoint=endpoint,
+        first_layer=first,
+        layer_count=count,
+        has_output=output,
+        weight_bytes=0,
+        kv_bytes=0,
+        reserve_bytes=0,
+        free_bytes=0,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +63,12 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> ModelFacts:
 
 @pytest.fixture(scope="module")
 def sharded(facts: ModelFacts) -> CoordinatorSettings:
-    plan = LayerPlan("even", 4, 4096, (shard(ONE, 0, 2), shard(TWO, 2, 2, output=True)))
+    plan = LayerPlan(
+        strategy="even",
+        layer_count=4,
+        context_tokens=4096,
+        shards=(shard(ONE, 0, 2), shard(TWO, 2, 2, output=True)),
+    )
     return CoordinatorSettings(model="big:70b", model_path=facts.path, facts=facts, plan=plan, context_tokens=4096)
 
 

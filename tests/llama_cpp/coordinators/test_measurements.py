@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 
 from sollol_nb.layers.plan import plan_from_counts
-from sollol_nb.layers.token_time import parts_of, predict
+from sollol_nb.layers.token_time import predict, worker_parts
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.coordinators.measurements import LAYOUTS_KEPT, TokenMeasurements
 from sollol_nb.runtime.events import EventBus, EventKind
@@ -64,7 +64,7 @@ def test_a_layout_that_has_ended_helps_to_predict_the_next() -> None:
     answer(bus, 40)
     measured.keep(before, ROUND_TRIPS)
 
-    new_parts = parts_of(coordinator(5, 4, 4).plan, ROUND_TRIPS)  # type: ignore[arg-type]
+    new_parts = worker_parts(coordinator(5, 4, 4).plan, ROUND_TRIPS)  # type: ignore[arg-type]
     assert predict(measured.speeds(PATH, [], ROUND_TRIPS), new_parts).token_ms == pytest.approx(25.5, rel=0.01)
     assert measured.speeds(Path("other.gguf"), [], ROUND_TRIPS) is None, "of that model only"
     assert measured.token_ms(coordinator(5, 4, 4)) is None, "another at its address starts anew"
@@ -77,7 +77,7 @@ def test_the_running_layout_counts_with_what_it_takes_now() -> None:
     measured.keep(running, ROUND_TRIPS)
     answer(bus, 40)
 
-    parts = parts_of(running.plan, ROUND_TRIPS)  # type: ignore[arg-type]
+    parts = worker_parts(running.plan, ROUND_TRIPS)  # type: ignore[arg-type]
     assert predict(measured.speeds(PATH, [running], ROUND_TRIPS), parts).token_ms == pytest.approx(25, rel=0.01)
 
 

@@ -40,11 +40,21 @@ def layers(devices: str, suffix: str = ", is_swa = 0") -> str:
 
 
 def shard(endpoint: str, first: int, count: int, *, output: bool = False) -> Shard:
-    return Shard(endpoint, first, count, output, weight_bytes=0, kv_bytes=0, reserve_bytes=0, free_bytes=0)
+    return Shard(
+        endpoint=endpoint,
+        first_layer=first,
+        layer_count=count,
+        has_output=output,
+        weight_bytes=0,
+        kv_bytes=0,
+        reserve_bytes=0,
+        free_bytes=0,
+    )
 
 
 def plan(*shards: Shard) -> LayerPlan:
-    return LayerPlan("memory_aware", sum(shard.layer_count for shard in shards), 4096, shards)
+    layer_count = sum(shard.layer_count for shard in shards)
+    return LayerPlan(strategy="memory_aware", layer_count=layer_count, context_tokens=4096, shards=shards)
 
 
 PLAN = plan(shard(ONE, 0, 2), shard(TWO, 2, 2, output=True))

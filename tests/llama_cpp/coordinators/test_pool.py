@@ -395,7 +395,7 @@ def test_a_model_that_does_not_fit_is_refused_before_any_engine_starts(
 
     message = error_of(lambda: sharding.route_request(small, QUESTION), ModelDoesNotFitError)
 
-    assert "layers find no room" in message
+    assert "layers do not fit" in message
     assert started_since(sharding, since) == 0
     assert worker_states(sharding) == ["free"] * 3
 
