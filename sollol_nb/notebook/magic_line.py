@@ -159,7 +159,7 @@ def _expanded(words: list[Word], variables: dict[str, Any], name: str) -> list[W
     """The words with their expressions replaced; each `--var NAME=VALUE` adds to the variables."""
     expanded: list[Word] = []
     for word in words:
-        text = expand(word, variables, way_out=NO_EXPAND_HINT)
+        text = expand(word, variables, hint=NO_EXPAND_HINT)
         expanded.append(word if text == word else Word(text, f'"{text}"' if word.is_quoted else text))
         value_of_var = text.removeprefix("--var=") if text.startswith("--var=") else None
         if len(expanded) > 1 and expanded[-2] == "--var":

@@ -31,7 +31,7 @@ from sollol_nb.notebook.tab_line import Expected, expected, magic_line
 from sollol_nb.ollama.pool import OllamaPool
 from sollol_nb.runtime.io_loop import run_blocking
 from sollol_nb.runtime.priority import Priority
-from sollol_nb.text.readable import is_of
+from sollol_nb.text.readable import is_instance_of
 
 if TYPE_CHECKING:
     from IPython.core.completer import CompletionContext, SimpleMatcherResult
@@ -285,7 +285,7 @@ def _is_schema(value: Any) -> bool:
         return has_fields or issubclass(value, Enum) or hasattr(value, "model_json_schema")
     if isinstance(value, dict):
         return not isinstance(value, Completion)
-    return is_of(value, "pandas.DataFrame")
+    return is_instance_of(value, "pandas.DataFrame")
 
 
 class _Folder:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sollol_nb.errors import ConfigError, StructureError
 from sollol_nb.schema.checks import FENCE, SchemaMismatch, json_in
-from sollol_nb.text.readable import is_of, whole_text_of
+from sollol_nb.text.readable import is_instance_of, whole_text_of
 from sollol_nb.text.tables import parse_markdown_table, shortened
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ def _as_mapping(value: Any) -> Any:
     """An object with fields as a mapping; anything else unchanged."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    if is_of(value, "pydantic.BaseModel"):
+    if is_instance_of(value, "pydantic.BaseModel"):
         return dict(value)
     return value._asdict() if isinstance(value, tuple) and hasattr(value, "_asdict") else value
 

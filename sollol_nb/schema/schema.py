@@ -21,7 +21,7 @@ from sollol_nb.errors import ConfigError, StructureError
 from sollol_nb.schema.checks import SchemaMismatch, checked_schema, json_in, validate
 from sollol_nb.schema.frames import frame_from_text, frame_like, frame_of, schema_of_frame
 from sollol_nb.schema.types import built, is_type, schema_of_type
-from sollol_nb.text.readable import is_of
+from sollol_nb.text.readable import is_instance_of
 from sollol_nb.text.tables import shortened
 
 __all__ = ["field_names", "frame_from_text", "frame_of", "json_schema_of", "parse_structured", "parser_of"]
@@ -40,11 +40,11 @@ def json_schema_of(schema: object) -> dict[str, Any]:
     """
     if isinstance(schema, Mapping):
         return checked_schema(schema)
-    if is_of(schema, "pandas.DataFrame"):
+    if is_instance_of(schema, "pandas.DataFrame"):
         return schema_of_frame(schema)
     if is_type(schema):
         return schema_of_type(schema)
-    is_object = dataclasses.is_dataclass(schema) or is_of(schema, "pydantic.BaseModel")
+    is_object = dataclasses.is_dataclass(schema) or is_instance_of(schema, "pydantic.BaseModel")
     raise ConfigError(
         "a schema is a pydantic model class, a dataclass, a type such as list[str], a JSON schema as a dict, or a "
         f"DataFrame as an example, not {shortened(' '.join(repr(schema).split()), 60)}"
@@ -61,7 +61,7 @@ def field_names(schema: object) -> tuple[str, ...]:
         ConfigError: see `json_schema_of`.
     """
     json_schema = json_schema_of(schema)
-    if is_of(schema, "pandas.DataFrame"):
+    if is_instance_of(schema, "pandas.DataFrame"):
         return ()
     if is_type(schema) and hasattr(schema, "model_fields"):  # pydantic's own schema has aliases
         return tuple(schema.model_fields)

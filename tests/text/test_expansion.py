@@ -143,13 +143,13 @@ def test_variables_are_only_read(variables: dict[str, Any]) -> None:
         ("{{ lambda: 1 }}", "{{ lambda: 1 }} at line 1, column 1: "),
         ("{{ x | nofilter }}", "No filter named 'nofilter'"),
         ("{{{ x }}}", "--no-expand"),
-        ("{{ input }}", "{{ input }}: there is no such variable, only Python's own function; --no-expand"),
+        ("{{ input }}", "{{ input }}: this is Python's built-in function, not a variable; --no-expand"),
         ("{{ " + "x + " * 1000 + "nope }}", "…"),
     ],
 )
 def test_errors_are_one_line_that_names_the_expression(text: str, words: str, variables: dict[str, Any]) -> None:
     with pytest.raises(ConfigError) as caught:
-        expand(text, variables, way_out="--no-expand sends braces as they are")
+        expand(text, variables, hint="--no-expand sends braces as they are")
     message = str(caught.value)
     assert words in message
     assert "\n" not in message

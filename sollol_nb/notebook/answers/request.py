@@ -118,7 +118,7 @@ def cell_request(
     """
     model, prompt = _model_and_prompt(list(arguments.model_and_prompt), cell, defaults.get("model"))
     if cell is not None and arguments.expand:
-        prompt = expand(prompt, variables, way_out=NO_EXPAND_HINT)
+        prompt = expand(prompt, variables, hint=NO_EXPAND_HINT)
     if not prompt.strip():
         raise UsageError("the prompt is empty; write it below %%sollol MODEL or after %sollol MODEL")
     if arguments.reset and arguments.chat is None:
