@@ -38,7 +38,7 @@ class Failover(TypedDict):
 
 
 class Routing(TypedDict, total=False):
-    """What `_routing` has. The Ollama pool by itself gives only the keys that `OllamaPool` documents.
+    """What `_routing` has. The Ollama pool by itself gives only the keys listed in `ollama/pool.py`.
 
     Keys:
         backend: `ollama-pool`, `llama.cpp-distributed` or `llama.cpp-local`.
