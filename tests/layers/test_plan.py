@@ -156,7 +156,7 @@ def test_even_names_the_first_worker_that_overflows_and_the_strategy_that_would_
     needed = 4 * GB + model_load(TWELVE, 4096).reserve_bytes
     assert str(failure.value) == (
         f"strategy 'even' needs {format_bytes(needed)} on w1:1 (layers 5-8), "
-        f"where {format_bytes(2 * GB)} are free: short by {format_bytes(needed - 2 * GB)}; "
+        f"but only {format_bytes(2 * GB)} are free: short by {format_bytes(needed - 2 * GB)}; "
         "strategy 'memory_aware' would fit"
     )
 
@@ -175,7 +175,7 @@ def test_memory_aware_tells_needed_free_short_and_tightest() -> None:
     assert f"needs {format_bytes(needed)} and 2 workers have {format_bytes(10 * GB)} free" in message
     assert "5 of 13 layers do not fit" in message
     assert f"short by {format_bytes(5 * GB + load.output_reserve_bytes)}" in message
-    assert f"tightest is w1:1 with {format_bytes(4 * GB)} free" in message
+    assert f"w1:1 has the least, {format_bytes(4 * GB)};" in message
     assert "add workers" in message
 
 

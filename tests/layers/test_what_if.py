@@ -54,7 +54,9 @@ def test_a_layout_that_does_not_fit_names_the_worker_and_what_is_short() -> None
     over = told(10, 2, 1, free=(8 * GB, 20 * GB, 20 * GB))
 
     assert not over.fits
-    assert over.shortage.startswith("the given layout needs 9.3 GiB on w0:1 (layers 0-9), where 7.5 GiB are free")
+    assert over.shortage.startswith(
+        "the given layout needs 9.3 GiB on w0:1 (layers 0-9), but only 7.5 GiB are free"
+    )
     assert "does not fit: the given layout" in over.describe()
 
 
