@@ -1,4 +1,4 @@
-"""The accessor comes with pandas and goes when it is told to; what it asks is tested in `test_batch.py`."""
+"""The accessor is attached when pandas is imported, and removed by `unregister`; `test_batch.py` tests it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ print("has", hasattr(module.DataFrame, "sollol"), flush=True)
 """
 
 
-def test_an_accessor_that_was_taken_back_does_not_come_with_pandas() -> None:
+def test_an_unregistered_accessor_is_not_attached_to_pandas() -> None:
     with script(TAKEN_BACK, PYTHONPATH=str(REPOSITORY)) as process:
         assert says(process, "has") == "False"
         assert process.wait(HANG_GUARD_S) == 0

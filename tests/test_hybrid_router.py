@@ -43,7 +43,7 @@ SHARDED, LOCAL = "llama.cpp-distributed", "llama.cpp-local"
 
 @pytest.fixture(scope="module")
 def one_slot(engine: Engine) -> Iterator[HybridRouter]:
-    """A router whose places serve one request at a time."""
+    """A router whose coordinators serve one request at a time."""
     with HybridRouter(auto_discover_rpc=False, slots=1) as mine:
         yield mine
 
@@ -65,7 +65,7 @@ def slots_idle(router: HybridRouter) -> None:
     """Wait until no slot of any coordinator works."""
 
     def busy() -> int:
-        return sum(run(busy_slots(one)) + one.gate.running for one in router.coordinators)
+        return sum(run(busy_slots(coordinator)) + coordinator.gate.running for coordinator in router.coordinators)
 
     eventually(lambda: busy() == 0, "all slots are idle")
 
@@ -73,7 +73,7 @@ def slots_idle(router: HybridRouter) -> None:
 # --- an answer --------------------------------------------------------------------------------
 
 
-def test_an_answer_has_the_shape_of_ollamas_and_tells_its_route(router: HybridRouter) -> None:
+def test_an_answer_has_ollamas_shape_and_its_route(router: HybridRouter) -> None:
     answer = router.route_request("demo:sharded", QUESTION, temperature=0, max_tokens=30)
     coordinator = router.coordinator
     assert coordinator is not None
@@ -115,7 +115,7 @@ def test_streamed_chunks_join_to_the_whole_answer(router: HybridRouter, greedy: 
     assert len(chunks) > 10
     assert all(chunk["done"] is False for chunk in chunks)
     assert ["_routing" in chunk for chunk in chunks].count(True) == 1
-    assert chunks[0]["_routing"]["backend"] == SHARDED, "an answer that is cut short can tell where it ran"
+    assert chunks[0]["_routing"]["backend"] == SHARDED, "an answer that is cut short says where it ran"
     assert "".join(chunk["message"]["content"] for chunk in [*chunks, last]) == greedy
     assert last["done"] is True
     assert last["_routing"]["backend"] == SHARDED
@@ -159,7 +159,7 @@ def test_the_same_seed_gives_the_same_answer_and_others_another(router: HybridRo
     assert len(set(texts)) > 1
 
 
-def test_a_json_schema_is_kept_to(router: HybridRouter) -> None:
+def test_an_answer_matches_its_json_schema(router: HybridRouter) -> None:
     schema = {
         "type": "object",
         "properties": {"answer": {"enum": ["left", "right"]}, "sure": {"type": "boolean"}},
@@ -193,7 +193,7 @@ def test_the_users_profile_table_is_read_at_each_decision(
     ("model", "asked", "backend"),
     [("demo", "sharded", SHARDED), ("demo:sharded", "local", LOCAL), ("demo:sharded", "auto", SHARDED)],
 )
-def test_a_backend_that_is_asked_for_is_taken(router: HybridRouter, model: str, asked: str, backend: str) -> None:
+def test_a_requested_backend_is_used(router: HybridRouter, model: str, asked: str, backend: str) -> None:
     route = router.route(model, backend=asked)
     assert route.backend == backend
     assert route.reason.startswith("chosen with" if asked != "auto" else "listed in MODEL_PROFILES")
@@ -204,7 +204,7 @@ def test_a_backend_that_is_asked_for_is_taken(router: HybridRouter, model: str, 
 
 
 @pytest.mark.ollama
-def test_a_model_that_ollama_has_can_be_asked_of_any_backend(
+def test_a_model_that_ollama_has_runs_on_any_backend(
     ollama: OllamaServer, monkeypatch: pytest.MonkeyPatch, router: HybridRouter
 ) -> None:
     monkeypatch.setenv("OLLAMA_MODELS", str(ollama.models_folder))
@@ -224,7 +224,7 @@ def test_a_model_that_ollama_has_can_be_asked_of_any_backend(
 
 
 @pytest.mark.ollama
-def test_a_stream_from_ollama_that_is_left_early_has_said_where_it_ran_and_frees_its_slot_at_once(
+def test_a_stream_from_ollama_that_is_left_early_says_where_it_ran_and_frees_its_slot(
     ollama: OllamaServer,
 ) -> None:
     pool = OllamaPool([ollama.base_url])
@@ -268,7 +268,7 @@ def test_a_model_is_kept_for_ever_by_ollama_too(ollama: OllamaServer) -> None:
         ({"model_filter": "mixtral:8x7b"}, "mixtral:8x7b", True),
     ],
 )
-def test_what_is_sharded_follows_profile_threshold_and_filter(
+def test_profile_threshold_and_filter_decide_what_is_sharded(
     settings: dict[str, Any], model: str, sharded: bool
 ) -> None:
     assert HybridRouter(auto_discover_rpc=False, **settings).should_use_distributed(model) is sharded
@@ -309,7 +309,8 @@ def test_workers_of_others_are_found_and_used_and_left_running(
             answer = mine.route_request("demo:sharded", QUESTION, max_tokens=1)
             assert [shard["endpoint"] for shard in answer.routing["plan"]["shards"]] == endpoints
             assert mine.discover_workers() == []
-        eventually(lambda: [one.state for one in run(others.refresh())] == ["free"] * 2, "they are free again")
+        free = ["free"] * 2
+        eventually(lambda: [worker.state for worker in run(others.refresh())] == free, "they are free again")
     finally:
         run(others.stop_local())
 
@@ -320,7 +321,7 @@ HELLO = [{"role": "user", "content": "Hello!"}]
 
 
 @pytest.mark.parametrize(
-    ("model", "messages", "options", "kind", "words"),
+    ("model", "messages", "options", "kind", "message"),
     [
         ("demo", [], {}, ConfigError, "messages must be a list such as"),
         ("demo", 7, {}, ConfigError, "messages must be a list such as"),
@@ -359,8 +360,8 @@ HELLO = [{"role": "user", "content": "Hello!"}]
         ("demo", HELLO, {"schema": int, "format": "json"}, ConfigError, "give either schema or format, not both"),
         ("nosuch", HELLO, {"keep_alive": "soon"}, ConfigError, "keep_alive='soon' is no time"),
         ("nosuch", HELLO, {"format": "xml"}, ConfigError, "format='xml' must be"),
-        ("", HELLO, {}, ConfigError, "model='' is not a model's name; try demo"),
-        (None, HELLO, {}, ConfigError, "model=None is not a model's name; try demo"),
+        ("", HELLO, {}, ConfigError, "model='' is not a model name; try demo"),
+        (None, HELLO, {}, ConfigError, "model=None is not a model name; try demo"),
         ("nosuch", HELLO, {}, ModelNotFoundError, "nosuch is not available: no Ollama node is running"),
         (
             "llama3.1:70b",
@@ -373,17 +374,17 @@ HELLO = [{"role": "user", "content": "Hello!"}]
     ],
 )
 def test_bad_input_is_one_line_that_says_what_to_do(
-    router: HybridRouter, model: Any, messages: Any, options: dict[str, Any], kind: type[SollolError], words: str
+    router: HybridRouter, model: Any, messages: Any, options: dict[str, Any], kind: type[SollolError], message: str
 ) -> None:
     with pytest.raises(SollolError) as caught:
         router.route_request(model, messages, **options)
     assert type(caught.value) is kind
-    assert words in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("settings", "message"),
     [
         ({"num_rpc_backends": 0}, "num_rpc_backends=0 must be more than 0"),
         ({"coordinator_timeout": -1}, "coordinator_timeout=-1 must be more than 0"),
@@ -397,10 +398,10 @@ def test_bad_input_is_one_line_that_says_what_to_do(
         ({"rpc_backends": [{"host": "10.1.2.3", "port": 0}]}, "'10.1.2.3:0' is not an endpoint"),
     ],
 )
-def test_a_setting_that_cannot_be_used_is_refused_at_once(settings: dict[str, Any], words: str) -> None:
+def test_an_unusable_setting_is_refused_by_the_constructor(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         HybridRouter(**settings)
-    assert words in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_workers_can_be_named_as_text_as_dicts_and_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -433,7 +434,7 @@ def test_waiting_for_a_slot_counts_against_the_time(one_slot: HybridRouter, endl
     next(holder)
     with pytest.raises(RequestTimeoutError, match="it had written 0 characters"):
         one_slot.route_request(endless, "Go on", timeout=0.3)
-    assert next(holder)["done"] is False, "the one that has the slot goes on"
+    assert next(holder)["done"] is False, "the request that has the slot continues"
     holder.close()
     slots_idle(one_slot)
 
@@ -470,7 +471,7 @@ def test_cancelling_a_task_frees_the_slot(one_slot: HybridRouter, endless: str, 
 
 
 def gate_of(router: HybridRouter, model: str) -> Any:
-    return next((one.gate for one in router.coordinators if one.model == model), None)
+    return next((found.gate for found in router.coordinators if found.model == model), None)
 
 
 # --- many at once -----------------------------------------------------------------------------
@@ -500,7 +501,7 @@ def test_waiting_requests_are_served_in_order_of_priority(one_slot: HybridRouter
     assert asyncio.run(ask_all()) == [10, 8, 5, 3, 1]
 
 
-def test_forty_requests_at_once_are_all_answered(router: HybridRouter) -> None:
+def test_forty_requests_at_the_same_time_are_all_answered(router: HybridRouter) -> None:
     counted = router.get_stats()["distributed_requests"]
 
     async def ask_all() -> list[Any]:
@@ -559,7 +560,7 @@ def test_a_failed_request_leaves_a_row_with_its_error(router: HybridRouter) -> N
     assert router.get_stats()["failed_requests"] == failed + 1
 
 
-def test_events_tell_the_life_of_requests_workers_and_coordinators(engine: Engine) -> None:
+def test_events_report_the_life_of_requests_workers_and_coordinators(engine: Engine) -> None:
     seen: list[Any] = []
     with HybridRouter(auto_setup_rpc=True, auto_discover_rpc=False, num_rpc_backends=1) as mine:
         unsubscribe = mine.events.subscribe(seen.append)
@@ -615,7 +616,7 @@ def test_the_async_router_can_be_used_from_several_event_loops_in_turn(router: H
     assert len({asyncio.run(ask()) for _ in range(3)}) == 1
 
 
-def test_closing_twice_is_fine_and_a_router_needs_no_closing_before_use(engine: Engine, tmp_path: Path) -> None:
+def test_a_router_may_be_closed_twice_and_without_having_been_used(engine: Engine, tmp_path: Path) -> None:
     async def life() -> None:
         async with hybrid_router.HybridRouter(auto_discover_rpc=False) as mine:
             await mine.route_request("demo", QUESTION, max_tokens=1)
@@ -628,7 +629,7 @@ def test_closing_twice_is_fine_and_a_router_needs_no_closing_before_use(engine: 
 
 @pytest.mark.ollama
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_small_model_that_ollama_has_no_memory_for_is_offered_to_sharding(
+def test_a_small_model_that_ollama_has_no_memory_for_is_sharded(
     start_ollamas: Callable[..., OllamaServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     """Ollama itself says so: a context of 2^30 tokens takes more memory than any machine of ours has."""
@@ -656,14 +657,14 @@ def test_a_small_model_that_ollama_has_no_memory_for_is_offered_to_sharding(
         not_sharding.route_request("hungry:1b", "Hello!", max_tokens=4)
 
 
-def test_an_answer_bears_the_name_that_was_asked_for(router: HybridRouter) -> None:
+def test_an_answer_has_the_name_that_was_requested(router: HybridRouter) -> None:
     by_name = router.route_request("demo", QUESTION, max_tokens=2)
     by_path = router.route_request(str(DEMO_MODEL_PATH), QUESTION, max_tokens=2)
     assert by_path.routing["coordinator_url"] == by_name.routing["coordinator_url"]
     assert (by_name["model"], by_path["model"]) == ("demo", str(DEMO_MODEL_PATH))
 
 
-def test_a_worker_that_a_coordinator_holds_is_not_removed_under_it() -> None:
+def test_a_worker_that_a_coordinator_holds_cannot_be_removed() -> None:
     with HybridRouter(auto_discover_rpc=False, rpc_port=52052) as mine:
         (worker,) = mine.start_workers(1)
         mine.route_request("demo:sharded", QUESTION, max_tokens=2)

@@ -75,7 +75,7 @@ def test_every_public_method_has_a_twin_of_the_same_signature(original: type, tw
 
 
 @pytest.mark.parametrize(("original", "twin"), TWINS)
-def test_twins_of_async_methods_do_not_hand_out_coroutines(original: type, twin: type) -> None:
+def test_twins_of_async_methods_do_not_return_coroutines(original: type, twin: type) -> None:
     async_names = {name for name, method in public(original).items() if is_async(method)}
     assert async_names >= {"close"}
     for name in async_names:
@@ -83,7 +83,7 @@ def test_twins_of_async_methods_do_not_hand_out_coroutines(original: type, twin:
         assert not code.co_flags & (inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR), name
 
 
-def test_attributes_of_the_async_router_are_there_too(router: HybridRouter) -> None:
+def test_twins_have_the_attributes_of_the_async_router(router: HybridRouter) -> None:
     assert router.events is router._async.events
     assert router.latency is router._async.latency
     assert router.coordinators == router._async.coordinators
@@ -141,7 +141,7 @@ def test_they_work_from_eight_threads_at_once(router: HybridRouter) -> None:
     assert all(done and 0 < count <= 20 for count, done in answers)
 
 
-def test_on_the_io_loop_itself_they_refuse_instead_of_hanging(router: HybridRouter) -> None:
+def test_on_the_io_loop_they_raise_instead_of_hanging(router: HybridRouter) -> None:
     async def inside() -> None:
         router.route_request("demo", QUESTION)
 
@@ -155,7 +155,7 @@ def test_on_the_io_loop_itself_they_refuse_instead_of_hanging(router: HybridRout
         submit(streaming_inside()).result(HANG_GUARD_S)
 
 
-def test_the_pool_can_be_handed_to_a_router() -> None:
+def test_a_router_takes_the_blocking_pool() -> None:
     pool = sync_wrapper.OllamaPool(["127.0.0.1:9"])
     assert [node.url for node in pool.nodes] == ["http://127.0.0.1:9"]
     assert HybridRouter(pool)._async._ollama is pool._async
@@ -236,7 +236,7 @@ def test_an_interrupt_before_the_coordinator_is_ready_stops_its_start(engine: En
             mine.route_request("demo:sharded", QUESTION)
         forget()
         assert mine.coordinators == []
-        all_end([one for one in engines_of(psutil.Process()) if one not in before])
+        all_end([engine for engine in engines_of(psutil.Process()) if engine not in before])
         worker.resume()
         eventually(lambda: mine.cluster().workers[0].state == "free", "the worker is free")
         assert mine.route_request("demo:sharded", QUESTION, max_tokens=1)["done"]

@@ -71,10 +71,10 @@ class ActiveRequest:
         self._check = check
         self._interrupted = interrupted
         self._record = RequestRecord(model, text=interrupted.text if interrupted is not None else "")
-        self._reported_place: str | None = None
+        self._reported_url: str | None = None
 
     async def chunks(self) -> AsyncGenerator[Chunk, None]:
-        """Ollama-shaped chunks; the first, the last and each from a new place have `_routing`.
+        """Ollama-shaped chunks; the first, the last and each from another server have `_routing`.
 
         Closing the generator cancels the generation on the engine. Errors are those of `Router.route_request`.
         """
@@ -119,7 +119,7 @@ class ActiveRequest:
                     record.model,
                     f"{record.model}: {status}",
                     status=status,
-                    place=record.place,
+                    place=record.server_url,
                     tokens_per_s=record.tokens_per_s,
                     ttft_ms=record.ttft_ms,
                 )
@@ -167,8 +167,8 @@ class ActiveRequest:
         is_first, is_last = record.ttft_ms is None, chunk.get("done")
         record.add_chunk(chunk)
         # An answer that is cut short has no last chunk to say where it ran.
-        if is_first or is_last or ROUTING in chunk or record.place != self._reported_place:
-            self._reported_place = record.place
+        if is_first or is_last or ROUTING in chunk or record.server_url != self._reported_url:
+            self._reported_url = record.server_url
             chunk = {**chunk, ROUTING: record.routing()}
         if is_last:
             chunk["total_duration"] = int(record.duration_ms * 1e6)

@@ -75,10 +75,10 @@ class RouteFinder:
             backend: the requested one, by its full name; None where the router chooses.
 
         Raises:
-            ModelError, ConfigError: it can go nowhere, or not there; the message says why.
+            ModelError, ConfigError: no backend, or not this one, can answer; the message says why.
         """
         if not isinstance(model, str) or not model.strip():
-            raise ConfigError(f"model={model!r} is not a model's name; try demo, or llama3.2")
+            raise ConfigError(f"model={model!r} is not a model name; try demo or llama3.2")
         profile = await asyncio.to_thread(self.profile, model)
         # A model that is sharded anyway need not wait for Ollama, and a file has no name there.
         needs_ollama = not (profile.requires_distributed and self.enable_distributed)
@@ -134,8 +134,7 @@ class RouteFinder:
         return max(1, sum(slots))
 
     async def models(self, coordinators: Mapping[str, str]) -> list[ListedModel]:
-        """The models that can be asked, as `list_models` gives them; those of Ollama nodes that do not answer are
-        left out.
+        """The available models, as `list_models` gives them, without those of Ollama nodes that do not answer.
 
         Args:
             coordinators: model to URL of the running ones.

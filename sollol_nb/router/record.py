@@ -31,7 +31,7 @@ class RequestRecord:
         self.backend = ""
         self.reason = ""
         self.note = ""
-        self.place = ""
+        self.server_url = ""
         self.layout = ""
         self.priority: int | None = None
         self.plan: dict[str, Any] | None = None
@@ -62,7 +62,7 @@ class RequestRecord:
 
     def set_node(self, node_routing: Mapping[str, Any]) -> None:
         """Note the Ollama node that answers, and its times so far, from the `_routing` of its chunk."""
-        self.place = str(node_routing.get("node") or "")
+        self.server_url = str(node_routing.get("node") or "")
         self.queue_ms = node_routing.get("queue_ms")
         self.load_ms = node_routing.get("load_ms") or None
         self.failovers = list(node_routing.get("failovers") or ())
@@ -76,7 +76,7 @@ class RequestRecord:
     def set_coordinator(self, coordinator: Coordinator) -> None:
         """Note the coordinator on which the request runs now."""
         plan = coordinator.plan
-        self.place = coordinator.base_url
+        self.server_url = coordinator.base_url
         self.plan = plan.as_dict() if plan else None
         self.layout = "/".join(map(str, plan.unit_counts)) if plan else ""
         self.placement_differences = coordinator.placement_differences
@@ -161,8 +161,8 @@ class RequestRecord:
             "reason": self.reason,
             "note": self.note,
             "duration_ms": round(self.duration_ms, 3),
-            "coordinator_url": self.place if self.backend.startswith("llama.cpp") else None,
-            "node_url": None if self.backend.startswith("llama.cpp") else self.place,
+            "coordinator_url": self.server_url if self.backend.startswith("llama.cpp") else None,
+            "node_url": None if self.backend.startswith("llama.cpp") else self.server_url,
             "plan": self.plan,
             "placement_differences": self.placement_differences,
             "layout": self.layout,
@@ -182,7 +182,7 @@ class RequestRecord:
             model=str(self.model),  # a text also where the request had something else
             backend=self.backend,
             layout=self.layout,
-            place=self.place,
+            place=self.server_url,
             queue_ms=self.queue_ms,
             load_ms=self.load_ms,
             ttft_ms=self.ttft_ms,

@@ -355,8 +355,8 @@ class Router:
 
     @io_bound
     async def models(self) -> pd.DataFrame:
-        """The models that can be asked, one row each (see `models/listing.py`); those of Ollama nodes that do not
-        answer are left out."""
+        """The available models, one row each (see `models/listing.py`), without those of Ollama nodes that do not
+        answer."""
         running = {coordinator.model: coordinator.base_url for coordinator in self.coordinators}
         models = await self._routes.models(running)
         return await asyncio.to_thread(models_frame, models)

@@ -55,7 +55,7 @@ WORDS = pd.DataFrame({"word": ["a worker", "a coordinator", "a layer"], "n": [1,
 
 @pytest.fixture(scope="module")
 def router(engine: Engine) -> Iterator[HybridRouter]:
-    """A router of its own: a batch's events would push those out that other tests look for."""
+    """A separate router: the events of a batch would push out those that other tests look for."""
     with HybridRouter(
         auto_setup_rpc=True, auto_discover_rpc=False, num_rpc_backends=3, rpc_port=51152, context_tokens=2304
     ) as mine:
@@ -64,13 +64,13 @@ def router(engine: Engine) -> Iterator[HybridRouter]:
 
 @pytest.fixture(autouse=True)
 def own_store(router: HybridRouter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each test begins with nothing kept."""
+    """Each test begins with an empty store."""
     monkeypatch.setattr(router._async, "batch_store", BatchStore(tmp_path / "batches.sqlite"))
 
 
 @pytest.fixture
 def asked(router: HybridRouter) -> Iterator[list[Event]]:
-    """The requests that are begun, as they come."""
+    """The events of requests that begin."""
     events: list[Event] = []
     forget = router.events.subscribe(lambda event: event.kind == "request.started" and events.append(event))
     yield events
@@ -80,7 +80,7 @@ def asked(router: HybridRouter) -> Iterator[list[Event]]:
 # --- the frame --------------------------------------------------------------------------------
 
 
-def test_the_answers_come_beside_the_rows_in_their_order(router: HybridRouter) -> None:
+def test_answers_are_columns_beside_the_rows_in_their_order(router: HybridRouter) -> None:
     result = router.map(WORDS, TEMPLATE, model="demo:sharded", **GREEDY)
 
     assert list(result.columns) == [
@@ -121,7 +121,7 @@ def test_rows_and_templates_have_many_forms(router: HybridRouter, rows: Any, tem
     assert list(result.answer) == expected
 
 
-def test_no_rows_are_no_requests(router: HybridRouter, asked: list[Event]) -> None:
+def test_no_rows_make_no_requests(router: HybridRouter, asked: list[Event]) -> None:
     result = router.map(WORDS.iloc[:0], TEMPLATE, model="no such model", **GREEDY)
     assert (len(result), len(asked)) == (0, 0)
     assert {"word", "answer", "status"} <= set(result.columns)
@@ -155,7 +155,7 @@ def test_the_async_router_maps_too(router: HybridRouter) -> None:
     pd.testing.assert_series_equal(result.answer, router.map(WORDS, TEMPLATE, model="demo", **GREEDY).answer)
 
 
-def test_a_bar_shows_how_far_it_is(router: HybridRouter, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bar_shows_the_progress(router: HybridRouter, capsys: pytest.CaptureFixture[str]) -> None:
     router.map(WORDS, TEMPLATE, model="demo", **{**GREEDY, "progress": True})
     shown = capsys.readouterr().err
     assert "demo: 100%" in shown
@@ -217,7 +217,7 @@ def test_any_schema_gives_a_value(router: HybridRouter, schema: Any, fields: lis
         assert str(again.value[0]) == str(result.value[0])
 
 
-def test_an_answer_that_does_not_fit_is_an_error_with_its_text_and_is_not_kept(
+def test_an_answer_that_does_not_match_is_an_error_with_its_text_and_is_not_kept(
     router: HybridRouter, asked: list[Event]
 ) -> None:
     for _ in range(2):
@@ -240,7 +240,7 @@ def test_rows_that_ask_the_same_are_asked_once(router: HybridRouter, asked: list
     assert result.answer[0] == result.answer[2] == result.answer[3]
 
 
-def test_what_is_answered_is_not_asked_again(router: HybridRouter, asked: list[Event]) -> None:
+def test_answered_rows_are_not_asked_again(router: HybridRouter, asked: list[Event]) -> None:
     sampled = {**GREEDY, "temperature": 1.5}
     first = router.map(WORDS.word[:2], TEMPLATE.replace("word", "item"), model="demo", **sampled)
     assert len(asked) == 2
@@ -302,7 +302,7 @@ def test_a_damaged_store_costs_no_answer(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a process cannot send itself Ctrl-C alone there")
-def test_a_stopped_batch_does_not_say_that_what_could_not_be_kept_is_kept(
+def test_a_stopped_batch_says_where_its_answers_could_not_be_kept(
     router: HybridRouter, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(router._async, "batch_store", BatchStore(tmp_path / "no" / "such" / "folder"))
@@ -330,13 +330,13 @@ def most_at_once(router: HybridRouter, **settings: Any) -> int:
     return most
 
 
-def test_all_slots_are_used_or_as_many_as_are_asked_for(router: HybridRouter) -> None:
+def test_all_slots_are_used_or_as_many_as_requested(router: HybridRouter) -> None:
     assert most_at_once(router) == 4, "the coordinator's slots"
     assert most_at_once(router, fresh=True, concurrency=2) == 2
     assert most_at_once(router, fresh=True, concurrency=100) == 12
 
 
-def test_rows_wait_behind_everybody_else(router: HybridRouter) -> None:
+def test_rows_wait_behind_all_other_requests(router: HybridRouter) -> None:
     router.map(WORDS, TEMPLATE, model="demo", **GREEDY)
     assert set(router.latency.frame(model="demo", last=3).priority) == {1}
     router.map(WORDS, TEMPLATE, model="demo", fresh=True, priority=7, **GREEDY)
@@ -367,7 +367,7 @@ def test_rows_are_spread_over_the_ollama_nodes_that_have_the_model(
 # --- what goes wrong --------------------------------------------------------------------------
 
 
-def test_a_rows_error_stays_beside_it_and_stops_no_other(router: HybridRouter, asked: list[Event]) -> None:
+def test_a_rows_error_stays_beside_it_and_stops_no_other_row(router: HybridRouter, asked: list[Event]) -> None:
     rows = ["a", "much too long " * 30_000, "b"]
     result = router.map(rows, "{{ item }}", model="demo", **GREEDY)
     assert list(result.status) == ["ok", "error", "ok"]
@@ -382,7 +382,7 @@ def test_a_rows_error_stays_beside_it_and_stops_no_other(router: HybridRouter, a
 
 
 @pytest.mark.parametrize(
-    ("rows", "template", "settings", "kind", "words"),
+    ("rows", "template", "settings", "kind", "message"),
     [
         (["a"], "{{ item }}", {"model": "nosuch"}, ModelNotFoundError, "nosuch is not available"),
         (["a"], "{{ item }}", {"model": None}, ConfigError, "no model is named"),
@@ -411,19 +411,19 @@ def test_a_rows_error_stays_beside_it_and_stops_no_other(router: HybridRouter, a
         ("text", "{{ item }}", {}, ConfigError, "rows must be a DataFrame"),
     ],
 )
-def test_what_would_fail_every_row_is_raised_before_the_first_request(
+def test_an_error_of_every_row_is_raised_before_the_first_request(
     router: HybridRouter,
     asked: list[Event],
     rows: Any,
     template: str,
     settings: dict[str, Any],
     kind: type[Exception],
-    words: str,
+    message: str,
 ) -> None:
     with pytest.raises(kind) as caught:
         router.map(rows, template, **{"model": "demo", **GREEDY, **settings})
     assert type(caught.value) is kind
-    assert words in str(caught.value)
+    assert message in str(caught.value)
     assert asked == []
 
 
@@ -437,7 +437,7 @@ def test_without_workers_no_second_row_is_tried(engine: Engine, tmp_path: Path) 
         assert [event.kind for event in begun].count("request.started") == 1
 
 
-def test_what_begins_to_fail_every_row_is_raised_and_what_is_done_is_kept(
+def test_an_error_that_begins_to_hit_every_row_is_raised_and_answers_are_kept(
     router: HybridRouter, asked: list[Event], tmp_path: Path
 ) -> None:
     path = write_endless(tmp_path)
@@ -459,7 +459,7 @@ def test_what_begins_to_fail_every_row_is_raised_and_what_is_done_is_kept(
     router.stop_coordinator(str(path))
 
 
-def test_a_refusal_of_every_row_is_raised_after_a_few(router: HybridRouter, asked: list[Event]) -> None:
+def test_a_refusal_of_every_row_is_raised_after_a_few_rows(router: HybridRouter, asked: list[Event]) -> None:
     refused = {"type": "string", "minLength": 50_000}  # more than a grammar may repeat
     few = router.map(range(2), "{{ item }}", model="demo", schema=refused, **GREEDY)
     assert list(few.status) == ["error"] * 2
@@ -469,14 +469,19 @@ def test_a_refusal_of_every_row_is_raised_after_a_few(router: HybridRouter, aske
     assert len(asked) < 15
 
 
-def test_rows_that_are_all_too_long_in_the_same_way_stop_no_other(router: HybridRouter) -> None:
+def test_rows_that_are_too_long_with_the_same_message_stop_no_other_row(router: HybridRouter) -> None:
     rows = [*("word " * 4_000 + letter for letter in "abcdefgh"), "Hello!"]
     result = router.map(rows, "{{ item }}", model="demo", concurrency=1, **GREEDY)
     assert list(result.status) == ["error"] * 8 + ["ok"]
-    assert result.error[:8].nunique() == 1, "so that this test is one of the same words"
+    assert result.error[:8].nunique() == 1, "so that this tests the same message"
 
 
 # --- stopped ----------------------------------------------------------------------------------
+
+
+def all_idle(router: HybridRouter) -> bool:
+    """Whether no slot of any coordinator works."""
+    return not any(run(busy_slots(coordinator)) for coordinator in router.coordinators)
 
 
 def stop_after(router: HybridRouter, answers: int) -> Callable[[], None]:
@@ -494,7 +499,7 @@ def stop_after(router: HybridRouter, answers: int) -> Callable[[], None]:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a process cannot send itself Ctrl-C alone there")
-def test_an_interrupted_batch_goes_on_where_it_was(router: HybridRouter, asked: list[Event]) -> None:
+def test_an_interrupted_batch_continues_where_it_was(router: HybridRouter, asked: list[Event]) -> None:
     settings = {**GREEDY, "max_tokens": 40, "concurrency": 2}
     forget = stop_after(router, 8)
     with pytest.raises(BatchInterrupted) as caught:
@@ -510,7 +515,7 @@ def test_an_interrupted_batch_goes_on_where_it_was(router: HybridRouter, asked: 
         caught.value
     )
     assert isinstance(caught.value, KeyboardInterrupt)
-    eventually(lambda: sum(run(busy_slots(one)) for one in router.coordinators) == 0, "the slots are idle")
+    eventually(lambda: all_idle(router), "the slots are idle")
     assert len(router.batch_store) >= done
 
     kept = len(router.batch_store)
@@ -524,7 +529,7 @@ def test_an_interrupted_batch_goes_on_where_it_was(router: HybridRouter, asked: 
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a process cannot send itself Ctrl-C alone there")
-def test_a_batch_can_be_stopped_while_kept_answers_are_taken(
+def test_a_batch_can_be_stopped_while_kept_answers_are_read(
     router: HybridRouter, asked: list[Event], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     router.map(range(6), "Say {{ item }}", model="demo", **GREEDY)
@@ -551,7 +556,7 @@ def test_a_batch_can_be_stopped_while_kept_answers_are_taken(
     assert [len(keys) for keys in reads] == [2] * 5
 
 
-def test_cancelling_the_async_batch_ends_its_requests_and_keeps_what_is_done(
+def test_cancelling_the_async_batch_ends_its_requests_and_keeps_its_answers(
     router: HybridRouter, asked: list[Event]
 ) -> None:
     async def cancelled() -> None:
@@ -564,7 +569,7 @@ def test_cancelling_the_async_batch_ends_its_requests_and_keeps_what_is_done(
             await task
 
     asyncio.run(cancelled())
-    eventually(lambda: sum(run(busy_slots(one)) for one in router.coordinators) == 0, "the slots are idle")
+    eventually(lambda: all_idle(router), "the slots are idle")
     kept = len(router.batch_store)
     assert 3 <= kept < 16
     asked.clear()
@@ -591,7 +596,7 @@ router.map(range(30), "Name {{ item }}", model="demo", temperature=0, max_tokens
 """
 
 
-def test_a_killed_kernels_batch_is_gone_on_with_by_the_next(router: HybridRouter, asked: list[Event]) -> None:
+def test_the_batch_of_a_killed_kernel_is_continued_by_the_next(router: HybridRouter, asked: list[Event]) -> None:
     with script(KILLED, str(router.batch_store.path)) as process:
         assert says(process, "six") == ""
         process.kill()
@@ -622,7 +627,7 @@ BATCH_CELL = "result = router.map(range(30), 'Stop {{ item }}', model='demo', te
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a process cannot send itself Ctrl-C alone there")
-def test_the_stop_button_ends_a_cells_batch_and_the_cell_again_goes_on(tmp_path: Path) -> None:
+def test_the_stop_button_ends_a_batch_and_running_the_cell_again_continues_it(tmp_path: Path) -> None:
     with kernel(SOLLOL_STATE_DIR=str(tmp_path)) as notebook:
         notebook.run(STOPPED_CELL)
         stopped = notebook.run(BATCH_CELL)

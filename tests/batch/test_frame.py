@@ -32,7 +32,7 @@ def frame_of(*results: RowResult, schema: object = Found, prefix: str = "", **co
     return joined(rows, results, model="demo", schema=schema, prefix=prefix)
 
 
-def test_fields_keep_their_types_beside_what_is_missing() -> None:
+def test_fields_keep_their_types_beside_missing_values() -> None:
     full = frame_of(result("a", 1, True, 0.5, ["x"]), result("b", 2, False, 1, ["y"]))
     part = frame_of(result("a", 1, True, 0.5, ["x"]), result(None, None, None, None, None), RowResult(ERROR))
     assert [str(full[name].dtype) for name in ("count", "sure")] == ["int64", "bool"]
@@ -75,12 +75,12 @@ def test_a_field_whose_name_is_taken_gets_another(columns: dict[str, Any], prefi
 
 def test_a_field_with_the_name_of_a_result_column_gets_another() -> None:
     schema = {"type": "object", "properties": {"status": {"type": "string"}}}
-    one = RowResult(OK, Completion(message={"content": "{}"}), {"status": "open"})
-    frame = frame_of(one, schema=schema)
+    result = RowResult(OK, Completion(message={"content": "{}"}), {"status": "open"})
+    frame = frame_of(result, schema=schema)
     assert (frame.status[0], frame.answer_status[0]) == ("ok", "open")
 
 
-def test_columns_of_the_result_that_are_there_are_refused() -> None:
+def test_rows_that_have_columns_of_the_result_are_refused() -> None:
     rows = pd.DataFrame({"value": [1], "error": [2]})
     with pytest.raises(ConfigError, match="the rows have value, error already; give the new columns a prefix"):
         check_columns(rows, "", Found)
@@ -89,14 +89,14 @@ def test_columns_of_the_result_that_are_there_are_refused() -> None:
     check_columns(rows, "new_", Found)
 
 
-def test_the_index_is_kept_also_with_labels_that_come_twice() -> None:
+def test_the_index_is_kept_also_with_repeated_labels() -> None:
     rows = pd.DataFrame({"x": [1, 2]}, index=["a", "a"])
     frame = joined(rows, [RowResult(), RowResult()], model="demo", schema=None, prefix="")
     assert list(frame.index) == ["a", "a"]
     assert list(rows.columns) == ["x"], "the input is as it was"
 
 
-def test_numbers_that_no_dtype_has_room_for_stay_as_they_are() -> None:
+def test_numbers_too_large_for_any_dtype_are_kept_unchanged() -> None:
     frame = frame_of(result(None, 2**70, True, 10**400, None), result(None, 1, True, 0.5, None), RowResult(ERROR))
     assert list(frame["count"][:2]) == [2**70, 1]
     assert list(frame.share[:2]) == [10**400, 0.5]
@@ -129,7 +129,7 @@ def test_a_field_is_not_put_among_columns_of_several_levels_by_the_same_name() -
     assert frame["answer_name"][0] == "a"
 
 
-def test_what_the_frame_says_of_itself_is_kept() -> None:
+def test_attributes_of_the_frame_are_kept() -> None:
     rows = pd.DataFrame({"x": [1]})
     rows.attrs["source"] = "here"
     frame = joined(rows, [RowResult()], model="demo", schema=None, prefix="")

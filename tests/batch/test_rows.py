@@ -14,7 +14,7 @@ FRAME = pd.DataFrame({"name": ["a", "b"], "n": [1, 2], "x": [0.5, 1.5]}, index=[
 
 
 def said(messages: list[list[dict[str, Any]]]) -> list[str]:
-    return [one[-1]["content"] for one in messages]
+    return [row[-1]["content"] for row in messages]
 
 
 # --- reading ----------------------------------------------------------------------------------
@@ -38,7 +38,7 @@ def said(messages: list[list[dict[str, Any]]]) -> list[str]:
         (pd.DataFrame({("k", "a"): [1]}), [{("k", "a"): 1}], [("k", "a")]),
     ],
 )
-def test_rows_may_be_held_by_many_things(rows: Any, items: list[Any], columns: list[str]) -> None:
+def test_rows_may_be_in_many_containers(rows: Any, items: list[Any], columns: list[str]) -> None:
     table = RowTable.read(rows)
     assert table.items == items
     assert list(table.frame.columns) == columns
@@ -50,12 +50,12 @@ def test_a_frame_and_a_series_keep_their_index() -> None:
     assert list(RowTable.read(FRAME.name).frame.index) == ["r", "s"]
 
 
-def test_whole_numbers_stay_whole_beside_others() -> None:
+def test_integers_stay_integers_beside_floats() -> None:
     assert [type(value) for value in RowTable.read(FRAME).items[0].values()] == [str, int, float]
 
 
 @pytest.mark.parametrize(
-    ("rows", "words"),
+    ("rows", "message"),
     [
         ("a text", "rows must be a DataFrame, a Series, or a list of dicts or values, not 'a text'"),
         (b"bytes", "rows must be a DataFrame"),
@@ -65,10 +65,10 @@ def test_whole_numbers_stay_whole_beside_others() -> None:
         (pd.DataFrame([[1, 2]], columns=["a", "a"]), "two columns named 'a'; rename one of them"),
     ],
 )
-def test_other_things_are_refused(rows: Any, words: str) -> None:
+def test_other_things_are_refused(rows: Any, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         RowTable.read(rows)
-    assert words in str(caught.value)
+    assert message in str(caught.value)
 
 
 # --- filling in -------------------------------------------------------------------------------
@@ -97,7 +97,7 @@ def test_each_row_fills_the_template(items: list[Any], template: Any, texts: lis
     assert said(questions(items, template, None)) == texts
 
 
-def test_a_system_message_comes_first_and_is_taken_as_it_is() -> None:
+def test_a_system_message_comes_first_and_is_not_filled_in() -> None:
     (messages,) = questions(["x"], "{{ item }}", "Be {{ brief }}.")
     assert messages == [{"role": "system", "content": "Be {{ brief }}."}, {"role": "user", "content": "x"}]
 
@@ -107,7 +107,7 @@ def fails(_: Any) -> str:
 
 
 @pytest.mark.parametrize(
-    ("items", "template", "words"),
+    ("items", "template", "message"),
     [
         ([{"a": 1}, {"b": 1}], "{{ a }}", "row 1: {{ a }}: there is no variable a"),
         ([{"text": 1}], "{{ texts }}", "row 0: {{ texts }}: there is no variable texts (did you mean text?)"),
@@ -125,8 +125,8 @@ def fails(_: Any) -> str:
         ([1], 7, "the template must be a text or a function of a row, not int"),
     ],
 )
-def test_what_cannot_be_filled_in_is_told_with_its_row(items: list[Any], template: Any, words: str) -> None:
+def test_an_error_of_filling_in_names_its_row(items: list[Any], template: Any, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         questions(items, template, None)
-    assert words in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Laying a running model out anew: answers go on, what does not fit changes nothing, times are predicted."""
+"""Another layout for a running model: answers continue, what does not fit changes nothing, times are predicted."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def layout(router: HybridRouter, *counts: int) -> dict[str, int]:
 
 
 def states(router: HybridRouter) -> dict[str, str]:
-    return {one.endpoint: one.state for one in router.status().workers}
+    return {worker.endpoint: worker.state for worker in router.status().workers}
 
 
 def running_layout(router: HybridRouter) -> tuple[int, ...]:
@@ -51,7 +51,7 @@ def running_layout(router: HybridRouter) -> tuple[int, ...]:
     return router.coordinator.plan.unit_counts
 
 
-def test_a_running_model_is_laid_out_anew(sharding: HybridRouter, endless: str) -> None:
+def test_a_running_model_gets_another_layout(sharding: HybridRouter, endless: str) -> None:
     whole = sharding.route_request(endless, QUESTION, temperature=0, max_tokens=60)
     before = running_layout(sharding)
 
@@ -64,13 +64,13 @@ def test_a_running_model_is_laid_out_anew(sharding: HybridRouter, endless: str) 
     assert f"new layout for {endless}: 4/1 over 2 workers: fits" in events["coordinator.planned"]
 
 
-def test_its_token_time_was_predicted_from_the_layouts_before(
+def test_its_token_time_was_predicted_from_the_layouts_before_it(
     sharding: HybridRouter, endless: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def steady(endpoints: Iterable[str], **settings: Any) -> list[Probe]:
-        return [replace(one, round_trip_ms=0.05) for one in await probe_all(endpoints, **settings)]
+        return [replace(probe, round_trip_ms=0.05) for probe in await probe_all(endpoints, **settings)]
 
-    # Real workers and a real measurement, but one that stays as it is between forecast and start.
+    # Real workers and a real measurement, which does not change between forecast and start.
     monkeypatch.setattr(workers_room, "probe_all", steady)
     sharding.stop_coordinator()
     sharding.cluster()
@@ -90,24 +90,24 @@ def test_its_token_time_was_predicted_from_the_layouts_before(
     predicted = answer.routing["plan"]["predicted_token_ms"]
     assert predicted == pytest.approx(foreseen)
     assert sharding.latency.frame(model=endless, last=1)["predicted_ms_per_token"].tolist() == [predicted]
-    (status,) = [one for one in sharding.cluster().coordinators if one.model == endless]
+    (status,) = [seen for seen in sharding.cluster().coordinators if seen.model == endless]
     assert " ms per token (predicted), " in status.token_time_description
     assert " ms per token (measured; " in status.token_time_description
 
 
 @pytest.mark.parametrize(
-    ("counts", "words"),
+    ("counts", "message"),
     [
         ((1, 1, 1), r"1/1/1 does not place the model's 5 units"),
         ((5, 1, -1), r"give whole numbers that sum to 5"),
     ],
 )
-def test_what_is_no_layout_changes_nothing(
-    sharding: HybridRouter, endless: str, counts: tuple[int, ...], words: str
+def test_counts_that_are_not_a_layout_change_nothing(
+    sharding: HybridRouter, endless: str, counts: tuple[int, ...], message: str
 ) -> None:
     sharding.route_request(endless, QUESTION, max_tokens=2)
     before = sharding.coordinator
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(ConfigError, match=message):
         sharding.apply_plan(endless, layout(sharding, *counts))
     assert sharding.coordinator is before
 
@@ -122,7 +122,7 @@ def test_an_unknown_worker_or_model_is_named(sharding: HybridRouter, endless: st
         sharding.apply_plan("demo", layout(sharding, 5, 0, 0))
 
 
-def test_a_layout_that_does_not_fit_is_refused_and_the_running_one_goes_on(
+def test_a_layout_that_does_not_fit_is_refused_and_the_running_coordinator_continues(
     sharding: HybridRouter, endless: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sharding.route_request(endless, QUESTION, max_tokens=2)
@@ -143,7 +143,7 @@ def test_a_layout_that_does_not_fit_is_refused_and_the_running_one_goes_on(
     assert sharding.coordinator is coordinator
 
 
-def test_a_layout_over_a_worker_that_is_gone_is_refused_and_the_running_one_goes_on(
+def test_a_layout_over_a_worker_that_is_gone_is_refused_and_the_running_coordinator_continues(
     sharding: HybridRouter, endless: str
 ) -> None:
     sharding.route_request(endless, QUESTION, max_tokens=2)
@@ -163,20 +163,20 @@ def test_a_layout_over_a_worker_that_is_gone_is_refused_and_the_running_one_goes
     assert sharding.route_request(endless, QUESTION, max_tokens=2)["eval_count"] == 2
 
 
-def test_two_layouts_at_once_are_made_one_after_the_other(sharding: HybridRouter, endless: str) -> None:
+def test_two_layouts_at_the_same_time_are_made_one_after_the_other(sharding: HybridRouter, endless: str) -> None:
     sharding.route_request(endless, QUESTION, max_tokens=2)
     layouts = [layout(sharding, 3, 1, 1), layout(sharding, 1, 1, 3)]
 
     async def both() -> None:
-        await asyncio.gather(*(sharding._async.apply_plan(endless, one) for one in layouts))
+        await asyncio.gather(*(sharding._async.apply_plan(endless, layout) for layout in layouts))
 
     run(both())
     assert running_layout(sharding) == (1, 1, 3)
-    assert [one.model for one in sharding.coordinators].count(endless) == 1
+    assert [coordinator.model for coordinator in sharding.coordinators].count(endless) == 1
     assert sharding.route_request(endless, QUESTION, max_tokens=2)["eval_count"] == 2
 
 
-def test_the_next_start_is_by_strategy_again(sharding: HybridRouter, endless: str) -> None:
+def test_the_next_start_uses_the_strategy_again(sharding: HybridRouter, endless: str) -> None:
     sharding.apply_plan(endless, layout(sharding, 5, 0, 0))
     sharding.stop_coordinator(endless)
     answer = sharding.route_request(endless, QUESTION, max_tokens=2)
@@ -201,7 +201,7 @@ def test_preloading_a_model_of_ollama_has_its_node_load_it(ollama: OllamaServer)
         assert "llama3.1:70b" in node.loaded_models
 
 
-def test_an_answer_goes_on_over_the_new_layout(sharding: HybridRouter) -> None:
+def test_an_answer_continues_on_the_new_layout(sharding: HybridRouter) -> None:
     sharding.stop_coordinator()
     whole = sharding.route_request(MODEL, LONG_QUESTION, temperature=0)
     before = running_layout(sharding)

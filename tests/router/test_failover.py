@@ -1,4 +1,4 @@
-"""Answers over coordinators that are lost: the turns that real engines take too seldom, on stand-ins for them.
+"""Answers over coordinators that are lost: cases that are rare with real engines, on stand-ins for them.
 
 `coordinators/test_pool.py` has the failovers of real ones.
 """
@@ -75,27 +75,27 @@ class StandIn:
 
 
 class StandInPool:
-    """Gives these coordinators one after the other, or raises where there is an error among them."""
+    """Gives these coordinators one after the other; raises those that are errors."""
 
-    def __init__(self, *places: StandIn | SollolError) -> None:
-        self._places = iter(places)
-        self.door = Gate(1)
-        self.told: list[StandIn] = []
+    def __init__(self, *coordinators: StandIn | SollolError) -> None:
+        self._coordinators = iter(coordinators)
+        self.only_gate = Gate(1)
+        self.reported: list[StandIn] = []
 
     def gate(self, _: Route) -> Gate:
-        return self.door
+        return self.only_gate
 
     async def get(self, _: Route) -> tuple[StandIn, float | None]:
-        place = next(self._places)
-        if isinstance(place, SollolError):
-            raise place
-        return place, None
+        coordinator = next(self._coordinators)
+        if isinstance(coordinator, SollolError):
+            raise coordinator
+        return coordinator, None
 
     def lost_workers(self, _: Route) -> frozenset[str]:
         return frozenset({"w:1"})
 
     def report_continued(self, _route: Route, _tokens: int, coordinator: StandIn) -> None:
-        self.told.append(coordinator)
+        self.reported.append(coordinator)
 
 
 async def answered(pool: StandInPool, *, timeout_s: float = 60, reads_for_s: float = 0) -> list[Chunk]:
@@ -111,16 +111,16 @@ async def answered(pool: StandInPool, *, timeout_s: float = 60, reads_for_s: flo
     return chunks
 
 
-def test_an_answer_goes_on_where_the_next_coordinator_ends_before_it_is_asked() -> None:
+def test_an_answer_continues_where_the_next_coordinator_ends_before_it_is_used() -> None:
     ending, last = StandIn(takes_requests=False), StandIn(piece("lo"), piece("", done=True))
     pool = StandInPool(StandIn(piece("Hel")), ending, last)
     chunks = asyncio.run(answered(pool))
     assert "".join(chunk["message"]["content"] for chunk in chunks) == "Hello"
-    assert pool.told == [ending, last]
-    assert (last.leases, pool.door.running) == (0, 0)
+    assert pool.reported == [ending, last]
+    assert (last.leases, pool.only_gate.running) == (0, 0)
 
 
-def test_an_answer_under_way_is_kept_where_the_next_coordinator_ends_and_no_other_starts() -> None:
+def test_a_running_answer_is_kept_where_the_next_coordinator_ends_and_no_other_starts() -> None:
     gone = WorkersUnavailableError("no worker is left")
     pool = StandInPool(StandIn(piece("Hel")), StandIn(takes_requests=False), gone)
     with pytest.raises(
@@ -128,19 +128,19 @@ def test_an_answer_under_way_is_kept_where_the_next_coordinator_ends_and_no_othe
     ) as caught:
         asyncio.run(answered(pool))
     assert caught.value.state is not None
-    assert pool.door.running == 0
+    assert pool.only_gate.running == 0
 
 
 @pytest.mark.parametrize("error", [WorkersUnavailableError("no worker"), CoordinatorTimeoutError("not ready")])
-def test_a_request_that_waited_is_told_why_no_coordinator_starts_for_it(error: SollolError) -> None:
+def test_a_request_that_waited_fails_with_the_reason_why_no_coordinator_starts(error: SollolError) -> None:
     pool = StandInPool(StandIn(takes_requests=False), error)
     with pytest.raises(type(error)) as caught:
         asyncio.run(answered(pool))
     assert caught.value is error
-    assert pool.told == []
+    assert pool.reported == []
 
 
-def test_an_answer_done_in_time_stays_so_however_long_its_reader_takes_over_its_end() -> None:
+def test_an_answer_done_in_time_does_not_time_out_however_slow_its_reader_is() -> None:
     pool = StandInPool(StandIn(piece("Hello", done=True)))
     assert len(asyncio.run(answered(pool, timeout_s=0.05, reads_for_s=0.2))) == 1
 
@@ -154,13 +154,13 @@ def test_an_answer_not_done_in_time_is_cancelled() -> None:
     pool = StandInPool(Silent())
     with pytest.raises(RequestTimeoutError, match=r"did not finish within 0\.05 s"):
         asyncio.run(answered(pool, timeout_s=0.05))
-    assert pool.door.running == 0
+    assert pool.only_gate.running == 0
 
 
 # --- seen from the router -----------------------------------------------------------------------
 
 
-def test_an_answer_that_is_interrupted_again_is_resumed_for_the_same_schema_and_place(
+def test_an_answer_that_is_interrupted_again_is_resumed_for_the_same_schema_and_backend(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async def interrupted(*_: Any, **__: Any) -> AsyncGenerator[Chunk, None]:
@@ -181,20 +181,20 @@ def test_an_answer_that_is_interrupted_again_is_resumed_for_the_same_schema_and_
     assert list(rows.priority) == [7, 8]
 
 
-def test_a_stream_says_where_it_runs_each_time_that_it_changes_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_has_routing_each_time_that_its_server_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     async def moving(_pool: object, _route: object, record: RequestRecord, *_: Any, **__: Any) -> Any:
-        record.place = "http://a"
+        record.server_url = "http://a"
         yield piece("H")
         yield piece("e")
-        record.place = "http://b"
+        record.server_url = "http://b"
         yield piece("l")
         yield piece("lo")
         yield piece("", done=True)
 
-    async def places(router: hybrid_router.HybridRouter) -> list[str | None]:
+    async def urls(router: hybrid_router.HybridRouter) -> list[str | None]:
         stream = router.stream("demo", "Hi", backend="local")
         return [chunk.get("_routing", {}).get("coordinator_url") async for chunk in stream]
 
     monkeypatch.setattr(active_request, "stream_answer", moving)
     with HybridRouter(auto_discover_rpc=False) as router:
-        assert run(places(router._async)) == ["http://a", None, "http://b", None, "http://b"]
+        assert run(urls(router._async)) == ["http://a", None, "http://b", None, "http://b"]

@@ -17,7 +17,7 @@ FINAL = {
 }
 
 
-def test_row_of_an_answer_has_what_its_last_chunk_and_its_plan_tell() -> None:
+def test_row_of_an_answer_has_the_figures_of_its_last_chunk_and_plan() -> None:
     record = RequestRecord("m")
     record.priority = 8
     record.plan = {"predicted_token_ms": 24.5}
@@ -50,7 +50,7 @@ def test_plan_without_a_prediction_leaves_it_out() -> None:
     assert record.row("ok").predicted_ms_per_token is None
 
 
-def test_failovers_are_told_in_detail() -> None:
+def test_row_has_the_details_of_failovers() -> None:
     record = RequestRecord("m")
     record.set_sent()
     record.add_chunk({"message": {"content": "half"}})
@@ -60,26 +60,26 @@ def test_failovers_are_told_in_detail() -> None:
 
     row = record.row("cancelled")
 
-    (told,) = json.loads(row.failover_details)
+    (failover,) = json.loads(row.failover_details)
     assert row.failovers == 1
     assert row.partial_text == "half more"
-    assert told == record.routing()["failovers"][0]
-    assert (told["what"], told["tokens_before"]) == ("the coordinator ended", 3)
-    assert told["lost_workers"] == ["a:1", "b:2"]
+    assert failover == record.routing()["failovers"][0]
+    assert (failover["what"], failover["tokens_before"]) == ("the coordinator ended", 3)
+    assert failover["lost_workers"] == ["a:1", "b:2"]
     assert isinstance(row, LatencyRow)
 
 
-def test_a_record_told_in_a_chunk_stays_as_it_was() -> None:
+def test_routing_of_a_chunk_does_not_change_later() -> None:
     record = RequestRecord("m")
     record.set_sent()
-    told = record.routing()
+    routing = record.routing()
     record.add_failover("the coordinator ended", 3)
 
-    assert told["failovers"] == []
+    assert routing["failovers"] == []
     assert len(record.routing()["failovers"]) == 1
 
 
-def test_what_ollama_took_after_the_request_was_sent_is_not_taken_off_the_routers_own_time() -> None:
+def test_time_that_ollama_needs_after_the_request_was_sent_does_not_reduce_the_router_overhead() -> None:
     record = RequestRecord("m")
     record.set_sent()
     overhead_ms = record.router_overhead_ms
@@ -90,7 +90,7 @@ def test_what_ollama_took_after_the_request_was_sent_is_not_taken_off_the_router
     assert overhead_ms > 0
 
 
-def test_a_node_that_tells_its_failovers_twice_has_each_counted_once() -> None:
+def test_failovers_that_a_node_reports_twice_count_once() -> None:
     record = RequestRecord("m")
     for _ in range(2):
         record.set_node({"node": "http://b:1", "failovers": [{"what": "a was lost"}]})

@@ -66,7 +66,7 @@ SCHEMAS = pytest.mark.parametrize(
 
 @SCHEMAS
 @pytest.mark.parametrize("model", ["demo", "demo:sharded"])
-def test_an_answer_is_of_its_schema(
+def test_an_answer_matches_its_schema(
     router: HybridRouter, model: str, schema: Any, fits: Callable[[Any], bool]
 ) -> None:
     answer = router.route_request(model, QUESTION, schema=schema, temperature=0, max_tokens=300)
@@ -76,7 +76,7 @@ def test_an_answer_is_of_its_schema(
 
 @SCHEMAS
 @pytest.mark.ollama
-def test_an_answer_of_ollama_is_of_its_schema(
+def test_an_answer_of_ollama_matches_its_schema(
     ollama: OllamaServer, schema: Any, fits: Callable[[Any], bool]
 ) -> None:
     with HybridRouter(OllamaPool([f"127.0.0.1:{ollama.port}"]), auto_discover_rpc=False) as mine:
@@ -85,12 +85,12 @@ def test_an_answer_of_ollama_is_of_its_schema(
     assert fits(answer.value)
 
 
-def test_a_streamed_answer_keeps_to_the_schema_too(router: HybridRouter) -> None:
+def test_a_streamed_answer_matches_the_schema_too(router: HybridRouter) -> None:
     chunks = router.stream("demo", QUESTION, schema=TURN, temperature=0, max_tokens=300)
     assert json.loads("".join(chunk["message"]["content"] for chunk in chunks)).keys() == {"side", "sure"}
 
 
-def test_an_answer_cut_before_it_fits_says_so_and_is_kept(router: HybridRouter) -> None:
+def test_an_answer_cut_before_it_matches_says_so_and_is_kept(router: HybridRouter) -> None:
     with pytest.raises(StructureError) as caught:
         router.route_request("demo", QUESTION, schema=TURN, temperature=0, max_tokens=2)
     error = caught.value
@@ -118,13 +118,13 @@ def test_an_answer_that_a_class_refuses_says_why_and_is_kept(router: HybridRoute
     assert caught.value.completion.routing["backend"] == "llama.cpp-local"
 
 
-def test_a_call_of_tools_is_no_misfit() -> None:
+def test_a_tool_call_is_not_checked_against_the_schema() -> None:
     call = {"function": {"name": "look", "arguments": {}}}
     completion = Completion(message={"role": "assistant", "content": "", "tool_calls": [call]}, done=True)
     assert checked_against_schema(completion, TURN) is completion
 
 
-def test_an_interrupted_answer_is_resumed_where_it_was_asked_for_and_checked(engine: Engine) -> None:
+def test_an_interrupted_answer_is_resumed_on_its_backend_and_checked(engine: Engine) -> None:
     flips = {"type": "array", "items": {"type": "boolean"}, "minItems": 60, "maxItems": 60}
     asked: dict[str, Any] = {"backend": "sharded", "schema": flips, "temperature": 0, "max_tokens": 1500}
     # With a context of its own, so that no coordinator of other tests is adopted.
