@@ -1,8 +1,8 @@
-"""Values, numbers and what models write, as text and colors. Pure.
+"""Values, numbers and what models write, as text and colours. Pure.
 
 - `tables.py`: Markdown tables, and numbers, bytes and durations as people read them.
 - `readable.py`, `readable_figures.py`: Python values, and matplotlib figures, as text that a model can read.
 - `expansion.py`: `{{ expression }}` in a text, replaced by its value.
 - `safe_markdown.py`: Markdown from a model, so that nothing in it runs or is fetched.
-- `palette.py`: the colors of the cluster and of all plots.
+- `palette.py`: the colours of the cluster and of all plots.
 """

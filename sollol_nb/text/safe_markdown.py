@@ -1,8 +1,8 @@
-"""Markdown that a model wrote, so that nothing of it runs or is fetched, however a frontend reads it.
+"""Markdown that a model wrote, made safe: nothing in it runs or is fetched, however a frontend parses it.
 
-Frontends run scripts in the Markdown of a cell that its user has executed. So HTML is shown as text, outside of
-code where it is text anyway, links that are scripts go nowhere, and no image is fetched from an address that a
-model made up. Source of the syntax: CommonMark 0.31 (fenced code, code spans, HTML blocks, links).
+Frontends run scripts in the Markdown of a cell that the user has executed. So HTML outside of code is shown as
+text, links to scripts lead nowhere, and no image is fetched from an address that a model made up. Source of the
+syntax: CommonMark 0.31 (fenced code, code spans, HTML blocks, links).
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from collections.abc import Iterator
 
 _FENCE = re.compile(r"^ {0,3}(?P<marks>`{3,}|~{3,})(?P<info>[^\n]*)$", re.MULTILINE)
 _LANGUAGE = re.compile(r"[\w+#.-]*")
-# What begins a tag, or a character by number or in a scheme; an image, which is fetched unasked; a link's
-# definition that has a title, which may go on over blank lines; an address that is a script; and what JupyterLab
-# puts where a formula was. It puts formulas back unchecked, into addresses too, where a quote ends the attribute.
+# The beginning of a tag, or of a character reference; an image, which is fetched at once; a link's definition
+# with a title, which may span blank lines; an address that is a script; and the mark that JupyterLab puts in
+# place of a formula. It puts formulas back unchecked, also into addresses, where a quote ends the attribute.
 _DANGER = (
     r"<(?=[a-z/!?])|&(?=#|(?:tab|newline|colon);)|!(?=\[)|\](?=:\s*(?:<[^\n>]*>|\S+)\s+[\"'(])|@(?=\\*@)"
     r"|(?:javascript|vbscript)(?=[\s\\]*:)|data(?=[\s\\]*:\s*(?:text|application|image/svg))"
 )
 _ADDRESS = re.compile(r"\][(:]|://|www\.", re.IGNORECASE)
 _IN_CODE = re.compile(_DANGER, re.IGNORECASE)
-# Code spans on one line, tags that are harmless and common in tables, links; then dangers.
+# Code spans on one line, tags that are harmless and common in tables, links; then dangerous parts.
 _SPAN_OR_DANGER = re.compile(
     r"(?<![\\`])(?P<ticks>`+)(?!`)(?P<code>[^\n]+?)(?<!`)(?P=ticks)(?!`)"
     r"|</?(?:br|sub|sup) ?/?>"
@@ -29,7 +29,7 @@ _SPAN_OR_DANGER = re.compile(
     rf"|(?P<danger>{_DANGER})|(?P<quote>\")",
     re.IGNORECASE,
 )
-# nbconvert lets a formula go on over blank lines and fences. These cannot: one line, or one that begins a line.
+# In nbconvert a formula may span blank lines and fences. These cannot: on one line, or beginning a line.
 _FORMULA = re.compile(
     r"(?<![\\$])\$\$[^$\n]*[^$\n\\]\$\$(?!\$)|^\$\$[^$]*[^$\\]\$\$(?!\$)|(?P<open>\$(?=\$)|\\(?=begin|\\\[))",
     re.MULTILINE | re.IGNORECASE,
@@ -38,7 +38,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def parts_of(text: str) -> Iterator[tuple[bool, str]]:
-    """(is it fenced code, text) of the parts of a Markdown text, in order; fences belong to the code."""
+    """The parts of a Markdown text in order, as (whether it is fenced code, text); fences belong to the code."""
     begin = at = 0
     opening: re.Match[str] | None = None
     while (fence := _FENCE.search(text, at)) is not None:
@@ -55,7 +55,7 @@ def parts_of(text: str) -> Iterator[tuple[bool, str]]:
 
 
 def open_fence(text: str) -> str:
-    """The line that opened a code block which the text does not close; "" if all are closed."""
+    """The opening line of a code block that the text does not close; "" if all are closed."""
     is_code, last = list(parts_of(text))[-1]
     fence = _FENCE.match(last) if is_code else None
     return fence[0].strip() if fence else ""
@@ -64,40 +64,40 @@ def open_fence(text: str) -> str:
 def safe_markdown(text: str) -> str:
     """The text with its HTML shown as text, and an open code block closed.
 
-    Frontends do not agree on where code begins and ends. So code blocks with tags in them are written anew where
-    none can take them for anything else, and code spans with tags as what they look like, free of any syntax.
+    Frontends disagree on where code begins and ends. So code blocks that contain tags are rewritten in a form that
+    every frontend reads as code, and code spans that contain tags as plain characters without any syntax.
     """
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     parts = list(parts_of(text))
     may_have_formulas = "$" in text or "\\" in text
     risky = any(is_code and _is_risky(part, may_have_formulas) for is_code, part in parts)
-    write = _block_apart if risky else _block_as_it_is
+    write = _separated_block if risky else _unchanged_block
     safe = ""
     for is_code, part in parts:
         if is_code:
             safe = write(safe, part)
         else:
-            text_part = _disarmed(part, may_have_formulas)
+            text_part = _with_html_as_text(part, may_have_formulas)
             safe += _with_closed_formulas(text_part) if risky else text_part
     return safe
 
 
 def _is_risky(block: str, may_have_formulas: bool) -> bool:
-    """Whether a code block could do something, were it not taken for code."""
+    """Whether a code block would be dangerous if a frontend did not read it as code."""
     language = block.partition("\n")[0].strip().lstrip("`~").strip()
     quotes_in_addresses = may_have_formulas and '"' in block and _ADDRESS.search(block)
     return bool(_IN_CODE.search(block) or quotes_in_addresses) or not _LANGUAGE.fullmatch(language)
 
 
-def _block_apart(before: str, block: str) -> str:
-    """The text before and a code block that is out of all lists and quotes."""
+def _separated_block(before: str, block: str) -> str:
+    """The text before, and the code block outside of all lists and quotes."""
     language, code = code_in(block)
     code = re.sub(rf"^ {{1,{_indent(block)}}}", "", code, flags=re.MULTILINE) if _indent(block) else code
     return f"{before}\n\n{fenced(code, language)}\n\n".lstrip("\n")
 
 
-def _block_as_it_is(before: str, block: str) -> str:
-    # The blank line ends a formula that was begun before.
+def _unchanged_block(before: str, block: str) -> str:
+    # The blank line ends a formula that began before.
     between = "" if not before or before.endswith("\n\n") else "\n"
     fence = open_fence(block)
     return f"{before}{between}{block}" + (f"\n{' ' * _indent(block)}{_marks(fence)}" if fence else "")
@@ -107,10 +107,10 @@ def _indent(block: str) -> int:
     return len(block) - len(block.lstrip(" "))
 
 
-def _disarmed(text: str, may_have_formulas: bool) -> str:
-    """What is not fenced code, with its HTML shown as text."""
+def _with_html_as_text(text: str, may_have_formulas: bool) -> str:
+    """Text that is not fenced code, with its HTML shown as text."""
 
-    def disarmed(match: re.Match[str]) -> str:
+    def replacement(match: re.Match[str]) -> str:
         if (code := match["code"]) is not None:
             is_risky = _IN_CODE.search(code) or (may_have_formulas and '"' in code)
             return f"<code>{_by_number(code)}</code>" if is_risky else match[0]
@@ -119,24 +119,24 @@ def _disarmed(text: str, may_have_formulas: bool) -> str:
         if not match["danger"]:
             return match[0]
         if match[0].isalpha():
-            return f"{match[0]}\u200b"  # no scheme has such a space in it
+            return f"{match[0]}\u200b"  # a space without width: no scheme contains one
         return {"<": "&lt;", "&": "&amp;"}.get(match[0], f"&#{ord(match[0])};")
 
-    return _SPAN_OR_DANGER.sub(disarmed, text)
+    return _SPAN_OR_DANGER.sub(replacement, text)
 
 
 def _with_closed_formulas(text: str) -> str:
-    """The text, with what could begin a formula that ends in a later part as what it looks like."""
+    """The text, with every character escaped that could open a formula which a later part closes."""
     return _FORMULA.sub(lambda match: f"&#{ord(match[0])};" if match["open"] else match[0], text)
 
 
 def _by_number(text: str) -> str:
-    """The text with each character that could mean something as its number."""
-    return "".join(one if one.isalnum() or one == " " else f"&#{ord(one)};" for one in text)
+    """The text with every character that could be syntax as a numeric reference."""
+    return "".join(char if char.isalnum() or char == " " else f"&#{ord(char)};" for char in text)
 
 
 def printable(text: str) -> str:
-    """The text without characters that steer a terminal."""
+    """The text without control characters for terminals."""
     return _CONTROL.sub("", text)
 
 
@@ -145,7 +145,7 @@ def _marks(fence: str) -> str:
 
 
 def code_in(text: str) -> tuple[str, str]:
-    """Language and text of the first fenced code block; `("", text)` without one."""
+    """Language and code of the first fenced code block; `("", text)` without one."""
     for is_code, part in parts_of(text):
         if is_code:
             first, _, rest = part.partition("\n")
@@ -157,7 +157,7 @@ def code_in(text: str) -> tuple[str, str]:
 
 
 def fenced(text: str, language: str = "") -> str:
-    """A text as a fenced code block, whatever fences it holds."""
+    """A text as a fenced code block, even if it contains fences."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     marks = "`" * max(3, longest + 1)
     word = _LANGUAGE.match(language)

@@ -1,4 +1,4 @@
-"""Markdown tables, written and read, and numbers, units and texts as people read them.
+"""Markdown tables, written and parsed, and numbers, units and texts as people read them.
 
 Source of the format: GitHub Flavored Markdown, section 4.10 (a header row, a delimiter row of dashes, cells
 between pipes, `\\|` for a pipe in a cell).
@@ -15,15 +15,15 @@ _BINARY_STEPS = ("KiB", "MiB", "GiB", "TiB", "PiB")
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Texts as a Markdown table; pipes and line ends in them are escaped."""
+    """A Markdown table of texts; pipes and line ends in them are escaped."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(map(escaped, line)) + " |" for line in lines)
 
 
 def parse_markdown_table(text: str) -> tuple[list[str], list[list[str]]] | None:
-    """Header and rows of the first Markdown table in a text, None without one.
+    """Header and rows of the first Markdown table in a text; None without one.
 
-    Each row is as long as the header: cells beyond it are dropped, and those that lack are empty.
+    Each row is as long as the header: surplus cells are dropped, missing ones are empty.
     """
     lines = text.splitlines()
     for position in range(1, len(lines)):
@@ -53,17 +53,17 @@ def _cells(line: str) -> list[str]:
 
 
 def escaped(text: str) -> str:
-    """A text as it can stand in a cell."""
+    """A text escaped for a cell."""
     return "<br>".join(text.replace("|", "\\|").splitlines())
 
 
 def shortened(text: str, limit_chars: int) -> str:
-    """The text, its end replaced by `…` if it is longer than this."""
+    """The text; if it is longer than the limit, `…` replaces its end."""
     return text if len(text) <= limit_chars else text[: limit_chars - 1] + "…"
 
 
 def compact_number(value: float) -> str:
-    """A float with six significant digits, or all digits before the point if these are more."""
+    """A float with six significant digits, or all digits of its integer part if there are more."""
     if value != value:
         return "NaN"
     return f"{value:.0f}" if 1e6 <= abs(value) < 1e15 else f"{value:.6g}"
@@ -86,7 +86,7 @@ def format_bytes(count: int) -> str:
 
 
 def format_ms(duration_ms: float) -> str:
-    """A duration of milliseconds, in seconds from one second on: `1.2 ms`, `348 ms`, `1.5 s`, `123 s`."""
+    """A duration, in seconds if it is one second or longer: `1.2 ms`, `348 ms`, `1.5 s`, `123 s`."""
     if duration_ms < 999.5:
         return f"{duration_ms:.{1 if duration_ms < 9.95 else 0}f} ms"
     return f"{duration_ms / 1000:,.{1 if duration_ms < 99_950 else 0}f} s"

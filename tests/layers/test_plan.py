@@ -411,23 +411,6 @@ def test_even_counts_differ_by_one_at_most() -> None:
             assert counts == sorted(counts, reverse=True)
 
 
-@pytest.mark.parametrize(
-    ("count", "words"),
-    [
-        (0, "0 B"),
-        (1023, "1023 B"),
-        (1024, "1.0 KiB"),
-        (1536, "1.5 KiB"),
-        (2**20 - 1, "1.0 MiB"),
-        (14_173_392_077, "13.2 GiB"),
-        (2**60, "1024.0 PiB"),
-        (-2048, "-2.0 KiB"),
-    ],
-)
-def test_bytes_are_told_in_units_people_read(count: int, words: str) -> None:
-    assert format_bytes(count) == words
-
-
 def test_a_wider_model_and_a_longer_context_reserve_more() -> None:
     base = model_load(TWELVE, 4096)
     assert model_load(TWELVE, 8192).reserve_bytes > base.reserve_bytes

@@ -21,7 +21,7 @@ import pytest
 
 from sollol_nb.chat.completion import Completion
 from sollol_nb.text.readable import readable
-from sollol_nb.text.tables import compact_number, markdown_table, parse_markdown_table
+from sollol_nb.text.tables import parse_markdown_table
 
 mpl.use("agg")
 import matplotlib.pyplot as plt
@@ -469,31 +469,3 @@ def test_libraries_are_not_imported_for_values_that_are_not_theirs() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-@pytest.mark.parametrize(
-    ("number", "text"),
-    [
-        (0.0, "0"),
-        (-0.000123456789, "-0.000123457"),
-        (123456.789, "123457"),
-        (1234567.891, "1234568"),
-        (1e15, "1e+15"),
-        (float("inf"), "inf"),
-        (float("nan"), "NaN"),
-    ],
-)
-def test_numbers_are_compact(number: float, text: str) -> None:
-    assert compact_number(number) == text
-
-
-def test_tables_survive_writing_and_reading() -> None:
-    header, rows = ["a|b", "ü"], [["1", ""], ["x | y", "z"]]
-    assert parse_markdown_table(f"Here:\n\n{markdown_table(header, rows)}\n\nDone.") == (header, rows)
-
-
-@pytest.mark.parametrize(
-    "text", ["", "| a | b |", "a | b\n1 | 2", "| a | b |\n|---|\n| 1 | 2 |", "title\n---\ntext", "|\n|"]
-)
-def test_what_is_no_table_is_none(text: str) -> None:
-    assert parse_markdown_table(text) is None
