@@ -252,7 +252,7 @@ def _frame_of_texts(header: Sequence[str], rows: Sequence[Sequence[str]]) -> pd.
 
 
 def _typed(texts: Sequence[str]) -> list[Any]:
-    """Numbers or booleans if all texts are such, with None where one is missing; otherwise the texts."""
+    """The texts as numbers or booleans if all of them can be, with None for missing ones; otherwise unchanged."""
     present = [text for text in texts if text.lower() not in _MISSING]
     if present and all(any(map(str.isdigit, text)) and _NUMBER.fullmatch(text) for text in present):
         plain = [text.replace(",", "") if text.lower() not in _MISSING else None for text in texts]

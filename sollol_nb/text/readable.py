@@ -192,7 +192,7 @@ def _inline(value: Any, limit_chars: int) -> str:
     if isinstance(value, float):
         return compact_number(value)
     text = readable(value, limit_chars=max(limit_chars, 60))
-    return text.removesuffix(" 00:00:00")  # pandas keeps dates so
+    return text.removesuffix(" 00:00:00")  # pandas adds a time of day to dates
 
 
 # --- arrays -----------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """What if: one slider for each worker; it predicts memory and token time before the layout is applied.
 
 A slider holds its worker's units (blocks and output layer); 0 drops the worker. What one slider gains, its
-neighbours lose (`what_if.moved`), so the sliders always hold a whole layout.
+neighbours lose (`what_if.rebalance`), so the sliders always hold a whole layout.
 """
 
 from __future__ import annotations
