@@ -58,7 +58,7 @@ def measure(router: HybridRouter, seconds: float) -> None:
         if patch.get("workers", {}).get(lost[0], {}).get("state") == "down":
             down.set()
 
-    state = router._async.state
+    state = router.state
     whole = run_blocking(state.watch(listener))
     time.sleep(3.0)  # the first probes bring more changes than later ones
     sizes_bytes.clear()

@@ -15,6 +15,7 @@ from sollol_nb.batch.batch import Batch
 from sollol_nb.batch.store import BatchStore
 from sollol_nb.bench.bench import bench_blocking
 from sollol_nb.chat.chunk import Chunk
+from sollol_nb.cluster.state import ClusterState
 from sollol_nb.latency.log import LatencyLog
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.coordinators.settings import PoolSettings
@@ -155,6 +156,11 @@ class HybridRouter:
     def batch_store(self) -> BatchStore:
         """The answers of batches; `batch_store.clear()` forgets them."""
         return self._async.batch_store
+
+    @property
+    def state(self) -> ClusterState:
+        """The router's cluster, live, for watchers such as the widget."""
+        return self._async.state
 
     @property
     def events(self) -> EventBus:

@@ -6,16 +6,14 @@ import copy
 import json
 import time
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sollol_nb.chat.chunk import DROPPED, RESTARTED, Chunk, Failover, Routing
 from sollol_nb.chat.completion import Completion
 from sollol_nb.latency.schema import LatencyRow
+from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.models.files import DEMO_MODEL_PATH, DEMO_NOTE
 from sollol_nb.models.routing import Route
-
-if TYPE_CHECKING:
-    from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 
 
 class RequestRecord:

@@ -238,8 +238,7 @@ class Router:
         chunks = self.stream(
             model, messages, schema=schema, backend=backend, priority=priority, timeout=timeout, **options
         )
-        async with aclosing(chunks):
-            return checked_against_schema(Completion.from_chunks([chunk async for chunk in chunks]), schema)
+        return checked_against_schema(await _joined(chunks), schema)
 
     @io_bound_stream
     def stream(
@@ -290,8 +289,7 @@ class Router:
             raise ConfigError("resume() takes an AnswerInterruptedError of an answer that had begun; ask again")
         answer = Answer.from_state(interrupted.state)
         before: Chunk = {"message": {"role": "assistant", "content": answer.text, "thinking": answer.thinking}}
-        async with aclosing(self._resumed(answer, interrupted, priority, timeout)) as chunks:
-            whole = Completion.from_chunks([before, *[chunk async for chunk in chunks]])
+        whole = await _joined(self._resumed(answer, interrupted, priority, timeout), before)
         return checked_against_schema(whole, interrupted.schema)
 
     @io_bound_stream
@@ -481,6 +479,12 @@ class Router:
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
+
+
+async def _joined(chunks: AsyncGenerator[Chunk, None], *before: Chunk) -> Completion:
+    """The whole answer of a stream, after the chunks from before it."""
+    async with aclosing(chunks):
+        return Completion.from_chunks([*before, *[chunk async for chunk in chunks]])
 
 
 def _release(control: ClusterControl) -> None:

@@ -47,7 +47,7 @@ def is_down(watcher: Watcher, number: int) -> Callable[[], bool]:
 @contextmanager
 def watching(cluster: SimulatedCluster | HybridRouter) -> Iterator[Watcher]:
     watcher = Watcher()
-    state = cluster.state if isinstance(cluster, SimulatedCluster) else cluster._async.state
+    state = cluster.state
 
     async def begin() -> None:
         watcher.state = await state.watch(watcher)
@@ -402,7 +402,7 @@ def test_a_router_that_lets_its_engines_run_on_or_is_forgotten_is_closed_for_wat
     with watching(kept) as watcher:
         kept.close(keep=True)
         assert watcher.patches[-1] == {"closed": True}
-        assert not kept._async.state.is_watched
+        assert not kept.state.is_watched
 
     forgotten = AsyncHybridRouter(auto_discover_rpc=False)
     state, told = forgotten.state, Watcher()

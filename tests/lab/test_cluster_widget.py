@@ -131,11 +131,11 @@ def test_shown_twice_it_is_in_step_and_closed_outputs_free_it(page: LabPage) -> 
     page.ask('router().add_worker("127.0.0.1:9");')
     for cell in (4, again):
         expect(row(page, cell, "127.0.0.1:9")).to_have_attribute("data-state", "down")
-    assert page.ask("router()._async.state.is_watched") == "True"
+    assert page.ask("router().state.is_watched") == "True"
 
     for cell in (4, again):
         page.clear_output(cell)
-    waiting = "import time\nwhile router()._async.state.is_watched: time.sleep(0.05)\n"
+    waiting = "import time\nwhile router().state.is_watched: time.sleep(0.05)\n"
     assert page.ask(waiting + "widget") != ""
     shown = page.page.locator(".jp-Cell").count() - 1
     expect(row(page, shown, "127.0.0.1:9")).to_have_attribute("data-state", "down")

@@ -423,8 +423,8 @@ def test_a_strategy_and_a_keep_alive_hold_from_now_on(steered: ClusterWidget, ro
     steered.models.keep_alive.value = "1h"
     steered.models.keep.click()
     eventually(lambda: router.layer_strategy == "even", "the strategy is chosen")
-    settings = router._async._coordinators.settings
-    eventually(lambda: router._async._coordinators.settings.keep_alive_s == 3600.0, "keep_alive is set")
+    settings = router.settings
+    eventually(lambda: router.settings.keep_alive_s == 3600.0, "keep_alive is set")
     assert settings.layer_strategy == "even"
     assert "models that start from now on are spread by strategy 'even'" in words(router)
     router.configure(layer_strategy="memory_aware")
