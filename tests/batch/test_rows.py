@@ -114,7 +114,7 @@ def fails(_: Any) -> str:
         (
             [{"text": 1}],
             "{{ input }}",
-            "row 0: {{ input }}: there is no such variable, only Python's own",
+            "row 0: {{ input }}: this is Python's built-in function, not a variable",
         ),
         ([1, 0], "{{ 1 / item }}", "row 1: {{ 1 / item }}: ZeroDivisionError"),
         ([1], "{{ item", "{{ at line 1, column 1 is never closed by }}"),
