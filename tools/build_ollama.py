@@ -17,7 +17,7 @@ import filelock
 
 from sollol_nb.errors import EngineBuildError, SollolError
 from sollol_nb.llama_cpp.engine.build import fetch_source, remove_tree
-from sollol_nb.llama_cpp.engine.steps import BuildSteps, shown
+from sollol_nb.llama_cpp.engine.steps import BuildSteps, shown_progress
 from sollol_nb.llama_cpp.engine.tools import compiler_command, find_compiler, find_tool
 from sollol_nb.settings import config
 
@@ -28,13 +28,13 @@ CHECK_LIMIT_S = 60.0
 
 
 def ollama_path() -> Path:
-    """Where the built Ollama is, or will be."""
+    """Path of the built Ollama."""
     name = "ollama.exe" if sys.platform == "win32" else "ollama"
     return config.cache_dir() / "ollama" / VERSION / name
 
 
 def build_ollama() -> Path:
-    """Build Ollama unless it is there; the path of the program.
+    """Build Ollama unless it is built already; returns the path of the program.
 
     Raises:
         EngineBuildError: go or a C++ compiler is missing, or a step failed.
@@ -42,21 +42,23 @@ def build_ollama() -> Path:
     final = ollama_path()
     go = find_tool("go")
     final.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(final.parent / ".lock", timeout=BUILD_LIMIT_S), shown(None) as tell:
+    with filelock.FileLock(final.parent / ".lock", timeout=BUILD_LIMIT_S), shown_progress(None) as report:
         if final.exists():
             return final
         if go is None:
             raise EngineBuildError(
-                "no go found to build Ollama with; install Go 1.24 or newer from https://go.dev/dl"
+                "cannot build Ollama without Go; install Go 1.24 or newer from https://go.dev/dl"
             )
         if find_compiler() is None:
-            raise EngineBuildError(f"no C++ compiler found to build Ollama with; run: {compiler_command()}")
+            raise EngineBuildError(
+                f"cannot build Ollama without a C++ compiler; to install one: {compiler_command()}"
+            )
         work = Path(tempfile.mkdtemp(prefix=".build-", dir=final.parent))
         try:
-            steps = BuildSteps(config.log_dir() / "build-ollama.log", tell)
+            steps = BuildSteps(config.log_dir() / "build-ollama.log", report)
             fetch_source(work / "source", steps)
             headers = work / "source" / "vendor"
-            # What BuildSteps starts gets our environment. -O2 because Go's own default for C++ is slower code.
+            # BuildSteps passes our environment on. -O2, because Go's default for C++ makes slower code.
             os.environ |= {
                 "CGO_ENABLED": "1",
                 "CGO_CPPFLAGS": f"-I{headers}",
@@ -64,7 +66,7 @@ def build_ollama() -> Path:
                 "GOBIN": str(work / "bin"),
                 "GOFLAGS": "-buildvcs=false",
             }
-            tell("building Ollama (some minutes)", 0.1)
+            report("building Ollama (some minutes)", 0.1)
             steps.must_run(
                 "building Ollama",
                 *(go, "install", "-ldflags", f"-X {MODULE}/version.Version={VERSION}", f"{MODULE}@v{VERSION}"),
@@ -75,12 +77,12 @@ def build_ollama() -> Path:
             built.replace(final)
         finally:
             remove_tree(work)
-        tell(f"Ollama {VERSION} installed", 1.0)
+        report(f"Ollama {VERSION} installed", 1.0)
     return final
 
 
 def main() -> int:
-    """Build, and print where the program is."""
+    """Build Ollama, and print its path."""
     try:
         print(build_ollama())
     except SollolError as error:

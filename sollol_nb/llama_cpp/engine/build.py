@@ -1,14 +1,13 @@
 """Fetch llama.cpp at one pinned commit and build the two programs the package needs.
 
-A build runs in a temporary folder inside the cache (same file system), under one lock per engine: fetch,
-configure, build, pack, check, and only then one rename to `<cache>/engines/<key>/`. So a broken or interrupted
-build leaves no half engine, and of two kernels that need one at once only the first builds. An installed engine
-is `bin/` (programs and their shared libraries, which find each other wherever the folder is moved) and
-`engine.json`, which says what it is.
+A build runs in a temporary folder inside the cache folder (same file system), under one lock per engine: fetch,
+configure, build, pack, check, and finally one rename to `<cache>/engines/<key>/`. So a failed or interrupted build
+leaves no partial engine, and if two kernels need one at the same time, only the first builds it. An installed
+engine is `bin/` (programs and their shared libraries, which find each other wherever the folder is moved) and
+`engine.json`, which describes it.
 
-The source is the git commit below or, where the git host is out of reach, the `llama-cpp-python` sdist from
-the Python index that pip is configured for. The sdist carries that very commit, so both speak the same RPC
-protocol.
+The source is the git commit below or, if the git host is not reachable, the `llama-cpp-python` sdist from the
+Python index that pip is configured for. The sdist contains the same commit, so both speak the same RPC protocol.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ import filelock
 import psutil
 
 from sollol_nb.errors import EngineBuildError, EngineError
-from sollol_nb.llama_cpp.engine.steps import BuildSteps, Progress, build_share, shown
+from sollol_nb.llama_cpp.engine.steps import BuildSteps, Progress, build_share, shown_progress
 from sollol_nb.llama_cpp.engine.tools import BuildTools, choose_backend, cmake_options, find_build_tools, find_tool
 from sollol_nb.settings import config
 
@@ -57,22 +56,22 @@ _SHARED_LIBRARY = re.compile(r"\.(so(\.\d+)*|dylib|dll)$")
 
 
 FetchSource = Callable[[Path, BuildSteps], str]
-"""Puts llama.cpp's source tree into a folder and says where it is from."""
+"""Puts llama.cpp's source tree into a folder and returns its origin."""
 
 
 def engines_folder() -> Path:
-    """Where engines are installed, one folder each."""
+    """The folder of the installed engines, one folder each."""
     return config.cache_dir() / "engines"
 
 
 def installed_folders() -> list[Path]:
-    """`bin` folders of the engines of this version in the cache, the last installed or chosen first."""
+    """`bin` folders of the installed engines of this version, the most recently installed or chosen first."""
     records = engines_folder().glob(f"llama.cpp-{VERSION}-*/engine.json")
     return [path.parent / "bin" for path in sorted(records, key=_modified_ns, reverse=True)]
 
 
 def read_record(bin_folder: Path) -> dict[str, Any]:
-    """What `engine.json` says of an installed engine: version, commit, backend, source, protocol."""
+    """`engine.json` of an installed engine: version, commit, backend, source, protocol; empty if there is none."""
     try:
         record = json.loads((bin_folder.parent / "engine.json").read_text())
     except (OSError, ValueError):
@@ -88,36 +87,36 @@ def build_engine(
     progress: Progress | None = None,
     fetch: FetchSource | None = None,
 ) -> Path:
-    """Build and install the engine unless a working one is there; the `bin` folder it is in.
+    """Build and install the engine, unless a working one is installed; returns its `bin` folder.
 
     Args:
-        backend: one of `tools.BACKENDS`; None takes the GPU toolkit found here, else the CPU.
+        backend: one of `tools.BACKENDS`; by default that of the GPU toolkit found here, else `cpu`.
         check: takes a `bin` folder, returns the RPC protocol, raises EngineError if the engine does not work.
         force: build even if a working engine is installed.
-        progress: told of every step; None shows a progress bar.
-        fetch: where the source comes from; None is git, then the sdist.
+        progress: called at every step; by default a progress bar.
+        fetch: fetches the source; by default from git, else from the sdist.
 
     Raises:
-        ConfigError: no such backend.
-        EngineBuildError: something needed is missing, or a step failed.
+        ConfigError: there is no such backend.
+        EngineBuildError: a tool is missing, or a step failed.
     """
     chosen = choose_backend(backend)
     key = f"llama.cpp-{VERSION}-{chosen}"
     final = engines_folder() / key
-    with shown(progress) as tell:
+    with shown_progress(progress) as report:
         try:
             final.parent.mkdir(parents=True, exist_ok=True)
             limit_s = BUILD_LIMIT_S if chosen in ("cpu", "metal") else GPU_BUILD_LIMIT_S
-            with _locked(final.parent / f".{key}.lock", FETCH_LIMIT_S + CONFIGURE_LIMIT_S + limit_s, tell):
+            with _locked(final.parent / f".{key}.lock", FETCH_LIMIT_S + CONFIGURE_LIMIT_S + limit_s, report):
                 if not force and _works(final, check):
-                    (final / "engine.json").touch()  # the one chosen last is found first
+                    (final / "engine.json").touch()  # the most recently chosen engine is found first
                     return final / "bin"
-                for dead in final.parent.glob(f".build-{key}-*"):
-                    remove_tree(dead)
+                for leftover in final.parent.glob(f".build-{key}-*"):
+                    remove_tree(leftover)
                 tools = find_build_tools()
                 work = Path(tempfile.mkdtemp(prefix=f".build-{key}-", dir=final.parent))
                 try:
-                    steps = BuildSteps(config.log_dir() / f"build-{key}.log", tell)
+                    steps = BuildSteps(config.log_dir() / f"build-{key}.log", report)
                     source = (fetch or fetch_source)(work / "source", steps)
                     _compile(work, tools, cmake_options(chosen, tools, commit=VERSION), limit_s, steps)
                     _pack(work)
@@ -128,17 +127,17 @@ def build_engine(
                     _swap_in(work, final)
                 finally:
                     remove_tree(work)
-            tell(f"llama.cpp {VERSION} ({chosen}) installed", 1.0)
+            report(f"llama.cpp {VERSION} ({chosen}) installed", 1.0)
         except OSError as error:
-            raise EngineBuildError(f"installing llama.cpp into {final.parent} failed: {error}") from error
+            raise EngineBuildError(f"installing llama.cpp in {final.parent} failed: {error}") from error
     return final / "bin"
 
 
 def fetch_source(into: Path, steps: BuildSteps) -> str:
-    """llama.cpp at the pinned commit from git, else from the sdist; returns `git` or `sdist`.
+    """Fetch llama.cpp at the pinned commit from git, else from the sdist; returns `git` or `sdist`.
 
     Raises:
-        EngineBuildError: neither can be had.
+        EngineBuildError: neither is available.
     """
     if _fetch_git(into, steps):
         return "git"
@@ -151,11 +150,11 @@ def _fetch_git(into: Path, steps: BuildSteps) -> bool:
     host = urlsplit(GIT_URL).hostname or GIT_URL
     git = find_tool("git")
     if git is None:
-        steps.progress("no git here: taking llama.cpp from the Python index", None)
+        steps.progress("git is not installed; fetching llama.cpp from the Python index", None)
         return False
-    steps.progress(f"asking {host}", 0.0)
+    steps.progress(f"contacting {host}", 0.0)
     if steps.run(git, "ls-remote", "--exit-code", GIT_URL, "HEAD", limit_s=GIT_PROBE_LIMIT_S) != 0:
-        steps.progress(f"{host} is out of reach: taking llama.cpp from the Python index", None)
+        steps.progress(f"{host} is not reachable; fetching llama.cpp from the Python index", None)
         return False
     steps.progress("fetching llama.cpp with git", 0.0)
     commands: tuple[tuple[str | Path, ...], ...] = (
@@ -163,10 +162,10 @@ def _fetch_git(into: Path, steps: BuildSteps) -> bool:
         ("-C", into, "fetch", "--quiet", "--depth", "1", GIT_URL, GIT_COMMIT),
         ("-C", into, "-c", "core.autocrlf=false", "checkout", "--quiet", GIT_COMMIT),
     )
-    # Asked for by its hash, the commit is verified by git itself: another tree has another hash.
+    # git verifies a commit that is fetched by its hash: another tree has another hash.
     for command in commands:
         if steps.run(git, *command, limit_s=FETCH_LIMIT_S) != 0:
-            steps.progress("git could not fetch llama.cpp: taking it from the Python index", None)
+            steps.progress("git could not fetch llama.cpp; fetching it from the Python index", None)
             return False
     return True
 
@@ -174,7 +173,7 @@ def _fetch_git(into: Path, steps: BuildSteps) -> bool:
 def _fetch_sdist(into: Path, steps: BuildSteps) -> None:
     if importlib.util.find_spec("pip") is None:
         raise EngineBuildError(
-            f"pip is needed to fetch the source of llama.cpp but is not in this Python ({sys.executable}); "
+            f"pip is needed to fetch llama.cpp, but this Python ({sys.executable}) has no pip; "
             "run: python -m ensurepip"
         )
     steps.progress("fetching llama.cpp from the Python index (77 MB)", 0.0)
@@ -187,24 +186,24 @@ def _fetch_sdist(into: Path, steps: BuildSteps) -> None:
     steps.must_run("fetching llama.cpp from the Python index", *pip, *what, "-d", download, limit_s=FETCH_LIMIT_S)
     archives = list(download.glob("*.tar.gz"))
     if len(archives) != 1:
-        raise EngineBuildError(f"pip fetched {len(archives)} archives of llama-cpp-python, not one")
+        raise EngineBuildError(f"pip fetched {len(archives)} archives of llama-cpp-python instead of one")
     unpack_sdist(archives[0], into, SDIST_SHA256)
     remove_tree(download)
 
 
 def unpack_sdist(archive: Path, into: Path, sha256: str) -> None:
-    """Unpack `<name>/vendor/llama.cpp` of a sdist into a folder, leaving out what no build needs.
+    """Unpack `<name>/vendor/llama.cpp` of an sdist into a folder, without what no build needs.
 
     Raises:
-        EngineBuildError: the archive is not the pinned one, or holds no llama.cpp.
+        EngineBuildError: the archive is not the pinned one, or contains no llama.cpp.
     """
     with archive.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != sha256:
-        raise EngineBuildError(f"{archive.name} has SHA-256 {found}, not the pinned {sha256}; not used")
+        raise EngineBuildError(f"{archive.name} has SHA-256 {found}, not the pinned {sha256}; it is not used")
     marker = "/vendor/llama.cpp/"
     with tarfile.open(archive) as tar:
-        # Python before 3.11.4 has no filters; the hash says the archive is the one we know.
+        # Python before 3.11.4 has no filters; there the hash alone guarantees the contents.
         tar.extraction_filter = getattr(tarfile, "data_filter", lambda member, path: member)
         members = []
         for member in tar.getmembers():
@@ -213,7 +212,7 @@ def unpack_sdist(archive: Path, into: Path, sha256: str) -> None:
                 member.name = inside
                 members.append(member)
         if not members:
-            raise EngineBuildError(f"{archive.name} holds no vendor/llama.cpp")
+            raise EngineBuildError(f"{archive.name} contains no vendor/llama.cpp")
         tar.extractall(into, members)  # noqa: S202 - pinned by hash, and filtered
 
 
@@ -236,9 +235,9 @@ def _compile(work: Path, tools: BuildTools, options: list[str], limit_s: float, 
 
 
 def _pack(work: Path) -> None:
-    """Move the programs and shared libraries to `engine/bin`, links as links."""
+    """Move the programs and shared libraries to `engine/bin`; links stay links."""
     built = work / "build" / "bin"
-    if (built / "Release").is_dir():  # Visual Studio's own layout
+    if (built / "Release").is_dir():  # the layout of Visual Studio
         built = built / "Release"
     packed = work / "engine" / "bin"
     packed.mkdir(parents=True)
@@ -266,7 +265,7 @@ def _works(folder: Path, check: Callable[[Path], str]) -> bool:
 
 
 def _swap_in(work: Path, final: Path) -> None:
-    """Put the finished engine in place; an old one moves into the work folder, which is removed after."""
+    """Move the finished engine to its folder, and an old one into the work folder, which is removed later."""
     old = work / "old"
     try:
         if final.exists():
@@ -279,14 +278,14 @@ def _swap_in(work: Path, final: Path) -> None:
 
 
 @contextmanager
-def _locked(path: Path, limit_s: float, tell: Progress) -> Iterator[None]:
-    """Hold the build's lock; say so once if another process holds it. The system frees a dead holder's."""
+def _locked(path: Path, limit_s: float, report: Progress) -> Iterator[None]:
+    """Hold the build's lock; report if another process holds it. The system releases a dead process's lock."""
     lock = filelock.FileLock(path)
     try:
         with suppress(filelock.Timeout):
             lock.acquire(timeout=0)
         if not lock.is_locked:
-            tell("another process is building llama.cpp; waiting for it", None)
+            report("another process is building llama.cpp; waiting for it", None)
             lock.acquire(timeout=limit_s)
         yield
     except filelock.Timeout:
@@ -298,7 +297,7 @@ def _locked(path: Path, limit_s: float, tell: Progress) -> Iterator[None]:
 
 
 def remove_tree(folder: Path) -> None:
-    """Remove a folder as far as possible; git's read-only files on Windows too."""
+    """Remove a folder as far as possible, including git's read-only files on Windows."""
     if sys.platform == "win32":
         for path in folder.rglob("*"):
             with suppress(OSError):

@@ -1,15 +1,14 @@
 """Find llama.cpp's two programs, check that they work together, or have them built.
 
 An engine is a pair: `llama-server` (the coordinator) and the RPC worker (`ggml-rpc-server`, in older builds
-`rpc-server`). A folder that the user names, as an argument or in `SOLLOL_LLAMA_CPP`, is the only one looked at:
-if it cannot be used, that is an error and never a reason to take another. Without one the usual places are
-tried in order: PATH, `~/llama.cpp/build/bin`, and the package's own cache.
+`rpc-server`). If the user names a folder, as an argument or in the setting `llama_cpp`, only that folder is
+searched: if it is not usable, that is an error, never a reason to use another one. Otherwise these are searched in
+order: PATH, `~/llama.cpp/build/bin`, and the package's cache folder.
 
-A pair is checked by letting it do what it is for: the worker is started on a free loopback port, and
-`llama-server --rpc <port> --list-devices` has to greet it and list its device. That finds a program that does
-not run here, one built without RPC, and two from different builds (another RPC protocol), whatever they print
-about themselves. The check takes about 0.1 s on the CPU and is remembered for as long as no file of the pair
-changes.
+The check is a real use of the pair: the worker is started on a free loopback port, and `llama-server --rpc <port>
+--list-devices` must connect to it and list its device. That detects a program that does not run here, one built
+without RPC, and two from different builds (another RPC protocol), whatever they print about themselves. The check
+takes about 0.1 s on the CPU; its result is kept until a file of the pair changes.
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sollol_nb.errors import EngineIncompatibleError, EngineNotFoundError
-from sollol_nb.llama_cpp.engine import build as engine_build
+from sollol_nb.llama_cpp.engine import build
 from sollol_nb.llama_cpp.engine.steps import Progress, end_process_tree
 from sollol_nb.settings import config
 from sollol_nb.settings.endpoints import LOOPBACK
 
 SERVER_NAME = "llama-server"
 WORKER_NAMES = ("ggml-rpc-server", "rpc-server")
-CHECK_LIMIT_S = 30.0  # a GPU's driver may take seconds to start
+CHECK_LIMIT_S = 30.0  # a GPU driver may take seconds to start
 INSTALL_COMMAND = "sollol-nb install"
 
 _CHECKOUT_FOLDERS = ("build/bin", "build/bin/Release")
@@ -57,8 +56,9 @@ class Engine:
         server: path of `llama-server`.
         worker: path of the RPC worker.
         version: as `llama-server --version` prints it.
-        source: `given folder`, `SOLLOL_LLAMA_CPP`, `PATH`, `~/llama.cpp` or `cache`.
-        protocol: RPC protocol of the worker, such as `7.0.0`; empty if it does not say.
+        source: where it was found: `given folder`, `SOLLOL_LLAMA_CPP`, the path of a settings file, `PATH`,
+            `~/llama.cpp` or `cache`.
+        protocol: RPC protocol of the worker, such as `7.0.0`; "" if unknown.
     """
 
     server: Path
@@ -70,7 +70,7 @@ class Engine:
 
 @dataclass(frozen=True, slots=True)
 class _Pair:
-    """What a place holds of the two programs."""
+    """The two programs of a folder, as far as it has them."""
 
     server: Path | None
     worker: Path | None
@@ -86,56 +86,57 @@ def find_engine(folder: str | Path | None = None) -> Engine:
     """The engine to use, checked. Blocking.
 
     Args:
-        folder: the user's own `bin` folder or llama.cpp checkout; None takes `SOLLOL_LLAMA_CPP`, else looks in
-            the usual places.
+        folder: the user's `bin` folder or llama.cpp checkout; by default the setting `llama_cpp`, else the usual
+            folders are searched.
 
     Raises:
-        EngineNotFoundError: no usable pair; the message says where was looked and what was wrong there.
-        EngineIncompatibleError: the user's own folder holds a pair that cannot be used.
+        EngineNotFoundError: no usable pair; the message says where it was searched and what was wrong there.
+        EngineIncompatibleError: the folder that the user named holds an unusable pair.
     """
     named = _named_folder(folder)
     if named is not None:
         return _in_named_folder(*named)
-    looked: list[str] = []
-    for source, where, pair in _usual_places():
+    problems: dict[str, list[str]] = {}
+    for source, folder_text, pair in _usual_pairs():
         if pair.server is None or pair.worker is None:
-            looked.append(f"{where}: no {pair.missing}")
+            problems.setdefault(f"no {pair.missing}", []).append(folder_text)
             continue
         try:
             return check_pair(pair.server, pair.worker, source)
         except EngineIncompatibleError as error:
-            looked.append(f"{where}: {error}")
+            problems.setdefault(str(error), []).append(folder_text)
+    searched = "; ".join(f"{', '.join(folders)}: {problem}" for problem, folders in problems.items())
     raise EngineNotFoundError(
-        f"no usable llama.cpp found ({'; '.join(looked)}); run `{INSTALL_COMMAND}`, "
+        f"no usable llama.cpp found ({searched}); run `{INSTALL_COMMAND}`, "
         "or set SOLLOL_LLAMA_CPP to a folder with llama-server and the RPC worker"
     )
 
 
 def install_engine(*, backend: str | None = None, force: bool = False, progress: Progress | None = None) -> Engine:
-    """Build llama.cpp into the cache unless a working build of it is there. Blocking, for minutes.
+    """Build llama.cpp and install it in the cache folder, unless a working build is installed. Blocks for minutes.
 
     Args:
-        backend: `cpu`, `cuda`, `metal`, `hip` or `vulkan`; None takes what this machine has.
-        force: build even if a working build is there.
-        progress: called with (text, share done from 0 to 1) at every step, and with (remark, None); None shows
-            a progress bar.
+        backend: `cpu`, `cuda`, `metal`, `hip` or `vulkan`; by default the one that this machine supports.
+        force: build even if a working build is installed.
+        progress: called with (text, share done from 0 to 1) at every step, and with (remark, None); by default a
+            progress bar.
 
     Raises:
-        ConfigError: no such backend.
+        ConfigError: there is no such backend.
         EngineBuildError: a tool is missing, or a step failed; the message says what to do.
     """
-    folder = engine_build.build_engine(backend, check=_check_built, force=force, progress=progress)
+    folder = build.build_engine(backend, check=_check_built, force=force, progress=progress)
     return _in_named_folder(folder, "cache")
 
 
 def ensure_engine(folder: str | Path | None = None, *, progress: Progress | None = None) -> Engine:
     """The engine to use, built first if there is none. Blocking.
 
-    Nothing is built for a user who named a folder: if that has no usable engine, that is the error.
+    If the user named a folder, nothing is built: a folder without a usable engine is an error.
 
     Raises:
-        EngineNotFoundError, EngineIncompatibleError: the folder that the user named cannot be used.
-        EngineBuildError: none was there, and building one failed.
+        EngineNotFoundError, EngineIncompatibleError: the folder that the user named is not usable.
+        EngineBuildError: there was no engine, and building one failed.
     """
     try:
         return find_engine(folder)
@@ -146,7 +147,7 @@ def ensure_engine(folder: str | Path | None = None, *, progress: Progress | None
 
 
 def check_pair(server: Path, worker: Path, source: str) -> Engine:
-    """Check that both programs run, speak RPC, and speak it with each other.
+    """Check that both programs run, support RPC, and work with each other.
 
     Raises:
         EngineIncompatibleError: they do not.
@@ -163,29 +164,27 @@ def _named_folder(folder: str | Path | None) -> tuple[Path, str] | None:
 
 
 def _in_named_folder(folder: Path, source: str) -> Engine:
-    pairs = [_pair_in(place) for place in (folder, *(folder / name for name in _CHECKOUT_FOLDERS))]
+    pairs = [_pair_in(folder), *(_pair_in(folder / name) for name in _CHECKOUT_FOLDERS)]
     for pair in pairs:
         if pair.server and pair.worker:
             return check_pair(pair.server, pair.worker, source)
-    what = f"{source} ({folder})"
+    named = f"{source} ({folder})"
     if not folder.is_dir():
-        raise EngineNotFoundError(f"{what} is not a folder; correct it, or leave it out")
+        raise EngineNotFoundError(f"{named} is not a folder; correct or remove it")
     nearest = next((pair for pair in pairs if pair.server or pair.worker), pairs[0])
-    raise EngineNotFoundError(
-        f"{what} has no {nearest.missing}, neither there nor in build/bin; correct it, or leave it out"
-    )
+    raise EngineNotFoundError(f"{named} has no {nearest.missing}, nor has its build/bin; correct or remove it")
 
 
-def _usual_places() -> Iterator[tuple[str, str, _Pair]]:
-    """(source, place in words, what it holds), in the order of trying."""
+def _usual_pairs() -> Iterator[tuple[str, str, _Pair]]:
+    """(source, folder as text, its pair), in the order of the search."""
     yield "PATH", "PATH", _pair_on_path()
-    with contextlib.suppress(RuntimeError):  # a user without a home folder
+    with contextlib.suppress(RuntimeError):  # the user has no home folder
         yield "~/llama.cpp", "~/llama.cpp/build/bin", _pair_in(Path.home() / "llama.cpp" / "build" / "bin")
-    folders = engine_build.installed_folders()
+    folders = build.installed_folders()
     for folder in folders:
         yield "cache", str(folder), _pair_in(folder)
     if not folders:
-        yield "cache", str(engine_build.engines_folder()), _Pair(None, None)
+        yield "cache", str(build.engines_folder()), _Pair(None, None)
 
 
 def _pair_in(folder: Path) -> _Pair:
@@ -194,27 +193,27 @@ def _pair_in(folder: Path) -> _Pair:
 
 
 def _pair_on_path() -> _Pair:
-    """PATH's server with the worker beside it, also beside what its link leads to, else PATH's worker."""
+    """The server on PATH and the worker beside it (or beside the target of its link), else the worker on PATH."""
     found = shutil.which(SERVER_NAME)
     server = Path(found).absolute() if found else None
     if server is not None:
         for folder in (server.parent, server.resolve().parent):
             if worker := _pair_in(folder).worker:
                 return _Pair(server, worker)
-    others = (shutil.which(name) for name in WORKER_NAMES)
-    return _Pair(server, next((Path(path).absolute() for path in others if path), None))
+    workers = (shutil.which(name) for name in WORKER_NAMES)
+    return _Pair(server, next((Path(path).absolute() for path in workers if path), None))
 
 
 def _program(folder: Path, name: str) -> Path | None:
     path = folder / (f"{name}.exe" if sys.platform == "win32" else name)
     try:
         return path if path.is_file() else None
-    except OSError:  # a folder we may not read
+    except OSError:  # an unreadable folder
         return None
 
 
 def _check_built(bin_folder: Path) -> str:
-    """The protocol of an engine in the cache. Raises EngineError if it does not work."""
+    """The RPC protocol of an engine in the cache folder. Raises EngineError if it does not work."""
     pair = _pair_in(bin_folder)
     if pair.server is None or pair.worker is None:
         raise EngineNotFoundError(f"{bin_folder} has no {pair.missing}")
@@ -230,29 +229,29 @@ def _fingerprint(server: Path, worker: Path) -> tuple[tuple[str, int, int], ...]
             status = path.stat()
             found.append((str(path), status.st_mtime_ns, status.st_size))
     except OSError as error:
-        raise EngineIncompatibleError(f"{server.parent} cannot be read: {error}") from error
+        raise EngineIncompatibleError(f"cannot read {server.parent}: {error}") from error
     return tuple(found)
 
 
 @functools.lru_cache(maxsize=32)
 def _checked(server: Path, worker: Path, fingerprint: tuple[tuple[str, int, int], ...]) -> tuple[str, str]:
-    """(version, protocol) of a working pair; `fingerprint` makes a changed file a new question."""
+    """(version, protocol) of a working pair; `fingerprint` makes the cache miss when a file changes."""
     code, output = _run(server, "--version")
     if code != 0:
         raise EngineIncompatibleError(f"{server} does not run here: {_reason(code, output)}")
     found = _VERSION.search(output)
     for _ in range(_PORT_ATTEMPTS):
-        protocol = _greet(server, worker)
+        protocol = _connect(server, worker)
         if protocol is not None:
             return (found.group(1) if found else "unknown"), protocol
     raise EngineIncompatibleError(f"{worker} could not be started: no free port on {LOOPBACK}")
 
 
-def _greet(server: Path, worker: Path) -> str | None:
-    """Start the worker, let the server greet it; the worker's protocol, or None if its port was taken."""
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        port = probe.getsockname()[1]
+def _connect(server: Path, worker: Path) -> str | None:
+    """Start the worker and let the server connect to it; the RPC protocol, or None if the port was taken."""
+    with socket.socket() as unused:
+        unused.bind((LOOPBACK, 0))
+        port = unused.getsockname()[1]
     endpoint = f"{LOOPBACK}:{port}"
     with tempfile.TemporaryFile() as log:
 
@@ -286,14 +285,14 @@ def _greet(server: Path, worker: Path) -> str | None:
         raise EngineIncompatibleError(
             f"{server} does not know --rpc and --list-devices: it was built without GGML_RPC, or is too old"
         )
-    speaks = f" speaks RPC protocol {protocol.group(1)}, which" if protocol else ""
+    speaks = f" (RPC protocol {protocol.group(1)})" if protocol else ""
     raise EngineIncompatibleError(
-        f"{worker}{speaks} does not fit {server}: take both from one build ({_reason(code, output)})"
+        f"{worker}{speaks} does not work with {server}: use two programs of one build ({_reason(code, output)})"
     )
 
 
 def _accepts_connections(process: subprocess.Popen[bytes], port: int) -> bool:
-    """Wait until the worker accepts connections; False if it ended or took too long."""
+    """Whether the worker accepts connections, waiting until it does; False if it ends or takes too long."""
     deadline = time.monotonic() + CHECK_LIMIT_S
     while process.poll() is None and time.monotonic() < deadline:
         try:
@@ -305,7 +304,7 @@ def _accepts_connections(process: subprocess.Popen[bytes], port: int) -> bool:
 
 
 def _run(program: Path, *arguments: str) -> tuple[int | None, str]:
-    """(exit code, output) of a program; the code is None if it had to be ended or could not start."""
+    """(exit code, output) of a program; the code is None if it was stopped at the time limit or did not start."""
     with tempfile.TemporaryFile() as log:
         try:
             process = subprocess.Popen(
@@ -329,11 +328,11 @@ def _run(program: Path, *arguments: str) -> tuple[int | None, str]:
 
 
 def _reason(code: int | None, output: str) -> str:
-    """Why a program failed, on one line: the signal that ended it, what it said, or its exit code."""
+    """Why a program failed, on one line: the signal that ended it, what it printed, or its exit code."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    telling = [line for line in lines if re.search(r"mismatch|error|fail|cannot|assert", line, re.IGNORECASE)]
-    said = (telling or lines)[-1][:200] if lines else ""
+    errors = [line for line in lines if re.search(r"mismatch|error|fail|cannot|assert", line, re.IGNORECASE)]
+    reason = (errors or lines)[-1][:200] if lines else ""
     if code is not None and code < 0:
         with contextlib.suppress(ValueError):
-            said = f"ended by {signal.Signals(-code).name}" + (f", {said}" if said else "")
-    return said or ("it was silent" if code is None else f"exit code {code}")
+            reason = f"ended by {signal.Signals(-code).name}" + (f", {reason}" if reason else "")
+    return reason or ("it printed nothing" if code is None else f"exit code {code}")

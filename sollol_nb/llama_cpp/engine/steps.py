@@ -1,4 +1,4 @@
-"""Run the programs of a build: output to a log file, progress from it, a time limit, no process left behind."""
+"""Run the programs of a build: output in a log file, progress, a time limit, and no process left behind."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sollol_nb.runtime.progress_bars import progress_bar
 from sollol_nb.settings import config
 
 Progress = Callable[[str, float | None], None]
-"""Called with what is being done and the share done of the whole (0 to 1), or with a remark and None."""
+"""Called with the current step and the share of the whole that is done (0 to 1), or with a remark and None."""
 
 _BUILD_COUNT = re.compile(r"^\[(\d+)/(\d+)\]|^\[ *(\d+)%\]")  # Ninja's and Make's
 _TROUBLE = re.compile(
@@ -31,12 +31,12 @@ _TAIL_LINES = 15
 _LINE_LIMIT = 240
 _POLL_S = 0.1
 _KILL_LIMIT_S = 10.0
-_GONE_LIMIT_S = 1.0  # killed already; where nobody reaps orphans they stay as zombies
-_STEP = "SOLLOL_BUILD_STEP"  # in the environment of all that a step starts, however deep
+_GONE_LIMIT_S = 1.0  # after the kill; where nothing reaps orphans, they stay as zombies
+_STEP = "SOLLOL_BUILD_STEP"  # in the environment of all descendants of a step
 
 
 class BuildSteps:
-    """Runs the programs of one build, with their output in one log file and what they do told to `progress`."""
+    """Runs the programs of one build: their output goes to one log file, their steps to `progress`."""
 
     def __init__(self, log_path: Path, progress: Progress) -> None:
         self.log_path = log_path
@@ -48,9 +48,9 @@ class BuildSteps:
     ) -> int | None:
         """The program's exit code, or None if it was ended at the time limit.
 
-        Output goes to a file and not a pipe: a compiler's helper that outlives it cannot keep us waiting.
-        KeyboardInterrupt ends the whole process tree and is passed on. The program stays in our process group,
-        so that an interrupt from terminal or notebook stops it also while we run in another thread.
+        Output goes to a file, not a pipe, so that a helper process that outlives the compiler cannot block us.
+        KeyboardInterrupt ends the whole process tree and is raised again. The program stays in our process group,
+        so that an interrupt from terminal or notebook also stops it while we run in another thread.
         """
         step = uuid.uuid4().hex
         environment = config.child_environment(GIT_TERMINAL_PROMPT="0", PYTHONUNBUFFERED="1", **{_STEP: step})
@@ -75,7 +75,7 @@ class BuildSteps:
                         process.wait(_POLL_S)
             finally:
                 end_process_tree(process)
-                if process.returncode != 0:  # it may have ended by itself, before those that it started
+                if process.returncode != 0:  # it may have ended before the processes that it started
                     _end_all_of(step)
 
     def must_run(
@@ -85,10 +85,10 @@ class BuildSteps:
         limit_s: float,
         on_line: Callable[[str], None] = lambda line: None,
     ) -> None:
-        """Like `run`, for a step that has to succeed.
+        """Like `run`, for a step that must succeed.
 
         Raises:
-            EngineBuildError: it did not; the message ends with the log lines that matter.
+            EngineBuildError: it failed; the message ends with the relevant log lines.
         """
         code = self.run(*command, limit_s=limit_s, on_line=on_line)
         if code == 0:
@@ -100,11 +100,11 @@ class BuildSteps:
         else:
             why = f"failed (exit code {code})"
         lines = log_tail(self.log_path.read_text(errors="replace"))
-        raise EngineBuildError("\n".join([f"{doing} {why}; whole log: {self.log_path}", *lines]))
+        raise EngineBuildError("\n".join([f"{doing} {why}; full log: {self.log_path}", *lines]))
 
 
 def build_share(line: str) -> float | None:
-    """Share of the build done (0 to 1) by a line of Ninja (`[12/240] ...`) or Make (`[ 5%] ...`), else None."""
+    """Share of the build that is done (0 to 1), from a line of Ninja (`[12/240] ...`) or Make (`[ 5%] ...`)."""
     match = _BUILD_COUNT.match(line)
     if match is None:
         return None
@@ -113,7 +113,7 @@ def build_share(line: str) -> float | None:
 
 
 def log_tail(text: str) -> list[str]:
-    """The lines of a build log a person wants: from the first sign of trouble on, else the last ones."""
+    """The relevant lines of a build log: from the first error on, else the last ones."""
     lines = [line.rstrip()[:_LINE_LIMIT] for line in text.splitlines() if line.strip()]
     lines = [line for line in lines if build_share(line) is None]
     for number, line in enumerate(lines):
@@ -123,9 +123,9 @@ def log_tail(text: str) -> list[str]:
 
 
 def end_process_tree(process: subprocess.Popen[bytes]) -> None:
-    """Kill a program and all it started; each is suspended before its children are listed, so none escapes."""
+    """Kill a program and its descendants; each is suspended before its children are listed, so none escapes."""
     if process.poll() is not None:
-        return  # its pid may be somebody else's by now
+        return  # its pid may be recycled by now
     try:
         family = [psutil.Process(process.pid)]
     except psutil.NoSuchProcess:
@@ -143,11 +143,11 @@ def end_process_tree(process: subprocess.Popen[bytes]) -> None:
 
 
 def _end_all_of(step: str) -> None:
-    """Kill what a step started and left behind: orphans have lost their parent, but not their environment.
+    """Kill what a step left behind: orphans have lost their parent, but not their environment.
 
-    What a process starts while it is being killed is found in the next round.
+    A process that is started during a round is found in the next one.
     """
-    while family := [one for one in psutil.process_iter() if _environment(one).get(_STEP) == step]:
+    while family := [process for process in psutil.process_iter() if _environment(process).get(_STEP) == step]:
         for member in family:
             with suppress(psutil.Error):
                 member.kill()
@@ -164,14 +164,14 @@ def _environment(process: psutil.Process) -> dict[str, str]:
 
 
 @contextmanager
-def shown(progress: Progress | None) -> Iterator[Progress]:
-    """The caller's progress, or a bar in the terminal or notebook, made when there is something to show."""
+def shown_progress(progress: Progress | None) -> Iterator[Progress]:
+    """The caller's progress, or a progress bar in the terminal or notebook, created when first needed."""
     if progress is not None:
         yield progress
         return
     bar: Any = None
 
-    def tell(text: str, share: float | None) -> None:
+    def show(text: str, share: float | None) -> None:
         nonlocal bar
         if share is None:
             print(text)
@@ -183,14 +183,14 @@ def shown(progress: Progress | None) -> Iterator[Progress]:
         bar.refresh()
 
     try:
-        yield tell
+        yield show
     finally:
         if bar is not None:
             bar.close()
 
 
 def _complete_lines(source: IO[bytes]) -> Iterator[str]:
-    """Lines that are whole by now; a half line stays for the next call."""
+    """The complete lines so far; an incomplete line stays for the next call."""
     while True:
         start = source.tell()
         line = source.readline()

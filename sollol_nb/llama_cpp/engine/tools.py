@@ -1,7 +1,7 @@
-"""What this machine offers for building llama.cpp: CMake, Ninja, a C++ compiler, GPU toolkits.
+"""The tools of this machine for building llama.cpp: CMake, Ninja, a C++ compiler, GPU toolkits.
 
-Everything here only looks; nothing is fetched or built. Missing things are named before any download, in one
-line that says what to install on this system.
+This module only searches; nothing is fetched or built. A missing tool is reported before any download, in one line
+that says what to install on this system.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _TOOLKIT_WANTED: dict[Backend, str] = {
     "hip": "hipcc of ROCm",
     "vulkan": "glslc of the Vulkan SDK",
 }
-_COMPILER_COMMANDS = (  # (package manager, command); the first one present is named
+_COMPILER_COMMANDS = (  # (package manager, command); the first one found is used
     ("apt-get", "sudo apt-get install g++"),
     ("dnf", "sudo dnf install gcc-c++"),
     ("pacman", "sudo pacman -S gcc"),
@@ -55,36 +55,38 @@ class BuildTools:
 
 
 def find_build_tools() -> BuildTools:
-    """CMake, Ninja (where there is one) and the C++ compiler.
+    """CMake, Ninja (if installed) and the C++ compiler.
 
     Raises:
         EngineBuildError: CMake or a C++ compiler is missing; the message says what to install.
     """
     compiler = find_compiler()
     if compiler is None:
-        raise EngineBuildError(f"no C++ compiler found to build llama.cpp with; run: {compiler_command()}")
+        raise EngineBuildError(
+            f"cannot build llama.cpp without a C++ compiler; to install one: {compiler_command()}"
+        )
     cmake = find_tool("cmake")
     if cmake is None:
-        raise EngineBuildError(f"no cmake found to build llama.cpp with; run: {INSTALL_CMAKE}")
+        raise EngineBuildError(f"cannot build llama.cpp without cmake; to install it: {INSTALL_CMAKE}")
     return BuildTools(cmake, find_tool("ninja"), compiler)
 
 
 def find_tool(name: str) -> Path | None:
     """A program beside this Python (where pip puts `cmake` and `ninja`), else on PATH.
 
-    A kernel's PATH often lacks its own environment's folder, and what was installed there was meant for us.
+    The PATH of a kernel often lacks the folder of its environment.
     """
     found = shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
     return Path(found) if found else None
 
 
 def find_compiler() -> str | None:
-    """The C++ compiler CMake will use, as a path or as written in `CXX`; None where there is none."""
+    """The C++ compiler that CMake will use, as a path or as in `CXX`; None if there is none."""
     chosen = config.cxx_compiler()
     if chosen and shutil.which(chosen.split()[0]):
         return chosen
     if sys.platform == "darwin" and not _answers("xcode-select", "-p"):
-        return None  # /usr/bin/c++ exists on every Mac, but without the tools it only opens a dialog
+        return None  # every Mac has /usr/bin/c++, but without the tools it only opens a dialog
     names = ("cl", "clang-cl", "g++") if sys.platform == "win32" else ("c++", "g++", "clang++")
     for name in names:
         if found := shutil.which(name):
@@ -103,11 +105,11 @@ def compiler_command() -> str:
     for manager, command in _COMPILER_COMMANDS:
         if shutil.which(manager):
             return command
-    return "your system's package manager, for g++"
+    return "install g++ with your system's package manager"
 
 
 def gpu_toolkits() -> dict[Backend, str]:
-    """GPU backends that can be built here, best first, each with what was found for it."""
+    """GPU backends that can be built here, best first, each with the program found for it."""
     found: dict[Backend, str] = {}
     if sys.platform == "darwin" and platform.machine() == "arm64":
         found["metal"] = "Apple silicon"
@@ -120,34 +122,34 @@ def gpu_toolkits() -> dict[Backend, str]:
     return found
 
 
-def choose_backend(asked: str | None) -> Backend:
-    """The backend to build: the one asked for, else the first GPU toolkit's, else the CPU's.
+def choose_backend(requested: str | None) -> Backend:
+    """The backend to build: the requested one, else that of the first GPU toolkit, else `cpu`.
 
     Raises:
-        ConfigError: no such backend.
-        EngineBuildError: its toolkit is not on this machine.
+        ConfigError: there is no such backend.
+        EngineBuildError: its toolkit is not installed.
     """
     toolkits = gpu_toolkits()
-    if asked is None:
+    if requested is None:
         return next(iter(toolkits), "cpu")
     for backend in BACKENDS:
-        if backend == asked:
+        if backend == requested:
             break
     else:
-        raise ConfigError(f"no backend {asked!r}; choose one of {', '.join(BACKENDS)}")
-    # Distributions ship glslc without the SDK's variable: enough for who asks for Vulkan by name.
+        raise ConfigError(f"there is no backend {requested!r}; choose one of {', '.join(BACKENDS)}")
+    # Distributions ship glslc without the SDK's variable: enough if Vulkan is requested explicitly.
     if backend == "cpu" or backend in toolkits or (backend == "vulkan" and shutil.which("glslc")):
         return backend
     raise EngineBuildError(
-        f"backend {backend} needs {_TOOLKIT_WANTED[backend]}, which is not here; "
-        "install it, or take the cpu backend"
+        f"backend {backend} needs {_TOOLKIT_WANTED[backend]}, which was not found; "
+        "install it, or choose the cpu backend"
     )
 
 
 def cmake_options(backend: Backend, tools: BuildTools, *, commit: str) -> list[str]:
-    """CMake's configure options: Release, RPC on, the one GPU backend on, all we do not need off.
+    """CMake's configure options: Release, RPC on, the chosen GPU backend on, everything unused off.
 
-    The run path makes programs look for their libraries beside themselves, so the folder can be moved.
+    The run path makes programs search for their libraries beside themselves, so the folder can be moved.
     """
     options = {
         "CMAKE_BUILD_TYPE": "Release",
@@ -160,7 +162,7 @@ def cmake_options(backend: Backend, tools: BuildTools, *, commit: str) -> list[s
         "LLAMA_BUILD_UI": "OFF",
         "LLAMA_USE_PREBUILT_UI": "OFF",
         "LLAMA_OPENSSL": "OFF",
-        # Without these llama.cpp would ask whatever git repository the cache happens to lie in.
+        # Without these, llama.cpp would read them from any git repository around the cache folder.
         "LLAMA_BUILD_NUMBER": "0",
         "LLAMA_BUILD_COMMIT": commit,
     }
@@ -168,7 +170,7 @@ def cmake_options(backend: Backend, tools: BuildTools, *, commit: str) -> list[s
     if backend == "cuda":
         options["CMAKE_CUDA_COMPILER"] = gpu_toolkits()["cuda"]
     flags = [f"-D{name}={value}" for name, value in options.items()]
-    # On Windows Ninja works only where cl is on PATH; CMake finds Visual Studio itself.
+    # On Windows, Ninja works only if cl is on PATH; CMake finds Visual Studio itself.
     if tools.ninja and tools.compiler != "Visual Studio":
         flags += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tools.ninja}"]
     return flags

@@ -22,8 +22,7 @@ import psutil
 import pytest
 
 from sollol_nb.errors import ConfigError, EngineBuildError, EngineIncompatibleError
-from sollol_nb.llama_cpp.engine import build as engine_build
-from sollol_nb.llama_cpp.engine import tools as build_tools
+from sollol_nb.llama_cpp.engine import build, tools
 from sollol_nb.llama_cpp.engine.build import build_engine, fetch_source, unpack_sdist
 from sollol_nb.llama_cpp.engine.steps import BuildSteps, build_share, log_tail
 from sollol_nb.llama_cpp.engine.tools import BuildTools, choose_backend, cmake_options
@@ -53,16 +52,16 @@ SLOW_BUILD = {
     + "add_dependencies(llama-server slow)\n",
     "slow.sh": "touch begun\nsleep 61\n",
 }
-KEY = f"llama.cpp-{engine_build.VERSION}-cpu"
+KEY = f"llama.cpp-{build.VERSION}-cpu"
 GONE_LIMIT_S = 20.0
 EXE = ".exe" if sys.platform == "win32" else ""
 
-# What a second Python process runs: build a tree, in its main thread or another, and tell every step on stdout.
+# What a second Python process runs: build a tree, in its main thread or another, and print every step.
 BUILD_IN_CHILD = """
 import sys, threading
 from test_build import source_of, works
 from sollol_nb.llama_cpp.engine.build import build_engine
-def tell(text, share):
+def report(text, share):
     print("remark" if share is None else "step", text, flush=True)
 def fetch(into, steps):
     print("fetching", flush=True)
@@ -70,7 +69,7 @@ def fetch(into, steps):
         sys.stdin.readline()
     return source_of({tree!r})(into, steps)
 def build():
-    print(build_engine("cpu", check=works, progress=tell, fetch=fetch))
+    print(build_engine("cpu", check=works, progress=report, fetch=fetch))
 if {in_thread}:
     done = threading.Event()
     def build_then_say():
@@ -104,7 +103,7 @@ def no_source(into: Path, steps: BuildSteps) -> NoReturn:
 
 def works(bin_folder: Path) -> str:
     """Stands for the RPC check: both programs run, so each finds its shared library."""
-    for name in engine_build.TARGETS:
+    for name in build.TARGETS:
         try:
             subprocess.run([bin_folder / f"{name}{EXE}"], check=True, capture_output=True)
         except (OSError, subprocess.CalledProcessError) as error:
@@ -129,7 +128,7 @@ def steps(tmp_path: Path) -> BuildSteps:
 
 
 def contents(folder: Path) -> list[str]:
-    """What lies in the engines folder, the lock apart."""
+    """Names in a folder, except the lock."""
     return sorted(path.name for path in folder.iterdir() if path.suffix != ".lock") if folder.is_dir() else []
 
 
@@ -137,9 +136,9 @@ def processes_in(folder: Path) -> list[str]:
     """Command lines of processes that work in a folder (also when it is gone) or name it."""
     found = []
     for process in psutil.process_iter(["cmdline", "cwd"]):
-        words = [process.info["cwd"] or "", *(process.info["cmdline"] or [])]
-        if any(str(folder) in word for word in words):
-            found.append(" ".join(words))
+        texts = [process.info["cwd"] or "", *(process.info["cmdline"] or [])]
+        if any(str(folder) in text for text in texts):
+            found.append(" ".join(texts))
     return found
 
 
@@ -147,24 +146,24 @@ def processes_in(folder: Path) -> list[str]:
 
 
 def test_an_engine_is_its_programs_their_libraries_and_a_record(engines: Path, tmp_path: Path) -> None:
-    told: list[tuple[str, float | None]] = []
-    folder = build_engine("cpu", check=works, progress=lambda *step: told.append(step), fetch=source_of(TREE))
+    reported: list[tuple[str, float | None]] = []
+    folder = build_engine("cpu", check=works, progress=lambda *step: reported.append(step), fetch=source_of(TREE))
     assert folder == engines / KEY / "bin"
     assert contents(engines) == [KEY]
     assert contents(engines / KEY) == ["bin", "engine.json"]
     assert "notes.txt" not in contents(folder)
     record = json.loads((engines / KEY / "engine.json").read_text())
     assert record == {
-        "version": engine_build.VERSION,
-        "commit": engine_build.GIT_COMMIT,
+        "version": build.VERSION,
+        "commit": build.GIT_COMMIT,
         "backend": "cpu",
         "source": "tiny",
         "protocol": "7.0.0",
     }
-    shares = [share for _, share in told if share is not None]
+    shares = [share for _, share in reported if share is not None]
     assert shares == sorted(shares)
     assert shares[-1] == 1.0
-    assert {"configuring llama.cpp", "building llama.cpp"} <= {text for text, _ in told}
+    assert {"configuring llama.cpp", "building llama.cpp"} <= {text for text, _ in reported}
 
     moved = tmp_path / "elsewhere"
     shutil.move(engines / KEY, moved)
@@ -194,7 +193,7 @@ def test_force_replaces_a_working_engine_only_once_the_new_one_works(engines: Pa
     assert contents(engines) == [KEY]
 
 
-def test_without_a_progress_of_ones_own_a_bar_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+def test_by_default_a_progress_bar_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     build_engine("cpu", check=works, fetch=source_of(TREE))
     shown = capsys.readouterr().err
     assert "building llama.cpp" in shown
@@ -205,7 +204,7 @@ def test_without_a_progress_of_ones_own_a_bar_is_shown(capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize(
-    ("tree", "words"),
+    ("tree", "message"),
     [
         ({"CMakeLists.txt": 'message(FATAL_ERROR "no such thing")'}, r"configuring .* failed .*\n.*CMake Error"),
         ({**TREE, "lib.c": "#error the reason\n"}, r"building llama.cpp failed .*(\n.*)*the reason"),
@@ -214,8 +213,8 @@ def test_without_a_progress_of_ones_own_a_bar_is_shown(capsys: pytest.CaptureFix
     ],
     ids=["configure", "compile", "check", "no source"],
 )
-def test_a_failed_build_leaves_nothing_and_says_why(engines: Path, tree: dict[str, str], words: str) -> None:
-    with pytest.raises(EngineBuildError, match=words) as caught:
+def test_a_failed_build_leaves_nothing_and_says_why(engines: Path, tree: dict[str, str], message: str) -> None:
+    with pytest.raises(EngineBuildError, match=message) as caught:
         build_engine("cpu", check=works, progress=silent, fetch=source_of(tree))
     assert contents(engines) == []
     assert len(str(caught.value).splitlines()) <= 16
@@ -225,7 +224,7 @@ def test_a_failed_build_leaves_nothing_and_says_why(engines: Path, tree: dict[st
 def test_a_build_over_its_time_limit_is_ended_with_all_its_processes(
     engines: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_build, "BUILD_LIMIT_S", 1.0)
+    monkeypatch.setattr(build, "BUILD_LIMIT_S", 1.0)
     with pytest.raises(EngineBuildError, match="took longer than"):
         build_engine("cpu", check=works, progress=silent, fetch=source_of(SLOW_BUILD))
     assert contents(engines) == []
@@ -245,14 +244,14 @@ def in_child(tree: dict[str, str], *, wait: bool = False, in_thread: bool = Fals
     )
 
 
-def lines_until(process: subprocess.Popen[str], words: str) -> list[str]:
+def lines_until(process: subprocess.Popen[str], text: str) -> list[str]:
     assert process.stdout is not None
     lines = []
     for line in process.stdout:
         lines.append(line.rstrip())
-        if words in line:
+        if text in line:
             return lines
-    raise AssertionError(f"{words!r} was never said; {lines}; {process.communicate()[1]}")
+    raise AssertionError(f"{text!r} was never printed; {lines}; {process.communicate()[1]}")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
@@ -270,7 +269,7 @@ def test_an_interrupted_build_leaves_no_process_and_no_engine(engines: Path, in_
     assert "KeyboardInterrupt" in errors, errors
     assert ("building llama.cpp was interrupted" in errors) == in_thread
     assert contents(engines) == []
-    # Killed ones may still be on their way out; left alone it would sleep for a minute.
+    # Killed processes may still be ending; one that was missed would sleep for a minute.
     deadline = time.monotonic() + GONE_LIMIT_S
     while processes_in(engines) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -282,17 +281,17 @@ def test_what_outlives_a_failed_step_is_ended(engines: Path, tmp_path: Path) -> 
     steps = BuildSteps(tmp_path / "log", silent)
     orphan = f"cd {tmp_path}; (sleep 61; sleep 61) & exit 3"
     assert steps.run("sh", "-c", orphan, limit_s=30) == 3
-    assert not [one for one in processes_in(tmp_path) if "sleep" in one]
+    assert not [line for line in processes_in(tmp_path) if "sleep" in line]
 
 
-def test_of_two_processes_at_once_one_builds_and_the_other_finds_it(engines: Path) -> None:
+def test_of_two_concurrent_processes_one_builds_and_the_other_finds_the_result(engines: Path) -> None:
     with in_child(TREE, wait=True) as first:
         lines_until(first, "fetching")
         with in_child(TREE) as second:
             assert lines_until(second, "remark") == [
                 "remark another process is building llama.cpp; waiting for it"
             ]
-            first_out, _ = first.communicate("go on\n", timeout=60)
+            first_out, _ = first.communicate("continue\n", timeout=60)
             second_out, _ = second.communicate(timeout=60)
     assert first_out.splitlines()[-1] == second_out.splitlines()[-1] == str(engines / KEY / "bin")
     assert "fetching" not in second_out
@@ -307,31 +306,31 @@ def test_the_remains_of_a_killed_build_are_removed(engines: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("missing", "words"),
+    ("missing", "message"),
     [
-        ({"cmake", "c++", "g++", "clang++", "cl", "clang-cl"}, r"no C\+\+ compiler found .*; run: "),
-        ({"cmake"}, r'no cmake found .*; run: pip install "sollol_nb\[build\]"'),
+        ({"cmake", "c++", "g++", "clang++", "cl", "clang-cl"}, r"without a C\+\+ compiler; to install one: "),
+        ({"cmake"}, r'without cmake; to install it: pip install "sollol_nb\[build\]"'),
     ],
 )
 def test_a_missing_tool_is_named_before_anything_is_fetched(
-    monkeypatch: pytest.MonkeyPatch, missing: set[str], words: str
+    monkeypatch: pytest.MonkeyPatch, missing: set[str], message: str
 ) -> None:
     real = shutil.which
     monkeypatch.setattr(
         shutil, "which", lambda name, path=None: None if name in missing else real(name, path=path)
     )
     monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(EngineBuildError, match=words) as caught:
+    with pytest.raises(EngineBuildError, match=message) as caught:
         build_engine("cpu", check=works, progress=silent, fetch=no_source)
     assert "\n" not in str(caught.value)
 
 
-def test_a_cache_that_cannot_be_written_is_an_error_of_ours(
+def test_a_cache_that_cannot_be_written_is_an_engine_build_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("SOLLOL_CACHE_DIR", str(tmp_path / "file"))
-    with pytest.raises(EngineBuildError, match=r"installing llama.cpp into .* failed"):
+    with pytest.raises(EngineBuildError, match=r"installing llama.cpp in .* failed"):
         build_engine("cpu", check=works, progress=silent, fetch=no_source)
 
 
@@ -344,7 +343,7 @@ def git(*arguments: str | Path) -> str:
     return done.stdout.strip()
 
 
-def test_git_is_asked_first_and_by_the_commits_hash(
+def test_git_is_tried_first_and_fetches_by_the_commits_hash(
     tmp_path: Path, steps: BuildSteps, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     origin = tmp_path / "origin"
@@ -352,21 +351,21 @@ def test_git_is_asked_first_and_by_the_commits_hash(
     git("init", "--quiet", origin)
     git("-C", origin, "add", ".")
     git("-C", origin, "commit", "--quiet", "-m", "tiny")
-    monkeypatch.setattr(engine_build, "GIT_URL", origin.as_uri())
-    monkeypatch.setattr(engine_build, "GIT_COMMIT", git("-C", origin, "rev-parse", "HEAD"))
+    monkeypatch.setattr(build, "GIT_URL", origin.as_uri())
+    monkeypatch.setattr(build, "GIT_COMMIT", git("-C", origin, "rev-parse", "HEAD"))
     assert fetch_source(tmp_path / "source", steps) == "git"
     assert (tmp_path / "source" / "CMakeLists.txt").read_text() == CMAKE_LISTS
 
 
 def sdist_archive(folder: Path) -> Path:
-    """A sdist by the pinned name that pip accepts: it brings its own build backend and needs nothing."""
-    name = f"llama_cpp_python-{engine_build.SDIST_VERSION}"
+    """An sdist with the pinned name that pip accepts: it has its own build backend and needs nothing."""
+    name = f"llama_cpp_python-{build.SDIST_VERSION}"
     backend = f"""
         from pathlib import Path
         def prepare_metadata_for_build_wheel(folder, settings=None):
             info = Path(folder, "{name}.dist-info")
             info.mkdir()
-            text = "Metadata-Version: 2.1\\nName: llama_cpp_python\\nVersion: {engine_build.SDIST_VERSION}\\n"
+            text = "Metadata-Version: 2.1\\nName: llama_cpp_python\\nVersion: {build.SDIST_VERSION}\\n"
             info.joinpath("METADATA").write_text(text)
             return info.name
         def build_wheel(*arguments): raise RuntimeError("no wheel is wanted")
@@ -374,7 +373,7 @@ def sdist_archive(folder: Path) -> Path:
     files = {
         "pyproject.toml": '[build-system]\nrequires = []\nbuild-backend = "own"\nbackend-path = ["."]\n',
         "own.py": textwrap.dedent(backend),
-        "PKG-INFO": f"Metadata-Version: 2.1\nName: llama_cpp_python\nVersion: {engine_build.SDIST_VERSION}\n",
+        "PKG-INFO": f"Metadata-Version: 2.1\nName: llama_cpp_python\nVersion: {build.SDIST_VERSION}\n",
         "vendor/llama.cpp/models/big.gguf": "not wanted",
         **{f"vendor/llama.cpp/{path}": text for path, text in TREE.items()},
     }
@@ -389,31 +388,31 @@ def sdist_archive(folder: Path) -> Path:
 
 
 def only_sdists_from(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_build, "GIT_URL", (folder / "no-repository").as_uri())
+    monkeypatch.setattr(build, "GIT_URL", (folder / "no-repository").as_uri())
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
 
 
-def test_without_the_git_host_the_pinned_sdist_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_git_host_the_pinned_sdist_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = sdist_archive(tmp_path / "index")
     only_sdists_from(archive.parent, monkeypatch)
-    monkeypatch.setattr(engine_build, "SDIST_SHA256", hashlib.sha256(archive.read_bytes()).hexdigest())
+    monkeypatch.setattr(build, "SDIST_SHA256", hashlib.sha256(archive.read_bytes()).hexdigest())
     remarks: list[str] = []
     steps = BuildSteps(tmp_path / "log", lambda text, share: remarks.append(text) if share is None else None)
     assert fetch_source(tmp_path / "source", steps) == "sdist"
     assert contents(tmp_path / "source") == sorted(TREE)
     assert len(remarks) == 1
-    assert "out of reach: taking llama.cpp from the Python index" in remarks[0]
+    assert "is not reachable; fetching llama.cpp from the Python index" in remarks[0]
 
 
 def test_a_sdist_with_another_hash_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     only_sdists_from(sdist_archive(tmp_path / "index").parent, monkeypatch)
     with pytest.raises(EngineBuildError, match=r"from the Python index failed"):
         build_engine("cpu", check=works, progress=silent)
-    assert contents(engine_build.engines_folder()) == []
+    assert contents(build.engines_folder()) == []
 
 
-def test_a_python_without_pip_is_told_so(
+def test_a_python_without_pip_is_an_error_with_the_remedy(
     tmp_path: Path, steps: BuildSteps, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     only_sdists_from(tmp_path, monkeypatch)
@@ -468,13 +467,13 @@ def test_the_tail_of_a_log_begins_at_the_first_error(log: str, tail: list[str]) 
     assert log_tail(log) == tail
 
 
-@pytest.mark.parametrize("backend", build_tools.BACKENDS)
+@pytest.mark.parametrize("backend", tools.BACKENDS)
 def test_exactly_the_one_gpu_backend_is_switched_on(
-    backend: build_tools.Backend, monkeypatch: pytest.MonkeyPatch
+    backend: tools.Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build_tools, "gpu_toolkits", lambda: {"cuda": "/opt/nvcc"})
+    monkeypatch.setattr(tools, "gpu_toolkits", lambda: {"cuda": "/opt/nvcc"})
     options = cmake_options(backend, BuildTools(Path("cmake"), Path("ninja"), "c++"), commit="abc")
-    gpu = {name: f"-DGGML_{name.upper()}=ON" in options for name in build_tools.BACKENDS if name != "cpu"}
+    gpu = {name: f"-DGGML_{name.upper()}=ON" in options for name in tools.BACKENDS if name != "cpu"}
     assert gpu == {name: name == backend for name in gpu}
     assert sum(f"-DGGML_{name.upper()}=OFF" in options for name in gpu) == len(gpu) - (backend != "cpu")
     assert ("-DCMAKE_CUDA_COMPILER=/opt/nvcc" in options) == (backend == "cuda")
@@ -482,7 +481,7 @@ def test_exactly_the_one_gpu_backend_is_switched_on(
 
 
 @pytest.mark.parametrize(
-    ("asked", "here", "chosen"),
+    ("requested", "here", "chosen"),
     [
         (None, [], "cpu"),
         (None, ["cuda", "vulkan"], "cuda"),
@@ -490,15 +489,15 @@ def test_exactly_the_one_gpu_backend_is_switched_on(
         ("vulkan", ["cuda", "vulkan"], "vulkan"),
     ],
 )
-def test_the_backend_is_the_one_asked_for_else_the_first_toolkits(
-    asked: str | None, here: list[str], chosen: str, monkeypatch: pytest.MonkeyPatch
+def test_the_backend_is_the_requested_one_else_that_of_the_first_toolkit(
+    requested: str | None, here: list[str], chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build_tools, "gpu_toolkits", lambda: dict.fromkeys(here, "found"))
-    assert choose_backend(asked) == chosen
+    monkeypatch.setattr(tools, "gpu_toolkits", lambda: dict.fromkeys(here, "found"))
+    assert choose_backend(requested) == chosen
 
 
 @pytest.mark.parametrize(
-    ("asked", "error", "words"),
+    ("requested", "error", "message"),
     [
         ("cuda", EngineBuildError, "needs nvcc"),
         ("hip", EngineBuildError, "needs hipcc"),
@@ -507,9 +506,9 @@ def test_the_backend_is_the_one_asked_for_else_the_first_toolkits(
         ("", ConfigError, "no backend ''"),
     ],
 )
-def test_a_backend_that_cannot_be_built_here_is_refused_at_once(
-    asked: str, error: type[Exception], words: str, monkeypatch: pytest.MonkeyPatch
+def test_a_backend_that_cannot_be_built_here_is_refused_immediately(
+    requested: str, error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build_tools, "gpu_toolkits", dict)
-    with pytest.raises(error, match=words):
-        build_engine(asked, check=works, progress=silent, fetch=no_source)
+    monkeypatch.setattr(tools, "gpu_toolkits", dict)
+    with pytest.raises(error, match=message):
+        build_engine(requested, check=works, progress=silent, fetch=no_source)

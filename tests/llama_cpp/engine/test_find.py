@@ -1,4 +1,4 @@
-"""Finding the engine: which place wins, and what is said of programs that cannot be used."""
+"""Finding the engine: the order of the search, and the errors about unusable programs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import psutil
 import pytest
 
 from sollol_nb.errors import EngineBuildError, EngineIncompatibleError, EngineNotFoundError
-from sollol_nb.llama_cpp.engine import build as engine_build
-from sollol_nb.llama_cpp.engine import find as toolchain
+from sollol_nb.llama_cpp.engine import build, find
 from sollol_nb.llama_cpp.engine.find import Engine, ensure_engine, find_engine
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the stand-in programs are scripts")
@@ -24,7 +23,7 @@ esac
 """
 
 REFUSES = """#!/bin/sh
-[ $1 = --version ] || {{ echo "{words}"; exit 1; }}
+[ $1 = --version ] || {{ echo "{reason}"; exit 1; }}
 """
 
 # Answers HELLO with its version, as a worker of that protocol would, and then closes.
@@ -62,7 +61,7 @@ def pair(folder: Path, version: str = "1", worker_name: str = "ggml-rpc-server")
 
 @pytest.fixture(autouse=True)
 def places(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Path]:
-    """Every place looked at, empty, in the test's own folder."""
+    """Every folder of the search, empty, in the test's folder."""
     found = {name: tmp_path / name for name in ("PATH", "home", "cache")}
     for folder in found.values():
         folder.mkdir()
@@ -74,13 +73,13 @@ def places(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Path]:
 
 
 def cached_engine(cache: Path, version: str, backend: str = "cpu") -> Path:
-    folder = cache / "engines" / f"llama.cpp-{engine_build.VERSION}-{backend}"
+    folder = cache / "engines" / f"llama.cpp-{build.VERSION}-{backend}"
     pair(folder / "bin", version)
     (folder / "engine.json").write_text("{}")
     return folder
 
 
-def test_places_are_tried_in_order(
+def test_folders_are_searched_in_order(
     places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cached_engine(places["cache"], "from cache")
@@ -117,16 +116,16 @@ def test_the_backend_chosen_last_is_found_first(places: dict[str, Path]) -> None
     assert find_engine().version == "one"
 
 
-def test_nothing_anywhere_says_where_was_looked_and_what_to_run(places: dict[str, Path]) -> None:
+def test_without_an_engine_the_error_says_where_was_searched_and_what_to_run(places: dict[str, Path]) -> None:
     with pytest.raises(EngineNotFoundError) as caught:
         find_engine()
     message = str(caught.value)
-    for words in ("PATH", "~/llama.cpp/build/bin", str(places["cache"]), "sollol-nb install"):
-        assert words in message
+    for text in ("PATH", "~/llama.cpp/build/bin", str(places["cache"]), "sollol-nb install"):
+        assert text in message
     assert "\n" not in message
 
 
-def test_an_unusable_pair_on_path_is_passed_over_and_named(places: dict[str, Path]) -> None:
+def test_an_unusable_pair_on_path_is_skipped_and_named(places: dict[str, Path]) -> None:
     program(pair(places["PATH"]) / "llama-server", "#!/bin/sh\nexit 3\n")
     with pytest.raises(EngineNotFoundError, match=r"PATH: .*llama-server does not run here: exit code 3"):
         find_engine()
@@ -135,7 +134,7 @@ def test_an_unusable_pair_on_path_is_passed_over_and_named(places: dict[str, Pat
 
 
 @pytest.mark.parametrize(
-    ("files", "error", "words"),
+    ("files", "error", "message"),
     [
         (None, EngineNotFoundError, "is not a folder"),
         ({}, EngineNotFoundError, "no llama-server and no RPC worker"),
@@ -158,7 +157,7 @@ def test_an_unusable_pair_on_path_is_passed_over_and_named(places: dict[str, Pat
         ),
         (
             {
-                "llama-server": REFUSES.format(words="error: invalid argument: $1"),
+                "llama-server": REFUSES.format(reason="error: invalid argument: $1"),
                 "rpc-server": worker_text(),
             },
             EngineIncompatibleError,
@@ -166,11 +165,11 @@ def test_an_unusable_pair_on_path_is_passed_over_and_named(places: dict[str, Pat
         ),
         (
             {
-                "llama-server": REFUSES.format(words="version mismatch: 6.0.0"),
+                "llama-server": REFUSES.format(reason="version mismatch: 6.0.0"),
                 "rpc-server": worker_text("6.0.0"),
             },
             EngineIncompatibleError,
-            "speaks RPC protocol 6.0.0, which does not fit .*version mismatch",
+            r"\(RPC protocol 6.0.0\) does not work with .*version mismatch",
         ),
     ],
     ids=[
@@ -186,16 +185,16 @@ def test_an_unusable_pair_on_path_is_passed_over_and_named(places: dict[str, Pat
     ],
 )
 @pytest.mark.parametrize("named_by", ["argument", "variable"])
-def test_an_unusable_named_folder_is_an_error_and_nothing_else_is_taken(
+def test_an_unusable_named_folder_is_an_error_and_no_other_folder_is_used(
     places: dict[str, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     named_by: str,
     files: dict[str, str] | None,
     error: type[Exception],
-    words: str,
+    message: str,
 ) -> None:
-    pair(places["PATH"])  # usable, and not to be taken
+    pair(places["PATH"])  # usable, and not to be used
     own = tmp_path / "own"
     for name, text in (files or {}).items():
         program(own / name, text)
@@ -203,15 +202,15 @@ def test_an_unusable_named_folder_is_an_error_and_nothing_else_is_taken(
         own.mkdir(exist_ok=True)
     if named_by == "variable":
         monkeypatch.setenv("SOLLOL_LLAMA_CPP", str(own))
-    for find in (find_engine, ensure_engine):
-        with pytest.raises(error, match=words) as caught:
-            find(own if named_by == "argument" else None)
+    for search in (find_engine, ensure_engine):
+        with pytest.raises(error, match=message) as caught:
+            search(own if named_by == "argument" else None)
         assert str(own) in str(caught.value)
         assert "\n" not in str(caught.value)
 
 
 def test_a_silent_program_is_ended_at_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(toolchain, "CHECK_LIMIT_S", 0.2)
+    monkeypatch.setattr(find, "CHECK_LIMIT_S", 0.2)
     folder = pair(tmp_path / "own")
     program(folder / "llama-server", "#!/bin/sh\nexec sleep 60\n")
     with pytest.raises(EngineIncompatibleError, match="no answer within"):
@@ -239,31 +238,31 @@ def test_options_left_in_the_environment_do_not_reach_the_check(
     assert find_engine(folder).version == "1"
 
 
-def test_no_engine_means_that_one_is_built(places: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str | None] = []
+def test_an_engine_is_built_if_there_is_none(places: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    requested: list[str | None] = []
 
-    def build(backend: str | None, **_: object) -> Path:
-        asked.append(backend)
+    def build_engine(backend: str | None, **_: object) -> Path:
+        requested.append(backend)
         return cached_engine(places["cache"], "built") / "bin"
 
-    monkeypatch.setattr(engine_build, "build_engine", build)
+    monkeypatch.setattr(build, "build_engine", build_engine)
     assert ensure_engine().version == "built"
     assert ensure_engine().source == "cache"
-    assert asked == [None]
+    assert requested == [None]
 
 
-def test_a_failed_build_is_what_the_caller_hears(monkeypatch: pytest.MonkeyPatch) -> None:
-    def build(*_: object, **__: object) -> Path:
+def test_a_failed_build_is_raised_to_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build_engine(*_: object, **__: object) -> Path:
         raise EngineBuildError("no cmake")
 
-    monkeypatch.setattr(engine_build, "build_engine", build)
+    monkeypatch.setattr(build, "build_engine", build_engine)
     with pytest.raises(EngineBuildError, match="no cmake"):
         ensure_engine()
 
 
 @pytest.mark.engine
 def test_the_real_pair_is_usable_and_leaves_no_worker_running(engine: Engine) -> None:
-    toolchain._checked.cache_clear()
+    find._checked.cache_clear()
     before = set(psutil.Process().children(recursive=True))
     found = find_engine(engine.server.parent)
     assert found.protocol.split(".")[0] == "7"
@@ -279,7 +278,7 @@ def test_the_real_server_refuses_a_worker_of_another_protocol(
 ) -> None:
     folder = copy_of(engine, tmp_path / "bin")
     program(folder / engine.worker.name, worker_text(protocol))
-    with pytest.raises(EngineIncompatibleError, match=f"speaks RPC protocol {protocol}, which does not fit"):
+    with pytest.raises(EngineIncompatibleError, match=rf"\(RPC protocol {protocol}\) does not work with"):
         find_engine(folder)
 
 
@@ -287,10 +286,10 @@ def test_the_real_server_refuses_a_worker_of_another_protocol(
 def test_the_real_server_facing_a_silent_worker_is_ended_at_the_limit(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(toolchain, "CHECK_LIMIT_S", 1.0)
+    monkeypatch.setattr(find, "CHECK_LIMIT_S", 1.0)
     folder = copy_of(engine, tmp_path / "bin")
     program(folder / engine.worker.name, worker_text(answer=SILENT))
-    with pytest.raises(EngineIncompatibleError, match=r"does not fit .*no answer within"):
+    with pytest.raises(EngineIncompatibleError, match=r"does not work with .*no answer within"):
         find_engine(folder)
 
 
