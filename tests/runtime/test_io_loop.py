@@ -222,6 +222,35 @@ def test_stream_read_on_the_io_loop_itself_is_the_stream() -> None:
     assert run_blocking(read()) == list(range(5))
 
 
+def test_stream_made_on_another_thread_is_read_on_the_io_loop_in_the_readers_task() -> None:
+    tasks: list[asyncio.Task[object] | None] = []
+
+    @io_bound_stream
+    async def numbers() -> AsyncGenerator[int, None]:
+        tasks.append(asyncio.current_task())
+        yield 1
+
+    stream = numbers()
+
+    async def read() -> list[int]:
+        tasks.append(asyncio.current_task())
+        return [item async for item in stream]
+
+    assert run_blocking(read()) == [1]
+    assert tasks[0] is tasks[1] is not None
+
+
+def test_stream_that_is_closed_unread_never_begins() -> None:
+    numbers = Numbers()
+    stream = io_bound_stream(numbers.count)()
+
+    asyncio.run(stream.aclose())
+
+    with pytest.raises(StopAsyncIteration):
+        asyncio.run(anext(stream))
+    assert numbers.loops == []
+
+
 def test_stream_closed_early_has_cleaned_up_when_close_returns() -> None:
     numbers = Numbers()
 
