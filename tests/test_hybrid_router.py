@@ -358,7 +358,7 @@ HELLO = [{"role": "user", "content": "Hello!"}]
         ("demo", HELLO, {"schema": 7}, ConfigError, "a schema is a pydantic model class, a dataclass"),
         ("demo", HELLO, {"schema": {}}, ConfigError, "a dict with the keys (none) is not a JSON schema"),
         ("demo", HELLO, {"schema": int, "format": "json"}, ConfigError, "give either schema or format, not both"),
-        ("nosuch", HELLO, {"keep_alive": "soon"}, ConfigError, "keep_alive='soon' is no time"),
+        ("nosuch", HELLO, {"keep_alive": "soon"}, ConfigError, "keep_alive='soon' is not a time"),
         ("nosuch", HELLO, {"format": "xml"}, ConfigError, "format='xml' must be"),
         ("", HELLO, {}, ConfigError, "model='' is not a model name; try demo"),
         (None, HELLO, {}, ConfigError, "model=None is not a model name; try demo"),

@@ -202,7 +202,8 @@ class Sollol(Configurable):
             (
                 head,
                 f"    {helptext or setting.help}",
-                f"    Value: {setting.kind.words}. Default: {setting.default_text}. Variable: {setting.variable}.",
+                f"    Value: {setting.kind.description}. Default: {setting.default_text}. "
+                f"Variable: {setting.variable}.",
             )
         )
 

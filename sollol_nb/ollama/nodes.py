@@ -104,13 +104,13 @@ def node_url(node: str | Mapping[str, Any]) -> str:
     scheme, separator, rest = text.rpartition("://")
     scheme = scheme.lower() or "http"
     if scheme not in ("http", "https"):
-        raise ConfigError(f"{text!r} is not an Ollama node; write host:port, or a URL with http or https")
+        raise ConfigError(f"{text!r} is not an Ollama node; use host:port, or a URL with http or https")
     if "@" in rest:
-        raise ConfigError("the URL of an Ollama node must not carry a password; it would show in logs")
+        raise ConfigError("the URL of an Ollama node must not contain a password, since logs would show it")
     try:
         parts = urlsplit(f"//{rest}")
     except ValueError:
-        raise ConfigError(f"{text!r} is not an Ollama node; an IPv6 address is written [::1]:11434") from None
+        raise ConfigError(f"{text!r} is not an Ollama node; write an IPv6 address as [::1]:11434") from None
     endpoint = f"{LOOPBACK}{parts.netloc}" if parts.netloc.startswith(":") else parts.netloc
     default_port = {"http": 80, "https": 443}[scheme] if separator else DEFAULT_OLLAMA_PORT
     host, port = parse_endpoint(endpoint, default_port)

@@ -1,16 +1,17 @@
-"""Where settings come from: the only room that reads environment variables and knows folders.
+"""The values of settings, and the package's folders: the only module that reads environment variables.
 
-`default(name)` is the value of a setting of `settings.py` where the caller gives none: its environment variable's,
-else that of `sollol_nb.toml` in the working folder or in the nearest folder above that has one, else that of the
-one in the user's config folder, else the built-in one. It is read when it is asked for, so a change (`%env`,
-`os.environ`, an edit of the file) takes effect at once. Folders follow the platform's conventions (platformdirs).
+`default(name)` is the value of a setting of `table.py` that the caller does not set: that of its environment
+variable, else of `sollol_nb.toml` in the working folder or in the nearest folder above that has one, else of the
+one in the user's config folder, else the built-in default. It is read at each call, so a change (`%env`,
+`os.environ`, an edit of the file) takes effect immediately. Folders follow the platform's conventions
+(platformdirs).
 
-Variables that are no setting:
+Variables that are not settings:
 
 | variable | meaning |
 |---|---|
-| `SOLLOL_CONFIG` | the one settings file to read, or `0`: none |
-| `VULKAN_SDK`, `CXX` | as every C++ build reads them: the Vulkan SDK's folder, the C++ compiler |
+| `SOLLOL_CONFIG` | the only settings file to read, or `0` for none |
+| `VULKAN_SDK`, `CXX` | as in every C++ build: the folder of the Vulkan SDK, the C++ compiler |
 """
 
 from __future__ import annotations
@@ -36,22 +37,22 @@ BUILT_IN = "built-in default"
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The value of a setting, and where it comes from: a variable's name, a file's path, or `BUILT_IN`."""
+    """The value of a setting, and its source: a variable's name, a file's path, or `BUILT_IN`."""
 
     value: Any
     source: str
 
 
 def find(name: str) -> Found:
-    """The value that holds for a setting where the caller gives none, and where it comes from.
+    """The value of a setting that the caller does not set, and its source.
 
     Raises:
-        ConfigError: a variable or file has a value that cannot be used; the message names it.
+        ConfigError: a variable or file has an invalid value; the message names it.
     """
     setting = SETTINGS[name]
-    written = _variable(setting.variable)
-    if written is not None:
-        return Found(setting.kind.checked(setting.kind.from_text(written), setting.variable), setting.variable)
+    text = _variable(setting.variable)
+    if text is not None:
+        return Found(setting.kind.checked(setting.kind.from_text(text), setting.variable), setting.variable)
     for path in settings_files():
         values = read_settings(path)
         if name in values:
@@ -60,17 +61,17 @@ def find(name: str) -> Found:
 
 
 def default(name: str) -> Any:
-    """The value of `find`, without where it comes from."""
+    """The value of `find`, without its source."""
     return find(name).value
 
 
 def or_default(given: Any, name: str) -> Any:
-    """What a caller gave, or the value of `default` where that is None."""
+    """The value that a caller gave, or that of `default` if it is None."""
     return default(name) if given is None else given
 
 
 def settings_files() -> list[Path]:
-    """The settings files that are read, the one that wins first.
+    """The settings files that are read; a value in an earlier file wins.
 
     Raises:
         ConfigError: the nearest one was put there by someone else; see `file.find_nearest`.
@@ -86,7 +87,7 @@ def settings_files() -> list[Path]:
 
 
 def user_settings_file() -> Path:
-    """Where the user's own settings file is, if there is one."""
+    """The path of the user's own settings file, which need not exist."""
     return platformdirs.user_config_path(APP_NAME, appauthor=False) / FILE_NAME
 
 
@@ -122,7 +123,7 @@ def registry_dir() -> Path:
 
 
 def default_keep_alive_s() -> float | None:
-    """How long an engine lives without a request, in seconds; None is for ever."""
+    """How long an engine runs without a request, in seconds; None is no end."""
     value = default("keep_alive")
     if isinstance(value, Mapping):
         value = value.get("*", SETTINGS["keep_alive"].default)
@@ -141,10 +142,10 @@ def cxx_compiler() -> str | None:
 
 
 def child_environment(**extra: str) -> dict[str, str]:
-    """The environment for programs this package starts: ours, plus `extra`.
+    """The environment for programs that this package starts: that of this process, plus `extra`.
 
-    llama.cpp reads every option from `LLAMA_ARG_*` too; a variable left over from other work must not change
-    what an engine of ours does. Its crash handler would run a debugger: switched off.
+    llama.cpp reads every option from `LLAMA_ARG_*` too; a variable set for other work must not change the engines
+    of this package. Its crash handler, which runs a debugger, is switched off.
     """
-    ours = {name: value for name, value in os.environ.items() if not name.startswith("LLAMA_ARG_")}
-    return ours | {"GGML_NO_BACKTRACE": "1"} | extra
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("LLAMA_ARG_")}
+    return environment | {"GGML_NO_BACKTRACE": "1"} | extra

@@ -1,4 +1,4 @@
-"""Endpoints as text: `host:port` taken apart, put together, and told whether they are on this machine."""
+"""Endpoints as text: parse and format `host:port`, and find out whether an endpoint is on this machine."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def parse_endpoint(text: str, default_port: int = DEFAULT_RPC_PORT) -> tuple[str
         or not port.isdecimal()
         or not 0 < int(port) < 65536
     ):
-        raise ConfigError(f"{text!r} is not an endpoint; write host:port, such as 192.168.1.10:{default_port}")
+        raise ConfigError(f"{text!r} is not an endpoint; use host:port, such as 192.168.1.10:{default_port}")
     return host, int(port)
 
 
@@ -45,7 +45,7 @@ def format_endpoint(host: str, port: int) -> str:
 
 
 def is_loopback(endpoint: str) -> bool:
-    """Whether a `host:port` endpoint is on this machine by its address (127.0.0.0/8, ::1, localhost)."""
+    """Whether the address of a `host:port` endpoint is on this machine (127.0.0.0/8, ::1, localhost)."""
     host, _ = parse_endpoint(endpoint)
     return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
 

@@ -1,7 +1,7 @@
-"""`sollol_nb.toml`: found, read, and checked as a whole, so that a typing error in it is told at once.
+"""`sollol_nb.toml`: found, read, and checked as a whole, so that a typing error is reported immediately.
 
-Each key is a setting of `settings.py`; relative paths in a file are seen from its folder. A file is read whenever
-a setting is asked for, so an edit takes effect at once; it is parsed again only if its text has changed.
+Each key is a setting of `table.py`; relative paths in a file are relative to its folder. A file is read at each
+reading of a setting, so an edit takes effect immediately; it is parsed again only if its text has changed.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from sollol_nb.settings.table import FILE_NAME, setting_of
 
 
 def find_nearest(start: Path) -> list[Path]:
-    """The settings file in a folder, or in the nearest folder above it that has one; an empty list without any.
+    """The settings file in a folder, or in the nearest folder above it that has one; an empty list if none has.
 
     Raises:
-        ConfigError: anyone could have put it there, and someone else did (in `/tmp`, say).
+        ConfigError: it belongs to another user, in a folder where anyone can write (such as `/tmp`).
     """
     folder, above = "", str(start)
     while folder != above:
@@ -38,9 +38,9 @@ def find_nearest(start: Path) -> list[Path]:
 
 
 def is_file(path: str | Path) -> bool:
-    """Whether a file is there, as far as we may look.
+    """Whether a file exists, as far as this process may see.
 
-    It is asked for each folder above, at each reading of a setting, so without pathlib, which takes far longer.
+    This is called for each folder above, at each reading of a setting, so without pathlib, which takes far longer.
     """
     return os.path.isfile(path)  # noqa: PTH113
 
@@ -49,7 +49,7 @@ def read_settings(path: Path) -> Mapping[str, Any]:
     """The checked settings of a file, by name.
 
     Raises:
-        ConfigError: it cannot be read, is not TOML, or has an unknown key or a value that cannot be used.
+        ConfigError: it cannot be read, is not TOML, or has an unknown key or an invalid value.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")  # Windows editors may put a byte order mark first
@@ -57,7 +57,7 @@ def read_settings(path: Path) -> Mapping[str, Any]:
         raise ConfigError(f"{path} is not UTF-8 text; save it as UTF-8") from None
     except OSError as error:
         why = error.strerror or str(error)
-        raise ConfigError(f"{path} cannot be read ({why}); mend that, or set SOLLOL_CONFIG to another") from None
+        raise ConfigError(f"cannot read {path} ({why}); fix that, or set SOLLOL_CONFIG to another file") from None
     return _parsed(path, text)
 
 
@@ -76,7 +76,8 @@ def _parsed(path: Path, text: str) -> Mapping[str, Any]:
 
 
 def _refuse_planted(path: Path) -> None:
-    """A file could name programs to run, so a stranger's must not be taken up by working in a folder below."""
+    """A file can name programs to run, so a file of another user must not be read just because it is above the
+    working folder."""
     if sys.platform == "win32":
         return
     owner = path.stat().st_uid

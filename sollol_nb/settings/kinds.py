@@ -1,7 +1,7 @@
-"""Kinds of settings: which values are good, how a variable's text is read, and what a bad one is told.
+"""Kinds of settings: which values are valid, how a variable's text is read, and the error for an invalid value.
 
-A kind checks a value wherever it comes from (a variable, a file, `%config`), and gives it in the one form that the
-rest of the package uses. It knows neither names nor places of settings; `settings.py` does.
+A kind checks a value from any source (a variable, a file, `%config`), and returns it in the one form that the rest
+of the package uses. The names of the settings and their sources are in `table.py` and `config.py`.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ class Kind:
     """One kind of value.
 
     Attributes:
-        words: what a good value is; it completes "must be ...".
-        check: the value in its one form. It raises ValueError or TypeError for a bad one, or ConfigError where it
-            has better words than `words`.
-        from_text: a variable's text as a value to check; text that cannot be read is given on as it is.
-        anchor: a relative path in a checked value, seen from the folder of the file that names it.
+        description: what a valid value is; it completes "must be ...".
+        check: the value in its one form. It raises ValueError or TypeError for an invalid value, or ConfigError
+            where its own message is better than `description`.
+        from_text: a variable's text as a value to check; text that cannot be read is returned unchanged.
+        anchor: makes a relative path in a checked value relative to the folder of the file that names it.
     """
 
-    words: str
+    description: str
     check: Callable[[Any], Any]
     from_text: Callable[[str], Any] = str
     anchor: Callable[[Any, Path], Any] = lambda value, folder: value
 
     def checked(self, value: object, label: str) -> Any:
-        """The value in its one form. `label` names its place in the error.
+        """The value in its one form. `label` says in the error where the value is written.
 
         Raises:
             ConfigError: it is not of this kind.
@@ -53,29 +53,29 @@ class Kind:
             shown = " ".join(repr(value).split())
             if len(shown) > _LONGEST_SHOWN_CHARS:
                 shown = shown[: _LONGEST_SHOWN_CHARS - 1] + "…"
-            raise ConfigError(f"{label}={shown} must be {self.words}") from None
+            raise ConfigError(f"{label}={shown} must be {self.description}") from None
 
 
-def text(words: str) -> Kind:
+def text(description: str) -> Kind:
     """A text that is not blank."""
-    return Kind(words, _text)
+    return Kind(description, _text)
 
 
-def number(words: str, *, least: float = 0, above: bool = False, most: float = float("inf")) -> Kind:
+def number(description: str, *, least: float = 0, above: bool = False, most: float = float("inf")) -> Kind:
     """A finite number from `least` (more than it if `above`) to `most`."""
 
     def check(value: Any) -> float:
         if not is_number(value):
             raise TypeError
-        # Written so that NaN fails too.
+        # In this form NaN fails too.
         if not (least < value if above else least <= value) or not value <= most or value == float("inf"):
             raise ValueError
         return value
 
-    return Kind(words, check, _number_from_text)
+    return Kind(description, check, _number_from_text)
 
 
-def whole_number(words: str, *, least: int) -> Kind:
+def whole_number(description: str, *, least: int) -> Kind:
     """A whole number from `least` up."""
 
     def check(value: Any) -> int:
@@ -85,7 +85,7 @@ def whole_number(words: str, *, least: int) -> Kind:
             raise ValueError
         return value
 
-    return Kind(words, check, _number_from_text)
+    return Kind(description, check, _number_from_text)
 
 
 def one_of(*names: str) -> Kind:
@@ -100,29 +100,29 @@ def one_of(*names: str) -> Kind:
 
 
 def keep_alive_seconds(value: object) -> float | None:
-    """Seconds of a keep_alive as Ollama writes it: `300`, `"10m"`, `"1h30m"`; 0 ends an engine right after its
-    request. Negative numbers and `"forever"` give None: for ever.
+    """Seconds of a keep_alive in Ollama's form: `300`, `"10m"`, `"1h30m"`; 0 ends an engine right after its
+    request. Negative numbers and `"forever"` give None: no end.
 
     Raises:
-        ConfigError: it is none of these.
+        ConfigError: it has another form.
     """
     seconds: float | None = None
     if is_number(value):
         with contextlib.suppress(OverflowError):
             seconds = float(value)
     elif isinstance(value, str):
-        written = value.strip().lower()
-        if written in ("forever", "inf"):
+        text = value.strip().lower()
+        if text in ("forever", "inf"):
             return None
-        if written.split() == [written] and "," not in written:  # Ollama takes no spaces within
-            seconds = parse_duration(written.removeprefix("-"))
+        if text.split() == [text] and "," not in text:  # Ollama does not accept spaces within
+            seconds = parse_duration(text.removeprefix("-"))
         if seconds is not None:
-            seconds = -seconds if written.startswith("-") else seconds
+            seconds = -seconds if text.startswith("-") else seconds
         else:
             with contextlib.suppress(ValueError):
-                seconds = float(written)
+                seconds = float(text)
     if seconds is None or seconds != seconds:
-        raise ConfigError(f'keep_alive={value!r} is no time; write seconds, "10m", 0, or "forever"')
+        raise ConfigError(f'keep_alive={value!r} is not a time; use seconds, "10m", 0, or "forever"')
     return None if seconds < 0 or seconds == float("inf") else seconds
 
 
@@ -134,11 +134,11 @@ def _text(value: Any) -> str:
     return value
 
 
-def _number_from_text(written: str) -> int | float | str:
+def _number_from_text(text: str) -> int | float | str:
     for read in (int, float):
         with contextlib.suppress(ValueError):
-            return read(written)
-    return written
+            return read(text)
+    return text
 
 
 def _yes_or_no(value: Any) -> bool:
@@ -147,9 +147,9 @@ def _yes_or_no(value: Any) -> bool:
     return value
 
 
-def _yes_or_no_from_text(written: str) -> bool | str:
-    word = written.lower()
-    return word in _YES if word in _YES + _NO else written
+def _yes_or_no_from_text(text: str) -> bool | str:
+    word = text.lower()
+    return word in _YES if word in _YES + _NO else text
 
 
 def _priority(value: Any) -> int:
@@ -160,12 +160,12 @@ def _priority(value: Any) -> int:
 
 
 def _keep_alive(value: Any) -> Any:
-    """The value as it was written: what is shown should be what was set."""
+    """The value unchanged: users see what they set."""
     by_model = isinstance(value, Mapping)
-    for model, time in value.items() if by_model else [("*", value)]:
+    for model, duration in value.items() if by_model else [("*", value)]:
         _text(model)
         try:
-            keep_alive_seconds(time)
+            keep_alive_seconds(duration)
         except ConfigError:
             raise ValueError from None
     return dict(value) if by_model else value
@@ -173,12 +173,12 @@ def _keep_alive(value: Any) -> Any:
 
 def _strategy(value: Any) -> str:
     if value not in STRATEGIES:
-        raise ConfigError(f"{value!r} is no layer strategy; write one of {', '.join(STRATEGIES)}")
+        raise ConfigError(f"{value!r} is not a layer strategy; use one of {', '.join(STRATEGIES)}")
     return str(value)
 
 
 def _entries(value: Any) -> list[str]:
-    """The entries of a list, or of a text with commas."""
+    """The entries of a list, or of a text separated by commas."""
     if isinstance(value, str):
         return [entry.strip() for entry in value.split(",") if entry.strip()]
     if not isinstance(value, list | tuple) or not all(isinstance(entry, str) for entry in value):
@@ -193,7 +193,7 @@ def _endpoints(value: Any) -> list[str]:
 def _ollama_hosts(value: Any) -> list[str]:
     entries = [_text(entry) for entry in _entries(value)]
     if any("@" in entry for entry in entries):
-        raise ConfigError("the URL of an Ollama node must not carry a password; it would show in logs")
+        raise ConfigError("the URL of an Ollama node must not contain a password, since logs would show it")
     return entries
 
 
@@ -212,7 +212,7 @@ def _anchored_model(model: str, folder: Path) -> str:
 
 YES_OR_NO = Kind("true or false (1 or 0 in a variable)", _yes_or_no, _yes_or_no_from_text)
 PRIORITY = Kind("a number from 1 (batch) to 10 (critical), or a name such as high", _priority, _number_from_text)
-KEEP_ALIVE = Kind('a time: seconds, "10m", 0, or "forever"; or such by model', _keep_alive)
+KEEP_ALIVE = Kind('a time (seconds, "10m", 0, or "forever"), or a dict of these by model', _keep_alive)
 STRATEGY = Kind("the name of a layer strategy", _strategy)
 ENDPOINTS = Kind("a list of host:port", _endpoints)
 OLLAMA_HOSTS = Kind("a list of host:port or URLs", _ollama_hosts)

@@ -1,8 +1,8 @@
-"""The table of settings: every default that a person can change, once.
+"""The table of settings: every default that a user can change, once.
 
-A setting has one name everywhere: as a key of `sollol_nb.toml`, in `%config Sollol.NAME = ...`, and (with its own
-spelling where another program coined it, such as `OLLAMA_HOST`) as an environment variable. Its value comes from
-the first of these that gives one:
+A setting has one name: as a key of `sollol_nb.toml`, in `%config Sollol.NAME = ...`, and as an environment
+variable (some with the name that another program uses, such as `OLLAMA_HOST`). Its value comes from the first of
+these that has one:
 
 1. an option of the call or of the magic's line,
 2. `%config Sollol.NAME = ...`, or `c.Sollol.NAME = ...` in `ipython_config.py`,
@@ -11,7 +11,7 @@ the first of these that gives one:
 5. `sollol_nb.toml` in the user's config folder (`config.user_settings_file()` says where),
 6. the built-in default.
 
-This room holds the table and nothing that lives; `config.py` finds the values of 3 to 6,
+This module has only the table; `config.py` finds the values of 3 to 6,
 `notebook/settings_traits.py` those of 2. `python -m sollol_nb.settings` prints the table as Markdown.
 """
 
@@ -34,7 +34,7 @@ FILE_NAME = "sollol_nb.toml"
 FORMATS = ("markdown", "text", "json", "html", "code")
 """How an answer can be shown in a notebook."""
 
-# Defaults that code outside this table uses too.
+# Defaults that other modules use too.
 DEFAULT_TIMEOUT_S = 600
 DEFAULT_KEEP_ALIVE = "10m"
 DEFAULT_SLOTS = 4
@@ -52,14 +52,14 @@ class Setting:
 
     Attributes:
         name: its name, as a key of the file and in `%config Sollol.NAME`.
-        side: what it concerns: a `request` of a magic, the kernel's `router`, the `notebook` itself, or the
-            `machine` (folders, and what Ollama was told; these cannot be changed from within a notebook).
-        kind: which values are good.
-        help: what it does, for a person.
+        side: what it applies to: a `request` of a magic, the kernel's `router`, the `notebook` itself, or the
+            `machine` (folders, and Ollama's own settings; these cannot be changed from a notebook).
+        kind: which values are valid.
+        help: what it does.
         variable: its environment variable.
-        default: the built-in default; None where `default_words` say what happens without a value.
-        default_words: the default in words, where the value alone does not say it.
-        option: its name as an argument of `HybridRouter` or option of a request, if another.
+        default: the built-in default; None where `default_description` says what happens without a value.
+        default_description: the default for readers, where the value alone is not clear.
+        option: its name as an argument of `HybridRouter` or an option of a request, if different.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Setting:
     help: str
     variable: str
     default: Any = None
-    default_words: str = ""
+    default_description: str = ""
     option: str = ""
 
     @property
@@ -78,8 +78,8 @@ class Setting:
 
     @property
     def default_text(self) -> str:
-        """The built-in default as a person reads it."""
-        return self.default_words or str(self.default).lower()
+        """The built-in default for readers."""
+        return self.default_description or str(self.default).lower()
 
 
 _TABLE = (
@@ -87,64 +87,64 @@ _TABLE = (
         "model",
         "request",
         kinds.MODEL,
-        "The model that is asked where a cell names none.",
+        "Model of cells that name none.",
         "SOLLOL_MODEL",
-        default_words="none: the cell names it",
+        default_description="none (name it in the cell)",
     ),
     Setting(
         "temperature",
         "request",
-        kinds.number("a number from 0 up, such as 0.7"),
-        "How freely tokens are drawn; 0 is greedy: the same answer each time.",
+        kinds.number("a number of 0 or more, such as 0.7"),
+        "Randomness of the sampling; 0 is greedy: the same answer each time.",
         "SOLLOL_TEMPERATURE",
-        default_words="the engine's",
+        default_description="the engine's",
     ),
     Setting(
         "top_p",
         "request",
         kinds.number("a number above 0, at most 1, such as 0.9", above=True, most=1),
-        "Keep the most likely tokens that sum up to this probability.",
+        "Sample only from the most likely tokens, whose probabilities sum up to this.",
         "SOLLOL_TOP_P",
-        default_words="the engine's",
+        default_description="the engine's",
     ),
     Setting(
         "max_tokens",
         "request",
-        kinds.whole_number("a whole number from 1 up, such as 512", least=1),
+        kinds.whole_number("a whole number of 1 or more, such as 512", least=1),
         "Longest answer, in tokens.",
         "SOLLOL_MAX_TOKENS",
-        default_words="the engine's",
+        default_description="the engine's",
     ),
     Setting(
         "seed",
         "request",
-        kinds.whole_number("a whole number from 0 up, such as 42", least=0),
+        kinds.whole_number("a whole number of 0 or more, such as 42", least=0),
         "Seed of the sampling: the same seed gives the same answer.",
         "SOLLOL_SEED",
-        default_words="another one each time",
+        default_description="random",
     ),
     Setting(
         "system",
         "request",
         kinds.text("a text"),
-        "System message of requests that bring none.",
+        "System message of requests that have none.",
         "SOLLOL_SYSTEM",
-        default_words="none",
+        default_description="none",
     ),
     Setting(
         "priority",
         "request",
         kinds.PRIORITY,
-        "Which request goes first where several wait: 1 (batch) to 10 (critical), or a name such as high.",
+        "Which of several waiting requests runs first: 1 (batch) to 10 (critical), or a name such as high.",
         "SOLLOL_PRIORITY",
         default=int(Priority.NORMAL),
-        default_words="5 (normal)",
+        default_description="5 (normal)",
     ),
     Setting(
         "timeout",
         "request",
         kinds.number("a number of seconds above 0, such as 120", above=True),
-        "Limit of a request in seconds, from when its model is ready.",
+        "Time limit of a request in seconds, from when its model is ready.",
         "SOLLOL_TIMEOUT",
         default=DEFAULT_TIMEOUT_S,
     ),
@@ -152,7 +152,7 @@ _TABLE = (
         "format",
         "request",
         kinds.one_of(*FORMATS),
-        "How an answer is shown in a notebook: markdown, text, json, html or code.",
+        "How a notebook shows an answer: markdown, text, json, html or code.",
         "SOLLOL_FORMAT",
         default="markdown",
     ),
@@ -169,8 +169,8 @@ _TABLE = (
         "keep_alive",
         "router",
         kinds.KEEP_ALIVE,
-        "How long an engine lives without a request: seconds, 10m, 0 (ends with its request), forever; in a file "
-        'or in %config also by model: {"llama3.1:70b": "forever", "*": "5m"}.',
+        "How long an engine runs without a request: seconds, 10m, 0 (it ends with its request) or forever; in a "
+        'file or in %config also a dict of these by model: {"llama3.1:70b": "forever", "*": "5m"}.',
         "SOLLOL_KEEP_ALIVE",
         default=DEFAULT_KEEP_ALIVE,
     ),
@@ -178,26 +178,26 @@ _TABLE = (
         "workers",
         "router",
         kinds.ENDPOINTS,
-        "RPC workers, each as host:port; in a variable with commas between them.",
+        "RPC workers, each as host:port; in a variable separated by commas.",
         "RPC_BACKENDS",
         default=[],
-        default_words="those found on this machine",
+        default_description="those found on this machine",
         option="rpc_backends",
     ),
     Setting(
         "num_workers",
         "router",
-        kinds.whole_number("a whole number from 1 up, such as 3", least=1),
+        kinds.whole_number("a whole number of 1 or more, such as 3", least=1),
         "How many workers a model is spread over.",
         "SOLLOL_NUM_WORKERS",
-        default_words=f"{DEFAULT_WORKERS}, or as many as its size takes",
+        default_description=f"{DEFAULT_WORKERS}, or as many as the model needs",
         option="num_rpc_backends",
     ),
     Setting(
         "auto_setup",
         "router",
         kinds.YES_OR_NO,
-        "Whether workers are started on this machine where a model needs more of them.",
+        "Whether workers are started on this machine when a model needs more.",
         "SOLLOL_AUTO_SETUP",
         default=False,
         option="auto_setup_rpc",
@@ -205,15 +205,15 @@ _TABLE = (
     Setting(
         "context_tokens",
         "router",
-        kinds.whole_number("a whole number from 1 up, such as 4096", least=1),
+        kinds.whole_number("a whole number of 1 or more, such as 4096", least=1),
         "Context of a coordinator in tokens, shared by its slots.",
         "SOLLOL_CONTEXT_TOKENS",
-        default_words=f"the model's own, at most {MAX_DEFAULT_CONTEXT_TOKENS}",
+        default_description=f"the model's own, at most {MAX_DEFAULT_CONTEXT_TOKENS}",
     ),
     Setting(
         "slots",
         "router",
-        kinds.whole_number("a whole number from 1 up, such as 4", least=1),
+        kinds.whole_number("a whole number of 1 or more, such as 4", least=1),
         "Requests that a coordinator serves at the same time.",
         "SOLLOL_SLOTS",
         default=DEFAULT_SLOTS,
@@ -222,19 +222,19 @@ _TABLE = (
         "threshold_params",
         "router",
         kinds.number("billions of parameters above 0, such as 30", above=True),
-        "Models of more billions of parameters than this are sharded.",
+        "Models with more parameters than this (in billions) are sharded.",
         "SOLLOL_THRESHOLD_PARAMS",
-        default_words=f"{DEFAULT_THRESHOLD_PARAMS:g} for models that are not in `MODEL_PROFILES`",
+        default_description=f"{DEFAULT_THRESHOLD_PARAMS:g} for models that are not in `MODEL_PROFILES`",
         option="distributed_threshold_params",
     ),
     Setting(
         "ollama_hosts",
         "router",
         kinds.OLLAMA_HOSTS,
-        "Ollama nodes, each as host, host:port or URL; in a variable with commas between them.",
+        "Ollama nodes, each as host, host:port or URL; in a variable separated by commas.",
         "OLLAMA_HOST",
         default=[],
-        default_words="this machine's",
+        default_description="this machine's",
         option="ollama_pool",
     ),
     Setting(
@@ -243,13 +243,13 @@ _TABLE = (
         kinds.FOLDER,
         "Folder with llama-server and the RPC worker.",
         "SOLLOL_LLAMA_CPP",
-        default_words="the first that is found, else built",
+        default_description="the first one found, else built",
     ),
     Setting(
         "short_errors",
         "notebook",
         kinds.YES_OR_NO,
-        "Whether errors of this package show as one line in a cell, without a traceback.",
+        "Whether a cell shows errors of this package as one line, without a traceback.",
         "SOLLOL_SHORT_ERRORS",
         default=True,
     ),
@@ -258,7 +258,7 @@ _TABLE = (
         "notebook",
         kinds.one_of("stop", "keep"),
         "What %unload_ext does with this notebook's engines: stop ends those that no other notebook uses, keep "
-        "leaves them to their keep_alive.",
+        "lets them run until their keep_alive ends.",
         "SOLLOL_ON_UNLOAD",
         default="stop",
     ),
@@ -276,23 +276,23 @@ _TABLE = (
         kinds.FOLDER,
         "Folder for engine builds; safe to delete.",
         "SOLLOL_CACHE_DIR",
-        default_words="the user's cache folder",
+        default_description="the user's cache folder",
     ),
     Setting(
         "state_dir",
         "machine",
         kinds.FOLDER,
-        "Folder for the latency log, engine logs, and the registry of what runs.",
+        "Folder for the latency log, engine logs, and the registry of running engines.",
         "SOLLOL_STATE_DIR",
-        default_words="the user's state folder",
+        default_description="the user's state folder",
     ),
     Setting(
         "latency_keep_days",
         "machine",
         kinds.number("a number of days above 0, such as 90", above=True),
-        "Days after which rows of the latency log are pruned.",
+        "Days after which rows of the latency log are deleted.",
         "SOLLOL_LATENCY_KEEP_DAYS",
-        default_words="rows are kept for ever",
+        default_description="rows are kept forever",
     ),
     Setting(
         "latency_keep_rows",
@@ -308,13 +308,13 @@ _TABLE = (
         kinds.FOLDER,
         "Ollama's model storage on this machine.",
         "OLLAMA_MODELS",
-        default_words="where Ollama puts it",
+        default_description="Ollama's usual folder",
     ),
     Setting(
         "ollama_num_parallel",
         "machine",
-        kinds.whole_number("a whole number, such as 4", least=0),
-        "Requests that an Ollama node serves at once.",
+        kinds.whole_number("a whole number of 0 or more, such as 4", least=0),
+        "Requests that an Ollama node serves at the same time.",
         "OLLAMA_NUM_PARALLEL",
         default=1,
     ),
@@ -325,17 +325,19 @@ SETTINGS: Mapping[str, Setting] = MappingProxyType({setting.name: setting for se
 
 
 def setting_of(name: str, label: str) -> Setting:
-    """The setting of this name. `label` names the place that asks, in the error.
+    """The setting of this name. `label` says in the error where the name is written.
 
     Raises:
-        ConfigError: there is none; the message has the nearest known one.
+        ConfigError: there is no such setting; the message has the nearest known one.
     """
     setting = SETTINGS.get(name)
     if setting is None:
-        # HybridRouter's own name of it, or the variable's, is a better hint than a near miss.
-        others = {other.lower(): one.name for one in _TABLE for other in (one.argument, one.variable)}
+        # The name of HybridRouter's argument or of the variable is a better hint than a similar name.
+        aliases = {
+            alias.lower(): setting.name for setting in _TABLE for alias in (setting.argument, setting.variable)
+        }
         near = difflib.get_close_matches(name.lower(), SETTINGS, 1)
-        meant = others.get(name.lower()) or (near[0] if near else None)
+        meant = aliases.get(name.lower()) or (near[0] if near else None)
         hint = f"did you mean {meant}?" if meant else f"known are {', '.join(SETTINGS)}"
         raise ConfigError(f"{label}: there is no setting {name!r}; {hint}")
     return setting

@@ -82,8 +82,8 @@ def test_values_get_their_normal_form(settings: Sollol) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("temperature", "hot", "Sollol.temperature='hot' must be a number from 0 up, such as 0.7"),
-        ("workers", ["a:b"], "Sollol.workers: 'a:b' is not an endpoint; write host:port"),
+        ("temperature", "hot", "Sollol.temperature='hot' must be a number of 0 or more, such as 0.7"),
+        ("workers", ["a:b"], "Sollol.workers: 'a:b' is not an endpoint; use host:port"),
         ("temprature", 1, "Sollol: there is no setting 'temprature'; did you mean temperature?"),
         ("layer_strategy", "even", "Sollol: there is no setting 'layer_strategy'; did you mean strategy?"),
         ("state_dir", "/tmp", "Sollol.state_dir cannot be changed in a notebook; set SOLLOL_STATE_DIR"),
@@ -102,7 +102,7 @@ def test_invalid_values_are_one_line_and_change_nothing(
 
 
 def test_an_invalid_value_set_in_python_is_the_same_error(settings: Sollol) -> None:
-    with pytest.raises(ConfigError, match=r"Sollol\.slots=0 must be a whole number from 1 up"):
+    with pytest.raises(ConfigError, match=r"Sollol\.slots=0 must be a whole number of 1 or more"):
         settings.slots = 0
     assert settings.slots == 4
 
@@ -210,7 +210,7 @@ def test_the_magic_documents_each_setting_with_value_and_source(notebook: Kernel
     assert "Sollol.keep_alive = '10m' (built-in default)" in lines
     temperature = lines.index("Sollol.temperature = None (built-in default)")
     assert lines[temperature + 2] == (
-        "    Value: a number from 0 up, such as 0.7. Default: the engine's. Variable: SOLLOL_TEMPERATURE."
+        "    Value: a number of 0 or more, such as 0.7. Default: the engine's. Variable: SOLLOL_TEMPERATURE."
     )
 
 
@@ -226,7 +226,10 @@ def test_the_magic_sets_and_shows(notebook: Kernel) -> None:
 @pytest.mark.parametrize(
     ("cell", "words"),
     [
-        ("%config Sollol.temperature = 'hot'", "Sollol.temperature='hot' must be a number from 0 up, such as 0.7"),
+        (
+            "%config Sollol.temperature = 'hot'",
+            "Sollol.temperature='hot' must be a number of 0 or more, such as 0.7",
+        ),
         ("%config Sollol.temprature = 1", "Sollol: there is no setting 'temprature'; did you mean temperature?"),
     ],
 )

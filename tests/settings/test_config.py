@@ -62,7 +62,7 @@ def test_endpoint_is_split_into_host_and_port(text: str, endpoint: tuple[str, in
     ],
 )
 def test_what_is_no_endpoint_is_told_with_an_example(text: str) -> None:
-    with pytest.raises(ConfigError, match="is not an endpoint; write host:port") as caught:
+    with pytest.raises(ConfigError, match="is not an endpoint; use host:port") as caught:
         parse_endpoint(text)
     assert "\n" not in str(caught.value)
 
@@ -180,7 +180,7 @@ def test_keep_alive_is_read_as_ollama_writes_it(value: object, seconds: float | 
     ids=repr,
 )
 def test_what_is_no_keep_alive_is_told_with_an_example(value: object) -> None:
-    with pytest.raises(ConfigError, match=r'is no time; write seconds, "10m", 0, or "forever"') as caught:
+    with pytest.raises(ConfigError, match=r'is not a time; use seconds, "10m", 0, or "forever"') as caught:
         keep_alive_seconds(value)
     assert "\n" not in str(caught.value)
 
@@ -201,7 +201,7 @@ def test_default_keep_alive_is_read_from_the_environment(
 def test_bad_default_keep_alive_is_told_as_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOLLOL_KEEP_ALIVE", "soon")
 
-    with pytest.raises(ConfigError, match="SOLLOL_KEEP_ALIVE='soon' must be a time: seconds"):
+    with pytest.raises(ConfigError, match="SOLLOL_KEEP_ALIVE='soon' must be a time"):
         config.default_keep_alive_s()
 
 
