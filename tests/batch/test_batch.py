@@ -385,7 +385,7 @@ def test_a_rows_error_stays_beside_it_and_stops_no_other_row(router: HybridRoute
     ("rows", "template", "settings", "kind", "message"),
     [
         (["a"], "{{ item }}", {"model": "nosuch"}, ModelNotFoundError, "nosuch is not available"),
-        (["a"], "{{ item }}", {"model": None}, ConfigError, "no model is named"),
+        (["a"], "{{ item }}", {"model": None}, ConfigError, "no model given"),
         (
             ["a"],
             "{{ item }}",
