@@ -25,7 +25,8 @@ __all__ = ["MODEL_PROFILES", "HybridRouter"]
 class HybridRouter(Router):
     """Routes chat requests by the model's profile, and keeps the engines that it started warm; async.
 
-    It is a `Router` with three things to do with one: `map`, `bench` and `widget`.
+    In addition to what every `Router` does, it asks about many rows (`map`), measures (`bench`) and shows its cluster
+    (`widget`).
 
     Attributes:
         events: the event bus of this router's workers, coordinators and requests.

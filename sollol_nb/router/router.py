@@ -73,7 +73,7 @@ def _control(method: Callable[Concatenate[ClusterControl, P], R]) -> Callable[Co
 
 
 class Router:
-    """Routes chat requests by the model's profile, and keeps what it started warm.
+    """Routes chat requests by the model's profile, and keeps the engines that it started warm.
 
     Attributes:
         events: the event bus of this router's workers, coordinators and requests.
@@ -118,9 +118,9 @@ class Router:
             coordinator_timeout: seconds that a coordinator may take to load its model.
             coordinator_port: the first port to try for a coordinator.
             rpc_port: the first port to try for workers started here.
-            distributed_threshold_params: models of more billions of parameters are sharded too.
+            distributed_threshold_params: models with more parameters than this, in billions, are sharded too.
             model_filter: only these models are sharded by this router.
-            gguf_path: the GGUF file for models on llama.cpp, instead of looking into Ollama's storage.
+            gguf_path: the GGUF file for models on llama.cpp; by default the one in Ollama's storage.
             layer_strategy: how layers are spread, by default `memory_aware`.
             context_tokens: context of a coordinator, shared by its slots; by default the model's own, at most
                 8192.
