@@ -25,7 +25,7 @@ __all__ = ["MODEL_PROFILES", "HybridRouter"]
 class HybridRouter(Router):
     """Routes chat requests by the model's profile, and keeps the engines that it started warm; async.
 
-    In addition to what every `Router` does, it asks about many rows (`map`), measures (`bench`) and shows its cluster
+    Besides what every `Router` does, it asks about many rows (`map`), measures (`bench`) and shows its cluster
     (`widget`).
 
     Attributes:
