@@ -1,4 +1,4 @@
-"""Fixtures of the whole suite: real engines, started once, and a state folder of the suite's own."""
+"""Fixtures of all tests: real engines, started once, and a separate state folder."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ NO_OLLAMA = "127.0.0.1:9"  # the discard port: nothing answers there
 
 
 def pytest_report_header() -> list[str]:
-    """Say what is left out."""
+    """Say which files are skipped."""
     return [f"left out: {name} (pexpect needs a POSIX terminal)" for name in collect_ignore]
 
 
 @pytest.fixture(scope="session", autouse=True)
 def own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Nothing of the user's is read or written: state folder, workers and Ollama nodes are the suite's own."""
+    """Nothing that belongs to the user is read or written: state folder, workers and Ollama nodes are separate."""
     folder = tmp_path_factory.mktemp("state")
     settings = {
         "SOLLOL_STATE_DIR": str(folder),
-        "SOLLOL_CONFIG": "0",  # no settings file of the user's
-        "SOLLOL_KEEP_ALIVE": "60s",  # should the tests be killed, their engines end soon
+        "SOLLOL_CONFIG": "0",  # not the user's settings file
+        "SOLLOL_KEEP_ALIVE": "60s",  # if the tests are killed, their engines end soon
         "OLLAMA_HOST": NO_OLLAMA,
         "OLLAMA_MODELS": str(folder / "ollama"),
     }
-    others = (one.variable for one in SETTINGS.values() if one.name not in ("llama_cpp", "cache_dir"))
+    others = (setting.variable for setting in SETTINGS.values() if setting.name not in ("llama_cpp", "cache_dir"))
     before = {name: os.environ.pop(name, None) for name in {*settings, *others}}
     os.environ.update(settings)
     yield folder
@@ -59,7 +59,7 @@ def engine() -> Engine:
 
 @pytest.fixture(scope="session")
 def router(engine: Engine) -> Iterator[HybridRouter]:
-    """A blocking router over three real local workers, shared by the tests that only ask."""
+    """A blocking router over three real local workers, shared by tests that only send requests."""
     # Not on the usual port, which other tests expect to be free.
     with HybridRouter(auto_setup_rpc=True, auto_discover_rpc=False, num_rpc_backends=3, rpc_port=51052) as shared:
         yield shared
@@ -67,7 +67,7 @@ def router(engine: Engine) -> Iterator[HybridRouter]:
 
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The path of a model that does not stop by itself: one for each module, so that none shares a coordinator."""
+    """The path of a model that never stops generating: one per test module, so that none shares a coordinator."""
     return str(write_endless(tmp_path_factory.mktemp("models")))
 
 

@@ -87,8 +87,10 @@ def guide_world(
             for place in places:
                 host, port = parse_endpoint(place)
                 workers.append(run_blocking(start_worker(engine, host, port, 1, 600.0)))
-            with HybridRouter(rpc_backends=places) as looking:
-                eventually(lambda: all(one.state == "free" for one in looking.cluster().workers), "workers answer")
+            with HybridRouter(rpc_backends=places) as watching:
+                eventually(
+                    lambda: all(worker.state == "free" for worker in watching.cluster().workers), "workers answer"
+                )
             yield custom
         finally:
             for worker in workers:
@@ -182,10 +184,11 @@ def check_two_at_once(ran: Ran) -> None:
     routers = {LARGE: ran.names["router_70b"], "llama3.1:405b": ran.names["router_405b"]}
     with ThreadPoolExecutor() as threads:
         asked = [
-            threads.submit(one.route_request, model, QUESTION, max_tokens=8) for model, one in routers.items()
+            threads.submit(router.route_request, model, QUESTION, max_tokens=8)
+            for model, router in routers.items()
         ]
-        assert [one.result()["_routing"]["backend"] for one in asked] == [DISTRIBUTED, DISTRIBUTED]
-    held = [set(one.coordinator.rpc_backends) for one in routers.values()]
+        assert [answer.result()["_routing"]["backend"] for answer in asked] == [DISTRIBUTED, DISTRIBUTED]
+    held = [set(router.coordinator.rpc_backends) for router in routers.values()]
     assert held[0].isdisjoint(held[1])
     assert not routers[LARGE].should_use_distributed("llama3.1:405b")
 
@@ -261,7 +264,7 @@ def test_block_of_the_guide(
     profiles = {model: dict(profile) for model, profile in MODEL_PROFILES.items()}
     if "RPC_BACKENDS" in code:
         monkeypatch.setenv("RPC_BACKENDS", ",".join(GUIDE_WORKERS))
-    # Blocks that go on from an earlier one find what that one made.
+    # Blocks that continue an earlier one find its variables.
     earlier = HybridRouter(OllamaPool.auto_configure(), num_rpc_backends=3)
     names: dict[str, Any] = {"router": earlier, "HybridRouter": HybridRouter, "OllamaPool": OllamaPool}
     try:
@@ -271,7 +274,7 @@ def test_block_of_the_guide(
         exec(compile(code, f"guide block {number}", "exec"), names)
         check(Ran(names, capsys.readouterr().out, earlier.latency.frame().iloc[rows:]))
     finally:
-        for made in {id(one): one for one in [earlier, *names.values()]}.values():
+        for made in {id(value): value for value in [earlier, *names.values()]}.values():
             if isinstance(made, HybridRouter):
                 made.close()
             elif isinstance(made, AsyncRouter):

@@ -14,7 +14,7 @@ import pytest
 from sollol_nb.models.profiles import MODEL_PROFILES
 from tests.notebook.magics.test_help import MAGICS
 from tests.support.engines import eventually
-from tests.support.kernels import Kernel, kernel
+from tests.support.kernels import Kernel, kernel, notebook_kernel
 
 pytestmark = pytest.mark.engine
 
@@ -42,12 +42,8 @@ LONG_QUESTION = "Tell me everything about sharding."
 @pytest.fixture(scope="module")
 def notebook(engine: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
     """A kernel with the extension loaded and three workers started."""
-    state = str(tmp_path_factory.mktemp("kernel"))
-    with kernel(SOLLOL_STATE_DIR=state, SOLLOL_KEEP_ALIVE="5s") as fresh:
-        assert fresh.run("%load_ext sollol_nb").status == "ok"
-        assert fresh.run("%sollol_cluster start 3").status == "ok"
+    with notebook_kernel(tmp_path_factory.mktemp("kernel"), "%sollol_cluster start 3") as fresh:
         yield fresh
-        assert fresh.run("%sollol_stop --all").status == "ok"
 
 
 def test_an_answer_streams_into_the_cell_and_ends_as_markdown(notebook: Kernel) -> None:

@@ -1,4 +1,4 @@
-"""What tests on real engines share: a model that never stops writing, peers that are no engines, ways to wait."""
+"""Helpers for tests with real engines: a model that never stops generating, processes, false peers, waiting."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ posix_only = pytest.mark.skipif(os.name != "posix", reason="POSIX signals, file 
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine on the I/O loop, where coordinators and workers live."""
+    """Run a coroutine on the I/O loop, to which coordinators and workers belong."""
 
     async def guarded() -> T:
         async with asyncio.timeout(HANG_GUARD_S):
@@ -53,26 +53,26 @@ async def busy_slots(coordinator: Coordinator) -> int:
     return sum(slot["is_processing"] for slot in await coordinator._client.get("/slots", timeout_s=5.0))
 
 
-def eventually(condition: Callable[[], T], words: str) -> T:
-    """What the condition gives once it is true; a failure when it never is."""
+def eventually(condition: Callable[[], T], description: str) -> T:
+    """The condition's first true value; a failure if it never becomes true."""
     deadline = time.monotonic() + HANG_GUARD_S
     while time.monotonic() < deadline:
         value = condition()
         if value:
             return value
         time.sleep(0.02)
-    raise AssertionError(f"not so after {HANG_GUARD_S:g} s: {words}")
+    raise AssertionError(f"not within {HANG_GUARD_S:g} s: {description}")
 
 
-async def eventually_async(condition: Callable[[], T], words: str) -> T:
-    """The same for a coroutine."""
+async def eventually_async(condition: Callable[[], T], description: str) -> T:
+    """The same inside a coroutine."""
     deadline = time.monotonic() + HANG_GUARD_S
     while time.monotonic() < deadline:
         value = condition()
         if value:
             return value
         await asyncio.sleep(0.02)
-    raise AssertionError(f"not so after {HANG_GUARD_S:g} s: {words}")
+    raise AssertionError(f"not within {HANG_GUARD_S:g} s: {description}")
 
 
 # --- models -----------------------------------------------------------------------------------
@@ -102,18 +102,18 @@ def engines_of(root: psutil.Process) -> list[psutil.Process]:
 def engine_on(port: int) -> psutil.Process:
     """The engine of this process with this port in its arguments."""
     ours = engines_of(psutil.Process())
-    found = [one for one in ours if is_alive(one) and words_after(one, "-p", "--port") == str(port)]
+    found = [engine for engine in ours if is_alive(engine) and argument_after(engine, "-p", "--port") == str(port)]
     assert len(found) == 1, f"engines of ours on port {port}: {found}"
     return found[0]
 
 
-def words_after(process: psutil.Process, *flags: str) -> str | None:
-    """The argument that follows one of the flags."""
+def argument_after(process: psutil.Process, *flags: str) -> str | None:
+    """The argument after one of these flags."""
     return next((value for flag, value in pairwise(process.cmdline()) if flag in flags), None)
 
 
 def is_alive(process: psutil.Process) -> bool:
-    """Whether it runs; one that only waits to be reaped does not."""
+    """Whether it is running; a zombie is not."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -121,12 +121,12 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 def all_end(processes: list[psutil.Process]) -> None:
-    """Wait until none of them runs."""
-    eventually(lambda: not [one for one in processes if is_alive(one)], f"{processes} ended")
+    """Wait until none of them is running."""
+    eventually(lambda: not any(map(is_alive, processes)), f"{processes} ended")
 
 
 def with_variable(name: str, value: str) -> list[psutil.Process]:
-    """The processes of this machine that were started with this environment variable."""
+    """The processes on this machine that were started with this environment variable."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):
@@ -137,7 +137,7 @@ def with_variable(name: str, value: str) -> list[psutil.Process]:
 
 @contextmanager
 def script(text: str, *arguments: str, **variables: str) -> Iterator[subprocess.Popen[str]]:
-    """A Python process that runs `text`, with more environment variables; killed at the end if it still runs."""
+    """A Python process that runs `text`, with more environment variables; killed at the end if still running."""
     process = subprocess.Popen(
         [sys.executable, "-c", text, *arguments],
         cwd=REPOSITORY,
@@ -156,12 +156,12 @@ def script(text: str, *arguments: str, **variables: str) -> Iterator[subprocess.
 
 
 def says(process: subprocess.Popen[str], wanted: str) -> str:
-    """The next line that a script prints, which begins with `wanted`; the rest of it."""
+    """The rest of the next line that a script prints, which must begin with `wanted`."""
     assert process.stdout is not None
     line = process.stdout.readline()
     if not line.startswith(wanted):
         process.send_signal(signal.SIGTERM)
-        raise AssertionError(f"wanted {wanted!r}, got {line!r}: {process.communicate()[1]}")
+        raise AssertionError(f"expected {wanted!r}, got {line!r}: {process.communicate()[1]}")
     return line[len(wanted) :].strip()
 
 
@@ -170,7 +170,7 @@ def says(process: subprocess.Popen[str], wanted: str) -> str:
 
 @contextmanager
 def silent_peer(port: int = 0) -> Iterator[int]:
-    """A port of loopback that accepts connections (the kernel does) and never says a word."""
+    """A loopback port that accepts connections (the operating system does) and never sends anything."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", port))
         listener.listen(16)
@@ -178,26 +178,26 @@ def silent_peer(port: int = 0) -> Iterator[int]:
 
 
 def unused_port() -> int:
-    """A port of loopback on which nothing listens."""
+    """A loopback port on which nothing listens."""
     with socket.socket() as trial:
         trial.bind(("127.0.0.1", 0))
         return int(trial.getsockname()[1])
 
 
 def unused_ports(count: int) -> int:
-    """The first of so many unused ports in a row, below those that systems give out by themselves."""
+    """The first of `count` consecutive unused ports, below the range that systems assign themselves."""
     for first in range(20000, 30000, count):
         with suppress(OSError):
             for port in range(first, first + count):
                 with socket.socket() as trial:
                     trial.bind(("127.0.0.1", port))
             return first
-    raise AssertionError(f"no {count} unused ports in a row")
+    raise AssertionError(f"no {count} consecutive unused ports")
 
 
 @contextmanager
 def serving(handler: type[socketserver.BaseRequestHandler], port: int = 0) -> Iterator[int]:
-    """A threaded loopback server; gives its port."""
+    """A threaded loopback server; yields its port."""
 
     class Server(socketserver.ThreadingTCPServer):
         allow_reuse_address = True
@@ -249,11 +249,11 @@ class OtherProtocolWorker(socketserver.BaseRequestHandler):
 
 
 def http_stranger(status: int, body: bytes = b'{"status":"ok"}') -> type[http.server.BaseHTTPRequestHandler]:
-    """A web server that answers everything alike, keys or not, and counts requests in its `asked`."""
+    """A web server that gives every request the same answer, and lists their paths in `asked`."""
 
     class Stranger(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
-        asked: list[str] = []  # noqa: RUF012 - shared by all its connections on purpose
+        asked: list[str] = []  # noqa: RUF012 - all its connections share it
 
         def answer(self) -> None:
             type(self).asked.append(self.path)
@@ -273,11 +273,11 @@ def http_stranger(status: int, body: bytes = b'{"status":"ok"}') -> type[http.se
 
 
 class PausingProxy:
-    """A worker seen through a wire that stops after so many bytes from the coordinator, until told to go on."""
+    """A proxy to a worker that stops after this many bytes from the coordinator, until `resumed` is set."""
 
     def __init__(self, worker_port: int, passes_bytes: int) -> None:
         self.paused = asyncio.Event()
-        self.go_on = asyncio.Event()
+        self.resumed = asyncio.Event()
         self._worker_port = worker_port
         self._left_bytes = passes_bytes
 
@@ -288,7 +288,7 @@ class PausingProxy:
 
     async def __aexit__(self, *_: object) -> None:
         self._server.close()
-        self.go_on.set()
+        self.resumed.set()
 
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         worker_reader, worker_writer = await asyncio.open_connection("127.0.0.1", self._worker_port)
@@ -301,7 +301,7 @@ class PausingProxy:
                     self._left_bytes -= len(data)
                     if self._left_bytes < 0:
                         self.paused.set()
-                        await self.go_on.wait()
+                        await self.resumed.wait()
                 sink.write(data)
                 await sink.drain()
         sink.close()

@@ -13,9 +13,9 @@ TAGS = (
     f"> ```\n{IMAGE}\n```",
     f"<br>\n```\n{IMAGE}\n```",  # no block begins in a block of HTML
     f"```\rx\r```\r{IMAGE}",  # the line ends of old Macintoshes
-    f'[a]: x "t\n\n```\n"\n{IMAGE}\n```',  # a title that goes on
+    f'[a]: x "t\n\n```\n"\n{IMAGE}\n```',  # a title that continues
     f"$x\n```$\n{IMAGE}\n```",  # a formula that takes a fence
-    f"$$\n```html\n$$ {IMAGE}\n```",  # nbconvert's goes on over blank lines
+    f"$$\n```html\n$$ {IMAGE}\n```",  # nbconvert's continues over blank lines
     f"a $$x\n$$ y\n```html\n$$ {IMAGE}\n```",
     f"~~~\n```\n~~~\n{IMAGE}\n```\n{IMAGE}\n~~~\n{IMAGE}",
     f"- a\n  ~~~\n\n```\n~~~\n{IMAGE}\n```",

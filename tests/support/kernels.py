@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from jupyter_client.manager import start_new_kernel
@@ -18,12 +19,12 @@ _COLORS = re.compile(r"\x1b\[[0-9;]*m")
 
 @dataclass
 class Shown:
-    """What one cell showed.
+    """The output of one cell.
 
     Attributes:
         status: `ok` or `error`.
         stream: text of stdout and stderr.
-        error: the traceback as lines, without colours.
+        error: the traceback's lines, without colours.
         displays: mime bundles of `display_data` and `execute_result`, after all updates.
         updates: how often a display was updated.
     """
@@ -46,7 +47,7 @@ class Shown:
 
 
 class Kernel:
-    """A kernel that runs one cell after the other."""
+    """A kernel that runs cells one after another."""
 
     def __init__(self, manager: Any, client: Any) -> None:
         self.manager = manager
@@ -127,3 +128,14 @@ def kernel(**variables: str) -> Iterator[Kernel]:
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)
+
+
+@contextmanager
+def notebook_kernel(state_folder: Path, *cells: str) -> Iterator[Kernel]:
+    """A kernel with the extension loaded that has run these cells; its engines are stopped at the end."""
+    with kernel(SOLLOL_STATE_DIR=str(state_folder), SOLLOL_KEEP_ALIVE="5s") as fresh:
+        for cell in ("%load_ext sollol_nb", *cells):
+            shown = fresh.run(cell)
+            assert shown.status == "ok", shown.error
+        yield fresh
+        assert fresh.run("%sollol_stop --all").status == "ok"

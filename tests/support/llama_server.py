@@ -75,7 +75,7 @@ Run = Callable[[Callable[[Server], Awaitable[Any]]], Any]
 
 @contextmanager
 def llama_server(engine: Engine, folder: Path, *flags: str) -> Iterator[Run]:
-    """Start one; gives what runs a coroutine function with it."""
+    """Start a llama-server; yields a function that runs a coroutine function with it."""
     port = unused_ports(1)
     command = [str(engine.server), "-m", str(DEMO_MODEL_PATH), "--host", "127.0.0.1", "--port", str(port)]
     command += ["-c", "4096", "-np", "4", "-t", "1", "--jinja", "--cache-ram", "0", "--kv-unified", *flags]
@@ -123,7 +123,7 @@ def through_json(answer: Answer) -> Answer:
 
 
 def whole(chunks: list[dict[str, Any]]) -> dict[str, Any]:
-    """What an answer comes to, all that must not depend on cuts."""
+    """The parts of a whole answer that must not depend on where it was interrupted."""
     assert [chunk["done"] for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
     names = ("model", "done_reason", "prompt_eval_count", "eval_count")
     return {
@@ -136,7 +136,7 @@ def whole(chunks: list[dict[str, Any]]) -> dict[str, Any]:
 async def uncut(
     server: Server, answer: Answer, add: Mapping[str, Any] | None = None
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The events of an answer that nothing happens to, and what it comes to."""
+    """The events of an uninterrupted answer, and the whole answer."""
     asked = await answer.request(server.client.post)
     assert asked is not None
     events = [event async for event in server.events((asked[0], {**asked[1], **(add or {})}))]
@@ -148,7 +148,7 @@ async def uncut(
 async def cut_after(
     server: Server, answer: Answer, events: list[dict[str, Any]]
 ) -> tuple[Answer, list[dict[str, Any]]]:
-    """The answer as another process finds it after these events, and the chunks that went out."""
+    """The answer as another process would load it after these events, and the chunks sent so far."""
     await answer.request(server.client.post)
     chunks = [chunk for event in events if (chunk := answer.translate(event)) is not None]
     return through_json(answer), chunks

@@ -1,7 +1,7 @@
 """A real Ollama for tests: a server on a free port, with storage of its own, stopped whole.
 
 Loaded as a pytest plugin (`pytest_plugins` in conftest.py). The program is `SOLLOL_TEST_OLLAMA`, else `ollama` on
-PATH, else the one `make ollama` builds. Without one the tests that ask for it are skipped, and the end of the run
+PATH, else the one `make ollama` builds. Without one the tests that need it are skipped, and the end of the run
 says how many; where `CI` is set that is a failure.
 """
 
@@ -31,7 +31,7 @@ DEMO_MODEL = Path(__file__).parents[2] / "sollol_nb" / "models" / "demo.gguf"
 NO_OLLAMA = "no Ollama to test with: run `make ollama`, or set SOLLOL_TEST_OLLAMA to the program"
 START_LIMIT_S = 30.0
 
-# ChatML. An assistant's message that comes last is left open, so that the model goes on with it.
+# ChatML. An assistant's message that comes last is left open, so that the model continues it.
 CHATML = """{{ range $i, $_ := .Messages }}{{ $last := eq (len (slice $.Messages $i)) 1 -}}
 <|im_start|>{{ .Role }}
 {{ .Content }}{{ if or (ne .Role "assistant") (not $last) }}<|im_end|>
@@ -123,7 +123,7 @@ class OllamaServer:
         self._signal_all("suspend")
 
     def resume(self) -> None:
-        """Let them go on."""
+        """Let them continue."""
         self._signal_all("resume")
 
     def suspend_runners(self) -> None:

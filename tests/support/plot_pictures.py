@@ -54,10 +54,10 @@ def frame_with(**columns: Any) -> pd.DataFrame:
     """A frame of the latency log with these columns; the others as of a request that just went well."""
     count = max(len(values) for values in columns.values())
     usual = {"string": "", "float64": np.nan, "Int64": None, "datetime64[ms, UTC]": NOON_S}
-    cells = {one.name: [usual[one.dtype]] * count for one in COLUMNS}
+    cells = {column.name: [usual[column.dtype]] * count for column in COLUMNS}
     cells |= {"status": ["ok"] * count, "failovers": [0] * count, "total_ms": [1000.0] * count}
     cells |= {name: list(values) for name, values in columns.items()}
-    return frame_of(zip(*(cells[one.name] for one in COLUMNS), strict=True))
+    return frame_of(zip(*(cells[column.name] for column in COLUMNS), strict=True))
 
 
 def busy_frame(count: int = 400, models: int = 1, places: int = 3, seed: int = 1) -> pd.DataFrame:
@@ -85,7 +85,7 @@ def busy_frame(count: int = 400, models: int = 1, places: int = 3, seed: int = 1
         model=np.array(MODELS)[random.integers(0, models, count)].tolist(),
         backend=backends.tolist(),
         layout=layouts.tolist(),
-        place=[f"http://10.0.0.{one + 1}:11434" for one in place_of],
+        place=[f"http://10.0.0.{node + 1}:11434" for node in place_of],
         queue_ms=queue_ms,
         ttft_ms=ttft_ms,
         total_ms=ttft_ms + random.lognormal(7.5, 0.6, count),

@@ -1,4 +1,4 @@
-"""A cluster of as many workers as one likes, simulated behind a real event bus and a real `ClusterState`.
+"""A cluster of any number of workers, simulated behind a real event bus and a real `ClusterState`.
 
 What a `ClusterState` reads of its rooms is here plain data that a test changes; what it is told, it is told by the
 bus as by the real rooms.
@@ -98,11 +98,11 @@ class SimulatedCluster:
             self.events,
         )
 
-    def change_worker(self, number: int, state: str, words: str, kind: EventKind, **more: Any) -> None:
-        """A worker changes its state, and the bus tells."""
+    def change_worker(self, number: int, state: str, description: str, kind: EventKind, **more: Any) -> None:
+        """Change a worker's state and publish it."""
         name = endpoint(number)
-        self.workers[name] = replace(self.workers[name], state=state, detail=words, **more)
-        self.events.publish(kind, name, words)
+        self.workers[name] = replace(self.workers[name], state=state, detail=description, **more)
+        self.events.publish(kind, name, description)
 
     def run_model(
         self, name: str, numbers: Iterable[int], token_ms: float = 25.0, counts: Sequence[int] | None = None
@@ -116,21 +116,21 @@ class SimulatedCluster:
         for held in plan.endpoints:
             detail = f"held by the coordinator of {name}, started by this kernel"
             self.workers[held] = replace(self.workers[held], state="held", detail=detail, held_by=name)
-        words = f"{name} is ready at {coordinator.base_url} after 1.2 s"
-        self.events.publish(EventKind.COORDINATOR_READY, name, words, load_ms=1234.0)
+        message = f"{name} is ready at {coordinator.base_url} after 1.2 s"
+        self.events.publish(EventKind.COORDINATOR_READY, name, message, load_ms=1234.0)
         return coordinator
 
     def end_model(self, name: str) -> None:
         """Its coordinator is stopped."""
-        for one in [one for one in self.coordinators if one.model == name]:
-            self.coordinators.remove(one)
-            for held in one.rpc_backends:
+        for coordinator in [running for running in self.coordinators if running.model == name]:
+            self.coordinators.remove(coordinator)
+            for held in coordinator.rpc_backends:
                 self.workers[held] = replace(self.workers[held], state="free", detail="free", held_by=None)
         self.events.publish(EventKind.COORDINATOR_STOPPED, name, f"stopped {name}")
 
     async def what_if(self, name: str, counts: Mapping[str, int]) -> Forecast:
         """As `HybridRouter.what_if`."""
-        (coordinator,) = [one for one in self.coordinators if one.model == name]
+        (coordinator,) = [running for running in self.coordinators if running.model == name]
         capacities = [WorkerCapacity(place, 30 * GIB, 32 * GIB, 0.4) for place in counts]
         return forecast(
             coordinator.settings.facts,
@@ -175,7 +175,7 @@ class SimulatedCluster:
             def endpoints(self) -> list[str]:
                 return list(cluster.workers)
 
-        seen = {name: one.probe.round_trip_ms for name, one in self.workers.items() if one.probe}
+        seen = {name: worker.probe.round_trip_ms for name, worker in self.workers.items() if worker.probe}
         return Rooms(probe=probe_workers, statuses=lambda: list(self.workers.values()), round_trips_ms=seen)
 
     def _ollama(self) -> SimpleNamespace:

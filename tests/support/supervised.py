@@ -1,4 +1,4 @@
-"""What tests of supervisors share: one that is started by hand, a raw control connection, other constants."""
+"""Helpers for tests of supervisors: one started by the test, a raw control connection, other constants."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ class Control:
             line = self._lines.readline()
         except ConnectionResetError:  # it closed before it had read all
             return None
-        told: dict[str, Any] | None = json.loads(line) if line else None
-        return told
+        message: dict[str, Any] | None = json.loads(line) if line else None
+        return message
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         """A verb's answer."""
@@ -87,12 +87,12 @@ class Control:
         return answer
 
     def exited(self) -> dict[str, Any]:
-        """What it is told of the engine's end: `code`, `tail`, `why`."""
-        told = self.line()
-        assert told is not None
-        assert told.pop("event") == "exited"
+        """The report of the engine's end: `code`, `tail`, `why`."""
+        report = self.line()
+        assert report is not None
+        assert report.pop("event") == "exited"
         assert self.line() is None, "that is the last word"
-        return told
+        return report
 
     def close(self) -> None:
         """End the connection."""
@@ -134,7 +134,7 @@ class Supervised:
 
         def found() -> str:
             lines = self.log_path.read_text("utf-8").splitlines(True) if self.log_path.exists() else []
-            return next((one.strip() for one in lines if text in one and one.endswith("\n")), "")
+            return next((line.strip() for line in lines if text in line and line.endswith("\n")), "")
 
         return eventually(found, f"{text!r} in {self.log_path}")
 

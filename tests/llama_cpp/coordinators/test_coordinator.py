@@ -360,7 +360,7 @@ def test_it_is_ready_when_its_health_says_so_and_not_before(engine: Engine, endp
 
                 loading = await health()
                 ready_before = starting.done()
-                proxy.go_on.set()
+                proxy.resumed.set()
                 coordinator = await starting
                 healthy = await health() == 200
             await coordinator.stop()

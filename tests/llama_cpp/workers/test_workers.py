@@ -30,6 +30,7 @@ from sollol_nb.settings.endpoints import DEFAULT_RPC_PORT, parse_endpoint
 from tests.support.engines import (
     OtherProtocolWorker,
     all_end,
+    argument_after,
     engine_on,
     engines_of,
     eventually,
@@ -40,7 +41,6 @@ from tests.support.engines import (
     silent_peer,
     unused_port,
     unused_ports,
-    words_after,
 )
 
 pytestmark = pytest.mark.engine
@@ -147,7 +147,7 @@ def test_the_cores_are_shared_out_over_the_workers(
 
     endpoints = run(local.start_local(engine, count))
 
-    assert [words_after(engine_on(port_of(endpoint)), "-t") for endpoint in endpoints] == [threads] * count
+    assert [argument_after(engine_on(port_of(endpoint)), "-t") for endpoint in endpoints] == [threads] * count
 
 
 START_THREE = """

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.engines import eventually, write_endless
-from tests.support.kernels import Kernel, kernel
+from tests.support.kernels import Kernel, notebook_kernel
 
 pytestmark = pytest.mark.engine
 
@@ -19,11 +19,8 @@ GREEDY = "--temperature 0 --max-tokens 30"
 @pytest.fixture(scope="module")
 def notebook(engine: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
     """A kernel with the extension loaded; `demo` runs on a local llama-server."""
-    state = str(tmp_path_factory.mktemp("kernel"))
-    with kernel(SOLLOL_STATE_DIR=state, SOLLOL_KEEP_ALIVE="5s") as fresh:
-        assert fresh.run("%load_ext sollol_nb").error == []
+    with notebook_kernel(tmp_path_factory.mktemp("kernel")) as fresh:
         yield fresh
-        assert fresh.run("%sollol_stop --all").error == []
 
 
 # --- values -------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 from sollol_nb.latency.log import LatencyLog
 from sollol_nb.notebook.magics.bench import BenchMagics
 from tests.support.engines import eventually
-from tests.support.kernels import Kernel, kernel
+from tests.support.kernels import Kernel, notebook_kernel
 
 pytestmark = pytest.mark.engine
 
@@ -28,12 +28,8 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def notebook(engine: object, state: Path) -> Iterator[Kernel]:
     """A kernel with the magic and three workers."""
-    with kernel(SOLLOL_STATE_DIR=str(state), SOLLOL_KEEP_ALIVE="5s") as fresh:
-        for code in ("%load_ext sollol_nb", "%sollol_cluster start 3"):
-            shown = fresh.run(code)
-            assert shown.status == "ok", shown.error
+    with notebook_kernel(state, "%sollol_cluster start 3") as fresh:
         yield fresh
-        assert fresh.run("%sollol_stop --all").status == "ok"
 
 
 def test_a_benchmark_shows_its_table_and_its_plot(notebook: Kernel) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.kernels import Kernel, kernel
+from tests.support.kernels import Kernel, notebook_kernel
 
 pytestmark = pytest.mark.engine
 
@@ -29,10 +29,8 @@ MAGICS = (
 def notebook(engine: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
     """A kernel with the extension loaded, in an empty folder."""
     folder = tmp_path_factory.mktemp("kernel")
-    with kernel(SOLLOL_STATE_DIR=str(folder / "state"), SOLLOL_KEEP_ALIVE="5s") as fresh:
-        assert fresh.run(f"import os\nos.chdir({str(folder)!r})\n%load_ext sollol_nb").error == []
+    with notebook_kernel(folder / "state", f"%cd -q {folder}") as fresh:
         yield fresh
-        assert fresh.run("%sollol_stop --all").error == []
 
 
 def examples(help_: str) -> list[str]:
