@@ -111,7 +111,7 @@ def test_an_answer_that_does_not_match_its_schema_has_no_value() -> None:
     made = request("demo --schema int", "Hi", int=int)
     answer = made.apply_form(Completion(message={"role": "assistant", "content": '"text"'}))
 
-    with pytest.raises(StructureError, match="does not have the structure"):
+    with pytest.raises(StructureError, match="does not match the schema"):
         made.value(answer)
 
 
