@@ -85,9 +85,9 @@ def test_the_cluster_shows_workers_and_the_layer_map(notebook: Kernel) -> None:
     assert shown.displays[-1]["text/html"].count("bgcolor") == 3
     as_text = notebook.run("%sollol_cluster --text").stream
     for text in (shown.text, as_text):
-        assert "layers 0-3; planned 4 units" in text
-        assert text.count("actual 4 units") == 2
-        assert text.count("actual 5 units") == 1
+        assert "layers 0-3; planned: 4 units" in text
+        assert text.count("actual: 4 units") == 2
+        assert text.count("actual: 5 units") == 1
         assert text.count("held by the coordinator of demo:sharded") == 3
 
 
@@ -104,7 +104,7 @@ def test_the_route_magic_shows_the_route_and_its_reason(notebook: Kernel) -> Non
         "demo:sharded → sharded llama-server: listed in MODEL_PROFILES as needing sharding"
         " (a tiny demo model, not a general one)\n"
     )
-    assert "llama.cpp-local" in notebook.run("%sollol_route demo").stream
+    assert "demo → local llama-server" in notebook.run("%sollol_route demo").stream
 
 
 @pytest.mark.parametrize(
