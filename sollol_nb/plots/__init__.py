@@ -1,18 +1,24 @@
 """Plots of the cluster and of the latency log.
 
-Each function takes what it shows and an `Axes` (without one it makes a figure of the default size), draws, and
-returns the `Axes`. It draws only: data come from `router.cluster()` and `router.latency.frame()`, and nothing of
-matplotlib's settings is changed, so that styles (`plt.style.context("dark_background")`) work as always. Give axes
-of a figure with `layout="constrained"`: legends stand below them.
+Each function takes the data and an `Axes` (without one it creates a figure of the default size), draws, and
+returns the `Axes`. The data come from `router.cluster()` and `router.latency.frame()`. No setting of matplotlib is
+changed, so styles such as `plt.style.context("dark_background")` work as usual. Pass axes of a figure with
+`layout="constrained"`, since legends are placed below the axes.
 
 | function | shows |
 |---|---|
 | `layer_map(router.cluster())` | which worker has which layers of each model, planned and actual |
-| `ttft_ecdf(frame)`, `total_ecdf(frame)` | time to first token, and to the last, by backend |
+| `ttft_ecdf(frame)`, `total_ecdf(frame)` | time to the first and to the last token, by backend |
 | `tokens_per_s_by_layout(frame)` | generation speed by layout |
-| `timeline(frame, events=router.events.recent())` | when each place served what, and where faults came |
-| `predicted_vs_measured(frame)` | the layer plan's time per token, and the engine's |
+| `timeline(frame, events=router.events.recent())` | requests of each coordinator and node over time, with faults |
+| `predicted_vs_measured(frame)` | time per token as the layer plan predicted it and as the engine measured it |
 | `queue_wait_by_priority(frame)` | how long requests of each priority waited |
+
+- `cluster.py`: the layer map.
+- `distributions.py`: times and speeds, by backend, layout and priority.
+- `timeline.py`: requests and faults over time.
+- `prediction.py`: predicted and measured time per token.
+- `style.py`: what all plots share.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How times and speeds are distributed: by backend, by layout, by priority."""
+"""Distributions of times and speeds: by backend, layout and priority."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ from sollol_nb.plots.style import (
     axes_or_new,
     checked_frame,
     color_of,
-    counted,
-    ink,
+    faint_grid,
     legend_below,
-    quiet,
     rows_from_top,
     scale,
-    titled,
+    set_title,
+    text_color,
     without_data,
 )
 from sollol_nb.runtime.priority import Priority
 from sollol_nb.text import palette
-from sollol_nb.text.tables import shortened
+from sollol_nb.text.tables import counted, shortened
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,17 +33,17 @@ if TYPE_CHECKING:
 
 Values = np.ndarray[Any, np.dtype[np.float64]]
 
-MAX_STEPS = 2000  # of one ECDF line; more cannot be seen
+MAX_STEPS = 2000  # of one ECDF line; more are not visible
 MAX_POINTS = 300  # of one group, spread evenly over its values
 MAX_GROUPS = 12
 MANY_GROUPS = 6
-BOX_WORDS = "boxes: quartiles, whiskers: 5 to 95 %"
+BOX_LEGEND = "boxes: quartiles, whiskers: 5 to 95 %"
 BOX_COLOR = palette.SKY_BLUE  # visible on white and on black
 _GOLDEN = 0.618034
 
 
 def ttft_ecdf(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """The share of requests that had their first token within a time, by backend; all requests that got one.
+    """The share of requests whose first token arrived within a time, by backend; of all requests that got one.
 
     Args:
         frame: the latency log (`backend`, `ttft_ms`).
@@ -58,7 +57,7 @@ def ttft_ecdf(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 
 def total_ecdf(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """The share of answers that were whole within a time, by backend; requests that ended well only.
+    """The share of answers that were complete within a time, by backend; of successful requests only.
 
     Args:
         frame: the latency log (`backend`, `total_ms`, `status`).
@@ -69,12 +68,12 @@ def total_ecdf(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """
     checked_frame(frame, "backend", "total_ms", "status")
     whole = frame[frame["status"] == "ok"]
-    return _ecdf(whole, "total_ms", "Time to the whole answer by backend", "total time (ms)", axes_or_new(ax))
+    return _ecdf(whole, "total_ms", "Time to the complete answer by backend", "total time (ms)", axes_or_new(ax))
 
 
 def tokens_per_s_by_layout(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Generation speed by layout (units per worker; the backend where nothing is sharded), and by model if there
-    are several. The layouts with most requests are shown.
+    """Generation speed by layout (units per worker; the backend if the model is not sharded), and by model if
+    there are several models. The layouts with most requests are shown.
 
     Args:
         frame: the latency log (`model`, `backend`, `layout`, `tokens_per_s`).
@@ -88,23 +87,27 @@ def tokens_per_s_by_layout(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     measured = frame[frame["tokens_per_s"].notna()]
     if measured.empty:
         return without_data(ax, title)
-    several = measured["model"].nunique() > 1
+    has_several_models = measured["model"].nunique() > 1
     groups: list[tuple[str, Values]] = []
     for (model, layout, backend), speeds in measured.groupby(["model", "layout", "backend"])["tokens_per_s"]:
         name = str(layout or backend)
-        label = f"{shortened(str(model), MAX_NAME_CHARS)}, {name}" if several else name
+        label = f"{shortened(str(model), MAX_NAME_CHARS)}, {name}" if has_several_models else name
         groups.append((label, speeds.to_numpy(dtype=float)))
     most = sorted(groups, key=lambda group: -len(group[1]))[:MAX_GROUPS]
     most.sort(key=lambda group: -float(np.median(group[1])))
     scale(ax, "x", np.concatenate([values for _, values in most]))
     _boxes(ax, most)
     ax.set_xlabel("tokens per second")
-    titled(ax, title, BOX_WORDS if len(most) == len(groups) else f"the {len(most)} most used of {len(groups)}")
+    set_title(
+        ax,
+        title,
+        BOX_LEGEND if len(most) == len(groups) else f"the {len(most)} most used of {len(groups)} layouts",
+    )
     return ax
 
 
 def queue_wait_by_priority(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """How long requests waited at their place's gate, by priority, the highest on top.
+    """How long requests waited for a slot of their coordinator or node, by priority, the highest on top.
 
     Args:
         frame: the latency log (`priority`, `queue_ms`).
@@ -133,7 +136,7 @@ def queue_wait_by_priority(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
     _boxes(ax, groups)
     ax.set_xlabel("wait for a slot (ms)")
-    titled(ax, title, BOX_WORDS)
+    set_title(ax, title, BOX_LEGEND)
     return ax
 
 
@@ -141,7 +144,10 @@ def _ecdf(frame: pd.DataFrame, column: str, title: str, label: str, ax: Axes) ->
     known = frame[frame[column].notna() & (frame["backend"] != "")]
     if known.empty:
         return without_data(ax, title)
-    groups = {str(key): np.sort(one.to_numpy(dtype=float)) for key, one in known[column].groupby(known["backend"])}
+    groups = {
+        str(backend): np.sort(values.to_numpy(dtype=float))
+        for backend, values in known[column].groupby(known["backend"])
+    }
     colors = color_of(groups, palette.BACKENDS)
     scale(ax, "x", np.concatenate(list(groups.values())))
     lines, labels = [], []
@@ -159,21 +165,22 @@ def _ecdf(frame: pd.DataFrame, column: str, title: str, label: str, ax: Axes) ->
     ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     ax.set_ylabel("share of requests")
     ax.set_xlabel(label)
-    quiet(ax, grid="both")
+    faint_grid(ax, "both")
     legend_below(ax, lines, labels)
-    titled(ax, title, counted(len(known)))
+    set_title(ax, title, counted(len(known), "request"))
     return ax
 
 
 def _boxes(ax: Axes, groups: Sequence[tuple[str, Values]]) -> None:
-    """A horizontal box with its points for each label and values, the first on top; the x axis is set already."""
+    """A horizontal box with its points for each label and values, the first on top; the x axis has been set
+    before."""
     most_points = MAX_POINTS if len(groups) <= MANY_GROUPS else MAX_POINTS // 3
     for row, (_, values) in enumerate(groups):
         low, first, middle, third, high = np.quantile(values, (0.05, 0.25, 0.5, 0.75, 0.95))
         shown = np.sort(values)
         if len(shown) > most_points:
             shown = shown[np.linspace(0, len(shown) - 1, most_points).round().astype(int)]
-        # Multiples of the golden ratio spread evenly over the height, and the picture is always the same.
+        # Multiples of the golden ratio spread evenly over the height, and always in the same way.
         heights = row + 0.44 * ((np.arange(len(shown)) * _GOLDEN) % 1.0 - 0.5)
         ax.scatter(shown, heights, s=9, color=BOX_COLOR, alpha=0.6, linewidths=0, zorder=2)
         if len(values) > 2:
@@ -182,14 +189,16 @@ def _boxes(ax: Axes, groups: Sequence[tuple[str, Values]]) -> None:
             ax.add_patch(Rectangle(corner, width, 0.6, fill=False, edgecolor=BOX_COLOR, linewidth=1.2))
             for ends in ((low, first), (third, high)):
                 ax.add_line(Line2D(ends, (row, row), color=BOX_COLOR, linewidth=1.2))
-        ax.add_line(Line2D((middle, middle), (row - 0.3, row + 0.3), color=ink(ax), linewidth=2.0, zorder=3))
+        ax.add_line(
+            Line2D((middle, middle), (row - 0.3, row + 0.3), color=text_color(ax), linewidth=2.0, zorder=3)
+        )
     names = [f"{name}  (n = {len(values):,})" for name, values in groups]
     ax.set_yticks(range(len(groups)), names, fontsize="medium" if len(groups) <= MANY_GROUPS else "small")
     rows_from_top(ax, len(groups))
-    quiet(ax, grid="x")
+    faint_grid(ax, "x")
     ax.spines["left"].set_visible(False)
 
 
 def _priority_name(level: int) -> str:
-    """`7 high`; a number beyond the named levels stands alone."""
+    """`7 high`, or just the number if its level has no name."""
     return f"{level} {Priority(level).name.lower().replace('_', ' ')}" if level in set(Priority) else f"{level}"

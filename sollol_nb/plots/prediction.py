@@ -1,4 +1,4 @@
-"""The layer plan's prediction beside what the engine measured."""
+"""The prediction of the layer plan compared with the measurements of the engine."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from sollol_nb.plots.style import (
     axes_or_new,
     checked_frame,
     color_of,
-    ink,
+    faint_grid,
     legend_below,
-    quiet,
     scale,
-    titled,
+    set_title,
+    text_color,
     without_data,
 )
 from sollol_nb.text import palette
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MAX_POINTS = 2000  # of one model, the newest
-MAX_MODELS = 6  # with a colour of their own
+MAX_MODELS = 6  # with a separate colour
 
 
 def predicted_vs_measured(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Time per token as the layer plan predicted it (x) and as the engine measured it (y), coloured by model.
 
-    On the dashed line both are equal; above it the engine was slower than predicted.
+    On the dashed line both are equal; above it, the engine was slower than predicted.
 
     Args:
         frame: the latency log (`model`, `tokens_per_s`, `predicted_ms_per_token`).
@@ -50,9 +50,9 @@ def predicted_vs_measured(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     predicted_ms = known["predicted_ms_per_token"].to_numpy(dtype=float)
     measured_ms = 1000.0 / known["tokens_per_s"].to_numpy(dtype=float)
     both = np.concatenate([predicted_ms, measured_ms])
-    for which in ("x", "y"):
-        scale(ax, which, both)
-    diagonal = Line2D(ax.get_xlim(), ax.get_xlim(), color=ink(ax), alpha=0.6, linewidth=1.2, linestyle="--")
+    for axis in ("x", "y"):
+        scale(ax, axis, both)
+    diagonal = Line2D(ax.get_xlim(), ax.get_xlim(), color=text_color(ax), alpha=0.6, linewidth=1.2, linestyle="--")
     ax.add_line(diagonal)
     counts = known["model"].value_counts()
     names = sorted(map(str, counts.index[:MAX_MODELS]))
@@ -63,12 +63,12 @@ def predicted_vs_measured(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
         groups["other models"] = ~np.isin(models, names)
         colors["other models"] = palette.GREY
     handles = []
-    for name, here in groups.items():
+    for name, is_model in groups.items():
         newest = slice(-MAX_POINTS, None)
         handles.append(
             ax.scatter(
-                predicted_ms[here][newest],
-                measured_ms[here][newest],
+                predicted_ms[is_model][newest],
+                measured_ms[is_model][newest],
                 s=18,
                 color=colors[name],
                 alpha=0.75,
@@ -76,11 +76,13 @@ def predicted_vs_measured(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
                 zorder=2,
             )
         )
-    labels = [f"{shortened(name, MAX_NAME_CHARS)}, n = {int(here.sum()):,}" for name, here in groups.items()]
+    labels = [
+        f"{shortened(name, MAX_NAME_CHARS)}, n = {int(is_model.sum()):,}" for name, is_model in groups.items()
+    ]
     legend_below(ax, [*handles, diagonal], [*labels, "measured as predicted"])
     ax.set_xlabel("predicted (ms per token)")
     ax.set_ylabel("measured (ms per token)")
-    quiet(ax, grid="both")
-    off = float(np.median(np.abs(measured_ms / predicted_ms - 1)))
-    titled(ax, title, f"half of the requests were within {off:.0%} of the prediction")
+    faint_grid(ax, "both")
+    error = float(np.median(np.abs(measured_ms / predicted_ms - 1)))
+    set_title(ax, title, f"half of the requests were within {error:.0%} of the prediction")
     return ax

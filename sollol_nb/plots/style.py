@@ -1,12 +1,12 @@
 """What all plots share: axes, titles, legends beside the data, scales, colours.
 
-Lines, ticks and words take their colours from the axes, so that they read on a light and on a dark background.
+Lines, ticks and texts take their colours from the axes, so that they are readable on light and dark backgrounds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
 
-MAX_NAME_CHARS = 24  # of a model; more would leave no room for the data
+MAX_NAME_CHARS = 24  # of a model; longer names would leave too little space for the data
 LOG_FROM_RATIO = 20.0
-LEGEND_BELOW_PT = 44.0  # room for tick labels and the axis label
-_LEGEND_CHARS = 88  # that fit side by side under axes of the default size
+LEGEND_BELOW_PT = 44.0  # space for tick labels and the axis label
+_LEGEND_CHARS = 88  # characters that fit side by side below axes of the default size
 
 
 def axes_or_new(ax: Axes | None) -> Axes:
@@ -40,10 +40,10 @@ def checked_frame(frame: pd.DataFrame, *columns: str) -> pd.DataFrame:
     """The frame, if it has these columns.
 
     Raises:
-        ConfigError: it is no frame, or lacks one.
+        ConfigError: it is not a frame, or lacks a column.
     """
     if not hasattr(frame, "columns"):
-        raise ConfigError(f"a plot takes a frame, not {type(frame).__name__}; pass router.latency.frame()")
+        raise ConfigError(f"a plot takes a DataFrame, not {type(frame).__name__}; pass router.latency.frame()")
     missing = [name for name in columns if name not in frame.columns]
     if missing:
         raise ConfigError(
@@ -52,8 +52,8 @@ def checked_frame(frame: pd.DataFrame, *columns: str) -> pd.DataFrame:
     return frame
 
 
-def titled(ax: Axes, title: str, detail: str = "") -> None:
-    """A title at the left, and a smaller line below it."""
+def set_title(ax: Axes, title: str, detail: str = "") -> None:
+    """Set a title at the left, and a smaller line below it."""
     ax.set_title(title, loc="left", pad=24 if detail else None)
     if detail:
         ax.annotate(
@@ -63,33 +63,33 @@ def titled(ax: Axes, title: str, detail: str = "") -> None:
             xycoords="axes fraction",
             textcoords="offset points",
             fontsize="small",
-            color=ink(ax),
+            color=text_color(ax),
             alpha=0.75,
         )
 
 
-def without_data(ax: Axes, title: str, words: str = "no requests yet") -> Axes:
-    """Axes that say that there is nothing to show."""
-    titled(ax, title)
+def without_data(ax: Axes, title: str, message: str = "no requests yet") -> Axes:
+    """Axes with a message instead of data."""
+    set_title(ax, title)
     ax.set_axis_off()
-    ax.text(0.5, 0.5, words, transform=ax.transAxes, ha="center", va="center", color=ink(ax), alpha=0.75)
+    ax.text(0.5, 0.5, message, transform=ax.transAxes, ha="center", va="center", color=text_color(ax), alpha=0.75)
     return ax
 
 
-def ink(ax: Axes) -> Any:
-    """The colour of the axes' words."""
+def text_color(ax: Axes) -> Any:
+    """The colour of the axes' labels."""
     return ax.xaxis.label.get_color()
 
 
-def quiet(ax: Axes, *, grid: str) -> None:
-    """A faint grid across one axis, and no frame where no axis is."""
-    ax.grid(axis=grid, color=ink(ax), alpha=0.15, linewidth=0.8)  # type: ignore[arg-type]
+def faint_grid(ax: Axes, axis: Literal["x", "y", "both"]) -> None:
+    """A faint grid, and no frame at the top and at the right."""
+    ax.grid(axis=axis, color=text_color(ax), alpha=0.15, linewidth=0.8)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
 
 
 def legend_below(ax: Axes, handles: Sequence[Artist], labels: Sequence[str]) -> None:
-    """A legend under the axis label, where it covers nothing."""
+    """A legend below the axis label, where it covers no data."""
     longest = max(map(len, labels)) + 6
     figure = ax.figure
     below = ax.transAxes + ScaledTranslation(0, -LEGEND_BELOW_PT / 72, figure.dpi_scale_trans)
@@ -108,7 +108,7 @@ def legend_below(ax: Axes, handles: Sequence[Artist], labels: Sequence[str]) -> 
 
 
 def color_of(names: Iterable[str], fixed: dict[str, str] | None = None) -> dict[str, str]:
-    """A colour for each name: the fixed one, or the next that is not taken."""
+    """A colour for each name: its fixed one, or the next free one."""
     fixed = fixed or {}
     free = [color for color in palette.SERIES if color not in fixed.values()] or list(palette.SERIES)
     others = [name for name in names if name not in fixed]
@@ -134,12 +134,7 @@ def scale(ax: Axes, which: str, values: np.ndarray[Any, np.dtype[np.float64]]) -
 
 
 def rows_from_top(ax: Axes, count: float) -> None:
-    """A y axis for rows 0 to `count - 1`, the first on top; one row alone stands in the middle."""
+    """A y axis for rows 0 to `count - 1`, the first on top; a single row is placed in the middle."""
     margin = 0.6 + max(0.0, 2.0 - count) / 2
     ax.set_ylim(count - 1 + margin, -margin)
     ax.tick_params(axis="y", length=0)
-
-
-def counted(count: int, noun: str = "request") -> str:
-    """`1 request`, `1,200 requests`."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -1,4 +1,4 @@
-"""The timeline: what each place served when, and where faults came between."""
+"""The timeline: which coordinator or node served which requests when, and when faults happened."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from matplotlib.patches import Patch
 from sollol_nb.plots.style import (
     axes_or_new,
     checked_frame,
-    counted,
-    ink,
+    faint_grid,
     legend_below,
-    quiet,
     rows_from_top,
-    titled,
+    set_title,
+    text_color,
     without_data,
 )
 from sollol_nb.runtime.events import Event, EventKind
 from sollol_nb.text import palette
+from sollol_nb.text.tables import counted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,23 +47,23 @@ DAY_S = 86400.0
 
 
 def timeline(frame: pd.DataFrame, events: Iterable[Event] | None = None, ax: Axes | None = None) -> Axes:
-    """A bar for each request, from its beginning to its end, in the rows of the place where it ended.
+    """A bar for each request, from its start to its end, in the rows of the coordinator or node that finished it.
 
-    Requests that a place served at the same time stand above each other. A bar is pale until the first token (the
-    request waits, the model loads, the prompt is read). A cross marks where it lost its place and
-    went on elsewhere, a dotted line a fault that the cluster told of.
+    Requests that were served at the same time are drawn in separate lanes. A bar is pale until the first token
+    (while the request waits, the model loads and the prompt is processed). A cross marks a failover, after which
+    the request continued elsewhere; a dotted line marks a fault that the cluster reported.
 
     Args:
         frame: the latency log (`started_at`, `place`, `ttft_ms`, `total_ms`, `status`, `failover_details`); the
             newest 2000 requests are drawn.
-        events: `router.events.recent()`; those that are faults are marked.
+        events: `router.events.recent()`; faults among them are marked.
         ax: where to draw; by default a new figure.
 
     Raises:
         ConfigError: the frame lacks a column.
     """
     checked_frame(frame, "started_at", "place", "ttft_ms", "total_ms", "status", "failover_details")
-    ax, title = axes_or_new(ax), "Requests by place"
+    ax, title = axes_or_new(ax), "Requests by server"
     if frame.empty:
         return without_data(ax, title)
     shown = frame.tail(MAX_REQUESTS).sort_values("started_at", kind="stable")
@@ -84,7 +84,7 @@ def timeline(frame: pd.DataFrame, events: Iterable[Event] | None = None, ax: Axe
     handles.append(Patch(facecolor=to_rgba(palette.REQUEST_STATUSES[present[0]], PALE)))
     labels = [*present, "before the first token"]
     for handle, label in (
-        (_mark_failovers(ax, shown["failover_details"], rows), "went on elsewhere"),
+        (_mark_failovers(ax, shown["failover_details"], rows), "failover"),
         (_mark_events(ax, events or ()), "fault in the cluster"),
     ):
         if handle is not None:
@@ -94,35 +94,35 @@ def timeline(frame: pd.DataFrame, events: Iterable[Event] | None = None, ax: Axe
     ax.xaxis.set_major_locator(locator)
     ax.xaxis.set_major_formatter(ConciseDateFormatter(locator))  # type: ignore[no-untyped-call]
     ax.set_xlabel("time (UTC)")
-    quiet(ax, grid="x")
+    faint_grid(ax, "x")
     ax.spines["left"].set_visible(False)
     legend_below(ax, handles, labels)
     of_all = f", the newest of {len(frame):,}" if len(frame) > len(shown) else ""
-    titled(ax, title, counted(len(shown)) + of_all)
+    set_title(ax, title, counted(len(shown), "request") + of_all)
     return ax
 
 
 def _rows(ax: Axes, places: Sequence[str], began: Any, ended: Any) -> Any:
-    """The height of each request: places from top to bottom, each with as many lanes as it served at once."""
+    """The height of each request: servers from top to bottom, with a lane for each request at the same time."""
     lanes = np.zeros(len(places))
     heights, names = [], list(dict.fromkeys(sorted(places, key=lambda place: (place == "", place))))
     top = 0.0
     for number, place in enumerate(names):
-        here = [position for position, name in enumerate(places) if name == place]
-        lane_of, count = _lanes([(began[position], ended[position]) for position in here])
-        for position, lane in zip(here, lane_of, strict=True):
+        positions = [position for position, name in enumerate(places) if name == place]
+        lane_of, count = _lanes([(began[position], ended[position]) for position in positions])
+        for position, lane in zip(positions, lane_of, strict=True):
             lanes[position] = top + lane
         heights.append(top + (count - 1) / 2)
         top += count + 0.5
         if number < len(names) - 1:
-            ax.axhline(top - 0.75, color=ink(ax), alpha=0.2, linewidth=0.8)
-    ax.set_yticks(heights, [place.partition("://")[2] or place or "no place\nreached" for place in names])
+            ax.axhline(top - 0.75, color=text_color(ax), alpha=0.2, linewidth=0.8)
+    ax.set_yticks(heights, [place.partition("://")[2] or place or "no server\nreached" for place in names])
     rows_from_top(ax, top - 0.5)
     return lanes
 
 
 def _lanes(spans: Sequence[tuple[float, float]]) -> tuple[list[int], int]:
-    """The lowest free lane for each span, in the order of their beginnings, and how many lanes that takes."""
+    """The lowest free lane for each span, in the order of their starts, and the number of lanes."""
     free: list[int] = []
     busy: list[tuple[float, int]] = []
     lanes, count = [], 0
@@ -141,14 +141,17 @@ def _draw_bars(ax: Axes, left: Any, right: Any, rows: Any, colors: Sequence[Any]
     corners = np.stack(
         [np.column_stack([x, y]) for x, y in ((left, low), (left, high), (right, high), (right, low))], axis=1
     )
-    # The edge keeps a bar visible that is narrower than a pixel.
+    # The edge keeps bars visible that are narrower than a pixel.
     ax.add_collection(PolyCollection(list(corners), facecolors=colors, edgecolors=colors, linewidths=0.6))
 
 
 def _mark_failovers(ax: Axes, details: Iterable[str], rows: Any) -> Artist | None:
-    """A cross on a request's bar for each place it lost; None where no request lost one."""
+    """A cross on a request's bar for each of its failovers; None without any."""
     crosses = [
-        (one["when"], row) for text, row in zip(details, rows, strict=True) if text for one in json.loads(text)
+        (failover["when"], row)
+        for text, row in zip(details, rows, strict=True)
+        if text
+        for failover in json.loads(text)
     ]
     if not crosses:
         return None
@@ -166,7 +169,7 @@ def _mark_failovers(ax: Axes, details: Iterable[str], rows: Any) -> Artist | Non
 
 
 def _mark_events(ax: Axes, events: Iterable[Event]) -> Artist | None:
-    """A dotted line for each fault in the time that is shown; None where there is none."""
+    """A dotted line for each fault in the time shown; None without any."""
     left, right = ax.get_xlim()
     line = None
     for event in events:

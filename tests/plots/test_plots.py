@@ -159,14 +159,14 @@ def test_a_log_without_predictions_and_a_cluster_without_coordinators_are_told(a
     assert [text.get_text() for text in ax.texts] == ["no request with a prediction yet"]
 
     other = plots.layer_map(cluster())
-    assert [text.get_text() for text in other.texts] == ["no model is sharded now"]
+    assert [text.get_text() for text in other.texts] == ["no model is sharded"]
 
 
 @pytest.mark.parametrize("draw_frame", OF_FRAMES)
 def test_a_missing_column_is_named_before_anything_is_drawn(draw_frame: Callable[..., Axes]) -> None:
     with pytest.raises(ConfigError, match=r"the frame has no column '\w+'; pass router\.latency\.frame\(\)"):
         draw_frame(pd.DataFrame({"backend": [], "started_at": []}))
-    with pytest.raises(ConfigError, match="a plot takes a frame, not list"):
+    with pytest.raises(ConfigError, match="a plot takes a DataFrame, not list"):
         draw_frame([1, 2])
     assert plt.get_fignums() == []
 
@@ -289,14 +289,14 @@ def test_timeline_has_a_lane_for_each_request_that_a_place_served_at_once(ax: Ax
 
     plots.timeline(frame, faults(), ax)
 
-    assert rows(ax) == ["a:1", "no place\nreached"]
+    assert rows(ax) == ["a:1", "no server\nreached"]
     pale, solid = (one for one in ax.collections if isinstance(one, PolyCollection))
     spans = [sorted({seconds_of(x) for x in path.vertices[:, 0]}) for path in solid.get_paths()]
     heights = [path.vertices[:, 1].mean().round() for path in pale.get_paths()]
     assert spans == [[1.0, 10.0], [0.005], [3.0], [12.01, 13.0]]
     assert len({heights[0], heights[2]}) == 2
     assert heights[3] == heights[0]
-    assert labels(ax) == ["ok", "error", "timeout", "before the first token", "went on elsewhere"]
+    assert labels(ax) == ["ok", "error", "timeout", "before the first token", "failover"]
     crosses = next(one for one in ax.get_lines() if one.get_marker() == "X")
     assert [seconds_of(x) for x in crosses.get_xdata()] == [4.0]
 
