@@ -175,11 +175,6 @@ class Chat:
         turns = counted(self.turn_count, "turn")
         return ", ".join(filter(None, (f"conversation {self.name}: {turns}", self.model, self.last_time)))
 
-    @property
-    def is_answering(self) -> bool:
-        """Whether an answer is being written."""
-        return self._busy.locked()
-
     def add(self, question: Mapping[str, Any], answer: Completion) -> bool:
         """Add a question and its answer, even one that ended early. An answer without text that calls no tool is
         not added, nor is its question; returns whether they were.

@@ -1,17 +1,15 @@
-"""How an answer looks: nothing of it can run, code stays code, and the footer tells what is worth telling."""
+"""How an answer is shown: as Markdown, JSON, code, page or text, while it streams, and with its footer."""
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import pytest
-from nbconvert.filters.markdown import markdown2html
 
 from sollol_nb.chat.completion import Completion
 from sollol_nb.chat.completion_view import LIVE_CHARS, live_markdown, split_thinking, tail
-from sollol_nb.text.safe_markdown import code_in, fenced, open_fence, parts_of, safe_markdown
-from tests.support.hostile_answers import ADDRESSES, IMAGE, TAGS
+from sollol_nb.text.safe_markdown import open_fence
+from tests.support.hostile_answers import IMAGE
 
 
 def completion(text: str, shown_as: str = "markdown", thinking: str = "", **more: Any) -> Completion:
@@ -21,112 +19,12 @@ def completion(text: str, shown_as: str = "markdown", thinking: str = "", **more
     return made
 
 
-@pytest.mark.parametrize(
-    ("text", "safe"),
-    [
-        ("a < b and c > d", "a < b and c > d"),
-        ("x <y", "x &lt;y"),
-        ("<script>alert(1)</script>", "&lt;script>alert(1)&lt;/script>"),
-        ("<img src=x onerror=alert(1)>", "&lt;img src=x onerror=alert(1)>"),
-        ("<!-- note -->", "&lt;!-- note -->"),
-        ("one<br>two<br/>three H<sub>2</sub>O", "one<br>two<br/>three H<sub>2</sub>O"),
-        ("<br onclick=x>", "&lt;br onclick=x>"),
-        ("see <https://example.org/a?b=c>", "see <https://example.org/a?b=c>"),
-        ("the `div` tag", "the `div` tag"),
-        ("the `<div>` tag", "the <code>&#60;div&#62;</code> tag"),
-        ("``a ` <b>`` <i>", "<code>a &#96; &#60;b&#62;</code> &lt;i>"),
-        (r"\`<script>x</script>`", r"\`&lt;script>x&lt;/script>`"),
-        ("`a\n<script>x</script>\n`", "`a\n&lt;script>x&lt;/script>\n`"),
-        ("[x](javascript:alert(1))", "[x](javascript\u200b:alert(1))"),
-        (r"[x](javascript\:alert(1))", "[x](javascript\u200b\\:alert(1))"),
-        ("[x](JavaScript&colon;alert(1))", "[x](JavaScript&amp;colon;alert(1))"),
-        ("[x](java&Tab;script:alert(1))", "[x](java&amp;Tab;script:alert(1))"),
-        ("![x](https://example.org/?q=secret)", "&#33;[x](https://example.org/?q=secret)"),
-        ("[x](&#106;avascript:alert(1))", "[x](&amp;#106;avascript:alert(1))"),
-        ("here is the data: 1, 2", "here is the data: 1, 2"),
-        ("[x]: data:text/html,y", "[x]: data\u200b:text/html,y"),
-        ("```html\n<b>x</b>\n```\n<b>", "```html\n<b>x</b>\n```\n\n\n&lt;b>"),
-        ("~~~\n<b>\n```\n~~~\n<b>", "````\n<b>\n```\n````\n\n\n&lt;b>"),
-        ("- a\n  ```\n  <b>\n   c\n  ```\n- d", "- a\n\n\n```\n<b>\n c\n```\n\n\n- d"),
-        ("- a\n  ```py\n  x\n  ```\n- d", "- a\n\n  ```py\n  x\n  ```\n- d"),
-        ("- a\n  ```py\n  x", "- a\n\n  ```py\n  x\n  ```"),
-        ('"a" costs 5', '"a" costs 5'),
-        ('"a" costs $5', "&quot;a&quot; costs $5"),
-        ("```py\nx = 1", "```py\nx = 1\n```"),
-        ("````\n```\n<b>", "````\n```\n<b>\n````\n\n"),
-        ("", ""),
-    ],
-)
-def test_html_of_a_model_is_shown_as_text_and_code_stays_code(text: str, safe: str) -> None:
-    assert safe_markdown(text) == safe
-
-
-@pytest.mark.parametrize("text", TAGS)
-def test_no_tag_of_a_model_is_one_however_its_text_is_read(text: str) -> None:
-    safe = safe_markdown(text)
-    assert "<img" not in markdown2html(safe)
-    assert "<img" not in without_blocks(safe), "tags are left in code only, which is apart from all else"
-
-
-def without_blocks(markdown: str) -> str:
-    """The text without its code blocks that begin at the margin, between blank lines."""
-    return re.sub(r"(?:\A|(?<=\n\n))(`{3,})[\w+#.-]*\n.*?\n\1(?=\n\n|\Z)", "", markdown, flags=re.DOTALL)
-
-
-@pytest.mark.parametrize("text", ADDRESSES)
-def test_a_formula_brings_no_quote_into_an_address(text: str) -> None:
-    # JupyterLab takes formulas out of the text before it reads Markdown, and puts them back without a check.
-    formulas = re.findall(r"\$(?:(?!\n\s*\n)[^$])*\$", without_blocks(safe_markdown(text)))
-    assert not any('"' in one for one in formulas)
-
-
-@pytest.mark.parametrize("text", ["@@0@@", r"@\@0@@", r"@\\@0@@"])
-def test_the_places_of_formulas_are_not_made_up(text: str) -> None:
-    assert safe_markdown(text).startswith("&#64;")
-
-
-def test_formulas_are_left_alone_unless_they_may_end_in_code() -> None:
-    code = "\n```\n<b>\n```"
-    for formula in ("$a$", "$$a$$", "so $$a$$ b", "$$\na\n$$"):
-        assert safe_markdown(formula + code).startswith(f"{formula}\n")
-    for formula in ("$$a", "$$a\\$$", "a $$b\n$$ c", "\\\\[a\\\\]"):
-        assert not safe_markdown(formula + code).startswith(f"{formula}\n")
-        assert safe_markdown(formula) == formula
-
-
-def test_a_language_of_code_is_a_word() -> None:
+def test_the_language_of_code_is_one_word() -> None:
     page = completion(f"~~~a`b{IMAGE}\nx\n~~~", "code")._repr_mimebundle_()["text/markdown"]
     assert page.startswith("```a\nx\n```\n")
 
 
-def test_the_parts_of_a_text_are_the_text() -> None:
-    text = "a\n```py\nb\n```\nc\n~~~~\nd\n~~~\n~~~~~\n```x`\ne"
-    parts = list(parts_of(text))
-
-    assert "".join(part for _, part in parts) == text
-    assert [part for is_code, part in parts if is_code] == ["```py\nb\n```", "~~~~\nd\n~~~\n~~~~~"]
-
-
-@pytest.mark.parametrize(
-    ("text", "language", "code"),
-    [
-        ("Here:\n```python\nx = 1\ny = 2\n```\nThat is all.", "python", "x = 1\ny = 2"),
-        ("```\nplain\n```", "", "plain"),
-        ("```sql\nSELECT 1", "sql", "SELECT 1"),
-        ("no code", "", "no code"),
-        ("~~~js\na\n~~~\n```py\nb\n```", "js", "a"),
-    ],
-)
-def test_code_is_found_in_an_answer(text: str, language: str, code: str) -> None:
-    assert code_in(text) == (language, code)
-    assert completion(text).code == code
-
-
-def test_a_fence_is_longer_than_those_inside() -> None:
-    assert fenced("a ```` b", "md") == "`````md\na ```` b\n`````"
-
-
-def test_a_long_answer_under_way_is_shown_by_its_end() -> None:
+def test_of_a_long_answer_the_end_is_shown_while_it_streams() -> None:
     text = "first line\n" + "```py\n" + "code = 1\n" * 5000
 
     shown = tail(text)
@@ -139,7 +37,7 @@ def test_a_long_answer_under_way_is_shown_by_its_end() -> None:
     assert tail("short") == "short"
 
 
-def test_an_answer_under_way_shows_its_text_else_its_reasoning_and_what_goes_on() -> None:
+def test_while_it_streams_an_answer_shows_its_text_or_reasoning_and_the_status() -> None:
     assert live_markdown("", "", "") == ""
     assert live_markdown("Hello", "", "") == "Hello"
     assert live_markdown("", "Hm\nhm", "") == "*reasoning …*\n\n> Hm\n> hm"
@@ -164,7 +62,7 @@ def test_reasoning_is_folded_after_the_answer() -> None:
         ("Say <think> aloud", ("Say <think> aloud", "")),
     ],
 )
-def test_reasoning_that_was_left_in_the_text_is_folded_too(text: str, parts: tuple[str, str]) -> None:
+def test_reasoning_inside_the_text_is_folded_too(text: str, parts: tuple[str, str]) -> None:
     assert split_thinking(text, "") == parts
     assert split_thinking(text, "known") == (text, "known")
     shown = completion(text)._repr_mimebundle_()["text/markdown"]
@@ -180,14 +78,14 @@ def test_reasoning_that_was_left_in_the_text_is_folded_too(text: str, parts: tup
         ("html", "```html\n<b>x</b>\n```", "```html\n<b>x</b>\n```"),
     ],
 )
-def test_an_answer_is_shown_in_the_form_asked_for(shown_as: str, text: str, begin: str) -> None:
+def test_an_answer_is_shown_in_the_requested_format(shown_as: str, text: str, begin: str) -> None:
     bundle = completion(text, shown_as)._repr_mimebundle_()
 
     assert bundle["text/markdown"].startswith(begin + "\n\n")
     assert bundle["text/plain"].startswith(text)
 
 
-def test_a_page_runs_nothing_and_leaves_its_frame_nowhere() -> None:
+def test_a_page_runs_nothing_and_stays_in_its_frame() -> None:
     bundle = completion('<b>x</b><script>alert("1")</script>', "html")._repr_mimebundle_()
 
     page = bundle["text/html"]
@@ -195,14 +93,14 @@ def test_a_page_runs_nothing_and_leaves_its_frame_nowhere() -> None:
     assert "default-src &#x27;none&#x27;" in page, "nothing is fetched either"
     assert "&gt;&lt;b&gt;x&lt;/b&gt;&lt;script&gt;alert(&quot;1&quot;)" in page
     assert "<script" not in page
-    assert "<pre>&lt;b&gt;x" in page, "where frames are not shown, the source is"
+    assert "<pre>&lt;b&gt;x" in page, "the source, where frames are not shown"
 
 
-def test_text_is_nothing_but_text() -> None:
+def test_as_text_there_is_only_plain_text() -> None:
     assert list(completion("**x**", "text")._repr_mimebundle_()) == ["text/plain"]
 
 
-def test_the_footer_opens_and_tells_why() -> None:
+def test_the_footer_opens_and_shows_the_details() -> None:
     routing = {
         "backend": "llama.cpp-distributed",
         "reason": "listed * as large",
@@ -235,16 +133,16 @@ def test_the_footer_opens_and_tells_why() -> None:
         assert line in markdown
 
 
-def test_what_came_short_is_told() -> None:
-    for reason, words in (("length", "stopped at max_tokens"), ("cancelled", "stopped"), ("error", "interrupted")):
-        assert words in Completion(model="demo", done_reason=reason).footer()
+def test_the_footer_says_why_an_answer_ended_early() -> None:
+    for reason, text in (("length", "stopped at max_tokens"), ("cancelled", "stopped"), ("error", "interrupted")):
+        assert text in Completion(model="demo", done_reason=reason).footer()
 
 
-def test_what_was_left_out_and_a_full_context_are_told() -> None:
+def test_the_footer_names_dropped_turns_and_a_full_context() -> None:
     assert Completion(model="demo", _dropped="dropped 2 turns").footer() == "demo \u00b7 dropped 2 turns"
     full = Completion(model="demo", done_reason="length", _context_full=2048)
     assert full.footer() == "demo \u00b7 stopped: its context of 2,048 tokens is full"
 
 
-def test_a_file_is_named_by_its_name() -> None:
+def test_a_model_file_is_shown_without_its_folders() -> None:
     assert Completion(model="/models/some.gguf").footer() == "some.gguf"

@@ -1,4 +1,4 @@
-"""What of a conversation is dropped so that the rest fits: turns, counts and words."""
+"""Which turns of a conversation are dropped so that the rest fits, and how that is described."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from sollol_nb.llama_cpp.answers.protocol import refusal
 
 
 def conversation(roles: str) -> list[dict[str, str]]:
-    """Messages of one letter each: s(ystem), u(ser), a(ssistant), t(ool); each content is its place."""
+    """Messages of one letter each: s(ystem), u(ser), a(ssistant), t(ool); each content is its index."""
     names = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
     return [{"role": names[letter], "content": str(at)} for at, letter in enumerate(roles)]
 
 
-def places(messages: Sequence[Message]) -> list[int]:
+def indexes(messages: Sequence[Message]) -> list[int]:
     return [int(message["content"]) for message in messages]
 
 
 class TenEach:
-    """Ten tokens a message; notes how often it was asked."""
+    """Ten tokens a message; counts its calls."""
 
     def __init__(self) -> None:
-        self.asked = 0
+        self.calls = 0
 
     async def __call__(self, messages: Sequence[Message]) -> int:
-        self.asked += 1
+        self.calls += 1
         return 10 * len(messages)
 
 
@@ -73,11 +73,11 @@ def test_a_turn_goes_from_a_users_message_to_the_next(roles: str, starts: list[i
     ],
 )
 def test_whole_turns_go_and_system_messages_stay(roles: str, count: int, kept: list[int]) -> None:
-    assert places(without_oldest(conversation(roles), count)) == kept
+    assert indexes(without_oldest(conversation(roles), count)) == kept
 
 
 @pytest.mark.parametrize(
-    ("context_tokens", "max_tokens", "room"),
+    ("context_tokens", "max_tokens", "reserved"),
     [
         (8192, None, 2048),
         (8192, 100, 100),
@@ -86,8 +86,8 @@ def test_whole_turns_go_and_system_messages_stay(roles: str, count: int, kept: l
         (8192, 0, 2048),
     ],
 )
-def test_the_answer_has_its_room(context_tokens: int, max_tokens: int | None, room: int) -> None:
-    assert tokens_for_answer(context_tokens, max_tokens) == room
+def test_tokens_are_reserved_for_the_answer(context_tokens: int, max_tokens: int | None, reserved: int) -> None:
+    assert tokens_for_answer(context_tokens, max_tokens) == reserved
 
 
 @pytest.mark.parametrize(
@@ -109,13 +109,13 @@ def test_as_few_of_the_oldest_turns_go_as_it_takes(
     roles: str, context_tokens: int, more: dict[str, Any], kept: list[int]
 ) -> None:
     what = fitted(roles, context_tokens, **more)
-    assert places(what.messages) == kept
+    assert indexes(what.messages) == kept
     assert what.dropped_count == len(turn_starts(conversation(roles))) - len(turn_starts(what.messages))
     assert bool(what.description) == bool(what.dropped_count)
 
 
 @pytest.mark.parametrize(
-    ("context_tokens", "more", "words"),
+    ("context_tokens", "more", "message"),
     [
         (78, {}, "dropped the oldest turn (20 of 60 tokens) to fit 78 tokens of context"),
         (48, {}, "dropped the 2 oldest turns (40 of 60 tokens) to fit 48 tokens of context"),
@@ -126,8 +126,8 @@ def test_as_few_of_the_oldest_turns_go_as_it_takes(
         ),
     ],
 )
-def test_what_was_dropped_is_said(context_tokens: int, more: dict[str, Any], words: str) -> None:
-    assert fitted("suauau", context_tokens, **more).description == f"{words} with room for the answer"
+def test_the_description_names_what_was_dropped(context_tokens: int, more: dict[str, Any], message: str) -> None:
+    assert fitted("suauau", context_tokens, **more).description == f"{message} with room for the answer"
 
 
 def test_a_last_turn_that_does_not_fit_alone_is_an_error_with_its_numbers() -> None:
@@ -141,23 +141,23 @@ def test_a_last_turn_that_does_not_fit_alone_is_an_error_with_its_numbers() -> N
 def test_a_long_chat_is_counted_a_few_times_only() -> None:
     count = TenEach()
     asyncio.run(fit(conversation("ua" * 500 + "u"), count, model="m", context_tokens=300))
-    assert count.asked <= 12
+    assert count.calls <= 12
 
 
 @pytest.mark.parametrize(
-    ("numbers", "words"),
+    ("numbers", "message"),
     [
         ((9020, 8192), "m: the messages have 9,020 tokens, too many for its context of 8,192, which"),
         ((None, 8192), "m: the messages have more tokens than its context of 8,192, which"),
         ((None, None), "m: the messages have more tokens than its context, which"),
     ],
 )
-def test_an_overflow_names_what_it_knows(numbers: tuple[int | None, int | None], words: str) -> None:
-    assert str(overflow_error("m", *numbers)).startswith(words)
+def test_an_overflow_names_what_it_knows(numbers: tuple[int | None, int | None], message: str) -> None:
+    assert str(overflow_error("m", *numbers)).startswith(message)
 
 
 @pytest.mark.parametrize(
-    ("reason", "kind", "words"),
+    ("reason", "kind", "message"),
     [
         (
             "request (2804 tokens) exceeds the available context size (256 tokens), try increasing it",
@@ -173,8 +173,8 @@ def test_an_overflow_names_what_it_knows(numbers: tuple[int | None, int | None],
     ],
 )
 def test_a_refusal_of_llama_server_says_what_to_do(
-    reason: str, kind: type[RequestRejectedError], words: str
+    reason: str, kind: type[RequestRejectedError], message: str
 ) -> None:
     error = refusal("m", reason, 512)
     assert type(error) is kind
-    assert re.search(re.escape(words), str(error))
+    assert re.search(re.escape(message), str(error))

@@ -82,7 +82,7 @@ def test_messages_come_back_as_they_went_in(messages: Chunks) -> None:
 
 
 @pytest.mark.parametrize("messages", [[], [{"role": "nobody", "content": "Hi"}], ["Hi"]])
-def test_what_are_no_messages_makes_no_chat(messages: Any) -> None:
+def test_invalid_messages_make_no_chat(messages: Any) -> None:
     with pytest.raises(ConfigError, match="messages"):
         Chat.from_messages(messages)
 
@@ -109,7 +109,7 @@ def test_an_exported_file_says_what_it_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
         (None, "cannot read"),
         ("{", "is not JSON"),
@@ -121,11 +121,11 @@ def test_an_exported_file_says_what_it_is(tmp_path: Path) -> None:
         ('{"format": "sollol_nb chat", "version": 1, "name": "", "system": "", "said": []}', "is damaged"),
     ],
 )
-def test_a_file_that_holds_no_chat_is_refused_in_one_line(tmp_path: Path, text: str | None, words: str) -> None:
+def test_a_file_that_holds_no_chat_is_refused_in_one_line(tmp_path: Path, text: str | None, message: str) -> None:
     path = tmp_path / "c.json"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(ConfigError, match=words) as error:
+    with pytest.raises(ConfigError, match=message) as error:
         Chat.load(path)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
@@ -175,7 +175,7 @@ def test_other_names_are_refused(name: Any) -> None:
 # --- shown --------------------------------------------------------------------------------------
 
 
-def test_what_was_said_is_shown_and_never_run() -> None:
+def test_messages_are_shown_and_never_run() -> None:
     chat = Chat("c", system="<script>0</script>")
     chat.add(user("<script>1</script>"), answer("<img src=x onerror=2>", thinking="<b>3</b>"))
     chat.add(
@@ -198,7 +198,7 @@ def test_long_messages_are_folded_and_lose_nothing() -> None:
     assert len(shown["text/plain"]) < 1000
 
 
-def test_text_says_who_said_what_and_what_was_dropped() -> None:
+def test_the_text_names_speakers_and_dropped_turns() -> None:
     chat = Chat("c", system="Be brief.")
     chat.add(user("Hi"), Completion({**answer("Hello"), "_dropped": "dropped it", "done_reason": "error"}))
     title, *lines = str(chat).splitlines()

@@ -49,12 +49,12 @@ def test_a_book_opens_finds_and_forgets_chats() -> None:
     assert "trip" not in book
 
 
-@pytest.mark.parametrize(("name", "words"), [("trop", "did you mean trip"), ("zzz", "existing: plan, trip")])
-def test_an_unknown_chat_is_an_error_that_names_those_that_exist(name: str, words: str) -> None:
+@pytest.mark.parametrize(("name", "message"), [("trop", "did you mean trip"), ("zzz", "existing: plan, trip")])
+def test_an_unknown_chat_is_an_error_that_names_those_that_exist(name: str, message: str) -> None:
     book = ChatBook()
     book.open("trip")
     book.open("plan")
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(ConfigError, match=message):
         book.find(name)
 
 
@@ -121,11 +121,12 @@ def test_a_question_that_failed_before_a_word_is_not_kept_and_leaves_the_chat_fr
     with pytest.raises(AnswerInterruptedError):
         list(iterate_blocking(ask_in_chat(interrupted([], AnswerInterruptedError("gone")), chat, "m", "Hi")))
     assert chat.messages == chat_of(1).messages
-    assert not chat.is_answering
+    with chat.answering():
+        pass  # it is free again
 
 
 @pytest.mark.engine
-def test_the_next_question_is_asked_with_all_that_was_said(router: HybridRouter) -> None:
+def test_the_next_question_is_sent_with_all_messages(router: HybridRouter) -> None:
     chat = Chat("c")
     first, second = "What is a worker?", "What is a coordinator?"
     asked(router, chat, "demo:sharded", first, temperature=0, max_tokens=20)
@@ -147,7 +148,8 @@ def test_of_a_stopped_answer_the_text_received_is_kept(router: HybridRouter) -> 
         text = "".join(next(chunks)["message"]["content"] for _ in range(5))
     assert chat.history[-1].done_reason == "cancelled"
     assert chat.messages[-1]["content"].startswith(text)
-    assert not chat.is_answering
+    with chat.answering():
+        pass  # it is free again
     asked(router, chat, "demo", "And?", max_tokens=3)
     assert chat.turn_count == 2
 
@@ -158,7 +160,6 @@ def test_a_chat_answers_one_question_at_a_time(router: HybridRouter) -> None:
     stream = ask_in_chat(router.stream_async, chat, "demo", "Tell me everything about sharding.")
     with closing(iterate_blocking(stream)) as chunks:
         next(chunks)
-        assert chat.is_answering
         with pytest.raises(ChatBusyError, match="conversation c is still answering"):
             asked(router, chat, "demo", "Hello?")
     asked(router, chat, "demo", "Hello?", max_tokens=3)

@@ -47,7 +47,7 @@ def test_checked_messages_are_copies() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "words"),
+    ("given", "message"),
     [
         ([], "messages must be a list such as"),
         ({"role": "user", "content": "a"}, "messages must be a list such as"),
@@ -67,8 +67,8 @@ def test_checked_messages_are_copies() -> None:
         ([{"role": "assistant", "tool_calls": ["add"]}], "tool_calls that are not a list"),
     ],
 )
-def test_message_that_cannot_be_used_is_named(given: Any, words: str) -> None:
-    with pytest.raises(ConfigError, match=words) as caught:
+def test_message_that_cannot_be_used_is_named(given: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
         check_messages(given)
     assert "\n" not in str(caught.value)
 
@@ -97,7 +97,7 @@ def test_known_options_pass_and_none_is_left_out(given: dict[str, Any], checked:
 
 
 @pytest.mark.parametrize(
-    ("given", "words"),
+    ("given", "message"),
     [
         ({"temprature": 1}, "unknown option 'temprature'; did you mean temperature"),
         ({"max_token": 1}, "did you mean max_tokens"),
@@ -118,8 +118,8 @@ def test_known_options_pass_and_none_is_left_out(given: dict[str, Any], checked:
         ({"overflow": "drop"}, "overflow='drop' must be error or drop_oldest"),
     ],
 )
-def test_option_that_cannot_be_used_is_named(given: dict[str, Any], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
+def test_option_that_cannot_be_used_is_named(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         check_options(given)
 
 

@@ -275,7 +275,7 @@ def _twins() -> object:
 
 
 @pytest.mark.parametrize(
-    ("schema", "words"),
+    ("schema", "expected"),
     [
         (3, "a schema is a pydantic model class, a dataclass, a type such as list[str], a JSON schema"),
         (None, "not None"),
@@ -311,10 +311,10 @@ def _twins() -> object:
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
-def test_what_is_no_schema_says_what_can_be_given(schema: object, words: str) -> None:
+def test_an_invalid_schema_is_refused_with_what_can_be_given(schema: object, expected: str) -> None:
     with pytest.raises(ConfigError) as caught:
         json_schema_of(schema)
-    assert words in str(caught.value)
+    assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -373,7 +373,7 @@ def test_answers_become_values(schema: object, text: str, value: object) -> None
 
 
 @pytest.mark.parametrize(
-    ("schema", "text", "words"),
+    ("schema", "text", "expected"),
     [
         (int, "", "it is empty"),
         (int, "Sure! Here it is: 3", "it is not JSON: Expecting value at character 0"),
@@ -410,12 +410,12 @@ def test_answers_become_values(schema: object, text: str, value: object) -> None
     ],
     ids=lambda value: value[:30] if isinstance(value, str) else str(value)[:30],
 )
-def test_misfits_say_where_and_keep_the_text(schema: object, text: str, words: str) -> None:
+def test_mismatches_say_where_and_keep_the_text(schema: object, text: str, expected: str) -> None:
     with pytest.raises(StructureError) as caught:
         parse_structured(text, schema)
     message = str(caught.value)
     assert message.startswith("the answer does not match the schema: ")
-    assert words in message
+    assert expected in message
     assert "\n" not in message
     assert len(message) < 500
     assert caught.value.text == text
@@ -470,7 +470,7 @@ def test_answers_become_models(models: SimpleNamespace) -> None:
 
 
 @pytest.mark.parametrize(
-    ("within_list", "text", "words"),
+    ("within_list", "text", "expected"),
     [
         (False, '{"name": "a"}', "age: Field required"),
         (False, '{"name": "a", "age": -1}', "age: Input should be greater than or equal to 0"),
@@ -479,12 +479,12 @@ def test_answers_become_models(models: SimpleNamespace) -> None:
         (True, '[{"name": "a", "age": "old"}]', "[0].age: 'old' is not of type 'integer'"),
     ],
 )
-def test_what_a_model_refuses_is_a_misfit(
-    models: SimpleNamespace, within_list: bool, text: str, words: str
+def test_data_that_a_model_refuses_is_a_mismatch(
+    models: SimpleNamespace, within_list: bool, text: str, expected: str
 ) -> None:
     with pytest.raises(StructureError) as caught:
         parse_structured(text, list[models.Person] if within_list else models.Person)
-    assert words in str(caught.value)
+    assert expected in str(caught.value)
     assert caught.value.text == text
 
 
@@ -502,7 +502,7 @@ def test_a_model_whose_own_check_fails_refuses_the_answer() -> None:
         parse_structured('[{"number": 0}]', list[model])  # type: ignore[valid-type]
 
 
-def test_models_that_cannot_be_asked_for_say_so(models: SimpleNamespace) -> None:
+def test_models_without_a_json_schema_say_so(models: SimpleNamespace) -> None:
     with pytest.raises(ConfigError, match="give the class Person, not an object of it"):
         json_schema_of(models.Person(name="a", age=1))
     with pytest.raises(ConfigError, match="Callback has no JSON schema"):
@@ -579,7 +579,7 @@ def test_times_without_a_zone_in_the_example_are_utc() -> None:
     assert frame["t"].tolist() == [pd.Timestamp("2024-01-01 08:00")]
 
 
-def test_sparse_columns_are_asked_for_as_what_they_hold() -> None:
+def test_sparse_columns_have_the_type_of_their_values() -> None:
     example = pd.DataFrame({"n": pd.arrays.SparseArray([0, 0, 1]), "x": pd.arrays.SparseArray([0.0, 0.5, 0.0])})
     row = json_schema_of(example)["properties"]["rows"]["items"]["properties"]
     assert (row["n"]["type"], row["x"]["type"]) == ("integer", "number")
@@ -625,7 +625,7 @@ def test_a_frame_is_itself(example: pd.DataFrame) -> None:
 
 
 @pytest.mark.parametrize("value", [3, None, True, [1, {"a": 2}]], ids=repr)
-def test_what_has_no_rows_is_no_frame(value: object) -> None:
+def test_a_value_without_rows_is_refused(value: object) -> None:
     with pytest.raises(StructureError, match="cannot make a DataFrame of"):
         frame_of(value)
 

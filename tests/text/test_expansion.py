@@ -121,7 +121,7 @@ def test_variables_are_only_read(variables: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "expected"),
     [
         ("{{ dff }}", "{{ dff }}: there is no variable dff (did you mean df?); --no-expand"),
         ("{{ dff.shape }}", "there is no variable dff (did you mean df?)"),
@@ -147,11 +147,13 @@ def test_variables_are_only_read(variables: dict[str, Any]) -> None:
         ("{{ " + "x + " * 1000 + "nope }}", "…"),
     ],
 )
-def test_errors_are_one_line_that_names_the_expression(text: str, words: str, variables: dict[str, Any]) -> None:
+def test_errors_are_one_line_that_names_the_expression(
+    text: str, expected: str, variables: dict[str, Any]
+) -> None:
     with pytest.raises(ConfigError) as caught:
         expand(text, variables, hint="--no-expand sends braces as they are")
     message = str(caught.value)
-    assert words in message
+    assert expected in message
     assert "\n" not in message
     assert len(message) < 500
 

@@ -1,0 +1,112 @@
+"""Markdown that a model wrote: nothing in it can run, and code stays code."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from nbconvert.filters.markdown import markdown2html
+
+from sollol_nb.chat.completion import Completion
+from sollol_nb.text.safe_markdown import code_in, fenced, parts_of, safe_markdown
+from tests.support.hostile_answers import ADDRESSES, TAGS
+
+
+@pytest.mark.parametrize(
+    ("text", "safe"),
+    [
+        ("a < b and c > d", "a < b and c > d"),
+        ("x <y", "x &lt;y"),
+        ("<script>alert(1)</script>", "&lt;script>alert(1)&lt;/script>"),
+        ("<img src=x onerror=alert(1)>", "&lt;img src=x onerror=alert(1)>"),
+        ("<!-- note -->", "&lt;!-- note -->"),
+        ("one<br>two<br/>three H<sub>2</sub>O", "one<br>two<br/>three H<sub>2</sub>O"),
+        ("<br onclick=x>", "&lt;br onclick=x>"),
+        ("see <https://example.org/a?b=c>", "see <https://example.org/a?b=c>"),
+        ("the `div` tag", "the `div` tag"),
+        ("the `<div>` tag", "the <code>&#60;div&#62;</code> tag"),
+        ("``a ` <b>`` <i>", "<code>a &#96; &#60;b&#62;</code> &lt;i>"),
+        (r"\`<script>x</script>`", r"\`&lt;script>x&lt;/script>`"),
+        ("`a\n<script>x</script>\n`", "`a\n&lt;script>x&lt;/script>\n`"),
+        ("[x](javascript:alert(1))", "[x](javascript\u200b:alert(1))"),
+        (r"[x](javascript\:alert(1))", "[x](javascript\u200b\\:alert(1))"),
+        ("[x](JavaScript&colon;alert(1))", "[x](JavaScript&amp;colon;alert(1))"),
+        ("[x](java&Tab;script:alert(1))", "[x](java&amp;Tab;script:alert(1))"),
+        ("![x](https://example.org/?q=secret)", "&#33;[x](https://example.org/?q=secret)"),
+        ("[x](&#106;avascript:alert(1))", "[x](&amp;#106;avascript:alert(1))"),
+        ("here is the data: 1, 2", "here is the data: 1, 2"),
+        ("[x]: data:text/html,y", "[x]: data\u200b:text/html,y"),
+        ("```html\n<b>x</b>\n```\n<b>", "```html\n<b>x</b>\n```\n\n\n&lt;b>"),
+        ("~~~\n<b>\n```\n~~~\n<b>", "````\n<b>\n```\n````\n\n\n&lt;b>"),
+        ("- a\n  ```\n  <b>\n   c\n  ```\n- d", "- a\n\n\n```\n<b>\n c\n```\n\n\n- d"),
+        ("- a\n  ```py\n  x\n  ```\n- d", "- a\n\n  ```py\n  x\n  ```\n- d"),
+        ("- a\n  ```py\n  x", "- a\n\n  ```py\n  x\n  ```"),
+        ('"a" costs 5', '"a" costs 5'),
+        ('"a" costs $5', "&quot;a&quot; costs $5"),
+        ("```py\nx = 1", "```py\nx = 1\n```"),
+        ("````\n```\n<b>", "````\n```\n<b>\n````\n\n"),
+        ("", ""),
+    ],
+)
+def test_html_is_shown_as_text_and_code_stays_code(text: str, safe: str) -> None:
+    assert safe_markdown(text) == safe
+
+
+@pytest.mark.parametrize("text", TAGS)
+def test_no_tag_is_left_however_the_text_is_parsed(text: str) -> None:
+    safe = safe_markdown(text)
+    assert "<img" not in markdown2html(safe)
+    assert "<img" not in without_blocks(safe), "tags remain only in separate code blocks"
+
+
+def without_blocks(markdown: str) -> str:
+    """The text without its code blocks that begin at the margin, between blank lines."""
+    return re.sub(r"(?:\A|(?<=\n\n))(`{3,})[\w+#.-]*\n.*?\n\1(?=\n\n|\Z)", "", markdown, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("text", ADDRESSES)
+def test_formulas_put_no_quotes_into_addresses(text: str) -> None:
+    # JupyterLab takes formulas out of the text before it reads Markdown, and puts them back without a check.
+    formulas = re.findall(r"\$(?:(?!\n\s*\n)[^$])*\$", without_blocks(safe_markdown(text)))
+    assert not any('"' in formula for formula in formulas)
+
+
+@pytest.mark.parametrize("text", ["@@0@@", r"@\@0@@", r"@\\@0@@"])
+def test_marks_of_formulas_cannot_be_forged(text: str) -> None:
+    assert safe_markdown(text).startswith("&#64;")
+
+
+def test_formulas_stay_unchanged_unless_they_may_end_in_code() -> None:
+    code = "\n```\n<b>\n```"
+    for formula in ("$a$", "$$a$$", "so $$a$$ b", "$$\na\n$$"):
+        assert safe_markdown(formula + code).startswith(f"{formula}\n")
+    for formula in ("$$a", "$$a\\$$", "a $$b\n$$ c", "\\\\[a\\\\]"):
+        assert not safe_markdown(formula + code).startswith(f"{formula}\n")
+        assert safe_markdown(formula) == formula
+
+
+def test_the_parts_of_a_text_make_up_the_text() -> None:
+    text = "a\n```py\nb\n```\nc\n~~~~\nd\n~~~\n~~~~~\n```x`\ne"
+    parts = list(parts_of(text))
+
+    assert "".join(part for _, part in parts) == text
+    assert [part for is_code, part in parts if is_code] == ["```py\nb\n```", "~~~~\nd\n~~~\n~~~~~"]
+
+
+@pytest.mark.parametrize(
+    ("text", "language", "code"),
+    [
+        ("Here:\n```python\nx = 1\ny = 2\n```\nThat is all.", "python", "x = 1\ny = 2"),
+        ("```\nplain\n```", "", "plain"),
+        ("```sql\nSELECT 1", "sql", "SELECT 1"),
+        ("no code", "", "no code"),
+        ("~~~js\na\n~~~\n```py\nb\n```", "js", "a"),
+    ],
+)
+def test_the_first_code_block_is_found(text: str, language: str, code: str) -> None:
+    assert code_in(text) == (language, code)
+    assert Completion(message={"content": text}).code == code
+
+
+def test_a_fence_is_longer_than_those_inside() -> None:
+    assert fenced("a ```` b", "md") == "`````md\na ```` b\n`````"
