@@ -4,7 +4,8 @@
 * `running.py`: the table of what runs, the watch over it, and the end of idle ones.
 * `start.py`: adopt a running coordinator or launch a new one.
 * `planning.py`: which workers a starting one gets, and how many layers each.
-* `coordinator.py`: one llama-server: launch, adopt, stream answers, stop.
+* `coordinator.py`: one llama-server: launched, adopted, stopped.
+* `streams.py`: the answers that it streams, and the watch over their silence.
 * `readiness.py`: from its start until it can be used.
 * `load_progress.py`: how much of its model it has loaded.
 * `placement.py`: where it placed the layers, according to its log.

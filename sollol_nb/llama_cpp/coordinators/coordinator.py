@@ -22,30 +22,17 @@ from typing import Any
 
 import psutil
 
-from sollol_nb.chat.chunk import CONTEXT_FULL, Chunk
-from sollol_nb.chat.context_window import DROP_OLDEST, turn_starts
-from sollol_nb.errors import (
-    ConnectFailedError,
-    ConnectionBrokenError,
-    CoordinatorLostError,
-    HttpStatusError,
-    ModelFileError,
-    RequestRejectedError,
-    TransportError,
-    TransportTimeoutError,
-)
+from sollol_nb.chat.chunk import Chunk
+from sollol_nb.errors import ModelFileError, TransportError
 from sollol_nb.layers.plan import LayerPlan
 from sollol_nb.llama_cpp.answers.base import Answer
-from sollol_nb.llama_cpp.answers.fitting import FittingAnswer
-from sollol_nb.llama_cpp.answers.kinds import answer_for
-from sollol_nb.llama_cpp.answers.protocol import parse_event, refusal
 from sollol_nb.llama_cpp.coordinators.pace import Pace
 from sollol_nb.llama_cpp.coordinators.placement import Placement, read_placement
 from sollol_nb.llama_cpp.coordinators.readiness import LISTENING, PortTakenError, StartingCoordinator
 from sollol_nb.llama_cpp.coordinators.settings import CoordinatorSettings, known_flags, server_flags
+from sollol_nb.llama_cpp.coordinators.streams import AnswerStreams
 from sollol_nb.llama_cpp.engine.find import Engine
 from sollol_nb.llama_cpp.processes import registry
-from sollol_nb.llama_cpp.processes.exit_reasons import describe_exit, exit_reason
 from sollol_nb.llama_cpp.processes.process import EngineProcess, ExitReport
 from sollol_nb.llama_cpp.processes.registry import Entry
 from sollol_nb.runtime.gate import Gate
@@ -65,13 +52,8 @@ class Coordinator:
         log_path: the engine's log, drained to a file.
         placement: where the engine says it put the layers; None until it is ready.
         load_ms: from the start of the process until it was ready.
-        request_context_tokens: its limit for one request, prompt and answer. With one pool of context for all
-            slots that is the whole pool, if the model was trained for as much; requests that run at the same time
-            share it.
         gate: waiting requests, in order of priority.
-        pace: the time that it usually needs for a token.
         is_adopted: whether another process (or router) started it.
-        last_used_at: `time.monotonic()` of the last request's begin or end.
     """
 
     def __init__(
@@ -89,17 +71,14 @@ class Coordinator:
         self.log_path = process.log_path
         self.placement: Placement | None = None
         self.load_ms = 0.0
-        self.request_context_tokens = settings.context_tokens
         self.gate = gate if gate is not None else Gate(settings.slots)
-        self.pace = Pace()
         self.is_adopted = is_adopted
-        self.last_used_at = time.monotonic()
         self._process = process
-        self._went_silent = ""
-        self._watcher: asyncio.Task[None] | None = None
-        self._chat_template = ""
         self._client = JsonClient(self.base_url, api_key=process.key, read_timeout_s=SILENCE_LIMIT_S)
         self._keyless = JsonClient(self.base_url, read_timeout_s=5.0)
+        self._streams = AnswerStreams(
+            settings.model, process, self._client, context_tokens=settings.context_tokens
+        )
 
     def __repr__(self) -> str:
         state = "running" if self.is_running() else "ended"
@@ -119,6 +98,16 @@ class Coordinator:
     def rpc_backends(self) -> list[str]:
         """Endpoints of the workers it holds."""
         return list(self.plan.endpoints) if self.plan else []
+
+    @property
+    def pace(self) -> Pace:
+        """The time that it usually needs for a token."""
+        return self._streams.pace
+
+    @property
+    def last_used_at(self) -> float:
+        """`time.monotonic()` of the last request's begin or end."""
+        return self._streams.last_used_at
 
     @property
     def uptime_s(self) -> float:
@@ -241,13 +230,14 @@ class Coordinator:
             raise
         finally:
             self.free()
-        self.placement, self.load_ms, self._chat_template = ready.placement, ready.load_ms, ready.chat_template
+        self.placement, self.load_ms = ready.placement, ready.load_ms
+        self._streams.chat_template = ready.chat_template
         self.pace.set_load_time(ready.load_ms / 1000)
         self.pace.calibrate(ready.seconds_per_token)
         # If the engine does not say, the limit is assumed to be what was requested.
         with contextlib.suppress(TransportError, KeyError, TypeError):
             props = await self._client.get("/props", timeout_s=10.0)
-            self.request_context_tokens = int(props["default_generation_settings"]["n_ctx"])
+            self._streams.context_tokens = int(props["default_generation_settings"]["n_ctx"])
 
     async def hold(self) -> bool:
         """Take a lease for a request; False if it has ended or is ending."""
@@ -283,8 +273,7 @@ class Coordinator:
         return await self._process.wait()
 
     async def _close(self) -> None:
-        if self._watcher is not None:
-            self._watcher.cancel()
+        self._streams.close()
         await self._client.aclose()
         await self._keyless.aclose()
 
@@ -295,17 +284,9 @@ class Coordinator:
 
         With the option `overflow="drop_oldest"` the oldest turns that do not fit the context are dropped.
         """
-        if options.get("overflow") == DROP_OLDEST and len(turn_starts(messages)) > 1:
-            return FittingAnswer(
-                self.model,
-                messages,
-                options,
-                chat_template=self._chat_template,
-                context_tokens=self.request_context_tokens,
-            )
-        return answer_for(self.model, messages, options, chat_template=self._chat_template)
+        return self._streams.new_answer(messages, options)
 
-    async def stream(self, answer: Answer) -> AsyncGenerator[Chunk, None]:
+    def stream(self, answer: Answer) -> AsyncGenerator[Chunk, None]:
         """Stream the rest of an answer; yields Ollama-shaped chunks, the last with `done`.
 
         Where turns were dropped to fit the context, the first chunk and the last have `_dropped`: which. Where the
@@ -319,50 +300,7 @@ class Coordinator:
             ContextOverflowError: the messages do not fit the context.
             RequestRejectedError: the engine refused the request.
         """
-        self.last_used_at = time.monotonic()
-        stream = self.pace.open(answer)
-        self._watch_silence()
-        try:
-            while (request := await answer.request(self._client.post)) is not None:
-                stream.on_sent()
-                async with self._client.stream_lines(*request) as lines:
-                    async for line in lines:
-                        event = self._checked_event(line)
-                        if event is None:
-                            continue
-                        stream.on_event(event)
-                        chunk = answer.translate(event)
-                        if chunk is not None:
-                            with stream.reader_busy():
-                                yield chunk
-                        if answer.is_abandoned:
-                            break
-                if not answer.is_complete and not answer.is_abandoned:
-                    raise ConnectionBrokenError(f"{self.base_url}: the answer ended without its last event")
-            yield self._with_context_full(answer.final())
-        except HttpStatusError as error:
-            raise self._refusal(error.reason) from error
-        except (ConnectionBrokenError, ConnectFailedError, TransportTimeoutError) as error:
-            raise await self._lost_error(error) from error
-        finally:
-            stream.close()
-            self.last_used_at = time.monotonic()
-
-    def _checked_event(self, line: str) -> dict[str, Any] | None:
-        """The event of a line, None if there is none; raises the error that it reports."""
-        event = parse_event(line)
-        if event is not None and "error" in event:
-            raise self._refusal(str(event["error"].get("message", event["error"])))
-        return event
-
-    def _refusal(self, reason: str) -> RequestRejectedError:
-        return refusal(self.model, reason, self.request_context_tokens)
-
-    def _with_context_full(self, chunk: Chunk) -> Chunk:
-        used_tokens = (chunk.get("prompt_eval_count") or 0) + (chunk.get("eval_count") or 0)
-        if chunk.get("done_reason") != "length" or used_tokens < self.request_context_tokens:
-            return chunk
-        return {**chunk, CONTEXT_FULL: self.request_context_tokens}
+        return self._streams.stream(answer)
 
     def broken_links(self) -> list[str]:
         """Workers to which it has no TCP connection any more, according to the operating system."""
@@ -376,28 +314,3 @@ class Coordinator:
         # Addresses are empty where a name cannot be resolved now.
         known = {endpoint: addresses_of(endpoint) for endpoint in self.rpc_backends}
         return [endpoint for endpoint, addresses in known.items() if addresses and not linked & addresses]
-
-    def _watch_silence(self) -> None:
-        if self._watcher is None or self._watcher.done():
-            self._watcher = asyncio.create_task(self._end_when_silent())
-
-    async def _end_when_silent(self) -> None:
-        """Kill the engine when all its streams have been silent for longer than it can need."""
-        while self.is_running() and (left_s := self.pace.patience_s()) is not None:
-            if left_s <= 0:
-                self._went_silent = f"it went silent for {self.pace.silence_s():.1f} s"
-                await self._process.stop(grace_s=0.0, why="silent")
-                return
-            await asyncio.sleep(left_s)
-
-    async def _lost_error(self, error: Exception) -> CoordinatorLostError:
-        report = await self._process.ended_within(2.0)
-        if report is None:
-            return CoordinatorLostError(
-                f"lost the connection to the coordinator of {self.model}: {error}; log: {self.log_path}"
-            )
-        reason = self._went_silent or report.why or exit_reason(report.tail)
-        because = f": {reason}" if reason else ""
-        return CoordinatorLostError(
-            f"the coordinator of {self.model} ended ({describe_exit(report.code)}){because}; log: {self.log_path}"
-        )

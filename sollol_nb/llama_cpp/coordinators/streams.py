@@ -1,0 +1,142 @@
+"""The answers that one llama-server streams, and the watch over their silence (see `pace.py`)."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Any
+
+from sollol_nb.chat.chunk import CONTEXT_FULL, Chunk
+from sollol_nb.chat.context_window import DROP_OLDEST, turn_starts
+from sollol_nb.errors import (
+    ConnectFailedError,
+    ConnectionBrokenError,
+    CoordinatorLostError,
+    HttpStatusError,
+    RequestRejectedError,
+    TransportTimeoutError,
+)
+from sollol_nb.llama_cpp.answers.base import Answer
+from sollol_nb.llama_cpp.answers.fitting import FittingAnswer
+from sollol_nb.llama_cpp.answers.kinds import answer_for
+from sollol_nb.llama_cpp.answers.protocol import parse_event, refusal
+from sollol_nb.llama_cpp.coordinators.pace import Pace
+from sollol_nb.llama_cpp.processes.exit_reasons import describe_exit, exit_reason
+from sollol_nb.llama_cpp.processes.process import EngineProcess
+from sollol_nb.runtime.http_client import JsonClient
+
+
+class AnswerStreams:
+    """The answers that one llama-server streams.
+
+    Args:
+        client: sends requests to it.
+
+    Attributes:
+        context_tokens: its limit for one request, prompt and answer. With one pool of context for all slots that
+            is the whole pool, if the model was trained for as much; requests that run at the same time share it.
+        chat_template: of the model; "" until the engine is ready.
+        pace: the time that it usually needs for a token.
+        last_used_at: `time.monotonic()` of the last request's begin or end.
+    """
+
+    def __init__(self, model: str, process: EngineProcess, client: JsonClient, *, context_tokens: int) -> None:
+        self.context_tokens = context_tokens
+        self.chat_template = ""
+        self.pace = Pace()
+        self.last_used_at = time.monotonic()
+        self._model = model
+        self._process = process
+        self._client = client
+        self._went_silent = ""
+        self._watch: asyncio.Task[None] | None = None
+
+    def new_answer(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> Answer:
+        """As `Coordinator.answer`."""
+        if options.get("overflow") == DROP_OLDEST and len(turn_starts(messages)) > 1:
+            return FittingAnswer(
+                self._model,
+                messages,
+                options,
+                chat_template=self.chat_template,
+                context_tokens=self.context_tokens,
+            )
+        return answer_for(self._model, messages, options, chat_template=self.chat_template)
+
+    async def stream(self, answer: Answer) -> AsyncGenerator[Chunk, None]:
+        """As `Coordinator.stream`."""
+        self.last_used_at = time.monotonic()
+        stream = self.pace.open(answer)
+        if self._watch is None or self._watch.done():
+            self._watch = asyncio.create_task(self._kill_when_silent())
+        try:
+            while (request := await answer.request(self._client.post)) is not None:
+                stream.on_sent()
+                async with self._client.stream_lines(*request) as lines:
+                    async for line in lines:
+                        event = self._checked_event(line)
+                        if event is None:
+                            continue
+                        stream.on_event(event)
+                        chunk = answer.translate(event)
+                        if chunk is not None:
+                            with stream.reader_busy():
+                                yield chunk
+                        if answer.is_abandoned:
+                            break
+                if not answer.is_complete and not answer.is_abandoned:
+                    raise ConnectionBrokenError(
+                        f"{self._client.base_url}: the answer ended without its last event"
+                    )
+            yield self._with_context_full(answer.final())
+        except HttpStatusError as error:
+            raise self._refusal(error.reason) from error
+        except (ConnectionBrokenError, ConnectFailedError, TransportTimeoutError) as error:
+            raise await self._lost_error(error) from error
+        finally:
+            stream.close()
+            self.last_used_at = time.monotonic()
+
+    def close(self) -> None:
+        """End the watch over silence."""
+        if self._watch is not None:
+            self._watch.cancel()
+
+    def _checked_event(self, line: str) -> dict[str, Any] | None:
+        """The event of a line, None if there is none; raises the error that it reports."""
+        event = parse_event(line)
+        if event is not None and "error" in event:
+            raise self._refusal(str(event["error"].get("message", event["error"])))
+        return event
+
+    def _refusal(self, reason: str) -> RequestRejectedError:
+        return refusal(self._model, reason, self.context_tokens)
+
+    def _with_context_full(self, chunk: Chunk) -> Chunk:
+        used_tokens = (chunk.get("prompt_eval_count") or 0) + (chunk.get("eval_count") or 0)
+        if chunk.get("done_reason") != "length" or used_tokens < self.context_tokens:
+            return chunk
+        return {**chunk, CONTEXT_FULL: self.context_tokens}
+
+    async def _kill_when_silent(self) -> None:
+        """Kill the engine when all its streams have been silent for longer than it can need."""
+        while self._process.is_running() and (left_s := self.pace.patience_s()) is not None:
+            if left_s <= 0:
+                self._went_silent = f"it went silent for {self.pace.silence_s():.1f} s"
+                await self._process.stop(grace_s=0.0, why="silent")
+                return
+            await asyncio.sleep(left_s)
+
+    async def _lost_error(self, error: Exception) -> CoordinatorLostError:
+        report = await self._process.ended_within(2.0)
+        log_path = self._process.log_path
+        if report is None:
+            return CoordinatorLostError(
+                f"lost the connection to the coordinator of {self._model}: {error}; log: {log_path}"
+            )
+        reason = self._went_silent or report.why or exit_reason(report.tail)
+        because = f": {reason}" if reason else ""
+        return CoordinatorLostError(
+            f"the coordinator of {self._model} ended ({describe_exit(report.code)}){because}; log: {log_path}"
+        )
