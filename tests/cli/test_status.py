@@ -28,7 +28,12 @@ def sollol_nb(*arguments: str, **variables: str) -> subprocess.CompletedProcess[
 
 def worker(endpoint: str, state: str) -> WorkerStatus:
     return WorkerStatus(
-        endpoint=endpoint, state=state, detail=f"{endpoint} says why", held_by=None, probe=None, is_local=False
+        endpoint=endpoint,
+        state=state,
+        detail=f"{endpoint} has a problem",
+        held_by=None,
+        probe=None,
+        is_local=False,
     )
 
 
@@ -42,9 +47,9 @@ def test_what_needs_attention_is_listed(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.delenv("OLLAMA_HOST")
     assert problems(status) == [
-        "worker busy:1 is busy: busy:1 says why",
-        "worker down:1 is down: down:1 says why",
-        "worker incompatible:1 is incompatible: incompatible:1 says why",
+        "worker busy:1 is busy: busy:1 has a problem",
+        "worker down:1 is down: down:1 has a problem",
+        "worker incompatible:1 is incompatible: incompatible:1 has a problem",
     ]
     monkeypatch.setenv("OLLAMA_HOST", "a")
     assert (
@@ -66,11 +71,13 @@ def test_status_sees_what_a_notebook_runs(router: HybridRouter) -> None:
         assert f"{endpoint}: layers " in shown.stdout
 
     plain: dict[str, Any] = json.loads(sollol_nb("status", "--json", OLLAMA_HOST="").stdout)
-    assert {one["endpoint"]: one["state"] for one in plain["workers"]}.items() >= dict.fromkeys(
+    assert {worker["endpoint"]: worker["state"] for worker in plain["workers"]}.items() >= dict.fromkeys(
         endpoints, "held"
     ).items()
     assert plain["troubles"] == []
-    assert router.route_request("demo:sharded", QUESTION, max_tokens=2).routing["load_ms"] is None, "left alone"
+    assert router.route_request("demo:sharded", QUESTION, max_tokens=2).routing["load_ms"] is None, (
+        "it was not touched"
+    )
 
 
 def test_a_worker_that_is_gone_is_an_exit_code() -> None:

@@ -36,7 +36,7 @@ def with_constants(folder: Path, **constants: float) -> Path:
 
 
 def with_code(program: Path, before: str, code: str) -> Path:
-    """The same copy with more code before a line, which is there once."""
+    """The same copy with more code before a line, which must occur once."""
     text = program.read_text("utf-8")
     assert text.count(f"\n{before}") == 1
     program.write_text(text.replace(f"\n{before}", f"\n{code}\n{before}"), "utf-8")
@@ -44,10 +44,10 @@ def with_code(program: Path, before: str, code: str) -> Path:
 
 
 def nothing_is_left(folder: Path) -> None:
-    """Wait until no process runs that was started with this state folder; what does not end is killed."""
+    """Wait until no process with this state folder runs; a process that does not end is killed."""
     variable = "SOLLOL_STATE_DIR", str(folder)
     try:
-        eventually(lambda: not with_variable(*variable), f"nothing of {folder} runs")
+        eventually(lambda: not with_variable(*variable), f"no process of {folder} runs")
     except AssertionError:
         for process in with_variable(*variable):
             with contextlib.suppress(psutil.Error):
@@ -56,7 +56,7 @@ def nothing_is_left(folder: Path) -> None:
 
 
 class Control:
-    """A control connection, with a key already greeted; the other side's end is None."""
+    """A control connection, already greeted if there is a key."""
 
     def __init__(self, port: int, key: str | None = KEY) -> None:
         self.socket = socket.create_connection(("127.0.0.1", port), timeout=HANG_GUARD_S)
@@ -73,13 +73,13 @@ class Control:
         """The next message; None when the other side has closed."""
         try:
             line = self._lines.readline()
-        except ConnectionResetError:  # it closed before it had read all
+        except ConnectionResetError:  # it closed before it had read everything
             return None
         message: dict[str, Any] | None = json.loads(line) if line else None
         return message
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """A verb's answer."""
+        """Send a request; its answer."""
         self.send({"n": do, "do": do, **arguments})
         answer = self.line()
         assert answer is not None, f"dropped at {do}"
@@ -101,7 +101,7 @@ class Control:
 
 
 class Supervised:
-    """A supervisor that was started by hand, and its engine."""
+    """A supervisor that was started directly, and its engine."""
 
     def __init__(self, process: subprocess.Popen[bytes], spec: dict[str, Any], started: dict[str, Any]) -> None:
         self.process = process
@@ -122,7 +122,7 @@ class Supervised:
 
     @property
     def files(self) -> list[Path]:
-        """Of its registry files, those that are there."""
+        """Those of its registry files that exist."""
         known = (self.spec["entry_path"], self.spec["entry_path"] + ".new", self.spec["key_path"])
         return [Path(path) for path in known if Path(path).exists()]
 
@@ -130,7 +130,7 @@ class Supervised:
         return self.engine is not None and is_alive(self.engine)
 
     def line(self, text: str) -> str:
-        """The first whole line of the log with this text, once it is there."""
+        """Wait for a complete line of the log with this text; the first one."""
 
         def found() -> str:
             lines = self.log_path.read_text("utf-8").splitlines(True) if self.log_path.exists() else []
@@ -152,7 +152,7 @@ def supervised(
 
     Args:
         program: by default the supervisor's own file.
-        more: parts of the specification that are to be otherwise.
+        more: parts of the specification to change.
     """
     spec = {
         "argv": [*PYTHON, code],

@@ -185,7 +185,7 @@ class EngineProcess:
 
     async def hold(self) -> bool:
         """Take a lease, until `free`: the engine is not ended when idle. False if it has ended or is ending."""
-        return bool((await self._ask("hold")).get("ok"))
+        return bool((await self._request("hold")).get("ok"))
 
     def free(self) -> None:
         """End a lease."""
@@ -193,15 +193,15 @@ class EngineProcess:
 
     async def keep_alive(self, seconds: float | None) -> None:
         """Set how long it lives without a lease; None is forever."""
-        await self._ask("keep_alive", seconds=seconds)
+        await self._request("keep_alive", seconds=seconds)
 
     async def update_about(self, **about: Any) -> None:
         """Add to the `about` of its registry entry."""
-        await self._ask("about", about=about)
+        await self._request("about", about=about)
 
     async def status(self) -> dict[str, Any]:
         """`clients` (except this handle), `leases`, `idle_s`, `ends_in_s`; empty if it has ended."""
-        return await self._ask("status")
+        return await self._request("status")
 
     async def stop(self, *, grace_s: float = supervisor.STOP_GRACE_S, why: str = "stopped") -> ExitReport:
         """End the process (SIGTERM, then SIGKILL after `grace_s`) and wait for its end. Stopping twice is fine."""
@@ -215,7 +215,7 @@ class EngineProcess:
 
     async def stop_unless_shared(self) -> bool:
         """End the process unless another process (or router) is connected; False if it keeps running for them."""
-        answer = await self._ask("stop", unless_shared=True, why="closed")
+        answer = await self._request("stop", unless_shared=True, why="closed")
         if not answer.get("ok") and self.is_running():
             self.detach()
             return False
@@ -227,7 +227,7 @@ class EngineProcess:
         self._detached = True
         self._writer.close()
 
-    # --- the wire -------------------------------------------------------------------------------
+    # --- control protocol ---------------------------------------------------------------------------
 
     def _send(self, do: str, **arguments: Any) -> int:
         number = next(self._numbers)
@@ -235,7 +235,7 @@ class EngineProcess:
             self._writer.write(json.dumps({"n": number, "do": do, **arguments}).encode() + b"\n")
         return number
 
-    async def _ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+    async def _request(self, do: str, **arguments: Any) -> dict[str, Any]:
         """The supervisor's answer; empty if it has ended or does not answer."""
         number = self._send(do, **arguments)
         if not self.is_running() or self._detached:

@@ -1,4 +1,4 @@
-"""The control port of a supervisor: serves whoever has the engine's key, and is not disturbed by strangers."""
+"""The control port of a supervisor: serves clients with the engine's key, and withstands everybody else."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from tests.support.supervised import (
 
 def test_leases_are_counted_over_all_clients_and_end_with_their_connection(folder: Path) -> None:
     with supervised(folder) as owner:
-        one, other, watcher = owner.connect(), owner.connect(), owner.connect()
-        assert [client.ask("hold")["ok"] for client in (one, one, other)] == [True, True, True]
+        first, second, watcher = owner.connect(), owner.connect(), owner.connect()
+        assert [client.ask("hold")["ok"] for client in (first, first, second)] == [True, True, True]
         status = watcher.ask("status")
         assert (status["clients"], status["leases"]) == (2, 3)
         assert status["idle_s"] is status["ends_in_s"] is None, "it is held"
-        assert other.ask("free")["ok"]
-        assert other.ask("free")["ok"], "it has none; that of another is not touched"
+        assert second.ask("free")["ok"]
+        assert second.ask("free")["ok"], "it has none, and another client's lease is not touched"
         assert watcher.ask("status")["leases"] == 2
-        one.close()
+        first.close()
         eventually(lambda: watcher.ask("status")["clients"] == 1, "the end of a connection is seen")
         status = watcher.ask("status")
         assert status["leases"] == 0
@@ -48,20 +48,18 @@ def test_requests_in_one_write_are_answered_in_order(folder: Path) -> None:
     with supervised(folder) as owner:
         control = owner.connect(key=None)
         control.send({"key": KEY}, *({"n": n, "do": "hold"} for n in range(50)), {"n": "x", "do": "status"})
-        told = [control.line() for _ in range(52)]
-    assert told[0] is not None
-    assert told[0]["event"] == "hello"
-    assert told[1:51] == [{"n": n, "ok": True} for n in range(50)]
-    assert told[51] is not None
-    assert told[51]["leases"] == 50
+        answers = [control.line() for _ in range(52)]
+    assert answers[0] is not None
+    assert answers[0]["event"] == "hello"
+    assert answers[1:51] == [{"n": n, "ok": True} for n in range(50)]
+    assert answers[51] is not None
+    assert answers[51]["leases"] == 50
 
 
 @pytest.mark.parametrize(
     ("seconds", "kept"), [(1000, 1000.0), (0.5, 0.5), (0, 0.0), (-3, 0.0), (None, None)], ids=str
 )
-def test_keep_alive_is_set_and_stands_in_the_entry(
-    seconds: float | None, kept: float | None, folder: Path
-) -> None:
+def test_keep_alive_is_set_and_is_in_the_entry(seconds: float | None, kept: float | None, folder: Path) -> None:
     with supervised(folder, program=with_constants(folder, MIN_IDLE_S=100.0)) as owner:
         control = owner.connect()
         assert control.ask("keep_alive", seconds=seconds) == {"ok": True}
@@ -70,41 +68,41 @@ def test_keep_alive_is_set_and_stands_in_the_entry(
         assert ends_in_s is None if kept is None else 0 < ends_in_s <= max(kept, 100)
 
 
-def test_what_an_engine_is_about_is_added_to_its_entry(folder: Path) -> None:
+def test_about_is_merged_into_the_entry(folder: Path) -> None:
     with supervised(folder, about={"model": "a", "port": 1}) as owner:
         assert owner.connect().ask("about", about={"port": 2, "url": "\u00fc"}) == {"ok": True}
         assert owner.entry()["about"] == {"model": "a", "port": 2, "url": "\u00fc"}
 
 
-def test_every_client_is_told_the_end(folder: Path) -> None:
+def test_the_end_is_reported_to_every_client(folder: Path) -> None:
     with supervised(folder, f"print('up', flush=True); {MINUTES}") as owner:
         owner.line("up")
         clients = [owner.connect() for _ in range(3)]
         assert clients[0].ask("stop", why="as a test") == {"ok": True}
         for client in clients:
-            told = client.exited()
-            assert (told["tail"], told["why"]) == (["up"], "as a test")
-            assert told["code"] == -signal.SIGTERM or os.name != "posix"
+            report = client.exited()
+            assert (report["tail"], report["why"]) == (["up"], "as a test")
+            assert report["code"] == -signal.SIGTERM or os.name != "posix"
         owner.all_gone()
     assert owner.log_path.read_text("utf-8").splitlines()[-1] == (
-        f"[the engine ended: exit code {told['code']}, as a test]"
+        f"[the engine ended: exit code {report['code']}, as a test]"
     )
 
 
 def test_stop_unless_shared_spares_an_engine_that_others_are_connected_to(folder: Path) -> None:
     with supervised(folder) as owner:
-        mine, other, stranger = owner.connect(), owner.connect(), owner.connect(key=None)
+        mine, other, keyless = owner.connect(), owner.connect(), owner.connect(key=None)
         assert mine.ask("stop", unless_shared=True) == {"ok": False}
-        assert mine.ask("hold") == {"ok": True}, "nothing has begun to end"
+        assert mine.ask("hold") == {"ok": True}, "the engine is not ending"
         other.close()
         eventually(lambda: mine.ask("status")["clients"] == 0, "the other has left")
-        assert mine.ask("stop", unless_shared=True) == {"ok": True}, "one without a key does not count"
+        assert mine.ask("stop", unless_shared=True) == {"ok": True}, "a client without a key does not count"
         mine.exited()
-        assert stranger.line() is None
+        assert keyless.line() is None
 
 
 @posix_only
-def test_engine_that_is_ending_takes_no_lease_and_is_killed_after_the_shortest_grace(folder: Path) -> None:
+def test_engine_that_is_ending_grants_no_lease_and_is_killed_after_the_shortest_grace(folder: Path) -> None:
     with supervised(folder, f"{IGNORES} print('up', flush=True); {MINUTES}") as owner:
         owner.line("up")
         control = owner.connect()
@@ -115,19 +113,19 @@ def test_engine_that_is_ending_takes_no_lease_and_is_killed_after_the_shortest_g
         assert control.exited() == {"code": -signal.SIGKILL, "tail": ["up"], "why": "stopped"}
 
 
-def test_unknown_verb_is_refused_and_no_more(folder: Path) -> None:
+def test_unknown_request_is_refused_and_the_connection_stays(folder: Path) -> None:
     with supervised(folder) as owner:
         control = owner.connect()
         assert control.ask("explode") == {"ok": False}
         assert control.ask("hold") == {"ok": True}
 
 
-# --- strangers --------------------------------------------------------------------------------
+# --- other programs----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def standing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Supervised]:
-    """A supervisor that many strangers come to."""
+    """A supervisor that many programs without a key connect to."""
     with supervised(tmp_path_factory.mktemp("standing")) as owner:
         yield owner
 
@@ -137,7 +135,7 @@ GREETING = json.dumps({"key": KEY}).encode() + b"\n"
 
 
 @pytest.mark.parametrize(
-    "said",
+    "data",
     [
         b'{"key": "wrong"}\n',
         b'{"key": ""}\n',
@@ -157,19 +155,19 @@ GREETING = json.dumps({"key": KEY}).encode() + b"\n"
         b"9" * 100_000 + b"\n",
         STOP,
     ],
-    ids=lambda said: ascii(said[:24]),
+    ids=lambda data: ascii(data[:24]),
 )
-def test_who_has_no_key_is_dropped_without_a_word(said: bytes, standing: Supervised) -> None:
-    stranger = standing.connect(key=None)
-    with contextlib.suppress(OSError):  # dropped before it had said it all
-        stranger.socket.sendall(said + STOP)
-    assert stranger.line() is None
+def test_client_without_the_key_is_dropped_without_an_answer(data: bytes, standing: Supervised) -> None:
+    keyless = standing.connect(key=None)
+    with contextlib.suppress(OSError):  # dropped before everything was sent
+        keyless.socket.sendall(data + STOP)
+    assert keyless.line() is None
     assert standing.connect().ask("hold") == {"ok": True}, "others are served"
     assert standing.is_running()
 
 
 @pytest.mark.parametrize(
-    "said",
+    "data",
     [
         b'{"do": "hold"}\n',
         b'{"n": 1}\n',
@@ -183,27 +181,27 @@ def test_who_has_no_key_is_dropped_without_a_word(said: bytes, standing: Supervi
         b"null\n",
         GREETING,
     ],
-    ids=lambda said: ascii(said[:40]),
+    ids=lambda data: ascii(data[:40]),
 )
-def test_nonsense_ends_the_connection_that_says_it_and_no_other(said: bytes, standing: Supervised) -> None:
+def test_a_malformed_request_ends_its_connection_and_no_other(data: bytes, standing: Supervised) -> None:
     confused, watcher = standing.connect(), standing.connect()
     assert confused.ask("hold")["ok"]
     held = watcher.ask("status")["leases"]
-    confused.socket.sendall(said)
-    while (told := confused.line()) is not None:
-        assert not told["ok"]
+    confused.socket.sendall(data)
+    while (answer := confused.line()) is not None:
+        assert not answer["ok"]
     eventually(lambda: watcher.ask("status")["leases"] < held, "its lease has ended")
     assert standing.is_running()
 
 
-def pour(control: Control, said: bytes) -> None:
-    """Say the same again and again, and read nothing."""
+def pour(control: Control, data: bytes) -> None:
+    """Send the same again and again, and read nothing."""
     for _ in range(100_000):
-        control.socket.sendall(said)
+        control.socket.sendall(data)
 
 
 @pytest.mark.parametrize("greeting", [b"", GREETING], ids=["without a key", "with the key"])
-def test_line_without_end_is_cut_off(greeting: bytes, standing: Supervised) -> None:
+def test_endless_line_is_cut_off(greeting: bytes, standing: Supervised) -> None:
     endless = standing.connect(key=None)
     endless.socket.sendall(greeting)
     with pytest.raises(ConnectionError):
@@ -220,7 +218,7 @@ def test_client_that_never_reads_is_dropped(standing: Supervised) -> None:
     assert psutil.Process(standing.process.pid).memory_info().rss < 30 * 1024**2
 
 
-def test_greeting_that_does_not_come_is_not_waited_for(folder: Path) -> None:
+def test_missing_greeting_is_not_waited_for(folder: Path) -> None:
     with supervised(folder, program=with_constants(folder, GREETING_LIMIT_S=0.2)) as owner:
         silent, half = owner.connect(key=None), owner.connect(key=None)
         half.socket.sendall(GREETING[:-5])
@@ -229,7 +227,7 @@ def test_greeting_that_does_not_come_is_not_waited_for(folder: Path) -> None:
         assert known.ask("status")["clients"] == 0
 
 
-def test_crowd_of_strangers_leaves_room_for_who_has_the_key(folder: Path) -> None:
+def test_many_clients_without_a_key_leave_room_for_clients_with_it(folder: Path) -> None:
     with supervised(folder) as owner, contextlib.ExitStack() as crowd:
         process = psutil.Process(owner.process.pid)
         known = [owner.connect() for _ in range(3)]
@@ -237,6 +235,6 @@ def test_crowd_of_strangers_leaves_room_for_who_has_the_key(folder: Path) -> Non
             crowd.enter_context(socket.create_connection(("127.0.0.1", owner.control_port)))
         late = owner.connect()
         assert late.ask("status")["clients"] == len(known)
-        assert all(one.ask("hold")["ok"] for one in known)
+        assert all(client.ask("hold")["ok"] for client in known)
         if os.name == "posix":
-            assert process.num_fds() < 150, "a limit of open files is never reached"
+            assert process.num_fds() < 150, "far below the limit of open files"

@@ -1,4 +1,4 @@
-"""However a process that used a router ends, its engines end too: at once if it closed it, else soon after."""
+"""However a process with a router ends, its engines end too: immediately if it closed the router, else soon."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ if ending == "killed while generating":
 if ending == "killed while starting":
     router.events.subscribe(lambda event: event.kind == "coordinator.starting" and print("ready", flush=True))
     router.route_request("demo", "What is a worker?")
-if ending == "a forked child lives on":
+if ending == "a forked child stays":
     if os.fork() == 0:
         os.close(1)
         os.close(2)
         signal.pause()
 print("ready", flush=True)
-if ending.startswith("killed") or ending == "a forked child lives on":
+if ending.startswith("killed") or ending == "a forked child stays":
     signal.pause()
 sys.stdin.readline()
 if ending == "closed":
@@ -90,7 +90,7 @@ def nothing_is_registered(state: Path) -> bool:
 def test_engines_end_with_a_process_that_ends_by_itself(
     engine: Engine, endless: str, tmp_path: Path, ending: str, code: int
 ) -> None:
-    # Whoever closes ends them at once; else the next kernel may still want them.
+    # Closing ends them immediately; otherwise the next kernel may still use them.
     keep_alive = "forever" if ending == "closed" else "1"
     with script(USES_A_ROUTER, ending, endless, keep_alive, SOLLOL_STATE_DIR=str(tmp_path)) as process:
         says(process, "ready")
@@ -98,7 +98,7 @@ def test_engines_end_with_a_process_that_ends_by_itself(
         _, errors = process.communicate("\n", timeout=HANG_GUARD_S)
     assert process.returncode == code
     assert ("ValueError: as a test" in errors) == (ending == "an exception")
-    assert errors == "" or ending == "an exception", "nothing is complained about on the way out"
+    assert errors == "" or ending == "an exception", "no error is printed at the end"
     assert len(engines) == 3, "two workers and a coordinator"
     all_end(everything)
     assert nothing_is_registered(tmp_path)
@@ -126,7 +126,7 @@ def test_engines_end_with_a_process_that_is_killed(
         process.send_signal(number)
         assert process.wait(HANG_GUARD_S) == -number
     all_end(everything)
-    # Also what was about to start when the process was killed.
+    # Also processes that were starting when the process was killed.
     eventually(lambda: not with_variable("SOLLOL_STATE_DIR", str(tmp_path)), "nothing of it is left")
     assert nothing_is_registered(tmp_path)
 
@@ -150,11 +150,11 @@ def test_a_killed_supervisor_takes_its_engine_with_it_even_when_the_kernel_is_go
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
-def test_engines_end_although_a_forked_child_holds_their_pipes(engine: Engine, endless: str) -> None:
-    with script(USES_A_ROUTER, "a forked child lives on", endless, "1") as process:
+def test_engines_end_even_if_a_forked_child_holds_their_pipes(engine: Engine, endless: str) -> None:
+    with script(USES_A_ROUTER, "a forked child stays", endless, "1") as process:
         says(process, "ready")
-        forked = [one for one in descendants(process.pid) if one.cmdline()[:2] == [sys.executable, "-c"]]
-        everything = [one for one in descendants(process.pid) if one not in forked]
+        forked = [child for child in descendants(process.pid) if child.cmdline()[:2] == [sys.executable, "-c"]]
+        everything = [child for child in descendants(process.pid) if child not in forked]
         process.kill()
         process.wait(HANG_GUARD_S)
     try:

@@ -1,4 +1,4 @@
-"""Cores that may be used, as control groups of both versions tell them."""
+"""Usable cores, as control groups of both versions limit them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ V2 = "sys/fs/cgroup"
         ({f"{V2}/cpu.max": "100000 0"}, None),
     ],
 )
-def test_the_tightest_quota_of_the_groups_above_counts(
+def test_the_lowest_quota_of_a_group_and_its_parents_counts(
     files: dict[str, str], quota: float | None, tmp_path: Path
 ) -> None:
     for name, text in files.items():
@@ -45,7 +45,9 @@ def test_the_tightest_quota_of_the_groups_above_counts(
 
 
 @pytest.mark.parametrize(("quota", "usable"), [(None, 8), (1.5, 2), (0.1, 1), (100.0, 8)])
-def test_a_part_of_a_core_counts_as_one(quota: float | None, usable: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fraction_of_a_core_counts_as_one(
+    quota: float | None, usable: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
     monkeypatch.setattr(machine, "quota_cores", lambda: quota)
@@ -59,5 +61,5 @@ def test_cores_that_the_process_is_not_bound_to_do_not_count(monkeypatch: pytest
     assert usable_cores() == 3
 
 
-def test_here_there_is_at_least_one() -> None:
+def test_this_machine_has_at_least_one_core() -> None:
     assert 1 <= usable_cores() <= (os.cpu_count() or 1)

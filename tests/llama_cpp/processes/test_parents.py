@@ -1,4 +1,4 @@
-"""What becomes of an engine when the process that started it ends: its lease goes, and keep_alive runs."""
+"""An engine whose parent process ends: the lease ends, and keep_alive counts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.support.supervised import nothing_is_left, with_constants
 
 @pytest.fixture(autouse=True)
 def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A state folder of this test's own; in the end, nothing of it runs."""
+    """A state folder for this test; in the end, none of its processes runs."""
     monkeypatch.setenv("SOLLOL_STATE_DIR", str(tmp_path))
     yield tmp_path
     nothing_is_left(tmp_path)
@@ -56,9 +56,9 @@ WAITS = "print('engine', engine.pid, flush=True); sys.stdin.readline()\n"
 
 
 def end_left_behind(pid: int) -> None:
-    """End the engine that has been left behind, once nobody has a lease."""
+    """End the engine that was left behind, once nobody has a lease."""
 
-    async def look() -> None:
+    async def check() -> None:
         (entry,) = registry.entries()
         handle = await EngineProcess.adopt(entry)
         assert handle is not None
@@ -67,13 +67,13 @@ def end_left_behind(pid: int) -> None:
             await asyncio.sleep(0.01)
         assert await handle.stop_unless_shared()
 
-    run(look())
+    run(check())
 
 
 @pytest.mark.parametrize(
     "ending",
     ["", "os._exit(0)", "raise SystemExit(1)", "os.kill(os.getpid(), signal.SIGKILL)"],
-    ids=lambda one: one or "end",
+    ids=lambda ending: ending or "end",
 )
 def test_engine_outlives_the_process_that_started_it_but_not_its_lease(ending: str, tmp_path: Path) -> None:
     with script(PARENT + WAITS + ending, str(tmp_path / "log")) as process:
@@ -107,13 +107,13 @@ def test_parent_keeps_its_lease_when_a_forked_child_ends(tmp_path: Path) -> None
 
 @posix_only
 def test_starter_that_is_killed_while_it_starts_leaves_nothing(state: Path) -> None:
-    """Whenever that is: the supervisor may have nothing yet, or an engine that nobody has asked for."""
+    """At any moment: the supervisor may have no engine yet, or an engine without a client."""
     hurried = with_constants(state, FIRST_CLIENT_S=0.2, GREETING_LIMIT_S=0.2, MIN_IDLE_S=0.05)
     head = f"from sollol_nb.llama_cpp.processes import supervisor\nsupervisor.__file__ = {str(hurried)!r}\n"
-    text = PARENT.replace("600.0", "0.0").replace("engine = run", "print('go', flush=True)\nengine = run")
+    text = PARENT.replace("600.0", "0.0").replace("engine = run", "print('starting', flush=True)\nengine = run")
     for pauses in range(6):
         with script(head + text + WAITS, str(state / "log")) as process:
-            says(process, "go")
+            says(process, "starting")
             for _ in range(pauses):  # each is a few milliseconds long
                 with_variable("SOLLOL_STATE_DIR", str(state))
             process.kill()
@@ -144,5 +144,5 @@ print('code', abs(run_blocking(engine.stop()).code), flush=True)
         assert is_alive(engine)
         process.stdin.write("\n")
         process.stdin.flush()
-        # An interrupt on its way would end it with another code: it was the supervisor that did.
+        # An interrupt would have ended it with another code; the supervisor ended it.
         assert says(process, "code") == str(int(signal.SIGTERM))

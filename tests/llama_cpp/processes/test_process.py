@@ -40,7 +40,7 @@ LOST = ExitReport(None, ("the supervisor of this process was lost",))
 
 @pytest.fixture(autouse=True)
 def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A state folder of this test's own; in the end, nothing of it runs and no file of an engine is left."""
+    """A state folder for this test; in the end, no process of it runs and no file of an engine is left."""
     monkeypatch.setenv("SOLLOL_STATE_DIR", str(tmp_path))
     yield tmp_path
     nothing_is_left(tmp_path)
@@ -50,7 +50,7 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture
 def hurried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Supervisors that wait for nothing long."""
+    """Supervisors with short waits."""
     copy = with_constants(tmp_path, STOP_GRACE_S=0.3, MIN_IDLE_S=0.05)
     monkeypatch.setattr(supervisor, "__file__", str(copy))
 
@@ -87,14 +87,16 @@ async def adopted() -> EngineProcess:
 
 
 def supervisor_of(engine: EngineProcess) -> psutil.Process:
-    return psutil.Process(next(one.supervisor_pid for one in registry.entries() if one.id == engine.entry.id))
+    return psutil.Process(
+        next(entry.supervisor_pid for entry in registry.entries() if entry.id == engine.entry.id)
+    )
 
 
 # --- starting ---------------------------------------------------------------------------------
 
 
-def test_started_engine_is_told_and_registered() -> None:
-    async def look() -> None:
+def test_started_engine_is_reported_and_registered() -> None:
+    async def check() -> None:
         async with running(about={"model": "m"}, keep_alive_s=None) as engine:
             assert engine.is_running()
             assert engine.exit_report is None
@@ -109,7 +111,7 @@ def test_started_engine_is_told_and_registered() -> None:
         assert engine.exit_report == await engine.wait() == await engine.stop()
         assert registry.entries() == []
 
-    run(look())
+    run(check())
 
 
 @pytest.mark.parametrize("kind", ["missing", "folder", "not executable", "not a program"])
@@ -134,56 +136,56 @@ def test_binary_that_cannot_run_is_one_line_that_names_it(kind: str, tmp_path: P
 
 
 @posix_only
-def test_keys_are_drawn_anew_and_shown_nowhere() -> None:
-    async def look() -> None:
-        async with running() as one, running() as other:
-            assert one.key != other.key
-            assert len(one.key) >= 32
-            (key_path,) = config.registry_dir().glob(f"{one.entry.id}.key")
+def test_keys_are_random_and_shown_nowhere() -> None:
+    async def check() -> None:
+        async with running() as engine, running() as another:
+            assert engine.key != another.key
+            assert len(engine.key) >= 32
+            (key_path,) = config.registry_dir().glob(f"{engine.entry.id}.key")
             assert key_path.stat().st_mode & 0o777 == 0o600
-            for process in (psutil.Process(one.pid), supervisor_of(one)):
-                assert one.key not in " ".join(process.cmdline())
-                assert one.key not in " ".join(process.environ().values())
-            assert one.key not in repr(one)
-            assert one.key not in repr(registry.entries())
+            for process in (psutil.Process(engine.pid), supervisor_of(engine)):
+                assert engine.key not in " ".join(process.cmdline())
+                assert engine.key not in " ".join(process.environ().values())
+            assert engine.key not in repr(engine)
+            assert engine.key not in repr(registry.entries())
 
-    run(look())
+    run(check())
 
 
-def test_engine_gets_this_environment_and_more_but_no_leftover_options(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine_gets_this_environment_without_llama_cpp_options(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLAMA_ARG_CTX_SIZE", "17")
     monkeypatch.setenv("SOLLOL_TEST_KEPT", "yes")
     code = "import os; print(*map(os.environ.get, ['LLAMA_ARG_CTX_SIZE', 'SOLLOL_TEST_KEPT', 'LLAMA_API_KEY']))"
 
-    async def look() -> ExitReport:
+    async def check() -> ExitReport:
         return await (await start(code, env={"LLAMA_API_KEY": "key"})).wait()
 
-    assert run(look()) == ExitReport(0, ("None yes key",))
+    assert run(check()) == ExitReport(0, ("None yes key",))
 
 
 @posix_only
-def test_engine_that_ends_at_once_is_reported_all_the_same() -> None:
-    async def look() -> list[ExitReport]:
+def test_engine_that_ends_immediately_is_reported_too() -> None:
+    async def check() -> list[ExitReport]:
         started = [await start("print('I cannot'); raise SystemExit(3)") for _ in range(3)]
-        return [await one.wait() for one in started]
+        return [await engine.wait() for engine in started]
 
-    assert run(look()) == [ExitReport(3, ("I cannot",))] * 3
+    assert run(check()) == [ExitReport(3, ("I cannot",))] * 3
 
 
 @posix_only
 @pytest.mark.usefixtures("hurried")
 def test_start_that_is_cancelled_leaves_nothing_behind() -> None:
-    async def look(pauses: int) -> None:
+    async def check(pauses: int) -> None:
         starting = asyncio.create_task(start(IGNORES + MINUTES))
         for _ in range(pauses):
             await asyncio.sleep(0.004)
         starting.cancel()
         with contextlib.suppress(asyncio.CancelledError):
-            await (await starting).stop(grace_s=0.0)  # it was quicker than we
+            await (await starting).stop(grace_s=0.0)  # it started before it could be cancelled
 
     for pauses in range(0, 24, 3):
-        run(look(pauses))
-    # The rest is told by the fixture: no process, no file.
+        run(check(pauses))
+    # The fixture checks the rest: no process, no file.
 
 
 @pytest.mark.parametrize("error", [TimeoutError, ConnectionRefusedError, asyncio.CancelledError])
@@ -197,18 +199,18 @@ def test_engine_whose_supervisor_cannot_be_reached_does_not_stay(
     monkeypatch.setattr(engine_process, "_connect", unreachable)
     expected = asyncio.CancelledError if error is asyncio.CancelledError else EngineError
 
-    async def look() -> None:
+    async def check() -> None:
         with pytest.raises(expected):
             await start(keep_alive_s=None)
 
-    run(look())
+    run(check())
 
 
 # --- adopting ---------------------------------------------------------------------------------
 
 
 def test_adopted_engine_is_the_same_for_both_handles() -> None:
-    async def look() -> None:
+    async def check() -> None:
         async with running(f"print('up', flush=True); {MINUTES}") as engine:
             other = await adopted()
             assert (other.pid, other.key, other.log_path) == (engine.pid, engine.key, engine.log_path)
@@ -225,11 +227,11 @@ def test_adopted_engine_is_the_same_for_both_handles() -> None:
             assert not await engine.hold()
             assert await engine.status() == {}
 
-    run(look())
+    run(check())
 
 
-class SaysSomethingElse(socketserver.BaseRequestHandler):
-    """A program that is no supervisor."""
+class NotASupervisor(socketserver.BaseRequestHandler):
+    """A program that is not a supervisor."""
 
     def handle(self) -> None:
         self.request.recv(1024)
@@ -237,7 +239,7 @@ class SaysSomethingElse(socketserver.BaseRequestHandler):
 
 
 def entry_at(port: int, *, is_alive: bool) -> Entry:
-    """An entry that says that a supervisor listens there."""
+    """An entry that names this port as its supervisor's."""
     us = psutil.Process()
     name = "alive" if is_alive else "dead"
     path, key_path = (config.registry_dir() / f"{name}.{suffix}" for suffix in ("json", "key"))
@@ -272,7 +274,7 @@ def test_entry_whose_supervisor_does_not_answer_is_not_adopted(
             case "silent":
                 port = peers.enter_context(silent_peer())
             case _:
-                port = peers.enter_context(serving(SaysSomethingElse))
+                port = peers.enter_context(serving(NotASupervisor))
         alive, dead = entry_at(port, is_alive=True), entry_at(port, is_alive=False)
         assert run(EngineProcess.adopt(alive)) is None
         assert run(EngineProcess.adopt(dead)) is None
@@ -300,45 +302,45 @@ signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))
 print("up", flush=True)
 {MINUTES}"""
 
-    async def look() -> ExitReport:
+    async def check() -> ExitReport:
         engine = await start(code)
         await eventually_async(lambda: "up" in engine.log_path.read_text(), "it is up")
         return await engine.stop()
 
-    assert run(look()) == ExitReport(5, ("up",), "stopped")
+    assert run(check()) == ExitReport(5, ("up",), "stopped")
 
 
 @posix_only
 @pytest.mark.parametrize("grace_s", [0.2, 0.0])
 def test_engine_that_ignores_the_request_is_killed(grace_s: float) -> None:
-    async def look() -> ExitReport:
+    async def check() -> ExitReport:
         engine = await start(f"{IGNORES} print('up', flush=True); {MINUTES}")
         await eventually_async(lambda: "up" in engine.log_path.read_text(), "it is up")
         return await engine.stop(grace_s=grace_s)
 
-    assert run(look()) == ExitReport(-signal.SIGKILL, ("up",), "stopped")
+    assert run(check()) == ExitReport(-signal.SIGKILL, ("up",), "stopped")
 
 
 @posix_only
-def test_stop_that_a_frozen_supervisor_does_not_hear_ends_the_engine_itself(
+def test_stop_ends_the_engine_itself_if_the_supervisor_is_frozen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(supervisor, "STOP_GRACE_S", 0.1)
 
-    async def look() -> ExitReport:
+    async def check() -> ExitReport:
         engine = await start()
         frozen = supervisor_of(engine)
         frozen.suspend()
         stopping = asyncio.create_task(engine.stop(grace_s=0.0))
-        await eventually_async(lambda: psutil.Process(engine.pid).status() == psutil.STATUS_ZOMBIE, "it is ended")
+        await eventually_async(lambda: psutil.Process(engine.pid).status() == psutil.STATUS_ZOMBIE, "it has ended")
         frozen.resume()
         return await stopping
 
-    assert run(look()).code == -signal.SIGKILL
+    assert run(check()).code == -signal.SIGKILL
 
 
-def test_shared_engine_goes_on_for_the_others_and_ends_with_the_last() -> None:
-    async def look() -> None:
+def test_shared_engine_keeps_running_for_the_others_and_ends_with_the_last() -> None:
+    async def check() -> None:
         engine = await start()
         other = await adopted()
         assert await engine.hold()
@@ -349,11 +351,11 @@ def test_shared_engine_goes_on_for_the_others_and_ends_with_the_last() -> None:
         assert await other.stop_unless_shared()
         assert (await other.wait()).why == "closed"
 
-    run(look())
+    run(check())
 
 
 def test_detached_engine_lives_on_and_can_be_adopted() -> None:
-    async def look() -> None:
+    async def check() -> None:
         engine = await start()
         pid = engine.pid
         assert await engine.hold()
@@ -365,12 +367,12 @@ def test_detached_engine_lives_on_and_can_be_adopted() -> None:
         assert (other.pid, status["clients"], status["leases"]) == (pid, 0, 0)
         await other.stop()
 
-    run(look())
+    run(check())
 
 
 @pytest.mark.usefixtures("hurried")
-def test_engine_that_nobody_holds_ends_after_keep_alive_and_tells_why() -> None:
-    async def look() -> None:
+def test_engine_without_a_lease_ends_after_keep_alive_and_reports_why() -> None:
+    async def check() -> None:
         engine = await start(keep_alive_s=600.0)
         assert await engine.hold()
         await engine.keep_alive(0)
@@ -378,13 +380,13 @@ def test_engine_that_nobody_holds_ends_after_keep_alive_and_tells_why() -> None:
         engine.free()
         assert (await engine.wait()).why == "idle"
 
-    run(look())
+    run(check())
 
 
 @posix_only
 @pytest.mark.parametrize("keep_alive_s", [600.0, None])
 def test_lost_supervisor_takes_its_engine_with_it(keep_alive_s: float | None) -> None:
-    async def look() -> None:
+    async def check() -> None:
         engine = await start(IGNORES + MINUTES, keep_alive_s=keep_alive_s)
         other = await adopted()
         process = psutil.Process(engine.pid)
@@ -393,11 +395,11 @@ def test_lost_supervisor_takes_its_engine_with_it(keep_alive_s: float | None) ->
         await eventually_async(lambda: not is_alive(process), "the engine has ended")
         assert await engine.stop() == LOST
 
-    run(look())
+    run(check())
 
 
 def test_worker_lives_as_long_as_a_coordinator_holds_it() -> None:
-    async def look() -> None:
+    async def check() -> None:
         worker = await start()
         coordinator = await start(kind=registry.COORDINATOR, holds=[only_entry()])
         while (await worker.status())["leases"] != 1:  # noqa: ASYNC110
@@ -409,7 +411,7 @@ def test_worker_lives_as_long_as_a_coordinator_holds_it() -> None:
         await coordinator.stop()
         assert await again.stop_unless_shared()
 
-    run(look())
+    run(check())
 
 
 # --- a real worker ----------------------------------------------------------------------------
@@ -418,7 +420,7 @@ def test_worker_lives_as_long_as_a_coordinator_holds_it() -> None:
 @pytest.mark.engine
 @posix_only
 def test_real_worker_answers_logs_and_is_reported_when_killed(engine: Engine) -> None:
-    async def look() -> tuple[ExitReport, Path]:
+    async def check() -> tuple[ExitReport, Path]:
         port = unused_port()
         worker = await start_worker(engine, "127.0.0.1", port, 1, 600.0)
         while (await probe("127.0.0.1", port)).outcome is not ProbeOutcome.FREE:
@@ -428,18 +430,18 @@ def test_real_worker_answers_logs_and_is_reported_when_killed(engine: Engine) ->
         os.kill(worker.pid, signal.SIGKILL)
         return await worker.wait(), worker.log_path
 
-    report, log_path = run(look())
+    report, log_path = run(check())
 
     assert report.code == -signal.SIGKILL
     assert any("RPC server" in line for line in report.tail)
     assert "RPC server" in log_path.read_text()
 
 
-def test_connection_that_is_lost_alone_does_not_end_the_engine_for_others() -> None:
-    async def look() -> None:
+def test_a_lost_connection_does_not_end_the_engine_for_others() -> None:
+    async def check() -> None:
         async with running() as engine:
             other = await adopted()
-            await engine.update_about(words="x" * (2 * supervisor.LINE_LIMIT_BYTES))  # more than it listens to
+            await engine.update_about(text="x" * (2 * supervisor.LINE_LIMIT_BYTES))  # more than it accepts
             report = await engine.wait()
             assert (report.code, report.why) == (None, "")
             assert "the connection to the supervisor" in report.tail[0]
@@ -448,4 +450,4 @@ def test_connection_that_is_lost_alone_does_not_end_the_engine_for_others() -> N
             assert psutil.pid_exists(engine.pid)
             await other.stop()
 
-    run(look())
+    run(check())

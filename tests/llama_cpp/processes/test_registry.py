@@ -1,4 +1,4 @@
-"""The registry: what it lists runs, what is dead is cleaned up, and nobody else's things are touched."""
+"""The registry: it lists what runs, removes what is dead, and touches nothing else."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ from tests.support.engines import HANG_GUARD_S, eventually, is_alive, posix_only
 from tests.support.supervised import KEY, MINUTES, PYTHON, nothing_is_left, supervised
 
 US = psutil.Process()
-NOBODY = 2**22 + 5  # above the highest pid that Linux gives, and none that others give
+UNUSED_PID = 2**22 + 5  # above the highest pid of Linux, and unused on other systems
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A registry of this test's own; in the end, nothing of it runs."""
+    """A registry for this test; in the end, none of its processes runs."""
     monkeypatch.setenv("SOLLOL_STATE_DIR", str(tmp_path))
     yield config.registry_dir()
     nothing_is_left(config.registry_dir())
 
 
 @pytest.fixture
-def stranger() -> Iterator[psutil.Process]:
-    """A process that has nothing to do with any of this."""
+def unrelated() -> Iterator[psutil.Process]:
+    """An unrelated process."""
     with subprocess.Popen([*PYTHON, MINUTES]) as process:
         yield psutil.Process(process.pid)
         process.kill()
 
 
 def write(folder: Path, name: str = "worker-1", **changes: Any) -> Path:
-    """Write an entry and its key; its supervisor is this process, its engine nobody."""
+    """Write an entry and its key; its supervisor is this process, and its engine does not exist."""
     (folder / f"{name}.key").write_text(KEY)
     entry = {
         "id": name,
         "kind": "worker",
-        "pid": NOBODY,
+        "pid": UNUSED_PID,
         "pid_started": 1000.0,
         "supervisor_pid": US.pid,
         "supervisor_started": US.create_time(),
@@ -77,9 +77,11 @@ def ids(kind: str | None = None) -> list[str]:
 def test_running_engines_are_listed_oldest_first_and_gone_when_they_end(folder: Path) -> None:
     assert registry.entries() == []
     with ExitStack() as running:
-        one = running.enter_context(supervised(folder, name="worker-b", about={"endpoint": "127.0.0.1:1"}))
+        worker = running.enter_context(supervised(folder, name="worker-b", about={"endpoint": "127.0.0.1:1"}))
         about = {"model": "m", "workers": ["127.0.0.1:1"]}
-        two = running.enter_context(supervised(folder, name="coordinator-a", kind="coordinator", about=about))
+        coordinator = running.enter_context(
+            supervised(folder, name="coordinator-a", kind="coordinator", about=about)
+        )
         assert ids() == ["worker-b", "coordinator-a"]
         assert ids("worker") == ["worker-b"]
         assert ids("coordinator") == ["coordinator-a"]
@@ -91,15 +93,15 @@ def test_running_engines_are_listed_oldest_first_and_gone_when_they_end(folder: 
         assert {endpoint: entry.id for endpoint, entry in registry.holders().items()} == {
             "127.0.0.1:1": "coordinator-a"
         }
-        for owner in (one, two):
+        for owner in (worker, coordinator):
             control = owner.connect()
             control.ask("stop")
             control.exited()
-            assert owner.spec["id"] not in ids(), "whoever is told of the end finds it gone"
+            assert owner.spec["id"] not in ids(), "it is removed before its end is reported"
             assert owner.files == []
 
 
-def test_entry_shows_neither_its_key_nor_all_it_is_about(folder: Path) -> None:
+def test_repr_of_an_entry_shows_neither_its_key_nor_its_about(folder: Path) -> None:
     write(folder, about={"model": "m", "prompt": "a secret"})
     (entry,) = registry.entries()
     assert KEY not in repr(entry)
@@ -109,24 +111,24 @@ def test_entry_shows_neither_its_key_nor_all_it_is_about(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("about", "words"),
+    ("about", "description"),
     [
         ({"owner_pid": os.getpid(), "owner": "x"}, "this kernel"),
         ({"owner_pid": 17, "owner": "ipykernel"}, "process 17 (ipykernel)"),
         ({"owner_pid": 17}, "process 17 (a kernel)"),
     ],
 )
-def test_owner_is_told_in_words(about: dict[str, Any], words: str) -> None:
-    assert registry.describe_owner(about) == words
+def test_owner_is_described(about: dict[str, Any], description: str) -> None:
+    assert registry.describe_owner(about) == description
 
 
 @posix_only
-def test_registry_is_for_its_owner_only(folder: Path) -> None:
+def test_registry_is_readable_by_its_owner_only(folder: Path) -> None:
     assert folder.stat().st_mode & 0o777 == 0o700
     assert folder.parent == config.state_dir()
 
 
-def test_reader_never_sees_half_an_entry(folder: Path) -> None:
+def test_reader_never_sees_a_partial_entry(folder: Path) -> None:
     with supervised(folder, name="worker-1") as owner:
         control, path, updated = owner.connect(), Path(owner.spec["entry_path"]), threading.Event()
 
@@ -146,13 +148,13 @@ def test_reader_never_sees_half_an_entry(folder: Path) -> None:
         assert owner.entry()["about"]["number"] == 399
 
 
-# --- what is no entry -------------------------------------------------------------------------
+# --- files that are not entries---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "3", "null", '"a"', '{"id": "x"}', "\x00\x01", "[" * 100_000, "{}"], ids=ascii
 )
-def test_file_that_is_no_entry_is_removed_and_the_others_are_read(text: str, folder: Path) -> None:
+def test_file_that_is_not_an_entry_is_removed_and_the_others_are_read(text: str, folder: Path) -> None:
     write(folder, "good")
     (folder / "bad.json").write_text(text)
     assert ids() == ["good"]
@@ -184,7 +186,7 @@ def test_entry_with_a_field_of_another_kind_is_removed(change: dict[str, Any], f
     assert not bad.exists()
 
 
-@pytest.mark.parametrize("name", [one.name for one in fields(Entry) if one.name != "path"])
+@pytest.mark.parametrize("name", [field.name for field in fields(Entry) if field.name != "path"])
 def test_entry_that_lacks_a_field_is_removed(name: str, folder: Path) -> None:
     path = write(folder)
     entry = json.loads(path.read_text())
@@ -199,7 +201,7 @@ def test_entry_of_a_newer_version_is_read_as_far_as_it_is_known(folder: Path) ->
     assert ids() == ["worker-1"]
 
 
-def test_files_of_others_in_the_folder_stay(folder: Path) -> None:
+def test_other_files_in_the_folder_stay(folder: Path) -> None:
     for name in ("claims.lock", "worker-9.key", "worker-9.json.new"):
         (folder / name).write_text("x")
     assert registry.entries() == []
@@ -209,40 +211,40 @@ def test_files_of_others_in_the_folder_stay(folder: Path) -> None:
 # --- what is dead -----------------------------------------------------------------------------
 
 
-def test_same_process_is_told_by_pid_and_start_time(stranger: psutil.Process) -> None:
-    started = stranger.create_time()
-    assert registry.is_same_process(stranger.pid, started)
-    assert registry.is_same_process(stranger.pid, started + 1), "clocks are set now and then"
-    assert registry.is_same_process(stranger.pid, None), "a start time is not always known"
-    assert not registry.is_same_process(stranger.pid, started + 60)
-    assert not registry.is_same_process(NOBODY, None)
-    stranger.kill()
-    eventually(lambda: not is_alive(stranger), "it has ended")
-    assert not registry.is_same_process(stranger.pid, started), "one that is dead and not yet reaped"
+def test_a_process_is_identified_by_pid_and_start_time(unrelated: psutil.Process) -> None:
+    started = unrelated.create_time()
+    assert registry.is_same_process(unrelated.pid, started)
+    assert registry.is_same_process(unrelated.pid, started + 1), "clocks are adjusted now and then"
+    assert registry.is_same_process(unrelated.pid, None), "a start time is not always known"
+    assert not registry.is_same_process(unrelated.pid, started + 60)
+    assert not registry.is_same_process(UNUSED_PID, None)
+    unrelated.kill()
+    eventually(lambda: not is_alive(unrelated), "it has ended")
+    assert not registry.is_same_process(unrelated.pid, started), "dead, but not reaped yet"
 
 
-@pytest.mark.parametrize("supervisor", ["nobody", "a recycled pid"])
-@pytest.mark.parametrize("engine", ["nobody", "a recycled pid", "a recycled pid, start unknown"])
+@pytest.mark.parametrize("supervisor", ["gone", "a recycled pid"])
+@pytest.mark.parametrize("engine", ["gone", "a recycled pid", "a recycled pid, start unknown"])
 def test_dead_entry_is_cleaned_up_and_a_process_with_its_pid_is_left_alone(
-    supervisor: str, engine: str, stranger: psutil.Process, folder: Path
+    supervisor: str, engine: str, unrelated: psutil.Process, folder: Path
 ) -> None:
     path = write(
         folder,
-        pid=NOBODY if engine == "nobody" else stranger.pid,
-        pid_started=None if "unknown" in engine else stranger.create_time() - 100,
-        supervisor_pid=NOBODY if supervisor == "nobody" else stranger.pid,
-        supervisor_started=stranger.create_time() - 100,
+        pid=UNUSED_PID if engine == "gone" else unrelated.pid,
+        pid_started=None if "unknown" in engine else unrelated.create_time() - 100,
+        supervisor_pid=UNUSED_PID if supervisor == "gone" else unrelated.pid,
+        supervisor_started=unrelated.create_time() - 100,
     )
     entry = registry._read(path)
     assert entry is not None
     assert not entry.is_alive()
     assert registry.entries() == []
     assert list(folder.iterdir()) == []
-    assert is_alive(stranger)
+    assert is_alive(unrelated)
 
 
 @posix_only
-def test_engine_that_lost_both_supervisor_and_guard_is_ended_by_who_finds_it(folder: Path) -> None:
+def test_engine_without_supervisor_and_guard_is_ended_by_the_next_reader(folder: Path) -> None:
     with supervised(folder) as owner:
         assert owner.engine is not None
         (guard,) = set(psutil.Process(owner.process.pid).children()) - {owner.engine}
@@ -272,7 +274,9 @@ def test_guard_that_is_killed_does_not_disturb_the_supervisor(folder: Path) -> N
 
 
 @pytest.mark.parametrize("where", ["outside", "outside by dots", "a folder", "missing"])
-def test_dead_entry_names_nothing_outside_the_registry(where: str, folder: Path, tmp_path: Path) -> None:
+def test_cleaning_up_an_entry_removes_nothing_outside_the_registry(
+    where: str, folder: Path, tmp_path: Path
+) -> None:
     precious, inside = tmp_path / "precious", folder / "inside"
     precious.write_text("x")
     inside.mkdir()
@@ -282,7 +286,7 @@ def test_dead_entry_names_nothing_outside_the_registry(where: str, folder: Path,
         "a folder": inside,
         "missing": folder / "missing",
     }[where]
-    path = write(folder, supervisor_pid=NOBODY, key_path=str(key_path))
+    path = write(folder, supervisor_pid=UNUSED_PID, key_path=str(key_path))
     assert registry.entries() == []
     assert precious.exists()
     assert inside.exists()
@@ -325,7 +329,7 @@ async def claimed() -> bool:
 
 
 @pytest.mark.parametrize("ending", ["released", "killed"])
-def test_claims_of_another_process_are_waited_for_until_it_lets_go_or_dies(
+def test_claims_wait_until_the_other_process_releases_them_or_dies(
     ending: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with script(CLAIMS, "hold") as other:
@@ -368,7 +372,7 @@ def test_claims_exclude_each_other_across_and_within_processes(folder: Path, tmp
     assert counter.read_text() == str(2 * 2 * 8)
 
 
-def test_claim_that_fails_or_is_cancelled_is_let_go_of(folder: Path) -> None:
+def test_claim_that_fails_or_is_cancelled_is_released(folder: Path) -> None:
     async def interrupted() -> None:
         async with registry.claims():
             raise KeyError("as a test")
@@ -382,7 +386,7 @@ def test_claim_that_fails_or_is_cancelled_is_let_go_of(folder: Path) -> None:
 # --- logs -------------------------------------------------------------------------------------
 
 
-def test_oldest_logs_are_removed_but_never_one_in_use(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_oldest_logs_are_removed_unless_in_use(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "LOGS_KEPT", 3)
     names = [f"{kind}-{number}.log" for number in range(4) for kind in ("worker", "coordinator")]
     for age, name in enumerate(["notes.txt", "mine.log", *names]):
@@ -396,8 +400,8 @@ def test_oldest_logs_are_removed_but_never_one_in_use(folder: Path, monkeypatch:
     assert left == {"notes.txt", "mine.log", "coordinator-0.log", *names[-3:]}
 
 
-def test_each_engine_gets_a_log_of_its_own(folder: Path) -> None:
-    one, other = (registry.new_log_path(registry.WORKER, 50052) for _ in range(2))
-    assert one != other
-    assert one.parent == config.log_dir()
-    assert re.fullmatch(r"worker-50052-\w+\.log", one.name)
+def test_each_engine_gets_its_own_log(folder: Path) -> None:
+    first, second = (registry.new_log_path(registry.WORKER, 50052) for _ in range(2))
+    assert first != second
+    assert first.parent == config.log_dir()
+    assert re.fullmatch(r"worker-50052-\w+\.log", first.name)

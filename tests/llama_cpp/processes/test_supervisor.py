@@ -1,6 +1,6 @@
-"""The supervisor: owns one engine, serves whoever has its key, and leaves nothing behind.
+"""The supervisor: owns one engine, serves every client that has its key, and leaves nothing behind.
 
-Here it is started by hand, as its protocol says; `test_process.py` is about its handle.
+Here it is started directly, as its protocol says; `test_process.py` is about its handle.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from tests.support.supervised import (
 
 
 def report_of(folder: Path, code: str, **more: Any) -> dict[str, Any]:
-    """How an engine that ends by itself is told to have ended."""
+    """The report on an engine that ends by itself."""
     with supervised(folder, code, **more) as owner:
         return owner.connect().exited()
 
 
-# --- what it says and writes ------------------------------------------------------------------
+# --- reports and files -----------------------------------------------------------------------
 
 
-def test_parent_and_registry_are_told_the_same(folder: Path) -> None:
+def test_parent_and_registry_get_the_same_facts(folder: Path) -> None:
     with supervised(folder, about={"endpoint": "127.0.0.1:50052"}, keep_alive_s=7.5) as owner:
         entry = owner.entry()
         hello = owner.connect().hello
@@ -70,12 +70,12 @@ def test_entry_and_log_are_readable_by_their_owner_only(folder: Path) -> None:
 def test_it_listens_on_loopback_only_and_is_small(folder: Path) -> None:
     with supervised(folder) as owner:
         process = psutil.Process(owner.process.pid)
-        listening = [one.laddr for one in process.net_connections() if one.status == psutil.CONN_LISTEN]
+        listening = [sock.laddr for sock in process.net_connections() if sock.status == psutil.CONN_LISTEN]
         assert listening == [("127.0.0.1", owner.control_port)]
         assert process.memory_info().rss < 20 * 1024**2
 
 
-def test_secrets_stand_in_no_argument_and_no_environment_but_the_engines(folder: Path) -> None:
+def test_secrets_are_in_no_argument_and_in_no_environment_except_the_engines(folder: Path) -> None:
     code = f"import os; print('got', len(os.environ['API_KEY']), flush=True); {MINUTES}"
     with supervised(folder, code, env={**os.environ, "API_KEY": KEY}) as owner:
         assert owner.line("got ") == f"got {len(KEY)}"
@@ -103,14 +103,14 @@ def test_secrets_stand_in_no_argument_and_no_environment_but_the_engines(folder:
         pytest.param("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", -9, marks=posix_only),
     ],
 )
-def test_exit_code_or_signal_is_told_and_logged(code: str, exit_code: int, folder: Path) -> None:
+def test_exit_code_or_signal_is_reported_and_logged(code: str, exit_code: int, folder: Path) -> None:
     with supervised(folder, code) as owner:
         assert owner.connect().exited() == {"code": exit_code, "tail": [], "why": ""}
         owner.all_gone()
     assert owner.log_path.read_text("utf-8") == f"[the engine ended: exit code {exit_code}]\n"
 
 
-def test_last_lines_of_both_streams_are_told(folder: Path) -> None:
+def test_last_lines_of_both_streams_are_reported(folder: Path) -> None:
     code = "import os\nfor i in range(100): os.write(1 + i % 2, b'line %d\\n' % i)"
     lines = [f"line {i}" for i in range(100)]
     with supervised(folder, code) as owner:
@@ -118,10 +118,10 @@ def test_last_lines_of_both_streams_are_told(folder: Path) -> None:
     assert owner.log_path.read_text("utf-8").splitlines()[:-1] == lines
 
 
-def test_log_ends_at_its_size_limit_but_the_engine_and_the_tail_go_on(folder: Path) -> None:
+def test_log_ends_at_its_size_limit_but_the_engine_and_the_tail_continue(folder: Path) -> None:
     with supervised(folder, "for i in range(100000): print('line', i)", log_limit_bytes=2000) as owner:
-        told = owner.connect().exited()
-    assert (told["code"], told["tail"][-1]) == (0, "line 99999")
+        report = owner.connect().exited()
+    assert (report["code"], report["tail"][-1]) == (0, "line 99999")
     assert owner.log_path.stat().st_size < 2000 + 200
     assert owner.log_path.read_text("utf-8").splitlines()[-2:] == [
         "[the log ends here: it reached its size limit]",
@@ -140,8 +140,8 @@ def test_log_ends_at_its_size_limit_but_the_engine_and_the_tail_go_on(folder: Pa
     ids=["full disk", "no folder"],
 )
 def test_log_that_cannot_be_written_does_not_stop_the_engine(log_path: str, folder: Path) -> None:
-    told = report_of(folder, "for i in range(100000): print('line', i)", log_path=log_path)
-    assert told == {"code": 0, "tail": [f"line {i}" for i in range(99960, 100000)], "why": ""}
+    report = report_of(folder, "for i in range(100000): print('line', i)", log_path=log_path)
+    assert report == {"code": 0, "tail": [f"line {i}" for i in range(99960, 100000)], "why": ""}
 
 
 @pytest.mark.parametrize(
@@ -149,11 +149,11 @@ def test_log_that_cannot_be_written_does_not_stop_the_engine(log_path: str, fold
 )
 def test_very_long_lines_do_not_lose_the_exit_report(text: str, folder: Path) -> None:
     code = f"import sys; sys.stdout.buffer.write((({text}) + chr(10)).encode() * 50); raise SystemExit(7)"
-    told = report_of(folder, code)
-    assert (told["code"], len(told["tail"])) == (7, supervisor.TAIL_LINES)
+    report = report_of(folder, code)
+    assert (report["code"], len(report["tail"])) == (7, supervisor.TAIL_LINES)
 
 
-def test_output_that_is_not_utf8_is_kept_as_it_is(folder: Path) -> None:
+def test_output_that_is_not_utf8_is_kept_unchanged(folder: Path) -> None:
     with supervised(folder, "import sys; sys.stdout.buffer.write(b'caf\\xe9\\n')") as owner:
         assert owner.connect().exited()["tail"] == ["caf\ufffd"]
     assert owner.log_path.read_bytes().startswith(b"caf\xe9\n[the engine ended")
@@ -173,7 +173,8 @@ which continues
 
 
 @pytest.mark.parametrize(
-    ("debug_until", "dropped"), [("listening on", (3, 4, 7)), ("a warning", (7,)), ("never said", ()), (None, ())]
+    ("debug_until", "dropped"),
+    [("listening on", (3, 4, 7)), ("a warning", (7,)), ("never logged", ()), (None, ())],
 )
 def test_debug_lines_after_the_marker_are_dropped_and_an_abort_is_kept(
     debug_until: str | None, dropped: tuple[int, ...], folder: Path
@@ -184,7 +185,7 @@ def test_debug_lines_after_the_marker_are_dropped_and_an_abort_is_kept(
     assert owner.log_path.read_text("utf-8").splitlines()[:-1] == kept
 
 
-def test_engine_reads_nothing_and_its_environment_is_what_was_given(folder: Path) -> None:
+def test_engine_reads_nothing_and_has_the_given_environment(folder: Path) -> None:
     code = "import os, sys; print(repr(sys.stdin.read()), os.environ)"
     with supervised(folder, code, env={"ONLY": "this"}) as owner:
         (line,) = owner.connect().exited()["tail"]
@@ -206,7 +207,7 @@ def test_engine_without_a_lease_ends_after_keep_alive_and_not_before(folder: Pat
         owner.all_gone()
 
 
-def test_keep_alive_counts_from_the_last_lease_and_not_from_a_look(folder: Path) -> None:
+def test_keep_alive_counts_from_the_last_lease_and_not_from_a_status_request(folder: Path) -> None:
     with supervised(folder) as owner:
         first = owner.connect()
         first.ask("hold")
@@ -221,7 +222,7 @@ def test_keep_alive_counts_from_the_last_lease_and_not_from_a_look(folder: Path)
         assert idle_s == sorted(idle_s), "it only grows"
         first.ask("hold")
         first.ask("free")
-        assert first.ask("status")["ends_in_s"] > 600 - idle_s[-1], "a lease begins it anew"
+        assert first.ask("status")["ends_in_s"] > 600 - idle_s[-1], "a lease restarts it"
 
 
 def test_with_a_keep_alive_of_0_one_request_can_follow_another(folder: Path) -> None:
@@ -254,8 +255,8 @@ sys.stdin.readline()
             eventually(lambda: watcher.ask("status")["leases"] == 0, "its lease has ended")
 
 
-@pytest.mark.parametrize("code", [MINUTES, "pass"], ids=["an engine that runs", "one that ended at once"])
-def test_starter_that_never_connects_is_waited_for_only_a_while(code: str, folder: Path) -> None:
+@pytest.mark.parametrize("code", [MINUTES, "pass"], ids=["running engine", "ended engine"])
+def test_a_starter_that_never_connects_is_not_waited_for_forever(code: str, folder: Path) -> None:
     limits = {"FIRST_CLIENT_S": 0.5, "GREETING_LIMIT_S": 0.2} if code == MINUTES else {"GREETING_LIMIT_S": 0.5}
     with supervised(folder, code, program=with_constants(folder, **limits), keep_alive_s=0.0) as owner:
         owner.all_gone()
@@ -274,7 +275,7 @@ print("child", child.pid, flush=True)
 @posix_only
 @pytest.mark.parametrize("child", [MINUTES, IGNORES + MINUTES], ids=["obeys", "ignores the request"])
 @pytest.mark.parametrize("ending", ["stopped", "by itself", "supervisor killed", "supervisor terminated"])
-def test_what_the_engine_started_ends_with_it(ending: str, child: str, folder: Path) -> None:
+def test_processes_that_the_engine_started_end_with_it(ending: str, child: str, folder: Path) -> None:
     then = "time.sleep(0.2)" if ending == "by itself" else "time.sleep(600)"
     with supervised(folder, STARTS_A_CHILD.format(child=child, then=then)) as owner:
         started = psutil.Process(int(owner.line("child ").split()[1]))
@@ -288,18 +289,18 @@ def test_what_the_engine_started_ends_with_it(ending: str, child: str, folder: P
                 owner.process.terminate()
         owner.all_gone()
         eventually(lambda: not started.is_running() or started.status() == "zombie", "the child has ended")
-        told = control.line()
+        report = control.line()
     if ending == "supervisor killed":
-        assert told is None
+        assert report is None
     else:
-        assert told is not None
+        assert report is not None
         whys = {"stopped": "stopped", "by itself": "", "supervisor terminated": "its supervisor was terminated"}
-        assert told["why"] == whys[ending]
+        assert report["why"] == whys[ending]
 
 
 @posix_only
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
-def test_signal_is_obeyed_from_the_first_moment(number: signal.Signals, folder: Path) -> None:
+def test_end_signals_work_from_the_first_moment(number: signal.Signals, folder: Path) -> None:
     with supervised(folder, IGNORES + MINUTES, program=with_constants(folder, STOP_GRACE_S=0.1)) as owner:
         owner.process.send_signal(number)
         owner.all_gone()
@@ -326,21 +327,21 @@ with supervised(Path(sys.argv[1]), IGNORES + MINUTES) as owner:
 
 
 @posix_only
-def test_supervisor_killed_the_moment_its_engine_is_there_leaves_nothing(folder: Path) -> None:
-    dies_at_once = """
+def test_supervisor_killed_just_after_it_started_its_engine_leaves_nothing(folder: Path) -> None:
+    dies_immediately = """
 start = subprocess.Popen
 subprocess.Popen = lambda *args, **options: (start(*args, **options), os.kill(os.getpid(), signal.SIGKILL))
 """
-    program = with_code(with_constants(folder), "if __name__", dies_at_once)
+    program = with_code(with_constants(folder), "if __name__", dies_immediately)
     with supervised(folder, IGNORES + MINUTES, program=program) as owner:
         assert owner.process.wait() == -signal.SIGKILL
         nothing_is_left(folder)
         eventually(lambda: not owner.files, "its files are gone")
 
 
-def test_held_engines_live_on_for_the_one_that_holds_them_and_no_longer(folder: Path) -> None:
+def test_held_engines_live_as_long_as_their_holder_and_no_longer(folder: Path) -> None:
     with supervised(folder, program=with_constants(folder, MIN_IDLE_S=0.05), keep_alive_s=0.0) as worker:
-        holds = [{"port": worker.control_port, "key": KEY}, {"port": 9, "key": "of one that has gone"}]
+        holds = [{"port": worker.control_port, "key": KEY}, {"port": 9, "key": "of an ended engine"}]
         kernel = worker.connect()
         kernel.ask("hold")
         with supervised(folder, name="coordinator-1", holds=holds) as coordinator:
@@ -355,7 +356,7 @@ def test_held_engines_live_on_for_the_one_that_holds_them_and_no_longer(folder: 
         worker.all_gone()
 
 
-def test_held_engines_are_let_go_of_before_the_end_is_told(folder: Path) -> None:
+def test_held_engines_are_released_before_the_end_is_reported(folder: Path) -> None:
     with supervised(folder) as worker:
         kernel = worker.connect()
         holds = [{"port": worker.control_port, "key": KEY}]
@@ -366,5 +367,5 @@ def test_held_engines_are_let_go_of_before_the_end_is_told(folder: Path) -> None
             last = coordinator.connect()
             last.ask("stop")
             assert last.line() is not None
-            assert kernel.ask("stop", unless_shared=True) == {"ok": True}, "nobody else uses it now"
+            assert kernel.ask("stop", unless_shared=True) == {"ok": True}, "no other client is connected now"
             kernel.exited()

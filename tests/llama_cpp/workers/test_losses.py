@@ -1,4 +1,4 @@
-"""A worker that is lost again and again is left alone for a while."""
+"""A worker that is lost repeatedly is avoided for a while."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The wire probe: five outcomes told apart, in bounded time, whatever the peer does."""
+"""The probe distinguishes five outcomes, in bounded time, whatever the peer does."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from sollol_nb.llama_cpp.workers.probe import (
 )
 from tests.support.engines import HANG_GUARD_S, Peer, listening, run, unused_port
 
-SHORT_S = 0.4  # the probe's own limit where the peer stays silent
+SHORT_S = 0.4  # the probe's time limit for a silent peer
 HELLO, DEVICE_COUNT, GET_DEVICE_MEMORY = 14, 15, 11
 GIB = 1024**3
 OURS = (PROTOCOL_MAJOR, PROTOCOL_MINOR, 3)
@@ -48,7 +48,7 @@ def hello(major: int, minor: int, patch: int = 0) -> bytes:
     return bytes([major, minor, patch, 0]) + bytes(24)
 
 
-async def for_ever() -> None:
+async def forever() -> None:
     await asyncio.Event().wait()
 
 
@@ -58,7 +58,7 @@ def worker(
     devices: bytes | None = struct.pack("<I", 1),
     memory: bytes | None = struct.pack("<QQ", 3 * GIB, 4 * GIB),
 ) -> Peer:
-    """Answers each command with the given payload; with silence where it is None."""
+    """Answers each command with the given payload, or not at all if it is None."""
     payloads = {HELLO: greeting, DEVICE_COUNT: devices, GET_DEVICE_MEMORY: memory}
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -67,7 +67,7 @@ def worker(
             await reader.readexactly(length)
             payload = payloads[command]
             if payload is None:
-                await for_ever()
+                await forever()
             else:
                 writer.write(answer(payload))
 
@@ -82,7 +82,7 @@ def says(data: bytes, *, then: str) -> Peer:
         writer.write(data)
         await writer.drain()
         if then == "silence":
-            await for_ever()
+            await forever()
 
     return serve
 
@@ -101,7 +101,7 @@ def trickles(data: bytes, pause_s: float) -> Peer:
 
 
 def of_protocol_3(major: int = 3, minor: int = 6, patch: int = 1) -> Peer:
-    """Greets without capabilities; one who sends some is cut off."""
+    """Greets without capabilities; a client that sends some is cut off."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         _, length = struct.unpack("<BQ", await reader.readexactly(9))
@@ -111,7 +111,7 @@ def of_protocol_3(major: int = 3, minor: int = 6, patch: int = 1) -> Peer:
     return serve
 
 
-async def closes_at_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def closes_immediately(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     pass
 
 
@@ -121,40 +121,40 @@ async def resets(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
     writer.transport.abort()
 
 
-async def look_at(peer: Peer, timeout_s: float = SHORT_S) -> Probe:
+async def probed(peer: Peer, timeout_s: float = SHORT_S) -> Probe:
     async with listening(peer) as port:
-        seen = await probe("127.0.0.1", port, timeout_s=timeout_s)
-        assert seen.endpoint == f"127.0.0.1:{port}"
-        return seen
+        result = await probe("127.0.0.1", port, timeout_s=timeout_s)
+        assert result.endpoint == f"127.0.0.1:{port}"
+        return result
 
 
 # --- the five outcomes ------------------------------------------------------------------------
 
 
-def test_free_worker_tells_version_devices_memory_and_round_trip() -> None:
-    seen = run(look_at(worker(devices=struct.pack("<I", 2)), timeout_s=HANG_GUARD_S))
+def test_free_worker_reports_version_devices_memory_and_round_trip() -> None:
+    result = run(probed(worker(devices=struct.pack("<I", 2)), timeout_s=HANG_GUARD_S))
 
-    assert seen.outcome is ProbeOutcome.FREE
-    assert seen.protocol == OURS
-    assert seen.device_free_bytes == (3 * GIB, 3 * GIB)
-    assert (seen.free_bytes, seen.total_bytes) == (6 * GIB, 8 * GIB)
-    assert seen.round_trip_ms is not None
-    assert seen.round_trip_ms > 0
+    assert result.outcome is ProbeOutcome.FREE
+    assert result.protocol == OURS
+    assert result.device_free_bytes == (3 * GIB, 3 * GIB)
+    assert (result.free_bytes, result.total_bytes) == (6 * GIB, 8 * GIB)
+    assert result.round_trip_ms is not None
+    assert result.round_trip_ms > 0
 
 
 def test_nothing_listening_is_refused_and_says_how_to_start_a_worker() -> None:
     port = unused_port()
 
-    seen = run(probe("127.0.0.1", port))
+    result = run(probe("127.0.0.1", port))
 
-    assert seen.outcome is ProbeOutcome.REFUSED
-    assert f"ggml-rpc-server -H 127.0.0.1 -p {port}" in seen.detail
+    assert result.outcome is ProbeOutcome.REFUSED
+    assert f"ggml-rpc-server -H 127.0.0.1 -p {port}" in result.detail
 
 
 def test_host_with_two_addresses_that_both_refuse_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     port = unused_port()
 
-    async def look() -> Probe:
+    async def check() -> Probe:
         async def both(*_: Any, **__: Any) -> list[Any]:
             six = (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("::1", port, 0, 0))
             return [six, (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
@@ -162,19 +162,19 @@ def test_host_with_two_addresses_that_both_refuse_is_refused(monkeypatch: pytest
         monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", both)
         return await probe("worker.example", port)
 
-    assert run(look()).outcome is ProbeOutcome.REFUSED
+    assert run(check()).outcome is ProbeOutcome.REFUSED
 
 
 def test_unknown_host_is_unreachable() -> None:
-    seen = run(probe("worker.invalid", 50052))
+    result = run(probe("worker.invalid", 50052))
 
-    assert seen.outcome is ProbeOutcome.UNREACHABLE
-    assert "check the address" in seen.detail
+    assert result.outcome is ProbeOutcome.UNREACHABLE
+    assert "check the address" in result.detail
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a full backlog drops new connections on Linux only")
 def test_host_that_drops_connection_attempts_is_unreachable() -> None:
-    async def look() -> Probe:
+    async def check() -> Probe:
         with contextlib.ExitStack() as stack:
             listener = stack.enter_context(socket.socket())
             listener.bind(("127.0.0.1", 0))
@@ -185,17 +185,17 @@ def test_host_that_drops_connection_attempts_is_unreachable() -> None:
                 filler.connect_ex(listener.getsockname())
             return await probe("127.0.0.1", listener.getsockname()[1], timeout_s=SHORT_S)
 
-    seen = run(look())
+    result = run(check())
 
-    assert seen.outcome is ProbeOutcome.UNREACHABLE
-    assert "no answer within 0.4 s" in seen.detail
+    assert result.outcome is ProbeOutcome.UNREACHABLE
+    assert "no answer within 0.4 s" in result.detail
 
 
 @pytest.mark.parametrize(
     ("host", "port"),
     [("127.0.0.1", 0), ("127.0.0.1", 65536), ("127.0.0.1", -1), ("", 50052), ("a\0b", 50052), ("a b", 50052)],
 )
-def test_what_is_no_endpoint_is_a_config_error(host: str, port: int) -> None:
+def test_an_invalid_endpoint_is_a_config_error(host: str, port: int) -> None:
     with pytest.raises(ConfigError, match="is not an endpoint"):
         run(probe(host, port))
 
@@ -213,9 +213,9 @@ GREETING = answer(hello(*OURS))
 
 
 @pytest.mark.parametrize(
-    ("peer", "outcome", "words"),
+    ("peer", "outcome", "message"),
     [
-        pytest.param(closes_at_once, INCOMPATIBLE, NOT_RPC, id="closes at once"),
+        pytest.param(closes_immediately, INCOMPATIBLE, NOT_RPC, id="closes immediately"),
         pytest.param(says(b"", then="close"), INCOMPATIBLE, NOT_RPC, id="closes after HELLO"),
         pytest.param(resets, INCOMPATIBLE, NOT_RPC, id="resets the connection"),
         pytest.param(says(os.urandom(200), then="close"), INCOMPATIBLE, NOT_RPC, id="random bytes"),
@@ -261,18 +261,18 @@ GREETING = answer(hello(*OURS))
         pytest.param(worker(memory=bytes(24)), INCOMPATIBLE, "memory answer is malformed", id="long memory"),
     ],
 )
-def test_misbehaving_peer_is_told_as_what_it_is(peer: Peer, outcome: ProbeOutcome, words: str) -> None:
-    seen = run(look_at(peer))
+def test_misbehaving_peer_is_classified(peer: Peer, outcome: ProbeOutcome, message: str) -> None:
+    result = run(probed(peer))
 
-    assert seen.outcome is outcome
-    assert words in seen.detail
-    assert "\n" not in seen.detail
-    assert not seen.device_free_bytes
+    assert result.outcome is outcome
+    assert message in result.detail
+    assert "\n" not in result.detail
+    assert not result.device_free_bytes
 
 
-def test_older_and_newer_versions_are_told_as_numbers_too() -> None:
-    assert run(look_at(of_protocol_3(2, 5, 0), HANG_GUARD_S)).protocol == (2, 5, 0)
-    assert run(look_at(worker(greeting=hello(8, 1, 4)), HANG_GUARD_S)).protocol == (8, 1, 4)
+def test_older_and_newer_versions_are_also_numbers() -> None:
+    assert run(probed(of_protocol_3(2, 5, 0), HANG_GUARD_S)).protocol == (2, 5, 0)
+    assert run(probed(worker(greeting=hello(8, 1, 4)), HANG_GUARD_S)).protocol == (8, 1, 4)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -280,7 +280,7 @@ def test_random_garbage_never_crashes_or_hangs_the_probe(seed: int) -> None:
     chance = random.Random(seed)
 
     def garbage() -> bytes:
-        """Short random bytes, half of them with a length in front that makes them look right."""
+        """Short random bytes, most of them with a length in front that makes them look valid."""
         payload = chance.randbytes(chance.choice((0, 1, 3, 4, 16, 28, 28, 40)))
         if len(payload) == 28 and chance.random() < 0.7:
             payload = bytes([7, 0]) + payload[2:]
@@ -291,58 +291,58 @@ def test_random_garbage_never_crashes_or_hangs_the_probe(seed: int) -> None:
             await reader.read(64)
             writer.write(garbage())
         if chance.random() < 0.3:
-            await for_ever()
+            await forever()
 
-    async def look() -> list[Probe]:
+    async def check() -> list[Probe]:
         async with listening(babbles) as port:
             return await probe_all([f"127.0.0.1:{port}"] * 50, timeout_s=SHORT_S)
 
-    outcomes = {seen.outcome for seen in run(look())}
+    outcomes = {result.outcome for result in run(check())}
 
     assert outcomes <= {ProbeOutcome.FREE, ProbeOutcome.BUSY, ProbeOutcome.INCOMPATIBLE}
     assert ProbeOutcome.INCOMPATIBLE in outcomes
 
 
-# --- finding ----------------------------------------------------------------------------------
+# --- discovery --------------------------------------------------------------------------------
 
 
 def test_discovery_finds_free_and_busy_workers_on_the_given_ports_and_nothing_else() -> None:
-    async def look() -> tuple[set[str], set[str]]:
+    async def check() -> tuple[set[str], set[str]]:
         web = says(b"HTTP/1.1 200 OK\r\n\r\n", then="close")
         async with (
             listening(worker()) as free,
             listening(worker(greeting=None)) as busy,
             listening(web) as web_port,
-            listening(worker()) as not_asked,
+            listening(worker()) as unlisted,
         ):
             found = await discover(ports=[free, busy, web_port, unused_port()], timeout_s=SHORT_S)
-            assert f"127.0.0.1:{not_asked}" not in {one.endpoint for one in found}
-            return {one.endpoint for one in found}, {f"127.0.0.1:{free}", f"127.0.0.1:{busy}"}
+            assert f"127.0.0.1:{unlisted}" not in {result.endpoint for result in found}
+            return {result.endpoint for result in found}, {f"127.0.0.1:{free}", f"127.0.0.1:{busy}"}
 
-    found, expected = run(look())
+    found, expected = run(check())
     assert found == expected
 
 
 def test_probe_all_keeps_the_order_of_the_endpoints() -> None:
-    async def look() -> None:
+    async def check() -> None:
         async with listening(worker()) as free, listening(worker(greeting=None)) as busy:
             endpoints = [f"127.0.0.1:{port}" for port in (busy, free, unused_port(), free)]
-            seen = await probe_all(endpoints, timeout_s=SHORT_S)
-        assert [one.endpoint for one in seen] == endpoints
-        assert [one.outcome.value for one in seen] == ["busy", "free", "refused", "free"]
+            results = await probe_all(endpoints, timeout_s=SHORT_S)
+        assert [result.endpoint for result in results] == endpoints
+        assert [result.outcome.value for result in results] == ["busy", "free", "refused", "free"]
 
-    run(look())
+    run(check())
 
 
 @pytest.mark.parametrize(
     ("peer", "usable"), [(worker(), True), (worker(greeting=None), False), (worker(greeting=hello(8, 0)), False)]
 )
 def test_the_blocking_check_says_whether_a_worker_can_be_used(peer: Peer, usable: bool) -> None:
-    async def look() -> bool:
+    async def check() -> bool:
         async with listening(peer) as port:
             return await asyncio.to_thread(test_rpc_backend, "127.0.0.1", port, timeout=SHORT_S)
 
-    assert run(look()) is usable
+    assert run(check()) is usable
 
 
 def test_the_blocking_check_is_not_taken_for_a_test() -> None:
@@ -372,24 +372,24 @@ async def real_worker(engine: Engine, folder: Path) -> AsyncIterator[tuple[int, 
 
 async def until_free(port: int) -> Probe:
     while True:  # ends with the hang guard
-        seen = await probe("127.0.0.1", port)
-        if seen.outcome is ProbeOutcome.FREE:
-            return seen
+        result = await probe("127.0.0.1", port)
+        if result.outcome is ProbeOutcome.FREE:
+            return result
         await asyncio.sleep(0.02)
 
 
 @pytest.mark.engine
 def test_real_worker_is_free_and_tells_its_memory(engine: Engine, tmp_path: Path) -> None:
-    async def look() -> Probe:
+    async def check() -> Probe:
         async with real_worker(engine, tmp_path) as (port, _):
             return await until_free(port)
 
-    seen = run(look())
+    result = run(check())
 
-    assert seen.protocol is not None
-    assert seen.protocol[0] == PROTOCOL_MAJOR
-    assert len(seen.device_free_bytes) >= 1
-    assert 0 < seen.free_bytes <= seen.total_bytes
+    assert result.protocol is not None
+    assert result.protocol[0] == PROTOCOL_MAJOR
+    assert len(result.device_free_bytes) >= 1
+    assert 0 < result.free_bytes <= result.total_bytes
 
 
 async def attach(port: int) -> asyncio.StreamWriter:
@@ -402,7 +402,7 @@ async def attach(port: int) -> asyncio.StreamWriter:
 
 @pytest.mark.engine
 def test_real_worker_is_busy_while_a_client_holds_it_and_free_afterwards(engine: Engine) -> None:
-    async def look() -> tuple[Probe, Probe]:
+    async def check() -> tuple[Probe, Probe]:
         # Started as on another machine, without a supervisor: here SIGPIPE would end it.
         port = unused_port()
         argv = (str(engine.worker), "-H", "127.0.0.1", "-p", str(port))
@@ -417,7 +417,7 @@ def test_real_worker_is_busy_while_a_client_holds_it_and_free_afterwards(engine:
             process.kill()
             await process.wait()
 
-    held, afterwards = run(look())
+    held, afterwards = run(check())
 
     assert held.outcome is ProbeOutcome.BUSY
     assert "a coordinator holds it" in held.detail
@@ -425,8 +425,10 @@ def test_real_worker_is_busy_while_a_client_holds_it_and_free_afterwards(engine:
 
 
 @pytest.mark.engine
-def test_supervised_worker_survives_a_client_that_leaves_before_its_answer(engine: Engine, tmp_path: Path) -> None:
-    async def look() -> Probe:
+def test_supervised_worker_survives_a_client_that_disconnects_before_its_answer(
+    engine: Engine, tmp_path: Path
+) -> None:
+    async def check() -> Probe:
         async with real_worker(engine, tmp_path) as (port, _):
             holder = await attach(port)
             _, impatient = await asyncio.open_connection("127.0.0.1", port)
@@ -437,20 +439,20 @@ def test_supervised_worker_survives_a_client_that_leaves_before_its_answer(engin
             holder.close()
             return await until_free(port)
 
-    assert run(look()).outcome is ProbeOutcome.FREE
+    assert run(check()).outcome is ProbeOutcome.FREE
 
 
 @pytest.mark.engine
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGSTOP")
-def test_stopped_real_worker_is_busy_and_free_when_it_goes_on(engine: Engine, tmp_path: Path) -> None:
-    async def look() -> tuple[Probe, Probe]:
+def test_stopped_real_worker_is_busy_and_free_when_it_continues(engine: Engine, tmp_path: Path) -> None:
+    async def check() -> tuple[Probe, Probe]:
         async with real_worker(engine, tmp_path) as (port, process):
             os.kill(process.pid, signal.SIGSTOP)
             stopped = await probe("127.0.0.1", port, timeout_s=SHORT_S)
             os.kill(process.pid, signal.SIGCONT)
             return stopped, await until_free(port)
 
-    stopped, afterwards = run(look())
+    stopped, afterwards = run(check())
 
     assert stopped.outcome is ProbeOutcome.BUSY
     assert afterwards.outcome is ProbeOutcome.FREE

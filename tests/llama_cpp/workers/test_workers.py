@@ -1,4 +1,4 @@
-"""Workers on this machine: where they listen, what they share, how they start, end and look."""
+"""Workers: how local ones start, listen, share cores and end, and which states all of them have."""
 
 from __future__ import annotations
 
@@ -60,14 +60,14 @@ def port_of(endpoint: str) -> int:
     return parse_endpoint(endpoint)[1]
 
 
-def looked_at(known: Workers) -> dict[str, WorkerStatus]:
+def statuses_of(known: Workers) -> dict[str, WorkerStatus]:
     return {status.endpoint: status for status in run(known.refresh())}
 
 
-# --- looking ----------------------------------------------------------------------------------
+# --- probing ----------------------------------------------------------------------------------
 
 
-def test_one_that_was_taken_while_it_was_looked_at_is_held_and_what_was_known_of_it_stays(
+def test_a_worker_that_was_taken_during_its_probe_is_held_and_keeps_its_last_probe(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     name = "10.0.0.1:50052"
@@ -80,7 +80,7 @@ def test_one_that_was_taken_while_it_was_looked_at_is_held_and_what_was_known_of
         total_bytes=GIB,
         round_trip_ms=0.4,
     )
-    busy = Probe(endpoint=name, outcome=ProbeOutcome.BUSY, detail="somebody uses it")
+    busy = Probe(endpoint=name, outcome=ProbeOutcome.BUSY, detail="in use")
     found, holders = iter([free, busy]), iter([{}, {}, {name: SimpleNamespace(name="demo", about={})}])
 
     async def probe_all(*_: object, **__: object) -> list[Probe]:
@@ -89,19 +89,19 @@ def test_one_that_was_taken_while_it_was_looked_at_is_held_and_what_was_known_of
     monkeypatch.setattr(workers, "probe_all", probe_all)
     monkeypatch.setattr(registry, "holders", lambda: next(holders))
     mine = Workers([name], EventBus())
-    assert looked_at(mine)[name].state == "free"
+    assert statuses_of(mine)[name].state == "free"
 
     (seen,) = run(mine.refresh())
 
     assert (seen.state, seen.held_by, seen.probe) == ("held", "demo", free)
 
 
-def test_a_discovered_worker_is_known_to_be_free_at_once(engine: Engine, local: Workers) -> None:
+def test_a_discovered_worker_is_immediately_known_to_be_free(engine: Engine, local: Workers) -> None:
     found = run(local.start_local(engine, 1))
     other = Workers([], EventBus())
 
     assert run(other.discover()) == found
-    assert [one.state for one in other.statuses()] == ["free"]
+    assert [status.state for status in other.statuses()] == ["free"]
 
 
 # --- starting ---------------------------------------------------------------------------------
@@ -129,13 +129,15 @@ def test_local_workers_start_at_the_usual_port_and_listen_on_loopback_only(engin
     assert all(port_of(endpoint) >= 50052 for endpoint in endpoints)
     for endpoint in endpoints:
         listening = [
-            one.laddr for one in engine_on(port_of(endpoint)).net_connections() if one.status == psutil.CONN_LISTEN
+            sock.laddr
+            for sock in engine_on(port_of(endpoint)).net_connections()
+            if sock.status == psutil.CONN_LISTEN
         ]
         assert listening == [("127.0.0.1", port_of(endpoint))]
 
 
 @pytest.mark.parametrize(("cores", "count", "threads"), [(8, 2, "4"), (7, 3, "2"), (1, 3, "1")])
-def test_the_cores_are_shared_out_over_the_workers(
+def test_the_workers_share_the_cores(
     engine: Engine,
     local: Workers,
     monkeypatch: pytest.MonkeyPatch,
@@ -159,12 +161,12 @@ with HybridRouter(auto_discover_rpc=False) as router:
 """
 
 
-def test_two_processes_that_start_workers_at_once_get_different_ports(engine: Engine) -> None:
-    with script(START_THREE) as one, script(START_THREE) as other:
-        endpoints = says(one, "started").split() + says(other, "started").split()
-        processes = [engine for each in (one, other) for engine in engines_of(psutil.Process(each.pid))]
-        one.communicate("\n")
-        other.communicate("\n")
+def test_two_processes_that_start_workers_concurrently_get_different_ports(engine: Engine) -> None:
+    with script(START_THREE) as first, script(START_THREE) as second:
+        endpoints = says(first, "started").split() + says(second, "started").split()
+        processes = [engine for each in (first, second) for engine in engines_of(psutil.Process(each.pid))]
+        first.communicate("\n")
+        second.communicate("\n")
 
     assert len(set(endpoints)) == len(endpoints) == 6
     assert len(processes) == 6
@@ -172,7 +174,7 @@ def test_two_processes_that_start_workers_at_once_get_different_ports(engine: En
 
 
 @pytest.mark.parametrize("holder", ["a silent program", "another user's worker"])
-def test_a_worker_that_ends_at_once_is_told_with_its_last_words_and_none_is_left(
+def test_a_worker_that_ends_while_starting_is_reported_with_its_last_log_lines_and_none_is_left(
     engine: Engine, local: Workers, monkeypatch: pytest.MonkeyPatch, holder: str
 ) -> None:
     first = unused_ports(3)
@@ -183,11 +185,11 @@ def test_a_worker_that_ends_at_once_is_told_with_its_last_words_and_none_is_left
         else:
             run(other.start_local(engine, 1, first_port=first + 1))
         before = engines_of(psutil.Process())
-        # What happens when another program takes the port just after it was seen to be free.
+        # As if another program took the port just after it was found free.
         monkeypatch.setattr(workers, "free_ports", lambda start, count: list(range(start, start + count)))
         with pytest.raises(WorkerStartError) as caught:
             run(local.start_local(engine, 3, first_port=first))
-        left = [one for one in engines_of(psutil.Process()) if one not in before]
+        left = [process for process in engines_of(psutil.Process()) if process not in before]
         run(other.stop_local())
 
     message = str(caught.value)
@@ -203,27 +205,27 @@ def test_a_worker_that_ends_at_once_is_told_with_its_last_words_and_none_is_left
 def test_a_worker_that_never_answers_is_given_up_and_ended(
     engine: Engine, local: Workers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = tmp_path / "pid"
+    pid_file = tmp_path / "pid"
     mute = tmp_path / "mute-worker"
-    mute.write_text(f"#!/bin/sh\necho $$ > {told}.new; mv {told}.new {told}\nexec sleep 600\n")
+    mute.write_text(f"#!/bin/sh\necho $$ > {pid_file}.new; mv {pid_file}.new {pid_file}\nexec sleep 600\n")
     mute.chmod(0o700)
     monkeypatch.setattr(local_workers, "START_TIMEOUT_S", 1.0)
 
     with pytest.raises(WorkerStartError, match=r"did not answer within 1 s; log: "):
         run(local.start_local(replace(engine, worker=mute), 1))
 
-    assert not psutil.pid_exists(int(told.read_text()))
+    assert not psutil.pid_exists(int(pid_file.read_text()))
     assert local.endpoints == []
 
 
-def test_a_worker_program_that_is_not_there_says_so(engine: Engine, local: Workers, tmp_path: Path) -> None:
+def test_a_missing_worker_program_is_named(engine: Engine, local: Workers, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"could not run .*no-such-worker: .*sollol-nb doctor"):
         run(local.start_local(replace(engine, worker=tmp_path / "no-such-worker"), 1))
     assert local.endpoints == []
 
 
 @pytest.mark.parametrize("count", [0, -1, 65])
-def test_a_number_of_workers_that_makes_no_sense_is_refused(engine: Engine, local: Workers, count: int) -> None:
+def test_an_invalid_number_of_workers_is_refused(engine: Engine, local: Workers, count: int) -> None:
     with pytest.raises(ConfigError, match=f"cannot start {count} workers; choose between 1 and 64"):
         run(local.start_local(engine, count))
 
@@ -257,15 +259,15 @@ def test_a_killed_local_worker_shows_as_down(engine: Engine, local: Workers) -> 
     engine_on(port_of(killed)).kill()
 
     description = f"killed (signal {signal.SIGKILL})"
-    eventually(lambda: looked_at(local)[killed].detail == description, "its end is noticed")
+    eventually(lambda: statuses_of(local)[killed].detail == description, "its end is noticed")
 
-    assert looked_at(local)[killed].state == "down"
-    assert looked_at(local)[other].state == "free"
+    assert statuses_of(local)[killed].state == "down"
+    assert statuses_of(local)[other].state == "free"
 
 
 @contextmanager
 def holding(endpoint: str, model: str) -> Iterator[None]:
-    """A coordinator that holds this worker, as the registry tells it."""
+    """A coordinator that holds this worker, according to the registry."""
     holder = run(
         EngineProcess.start(
             [sys.executable, "-c", "import time; time.sleep(60)"],
@@ -281,22 +283,21 @@ def holding(endpoint: str, model: str) -> Iterator[None]:
         run(holder.stop())
 
 
-# --- what is known of them --------------------------------------------------------------------
+# --- states ---------------------------------------------------------------------------------
 
 
-def test_each_state_is_told_apart_in_words(engine: Engine, local: Workers) -> None:
+def test_each_state_is_distinguished(engine: Engine, local: Workers) -> None:
     free, held = run(local.start_local(engine, 2))
     with silent_peer() as silent, serving(OtherProtocolWorker) as newer:
         refused = unused_port()
         for port in (silent, newer, refused):
             local.add(f"127.0.0.1:{port}")
-        probed_before = looked_at(local)[held].probe
+        probed_before = statuses_of(local)[held].probe
         with holding(held, "llama3.1:70b"):
-            seen = looked_at(local)
-            assert looked_at(local)[held].probe is probed_before, "a held worker is not probed"
+            seen = statuses_of(local)
+            assert statuses_of(local)[held].probe is probed_before, "a held worker is not probed"
 
-    told = {endpoint: (status.state, status.held_by) for endpoint, status in seen.items()}
-    assert told == {
+    assert {endpoint: (status.state, status.held_by) for endpoint, status in seen.items()} == {
         free: ("free", None),
         held: ("held", "llama3.1:70b"),
         f"127.0.0.1:{silent}": ("busy", None),
@@ -305,31 +306,31 @@ def test_each_state_is_told_apart_in_words(engine: Engine, local: Workers) -> No
     }
     assert seen[held].detail == "held by the coordinator of llama3.1:70b, started by this kernel"
     assert "RPC protocol 8.0.0" in seen[f"127.0.0.1:{newer}"].detail
-    assert looked_at(local)[held].state == "free"
+    assert statuses_of(local)[held].state == "free"
 
 
 def test_workers_of_one_machine_share_its_memory_in_the_plan(engine: Engine, local: Workers) -> None:
     run(local.start_local(engine, 2))
     capacities = [status.capacity for status in local.statuses()]
-    assert {one.memory_domain for one in capacities} == {"127.0.0.1"}
-    assert all(0 < one.free_bytes <= one.total_bytes for one in capacities)
-    assert all(one.round_trip_ms > 0 for one in capacities)
+    assert {capacity.memory_domain for capacity in capacities} == {"127.0.0.1"}
+    assert all(0 < capacity.free_bytes <= capacity.total_bytes for capacity in capacities)
+    assert all(capacity.round_trip_ms > 0 for capacity in capacities)
 
 
-def test_an_endpoint_becomes_known_once_and_can_be_forgotten() -> None:
+def test_an_endpoint_is_added_once_and_can_be_removed() -> None:
     known = Workers(["10.1.2.3", "10.1.2.3:50052"], EventBus())
     assert known.endpoints == ["10.1.2.3:50052"]
-    words = (
+    message = (
         r"10.1.2.3:50052 is held by the coordinator of some model, started by this kernel; stop that coordinator"
     )
-    with holding("10.1.2.3:50052", "some model"), pytest.raises(ConfigError, match=words):
+    with holding("10.1.2.3:50052", "some model"), pytest.raises(ConfigError, match=message):
         known.remove("10.1.2.3:50052")
     known.remove("10.1.2.3:50052")
     with pytest.raises(ConfigError, match=r"10.1.2.3:50052 is not a known worker; known workers: none"):
         known.remove("10.1.2.3:50052")
 
 
-def test_workers_tell_events_of_their_life(engine: Engine) -> None:
+def test_the_start_and_stop_of_workers_are_events(engine: Engine) -> None:
     events = EventBus()
     mine = Workers([], events)
     (endpoint,) = run(mine.start_local(engine, 1))
