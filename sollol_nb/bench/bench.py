@@ -15,6 +15,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
 from sollol_nb.bench.plan import (
+    AUTO,
+    DEFAULT_PROMPTS,
+    DEFAULT_REPEAT,
+    DEFAULT_WARMUP,
     BenchCase,
     BenchSettings,
     BenchTarget,
@@ -58,32 +62,32 @@ async def bench(
     /,
     models: str | Sequence[str],
     *,
-    layouts: str | int | Sequence[str | int] = "auto",
+    layouts: str | int | Sequence[str | int] = AUTO,
     strategies: str | Sequence[str] = (),
     concurrency: int | str | Sequence[int] = 1,
-    prompts: int | Sequence[str] = 3,
-    repeat: int = 5,
-    warmup: int = 1,
+    prompts: int | Sequence[str] = DEFAULT_PROMPTS,
+    repeat: int = DEFAULT_REPEAT,
+    warmup: int = DEFAULT_WARMUP,
     reload: bool | None = None,
     timeout: float | None = None,
     **options: Any,
 ) -> BenchResult:
-    """Measure models over layouts, strategies and concurrency, all cases in turns.
+    """Measure models with several layouts, strategies and levels of concurrency; all cases take turns.
 
-    In each round every case gets each prompt once per client (`concurrency`), so that drift of the machine meets
-    all cases alike. A case that fails does not end the benchmark; its rows carry the error. The blocking twin
-    shows a progress bar, and the stop button or Ctrl-C ends it with what was measured (`complete` is False).
+    In each round, each client of each case (`concurrency`) sends every prompt once, so that drift of the machine
+    affects all cases alike. A case that fails does not end the benchmark; its rows contain the error. The blocking
+    twin shows a progress bar; the stop button or Ctrl-C ends it and keeps what was measured (`complete` is False).
 
     Args:
         models: one name, or several.
         layouts: `"auto"` (as the router decides), `"local"` (no workers), a number of workers, or units per worker
             such as `"5/4/4"` (blocks and, last, the output layer); one, or several.
-        strategies: layer strategies, for layouts that leave the counts open; by default the router's own.
+        strategies: layer strategies, for layouts without exact counts; by default the router's own.
         concurrency: how many requests each case sends at the same time; one number, or several.
         prompts: how many of the built-in prompts, or a list of texts.
         repeat: rounds.
-        warmup: requests after each load that are not measured. With 0 the first measured request loads, and is
-            left out of the summary.
+        warmup: number of requests after each load that are not measured. With 0, the first measured request loads
+            the model, and the summary leaves it out.
         reload: True lets the coordinators take turns on the same workers, with a load at each turn; False loads
             all of them at the same time, each on its own workers; by default this depends on whether enough
             workers are free.
@@ -94,7 +98,7 @@ async def bench(
         ConfigError: an argument cannot be used.
         WorkersUnavailableError: there are too few workers for a layout.
         RequestCancelledError: the blocking twin was stopped before anything was measured.
-        SollolError: no case could be measured; the first one's error.
+        SollolError: no case could be measured; this is the first error.
     """
     settings = bench_settings(
         models,

@@ -227,44 +227,48 @@ class BenchResult:
         for row in self.rows:
             rows.setdefault((row.case, row.round), []).append(row)
         prompts = len(self.settings.get("prompts", ()))
-        whole = {key for key, these in rows.items() if len(_good(these)) == prompts * these[0].concurrency}
-        cases_with_whole = {case for case, _ in whole}
+        complete = {
+            key
+            for key, round_rows in rows.items()
+            if len(_good(round_rows)) == prompts * round_rows[0].concurrency
+        }
+        cases_with_complete = {case for case, _ in complete}
         return {
-            key: _round_values(these, is_whole=key in whole)
-            for key, these in rows.items()
-            if key in whole or key[0] not in cases_with_whole
+            key: _round_values(round_rows, is_complete=key in complete)
+            for key, round_rows in rows.items()
+            if key in complete or key[0] not in cases_with_complete
         }
 
     @cached_property
     def _summaries(self) -> dict[tuple[str, str], _Summary]:
         """(case, metric) -> its median, interval and ratio."""
         numbers = sorted({row.round for row in self.rows})
-        found = {}
+        summaries = {}
         for metric in METRICS:
             baseline: list[float | None] = []
             for case in self.cases:
                 values = [self._values.get((case, number), {}).get(metric) for number in numbers]
                 baseline = baseline or values
-                found[case, metric] = _Summary(estimate(values), paired_ratio(values, baseline))
-        return {(case, metric): found[case, metric] for case in self.cases for metric in METRICS}
+                summaries[case, metric] = _Summary(estimate(values), paired_ratio(values, baseline))
+        return {(case, metric): summaries[case, metric] for case in self.cases for metric in METRICS}
 
 
 def _good(rows: list[BenchRow]) -> list[BenchRow]:
     return [row for row in rows if not row.error and not row.load_ms]
 
 
-def _round_values(rows: list[BenchRow], *, is_whole: bool) -> dict[str, float]:
+def _round_values(rows: list[BenchRow], *, is_complete: bool) -> dict[str, float]:
     """The value of each metric in one round of one case; metrics that no request has are left out."""
     good = _good(rows)
     values: dict[str, float] = {}
     for metric in METRICS:
         if metric == THROUGHPUT:
-            if is_whole:
+            if is_complete:
                 values[metric] = _throughput(good)
             continue
-        middle = estimate(getattr(row, metric) for row in good)
-        if middle.n:
-            values[metric] = middle.median
+        of_requests = estimate(getattr(row, metric) for row in good)
+        if of_requests.n:
+            values[metric] = of_requests.median
     return values
 
 

@@ -1,4 +1,4 @@
-"""The timeline: which coordinator or node served which requests when, and when faults happened."""
+"""The timeline: the requests of each coordinator and node over time, with faults."""
 
 from __future__ import annotations
 
@@ -102,13 +102,13 @@ def timeline(frame: pd.DataFrame, events: Iterable[Event] | None = None, ax: Axe
     return ax
 
 
-def _rows(ax: Axes, places: Sequence[str], began: Any, ended: Any) -> Any:
+def _rows(ax: Axes, servers: Sequence[str], began: Any, ended: Any) -> Any:
     """The height of each request: servers from top to bottom, with a lane for each request at the same time."""
-    lanes = np.zeros(len(places))
-    heights, names = [], list(dict.fromkeys(sorted(places, key=lambda place: (place == "", place))))
+    lanes = np.zeros(len(servers))
+    heights, names = [], list(dict.fromkeys(sorted(servers, key=lambda server: (server == "", server))))
     top = 0.0
-    for number, place in enumerate(names):
-        positions = [position for position, name in enumerate(places) if name == place]
+    for number, server in enumerate(names):
+        positions = [position for position, name in enumerate(servers) if name == server]
         lane_of, count = _lanes([(began[position], ended[position]) for position in positions])
         for position, lane in zip(positions, lane_of, strict=True):
             lanes[position] = top + lane
@@ -116,7 +116,7 @@ def _rows(ax: Axes, places: Sequence[str], began: Any, ended: Any) -> Any:
         top += count + 0.5
         if number < len(names) - 1:
             ax.axhline(top - 0.75, color=text_color(ax), alpha=0.2, linewidth=0.8)
-    ax.set_yticks(heights, [place.partition("://")[2] or place or "no server\nreached" for place in names])
+    ax.set_yticks(heights, [server.partition("://")[2] or server or "no server\nreached" for server in names])
     rows_from_top(ax, top - 0.5)
     return lanes
 

@@ -81,7 +81,7 @@ class WhatIfPanel:
             is_new |= any(endpoint not in base for endpoint, _ in _used(self.counts))
             if is_new or (base != self._base and self.counts == self._base):
                 self._set_up()
-            elif self._measured() != self._predicted_with:
+            elif self._token_time() != self._predicted_with:
                 self._predict()
             else:
                 self._enable()
@@ -148,7 +148,7 @@ class WhatIfPanel:
     def _predict(self) -> None:
         """Predict for the current values of the sliders, on the I/O loop."""
         self._forecast = None
-        self._predicted_with = self._measured()
+        self._predicted_with = self._token_time()
         self._enable()
         router = self._router()
         if not self._base or router is None:
@@ -168,7 +168,7 @@ class WhatIfPanel:
                 self.prediction.value = forecast_html(predicted)
                 self._enable()
 
-    def _measured(self) -> str | None:
+    def _token_time(self) -> str | None:
         """The known token time of the running layout; a prediction made with another one is out of date."""
         time: str | None = self._sharded().get(self._base_url, {}).get("token_time")
         return time
