@@ -1,9 +1,9 @@
 """Build the Ollama that the tests talk to: `make ollama`, or `python tools/build_ollama.py`.
 
-Tests of Ollama use a real one, of one pinned version. It is built with Go, which verifies every module against
+The tests use a real Ollama of one pinned version. It is built with Go, which verifies every module against
 its checksum database. The zip that Go fetches lacks Ollama's C++ headers (such zips leave out folders named
 `vendor`); they are taken from the pinned llama.cpp source that the engines are built from. The result is
-`<cache>/ollama/<version>/ollama`, put there by one rename; its path is printed.
+`<cache>/ollama/<version>/ollama`, moved there by one rename; its path is printed.
 """
 
 from __future__ import annotations

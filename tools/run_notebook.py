@@ -22,7 +22,7 @@ COLORS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def shown(output: Any) -> str:
-    """An output as text: Markdown where it has it, else plain text."""
+    """An output as text: its Markdown if it has any, else plain text."""
     if output.output_type == "stream":
         return str(output.text)
     if output.output_type == "error":
@@ -38,14 +38,14 @@ def main() -> int:
     parser.add_argument("notebook", type=Path)
     parser.add_argument("--save", action="store_true", help="write the outputs into the notebook")
     arguments = parser.parse_args()
-    os.environ.setdefault("SOLLOL_KEEP_ALIVE", "10s")  # nobody comes back to these engines
+    os.environ.setdefault("SOLLOL_KEEP_ALIVE", "10s")  # nobody uses these engines later
     notebook = nbformat.read(arguments.notebook, as_version=4)
     folder = str(arguments.notebook.resolve().parent)
     client = NotebookClient(
         notebook,
         timeout=CELL_TIMEOUT_S,
         coalesce_streams=True,
-        store_widget_state=False,  # what is to stay is shown beside each widget
+        store_widget_state=False,  # a text version is shown beside each widget
         resources={"metadata": {"path": folder}},
     )
     try:
@@ -61,7 +61,7 @@ def main() -> int:
         for cell in notebook.cells:
             cell.metadata.pop("execution", None)  # times of this run
         nbformat.write(notebook, arguments.notebook)
-    print(f"To go on in JupyterLab: make lab, then open {arguments.notebook.name}")
+    print(f"To continue in JupyterLab: make lab, then open {arguments.notebook.name}")
     return 0
 
 

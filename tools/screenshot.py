@@ -34,7 +34,7 @@ def main() -> int:
         return 1
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        # Nobody comes back to these engines.
+        # Nobody uses these engines later.
         own = {"SOLLOL_STATE_DIR": str(folder / "state"), "SOLLOL_KEEP_ALIVE": "5s"}
         with headless_lab(chromium, folder / "lab", folder, **own) as lab:
             page = lab.open(arguments.notebook, theme=arguments.theme, viewport=(WIDTH, arguments.height))

@@ -1,6 +1,6 @@
 """The demo text: questions and answers read from `text/`, and random training conversations made of them.
 
-A text file is a list of blocks, parted by lines of `---`: several `Q:` lines that are trained on, perhaps an
+A text file is a list of blocks, separated by lines of `---`: several `Q:` lines that are trained on, perhaps an
 `H:` line that is held out for verification, and one `A:` answer that runs to the end of the block. Questions
 outside the demo's subject all get one answer; they are made from patterns and word lists, so there are very many.
 """
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 TEXT_FOLDER = Path(__file__).parent / "text"
 LONG_BLOCKS = "long.txt"
 OUT_OF_SCOPE_SHARE = 0.35
-# An answer is known by its first tokens: they carry the choice between answers, so the loss weighs them more, and
-# half of the single-turn conversations stop after them, which leaves room for many more questions in a batch.
+# The first tokens of an answer decide which answer it is, so they have a higher weight in the loss, and half of
+# the single-turn conversations stop after them, which leaves room for many more questions in a batch.
 CHOICE_TOKENS = 6
 CHOICE_WEIGHT = 4.0
 
@@ -67,7 +67,7 @@ class Exchange:
 
 @dataclass(frozen=True, slots=True)
 class OutOfScope:
-    """The patterns of questions that have nothing to do with the demo, and the one answer to all of them."""
+    """The patterns of questions outside the demo's subject, and the one answer to all of them."""
 
     patterns: tuple[str, ...]
     words: dict[str, tuple[str, ...]]
@@ -91,7 +91,7 @@ class Corpus:
     system_prompts: tuple[str, ...]
 
     def texts(self, seed: int) -> list[str]:
-        """All text once, answers and a sample of out-of-scope questions too: what the tokenizer learns from."""
+        """The text that the tokenizer learns from: all of it, and a sample of out-of-scope questions."""
         rng = np.random.default_rng(seed)
         questions = [question for exchange in self.exchanges for question in exchange.questions]
         answers = [exchange.answer for exchange in self.exchanges]
@@ -150,7 +150,7 @@ def read_corpus(folder: Path = TEXT_FOLDER) -> Corpus:
     for exchange in exchanges:
         for question in exchange.questions + exchange.held_out:
             if question.casefold() in seen:
-                raise ValueError(f"this question stands in the text twice: {question!r}")
+                raise ValueError(f"this question occurs twice in the text: {question!r}")
             seen.add(question.casefold())
     sections = _read_sections(folder / "out_of_scope.txt")
     words = _read_sections(folder / "out_of_scope_words.txt")
@@ -181,7 +181,7 @@ class Sampler:
         return bool(self._rng.random() < probability)
 
     def reworded(self, question: str) -> str:
-        """The question as somebody else might type it; never another written question."""
+        """The question as another person might type it; never another question of the text."""
         rng, original = self._rng, question
         if self._chance(0.35):
             for pattern, forms in _OPENINGS:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from model import ModelShape, Weights
 
-# ChatML, word for word as it is widely used: engines recognise it by its text.
+# ChatML, in its most common spelling: engines recognise it by its text.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>'"
     " + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"

@@ -26,7 +26,7 @@ DEFAULT_OUT = Path(__file__).parents[2] / "sollol_nb" / "models" / "demo.gguf"
 
 
 def train(shape: ModelShape, sampler: Sampler, steps: int) -> Weights:
-    """Train for `steps` batches and return the weights; prints the loss now and then.
+    """Train for `steps` batches and return the weights; prints the loss every 50 steps.
 
     Muon moves the layers' matrices and Adam the rest, which takes far fewer steps than Adam alone.
     """
@@ -69,7 +69,7 @@ def train(shape: ModelShape, sampler: Sampler, steps: int) -> Weights:
 
 
 def grade(shape: ModelShape, weights: Weights, sheets: list[tuple[list[int], int]]) -> tuple[int, float]:
-    """How many answers are exactly the greedy ones, and the lowest probability any of their tokens has."""
+    """How many answers are exactly the greedy ones, and the lowest probability of any of their tokens."""
     score = jax.jit(functools.partial(logits, shape))
     right, lowest = 0, 1.0
     for ids, begin in sheets:
@@ -94,7 +94,7 @@ def main() -> None:
     tokenizer = Tokenizer(learn_merges(corpus.texts(SEED), MERGE_COUNT))
     shape = ModelShape(vocab_size=len(tokenizer.tokens))
     weights = train(shape, Sampler(corpus, tokenizer, SEED), options.steps)
-    # What is shipped is what is graded: weights as F16 holds them.
+    # Grade the weights that are shipped: rounded to F16.
     shipped = {name: jnp.asarray(np.asarray(values, np.float16), jnp.float32) for name, values in weights.items()}
     for name, sheets in (
         ("trained", exam(corpus, tokenizer, lambda exchange: exchange.questions)),

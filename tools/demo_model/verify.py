@@ -1,6 +1,6 @@
 """Ask a running engine that serves demo.gguf every question, greedily, and compare its answers with the text.
 
-The engine is anything with /v1/chat/completions: llama-server alone, llama-server over RPC workers, or Ollama.
+The engine is any server with /v1/chat/completions: llama-server alone, llama-server over RPC workers, or Ollama.
 `--save` keeps all answers, `--same-as` compares them with those of an earlier run, answer by answer.
 """
 
@@ -63,7 +63,7 @@ NOTABLE = (
     "What is the capital of France?",
     "Write me a poem",
 )
-# Shares of right answers below which a kind of question fails. What was trained must be exact.
+# Minimum shares of correct answers by kind of question. Trained questions must be answered exactly.
 REQUIRED = {
     "trained": 1.0,
     "reworded": 0.95,
@@ -133,7 +133,7 @@ def ask(base_url: str, model: str, messages: Messages) -> str:
 
 
 def differing_tokens(base_url: str, tokenizer: Tokenizer, texts: list[str]) -> list[str]:
-    """The texts that llama-server's /tokenize splits otherwise than the tokenizer of training."""
+    """The texts that llama-server's /tokenize splits differently from the training tokenizer."""
 
     def tokens(text: str) -> list[int]:
         answer = _post(f"{base_url}/tokenize", {"content": text, "add_special": True})
@@ -165,10 +165,10 @@ def continued(base_url: str, corpus: Corpus, tokenizer: Tokenizer) -> list[tuple
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("base_url", help="for example http://127.0.0.1:8080")
-    parser.add_argument("--model", default="demo", help="the model's name at the engine; only Ollama looks at it")
-    parser.add_argument("--ollama", action="store_true", help="leave out what only llama-server has")
+    parser.add_argument("--model", default="demo", help="the model's name at the engine; only Ollama uses it")
+    parser.add_argument("--ollama", action="store_true", help="skip the checks that only llama-server supports")
     parser.add_argument("--save", type=Path, help="write all answers to this JSON file")
-    parser.add_argument("--same-as", type=Path, help="answers saved earlier, which these must equal")
+    parser.add_argument("--same-as", type=Path, help="compare with answers saved earlier")
     parser.add_argument("--expected", type=Path, help="write the notable answers to this JSON file")
     parser.add_argument("--every", type=int, default=1, help="ask only every n-th question")
     options = parser.parse_args()
@@ -182,7 +182,7 @@ def main() -> int:
         results += continued(options.base_url, corpus, tokenizer)
         texts = [text for e in corpus.exchanges for text in (*e.questions, e.answer)] + list(corpus.system_prompts)
         for text in differing_tokens(options.base_url, tokenizer, texts):
-            print(f"tokenized otherwise: {text!r}")
+            print(f"tokenized differently: {text!r}")
             failed = True
 
     for kind, group in itertools.groupby(sorted(results, key=lambda r: r[0].kind), key=lambda r: r[0].kind):
