@@ -63,7 +63,7 @@ class RowFilter:
             raise ConfigError(f"last={last!r} is not a positive number of rows; write last=20")
         if status is not None and status not in STATUSES:
             near = difflib.get_close_matches(str(status), STATUSES, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(STATUSES)}"
+            hint = f"did you mean {near[0]!r}?" if near else f"known statuses: {', '.join(STATUSES)}"
             raise ConfigError(f"status={status!r} is unknown; {hint}")
         for name, text in (("model", model), ("backend", backend)):
             if text is not None and not isinstance(text, str | PurePath):

@@ -220,7 +220,8 @@ def check_strategy(strategy: str) -> None:
     if strategy not in STRATEGIES:
         near = difflib.get_close_matches(strategy, STRATEGIES, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(f"there is no strategy {strategy!r}; {hint}known are {', '.join(sorted(STRATEGIES))}")
+        known = ", ".join(sorted(STRATEGIES))
+        raise ConfigError(f"there is no strategy {strategy!r}; {hint}known strategies: {known}")
 
 
 def plan_from_counts(

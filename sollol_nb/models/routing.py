@@ -61,7 +61,7 @@ def checked_backend(backend: str | None) -> str | None:
     if backend is None or (isinstance(backend, str) and backend.lower() in BACKEND_NAMES):
         return BACKEND_NAMES[backend.lower()] if backend is not None else None
     near = difflib.get_close_matches(str(backend).lower(), BACKEND_NAMES, 1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(BACKEND_NAMES)}"
+    hint = f"did you mean {near[0]!r}?" if near else f"known backends: {', '.join(BACKEND_NAMES)}"
     raise ConfigError(f"backend={backend!r} is unknown; {hint}")
 
 

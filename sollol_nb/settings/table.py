@@ -338,7 +338,7 @@ def setting_of(name: str, label: str) -> Setting:
         }
         near = difflib.get_close_matches(name.lower(), SETTINGS, 1)
         meant = aliases.get(name.lower()) or (near[0] if near else None)
-        hint = f"did you mean {meant}?" if meant else f"known are {', '.join(SETTINGS)}"
+        hint = f"did you mean {meant}?" if meant else f"known settings: {', '.join(SETTINGS)}"
         raise ConfigError(f"{label}: there is no setting {name!r}; {hint}")
     return setting
 

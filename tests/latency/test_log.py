@@ -196,7 +196,7 @@ def test_what_cannot_be_read_as_a_time_is_named(moment: Any) -> None:
     ("wanted", "message"),
     [
         ({"status": "canceled"}, "did you mean 'cancelled'"),
-        ({"status": "good"}, "known are ok, error, timeout, cancelled"),
+        ({"status": "good"}, "known statuses: ok, error, timeout, cancelled"),
         ({"model": 7}, "model=7 is not a name"),
     ],
 )

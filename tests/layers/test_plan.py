@@ -205,7 +205,7 @@ def test_no_workers_make_no_plan() -> None:
     [
         ("evn", "did you mean 'even'"),
         ("memory-aware", "did you mean 'memory_aware'"),
-        ("zzz", "known are even, memory_aware"),
+        ("zzz", "known strategies: even, memory_aware"),
     ],
 )
 def test_an_unknown_strategy_is_answered_with_the_known_ones(strategy: str, words: str) -> None:

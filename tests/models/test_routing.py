@@ -175,7 +175,7 @@ def test_a_backend_has_a_short_name(written: str | None, backend: str | None) ->
     ("written", "text"),
     [
         ("olama", "backend='olama' is unknown; did you mean 'ollama'?"),
-        ("xyz", "backend='xyz' is unknown; known are auto, ollama, sharded, local, ollama-pool, llama.cpp-"),
+        ("xyz", "backend='xyz' is unknown; known backends: auto, ollama, sharded, local, ollama-pool, llama.cpp-"),
         (7, "backend=7 is unknown"),
     ],
 )

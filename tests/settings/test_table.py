@@ -355,7 +355,7 @@ def test_a_byte_order_mark_is_no_error(folder: Path) -> None:
         ("temprature = 1", ": there is no setting 'temprature'; did you mean temperature?"),
         ("rpc_backends = []", ": there is no setting 'rpc_backends'; did you mean workers?"),
         ("OLLAMA_HOST = 'a'", ": there is no setting 'OLLAMA_HOST'; did you mean ollama_hosts?"),
-        ("xyz = 1", ": there is no setting 'xyz'; known are model, temperature, top_p"),
+        ("xyz = 1", ": there is no setting 'xyz'; known settings: model, temperature, top_p"),
         ("[router]\nslots = 2", ": there is no setting 'router'; "),
         ("workers = ['a:b']", ": workers: 'a:b' is not an endpoint; use host:port"),
         ("slots 2", " is not TOML: "),
