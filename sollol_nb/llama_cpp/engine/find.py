@@ -172,7 +172,7 @@ def _in_named_folder(folder: Path, source: str) -> Engine:
     if not folder.is_dir():
         raise EngineNotFoundError(f"{named} is not a folder; correct or remove it")
     nearest = next((pair for pair in pairs if pair.server or pair.worker), pairs[0])
-    raise EngineNotFoundError(f"{named} has no {nearest.missing}, nor has its build/bin; correct or remove it")
+    raise EngineNotFoundError(f"no {nearest.missing} in {named} or its build/bin; correct or remove it")
 
 
 def _usual_pairs() -> Iterator[tuple[str, str, _Pair]]:

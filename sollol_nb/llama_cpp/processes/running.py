@@ -90,7 +90,7 @@ async def stop_engines(names: Collection[str] = (), *, also_used: bool = False) 
     known = {label for engine in engines for label in (engine.name, engine.id)}
     for name in names:
         if name not in known:
-            running = ", ".join(sorted(known)) or "nothing"
+            running = ", ".join(sorted({engine.name for engine in engines})) or "nothing"
             raise ConfigError(f"nothing named {name!r} is running (running: {running})")
     stopped = []
     # Coordinators come first; then the workers that they held are free.

@@ -88,7 +88,7 @@ def test_stop_of_an_unknown_name_is_one_error_line(
     running: list[EngineProcess], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["stop", "bog"]) == 1
-    assert "nothing named 'bog' is running (running: 127.0.0.1:50052, big, " in capsys.readouterr().err
+    assert "nothing named 'bog' is running (running: 127.0.0.1:50052, big)" in capsys.readouterr().err
 
 
 # --- logs -------------------------------------------------------------------------------------
