@@ -14,7 +14,7 @@ import pytest
 
 from sollol_nb.gguf.facts import ModelFacts, read_facts
 from sollol_nb.hybrid_router import HybridRouter
-from sollol_nb.layers.plan import LayerPlan, Shard
+from sollol_nb.layers.plan import LayerPlan
 from sollol_nb.llama_cpp.coordinators.load_progress import load_progress
 from sollol_nb.llama_cpp.coordinators.settings import CoordinatorSettings
 from sollol_nb.llama_cpp.engine.find import Engine
@@ -25,6 +25,7 @@ from sollol_nb.settings.endpoints import parse_endpoint
 from sollol_nb.text.tables import format_bytes
 from tests.support.engines import QUESTION, eventually_async, run
 from tests.support.gguf_files import write_llama
+from tests.support.layer_plans import shard
 
 MIB = 2**20
 ONE, TWO = "127.0.0.1:50052", "127.0.0.1:50053"
@@ -39,19 +40,6 @@ LAYERS = f"""\
 0.00.054.518 D load_tensors: layer   3 assigned to device RPC1, is_swa = 0
 0.00.054.519 D load_tensors: layer   4 assigned to device RPC1, is_swa = 0
 """
-
-
-def shard(endpoint: str, first: int, count: int, *, output: bool = False) -> Shard:
-    return Shard(
-        endpoint=endpoint,
-        first_layer=first,
-        layer_count=count,
-        has_output=output,
-        weight_bytes=0,
-        kv_bytes=0,
-        reserve_bytes=0,
-        free_bytes=0,
-    )
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import pytest
 from sollol_nb.errors import WorkersUnavailableError
 from sollol_nb.layers.plan import LayerPlan, Shard
 from sollol_nb.llama_cpp.coordinators.placement import Placement, read_placement, split_over_devices
+from tests.support.layer_plans import shard
 
 MIB = 2**20
 ONE, TWO = "127.0.0.1:50052", "127.0.0.1:50053"
@@ -36,19 +37,6 @@ def layers(devices: str, suffix: str = ", is_swa = 0") -> str:
     return "\n".join(
         f"0.00.013.{number:03d} D load_tensors: layer {number:3d} assigned to device {device}{suffix}"
         for number, device in enumerate(devices.split())
-    )
-
-
-def shard(endpoint: str, first: int, count: int, *, output: bool = False) -> Shard:
-    return Shard(
-        endpoint=endpoint,
-        first_layer=first,
-        layer_count=count,
-        has_output=output,
-        weight_bytes=0,
-        kv_bytes=0,
-        reserve_bytes=0,
-        free_bytes=0,
     )
 
 
