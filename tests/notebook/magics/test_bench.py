@@ -68,7 +68,7 @@ def test_the_stop_button_keeps_the_measurements(notebook: Kernel, state: Path) -
     notebook.manager.interrupt_kernel()
     shown = notebook.collect(cell)
     assert shown.status == "ok", shown.error
-    assert "incomplete: it was stopped before its end" in shown.text
+    assert "stopped before the end" in shown.text
     assert notebook.value("0 < len(stopped.rows) < 3000, stopped.complete") == "(True, False)"
 
 
@@ -78,9 +78,9 @@ def test_the_stop_button_keeps_the_measurements(notebook: Kernel, state: Path) -
         ("", "%sollol_bench: model is missing"),
         ("demo:sharded --layuots 1", "unknown option --layuots; did you mean --layouts?"),
         ("demo:sharded --layouts 5/4", "layout 5/4 places 9 units, but demo:sharded has 13"),
-        ("demo:sharded --layouts 9", "9 workers are needed and 3 are known; start them here with"),
+        ("demo:sharded --layouts 9", "the benchmark needs 9 workers but found only 3; start workers here with"),
         ("demo:sharded --prompts questoins", "did you mean questions?"),
-        ("demo:sharded --prompts 99", "prompts=99: there are"),
+        ("demo:sharded --prompts 99", "prompts=99: choose between 1 and 8 built-in prompts"),
         ("demo:sharded --repeat x", "--repeat takes a whole number"),
         ("demo:sharded --out 1x", "'1x' (--out) is not a valid variable name"),
     ],
