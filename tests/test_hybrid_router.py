@@ -370,7 +370,7 @@ HELLO = [{"role": "user", "content": "Hello!"}]
             ModelNotFoundError,
             "fetch it with `ollama pull llama3.1:70b`, or give gguf_path=",
         ),
-        ("/no/such.gguf", HELLO, {}, ModelFileError, "/no/such.gguf is not there; give the path of a GGUF file"),
+        ("/no/such.gguf", HELLO, {}, ModelFileError, "/no/such.gguf does not exist; give the path of a GGUF file"),
     ],
 )
 def test_bad_input_is_one_line_that_says_what_to_do(
@@ -644,7 +644,7 @@ def test_a_small_model_that_ollama_has_no_memory_for_is_sharded(
             mine.start_workers(workers)
             answer = mine.route_request("hungry:1b", "Hello!", max_tokens=4)
             assert answer.routing["backend"] == DISTRIBUTED
-            assert "it has no memory for it, so it is sharded" in answer.routing["reason"]
+            assert "Ollama has too little memory for it, so it is sharded" in answer.routing["reason"]
             assert "memory" in answer.routing["failovers"][0]["what"]
             assert mine.latency.frame(last=1).failovers[0] == 1
         else:

@@ -1,1 +1,10 @@
-"""models"""
+"""Models: their names, files and profiles, and where a model may run.
+
+- `names.py`: a model's name, taken apart.
+- `files.py`: from a name to a GGUF file: the demo model, a path, Ollama's storage.
+- `profiles.py`: the size of a model, and whether it needs sharding.
+- `routing.py`: which backend a model runs on, and why.
+- `listing.py`: all known models as a frame.
+
+`demo.gguf` is the demo model.
+"""

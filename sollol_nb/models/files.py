@@ -59,17 +59,17 @@ def find_model_file(model: str, gguf_path: str | Path | None = None) -> Path | N
     Args:
         model: `demo` and `demo:sharded` name the file in this package; a name that ends in `.gguf` is a path;
             others are looked up in Ollama's storage.
-        gguf_path: used instead of that look-up.
+        gguf_path: the file to use instead of Ollama's.
 
     Raises:
-        ModelFileError: a file is named but is not there, or Ollama's is damaged or unreadable.
+        ModelFileError: the named file does not exist, or Ollama's file is damaged or unreadable.
     """
     if model in DEMO_NAMES:
         return DEMO_MODEL_PATH
     if gguf_path is not None or model.endswith(".gguf"):
         path = Path(model if model.endswith(".gguf") or gguf_path is None else gguf_path).expanduser().absolute()
         if not path.is_file():
-            raise ModelFileError(f"{path} is not there; give the path of a GGUF file")
+            raise ModelFileError(f"{path} does not exist; give the path of a GGUF file")
         return path
     try:
         return OllamaGGUFResolver().resolve(model)
@@ -95,10 +95,10 @@ class OllamaModelFiles:
 
 
 def storage_folders() -> list[Path]:
-    """Where Ollama may keep its models on this system, `OLLAMA_MODELS` first; they need not exist."""
+    """The folders where Ollama may keep its models on this system, `OLLAMA_MODELS` first; they need not exist."""
     chosen = config.default("ollama_models")
     folders = [chosen] if chosen is not None else []
-    # ~/.ollama holds on Linux, macOS and Windows alike.
+    # ~/.ollama is used on Linux, macOS and Windows.
     folders.append(Path.home() / ".ollama" / "models")
     if sys.platform != "win32":
         folders += [
@@ -117,7 +117,7 @@ class OllamaGGUFResolver:
     """Finds the GGUF file of a model that Ollama has on this machine's disk.
 
     Args:
-        models_dir: Ollama's storage; None looks in `OLLAMA_MODELS` and the usual places, in that order.
+        models_dir: Ollama's storage; None searches `OLLAMA_MODELS` and the usual folders, in this order.
     """
 
     def __init__(self, models_dir: str | Path | None = None) -> None:
@@ -125,7 +125,7 @@ class OllamaGGUFResolver:
 
     @property
     def folders(self) -> list[Path]:
-        """The storage folders looked at, in order."""
+        """The storage folders that are searched, in order."""
         return storage_folders() if self._models_dir is None else [self._models_dir]
 
     def get_gguf_path(self, model: str) -> str:
@@ -140,9 +140,10 @@ class OllamaGGUFResolver:
         """The GGUF file of a model that llama.cpp can load.
 
         Raises:
-            ModelNotFoundError: Ollama's storage here has no such model; the message says where it was looked for.
-            ModelFileError: it has, but the file is missing, unfinished, not readable, not GGUF, or not of an
-                architecture llama.cpp loads.
+            ModelNotFoundError: the model is not in Ollama's storage here; the message names the searched folders.
+            ModelFileError: it is, but the file is missing, incomplete, not readable, not GGUF, or of an
+            architecture
+                that llama.cpp does not load.
         """
         return self.files(model).model
 
@@ -150,21 +151,23 @@ class OllamaGGUFResolver:
         """All GGUF files of a model. Raises what `resolve` raises."""
         text, pinned = split_digest(model)
         wanted = ModelName.parse(text) if text else None
-        trouble: ModelError | None = None
+        first_error: ModelError | None = None
         for folder in self.folders:
             try:
-                found = _blob_alone(folder, pinned) if wanted is None else _look(folder, wanted, pinned)
-            except ModelError as error:  # perhaps another storage has it whole
-                trouble = trouble or error
+                found = _find_blob(folder, pinned) if wanted is None else _find_model(folder, wanted, pinned)
+            except ModelError as error:  # another folder may have it complete
+                first_error = first_error or error
             else:
                 if found is not None:
                     return found
-        if trouble is not None:
-            raise trouble
-        places = ", ".join(str(folder) for folder in self.folders)
+        if first_error is not None:
+            raise first_error
+        searched = ", ".join(str(folder) for folder in self.folders)
         name = f"sha256:{pinned}" if wanted is None else str(wanted)
-        advice = "" if wanted is None else f"; run: ollama pull {wanted}"
-        raise ModelNotFoundError(f"Ollama's storage on this machine has no {name} (looked in {places}){advice}")
+        advice = "" if wanted is None else f". Run: ollama pull {wanted}"
+        raise ModelNotFoundError(
+            f"{name} is not in Ollama's storage on this machine (searched {searched}){advice}"
+        )
 
     def installed(self) -> list[str]:
         """Names of the models in storage as `ollama list` shows them, sorted; whether they load is not checked."""
@@ -173,7 +176,7 @@ class OllamaGGUFResolver:
 
 
 def _manifests(folder: Path) -> Iterator[tuple[ModelName, Path]]:
-    """Name and path of every manifest; folders that cannot be read hold none."""
+    """Name and path of every manifest; folders that cannot be read count as empty."""
     root = folder / "manifests"
     try:
         paths = sorted(root.glob("*/*/*/*"))
@@ -190,37 +193,37 @@ def _manifests(folder: Path) -> Iterator[tuple[ModelName, Path]]:
             yield name, path
 
 
-def _look(folder: Path, wanted: ModelName, pinned: str) -> OllamaModelFiles | None:
-    """The model's files in one storage folder; None if it is not there."""
+def _find_model(folder: Path, wanted: ModelName, pinned: str) -> OllamaModelFiles | None:
+    """The model's files in one storage folder; None if the folder does not have it."""
     path = folder.joinpath("manifests", wanted.host, wanted.namespace, wanted.model, wanted.tag)
     try:
-        if not _is_there(path):
+        if not _is_file(path):
             path = next((path for name, path in _manifests(folder) if name.key == wanted.key), path)
-            if not _is_there(path):
+            if not _is_file(path):
                 return None
         with path.open("rb") as file:
             content = file.read(_MANIFEST_LIMIT_BYTES)
     except PermissionError:
-        raise _not_readable(str(wanted), path, folder) from None
+        raise _permission_error(str(wanted), path, folder) from None
     except OSError as error:
         raise ModelFileError(f"{wanted}: cannot read {path}: {error.strerror}") from None
     layers, config_digest = _layers(wanted, path, content)
     models = [layer for layer in layers if layer["mediaType"] == _LAYER + "model"]
     if pinned and pinned not in (hashlib.sha256(content).hexdigest(), *(_hex(layer) for layer in models)):
-        raise ModelFileError(f"{wanted} is in {folder}, but not with the digest sha256:{pinned}")
+        raise ModelFileError(f"{wanted} in {folder} does not have the digest sha256:{pinned}")
     if not models:
         raise _no_model_layer(wanted, path, layers, config_digest)
-    # Of several Ollama itself takes the last.
+    # Of several Ollama itself uses the last.
     return OllamaModelFiles(
         str(wanted),
         _checked_model(str(wanted), _blob(folder, str(wanted), models[-1])),
-        tuple(_blob(folder, str(wanted), x) for x in layers if x["mediaType"] == _LAYER + "projector"),
-        tuple(_blob(folder, str(wanted), x) for x in layers if x["mediaType"] == _LAYER + "adapter"),
+        tuple(_blob(folder, str(wanted), layer) for layer in layers if layer["mediaType"] == _LAYER + "projector"),
+        tuple(_blob(folder, str(wanted), layer) for layer in layers if layer["mediaType"] == _LAYER + "adapter"),
     )
 
 
-def _is_there(path: Path) -> bool:
-    """Whether there is such a file. Raises PermissionError where that cannot be known."""
+def _is_file(path: Path) -> bool:
+    """Whether the file exists. Raises PermissionError where that cannot be known."""
     try:
         return stat.S_ISREG(path.stat().st_mode)
     except PermissionError:
@@ -229,14 +232,14 @@ def _is_there(path: Path) -> bool:
         return False
 
 
-def _blob_alone(folder: Path, digest: str) -> OllamaModelFiles | None:
+def _find_blob(folder: Path, digest: str) -> OllamaModelFiles | None:
     path = folder / "blobs" / f"sha256-{digest}"
     name = f"sha256:{digest}"
     try:
-        if not _is_there(path):
+        if not _is_file(path):
             return None
     except PermissionError:
-        raise _not_readable(name, path, folder) from None
+        raise _permission_error(name, path, folder) from None
     return OllamaModelFiles(name, _checked_model(name, path))
 
 
@@ -252,7 +255,7 @@ def _layers(name: ModelName, path: Path, content: bytes) -> tuple[list[dict[str,
             _hex(layer)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelFileError(
-            f"{name}: {path} is not a manifest of Ollama ({error!r}); run: ollama pull {name}"
+            f"{name}: {path} is not an Ollama manifest ({error!r}). Run: ollama pull {name}"
         ) from None
     return layers, config_digest
 
@@ -268,62 +271,64 @@ def _no_model_layer(
     name: ModelName, path: Path, layers: list[dict[str, Any]], config_digest: str
 ) -> ModelFileError:
     if any(layer["mediaType"].startswith(_LAYER + "tensor") for layer in layers):
-        return ModelFileError(f"{name} is stored as separate tensors ({path}), not as GGUF; pull a GGUF variant")
+        return ModelFileError(
+            f"{name} is stored as separate tensors ({path}), not as GGUF; pull a GGUF variant of it"
+        )
     blob = path.parents[4] / "blobs" / config_digest.replace(":", "-")
     try:
         settings = json.loads(blob.read_bytes()) if DIGEST.fullmatch(config_digest) else {}
     except (OSError, ValueError):
         settings = {}
     if isinstance(settings, dict) and settings.get("remote_host"):
-        return ModelFileError(f"{name} is a cloud model ({path}): there is no file of it on this machine")
-    return ModelFileError(f"{name}: {path} names no model layer; run: ollama pull {name}")
+        return ModelFileError(f"{name} is a cloud model ({path}); it has no file on this machine")
+    return ModelFileError(f"{name}: {path} has no model layer. Run: ollama pull {name}")
 
 
 def _blob(folder: Path, name: str, layer: dict[str, Any]) -> Path:
-    """The file of a layer, whole by its size."""
+    """The file of a layer, with its size checked."""
     path = folder / "blobs" / f"sha256-{_hex(layer)}"
-    again = f"; run: ollama pull {name}"
+    again = f". Run: ollama pull {name}"
     try:
         size_bytes = path.stat().st_size
     except PermissionError:
-        raise _not_readable(name, path, folder) from None
+        raise _permission_error(name, path, folder) from None
     except OSError:
         if any(path.parent.glob(path.name + "-partial*")):
-            raise ModelFileError(f"{name}: the download of {path} is unfinished{again}") from None
+            raise ModelFileError(f"{name}: the download of {path} is incomplete{again}") from None
         raise ModelFileError(f"{name}: {path} is missing{again}") from None
     stated_bytes = layer.get("size", size_bytes)
     if size_bytes != stated_bytes:
-        raise ModelFileError(f"{name}: {path} has {size_bytes} bytes, not the {stated_bytes} stated{again}")
+        raise ModelFileError(f"{name}: {path} has {size_bytes} bytes instead of {stated_bytes}{again}")
     return path
 
 
 def _checked_model(name: str, path: Path) -> Path:
-    """The path, if llama.cpp can load what is in it."""
+    """The path, if llama.cpp can load the file."""
     try:
         architecture = read_facts(path).architecture
     except ModelFileError as error:
         raise ModelFileError(f"{name}: {error}") from error
     if architecture not in ARCHITECTURES:
         raise ModelFileError(
-            f"{name}: {path} is of the architecture {architecture!r}, which this llama.cpp does not load; "
-            "run it through Ollama, or use a GGUF made for llama.cpp"
+            f"{name}: {path} has the architecture {architecture!r}, which this llama.cpp does not load; "
+            "run it in Ollama, or use a GGUF made for llama.cpp"
         )
-    # Ollama's own engine keeps vision and audio tensors in the model's file; llama.cpp wants a file of their own
-    # and refuses the rest ("wrong number of tensors").
+    # Ollama's own engine keeps vision and audio tensors in the model's file; llama.cpp needs them in a separate
+    # file and refuses this one ("wrong number of tensors").
     with path.open("rb") as file:
         header = file.read(_HEADER_START_BYTES)
     for part in ("vision", "audio"):
         key = f"{architecture}.{part}.block_count".encode()
         if struct.pack("<Q", len(key)) + key in header:
             raise ModelFileError(
-                f"{name}: {path} has its {part} part in the same file, a form only Ollama's own engine loads; "
-                "run it through Ollama, or use a GGUF made for llama.cpp (such as hf.co/user/repo:quant)"
+                f"{name}: {path} contains its {part} part, a form that only Ollama's own engine loads; "
+                "run it in Ollama, or use a GGUF made for llama.cpp (such as hf.co/user/repo:quant)"
             )
     return path
 
 
-def _not_readable(name: str, path: Path, folder: Path) -> ModelFileError:
-    fix = "give yourself the right to read it"
+def _permission_error(name: str, path: Path, folder: Path) -> ModelFileError:
+    fix = "allow your user to read it"
     if sys.platform != "win32":
         fix = f"run: sudo usermod -aG ollama $USER (and log in again), or: sudo chmod -R a+rX {folder}"
     return ModelFileError(f"{name}: no permission to read {path}; {fix}")

@@ -1,4 +1,4 @@
-"""The models that can be asked: those of Ollama's nodes and storage, those that run, those that have a profile."""
+"""The list of models: those of Ollama's nodes and storage, those that run, those that have a profile."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ListedModel:
     """One model.
 
     Attributes:
         model: its name.
-        where: who has it: URLs of Ollama nodes, `this machine`, `built in`, or "" where nobody has.
+        where: URLs of the Ollama nodes that have it, `this machine`, `built in`, or "" for none.
         parameters_b: billions of parameters; None when unknown.
         memory_gb: estimated memory in 1e9 bytes; None when unknown.
-        sharded: whether its requests are spread over workers; None when its size is unknown.
+        sharded: whether it needs sharding; None when its size is unknown.
         running: URL of the coordinator that runs it, `loaded` if an Ollama node has it loaded, or "".
     """
 
@@ -37,10 +37,16 @@ class ListedModel:
 
     @classmethod
     def of(cls, profile: ModelProfile, where: str, running: str) -> ListedModel:
-        """A model by its profile."""
+        """The entry of a model, from its profile."""
         memory_gb = None if profile.memory_bytes is None else round(profile.memory_bytes / 1e9, 2)
-        sharded = profile.requires_distributed
-        return cls(profile.model, where, profile.parameter_count_b, memory_gb, sharded, running)
+        return cls(
+            model=profile.model,
+            where=where,
+            parameters_b=profile.parameter_count_b,
+            memory_gb=memory_gb,
+            sharded=profile.requires_distributed,
+            running=running,
+        )
 
 
 def list_models(
@@ -51,41 +57,41 @@ def list_models(
     in_storage: Iterable[str],
     coordinators: Mapping[str, str],
 ) -> list[ListedModel]:
-    """All models, those that can be asked at once first, then by name.
+    """All models: the running ones first, then the available ones, each by name.
 
     Args:
-        profile_of: gives a model's profile.
+        profile_of: returns a model's profile.
         in_ollama: entries of `OllamaPool.list`.
         loaded: entries of `OllamaPool.ps`.
         in_storage: names found in Ollama's storage on this machine.
-        coordinators: model to URL of the coordinators that run.
+        coordinators: model -> URL of the running coordinators.
     """
     where: dict[str, list[str]] = {name: [] for name in MODEL_PROFILES}
     for entry in in_ollama:
         where.setdefault(_short(str(entry["name"])), []).extend(entry["nodes"])
     for name in in_storage:
-        places = where.setdefault(_short(name), [])
-        if not places:  # a node on this machine says so by itself
-            places.append("this machine")
+        owners = where.setdefault(_short(name), [])
+        if not owners:  # otherwise a node on this machine may be among them
+            owners.append("this machine")
     for name in coordinators:
         where.setdefault(name, [])
     for name in DEMO_NAMES:
         where.setdefault(name, []).append("built in")
 
-    def listed(name: str, places: list[str]) -> ListedModel:
+    def listed(name: str, owners: list[str]) -> ListedModel:
         try:
             profile = profile_of(name)
-        except ModelError:  # one that is damaged must not hide the others
+        except ModelError:  # a damaged model must not hide the others
             profile = profile_of_name(name)
-        return ListedModel.of(profile, ", ".join(places), running.get(name, ""))
+        return ListedModel.of(profile, ", ".join(owners), running.get(name, ""))
 
     running = {_short(str(entry["name"])): "loaded" for entry in loaded} | dict(coordinators)
-    models = [listed(name, places) for name, places in where.items()]
-    return sorted(models, key=lambda one: (not one.running, not one.where, one.model))
+    models = [listed(name, owners) for name, owners in where.items()]
+    return sorted(models, key=lambda model: (not model.running, not model.where, model.model))
 
 
 def models_frame(models: Iterable[ListedModel]) -> pd.DataFrame:
-    """The models as a frame, one row each; columns are the attributes of `ListedModel`."""
+    """The models as a frame, a row each; its columns are the attributes of `ListedModel`."""
     import pandas as pd
 
     dtypes = {
@@ -96,7 +102,7 @@ def models_frame(models: Iterable[ListedModel]) -> pd.DataFrame:
         "sharded": "boolean",
         "running": "string",
     }
-    rows = [[getattr(one, field.name) for field in fields(ListedModel)] for one in models]
+    rows = [[getattr(model, field.name) for field in fields(ListedModel)] for model in models]
     return pd.DataFrame(rows, columns=list(dtypes)).astype(dtypes)
 
 

@@ -25,7 +25,7 @@ _NAME_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}")
 
 @dataclass(frozen=True, slots=True)
 class ModelName:
-    """A model's name, with the parts Ollama leaves out filled in."""
+    """A model's name, with defaults for the parts that users leave out."""
 
     host: str
     namespace: str
@@ -49,7 +49,7 @@ class ModelName:
         checks = ((_HOST_PART, host), (_NAMESPACE_PART, namespace), (_NAME_PART, model), (_NAME_PART, tag))
         if not all(pattern.fullmatch(part) for pattern, part in checks):
             raise ModelNotFoundError(
-                f"{text!r} is not the name of an Ollama model; names look like llama3.1:70b, user/model:tag or "
+                f"{text!r} is not the name of an Ollama model; use a name such as llama3.1:70b, user/model:tag or "
                 "hf.co/user/repo:quant"
             )
         return cls(host, namespace, model, tag)
@@ -69,11 +69,15 @@ class ModelName:
 
 
 def split_digest(model: str) -> tuple[str, str]:
-    """A name without its digest, and the digest's hex digits; either may be empty."""
+    """A name without its digest, and the hex digits of the digest; either may be empty.
+
+    Raises:
+        ModelNotFoundError: the digest is malformed.
+    """
     text, at, digest = model.strip().partition("@")
     if not at and DIGEST.fullmatch(text):
         text, at, digest = "", "@", text
     match = DIGEST.fullmatch(digest)
     if at and match is None:
-        raise ModelNotFoundError(f"{model!r} has a digest that is not sha256: and 64 hex digits")
+        raise ModelNotFoundError(f"the digest in {model!r} must be sha256: and 64 hex digits")
     return text, match[1].lower() if match else ""

@@ -1,1 +1,10 @@
-"""ollama"""
+"""The Ollama backend: all Ollama nodes as one.
+
+- `pool.py`: the pool: chat, generate, embed, pull and the rest.
+- `serving.py`: how a request passes through the nodes: choose, wait, read, fail over.
+- `fitting.py`: chats whose oldest turns are dropped to fit the context.
+- `choice.py`: which node a request goes to.
+- `nodes.py`: one node: its state, its models, its speed.
+- `exchange.py`: one request to one node, with its silences watched.
+- `requests.py`: requests and answers as plain data.
+"""

@@ -25,6 +25,7 @@ from sollol_nb.errors import (
     TransportTimeoutError,
 )
 from sollol_nb.ollama.nodes import OllamaNode
+from sollol_nb.runtime.amounts import is_positive
 
 T = TypeVar("T")
 
@@ -46,8 +47,8 @@ class Deadline:
     """
 
     def __init__(self, timeout_s: float | None, model: str) -> None:
-        if timeout_s is not None and not timeout_s > 0:
-            raise ConfigError(f"timeout must be a positive number of seconds, not {timeout_s!r}")
+        if timeout_s is not None and not is_positive(timeout_s):
+            raise ConfigError(f"timeout={timeout_s!r} must be a positive number of seconds")
         self._timeout_s = timeout_s
         self._model = model
         self._end_s = None if timeout_s is None else time.monotonic() + timeout_s
@@ -193,7 +194,7 @@ def _translated(node: OllamaNode, error: Exception) -> Exception:
     if isinstance(error, TransportError):
         return node_lost(node, error)
     if isinstance(error, TypeError | ValueError):
-        return ConfigError(f"the request cannot be written as JSON ({error}); give images as base64 text")
+        return ConfigError(f"the request cannot be written as JSON ({error}); pass images as base64 text")
     return error
 
 

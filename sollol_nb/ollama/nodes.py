@@ -23,9 +23,9 @@ from sollol_nb.runtime.gate import Gate
 from sollol_nb.runtime.http_client import JsonClient
 from sollol_nb.settings.endpoints import DEFAULT_OLLAMA_PORT, LOOPBACK, format_endpoint, parse_endpoint
 
-QUERY_TIMEOUT_S = 3.0  # of short questions, such as what a node has
-INVENTORY_FRESH_S = 10.0  # older than this, it is asked for again beside the next request
-INVENTORY_RECENT_S = 1.0  # younger than this, it is trusted when it says that a model is missing
+QUERY_TIMEOUT_S = 3.0  # of short requests, such as for the list of models
+INVENTORY_FRESH_S = 10.0  # an older inventory is refreshed during the next request
+INVENTORY_RECENT_S = 1.0  # a younger inventory is trusted when it lacks a model
 FIRST_RETRY_S = 1.0
 LONGEST_RETRY_S = 60.0
 
@@ -61,7 +61,7 @@ class NodeStatus:
         models: names as `ollama list` shows them.
         running: requests of this pool that it is working on.
         waiting: requests of this pool waiting for it (some perhaps for other nodes too).
-        slots: requests it serves at once (`OLLAMA_NUM_PARALLEL`).
+        slots: requests it serves at the same time (`OLLAMA_NUM_PARALLEL`).
         expected_wait_ms: how long a new request would wait to start, from what was measured; 0 with a free slot.
         ms_per_token: measured, averaged over its models; None before the first answer.
         last_error: its last failure, if there was one.
@@ -129,7 +129,7 @@ class OllamaNode:
 
     Args:
         url: its base URL.
-        slots: requests it serves at once.
+        slots: requests it serves at the same time.
         on_change: called on every change.
     """
 
@@ -168,7 +168,7 @@ class OllamaNode:
 
     def residency(self, key: str) -> Residency:
         """Where it has a model (by `ModelName.key`)."""
-        # Ollama loads what several names share once, and shows it under one of them.
+        # Ollama loads a model with several names once, and shows one of the names.
         if key in self._loaded or self._digests.get(key) in self._loaded_digests:
             return Residency.LOADED
         return Residency.ON_DISK if key in self._on_disk else Residency.MISSING

@@ -54,6 +54,12 @@ BACKEND = "ollama-pool"
 EXTRAPOLATION_FACTOR = 4  # how much longer a prompt may be than the one its tokens are estimated by
 CHAT, GENERATE, EMBED = "/api/chat", "/api/generate", "/api/embed"
 
+_STATE_MESSAGES = {
+    NodeState.READY: "is ready",
+    NodeState.ABSENT: "is not running",
+    NodeState.COOLING: "failed; it is not used for a while",
+}
+
 
 @dataclass(slots=True, kw_only=True)
 class PoolRequest:
@@ -397,9 +403,9 @@ class Serving:
         for waited_for in self.nodes.values():
             waited_for.gate.dismiss()
         if has_new_state and self._events is not None:
-            words = f"Ollama at {node.url} is {node.state.value}"
             kind = EventKind(f"node.{node.state.value}")
-            self._events.publish(kind, node.url, words, error=node.last_error)
+            message = f"Ollama at {node.url} {_STATE_MESSAGES[node.state]}"
+            self._events.publish(kind, node.url, message, error=node.last_error)
 
     def unavailable(self) -> OllamaUnavailableError:
         errors = "; ".join(node.last_error or node.url for node in self.nodes.values())

@@ -1,1 +1,9 @@
-"""settings"""
+"""Settings: every default that a user can change, and where its value comes from.
+
+- `table.py`: the settings. `python -m sollol_nb.settings` prints them as Markdown.
+- `kinds.py`: which values are valid.
+- `config.py`: the value of a setting, from a variable, a file or the table; the package's folders.
+- `file.py`: `sollol_nb.toml`.
+- `endpoints.py`: endpoints (`host:port`) as text.
+- `__main__.py`: prints the table.
+"""

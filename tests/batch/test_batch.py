@@ -448,7 +448,7 @@ def test_an_error_that_begins_to_hit_every_row_is_raised_and_answers_are_kept(
             path.rename(moved)
 
     forget = router.events.subscribe(move)
-    with pytest.raises(ModelFileError, match="is not there") as caught:
+    with pytest.raises(ModelFileError, match="does not exist") as caught:
         router.map(range(5), "{{ item }}", model=str(path), concurrency=1, **GREEDY)
     forget()
     assert caught.value.__notes__ == ["1 of 5 rows are done and kept; the same call continues once this is fixed"]

@@ -96,9 +96,9 @@ def test_a_digest_that_ollama_shows_pins_the_model(ollama: OllamaServer) -> None
     path = resolver.resolve("llama3.2")
     for name in (f"llama3.2@sha256:{shown}", f"llama3.2@sha256:{blob}", f"sha256:{blob}", f"sha256-{blob}"):
         assert resolver.resolve(name) == path, name
-    with pytest.raises(ModelFileError, match="not with the digest"):
+    with pytest.raises(ModelFileError, match="does not have the digest"):
         resolver.resolve(f"llama3.2@sha256:{'0' * 64}")
-    with pytest.raises(ModelNotFoundError, match="no sha256:00"):
+    with pytest.raises(ModelNotFoundError, match=r"sha256:00.* is not in Ollama"):
         resolver.resolve(f"sha256:{'0' * 64}")
 
 
@@ -128,7 +128,7 @@ def test_a_manifest_cannot_lead_out_of_the_storage(storage: Storage, llama: byte
     stated = json.loads(manifest.read_text())
     stated["layers"][0]["digest"] = "sha256:../../../outside"
     manifest.write_text(json.dumps(stated))
-    with pytest.raises(ModelFileError, match="not a manifest of Ollama"):
+    with pytest.raises(ModelFileError, match="not an Ollama manifest"):
         OllamaGGUFResolver(storage.root).resolve("m")
 
 
@@ -153,8 +153,8 @@ def test_layers_are_told_apart_by_their_type(storage: Storage, llama: bytes, tmp
 @pytest.mark.parametrize(
     ("layers", "config", "reason"),
     [
-        ([], {}, "names no model layer.*ollama pull m:latest"),
-        ([("application/vnd.ollama.image.projector", b"GGUF")], {}, "names no model layer"),
+        ([], {}, "has no model layer.*ollama pull m:latest"),
+        ([("application/vnd.ollama.image.projector", b"GGUF")], {}, "has no model layer"),
         ([("application/vnd.ollama.image.tensor", b"x")], {}, "separate tensors.*not as GGUF"),
         ([], {"remote_host": "https://ollama.com"}, "cloud model.*no file"),
     ],
@@ -182,8 +182,8 @@ def leave_partial(path: Path) -> None:
     ("damage", "reason"),
     [
         pytest.param(lambda path: path.unlink(), "is missing", id="missing"),
-        pytest.param(leave_partial, "is unfinished", id="partial"),
-        pytest.param(truncate, "bytes, not the [0-9]+ stated", id="too short"),
+        pytest.param(leave_partial, "is incomplete", id="partial"),
+        pytest.param(truncate, "bytes instead of [0-9]+", id="too short"),
     ],
 )
 def test_a_damaged_blob_is_named_with_its_reason_and_the_remedy(
@@ -196,7 +196,7 @@ def test_a_damaged_blob_is_named_with_its_reason_and_the_remedy(
     message = str(error.value)
     assert message.startswith("user/m:7b: ")
     assert str(path) in message
-    assert message.endswith("run: ollama pull user/m:7b")
+    assert message.endswith("Run: ollama pull user/m:7b")
     assert "\n" not in message
 
 
@@ -222,8 +222,8 @@ def test_a_blob_that_is_no_gguf_is_named_with_its_reason(storage: Storage, conte
         ("mllama", {}, "architecture 'mllama', which this llama.cpp does not load"),
         ("gptoss", {}, "architecture 'gptoss'"),
         ("clip", {}, "architecture 'clip'"),
-        ("gemma3", {"gemma3.vision.block_count": 2}, "vision part in the same file"),
-        ("gemma4", {"gemma4.audio.block_count": 2}, "audio part in the same file"),
+        ("gemma3", {"gemma3.vision.block_count": 2}, "contains its vision part"),
+        ("gemma4", {"gemma4.audio.block_count": 2}, "contains its audio part"),
         ("gemma3", {}, None),
     ],
 )
@@ -255,7 +255,7 @@ def test_a_broken_manifest_is_named(storage: Storage, manifest: str) -> None:
     path = storage.root / "manifests/registry.ollama.ai/library/m/latest"
     path.parent.mkdir(parents=True)
     path.write_text(manifest)
-    with pytest.raises(ModelFileError, match=r"not a manifest of Ollama.*ollama pull m:latest") as error:
+    with pytest.raises(ModelFileError, match=r"not an Ollama manifest.*ollama pull m:latest") as error:
         OllamaGGUFResolver(storage.root).resolve("m")
     assert str(path) in str(error.value)
 

@@ -18,7 +18,9 @@ def test_models_with_a_profile_are_listed_also_where_nobody_has_them() -> None:
     models = listed()
 
     assert set(models) == set(MODEL_PROFILES)
-    assert models["llama3.1:70b"] == ListedModel("llama3.1:70b", "", 70.0, 40.0, True, "")
+    assert models["llama3.1:70b"] == ListedModel(
+        model="llama3.1:70b", where="", parameters_b=70.0, memory_gb=40.0, sharded=True, running=""
+    )
     assert models["demo"].where == "built in"
 
 
@@ -36,7 +38,9 @@ def test_a_model_is_listed_once_with_all_who_have_it() -> None:
 
     assert models["llama3.2"].where == "http://a:11434, http://b:11434"
     assert models["llama3.2"].running == "loaded"
-    assert models["stored:7b"] == ListedModel("stored:7b", "this machine", 7.0, 4.27, False, "")
+    assert models["stored:7b"] == ListedModel(
+        model="stored:7b", where="this machine", parameters_b=7.0, memory_gb=4.27, sharded=False, running=""
+    )
     assert (models["odd"].parameters_b, models["odd"].sharded) == (None, None)
     assert models["demo:sharded"].running == "http://127.0.0.1:18080"
     assert "/models/x.gguf" in models

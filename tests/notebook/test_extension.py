@@ -111,7 +111,7 @@ def test_the_route_magic_shows_the_route_and_its_reason(notebook: Kernel) -> Non
     ("cell", "message"),
     [
         ("%%sollol nosuchmodel\nHello", "ModelNotFoundError: nosuchmodel is not available"),
-        ("%%sollol /no/such/file.gguf\nHello", "ModelFileError: /no/such/file.gguf is not there"),
+        ("%%sollol /no/such/file.gguf\nHello", "ModelFileError: /no/such/file.gguf does not exist"),
         ("%%sollol demo --top-p 7 --timeout -1\nHello", "ConfigError: timeout=-1.0 must be more than 0 seconds"),
         ("%sollol_cluster add nonsense:port", "ConfigError: 'nonsense:port' is not an endpoint"),
         ("%sollol_route", "UsageError: %sollol_route: model is missing; see %sollol_route? for the options"),

@@ -404,7 +404,7 @@ def test_a_model_that_does_not_fit_is_refused_before_any_engine_starts(
     ("damage", "message"),
     [
         ("cut", "cut.gguf"),
-        ("missing", "missing.gguf is not there; give the path of a GGUF file"),
+        ("missing", "missing.gguf does not exist; give the path of a GGUF file"),
         ("text", "text.gguf"),
     ],
 )
