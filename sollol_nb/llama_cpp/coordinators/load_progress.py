@@ -25,7 +25,7 @@ from sollol_nb.llama_cpp.coordinators.readiness import LISTENING
 from sollol_nb.llama_cpp.coordinators.settings import CoordinatorSettings
 from sollol_nb.llama_cpp.processes.machine import Address, delivered_bytes
 from sollol_nb.settings.endpoints import addresses_of
-from sollol_nb.text.tables import format_bytes
+from sollol_nb.text.tables import counted, format_bytes
 
 CHECK_INTERVAL_S = 0.25
 WEIGHTS_LOADED = "constructing llama_context"  # the engine logs this after the weights
@@ -161,8 +161,8 @@ def _describe_weights(share: float | None, loaded_bytes: int | None, total_bytes
 
 def _describe_layers(worker: WorkerProgress) -> str:
     if worker.placed_units is None:
-        return f"{worker.endpoint} {worker.planned_units} layers"
-    return f"{worker.endpoint} {worker.placed_units} of {worker.planned_units} layers"
+        return f"{worker.endpoint} {counted(worker.planned_units, 'layer')}"
+    return f"{worker.endpoint} {worker.placed_units} of {counted(worker.planned_units, 'layer')}"
 
 
 # --- watching ---------------------------------------------------------------------------------

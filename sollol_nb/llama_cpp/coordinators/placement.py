@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from sollol_nb.errors import WorkersUnavailableError
 from sollol_nb.layers.plan import MAX_WORKERS, LayerPlan
+from sollol_nb.text.tables import counted
 
 _DEVICE = re.compile(r"using device (\S+) \((\S+:\d+)\)")
 _LAYER = re.compile(r"layer\s+(\d+) assigned to device ([^\s,]+)")
@@ -58,10 +59,8 @@ class Placement:
             first = placed.units[0] if placed and placed.units else None
             if count != shard.unit_count or first != shard.first_layer:
                 actual = f"{count} from unit {first}" if count else "none"
-                lines.append(
-                    f"{shard.endpoint}: planned {shard.unit_count} units from unit {shard.first_layer}, "
-                    f"but the engine placed {actual}"
-                )
+                planned_units = f"{counted(shard.unit_count, 'unit')} from unit {shard.first_layer}"
+                lines.append(f"{shard.endpoint}: planned {planned_units}, but the engine placed {actual}")
         planned = set(plan.endpoints)
         lines += [
             f"{device.name}: planned no units, but the engine placed {len(device.units)}"

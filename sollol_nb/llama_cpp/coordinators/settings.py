@@ -18,6 +18,7 @@ from sollol_nb.llama_cpp.coordinators.placement import split_over_devices
 from sollol_nb.llama_cpp.processes.machine import usable_cores
 from sollol_nb.settings.endpoints import LOOPBACK
 from sollol_nb.settings.table import DEFAULT_SLOTS
+from sollol_nb.text.tables import counted
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,9 +69,8 @@ class CoordinatorSettings:
         """Where it runs, such as `on 3 workers (5/4/4 layers)` or `on this machine`."""
         if self.plan is None:
             return "on this machine"
-        count = len(self.plan.endpoints)
         layers = "/".join(map(str, self.plan.unit_counts))
-        return f"on {count} worker{'s' if count > 1 else ''} ({layers} layers)"
+        return f"on {counted(len(self.plan.endpoints), 'worker')} ({layers} layers)"
 
     def as_dict(self) -> dict[str, Any]:
         """For a registry entry: what another kernel needs to decide whether to use the coordinator."""
