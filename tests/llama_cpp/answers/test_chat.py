@@ -1,4 +1,4 @@
-"""Thoughts and tool calls: what llama-server's chat parser does, beside answers that do without it."""
+"""Thoughts and tool calls: what llama-server's chat parser does, compared with answers without it."""
 
 from __future__ import annotations
 
@@ -74,11 +74,11 @@ def test_thoughts_are_parted_as_llama_server_does(run_thinking: Run, text: str, 
         )
         for cut in range(0, len(events), 3):
             answer, chunks = await cut_after(server, new_answer(SHORT, options, THINKING), events[:cut])
-            asked = await answer.request(server.client.post)
-            assert asked is not None
-            prompt = asked[1]["prompt"]
+            request = await answer.request(server.client.post)
+            assert request is not None
+            prompt = request[1]["prompt"]
             given = len(prompt) - got["prompt_eval_count"] if isinstance(prompt, list) else 0
-            # What another engine would send if it had the grammar too, which is only the test's.
+            # What another engine would send if it had the grammar too, which only this test has.
             for event in events:
                 if event["tokens_predicted"] > given or event["stop"]:
                     chunk = answer.translate({**event, "tokens_predicted": event["tokens_predicted"] - given})
@@ -93,9 +93,9 @@ def test_think_reaches_the_template(run_thinking: Run) -> None:
     async def test(server: Server) -> None:
         prompts = {}
         for think in (None, True, False):
-            asked = await new_answer(SHORT, {"think": think}, THINKING).request(server.client.post)
-            assert asked is not None
-            prompts[think] = asked[1]["prompt"]
+            request = await new_answer(SHORT, {"think": think}, THINKING).request(server.client.post)
+            assert request is not None
+            prompts[think] = request[1]["prompt"]
         assert prompts[None] == prompts[True] == f"<|im_start|>user\n{SHORT}<|im_end|>\n<|im_start|>assistant\n"
         assert prompts[False] == prompts[True] + "<think>\n\n</think>\n\n"
 
@@ -138,7 +138,7 @@ def test_drawn_seed_lets_a_sampled_chat_be_repeated(run: Run) -> None:
 
 @pytest.mark.engine
 @pytest.mark.parametrize(("kept", "more"), [(20, "cat"), (None, " And more.")])
-def test_chat_that_is_not_repeated_cannot_go_on(run: Run, kept: int | None, more: str) -> None:
+def test_chat_that_is_not_repeated_cannot_continue(run: Run, kept: int | None, more: str) -> None:
     async def test(server: Server) -> None:
         _, repeated = await uncut(server, new_answer(SHORT, {**GREEDY, "tools": [TOOL]}))
         shown = repeated["content"][:kept] + more
@@ -174,7 +174,7 @@ def test_tool_calls_come_with_the_last_chunk_and_only_once() -> None:
 
     final = answer.final()
 
-    assert (final["prompt_eval_count"], final["eval_count"]) == (9, 6)  # no usage has come
+    assert (final["prompt_eval_count"], final["eval_count"]) == (9, 6)  # no usage was received
     assert final["message"]["tool_calls"] == [{"function": {"name": "now", "arguments": {"zone": "UTC"}}}]
     assert final["done_reason"] == "tool_calls"
     assert answer.is_complete

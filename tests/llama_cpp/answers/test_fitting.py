@@ -1,4 +1,4 @@
-"""Answers to what fits: on a real llama-server with little context, compared with answers to just those turns."""
+"""Answers to the turns that fit: on a real llama-server with little context, compared with answers to these."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def run(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ru
 
 
 @pytest.mark.parametrize("options", [OPTIONS, {**OPTIONS, "tools": [TOOL]}], ids=["raw", "chat"])
-def test_it_answers_what_fits_and_tells_what_it_dropped(run: Run, options: dict[str, Any]) -> None:
+def test_it_answers_the_turns_that_fit_and_reports_what_it_dropped(run: Run, options: dict[str, Any]) -> None:
     async def test(server: Server) -> None:
         kept = await turns_that_fit(server, 20, options)
         assert len(kept) > 2
@@ -96,7 +96,7 @@ def test_the_engines_count_is_the_one_of_its_answers(run: Run) -> None:
     run(test)
 
 
-def test_a_last_turn_that_does_not_fit_is_refused_before_it_is_asked(run: Run) -> None:
+def test_a_last_turn_that_does_not_fit_is_refused_before_any_request(run: Run) -> None:
     async def test(server: Server) -> None:
         with pytest.raises(ContextOverflowError, match="too many for its context of 256"):
             await fitting([*turns(2)[:-1], question("word " * 400)]).request(server.client.post)
@@ -104,7 +104,7 @@ def test_a_last_turn_that_does_not_fit_is_refused_before_it_is_asked(run: Run) -
     run(test)
 
 
-def test_cut_anywhere_it_goes_on_with_the_turns_it_began_with(run: Run) -> None:
+def test_cut_anywhere_it_continues_with_the_turns_it_began_with(run: Run) -> None:
     async def test(server: Server) -> None:
         events, expected = await uncut(server, fitting(turns(20)))
         for cut in (1, 2, len(events) // 2, len(events) - 1):
@@ -116,7 +116,7 @@ def test_cut_anywhere_it_goes_on_with_the_turns_it_began_with(run: Run) -> None:
     run(test)
 
 
-def test_cut_before_it_was_asked_it_still_fits(run: Run) -> None:
+def test_cut_before_its_first_request_it_still_fits(run: Run) -> None:
     async def test(server: Server) -> None:
         restored: Answer = through_json(fitting(turns(20)))
         chunks = await server.finish(restored)
@@ -131,9 +131,9 @@ def test_a_seed_drawn_for_it_is_the_seed_it_uses() -> None:
         async def post(path: str, _: Mapping[str, Any]) -> Any:
             return {"prompt": "x"} if path == "/apply-template" else {"tokens": [1]}
 
-        asked = await answer.request(post)
-        assert asked is not None
-        return asked[1]
+        request = await answer.request(post)
+        assert request is not None
+        return request[1]
 
     answer = fitting(turns(2), {"max_tokens": 5})
     assert asyncio.run(body(answer))["seed"] == answer.seed

@@ -68,7 +68,7 @@ HELLO = [{"role": "user", "content": "Hello!"}]
         (HELLO, {}, "{% if a < b and thinking > c %}<tool_response>", False),
     ],
 )
-def test_only_what_needs_the_chat_parser_takes_it(
+def test_only_requests_that_need_the_chat_parser_use_it(
     messages: list[dict[str, Any]], options: dict[str, Any], template: str, chat: bool
 ) -> None:
     assert needs_chat_parser(messages, options, template) is chat
@@ -91,7 +91,7 @@ def test_only_what_needs_the_chat_parser_takes_it(
         (ACCENTS, {"options": {"num_predict": 4, "temperature": 1}}, 1),  # ends within a character
         (SHORT, {"stop": "memory and"}, 1),  # held back over three tokens
         (SHORT, {"stop": ["mall"]}, 1),  # ends within a token
-        (SHORT, {"stop": ["its processes", "xyz"]}, 1),  # begins, and does not come
+        (SHORT, {"stop": ["its processes", "xyz"]}, 1),  # begins, but is not completed
         (ACCENTS, {"stop": ["京"]}, 1),
         (SHORT, {"format": SCHEMA}, 1),
         (ACCENTS, {"format": "json"}, 1),
@@ -120,9 +120,9 @@ def test_answer_may_be_cut_again_and_again(run: Run, options: dict[str, Any]) ->
     async def test(server: Server) -> None:
         _, expected = await uncut(server, new_answer(ACCENTS, {**options, **GREEDY}))
         answer, chunks, cuts = new_answer(ACCENTS, {**options, **GREEDY}), [], 0
-        while (asked := await answer.request(server.client.post)) is not None:
+        while (request := await answer.request(server.client.post)) is not None:
             count = 0
-            async with aclosing(server.events(asked)) as events:
+            async with aclosing(server.events(request)) as events:
                 async for event in events:
                     chunk = answer.translate(event)
                     chunks += [chunk] if chunk is not None else []
@@ -151,7 +151,7 @@ def test_durations_are_those_of_all_engines(run: Run) -> None:
 
 
 @pytest.mark.engine
-def test_nothing_is_asked_when_all_tokens_are_there(run: Run) -> None:
+def test_nothing_is_requested_when_all_tokens_are_received(run: Run) -> None:
     async def test(server: Server) -> None:
         options = {**GREEDY, "max_tokens": 5}
         events, expected = await uncut(server, new_answer(SHORT, options))
@@ -170,7 +170,7 @@ def test_nothing_is_asked_when_all_tokens_are_there(run: Run) -> None:
 @pytest.mark.parametrize(
     "options", [{"seed": 7}, {"seed": 7, "stop": ["e"]}, {"seed": 7, "format": SCHEMA, "max_tokens": 80}]
 )
-def test_sampled_answer_keeps_its_beginning_and_goes_on_the_same_way_each_time(
+def test_sampled_answer_keeps_its_beginning_and_continues_the_same_way_each_time(
     run: Run, options: dict[str, Any]
 ) -> None:
     async def test(server: Server) -> None:
@@ -204,7 +204,7 @@ def test_answer_without_a_seed_draws_one() -> None:
 
 @pytest.mark.engine
 @pytest.mark.parametrize("options", [{"num_predict": -2}, {"format": {"type": "nonsense"}}])
-def test_what_the_server_refuses_is_told(run: Run, options: dict[str, Any]) -> None:
+def test_a_refusal_of_the_server_is_reported(run: Run, options: dict[str, Any]) -> None:
     async def test(server: Server) -> None:
         with pytest.raises(HttpStatusError) as error:
             await server.finish(new_answer(SHORT, options))
@@ -220,10 +220,10 @@ def test_what_is_left_of_the_prompt_is_known(run: Run, options: dict[str, Any]) 
         long = " ".join(f"{number}, a word that nobody {sorted(options)} said before." for number in range(40))
         answer = new_answer(long, {**options, **GREEDY, "max_tokens": 3})
         assert 0 < answer.waiting_prompt_tokens < len(long)
-        asked = await answer.request(server.client.post)
-        assert asked is not None
+        request = await answer.request(server.client.post)
+        assert request is not None
         waiting = []
-        async for event in server.events(asked):
+        async for event in server.events(request):
             answer.translate(event)
             waiting.append(answer.waiting_prompt_tokens)
         prompt_tokens = answer.final()["prompt_eval_count"]
@@ -248,15 +248,15 @@ def test_complete_answer_stays_complete(run: Run) -> None:
 
 
 @pytest.mark.parametrize("options", [{"keep_alive": "5m"}, {"keep_alive": -1, "tools": [TOOL]}])
-def test_keep_alive_is_no_business_of_the_engine(options: dict[str, Any]) -> None:
+def test_keep_alive_is_not_sent_to_the_engine(options: dict[str, Any]) -> None:
     async def render(path: str, body: Mapping[str, Any]) -> Any:
         assert "keep_alive" not in body
         return {"prompt": "Hello"}
 
-    asked = asyncio.run(new_answer(SHORT, options).request(render))
+    request = asyncio.run(new_answer(SHORT, options).request(render))
 
-    assert asked is not None
-    assert "keep_alive" not in asked[1]
+    assert request is not None
+    assert "keep_alive" not in request[1]
 
 
 @pytest.mark.parametrize(
@@ -271,6 +271,6 @@ def test_keep_alive_is_no_business_of_the_engine(options: dict[str, Any]) -> Non
         {**new_answer("a", {}).state(), "seed": "x"},
     ],
 )
-def test_what_is_no_state_of_an_answer_is_refused(state: dict[str, Any]) -> None:
+def test_data_that_is_not_the_state_of_an_answer_is_refused(state: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="not the state of an answer"):
         Answer.from_state(state)

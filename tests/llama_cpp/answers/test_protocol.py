@@ -149,7 +149,7 @@ def translated(*events: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str,
     return chunks, translator.final()
 
 
-def test_text_comes_as_ollama_chunks_with_counts_and_nanoseconds_at_the_end() -> None:
+def test_text_is_translated_to_ollama_chunks_with_counts_and_nanoseconds_at_the_end() -> None:
     chunks, final = translated(
         delta(role="assistant", content=None), delta(content="Hel"), delta(content="lo"), delta("stop"), LAST
     )
@@ -174,7 +174,7 @@ def test_text_comes_as_ollama_chunks_with_counts_and_nanoseconds_at_the_end() ->
 
 
 @pytest.mark.parametrize("reason", ["stop", "length", "tool_calls"])
-def test_finish_reason_is_told(reason: str) -> None:
+def test_finish_reason_is_reported(reason: str) -> None:
     assert translated(delta(content="a"), delta(reason))[1]["done_reason"] == reason
 
 
@@ -203,7 +203,7 @@ def test_tool_calls_in_pieces_are_whole_in_the_final_chunk() -> None:
     ]
 
 
-def test_arguments_that_are_no_json_are_given_as_text() -> None:
+def test_arguments_that_are_not_json_are_kept_as_text() -> None:
     _, final = translated(call_piece(0, "add", '{"a": '))
 
     assert final["message"]["tool_calls"] == [{"function": {"name": "add", "arguments": '{"a": '}}]

@@ -1,4 +1,4 @@
-"""What a raw answer asks of an engine: first, after a cut, and when the tokens of its text cannot be known."""
+"""The requests of a raw answer: the first, after a cut, and when the tokens of its text cannot be known."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SCHEMA = {"type": "string"}
 
 
 class Tokenizer:
-    """The engine's small requests, over bytes: the id of a token is its byte, that of a word is given.
+    """The engine's small requests, over bytes: the id of a token is its byte, that of a longer piece is given.
 
     Args:
         pieces: text of tokens longer than a byte; those in <> are special.
@@ -73,14 +73,14 @@ def new_answer(**options: Any) -> RawAnswer:
 
 
 def ask(answer: Answer, tokenizer: Tokenizer) -> dict[str, Any] | None:
-    """The body that it asks for next."""
-    asked = asyncio.run(answer.request(tokenizer.post))
-    assert asked is None or asked[0] == "/completion"
-    return asked and asked[1]
+    """The body of its next request."""
+    request = asyncio.run(answer.request(tokenizer.post))
+    assert request is None or request[0] == "/completion"
+    return request and request[1]
 
 
 def receive(answer: Answer, *events: tuple[str, Sequence[int], int]) -> str:
-    """Let events (text, ids, tokens so far) come; what is shown of them."""
+    """Pass events (text, ids, tokens so far) to the answer; returns the text that it shows."""
     shown = ""
     for text, ids, predicted in events:
         event = {"content": text, "tokens": list(ids), "tokens_predicted": predicted, "tokens_evaluated": 2}
@@ -110,13 +110,13 @@ def end(answer: Answer, predicted: int, stop_type: str = "eos") -> None:
 def test_first_request_is_the_rendered_prompt_with_the_options(
     options: dict[str, Any], body: dict[str, Any]
 ) -> None:
-    asked = ask(new_answer(seed=7, **options), Tokenizer())
+    request = ask(new_answer(seed=7, **options), Tokenizer())
 
-    assert asked is not None
-    fields = asked.pop("response_fields")
+    assert request is not None
+    fields = request.pop("response_fields")
     assert {"stop", "stop_type", "tokens_predicted", "tokens_evaluated", "timings"} == set(fields)
     flags = ("stream", "return_tokens", "return_progress", "timings_per_token")
-    assert asked == {"prompt": PROMPT, "seed": 7, **dict.fromkeys(flags, True), **body}
+    assert request == {"prompt": PROMPT, "seed": 7, **dict.fromkeys(flags, True), **body}
 
 
 def test_continued_from_the_tokens_of_what_went_out() -> None:
@@ -124,17 +124,17 @@ def test_continued_from_the_tokens_of_what_went_out() -> None:
     ask(answer, Tokenizer())
     receive(answer, ("a", [97], 1), ("b", [98], 2), ("", [99], 3))  # c may begin a stop string: held back
 
-    asked = ask(answer, Tokenizer())
+    request = ask(answer, Tokenizer())
 
-    assert asked is not None
-    assert asked["prompt"] == [*PROMPT_IDS, 97, 98]
-    assert (asked["n_predict"], asked["seed"], asked["temperature"]) == (8, 9, 0.5)
+    assert request is not None
+    assert request["prompt"] == [*PROMPT_IDS, 97, 98]
+    assert (request["n_predict"], request["seed"], request["temperature"]) == (8, 9, 0.5)
     assert receive(answer, ("c", [99], 1), ("d", [100], 2)) == "cd"
 
-    asked = ask(answer, Tokenizer())
+    request = ask(answer, Tokenizer())
 
-    assert asked is not None
-    assert asked["prompt"] == [*PROMPT_IDS, *b"abcd"]
+    assert request is not None
+    assert request["prompt"] == [*PROMPT_IDS, *b"abcd"]
     end(answer, 1)
     assert (answer.text, answer.final()["eval_count"], answer.final()["prompt_eval_count"]) == ("abcd", 5, 2)
 
@@ -144,10 +144,10 @@ def test_seed_never_becomes_the_one_that_means_any() -> None:
     ask(answer, Tokenizer())
     receive(answer, ("a", [97], 1), ("b", [98], 2))
 
-    asked = ask(answer, Tokenizer())
+    request = ask(answer, Tokenizer())
 
-    assert asked is not None
-    assert asked["seed"] == (2**32 - 1) % 2**31
+    assert request is not None
+    assert request["seed"] == (2**32 - 1) % 2**31
 
 
 def test_nothing_that_went_out_before_the_first_token_is_continued() -> None:
@@ -168,10 +168,10 @@ def test_ids_that_the_stream_left_out_are_found_by_their_text(options: dict[str,
     e_acute = "\u00e9".encode()
     receive(answer, ("x", [120], 1), ("\u00e9", [e_acute[1]], 3), ("y", [121], 4))
 
-    asked = ask(answer, Tokenizer())
+    request = ask(answer, Tokenizer())
 
-    assert asked is not None
-    assert asked["prompt"] == [*PROMPT_IDS, 120, *e_acute, 121]
+    assert request is not None
+    assert request["prompt"] == [*PROMPT_IDS, 120, *e_acute, 121]
 
 
 def test_engine_that_gives_no_ids_can_be_continued_too() -> None:
@@ -179,13 +179,13 @@ def test_engine_that_gives_no_ids_can_be_continued_too() -> None:
     ask(answer, Tokenizer())
     receive(answer, ("x", [], 1), ("yz", [], 3))
 
-    asked = ask(answer, Tokenizer())
+    request = ask(answer, Tokenizer())
 
-    assert asked is not None
-    assert asked["prompt"] == [*PROMPT_IDS, *b"xyz"]
+    assert request is not None
+    assert request["prompt"] == [*PROMPT_IDS, *b"xyz"]
 
 
-UNLIKELY = (("x", [120], 1), ("\u00e9", [77], 3), ("y", [121], 4), ("z", [122], 5))  # no tokeniser spells it so
+UNLIKELY = (("x", [120], 1), ("\u00e9", [77], 3), ("y", [121], 4), ("z", [122], 5))  # no tokenizer gives these ids
 
 
 def test_text_of_unknown_tokens_is_generated_again_and_not_shown_again() -> None:
@@ -193,10 +193,10 @@ def test_text_of_unknown_tokens_is_generated_again_and_not_shown_again() -> None
     ask(answer, Tokenizer())
     assert receive(answer, *UNLIKELY) == "x\u00e9yz"
 
-    asked = ask(answer, Tokenizer())
+    request = ask(answer, Tokenizer())
 
-    assert asked is not None
-    assert (asked["prompt"], asked["n_predict"]) == ([*PROMPT_IDS, 120], 8)
+    assert request is not None
+    assert (request["prompt"], request["n_predict"]) == ([*PROMPT_IDS, 120], 8)
     assert receive(answer, ("\u00e9", [77], 2)) == ""
     assert answer.token_count == 5
     assert receive(answer, ("yz!", [5], 3)) == "!"
@@ -218,29 +218,29 @@ def test_text_that_is_not_generated_again_is_spelled(how: str) -> None:
     assert answer.is_abandoned
     assert not answer.is_complete
 
-    asked = ask(answer, Tokenizer())
+    request = ask(answer, Tokenizer())
 
-    assert asked is not None
-    assert asked["prompt"] == [*PROMPT_IDS, *"x\u00e9yz".encode()]
+    assert request is not None
+    assert request["prompt"] == [*PROMPT_IDS, *"x\u00e9yz".encode()]
     assert not answer.is_abandoned
     assert receive(answer, ("!", [33], 1)) == "!"
 
 
-def test_cut_while_text_is_generated_again_goes_on_from_there() -> None:
+def test_cut_while_text_is_generated_again_continues_from_there() -> None:
     answer = new_answer(temperature=0)
     ask(answer, Tokenizer())
     receive(answer, *UNLIKELY)
     ask(answer, Tokenizer())
     receive(answer, ("\u00e9y", [8, 9], 2))
 
-    asked = ask(answer, Tokenizer({"\u00e9": 8, "y": 9}))
+    request = ask(answer, Tokenizer({"\u00e9": 8, "y": 9}))
 
-    assert asked is not None
-    assert asked["prompt"] == [*PROMPT_IDS, 120, 8, 9]
+    assert request is not None
+    assert request["prompt"] == [*PROMPT_IDS, 120, 8, 9]
     assert receive(answer, ("z", [122], 1), ("!", [33], 2)) == "!"
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.8}])  # an engine's own temperature is not 0
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.8}])  # the engine's default temperature is not 0
 @pytest.mark.parametrize("tokens", [2, 3])
 def test_sampled_text_of_unknown_tokens_is_spelled_at_once(options: dict[str, Any], tokens: int) -> None:
     answer = new_answer(**options)
@@ -248,10 +248,10 @@ def test_sampled_text_of_unknown_tokens_is_spelled_at_once(options: dict[str, An
     last = "\u00e9".encode()[1] if tokens == 3 else 77
     receive(answer, ("x", [120], 1), ("\u00e9", [last], 1 + tokens), ("yz", [5], 2 + tokens))
 
-    asked = ask(answer, Tokenizer())
+    request = ask(answer, Tokenizer())
 
-    assert asked is not None
-    assert asked["prompt"] == [*PROMPT_IDS, *"x\u00e9yz".encode()]
+    assert request is not None
+    assert request["prompt"] == [*PROMPT_IDS, *"x\u00e9yz".encode()]
     assert receive(answer, ("!", [33], 1)) == "!"
 
 
@@ -260,30 +260,30 @@ def test_tokens_that_say_more_than_was_shown_are_not_continued() -> None:
     ask(answer, Tokenizer())
     receive(answer, ("a", [97], 1), ("b", [500], 2))  # token 500 is "bSTOP"
 
-    asked = ask(answer, Tokenizer({"bSTOP": 500}))
+    request = ask(answer, Tokenizer({"bSTOP": 500}))
 
-    assert asked is not None
-    assert asked["prompt"] == [*PROMPT_IDS, 97]
+    assert request is not None
+    assert request["prompt"] == [*PROMPT_IDS, 97]
     assert receive(answer, ("b", [500], 1)) == ""
     end(answer, 1, "word")
     assert (answer.text, answer.final()["done_reason"], answer.final()["eval_count"]) == ("ab", "stop", 2)
 
 
-def test_grammar_goes_on_after_what_went_out() -> None:
+def test_grammar_continues_after_the_text_that_was_sent() -> None:
     answer = new_answer(temperature=0, format=SCHEMA)
     first = ask(answer, Tokenizer())
     assert first is not None
     assert "generation_prompt" not in first
     receive(answer, ('"', [34], 1), ("a", [97], 2))
 
-    asked = ask(answer, Tokenizer())
+    request = ask(answer, Tokenizer())
 
-    assert asked is not None
-    assert (asked["generation_prompt"], asked["json_schema"]) == ('"a', SCHEMA)
-    assert asked["prompt"] == [*PROMPT_IDS, 34, 97]
+    assert request is not None
+    assert (request["generation_prompt"], request["json_schema"]) == ('"a', SCHEMA)
+    assert request["prompt"] == [*PROMPT_IDS, 34, 97]
 
 
-def test_where_the_grammar_cannot_go_on_all_is_repeated_or_given_up() -> None:
+def test_where_the_grammar_cannot_continue_all_is_repeated_or_given_up() -> None:
     answer = new_answer(temperature=0.8, seed=7, format=SCHEMA)
     tokenizer = Tokenizer({"<end>": 300})
     first = ask(answer, tokenizer)
@@ -317,9 +317,9 @@ def test_times_of_all_engines_are_added_once() -> None:
 )
 def test_thoughts_are_parted_to_the_end(prompt: str, pieces: tuple[str, ...], thinking: str, text: str) -> None:
     answer = RawAnswer("demo", [{"role": "user", "content": "Q"}], {}, splits_thinking=True)
-    asked = ask(answer, Tokenizer(prompt=prompt))
-    assert asked is not None
-    assert asked["preserved_tokens"] == ["<think>", "</think>"]  # shown also where they are special
+    request = ask(answer, Tokenizer(prompt=prompt))
+    assert request is not None
+    assert request["preserved_tokens"] == ["<think>", "</think>"]  # sent also where they are special
 
     shown = receive(answer, *((piece, [97], number) for number, piece in enumerate(pieces, 1)))
     end(answer, 9)

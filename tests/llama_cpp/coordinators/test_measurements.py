@@ -70,7 +70,7 @@ def test_a_layout_that_has_ended_helps_to_predict_the_next() -> None:
     assert measured.token_ms(coordinator(5, 4, 4)) is None, "another at its address starts anew"
 
 
-def test_the_running_layout_counts_with_what_it_takes_now() -> None:
+def test_the_running_layout_counts_with_its_time_now() -> None:
     bus = EventBus()
     measured, running = TokenMeasurements(bus), coordinator(7, 6, 0)
     answer(bus, 10)

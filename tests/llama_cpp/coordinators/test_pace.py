@@ -164,7 +164,7 @@ def test_prompt_token_is_measured_where_it_can_be(total: int, token_s: float, me
     assert watched.pace.seconds_per_token == pytest.approx(0.1)
 
 
-def test_cached_part_of_a_prompt_is_no_measure_of_its_speed() -> None:
+def test_cached_part_of_a_prompt_does_not_count_for_its_speed() -> None:
     watched = Watched(seconds_per_token=0.1)
     stream, _ = watched.open(1000)
     stream.on_event({"prompt_progress": {"processed": 900, "total": 1000}})
@@ -184,7 +184,7 @@ def test_each_batch_of_a_prompt_is_measured_by_itself() -> None:
     assert watched.pace.seconds_per_prompt_token == pytest.approx(0.03)
 
 
-def test_token_that_came_with_the_prompt_of_another_is_no_measure() -> None:
+def test_token_received_with_the_prompt_of_another_does_not_count() -> None:
     watched = Watched(seconds_per_token=0.1)
     writing, _ = watched.open()
     watched.tokens(writing, 0.1, 5)
@@ -243,7 +243,7 @@ def test_streams_beside_each_other_do_not_make_tokens_look_cheap() -> None:
     assert watched.pace.seconds_per_token == pytest.approx(2.0)
 
 
-def test_nothing_asked_is_no_silence() -> None:
+def test_time_without_a_request_is_not_silence() -> None:
     watched = Watched(seconds_per_token=0.01, load_s=0.5)
     assert watched.pace.patience_s() is None
     stream, _ = watched.open()

@@ -84,7 +84,7 @@ def test_devices_of_one_worker_are_put_together() -> None:
 @pytest.mark.parametrize(
     "log", ["", "garbage\nlayer x assigned to device", "\0" * 100, "layer 1 assigned to device "]
 )
-def test_log_that_tells_nothing_gives_an_empty_placement(log: str) -> None:
+def test_log_without_placement_gives_an_empty_placement(log: str) -> None:
     assert read_placement(log) == Placement(())
     assert read_placement(log).differences(PLAN) == ["the engine's log does not say where it placed the layers"]
 
@@ -119,7 +119,7 @@ def test_log_that_tells_nothing_gives_an_empty_placement(log: str) -> None:
         ),
     ],
 )
-def test_differences_from_the_plan_are_told(devices: str, differences: list[str]) -> None:
+def test_differences_from_the_plan_are_reported(devices: str, differences: list[str]) -> None:
     assert read_placement(log_of(layers(devices))).differences(PLAN) == differences
 
 
