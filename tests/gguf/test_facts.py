@@ -1,4 +1,4 @@
-"""A model's header tells its size, its blocks and the memory its context needs; a bad file tells what is wrong."""
+"""From a model's header to its size, its blocks and the memory of its context; errors of bad files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def llama(tmp_path: Path) -> Path:
     return write_llama(tmp_path / "model.gguf")
 
 
-# --- what a good file says --------------------------------------------------------------------
+# --- good files --------------------------------------------------------------------
 
 
 def test_a_dense_model_is_measured_block_by_block(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_a_truncated_part_is_named(tmp_path: Path) -> None:
         read_facts(first)
 
 
-def test_a_part_under_a_name_of_its_own_is_refused(tmp_path: Path) -> None:
+def test_a_part_with_another_name_is_refused(tmp_path: Path) -> None:
     first = write_llama(tmp_path / "m.gguf", tensors_per_part=15)
     renamed = first.rename(tmp_path / "sha256-0123")
     with pytest.raises(ModelFileError, match="one of 3 parts"):
@@ -149,7 +149,7 @@ def test_a_part_number_beyond_the_count_is_refused(tmp_path: Path) -> None:
 # --- remembering and letting go ---------------------------------------------------------------
 
 
-def test_facts_are_remembered_until_the_file_changes(tmp_path: Path) -> None:
+def test_facts_are_cached_until_the_file_changes(tmp_path: Path) -> None:
     path = write_llama(tmp_path / "m.gguf", blocks=2)
     first = read_facts(path)
     assert read_facts(str(path)) is first
@@ -158,7 +158,7 @@ def test_facts_are_remembered_until_the_file_changes(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(psutil.Process, "memory_maps"), reason="this system does not list memory maps")
-def test_the_file_is_not_mapped_any_more_after_reading_or_failing(tmp_path: Path) -> None:
+def test_the_file_is_no_longer_mapped_after_reading_or_failing(tmp_path: Path) -> None:
     good = write_llama(tmp_path / "good.gguf")
     bad = write_llama(tmp_path / "bad.gguf")
     damaged = bytearray(bad.read_bytes())
@@ -172,7 +172,7 @@ def test_the_file_is_not_mapped_any_more_after_reading_or_failing(tmp_path: Path
     assert "cannot be read" in str(failure.value)  # and the exception, still held here, holds no map
 
 
-def test_importing_the_rooms_of_the_planner_loads_no_numpy() -> None:
+def test_importing_the_planner_loads_no_numpy() -> None:
     code = (
         "import sys, sollol_nb.gguf.facts, sollol_nb.models.profiles, sollol_nb.layers.plan\n"
         "print({'numpy', 'gguf'} & set(sys.modules))"
@@ -181,7 +181,7 @@ def test_importing_the_rooms_of_the_planner_loads_no_numpy() -> None:
     assert done.stdout.strip() == "set()"
 
 
-# --- what is wrong with a bad file ------------------------------------------------------------
+# --- bad files ------------------------------------------------------------
 
 
 def _gguf_start(version: int, *, tensors: int = 0, keys: int = 0, order: str = "<") -> bytes:
@@ -189,7 +189,7 @@ def _gguf_start(version: int, *, tensors: int = 0, keys: int = 0, order: str = "
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "message"),
     [
         pytest.param(b"", "is empty", id="empty"),
         pytest.param(b"PK\x03\x04 a zip", r"not a GGUF file.*b'PK", id="other format"),
@@ -211,10 +211,10 @@ def _gguf_start(version: int, *, tensors: int = 0, keys: int = 0, order: str = "
         ),
     ],
 )
-def test_a_file_that_is_no_model_is_refused_in_one_line(tmp_path: Path, content: bytes, words: str) -> None:
+def test_a_file_that_is_not_a_model_is_refused_in_one_line(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(content)
-    with pytest.raises(ModelFileError, match=words) as failure:
+    with pytest.raises(ModelFileError, match=message) as failure:
         read_facts(path)
     assert str(path) in str(failure.value)
     assert "\n" not in str(failure.value)
@@ -232,28 +232,28 @@ def test_a_file_that_ends_inside_its_header_is_truncated(llama: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "keys", "words"),
+    ("architecture", "keys", "message"),
     [
         ("clip", {"clip.projection_dim": 8}, "0 blocks"),
         ("llama", {"llama.block_count": "two"}, "0 blocks"),
         ("llama", {"llama.embedding_length": 8}, "0 blocks"),
     ],
 )
-def test_a_file_without_blocks_is_no_model(
-    tmp_path: Path, architecture: str, keys: dict[str, int | str], words: str
+def test_a_file_without_blocks_is_not_a_model(
+    tmp_path: Path, architecture: str, keys: dict[str, int | str], message: str
 ) -> None:
-    with pytest.raises(ModelFileError, match=words):
+    with pytest.raises(ModelFileError, match=message):
         read_facts(write_keys(tmp_path / "m.gguf", architecture, keys))
 
 
-def test_a_tensor_of_a_block_that_cannot_be_is_refused(llama: Path) -> None:
+def test_a_tensor_of_a_block_beyond_the_count_is_refused(llama: Path) -> None:
     content = llama.read_bytes()
     llama.write_bytes(content.replace(b"blk.3.ffn_norm", b"blk.9.ffn_norm"))
     with pytest.raises(ModelFileError, match=r"blk\.9\.ffn_norm.*4 blocks"):
         read_facts(llama)
 
 
-def test_a_tensor_type_newer_than_the_reader_is_told(llama: Path) -> None:
+def test_a_tensor_type_newer_than_the_reader_is_reported(llama: Path) -> None:
     content = bytearray(llama.read_bytes())
     kind_at = content.index(b"output_norm.weight") + len("output_norm.weight") + 4 + 8
     struct.pack_into("<I", content, kind_at, 250)
@@ -262,7 +262,7 @@ def test_a_tensor_type_newer_than_the_reader_is_told(llama: Path) -> None:
         read_facts(llama)
 
 
-def test_a_missing_file_and_a_folder_are_told_apart(tmp_path: Path) -> None:
+def test_a_missing_file_and_a_folder_have_different_errors(tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match="does not exist"):
         read_facts(tmp_path / "none.gguf")
     with pytest.raises(ModelFileError, match="does not exist"):
@@ -276,14 +276,14 @@ def test_a_missing_file_and_a_folder_are_told_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
-def test_a_pipe_is_refused_rather_than_waited_for(tmp_path: Path) -> None:
+def test_a_pipe_is_refused_without_waiting(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe.gguf"
     os.mkfifo(pipe)
     with pytest.raises(ModelFileError, match="not a regular file"):
         read_facts(pipe)
 
 
-def test_a_file_that_may_not_be_read_tells_the_fix(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_file_is_named_with_the_fix(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Permissions do not bind an administrator, so the refusal itself is put in place of the file's mode.
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")

@@ -83,7 +83,7 @@ TWELVE = model([GB] * 12, GB)
     ],
 )
 def test_strategies_count_units(strategy: str, free: tuple[float, ...], counts: tuple[int, ...]) -> None:
-    plan = plan_layers(TWELVE, workers(*(int(one * GB) for one in free)), strategy=strategy)
+    plan = plan_layers(TWELVE, workers(*(int(gigabytes * GB) for gigabytes in free)), strategy=strategy)
     assert plan.unit_counts == counts
 
 
@@ -106,7 +106,7 @@ def test_a_worker_without_units_is_not_in_the_plan() -> None:
     assert sum(plan.unit_counts) == 13
 
 
-def test_a_strategy_is_one_function_and_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_strategy_is_a_function_and_an_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     def last_worker_only(load: ModelLoad, usable: Sequence[WorkerCapacity]) -> list[int]:
         return [0] * (len(usable) - 1) + [load.unit_count]
 
@@ -128,13 +128,13 @@ def test_workers_of_one_memory_share_it_and_each_get_layers() -> None:
     assert plan_layers(TWELVE, workers(12 * GB, 12 * GB, 12 * GB)).unit_counts == (5, 4, 4)
 
 
-def test_workers_of_one_memory_are_placed_side_by_side() -> None:
+def test_workers_of_one_memory_follow_each_other() -> None:
     plan = plan_layers(TWELVE, workers(*[20 * GB] * 4, domains="abab"))
     assert plan.endpoints == ("w0:1", "w2:1", "w1:1", "w3:1")
     assert sum(plan.unit_counts[:2]) in (6, 7)
 
 
-def test_a_memory_too_tight_for_buffers_of_all_its_workers_uses_fewer() -> None:
+def test_a_memory_too_small_for_the_buffers_of_all_its_workers_uses_fewer() -> None:
     load = model_load(TWELVE, 4096)
     needed = 13 * GB + load.output_reserve_bytes
     for used in (1, 2, 3):
@@ -166,7 +166,7 @@ def test_even_asks_for_workers_where_no_strategy_would_fit() -> None:
         plan_layers(TWELVE, workers(4 * GB, 2 * GB), strategy="even")
 
 
-def test_memory_aware_tells_needed_free_short_and_tightest() -> None:
+def test_memory_aware_reports_what_is_needed_free_and_short() -> None:
     with pytest.raises(ModelDoesNotFitError) as failure:
         plan_layers(TWELVE, workers(6 * GB, 4 * GB))
     load = model_load(TWELVE, 4096)
@@ -179,7 +179,7 @@ def test_memory_aware_tells_needed_free_short_and_tightest() -> None:
     assert "add workers" in message
 
 
-def test_memory_in_pieces_too_small_for_a_layer_is_short_by_the_layers_left() -> None:
+def test_memory_in_pieces_too_small_for_a_layer_is_short_by_the_remaining_layers() -> None:
     blocks = model([3 * GB] * 4, 3 * GB)
     with pytest.raises(ModelDoesNotFitError, match=r"3 of 5 layers do not fit, short by 8\.4 GiB"):
         plan_layers(blocks, workers(*[5 * GB] * 2, *[2 * GB] * 5))
@@ -201,15 +201,15 @@ def test_no_workers_make_no_plan() -> None:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "words"),
+    ("strategy", "message"),
     [
         ("evn", "did you mean 'even'"),
         ("memory-aware", "did you mean 'memory_aware'"),
         ("zzz", "known strategies: even, memory_aware"),
     ],
 )
-def test_an_unknown_strategy_is_answered_with_the_known_ones(strategy: str, words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
+def test_an_unknown_strategy_is_answered_with_the_known_ones(strategy: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         plan_layers(TWELVE, workers(60 * GB), strategy=strategy)
 
 
@@ -256,7 +256,7 @@ def test_a_shard_with_the_output_layer_only_says_so() -> None:
     assert plan.shards[0].layers == "0"
 
 
-def test_a_plan_is_told_in_one_line_and_as_plain_data(plan: LayerPlan) -> None:
+def test_a_plan_is_described_in_one_line_and_as_plain_data(plan: LayerPlan) -> None:
     assert plan.describe().startswith(
         "12 layers over 3 workers (memory_aware): w0:1 0-5 (5.6 GiB of 55.9 GiB), w1:1 6-9"
     )
@@ -293,17 +293,17 @@ def every_split(unit_count: int, worker_count: int) -> list[list[int]]:
 
 
 def fullest(load: ModelLoad, capacities: Sequence[WorkerCapacity], counts: Sequence[int]) -> float | None:
-    """The highest ratio of bytes to room under these counts; None if they do not fit."""
+    """The highest ratio of bytes to budget under these counts; None if they do not fit."""
     ratios, first = [0.0], 0
     for worker, count in zip(capacities, counts, strict=True):
         end = first + count
         byte_count = sum(load.weight_bytes[first:end]) + sum(load.kv_bytes[first:end])
-        room = worker.free_bytes - load.reserve_bytes
+        budget = worker.free_bytes - load.reserve_bytes
         extra = load.output_reserve_bytes if count and end == load.unit_count else 0
-        if count and byte_count + extra > room:
+        if count and byte_count + extra > budget:
             return None
         if count:
-            ratios.append(byte_count / room)
+            ratios.append(byte_count / budget)
         first = end
     return max(ratios)
 
@@ -443,9 +443,9 @@ def test_given_counts_use_no_more_workers_than_the_engine_can_schedule() -> None
 
 @pytest.mark.parametrize("predicted_ms", [None, 12.5])
 def test_a_plan_survives_as_plain_data(plan: LayerPlan, predicted_ms: float | None) -> None:
-    told = replace(plan, predicted_token_ms=predicted_ms)
-    data = json.loads(json.dumps(told.as_dict()))
+    measured = replace(plan, predicted_token_ms=predicted_ms)
+    data = json.loads(json.dumps(measured.as_dict()))
     assert data["predicted_token_ms"] == predicted_ms
-    assert LayerPlan.from_dict(data) == told
+    assert LayerPlan.from_dict(data) == measured
     del data["predicted_token_ms"]
     assert LayerPlan.from_dict(data) == plan

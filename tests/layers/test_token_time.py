@@ -1,4 +1,4 @@
-"""The time of a token is told from what was measured on other layouts, and from nothing else."""
+"""The time per token is predicted from measurements on other layouts, and from nothing else."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def measured(
 
 
 @pytest.mark.parametrize("units", [(8, 8, 9), (25, 0, 0), (0, 12, 13), (23, 1, 1)])
-def test_one_measurement_tells_every_layout_of_workers_that_are_alike(units: tuple[int, ...]) -> None:
+def test_one_measurement_predicts_every_layout_of_equal_workers(units: tuple[int, ...]) -> None:
     speeds = calibrate(measured(ALIKE, (8, 8, 9)))
 
     assert predict(speeds, parts(*units)).token_ms == pytest.approx(token_ms(ALIKE, parts(*units)), rel=1e-3)
@@ -54,13 +54,15 @@ def test_one_measurement_tells_every_layout_of_workers_that_are_alike(units: tup
     ("round_trip_ms", "tokens_per_s"), [(10, (91, 45.6, 30.4)), (5, (145, 73, 49)), (1, (315, 182, 122))]
 )
 def test_a_round_trip_is_paid_once_for_each_worker(round_trip_ms: float, tokens_per_s: tuple[float, ...]) -> None:
-    """A tiny model through a delay proxy, over one, two and three workers: two of these tell the third."""
+    """A tiny model through a delay proxy, over one, two and three workers: two of these predict the third."""
     layouts = [parts(*units, round_trip_ms=round_trip_ms) for units in ((9, 0, 0), (4, 5, 0), (3, 3, 3))]
-    one, two, three = (Measurement(*pair) for pair in zip(layouts, (1000 / n for n in tokens_per_s), strict=True))
+    over_one, over_two, over_three = (
+        Measurement(*pair) for pair in zip(layouts, (1000 / n for n in tokens_per_s), strict=True)
+    )
 
-    told = predict(calibrate([one, two]), three.parts)
+    predicted = predict(calibrate([over_one, over_two]), over_three.parts)
 
-    assert told.token_ms == pytest.approx(three.token_ms, rel=0.06)
+    assert predicted.token_ms == pytest.approx(over_three.token_ms, rel=0.06)
 
 
 def test_a_slow_worker_is_found_from_two_layouts() -> None:
@@ -72,7 +74,7 @@ def test_a_slow_worker_is_found_from_two_layouts() -> None:
     assert fewer == pytest.approx(token_ms(ONE_SLOW, parts(12, 13, 0)), rel=0.15)
 
 
-def test_a_hop_is_told_apart_from_bytes_once_the_number_of_workers_has_changed() -> None:
+def test_a_hop_is_separated_from_bytes_once_the_number_of_workers_has_changed() -> None:
     alone = calibrate(measured(ALIKE, (8, 8, 9), hop_ms=2.0))
     both = calibrate(measured(ALIKE, (8, 8, 9), (25, 0, 0), hop_ms=2.0))
 
@@ -82,7 +84,7 @@ def test_a_hop_is_told_apart_from_bytes_once_the_number_of_workers_has_changed()
     assert both.hop_ms == pytest.approx(2, rel=0.05)
 
 
-def test_a_worker_that_was_never_measured_is_taken_to_be_as_fast_as_usual() -> None:
+def test_an_unmeasured_worker_is_assumed_to_have_the_usual_speed() -> None:
     speeds = calibrate(measured(ALIKE, (12, 13, 0)))
 
     assert speeds is not None
@@ -93,8 +95,8 @@ def test_a_worker_that_was_never_measured_is_taken_to_be_as_fast_as_usual() -> N
 def test_measurements_that_vary_do_not_make_workers_differ() -> None:
     chance = random.Random(7)
     noisy = [
-        Measurement(one.parts, one.token_ms * chance.uniform(0.97, 1.03))
-        for one in measured(ALIKE, *[(8, 8, 9)] * 10)
+        Measurement(exact.parts, exact.token_ms * chance.uniform(0.97, 1.03))
+        for exact in measured(ALIKE, *[(8, 8, 9)] * 10)
     ]
     speeds = calibrate(noisy)
 
@@ -134,27 +136,27 @@ def test_no_speed_is_below_zero_whatever_was_measured(layouts: tuple[tuple[int, 
         [Measurement((), 10.0)],
     ],
 )
-def test_what_tells_nothing_is_not_calibrated_by(measurements: list[Measurement]) -> None:
+def test_unusable_measurements_give_no_speeds(measurements: list[Measurement]) -> None:
     assert calibrate(measurements) is None
 
 
 def test_an_unmeasured_model_has_no_token_time_and_says_why() -> None:
-    told = predict(None, parts(5, 5))
+    predicted = predict(None, parts(5, 5))
 
-    assert told == TokenTime((), "no token of this model was measured yet")
-    assert (told.token_ms, told.tokens_per_s, told.shares) == (None, None, ())
+    assert predicted == TokenTime((), "no token of this model was measured yet")
+    assert (predicted.token_ms, predicted.tokens_per_s, predicted.shares) == (None, None, ())
 
 
 def test_a_worker_that_was_never_probed_leaves_the_token_time_unknown_and_is_named() -> None:
     layout = (*parts(5), WorkerPart("10.0.0.9:50052", 5 * MIB, None))
 
-    told = predict(calibrate(measured(ALIKE, (8, 8, 9))), layout)
+    predicted = predict(calibrate(measured(ALIKE, (8, 8, 9))), layout)
 
-    assert told.token_ms is None
-    assert told.unknown == "the round trip to 10.0.0.9:50052 was not measured yet"
+    assert predicted.token_ms is None
+    assert predicted.unknown == "the round trip to 10.0.0.9:50052 was not measured yet"
 
 
-def test_the_parts_of_a_plan_are_its_weights_and_the_round_trips_told() -> None:
+def test_the_parts_of_a_plan_have_its_weights_and_the_given_round_trips() -> None:
     shards = tuple(
         Shard(
             endpoint=endpoint,

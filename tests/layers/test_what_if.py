@@ -1,4 +1,4 @@
-"""What if: another layout's memory and token time are told before it is applied."""
+"""What if: the forecast of memory and time per token for another layout."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ from tests.layers.test_plan import GB, TWELVE, workers
 MEASURED = WorkerSpeeds({"w0:1": 1e-9, "w1:1": 1e-9, "w2:1": 4e-9}, 1e-9, 0.5)
 
 
-def told(
+def forecast_of(
     *counts: int, free: tuple[int, ...] = (20 * GB, 20 * GB, 20 * GB), speeds: WorkerSpeeds | None = MEASURED
 ) -> Forecast:
     capacities = [
-        WorkerCapacity(one.endpoint, one.free_bytes, one.total_bytes, round_trip_ms=1.0) for one in workers(*free)
+        WorkerCapacity(worker.endpoint, worker.free_bytes, worker.total_bytes, round_trip_ms=1.0)
+        for worker in workers(*free)
     ]
     return forecast(TWELVE, capacities, counts, context_tokens=4096, speeds=speeds)
 
@@ -35,23 +36,23 @@ def told(
 # --- what a layout needs ----------------------------------------------------------------------
 
 
-def test_each_worker_is_told_its_layers_and_memory() -> None:
-    one, two, three = told(6, 0, 7).workers
+def test_the_forecast_has_layers_and_memory_of_each_worker() -> None:
+    first, second, third = forecast_of(6, 0, 7).workers
     load = model_load(TWELVE, 4096)
 
-    assert (one.layers, one.unit_count, one.needed_bytes) == ("0-5", 6, 6 * GB + load.reserve_bytes)
-    assert (two.layers, two.unit_count, two.needed_bytes, two.token_ms) == ("", 0, 0, None)
-    assert three.layers == "6-11 + output"
-    assert describe_memory(two) == "nothing"
-    assert describe_memory(one) == "5.6 GiB of 18.6 GiB"
+    assert (first.layers, first.unit_count, first.needed_bytes) == ("0-5", 6, 6 * GB + load.reserve_bytes)
+    assert (second.layers, second.unit_count, second.needed_bytes, second.token_ms) == ("", 0, 0, None)
+    assert third.layers == "6-11 + output"
+    assert describe_memory(second) == "nothing"
+    assert describe_memory(first) == "5.6 GiB of 18.6 GiB"
 
 
-def test_it_is_the_plan_that_would_be_made() -> None:
-    assert told(6, 4, 3).plan == plan_from_counts(TWELVE, workers(*[20 * GB] * 3), (6, 4, 3))
+def test_the_forecast_has_the_plan_that_would_be_made() -> None:
+    assert forecast_of(6, 4, 3).plan == plan_from_counts(TWELVE, workers(*[20 * GB] * 3), (6, 4, 3))
 
 
 def test_a_layout_that_does_not_fit_names_the_worker_and_what_is_short() -> None:
-    over = told(10, 2, 1, free=(8 * GB, 20 * GB, 20 * GB))
+    over = forecast_of(10, 2, 1, free=(8 * GB, 20 * GB, 20 * GB))
 
     assert not over.fits
     assert over.shortage.startswith(
@@ -61,7 +62,7 @@ def test_a_layout_that_does_not_fit_names_the_worker_and_what_is_short() -> None
 
 
 @pytest.mark.parametrize(
-    ("counts", "words"),
+    ("counts", "message"),
     [
         ((6, 4), "6/4 has 2 counts for 3 workers"),
         ((6, 4, 4), "6/4/4 does not place the model's 13 units (12 blocks and the output layer)"),
@@ -69,10 +70,10 @@ def test_a_layout_that_does_not_fit_names_the_worker_and_what_is_short() -> None
         ((6.5, 6.5, 0), "give whole numbers"),
     ],
 )
-def test_counts_that_are_no_placement_are_refused_in_one_line(counts: tuple[int, ...], words: str) -> None:
+def test_counts_that_do_not_place_the_model_are_refused_in_one_line(counts: tuple[int, ...], message: str) -> None:
     with pytest.raises(ConfigError) as failure:
-        told(*counts)
-    assert words in str(failure.value)
+        forecast_of(*counts)
+    assert message in str(failure.value)
 
 
 def test_no_workers_make_no_layout() -> None:
@@ -84,7 +85,7 @@ def test_no_workers_make_no_layout() -> None:
 
 
 def test_moving_layers_off_a_slow_worker_makes_a_token_quicker() -> None:
-    times = [told(*counts).token.token_ms for counts in ((4, 4, 5), (5, 5, 3), (7, 6, 0))]
+    times = [forecast_of(*counts).token.token_ms for counts in ((4, 4, 5), (5, 5, 3), (7, 6, 0))]
 
     assert None not in times
     assert times == sorted(times, reverse=True)  # type: ignore[type-var]
@@ -93,15 +94,15 @@ def test_moving_layers_off_a_slow_worker_makes_a_token_quicker() -> None:
 def test_a_dropped_worker_saves_its_round_trip_and_hop() -> None:
     alike = WorkerSpeeds({}, 1e-9, 0.5)
 
-    three, two = (told(*counts, speeds=alike).token.token_ms for counts in ((5, 4, 4), (7, 6, 0)))
+    three, two = (forecast_of(*counts, speeds=alike).token.token_ms for counts in ((5, 4, 4), (7, 6, 0)))
 
     assert three is not None
     assert two is not None
     assert three - two == pytest.approx(1.5)
 
 
-def test_without_a_measurement_memory_is_told_and_time_is_not() -> None:
-    unmeasured = told(6, 4, 3, speeds=None)
+def test_without_a_measurement_memory_is_known_and_time_is_not() -> None:
+    unmeasured = forecast_of(6, 4, 3, speeds=None)
 
     assert unmeasured.fits
     assert unmeasured.token.token_ms is None
@@ -110,10 +111,10 @@ def test_without_a_measurement_memory_is_told_and_time_is_not() -> None:
     )
 
 
-def test_a_running_layout_predicts_what_it_was_measured_with() -> None:
+def test_a_running_layout_is_predicted_as_measured() -> None:
     capacities = [WorkerCapacity(f"w{n}:1", 20 * GB, 20 * GB, round_trip_ms=0.4) for n in range(3)]
     plan = plan_layers(TWELVE, capacities)
-    parts = worker_parts(plan, {one.endpoint: one.round_trip_ms for one in capacities})
+    parts = worker_parts(plan, {worker.endpoint: worker.round_trip_ms for worker in capacities})
     speeds = calibrate([Measurement(parts, 25.0)])
 
     again = forecast(TWELVE, capacities, plan.unit_counts, context_tokens=4096, speeds=speeds)
@@ -125,18 +126,18 @@ def test_a_running_layout_predicts_what_it_was_measured_with() -> None:
 # --- memory without the running layout --------------------------------------------------------
 
 
-def test_workers_of_the_running_layout_count_with_what_they_had_before_it() -> None:
+def test_workers_of_the_running_layout_count_with_their_memory_before_it() -> None:
     plan = plan_layers(TWELVE, workers(20 * GB, 20 * GB))
     now = workers(3 * GB, 4 * GB, 9 * GB)
 
-    assert [one.free_bytes for one in without_layout(plan, now)] == [20 * GB, 20 * GB, 9 * GB]
+    assert [worker.free_bytes for worker in without_layout(plan, now)] == [20 * GB, 20 * GB, 9 * GB]
 
 
 def test_a_free_worker_on_the_memory_of_a_held_one_gets_that_memory_back_too() -> None:
     plan = plan_layers(TWELVE, workers(20 * GB, 20 * GB, domains="a."))
     now = workers(3 * GB, 3 * GB, 3 * GB, domains="a.a")
 
-    assert [one.free_bytes for one in without_layout(plan, now)] == [20 * GB, 20 * GB, 20 * GB]
+    assert [worker.free_bytes for worker in without_layout(plan, now)] == [20 * GB, 20 * GB, 20 * GB]
 
 
 # --- moving units -----------------------------------------------------------------------------
@@ -158,7 +159,7 @@ def test_a_free_worker_on_the_memory_of_a_held_one_gets_that_memory_back_too() -
         ((13,), 0, 5, [13]),
     ],
 )
-def test_neighbours_make_up_for_a_worker_that_is_moved(
+def test_neighbours_compensate_for_a_changed_worker(
     counts: tuple[int, ...], position: int, unit_count: int, after: list[int]
 ) -> None:
     assert rebalance(counts, position, unit_count) == after

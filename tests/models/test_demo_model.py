@@ -17,7 +17,7 @@ EXPECTED: dict[str, str] = json.loads(
 )
 
 
-def test_the_file_is_a_small_llama_of_twelve_layers_that_says_what_it_is() -> None:
+def test_the_file_is_a_small_llama_of_twelve_layers_with_a_description() -> None:
     facts = read_facts(DEMO_MODEL_PATH)
     assert facts.file_bytes <= 8_000_000
     assert facts.architecture == "llama"
@@ -30,7 +30,7 @@ def test_the_file_is_a_small_llama_of_twelve_layers_that_says_what_it_is() -> No
 
 @pytest.mark.engine
 @pytest.mark.parametrize("model", ["demo", "demo:sharded"])
-def test_greedy_answers_are_the_written_ones_sharded_or_not(router: HybridRouter, model: str) -> None:
+def test_greedy_answers_are_the_expected_ones_sharded_or_not(router: HybridRouter, model: str) -> None:
     for question, answer in EXPECTED.items():
         assert router.route_request(model, question, temperature=0).text == answer
 

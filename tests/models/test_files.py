@@ -1,4 +1,4 @@
-"""Finding a model's GGUF in Ollama's storage: one that a real Ollama wrote, and damaged ones."""
+"""Finding a model's GGUF in Ollama's storage: one written by a real Ollama, and damaged ones."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MODEL = "application/vnd.ollama.image.model"
 
 
 class Storage:
-    """Ollama's storage, written by hand."""
+    """Ollama's storage, written by the test."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -35,14 +35,16 @@ class Storage:
         path.write_bytes(content)
         return f"sha256:{digest}", path
 
-    def model(self, place: str, *layers: tuple[str, bytes], config: dict[str, Any] | None = None) -> list[Path]:
+    def model(
+        self, path_in_storage: str, *layers: tuple[str, bytes], config: dict[str, Any] | None = None
+    ) -> list[Path]:
         """A model at `host/namespace/model/tag`; the paths of its layers."""
         blobs = [(kind, len(content), *self.blob(content)) for kind, content in layers]
         manifest = {
             "layers": [{"mediaType": kind, "digest": digest, "size": size} for kind, size, digest, _ in blobs],
             "config": {"digest": self.blob(json.dumps(config or {}).encode())[0]},
         }
-        path = self.root / "manifests" / place
+        path = self.root / "manifests" / path_in_storage
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(manifest))
         return [path for _, _, _, path in blobs]
@@ -75,7 +77,7 @@ def llama(tmp_path: Path) -> bytes:
         "hf.co/someone/some-model-GGUF:Q4_K_M",
     ],
 )
-def test_what_ollama_created_is_found(ollama: OllamaServer, name: str) -> None:
+def test_a_model_created_by_ollama_is_found(ollama: OllamaServer, name: str) -> None:
     path = OllamaGGUFResolver(ollama.models_folder).get_gguf_path(name)
     assert isinstance(path, str)
     assert Path(path).parent == ollama.models_folder / "blobs"
@@ -114,7 +116,7 @@ def test_a_digest_that_ollama_shows_pins_the_model(ollama: OllamaServer) -> None
         *("m@", "m@sha256:12", "m@md5:" + "0" * 32, "@", "file:///etc/passwd"),
     ],
 )
-def test_what_is_no_name_never_becomes_a_path(storage: Storage, text: str) -> None:
+def test_an_invalid_name_never_becomes_a_path(storage: Storage, text: str) -> None:
     (storage.root / "manifests").mkdir()
     with pytest.raises(ModelNotFoundError) as refused:
         OllamaGGUFResolver(storage.root).resolve(text)
@@ -135,7 +137,7 @@ def test_a_manifest_cannot_lead_out_of_the_storage(storage: Storage, llama: byte
 # --- layers -----------------------------------------------------------------------------------------
 
 
-def test_layers_are_told_apart_by_their_type(storage: Storage, llama: bytes, tmp_path: Path) -> None:
+def test_layers_are_distinguished_by_their_type(storage: Storage, llama: bytes, tmp_path: Path) -> None:
     projector = write_keys(tmp_path / "p.gguf", "clip", {"clip.block_count": 1}).read_bytes()
     adapter = write_keys(tmp_path / "a.gguf", "llama", {"llama.block_count": 1}).read_bytes()
     paths = storage.model(
@@ -209,7 +211,7 @@ def test_a_damaged_blob_is_named_with_its_reason_and_the_remedy(
         (b"GGUF\x63\0\0\0" + bytes(64), "version 99"),
     ],
 )
-def test_a_blob_that_is_no_gguf_is_named_with_its_reason(storage: Storage, content: bytes, reason: str) -> None:
+def test_a_blob_that_is_not_gguf_is_named_with_its_reason(storage: Storage, content: bytes, reason: str) -> None:
     (path,) = storage.model("registry.ollama.ai/library/m/latest", (MODEL, content))
     with pytest.raises(ModelFileError, match=reason) as error:
         OllamaGGUFResolver(storage.root).resolve("m")
@@ -227,7 +229,7 @@ def test_a_blob_that_is_no_gguf_is_named_with_its_reason(storage: Storage, conte
         ("gemma3", {}, None),
     ],
 )
-def test_what_only_ollamas_own_engine_loads_is_refused(
+def test_a_model_that_only_ollamas_own_engine_loads_is_refused(
     storage: Storage, tmp_path: Path, architecture: str, keys: dict[str, int], reason: str | None
 ) -> None:
     all_keys = {f"{architecture}.block_count": 1, **keys}
@@ -277,7 +279,7 @@ def without_roots_rights(folder: Path, work: Callable[[], None]) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="file modes are POSIX")
 @pytest.mark.parametrize("closed", ["blob", "manifest", "manifests"])
-def test_a_file_that_may_not_be_read_is_named_with_the_fix(llama: bytes, closed: str) -> None:
+def test_an_unreadable_file_is_named_with_the_fix(llama: bytes, closed: str) -> None:
     # Not in pytest's folder, which only its owner may enter.
     with tempfile.TemporaryDirectory() as folder:
         storage = Storage(Path(folder) / "models")
@@ -299,7 +301,7 @@ def test_a_file_that_may_not_be_read_is_named_with_the_fix(llama: bytes, closed:
 # --- places -----------------------------------------------------------------------------------------
 
 
-def test_places_are_tried_in_order_and_all_named_when_nothing_is_found(
+def test_folders_are_searched_in_order_and_all_named_when_nothing_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llama: bytes
 ) -> None:
     monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / "chosen"))
@@ -320,7 +322,9 @@ def test_places_are_tried_in_order_and_all_named_when_nothing_is_found(
     assert resolver.resolve("m") == at_home
 
 
-def test_installed_lists_every_place_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llama: bytes) -> None:
+def test_installed_lists_the_models_of_all_folders_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llama: bytes
+) -> None:
     monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / "chosen"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))

@@ -1,4 +1,4 @@
-"""The list of models: who has each, what is known of it, and whether it runs."""
+"""The list of models: where each is, what is known about it, and whether it runs."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from sollol_nb.models.profiles import MODEL_PROFILES, ModelProfile, profile_of
 def listed(**given: object) -> dict[str, ListedModel]:
     nothing = {"in_ollama": [], "loaded": [], "in_storage": [], "coordinators": {}}
     models = list_models(profile_of, **{**nothing, **given})  # type: ignore[arg-type]
-    assert len({one.model for one in models}) == len(models)
-    return {one.model: one for one in models}
+    assert len({model.model for model in models}) == len(models)
+    return {model.model: model for model in models}
 
 
-def test_models_with_a_profile_are_listed_also_where_nobody_has_them() -> None:
+def test_models_with_a_profile_are_listed_even_if_no_node_has_them() -> None:
     models = listed()
 
     assert set(models) == set(MODEL_PROFILES)
@@ -24,7 +24,7 @@ def test_models_with_a_profile_are_listed_also_where_nobody_has_them() -> None:
     assert models["demo"].where == "built in"
 
 
-def test_a_model_is_listed_once_with_all_who_have_it() -> None:
+def test_a_model_is_listed_once_with_all_its_nodes() -> None:
     entries = [
         {"name": "llama3.2:latest", "nodes": ["http://a:11434", "http://b:11434"]},
         {"name": "odd", "nodes": ["http://a:11434"]},
@@ -53,10 +53,10 @@ def test_a_damaged_model_is_listed_by_its_name() -> None:
         return profile_of(model)
 
     models = list_models(refuse, in_ollama=[], loaded=[], in_storage=["broken:7b"], coordinators={})
-    assert {one.model: one.parameters_b for one in models}["broken:7b"] == 7.0
+    assert {model.model: model.parameters_b for model in models}["broken:7b"] == 7.0
 
 
-def test_what_runs_comes_first_then_what_is_there() -> None:
+def test_running_models_come_first_then_available_ones() -> None:
     models = list(listed(in_storage=["stored:7b"], coordinators={"demo:sharded": "http://127.0.0.1:18080"}))
 
     assert models[:3] == ["demo:sharded", "demo", "stored:7b"]

@@ -110,7 +110,7 @@ def test_listed_models_are_routed_as_listed(model: str) -> None:
         ("demo:other", None),
     ],
 )
-def test_a_listed_name_stands_for_its_own_tag_only(model: str, key: str | None) -> None:
+def test_a_listed_name_matches_its_own_tag_only(model: str, key: str | None) -> None:
     profile = profile_of(model, profiles=MODEL_PROFILES | {"mine:latest": {"parameter_count": 5}})
     assert profile.source == f"profile {key!r}" if key else not profile.source.startswith("profile")
 
@@ -153,7 +153,7 @@ ONE_OF_EACH: dict[str, dict[str, Any]] = {
         ("foo", 1, None, "size unknown"),
     ],
 )
-def test_the_decision_follows_entry_threshold_and_size_and_says_so(
+def test_the_decision_follows_entry_threshold_and_size_with_its_reason(
     model: str, threshold: float | None, sharded: bool | None, reason: str
 ) -> None:
     profile = profile_of(model, threshold_params=threshold, profiles=ONE_OF_EACH)
@@ -172,7 +172,7 @@ def test_a_profile_is_shown_in_one_line() -> None:
     assert str(profile_of("/models/qwen3-8b.gguf")).startswith("qwen3-8b.gguf: 8B parameters, about 4.88 GB (")
 
 
-def test_a_header_is_believed_before_the_name(facts: ModelFacts) -> None:
+def test_a_header_takes_precedence_over_the_name(facts: ModelFacts) -> None:
     profile = profile_of("foo:70b", facts=facts)
     assert profile.source == "GGUF header of blob.gguf"
     assert profile.requires_distributed is False
@@ -181,7 +181,7 @@ def test_a_header_is_believed_before_the_name(facts: ModelFacts) -> None:
     assert "(from its GGUF header), below the sharding threshold of 40B" in profile.reason
 
 
-def test_an_entry_is_believed_before_the_header_which_fills_its_gaps(facts: ModelFacts) -> None:
+def test_an_entry_takes_precedence_over_the_header_which_fills_its_gaps(facts: ModelFacts) -> None:
     profile = profile_of("foo", facts=facts, profiles={"foo": {"estimated_memory_gb": 7}})
     assert profile.memory_bytes == 7_000_000_000
     assert profile.parameter_count_b == facts.parameter_count / 1e9
@@ -203,7 +203,7 @@ def test_the_table_is_read_at_each_decision(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    ("entry", "words"),
+    ("entry", "message"),
     [
         ("70b", r"MODEL_PROFILES\['mine'\] is '70b'"),
         (None, r"MODEL_PROFILES\['mine'\] is None"),
@@ -215,12 +215,12 @@ def test_the_table_is_read_at_each_decision(monkeypatch: pytest.MonkeyPatch) -> 
         ({"requires_distributed": "yes"}, r"\['requires_distributed'\] is 'yes'; give True or False"),
     ],
 )
-def test_a_malformed_entry_is_named_with_its_key(entry: Any, words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
+def test_a_malformed_entry_is_named_with_its_key(entry: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         profile_of("mine", profiles={"mine": entry})
 
 
-def test_a_malformed_entry_does_not_hurt_other_models() -> None:
+def test_a_malformed_entry_does_not_affect_other_models() -> None:
     assert profile_of("foo:8b", profiles={"mine": "70b"}).parameter_count_b == 8  # type: ignore[dict-item]
 
 

@@ -75,7 +75,7 @@ def decide(profile: ModelProfile, *, ollama: bool, path: Path | None, **settings
         (UNKNOWN, False, PATH, {"backend": DISTRIBUTED}, DISTRIBUTED, "chosen with backend=sharded"),
     ],
 )
-def test_model_goes_where_it_can_run_and_the_route_says_why(
+def test_a_model_goes_where_it_can_run_and_the_route_says_why(
     profile: ModelProfile, ollama: bool, path: Path | None, settings: dict[str, Any], backend: str, text: str
 ) -> None:
     route = decide(profile, ollama=ollama, path=path, **settings)
@@ -140,7 +140,7 @@ def test_model_goes_where_it_can_run_and_the_route_says_why(
         (SMALL, True, PATH, {"backend": DISTRIBUTED, "model_filter": ["x"]}, ConfigError, "allows only x"),
     ],
 )
-def test_model_that_can_run_nowhere_is_an_error_that_says_what_to_do(
+def test_the_error_for_a_model_that_cannot_run_says_what_to_do(
     profile: ModelProfile,
     ollama: bool,
     path: Path | None,

@@ -1,4 +1,4 @@
-"""Which node a request goes to, what a node is called, and when a failed one is tried again."""
+"""Which node a request goes to, what a node is called, and when a failed node is tried again."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def offer(name: str, residency: Residency, expected_ms: float, *, busy: bool = F
         pytest.param(
             [offer("a", LOADED, 300), offer("b", LOADED, 200), offer("c", LOADED, 400)],
             "b",
-            id="among loaded the one that is done first",
+            id="of the loaded ones the first to finish",
         ),
         pytest.param(
             [offer("fast", LOADED, 200, busy=True), offer("slow", LOADED, 900)],
             "fast",
-            id="a short line at a fast node beats a free slow one",
+            id="a short queue at a fast node beats a free slow one",
         ),
         pytest.param(
             [offer("loaded", LOADED, 9_000, busy=True), offer("disk", ON_DISK, 10_000)],
@@ -80,7 +80,7 @@ def test_the_node_for_a_request(offers: list[NodeOffer], chosen: str | None) -> 
     assert (choice.url if choice else None) == chosen
 
 
-def test_equals_are_chosen_at_random_and_only_equals() -> None:
+def test_only_equal_nodes_are_chosen_at_random() -> None:
     offers = [offer("a", LOADED, 100), offer("b", LOADED, 100), offer("c", LOADED, 101), offer("d", ON_DISK, 100)]
     considered: list[list[str]] = []
 
@@ -137,7 +137,7 @@ def test_where_a_request_waits_once_its_node_is_chosen(offers: list[NodeOffer], 
         ({"host": "10.0.0.5"}, "http://10.0.0.5:11434"),
     ],
 )
-def test_ways_to_write_a_node(written: str | dict[str, object], url: str) -> None:
+def test_forms_of_a_node(written: str | dict[str, object], url: str) -> None:
     assert node_url(written) == url
 
 
@@ -145,7 +145,7 @@ def test_ways_to_write_a_node(written: str | dict[str, object], url: str) -> Non
     "written",
     ["", "a b", "host:port", "host:0", "host:99999", "ftp://host", "http://user:secret@host", {"port": 1}],
 )
-def test_what_is_no_node_is_refused_without_showing_a_password(written: str | dict[str, object]) -> None:
+def test_an_invalid_node_is_refused_without_showing_a_password(written: str | dict[str, object]) -> None:
     with pytest.raises(ConfigError) as refused:
         node_url(written)
     assert "secret" not in str(refused.value)
@@ -170,7 +170,7 @@ def final(tokens: int, eval_ms: float, load_ms: float = 0) -> dict[str, int]:
     return {"eval_count": tokens, "eval_duration": int(eval_ms * 1e6), "load_duration": int(load_ms * 1e6)}
 
 
-def test_what_a_node_offers_follows_what_was_measured() -> None:
+def test_the_offer_of_a_node_follows_its_measurements() -> None:
     async def test(node: OllamaNode) -> None:
         assert node.offer(KEY, 100).expected_ms == 0  # never measured and idle: worth a try
         node.record_answer(KEY, KEY, final(10, 200), had_to_load=False)
@@ -188,7 +188,7 @@ def test_what_a_node_offers_follows_what_was_measured() -> None:
     on_a_loop(test, slots=2)
 
 
-def test_loading_a_model_costs_what_it_last_took_there() -> None:
+def test_loading_a_model_is_expected_to_take_as_long_as_last_time() -> None:
     def test(node: OllamaNode) -> None:
         node._on_disk = {KEY: KEY}
         assert node.offer(KEY, 100) == NodeOffer(node.url, ON_DISK, True, ollama_nodes.ASSUMED_LOAD_MS)
@@ -200,7 +200,7 @@ def test_loading_a_model_costs_what_it_last_took_there() -> None:
     on_a_loop(test)
 
 
-def test_one_failure_told_by_many_requests_is_one_failure() -> None:
+def test_a_failure_reported_by_many_requests_counts_once() -> None:
     async def test(node: OllamaNode) -> None:
         for _ in range(20):
             node.record_failure(TransportTimeoutError("silent"))

@@ -46,7 +46,7 @@ TOOL = {
         "parameters": {"type": "object", "properties": {"zone": {"type": "string"}}, "required": ["zone"]},
     },
 }
-# Ollama recognises a tool call in the model's words by how the template writes one.
+# Ollama recognises a tool call in the model's text by the form that the template uses.
 TOOL_TEMPLATE = (
     CHATML
     + """{{ range .Tools }}{{ . }}{{ end }}{{ range .Messages }}{{ range .ToolCalls -}}
@@ -84,7 +84,7 @@ def with_pool(*servers: OllamaServer, **settings: Any) -> Callable[[Callable[[Ol
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Give the loop to others until something is so; the test's time limit ends a wait in vain."""
+    """Wait until the condition holds; the test's time limit ends a wait in vain."""
     while not condition():  # noqa: ASYNC110 - the condition is no event
         await asyncio.sleep(0.01)
 
@@ -94,7 +94,7 @@ def direct(server: OllamaServer, path: str, **body: Any) -> Any:
     return server.ask(path, {"stream": False, **body})
 
 
-# --- what goes through --------------------------------------------------------------------------
+# --- requests as Ollama answers them --------------------------------------------------------------------------
 
 
 def test_a_chat_is_ollamas_own_answer_and_says_where_it_ran(ollama: OllamaServer) -> None:
@@ -171,7 +171,7 @@ def test_tool_calls_come_back(ollama: OllamaServer) -> None:
     ],
     ids=["tools", "format", "temperature", "think"],
 )
-def test_what_ollama_refuses_is_refused_in_its_own_words(
+def test_a_refusal_has_the_message_of_ollama(
     ollama: OllamaServer, more: dict[str, Any], body: dict[str, Any]
 ) -> None:
     async def ask(pool: OllamaPool) -> str:
@@ -182,8 +182,8 @@ def test_what_ollama_refuses_is_refused_in_its_own_words(
 
     with pytest.raises(OSError, match="HTTP Error") as own:
         direct(ollama, "/api/chat", model="llama3.2", messages=MESSAGES, **body)
-    own_words = json.load(own.value)["error"]  # type: ignore[arg-type]
-    assert with_pool(ollama)(ask) == f"Ollama at {ollama.base_url}: {own_words}"
+    own_message = json.load(own.value)["error"]  # type: ignore[arg-type]
+    assert with_pool(ollama)(ask) == f"Ollama at {ollama.base_url}: {own_message}"
 
 
 def test_images_reach_the_model(ollama: OllamaServer) -> None:
@@ -234,7 +234,7 @@ def test_a_prompt_that_does_not_fit_is_an_error_and_nothing_is_dropped(
     assert (overflow.prompt_tokens, overflow.context_tokens) == (None, DEMO_CONTEXT_TOKENS)
 
 
-def test_what_ollama_drops_because_it_was_told_to_is_said(ollama: OllamaServer) -> None:
+def test_a_prompt_that_ollama_truncates_is_reported(ollama: OllamaServer) -> None:
     asked: dict[str, Any] = {"num_ctx": 64, "max_tokens": 1, "truncate": True}
     answer = with_pool(ollama)(lambda pool: pool.chat("llama3.2", LONG_MESSAGES, **asked))
     assert answer["prompt_eval_count"] <= 64
@@ -245,7 +245,7 @@ def test_what_ollama_drops_because_it_was_told_to_is_said(ollama: OllamaServer) 
     ("more", "is_full"),
     [({}, True), ({"keep_alive": 0}, True), ({"max_tokens": 2}, False), ({"shift": True}, False)],
 )
-def test_an_answer_that_fills_the_context_ends_and_says_so(
+def test_an_answer_that_fills_the_context_ends_with_a_mark(
     small_models: OllamaServer, more: dict[str, Any], is_full: bool
 ) -> None:
     limit: dict[str, Any] = {"max_tokens": 100} if "shift" in more else {}
@@ -258,7 +258,7 @@ def test_an_answer_that_fills_the_context_ends_and_says_so(
 
 
 @pytest.mark.parametrize(("num_ctx", "context_tokens"), [(128, 128), (1_000_000, 256)])
-def test_the_oldest_turns_are_dropped_when_asked_to(
+def test_the_oldest_turns_are_dropped_on_request(
     small_models: OllamaServer, num_ctx: int, context_tokens: int
 ) -> None:
     turn = [{"role": "user", "content": "w" * 100}, {"role": "assistant", "content": "w" * 100}]
@@ -278,7 +278,7 @@ def test_the_oldest_turns_are_dropped_when_asked_to(
     assert f"to fit {context_tokens:,} tokens of context" in answer["_dropped"]
 
 
-def test_an_overflow_that_is_no_choice_is_refused(ollama: OllamaServer) -> None:
+def test_an_unknown_overflow_is_refused(ollama: OllamaServer) -> None:
     async def ask(pool: OllamaPool) -> None:
         with pytest.raises(ConfigError, match="overflow='drop' must be error or drop_oldest"):
             await pool.chat("llama3.2", MESSAGES, overflow="drop")
@@ -286,7 +286,7 @@ def test_an_overflow_that_is_no_choice_is_refused(ollama: OllamaServer) -> None:
     with_pool(ollama)(ask)
 
 
-def test_a_request_that_is_no_json_is_refused(ollama: OllamaServer) -> None:
+def test_a_request_that_is_not_json_is_refused(ollama: OllamaServer) -> None:
     async def ask(pool: OllamaPool) -> None:
         with pytest.raises(ConfigError, match="base64"):
             await pool.chat("llama3.2", [{"role": "user", "content": "What?", "images": [b"raw"]}])
@@ -310,7 +310,7 @@ def test_embeddings_of_a_batch_are_those_of_its_texts_in_order(ollama: OllamaSer
     with_pool(ollama)(ask)
 
 
-def test_keep_alive_goes_through(ollama: OllamaServer, tmp_path: Path) -> None:
+def test_keep_alive_reaches_ollama(ollama: OllamaServer, tmp_path: Path) -> None:
     ollama.create("short-lived", write_llama(tmp_path / "small.gguf"))
 
     async def ask(pool: OllamaPool) -> None:
@@ -373,7 +373,7 @@ def test_list_and_show_are_ollamas_own(ollama: OllamaServer) -> None:
 
 
 @pytest.mark.parametrize("name", ["no-such-model", "llama3.2:70b", "../../etc/passwd", ""])
-def test_a_model_nobody_has_is_not_found(ollama: OllamaServer, name: str) -> None:
+def test_a_model_that_no_node_has_is_not_found(ollama: OllamaServer, name: str) -> None:
     async def ask(pool: OllamaPool) -> None:
         with pytest.raises(ModelNotFoundError, match=r"ollama pull|is not the name"):
             await pool.chat(name, MESSAGES)
@@ -458,7 +458,7 @@ def test_a_pull_shows_progress_and_the_model_can_be_used(
 # --- nodes that come and go -----------------------------------------------------------------------
 
 
-def test_without_ollama_the_pool_says_what_to_run_and_uses_it_when_it_comes(
+def test_without_ollama_the_pool_says_what_to_run_and_uses_it_once_it_runs(
     ollama_pair: tuple[OllamaServer, OllamaServer],
 ) -> None:
     server, _ = ollama_pair
@@ -478,7 +478,7 @@ def test_without_ollama_the_pool_says_what_to_run_and_uses_it_when_it_comes(
     with_pool(server)(ask)
 
 
-def test_a_pool_is_made_without_asking_anyone_and_can_be_awaited(
+def test_a_pool_is_created_without_requests_and_can_be_awaited(
     ollama: OllamaServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OLLAMA_HOST", f"127.0.0.1:{ollama.port}, http://127.0.0.1:9")
@@ -489,20 +489,20 @@ def test_a_pool_is_made_without_asking_anyone_and_can_be_awaited(
         ("http://127.0.0.1:9", "unknown", 3),
     ]
 
-    async def look() -> list[str]:
+    async def refreshed_states() -> list[str]:
         assert await pool is pool
         states = [node.state for node in pool.nodes]
         await pool.close()
         await pool.close()
         return states
 
-    assert run(look()) == ["ready", "absent"]
+    assert run(refreshed_states()) == ["ready", "absent"]
     assert [node.url for node in OllamaPool.auto_configure(nodes=["gpu:1"]).nodes] == ["http://gpu:1"]
     monkeypatch.delenv("OLLAMA_HOST")
     assert [node.url for node in OllamaPool.auto_configure().nodes] == ["http://127.0.0.1:11434"]
 
 
-def test_something_else_than_ollama_is_not_used(ollama: OllamaServer, registry: str) -> None:
+def test_another_server_than_ollama_is_not_used(ollama: OllamaServer, registry: str) -> None:
     async def ask() -> None:
         stranger = "/".join(registry.split("/")[:3])
         async with OllamaPool([stranger, ollama.base_url]) as pool:
@@ -513,7 +513,7 @@ def test_something_else_than_ollama_is_not_used(ollama: OllamaServer, registry: 
     run(ask())
 
 
-def test_a_restarted_server_is_used_again_at_once(ollama_pair: tuple[OllamaServer, OllamaServer]) -> None:
+def test_a_restarted_server_is_used_again_immediately(ollama_pair: tuple[OllamaServer, OllamaServer]) -> None:
     server, _ = ollama_pair
 
     async def ask(pool: OllamaPool) -> None:
@@ -543,7 +543,7 @@ async def raw_text(pool: OllamaPool) -> AsyncIterator[tuple[str, dict[str, Any]]
 
 @pytest.mark.parametrize("harm", [OllamaServer.kill, OllamaServer.suspend], ids=["dies", "goes silent"])
 @pytest.mark.parametrize("stream", [chat_text, generate_text, raw_text])
-def test_an_answer_goes_on_elsewhere_when_its_node(
+def test_an_answer_continues_on_another_node_when_its_node(
     ollama_pair: tuple[OllamaServer, OllamaServer],
     stream: Callable[[OllamaPool], AsyncIterator[tuple[str, dict[str, Any]]]],
     harm: Callable[[OllamaServer], None],
@@ -579,9 +579,9 @@ def test_an_answer_goes_on_elsewhere_when_its_node(
         ({"silence_timeout_s": 2}, 2),
         ({"first_token_timeout_s": 4}, 0),
     ],
-    ids=["between two words", "before the first word"],
+    ids=["between two chunks", "before the first chunk"],
 )
-def test_a_model_that_hangs_in_a_server_that_answers_is_left_after_its_deadline(
+def test_a_model_that_hangs_in_a_live_server_fails_after_its_deadline(
     ollama_pair: tuple[OllamaServer, OllamaServer], patience: dict[str, float], words_before: int
 ) -> None:
     hung, well = ollama_pair
@@ -624,7 +624,7 @@ def test_a_node_that_was_silent_is_used_again_when_it_answers(
     with_pool(server, probe_after_s=0.3)(ask)
 
 
-def test_an_answer_in_a_format_starts_again_elsewhere_and_is_whole(
+def test_an_answer_in_a_format_starts_again_on_another_node_and_is_complete(
     ollama_pair: tuple[OllamaServer, OllamaServer],
 ) -> None:
     # Many fields, so that the first node is at work long enough to be killed at it.
@@ -666,7 +666,7 @@ def test_a_node_that_died_before_the_first_word_costs_only_time(
     with_pool(*ollama_pair)(ask)
 
 
-def test_when_the_only_node_dies_the_error_says_so(ollama_pair: tuple[OllamaServer, OllamaServer]) -> None:
+def test_the_error_says_that_the_only_node_died(ollama_pair: tuple[OllamaServer, OllamaServer]) -> None:
     server, _ = ollama_pair
 
     async def ask(pool: OllamaPool) -> None:
@@ -679,10 +679,10 @@ def test_when_the_only_node_dies_the_error_says_so(ollama_pair: tuple[OllamaServ
     with_pool(server)(ask)
 
 
-def test_nodes_that_come_and_go_are_told(ollama_pair: tuple[OllamaServer, OllamaServer]) -> None:
-    told: list[Event] = []
+def test_nodes_that_start_and_stop_are_published(ollama_pair: tuple[OllamaServer, OllamaServer]) -> None:
+    published: list[Event] = []
     bus = EventBus()
-    bus.subscribe(told.append)
+    bus.subscribe(published.append)
     server, _ = ollama_pair
 
     async def ask(pool: OllamaPool) -> None:
@@ -691,13 +691,13 @@ def test_nodes_that_come_and_go_are_told(ollama_pair: tuple[OllamaServer, Ollama
             await pool.chat("llama3.2", MESSAGES)
 
     with_pool(server, events=bus)(ask)
-    assert [(event.kind, event.subject) for event in told] == [
+    assert [(event.kind, event.subject) for event in published] == [
         ("node.ready", server.base_url),
         ("node.absent", server.base_url),
     ]
 
 
-# --- many at once ---------------------------------------------------------------------------------
+# --- many requests at the same time ------------------------------------------------------------------
 
 
 def test_two_hundred_requests_over_two_nodes_lose_nothing(ollama_pair: tuple[OllamaServer, OllamaServer]) -> None:
@@ -710,14 +710,14 @@ def test_two_hundred_requests_over_two_nodes_lose_nothing(ollama_pair: tuple[Oll
         expected[question] = own["message"]["content"]
 
     async def ask(pool: OllamaPool) -> None:
-        async def one(number: int) -> dict[str, Any]:
+        async def ask_one(number: int) -> dict[str, Any]:
             question = questions[number % 4]
             messages = [{"role": "user", "content": question}]
             answer = await pool.chat("llama3.2", messages, max_tokens=3, priority=1 + number % 10, **GREEDY)
             assert answer["message"]["content"] == expected[question]
             return answer
 
-        answers = await asyncio.gather(*(one(number) for number in range(200)))
+        answers = await asyncio.gather(*(ask_one(number) for number in range(200)))
         served = Counter(answer["_routing"]["node"] for answer in answers)
         assert served.keys() == {server.base_url for server in ollama_pair}
         assert min(served.values()) >= 20
@@ -731,7 +731,7 @@ def test_when_a_node_dies_under_load_nothing_is_lost(ollama_pair: tuple[OllamaSe
     async def ask(pool: OllamaPool) -> None:
         finished = 0
 
-        async def one() -> dict[str, Any]:
+        async def ask_one() -> dict[str, Any]:
             nonlocal finished
             answer = await pool.chat("llama3.2", MESSAGES, max_tokens=4, **GREEDY)
             finished += 1
@@ -739,7 +739,7 @@ def test_when_a_node_dies_under_load_nothing_is_lost(ollama_pair: tuple[OllamaSe
                 ollama_pair[0].kill()
             return answer
 
-        answers = await asyncio.gather(*(one() for _ in range(60)))
+        answers = await asyncio.gather(*(ask_one() for _ in range(60)))
         assert len({answer["message"]["content"] for answer in answers}) == 1
 
     with_pool(*ollama_pair)(ask)
@@ -749,7 +749,7 @@ def test_waiting_requests_are_served_by_priority(ollama: OllamaServer) -> None:
     async def ask(pool: OllamaPool) -> None:
         served: list[int] = []
 
-        async def one(priority: int) -> None:
+        async def ask_one(priority: int) -> None:
             async for chunk in pool.stream_chat("llama3.2", MESSAGES, max_tokens=2, priority=priority):
                 if chunk["done"]:
                     served.append(priority)
@@ -757,7 +757,7 @@ def test_waiting_requests_are_served_by_priority(ollama: OllamaServer) -> None:
         priorities = [5, 1, 9, 3, 10, 7, 2, 8, 4, 6]
         async with aclosing(pool.stream_chat("llama3.2", STORY_MESSAGES)) as long_answer:
             await anext(long_answer)
-            waiting = [asyncio.create_task(one(priority)) for priority in priorities]
+            waiting = [asyncio.create_task(ask_one(priority)) for priority in priorities]
             await until(lambda: pool.nodes[0].waiting == len(priorities))
             assert pool.nodes[0].expected_wait_ms > 0
         await asyncio.gather(*waiting)

@@ -1,4 +1,4 @@
-"""Requests to Ollama and half answers as plain data."""
+"""Requests to Ollama and partial answers as plain data."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from sollol_nb.ollama.requests import (
         ({"temperature": None, "format": None, "max_tokens": None, "options": None}, {}),
     ],
 )
-def test_what_is_given_goes_through(given: dict[str, Any], body: dict[str, Any]) -> None:
+def test_options_and_fields_reach_the_body(given: dict[str, Any], body: dict[str, Any]) -> None:
     assert request_body("m", **given) == {"model": "m", **body}
 
 
@@ -47,17 +47,17 @@ def so_far(*chunks: dict[str, Any]) -> AnswerSoFar:
     return answer
 
 
-def said(content: str, **more: Any) -> dict[str, Any]:
+def chat_chunk(content: str, **more: Any) -> dict[str, Any]:
     return {"message": {"role": "assistant", "content": content, **more}, "done": False}
 
 
-def test_chunks_become_one_answer() -> None:
+def test_chunks_are_merged_into_one_answer() -> None:
     call = {"function": {"name": "clock", "arguments": {}}}
     answer = so_far(
-        {**said("", thinking="Hm"), "model": "m", "logprobs": [1]},
-        {**said("One", thinking="m."), "logprobs": [2]},
-        said(" two", tool_calls=[call]),
-        {**said("", tool_calls=[call]), "done": True, "done_reason": "stop", "eval_count": 4},
+        {**chat_chunk("", thinking="Hm"), "model": "m", "logprobs": [1]},
+        {**chat_chunk("One", thinking="m."), "logprobs": [2]},
+        chat_chunk(" two", tool_calls=[call]),
+        {**chat_chunk("", tool_calls=[call]), "done": True, "done_reason": "stop", "eval_count": 4},
     )
     message = {"role": "assistant", "content": "One two", "thinking": "Hmm.", "tool_calls": [call, call]}
     assert answer.merged() == {
@@ -71,10 +71,10 @@ def test_chunks_become_one_answer() -> None:
     assert answer.tokens == 4
 
 
-def test_a_half_chat_goes_on_from_the_assistants_own_words() -> None:
+def test_a_partial_chat_continues_from_the_assistants_message() -> None:
     user = {"role": "user", "content": "Count."}
     body = {"model": "m", "messages": [user], "options": {"num_predict": 10, "seed": 1}}
-    assert chat_continuation(body, so_far(said("One"), said(" two"))) == {
+    assert chat_continuation(body, so_far(chat_chunk("One"), chat_chunk(" two"))) == {
         "model": "m",
         "messages": [user, {"role": "assistant", "content": "One two"}],
         "options": {"num_predict": 8, "seed": 1},
@@ -82,13 +82,13 @@ def test_a_half_chat_goes_on_from_the_assistants_own_words() -> None:
     assert body["messages"] == [user]
 
 
-def test_words_put_into_the_assistants_mouth_and_its_own_stay_one_message() -> None:
+def test_a_prefilled_assistant_message_and_the_answer_become_one_message() -> None:
     body = {"model": "m", "messages": [{"role": "assistant", "content": "Sure: ", "thinking": "t"}]}
-    continued = chat_continuation(body, so_far(said("one")))
+    continued = chat_continuation(body, so_far(chat_chunk("one")))
     assert continued["messages"] == [{"role": "assistant", "content": "Sure: one", "thinking": "t"}]
 
 
-def test_a_half_generation_goes_on_as_raw_text() -> None:
+def test_a_partial_generation_continues_as_raw_text() -> None:
     body = {"model": "m", "prompt": "Count.", "system": "s", "think": False, "options": {"num_predict": 1}, "x": 1}
     continued = generate_continuation(
         body, "<user>Count.<assistant>", so_far({"response": "One"}, {"response": " two"})
@@ -105,14 +105,14 @@ def test_a_half_generation_goes_on_as_raw_text() -> None:
 @pytest.mark.parametrize(
     ("path", "body", "chunk", "expected"),
     [
-        ("/api/chat", {}, said("One"), True),
-        ("/api/chat", {}, said("", thinking="Hm"), True),
-        ("/api/chat", {"format": "json"}, said("{"), False),
+        ("/api/chat", {}, chat_chunk("One"), True),
+        ("/api/chat", {}, chat_chunk("", thinking="Hm"), True),
+        ("/api/chat", {"format": "json"}, chat_chunk("{"), False),
         ("/api/generate", {}, {"response": "One"}, True),
         ("/api/generate", {}, {"response": "", "thinking": "Hm"}, False),
     ],
 )
-def test_which_half_answers_can_be_continued(
+def test_which_partial_answers_can_be_continued(
     path: str, body: dict[str, Any], chunk: dict[str, Any], expected: bool
 ) -> None:
     assert can_continue(path, body, so_far(chunk)) is expected
@@ -121,7 +121,7 @@ def test_which_half_answers_can_be_continued(
 # --- prompts that are too long ------------------------------------------------------------------
 
 
-def test_tokens_are_estimated_by_those_of_an_earlier_prompt() -> None:
+def test_tokens_are_estimated_from_an_earlier_prompt() -> None:
     earlier = [{"role": "user", "content": "a" * 976}]
     tokens_per_character = 250 / count_characters(earlier)
     assert estimated_tokens(earlier, tokens_per_character) == 251
@@ -131,7 +131,7 @@ def test_tokens_are_estimated_by_those_of_an_earlier_prompt() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "prompt_tokens", "is_told"),
+    ("text", "prompt_tokens", "is_described"),
     [
         ("a" * 400, 100, False),
         ("a" * 800, 100, False),
@@ -140,10 +140,8 @@ def test_tokens_are_estimated_by_those_of_an_earlier_prompt() -> None:
         ("", 0, False),
     ],
 )
-def test_a_prompt_of_which_too_little_was_read_is_told(
-    text: str, prompt_tokens: int | None, is_told: bool
-) -> None:
-    assert bool(describe_truncation([{"role": "user", "content": text}], prompt_tokens)) is is_told
+def test_a_truncated_prompt_is_described(text: str, prompt_tokens: int | None, is_described: bool) -> None:
+    assert bool(describe_truncation([{"role": "user", "content": text}], prompt_tokens)) is is_described
 
 
 @pytest.mark.parametrize(
@@ -153,5 +151,5 @@ def test_a_prompt_of_which_too_little_was_read_is_told(
         ("Ollama at http://a: model requires more system memory", False),
     ],
 )
-def test_the_refusal_of_a_long_prompt_is_known(reason: str, too_long: bool) -> None:
+def test_the_refusal_of_a_long_prompt_is_recognised(reason: str, too_long: bool) -> None:
     assert is_too_long(reason) is too_long

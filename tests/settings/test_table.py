@@ -1,4 +1,4 @@
-"""Settings: one table, one order of precedence, and one line for what is wrong, with its place."""
+"""Settings: one table, one order of precedence, and one line for an invalid value, with its source."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def write(folder: Path, text: str) -> Path:
 
 
 @EACH
-def test_each_setting_is_told_to_a_person(setting: Setting) -> None:
+def test_each_setting_has_texts_for_users(setting: Setting) -> None:
     assert len(setting.help) > 10
     assert setting.help.endswith(".")
     assert setting.kind.description
@@ -53,7 +53,7 @@ def test_each_setting_is_told_to_a_person(setting: Setting) -> None:
 
 
 @EACH
-def test_each_built_in_default_is_a_good_value(setting: Setting) -> None:
+def test_each_built_in_default_is_valid(setting: Setting) -> None:
     if setting.default is None:
         assert setting.default_description
     else:
@@ -66,13 +66,13 @@ def test_each_variable_belongs_to_one_setting() -> None:
 
 def test_settings_of_the_router_are_its_arguments() -> None:
     arguments = inspect.signature(HybridRouter).parameters
-    assert {one.argument for one in SETTINGS.values() if one.side == "router"} <= set(arguments)
+    assert {setting.argument for setting in SETTINGS.values() if setting.side == "router"} <= set(arguments)
     assert "timeout" in arguments
 
 
 def test_settings_of_requests_are_options_of_the_router() -> None:
     options = {*SAMPLING_OPTIONS, *CHAT_OPTIONS, *inspect.signature(HybridRouter.stream).parameters}
-    assert {one.argument for one in SETTINGS.values() if one.side == "request"} - {"system"} <= options
+    assert {setting.argument for setting in SETTINGS.values() if setting.side == "request"} - {"system"} <= options
 
 
 def test_the_table_is_printed_as_markdown() -> None:
@@ -123,12 +123,12 @@ def test_the_table_is_printed_as_markdown() -> None:
     ],
     ids=repr,
 )
-def test_good_values_get_their_one_form(name: str, given: Any, value: Any) -> None:
+def test_valid_values_get_their_one_form(name: str, given: Any, value: Any) -> None:
     assert SETTINGS[name].kind.checked(given, name) == value
 
 
 @pytest.mark.parametrize(
-    ("name", "given", "words"),
+    ("name", "given", "message"),
     [
         ("model", "", "model='' must be a model's name, such as llama3.1:70b"),
         ("model", 3, "model=3 must be a model's name"),
@@ -168,14 +168,14 @@ def test_good_values_get_their_one_form(name: str, given: Any, value: Any) -> No
     ],
     ids=repr,
 )
-def test_bad_values_are_told_in_one_line(name: str, given: Any, words: str) -> None:
+def test_invalid_values_are_refused_in_one_line(name: str, given: Any, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         SETTINGS[name].kind.checked(given, name)
-    assert str(caught.value).startswith(words)
+    assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
 
 
-def test_a_bad_value_is_shown_as_far_as_it_fits_on_a_line() -> None:
+def test_an_invalid_value_is_shown_as_far_as_it_fits_on_a_line() -> None:
     with pytest.raises(ConfigError) as caught:
         SETTINGS["seed"].kind.checked("x" * 1000, "seed")
     assert len(str(caught.value)) < 150
@@ -218,7 +218,7 @@ def test_variables_are_read_as_text(
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "words"),
+    ("name", "text", "message"),
     [
         ("temperature", "hot", "SOLLOL_TEMPERATURE='hot' must be a number of 0 or more"),
         ("slots", "1.5", "SOLLOL_SLOTS=1.5 must be a whole number"),
@@ -226,14 +226,14 @@ def test_variables_are_read_as_text(
         ("workers", "a:b", "RPC_BACKENDS: 'a:b' is not an endpoint"),
     ],
 )
-def test_a_bad_variable_is_named(
-    folder: Path, name: str, text: str, words: str, monkeypatch: pytest.MonkeyPatch
+def test_an_invalid_variable_is_named(
+    folder: Path, name: str, text: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(SETTINGS[name].variable, text)
 
     with pytest.raises(ConfigError) as caught:
         config.default(name)
-    assert str(caught.value).startswith(words)
+    assert str(caught.value).startswith(message)
 
 
 # --- precedence -------------------------------------------------------------------------------
@@ -255,7 +255,7 @@ def test_variable_wins_over_nearest_file_over_the_users_file_over_built_in(
     assert config.settings_files() == [nearest, users], "of the folders above only the nearest"
 
 
-def test_the_older_getters_look_into_files_too(folder: Path) -> None:
+def test_files_set_values_of_all_kinds(folder: Path) -> None:
     write(
         folder,
         'workers = ["10.0.0.1"]\nollama_hosts = ["http://a:1"]\nnest_asyncio = false\nollama_num_parallel = 3\n'
@@ -282,7 +282,7 @@ def test_the_older_getters_look_into_files_too(folder: Path) -> None:
         ('"forever"', None),
     ],
 )
-def test_keep_alive_of_models_that_are_not_named(folder: Path, text: str, seconds: float | None) -> None:
+def test_keep_alive_of_models_without_their_own(folder: Path, text: str, seconds: float | None) -> None:
     write(folder, f"keep_alive = {text}")
 
     assert config.default_keep_alive_s() == seconds
@@ -302,7 +302,7 @@ def test_an_empty_list_in_a_file_is_a_value(folder: Path) -> None:
     assert config.default("workers") == []
 
 
-def test_what_a_caller_does_to_a_value_is_its_own_affair(folder: Path) -> None:
+def test_a_caller_cannot_change_the_value_of_others(folder: Path) -> None:
     for name in ("workers", "ollama_hosts"):
         config.default(name).append("x")
     write(folder, 'workers = ["a:1"]')
@@ -315,7 +315,7 @@ def test_what_a_caller_does_to_a_value_is_its_own_affair(folder: Path) -> None:
 # --- files ------------------------------------------------------------------------------------
 
 
-def test_an_edit_takes_effect_at_once(folder: Path) -> None:
+def test_an_edit_takes_effect_immediately(folder: Path) -> None:
     for slots in (2, 3, 2):
         write(folder, f"slots = {slots}")
         assert config.default("slots") == slots
@@ -332,7 +332,7 @@ def test_a_file_is_found_from_the_folders_below(folder: Path, monkeypatch: pytes
     assert config.default("slots") == 2
 
 
-def test_paths_are_seen_from_the_folder_of_the_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_are_relative_to_the_folder_of_the_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(folder, 'llama_cpp = "../llama.cpp"\nmodel = "models/small.gguf"')
     (folder / "below").mkdir()
     monkeypatch.chdir(folder / "below")
@@ -341,14 +341,14 @@ def test_paths_are_seen_from_the_folder_of_the_file(folder: Path, monkeypatch: p
     assert config.default("model") == str(folder / "models" / "small.gguf")
 
 
-def test_a_byte_order_mark_is_no_error(folder: Path) -> None:
+def test_a_byte_order_mark_is_accepted(folder: Path) -> None:
     (folder / FILE_NAME).write_text("slots = 2", encoding="utf-8-sig")
 
     assert config.default("slots") == 2
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
         ("slots = 'two'", ": slots='two' must be a whole number of 1 or more, such as 4"),
         ("slots = '2'", ": slots='2' must be a whole number"),
@@ -362,23 +362,23 @@ def test_a_byte_order_mark_is_no_error(folder: Path) -> None:
         ("slots = 2\nslots = 3", " is not TOML: "),
     ],
 )
-def test_a_bad_file_is_told_in_one_line_whatever_is_asked(folder: Path, text: str, words: str) -> None:
+def test_an_invalid_file_is_refused_in_one_line_for_every_setting(folder: Path, text: str, message: str) -> None:
     path = write(folder, text)
 
     with pytest.raises(ConfigError) as caught:
         config.default("seed")
-    assert str(caught.value).startswith(f"{path}{words}")
+    assert str(caught.value).startswith(f"{path}{message}")
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_is_not_text_is_told(folder: Path) -> None:
+def test_a_file_that_is_not_text_is_refused(folder: Path) -> None:
     (folder / FILE_NAME).write_bytes(b"model = '\xff'")
 
     with pytest.raises(ConfigError, match="is not UTF-8 text; save it as UTF-8"):
         config.default("seed")
 
 
-def test_a_variable_names_the_one_file_or_switches_files_off(
+def test_a_variable_names_the_only_file_or_switches_files_off(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(config.user_settings_file().parent, "seed = 5")
@@ -400,7 +400,7 @@ def test_a_variable_names_the_one_file_or_switches_files_off(
         config.default("slots")
 
 
-def test_a_file_that_a_stranger_put_into_an_open_folder_is_refused(
+def test_a_file_of_another_user_in_an_open_folder_is_refused(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(folder.parent, "slots = 2")
@@ -417,7 +417,7 @@ def test_a_file_that_a_stranger_put_into_an_open_folder_is_refused(
     assert config.default("slots") == 2
 
 
-def test_a_working_folder_that_is_gone_has_no_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_deleted_working_folder_has_no_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def gone() -> Path:
         raise FileNotFoundError
 
