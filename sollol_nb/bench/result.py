@@ -226,11 +226,11 @@ class BenchResult:
         rows: dict[tuple[str, int], list[BenchRow]] = {}
         for row in self.rows:
             rows.setdefault((row.case, row.round), []).append(row)
-        prompts = len(self.settings.get("prompts", ()))
+        prompt_count = len(self.settings.get("prompts", ()))
         complete = {
             key
             for key, round_rows in rows.items()
-            if len(_good(round_rows)) == prompts * round_rows[0].concurrency
+            if len(_good(round_rows)) == prompt_count * round_rows[0].concurrency
         }
         cases_with_complete = {case for case, _ in complete}
         return {
