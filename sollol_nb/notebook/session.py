@@ -8,10 +8,18 @@ from typing import TYPE_CHECKING, Any
 from sollol_nb.chat.conversations import ChatBook
 from sollol_nb.notebook import settings_traits
 from sollol_nb.notebook.settings_traits import Sollol
-from sollol_nb.sync_wrapper import HybridRouter
 
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
+
+    from sollol_nb.sync_wrapper import HybridRouter
+
+
+def _new_router(**settings: Any) -> HybridRouter:
+    # Both backends and their libraries are imported here, so that `%load_ext` is quick.
+    from sollol_nb.sync_wrapper import HybridRouter
+
+    return HybridRouter(**settings)
 
 
 class Session:
@@ -65,7 +73,7 @@ class Session:
         with self._lock:
             if self._router is None or router_settings or self._router_is_stale:
                 configured = self._settings.router_settings() if self._settings is not None else {}
-                new = HybridRouter(**{**configured, **router_settings})
+                new = _new_router(**{**configured, **router_settings})
                 # After a changed setting the new router adopts those engines that still suit it.
                 return self._replace_router(new, keep=not router_settings)
             return self._router
@@ -73,7 +81,7 @@ class Session:
     def use_router(self, new: HybridRouter | None) -> HybridRouter:
         """Let the magics use this router from now on, or a new one if it is None. The previous one is closed."""
         with self._lock:
-            return self._replace_router(new if new is not None else HybridRouter(), keep=False)
+            return self._replace_router(new if new is not None else _new_router(), keep=False)
 
     def running_models(self) -> list[str]:
         """The models of the router's coordinators."""

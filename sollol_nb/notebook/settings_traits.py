@@ -19,7 +19,6 @@ from traitlets.config import Configurable
 from sollol_nb.errors import ConfigError
 from sollol_nb.settings import config
 from sollol_nb.settings.table import FILE_NAME, SETTINGS, Setting, setting_of
-from sollol_nb.sync_wrapper import OllamaPool
 
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
@@ -158,6 +157,8 @@ class Sollol(Configurable):
             if setting.side == "router" and self.own(setting.name) is not None
         }
         if "ollama_pool" in settings:
+            from sollol_nb.sync_wrapper import OllamaPool  # for a router, not for `%load_ext`
+
             settings["ollama_pool"] = OllamaPool(settings["ollama_pool"])
         return settings
 

@@ -28,7 +28,6 @@ from sollol_nb.chat.completion import Completion
 from sollol_nb.models.files import OllamaGGUFResolver
 from sollol_nb.models.profiles import MODEL_PROFILES
 from sollol_nb.notebook.tab_line import Expected, expected, magic_line
-from sollol_nb.ollama.pool import OllamaPool
 from sollol_nb.runtime.io_loop import run_blocking
 from sollol_nb.runtime.priority import Priority
 from sollol_nb.text.readable import is_instance_of
@@ -122,6 +121,8 @@ def models_of_nodes() -> list[str]:
     Raises:
         OllamaUnavailableError: no node answers.
     """
+
+    from sollol_nb.ollama.pool import OllamaPool  # in this thread, so that `%load_ext` need not wait for it
 
     async def names() -> list[str]:
         pool = OllamaPool.auto_configure()

@@ -24,7 +24,7 @@ def test_threads_that_need_the_router_at_the_same_time_share_one(monkeypatch: py
         created.append(HybridRouter(auto_discover_rpc=False, **settings))
         return created[-1]
 
-    monkeypatch.setattr(session_module, "HybridRouter", create)
+    monkeypatch.setattr(session_module, "_new_router", create)
     session = Session()
     with ThreadPoolExecutor(4) as threads:
         given = list(threads.map(lambda _: session.router(), range(4)))

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import AsyncIterator
 from typing import Any
 
+import httpx
 import pytest
 
 from sollol_nb.errors import (
@@ -115,6 +116,16 @@ def test_proxies_of_the_environment_are_ignored(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setenv(name, "http://127.0.0.1:9")
 
     assert run(get(says(response(b'{"direct": true}')))) == {"direct": True}
+
+
+def test_certificates_are_verified_for_https(monkeypatch: pytest.MonkeyPatch) -> None:
+    verified: list[object] = []
+    monkeypatch.setattr(httpx, "AsyncClient", lambda **settings: verified.append(settings["verify"]))
+
+    JsonClient("https://node")
+    JsonClient("http://node")
+
+    assert verified == [True, False]
 
 
 # --- failures ---------------------------------------------------------------------------------

@@ -20,10 +20,11 @@ from sollol_nb.notebook.answers.request import CellRequest, cell_request
 from sollol_nb.notebook.answers.views import NotebookView, NoView, PlainView, TerminalView, View
 from sollol_nb.notebook.displays import hide_once, is_kernel, make_display
 from sollol_nb.settings.table import FORMATS
-from sollol_nb.sync_wrapper import HybridRouter
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from sollol_nb.sync_wrapper import HybridRouter
 
 BACKENDS = ("auto", "ollama", "sharded", "local")
 

@@ -1,4 +1,7 @@
-"""The magics that show and control the cluster: workers, coordinators, logs."""
+"""The magics that show and control the cluster: workers, coordinators, logs.
+
+What needs llama.cpp is imported where it is used, so that `%load_ext` is quick.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,12 @@ from IPython.core.error import UsageError
 from IPython.core.magic import Magics, line_magic, magics_class
 from IPython.core.magic_arguments import argument, magic_arguments
 
-from sollol_nb.cluster.status import ClusterStatus
-from sollol_nb.llama_cpp.engine.find import ensure_engine
-from sollol_nb.llama_cpp.processes.running import engine_log, stop_engines
 from sollol_nb.notebook import magic_line, session
 from sollol_nb.notebook.displays import is_kernel
 from sollol_nb.runtime.io_loop import run_blocking
 
 if TYPE_CHECKING:
+    from sollol_nb.cluster.status import ClusterStatus
     from sollol_nb.widget.cluster_widget import ClusterWidget
 
 ACTIONS = ("start", "stop", "discover", "add", "remove")
@@ -61,6 +62,8 @@ class ClusterMagics(Magics):
                 count = what[0] if what else "3"
                 if not count.isdecimal():
                     raise UsageError(f"start takes a number of workers, not {count!r}: %sollol_cluster start 3")
+                from sollol_nb.llama_cpp.engine.find import ensure_engine
+
                 # Here, in the main thread, so that a first build shows its progress bar.
                 ensure_engine(session.settings().own("llama_cpp"))
                 router.start_workers(int(count))
@@ -103,6 +106,8 @@ class ClusterMagics(Magics):
 
             %sollol_stop --all
         """
+        from sollol_nb.llama_cpp.processes.running import stop_engines
+
         arguments, _ = magic_line.parse(self.sollol_stop, line, name="%sollol_stop")
         if arguments.all or arguments.names:
             ended = run_blocking(stop_engines(arguments.names, also_used=True))
@@ -129,6 +134,8 @@ class ClusterMagics(Magics):
 
             %sollol_log demo --grep error
         """
+        from sollol_nb.llama_cpp.processes.running import engine_log
+
         arguments, _ = magic_line.parse(self.sollol_log, line, name="%sollol_log")
         name = arguments.name
         if name is None:

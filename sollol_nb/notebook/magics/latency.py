@@ -10,13 +10,14 @@ from IPython.core.magic_arguments import argument, magic_arguments
 from sollol_nb.latency.schema import STATUSES
 from sollol_nb.notebook import magic_line, session
 from sollol_nb.notebook.displays import hide_once
-from sollol_nb.sync_wrapper import HybridRouter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     import pandas as pd
     from matplotlib.axes import Axes
+
+    from sollol_nb.sync_wrapper import HybridRouter
 
 FILTERS = ("model", "backend", "status", "since", "until", "last")
 PLOTS = ("ttft", "total", "speed", "timeline", "predicted", "queue")
