@@ -1,9 +1,9 @@
 """Answers of batches, kept in SQLite, so that no row is asked twice.
 
 An answer is found by a key: the SHA-256 of the model, its file (or Ollama's digest of it), the messages and the
-options, the schema included. Anything else, another file under the model's name too, is another question. Only
-answers that ended well are kept, sampled ones as well: a batch that continues should not change its
-earlier answers, so at a temperature above 0 the same row gets the same answer until `fresh=True` is given.
+options, the schema included. Any difference, also another file under the same name, makes it another question.
+Only answers that ended well are kept, sampled ones as well: a batch that continues should not change its earlier
+answers, so at a temperature above 0 the same row gets the same answer until `fresh=True` is given.
 
 The file lies in the state folder, and several kernels may write to it at the same time (see `sqlite_file`). Each
 batch that runs to its end deletes the answers that were not used for `KEEP_DAYS` days, and the least recently used
@@ -56,7 +56,7 @@ def answer_key(
     Raises:
         ConfigError: messages or options cannot be written as JSON.
     """
-    # Properties of a schema stay in their order, in which they are written.
+    # The order of a schema's properties counts: it is their order in the answer.
     counted = {name: options[name] for name in sorted(options) if name != "keep_alive"}
     try:
         text = json.dumps([model, dict(identity), [dict(message) for message in messages], counted])

@@ -60,7 +60,7 @@ class RowFilter:
             ConfigError: an argument cannot be used.
         """
         if last is not None and not (is_whole_number(last) and 0 < last <= MAX_ROWS):
-            raise ConfigError(f"last={last!r} is not a positive number of rows; write last=20")
+            raise ConfigError(f"last={last!r} must be a whole number above 0, such as last=20")
         if status is not None and status not in STATUSES:
             near = difflib.get_close_matches(str(status), STATUSES, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"known statuses: {', '.join(STATUSES)}"

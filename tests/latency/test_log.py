@@ -207,7 +207,7 @@ def test_filters_that_cannot_be_used_are_named(log: LatencyLog, wanted: dict[str
 
 @pytest.mark.parametrize("last", [0, -1, 2.5, "3", True, 2**70])
 def test_last_must_be_a_positive_whole_number(log: LatencyLog, last: object) -> None:
-    with pytest.raises(ConfigError, match="not a positive number of rows"):
+    with pytest.raises(ConfigError, match="must be a whole number above 0"):
         log.frame(last=last)  # type: ignore[arg-type]
 
 
