@@ -368,7 +368,7 @@ HELLO = [{"role": "user", "content": "Hello!"}]
             HELLO,
             {},
             ModelNotFoundError,
-            "fetch it with `ollama pull llama3.1:70b`, or give gguf_path=",
+            "Run `ollama pull llama3.1:70b` here, or use the path of a .gguf file",
         ),
         ("/no/such.gguf", HELLO, {}, ModelFileError, "/no/such.gguf does not exist; give the path of a GGUF file"),
     ],
@@ -432,7 +432,7 @@ def test_a_request_over_its_time_is_cancelled_on_the_engine(one_slot: HybridRout
 def test_waiting_for_a_slot_counts_against_the_time(one_slot: HybridRouter, endless: str) -> None:
     holder = one_slot.stream(endless, "Go on", temperature=0)
     next(holder)
-    with pytest.raises(RequestTimeoutError, match="it had written 0 characters"):
+    with pytest.raises(RequestTimeoutError, match="cancelled after 0 characters"):
         one_slot.route_request(endless, "Go on", timeout=0.3)
     assert next(holder)["done"] is False, "the request that has the slot continues"
     holder.close()
