@@ -1,4 +1,4 @@
-# Each target creates what it needs. A Python (3.11 or newer) and a C++ compiler are all that must be there.
+# Each target sets up what it needs; you need Python 3.11 or newer and a C++ compiler.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -10,13 +10,13 @@ N ?= 50
 .PHONY: help demo test chaos lab lint bench engine ollama ollama-for-ci clean
 
 help:
-	@echo "make demo   run the quickstart notebook headless and print what it shows"
+	@echo "make demo   run the quickstart notebook headless and print its output"
 	@echo "make lab    open JupyterLab on the notebooks"
 	@echo "make test   run all tests, on real engines, and the notebooks"
-	@echo "make chaos  N=200: break answers at random moments, and compare them with undisturbed ones"
+	@echo "make chaos  N=200: interrupt answers at random moments and compare them with undisturbed ones"
 	@echo "make lint   ruff and mypy"
-	@echo "make bench  measure; every figure in the README comes from here"
-	@echo "make ollama build the Ollama that the tests use, if you have none"
+	@echo "make bench  run the benchmarks; every figure in the README comes from them"
+	@echo "make ollama build the Ollama that the tests use, if none is installed"
 
 # One stamp for each set of extras; pip runs again when pyproject.toml has changed.
 $(VENV)/stamp-%: pyproject.toml
@@ -36,7 +36,7 @@ lab: $(VENV)/stamp-lab engine
 ollama: $(VENV)/stamp-build
 	@$(BIN)/python tools/build_ollama.py
 
-# A contributor without Ollama may do without; CI may not.
+# Ollama is optional for contributors and required in CI.
 ollama-for-ci: $(VENV)/stamp-build
 	@test -z "$$CI" || test -n "$$SOLLOL_TEST_OLLAMA" || command -v ollama || $(MAKE) --no-print-directory ollama
 
