@@ -151,7 +151,17 @@ FOLDERS = [file for file in FILES if file.name == "__init__.py"]
 
 
 @pytest.mark.parametrize("file", FOLDERS, ids=inside)
-def test_the_init_of_a_folder_is_a_docstring(file: Path) -> None:
+def test_the_init_of_a_folder_is_a_docstring_that_names_its_modules(file: Path) -> None:
     if file.relative_to(ROOT).as_posix() not in MAY_EXPORT:
         (only,) = tree(file).body
         assert isinstance(only, ast.Expr), "it hands on names; import the module that has them"
+    if file.parent == PACKAGE:
+        return  # README and CONTRIBUTING.md describe the package
+    docstring = ast.get_docstring(tree(file)) or ""
+    modules = [path for path in file.parent.glob("*.py") if path != file]
+    folders = [path.parent for path in file.parent.glob("*/__init__.py")]
+    for path in modules + folders:
+        name = f"{path.name}/" if path in folders else path.name
+        assert f"`{name}`" in docstring or re.search(rf"^\W*{re.escape(name)}\s", docstring, re.MULTILINE), (
+            f"the docstring does not mention {name}"
+        )
