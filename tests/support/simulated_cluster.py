@@ -1,7 +1,7 @@
 """A cluster of any number of workers, simulated behind a real event bus and a real `ClusterState`.
 
-What a `ClusterState` reads of its rooms is here plain data that a test changes; what it is told, it is told by the
-bus as by the real rooms.
+The workers, coordinators and nodes that a `ClusterState` reads are plain data here, which a test changes;
+changes are published on the bus as the real ones publish them.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ class SimulatedCluster:
         chosen = [number for number in range(len(self.workers)) if counts.get(endpoint(number))]
         self.run_model(name, chosen, counts=[counts[endpoint(number)] for number in chosen])
 
-    # --- the rooms, as ClusterState reads them ----------------------------------------------------
+    # --- what ClusterState reads ------------------------------------------------------------------
 
     def _pool(self) -> SimpleNamespace:
         async def of_other_kernels() -> list[Any]:
