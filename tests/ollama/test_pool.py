@@ -502,6 +502,11 @@ def test_a_pool_is_created_without_requests_and_can_be_awaited(
     assert [node.url for node in OllamaPool.auto_configure().nodes] == ["http://127.0.0.1:11434"]
 
 
+def test_automatic_parallelism_counts_as_one_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OLLAMA_NUM_PARALLEL", "0")
+    assert [node.slots for node in OllamaPool("http://127.0.0.1:9").nodes] == [1]
+
+
 def test_another_server_than_ollama_is_not_used(ollama: OllamaServer, registry: str) -> None:
     async def ask() -> None:
         stranger = "/".join(registry.split("/")[:3])
