@@ -155,7 +155,8 @@ class BenchTargets:
         check_counts(target.layout, target.model, facts.layer_count)
         router = main.sibling(
             num_rpc_backends=target.layout.worker_count or settings.num_rpc_backends,
-            auto_discover_rpc=False,
+            auto_discover_rpc=False,  # the benchmark has found or started all workers that it needs
+            auto_setup_rpc=False,
             gguf_path=route.model_path,
             layer_strategy=target.strategy or settings.layer_strategy,
             keep_alive=max(KEEP_ALIVE_S, settings.keep_alive(target.model) or 0.0),
