@@ -28,9 +28,9 @@ QUICK: dict[str, Any] = {"prompts": ["Hello!", "What is a worker?"], "repeat": 2
 @pytest.fixture(scope="module")
 def three_workers(engine: Engine) -> Iterator[HybridRouter]:
     """A blocking router that knows three workers, and starts no more."""
-    with HybridRouter(auto_discover_rpc=False, rpc_port=unused_ports(3)) as mine:
-        mine.start_workers(3)
-        yield mine
+    with HybridRouter(auto_discover_rpc=False, rpc_port=unused_ports(3)) as router:
+        router.start_workers(3)
+        yield router
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def turns(result: BenchResult) -> list[str]:
 
 
 def coordinators() -> list[psutil.Process]:
-    return [one for one in engines_of(psutil.Process()) if "llama-server" in one.name()]
+    return [process for process in engines_of(psutil.Process()) if "llama-server" in process.name()]
 
 
 def test_cases_take_turns_side_by_side_where_workers_suffice(idle: HybridRouter) -> None:
@@ -56,8 +56,8 @@ def test_cases_take_turns_side_by_side_where_workers_suffice(idle: HybridRouter)
     assert turns(result) == ["1 worker", "2 workers"] * 2
     frame = result.frame
     assert list(frame.groupby("case")["layers"].unique().map(list)) == [["13"], ["6/7"]]
-    one, two = (set(" ".join(rows["workers"]).split()) for _, rows in frame.groupby("case"))
-    assert (len(one), len(two), one & two) == (1, 2, set())
+    first, second = (set(" ".join(rows["workers"]).split()) for _, rows in frame.groupby("case"))
+    assert (len(first), len(second), first & second) == (1, 2, set())
     assert any("had its own workers" in note for note in result.notes)
     for metric in ("ttft_ms", "total_ms", "prompt_tokens_per_s", "tokens_per_s", "router_overhead_ms"):
         assert (frame[metric] > 0).all(), metric
@@ -74,17 +74,17 @@ def test_coordinators_take_turns_on_the_same_workers_where_these_are_few(idle: H
     assert two < three
     assert any("took turns on the same workers" in note for note in result.notes)
     assert len(result.rows) == 2 * 2 * 2
-    assert [one.state for one in idle.cluster().workers] == ["free"] * 3
+    assert [worker.state for worker in idle.cluster().workers] == ["free"] * 3
 
 
-def test_turns_can_be_asked_for_and_refused(idle: HybridRouter) -> None:
+def test_turns_can_be_requested_and_refused(idle: HybridRouter) -> None:
     result = idle.bench(MODEL, layouts=[1, 2], reload=True, **QUICK)
     assert any("took turns on the same workers" in note for note in result.notes)
     with pytest.raises(ConfigError, match="loading all layouts at the same time needs 5 workers but found only 3"):
         idle.bench(MODEL, layouts=[2, 3], reload=False, **QUICK)
 
 
-def test_exact_counts_are_laid_out_as_they_are_written(idle: HybridRouter) -> None:
+def test_exact_counts_are_applied_as_written(idle: HybridRouter) -> None:
     result = idle.bench(MODEL, layouts=["5/4/4", "10/3"], **QUICK)
     layers = dict(zip(result.frame["case"], result.frame["layers"], strict=True))
     assert layers == {"layers 5/4/4": "5/4/4", "layers 10/3": "10/3"}
@@ -92,7 +92,7 @@ def test_exact_counts_are_laid_out_as_they_are_written(idle: HybridRouter) -> No
     assert result.frame["load_ms"].isna().all()
 
 
-def test_coordinators_take_turns_from_when_not_all_can_be_loaded(engine: Engine) -> None:
+def test_coordinators_take_turns_once_not_all_can_be_loaded(engine: Engine) -> None:
     with HybridRouter(auto_discover_rpc=False, rpc_port=unused_ports(3)) as router:
         endpoints = router.start_workers(3)
         third = engine_on(int(endpoints[2].rpartition(":")[2]))
@@ -119,7 +119,7 @@ def test_auto_is_the_router_itself_and_stays_loaded(idle: HybridRouter) -> None:
     assert set(logged["status"]) == {"ok"}, "requests of a benchmark are in the latency log"
 
 
-def test_an_idle_coordinator_of_the_router_makes_room(idle: HybridRouter) -> None:
+def test_an_idle_coordinator_of_the_router_is_stopped_to_free_its_workers(idle: HybridRouter) -> None:
     idle.route_request(MODEL, "Hello!", max_tokens=1)
     result = idle.bench(MODEL, layouts=3, **QUICK)
     assert idle.coordinators == []
@@ -138,7 +138,7 @@ def test_a_small_model_is_sharded_where_a_layout_says_so(idle: HybridRouter) -> 
     assert (tokens == 1).all(), "all layouts are asked the same, and write the same"
 
 
-def test_clients_ask_at_the_same_time(idle: HybridRouter) -> None:
+def test_clients_send_requests_at_the_same_time(idle: HybridRouter) -> None:
     result = idle.bench(MODEL, layouts=1, concurrency=3, **QUICK)
     assert len(result.rows) == 2 * 3 * 2
     first = [row for row in result.rows if row.round == 0]
@@ -184,10 +184,12 @@ def test_what_cannot_be_loaded_is_left_out_and_the_rest_is_measured(idle: Hybrid
 def test_what_cannot_be_measured_at_all_is_one_error(
     idle: HybridRouter, models: str, settings: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    before = {one.pid for one in coordinators()}
+    before = {process.pid for process in coordinators()}
     with pytest.raises(error, match=message):
         idle.bench(models, **{**QUICK, **settings})
-    assert {one.pid for one in coordinators()} - before == {one.pid for one in idle.coordinators}
+    assert {process.pid for process in coordinators()} - before == {
+        coordinator.pid for coordinator in idle.coordinators
+    }
 
 
 def test_an_interrupt_keeps_what_was_measured_and_ends_what_was_started(idle: HybridRouter) -> None:
@@ -195,7 +197,7 @@ def test_an_interrupt_keeps_what_was_measured_and_ends_what_was_started(idle: Hy
 
     def interrupt_the_fifth(event: Event) -> None:
         finished.append(event)
-        if [one.kind for one in finished].count("request.finished") == 5 and event.kind == "request.finished":
+        if [event.kind for event in finished].count("request.finished") == 5 and event.kind == "request.finished":
             _thread.interrupt_main()
 
     unsubscribe = idle.events.subscribe(interrupt_the_fifth)
@@ -206,7 +208,7 @@ def test_an_interrupt_keeps_what_was_measured_and_ends_what_was_started(idle: Hy
     assert not result.complete
     assert 0 < len(result.rows) < 1000
     assert "incomplete" in str(result)
-    assert [one.state for one in idle.cluster().workers] == ["free"] * 3
+    assert [worker.state for worker in idle.cluster().workers] == ["free"] * 3
     assert idle.route_request(MODEL, "Hello!", max_tokens=2).text
 
 

@@ -43,7 +43,7 @@ def test_a_layout_reads_as_it_is_written(written: str | int, layout: Layout, des
 
 
 @pytest.mark.parametrize("written", ["", "0", 0, -1, 1.5, True, "5/", "5/0/4", "5/4x", "two", "٣"])
-def test_what_is_no_layout_is_refused_with_examples(written: Any) -> None:
+def test_what_is_not_a_layout_is_refused_with_examples(written: Any) -> None:
     with pytest.raises(ConfigError, match=r"is not a layout; write auto, local, a number of workers"):
         parse_layout(written)
 
@@ -120,7 +120,7 @@ def test_what_cannot_be_measured_is_refused_by_name(given: dict[str, Any], messa
 
 def cases(backends: dict[str, str], **settings: Any) -> list[tuple[str, str, str, int]]:
     found = bench_cases(bench_settings(list(backends), **settings), backends)
-    return [(one.target.model, str(one.target.layout), one.target.strategy, one.concurrency) for one in found]
+    return [(case.target.model, str(case.target.layout), case.target.strategy, case.concurrency) for case in found]
 
 
 def test_cases_are_every_combination_and_those_of_one_coordinator_follow_each_other() -> None:
@@ -148,7 +148,7 @@ def test_the_same_coordinator_is_measured_once() -> None:
     assert cases({"a": DISTRIBUTED}, layouts="2,2", concurrency="4,4") == [("a", "2", "", 4)]
 
 
-def test_labels_tell_only_what_differs() -> None:
+def test_labels_name_only_what_differs() -> None:
     def labels(*given: tuple[str, str, str, int]) -> tuple[str, ...]:
         return case_labels([BenchCase(BenchTarget(m, parse_layout(layout), s), c) for m, layout, s, c in given])
 
@@ -161,7 +161,7 @@ def test_labels_tell_only_what_differs() -> None:
 # --- prompts ----------------------------------------------------------------------------------
 
 
-def test_no_two_requests_of_a_coordinator_begin_alike_and_targets_are_asked_the_same() -> None:
+def test_no_two_prompts_of_a_coordinator_begin_alike_and_all_targets_get_the_same() -> None:
     settings = bench_settings("a", prompts=3, repeat=4, concurrency=[1, 2, 4])
     texts = [
         text
@@ -176,9 +176,9 @@ def test_no_two_requests_of_a_coordinator_begin_alike_and_targets_are_asked_the_
     assert settings.requests_of(case_count) == len(texts)
 
 
-def test_each_client_asks_every_prompt_and_neighbours_begin_with_another() -> None:
+def test_each_client_sends_every_prompt_and_each_starts_with_a_different_one() -> None:
     settings = bench_settings("a", prompts=["x", "y", "z"], concurrency=3)
-    asked = [client_prompts(settings, 3, client, 0, run_mark=0) for client in range(3)]
-    assert [[number for number, _ in one] for one in asked] == [[0, 1, 2], [1, 2, 0], [2, 0, 1]]
-    for number, text in chain(*asked):
+    sent = [client_prompts(settings, 3, client, 0, run_mark=0) for client in range(3)]
+    assert [[number for number, _ in prompts] for prompts in sent] == [[0, 1, 2], [1, 2, 0], [2, 0, 1]]
+    for number, text in chain(*sent):
         assert text.endswith(f"] {settings.prompts[number]}")

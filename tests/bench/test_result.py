@@ -18,7 +18,7 @@ PROMPTS = ("one", "two")
 
 
 def row(case: str, round_number: int, prompt: int, **values: Any) -> BenchRow:
-    """A request that took 100 ms for 10 tokens, unless told otherwise."""
+    """A request that took 100 ms for 10 tokens, by default."""
     usual = {
         "concurrency": 1,
         "client": 0,
@@ -86,15 +86,15 @@ def test_throughput_is_of_all_requests_of_a_round_together() -> None:
 @pytest.mark.parametrize(
     "spoilt", [{"error": "gone", "tokens_per_s": None}, {"load_ms": 900.0, "tokens_per_s": 1.0}]
 )
-def test_what_failed_or_waited_for_a_load_is_no_measurement(spoilt: dict[str, Any]) -> None:
+def test_what_failed_or_waited_for_a_load_is_not_a_measurement(spoilt: dict[str, Any]) -> None:
     some = result(row("a", 0, 0, tokens_per_s=40.0), row("a", 0, 1, **spoilt), cases=("a",))
     summary = some.summary()
     assert of(summary, "a", "tokens_per_s")["median"] == 40.0
-    assert of(summary, "a", "throughput_tokens_per_s")["n"] == 0, "its round is not whole"
+    assert of(summary, "a", "throughput_tokens_per_s")["n"] == 0, "its round is incomplete"
     assert len(some.frame) == 2, "the row is there all the same"
 
 
-def test_a_round_that_was_not_measured_whole_does_not_count_beside_whole_ones() -> None:
+def test_an_incomplete_round_does_not_count_beside_complete_ones() -> None:
     stopped = result(
         *(row(case, 0, prompt, ttft_ms=10.0 + 90 * prompt) for case in "ab" for prompt in range(2)),
         *(row("a", 1, prompt, ttft_ms=10.0 + 90 * prompt) for prompt in range(2)),
@@ -105,7 +105,7 @@ def test_a_round_that_was_not_measured_whole_does_not_count_beside_whole_ones() 
     assert (line["median"], line["n"], line["ratio"], line["requests"]) == (55.0, 1, 1.0, 3)
     assert len(stopped.frame) == 7
     assert "medians over 2 rounds" in str(stopped)
-    first_only = result(*(one for one in stopped.rows if one.round == 0 or one.prompt == 0), complete=False)
+    first_only = result(*(row for row in stopped.rows if row.round == 0 or row.prompt == 0), complete=False)
     assert "one round: no intervals" in str(first_only)
 
 
@@ -130,7 +130,7 @@ def test_the_frame_is_typed_also_without_rows() -> None:
     assert result(cases=()).summary().empty
 
 
-def test_it_is_shown_as_a_table_with_what_one_must_know(two_cases: BenchResult) -> None:
+def test_it_is_shown_as_a_table_with_its_remarks(two_cases: BenchResult) -> None:
     bundle = result(*two_cases.rows, notes=("<alike>",), complete=False)._repr_mimebundle_()
     for text in bundle.values():
         assert "generation, tokens/s" in text
@@ -169,9 +169,9 @@ def test_another_file_is_refused(text: str | None, message: str, tmp_path: Path)
 
 
 def test_a_plot_has_a_line_for_each_case(two_cases: BenchResult) -> None:
-    figure, mine = plt.subplots()
-    drawn = two_cases.plot(mine, metric="ttft_ms")
-    assert drawn is mine
+    figure, ax = plt.subplots()
+    drawn = two_cases.plot(ax, metric="ttft_ms")
+    assert drawn is ax
     assert [label.get_text() for label in drawn.get_yticklabels()] == ["a", "b"]
     assert drawn.get_xlabel() == "first token, ms (lower is better)"
     plt.close(figure)
@@ -182,13 +182,13 @@ def test_a_plot_has_a_line_for_each_case(two_cases: BenchResult) -> None:
         two_cases.plot(metric="speed")
 
 
-def test_the_overview_shows_throughput_only_where_several_ask_at_once(two_cases: BenchResult) -> None:
+def test_the_overview_shows_throughput_only_for_concurrent_requests(two_cases: BenchResult) -> None:
     assert len(two_cases.overview().axes) == 3
     assert len(result(row("a", 0, 0, concurrency=2), cases=("a",)).overview().axes) == 4
     assert len(result(row("a", 0, 0, error="gone"), cases=("a",)).overview().axes) == 3
 
 
-def test_a_completion_tells_its_own_measurements() -> None:
+def test_a_completion_carries_its_measurements() -> None:
     completion = Completion(
         prompt_eval_count=30,
         prompt_eval_duration=10**8,

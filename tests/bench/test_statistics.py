@@ -52,13 +52,13 @@ def test_more_values_narrow_the_interval() -> None:
 def test_about_95_of_100_intervals_contain_the_true_median() -> None:
     draws = random.Random(7)
     estimates = [estimate(draws.expovariate(1.0) for _ in range(40)) for _ in range(200)]
-    hits = sum(one.lower <= math.log(2) <= one.upper for one in estimates)
+    hits = sum(found.lower <= math.log(2) <= found.upper for found in estimates)
     assert 180 <= hits <= 200
 
 
-def test_drift_that_meets_both_cancels_in_the_ratio_of_pairs() -> None:
+def test_drift_that_affects_both_cancels_in_the_ratio_of_pairs() -> None:
     drift = [1.0, 1.5, 2.0, 3.0, 5.0]
-    found = paired_ratio([20.0 * one for one in drift], [10.0 * one for one in drift])
+    found = paired_ratio([20.0 * factor for factor in drift], [10.0 * factor for factor in drift])
     assert found == Estimate(2.0, 2.0, 2.0, 5)
 
 

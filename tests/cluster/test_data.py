@@ -1,4 +1,4 @@
-"""A merge patch makes the one state of the other, and is as small as the difference."""
+"""A merge patch turns one state into another, and is as small as their difference."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_patch_is_the_difference(before: dict[str, Any], after: dict[str, Any]
     assert patched(before, patch) == after
 
 
-def test_a_patch_between_any_two_states_leads_from_one_to_the_other() -> None:
+def test_a_patch_between_any_two_states_turns_one_into_the_other() -> None:
     chance = random.Random(2)
     for _ in range(500):
         before, after = random_state(chance, 3), random_state(chance, 3)

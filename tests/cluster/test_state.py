@@ -1,4 +1,4 @@
-"""The live state: told whole once, then as small patches, and nothing runs when nobody watches."""
+"""The live state: sent completely once, then as small patches; nothing runs while nobody watches."""
 
 from __future__ import annotations
 
@@ -63,28 +63,28 @@ def watching(cluster: SimulatedCluster | HybridRouter) -> Iterator[Watcher]:
 # --- the whole state --------------------------------------------------------------------------
 
 
-def test_the_state_tells_workers_coordinators_nodes_and_events() -> None:
+def test_the_state_has_workers_coordinators_nodes_and_events() -> None:
     cluster = SimulatedCluster(3, [node(1), node(2, "absent")])
     cluster.run_model("llama3.1:70b", [0, 1])
 
     with watching(cluster) as watcher:
-        told = watcher.state
+        state = watcher.state
 
-    held, free = told["workers"][endpoint(0)], told["workers"][endpoint(2)]
+    held, free = state["workers"][endpoint(0)], state["workers"][endpoint(2)]
     assert (held["state"], held["held_by"]) == ("held", "llama3.1:70b")
     assert (free["state"], free["free"], free["total"], free["used"]) == ("free", "29.4 GiB", "32.0 GiB", 0.08)
     assert free["protocol"] == "RPC 7.0.0"
-    (coordinator,) = told["coordinators"].values()
-    assert [one["layers"] for one in coordinator["segments"].values()] == ["0-20", "21-39 + output"]
-    assert sum(one["share"] for one in coordinator["segments"].values()) == pytest.approx(1, abs=0.02)
+    (coordinator,) = state["coordinators"].values()
+    assert [segment["layers"] for segment in coordinator["segments"].values()] == ["0-20", "21-39 + output"]
+    assert sum(segment["share"] for segment in coordinator["segments"].values()) == pytest.approx(1, abs=0.02)
     assert coordinator["token_time"] == "26.3 ms per token (measured; 38 tokens/s)"
-    assert [one["description"] for one in coordinator["local"].values()] == [
+    assert [part["description"] for part in coordinator["local"].values()] == [
         "this machine (CPU): 256.0 MiB weights"
     ]
-    ready, absent = told["nodes"].values()
+    ready, absent = state["nodes"].values()
     assert ready["description"] == "llama3.2 loaded, 0/1 slots busy, 0 waiting, 21.4 ms per token"
     assert absent["description"].endswith("; start it there with: ollama serve")
-    assert [event["kind"] for event in told["events"].values()] == ["coordinator.ready"]
+    assert [event["kind"] for event in state["events"].values()] == ["coordinator.ready"]
 
 
 def test_the_state_is_plain_data_without_none() -> None:
@@ -106,14 +106,14 @@ def test_patches_alone_keep_a_watcher_up_to_date() -> None:
     cluster = SimulatedCluster(8, [node(1)])
     with watching(cluster) as watcher:
         cluster.run_model("big", [0, 1, 2])
-        eventually(lambda: watcher.state["coordinators"], "the coordinator is told")
+        eventually(lambda: watcher.state["coordinators"], "the coordinator is sent")
         cluster.change_worker(5, "down", "nothing listens there; start it", EventKind.WORKER_LOST)
         cluster.end_model("big")
         cluster.nodes[0] = node(1, "absent")
         cluster.events.publish(EventKind.NODE_ABSENT, cluster.nodes[0].url, "Ollama is absent")
-        eventually(lambda: not watcher.state["coordinators"], "its end is told")
-        eventually(lambda: watcher.state["workers"][endpoint(5)]["state"] == "down", "the loss is told")
-        eventually(lambda: watcher.state == cluster.state.data, "nothing is left to tell")
+        eventually(lambda: not watcher.state["coordinators"], "its end is sent")
+        eventually(lambda: watcher.state["workers"][endpoint(5)]["state"] == "down", "the loss is sent")
+        eventually(lambda: watcher.state == cluster.state.data, "everything is sent")
 
     worker = watcher.state["workers"][endpoint(5)]
     assert (worker["description"], worker["last_error"]) == ("nothing listens there; start it",) * 2
@@ -123,11 +123,11 @@ def test_patches_alone_keep_a_watcher_up_to_date() -> None:
 
 def test_two_watchers_get_the_same_patches() -> None:
     cluster = SimulatedCluster(3)
-    with watching(cluster) as one, watching(cluster) as other:
+    with watching(cluster) as first, watching(cluster) as second:
         cluster.change_worker(1, "down", "gone", EventKind.WORKER_LOST)
-        eventually(lambda: other.state["workers"][endpoint(1)]["state"] == "down", "told to both")
-        assert one.state == other.state
-    assert one.state["workers"][endpoint(1)]["state"] == "down"
+        eventually(lambda: second.state["workers"][endpoint(1)]["state"] == "down", "sent to both")
+        assert first.state == second.state
+    assert first.state["workers"][endpoint(1)]["state"] == "down"
 
 
 def test_a_storm_of_events_makes_few_patches() -> None:
@@ -136,7 +136,8 @@ def test_a_storm_of_events_makes_few_patches() -> None:
         for number in range(1000):
             cluster.events.publish(EventKind.WORKER_RETURNED, endpoint(0), f"event {number}")
         eventually(
-            lambda: "event 999" in [event["message"] for event in watcher.state["events"].values()], "all is told"
+            lambda: "event 999" in [event["message"] for event in watcher.state["events"].values()],
+            "everything is sent",
         )
 
     assert len(watcher.patches) < 20
@@ -145,7 +146,7 @@ def test_a_storm_of_events_makes_few_patches() -> None:
     ]
 
 
-def test_a_watcher_that_fails_keeps_it_from_no_other(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_watcher_that_fails_does_not_affect_the_others(caplog: pytest.LogCaptureFixture) -> None:
     cluster = SimulatedCluster(3)
 
     def failing(patch: Mapping[str, Any]) -> None:
@@ -155,7 +156,7 @@ def test_a_watcher_that_fails_keeps_it_from_no_other(caplog: pytest.LogCaptureFi
     with watching(cluster) as watcher:
         for number in range(2):
             cluster.change_worker(number, "down", "gone", EventKind.WORKER_LOST)
-            eventually(is_down(watcher, number), "it is told")
+            eventually(is_down(watcher, number), "it is sent")
     run_blocking(cluster.state.unwatch(failing))
     assert "a view of the cluster failed to apply a change" in caplog.text
 
@@ -165,26 +166,26 @@ def test_with_a_hundred_workers_a_change_takes_a_few_hundred_bytes() -> None:
     with watching(cluster) as watcher:
         whole_bytes = len(json.dumps(watcher.state))
         cluster.change_worker(40, "down", "nothing listens there", EventKind.WORKER_LOST)
-        eventually(lambda: watcher.state["workers"][endpoint(40)]["state"] == "down", "it is told")
-        eventually(lambda: len(watcher.patches) >= 3, "looks are told too")
+        eventually(lambda: watcher.state["workers"][endpoint(40)]["state"] == "down", "it is sent")
+        eventually(lambda: len(watcher.patches) >= 3, "probe results are sent too")
 
     assert whole_bytes > 10_000
     assert max(watcher.sizes_bytes) < 700
 
 
-def test_nothing_is_told_where_nothing_has_changed() -> None:
+def test_nothing_is_sent_if_nothing_has_changed() -> None:
     cluster = SimulatedCluster(0)
     with watching(cluster) as watcher:
         cluster.events.report(EventKind.PROBE_DONE, "10.9.9.9:50052", "free")
         cluster.events.publish(EventKind.REQUEST_STARTED, "demo", "asking demo")
-        eventually(lambda: watcher.patches, "the request is told")
+        eventually(lambda: watcher.patches, "the request is sent")
     assert watcher.patches[0] == {"totals": {"total": 1}}
 
 
-# --- what the bus tells -----------------------------------------------------------------------
+# --- what events report -----------------------------------------------------------------------
 
 
-def test_requests_are_told_as_numbers_and_their_place_remembers_the_last_answer() -> None:
+def test_requests_are_counted_and_their_server_keeps_the_last_answer() -> None:
     cluster = SimulatedCluster(2)
     coordinator = cluster.run_model("big", [0, 1])
     with watching(cluster) as watcher:
@@ -193,7 +194,7 @@ def test_requests_are_told_as_numbers_and_their_place_remembers_the_last_answer(
         cluster.events.publish(EventKind.REQUEST_FINISHED, "big", "big: ok", status="ok", **facts)
         cluster.events.publish(EventKind.REQUEST_STARTED, "big", "asking big")
         cluster.events.publish(EventKind.REQUEST_FINISHED, "big", "big: error", status="error")
-        eventually(lambda: watcher.state["totals"].get("failed"), "both are told")
+        eventually(lambda: watcher.state["totals"].get("failed"), "both are sent")
 
     assert watcher.state["totals"] == {"running": 0, "waiting": 0, "total": 2, "failed": 1}
     answer = watcher.state["coordinators"][coordinator.base_url]["answer"]
@@ -201,7 +202,7 @@ def test_requests_are_told_as_numbers_and_their_place_remembers_the_last_answer(
     assert [event["kind"] for event in watcher.state["events"].values()] == ["coordinator.ready"]
 
 
-def test_requests_at_a_gate_are_seen_while_they_run() -> None:
+def test_requests_at_a_gate_are_shown_while_they_run() -> None:
     cluster = SimulatedCluster(2)
     coordinator = cluster.run_model("big", [0, 1])
 
@@ -213,13 +214,13 @@ def test_requests_at_a_gate_are_seen_while_they_run() -> None:
         asked = asyncio.Event()
         cluster.events.publish(EventKind.REQUEST_STARTED, "big", "asking big")
         request = asyncio.run_coroutine_threadsafe(ask(), asyncio_loop())
-        eventually(lambda: watcher.state["totals"]["running"] == 1, "it is seen without an event of the gate")
+        eventually(lambda: watcher.state["totals"]["running"] == 1, "it is shown without an event of the gate")
         asyncio_loop().call_soon_threadsafe(asked.set)
         request.result()
         eventually(lambda: watcher.state["totals"]["running"] == 0, "its end too")
 
 
-def test_requests_are_followed_also_if_the_watch_begins_amid_another() -> None:
+def test_requests_are_followed_also_if_the_watch_starts_during_another_one() -> None:
     cluster = SimulatedCluster(2)
     coordinator = cluster.run_model("big", [0, 1])
     cluster.events.publish(EventKind.REQUEST_STARTED, "big", "asking big")
@@ -232,14 +233,14 @@ def test_requests_are_followed_also_if_the_watch_begins_amid_another() -> None:
         asked = asyncio.Event()
         cluster.events.publish(EventKind.REQUEST_FINISHED, "big", "big: ok", status="ok")
         cluster.events.publish(EventKind.REQUEST_STARTED, "big", "asking big")
-        eventually(lambda: watcher.state["totals"]["total"] == 2, "the next one is told")
+        eventually(lambda: watcher.state["totals"]["total"] == 2, "the next one is sent")
         request = asyncio.run_coroutine_threadsafe(ask(), asyncio_loop())
-        eventually(lambda: watcher.state["totals"]["running"] == 1, "it is seen without an event of the gate")
+        eventually(lambda: watcher.state["totals"]["running"] == 1, "it is shown without an event of the gate")
         asyncio_loop().call_soon_threadsafe(asked.set)
         request.result()
 
 
-def test_all_requests_count_however_many_and_whenever_somebody_watches() -> None:
+def test_all_requests_count_regardless_of_their_number_and_of_watchers() -> None:
     cluster = SimulatedCluster(0)
     for number in range(KEPT_EVENTS):
         cluster.events.publish(EventKind.REQUEST_STARTED, "big", "asking big")
@@ -257,12 +258,12 @@ def asyncio_loop() -> asyncio.AbstractEventLoop:
     return io_loop()
 
 
-def test_a_model_that_is_loading_is_told_until_it_is_ready() -> None:
+def test_a_loading_model_is_shown_until_it_is_ready() -> None:
     cluster = SimulatedCluster(2)
     with watching(cluster) as watcher:
         cluster.events.publish(EventKind.COORDINATOR_STARTING, "big", "starting big over 2 workers")
         cluster.events.publish(EventKind.COORDINATOR_LOADING, "big", "1.2 GiB of 4.0 GiB", share=0.3)
-        eventually(lambda: watcher.state["starting"].get("big", {}).get("share") == 0.3, "progress is told")
+        eventually(lambda: watcher.state["starting"].get("big", {}).get("share") == 0.3, "progress is sent")
         cluster.run_model("big", [0, 1])
         eventually(lambda: not watcher.state["starting"], "it is ready")
     assert "coordinator.loading" not in [event["kind"] for event in watcher.state["events"].values()]
@@ -285,43 +286,44 @@ def test_a_late_watcher_finds_what_happened_before() -> None:
         ({}, None),
     ],
 )
-def test_an_answer_is_told_as_far_as_it_is_known(facts: dict[str, Any], description: str | None) -> None:
+def test_an_answer_is_described_as_far_as_it_is_known(facts: dict[str, Any], description: str | None) -> None:
     assert describe_answer(facts) == description
 
 
-# --- looking ----------------------------------------------------------------------------------
+# --- polling ----------------------------------------------------------------------------------
 
 
-def test_workers_are_looked_at_in_turn_and_their_round_trips_remembered() -> None:
+def test_workers_are_probed_in_turn_and_their_round_trips_kept() -> None:
     cluster = SimulatedCluster(25)
     with watching(cluster):
-        eventually(lambda: len(set(cluster.looks)) == 25, "each has its turn")
-    assert cluster.looks[:25] == list(cluster.workers)
+        eventually(lambda: len(set(cluster.probed)) == 25, "each has its turn")
+    assert cluster.probed[:25] == list(cluster.workers)
 
 
-def test_memory_that_changes_for_all_workers_is_told_of_a_few_at_a_time() -> None:
+def test_memory_that_changes_for_all_workers_is_sent_for_a_few_at_a_time() -> None:
     cluster = SimulatedCluster(30)
     with watching(cluster) as watcher:
-        for name, one in cluster.workers.items():
-            assert one.probe is not None
-            cluster.workers[name] = replace(one, probe=replace(one.probe, device_free_bytes=(20 * GIB,)))
+        for name, worker in cluster.workers.items():
+            assert worker.probe is not None
+            cluster.workers[name] = replace(worker, probe=replace(worker.probe, device_free_bytes=(20 * GIB,)))
         eventually(
-            lambda: {one["used"] for one in watcher.state["workers"].values()} == {0.38}, "it is told of all"
+            lambda: {worker["used"] for worker in watcher.state["workers"].values()} == {0.38},
+            "it is sent for all",
         )
     assert max(watcher.sizes_bytes) < 1000
 
 
-def test_round_trips_of_ollama_nodes_are_remembered_too() -> None:
+def test_round_trips_of_ollama_nodes_are_kept_too() -> None:
     cluster = SimulatedCluster(1, [node(1, round_trip_ms=1.234, loaded_bytes=2 * 2**30), node(2, "absent")])
     with watching(cluster) as watcher:
-        ready, absent = (one.url for one in cluster.nodes)
-        eventually(lambda: watcher.state["nodes"][ready].get("rtt"), "it is looked at")
+        ready, absent = (node.url for node in cluster.nodes)
+        eventually(lambda: watcher.state["nodes"][ready].get("rtt"), "it is probed")
         assert set(watcher.state["nodes"][ready]["rtt"].values()) == {1.2}
         assert "rtt" not in watcher.state["nodes"][absent]
         assert watcher.state["nodes"][ready]["description"].startswith("llama3.2 loaded (2.0 GiB), ")
 
 
-def test_looking_goes_on_after_a_look_that_failed(
+def test_polling_continues_after_a_failure(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     cluster = SimulatedCluster(1)
@@ -335,7 +337,7 @@ def test_looking_goes_on_after_a_look_that_failed(
 
     monkeypatch.setattr(cluster.state._workers, "probe", failing_first)
     with watching(cluster):
-        eventually(lambda: cluster.looks, "it is looked at")
+        eventually(lambda: cluster.probed, "it is probed")
     assert caplog.text.count("could not check the cluster") == 2
 
 
@@ -345,7 +347,7 @@ def test_of_the_round_trips_the_last_ones_are_kept() -> None:
         for number in range(ROUND_TRIPS_KEPT + 10):
             cluster.events.report(EventKind.PROBE_DONE, endpoint(0), "free", round_trip_ms=number + 0.123)
         last = float(f"{ROUND_TRIPS_KEPT + 9.123:.2g}")
-        eventually(lambda: last in watcher.state["workers"][endpoint(0)].get("rtt", {}).values(), "told")
+        eventually(lambda: last in watcher.state["workers"][endpoint(0)].get("rtt", {}).values(), "it is sent")
         assert len(watcher.state["workers"][endpoint(0)]["rtt"]) == ROUND_TRIPS_KEPT
 
 
@@ -354,7 +356,7 @@ def test_when_nobody_watches_nothing_runs() -> None:
 
     def tasks() -> int:
         async def count() -> int:
-            return sum(1 for one in asyncio.all_tasks() if "ClusterState" in repr(one.get_coro()))
+            return sum(1 for task in asyncio.all_tasks() if "ClusterState" in repr(task.get_coro()))
 
         return run(count())
 
@@ -371,7 +373,7 @@ def test_when_nobody_watches_nothing_runs() -> None:
     assert not cluster.state.is_watched
 
 
-def test_who_watches_again_is_told_what_has_changed_meanwhile() -> None:
+def test_a_returning_watcher_gets_what_has_changed_meanwhile() -> None:
     cluster = SimulatedCluster(3)
     with watching(cluster) as watcher:
         known = dict(watcher.state)
@@ -384,7 +386,7 @@ def test_who_watches_again_is_told_what_has_changed_meanwhile() -> None:
     assert patched(known, patches[0])["workers"][endpoint(2)]["state"] == "down"
 
 
-def test_a_closed_router_is_told_once_and_its_state_stays() -> None:
+def test_the_end_of_a_router_is_sent_once_and_its_state_stays() -> None:
     cluster = SimulatedCluster(1)
     with watching(cluster) as watcher:
         run(cluster.state.close())
@@ -405,11 +407,11 @@ def test_a_router_that_lets_its_engines_run_on_or_is_forgotten_is_closed_for_wat
         assert not kept.state.is_watched
 
     forgotten = AsyncHybridRouter(auto_discover_rpc=False)
-    state, told = forgotten.state, Watcher()
-    run_blocking(state.watch(told))
+    state, watcher = forgotten.state, Watcher()
+    run_blocking(state.watch(watcher))
     del forgotten
     gc.collect()
-    eventually(lambda: told.patches and told.patches[-1] == {"closed": True}, "its end is told")
+    eventually(lambda: watcher.patches and watcher.patches[-1] == {"closed": True}, "its end is sent")
     assert not state.is_watched
 
 
@@ -417,38 +419,40 @@ def test_a_router_that_lets_its_engines_run_on_or_is_forgotten_is_closed_for_wat
 
 
 @pytest.mark.engine
-def test_a_real_cluster_is_told_from_its_workers_to_its_layers(router: HybridRouter) -> None:
+def test_a_real_cluster_is_shown_from_its_workers_to_its_layers(router: HybridRouter) -> None:
     with watching(router) as watcher:
         router.stop_coordinator()  # all: another name of the same file may have begun it
         router.route_request("demo:sharded", "What is a worker?", max_tokens=5, temperature=0)
 
         def own() -> list[dict[str, Any]]:
             known = watcher.state["coordinators"].values()
-            return [one for one in known if one.get("own") and one["model"] == "demo:sharded"]
+            return [found for found in known if found.get("own") and found["model"] == "demo:sharded"]
 
-        (coordinator,) = eventually(own, "its coordinator is told")
-        assert sum(one["units"] for one in coordinator["segments"].values()) == 13
-        assert [one["units"] for one in coordinator["segments"].values()] == [
-            one["actual"] for one in coordinator["segments"].values()
+        (coordinator,) = eventually(own, "its coordinator is sent")
+        assert sum(segment["units"] for segment in coordinator["segments"].values()) == 13
+        assert [segment["units"] for segment in coordinator["segments"].values()] == [
+            segment["actual"] for segment in coordinator["segments"].values()
         ]
         assert "measured" in coordinator["token_time"]
 
         def held() -> list[dict[str, Any]]:
-            return [one for one in watcher.state["workers"].values() if one["state"] == "held"]
+            return [worker for worker in watcher.state["workers"].values() if worker["state"] == "held"]
 
-        eventually(lambda: len(held()) == 3, "they are told to be held")
-        assert all(one["protocol"].startswith("RPC 7") and one["free"] and one["total"] for one in held())
+        eventually(lambda: len(held()) == 3, "they are shown as held")
+        assert all(
+            worker["protocol"].startswith("RPC 7") and worker["free"] and worker["total"] for worker in held()
+        )
 
 
 @pytest.mark.engine
-def test_the_end_of_an_idle_worker_is_told_by_its_supervisor(engine: Any) -> None:
-    with HybridRouter(auto_discover_rpc=False) as mine:
-        (name,) = mine.start_workers(1)
-        with watching(mine) as watcher:
+def test_the_end_of_an_idle_worker_is_reported_by_its_supervisor(engine: Any) -> None:
+    with HybridRouter(auto_discover_rpc=False) as router:
+        (name,) = router.start_workers(1)
+        with watching(router) as watcher:
             assert watcher.state["workers"][name]["state"] == "free"
             killed: psutil.Process = engine_on(int(name.rpartition(":")[2]))
             killed.kill()
-            eventually(lambda: watcher.state["workers"][name]["state"] == "down", "its end is told")
-            words = f"lost worker {name}: killed (signal 9)"
-            eventually(lambda: words in [event.message for event in mine.events.recent()], "with its reason")
-        assert [event.kind for event in mine.events.recent()].count("worker.lost") == 1
+            eventually(lambda: watcher.state["workers"][name]["state"] == "down", "its end is sent")
+            message = f"lost worker {name}: killed (signal 9)"
+            eventually(lambda: message in [event.message for event in router.events.recent()], "with its reason")
+        assert [event.kind for event in router.events.recent()].count("worker.lost") == 1

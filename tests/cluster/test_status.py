@@ -79,7 +79,7 @@ class _Text(HTMLParser):
 
     def __init__(self, fragment: str) -> None:
         super().__init__()
-        self.words: list[str] = []
+        self.texts: list[str] = []
         self.titles: list[str] = []
         self.tags: set[str] = set()
         self._open: list[str] = []
@@ -99,11 +99,11 @@ class _Text(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if self._open and self._open[-1] != "style":
-            self.words.append(data)
+            self.texts.append(data)
 
     @property
     def text(self) -> str:
-        return re.sub(r"\s+", " ", " ".join(self.words))
+        return re.sub(r"\s+", " ", " ".join(self.texts))
 
 
 def as_html(status: ClusterStatus) -> _Text:
@@ -146,17 +146,17 @@ SHARDED = ClusterStatus(
         "3.0 GiB free of 4.0 GiB, 0.46 ms, RPC 7.0.3",
     ],
 )
-def test_text_and_html_tell_the_same_facts(fact: str) -> None:
+def test_text_and_html_have_the_same_facts(fact: str) -> None:
     page = as_html(SHARDED)
 
     assert fact in str(SHARDED)
     assert fact in page.text
 
 
-def test_tooltips_are_the_words_of_the_text() -> None:
+def test_tooltips_are_the_descriptions_of_the_text() -> None:
     titles = as_html(SHARDED).titles
 
-    assert titles == [one.description for one in SHARDED.coordinators[0].segments]
+    assert titles == [segment.description for segment in SHARDED.coordinators[0].segments]
     assert all(title in str(SHARDED) for title in titles)
     assert titles[1] == (
         "10.0.0.2:50052: layers 6-8 + output; planned: 4 units, 2.0 MiB weights, 1.0 MiB KV cache; actual: 3 units"
@@ -170,7 +170,7 @@ def test_notebook_gets_both() -> None:
     assert SHARDED._repr_mimebundle_() == {"text/plain": str(SHARDED), "text/html": SHARDED._repr_html_()}
 
 
-def test_empty_cluster_says_so_and_how_to_go_on() -> None:
+def test_empty_cluster_says_so_and_what_to_do_next() -> None:
     empty = ClusterStatus((), ())
 
     assert str(empty).splitlines() == ["no coordinator is running", "no worker is known"]
@@ -180,12 +180,12 @@ def test_empty_cluster_says_so_and_how_to_go_on() -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "words"),
+    ("status", "description"),
     [
         (worker(1, "busy", "10.0.0.1:50052 accepts but does not answer"), "accepts but does not answer"),
         (worker(1, "down", "nothing listens on 10.0.0.1:50052"), "nothing listens on 10.0.0.1:50052"),
         (worker(1, "incompatible", "speaks RPC protocol 3.6.1"), "speaks RPC protocol 3.6.1"),
-        (worker(1, "down", "has not been looked at yet", probe=None), "has not been looked at yet"),
+        (worker(1, "down", "has not been checked yet", probe=None), "has not been checked yet"),
         (
             worker(1, "held", "held by the coordinator of a", probe=None, held_by="a"),
             "held by the coordinator of a",
@@ -193,13 +193,13 @@ def test_empty_cluster_says_so_and_how_to_go_on() -> None:
         (worker(1), "3.0 GiB free of 4.0 GiB, 0.46 ms, RPC 7.0.3"),
     ],
 )
-def test_each_worker_tells_its_state_and_what_is_wrong(status: WorkerStatus, words: str) -> None:
+def test_each_worker_shows_its_state_and_what_is_wrong(status: WorkerStatus, description: str) -> None:
     cluster = ClusterStatus((status,), ())
 
     (line,) = str(cluster).splitlines()[2:]
     assert line.split()[:2] == ["10.0.0.1:50052", status.state]
-    assert words in line
-    assert words in as_html(cluster).text
+    assert description in line
+    assert description in as_html(cluster).text
 
 
 # --- hostile and large ------------------------------------------------------------------------
@@ -251,7 +251,7 @@ def test_several_coordinators_are_all_shown() -> None:
 
 def stand_in(**changes: Any) -> Coordinator:
     """What the status reads of a coordinator."""
-    one = Shard(
+    first = Shard(
         endpoint="a:1",
         first_layer=0,
         layer_count=3,
@@ -261,7 +261,7 @@ def stand_in(**changes: Any) -> Coordinator:
         reserve_bytes=0,
         free_bytes=0,
     )
-    two = Shard(
+    second = Shard(
         endpoint="b:2",
         first_layer=3,
         layer_count=1,
@@ -275,7 +275,7 @@ def stand_in(**changes: Any) -> Coordinator:
         "model": "demo",
         "base_url": "http://127.0.0.1:18080",
         "log_path": Path("log"),
-        "plan": LayerPlan(strategy="even", layer_count=4, context_tokens=4096, shards=(one, two)),
+        "plan": LayerPlan(strategy="even", layer_count=4, context_tokens=4096, shards=(first, second)),
         "placement": Placement((DevicePlacement("a:1", (0, 1, 2), 11, 1),)),
         "settings": SimpleNamespace(
             model_path=Path("m.gguf"), context_tokens=4096, facts=SimpleNamespace(layer_count=4)
@@ -291,11 +291,14 @@ def stand_in(**changes: Any) -> Coordinator:
 def test_segments_put_plan_and_placement_side_by_side() -> None:
     status = CoordinatorStatus.of(stand_in())
 
-    assert [one.layers for one in status.segments] == ["0-2", "3 + output"]
-    assert [(one.units, one.actual_units) for one in status.segments] == [(3, 3), (2, None)]
-    assert [(one.weight_bytes, one.actual_weight_bytes) for one in status.segments] == [(10, 11), (20, None)]
-    assert sum(one.share for one in status.segments) == pytest.approx(1)
-    assert len({one.color for one in status.segments}) == 2
+    assert [segment.layers for segment in status.segments] == ["0-2", "3 + output"]
+    assert [(segment.units, segment.actual_units) for segment in status.segments] == [(3, 3), (2, None)]
+    assert [(segment.weight_bytes, segment.actual_weight_bytes) for segment in status.segments] == [
+        (10, 11),
+        (20, None),
+    ]
+    assert sum(segment.share for segment in status.segments) == pytest.approx(1)
+    assert len({segment.color for segment in status.segments}) == 2
     assert status.differences == ("b:2: planned 2 units from unit 3, the engine placed none",)
     assert status.strategy == "even"
 
@@ -311,7 +314,7 @@ def test_local_coordinator_has_no_segments(changes: dict[str, Any]) -> None:
     assert "this machine only" in as_html(ClusterStatus((), (status,))).text
 
 
-def test_demo_model_is_told_as_one() -> None:
+def test_the_demo_model_is_marked() -> None:
     settings = stand_in().settings
     demo = SimpleNamespace(model_path=DEMO_MODEL_PATH, context_tokens=256, facts=settings.facts)
 
@@ -325,13 +328,13 @@ def test_demo_model_is_told_as_one() -> None:
 # --- token times, local devices, Ollama nodes -------------------------------------------------
 
 
-def test_predicted_and_measured_token_times_stand_side_by_side() -> None:
+def test_predicted_and_measured_token_times_are_shown_side_by_side() -> None:
     plan = replace(stand_in().plan, predicted_token_ms=20.0)  # type: ignore[type-var]
     status = CoordinatorStatus.of(stand_in(plan=plan), token_ms=25.0, token=TokenTime((15.0, 5.0)))
 
     for shown in (str(ClusterStatus((), (status,))), as_html(ClusterStatus((), (status,))).text):
         assert "20 ms per token (predicted), 25 ms per token (measured; 40 tokens/s)" in shown
-    assert [one.time_share for one in status.segments] == [0.75, 0.25]
+    assert [segment.time_share for segment in status.segments] == [0.75, 0.25]
     assert "15 ms of each token (75%)" in status.segments[0].description
     assert "15 ms (75 %)" in as_html(ClusterStatus((), (status,))).text
 
@@ -340,7 +343,7 @@ def test_an_unknown_token_time_is_not_invented() -> None:
     status = CoordinatorStatus.of(stand_in(), token=TokenTime((), "nothing was measured"))
 
     assert status.token_time_description == ""
-    assert [(one.token_ms, one.time_share) for one in status.segments] == [(None, None)] * 2
+    assert [(segment.token_ms, segment.time_share) for segment in status.segments] == [(None, None)] * 2
     assert "ms of each token" not in str(ClusterStatus((), (status,)))
 
 
@@ -353,7 +356,7 @@ def test_devices_of_the_coordinators_own_machine_are_shown() -> None:
 
 
 @pytest.mark.parametrize(
-    ("node", "words"),
+    ("node", "description"),
     [
         (simulated_node(1), "llama3.2 loaded, 0/1 slots busy, 0 waiting, 21.4 ms per token"),
         (simulated_node(1, loaded_models=(), ms_per_token=None), "nothing loaded, 0/1 slots busy, 0 waiting"),
@@ -368,8 +371,8 @@ def test_devices_of_the_coordinators_own_machine_are_shown() -> None:
         (simulated_node(1, "unknown"), "not checked yet"),
     ],
 )
-def test_each_ollama_node_tells_what_it_has_or_what_is_wrong(node: NodeStatus, words: str) -> None:
+def test_each_ollama_node_shows_what_it_has_or_what_is_wrong(node: NodeStatus, description: str) -> None:
     status = ClusterStatus((), (), (node,))
 
-    assert f"{node.url:<22} {node.state:<12} {words}" in str(status)
-    assert f"{node.state} {words}" in as_html(status).text
+    assert f"{node.url:<22} {node.state:<12} {description}" in str(status)
+    assert f"{node.state} {description}" in as_html(status).text

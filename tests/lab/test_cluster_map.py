@@ -25,25 +25,25 @@ LOAD = """async ([source, style]) => {
     class Model {
         constructor(state) { this.values = {state}; this.listeners = []; this.sent = []; }
         get(name) { return this.values[name]; }
-        set(name, value) { this.values[name] = value; this.tell(`change:${name}`); }
+        set(name, value) { this.values[name] = value; this.emit(`change:${name}`); }
         on(event, listener) { this.listeners.push([event, listener]); }
         off(event, listener) {
-            this.listeners = this.listeners.filter(one => one[0] !== event || one[1] !== listener);
+            this.listeners = this.listeners.filter(([name, known]) => name !== event || known !== listener);
         }
-        tell(event, ...values) {
-            for (const [name, one] of [...this.listeners]) if (name === event) one(...values);
+        emit(event, ...values) {
+            for (const [name, listener] of [...this.listeners]) if (name === event) listener(...values);
         }
         send(content) { this.sent.push(content); }
     }
     window.show = (state) => {
-        document.body.innerHTML = '<div id="one" style="width: 900px"></div><div id="two"></div>';
+        document.body.innerHTML = '<div id="first" style="width: 900px"></div><div id="second"></div>';
         window.model = new Model(state);
         window.endModel = window.map.default.initialize({model: window.model});
-        window.endViews = ['one', 'two'].map(
+        window.endViews = ['first', 'second'].map(
             id => window.map.default.render({model: window.model, el: document.getElementById(id)}));
     };
     window.change = (patch) => new Promise((done) => {
-        window.model.tell('msg:custom', {patch});
+        window.model.emit('msg:custom', {patch});
         requestAnimationFrame(() => requestAnimationFrame(done));
     });
 }"""
@@ -77,7 +77,7 @@ def three_workers() -> SimulatedCluster:
 
 
 def texts(page: Page, selector: str) -> list[str]:
-    return page.locator(f"#one {selector}").all_inner_texts()
+    return page.locator(f"#first {selector}").all_inner_texts()
 
 
 # --- state ------------------------------------------------------------------------------------
@@ -88,43 +88,43 @@ def test_the_page_applies_patches_as_python_does(page: Page) -> None:
     pairs = [(random_state(chance, 3), random_state(chance, 3)) for _ in range(100)]
     for _, patch in pairs[::2]:
         patch["a"] = None
-    told = page.evaluate("pairs => pairs.map(([state, patch]) => window.map.patched(state, patch))", pairs)
-    assert told == [patched(state, patch) for state, patch in pairs]
+    in_page = page.evaluate("pairs => pairs.map(([state, patch]) => window.map.patched(state, patch))", pairs)
+    assert in_page == [patched(state, patch) for state, patch in pairs]
 
 
 # --- drawing ----------------------------------------------------------------------------------
 
 
-def test_layers_are_boxes_as_wide_as_their_part(page: Page) -> None:
+def test_layers_are_boxes_as_wide_as_their_share(page: Page) -> None:
     page.evaluate("state => window.show(state)", state_of(three_workers()))
 
     widths = page.evaluate(
-        "() => [...document.querySelectorAll('#one .sollol-row-planned .sollol-box')]"
+        "() => [...document.querySelectorAll('#first .sollol-row-planned .sollol-box')]"
         ".map(box => parseFloat(box.getAttribute('width')))"
     )
     assert widths == pytest.approx([100 * units / 41 for units in (20, 15, 6)], abs=0.01)
-    planned = [box.splitlines() for box in page.locator("#one .sollol-row-planned text").all_text_contents()]
+    planned = [box.splitlines() for box in page.locator("#first .sollol-row-planned text").all_text_contents()]
     assert [line for (line,) in planned] == [
         "0-19", endpoint(0), "20-34", endpoint(1), "35-39 + output", endpoint(2)
     ]  # fmt: skip
-    assert page.locator("#one .sollol-row-actual text").all_text_contents() == ["20", "15", "6"]
-    time = page.locator("#one .sollol-row-time text").all_text_contents()
-    assert [float(one.removesuffix(" %")) for one in time] == pytest.approx([48, 36, 17], abs=1)
+    assert page.locator("#first .sollol-row-actual text").all_text_contents() == ["20", "15", "6"]
+    time = page.locator("#first .sollol-row-time text").all_text_contents()
+    assert [float(share.removesuffix(" %")) for share in time] == pytest.approx([48, 36, 17], abs=1)
 
 
-def test_each_worker_and_node_tells_its_state_by_mark_word_and_reason(page: Page) -> None:
+def test_each_worker_and_node_shows_its_state_as_mark_word_and_reason(page: Page) -> None:
     cluster = three_workers()
     cluster.change_worker(3, "down", "nothing listens there; start it", "worker.lost")
     page.evaluate("state => window.show(state)", state_of(cluster))
 
-    row = page.locator(f"#one tr[data-endpoint='{endpoint(3)}']")
+    row = page.locator(f"#first tr[data-endpoint='{endpoint(3)}']")
     assert row.get_attribute("data-state") == "down"
     assert row.inner_text().split("\t")[:2] == [endpoint(3), "✕ down"]
     assert row.inner_text().endswith("nothing listens there; start it")
-    held = page.locator(f"#one tr[data-endpoint='{endpoint(0)}']").inner_text()
+    held = page.locator(f"#first tr[data-endpoint='{endpoint(0)}']").inner_text()
     for fact in ("● held", "29.4 GiB free of 32.0 GiB", "RPC 7.0.0", "held by the coordinator of big"):
         assert fact in held
-    assert "○ ready" in page.locator("#one tr[data-endpoint='http://10.0.1.1:11434']").inner_text()
+    assert "○ ready" in page.locator("#first tr[data-endpoint='http://10.0.1.1:11434']").inner_text()
     assert texts(page, ".sollol-log > div")[0].endswith("nothing listens there; start it")
 
 
@@ -136,32 +136,32 @@ def test_hostile_names_are_text(page: Page) -> None:
     page.evaluate("state => window.show(state)", state_of(cluster))
 
     assert page.evaluate("() => window.hit") is None
-    assert page.locator("#one img, #one script").count() == 0
-    assert hostile in page.locator("#one").inner_text()
+    assert page.locator("#first img, #first script").count() == 0
+    assert hostile in page.locator("#first").inner_text()
 
 
-def test_sixty_four_workers_are_seen_at_a_glance_and_the_lost_one_first(page: Page) -> None:
+def test_sixty_four_workers_fit_into_one_line_and_the_lost_one_is_first(page: Page) -> None:
     cluster = SimulatedCluster(64)
     cluster.run_model("big", range(15))
     cluster.change_worker(50, "down", "gone", "worker.lost")
     page.evaluate("state => window.show(state)", state_of(cluster))
 
-    assert "64 workers: 15 held, 48 free, 1 down" in page.locator("#one").inner_text()
-    assert page.locator("#one .sollol-mark[title]").count() == 64
-    assert page.locator("#one tbody tr[data-endpoint]").first.get_attribute("data-endpoint") == endpoint(50)
+    assert "64 workers: 15 held, 48 free, 1 down" in page.locator("#first").inner_text()
+    assert page.locator("#first .sollol-mark[title]").count() == 64
+    assert page.locator("#first tbody tr[data-endpoint]").first.get_attribute("data-endpoint") == endpoint(50)
     overflowing = page.evaluate(
-        """() => [...document.querySelectorAll('#one .sollol-box text')].filter(words =>
-            words.getComputedTextLength() + 6 > words.parentNode.width.baseVal.value)
-            .map(words => words.textContent)"""
+        """() => [...document.querySelectorAll('#first .sollol-box text')].filter(label =>
+            label.getComputedTextLength() + 6 > label.parentNode.width.baseVal.value)
+            .map(label => label.textContent)"""
     )
     assert overflowing == []
 
 
 def test_an_empty_cluster_says_so(page: Page) -> None:
     page.evaluate("state => window.show(state)", state_of(SimulatedCluster(0)))
-    assert page.locator("#one [data-empty]").get_attribute("data-empty") == "no coordinator is running"
-    assert "0 workers" in page.locator("#one").inner_text()
-    assert "Ollama" not in page.locator("#one").inner_text()
+    assert page.locator("#first [data-empty]").get_attribute("data-empty") == "no coordinator is running"
+    assert "0 workers" in page.locator("#first").inner_text()
+    assert "Ollama" not in page.locator("#first").inner_text()
 
 
 # --- patches ----------------------------------------------------------------------------------
@@ -169,58 +169,58 @@ def test_an_empty_cluster_says_so(page: Page) -> None:
 
 def test_a_patch_is_drawn_in_all_views_and_touches_only_what_it_changes(page: Page) -> None:
     page.evaluate("state => window.show(state)", state_of(three_workers()))
-    page.evaluate("() => document.querySelectorAll('tr, section').forEach(one => { one.seen = true; })")
+    page.evaluate("() => document.querySelectorAll('tr, section').forEach(row => { row.seen = true; })")
     patch = {"workers": {endpoint(1): {"state": "down", "description": "gone", "free": None, "used": None}}}
     page.evaluate("patch => window.change(patch)", patch)
 
-    for view in ("one", "two"):
+    for view in ("first", "second"):
         row = page.locator(f"#{view} tr[data-endpoint='{endpoint(1)}']")
         assert row.get_attribute("data-state") == "down"
         assert "GiB" not in row.inner_text()
         redrawn = page.evaluate(
             f"() => [...document.querySelectorAll('#{view} tr[data-endpoint], #{view} section')]"
-            ".filter(one => !one.seen).map(one => one.dataset.endpoint)"
+            ".filter(row => !row.seen).map(row => row.dataset.endpoint)"
         )
         assert redrawn == [endpoint(1)]
-    order = page.locator("#one tr[data-endpoint^='10.']").evaluate_all(
+    order = page.locator("#first tr[data-endpoint^='10.']").evaluate_all(
         "rows => rows.map(row => row.dataset.endpoint)"
     )
     assert order == [endpoint(number) for number in range(4)]
 
 
-def test_the_end_of_the_router_is_told(page: Page) -> None:
+def test_the_end_of_the_router_is_shown(page: Page) -> None:
     page.evaluate("state => window.show(state)", state_of(three_workers()))
     page.evaluate("patch => window.change(patch)", {"closed": True})
-    assert "the router was closed; this is its last state" in page.locator("#one").inner_text()
+    assert "the router was closed; this is its last state" in page.locator("#first").inner_text()
 
 
-def test_a_model_is_seen_to_load_and_then_to_run(page: Page) -> None:
+def test_a_model_is_shown_loading_and_then_running(page: Page) -> None:
     page.evaluate(
         "state => window.show(state)", {"starting": {"big": {"description": "1 of 4 GiB", "share": 0.25}}}
     )
-    assert page.locator("#one progress").get_attribute("value") == "0.25"
+    assert page.locator("#first progress").get_attribute("value") == "0.25"
     page.evaluate(
         "patch => window.change(patch)", {"starting": {"big": {"description": "2 of 4 GiB", "share": 0.5}}}
     )
-    assert page.locator("#one progress").get_attribute("value") == "0.5"
+    assert page.locator("#first progress").get_attribute("value") == "0.5"
     coordinators = state_of(three_workers())["coordinators"]
     page.evaluate("patch => window.change(patch)", {"starting": {"big": None}, "coordinators": coordinators})
-    assert page.locator("#one progress").count() == 0
-    assert page.locator("#one section").count() == 1
+    assert page.locator("#first progress").count() == 0
+    assert page.locator("#first section").count() == 1
 
 
-def test_figures_that_were_folded_stay_folded(page: Page) -> None:
+def test_folded_details_stay_folded(page: Page) -> None:
     state = state_of(three_workers())
     page.evaluate("state => window.show(state)", state)
-    assert page.locator("#one details[open]").count() == 1
-    page.locator("#one summary").click()
+    assert page.locator("#first details[open]").count() == 1
+    page.locator("#first summary").click()
     (url,) = state["coordinators"]
     page.evaluate("patch => window.change(patch)", {"coordinators": {url: {"running": 1}}})
-    assert "1/4 slots busy" in page.locator("#one section").inner_text()
-    assert page.locator("#one details[open]").count() == 0
+    assert "1/4 slots busy" in page.locator("#first section").inner_text()
+    assert page.locator("#first details[open]").count() == 0
 
 
-def test_what_is_drawn_before_it_is_in_the_page_is_whole(page: Page) -> None:
+def test_a_view_drawn_before_it_is_in_the_page_is_complete(page: Page) -> None:
     state = state_of(three_workers())
     rows = page.evaluate(
         """state => {
@@ -236,10 +236,10 @@ def test_what_is_drawn_before_it_is_in_the_page_is_whole(page: Page) -> None:
     assert rows == 6
 
 
-def test_views_tell_that_they_are_there_and_that_they_go_and_leave_nothing(page: Page) -> None:
+def test_views_report_when_they_open_and_close_and_leave_nothing(page: Page) -> None:
     page.evaluate("state => window.show(state)", {})
     page.evaluate("() => { window.endViews.forEach(end => end()); window.endModel(); }")
     sent = page.evaluate("() => window.model.sent")
-    assert [one["shown"] for one in sent] == [True, True, False, False]
-    assert len({one["view"] for one in sent}) == 2
+    assert [report["shown"] for report in sent] == [True, True, False, False]
+    assert len({report["view"] for report in sent}) == 2
     assert page.evaluate("() => window.model.listeners") == []

@@ -19,7 +19,7 @@ KILL = """
 import psutil
 from sollol_nb.llama_cpp.processes import registry
 killed = held[0]
-(entry,) = [one for one in registry.entries("worker") if one.about["endpoint"] == killed]
+(entry,) = [worker for worker in registry.entries("worker") if worker.about["endpoint"] == killed]
 psutil.Process(entry.pid).kill()
 print(killed)
 """
@@ -96,21 +96,21 @@ def test_a_moved_slider_changes_the_prediction_and_the_applied_layout_the_map(pa
     expect(output.locator("section")).to_contain_text("predicted")
 
 
-def test_requests_are_seen_while_their_cell_runs(page: LabPage) -> None:
+def test_requests_are_shown_while_their_cell_runs(page: LabPage) -> None:
     asking = page.add('%sollol demo:sharded "Tell me everything about sharding." --max-tokens 2000')
     page.page.evaluate(
         """() => {
             window.totals = [];
             const map = document.querySelector('.sollol-cluster');
-            const look = () => window.totals.push(map.innerText.split('\\n')[0]);
-            new MutationObserver(look).observe(map, {subtree: true, childList: true, characterData: true});
+            const record = () => window.totals.push(map.innerText.split('\\n')[0]);
+            new MutationObserver(record).observe(map, {subtree: true, childList: true, characterData: true});
         }"""
     )
     page.run(asking)
-    page.page.wait_for_function("() => window.totals.some(one => one.includes('1 running'))")
+    page.page.wait_for_function("() => window.totals.some(text => text.includes('1 running'))")
 
 
-def test_a_killed_worker_turns_and_the_model_is_planned_anew(page: LabPage) -> None:
+def test_a_killed_worker_is_shown_as_down_and_the_model_is_planned_again(page: LabPage) -> None:
     page.ask("held = router().coordinator.rpc_backends")
     killed = page.ask(KILL)
     expect(row(page, 4, killed)).to_have_attribute("data-state", "down")
@@ -124,7 +124,7 @@ def test_a_killed_worker_turns_and_the_model_is_planned_anew(page: LabPage) -> N
     assert layers(page, 4) == ["0-3", "4-7", "8-11 + output"]
 
 
-def test_shown_twice_it_is_in_step_and_closed_outputs_free_it(page: LabPage) -> None:
+def test_two_views_show_the_same_and_closed_outputs_end_the_watch(page: LabPage) -> None:
     again = page.add("widget")
     page.run(again)
     expect(page.output(again).locator("section")).to_have_count(1)
@@ -176,23 +176,23 @@ def test_it_is_readable_in_each_theme_and_size(lab: HeadlessLab, theme: str, cou
     page.run_all()
     expect(page.output(0).locator("tr[data-endpoint^='10.']")).to_have_count(count)
     page.screenshot(f"cluster-{count}-{theme}")
-    ground, words = (
+    background, text = (
         page.output(0)
         .locator(".sollol-cluster")
         .evaluate(
-            """one => {
-            let ground = one;
+            """map => {
+            let ground = map;
             const color = (of) => getComputedStyle(of).backgroundColor;
             while (ground && color(ground) === 'rgba(0, 0, 0, 0)') ground = ground.parentElement;
-            return [color(ground), getComputedStyle(one).color];
+            return [color(ground), getComputedStyle(map).color];
         }"""
         )
     )
     page.close()
-    assert contrast(ground, words) > 7
+    assert contrast(background, text) > 7
 
 
-def contrast(one: str, other: str) -> float:
+def contrast(first: str, second: str) -> float:
     """Contrast of two CSS colours as in WCAG 2, 1 to 21."""
 
     def luminance(color: str) -> float:
@@ -201,5 +201,5 @@ def contrast(one: str, other: str) -> float:
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
-    lighter, darker = sorted((luminance(one), luminance(other)), reverse=True)
+    lighter, darker = sorted((luminance(first), luminance(second)), reverse=True)
     return (lighter + 0.05) / (darker + 0.05)

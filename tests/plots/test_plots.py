@@ -1,4 +1,4 @@
-"""The plots: what they show and say, and that they look as they did."""
+"""The plots: what they show and say, and that they look like their reference pictures."""
 
 from __future__ import annotations
 
@@ -69,13 +69,13 @@ def rows(ax: Axes) -> list[str]:
     return [text.get_text() for text in ax.get_yticklabels()]
 
 
-# --- how they look ----------------------------------------------------------------------------
+# --- reference pictures ----------------------------------------------------------------------------
 
 
-def difference_rms(one: Path, other: Path) -> float:
+def difference_rms(first: Path, second: Path) -> float:
     """Root mean square of the difference of two pictures, of 255, after averaging squares of pixels."""
     averages = []
-    for path in (one, other):
+    for path in (first, second):
         pixels = imread(path)[:, :, :3]
         height, width = (length // AVERAGED_PX for length in pixels.shape[:2])
         squares = pixels[: height * AVERAGED_PX, : width * AVERAGED_PX]
@@ -103,14 +103,14 @@ def test_it_looks_like_its_picture(name: str, tmp_path: Path) -> None:
 def test_the_tolerance_is_less_than_what_matters(
     name: str, drawing: Callable[[Axes], Axes], tmp_path: Path
 ) -> None:
-    draw(drawing, tmp_path / "other.png")
+    draw(drawing, tmp_path / "drawn.png")
 
-    assert difference_rms(PICTURES / f"{name}.png", tmp_path / "other.png") > TOLERANCE_RMS
+    assert difference_rms(PICTURES / f"{name}.png", tmp_path / "drawn.png") > TOLERANCE_RMS
 
 
 @pytest.mark.parametrize("name", DRAWINGS)
 @pytest.mark.parametrize("background", ["default", "dark_background"])
-def test_words_stand_out_from_the_background_and_legends_beside_the_data(
+def test_texts_stand_out_from_the_background_and_legends_beside_the_data(
     name: str, background: str, tmp_path: Path
 ) -> None:
     ax = draw(DRAWINGS[name], tmp_path / "picture.png", background=background)
@@ -118,8 +118,8 @@ def test_words_stand_out_from_the_background_and_legends_beside_the_data(
     ax.figure.draw_without_rendering()
 
     legend = ax.get_legend()
-    words = [ax.xaxis.label, *ax.get_xticklabels(), *ax.get_yticklabels(), *(legend.get_texts() if legend else ())]
-    assert {to_hex(text.get_color()) for text in words} == {"#ffffff" if background != "default" else "#000000"}
+    texts = [ax.xaxis.label, *ax.get_xticklabels(), *ax.get_yticklabels(), *(legend.get_texts() if legend else ())]
+    assert {to_hex(text.get_color()) for text in texts} == {"#ffffff" if background != "default" else "#000000"}
     assert ax.get_title(loc="left")
     if legend is not None:
         figure = ax.figure
@@ -147,19 +147,19 @@ def test_drawing_changes_no_settings_and_makes_a_figure_only_if_none_is_given() 
 
 
 @pytest.mark.parametrize("draw_frame", OF_FRAMES)
-def test_an_empty_log_is_told(draw_frame: Callable[..., Axes], ax: Axes) -> None:
+def test_an_empty_log_gives_a_message(draw_frame: Callable[..., Axes], ax: Axes) -> None:
     draw_frame(empty_frame(), ax=ax)
 
     assert [text.get_text() for text in ax.texts] == ["no requests yet"]
     assert ax.get_title(loc="left")
 
 
-def test_a_log_without_predictions_and_a_cluster_without_coordinators_are_told(ax: Axes) -> None:
+def test_a_log_without_predictions_and_a_cluster_without_coordinators_give_messages(ax: Axes) -> None:
     plots.predicted_vs_measured(frame_with(model=["m"], tokens_per_s=[10.0]), ax)
     assert [text.get_text() for text in ax.texts] == ["no request with a prediction yet"]
 
-    other = plots.layer_map(cluster())
-    assert [text.get_text() for text in other.texts] == ["no model is sharded"]
+    layer_map = plots.layer_map(cluster())
+    assert [text.get_text() for text in layer_map.texts] == ["no model is sharded"]
 
 
 @pytest.mark.parametrize("draw_frame", OF_FRAMES)
@@ -258,26 +258,26 @@ def test_queue_waits_are_grouped_by_priority_the_highest_on_top(ax: Axes) -> Non
     plots.queue_wait_by_priority(frame_with(priority=[5, 10, 1, 5, None], queue_ms=[1.0, 0.0, 9.0, 3.0, 7.0]), ax)
 
     assert rows(ax) == ["10 critical  (n = 1)", "5 normal  (n = 2)", "1 batch  (n = 1)"]
-    points = [one for one in ax.collections if isinstance(one, PathCollection)]
-    assert [sorted(one.get_offsets()[:, 0].tolist()) for one in points] == [[0.0], [1.0, 3.0], [9.0]]
+    points = [points for points in ax.collections if isinstance(points, PathCollection)]
+    assert [sorted(group.get_offsets()[:, 0].tolist()) for group in points] == [[0.0], [1.0, 3.0], [9.0]]
 
 
-def test_predictions_lie_on_the_line_where_they_were_right(ax: Axes) -> None:
+def test_predictions_lie_on_the_line_if_they_were_right(ax: Axes) -> None:
     plots.predicted_vs_measured(
         frame_with(model=["a", "b"], tokens_per_s=[50.0, 100.0], predicted_ms_per_token=[20.0, 20.0]), ax
     )
 
-    points = {tuple(one.get_offsets()[0]) for one in ax.collections if isinstance(one, PathCollection)}
+    points = {tuple(group.get_offsets()[0]) for group in ax.collections if isinstance(group, PathCollection)}
     assert points == {(20.0, 20.0), (20.0, 10.0)}
     assert labels(ax) == ["a, n = 1", "b, n = 1", "measured as predicted"]
 
 
 def seconds_of(days: float) -> float:
-    """A place on the time axis as seconds after noon."""
+    """A position on the time axis as seconds after noon."""
     return round(float(days - NOON_S / 86400) * 86400, 3)
 
 
-def test_timeline_has_a_lane_for_each_request_that_a_place_served_at_once(ax: Axes) -> None:
+def test_timeline_has_a_lane_for_each_request_that_a_server_ran_at_the_same_time(ax: Axes) -> None:
     frame = frame_with(
         started_at=[NOON_S, NOON_S + 1, NOON_S + 12, NOON_S],
         place=["http://a:1", "http://a:1", "http://a:1", ""],
@@ -290,14 +290,14 @@ def test_timeline_has_a_lane_for_each_request_that_a_place_served_at_once(ax: Ax
     plots.timeline(frame, faults(), ax)
 
     assert rows(ax) == ["a:1", "no server\nreached"]
-    pale, solid = (one for one in ax.collections if isinstance(one, PolyCollection))
+    pale, solid = (bars for bars in ax.collections if isinstance(bars, PolyCollection))
     spans = [sorted({seconds_of(x) for x in path.vertices[:, 0]}) for path in solid.get_paths()]
     heights = [path.vertices[:, 1].mean().round() for path in pale.get_paths()]
     assert spans == [[1.0, 10.0], [0.005], [3.0], [12.01, 13.0]]
     assert len({heights[0], heights[2]}) == 2
     assert heights[3] == heights[0]
     assert labels(ax) == ["ok", "error", "timeout", "before the first token", "failover"]
-    crosses = next(one for one in ax.get_lines() if one.get_marker() == "X")
+    crosses = next(line for line in ax.get_lines() if line.get_marker() == "X")
     assert [seconds_of(x) for x in crosses.get_xdata()] == [4.0]
 
 
@@ -305,8 +305,8 @@ def test_timeline_marks_faults_of_the_time_that_is_shown(ax: Axes) -> None:
     plots.timeline(busy_frame(30), faults(), ax)
 
     assert "fault in the cluster" in labels(ax)
-    dotted = [one for one in ax.get_lines() if one.get_linestyle() == ":"]
-    assert [seconds_of(one.get_xdata()[0]) for one in dotted] == [451.0]
+    dotted = [line for line in ax.get_lines() if line.get_linestyle() == ":"]
+    assert [seconds_of(line.get_xdata()[0]) for line in dotted] == [451.0]
 
 
 def test_timeline_of_many_requests_shows_the_newest(ax: Axes) -> None:

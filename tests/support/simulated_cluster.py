@@ -88,7 +88,7 @@ class SimulatedCluster:
         }
         self.coordinators: list[Coordinator] = []
         self.nodes = list(nodes)
-        self.looks: list[str] = []
+        self.probed: list[str] = []
         self.layer_strategy = "memory_aware"
         self.speeds: WorkerSpeeds | None = None
         self.state = ClusterState(
@@ -163,7 +163,7 @@ class SimulatedCluster:
     def _workers(self) -> SimpleNamespace:
         async def probe_workers(endpoints: Iterable[str], *, timeout_s: float) -> None:
             for name in endpoints:
-                self.looks.append(name)
+                self.probed.append(name)
                 seen = self.workers[name].probe
                 if seen is not None and self.workers[name].state == "free":
                     self.events.report(EventKind.PROBE_DONE, name, "free", round_trip_ms=seen.round_trip_ms)

@@ -16,7 +16,7 @@ import comm
 import ipywidgets
 import pytest
 from IPython.core.events import EventManager
-from ipywidgets.widgets import widget as widget_room
+from ipywidgets.widgets import widget as widget_module
 
 from sollol_nb import hybrid_router
 from sollol_nb.runtime.events import EventKind
@@ -26,7 +26,7 @@ from sollol_nb.widget.cluster_widget import SNAPSHOTS_KEPT, ClusterWidget, clust
 from tests.support.engines import eventually, unused_port
 from tests.support.simulated_cluster import SimulatedCluster, endpoint, node
 
-HERE, GONE = {"view": "one", "shown": True}, {"view": "one", "shown": False}
+OPEN, CLOSED = {"view": "first", "shown": True}, {"view": "first", "shown": False}
 
 
 @pytest.fixture
@@ -44,36 +44,36 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
 @pytest.fixture
 def cluster() -> SimulatedCluster:
     """Four workers; a model runs over the first three."""
-    made = SimulatedCluster(4, [node(1)])
-    made.run_model("big", [0, 1, 2])
-    return made
+    simulated = SimulatedCluster(4, [node(1)])
+    simulated.run_model("big", [0, 1, 2])
+    return simulated
 
 
 @pytest.fixture
 def widget(cluster: SimulatedCluster) -> Iterator[ClusterWidget]:
-    made = cluster_widget(cluster)  # type: ignore[arg-type]
-    made.bundle()
-    eventually(lambda: made.what_if.prediction.value.startswith("<b>"), "the first prediction is there")
-    yield made
-    made.close()
+    shown = cluster_widget(cluster)  # type: ignore[arg-type]
+    shown.bundle()
+    eventually(lambda: shown.what_if.prediction.value.startswith("<b>"), "the first prediction is shown")
+    yield shown
+    shown.close()
 
 
 @pytest.fixture
 def router() -> Iterator[HybridRouter]:
     """A real router without workers."""
-    with HybridRouter(auto_discover_rpc=False) as mine:
-        yield mine
+    with HybridRouter(auto_discover_rpc=False) as router:
+        yield router
 
 
 @pytest.fixture
 def steered(router: HybridRouter) -> Iterator[ClusterWidget]:
-    made = router.widget()
-    made.bundle()
-    yield made
-    made.close()
+    shown = router.widget()
+    shown.bundle()
+    yield shown
+    shown.close()
 
 
-def words(router: HybridRouter) -> list[str]:
+def messages(router: HybridRouter) -> list[str]:
     return [event.message for event in router.events.recent()]
 
 
@@ -130,16 +130,16 @@ def test_closed_it_leaves_the_last_state_and_nothing_else(cluster: SimulatedClus
 
 
 def _open_widgets() -> dict[str, Any]:
-    return dict(widget_room._instances)
+    return dict(widget_module._instances)
 
 
-def test_a_router_is_not_kept_by_its_widget() -> None:
-    mine = hybrid_router.HybridRouter(auto_discover_rpc=False)
-    kept = weakref.ref(mine)
-    widget = cluster_widget(mine)
+def test_a_router_is_not_kept_alive_by_its_widget() -> None:
+    router = hybrid_router.HybridRouter(auto_discover_rpc=False)
+    kept = weakref.ref(router)
+    widget = cluster_widget(router)
     widget.bundle()
-    run_blocking(mine.close())
-    del mine
+    run_blocking(router.close())
+    del router
     gc.collect()
 
     assert kept() is None
@@ -180,35 +180,35 @@ def test_a_page_that_opens_gets_the_state_as_it_is_now(widget: ClusterWidget, cl
     assert "http" not in state["_esm"].replace("http://www.w3.org/2000/svg", ""), "nothing is fetched"
 
 
-def test_it_watches_while_views_are_there_and_rests_when_the_last_has_gone(
+def test_it_watches_while_views_are_open_and_stops_when_the_last_one_closes(
     widget: ClusterWidget, cluster: SimulatedCluster
 ) -> None:
     assert widget.map is not None
-    other = HERE | {"view": "two"}
-    for content in (HERE, other, HERE):
+    second = OPEN | {"view": "second"}
+    for content in (OPEN, second, OPEN):
         widget.map._handle_custom_msg(content, [])
-    widget.map._handle_custom_msg(GONE, [])
+    widget.map._handle_custom_msg(CLOSED, [])
     assert cluster.state.is_watched
-    widget.map._handle_custom_msg(other | {"shown": False}, [])
-    eventually(lambda: not cluster.state.is_watched, "nobody looks any more")
+    widget.map._handle_custom_msg(second | {"shown": False}, [])
+    eventually(lambda: not cluster.state.is_watched, "nobody watches any more")
 
-    widget.map._handle_custom_msg(HERE, [])
-    eventually(lambda: cluster.state.is_watched, "somebody looks again")
+    widget.map._handle_custom_msg(OPEN, [])
+    eventually(lambda: cluster.state.is_watched, "somebody watches again")
 
 
-def test_a_view_whose_page_has_gone_without_a_word_is_forgotten(
+def test_a_view_whose_page_is_gone_without_a_report_is_dropped(
     widget: ClusterWidget, cluster: SimulatedCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert widget.map is not None
     monkeypatch.setattr("IPython.core.getipython.get_ipython", lambda: None)
     widget.bundle()
-    widget.map._handle_custom_msg(HERE, [])
+    widget.map._handle_custom_msg(OPEN, [])
     monkeypatch.setattr("sollol_nb.widget.cluster_widget.VIEW_LEASE_S", -1.0)
     cluster.change_worker(3, "down", "gone", EventKind.WORKER_LOST)
-    eventually(lambda: not cluster.state.is_watched, "nobody looks any more")
+    eventually(lambda: not cluster.state.is_watched, "nobody watches any more")
 
 
-def test_while_a_cell_runs_no_view_is_forgotten_since_kernels_do_not_hear_them_then(
+def test_no_view_is_dropped_while_a_cell_runs_since_kernels_receive_no_reports_then(
     cluster: SimulatedCluster, monkeypatch: pytest.MonkeyPatch, sent: list[tuple[str, dict[str, Any]]]
 ) -> None:
     cells = EventManager(None, ("pre_run_cell", "post_run_cell"))  # type: ignore[arg-type]
@@ -218,24 +218,24 @@ def test_while_a_cell_runs_no_view_is_forgotten_since_kernels_do_not_hear_them_t
     assert widget.map is not None
     cells.trigger("post_run_cell", None)
     cells.trigger("pre_run_cell", None)
-    widget.map._handle_custom_msg(HERE, [])
+    widget.map._handle_custom_msg(OPEN, [])
     monkeypatch.setattr("sollol_nb.widget.cluster_widget.VIEW_LEASE_S", -1.0)
-    told = len(to_map(sent, widget))
+    sent_before = len(to_map(sent, widget))
     cluster.change_worker(0, "down", "gone", EventKind.WORKER_LOST)
-    eventually(lambda: len(to_map(sent, widget)) > told, "it is told")
-    told = len(to_map(sent, widget))
+    eventually(lambda: len(to_map(sent, widget)) > sent_before, "it is sent")
+    sent_before = len(to_map(sent, widget))
     cluster.change_worker(1, "down", "gone", EventKind.WORKER_LOST)
-    eventually(lambda: len(to_map(sent, widget)) > told, "this too")
+    eventually(lambda: len(to_map(sent, widget)) > sent_before, "this is sent too")
     assert cluster.state.is_watched
 
     cells.trigger("post_run_cell", None)
     cluster.change_worker(2, "down", "gone", EventKind.WORKER_LOST)
-    eventually(lambda: not cluster.state.is_watched, "now it is forgotten")
+    eventually(lambda: not cluster.state.is_watched, "now it is dropped")
     assert not any(cells.callbacks.values()), "and cells are not followed any more"
     widget.close()
 
 
-def test_of_the_outputs_that_show_it_the_last_ones_are_kept_up_to_date(
+def test_the_last_outputs_that_show_it_are_kept_up_to_date(
     widget: ClusterWidget, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     handles: list[Any] = []
@@ -253,7 +253,7 @@ def test_of_the_outputs_that_show_it_the_last_ones_are_kept_up_to_date(
         widget._ipython_display_()
     monkeypatch.undo()
     widget.close()
-    assert [len(one.updates) for one in handles] == [0] * 3 + [1] * SNAPSHOTS_KEPT
+    assert [len(handle.updates) for handle in handles] == [0] * 3 + [1] * SNAPSHOTS_KEPT
 
 
 # --- what if ----------------------------------------------------------------------------------
@@ -281,7 +281,7 @@ def test_a_moved_slider_moves_its_neighbours_and_the_prediction(widget: ClusterW
     widget.what_if.sliders[0].value = 20
 
     assert units(widget) == [20, 8, 13, 0]
-    eventually(lambda: predicted(widget) != before, "the prediction is told anew")
+    eventually(lambda: predicted(widget) != before, "there is a new prediction")
     assert "<b>fits</b>" in predicted(widget)
     assert "0-19" in predicted(widget)
     eventually(lambda: not widget.what_if.apply.disabled, "it can be applied")
@@ -292,7 +292,7 @@ def test_a_worker_is_dropped_by_moving_its_slider_to_zero(widget: ClusterWidget)
     widget.what_if.sliders[2].value = 0
 
     assert units(widget) == [14, 27, 0, 0]
-    eventually(lambda: predicted(widget) != before, "the prediction is told anew")
+    eventually(lambda: predicted(widget) != before, "there is a new prediction")
     assert predicted(widget).count("no layers") == 2
     assert "25.8 ms per token" in predicted(widget), "a round trip less"
 
@@ -336,7 +336,7 @@ def test_sliders_that_were_moved_stay_when_another_model_starts_or_ends() -> Non
 
     cluster.run_model("another", [3, 4])
     cluster.coordinators.reverse()  # it comes first
-    cluster.events.publish(EventKind.WORKER_RETURNED, endpoint(0), "look again")
+    cluster.events.publish(EventKind.WORKER_RETURNED, endpoint(0), "it is back")
     eventually(lambda: widget.what_if.model.options == ("another", "big"), "it can be chosen")
     assert (widget.what_if.model.value, units(widget)) == ("big", [20, 8, 13, 0, 0])
     cluster.end_model("another")
@@ -381,31 +381,31 @@ def test_controls_are_enabled_only_while_they_make_sense(steered: ClusterWidget,
     assert models.stop.disabled
 
 
-def test_a_worker_is_added_and_removed_and_the_bus_tells(steered: ClusterWidget, router: HybridRouter) -> None:
+def test_a_worker_is_added_and_removed_and_events_say_so(steered: ClusterWidget, router: HybridRouter) -> None:
     name = f"127.0.0.1:{unused_port()}"
     steered.workers.endpoint.value = name
     steered.workers.add.click()
     eventually(lambda: steered.workers.known.value == name, "it can be removed")
     eventually(lambda: not steered.workers.endpoint.value, "the field is empty again")
-    assert f"added worker {name}" in words(router)
+    assert f"added worker {name}" in messages(router)
 
     steered.workers.endpoint.value = name
     assert steered.workers.add.disabled, "it is known"
     steered.workers.remove.click()
-    eventually(lambda: f"removed worker {name}" in words(router), "the bus tells")
+    eventually(lambda: f"removed worker {name}" in messages(router), "an event says so")
     eventually(lambda: steered.workers.remove.disabled, "there is none to remove")
 
 
-def test_what_could_not_be_done_is_told_by_an_event(steered: ClusterWidget, router: HybridRouter) -> None:
+def test_a_failure_is_reported_by_an_event(steered: ClusterWidget, router: HybridRouter) -> None:
     steered.models.model.value = "/no/such/file.gguf"
     steered.models.load.click()
     eventually(
-        lambda: [one for one in words(router) if one.startswith("loading /no/such/file.gguf failed")], "told"
+        lambda: any(text.startswith("loading /no/such/file.gguf failed") for text in messages(router)), "reported"
     )
     eventually(lambda: not steered.models.load.disabled, "it can be tried again")
 
 
-def test_an_action_that_fails_unforeseen_is_told_too(
+def test_an_unexpected_failure_is_reported_too(
     steered: ClusterWidget, router: HybridRouter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def failing(_: Any) -> None:
@@ -413,12 +413,12 @@ def test_an_action_that_fails_unforeseen_is_told_too(
 
     actions = steered.workers._actions
     actions.start("discover", "searching for workers", failing)
-    told = "searching for workers failed: PermissionError: the state folder cannot be written"
-    eventually(lambda: told in words(router), "it is told")
+    message = "searching for workers failed: PermissionError: the state folder cannot be written"
+    eventually(lambda: message in messages(router), "it is reported")
     eventually(lambda: not actions.is_unavailable("discover"), "it can be tried again")
 
 
-def test_a_strategy_and_a_keep_alive_hold_from_now_on(steered: ClusterWidget, router: HybridRouter) -> None:
+def test_a_strategy_and_a_keep_alive_apply_from_now_on(steered: ClusterWidget, router: HybridRouter) -> None:
     steered.models.strategy.value = "even"
     steered.models.keep_alive.value = "1h"
     steered.models.keep.click()
@@ -426,13 +426,13 @@ def test_a_strategy_and_a_keep_alive_hold_from_now_on(steered: ClusterWidget, ro
     settings = router.settings
     eventually(lambda: router.settings.keep_alive_s == 3600.0, "keep_alive is set")
     assert settings.layer_strategy == "even"
-    assert "models that start from now on are spread by strategy 'even'" in words(router)
+    assert "models that start from now on are spread by strategy 'even'" in messages(router)
     router.configure(layer_strategy="memory_aware")
     eventually(lambda: steered.models.strategy.value == "memory_aware", "chosen elsewhere, it is shown")
     assert router.layer_strategy == "memory_aware"
 
 
-def test_looking_for_workers_without_finding_one_is_told(
+def test_a_search_without_new_workers_is_reported(
     steered: ClusterWidget, router: HybridRouter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def nothing() -> list[Any]:
@@ -440,7 +440,7 @@ def test_looking_for_workers_without_finding_one_is_told(
 
     monkeypatch.setattr("sollol_nb.llama_cpp.workers.workers.discover", nothing)
     steered.workers.discover.click()
-    eventually(lambda: "found no new workers" in words(router), "told")
+    eventually(lambda: "found no new workers" in messages(router), "reported")
 
 
 def test_when_its_router_is_closed_nothing_can_be_done_any_more(
@@ -477,31 +477,33 @@ def test_an_action_runs_once_at_a_time(widget: ClusterWidget, cluster: Simulated
 
 
 @pytest.mark.engine
-def test_a_loaded_model_is_laid_out_anew_and_predicted_before(engine: object) -> None:
-    with HybridRouter(auto_discover_rpc=False, context_tokens=1024) as mine:
-        mine.start_workers(2)
-        widget = mine.widget()
+def test_a_loaded_model_gets_a_new_layout_that_was_predicted_before(engine: object) -> None:
+    with HybridRouter(auto_discover_rpc=False, context_tokens=1024) as router:
+        router.start_workers(2)
+        widget = router.widget()
         widget.bundle()
         widget.models.model.value = "demo:sharded"
         widget.models.load.click()
         eventually(lambda: len(widget.what_if.sliders) == 2, "it is loaded")
-        eventually(lambda: "ms per token" in predicted(widget), "its token time is told")
-        before = mine.coordinator
+        eventually(lambda: "ms per token" in predicted(widget), "its token time is shown")
+        before = router.coordinator
         assert before is not None
 
         widget.what_if.sliders[0].value = 13
-        eventually(lambda: "no layers" in predicted(widget) and not widget.what_if.apply.disabled, "foreseen")
+        eventually(
+            lambda: "no layers" in predicted(widget) and not widget.what_if.apply.disabled, "it is predicted"
+        )
         widget.what_if.apply.click()
 
-        eventually(lambda: mine.coordinator is not None and mine.coordinator is not before, "it runs anew")
-        after = mine.coordinator
+        eventually(lambda: router.coordinator is not None and router.coordinator is not before, "it is restarted")
+        after = router.coordinator
         assert after is not None
         assert after.plan is not None
         assert after.placement is not None
         assert (after.plan.unit_counts, after.plan.strategy) == ((13,), "as given")
         assert after.plan.predicted_token_ms is not None
         assert after.placement_differences == []
-        answer = mine.route_request("demo:sharded", "What is a worker?", temperature=0, max_tokens=10)
+        answer = router.route_request("demo:sharded", "What is a worker?", temperature=0, max_tokens=10)
         assert answer["eval_count"] == 10
         assert answer.routing["plan"]["tensor_split"] == "13"
         widget.close()
