@@ -5,6 +5,7 @@
 - `fitting.py`: chats whose oldest turns are dropped to fit the context.
 - `choice.py`: which node a request goes to.
 - `nodes.py`: one node: its state, its models, its speed.
+- `pool_request.py`: one request in the pool, and what has happened to it so far.
 - `exchange.py`: one request to one node, with its silences watched.
 - `requests.py`: requests and answers as plain data.
 """

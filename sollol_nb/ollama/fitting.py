@@ -14,8 +14,9 @@ from dataclasses import replace
 from sollol_nb.chat.chunk import DROPPED, ROUTING, Chunk
 from sollol_nb.chat.context_window import FittedMessages, Message, fit, turn_starts
 from sollol_nb.errors import ContextOverflowError
+from sollol_nb.ollama.pool_request import PoolRequest
 from sollol_nb.ollama.requests import AnswerSoFar, count_characters, estimated_tokens
-from sollol_nb.ollama.serving import PoolRequest, Serving
+from sollol_nb.ollama.serving import Serving
 
 
 async def answer_dropping_turns(serving: Serving, request: PoolRequest) -> AsyncGenerator[Chunk, None]:

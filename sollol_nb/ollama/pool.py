@@ -31,8 +31,9 @@ from sollol_nb.ollama.choice import Residency, choose_node
 from sollol_nb.ollama.exchange import Deadline, NodeLostError, Patience, exchange
 from sollol_nb.ollama.fitting import answer_dropping_turns
 from sollol_nb.ollama.nodes import NodeStatus, node_url
+from sollol_nb.ollama.pool_request import CHAT, EMBED, GENERATE, PoolRequest
 from sollol_nb.ollama.requests import KEEPS_ALL, AnswerSoFar, request_body
-from sollol_nb.ollama.serving import CHAT, EMBED, GENERATE, PoolRequest, Serving
+from sollol_nb.ollama.serving import Serving
 from sollol_nb.runtime.events import EventBus
 from sollol_nb.runtime.io_loop import io_bound, io_bound_stream
 from sollol_nb.runtime.priority import Priority, checked_priority
