@@ -43,8 +43,13 @@ def check_free(model: str, chosen: Sequence[WorkerStatus], taken: Collection[str
     Raises:
         WorkersUnavailableError: some of them are not free.
     """
-    problems = [_describe_problem(worker) for worker in chosen if worker.state != "free"]
-    problems += [f"{worker.endpoint} was taken" for worker in chosen if worker.endpoint in taken]
+    problems = [
+        _describe_problem(worker)
+        if worker.state != "free"
+        else f"{worker.endpoint} was taken by another coordinator"
+        for worker in chosen
+        if worker.state != "free" or worker.endpoint in taken
+    ]
     if problems:
         raise WorkersUnavailableError(
             f"cannot use this layout for {model}: {'; '.join(problems)}; choose other workers"
@@ -59,9 +64,9 @@ def describe_missing_workers(model: str, statuses: Sequence[WorkerStatus]) -> st
     )
     if not statuses:
         return f"{model} needs RPC workers, but none is known; {what_to_do}"
-    problems = "; ".join(map(_describe_problem, statuses[:SHOWN_WORKERS])) + " ..." * (
-        len(statuses) > SHOWN_WORKERS
-    )
+    problems = "; ".join(map(_describe_problem, statuses[:SHOWN_WORKERS]))
+    if len(statuses) > SHOWN_WORKERS:
+        problems += " ..."
     return f"{model} needs RPC workers, but none of {len(statuses)} is free: {problems}; {what_to_do}"
 
 
