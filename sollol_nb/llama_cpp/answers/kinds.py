@@ -41,9 +41,8 @@ def needs_chat_parser(
         options.get("tools")
         or any(map(_has_media, messages))
         or _OTHER_MARKUP.search(chat_template)
-        or (
-            options.get("format") and OPENING_TAG in chat_template
-        )  # the grammar must allow thoughts before the value
+        # The grammar must allow thoughts before the value.
+        or (options.get("format") and OPENING_TAG in chat_template)
     )
 
 

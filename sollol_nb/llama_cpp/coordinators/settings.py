@@ -85,7 +85,12 @@ class CoordinatorSettings:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> CoordinatorSettings:
-        """The settings from `as_dict`. Raises KeyError, TypeError or ModelFileError if they are not valid."""
+        """The settings of an `as_dict`. Reads the model file again.
+
+        Raises:
+            KeyError, TypeError, ValueError: they are not settings.
+            ModelFileError: the model file cannot be read.
+        """
         path = Path(data["model_file"]["path"])
         plan = LayerPlan.from_dict(data["plan"]) if data["plan"] else None
         return cls(

@@ -391,7 +391,7 @@ def hold_others(holds: list[dict[str, Any]]) -> list[socket.socket]:
     return held
 
 
-# --- the guard: ends the engine if the supervisor is killed ------ --------------------------------
+# --- the guard: ends the engine if the supervisor is killed ---------------------------------------
 
 
 def start_guard(spec: dict[str, Any]) -> int:
