@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, closing
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from sollol_nb.bench.plan import (
     AUTO,
@@ -30,6 +30,7 @@ from sollol_nb.bench.plan import (
 from sollol_nb.bench.result import BenchResult
 from sollol_nb.bench.rows import BenchRow, measurements_of
 from sollol_nb.bench.targets import BenchTargets
+from sollol_nb.chat.options import ChatOptions
 from sollol_nb.errors import RequestCancelledError, SollolError
 from sollol_nb.router.router import Router
 from sollol_nb.runtime.events import Event
@@ -70,7 +71,7 @@ async def bench(
     warmup: int = DEFAULT_WARMUP,
     reload: bool | None = None,
     timeout: float | None = None,
-    **options: Any,
+    **options: Unpack[ChatOptions],
 ) -> BenchResult:
     """Measure models with several layouts, strategies and levels of concurrency; all cases take turns.
 

@@ -116,7 +116,7 @@ class ClusterState:
         """Send no more to a listener. All work ends with the last one. Calling it twice is fine."""
         if listener in self._listeners:
             self._listeners.remove(listener)
-            if not self._listeners:
+            if not self.is_watched:
                 await self._stop()
 
     async def close(self) -> None:
