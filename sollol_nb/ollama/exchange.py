@@ -89,8 +89,7 @@ class Deadline:
 
     def _error(self) -> RequestTimeoutError:
         return RequestTimeoutError(
-            f"{self._model} was not finished within {self._timeout_s:g} s and was cancelled; "
-            "give it more time with timeout="
+            f"{self._model} did not finish within {self._timeout_s:g} s and was cancelled; give a larger timeout"
         )
 
 

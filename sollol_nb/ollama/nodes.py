@@ -231,11 +231,11 @@ class OllamaNode:
 
     async def _refresh(self) -> None:
         try:
-            on_disk, digests = _models(await self.client.get("/api/tags", timeout_s=QUERY_TIMEOUT_S))
+            on_disk, digests = _models(await self.client.get("/api/tags", timeout_s=QUERY_TIMEOUT_S), self.url)
             asked_at_s = time.monotonic()
             running = await self.client.get("/api/ps", timeout_s=QUERY_TIMEOUT_S)
             self._round_trip_ms = (time.monotonic() - asked_at_s) * 1e3
-            loaded, loaded_digests = _models(running)
+            loaded, loaded_digests = _models(running, self.url)
         except TransportError as error:
             self.record_failure(error)
             return
@@ -311,11 +311,11 @@ class OllamaNode:
         self.state = NodeState.UNKNOWN
 
 
-def _models(answer: Any) -> tuple[dict[str, str], dict[str, str]]:
+def _models(answer: Any, url: str) -> tuple[dict[str, str], dict[str, str]]:
     """By key, shown name and digest of each model in an answer of `/api/tags` or `/api/ps`."""
     models = answer.get("models") if isinstance(answer, Mapping) else None
     if not isinstance(models, list) or not all(isinstance(model, Mapping) for model in models):
-        raise TransportError("the server there is not Ollama")
+        raise TransportError(f"the server at {url} is not Ollama")
     names, digests = {}, {}
     for model in models:
         name = str(model.get("name") or model.get("model"))

@@ -774,7 +774,7 @@ def test_waiting_requests_are_served_by_priority(ollama: OllamaServer) -> None:
 def test_a_timeout_ends_the_request_on_the_node_and_frees_its_slot(ollama: OllamaServer) -> None:
     async def ask(pool: OllamaPool) -> None:
         await pool.chat("llama3.2", MESSAGES, max_tokens=1)
-        with pytest.raises(RequestTimeoutError, match=r"llama3\.2:latest was not finished within 0\.05 s"):
+        with pytest.raises(RequestTimeoutError, match=r"llama3\.2:latest did not finish within 0\.05 s"):
             await pool.chat("llama3.2", MESSAGES, timeout=0.05, ignored=None, max_tokens=2000, stop=[])
         assert pool.nodes[0].running == 0
         assert pool.nodes[0].state == "ready"
