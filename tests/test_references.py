@@ -1,13 +1,15 @@
-"""What docstrings, comments, README.md and CONTRIBUTING.md name in back-ticks exists: files, modules, their names.
+"""Files, modules and names that texts mention exist.
 
-Checked are files (`text/tables.py`), modules (`sollol_nb.text.tables`), names in modules
+The texts are README.md, CONTRIBUTING.md, docstrings and comments, and all other strings of the package (messages,
+help). Checked are modules (`sollol_nb.text.tables`), and in back-ticks files (`text/tables.py`), names in modules
 (`tables.markdown_table`), of classes (`Completion.text`) and of objects named after their class (`router.map`),
-and "see `readable`". The code is read, not imported.
+capitalised names (`Completion`), and "see `readable`". The code is read, not imported.
 """
 
 from __future__ import annotations
 
 import ast
+import builtins
 import io
 import re
 import tokenize
@@ -40,24 +42,30 @@ OTHERS_NAMES = {
     "c",  # IPython's settings
     "sollol_cluster",  # arguments of the magic
     "error.message",  # in llama-server's JSON
+    "Out",  # IPython's
+    "sollol_nb.toml",  # what a user writes
+    "sollol_nb.completer",  # how IPython identifies the completer
 }  # fmt: skip
 CLASS_OF = {"load": "ModelLoad", "answer": "Completion"}
 """The class of objects that are not named after it."""
 
 FILE = re.compile(r"[\w/.-]+\.(?:py|js|md|j2|ipynb|gguf|toml|json|sqlite)")
 DOTTED = re.compile(r"([A-Za-z_]\w*(?:\.\w+)+)(?:\(.*\))?")
+CAPITALISED = re.compile(r"[A-Z][a-z]\w*")
 IN_PACKAGE = re.compile(r"\bsollol_nb(?:\.\w+)+")
 
 
 def texts_of(file: Path) -> Iterator[tuple[int, str]]:
-    """Docstrings and comments of a Python file, or the whole of another, with their lines."""
+    """Docstrings and comments of a Python file (in the package all strings), or the whole of another file."""
     source = file.read_text(encoding="utf-8")
     if file.suffix != ".py":
         yield 1, source
         return
     for node in ast.walk(ast.parse(source)):
         match node:
-            case ast.Expr(value=ast.Constant(value=str(text)), lineno=line):
+            case ast.Expr(value=ast.Constant(value=str(text)), lineno=line) if PACKAGE not in file.parents:
+                yield line, text
+            case ast.Constant(value=str(text), lineno=line) if PACKAGE in file.parents:
                 yield line, text
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
@@ -170,41 +178,59 @@ def problem_of(reference: str) -> str:
     if FILE.fullmatch(reference):
         exists = reference in OTHERS_FILES or any(file.endswith(f"/{reference}") for file in files())
         return "" if exists else "there is no such file"
+    if CAPITALISED.fullmatch(reference):
+        known = reference in code().identifiers | code().texts | OTHERS_NAMES or hasattr(builtins, reference)
+        return "" if known else "there is no such name"
     dotted = DOTTED.fullmatch(reference)
     if dotted is None:
-        found = [name for name in IN_PACKAGE.findall(reference) if not code().has(name.split("."))]
-        return f"there is no {found[0]}" if found else ""
+        return ""
     parts = dotted[1].split(".")
     known = parts[0] in OTHERS_NAMES or dotted[1] in OTHERS_NAMES or dotted[1] in code().texts
     return "" if known or code().has(parts) else "there is no such name"
 
 
+def problems_in(text: str) -> list[str]:
+    """What a text mentions that does not exist, one line each."""
+    problems = [
+        f"`{reference}`: {problem}"
+        for reference in re.findall(r"`([^`\n]+)`", text)
+        if (problem := problem_of(reference))
+    ]
+    problems += [
+        f"there is no {name}"
+        for name in IN_PACKAGE.findall(text)
+        if name not in OTHERS_NAMES and not code().has(name.split("."))
+    ]
+    problems += [
+        f"see `{name}`: there is no such name"
+        for name in re.findall(r"\bsee `(\w+)`", text)
+        if name not in code().identifiers
+    ]
+    return problems
+
+
 @pytest.mark.parametrize("file", [*SOURCES, *TEXTS], ids=lambda file: file.relative_to(ROOT).as_posix())
 def test_references_lead_somewhere(file: Path) -> None:
-    wrong = []
-    for line, text in texts_of(file):
-        for reference in re.findall(r"`([^`\n]+)`", text):
-            if problem := problem_of(reference):
-                wrong.append(f"{file.relative_to(ROOT)}, text at line {line}: `{reference}`: {problem}")
-        for name in re.findall(r"\bsee `(\w+)`", text):
-            if name not in code().identifiers:
-                wrong.append(f"{file.relative_to(ROOT)}, text at line {line}: see `{name}`: there is no such name")
-    assert not wrong, "\n".join(wrong)
+    wrong = [f"text at line {line}: {problem}" for line, text in texts_of(file) for problem in problems_in(text)]
+    assert not wrong, "\n".join([f"in {file.relative_to(ROOT)}:", *wrong])
 
 
 @pytest.mark.parametrize(
-    "reference",
-    ["completion.Completion", "Completion.text", "router.map(df)", "conversations.ask_in_chat", "schema.py",
-     "node.ready", "sollol_nb.text.readable", "python -m sollol_nb.settings", "text/tables.py"],
+    "text",
+    ["`completion.Completion`", "`Completion.text`", "`router.map(df)`", "`conversations.ask_in_chat`",
+     "`schema.py`", "`node.ready`", "`text/tables.py`", "`Completion`", "`KeyboardInterrupt`", "see `readable`",
+     "sollol_nb.text.readable", "`python -m sollol_nb.settings`"],
 )  # fmt: skip
-def test_what_exists_is_found(reference: str) -> None:
-    assert not problem_of(reference)
+def test_what_exists_is_found(text: str) -> None:
+    assert not problems_in(text)
 
 
 @pytest.mark.parametrize(
-    "reference",
-    ["completion.Completions", "Completion.words", "llama_chat.check_messages", "units.py", "chat/tables.py",
-     "sollol_nb.units", "router.no_such_method(df)", "Sollol.no_such_setting"],
+    "text",
+    ["`completion.Completions`", "`Completion.words`", "`llama_chat.check_messages`", "`units.py`",
+     "`chat/tables.py`", "`router.no_such_method(df)`", "`Sollol.no_such_setting`", "`Journey`",
+     "see `no_such_name`", "sollol_nb.units", "`python -m sollol_nb.chats`",
+     "from sollol_nb.text.tables.no_such_name import name"],
 )  # fmt: skip
-def test_what_does_not_exist_is_reported(reference: str) -> None:
-    assert problem_of(reference)
+def test_what_does_not_exist_is_reported(text: str) -> None:
+    assert problems_in(text)
