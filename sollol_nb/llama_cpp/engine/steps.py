@@ -31,6 +31,7 @@ _TAIL_LINES = 15
 _LINE_LIMIT = 240
 _POLL_S = 0.1
 _KILL_LIMIT_S = 10.0
+_KILL_ROUNDS = 10  # a process that cannot be killed must not keep us
 _GONE_LIMIT_S = 1.0  # after the kill; where nothing reaps orphans, they stay as zombies
 _STEP = "SOLLOL_BUILD_STEP"  # in the environment of all descendants of a step
 
@@ -147,13 +148,14 @@ def _end_all_of(step: str) -> None:
 
     A process that is started during a round is found in the next one.
     """
-    while family := [process for process in psutil.process_iter() if _environment(process).get(_STEP) == step]:
+    for _ in range(_KILL_ROUNDS):
+        family = [process for process in psutil.process_iter() if _environment(process).get(_STEP) == step]
+        if not family:
+            return
         for member in family:
             with suppress(psutil.Error):
                 member.kill()
-        _, alive = psutil.wait_procs(family, timeout=_GONE_LIMIT_S)
-        if alive:
-            return  # not ours to kill, or stuck in the kernel
+        psutil.wait_procs(family, timeout=_GONE_LIMIT_S)
 
 
 def _environment(process: psutil.Process) -> dict[str, str]:
