@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from sollol_nb.llama_cpp.engine.find import Engine, find_engine
+from sollol_nb.llama_cpp.engine.check import Engine
+from sollol_nb.llama_cpp.engine.find import find_engine
 from sollol_nb.llama_cpp.processes.running import stop_engines
 from sollol_nb.runtime.io_loop import run_blocking
 from sollol_nb.settings.table import SETTINGS

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sollol_nb.llama_cpp.engine.find import Engine
+from sollol_nb.llama_cpp.engine.check import Engine
 
 REPOSITORY = Path(__file__).parents[1]
 BINDER = REPOSITORY / "binder"

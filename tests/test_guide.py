@@ -23,7 +23,7 @@ import pytest
 
 from sollol_nb.hybrid_router import MODEL_PROFILES
 from sollol_nb.hybrid_router import HybridRouter as AsyncRouter
-from sollol_nb.llama_cpp.engine.find import Engine
+from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.processes.process import EngineProcess
 from sollol_nb.llama_cpp.processes.running import running_engines, stop_engines
 from sollol_nb.llama_cpp.workers.local import start_worker

@@ -23,7 +23,7 @@ from sollol_nb.errors import (
     WorkersUnavailableError,
 )
 from sollol_nb.hybrid_router import MODEL_PROFILES
-from sollol_nb.llama_cpp.engine.find import Engine
+from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.workers import workers
 from sollol_nb.llama_cpp.workers.probe import discover
 from sollol_nb.llama_cpp.workers.workers import Workers

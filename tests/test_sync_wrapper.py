@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from sollol_nb import hybrid_router, sync_wrapper
-from sollol_nb.llama_cpp.engine.find import Engine
+from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.ollama import pool as ollama_pool
 from sollol_nb.runtime.io_loop import submit
 from sollol_nb.sync_wrapper import HybridRouter

@@ -12,7 +12,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from sollol_nb.llama_cpp.engine.find import Engine
+from sollol_nb.llama_cpp.engine.check import Engine
 
 REPOSITORY = Path(__file__).parents[1]
 QUICKSTART = REPOSITORY / "notebooks" / "01_quickstart.ipynb"

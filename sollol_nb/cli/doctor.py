@@ -16,7 +16,8 @@ from urllib.parse import urlsplit
 from sollol_nb._version import __version__
 from sollol_nb.errors import ConfigError, EngineError
 from sollol_nb.llama_cpp.engine.build import read_record
-from sollol_nb.llama_cpp.engine.find import INSTALL_COMMAND, Engine, find_engine
+from sollol_nb.llama_cpp.engine.check import Engine
+from sollol_nb.llama_cpp.engine.find import INSTALL_COMMAND, find_engine
 from sollol_nb.llama_cpp.engine.tools import (
     INSTALL_CMAKE,
     choose_backend,

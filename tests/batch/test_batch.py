@@ -30,7 +30,7 @@ from sollol_nb.errors import (
     RequestRejectedError,
     WorkersUnavailableError,
 )
-from sollol_nb.llama_cpp.engine.find import Engine
+from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.runtime.events import Event
 from sollol_nb.sync_wrapper import HybridRouter, OllamaPool
 from tests.support.engines import (

@@ -14,7 +14,7 @@ from sollol_nb import hybrid_router
 from sollol_nb.bench.bench import bench
 from sollol_nb.bench.result import BenchResult
 from sollol_nb.errors import ConfigError, ModelNotFoundError, RequestTimeoutError, WorkersUnavailableError
-from sollol_nb.llama_cpp.engine.find import Engine
+from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.runtime.events import Event
 from sollol_nb.sync_wrapper import HybridRouter
 from tests.support.engines import engine_on, engines_of, is_alive, run, unused_port, unused_ports

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sollol_nb.llama_cpp.coordinators import readiness
-from sollol_nb.llama_cpp.engine.find import Engine
+from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.processes import registry
 from tests.chaos.machines import Cluster
 from tests.chaos.trials import STALL_S, Chaos

@@ -18,7 +18,7 @@ from contextlib import suppress
 from functools import cache
 from typing import Any, TypeVar
 
-from sollol_nb.llama_cpp.engine.find import Engine
+from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.processes.machine import free_ports
 from tests.support.engines import HANG_GUARD_S, eventually
 

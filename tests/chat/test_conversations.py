@@ -20,7 +20,7 @@ from sollol_nb.errors import (
     ModelNotFoundError,
     SollolError,
 )
-from sollol_nb.llama_cpp.engine.find import Engine
+from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.models.files import DEMO_MODEL_PATH
 from sollol_nb.ollama.pool import OllamaPool
 from sollol_nb.runtime.io_loop import iterate_blocking

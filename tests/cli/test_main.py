@@ -15,7 +15,7 @@ from sollol_nb.cli import doctor
 from sollol_nb.cli import main as cli
 from sollol_nb.errors import EngineBuildError
 from sollol_nb.llama_cpp.engine import find
-from sollol_nb.llama_cpp.engine.find import Engine
+from sollol_nb.llama_cpp.engine.check import Engine, Pair
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +24,7 @@ def bare_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HOME", "USERPROFILE", "SOLLOL_CACHE_DIR", "SOLLOL_STATE_DIR"):
         monkeypatch.setenv(name, str(tmp_path / name))
     monkeypatch.delenv("SOLLOL_LLAMA_CPP", raising=False)
-    monkeypatch.setattr(find, "_pair_on_path", lambda: find._Pair(None, None))
+    monkeypatch.setattr(find, "_pair_on_path", lambda: Pair(None, None))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         monkeypatch.setenv("OLLAMA_HOST", f"127.0.0.1:{free.getsockname()[1]}")

@@ -13,7 +13,7 @@ import pytest
 from sollol_nb.chat.completion import Completion
 from sollol_nb.errors import ConfigError, ModelDoesNotFitError, WorkersUnavailableError
 from sollol_nb.layers.strategies import WorkerCapacity
-from sollol_nb.llama_cpp.engine.find import Engine
+from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.workers import workers as workers_room
 from sollol_nb.llama_cpp.workers.probe import Probe, probe_all
 from sollol_nb.llama_cpp.workers.status import WorkerStatus

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from sollol_nb.chat.completion import Completion, checked_against_schema
 from sollol_nb.errors import AnswerInterruptedError, StructureError
-from sollol_nb.llama_cpp.engine.find import Engine
+from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.models.routing import DISTRIBUTED, OLLAMA
 from sollol_nb.sync_wrapper import HybridRouter, OllamaPool
 from tests.support.engines import QUESTION, engine_on

@@ -18,7 +18,7 @@ from sollol_nb.chat.messages import check_messages, check_options
 from sollol_nb.llama_cpp.answers.base import Answer
 from sollol_nb.llama_cpp.answers.kinds import answer_for
 from sollol_nb.llama_cpp.answers.protocol import parse_event
-from sollol_nb.llama_cpp.engine.find import Engine
+from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.models.files import DEMO_MODEL_PATH
 from sollol_nb.runtime.http_client import JsonClient
 from tests.support.engines import eventually, unused_ports

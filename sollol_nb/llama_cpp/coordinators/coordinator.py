@@ -31,7 +31,7 @@ from sollol_nb.llama_cpp.coordinators.placement import Placement, read_placement
 from sollol_nb.llama_cpp.coordinators.readiness import LISTENING, PortTakenError, StartingCoordinator
 from sollol_nb.llama_cpp.coordinators.settings import CoordinatorSettings, known_flags, server_flags
 from sollol_nb.llama_cpp.coordinators.streams import AnswerStreams
-from sollol_nb.llama_cpp.engine.find import Engine
+from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.processes.process import EngineProcess, ExitReport
 from sollol_nb.llama_cpp.processes.registry import Entry

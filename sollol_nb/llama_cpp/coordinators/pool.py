@@ -27,7 +27,7 @@ from sollol_nb.llama_cpp.coordinators.measurements import TokenMeasurements
 from sollol_nb.llama_cpp.coordinators.running import RouteKey, RunningCoordinators, key_of
 from sollol_nb.llama_cpp.coordinators.settings import PoolSettings
 from sollol_nb.llama_cpp.coordinators.start import CoordinatorStarter
-from sollol_nb.llama_cpp.engine.find import Engine
+from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.workers.choice import check_free
 from sollol_nb.llama_cpp.workers.workers import Workers
 from sollol_nb.models.routing import Route

@@ -26,7 +26,8 @@ from sollol_nb.llama_cpp.coordinators.planning import Planner, Start
 from sollol_nb.llama_cpp.coordinators.readiness import PortTakenError
 from sollol_nb.llama_cpp.coordinators.running import RunningCoordinators
 from sollol_nb.llama_cpp.coordinators.settings import CoordinatorSettings, PoolSettings, file_identity
-from sollol_nb.llama_cpp.engine.find import Engine, ensure_engine
+from sollol_nb.llama_cpp.engine.check import Engine
+from sollol_nb.llama_cpp.engine.find import ensure_engine
 from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.processes.machine import free_ports
 from sollol_nb.llama_cpp.workers.workers import Workers

@@ -32,6 +32,7 @@ import filelock
 import psutil
 
 from sollol_nb.errors import EngineBuildError, EngineError
+from sollol_nb.llama_cpp.engine.check import check_folder
 from sollol_nb.llama_cpp.engine.steps import BuildSteps, Progress, build_share, shown_progress
 from sollol_nb.llama_cpp.engine.tools import BuildTools, choose_backend, cmake_options, find_build_tools, find_tool
 from sollol_nb.settings import config
@@ -82,19 +83,19 @@ def read_record(bin_folder: Path) -> dict[str, Any]:
 def build_engine(
     backend: str | None,
     *,
-    check: Callable[[Path], str],
     force: bool = False,
     progress: Progress | None = None,
     fetch: FetchSource | None = None,
+    check: Callable[[Path], str] = check_folder,
 ) -> Path:
     """Build and install the engine, unless a working one is installed; returns its `bin` folder.
 
     Args:
         backend: one of `tools.BACKENDS`; by default that of the GPU toolkit found here, else `cpu`.
-        check: takes a `bin` folder, returns the RPC protocol, raises EngineError if the engine does not work.
         force: build even if a working engine is installed.
         progress: called at every step; by default a progress bar.
         fetch: fetches the source; by default from git, else from the sdist.
+        check: takes a `bin` folder, returns the RPC protocol, raises EngineError if the engine does not work.
 
     Raises:
         ConfigError: there is no such backend.

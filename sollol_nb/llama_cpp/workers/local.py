@@ -13,7 +13,7 @@ import time
 import psutil
 
 from sollol_nb.errors import WorkerStartError
-from sollol_nb.llama_cpp.engine.find import Engine
+from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.processes.process import EngineProcess
 from sollol_nb.llama_cpp.workers.probe import ProbeOutcome, probe

@@ -13,7 +13,7 @@ import time
 from collections.abc import Collection, Iterable, Sequence
 
 from sollol_nb.errors import ConfigError
-from sollol_nb.llama_cpp.engine.find import Engine
+from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.processes.exit_reasons import describe_exit
 from sollol_nb.llama_cpp.processes.machine import free_ports, usable_cores

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from sollol_nb.llama_cpp.engine.find import Engine
+from sollol_nb.llama_cpp.engine.check import Engine
 from tests.support.llama_server import Run, llama_server
 
 

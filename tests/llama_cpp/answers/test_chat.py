@@ -14,7 +14,7 @@ from sollol_nb.errors import AnswerDivergedError
 from sollol_nb.llama_cpp.answers.base import Answer
 from sollol_nb.llama_cpp.answers.chat import ChatAnswer
 from sollol_nb.llama_cpp.answers.raw import RawAnswer
-from sollol_nb.llama_cpp.engine.find import Engine
+from sollol_nb.llama_cpp.engine.check import Engine
 from tests.support.llama_server import (
     ACCENTS,
     GREEDY,

@@ -14,7 +14,7 @@ from sollol_nb.llama_cpp.answers.fitting import FittingAnswer
 from sollol_nb.llama_cpp.answers.kinds import answer_for
 from sollol_nb.llama_cpp.answers.protocol import request_body
 from sollol_nb.llama_cpp.answers.tokens import prompt_tokens
-from sollol_nb.llama_cpp.engine.find import Engine
+from sollol_nb.llama_cpp.engine.check import Engine
 from tests.support.llama_server import (
     GREEDY,
     PLAIN,

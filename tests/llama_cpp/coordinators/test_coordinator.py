@@ -33,7 +33,7 @@ from sollol_nb.llama_cpp.coordinators import start as coordinator_start
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.coordinators.readiness import READY_POLL_S, StartingCoordinator
 from sollol_nb.llama_cpp.coordinators.settings import CoordinatorSettings
-from sollol_nb.llama_cpp.engine.find import Engine
+from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.processes.machine import free_ports
 from sollol_nb.llama_cpp.workers.workers import Workers
 from sollol_nb.models.files import DEMO_MODEL_PATH

@@ -24,7 +24,7 @@ from sollol_nb.errors import (
 )
 from sollol_nb.layers.strategies import WorkerCapacity
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
-from sollol_nb.llama_cpp.engine.find import Engine
+from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.sync_wrapper import HybridRouter
 from tests.support.engines import (

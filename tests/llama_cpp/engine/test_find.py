@@ -10,8 +10,9 @@ import psutil
 import pytest
 
 from sollol_nb.errors import EngineBuildError, EngineIncompatibleError, EngineNotFoundError
-from sollol_nb.llama_cpp.engine import build, find
-from sollol_nb.llama_cpp.engine.find import Engine, ensure_engine, find_engine
+from sollol_nb.llama_cpp.engine import build, check
+from sollol_nb.llama_cpp.engine.check import Engine
+from sollol_nb.llama_cpp.engine.find import ensure_engine, find_engine
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the stand-in programs are scripts")
 
@@ -210,7 +211,7 @@ def test_an_unusable_named_folder_is_an_error_and_no_other_folder_is_used(
 
 
 def test_a_silent_program_is_ended_at_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(find, "CHECK_LIMIT_S", 0.2)
+    monkeypatch.setattr(check, "CHECK_LIMIT_S", 0.2)
     folder = pair(tmp_path / "own")
     program(folder / "llama-server", "#!/bin/sh\nexec sleep 60\n")
     with pytest.raises(EngineIncompatibleError, match="no answer within"):
@@ -262,7 +263,7 @@ def test_a_failed_build_is_raised_to_the_caller(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.engine
 def test_the_real_pair_is_usable_and_leaves_no_worker_running(engine: Engine) -> None:
-    find._checked.cache_clear()
+    check._checked.cache_clear()
     before = set(psutil.Process().children(recursive=True))
     found = find_engine(engine.server.parent)
     assert found.protocol.split(".")[0] == "7"
@@ -286,7 +287,7 @@ def test_the_real_server_refuses_a_worker_of_another_protocol(
 def test_the_real_server_facing_a_silent_worker_is_ended_at_the_limit(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(find, "CHECK_LIMIT_S", 1.0)
+    monkeypatch.setattr(check, "CHECK_LIMIT_S", 1.0)
     folder = copy_of(engine, tmp_path / "bin")
     program(folder / engine.worker.name, worker_text(answer=SILENT))
     with pytest.raises(EngineIncompatibleError, match=r"does not work with .*no answer within"):

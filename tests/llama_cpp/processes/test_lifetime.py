@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from sollol_nb.llama_cpp.engine.find import Engine
+from sollol_nb.llama_cpp.engine.check import Engine
 from tests.support.engines import (
     HANG_GUARD_S,
     all_end,

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from sollol_nb.errors import EngineError
-from sollol_nb.llama_cpp.engine.find import Engine
+from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.processes import process as engine_process
 from sollol_nb.llama_cpp.processes import registry, supervisor
 from sollol_nb.llama_cpp.processes.process import EngineProcess, ExitReport

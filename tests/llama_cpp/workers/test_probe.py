@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from sollol_nb.errors import ConfigError
-from sollol_nb.llama_cpp.engine.find import Engine
+from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.processes.process import EngineProcess
 from sollol_nb.llama_cpp.workers.probe import (
     PROTOCOL_MAJOR,

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from sollol_nb.errors import ConfigError, EngineError, WorkerStartError
-from sollol_nb.llama_cpp.engine.find import Engine
+from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.processes.machine import free_ports
 from sollol_nb.llama_cpp.processes.process import EngineProcess
