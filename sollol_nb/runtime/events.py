@@ -92,6 +92,9 @@ class EventKind(StrEnum):
         """What the event is about: `worker`, `coordinator`, `request`, ..."""
         return self.partition(".")[0]
 
+    def __repr__(self) -> str:
+        return repr(self.value)  # as in lists and dicts of texts, which a cell may show
+
 
 @dataclass(frozen=True, slots=True)
 class Event:

@@ -31,6 +31,14 @@ def test_subscriber_gets_every_event_from_then_on_in_order() -> None:
     assert seen[0].at <= seen[1].at
 
 
+def test_a_kind_of_event_is_shown_as_its_text() -> None:
+    kinds = {EventKind.WORKER_LOST: [EventKind.NODE_READY]}
+
+    assert repr(kinds) == str(kinds) == "{'worker.lost': ['node.ready']}"
+    assert f"{EventKind.WORKER_LOST}" == "worker.lost"
+    assert "kind='worker.lost'" in repr(Event(EventKind.WORKER_LOST, "10.0.0.1:50052", "lost it"))
+
+
 def test_subscription_can_be_ended_twice() -> None:
     bus = EventBus()
     seen: list[Event] = []
