@@ -64,7 +64,7 @@ def value(kernel: Kernel, expression: str) -> Any:
 
 
 def kinds(kernel: Kernel) -> list[str]:
-    found: list[str] = value(kernel, "[str(event.kind) for event in router.events.recent()]")
+    found: list[str] = value(kernel, "[event.kind for event in router.events.recent()]")
     return [kind for kind in found if kind.startswith("coordinator.")]
 
 
