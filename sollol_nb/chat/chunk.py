@@ -18,15 +18,15 @@ CONTEXT_FULL: Final = "_context_full"
 
 
 class Failover(TypedDict):
-    """A server that was left, or lost, while it had the request.
+    """A request that moved to another server, because its server was lost or given up.
 
     Keys:
-        what: happened, as one line.
+        what: what happened, as one line.
         when: `time.time()`.
         cost_ms: from the last sign of the old server to the first of the new one; None until then.
         continued: whether the next server continued the answer, instead of beginning it again.
-        tokens_before: of the answer, received by then.
-        lost_workers: their endpoints; only of a llama.cpp coordinator.
+        tokens_before: tokens of the answer that had been received by then.
+        lost_workers: the endpoints of the workers that a coordinator lost; not with Ollama nodes.
     """
 
     what: str

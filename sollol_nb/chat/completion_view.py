@@ -204,8 +204,9 @@ def details(answer: Answer) -> list[str]:
 
 
 def _describe_failover(failover: Mapping[str, Any]) -> str:
-    """A backend that was lost in mid-answer, in a few words."""
-    lost = ", ".join(failover.get("lost_workers") or ()) or "its coordinator"
+    """Which server was lost during the answer, in a few words."""
+    server = "its coordinator" if "lost_workers" in failover else "its Ollama node"
+    lost = ", ".join(failover.get("lost_workers") or ()) or server
     cost_ms = failover.get("cost_ms")
     after = f" after {cost_ms / 1000:.1f} s" if cost_ms else ""
     return f"lost {lost} at token {failover.get('tokens_before', 0)}, continued{after}"

@@ -1,8 +1,10 @@
 """The conversations of a process by name, and the next question in one of them.
 
-chat = Chat("trip", system="Be brief.")
-for chunk in iterate_blocking(ask_in_chat(router.stream_async, chat, "demo", "What is a worker?")):
-    print(chunk["message"]["content"], end="")
+With a blocking router:
+
+    chat = Chat("trip", system="Be brief.")
+    for chunk in iterate_blocking(ask_in_chat(router.stream_async, chat, "demo", "What is a worker?")):
+        print(chunk["message"]["content"], end="")
 """
 
 from __future__ import annotations

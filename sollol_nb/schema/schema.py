@@ -19,12 +19,10 @@ from typing import Any
 
 from sollol_nb.errors import ConfigError, StructureError
 from sollol_nb.schema.checks import SchemaMismatch, checked_schema, json_in, validate
-from sollol_nb.schema.frames import frame_from_text, frame_like, frame_of, schema_of_frame
+from sollol_nb.schema.frames import frame_like, schema_of_frame
 from sollol_nb.schema.types import built, is_type, schema_of_type
 from sollol_nb.text.readable import is_instance_of
 from sollol_nb.text.tables import shortened
-
-__all__ = ["field_names", "frame_from_text", "frame_of", "json_schema_of", "parse_structured", "parser_of"]
 
 
 def json_schema_of(schema: object) -> dict[str, Any]:

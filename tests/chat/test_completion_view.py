@@ -144,5 +144,19 @@ def test_the_footer_names_dropped_turns_and_a_full_context() -> None:
     assert full.footer() == "demo \u00b7 stopped: its context of 2,048 tokens is full"
 
 
+@pytest.mark.parametrize(
+    ("failover", "text"),
+    [
+        ({"lost_workers": ["a:50052", "b:50052"], "cost_ms": 1234.5},
+         "lost a:50052, b:50052 at token 7, continued after 1.2 s"),
+        ({"lost_workers": [], "cost_ms": None}, "lost its coordinator at token 7, continued"),
+        ({"cost_ms": 300.0}, "lost its Ollama node at token 7, continued after 0.3 s"),
+    ],
+)  # fmt: skip
+def test_the_footer_names_the_server_that_was_lost(failover: dict[str, Any], text: str) -> None:
+    routing = {"failovers": [{"what": "it died", "continued": True, "tokens_before": 7, **failover}]}
+    assert Completion(model="demo", _routing=routing).footer() == f"demo \u00b7 {text}"
+
+
 def test_a_model_file_is_shown_without_its_folders() -> None:
     assert Completion(model="/models/some.gguf").footer() == "some.gguf"

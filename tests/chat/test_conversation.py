@@ -198,6 +198,13 @@ def test_long_messages_are_folded_and_lose_nothing() -> None:
     assert len(shown["text/plain"]) < 1000
 
 
+@pytest.mark.parametrize("more", [{}, {"_context_full": 2048}])
+def test_an_answer_cut_by_either_limit_is_shown_as_cut(more: dict[str, Any]) -> None:
+    chat = Chat("c")
+    chat.add(user("Hi"), Completion({**answer("Hello"), "done_reason": "length", **more}))
+    assert str(chat).endswith("assistant (m, stopped at its length limit): Hello")
+
+
 def test_the_text_names_speakers_and_dropped_turns() -> None:
     chat = Chat("c", system="Be brief.")
     chat.add(user("Hi"), Completion({**answer("Hello"), "_dropped": "dropped it", "done_reason": "error"}))

@@ -21,7 +21,8 @@ import pytest
 
 from sollol_nb.chat.completion import Completion
 from sollol_nb.errors import ConfigError, RequestError, StructureError
-from sollol_nb.schema.schema import frame_from_text, frame_of, json_schema_of, parse_structured
+from sollol_nb.schema.frames import frame_from_text, frame_of
+from sollol_nb.schema.schema import json_schema_of, parse_structured
 from sollol_nb.text.readable import readable
 
 

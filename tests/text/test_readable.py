@@ -41,6 +41,11 @@ class Person:
     friend: object = None
 
 
+class Note(dict[str, str]):
+    def _prompt_text_(self) -> str:
+        return self["text"]
+
+
 Point = namedtuple("Point", "x y")
 
 
@@ -59,6 +64,8 @@ def no_figures_left() -> Iterator[None]:
         ("as it is\n", "as it is\n"),
         ("", ""),
         (Completion(message={"content": "the answer"}, model="demo"), "the answer"),
+        (Note(text="its own text"), "its own text"),
+        (Note, str(Note)),
         (3, "3"),
         (0.1, "0.1"),
         (float("nan"), "nan"),
@@ -104,6 +111,7 @@ def test_single_values_are_plain(value: object, text: str) -> None:
         ({"x": np.int64(3), "y": np.float32(0.5), "z": np.arange(2)}, '{"x": 3, "y": 0.5, "z": [0, 1]}'),
         ([Colour.RED, Path("p"), datetime(2024, 1, 2)], '["red", "p", "2024-01-02 00:00:00"]'),
         ([Completion(message={"content": "said"})], '["said"]'),
+        ({"note": Note(text="its own text")}, '{"note": "its own text"}'),
         (Person("Zoë", Person("Al")), '{"name": "Zoë", "friend": {"name": "Al", "friend": null}}'),
         (Point(1, 2), '{"x": 1, "y": 2}'),
         ([float("nan")], "[NaN]"),
