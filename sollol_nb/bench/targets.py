@@ -10,6 +10,7 @@ is not measured.
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 from sollol_nb.bench.plan import (
     BenchCase,
@@ -73,8 +74,9 @@ class BenchTargets:
         models = self._settings.models if Layout() in self._settings.layouts else ()
         backends = {model: (await self._router.route(model)).backend for model in models}
         self.cases = bench_cases(self._settings, backends)
+        model_paths: dict[BenchTarget, Path | None] = {}
         for target in dict.fromkeys(case.target for case in self.cases):
-            self._routers[target] = await self._router_for(target)
+            model_paths[target] = await self._sharded_file(target)
             usual = self._router.settings.num_rpc_backends or DEFAULT_WORKERS
             if target.layout.worker_count is not None:
                 self._needs[target] = target.layout.worker_count
@@ -83,6 +85,7 @@ class BenchTargets:
         await self._find_workers(max(self._needs.values()))
         known = len(self._router.worker_endpoints)
         self._needs = {target: min(need, known) for target, need in self._needs.items()}
+        self._routers = {target: self._router_for(target, path) for target, path in model_paths.items()}
         await self._decide()
 
     async def load(self, target: BenchTarget) -> bool:
@@ -144,20 +147,26 @@ class BenchTargets:
 
     # --- targets --------------------------------------------------------------------------------
 
-    async def _router_for(self, target: BenchTarget) -> Router:
-        """The router that runs the target's model with the target's layout and strategy."""
-        main, settings = self._router, self._router.settings
-        route = await main.route(target.model, backend=_backend(target))
+    async def _sharded_file(self, target: BenchTarget) -> Path | None:
+        """The file of the model that a target shards, after a check of its layout; None if the router runs it."""
+        route = await self._router.route(target.model, backend=_backend(target))
         if _backend(target) != DISTRIBUTED:
-            return main
+            return None
         assert route.model_path is not None  # a sharded model has a file
         facts = await asyncio.to_thread(read_facts, route.model_path)
         check_counts(target.layout, target.model, facts.layer_count)
+        return route.model_path
+
+    def _router_for(self, target: BenchTarget, model_path: Path | None) -> Router:
+        """The router that runs the target's model with the target's layout and strategy."""
+        main, settings = self._router, self._router.settings
+        if model_path is None:
+            return main
         router = main.sibling(
             num_rpc_backends=target.layout.worker_count or settings.num_rpc_backends,
             auto_discover_rpc=False,  # the benchmark has found or started all workers that it needs
             auto_setup_rpc=False,
-            gguf_path=route.model_path,
+            gguf_path=model_path,
             layer_strategy=target.strategy or settings.layer_strategy,
             keep_alive=max(KEEP_ALIVE_S, settings.keep_alive(target.model) or 0.0),
         )
@@ -180,10 +189,7 @@ class BenchTargets:
         if len(known) < wanted and settings.auto_setup_rpc:
             await self._router.start_workers(wanted - len(known))
             known = self._router.worker_endpoints
-        for router in self._routers.values():
-            for endpoint in set(known) - set(router.worker_endpoints):
-                await router.add_worker(endpoint)
-        requested = max((target.layout.worker_count or 0 for target in self._routers), default=0)
+        requested = max((target.layout.worker_count or 0 for target in self._needs), default=0)
         least = max(requested, min(wanted, 1))
         if len(known) < least:
             raise WorkersUnavailableError(
