@@ -31,7 +31,7 @@ class HybridRouter(Router):
     Attributes:
         events: the event bus of this router's workers, coordinators and requests.
         latency: the latency log.
-        state: its cluster, live, for whoever watches.
+        state: its cluster, live, for watchers such as the widget.
     """
 
     @cached_property

@@ -56,6 +56,7 @@ class ActiveRequest:
         model: as the caller names it.
         check: gives the checked request. It is called when the request begins, so that a refused request is
             recorded too.
+        router: the router, which must live as long as the request: without it, its connections are closed.
         interrupted: an answer to continue; None begins a new one.
     """
 
@@ -65,10 +66,12 @@ class ActiveRequest:
         model: str,
         check: Callable[[], ChatRequest],
         *,
+        router: object,
         interrupted: Answer | None = None,
     ) -> None:
         self._services = services
         self._check = check
+        self._router = router
         self._interrupted = interrupted
         self._record = RequestRecord(model, text=interrupted.text if interrupted is not None else "")
         self._reported_url: str | None = None

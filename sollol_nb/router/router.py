@@ -13,7 +13,7 @@ import functools
 import html
 import weakref
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
@@ -62,11 +62,13 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _control(method: Callable[Concatenate[ClusterControl, P], R]) -> Callable[Concatenate[Any, P], R]:
-    """A method of `ClusterControl`, as one of the router's own."""
+def _control(
+    method: Callable[Concatenate[ClusterControl, P], Coroutine[Any, Any, R]],
+) -> Callable[Concatenate[Any, P], Coroutine[Any, Any, R]]:
+    """A method of `ClusterControl`, as a method of the router, which lives at least until the method has ended."""
 
-    def delegate(self: Router, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        return method(self._control, *args, **kwargs)
+    async def delegate(self: Router, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return await method(self._control, *args, **kwargs)
 
     functools.update_wrapper(delegate, method)
     return delegate
@@ -267,7 +269,7 @@ class Router:
             timeout_s=self._timeout_s if timeout is None else timeout,
             options=options,
         )
-        return ActiveRequest(self._services, model, check).chunks()
+        return ActiveRequest(self._services, model, check, router=self).chunks()
 
     async def resume(
         self, interrupted: AnswerInterruptedError, *, priority: int = Priority.NORMAL, timeout: float | None = None
@@ -306,7 +308,7 @@ class Router:
                 schema=interrupted.schema,
             )
 
-        return ActiveRequest(self._services, answer.model, checked, interrupted=answer).chunks()
+        return ActiveRequest(self._services, answer.model, checked, router=self, interrupted=answer).chunks()
 
     # --- deciding -------------------------------------------------------------------------------
 

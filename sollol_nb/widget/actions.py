@@ -1,6 +1,6 @@
 """What a cluster's controls do: each action runs on the I/O loop, one of a kind at a time, and ends in an event.
 
-A router publishes what it did by events of its own; a failure is published here, as `action.failed`.
+The router itself publishes what it did; a failure is published here, as `action.failed`.
 """
 
 from __future__ import annotations
