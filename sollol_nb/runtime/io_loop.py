@@ -170,38 +170,18 @@ def io_bound_stream(method: Callable[P, AsyncGenerator[T, None]]) -> Callable[P,
     """Let an async generator be iterated from any loop; it runs on the I/O loop, and from other loops as one task.
 
     Args:
-        method: an async generator function, or a function that returns an async generator.
+        method: an async generator function, or a function that returns an async generator. It is called when the
+            first item is requested, so that the clock of a request starts there.
     """
 
     @functools.wraps(method)
-    def hop(*args: P.args, **kwargs: P.kwargs) -> AsyncGenerator[T, None]:
-        return _IoBoundStream(method(*args, **kwargs))
+    async def hop(*args: P.args, **kwargs: P.kwargs) -> AsyncGenerator[T, None]:
+        stream = method(*args, **kwargs)
+        async with aclosing(stream if on_io_loop() else _from_io_loop(stream)) as items:
+            async for item in items:
+                yield item
 
     return hop
-
-
-class _IoBoundStream(AsyncGenerator[T, None]):
-    """A stream that runs on the I/O loop.
-
-    How it is read is decided at its first item, since it may be created on one loop and read on another.
-    """
-
-    def __init__(self, stream: AsyncGenerator[T, None]) -> None:
-        self._stream = stream
-        self._has_begun = False
-
-    async def asend(self, value: None) -> T:
-        if not self._has_begun:
-            self._has_begun = True
-            if not on_io_loop():
-                self._stream = _from_io_loop(self._stream)
-        return await self._stream.asend(value)
-
-    async def athrow(self, typ: Any, val: Any = None, tb: Any = None) -> T:
-        return await self._stream.athrow(typ if val is None else val)
-
-    async def aclose(self) -> None:
-        await self._stream.aclose()
 
 
 async def _from_io_loop(stream: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:

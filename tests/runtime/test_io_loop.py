@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import signal
 import subprocess
 import sys
@@ -249,6 +250,26 @@ def test_stream_that_is_closed_unread_never_begins() -> None:
     with pytest.raises(StopAsyncIteration):
         asyncio.run(anext(stream))
     assert numbers.loops == []
+
+
+def test_function_that_returns_a_stream_is_called_at_the_first_item() -> None:
+    calls: list[int] = []
+
+    @io_bound_stream
+    def numbers(stop_at: int) -> AsyncGenerator[int, None]:
+        calls.append(stop_at)
+        return Numbers(stop_at=stop_at).count()
+
+    stream = numbers(2)
+    assert calls == []
+    assert inspect.isasyncgen(stream)
+    assert inspect.isasyncgenfunction(numbers)
+
+    async def read() -> list[int]:
+        return [item async for item in stream]
+
+    assert asyncio.run(read()) == [0, 1]
+    assert calls == [2]
 
 
 def test_stream_closed_early_has_cleaned_up_when_close_returns() -> None:
