@@ -7,6 +7,7 @@ import http.server
 import json
 import re
 import threading
+import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import aclosing, suppress
@@ -26,6 +27,7 @@ from sollol_nb.errors import (
 from sollol_nb.ollama.choice import Residency
 from sollol_nb.ollama.pool import OllamaPool
 from sollol_nb.runtime.events import Event, EventBus
+from sollol_nb.runtime.io_loop import run_blocking
 from tests.support.engines import write_endless
 from tests.support.gguf_files import write_llama
 from tests.support.ollama_server import CHATML, OllamaServer
@@ -811,6 +813,36 @@ def test_a_timeout_ends_the_wait_for_a_slot_too_and_a_closed_stream_frees_its_ow
                 await pool.chat("llama3.2", MESSAGES, timeout=0.05)
             assert (pool.nodes[0].running, pool.nodes[0].waiting) == (1, 0)
         assert pool.nodes[0].running == 0
+
+    with_pool(ollama)(ask)
+
+
+@pytest.mark.parametrize("from_io_loop", [False, True])
+def test_a_stream_left_before_its_first_chunk_frees_its_slot(ollama: OllamaServer, from_io_loop: bool) -> None:
+    async def ask(pool: OllamaPool) -> None:
+        await pool.stream_chat("llama3.2", MESSAGES).aclose()  # unread
+        async with aclosing(pool.stream_chat("llama3.2", MESSAGES)) as stream:
+            first_chunk = asyncio.ensure_future(anext(stream))
+            await until(lambda: pool.nodes[0].running == 1)
+            first_chunk.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await first_chunk
+            assert pool.nodes[0].running == 0
+        assert (await pool.chat("llama3.2", MESSAGES, max_tokens=1))["done"]
+
+    if from_io_loop:
+        with_pool(ollama)(lambda pool: asyncio.to_thread(run_blocking, ask(pool)))
+    else:
+        with_pool(ollama)(ask)
+
+
+def test_the_time_of_a_stream_begins_when_it_is_read(ollama: OllamaServer) -> None:
+    async def ask(pool: OllamaPool) -> None:
+        stream = pool.stream_chat("llama3.2", MESSAGES, max_tokens=1)
+        await asyncio.sleep(0.2)
+        began_s = time.monotonic()
+        last = [chunk async for chunk in stream][-1]
+        assert last["_routing"]["total_ms"] <= (time.monotonic() - began_s) * 1000
 
     with_pool(ollama)(ask)
 
