@@ -56,7 +56,7 @@ class JsonClient:
             headers=headers,
             trust_env=False,
             # Reading the certificates of all authorities takes 3 MB and 20 ms, for nothing without TLS.
-            verify=self.base_url.startswith("https:"),
+            verify=not self.base_url.lower().startswith("http:"),
             timeout=_timeout(read_timeout_s),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=32),
         )

@@ -122,10 +122,10 @@ def test_certificates_are_verified_for_https(monkeypatch: pytest.MonkeyPatch) ->
     verified: list[object] = []
     monkeypatch.setattr(httpx, "AsyncClient", lambda **settings: verified.append(settings["verify"]))
 
-    JsonClient("https://node")
-    JsonClient("http://node")
+    for base_url in ("https://node", "HTTPS://node", "http://node", "HTTP://node"):
+        JsonClient(base_url)
 
-    assert verified == [True, False]
+    assert verified == [True, True, False, False]
 
 
 # --- failures ---------------------------------------------------------------------------------
