@@ -132,8 +132,7 @@ def _budgets(load: ModelLoad, domains: Sequence[MemoryDomain], buffers_for_all: 
 def _within_domains(
     row: _UnitRow, domains: Sequence[MemoryDomain], reserve_bytes: int, borders: Sequence[int]
 ) -> list[int]:
-    """Units of each worker: those of a memory are spread over as many of its workers as it can hold buffers
-    for."""
+    """Units of each worker: those of a memory go to as many of its workers as there is space for buffers."""
     counts: list[int] = []
     for domain, (first, end) in zip(domains, pairwise(borders), strict=True):
         spare_bytes = domain.free_bytes - row.bytes_of(first, end) - row.reserve_of(first, end)

@@ -142,8 +142,7 @@ class OllamaGGUFResolver:
         Raises:
             ModelNotFoundError: the model is not in Ollama's storage here; the message names the searched folders.
             ModelFileError: it is, but the file is missing, incomplete, not readable, not GGUF, or of an
-            architecture
-                that llama.cpp does not load.
+                architecture that llama.cpp does not load.
         """
         return self.files(model).model
 

@@ -36,12 +36,12 @@ async def answer_dropping_turns(serving: Serving, request: PoolRequest) -> Async
         if context_tokens is not None and tokens_per_character is not None:
             fitted = await _fitted(request, messages, context_tokens, tokens_per_character, at_least)
         request.body = {**body, "messages": list(fitted.messages)}
-        is_told = not fitted.description
+        is_reported = not fitted.description
         try:
             async with aclosing(serving.answer(request)) as chunks:
                 async for chunk in chunks:
-                    if not is_told or (fitted.description and chunk.get("done")):
-                        chunk, is_told = {**chunk, DROPPED: fitted.description}, True
+                    if not is_reported or (fitted.description and chunk.get("done")):
+                        chunk, is_reported = {**chunk, DROPPED: fitted.description}, True
                     yield chunk
             return
         except ContextOverflowError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -88,5 +87,5 @@ class PoolRequest:
             "ttft_ms": self.ttft_ms,
             "total_ms": (time.monotonic() - self.started_s) * 1e3,
             "load_ms": self.load_ms + final.get("load_duration", 0) / 1e6,
-            "failovers": copy.deepcopy(self.failovers),
+            "failovers": [failover.copy() for failover in self.failovers],
         }

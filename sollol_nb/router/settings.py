@@ -80,7 +80,7 @@ def endpoints(backends: Iterable[str | Mapping[str, Any]] | None) -> list[str]:
     Raises:
         ConfigError: one is not an endpoint.
     """
-    return config.default("workers") if backends is None else [_endpoint(backend) for backend in backends]
+    return [*config.default("workers")] if backends is None else [_endpoint(backend) for backend in backends]
 
 
 def _endpoint(backend: str | Mapping[str, Any]) -> str:

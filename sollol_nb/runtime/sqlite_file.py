@@ -38,7 +38,7 @@ class SqliteFile:
         Raises:
             sqlite3.Error: the file cannot be used.
         """
-        with contextlib.suppress(OSError):  # it exists; for all else SQLite has an error of its own
+        with contextlib.suppress(OSError):  # it exists; for other problems SQLite reports an error
             # SQLite gives the files that it creates beside this one the same mode.
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
         connection = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_S)
