@@ -154,6 +154,15 @@ def test_no_import_is_hidden_in_a_text() -> None:
                 )
 
 
+def test_no_test_module_imports_another() -> None:
+    """What several test modules use is in `tests/support/`."""
+    for file in sorted((ROOT / "tests").rglob("*.py")):
+        for node in ast.walk(tree(file)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tests."):
+                names = f"{node.module}.{'.'.join(alias.name for alias in node.names)}"
+                assert ".test_" not in names, f"{file.relative_to(ROOT)}:{node.lineno} imports from a test module"
+
+
 def test_nothing_imports_modules_that_only_hand_on_names() -> None:
     for found in all_imports():
         assert found.imported not in HAND_ON_NAMES, f"{found.importer}:{found.line} imports {found.imported}"

@@ -12,7 +12,7 @@ import pytest
 from sollol_nb.errors import ConfigError
 from sollol_nb.latency.log import LatencyLog
 from sollol_nb.latency.schema import COLUMNS, INTEGER, TEXT
-from tests.latency.test_log import FULL, HOURLY, REFUSED
+from tests.support.latency_rows import FULL, HOURLY, REFUSED
 
 
 @pytest.fixture

@@ -6,14 +6,12 @@ import json
 import random
 from dataclasses import replace
 from itertools import combinations_with_replacement
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
 from sollol_nb.errors import ConfigError, ModelDoesNotFitError, WorkersUnavailableError
-from sollol_nb.gguf.facts import ModelFacts
 from sollol_nb.layers.plan import (
     MAX_WORKERS,
     LayerPlan,
@@ -23,42 +21,12 @@ from sollol_nb.layers.plan import (
 )
 from sollol_nb.layers.strategies import STRATEGIES, ModelLoad, WorkerCapacity, even, memory_aware
 from sollol_nb.text.tables import format_bytes
+from tests.support.layer_plans import GB, TWELVE, model, workers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-GB = 10**9
 MIB = 2**20
-
-
-def model(layer_bytes: Sequence[int], output_bytes: int, kv_per_token: int = 0) -> ModelFacts:
-    """Facts of a model with these weights; narrow, so that the reserve is small."""
-    return ModelFacts(
-        path=Path("model.gguf"),
-        architecture="llama",
-        parameter_count=0,
-        file_bytes=0,
-        layer_count=len(layer_bytes),
-        layer_bytes=tuple(layer_bytes),
-        output_bytes=output_bytes,
-        context_length=4096,
-        embedding_length=64,
-        feed_forward_width=128,
-        vocabulary_size=1000,
-        layer_kv_bytes_per_token=(kv_per_token,) * len(layer_bytes),
-    )
-
-
-def workers(*free_bytes: int, domains: str | None = None) -> list[WorkerCapacity]:
-    """Workers `w0:1`, `w1:1`, ...; `domains` names the memory of each by a letter, `.` for its own."""
-    letters = domains or "." * len(free_bytes)
-    return [
-        WorkerCapacity(f"w{n}:1", free, free, memory_domain=None if letter == "." else letter)
-        for n, (free, letter) in enumerate(zip(free_bytes, letters, strict=True))
-    ]
-
-
-TWELVE = model([GB] * 12, GB)
 
 
 # --- what strategies decide -------------------------------------------------------------------

@@ -18,7 +18,7 @@ from sollol_nb.layers.what_if import (
     rebalance,
     without_layout,
 )
-from tests.layers.test_plan import GB, TWELVE, workers
+from tests.support.layer_plans import GB, TWELVE, workers
 
 MEASURED = WorkerSpeeds({"w0:1": 1e-9, "w1:1": 1e-9, "w2:1": 4e-9}, 1e-9, 0.5)
 

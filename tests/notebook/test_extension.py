@@ -12,9 +12,8 @@ import psutil
 import pytest
 
 from sollol_nb.models.profiles import MODEL_PROFILES
-from tests.notebook.magics.test_help import MAGICS
 from tests.support.engines import eventually
-from tests.support.kernels import Kernel, kernel, notebook_kernel
+from tests.support.kernels import MAGICS, Kernel, kernel, notebook_kernel
 
 pytestmark = pytest.mark.engine
 

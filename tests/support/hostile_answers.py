@@ -1,4 +1,4 @@
-"""Answers that would run something in a frontend, were they shown as they came."""
+"""Answers that would run something in a frontend, were they shown unchanged."""
 
 from __future__ import annotations
 

@@ -14,6 +14,19 @@ from typing import Any
 from jupyter_client.manager import start_new_kernel
 
 CELL_TIMEOUT_S = 120
+MAGICS = (
+    "sollol",
+    "sollol_bench",
+    "sollol_chat",
+    "sollol_cluster",
+    "sollol_latency",
+    "sollol_log",
+    "sollol_models",
+    "sollol_profile",
+    "sollol_route",
+    "sollol_stop",
+)
+"""All magics of the extension."""
 _COLORS = re.compile(r"\x1b\[[0-9;]*m")
 
 

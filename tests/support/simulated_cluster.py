@@ -27,7 +27,7 @@ from sollol_nb.ollama.nodes import NodeStatus
 from sollol_nb.ollama.pool import OllamaPool
 from sollol_nb.runtime.events import EventBus, EventKind
 from sollol_nb.runtime.gate import Gate
-from tests.layers.test_plan import model
+from tests.support.layer_plans import model
 
 GIB = 2**30
 BIG = model([GIB] * 40, 2 * GIB, kv_per_token=4096)
@@ -107,7 +107,7 @@ class SimulatedCluster:
     def run_model(
         self, name: str, numbers: Iterable[int], token_ms: float = 25.0, counts: Sequence[int] | None = None
     ) -> Coordinator:
-        """A model is ready over these workers, with so many units on each."""
+        """A model is ready over these workers, with `counts` units on each, or as planned."""
         capacities = [WorkerCapacity(endpoint(n), 30 * GIB, 32 * GIB, 0.4) for n in numbers]
         plan = plan_layers(BIG, capacities) if counts is None else plan_from_counts(BIG, capacities, counts)
         coordinator = coordinator_of(name, plan, port=18080 + len(self.coordinators))
@@ -131,7 +131,7 @@ class SimulatedCluster:
     async def what_if(self, name: str, counts: Mapping[str, int]) -> Forecast:
         """As `HybridRouter.what_if`."""
         (coordinator,) = [running for running in self.coordinators if running.model == name]
-        capacities = [WorkerCapacity(place, 30 * GIB, 32 * GIB, 0.4) for place in counts]
+        capacities = [WorkerCapacity(worker, 30 * GIB, 32 * GIB, 0.4) for worker in counts]
         return forecast(
             coordinator.settings.facts,
             capacities,
@@ -170,13 +170,13 @@ class SimulatedCluster:
 
         cluster = self
 
-        class Rooms(SimpleNamespace):
+        class KnownWorkers(SimpleNamespace):
             @property
             def endpoints(self) -> list[str]:
                 return list(cluster.workers)
 
         seen = {name: worker.probe.round_trip_ms for name, worker in self.workers.items() if worker.probe}
-        return Rooms(probe=probe_workers, statuses=lambda: list(self.workers.values()), round_trips_ms=seen)
+        return KnownWorkers(probe=probe_workers, statuses=lambda: list(self.workers.values()), round_trips_ms=seen)
 
     def _ollama(self) -> SimpleNamespace:
         cluster = self

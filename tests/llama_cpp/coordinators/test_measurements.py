@@ -13,7 +13,7 @@ from sollol_nb.layers.token_time import predict, worker_parts
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.coordinators.measurements import LAYOUTS_KEPT, TokenMeasurements
 from sollol_nb.runtime.events import EventBus, EventKind
-from tests.layers.test_plan import GB, TWELVE, workers
+from tests.support.layer_plans import GB, TWELVE, workers
 
 PATH = Path("model.gguf")
 ROUND_TRIPS = dict.fromkeys(("w0:1", "w1:1", "w2:1"), 0.5)

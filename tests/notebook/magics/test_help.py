@@ -7,22 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.kernels import Kernel, notebook_kernel
+from tests.support.kernels import MAGICS, Kernel, notebook_kernel
 
 pytestmark = pytest.mark.engine
-
-MAGICS = (
-    "sollol",
-    "sollol_bench",
-    "sollol_chat",
-    "sollol_cluster",
-    "sollol_latency",
-    "sollol_log",
-    "sollol_models",
-    "sollol_profile",
-    "sollol_route",
-    "sollol_stop",
-)
 
 
 @pytest.fixture(scope="module")
