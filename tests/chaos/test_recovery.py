@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from sollol_nb.errors import AnswerInterruptedError, WorkersUnavailableError
 from sollol_nb.llama_cpp.coordinators import running
 from sollol_nb.llama_cpp.workers import workers
 from sollol_nb.runtime.events import Event
-from tests.chaos.faults import COORDINATOR_KILLED, WORKER_KILLED, Scene
+from tests.chaos.faults import COORDINATOR_FROZEN, COORDINATOR_KILLED, WORKER_KILLED, Scene
 from tests.chaos.machines import Machine
 from tests.chaos.trials import ACCENTS, HELLO, LONG, MODEL, SOON_S, Answer, Chaos, ask, coordinator_of
 from tests.support.engines import HANG_GUARD_S, eventually
@@ -122,6 +123,17 @@ def test_a_short_silence_is_waited_for(
         assert is_undisturbed(chaos, answer)
         assert answer.failovers == []
         assert scene.router.coordinator is before
+
+
+def test_a_coordinator_that_freezes_is_ended_for_its_silence(chaos: Chaos, rng: random.Random) -> None:
+    with chaos.scene(rng) as scene:
+        ask(scene, HELLO)
+        answer = ask(scene, ACCENTS, {5: lambda: scene.strike(COORDINATOR_FROZEN)})
+        assert is_undisturbed(chaos, answer)
+        (failover,) = answer.failovers
+        assert re.search(r"ended \(signal 9\): it went silent for \d+\.\d s; log: ", failover["what"])
+        ended = [event.message for event in scene.router.events.recent() if event.kind == "coordinator.stopped"]
+        assert re.fullmatch(rf"{MODEL} ended: it went silent for \d+\.\d s", ended[0])
 
 
 def test_a_machine_that_freezes_while_it_is_being_loaded_is_given_up(chaos: Chaos, rng: random.Random) -> None:

@@ -49,7 +49,6 @@ class AnswerStreams:
         self._model = model
         self._process = process
         self._client = client
-        self._went_silent = ""
         self._watch: asyncio.Task[None] | None = None
 
     def new_answer(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> Answer:
@@ -123,8 +122,8 @@ class AnswerStreams:
         """Kill the engine when all its streams have been silent for longer than it can need."""
         while self._process.is_running() and (left_s := self.pace.patience_s()) is not None:
             if left_s <= 0:
-                self._went_silent = f"it went silent for {self.pace.silence_s():.1f} s"
-                await self._process.stop(grace_s=0.0, why="silent")
+                why = f"it went silent for {self.pace.silence_s():.1f} s"
+                await self._process.stop(grace_s=0.0, why=why)
                 return
             await asyncio.sleep(left_s)
 
@@ -135,7 +134,7 @@ class AnswerStreams:
             return CoordinatorLostError(
                 f"lost the connection to the coordinator of {self._model}: {error}; log: {log_path}"
             )
-        reason = self._went_silent or report.why or exit_reason(report.tail)
+        reason = report.why or exit_reason(report.tail)
         because = f": {reason}" if reason else ""
         return CoordinatorLostError(
             f"the coordinator of {self._model} ended ({describe_exit(report.code)}){because}; log: {log_path}"
