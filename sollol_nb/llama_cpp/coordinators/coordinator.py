@@ -248,7 +248,7 @@ class Coordinator:
         self._process.free()
 
     async def keep_alive(self, seconds: float | None) -> None:
-        """Set how long it lives without a request; None is for ever."""
+        """Set how long it lives without a request; None is forever."""
         await self._process.keep_alive(seconds)
 
     async def stop(self, *, grace_s: float | None = None, why: str = "stopped") -> ExitReport:

@@ -1,6 +1,6 @@
 """Pace: the time that a coordinator usually needs for a token. Its silence is judged by that: slow is not dead.
 
-A worker that hangs makes its coordinator silent for ever, while `/health` still reports that it is well. Only the
+A worker that hangs makes its coordinator silent forever, while `/health` still reports that it is well. Only the
 silence shows it, and how long a silence must be to mean that differs by a factor of thousands: a token takes a
 millisecond on one machine and five seconds on another, and a long prompt takes minutes where a token takes one
 second. So three times are measured:
@@ -74,7 +74,7 @@ class Pace:
         self._checked_at = 0.0
 
     def __repr__(self) -> str:
-        token = "unmeasured" if self.seconds_per_token is None else f"{self.seconds_per_token:.4f} s a token"
+        token = "unmeasured" if self.seconds_per_token is None else f"{self.seconds_per_token:.4f} s per token"
         return f"<Pace: {token}, {len(self._streams)} streams>"
 
     @property

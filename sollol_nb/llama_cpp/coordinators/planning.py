@@ -102,7 +102,7 @@ class Planner:
                 )
                 return self._with_prediction(start, plan, free)
             except (WorkersUnavailableError, ModelDoesNotFitError):
-                if avoided:  # better a shaky worker than none
+                if avoided:  # better an unreliable worker than none
                     avoided = frozenset()
                 elif not await self._running.free_workers(start.model):
                     raise

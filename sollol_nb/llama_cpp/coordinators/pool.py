@@ -44,7 +44,7 @@ class CoordinatorPool:
         self._measurements = TokenMeasurements(events)
         self._running = RunningCoordinators(workers, events, self._measurements)
         self._starter = CoordinatorStarter(settings, workers, events, self._running, self._measurements)
-        # A gate outlives its coordinator: requests that wait for the model keep their turn when it starts anew.
+        # A gate outlives its coordinator: requests that wait for the model keep their turn when it restarts.
         self._gates: dict[RouteKey, Gate] = {}
         self._lost: dict[RouteKey, frozenset[str]] = {}
         self._starting: defaultdict[RouteKey, asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -95,7 +95,7 @@ class CoordinatorPool:
             return coordinator, (time.perf_counter() - began) * 1000
 
     async def lay_out(self, model: str, layout: Mapping[str, int]) -> Coordinator:
-        """Start the coordinator of a model anew with another layout; answers continue on it.
+        """Restart the coordinator of a model with another layout; its answers continue on the new one.
 
         Args:
             model: one that runs sharded.
@@ -109,7 +109,7 @@ class CoordinatorPool:
             CoordinatorError: the new one could not be started; the old one has ended.
         """
         async with self._starting[key_of(self._running.route_of(self._sharded(model)))]:
-            coordinator = self._sharded(model)  # another, if it was laid out or started anew meanwhile
+            coordinator = self._sharded(model)  # another, if it was restarted meanwhile
             route = self._running.route_of(coordinator)
             foreseen = self.what_if(model, layout)
             if not foreseen.fits:
@@ -185,7 +185,7 @@ class CoordinatorPool:
         return await self._running.of_other_kernels()
 
     def lost_workers(self, route: Route) -> frozenset[str]:
-        """Workers that were found lost when the coordinator of a route was last started anew."""
+        """Workers that were found lost when the coordinator of a route was last restarted."""
         return self._lost.get(key_of(route), frozenset())
 
     def report_continued(self, route: Route, token_count: int, coordinator: Coordinator) -> None:
@@ -195,7 +195,7 @@ class CoordinatorPool:
         self._events.publish(EventKind.ANSWER_CONTINUED, route.model, message)
 
     def gate(self, route: Route) -> Gate:
-        """The gate before the coordinator of a route, which it keeps when it starts anew."""
+        """The gate before the coordinator of a route, which it keeps when it restarts."""
         return self._gates.setdefault(key_of(route), Gate(self.settings.slots))
 
     async def stop(self, model: str | None = None) -> list[str]:

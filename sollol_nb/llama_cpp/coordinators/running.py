@@ -92,7 +92,7 @@ class RunningCoordinators:
                     EventKind.COORDINATOR_STOPPED, coordinator.model, f"stopped {coordinator.model}"
                 )
 
-        # The caller may be cancelled; the engine must be ended all the same.
+        # The caller may be cancelled; the engine must end anyway.
         await asyncio.shield(self._in_background(stop()))
 
     async def detach(self) -> None:

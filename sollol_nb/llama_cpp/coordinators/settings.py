@@ -39,7 +39,7 @@ class PoolSettings:
     keep_alive_of: Mapping[str, float | None] = field(default_factory=dict)
 
     def keep_alive(self, model: str) -> float | None:
-        """Seconds that this model's coordinator lives without a request; None is for ever."""
+        """Seconds that this model's coordinator lives without a request; None is forever."""
         return self.keep_alive_of.get(model, self.keep_alive_s)
 
 

@@ -15,6 +15,7 @@ import psutil
 
 from sollol_nb.errors import WorkerStartError
 from sollol_nb.settings.endpoints import LOOPBACK
+from sollol_nb.text.tables import counted
 
 Address = tuple[str, int]
 
@@ -109,7 +110,8 @@ def free_ports(first: int, count: int, host: str = LOOPBACK) -> list[int]:
         found.append(port)
     if len(found) < count:
         raise WorkerStartError(
-            f"fewer than {count} ports from {first} upward are free on {host}; choose a lower first port"
+            f"{host} has only {counted(len(found), 'free port')} from {first} upward ({count} needed); "
+            "choose a lower first port"
         )
     return found
 

@@ -67,7 +67,7 @@ def test_a_layout_that_has_ended_helps_to_predict_the_next() -> None:
     new_parts = worker_parts(coordinator(5, 4, 4).plan, ROUND_TRIPS)  # type: ignore[arg-type]
     assert predict(measured.speeds(PATH, [], ROUND_TRIPS), new_parts).token_ms == pytest.approx(25.5, rel=0.01)
     assert measured.speeds(Path("other.gguf"), [], ROUND_TRIPS) is None, "of that model only"
-    assert measured.token_ms(coordinator(5, 4, 4)) is None, "another at its address starts anew"
+    assert measured.token_ms(coordinator(5, 4, 4)) is None, "another at its address is unmeasured"
 
 
 def test_the_running_layout_counts_with_its_time_now() -> None:

@@ -368,4 +368,4 @@ def test_repr_has_the_pace() -> None:
     assert repr(watched.pace) == "<Pace: unmeasured, 0 streams>"
     watched.pace.calibrate(0.25)
     watched.open()
-    assert repr(watched.pace) == "<Pace: 0.2500 s a token, 1 streams>"
+    assert repr(watched.pace) == "<Pace: 0.2500 s per token, 1 streams>"

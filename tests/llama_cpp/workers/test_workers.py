@@ -232,7 +232,7 @@ def test_an_invalid_number_of_workers_is_refused(engine: Engine, local: Workers,
 
 def test_too_few_ports_say_what_to_do() -> None:
     with pytest.raises(
-        WorkerStartError, match=r"fewer than 9 ports from 65530 upward are free on 127.0.0.1; choose a lower"
+        WorkerStartError, match=r"127.0.0.1 has only \d free ports? from 65530 upward \(9 needed\); choose a lower"
     ):
         free_ports(65530, 9)
 
