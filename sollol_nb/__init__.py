@@ -29,7 +29,7 @@ Packages, each over the next (`CONTRIBUTING.md` says which imports which):
 - `schema/`: structured answers.
 - `gguf/`: what a GGUF file says about its model.
 - `runtime/`: the I/O loop, events, priorities, HTTP, SQLite files.
-- `text/`: values as text, safe Markdown, tables, colors.
+- `text/`: values as text, safe Markdown, tables, colours.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ DROPPED: Final = "_dropped"
 RESTARTED: Final = "_restarted"
 """True where the answer begins again on another server: the text received before it is void."""
 CONTEXT_FULL: Final = "_context_full"
-"""Tokens of the context that cut the answer. On the last chunk."""
+"""Size in tokens of the context that was full before the answer ended. On the last chunk."""
 
 
 class Failover(TypedDict):

@@ -56,7 +56,7 @@ class Template:
         self._hint = f"; {hint}" if hint else ""
         self._parts: list[str | _Expression] = [text]
         if "{{" in text:
-            parts = list(self._split(text))  # first all: nothing is compiled if a later one is not closed
+            parts = list(self._split(text))  # all of it: nothing is compiled if a later one is not closed
             self._parts = [part if is_text else self._compiled(part, where) for is_text, part, where in parts]
 
     def fill(self, namespace: Mapping[str, object]) -> str:

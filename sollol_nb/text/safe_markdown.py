@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 _FENCE = re.compile(r"^ {0,3}(?P<marks>`{3,}|~{3,})(?P<info>[^\n]*)$", re.MULTILINE)
 _LANGUAGE = re.compile(r"[\w+#.-]*")
-# The beginning of a tag, or of a character reference; an image, which is fetched at once; a link's definition
+# The beginning of a tag, or of a character reference; an image, which is fetched unasked; a link's definition
 # with a title, which may span blank lines; an address that is a script; and the mark that JupyterLab puts in
 # place of a formula. It puts formulas back unchecked, also into addresses, where a quote ends the attribute.
 _DANGER = (

@@ -107,7 +107,7 @@ def test_of_an_interrupted_answer_the_text_received_is_kept() -> None:
 
 
 def test_what_was_dropped_in_mid_answer_is_noted_too() -> None:
-    """As where the next Ollama node has less context than the one that was lost."""
+    """This happens if the next Ollama node has less context than the lost one."""
     chunk = {"model": "m", "message": assistant("Hel"), "done": False}
     stream = interrupted([chunk, {**chunk, "_dropped": "dropped it"}, chunk], AnswerInterruptedError("gone"))
     chat = Chat("c")

@@ -1,8 +1,8 @@
-"""A real Ollama for tests: a server on a free port, with storage of its own, stopped whole.
+"""A real Ollama for tests: a server on a free port, with its own storage, stopped with all its processes.
 
 Loaded as a pytest plugin (`pytest_plugins` in conftest.py). The program is `SOLLOL_TEST_OLLAMA`, else `ollama` on
-PATH, else the one `make ollama` builds. Without one the tests that need it are skipped, and the end of the run
-says how many; where `CI` is set that is a failure.
+PATH, else the one that `make ollama` builds. Without any, the tests that need it are skipped, and the end of the
+run says how many; if `CI` is set, that is a failure.
 """
 
 from __future__ import annotations
@@ -106,13 +106,13 @@ class OllamaServer:
         )
 
     def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        """The JSON of a GET, or of a POST with a body, asked without the package under test."""
+        """The JSON of a GET, or of a POST with a body, without the package under test."""
         data = None if body is None else json.dumps(body).encode()
         with urllib.request.urlopen(urllib.request.Request(self.base_url + path, data), timeout=60) as answer:
             return json.load(answer)
 
     def kill(self) -> None:
-        """End the server and its runners at once, as a power cut would. Doing so twice is fine."""
+        """Kill the server and its runners, as a power cut would. A second call does nothing."""
         if self._process is not None:
             self._signal_all("kill")
             self._process.wait(30)
