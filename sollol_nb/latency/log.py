@@ -88,7 +88,7 @@ class LatencyLog:
         self.path = Path(path) if path is not None else config.state_dir() / "latency.sqlite"
         self.keep_days = keep_days
         self.keep_rows = keep_rows
-        self._file = SqliteFile(self.path, _MIGRATIONS)
+        self._file = SqliteFile(self.path, _MIGRATIONS, usable_from=max(column.since for column in COLUMNS))
         self._has_pruned = False
 
     def __repr__(self) -> str:

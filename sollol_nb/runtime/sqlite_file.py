@@ -23,11 +23,14 @@ class SqliteFile:
         path: the file; its folder exists.
         migrations: for each version of the file (SQLite's `user_version`), from 1 on, the statements that make it
             from the version before. A file of a newer version is used as it is.
+        usable_from: the oldest version that can be used as it is too, if the file cannot be migrated (it is
+            read-only, say); None is only the newest.
     """
 
-    def __init__(self, path: Path, migrations: Sequence[Sequence[str]]) -> None:
+    def __init__(self, path: Path, migrations: Sequence[Sequence[str]], *, usable_from: int | None = None) -> None:
         self.path = path
         self._migrations = migrations
+        self._usable_from = len(migrations) if usable_from is None else usable_from
 
     @contextlib.contextmanager
     def connection(self) -> Iterator[sqlite3.Connection]:
@@ -43,8 +46,14 @@ class SqliteFile:
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
         connection = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_S)
         try:
-            if _version(connection) < len(self._migrations):
-                self._migrate(connection)
+            version = _version(connection)
+            if version < len(self._migrations):
+                try:
+                    self._migrate(connection)
+                except sqlite3.Error:
+                    if version < self._usable_from:
+                        raise
+                    connection.rollback()
             connection.execute("PRAGMA synchronous = NORMAL")  # safe with WAL; only a power loss may cost a row
             with connection:
                 yield connection

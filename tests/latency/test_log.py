@@ -23,6 +23,7 @@ from sollol_nb.latency.filter import seconds_of
 from sollol_nb.latency.frames import ROWS_AT_ONCE
 from sollol_nb.latency.log import PRUNED_AT_ONCE, LatencyLog
 from sollol_nb.latency.schema import COLUMNS, SCHEMA_VERSION, LatencyRow, schema_table
+from sollol_nb.runtime import sqlite_file
 from sollol_nb.settings import config
 from tests.support.latency_rows import FULL, HOURLY, NOON, REFUSED
 
@@ -308,6 +309,23 @@ def test_rows_of_version_3_stay_and_what_it_packed_is_dropped(log: LatencyLog) -
     assert before["priority"].fillna(0).tolist() == [0, 0, 0, 5]
     assert before["done_reason"].tolist() == ["", "", "", "stop"]
     assert log.frame()["total_ms"].tolist() == [1.0, 2.0, 7.0, FULL.total_ms]
+
+
+def test_a_log_of_version_3_that_cannot_be_migrated_is_read(
+    log: LatencyLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_version_3(log.path)
+    monkeypatch.setattr(sqlite_file, "BUSY_TIMEOUT_S", 0.01)
+    with contextlib.closing(sqlite3.connect(log.path)) as writer:
+        writer.execute("BEGIN IMMEDIATE")
+        assert log.frame()["priority"].fillna(0).tolist() == [0, 0, 0, 5]
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            log.record(FULL)
+
+    log.record(FULL)
+
+    assert version_of(log.path) == SCHEMA_VERSION
+    assert log.frame()["total_ms"].tolist() == [0.0, 1.0, 2.0, 7.0, FULL.total_ms]
 
 
 def test_file_of_a_newer_version_is_used_and_keeps_what_is_newer(log: LatencyLog) -> None:

@@ -84,6 +84,20 @@ def test_a_file_that_stays_locked_is_an_error(path: Path, monkeypatch: pytest.Mo
             things(SqliteFile(path, [FIRST, SECOND]))
 
 
+def test_a_file_that_cannot_be_migrated_is_used_as_it_is_if_its_version_allows_it(path: Path) -> None:
+    failing = [FIRST, SECOND, ["DROP TABLE nosuch"]]
+    things(SqliteFile(path, [FIRST]))
+    with pytest.raises(sqlite3.OperationalError, match="nosuch"):
+        things(SqliteFile(path, failing, usable_from=2))
+    things(SqliteFile(path, [FIRST, SECOND]))
+    with pytest.raises(sqlite3.OperationalError, match="nosuch"):
+        things(SqliteFile(path, failing))
+
+    file = SqliteFile(path, failing, usable_from=2)
+
+    assert (things(file), version(file)) == ([("first", 7)], 2)
+
+
 def test_a_file_in_no_folder_is_an_error_of_sqlite(path: Path) -> None:
     with pytest.raises(sqlite3.OperationalError, match="unable to open"):
         things(SqliteFile(path.parent / "nosuch" / "file", [FIRST]))
