@@ -6,7 +6,7 @@
 * Each answer is kept as soon as it is complete. After an interrupt, a crash or a restart of the kernel, the same
   call asks only the rest.
 * A row's error stays beside it and stops no other row; the next call asks it again. What would fail every row
-  (an unknown model, no workers) is raised at once.
+  (an unknown model, no workers) is raised and ends the batch.
 * Requests wait with priority BATCH, behind all others.
 """
 

@@ -76,9 +76,9 @@ def questions(items: Sequence[Any], template: RowTemplate, system: str | None) -
     """The messages of each row.
 
     Args:
-        template: a text with `{{ expression }}` (see `expansion.py`) over the row: its columns by their names and
-            `row` for all of it; `item`, `value` and `row` for a value that is not a dict. Or a function of the row
-            that returns a text or messages.
+        template: a text with `{{ expression }}` (see `text/expansion.py`) over the row: its columns by their names
+            and `row` for all of it; `item`, `value` and `row` for a value that is not a dict. Or a function of the
+            row that returns a text or messages.
         system: if given, the system message before each prompt.
 
     Raises:

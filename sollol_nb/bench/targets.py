@@ -108,8 +108,8 @@ class BenchTargets:
             free = len(await self._free())
             if free < need:
                 raise WorkersUnavailableError(
-                    f"layout {target.layout} of {target.model} needs {counted(need, 'free worker')} but found "
-                    f"only {free}; see %sollol_cluster for who holds the others"
+                    f"layout {target.layout} of {target.model} needs {counted(need, 'free worker')} (free now: "
+                    f"{free}); see %sollol_cluster for who holds the others"
                 )
         self._loaded.add(target)
         if target.layout.unit_counts:
@@ -209,7 +209,7 @@ class BenchTargets:
         fits = fits_side_by_side(needs, available)
         if self._settings.reload is False and not fits:
             raise ConfigError(
-                f"loading all layouts at the same time needs {sum(needs)} workers but found only {available}; "
+                f"loading all layouts at the same time needs {sum(needs)} workers (available: {available}); "
                 "start more, or let the layouts take turns (reload=True)"
             )
         self.takes_turns = bool(self._settings.reload) or not fits

@@ -103,7 +103,7 @@ class LocalPart:
 class CoordinatorStatus:
     """One running coordinator; `note` says what is special about its model.
 
-    `predicted_token_ms` is of when the layers were planned, `token_ms` is measured; None if unknown.
+    `predicted_token_ms` was predicted when the layers were planned, `token_ms` is measured; None if unknown.
     """
 
     model: str
@@ -215,12 +215,11 @@ class ClusterStatus:
     def __str__(self) -> str:
         lines = []
         for coordinator in self.coordinators:
+            note = f" {coordinator.note}" if coordinator.note else ""
             lines.append(
                 f"{coordinator.model} at {coordinator.url} ({coordinator.strategy}, "
                 f"{coordinator.context_tokens} tokens of context, "
-                f"{coordinator.running}/{coordinator.slots} slots busy, {coordinator.waiting} waiting)"
-                + f" {coordinator.note}"
-                * bool(coordinator.note)
+                f"{coordinator.running}/{coordinator.slots} slots busy, {coordinator.waiting} waiting){note}"
             )
             lines += [f"  {coordinator.token_time_description}"] if coordinator.token_time_description else []
             lines += [f"  {_bar(segment.share)} {segment.description}" for segment in coordinator.segments]

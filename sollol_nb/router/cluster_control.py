@@ -126,7 +126,7 @@ class ClusterControl:
         """Change how coordinators are started from now on.
 
         Args:
-            layer_strategy: how layers are spread, a name in `plan.STRATEGIES`.
+            layer_strategy: how layers are spread, a name in `strategies.STRATEGIES`.
             keep_alive: how long they live without a request, as in `HybridRouter`; also of the running ones.
 
         Raises:

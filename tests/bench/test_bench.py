@@ -80,7 +80,9 @@ def test_coordinators_take_turns_on_the_same_workers_where_these_are_few(idle: H
 def test_turns_can_be_requested_and_refused(idle: HybridRouter) -> None:
     result = idle.bench(MODEL, layouts=[1, 2], reload=True, **QUICK)
     assert any("took turns on the same workers" in note for note in result.notes)
-    with pytest.raises(ConfigError, match="loading all layouts at the same time needs 5 workers but found only 3"):
+    with pytest.raises(
+        ConfigError, match=r"loading all layouts at the same time needs 5 workers \(available: 3\)"
+    ):
         idle.bench(MODEL, layouts=[2, 3], reload=False, **QUICK)
 
 
@@ -164,7 +166,7 @@ def test_what_cannot_be_loaded_is_left_out_and_the_rest_is_measured(idle: Hybrid
         result = router.bench(MODEL, layouts=[1, 2], **QUICK)
     left_out = [row for row in result.rows if row.error]
     assert [row.case for row in left_out] == ["2 workers"]
-    assert "needs 2 free workers but found only 1" in left_out[0].error
+    assert "needs 2 free workers (free now: 1)" in left_out[0].error
     assert len(result.rows) == 1 + 2 * 2
     assert any(note.startswith("2 workers: ") for note in result.notes)
 

@@ -195,6 +195,10 @@ def test_requests_are_counted_and_their_server_keeps_the_last_answer() -> None:
         cluster.events.publish(EventKind.REQUEST_STARTED, "big", "asking big")
         cluster.events.publish(EventKind.REQUEST_FINISHED, "big", "big: error", status="error")
         eventually(lambda: watcher.state["totals"].get("failed"), "both are sent")
+        eventually(
+            lambda: "answer" in watcher.state["coordinators"][coordinator.base_url],
+            "the answer is sent, perhaps in a later patch than the totals",
+        )
 
     assert watcher.state["totals"] == {"running": 0, "waiting": 0, "total": 2, "failed": 1}
     answer = watcher.state["coordinators"][coordinator.base_url]["answer"]
