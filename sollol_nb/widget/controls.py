@@ -171,7 +171,7 @@ class ModelControls:
         model = self.model.value.strip()
 
         async def load(router: Router) -> str | None:
-            return f"loaded {model}: {await router.preload(model)}"
+            return f"loaded {model} {await router.preload(model)}"
 
         self._actions.start("load", f"loading {model}", load)
 
