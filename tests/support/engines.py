@@ -244,7 +244,10 @@ class OtherProtocolWorker(socketserver.BaseRequestHandler):
     """A worker that greets with RPC protocol 8."""
 
     def handle(self) -> None:
-        self.request.recv(64)
+        # Read all of the request: a connection that is closed with unread bytes is reset.
+        header = self.request.recv(9, socket.MSG_WAITALL)
+        if len(header) == 9:
+            self.request.recv(int.from_bytes(header[1:], "little"), socket.MSG_WAITALL)
         self.request.sendall(struct.pack("<Q", 28) + bytes([8, 0, 0, 0]) + bytes(24))
 
 
