@@ -9,7 +9,7 @@ from typing import TypeGuard
 SECONDS_PER_UNIT = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 """The units of a duration as Go and Ollama write it."""
 
-_AMOUNT = re.compile(r"(\d+\.?\d*|\.\d+)\s*([a-z]+)[\s,]*")
+_AMOUNT = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([a-z]+)[\s,]*")
 
 
 def is_number(value: object) -> TypeGuard[int | float]:

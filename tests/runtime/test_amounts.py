@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from sollol_nb.runtime.amounts import is_number, is_positive, is_whole_number, parse_duration
@@ -42,6 +44,12 @@ def test_numbers(value: object, number: bool, whole: bool, positive: bool) -> No
 )
 def test_durations(text: str, seconds: float | None) -> None:
     assert parse_duration(text) == seconds
+
+
+def test_many_digits_without_a_unit_are_refused_quickly() -> None:
+    began_s = time.monotonic()
+    assert parse_duration("9" * 3000) is None
+    assert time.monotonic() - began_s < 5
 
 
 def test_the_units_of_a_duration_can_be_chosen() -> None:
