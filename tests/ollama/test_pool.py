@@ -91,6 +91,12 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.01)
 
 
+async def unload_all(server: OllamaServer) -> None:
+    for loaded in server.ask("/api/ps")["models"]:
+        direct(server, "/api/generate", model=loaded["name"], keep_alive=0)
+    await until(lambda: not server.ask("/api/ps")["models"])
+
+
 def direct(server: OllamaServer, path: str, **body: Any) -> Any:
     """Ollama's own answer, without the package under test."""
     return server.ask(path, {"stream": False, **body})
@@ -792,9 +798,7 @@ def test_loading_the_model_does_not_count_against_the_time(ollama: OllamaServer)
     """The load takes longer than the timeout; so without a pause of its clock not a word would come."""
 
     async def ask(pool: OllamaPool) -> None:
-        for loaded in ollama.ask("/api/ps")["models"]:
-            direct(ollama, "/api/generate", model=loaded["name"], keep_alive=0)
-        await until(lambda: not ollama.ask("/api/ps")["models"])
+        await unload_all(ollama)
         await pool.refresh()
         pieces = 0
         with suppress(RequestTimeoutError):  # of the rest
@@ -821,6 +825,7 @@ def test_a_timeout_ends_the_wait_for_a_slot_too_and_a_closed_stream_frees_its_ow
 def test_a_stream_left_before_its_first_chunk_frees_its_slot(ollama: OllamaServer, from_io_loop: bool) -> None:
     async def ask(pool: OllamaPool) -> None:
         await pool.stream_chat("llama3.2", MESSAGES).aclose()  # unread
+        await unload_all(ollama)  # so the first chunk takes a while
         async with aclosing(pool.stream_chat("llama3.2", MESSAGES)) as stream:
             first_chunk = asyncio.ensure_future(anext(stream))
             await until(lambda: pool.nodes[0].running == 1)
