@@ -603,7 +603,10 @@ def test_the_statistics_count_requests_and_show_what_runs(router: HybridRouter) 
     assert stats["distributed_requests"] == before["distributed_requests"] + 1
     assert stats["local_requests"] == before["local_requests"] + 1
     assert stats["coordinator_uptime_seconds"] > 0
-    assert (stats["active_rpc_backends"], stats["known_rpc_backends"]) == (3, 3)
+    running = router.coordinator
+    assert running is not None
+    assert stats["active_rpc_backends"] == len(running.rpc_backends) > 0
+    assert stats["known_rpc_backends"] == len(router.worker_endpoints) >= 3
     assert stats["coordinators"].keys() >= {"demo", "demo:sharded"}
     assert router.coordinator_model == "demo:sharded"
 

@@ -250,4 +250,6 @@ def test_a_router_shows_its_cluster(router: HybridRouter) -> None:
     assert "\ndemo:sharded at http://127.0.0.1:" in shown["text/plain"]
     assert "held by the coordinator of demo:sharded" in shown["text/plain"]
     assert shown["text/html"].startswith("<p><code>&lt;HybridRouter: ")
-    assert shown["text/html"].count("held by the coordinator of demo:sharded") == 3
+    assert router.coordinator is not None
+    held = len(router.coordinator.rpc_backends)
+    assert shown["text/html"].count("held by the coordinator of demo:sharded") == held > 0
