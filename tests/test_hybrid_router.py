@@ -585,11 +585,16 @@ def test_events_report_the_life_of_requests_workers_and_coordinators(engine: Eng
     assert [event.data["status"] for event in seen if event.kind == "request.finished"] == ["ok", "error"]
 
 
-def test_the_statistics_count_requests_and_show_what_runs(router: HybridRouter) -> None:
-    before = router.get_stats()
-    router.route_request("demo:sharded", QUESTION, max_tokens=1)
-    router.route_request("demo", QUESTION, max_tokens=1)
-    stats = router.get_stats()
+def test_the_statistics_count_requests_and_show_what_runs(engine: Engine) -> None:
+    # Over workers that no other test uses: one that others have stopped twice would be avoided for a while.
+    with HybridRouter(
+        auto_setup_rpc=True, auto_discover_rpc=False, num_rpc_backends=3, context_tokens=1920, rpc_port=51152
+    ) as mine:
+        before = mine.get_stats()
+        mine.route_request("demo:sharded", QUESTION, max_tokens=1)
+        mine.route_request("demo", QUESTION, max_tokens=1)
+        stats = mine.get_stats()
+        model = mine.coordinator_model
     assert stats.keys() == {
         "distributed_requests",
         "ollama_requests",
@@ -603,12 +608,9 @@ def test_the_statistics_count_requests_and_show_what_runs(router: HybridRouter) 
     assert stats["distributed_requests"] == before["distributed_requests"] + 1
     assert stats["local_requests"] == before["local_requests"] + 1
     assert stats["coordinator_uptime_seconds"] > 0
-    running = router.coordinator
-    assert running is not None
-    assert stats["active_rpc_backends"] == len(running.rpc_backends) > 0
-    assert stats["known_rpc_backends"] == len(router.worker_endpoints) >= 3
+    assert (stats["active_rpc_backends"], stats["known_rpc_backends"]) == (3, 3)
     assert stats["coordinators"].keys() >= {"demo", "demo:sharded"}
-    assert router.coordinator_model == "demo:sharded"
+    assert model == "demo:sharded"
 
 
 def test_the_async_router_can_be_used_from_several_event_loops_in_turn(router: HybridRouter) -> None:
