@@ -247,7 +247,7 @@ def test_outside_of_chats_nothing_is_dropped(small: tuple[HybridRouter, str], op
 @pytest.mark.engine
 def test_an_answer_that_fills_the_context_says_so(small: tuple[HybridRouter, str]) -> None:
     router, model = small
-    full = router.route_request(model, "Hi")
+    full = router.route_request(model, "Hi", temperature=0)
     assert (full.finish_reason, full["_context_full"]) == ("length", CONTEXT_TOKENS)
     assert "_context_full" not in router.route_request(model, "Hi", max_tokens=5)
 
@@ -260,7 +260,7 @@ def test_requests_that_fill_the_shared_context_together_fail_with_what_to_do(
 
     async def outcome(at: int) -> SollolError | None:
         try:
-            async for _ in router.stream_async(model, f"{at} {'long ' * 15}", max_tokens=150):
+            async for _ in router.stream_async(model, f"{at} {'long ' * 15}", max_tokens=150, temperature=0):
                 pass
         except SollolError as error:
             return error
