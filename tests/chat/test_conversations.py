@@ -315,7 +315,7 @@ def test_at_ollama_the_answer_has_its_room(small_ollama: OllamaServer, keep_aliv
         all_of_it = [*chat.messages, user("and now?")]
         whole = router.route_request("small", all_of_it, max_tokens=1, keep_alive=keep_alive)
         max_tokens = CONTEXT_TOKENS - whole["prompt_eval_count"] + 5
-        chunks = asked(router, chat, "small", "and now?", max_tokens=max_tokens)
+        chunks = asked(router, chat, "small", "and now?", max_tokens=max_tokens, temperature=0)
     assert 5 < max_tokens <= CONTEXT_TOKENS // 2
     assert chunks[0]["_dropped"].startswith("dropped the oldest turn (about ")
     assert chunks[-1]["eval_count"] == max_tokens
