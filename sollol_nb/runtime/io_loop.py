@@ -17,8 +17,7 @@ import threading
 import time
 import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
-from concurrent.futures import CancelledError as FutureCancelledError
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from contextlib import aclosing
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
@@ -130,26 +129,74 @@ def run_blocking(coroutine: Coroutine[Any, Any, R]) -> R:
     except RuntimeError:
         coroutine.close()
         raise
-    finished = threading.Event()
-
-    async def noted() -> R:
-        try:
-            return await coroutine
-        finally:
-            finished.set()
-
-    future = submit(noted())
+    work = _Work(coroutine)
     try:
-        while not future.done():  # with a limit, since a wait without one cannot be interrupted on Windows
-            wait((future,), timeout=_INTERRUPT_CHECK_S)
-        return future.result()
-    except FutureCancelledError as error:
+        work.start()
+        while not work.finished.wait(_INTERRUPT_CHECK_S):  # a wait without a limit blocks Ctrl-C on Windows
+            pass
+        return work.result()
+    except asyncio.CancelledError as error:
         raise RequestCancelledError("the request was cancelled") from error
-    except BaseException:
-        if not future.done():  # the wait was interrupted, not the work
-            future.cancel()
-            finished.wait(_CANCEL_GRACE_S)
-        raise
+    finally:
+        work.stop(_CANCEL_GRACE_S)
+
+
+class _Work(Generic[R]):
+    """One task on the I/O loop, for a caller in another thread.
+
+    An interrupt may hit the caller anywhere, also inside `start`, when the task may already run. So a caller
+    creates it, starts it inside of a `try`, and calls `stop` at the end.
+
+    Args:
+        then: called on the I/O loop when the task has ended.
+
+    Attributes:
+        finished: set when the task has ended.
+    """
+
+    def __init__(
+        self, coroutine: Coroutine[Any, Any, R], *, then: Callable[[asyncio.Task[R]], object] | None = None
+    ):
+        self._coroutine = coroutine
+        self._then = then
+        self._loop = io_loop()
+        self._task: asyncio.Task[R] | None = None
+        self.finished = threading.Event()
+
+    def start(self) -> None:
+        self._loop.call_soon_threadsafe(self._begin)
+
+    def cancel(self) -> None:
+        """Cancel the task, if it has not ended."""
+        if not self.finished.is_set():
+            self._loop.call_soon_threadsafe(self._cancel)
+
+    def stop(self, grace_s: float) -> None:
+        """Cancel the task, if it has not ended, and wait at most so long until it has cleaned up."""
+        self.cancel()
+        if not on_io_loop():  # the garbage collector may close a generator there, where waiting would lock
+            self.finished.wait(grace_s)
+
+    def result(self) -> R:
+        """What the ended task returned or raised; CancelledError if it was cancelled."""
+        assert self._task is not None
+        return self._task.result()
+
+    def _begin(self) -> asyncio.Task[R]:
+        if self._task is None:
+            self._task = self._loop.create_task(self._coroutine)
+            self._task.add_done_callback(self._end)
+        return self._task
+
+    def _cancel(self) -> None:
+        self._begin().cancel()  # where the interrupt prevented the start, a task that is cancelled before any step
+
+    def _end(self, task: asyncio.Task[R]) -> None:
+        if not task.cancelled():
+            task.exception()  # now asyncio does not report it, should the caller have gone
+        self.finished.set()
+        if self._then is not None:
+            self._then(task)
 
 
 def io_bound(
@@ -188,9 +235,10 @@ async def _from_io_loop(stream: AsyncGenerator[T, None]) -> AsyncGenerator[T, No
     """The items of a stream that runs as one task on the I/O loop, for another loop."""
     deliveries: asyncio.Queue[_Delivery[T]] = asyncio.Queue()
     here = asyncio.get_running_loop()
-    cancel = _start_pump(stream, lambda delivery: here.call_soon_threadsafe(deliveries.put_nowait, delivery))
+    work = _pump(stream, lambda delivery: here.call_soon_threadsafe(deliveries.put_nowait, delivery))
     ended = False
     try:
+        work.start()
         while True:
             delivery = await deliveries.get()
             ended = delivery.ended
@@ -199,7 +247,7 @@ async def _from_io_loop(stream: AsyncGenerator[T, None]) -> AsyncGenerator[T, No
             yield delivery.item
     finally:
         if not ended:
-            cancel()
+            work.cancel()
             async with asyncio.timeout(_CANCEL_GRACE_S):
                 while not (await deliveries.get()).ended:
                     pass
@@ -221,29 +269,20 @@ class _Delivery(Generic[T]):
             raise self._error
 
 
-def _start_pump(
-    stream: AsyncGenerator[T, None], deliver: Callable[[_Delivery[T]], object]
-) -> Callable[[], object]:
-    """Deliver a stream's items and its end from one task on the I/O loop. Returns a function that cancels it."""
-    loop = io_loop()
-    tasks: list[asyncio.Task[None]] = []
+def _pump(stream: AsyncGenerator[T, None], deliver: Callable[[_Delivery[T]], object]) -> _Work[None]:
+    """One task on the I/O loop that delivers a stream's items and its end."""
 
     async def pump() -> None:
         async with aclosing(stream):
             async for item in stream:
                 deliver(_Delivery(item=item))
 
-    def begin() -> None:
-        tasks.append(loop.create_task(pump()))
-        tasks[0].add_done_callback(end)
-
-    def end(task: asyncio.Task[None]) -> None:  # also called for a task that was cancelled before its first step
+    def end(task: asyncio.Task[None]) -> None:
         error = asyncio.CancelledError() if task.cancelled() else task.exception()
         with contextlib.suppress(RuntimeError):  # the consumer's loop is closed
             deliver(_Delivery(ended=True, error=error))
 
-    loop.call_soon_threadsafe(begin)
-    return lambda: loop.call_soon_threadsafe(lambda: tasks[0].cancel())  # `begin` has run by then
+    return _Work(pump(), then=end)
 
 
 def blocking(
@@ -295,29 +334,34 @@ def iterate_blocking(
     """
     _refuse_on_io_loop()
     deliveries: queue.SimpleQueue[_Delivery[T]] = queue.SimpleQueue()
-    cancel = _start_pump(stream, deliveries.put)
-    ended = False
+    work = _pump(stream, deliveries.put)
     try:
-        while True:
-            try:
-                # With a limit, for Windows: see `run_blocking`.
-                delivery = deliveries.get(timeout=tick_s or _INTERRUPT_CHECK_S)
-            except queue.Empty:
-                if tick_s is not None:
-                    yield None
-                continue
-            ended = delivery.ended
-            if ended:
-                break
-            yield delivery.item
+        work.start()
+        last = yield from _items(deliveries, tick_s)
     finally:
-        if not ended:
-            cancel()
-            if not on_io_loop():  # the garbage collector may close us there, where waiting would lock
-                with contextlib.suppress(queue.Empty):
-                    while not deliveries.get(timeout=cancel_grace_s).ended:
-                        pass
-    delivery.raise_error()
+        work.stop(cancel_grace_s)
+    last.raise_error()
+
+
+def _items(
+    deliveries: queue.SimpleQueue[_Delivery[T]], tick_s: float | None
+) -> Generator[T | None, None, _Delivery[T]]:
+    """Yield the items; return the end.
+
+    This loop is not written inside the `try` of its caller, because of CPython 3.11 and 3.12: where an interrupt
+    arrives at the jump back of a loop, they look up its handler one instruction before the loop. If a `try` begins
+    with the loop, that is outside of it, and its `finally` does not run.
+    """
+    while True:
+        try:
+            delivery = deliveries.get(timeout=tick_s or _INTERRUPT_CHECK_S)  # with a limit: see `run_blocking`
+        except queue.Empty:
+            if tick_s is not None:
+                yield None
+            continue
+        if delivery.ended:
+            return delivery
+        yield delivery.item
 
 
 def delegate(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -35,15 +36,32 @@ async def for_ever() -> None:
     await asyncio.Event().wait()
 
 
-async def interrupt_main_thread() -> None:
-    """Ctrl-C, once the main thread waits in a blocking call."""
+async def interrupt_main_thread(*, wake: bool = True) -> None:
+    """Ctrl-C, once the main thread waits in a blocking call.
+
+    Without `wake` it reacts when that call returns, as when the signal comes just before the thread falls asleep.
+    """
     main = threading.main_thread().ident
     assert main is not None
     waiting_in = (threading.__file__, io_loop_module.__file__)
     while sys._current_frames()[main].f_code.co_filename not in waiting_in:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
     await asyncio.sleep(0.01)
-    signal.pthread_kill(main, signal.SIGINT)
+    signal.pthread_kill(main if wake else threading.get_ident(), signal.SIGINT)
+
+
+def interrupt_while_starting(monkeypatch: pytest.MonkeyPatch, *, scheduled: bool) -> None:
+    """Ctrl-C, once, just before or just after the next piece of work is scheduled on the I/O loop."""
+    loop = io_loop()
+    schedule = loop.call_soon_threadsafe
+
+    def interrupted(*arguments: Any, **settings: Any) -> Any:
+        monkeypatch.undo()
+        if scheduled:
+            schedule(*arguments, **settings)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(loop, "call_soon_threadsafe", interrupted)
 
 
 class Numbers:
@@ -113,12 +131,13 @@ def test_blocking_call_that_is_cancelled_from_inside_says_so() -> None:
 
 
 @posix_only
-def test_interrupt_cancels_the_work_and_waits_for_its_clean_up() -> None:
+@pytest.mark.parametrize("wake", [True, False])
+def test_interrupt_cancels_the_work_and_waits_for_its_clean_up(wake: bool) -> None:
     cleaned_up = []
 
     async def work() -> None:
         try:
-            await interrupt_main_thread()
+            await interrupt_main_thread(wake=wake)
             await for_ever()
         finally:
             await asyncio.sleep(0)
@@ -127,6 +146,17 @@ def test_interrupt_cancels_the_work_and_waits_for_its_clean_up() -> None:
     with pytest.raises(KeyboardInterrupt):
         run_blocking(work())
     assert cleaned_up
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_interrupt_while_the_work_is_started_leaves_nothing_running(
+    monkeypatch: pytest.MonkeyPatch, scheduled: bool
+) -> None:
+    work = for_ever()
+    interrupt_while_starting(monkeypatch, scheduled=scheduled)
+    with pytest.raises(KeyboardInterrupt):
+        run_blocking(work)
+    assert inspect.getcoroutinestate(work) == inspect.CORO_CLOSED
 
 
 def test_blocking_call_on_the_io_loop_is_refused_and_never_hangs() -> None:
@@ -378,13 +408,15 @@ def test_ticks_are_given_while_a_stream_is_silent() -> None:
 
 
 @posix_only
-def test_interrupt_of_a_blocking_iteration_cancels_the_work() -> None:
+@pytest.mark.parametrize("tick_s", [None, 0.2])
+@pytest.mark.parametrize("wake", [True, False])
+def test_interrupt_of_a_blocking_iteration_cancels_the_work(wake: bool, tick_s: float | None) -> None:
     cleaned_up = threading.Event()
 
     async def interrupts() -> AsyncGenerator[int, None]:
         try:
             yield 0
-            await interrupt_main_thread()
+            await interrupt_main_thread(wake=wake)
             await for_ever()
         finally:
             cleaned_up.set()
@@ -392,6 +424,27 @@ def test_interrupt_of_a_blocking_iteration_cancels_the_work() -> None:
     with pytest.raises(KeyboardInterrupt):
         list(iterate_blocking(interrupts()))
     assert cleaned_up.is_set()
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_interrupt_while_a_blocking_iteration_starts_leaves_nothing_running(
+    monkeypatch: pytest.MonkeyPatch, scheduled: bool
+) -> None:
+    begun, cleaned_up = threading.Event(), threading.Event()
+
+    async def stream() -> AsyncGenerator[int, None]:
+        begun.set()
+        try:
+            await for_ever()
+            yield 0
+        finally:
+            cleaned_up.set()
+
+    interrupt_while_starting(monkeypatch, scheduled=scheduled)
+    with pytest.raises(KeyboardInterrupt):
+        next(iterate_blocking(stream()))
+    run_blocking(asyncio.sleep(0))  # after what was scheduled before
+    assert begun.is_set() == cleaned_up.is_set()
 
 
 def test_abandoned_iteration_is_cancelled_by_the_garbage_collector() -> None:
