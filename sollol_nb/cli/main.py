@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -142,6 +143,19 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code. An error of this package is one line on stderr."""
+    try:
+        try:
+            return _run(argv)
+        finally:
+            print(end="", flush=True)  # what nobody reads fails here, not while the interpreter ends
+    except BrokenPipeError:
+        # The reader has gone, as `head` does. What is still buffered goes nowhere, so that the flush at the end of
+        # the interpreter does not fail, too: https://docs.python.org/3/library/signal.html#note-on-sigpipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_ERROR
+
+
+def _run(argv: Sequence[str] | None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         code: int = arguments.run(arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from sollol_nb.cli import main as cli
 from sollol_nb.errors import EngineBuildError
 from sollol_nb.llama_cpp.engine import find
 from sollol_nb.llama_cpp.engine.check import Engine, Pair
+from tests.support.engines import posix_only
 
 
 @pytest.fixture(autouse=True)
@@ -181,3 +183,49 @@ def test_the_module_is_the_command() -> None:
     command = [sys.executable, "-m", "sollol_nb", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == f"sollol_nb {__version__}\n"
+
+
+COMMAND_ON_A_MACHINE_WITH_ENGINES = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from sollol_nb.cli import main
+from sollol_nb.llama_cpp.engine import find
+from sollol_nb.llama_cpp.engine.check import Engine
+from sollol_nb.llama_cpp.processes import running
+
+async def engines(*_, **__):
+    return [SimpleNamespace(kind="worker", name="127.0.0.1:9", pid=1, state="free", as_dict=dict)]
+
+find.install_engine = lambda **_: Engine(server=Path("server"), worker=Path("worker"), version="1", source="cache")
+running.running_engines = running.stop_engines = engines
+running.as_table = str
+sys.exit(main.main())
+"""
+
+
+@posix_only
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+@pytest.mark.parametrize("arguments", ["--help", "install", "doctor", "doctor --json", "ps", "status", "stop"])
+def test_a_command_whose_output_nobody_reads_ends_in_silence(unbuffered: str, arguments: str) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", COMMAND_ON_A_MACHINE_WITH_ENGINES, *arguments.split()],
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+            stdout=write,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    finally:
+        os.close(write)
+    # argparse ignores that it cannot write its help.
+    assert (done.stderr, done.returncode) == ("", 0 if arguments == "--help" and unbuffered else 1)
+
+
+@posix_only
+def test_a_command_without_any_output_file_runs() -> None:
+    command = ["sh", "-c", '"$0" -m sollol_nb ps >&-', sys.executable]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    assert (done.stderr, done.returncode) == ("", 0)
