@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,11 @@ pytest_plugins = ["tests.support.ollama_server"]
 collect_ignore = ["test_terminal.py"] if sys.platform == "win32" else []
 ENGINE_NAMES = ("llama-server", "ggml-rpc-server", "rpc-server", "ollama")
 NO_OLLAMA = "127.0.0.1:9"  # the discard port: nothing answers there
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell without job control starts background jobs so. Tests interrupt themselves and the processes that they
+    # start, which would inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header() -> list[str]:
