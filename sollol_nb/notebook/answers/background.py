@@ -111,7 +111,7 @@ class BackgroundAnswer:
     @property
     def done(self) -> bool:
         """Whether it has ended, successfully or not."""
-        return self._ended.is_set()
+        return self._future.done()  # not `_ended`, which is set later: a waiter may run in between
 
     @property
     def text(self) -> str:
