@@ -45,11 +45,11 @@ def load_ipython_extension(shell: InteractiveShell) -> None:
     shell.register_magics(*_MAGICS)
     tab_completion.install(shell, session.running_models, chats=session.chats, workers=session.worker_endpoints)
     kernel_hooks.shorten_errors(session.has_short_errors)
-    if kernel_settings.nest_asyncio:
-        kernel_hooks.allow_nested_loops()
     frame_accessor.register(session.router)
     if is_kernel(shell):
         use_bars(TextBar)
+    if kernel_settings.nest_asyncio:  # last, since it raises if the variable or the file has an invalid value
+        kernel_hooks.allow_nested_loops()
 
 
 def unload_ipython_extension(shell: InteractiveShell) -> None:
