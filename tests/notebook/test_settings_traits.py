@@ -162,7 +162,7 @@ def test_router_settings_are_arguments_of_the_router(settings: Sollol, file: Pat
     assert [node.url for node in pool.nodes] == ["http://127.0.0.1:9"]
     assert set(given) == {SETTINGS[name].argument for name in values}
     with HybridRouter(**given) as router:
-        assert "1 workers" in repr(router)
+        assert ": 1 worker, coordinators: none" in repr(router)
 
 
 def test_a_changed_router_setting_calls_back(settings: Sollol) -> None:
