@@ -26,6 +26,8 @@ BACKEND_NAMES: dict[str, str | None] = {
 """What a person may write for a backend -> the backend; None leaves the choice to the router."""
 
 _SHORT_NAMES = {OLLAMA: "ollama", DISTRIBUTED: "sharded", LOCAL: "local"}
+BACKENDS = ("auto", *_SHORT_NAMES.values())
+"""The short names of all backends, and `auto`."""
 _DESCRIPTIONS = {OLLAMA: "Ollama", DISTRIBUTED: "sharded llama-server", LOCAL: "local llama-server"}
 
 

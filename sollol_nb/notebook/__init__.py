@@ -40,20 +40,25 @@ _END_LIMIT_S = 5.0
 
 
 def load_ipython_extension(shell: InteractiveShell) -> None:
-    """Register the magics, and change what `kernel_hooks` says. Loading twice is fine."""
+    """Register the magics, tab completion, `%config Sollol` and `df.sollol`; shorten the package's errors, and let
+    `asyncio.run` work in cells. Loading twice is fine.
+
+    Raises:
+        ConfigError: a setting that loading reads has an invalid value.
+    """
     kernel_settings = session.start(shell)
     shell.register_magics(*_MAGICS)
     tab_completion.install(shell, session.running_models, chats=session.chats, workers=session.worker_endpoints)
     kernel_hooks.shorten_errors(session.has_short_errors)
-    if kernel_settings.nest_asyncio:
-        kernel_hooks.allow_nested_loops()
     frame_accessor.register(session.router)
     if is_kernel(shell):
         use_bars(TextBar)
+    if kernel_settings.nest_asyncio:  # last, since it raises if the variable or the file has an invalid value
+        kernel_hooks.allow_nested_loops()
 
 
 def unload_ipython_extension(shell: InteractiveShell) -> None:
-    """Remove all that loading added, which IPython itself does not; stop the router's engines, or keep them
+    """Remove everything that loading added, since IPython does not. Stop the router's engines, or keep them
     running (`%config Sollol.on_unload`)."""
     background.cancel_all(wait_s=_END_LIMIT_S)
     session.end(shell)

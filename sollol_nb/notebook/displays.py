@@ -30,7 +30,7 @@ def make_display(bundle: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
 
 
 def hide_once(shell: Any, value: object) -> None:
-    """Do not show this value of the running cell, since it is on the screen already. `_` and `Out` get it."""
+    """Do not show this value as the running cell's result: it is on the screen already. `_` and `Out` get it."""
     printers = shell.display_formatter.ipython_display_formatter
     hiding = printers.type_printers.get(type(value))
     if isinstance(hiding, _Hiding):  # not the first of this cell

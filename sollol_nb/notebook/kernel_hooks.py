@@ -4,8 +4,8 @@ IPython asks an exception for `_render_traceback_`. While the extension is loade
 have that method, so that no other module needs to know of IPython.
 
 `asyncio.run(...)` in a cell, where the kernel's own loop runs already, needs nest_asyncio. Its maintained fork is
-used: with ipykernel 7 the original loses the next cell when cells are queued. It cannot be undone, so what it
-replaces is saved before and restored after. `SOLLOL_NEST_ASYNCIO=0` switches this off; nothing in the package
+used: with ipykernel 7 the original loses the next cell when cells are queued. It cannot undo its patches, so this
+module saves what they replace, and restores it. `SOLLOL_NEST_ASYNCIO=0` switches this off; nothing in the package
 needs it.
 """
 

@@ -72,16 +72,15 @@ class Session:
         """
         with self._lock:
             if self._router is None or router_settings or self._router_is_stale:
-                configured = self._settings.router_settings() if self._settings is not None else {}
-                new = _new_router(**{**configured, **router_settings})
                 # After a changed setting the new router adopts those engines that still suit it.
-                return self._replace_router(new, keep=not router_settings)
+                return self._replace_router(self._configured_router(router_settings), keep=not router_settings)
             return self._router
 
     def use_router(self, new: HybridRouter | None) -> HybridRouter:
-        """Let the magics use this router from now on, or a new one if it is None. The previous one is closed."""
+        """Let the magics use this router from now on; None: a new one, with the kernel's settings. The previous
+        router is closed."""
         with self._lock:
-            return self._replace_router(new if new is not None else _new_router(), keep=False)
+            return self._replace_router(new if new is not None else self._configured_router({}), keep=False)
 
     def running_models(self) -> list[str]:
         """The models of the router's coordinators."""
@@ -94,6 +93,10 @@ class Session:
     def has_short_errors(self) -> bool:
         """Whether the package's errors are shown as one line (setting `short_errors`)."""
         return self._settings is None or bool(self._settings.or_built_in("short_errors"))
+
+    def _configured_router(self, router_settings: dict[str, Any]) -> HybridRouter:
+        configured = self._settings.router_settings() if self._settings is not None else {}
+        return _new_router(**{**configured, **router_settings})
 
     def _replace_router(self, new: HybridRouter, *, keep: bool) -> HybridRouter:
         previous, self._router, self._router_is_stale = self._router, new, False

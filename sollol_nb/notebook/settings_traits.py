@@ -3,6 +3,7 @@
 A trait that is not set has the value of the environment variable, of the settings file, or the default. It is
 looked up at each reading, so that an edit of `sollol_nb.toml` takes effect immediately. Setting a trait to None
 unsets it.
+
 `c.Sollol.temperature = 0` in `ipython_config.py` works like `%config Sollol.temperature = 0`.
 """
 

@@ -52,6 +52,7 @@ from sollol_nb.runtime.io_loop import (
 from sollol_nb.runtime.priority import Priority, checked_priority
 from sollol_nb.settings import config
 from sollol_nb.settings.endpoints import DEFAULT_COORDINATOR_PORT, DEFAULT_RPC_PORT
+from sollol_nb.text.tables import counted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -188,7 +189,8 @@ class Router:
 
     def __repr__(self) -> str:
         models = ", ".join(coordinator.model for coordinator in self.coordinators) or "none"
-        return f"<{type(self).__name__}: {len(self.worker_endpoints)} workers, coordinators: {models}>"
+        workers = counted(len(self.worker_endpoints), "worker")
+        return f"<{type(self).__name__}: {workers}, coordinators: {models}>"
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
         status = self.state.status() if on_io_loop() else run_blocking(self.status())

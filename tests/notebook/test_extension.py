@@ -255,6 +255,16 @@ def test_nested_loops_can_be_switched_off() -> None:
         assert "cannot be called from a running event loop" in fresh.run("asyncio.run(asyncio.sleep(0))").error[-1]
 
 
+def test_an_invalid_setting_of_nested_loops_is_an_error_but_all_else_is_loaded() -> None:
+    with kernel(SOLLOL_NEST_ASYNCIO="perhaps") as fresh:
+        shown = fresh.run("%load_ext sollol_nb")
+        assert len(shown.error) == 1
+        assert shown.error[0].startswith("ConfigError: SOLLOL_NEST_ASYNCIO")
+        fresh.run("import pandas as pd\nfrom sollol_nb.runtime.progress_bars import progress_bar")
+        bar = "type(progress_bar(total=1)).__name__"
+        assert fresh.value(f"hasattr(pd.DataFrame, 'sollol'), {bar}") == "(True, 'TextBar')"
+
+
 @pytest.mark.parametrize(
     ("typed", "completed"),
     [

@@ -42,8 +42,8 @@ def in_kernel(cell: Callable[[], Coroutine[Any, Any, T]]) -> T:
 def patchable() -> list[dict[str, Any]]:
     loop = asyncio.new_event_loop()
     loop.close()
-    places = [asyncio, asyncio.events, asyncio.futures, asyncio.tasks, *type(loop).__mro__[:-1]]
-    return [dict(vars(place)) for place in places]
+    owners = [asyncio, asyncio.events, asyncio.futures, asyncio.tasks, *type(loop).__mro__[:-1]]
+    return [dict(vars(owner)) for owner in owners]
 
 
 def test_asyncio_run_works_in_a_running_loop() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
 
 from sollol_nb.notebook import session as session_module
 from sollol_nb.notebook.session import Session
@@ -31,6 +33,29 @@ def test_threads_that_need_the_router_at_the_same_time_share_one(monkeypatch: py
     assert len(created) == 1
     assert given == created * 4
     created[0].close()
+
+
+@pytest.fixture
+def shell() -> Iterator[InteractiveShell]:
+    yield InteractiveShell.instance()
+    InteractiveShell.clear_instance()
+
+
+def test_each_new_router_has_the_settings_of_the_kernel(
+    shell: InteractiveShell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = session_module._new_router
+    monkeypatch.setattr(
+        session_module, "_new_router", lambda **settings: create(auto_discover_rpc=False, **settings)
+    )
+    session = Session()
+    session.start(shell).strategy = "even"
+    try:
+        assert session.router().layer_strategy == "even"
+        assert session.use_router(None).layer_strategy == "even"
+        assert session.router(layer_strategy="memory_aware").layer_strategy == "memory_aware"
+    finally:
+        session.end(shell)
 
 
 def test_without_the_extension_there_are_no_settings() -> None:

@@ -80,7 +80,7 @@ def test_values_get_their_normal_form(settings: Sollol) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "words"),
+    ("name", "value", "message"),
     [
         ("temperature", "hot", "Sollol.temperature='hot' must be a number of 0 or more, such as 0.7"),
         ("workers", ["a:b"], "Sollol.workers: 'a:b' is not an endpoint; use host:port"),
@@ -90,12 +90,12 @@ def test_values_get_their_normal_form(settings: Sollol) -> None:
     ],
 )
 def test_invalid_values_are_one_line_and_change_nothing(
-    settings: Sollol, name: str, value: object, words: str
+    settings: Sollol, name: str, value: object, message: str
 ) -> None:
     configure(settings, slots=5)
     with pytest.raises(ConfigError) as caught:
         configure(settings, **{name: value})
-    assert str(caught.value).startswith(words)
+    assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
     configure(settings, seed=1)
     assert (settings.temperature, settings.workers, settings.slots, settings.seed) == (None, [], 5, 1)
@@ -162,7 +162,7 @@ def test_router_settings_are_arguments_of_the_router(settings: Sollol, file: Pat
     assert [node.url for node in pool.nodes] == ["http://127.0.0.1:9"]
     assert set(given) == {SETTINGS[name].argument for name in values}
     with HybridRouter(**given) as router:
-        assert "1 workers" in repr(router)
+        assert ": 1 worker, coordinators: none" in repr(router)
 
 
 def test_a_changed_router_setting_calls_back(settings: Sollol) -> None:
@@ -224,7 +224,7 @@ def test_the_magic_sets_and_shows(notebook: Kernel) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cell", "words"),
+    ("cell", "message"),
     [
         (
             "%config Sollol.temperature = 'hot'",
@@ -233,8 +233,10 @@ def test_the_magic_sets_and_shows(notebook: Kernel) -> None:
         ("%config Sollol.temprature = 1", "Sollol: there is no setting 'temprature'; did you mean temperature?"),
     ],
 )
-def test_an_invalid_value_is_one_line_in_the_cell_and_is_not_kept(notebook: Kernel, cell: str, words: str) -> None:
-    assert notebook.run(cell).stream.strip().splitlines() == [f"ERROR:root:{words}"]
+def test_an_invalid_value_is_one_line_in_the_cell_and_is_not_kept(
+    notebook: Kernel, cell: str, message: str
+) -> None:
+    assert notebook.run(cell).stream.strip().splitlines() == [f"ERROR:root:{message}"]
     assert notebook.run("%config Sollol.max_tokens = 9").stream == ""
     assert notebook.value("settings.temperature, settings.max_tokens") == "(None, 9)"
 

@@ -25,6 +25,7 @@ from sollol_nb.notebook.answers.request import CellRequest
 from sollol_nb.notebook.answers.views import UPDATE_INTERVAL_S, LiveAnswer, NotebookView
 from sollol_nb.runtime.events import EventBus
 from sollol_nb.runtime.io_loop import io_loop
+from sollol_nb.text.tables import counted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -111,7 +112,7 @@ class BackgroundAnswer:
     @property
     def done(self) -> bool:
         """Whether it has ended, successfully or not."""
-        return self._ended.is_set()
+        return self._future.done()  # not `_ended`, which is set later: a waiter may run in between
 
     @property
     def text(self) -> str:
@@ -191,7 +192,8 @@ class BackgroundAnswer:
         return "cancelled" if isinstance(self.error, RequestCancelledError) else "failed"
 
     def __repr__(self) -> str:
-        return f"<BackgroundAnswer of {shown_name(self.model)}: {self.state}, {len(self.text):,} characters>"
+        length = counted(len(self.text), "character")
+        return f"<BackgroundAnswer of {shown_name(self.model)}: {self.state}, {length}>"
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(repr(self))

@@ -124,7 +124,7 @@ def cell_request(
     if arguments.reset and arguments.chat is None:
         raise UsageError("--reset starts a conversation over; name it with --chat NAME")
     if arguments.raw and arguments.quiet:
-        raise UsageError("--raw and --quiet exclude each other; use one of them")
+        raise UsageError("--raw and --quiet cannot be combined; use only one of them")
     if out is not None and arguments.out is not None:
         raise UsageError(f"the answer would go to two variables, {out} and {arguments.out}; name one of them")
     options = {}

@@ -120,7 +120,7 @@ class NotebookView:
         self._put({"text/markdown": markdown, "text/plain": tail(answer.text) or answer.status})
 
     def finish(self, completion: Completion | None, frame: pd.DataFrame | None = None, *, error: str = "") -> None:
-        """Replace the live answer by the final one, and by the error where no cell raises it."""
+        """Replace the live answer with the final one, followed by the error if no cell raises it."""
         if error:
             end = completion._repr_mimebundle_() if completion is not None else {"text/plain": ""}
             errors = {"text/plain": error, "text/markdown": safe_markdown(error), "text/html": html.escape(error)}

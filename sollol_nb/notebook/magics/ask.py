@@ -13,6 +13,7 @@ from sollol_nb.chat.chunk import Chunk
 from sollol_nb.chat.completion import Completion
 from sollol_nb.chat.conversation import Chat
 from sollol_nb.chat.conversations import ChatBook, ask_in_chat
+from sollol_nb.models.routing import BACKENDS
 from sollol_nb.notebook import magic_line, session
 from sollol_nb.notebook.answers.background import BackgroundAnswer
 from sollol_nb.notebook.answers.cell import stream_into_cell
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from sollol_nb.sync_wrapper import HybridRouter
-
-BACKENDS = ("auto", "ollama", "sharded", "local")
 
 
 @magics_class

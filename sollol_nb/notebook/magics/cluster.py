@@ -94,7 +94,7 @@ class ClusterMagics(Magics):
     @argument("--all", action="store_true", help="everything, including what other notebooks use")
     @line_magic
     def sollol_stop(self, line: str) -> None:
-        """Stop the coordinators of this notebook, those named, or everything (including workers).
+        """Stop the coordinators of this notebook, or the named engines, or everything (including workers).
 
         Example::
 

@@ -9,6 +9,7 @@ from IPython.core.magic import Magics, line_magic, magics_class
 from IPython.core.magic_arguments import argument, magic_arguments
 
 from sollol_nb.models.profiles import MODEL_PROFILES
+from sollol_nb.models.routing import BACKENDS
 from sollol_nb.notebook import magic_line, session
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class ModelMagics(Magics):
 
     @magic_arguments()
     @argument("model", help="model name")
-    @argument("--backend", choices=("auto", "ollama", "sharded", "local"), help="the route with this backend")
+    @argument("--backend", choices=BACKENDS, help="show the route of a request with this --backend")
     @line_magic
     def sollol_route(self, line: str) -> None:
         """Show where a request for a model would go now, and why.

@@ -90,6 +90,18 @@ def test_several_loops_may_await_the_same_answer() -> None:
     assert values == [handle.result()] * 3
 
 
+def test_an_awaited_answer_is_done() -> None:
+    async def cell() -> None:
+        for _ in range(200):  # the awaiting thread often runs before the I/O thread has finished its callbacks
+            stream = Stream()
+            handle = background(stream)
+            stream.end()
+            completion = await handle
+            assert (handle.done, handle.state, handle.completion) == (True, "done", completion)
+
+    asyncio.run(cell())
+
+
 def test_awaiting_a_cancelled_answer_raises() -> None:
     handle = background(Stream())
     assert handle.cancel()

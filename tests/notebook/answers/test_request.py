@@ -80,7 +80,7 @@ def test_json_is_requested_from_the_engine_unless_there_is_a_schema() -> None:
         ("", "Hi", "no model given"),
         ('"Hi there"', None, "no model given"),
         ("demo --reset", "Hi", "name it with --chat NAME"),
-        ("demo --raw --quiet", "Hi", "exclude each other"),
+        ("demo --raw --quiet", "Hi", "--raw and --quiet cannot be combined"),
         ("x << demo --out y", "Hi", "two variables, x and y"),
         ("demo --out 1x", "Hi", "'1x' [(]--out[)] is not a valid variable name"),
     ],

@@ -73,7 +73,7 @@ def test_the_stop_button_keeps_the_measurements(notebook: Kernel, state: Path) -
 
 
 @pytest.mark.parametrize(
-    ("line", "words"),
+    ("line", "message"),
     [
         ("", "%sollol_bench: model is missing"),
         ("demo:sharded --layuots 1", "unknown option --layuots; did you mean --layouts?"),
@@ -85,9 +85,9 @@ def test_the_stop_button_keeps_the_measurements(notebook: Kernel, state: Path) -
         ("demo:sharded --out 1x", "'1x' (--out) is not a valid variable name"),
     ],
 )
-def test_mistakes_are_one_line(notebook: Kernel, line: str, words: str) -> None:
+def test_mistakes_are_one_line(notebook: Kernel, line: str, message: str) -> None:
     notebook.run("questions = ['Hello!']")
     shown = notebook.run(f"%sollol_bench {line}")
     assert shown.status == "error"
-    assert words in "".join([*shown.error, shown.stream])
+    assert message in "".join([*shown.error, shown.stream])
     assert shown.displays == [], "no progress bar"
