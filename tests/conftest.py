@@ -21,14 +21,17 @@ from tests.support.engines import write_endless
 
 pytest_plugins = ["tests.support.ollama_server"]
 
-collect_ignore = ["test_terminal.py"] if sys.platform == "win32" else []
+collect_ignore = ["notebook/test_terminal.py"] if sys.platform == "win32" else []
 ENGINE_NAMES = ("llama-server", "ggml-rpc-server", "rpc-server", "ollama")
 NO_OLLAMA = "127.0.0.1:9"  # the discard port: nothing answers there
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # A shell without job control starts background jobs so. Tests interrupt themselves and the processes that they
-    # start, which would inherit it.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# Tests send signals to themselves and to processes that they start, which inherit what is ignored here: a shell
+# without job control starts background jobs with SIGINT ignored, `nohup` starts its command with SIGHUP ignored.
+DEFAULT_HANDLERS = {"SIGINT": signal.default_int_handler, "SIGHUP": signal.SIG_DFL}
+for name, default in DEFAULT_HANDLERS.items():
+    number = getattr(signal, name, None)  # Windows has no SIGHUP
+    if number is not None and signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, default)
 
 
 def pytest_report_header() -> list[str]:
