@@ -256,25 +256,27 @@ def test_an_answer_that_fills_the_context_says_so(small: tuple[HybridRouter, str
 def test_requests_that_fill_the_shared_context_together_fail_with_what_to_do(
     small: tuple[HybridRouter, str],
 ) -> None:
-    router, model = small
+    _, model = small
 
-    async def outcome(at: int) -> SollolError | None:
+    async def outcome(router: HybridRouter, number: int) -> SollolError | None:
         try:
-            async for _ in router.stream_async(model, f"{at} {'long ' * 15}", max_tokens=150, temperature=0):
+            async for _ in router.stream_async(model, str(number), temperature=0):
                 pass
         except SollolError as error:
             return error
         return None
 
-    async def all_at_once() -> list[SollolError | None]:
-        return await asyncio.gather(*(outcome(at) for at in range(4)))
+    async def all_together(router: HybridRouter) -> list[SollolError | None]:
+        return await asyncio.gather(*(outcome(router, number) for number in range(4)))
 
-    router.route_request(model, "Hi", max_tokens=1)
-    errors = [error for error in run(all_at_once()) if error is not None]
+    # So much context that the first answer still runs when the last request arrives.
+    with HybridRouter(context_tokens=4096, num_rpc_backends=1, coordinator_port=18490) as router:
+        router.route_request(model, "Hi", max_tokens=1)
+        errors = [error for error in run(all_together(router)) if error is not None]
     assert errors
     for error in errors:
         assert isinstance(error, ContextOverflowError)
-        assert "filled the 256 tokens of context that they share" in str(error)
+        assert "filled the 4,096 tokens of context that they share" in str(error)
 
 
 # --- a context that is too small, at Ollama -----------------------------------------------------
