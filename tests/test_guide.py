@@ -24,9 +24,10 @@ import pytest
 from sollol_nb.hybrid_router import MODEL_PROFILES
 from sollol_nb.hybrid_router import HybridRouter as AsyncRouter
 from sollol_nb.llama_cpp.engine.check import Engine
+from sollol_nb.llama_cpp.processes.machine import free_ports
 from sollol_nb.llama_cpp.processes.process import EngineProcess
 from sollol_nb.llama_cpp.processes.running import running_engines, stop_engines
-from sollol_nb.llama_cpp.workers.local import start_worker
+from sollol_nb.llama_cpp.workers.local import start_worker, wait_until_free
 from sollol_nb.models.files import DEMO_MODEL_PATH
 from sollol_nb.runtime.io_loop import run_blocking
 from sollol_nb.settings.endpoints import parse_endpoint
@@ -86,11 +87,10 @@ def guide_world(
         try:
             for place in places:
                 host, port = parse_endpoint(place)
+                # A test before may have left a worker there, which ends with its `keep_alive`.
+                eventually(lambda host=host, port=port: free_ports(port, 1, host) == [port], f"{place} is unused")
                 workers.append(run_blocking(start_worker(engine, host, port, 1, 600.0)))
-            with HybridRouter(rpc_backends=places) as watching:
-                eventually(
-                    lambda: all(worker.state == "free" for worker in watching.cluster().workers), "workers answer"
-                )
+                run_blocking(wait_until_free(place, workers[-1]))
             yield custom
         finally:
             for worker in workers:
