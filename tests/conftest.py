@@ -18,6 +18,7 @@ from sollol_nb.runtime.io_loop import run_blocking
 from sollol_nb.settings.table import SETTINGS
 from sollol_nb.sync_wrapper import HybridRouter
 from tests.support.engines import write_endless
+from tests.support.smollm2 import smollm2_path
 
 pytest_plugins = ["tests.support.ollama_server"]
 
@@ -73,6 +74,12 @@ def router(engine: Engine) -> Iterator[HybridRouter]:
     # Not on the usual port, which other tests expect to be free.
     with HybridRouter(auto_setup_rpc=True, auto_discover_rpc=False, num_rpc_backends=3, rpc_port=51052) as shared:
         yield shared
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The GGUF file of a real instruct model, fetched once."""
+    return smollm2_path()
 
 
 @pytest.fixture(scope="module")
