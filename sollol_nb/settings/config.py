@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,10 @@ from sollol_nb.settings.table import FILE_NAME, SETTINGS
 APP_NAME = "sollol_nb"
 
 BUILT_IN = "built-in default"
+
+_KEPT_AWAY = re.compile(r"LLAMA_(?!CACHE$)|AIP_|MTMD_|GGML_\w*DEBUG")
+"""Variables that llama.cpp's programs read (every `getenv` of its `common/`, `src/`, `tools/server/`,
+`tools/mtmd/` and `ggml/src/`), without those that choose devices and how these work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +149,10 @@ def cxx_compiler() -> str | None:
 def child_environment(**extra: str) -> dict[str, str]:
     """The environment for programs that this package starts: that of this process, plus `extra`.
 
-    llama.cpp reads every option from `LLAMA_ARG_*` too; a variable set for other work must not change the engines
-    of this package. Its crash handler, which runs a debugger, is switched off.
+    What is set for other work must not change or break the engines of this package: llama-server reads every option
+    from `LLAMA_ARG_*`, moves to another port where Vertex AI's `AIP_*` are set (and ends if `AIP_HTTP_PORT` is not a
+    number), behaves as a part of another server with `LLAMA_SERVER_ROUTER_PORT`, and has debug switches. The
+    folder of its cache and the choice of devices stay. Its crash handler, which runs a debugger, is switched off.
     """
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("LLAMA_ARG_")}
+    environment = {name: value for name, value in os.environ.items() if not _KEPT_AWAY.match(name)}
     return environment | {"GGML_NO_BACKTRACE": "1"} | extra

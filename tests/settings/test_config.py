@@ -119,13 +119,19 @@ def test_the_cache_has_its_own_folder_by_default(monkeypatch: pytest.MonkeyPatch
     assert config.APP_NAME in str(config.cache_dir())
 
 
-def test_programs_get_the_environment_without_engine_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LLAMA_ARG_N_GPU_LAYERS", "0")
-    monkeypatch.setenv("HTTPS_PROXY", "http://proxy:1")
+def test_programs_get_the_environment_without_what_changes_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept_away = [
+        *("LLAMA_ARG_N_GPU_LAYERS", "LLAMA_API_KEY", "LLAMA_SERVER_ROUTER_PORT", "LLAMA_SERVER_CHILD_MODE"),
+        *("AIP_MODE", "AIP_HTTP_PORT", "AIP_HEALTH_ROUTE", "LLAMA_MEDIA_MARKER", "LLAMA_TRACE", "LLAMA_APP_CMD"),
+        *("GGML_SCHED_DEBUG", "GGML_RPC_DEBUG", "GGML_SCHED_DEBUG_REALLOC", "MTMD_BACKEND_DEVICE"),
+    ]
+    kept = ["HTTPS_PROXY", "LLAMA_CACHE", "CUDA_VISIBLE_DEVICES", "GGML_CUDA_ENABLE_UNIFIED_MEMORY", "MY_AIP_MODE"]
+    for name in [*kept_away, *kept]:
+        monkeypatch.setenv(name, "1")
 
-    given = config.child_environment(LLAMA_API_KEY="key")
+    given = config.child_environment()
 
-    assert "LLAMA_ARG_N_GPU_LAYERS" not in given
-    assert given["HTTPS_PROXY"] == "http://proxy:1"
-    assert given["LLAMA_API_KEY"] == "key"
+    assert [name for name in kept_away if name in given] == []
+    assert [given[name] for name in kept] == ["1"] * len(kept)
     assert given["GGML_NO_BACKTRACE"] == "1"
+    assert config.child_environment(LLAMA_API_KEY="key")["LLAMA_API_KEY"] == "key"

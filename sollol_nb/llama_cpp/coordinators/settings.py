@@ -16,6 +16,7 @@ from sollol_nb.gguf.facts import ModelFacts, read_facts
 from sollol_nb.layers.plan import LayerPlan
 from sollol_nb.llama_cpp.coordinators.placement import split_over_devices
 from sollol_nb.llama_cpp.processes.machine import usable_cores
+from sollol_nb.settings import config
 from sollol_nb.settings.endpoints import LOOPBACK
 from sollol_nb.settings.table import DEFAULT_SLOTS
 from sollol_nb.text.tables import counted
@@ -150,7 +151,14 @@ def server_flags(settings: CoordinatorSettings, port: int, known: frozenset[str]
 def known_flags(server: Path) -> frozenset[str]:
     """The flags that this build of llama-server knows. Raises EngineError if it does not run."""
     try:
-        answer = subprocess.run([str(server), "--help"], capture_output=True, text=True, timeout=30, check=False)
+        answer = subprocess.run(
+            [str(server), "--help"],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+            env=config.child_environment(),
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise EngineError(f"{server} does not run ({error}); run `sollol-nb doctor`") from error
     return frozenset(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", answer.stdout + answer.stderr))

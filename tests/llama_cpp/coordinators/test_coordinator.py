@@ -18,6 +18,7 @@ import httpx
 import psutil
 import pytest
 
+from sollol_nb.chat.completion import Completion
 from sollol_nb.errors import (
     CoordinatorStartError,
     CoordinatorTimeoutError,
@@ -32,7 +33,7 @@ from sollol_nb.layers.strategies import WorkerCapacity
 from sollol_nb.llama_cpp.coordinators import start as coordinator_start
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.coordinators.readiness import READY_POLL_S, StartingCoordinator
-from sollol_nb.llama_cpp.coordinators.settings import CoordinatorSettings
+from sollol_nb.llama_cpp.coordinators.settings import CoordinatorSettings, known_flags
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.processes.machine import free_ports
 from sollol_nb.llama_cpp.workers.workers import Workers
@@ -488,6 +489,33 @@ def test_a_refusal_of_the_engine_has_its_reason_and_leaves_it_running(running: C
         run(ask())
     assert "\n" not in str(caught.value)
     assert running.is_running()
+
+
+def test_variables_of_other_work_in_the_kernel_do_not_break_the_engine(
+    engine: Engine, endpoints: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a Vertex AI workbench, or in a kernel that a llama-server in router mode started."""
+    for name, value in {
+        "AIP_MODE": "PREDICTION",
+        "AIP_HTTP_PORT": "not a number",
+        "LLAMA_SERVER_ROUTER_PORT": "1",
+        "LLAMA_ARG_PORT": "not a number",
+        "LLAMA_API_KEY": "another",
+        "GGML_SCHED_DEBUG_REALLOC": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    known_flags.cache_clear()
+
+    async def check() -> Completion:
+        coordinator = await start(engine, over(endpoints[:1]))
+        try:
+            answer = coordinator.answer([{"role": "user", "content": QUESTION}], {"max_tokens": 5})
+            return Completion.from_chunks([chunk async for chunk in coordinator.stream(answer)])
+        finally:
+            await coordinator.stop()
+
+    assert run(check())["eval_count"] == 5
+    assert "--jinja" in known_flags(engine.server)
 
 
 def test_a_local_coordinator_has_no_plan_and_no_worker_flags(router: HybridRouter) -> None:
