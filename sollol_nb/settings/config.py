@@ -149,9 +149,9 @@ def cxx_compiler() -> str | None:
 def child_environment(**extra: str) -> dict[str, str]:
     """The environment for programs that this package starts: that of this process, plus `extra`.
 
-    What is set for other work must not change or break the engines of this package: llama-server reads every option
-    from `LLAMA_ARG_*`, moves to another port where Vertex AI's `AIP_*` are set (and ends if `AIP_HTTP_PORT` is not a
-    number), behaves as a part of another server with `LLAMA_SERVER_ROUTER_PORT`, and has debug switches. The
+    What is set for other work must not change or break the engines of this package: llama-server reads every
+    option from `LLAMA_ARG_*`, moves to another port where Vertex AI's `AIP_*` are set (and ends if `AIP_HTTP_PORT`
+    is not a number), acts as a part of another server with `LLAMA_SERVER_ROUTER_PORT`, and has debug switches. The
     folder of its cache and the choice of devices stay. Its crash handler, which runs a debugger, is switched off.
     """
     environment = {name: value for name, value in os.environ.items() if not _KEPT_AWAY.match(name)}
