@@ -73,7 +73,7 @@ class BatchStore:
     """
 
     def __init__(self, path: str | Path | None = None) -> None:
-        self.path = Path(path) if path is not None else config.state_dir() / "batches.sqlite"
+        self.path = Path(path) if path is not None else config.state_file("batches.sqlite")
         self._file = SqliteFile(self.path, [_CREATE])
 
     def __repr__(self) -> str:

@@ -19,8 +19,8 @@ async def user_cluster() -> ClusterStatus:
     endpoints = [*config.default("workers")]
     for entry in entries:
         endpoints += entry.workers
-        if entry.kind == registry.WORKER:
-            endpoints.append(str(entry.about["endpoint"]))
+        if entry.kind == registry.WORKER and "endpoint" in entry.about:
+            endpoints.append(entry.about["endpoint"])
     async with HybridRouter(rpc_backends=dict.fromkeys(endpoints), auto_discover_rpc=False) as router:
         return await router.cluster()
 

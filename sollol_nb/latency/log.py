@@ -85,7 +85,7 @@ class LatencyLog:
             raise ConfigError(f"keep_days={keep_days!r} must be more than 0; None keeps rows for ever")
         if keep_rows is not None and not (is_whole_number(keep_rows) and keep_rows > 0):
             raise ConfigError(f"keep_rows={keep_rows!r} must be a whole number above 0; None keeps all rows")
-        self.path = Path(path) if path is not None else config.state_dir() / "latency.sqlite"
+        self.path = Path(path) if path is not None else config.state_file("latency.sqlite")
         self.keep_days = keep_days
         self.keep_rows = keep_rows
         self._file = SqliteFile(self.path, _MIGRATIONS, usable_from=max(column.since for column in COLUMNS))

@@ -27,6 +27,7 @@ from typing import Any
 
 import platformdirs
 
+from sollol_nb.runtime.private_files import check_private, private_folder
 from sollol_nb.settings.file import find_nearest, is_file, read_settings
 from sollol_nb.settings.kinds import keep_alive_seconds
 from sollol_nb.settings.table import FILE_NAME, SETTINGS
@@ -34,6 +35,8 @@ from sollol_nb.settings.table import FILE_NAME, SETTINGS
 APP_NAME = "sollol_nb"
 
 BUILT_IN = "built-in default"
+LOGS = "logs"
+"""Name of the folder of logs in the state folder."""
 
 _KEPT_AWAY = re.compile(r"LLAMA_(?!CACHE$)|AIP_|MTMD_|GGML_\w*DEBUG")
 """Variables that llama.cpp's programs read (every `getenv` of its `common/`, `src/`, `tools/server/`,
@@ -107,24 +110,31 @@ def cache_dir() -> Path:
 
 
 def state_dir() -> Path:
-    """Folder for the latency log, engine logs and the registry, created with mode 0700."""
+    """Folder for the latency log, engine logs and the registry, created with mode 0700.
+
+    Raises:
+        ConfigError: it cannot be created, or other users could have put there what it contains. The functions
+            below raise it, too.
+    """
     path: Path = default("state_dir") or platformdirs.user_state_path(APP_NAME, appauthor=False)
-    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return private_folder(path, shared_parent=True)
+
+
+def state_file(name: str) -> Path:
+    """The path of a file in the state folder, which need not exist; an existing one is made private."""
+    path = state_dir() / name
+    check_private(path)
     return path
 
 
 def log_dir() -> Path:
     """Folder for the logs of engine processes, created with mode 0700 (debug logs may hold prompts)."""
-    path = state_dir() / "logs"
-    path.mkdir(exist_ok=True, mode=0o700)
-    return path
+    return private_folder(state_dir() / LOGS)
 
 
 def registry_dir() -> Path:
     """Folder for the entries and keys of running engines, created with mode 0700."""
-    path = state_dir() / "registry"
-    path.mkdir(exist_ok=True, mode=0o700)
-    return path
+    return private_folder(state_dir() / "registry")
 
 
 def default_keep_alive_s() -> float | None:

@@ -106,7 +106,7 @@ def build_engine(
     final = engines_folder() / key
     with shown_progress(progress) as report:
         try:
-            final.parent.mkdir(parents=True, exist_ok=True)
+            final.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             limit_s = BUILD_LIMIT_S if chosen in ("cpu", "metal") else GPU_BUILD_LIMIT_S
             with _locked(final.parent / f".{key}.lock", FETCH_LIMIT_S + CONFIGURE_LIMIT_S + limit_s, report):
                 if not force and _works(final, check):

@@ -16,6 +16,7 @@ from typing import IO, Any
 import psutil
 
 from sollol_nb.errors import EngineBuildError
+from sollol_nb.runtime.private_files import open_private
 from sollol_nb.runtime.progress_bars import progress_bar
 from sollol_nb.settings import config
 
@@ -42,7 +43,7 @@ class BuildSteps:
     def __init__(self, log_path: Path, progress: Progress) -> None:
         self.log_path = log_path
         self.progress = progress
-        log_path.write_bytes(b"")
+        os.close(open_private(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC))
 
     def run(
         self, *command: str | Path, limit_s: float, on_line: Callable[[str], None] = lambda line: None

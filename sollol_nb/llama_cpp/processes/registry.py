@@ -4,6 +4,10 @@ An entry says which process the engine is, how to reach its supervisor, and (`ab
 coordinator the model file and its identity, plan, workers and URL; for a local worker its endpoint. The files are
 in the user's state folder with mode 0600; the engine's secret is in a separate file beside the entry.
 
+What an entry says is believed, so it counts only as a private file of this user (`runtime/private_files.py`) in a
+folder where nobody else can write, and it names nothing outside: its key lies beside it, its log in the folder of
+logs, and its engine listens on loopback.
+
 The registry also says who holds which worker: a worker belongs to the coordinator whose living entry names it. A
 kernel chooses workers and starts a coordinator under one lock (`claims`), so no two kernels get the same worker.
 
@@ -23,12 +27,15 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import filelock
 import psutil
 
-from sollol_nb.errors import WorkersUnavailableError
+from sollol_nb.errors import ConfigError, WorkersUnavailableError
+from sollol_nb.runtime.private_files import check_private, read_private
 from sollol_nb.settings import config
+from sollol_nb.settings.endpoints import LOOPBACK, parse_endpoint
 
 COORDINATOR = "coordinator"
 WORKER = "worker"
@@ -47,8 +54,8 @@ class Entry:
         pid, pid_started: the engine's process and its start time (seconds since the epoch, None if unknown).
         supervisor_pid, supervisor_started: the same for its supervisor.
         control_port: the supervisor's port on loopback.
-        key_path: path of the file with the engine's secret.
-        log_path: path of its log.
+        key_path: path of the file with the engine's secret, beside the entry.
+        log_path: path of its log, in the folder of logs.
         started_at: seconds since the epoch.
         keep_alive_s: seconds that it lives without a lease; None is forever.
         about: what it runs.
@@ -85,10 +92,7 @@ class Entry:
 
     def read_key(self) -> str | None:
         """The engine's secret; None if the file is gone."""
-        try:
-            return Path(self.key_path).read_text("utf-8")
-        except OSError:
-            return None
+        return read_private(Path(self.key_path))
 
 
 def is_same_process(pid: int, started: float | None) -> bool:
@@ -124,9 +128,8 @@ def clean(entry: Entry) -> None:
         with contextlib.suppress(psutil.Error):
             psutil.Process(entry.pid).kill()
     for path in (entry.path, Path(entry.key_path)):
-        if path.parent == entry.path.parent:  # an entry names nothing outside the registry
-            with contextlib.suppress(OSError):
-                path.unlink()
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def holders() -> dict[str, Entry]:
@@ -155,7 +158,9 @@ async def locked(name: str, doing: str) -> AsyncIterator[None]:
     Raises:
         WorkersUnavailableError: another process has held it for a minute.
     """
-    lock = filelock.FileLock(config.registry_dir() / f"{name}.lock", thread_local=False, timeout=0)
+    path = config.registry_dir() / f"{name}.lock"
+    check_private(path)
+    lock = filelock.FileLock(path, thread_local=False, timeout=0)
     deadline = time.monotonic() + LOCK_TIMEOUT_S
     while True:
         try:
@@ -201,6 +206,12 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "started_at": (int, float),
     "about": (dict,),
 }
+_ABOUT_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("model", "endpoint", "url", "owner"), (str,)),
+    **dict.fromkeys(("port", "owner_pid"), (int,)),
+    **dict.fromkeys(("load_ms", "seconds_per_token"), (int, float)),
+    "workers": (list,),
+}
 
 
 def find(entry_id: str) -> Entry | None:
@@ -209,17 +220,41 @@ def find(entry_id: str) -> Entry | None:
 
 
 def _read(path: Path) -> Entry | None:
-    """The entry in a file; None if the file is gone or is not an entry (then it is removed)."""
-    try:
-        values = json.loads(path.read_text("utf-8"))
-        # A newer version of this package may have added keys; they are ignored.
-        entry = Entry(**{name: values[name] for name in _TYPES}, path=path)
-        for name, types in _TYPES.items():
-            if not isinstance(getattr(entry, name), types):
-                raise TypeError(name)
-        return entry
-    except OSError:
+    """The entry in a file; None if the file is gone, is not private, or is not an entry (then it is removed)."""
+    text = read_private(path)
+    if text is None:
         return None
-    except (ValueError, TypeError, KeyError, RecursionError):
+    try:
+        values = json.loads(text)
+        # A newer version of this package may have added keys; they are ignored.
+        known = {name: values[name] for name in _TYPES}
+        for name, types in _TYPES.items():
+            if not isinstance(known[name], types):
+                raise TypeError(name)
+        known["key_path"] = str(path.with_suffix(".key"))
+        known["log_path"] = str(path.parent.parent / config.LOGS / Path(known["log_path"]).name)
+        entry = Entry(**known, path=path)
+        _check_about(entry)
+        return entry
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, ConfigError):
         path.unlink(missing_ok=True)
         return None
+
+
+def _check_about(entry: Entry) -> None:
+    """Check what the rest of the package relies on.
+
+    Raises:
+        ValueError, TypeError, ConfigError: no supervisor has written this.
+    """
+    about = entry.about
+    for name, types in _ABOUT_TYPES.items():
+        if not isinstance(about.get(name), (*types, type(None))):
+            raise TypeError(name)
+    if entry.id != entry.path.stem or entry.kind not in (COORDINATOR, WORKER):
+        raise ValueError(entry.id)
+    for endpoint in [*entry.workers, *([about["endpoint"]] if about.get("endpoint") else [])]:
+        parse_endpoint(endpoint)
+    # Prompts and keys go only to this machine.
+    if entry.kind == COORDINATOR and (url := about.get("url")) and urlsplit(url).hostname != LOOPBACK:
+        raise ValueError(url)

@@ -83,7 +83,7 @@ class LogDrain(threading.Thread):
     def run(self) -> None:
         # Keep reading whatever happens to the log: the engine would block on a full pipe.
         try:
-            descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            descriptor = open_private(self._path, os.O_TRUNC)
         except OSError:
             descriptor = os.open(os.devnull, os.O_WRONLY)
         with os.fdopen(descriptor, "wb", buffering=0) as log:
@@ -200,7 +200,10 @@ class Supervisor:
             _signal(self._engine, signal.SIGKILL)  # processes that it started may outlive it
         self._drain.join(STOP_GRACE_S)
         code, tail = self._engine.returncode, list(self._drain.tail)
-        with contextlib.suppress(OSError), open(self._spec["log_path"], "ab") as log:
+        with (
+            contextlib.suppress(OSError),
+            os.fdopen(open_private(self._spec["log_path"], os.O_APPEND), "ab") as log,
+        ):
             log.write(f"[the engine ended: exit code {code}{', ' * bool(self._why)}{self._why}]\n".encode())
         # Before the report: its receivers must find the entry removed and the held engines free.
         remove_files(self._spec)
@@ -366,10 +369,14 @@ def _signal(engine: subprocess.Popen[bytes], number: int) -> None:
         pass
 
 
+def open_private(path: str, flags: int) -> int:
+    """Open a file for writing that only its owner may read, and never through a link."""
+    return os.open(path, os.O_WRONLY | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | flags, 0o600)
+
+
 def write_private(path: str, text: str) -> None:
     """Write a file that only its owner may read."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+    with os.fdopen(open_private(path, os.O_TRUNC), "w", encoding="utf-8") as file:
         file.write(text)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from sollol_nb.errors import WorkersUnavailableError
+from sollol_nb.errors import ConfigError, WorkersUnavailableError
 from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.processes.registry import Entry
 from sollol_nb.settings import config
@@ -291,6 +291,84 @@ def test_cleaning_up_an_entry_removes_nothing_outside_the_registry(
     assert precious.exists()
     assert inside.exists()
     assert not path.exists()
+
+
+# --- what somebody else could have put there -------------------------------------------------------
+
+
+def test_the_key_and_the_log_of_an_entry_are_those_of_its_own_folders(folder: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("a secret of the user")
+    path = write(folder, key_path=str(secret), log_path=str(secret))
+    (entry,) = registry.entries()
+    assert entry.read_key() == KEY
+    assert Path(entry.log_path).parent == config.log_dir()
+    Path(entry.key_path).unlink()
+    Path(entry.key_path).symlink_to(secret)
+    assert entry.read_key() is None
+    path.unlink()
+
+
+@posix_only
+@pytest.mark.parametrize("mode", [0o666, 0o622], ids=oct)
+def test_an_entry_that_others_can_write_does_not_count(mode: int, folder: Path) -> None:
+    write(folder, "good")
+    write(folder, "bad").chmod(mode)
+    assert ids() == ["good"]
+
+
+@posix_only
+def test_an_entry_behind_a_link_does_not_count(folder: Path, tmp_path: Path) -> None:
+    write(folder, "bad").rename(tmp_path / "elsewhere.json")
+    (folder / "bad.json").symlink_to(tmp_path / "elsewhere.json")
+    assert ids() == []
+    assert (tmp_path / "elsewhere.json").exists()
+
+
+@posix_only
+def test_no_entry_counts_in_a_folder_where_others_can_write(folder: Path) -> None:
+    write(folder)
+    folder.chmod(0o777)
+    with pytest.raises(ConfigError, match="other users can write in the folder"):
+        registry.entries()
+    folder.chmod(0o700)
+    assert ids() == ["worker-1"]
+
+
+@posix_only
+def test_a_lock_that_is_a_link_is_refused_and_its_target_stays(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("x")
+    (folder / "claims.lock").symlink_to(tmp_path / "precious")
+
+    async def claim() -> None:
+        async with registry.claims():
+            pass
+
+    with pytest.raises(ConfigError, match=r"claims\.lock is not used, because it is a symbolic link"):
+        run(claim())
+    assert (tmp_path / "precious").read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kind": "coordinator", "about": {"url": "http://10.0.0.66:18080"}},
+        {"kind": "coordinator", "about": {"url": "http://127.0.0.1@10.0.0.66:18080"}},
+        {"kind": "coordinator", "about": {"workers": "127.0.0.1:1"}},
+        {"kind": "coordinator", "about": {"workers": [3]}},
+        {"kind": "coordinator", "about": {"model": ["x"]}},
+        {"kind": "program"},
+        {"id": "../worker-1"},
+        {"about": {"endpoint": "127.0.0.1:fifty"}},
+        {"about": {"owner_pid": "1"}},
+    ],
+    ids=str,
+)
+def test_an_entry_that_no_supervisor_writes_is_removed(change: dict[str, Any], folder: Path) -> None:
+    write(folder, "good")
+    bad = write(folder, "bad", **change)
+    assert ids() == ["good"]
+    assert not bad.exists()
 
 
 # --- claims -----------------------------------------------------------------------------------
