@@ -9,6 +9,7 @@ adapters are GGUF files too and differ in their mediaType. Only files are read; 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import stat
 import struct
@@ -275,8 +276,9 @@ def _no_model_layer(
         )
     blob = path.parents[4] / "blobs" / config_digest.replace(":", "-")
     try:
-        settings = json.loads(blob.read_bytes()) if DIGEST.fullmatch(config_digest) else {}
-    except (OSError, ValueError):
+        with blob.open("rb") if DIGEST.fullmatch(config_digest) else io.BytesIO(b"{}") as file:
+            settings = json.loads(file.read(_MANIFEST_LIMIT_BYTES))
+    except (OSError, ValueError, RecursionError):
         settings = {}
     if isinstance(settings, dict) and settings.get("remote_host"):
         return ModelFileError(f"{name} is a cloud model ({path}); it has no file on this machine")
@@ -314,8 +316,11 @@ def _checked_model(name: str, path: Path) -> Path:
         )
     # Ollama's own engine keeps vision and audio tensors in the model's file; llama.cpp needs them in a separate
     # file and refuses this one ("wrong number of tensors").
-    with path.open("rb") as file:
-        header = file.read(_HEADER_START_BYTES)
+    try:
+        with path.open("rb") as file:
+            header = file.read(_HEADER_START_BYTES)
+    except OSError as error:
+        raise ModelFileError(f"{name}: cannot read {path}: {error.strerror}") from None
     for part in ("vision", "audio"):
         key = f"{architecture}.{part}.block_count".encode()
         if struct.pack("<Q", len(key)) + key in header:

@@ -81,3 +81,11 @@ def split_digest(model: str) -> tuple[str, str]:
     if at and match is None:
         raise ModelNotFoundError(f"the digest in {model!r} must be sha256: and 64 hex digits")
     return text, match[1].lower() if match else ""
+
+
+def key_of(name: object) -> str | None:
+    """The key of a name that somebody else wrote, such as a node; None if it is not a model's name."""
+    try:
+        return ModelName.parse(name).key if isinstance(name, str) else None
+    except ModelNotFoundError:
+        return None

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from sollol_nb.errors import ConfigError, ModelNotFoundError
+from sollol_nb.errors import ConfigError, ModelFileError, ModelNotFoundError
 from sollol_nb.models.profiles import ModelProfile, short_name
 
 OLLAMA = "ollama-pool"
@@ -73,11 +73,14 @@ def decide_route(
     in_ollama: bool,
     ollama_state: str,
     model_path: Path | None,
+    file_trouble: str = "",
     backend: str | None = None,
     enable_distributed: bool = True,
     model_filter: Collection[str] | None = None,
 ) -> Route:
     """Large models are sharded; small ones go to Ollama, or to a local llama-server where no node has them.
+
+    A large model whose file is not on this machine, or cannot be sharded, goes to Ollama if a node has it.
 
     A requested backend is used whatever the model's size, if the model can run there at all.
 
@@ -85,6 +88,7 @@ def decide_route(
         in_ollama: whether a reachable Ollama node has the model.
         ollama_state: for the reason, such as "no Ollama node is running"; "" where Ollama does not matter.
         model_path: the model's GGUF file on this machine, if any.
+        file_trouble: why its file on this machine cannot be used; "" where it can, or there is none.
         backend: the requested backend, if any.
         enable_distributed: whether sharding is allowed at all.
         model_filter: if given, only these models are sharded.
@@ -101,9 +105,14 @@ def decide_route(
     if profile.requires_distributed:
         if enable_distributed:
             _check_filter(model, model_filter)
-            if model_path is None:
-                raise ModelNotFoundError(f"{model} needs sharding, but {_no_file(model)}")
-            return _route(profile, DISTRIBUTED, profile.reason, model_path)
+            if model_path is not None:
+                return _route(profile, DISTRIBUTED, profile.reason, model_path)
+            if in_ollama:
+                why = f"cannot be sharded ({file_trouble})" if file_trouble else "is not on this machine"
+                return _route(profile, OLLAMA, f"{profile.reason}, but its GGUF file {why}, so Ollama runs it")
+            if file_trouble:
+                raise ModelFileError(file_trouble)
+            raise ModelNotFoundError(f"{model} needs sharding, but {_no_file(model)}")
         if in_ollama:
             return _route(profile, OLLAMA, f"{profile.reason}, but enable_distributed is off, so Ollama runs it")
         raise ConfigError(f"{model} needs sharding ({profile.reason}), but enable_distributed is off")

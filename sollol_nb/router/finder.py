@@ -9,14 +9,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sollol_nb.errors import ConfigError, OllamaResponseError, OllamaUnavailableError
+from sollol_nb.errors import (
+    ConfigError,
+    ModelError,
+    ModelFileError,
+    OllamaResponseError,
+    OllamaUnavailableError,
+)
 from sollol_nb.gguf.facts import read_facts
 from sollol_nb.llama_cpp.coordinators.settings import file_identity
 from sollol_nb.models.files import DEMO_MODEL_PATH, DEMO_NOTE, OllamaGGUFResolver, find_model_file
 from sollol_nb.models.listing import ListedModel, list_models
-from sollol_nb.models.names import ModelName
+from sollol_nb.models.names import ModelName, key_of
 from sollol_nb.models.profiles import ModelProfile, profile_of
-from sollol_nb.models.routing import DISTRIBUTED, OLLAMA, Route, decide_route
+from sollol_nb.models.routing import DISTRIBUTED, LOCAL, OLLAMA, Route, decide_route
 from sollol_nb.ollama.pool import OllamaPool
 
 # The messages of Ollama and its engine when a model does not fit (Ollama's llm/server.go, ggml's allocators).
@@ -79,19 +85,23 @@ class RouteFinder:
         """
         if not isinstance(model, str) or not model.strip():
             raise ConfigError(f"model={model!r} is not a model name; try demo or llama3.2")
-        profile = await asyncio.to_thread(self.profile, model)
-        # A model that is sharded anyway need not wait for Ollama, and a file has no name there.
-        needs_ollama = not (profile.requires_distributed and self.enable_distributed)
-        ask_ollama = not model.endswith(".gguf") and (needs_ollama if backend is None else backend == OLLAMA)
-        in_ollama, state = await self._in_ollama(model) if ask_ollama else (False, "")
-        path = None
-        if backend != OLLAMA and not in_ollama:
-            path = await asyncio.to_thread(find_model_file, model, self.gguf_path)
+        profile = await asyncio.to_thread(self.profile, model, backend)
+        shards = bool(profile.requires_distributed) and self.enable_distributed
+        path, trouble = None, ""
+        # A model that is sharded need not wait for Ollama, unless there is no file to shard.
+        if shards if backend is None else backend != OLLAMA:
+            path, trouble = await self._file(model, backend)
+        in_ollama, state = False, ""
+        if backend in (None, OLLAMA) and path is None and not model.endswith(".gguf"):
+            in_ollama, state = await self._in_ollama(model)
+        if backend is None and path is None and not in_ollama:
+            path, _ = await self._file(model, LOCAL)
         route = decide_route(
             profile,
             in_ollama=in_ollama,
             ollama_state=state,
             model_path=path,
+            file_trouble=trouble,
             backend=backend,
             enable_distributed=self.enable_distributed,
             model_filter=self.model_filter,
@@ -104,7 +114,7 @@ class RouteFinder:
         the error has another cause."""
         if not _OUT_OF_MEMORY.search(str(error)) or not self._may_shard(route.model):
             return None
-        path = await asyncio.to_thread(find_model_file, route.model, self.gguf_path)
+        path, _ = await self._file(route.model, None)
         if path is None:
             return None
         reason = f"{route.reason}, but Ollama has too little memory for it, so it is sharded"
@@ -119,7 +129,7 @@ class RouteFinder:
             models = (await self._ollama.list())["models"]
         except OllamaUnavailableError:  # the requests will say so
             return {}
-        named = [model for model in models if ModelName.parse(str(model.get("name"))).key == key]
+        named = [model for model in models if key_of(model.get("name")) == key]
         digests = {str(model.get("digest")) for model in named}
         return {"digests": sorted(digests)}
 
@@ -154,15 +164,48 @@ class RouteFinder:
             coordinators=coordinators,
         )
 
-    def profile(self, model: str) -> ModelProfile:
-        """What is known of a model, and from where. Errors are those of `profile_of` and `read_facts`."""
+    def profile(self, model: str, backend: str | None = None) -> ModelProfile:
+        """What is known of a model, and from where.
+
+        A file in Ollama's storage that cannot be used leaves the size unknown: Ollama may serve the model
+        nevertheless.
+
+        Args:
+            backend: the requested backend; Ollama needs no file.
+
+        Raises:
+            ConfigError: see `profile_of`.
+            ModelFileError: the user names the file (the model, or `gguf_path`), and it cannot be used.
+        """
         profile = profile_of(model, threshold_params=self.threshold_params)
         if profile.source.startswith("profile"):
             return profile
-        path = find_model_file(model, self.gguf_path)
-        if path is None:
+        try:
+            path = find_model_file(model, self.gguf_path)
+            facts = None if path is None else read_facts(path)
+        except ModelError as error:
+            if self._is_named_file(model) and backend != OLLAMA:
+                raise
+            if profile.parameter_count_b is None:
+                profile = replace(profile, reason=f"{profile.reason} ({error})")
             return profile
-        return profile_of(model, facts=read_facts(path), threshold_params=self.threshold_params)
+        if facts is None:
+            return profile
+        return profile_of(model, facts=facts, threshold_params=self.threshold_params)
+
+    def _is_named_file(self, model: str) -> bool:
+        """Whether the user names the model's file."""
+        return self.gguf_path is not None or model.endswith(".gguf")
+
+    async def _file(self, model: str, backend: str | None) -> tuple[Path | None, str]:
+        """The model's file on this machine, if any, and why it cannot be used. Raises ModelFileError instead
+        where a backend needs the file."""
+        try:
+            return await asyncio.to_thread(find_model_file, model, self.gguf_path), ""
+        except ModelFileError as error:
+            if backend is not None or self._is_named_file(model):
+                raise
+            return None, str(error)
 
     def _may_shard(self, model: str) -> bool:
         return self.enable_distributed and (self.model_filter is None or model in self.model_filter)

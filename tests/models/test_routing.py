@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sollol_nb.errors import ConfigError, ModelNotFoundError
+from sollol_nb.errors import ConfigError, ModelFileError, ModelNotFoundError
 from sollol_nb.models.profiles import ModelProfile
 from sollol_nb.models.routing import (
     BACKEND_NAMES,
@@ -58,6 +58,15 @@ def decide(profile: ModelProfile, *, ollama: bool, path: Path | None, **settings
         (SMALL, False, PATH, {}, LOCAL, "3.2B parameters fit on one machine; no Ollama node has it"),
         (SMALL, False, PATH, {"enable_distributed": False}, LOCAL, "fit on one machine"),
         (UNKNOWN, True, None, {}, OLLAMA, "size unknown; an Ollama node has it"),
+        (LARGE, True, None, {}, OLLAMA, "but its GGUF file is not on this machine, so Ollama runs it"),
+        (
+            LARGE,
+            True,
+            None,
+            {"file_trouble": "it is a cloud model"},
+            OLLAMA,
+            "70.6B parameters need sharding, but its GGUF file cannot be sharded (it is a cloud model), so Ollama",
+        ),
         (UNKNOWN, False, PATH, {}, LOCAL, "size unknown"),
         # A requested backend goes before the model's size.
         (LARGE, True, PATH, {"backend": OLLAMA}, OLLAMA, "chosen with backend=ollama; an Ollama node has it"),
@@ -102,7 +111,7 @@ def test_a_model_goes_where_it_can_run_and_the_route_says_why(
             ModelNotFoundError,
             "Run `ollama pull llama3.1:70b` here, or use the path of a .gguf file",
         ),
-        (LARGE, True, None, {}, ModelNotFoundError, "its GGUF file is not on this machine"),
+        (LARGE, False, None, {"file_trouble": "llama3.1:70b: no permission"}, ModelFileError, "no permission$"),
         (SMALL, False, None, {}, ModelNotFoundError, "try the built-in model: demo"),
         (UNKNOWN, False, None, {}, ModelNotFoundError, "mystery is not available: no Ollama node has it"),
         (
