@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sollol_nb.chat.messages import answer_schema, check_messages, check_options
 from sollol_nb.errors import ConfigError
+from sollol_nb.models.modelfile import Modelfile
 from sollol_nb.models.routing import checked_backend
 from sollol_nb.runtime.amounts import is_positive
 from sollol_nb.runtime.priority import checked_priority
@@ -59,6 +60,18 @@ class ChatRequest:
             backend=checked_backend(backend),
             schema=schema,
         )
+
+    def with_modelfile(self, modelfile: Modelfile) -> ChatRequest:
+        """The request as Ollama completes it from the model's Modelfile. What the caller gives wins."""
+        messages = [*map(dict, modelfile.messages), *self.messages]
+        if modelfile.system and self.messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": modelfile.system})
+        given = self.options.get("options") or {}
+        defaults = dict(modelfile.options)
+        if "max_tokens" in given:  # another name of the same option
+            defaults.pop("num_predict", None)
+        options = {**self.options, "options": {**defaults, **given}} if defaults else self.options
+        return replace(self, messages=messages, options=options)
 
 
 def options_with_schema(options: Mapping[str, Any], schema: object) -> dict[str, Any]:

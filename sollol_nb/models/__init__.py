@@ -2,6 +2,7 @@
 
 - `names.py`: a model's name, taken apart.
 - `files.py`: from a name to a GGUF file: the demo model, a path, Ollama's storage.
+- `modelfile.py`: what Ollama's Modelfile adds to the weights.
 - `profiles.py`: the size of a model, and whether it needs sharding.
 - `routing.py`: which backend a model runs on, and why.
 - `listing.py`: all known models as a frame.

@@ -2,8 +2,8 @@
 
 Ollama keeps `manifests/<host>/<namespace>/<model>/<tag>`, a JSON list of layers, and the layers as
 `blobs/sha256-<hex>`. The layer with mediaType `application/vnd.ollama.image.model` is the model; projectors and
-adapters are GGUF files too and differ in their mediaType. Only files are read; Ollama need not run. For names see
-`names.py`.
+adapters are GGUF files too and differ in their mediaType; the other layers are the rest of the Modelfile (see
+`modelfile.py`). Only files are read; Ollama need not run. For names see `names.py`.
 """
 
 from __future__ import annotations
@@ -80,19 +80,29 @@ def find_model_file(model: str, gguf_path: str | Path | None = None) -> Path | N
 
 @dataclass(frozen=True, slots=True)
 class OllamaModelFiles:
-    """The GGUF files of one model in Ollama's storage.
+    """The files of one model in Ollama's storage.
 
     Attributes:
         name: as `ollama list` shows it.
-        model: the model's own file.
-        projectors: vision or audio projectors (llama.cpp's `--mmproj`).
-        adapters: LoRA adapters (llama.cpp's `--lora`).
+        model: the model's own GGUF file.
+        projectors: vision or audio projectors (llama.cpp's `--mmproj`), as GGUF.
+        adapters: LoRA adapters (llama.cpp's `--lora`), as GGUF.
+        template: the prompt template, in Go's language (`TEMPLATE` in a Modelfile); None without one.
+        system: the system message as text (`SYSTEM`); None without one.
+        parameters: options as a JSON object (`PARAMETER`); None without any.
+        messages: messages as a JSON list (`MESSAGE`); None without any.
+        settings: how Ollama treats the model, as a JSON object; None without one.
     """
 
     name: str
     model: Path
     projectors: tuple[Path, ...] = ()
     adapters: tuple[Path, ...] = ()
+    template: Path | None = None
+    system: Path | None = None
+    parameters: Path | None = None
+    messages: Path | None = None
+    settings: Path | None = None
 
 
 def storage_folders() -> list[Path]:
@@ -147,14 +157,23 @@ class OllamaGGUFResolver:
         """
         return self.files(model).model
 
-    def files(self, model: str) -> OllamaModelFiles:
-        """All GGUF files of a model. Raises what `resolve` raises."""
+    def files(self, model: str, *, loads: bool = True) -> OllamaModelFiles:
+        """All files of a model.
+
+        Args:
+            loads: whether the model's own file must be one that llama.cpp can load.
+
+        Raises:
+            ModelNotFoundError, ModelFileError: as for `resolve`.
+        """
         text, pinned = split_digest(model)
         wanted = ModelName.parse(text) if text else None
         first_error: ModelError | None = None
         for folder in self.folders:
             try:
                 found = _find_blob(folder, pinned) if wanted is None else _find_model(folder, wanted, pinned)
+                if found is not None and loads:
+                    _check_model(found.name, found.model)
             except ModelError as error:  # another folder may have it complete
                 first_error = first_error or error
             else:
@@ -213,12 +232,26 @@ def _find_model(folder: Path, wanted: ModelName, pinned: str) -> OllamaModelFile
         raise ModelFileError(f"{wanted} in {folder} does not have the digest sha256:{pinned}")
     if not models:
         raise _no_model_layer(wanted, path, layers, config_digest)
-    # Of several Ollama itself uses the last.
+
+    def blobs(*kinds: str) -> tuple[Path, ...]:
+        types = [_LAYER + kind for kind in kinds]
+        return tuple(_blob(folder, str(wanted), layer) for layer in layers if layer["mediaType"] in types)
+
+    def last(*kinds: str) -> Path | None:
+        """Of several layers of one kind Ollama itself uses the last."""
+        return next(reversed(blobs(*kinds)), None)
+
+    settings = folder / "blobs" / config_digest.replace(":", "-") if DIGEST.fullmatch(config_digest) else None
     return OllamaModelFiles(
         str(wanted),
-        _checked_model(str(wanted), _blob(folder, str(wanted), models[-1])),
-        tuple(_blob(folder, str(wanted), layer) for layer in layers if layer["mediaType"] == _LAYER + "projector"),
-        tuple(_blob(folder, str(wanted), layer) for layer in layers if layer["mediaType"] == _LAYER + "adapter"),
+        _blob(folder, str(wanted), models[-1]),
+        projectors=blobs("projector"),
+        adapters=blobs("adapter"),
+        template=last("template", "prompt"),
+        system=last("system"),
+        parameters=last("params"),
+        messages=last("messages"),
+        settings=settings,
     )
 
 
@@ -240,7 +273,7 @@ def _find_blob(folder: Path, digest: str) -> OllamaModelFiles | None:
             return None
     except PermissionError:
         raise _permission_error(name, path, folder) from None
-    return OllamaModelFiles(name, _checked_model(name, path))
+    return OllamaModelFiles(name, path)
 
 
 def _layers(name: ModelName, path: Path, content: bytes) -> tuple[list[dict[str, Any]], str]:
@@ -303,8 +336,8 @@ def _blob(folder: Path, name: str, layer: dict[str, Any]) -> Path:
     return path
 
 
-def _checked_model(name: str, path: Path) -> Path:
-    """The path, if llama.cpp can load the file."""
+def _check_model(name: str, path: Path) -> None:
+    """Raise ModelFileError if llama.cpp cannot load the file."""
     try:
         architecture = read_facts(path).architecture
     except ModelFileError as error:
@@ -328,7 +361,6 @@ def _checked_model(name: str, path: Path) -> Path:
                 f"{name}: {path} contains its {part} part, a form that only Ollama's own engine loads; "
                 "run it in Ollama, or use a GGUF made for llama.cpp (such as hf.co/user/repo:quant)"
             )
-    return path
 
 
 def _permission_error(name: str, path: Path, folder: Path) -> ModelFileError:

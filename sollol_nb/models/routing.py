@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sollol_nb.errors import ConfigError, ModelFileError, ModelNotFoundError
+from sollol_nb.models.modelfile import NO_MODELFILE, Modelfile
 from sollol_nb.models.profiles import ModelProfile, short_name
 
 OLLAMA = "ollama-pool"
@@ -41,6 +42,7 @@ class Route:
         reason: why, as one line.
         profile: what is known about the model.
         model_path: the GGUF file; None where Ollama serves the model.
+        modelfile: what llama.cpp adds to the file; Ollama itself does it where it serves the model.
     """
 
     model: str
@@ -48,6 +50,7 @@ class Route:
     reason: str
     profile: ModelProfile
     model_path: Path | None
+    modelfile: Modelfile = NO_MODELFILE
 
     def __str__(self) -> str:
         """`demo → local llama-server: listed in MODEL_PROFILES as not needing sharding`."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sollol_nb.chat.messages import SAMPLING_OPTIONS, check_options
 from sollol_nb.errors import (
     ConfigError,
     ModelError,
@@ -20,6 +21,7 @@ from sollol_nb.gguf.facts import read_facts
 from sollol_nb.llama_cpp.coordinators.settings import file_identity
 from sollol_nb.models.files import DEMO_MODEL_PATH, DEMO_NOTE, OllamaGGUFResolver, find_model_file
 from sollol_nb.models.listing import ListedModel, list_models
+from sollol_nb.models.modelfile import modelfile_of
 from sollol_nb.models.names import ModelName, key_of
 from sollol_nb.models.profiles import ModelProfile, profile_of
 from sollol_nb.models.routing import DISTRIBUTED, LOCAL, OLLAMA, Route, decide_route
@@ -107,7 +109,9 @@ class RouteFinder:
             model_filter=self.model_filter,
         )
         is_demo = route.model_path == DEMO_MODEL_PATH
-        return replace(route, reason=f"{route.reason} ({DEMO_NOTE})") if is_demo else route
+        if is_demo:
+            return replace(route, reason=f"{route.reason} ({DEMO_NOTE})")
+        return await asyncio.to_thread(self._with_modelfile, route)
 
     async def sharded_instead(self, route: Route, error: OllamaResponseError) -> Route | None:
         """The route over workers for a model that Ollama has too little memory for; None if there is none, or if
@@ -118,12 +122,24 @@ class RouteFinder:
         if path is None:
             return None
         reason = f"{route.reason}, but Ollama has too little memory for it, so it is sharded"
-        return replace(route, backend=DISTRIBUTED, model_path=path, reason=reason)
+        route = replace(route, backend=DISTRIBUTED, model_path=path, reason=reason)
+        return await asyncio.to_thread(self._with_modelfile, route)
+
+    def _with_modelfile(self, route: Route) -> Route:
+        """The route with what Ollama adds to the model, if llama.cpp runs it."""
+        if route.model_path is None:
+            return route
+        modelfile = modelfile_of(route.model, self.gguf_path, _checked_sampling_option)
+        reason = "; ".join(filter(None, (route.reason, modelfile.describe())))
+        return replace(route, modelfile=modelfile, reason=reason)
 
     async def identity(self, route: Route) -> dict[str, Any]:
-        """What distinguishes the model of a route from another of the same name: its file, or Ollama's digest."""
+        """What distinguishes the model of a route from another of the same name: its file and Modelfile, or
+        Ollama's digest."""
         if route.model_path is not None:
-            return await asyncio.to_thread(file_identity, route.model_path)
+            identity = await asyncio.to_thread(file_identity, route.model_path)
+            digest = route.modelfile.digest
+            return {**identity, "modelfile": digest} if digest else identity
         key = ModelName.parse(route.model).key
         try:
             models = (await self._ollama.list())["models"]
@@ -216,3 +232,10 @@ class RouteFinder:
         if any(node.state == "ready" for node in self._ollama.nodes):
             return False, "no Ollama node has it"
         return False, "no Ollama node is running"
+
+
+def _checked_sampling_option(name: str, value: Any) -> Any:
+    """The value of a sampling option. Raises ConfigError if it is none, or not one that llama.cpp applies."""
+    if name not in SAMPLING_OPTIONS:
+        raise ConfigError(f"{name} is not a sampling option of llama.cpp")
+    return check_options({name: value})[name]

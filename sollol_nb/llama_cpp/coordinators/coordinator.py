@@ -29,7 +29,12 @@ from sollol_nb.llama_cpp.answers.base import Answer
 from sollol_nb.llama_cpp.coordinators.pace import Pace
 from sollol_nb.llama_cpp.coordinators.placement import Placement, read_placement
 from sollol_nb.llama_cpp.coordinators.readiness import LISTENING, PortTakenError, StartingCoordinator
-from sollol_nb.llama_cpp.coordinators.settings import CoordinatorSettings, known_flags, server_flags
+from sollol_nb.llama_cpp.coordinators.settings import (
+    CoordinatorSettings,
+    known_flags,
+    server_flags,
+    server_variables,
+)
 from sollol_nb.llama_cpp.coordinators.streams import AnswerStreams
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.processes import registry
@@ -163,7 +168,7 @@ class Coordinator:
             about={**settings.as_dict(), "port": port, "url": f"http://{LOOPBACK}:{port}", **(about or {})},
             keep_alive_s=keep_alive_s,
             key=api_key,
-            env={"LLAMA_API_KEY": api_key},
+            env={"LLAMA_API_KEY": api_key, **server_variables(settings)},
             log_path=registry.new_log_path(registry.COORDINATOR, port),
             debug_until=LISTENING,
             holds=holds,

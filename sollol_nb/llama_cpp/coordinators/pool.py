@@ -25,7 +25,7 @@ from sollol_nb.layers.what_if import Forecast, forecast, without_layout
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.coordinators.measurements import TokenMeasurements
 from sollol_nb.llama_cpp.coordinators.running import RouteKey, RunningCoordinators, key_of
-from sollol_nb.llama_cpp.coordinators.settings import PoolSettings
+from sollol_nb.llama_cpp.coordinators.settings import PoolSettings, context_tokens_for
 from sollol_nb.llama_cpp.coordinators.start import CoordinatorStarter
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.workers.choice import check_free
@@ -80,19 +80,28 @@ class CoordinatorPool:
         key = key_of(route)
         began = time.perf_counter()
         coordinator = self._running.find(route)
-        if coordinator is not None and coordinator.is_running():
+        if coordinator is not None and self._serves(coordinator, route):
             return coordinator, None
         async with self._starting[key]:
             coordinator = self._running.find(route)
-            if coordinator is not None and coordinator.is_running():  # another request has started it meanwhile
+            if coordinator is not None and self._serves(
+                coordinator, route
+            ):  # started by another request meanwhile
                 return coordinator, (time.perf_counter() - began) * 1000
             lost: frozenset[str] = frozenset()
-            if coordinator is not None:
-                await self._running.end(coordinator)
+            if coordinator is not None:  # lost, or too small; answers that run on it continue on the next one
+                await self._running.end(coordinator, unless_shared=coordinator.is_running())
                 lost = await self._workers.find_lost(coordinator.rpc_backends)
             self._lost[key] = lost
             coordinator = await self._start(route, lost)
             return coordinator, (time.perf_counter() - began) * 1000
+
+    def _serves(self, coordinator: Coordinator, route: Route) -> bool:
+        """Whether it runs, with the context that the route needs: names of one file may want different ones."""
+        if self.settings.context_tokens is not None:  # for all of them
+            return coordinator.is_running()
+        wanted = context_tokens_for(self.settings, route.modelfile, coordinator.settings.facts)
+        return coordinator.is_running() and coordinator.settings.context_tokens >= wanted
 
     async def lay_out(self, model: str, layout: Mapping[str, int]) -> Coordinator:
         """Restart the coordinator of a model with another layout; its answers continue on the new one.

@@ -25,13 +25,13 @@ CHECK_INTERVAL_S = 1.0
 """How often idle coordinators are checked: whether their workers are still connected."""
 SECOND_CHECK_S = 0.1
 
-RouteKey: TypeAlias = tuple[str, str]
-"""Model file and backend: routes with the same key share one coordinator."""
+RouteKey: TypeAlias = tuple[str, str, str]
+"""Model file, backend, and what is added to the file: routes with the same key share one coordinator."""
 
 
 def key_of(route: Route) -> RouteKey:
     """What a coordinator is found by."""
-    return str(route.model_path), route.backend
+    return str(route.model_path), route.backend, repr(route.modelfile.of_engine)
 
 
 class RunningCoordinators:

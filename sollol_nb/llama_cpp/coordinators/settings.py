@@ -16,9 +16,10 @@ from sollol_nb.gguf.facts import ModelFacts, read_facts
 from sollol_nb.layers.plan import LayerPlan
 from sollol_nb.llama_cpp.coordinators.placement import split_over_devices
 from sollol_nb.llama_cpp.processes.machine import usable_cores
+from sollol_nb.models.modelfile import NO_MODELFILE, Modelfile
 from sollol_nb.settings import config
 from sollol_nb.settings.endpoints import LOOPBACK
-from sollol_nb.settings.table import DEFAULT_SLOTS
+from sollol_nb.settings.table import DEFAULT_SLOTS, MAX_DEFAULT_CONTEXT_TOKENS
 from sollol_nb.text.tables import counted
 
 
@@ -56,6 +57,7 @@ class CoordinatorSettings:
         context_tokens: shared by all slots.
         slots: requests served at the same time.
         device_free_bytes: free bytes of each device, per endpoint, for workers with several devices.
+        modelfile: what is added to the file; of that, the engine needs what `Modelfile.of_engine` has.
     """
 
     model: str
@@ -65,6 +67,7 @@ class CoordinatorSettings:
     context_tokens: int
     slots: int = DEFAULT_SLOTS
     device_free_bytes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    modelfile: Modelfile = NO_MODELFILE
 
     def describe_workers(self) -> str:
         """Where it runs, such as `on 3 workers (5/4/4 layers)` or `on this machine`."""
@@ -82,6 +85,7 @@ class CoordinatorSettings:
             "workers": list(self.plan.endpoints) if self.plan else [],
             "context_tokens": self.context_tokens,
             "slots": self.slots,
+            "modelfile": self.modelfile.of_engine,
         }
 
     @classmethod
@@ -101,7 +105,15 @@ class CoordinatorSettings:
             plan=plan,
             context_tokens=int(data["context_tokens"]),
             slots=int(data["slots"]),
+            modelfile=Modelfile.from_engine(data["modelfile"]),
         )
+
+
+def context_tokens_for(settings: PoolSettings, modelfile: Modelfile, facts: ModelFacts) -> int:
+    """The context that a model gets: the router's, or that of its Modelfile, or a default; of the last two no more
+    than the model was trained for."""
+    wanted = modelfile.context_tokens or MAX_DEFAULT_CONTEXT_TOKENS
+    return settings.context_tokens or min(facts.context_length or wanted, wanted)
 
 
 def file_identity(path: Path) -> dict[str, Any]:
@@ -141,10 +153,24 @@ def server_flags(settings: CoordinatorSettings, port: int, known: frozenset[str]
     ]
     if settings.plan is not None:
         optional.append(("--fit", ["off"]))  # it would change the plan
+    adapters = settings.modelfile.adapters
+    if adapters:
+        quoted = ('"{}"'.format(str(path).replace('"', '""')) for path in adapters)
+        flags += ["--lora", ",".join(quoted)]
+    if settings.modelfile.projector is not None:
+        flags += ["--mmproj", str(settings.modelfile.projector)]
+        if settings.plan is not None:  # the plan does not give a worker memory for it
+            flags += ["--no-mmproj-offload"]
     for flag, values in optional:
         if flag in known:
             flags += [flag, *values]
     return [*flags, "-lv", "5"]
+
+
+def server_variables(settings: CoordinatorSettings) -> dict[str, str]:
+    """llama-server's environment for these settings: what must not be seen in its arguments."""
+    template = settings.modelfile.chat_template
+    return {"LLAMA_ARG_CHAT_TEMPLATE": template} if template else {}
 
 
 @lru_cache

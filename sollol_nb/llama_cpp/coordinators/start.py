@@ -25,7 +25,12 @@ from sollol_nb.llama_cpp.coordinators.measurements import TokenMeasurements
 from sollol_nb.llama_cpp.coordinators.planning import Planner, Start
 from sollol_nb.llama_cpp.coordinators.readiness import PortTakenError
 from sollol_nb.llama_cpp.coordinators.running import RunningCoordinators
-from sollol_nb.llama_cpp.coordinators.settings import CoordinatorSettings, PoolSettings, file_identity
+from sollol_nb.llama_cpp.coordinators.settings import (
+    CoordinatorSettings,
+    PoolSettings,
+    context_tokens_for,
+    file_identity,
+)
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.engine.find import ensure_engine
 from sollol_nb.llama_cpp.processes import registry
@@ -34,7 +39,6 @@ from sollol_nb.llama_cpp.workers.workers import Workers
 from sollol_nb.models.routing import DISTRIBUTED, Route
 from sollol_nb.runtime.events import EventBus, EventKind
 from sollol_nb.runtime.gate import Gate
-from sollol_nb.settings.table import MAX_DEFAULT_CONTEXT_TOKENS
 
 START_TRIES = 5
 """A start is repeated where a worker was lost while it loaded, or another program took the port."""
@@ -94,7 +98,7 @@ class CoordinatorStarter:
         assert route.model_path is not None
         engine = await self.engine()
         facts = await asyncio.to_thread(read_facts, route.model_path)
-        context_tokens = self.settings.context_tokens or min(facts.context_length, MAX_DEFAULT_CONTEXT_TOKENS)
+        context_tokens = context_tokens_for(self.settings, route.modelfile, facts)
         start = Start(
             route=route,
             gate=gate,
@@ -174,6 +178,7 @@ class CoordinatorStarter:
         strategy, workers = self.settings.layer_strategy, self.settings.num_rpc_backends
         return {
             "model_file": file_identity(route.model_path),
+            "modelfile": route.modelfile.of_engine,
             "engine": str(engine.server),
             "engine_version": engine.version,
             "backend": route.backend,
@@ -228,6 +233,7 @@ class CoordinatorStarter:
                     context_tokens=start.context_tokens,
                     slots=self.settings.slots,
                     device_free_bytes=devices,
+                    modelfile=start.route.modelfile,
                 )
                 async with registry.claims():
                     running = await self._adopt(start)
