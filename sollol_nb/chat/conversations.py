@@ -9,7 +9,6 @@ With a blocking router:
 
 from __future__ import annotations
 
-import difflib
 import html
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import aclosing
@@ -21,6 +20,7 @@ from sollol_nb.chat.context_window import DROP_OLDEST
 from sollol_nb.chat.conversation import Chat, checked_name
 from sollol_nb.chat.messages import check_messages
 from sollol_nb.errors import ConfigError, RequestCancelledError
+from sollol_nb.text.nearest import nearest
 
 
 class ChatBook(Mapping[str, Chat]):
@@ -54,9 +54,9 @@ class ChatBook(Mapping[str, Chat]):
         """
         if name in self._chats:
             return self._chats[name]
-        near = difflib.get_close_matches(name, self._chats, 1)
+        near = nearest(name, self._chats)
         existing = f"existing: {', '.join(sorted(self._chats))}" if self._chats else "none has been started yet"
-        hint = f"did you mean {near[0]}?" if near else existing
+        hint = f"did you mean {near}?" if near else existing
         raise ConfigError(f"there is no conversation named {name!r} ({hint})")
 
     def add(self, chat: Chat, *, replace: bool = False) -> None:

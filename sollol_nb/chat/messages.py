@@ -5,12 +5,12 @@ Source of the shape: Ollama's `docs/api.md`.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sollol_nb.chat.context_window import check_overflow
 from sollol_nb.errors import ConfigError
+from sollol_nb.text.nearest import nearest
 
 _NUMBER = (int, float)
 _TEXT_OR_LIST = (str, list, tuple)
@@ -92,13 +92,13 @@ def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
     checked = {name: value for name, value in options.items() if value is not None}
     for name, value in checked.items():
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
+            near = nearest(name, known)
             if name == "stream":
                 raise ConfigError(
                     "unknown option 'stream': route_request returns whole answers; for chunks, iterate over "
                     "router.stream(...)"
                 )
-            hint = f"did you mean {near[0]}?" if near else f"known options: {', '.join(sorted(known))}"
+            hint = f"did you mean {near}?" if near else f"known options: {', '.join(sorted(known))}"
             raise ConfigError(f"unknown option {name!r}; {hint}")
         types = known[name]
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):

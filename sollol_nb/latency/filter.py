@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import PurePath
@@ -10,6 +9,7 @@ from pathlib import PurePath
 from sollol_nb.errors import ConfigError
 from sollol_nb.latency.schema import STATUSES
 from sollol_nb.runtime.amounts import is_whole_number, parse_duration
+from sollol_nb.text.nearest import nearest
 
 MAX_ROWS = 2**63 - 1  # of SQLite's integers
 _UNIT_S = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}
@@ -62,8 +62,8 @@ class RowFilter:
         if last is not None and not (is_whole_number(last) and 0 < last <= MAX_ROWS):
             raise ConfigError(f"last={last!r} must be a whole number above 0, such as last=20")
         if status is not None and status not in STATUSES:
-            near = difflib.get_close_matches(str(status), STATUSES, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known statuses: {', '.join(STATUSES)}"
+            near = nearest(status, STATUSES)
+            hint = f"did you mean {near!r}?" if near else f"known statuses: {', '.join(STATUSES)}"
             raise ConfigError(f"status={status!r} is unknown; {hint}")
         for name, text in (("model", model), ("backend", backend)):
             if text is not None and not isinstance(text, str | PurePath):

@@ -13,7 +13,6 @@ plan, the same for all strategies.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -30,6 +29,7 @@ from sollol_nb.layers.strategies import (
     unplaceable_units,
 )
 from sollol_nb.runtime.amounts import is_whole_number
+from sollol_nb.text.nearest import nearest
 from sollol_nb.text.tables import format_bytes
 
 DEFAULT_CONTEXT_TOKENS = 4096
@@ -218,8 +218,8 @@ def check_strategy(strategy: str) -> None:
         ConfigError: it is unknown; the message names the nearest known one.
     """
     if strategy not in STRATEGIES:
-        near = difflib.get_close_matches(strategy, STRATEGIES, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        near = nearest(strategy, STRATEGIES)
+        hint = f"did you mean {near!r}? " if near else ""
         known = ", ".join(sorted(STRATEGIES))
         raise ConfigError(f"there is no strategy {strategy!r}; {hint}known strategies: {known}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from sollol_nb.errors import ConfigError, ModelFileError, ModelNotFoundError
 from sollol_nb.models.modelfile import NO_MODELFILE, Modelfile
 from sollol_nb.models.profiles import ModelProfile, short_name
+from sollol_nb.text.nearest import nearest
 
 OLLAMA = "ollama-pool"
 DISTRIBUTED = "llama.cpp-distributed"
@@ -65,8 +65,8 @@ def checked_backend(backend: str | None) -> str | None:
     """
     if backend is None or (isinstance(backend, str) and backend.lower() in BACKEND_NAMES):
         return BACKEND_NAMES[backend.lower()] if backend is not None else None
-    near = difflib.get_close_matches(str(backend).lower(), BACKEND_NAMES, 1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known backends: {', '.join(BACKEND_NAMES)}"
+    near = nearest(backend, BACKEND_NAMES)
+    hint = f"did you mean {near!r}?" if near else f"known backends: {', '.join(BACKEND_NAMES)}"
     raise ConfigError(f"backend={backend!r} is unknown; {hint}")
 
 

@@ -1,28 +1,43 @@
 """The line of a magic as options: split, expanded, parsed; errors are one line of help.
 
 A line is split at spaces outside quotes and `{{ }}`. An apostrophe inside a word is not a quote. Each magic
-declares its options as `magic_arguments`, which its `?` help, tab completion and this module read.
+declares its options as `magic_arguments`, which its `?` help, tab completion and `options_magic` read.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
+import functools
 import json
+import math
 import re
+import sys
+import textwrap
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from keyword import iskeyword
-from typing import Any
+from types import FrameType
+from typing import Any, TypeVar
 
 from IPython.core.error import UsageError
+from IPython.core.magic import needs_local_scope, no_var_expand
+from IPython.utils.text import DollarFormatter
 
 from sollol_nb.errors import ConfigError
 from sollol_nb.runtime.priority import is_priority, priority_named
 from sollol_nb.text.expansion import expand
+from sollol_nb.text.nearest import nearest, nearest_variable
+from sollol_nb.text.tables import shortened
 
+R = TypeVar("R")
+
+MAX_WHOLE_NUMBER = 2**31 - 1
+"""The engines read a number of tokens into 32 bits."""
+_MOST_DIGITS, _LONGEST_SHOWN_CHARS = 20, 40
 NO_EXPAND_HINT = "to send braces unchanged, use --no-expand"
 _ESCAPES = {"n": "\n", "t": "\t", '"': '"', "\\": "\\"}
+_SHELL_STYLE = re.compile(r"(?:\$\{?|\{)([A-Za-z_]\w*)")
 _ASSIGNMENT = re.compile(r"\s*(\w+)\s*<<(?:\s+|$)(.*)", re.DOTALL)
 _REQUIRED = re.compile(r"the following arguments are required: (.+)")
 _INVALID_CHOICE = re.compile(r"argument (.+?): invalid choice: '?(.*?)'? \(choose from (.+)\)")
@@ -110,6 +125,41 @@ def _expression_end(line: str, at: int) -> int:
     return len(line)
 
 
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of a magic.
+
+    Attributes:
+        name: of the magic, such as `%%sollol`, for messages.
+        arguments: its options.
+        variables: what `{{ }}` may use: the notebook's variables, the caller's local ones, and each `--var`.
+        cell: the text below the first line; None for the line form.
+    """
+
+    name: str
+    arguments: argparse.Namespace
+    variables: Mapping[str, Any]
+    cell: str | None = None
+
+    def named_value(self, expression: str, option: str) -> Any:
+        """The value of an option that names a variable, or is a Python expression or JSON.
+
+        Raises:
+            ConfigError: it cannot be evaluated; the message suggests the nearest name.
+        """
+        if expression.startswith("{"):
+            with contextlib.suppress(ValueError):  # JSON, else a Python dict
+                return json.loads(expression)
+        try:
+            return eval(expression, dict(self.variables))  # noqa: S307 - the user's own code
+        except NameError as error:
+            near = nearest_variable(getattr(error, "name", None) or expression, self.variables)
+            hint = f"; did you mean {near}?" if near else ""
+            raise ConfigError(f"{option} {shortened(expression, 60)}: {error}{hint}") from None
+        except Exception as error:  # the user's own expression can raise anything
+            raise ConfigError(f"{option} {shortened(expression, 60)}: {type(error).__name__}: {error}") from None
+
+
 def split_assignment(line: str) -> tuple[str | None, str]:
     """`name << rest` as (name, rest); (None, line) for other lines.
 
@@ -131,35 +181,104 @@ def variable_name(text: str, where: str) -> str:
     return text
 
 
+def options_magic(*, shell_style: bool = True) -> Callable[[Callable[[Any, Call], R]], Callable[..., R | None]]:
+    """Let a magic get its line as options: the decorated method takes a `Call`.
+
+    Its `{{ }}` see the local variables of a function that runs the magic, as those of `!echo {name}` do. `-h` and
+    `--help` print the help that `?` shows. Goes above `@magic_arguments()`.
+
+    Args:
+        shell_style: whether IPython's `$name` and `{name}` are expanded, too. Not where the line has a prompt.
+    """
+
+    def decorate(method: Callable[[Any, Call], R]) -> Callable[..., R | None]:
+        @functools.wraps(method)
+        def magic(
+            self: Any, line: str, cell: str | None = None, local_ns: Mapping[str, Any] | None = None
+        ) -> R | None:
+            if not {"-h", "--help"}.isdisjoint(word.raw for word in split(line)):
+                print(textwrap.dedent((method.__doc__ or "").removeprefix("::\n")).strip())
+                return None
+            if cell is not None:  # IPython gives a cell magic no local variables
+                local_ns = _locals_of_caller()
+            name = f"{'%' if cell is None else '%%'}{method.__name__}"
+            namespace = {**self.shell.user_ns, **(local_ns or {})}
+            arguments, variables = parse(method, line, name=name, namespace=namespace, shell_style=shell_style)
+            return method(self, Call(name, arguments, variables, cell))
+
+        return needs_local_scope(no_var_expand(magic))
+
+    return decorate
+
+
+def _locals_of_caller() -> Mapping[str, Any] | None:
+    """The local variables where `run_cell_magic` was called: those of a function, or the notebook's."""
+    frame: FrameType | None = sys._getframe(2)
+    if frame is None or frame.f_code.co_name != "run_cell_magic" or frame.f_back is None:
+        return None
+    return frame.f_back.f_locals
+
+
 def parse(
-    magic: Any, line: str, *, name: str, namespace: Mapping[str, Any] | None = None
+    magic: Any, line: str, *, name: str, namespace: Mapping[str, Any] | None = None, shell_style: bool = False
 ) -> tuple[argparse.Namespace, Mapping[str, Any]]:
     """The options of a line, and the variables for the `{{ }}` of the cell: the namespace and each `--var`.
+
+    `NAME << rest` is the same as `rest --out NAME` for magics with that option.
 
     Args:
         magic: the decorated method, which has the parser.
         name: of the magic, such as `%%sollol`, for messages.
-        namespace: the notebook's variables; without them nothing is expanded.
+        namespace: the variables that the line may use; without them nothing is expanded.
+        shell_style: whether `$name` and `{name}` are expanded, too.
 
     Raises:
         UsageError: an option is wrong; the message suggests the nearest valid one.
         ConfigError: an expression cannot be expanded.
     """
-    words, variables = split(line), dict(namespace or {})
+    out: str | None = None
+    if "--out" in magic.parser._option_string_actions:
+        out, line = split_assignment(line)
+    words, variables = [_in_full(word, magic.parser) for word in split(line)], dict(namespace or {})
     if namespace is not None and "--no-expand" not in words:
-        words = _expanded(words, variables, name)
+        words = _expanded(words, variables, name, shell_style=shell_style)
     try:
         # Intermixed, since a prompt may come after options.
-        return magic.parser.parse_intermixed_args(words), variables
+        arguments = magic.parser.parse_intermixed_args(words)
     except UsageError as error:
         raise UsageError(_usage_message(str(error), magic.parser, name)) from None
+    if out is not None:
+        if arguments.out is not None:
+            raise UsageError(f"{name}: two variables, {out} and {arguments.out}; name one of them")
+        arguments.out = out
+    elif getattr(arguments, "out", None) is not None:
+        variable_name(arguments.out, "--out")
+    return arguments, variables
 
 
-def _expanded(words: list[Word], variables: dict[str, Any], name: str) -> list[Word]:
+def option_named(name: str, parser: argparse.ArgumentParser) -> str | None:
+    """The option of this name, or the only one that begins so, as argparse accepts it; else None."""
+    known = parser._option_string_actions
+    if name in known:
+        return name
+    found = [option for option in known if option.startswith(name)] if name.startswith("--") else []
+    return found[0] if len(found) == 1 else None
+
+
+def _in_full(word: Word, parser: argparse.ArgumentParser) -> Word:
+    """The word; an abbreviated option in full."""
+    name, sign, value = word.partition("=")
+    option = option_named(name, parser)
+    return word if option in (None, name) else Word(f"{option}{sign}{value}", word.raw)
+
+
+def _expanded(words: list[Word], variables: dict[str, Any], name: str, *, shell_style: bool) -> list[Word]:
     """The words with their expressions replaced; each `--var NAME=VALUE` adds to the variables."""
     expanded: list[Word] = []
     for word in words:
-        text = expand(word, variables, hint=NO_EXPAND_HINT)
+        text = expand(word, variables, hint=NO_EXPAND_HINT if not shell_style else "")
+        if text == word and shell_style:
+            text = _shell_expanded(word, variables, name)
         expanded.append(word if text == word else Word(text, f'"{text}"' if word.is_quoted else text))
         value_of_var = text.removeprefix("--var=") if text.startswith("--var=") else None
         if len(expanded) > 1 and expanded[-2] == "--var":
@@ -172,6 +291,21 @@ def _expanded(words: list[Word], variables: dict[str, Any], name: str) -> list[W
     return expanded
 
 
+def _shell_expanded(word: Word, variables: Mapping[str, Any], name: str) -> str:
+    """A word with IPython's `$name` and `{name}` replaced."""
+    match = _SHELL_STYLE.search(word)
+    if match is None:
+        return word
+    text: str = word
+    with contextlib.suppress(Exception):  # as in IPython: what cannot be expanded stays as it is
+        text = DollarFormatter().vformat(word, (), variables)
+    if text == word and not word.is_quoted:
+        near = nearest_variable(match[1], variables)
+        hint = f"did you mean {near}?" if near else "define it first, or quote the text"
+        raise UsageError(f"{name}: there is no variable {match[1]} for {word}; {hint}")
+    return text
+
+
 def _usage_message(message: str, parser: argparse.ArgumentParser, name: str) -> str:
     """argparse's message as one line that says what to do."""
     options = sorted(option for option in parser._option_string_actions if option.startswith("--"))
@@ -181,15 +315,15 @@ def _usage_message(message: str, parser: argparse.ArgumentParser, name: str) -> 
         first = next((word for word in unknown if word.startswith("-")), "")
         if not first:
             return f"{name}: unexpected {' '.join(unknown)!r}; {help_}"
-        near = difflib.get_close_matches(first.partition("=")[0], options, 1, 0.5)
-        hint = f"did you mean {near[0]}? {help_.capitalize()}" if near else help_
+        near = nearest(first.partition("=")[0], options)
+        hint = f"did you mean {near}? {help_.capitalize()}" if near else help_
         return f"{name}: unknown option {first}; {hint}"
     if match := _REQUIRED.match(message):
         return f"{name}: {match[1]} is missing; {help_}"
     if match := _INVALID_CHOICE.match(message):
         choices = [choice.strip("' ") for choice in match[3].split(",")]
-        near = difflib.get_close_matches(match[2], choices, 1, 0.5)
-        hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(choices)}"
+        near = nearest(match[2], choices)
+        hint = f"did you mean {near}?" if near else f"choose from {', '.join(choices)}"
         return f"{name}: invalid {match[1]} {match[2]!r}; {hint}"
     if match := _ARGUMENT.match(message):
         return f"{name}: {match[1]} {match[2].replace('expected one argument', 'takes a value')}; {help_}"
@@ -200,50 +334,48 @@ def _usage_message(message: str, parser: argparse.ArgumentParser, name: str) -> 
 
 
 def whole_number(text: str) -> int:
-    """A whole number greater than 0."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"takes a whole number such as 100, not {text!r}")
-    return int(text)
+    """A whole number from 1 to `MAX_WHOLE_NUMBER`."""
+    value = _integer(text)
+    if value is None:
+        raise argparse.ArgumentTypeError(f"takes a whole number such as 100, not {_shown(text)}")
+    if not 1 <= value <= MAX_WHOLE_NUMBER:
+        bound = "1 or more" if value < 1 else f"at most {MAX_WHOLE_NUMBER}"
+        raise argparse.ArgumentTypeError(f"must be {bound}, not {_shown(text)}")
+    return value
 
 
 def seed(text: str) -> int:
     """A seed."""
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"takes a whole number such as 42, not {text!r}") from None
+    value = _integer(text)
+    if value is None:
+        raise argparse.ArgumentTypeError(f"takes a whole number such as 42, not {_shown(text)}")
+    return value
 
 
 def number(text: str) -> float:
-    """A number."""
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"takes a number such as 0.7, not {text!r}") from None
+    """A finite number."""
+    with contextlib.suppress(ValueError):
+        value = float(text)
+        if math.isfinite(value):
+            return value
+    raise argparse.ArgumentTypeError(f"takes a number such as 0.7, not {_shown(text)}")
+
+
+def _integer(text: str) -> int | None:
+    """The integer that a text is; None for other texts. Of a very long one only the size counts."""
+    if not re.fullmatch(r"[+-]?\d+", text, re.ASCII):
+        return None
+    return int(text[:_MOST_DIGITS])
+
+
+def _shown(text: str) -> str:
+    return repr(shortened(text, _LONGEST_SHOWN_CHARS))
 
 
 def priority(text: str) -> int:
     """A priority by number or by name."""
-    priority = int(text) if text.isdecimal() else priority_named(text)
+    number = _integer(text)
+    priority = priority_named(text) if number is None else number
     if not is_priority(priority):
-        raise argparse.ArgumentTypeError(f"takes 1 to 10 or a name such as high, not {text!r}")
+        raise argparse.ArgumentTypeError(f"takes 1 to 10 or a name such as high, not {_shown(text)}")
     return int(priority)
-
-
-def named_value(evaluate: Callable[[str], Any], expression: str, option: str, namespace: Mapping[str, Any]) -> Any:
-    """The value of an option that names a variable, or is an expression or JSON.
-
-    Raises:
-        ConfigError: it cannot be evaluated; the message suggests the nearest name.
-    """
-    if expression.startswith("{"):
-        with contextlib.suppress(ValueError):  # JSON, else a Python dict
-            return json.loads(expression)
-    try:
-        return evaluate(expression)
-    except NameError as error:
-        near = difflib.get_close_matches(getattr(error, "name", None) or expression, list(namespace), 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"{option} {expression}: {error}{hint}") from None
-    except Exception as error:  # the user's own expression can raise anything
-        raise ConfigError(f"{option} {expression}: {type(error).__name__}: {error}") from None

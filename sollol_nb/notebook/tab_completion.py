@@ -27,7 +27,7 @@ from IPython.core.completer import SimpleCompletion, context_matcher
 from sollol_nb.chat.completion import Completion
 from sollol_nb.models.files import OllamaGGUFResolver
 from sollol_nb.models.profiles import MODEL_PROFILES
-from sollol_nb.notebook.tab_line import Expected, expected, magic_line
+from sollol_nb.notebook.tab_line import Expected, expected, line_at_cursor
 from sollol_nb.runtime.io_loop import run_blocking
 from sollol_nb.runtime.priority import Priority
 from sollol_nb.text.readable import is_instance_of
@@ -88,7 +88,7 @@ def install(
 
     @context_matcher(identifier=MATCHER, priority=_PRIORITY)
     def match(context: CompletionContext) -> SimpleMatcherResult:
-        line = magic_line(context.text_until_cursor)
+        line = line_at_cursor(context.text_until_cursor)
         parser = _parser(shell, line.magic) if line is not None else None
         if line is None or parser is None:
             return {"completions": []}

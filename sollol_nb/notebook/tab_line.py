@@ -9,6 +9,8 @@ import argparse
 import re
 from dataclasses import dataclass
 
+from sollol_nb.notebook.magic_line import option_named
+
 _MAGIC = re.compile(r"\s*(?:[^%=]*=\s*)?%{1,2}(sollol\w*)\s+(.*)", re.DOTALL)
 _ASSIGNMENT = re.compile(r"\w+\s*<<\s+")
 # Quotes count at the beginning of a word and of an option's value; the last may still be open.
@@ -48,7 +50,7 @@ class Expected:
     options: tuple[str, ...] = ()
 
 
-def magic_line(text: str) -> MagicLine | None:
+def line_at_cursor(text: str) -> MagicLine | None:
     """The line up to the cursor, if it begins with the whole name of one of this package's magics; else None.
 
     Understands `%%magic`, `%magic`, `variable = %magic` and `%%magic variable << ...`.
@@ -96,12 +98,8 @@ def _is_option(word: str) -> bool:
 
 
 def _option(parser: argparse.ArgumentParser, name: str) -> argparse.Action | None:
-    """The option of this name, or the only one with this beginning, as argparse accepts it."""
-    known = {option: action for action in parser._actions for option in action.option_strings}
-    if name in known:
-        return known[name]
-    found = [action for option, action in known.items() if name.startswith("--") and option.startswith(name)]
-    return found[0] if len(found) == 1 else None
+    option = option_named(name, parser)
+    return parser._option_string_actions[option] if option is not None else None
 
 
 def _options(parser: argparse.ArgumentParser, used: set[argparse.Action]) -> tuple[str, ...]:

@@ -17,7 +17,6 @@ This module has only the table; `config.py` finds the values of 3 to 6,
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -28,6 +27,7 @@ from sollol_nb.layers.strategies import DEFAULT_STRATEGY
 from sollol_nb.runtime.priority import Priority
 from sollol_nb.settings import kinds
 from sollol_nb.settings.kinds import Kind
+from sollol_nb.text.nearest import nearest
 from sollol_nb.text.tables import markdown_table
 
 FILE_NAME = "sollol_nb.toml"
@@ -336,8 +336,8 @@ def setting_of(name: str, label: str) -> Setting:
         aliases = {
             alias.lower(): setting.name for setting in _TABLE for alias in (setting.argument, setting.variable)
         }
-        near = difflib.get_close_matches(name.lower(), SETTINGS, 1)
-        meant = aliases.get(name.lower()) or (near[0] if near else None)
+        near = nearest(name, SETTINGS)
+        meant = aliases.get(name.lower()) or near
         hint = f"did you mean {meant}?" if meant else f"known settings: {', '.join(SETTINGS)}"
         raise ConfigError(f"{label}: there is no setting {name!r}; {hint}")
     return setting

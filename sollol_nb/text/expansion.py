@@ -12,12 +12,12 @@ expression is then compiled and run separately, so that an error can name it.
 from __future__ import annotations
 
 import builtins
-import difflib
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from sollol_nb.errors import ConfigError
+from sollol_nb.text.nearest import nearest_variable
 from sollol_nb.text.readable import readable
 from sollol_nb.text.tables import shortened
 
@@ -157,9 +157,8 @@ def _shown(expression: str) -> str:
 
 
 def _describe_near(name: str, namespace: Mapping[str, object]) -> str:
-    known = [variable for variable in namespace if isinstance(variable, str) and not variable.startswith("_")]
-    near = difflib.get_close_matches(name, known, 1)
-    return f" (did you mean {near[0]}?)" if near else ""
+    near = nearest_variable(name, namespace)
+    return f" (did you mean {near}?)" if near else ""
 
 
 @cache

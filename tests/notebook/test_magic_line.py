@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from argparse import Namespace
+from typing import Any, ClassVar
 
 import pytest
 from IPython.core.error import UsageError
@@ -82,7 +83,16 @@ def test_options_and_prompt_may_come_in_any_order() -> None:
             "--max-tokens many",
             "%m: --max-tokens takes a whole number such as 100, not 'many'; see %m? for the options",
         ),
-        ("--max-tokens 0", "%m: --max-tokens takes a whole number such as 100, not '0'; see %m? for the options"),
+        ("--max-tokens 0", "%m: --max-tokens must be 1 or more, not '0'; see %m? for the options"),
+        ("--max-tokens -3", "%m: --max-tokens must be 1 or more, not '-3'; see %m? for the options"),
+        (
+            f"--max-tokens {'9' * 5000}",
+            f"%m: --max-tokens must be at most 2147483647, not '{'9' * 39}…'; see %m? for the options",
+        ),
+        (f"--priority {'1' * 5000}", "%m: --priority takes 1 to 10 or a name such as high, not '111"),
+        ("--temperature nan", "%m: --temperature takes a number such as 0.7, not 'nan'; see %m? for the options"),
+        ("-t 0", "%m: unknown option -t; see %m? for the options"),
+        ("--schema x", "%m: unknown option --schema; see %m? for the options"),
         ("--max-tokens", "%m: --max-tokens takes a value; see %m? for the options"),
         (
             "--temperature warm",
@@ -168,24 +178,116 @@ def test_an_invalid_variable_name_is_refused() -> None:
             magic_line.split_assignment(f"{name} << demo")
 
 
-def test_an_option_can_name_a_variable() -> None:
-    namespace = {"Person": int}
+def call(**variables: Any) -> magic_line.Call:
+    return magic_line.Call("%m", Namespace(), variables)
 
-    assert (
-        magic_line.named_value(lambda text: eval(text, dict(namespace)), "list[Person]", "--schema", namespace)
-        == list[int]
-    )
+
+def test_an_option_can_name_a_variable() -> None:
+    assert call(Person=int).named_value("list[Person]", "--schema") == list[int]
     with pytest.raises(ConfigError, match=r"--schema Persn: name 'Persn' is not defined; did you mean Person\?"):
-        magic_line.named_value(lambda text: eval(text, dict(namespace)), "Persn", "--schema", namespace)
+        call(Person=int).named_value("Persn", "--schema")
+    with pytest.raises(ConfigError, match=r"--schema Nope: name 'Nope' is not defined$"):
+        call(open=open, Other=int).named_value("Nope", "--schema")
     with pytest.raises(ConfigError, match="--schema 1/0: ZeroDivisionError: division by zero"):
-        magic_line.named_value(lambda text: eval(text, {}), "1/0", "--schema", {})
+        call().named_value("1/0", "--schema")
 
 
 def test_an_option_can_be_json() -> None:
     schema = '{"type": "object", "additionalProperties": false}'
 
-    assert magic_line.named_value(eval, schema, "--schema", {}) == {
-        "type": "object",
-        "additionalProperties": False,
-    }
-    assert magic_line.named_value(eval, "{'a': 1}", "--schema", {}) == {"a": 1}
+    assert call().named_value(schema, "--schema") == {"type": "object", "additionalProperties": False}
+    assert call().named_value("{'a': 1}", "--schema") == {"a": 1}
+
+
+def test_abbreviated_options_mean_the_same_as_whole_ones() -> None:
+    line = "--va city=Rome --temp=0.5 {{ city }}"
+    arguments, given = magic_line.parse(magic, line, name="%m", namespace={})
+    assert (arguments.words, arguments.temperature, given) == (["Rome"], 0.5, {"city": "Rome"})
+
+    arguments, _ = magic_line.parse(magic, "--no-exp {{ nosuch }}", name="%m", namespace={})
+    assert (arguments.words, arguments.expand) == (["{{ nosuch }}"], False)
+
+
+class Shell:
+    """A notebook with one variable."""
+
+    user_ns: ClassVar[dict[str, Any]] = {"topic": "global"}
+
+
+class Magics:
+    """Magics as IPython has them, which return their call."""
+
+    shell = Shell()
+
+    @magic_line.options_magic()
+    @magic_arguments()
+    @argument("words", nargs="*")
+    @argument("--out")
+    def line(self, call: magic_line.Call) -> magic_line.Call:
+        """Do something.
+
+        Example::
+
+            %line
+        """
+        return call
+
+    @magic_line.options_magic(shell_style=False)
+    @magic_arguments()
+    @argument("words", nargs="*")
+    def prompt(self, call: magic_line.Call) -> magic_line.Call:
+        """Ask."""
+        return call
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{{ topic }} x", ["global", "x"]),
+        ("$topic {topic}", ["global"] * 2),
+        ("pre$topic/x", ["preglobal/x"]),
+        ("{{ price }} '$price'", ["$5", "$5"]),
+        ("costs $5", ["costs", "$5"]),
+        ("'$nosuch'", ["$nosuch"]),
+    ],
+)
+def test_all_magics_take_expressions_and_the_shells_own_style(line: str, words: list[str]) -> None:
+    called = Magics().line(line, local_ns={"price": "$5"})
+    assert called.arguments.words == words
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("$topc", "%line: there is no variable topc for $topc; did you mean topic?"),
+        ("{nosuch}", "%line: there is no variable nosuch for {nosuch}; define it first, or quote the text"),
+    ],
+)
+def test_a_variable_that_does_not_exist_is_named(line: str, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        Magics().line(line)
+    assert str(caught.value) == message
+
+
+def test_local_variables_hide_those_of_the_notebook() -> None:
+    called = Magics().line("{{ topic }}", local_ns={"topic": "local"})
+    assert (called.arguments.words, called.variables["topic"]) == (["local"], "local")
+
+
+def test_a_prompt_keeps_its_dollars_and_single_braces() -> None:
+    assert Magics().prompt("$topic {topic} {{ topic }}").arguments.words == ["$topic", "{topic}", "global"]
+
+
+@pytest.mark.parametrize("line", ["-h", "--help", "x --help", "--out 5 -h"])
+def test_asking_for_help_prints_it(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert Magics().line(line) is None
+    printed = capsys.readouterr().out
+    assert printed.startswith("%line [--out OUT] [words ...]\n")
+    assert "Example::" in printed
+
+
+def test_an_answer_can_be_named_in_two_ways_but_not_in_both() -> None:
+    assert Magics().line("x << demo").arguments.out == Magics().line("demo --out x").arguments.out == "x"
+    assert Magics().prompt("x << demo").arguments.words == ["x", "<<", "demo"]
+    with pytest.raises(UsageError, match="%line: two variables, x and y; name one of them"):
+        Magics().line("x << demo --out y")

@@ -12,7 +12,7 @@ import pytest
 
 from sollol_nb.models.profiles import MODEL_PROFILES
 from sollol_nb.notebook.tab_completion import NameCache
-from sollol_nb.notebook.tab_line import Expected, MagicLine, expected, magic_line
+from sollol_nb.notebook.tab_line import Expected, MagicLine, expected, line_at_cursor
 from tests.support.engines import HANG_GUARD_S, eventually
 from tests.support.kernels import Kernel, kernel
 from tests.support.ollama_server import OllamaServer
@@ -45,7 +45,7 @@ from tests.support.ollama_server import OllamaServer
     ],
 )
 def test_a_line_is_a_magic_and_its_words(text: str, line: MagicLine | None) -> None:
-    assert magic_line(text) == line
+    assert line_at_cursor(text) == line
 
 
 def parser() -> argparse.ArgumentParser:

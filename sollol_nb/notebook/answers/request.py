@@ -5,15 +5,14 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from IPython.core.error import UsageError
 
 from sollol_nb.chat.completion import Completion, checked_against_schema
-from sollol_nb.notebook.magic_line import NO_EXPAND_HINT, Word, named_value, variable_name
+from sollol_nb.notebook.magic_line import NO_EXPAND_HINT, Call, Word
 from sollol_nb.text.expansion import expand
 
 if TYPE_CHECKING:
@@ -94,39 +93,26 @@ class CellRequest:
         return frame
 
 
-def cell_request(
-    arguments: argparse.Namespace,
-    cell: str | None,
-    *,
-    out: str | None,
-    defaults: Mapping[str, Any],
-    variables: Mapping[str, Any],
-    evaluate: Callable[[str], Any],
-) -> CellRequest:
-    """The request of a cell.
+def cell_request(call: Call, defaults: Mapping[str, Any]) -> CellRequest:
+    """The request of a `%%sollol` cell.
 
     Args:
-        arguments: the parsed options.
-        cell: the text below the first line; None for the line form.
-        out: the name before `<<`, if any.
+        call: the magic's options and the cell.
         defaults: from `%config Sollol`, by name of the option.
-        variables: what `{{ }}` in the cell may use.
-        evaluate: evaluates an expression in the notebook.
 
     Raises:
         UsageError, ConfigError: an option is missing or wrong.
     """
-    model, prompt = _model_and_prompt(list(arguments.model_and_prompt), cell, defaults.get("model"))
-    if cell is not None and arguments.expand:
-        prompt = expand(prompt, variables, hint=NO_EXPAND_HINT)
+    arguments = call.arguments
+    model, prompt = _model_and_prompt(list(arguments.model_and_prompt), call.cell, defaults.get("model"))
+    if call.cell is not None and arguments.expand:
+        prompt = expand(prompt, call.variables, hint=NO_EXPAND_HINT)
     if not prompt.strip():
         raise UsageError("the prompt is empty; write it below %%sollol MODEL or after %sollol MODEL")
     if arguments.reset and arguments.chat is None:
         raise UsageError("--reset starts a conversation over; name it with --chat NAME")
     if arguments.raw and arguments.quiet:
         raise UsageError("--raw and --quiet cannot be combined; use only one of them")
-    if out is not None and arguments.out is not None:
-        raise UsageError(f"the answer would go to two variables, {out} and {arguments.out}; name one of them")
     options = {}
     for name in OPTIONS:
         given = getattr(arguments, name)
@@ -135,7 +121,7 @@ def cell_request(
             options[name] = value
     schema = None
     if arguments.schema is not None:
-        schema = named_value(evaluate, arguments.schema, "--schema", variables)
+        schema = call.named_value(arguments.schema, "--schema")
     shown_as = arguments.format or ("json" if schema is not None else defaults.get("format") or "markdown")
     return CellRequest(
         model=model,
@@ -150,7 +136,7 @@ def cell_request(
         raw=arguments.raw,
         quiet=arguments.quiet,
         as_frame=arguments.frame,
-        out=variable_name(arguments.out, "--out") if arguments.out is not None else out,
+        out=arguments.out,
         background=arguments.background,
     )
 
@@ -167,6 +153,10 @@ def _model_and_prompt(words: list[Word], cell: str | None, default: str | None) 
         model = default
     else:
         model = str(words.pop(0))
+        if model[:1] in ("$", "{"):
+            raise UsageError(
+                f"{model!r} is not a model's name; to insert a variable, write {{{{ {model.strip('${}')} }}}}"
+            )
     if cell is None:
         return model, str(words[0]) if len(words) == 1 else " ".join(word.raw for word in words)
     if words:

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any
 
 from IPython.core.error import UsageError
-from IPython.core.magic import Magics, line_cell_magic, line_magic, magics_class, no_var_expand
+from IPython.core.magic import Magics, line_cell_magic, line_magic, magics_class
 from IPython.core.magic_arguments import argument, magic_arguments
 
 from sollol_nb.chat.chunk import Chunk
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 class AskMagics(Magics):
     """`%%sollol` and `%sollol_chat`."""
 
-    @no_var_expand
+    @magic_line.options_magic(shell_style=False)
     @magic_arguments()
     @argument(
         "model_and_prompt",
@@ -67,7 +67,7 @@ class AskMagics(Magics):
     )
     @argument("--no-expand", dest="expand", action="store_false", help="send {{ }} unchanged")
     @line_cell_magic
-    def sollol(self, line: str, cell: str | None = None) -> Completion | pd.DataFrame | BackgroundAnswer:
+    def sollol(self, call: magic_line.Call) -> Completion | pd.DataFrame | BackgroundAnswer:
         """Ask a model. The answer streams into the cell and is its value.
 
         `{{ expression }}` in the cell or the options is replaced by its value; frames, arrays and figures become
@@ -91,17 +91,7 @@ class AskMagics(Magics):
             handle.result(60).text
         """
         assert self.shell is not None
-        name = "%sollol" if cell is None else "%%sollol"
-        out, rest = magic_line.split_assignment(line)
-        arguments, variables = magic_line.parse(self.sollol, rest, name=name, namespace=self.shell.user_ns)
-        request = cell_request(
-            arguments,
-            cell,
-            out=out,
-            defaults=session.settings().request_defaults(),
-            variables=variables,
-            evaluate=self.shell.ev,
-        )
+        request = cell_request(call, session.settings().request_defaults())
         router = session.router()
         chunks = _stream(router, request)
         if request.background:
@@ -131,6 +121,7 @@ class AskMagics(Magics):
             return PlainView()
         return NotebookView(make_display) if is_kernel(self.shell) else TerminalView()
 
+    @magic_line.options_magic()
     @magic_arguments()
     @argument("name", nargs="?", help="the conversation; default: list all")
     @argument("--messages", action="store_true", help="return its messages as a list")
@@ -138,7 +129,7 @@ class AskMagics(Magics):
     @argument("--load", metavar="FILE", help="load it from such a file, replacing a conversation of this name")
     @argument("--clear", action="store_true", help="delete it")
     @line_magic
-    def sollol_chat(self, line: str) -> Chat | ChatBook | list[dict[str, Any]] | None:
+    def sollol_chat(self, call: magic_line.Call) -> Chat | ChatBook | list[dict[str, Any]] | None:
         """Show a conversation, return its messages, save it, load it, or delete it.
 
         Conversations are kept in memory and end with the kernel.
@@ -159,7 +150,7 @@ class AskMagics(Magics):
 
             %sollol_chat tour --clear
         """
-        arguments, _ = magic_line.parse(self.sollol_chat, line, name="%sollol_chat")
+        arguments = call.arguments
         chats = session.chats()
         if arguments.name is None:
             if arguments.messages or arguments.save or arguments.load or arguments.clear:

@@ -22,6 +22,7 @@ PLOT_DPI = 100
 class BenchMagics(Magics):
     """`%sollol_bench`."""
 
+    @magic_line.options_magic()
     @magic_arguments()
     @argument("models", nargs="+", metavar="model", help="models, such as demo:sharded")
     @argument(
@@ -61,7 +62,7 @@ class BenchMagics(Magics):
     )
     @argument("--out", metavar="NAME", help="store the result in this variable")
     @line_magic
-    def sollol_bench(self, line: str) -> BenchResult:
+    def sollol_bench(self, call: magic_line.Call) -> BenchResult:
         """Compare models, layouts, strategies and concurrency. The cases take turns.
 
         Shows medians with 95 % intervals and a plot. The result has `.frame` (one row per request), `.summary()`,
@@ -81,15 +82,13 @@ class BenchMagics(Magics):
             %sollol_bench demo:sharded --layouts 2 --strategies even,memory_aware --repeat 10
         """
         assert self.shell is not None
-        arguments, _ = magic_line.parse(self.sollol_bench, line, name="%sollol_bench")
-        if arguments.out is not None:
-            magic_line.variable_name(arguments.out, "--out")
+        arguments = call.arguments
         result = session.router().bench(
             arguments.models,
             layouts=arguments.layouts,
             strategies=arguments.strategies,
             concurrency=arguments.concurrency,
-            prompts=_prompts(arguments.prompts, self.shell),
+            prompts=_prompts(arguments.prompts, call),
             repeat=arguments.repeat,
             warmup=arguments.warmup,
             reload=arguments.reload,
@@ -104,11 +103,11 @@ class BenchMagics(Magics):
         return result
 
 
-def _prompts(text: str, shell: Any) -> Any:
+def _prompts(text: str, call: magic_line.Call) -> Any:
     """A number of built-in prompts, or the prompts in a variable (a list, a column of a frame, one text)."""
-    if text.isdecimal():
+    if text.isdecimal() and len(text) < 10:
         return int(text)
-    value = magic_line.named_value(shell.ev, text, "--prompts", shell.user_ns)
+    value = call.named_value(text, "--prompts")
     return list(value) if isinstance(value, Iterable) and not isinstance(value, str) else value
 
 

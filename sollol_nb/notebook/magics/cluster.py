@@ -26,6 +26,7 @@ ACTIONS = ("start", "stop", "discover", "add", "remove")
 class ClusterMagics(Magics):
     """`%sollol_cluster`, `%sollol_stop`, `%sollol_log`."""
 
+    @magic_line.options_magic()
     @magic_arguments()
     @argument("action", nargs="?", choices=ACTIONS, help="default: show")
     @argument(
@@ -34,7 +35,7 @@ class ClusterMagics(Magics):
     @argument("--static", action="store_true", help="a snapshot instead of the live widget")
     @argument("--text", action="store_true", help="a snapshot as plain text")
     @line_magic
-    def sollol_cluster(self, line: str) -> ClusterWidget | ClusterStatus | None:
+    def sollol_cluster(self, call: magic_line.Call) -> ClusterWidget | ClusterStatus | None:
         """Show the workers and the layers of each coordinator, live and with controls; or change them.
 
         Example::
@@ -55,12 +56,12 @@ class ClusterMagics(Magics):
 
             %sollol_cluster --text
         """
-        arguments, _ = magic_line.parse(self.sollol_cluster, line, name="%sollol_cluster")
+        arguments = call.arguments
         router, what = session.router(), arguments.what
         match arguments.action:
             case "start":
                 count = what[0] if what else "3"
-                if not count.isdecimal():
+                if not count.isdecimal() or len(count) > 9:
                     raise UsageError(f"start takes a number of workers, not {count!r}: %sollol_cluster start 3")
                 from sollol_nb.llama_cpp.engine.find import ensure_engine
 
@@ -89,11 +90,12 @@ class ClusterMagics(Magics):
             return status
         return router.widget()
 
+    @magic_line.options_magic()
     @magic_arguments()
     @argument("names", nargs="*", help="models, or workers as host:port; default: this notebook's coordinators")
     @argument("--all", action="store_true", help="everything, including what other notebooks use")
     @line_magic
-    def sollol_stop(self, line: str) -> None:
+    def sollol_stop(self, call: magic_line.Call) -> None:
         """Stop the coordinators of this notebook, or the named engines, or everything (including workers).
 
         Example::
@@ -108,7 +110,7 @@ class ClusterMagics(Magics):
         """
         from sollol_nb.llama_cpp.processes.running import stop_engines
 
-        arguments, _ = magic_line.parse(self.sollol_stop, line, name="%sollol_stop")
+        arguments = call.arguments
         if arguments.all or arguments.names:
             ended = run_blocking(stop_engines(arguments.names, also_used=True))
             stopped = [f"{process.kind} {process.name}" for process in ended]
@@ -116,12 +118,13 @@ class ClusterMagics(Magics):
             stopped = [f"coordinator {model}" for model in session.router().stop_coordinator()]
         print("stopped " + ", ".join(stopped) if stopped else "nothing is running")
 
+    @magic_line.options_magic()
     @magic_arguments()
     @argument("name", nargs="?", help="a model, or a worker as host:port; default: the coordinator used last")
     @argument("--last", type=magic_line.whole_number, default=20, help="number of lines (default: 20)")
     @argument("--grep", metavar="TEXT", help="only lines that contain this text, ignoring case")
     @line_magic
-    def sollol_log(self, line: str) -> None:
+    def sollol_log(self, call: magic_line.Call) -> None:
         """Show the last lines of the log of a coordinator or a worker.
 
         Example::
@@ -136,7 +139,7 @@ class ClusterMagics(Magics):
         """
         from sollol_nb.llama_cpp.processes.running import engine_log
 
-        arguments, _ = magic_line.parse(self.sollol_log, line, name="%sollol_log")
+        arguments = call.arguments
         name = arguments.name
         if name is None:
             if not session.router().coordinators:

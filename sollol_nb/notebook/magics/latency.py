@@ -27,6 +27,7 @@ PLOTS = ("ttft", "total", "speed", "timeline", "predicted", "queue")
 class LatencyMagics(Magics):
     """`%sollol_latency`."""
 
+    @magic_line.options_magic()
     @magic_arguments()
     @argument("--model", help="only requests to this model")
     @argument("--backend", help="only requests that ran on this backend, such as llama.cpp-distributed")
@@ -37,7 +38,7 @@ class LatencyMagics(Magics):
     @argument("--plot", nargs="?", const="total", choices=PLOTS, help="draw a plot (default: total)")
     @argument("--export", metavar="FILE", help="write the log to a .csv or .parquet file")
     @line_magic
-    def sollol_latency(self, line: str) -> pd.DataFrame | Axes | None:
+    def sollol_latency(self, call: magic_line.Call) -> pd.DataFrame | Axes | None:
         """The latency log as a pandas frame, one row per request, newest last; or as a plot or a file.
 
         Example::
@@ -52,7 +53,7 @@ class LatencyMagics(Magics):
 
             %sollol_latency --export latency.csv
         """
-        arguments, _ = magic_line.parse(self.sollol_latency, line, name="%sollol_latency")
+        arguments = call.arguments
         router = session.router()
         filters = {name: getattr(arguments, name) for name in FILTERS}
         if arguments.export is not None:

@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 class ModelMagics(Magics):
     """`%sollol_models`, `%sollol_route`, `%sollol_profile`."""
 
+    @magic_line.options_magic()
     @magic_arguments()
     @argument("text", nargs="?", default="", help="only names that contain this text")
     @line_magic
-    def sollol_models(self, line: str) -> pd.DataFrame:
+    def sollol_models(self, call: magic_line.Call) -> pd.DataFrame:
         """List the models as a frame: installed in Ollama, running, built in, or with a profile.
 
         Columns: `model`, `where` (Ollama nodes, this machine; empty if not available yet), `parameters_b`
@@ -35,24 +36,26 @@ class ModelMagics(Magics):
 
             %sollol_models demo
         """
-        arguments, _ = magic_line.parse(self.sollol_models, line, name="%sollol_models")
+        arguments = call.arguments
         frame = session.router().models()
         return frame[frame["model"].str.contains(arguments.text, case=False, regex=False)].reset_index(drop=True)
 
+    @magic_line.options_magic()
     @magic_arguments()
     @argument("model", help="model name")
     @argument("--backend", choices=BACKENDS, help="show the route of a request with this --backend")
     @line_magic
-    def sollol_route(self, line: str) -> None:
+    def sollol_route(self, call: magic_line.Call) -> None:
         """Show where a request for a model would go now, and why.
 
         Example::
 
             %sollol_route demo
         """
-        arguments, _ = magic_line.parse(self.sollol_route, line, name="%sollol_route")
+        arguments = call.arguments
         print(session.router().route(arguments.model, backend=arguments.backend))
 
+    @magic_line.options_magic()
     @magic_arguments()
     @argument("model", help="model name")
     @argument(
@@ -68,7 +71,7 @@ class ModelMagics(Magics):
         "--forget", action="store_true", help="remove its profile; its size comes from its file or name again"
     )
     @line_magic
-    def sollol_profile(self, line: str) -> None:
+    def sollol_profile(self, call: magic_line.Call) -> None:
         """Show the profile of a model, or set it in this kernel (its entry in `MODEL_PROFILES`).
 
         Example::
@@ -79,7 +82,7 @@ class ModelMagics(Magics):
 
             %sollol_profile custom-70b --forget
         """
-        arguments, _ = magic_line.parse(self.sollol_profile, line, name="%sollol_profile")
+        arguments = call.arguments
         model = str(arguments.model)
         given = {
             "parameter_count": arguments.parameters,

@@ -17,16 +17,8 @@ from sollol_nb.notebook.magics.ask import AskMagics
 def request(
     line: str, cell: str | None = None, *, defaults: dict[str, Any] | None = None, **variables: Any
 ) -> CellRequest:
-    out, rest = magic_line.split_assignment(line)
-    arguments, given = magic_line.parse(AskMagics.sollol, rest, name="%%sollol", namespace=variables)
-    return cell_request(
-        arguments,
-        cell,
-        out=out,
-        defaults=defaults or {},
-        variables=given,
-        evaluate=lambda text: eval(text, dict(variables)),
-    )
+    arguments, given = magic_line.parse(AskMagics.sollol, line, name="%%sollol", namespace=variables)
+    return cell_request(magic_line.Call("%%sollol", arguments, given, cell), defaults or {})
 
 
 @pytest.mark.parametrize(
@@ -83,6 +75,8 @@ def test_json_is_requested_from_the_engine_unless_there_is_a_schema() -> None:
         ("demo --raw --quiet", "Hi", "--raw and --quiet cannot be combined"),
         ("x << demo --out y", "Hi", "two variables, x and y"),
         ("demo --out 1x", "Hi", "'1x' [(]--out[)] is not a valid variable name"),
+        ("$name", "Hi", "'[$]name' is not a model's name; to insert a variable, write {{ name }}"),
+        ("{name} Hi", None, "'{name}' is not a model's name; to insert a variable, write {{ name }}"),
     ],
 )
 def test_mistakes_are_usage_errors(line: str, cell: str | None, message: str) -> None:

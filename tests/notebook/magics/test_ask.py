@@ -67,7 +67,7 @@ def test_an_answer_can_be_given_a_name(notebook: Kernel, cell: str) -> None:
 
 def test_two_variables_for_one_answer_are_refused(notebook: Kernel) -> None:
     shown = notebook.run("%%sollol a << demo --out b\nHi")
-    assert shown.stream == "UsageError: the answer would go to two variables, a and b; name one of them\n"
+    assert shown.stream == "UsageError: %%sollol: two variables, a and b; name one of them\n"
 
 
 def test_quiet_shows_nothing_and_raw_only_the_text(notebook: Kernel) -> None:
@@ -110,6 +110,34 @@ def test_braces_are_expanded_in_the_cell_and_in_options(notebook: Kernel) -> Non
     )
     assert notebook.value("e.text[:8], e['eval_count']") == "('A worker', 16)"
     assert notebook.run("what").error[-1].startswith("NameError"), "it existed in that cell only"
+
+
+def test_braces_see_the_variables_of_the_function_that_asks(notebook: Kernel) -> None:
+    notebook.run(
+        "from typing import Literal\n"
+        "topic, Kind = 'GLOBAL', int\n"
+        "def ask(topic):\n"
+        "    Kind = Literal['x', 'y']\n"
+        "    shell = get_ipython()\n"
+        f'    answer = %sollol demo {GREEDY} --quiet --chat scope --schema Kind "On the line: {{{{ topic }}}}?"\n'
+        f"    shell.run_line_magic('sollol', 'demo {GREEDY} --quiet --chat scope A line: {{{{ topic }}}}?')\n"
+        f"    shell.run_cell_magic('sollol', 'demo {GREEDY} --quiet --chat scope', 'A cell: {{{{ topic }}}}?')\n"
+        "    return answer.value\n"
+        "value = ask('LOCAL')\n"
+        f"%sollol demo {GREEDY} --quiet --chat scope At the top: {{{{ topic }}}}?\n"
+        "m = %sollol_chat scope --messages"
+    )
+    assert notebook.value("value in ('x', 'y')") == "True"
+    assert notebook.value("[message['content'] for message in m if message['role'] == 'user']") == (
+        "['On the line: LOCAL?', 'A line: LOCAL?', 'A cell: LOCAL?', 'At the top: GLOBAL?']"
+    )
+
+
+def test_asking_a_magic_for_help_is_no_error(notebook: Kernel) -> None:
+    for cell in ("%%sollol demo --help\nHi", "%sollol -h", "%sollol_bench --help"):
+        shown = notebook.run(cell)
+        assert (shown.status, shown.error) == ("ok", [])
+        assert "Example::" in shown.stream
 
 
 def test_single_braces_and_unexpanded_cells_are_left_alone(notebook: Kernel) -> None:
