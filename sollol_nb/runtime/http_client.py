@@ -4,13 +4,23 @@ A `JsonClient` speaks to one base URL in JSON. Foreign exceptions are translated
 most specific class wins), so that no other module depends on the library. A client belongs to the event loop on
 which it is first used; close it there with `aclose()`. Closing a stream early (leaving its `async with`) closes
 the connection, and the engine stops generating.
+
+What a peer sends is not trusted: every body and line has a limit; compressed answers are refused (nobody requested
+them, and a small one can unfold to gigabytes); redirects are not followed; a limit in seconds holds for the whole
+of a short answer, however slowly it drips; and reading costs time in proportion to what arrives.
 """
 
 from __future__ import annotations
 
+import asyncio
+import json
+import os
+import re
+import ssl
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any
+from functools import cache
+from typing import Any, Final
 
 import httpx
 
@@ -23,6 +33,13 @@ from sollol_nb.errors import (
 )
 
 CONNECT_TIMEOUT_S = 5.0
+
+ANSWER_LIMIT_BYTES: Final = 32 * 2**20  # of an answer that is not streamed: the longest are thousands of token ids
+LINE_LIMIT_BYTES: Final = 16 * 2**20  # of a line: the longest has the token ids of a whole context
+STREAM_LIMIT_BYTES: Final = 256 * 2**20  # of all lines of an answer: a million tokens are 150 MB
+ERROR_LIMIT_BYTES: Final = 64 * 1024  # of the body of an error, whose first 500 characters are shown
+
+CERTIFICATE_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
 
 _TRANSLATIONS: tuple[tuple[type[Exception], type[TransportError], str], ...] = (
     (httpx.ConnectTimeout, ConnectFailedError, "cannot connect (timed out)"),
@@ -49,14 +66,15 @@ class JsonClient:
 
     def __init__(self, base_url: str, *, api_key: str | None = None, read_timeout_s: float | None = 30.0) -> None:
         self.base_url = base_url.rstrip("/")
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        headers = {"Accept-Encoding": "identity"}
+        if api_key:
+            headers["Authorization"] = f"Bearer {api_key}"
         self._read_timeout_s = read_timeout_s
         # trust_env=False: a proxy meant for the web must not see prompts, nor stand before loopback.
         self._client = httpx.AsyncClient(
             headers=headers,
             trust_env=False,
-            # Reading the certificates of all authorities takes 3 MB and 20 ms, for nothing without TLS.
-            verify=not self.base_url.lower().startswith("http:"),
+            verify=not self.base_url.lower().startswith("http:") and _certificates(),
             timeout=_timeout(read_timeout_s),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=32),
         )
@@ -78,7 +96,12 @@ class JsonClient:
 
     @asynccontextmanager
     async def stream_lines(
-        self, path: str, body: Mapping[str, Any], *, read_timeout_s: float | None = None
+        self,
+        path: str,
+        body: Mapping[str, Any],
+        *,
+        read_timeout_s: float | None = None,
+        line_limit_bytes: int = LINE_LIMIT_BYTES,
     ) -> AsyncIterator[AsyncIterator[str]]:
         """POST, and read the answer line by line while it arrives.
 
@@ -88,6 +111,7 @@ class JsonClient:
 
         Args:
             read_timeout_s: the longest silence between two pieces; by default the client's.
+            line_limit_bytes: the longest line.
 
         Raises:
             TransportError: of the matching kind, before the answer or within it.
@@ -98,10 +122,8 @@ class JsonClient:
             async with self._client.stream(
                 "POST", self.base_url + path, json=body, timeout=timeout, headers={"Connection": "close"}
             ) as response:
-                if response.status_code >= 400:
-                    await response.aread()
-                    raise self._status_error(path, response)
-                yield _lines(response)
+                await self._check(path, response)
+                yield self._lines(path, response, line_limit_bytes)
 
     async def aclose(self) -> None:
         """Close all connections. Closing twice is fine."""
@@ -110,47 +132,128 @@ class JsonClient:
     async def _request(
         self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float | None
     ) -> Any:
-        timeout = _timeout(timeout_s if timeout_s is not None else self._read_timeout_s)
-        with self._translated(path):
-            response = await self._client.request(method, self.base_url + path, json=body, timeout=timeout)
-        if response.status_code >= 400:
-            raise self._status_error(path, response)
-        if not response.content:
+        limit_s = timeout_s if timeout_s is not None else self._read_timeout_s
+        url = self.base_url + path
+        try:
+            async with asyncio.timeout(limit_s):
+                content = await self._content(method, path, body, limit_s)
+        except TimeoutError as error:
+            if isinstance(error, TransportError):
+                raise
+            raise TransportTimeoutError(f"{url}: no answer within the time limit") from error
+        if not content:
             return None
         try:
-            return response.json()
+            return json.loads(content)
         except (ValueError, RecursionError) as error:  # nested too deeply is not JSON for us either
-            raise TransportError(f"{self.base_url}{path} sent an answer that is not JSON") from error
+            page = _title(content.decode(errors="replace"))
+            what = f"a web page ({page})" if page else "an answer that is not JSON"
+            raise TransportError(f"{url} sent {what}") from error
 
     @contextmanager
     def _translated(self, path: str) -> Iterator[None]:
         try:
             yield
         except (httpx.HTTPError, httpx.InvalidURL) as error:
+            if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                reason = str(error).partition("CERTIFICATE_VERIFY_FAILED] ")[2].partition(" (_ssl")[0]
+                variables = " or ".join(CERTIFICATE_VARIABLES)
+                raise TransportError(
+                    f"{self.base_url}{path}: {reason or 'its certificate is not trusted'}; name a file or folder "
+                    f"with the certificate of its authority in {variables}"
+                ) from error
+            if "SSL: " in str(error):
+                raise TransportError(
+                    f"{self.base_url}{path}: no HTTPS server answers; if it speaks HTTP, write http://"
+                ) from error
             for theirs, ours, message in _TRANSLATIONS:
                 if isinstance(error, theirs):
                     raise ours(f"{self.base_url}{path}: {message}") from error
             raise
 
-    def _status_error(self, path: str, response: httpx.Response) -> HttpStatusError:
-        reason = _reason(response)
-        return HttpStatusError(
-            f"{self.base_url}{path} answered {response.status_code}: {reason}",
-            status=response.status_code,
-            reason=reason,
-        )
+    async def _content(
+        self, method: str, path: str, body: Mapping[str, Any] | None, read_timeout_s: float | None
+    ) -> bytes:
+        url = self.base_url + path
+        with self._translated(path):
+            async with self._client.stream(method, url, json=body, timeout=_timeout(read_timeout_s)) as response:
+                await self._check(path, response)
+                content = await _read(response, ANSWER_LIMIT_BYTES)
+        if len(content) > ANSWER_LIMIT_BYTES:
+            raise TransportError(f"{url}: the answer is longer than {ANSWER_LIMIT_BYTES >> 20} MiB")
+        return content
+
+    async def _check(self, path: str, response: httpx.Response) -> None:
+        """Raise HttpStatusError unless the status is a success, TransportError if the answer is compressed."""
+        status, url = response.status_code, self.base_url + path
+        encoding = one_line(response.headers.get("content-encoding", "identity"), 40)
+        is_compressed = encoding.lower() not in ("", "identity")
+        if 200 <= status < 300:
+            if is_compressed:
+                raise TransportError(f"{url} sent a compressed answer ({encoding}), which was not requested")
+            return
+        if status < 400:
+            target = one_line(response.headers.get("location", ""), 200)
+            reason = f"it redirects to {target}; use that address instead" if target else "a redirect"
+        else:
+            content = b"" if is_compressed else await _read(response, ERROR_LIMIT_BYTES)
+            reason = _reason(content.decode(errors="replace")) or one_line(response.reason_phrase) or "no reason"
+        raise HttpStatusError(f"{url} answered {status}: {reason}", status=status, reason=reason)
+
+    async def _lines(self, path: str, response: httpx.Response, line_limit_bytes: int) -> AsyncIterator[str]:
+        """Lines that end with a line feed and nothing else: JSON text may contain U+2028, U+0085 and the like, at
+        which the library's own reader would split."""
+        line, total_bytes = bytearray(), 0
+        async for piece in response.aiter_raw():
+            total_bytes += len(piece)
+            if total_bytes > max(STREAM_LIMIT_BYTES, line_limit_bytes):
+                limit = max(STREAM_LIMIT_BYTES, line_limit_bytes) >> 20
+                raise TransportError(f"{self.base_url}{path}: the answer is longer than {limit} MiB")
+            first, *others = piece.split(b"\n")
+            line += first
+            for following in others:
+                yield line.removesuffix(b"\r").decode(errors="replace")
+                line = bytearray(following)
+            if len(line) > line_limit_bytes:
+                raise TransportError(
+                    f"{self.base_url}{path}: a line of the answer is longer than {line_limit_bytes >> 20} MiB"
+                )
+        if line:
+            yield line.decode(errors="replace")
 
 
-async def _lines(response: httpx.Response) -> AsyncIterator[str]:
-    """Lines that end with a line feed and nothing else: JSON text may contain U+2028, U+0085 and the like, at
-    which the library's own reader would split."""
-    rest = b""
-    async for piece in response.aiter_bytes():
-        *lines, rest = (rest + piece).split(b"\n")
-        for line in lines:
-            yield line.removesuffix(b"\r").decode(errors="replace")
-    if rest:
-        yield rest.decode(errors="replace")
+async def _read(response: httpx.Response, limit_bytes: int) -> bytes:
+    """The body, or somewhat more than its first `limit_bytes`."""
+    content = bytearray()
+    async for piece in response.aiter_raw():
+        content += piece
+        if len(content) > limit_bytes:
+            break
+    return bytes(content)
+
+
+@cache
+def _context(file: str | None, folder: str | None) -> ssl.SSLContext | bool:
+    return ssl.create_default_context(cafile=file, capath=folder) if file or folder else True
+
+
+def _certificates() -> ssl.SSLContext | bool:
+    """The certificates to trust: those that `SSL_CERT_FILE` or `SSL_CERT_DIR` names, else the usual authorities.
+
+    Reading all of them takes 3 MB and 20 ms, so it is done for https only.
+
+    Raises:
+        TransportError: a variable names no usable file or folder.
+    """
+    file, folder = (os.environ.get(name) or None for name in CERTIFICATE_VARIABLES)
+    if folder is not None and file is None and not os.path.isdir(folder):  # noqa: PTH112 - as OpenSSL reads it
+        raise TransportError(f"SSL_CERT_DIR={folder!r} is not a folder; correct or unset it")
+    try:
+        return _context(file, folder)
+    except (OSError, ValueError) as error:
+        raise TransportError(
+            f"SSL_CERT_FILE={file!r} has no usable certificates ({error}); correct or unset it"
+        ) from None
 
 
 def _timeout(read_timeout_s: float | None) -> httpx.Timeout:
@@ -158,14 +261,29 @@ def _timeout(read_timeout_s: float | None) -> httpx.Timeout:
     return httpx.Timeout(read_timeout_s, connect=connect)
 
 
-def _reason(response: httpx.Response) -> str:
-    """The peer's message, in llama-server's (`error.message`) or Ollama's (`error`) shape, on one line."""
+def _reason(text: str) -> str:
+    """The peer's message on one line: in llama-server's (`error.message`) or Ollama's (`error`) shape, the title
+    of a web page, or the text itself."""
     try:
-        body = response.json()
+        body = json.loads(text)
     except (ValueError, RecursionError):
         body = None
     error = body.get("error") if isinstance(body, dict) else None
     if isinstance(error, dict):
         error = error.get("message")
-    text = error if isinstance(error, str) and error else response.text or response.reason_phrase
-    return " ".join(text.split())[:500]
+    return one_line(error if isinstance(error, str) and error else _title(text) or text)
+
+
+def _title(text: str) -> str:
+    """The title of a web page; "" if the text is none."""
+    start = text[:4096]
+    if not re.match(r"\s*<(!doctype html|html|head|body)\b", start, re.IGNORECASE):
+        return ""
+    title = re.search(r"<title[^<>]*>([^<]*)", start, re.IGNORECASE)
+    return one_line(title[1] if title else "", 100) or "without a title"
+
+
+def one_line(text: str, limit: int = 500) -> str:
+    """The beginning of a peer's text as one line without control characters, which could steer a terminal."""
+    visible = "".join(character if character.isprintable() else " " for character in text[: 4 * limit])
+    return " ".join(visible.split())[:limit]

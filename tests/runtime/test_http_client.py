@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import json
 import socket
+import ssl
 import traceback
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from sollol_nb.errors import (
@@ -20,6 +22,7 @@ from sollol_nb.errors import (
     TransportError,
     TransportTimeoutError,
 )
+from sollol_nb.runtime import http_client
 from sollol_nb.runtime.http_client import JsonClient
 from tests.support.engines import Peer, listening, run
 
@@ -31,6 +34,8 @@ def response(body: bytes, status: str = "200 OK", content_type: str = "applicati
     return head.encode() + body
 
 
+CERTIFICATE = Path(__file__).parents[1] / "support" / "tls" / "loopback.pem"
+COMPRESSED = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n\r\n"
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
@@ -55,6 +60,10 @@ def says(*pieces: bytes, then: str = "close") -> Peer:
             await asyncio.sleep(0)
         if then == "silence":
             await asyncio.Event().wait()
+        while then == "drip":
+            writer.write(b" ")
+            await writer.drain()
+            await asyncio.sleep(0.02)
 
     return serve
 
@@ -118,14 +127,73 @@ def test_proxies_of_the_environment_are_ignored(monkeypatch: pytest.MonkeyPatch)
     assert run(get(says(response(b'{"direct": true}')))) == {"direct": True}
 
 
-def test_certificates_are_verified_for_https(monkeypatch: pytest.MonkeyPatch) -> None:
-    verified: list[object] = []
-    monkeypatch.setattr(httpx, "AsyncClient", lambda **settings: verified.append(settings["verify"]))
+async def get_over_tls(scheme: str = "https") -> Any:
+    """An answer of a server whose certificate no authority of the system has signed."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(CERTIFICATE)
 
-    for base_url in ("https://node", "HTTPS://node", "http://node", "HTTP://node"):
-        JsonClient(base_url)
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError, EOFError):
+            await says(response(b'{"over": "tls"}'))(reader, writer)
+        writer.close()
 
-    assert verified == [True, True, False, False]
+    async with await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context) as server:
+        client = JsonClient(f"{scheme}://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        try:
+            return await client.get("/api/tags")
+        finally:
+            await client.aclose()
+
+
+def test_an_unknown_certificate_is_refused_and_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in http_client.CERTIFICATE_VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(TransportError, match=r"self-signed certificate.*SSL_CERT_FILE or SSL_CERT_DIR") as refused:
+        run(get_over_tls())
+    assert not isinstance(refused.value, ConnectFailedError)  # a server runs there
+    assert "\n" not in str(refused.value)
+
+
+def test_certificates_of_ssl_cert_file_are_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(CERTIFICATE))
+    assert run(get_over_tls("HTTPS")) == {"over": "tls"}
+
+
+def test_certificates_in_ssl_cert_dir_are_trusted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # OpenSSL finds a certificate by the hash of its subject.
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    (tmp_path / "fb53fb52.0").write_bytes(CERTIFICATE.read_bytes())
+    monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path))
+    assert run(get_over_tls()) == {"over": "tls"}
+
+
+@pytest.mark.parametrize("name", ["SSL_CERT_FILE", "SSL_CERT_DIR"])
+def test_an_unusable_certificate_variable_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    for variable in http_client.CERTIFICATE_VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv(name, str(tmp_path / "missing"))
+    with pytest.raises(TransportError, match=f"^{name}="):
+        JsonClient("https://127.0.0.1:1")
+    JsonClient("http://127.0.0.1:1")  # needs none
+
+
+def test_http_where_https_is_requested_is_named() -> None:
+    async def ask() -> None:
+        async def refuses(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.read(1)
+            writer.write(response(b"", "400 Bad Request"))
+
+        async with listening(refuses) as port:
+            client = JsonClient(f"https://127.0.0.1:{port}")
+            try:
+                await client.get("/api/tags")
+            finally:
+                await client.aclose()
+
+    with pytest.raises(TransportError, match="no HTTPS server answers; if it speaks HTTP, write http://"):
+        run(ask())
 
 
 # --- failures ---------------------------------------------------------------------------------
@@ -149,7 +217,29 @@ def test_certificates_are_verified_for_https(monkeypatch: pytest.MonkeyPatch) ->
             "within the time limit",
             id="silent in mid-answer",
         ),
-        pytest.param(says(response(b"<html>")), TransportError, "is not JSON", id="HTML"),
+        pytest.param(says(response(b"hello")), TransportError, "is not JSON", id="text"),
+        pytest.param(
+            says(response(b"<!DOCTYPE html>\n<html><title>Sign \x1bin</title>")),
+            TransportError,
+            r"sent a web page \(Sign in\)",
+            id="a web page",
+        ),
+        pytest.param(says(response(b"<html>")), TransportError, "a web page", id="a web page without a title"),
+        pytest.param(
+            says(COMPRESSED + gzip.compress(b"{}")), TransportError, "compressed answer", id="compressed"
+        ),
+        pytest.param(
+            says(CHUNKED, *[chunk(b'"' + b"a" * 2**20)] * 40, then="silence"),
+            TransportError,
+            "longer than 32 MiB",
+            id="endless",
+        ),
+        pytest.param(
+            says(b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n", then="drip"),
+            TransportTimeoutError,
+            "within the time limit",
+            id="a byte at a time",
+        ),
         pytest.param(says(response(b'{"a": ')), TransportError, "is not JSON", id="half of JSON"),
         pytest.param(says(response(b'"\xff"')), TransportError, "is not JSON", id="not UTF-8"),
         pytest.param(says(response(b"[" * 200_000)), TransportError, "is not JSON", id="nested too deeply"),
@@ -193,6 +283,26 @@ def test_failure_has_its_own_error(peer: Peer, error: type[Exception], message: 
         pytest.param(response(b"x" * 9000, "400 Bad"), 400, "x" * 500, id="long text is cut"),
         pytest.param(response(b"[" * 200_000, "400 Bad"), 400, "[" * 500, id="nested too deeply"),
         pytest.param(response(b"\xff\xfe", "400 Bad"), 400, None, id="not UTF-8"),
+        pytest.param(response(b"E" * 10**7, "500 Oops"), 500, "E" * 500, id="megabytes"),
+        pytest.param(
+            response(rb'{"error": "\u001b[2Jred\u202e\u0007"}', "500 Oops"),
+            500,
+            "[2Jred",
+            id="control characters",
+        ),
+        pytest.param(
+            response(b"<html><head><title>502 Bad Gateway</title>", "502 Bad Gateway"),
+            502,
+            "502 Bad Gateway",
+            id="a web page",
+        ),
+        pytest.param(
+            b"HTTP/1.1 301 Moved\r\nLocation: https://elsewhere/\r\nContent-Length: 0\r\n\r\n",
+            301,
+            "it redirects to https://elsewhere/; use that address instead",
+            id="a redirect",
+        ),
+        pytest.param(COMPRESSED.replace(b"200 OK", b"503 Busy"), 503, "Busy", id="compressed"),
     ],
 )
 def test_error_status_carries_the_peers_own_words(answer: bytes, status: int, reason: str | None) -> None:
@@ -249,10 +359,31 @@ def test_repr_tells_the_address_and_never_the_key() -> None:
         ),
         pytest.param([b"\xff\n"], ["\ufffd"], id="not UTF-8"),
         pytest.param([], [], id="nothing"),
+        pytest.param([b"z"] * 1000 + [b"\n"], ["z" * 1000], id="a thousand pieces"),
     ],
 )
 def test_stream_gives_lines_as_they_were_sent(pieces: list[bytes], lines: list[str]) -> None:
     assert run(read_lines(says(CHUNKED, *map(chunk, pieces), b"0\r\n\r\n"))) == lines
+
+
+@pytest.mark.parametrize(
+    ("peer", "message"),
+    [
+        pytest.param(says(CHUNKED, *[chunk(b"z" * 900)] * 5), "a line of the answer is longer", id="a giant line"),
+        pytest.param(says(CHUNKED, *[chunk(b"z\n" * 900)] * 5), "the answer is longer than", id="endless lines"),
+        pytest.param(says(COMPRESSED), "compressed", id="compressed"),
+    ],
+)
+def test_a_stream_has_limits(monkeypatch: pytest.MonkeyPatch, peer: Peer, message: str) -> None:
+    monkeypatch.setattr(http_client, "STREAM_LIMIT_BYTES", 4_000)
+
+    async def read() -> None:
+        async with client_of(peer) as client, client.stream_lines("/x", {}, line_limit_bytes=2_000) as lines:
+            async for line in lines:
+                assert len(line) < 3_000
+
+    with pytest.raises(TransportError, match=message):
+        run(read())
 
 
 @pytest.mark.parametrize(("then", "error"), [("close", ConnectionBrokenError), ("silence", TransportTimeoutError)])
