@@ -1,6 +1,7 @@
 """Check everything that the package needs, and name the one command that fixes what is missing.
 
-`diagnose` only reads (and runs the engine's two programs once, to check them); nothing is installed.
+`diagnose` reads files and asks ports. It runs none of the programs that it finds, unless it is told to check them:
+a diagnosis is wanted where something is wrong, and that may be a program. Nothing is installed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from sollol_nb._version import __version__
 from sollol_nb.errors import ConfigError, EngineError
 from sollol_nb.llama_cpp.engine.build import read_record
 from sollol_nb.llama_cpp.engine.check import Engine
-from sollol_nb.llama_cpp.engine.find import INSTALL_COMMAND, find_engine
+from sollol_nb.llama_cpp.engine.find import INSTALL_COMMAND, find_engine, locate_engine
 from sollol_nb.llama_cpp.engine.tools import (
     INSTALL_CMAKE,
     choose_backend,
@@ -30,6 +31,7 @@ from sollol_nb.models.files import DEMO_MODEL_PATH
 from sollol_nb.ollama.nodes import node_url
 from sollol_nb.settings import config
 from sollol_nb.settings.endpoints import DEFAULT_OLLAMA_PORT
+from sollol_nb.settings.trust import describe_files
 
 OLLAMA_PROBE_LIMIT_S = 1.0
 
@@ -48,12 +50,14 @@ class Diagnosis:
     """What was found on this machine.
 
     Attributes:
-        usable: whether there is a working engine.
-        engine: the working engine, or None.
+        usable: whether there is an engine, one that works if it was checked.
+        engine: the engine that was found, or None.
+        checked: whether its programs were run, to check them.
         engine_record: backend, source and commit of the engine if it was built by `sollol-nb install`, else empty.
         tools: paths of the build tools, None where missing.
         gpu_toolkits: the backends that can be built here, each with the program found for it.
         backend: the backend that `sollol-nb install` would build.
+        settings: the settings files in use, and what does not count of them.
         demo_model: the demo model's file; None if this installation lacks it.
         missing: what is missing or broken, one line each, the most important first.
         remedy: the one command to run next; empty if there is nothing to do.
@@ -61,6 +65,7 @@ class Diagnosis:
 
     usable: bool
     engine: Engine | None
+    checked: bool
     engine_record: dict[str, Any]
     version: str
     python: str
@@ -70,6 +75,7 @@ class Diagnosis:
     backend: str
     demo_model: Path | None
     folders: dict[str, Path]
+    settings: tuple[str, ...]
     ollama: tuple[OllamaProbe, ...]
     missing: tuple[str, ...]
     remedy: str
@@ -80,8 +86,13 @@ class Diagnosis:
         return plain
 
 
-def diagnose() -> Diagnosis:
-    """Check the engine, build tools, GPU toolkits, folders, demo model and Ollama. Blocks for about a second."""
+def diagnose(*, check: bool = False) -> Diagnosis:
+    """Look for the engine, build tools, GPU toolkits, folders, settings, demo model and Ollama. Blocks for about a
+    second.
+
+    Args:
+        check: run the engine's two programs once, to check that they work.
+    """
     engine: Engine | None = None
     missing: list[str] = []
     remedy = ""
@@ -89,7 +100,7 @@ def diagnose() -> Diagnosis:
     tools = {name: _text(find_tool(name)) for name in ("cmake", "ninja", "git")}
     tools["c++"] = compiler
     try:
-        engine = find_engine()
+        engine = find_engine() if check else locate_engine()
     except EngineError as error:
         missing.append(str(error))
         own = config.find("llama_cpp")
@@ -107,6 +118,7 @@ def diagnose() -> Diagnosis:
     return Diagnosis(
         usable=engine is not None,
         engine=engine,
+        checked=check,
         engine_record=read_record(engine.server.parent) if engine else {},
         version=__version__,
         python=f"{platform.python_version()} ({sys.executable})",
@@ -116,6 +128,7 @@ def diagnose() -> Diagnosis:
         backend=choose_backend(None),
         demo_model=DEMO_MODEL_PATH if DEMO_MODEL_PATH.is_file() else None,
         folders={"cache": config.cache_dir(), "state": config.state_dir()},
+        settings=tuple(describe_files("sollol-nb trust")),
         ollama=tuple(_probe_ollama(entry) for entry in config.default("ollama_hosts") or ["localhost"]),
         missing=tuple(missing),
         remedy=remedy,
@@ -131,7 +144,7 @@ def describe(diagnosis: Diagnosis) -> str:
     else:
         built = f", {record['backend']} backend, built from {record['source']}" if record else ""
         lines += [
-            ("engine", f"llama.cpp {engine.version}{built}, found in: {engine.source}"),
+            ("engine", f"llama.cpp {engine.version or '(version unknown)'}{built}, found in: {engine.source}"),
             ("llama-server", str(engine.server)),
             ("RPC worker", f"{engine.worker} (RPC protocol {engine.protocol or 'unknown'})"),
         ]
@@ -140,13 +153,15 @@ def describe(diagnosis: Diagnosis) -> str:
     lines.append(("GPU toolkits", f"{kits or 'none'}; `{INSTALL_COMMAND}` builds the {diagnosis.backend} backend"))
     lines.append(("demo model", str(diagnosis.demo_model or "missing from this installation")))
     lines += [(f"{name} folder", str(path)) for name, path in diagnosis.folders.items()]
+    lines += [("settings", text) for text in diagnosis.settings]
     lines += [
         ("Ollama", f"{node.host}:{node.port} {'answers' if node.reachable else 'does not answer'}")
         for node in diagnosis.ollama
     ]
     lines += [("problem", problem) for problem in diagnosis.missing]
     text = [f"{name:13} {value}" for name, value in lines]
-    text.append("ready" if diagnosis.usable else f"not ready; to fix it: {diagnosis.remedy}")
+    note = "" if diagnosis.checked else " (nothing was run; `sollol-nb doctor --check` runs both programs)"
+    text.append(f"ready{note}" if diagnosis.usable else f"not ready; to fix it: {diagnosis.remedy}")
     return "\n".join(text)
 
 

@@ -41,10 +41,10 @@ def install(arguments: argparse.Namespace) -> int:
 
 
 def doctor(arguments: argparse.Namespace) -> int:
-    """Check the engine, build tools, folders and Ollama on this machine; show how to fix what is missing."""
+    """Look for the engine, build tools, settings and Ollama on this machine; show how to fix what is missing."""
     from sollol_nb.cli.doctor import describe, diagnose
 
-    diagnosis = diagnose()
+    diagnosis = diagnose(check=arguments.check)
     if arguments.json:
         print(json.dumps(diagnosis.as_plain_data(), indent=1))
     else:
@@ -94,6 +94,14 @@ def stop(arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def trust(arguments: argparse.Namespace) -> int:
+    """Show which settings of a folder's sollol_nb.toml need your consent; give or withdraw it."""
+    from sollol_nb.settings.trust import review
+
+    print(review(arguments.file, "sollol-nb trust", give=arguments.yes, withdraw=arguments.revoke))
+    return EXIT_OK
+
+
 def _install_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend", choices=BACKENDS, help="default: that of the GPU toolkit found here, else cpu"
@@ -102,6 +110,7 @@ def _install_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--check", action="store_true", help="run llama.cpp's two programs once, to check them")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -120,12 +129,19 @@ def _stop_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--all", action="store_true", help="also stop those in use")
 
 
+def _trust_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", nargs="?", help="a settings file or its folder; default: the one in use here")
+    parser.add_argument("--yes", action="store_true", help="let these settings count, until the file changes")
+    parser.add_argument("--revoke", action="store_true", help="ignore them again")
+
+
 _SUBCOMMANDS: tuple[tuple[Callable[[argparse.Namespace], int], Callable[[argparse.ArgumentParser], None]], ...] = (
     (install, _install_arguments),
     (doctor, _doctor_arguments),
     (ps, _ps_arguments),
     (status, _status_arguments),
     (stop, _stop_arguments),
+    (trust, _trust_arguments),
 )
 
 

@@ -25,23 +25,25 @@ from sollol_nb.notebook.magics.bench import BenchMagics
 from sollol_nb.notebook.magics.cluster import ClusterMagics
 from sollol_nb.notebook.magics.latency import LatencyMagics
 from sollol_nb.notebook.magics.models import ModelMagics
+from sollol_nb.notebook.magics.trust import TrustMagics
 from sollol_nb.notebook.session import chats, router, settings, use_router
 from sollol_nb.runtime import io_loop
 from sollol_nb.runtime.progress_bars import use_bars
+from sollol_nb.settings.trust import describe_files
 
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
 
 __all__ = ["chats", "load_ipython_extension", "router", "settings", "unload_ipython_extension", "use_router"]
 
-_MAGICS = (AskMagics, ClusterMagics, ModelMagics, LatencyMagics, BenchMagics)
+_MAGICS = (AskMagics, ClusterMagics, ModelMagics, LatencyMagics, BenchMagics, TrustMagics)
 _END_LIMIT_S = 5.0
 """How long unloading waits for answers in the background, and then for the I/O loop, to end."""
 
 
 def load_ipython_extension(shell: InteractiveShell) -> None:
     """Register the magics, tab completion, `%config Sollol` and `df.sollol`; shorten the package's errors, and let
-    `asyncio.run` work in cells. Loading twice is fine.
+    `asyncio.run` work in cells. Name the settings file in use. Loading twice is fine.
 
     Raises:
         ConfigError: a setting that loading reads has an invalid value.
@@ -53,6 +55,8 @@ def load_ipython_extension(shell: InteractiveShell) -> None:
     frame_accessor.register(session.router)
     if is_kernel(shell):
         use_bars(TextBar)
+    for text in describe_files("%sollol_trust"):
+        print(f"settings: {text}")
     if kernel_settings.nest_asyncio:  # last, since it raises if the variable or the file has an invalid value
         kernel_hooks.allow_nested_loops()
 

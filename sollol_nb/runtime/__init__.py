@@ -7,5 +7,6 @@
 - `amounts.py`: numbers and durations as callers give them
 - `http_client.py`: JSON over HTTP
 - `sqlite_file.py`: SQLite files that several kernels use
+- `private_files.py`: files and folders of this user alone
 - `progress_bars.py`: progress bars
 """

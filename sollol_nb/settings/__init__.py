@@ -4,6 +4,8 @@
 - `kinds.py`: which values are valid.
 - `config.py`: the value of a setting, from a variable, a file or the table; the package's folders.
 - `file.py`: `sollol_nb.toml`.
+- `consent.py`: which settings of a folder's file need the user's consent.
+- `trust.py`: what `sollol-nb trust` and `%sollol_trust` show and do.
 - `endpoints.py`: endpoints (`host:port`) as text.
 - `__main__.py`: prints the table.
 """

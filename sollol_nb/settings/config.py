@@ -18,21 +18,26 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import platformdirs
 
 from sollol_nb.runtime.private_files import check_private, private_folder
-from sollol_nb.settings.file import find_nearest, is_file, read_settings
+from sollol_nb.settings import consent
+from sollol_nb.settings.file import SettingsFile, find_nearest, is_file, read_settings
 from sollol_nb.settings.kinds import keep_alive_seconds
 from sollol_nb.settings.table import FILE_NAME, SETTINGS
 
 APP_NAME = "sollol_nb"
+logger = logging.getLogger(__name__)
+_reported: set[tuple[Path, str]] = set()
+"""Files with contents of which this process has reported what does not count."""
 
 BUILT_IN = "built-in default"
 LOGS = "logs"
@@ -61,10 +66,9 @@ def find(name: str) -> Found:
     text = _variable(setting.variable)
     if text is not None:
         return Found(setting.kind.checked(setting.kind.from_text(text), setting.variable), setting.variable)
-    for path in settings_files():
-        values = read_settings(path)
-        if name in values:
-            return Found(copy.copy(values[name]), str(path))
+    for file in settings_in_use():
+        if name in file.values:
+            return Found(copy.copy(file.values[name]), str(file.path))
     return Found(copy.copy(setting.default), BUILT_IN)
 
 
@@ -92,6 +96,69 @@ def settings_files() -> list[Path]:
         found += find_nearest(Path.cwd())
     users = user_settings_file()
     return [*found, users] if users not in found and is_file(users) else found
+
+
+def settings_in_use() -> Iterator[SettingsFile]:
+    """The settings files that are read, one after the other, with the values that count: those of a folder's file
+    that need the user's consent are left out until it is given, and reported once.
+
+    Raises:
+        ConfigError: a file is invalid, or the nearest one belongs to another user.
+    """
+    for path in settings_files():
+        file = read_settings(path)
+        withheld = withheld_values(file)
+        if withheld:
+            if (path, file.text) not in _reported:
+                logger.warning("%s", withheld_message(file))
+            file = replace(file, values=consent.split(file.values)[0])
+        yield file
+
+
+def withheld_values(file: SettingsFile) -> dict[str, Any]:
+    """The values of a settings file that do not count, by name: they need the user's consent, and it is missing.
+
+    Raises:
+        ConfigError: the state folder cannot be trusted.
+    """
+    guarded = {} if is_chosen(file.path) else consent.split(file.values)[1]
+    return {} if not guarded or consent.has_consent(file, consent_folder()) else guarded
+
+
+def is_chosen(path: Path) -> bool:
+    """Whether a settings file is the user's own, or the one of `SOLLOL_CONFIG`: no consent is needed."""
+    return path in (user_settings_file(), *(settings_files() if _variable("SOLLOL_CONFIG") is not None else ()))
+
+
+def withheld_message(file: SettingsFile, command: str = "sollol-nb trust") -> str:
+    """What does not count of a settings file, and what to do, in one line. It is not logged again."""
+    _reported.add((file.path, file.text))
+    names = ", ".join(withheld_values(file))
+    return f"{file.path} sets {names}: ignored, because you have not allowed this file yet; see `{command}`"
+
+
+def consent_folder() -> Path:
+    """The folder of the consents: in the state folder as the user has set it, whatever a folder's file says."""
+    text = _variable(SETTINGS["state_dir"].variable)
+    kind = SETTINGS["state_dir"].kind
+    path = kind.checked(text, SETTINGS["state_dir"].variable) if text is not None else None
+    if path is None and is_file(users := user_settings_file()):
+        path = read_settings(users).values.get("state_dir")
+    return (path or platformdirs.user_state_path(APP_NAME, appauthor=False)) / "trusted"
+
+
+@contextlib.contextmanager
+def keeping_consent(path: Path) -> Iterator[None]:
+    """While this package writes a settings file for the user: consent to the new content is given if none was
+    missing before, so that the user need not allow again what the user has just set.
+
+    Raises:
+        ConfigError: the file is invalid, before or after.
+    """
+    was_allowed = not is_file(path) or not withheld_values(read_settings(path))
+    yield
+    if was_allowed and withheld_values(after := read_settings(path)):
+        consent.give(after, consent_folder())
 
 
 def user_settings_file() -> Path:

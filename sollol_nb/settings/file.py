@@ -1,5 +1,8 @@
 """`sollol_nb.toml`: found, read, and checked as a whole, so that a typing error is reported immediately.
 
+A file that was found in a folder is the user's or the administrator's; of another user's, none is read. What such
+a file may set is in `consent.py`.
+
 Each key is a setting of `table.py`; relative paths in a file are relative to its folder. A file is read at each
 reading of a setting, so an edit takes effect immediately; it is parsed again only if its text has changed.
 """
@@ -7,10 +10,10 @@ reading of a setting, so an edit takes effect immediately; it is parsed again on
 from __future__ import annotations
 
 import os
-import stat
 import sys
 import tomllib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
@@ -19,12 +22,23 @@ from typing import Any
 from sollol_nb.errors import ConfigError
 from sollol_nb.settings.table import FILE_NAME, setting_of
 
+FILE_LIMIT_BYTES = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class SettingsFile:
+    """A settings file as it was read: its text, and its checked values by name."""
+
+    path: Path
+    text: str
+    values: Mapping[str, Any]
+
 
 def find_nearest(start: Path) -> list[Path]:
     """The settings file in a folder, or in the nearest folder above it that has one; an empty list if none has.
 
     Raises:
-        ConfigError: it belongs to another user, in a folder where anyone can write (such as `/tmp`).
+        ConfigError: it belongs to another user.
     """
     folder, above = "", str(start)
     while folder != above:
@@ -32,7 +46,7 @@ def find_nearest(start: Path) -> list[Path]:
         path = os.path.join(folder, FILE_NAME)  # noqa: PTH118
         if is_file(path):
             found = Path(path)
-            _refuse_planted(found)
+            _refuse_of_another_user(found)
             return [found]
     return []
 
@@ -45,27 +59,31 @@ def is_file(path: str | Path) -> bool:
     return os.path.isfile(path)  # noqa: PTH113
 
 
-def read_settings(path: Path) -> Mapping[str, Any]:
-    """The checked settings of a file, by name.
+def read_settings(path: Path) -> SettingsFile:
+    """The settings of a file, checked.
 
     Raises:
         ConfigError: it cannot be read, is not TOML, or has an unknown key or an invalid value.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")  # Windows editors may put a byte order mark first
+        with path.open("rb") as file:
+            data = file.read(FILE_LIMIT_BYTES + 1)
+        text = data.decode("utf-8-sig")  # Windows editors may put a byte order mark first
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not UTF-8 text; save it as UTF-8") from None
     except OSError as error:
         why = error.strerror or str(error)
         raise ConfigError(f"cannot read {path} ({why}); fix that, or set SOLLOL_CONFIG to another file") from None
-    return _parsed(path, text)
+    if len(data) > FILE_LIMIT_BYTES:
+        raise ConfigError(f"{path} is larger than {FILE_LIMIT_BYTES:,} bytes; is it a settings file?")
+    return SettingsFile(path, text, _parsed(path, text))
 
 
 @lru_cache(maxsize=8)
 def _parsed(path: Path, text: str) -> Mapping[str, Any]:
     try:
         document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is not TOML: {error}") from None
     values: dict[str, Any] = {}
     for name, value in document.items():
@@ -75,14 +93,16 @@ def _parsed(path: Path, text: str) -> Mapping[str, Any]:
     return MappingProxyType(values)
 
 
-def _refuse_planted(path: Path) -> None:
-    """A file can name programs to run, so a file of another user must not be read just because it is above the
-    working folder."""
+def _refuse_of_another_user(path: Path) -> None:
+    """As git does with repositories: what lies in the folder of somebody else speaks for somebody else."""
     if sys.platform == "win32":
         return
-    owner = path.stat().st_uid
-    if path.parent.stat().st_mode & stat.S_IWOTH and owner not in (os.getuid(), 0):
-        raise ConfigError(
-            f"{path} belongs to another user, in a folder where anyone can write; set SOLLOL_CONFIG to this path "
-            "to use it, or to 0 to use no file"
-        )
+    ours = {os.getuid(), 0}
+    if os.getuid() == 0 and (caller := os.environ.get("SUDO_UID", "")).isdecimal():
+        ours.add(int(caller))
+    for owner in (path.lstat().st_uid, path.stat().st_uid):  # a link, and what it leads to
+        if owner not in ours:
+            raise ConfigError(
+                f"{path} belongs to another user (uid {owner}), so it is not used; set SOLLOL_CONFIG to this path "
+                "to use it, or to 0 to use no file"
+            )

@@ -60,6 +60,8 @@ class Setting:
         default: the built-in default; None where `default_description` says what happens without a value.
         default_description: the default for readers, where the value alone is not clear.
         option: its name as an argument of `HybridRouter` or an option of a request, if different.
+        guarded: whether the file of a folder sets it only with the user's consent (see `consent.py`): it could run
+            a program, send prompts elsewhere, add to what is asked, or move or delete the user's data.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Setting:
     default: Any = None
     default_description: str = ""
     option: str = ""
+    guarded: bool = False
 
     @property
     def argument(self) -> str:
@@ -130,6 +133,7 @@ _TABLE = (
         "System message of requests that have none.",
         "SOLLOL_SYSTEM",
         default_description="none",
+        guarded=True,
     ),
     Setting(
         "priority",
@@ -183,6 +187,7 @@ _TABLE = (
         default=[],
         default_description="those found on this machine",
         option="rpc_backends",
+        guarded=True,
     ),
     Setting(
         "num_workers",
@@ -236,6 +241,7 @@ _TABLE = (
         default=[],
         default_description="this machine's",
         option="ollama_pool",
+        guarded=True,
     ),
     Setting(
         "llama_cpp",
@@ -244,6 +250,7 @@ _TABLE = (
         "Folder with llama-server and the RPC worker.",
         "SOLLOL_LLAMA_CPP",
         default_description="the first one found, else built",
+        guarded=True,
     ),
     Setting(
         "short_errors",
@@ -277,6 +284,7 @@ _TABLE = (
         "Folder for engine builds; safe to delete.",
         "SOLLOL_CACHE_DIR",
         default_description="the user's cache folder",
+        guarded=True,
     ),
     Setting(
         "state_dir",
@@ -285,6 +293,7 @@ _TABLE = (
         "Folder for the latency log, engine logs, and the registry of running engines.",
         "SOLLOL_STATE_DIR",
         default_description="the user's state folder",
+        guarded=True,
     ),
     Setting(
         "latency_keep_days",
@@ -293,6 +302,7 @@ _TABLE = (
         "Days after which rows of the latency log are deleted.",
         "SOLLOL_LATENCY_KEEP_DAYS",
         default_description="rows are kept forever",
+        guarded=True,
     ),
     Setting(
         "latency_keep_rows",
@@ -301,6 +311,7 @@ _TABLE = (
         "How many of the newest rows the latency log keeps; 0 keeps all.",
         "SOLLOL_LATENCY_KEEP_ROWS",
         default=DEFAULT_KEEP_ROWS,
+        guarded=True,
     ),
     Setting(
         "ollama_models",
@@ -309,6 +320,7 @@ _TABLE = (
         "Ollama's model storage on this machine.",
         "OLLAMA_MODELS",
         default_description="Ollama's usual folder",
+        guarded=True,
     ),
     Setting(
         "ollama_num_parallel",

@@ -77,11 +77,11 @@ def test_doctor_accepts_a_real_engine(
     engine: Engine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SOLLOL_LLAMA_CPP", str(engine.server.parent))
-    assert cli.main(["doctor"]) == 0
+    assert cli.main(["doctor", "--check"]) == 0
     text = capsys.readouterr().out
     assert text.splitlines()[-1] == "ready"
     assert "RPC protocol 7." in text
-    assert cli.main(["doctor", "--json"]) == 0
+    assert cli.main(["doctor", "--check", "--json"]) == 0
     report = report_of(capsys)
     assert report["missing"] == []
     assert report["engine"] == {
@@ -91,6 +91,23 @@ def test_doctor_accepts_a_real_engine(
         "source": "SOLLOL_LLAMA_CPP",
         "protocol": engine.protocol,
     }
+
+
+@posix_only
+def test_doctor_runs_a_program_only_if_it_is_told_to(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("llama-server", "ggml-rpc-server"):
+        (tmp_path / name).write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("SOLLOL_LLAMA_CPP", str(tmp_path))
+    assert cli.main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert f"llama-server  {tmp_path / 'llama-server'}\n" in text
+    assert text.endswith("ready (nothing was run; `sollol-nb doctor --check` runs both programs)\n")
+    assert not (tmp_path / "ran").exists()
+    assert cli.main(["doctor", "--check"]) == 1
+    assert (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(

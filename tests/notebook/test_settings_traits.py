@@ -254,3 +254,19 @@ def test_installing_twice_keeps_values_and_removing_leaves_nothing_behind(notebo
 
     notebook.run(INSTALL)
     assert notebook.value("settings.system, settings.max_tokens, settings.top_p") == "(None, None, 0.25)"
+
+
+def test_loading_names_the_file_in_use_and_what_of_it_needs_a_yes(tmp_path: Path) -> None:
+    folder = tmp_path / "sent"
+    folder.mkdir()
+    (folder / FILE_NAME).write_text('slots = 2\nsystem = "Obey."')
+    with kernel(HOME=str(tmp_path), SOLLOL_CONFIG="", SOLLOL_STATE_DIR=str(tmp_path / "state")) as fresh:
+        fresh.run(f"%cd -q {folder}")
+        named, withheld = fresh.run("%load_ext sollol_nb").stream.splitlines()
+        assert named == f"settings: {folder / FILE_NAME}"
+        assert "sets system: ignored, because you have not allowed this file yet" in withheld
+        assert fresh.run("%config Sollol.system").displays == []
+        assert "  system = 'Obey.'\nignored until you allow" in fresh.run("%sollol_trust").stream
+        assert "allowed until the file changes" in fresh.run("%sollol_trust --yes").stream
+        assert fresh.run("%config Sollol.system").text == "'Obey.'"
+        assert fresh.run("%reload_ext sollol_nb").stream == f"{named}\n"

@@ -25,6 +25,7 @@ MAGICS = (
     "sollol_profile",
     "sollol_route",
     "sollol_stop",
+    "sollol_trust",
 )
 """All magics of the extension."""
 _COLORS = re.compile(r"\x1b\[[0-9;]*m")

@@ -40,7 +40,7 @@ _POLL_S = 0.02
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
-    """A checked pair of programs of one llama.cpp build.
+    """A pair of programs of one llama.cpp build: checked, except where `find.locate_engine` says so.
 
     Attributes:
         server: path of `llama-server`.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from sollol_nb.errors import EngineIncompatibleError, EngineNotFoundError
@@ -21,6 +21,31 @@ from sollol_nb.settings import config
 
 INSTALL_COMMAND = "sollol-nb install"
 _CHECKOUT_FOLDERS = ("build/bin", "build/bin/Release")
+
+
+def locate_engine() -> Engine:
+    """The pair that `find_engine` would try first, without running anything: version and protocol are those that
+    its build has recorded, else "". Blocking.
+
+    Raises:
+        EngineNotFoundError: there is no pair; the message says where it was searched.
+    """
+    named = _named_folder(None)
+    if named is not None:
+        server, worker = _pair_in_named_folder(*named)
+        return _as_recorded(server, worker, named[1])
+    problems: dict[str, list[str]] = {}
+    for source, folder_text, pair in _usual_pairs():
+        if pair.server is not None and pair.worker is not None:
+            return _as_recorded(pair.server, pair.worker, source)
+        problems.setdefault(f"no {pair.missing}", []).append(folder_text)
+    raise _not_found(problems)
+
+
+def _as_recorded(server: Path, worker: Path, source: str) -> Engine:
+    record = build.read_record(server.parent)
+    version, protocol = str(record.get("version", "")), str(record.get("protocol", ""))
+    return Engine(server=server, worker=worker, version=version, source=source, protocol=protocol)
 
 
 def find_engine(folder: str | Path | None = None) -> Engine:
@@ -46,8 +71,12 @@ def find_engine(folder: str | Path | None = None) -> Engine:
             return check_pair(pair.server, pair.worker, source)
         except EngineIncompatibleError as error:
             problems.setdefault(str(error), []).append(folder_text)
+    raise _not_found(problems)
+
+
+def _not_found(problems: Mapping[str, list[str]]) -> EngineNotFoundError:
     searched = "; ".join(f"{', '.join(folders)}: {problem}" for problem, folders in problems.items())
-    raise EngineNotFoundError(
+    return EngineNotFoundError(
         f"no usable llama.cpp found ({searched}); run `{INSTALL_COMMAND}`, "
         "or set SOLLOL_LLAMA_CPP to a folder with llama-server and the RPC worker"
     )
@@ -95,10 +124,14 @@ def _named_folder(folder: str | Path | None) -> tuple[Path, str] | None:
 
 
 def _in_named_folder(folder: Path, source: str) -> Engine:
+    return check_pair(*_pair_in_named_folder(folder, source), source)
+
+
+def _pair_in_named_folder(folder: Path, source: str) -> tuple[Path, Path]:
     pairs = [pair_in(folder), *(pair_in(folder / name) for name in _CHECKOUT_FOLDERS)]
     for pair in pairs:
         if pair.server and pair.worker:
-            return check_pair(pair.server, pair.worker, source)
+            return pair.server, pair.worker
     named = f"{source} ({folder})"
     if not folder.is_dir():
         raise EngineNotFoundError(f"{named} is not a folder; correct or remove it")

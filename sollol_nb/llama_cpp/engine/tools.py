@@ -85,7 +85,7 @@ def find_compiler() -> str | None:
     chosen = config.cxx_compiler()
     if chosen and shutil.which(chosen.split()[0]):
         return chosen
-    if sys.platform == "darwin" and not _answers("xcode-select", "-p"):
+    if sys.platform == "darwin" and not _answers("/usr/bin/xcode-select", "-p"):
         return None  # every Mac has /usr/bin/c++, but without the tools it only opens a dialog
     names = ("cl", "clang-cl", "g++") if sys.platform == "win32" else ("c++", "g++", "clang++")
     for name in names:

@@ -5,4 +5,5 @@
 - `models.py`: `%sollol_models`, `%sollol_route`, `%sollol_profile`.
 - `latency.py`: `%sollol_latency`.
 - `bench.py`: `%sollol_bench`.
+- `trust.py`: `%sollol_trust`.
 """
