@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 from sollol_nb.chat.messages import answer_schema, check_messages, check_options
 from sollol_nb.errors import ConfigError
@@ -14,6 +14,9 @@ from sollol_nb.runtime.amounts import is_positive
 from sollol_nb.runtime.priority import checked_priority
 from sollol_nb.schema.schema import json_schema_of
 from sollol_nb.settings.kinds import keep_alive_seconds
+
+_LENGTHS = {"max_tokens", "num_predict"}
+"""Two names of one option."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +38,19 @@ class ChatRequest:
     timeout_s: float
     backend: str | None
     schema: object
+
+    def with_defaults(self, options: Mapping[str, Any], system: str | None = None) -> Self:
+        """The request, with options that it does not have, and a system message if it has none.
+
+        Args:
+            options: by the names of `ChatOptions`.
+        """
+        given = {*self.options, *self.options.get("options", {})}
+        given |= _LENGTHS if given & _LENGTHS else set()
+        added = {name: value for name, value in options.items() if name not in given}
+        has_system = not self.messages or any(message["role"] == "system" for message in self.messages)
+        first = [{"role": "system", "content": system}] if system and not has_system else []
+        return replace(self, options=self.options | added, messages=[*first, *self.messages])
 
     @classmethod
     def checked(

@@ -23,9 +23,10 @@ from sollol_nb.errors import ModelError, ModelFileError, ModelNotFoundError
 from sollol_nb.gguf.facts import read_facts
 from sollol_nb.models.names import DIGEST, ModelName, split_digest
 from sollol_nb.settings import config
+from sollol_nb.settings.models import BUILT_IN_NAMES, is_file_name
 
 DEMO_MODEL_PATH = Path(__file__).parent / "demo.gguf"
-DEMO_NAMES = ("demo", "demo:sharded")
+DEMO_NAMES = BUILT_IN_NAMES
 DEMO_NOTE = "a tiny demo model, not a general one"
 
 _LAYER = "application/vnd.ollama.image."
@@ -58,8 +59,8 @@ def find_model_file(model: str, gguf_path: str | Path | None = None) -> Path | N
     """The GGUF file of a model, or None where this machine has none.
 
     Args:
-        model: `demo` and `demo:sharded` name the file in this package; a name that ends in `.gguf` is a path;
-            others are looked up in Ollama's storage.
+        model: `demo` and `demo:sharded` name the file in this package; the setting `models` may name others; a
+            name that ends in `.gguf` is a path; all others are looked up in Ollama's storage.
         gguf_path: the file to use instead of Ollama's.
 
     Raises:
@@ -67,6 +68,14 @@ def find_model_file(model: str, gguf_path: str | Path | None = None) -> Path | N
     """
     if model in DEMO_NAMES:
         return DEMO_MODEL_PATH
+    saved = config.saved_model(model)
+    if saved.gguf is not None:
+        if not saved.gguf.is_file():
+            raise ModelFileError(
+                f"{model} stands for {saved.gguf} (in {saved.source}), which does not exist; correct it with "
+                f"%sollol_profile {model} --gguf PATH"
+            )
+        return saved.gguf
     if gguf_path is not None or model.endswith(".gguf"):
         path = Path(model if model.endswith(".gguf") or gguf_path is None else gguf_path).expanduser().absolute()
         if not path.is_file():
@@ -76,6 +85,11 @@ def find_model_file(model: str, gguf_path: str | Path | None = None) -> Path | N
         return OllamaGGUFResolver().resolve(model)
     except ModelNotFoundError:
         return None
+
+
+def names_file(model: str) -> bool:
+    """Whether a model's name stands for a file on this machine: a path, or a name in the setting `models`."""
+    return is_file_name(model) or config.saved_model(model).gguf is not None
 
 
 @dataclass(frozen=True, slots=True)

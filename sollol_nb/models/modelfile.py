@@ -17,7 +17,7 @@ from typing import Any
 
 from sollol_nb.errors import ModelError, ModelFileError, ModelNotFoundError
 from sollol_nb.gguf.header import GgufFile, Header, check_file, read_header
-from sollol_nb.models.files import DEMO_NAMES, OllamaGGUFResolver, OllamaModelFiles
+from sollol_nb.models.files import DEMO_NAMES, OllamaGGUFResolver, OllamaModelFiles, names_file
 
 _TEXT_LIMIT_BYTES = 1024 * 1024
 _ROLES = ("system", "user", "assistant", "tool")
@@ -99,7 +99,7 @@ def modelfile_of(model: str, gguf_path: str | Path | None, checked_option: Calla
         gguf_path: the file that is used instead of Ollama's. It replaces only the weights.
         checked_option: returns the value of a sampling option; raises ValueError if it cannot be used.
     """
-    if model in DEMO_NAMES or model.endswith(".gguf"):
+    if model in DEMO_NAMES or names_file(model):
         return NO_MODELFILE
     try:
         files = OllamaGGUFResolver().files(model, loads=gguf_path is None)

@@ -1,22 +1,26 @@
 """The profile of a model before it runs: its size, its memory, and whether it needs sharding.
 
-Three sources, the best first: the user's table (`MODEL_PROFILES`, read at each decision, so an edit in a cell
-takes effect immediately), the header of the model's file, and the size in the model's name. The size of a model in
-none of them stays unknown; nothing is assumed silently.
+Each fact comes from the first of these that has it: the user's table (`MODEL_PROFILES`, read at each decision, so
+an edit in a cell takes effect immediately), the setting `models`, the built-in entries of the table, the header of
+the model's file, and the size in the model's name. The size of a model in none of them stays unknown; nothing is
+assumed silently.
 """
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sollol_nb.errors import ConfigError
-from sollol_nb.gguf.facts import ModelFacts
+from sollol_nb.gguf.facts import ModelFacts, read_facts
 from sollol_nb.layers.plan import DEFAULT_CONTEXT_TOKENS
 from sollol_nb.runtime.amounts import is_number
+from sollol_nb.settings import config
+from sollol_nb.settings.models import SavedModel, checked_entry
 from sollol_nb.settings.table import DEFAULT_THRESHOLD_PARAMS
 
 MODEL_PROFILES: dict[str, dict[str, Any]] = {
@@ -38,6 +42,14 @@ MODEL_PROFILES: dict[str, dict[str, Any]] = {
 
 Add and change entries freely; any of the three keys may be missing, other keys are ignored.
 """
+
+_BUILT_IN = copy.deepcopy(MODEL_PROFILES)
+_SAVED_AS = {
+    "parameter_count": "parameters",
+    "estimated_memory_gb": "memory_gb",
+    "requires_distributed": "sharded",
+}
+"""The keys of an entry -> those of the setting `models`."""
 
 BYTES_PER_PARAMETER = 0.61
 """For models known by name only: Q4_K_M, Ollama's usual quantization, has 4.89 bits per weight (table in
@@ -64,6 +76,7 @@ class ModelProfile:
         requires_distributed: whether it needs sharding; None when its size is unknown.
         source: "profile 'llama3.1:70b'", "GGUF header of <file name>", "name" or "unknown".
         reason: why it is sharded or not, as one line.
+        is_stated: whether the user's table or settings state all of this, so that no file need be read.
     """
 
     model: str
@@ -72,6 +85,7 @@ class ModelProfile:
     requires_distributed: bool | None
     source: str
     reason: str
+    is_stated: bool = False
 
     def __str__(self) -> str:
         name = short_name(self.model)
@@ -116,6 +130,7 @@ def profile_of(
     facts: ModelFacts | None = None,
     threshold_params: float | None = None,
     profiles: Mapping[str, Mapping[str, Any]] = MODEL_PROFILES,
+    saved: SavedModel = SavedModel(),  # noqa: B008 - never changes
 ) -> ModelProfile:
     """The profile of a model.
 
@@ -128,6 +143,7 @@ def profile_of(
         facts: the header of the model's file, if there is one.
         threshold_params: the user's own threshold in billions of parameters.
         profiles: the table of listed models.
+        saved: what the settings say about the model.
 
     Raises:
         ConfigError: no name, an unusable threshold, or a malformed entry.
@@ -139,7 +155,7 @@ def profile_of(
             f"distributed_threshold_params={threshold_params!r} must be billions of parameters, such as 30"
         )
     key = _listed_key(model, profiles)
-    entry = _Entry.read(key, profiles[key]) if key is not None else _Entry()
+    entry = _Entry.read(key, None if key is None else profiles[key], saved)
     size, size_source = _size(model, entry, facts)
     if entry.memory_gb is not None:
         memory_bytes: int | None = round(entry.memory_gb * 1e9)
@@ -147,8 +163,9 @@ def profile_of(
         memory_bytes = facts.file_bytes + sum(facts.kv_bytes(DEFAULT_CONTEXT_TOKENS))
     else:
         memory_bytes = None if size is None else round(size * 1e9 * BYTES_PER_PARAMETER)
-    if key is not None:
-        source = f"profile {key!r}"
+    if entry.parameter_count_b is not None or entry.memory_gb is not None or (key is not None and facts is None):
+        source = entry.sources.get("parameter_count") or entry.sources.get("estimated_memory_gb") or ""
+        source = source if source and source != _TABLE else f"profile {key!r}"
     elif facts is not None:
         source = f"GGUF header of {facts.path.name}"
     else:
@@ -161,33 +178,86 @@ def profile_of(
         requires_distributed=needs_sharding,
         source=source,
         reason=reason,
+        is_stated=None not in (entry.parameter_count_b, entry.memory_gb),
     )
+
+
+_TABLE = "MODEL_PROFILES"
+
+
+def save_profile(model: str, changes: Mapping[str, Any]) -> str:
+    """Keep what is known of a model for all kernels (see `config.save_model`, which returns the path of the file).
+
+    What `MODEL_PROFILES` says about the same in this process is reset, since it would come first.
+
+    Args:
+        changes: by the keys of `settings.models.KEYS`.
+
+    Raises:
+        ConfigError: it cannot be kept.
+        ModelFileError: `gguf` is not a GGUF file.
+    """
+    checked = checked_entry(model, changes)
+    if "gguf" in checked:
+        read_facts(checked["gguf"].absolute())
+    path = config.save_model(model, checked)
+    entry, built_in = MODEL_PROFILES.get(model), _BUILT_IN.get(model, {})
+    for name, saved_name in _SAVED_AS.items():
+        if entry is not None and saved_name in checked:
+            entry.pop(name, None)
+            entry |= {name: built_in[name]} if name in built_in else {}
+    if entry == {}:
+        del MODEL_PROFILES[model]
+    return path
 
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """An entry of `MODEL_PROFILES`, checked."""
+    """What the table and the settings say about a model, checked.
+
+    `sources` has for each known key of the table where its value is from.
+    """
 
     parameter_count_b: float | None = None
     memory_gb: float | None = None
     requires_distributed: bool | None = None
+    sources: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, key: str, entry: object) -> _Entry:
-        if not hasattr(entry, "get"):
-            raise ConfigError(
-                f"MODEL_PROFILES[{key!r}] is {entry!r}; make it a dict such as {{'parameter_count': 70}}"
-            )
-        for name in ("parameter_count", "estimated_memory_gb"):
-            value = entry.get(name)
-            if value is not None and not _is_amount(value):
-                raise ConfigError(f"MODEL_PROFILES[{key!r}][{name!r}] is {value!r}; give a number, such as 70")
-        needs_sharding = entry.get("requires_distributed")
-        if needs_sharding is not None and not isinstance(needs_sharding, bool):
-            raise ConfigError(
-                f"MODEL_PROFILES[{key!r}]['requires_distributed'] is {needs_sharding!r}; give True or False"
-            )
-        return cls(entry.get("parameter_count"), entry.get("estimated_memory_gb"), needs_sharding)
+    def read(cls, key: str | None, entry: object, saved: SavedModel) -> _Entry:
+        listed = {} if key is None else _checked_entry(key, entry)
+        built_in = _BUILT_IN.get(key or "", {})
+        values, sources = {}, {}
+        for name, saved_name in _SAVED_AS.items():
+            value, is_built_in = listed.get(name), listed.get(name) == built_in.get(name)
+            if saved_name in saved.values and (value is None or is_built_in):
+                values[name], sources[name] = saved.values[saved_name], saved.source_name
+            elif value is not None:
+                values[name], sources[name] = value, _TABLE
+        return cls(
+            values.get("parameter_count"),
+            values.get("estimated_memory_gb"),
+            values.get("requires_distributed"),
+            sources,
+        )
+
+
+def _checked_entry(key: str, entry: Any) -> Mapping[str, Any]:
+    if not hasattr(entry, "get"):
+        raise ConfigError(
+            f"MODEL_PROFILES[{key!r}] is {entry!r}; make it a dict such as {{'parameter_count': 70}}"
+        )
+    for name in ("parameter_count", "estimated_memory_gb"):
+        value = entry.get(name)
+        if value is not None and not _is_amount(value):
+            raise ConfigError(f"MODEL_PROFILES[{key!r}][{name!r}] is {value!r}; give a number, such as 70")
+    needs_sharding = entry.get("requires_distributed")
+    if needs_sharding is not None and not isinstance(needs_sharding, bool):
+        raise ConfigError(
+            f"MODEL_PROFILES[{key!r}]['requires_distributed'] is {needs_sharding!r}; give True or False"
+        )
+    checked: Mapping[str, Any] = entry
+    return checked
 
 
 def _is_amount(value: object) -> bool:
@@ -202,7 +272,7 @@ def _listed_key(model: str, profiles: Mapping[str, Any]) -> str | None:
 def _size(model: str, entry: _Entry, facts: ModelFacts | None) -> tuple[float | None, str]:
     """Billions of parameters, and where the number is from."""
     if entry.parameter_count_b is not None:
-        return float(entry.parameter_count_b), "from MODEL_PROFILES"
+        return float(entry.parameter_count_b), f"from {entry.sources['parameter_count']}"
     if facts is not None:
         return facts.parameter_count / 1e9, "from its GGUF header"
     return size_from_name(model), "from its name"
@@ -212,10 +282,11 @@ def _decide(
     entry: _Entry, size: float | None, size_source: str, threshold: float | None
 ) -> tuple[bool | None, str]:
     """Whether to shard, and why."""
+    listed = f"listed in {entry.sources.get('requires_distributed')} as"
     if entry.requires_distributed:
-        return True, "listed in MODEL_PROFILES as needing sharding"
+        return True, f"{listed} needing sharding"
     if entry.requires_distributed is False:
-        reason = "listed in MODEL_PROFILES as not needing sharding"
+        reason = f"{listed} not needing sharding"
         if threshold is None or size is None or size <= threshold:
             return False, reason
         return True, f"{reason}, but {_parameters(size)} are above the threshold of {_billions(threshold)}"

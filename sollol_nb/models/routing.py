@@ -9,6 +9,7 @@ from pathlib import Path
 from sollol_nb.errors import ConfigError, ModelFileError, ModelNotFoundError
 from sollol_nb.models.modelfile import NO_MODELFILE, Modelfile
 from sollol_nb.models.profiles import ModelProfile, short_name
+from sollol_nb.settings.models import is_file_name
 from sollol_nb.text.nearest import nearest
 
 OLLAMA = "ollama-pool"
@@ -80,6 +81,7 @@ def decide_route(
     backend: str | None = None,
     enable_distributed: bool = True,
     model_filter: Collection[str] | None = None,
+    names_file: bool = False,
 ) -> Route:
     """Large models are sharded; small ones go to Ollama, or to a local llama-server where no node has them.
 
@@ -95,6 +97,7 @@ def decide_route(
         backend: the requested backend, if any.
         enable_distributed: whether sharding is allowed at all.
         model_filter: if given, only these models are sharded.
+        names_file: whether the model's name stands for a file on this machine, which Ollama does not know.
 
     Raises:
         ModelNotFoundError: the model is neither in Ollama nor on this machine, or not where the backend needs it.
@@ -103,7 +106,14 @@ def decide_route(
     model = profile.model
     if backend is not None:
         return _requested_route(
-            profile, backend, in_ollama, ollama_state, model_path, enable_distributed, model_filter
+            profile,
+            backend,
+            in_ollama,
+            ollama_state,
+            model_path,
+            enable_distributed,
+            model_filter,
+            names_file,
         )
     if profile.requires_distributed:
         if enable_distributed:
@@ -137,6 +147,7 @@ def _requested_route(
     model_path: Path | None,
     enable_distributed: bool,
     model_filter: Collection[str] | None,
+    names_file: bool,
 ) -> Route:
     """The route to a requested backend; the errors are those of `decide_route`."""
     model = profile.model
@@ -144,7 +155,7 @@ def _requested_route(
     if backend == OLLAMA:
         if in_ollama:
             return _route(profile, OLLAMA, f"{reason}; {ollama_state}")
-        if model.endswith(".gguf"):
+        if names_file or is_file_name(model):
             raise ModelNotFoundError(
                 f"Ollama cannot run the file {model}; create a model from it with `ollama create`"
             )

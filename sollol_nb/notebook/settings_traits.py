@@ -104,6 +104,7 @@ class Sollol(Configurable):
     short_errors = SettingTrait()
     on_unload = SettingTrait()
     nest_asyncio = SettingTrait()
+    keep_chats = SettingTrait()
 
     def __init__(self, shell: InteractiveShell | None = None) -> None:
         self.section_before = copy.deepcopy(shell.config.get(_SECTION)) if shell is not None else None
@@ -130,12 +131,16 @@ class Sollol(Configurable):
         except ConfigError:
             return SETTINGS[name].default
 
-    def request_defaults(self) -> dict[str, Any]:
+    def request_defaults(self, model: str | None = None) -> dict[str, Any]:
         """The request settings that were set anywhere, by name of the option (also `system`, `model`, `format`).
 
         Settings with their default value are left out, since the router and the engines have their own defaults. A
         `timeout` from the variable or the file is left out too: it is the router's default, and this router may
-        have been given another.
+        have been given another. What the setting `models` says about a model comes before a file's settings for
+        all models; the router knows it.
+
+        Args:
+            model: the model of the request; None is the one of the setting `model`.
 
         Raises:
             ConfigError: a variable or file has an invalid value.
@@ -145,7 +150,14 @@ class Sollol(Configurable):
         }
         if self.own("timeout") is None:
             del found["timeout"]
-        return {name: each.value for name, each in found.items() if each.source != config.BUILT_IN}
+        model = model or found["model"].value
+        saved = config.saved_model(model).values if model else {}
+        files = set(map(str, config.settings_files()))
+        return {
+            name: each.value
+            for name, each in found.items()
+            if each.source != config.BUILT_IN and not (name in saved and each.source in files)
+        }
 
     def router_settings(self) -> dict[str, Any]:
         """The router's settings that were set here, as keyword arguments of `sync_wrapper.HybridRouter`.

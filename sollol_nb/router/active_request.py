@@ -29,6 +29,7 @@ from sollol_nb.router.failover import stream_answer
 from sollol_nb.router.finder import RouteFinder
 from sollol_nb.router.record import RequestRecord
 from sollol_nb.runtime.events import EventBus, EventKind
+from sollol_nb.settings import config
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +87,8 @@ class ActiveRequest:
         record.start()
         self._services.events.publish(EventKind.REQUEST_STARTED, record.model, f"asking {record.model}")
         try:
-            request = self._check()
+            saved = await asyncio.to_thread(config.saved_model, str(record.model))
+            request = self._check().with_defaults(saved.options, saved.system)
             record.priority = request.priority
             route = await self._services.routes.find(record.model, request.backend)
             record.set_route(route)

@@ -19,13 +19,20 @@ from sollol_nb.errors import (
 )
 from sollol_nb.gguf.facts import read_facts
 from sollol_nb.llama_cpp.coordinators.settings import file_identity
-from sollol_nb.models.files import DEMO_MODEL_PATH, DEMO_NOTE, OllamaGGUFResolver, find_model_file
+from sollol_nb.models.files import (
+    DEMO_MODEL_PATH,
+    DEMO_NOTE,
+    OllamaGGUFResolver,
+    find_model_file,
+    names_file,
+)
 from sollol_nb.models.listing import ListedModel, list_models
 from sollol_nb.models.modelfile import modelfile_of
 from sollol_nb.models.names import ModelName, key_of
 from sollol_nb.models.profiles import ModelProfile, profile_of
 from sollol_nb.models.routing import DISTRIBUTED, LOCAL, OLLAMA, Route, decide_route
 from sollol_nb.ollama.pool import OllamaPool
+from sollol_nb.settings import config
 
 # The messages of Ollama and its engine when a model does not fit (Ollama's llm/server.go, ggml's allocators).
 _OUT_OF_MEMORY = re.compile(
@@ -94,7 +101,7 @@ class RouteFinder:
         if shards if backend is None else backend != OLLAMA:
             path, trouble = await self._file(model, backend)
         in_ollama, state = False, ""
-        if backend in (None, OLLAMA) and path is None and not model.endswith(".gguf"):
+        if backend in (None, OLLAMA) and path is None and not names_file(model):
             in_ollama, state = await self._in_ollama(model)
         if backend is None and path is None and not in_ollama:
             path, _ = await self._file(model, LOCAL)
@@ -107,6 +114,7 @@ class RouteFinder:
             backend=backend,
             enable_distributed=self.enable_distributed,
             model_filter=self.model_filter,
+            names_file=names_file(model),
         )
         is_demo = route.model_path == DEMO_MODEL_PATH
         if is_demo:
@@ -193,8 +201,9 @@ class RouteFinder:
             ConfigError: see `profile_of`.
             ModelFileError: the user names the file (the model, or `gguf_path`), and it cannot be used.
         """
-        profile = profile_of(model, threshold_params=self.threshold_params)
-        if profile.source.startswith("profile"):
+        saved = config.saved_model(model)
+        profile = profile_of(model, threshold_params=self.threshold_params, saved=saved)
+        if profile.is_stated and saved.gguf is None:
             return profile
         try:
             path = find_model_file(model, self.gguf_path)
@@ -207,11 +216,11 @@ class RouteFinder:
             return profile
         if facts is None:
             return profile
-        return profile_of(model, facts=facts, threshold_params=self.threshold_params)
+        return profile_of(model, facts=facts, threshold_params=self.threshold_params, saved=saved)
 
     def _is_named_file(self, model: str) -> bool:
         """Whether the user names the model's file."""
-        return self.gguf_path is not None or model.endswith(".gguf")
+        return self.gguf_path is not None or names_file(model)
 
     async def _file(self, model: str, backend: str | None) -> tuple[Path | None, str]:
         """The model's file on this machine, if any, and why it cannot be used. Raises ModelFileError instead

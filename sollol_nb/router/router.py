@@ -345,7 +345,9 @@ class Router:
             slots = self._routes.ollama_slots(route.model)
         else:
             slots = self._coordinators.gate(route).slots
-        return ModelSlots(identity=await self._routes.identity(route), slots=slots)
+        identity, saved = await self._routes.identity(route), config.saved_model(model)
+        defaults = {**saved.options, **({"system": saved.system} if saved.system else {})}
+        return ModelSlots(identity=identity | ({"defaults": defaults} if defaults else {}), slots=slots)
 
     def profile(self, model: str) -> ModelProfile:
         """What is known about a model, and from where; contacts no node or worker.

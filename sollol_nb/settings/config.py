@@ -28,10 +28,12 @@ from typing import Any
 
 import platformdirs
 
+from sollol_nb.errors import ConfigError
 from sollol_nb.runtime.private_files import check_private, private_folder
-from sollol_nb.settings import consent
+from sollol_nb.settings import consent, edit
 from sollol_nb.settings.file import SettingsFile, find_nearest, is_file, read_settings
 from sollol_nb.settings.kinds import keep_alive_seconds
+from sollol_nb.settings.models import SavedModel, checked_entry, is_file_name
 from sollol_nb.settings.table import FILE_NAME, SETTINGS
 
 APP_NAME = "sollol_nb"
@@ -164,6 +166,127 @@ def keeping_consent(path: Path) -> Iterator[None]:
 def user_settings_file() -> Path:
     """The path of the user's own settings file, which need not exist."""
     return platformdirs.user_config_path(APP_NAME, appauthor=False) / FILE_NAME
+
+
+# --- the setting `models` -----------------------------------------------------------------------
+
+_of_this_process: dict[str, SavedModel] = {}
+"""What `save_model` keeps where no settings file may be used."""
+
+
+def saved_models() -> dict[str, SavedModel]:
+    """What the settings say about models, by name: the variable, and all files. Where several speak of one model,
+    each key of its entry comes from the first that has it.
+
+    Raises:
+        ConfigError: a variable or file has an invalid value.
+    """
+    merged: dict[str, SavedModel] = {}
+    for models in reversed(_model_sources()):
+        for model, saved in models.items():
+            merged[model] = merged.get(model, SavedModel()).below(saved)
+    return merged
+
+
+def saved_model(model: str) -> SavedModel:
+    """What the settings say about one model; an empty entry if nothing. `x` and `x:latest` are the same.
+
+    Raises:
+        ConfigError: a variable or file has an invalid value.
+    """
+    models = saved_models()
+    if is_file_name(model):
+        return models.get(model) or models.get(_as_path(model)) or SavedModel()
+    same = model.removesuffix(":latest") if model.endswith(":latest") else f"{model}:latest"
+    return models.get(model) or models.get(same) or SavedModel()
+
+
+def save_model(model: str, changes: Mapping[str, Any]) -> str:
+    """Keep what is known of a model, for all kernels: in the user's settings file, or in that of `SOLLOL_CONFIG`.
+
+    Args:
+        changes: by the keys of `models.KEYS`; other keys of its entry stay.
+
+    Returns:
+        The path of the file; "" if `SOLLOL_CONFIG` is 0, and it is kept in this process only.
+
+    Raises:
+        ConfigError: a value is invalid, another file or variable that comes first says something else, or the file
+            cannot be written.
+    """
+    model = _as_path(model) if is_file_name(model) else model
+    changes = checked_entry(model, changes)
+    if "gguf" in changes:
+        changes["gguf"] = Path.cwd() / changes["gguf"]
+    path = _written_file()
+    if path is None:
+        _of_this_process[model] = _of_this_process.get(model, SavedModel()).below(
+            SavedModel(changes, "this kernel")
+        )
+        return ""
+    _check_not_overridden(model, changes, path)
+    edit.save_entry(path, model, changes, lock=state_dir() / "settings.lock")
+    return str(path)
+
+
+def forget_model(model: str) -> bool:
+    """Remove what `save_model` keeps of a model; whether there was something.
+
+    Raises:
+        ConfigError: another file or variable speaks of it, or the file cannot be written.
+    """
+    model = _as_path(model) if is_file_name(model) else model
+    path = _written_file()
+    was_here = _of_this_process.pop(model, None) is not None
+    if path is None:
+        return was_here
+    is_in_file = path.is_file() and model in read_settings(path).values.get("models", {})
+    if is_in_file:
+        edit.remove_entry(path, model, lock=state_dir() / "settings.lock")
+    elif (saved := saved_model(model)).values:
+        raise ConfigError(f"{model} is set in {saved.source}; remove it there")
+    return is_in_file or was_here
+
+
+def _model_sources() -> list[dict[str, SavedModel]]:
+    """The models of each source; the first one comes first."""
+    sources = [_of_this_process]
+    setting = SETTINGS["models"]
+    text = _variable(setting.variable)
+    if text is not None:
+        value = setting.kind.checked(setting.kind.from_text(text), setting.variable)
+        sources.append({model: SavedModel(entry, setting.variable) for model, entry in value.items()})
+    for file in settings_in_use():
+        models = file.values.get("models", {})
+        sources.append({model: SavedModel(entry, str(file.path)) for model, entry in models.items()})
+    return sources
+
+
+def _check_not_overridden(model: str, changes: Mapping[str, Any], path: Path) -> None:
+    """Refuse a change of the file that would have no effect."""
+    for models in _model_sources():
+        saved = models.get(model, SavedModel())
+        if saved.source == str(path):
+            return
+        for key in changes.keys() & saved.values.keys():
+            raise ConfigError(
+                f"{saved.source} sets {key} of {model}, and comes before {path}; change it in {saved.source}"
+            )
+
+
+def _written_file() -> Path | None:
+    """The settings file that this package writes to; None if there is none."""
+    chosen = _variable("SOLLOL_CONFIG")
+    if chosen is None:
+        return user_settings_file()
+    return None if chosen == "0" else Path(chosen).expanduser().absolute()
+
+
+def _as_path(model: str) -> str:
+    path = Path(model)
+    with contextlib.suppress(RuntimeError):  # a user without a home folder
+        path = path.expanduser()
+    return str(path.absolute())
 
 
 def _variable(name: str) -> str | None:

@@ -27,6 +27,7 @@ from sollol_nb.layers.strategies import DEFAULT_STRATEGY
 from sollol_nb.runtime.priority import Priority
 from sollol_nb.settings import kinds
 from sollol_nb.settings.kinds import Kind
+from sollol_nb.settings.models import MODELS
 from sollol_nb.text.nearest import nearest
 from sollol_nb.text.tables import markdown_table
 
@@ -97,7 +98,7 @@ _TABLE = (
     Setting(
         "temperature",
         "request",
-        kinds.number("a number of 0 or more, such as 0.7"),
+        kinds.TEMPERATURE,
         "Randomness of the sampling; 0 is greedy: the same answer each time.",
         "SOLLOL_TEMPERATURE",
         default_description="the engine's",
@@ -105,7 +106,7 @@ _TABLE = (
     Setting(
         "top_p",
         "request",
-        kinds.number("a number above 0, at most 1, such as 0.9", above=True, most=1),
+        kinds.TOP_P,
         "Sample only from the most likely tokens, whose probabilities sum up to this.",
         "SOLLOL_TOP_P",
         default_description="the engine's",
@@ -113,7 +114,7 @@ _TABLE = (
     Setting(
         "max_tokens",
         "request",
-        kinds.whole_number("a whole number of 1 or more, such as 512", least=1),
+        kinds.MAX_TOKENS,
         "Longest answer, in tokens.",
         "SOLLOL_MAX_TOKENS",
         default_description="the engine's",
@@ -121,7 +122,7 @@ _TABLE = (
     Setting(
         "seed",
         "request",
-        kinds.whole_number("a whole number of 0 or more, such as 42", least=0),
+        kinds.SEED,
         "Seed of the sampling: the same seed gives the same answer.",
         "SOLLOL_SEED",
         default_description="random",
@@ -129,7 +130,7 @@ _TABLE = (
     Setting(
         "system",
         "request",
-        kinds.text("a text"),
+        kinds.SYSTEM,
         "System message of requests that have none.",
         "SOLLOL_SYSTEM",
         default_description="none",
@@ -276,6 +277,25 @@ _TABLE = (
         "Whether %load_ext makes asyncio.run work in cells.",
         "SOLLOL_NEST_ASYNCIO",
         default=True,
+    ),
+    Setting(
+        "keep_chats",
+        "notebook",
+        kinds.YES_OR_NO,
+        "Whether conversations are kept for the next kernel of the same notebook, in the state folder.",
+        "SOLLOL_KEEP_CHATS",
+        default=True,
+    ),
+    Setting(
+        "models",
+        "machine",
+        MODELS,
+        "Names for GGUF files, and what is known of models: a path, or a table of gguf, parameters (billions), "
+        "memory_gb, sharded, temperature, top_p, max_tokens, seed and system; in a variable name=path, separated "
+        "by commas. %sollol_profile writes it.",
+        "SOLLOL_MODELS",
+        default={},
+        default_description="none",
     ),
     Setting(
         "cache_dir",

@@ -13,6 +13,7 @@ from IPython.core.error import UsageError
 
 from sollol_nb.chat.completion import Completion, checked_against_schema
 from sollol_nb.notebook.magic_line import NO_EXPAND_HINT, Call, Word
+from sollol_nb.settings.models import is_file_name
 from sollol_nb.text.expansion import expand
 
 if TYPE_CHECKING:
@@ -141,11 +142,16 @@ def cell_request(call: Call, defaults: Mapping[str, Any]) -> CellRequest:
     )
 
 
-def _model_and_prompt(words: list[Word], cell: str | None, default: str | None) -> tuple[str, str]:
-    """Model and prompt. A quoted text in the place of the model is a prompt for the default model."""
+def named_model(words: list[Word], cell: str | None) -> str | None:
+    """The model that a cell names, if any. A quoted text in its place is a prompt for the default model."""
     first = words[0] if words else None
-    is_prompt = first is not None and first.is_quoted and not first.endswith(".gguf") and cell is None
-    if first is None or is_prompt:
+    is_prompt = first is not None and first.is_quoted and not is_file_name(first) and cell is None
+    return None if first is None or is_prompt else str(first)
+
+
+def _model_and_prompt(words: list[Word], cell: str | None, default: str | None) -> tuple[str, str]:
+    """Model and prompt."""
+    if named_model(words, cell) is None:
         if default is None:
             raise UsageError(
                 "no model given; write %%sollol demo, or set a default: %config Sollol.model = 'llama3.2'"

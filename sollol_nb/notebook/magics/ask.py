@@ -17,7 +17,7 @@ from sollol_nb.models.routing import BACKENDS
 from sollol_nb.notebook import magic_line, session
 from sollol_nb.notebook.answers.background import BackgroundAnswer
 from sollol_nb.notebook.answers.cell import stream_into_cell
-from sollol_nb.notebook.answers.request import CellRequest, cell_request
+from sollol_nb.notebook.answers.request import CellRequest, cell_request, named_model
 from sollol_nb.notebook.answers.views import NotebookView, NoView, PlainView, TerminalView, View
 from sollol_nb.notebook.displays import hide_once, is_kernel, make_display
 from sollol_nb.settings.table import FORMATS
@@ -91,7 +91,8 @@ class AskMagics(Magics):
             handle.result(60).text
         """
         assert self.shell is not None
-        request = cell_request(call, session.settings().request_defaults())
+        model = named_model(call.arguments.model_and_prompt, call.cell)
+        request = cell_request(call, session.settings().request_defaults(model))
         router = session.router()
         chunks = _stream(router, request)
         if request.background:

@@ -8,9 +8,11 @@ from IPython.core.error import UsageError
 from IPython.core.magic import Magics, line_magic, magics_class
 from IPython.core.magic_arguments import argument, magic_arguments
 
-from sollol_nb.models.profiles import MODEL_PROFILES
+from sollol_nb.models.profiles import MODEL_PROFILES, save_profile
 from sollol_nb.models.routing import BACKENDS
 from sollol_nb.notebook import magic_line, session
+from sollol_nb.settings import config
+from sollol_nb.settings.models import KEYS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,7 +59,8 @@ class ModelMagics(Magics):
 
     @magic_line.options_magic()
     @magic_arguments()
-    @argument("model", help="model name")
+    @argument("model", help="model name, or a new name for the file of --gguf")
+    @argument("--gguf", metavar="PATH", help="let this name stand for a .gguf file")
     @argument(
         "--parameters",
         type=magic_line.number,
@@ -67,16 +70,27 @@ class ModelMagics(Magics):
     @argument("--memory", type=magic_line.number, metavar="GB", help="set the memory it needs, in 1e9 bytes")
     @argument("--sharded", action="store_true", default=None, help="mark as needing sharding")
     @argument("--not-sharded", dest="sharded", action="store_false", help="mark as not needing sharding")
+    @argument("--temperature", type=magic_line.number, help="temperature of its requests")
+    @argument("--top-p", type=magic_line.number, help="top_p of its requests")
+    @argument("--max-tokens", type=magic_line.whole_number, help="maximum length of its answers, in tokens")
+    @argument("--seed", type=magic_line.seed, help="seed of its requests")
+    @argument("--system", help="system message of its requests")
     @argument(
         "--forget", action="store_true", help="remove its profile; its size comes from its file or name again"
     )
     @line_magic
     def sollol_profile(self, call: magic_line.Call) -> None:
-        """Show the profile of a model, or set it in this kernel (its entry in `MODEL_PROFILES`).
+        """Show the profile of a model, or set it: a name for a GGUF file, its size, options of its requests.
+
+        What is set is written to `sollol_nb.toml` in your config folder (its table `[models]`), for all kernels.
 
         Example::
 
             %sollol_profile llama3.1:70b
+
+            from sollol_nb.models.files import DEMO_MODEL_PATH
+
+            %sollol_profile tiny --gguf {{ DEMO_MODEL_PATH }} --sharded --temperature 0
 
             %sollol_profile custom-70b --parameters 70 --memory 42 --sharded
 
@@ -84,25 +98,23 @@ class ModelMagics(Magics):
         """
         arguments = call.arguments
         model = str(arguments.model)
-        given = {
-            "parameter_count": arguments.parameters,
-            "estimated_memory_gb": arguments.memory,
-            "requires_distributed": arguments.sharded,
-        }
-        given = {name: value for name, value in given.items() if value is not None}
+        given = {key: getattr(arguments, _OPTIONS.get(key, key)) for key in KEYS}
+        given = {key: value for key, value in given.items() if value is not None}
         if arguments.forget and given:
             raise UsageError("%sollol_profile: --forget removes the profile; use it without other options")
-        before = MODEL_PROFILES.get(model)
         if arguments.forget:
-            MODEL_PROFILES.pop(model, None)
-        elif given:
-            MODEL_PROFILES[model] = {**(before or {}), **given}
-        try:
-            profile = session.router().profile(model)
-        except Exception:
-            if before is not None:  # an invalid profile is not kept
-                MODEL_PROFILES[model] = before
-            elif given:
+            if not config.forget_model(model):
                 MODEL_PROFILES.pop(model, None)
-            raise
-        print(profile)
+        elif given:
+            path = save_profile(model, given)
+            print(
+                f"saved in {path}" if path else "set in this kernel only: SOLLOL_CONFIG=0 allows no settings file"
+            )
+        print(session.router().profile(model))
+        saved = config.saved_model(model)
+        if not given and saved.values:
+            print("\n".join(f"{key}: {value}" for key, value in saved.values.items()))
+            print(f"set in {saved.source}")
+
+
+_OPTIONS = {"memory_gb": "memory"}
