@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from sollol_nb.chat.messages import answer_schema, check_messages, check_options
-from sollol_nb.errors import ConfigError
+from sollol_nb.errors import ConfigError, RequestRejectedError
 from sollol_nb.models.modelfile import Modelfile
 from sollol_nb.models.routing import checked_backend
 from sollol_nb.runtime.amounts import is_positive
@@ -78,7 +78,16 @@ class ChatRequest:
         )
 
     def with_modelfile(self, modelfile: Modelfile) -> ChatRequest:
-        """The request as Ollama completes it from the model's Modelfile. What the caller gives wins."""
+        """The request as Ollama completes it from the model's Modelfile. What the caller gives wins.
+
+        Raises:
+            RequestRejectedError: it has tools, for which the model's template has no place.
+        """
+        if modelfile.refuses_tools and self.options.get("tools"):
+            raise RequestRejectedError(
+                "the model does not support tools: the TEMPLATE of its Modelfile has no place for them; "
+                "ask without tools, or ask another model"
+            )
         messages = [*map(dict, modelfile.messages), *self.messages]
         if modelfile.system and self.messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": modelfile.system})

@@ -1,8 +1,9 @@
 """What Ollama's Modelfile adds to a model's weights, read from Ollama's storage for a model that llama.cpp runs.
 
 A model keeps its behaviour where it is sharded: its system message, first messages, options, adapters, projector
-and prompt template. What llama.cpp cannot apply is left out, and `Modelfile.describe` names it. Source: Ollama's
-`server/images.go` (`GetModel`) and `server/routes.go` (`ChatHandler`).
+and prompt template (translated, see `go_template/`). What llama.cpp cannot apply is left out, and
+`Modelfile.describe` names it. Source: Ollama's `server/images.go` (`GetModel`) and `server/routes.go`
+(`ChatHandler`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,12 @@ from typing import Any
 
 from sollol_nb.errors import ModelError, ModelFileError, ModelNotFoundError
 from sollol_nb.gguf.header import GgufFile, Header, check_file, read_header
+from sollol_nb.go_template.proof import proven_jinja, reads_tools
+from sollol_nb.go_template.syntax import UnknownSyntaxError
 from sollol_nb.models.files import DEMO_NAMES, OllamaGGUFResolver, OllamaModelFiles, names_file
+
+BARE_PROMPT = "{{ .Prompt }}"
+"""The template of a model that has none, in Ollama."""
 
 _TEXT_LIMIT_BYTES = 1024 * 1024
 _ROLES = ("system", "user", "assistant", "tool")
@@ -35,6 +41,7 @@ class Modelfile:
         adapters: LoRA adapters.
         projector: the file that lets the model read images or audio; None without one.
         chat_template: Jinja; "" for the template in the model's file.
+        refuses_tools: the template has no place for tools, so Ollama refuses requests with tools.
         left_out: what is not applied, and why.
     """
 
@@ -45,6 +52,7 @@ class Modelfile:
     adapters: tuple[Path, ...] = ()
     projector: Path | None = None
     chat_template: str = ""
+    refuses_tools: bool = False
     left_out: tuple[str, ...] = ()
 
     @property
@@ -116,6 +124,7 @@ def read_modelfile(
     """What these files add to the weights in `model_path`. `checked_option` is as for `modelfile_of`."""
     left_out: list[str] = []
     options, context_tokens = _options(files.parameters, checked_option, left_out)
+    chat_template, refuses_tools = _chat_template(files, model_path, left_out)
     return Modelfile(
         system=_text(files.system, "SYSTEM", left_out),
         messages=_messages(files.messages, left_out),
@@ -123,6 +132,8 @@ def read_modelfile(
         context_tokens=context_tokens,
         adapters=_adapters(files.adapters, model_path, left_out),
         projector=_projector(files.projectors, left_out),
+        chat_template=chat_template,
+        refuses_tools=refuses_tools,
         left_out=tuple(left_out),
     )
 
@@ -185,6 +196,31 @@ def _messages(path: Path | None, left_out: list[str]) -> tuple[dict[str, Any], .
 
 def _is_message(message: Any) -> bool:
     return isinstance(message, dict) and message.get("role") in _ROLES and isinstance(message.get("content"), str)
+
+
+def _chat_template(files: OllamaModelFiles, model_path: Path, left_out: list[str]) -> tuple[str, bool]:
+    """The template in Jinja, "" where that of the GGUF file is used; and whether it has no place for tools."""
+    settings = _json(files.settings, "settings", left_out)
+    built_in = {name: settings.get(name) for name in ("renderer", "parser")} if isinstance(settings, dict) else {}
+    left_out += [f"{name.upper()} {value}" for name, value in built_in.items() if value]
+    if built_in.get("renderer"):  # Ollama uses it instead of the template
+        return "", False
+    if files.template is None and _own_template(model_path):
+        return "", False
+    source = _text(files.template, "TEMPLATE", left_out) or BARE_PROMPT
+    try:
+        return proven_jinja(source), not reads_tools(source)
+    except UnknownSyntaxError as error:
+        instead = "that of the GGUF file" if _own_template(model_path) else "ChatML"
+        left_out.append(f"TEMPLATE ({error}; {instead} is used)")
+        return "", False
+
+
+def _own_template(model_path: Path) -> str:
+    try:
+        return str(_header(model_path).keys.get("tokenizer.chat_template") or "")
+    except ModelFileError:  # its loading will say so
+        return ""
 
 
 # --- GGUF files ------------------------------------------------------------------------------

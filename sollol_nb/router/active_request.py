@@ -21,7 +21,6 @@ from sollol_nb.errors import (
 from sollol_nb.latency.log import LatencyLog
 from sollol_nb.latency.schema import LatencyRow
 from sollol_nb.llama_cpp.answers.base import Answer
-from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.coordinators.pool import CoordinatorPool
 from sollol_nb.models.routing import OLLAMA, Route
 from sollol_nb.ollama.pool import OllamaPool
@@ -133,18 +132,13 @@ class ActiveRequest:
     def _answer(self, request: ChatRequest, route: Route) -> AsyncGenerator[Chunk, None]:
         """The chunks of the backend that the route leads to."""
         if route.backend != OLLAMA:
-
-            def begin(coordinator: Coordinator) -> Answer:
-                if self._interrupted is not None:  # it has its messages and options
-                    return self._interrupted
-                whole = request.with_modelfile(route.modelfile)
-                return coordinator.answer(whole.messages, whole.options)
-
+            if self._interrupted is None:  # else it has its messages and options
+                request = request.with_modelfile(route.modelfile)
             return stream_answer(
                 self._services.coordinators,
                 route,
                 self._record,
-                begin,
+                lambda coordinator: self._interrupted or coordinator.answer(request.messages, request.options),
                 priority=request.priority,
                 timeout_s=request.timeout_s,
                 keep_alive=request.options.get("keep_alive"),

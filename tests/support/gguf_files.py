@@ -85,6 +85,70 @@ def write_keys(path: Path, architecture: str, keys: dict[str, Any]) -> Path:
     blocks = keys.get(f"{architecture}.block_count")
     for block in range(blocks if isinstance(blocks, int) else 0):
         writer.add_tensor(f"blk.{block}.attn_norm.weight", np.ones(8, dtype=np.float32))
+    return _written(writer, path)
+
+
+def write_adapter(path: Path, *, embedding: int = 64, blocks: int = 4, architecture: str = "llama") -> Path:
+    """Write a LoRA adapter for a model of `write_llama`; it changes what the model says."""
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 16.0)
+    rank = 2
+    for block in range(blocks):
+        name = f"blk.{block}.attn_output.weight"
+        writer.add_tensor(f"{name}.lora_a", _weights(f"{name}.a", (rank, embedding), is_f32=True) * 40)
+        writer.add_tensor(f"{name}.lora_b", _weights(f"{name}.b", (embedding, rank), is_f32=True) * 40)
+    return _written(writer, path)
+
+
+def write_projector(path: Path, *, embedding: int = 64) -> Path:
+    """Write a small vision projector (a CLIP with an MLP, as LLaVA has) for a model with this embedding width.
+
+    An image is 28 x 28 pixels and becomes 4 tokens.
+    """
+    width, side, patch, blocks = 32, 28, 14, 2
+    writer = gguf.GGUFWriter(path, "clip")
+    writer.add_type("mmproj")
+    writer.add_bool("clip.has_vision_encoder", True)
+    writer.add_string("clip.projector_type", "mlp")
+    for key, value in {
+        "image_size": side,
+        "patch_size": patch,
+        "embedding_length": width,
+        "feed_forward_length": 2 * width,
+        "projection_dim": embedding,
+        "block_count": blocks,
+        "attention.head_count": 2,
+    }.items():
+        writer.add_uint32(f"clip.vision.{key}", value)
+    writer.add_float32("clip.vision.attention.layer_norm_epsilon", 1e-5)
+    writer.add_array("clip.vision.image_mean", [0.5, 0.5, 0.5])
+    writer.add_array("clip.vision.image_std", [0.5, 0.5, 0.5])
+    matrices: dict[str, tuple[int, ...]] = {
+        "mm.0": (embedding, width),
+        "mm.2": (embedding, embedding),
+        **{
+            f"v.blk.{block}.attn_{part}": (width, width)
+            for block in range(blocks)
+            for part in ("q", "k", "v", "out")
+        },
+        **{f"v.blk.{block}.ffn_up": (2 * width, width) for block in range(blocks)},
+        **{f"v.blk.{block}.ffn_down": (width, 2 * width) for block in range(blocks)},
+    }
+    writer.add_tensor("v.patch_embd.weight", _weights("patch", (width, 3, patch, patch), is_f32=True))
+    writer.add_tensor("v.position_embd.weight", _weights("position", ((side // patch) ** 2, width), is_f32=True))
+    for name, shape in matrices.items():
+        writer.add_tensor(f"{name}.weight", _weights(name, shape, is_f32=True))
+        writer.add_tensor(f"{name}.bias", np.zeros(shape[0], np.float32))
+    for block in range(blocks):
+        for name in (f"v.blk.{block}.ln1", f"v.blk.{block}.ln2"):
+            writer.add_tensor(f"{name}.weight", np.ones(width, np.float32))
+            writer.add_tensor(f"{name}.bias", np.zeros(width, np.float32))
+    return _written(writer, path)
+
+
+def _written(writer: gguf.GGUFWriter, path: Path) -> Path:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
