@@ -13,7 +13,7 @@ imported yet, the accessor is attached when it is.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 NAME = "sollol"
 
 _get_router: Callable[[], HybridRouter] | None = None
+_get_defaults: Callable[[], Mapping[str, Any]] = dict
 
 
 class FrameAccessor:
@@ -54,18 +55,22 @@ class FrameAccessor:
             if _get_router is None:
                 raise ConfigError("no router is registered for df.sollol; pass one: router=HybridRouter()")
             router = _get_router()
+            settings = {**_get_defaults(), **settings}
         return router.map(self._frame, template, **settings)
 
 
-def register(get_router: Callable[[], HybridRouter] | None = None) -> None:
+def register(
+    get_router: Callable[[], HybridRouter] | None = None, get_defaults: Callable[[], Mapping[str, Any]] = dict
+) -> None:
     """Add `.sollol` to all frames. Registering again only changes the router.
 
     Args:
         get_router: returns the router for calls without `router`; called for each of them. None: each call must
             pass one.
+        get_defaults: returns settings of these calls that they may override.
     """
-    global _get_router
-    _get_router = get_router
+    global _get_router, _get_defaults
+    _get_router, _get_defaults = get_router, get_defaults
     if _is_imported():
         _attach()
     elif _WITH_PANDAS not in sys.meta_path:
@@ -74,8 +79,8 @@ def register(get_router: Callable[[], HybridRouter] | None = None) -> None:
 
 def unregister() -> None:
     """Remove `.sollol` from all frames, if they have it."""
-    global _get_router
-    _get_router = None
+    global _get_router, _get_defaults
+    _get_router, _get_defaults = None, dict
     if _WITH_PANDAS in sys.meta_path:
         sys.meta_path.remove(_WITH_PANDAS)
     if _is_imported():

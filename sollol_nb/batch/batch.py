@@ -116,7 +116,10 @@ class Batch:
         self._store = store
         self._model = config.default("model") if model is None else model
         if not self._model:
-            raise ConfigError('no model given; pass model="demo", or set a default in the setting `model`')
+            raise ConfigError(
+                'no model given; pass model="demo", or set a default: %config Sollol.model = "demo" (in a script: '
+                "the variable SOLLOL_MODEL)"
+            )
         if concurrency is not None and not (is_whole_number(concurrency) and concurrency > 0):
             raise ConfigError(f"concurrency={concurrency!r} must be a whole number of requests, 1 or more")
         if timeout is not None:
@@ -268,12 +271,16 @@ class Batch:
             raise error
 
     async def _keep(self, key: str, completion: Completion) -> None:
-        saving = asyncio.create_task(asyncio.to_thread(self._store.put, key, completion))
+        saving = asyncio.create_task(self._save(key, completion))
         try:
             await asyncio.shield(saving)
         except asyncio.CancelledError:  # the batch is being stopped, but this answer is complete
             await asyncio.wait([saving])
             raise
+
+    async def _save(self, key: str, completion: Completion) -> None:
+        try:
+            await asyncio.to_thread(self._store.put, key, completion)
         except (OSError, sqlite3.Error) as error:  # an answer is worth more than its keeping
             if self._are_kept:  # reported once; there may be thousands
                 self._are_kept = False

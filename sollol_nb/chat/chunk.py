@@ -43,7 +43,8 @@ class Routing(TypedDict, total=False):
     Keys:
         backend: `ollama-pool`, `llama.cpp-distributed` or `llama.cpp-local`.
         reason: why it went there.
-        note: what to know about the model; only of the demo model.
+        note: what else to know about the answer, as one line; usually "".
+        loaded_by: who had loaded the model before this router began to use its coordinator; usually "".
         duration_ms: from the request to the last token.
         coordinator_url, node_url: the llama-server or the Ollama node; the other is None.
         plan: the layer plan as plain data; None where nothing is sharded.
@@ -65,6 +66,7 @@ class Routing(TypedDict, total=False):
     layout: str
     queue_ms: float | None
     load_ms: float | None
+    loaded_by: str
     ttft_ms: float | None
     tokens_per_s: float | None
     router_overhead_ms: float | None

@@ -148,7 +148,9 @@ def footer(answer: Answer) -> str:
     parts = [shown_name(str(answer.get("model", ""))), str(routing.get("backend", ""))]
     if routing.get("layout"):
         parts.append(f"layers {routing['layout']}")
-    if routing.get("load_ms"):
+    if routing.get("loaded_by"):
+        parts.append("already loaded")
+    elif routing.get("load_ms"):
         parts.append(f"loaded in {routing['load_ms'] / 1000:.1f} s")
     if routing.get("ttft_ms") is not None:
         parts.append(f"first token {format_ms(routing['ttft_ms'])}")
@@ -173,6 +175,8 @@ def details(answer: Answer) -> list[str]:
     if not routing:
         return []
     lines = [f"why: {routing['reason']}"] if routing.get("reason") else []
+    if routing.get("loaded_by"):
+        lines.append(f"the model had been loaded by {routing['loaded_by']}")
     url = routing.get("coordinator_url") or routing.get("node_url")
     if url:
         lines.append(f"at {url}")

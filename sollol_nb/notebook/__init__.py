@@ -52,7 +52,8 @@ def load_ipython_extension(shell: InteractiveShell) -> None:
     shell.register_magics(*_MAGICS)
     tab_completion.install(shell, session.running_models, chats=session.chats, workers=session.worker_endpoints)
     kernel_hooks.shorten_errors(session.has_short_errors)
-    frame_accessor.register(session.router)
+    shell.events.register("post_run_cell", background.show_in_cell)
+    frame_accessor.register(session.router, session.batch_defaults)
     if is_kernel(shell):
         use_bars(TextBar)
     for text in describe_files("%sollol_trust"):
@@ -65,6 +66,8 @@ def unload_ipython_extension(shell: InteractiveShell) -> None:
     """Remove everything that loading added, since IPython does not. Stop the router's engines, or keep them
     running (`%config Sollol.on_unload`)."""
     background.cancel_all(wait_s=_END_LIMIT_S)
+    if background.show_in_cell in shell.events.callbacks["post_run_cell"]:
+        shell.events.unregister("post_run_cell", background.show_in_cell)
     session.end(shell)
     use_bars(None)
     frame_accessor.unregister()

@@ -1,8 +1,14 @@
-"""Displays of a notebook that are updated in place, also by other threads and later cells; a progress bar."""
+"""Displays of a notebook that are updated in place, also by other threads and later cells; a progress bar.
+
+An Output of ipywidgets (`with out:`, `interact`, a button's callback) takes displays, but none of their updates
+(ipywidgets issue 1844), in JupyterLab as in nbclient. There a display is an Output inside the outer one, whose
+content is set from here.
+"""
 
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -25,12 +31,45 @@ def make_display(bundle: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
     """Show a mime bundle; returns the function that replaces it."""
     from IPython.display import display
 
+    if _is_captured():
+        return _make_inner_output(bundle)
     handle: Any = display(bundle, raw=True, display_id=True)
     return lambda new: handle.update(new, raw=True)
 
 
+def _is_captured() -> bool:
+    """Whether an Output of ipywidgets takes what is displayed now."""
+    from IPython.core.getipython import get_ipython
+
+    widgets: Any = sys.modules.get("ipywidgets")
+    shell: Any = get_ipython()
+    if widgets is None or not is_kernel(shell):
+        return False
+    request = str(shell.parent_header.get("header", {}).get("msg_id") or "")
+    known = list(widgets.widgets.widget._instances.values())
+    return any(isinstance(each, widgets.Output) and each.msg_id == request != "" for each in known)
+
+
+def _make_inner_output(bundle: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
+    import ipywidgets
+    from IPython.display import display
+
+    output = ipywidgets.Output()
+
+    def show(new: dict[str, Any]) -> None:
+        outputs = ({"output_type": "display_data", "data": new, "metadata": {}},)
+        if outputs == output.outputs:
+            output.send_state("outputs")  # nbclient may have missed it, see `answers/background.py`
+        output.outputs = outputs
+
+    show(bundle)
+    display({**output._repr_mimebundle_(), "text/plain": ""}, raw=True)
+    return show
+
+
 def hide_once(shell: Any, value: object) -> None:
-    """Do not show this value as the running cell's result: it is on the screen already. `_` and `Out` get it."""
+    """Do not show this value as the result of the running cell or callback: it is on the screen already. `_` and
+    `Out` get it."""
     printers = shell.display_formatter.ipython_display_formatter
     hiding = printers.type_printers.get(type(value))
     if isinstance(hiding, _Hiding):  # not the first of this cell
@@ -39,14 +78,14 @@ def hide_once(shell: Any, value: object) -> None:
     hiding = _Hiding([value])
     previous = printers.for_type(type(value), hiding)
 
-    def restore(_: object) -> None:
-        shell.events.unregister("post_run_cell", restore)
+    def restore() -> None:
+        shell.events.unregister("post_execute", restore)
         if printers.type_printers.get(type(value)) is hiding:
             printers.pop(type(value))
             if previous is not None:
                 printers.for_type(type(value), previous)
 
-    shell.events.register("post_run_cell", restore)
+    shell.events.register("post_execute", restore)
 
 
 class _Hiding:

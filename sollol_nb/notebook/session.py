@@ -73,14 +73,14 @@ class Session:
         with self._lock:
             if self._router is None or router_settings or self._router_is_stale:
                 # After a changed setting the new router adopts those engines that still suit it.
-                return self._replace_router(self._configured_router(router_settings), keep=not router_settings)
+                return self._replace_router(_new_router(**router_settings), keep=not router_settings)
             return self._router
 
     def use_router(self, new: HybridRouter | None) -> HybridRouter:
         """Let the magics use this router from now on; None: a new one, with the kernel's settings. The previous
         router is closed."""
         with self._lock:
-            return self._replace_router(new if new is not None else self._configured_router({}), keep=False)
+            return self._replace_router(new if new is not None else _new_router(), keep=False)
 
     def running_models(self) -> list[str]:
         """The models of the router's coordinators."""
@@ -90,13 +90,14 @@ class Session:
         """The router's workers as `host:port`."""
         return self._router.worker_endpoints if self._router is not None else []
 
+    def batch_defaults(self) -> dict[str, Any]:
+        """What `df.sollol.map` gets where the call names nothing else."""
+        timeout = self._settings.own("timeout") if self._settings is not None else None
+        return {} if timeout is None else {"timeout": timeout}
+
     def has_short_errors(self) -> bool:
         """Whether the package's errors are shown as one line (setting `short_errors`)."""
         return self._settings is None or bool(self._settings.or_built_in("short_errors"))
-
-    def _configured_router(self, router_settings: dict[str, Any]) -> HybridRouter:
-        configured = self._settings.router_settings() if self._settings is not None else {}
-        return _new_router(**{**configured, **router_settings})
 
     def _replace_router(self, new: HybridRouter, *, keep: bool) -> HybridRouter:
         previous, self._router, self._router_is_stale = self._router, new, False
@@ -120,4 +121,5 @@ router = _session.router
 use_router = _session.use_router
 running_models = _session.running_models
 worker_endpoints = _session.worker_endpoints
+batch_defaults = _session.batch_defaults
 has_short_errors = _session.has_short_errors

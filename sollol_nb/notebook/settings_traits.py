@@ -121,7 +121,7 @@ class Sollol(Configurable):
             ConfigError: a variable or file has an invalid value.
         """
         own = self.own(name)
-        return config.find(name) if own is None else config.Found(own, "%config")
+        return config.find(name) if own is None else config.Found(own, config.IN_NOTEBOOK)
 
     def or_built_in(self, name: str) -> Any:
         """The value in effect, or the default if a variable or file has an invalid value: for code that must not
@@ -158,22 +158,6 @@ class Sollol(Configurable):
             for name, each in found.items()
             if each.source != config.BUILT_IN and not (name in saved and each.source in files)
         }
-
-    def router_settings(self) -> dict[str, Any]:
-        """The router's settings that were set here, as keyword arguments of `sync_wrapper.HybridRouter`.
-
-        The router itself reads variables and files for all others.
-        """
-        settings = {
-            setting.argument: self.own(setting.name)
-            for setting in SETTINGS.values()
-            if setting.side == "router" and self.own(setting.name) is not None
-        }
-        if "ollama_pool" in settings:
-            from sollol_nb.sync_wrapper import OllamaPool  # for a router, not for `%load_ext`
-
-            settings["ollama_pool"] = OllamaPool(settings["ollama_pool"])
-        return settings
 
     def on_router_change(self, callback: Callable[[], object]) -> None:
         """Call back whenever a setting of the router changes here."""
@@ -231,12 +215,14 @@ def install(shell: InteractiveShell) -> Sollol:
     for settings in _installed(shell):
         return settings
     settings = Sollol(shell)
+    config.use_notebook_settings(settings.own)
     shell.configurables.append(settings)  # type: ignore[arg-type]  # any Configurable will do
     return settings
 
 
 def remove(shell: InteractiveShell) -> None:
     """Remove the settings, and what `%config` has added to the shell's own configuration."""
+    config.use_notebook_settings(None)
     for settings in _installed(shell):
         shell.configurables.remove(settings)  # type: ignore[arg-type]
         shell.config.pop(_SECTION, None)

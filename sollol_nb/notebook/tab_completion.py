@@ -25,11 +25,13 @@ from typing import TYPE_CHECKING, Any
 from IPython.core.completer import SimpleCompletion, context_matcher
 
 from sollol_nb.chat.completion import Completion
+from sollol_nb.errors import ConfigError
 from sollol_nb.models.files import OllamaGGUFResolver
 from sollol_nb.models.profiles import MODEL_PROFILES
 from sollol_nb.notebook.tab_line import Expected, expected, line_at_cursor
 from sollol_nb.runtime.io_loop import run_blocking
 from sollol_nb.runtime.priority import Priority
+from sollol_nb.settings import config
 from sollol_nb.text.readable import is_instance_of
 
 if TYPE_CHECKING:
@@ -80,7 +82,7 @@ def install(
         chats: names of the conversations, from memory.
         workers: endpoints of the known workers, from memory.
         ollama_models: names of the models of the Ollama nodes; called in a thread, may be slow. By default the
-            nodes of `OLLAMA_HOST` are asked.
+            nodes of the setting `ollama_hosts` are asked.
     """
     remove(shell)
     cache = NameCache()
@@ -116,7 +118,7 @@ def remove(shell: InteractiveShell) -> None:
 
 
 def models_of_nodes() -> list[str]:
-    """Names of the models on the Ollama nodes of `OLLAMA_HOST`, or of this machine. Asks them, and waits.
+    """Names of the models on the Ollama nodes of the setting `ollama_hosts`. Asks them, and waits.
 
     Raises:
         OllamaUnavailableError: no node answers.
@@ -239,7 +241,10 @@ class _Names:
 
     def slow_models(self) -> dict[str, Read]:
         """The sources of model names on disk and in the network."""
-        return {"stored": OllamaGGUFResolver().installed, "nodes": self._ollama_models}
+        hosts: Any = None
+        with contextlib.suppress(ConfigError):  # the request says so
+            hosts = config.default("ollama_hosts")
+        return {"stored": OllamaGGUFResolver().installed, f"nodes {hosts}": self._ollama_models}
 
     def of(self, kind: str, typed: str) -> Iterable[str]:
         """The names of one kind that may match the typed text."""

@@ -52,6 +52,7 @@ async def stream_answer(
         SollolError: the first coordinator could not be started.
     """
     coordinator, record.load_ms = await coordinators.get(route)
+    record.loaded_by = coordinator.loaded_by if record.load_ms is not None else ""
     answer: Answer | None = None
     lost: CoordinatorLostError | None = None
     try:

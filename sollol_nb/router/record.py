@@ -12,7 +12,6 @@ from sollol_nb.chat.chunk import DROPPED, RESTARTED, Chunk, Failover, Routing
 from sollol_nb.chat.completion import Completion
 from sollol_nb.latency.schema import LatencyRow
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
-from sollol_nb.models.files import DEMO_MODEL_PATH, DEMO_NOTE
 from sollol_nb.models.routing import Route
 
 
@@ -36,6 +35,7 @@ class RequestRecord:
         self.placement_differences: list[str] = []
         self.queue_ms: float | None = None
         self.load_ms: float | None = None
+        self.loaded_by = ""
         self.router_overhead_ms: float | None = None
         self.failovers: list[Failover] = []
         self.text = text
@@ -56,7 +56,6 @@ class RequestRecord:
     def set_route(self, route: Route) -> None:
         """Note the route that the request takes."""
         self.backend, self.reason = route.backend, route.reason
-        self.note = DEMO_NOTE if route.model_path == DEMO_MODEL_PATH else ""
 
     def set_node(self, node_routing: Mapping[str, Any]) -> None:
         """Note the Ollama node that answers, and its times so far, from the `_routing` of its chunk."""
@@ -166,6 +165,7 @@ class RequestRecord:
             "layout": self.layout,
             "queue_ms": self.queue_ms,
             "load_ms": self.load_ms,
+            "loaded_by": self.loaded_by,
             "ttft_ms": self.ttft_ms,
             "tokens_per_s": self.tokens_per_s,
             "router_overhead_ms": self.router_overhead_ms,

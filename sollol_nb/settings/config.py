@@ -1,10 +1,10 @@
 """The values of settings, and the package's folders: the only module that reads environment variables.
 
-`default(name)` is the value of a setting of `table.py` that the caller does not set: that of its environment
-variable, else of `sollol_nb.toml` in the working folder or in the nearest folder above that has one, else of the
-one in the user's config folder, else the built-in default. It is read at each call, so a change (`%env`,
-`os.environ`, an edit of the file) takes effect immediately. Folders follow the platform's conventions
-(platformdirs).
+`default(name)` is the value of a setting of `table.py` that the caller does not set: that of `%config Sollol` in a
+notebook (see `use_notebook_settings`), else of its environment variable, else of `sollol_nb.toml` in the working
+folder or in the nearest folder above that has one, else of the one in the user's config folder, else the built-in
+default. It is read at each call, so a change (`%env`, `os.environ`, an edit of the file) takes effect immediately.
+Folders follow the platform's conventions (platformdirs).
 
 Variables that are not settings:
 
@@ -21,7 +21,7 @@ import copy
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,10 +38,11 @@ from sollol_nb.settings.table import FILE_NAME, SETTINGS
 
 APP_NAME = "sollol_nb"
 logger = logging.getLogger(__name__)
+_of_notebook: Callable[[str], Any] | None = None
 _reported: set[tuple[Path, str]] = set()
 """Files with contents of which this process has reported what does not count."""
 
-BUILT_IN = "built-in default"
+BUILT_IN, IN_NOTEBOOK = "built-in default", "%config"
 LOGS = "logs"
 """Name of the folder of logs in the state folder."""
 
@@ -52,7 +53,7 @@ _KEPT_AWAY = re.compile(r"LLAMA_(?!CACHE$)|AIP_|MTMD_|GGML_\w*DEBUG")
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The value of a setting, and its source: a variable's name, a file's path, or `BUILT_IN`."""
+    """The value of a setting, and its source: `IN_NOTEBOOK`, a variable's name, a file's path, or `BUILT_IN`."""
 
     value: Any
     source: str
@@ -65,6 +66,9 @@ def find(name: str) -> Found:
         ConfigError: a variable or file has an invalid value; the message names it.
     """
     setting = SETTINGS[name]
+    value = _of_notebook(name) if _of_notebook is not None else None
+    if value is not None:
+        return Found(copy.copy(value), IN_NOTEBOOK)
     text = _variable(setting.variable)
     if text is not None:
         return Found(setting.kind.checked(setting.kind.from_text(text), setting.variable), setting.variable)
@@ -72,6 +76,16 @@ def find(name: str) -> Found:
         if name in file.values:
             return Found(copy.copy(file.values[name]), str(file.path))
     return Found(copy.copy(setting.default), BUILT_IN)
+
+
+def use_notebook_settings(own: Callable[[str], Any] | None) -> None:
+    """Let the settings of a notebook (`%config Sollol`) win over variables and files in this process.
+
+    Args:
+        own: returns the value of a setting by its name, None if the notebook does not set it. None: no notebook.
+    """
+    global _of_notebook
+    _of_notebook = own
 
 
 def default(name: str) -> Any:

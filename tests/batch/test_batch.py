@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -311,6 +313,23 @@ def test_a_stopped_batch_says_where_its_answers_could_not_be_kept(
         router.map(range(30), "Tell {{ item }}", model="demo", **{**GREEDY, "max_tokens": 40, "concurrency": 1})
     forget()
     assert "rows are done, but could not be kept; take them from .partial" in str(caught.value)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a process cannot send itself Ctrl-C alone there")
+def test_an_answer_that_cannot_be_kept_during_a_stop_is_one_warning(
+    router: HybridRouter, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Failing(BatchStore):
+        def put(self, key: str, completion: Completion) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.5)  # the stop comes while this answer is being kept
+            raise OSError("no space left")
+
+    monkeypatch.setattr(router._async, "batch_store", Failing(tmp_path / "batches.sqlite"))
+    with pytest.raises(BatchInterrupted):
+        router.map(range(9), "Tell {{ item }}", model="demo", concurrency=1, **GREEDY)
+    gc.collect()  # asyncio reports errors that nobody has read
+    assert [record.getMessage()[:26] for record in caplog.records] == ["an answer was not kept in "]
 
 
 # --- at once ----------------------------------------------------------------------------------

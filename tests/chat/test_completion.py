@@ -90,6 +90,10 @@ def test_answer_without_text_is_empty(chunks: list[dict[str, Any]]) -> None:
             "demo \u00b7 llama.cpp-distributed \u00b7 layers 5/4/4 \u00b7 loaded in 1.2 s \u00b7 first token 80 ms"
             " \u00b7 42 tokens/s \u00b7 2 tokens \u00b7 a note",
         ),
+        (
+            {"_routing": {"backend": "llama.cpp-local", "load_ms": 312.0, "loaded_by": "process 7 (a kernel)"}},
+            "demo \u00b7 llama.cpp-local \u00b7 already loaded \u00b7 2 tokens",
+        ),
         ({"_routing": {"backend": "ollama-pool", "ttft_ms": 0.0, "load_ms": None}, "eval_count": 0},
          "demo \u00b7 ollama-pool \u00b7 first token 0.0 ms \u00b7 0 tokens"),
         ({"_routing": {}, "done_reason": "length"}, "demo \u00b7 2 tokens \u00b7 stopped at max_tokens"),

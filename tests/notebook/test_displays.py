@@ -28,7 +28,7 @@ def test_all_answers_of_one_cell_are_hidden_in_it_and_shown_after_it(shell: Any)
     hide_once(shell, first)
     hide_once(shell, second)
     assert [is_shown(shell, completion) for completion in (first, second, other)] == [False, False, True]
-    shell.events.trigger("post_run_cell", None)
+    shell.events.trigger("post_execute")
     assert [is_shown(shell, completion) for completion in (first, second, other)] == [True, True, True]
     assert shell.display_formatter.ipython_display_formatter.type_printers == before
 
@@ -40,6 +40,6 @@ def test_the_users_own_printer_is_restored(shell: Any) -> None:
     value = Completion(model="a")
     hide_once(shell, value)
     hide_once(shell, Completion(model="b"))
-    shell.events.trigger("post_run_cell", None)
+    shell.events.trigger("post_execute")
     shell.display_formatter.format(value)
     assert seen == [value]

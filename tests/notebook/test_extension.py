@@ -302,6 +302,12 @@ def test_two_kernels_share_a_coordinator_and_no_engine_is_left_after_them(engine
         assert first.value("answer.text") == second.value("answer.text")
         url = "answer.routing['coordinator_url']"
         assert first.value(url) == second.value(url)
+        footers = [kernel_.value("answer.footer()") for kernel_ in (first, second)]
+        assert [("already loaded" in footer, "loaded in" in footer) for footer in footers] == [
+            (False, True),
+            (True, False),
+        ]
+        assert f"the model had been loaded by process {first.pid}" in second.run("answer").markdown
         assert second.run("from sollol_nb.notebook import router\nc = router().cluster()").status == "ok"
         engines = engines_below(first.pid)
         assert len(engines) == 3

@@ -139,30 +139,32 @@ def test_request_defaults_are_the_values_that_were_set(
     assert settings.request_defaults() == {**expected, "timeout": 60}
 
 
-def test_router_settings_are_arguments_of_the_router(settings: Sollol, file: Path) -> None:
-    file.write_text("slots = 2")
-    assert settings.router_settings() == {}
+def test_a_router_made_by_hand_has_the_settings_of_the_notebook(settings: Sollol, file: Path) -> None:
+    file.write_text("slots = 2\ncontext_tokens = 256")
     values = {
         "strategy": "even",
         "keep_alive": {"demo": 5},
         "workers": ["127.0.0.1:9"],
         "num_workers": 2,
         "auto_setup": True,
-        "context_tokens": 512,
         "slots": 3,
-        "threshold_params": 30,
         "ollama_hosts": ["127.0.0.1:9"],
-        "llama_cpp": "engine",
+        "timeout": 7,
     }
     configure(settings, **values)
-
-    given = settings.router_settings()
-    pool = given["ollama_pool"]
-    assert isinstance(pool, OllamaPool)
-    assert [node.url for node in pool.nodes] == ["http://127.0.0.1:9"]
-    assert set(given) == {SETTINGS[name].argument for name in values}
-    with HybridRouter(**given) as router:
-        assert ": 1 worker, coordinators: none" in repr(router)
+    config.use_notebook_settings(settings.own)
+    try:
+        assert config.find("slots") == config.Found(3, "%config")
+        with HybridRouter() as router, HybridRouter(slots=1, rpc_backends=[]) as other, OllamaPool() as pool:
+            made, changed = router.settings, other.settings
+            assert (made.layer_strategy, made.num_rpc_backends, made.auto_setup_rpc) == ("even", 2, True)
+            assert (made.slots, made.context_tokens, made.keep_alive_of) == (3, 256, {"demo": 5})
+            assert (router.worker_endpoints, router.timeout_s) == (["127.0.0.1:9"], 7)
+            assert [node.url for node in pool.nodes] == ["http://127.0.0.1:9"]
+            assert (changed.slots, other.worker_endpoints) == (1, []), "an argument wins"
+    finally:
+        config.use_notebook_settings(None)
+    assert config.find("slots") == config.Found(2, str(file))
 
 
 def test_a_changed_router_setting_calls_back(settings: Sollol) -> None:

@@ -368,11 +368,17 @@ tab_completion.install(get_ipython(), broken, chats=broken, workers=broken, olla
 
 
 @pytest.mark.ollama
-def test_models_of_an_ollama_node_are_completed_right_after_loading(ollama: OllamaServer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("by_magic", [False, True])
+def test_models_of_an_ollama_node_are_completed_right_after_loading(
+    ollama: OllamaServer, tmp_path: Path, by_magic: bool
+) -> None:
     """By the node's names, while this machine's storage is empty."""
     node = f"127.0.0.1:{ollama.port}"
-    with kernel(OLLAMA_HOST=node, OLLAMA_MODELS=str(tmp_path)) as fresh:
+    with kernel(OLLAMA_HOST="127.0.0.1:9" if by_magic else node, OLLAMA_MODELS=str(tmp_path)) as fresh:
         assert fresh.run("%load_ext sollol_nb").error == []
+        if by_magic:
+            assert completed(fresh, "%%sollol someone/") == []
+            fresh.run(f"%config Sollol.ollama_hosts = ['{node}']")
         lines = ["%%sollol someone/special:7b"]
         eventually(lambda: completed(fresh, "%%sollol someone/") == lines, "the node's model is known")
         expected = ["llama3.2", "llama3.2:latest"]  # the profile, and what the node has

@@ -59,6 +59,7 @@ class Coordinator:
         load_ms: from the start of the process until it was ready.
         gate: waiting requests, in order of priority.
         is_adopted: whether another process (or router) started it.
+        loaded_by: who had loaded its model before this router adopted it; "" if it was not loaded by then.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Coordinator:
         self.load_ms = 0.0
         self.gate = gate if gate is not None else Gate(settings.slots)
         self.is_adopted = is_adopted
+        self.loaded_by = ""
         self._process = process
         self._client = JsonClient(self.base_url, api_key=process.key, read_timeout_s=SILENCE_LIMIT_S)
         self._keyless = JsonClient(self.base_url, read_timeout_s=5.0)

@@ -198,10 +198,11 @@ class CoordinatorStarter:
             coordinator = await Coordinator.adopt(entry, gate=start.gate)
             if coordinator is None:
                 continue
-            if not entry.about.get("load_ms"):
-                message = (
-                    f"{start.model} is being loaded by {registry.describe_owner(entry.about)}; waiting for it"
-                )
+            owner = registry.describe_owner(entry.about)
+            if entry.about.get("load_ms"):
+                coordinator.loaded_by = owner
+            else:
+                message = f"{start.model} is being loaded by {owner}; waiting for it"
                 self._events.publish(EventKind.COORDINATOR_STARTING, start.model, message)
             return coordinator
         return None

@@ -2,6 +2,9 @@
 
 The request runs on the I/O loop. A separate thread updates every display of the handle. It runs in the context of
 the cell, where a kernel looks up which cell an output belongs to.
+
+nbclient (papermill, `nbconvert --execute`) takes updates of the running cell only, and so none of this thread once
+a later one runs. So each cell updates the displays once more at its end, see `show_in_cell`.
 """
 
 from __future__ import annotations
@@ -34,6 +37,8 @@ MakeDisplay = Callable[[dict[str, Any]], Callable[[dict[str, Any]], None]]
 _WAIT_S = 0.5  # a wait without a limit cannot be interrupted on Windows
 
 _running: weakref.WeakSet[BackgroundAnswer] = weakref.WeakSet()
+_to_show: set[BackgroundAnswer] = set()
+"""Those whose end no cell has shown yet."""
 
 
 class BackgroundAnswer:
@@ -100,7 +105,7 @@ class BackgroundAnswer:
 
     def _end(self, task: asyncio.Task[Completion | pd.DataFrame]) -> None:
         if task.cancelled():
-            self._future.set_exception(stopped_error(self.model))
+            self._future.set_exception(stopped_error(self.model, self._partial))
         elif (error := task.exception()) is not None:
             self._future.set_exception(error)
         else:
@@ -210,11 +215,24 @@ class BackgroundAnswer:
                 self._answer.status = f"asking {shown_name(self.model)}"
             view.show(self._answer)
             self._views.append(view)
+            _to_show.add(self)
+
+    def show_in_cell(self) -> bool:
+        """Update all displays as part of the running cell; returns whether this was the end."""
+        with self._views_lock:
+            is_end = self.done
+            for view in self._views:
+                if is_end:
+                    self._show_end(view)
+                else:
+                    view.show(self._answer, at_once=True)
+        return is_end
 
     def _keep_shown(self) -> None:
         while not self._ended.wait(UPDATE_INTERVAL_S):
-            for view in list(self._views):
-                view.show(self._answer)
+            with self._views_lock:
+                for view in self._views:
+                    view.show(self._answer)
         with self._views_lock:
             for view in self._views:
                 self._show_end(view)
@@ -228,6 +246,14 @@ class BackgroundAnswer:
         view.finish(self._partial, frame, error=message)
 
 
+def show_in_cell(_: object = None) -> None:
+    """Update the displays of all answers in the background as part of the running cell (for IPython's event
+    `post_run_cell`)."""
+    for answer in list(_to_show):
+        if answer.show_in_cell():
+            _to_show.discard(answer)
+
+
 def cancel_all(*, wait_s: float) -> None:
     """Stop all answers in the background, and wait at most this long for them and their threads to end."""
     deadline = time.monotonic() + wait_s
@@ -236,3 +262,4 @@ def cancel_all(*, wait_s: float) -> None:
         answer.cancel()
     for answer in answers:
         answer.join(max(0.0, deadline - time.monotonic()))
+    _to_show.clear()

@@ -16,7 +16,7 @@ from sollol_nb.chat.completion_view import shown_name
 from sollol_nb.errors import AnswerInterruptedError, RequestCancelledError, SollolError
 from sollol_nb.notebook.answers.request import CellRequest
 from sollol_nb.notebook.answers.views import UPDATE_INTERVAL_S, LiveAnswer, View
-from sollol_nb.runtime.events import Event, EventBus
+from sollol_nb.runtime.events import Event, EventBus, EventKind
 from sollol_nb.runtime.io_loop import iterate_blocking
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def stream_into_cell(
                 keep(partial)
             view.finish(partial)
             if isinstance(error, KeyboardInterrupt):
-                raise stopped_error(request.model) from None
+                raise stopped_error(request.model, partial) from None
             raise
     completion = request.apply_form(answer.completion())
     try:
@@ -74,9 +74,10 @@ def stream_into_cell(
     return value
 
 
-def stopped_error(model: str) -> RequestCancelledError:
-    """The error of an answer that its user has stopped."""
-    return RequestCancelledError(f"{shown_name(model)}: stopped; the partial answer is kept")
+def stopped_error(model: str, partial: Completion | None) -> RequestCancelledError:
+    """The error of an answer that its user has stopped, with this much of it."""
+    what = " before any text arrived" if partial is None else "; the partial answer is kept"
+    return RequestCancelledError(f"{shown_name(model)}: stopped{what}")
 
 
 def partial_completion(request: CellRequest, answer: LiveAnswer, error: BaseException) -> Completion | None:
@@ -93,12 +94,23 @@ def partial_completion(request: CellRequest, answer: LiveAnswer, error: BaseExce
 
 @contextmanager
 def follow_events(events: EventBus, model: str, answer: LiveAnswer) -> Iterator[None]:
-    """Inside this context, the answer's status is the latest event of its model, or of engines and workers."""
+    """Inside this context, the answer's status is the latest event of its model, or of engines and workers.
+
+    After the loss of its coordinator the status begins with that, until the answer continues.
+    """
+    lost = ""
 
     def note(event: Event) -> None:
-        source = event.kind.source
-        if source in ("engine", "worker") or (source == "coordinator" and event.subject == model):
-            answer.status = event.message
+        nonlocal lost
+        source, is_about_model = event.kind.source, event.subject == model
+        if event.kind is EventKind.COORDINATOR_LOST and is_about_model:
+            answer.status = lost = event.message
+        elif event.kind is EventKind.WORKER_LOST and lost:
+            answer.status = lost = f"lost worker {event.subject}"
+        elif event.kind is EventKind.ANSWER_CONTINUED and is_about_model:
+            lost = ""
+        elif source in ("engine", "worker") or (source == "coordinator" and is_about_model):
+            answer.status = f"{lost}; {event.message}" if lost else event.message
 
     unsubscribe = events.subscribe(note)
     try:

@@ -102,19 +102,19 @@ class NotebookView:
 
     def __init__(self, make_display: Callable[[dict[str, Any]], Callable[[dict[str, Any]], None]]) -> None:
         self._make_display = make_display
-        self._update: Callable[[dict[str, Any]], None] | None = None
+        self._updates: list[Callable[[dict[str, Any]], None]] = []
         self._shown_at = 0.0
         self._shown = ""
         self._has_text = False
 
-    def show(self, answer: LiveAnswer) -> None:
-        """Show the new text, if it is time."""
+    def show(self, answer: LiveAnswer, *, at_once: bool = False) -> None:
+        """Show the new text, if it is time; `at_once` all text, also if it was shown already."""
         first_token = answer.has_begun and not self._has_text
         now = time.monotonic()
-        if now - self._shown_at < UPDATE_INTERVAL_S and not first_token:
+        if now - self._shown_at < UPDATE_INTERVAL_S and not first_token and not at_once:
             return
         markdown = live_markdown(answer.text, answer.thinking, answer.status)
-        if not markdown or markdown == self._shown:
+        if not markdown or (markdown == self._shown and not at_once):
             return
         self._shown, self._shown_at, self._has_text = markdown, now, answer.has_begun
         self._put({"text/markdown": markdown, "text/plain": tail(answer.text) or answer.status})
@@ -126,21 +126,21 @@ class NotebookView:
             errors = {"text/plain": error, "text/markdown": safe_markdown(error), "text/html": html.escape(error)}
             self._put({kind: f"{text}\n\n{errors[kind]}".lstrip() for kind, text in end.items()})
         elif completion is None:
-            if self._update is not None:
+            if self._updates:
                 self._put({"text/plain": ""})
         elif frame is None:
             self._put(dict(completion._repr_mimebundle_()))
         else:
             table = {"text/plain": str(frame), "text/html": frame.to_html(max_rows=60, notebook=True)}
             self._put(table)
-            self._update = None
-            self._put({"text/markdown": folded_footer(completion), "text/plain": f"[{completion.footer()}]"})
+            footer = {"text/markdown": folded_footer(completion), "text/plain": f"[{completion.footer()}]"}
+            self._put(footer, place=1)
 
-    def _put(self, bundle: dict[str, Any]) -> None:
-        if self._update is None:
-            self._update = self._make_display(bundle)
+    def _put(self, bundle: dict[str, Any], *, place: int = 0) -> None:
+        if place == len(self._updates):
+            self._updates.append(self._make_display(bundle))
         else:
-            self._update(bundle)
+            self._updates[place](bundle)
 
 
 STARTS_OVER = "[the answer starts over]"

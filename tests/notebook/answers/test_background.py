@@ -11,22 +11,24 @@ from typing import Any
 import pytest
 
 from sollol_nb.errors import RequestCancelledError
-from sollol_nb.notebook.answers.background import BackgroundAnswer, MakeDisplay, cancel_all
+from sollol_nb.notebook.answers.background import BackgroundAnswer, MakeDisplay, cancel_all, show_in_cell
 from sollol_nb.notebook.answers.request import CellRequest
 from sollol_nb.runtime.events import EventBus
 from sollol_nb.runtime.io_loop import io_loop
-from tests.support.engines import HANG_GUARD_S
+from tests.support.engines import HANG_GUARD_S, eventually
 
 
 class Stream:
     """A stream that ends when `end` is called."""
 
-    def __init__(self, *, fails: Exception | None = None) -> None:
+    def __init__(self, text: str = "so ", *, fails: Exception | None = None) -> None:
+        self._text = text
         self._may_end = asyncio.Event()
         self._fails = fails
 
     async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
-        yield {"message": {"content": "so "}, "done": False}
+        if self._text:
+            yield {"message": {"content": self._text}, "done": False}
         await self._may_end.wait()
         if self._fails is not None:
             raise self._fails
@@ -109,6 +111,35 @@ def test_awaiting_a_cancelled_answer_raises() -> None:
         asyncio.run(_awaited(handle))
     with pytest.raises(RequestCancelledError):
         handle.result(HANG_GUARD_S)
+
+
+def test_an_answer_cancelled_before_its_first_token_says_so() -> None:
+    handle = background(Stream(""))
+    assert handle.cancel()
+    with pytest.raises(RequestCancelledError, match=r"^demo: stopped before any text arrived$"):
+        handle.result(HANG_GUARD_S)
+    assert handle.completion is None
+
+
+def test_the_running_cell_shows_answers_in_the_background_until_their_end() -> None:
+    updates: list[str] = []
+
+    def make_display(bundle: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
+        updates.append(bundle["text/plain"])
+        return lambda new: updates.append(new["text/plain"])
+
+    stream = Stream()
+    handle = background(stream, make_display)
+    handle._ipython_display_()
+    eventually(lambda: handle.text == "so ", "the first token")
+    show_in_cell()
+    assert updates[-1] == "so "
+    stream.end()
+    handle.join(HANG_GUARD_S)
+    updates.clear()
+    show_in_cell()
+    show_in_cell()
+    assert [text[:6] for text in updates] == ["so far"], "once more in the cell that runs then"
 
 
 def test_an_unexpected_error_keeps_the_partial_answer() -> None:

@@ -213,6 +213,13 @@ def test_defaults_come_from_config(notebook: Kernel) -> None:
         assert notebook.run("%sollol 'What is a worker?'").error == []
         assert notebook.value("_['eval_count']") == "4"
         assert notebook.run("%%sollol\nWhat is a worker?").error == []
+        notebook.run(
+            "import pandas as pd, sollol_nb.notebook\n"
+            "topics = pd.DataFrame({'topic': ['a worker']})\n"
+            "mapped = topics.sollol.map('What is {{ topic }}?', max_tokens=4, temperature=0, progress=False)\n"
+            "by_router = sollol_nb.notebook.router().map(['hi'], 'Say {{ item }}', max_tokens=4, progress=False)"
+        )
+        assert notebook.value("mapped.status[0], by_router.status[0]") == "('ok', 'ok')"
         assert notebook.run("%%sollol --max-tokens 5\nWhat is a worker?").error == []
         assert notebook.value("_['eval_count']") == "5", "the line overrides the setting"
     finally:
