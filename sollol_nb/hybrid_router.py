@@ -77,7 +77,8 @@ class HybridRouter(Router):
             backend: as for `route_request`.
             concurrency: requests at the same time; by default the slots of all servers that have the model.
             priority: as for `route_request`; by default below all other requests.
-            timeout: limit of each request in seconds, from when its backend is ready.
+            timeout: limit of each request in seconds, from when its coordinator is ready; loading in
+                Ollama counts.
             fresh: ask every row, also where an earlier batch has an answer.
             progress: show a progress bar.
             prefix: before the name of each new column.

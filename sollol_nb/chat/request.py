@@ -27,7 +27,7 @@ class ChatRequest:
         messages: in Ollama's shape.
         options: in Ollama's shape; with `format` if a schema was given.
         priority: 1 to 10.
-        timeout_s: limit in seconds, counted from when the backend is ready.
+        timeout_s: limit in seconds, from when the coordinator is ready; at Ollama, loading counts.
         backend: the requested backend by its full name; None if the router chooses.
         schema: what the answer must match, as given; None for free text.
     """

@@ -155,7 +155,8 @@ class ClusterState:
             for coordinator, owner in self._others
             if coordinator.base_url not in own
         ]
-        return ClusterStatus(tuple(self._workers.statuses()), tuple(statuses), tuple(self._ollama.nodes))
+        nodes = tuple(node for node in self._ollama.nodes if not node.is_only_looked_for)
+        return ClusterStatus(tuple(self._workers.statuses()), tuple(statuses), nodes)
 
     # --- patches ----------------------------------------------------------------------------------
 

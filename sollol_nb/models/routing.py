@@ -159,10 +159,12 @@ def _requested_route(
             raise ModelNotFoundError(
                 f"Ollama cannot run the file {model}; create a model from it with `ollama create`"
             )
-        raise ModelNotFoundError(
-            f"Ollama cannot run {model}: {ollama_state}. Start Ollama with `ollama serve`, and run "
-            f"`ollama pull {model}`"
-        )
+        advice = "Correct the address, or name another node in OLLAMA_HOST"
+        if "has it" in ollama_state:
+            advice = f"Run `ollama pull {model}`"
+        elif "is running" in ollama_state:
+            advice = f"Start Ollama with `ollama serve`, and run `ollama pull {model}`"
+        raise ModelNotFoundError(f"Ollama cannot run {model}: {ollama_state}. {advice}")
     if backend == DISTRIBUTED:
         if not enable_distributed:
             raise ConfigError(f"cannot shard {model}: enable_distributed is off")

@@ -8,4 +8,5 @@
 - `pool_request.py`: one request in the pool, and what has happened to it so far.
 - `exchange.py`: one request to one node, with its silences watched.
 - `requests.py`: requests and answers as plain data.
+- `answers.py`: what nodes send, checked.
 """

@@ -24,8 +24,13 @@ from sollol_nb.errors import (
     TransportError,
     TransportTimeoutError,
 )
+from sollol_nb.ollama.answers import checked_chunk
 from sollol_nb.ollama.nodes import OllamaNode
 from sollol_nb.runtime.amounts import is_positive
+from sollol_nb.runtime.http_client import LINE_LIMIT_BYTES, one_line
+
+MOST_WAITING_LINES = 16
+VECTOR_LIMIT_BYTES = 2**20  # of the vector of a text: 40,000 numbers
 
 T = TypeVar("T")
 
@@ -52,25 +57,11 @@ class Deadline:
         self._timeout_s = timeout_s
         self._model = model
         self._end_s = None if timeout_s is None else time.monotonic() + timeout_s
-        self._paused_at_s: float | None = None
 
     @property
     def left_s(self) -> float | None:
-        """Seconds left, at least 0; None without a limit, and while its clock is paused."""
-        if self._end_s is None or self._paused_at_s is not None:
-            return None
-        return max(0.0, self._end_s - time.monotonic())
-
-    def pause(self) -> None:
-        """Stop its clock until `resume`."""
-        if self._paused_at_s is None:
-            self._paused_at_s = time.monotonic()
-
-    def resume(self) -> None:
-        """Start its clock again, if it was paused."""
-        if self._end_s is not None and self._paused_at_s is not None:
-            self._end_s += time.monotonic() - self._paused_at_s
-        self._paused_at_s = None
+        """Seconds left, at least 0; None without a limit."""
+        return None if self._end_s is None else max(0.0, self._end_s - time.monotonic())
 
     def check(self) -> None:
         """Raise RequestTimeoutError if the time is over."""
@@ -122,7 +113,8 @@ async def exchange(
         RequestTimeoutError: the deadline has passed.
         ConfigError: the request cannot be written as JSON.
     """
-    lines: asyncio.Queue[str | Exception | None] = asyncio.Queue()
+    # A slow reader slows the node, instead of filling the memory.
+    lines: asyncio.Queue[str | Exception | None] = asyncio.Queue(MOST_WAITING_LINES)
     reader = asyncio.get_running_loop().create_task(_read(node, path, body, lines))
     limit_s = patience.first_chunk_s
     try:
@@ -143,14 +135,17 @@ async def _read(
     node: OllamaNode, path: str, body: Mapping[str, Any], lines: asyncio.Queue[str | Exception | None]
 ) -> None:
     """Put the lines of the answer into a queue, so that a wait for a line can end without losing it."""
+    texts = body.get("input")  # of which Ollama sends all vectors in one line
+    text_count = len(texts) if isinstance(texts, list) else 1
+    limit_bytes = max(LINE_LIMIT_BYTES, text_count * VECTOR_LIMIT_BYTES)
     try:
-        async with node.client.stream_lines(path, body) as received:
+        async with node.client.stream_lines(path, body, line_limit_bytes=limit_bytes) as received:
             async for line in received:
                 if line.strip():
-                    lines.put_nowait(line)
-        lines.put_nowait(None)
+                    await lines.put(line)
+        await lines.put(None)
     except Exception as error:  # raised where the line is awaited
-        lines.put_nowait(error)
+        await lines.put(error)
 
 
 async def _next_line(
@@ -207,14 +202,17 @@ def _refused(node: OllamaNode, status: int, reason: str) -> Exception:
     return OllamaResponseError(message)
 
 
-def _chunk(node: OllamaNode, line: str) -> Any:
+def _chunk(node: OllamaNode, line: str) -> dict[str, Any]:
     try:
         chunk = json.loads(line)
-    except ValueError:
-        chunk = None
-    if not isinstance(chunk, dict):
-        raise node_lost(node, ConnectionBrokenError(f"{node.url} sent a line that is not JSON"))
-    if chunk.get("error"):
-        status = chunk.get("status")
-        raise _refused(node, status if isinstance(status, int) else 500, str(chunk["error"]))
-    return chunk
+    except (ValueError, RecursionError):
+        raise node_lost(node, TransportError(f"{node.url} sent a line that is not JSON")) from None
+    if isinstance(chunk, dict) and chunk.get("error"):
+        error, status = chunk["error"], chunk.get("status")
+        if isinstance(error, dict):
+            error = error.get("message")
+        raise _refused(node, status if isinstance(status, int) else 500, one_line(str(error)))
+    try:
+        return checked_chunk(chunk)
+    except ValueError as error:
+        raise node_lost(node, TransportError(f"{node.url} sent an answer that is not Ollama's: {error}")) from None

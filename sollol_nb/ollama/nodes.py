@@ -10,17 +10,17 @@ import asyncio
 import random
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from sollol_nb.errors import ConfigError, ConnectFailedError, ModelNotFoundError, TransportError
+from sollol_nb.errors import ConfigError, ConnectFailedError, HttpStatusError, TransportError
 from sollol_nb.models.names import ModelName
+from sollol_nb.ollama.answers import listed_models
 from sollol_nb.ollama.choice import NodeOffer, Residency
 from sollol_nb.runtime.gate import Gate
-from sollol_nb.runtime.http_client import JsonClient
+from sollol_nb.runtime.http_client import JsonClient, one_line
 from sollol_nb.settings.endpoints import DEFAULT_OLLAMA_PORT, LOOPBACK, format_endpoint, parse_endpoint
 
 QUERY_TIMEOUT_S = 3.0  # of short requests, such as for the list of models
@@ -47,6 +47,13 @@ class NodeState(StrEnum):
     """It failed or went silent; not used for a while."""
 
 
+_NO_LOGIN = "; this package sends no login: use an address that needs none"
+_NO_OLLAMA = "; that server is not Ollama"
+_NO_SERVER = "; the proxy there does not reach Ollama"
+_ADVICE = dict.fromkeys((401, 403, 407), _NO_LOGIN)
+_ADVICE |= dict.fromkeys((404, 405, 501), _NO_OLLAMA)
+_ADVICE |= dict.fromkeys((502, 503, 504), _NO_SERVER)
+
 _PAUSED = (NodeState.ABSENT, NodeState.COOLING)
 
 
@@ -68,6 +75,7 @@ class NodeStatus:
         retry_in_s: seconds until it is asked again, if it is absent or cooling.
         round_trip_ms: how long its last short answer took (`/api/ps`, which needs no disk); None before.
         loaded_bytes: memory of its loaded models, as it reports; None before it was asked.
+        is_named: whether the user named it; False where this machine's Ollama is only looked for.
     """
 
     url: str
@@ -83,6 +91,12 @@ class NodeStatus:
     retry_in_s: float | None
     round_trip_ms: float | None = None
     loaded_bytes: int | None = None
+    is_named: bool = True
+
+    @property
+    def is_only_looked_for(self) -> bool:
+        """Whether it is this machine's Ollama that nobody named, and none runs there: nothing to report."""
+        return not self.is_named and self.state in (NodeState.ABSENT, NodeState.UNKNOWN)
 
 
 def node_url(node: str | Mapping[str, Any]) -> str:
@@ -131,10 +145,12 @@ class OllamaNode:
         url: its base URL.
         slots: requests it serves at the same time.
         on_change: called on every change.
+        is_named: whether the user named it.
     """
 
-    def __init__(self, url: str, slots: int, on_change: NodeChanged) -> None:
+    def __init__(self, url: str, slots: int, on_change: NodeChanged, *, is_named: bool = True) -> None:
         self.url = url
+        self.is_named = is_named
         self.gate = Gate(slots)
         self.state = NodeState.UNKNOWN
         self.last_error: str | None = None
@@ -207,6 +223,7 @@ class OllamaNode:
             retry_in_s=max(0.0, self._retry_at_s - time.monotonic()) if self.state in _PAUSED else None,
             round_trip_ms=self._round_trip_ms,
             loaded_bytes=self._loaded_bytes,
+            is_named=self.is_named,
         )
 
     # --- questions to the node -------------------------------------------------------------------
@@ -229,22 +246,36 @@ class OllamaNode:
             return False
         return True
 
+    async def entries(self, path: str) -> list[dict[str, Any]]:
+        """The well-formed entries of `/api/tags` (on disk) or `/api/ps` (loaded).
+
+        Raises:
+            TransportError: none came; the message says why, and what to do.
+        """
+        try:
+            return _models(await self.client.get(path, timeout_s=QUERY_TIMEOUT_S), self.url)
+        except HttpStatusError as error:
+            advice = _ADVICE.get(error.status, "")
+            raise HttpStatusError(f"{error}{advice}", status=error.status, reason=error.reason) from None
+
     async def _refresh(self) -> None:
         try:
-            on_disk, digests = _models(await self.client.get("/api/tags", timeout_s=QUERY_TIMEOUT_S), self.url)
+            stored = await self.entries("/api/tags")
             asked_at_s = time.monotonic()
-            running = await self.client.get("/api/ps", timeout_s=QUERY_TIMEOUT_S)
+            running = await self.entries("/api/ps")
             self._round_trip_ms = (time.monotonic() - asked_at_s) * 1e3
-            loaded, loaded_digests = _models(running, self.url)
         except TransportError as error:
             self.record_failure(error)
             return
         self._refreshed_at_s = time.monotonic()
+        on_disk = {_keys(entry)[0]: entry["name"] for entry in stored}
+        loaded = {_keys(entry)[0]: entry["name"] for entry in running}
         has_new_state = self.state is not NodeState.READY
         has_new_models = (self._on_disk.keys(), self._loaded.keys()) != (on_disk.keys(), loaded.keys())
         self.state, self._on_disk, self._loaded = NodeState.READY, on_disk, loaded
-        self._digests, self._loaded_digests = digests, frozenset(loaded_digests.values())
-        self._loaded_bytes = sum(int(model.get("size") or 0) for model in running["models"])
+        self._digests = dict(map(_keys, stored))
+        self._loaded_digests = frozenset(digest for _, digest in map(_keys, running))
+        self._loaded_bytes = sum(entry.get("size", 0) for entry in running)
         if has_new_state or has_new_models:
             self._on_change(self, has_new_state=has_new_state)
 
@@ -311,16 +342,17 @@ class OllamaNode:
         self.state = NodeState.UNKNOWN
 
 
-def _models(answer: Any, url: str) -> tuple[dict[str, str], dict[str, str]]:
-    """By key, shown name and digest of each model in an answer of `/api/tags` or `/api/ps`."""
-    models = answer.get("models") if isinstance(answer, Mapping) else None
-    if not isinstance(models, list) or not all(isinstance(model, Mapping) for model in models):
-        raise TransportError(f"the server at {url} is not Ollama")
-    names, digests = {}, {}
-    for model in models:
-        name = str(model.get("name") or model.get("model"))
-        with suppress(ModelNotFoundError):
-            key = ModelName.parse(name).key
-            names[key] = name
-            digests[key] = str(model.get("digest") or key)
-    return names, digests
+def _models(answer: Any, url: str) -> list[dict[str, Any]]:
+    """The entries of an answer of `/api/tags` or `/api/ps`. Raises TransportError if it is not such an answer."""
+    try:
+        return listed_models(answer)
+    except ValueError as error:
+        reason = answer.get("error") if isinstance(answer, Mapping) else None
+        said = f" (it answered: {one_line(reason, 100)})" if isinstance(reason, str) else f": {error}"
+        raise TransportError(f"{url} is not an Ollama server{said}") from None
+
+
+def _keys(entry: Mapping[str, Any]) -> tuple[str, str]:
+    """Key and digest of an entry."""
+    key = ModelName.parse(entry["name"]).key
+    return key, entry.get("digest") or key

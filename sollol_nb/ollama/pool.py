@@ -75,12 +75,14 @@ class OllamaPool:
     ) -> None:
         if isinstance(nodes, str):
             nodes = [node for node in nodes.split(",") if node.strip()]
-        urls = [node_url(node) for node in nodes or config.default("ollama_hosts") or [LOOPBACK]]
+        named = nodes or config.default("ollama_hosts")
+        urls = [node_url(node) for node in named or [LOOPBACK]]
         self._serving = Serving(
             dict.fromkeys(urls),
             slots=max(1, config.default("ollama_num_parallel")) if num_parallel is None else num_parallel,
             patience=Patience(first_token_timeout_s, silence_timeout_s, probe_after_s),
             events=events,
+            are_named=bool(named),
         )
 
     @classmethod
@@ -114,6 +116,11 @@ class OllamaPool:
         """The state of every node now, in the order given."""
         return self._serving.statuses()
 
+    def describe_state(self) -> str:
+        """Why no node can answer, as known now: none runs, none can be used (with addresses and reasons), or none
+        has the model."""
+        return self._serving.description()
+
     # --- answers ------------------------------------------------------------------------------
 
     @io_bound
@@ -134,7 +141,7 @@ class OllamaPool:
             model: a name as `ollama list` shows it; a missing tag is `latest`.
             messages: as Ollama takes them: `role`, `content`, perhaps `images` (base64) and `tool_calls`.
             priority: 1 (BATCH) to 10 (CRITICAL).
-            timeout: seconds for everything except loading the model; None is no limit.
+            timeout: seconds for everything, loading the model included; None is no limit.
             overflow: what happens to messages that do not fit the context: `error`, or `drop_oldest`, which drops
                 the oldest turns (see `chat/context_window.py`) and reports them as `_dropped`.
             options: `max_tokens`, any of Ollama's options (`temperature`, `seed`, ...), and anything else that

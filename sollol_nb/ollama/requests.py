@@ -64,50 +64,63 @@ class AnswerSoFar:
 
     def __init__(self) -> None:
         self._whole: dict[str, Any] = {}
+        self._pieces: dict[tuple[str, str], list[Any]] = {}  # of texts and lists, joined when they are read
         self.tokens = 0
 
     def add(self, chunk: Mapping[str, Any]) -> bool:
         """Add one chunk; whether it carried any of the answer."""
         for name, value in chunk.items():
             if name == "message" and isinstance(value, Mapping):
-                message = self._whole.setdefault("message", {})
                 for part, piece in value.items():
-                    _extend(message, part, piece, part in ("content", "thinking"))
+                    self._add("message", part, piece)
             else:
-                _extend(self._whole, name, value, name in ("response", "thinking"))
+                self._add("", name, value)
         message = chunk.get("message")
         parts = message if isinstance(message, Mapping) else chunk
         has_content = any(parts.get(part) for part in ("content", "response", "thinking", "tool_calls"))
         self.tokens += has_content
         return has_content
 
+    def _add(self, owner: str, name: str, value: Any) -> None:
+        is_text = name in _TEXTS[owner] and isinstance(value, str)
+        if is_text or (name in ("tool_calls", "logprobs") and isinstance(value, list)):
+            pieces = self._pieces.setdefault((owner, name), [])
+            pieces.extend([value] if is_text else value)
+        elif owner:
+            self._whole.setdefault(owner, {})[name] = value
+        else:
+            self._whole[name] = value
+
     @property
     def message(self) -> dict[str, Any]:
         """The assistant's message so far (chat)."""
-        return dict(self._whole.get("message", {}))
+        return dict(self.merged().get("message", {}))
 
     @property
     def text(self) -> str:
         """The text so far (generate)."""
-        return str(self._whole.get("response", ""))
+        return "".join(self._pieces.get(("", "response"), ()))
 
     @property
     def has_thinking(self) -> bool:
         """Whether the model's thinking arrived in a separate field (generate)."""
-        return bool(self._whole.get("thinking"))
+        return any(self._pieces.get(("", "thinking"), ()))
 
     def merged(self) -> dict[str, Any]:
         """One answer as Ollama gives it without streaming: the last chunk, with all of the text."""
-        return dict(self._whole)
+        whole = dict(self._whole)
+        if "message" in whole:
+            whole["message"] = dict(whole["message"])
+        for (owner, name), pieces in self._pieces.items():
+            joined = [*pieces] if name in ("tool_calls", "logprobs") else "".join(pieces)
+            if owner:
+                whole.setdefault(owner, {})[name] = joined
+            else:
+                whole[name] = joined
+        return whole
 
 
-def _extend(into: dict[str, Any], name: str, value: Any, is_text: bool) -> None:
-    if is_text and isinstance(value, str):
-        into[name] = into.get(name, "") + value
-    elif name in ("tool_calls", "logprobs") and isinstance(value, Sequence):
-        into[name] = [*into.get(name, []), *value]
-    else:
-        into[name] = value
+_TEXTS = {"message": ("content", "thinking"), "": ("response", "thinking")}
 
 
 def chat_continuation(body: Mapping[str, Any], so_far: AnswerSoFar) -> dict[str, Any]:

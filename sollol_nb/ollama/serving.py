@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Container, Iterable, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 from sollol_nb.chat.chunk import CONTEXT_FULL, DROPPED, RESTARTED, ROUTING, Chunk
@@ -23,7 +23,7 @@ from sollol_nb.errors import (
     SollolError,
     TransportError,
 )
-from sollol_nb.models.names import ModelName
+from sollol_nb.models.names import key_of
 from sollol_nb.ollama.choice import NodeOffer, Residency, choose_node, worth_waiting_for
 from sollol_nb.ollama.exchange import Deadline, NodeLostError, Patience, exchange, node_lost
 from sollol_nb.ollama.nodes import (
@@ -31,7 +31,6 @@ from sollol_nb.ollama.nodes import (
     INVENTORY_FRESH_S,
     INVENTORY_RECENT_S,
     NEW_SAMPLE_WEIGHT,
-    QUERY_TIMEOUT_S,
     NodeState,
     NodeStatus,
     OllamaNode,
@@ -53,7 +52,7 @@ EXTRAPOLATION_FACTOR = 4  # how much longer a prompt may be than the one its tok
 _STATE_MESSAGES = {
     NodeState.READY: "is ready",
     NodeState.ABSENT: "is not running",
-    NodeState.COOLING: "failed; it is not used for a while",
+    NodeState.COOLING: "cannot be used for a while",
 }
 
 
@@ -65,10 +64,19 @@ class Serving:
         slots: requests a node serves at the same time.
         patience: how long a node may be silent.
         events: where changes of a node's state are published.
+        are_named: whether the user named the nodes.
     """
 
-    def __init__(self, urls: Iterable[str], *, slots: int, patience: Patience, events: EventBus | None) -> None:
-        self.nodes = {url: OllamaNode(url, slots, self._node_changed) for url in urls}
+    def __init__(
+        self,
+        urls: Iterable[str],
+        *,
+        slots: int,
+        patience: Patience,
+        events: EventBus | None,
+        are_named: bool = True,
+    ) -> None:
+        self.nodes = {url: OllamaNode(url, slots, self._node_changed, is_named=are_named) for url in urls}
         self.patience = patience
         self.answer_tokens = ASSUMED_ANSWER_TOKENS
         self._last_prompts: dict[str, tuple[int, int]] = {}  # tokens and characters of each model's last chat
@@ -83,8 +91,6 @@ class Serving:
         """
         while True:
             async with self._slot(request) as (node, offer):
-                if offer.residency is Residency.ON_DISK:  # the time limit excludes loading the model
-                    request.deadline.pause()
                 try:
                     body, restarted = await self._next_body(node, request)
                     is_first = True
@@ -92,7 +98,6 @@ class Serving:
                         exchange(node, request.path, body, deadline=request.deadline, patience=self.patience)
                     ) as chunks:
                         async for chunk in chunks:
-                            request.deadline.resume()
                             is_last = request.record_chunk(chunk)
                             if is_first:  # an interrupted answer has no last chunk to say where it ran
                                 chunk, is_first = {**chunk, ROUTING: request.routing(node, chunk)}, False
@@ -108,7 +113,6 @@ class Serving:
                     message = f"{node.url} closed the connection before the answer was complete"
                     raise node_lost(node, ConnectionBrokenError(message))
                 except NodeLostError as error:
-                    request.deadline.resume()
                     if error.lacks_model:
                         node.record_missing(request.name.key)
                     request.record_failover(node, error)
@@ -163,14 +167,12 @@ class Serving:
     async def _context_tokens_at(self, node: OllamaNode, key: str) -> int | None:
         # Ollama loads a model with several names once, and shows one of the names; the digest identifies it.
         try:
-            paths = ("/api/ps", "/api/tags")
-            answers = [await node.client.get(path, timeout_s=QUERY_TIMEOUT_S) for path in paths]
+            loaded, on_disk = [await node.entries(path) for path in ("/api/ps", "/api/tags")]
         except TransportError:
             return None
-        loaded, on_disk = (answer.get("models") or () for answer in answers)
-        digests = {entry.get("digest") for entry in on_disk if _is_named(entry, key)}
+        digests = {entry.get("digest") for entry in on_disk if key_of(entry["name"]) == key}
         reported = (entry.get("context_length") for entry in loaded if entry.get("digest") in digests)
-        return next((int(tokens) for tokens in reported if tokens), None)
+        return next((tokens for tokens in reported if tokens), None)
 
     async def _next_body(self, node: OllamaNode, request: PoolRequest) -> tuple[dict[str, Any], bool]:
         """The body to send, and whether it restarts an answer of which a part was already delivered."""
@@ -195,7 +197,8 @@ class Serving:
         one_token = {**body.get("options", {}), "num_predict": 1}
         render = {**body, "stream": False, "_debug_render_only": True, "options": one_token}
         answer = await self.post(node, GENERATE, render, deadline)
-        rendered = (answer.get("_debug_info") or {}).get("rendered_template")
+        reported = answer.get("_debug_info")
+        rendered = reported.get("rendered_template") if isinstance(reported, Mapping) else None
         return rendered if isinstance(rendered, str) else None
 
     @asynccontextmanager
@@ -250,13 +253,13 @@ class Serving:
         if error is not None and error.reason and not error.lacks_model:
             return OllamaResponseError(error.reason)
         if error is not None and not error.lacks_model:
-            return OllamaUnavailableError(
-                f"{error}; no other Ollama node has {name}. Start the node again with `ollama serve`"
-            )
+            advice = ". Start the node again with `ollama serve`" if error.connection_broke else ""
+            return OllamaUnavailableError(f"{error}; no other Ollama node has {name}{advice}")
         if error is None and not any_ready:
             return self.unavailable()
-        urls = ", ".join(self.nodes)
-        return ModelNotFoundError(f"no Ollama node has {name} (nodes: {urls}). Run: ollama pull {name}")
+        urls, trouble = ", ".join(self.nodes), self.trouble()
+        unusable = f"; not usable: {trouble}" if trouble else ""
+        return ModelNotFoundError(f"no Ollama node has {name} (nodes: {urls}{unusable}). Run: ollama pull {name}")
 
     async def offers(self, key: str, skip: Container[str] = ()) -> Sequence[NodeOffer]:
         """The offers of all usable nodes. Nodes that were never asked are asked now; so are all the others if none
@@ -311,11 +314,11 @@ class Serving:
         for node in self.nodes.values():
             if node.state is NodeState.READY:
                 try:
-                    answer = await node.client.get(path, timeout_s=QUERY_TIMEOUT_S)
+                    listed = await node.entries(path)
                 except TransportError as error:
                     node.record_failure(error)
                 else:
-                    entries += [(node.url, entry) for entry in answer.get("models") or ()]
+                    entries += [(node.url, entry) for entry in listed]
         if not any(node.state is NodeState.READY for node in self.nodes.values()):
             raise self.unavailable()
         return entries
@@ -327,19 +330,29 @@ class Serving:
         if has_new_state and self._events is not None:
             kind = EventKind(f"node.{node.state.value}")
             message = f"Ollama at {node.url} {_STATE_MESSAGES[node.state]}"
+            if node.state is NodeState.COOLING and node.last_error:
+                message += f": {node.last_error}"
             self._events.publish(kind, node.url, message, error=node.last_error)
 
+    def trouble(self) -> str:
+        """Why nodes cannot be used although something answers there, each with its address; "" without any."""
+        troubled = [node for node in self.nodes.values() if node.state is NodeState.COOLING]
+        return "; ".join(node.last_error or node.url for node in troubled)
+
     def unavailable(self) -> OllamaUnavailableError:
-        errors = "; ".join(node.last_error or node.url for node in self.nodes.values())
         return OllamaUnavailableError(
-            f"no Ollama node is running ({errors}). Start one with `ollama serve`, or name others in OLLAMA_HOST"
+            f"{self.description()}. Start one with `ollama serve`, or name others in OLLAMA_HOST"
         )
 
-
-def _is_named(entry: Mapping[str, Any], key: str) -> bool:
-    with suppress(ModelNotFoundError):  # not a model name
-        return ModelName.parse(str(entry.get("name"))).key == key
-    return False
+    def description(self) -> str:
+        """Why no node can be used, or that none has the model if one can, as the beginning of an error."""
+        trouble = self.trouble()
+        if any(node.state is NodeState.READY for node in self.nodes.values()):
+            return "no Ollama node has it" + (f" (not usable: {trouble})" if trouble else "")
+        if trouble:
+            return f"no Ollama node can be used ({trouble})"
+        named = ", ".join(node.url for node in self.nodes.values() if node.is_named)
+        return "no Ollama node is running" + (f" at {named}" if named else "")
 
 
 async def _refresh(nodes: Iterable[OllamaNode]) -> None:

@@ -238,9 +238,7 @@ class RouteFinder:
     async def _in_ollama(self, model: str) -> tuple[bool, str]:
         if await self._ollama.has_model(model):
             return True, "an Ollama node has it"
-        if any(node.state == "ready" for node in self._ollama.nodes):
-            return False, "no Ollama node has it"
-        return False, "no Ollama node is running"
+        return False, self._ollama.describe_state()
 
 
 def _checked_sampling_option(name: str, value: Any) -> Any:

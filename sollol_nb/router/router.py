@@ -128,7 +128,8 @@ class Router:
             context_tokens: context of a coordinator, shared by its slots; by default the model's own, at most
                 8192.
             slots: requests that a coordinator serves at the same time, by default 4.
-            timeout: limit of a request in seconds, from when its backend is ready; by default 600.
+            timeout: limit of a request in seconds, from when its coordinator is ready; at Ollama, loading counts.
+                By default 600.
             llama_cpp: folder with the llama.cpp binaries.
             keep_alive: how long a coordinator (and a worker started here) lives without a request: seconds,
                 `"10m"`, 0 (ends with its request) or `"forever"`; or a dict of these by model, with `"*"` for all
@@ -226,7 +227,7 @@ class Router:
             backend: where it must run, whatever the model's size: `ollama`, `sharded` or `local` (or in full, as
                 in `_routing`); None and `auto` leave that to the router.
             priority: 1 to 10; of requests that wait for the same backend, higher ones go first.
-            timeout: limit in seconds, from when the backend is ready.
+            timeout: limit in seconds, from when the coordinator is ready; at Ollama, loading counts.
             **options: `max_tokens`, `temperature`, `top_p`, `top_k`, `min_p`, `seed`, `stop`, `format`
                 (`"json"` or a JSON schema), `tools`, `options` (Ollama's own dict), `overflow` (`"error"`, or
                 `"drop_oldest"`: leaves out the oldest turns that do not fit, and says so as `_dropped`), ...

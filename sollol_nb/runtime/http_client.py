@@ -36,7 +36,8 @@ CONNECT_TIMEOUT_S = 5.0
 
 ANSWER_LIMIT_BYTES: Final = 32 * 2**20  # of an answer that is not streamed: the longest are thousands of token ids
 LINE_LIMIT_BYTES: Final = 16 * 2**20  # of a line: the longest has the token ids of a whole context
-STREAM_LIMIT_BYTES: Final = 256 * 2**20  # of all lines of an answer: a million tokens are 150 MB
+STREAM_LIMIT_BYTES: Final = 256 * 2**20  # of all lines of an answer: half a million tokens are 200 MB
+LINE_COST_BYTES: Final = 128  # what a line counts more than its bytes, since each becomes some objects
 ERROR_LIMIT_BYTES: Final = 64 * 1024  # of the body of an error, whose first 500 characters are shown
 
 CERTIFICATE_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
@@ -212,6 +213,7 @@ class JsonClient:
             first, *others = piece.split(b"\n")
             line += first
             for following in others:
+                total_bytes += LINE_COST_BYTES if line else 0
                 yield line.removesuffix(b"\r").decode(errors="replace")
                 line = bytearray(following)
             if len(line) > line_limit_bytes:

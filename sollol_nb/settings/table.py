@@ -149,7 +149,7 @@ _TABLE = (
         "timeout",
         "request",
         kinds.number("a number of seconds above 0, such as 120", above=True),
-        "Time limit of a request in seconds, from when its model is ready.",
+        "Time limit of a request in seconds, from when its coordinator is ready; at Ollama, loading counts.",
         "SOLLOL_TIMEOUT",
         default=DEFAULT_TIMEOUT_S,
     ),

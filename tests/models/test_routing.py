@@ -120,7 +120,7 @@ def test_a_model_goes_where_it_can_run_and_the_route_says_why(
             PATH,
             {"backend": OLLAMA},
             ModelNotFoundError,
-            "^Ollama cannot run llama3.2:3b: no Ollama node has it. Start Ollama",
+            "^Ollama cannot run llama3.2:3b: no Ollama node has it. Run `ollama pull llama3.2:3b`$",
         ),
         (
             SMALL,
