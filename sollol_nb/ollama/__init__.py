@@ -8,5 +8,6 @@
 - `pool_request.py`: one request in the pool, and what has happened to it so far.
 - `exchange.py`: one request to one node, with its silences watched.
 - `requests.py`: requests and answers as plain data.
+- `messages.py`: messages in OpenAI's shapes, as Ollama takes them.
 - `answers.py`: what nodes send, checked.
 """

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
-from urllib.parse import urlsplit
 
 from sollol_nb.errors import ConfigError, ConnectFailedError, HttpStatusError, TransportError
 from sollol_nb.models.names import ModelName
@@ -102,8 +101,9 @@ class NodeStatus:
 def node_url(node: str | Mapping[str, Any]) -> str:
     """The base URL of a node given as `host`, `host:port`, a URL, or `{"host": ..., "port": ...}`.
 
-    As with Ollama's own `OLLAMA_HOST`, the port is 11434, or with a scheme 80 or 443; 0.0.0.0 and `::`, which
-    servers listen on, become loopback.
+    Read as Ollama itself reads `OLLAMA_HOST` (its envconfig/config.go): quotes do not count, the port is 11434, or
+    with a scheme 80 or 443, an IPv6 address needs no brackets, `ollama.com` is https; 0.0.0.0 and `::`, on which
+    servers listen, become loopback.
 
     Raises:
         ConfigError: it is none of these.
@@ -113,23 +113,30 @@ def node_url(node: str | Mapping[str, Any]) -> str:
             raise ConfigError(f"{dict(node)!r} is not an Ollama node; give host and port")
         host, port_text = str(node["host"]), str(node.get("port", DEFAULT_OLLAMA_PORT))
         text = f"[{host}]:{port_text}" if ":" in host else f"{host}:{port_text}"
+    elif isinstance(node, str):
+        text = node.strip().strip("\"'").strip()
     else:
-        text = node.strip()
+        raise ConfigError(f"{node!r} is not an Ollama node; use host:port, or a URL with http or https")
     scheme, separator, rest = text.rpartition("://")
     scheme = scheme.lower() or "http"
     if scheme not in ("http", "https"):
         raise ConfigError(f"{text!r} is not an Ollama node; use host:port, or a URL with http or https")
     if "@" in rest:
         raise ConfigError("the URL of an Ollama node must not contain a password, since logs would show it")
-    try:
-        parts = urlsplit(f"//{rest}")
-    except ValueError:
-        raise ConfigError(f"{text!r} is not an Ollama node; write an IPv6 address as [::1]:11434") from None
-    endpoint = f"{LOOPBACK}{parts.netloc}" if parts.netloc.startswith(":") else parts.netloc
+    if "?" in rest or "#" in rest:
+        raise ConfigError(f"{text!r} is not an Ollama node; use host:port, or a URL without ? and #")
+    address, _, path = rest.partition("/")
+    if address == "ollama.com" and not separator:
+        scheme, separator = "https", "://"
     default_port = {"http": 80, "https": 443}[scheme] if separator else DEFAULT_OLLAMA_PORT
-    host, port = parse_endpoint(endpoint, default_port)
+    if address.startswith(":") and not address.startswith("::"):
+        address = LOOPBACK + address  # `:11435`
+    elif not address and separator:
+        address = LOOPBACK  # `http://`
+    host, port = parse_endpoint(address, default_port)
     host = {"0.0.0.0": LOOPBACK, "::": "::1"}.get(host, host)  # noqa: S104 - replaced, not bound
-    return f"{scheme}://{format_endpoint(host, port)}{parts.path.rstrip('/')}"
+    path = f"/{path}".rstrip("/")
+    return f"{scheme}://{format_endpoint(host, port)}{path}"
 
 
 class NodeChanged(Protocol):

@@ -30,6 +30,7 @@ from sollol_nb.models.names import ModelName
 from sollol_nb.ollama.choice import Residency, choose_node
 from sollol_nb.ollama.exchange import Deadline, NodeLostError, Patience, exchange
 from sollol_nb.ollama.fitting import answer_dropping_turns
+from sollol_nb.ollama.messages import ollama_messages
 from sollol_nb.ollama.nodes import NodeStatus, node_url
 from sollol_nb.ollama.pool_request import CHAT, EMBED, GENERATE, PoolRequest
 from sollol_nb.ollama.requests import KEEPS_ALL, AnswerSoFar, request_body
@@ -139,7 +140,8 @@ class OllamaPool:
 
         Args:
             model: a name as `ollama list` shows it; a missing tag is `latest`.
-            messages: as Ollama takes them: `role`, `content`, perhaps `images` (base64) and `tool_calls`.
+            messages: as Ollama takes them (`role`, `content`, perhaps `images` in base64 and `tool_calls`), or in
+                OpenAI's shapes (`content` as parts, `arguments` of a tool call as JSON text).
             priority: 1 (BATCH) to 10 (CRITICAL).
             timeout: seconds for everything, loading the model included; None is no limit.
             overflow: what happens to messages that do not fit the context: `error`, or `drop_oldest`, which drops
@@ -150,6 +152,7 @@ class OllamaPool:
         Raises:
             OllamaUnavailableError: no node runs, or all that have the model failed.
             ModelNotFoundError: no node has the model.
+            ConfigError: a message has a part that Ollama does not take.
             ContextOverflowError: the messages do not fit the context.
             OllamaResponseError: Ollama refused; the message is its own.
             RequestTimeoutError: not finished within `timeout` seconds.
@@ -178,7 +181,8 @@ class OllamaPool:
         `_restarted`: discard all chunks before it. Where the answer ended because the context was full, the last
         chunk has `_context_full`: its size in tokens. Arguments and errors are those of `chat`.
         """
-        body = request_body(model, messages=list(messages), **{**KEEPS_ALL, **_without_stream(options)})
+        messages = ollama_messages(messages)
+        body = request_body(model, messages=messages, **{**KEEPS_ALL, **_without_stream(options)})
         request = _pool_request(CHAT, body, priority, timeout)
         may_drop = check_overflow(overflow) == DROP_OLDEST and len(turn_starts(messages)) > 1
         return answer_dropping_turns(self._serving, request) if may_drop else self._serving.answer(request)
