@@ -58,8 +58,10 @@ def load_ipython_extension(shell: InteractiveShell) -> None:
         use_bars(TextBar)
     for text in describe_files("%sollol_trust"):
         print(f"settings: {text}")
-    if kernel_settings.nest_asyncio:  # last, since it raises if the variable or the file has an invalid value
-        kernel_hooks.allow_nested_loops()
+    # Last, since this raises if the variable or the file has an invalid value.
+    hint = kernel_hooks.allow_nested_loops() if kernel_settings.nest_asyncio else ""
+    if hint:
+        print(hint)
 
 
 def unload_ipython_extension(shell: InteractiveShell) -> None:

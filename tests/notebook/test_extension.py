@@ -202,7 +202,9 @@ def test_unloading_leaves_nothing_behind(engine: object) -> None:
         fresh.run("%sollol_cluster start 2\nimport pandas as pd")
         fresh.run("%sollol demo:sharded --max-tokens 5 --chat tour Hello\n%sollol demo --background Hello")
         fresh.run("%config Sollol.max_tokens = 7")
-        assert fresh.value("[*" + LEFT_BEHIND + "]") == "['configurables', 'matchers', 'threads', 'accessors']"
+        assert fresh.value("[*" + LEFT_BEHIND + "]") == (
+            "['configurables', 'matchers', 'events', 'threads', 'accessors']"
+        )
         assert len(engines_below(fresh.pid)) >= 3
         assert fresh.run("%unload_ext sollol_nb").error == []
         assert fresh.run(f"after = {snapshot}").error == []

@@ -7,6 +7,7 @@ import asyncio.tasks
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
+import nest_asyncio2
 import pytest
 
 from sollol_nb.errors import CoordinatorLostError, SollolError
@@ -39,11 +40,27 @@ def in_kernel(cell: Callable[[], Coroutine[Any, Any, T]]) -> T:
     return asyncio.run(kernel())
 
 
-def patchable() -> list[dict[str, Any]]:
+def owners() -> list[Any]:
+    """What nest_asyncio patches."""
     loop = asyncio.new_event_loop()
     loop.close()
-    owners = [asyncio, asyncio.events, asyncio.futures, asyncio.tasks, *type(loop).__mro__[:-1]]
-    return [dict(vars(owner)) for owner in owners]
+    policy = type(asyncio.get_event_loop_policy())
+    return [asyncio, asyncio.events, asyncio.futures, asyncio.tasks, *type(loop).__mro__[:-1], policy]
+
+
+def patchable() -> list[dict[str, Any]]:
+    """The attributes of all that can be patched."""
+    return [dict(vars(owner)) for owner in owners()]
+
+
+def restore(before: list[dict[str, Any]]) -> None:
+    """Undo what a user would leave."""
+    for owner, attributes in zip(owners(), before, strict=True):
+        for name in set(vars(owner)) - set(attributes):
+            delattr(owner, name)
+        for name, value in attributes.items():
+            if vars(owner)[name] is not value:
+                setattr(owner, name, value)
 
 
 def test_asyncio_run_works_in_a_running_loop() -> None:
@@ -93,6 +110,58 @@ def test_nesting_can_be_allowed_and_forbidden_repeatedly() -> None:
     for _ in range(3):
         assert in_kernel(in_a_cell) == 2
         assert asyncio.run(give_one()) == 1
+
+
+def test_the_users_own_nesting_outlives_the_extension() -> None:
+    async def kernel() -> list[int]:
+        kernel_hooks.allow_nested_loops()
+        nest_asyncio2.apply()
+        kernel_hooks.forbid_nested_loops()
+        after = await in_a_cell()
+        kernel_hooks.allow_nested_loops()  # it is the user's now
+        kernel_hooks.forbid_nested_loops()
+        return [after, await in_a_cell()]
+
+    before = patchable()
+    try:
+        assert asyncio.run(kernel()) == [2, 2]
+    finally:
+        restore(before)
+    assert asyncio.run(give_one()) == 1
+
+
+class ForeignLoop(asyncio.AbstractEventLoop):
+    """A loop that is not of the standard library, such as uvloop's."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+class ForeignPolicy(asyncio.DefaultEventLoopPolicy):
+    """What `uvloop.install()` sets."""
+
+    def new_event_loop(self) -> asyncio.AbstractEventLoop:
+        return ForeignLoop()
+
+
+def test_a_loop_that_cannot_be_nested_is_left_alone() -> None:
+    before, policy = patchable(), asyncio.get_event_loop_policy()
+    asyncio.set_event_loop_policy(ForeignPolicy())
+    try:
+        assert kernel_hooks.allow_nested_loops() == "", "no loop runs, as in a terminal: asyncio.run works"
+        asyncio.events._set_running_loop(ForeignLoop())
+        hint = kernel_hooks.allow_nested_loops()
+        assert "ForeignLoop cannot be nested; use await instead" in hint
+        asyncio.events._set_running_loop(None)
+        asyncio.set_event_loop_policy(policy)
+        asyncio.set_event_loop(ForeignLoop())
+        assert kernel_hooks.allow_nested_loops() == ""
+    finally:
+        asyncio.events._set_running_loop(None)
+        asyncio.set_event_loop_policy(policy)
+        asyncio.set_event_loop(None)
+    assert patchable() == before
+    assert asyncio.run(give_one()) == 1
 
 
 @pytest.fixture
