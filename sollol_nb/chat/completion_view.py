@@ -128,11 +128,11 @@ def folded_thinking(thinking: str) -> str:
 def folded_footer(answer: Answer) -> str:
     """The footer as a fold; inside are the details (see `details`)."""
     line = f"<small>{html.escape(footer(answer), quote=False)}</small>"
-    lines = "\n".join(f"- {_escaped(line)}" for line in details(answer))
+    lines = "\n".join(f"- {escaped(line)}" for line in details(answer))
     return f"<details><summary>{line}</summary>\n\n{lines}\n\n</details>" if lines else line
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """A line as Markdown that shows it unchanged."""
     return re.sub(r"([\\`*_{}\[\]<>|])", r"\\\1", " ".join(text.split()))
 
@@ -229,5 +229,5 @@ def live_markdown(text: str, thinking: str, status: str) -> str:
         quoted = safe_markdown(tail(thinking, LIVE_CHARS // 4)).replace("\n", "\n> ")
         parts.append(f"*reasoning …*\n\n> {quoted}")
     if status:  # a model is being loaded, or a lost coordinator replaced
-        parts.append(f"*{_escaped(status)} …*")
+        parts.append(f"*{escaped(status)} …*")
     return "\n\n".join(parts)

@@ -6,7 +6,7 @@ request, not out of the chat (see `context_window`). A model's earlier reasoning
 sent again.
 
 A chat lives in the memory of the process. `Chat.export` writes it to a file, `Chat.load` reads it back. When it is
-shown, long messages are folded, and every message is escaped.
+shown, it is Markdown that runs and fetches nothing; long messages are folded.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from typing import Any, Self
 
 from sollol_nb.chat.chunk import DROPPED
 from sollol_nb.chat.completion import Completion
+from sollol_nb.chat.completion_view import escaped, folded_thinking
 from sollol_nb.chat.context_window import turn_starts
 from sollol_nb.chat.messages import check_messages
 from sollol_nb.errors import ChatBusyError, ConfigError
+from sollol_nb.text.safe_markdown import parts_of, safe_markdown
 from sollol_nb.text.tables import counted
 
 FILE_FORMAT = "sollol_nb chat"
@@ -315,18 +317,18 @@ class Chat:
             lines.append(f"{entry.speaker}: {_beginning(entry.text)}")
         return "\n".join(lines)
 
-    def _as_html(self) -> str:
-        parts = [f"<b>{html.escape(self.title)}</b>"]
+    def _as_markdown(self) -> str:
+        parts = [f"**{escaped(self.title)}**"]
         if self.system:
-            parts.append(_message_html("system", self.system))
+            parts.append(_message_markdown("system", self.system))
         for entry in self._history:
             if entry.note:
-                parts.append(f'<div style="opacity:.7;margin:.4em 0"><i>{html.escape(entry.note)}</i></div>')
-            parts.append(_message_html(entry.speaker, entry.text, str(entry.message.get("thinking") or "")))
-        return f"<div>{''.join(parts)}</div>"
+                parts.append(f"*{escaped(entry.note)}*")
+            parts.append(_message_markdown(entry.speaker, entry.text, str(entry.message.get("thinking") or "")))
+        return "\n\n".join(parts)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
-        return {"text/plain": str(self), "text/html": self._as_html()}
+        return {"text/plain": str(self), "text/markdown": self._as_markdown()}
 
 
 def checked_name(name: str) -> str:
@@ -344,12 +346,16 @@ def _beginning(text: str) -> str:
     return text if left <= 0 else f"{text[:LONG_CHARS]} … ({left:,} more characters)"
 
 
-def _message_html(speaker: str, content: str, thinking: str = "") -> str:
-    body = f'<div style="white-space:pre-wrap">{html.escape(content)}</div>'
+def _message_markdown(speaker: str, content: str, thinking: str = "") -> str:
+    """A message as Markdown: of an answer as it is shown in a cell, of a question with its lines as they are."""
+    if not speaker.startswith("assistant"):
+        content = "".join(part if is_code else _with_hard_breaks(part) for is_code, part in parts_of(content))
+    body = safe_markdown(content)
     if len(content) > LONG_CHARS:
         summary = html.escape(" ".join(content[:SUMMARY_CHARS].split()))
-        body = f"<details><summary>{summary} … ({len(content):,} characters)</summary>{body}</details>"
-    if thinking:
-        thoughts = f'<div style="white-space:pre-wrap;opacity:.7">{html.escape(thinking)}</div>'
-        body = f"<details><summary>reasoning</summary>{thoughts}</details>{body}"
-    return f'<div style="margin:.4em 0"><b>{html.escape(speaker)}</b>{body}</div>'
+        body = f"<details><summary>{summary} … ({len(content):,} characters)</summary>\n\n{body}\n\n</details>"
+    return f"**{escaped(speaker)}**{folded_thinking(thinking)}\n\n{body}"
+
+
+def _with_hard_breaks(text: str) -> str:
+    return re.sub(r"(?<=\S)[ \t]*\n(?=[ \t]*\S)", "  \n", text)

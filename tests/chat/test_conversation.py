@@ -181,19 +181,31 @@ def test_messages_are_shown_and_never_run() -> None:
     chat.add(
         user("x"), Completion({**answer("<q>"), "_dropped": "<u>", "model": "<m>", "done_reason": "cancelled"})
     )
-    shown = chat._repr_mimebundle_()["text/html"]
+    shown = chat._repr_mimebundle_()["text/markdown"]
     for tag in ("<script", "<img", "<b>3", "<q>", "<u>", "<m>"):
         assert tag not in shown
-    for text in ("&lt;script&gt;1", "&lt;img src=x onerror=2&gt;", "reasoning", "stopped"):
+    for text in ("&lt;script>1", "&lt;img src=x onerror=2>", "reasoning", "stopped"):
         assert text in shown
+
+
+def test_answers_are_shown_as_markdown_and_questions_line_by_line() -> None:
+    chat = Chat("my_tour")
+    code = "Use `for`:\n\n```python\nfor i in x:\n    print(i)\n```"
+    chat.add(user("a,b\n1,2\n\n```\n1\n2\n```"), answer(code))
+    shown = chat._repr_mimebundle_()
+    assert "text/html" not in shown, "frontends would take it instead"
+    assert shown["text/markdown"].endswith(
+        f"**user**\n\na,b  \n1,2\n\n```\n1\n2\n```\n\n**assistant (m)**\n\n{code}"
+    )
+    assert shown["text/markdown"].startswith("**conversation my\\_tour: 1 turn, m, ")
 
 
 def test_long_messages_are_folded_and_lose_nothing() -> None:
     chat = Chat("c")
     chat.add(user("short"), answer("word " * 1000))
     shown = chat._repr_mimebundle_()
-    assert shown["text/html"].count("<details>") == 1
-    assert "word " * 1000 in shown["text/html"]
+    assert shown["text/markdown"].count("<details>") == 1
+    assert "word " * 1000 in shown["text/markdown"]
     assert "more characters" in shown["text/plain"]
     assert len(shown["text/plain"]) < 1000
 
