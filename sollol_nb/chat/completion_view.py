@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from sollol_nb.chat.chunk import CONTEXT_FULL, DROPPED, ROUTING
-from sollol_nb.text.safe_markdown import code_in, fenced, open_fence, safe_markdown
+from sollol_nb.text.safe_markdown import code_in, fenced, open_fence, printable, safe_markdown
 from sollol_nb.text.tables import counted, format_bytes, format_ms
 
 Answer: TypeAlias = Mapping[str, Any]
@@ -63,7 +63,7 @@ def mime_bundle(answer: Answer, shown_as: str) -> dict[str, str]:
     Args:
         shown_as: one of `settings.table.FORMATS`.
     """
-    bundle = {"text/plain": plain_text(answer)}
+    bundle = {"text/plain": printable(plain_text(answer))}
     if shown_as == "text":
         return bundle
     text, thinking = split_thinking(_text_of(answer), str(answer.get("message", {}).get("thinking", "")))

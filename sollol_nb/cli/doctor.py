@@ -93,6 +93,7 @@ def diagnose(*, check: bool = False) -> Diagnosis:
     Args:
         check: run the engine's two programs once, to check that they work.
     """
+    settings = tuple(describe_files("sollol-nb trust"))  # first: what it says is not logged again
     engine: Engine | None = None
     missing: list[str] = []
     remedy = ""
@@ -128,7 +129,7 @@ def diagnose(*, check: bool = False) -> Diagnosis:
         backend=choose_backend(None),
         demo_model=DEMO_MODEL_PATH if DEMO_MODEL_PATH.is_file() else None,
         folders={"cache": config.cache_dir(), "state": config.state_dir()},
-        settings=tuple(describe_files("sollol-nb trust")),
+        settings=settings,
         ollama=tuple(_probe_ollama(entry) for entry in config.default("ollama_hosts") or ["localhost"]),
         missing=tuple(missing),
         remedy=remedy,

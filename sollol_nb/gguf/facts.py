@@ -20,9 +20,11 @@ from sollol_nb.gguf.header import GgufFile, Keys, TensorInfo, check_file, read_h
 KV_ELEMENT_BYTES = 2  # K and V are f16 unless llama-server is started with another type
 CONTEXT_STEP_TOKENS = 256  # llama.cpp rounds the context up to this
 MAX_BLOCKS = 512  # LLAMA_MAX_LAYERS of llama.cpp
+_BLOCK_DIGITS = len(str(MAX_BLOCKS))
+_LONGEST_NAME = 64  # GGML_MAX_NAME
 
 _SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
-_BLOCK_TENSOR = re.compile(r"(?:enc\.|dec\.)?blk\.(\d+)\.")
+_BLOCK_TENSOR = re.compile(r"(?:enc\.|dec\.)?blk\.([0-9]+)\.")
 _INPUT_TENSORS = ("token_embd.", "token_types.", "position_embd.", "per_layer_token_embd.")
 _FIRST_BLOCK_TENSORS = ("token_embd_norm.", "rope_freqs.", "rope_factors_long.", "rope_factors_short.")
 
@@ -127,7 +129,7 @@ def _summarise(parts: Sequence[GgufFile], keys: Keys, tensors: Sequence[TensorIn
     layer_count = _integer(keys, f"{architecture}.block_count") or 0
     if not 0 < layer_count <= MAX_BLOCKS:
         raise ModelFileError(
-            f"{path} ({architecture}) states {layer_count} blocks; a model has 1 to {MAX_BLOCKS}: "
+            f"{path} ({_shown(architecture)}) states {layer_count} blocks; a model has 1 to {MAX_BLOCKS}: "
             "name the model's own file, not an adapter or a vision projector"
         )
     layer_bytes = [0] * layer_count
@@ -135,9 +137,9 @@ def _summarise(parts: Sequence[GgufFile], keys: Keys, tensors: Sequence[TensorIn
     for tensor in tensors:
         block = _BLOCK_TENSOR.match(tensor.name)
         if block is not None:
-            if int(block[1]) >= layer_count:
+            if len(block[1]) > _BLOCK_DIGITS or int(block[1]) >= layer_count:
                 raise ModelFileError(
-                    f"{path} holds {tensor.name}, but states {layer_count} blocks; convert the model again"
+                    f"{path} holds {_shown(tensor.name)}, but states {layer_count} blocks; convert the model again"
                 )
             layer_bytes[int(block[1])] += tensor.byte_count
         elif tensor.name.startswith(_FIRST_BLOCK_TENSORS):
@@ -183,6 +185,12 @@ def _kv_bytes_per_token(keys: Keys, architecture: str, layer_count: int) -> tupl
     key_width = _integer(keys, f"{prefix}.key_length") or head_width
     value_width = _integer(keys, f"{prefix}.value_length") or head_width
     return tuple(count * (key_width + value_width) * KV_ELEMENT_BYTES for count in kv_heads)
+
+
+def _shown(name: str) -> str:
+    """A name from a file, which may have any length and characters, as a part of a line."""
+    name = "".join(character if character.isprintable() else "?" for character in name[: _LONGEST_NAME + 1])
+    return name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}…"
 
 
 def _text(keys: Keys, key: str) -> str | None:

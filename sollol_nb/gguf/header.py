@@ -1,32 +1,39 @@
 """Reads the header of one GGUF file: its keys, and its tensors' names, shapes and positions.
 
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The official reader of the `gguf` package parses
-it; two of its steps are replaced here: every read is checked against the end of the file (the original reads, or
-loops, past the end of a damaged file), and arrays are read or skipped in one step (the original creates several
-objects for each of the 400,000 entries of a large vocabulary, which takes seconds). The reader memory-maps the
-file; the map is closed when `read_header` returns or raises, so that the file can be replaced or deleted on
-Windows too.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, and gguf.cpp of llama.cpp for its limits. A file
+may be damaged, or made to do harm: every position is checked against the end of the file and of the header, every
+count and size is bounded, and nothing is calculated in numbers of fixed width. The `gguf` package knows the sizes
+of the tensor types; its reader is not used, since it reads and loops past the end of a damaged file, lets sizes
+overflow, and creates objects for each of the 400,000 entries of a large vocabulary, which takes seconds.
 """
 
 from __future__ import annotations
 
-import functools
+import mmap
 import struct
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sollol_nb.errors import ModelFileError
-
-if TYPE_CHECKING:
-    from gguf import GGUFReader
 
 Keys = dict[str, Any]
 
 _MAGIC = b"GGUF"
 _FIXED_HEADER_BYTES = 24  # magic, version, tensor count, key count
 _SUPPORTED_VERSIONS = (2, 3)
-_MAX_ENTRIES = 2**17  # tensors, and keys; the largest models have a few thousand
+_MAX_ENTRIES = 2**16  # tensors, and keys; the largest models have a few thousand
+_MAX_HEADER_BYTES = 128 * 2**20  # a vocabulary of 256,000 tokens with its merges takes 15 MiB
+_MAX_STRINGS = 2**21  # in one array
+_MAX_TEXT_BYTES = 16 * 2**20
+_MAX_KEPT_NUMBERS = 2**12  # of an array: one for each block, say
+_MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
+_MAX_SIZE = 2**62  # of any number that is a size or a position, so that their sums are plausible too
+_DEFAULT_ALIGNMENT = 32
+_STRING, _ARRAY = 8, 9
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+"""Type of a value -> its format for `struct`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +64,8 @@ class Header:
     tensors: tuple[TensorInfo, ...]
 
 
-class _EndOfFileError(ValueError):
-    """The header points past the end of the file."""
+class _DamagedError(ValueError):
+    """Something in the header is impossible."""
 
 
 def check_file(path: Path, *, advice: str) -> GgufFile:
@@ -96,18 +103,20 @@ def read_header(file: GgufFile) -> Header:
     Raises:
         ModelFileError: not readable, not GGUF, an unsupported version, truncated or damaged.
     """
-    # The reader's exception holds its frames, and with them the memory map: so the new error is raised outside the
-    # except block, where the reader's does not become its context.
-    problem = _obvious_problem(file)
-    if problem is None:
-        try:
-            header = _parse(file.path)
-        except _EndOfFileError as error:
-            problem = f"is truncated or damaged: {error}; download it again"
-        except PermissionError:
-            raise ModelFileError(_no_permission(file.path)) from None
-        except (ValueError, KeyError, IndexError, TypeError, OverflowError, OSError) as error:
-            problem = f"has a header that cannot be read ({_one_line(error)}); download it again, or update gguf"
+    try:
+        with file.path.open("rb") as opened:
+            problem = _obvious_problem(opened.read(_FIXED_HEADER_BYTES))
+            if problem is None:
+                with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                    header = _Parser(data).header()
+    except PermissionError:
+        raise ModelFileError(_no_permission(file.path)) from None
+    except OSError as error:
+        raise ModelFileError(f"cannot read {file.path}: {_one_line(error)}") from None
+    except _DamagedError as error:
+        problem = f"is truncated or damaged: {error}; download it again"
+    except ValueError as error:
+        problem = f"has a header that cannot be read ({_one_line(error)}); download it again, or update gguf"
     if problem is not None:
         raise ModelFileError(f"{file.path} {problem}")
     data_end = max((tensor.end_offset for tensor in header.tensors), default=0)
@@ -119,15 +128,8 @@ def read_header(file: GgufFile) -> Header:
     return header
 
 
-def _obvious_problem(file: GgufFile) -> str | None:
+def _obvious_problem(start: bytes) -> str | None:
     """A problem visible in the first bytes, as a text that follows the file's name."""
-    try:
-        with file.path.open("rb") as opened:
-            start = opened.read(_FIXED_HEADER_BYTES)
-    except PermissionError:
-        raise ModelFileError(_no_permission(file.path)) from None
-    except OSError as error:
-        raise ModelFileError(f"cannot read {file.path}: {_one_line(error)}") from None
     if not start:
         return "is empty; download it again"
     if not start.startswith(_MAGIC):
@@ -148,69 +150,120 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _parse(path: Path) -> Header:
-    """Read keys and tensor shapes into plain values, which do not refer to the memory map."""
-    reader = _reader_class()(path)
-    keys: Keys = {}
-    for key, field in reader.fields.items():
-        # Large lists of numbers (token types, scores) are not needed either.
-        if not key.startswith(("GGUF.", "tokenizer.ggml.")):
-            keys[key] = field.contents()
-    tensors = tuple(
-        TensorInfo(
-            name=tensor.name,
-            shape=tuple(int(size) for size in tensor.shape),
-            element_count=int(tensor.n_elements),
-            byte_count=int(tensor.n_bytes),
-            end_offset=int(tensor.data_offset) + int(tensor.n_bytes),
+class _Parser:
+    """Reads a header from its first key on.
+
+    Args:
+        data: the whole file; its fixed part has been checked.
+    """
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self._data = data
+        self._at = _FIXED_HEADER_BYTES
+        self._end = len(data)
+        self._tensor_count, self._key_count = struct.unpack_from("<QQ", data, 8)
+
+    def header(self) -> Header:
+        """The header.
+
+        Raises:
+            _DamagedError: it points past its end, or states what is impossible.
+            ValueError: it has a value or a tensor of a type that is not known here.
+        """
+        keys: Keys = {}
+        for _ in range(self._key_count):
+            name = self._text()
+            if name in keys:
+                raise _DamagedError("a key occurs twice")
+            value = self._value(*self._read("I"))
+            # The vocabulary is not needed.
+            if value is not None and not name.startswith("tokenizer.ggml."):
+                keys[name] = value
+        described = [self._tensor() for _ in range(self._tensor_count)]
+        if len({name for name, *_ in described}) < len(described):
+            raise _DamagedError("a tensor occurs twice")
+        start = self._data_start(keys)
+        return Header(
+            keys,
+            tuple(
+                TensorInfo(name, shape, prod(shape), byte_count, start + offset + byte_count)
+                for name, shape, byte_count, offset in described
+            ),
         )
-        for tensor in reader.tensors
-    )
-    return Header(keys, tensors)
 
+    def _data_start(self, keys: Keys) -> int:
+        alignment = keys.get("general.alignment", _DEFAULT_ALIGNMENT)
+        if not isinstance(alignment, int) or not 0 < alignment <= _MAX_HEADER_BYTES or alignment & (alignment - 1):
+            raise _DamagedError(f"its alignment is {str(alignment)[:20]}")
+        return -(-self._at // alignment) * alignment
 
-@functools.cache
-def _reader_class() -> type[GGUFReader]:
-    import numpy as np
-    from gguf import GGUFReader, GGUFValueType
+    def _tensor(self) -> tuple[str, tuple[int, ...], int, int]:
+        """Name, shape, bytes and offset of the next tensor."""
+        name = self._text()
+        (dimensions,) = self._read("I")
+        if dimensions > _MAX_DIMENSIONS:
+            raise _DamagedError(f"a tensor has {dimensions} dimensions")
+        shape = self._read(f"{dimensions}Q")
+        type_number, offset = self._read("IQ")
+        block_elements, block_bytes = _type_size(type_number)
+        byte_count = prod(shape) // block_elements * block_bytes
+        if max(prod(shape), byte_count, offset) > _MAX_SIZE:
+            raise _DamagedError("a tensor has an impossible size or position")
+        return name, shape, byte_count, offset
 
-    class HeaderReader(GGUFReader):
-        """The official reader, bounded by the end of the file and without the tensors' data."""
+    def _value(self, kind: int) -> Any:
+        """The next value; None for an array that is not kept."""
+        if kind == _STRING:
+            return self._text()
+        if kind == _ARRAY:
+            return self._array(*self._read("IQ"))
+        (value,) = self._read(_scalar(kind))
+        return value
 
-        def _get(self, offset: Any, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:
-            if hasattr(self, "data_offset"):  # after the header: a tensor's data, which may be missing
-                return np.broadcast_to(np.zeros((), dtype), (int(count),))
-            self._check_end(int(offset) + np.dtype(dtype).itemsize * int(count))
-            return super()._get(int(offset), dtype, count, override_order)
-
-        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
-            if raw_type != GGUFValueType.ARRAY:
-                return super()._get_field_parts(orig_offs, raw_type)
-            element_type = self._get(orig_offs, np.uint32)
-            length = self._get(orig_offs + 4, np.uint64)
-            start, count = orig_offs + 12, int(length[0])
-            kind = GGUFValueType(int(element_type[0]))
-            types = [GGUFValueType.ARRAY, kind]
-            if kind == GGUFValueType.STRING:
-                end = self._end_of_strings(start, count)
-                return end - orig_offs, [element_type, length], [], types
-            if kind not in self.gguf_scalar_to_np:
-                raise ValueError("an array of arrays")
-            values = self._get(start, self.gguf_scalar_to_np[kind], count)
-            return 12 + int(values.nbytes), [element_type, length, values], [2], types
-
-        def _end_of_strings(self, offset: int, count: int) -> int:
-            view = memoryview(self.data)  # type: ignore[arg-type]  # numpy arrays are buffers
-            read_length = struct.Struct("<Q").unpack_from
+    def _array(self, kind: int, count: int) -> list[Any] | None:
+        if kind == _STRING:
+            if count > _MAX_STRINGS:
+                raise _DamagedError(f"a list of {count} texts")
             for _ in range(count):
-                self._check_end(offset + 8)
-                offset += 8 + read_length(view, offset)[0]
-            self._check_end(offset)
-            return offset
+                self._skip(*self._read("Q"))
+            return None
+        if kind == _ARRAY:
+            raise ValueError("an array of arrays")
+        if count <= _MAX_KEPT_NUMBERS:
+            return list(self._read(f"{count}{_scalar(kind)}"))
+        self._skip(count * struct.calcsize(f"<{_scalar(kind)}"))
+        return None
 
-        def _check_end(self, end: int) -> None:
-            missing = end - len(self.data)
-            if missing > 0:
-                raise _EndOfFileError(f"its header points {missing} bytes past its end")
+    def _text(self) -> str:
+        (length,) = self._read("Q")
+        start = self._at
+        self._skip(length)
+        if length > _MAX_TEXT_BYTES:
+            raise _DamagedError(f"a text of {length} bytes")
+        return self._data[start : self._at].decode("utf-8", "replace")
 
-    return HeaderReader
+    def _read(self, numbers: str) -> tuple[Any, ...]:
+        """The next numbers, in a format of `struct`, little-endian."""
+        start = self._at
+        self._skip(struct.calcsize(f"<{numbers}"))
+        return struct.unpack_from(f"<{numbers}", self._data, start)
+
+    def _skip(self, byte_count: int) -> None:
+        self._at += byte_count
+        if self._at > self._end:
+            raise _DamagedError(f"its header points {self._at - self._end} bytes past its end")
+        if self._at > _MAX_HEADER_BYTES:
+            raise _DamagedError(f"its header is longer than {_MAX_HEADER_BYTES} bytes")
+
+
+def _scalar(kind: int) -> str:
+    if kind not in _SCALARS:
+        raise ValueError(f"{kind} is not a type of a value")
+    return _SCALARS[kind]
+
+
+def _type_size(number: int) -> tuple[int, int]:
+    """Elements and bytes of one block of a tensor type."""
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType  # loads numpy
+
+    return GGML_QUANT_SIZES[GGMLQuantizationType(number)]

@@ -1,8 +1,11 @@
 """Markdown that a model wrote, made safe: nothing in it runs or is fetched, however a frontend parses it.
 
 Frontends run scripts in the Markdown of a cell that the user has executed. So HTML outside of code is shown as
-text, links to scripts lead nowhere, and no image is fetched from an address that a model made up. Source of the
-syntax: CommonMark 0.31 (fenced code, code spans, HTML blocks, links).
+text, links to scripts lead nowhere, and no image is fetched from an address that a model made up. Control
+characters, and those that reorder what is read, are dropped. Source of the syntax: CommonMark 0.31 (fenced code,
+code spans, HTML blocks, links).
+
+A dollar is a formula only where it can be one (pandoc's rules): `$5 and $10` are two amounts.
 """
 
 from __future__ import annotations
@@ -15,9 +18,19 @@ _LANGUAGE = re.compile(r"[\w+#.-]*")
 # The beginning of a tag, or of a character reference; an image, which is fetched unasked; a link's definition
 # with a title, which may span blank lines; an address that is a script; and the mark that JupyterLab puts in
 # place of a formula. It puts formulas back unchecked, also into addresses, where a quote ends the attribute.
+# Browsers ignore tabs and line ends in a scheme, and MathJax does not look for them in the address of a `\\href`.
+
+
+def _scheme(name: str) -> str:
+    return r"[\t\n]*".join(name)
+
+
+_SCRIPT = rf"(?:{_scheme('javascript')}|{_scheme('vbscript')})(?=[\s\\]*:)"
+_TYPES = "|".join(map(_scheme, ("text", "application", "image/svg")))
+_DATA = rf"{_scheme('data')}(?=[\s\\]*:[\s\\]*(?:{_TYPES}))"
 _DANGER = (
     r"<(?=[a-z/!?])|&(?=#|(?:tab|newline|colon);)|!(?=\[)|\](?=:\s*(?:<[^\n>]*>|\S+)\s+[\"'(])|@(?=\\*@)"
-    r"|(?:javascript|vbscript)(?=[\s\\]*:)|data(?=[\s\\]*:\s*(?:text|application|image/svg))"
+    rf"|{_SCRIPT}|{_DATA}"
 )
 _ADDRESS = re.compile(r"\][(:]|://|www\.", re.IGNORECASE)
 _IN_CODE = re.compile(_DANGER, re.IGNORECASE)
@@ -34,7 +47,25 @@ _FORMULA = re.compile(
     r"(?<![\\$])\$\$[^$\n]*[^$\n\\]\$\$(?!\$)|^\$\$[^$]*[^$\\]\$\$(?!\$)|(?P<open>\$(?=\$)|\\(?=begin|\\\[))",
     re.MULTILINE | re.IGNORECASE,
 )
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# A dollar and what decides whether it is a formula. Lines of indented code, code spans, escaped characters and
+# `$$ $$` are taken as a whole.
+_SPAN_OR_DOLLAR = re.compile(
+    r"^(?: {4}|\t)(?!\s*(?:[-*+]|\d+[.)])\s).*"
+    r"|(?<!`)(?P<ticks>`+)(?!`)[^\n]+?(?<!`)(?P=ticks)(?!`)"
+    r"|\\[^$\n]"
+    r"|(?P<address>(?:\w:/{2}|\bwww\.|\]\()[^\s<>)]*)"
+    r"|\$\$[^$]*\$\$|\$\$+"
+    r"|(?<!\d)\$(?P<formula>(?!\s)(?:[^$`\n\\]|\\.|\n(?!\s*\n))+(?<!\s))\$(?![0-9A-Z_$])"
+    r"|(?P<dollar>\\?\$)",
+    re.MULTILINE,
+)
+_AMOUNT = re.compile(r"[0-9].* [A-Za-z]{2,}[ .,;:?!)]", re.DOTALL)
+_GROUP = re.compile(r"\{[^{}]*\}")
+_DOLLAR = "\ue000"  # in place of a dollar that is only a dollar, until the rest of the text has been looked at
+# An element of its own: MathJax reads the page, too, and its formulas end with an element.
+_DOLLAR_AS_TEXT = "<span>&#36;</span>"
+# Control characters except tab and line feed; those that change the direction of writing.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u202a-\u202e\u2066-\u2069]")
 
 
 def parts_of(text: str) -> Iterator[tuple[bool, str]]:
@@ -67,8 +98,9 @@ def safe_markdown(text: str) -> str:
     Frontends disagree on where code begins and ends. So code blocks that contain tags are rewritten in a form that
     every frontend reads as code, and code spans that contain tags as plain characters without any syntax.
     """
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    parts = list(parts_of(text))
+    text = printable(text.replace("\r\n", "\n").replace("\r", "\n")).replace(_DOLLAR, "")
+    parts = [(is_code, part if is_code else _with_marked_dollars(part)) for is_code, part in parts_of(text)]
+    text = "".join(part for _, part in parts)
     may_have_formulas = "$" in text or "\\" in text
     risky = any(is_code and _is_risky(part, may_have_formulas) for is_code, part in parts)
     write = _separated_block if risky else _unchanged_block
@@ -79,7 +111,24 @@ def safe_markdown(text: str) -> str:
         else:
             text_part = _with_html_as_text(part, may_have_formulas)
             safe += _with_closed_formulas(text_part) if risky else text_part
-    return safe
+    return safe.replace(_DOLLAR, _DOLLAR_AS_TEXT)
+
+
+def _with_marked_dollars(text: str) -> str:
+    """Text that is not fenced code, with a mark in place of each dollar that is no part of a formula."""
+    if "$" not in text:
+        return text
+
+    def replacement(match: re.Match[str]) -> str:
+        if match["dollar"]:
+            return _DOLLAR
+        if match["address"]:
+            return match[0].replace("$", "%24")
+        if match["formula"] and _AMOUNT.match(_GROUP.sub("", match["formula"])):
+            return f"{_DOLLAR}{match['formula']}{_DOLLAR}"
+        return match[0]
+
+    return _SPAN_OR_DOLLAR.sub(replacement, text)
 
 
 def _is_risky(block: str, may_have_formulas: bool) -> bool:
@@ -118,7 +167,7 @@ def _with_html_as_text(text: str, may_have_formulas: bool) -> str:
             return "&quot;" if may_have_formulas else match[0]
         if not match["danger"]:
             return match[0]
-        if match[0].isalpha():
+        if match[0][0].isalpha():
             return f"{match[0]}\u200b"  # a space without width: no scheme contains one
         return {"<": "&lt;", "&": "&amp;"}.get(match[0], f"&#{ord(match[0])};")
 
@@ -136,7 +185,7 @@ def _by_number(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """The text without control characters for terminals."""
+    """The text without characters that control a terminal or reorder what is read."""
     return _CONTROL.sub("", text)
 
 
@@ -158,6 +207,7 @@ def code_in(text: str) -> tuple[str, str]:
 
 def fenced(text: str, language: str = "") -> str:
     """A text as a fenced code block, even if it contains fences."""
+    text = printable(text.replace("\r\n", "\n"))
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     marks = "`" * max(3, longest + 1)
     word = _LANGUAGE.match(language)

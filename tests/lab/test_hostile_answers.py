@@ -49,3 +49,13 @@ def test_nothing_of_a_hostile_answer_runs(page: LabPage, texts: tuple[str, ...])
 def test_a_hostile_language_of_code_runs_nothing(page: LabPage) -> None:
     text = f"~~~a`b{IMAGE}\nx\n~~~"
     assert live_elements(page, (text,), "safe_markdown.fenced(*reversed(safe_markdown.code_in(text)))") == []
+
+
+def test_amounts_of_money_are_no_formulas(page: LabPage) -> None:
+    cell = page.add("display(Markdown(safe_markdown.safe_markdown('It costs $5 and $10, where $x$ is.')))")
+    page.start(cell)
+    page.wait_done(cell)
+    formula = page.output(cell).locator("mjx-container")
+    formula.first.wait_for(state="attached")
+    assert formula.count() == 1
+    page.wait_for_text(cell, "It costs $5 and $10, where")

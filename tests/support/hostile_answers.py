@@ -45,5 +45,11 @@ SCRIPTS = (
     "[x](&#106;avascript:alert(1))",
     "<javascript:alert(1)>",
     "[x][y]\n\n[y]: javascript:alert(1)",
+    "[x](<java\tscript:alert(1)>)",
+    "[x](java\0script:alert(1))",
+    "[x](java\u202escript:alert(1))",
+    "[x](\x1bjavascript:alert(1))",
+    "$\\href{java\nscript:alert(1)}{x}$",
+    "$$\\href{java\tscr\ript:alert(1)}{x}$$",
 )
 """Addresses that are scripts."""

@@ -42,7 +42,7 @@ from tests.support.hostile_answers import ADDRESSES, TAGS
         ("- a\n  ```py\n  x\n  ```\n- d", "- a\n\n  ```py\n  x\n  ```\n- d"),
         ("- a\n  ```py\n  x", "- a\n\n  ```py\n  x\n  ```"),
         ('"a" costs 5', '"a" costs 5'),
-        ('"a" costs $5', "&quot;a&quot; costs $5"),
+        ('"a" is $x$', "&quot;a&quot; is $x$"),
         ("```py\nx = 1", "```py\nx = 1\n```"),
         ("````\n```\n<b>", "````\n```\n<b>\n````\n\n"),
         ("", ""),
@@ -50,6 +50,98 @@ from tests.support.hostile_answers import ADDRESSES, TAGS
 )
 def test_html_is_shown_as_text_and_code_stays_code(text: str, safe: str) -> None:
     assert safe_markdown(text) == safe
+
+
+def scheme_as_a_browser_reads_it(address: str) -> str:
+    """Tabs and line ends do not count, nor do control characters before it: https://url.spec.whatwg.org/#url-parsing"""
+    return re.sub(r"[\t\n\r]", "", address).lstrip("".join(map(chr, range(33)))).partition(":")[0].lower()
+
+
+@pytest.mark.parametrize(
+    "separator", ["", "\t", "\n", "\r\n", "\r", "\0", "\x1b", "\x0b", "\u202e", "\u2066", "\n\t\n"]
+)
+@pytest.mark.parametrize("scheme", ["javascript", "VBScript"])
+@pytest.mark.parametrize("form", ["$\\href{%s:alert(1)}{x}$", "$$\\href{%s:alert(1)}{x}$$", "[x](<%s:alert(1)>)"])
+def test_no_address_is_a_script_whatever_stands_in_its_scheme(form: str, scheme: str, separator: str) -> None:
+    safe = safe_markdown(form % separator.join(scheme))
+    (address,) = re.findall(r"(?:[{]|&lt;)([^{}<>]*:alert[^{}<>]*)", safe)
+    assert scheme_as_a_browser_reads_it(address) != scheme.lower()
+
+
+@pytest.mark.parametrize("form", ["%s", "a\n\n```py\n%s\n```", "<b>\n```html\n<i>%s\n```", "`%s`"])
+def test_characters_that_control_terminals_or_reorder_text_are_dropped(form: str) -> None:
+    hostile = "a\0b\x1b[2Jc\x9bd\u202ee\u2066f\u2069g\x7f"
+    shown = Completion(model="m", message={"content": form % hostile})._repr_mimebundle_()
+    for text in (safe_markdown(form % hostile), fenced(hostile), *shown.values()):
+        assert not re.search(r"[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", text)
+        assert "ab[2Jcdefg" in re.sub(r"&#(\d+);", lambda match: chr(int(match[1])), text)
+
+
+@pytest.mark.parametrize(
+    "text", ["مرحبا 5 (x)", "שלום", "नमस्ते", "日本語", "\U0001f469\u200d\U0001f467", "e\u0301", "a\u00a0b\u00ad"]
+)
+def test_text_of_all_languages_stays_unchanged(text: str) -> None:
+    assert safe_markdown(text) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "$5 and $10",
+        "between $1,000 and $2,000",
+        "$5-$10",
+        "($5)-($10)",
+        "**$5** to **$10**",
+        "$5 each, or 3 for $12",
+        "$20/month vs $200/year",
+        "5$ or 6$",
+        "1$=0.9, 2$=1.8",
+        "US$ 5 and 10 $",
+        "$5M vs. A$",
+        "use $HOME and $PATH",
+        "$HOME/$USER",
+        "- a\n    - $5 and $10",
+        "costs $5",
+    ],
+)
+def test_amounts_and_variables_are_no_formulas(text: str) -> None:
+    # A formula in JupyterLab begins and ends with a dollar, in the Markdown as well as in the page.
+    safe = safe_markdown(text)
+    assert "$" not in safe
+    assert safe.replace("<span>&#36;</span>", "$") == text
+    assert text.replace("**", "").lstrip("- ") in re.sub(r"<[^>]*>", "", markdown2html(safe)) or "\n" in text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "$x$",
+        "the $n$th",
+        "$5x + 3$",
+        "$5 \\text{ if } x$",
+        "$\\alpha$ and $\\beta$",
+        "if $x > 0$, then $y$.",
+        "$1$ and $2$",
+        "$a\nb$",
+        "$$x$$",
+        "$$\nx = 1\n$$",
+        "`$5` and `$10`",
+        "```sh\necho $HOME $PATH\n```",
+        "a\n\n    echo $HOME $PATH",
+    ],
+)
+def test_formulas_and_code_keep_their_dollars(text: str) -> None:
+    assert safe_markdown(text) == text
+
+
+def test_amounts_and_formulas_can_stand_together() -> None:
+    assert safe_markdown("$x$ costs $5, `$y` not, \\$6") == (
+        "$x$ costs <span>&#36;</span>5, `$y` not, <span>&#36;</span>6"
+    )
+
+
+def test_dollars_in_addresses_do_not_break_them() -> None:
+    assert safe_markdown("[a](https://b?x=$5) https://c/$y") == "[a](https://b?x=%245) https://c/%24y"
 
 
 @pytest.mark.parametrize("text", TAGS)
