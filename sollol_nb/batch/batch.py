@@ -51,6 +51,7 @@ from sollol_nb.runtime.priority import Priority, checked_priority
 from sollol_nb.runtime.progress_bars import progress_bar
 from sollol_nb.schema.schema import parser_of
 from sollol_nb.settings import config
+from sollol_nb.text.short_names import short_name
 from sollol_nb.text.tables import counted
 
 if TYPE_CHECKING:
@@ -302,7 +303,7 @@ class Batch:
 
     def _bar(self) -> tqdm[Any]:
         return progress_bar(
-            total=len(self._questions), desc=self._model, unit="row", disable=not self._shows_progress
+            total=len(self._questions), desc=short_name(self._model), unit="row", disable=not self._shows_progress
         )
 
     def _show(self, bar: tqdm[Any], step: Progress) -> None:

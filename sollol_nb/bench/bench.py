@@ -36,6 +36,7 @@ from sollol_nb.router.router import Router
 from sollol_nb.runtime.events import Event
 from sollol_nb.runtime.io_loop import io_bound_stream, iterate_blocking
 from sollol_nb.runtime.progress_bars import progress_bar
+from sollol_nb.text.short_names import short_names
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -178,6 +179,7 @@ class _Rounds:
         self._settings = settings
         self._targets = targets
         self._labels = dict(zip(targets.cases, labels, strict=True))
+        self._names = short_names(case.target.model for case in targets.cases)
         self._run_mark = int(time.time() * 1000) % 10**8
         self._began = time.perf_counter()
         self._first_error: SollolError | None = None
@@ -259,7 +261,7 @@ class _Rounds:
         target = case.target
         return BenchRow(
             case=self._labels[case],
-            model=target.model,
+            model=self._names[target.model],
             layout=str(target.layout),
             strategy=target.strategy,
             concurrency=case.concurrency,

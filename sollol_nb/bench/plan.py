@@ -17,6 +17,7 @@ from typing import Any
 from sollol_nb.errors import ConfigError
 from sollol_nb.models import routing
 from sollol_nb.runtime.amounts import is_whole_number
+from sollol_nb.text.short_names import short_names
 from sollol_nb.text.tables import counted
 
 AUTO, LOCAL = "auto", "local"
@@ -217,9 +218,10 @@ def bench_cases(settings: BenchSettings, backends: Mapping[str, str]) -> tuple[B
 
 def case_labels(cases: Sequence[BenchCase]) -> tuple[str, ...]:
     """A short name for each case, made of what differs among the cases: `2 workers, even, 4 clients`."""
+    names = short_names(case.target.model for case in cases)
     parts = [
         (
-            case.target.model,
+            names[case.target.model],
             case.target.layout.description,
             case.target.strategy,
             counted(case.concurrency, "client"),

@@ -242,13 +242,15 @@ class BenchTargets:
     def _is_running(self, target: BenchTarget) -> bool:
         """Whether the target's own coordinator is running already."""
         running = self._routers[target].coordinators
-        return any(coordinator.rpc_backends and coordinator.model == target.model for coordinator in running)
+        return any(
+            coordinator.rpc_backends and coordinator.settings.is_named(target.model) for coordinator in running
+        )
 
     async def _stop_idle(self, count: int) -> None:
         """Stop idle coordinators, except those of loaded targets, until `count` more workers are free."""
         kept = {target.model for target in self._loaded if self._routers[target] is self._router}
         for coordinator in self._idle():
-            if count > 0 and coordinator.model not in kept:
+            if count > 0 and not any(map(coordinator.settings.is_named, kept)):
                 await self._router.stop_coordinator(coordinator.model)
                 self._notes.append(f"stopped the idle coordinator of {coordinator.model} to free its workers")
                 count -= len(coordinator.rpc_backends)

@@ -12,11 +12,11 @@ import json
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from sollol_nb.chat.chunk import CONTEXT_FULL, DROPPED, ROUTING
 from sollol_nb.text.safe_markdown import code_in, fenced, open_fence, printable, safe_markdown
+from sollol_nb.text.short_names import short_name
 from sollol_nb.text.tables import counted, format_bytes, format_ms
 
 Answer: TypeAlias = Mapping[str, Any]
@@ -137,15 +137,10 @@ def escaped(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]<>|])", r"\\\1", " ".join(text.split()))
 
 
-def shown_name(model: str) -> str:
-    """A model's name as people read it: of a file without its folders."""
-    return Path(model).name if model.endswith(".gguf") else model
-
-
 def footer(answer: Answer) -> str:
     """One line: model, backend, time to first token, speed, and what was unusual."""
     routing = answer.get(ROUTING, {})
-    parts = [shown_name(str(answer.get("model", ""))), str(routing.get("backend", ""))]
+    parts = [short_name(str(answer.get("model", ""))), str(routing.get("backend", ""))]
     if routing.get("layout"):
         parts.append(f"layers {routing['layout']}")
     if routing.get("loaded_by"):

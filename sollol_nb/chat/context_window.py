@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from sollol_nb.errors import ConfigError, ContextOverflowError
+from sollol_nb.text.short_names import short_name
 
 ERROR, DROP_OLDEST = OVERFLOW_CHOICES = ("error", "drop_oldest")
 """What to do with messages that do not fit: raise an error, or drop the oldest turns."""
@@ -127,7 +128,7 @@ def overflow_error(
     size = "more tokens than" if prompt_tokens is None else f"{prompt_tokens:,} tokens, too many for"
     context = "its context" if context_tokens is None else f"its context of {context_tokens:,}"
     return ContextOverflowError(
-        f"{model}: the messages have {size} {context}, which must hold the answer too; "
+        f"{short_name(model)}: the messages have {size} {context}, which must hold the answer too; "
         f"give {remedy}, or shorten them",
         prompt_tokens=prompt_tokens,
         context_tokens=context_tokens,

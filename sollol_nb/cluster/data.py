@@ -3,7 +3,7 @@
 | key | holds, by |
 |---|---|
 | `workers` | endpoint: `n` (order), `state`, `color`, `description`, `free` and `total` memory, `used` (0 to 1), `rtt` (ms, by probe number), ... |
-| `coordinators` | URL: `model`, `description`, `token_time`, `segments` by endpoint, `local` by device, `running`, `waiting`, ... |
+| `coordinators` | URL: `model`, `path`, `description`, `token_time`, `segments` by endpoint, `local` by device, `running`, `waiting`, ... |
 | `nodes` | URL of an Ollama node: `state`, `description`, `rtt` (as for workers), `running`, `waiting`, `slots` |
 | `starting` | model that is being loaded: `description`, `share` (0 to 1) |
 | `events` | number of the event: `at`, `kind`, `message` |
@@ -182,6 +182,7 @@ def _coordinator(
     return _known(
         n=number,
         model=coordinator.model,
+        path=coordinator.model_path or None,
         description=(
             f"{coordinator.strategy} · {coordinator.context_tokens} tokens of context · "
             f"loaded in {coordinator.load_ms / 1000:.2f} s"

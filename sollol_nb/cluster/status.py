@@ -122,6 +122,7 @@ class CoordinatorStatus:
     local: tuple[LocalPart, ...] = ()
     predicted_token_ms: float | None = None
     token_ms: float | None = None
+    model_path: str = ""
 
     @property
     def token_time_description(self) -> str:
@@ -153,6 +154,7 @@ class CoordinatorStatus:
         plan = coordinator.plan
         return cls(
             model=coordinator.model,
+            model_path=str(coordinator.settings.model_path),
             note="; ".join(filter(None, (demo, remark))),
             url=coordinator.base_url,
             log_path=str(coordinator.log_path),

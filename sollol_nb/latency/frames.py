@@ -18,6 +18,7 @@ import pandas as pd
 
 from sollol_nb.errors import ConfigError
 from sollol_nb.latency.schema import COLUMNS, INTEGER, TEXT, TIME
+from sollol_nb.text.short_names import short_names
 
 SUFFIXES = (".csv", ".parquet")
 ROWS_AT_ONCE = 10_000
@@ -25,7 +26,10 @@ ROWS_AT_ONCE = 10_000
 
 
 def frame_of(rows: Iterable[tuple[Any, ...]]) -> pd.DataFrame:
-    """A frame of rows as SQLite gives them, values in the order of `COLUMNS`, with the dtypes of `COLUMNS`."""
+    """A frame of rows as SQLite gives them, values in the order of `COLUMNS`, with the dtypes of `COLUMNS`.
+
+    Of models that were requested by path it has the short names; `frame.attrs["model_paths"]` has their paths.
+    """
     left = iter(rows)
     shared: dict[str, str] = {}  # equal texts become one object
     pieces = [_columns(list(islice(left, ROWS_AT_ONCE)), shared)]
@@ -42,7 +46,13 @@ def frame_of(rows: Iterable[tuple[Any, ...]]) -> pd.DataFrame:
             joined[column.name] = pd.Series(milliseconds).dt.tz_localize("UTC")
         else:
             joined[column.name] = np.concatenate(arrays)
-    return pd.DataFrame(joined, copy=False)
+    frame = pd.DataFrame(joined, copy=False)
+    names = short_names(frame["model"].unique())
+    paths = {name: model for model, name in names.items() if name != model}
+    if paths:
+        frame["model"] = frame["model"].map(names).astype(pd.StringDtype("python"))
+        frame.attrs["model_paths"] = paths
+    return frame
 
 
 def _columns(rows: Sequence[tuple[Any, ...]], shared: dict[str, str]) -> list[Any]:

@@ -7,6 +7,7 @@ time (see `sqlite_file`).
 from __future__ import annotations
 
 import logging
+import re
 import sqlite3
 import time
 from dataclasses import astuple
@@ -31,6 +32,7 @@ PRUNE_EVERY_ROWS = 512
 PRUNED_AT_ONCE = 10_000
 """A limit, so that no request waits long for the pruning."""
 
+_LIKE_SIGNS = re.compile("[%_!]")
 _NAMES = ", ".join(column.name for column in COLUMNS)
 _INSERT = f"INSERT INTO requests ({_NAMES}) VALUES ({', '.join('?' * len(COLUMNS))})"  # noqa: S608 - constants
 
@@ -124,7 +126,7 @@ class LatencyLog:
         """The log as a frame, oldest row first; columns, dtypes and units are those of `COLUMNS`.
 
         Args:
-            model: only this model's rows.
+            model: only this model's rows: its name, or of a file also the path or the short name.
             since: only rows started at or after this: a datetime (naive ones are local), a `timedelta` before
                 now, or text such as `"1h"`, `"2 days"` or `"2026-03-01 12:00"`.
             until: only rows started before this.
@@ -179,13 +181,18 @@ class LatencyLog:
 
 def _query(wanted: RowFilter) -> tuple[str, list[Any]]:
     """The query for the wanted rows, oldest first, and the values of its parameters."""
-    conditions: dict[str, Any] = {f"{name} = ?": text for name, text in wanted.equal}
-    if wanted.since_s is not None:
-        conditions["started_at >= ?"] = wanted.since_s
-    if wanted.until_s is not None:
-        conditions["started_at < ?"] = wanted.until_s
+    conditions: list[str] = []
+    values: list[Any] = []
+    for name, text in wanted.equal:
+        # A model that was requested by the path of its file is also found by its short name.
+        conditions.append("(model = ? OR model LIKE ? ESCAPE '!')" if name == "model" else f"{name} = ?")
+        escaped = _LIKE_SIGNS.sub(r"!\g<0>", text)
+        values += [text, f"%/{escaped}.gguf"] if name == "model" else [text]
+    for condition, moment_s in (("started_at >= ?", wanted.since_s), ("started_at < ?", wanted.until_s)):
+        if moment_s is not None:
+            conditions.append(condition)
+            values.append(moment_s)
     rows = "requests" + (" WHERE " + " AND ".join(conditions) if conditions else "")
-    values = list(conditions.values())
     if wanted.last is not None:
         rows, values = f"(SELECT * FROM {rows} ORDER BY id DESC LIMIT ?)", [*values, wanted.last]  # noqa: S608
     return f"SELECT {_NAMES} FROM {rows} ORDER BY id", values  # noqa: S608 - names and conditions are ours

@@ -62,7 +62,7 @@ class LatencyRow:
     """
 
     started_at: float = _column("REAL NOT NULL", TIME, "UTC, ms", "when the router got the request")
-    model: str = _text("name in the request")
+    model: str = _text("name in the request; in a frame, of a path the short name")
     backend: str = _text(
         "`ollama-pool`, `llama.cpp-distributed` or `llama.cpp-local`; empty when none was reached"
     )

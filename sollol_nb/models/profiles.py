@@ -12,7 +12,6 @@ import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from sollol_nb.errors import ConfigError
@@ -22,6 +21,7 @@ from sollol_nb.runtime.amounts import is_number
 from sollol_nb.settings import config
 from sollol_nb.settings.models import SavedModel, checked_entry
 from sollol_nb.settings.table import DEFAULT_THRESHOLD_PARAMS
+from sollol_nb.text.short_names import short_name
 
 MODEL_PROFILES: dict[str, dict[str, Any]] = {
     # Small models: Ollama
@@ -96,11 +96,6 @@ class ModelProfile:
         memory = "" if self.memory_bytes is None else f", about {self.memory_bytes / 1e9:.3g} GB"
         sharded = "sharded" if self.requires_distributed else "not sharded"
         return f"{name}: {size}{memory} (from {self.source}); {sharded}: {self.reason}"
-
-
-def short_name(model: str) -> str:
-    """The name of a model for display: of the path of a file only the file's name."""
-    return Path(model).name if model.endswith(".gguf") else model
 
 
 def size_from_name(model: str) -> float | None:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from sollol_nb.errors import ConfigError, ModelFileError, ModelNotFoundError
 from sollol_nb.models.modelfile import NO_MODELFILE, Modelfile
-from sollol_nb.models.profiles import ModelProfile, short_name
+from sollol_nb.models.profiles import ModelProfile
 from sollol_nb.settings.models import is_file_name
 from sollol_nb.text.nearest import nearest
+from sollol_nb.text.short_names import short_name
 
 OLLAMA = "ollama-pool"
 DISTRIBUTED = "llama.cpp-distributed"
@@ -53,9 +54,14 @@ class Route:
     model_path: Path | None
     modelfile: Modelfile = NO_MODELFILE
 
+    @property
+    def name(self) -> str:
+        """The model's name for display."""
+        return short_name(self.model)
+
     def __str__(self) -> str:
         """`demo → local llama-server: listed in MODEL_PROFILES as not needing sharding`."""
-        return f"{short_name(self.model)} → {_DESCRIPTIONS[self.backend]}: {self.reason}"
+        return f"{self.name} → {_DESCRIPTIONS[self.backend]}: {self.reason}"
 
 
 def checked_backend(backend: str | None) -> str | None:

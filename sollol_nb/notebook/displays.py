@@ -7,6 +7,7 @@ content is set from here.
 
 from __future__ import annotations
 
+import html
 import io
 import sys
 from collections.abc import Callable
@@ -14,7 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.std import tqdm
 
-BAR_COLUMNS = 78
+from sollol_nb.text.palette import SKY_BLUE
+
+_BAR_HTML = (
+    '<div style="font-size:90%">{text}</div>'
+    '<div style="height:.5em;background:#8884;border-radius:3px">'
+    '<div style="height:100%;width:{percent}%;background:{color};border-radius:3px"></div></div>'
+)
 
 if TYPE_CHECKING:
     _Bar = tqdm[Any]
@@ -100,7 +107,8 @@ class _Hiding:
 
 
 class TextBar(_Bar):
-    """A progress bar as text: every frontend shows it, and a saved notebook keeps its last state.
+    """A progress bar as HTML as wide as its cell, and as text: every frontend shows one of them, and a saved
+    notebook keeps the last state.
 
     tqdm's own bar for notebooks is a widget, of which GitHub shows the first state only. A closed bar with
     `leave=False` becomes empty.
@@ -108,15 +116,29 @@ class TextBar(_Bar):
 
     def __init__(self, **settings: Any) -> None:
         self._update: Callable[[dict[str, Any]], None] | None = None
-        super().__init__(**settings, file=io.StringIO(), ncols=BAR_COLUMNS, ascii=False)
+        super().__init__(**settings, file=io.StringIO(), ascii=False)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         """Show the bar as it is now."""
-        bundle = {"text/plain": str(self) if msg is None else msg}
+        text = self._as_text() if msg is None else msg
+        bundle = {"text/plain": text, "text/html": self._as_html() if text else ""}
         if self._update is None:
             self._update = make_display(bundle)
         else:
             self._update(bundle)
+
+    def _as_text(self) -> str:
+        return self._formatted("{desc}: {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, ")
+
+    def _as_html(self) -> str:
+        text = self._formatted("{desc}: {percentage:.0f} % · {n_fmt} of {total_fmt} [{elapsed}<{remaining}, ")
+        percent = 100 * min(self.n / self.total, 1) if self.total else 0
+        return _BAR_HTML.format(text=html.escape(text), percent=f"{percent:.1f}", color=SKY_BLUE)
+
+    def _formatted(self, begin: str) -> str:
+        """The state as one line, whose length is not limited: a long description must not squeeze the bar."""
+        bar_format = begin + "{rate_fmt}{postfix}]" if self.total else None
+        return tqdm.format_meter(**{**self.format_dict, "ncols": None, "bar_format": bar_format})
 
     def close(self) -> None:
         """Show its last state, or nothing."""

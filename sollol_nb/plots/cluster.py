@@ -11,7 +11,8 @@ from sollol_nb.cluster.status import ClusterStatus, CoordinatorStatus, LayerSegm
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.plots.style import MAX_NAME_CHARS, axes_or_new, legend_below, rows_from_top, set_title, without_data
 from sollol_nb.text import palette
-from sollol_nb.text.tables import format_bytes, shortened
+from sollol_nb.text.short_names import fitted_name
+from sollol_nb.text.tables import format_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,7 +43,7 @@ def layer_map(status: ClusterStatus | CoordinatorStatus | Coordinator, ax: Axes 
     most_units = max(sum(segment.units for segment in coordinator.segments) for coordinator in sharded)
     for row, coordinator in enumerate(sharded):
         _draw_coordinator(ax, row, coordinator.segments, CHARS_ACROSS / most_units)
-    ax.set_yticks(range(len(sharded)), [shortened(coordinator.model, MAX_NAME_CHARS) for coordinator in sharded])
+    ax.set_yticks(range(len(sharded)), [fitted_name(coordinator.model, MAX_NAME_CHARS) for coordinator in sharded])
     rows_from_top(ax, len(sharded))
     ax.set_xlim(0, most_units)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))

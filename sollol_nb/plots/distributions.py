@@ -25,7 +25,8 @@ from sollol_nb.plots.style import (
 )
 from sollol_nb.runtime.priority import Priority
 from sollol_nb.text import palette
-from sollol_nb.text.tables import counted, shortened
+from sollol_nb.text.short_names import fitted_name
+from sollol_nb.text.tables import counted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -91,7 +92,7 @@ def tokens_per_s_by_layout(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     groups: list[tuple[str, Values]] = []
     for (model, layout, backend), speeds in measured.groupby(["model", "layout", "backend"])["tokens_per_s"]:
         name = str(layout or backend)
-        label = f"{shortened(str(model), MAX_NAME_CHARS)}, {name}" if has_several_models else name
+        label = f"{fitted_name(model, MAX_NAME_CHARS)}, {name}" if has_several_models else name
         groups.append((label, speeds.to_numpy(dtype=float)))
     most = sorted(groups, key=lambda group: -len(group[1]))[:MAX_GROUPS]
     most.sort(key=lambda group: -float(np.median(group[1])))

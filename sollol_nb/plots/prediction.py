@@ -20,7 +20,7 @@ from sollol_nb.plots.style import (
     without_data,
 )
 from sollol_nb.text import palette
-from sollol_nb.text.tables import shortened
+from sollol_nb.text.short_names import fitted_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -77,7 +77,7 @@ def predicted_vs_measured(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
             )
         )
     labels = [
-        f"{shortened(name, MAX_NAME_CHARS)}, n = {int(is_model.sum()):,}" for name, is_model in groups.items()
+        f"{fitted_name(name, MAX_NAME_CHARS)}, n = {int(is_model.sum()):,}" for name, is_model in groups.items()
     ]
     legend_below(ax, [*handles, diagonal], [*labels, "measured as predicted"])
     ax.set_xlabel("predicted (ms per token)")

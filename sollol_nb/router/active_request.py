@@ -84,7 +84,7 @@ class ActiveRequest:
         """
         record, status, error_text = self._record, "cancelled", ""
         record.start()
-        self._services.events.publish(EventKind.REQUEST_STARTED, record.model, f"asking {record.model}")
+        self._services.events.publish(EventKind.REQUEST_STARTED, record.name, f"asking {record.name}")
         try:
             saved = await asyncio.to_thread(config.saved_model, str(record.model))
             request = self._check().with_defaults(saved.options, saved.system)
@@ -121,8 +121,8 @@ class ActiveRequest:
                 self._services.counts[record.backend] += 1
                 self._services.events.publish(
                     EventKind.REQUEST_FINISHED,
-                    record.model,
-                    f"{record.model}: {status}",
+                    record.name,
+                    f"{record.name}: {status}",
                     status=status,
                     place=record.server_url,
                     tokens_per_s=record.tokens_per_s,
@@ -138,14 +138,16 @@ class ActiveRequest:
                 self._services.coordinators,
                 route,
                 self._record,
-                lambda coordinator: self._interrupted or coordinator.answer(request.messages, request.options),
+                lambda coordinator: (
+                    self._interrupted or coordinator.answer(request.messages, request.options, model=route.model)
+                ),
                 priority=request.priority,
                 timeout_s=request.timeout_s,
                 keep_alive=request.options.get("keep_alive"),
             )
         if self._interrupted is not None:
             raise ConfigError(
-                f"{route.model} is routed to Ollama now, which cannot continue this answer; ask again"
+                f"{route.name} is routed to Ollama now, which cannot continue this answer; ask again"
             )
         self._record.set_sent()
         return self._services.ollama.stream_chat(

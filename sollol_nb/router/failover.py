@@ -96,7 +96,7 @@ async def stream_answer(
         if not limit.expired():  # the start of a coordinator has its own limit
             raise
         raise RequestTimeoutError(
-            f"{route.model} did not finish within {timeout_s:g} s and was cancelled after {len(record.text)} "
+            f"{route.name} did not finish within {timeout_s:g} s and was cancelled after {len(record.text)} "
             "characters; give a larger timeout or a smaller max_tokens"
         ) from error
 
@@ -132,7 +132,7 @@ async def _is_stopping(coordinator: Coordinator) -> bool:
 def _interrupted(route: Route, answer: Answer | None, reason: str) -> AnswerInterruptedError:
     tokens = answer.token_count if answer is not None else 0
     error = AnswerInterruptedError(
-        f"{route.model}: the answer was interrupted after {tokens} tokens; {reason}; the text so far is kept, and "
+        f"{route.name}: the answer was interrupted after {tokens} tokens; {reason}; the text so far is kept, and "
         "router.resume(error) continues it when workers are available again"
     )
     error.state = answer.state() if answer is not None else None

@@ -13,18 +13,22 @@ from sollol_nb.chat.completion import Completion
 from sollol_nb.latency.schema import LatencyRow
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.models.routing import Route
+from sollol_nb.text.short_names import short_name
 
 
 class RequestRecord:
     """What happened to one request, and when (by `time.perf_counter`).
 
     Attributes:
+        model: as the request names it.
+        name: the model's name for display.
         priority: of the request; None until it has been checked.
         router_overhead_ms: the router's part of the time before the request was sent to its backend.
     """
 
     def __init__(self, model: str, *, text: str = "") -> None:
         self.model = model
+        self.name = short_name(model)
         self.backend = ""
         self.reason = ""
         self.note = ""

@@ -18,8 +18,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from sollol_nb.errors import ConfigError
 
 SECTION = "models"
@@ -52,6 +50,8 @@ def remove_entry(path: Path, model: str, *, lock: Path) -> None:
 
 
 def _rewrite(path: Path, model: str, change: Any, lock: Path) -> None:
+    from filelock import FileLock, Timeout  # here, so that `%load_ext` is quick
+
     path = Path(os.path.realpath(path))  # a link to a file elsewhere stays a link
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

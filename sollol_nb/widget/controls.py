@@ -16,6 +16,7 @@ from sollol_nb.models.profiles import MODEL_PROFILES
 from sollol_nb.router.router import Router
 from sollol_nb.settings.endpoints import format_endpoint, parse_endpoint
 from sollol_nb.settings.kinds import keep_alive_seconds
+from sollol_nb.text.short_names import short_name
 from sollol_nb.widget.actions import ClusterActions
 
 _SMALL = {"width": "auto"}
@@ -161,7 +162,7 @@ class ModelControls:
     def _enable(self) -> None:
         busy, model = self._actions.is_unavailable, self.model.value.strip()
         loading = {*self._data.get("starting", {}), *self._running()}
-        self.load.disabled = busy("load") or not model or model in loading
+        self.load.disabled = busy("load") or not model or short_name(model) in loading
         self.stop.disabled = busy("stop") or self.running.value is None
         self.running.disabled = self.running.value is None
         self.keep.disabled = busy("keep_alive") or not _is_keep_alive(self.keep_alive.value)

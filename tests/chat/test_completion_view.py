@@ -159,4 +159,4 @@ def test_the_footer_names_the_server_that_was_lost(failover: dict[str, Any], tex
 
 
 def test_a_model_file_is_shown_without_its_folders() -> None:
-    assert Completion(model="/models/some.gguf").footer() == "some.gguf"
+    assert Completion(model="/models/some.gguf").footer() == "some"

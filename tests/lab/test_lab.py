@@ -67,7 +67,7 @@ def test_the_stop_button_keeps_the_text_and_the_next_cell_runs(page: LabPage, en
     page.press_stop()
     page.wait_done(cell)
     shown = page.output_text(cell)
-    assert f"RequestCancelledError: {endless.name}: stopped; the partial answer is kept" in shown.splitlines()
+    assert f"RequestCancelledError: {endless.stem}: stopped; the partial answer is kept" in shown.splitlines()
     assert " · stopped" in shown, "the footer says so too"
     assert page.ask("print(cut.finish_reason, len(cut.text) > 0, _ is cut)") == "cancelled True True"
     page.screenshot("stopped")

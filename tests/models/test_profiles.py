@@ -169,7 +169,7 @@ def test_a_profile_is_shown_in_one_line() -> None:
         "foo: size unknown, so it will not be sharded. "
         "Set its size in MODEL_PROFILES, or with %sollol_profile foo --parameters N"
     )
-    assert str(profile_of("/models/qwen3-8b.gguf")).startswith("qwen3-8b.gguf: 8B parameters, about 4.88 GB (")
+    assert str(profile_of("/models/qwen3-8b.gguf")).startswith("qwen3-8b: 8B parameters, about 4.88 GB (")
 
 
 def test_a_header_takes_precedence_over_the_name(facts: ModelFacts) -> None:

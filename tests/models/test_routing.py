@@ -170,7 +170,7 @@ def test_ollama_does_not_run_files() -> None:
 
 def test_the_route_of_a_file_shows_the_file_name_alone() -> None:
     route = decide_route(FILE, in_ollama=False, ollama_state="", model_path=PATH)
-    assert str(route) == "a.gguf \u2192 local llama-server: small"
+    assert str(route) == "a \u2192 local llama-server: small"
 
 
 @pytest.mark.parametrize(

@@ -250,7 +250,7 @@ def test_speed_is_grouped_by_layout_and_by_model_if_there_are_several(ax: Axes) 
 
     several = plots.tokens_per_s_by_layout(frame_with(model=["m", "long" * 9, "m"], **about))
     assert rows(several) == [
-        *("m, ollama-pool  (n = 1)", "longlonglonglonglonglon…, 5/4/4  (n = 1)", "m, 5/4/4  (n = 1)"),
+        *("m, ollama-pool  (n = 1)", "longlonglong…onglonglong, 5/4/4  (n = 1)", "m, 5/4/4  (n = 1)"),
     ]
 
 

@@ -61,7 +61,7 @@ def test_a_running_model_gets_another_layout(sharding: HybridRouter, endless: st
     again = sharding.route_request(endless, QUESTION, temperature=0, max_tokens=60)
     assert (again.text, again.routing["plan"]["strategy"]) == (whole.text, "as given")
     events = {event.kind: event.message for event in sharding.events.recent()}
-    assert f"new layout for {endless}: 4/1 over 2 workers: fits" in events["coordinator.planned"]
+    assert "new layout for endless: 4/1 over 2 workers: fits" in events["coordinator.planned"]
 
 
 def test_its_token_time_was_predicted_from_the_layouts_before_it(
@@ -90,7 +90,7 @@ def test_its_token_time_was_predicted_from_the_layouts_before_it(
     predicted = answer.routing["plan"]["predicted_token_ms"]
     assert predicted == pytest.approx(foreseen)
     assert sharding.latency.frame(model=endless, last=1)["predicted_ms_per_token"].tolist() == [predicted]
-    (status,) = [seen for seen in sharding.cluster().coordinators if seen.model == endless]
+    (status,) = [seen for seen in sharding.cluster().coordinators if seen.model == "endless"]
     assert " ms per token (predicted), " in status.token_time_description
     assert " ms per token (measured; " in status.token_time_description
 
@@ -116,9 +116,7 @@ def test_an_unknown_worker_or_model_is_named(sharding: HybridRouter, endless: st
     sharding.route_request(endless, QUESTION, max_tokens=2)
     with pytest.raises(ConfigError, match=r"10.9.9.9:50052 is not a known worker; known workers: 127"):
         sharding.what_if(endless, {"10.9.9.9:50052": 5})
-    with pytest.raises(
-        ConfigError, match=r"demo is not running sharded in this router; running sharded: .*endless.gguf"
-    ):
+    with pytest.raises(ConfigError, match=r"demo is not running sharded in this router; running sharded: endless"):
         sharding.apply_plan("demo", layout(sharding, 5, 0, 0))
 
 
@@ -172,7 +170,7 @@ def test_two_layouts_at_the_same_time_are_made_one_after_the_other(sharding: Hyb
 
     run(both())
     assert running_layout(sharding) == (1, 1, 3)
-    assert [coordinator.model for coordinator in sharding.coordinators].count(endless) == 1
+    assert [coordinator.model for coordinator in sharding.coordinators].count("endless") == 1
     assert sharding.route_request(endless, QUESTION, max_tokens=2)["eval_count"] == 2
 
 

@@ -11,6 +11,7 @@ from sollol_nb.chat.chunk import Chunk
 from sollol_nb.errors import AnswerDivergedError, ConfigError
 from sollol_nb.llama_cpp.answers.protocol import chat_chunk, sampling_settings
 from sollol_nb.llama_cpp.answers.tokens import Post
+from sollol_nb.text.short_names import short_name
 
 SEEDS = 2**31  # llama.cpp takes 2**32 - 1 as "draw one"
 CHARACTERS_PER_TOKEN = 3  # a guess on the safe side, until the engine says how long the prompt is
@@ -147,8 +148,8 @@ _KINDS: dict[str, type[Answer]] = {}
 def diverged_error(model: str) -> AnswerDivergedError:
     """Another engine should have repeated the text that was sent, and did not."""
     return AnswerDivergedError(
-        f"{model}: the coordinator was lost in mid-answer, and the new one begins the answer differently, so it "
-        "cannot be continued; ask again"
+        f"{short_name(model)}: the coordinator was lost in mid-answer, and the new one begins the answer "
+        "differently, so it cannot be continued; ask again"
     )
 
 

@@ -19,6 +19,7 @@ from sollol_nb.chat.chunk import Chunk, ChunkMessage
 from sollol_nb.chat.context_window import overflow_error
 from sollol_nb.chat.messages import SAMPLING_OPTIONS, answer_schema
 from sollol_nb.errors import ContextOverflowError, RequestRejectedError
+from sollol_nb.text.short_names import short_name
 
 _PROMPT_TOO_LONG = re.compile(r"\((\d+) tokens\) .*context size \((\d+)")
 # Requests that run at the same time share one pool of context; when it is full, all of them end.
@@ -117,11 +118,12 @@ def refusal(model: str, reason: str, context_tokens: int) -> RequestRejectedErro
         return overflow_error(model, int(too_long[1]), int(too_long[2]))
     if _POOL_USED_UP.search(reason):
         return ContextOverflowError(
-            f"{model}: requests that ran at the same time filled the {context_tokens:,} tokens of context that "
-            "they share, so all of them ended; ask again, or give the router a larger context_tokens= or slots=1",
+            f"{short_name(model)}: requests that ran at the same time filled the {context_tokens:,} tokens of "
+            "context that they share, so all of them ended; ask again, or give the router a larger "
+            "context_tokens= or slots=1",
             context_tokens=context_tokens,
         )
-    return RequestRejectedError(f"{model} refused the request: {reason}")
+    return RequestRejectedError(f"{short_name(model)} refused the request: {reason}")
 
 
 def chat_chunk(model: str, content: str, thinking: str = "", *, done: bool = False) -> Chunk:

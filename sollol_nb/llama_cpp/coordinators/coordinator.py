@@ -286,12 +286,17 @@ class Coordinator:
 
     # --- answers --------------------------------------------------------------------------------
 
-    def answer(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> Answer:
+    def answer(
+        self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any], *, model: str | None = None
+    ) -> Answer:
         """A new answer, to be streamed from this coordinator, and from another if this one is lost.
 
         With the option `overflow="drop_oldest"` the oldest turns that do not fit the context are dropped.
+
+        Args:
+            model: the name in the request, by which the answer can be continued.
         """
-        return self._streams.new_answer(messages, options)
+        return self._streams.new_answer(messages, options, model)
 
     def stream(self, answer: Answer) -> AsyncGenerator[Chunk, None]:
         """Stream the rest of an answer; yields Ollama-shaped chunks, the last with `done`.

@@ -59,8 +59,8 @@ class Start:
 
     @property
     def model(self) -> str:
-        """The name the model was requested by."""
-        return self.route.model
+        """The model's name for display."""
+        return self.route.name
 
     @property
     def model_path(self) -> Path:

@@ -125,8 +125,8 @@ class CoordinatorPool:
                 raise ModelDoesNotFitError(f"{foreseen.shortage}; move layers to a worker with more memory")
             await self._check_free(model, foreseen.plan.endpoints, coordinator)
             before = "/".join(map(str, coordinator.plan.unit_counts)) if coordinator.plan else ""
-            message = f"new layout for {model}: {foreseen.describe()}; before: {before}"
-            self._events.publish(EventKind.COORDINATOR_PLANNED, model, message)
+            message = f"new layout for {route.name}: {foreseen.describe()}; before: {before}"
+            self._events.publish(EventKind.COORDINATOR_PLANNED, route.name, message)
             await self._running.end(coordinator)
             return await self._start(route, frozenset(), layout)
 
@@ -172,7 +172,7 @@ class CoordinatorPool:
 
     def _sharded(self, model: str) -> Coordinator:
         sharded = [coordinator for coordinator in self.coordinators if coordinator.plan is not None]
-        found = [coordinator for coordinator in sharded if coordinator.model == model]
+        found = [coordinator for coordinator in sharded if coordinator.settings.is_named(model)]
         if not found:
             running = ", ".join(coordinator.model for coordinator in sharded) or "none"
             raise ConfigError(f"{model} is not running sharded in this router; running sharded: {running}")
@@ -185,7 +185,7 @@ class CoordinatorPool:
         coordinator = await self._starter.start(route, self.gate(route), lost, layout=layout)
         if self._closings != closings:
             await coordinator.stop_unless_shared()
-            raise CoordinatorStartError(f"the router was closed while {route.model} was starting; ask again")
+            raise CoordinatorStartError(f"the router was closed while {route.name} was starting; ask again")
         self._running.add(route, coordinator)
         return coordinator
 
@@ -200,8 +200,8 @@ class CoordinatorPool:
     def report_continued(self, route: Route, token_count: int, coordinator: Coordinator) -> None:
         """Publish that an answer continues on this coordinator, after so many tokens from one that was lost."""
         where = coordinator.settings.describe_workers()
-        message = f"resumed an answer from {route.model} at token {token_count} {where}"
-        self._events.publish(EventKind.ANSWER_CONTINUED, route.model, message)
+        message = f"resumed an answer from {route.name} at token {token_count} {where}"
+        self._events.publish(EventKind.ANSWER_CONTINUED, route.name, message)
 
     def gate(self, route: Route) -> Gate:
         """The gate before the coordinator of a route, which it keeps when it restarts."""
@@ -210,7 +210,9 @@ class CoordinatorPool:
     async def stop(self, model: str | None = None) -> list[str]:
         """Stop the coordinators of a model, or all. Returns the models that were stopped."""
         chosen = [
-            coordinator for coordinator in self._running.known if model is None or coordinator.model == model
+            coordinator
+            for coordinator in self._running.known
+            if model is None or coordinator.settings.is_named(model)
         ]
         for coordinator in chosen:
             await self._running.end(coordinator)

@@ -16,10 +16,12 @@ from sollol_nb.gguf.facts import ModelFacts, read_facts
 from sollol_nb.layers.plan import LayerPlan
 from sollol_nb.llama_cpp.coordinators.placement import split_over_devices
 from sollol_nb.llama_cpp.processes.machine import usable_cores
+from sollol_nb.models.files import find_model_file, names_file
 from sollol_nb.models.modelfile import NO_MODELFILE, Modelfile
 from sollol_nb.settings import config
 from sollol_nb.settings.endpoints import LOOPBACK
 from sollol_nb.settings.table import DEFAULT_SLOTS, MAX_DEFAULT_CONTEXT_TOKENS
+from sollol_nb.text.short_names import short_name
 from sollol_nb.text.tables import counted
 
 
@@ -42,7 +44,7 @@ class PoolSettings:
 
     def keep_alive(self, model: str) -> float | None:
         """Seconds that this model's coordinator lives without a request; None is forever."""
-        return self.keep_alive_of.get(model, self.keep_alive_s)
+        return self.keep_alive_of.get(model, self.keep_alive_of.get(short_name(model), self.keep_alive_s))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +52,7 @@ class CoordinatorSettings:
     """What one coordinator runs.
 
     Attributes:
-        model: the name it was requested by.
+        model: its name for display: the one it was first requested by, of a path the name of the file.
         model_path: the GGUF file.
         facts: the file's facts.
         plan: the layer plan; None runs everything on this machine.
@@ -68,6 +70,10 @@ class CoordinatorSettings:
     slots: int = DEFAULT_SLOTS
     device_free_bytes: Mapping[str, Sequence[int]] = field(default_factory=dict)
     modelfile: Modelfile = NO_MODELFILE
+
+    def is_named(self, model: str) -> bool:
+        """Whether a name that somebody writes means this: its name, or what stands for its file."""
+        return model == self.model or (names_file(model) and find_model_file(model) == self.model_path)
 
     def describe_workers(self) -> str:
         """Where it runs, such as `on 3 workers (5/4/4 layers)` or `on this machine`."""

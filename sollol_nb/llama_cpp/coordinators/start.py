@@ -115,11 +115,11 @@ class CoordinatorStarter:
             coordinator: Coordinator | None = None
             try:
                 coordinator = await self._adopt(start) or await self._launch(start)
-                async with self._progress_reported(route.model, coordinator):
+                async with self._progress_reported(route.name, coordinator):
                     await coordinator.until_ready(self.settings.coordinator_timeout_s)
             except BaseException as error:
                 message = str(error) or "the start was cancelled"
-                self._events.publish(EventKind.COORDINATOR_FAILED, route.model, message)
+                self._events.publish(EventKind.COORDINATOR_FAILED, route.name, message)
                 if failed is not None and isinstance(error, WorkersUnavailableError | ModelDoesNotFitError):
                     raise type(error)(f"{failed}; {error}") from failed  # without the workers lost before
                 failed = error
@@ -159,13 +159,13 @@ class CoordinatorStarter:
         if coordinator.is_adopted:
             await self._workers.adopt_local(coordinator.rpc_backends)
             kind = EventKind.COORDINATOR_ADOPTED
-            message = f"{route.model} is already running at {coordinator.base_url}"
+            message = f"{route.name} is already running at {coordinator.base_url}"
         else:
             kind, seconds = EventKind.COORDINATOR_READY, f"{coordinator.load_ms / 1000:.1f} s"
-            message = f"{route.model} is ready at {coordinator.base_url} after {seconds}"
-        self._events.publish(kind, route.model, message, load_ms=coordinator.load_ms)
+            message = f"{route.name} is ready at {coordinator.base_url} after {seconds}"
+        self._events.publish(kind, route.name, message, load_ms=coordinator.load_ms)
         for difference in coordinator.placement_differences:
-            self._events.publish(EventKind.COORDINATOR_PLACED_OTHERWISE, route.model, difference)
+            self._events.publish(EventKind.COORDINATOR_PLACED_OTHERWISE, route.name, difference)
 
     # --- adopting -------------------------------------------------------------------------------
 
@@ -253,7 +253,7 @@ class CoordinatorStarter:
             start.engine,
             settings,
             port=port,
-            keep_alive_s=self.settings.keep_alive(start.model),
+            keep_alive_s=self.settings.keep_alive(start.route.model),
             about=start.wanted,
             gate=start.gate,
             holds=self._workers.entries_of(settings.plan.endpoints) if settings.plan else (),

@@ -51,17 +51,20 @@ class AnswerStreams:
         self._client = client
         self._watch: asyncio.Task[None] | None = None
 
-    def new_answer(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> Answer:
+    def new_answer(
+        self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any], model: str | None = None
+    ) -> Answer:
         """As `Coordinator.answer`."""
+        model = self._model if model is None else model
         if options.get("overflow") == DROP_OLDEST and len(turn_starts(messages)) > 1:
             return FittingAnswer(
-                self._model,
+                model,
                 messages,
                 options,
                 chat_template=self.chat_template,
                 context_tokens=self.context_tokens,
             )
-        return answer_for(self._model, messages, options, chat_template=self.chat_template)
+        return answer_for(model, messages, options, chat_template=self.chat_template)
 
     async def stream(self, answer: Answer) -> AsyncGenerator[Chunk, None]:
         """As `Coordinator.stream`."""

@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 from sollol_nb.chat.chunk import Chunk
 from sollol_nb.chat.completion import Completion
-from sollol_nb.chat.completion_view import shown_name
 from sollol_nb.errors import RequestCancelledError, RequestTimeoutError
 from sollol_nb.notebook.answers.cell import follow_events, partial_completion, stopped_error
 from sollol_nb.notebook.answers.request import CellRequest
 from sollol_nb.notebook.answers.views import UPDATE_INTERVAL_S, LiveAnswer, NotebookView
 from sollol_nb.runtime.events import EventBus
 from sollol_nb.runtime.io_loop import io_loop
+from sollol_nb.text.short_names import short_name
 from sollol_nb.text.tables import counted
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ class BackgroundAnswer:
             left_s = _WAIT_S if deadline is None else min(deadline - time.monotonic(), _WAIT_S)
             if left_s <= 0:
                 raise RequestTimeoutError(
-                    f"{shown_name(self.model)} has not answered within {timeout:g} s; it continues"
+                    f"{short_name(self.model)} has not answered within {timeout:g} s; it continues"
                 )
             self._ended.wait(left_s)
         return self._future.result()
@@ -198,7 +198,7 @@ class BackgroundAnswer:
 
     def __repr__(self) -> str:
         length = counted(len(self.text), "character")
-        return f"<BackgroundAnswer of {shown_name(self.model)}: {self.state}, {length}>"
+        return f"<BackgroundAnswer of {short_name(self.model)}: {self.state}, {length}>"
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(repr(self))
@@ -212,7 +212,7 @@ class BackgroundAnswer:
                 self._show_end(view)
                 return
             if not self._answer.has_begun and not self._answer.status:
-                self._answer.status = f"asking {shown_name(self.model)}"
+                self._answer.status = f"asking {short_name(self.model)}"
             view.show(self._answer)
             self._views.append(view)
             _to_show.add(self)

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 from sollol_nb.chat.chunk import ROUTING, Chunk
 from sollol_nb.chat.completion import Completion
-from sollol_nb.chat.completion_view import shown_name
 from sollol_nb.errors import AnswerInterruptedError, RequestCancelledError, SollolError
 from sollol_nb.notebook.answers.request import CellRequest
 from sollol_nb.notebook.answers.views import UPDATE_INTERVAL_S, LiveAnswer, View
 from sollol_nb.runtime.events import Event, EventBus, EventKind
 from sollol_nb.runtime.io_loop import iterate_blocking
+from sollol_nb.text.short_names import short_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -77,7 +77,7 @@ def stream_into_cell(
 def stopped_error(model: str, partial: Completion | None) -> RequestCancelledError:
     """The error of an answer that its user has stopped, with this much of it."""
     what = " before any text arrived" if partial is None else "; the partial answer is kept"
-    return RequestCancelledError(f"{shown_name(model)}: stopped{what}")
+    return RequestCancelledError(f"{short_name(model)}: stopped{what}")
 
 
 def partial_completion(request: CellRequest, answer: LiveAnswer, error: BaseException) -> Completion | None:
@@ -102,7 +102,7 @@ def follow_events(events: EventBus, model: str, answer: LiveAnswer) -> Iterator[
 
     def note(event: Event) -> None:
         nonlocal lost
-        source, is_about_model = event.kind.source, event.subject == model
+        source, is_about_model = event.kind.source, event.subject == short_name(model)
         if event.kind is EventKind.COORDINATOR_LOST and is_about_model:
             answer.status = lost = event.message
         elif event.kind is EventKind.WORKER_LOST and lost:

@@ -160,7 +160,7 @@ function coordinatorCard(coordinator) {
   const card = element(
     "section",
     { class: "sollol-card" },
-    element("div", {}, element("b", {}, coordinator.model), ` ${facts.filter(Boolean).join(" · ")}`),
+    element("div", {}, element("b", { title: coordinator.path || "" }, coordinator.model), ` ${facts.filter(Boolean).join(" · ")}`),
   );
   if (Object.keys(coordinator.segments || {}).length) card.append(layerMap(coordinator), layerTable(coordinator));
   const local = inOrder(coordinator.local).map(([, part]) => part.description);

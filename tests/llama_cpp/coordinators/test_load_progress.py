@@ -22,6 +22,7 @@ from sollol_nb.llama_cpp.processes.machine import delivered_bytes
 from sollol_nb.llama_cpp.workers.workers import Workers
 from sollol_nb.runtime.events import Event, EventBus
 from sollol_nb.settings.endpoints import parse_endpoint
+from sollol_nb.text.short_names import short_name
 from sollol_nb.text.tables import format_bytes
 from tests.support.engines import QUESTION, eventually_async, run
 from tests.support.gguf_files import write_llama
@@ -298,7 +299,7 @@ def test_progress_grows_with_what_the_workers_receive_and_stops_with_the_wire(en
     for events in (loading, adopting):
         shares = [event.data["share"] for event in events]
         assert shares == sorted(shares), "it only grows"
-        assert {event.subject for event in events} == {heavy}
+        assert {event.subject for event in events} == {short_name(heavy)}
     total_bytes = loading[0].data["total_bytes"]
     for passed_bytes, event in halts:
         near, far = event.data["per_worker"]

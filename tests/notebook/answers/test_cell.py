@@ -38,4 +38,4 @@ def test_the_loss_of_a_worker_is_shown_until_the_answer_continues() -> None:
 
 def test_a_stopped_answer_says_whether_some_of_it_is_kept() -> None:
     assert str(stopped_error("demo", Completion())) == "demo: stopped; the partial answer is kept"
-    assert str(stopped_error("/m/a.gguf", None)) == "a.gguf: stopped before any text arrived"
+    assert str(stopped_error("/m/a.gguf", None)) == "a: stopped before any text arrived"

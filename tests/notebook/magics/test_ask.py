@@ -248,7 +248,7 @@ def test_a_stopped_endless_answer_keeps_its_text(notebook: Kernel, tmp_path: Pat
     shown = notebook.collect(message_id, until_shown=" ")
     notebook.manager.interrupt_kernel()
     shown = notebook.collect(message_id)
-    assert shown.error == [f"RequestCancelledError: {endless.name}: stopped; the partial answer is kept"]
+    assert shown.error == [f"RequestCancelledError: {endless.stem}: stopped; the partial answer is kept"]
     assert notebook.value("cut.finish_reason, len(cut.text) > 0, _ is cut") == "('cancelled', True, True)"
     assert "stopped" in shown.markdown
     notebook.run("from sollol_nb.runtime.io_loop import run_blocking\nfrom sollol_nb.notebook import router")
@@ -323,10 +323,10 @@ def test_an_answer_can_run_in_the_background(notebook: Kernel, tmp_path: Path) -
     assert notebook.run("import time\nwhile not handle.text: time.sleep(0.01)").error == []
     assert notebook.value("handle.done, handle.state") == "(False, 'writing')"
     shown = notebook.run("handle.result(0.2)")
-    assert shown.error == [f"RequestTimeoutError: {endless.name} has not answered within 0.2 s; it continues"]
+    assert shown.error == [f"RequestTimeoutError: {endless.stem} has not answered within 0.2 s; it continues"]
     assert notebook.value("handle.cancel()") == "True"
     assert notebook.run("handle.result(30)").error == [
-        f"RequestCancelledError: {endless.name}: stopped; the partial answer is kept"
+        f"RequestCancelledError: {endless.stem}: stopped; the partial answer is kept"
     ]
     assert notebook.value("handle.completion.finish_reason, handle.cancel(), handle.state") == (
         "('cancelled', False, 'cancelled')"

@@ -1,0 +1,49 @@
+"""The names of models as people read them: of a file without folders and suffix, since a path hides the rest."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import PurePath, PureWindowsPath
+
+_SUFFIX = re.compile(r"(-\d{5}-of-\d{5})?\.gguf$", re.IGNORECASE)
+_BLOB = re.compile(r".*[/\\]sha256[-:](?P<digits>[0-9a-f]{12})[0-9a-f]{52}", re.IGNORECASE | re.DOTALL)
+
+
+def short_name(model: object) -> str:
+    """A model's name for display: of a file its name without folders, `.gguf` and the number of a part; of one of
+    Ollama's blobs the first digits of its digest; any other name as it is."""
+    text = str(model)
+    blob = _BLOB.fullmatch(text)
+    if blob is not None:
+        return f"sha256-{blob['digits']}"
+    return (_SUFFIX.sub("", _parts(text)[-1]) or text) if _SUFFIX.search(text) else text
+
+
+def short_names(models: Iterable[str]) -> dict[str, str]:
+    """The name of each of these models for display. Files with the same name get as many of their folders as tell
+    them apart, such as `a/model` and `b/model`."""
+    same: defaultdict[str, list[str]] = defaultdict(list)
+    for model in dict.fromkeys(models):
+        same[short_name(model)].append(model)
+    names: dict[str, str] = {}
+    for name, group in same.items():
+        depth = 1
+        found = dict.fromkeys(group, name)
+        while len(set(found.values())) < len(group) and depth < max(len(_parts(model)) for model in group):
+            depth += 1
+            found = {model: "/".join([*_parts(model)[-depth:-1], name]).lstrip("/") for model in group}
+        names |= found if len(set(found.values())) == len(group) else {model: model for model in group}
+    return names
+
+
+def fitted_name(model: object, limit_chars: int) -> str:
+    """A model's name for display, at most so long: `…` replaces its middle, since both ends tell models apart."""
+    name = short_name(model)
+    end = (limit_chars - 1) // 2
+    return name if len(name) <= limit_chars else f"{name[: limit_chars - 1 - end]}…{name[-end:]}"
+
+
+def _parts(path: str) -> tuple[str, ...]:
+    return (PureWindowsPath(path) if "\\" in path else PurePath(path)).parts or (path,)
