@@ -29,7 +29,7 @@
     x OllamaResponseError
   + RequestError                   one chat request
     x RequestTimeoutError          (also a TimeoutError)
-    + RequestRejectedError
+    + RequestRejectedError         (.partial)
       x ContextOverflowError       (.prompt_tokens, .context_tokens)
     x RequestCancelledError
     x ChatBusyError
@@ -208,7 +208,13 @@ class RequestTimeoutError(RequestError, TimeoutError):
 
 
 class RequestRejectedError(RequestError):
-    """The engine refused the request (an HTTP 4xx); the message is the engine's own."""
+    """The engine refused the request (an HTTP 4xx) or failed on it; the message is the engine's own.
+
+    Attributes:
+        partial: the completion so far; None if no text had been received.
+    """
+
+    partial: Any = None
 
 
 class ContextOverflowError(RequestRejectedError):

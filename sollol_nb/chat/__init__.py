@@ -1,7 +1,9 @@
 """What both backends speak: a chat request, its streamed answer, and conversations.
 
-- `messages.py`: messages and options of a request, checked.
-- `options.py`: the options of a request, as types.
+- `plain_data.py`: values that can be sent as JSON.
+- `messages.py`: the messages of a request, checked.
+- `option_checks.py`: the options of a request, checked.
+- `options.py`: the same options as types, for editors.
 - `request.py`: one chat request, checked.
 - `context_window.py`: which messages fit the context.
 - `chunk.py`: a chunk of a streamed answer, and the marks that this package adds.

@@ -13,6 +13,8 @@ DROPPED: Final = "_dropped"
 """Which messages were left out to fit the context, as one line. On the first chunk and the last."""
 RESTARTED: Final = "_restarted"
 """True where the answer begins again on another server: the text received before it is void."""
+NOTE: Final = "_note"
+"""What to know about the text, as one line, such as that it could not be parsed. On the last chunk."""
 CONTEXT_FULL: Final = "_context_full"
 """Size in tokens of the context that was full before the answer ended. On the last chunk."""
 
@@ -106,3 +108,4 @@ class Chunk(TypedDict, total=False):
     _dropped: str
     _restarted: bool
     _context_full: int
+    _note: str

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, TypeAlias
 
-from sollol_nb.chat.chunk import CONTEXT_FULL, DROPPED, ROUTING
+from sollol_nb.chat.chunk import CONTEXT_FULL, DROPPED, NOTE, ROUTING
 from sollol_nb.text.safe_markdown import code_in, fenced, open_fence, printable, safe_markdown
 from sollol_nb.text.short_names import short_name
 from sollol_nb.text.tables import counted, format_bytes, format_ms
@@ -161,6 +161,7 @@ def footer(answer: Answer) -> str:
         _describe_failover(failover) for failover in routing.get("failovers") or () if failover.get("continued")
     ]
     parts += [str(routing.get("dropped") or answer.get(DROPPED) or ""), str(routing.get("note") or "")]
+    parts.append(str(answer.get(NOTE) or ""))
     return " · ".join(part for part in parts if part)
 
 

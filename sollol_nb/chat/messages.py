@@ -1,80 +1,61 @@
-"""Messages and options of a chat request, in Ollama's shape, checked before anything is sent. Pure.
+"""The messages of a chat request, checked before anything is loaded or sent, in one form for both backends. Pure.
 
-Source of the shape: Ollama's `docs/api.md`.
+That form is Ollama's (its `docs/api.md`). Messages in OpenAI's form are accepted and converted: content parts that
+are all text become one text, the arguments of tool calls become a dict, and the role `developer` is `system`.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sollol_nb.chat.context_window import check_overflow
+from sollol_nb.chat.plain_data import plain_data
 from sollol_nb.errors import ConfigError
-from sollol_nb.text.nearest import nearest
-
-_NUMBER = (int, float)
-_TEXT_OR_LIST = (str, list, tuple)
-
-SAMPLING_OPTIONS: dict[str, tuple[type, ...]] = {
-    "max_tokens": (int,),
-    "num_predict": (int,),
-    "temperature": _NUMBER,
-    "top_p": _NUMBER,
-    "top_k": (int,),
-    "min_p": _NUMBER,
-    "typical_p": _NUMBER,
-    "seed": (int,),
-    "stop": _TEXT_OR_LIST,
-    "repeat_penalty": _NUMBER,
-    "repeat_last_n": (int,),
-    "presence_penalty": _NUMBER,
-    "frequency_penalty": _NUMBER,
-}
-"""Sampling options, with the types of their values."""
-
-CHAT_OPTIONS: dict[str, tuple[type, ...]] = {
-    "options": (dict,),
-    "format": (str, dict),
-    "tools": (list, tuple),
-    "keep_alive": (str, int, float),
-    "think": (bool, str),
-    "overflow": (str,),
-}
-"""All other options, with the types of their values."""
 
 ROLES = ("system", "user", "assistant", "tool")
+_OPENAI_ROLES = {"developer": "system"}
+_PART_TYPES = ("text", "image_url", "input_audio")
 
 
 def check_messages(messages: Sequence[Mapping[str, Any]] | str) -> list[dict[str, Any]]:
-    """The messages as a list of dicts; a plain string is one user message.
+    """The messages as a list of dicts of plain data; a plain string is one user message.
 
     Raises:
-        ConfigError: not a list of messages, or a message without a known role or content.
+        ConfigError: not a list of messages, or a message without a known role or content, or with something that
+            cannot be sent.
     """
     given: Sequence[Any] = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
     if not isinstance(given, Sequence) or not given:
         raise ConfigError('messages must be a list such as [{"role": "user", "content": "Hello!"}]')
-    for position, message in enumerate(given):
-        if not isinstance(message, Mapping) or "role" not in message:
-            raise ConfigError(
-                f'messages[{position}] must be a dict with "role" and "content", not {type(message).__name__}'
-            )
-        if message["role"] not in ROLES:
-            raise ConfigError(
-                f"messages[{position}] has role {message['role']!r}; known roles: {', '.join(ROLES)}"
-            )
-        if not isinstance(message.get("content"), str | list) and not message.get("tool_calls"):
-            raise ConfigError(f'messages[{position}] needs "content" as text')
-        images = message.get("images") or []
-        if not isinstance(images, list | tuple) or not all(isinstance(image, str) for image in images):
-            raise ConfigError(f'messages[{position}] has "images" that are not a list of base64 texts')
-        calls = message.get("tool_calls") or []
-        if not isinstance(calls, list | tuple) or not all(map(_is_tool_call, calls)):
-            raise ConfigError(
-                f"messages[{position}] has tool_calls that are not a list such as "
-                '[{"function": {"name": "f", "arguments": {}}}]'
-            )
-    return [dict(message) for message in given]
+    return [_checked(message, f"messages[{position}]") for position, message in enumerate(given)]
+
+
+def _checked(given: Any, where: str) -> dict[str, Any]:
+    if not isinstance(given, Mapping) or "role" not in given:
+        raise ConfigError(f'{where} must be a dict with "role" and "content", not {type(given).__name__}')
+    role = given["role"]
+    if isinstance(role, str):
+        role = _OPENAI_ROLES.get(role, role)
+    if role not in ROLES:
+        raise ConfigError(f"{where} has role {role!r}; known roles: {', '.join(ROLES)}")
+    if not isinstance(given.get("content"), str | list | tuple) and not given.get("tool_calls"):
+        raise ConfigError(f'{where} needs "content" as text')
+    images = given.get("images") or []
+    if not isinstance(images, list | tuple) or not all(isinstance(image, str) for image in images):
+        raise ConfigError(f'{where} has "images" that are not a list of base64 texts')
+    calls = given.get("tool_calls") or []
+    if not isinstance(calls, list | tuple) or not all(map(_is_tool_call, calls)):
+        raise ConfigError(
+            f"{where} has tool_calls that are not a list such as "
+            '[{"function": {"name": "f", "arguments": {}}}]'
+        )
+    message: dict[str, Any] = {**plain_data(given, where), "role": role}
+    if isinstance(message.get("content"), list):
+        message["content"] = _checked_parts(message["content"], where)
+    for position, call in enumerate(message.get("tool_calls") or []):
+        _read_arguments(call["function"], f"{where} tool_calls[{position}]")
+    return message
 
 
 def _is_tool_call(call: Any) -> bool:
@@ -82,42 +63,45 @@ def _is_tool_call(call: Any) -> bool:
     return isinstance(function, Mapping) and isinstance(function.get("name"), str)
 
 
-def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The request's options without those that are None.
-
-    Raises:
-        ConfigError: an unknown option (with the nearest known name) or one of the wrong type.
-    """
-    known = SAMPLING_OPTIONS | CHAT_OPTIONS
-    checked = {name: value for name, value in options.items() if value is not None}
-    for name, value in checked.items():
-        if name not in known:
-            near = nearest(name, known)
-            if name == "stream":
-                raise ConfigError(
-                    "unknown option 'stream': route_request returns whole answers; for chunks, iterate over "
-                    "router.stream(...)"
-                )
-            hint = f"did you mean {near}?" if near else f"known options: {', '.join(sorted(known))}"
-            raise ConfigError(f"unknown option {name!r}; {hint}")
-        types = known[name]
-        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            expected = " or ".join(accepted.__name__ for accepted in types)
-            raise ConfigError(f"option {name}={value!r} must be of type {expected}")
-    if "overflow" in checked:
-        check_overflow(checked["overflow"])
-    return checked
+def _checked_parts(parts: list[Any], where: str) -> str | list[dict[str, Any]]:
+    """The parts of a content; one text where all of them are text, joined as llama.cpp joins them."""
+    for position, part in enumerate(parts):
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind not in _PART_TYPES:
+            shown = type(part).__name__ if not isinstance(part, Mapping) else f"type {kind!r}"
+            raise ConfigError(
+                f'{where} has a content part of {shown}; a part is {{"type": "text", "text": "Hello!"}} or one of '
+                f"type {' or '.join(_PART_TYPES[1:])}"
+            )
+        if kind == "text" and not isinstance(part.get("text"), str):
+            raise ConfigError(f'{where} content[{position}] needs "text" as text')
+        if kind == "image_url":
+            part["image_url"] = _checked_image(part.get("image_url"), f"{where} content[{position}]")
+        if kind == "input_audio" and not isinstance(part.get("input_audio"), Mapping):
+            raise ConfigError(
+                f'{where} content[{position}] needs "input_audio" as a dict with "data" and "format"'
+            )
+    if all(part["type"] == "text" for part in parts):
+        return "\n".join(part["text"] for part in parts)
+    return parts
 
 
-def answer_schema(options: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The JSON schema that `format` requests; None without one.
+def _checked_image(image: Any, where: str) -> dict[str, Any]:
+    image = {"url": image} if isinstance(image, str) else image
+    url = image.get("url") if isinstance(image, Mapping) else None
+    if not isinstance(url, str) or not url.startswith(("data:", "http:", "https:")):
+        raise ConfigError(f'{where} needs "image_url" such as {{"url": "data:image/png;base64,..."}}')
+    return dict(image)
 
-    Raises:
-        ConfigError: `format` is neither "json" nor a schema.
-    """
-    requested = options.get("format")
-    if isinstance(requested, Mapping):
-        return dict(requested)
-    if requested and requested != "json":
-        raise ConfigError(f'format={requested!r} must be "json" or a JSON schema as a dict')
-    return {"type": "object"} if requested else None
+
+def _read_arguments(function: dict[str, Any], where: str) -> None:
+    """Replace OpenAI's JSON text of arguments by the dict that it spells."""
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments) if arguments.strip() else {}
+        except (ValueError, RecursionError):
+            arguments = None
+        function["arguments"] = plain_data(arguments, f"{where} arguments")
+    if not isinstance(arguments, Mapping):
+        raise ConfigError(f'{where} needs "arguments" as a dict, or as the JSON text of one')

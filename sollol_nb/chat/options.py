@@ -1,6 +1,6 @@
 """The options of a request by name, so that editors complete them and type checkers check them.
 
-`messages.check_options` checks the same names at run time.
+`option_checks.check_options` checks the same names at run time.
 """
 
 from __future__ import annotations

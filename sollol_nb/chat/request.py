@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-from sollol_nb.chat.messages import answer_schema, check_messages, check_options
+from sollol_nb.chat.messages import check_messages
+from sollol_nb.chat.option_checks import answer_schema, check_options
 from sollol_nb.errors import ConfigError, RequestRejectedError
 from sollol_nb.models.modelfile import Modelfile
 from sollol_nb.models.routing import checked_backend
@@ -17,6 +18,8 @@ from sollol_nb.settings.kinds import keep_alive_seconds
 
 _LENGTHS = {"max_tokens", "num_predict"}
 """Two names of one option."""
+LONGEST_TIMEOUT_S = 10.0**9
+"""Thirty years: event loops cannot wait for an infinite time or that of a very large whole number."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,8 +96,6 @@ class ChatRequest:
             messages.insert(0, {"role": "system", "content": modelfile.system})
         given = self.options.get("options") or {}
         defaults = dict(modelfile.options)
-        if "max_tokens" in given:  # another name of the same option
-            defaults.pop("num_predict", None)
         options = {**self.options, "options": {**defaults, **given}} if defaults else self.options
         return replace(self, messages=messages, options=options)
 
@@ -121,4 +122,4 @@ def checked_timeout_s(timeout_s: float) -> float:
     """The limit in seconds. Raises ConfigError if it is not a number above 0."""
     if not is_positive(timeout_s):
         raise ConfigError(f"timeout={timeout_s!r} must be more than 0 seconds")
-    return timeout_s
+    return min(timeout_s, LONGEST_TIMEOUT_S)

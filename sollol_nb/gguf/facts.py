@@ -52,6 +52,7 @@ class ModelFacts:
             blocks with a sliding window, for multi-head latent attention (newer llama.cpp keeps no V there)
             and for hybrid models; the state of recurrent blocks, which does not grow with the context, is
             not counted.
+        chat_template: in Jinja; "" without one.
     """
 
     path: Path
@@ -66,6 +67,7 @@ class ModelFacts:
     feed_forward_width: int
     vocabulary_size: int
     layer_kv_bytes_per_token: tuple[int, ...]
+    chat_template: str = ""
 
     def kv_bytes(self, context_tokens: int) -> tuple[int, ...]:
         """Bytes of the KV cache of each block for a context of `context_tokens` (all slots together)."""
@@ -163,6 +165,7 @@ def _summarise(parts: Sequence[GgufFile], keys: Keys, tensors: Sequence[TensorIn
         feed_forward_width=_feed_forward_width(keys, architecture, layer_count),
         vocabulary_size=token_embedding.shape[-1] if token_embedding is not None else 0,
         layer_kv_bytes_per_token=_kv_bytes_per_token(keys, architecture, layer_count),
+        chat_template=_text(keys, "tokenizer.chat_template") or "",
     )
 
 

@@ -14,14 +14,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sollol_nb.chat.option_checks import OLLAMA_OPTIONS, SAMPLING_OPTIONS
+
 # Runner and sampling options of Ollama (api/types.go: Options), with those of older versions.
-OPTION_NAMES = frozenset(
-    """
-    frequency_penalty low_vram main_gpu min_p mirostat mirostat_eta mirostat_tau num_batch num_ctx num_gpu
-    num_keep num_predict num_thread numa penalize_newline presence_penalty repeat_last_n repeat_penalty seed stop
-    temperature tfs_z top_k top_p typical_p use_mlock use_mmap
-    """.split()  # noqa: SIM905
-)
+OPTION_NAMES = frozenset(SAMPLING_OPTIONS | OLLAMA_OPTIONS) - {"max_tokens"}
 
 KEEPS_ALL = {"truncate": False, "shift": False}
 

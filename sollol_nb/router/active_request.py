@@ -11,16 +11,20 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from sollol_nb.chat.chunk import ROUTING, Chunk
+from sollol_nb.chat.option_checks import check_llama_cpp_options
 from sollol_nb.chat.request import ChatRequest
 from sollol_nb.errors import (
     AnswerInterruptedError,
     ConfigError,
     OllamaResponseError,
+    RequestRejectedError,
     WorkersUnavailableError,
 )
+from sollol_nb.gguf.facts import read_facts
 from sollol_nb.latency.log import LatencyLog
 from sollol_nb.latency.schema import LatencyRow
 from sollol_nb.llama_cpp.answers.base import Answer
+from sollol_nb.llama_cpp.answers.protocol import THINK_LEVEL_VARIABLE
 from sollol_nb.llama_cpp.coordinators.pool import CoordinatorPool
 from sollol_nb.models.routing import OLLAMA, Route
 from sollol_nb.ollama.pool import OllamaPool
@@ -92,6 +96,7 @@ class ActiveRequest:
             route = await self._services.routes.find(record.model, request.backend)
             record.set_route(route)
             while True:
+                await _check_options(request, route)
                 try:
                     async with aclosing(self._answer(request, route)) as answer:
                         async for chunk in answer:
@@ -105,6 +110,9 @@ class ActiveRequest:
                     route = await self._sharded_instead(request, route, error)
                 except AnswerInterruptedError as error:
                     error.backend, error.schema, error.partial = request.backend, request.schema, record.partial()
+                    raise
+                except RequestRejectedError as error:
+                    error.partial = record.partial() if record.text else None
                     raise
                 except WorkersUnavailableError as error:
                     if not record.failovers:
@@ -190,3 +198,22 @@ class ActiveRequest:
             await asyncio.to_thread(latency.record, row)
         except (OSError, sqlite3.Error) as error:  # an answer is worth more than its row
             logger.warning("the latency row was not written to %s: %s", latency.path, error)
+
+
+async def _check_options(request: ChatRequest, route: Route) -> None:
+    """Refuse options that the backend of the route would drop, before anything is loaded.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    if route.model_path is None:  # Ollama refuses what it does not know
+        return
+    check_llama_cpp_options(request.options)
+    if isinstance(think := request.options.get("think"), str):
+        template = route.modelfile.chat_template
+        template = template or (await asyncio.to_thread(read_facts, route.model_path)).chat_template
+        if THINK_LEVEL_VARIABLE not in template:
+            raise ConfigError(
+                f"{route.model} does not know think={think!r}: its chat template has no levels of thinking; give "
+                "think=True or think=False"
+            )

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sollol_nb.chat.messages import SAMPLING_OPTIONS, check_options
+from sollol_nb.chat.option_checks import SAMPLING_OPTIONS, check_llama_cpp_options, check_options
 from sollol_nb.errors import (
     ConfigError,
     ModelError,
@@ -245,4 +245,6 @@ def _checked_sampling_option(name: str, value: Any) -> Any:
     """The value of a sampling option. Raises ConfigError if it is none, or not one that llama.cpp applies."""
     if name not in SAMPLING_OPTIONS:
         raise ConfigError(f"{name} is not a sampling option of llama.cpp")
-    return check_options({name: value})[name]
+    checked = check_options({name: value})
+    check_llama_cpp_options(checked)
+    return checked[name]

@@ -1,18 +1,29 @@
-"""Messages and options of a request: what is accepted, and what is refused with which reason."""
+"""Messages of a request: what is accepted, in which form, and what is refused with which reason."""
 
 from __future__ import annotations
 
+import datetime
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 
-from sollol_nb.chat.messages import CHAT_OPTIONS, SAMPLING_OPTIONS, check_messages, check_options
-from sollol_nb.chat.options import ChatOptions
+from sollol_nb.chat.messages import check_messages
 from sollol_nb.errors import ConfigError
 
 HELLO = [{"role": "user", "content": "Hello!"}]
 CALL = {"function": {"name": "add", "arguments": {"a": 1}}}
-SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+TEXT_PART = {"type": "text", "text": "a"}
+DATA = "data:image/png;base64,aGk="
+
+
+DEEP: list[Any] = []
+for _ in range(500):
+    DEEP = [DEEP]
+
+
+def call(arguments: Any) -> dict[str, Any]:
+    return {"id": "c1", "type": "function", "function": {"name": "add", "arguments": arguments}}
 
 
 # --- messages ---------------------------------------------------------------------------------
@@ -30,7 +41,22 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
             [{"role": "system", "content": "Be brief."}, *HELLO],
         ),
         ([{"role": "assistant", "tool_calls": [CALL]}], [{"role": "assistant", "tool_calls": [CALL]}]),
-        ([{"role": "user", "content": [{"type": "text", "text": "a"}]}],) * 2,
+        (
+            [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}],
+            [{"role": "user", "content": "a\nb"}],
+        ),
+        ([{"role": "user", "content": [TEXT_PART, {"type": "image_url", "image_url": {"url": DATA}}]}],) * 2,
+        (
+            [{"role": "user", "content": (TEXT_PART, {"type": "image_url", "image_url": DATA})}],
+            [{"role": "user", "content": [TEXT_PART, {"type": "image_url", "image_url": {"url": DATA}}]}],
+        ),
+        ([{"role": "developer", "content": "Be brief."}], [{"role": "system", "content": "Be brief."}]),
+        (
+            [{"role": "assistant", "content": None, "tool_calls": [call('{"a": 1}')]}],
+            [{"role": "assistant", "content": None, "tool_calls": [call({"a": 1})]}],
+        ),
+        ([{"role": "assistant", "tool_calls": [call("")]}], [{"role": "assistant", "tool_calls": [call({})]}]),
+        ((MappingProxyType(HELLO[0]),), HELLO),
         ([{"role": "user", "content": "a", "images": ["aGk="]}],) * 2,
         ([{"role": "tool", "content": "2", "tool_name": "add"}],) * 2,
     ],
@@ -65,63 +91,28 @@ def test_checked_messages_are_copies() -> None:
         ([{"role": "assistant", "tool_calls": CALL}], "tool_calls that are not a list"),
         ([{"role": "assistant", "tool_calls": [{"name": "add"}]}], "tool_calls that are not a list"),
         ([{"role": "assistant", "tool_calls": ["add"]}], "tool_calls that are not a list"),
+        ([{"role": "assistant", "tool_calls": [call('{"a"')]}], r'tool_calls\[0\] needs "arguments" as a dict'),
+        ([{"role": "assistant", "tool_calls": [call("[1]")]}], '"arguments" as a dict, or as the JSON text'),
+        ([{"role": "assistant", "tool_calls": [call(5)]}], '"arguments" as a dict'),
+        ([{"role": "user", "content": ["hi"]}], r"messages\[0\] has a content part of str"),
+        ([{"role": "user", "content": [{"type": "video"}]}], "a content part of type 'video'"),
+        ([{"role": "user", "content": [{"text": "a"}]}], "a content part of type None"),
+        ([{"role": "user", "content": [{"type": "text", "text": 5}]}], r'content\[0\] needs "text" as text'),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], r'content\[0\] needs "image_url" such as'),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a.png"}}]}], "such as"),
+        ([{"role": "user", "content": [{"type": "input_audio", "input_audio": "aGk="}]}], "as a dict"),
+        ("a\udc80b", r"messages\[0\]\['content'\] contains '.udc80' at position 1, which is not a character"),
+        ([{**HELLO[0], "name": "\ud83d"}], r"messages\[0\]\['name'\] contains"),
+        ([{**HELLO[0], "\udcff": 1}], "not a character"),
+        ([{**HELLO[0], "at": datetime.date(2026, 1, 1)}], r"messages\[0\]\['at'\] is of type date, which JSON"),
+        ([{**HELLO[0], "score": float("nan")}], r"\['score'\] is nan, which JSON does not have"),
+        ([{**HELLO[0], "raw": b"a"}], "is of type bytes"),
+        ([{**HELLO[0], "data": {"a": [{1: 2}]}}], r"\['data'\]\['a'\]\[0\] has the key 1, but keys must be text"),
+        ([{**HELLO[0], "big": 2**70}], "more than 64 bits"),
+        ([{**HELLO[0], "deep": DEEP}], "nested more than 64 levels deep"),
     ],
 )
 def test_message_that_cannot_be_used_is_named(given: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         check_messages(given)
     assert "\n" not in str(caught.value)
-
-
-# --- options ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("given", "checked"),
-    [
-        ({}, {}),
-        ({"temperature": None, "seed": 3}, {"seed": 3}),
-        ({"temperature": 0}, {"temperature": 0}),
-        ({"stop": "\n"}, {"stop": "\n"}),
-        ({"stop": ["a", "b"]}, {"stop": ["a", "b"]}),
-        ({"format": "json"}, {"format": "json"}),
-        ({"format": SCHEMA}, {"format": SCHEMA}),
-        ({"think": True}, {"think": True}),
-        ({"keep_alive": -1}, {"keep_alive": -1}),
-        ({"options": {"num_ctx": 10}}, {"options": {"num_ctx": 10}}),
-        ({"overflow": "drop_oldest"}, {"overflow": "drop_oldest"}),
-    ],
-)
-def test_known_options_pass_and_none_is_left_out(given: dict[str, Any], checked: dict[str, Any]) -> None:
-    assert check_options(given) == checked
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"temprature": 1}, "unknown option 'temprature'; did you mean temperature"),
-        ({"max_token": 1}, "did you mean max_tokens"),
-        ({"zzz": 1}, "unknown option 'zzz'; known options: format, frequency_penalty, keep_alive"),
-        ({"stream": True}, r"iterate over router.stream\(...\)"),
-        ({"max_tokens": "5"}, "option max_tokens='5' must be of type int"),
-        ({"max_tokens": 5.0}, "option max_tokens=5.0 must be of type int"),
-        ({"max_tokens": True}, "option max_tokens=True must be of type int"),
-        ({"temperature": False}, "option temperature=False must be of type int or float"),
-        ({"temperature": "hot"}, "must be of type int or float"),
-        ({"stop": 5}, "option stop=5 must be of type str or list or tuple"),
-        ({"format": 1}, "must be of type str or dict"),
-        ({"tools": {"a": 1}}, "must be of type list or tuple"),
-        ({"options": [1]}, "must be of type dict"),
-        ({"keep_alive": True}, "must be of type str or int or float"),
-        ({"think": 1}, "must be of type bool or str"),
-        ({"overflow": 1}, "must be of type str"),
-        ({"overflow": "drop"}, "overflow='drop' must be error or drop_oldest"),
-    ],
-)
-def test_option_that_cannot_be_used_is_named(given: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        check_options(given)
-
-
-def test_the_options_that_are_checked_are_those_that_editors_know() -> None:
-    assert ChatOptions.__annotations__.keys() == (SAMPLING_OPTIONS | CHAT_OPTIONS).keys()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from sollol_nb.chat.messages import CHAT_OPTIONS, SAMPLING_OPTIONS
+from sollol_nb.chat.option_checks import CHAT_OPTIONS, SAMPLING_OPTIONS
 from sollol_nb.errors import ConfigError
 from sollol_nb.hybrid_router import HybridRouter
 from sollol_nb.settings import config, consent

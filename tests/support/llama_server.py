@@ -14,7 +14,8 @@ from typing import Any
 
 import httpx
 
-from sollol_nb.chat.messages import check_messages, check_options
+from sollol_nb.chat.messages import check_messages
+from sollol_nb.chat.option_checks import check_options
 from sollol_nb.llama_cpp.answers.base import Answer
 from sollol_nb.llama_cpp.answers.kinds import answer_for
 from sollol_nb.llama_cpp.answers.protocol import parse_event

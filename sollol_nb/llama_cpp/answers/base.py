@@ -7,13 +7,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
-from sollol_nb.chat.chunk import Chunk
+from sollol_nb.chat.chunk import NOTE, Chunk
 from sollol_nb.errors import AnswerDivergedError, ConfigError
 from sollol_nb.llama_cpp.answers.protocol import chat_chunk, sampling_settings
 from sollol_nb.llama_cpp.answers.tokens import Post
 from sollol_nb.text.short_names import short_name
 
 SEEDS = 2**31  # llama.cpp takes 2**32 - 1 as "draw one"
+NOT_ENCODED_NOTE = "the answer contains broken UTF-8, at which llama-server failed; this is all that it sent"
+NOT_PARSED_NOTE = "llama-server could not parse what the model wrote; this is its text with its markup"
 CHARACTERS_PER_TOKEN = 3  # a guess on the safe side, until the engine says how long the prompt is
 
 
@@ -27,7 +29,8 @@ class Answer(ABC):
                     break
         last = answer.final()
 
-    When the engine is lost anywhere in this loop, start the loop again with another engine and the same answer.
+    When the engine reports an error, `recover` says whether the loop may continue. When the engine is lost
+    anywhere in it, start the loop again with another engine and the same answer.
 
     Attributes:
         model: the name it was requested by.
@@ -51,6 +54,7 @@ class Answer(ABC):
         self.token_count = 0
         self.is_complete = False
         self.is_abandoned = False
+        self._note = ""
         self.waiting_prompt_tokens = sum(map(_characters, messages)) // CHARACTERS_PER_TOKEN + 1
         self._messages = [dict(message) for message in messages]
         self._options = dict(options)
@@ -75,6 +79,10 @@ class Answer(ABC):
         Raises:
             AnswerDivergedError: this engine writes a different answer, so this one cannot continue.
         """
+
+    def recover(self, reason: str) -> bool:
+        """Whether the answer can continue although the engine failed for this reason; `request` says how."""
+        return False
 
     @abstractmethod
     def final(self) -> Chunk:
@@ -132,6 +140,8 @@ class Answer(ABC):
         return chat_chunk(self.model, content, thinking) if content or thinking else None
 
     def _with_counts(self, chunk: Chunk, done_reason: str) -> Chunk:
+        if self._note:
+            chunk = {**chunk, NOTE: self._note}
         return {
             **chunk,
             "done_reason": done_reason,

@@ -5,23 +5,61 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sollol_nb.chat.chunk import Chunk
-from sollol_nb.llama_cpp.answers.base import Answer, SentText, diverged_error
-from sollol_nb.llama_cpp.answers.protocol import ChunkTranslator, progress_of, request_body
+from sollol_nb.chat.chunk import NOTE, RESTARTED, Chunk
+from sollol_nb.llama_cpp.answers.base import (
+    NOT_ENCODED_NOTE,
+    NOT_PARSED_NOTE,
+    Answer,
+    SentText,
+    diverged_error,
+)
+from sollol_nb.llama_cpp.answers.protocol import (
+    ChunkTranslator,
+    chat_chunk,
+    has_media,
+    is_encoding_failure,
+    is_parser_failure,
+    progress_of,
+    request_body,
+)
+from sollol_nb.llama_cpp.answers.raw import RawAnswer
 from sollol_nb.llama_cpp.answers.tokens import Post
 
 
 class ChatAnswer(Answer):
-    """An answer streamed from `/v1/chat/completions`."""
+    """An answer streamed from `/v1/chat/completions`.
+
+    Where the engine's parser fails on what the model wrote, the answer is generated again, with the same seed, as
+    a `RawAnswer`, which is not parsed: the text keeps its markup, and `_note` says so. Text that was sent before
+    is not sent again if it is the same; else the answer starts over (`_restarted`).
+
+    Args:
+        splits_thinking, markup: for that `RawAnswer`.
+    """
 
     kind = "chat"
 
-    def __init__(self, model: str, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        model: str,
+        messages: Sequence[Mapping[str, Any]],
+        options: Mapping[str, Any],
+        *,
+        splits_thinking: bool = False,
+        markup: Sequence[str] = (),
+    ) -> None:
         super().__init__(model, messages, options)
+        self._splits_thinking = splits_thinking
+        self._markup = tuple(markup)
         self._translator = ChunkTranslator(model)
         self._content, self._thoughts = SentText(), SentText()
+        self._unparsed: RawAnswer | None = None
 
     async def request(self, post: Post) -> tuple[str, dict[str, Any]] | None:
+        if self._unparsed is not None:
+            request = await self._unparsed.request(post)
+            self._copy_progress(self._unparsed)
+            return request
         self._begin_stream()
         if self.is_complete:
             return None
@@ -32,6 +70,10 @@ class ChatAnswer(Answer):
         return "/v1/chat/completions", body
 
     def translate(self, event: Mapping[str, Any]) -> Chunk | None:
+        if self._unparsed is not None:
+            chunk = self._unparsed.translate(event)
+            self._copy_progress(self._unparsed)
+            return self._as_new(chunk, self._unparsed) if chunk is not None else None
         self._count(event)
         chunk = self._translator.translate(event)
         message = chunk["message"] if chunk is not None else {}
@@ -45,19 +87,89 @@ class ChatAnswer(Answer):
             self.is_complete = True
         return shown
 
+    def recover(self, reason: str) -> bool:
+        if self._unparsed is not None:
+            recovered = self._unparsed.recover(reason)
+            self._copy_progress(self._unparsed)
+            return recovered
+        if is_encoding_failure(reason) and self._content.is_repeated and self._thoughts.is_repeated:
+            self.is_complete, self._note = True, NOT_ENCODED_NOTE
+            return True
+        if not is_parser_failure(reason) or any(map(has_media, self._messages)):
+            return False
+        self._begin_unparsed(
+            RawAnswer(
+                self.model,
+                self._messages,
+                {**self._options, "seed": self.seed},
+                splits_thinking=self._splits_thinking,
+                markup=self._markup,
+            )
+        )
+        return True
+
     def final(self) -> Chunk:
-        chunk = self._translator.final()
-        return self._with_counts(chunk, chunk["done_reason"])
+        if self._unparsed is None:
+            chunk = self._translator.final()
+            return self._with_counts(chunk, chunk["done_reason"])
+        last = self._unparsed.final()
+        self._copy_progress(self._unparsed)
+        new = self._as_new(last, self._unparsed)
+        if not (self._content.is_repeated and self._thoughts.is_repeated):
+            new = self._start_over(self._unparsed)
+        return {**last, **(new or chat_chunk(self.model, "")), "done": True, NOTE: NOT_PARSED_NOTE}
 
     def state(self) -> dict[str, Any]:
-        return {**self._common_state(), "text": self.text, "thinking": self.thinking}
+        return {
+            **self._common_state(),
+            "text": self.text,
+            "thinking": self.thinking,
+            "splits_thinking": self._splits_thinking,
+            "markup": list(self._markup),
+            "unparsed": None if self._unparsed is None else self._unparsed.state(),
+        }
 
     @classmethod
     def _restored(cls, state: Mapping[str, Any]) -> ChatAnswer:
-        answer = cls(state["model"], state["messages"], state["options"])
+        answer = cls(
+            state["model"],
+            state["messages"],
+            state["options"],
+            splits_thinking=bool(state["splits_thinking"]),
+            markup=state["markup"],
+        )
         answer._restore_common(state)
         answer.text, answer.thinking = str(state["text"]), str(state["thinking"])
+        if state["unparsed"] is not None:
+            answer._begin_unparsed(RawAnswer._restored(state["unparsed"]))
         return answer
+
+    def _begin_unparsed(self, unparsed: RawAnswer) -> None:
+        self._unparsed = unparsed
+        self._content, self._thoughts = SentText(self.text), SentText(self.thinking)
+        self._content.position = min(len(unparsed.text), len(self.text))
+        self._thoughts.position = min(len(unparsed.thinking), len(self.thinking))
+
+    def _as_new(self, chunk: Chunk, unparsed: RawAnswer) -> Chunk | None:
+        """A chunk of the unparsed answer without what was sent before; the whole answer if that was different."""
+        message = chunk["message"]
+        content, thinking = message.get("content", ""), message.get("thinking", "")
+        is_same = self._content.agrees_with(content) and self._thoughts.agrees_with(thinking)
+        if not is_same or (content and not self._thoughts.is_repeated):  # the thoughts came as text
+            return self._start_over(unparsed)
+        return self._append(self._content.add(content), self._thoughts.add(thinking))
+
+    def _start_over(self, unparsed: RawAnswer) -> Chunk:
+        self.text, self.thinking = "", ""
+        self._content, self._thoughts = SentText(unparsed.text), SentText(unparsed.thinking)
+        self._content.position, self._thoughts.position = len(unparsed.text), len(unparsed.thinking)
+        chunk: Chunk = self._append(unparsed.text, unparsed.thinking) or chat_chunk(self.model, "")
+        return {**chunk, RESTARTED: True}
+
+    def _copy_progress(self, answer: Answer) -> None:
+        self.token_count = answer.token_count
+        self.waiting_prompt_tokens = answer.waiting_prompt_tokens
+        self.is_complete, self.is_abandoned = answer.is_complete, answer.is_abandoned
 
     def _count(self, event: Mapping[str, Any]) -> None:
         self._timings = event.get("timings") or self._timings

@@ -73,6 +73,12 @@ class FittingAnswer(Answer):
             chunk = {**(chunk or chat_chunk(self.model, "")), DROPPED: self._dropped}
         return chunk
 
+    def recover(self, reason: str) -> bool:
+        recovered = self._inner is not None and self._inner.recover(reason)
+        if recovered:
+            self._copy_progress(self._started)
+        return recovered
+
     def final(self) -> Chunk:
         chunk = self._started.final()
         self._copy_progress(self._started)

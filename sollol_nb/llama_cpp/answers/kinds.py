@@ -8,7 +8,7 @@ from typing import Any
 
 from sollol_nb.llama_cpp.answers.base import Answer
 from sollol_nb.llama_cpp.answers.chat import ChatAnswer
-from sollol_nb.llama_cpp.answers.protocol import OPENING_TAG
+from sollol_nb.llama_cpp.answers.protocol import OPENING_TAG, has_media
 from sollol_nb.llama_cpp.answers.raw import RawAnswer
 
 # Other than <think>: markup of thoughts or answers that only llama-server's own parsers know.
@@ -18,6 +18,10 @@ _OTHER_MARKUP = re.compile(
     re.IGNORECASE,
 )
 
+# What may be one special token of the model: <|channel|>, <tool_call>, [TOOL_CALLS].
+_MARKUP = re.compile(r"<[^\s'\"<>]{1,40}>|\[/?[A-Z][A-Z_]{1,30}\]")
+_MAX_MARKUP = 200
+
 
 def answer_for(
     model: str, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any], *, chat_template: str
@@ -25,11 +29,17 @@ def answer_for(
     """A new answer of the kind that suits the question.
 
     Args:
-        messages, options: Ollama-shaped, as `chat.messages.check_messages` and `check_options` return them.
+        messages, options: Ollama-shaped, as `chat.messages` and `chat.option_checks` return them.
         chat_template: of the model, as `/props` gives it.
     """
     if needs_chat_parser(messages, options, chat_template):
-        return ChatAnswer(model, messages, options)
+        return ChatAnswer(
+            model,
+            messages,
+            options,
+            splits_thinking=OPENING_TAG in chat_template,
+            markup=sorted(set(_MARKUP.findall(chat_template)))[:_MAX_MARKUP],
+        )
     return RawAnswer(model, messages, options, splits_thinking=OPENING_TAG in chat_template)
 
 
@@ -39,14 +49,8 @@ def needs_chat_parser(
     """Whether only llama-server's chat endpoint can answer: tools, images, or markup other than `<think>`."""
     return bool(
         options.get("tools")
-        or any(map(_has_media, messages))
+        or any(map(has_media, messages))
         or _OTHER_MARKUP.search(chat_template)
         # The grammar must allow thoughts before the value.
         or (options.get("format") and OPENING_TAG in chat_template)
     )
-
-
-def _has_media(message: Mapping[str, Any]) -> bool:
-    content = message.get("content")
-    parts = content if isinstance(content, list) else ()
-    return bool(message.get("images")) or any(part.get("type") != "text" for part in parts)

@@ -17,11 +17,18 @@ from typing import Any
 
 from sollol_nb.chat.chunk import Chunk, ChunkMessage
 from sollol_nb.chat.context_window import overflow_error
-from sollol_nb.chat.messages import SAMPLING_OPTIONS, answer_schema
+from sollol_nb.chat.option_checks import SAMPLING_OPTIONS, answer_schema
 from sollol_nb.errors import ContextOverflowError, RequestRejectedError
 from sollol_nb.text.short_names import short_name
 
+THINK_LEVEL_VARIABLE = "reasoning_effort"
+"""The variable of chat templates that know levels of thinking."""
+_UNTIL_CONTEXT_IS_FULL = -2  # Ollama's num_predict
 _PROMPT_TOO_LONG = re.compile(r"\((\d+) tokens\) .*context size \((\d+)")
+_PARSER_FAILED = re.compile(r"does not match the expected .* format|empty grammar stack")
+# The engine's debug log, at which it must start, takes the whole answer as JSON, which broken UTF-8 cannot be. By
+# then all tokens have been sent; only the event with the reason of the end is missing.
+_NOT_ENCODED = re.compile(r"json\.exception\.type_error\.316")
 # Requests that run at the same time share one pool of context; when it is full, all of them end.
 _POOL_USED_UP = re.compile(r"context size has been exceeded", re.IGNORECASE)
 
@@ -42,8 +49,21 @@ def request_body(messages: Sequence[Mapping[str, Any]], options: Mapping[str, An
     if options.get("tools"):
         body["tools"] = list(options["tools"])
     if "think" in options:
-        body["chat_template_kwargs"] = {"enable_thinking": bool(options["think"])}
+        think = options["think"]
+        body["chat_template_kwargs"] = {"enable_thinking": think is not False}
+        if isinstance(think, str):
+            body["chat_template_kwargs"][THINK_LEVEL_VARIABLE] = think
+    if messages and messages[-1]["role"] == "assistant":
+        # The answer continues this message and does not repeat it, as with Ollama.
+        body |= {"continue_final_message": True, "add_generation_prompt": False}
     return body
+
+
+def prompt_request(request: Mapping[str, Any]) -> dict[str, Any]:
+    """The body for `/apply-template`: what shapes the prompt of a request for `/v1/chat/completions`."""
+    shaping = ("messages", "tools", "chat_template_kwargs", "response_format")
+    continuing = ("continue_final_message", "add_generation_prompt")
+    return {name: request[name] for name in shaping + continuing if name in request}
 
 
 def sampling_settings(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,6 +73,8 @@ def sampling_settings(options: Mapping[str, Any]) -> dict[str, Any]:
         for name in SAMPLING_OPTIONS:
             if given.get(name) is not None:
                 settings["max_tokens" if name == "num_predict" else name] = given[name]
+    if settings.get("max_tokens") == _UNTIL_CONTEXT_IS_FULL:
+        settings["max_tokens"] = -1  # the same here: the context is never shifted
     if isinstance(settings.get("stop"), str):
         settings["stop"] = [settings["stop"]]
     return settings
@@ -60,10 +82,14 @@ def sampling_settings(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _openai_message(message: Mapping[str, Any]) -> dict[str, Any]:
     ours = dict(message)
+    for theirs, name in (("thinking", "reasoning_content"), ("tool_name", "name")):
+        if theirs in ours:
+            ours.setdefault(name, ours.pop(theirs))
     images = ours.pop("images", None)
     if images:
+        content = ours.get("content") or ""
         ours["content"] = [
-            {"type": "text", "text": ours.get("content") or ""},
+            *(content if isinstance(content, list) else [{"type": "text", "text": content}]),
             *({"type": "image_url", "image_url": {"url": _data_url(image)}} for image in images),
         ]
     if ours.get("tool_calls"):  # Ollama's arguments are an object, OpenAI's a JSON text
@@ -79,6 +105,13 @@ def _openai_message(message: Mapping[str, Any]) -> dict[str, Any]:
             for position, call in enumerate(ours["tool_calls"])
         ]
     return ours
+
+
+def has_media(message: Mapping[str, Any]) -> bool:
+    """Whether a message has images or sound."""
+    content = message.get("content")
+    parts = content if isinstance(content, list) else ()
+    return bool(message.get("images")) or any(part.get("type") != "text" for part in parts)
 
 
 def _data_url(image: str) -> str:
@@ -124,6 +157,16 @@ def refusal(model: str, reason: str, context_tokens: int) -> RequestRejectedErro
             context_tokens=context_tokens,
         )
     return RequestRejectedError(f"{short_name(model)} refused the request: {reason}")
+
+
+def is_parser_failure(reason: str) -> bool:
+    """Whether the engine's own parser, or its grammar for tool calls, failed on the text that the model wrote."""
+    return bool(_PARSER_FAILED.search(reason))
+
+
+def is_encoding_failure(reason: str) -> bool:
+    """Whether the engine could not write its last event, since the model wrote broken UTF-8."""
+    return bool(_NOT_ENCODED.search(reason))
 
 
 def chat_chunk(model: str, content: str, thinking: str = "", *, done: bool = False) -> Chunk:

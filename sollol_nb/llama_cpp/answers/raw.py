@@ -7,14 +7,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from sollol_nb.chat.chunk import Chunk
-from sollol_nb.chat.messages import answer_schema
-from sollol_nb.llama_cpp.answers.base import CHARACTERS_PER_TOKEN, SEEDS, Answer, SentText, diverged_error
+from sollol_nb.chat.option_checks import answer_schema
+from sollol_nb.llama_cpp.answers.base import (
+    CHARACTERS_PER_TOKEN,
+    NOT_ENCODED_NOTE,
+    SEEDS,
+    Answer,
+    SentText,
+    diverged_error,
+)
 from sollol_nb.llama_cpp.answers.protocol import (
     CLOSING_TAG,
     OPENING_TAG,
     ThinkSplitter,
     chat_chunk,
+    is_encoding_failure,
     progress_of,
+    prompt_request,
     request_body,
     sampling_settings,
 )
@@ -37,6 +46,7 @@ class RawAnswer(Answer):
 
     Args:
         splits_thinking: the model's template writes thoughts between `<think>` and `</think>`.
+        markup: special tokens that are sent as text, too.
     """
 
     kind = "raw"
@@ -48,6 +58,7 @@ class RawAnswer(Answer):
         options: Mapping[str, Any],
         *,
         splits_thinking: bool = False,
+        markup: Sequence[str] = (),
     ) -> None:
         super().__init__(model, messages, options)
         settings = sampling_settings(options)
@@ -56,6 +67,7 @@ class RawAnswer(Answer):
         self._settings = settings
         self._schema = answer_schema(options)
         self._splits_thinking = splits_thinking
+        self._markup = tuple(markup)
         self._splitter: ThinkSplitter | None = None
         self._prompt: str | None = None
         self._done_reason = ""
@@ -75,8 +87,7 @@ class RawAnswer(Answer):
             return None
         if self._prompt is None:
             request = request_body(self._messages, self._options)
-            names = ("messages", "chat_template_kwargs", "response_format")
-            rendered = await post("/apply-template", {name: request[name] for name in names if name in request})
+            rendered = await post("/apply-template", prompt_request(request))
             self._begin(str(rendered["prompt"]))
         assert self._prompt is not None
         await self._recover_tokens(post)
@@ -129,6 +140,14 @@ class RawAnswer(Answer):
         self._pending = []
         return self._append(*self._split(self._sent.add(text)))
 
+    def recover(self, reason: str) -> bool:
+        if not is_encoding_failure(reason) or not self._sent.is_repeated:
+            return False
+        tokens = self._given + self._predicted
+        self._complete("length" if tokens == self._limit else "stop", tokens)
+        self._note = NOT_ENCODED_NOTE
+        return True
+
     def final(self) -> Chunk:
         thinking, content = self._splitter.flush() if self._splitter is not None else ("", "")
         self._append(content, thinking)
@@ -138,6 +157,7 @@ class RawAnswer(Answer):
         return {
             **self._common_state(),
             "splits_thinking": self._splits_thinking,
+            "markup": list(self._markup),
             "prompt": self._prompt,
             "done_reason": self._done_reason,
             "spells": self._tokenises,
@@ -148,7 +168,11 @@ class RawAnswer(Answer):
     @classmethod
     def _restored(cls, state: Mapping[str, Any]) -> RawAnswer:
         answer = cls(
-            state["model"], state["messages"], state["options"], splits_thinking=bool(state["splits_thinking"])
+            state["model"],
+            state["messages"],
+            state["options"],
+            splits_thinking=bool(state["splits_thinking"]),
+            markup=state["markup"],
         )
         answer._restore_common(state)
         answer._pieces = [_Piece(str(text), list(ids)) for text, ids in state["pieces"]]
@@ -164,7 +188,14 @@ class RawAnswer(Answer):
     def _begin(self, prompt: str) -> None:
         self._prompt = prompt
         if self._splits_thinking:
-            self._splitter = ThinkSplitter(inside=prompt.rstrip().endswith(OPENING_TAG))
+            begun = prompt.rstrip().endswith(OPENING_TAG) or self._is_thinking_begun()
+            self._splitter = ThinkSplitter(inside=begun)
+
+    def _is_thinking_begun(self) -> bool:
+        """Whether the messages end with the assistant's own unfinished thoughts, which the answer continues."""
+        last = self._messages[-1] if self._messages else {}
+        content = last.get("content") or "" if last.get("role") == "assistant" else ""
+        return isinstance(content, str) and content.rfind(OPENING_TAG) > content.rfind(CLOSING_TAG)
 
     def _body(self) -> dict[str, Any]:
         body: dict[str, Any] = {
@@ -179,8 +210,9 @@ class RawAnswer(Answer):
             body["n_predict"] = self._limit
         if self._schema is not None:
             body["json_schema"] = self._schema
-        if self._splits_thinking:
-            body["preserved_tokens"] = [OPENING_TAG, CLOSING_TAG]  # sent also where they are special tokens
+        preserved = [*([OPENING_TAG, CLOSING_TAG] if self._splits_thinking else ()), *self._markup]
+        if preserved:
+            body["preserved_tokens"] = preserved  # sent also where they are special tokens
         return body
 
     def _split(self, text: str) -> tuple[str, str]:

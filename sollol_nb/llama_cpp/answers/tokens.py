@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeAlias
 
+from sollol_nb.llama_cpp.answers.protocol import prompt_request
+
 Post: TypeAlias = Callable[[str, Mapping[str, Any]], Awaitable[Any]]
 """Posts a JSON body to a path of the engine and returns the decoded answer."""
 
 
 async def prompt_tokens(post: Post, request: Mapping[str, Any]) -> int:
     """Tokens of the prompt of a request for `/v1/chat/completions`. Those of images are not counted."""
-    shaping = ("messages", "tools", "chat_template_kwargs", "response_format")
-    rendered = await post("/apply-template", {name: request[name] for name in shaping if name in request})
+    rendered = await post("/apply-template", prompt_request(request))
     content = {"content": rendered["prompt"], "add_special": True, "parse_special": True}
     return len((await post("/tokenize", content))["tokens"])
 

@@ -27,6 +27,14 @@ from sollol_nb.llama_cpp.processes.process import EngineProcess
 from sollol_nb.runtime.http_client import JsonClient
 
 
+class _ReportedError(Exception):
+    """The engine reports an error within a stream."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
 class AnswerStreams:
     """The answers that one llama-server streams.
 
@@ -75,18 +83,23 @@ class AnswerStreams:
         try:
             while (request := await answer.request(self._client.post)) is not None:
                 stream.on_sent()
-                async with self._client.stream_lines(*request) as lines:
-                    async for line in lines:
-                        event = self._checked_event(line)
-                        if event is None:
-                            continue
-                        stream.on_event(event)
-                        chunk = answer.translate(event)
-                        if chunk is not None:
-                            with stream.reader_busy():
-                                yield chunk
-                        if answer.is_abandoned:
-                            break
+                try:
+                    async with self._client.stream_lines(*request) as lines:
+                        async for line in lines:
+                            event = _checked_event(line)
+                            if event is None:
+                                continue
+                            stream.on_event(event)
+                            chunk = answer.translate(event)
+                            if chunk is not None:
+                                with stream.reader_busy():
+                                    yield chunk
+                            if answer.is_abandoned:
+                                break
+                except (HttpStatusError, _ReportedError) as error:
+                    if not answer.recover(error.reason):
+                        raise self._refusal(error.reason) from error
+                    continue
                 if not answer.is_complete and not answer.is_abandoned:
                     raise ConnectionBrokenError(
                         f"{self._client.base_url}: the answer ended without its last event"
@@ -104,13 +117,6 @@ class AnswerStreams:
         """End the watch over silence."""
         if self._watch is not None:
             self._watch.cancel()
-
-    def _checked_event(self, line: str) -> dict[str, Any] | None:
-        """The event of a line, None if there is none; raises the error that it reports."""
-        event = parse_event(line)
-        if event is not None and "error" in event:
-            raise self._refusal(str(event["error"].get("message", event["error"])))
-        return event
 
     def _refusal(self, reason: str) -> RequestRejectedError:
         return refusal(self._model, reason, self.context_tokens)
@@ -142,3 +148,12 @@ class AnswerStreams:
         return CoordinatorLostError(
             f"the coordinator of {self._model} ended ({describe_exit(report.code)}){because}; log: {log_path}"
         )
+
+
+def _checked_event(line: str) -> dict[str, Any] | None:
+    """The event of a line, None if there is none; raises the error that it reports."""
+    event = parse_event(line)
+    if event is not None and "error" in event:
+        error = event["error"]
+        raise _ReportedError(str(error.get("message", error) if isinstance(error, dict) else error))
+    return event

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from sollol_nb.chat.messages import check_messages, check_options
+from sollol_nb.chat.messages import check_messages
+from sollol_nb.chat.option_checks import check_options
 from sollol_nb.errors import AnswerDivergedError
 from sollol_nb.llama_cpp.answers.base import Answer
 from sollol_nb.llama_cpp.answers.chat import ChatAnswer
@@ -26,6 +27,7 @@ from tests.support.llama_server import (
     cut_after,
     llama_server,
     new_answer,
+    through_json,
     uncut,
     whole,
 )
@@ -179,3 +181,59 @@ def test_tool_calls_come_with_the_last_chunk_and_only_once() -> None:
     assert final["done_reason"] == "tool_calls"
     assert answer.is_complete
     assert answer.text == "Let me see."
+
+
+PARSER_FAILED = "The model produced output that does not match the expected peg-native format"
+
+
+def said(content: str = "", thinking: str = "") -> dict[str, Any]:
+    return {"choices": [{"delta": {"content": content, "reasoning_content": thinking}}]}
+
+
+def raw(content: str, count: int) -> dict[str, Any]:
+    return {"content": content, "tokens": [count], "tokens_predicted": count}
+
+
+async def rendered(path: str, body: Mapping[str, Any]) -> Any:
+    return {"prompt": "a prompt", "tokens": [{"id": 1, "piece": "x"}], "content": ""}
+
+
+@pytest.mark.parametrize(
+    ("sent", "unparsed", "chunks", "starts_over"),
+    [
+        ([], ["Hel", "lo"], ["Hel", "lo"], False),
+        ([said("Hel")], ["H", "ello", " you"], ["lo", " you"], False),  # the same text: only the rest is new
+        ([said("", "Hm.")], ["<|think|>", "Hm.", "Hello"], ["<|think|>", "Hm.", "Hello"], True),
+        ([said("Hello there")], ["Hello"], ["Hello"], True),  # shorter than what was shown
+    ],
+)
+def test_answer_that_cannot_be_parsed_is_shown_once_as_its_text(
+    sent: list[dict[str, Any]], unparsed: list[str], chunks: list[str], starts_over: bool
+) -> None:
+    answer: Answer = ChatAnswer("demo", check_messages(SHORT), {}, markup=["<|think|>"])
+    asyncio.run(answer.request(rendered))
+    for event in sent:
+        answer.translate(event)
+    assert answer.recover(PARSER_FAILED)
+    answer = through_json(answer)
+    request = asyncio.run(answer.request(rendered))
+    assert request is not None
+    assert (request[0], request[1]["preserved_tokens"]) == ("/completion", ["<|think|>"])
+
+    shown = [answer.translate(raw(text, at + 1)) for at, text in enumerate(unparsed)]
+    answer.translate({"stop": True, "stop_type": "eos", "tokens_predicted": len(unparsed)})
+    shown.append(answer.final())
+
+    texts = [chunk["message"]["content"] for chunk in shown if chunk is not None]
+    assert [text for text in texts if text] == chunks
+    assert any(chunk.get("_restarted") for chunk in shown if chunk is not None) is starts_over
+    assert answer.text == "".join(unparsed)
+    assert "could not parse" in shown[-1]["_note"]
+    assert not answer.recover("another reason")
+
+
+def test_images_and_other_failures_are_not_asked_again() -> None:
+    image = [{"role": "user", "content": "What is this?", "images": ["aGk="]}]
+
+    assert not ChatAnswer("demo", image, {}).recover(PARSER_FAILED)
+    assert not ChatAnswer("demo", check_messages(SHORT), {}).recover("the context is full")

@@ -203,7 +203,7 @@ def test_answer_without_a_seed_draws_one() -> None:
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("options", [{"num_predict": -2}, {"format": {"type": "nonsense"}}])
+@pytest.mark.parametrize("options", [{"repeat_last_n": -1}, {"format": {"type": "nonsense"}}])
 def test_a_refusal_of_the_server_is_reported(run: Run, options: dict[str, Any]) -> None:
     async def test(server: Server) -> None:
         with pytest.raises(HttpStatusError) as error:

@@ -1,0 +1,152 @@
+"""Answers that llama-server itself fails on, or shows in different ways: what a model wrote is never lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sollol_nb.chat.completion import Completion
+from sollol_nb.errors import ConfigError, ContextOverflowError
+from sollol_nb.llama_cpp.engine.check import Engine
+from sollol_nb.sync_wrapper import HybridRouter
+from tests.support.engines import unused_ports
+from tests.support.scripted_model import CHATML, write_scripted
+
+CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+# Any mention of other reasoning markup sends a request through llama-server's own parser.
+PARSED = CHATML + "{# [THINK] #}"
+HARMONY = (
+    "{%- for m in messages -%}<|start|>{{ m['role'] }}<|message|>{{ m['content'] }}<|end|>{%- endfor -%}"
+    "{# <|channel|>analysis<|message|> #}<|start|>assistant"
+)
+HARMONY_TOKENS = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|call|>", "<|return|>")
+FUNCTIONARY = (
+    "{% for m in messages %}{{ m.role }}>>>{{ m.content }}{% endfor %}{# >>>all >>>${recipient} #}assistant>>>"
+)
+TOOL = {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}
+TOOLS = {"tools": [TOOL]}
+PREFILLED = [{"role": "user", "content": "What is sharding?"}, {"role": "assistant", "content": "Sharding is"}]
+
+
+def words(count: int) -> list[str]:
+    return [f" word{number}," for number in range(count)]
+
+
+@pytest.fixture(scope="module")
+def local(engine: Engine) -> Iterator[HybridRouter]:
+    """A router for models that end with their request."""
+    with HybridRouter(coordinator_port=unused_ports(1), keep_alive=0) as router:
+        yield router
+
+
+@pytest.mark.engine
+def test_text_that_llama_server_cannot_parse_is_kept_with_a_note(local: HybridRouter, tmp_path: Path) -> None:
+    script = ["<|channel|>", "final", *words(30)]
+    path = write_scripted(tmp_path / "harmony.gguf", script, template=HARMONY, specials=HARMONY_TOKENS)
+
+    chunks = list(local.stream(str(path), "hi", temperature=0))
+
+    answer = Completion.from_chunks(chunks)
+    assert answer.text == "".join(script)  # with its markup
+    assert (answer["done_reason"], answer["eval_count"]) == ("stop", len(script) + 1)
+    assert answer["_note"] in answer.footer()
+    assert "could not parse what the model wrote" in answer["_note"]
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("template", "script", "options"),
+    [
+        (HARMONY, ["<|channel|>", "analysis", "<|message|>", *words(3), "<|end|>", " junk,", " more,"], {}),
+        (HARMONY, ["<|channel|>", "commentary", " to=functions.now", "<|message|>", "{broken"], TOOLS),
+        # The grammar for tool calls fails instead of the parser.
+        (FUNCTIONARY, ["all\n", " some", ">>>now\n", "{broken"], TOOLS),
+        (FUNCTIONARY, [" some", " text,", ">>>now\n", "{broken"], {}),
+    ],
+    ids=["thoughts", "tool call", "grammar", "no markup"],
+)
+def test_what_was_written_before_and_after_the_failure_is_kept(
+    local: HybridRouter, tmp_path: Path, template: str, script: list[str], options: dict[str, Any]
+) -> None:
+    specials = HARMONY_TOKENS if template == HARMONY else ()
+    path = write_scripted(tmp_path / "m.gguf", script, template=template, specials=specials)
+
+    chunks = list(local.stream(str(path), "hi", temperature=0, max_tokens=40, **options))
+
+    answer = Completion.from_chunks(chunks)
+    assert answer.text == "".join(script)
+    assert "could not parse" in answer["_note"]
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("template", [CHATML, PARSED], ids=["raw", "parsed"])
+@pytest.mark.parametrize("broken", [[0xED, 0xA0, 0x80], [0xC0, 0x80], [0xFF]], ids=["surrogate", "overlong", "ff"])
+def test_broken_utf8_does_not_lose_the_answer(
+    local: HybridRouter, tmp_path: Path, template: str, broken: list[int]
+) -> None:
+    script = [" before,", *(bytes([byte]) for byte in broken), *words(5)]
+    path = write_scripted(tmp_path / "bytes.gguf", script, template=template, specials=CHATML_TOKENS)
+
+    answer = local.route_request(str(path), "hi", temperature=0)
+
+    assert answer.text.startswith(" before,\ufffd")
+    assert answer.text.endswith("".join(words(5)))
+    assert answer["done_reason"] == "stop"
+
+
+@pytest.mark.engine
+def test_broken_utf8_that_fills_max_tokens_is_reported_as_cut(local: HybridRouter, tmp_path: Path) -> None:
+    script = [b"\xc0", b"\x80", *words(9)]
+    path = write_scripted(tmp_path / "bytes.gguf", script, specials=CHATML_TOKENS)
+
+    answer = local.route_request(str(path), "hi", temperature=0, max_tokens=5)
+
+    assert (answer["done_reason"], answer["eval_count"]) == ("length", 5)
+    assert answer.text.endswith("".join(words(3)))
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("template", [CHATML, PARSED], ids=["raw", "parsed"])
+@pytest.mark.parametrize("options", [{}, TOOLS], ids=["", "tools"])
+def test_answer_that_continues_a_message_has_only_what_is_new(
+    local: HybridRouter, tmp_path: Path, template: str, options: dict[str, Any]
+) -> None:
+    path = write_scripted(tmp_path / "m.gguf", [" alpha,", " beta."], template=template, specials=CHATML_TOKENS)
+
+    answer = local.route_request(str(path), PREFILLED, temperature=0, **options)
+
+    assert answer.text == " alpha, beta."
+
+
+@pytest.mark.engine
+def test_text_before_a_refusal_in_mid_answer_is_kept(engine: Engine, tmp_path: Path) -> None:
+    """Two answers fill the context that they share, so llama-server ends both."""
+    path = write_scripted(tmp_path / "m.gguf", words(2000), specials=CHATML_TOKENS)
+    with HybridRouter(coordinator_port=unused_ports(1), keep_alive=0, context_tokens=512, slots=2) as router:
+        other = router.stream(str(path), "hi", temperature=0)
+        next(other)
+        with pytest.raises(ContextOverflowError) as caught:
+            router.route_request(str(path), "hi", temperature=0)
+        assert caught.value.partial.text.startswith(" word0, word1,")
+        with pytest.raises(ContextOverflowError):
+            list(other)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"options": {"num_ctx": 64}}, "does not take num_ctx"),
+        ({"options": {"mirostat": 2}}, "does not take the option mirostat"),
+        ({"think": "low"}, "demo does not know think='low': its chat template has no levels of thinking"),
+        ({"stop": ""}, "none of them empty"),
+        ({"max_tokens": 3, "num_predict": 4}, "not both"),
+    ],
+)
+def test_option_that_would_be_dropped_is_refused_before_anything_loads(
+    options: dict[str, Any], message: str
+) -> None:
+    with HybridRouter(llama_cpp="/nowhere") as router, pytest.raises(ConfigError, match=message):
+        router.route_request("demo", "hi", backend="local", **options)
