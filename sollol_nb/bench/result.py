@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from sollol_nb.bench.figure import draw_metric, draw_overview
 from sollol_nb.bench.rows import DTYPES, METRICS, BenchRow
-from sollol_nb.bench.statistics import Estimate, estimate, paired_ratio
+from sollol_nb.bench.statistics import LEAST_VALUES, Estimate, estimate, paired_ratio
 from sollol_nb.errors import ConfigError
+from sollol_nb.text.tables import counted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -89,7 +90,7 @@ class BenchResult:
     def summary(self) -> pd.DataFrame:
         """One row per case and metric (the index).
 
-        Columns: `median`, `lower`, `upper` (95 % interval, see `bench.statistics`), `n` (number of rounds),
+        Columns: `median`, `lower`, `upper` (interval or range, see `bench.statistics`), `n` (number of rounds),
         `ratio`, `ratio_lower`, `ratio_upper` (to the first case, round by round), `requests` and `errors` (of the
         case). A metric that no request of a case has is NaN, with `n` 0.
         """
@@ -175,7 +176,8 @@ class BenchResult:
 
     def __repr__(self) -> str:
         state = "" if self.complete else ", incomplete"
-        return f"<BenchResult: {len(self.cases)} cases, {len(self.rows)} requests{state}>"
+        cases, requests = counted(len(self.cases), "case"), counted(len(self.rows), "request")
+        return f"<BenchResult: {cases}, {requests}{state}>"
 
     def __str__(self) -> str:
         return "\n".join([self._table().to_string(), *self._remarks()])
@@ -207,8 +209,14 @@ class BenchResult:
 
     def _remarks(self) -> list[str]:
         rounds = len({number for (_, number), values in self._values.items() if values})
-        basis = f"medians over {rounds} rounds, each case in turn" if rounds != 1 else "one round: no intervals"
-        remarks = [f"{basis}; [95 % bootstrap interval]; {len(self.rows)} requests"]
+        basis = f"medians over {rounds} rounds, each case in turn"
+        if rounds == 1:
+            basis = "one round: no intervals"
+        elif 0 < rounds < LEAST_VALUES:
+            basis += f"; [range] (intervals need {LEAST_VALUES} rounds)"
+        else:
+            basis += "; [95 % bootstrap interval]"
+        remarks = [f"{basis}; {counted(len(self.rows), 'request')}"]
         if not self.complete:
             remarks.append("incomplete: stopped before the end")
         if not any(self._values.values()):

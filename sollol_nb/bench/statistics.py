@@ -2,8 +2,8 @@
 
 Source: B. Efron and R. J. Tibshirani, An Introduction to the Bootstrap (Chapman & Hall, 1993), chapter 13: the
 middle 95 % of the medians of many samples, drawn from the values with replacement. It assumes nothing about the
-distribution of the values. With few values the interval is rough and tends to be too narrow; with one value there
-is no interval.
+distribution of the values. With few values the interval is rough and tends to be too narrow. With fewer than
+`LEAST_VALUES` their range is given instead, with one value nothing.
 
 The random draws have a fixed seed, so that the same values always give the same interval.
 """
@@ -17,6 +17,8 @@ from dataclasses import dataclass
 CONFIDENCE = 0.95
 RESAMPLES = 4000
 SEED = 20240229
+LEAST_VALUES = 5
+"""With fewer, the interval of their medians would be their range under another name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +27,8 @@ class Estimate:
 
     Attributes:
         median: of the values.
-        lower, upper: ends of the 95 % interval; NaN for fewer than two values.
+        lower, upper: ends of the 95 % interval; of fewer than `LEAST_VALUES` values the smallest and the largest;
+            NaN for fewer than two.
         n: how many values.
     """
 
@@ -45,6 +48,8 @@ def estimate(values: Iterable[float | None]) -> Estimate:
     median = float(np.median(known))
     if known.size == 1:
         return Estimate(median, math.nan, math.nan, 1)
+    if known.size < LEAST_VALUES:
+        return Estimate(median, float(known.min()), float(known.max()), int(known.size))
     draws = np.random.default_rng(SEED).integers(known.size, size=(RESAMPLES, known.size))
     tail = (1 - CONFIDENCE) / 2
     lower, upper = np.quantile(np.median(known[draws], axis=1), [tail, 1 - tail])

@@ -75,7 +75,7 @@ def allow_nested_loops() -> str:
         is_done = True
     except ValueError:  # the loop that is set, though none of it runs, is of another class
         is_done = False
-    # Without these marks, a user's own `nest_asyncio.apply()` does its work again, and shows that it was called.
+    # Without these marks, a user's own nest_asyncio does its work again, and shows that it was applied.
     for mark in _MARKS:
         vars(asyncio).pop(mark, None)
     if not is_done:
@@ -108,7 +108,7 @@ def _loop_class() -> tuple[type, bool]:
 
 
 def _patched(loop_class: type) -> list[ModuleType | type]:
-    """What `nest_asyncio2.apply` changes: modules, the loop's classes written in Python, the policy's class."""
+    """What nest_asyncio2 changes: modules, the loop's classes written in Python, the policy's class."""
     classes = [class_ for class_ in loop_class.__mro__ if class_.__module__.startswith("asyncio")]
     policies = [] if sys.version_info >= (3, 14) else [type(asyncio.get_event_loop_policy())]
     return [asyncio, asyncio.events, asyncio.futures, asyncio.tasks, *classes, *policies]

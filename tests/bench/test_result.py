@@ -104,9 +104,11 @@ def test_an_incomplete_round_does_not_count_beside_complete_ones() -> None:
     line = of(stopped.summary(), "b", "ttft_ms")
     assert (line["median"], line["n"], line["ratio"], line["requests"]) == (55.0, 1, 1.0, 3)
     assert len(stopped.frame) == 7
-    assert "medians over 2 rounds" in str(stopped)
+    assert "medians over 2 rounds, each case in turn; [range] (intervals need 5 rounds); 7 requests" in str(
+        stopped
+    )
     first_only = result(*(row for row in stopped.rows if row.round == 0 or row.prompt == 0), complete=False)
-    assert "one round: no intervals" in str(first_only)
+    assert "one round: no intervals; 6 requests" in str(first_only)
 
 
 def test_a_case_without_measurements_is_shown_as_such() -> None:

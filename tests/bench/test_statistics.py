@@ -43,6 +43,11 @@ def test_one_value_has_no_interval() -> None:
     assert math.isnan(found.upper)
 
 
+def test_few_values_have_their_range() -> None:
+    assert estimate([24.8, 32.7]) == Estimate(28.75, 24.8, 32.7, 2)
+    assert estimate([3.0, 1.0, 2.0, 10.0]) == Estimate(2.5, 1.0, 10.0, 4)
+
+
 def test_more_values_narrow_the_interval() -> None:
     draws = random.Random(1)
     few, many = ([draws.gauss(100, 10) for _ in range(count)] for count in (10, 1000))
