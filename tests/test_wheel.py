@@ -73,3 +73,5 @@ def test_the_quickstart_runs_from_an_installed_wheel(wheel: Path, tmp_path: Path
     assert ran.returncode == 0, ran.stderr
     assert str(installed / "sollol_nb" / "__init__.py") in ran.stdout
     assert "Model sharding" in ran.stdout
+    assert "<details>" not in ran.stdout, "a terminal shows text"
+    assert ran.stderr == ""

@@ -22,7 +22,7 @@ COLORS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def shown(output: Any) -> str:
-    """An output as text: its Markdown if it has any, else plain text."""
+    """An output as text."""
     if output.output_type == "stream":
         return str(output.text)
     if output.output_type == "error":
@@ -30,7 +30,8 @@ def shown(output: Any) -> str:
     data = output.get("data", {})
     if "image/png" in data:
         return "[plot]"
-    return str(data.get("text/markdown", data.get("text/plain", "")))
+    text = str(data.get("text/plain", ""))
+    return str(data["text/markdown"]) if text.startswith("<") and "text/markdown" in data else text
 
 
 def main() -> int:
@@ -46,6 +47,7 @@ def main() -> int:
         timeout=CELL_TIMEOUT_S,
         coalesce_streams=True,
         store_widget_state=False,  # a text version is shown beside each widget
+        extra_arguments=["--IPKernelApp.log_level=ERROR"],  # not that TCP is not encrypted: it is on loopback
         resources={"metadata": {"path": folder}},
     )
     try:

@@ -1,4 +1,4 @@
-"""Rows of the latency log as a pandas frame, and a frame as a file.
+"""Rows of the latency log as a pandas frame, a frame in brief, and a frame as a file.
 
 Pandas is heavy to import, so this module is imported on first use.
 """
@@ -8,9 +8,10 @@ from __future__ import annotations
 import contextlib
 import importlib
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import datetime
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,43 @@ def _columns(rows: Sequence[tuple[Any, ...]], shared: dict[str, str]) -> list[An
         else:
             arrays.append(np.array(cells, dtype=float))  # None becomes NaN
     return arrays
+
+
+# --- on a screen ------------------------------------------------------------------------------
+
+
+class BriefFrame(pd.DataFrame):
+    """Rows of the log with all columns; shown are those that people look at, rounded, in local time.
+
+    What is made of it (a selection, a copy) is a plain frame.
+    """
+
+    @property
+    def _constructor(self) -> Callable[..., pd.DataFrame]:
+        return pd.DataFrame
+
+    def __repr__(self) -> str:
+        return f"{_brief(self).to_string(max_rows=60)}\n{self._note()}"
+
+    def _repr_html_(self) -> str:
+        return f"{_brief(self).to_html(max_rows=60, notebook=True)}<small>{self._note()}</small>"
+
+    def _note(self) -> str:
+        return f"times in ms, started in local time; the frame has all {len(self.columns)} columns"
+
+
+def _brief(frame: pd.DataFrame) -> pd.DataFrame:
+    started = frame["started_at"].dt.tz_convert(datetime.now().astimezone().tzinfo)
+    columns = {
+        "started": started.dt.strftime("%Y-%m-%d %H:%M:%S"),
+        "model": [PurePath(model).name if model.endswith(".gguf") else model for model in frame["model"]],
+        **{name: frame[name] for name in ("backend", "layout", "status")},
+        **{name: frame[name].round().astype("Int64") for name in ("queue_ms", "load_ms", "ttft_ms", "total_ms")},
+        "tokens": frame["completion_tokens"],
+        "tokens/s": frame["tokens_per_s"].round(1),
+        "failovers": frame["failovers"],
+    }
+    return pd.DataFrame(columns)
 
 
 # --- as a file --------------------------------------------------------------------------------

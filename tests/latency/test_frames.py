@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from sollol_nb.errors import ConfigError
+from sollol_nb.latency.frames import BriefFrame
 from sollol_nb.latency.log import LatencyLog
 from sollol_nb.latency.schema import COLUMNS, INTEGER, TEXT
 from tests.support.latency_rows import FULL, HOURLY, REFUSED
@@ -97,3 +98,23 @@ def test_an_export_that_fails_leaves_the_file_before_it(
     assert {file.name for file in tmp_path.iterdir()} - {"log.csv"} == {
         file.name for file in tmp_path.glob("latency.sqlite*")
     }
+
+
+def test_a_brief_frame_shows_what_people_look_at_and_has_everything(log: LatencyLog) -> None:
+    log.record(replace(FULL, model="/home/me/models/a-model.gguf", ttft_ms=1234.5678, tokens_per_s=40.123456))
+    whole = log.frame()
+    brief = BriefFrame(whole)
+
+    assert repr(brief).splitlines()[0].split() == [
+        *("started", "model", "backend", "layout", "status", "queue_ms", "load_ms", "ttft_ms", "total_ms"),
+        *("tokens", "tokens/s", "failovers"),
+    ]
+    for shown in (repr(brief), brief._repr_html_()):
+        assert "/home/me" not in shown
+        for text in ("a-model.gguf", "1235", "40.1", "the frame has all 21 columns"):
+            assert text in shown
+    assert "+00:00" not in repr(brief)
+    pd.testing.assert_frame_equal(pd.DataFrame(brief), whole)
+    for made in (brief[["model"]], brief.head(1), brief.copy()):
+        assert type(made) is pd.DataFrame
+    assert "the frame has all" in repr(BriefFrame(log.frame(model="nosuch"))), "also without rows"

@@ -41,6 +41,8 @@ class LatencyMagics(Magics):
     def sollol_latency(self, call: magic_line.Call) -> pd.DataFrame | Axes | None:
         """The latency log as a pandas frame, one row per request, newest last; or as a plot or a file.
 
+        The cell shows some of the columns, rounded; the frame has all of them.
+
         Example::
 
             frame = %sollol_latency --last 20
@@ -61,7 +63,9 @@ class LatencyMagics(Magics):
             return None
         frame = router.latency.frame(**filters)
         if arguments.plot is None:
-            return frame
+            from sollol_nb.latency.frames import BriefFrame  # imports pandas
+
+            return BriefFrame(frame)
         axes = _plotted(arguments.plot, frame, router)
         hide_once(self.shell, axes)  # the figure is shown; its repr would stand below it
         return axes
