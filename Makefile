@@ -16,7 +16,7 @@ help:
 	@echo "make chaos  N=200: interrupt answers at random moments and compare them with undisturbed ones"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  run the benchmarks; every figure in the README comes from them"
-	@echo "make ollama build the Ollama that the tests use, if none is installed"
+	@echo "make ollama build the two Ollamas that the tests use"
 
 # One stamp for each set of extras; pip runs again when pyproject.toml has changed.
 $(VENV)/stamp-%: pyproject.toml
@@ -38,7 +38,7 @@ ollama: $(VENV)/stamp-build
 
 # Ollama is optional for contributors and required in CI.
 ollama-for-ci: $(VENV)/stamp-build
-	@test -z "$$CI" || test -n "$$SOLLOL_TEST_OLLAMA" || command -v ollama || $(MAKE) --no-print-directory ollama
+	@test -z "$$CI" || $(MAKE) --no-print-directory ollama
 
 test: $(VENV)/stamp-dev engine ollama-for-ci
 	$(BIN)/python -m pytest

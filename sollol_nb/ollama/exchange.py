@@ -27,7 +27,7 @@ from sollol_nb.errors import (
 from sollol_nb.ollama.answers import checked_chunk
 from sollol_nb.ollama.nodes import OllamaNode
 from sollol_nb.runtime.amounts import is_positive
-from sollol_nb.runtime.http_client import LINE_LIMIT_BYTES, one_line
+from sollol_nb.runtime.http_client import LINE_LIMIT_BYTES, message_of, one_line
 
 MOST_WAITING_LINES = 16
 VECTOR_LIMIT_BYTES = 2**20  # of the vector of a text: 40,000 numbers
@@ -208,10 +208,8 @@ def _chunk(node: OllamaNode, line: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         raise node_lost(node, TransportError(f"{node.url} sent a line that is not JSON")) from None
     if isinstance(chunk, dict) and chunk.get("error"):
-        error, status = chunk["error"], chunk.get("status")
-        if isinstance(error, dict):
-            error = error.get("message")
-        raise _refused(node, status if isinstance(status, int) else 500, one_line(str(error)))
+        error, status = message_of(chunk["error"]) or str(chunk["error"]), chunk.get("status")
+        raise _refused(node, status if isinstance(status, int) else 500, one_line(error))
     try:
         return checked_chunk(chunk)
     except ValueError as error:

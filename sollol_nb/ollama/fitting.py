@@ -51,7 +51,8 @@ async def answer_dropping_turns(serving: Serving, request: PoolRequest) -> Async
                 raise
             # What was refused had more tokens than the context.
             sent = count_characters(fitted.messages)
-            tokens_per_character = max(tokens_per_character or 0.0, (context_tokens + 1) / sent)
+            refused_tokens = error.prompt_tokens or context_tokens + 1
+            tokens_per_character = max(tokens_per_character or 0.0, refused_tokens / sent)
 
 
 async def _fitted(

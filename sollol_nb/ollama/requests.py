@@ -11,7 +11,9 @@ and `runner/`). Ollama versions before October 2025 do not know these fields.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from sollol_nb.chat.option_checks import OLLAMA_OPTIONS, SAMPLING_OPTIONS
@@ -20,6 +22,9 @@ from sollol_nb.chat.option_checks import OLLAMA_OPTIONS, SAMPLING_OPTIONS
 OPTION_NAMES = frozenset(SAMPLING_OPTIONS | OLLAMA_OPTIONS) - {"max_tokens"}
 
 KEEPS_ALL = {"truncate": False, "shift": False}
+
+_TOO_LONG = re.compile(r"(?:exceeds|longer than) (?:the )?(?:\S+ )?(?:maximum )?context (?:length|size)")
+_TOKENS = re.compile(r"\((\d{1,12}) tokens\)")
 
 # To estimate the tokens of a prompt: what a chat template adds to a message, in characters, and an image, in
 # tokens (the number that Ollama's server/prompt.go uses).
@@ -157,9 +162,24 @@ def count_characters(messages: Sequence[Mapping[str, Any]]) -> int:
     return sum(len(str(message.get("content") or "")) + _TEMPLATE_CHARACTERS for message in messages)
 
 
-def is_too_long(reason: str) -> bool:
-    """Whether Ollama refuses a request because its prompt does not fit (`errorInputTooLong` of its runners)."""
-    return "exceeds the context length" in reason
+@dataclass(frozen=True, slots=True)
+class TooLong:
+    """A prompt that does not fit: its tokens and those of the context, where Ollama reports them."""
+
+    prompt_tokens: int | None = None
+    context_tokens: int | None = None
+
+
+def too_long(reason: str) -> TooLong | None:
+    """What Ollama reports if it refuses a request because its prompt does not fit; None if it has another reason.
+
+    Until version 0.30 its runners say it (`errorInputTooLong`), since then llama-server does, with the numbers, or
+    `llm/llama_server.go`.
+    """
+    if not _TOO_LONG.search(reason):
+        return None
+    tokens = [int(number) for number in _TOKENS.findall(reason)]
+    return TooLong(*tokens) if len(tokens) == 2 else TooLong()
 
 
 def describe_truncation(messages: Sequence[Mapping[str, Any]], prompt_tokens: object) -> str:

@@ -42,7 +42,7 @@ from sollol_nb.ollama.requests import (
     count_characters,
     describe_truncation,
     generate_continuation,
-    is_too_long,
+    too_long,
 )
 from sollol_nb.runtime.events import EventBus, EventKind
 from sollol_nb.runtime.gate import first_slot
@@ -117,13 +117,13 @@ class Serving:
                         node.record_missing(request.name.key)
                     request.record_failover(node, error)
                 except OllamaResponseError as refused:
-                    if not is_too_long(str(refused)):
+                    overflow = too_long(str(refused))
+                    if overflow is None:
                         raise
-                    context_tokens = await self._context_tokens_of(node, request)
                     raise overflow_error(
                         str(request.name),
-                        None,
-                        context_tokens,
+                        overflow.prompt_tokens,
+                        overflow.context_tokens or await self._context_tokens_of(node, request),
                         remedy='a larger num_ctx (options={"num_ctx": ...})',
                     ) from refused
 

@@ -270,10 +270,23 @@ def _reason(text: str) -> str:
         body = json.loads(text)
     except (ValueError, RecursionError):
         body = None
-    error = body.get("error") if isinstance(body, dict) else None
+    error = message_of(body.get("error")) if isinstance(body, dict) else ""
+    return one_line(error or _title(text) or text)
+
+
+def message_of(error: Any) -> str:
+    """The message of an `error` field: text, an object with `message`, or such an object as JSON text (so Ollama
+    passes on the errors of its llama-server); "" if it is none of these."""
+    if isinstance(error, str) and error.startswith("{"):
+        try:
+            inner = json.loads(error)
+        except (ValueError, RecursionError):
+            return error
+        inner = inner.get("error", inner)
+        error = inner if isinstance(inner, dict) and isinstance(inner.get("message"), str) else error
     if isinstance(error, dict):
         error = error.get("message")
-    return one_line(error if isinstance(error, str) and error else _title(text) or text)
+    return error if isinstance(error, str) else ""
 
 
 def _title(text: str) -> str:

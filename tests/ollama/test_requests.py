@@ -8,14 +8,15 @@ import pytest
 
 from sollol_nb.ollama.requests import (
     AnswerSoFar,
+    TooLong,
     can_continue,
     chat_continuation,
     count_characters,
     describe_truncation,
     estimated_tokens,
     generate_continuation,
-    is_too_long,
     request_body,
+    too_long,
 )
 
 
@@ -145,11 +146,19 @@ def test_a_truncated_prompt_is_described(text: str, prompt_tokens: int | None, i
 
 
 @pytest.mark.parametrize(
-    ("reason", "too_long"),
+    ("reason", "recognised"),
     [
-        ("Ollama at http://a: the input length exceeds the context length", True),
-        ("Ollama at http://a: model requires more system memory", False),
+        ("Ollama at http://a: the input length exceeds the context length", TooLong()),
+        (
+            "request (910 tokens) exceeds the available context size (512 tokens), try increasing it",
+            TooLong(prompt_tokens=910, context_tokens=512),
+        ),
+        ("the prompt is longer than the context length currently available to the model; shorten", TooLong()),
+        ("input length (9 tokens) exceeds the model's maximum context length (8 tokens)", TooLong(9, 8)),
+        ("input exceeds maximum context length and cannot be truncated further", TooLong()),
+        ("Ollama at http://a: model requires more system memory", None),
+        ("the context length of 5 is not a number", None),
     ],
 )
-def test_the_refusal_of_a_long_prompt_is_recognised(reason: str, too_long: bool) -> None:
-    assert is_too_long(reason) is too_long
+def test_the_refusal_of_a_long_prompt_is_recognised(reason: str, recognised: TooLong | None) -> None:
+    assert too_long(reason) == recognised

@@ -1,8 +1,9 @@
 """A real Ollama for tests: a server on a free port, with its own storage, stopped with all its processes.
 
 Loaded as a pytest plugin (`pytest_plugins` in conftest.py). The program is `SOLLOL_TEST_OLLAMA`, else `ollama` on
-PATH, else the one that `make ollama` builds. Without any, the tests that need it are skipped, and the end of the
-run says how many; if `CI` is set, that is a failure.
+PATH, else the one that `make ollama` builds. Newer versions run models in a llama-server and have other errors; of
+these, `newer_ollama_program` is the one that `make ollama` builds. Without them, the tests that need them are
+skipped, and the end of the run says how many; if `CI` is set, that is a failure.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -24,9 +26,11 @@ from typing import Any, Literal
 import psutil
 import pytest
 
+from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.settings import config
 
 BUILT_VERSION = "0.17.4"  # of tools/build_ollama.py
+NEWER_VERSION = "0.32.1"  # of tools/build_ollama.py
 DEMO_MODEL = Path(__file__).parents[2] / "sollol_nb" / "models" / "demo.gguf"
 NO_OLLAMA = "no Ollama to test with: run `make ollama`, or set SOLLOL_TEST_OLLAMA to the program"
 START_LIMIT_S = 30.0
@@ -153,20 +157,57 @@ def find_ollama() -> Path | None:
         return Path(chosen)
     if on_path := shutil.which("ollama"):
         return Path(on_path)
+    return built_ollama(BUILT_VERSION)
+
+
+def built_ollama(version: str) -> Path | None:
+    """The Ollama of this version that `make ollama` has built."""
     name = "ollama.exe" if sys.platform == "win32" else "ollama"
-    built = config.cache_dir() / "ollama" / BUILT_VERSION / name
+    built = config.cache_dir() / "ollama" / version / name
     return built if built.exists() else None
+
+
+def required(program: Path | None) -> Path:
+    """The program; without it the test is skipped, or fails in CI."""
+    if program is None:
+        if os.environ.get("CI"):
+            pytest.fail(NO_OLLAMA)
+        pytest.skip(NO_OLLAMA)
+    return program
 
 
 @pytest.fixture(scope="session")
 def ollama_program() -> Path:
     """The real Ollama program."""
-    found = find_ollama()
-    if found is None:
-        if os.environ.get("CI"):
-            pytest.fail(NO_OLLAMA)
-        pytest.skip(NO_OLLAMA)
-    return found
+    return required(find_ollama())
+
+
+@pytest.fixture(scope="session")
+def newer_ollama_program(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real Ollama that runs models in a llama-server: in ours, which it looks for in `../lib/ollama`."""
+    program = required(built_ollama(NEWER_VERSION))
+    folder = tmp_path_factory.mktemp("newer_ollama")
+    for name, script in {
+        # Our llama-server has `--load-mode none` for its `--no-mmap`.
+        "llama-server": f"""
+            for argument do
+                shift
+                case "$argument" in --no-mmap) set -- "$@" --load-mode none ;; *) set -- "$@" "$argument" ;; esac
+            done
+            exec '{engine.server}' "$@"
+        """,
+        # `ollama create` calls it with the arguments ... IN OUT COPY.
+        "llama-quantize": """
+            while [ $# -gt 3 ]; do shift; done
+            exec cp "$1" "$2"
+        """,
+    }.items():
+        path = folder / "lib" / "ollama" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{textwrap.dedent(script)}")
+        path.chmod(0o755)
+    (folder / "bin").mkdir()
+    return Path(shutil.copy(program, folder / "bin" / "ollama"))
 
 
 @pytest.fixture(scope="session")
