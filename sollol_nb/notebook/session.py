@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
+from sollol_nb.chat.completion import Completion
 from sollol_nb.chat.conversations import ChatBook
 from sollol_nb.notebook import settings_traits
 from sollol_nb.notebook.settings_traits import Sollol
@@ -13,6 +15,9 @@ if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
 
     from sollol_nb.sync_wrapper import HybridRouter
+
+
+KEPT_ANSWERS = 50
 
 
 def _new_router(**settings: Any) -> HybridRouter:
@@ -31,6 +36,7 @@ class Session:
         self._router_is_stale = False
         self._settings: Sollol | None = None
         self._chats = ChatBook()
+        self._answers: deque[tuple[str, Completion]] = deque(maxlen=KEPT_ANSWERS)
 
     def start(self, shell: InteractiveShell) -> Sollol:
         """Let `%config Sollol` set the settings; returns them. Starting twice is fine.
@@ -48,6 +54,7 @@ class Session:
         if self._router is not None:
             self._router.close(keep=keep)
         self._router, self._settings, self._chats = None, None, ChatBook()
+        self._answers.clear()
         settings_traits.remove(shell)
 
     def settings(self) -> Sollol:
@@ -63,6 +70,14 @@ class Session:
     def chats(self) -> ChatBook:
         """The kernel's conversations."""
         return self._chats
+
+    def remember(self, prompt: str, answer: Completion) -> None:
+        """Keep an answer, whole or partial, for `last_answers`."""
+        self._answers.append((prompt, answer))
+
+    def last_answers(self, count: int) -> list[tuple[str, Completion]]:
+        """The newest answers with their prompts, oldest first; at most `KEPT_ANSWERS`."""
+        return list(self._answers)[-count:]
 
     def router(self, **router_settings: Any) -> HybridRouter:
         """The kernel's router: created on first use, and again after one of its settings has changed.
@@ -117,6 +132,8 @@ start = _session.start
 end = _session.end
 settings = _session.settings
 chats = _session.chats
+remember = _session.remember
+last_answers = _session.last_answers
 router = _session.router
 use_router = _session.use_router
 running_models = _session.running_models

@@ -138,7 +138,7 @@ class ForeignLoop(asyncio.AbstractEventLoop):
 
 
 class ForeignPolicy(asyncio.DefaultEventLoopPolicy):
-    """What `uvloop.install()` sets."""
+    """As uvloop sets one."""
 
     def new_event_loop(self) -> asyncio.AbstractEventLoop:
         return ForeignLoop()

@@ -51,6 +51,7 @@ class BackgroundAnswer:
         chunks: the answer's stream.
         events: the router's events.
         make_display: how a notebook shows a mime bundle and updates it; None in a terminal.
+        keep: called at the end with the completion, whole or partial; not without any text.
     """
 
     def __init__(
@@ -59,12 +60,15 @@ class BackgroundAnswer:
         chunks: AsyncGenerator[Chunk, None],
         events: EventBus,
         make_display: MakeDisplay | None,
+        *,
+        keep: Callable[[Completion], object] | None = None,
     ) -> None:
         self.model = request.model
         self._request = request
         self._answer = LiveAnswer(request.model)
         self._events = events
         self._make_display = make_display
+        self._keep = keep
         self._views: list[NotebookView] = []
         self._views_lock = threading.Lock()
         self._end_is_shown = False
@@ -104,6 +108,8 @@ class BackgroundAnswer:
             raise
 
     def _end(self, task: asyncio.Task[Completion | pd.DataFrame]) -> None:
+        if self._keep is not None and self._partial is not None:
+            self._keep(self._partial)
         if task.cancelled():
             self._future.set_exception(stopped_error(self.model, self._partial))
         elif (error := task.exception()) is not None:

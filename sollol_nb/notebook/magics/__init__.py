@@ -1,6 +1,6 @@
 """The magics, by subject. The docstring of each magic is the help that its `?` shows.
 
-- `ask.py`: `%%sollol`, `%sollol_chat`.
+- `ask.py`: `%%sollol`, `%sollol_last`, `%sollol_chat`.
 - `cluster.py`: `%sollol_cluster`, `%sollol_stop`, `%sollol_log`.
 - `models.py`: `%sollol_models`, `%sollol_route`, `%sollol_profile`.
 - `latency.py`: `%sollol_latency`.

@@ -1,16 +1,19 @@
-"""`%%sollol` asks a model, `%sollol_chat` shows the conversations."""
+"""`%%sollol` asks a model, `%sollol_last` shows answers again, `%sollol_chat` shows the conversations."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from IPython.core.error import UsageError
 from IPython.core.magic import Magics, line_cell_magic, line_magic, magics_class
 from IPython.core.magic_arguments import argument, magic_arguments
+from IPython.display import display
 
 from sollol_nb.chat.chunk import Chunk
 from sollol_nb.chat.completion import Completion
+from sollol_nb.chat.completion_view import escaped
 from sollol_nb.chat.conversation import Chat
 from sollol_nb.chat.conversations import ChatBook, ask_in_chat
 from sollol_nb.models.routing import BACKENDS
@@ -21,16 +24,19 @@ from sollol_nb.notebook.answers.request import CellRequest, cell_request, named_
 from sollol_nb.notebook.answers.views import NotebookView, NoView, PlainView, TerminalView, View
 from sollol_nb.notebook.displays import hide_once, is_kernel, make_display
 from sollol_nb.settings.table import FORMATS
+from sollol_nb.text.tables import shortened
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from sollol_nb.sync_wrapper import HybridRouter
 
+SHOWN_QUESTION_CHARS = 200
+
 
 @magics_class
 class AskMagics(Magics):
-    """`%%sollol` and `%sollol_chat`."""
+    """`%%sollol`, `%sollol_last` and `%sollol_chat`."""
 
     @magic_line.options_magic(shell_style=False)
     @magic_arguments()
@@ -96,17 +102,21 @@ class AskMagics(Magics):
         router = session.router()
         chunks = _stream(router, request)
         if request.background:
-            display = make_display if is_kernel(self.shell) and not request.quiet else None
-            handle = BackgroundAnswer(request, chunks, router.events, display)
+            show = make_display if is_kernel(self.shell) and not request.quiet else None
+            handle = BackgroundAnswer(
+                request, chunks, router.events, show, keep=partial(session.remember, request.prompt)
+            )
             self._keep_as(request.out, handle)
             return handle
 
         def keep(completion: Completion) -> None:
+            session.remember(request.prompt, completion)
             self._keep_as(request.out, completion)
             self.shell.displayhook.update_user_ns(completion)  # type: ignore[union-attr]  # as `_`, Out[n]
 
         value = stream_into_cell(request, chunks, router.events, self._view(request), keep=keep)
         self._keep_as(request.out, value)
+        session.remember(request.prompt, value if isinstance(value, Completion) else value.attrs["completion"])
         hide_once(self.shell, value)
         return value
 
@@ -121,6 +131,35 @@ class AskMagics(Magics):
         if request.raw:
             return PlainView()
         return NotebookView(make_display) if is_kernel(self.shell) else TerminalView()
+
+    @magic_line.options_magic()
+    @magic_arguments()
+    @argument("count", nargs="?", type=magic_line.whole_number, metavar="N", help="the newest N; default: 1")
+    @line_magic
+    def sollol_last(self, call: magic_line.Call) -> Completion | list[Completion]:
+        """Show the newest answers of this notebook again, with their questions: also those that ended early, and
+        those whose output is lost, since the page was closed while they were generated.
+
+        Example::
+
+            %sollol demo "What is a worker?"
+
+            %sollol_last
+
+            answers = %sollol_last 3
+        """
+        count = call.arguments.count
+        last = session.last_answers(count or 1)
+        if not last:
+            raise UsageError("%sollol_last: this notebook has no answer yet")
+        for prompt, answer in last:
+            question = shortened(" ".join(prompt.split()), SHOWN_QUESTION_CHARS)
+            display({"text/plain": f"> {question}", "text/markdown": f"> {escaped(question)}"}, raw=True)
+            display(answer)
+        answers = [answer for _, answer in last]
+        value = answers if count else answers[-1]
+        hide_once(self.shell, value)
+        return value
 
     @magic_line.options_magic()
     @magic_arguments()

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from sollol_nb.chat.completion import Completion
 from sollol_nb.errors import RequestCancelledError
 from sollol_nb.notebook.answers.background import BackgroundAnswer, MakeDisplay, cancel_all, show_in_cell
 from sollol_nb.notebook.answers.request import CellRequest
@@ -38,9 +39,11 @@ class Stream:
         io_loop().call_soon_threadsafe(self._may_end.set)
 
 
-def background(stream: Stream, make_display: MakeDisplay | None = None) -> BackgroundAnswer:
+def background(
+    stream: Stream, make_display: MakeDisplay | None = None, keep: Callable[[Completion], object] | None = None
+) -> BackgroundAnswer:
     request = CellRequest(model="demo", prompt="Hi", system=None, options={})
-    return BackgroundAnswer(request, stream.chunks(), EventBus(), make_display)
+    return BackgroundAnswer(request, stream.chunks(), EventBus(), make_display, keep=keep)
 
 
 def test_a_waiter_that_gave_up_is_not_called_back(caplog: pytest.LogCaptureFixture) -> None:
@@ -140,6 +143,21 @@ def test_the_running_cell_shows_answers_in_the_background_until_their_end() -> N
     show_in_cell()
     show_in_cell()
     assert [text[:6] for text in updates] == ["so far"], "once more in the cell that runs then"
+
+
+def test_an_answer_is_kept_at_its_end_whole_or_partial() -> None:
+    kept: list[Completion] = []
+    whole, stopped = Stream(), Stream()
+    done, cut = background(whole, keep=kept.append), background(stopped, keep=kept.append)
+    whole.end()
+    done.result(HANG_GUARD_S)
+    eventually(lambda: cut.text == "so ", "the first token")
+    cut.cancel()
+    cut.join(HANG_GUARD_S)
+    assert [(completion.text, completion.finish_reason) for completion in kept] == [
+        ("so far", "stop"),
+        ("so ", "cancelled"),
+    ]
 
 
 def test_an_unexpected_error_keeps_the_partial_answer() -> None:

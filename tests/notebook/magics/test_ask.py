@@ -270,6 +270,20 @@ def test_a_long_answer_shows_its_end_while_it_streams_and_is_saved_whole(noteboo
     assert len(shown.markdown) > int(notebook.value("len(long.text)")), "at the end"
 
 
+def test_answers_can_be_shown_again(notebook: Kernel) -> None:
+    notebook.run(f"%sollol demo {GREEDY} --quiet 'What is a worker?'")
+    notebook.run(f"%sollol demo {GREEDY} --quiet --background --out h 'What is a coordinator?'\nh.result(60);")
+    shown = notebook.run("%sollol_last")
+    assert [bundle["text/plain"][:13] for bundle in shown.displays] == ["> What is a c", "A coordinator"]
+    assert "<details>" in shown.markdown
+    shown = notebook.run("%sollol_last 2")
+    assert [bundle["text/plain"][:13] for bundle in shown.displays] == [
+        *("> What is a w", "A worker is a"),
+        *("> What is a c", "A coordinator"),
+    ]
+    assert notebook.value("[answer.text[:8] for answer in _]") == "['A worker', 'A coordi']"
+
+
 # --- conversations ------------------------------------------------------------------------------
 
 
