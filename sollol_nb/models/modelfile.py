@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -148,6 +149,9 @@ def _text(path: Path | None, what: str, left_out: list[str]) -> str:
         if len(content) > _TEXT_LIMIT_BYTES:
             raise ValueError("larger than 1 MiB")
         return content.decode()
+    except UnicodeDecodeError:
+        left_out.append(f"{what} (not UTF-8)")
+        return ""
     except (OSError, ValueError) as error:
         left_out.append(f"{what} ({getattr(error, 'strerror', None) or error})")
         return ""
@@ -156,10 +160,15 @@ def _text(path: Path | None, what: str, left_out: list[str]) -> str:
 def _json(path: Path | None, what: str, left_out: list[str]) -> Any:
     text = _text(path, what, left_out)
     try:
-        return json.loads(text) if text else None
+        return json.loads(text, parse_constant=_refused) if text else None
     except (ValueError, RecursionError):
         left_out.append(f"{what} (not JSON)")
         return None
+
+
+def _refused(constant: str) -> None:
+    """Python reads NaN and infinities, which are not JSON."""
+    raise ValueError(constant)
 
 
 def _options(
@@ -178,6 +187,8 @@ def _options(
             context_tokens = whole
             continue
         try:
+            if isinstance(value, float) and not math.isfinite(value):  # such as 1e999
+                raise ValueError(name)
             options[name] = checked_option(name, whole)
         except ValueError:
             left_out.append(str(name))

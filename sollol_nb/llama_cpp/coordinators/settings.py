@@ -111,7 +111,7 @@ class CoordinatorSettings:
             plan=plan,
             context_tokens=int(data["context_tokens"]),
             slots=int(data["slots"]),
-            modelfile=Modelfile.from_engine(data["modelfile"]),
+            modelfile=Modelfile.from_engine(data["modelfile"]) if data.get("modelfile") else NO_MODELFILE,
         )
 
 
