@@ -338,7 +338,7 @@ def _text(value: Any) -> str:
 def thinking_tags(nodes: Sequence[Node], over_messages: bool = False) -> tuple[str, str]:
     """The tags around the thoughts of earlier answers, by which Ollama sees that a model thinks; "" without.
 
-    Ollama's `thinking.InferTags`: the texts at both ends of the list of nodes that holds `.Thinking`.
+    As Ollama's InferTags finds them: the texts at both ends of the list of nodes that holds `.Thinking`.
     """
     opening = closing = ""
     for node in nodes:

@@ -2,8 +2,8 @@
 
 A model keeps its behaviour where it is sharded: its system message, first messages, options, adapters, projector
 and prompt template (translated, see `go_template/`). What llama.cpp cannot apply is left out, and
-`Modelfile.describe` names it. Source: Ollama's `server/images.go` (`GetModel`) and `server/routes.go`
-(`ChatHandler`).
+`Modelfile.describe` names it. Source: Ollama's GetModel (`server/images.go`) and ChatHandler
+(`server/routes.go`).
 """
 
 from __future__ import annotations

@@ -11,9 +11,9 @@ import pytest
 from sollol_nb.models.files import OllamaGGUFResolver
 from sollol_nb.models.modelfile import NO_MODELFILE, Modelfile, modelfile_of, read_modelfile
 from sollol_nb.router.finder import _checked_sampling_option
-from tests.models.test_files import Storage
 from tests.support.gguf_files import CHAT_TEMPLATE, write_adapter, write_keys, write_llama, write_projector
 from tests.support.go_templates import CHATML, LLAMA_3_1
+from tests.support.ollama_storage import Storage
 
 IMAGE = "application/vnd.ollama.image."
 
