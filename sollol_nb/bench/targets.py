@@ -163,6 +163,7 @@ class BenchTargets:
         if model_path is None:
             return main
         router = main.sibling(
+            exact=True,
             num_rpc_backends=target.layout.worker_count or settings.num_rpc_backends,
             auto_discover_rpc=False,  # the benchmark has found or started all workers that it needs
             auto_setup_rpc=False,
@@ -183,6 +184,8 @@ class BenchTargets:
     async def _find_workers(self, wanted: int) -> None:
         """Find or start as many workers as the largest layout needs, if the router's settings allow it."""
         settings = self._router.settings
+        if len(self._router.worker_endpoints) < wanted and settings.auto_discover_rpc is not False:
+            await self._router.share_workers()
         if len(self._router.worker_endpoints) < wanted and settings.auto_discover_rpc:
             await self._router.discover_workers()
         known = self._router.worker_endpoints

@@ -156,7 +156,8 @@ class ClusterState:
             if coordinator.base_url not in own
         ]
         nodes = tuple(node for node in self._ollama.nodes if not node.is_only_looked_for)
-        return ClusterStatus(tuple(self._workers.statuses()), tuple(statuses), nodes)
+        workers = [*self._workers.statuses(), *self._workers.held_by_others()]
+        return ClusterStatus(tuple(workers), tuple(statuses), nodes)
 
     # --- patches ----------------------------------------------------------------------------------
 

@@ -117,9 +117,11 @@ class Session:
     def _replace_router(self, new: HybridRouter, *, keep: bool) -> HybridRouter:
         previous, self._router, self._router_is_stale = self._router, new, False
         if previous is not None and previous is not new:
-            if keep and (self._settings is None or self._settings.own("workers") is None):
-                new.take_workers(previous.worker_endpoints)  # also those that were started, found or added
-            previous.close(keep=keep)
+            try:
+                if keep and (self._settings is None or self._settings.own("workers") is None):
+                    new.take_workers(previous.worker_endpoints)  # also those that were started, found or added
+            finally:
+                previous.close(keep=keep)
         return new
 
     def _mark_stale(self) -> None:

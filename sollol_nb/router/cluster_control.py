@@ -10,6 +10,7 @@ from sollol_nb.cluster.status import ClusterStatus
 from sollol_nb.layers.plan import check_strategy
 from sollol_nb.layers.what_if import Forecast
 from sollol_nb.llama_cpp.coordinators.pool import CoordinatorPool
+from sollol_nb.llama_cpp.processes.running import Ended
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.llama_cpp.workers.workers import Workers
 from sollol_nb.ollama.pool import OllamaPool
@@ -58,8 +59,50 @@ class ClusterControl:
         )
 
     @io_bound
+    async def ensure_workers(self, count: int) -> list[str]:
+        """See that so many workers of this user run on this machine, whichever process started them.
+
+        Those that run are shared, those that died are replaced, and missing ones are started as by
+        `start_workers`.
+
+        Returns:
+            The endpoints of those that were started now.
+        """
+        engine = await self._coordinators.engine()
+        settings = self._coordinators.settings
+        return await self._workers.ensure_local(
+            engine, count, first_port=settings.rpc_port, keep_alive_s=settings.keep_alive_s
+        )
+
+    @io_bound
+    async def stop_workers(self, endpoints: Sequence[str] | None = None, *, force: bool = False) -> list[Ended]:
+        """Stop the workers that this router started or shares on this machine (all, or these), and before them
+        its coordinators that use them. What another process uses is left running for that process.
+
+        Args:
+            force: stop that, too.
+
+        Returns:
+            What was stopped or left running, coordinators first.
+        """
+        local = {worker.endpoint for worker in self._workers.statuses() if worker.is_local}
+        chosen = local if endpoints is None else local & set(endpoints)
+        ended = []
+        for coordinator in self._coordinators.coordinators:
+            if chosen & set(coordinator.rpc_backends):
+                ended += await self._coordinators.stop(coordinator.model, force=force)
+        return ended + await self._workers.let_go_local(sorted(chosen), force=force)
+
+    @io_bound
+    async def share_workers(self) -> list[str]:
+        """Share the workers that other processes of this user run on this machine and no coordinator holds, unless
+        somebody has named the workers to use; returns the endpoints that are new."""
+        return [] if self._workers.has_named else await self._workers.adopt_local()
+
+    @io_bound
     async def discover_workers(self) -> list[str]:
-        """Look for workers on the usual ports of this machine; returns the endpoints that are new."""
+        """Look for workers on the usual ports of this machine, except those of other users; returns the endpoints
+        that are new."""
         return await self._workers.discover()
 
     @io_bound
@@ -77,19 +120,30 @@ class ClusterControl:
 
     @io_bound
     async def remove_worker(self, endpoint: str) -> None:
-        """Remove a worker; one that this router started is stopped.
+        """Remove a worker; one that this router started is stopped, unless another process uses it.
 
         Raises:
             ConfigError: it is not known, or a coordinator holds it.
         """
         endpoint = format_endpoint(*parse_endpoint(endpoint))
         self._workers.remove(endpoint)
-        await self._workers.stop_local([endpoint])
+        await self._workers.let_go_local([endpoint])
 
     @io_bound
-    async def stop_coordinator(self, model: str | None = None) -> list[str]:
-        """Stop the coordinators of a model, or all; returns the models stopped."""
-        return await self._coordinators.stop(model)
+    async def end_coordinators(self, model: str | None = None, *, force: bool = False) -> list[Ended]:
+        """As `stop_coordinator`; returns also what was left running, and for whom."""
+        return await self._coordinators.stop(model, force=force)
+
+    @io_bound
+    async def stop_coordinator(self, model: str | None = None, *, force: bool = False) -> list[str]:
+        """Stop the coordinators of a model, or all; returns the models stopped.
+
+        One that another process uses is left running for that process.
+
+        Args:
+            force: stop it in any case.
+        """
+        return [ended.name for ended in await self._coordinators.stop(model, force=force) if not ended.users]
 
     @io_bound
     async def apply_plan(self, model: str, counts: Mapping[str, int]) -> None:

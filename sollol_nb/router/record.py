@@ -31,6 +31,7 @@ class RequestRecord:
         self.name = short_name(model)
         self.backend = ""
         self.reason = ""
+        self._route_reason = ""
         self.note = ""
         self.server_url = ""
         self.layout = ""
@@ -60,6 +61,7 @@ class RequestRecord:
     def set_route(self, route: Route) -> None:
         """Note the route that the request takes."""
         self.backend, self.reason = route.backend, route.reason
+        self._route_reason = route.reason
 
     def set_node(self, node_routing: Mapping[str, Any]) -> None:
         """Note the Ollama node that answers, and its times so far, from the `_routing` of its chunk."""
@@ -81,6 +83,7 @@ class RequestRecord:
         self.plan = plan.as_dict() if plan else None
         self.layout = "/".join(map(str, plan.unit_counts)) if plan else ""
         self.placement_differences = coordinator.placement_differences
+        self.reason = "; ".join(filter(None, (self._route_reason, coordinator.compromise)))
 
     def add_failover(self, what: str, tokens_before: int) -> None:
         """Note that the coordinator was lost after so many tokens, and that the answer will be continued."""

@@ -15,6 +15,7 @@ import weakref
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar, Unpack
@@ -91,7 +92,7 @@ class Router:
         enable_distributed: bool = True,
         rpc_backends: Iterable[str | Mapping[str, Any]] | None = None,
         num_rpc_backends: int | None = None,
-        auto_discover_rpc: bool = True,
+        auto_discover_rpc: bool | None = None,
         auto_setup_rpc: bool | None = None,
         coordinator_timeout: float = DEFAULT_COORDINATOR_TIMEOUT_S,
         coordinator_port: int = DEFAULT_COORDINATOR_PORT,
@@ -116,7 +117,9 @@ class Router:
             rpc_backends: workers as `"host:port"` or `{"host": ..., "port": ...}`; by default those of the
                 setting `workers`.
             num_rpc_backends: how many workers a model is spread over; by default 3, or as many as its size takes.
-            auto_discover_rpc: look for workers on this machine's ports 50052 to 50067 where more are needed.
+            auto_discover_rpc: what to do where no worker is named and more are needed. By default, workers on this
+                machine are used that this user's notebooks and scripts started; True: also others, whoever started
+                them, that listen on its ports 50052 to 50067 (except those of other users); False: none.
             auto_setup_rpc: start workers on this machine where more are needed.
             coordinator_timeout: seconds that a coordinator may take to load its model.
             coordinator_port: the first port to try for a coordinator.
@@ -386,6 +389,10 @@ class Router:
     status = _control(ClusterControl.status)
     check_workers = _control(ClusterControl.check_workers)
     start_workers = _control(ClusterControl.start_workers)
+    ensure_workers = _control(ClusterControl.ensure_workers)
+    stop_workers = _control(ClusterControl.stop_workers)
+    share_workers = _control(ClusterControl.share_workers)
+    end_coordinators = _control(ClusterControl.end_coordinators)
     discover_workers = _control(ClusterControl.discover_workers)
     add_worker = _control(ClusterControl.add_worker)
     take_workers = _control(ClusterControl.take_workers)
@@ -452,10 +459,11 @@ class Router:
         """Limit of a request in seconds, from when its backend is ready."""
         return self._timeout_s
 
-    def sibling(self, **changes: Any) -> Self:
+    def sibling(self, *, exact: bool = False, **changes: Any) -> Self:
         """Another router over the same workers and Ollama nodes, with the same latency log.
 
         Args:
+            exact: it uses no running coordinator that was started with other settings than its own.
             **changes: arguments of the class; all others are as they are here now.
         """
         arguments = {
@@ -469,7 +477,9 @@ class Router:
             "gguf_path": self._routes.gguf_path,
             **pool_arguments(self.settings),
         }
-        return type(self)(**{**arguments, **changes})
+        sibling = type(self)(**{**arguments, **changes})
+        sibling._coordinators.settings = replace(sibling.settings, exact=exact)
+        return sibling
 
     @io_bound
     async def close(self, *, keep: bool = False) -> None:

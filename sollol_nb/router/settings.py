@@ -67,7 +67,7 @@ def pool_settings(
 
 def pool_arguments(settings: PoolSettings) -> dict[str, Any]:
     """The arguments of `Router` that give these settings; `pool_settings` the other way round."""
-    arguments = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    arguments = {field.name: getattr(settings, field.name) for field in fields(settings) if field.name != "exact"}
     arguments["coordinator_timeout"] = arguments.pop("coordinator_timeout_s")
     keep_alive = {**arguments.pop("keep_alive_of"), "*": arguments.pop("keep_alive_s")}
     arguments["keep_alive"] = {model: "forever" if s is None else s for model, s in keep_alive.items()}

@@ -39,6 +39,21 @@ def parse_endpoint(text: str, default_port: int = DEFAULT_RPC_PORT) -> tuple[str
     return host, int(port)
 
 
+def worker_endpoint(text: str) -> str:
+    """A worker's endpoint as `host:port`.
+
+    Raises:
+        ConfigError: it is not an endpoint, or an IPv6 address, which llama.cpp cannot reach a worker by.
+    """
+    host, port = parse_endpoint(text)
+    if ":" in host:
+        raise ConfigError(
+            f"{format_endpoint(host, port)} is an IPv6 address, but llama.cpp connects to workers by IPv4 only; "
+            "use the worker's IPv4 address or host name"
+        )
+    return format_endpoint(host, port)
+
+
 def format_endpoint(host: str, port: int) -> str:
     """`host:port`, with brackets around an IPv6 address."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -32,6 +32,7 @@ _STATES = {
     "ready": GREEN,
     "cooling": ORANGE,
     "unknown": GREY,
+    "duplicate": GREY,
     "absent": GREY,
 }
 

@@ -28,7 +28,7 @@ def test_all_routers_know_the_workers_in_the_order_in_which_they_were_found(
     monkeypatch.setattr(Router, "discover_workers", discover)
 
     async def check() -> None:
-        async with Router(rpc_backends=[]) as router:
+        async with Router(rpc_backends=[], auto_discover_rpc=True) as router:
             targets = BenchTargets(router, bench_settings("demo", layouts=[2, "5/4/4"]))
             await targets.prepare()
             assert len(targets.cases) == 2

@@ -14,7 +14,7 @@ import pytest
 
 from sollol_nb.errors import AnswerInterruptedError, WorkersUnavailableError
 from sollol_nb.llama_cpp.coordinators import running
-from sollol_nb.llama_cpp.workers import workers
+from sollol_nb.llama_cpp.workers import losses
 from sollol_nb.runtime.events import Event
 from tests.chaos.faults import COORDINATOR_FROZEN, COORDINATOR_KILLED, WORKER_KILLED, Scene
 from tests.chaos.machines import Machine
@@ -82,7 +82,7 @@ def test_a_machine_that_is_lost_again_and_again_cools_down(
             machine.kill()
         assert used(scene) == [flapping], "better than none"
         chaos.cluster.make_well()
-        monkeypatch.setattr(workers, "FIRST_COOL_DOWN_S", 0.0)
+        monkeypatch.setattr(losses, "FIRST_COOL_DOWN_S", 0.0)
         assert used(scene) == first
 
 

@@ -47,6 +47,7 @@ class StandIn:
     base_url = "http://127.0.0.1:1"
     plan = None
     placement_differences: tuple[str, ...] = ()
+    compromise: str = ""
 
     def __init__(self, *chunks: Chunk, takes_requests: bool = True) -> None:
         self._chunks = chunks

@@ -176,7 +176,12 @@ class SimulatedCluster:
                 return list(cluster.workers)
 
         seen = {name: worker.probe.round_trip_ms for name, worker in self.workers.items() if worker.probe}
-        return KnownWorkers(probe=probe_workers, statuses=lambda: list(self.workers.values()), round_trips_ms=seen)
+        return KnownWorkers(
+            probe=probe_workers,
+            statuses=lambda: list(self.workers.values()),
+            held_by_others=list,
+            round_trips_ms=seen,
+        )
 
     def _ollama(self) -> SimpleNamespace:
         cluster = self

@@ -60,6 +60,7 @@ class Coordinator:
         gate: waiting requests, in order of priority.
         is_adopted: whether another process (or router) started it.
         loaded_by: who had loaded its model before this router adopted it; "" if it was not loaded by then.
+        compromise: in what it differs from what was asked for, where nothing better was free; "" otherwise.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Coordinator:
         self.gate = gate if gate is not None else Gate(settings.slots)
         self.is_adopted = is_adopted
         self.loaded_by = ""
+        self.compromise = ""
         self._process = process
         self._client = JsonClient(self.base_url, api_key=process.key, read_timeout_s=SILENCE_LIMIT_S)
         self._keyless = JsonClient(self.base_url, read_timeout_s=5.0)
@@ -269,6 +271,17 @@ class Coordinator:
         stopped = await self._process.stop_unless_shared()
         await self._close()
         return stopped
+
+    async def stop_unless_used(self) -> list[str]:
+        """End the process, unless another process is connected or anybody else has a lease.
+
+        Returns:
+            Who keeps it running; empty if it has ended. This process stays connected.
+        """
+        users = await self._process.stop_unless_used()
+        if not users:
+            await self._close()
+        return users
 
     async def detach(self) -> None:
         """End this process's connections to it; it lives on for its keep_alive."""

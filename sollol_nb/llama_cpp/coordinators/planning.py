@@ -1,12 +1,13 @@
 """Which workers a starting coordinator gets, and how many layers each.
 
-Free workers are used first; then, as far as the settings allow, workers are adopted, discovered and started here;
-last, idle coordinators end to free theirs.
+Free workers are used first; then, as far as the settings allow, workers of this user's other processes are shared,
+others on this machine discovered (only where that was requested), and more started here; last, idle coordinators
+end to free theirs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -77,8 +78,13 @@ class Planner:
         self._running = running
         self._measurements = measurements
 
-    async def plan(self, start: Start, settings: PoolSettings) -> PlanOverDevices:
-        """The plan for a start; idle coordinators end where free workers do not suffice.
+    async def plan(
+        self, start: Start, settings: PoolSettings, make_room: Callable[[str], Awaitable[bool]]
+    ) -> PlanOverDevices:
+        """The plan for a start.
+
+        Args:
+            make_room: ends a coordinator, to free its workers for this model; False if there is none to end.
 
         Raises:
             WorkersUnavailableError: there are no free workers, or those of the given layout are not free.
@@ -100,11 +106,13 @@ class Planner:
                     strategy=settings.layer_strategy,
                     context_tokens=start.context_tokens,
                 )
+                if await self._workers.find_second_names(plan.endpoints):
+                    continue
                 return self._with_prediction(start, plan, free)
             except (WorkersUnavailableError, ModelDoesNotFitError):
                 if avoided:  # better an unreliable worker than none
                     avoided = frozenset()
-                elif not await self._running.free_workers(start.model):
+                elif not await make_room(start.model):
                     raise
 
     async def _plan_layout(self, start: Start, layout: Mapping[str, int]) -> PlanOverDevices:
@@ -116,6 +124,9 @@ class Planner:
             raise WorkersUnavailableError(
                 f"cannot use this layout for {start.model}: {removed[0]} was removed; choose other workers"
             )
+        free = [endpoint for endpoint in endpoints if statuses[endpoint].state == "free"]
+        if await self._workers.find_second_names(free):
+            statuses = {worker.endpoint: worker for worker in self._workers.statuses()}
         chosen = [statuses[endpoint] for endpoint in endpoints]
         check_free(start.model, chosen, taken=start.taken)
         plan = plan_from_counts(
@@ -150,9 +161,15 @@ class Planner:
             ]
 
         await self._workers.refresh(except_for=avoided)
-        if len(free()) < (wanted or 1) and (settings.auto_discover_rpc or settings.auto_setup_rpc):
-            found = await self._workers.adopt_local()
-            if len(free()) + len(found) < (wanted or 1) and settings.auto_discover_rpc:
+        if len(free()) < (wanted or 1):
+            found: list[str] = []
+            # Who has named the workers to use, or wants none to be found, gets no others unasked.
+            may_share = settings.auto_discover_rpc or (
+                settings.auto_discover_rpc is None and not self._workers.has_named
+            )
+            if may_share or settings.auto_setup_rpc:
+                found = await self._workers.adopt_local(only_left=not may_share)
+            if settings.auto_discover_rpc and len(free()) + len(found) < (wanted or 1):
                 found += await self._workers.discover()
             if found:
                 await self._workers.refresh(except_for=avoided)

@@ -28,6 +28,8 @@ from sollol_nb.llama_cpp.coordinators.running import RouteKey, RunningCoordinato
 from sollol_nb.llama_cpp.coordinators.settings import PoolSettings, context_tokens_for
 from sollol_nb.llama_cpp.coordinators.start import CoordinatorStarter
 from sollol_nb.llama_cpp.engine.check import Engine
+from sollol_nb.llama_cpp.processes import registry
+from sollol_nb.llama_cpp.processes.running import Ended
 from sollol_nb.llama_cpp.workers.choice import check_free
 from sollol_nb.llama_cpp.workers.workers import Workers
 from sollol_nb.models.routing import Route
@@ -207,16 +209,26 @@ class CoordinatorPool:
         """The gate before the coordinator of a route, which it keeps when it restarts."""
         return self._gates.setdefault(key_of(route), Gate(self.settings.slots))
 
-    async def stop(self, model: str | None = None) -> list[str]:
-        """Stop the coordinators of a model, or all. Returns the models that were stopped."""
+    async def stop(self, model: str | None = None, *, force: bool = False) -> list[Ended]:
+        """Stop the coordinators of a model, or all; those that others use are only disconnected from.
+
+        Args:
+            force: end them in any case.
+        """
         chosen = [
             coordinator
             for coordinator in self._running.known
             if model is None or coordinator.settings.is_named(model)
         ]
+        ended = []
         for coordinator in chosen:
-            await self._running.end(coordinator)
-        return [coordinator.model for coordinator in chosen]
+            users: list[str] = []
+            if force:
+                await self._running.end(coordinator)
+            else:
+                users = await self._running.let_go(coordinator)
+            ended.append(Ended(kind=registry.COORDINATOR, name=coordinator.model, users=tuple(users)))
+        return ended
 
     async def close(self) -> None:
         """Stop all coordinators that no other kernel uses, also those that are being started."""

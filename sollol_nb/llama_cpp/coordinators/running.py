@@ -7,8 +7,8 @@ gone, which no request would notice. Where workers or memory are short, the leas
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
-from typing import Any, TypeAlias
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeAlias, TypeVar
 
 import psutil
 
@@ -16,6 +16,9 @@ from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.coordinators.measurements import TokenMeasurements
 from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.processes.exit_reasons import WORKER_LOST, describe_exit, exit_reason
+from sollol_nb.llama_cpp.processes.process import EngineProcess
+from sollol_nb.llama_cpp.processes.registry import Entry
+from sollol_nb.llama_cpp.processes.supervisor import FIRST_CLIENT_S
 from sollol_nb.llama_cpp.workers.workers import Workers
 from sollol_nb.models.routing import Route
 from sollol_nb.runtime.events import EventBus, EventKind
@@ -24,6 +27,8 @@ from sollol_nb.text.tables import format_bytes
 CHECK_INTERVAL_S = 1.0
 """How often idle coordinators are checked: whether their workers are still connected."""
 SECOND_CHECK_S = 0.1
+
+T = TypeVar("T")
 
 RouteKey: TypeAlias = tuple[str, str, str]
 """Model file, backend, and what is added to the file: routes with the same key share one coordinator."""
@@ -42,7 +47,7 @@ class RunningCoordinators:
         self._events = events
         self._measurements = measurements
         self._table: dict[RouteKey, tuple[Route, Coordinator]] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
 
     @property
     def coordinators(self) -> list[Coordinator]:
@@ -75,25 +80,55 @@ class RunningCoordinators:
         """Take a coordinator out of the table and end it.
 
         Args:
-            unless_shared: leave it running if another process uses it.
+            unless_shared: leave it running if another process or router is connected to it.
         """
-        was_running = coordinator.is_running()
-        keys = [key for key, (_, known) in self._table.items() if known is coordinator]
-        for key in keys:
-            del self._table[key]
 
-        async def stop() -> None:
+        async def stop() -> list[str]:
             if unless_shared:
                 await coordinator.stop_unless_shared()
             else:
                 await coordinator.stop()
-            if keys and was_running:
-                self._events.publish(
-                    EventKind.COORDINATOR_STOPPED, coordinator.model, f"stopped {coordinator.model}"
-                )
+            return []
+
+        await self._end(coordinator, stop)
+
+    async def let_go(self, coordinator: Coordinator) -> list[str]:
+        """Take a coordinator out of the table, and end it unless somebody else uses it.
+
+        Returns:
+            Who uses it, and keeps it running; empty if it was ended.
+        """
+
+        async def stop() -> list[str]:
+            users = await coordinator.stop_unless_used()
+            if users:
+                await coordinator.detach()
+            return users
+
+        return await self._end(coordinator, stop)
+
+    async def _end(self, coordinator: Coordinator, stop: Callable[[], Awaitable[list[str]]]) -> list[str]:
+        was_running = coordinator.is_running()
+        taken = self._take(coordinator)
+
+        async def end() -> list[str]:
+            users = await stop()
+            if taken and was_running:
+                message = f"stopped {coordinator.model}"
+                if users:
+                    message = f"disconnected from {coordinator.model}, which {', '.join(users)} still uses"
+                self._events.publish(EventKind.COORDINATOR_STOPPED, coordinator.model, message)
+            return users
 
         # The caller may be cancelled; the engine must end anyway.
-        await asyncio.shield(self._in_background(stop()))
+        return await asyncio.shield(self._in_background(end()))
+
+    def _take(self, coordinator: Coordinator) -> dict[RouteKey, tuple[Route, Coordinator]]:
+        """Take a coordinator out of the table; returns its entries."""
+        taken = {key: known for key, known in self._table.items() if known[1] is coordinator}
+        for key in taken:
+            del self._table[key]
+        return taken
 
     async def detach(self) -> None:
         """End the connections to all coordinators; they live on for their keep_alive."""
@@ -122,29 +157,61 @@ class RunningCoordinators:
             ):
                 return  # the engine will say what it lacks
 
-    async def free_workers(self, model: str) -> bool:
-        """Free workers for a model, by ending a coordinator that an ended kernel left, else an idle one of this
-        router; False if there is none.
+    async def end_left(self, model: str) -> bool:
+        """Free workers for a model by ending a coordinator that an ended kernel left; False if there is none."""
+        return await self._end_one(
+            await self._others(), model, "which an ended kernel left", EngineProcess.stop_unless_shared
+        )
+
+    async def end_idle(self, model: str) -> bool:
+        """Free workers for a model by ending an idle coordinator of this router, else of another router of this
+        process; False if there is none. One that another process is connected to is never ended.
         """
+        return await self._end_least_recently_used(
+            lambda coordinator: bool(coordinator.rpc_backends), model
+        ) or await self._end_one(
+            await self._others(), model, "which is idle in another router", _is_ended_unless_used
+        )
+
+    async def _others(self) -> list[Entry]:
+        """The running coordinators over workers that are not in the table."""
         own_urls = {coordinator.base_url for coordinator in self.known}
-        for entry in await asyncio.to_thread(registry.entries, registry.COORDINATOR):
-            # One that is still loading may be so new that its kernel is not connected to it yet.
-            if not entry.workers or not entry.about.get("load_ms") or entry.about.get("url") in own_urls:
+        return [
+            entry
+            for entry in await asyncio.to_thread(registry.entries, registry.COORDINATOR)
+            if entry.workers
+            and entry.about.get("url") not in own_urls
+            # The process that has just started one may not be connected to it yet.
+            and (entry.about.get("load_ms") or entry.age_s > FIRST_CLIENT_S)
+        ]
+
+    async def _end_one(
+        self, entries: list[Entry], model: str, whose: str, end: Callable[[EngineProcess], Awaitable[bool]]
+    ) -> bool:
+        """End the first that `end` can end. Its model file is not read: it may be gone by now."""
+        for entry in entries:
+            process = await EngineProcess.adopt(entry)
+            if process is None:
                 continue
-            left = await Coordinator.attach(entry)
-            if left is not None and await left.stop_unless_shared():
-                message = f"stopped {left.model}, which an ended kernel left, to make room for {model}"
-                self._events.publish(EventKind.COORDINATOR_MADE_ROOM, left.model, message)
+            if await end(process):
+                message = f"stopped {entry.name}, {whose}, to make room for {model}"
+                self._events.publish(EventKind.COORDINATOR_MADE_ROOM, entry.name, message)
                 return True
-        return await self._end_least_recently_used(lambda coordinator: bool(coordinator.rpc_backends), model)
+            process.detach()
+        return False
 
     async def _end_least_recently_used(self, eligible: Callable[[Coordinator], bool], needed_for: str) -> bool:
         for coordinator in self.coordinators:
-            if eligible(coordinator) and coordinator.is_idle:
-                message = f"stopping {coordinator.model} (idle) to make room for {needed_for}"
-                self._events.publish(EventKind.COORDINATOR_MADE_ROOM, coordinator.model, message)
-                await self.end(coordinator)
-                return True
+            if not eligible(coordinator) or not coordinator.is_idle:
+                continue
+            taken = self._take(coordinator)
+            # The caller may be cancelled; the engine must end anyway.
+            if await asyncio.shield(self._in_background(coordinator.stop_unless_used())):
+                self._table = {**taken, **self._table}  # another process uses it
+                continue
+            message = f"stopped {coordinator.model} (idle) to make room for {needed_for}"
+            self._events.publish(EventKind.COORDINATOR_MADE_ROOM, coordinator.model, message)
+            return True
         return False
 
     # --- watching -------------------------------------------------------------------------------
@@ -179,8 +246,12 @@ class RunningCoordinators:
                 await self.end(coordinator)
                 await self._workers.find_lost(coordinator.rpc_backends)
 
-    def _in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def _in_background(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+async def _is_ended_unless_used(process: EngineProcess) -> bool:
+    return not await process.stop_unless_used()

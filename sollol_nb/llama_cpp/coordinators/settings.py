@@ -27,10 +27,14 @@ from sollol_nb.text.tables import counted
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PoolSettings:
-    """How the coordinators of a router are started. See `HybridRouter` for the meaning of each."""
+    """How the coordinators of a router are started. See `HybridRouter` for the meaning of each.
+
+    Attributes:
+        exact: use no running coordinator that was started with other settings, though it would serve as well.
+    """
 
     num_rpc_backends: int | None
-    auto_discover_rpc: bool
+    auto_discover_rpc: bool | None
     auto_setup_rpc: bool
     coordinator_timeout_s: float
     coordinator_port: int
@@ -41,6 +45,7 @@ class PoolSettings:
     llama_cpp: Path | None
     keep_alive_s: float | None
     keep_alive_of: Mapping[str, float | None] = field(default_factory=dict)
+    exact: bool = False
 
     def keep_alive(self, model: str) -> float | None:
         """Seconds that this model's coordinator lives without a request; None is forever."""

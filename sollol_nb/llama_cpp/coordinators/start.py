@@ -1,4 +1,7 @@
-"""Starting a coordinator: adopt the one that runs for the same model and settings, else choose workers and launch.
+"""Starting a coordinator: adopt one that runs for the model and is as asked, else choose workers and launch.
+
+Where no worker is free, a running one is adopted that differs from what was asked, too, and says in what. Only
+what would make answers wrong forbids it: another file or another way to read it, or a smaller context.
 
 Workers are chosen and claimed under one lock for all kernels of this user (`registry.claims`), so that two kernels
 that start at the same time get disjoint workers, or one adopts the other's coordinator.
@@ -35,10 +38,16 @@ from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.engine.find import ensure_engine
 from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.processes.machine import free_ports
+from sollol_nb.llama_cpp.processes.registry import Entry
 from sollol_nb.llama_cpp.workers.workers import Workers
 from sollol_nb.models.routing import DISTRIBUTED, Route
 from sollol_nb.runtime.events import EventBus, EventKind
 from sollol_nb.runtime.gate import Gate
+from sollol_nb.text.tables import counted
+
+MAY_DIFFER = frozenset({"context_tokens", "slots", "strategy", "wanted_workers", "engine", "engine_version"})
+"""What a running coordinator need not have exactly as wanted: these do not change what it answers, if its context
+is not smaller. All else that is wanted must agree."""
 
 START_TRIES = 5
 """A start is repeated where a worker was lost while it loaded, or another program took the port."""
@@ -188,16 +197,48 @@ class CoordinatorStarter:
             "wanted_workers": (list(map(list, layout.items())) if layout else workers) if sharded else None,
         }
 
-    async def _adopt(self, start: Start) -> Coordinator | None:
-        """A coordinator for the same model and settings that another kernel started, or None."""
+    def _differences(self, start: Start, entry: Entry) -> list[str] | None:
+        """In what a running coordinator differs from what a start wants; None if it cannot be used instead."""
+        about, wanted = entry.about, start.wanted
+        if any(about.get(name) != value for name, value in wanted.items() if name not in MAY_DIFFER):
+            return None
+        if self._workers.has_named and not self._workers.knows_all(entry.workers):
+            return None  # the user has named the workers to use
+        if self.settings.exact or start.layout is not None:
+            return [] if all(about.get(name) == value for name, value in wanted.items()) else None
+        if about.get("context_tokens", 0) < wanted["context_tokens"]:
+            return None
+        differences = []
+        if about.get("slots", 0) < wanted["slots"]:
+            differences.append(f"{counted(about.get('slots', 0), 'slot')} instead of {wanted['slots']}")
+        if wanted["wanted_workers"] not in (None, len(entry.workers)):
+            differences.append(f"{counted(len(entry.workers), 'worker')} instead of {wanted['wanted_workers']}")
+        if about.get("strategy") != wanted["strategy"]:
+            differences.append(f"layer strategy {about.get('strategy')} instead of {wanted['strategy']}")
+        if (about.get("engine"), about.get("engine_version")) != (wanted["engine"], wanted["engine_version"]):
+            differences.append(f"llama.cpp {about.get('engine_version')} instead of {wanted['engine_version']}")
+        return differences
+
+    async def _adopt(self, start: Start, *, as_it_is: bool = False) -> Coordinator | None:
+        """A coordinator of the model that another kernel or router started and that is as wanted, or None.
+
+        Args:
+            as_it_is: also one that differs, as far as its answers are the same.
+        """
+        found: list[tuple[list[str], Entry]] = []
         for entry in await asyncio.to_thread(registry.entries, registry.COORDINATOR):
-            if any(entry.about.get(name) != value for name, value in start.wanted.items()):
-                continue
-            if self._workers.has_external and not set(entry.workers) <= set(self._workers.endpoints):
-                continue  # the user has named the workers to use
+            differences = self._differences(start, entry)
+            if differences is not None and (as_it_is or not differences):
+                found.append((differences, entry))
+        for differences, entry in sorted(found, key=lambda candidate: len(candidate[0])):
             coordinator = await Coordinator.adopt(entry, gate=start.gate)
             if coordinator is None:
                 continue
+            if differences:
+                coordinator.compromise = (
+                    f"no worker is free for what was requested, so the running coordinator is used: it has "
+                    f"{', '.join(differences)}"
+                )
             owner = registry.describe_owner(entry.about)
             if entry.about.get("load_ms"):
                 coordinator.loaded_by = owner
@@ -219,13 +260,14 @@ class CoordinatorStarter:
             if not sharded:
                 await self._running.free_memory(start.facts.file_bytes)
             while True:
-                try:
-                    plan, devices = await self._planner.plan(start, self.settings) if sharded else (None, {})
-                except (WorkersUnavailableError, ModelDoesNotFitError):
-                    # Another kernel may have taken them a moment ago, for the same model.
-                    if (running := await self._adopt(start)) is not None:
-                        return running
-                    raise
+                plan, devices = None, dict[str, tuple[int, ...]]()
+                if sharded:
+                    try:
+                        plan, devices = await self._planner.plan(start, self.settings, self._running.end_left)
+                    except (WorkersUnavailableError, ModelDoesNotFitError):
+                        if (running := await self._adopt(start, as_it_is=True)) is not None:
+                            return running
+                        plan, devices = await self._planner.plan(start, self.settings, self._running.end_idle)
                 settings = CoordinatorSettings(
                     model=start.model,
                     model_path=start.model_path,
@@ -240,7 +282,7 @@ class CoordinatorStarter:
                     running = await self._adopt(start)
                     if running is not None:
                         return running
-                    taken = set(registry.holders()) & set(plan.endpoints if plan else ())
+                    taken = await self._workers.held_among(plan.endpoints) if plan else set()
                     if not taken:
                         return await self._launch_on_free_port(start, settings)
                 start.taken |= taken  # by another router or kernel in the meantime
@@ -249,12 +291,19 @@ class CoordinatorStarter:
         message = f"starting {start.model} {settings.describe_workers()}"
         self._events.publish(EventKind.COORDINATOR_STARTING, start.model, message)
         (port,) = free_ports(start.first_port, 1)
-        return await Coordinator.launch(
+        endpoints = settings.plan.endpoints if settings.plan else ()
+        coordinator = await Coordinator.launch(
             start.engine,
             settings,
             port=port,
             keep_alive_s=self.settings.keep_alive(start.route.model),
-            about=start.wanted,
+            about={**start.wanted, "probes": self._workers.probes_of(endpoints)},
             gate=start.gate,
-            holds=self._workers.entries_of(settings.plan.endpoints) if settings.plan else (),
+            holds=self._workers.entries_of(endpoints),
         )
+        wanted = start.wanted["wanted_workers"]
+        if isinstance(wanted, int) and len(endpoints) < min(wanted, start.facts.layer_count + 1):
+            coordinator.compromise = (
+                f"it runs on {counted(len(endpoints), 'worker')} instead of {wanted}: no more were free"
+            )
+        return coordinator

@@ -1,14 +1,16 @@
-"""Facts about this machine: usable cores, free ports, and the bytes that a process has sent over TCP."""
+"""Facts about this machine: usable cores, free ports, who listens, and the bytes a process has sent over TCP."""
 
 from __future__ import annotations
 
 import ipaddress
 import math
 import os
+import re
 import socket
 import struct
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import psutil
@@ -114,6 +116,78 @@ def free_ports(first: int, count: int, host: str = LOOPBACK) -> list[int]:
             "choose a lower first port"
         )
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """A TCP socket on this machine that accepts connections.
+
+    Attributes:
+        address: the IP address that it is bound to; `0.0.0.0` or `::` are all addresses of this machine.
+        uid: the user who opened it.
+    """
+
+    address: str
+    uid: int
+
+
+_LISTENING = re.compile(r"^ *\d+: ([0-9A-F]+):([0-9A-F]{4}) [0-9A-F:]+ 0A (?:\S+ ){3} *(\d+) ", re.MULTILINE)
+
+
+def listeners(port: int, root: Path = Path("/")) -> list[Listener]:
+    """The sockets that listen on a TCP port; empty on systems other than Linux.
+
+    Source: the kernel's `proc_net_tcp.rst`: an address is words in the byte order of the machine, in hex, and the
+    state 0A is listening.
+    """
+    found = []
+    for name in ("tcp", "tcp6"):
+        for address, hex_port, uid in _LISTENING.findall(_text(root / "proc/net" / name)):
+            if int(hex_port, 16) == port:
+                words = [int(address[start : start + 8], 16) for start in range(0, len(address), 8)]
+                packed = struct.pack(f"={len(words)}I", *words)
+                found.append(Listener(str(ipaddress.ip_address(packed)), int(uid)))
+    return found
+
+
+def other_user_of(host: str, port: int) -> str | None:
+    """The user whose program listens on an address of this machine, if that is another one; None if it is the user
+    of this process, or not known."""
+    if sys.platform == "win32":
+        return None
+    import pwd
+
+    address, _ = worker_at(host, port)
+    here = listeners(port)
+    owners = [listener.uid for listener in here if listener.address == address] or [known.uid for known in here]
+    if not owners or os.getuid() in owners:
+        return None
+    try:
+        return pwd.getpwuid(owners[0]).pw_name
+    except KeyError:
+        return str(owners[0])
+
+
+def worker_at(host: str, port: int) -> Address:
+    """What distinguishes a worker from others: equal for two names of one worker. Blocks while DNS answers.
+
+    A program that listens on all addresses of this machine is one worker, by whichever of them it is named.
+    """
+    try:
+        address = str(socket.getaddrinfo(host, port, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
+    except (OSError, UnicodeError):  # unknown now; it cannot be reached either
+        return host.lower(), port
+    if _is_own_address(address):
+        here = {listener.address for listener in listeners(port)}
+        if address not in here and here & {"0.0.0.0", "::"}:  # noqa: S104 - compared, not bound
+            return LOOPBACK, port
+    return address, port
+
+
+def _is_own_address(address: str) -> bool:
+    if ipaddress.ip_address(address).is_loopback:
+        return True
+    return any(known.address == address for known_of in psutil.net_if_addrs().values() for known in known_of)
 
 
 # --- bytes sent ------------------------------------------------------------------------------

@@ -126,7 +126,7 @@ class EngineProcess:
             "log_limit_bytes": LOG_LIMIT_BYTES,
             "debug_until": debug_until,
             "keep_alive_s": keep_alive_s,
-            "about": {"owner_pid": os.getpid(), "owner": _own_name(), **about},
+            "about": {**registry.own_description(), **about},
             "holds": [{"port": held.control_port, "key": held.read_key()} for held in holds],
             "psutil_folder": str(Path(psutil.__file__).parents[1]),
         }
@@ -200,7 +200,8 @@ class EngineProcess:
         await self._request("about", about=about)
 
     async def status(self) -> dict[str, Any]:
-        """`clients` (except this handle), `leases`, `idle_s`, `ends_in_s`; empty if it has ended."""
+        """`clients` (except this handle), `users` (their names), `leases`, `idle_s`, `ends_in_s`; empty if it has
+        ended."""
         return await self._request("status")
 
     async def stop(self, *, grace_s: float = supervisor.STOP_GRACE_S, why: str = "stopped") -> ExitReport:
@@ -215,12 +216,29 @@ class EngineProcess:
 
     async def stop_unless_shared(self) -> bool:
         """End the process unless another process (or router) is connected; False if it keeps running for them."""
-        answer = await self._request("stop", unless_shared=True, why="closed")
-        if not answer.get("ok") and self.is_running():
+        if await self._stop_unless("shared", why="closed"):
             self.detach()
             return False
-        await self.wait()
         return True
+
+    async def stop_unless_used(self, *, why: str = "stopped") -> list[str]:
+        """End the process, unless another process is connected or anybody else has a lease.
+
+        Returns:
+            Who keeps it running; empty if it has ended. This handle stays connected.
+        """
+        return await self._stop_unless("used", why=why)
+
+    async def stop_unless_foreign(self, *, why: str = "stopped") -> list[str]:
+        """As `stop_unless_used`, but leases of this process do not count."""
+        return await self._stop_unless("foreign", why=why)
+
+    async def _stop_unless(self, unless: str, *, why: str) -> list[str]:
+        answer = await self._request("stop", unless=unless, why=why)
+        if not answer.get("ok") and self.is_running():
+            return [str(user) for user in answer.get("users") or ("another process",)]
+        await self.wait()
+        return []
 
     def detach(self) -> None:
         """Disconnect from the engine without stopping it; the leases of this handle end."""
@@ -358,7 +376,8 @@ async def _connect(port: int, key: str) -> tuple[asyncio.StreamReader, asyncio.S
     async with asyncio.timeout(ANSWER_TIMEOUT_S):
         reader, writer = await asyncio.open_connection(LOOPBACK, port, limit=MESSAGE_LIMIT_BYTES)
         try:
-            writer.write(json.dumps({"key": key}).encode() + b"\n")
+            greeting = {"key": key, "pid": os.getpid(), "name": registry.own_name()}
+            writer.write(json.dumps(greeting).encode() + b"\n")
             hello = await reader.readline()
             if not hello.startswith(b'{"event": "hello"'):
                 raise EngineError(f"the program that listens on {LOOPBACK}:{port} is not the expected supervisor")
@@ -366,7 +385,3 @@ async def _connect(port: int, key: str) -> tuple[asyncio.StreamReader, asyncio.S
             writer.close()
             raise
     return reader, writer
-
-
-def _own_name() -> str:
-    return Path(sys.argv[0]).name or "python" if sys.argv else "python"

@@ -21,6 +21,7 @@ import asyncio
 import contextlib
 import json
 import os
+import sys
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -82,6 +83,11 @@ class Entry:
         return str(self.about.get("model") or self.about.get("endpoint") or self.id)
 
     @property
+    def age_s(self) -> float:
+        """Seconds since its start."""
+        return time.time() - self.started_at
+
+    @property
     def workers(self) -> list[str]:
         """Endpoints that a coordinator holds."""
         return list(self.about.get("workers") or ())
@@ -137,12 +143,28 @@ def holders() -> dict[str, Entry]:
     return {endpoint: entry for entry in entries(COORDINATOR) for endpoint in entry.workers}
 
 
+def own_name() -> str:
+    """The name by which a person knows this process: that of its notebook, else of its script."""
+    notebook = os.environ.get("JPY_SESSION_NAME")  # Jupyter servers set it for the kernels that they start
+    path = notebook or (sys.argv[0] if sys.argv else "")
+    return Path(path).name or "python"
+
+
+def own_description() -> dict[str, Any]:
+    """This process as the owner of engines, for their `about`; `describe_owner` reads it."""
+    return {"owner_pid": os.getpid(), "owner_started": psutil.Process().create_time(), "owner": own_name()}
+
+
 def describe_owner(about: dict[str, Any]) -> str:
     """Who started an engine, as text."""
     pid = about.get("owner_pid")
     if pid == os.getpid():
         return "this kernel"
-    return f"process {pid} ({about.get('owner', 'a kernel')})"
+    name = str(about.get("owner") or "a kernel")
+    if isinstance(pid, int) and is_same_process(pid, about.get("owner_started")):
+        return f"{name} (process {pid})"
+    is_this_notebook = name == own_name() and name.endswith(".ipynb")
+    return f"an earlier kernel of {'this notebook' if is_this_notebook else name}"
 
 
 @contextlib.asynccontextmanager

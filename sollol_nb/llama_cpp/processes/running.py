@@ -20,6 +20,9 @@ from sollol_nb.llama_cpp.processes.registry import Entry
 from sollol_nb.runtime.io_loop import io_bound
 from sollol_nb.settings import config
 
+BY_THE_USER = "stopped by the user"
+SHOWN_NAMES = 10
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunningEngine:
@@ -67,6 +70,26 @@ class RunningEngine:
         return asdict(self) | {"state": self.state}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """An engine that was to be stopped.
+
+    Attributes:
+        kind: `coordinator` or `worker`.
+        name: the model of a coordinator, the endpoint of a worker.
+        users: who uses it, so that it runs on; empty where it was stopped.
+    """
+
+    kind: str
+    name: str
+    users: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        if not self.users:
+            return f"stopped {self.kind} {self.name}"
+        return f"left {self.kind} {self.name} running: {', '.join(self.users)} uses it"
+
+
 @io_bound
 async def running_engines() -> list[RunningEngine]:
     """All running engines of this user, coordinators first, then by age."""
@@ -87,11 +110,7 @@ async def stop_engines(names: Collection[str] = (), *, also_used: bool = False) 
         ConfigError: no running engine has this name.
     """
     engines = await running_engines()
-    known = {label for engine in engines for label in (engine.name, engine.id)}
-    for name in names:
-        if name not in known:
-            running = ", ".join(sorted({engine.name for engine in engines})) or "nothing"
-            raise ConfigError(f"nothing named {name!r} is running (running: {running})")
+    _check_names(names, engines)
     stopped = []
     # Coordinators come first; then the workers that they held are free.
     for kind in (registry.COORDINATOR, registry.WORKER):
@@ -103,6 +122,45 @@ async def stop_engines(names: Collection[str] = (), *, also_used: bool = False) 
             if entry is not None and await _stop(entry, also_used=also_used or bool(names)):
                 stopped.append(engine)
     return stopped
+
+
+@io_bound
+async def end_engines(names: Collection[str] = (), *, force: bool = False) -> list[Ended]:
+    """Stop engines, except those that other processes use; returns what was stopped or left running.
+
+    Args:
+        names: models, endpoints or ids; by default all engines.
+        force: stop them whoever uses them.
+
+    Raises:
+        ConfigError: no running engine has this name.
+    """
+    _check_names(names, await asyncio.to_thread(registry.entries))
+    ended = []
+    # Coordinators come first; then the workers that they held are free.
+    for kind in (registry.COORDINATOR, registry.WORKER):
+        for entry in await asyncio.to_thread(registry.entries, kind):
+            if names and not {entry.name, entry.id} & set(names):
+                continue
+            process = await EngineProcess.adopt(entry)
+            if process is None:
+                continue
+            users: list[str] = []
+            if force:
+                await process.stop(why=BY_THE_USER)
+            elif users := await process.stop_unless_foreign(why=BY_THE_USER):
+                process.detach()
+            ended.append(Ended(kind=entry.kind, name=entry.name, users=tuple(users)))
+    return ended
+
+
+def _check_names(names: Collection[str], engines: Sequence[RunningEngine | Entry]) -> None:
+    known = {label for engine in engines for label in (engine.name, engine.id)}
+    for name in names:
+        if name not in known:
+            running = sorted({engine.name for engine in engines})
+            shown = ", ".join(running[:SHOWN_NAMES]) + ", ..." * (len(running) > SHOWN_NAMES)
+            raise ConfigError(f"nothing named {name!r} is running (running: {shown or 'nothing'})")
 
 
 def engine_log(name: str, *, last: int = 20, grep: str | None = None) -> str:
@@ -121,11 +179,10 @@ def engine_log(name: str, *, last: int = 20, grep: str | None = None) -> str:
     # Of several coordinators of one model, the one that was started last.
     found = [entry for entry in entries if name in (entry.name, entry.id)]
     if not found:
-        running = ", ".join(sorted({entry.name for entry in entries})) or "nothing"
-        raise ConfigError(
-            f"nothing named {name!r} is running (running: {running}); "
-            f"logs of ended engines are in {config.log_dir()}"
-        )
+        try:
+            _check_names([name], entries)
+        except ConfigError as error:
+            raise ConfigError(f"{error}; logs of ended engines are in {config.log_dir()}") from None
     path = Path(found[-1].log_path)
     wanted = (grep or "").casefold()
     try:
@@ -179,7 +236,7 @@ async def _stop(entry: Entry, *, also_used: bool) -> bool:
     if not also_used and (await process.status()).get("leases"):
         process.detach()
         return False
-    await process.stop(why="stopped by the user")
+    await process.stop(why=BY_THE_USER)
     return True
 
 

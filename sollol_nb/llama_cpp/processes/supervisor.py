@@ -6,17 +6,17 @@ and reads one from its stdout: `{"event": "started", "pid": ..., "control_port":
 "tail": [...]}`. From then on it depends on no other process: kernels come and go, and find the engine through
 its registry entry, a file that the supervisor writes (mode 0600, replaced atomically) and removes at the end.
 
-Control protocol, on a loopback port: JSON lines. A client first sends `{"key": ...}`, the secret of this engine,
-which the supervisor keeps in a separate file; then requests `{"n": 1, "do": ...}`, each answered by `{"n": 1,
-"ok": ...}`:
+Control protocol, on a loopback port: JSON lines. A client first sends `{"key": ..., "pid": ..., "name": ...}`: the
+secret of this engine, which the supervisor keeps in a separate file, and who the client is; then requests `{"n": 1,
+"do": ...}`, each answered by `{"n": 1, "ok": ...}`:
 
 | do | does |
 |---|---|
 | `hold`, `free` | take or end a lease; the end of a connection ends its leases |
 | `keep_alive` | set the `seconds` that the engine lives without a lease; null is forever |
 | `about` | merge `about` into the registry entry |
-| `status` | `clients` (except the one that asks), `leases`, `idle_s`, `ends_in_s` |
-| `stop` | end the engine, by force after `grace_s`; with `unless_shared` only if no other client is connected |
+| `status` | `clients` (except the one that asks), `users` (their names, one for each process), `leases`, `idle_s`, `ends_in_s` |
+| `stop` | end the engine, by force after `grace_s`; `unless`: `shared`, not if another client is connected; `used`, not if one has a lease or belongs to another process; `foreign`, not if one belongs to another process; then the answer has `users` |
 
 When the engine has ended, all clients receive `{"event": "exited", "code": ..., "tail": [...], "why": ...}`.
 
@@ -26,7 +26,7 @@ pipe, never in arguments.
 
 The supervisor writes the engine's log. After the line that contains `debug_until`, it drops debug lines: at the
 verbosity that reports the layer placement, the engine would log every token and prompt.
-"""
+"""  # noqa: E501 - a table's row is one line
 
 from __future__ import annotations
 
@@ -55,6 +55,7 @@ GREETING_LIMIT_S = 5.0
 LINE_LIMIT_BYTES = 256 * 1024
 UNGREETED_LIMIT = 64
 """Connections that have not sent the key yet; if there are more, the oldest is dropped."""
+NAME_LIMIT = 200
 GUARD_DONE = b"done"
 TAIL_LINES = 40
 TAIL_LINE_BYTES = 1000
@@ -110,13 +111,15 @@ class LogDrain(threading.Thread):
 
 
 class Client:
-    """One control connection: its unprocessed bytes, and the leases it holds."""
+    """One control connection: its unprocessed bytes, the leases it holds, and the process it belongs to."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
         self.unread = b""
         self.leases = 0
         self.greeted = False
+        self.pid = 0
+        self.name = ""
         self.since = time.monotonic()
 
     def send(self, message: dict[str, Any]) -> bool:
@@ -302,10 +305,21 @@ class Supervisor:
     def _others(self, client: Client) -> list[Client]:
         return [known for known in self._clients if known.greeted and known is not client]
 
+    def _keepers(self, client: Client, unless: str) -> list[Client]:
+        """The clients for whose sake the engine is not ended."""
+        if unless == "shared":
+            return self._others(client)
+        if unless == "used":
+            return [known for known in self._others(client) if known.leases or known.pid != client.pid]
+        if unless == "foreign":
+            return [known for known in self._others(client) if known.pid != client.pid]
+        return []
+
     def _greet(self, client: Client, message: dict[str, Any]) -> dict[str, Any] | None:
         if not _is_same_secret(str(message["key"]).encode(), str(self._spec["key"]).encode()):
             return None
         client.greeted = True
+        client.pid, client.name = int(message.get("pid", 0)), str(message.get("name", ""))[:NAME_LIMIT]
         if self._first_client_until:
             self._first_client_until, self._idle_since = 0.0, time.monotonic()
         return {"event": "hello", "id": self._spec["id"], "pid": self._engine.pid}
@@ -329,17 +343,26 @@ class Supervisor:
                 self._about |= message["about"]
                 self.write_entry()
             case "status":
-                others = len(self._others(client))
+                others = self._others(client)
                 idle_s = None if self._leases() else time.monotonic() - self._idle_since
-                answer |= {"clients": others, "leases": self._leases(), "idle_s": idle_s}
+                answer |= {"clients": len(others), "leases": self._leases(), "idle_s": idle_s}
+                answer["users"] = _names_of(others, client.pid)
                 answer["ends_in_s"] = self._ends_in_s()
             case "stop":
-                answer["ok"] = not (message.get("unless_shared") and self._others(client))
-                if answer["ok"]:
+                keepers = self._keepers(client, str(message.get("unless", "")))
+                if keepers:
+                    answer |= {"ok": False, "users": _names_of(keepers, client.pid)}
+                else:
                     self._stop(str(message.get("why", "stopped")), float(message.get("grace_s", STOP_GRACE_S)))
             case _:
                 answer["ok"] = False
         return answer
+
+
+def _names_of(clients: list[Client], own_pid: int) -> list[str]:
+    """Who they are, each process once, other processes first."""
+    known = sorted(clients, key=lambda client: client.pid == own_pid)
+    return list({client.pid: client.name or "another process" for client in known}.values())
 
 
 def _is_same_secret(given: bytes, secret: bytes) -> bool:
@@ -387,13 +410,14 @@ def remove_files(spec: dict[str, Any]) -> None:
             os.unlink(path)
 
 
-def hold_others(holds: list[dict[str, Any]]) -> list[socket.socket]:
+def hold_others(holds: list[dict[str, Any]], name: str) -> list[socket.socket]:
     """Leases on other engines (a coordinator's local workers), as long as these connections are open."""
     held = []
     for engine in holds:
         with contextlib.suppress(OSError):
             connection = socket.create_connection((LOOPBACK, engine["port"]), timeout=5.0)
-            connection.sendall(json.dumps({"key": engine["key"]}).encode() + b"\n" + b'{"n": 1, "do": "hold"}\n')
+            greeting = {"key": engine["key"], "pid": os.getpid(), "name": name}
+            connection.sendall(json.dumps(greeting).encode() + b"\n" + b'{"n": 1, "do": "hold"}\n')
             held.append(connection)
     return held
 
@@ -480,7 +504,7 @@ def main() -> int:
         }
     else:
         own_session = {"creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)}
-    held = hold_others(spec["holds"])
+    held = hold_others(spec["holds"], f"the coordinator of {spec['about'].get('model')}")
     try:
         write_private(spec["key_path"], spec["key"])
         engine = subprocess.Popen(

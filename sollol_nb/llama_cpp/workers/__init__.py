@@ -2,6 +2,8 @@
 
 * `probe.py`: the RPC protocol's bytes: ask an endpoint whether it is a free worker, and for its memory
 * `status.py`: one worker as it was seen last
+* `identities.py`: which endpoints are names of one worker
+* `losses.py`: how often each was lost lately
 * `local.py`: start a worker process on this machine
 * `workers.py`: all workers that a router may use
 * `choice.py`: which free workers get a model, and why none can be used

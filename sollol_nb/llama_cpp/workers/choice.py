@@ -58,16 +58,23 @@ def check_free(model: str, chosen: Sequence[WorkerStatus], taken: Collection[str
 
 def describe_missing_workers(model: str, statuses: Sequence[WorkerStatus]) -> str:
     """Why no worker can be used, and what to run."""
-    what_to_do = (
-        "start workers here with `%sollol_cluster start 3` (or auto_setup_rpc=True), or run on each machine "
-        "`ggml-rpc-server -H <its address> -p 50052` and list them in rpc_backends= or RPC_BACKENDS"
+    there = (
+        "run on each machine `ggml-rpc-server -H <its address> -p 50052` and list them in rpc_backends= or "
+        "RPC_BACKENDS"
     )
     if not statuses:
-        return f"{model} needs RPC workers, but none is known; {what_to_do}"
+        return (
+            f"{model} needs RPC workers, but none is known; start workers here with `%sollol_cluster start 3` (or "
+            f"auto_setup_rpc=True), search this machine for running ones with `%sollol_cluster discover` (or "
+            f"auto_discover_rpc=True), or {there}"
+        )
     problems = "; ".join(map(_describe_problem, statuses[:SHOWN_WORKERS]))
     if len(statuses) > SHOWN_WORKERS:
         problems += " ..."
-    return f"{model} needs RPC workers, but none of {len(statuses)} is free: {problems}; {what_to_do}"
+    return (
+        f"{model} needs RPC workers, but none of {len(statuses)} is free: {problems}; start more here with "
+        f"`%sollol_cluster start 3 --more` (or auto_setup_rpc=True), or {there}"
+    )
 
 
 def _describe_problem(worker: WorkerStatus) -> str:

@@ -8,6 +8,9 @@ GET_DEVICE_MEMORY (11) follow.
 A worker serves one client at a time: while a coordinator holds it, a second client can connect, but its HELLO is
 never answered. So a probe has five outcomes (`ProbeOutcome`), and a worker that one of our coordinators holds
 is not probed: it would only appear busy.
+
+llama.cpp connects to the first IPv4 address of a worker's host (`gethostbyname` in its transport.cpp), and so does
+a probe.
 """
 
 from __future__ import annotations
@@ -19,15 +22,18 @@ import socket
 import struct
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import Enum
+from typing import Any
 
+from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.runtime.io_loop import run_blocking
 from sollol_nb.settings.endpoints import DEFAULT_RPC_PORT, LOOPBACK, format_endpoint, parse_endpoint
 
 PROTOCOL_MAJOR = 7
 PROTOCOL_MINOR = 0
 DEFAULT_TIMEOUT_S = 2.0
+TOGETHER_TIMEOUT_S = 1.0
 DISCOVERY_PORTS = range(DEFAULT_RPC_PORT, DEFAULT_RPC_PORT + 16)
 
 _HELLO, _DEVICE_COUNT, _GET_DEVICE_MEMORY = 14, 15, 11
@@ -35,6 +41,8 @@ _CAPABILITIES = bytes(24)  # zeros: plain TCP, no transport upgrade
 _HELLO_ANSWER_BYTES = 4 + len(_CAPABILITIES)
 _OLD_HELLO_ANSWER_BYTES = (3, 4)  # majors below 7 answer with the bare version
 _MAX_DEVICES = 64
+_HTTP_SHARE, _HTTP_LIMIT_S = 0.25, 0.5  # of a probe's time, to find out whether a silent peer speaks HTTP
+_HTTP_REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 _NO_LINGER = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
 
 
@@ -70,6 +78,27 @@ class Probe:
     total_bytes: int = 0
     round_trip_ms: float | None = None
 
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; `from_dict` reads it."""
+        return {**asdict(self), "outcome": self.outcome.value}
+
+    @classmethod
+    def from_dict(cls, data: object) -> Probe | None:
+        """The probe of an `as_dict`; None if it is not one."""
+        try:
+            protocol = data["protocol"]  # type: ignore[index]
+            return cls(
+                endpoint=str(data["endpoint"]),  # type: ignore[index]
+                outcome=ProbeOutcome(data["outcome"]),  # type: ignore[index]
+                detail=str(data["detail"]),  # type: ignore[index]
+                protocol=None if protocol is None else (int(protocol[0]), int(protocol[1]), int(protocol[2])),
+                device_free_bytes=tuple(map(int, data["device_free_bytes"])),  # type: ignore[index]
+                total_bytes=int(data["total_bytes"]),  # type: ignore[index]
+                round_trip_ms=None if data["round_trip_ms"] is None else float(data["round_trip_ms"]),  # type: ignore[index]
+            )
+        except (TypeError, KeyError, ValueError, IndexError, OverflowError):
+            return None
+
     @property
     def free_bytes(self) -> int:
         """Free memory, summed over its devices."""
@@ -78,6 +107,10 @@ class Probe:
 
 class _NotThisProtocol(Exception):
     """The peer answers, but does not follow this protocol."""
+
+
+class _Ipv6OnlyError(OSError):
+    """The host has no IPv4 address."""
 
 
 async def probe(host: str, port: int, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Probe:
@@ -89,6 +122,7 @@ async def probe(host: str, port: int, *, timeout_s: float = DEFAULT_TIMEOUT_S) -
     endpoint = format_endpoint(host, port)
     parse_endpoint(endpoint)
     deadline = time.monotonic() + timeout_s
+    http_limit_s = min(_HTTP_SHARE * timeout_s, _HTTP_LIMIT_S)
     try:
         async with asyncio.timeout(timeout_s):
             reader, writer = await _connect(host, port)
@@ -101,20 +135,26 @@ async def probe(host: str, port: int, *, timeout_s: float = DEFAULT_TIMEOUT_S) -
             outcome=ProbeOutcome.REFUSED,
             detail=f"nothing listens on {endpoint}; start a worker there: ggml-rpc-server -H {host} -p {port}",
         )
+    except _Ipv6OnlyError as error:
+        return _unreachable(endpoint, str(error))
     except (OSError, UnicodeError) as error:  # no route, unknown host, a label too long for DNS
         return _unreachable(endpoint, getattr(error, "strerror", None) or str(error))
     try:
-        async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+        async with asyncio.timeout(max(0.0, deadline - http_limit_s - time.monotonic())):
             return await _query(endpoint, reader, writer)
     except TimeoutError:
+        if (http := await _http_server(endpoint, deadline)) is not None:
+            return http
         return Probe(
             endpoint=endpoint,
             outcome=ProbeOutcome.BUSY,
             detail=f"{endpoint} accepts connections but does not answer: a coordinator holds it, or it hangs",
         )
     except (_NotThisProtocol, asyncio.IncompleteReadError, OSError) as error:
-        version = await _old_version(host, port, deadline)
-        return _incompatible(endpoint, version, str(error) if isinstance(error, _NotThisProtocol) else "")
+        version = await _old_version(host, port, deadline - http_limit_s)
+        http = await _http_server(endpoint, deadline) if version is None else None
+        why = str(error) if isinstance(error, _NotThisProtocol) else ""
+        return http or _incompatible(endpoint, version, why)
     finally:
         _reset(writer)
 
@@ -147,7 +187,10 @@ def test_rpc_backend(
     port: int = DEFAULT_RPC_PORT,  # noqa: PT028 - not a test
     timeout: float = DEFAULT_TIMEOUT_S,  # noqa: PT028 - not a test
 ) -> bool:
-    """Whether a coordinator could use this worker now: it is free and speaks a compatible protocol."""
+    """Whether a worker is there that coordinators of this user can use: it speaks a compatible protocol and is
+    free, or one of this user's coordinators holds it (then it is not asked)."""
+    if format_endpoint(host, port) in registry.holders():
+        return True
     return run_blocking(probe(host, port, timeout_s=timeout)).outcome is ProbeOutcome.FREE
 
 
@@ -155,19 +198,17 @@ test_rpc_backend.__test__ = False  # type: ignore[attr-defined]  # its name look
 
 
 async def _connect(host: str, port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Connect to the first address of the host that accepts.
+    """Connect to the address that llama.cpp would use.
 
     Raises:
-        OSError: none accepts; a refused connection is the most informative failure, so it is preferred.
+        _Ipv6OnlyError: it has none.
+        OSError: nothing accepts there.
     """
     addresses = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    failures: list[OSError] = []
-    for *_, address in addresses:
-        try:
-            return await asyncio.open_connection(str(address[0]), port, limit=4096)
-        except OSError as error:
-            failures.append(error)
-    raise next((error for error in failures if isinstance(error, ConnectionRefusedError)), failures[0])
+    address = next((str(address[0]) for family, *_, address in addresses if family == socket.AF_INET), None)
+    if address is None:
+        raise _Ipv6OnlyError(f"llama.cpp reaches workers only at IPv4 addresses, and {host} has none")
+    return await asyncio.open_connection(address, port, limit=4096)
 
 
 async def _query(endpoint: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Probe:
@@ -219,6 +260,33 @@ async def _query(endpoint: str, reader: asyncio.StreamReader, writer: asyncio.St
     )
 
 
+async def _http_server(endpoint: str, deadline: float) -> Probe | None:
+    """What to say of an HTTP server at this endpoint; None if it does not answer like one."""
+    with contextlib.suppress(TimeoutError, OSError, asyncio.IncompleteReadError):
+        async with asyncio.timeout(max(0.05, deadline - time.monotonic())):
+            reader, writer = await _connect(*parse_endpoint(endpoint))
+            try:
+                writer.write(_HTTP_REQUEST)
+                answer = await reader.readexactly(5)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(max(0.0, deadline - time.monotonic() - 0.02)):
+                        answer += await reader.read(4096)
+            finally:
+                _reset(writer)
+        if answer.startswith(b"HTTP/"):
+            what, advice = "an HTTP server", "give the port on which ggml-rpc-server listens, usually 50052"
+            if b"Ollama is running" in answer:
+                what, advice = "Ollama", f"to use it, set OLLAMA_HOST={endpoint}"
+            elif b"llama.cpp" in answer:
+                what = "a llama-server"
+            return Probe(
+                endpoint=endpoint,
+                outcome=ProbeOutcome.INCOMPATIBLE,
+                detail=f"{endpoint} is {what}, not an RPC worker; {advice}",
+            )
+    return None
+
+
 async def _old_version(host: str, port: int, deadline: float) -> tuple[int, int, int] | None:
     """The version of a worker older than protocol 7: it expects a HELLO without payload."""
     with contextlib.suppress(TimeoutError, OSError, asyncio.IncompleteReadError):
@@ -242,6 +310,29 @@ def _reset(writer: asyncio.StreamWriter) -> None:
     with contextlib.suppress(OSError):
         writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
     writer.transport.abort()
+
+
+async def answering_together(endpoints: Iterable[str], *, timeout_s: float = TOGETHER_TIMEOUT_S) -> list[str]:
+    """Those of these free workers that answer while those before them are connected.
+
+    A worker serves one client at a time, so one that is named twice (by two addresses, or through a tunnel) does
+    not answer under its second name.
+    """
+    answering: list[str] = []
+    writers: list[asyncio.StreamWriter] = []
+    try:
+        for endpoint in endpoints:
+            with contextlib.suppress(TimeoutError, OSError, asyncio.IncompleteReadError):
+                async with asyncio.timeout(timeout_s):
+                    reader, writer = await _connect(*parse_endpoint(endpoint))
+                    writers.append(writer)
+                    writer.write(struct.pack("<BQ", _HELLO, len(_CAPABILITIES)) + _CAPABILITIES)
+                    await reader.readexactly(8 + _HELLO_ANSWER_BYTES)
+                    answering.append(endpoint)
+    finally:
+        for writer in writers:
+            _reset(writer)
+    return answering
 
 
 def _unreachable(endpoint: str, why: str) -> Probe:

@@ -18,7 +18,8 @@ class WorkerStatus:
 
     Attributes:
         endpoint: `host:port`.
-        state: `free`, `held`, `busy`, `down`, `incompatible` or `unknown` (not probed yet).
+        state: `free`, `held`, `busy`, `down`, `incompatible`, `duplicate` (a second name of another worker) or
+            `unknown` (not probed yet).
         detail: one line: who holds it, or what is wrong and what to do.
         held_by: the model whose coordinator holds it, or None.
         probe: its last probe; memory and round trip are from then.

@@ -49,9 +49,9 @@ pytestmark = pytest.mark.engine
 @pytest.fixture(scope="module")
 def breakable(engine: Engine) -> Iterator[HybridRouter]:
     """A router over three workers that only it uses, whose engines these tests kill; it starts missing ones."""
-    # With a context size that no other test uses, so that no coordinator of other tests is adopted.
+    # With a context too small for the other tests and more slots than theirs, it shares no coordinator with them.
     with HybridRouter(
-        auto_setup_rpc=True, auto_discover_rpc=False, num_rpc_backends=3, context_tokens=2048
+        auto_setup_rpc=True, auto_discover_rpc=False, num_rpc_backends=3, context_tokens=1024, slots=6
     ) as mine:
         yield mine
 
@@ -64,7 +64,7 @@ TWO_TOKENS: dict[str, Any] = {"max_tokens": 2, "temperature": 0}
 @pytest.fixture(scope="module")
 def sharding(engine: Engine) -> Iterator[HybridRouter]:
     """A router that shards every model over three workers that only it uses, and starts no others."""
-    with HybridRouter(auto_discover_rpc=False, distributed_threshold_params=1e-6, timeout=600) as mine:
+    with HybridRouter(auto_discover_rpc=False, distributed_threshold_params=1e-6, timeout=600, slots=5) as mine:
         mine.start_workers(3)
         yield mine
 
@@ -80,7 +80,7 @@ def coordinator_of(router: HybridRouter) -> Coordinator:
 
 
 def worker_states(router: HybridRouter) -> list[str]:
-    return sorted(worker.state for worker in router.cluster().workers)
+    return sorted(worker.state for worker in router.check_workers())
 
 
 def kinds(router: HybridRouter, since: int = 0) -> list[str]:
@@ -147,7 +147,7 @@ def test_requests_at_the_same_time_from_threads_start_one_coordinator(router: Hy
 WHOLE_ROUTER = """
 from sollol_nb.sync_wrapper import HybridRouter
 import sys
-settings = {"num_rpc_backends": 2, "context_tokens": int(sys.argv[1])}
+settings = {"num_rpc_backends": 2, "context_tokens": 1024, "layer_strategy": sys.argv[1]}
 with HybridRouter(auto_setup_rpc=True, auto_discover_rpc=False, **settings) as router:
     answer = router.route_request("demo:sharded", "What is a worker?", temperature=0, max_tokens=40)
     print("pid", router.coordinator.pid, flush=True)
@@ -164,7 +164,7 @@ def test_two_processes_with_other_settings_have_separate_workers_and_ports(
     router: HybridRouter, tmp_path: Path
 ) -> None:
     state = {"SOLLOL_STATE_DIR": str(tmp_path)}
-    with script(WHOLE_ROUTER, "1024", **state) as first, script(WHOLE_ROUTER, "1280", **state) as second:
+    with script(WHOLE_ROUTER, "even", **state) as first, script(WHOLE_ROUTER, "memory_aware", **state) as second:
         pids = {says(process, "pid") for process in (first, second)}
         urls = {says(process, "url") for process in (first, second)}
         workers = [endpoint for process in (first, second) for endpoint in says(process, "workers").split()]
@@ -187,9 +187,9 @@ def test_a_second_process_adopts_the_coordinator_of_the_first_and_the_last_one_e
     engine: Engine, tmp_path: Path
 ) -> None:
     state = {"SOLLOL_STATE_DIR": str(tmp_path)}
-    with script(WHOLE_ROUTER, "1536", **state) as first:
+    with script(WHOLE_ROUTER, "even", **state) as first:
         pid, url, workers, units, text = (says(first, name) for name in ("pid", "url", "workers", "units", "text"))
-        with script(WHOLE_ROUTER, "1536", **state) as second:
+        with script(WHOLE_ROUTER, "even", **state) as second:
             shown = [says(second, name) for name in ("pid", "url", "workers", "units", "text")]
             processes = engines_of(psutil.Process(first.pid))
             assert engines_of(psutil.Process(second.pid)) == [], "it started none"
@@ -202,7 +202,8 @@ def test_a_second_process_adopts_the_coordinator_of_the_first_and_the_last_one_e
 
 
 def test_without_discovery_the_default_number_of_workers_is_set_up(engine: Engine) -> None:
-    with HybridRouter(auto_setup_rpc=True, auto_discover_rpc=False) as mine:
+    # With more slots than the coordinators of other tests, which it would share.
+    with HybridRouter(auto_setup_rpc=True, auto_discover_rpc=False, slots=7) as mine:
         answer = mine.route_request("demo:sharded", QUESTION, max_tokens=1)
         assert len(answer.routing["plan"]["shards"]) == 3
 
@@ -284,7 +285,10 @@ def test_a_worker_killed_while_idle_is_noticed_and_replaced(breakable: HybridRou
     assert worker_states(breakable).count("held") == 3
 
 
-def test_without_a_worker_left_the_answer_is_kept_and_resumed_later(sharding: HybridRouter) -> None:
+def test_without_a_worker_left_the_answer_is_kept_and_resumed_later(
+    sharding: HybridRouter, router: HybridRouter
+) -> None:
+    router.stop_coordinator()  # it would take over
     whole = sharding.route_request("demo:sharded", LONG_QUESTION, temperature=0)
     workers = coordinator_of(sharding).rpc_backends
     processes = [engine_on(int(endpoint.rpartition(":")[2])) for endpoint in workers]
@@ -336,7 +340,7 @@ def test_an_idle_coordinator_makes_room_for_another_model(
     assert [coordinator.model for coordinator in sharding.coordinators] == ["small"]
     events = sharding.events.recent()[since:]
     messages = [event.message for event in events if event.kind == "coordinator.made_room"]
-    assert messages == ["stopping endless (idle) to make room for small"]
+    assert messages == ["stopped endless (idle) to make room for small"]
 
 
 def test_a_busy_coordinator_is_not_stopped_to_make_room(sharding: HybridRouter, endless: str, small: str) -> None:

@@ -70,6 +70,6 @@ def test_only_a_coordinator_that_is_ready_and_left_by_its_kernel_makes_room(
     run(start_left(load_ms=load_ms)).detach()  # as if its kernel had gone, or not come yet
     events = EventBus()
     coordinators = RunningCoordinators(Workers([], events), events, TokenMeasurements(events))
-    assert run(coordinators.free_workers("wanted")) == (load_ms is not None)
+    assert run(coordinators.end_left("wanted")) == (load_ms is not None)
     assert len(registry.entries()) == (load_ms is None)
     run(stop_engines(also_used=True))

@@ -92,11 +92,11 @@ def test_the_end_is_reported_to_every_client(folder: Path) -> None:
 def test_stop_unless_shared_spares_an_engine_that_others_are_connected_to(folder: Path) -> None:
     with supervised(folder) as owner:
         mine, other, keyless = owner.connect(), owner.connect(), owner.connect(key=None)
-        assert mine.ask("stop", unless_shared=True) == {"ok": False}
+        assert mine.ask("stop", unless="shared") == {"ok": False, "users": ["another process"]}
         assert mine.ask("hold") == {"ok": True}, "the engine is not ending"
         other.close()
         eventually(lambda: mine.ask("status")["clients"] == 0, "the other has left")
-        assert mine.ask("stop", unless_shared=True) == {"ok": True}, "a client without a key does not count"
+        assert mine.ask("stop", unless="shared") == {"ok": True}, "a client without a key does not count"
         mine.exited()
         assert keyless.line() is None
 

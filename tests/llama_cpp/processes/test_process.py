@@ -103,7 +103,8 @@ def test_started_engine_is_reported_and_registered() -> None:
             assert psutil.Process(engine.pid).cmdline() == [*PYTHON, MINUTES]
             entry = only_entry()
             assert entry == engine.entry
-            assert entry.about == {"model": "m", "owner_pid": os.getpid(), "owner": Path(sys.argv[0]).name}
+            assert entry.about == {"model": "m", **registry.own_description()}
+            assert entry.about["owner"] == Path(sys.argv[0]).name
             assert entry.keep_alive_s is None
             assert entry.read_key() == engine.key
             assert entry.log_path == str(engine.log_path)

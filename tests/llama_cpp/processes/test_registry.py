@@ -114,11 +114,16 @@ def test_repr_of_an_entry_shows_neither_its_key_nor_its_about(folder: Path) -> N
     ("about", "description"),
     [
         ({"owner_pid": os.getpid(), "owner": "x"}, "this kernel"),
-        ({"owner_pid": 17, "owner": "ipykernel"}, "process 17 (ipykernel)"),
-        ({"owner_pid": 17}, "process 17 (a kernel)"),
+        ({"owner_pid": os.getppid(), "owner": "job.ipynb"}, f"job.ipynb (process {os.getppid()})"),
+        ({"owner_pid": os.getppid()}, f"a kernel (process {os.getppid()})"),
+        ({"owner_pid": UNUSED_PID, "owner": "job.ipynb"}, "an earlier kernel of job.ipynb"),
+        ({"owner_pid": UNUSED_PID, "owner": "mine.ipynb"}, "an earlier kernel of this notebook"),
     ],
 )
-def test_owner_is_described(about: dict[str, Any], description: str) -> None:
+def test_an_owner_is_named_by_its_notebook(
+    about: dict[str, Any], description: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JPY_SESSION_NAME", "/home/me/mine.ipynb")
     assert registry.describe_owner(about) == description
 
 

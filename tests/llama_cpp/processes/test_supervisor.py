@@ -367,5 +367,5 @@ def test_held_engines_are_released_before_the_end_is_reported(folder: Path) -> N
             last = coordinator.connect()
             last.ask("stop")
             assert last.line() is not None
-            assert kernel.ask("stop", unless_shared=True) == {"ok": True}, "no other client is connected now"
+            assert kernel.ask("stop", unless="shared") == {"ok": True}, "no other client is connected now"
             kernel.exited()

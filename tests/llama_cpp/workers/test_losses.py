@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sollol_nb.llama_cpp.workers.workers import (
+from sollol_nb.llama_cpp.workers.losses import (
     FIRST_COOL_DOWN_S,
     LONGEST_COOL_DOWN_S,
     LOSSES_COUNT_FOR_S,
@@ -31,7 +31,7 @@ def test_a_worker_cools_down_from_its_second_loss_on(
     monkeypatch: pytest.MonkeyPatch, lost_at_s: list[float], now_s: float, left_s: float
 ) -> None:
     losses, clock = WorkerLosses(), [0.0]
-    monkeypatch.setattr("sollol_nb.llama_cpp.workers.workers.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("sollol_nb.llama_cpp.workers.losses.time.monotonic", lambda: clock[0])
     for clock[0] in lost_at_s:
         losses.record(NAME)
     clock[0] = now_s

@@ -222,7 +222,7 @@ GREETING = answer(hello(*OURS))
         pytest.param(
             says(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n", then="close"),
             INCOMPATIBLE,
-            NOT_RPC,
+            "is an HTTP server, not an RPC worker",
             id="HTTP answer",
         ),
         pytest.param(says(b"SSH-2.0-OpenSSH_9.6\r\n", then="silence"), INCOMPATIBLE, NOT_RPC, id="SSH banner"),

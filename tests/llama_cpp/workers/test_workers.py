@@ -97,11 +97,12 @@ def test_a_worker_that_was_taken_during_its_probe_is_held_and_keeps_its_last_pro
 
 
 def test_a_discovered_worker_is_immediately_known_to_be_free(engine: Engine, local: Workers) -> None:
-    found = run(local.start_local(engine, 1))
+    (started,) = run(local.start_local(engine, 1))
     other = Workers([], EventBus())
 
-    assert run(other.discover()) == found
-    assert [status.state for status in other.statuses()] == ["free"]
+    assert started in run(other.discover())
+    assert {status.endpoint: status.state for status in other.statuses()}[started] == "free"
+    run(other.close())
 
 
 # --- starting ---------------------------------------------------------------------------------
@@ -173,31 +174,43 @@ def test_two_processes_that_start_workers_concurrently_get_different_ports(engin
     all_end(processes)
 
 
-@pytest.mark.parametrize("holder", ["a silent program", "another user's worker"])
-def test_a_worker_that_ends_while_starting_is_reported_with_its_last_log_lines_and_none_is_left(
+@pytest.mark.parametrize("holder", ["a silent program", "another worker"])
+def test_a_worker_whose_port_is_taken_after_it_was_found_free_starts_on_the_next_one(
     engine: Engine, local: Workers, monkeypatch: pytest.MonkeyPatch, holder: str
 ) -> None:
-    first = unused_ports(3)
+    first = unused_ports(5)
     other = Workers([], EventBus())
     with ExitStack() as held:
         if holder == "a silent program":
             held.enter_context(silent_peer(first + 1))
         else:
             run(other.start_local(engine, 1, first_port=first + 1))
-        before = engines_of(psutil.Process())
         # As if another program took the port just after it was found free.
-        monkeypatch.setattr(workers, "free_ports", lambda start, count: list(range(start, start + count)))
-        with pytest.raises(WorkerStartError) as caught:
-            run(local.start_local(engine, 3, first_port=first))
-        left = [process for process in engines_of(psutil.Process()) if process not in before]
+        monkeypatch.setattr(local_workers, "free_ports", lambda start, count: list(range(start, start + count)))
+        started = run(local.start_local(engine, 3, first_port=first))
         run(other.stop_local())
 
+    assert started == [f"127.0.0.1:{first + step}" for step in (0, 2, 3)]
+    assert [status.state for status in local.statuses()] == ["free"] * 3
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a script with a shebang stands for the worker")
+def test_a_worker_that_ends_while_starting_is_reported_with_its_last_log_lines_and_none_is_left(
+    engine: Engine, local: Workers, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken-worker"
+    broken.write_text("#!/bin/sh\necho hello\necho 'error: no memory'\nexit 1\n")
+    broken.chmod(0o700)
+    before = engines_of(psutil.Process())
+
+    with pytest.raises(WorkerStartError) as caught:
+        run(local.start_local(replace(engine, worker=broken), 3))
+
     message = str(caught.value)
-    assert message.startswith(f"worker 127.0.0.1:{first + 1} ended while starting: ")
-    assert "Failed to create server socket" in message
+    assert "ended while starting: error: no memory; log: " in message
     assert "\n" not in message
     assert Path(message.rpartition("log: ")[2]).is_file()
-    assert left == []
+    assert [process for process in engines_of(psutil.Process()) if process not in before] == []
     assert local.endpoints == []
 
 

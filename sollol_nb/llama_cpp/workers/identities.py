@@ -1,0 +1,78 @@
+"""Which endpoints are names of one worker: by their addresses, or because it answers under one name at a time.
+
+One worker under two names (`box:50052,192.168.1.10:50052`) would get two parts of a model, and its coordinator
+would wait for itself for ever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Iterable, Sequence
+
+from sollol_nb.llama_cpp.processes.machine import Address, worker_at
+from sollol_nb.llama_cpp.workers.probe import DEFAULT_TIMEOUT_S, answering_together
+from sollol_nb.settings.endpoints import parse_endpoint
+
+
+class Identities:
+    """What is known of which endpoints are one worker. Lives on the I/O loop."""
+
+    def __init__(self) -> None:
+        self._address_of: dict[str, Address] = {}
+        self._second_names: dict[str, str] = {}  # that only an attempt has shown
+
+    async def resolve(self, endpoints: Iterable[str], *, again: bool = False) -> None:
+        """Look up the addresses of endpoints.
+
+        Args:
+            again: also of those that are known: names and listening programs change.
+        """
+
+        async def look_up(endpoint: str) -> None:
+            self._address_of[endpoint] = await asyncio.to_thread(worker_at, *parse_endpoint(endpoint))
+
+        wanted = {endpoint for endpoint in endpoints if again or endpoint not in self._address_of}
+        tasks = [asyncio.create_task(look_up(endpoint)) for endpoint in wanted]
+        if tasks:
+            _, slow = await asyncio.wait(tasks, timeout=DEFAULT_TIMEOUT_S)
+            for task in slow:  # until it is known, it counts as another worker
+                task.cancel()
+
+    def of(self, endpoint: str) -> object:
+        """Equal for two endpoints that are one worker, as far as is known."""
+        endpoint = self._second_names.get(endpoint, endpoint)
+        return self._address_of.get(endpoint, endpoint)
+
+    def second_names(self, endpoints: Iterable[str]) -> dict[str, str]:
+        """The endpoints that are another name of one before them, each with that one."""
+        first: dict[object, str] = {}
+        second = {}
+        for endpoint in endpoints:
+            known = first.setdefault(self.of(endpoint), endpoint)
+            if known != endpoint:
+                second[endpoint] = known
+        return second
+
+    def forget(self, endpoint: str) -> None:
+        """Forget a removed endpoint, and what was a second name of it."""
+        self._address_of.pop(endpoint, None)
+        kept = {name: known for name, known in self._second_names.items() if endpoint not in (name, known)}
+        self._second_names = kept
+
+    async def find_second_names(self, free: Sequence[str]) -> Collection[str]:
+        """Those of these free workers, given in order, that are a second name of one before them.
+
+        Two addresses of one remote machine, or a tunnel, show only when both are used at the same time.
+        """
+        silent = set(free) - set(await answering_together(free)) if len(free) > 1 else set()
+        found = []
+        for endpoint in silent:
+            # Alone it answers, if no coordinator has taken it in this moment.
+            if await answering_together([endpoint]):
+                before = [known for known in free[: free.index(endpoint)] if known not in silent]
+                for known in before:
+                    if len(await answering_together([known, endpoint])) == 1:
+                        self._second_names[endpoint] = known
+                        found.append(endpoint)
+                        break
+        return found
