@@ -137,8 +137,8 @@ _LISTENING = re.compile(r"^ *\d+: ([0-9A-F]+):([0-9A-F]{4}) [0-9A-F:]+ 0A (?:\S+
 def listeners(port: int, root: Path = Path("/")) -> list[Listener]:
     """The sockets that listen on a TCP port; empty on systems other than Linux.
 
-    Source: the Linux kernel documentation of proc_net_tcp: an address is words in the byte order of the machine, in hex, and the
-    state 0A is listening.
+    Source: the Linux kernel documentation of proc_net_tcp: an address is words in the byte order of the machine,
+    in hex, and the state 0A is listening.
     """
     found = []
     for name in ("tcp", "tcp6"):
