@@ -68,7 +68,9 @@ class HybridRouter(Router):
         """Ask the same of each row, over all slots that serve the model; `batch/batch.py` has the rules.
 
         Args:
-            rows: a DataFrame or Series, or any iterable of dicts or values; it is read to its end first.
+            rows: a DataFrame or Series (also a table of polars or pyarrow), or any iterable of dicts or values; it
+                is read to its end first. A row of which the template inserts a missing or blank value is not asked
+                (status `skipped`).
             template: a text with `{{ column }}` in it, or a function of a row (a dict, or the value) that returns
                 the prompt or the messages. All rows are filled in before the first request.
             model: a model's name or file; by default that of the setting `model`.

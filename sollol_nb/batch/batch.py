@@ -1,6 +1,7 @@
 """A batch: the same question about many rows, over all slots of the model. It can be stopped and continued.
 
 * Everything is checked, and every row filled in, before the first request.
+* Rows with a missing or blank value have nothing to ask: they are skipped.
 * Rows that ask the same are asked once. Rows that an earlier batch (of this kernel or another) has answered are
   not asked again; `batch/store.py` says what counts as the same, and how long answers are kept.
 * Each answer is kept as soon as it is complete. After an interrupt, a crash or a restart of the kernel, the same
@@ -21,7 +22,7 @@ from contextlib import aclosing, closing, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Unpack
 
-from sollol_nb.batch.frame import CACHED, ERROR, OK, RowResult, check_columns, joined
+from sollol_nb.batch.frame import CACHED, ERROR, OK, SKIPPED, RowResult, check_columns, joined
 from sollol_nb.batch.rows import Rows, RowTable, RowTemplate, questions
 from sollol_nb.batch.store import BatchStore, answer_key
 from sollol_nb.chat.completion import Completion
@@ -184,7 +185,11 @@ class Batch:
     @io_bound_stream
     async def _steps(self) -> AsyncGenerator[Progress, None]:
         """Ask all rows; yields as they get their results."""
-        if not self._questions:
+        skipped = [position for position, messages in enumerate(self._questions) if messages is None]
+        self._note(skipped, RowResult(SKIPPED))
+        if skipped:
+            yield Progress(len(skipped), SKIPPED)
+        if len(skipped) == len(self._questions):
             return
         model_slots = await self._router.slots_for(self._model, backend=self._arguments["backend"])
         # Over many rows this takes long, and the I/O loop is everybody's.
@@ -226,6 +231,8 @@ class Batch:
         """The positions of the rows, by the key of what they ask."""
         rows_of = defaultdict(list)
         for position, messages in enumerate(self._questions):
+            if messages is None:
+                continue
             rows_of[answer_key(self._model, identity, messages, self._options)].append(position)
         return dict(rows_of)
 
@@ -239,7 +246,9 @@ class Batch:
 
     async def _ask(self, key: str, rows: list[int]) -> Progress:
         try:
-            completion = await self._router.route_request(self._model, self._questions[rows[0]], **self._arguments)
+            messages = self._questions[rows[0]]
+            assert messages is not None
+            completion = await self._router.route_request(self._model, messages, **self._arguments)
             result = self._result(OK, completion)
         except HITS_EVERY_ROW:
             raise
@@ -297,7 +306,7 @@ class Batch:
     # --- what is shown --------------------------------------------------------------------------
 
     def _describe_progress(self) -> str:
-        done = self._counts[OK] + self._counts[CACHED]
+        done = self._counts[OK] + self._counts[CACHED] + self._counts[SKIPPED]
         kept = " and kept" if self._are_kept else ", but could not be kept"
         return f"{done:,} of {len(self._results):,} rows are done{kept}"
 
@@ -307,7 +316,7 @@ class Batch:
         )
 
     def _show(self, bar: tqdm[Any], step: Progress) -> None:
-        if step.status == CACHED and not bar.disable:
+        if step.status in (CACHED, SKIPPED) and not bar.disable:
             bar.initial += step.rows  # so that the pace is that of the requests
         if self._counts[ERROR]:
             bar.set_postfix_str(counted(self._counts[ERROR], "error"), refresh=False)

@@ -5,7 +5,8 @@
 | `answer` | the answer's text; missing where there is none |
 | one per field | of a schema that is an object: the field's value; `answer_NAME` where that name is taken |
 | `value` | with a schema: the answer as a value of the schema; missing where it does not match |
-| `status` | `ok`, `cached` (answered in an earlier batch), `error`, `cancelled` (the batch was stopped) |
+| `status` | `ok`, `cached` (answered in an earlier batch), `skipped` (a missing or blank value: nothing to ask), |
+| | `error`, `cancelled` (the batch was stopped) |
 | `error` | the error's message, or "" |
 | `backend`, `finish_reason` | where the answer ran, and why it ended; "" without an answer |
 | `ttft_ms`, `total_ms`, `tokens_per_s`, `completion_tokens` | as in the latency log, of the request sent |
@@ -36,7 +37,7 @@ _NULLABLE: dict[frozenset[type], str] = {
 }
 """The types of values -> a dtype that can hold None beside them."""
 
-OK, CACHED, ERROR, CANCELLED = "ok", "cached", "error", "cancelled"
+OK, CACHED, SKIPPED, ERROR, CANCELLED = STATUSES = ("ok", "cached", "skipped", "error", "cancelled")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ class RowResult:
     """The outcome of one row.
 
     Attributes:
-        status: `ok`, `cached`, `error` or `cancelled`.
+        status: one of `STATUSES`.
         completion: the answer, also one that does not match its schema.
         value: the answer as a value of the schema.
         error: the error's message.
@@ -92,7 +93,7 @@ def joined(
         new.columns = pd.MultiIndex.from_tuples([(name, *below) for name in new], names=frame.columns.names)
     whole = pd.concat([frame, new], axis=1)
     counts = Counter(result.status for result in results)
-    about = {"model": model, **{name: counts[name] for name in (OK, CACHED, ERROR, CANCELLED)}}
+    about = {"model": model, **{name: counts[name] for name in STATUSES if name != SKIPPED or counts[name]}}
     whole.attrs = {**frame.attrs, "sollol": about}
     return whole
 

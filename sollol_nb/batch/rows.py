@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Number
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sollol_nb.chat.messages import check_messages
 from sollol_nb.errors import ConfigError
 from sollol_nb.text.expansion import Template
+from sollol_nb.text.readable import is_instance_of
 from sollol_nb.text.tables import shortened
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ class RowTable:
     """The rows of a batch.
 
     Attributes:
-        frame: the rows, unchanged if they were a frame.
+        frame: the rows, unchanged if they were a pandas frame.
         items: what a template gets of each row: a dict, or the value itself where it is not a dict.
     """
 
@@ -33,7 +35,8 @@ class RowTable:
 
     @classmethod
     def read(cls, rows: Rows) -> RowTable:
-        """Read a frame (each row a dict by column), a series, or any iterable (to its end).
+        """Read a frame (each row a dict by column; also one of polars or pyarrow), a series, or any iterable (to
+        its end).
 
         Dicts become the columns of a frame, other values its column `item`; a series keeps its name.
 
@@ -51,6 +54,7 @@ class RowTable:
             return cls(rows, [dict(zip(names, row, strict=True)) for row in values])
         if isinstance(rows, pd.Series):
             return cls(rows.to_frame("item" if rows.name is None else rows.name), list(rows))
+        rows = _rows_of_table(rows)
         if isinstance(rows, str | bytes | Mapping) or not isinstance(rows, Iterable):
             raise ConfigError(
                 "rows must be a DataFrame, a Series, or a list of dicts or values, not "
@@ -58,8 +62,20 @@ class RowTable:
             )
         items = list(rows)
         if items and all(isinstance(item, Mapping) for item in items):
-            return cls(pd.DataFrame([dict(item) for item in items]), items)
+            items = [dict(item) for item in items]
+            return cls(pd.DataFrame(items), items)
         return cls(pd.DataFrame({"item": object_column(items)}).infer_objects(), items)
+
+
+def _rows_of_table(rows: Any) -> Any:
+    """The rows of a table of another library; iterated, it would yield its columns. All else unchanged."""
+    if callable(getattr(rows, "collect", None)) and hasattr(rows, "collect_schema"):  # a LazyFrame of polars
+        rows = rows.collect()
+    if callable(getattr(rows, "iter_rows", None)):  # a DataFrame of polars
+        return rows.iter_rows(named=True)
+    if callable(getattr(rows, "to_pylist", None)):  # a Table, an Array or a ChunkedArray of pyarrow
+        return rows.to_pylist()
+    return rows
 
 
 def object_column(values: Sequence[Any]) -> Any:
@@ -72,8 +88,14 @@ def object_column(values: Sequence[Any]) -> Any:
     return column
 
 
-def questions(items: Sequence[Any], template: RowTemplate, system: str | None) -> list[list[dict[str, Any]]]:
-    """The messages of each row.
+def questions(
+    items: Sequence[Any], template: RowTemplate, system: str | None
+) -> list[list[dict[str, Any]] | None]:
+    """The messages of each row; None where there is nothing to ask.
+
+    That is a row of which the template inserts a missing value (None, NaN, NaT, NA) or a blank column, a missing
+    or blank value that is the row itself, and one for which a function returns None or a blank text. Line ends
+    become `\\n`: in a table they depend on the program that wrote it.
 
     Args:
         template: a text with `{{ expression }}` (see `text/expansion.py`) over the row: its columns by their names
@@ -93,10 +115,16 @@ def questions(items: Sequence[Any], template: RowTemplate, system: str | None) -
         )
     ask = _filling(Template(template)) if isinstance(template, str) else template
     before = [{"role": "system", "content": system}] if system is not None else []
-    filled = []
+    filled: list[list[dict[str, Any]] | None] = []
     for position, item in enumerate(items):
         try:
-            filled.append(before + check_messages(ask(item)))
+            asked = None if _is_blank_row(item) else ask(item)
+            if asked is None or (isinstance(asked, str) and not asked.strip()):
+                filled.append(None)
+            else:
+                filled.append(before + [_with_line_feeds(message) for message in check_messages(asked)])
+        except _NothingToAsk:
+            filled.append(None)
         except ConfigError as error:
             raise ConfigError(f"row {position}: {error}") from error
         except Exception as error:  # the user's function can raise anything
@@ -105,10 +133,45 @@ def questions(items: Sequence[Any], template: RowTemplate, system: str | None) -
     return filled
 
 
+class _NothingToAsk(Exception):
+    """The template inserts a value that is missing."""
+
+
 def _filling(template: Template) -> Callable[[Any], str]:
+    def check(value: Any, is_plain: bool) -> None:
+        # `{{ note or "" }}` is blank on purpose; `{{ note }}` is not.
+        if _is_missing(value) or (is_plain and isinstance(value, str) and not value.strip()):
+            raise _NothingToAsk
+
     def fill(item: Any) -> str:
         if isinstance(item, Mapping):
-            return template.fill({"row": item, **{str(name): value for name, value in item.items()}})
-        return template.fill({"row": item, "item": item, "value": item})
+            return template.fill({"row": item, **{str(name): value for name, value in item.items()}}, check)
+        return template.fill({"row": item, "item": item, "value": item}, check)
 
     return fill
+
+
+def _is_missing(value: Any) -> bool:
+    """Whether a value is None, NaN, or pandas' or numpy's mark of a missing one."""
+    if value is None or type(value).__name__ in ("NAType", "NaTType", "MaskedConstant"):
+        return True
+    if not isinstance(value, Number) and not is_instance_of(value, "numpy.generic"):
+        return False
+    try:
+        return bool(value != value)
+    except (ArithmeticError, TypeError, ValueError):  # a signalling NaN of Decimal
+        return True
+
+
+def _is_blank_row(item: Any) -> bool:
+    values = list(item.values()) if isinstance(item, Mapping) else [item]
+    return bool(values) and all(
+        _is_missing(value) or (isinstance(value, str) and not value.strip()) for value in values
+    )
+
+
+def _with_line_feeds(message: dict[str, Any]) -> dict[str, Any]:
+    content = message.get("content")
+    if not isinstance(content, str) or "\r" not in content:
+        return message
+    return {**message, "content": content.replace("\r\n", "\n").replace("\r", "\n")}

@@ -9,7 +9,7 @@ from sollol_nb.chat import completion_view
 from sollol_nb.chat.chunk import RESTARTED, ROUTING, Chunk
 from sollol_nb.errors import StructureError
 from sollol_nb.schema.frames import frame_from_text, frame_of
-from sollol_nb.schema.schema import parse_structured
+from sollol_nb.schema.schema import PickledSchema, parse_structured
 from sollol_nb.text.safe_markdown import code_in, printable
 
 if TYPE_CHECKING:
@@ -121,6 +121,16 @@ class Completion(dict[str, Any]):
     def footer(self) -> str:
         """One line: model, backend, time to first token, speed."""
         return completion_view.footer(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return (
+            {**self.__dict__, "schema": PickledSchema(self.schema)} if self.schema is not None else self.__dict__
+        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if isinstance(self.schema, PickledSchema):
+            self.schema = self.schema.schema
 
     def __str__(self) -> str:
         return completion_view.plain_text(self)

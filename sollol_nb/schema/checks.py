@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from decimal import Decimal
 from typing import Any, TypeAlias
 from urllib.parse import unquote
 
@@ -26,6 +27,32 @@ _KEYWORDS = {"type", "properties", "additionalProperties", "items", "prefixItems
 }
 
 
+class Number(float):
+    """A number of a JSON text with a fraction or an exponent, which keeps its digits: `text`."""
+
+    __slots__ = ("text",)
+    text: str
+
+    def __new__(cls, text: str) -> Number:
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+
+def plain(data: Any) -> Any:
+    """JSON's data with Python's own numbers."""
+    if isinstance(data, dict):
+        return {name: plain(item) for name, item in data.items()}
+    if isinstance(data, list):
+        return [plain(item) for item in data]
+    return float(data) if isinstance(data, Number) else data
+
+
+def decimal_of(data: Any) -> Decimal:
+    """A number of JSON as a decimal, with all its digits."""
+    return Decimal(data.text if isinstance(data, Number) else str(data))
+
+
 class SchemaMismatch(Exception):
     """Data that does not match its schema.
 
@@ -40,7 +67,7 @@ class SchemaMismatch(Exception):
 
 
 def json_in(text: str) -> Any:
-    """The data in a text that is JSON, perhaps inside a Markdown fence.
+    """The data in a text that is JSON, perhaps inside a Markdown fence. Its fractions are `Number`s.
 
     Raises:
         SchemaMismatch: it is not JSON, or ends early.
@@ -50,7 +77,7 @@ def json_in(text: str) -> Any:
     if not source:
         raise SchemaMismatch((), "it is empty")
     try:
-        return json.loads(source, parse_constant=_refuse_constant)
+        return json.loads(source, parse_float=Number, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
         if error.pos >= len(source) or error.msg.startswith("Unterminated string"):
             raise SchemaMismatch(

@@ -11,7 +11,7 @@ from datetime import date
 from typing import TYPE_CHECKING, Any
 
 from sollol_nb.errors import ConfigError, StructureError
-from sollol_nb.schema.checks import FENCE, SchemaMismatch, json_in
+from sollol_nb.schema.checks import FENCE, SchemaMismatch, decimal_of, json_in, plain
 from sollol_nb.text.readable import is_instance_of, whole_text_of
 from sollol_nb.text.tables import parse_markdown_table, shortened
 
@@ -104,6 +104,7 @@ def _schema_of_objects(column: pd.Series[Any]) -> dict[str, Any]:
         "floating": {"type": "number"},
         "mixed-integer-float": {"type": "number"},
         "date": {"type": "string", "format": "date"},
+        "decimal": {"type": "number"},
     }
     schema: dict[str, Any] | None = known.get(infer_dtype(column, skipna=True))
     values = column.dropna()
@@ -140,12 +141,14 @@ def _column_like(example: pd.Series[Any], values: list[Any]) -> pd.Series[Any]:
 
     dtype: Any = example.dtype
     kinds = pd.api.types
-    data: Any = values
+    data: Any = plain(values)
     if not isinstance(dtype, pd.CategoricalDtype):
         if kinds.is_datetime64_any_dtype(dtype):
             data = pd.to_datetime(values, utc=True, format="ISO8601").tz_convert(getattr(dtype, "tz", None))
         elif kinds.is_object_dtype(dtype) and kinds.infer_dtype(example, skipna=True) == "date":
             data = [None if value is None else date.fromisoformat(value) for value in values]
+        elif kinds.is_object_dtype(dtype) and kinds.infer_dtype(example, skipna=True) == "decimal":
+            return pd.Series([None if value is None else decimal_of(value) for value in values], dtype=object)
         elif kinds.is_integer_dtype(dtype):  # JSON's 3.0 is an integer too
             data = [None if value is None else int(value) for value in values]
     column: pd.Series[Any] = pd.Series(data, dtype=dtype)
@@ -220,7 +223,7 @@ def frame_from_text(text: str) -> pd.DataFrame:
     for block in map(str.strip, blocks):
         if block.startswith(("[", "{")):
             try:
-                return frame_of(json_in(block))
+                return frame_of(plain(json_in(block)))
             except (SchemaMismatch, StructureError):
                 continue
         rows = _csv_rows(block)

@@ -14,11 +14,15 @@ not anchored by `^` and `$`.
 from __future__ import annotations
 
 import dataclasses
+import pickle
+import sys
 from collections.abc import Callable, Mapping
+from importlib import import_module
+from operator import attrgetter
 from typing import Any
 
 from sollol_nb.errors import ConfigError, StructureError
-from sollol_nb.schema.checks import SchemaMismatch, checked_schema, json_in, validate
+from sollol_nb.schema.checks import SchemaMismatch, checked_schema, json_in, plain, validate
 from sollol_nb.schema.frames import frame_like, schema_of_frame
 from sollol_nb.schema.types import built, is_type, schema_of_type
 from sollol_nb.text.readable import is_instance_of
@@ -48,6 +52,44 @@ def json_schema_of(schema: object) -> dict[str, Any]:
         f"DataFrame as an example, not {shortened(' '.join(repr(schema).split()), 60)}"
         + (f" (give the class {type(schema).__name__}, not an object of it)" if is_object else "")
     )
+
+
+class PickledSchema:
+    """A schema inside of a pickle: a class is found again by its name, as it is defined then.
+
+    Python itself refuses to write a class that was defined again since, as a cell that runs twice does, and to
+    read one that is not defined (yet). In place of a class that cannot be found, there is its JSON schema.
+    """
+
+    def __init__(self, schema: object) -> None:
+        self.schema = schema
+
+    def __deepcopy__(self, memo: object) -> PickledSchema:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        schema = self.schema
+        if not is_type(schema):
+            return PickledSchema, (schema,)
+        if isinstance(schema, type):
+            found: Any = (schema.__module__, schema.__qualname__)
+        else:  # such as list[Person]
+            try:
+                found = pickle.dumps(schema)
+            except Exception:
+                found = None
+        return _found_again, (found, json_schema_of(schema))
+
+
+def _found_again(found: Any, json_schema: dict[str, Any]) -> PickledSchema:
+    try:
+        if isinstance(found, bytes):
+            return PickledSchema(pickle.loads(found))  # noqa: S301 - a part of the pickle that is being read
+        module, qualified_name = found
+        schema = attrgetter(qualified_name)(sys.modules.get(module) or import_module(module))
+        return PickledSchema(schema if is_type(schema) else json_schema)
+    except Exception:
+        return PickledSchema(json_schema)
 
 
 def field_names(schema: object) -> tuple[str, ...]:
@@ -99,7 +141,7 @@ def parser_of(schema: object) -> Callable[[str], Any]:
             if is_type(schema):
                 return built(schema, data, json_schema)
             validate(data, json_schema)
-            return data if isinstance(schema, Mapping) else frame_like(schema, data["rows"])
+            return plain(data) if isinstance(schema, Mapping) else frame_like(schema, data["rows"])
         except SchemaMismatch as mismatch:
             raise StructureError(
                 f"the answer does not match the schema: {mismatch.reason} (the text is in .text)",

@@ -9,6 +9,7 @@ here: a class can only be a pydantic model if pydantic has been imported already
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 import types
@@ -22,20 +23,20 @@ from typing import Annotated, Any, Literal, NotRequired, Required, Union
 from uuid import UUID
 
 from sollol_nb.errors import ConfigError
-from sollol_nb.schema.checks import DataPath, SchemaMismatch, validate
+from sollol_nb.schema.checks import DataPath, Number, SchemaMismatch, decimal_of, plain, validate
 from sollol_nb.text.tables import shortened
 
 _ANYTHING = {"type": ["string", "number", "boolean", "object", "array", "null"]}
 # type -> (its JSON schema, how its values are made from JSON's)
 _SIMPLE: dict[Any, tuple[dict[str, Any], Callable[[Any], Any]]] = {
-    Any: (_ANYTHING, lambda data: data),
-    object: (_ANYTHING, lambda data: data),
+    Any: (_ANYTHING, plain),
+    object: (_ANYTHING, plain),
     type(None): ({"type": "null"}, lambda data: data),
     bool: ({"type": "boolean"}, bool),
     int: ({"type": "integer"}, int),
     float: ({"type": "number"}, float),
     str: ({"type": "string"}, str),
-    Decimal: ({"type": "number"}, lambda data: Decimal(str(data))),
+    Decimal: ({"type": "number"}, decimal_of),
     datetime: ({"type": "string", "format": "date-time"}, datetime.fromisoformat),
     date: ({"type": "string", "format": "date"}, date.fromisoformat),
     time: ({"type": "string", "format": "time"}, time.fromisoformat),
@@ -91,12 +92,79 @@ def _is_model(schema: Any) -> bool:
 def _model(model: Any, data: Any, path: DataPath) -> Any:
     pydantic: Any = sys.modules["pydantic"]
     try:
-        return model.model_validate_json(json.dumps(data))
+        return model.model_validate_json(json.dumps(_with_decimals_as_texts(model, data)))
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise SchemaMismatch((*path, *first["loc"]), first["msg"]) from None
     except Exception as error:  # from a validator that the user wrote
         raise _refused(error, path) from None
+
+
+def _with_decimals_as_texts(model: Any, data: Any) -> Any:
+    """The data for a pydantic model, which reads a decimal exactly only from a text.
+
+    A field is a decimal where the model takes a number, but writes only texts.
+    """
+
+    def converted(data: Any, taken: list[Any], written: list[Any]) -> Any:
+        taken, written = _alternatives(taken, read), _alternatives(written, write)
+        if isinstance(data, Number):
+            is_decimal = "number" in _types(taken) and {"string"} <= _types(written) <= {"string", "null"}
+            return data.text if is_decimal else data
+        if isinstance(data, dict):
+            return {
+                name: converted(item, _of_property(taken, name), _of_property(written, name))
+                for name, item in data.items()
+            }
+        if isinstance(data, list):
+            return [converted(item, _of_item(taken, at), _of_item(written, at)) for at, item in enumerate(data)]
+        return data
+
+    read, write = _schemas_of_model(model)
+    return converted(data, [read], [write])
+
+
+@functools.lru_cache(maxsize=32)
+def _schemas_of_model(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The JSON schemas of what a model takes and of what it writes; empty ones if there is none."""
+    try:
+        return model.model_json_schema(), model.model_json_schema(mode="serialization")
+    except Exception:  # a serializer that the user wrote
+        return {}, {}
+
+
+def _alternatives(schemas: Iterable[Any], whole: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The schemas with those that they refer to or choose from; `whole` has the definitions."""
+    found: list[Mapping[str, Any]] = []
+    seen: set[str] = set()
+    left = list(schemas)
+    while left:
+        schema = left.pop()
+        if not isinstance(schema, Mapping):
+            continue
+        if reference := schema.get("$ref"):
+            if reference not in seen:
+                seen.add(reference)
+                left.append(whole.get("$defs", {}).get(str(reference).removeprefix("#/$defs/")))
+            continue
+        found.append(schema)
+        left += [choice for key in ("anyOf", "oneOf", "allOf") for choice in schema.get(key, ())]
+    return found
+
+
+def _types(schemas: Iterable[Mapping[str, Any]]) -> set[str]:
+    return {schema["type"] for schema in schemas if isinstance(schema.get("type"), str)}
+
+
+def _of_property(schemas: Iterable[Mapping[str, Any]], name: str) -> list[Any]:
+    return [schema.get("properties", {}).get(name, schema.get("additionalProperties")) for schema in schemas]
+
+
+def _of_item(schemas: Iterable[Mapping[str, Any]], at: int) -> list[Any]:
+    return [
+        schema["prefixItems"][at] if at < len(schema.get("prefixItems", ())) else schema.get("items")
+        for schema in schemas
+    ]
 
 
 def _refused(error: Exception, path: DataPath) -> SchemaMismatch:

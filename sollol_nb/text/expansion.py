@@ -12,6 +12,7 @@ expression is then compiled and run separately, so that an error can name it.
 from __future__ import annotations
 
 import builtins
+import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _BUILTINS = {name: value for name, value in vars(builtins).items() if name[0] != "_"} | {"readable": readable}
 """The names that expressions may use besides variables."""
+_PATH = re.compile(r"\s*\w+(?:\.\w+|\[[^\[\]()]*\])*\s*")
 _NEVER = "\0never in a text {}\0"  # for Jinja's delimiters that must not occur in a text
 
 
@@ -59,10 +61,15 @@ class Template:
             parts = list(self._split(text))  # all of it: nothing is compiled if a later one is not closed
             self._parts = [part if is_text else self._compiled(part, where) for is_text, part, where in parts]
 
-    def fill(self, namespace: Mapping[str, object]) -> str:
-        """The text with the values of its expressions."""
+    def fill(self, namespace: Mapping[str, object], check: Callable[[Any, bool], object] | None = None) -> str:
+        """The text with the values of its expressions.
+
+        Args:
+            check: called with each value, and whether its expression is only a name or a path (`row.text`). What
+                it raises is raised.
+        """
         return "".join(
-            part if isinstance(part, str) else part.value(namespace, self._hint) for part in self._parts
+            part if isinstance(part, str) else part.value(namespace, self._hint, check) for part in self._parts
         )
 
     def _split(self, text: str) -> Iterator[tuple[bool, str, str]]:
@@ -120,7 +127,9 @@ class _Expression:
             source, undefined_to_none=False
         )
 
-    def value(self, namespace: Mapping[str, object], hint: str) -> str:
+    def value(
+        self, namespace: Mapping[str, object], hint: str, check: Callable[[Any, bool], object] | None = None
+    ) -> str:
         """Its value as text. Raises ConfigError, which ends with `hint`."""
         from jinja2 import Undefined, UndefinedError
 
@@ -135,7 +144,7 @@ class _Expression:
                     f"{shown}: this is Python's built-in function, not a variable"
                     f"{_describe_near(name, namespace)}{hint}"
                 )
-            return readable(value)
+            text = readable(value)
         except ConfigError:
             raise
         except UndefinedError as error:
@@ -143,6 +152,9 @@ class _Expression:
         except Exception as error:  # the user's own code can raise anything
             message = " ".join(f"{type(error).__name__}: {error}".split())
             raise ConfigError(f"{shown}: {shortened(message, 300)}") from error
+        if check is not None:
+            check(value, _PATH.fullmatch(self._source) is not None)
+        return text
 
     def _describe_undefined(self, namespace: Mapping[str, object], error: Exception) -> str:
         """Which variable does not exist, and which was perhaps meant; otherwise which attribute or item."""

@@ -82,6 +82,19 @@ def asked(router: HybridRouter) -> Iterator[list[Event]]:
 # --- the frame --------------------------------------------------------------------------------
 
 
+def test_rows_with_nothing_to_ask_are_skipped(router: HybridRouter, asked: list[Event]) -> None:
+    words = pd.DataFrame({"word": ["a worker", None, "", float("nan"), "a layer"]})
+
+    result = router.map(words, TEMPLATE, model="demo:sharded", **GREEDY)
+
+    assert list(result.status) == ["ok", "skipped", "skipped", "skipped", "ok"]
+    assert list(result.answer.isna()) == [False, True, True, True, False]
+    assert len(asked) == 2
+    assert result.attrs["sollol"]["skipped"] == 3
+    only = router.map([None, " "], "{{ item }}", model="a model that nobody has")
+    assert list(only.status) == ["skipped", "skipped"]
+
+
 def test_answers_are_columns_beside_the_rows_in_their_order(router: HybridRouter) -> None:
     result = router.map(WORDS, TEMPLATE, model="demo:sharded", **GREEDY)
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from decimal import Decimal
 from typing import Any
 
+import numpy as np
 import pandas as pd
+import pyarrow
 import pytest
 
 from sollol_nb.batch.rows import RowTable, questions
@@ -13,8 +17,8 @@ from sollol_nb.errors import ConfigError
 FRAME = pd.DataFrame({"name": ["a", "b"], "n": [1, 2], "x": [0.5, 1.5]}, index=["r", "s"])
 
 
-def said(messages: list[list[dict[str, Any]]]) -> list[str]:
-    return [row[-1]["content"] for row in messages]
+def said(messages: list[list[dict[str, Any]] | None]) -> list[str]:
+    return [row[-1]["content"] for row in messages if row is not None]
 
 
 # --- reading ----------------------------------------------------------------------------------
@@ -130,3 +134,90 @@ def test_an_error_of_filling_in_names_its_row(items: list[Any], template: Any, m
         questions(items, template, None)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+# --- nothing to ask ---------------------------------------------------------------------------
+
+MISSING = [None, float("nan"), np.float32("nan"), pd.NA, pd.NaT, np.datetime64("NaT"), Decimal("NaN"), "", " \n\t"]
+
+
+@pytest.mark.parametrize("missing", MISSING, ids=repr)
+@pytest.mark.parametrize(
+    "template", ["About {{ text }}:", "{{row.text}}", "{{ row['text'] }}", "{{ n }}, {{ text }}"]
+)
+def test_a_row_whose_value_is_missing_is_not_asked(missing: Any, template: str) -> None:
+    asked = questions([{"text": missing, "n": 1}, {"text": "x", "n": 2}], template, "Be brief.")
+    assert asked[0] is None
+    assert asked[1] is not None
+
+
+@pytest.mark.parametrize("missing", MISSING, ids=repr)
+@pytest.mark.parametrize("template", ["About {{ item }}:", lambda item: item.strip()])
+def test_a_missing_value_is_not_asked(missing: Any, template: Any) -> None:
+    asked = questions([missing, "x"], template, None)
+    assert [messages is None for messages in asked] == [True, False]
+
+
+@pytest.mark.parametrize(
+    "value", [0, 0.0, False, [], "0", "nan", "None", np.int64(0), Decimal(0), np.array([1, 2])]
+)
+def test_other_values_are_asked(value: Any) -> None:
+    assert questions([{"text": value}], "{{ text }}!", None)[0] is not None
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{{ n }}", "1"),
+        ("{{ text or 'nothing' }}", "nothing"),
+        ("{{ n }}{{ text or '' }}", "1"),
+        (lambda row: f"{row['n']}: {row['text']}", "1: None"),
+    ],
+)
+def test_a_missing_value_that_is_not_inserted_does_not_matter(template: Any, text: str) -> None:
+    assert said(questions([{"text": None, "n": 1}], template, None)) == [text]
+
+
+@pytest.mark.parametrize("nothing", [None, "", " "])
+def test_a_function_can_say_that_there_is_nothing_to_ask(nothing: Any) -> None:
+    assert questions(["a", "b"], lambda item: nothing if item == "a" else item, None)[0] is None
+
+
+@pytest.mark.parametrize("template", ["{{ text }}\r\n!", lambda row: row["text"] + "\r\n!"])
+def test_line_ends_of_other_systems_become_line_feeds(template: Any) -> None:
+    assert said(questions([{"text": "a\r\nb\rc\n"}], template, None)) == ["a\nb\nc\n\n!"]
+
+
+# --- tables of other libraries ----------------------------------------------------------------
+
+RECORDS = [{"name": "a", "n": 1}, {"name": "b", "n": None}]
+
+
+class LikePolars:
+    """Iterates and names its rows as a DataFrame of polars does."""
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        return iter([["a", "b"], [1, None]])
+
+    def iter_rows(self, *, named: bool = False) -> Iterator[Any]:
+        return iter(RECORDS if named else [tuple(record.values()) for record in RECORDS])
+
+
+class LikeLazyPolars:
+    def collect_schema(self) -> dict[str, type]:
+        return {"name": str, "n": int}
+
+    def collect(self) -> LikePolars:
+        return LikePolars()
+
+
+@pytest.mark.parametrize("table", [LikePolars(), LikeLazyPolars(), pyarrow.Table.from_pylist(RECORDS)])
+def test_a_table_of_another_library_is_its_rows(table: Any) -> None:
+    read = RowTable.read(table)
+    assert read.items == RECORDS
+    assert list(read.frame.columns) == ["name", "n"]
+    assert said(questions(read.items, "{{ name }}", None)) == ["a", "b"]
+
+
+def test_an_array_of_pyarrow_is_its_values() -> None:
+    assert RowTable.read(pyarrow.array(["a", None])).items == ["a", None]

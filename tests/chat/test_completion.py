@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import sys
+from dataclasses import dataclass, make_dataclass
 from typing import Any
 
 import pytest
@@ -119,3 +123,78 @@ def test_plain_notebook_shows_the_answer_and_not_a_dict() -> None:
     answer = Completion.from_chunks([piece("Hi"), {**LAST, "_routing": {}}])
 
     assert pretty(answer) == "Hi\n\n[demo \u00b7 2 tokens]"  # type: ignore[no-untyped-call]
+
+
+# --- pickled ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Person:
+    name: str
+
+
+def structured(schema: object, text: str = '{"name": "Ada"}') -> Completion:
+    answer = Completion(message={"content": text})
+    answer.schema = schema
+    return answer
+
+
+def defined_again(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The class, as a cell that runs once more defines it."""
+    again = make_dataclass("Person", [("name", str)])
+    again.__module__ = __name__
+    monkeypatch.setattr(sys.modules[__name__], "Person", again)
+    return again
+
+
+@pytest.mark.parametrize("when", ["before it is written", "before it is read"])
+def test_a_pickled_answer_survives_that_its_class_is_defined_again(
+    when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = structured(Person)
+    if when == "before it is written":
+        again = defined_again(monkeypatch)
+        data = pickle.dumps(answer)
+    else:
+        data = pickle.dumps(answer)
+        again = defined_again(monkeypatch)
+    read = pickle.loads(data)
+    assert read == answer
+    assert read.value == again(name="Ada")
+
+
+@pytest.mark.parametrize(
+    ("schema", "text", "value"),
+    [(Person, '{"name": "Ada"}', {"name": "Ada"}), (list[Person], '[{"name": "Ada"}]', [{"name": "Ada"}])],
+    ids=str,
+)
+def test_a_pickled_answer_can_be_read_where_its_class_is_not_defined(
+    schema: object, text: str, value: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = pickle.dumps(structured(schema, text))
+    monkeypatch.delattr(sys.modules[__name__], "Person")
+    assert pickle.loads(data).value == value
+
+
+def test_an_answer_of_a_class_inside_of_a_function_can_be_pickled() -> None:
+    @dataclass
+    class Local:
+        name: str
+
+    assert pickle.loads(pickle.dumps(structured(Local))).value == {"name": "Ada"}
+
+
+def test_a_copy_keeps_the_class_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Person
+    answer = structured(first)
+    defined_again(monkeypatch)
+    for copied in (copy.copy(answer), copy.deepcopy(answer)):
+        assert copied.schema is first
+        assert copied.value == first(name="Ada")
+
+
+def test_an_answer_without_schema_is_pickled_as_it_is() -> None:
+    answer = Completion(message={"content": "x"})
+    answer.shown_as = "json"
+    read = pickle.loads(pickle.dumps(answer))
+    assert (read, read.schema, read.shown_as) == (answer, None, "json")
