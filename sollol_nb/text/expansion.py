@@ -65,7 +65,7 @@ class Template:
         """The text with the values of its expressions.
 
         Args:
-            check: called with each value, and whether its expression is only a name or a path (`row.text`). What
+            check: called with each value, and whether its expression is only a name or a path (as in {{ row.text }}). What
                 it raises is raised.
         """
         return "".join(
