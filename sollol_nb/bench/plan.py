@@ -71,7 +71,7 @@ class Layout:
             return f"layers {self}"
         if not self.worker_count:
             return str(self)
-        return "1 worker" if self.worker_count == 1 else f"{self.worker_count} workers"
+        return counted(self.worker_count, "worker")
 
 
 @dataclass(frozen=True, slots=True)

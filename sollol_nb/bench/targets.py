@@ -212,7 +212,7 @@ class BenchTargets:
         fits = fits_side_by_side(needs, available)
         if self._settings.reload is False and not fits:
             raise ConfigError(
-                f"loading all layouts at the same time needs {sum(needs)} workers (available: {available}); "
+                f"loading all layouts at once needs {counted(sum(needs), 'worker')} (available: {available}); "
                 "start more, or let the layouts take turns (reload=True)"
             )
         self.takes_turns = bool(self._settings.reload) or not fits

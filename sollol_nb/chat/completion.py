@@ -11,6 +11,7 @@ from sollol_nb.errors import StructureError
 from sollol_nb.schema.frames import frame_from_text, frame_of
 from sollol_nb.schema.schema import PickledSchema, parse_structured
 from sollol_nb.text.safe_markdown import code_in, printable
+from sollol_nb.text.tables import counted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -165,9 +166,10 @@ def checked_against_schema(completion: Completion, schema: object) -> Completion
     except StructureError as error:
         message = str(error)
         if completion.finish_reason == "length":
+            length = counted(completion.get("eval_count") or 0, "token")
             message = (
-                f"the answer was stopped after {completion.get('eval_count')} tokens, before it matched the "
-                "schema; give a larger max_tokens (the text is in .text)"
+                f"the answer was stopped after {length}, before it matched the schema; give a larger max_tokens (the "
+                "text is in .text)"
             )
         raise StructureError(message, text=completion.text, completion=completion) from None
     return completion

@@ -152,7 +152,7 @@ def footer(answer: Answer) -> str:
     if routing.get("tokens_per_s"):
         parts.append(f"{routing['tokens_per_s']:.0f} tokens/s")
     if answer.get("eval_count") is not None:
-        parts.append(f"{answer['eval_count']} tokens")
+        parts.append(counted(answer["eval_count"], "token"))
     unusual = {"length": "stopped at max_tokens", "cancelled": "stopped", "error": "interrupted"}
     if answer.get(CONTEXT_FULL):
         unusual["length"] = f"stopped: its context of {answer[CONTEXT_FULL]:,} tokens is full"
@@ -193,8 +193,8 @@ def details(answer: Answer) -> list[str]:
     if times:
         lines.append(", ".join(times))
     counts = [
-        f"{answer[key]:,} {noun}"
-        for key, noun in (("prompt_eval_count", "prompt tokens"), ("eval_count", "tokens generated"))
+        f"{counted(answer[key], noun)}{verb}"
+        for key, noun, verb in (("prompt_eval_count", "prompt token", ""), ("eval_count", "token", " generated"))
         if answer.get(key) is not None
     ]
     if counts:

@@ -57,14 +57,14 @@ class LayerSegment:
     @property
     def description(self) -> str:
         """Planned beside actual, for a tooltip."""
-        actual = "not reported" if self.actual_units is None else f"{self.actual_units} units"
+        actual = "not reported" if self.actual_units is None else counted(self.actual_units, "unit")
         if self.actual_weight_bytes is not None:
             actual += f", {format_bytes(self.actual_weight_bytes)} weights"
         if self.actual_kv_bytes is not None:
             actual += f", {format_bytes(self.actual_kv_bytes)} KV cache"
         time = "" if self.token_ms is None else f"; {self.token_ms:.3g} ms of each token ({self.time_share:.0%})"
         return (
-            f"{self.endpoint}: layers {self.layers}; planned: {self.units} units, "
+            f"{self.endpoint}: layers {self.layers}; planned: {counted(self.units, 'unit')}, "
             f"{format_bytes(self.weight_bytes)} weights, {format_bytes(self.kv_bytes)} KV cache; "
             f"actual: {actual}{time}"
         )
@@ -94,7 +94,7 @@ class LocalPart:
     @property
     def description(self) -> str:
         """One line."""
-        units = f"{self.units} units, " if self.units else ""
+        units = f"{counted(self.units, 'unit')}, " if self.units else ""
         kv = f", {format_bytes(self.kv_bytes)} KV cache" if self.kv_bytes else ""
         return f"{self.name}: {units}{format_bytes(self.weight_bytes)} weights{kv}"
 

@@ -30,7 +30,7 @@ from sollol_nb.layers.strategies import (
 )
 from sollol_nb.runtime.amounts import is_whole_number
 from sollol_nb.text.nearest import nearest
-from sollol_nb.text.tables import format_bytes
+from sollol_nb.text.tables import counted, format_bytes
 
 DEFAULT_CONTEXT_TOKENS = 4096
 """Context that a plan or an estimate of memory assumes where none is given."""
@@ -131,13 +131,13 @@ class LayerPlan:
 
     def describe(self) -> str:
         """One line: `12 layers over 2 workers (even): a:50052 0-5 (1.2 GiB of 4.0 GiB), ...`."""
-        workers = "1 worker" if len(self.shards) == 1 else f"{len(self.shards)} workers"
+        workers = counted(len(self.shards), "worker")
         shards = ", ".join(
             f"{shard.endpoint} {shard.layers} "
             f"({format_bytes(shard.needed_bytes)} of {format_bytes(shard.free_bytes)})"
             for shard in self.shards
         )
-        return f"{self.layer_count} layers over {workers} ({self.strategy}): {shards}"
+        return f"{counted(self.layer_count, 'layer')} over {workers} ({self.strategy}): {shards}"
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LayerPlan:

@@ -14,7 +14,7 @@ from sollol_nb.gguf.facts import ModelFacts
 from sollol_nb.layers.plan import LayerPlan, memory_shortage, unchecked_plan
 from sollol_nb.layers.strategies import WorkerCapacity
 from sollol_nb.layers.token_time import TokenTime, WorkerPart, WorkerSpeeds, predict
-from sollol_nb.text.tables import format_bytes
+from sollol_nb.text.tables import counted, format_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +62,7 @@ class Forecast:
     def describe(self) -> str:
         """One line: `6/4/3 over 3 workers: fits; 12.5 ms per token (80.0 tokens/s)`."""
         counts = "/".join(map(str, self.plan.unit_counts))
-        workers = "1 worker" if len(self.plan.shards) == 1 else f"{len(self.plan.shards)} workers"
+        workers = counted(len(self.plan.shards), "worker")
         fits = "fits" if self.fits else f"does not fit: {self.shortage}"
         return f"{counts} over {workers}: {fits}; {describe_token_time(self.token)}"
 

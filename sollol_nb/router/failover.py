@@ -20,6 +20,7 @@ from sollol_nb.llama_cpp.coordinators.pool import CoordinatorPool
 from sollol_nb.models.routing import Route
 from sollol_nb.router.record import RequestRecord
 from sollol_nb.settings.kinds import keep_alive_seconds
+from sollol_nb.text.tables import counted
 
 MAX_FAILOVERS = 10
 MAX_WITHOUT_A_TOKEN = 3
@@ -130,9 +131,9 @@ async def _is_stopping(coordinator: Coordinator) -> bool:
 
 
 def _interrupted(route: Route, answer: Answer | None, reason: str) -> AnswerInterruptedError:
-    tokens = answer.token_count if answer is not None else 0
+    tokens = counted(answer.token_count if answer is not None else 0, "token")
     error = AnswerInterruptedError(
-        f"{route.name}: the answer was interrupted after {tokens} tokens; {reason}; the text so far is kept, and "
+        f"{route.name}: the answer was interrupted after {tokens}; {reason}; the text so far is kept, and "
         "router.resume(error) continues it when workers are available again"
     )
     error.state = answer.state() if answer is not None else None

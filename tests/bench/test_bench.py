@@ -80,9 +80,7 @@ def test_coordinators_take_turns_on_the_same_workers_where_these_are_few(idle: H
 def test_turns_can_be_requested_and_refused(idle: HybridRouter) -> None:
     result = idle.bench(MODEL, layouts=[1, 2], reload=True, **QUICK)
     assert any("took turns on the same workers" in note for note in result.notes)
-    with pytest.raises(
-        ConfigError, match=r"loading all layouts at the same time needs 5 workers \(available: 3\)"
-    ):
+    with pytest.raises(ConfigError, match=r"loading all layouts at once needs 5 workers \(available: 3\)"):
         idle.bench(MODEL, layouts=[2, 3], reload=False, **QUICK)
 
 

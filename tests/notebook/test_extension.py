@@ -111,7 +111,7 @@ def test_the_route_magic_shows_the_route_and_its_reason(notebook: Kernel) -> Non
     [
         ("%%sollol nosuchmodel\nHello", "ModelNotFoundError: nosuchmodel is not available"),
         ("%%sollol /no/such/file.gguf\nHello", "ModelFileError: /no/such/file.gguf does not exist"),
-        ("%%sollol demo --top-p 7 --timeout -1\nHello", "ConfigError: timeout=-1.0 must be more than 0 seconds"),
+        ("%%sollol demo --top-p 7\nHello", "ConfigError: option top_p=7.0 must be a number from 0 to 1"),
         ("%sollol_cluster add nonsense:port", "ConfigError: 'nonsense:port' is not an endpoint"),
         ("%sollol_route", "UsageError: %sollol_route: model is missing; see %sollol_route? for the options"),
         (
