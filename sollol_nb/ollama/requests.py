@@ -67,6 +67,8 @@ class AnswerSoFar:
         self._whole: dict[str, Any] = {}
         self._pieces: dict[tuple[str, str], list[Any]] = {}  # of texts and lists, joined when they are read
         self.tokens = 0
+        self._last_piece = ""
+        self._repetitions = 0
 
     def add(self, chunk: Mapping[str, Any]) -> bool:
         """Add one chunk; whether it carried any of the answer."""
@@ -80,7 +82,15 @@ class AnswerSoFar:
         parts = message if isinstance(message, Mapping) else chunk
         has_content = any(parts.get(part) for part in ("content", "response", "thinking", "tool_calls"))
         self.tokens += has_content
+        piece = str(parts.get("content") or parts.get("response") or parts.get("thinking") or "").strip()
+        self._repetitions = self._repetitions + 1 if has_content and piece == self._last_piece else 0
+        self._last_piece = piece
         return has_content
+
+    @property
+    def repeats_itself(self) -> bool:
+        """Whether it ends with many equal pieces. After 30 of them Ollama ends an answer, without a last chunk."""
+        return self._repetitions >= _MANY_REPETITIONS
 
     def _add(self, owner: str, name: str, value: Any) -> None:
         is_text = name in _TEXTS[owner] and isinstance(value, str)
@@ -121,6 +131,7 @@ class AnswerSoFar:
         return whole
 
 
+_MANY_REPETITIONS = 25  # fewer than Ollama's 30: not every token is a chunk
 _TEXTS = {"message": ("content", "thinking"), "": ("response", "thinking")}
 
 

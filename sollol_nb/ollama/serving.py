@@ -11,9 +11,9 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Container, Iterable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
-from typing import Any
+from typing import Any, cast
 
-from sollol_nb.chat.chunk import CONTEXT_FULL, DROPPED, RESTARTED, ROUTING, Chunk
+from sollol_nb.chat.chunk import CONTEXT_FULL, DROPPED, NOTE, RESTARTED, ROUTING, Chunk
 from sollol_nb.chat.context_window import overflow_error
 from sollol_nb.errors import (
     ConnectionBrokenError,
@@ -110,6 +110,9 @@ class Serving:
                             yield chunk
                             if is_last:
                                 return
+                    if request.so_far.repeats_itself:
+                        yield self._ended_for_repeating(node, request)
+                        return
                     message = f"{node.url} closed the connection before the answer was complete"
                     raise node_lost(node, ConnectionBrokenError(message))
                 except NodeLostError as error:
@@ -126,6 +129,14 @@ class Serving:
                         overflow.context_tokens or await self._context_tokens_of(node, request),
                         remedy='a larger num_ctx (options={"num_ctx": ...})',
                     ) from refused
+
+    def _ended_for_repeating(self, node: OllamaNode, request: PoolRequest) -> Chunk:
+        """The last chunk of an answer that Ollama ended without one, since the model repeated itself."""
+        last: dict[str, Any] = {"model": request.body["model"], "done": True, "done_reason": "stop"}
+        last |= {"message": {"role": "assistant", "content": ""}} if request.path == CHAT else {"response": ""}
+        last |= {"eval_count": request.so_far.tokens, NOTE: "Ollama ended the answer: the model repeated itself"}
+        request.record_chunk(cast(Chunk, last))
+        return cast(Chunk, {**last, ROUTING: request.routing(node, last)})
 
     async def _context_marks(
         self, node: OllamaNode, request: PoolRequest, final: Mapping[str, Any]

@@ -9,7 +9,7 @@ import pytest
 from sollol_nb.errors import ConfigError
 from sollol_nb.ollama.messages import ollama_messages
 from sollol_nb.sync_wrapper import HybridRouter, OllamaPool
-from tests.support.ollama_server import CHATML, OllamaServer
+from tests.support.ollama_server import OllamaServer
 
 DATA_URL = "data:image/png;base64,aGk="
 
@@ -82,8 +82,6 @@ def test_what_ollama_cannot_take_is_refused_before_anything_is_sent(message: dic
 
 @pytest.mark.ollama
 def test_a_real_ollama_answers_openai_shapes_as_its_own(ollama: OllamaServer) -> None:
-    template = CHATML + "{{ range .Messages }}{{ range .ToolCalls }}{{ .Function.Arguments }}{{ end }}{{ end }}"
-    ollama.create("tools-shapes", template=template)
     call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
     openai: list[dict[str, Any]] = [
         {"role": "user", "content": [{"type": "text", "text": "What is"}, {"type": "text", "text": "sollol_nb?"}]},
@@ -97,7 +95,7 @@ def test_a_real_ollama_answers_openai_shapes_as_its_own(ollama: OllamaServer) ->
     ]
     with HybridRouter(OllamaPool(ollama.base_url), auto_discover_rpc=False) as router:
         answers = [
-            router.route_request("tools-shapes", messages, backend="ollama", temperature=0, max_tokens=8)
+            router.route_request("llama3.2", messages, backend="ollama", temperature=0, max_tokens=8)
             for messages in (openai, own)
         ]
     assert answers[0].text == answers[1].text

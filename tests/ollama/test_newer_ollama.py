@@ -11,6 +11,7 @@ import pytest
 
 from sollol_nb.errors import ContextOverflowError, OllamaResponseError
 from sollol_nb.sync_wrapper import HybridRouter, OllamaPool
+from tests.support.engines import write_endless
 from tests.support.gguf_files import write_llama
 from tests.support.ollama_server import OllamaServer
 
@@ -28,6 +29,7 @@ def newer(newer_ollama_program: Path, tmp_path_factory: pytest.TempPathFactory) 
     try:
         server.start().create("llama3.2")
         folder = tmp_path_factory.mktemp("narrow")
+        server.create("endless", write_endless(folder))
         server.create("narrow", write_llama(folder / "narrow.gguf", blocks=2, vocabulary=300, context=512))
         yield server
     finally:
@@ -87,6 +89,26 @@ def test_an_answer_that_fills_the_context_ends_with_a_mark(pool: OllamaPool) -> 
     answer = pool.chat("llama3.2", STORY, num_ctx=256, **GREEDY)
     assert answer["done_reason"] == "length"
     assert answer["_context_full"] == 256
+
+
+@pytest.mark.parametrize("path", ["/api/chat", "/api/generate"])
+def test_an_answer_that_it_ends_because_the_model_repeats_itself_is_whole(
+    newer: OllamaServer, pool: OllamaPool, path: str
+) -> None:
+    """Ollama ends such an answer without a last chunk. That is no lost connection: nothing is asked again."""
+    if path == "/api/chat":
+        answer = pool.chat("endless", QUESTION, num_ctx=1024, **GREEDY)
+        text = answer["message"]["content"]
+    else:
+        answer = pool.generate("endless", "What is sollol_nb?", num_ctx=1024, **GREEDY)
+        text = answer["response"]
+    assert (answer["done"], answer["done_reason"], answer["_routing"]["failovers"]) == (True, "stop", [])
+    assert answer["_note"] == "Ollama ended the answer: the model repeated itself"
+    assert len(set(text.split()[-25:])) == 1
+    assert pool.nodes[0].state == "ready"
+    with HybridRouter(OllamaPool(newer.base_url), auto_discover_rpc=False) as router:
+        whole = router.route_request("endless", QUESTION, options={"num_ctx": 1024, **GREEDY})
+        assert "the model repeated itself" in repr(whole._repr_mimebundle_())
 
 
 def test_other_refusals_are_its_words_without_json_around_them(pool: OllamaPool) -> None:
