@@ -10,6 +10,7 @@ is not measured.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
 
 from sollol_nb.bench.plan import (
@@ -22,12 +23,13 @@ from sollol_nb.bench.plan import (
     fits_side_by_side,
 )
 from sollol_nb.chat.completion import Completion
-from sollol_nb.errors import ConfigError, ModelDoesNotFitError, WorkersUnavailableError
+from sollol_nb.errors import ConfigError, ModelDoesNotFitError, SollolError, WorkersUnavailableError
 from sollol_nb.gguf.facts import read_facts
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
-from sollol_nb.models.routing import DISTRIBUTED, LOCAL
+from sollol_nb.models.routing import DISTRIBUTED, LOCAL, Route
 from sollol_nb.router.router import Router
 from sollol_nb.runtime.events import Event, EventKind
+from sollol_nb.runtime.io_loop import submit
 from sollol_nb.settings.table import DEFAULT_WORKERS
 from sollol_nb.text.tables import counted
 
@@ -52,6 +54,7 @@ class BenchTargets:
         self._routers: dict[BenchTarget, Router] = {}
         self._needs: dict[BenchTarget, int] = {}
         self._loaded: set[BenchTarget] = set()
+        self._stopped: list[Route] = []  # of models that the router had loaded
 
     async def ask(self, target: BenchTarget, prompt: str) -> Completion:
         """Send a prompt to a target. Errors are those of `Router.route_request`."""
@@ -141,9 +144,12 @@ class BenchTargets:
         return notes
 
     async def close(self) -> None:
-        """Stop all coordinators that were started for the benchmark; that of `auto` stays loaded."""
+        """Stop all coordinators that were started for the benchmark; that of `auto` stays loaded, and what was
+        stopped to free its workers is loaded again, in the background."""
         siblings = [router for router in self._routers.values() if router is not self._router]
         await asyncio.gather(*(router.close() for router in siblings))
+        for route in self._stopped:
+            submit(_load_again(self._router, route))
 
     # --- targets --------------------------------------------------------------------------------
 
@@ -254,8 +260,12 @@ class BenchTargets:
         kept = {target.model for target in self._loaded if self._routers[target] is self._router}
         for coordinator in self._idle():
             if count > 0 and not any(map(coordinator.settings.is_named, kept)):
+                self._stopped.append(self._router.route_of(coordinator))
                 await self._router.stop_coordinator(coordinator.model)
-                self._notes.append(f"stopped the idle coordinator of {coordinator.model} to free its workers")
+                self._notes.append(
+                    f"stopped the idle coordinator of {coordinator.model} to free its workers; it is loaded again "
+                    "after the benchmark"
+                )
                 count -= len(coordinator.rpc_backends)
 
     async def _unload_all(self) -> None:
@@ -263,6 +273,11 @@ class BenchTargets:
         for target in [loaded for loaded in self._loaded if self._needs[loaded]]:
             await self._routers[target].stop_coordinator(target.model)
             self._loaded.discard(target)
+
+
+async def _load_again(router: Router, route: Route) -> None:
+    with contextlib.suppress(SollolError):  # the next request says what is wrong
+        await router.preload(route)
 
 
 def _backend(target: BenchTarget) -> str | None:

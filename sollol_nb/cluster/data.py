@@ -164,7 +164,7 @@ def _worker(number: int, worker: WorkerStatus, live: LiveFigures) -> dict[str, A
         total=total,
         used=used,
         protocol=protocol,
-        rtt=_round_trips(worker.endpoint, live),
+        rtt=_round_trips(worker.endpoint, live) if worker.state != "down" else None,
         last_error=live.last_error.get(worker.endpoint),
         local=1 if worker.is_local else None,
     )

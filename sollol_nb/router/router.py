@@ -370,13 +370,16 @@ class Router:
         return await asyncio.to_thread(models_frame, models)
 
     @io_bound
-    async def preload(self, model: str) -> str:
+    async def preload(self, model: str | Route) -> str:
         """Have a model loaded where a request for it would go; returns where that is, such as `in Ollama`.
+
+        Args:
+            model: its name, or a route that it is to take.
 
         Raises:
             SollolError: it cannot be loaded; of the kind that fits, as for `route_request`.
         """
-        route = await self.route(model)
+        route = model if isinstance(model, Route) else await self.route(model)
         if route.backend == OLLAMA:
             await self._ollama.generate(route.model, "", max_tokens=1)
             return "in Ollama"
@@ -401,6 +404,10 @@ class Router:
     apply_plan = _control(ClusterControl.apply_plan)
     what_if = _control(ClusterControl.what_if)
     configure = _control(ClusterControl.configure)
+
+    def route_of(self, coordinator: Coordinator) -> Route:
+        """The route that one of this router's coordinators was started for."""
+        return self._coordinators.route_of(coordinator)
 
     @property
     def worker_endpoints(self) -> list[str]:

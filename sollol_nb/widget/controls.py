@@ -12,15 +12,18 @@ import ipywidgets
 
 from sollol_nb.errors import ConfigError
 from sollol_nb.layers.strategies import STRATEGIES
+from sollol_nb.llama_cpp.workers.workers import MAX_LOCAL_WORKERS
 from sollol_nb.models.profiles import MODEL_PROFILES
 from sollol_nb.router.router import Router
 from sollol_nb.settings.endpoints import format_endpoint, parse_endpoint
 from sollol_nb.settings.kinds import keep_alive_seconds
 from sollol_nb.text.short_names import short_name
+from sollol_nb.text.tables import counted
 from sollol_nb.widget.actions import ClusterActions
 
 _SMALL = {"width": "auto"}
 _NARROW = {"width": "170px"}
+_COUNT = {"width": "60px"}
 _WIDE = {"width": "230px"}
 
 
@@ -33,7 +36,7 @@ def choose_among(dropdown: ipywidgets.Dropdown, names: Sequence[str]) -> None:
 
 
 class WorkerControls:
-    """Add, remove and discover workers."""
+    """Start and stop workers on this machine; add, remove and discover others."""
 
     def __init__(self, actions: ClusterActions) -> None:
         self._actions = actions
@@ -49,7 +52,28 @@ class WorkerControls:
         self.discover = ipywidgets.Button(
             description="Discover", tooltip="search this machine's usual ports for workers", layout=_SMALL
         )
-        self.box = ipywidgets.HBox([self.endpoint, self.add, self.known, self.remove, self.discover])
+        self.count = ipywidgets.BoundedIntText(
+            value=3, min=1, max=MAX_LOCAL_WORKERS, tooltip="how many workers run on this machine", layout=_COUNT
+        )
+        self.start = ipywidgets.Button(
+            description="Start workers",
+            tooltip="make sure that so many workers run on this machine",
+            layout=_SMALL,
+        )
+        self.stop = ipywidgets.Button(
+            description="Stop workers",
+            tooltip="stop this notebook's workers on this machine and the models that use them, unless another "
+            "notebook uses them",
+            layout=_SMALL,
+        )
+        self.box = ipywidgets.VBox(
+            [
+                ipywidgets.HBox([self.count, self.start, self.stop]),
+                ipywidgets.HBox([self.endpoint, self.add, self.known, self.remove, self.discover]),
+            ]
+        )
+        self.start.on_click(self._start)
+        self.stop.on_click(self._stop)
         self.endpoint.observe(lambda _: self._enable(), "value")
         self.add.on_click(self._add)
         self.remove.on_click(self._remove)
@@ -71,6 +95,25 @@ class WorkerControls:
         self.remove.disabled = busy("remove") or self.known.value is None
         self.known.disabled = self.known.value is None
         self.discover.disabled = busy("discover")
+        self.start.disabled = busy("start workers")
+        has_local = any(worker.get("local") for worker in known.values())
+        self.stop.disabled = busy("stop workers") or not has_local
+
+    def _start(self, _: object) -> None:
+        count = self.count.value
+
+        async def start(router: Router) -> str | None:
+            started = await router.ensure_workers(count)
+            return None if started else "so many workers already run"
+
+        self._actions.start("start workers", f"starting {counted(count, 'worker')}", start)
+
+    def _stop(self, _: object) -> None:
+        async def stop(router: Router) -> str | None:
+            ended = await router.stop_workers()
+            return "; ".join(str(engine) for engine in ended if engine.users) or None
+
+        self._actions.start("stop workers", "stopping the workers of this notebook", stop)
 
     def _add(self, _: object) -> None:
         endpoint = self.endpoint.value

@@ -147,7 +147,7 @@ def test_of_two_kernels_that_want_all_workers_the_second_learns_who_has_them(cha
         winner, loser = (first, second) if shown[0].status == "ok" else (second, first)
         (error,) = [result.error for result in shown if result.status == "error"]
         assert "WorkersUnavailableError" in error[-1]
-        assert f"held by the coordinator of {MODEL}, started by process {winner.pid}" in error[-1]
+        assert f"held by the coordinator of {MODEL}, started by python (process {winner.pid})" in error[-1]
         assert winner.run("router.close()").status == "ok"
         assert loser.run(ASK).status == "ok", "they are free now"
         assert value(loser, "answer.text") == chaos.undisturbed(ACCENTS).text

@@ -309,7 +309,7 @@ def test_two_kernels_share_a_coordinator_and_no_engine_is_left_after_them(engine
             (False, True),
             (True, False),
         ]
-        assert f"the model had been loaded by process {first.pid}" in second.run("answer").markdown
+        assert f"the model had been loaded by a notebook (process {first.pid})" in second.run("answer").markdown
         assert second.run("from sollol_nb.notebook import router\nc = router().cluster()").status == "ok"
         engines = engines_below(first.pid)
         assert len(engines) == 3

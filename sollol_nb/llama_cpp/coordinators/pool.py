@@ -191,6 +191,10 @@ class CoordinatorPool:
         self._running.add(route, coordinator)
         return coordinator
 
+    def route_of(self, coordinator: Coordinator) -> Route:
+        """The route that one of its coordinators was started for."""
+        return self._running.route_of(coordinator)
+
     async def of_other_kernels(self) -> list[tuple[Coordinator, str]]:
         """Coordinators that other kernels of this user run, only to be shown, and who started them."""
         return await self._running.of_other_kernels()

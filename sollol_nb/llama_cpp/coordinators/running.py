@@ -225,7 +225,8 @@ class RunningCoordinators:
         if report.why and report.code is not None:  # its keep_alive or another process ended it
             self._events.publish(EventKind.COORDINATOR_STOPPED, model, f"{model} ended: {report.why}")
         elif exit_reason(report.tail) is WORKER_LOST:
-            message = f"{model} ended because a worker was lost"
+            lost = ", ".join(await self._workers.find_lost(coordinator.rpc_backends))
+            message = f"{model} ended because {f'worker {lost}' if lost else 'a worker'} was lost"
             self._events.publish(EventKind.COORDINATOR_LOST, model, message)
         else:
             reason = exit_reason(report.tail) or describe_exit(report.code)

@@ -146,8 +146,8 @@ def holders() -> dict[str, Entry]:
 def own_name() -> str:
     """The name by which a person knows this process: that of its notebook, else of its script."""
     notebook = os.environ.get("JPY_SESSION_NAME")  # Jupyter servers set it for the kernels that they start
-    path = notebook or (sys.argv[0] if sys.argv else "")
-    return Path(path).name or "python"
+    name = Path(notebook or (sys.argv[0] if sys.argv else "")).name
+    return {"ipykernel_launcher.py": "a notebook", "": "python", "-c": "python", "-m": "python"}.get(name, name)
 
 
 def own_description() -> dict[str, Any]:

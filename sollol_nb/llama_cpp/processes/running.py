@@ -39,6 +39,7 @@ class RunningEngine:
         leases: requests, coordinators and kernels that hold it; None if its supervisor does not answer.
         clients: processes that are connected to it.
         ends_in_s: seconds until it ends unless it is used; None while it is held, or if it is kept forever.
+        held_by: the model of the coordinator that holds a worker, or None.
         started_by: who started it, as text.
         log_path: path of its log.
     """
@@ -53,16 +54,19 @@ class RunningEngine:
     leases: int | None
     clients: int | None
     ends_in_s: float | None
+    held_by: str | None
     started_by: str
     log_path: str
 
     @property
     def state(self) -> str:
-        """Whether it is used and when it ends, as text."""
+        """Whether it is used and when it ends, as text; of a worker in the terms of the cluster."""
         if self.leases is None:
             return "not responding"
+        if self.held_by is not None:
+            return f"held by the coordinator of {self.held_by}"
         if self.leases:
-            return "in use"
+            return "in use" if self.kind == registry.COORDINATOR else "free, kept by a notebook or script"
         return "idle, kept forever" if self.ends_in_s is None else f"idle, ends in {self.ends_in_s:.0f} s"
 
     def as_dict(self) -> dict[str, Any]:
@@ -94,7 +98,8 @@ class Ended:
 async def running_engines() -> list[RunningEngine]:
     """All running engines of this user, coordinators first, then by age."""
     entries = await asyncio.to_thread(registry.entries)
-    engines = await asyncio.gather(*map(_inspect, entries))
+    holders = {worker: entry.name for entry in entries for worker in entry.workers}
+    engines = await asyncio.gather(*(_inspect(entry, holders.get(entry.name)) for entry in entries))
     return sorted(engines, key=lambda engine: (engine.kind, -engine.age_s))
 
 
@@ -207,7 +212,7 @@ def as_table(engines: Sequence[RunningEngine]) -> str:
     )
 
 
-async def _inspect(entry: Entry) -> RunningEngine:
+async def _inspect(entry: Entry, held_by: str | None) -> RunningEngine:
     process = await EngineProcess.adopt(entry)
     status: dict[str, Any] = {}
     if process is not None:
@@ -224,6 +229,7 @@ async def _inspect(entry: Entry) -> RunningEngine:
         leases=status.get("leases"),
         clients=status.get("clients"),
         ends_in_s=status.get("ends_in_s"),
+        held_by=held_by if entry.kind == registry.WORKER else None,
         started_by=registry.describe_owner(entry.about),
         log_path=entry.log_path,
     )

@@ -7,7 +7,6 @@ import contextlib
 import os
 import signal
 import socketserver
-import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -104,7 +103,7 @@ def test_started_engine_is_reported_and_registered() -> None:
             entry = only_entry()
             assert entry == engine.entry
             assert entry.about == {"model": "m", **registry.own_description()}
-            assert entry.about["owner"] == Path(sys.argv[0]).name
+            assert entry.about["owner"] == registry.own_name()
             assert entry.keep_alive_s is None
             assert entry.read_key() == engine.key
             assert entry.log_path == str(engine.log_path)

@@ -50,7 +50,7 @@ def test_ps_lists_what_runs_as_a_table_and_as_json(
     assert lines[0].split() == ["KIND", "NAME", "PID", "STATE", "AGE", "WHERE"]
     assert lines[1].split()[:5] == ["coordinator", "big", str(coordinator.pid), "in", "use"]
     assert lines[1].endswith("http://127.0.0.1:1 on 127.0.0.1:50052")
-    assert lines[2].split()[:5] == ["worker", "127.0.0.1:50052", str(worker.pid), "idle,", "ends"]
+    assert lines[2].split()[:6] == ["worker", "127.0.0.1:50052", str(worker.pid), "held", "by", "the"]
 
     assert cli.main(["ps", "--json"]) == 0
     engines = json.loads(capsys.readouterr().out)
