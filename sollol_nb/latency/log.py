@@ -150,7 +150,7 @@ class LatencyLog:
         """Write the log to a `.csv` or `.parquet` file; the file appears when it is whole.
 
         Args:
-            path: the file; its suffix is the format. Parquet needs the extra `sollol_nb[parquet]`.
+            path: the file; its suffix is the format. Parquet needs pyarrow (`pip install pyarrow`).
             **filters: those of `frame`.
 
         Returns:

@@ -65,8 +65,8 @@ class Template:
         """The text with the values of its expressions.
 
         Args:
-            check: called with each value, and whether its expression is only a name or a path (as in {{ row.text }}). What
-                it raises is raised.
+            check: called with each value, and whether its expression is only a name or a path, as in
+                {{ row.text }}. What it raises is raised.
         """
         return "".join(
             part if isinstance(part, str) else part.value(namespace, self._hint, check) for part in self._parts

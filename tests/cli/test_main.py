@@ -42,7 +42,7 @@ def report_of(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
     ("lacking", "remedy"),
     [
         ((), "sollol-nb install"),
-        (("cmake",), 'pip install "sollol_nb[build]"'),
+        (("cmake",), "pip install cmake ninja"),
         (("compiler", "cmake"), "install a compiler"),
     ],
 )

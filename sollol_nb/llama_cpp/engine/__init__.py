@@ -4,5 +4,6 @@
 * `check.py`: check that a pair runs on this machine and works together
 * `build.py`: fetch llama.cpp at one pinned commit, build it, install it in the cache folder
 * `steps.py`: run the programs of a build, with a log, progress and a time limit
+* `build_guard.py`: end the programs of a build whose kernel was killed
 * `tools.py`: CMake, compilers and GPU toolkits of this machine
 """

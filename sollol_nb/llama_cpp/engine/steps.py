@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from typing import IO, Any
 import psutil
 
 from sollol_nb.errors import EngineBuildError
+from sollol_nb.llama_cpp.engine import build_guard
 from sollol_nb.runtime.private_files import open_private
 from sollol_nb.runtime.progress_bars import progress_bar
 from sollol_nb.settings import config
@@ -32,9 +34,7 @@ _TAIL_LINES = 15
 _LINE_LIMIT = 240
 _POLL_S = 0.1
 _KILL_LIMIT_S = 10.0
-_KILL_ROUNDS = 10  # a process that cannot be killed must not keep us
 _GONE_LIMIT_S = 1.0  # after the kill; where nothing reaps orphans, they stay as zombies
-_STEP = "SOLLOL_BUILD_STEP"  # in the environment of all descendants of a step
 
 
 class BuildSteps:
@@ -51,12 +51,15 @@ class BuildSteps:
         """The program's exit code, or None if it was ended at the time limit.
 
         Output goes to a file, not a pipe, so that a helper process that outlives the compiler cannot block us.
-        KeyboardInterrupt ends the whole process tree and is raised again. The program stays in our process group,
-        so that an interrupt from terminal or notebook also stops it while we run in another thread.
+        KeyboardInterrupt ends the whole process tree and is raised again; a guard ends it if we are killed. The
+        program stays in our process group, so that an interrupt from terminal or notebook also stops it while we run
+        in another thread.
         """
         step = uuid.uuid4().hex
-        environment = config.child_environment(GIT_TERMINAL_PROMPT="0", PYTHONUNBUFFERED="1", **{_STEP: step})
-        with self.log_path.open("ab") as sink, self.log_path.open("rb") as source:
+        environment = config.child_environment(
+            GIT_TERMINAL_PROMPT="0", PYTHONUNBUFFERED="1", **{build_guard.STEP: step}
+        )
+        with _guarded(step), self.log_path.open("ab") as sink, self.log_path.open("rb") as source:
             source.seek(0, os.SEEK_END)
             process = subprocess.Popen(
                 [str(part) for part in command],
@@ -78,7 +81,7 @@ class BuildSteps:
             finally:
                 end_process_tree(process)
                 if process.returncode != 0:  # it may have ended before the processes that it started
-                    _end_all_of(step)
+                    build_guard.end_all_of(step)
 
     def must_run(
         self,
@@ -144,26 +147,23 @@ def end_process_tree(process: subprocess.Popen[bytes]) -> None:
     psutil.wait_procs(family, timeout=_GONE_LIMIT_S)
 
 
-def _end_all_of(step: str) -> None:
-    """Kill what a step left behind: orphans have lost their parent, but not their environment.
-
-    A process that is started during a round is found in the next one.
-    """
-    for _ in range(_KILL_ROUNDS):
-        family = [process for process in psutil.process_iter() if _environment(process).get(_STEP) == step]
-        if not family:
-            return
-        for member in family:
-            with suppress(psutil.Error):
-                member.kill()
-        psutil.wait_procs(family, timeout=_GONE_LIMIT_S)
-
-
-def _environment(process: psutil.Process) -> dict[str, str]:
+@contextmanager
+def _guarded(step: str) -> Iterator[None]:
+    """While a step runs, another process waits to end its programs: a killed kernel cannot do it itself."""
+    flags: dict[str, Any] = (
+        {"start_new_session": True} if os.name == "posix" else {"creationflags": 0x00000200}
+    )  # CREATE_NEW_PROCESS_GROUP; an interrupt ends the step, not its guard
+    command = [sys.executable, "-I", build_guard.__file__, str(Path(psutil.__file__).parents[1]), step]
+    guard = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **flags
+    )
     try:
-        return process.environ() if process.status() != psutil.STATUS_ZOMBIE else {}
-    except (psutil.Error, OSError):
-        return {}
+        yield
+    finally:
+        with suppress(OSError, subprocess.TimeoutExpired):
+            guard.communicate(build_guard.DONE, timeout=_KILL_LIMIT_S)
+        guard.kill()
+        guard.wait()
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from sollol_nb.settings import config
 Backend = Literal["cpu", "cuda", "metal", "hip", "vulkan"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
-INSTALL_CMAKE = 'pip install "sollol_nb[build]"'
+INSTALL_CMAKE = "pip install cmake ninja"
 
 _GPU_OPTIONS: dict[Backend, str] = {
     "cuda": "GGML_CUDA",
