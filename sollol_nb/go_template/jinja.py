@@ -45,8 +45,10 @@ _BEGIN = """
 {%- set g.systems = g.systems + 1 -%}
 {%- endif -%}
 {%- if g.messages and g.messages[-1]['role'] == m['role'] and m['role'] != 'tool' -%}
-{%- set joined = g.messages[-1]['content'] ~ '\\n\\n' ~ content -%}
-{%- set g.messages = g.messages[:-1] + [dict(g.messages[-1], content=joined)] -%}
+{%- set last = g.messages[-1] -%}
+{%- set g.messages = g.messages[:-1] + [{'role': last['role'], 'content': last['content'] ~ '\\n\\n' ~ content,
+    'thinking': last['thinking'], 'tool_calls': last['tool_calls'],
+    'tool_name': last['tool_name'], 'tool_call_id': last['tool_call_id']}] -%}
 {%- else -%}
 {%- set g.messages = g.messages + [{'role': m['role'], 'content': content,
     'thinking': m['reasoning_content'] or '', 'tool_calls': m['tool_calls'] or [],

@@ -27,7 +27,7 @@ from sollol_nb.go_template.syntax import (
     Write,
 )
 
-MAX_STEPS = 20_000
+MAX_STEPS = 5_000
 _MESSAGE = {
     "Role": "",
     "Content": "",

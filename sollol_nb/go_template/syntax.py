@@ -132,6 +132,8 @@ def parse(source: str) -> tuple[Node, ...]:
     """
     if len(source.encode()) > MAX_BYTES:
         raise UnknownSyntaxError(f"more than {MAX_BYTES:,} bytes")
+    if "\0" in source:
+        raise UnknownSyntaxError("a NUL character")
     reader = _Reader(source)
     nodes, end = reader.nodes(0)
     if end is not None:

@@ -216,7 +216,7 @@ def _chat_template(files: OllamaModelFiles, model_path: Path, left_out: list[str
     left_out += [f"{name.upper()} {value}" for name, value in built_in.items() if value]
     if built_in.get("renderer"):  # Ollama uses it instead of the template
         return "", False
-    if files.template is None and _own_template(model_path):
+    if files.template is None and (files.settings is None or _own_template(model_path)):
         return "", False
     source = _text(files.template, "TEMPLATE", left_out) or BARE_PROMPT
     try:

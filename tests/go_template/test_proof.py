@@ -69,6 +69,7 @@ def test_whether_a_template_has_a_place_for_tools_is_known() -> None:
         ("{{ if .Prompt }}", "without an end"),
         ("{{ end }}", "without a beginning"),
         ("{{ .Prompt", "{{ without }}"),
+        ("{{ .Prompt }}\0", "a NUL character"),
         ('{{ "' + 'a" "' * 5000, "{{ without }}"),
         ("{{ range .Messages }}{{ .Nickname }}{{ end }}", ".Nickname of a message"),
         ("{{ .Prompt.Length }}", ".Length of a text"),

@@ -183,7 +183,11 @@ JUMPS = """{{- range $i, $m := .Messages }}{{ if eq .Role "system" }}S: {{ .Cont
 {{ continue }}{{ else if gt $i 4 }}(more){{ break }}{{ end }}{{ $m.Role }}: {{ .Content }}
 {{ end }}assistant:"""
 
+BRACES = """{{ range .Messages }}{% if x %}{{ "{{" }} }} {# no #} {{ .Content }}'\\n' \"{{ `raw "` }}{{ end }}{%"""
+
 TEMPLATES = {
+    "braces": BRACES,
+    "windows": CHATML.replace("\n", "\r\n"),
     "jumps": JUMPS,
     "chatml": CHATML,
     "turns": TURNS,
