@@ -133,6 +133,8 @@ def node_url(node: str | Mapping[str, Any]) -> str:
         address = LOOPBACK + address  # `:11435`
     elif not address and separator:
         address = LOOPBACK  # `http://`
+    elif address.endswith(":") and not address.endswith("::"):
+        address = address[:-1]  # `host:`
     host, port = parse_endpoint(address, default_port)
     host = {"0.0.0.0": LOOPBACK, "::": "::1"}.get(host, host)  # noqa: S104 - replaced, not bound
     path = f"/{path}".rstrip("/")

@@ -66,7 +66,7 @@ class OllamaPool:
 
     def __init__(
         self,
-        nodes: str | Sequence[str | Mapping[str, Any]] | None = None,
+        nodes: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]] | None = None,
         *,
         num_parallel: int | None = None,
         first_token_timeout_s: float = FIRST_TOKEN_TIMEOUT_S,
@@ -76,6 +76,8 @@ class OllamaPool:
     ) -> None:
         if isinstance(nodes, str):
             nodes = [node for node in nodes.split(",") if node.strip()]
+        elif isinstance(nodes, Mapping):
+            nodes = [nodes]
         named = nodes or config.default("ollama_hosts")
         urls = [node_url(node) for node in named or [LOOPBACK]]
         self._serving = Serving(
@@ -87,7 +89,9 @@ class OllamaPool:
         )
 
     @classmethod
-    def auto_configure(cls, nodes: str | Sequence[str | Mapping[str, Any]] | None = None, **settings: Any) -> Self:
+    def auto_configure(
+        cls, nodes: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]] | None = None, **settings: Any
+    ) -> Self:
         """A pool of the given nodes, else of those in `OLLAMA_HOST`, else of localhost. Contacts no node yet;
         `await` the pool to ask its nodes now. `settings` are those of the class."""
         return cls(nodes, **settings)

@@ -191,7 +191,8 @@ def _endpoints(value: Any) -> list[str]:
 
 
 def _ollama_hosts(value: Any) -> list[str]:
-    entries = [_text(entry) for entry in _entries(value)]
+    # Ollama ignores quotes around the value of its variable.
+    entries = [entry for entry in (_text(entry).strip("\"' ") for entry in _entries(value)) if entry]
     if any("@" in entry for entry in entries):
         raise ConfigError("the URL of an Ollama node must not contain a password, since logs would show it")
     return entries

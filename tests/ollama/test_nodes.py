@@ -11,6 +11,7 @@ from sollol_nb.errors import ConfigError, ConnectFailedError, TransportTimeoutEr
 from sollol_nb.ollama import nodes as ollama_nodes
 from sollol_nb.ollama.choice import NodeOffer, Residency, choose_node, worth_waiting_for
 from sollol_nb.ollama.nodes import NodeState, OllamaNode, node_url
+from sollol_nb.ollama.pool import OllamaPool
 from sollol_nb.runtime.gate import first_slot
 
 LOADED, ON_DISK, NOTHING = Residency.LOADED, Residency.ON_DISK, Residency.MISSING
@@ -144,6 +145,7 @@ def test_where_a_request_waits_once_its_node_is_chosen(offers: list[NodeOffer], 
         ("ollama.com", "https://ollama.com:443"),
         ("ollama.com:8080", "http://ollama.com:8080"),
         ("http://", "http://127.0.0.1:80"),
+        ("gpu-box:", "http://gpu-box:11434"),
         ({"host": "::1", "port": 5}, "http://[::1]:5"),
         (":11435", "http://127.0.0.1:11435"),
         ({"host": "10.0.0.5", "port": 11436}, "http://10.0.0.5:11436"),
@@ -174,6 +176,24 @@ def test_an_invalid_node_is_refused_without_showing_a_password(written: str | di
     with pytest.raises(ConfigError) as refused:
         node_url(written)
     assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("variable", "urls"),
+    [
+        ('"127.0.0.1:5000"', ["http://127.0.0.1:5000"]),
+        ("::1", ["http://[::1]:11434"]),
+        ("'a, ::1'", ["http://a:11434", "http://[::1]:11434"]),
+        ('""', ["http://127.0.0.1:11434"]),
+        (" ", ["http://127.0.0.1:11434"]),
+    ],
+)
+def test_the_variable_is_read_as_ollama_reads_it(
+    monkeypatch: pytest.MonkeyPatch, variable: str, urls: list[str]
+) -> None:
+    monkeypatch.setenv("OLLAMA_HOST", variable)
+    assert [node.url for node in OllamaPool().nodes] == urls
+    assert [node.url for node in OllamaPool({"host": "::1", "port": 5}).nodes] == ["http://[::1]:5"]
 
 
 def on_a_loop(test: Callable[[OllamaNode], object], slots: int = 1) -> None:
