@@ -72,7 +72,7 @@ _TURNS = """
 
 _COMMON: dict[str, Value] = {
     "Think": ("g.think", "bool"),
-    "ThinkLevel": ("('medium' if g.think else '')", "text"),
+    "ThinkLevel": ("((reasoning_effort or 'medium') if g.think else '')", "text"),
 }
 _ROOT: dict[str, Value] = {
     "System": ("g.system", "text"),

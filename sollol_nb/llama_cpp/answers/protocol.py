@@ -88,9 +88,9 @@ def _openai_message(message: Mapping[str, Any]) -> dict[str, Any]:
     images = ours.pop("images", None)
     if images:
         content = ours.get("content") or ""
-        ours["content"] = [
-            *(content if isinstance(content, list) else [{"type": "text", "text": content}]),
+        ours["content"] = [  # Ollama puts images before the text, too
             *({"type": "image_url", "image_url": {"url": _data_url(image)}} for image in images),
+            *(content if isinstance(content, list) else [{"type": "text", "text": content}]),
         ]
     if ours.get("tool_calls"):  # Ollama's arguments are an object, OpenAI's a JSON text
         ours["tool_calls"] = [

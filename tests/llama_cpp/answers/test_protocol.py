@@ -78,8 +78,8 @@ def test_images_become_parts_of_the_content(image: str, url: str) -> None:
     assert sent == {
         "role": "user",
         "content": [
-            {"type": "text", "text": "What is this?"},
             {"type": "image_url", "image_url": {"url": url}},
+            {"type": "text", "text": "What is this?"},
         ],
     }
     assert message["images"] == [image]
