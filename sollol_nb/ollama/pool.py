@@ -36,7 +36,7 @@ from sollol_nb.ollama.pool_request import CHAT, EMBED, GENERATE, PoolRequest
 from sollol_nb.ollama.requests import KEEPS_ALL, AnswerSoFar, request_body
 from sollol_nb.ollama.serving import Serving
 from sollol_nb.runtime.events import EventBus
-from sollol_nb.runtime.io_loop import io_bound, io_bound_stream
+from sollol_nb.runtime.io_loop import io_bound, io_bound_stream, is_of_parent
 from sollol_nb.runtime.priority import Priority, checked_priority
 from sollol_nb.runtime.progress_bars import progress_bar
 from sollol_nb.settings import config
@@ -324,9 +324,14 @@ class OllamaPool:
                 async for step in progress:
                     bar.show(step)
 
-    @io_bound
     async def close(self) -> None:
-        """Close all connections and stop asking nodes. Closing twice is fine; a later request connects again."""
+        """Close all connections and stop asking nodes. Closing twice is fine; a later request connects again. In a
+        forked child, whose parent owns the connections, it does nothing."""
+        if not is_of_parent(self):
+            await self._close()
+
+    @io_bound
+    async def _close(self) -> None:
         for node in self._serving.nodes.values():
             await node.aclose()
 

@@ -13,6 +13,7 @@ import contextlib
 import functools
 import os
 import queue
+import sys
 import threading
 import time
 import weakref
@@ -21,7 +22,7 @@ from concurrent.futures import Future
 from contextlib import aclosing
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
-from sollol_nb.errors import RequestCancelledError
+from sollol_nb.errors import ConfigError, RequestCancelledError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -34,6 +35,8 @@ _lock = threading.Lock()
 _loop: asyncio.AbstractEventLoop | None = None
 _thread: threading.Thread | None = None
 _users: weakref.WeakSet[object] = weakref.WeakSet()
+_used: weakref.WeakSet[object] = weakref.WeakSet()  # all whose I/O has run on the loop
+_of_parent: weakref.WeakSet[object] = weakref.WeakSet()  # those of the process that forked this one
 
 
 def io_loop() -> asyncio.AbstractEventLoop:
@@ -88,13 +91,42 @@ def stop_if_unused(*, wait_s: float = 0.0) -> bool:
 
 
 def _forget_loop() -> None:
-    # A forked child has the loop object but not its thread; it gets a new loop when it needs one.
-    global _loop, _lock
+    # A forked child has the loop object but not its thread; it gets a new loop when it needs one. What has used
+    # the old one has connections and locks there.
+    global _loop, _lock, _users, _used, _of_parent
     _loop, _lock = None, threading.Lock()
+    _of_parent = weakref.WeakSet([*_of_parent, *_used])
+    _users, _used = weakref.WeakSet(), weakref.WeakSet()
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_loop)
+
+
+def is_of_parent(user: object) -> bool:
+    """Whether the process that forked this one has used the object, so that it cannot be used here."""
+    return user in _of_parent
+
+
+def _note_use(arguments: tuple[Any, ...]) -> None:
+    """Note that an object, the first argument of its method, uses the loop now.
+
+    Raises:
+        ConfigError: it belongs to the process that forked this one.
+    """
+    if not arguments:
+        return
+    with contextlib.suppress(TypeError):  # an argument of a function, not an object with connections
+        if is_of_parent(arguments[0]):
+            raise _other_process_error()
+        _used.add(arguments[0])
+
+
+def _other_process_error() -> ConfigError:
+    return ConfigError(
+        f"process {os.getpid()} was forked from process {os.getppid()}, whose routers, pools and streams do not "
+        "work here; create new ones after the fork"
+    )
 
 
 def on_io_loop() -> bool:
@@ -161,6 +193,7 @@ class _Work(Generic[R]):
         self._then = then
         self._loop = io_loop()
         self._task: asyncio.Task[R] | None = None
+        self._process_id = os.getpid()
         self.finished = threading.Event()
 
     def start(self) -> None:
@@ -173,9 +206,16 @@ class _Work(Generic[R]):
 
     def stop(self, grace_s: float) -> None:
         """Cancel the task, if it has not ended, and wait at most so long until it has cleaned up."""
+        if self.is_of_parent or sys.is_finalizing():
+            return  # the loop's thread is not in this process, or has been stopped: the process's end cleans up
         self.cancel()
         if not on_io_loop():  # the garbage collector may close a generator there, where waiting would lock
             self.finished.wait(grace_s)
+
+    @property
+    def is_of_parent(self) -> bool:
+        """Whether the process that forked this one has started it; it never ends here."""
+        return self._process_id != os.getpid()
 
     def result(self) -> R:
         """What the ended task returned or raised; CancelledError if it was cancelled."""
@@ -206,6 +246,7 @@ def io_bound(
 
     @functools.wraps(method)
     async def hop(*args: P.args, **kwargs: P.kwargs) -> R:
+        _note_use(args)
         if on_io_loop():
             return await method(*args, **kwargs)
         return await asyncio.wrap_future(submit(method(*args, **kwargs)))
@@ -223,6 +264,7 @@ def io_bound_stream(method: Callable[P, AsyncGenerator[T, None]]) -> Callable[P,
 
     @functools.wraps(method)
     async def hop(*args: P.args, **kwargs: P.kwargs) -> AsyncGenerator[T, None]:
+        _note_use(args)
         stream = method(*args, **kwargs)
         async with aclosing(stream if on_io_loop() else _from_io_loop(stream)) as items:
             async for item in items:
@@ -337,14 +379,14 @@ def iterate_blocking(
     work = _pump(stream, deliveries.put)
     try:
         work.start()
-        last = yield from _items(deliveries, tick_s)
+        last = yield from _items(work, deliveries, tick_s)
     finally:
         work.stop(cancel_grace_s)
     last.raise_error()
 
 
 def _items(
-    deliveries: queue.SimpleQueue[_Delivery[T]], tick_s: float | None
+    work: _Work[None], deliveries: queue.SimpleQueue[_Delivery[T]], tick_s: float | None
 ) -> Generator[T | None, None, _Delivery[T]]:
     """Yield the items; return the end.
 
@@ -356,6 +398,8 @@ def _items(
         try:
             delivery = deliveries.get(timeout=tick_s or _INTERRUPT_CHECK_S)  # with a limit: see `run_blocking`
         except queue.Empty:
+            if work.is_of_parent:
+                raise _other_process_error() from None
             if tick_s is not None:
                 yield None
             continue

@@ -520,6 +520,93 @@ def test_forked_child_gets_an_io_loop_of_its_own() -> None:
     subprocess.run([sys.executable, "-W", "ignore", "-c", FORKS], check=True, timeout=HANG_GUARD_S)
 
 
+FORKS_WITH_ROUTER = """
+import os, sys
+from sollol_nb.errors import ConfigError
+from sollol_nb.runtime.io_loop import iterate_blocking
+from sollol_nb.sync_wrapper import HybridRouter, OllamaPool
+
+async def numbers():
+    for number in range(3):
+        yield number
+
+def refused(use):
+    try:
+        use()
+    except ConfigError as error:
+        return "create new ones after the fork" in str(error)
+
+stream, pool = iterate_blocking(numbers()), OllamaPool(["http://127.0.0.1:9"])
+assert next(stream) == 0
+pool.refresh()
+with HybridRouter() as router:
+    router.route("demo")
+    child = os.fork()
+    if child == 0:
+        assert refused(lambda: router.route("demo"))
+        assert refused(lambda: router.route_request("demo", "Hi"))
+        assert refused(lambda: next(router.stream("demo", "Hi")))
+        assert refused(pool.refresh)
+        router.close()
+        pool.close()
+        with HybridRouter() as own:
+            assert own.route("demo").backend == "llama.cpp-local"
+        sys.exit()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert list(stream) == [1, 2]
+    assert router.route("demo").backend == "llama.cpp-local"
+"""
+
+
+@posix_only
+def test_forked_child_is_told_that_the_routers_and_streams_of_its_parent_do_not_work_there() -> None:
+    subprocess.run([sys.executable, "-W", "ignore", "-c", FORKS_WITH_ROUTER], check=True, timeout=HANG_GUARD_S)
+
+
+@posix_only
+def test_forked_child_does_not_wait_for_a_stream_of_its_parent() -> None:
+    code = """
+import asyncio, os
+from sollol_nb.errors import ConfigError
+from sollol_nb.runtime.io_loop import iterate_blocking
+
+async def silent():
+    yield 1
+    await asyncio.sleep(3600)
+
+stream = iterate_blocking(silent(), cancel_grace_s=3600)
+assert next(stream) == 1
+child = os.fork()
+if child == 0:
+    try:
+        next(stream)
+    except ConfigError:
+        os._exit(0)
+    os._exit(1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+stream.close()
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=HANG_GUARD_S)
+
+
+def test_a_script_that_leaves_a_stream_unfinished_ends() -> None:
+    code = """
+import asyncio
+from sollol_nb.runtime.io_loop import iterate_blocking
+
+async def endless():
+    while True:
+        yield 1
+        await asyncio.sleep(0.01)
+
+stream = iterate_blocking(endless(), cancel_grace_s=3600)
+next(stream)
+print("last line")
+"""
+    run = subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True, text=True)
+    assert (run.stdout, run.stderr) == ("last line\n", "")
+
+
 def test_the_loop_ends_when_nothing_uses_it_and_begins_anew_when_asked() -> None:
     """In a separate process: the suite's loop has users."""
     code = """
