@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from sollol_nb.errors import ConfigError
 from sollol_nb.latency.filter import Moment, RowFilter
 from sollol_nb.latency.schema import COLUMNS, SCHEMA_VERSION, LatencyRow
+from sollol_nb.latency.writer import EXIT_LIMIT_S, writer
 from sollol_nb.runtime.amounts import is_positive, is_whole_number
 from sollol_nb.runtime.sqlite_file import SqliteFile
 from sollol_nb.settings import config
@@ -113,6 +114,15 @@ class LatencyLog:
             except sqlite3.Error as error:  # the rows are written, and the next writer tries again
                 logger.warning("the latency log %s was not pruned: %s", self.path, error)
 
+    def record_later(self, row: LatencyRow) -> None:
+        """Append a row in the background; a row that cannot be written costs a warning. Readers in this process
+        wait for it."""
+        writer().write(self, row)
+
+    def flush(self) -> None:
+        """Wait until the rows of `record_later` are written, at most 2 s."""
+        writer().wait_written(EXIT_LIMIT_S)
+
     def frame(
         self,
         *,
@@ -143,6 +153,7 @@ class LatencyLog:
         wanted = RowFilter.of(
             time.time(), model=model, backend=backend, status=status, since=since, until=until, last=last
         )
+        writer().wait_written()
         with self._file.connection() as connection:
             return frame_of(connection.execute(*_query(wanted)))
 

@@ -95,7 +95,7 @@ class LatencyRow:
     )
     failover_details: str = _text(
         "JSON list, one object per failover: `what`, `when` (seconds since the epoch), `cost_ms`, `continued`, "
-        "`tokens_before`, `lost_workers`",
+        "`tokens_before`, `lost_workers`, `recovery`",
         since=3,
         default="",
     )

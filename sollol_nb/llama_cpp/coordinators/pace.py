@@ -17,7 +17,12 @@ it, and the waiting prompt tokens are those of all its streams.
 
 Only time in which the silence was checked and a stream was read counts: not the time in which this process was
 stopped (a closed lid, a debugger, a cell that blocks the loop), nor that in which the reader of a stream was busy
-with the chunk before.
+with the chunk before. A stream whose answer is complete does not count at all: the engine owes it nothing.
+
+Other kernels may use the coordinator too. While their requests have all its slots, ours wait in silence. So after
+half of the allowed silence its slots are looked at (see `streams.py`); one that moves ends the silence. A slot
+moves from batch to batch, so while other kernels use it, the longest batch of a prompt that this process does not
+know is allowed for.
 """
 
 from __future__ import annotations
@@ -47,7 +52,7 @@ DECAY = 0.1
 MIN_PROMPT_TOKENS = 32
 """Fewer take as long as a single one, and would make a prompt token look slow."""
 
-MAX_CHECK_INTERVAL_S = 1.0
+MIN_CHECK_INTERVAL_S, MAX_CHECK_INTERVAL_S = 0.01, 1.0
 """The most time that counts between two checks, so also the longest wait between them."""
 
 
@@ -62,10 +67,16 @@ class Pace:
 
     Args:
         clock: a monotonic clock, in seconds.
+
+    Attributes:
+        seconds_per_token: measured; None until then.
+        is_shared: whether other processes have requests there, whose prompts are not known here; it is asked when
+            the silence becomes doubtful.
     """
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.seconds_per_token: float | None = None
+        self.is_shared = False
         self._clock = clock
         self._seconds_per_prompt_token: float | None = None
         self._floor_s = MAX_FLOOR_S
@@ -121,15 +132,36 @@ class Pace:
         has no request."""
         if not self._streams:
             return None
-        left_s = self.allowed_silence_s(self._waiting_prompt_tokens) - self.silence_s()
+        allowed_s, silence_s = self._allowed_s, self.silence_s()
+        left_s = allowed_s - silence_s
+        if not self.is_doubtful:
+            left_s = max(allowed_s / 2 - silence_s, MIN_CHECK_INTERVAL_S)
         return min(left_s, MAX_CHECK_INTERVAL_S)
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether half of the allowed silence is over: time to look whether the engine works."""
+        return self._silence_s >= self._allowed_s / 2
+
+    @property
+    def streams(self) -> int:
+        """How many requests of this process it has."""
+        return len(self._streams)
+
+    def on_moved(self) -> None:
+        """Something else than our streams has moved in the engine now."""
+        self._reset_silence()
+
+    @property
+    def _allowed_s(self) -> float:
+        return self.allowed_silence_s(BATCH_TOKENS if self.is_shared else self._waiting_prompt_tokens)
 
     @property
     def _waiting_prompt_tokens(self) -> int:
         return sum(stream.answer.waiting_prompt_tokens for stream in self._streams)
 
     def _reset_silence(self) -> float:
-        self._checked_at, self._silence_s = self._clock(), 0.0
+        self._checked_at, self._silence_s, self.is_shared = self._clock(), 0.0, False
         return self._checked_at
 
     def _record_prompt(self, tokens: int, seconds: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from sollol_nb.chat.chunk import CONTEXT_FULL, Chunk
@@ -15,6 +16,7 @@ from sollol_nb.errors import (
     CoordinatorLostError,
     HttpStatusError,
     RequestRejectedError,
+    TransportError,
     TransportTimeoutError,
 )
 from sollol_nb.llama_cpp.answers.base import Answer
@@ -25,6 +27,10 @@ from sollol_nb.llama_cpp.coordinators.pace import Pace
 from sollol_nb.llama_cpp.processes.exit_reasons import describe_exit, exit_reason
 from sollol_nb.llama_cpp.processes.process import EngineProcess
 from sollol_nb.runtime.http_client import JsonClient
+
+SLOTS_INTERVAL_S = 0.1
+LATE_CHECKS, LATE_CHECK_S = 10, 0.02
+"""What arrived while this process was busy is read within a few turns of the loop."""
 
 
 class _ReportedError(Exception):
@@ -104,14 +110,15 @@ class AnswerStreams:
                     raise ConnectionBrokenError(
                         f"{self._client.base_url}: the answer ended without its last event"
                     )
-            yield self._with_context_full(answer.final())
         except HttpStatusError as error:
             raise self._refusal(error.reason) from error
         except (ConnectionBrokenError, ConnectFailedError, TransportTimeoutError) as error:
+            stream.close()
             raise await self._lost_error(error) from error
-        finally:
+        finally:  # before the last chunk is handed on: the engine owes nothing more, however long the reader takes
             stream.close()
             self.last_used_at = time.monotonic()
+        yield self._with_context_full(answer.final())
 
     def close(self) -> None:
         """End the watch over silence."""
@@ -129,12 +136,42 @@ class AnswerStreams:
 
     async def _kill_when_silent(self) -> None:
         """Kill the engine when all its streams have been silent for longer than it can need."""
-        while self._process.is_running() and (left_s := self.pace.patience_s()) is not None:
-            if left_s <= 0:
-                why = f"it went silent for {self.pace.silence_s():.1f} s"
-                await self._process.stop(grace_s=0.0, why=why)
-                return
-            await asyncio.sleep(left_s)
+        question: asyncio.Task[None] | None = None
+        try:
+            while self._process.is_running() and (left_s := self.pace.patience_s()) is not None:
+                if left_s <= 0 and not await self._arrives_late():
+                    why = f"it went silent for {self.pace.silence_s():.1f} s"
+                    await self._process.stop(grace_s=0.0, why=why)
+                    return
+                if self.pace.is_doubtful and (question is None or question.done()):
+                    question = asyncio.create_task(self._ask_whether_it_works())
+                await asyncio.sleep(max(left_s, 0))
+        finally:
+            if question is not None:
+                question.cancel()
+
+    async def _ask_whether_it_works(self) -> None:
+        """Look at the engine's slots, while it is doubtful, whether any of them moves: those that are busy with
+        the requests of other kernels do, those of an engine that waits for a lost worker do not."""
+        leases = (await self._process.status()).get("leases", 0)
+        self.pace.is_shared = leases > self.pace.streams
+        before: object = None
+        with suppress(TransportError):
+            while self.pace.is_doubtful:
+                now = await self._client.get("/slots")
+                if before is not None and now != before:
+                    self.pace.on_moved()
+                before = now
+                await asyncio.sleep(SLOTS_INTERVAL_S)
+
+    async def _arrives_late(self) -> bool:
+        """Whether something of the engine had only not been read yet, because this process was busy."""
+        for _ in range(LATE_CHECKS):
+            await asyncio.sleep(LATE_CHECK_S)
+            left_s = self.pace.patience_s()
+            if left_s is None or left_s > 0:
+                return True
+        return False
 
     async def _lost_error(self, error: Exception) -> CoordinatorLostError:
         report = await self._process.ended_within(2.0)

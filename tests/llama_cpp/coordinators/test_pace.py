@@ -369,3 +369,36 @@ def test_repr_has_the_pace() -> None:
     watched.pace.calibrate(0.25)
     watched.open()
     assert repr(watched.pace) == "<Pace: 0.2500 s per token, 1 streams>"
+
+
+# --- coordinators that other kernels use too ----------------------------------------------------
+
+
+def test_an_engine_whose_slots_move_is_not_silent_however_long_other_kernels_keep_them_busy() -> None:
+    watched = Watched(seconds_per_token=0.001, load_s=0.5)
+    watched.open()  # waits for a slot that another kernel uses
+    for _ in range(1000):
+        patience_s = watched.pace.patience_s()
+        assert patience_s is not None
+        assert patience_s > 0
+        if watched.pace.is_doubtful:
+            watched.pace.on_moved()
+        watched.clock.now += patience_s
+
+
+def test_an_engine_is_doubtful_when_half_of_its_silence_is_over() -> None:
+    watched = Watched(seconds_per_token=0.001, load_s=0.5)
+    watched.open()
+    watched.clock.now += 0.9
+    assert watched.pace.patience_s() == pytest.approx(0.1)
+    assert not watched.pace.is_doubtful
+    watched.clock.now += 0.1
+    assert watched.pace.patience_s() == pytest.approx(1.0)
+    assert watched.pace.is_doubtful
+
+
+def test_a_prompt_of_another_kernel_is_waited_for() -> None:
+    watched = Watched(seconds_per_token=0.01, load_s=0.5)
+    watched.open()
+    watched.pace.is_shared = True
+    assert watched.dies_after_s() == pytest.approx(MARGIN * (0.01 + BATCH_TOKENS * 0.01))
