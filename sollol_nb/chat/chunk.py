@@ -29,6 +29,8 @@ class Failover(TypedDict):
         continued: whether the next server continued the answer, instead of beginning it again.
         tokens_before: tokens of the answer that had been received by then.
         lost_workers: the endpoints of the workers that a coordinator lost; not with Ollama nodes.
+        recovery: how a coordinator continued: `exact` if it has generated all tokens again and they were the same
+            (so the rest is what it would have been), else `fast`; not with Ollama nodes.
     """
 
     what: str
@@ -37,6 +39,7 @@ class Failover(TypedDict):
     continued: bool
     tokens_before: int
     lost_workers: NotRequired[list[str]]
+    recovery: NotRequired[str]
 
 
 class Routing(TypedDict, total=False):

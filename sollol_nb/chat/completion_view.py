@@ -199,8 +199,18 @@ def details(answer: Answer) -> list[str]:
     ]
     if counts:
         lines.append(", ".join(counts))
-    lines += [str(failover["what"]) for failover in routing.get("failovers") or () if failover.get("what")]
+    failovers = routing.get("failovers") or ()
+    lines += [str(failover["what"]) for failover in failovers if failover.get("what")]
+    lines += sorted({_RECOVERIES[failover["recovery"]] for failover in failovers if failover.get("recovery")})
     return lines
+
+
+_RECOVERIES = {
+    "fast": 'recovery "fast": no token was lost or repeated, but the text after that token may differ from an '
+    "undisturbed answer",
+    "exact": 'recovery "exact": the known tokens were generated again and were the same, so the text is that of '
+    "an undisturbed answer",
+}
 
 
 def _describe_failover(failover: Mapping[str, Any]) -> str:
@@ -209,7 +219,8 @@ def _describe_failover(failover: Mapping[str, Any]) -> str:
     lost = ", ".join(failover.get("lost_workers") or ()) or server
     cost_ms = failover.get("cost_ms")
     after = f" after {cost_ms / 1000:.1f} s" if cost_ms else ""
-    return f"lost {lost} at token {failover.get('tokens_before', 0)}, continued{after}"
+    recovery = f" ({failover['recovery']})" if failover.get("recovery") else ""
+    return f"lost {lost} at token {failover.get('tokens_before', 0)}, continued{after}{recovery}"
 
 
 # --- an answer while it streams ------------------------------------------------------------------

@@ -21,6 +21,7 @@ _MOST_WHOLE = 2**31 - 1
 _MOST_FLOAT = 3.4e38  # both engines compute with 32-bit floats
 _MOST_SHOWN_CHARACTERS = 80
 THINK_LEVELS = ("low", "medium", "high")
+RECOVERIES = ("fast", "exact")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +104,8 @@ CHAT_OPTIONS: dict[str, Values] = {
         lambda value: isinstance(value, bool) or (isinstance(value, str) and value in THINK_LEVELS),
     ),
     "overflow": _of_type("a text", str),
+    "recovery": Values('"fast" or "exact"', lambda value: isinstance(value, str) and value in RECOVERIES),
+    "deterministic": _YES_OR_NO,
 }
 """All other options of a request."""
 

@@ -22,6 +22,11 @@ class ChatOptions(TypedDict, total=False):
         think: whether (and for some models how much) the model thinks first.
         overflow: what happens if the messages do not fit the context: `"error"`, or `"drop_oldest"`, which drops
             the oldest turns.
+        recovery: how an answer of llama.cpp continues when its coordinator is lost: `"fast"`, at once from the
+            known tokens, after which the text may differ from an undisturbed answer; or `"exact"`, which generates
+            the known tokens again first.
+        deterministic: whether llama.cpp gives the same answer each time (at temperature 0, or with a `seed`): the
+            request runs alone, without the prompt cache, and with exact recovery.
     """
 
     max_tokens: int | None
@@ -43,3 +48,5 @@ class ChatOptions(TypedDict, total=False):
     keep_alive: float | str | None
     think: bool | str | None
     overflow: Literal["error", "drop_oldest"] | None
+    recovery: Literal["fast", "exact"] | None
+    deterministic: bool | None

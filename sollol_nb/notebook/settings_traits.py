@@ -97,6 +97,8 @@ class Sollol(Configurable):
     auto_setup = SettingTrait()
     context_tokens = SettingTrait()
     slots = SettingTrait()
+    recovery = SettingTrait()
+    deterministic = SettingTrait()
     threshold_params = SettingTrait()
     ollama_hosts = SettingTrait()
     llama_cpp = SettingTrait()

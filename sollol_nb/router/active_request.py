@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import sqlite3
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import Any
 
 from sollol_nb.chat.chunk import ROUTING, Chunk
 from sollol_nb.chat.option_checks import check_llama_cpp_options
@@ -22,7 +21,6 @@ from sollol_nb.errors import (
 )
 from sollol_nb.gguf.facts import read_facts
 from sollol_nb.latency.log import LatencyLog
-from sollol_nb.latency.schema import LatencyRow
 from sollol_nb.llama_cpp.answers.base import Answer
 from sollol_nb.llama_cpp.answers.protocol import THINK_LEVEL_VARIABLE
 from sollol_nb.llama_cpp.coordinators.pool import CoordinatorPool
@@ -34,7 +32,8 @@ from sollol_nb.router.record import RequestRecord
 from sollol_nb.runtime.events import EventBus, EventKind
 from sollol_nb.settings import config
 
-logger = logging.getLogger(__name__)
+ONLY_LLAMA_CPP = ("recovery", "deterministic")
+"""Options that Ollama does not have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +42,7 @@ class RequestServices:
 
     Attributes:
         counts: requests that have ended, by backend; "" is for those that found none.
+        options: of requests that do not have them.
     """
 
     routes: RouteFinder
@@ -51,6 +51,7 @@ class RequestServices:
     latency: LatencyLog
     events: EventBus
     counts: Counter[str]
+    options: Mapping[str, Any]
 
 
 class ActiveRequest:
@@ -92,6 +93,7 @@ class ActiveRequest:
         try:
             saved = await asyncio.to_thread(config.saved_model, str(record.model))
             request = self._check().with_defaults(saved.options, saved.system)
+            request = request.with_defaults(self._services.options)
             record.priority = request.priority
             route = await self._services.routes.find(record.model, request.backend)
             record.set_route(route)
@@ -101,9 +103,9 @@ class ActiveRequest:
                     async with aclosing(self._answer(request, route)) as answer:
                         async for chunk in answer:
                             yielded = self._recorded(chunk)
-                            if yielded.get("done"):  # the row is written before the caller has its answer
+                            if yielded.get("done"):  # readers of the log see the row from now on
                                 status = "ok"
-                                await self._write(record.row("ok"))
+                                self._services.latency.record_later(record.row("ok"))
                             yield yielded
                     return
                 except OllamaResponseError as error:
@@ -122,48 +124,51 @@ class ActiveRequest:
             status, error_text = "timeout" if isinstance(error, TimeoutError) else "error", str(error)
             raise
         finally:
-            try:
-                if status != "ok":
-                    await self._write(record.row(status, error_text))
-            finally:  # also where the write is cancelled
-                self._services.counts[record.backend] += 1
-                self._services.events.publish(
-                    EventKind.REQUEST_FINISHED,
-                    record.name,
-                    f"{record.name}: {status}",
-                    status=status,
-                    place=record.server_url,
-                    tokens_per_s=record.tokens_per_s,
-                    ttft_ms=record.ttft_ms,
-                )
+            if status != "ok":
+                self._services.latency.record_later(record.row(status, error_text))
+            self._services.counts[record.backend] += 1
+            self._services.events.publish(
+                EventKind.REQUEST_FINISHED,
+                record.name,
+                f"{record.name}: {status}",
+                status=status,
+                place=record.server_url,
+                tokens_per_s=record.tokens_per_s,
+                ttft_ms=record.ttft_ms,
+            )
 
     def _answer(self, request: ChatRequest, route: Route) -> AsyncGenerator[Chunk, None]:
         """The chunks of the backend that the route leads to."""
         if route.backend != OLLAMA:
             if self._interrupted is None:  # else it has its messages and options
                 request = request.with_modelfile(route.modelfile)
+            begun, asked = self._interrupted, request.options.get("deterministic")
             return stream_answer(
                 self._services.coordinators,
                 route,
                 self._record,
                 lambda coordinator: (
-                    self._interrupted or coordinator.answer(request.messages, request.options, model=route.model)
+                    begun or coordinator.answer(request.messages, request.options, model=route.model)
                 ),
                 priority=request.priority,
                 timeout_s=request.timeout_s,
                 keep_alive=request.options.get("keep_alive"),
+                alone=bool(asked if begun is None else begun.is_deterministic),
             )
         if self._interrupted is not None:
             raise ConfigError(
                 f"{route.name} is routed to Ollama now, which cannot continue this answer; ask again"
             )
         self._record.set_sent()
+        options = {name: value for name, value in request.options.items() if name not in ONLY_LLAMA_CPP}
+        if request.options.get("deterministic"):
+            self._record.note = "not deterministic: Ollama may answer differently each time"
         return self._services.ollama.stream_chat(
             route.model,
             request.messages,
             priority=request.priority,
             timeout=request.timeout_s,
-            **request.options,
+            **options,
         )
 
     async def _sharded_instead(self, request: ChatRequest, route: Route, error: OllamaResponseError) -> Route:
@@ -191,13 +196,6 @@ class ActiveRequest:
             chunk["total_duration"] = int(record.duration_ms * 1e6)
             chunk["load_duration"] = int((record.load_ms or 0) * 1e6)
         return chunk
-
-    async def _write(self, row: LatencyRow) -> None:
-        latency = self._services.latency
-        try:
-            await asyncio.to_thread(latency.record, row)
-        except (OSError, sqlite3.Error) as error:  # an answer is worth more than its row
-            logger.warning("the latency row was not written to %s: %s", latency.path, error)
 
 
 async def _check_options(request: ChatRequest, route: Route) -> None:

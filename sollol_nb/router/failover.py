@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing, suppress
+from contextlib import AbstractAsyncContextManager, aclosing, suppress
 
 from sollol_nb.chat.chunk import Chunk
 from sollol_nb.errors import AnswerInterruptedError, CoordinatorLostError, RequestTimeoutError, SollolError
@@ -19,6 +19,7 @@ from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.coordinators.pool import CoordinatorPool
 from sollol_nb.models.routing import Route
 from sollol_nb.router.record import RequestRecord
+from sollol_nb.runtime.gate import Gate
 from sollol_nb.settings.kinds import keep_alive_seconds
 from sollol_nb.text.tables import counted
 
@@ -37,6 +38,7 @@ async def stream_answer(
     priority: int,
     timeout_s: float,
     keep_alive: object = None,
+    alone: bool = False,
 ) -> AsyncGenerator[Chunk, None]:
     """Stream one answer, continued on another coordinator whenever one is lost.
 
@@ -45,6 +47,7 @@ async def stream_answer(
         begin: makes the answer; called once, with the first coordinator.
         keep_alive: if given, how long the coordinator lives without a request from now on.
         timeout_s: limit from when the first coordinator is ready; the start of another one does not count.
+        alone: no other request of this router runs on the coordinator meanwhile.
 
     Raises:
         AnswerInterruptedError: no coordinator could take over, or too many were lost.
@@ -56,10 +59,11 @@ async def stream_answer(
     record.loaded_by = coordinator.loaded_by if record.load_ms is not None else ""
     answer: Answer | None = None
     lost: CoordinatorLostError | None = None
+    last: Chunk | None = None
     try:
         async with (
             asyncio.timeout(timeout_s) as limit,
-            coordinators.gate(route).slot(priority) as record.queue_ms,
+            _slot(coordinators.gate(route), priority, alone) as record.queue_ms,
         ):
             record.set_sent()
             while True:
@@ -71,10 +75,14 @@ async def stream_answer(
                         answer = answer or begin(coordinator)
                         async with aclosing(coordinator.stream(answer)) as chunks:
                             async for chunk in chunks:
-                                if chunk.get("done"):  # in time, however long the reader takes to read it
-                                    limit.reschedule(None)
-                                yield {**chunk, "model": route.model}  # a file may be loaded under another name
-                        return
+                                chunk["model"] = route.model  # a file may be loaded under another name
+                                if answer.recovery:
+                                    record.set_recovery(answer.recovery)
+                                if chunk.get("done"):
+                                    last = chunk
+                                else:
+                                    yield chunk
+                        break
                     except CoordinatorLostError as error:
                         record.add_failover(str(error), answer.token_count if answer else 0)
                         if record.has_too_many_failovers(MAX_FAILOVERS, MAX_WITHOUT_A_TOKEN):
@@ -100,6 +108,12 @@ async def stream_answer(
             f"{route.name} did not finish within {timeout_s:g} s and was cancelled after {len(record.text)} "
             "characters; give a larger timeout or a smaller max_tokens"
         ) from error
+    assert last is not None
+    yield last  # without slot, lease and time limit, however long the reader takes to read it
+
+
+def _slot(gate: Gate, priority: int, alone: bool) -> AbstractAsyncContextManager[float]:
+    return gate.all_slots(priority) if alone else gate.slot(priority)
 
 
 async def _next_coordinator(

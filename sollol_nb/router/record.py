@@ -106,6 +106,12 @@ class RequestRecord:
         """Note which workers were lost in the last failover."""
         self.failovers[-1]["lost_workers"] = sorted(endpoints)
 
+    def set_recovery(self, recovery: str) -> None:
+        """Note how the answer continued after its coordinators were lost: `exact` or `fast`."""
+        for failover in self.failovers:
+            if failover["continued"]:
+                failover["recovery"] = recovery
+
     def has_too_many_failovers(self, most: int, most_without_a_token: int) -> bool:
         """Whether coordinators were lost too often, or too often without a new token in between."""
         counts = [failover["tokens_before"] for failover in self.failovers if failover["continued"]]

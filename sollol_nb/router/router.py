@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import html
+import os
 import weakref
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Iterable, Mapping, Sequence
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar, Un
 
 from sollol_nb.chat.chunk import Chunk
 from sollol_nb.chat.completion import Completion, checked_against_schema
+from sollol_nb.chat.option_checks import check_options
 from sollol_nb.chat.options import ChatOptions
 from sollol_nb.chat.request import ChatRequest, checked_timeout_s
 from sollol_nb.cluster.state import ClusterState
@@ -45,6 +47,7 @@ from sollol_nb.runtime.io_loop import (
     hold_io_loop,
     io_bound,
     io_bound_stream,
+    is_of_parent,
     on_io_loop,
     release_io_loop,
     run_blocking,
@@ -104,6 +107,8 @@ class Router:
         context_tokens: int | None = None,
         slots: int | None = None,
         timeout: float | None = None,
+        recovery: str | None = None,
+        deterministic: bool | None = None,
         llama_cpp: str | Path | None = None,
         keep_alive: float | str | Mapping[str, float | str] | None = None,
         latency: LatencyLog | None = None,
@@ -133,6 +138,11 @@ class Router:
             slots: requests that a coordinator serves at the same time, by default 4.
             timeout: limit of a request in seconds, from when its coordinator is ready; at Ollama, loading counts.
                 By default 600.
+            recovery: how answers of llama.cpp continue when their coordinator is lost, by default `fast`: at once,
+                after which the text may differ from an undisturbed answer; `exact` generates the known tokens
+                again first.
+            deterministic: whether llama.cpp gives the same answer each time, at temperature 0 or with a seed: each
+                request runs alone, without the prompt cache, and with exact recovery.
             llama_cpp: folder with the llama.cpp binaries.
             keep_alive: how long a coordinator (and a worker started here) lives without a request: seconds,
                 `"10m"`, 0 (ends with its request) or `"forever"`; or a dict of these by model, with `"*"` for all
@@ -143,6 +153,12 @@ class Router:
             ConfigError: an argument cannot be used.
         """
         self._timeout_s: float = config.or_default(timeout, "timeout")
+        self._options = check_options(
+            {
+                "recovery": config.or_default(recovery, "recovery"),
+                "deterministic": config.or_default(deterministic, "deterministic"),
+            }
+        )
         distributed_threshold_params = config.or_default(distributed_threshold_params, "threshold_params")
         check_amounts(
             coordinator_timeout=coordinator_timeout,
@@ -185,11 +201,12 @@ class Router:
             latency=self.latency,
             events=self.events,
             counts=Counter(),
+            options=self._options,
         )
         hold_io_loop(self)
         # A router that is garbage must not hold workers. Its engines live on for their keep_alive, so that the
         # next router, or this kernel after a restart, finds the model loaded.
-        weakref.finalize(self, _release, self._control).atexit = False
+        weakref.finalize(self, _release, self._control, os.getpid()).atexit = False
 
     def __repr__(self) -> str:
         models = ", ".join(coordinator.model for coordinator in self.coordinators) or "none"
@@ -477,6 +494,7 @@ class Router:
             "ollama_pool": OllamaPool([node.url for node in self._ollama.nodes]),
             "rpc_backends": self.worker_endpoints,
             "timeout": self.timeout_s,
+            **self._options,
             "latency": self.latency,
             "enable_distributed": self._routes.enable_distributed,
             "distributed_threshold_params": self._routes.threshold_params,
@@ -488,15 +506,21 @@ class Router:
         sibling._coordinators.settings = replace(sibling.settings, exact=exact)
         return sibling
 
-    @io_bound
     async def close(self, *, keep: bool = False) -> None:
-        """End the coordinators and workers that no other process uses, and close connections. Twice is fine.
+        """End the coordinators and workers that no other process uses, and close connections. Twice is fine; in a
+        forked child, whose parent owns them, it does nothing.
 
         Args:
             keep: leave the engines running for their keep_alive, so that the next router finds them.
         """
+        if not is_of_parent(self):
+            await self._close(keep)
+
+    @io_bound
+    async def _close(self, keep: bool) -> None:
         release_io_loop(self)
         await self._control.close(keep=keep)
+        await asyncio.to_thread(self.latency.flush)
 
     async def __aenter__(self) -> Self:
         return self
@@ -511,5 +535,6 @@ async def _joined(chunks: AsyncGenerator[Chunk, None], *before: Chunk) -> Comple
         return Completion.from_chunks([*before, *[chunk async for chunk in chunks]])
 
 
-def _release(control: ClusterControl) -> None:
-    submit(control.close(keep=True))
+def _release(control: ClusterControl, process_id: int) -> None:
+    if process_id == os.getpid():  # else it is the copy in a forked child, and the connections are not the child's
+        submit(control.close(keep=True))

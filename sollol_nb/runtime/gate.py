@@ -75,6 +75,7 @@ class Gate:
         self._clock = clock
         self._running = 0
         self._waiters: list[_Waiter] = []
+        self._alone: Gate | None = None
 
     def __repr__(self) -> str:
         return f"<Gate {self._running}/{self._slots} running, {self.waiting} waiting>"
@@ -122,6 +123,26 @@ class Gate:
             yield (self._clock() - began_s) * 1e3
         finally:
             self.release()
+
+    @asynccontextmanager
+    async def all_slots(self, priority: int = Priority.NORMAL) -> AsyncIterator[float]:
+        """Hold all slots, so that nothing else runs meanwhile; yields the milliseconds of waiting for them.
+
+        Requests that want all slots get them one after the other, by priority: two that had half of them each
+        would wait forever.
+        """
+        began_s, taken = self._clock(), 0
+        if self._alone is None:
+            self._alone = Gate(1, ageing_s=self._ageing_s, clock=self._clock)
+        async with self._alone.slot(priority, arrived_s=began_s):
+            try:
+                while taken < self._slots:
+                    if await first_slot([self], priority, arrived_s=began_s) is not None:
+                        taken += 1
+                yield (self._clock() - began_s) * 1e3
+            finally:
+                for _ in range(taken):
+                    self.release()
 
     def release(self) -> None:
         """Give back a slot taken with `first_slot`; the next request in order gets it."""

@@ -99,7 +99,7 @@ _TABLE = (
         "temperature",
         "request",
         kinds.TEMPERATURE,
-        "Randomness of the sampling; 0 is greedy: the same answer each time.",
+        "Randomness of the sampling; 0 is greedy: the most likely token each time.",
         "SOLLOL_TEMPERATURE",
         default_description="the engine's",
     ),
@@ -123,7 +123,7 @@ _TABLE = (
         "seed",
         "request",
         kinds.SEED,
-        "Seed of the sampling: the same seed gives the same answer.",
+        "Seed of the sampling; with deterministic, the same seed gives the same answer.",
         "SOLLOL_SEED",
         default_description="random",
     ),
@@ -223,6 +223,24 @@ _TABLE = (
         "Requests that a coordinator serves at the same time.",
         "SOLLOL_SLOTS",
         default=DEFAULT_SLOTS,
+    ),
+    Setting(
+        "recovery",
+        "router",
+        kinds.one_of("fast", "exact"),
+        "How an answer continues when its coordinator is lost: fast (at once; the text after that may differ) or "
+        "exact (the known tokens are generated again first).",
+        "SOLLOL_RECOVERY",
+        default="fast",
+    ),
+    Setting(
+        "deterministic",
+        "router",
+        kinds.YES_OR_NO,
+        "Whether llama.cpp gives the same answer each time, at temperature 0 or with a seed: requests run alone, "
+        "without the prompt cache, and with exact recovery.",
+        "SOLLOL_DETERMINISTIC",
+        default=False,
     ),
     Setting(
         "threshold_params",

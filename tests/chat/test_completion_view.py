@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sollol_nb.chat.completion import Completion
-from sollol_nb.chat.completion_view import LIVE_CHARS, live_markdown, split_thinking, tail
+from sollol_nb.chat.completion_view import LIVE_CHARS, details, live_markdown, split_thinking, tail
 from sollol_nb.text.safe_markdown import open_fence
 from tests.support.hostile_answers import IMAGE
 
@@ -150,12 +150,22 @@ def test_the_footer_names_dropped_turns_and_a_full_context() -> None:
         ({"lost_workers": ["a:50052", "b:50052"], "cost_ms": 1234.5},
          "lost a:50052, b:50052 at token 7, continued after 1.2 s"),
         ({"lost_workers": [], "cost_ms": None}, "lost its coordinator at token 7, continued"),
+        ({"lost_workers": [], "cost_ms": 300.0, "recovery": "exact"},
+         "lost its coordinator at token 7, continued after 0.3 s (exact)"),
         ({"cost_ms": 300.0}, "lost its Ollama node at token 7, continued after 0.3 s"),
     ],
 )  # fmt: skip
 def test_the_footer_names_the_server_that_was_lost(failover: dict[str, Any], text: str) -> None:
     routing = {"failovers": [{"what": "it died", "continued": True, "tokens_before": 7, **failover}]}
     assert Completion(model="demo", _routing=routing).footer() == f"demo \u00b7 {text}"
+
+
+@pytest.mark.parametrize(("recovery", "text"), [("fast", "may differ from an undisturbed answer"),
+                                                ("exact", "is that of an undisturbed answer")])  # fmt: skip
+def test_the_details_say_what_a_recovery_gives(recovery: str, text: str) -> None:
+    failover = {"what": "it died", "continued": True, "tokens_before": 7, "recovery": recovery}
+    shown = details({"_routing": {"failovers": [failover, failover]}})
+    assert [line for line in shown if text in line] == shown[-1:]
 
 
 def test_a_model_file_is_shown_without_its_folders() -> None:

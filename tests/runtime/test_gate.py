@@ -252,3 +252,57 @@ def test_a_gate_has_at_least_one_slot(slots: int) -> None:
     gate = Gate(1)
     with pytest.raises(ConfigError, match="at least 1 slot"):
         gate.slots = slots
+
+
+# --- all slots --------------------------------------------------------------------------------
+
+
+def test_a_request_that_wants_all_slots_runs_alone() -> None:
+    async def run() -> list[str]:
+        gate, served = Gate(3), []
+
+        async def alone(name: str, priority: int) -> None:
+            async with gate.all_slots(priority):
+                assert gate.running == 3
+                served.append(name)
+                await settle()
+                assert gate.running == 3
+
+        async def beside(name: str) -> None:
+            async with gate.slot():
+                served.append(name)
+                await settle()
+
+        async with gate.slot():
+            tasks = [asyncio.create_task(alone("low", 1)), asyncio.create_task(alone("high", 9))]
+            await settle()
+            tasks.append(asyncio.create_task(beside("last")))
+            await settle()
+            assert not served, "one slot is still in use"
+        await asyncio.gather(*tasks)
+        assert gate.has_free_slot
+        assert gate.running == 0
+        return served
+
+    assert sorted(asyncio.run(run())) == ["high", "last", "low"]
+
+
+def test_a_request_that_is_cancelled_while_it_gathers_all_slots_gives_them_back() -> None:
+    async def run() -> None:
+        gate = Gate(2)
+
+        async def alone() -> None:
+            async with gate.all_slots():
+                pass
+
+        async with gate.slot():
+            task = asyncio.create_task(alone())
+            await settle()
+            assert gate.running == 2
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            assert gate.running == 1
+        async with gate.all_slots():
+            assert gate.running == 2
+
+    asyncio.run(run())

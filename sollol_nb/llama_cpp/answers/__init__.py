@@ -4,7 +4,10 @@ An `Answer` holds all that another engine needs to continue. It sends nothing it
 (`request`) and reads the events that come back (`translate`). There are two kinds, and one that wraps either:
 
 * `RawAnswer` streams token ids from `/completion`. Another engine gets the ids of the prompt and of the tokens
-  generated so far, and continues as if nothing had happened: at temperature 0 token for token.
+  generated so far, and continues: no token is lost or repeated. It computes these tokens in one batch, though, and
+  a batch rounds otherwise than token by token, so where two tokens are nearly equally likely, a real model may go
+  another way after the cut. With exact recovery the other engine generates the whole answer again, token by token;
+  what it repeats is not shown a second time. If it writes something else, the answer continues from the ids.
 * `ChatAnswer` streams from `/v1/chat/completions`, whose parser knows tool calls, images and the reasoning markup
   of every template, but which takes no ids. Another engine gets the whole question again, and text that it repeats
   is not shown a second time. If it writes something else, the answer cannot continue.

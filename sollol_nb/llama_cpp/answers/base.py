@@ -40,6 +40,10 @@ class Answer(ABC):
         waiting_prompt_tokens: tokens of the prompt that are not processed yet; a guess until the engine reports.
         is_complete: no further request is needed.
         is_abandoned: the rest of this stream is useless; close it, and send the next `request`.
+        is_deterministic: it must not depend on other requests, past or present: see `deterministic` in
+            `chat/options.py`.
+        recovery: how it continued on another engine: `fast`, or `exact` if that one has generated all tokens
+            again, and they were the same; "" before it was continued.
     """
 
     kind: ClassVar[str]
@@ -58,6 +62,9 @@ class Answer(ABC):
         self.waiting_prompt_tokens = sum(map(_characters, messages)) // CHARACTERS_PER_TOKEN + 1
         self._messages = [dict(message) for message in messages]
         self._options = dict(options)
+        self.recovery = ""
+        self.is_deterministic = bool(options.get("deterministic"))
+        self._recovers_exactly = self.is_deterministic or options.get("recovery") == "exact"
         given = sampling_settings(options).get("seed")
         self.seed: int = given if given is not None and given >= 0 else secrets.randbelow(SEEDS)
         self._prompt_tokens: int | None = None
@@ -125,6 +132,11 @@ class Answer(ABC):
         self.token_count = int(state["token_count"])
         self._prompt_tokens = state["prompt_tokens"]
         self._spent_ms = {name: float(state["spent_ms"][name]) for name in self._spent_ms}
+
+    def _cache_settings(self) -> dict[str, Any]:
+        """For the body of a request: the cached beginning of another request's prompt was computed in other
+        batches, which round differently, so an answer that is to be repeated must not begin with it."""
+        return {"cache_prompt": False} if self._recovers_exactly else {}
 
     def _begin_stream(self) -> None:
         self._spent_ms = {name: self._total_ms(name) for name in self._spent_ms}

@@ -63,10 +63,12 @@ class ChatAnswer(Answer):
         self._begin_stream()
         if self.is_complete:
             return None
+        if self.text or self.thinking:
+            self.recovery = "exact"  # it is generated again, and must be the same
         self._translator = ChunkTranslator(self.model)
         self._content, self._thoughts = SentText(self.text), SentText(self.thinking)
         body = request_body(self._messages, self._options)
-        body |= {"seed": self.seed, "return_progress": True, "timings_per_token": True}
+        body |= {"seed": self.seed, "return_progress": True, "timings_per_token": True, **self._cache_settings()}
         return "/v1/chat/completions", body
 
     def translate(self, event: Mapping[str, Any]) -> Chunk | None:

@@ -77,6 +77,7 @@ class RawAnswer(Answer):
         self._tokenises = settings.get("temperature", 1) > 0
         self._grammar_prompt: str | None = None
         self._from_start = False  # no engine can continue in the middle of it
+        self._known: list[_Piece] | None = None  # while the answer is generated again: all that had been received
         self._given = 0  # tokens of the answer that the present engine received with the prompt
         self._predicted = 0  # tokens that it has generated
         self._pending: list[int | None] = []  # of these, those whose text was not received yet
@@ -90,7 +91,15 @@ class RawAnswer(Answer):
             rendered = await post("/apply-template", prompt_request(request))
             self._begin(str(rendered["prompt"]))
         assert self._prompt is not None
-        await self._recover_tokens(post)
+        if self._known is not None:  # lost again while it was repeated
+            self._pieces, self._known = self._known, None
+        if self._recovers_exactly and self._sent.text:
+            self._pieces, self._known, self._sent.position = [], self._pieces, 0
+            self.recovery = "exact"
+        else:
+            await self._recover_tokens(post)
+            if self._sent.text:
+                self.recovery = "exact" if self._from_start else "fast"
         ids = [token for piece in self._pieces for token in piece.ids]
         self._given, self._predicted, self._pending = len(ids), 0, []
         if not ids:
@@ -138,6 +147,8 @@ class RawAnswer(Answer):
             return None
         self._pieces.append(_Piece(text, self._pending))
         self._pending = []
+        if self._sent.position + len(text) >= len(self._sent.text):
+            self._known = None  # all of it is repeated
         return self._append(*self._split(self._sent.add(text)))
 
     def recover(self, reason: str) -> bool:
@@ -162,7 +173,7 @@ class RawAnswer(Answer):
             "done_reason": self._done_reason,
             "spells": self._tokenises,
             "written": self._sent.text,
-            "pieces": [[piece.text, piece.ids] for piece in self._pieces],
+            "pieces": [[piece.text, piece.ids] for piece in self._known or self._pieces],
         }
 
     @classmethod
@@ -205,6 +216,7 @@ class RawAnswer(Answer):
             "return_progress": True,
             "timings_per_token": True,  # so that durations are known also for an engine that is lost
             "response_fields": _LAST_EVENT_FIELDS,
+            **self._cache_settings(),
         }
         if self._limit is not None:
             body["n_predict"] = self._limit
@@ -227,6 +239,10 @@ class RawAnswer(Answer):
 
     def _diverge(self) -> None:
         """The engine did not repeat the text that was sent, so generating again cannot find its tokens."""
+        if self._known is not None:  # what was sent stays, so it continues from the tokens of that
+            self._pieces, self._known = self._known, None
+            self._recovers_exactly, self.is_abandoned = False, True
+            return
         if self._from_start:
             raise diverged_error(self.model)
         self._tokenises = self.is_abandoned = True

@@ -19,7 +19,18 @@ from sollol_nb.text.expansion import expand
 if TYPE_CHECKING:
     import pandas as pd
 
-OPTIONS = ("temperature", "top_p", "max_tokens", "seed", "stop", "priority", "timeout", "backend")
+OPTIONS = (
+    "temperature",
+    "top_p",
+    "max_tokens",
+    "seed",
+    "stop",
+    "priority",
+    "timeout",
+    "backend",
+    "recovery",
+    "deterministic",
+)
 """Options of the magic that go to the router unchanged."""
 
 

@@ -16,6 +16,7 @@ from sollol_nb.chat.completion import Completion
 from sollol_nb.chat.completion_view import escaped
 from sollol_nb.chat.conversation import Chat
 from sollol_nb.chat.conversations import ChatBook, ask_in_chat
+from sollol_nb.chat.option_checks import RECOVERIES
 from sollol_nb.models.routing import BACKENDS
 from sollol_nb.notebook import magic_line, session
 from sollol_nb.notebook.answers.background import BackgroundAnswer
@@ -46,7 +47,7 @@ class AskMagics(Magics):
         metavar="MODEL [PROMPT]",
         help="model name; in the line form followed by the prompt",
     )
-    @argument("--temperature", type=magic_line.number, help="0 is greedy: the same answer each time")
+    @argument("--temperature", type=magic_line.number, help="0 is greedy: the most likely token each time")
     @argument("--top-p", type=magic_line.number, help="sample only the most likely tokens, up to this probability")
     @argument("--max-tokens", type=magic_line.whole_number, help="maximum length of the answer, in tokens")
     @argument("--seed", type=magic_line.seed, help="seed of the sampling")
@@ -54,6 +55,17 @@ class AskMagics(Magics):
     @argument("--system", help="system message")
     @argument("--priority", type=magic_line.priority, help="1 to 10 (highest), or a name such as high")
     @argument("--timeout", type=magic_line.number, help="time limit in seconds, once the model is ready")
+    @argument(
+        "--recovery",
+        choices=RECOVERIES,
+        help="if a coordinator is lost: fast continues at once, exact generates the known tokens again first",
+    )
+    @argument(
+        "--deterministic",
+        action="store_true",
+        default=None,
+        help="the same answer each time (at temperature 0 or with a seed): runs alone, without the prompt cache",
+    )
     @argument("--backend", choices=BACKENDS, help="where to run it; default: the model's profile decides")
     @argument("--chat", metavar="NAME", help="continue this conversation")
     @argument("--reset", action="store_true", help="start the conversation over")

@@ -340,6 +340,71 @@ def test_state_keeps_what_is_unknown() -> None:
     assert ask(again, Tokenizer()) == ask(answer, Tokenizer())
 
 
+# --- exact recovery ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"recovery": "exact"}, {"deterministic": True}], ids=str)
+def test_an_exact_answer_is_generated_again_and_what_was_shown_is_not_shown_again(options: dict[str, Any]) -> None:
+    answer = new_answer(temperature=0.8, seed=7, max_tokens=9, **options)
+    first = ask(answer, Tokenizer())
+    assert first is not None
+    assert first["cache_prompt"] is False
+    receive(answer, ("a", [97], 1), ("b", [98], 2))
+
+    again = ask(answer, Tokenizer())
+
+    assert again == first, "the whole answer, with the same seed and limit"
+    assert receive(answer, ("a", [97], 1)) == ""
+    assert receive(answer, ("b", [98], 2), ("c", [99], 3)) == "c"
+    assert answer.recovery == "exact"
+    assert (answer.text, answer.token_count) == ("abc", 3)
+
+
+def test_an_exact_answer_that_is_lost_again_while_it_is_repeated_keeps_what_was_shown() -> None:
+    answer = new_answer(temperature=0, recovery="exact")
+    ask(answer, Tokenizer())
+    receive(answer, ("a", [97], 1), ("b", [98], 2))
+    ask(answer, Tokenizer())
+    receive(answer, ("a", [97], 1))
+
+    for lost_again in (answer, Answer.from_state(json.loads(json.dumps(answer.state())))):
+        ask(lost_again, Tokenizer())
+        assert receive(lost_again, ("a", [97], 1), ("b", [98], 2), ("c", [99], 3)) == "c"
+        assert lost_again.text == "abc"
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_an_exact_answer_that_another_engine_does_not_repeat_continues_from_its_tokens(ends: bool) -> None:
+    answer = new_answer(temperature=0, recovery="exact", max_tokens=9)
+    ask(answer, Tokenizer())
+    receive(answer, ("a", [97], 1), ("b", [98], 2))
+    ask(answer, Tokenizer())
+    receive(answer, ("a", [97], 1))
+    if ends:
+        end(answer, 1)
+    else:
+        assert receive(answer, ("x", [120], 2)) == ""
+    assert answer.is_abandoned
+
+    request = ask(answer, Tokenizer())
+
+    assert request is not None
+    assert (request["prompt"], request["n_predict"]) == ([*PROMPT_IDS, 97, 98], 7)
+    assert receive(answer, ("c", [99], 1)) == "c"
+    assert (answer.text, answer.recovery) == ("abc", "fast")
+
+
+def test_a_fast_answer_says_so_only_once_it_was_continued() -> None:
+    answer = new_answer(temperature=0)
+    first = ask(answer, Tokenizer())
+    assert first is not None
+    assert "cache_prompt" not in first
+    receive(answer, ("a", [97], 1))
+    assert answer.recovery == ""
+    ask(answer, Tokenizer())
+    assert answer.recovery == "fast"
+
+
 # --- text and tokens --------------------------------------------------------------------------
 
 ROCKET = "\U0001f680"
