@@ -10,5 +10,6 @@
 - `completion.py`: the whole answer.
 - `completion_view.py`: how an answer is shown.
 - `conversation.py`: one conversation, its file, and how it is shown.
+- `kept.py`: conversations of notebooks, kept for the next kernel.
 - `conversations.py`: all conversations by name, and the next question in one.
 """

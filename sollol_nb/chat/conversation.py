@@ -5,8 +5,9 @@ all of them and adds question and answer. Turns that no longer fit the model's c
 request, not out of the chat (see `context_window`). A model's earlier reasoning is kept to be shown, and is not
 sent again.
 
-A chat lives in the memory of the process. `Chat.export` writes it to a file, `Chat.load` reads it back. When it is
-shown, it is Markdown that runs and fetches nothing; long messages are folded.
+A chat lives in the memory of the process; those of a notebook are kept for its next kernel (see `kept.py`).
+`Chat.export` writes it to a file, `Chat.load` reads it back. When it is shown, it is Markdown that runs and
+fetches nothing; long messages are folded.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import html
 import json
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -29,6 +30,7 @@ from sollol_nb.chat.context_window import turn_starts
 from sollol_nb.chat.messages import check_messages
 from sollol_nb.errors import ChatBusyError, ConfigError
 from sollol_nb.text.safe_markdown import parts_of, safe_markdown
+from sollol_nb.text.short_names import short_name
 from sollol_nb.text.tables import counted
 
 FILE_FORMAT = "sollol_nb chat"
@@ -70,7 +72,7 @@ class ChatMessage:
     @property
     def speaker(self) -> str:
         """The role, and of an answer in brackets its model and whether it ended early."""
-        about = ", ".join(filter(None, (self.model, _ENDED_EARLY.get(self.done_reason, ""))))
+        about = ", ".join(filter(None, (short_name(self.model), _ENDED_EARLY.get(self.done_reason, ""))))
         return f"{self.role} ({about})" if about else self.role
 
     @property
@@ -130,11 +132,13 @@ class Chat:
 
     Attributes:
         system: may be changed at any time; "" for none.
+        on_change: called with the chat after its messages have changed, in whatever thread; None for nothing.
     """
 
     def __init__(self, name: str, *, system: str = "") -> None:
         self.name = checked_name(name)
         self.system = system
+        self.on_change: Callable[[Chat], object] | None = None
         self._history: list[ChatMessage] = []
         self._busy = threading.Lock()
 
@@ -175,7 +179,9 @@ class Chat:
     def title(self) -> str:
         """One line: name, turns, model, time of the last message."""
         turns = counted(self.turn_count, "turn")
-        return ", ".join(filter(None, (f"conversation {self.name}: {turns}", self.model, self.last_time)))
+        return ", ".join(
+            filter(None, (f"conversation {self.name}: {turns}", short_name(self.model), self.last_time))
+        )
 
     def add(self, question: Mapping[str, Any], answer: Completion) -> bool:
         """Add a question and its answer, even one that ended early. An answer without text that calls no tool is
@@ -184,6 +190,7 @@ class Chat:
         entry = ChatMessage.from_answer(answer)
         if entry is not None:
             self._history += [ChatMessage(message=dict(question), at=entry.at), entry]
+            self._changed()
         return entry is not None
 
     def amend(self, answer: Completion) -> None:
@@ -202,6 +209,7 @@ class Chat:
             if whole is None:
                 raise ConfigError(f"the answer has no text; conversation {self.name} keeps the interrupted one")
             self._history[-1] = whole
+            self._changed()
 
     @contextmanager
     def answering(self) -> Iterator[None]:
@@ -222,6 +230,11 @@ class Chat:
     def clear(self) -> None:
         """Forget all messages but the system message."""
         self._history.clear()
+        self._changed()
+
+    def _changed(self) -> None:
+        if self.on_change is not None:
+            self.on_change(self)
 
     # --- to and from plain data -----------------------------------------------------------------
 
@@ -245,22 +258,36 @@ class Chat:
         chat._history = [ChatMessage(message=message, at=now) for message in checked]
         return chat
 
+    def as_dict(self) -> dict[str, Any]:
+        """The chat as plain data, for JSON."""
+        return {
+            "format": FILE_FORMAT,
+            "version": FILE_VERSION,
+            "name": self.name,
+            "system": self.system,
+            "said": [entry.as_dict() for entry in self.history],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], *, name: str | None = None) -> Self:
+        """The chat that `as_dict` wrote, perhaps with another name.
+
+        Raises:
+            KeyError, TypeError, ValueError, ConfigError: the data is something else.
+        """
+        chat = cls(data["name"] if name is None else name, system=str(data["system"]))
+        chat._history = [ChatMessage.from_dict(entry) for entry in data["said"]]
+        return chat
+
     def export(self, path: str | Path) -> Path:
         """Write the chat to a JSON file, replacing an existing one; returns its path.
 
         Raises:
             ConfigError: the file cannot be written.
         """
-        data = {
-            "format": FILE_FORMAT,
-            "version": FILE_VERSION,
-            "name": self.name,
-            "system": self.system,
-            "said": [entry.as_dict() for entry in self._history],
-        }
         path = Path(path).expanduser()
         try:
-            path.write_text(json.dumps(data, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+            path.write_text(json.dumps(self.as_dict(), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             raise ConfigError(
                 f"cannot write conversation {self.name} to {path}: {error.strerror or error}"
@@ -295,17 +322,15 @@ class Chat:
                 "upgrade sollol_nb"
             )
         try:
-            chat = cls(data["name"] if name is None else name, system=str(data["system"]))
-            chat._history = [ChatMessage.from_dict(entry) for entry in data["said"]]
+            return cls.from_dict(data, name=name)
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{path} is damaged ({error!r}); export the conversation again") from error
-        return chat
 
     # --- shown ----------------------------------------------------------------------------------
 
     def __repr__(self) -> str:
         turns = counted(self.turn_count, "turn")
-        return f"<Chat {self.name}: {', '.join(filter(None, (turns, self.model)))}>"
+        return f"<Chat {self.name}: {', '.join(filter(None, (turns, short_name(self.model))))}>"
 
     def __str__(self) -> str:
         """The chat as text; of long messages only the beginning."""

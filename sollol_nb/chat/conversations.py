@@ -10,6 +10,7 @@ With a blocking router:
 from __future__ import annotations
 
 import html
+import threading
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import aclosing
 from typing import Any
@@ -18,25 +19,60 @@ from sollol_nb.chat.chunk import DROPPED, Chunk
 from sollol_nb.chat.completion import Completion
 from sollol_nb.chat.context_window import DROP_OLDEST
 from sollol_nb.chat.conversation import Chat, checked_name
+from sollol_nb.chat.kept import KeptChats
 from sollol_nb.chat.messages import check_messages
 from sollol_nb.errors import ConfigError, RequestCancelledError
 from sollol_nb.text.nearest import nearest
+from sollol_nb.text.short_names import short_name
 
 
 class ChatBook(Mapping[str, Chat]):
-    """The chats of one process, by name."""
+    """The chats of one process, by name.
 
-    def __init__(self) -> None:
-        self._chats: dict[str, Chat] = {}
+    Args:
+        kept: called once, on first use: where they are kept for the next kernel, and what the last one has left;
+            None is nowhere.
+    """
+
+    def __init__(self, kept: Callable[[], KeptChats | None] = lambda: None) -> None:
+        self._get_kept = kept
+        self._lock = threading.Lock()
+        self._known: dict[str, Chat] | None = None
+        self._kept: KeptChats | None = None
+        self._restored: set[str] = set()
+
+    @property
+    def _chats(self) -> dict[str, Chat]:
+        with self._lock:
+            if self._known is None:
+                self._kept = self._get_kept()
+                self._known = {chat.name: chat for chat in (self._kept.load() if self._kept else ())}
+                self._restored = {*self._known}
+                for chat in self._known.values():
+                    self._watch(chat)
+            return self._known
+
+    def _watch(self, chat: Chat) -> Chat:
+        if self._kept is not None:
+            chat.on_change = self._kept.save
+        return chat
 
     def __getitem__(self, name: str) -> Chat:
         return self._chats[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._chats)
+        return iter([*self._chats])
 
     def __len__(self) -> int:
         return len(self._chats)
+
+    def restored(self, name: str) -> Chat | None:
+        """The chat of this name if an earlier kernel has left it; None from the second call on."""
+        chat = self._chats.get(name)
+        if name not in self._restored:
+            return None
+        self._restored.discard(name)
+        return chat
 
     def open(self, name: str) -> Chat:
         """The chat of this name, or a new one.
@@ -44,7 +80,8 @@ class ChatBook(Mapping[str, Chat]):
         Raises:
             ConfigError: the name cannot be used.
         """
-        return self._chats.setdefault(checked_name(name), Chat(name))
+        chats = self._chats
+        return chats[name] if name in chats else chats.setdefault(checked_name(name), self._watch(Chat(name)))
 
     def find(self, name: str) -> Chat:
         """The chat of this name.
@@ -69,15 +106,45 @@ class ChatBook(Mapping[str, Chat]):
             raise ConfigError(
                 f"a conversation named {chat.name} exists already; give another name, or remove that one first"
             )
-        self._chats[chat.name] = chat
+        self._restored.discard(chat.name)
+        replaced = self._chats.get(chat.name)
+        if replaced is not None:
+            replaced.on_change = None
+        self._chats[chat.name] = self._watch(chat)
+        if self._kept is not None:
+            self._kept.save(chat)
 
     def remove(self, name: str) -> Chat:
-        """Forget a chat; returns it.
+        """Forget a chat, also the kept one; returns it.
 
         Raises:
-            ConfigError: no chat has this name.
+            ConfigError: no chat has this name, or the kept one cannot be deleted.
         """
-        return self._chats.pop(self.find(name).name)
+        chat = self.find(name)
+        self._forget(chat.name)
+        return chat
+
+    def forget(self) -> list[str]:
+        """Forget all chats, also the kept ones; returns their names.
+
+        Raises:
+            ConfigError: the kept ones cannot be deleted.
+        """
+        names = [*self]
+        self._forget(*names)
+        return names
+
+    def flush(self) -> None:
+        """Wait until all changes are kept."""
+        if self._kept is not None:
+            self._kept.flush()
+
+    def _forget(self, *names: str) -> None:
+        for name in names:
+            self._chats.pop(name).on_change = None  # an answer that is under way must not keep it again
+            self._restored.discard(name)
+        if self._kept is not None:
+            self._kept.remove(*names)
 
     def __repr__(self) -> str:
         return f"<ChatBook: {', '.join(map(repr, self._chats.values())) or 'empty'}>"
@@ -91,7 +158,7 @@ class ChatBook(Mapping[str, Chat]):
         if not self._chats:
             return html.escape(str(self))
         rows = "".join(
-            f"<tr><td>{html.escape(chat.name)}</td><td>{chat.turn_count}</td><td>{html.escape(chat.model)}</td>"
+            f"<tr><td>{html.escape(chat.name)}</td><td>{chat.turn_count}</td><td>{html.escape(short_name(chat.model))}</td>"
             f"<td>{html.escape(chat.last_time)}</td></tr>"
             for chat in self._chats.values()
         )

@@ -124,8 +124,7 @@ def check_format(path: Path) -> None:
             importlib.import_module("pyarrow")
         except ImportError as error:
             raise ConfigError(
-                "writing Parquet needs pyarrow: pip install pyarrow, or export to a .csv file "
-                f"({error})"
+                f"writing Parquet needs pyarrow: pip install pyarrow, or export to a .csv file ({error})"
             ) from error
 
 

@@ -8,6 +8,7 @@
 - `magic_line.py`: the line of a magic as options.
 - `settings_traits.py`: `%config Sollol`.
 - `tab_completion.py`, `tab_line.py`: the Tab key in the lines of the magics.
+- `identity.py`: which notebook a kernel belongs to.
 - `displays.py`: displays that are updated in place, and the progress bar.
 - `kernel_hooks.py`: short errors, and `asyncio.run` in cells.
 """

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from sollol_nb.chat.completion import Completion
 from sollol_nb.chat.conversations import ChatBook
+from sollol_nb.chat.kept import KeptChats
 from sollol_nb.notebook import settings_traits
+from sollol_nb.notebook.identity import notebook_of
 from sollol_nb.notebook.settings_traits import Sollol
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ class Session:
         self._router: HybridRouter | None = None
         self._router_is_stale = False
         self._settings: Sollol | None = None
+        self._shell: InteractiveShell | None = None
         self._chats = ChatBook()
         self._answers: deque[tuple[str, Completion]] = deque(maxlen=KEPT_ANSWERS)
 
@@ -45,6 +48,8 @@ class Session:
             ConfigError: `ipython_config.py` or the command line has a value that cannot be used.
         """
         self._settings = settings_traits.install(shell)
+        if self._shell is not shell:
+            self._shell, self._chats = shell, ChatBook(self._kept_chats)
         self._settings.on_router_change(self._mark_stale)
         return self._settings
 
@@ -53,7 +58,8 @@ class Session:
         keep = self._settings is not None and self._settings.or_built_in("on_unload") == "keep"
         if self._router is not None:
             self._router.close(keep=keep)
-        self._router, self._settings, self._chats = None, None, ChatBook()
+        self._chats.flush()
+        self._router, self._settings, self._shell, self._chats = None, None, None, ChatBook()
         self._answers.clear()
         settings_traits.remove(shell)
 
@@ -96,6 +102,13 @@ class Session:
         router is closed."""
         with self._lock:
             return self._replace_router(new if new is not None else _new_router(), keep=False)
+
+    def _kept_chats(self) -> KeptChats | None:
+        """Where the notebook's conversations are kept; None if they are not, or if the notebook is not known."""
+        if self._settings is None or self._shell is None or not self._settings.or_built_in("keep_chats"):
+            return None
+        notebook = notebook_of(self._shell)
+        return None if notebook is None else KeptChats(notebook)
 
     def running_models(self) -> list[str]:
         """The models of the router's coordinators."""

@@ -11,6 +11,7 @@ Variables that are not settings:
 | variable | meaning |
 |---|---|
 | `SOLLOL_CONFIG` | the only settings file to read, or `0` for none |
+| `JPY_SESSION_NAME` | set by Jupyter's server: the path of the kernel's notebook |
 | `VULKAN_SDK`, `CXX` | as in every C++ build: the folder of the Vulkan SDK, the C++ compiler |
 """
 
@@ -210,7 +211,7 @@ def saved_model(model: str) -> SavedModel:
     """
     models = saved_models()
     if is_file_name(model):
-        return models.get(model) or models.get(_as_path(model)) or SavedModel()
+        return models.get(model) or models.get(model_path(model)) or SavedModel()
     same = model.removesuffix(":latest") if model.endswith(":latest") else f"{model}:latest"
     return models.get(model) or models.get(same) or SavedModel()
 
@@ -228,7 +229,7 @@ def save_model(model: str, changes: Mapping[str, Any]) -> str:
         ConfigError: a value is invalid, another file or variable that comes first says something else, or the file
             cannot be written.
     """
-    model = _as_path(model) if is_file_name(model) else model
+    model = model_path(model) if is_file_name(model) else model
     changes = checked_entry(model, changes)
     if "gguf" in changes:
         changes["gguf"] = Path.cwd() / changes["gguf"]
@@ -249,7 +250,7 @@ def forget_model(model: str) -> bool:
     Raises:
         ConfigError: another file or variable speaks of it, or the file cannot be written.
     """
-    model = _as_path(model) if is_file_name(model) else model
+    model = model_path(model) if is_file_name(model) else model
     path = _written_file()
     was_here = _of_this_process.pop(model, None) is not None
     if path is None:
@@ -296,7 +297,8 @@ def _written_file() -> Path | None:
     return None if chosen == "0" else Path(chosen).expanduser().absolute()
 
 
-def _as_path(model: str) -> str:
+def model_path(model: str) -> str:
+    """The absolute path that a model's name is, if it is one."""
     path = Path(model)
     with contextlib.suppress(RuntimeError):  # a user without a home folder
         path = path.expanduser()
@@ -347,6 +349,23 @@ def default_keep_alive_s() -> float | None:
     if isinstance(value, Mapping):
         value = value.get("*", SETTINGS["keep_alive"].default)
     return keep_alive_seconds(value)
+
+
+def session_path() -> str | None:
+    """The path of this kernel's notebook, which Jupyter's server puts into the environment (`JPY_SESSION_NAME`).
+
+    A kernel that another kernel has started (a notebook that runs notebooks) inherits the variable; then it is not
+    about this one, and the path is None.
+    """
+    path = _variable("JPY_SESSION_NAME")
+    if path is not None:
+        import psutil  # on first use: it takes a while
+
+        with contextlib.suppress(psutil.Error):
+            parent = psutil.Process().parent()
+            if parent is not None and parent.environ().get("JPY_SESSION_NAME") == path:
+                return None
+    return path
 
 
 def vulkan_sdk() -> Path | None:

@@ -42,6 +42,7 @@ class RunningEngine:
         held_by: the model of the coordinator that holds a worker, or None.
         started_by: who started it, as text.
         log_path: path of its log.
+        model_path: path of a coordinator's model file, "" for a worker.
     """
 
     id: str
@@ -57,6 +58,7 @@ class RunningEngine:
     held_by: str | None
     started_by: str
     log_path: str
+    model_path: str = ""
 
     @property
     def state(self) -> str:
@@ -121,7 +123,7 @@ async def stop_engines(names: Collection[str] = (), *, also_used: bool = False) 
     for kind in (registry.COORDINATOR, registry.WORKER):
         entries = {entry.id: entry for entry in await asyncio.to_thread(registry.entries, kind)}
         for engine in engines:
-            if engine.kind != kind or (names and not {engine.name, engine.id} & set(names)):
+            if engine.kind != kind or (names and not any(_is_named(engine, name) for name in names)):
                 continue
             entry = entries.get(engine.id)
             if entry is not None and await _stop(entry, also_used=also_used or bool(names)):
@@ -145,7 +147,7 @@ async def end_engines(names: Collection[str] = (), *, force: bool = False) -> li
     # Coordinators come first; then the workers that they held are free.
     for kind in (registry.COORDINATOR, registry.WORKER):
         for entry in await asyncio.to_thread(registry.entries, kind):
-            if names and not {entry.name, entry.id} & set(names):
+            if names and not any(_is_named(entry, name) for name in names):
                 continue
             process = await EngineProcess.adopt(entry)
             if process is None:
@@ -159,10 +161,24 @@ async def end_engines(names: Collection[str] = (), *, force: bool = False) -> li
     return ended
 
 
+def _is_named(engine: RunningEngine | Entry, name: str) -> bool:
+    """Whether a name that somebody writes means this engine: its name, its id, or a name or path of its model."""
+    if name in (engine.name, engine.id):
+        return True
+    if engine.kind != registry.COORDINATOR:
+        return False
+    path = engine.model_path if isinstance(engine, RunningEngine) else _model_path(engine)
+    return bool(path) and path in (config.model_path(name), str(config.saved_model(name).gguf))
+
+
+def _model_path(entry: Entry) -> str:
+    file = entry.about.get("model_file")
+    return str(file.get("path", "")) if isinstance(file, dict) else ""
+
+
 def _check_names(names: Collection[str], engines: Sequence[RunningEngine | Entry]) -> None:
-    known = {label for engine in engines for label in (engine.name, engine.id)}
     for name in names:
-        if name not in known:
+        if not any(_is_named(engine, name) for engine in engines):
             running = sorted({engine.name for engine in engines})
             shown = ", ".join(running[:SHOWN_NAMES]) + ", ..." * (len(running) > SHOWN_NAMES)
             raise ConfigError(f"nothing named {name!r} is running (running: {shown or 'nothing'})")
@@ -182,7 +198,7 @@ def engine_log(name: str, *, last: int = 20, grep: str | None = None) -> str:
     """
     entries = registry.entries()
     # Of several coordinators of one model, the one that was started last.
-    found = [entry for entry in entries if name in (entry.name, entry.id)]
+    found = [entry for entry in entries if _is_named(entry, name)]
     if not found:
         try:
             _check_names([name], entries)
@@ -222,6 +238,7 @@ async def _inspect(entry: Entry, held_by: str | None) -> RunningEngine:
         id=entry.id,
         kind=entry.kind,
         name=entry.name,
+        model_path=_model_path(entry),
         pid=entry.pid,
         url=str(entry.about.get("url", "")),
         workers=tuple(entry.workers),

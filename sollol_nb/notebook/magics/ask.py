@@ -25,7 +25,7 @@ from sollol_nb.notebook.answers.request import CellRequest, cell_request, named_
 from sollol_nb.notebook.answers.views import NotebookView, NoView, PlainView, TerminalView, View
 from sollol_nb.notebook.displays import hide_once, is_kernel, make_display
 from sollol_nb.settings.table import FORMATS
-from sollol_nb.text.tables import shortened
+from sollol_nb.text.tables import counted, shortened
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -179,12 +179,14 @@ class AskMagics(Magics):
     @argument("--messages", action="store_true", help="return its messages as a list")
     @argument("--save", metavar="FILE", help="save it to a JSON file")
     @argument("--load", metavar="FILE", help="load it from such a file, replacing a conversation of this name")
+    @argument("--forget", action="store_true", help="delete it; without a name, all of this notebook")
     @argument("--clear", action="store_true", help="delete it")
     @line_magic
     def sollol_chat(self, call: magic_line.Call) -> Chat | ChatBook | list[dict[str, Any]] | None:
         """Show a conversation, return its messages, save it, load it, or delete it.
 
-        Conversations are kept in memory and end with the kernel.
+        Conversations are kept for the next kernel of this notebook, in a file that only you can read (setting
+        `keep_chats`), until you delete them.
 
         Example::
 
@@ -201,10 +203,15 @@ class AskMagics(Magics):
             %sollol_chat copy --load tour.json
 
             %sollol_chat tour --clear
+
+            %sollol_chat --forget
         """
         arguments = call.arguments
         chats = session.chats()
         if arguments.name is None:
+            if arguments.forget:
+                print(f"deleted {counted(len(chats.forget()), 'conversation')}")
+                return None
             if arguments.messages or arguments.save or arguments.load or arguments.clear:
                 raise UsageError("%sollol_chat: name the conversation, such as %sollol_chat tour")
             return chats
@@ -213,11 +220,11 @@ class AskMagics(Magics):
         chat = chats.find(arguments.name)
         if arguments.save is not None:
             print(f"saved conversation {chat.name} to {chat.export(arguments.save)}")
-        if arguments.clear:
+        if arguments.clear or arguments.forget:
             chats.remove(arguments.name)
         if arguments.messages:
             return chat.to_messages()
-        return None if arguments.save is not None or arguments.clear else chat
+        return None if arguments.save is not None or arguments.clear or arguments.forget else chat
 
 
 def _stream(router: HybridRouter, request: CellRequest) -> AsyncGenerator[Chunk, None]:
@@ -228,6 +235,9 @@ def _stream(router: HybridRouter, request: CellRequest) -> AsyncGenerator[Chunk,
     if request.reset:
         chats.add(Chat(request.chat), replace=True)
     chat = chats.open(request.chat)
+    restored = chats.restored(request.chat)
+    if restored is not None and not (request.quiet or request.raw):
+        print(f"continuing {restored.title} (from an earlier kernel; --reset starts it over)")
     if request.system is not None and not (request.system_is_default and chat.system):
         chat.system = request.system
     return ask_in_chat(router.stream_async, chat, request.model, request.prompt, **request.stream_options)

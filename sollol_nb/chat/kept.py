@@ -1,0 +1,149 @@
+"""Conversations of notebooks, kept in SQLite, so that a restarted kernel finds them again.
+
+The file lies in the state folder; only its owner can read it, and several kernels may write to it at the same time
+(see `sqlite_file`). It is bounded: of a conversation that is longer than `LIMIT_BYTES` the oldest messages are not
+kept; conversations that were not used for `KEEP_DAYS` days are deleted, and the least recently used of more than
+`KEEP_BYTES`. What fails here costs no answer: the conversation goes on in memory, and the failure is logged once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sqlite3
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from sollol_nb.chat.conversation import Chat
+from sollol_nb.errors import ConfigError
+from sollol_nb.runtime.sqlite_file import SqliteFile
+from sollol_nb.settings import config
+
+LIMIT_BYTES = 4 * 1024 * 1024
+KEEP_BYTES = 64 * 1024 * 1024
+KEEP_DAYS = 180.0
+
+_CREATE = (
+    """CREATE TABLE chats (
+        notebook TEXT NOT NULL,
+        name TEXT NOT NULL,
+        used_at REAL NOT NULL,
+        chat TEXT NOT NULL,
+        PRIMARY KEY (notebook, name)
+    )""",
+)
+_FAILURES = (OSError, sqlite3.Error, ConfigError)
+
+logger = logging.getLogger(__name__)
+
+
+class KeptChats:
+    """The kept conversations of one notebook.
+
+    Writing happens in a thread of its own, so that no answer waits for the disk.
+
+    Args:
+        notebook: what identifies the notebook, such as its path.
+        path: the file; by default `chats.sqlite` in the state folder.
+    """
+
+    def __init__(self, notebook: str, path: Path | None = None) -> None:
+        self.notebook = notebook
+        self._path = path
+        self._file: SqliteFile | None = None
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="sollol_nb chats")
+        self._has_failed = False
+        self._cut: set[str] = set()
+
+    def load(self) -> list[Chat]:
+        """All conversations of the notebook, the one used last at the end; damaged ones are left out."""
+        chats: list[Chat] = []
+        try:
+            with self._open().connection() as connection:
+                rows = connection.execute(
+                    "SELECT name, chat FROM chats WHERE notebook = ? ORDER BY used_at", [self.notebook]
+                ).fetchall()
+        except _FAILURES as error:
+            self._report("read", error)
+            return []
+        for name, text in rows:
+            try:
+                chats.append(Chat.from_dict(json.loads(text), name=name))
+            except (KeyError, TypeError, ValueError, ConfigError) as error:
+                logger.warning("the kept conversation %s is damaged (%r); it is left out", name, error)
+        return chats
+
+    def save(self, chat: Chat) -> None:
+        """Keep a conversation as it is now; returns at once."""
+        self._writer.submit(self._save, chat)
+
+    def remove(self, *names: str) -> None:
+        """Delete conversations; returns when they are deleted.
+
+        Raises:
+            ConfigError: they cannot be deleted.
+        """
+        self._writer.submit(self._remove, names).result()
+
+    def flush(self) -> None:
+        """Wait until all is written."""
+        self._writer.submit(lambda: None).result()
+
+    def _open(self) -> SqliteFile:
+        if self._file is None:
+            path = self._path if self._path is not None else config.state_dir() / "chats.sqlite"
+            self._file = SqliteFile(path, [_CREATE])
+        return self._file
+
+    def _save(self, chat: Chat) -> None:
+        try:
+            row = (self.notebook, chat.name, time.time(), self._text(chat))
+            with self._open().connection() as connection:
+                connection.execute("INSERT OR REPLACE INTO chats VALUES (?, ?, ?, ?)", row)
+                _prune(connection)
+        except (*_FAILURES, TypeError, ValueError) as error:
+            self._report("keep", error)
+
+    def _remove(self, names: tuple[str, ...]) -> None:
+        try:
+            with self._open().connection() as connection:
+                connection.execute("PRAGMA secure_delete = ON")  # nothing of them stays in the file
+                for name in names:
+                    connection.execute("DELETE FROM chats WHERE notebook = ? AND name = ?", [self.notebook, name])
+        except (OSError, sqlite3.Error) as error:
+            raise ConfigError(f"cannot delete conversations from {self._open().path}: {error}") from None
+
+    def _text(self, chat: Chat) -> str:
+        """The conversation as JSON, without so many of its oldest messages that it is not too long."""
+        data = chat.as_dict()
+        sizes = [len(json.dumps(entry)) for entry in data["said"]]
+        first = 0
+        while first < len(sizes) and sum(sizes[first:]) > LIMIT_BYTES:
+            first += 1
+        # A conversation begins with a question.
+        while 0 < first < len(sizes) and data["said"][first]["message"].get("role") != "user":
+            first += 1
+        if first and chat.name not in self._cut:
+            self._cut.add(chat.name)
+            logger.warning(
+                "conversation %s is too long to be kept whole; its oldest messages are not kept", chat.name
+            )
+        return json.dumps(data | {"said": data["said"][first:]})
+
+    def _report(self, doing: str, error: Exception) -> None:
+        if not self._has_failed:
+            self._has_failed = True
+            logger.warning("cannot %s conversations for the next kernel: %s", doing, error)
+
+
+def _prune(connection: sqlite3.Connection) -> None:
+    connection.execute("DELETE FROM chats WHERE used_at < ?", [time.time() - KEEP_DAYS * 86_400])
+    connection.execute(
+        """DELETE FROM chats WHERE rowid IN (
+            SELECT rowid FROM (
+                SELECT rowid, sum(length(chat)) OVER (ORDER BY used_at DESC, rowid) AS total FROM chats
+            ) WHERE total > ?
+        )""",
+        [KEEP_BYTES],
+    )
