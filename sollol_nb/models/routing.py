@@ -141,7 +141,9 @@ def decide_route(
     if model_path is not None:
         return _route(profile, LOCAL, reason, model_path)
     raise ModelNotFoundError(
-        f"{model} is not available: {ollama_state}, and {_no_file(model)}, or try the built-in model: demo"
+        f"{model} is not available: {ollama_state}, and its GGUF file is not on this machine. "
+        f"{_advice(model, ollama_state)}, or use the path of a .gguf file as the model, or try the built-in "
+        "model: demo"
     )
 
 
@@ -165,12 +167,7 @@ def _requested_route(
             raise ModelNotFoundError(
                 f"Ollama cannot run the file {model}; create a model from it with `ollama create`"
             )
-        advice = "Correct the address, or name another node in OLLAMA_HOST"
-        if "has it" in ollama_state:
-            advice = f"Run `ollama pull {model}`"
-        elif "is running" in ollama_state:
-            advice = f"Start Ollama with `ollama serve`, and run `ollama pull {model}`"
-        raise ModelNotFoundError(f"Ollama cannot run {model}: {ollama_state}. {advice}")
+        raise ModelNotFoundError(f"Ollama cannot run {model}: {ollama_state}. {_advice(model, ollama_state)}")
     if backend == DISTRIBUTED:
         if not enable_distributed:
             raise ConfigError(f"cannot shard {model}: enable_distributed is off")
@@ -190,6 +187,15 @@ def _check_filter(model: str, model_filter: Collection[str] | None) -> None:
         raise ConfigError(
             f"cannot shard {model}: this router's model_filter allows only {', '.join(model_filter)}"
         )
+
+
+def _advice(model: str, ollama_state: str) -> str:
+    """How to get the model into Ollama."""
+    if "can be used" in ollama_state:
+        return "Correct the address of the node, or name another one in OLLAMA_HOST"
+    if "is running" in ollama_state:
+        return f"Start Ollama with `ollama serve`, and run `ollama pull {model}`"
+    return f"Run `ollama pull {model}`"
 
 
 def _no_file(model: str) -> str:

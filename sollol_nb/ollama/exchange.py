@@ -199,6 +199,8 @@ def _refused(node: OllamaNode, status: int, reason: str) -> Exception:
     # 429 and 5xx are about this node (queue full, no memory, runner crashed), other 4xx about the request.
     if status == 429 or status >= 500:
         return NodeLostError(message, reason=message)
+    if status == 401:
+        message += "; a cloud model needs `ollama signin` there, and this package sends no other login"
     return OllamaResponseError(message)
 
 

@@ -46,6 +46,7 @@ from sollol_nb.ollama.requests import (
 )
 from sollol_nb.runtime.events import EventBus, EventKind
 from sollol_nb.runtime.gate import first_slot
+from sollol_nb.runtime.http_client import CANNOT_CONNECT
 
 EXTRAPOLATION_FACTOR = 4  # how much longer a prompt may be than the one its tokens are estimated by
 
@@ -348,7 +349,8 @@ class Serving:
     def trouble(self) -> str:
         """Why nodes cannot be used although something answers there, each with its address; "" without any."""
         troubled = [node for node in self.nodes.values() if node.state is NodeState.COOLING]
-        return "; ".join(node.last_error or node.url for node in troubled)
+        errors = ((node.url, node.last_error or "it failed") for node in troubled)
+        return "; ".join(error if url in error else f"{url}: {error}" for url, error in errors)
 
     def unavailable(self) -> OllamaUnavailableError:
         return OllamaUnavailableError(
@@ -362,8 +364,14 @@ class Serving:
             return "no Ollama node has it" + (f" (not usable: {trouble})" if trouble else "")
         if trouble:
             return f"no Ollama node can be used ({trouble})"
-        named = ", ".join(node.url for node in self.nodes.values() if node.is_named)
+        named = ", ".join(_where(node) for node in self.nodes.values() if node.is_named)
         return "no Ollama node is running" + (f" at {named}" if named else "")
+
+
+def _where(node: OllamaNode) -> str:
+    """A node's address, and why nothing answers there, if it is not only that nothing listens."""
+    reason = (node.last_error or "").partition("/api/tags: ")[2]
+    return f"{node.url} ({reason})" if reason not in ("", CANNOT_CONNECT) else node.url
 
 
 async def _refresh(nodes: Iterable[OllamaNode]) -> None:

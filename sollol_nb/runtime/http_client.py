@@ -16,6 +16,7 @@ import asyncio
 import json
 import os
 import re
+import socket
 import ssl
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
@@ -40,11 +41,12 @@ STREAM_LIMIT_BYTES: Final = 256 * 2**20  # of all lines of an answer: half a mil
 LINE_COST_BYTES: Final = 128  # what a line counts more than its bytes, since each becomes some objects
 ERROR_LIMIT_BYTES: Final = 64 * 1024  # of the body of an error, whose first 500 characters are shown
 
+CANNOT_CONNECT: Final = "cannot connect"
 CERTIFICATE_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
 
 _TRANSLATIONS: tuple[tuple[type[Exception], type[TransportError], str], ...] = (
     (httpx.ConnectTimeout, ConnectFailedError, "cannot connect (timed out)"),
-    (httpx.ConnectError, ConnectFailedError, "cannot connect"),
+    (httpx.ConnectError, ConnectFailedError, CANNOT_CONNECT),
     (httpx.TimeoutException, TransportTimeoutError, "no answer within the time limit"),
     (httpx.RemoteProtocolError, ConnectionBrokenError, "the answer is incomplete or not HTTP"),
     (httpx.ReadError, ConnectionBrokenError, "the connection was lost"),
@@ -167,6 +169,8 @@ class JsonClient:
                 raise TransportError(
                     f"{self.base_url}{path}: no HTTPS server answers; if it speaks HTTP, write http://"
                 ) from error
+            if _is_unknown_name(error):
+                raise ConnectFailedError(f"{self.base_url}{path}: no host has this name") from error
             for theirs, ours, message in _TRANSLATIONS:
                 if isinstance(error, theirs):
                     raise ours(f"{self.base_url}{path}: {message}") from error
@@ -199,6 +203,7 @@ class JsonClient:
         else:
             content = b"" if is_compressed else await _read(response, ERROR_LIMIT_BYTES)
             reason = _reason(content.decode(errors="replace")) or one_line(response.reason_phrase) or "no reason"
+            reason = reason.removeprefix(f"{status} ")  # in titles of web pages
         raise HttpStatusError(f"{url} answered {status}: {reason}", status=status, reason=reason)
 
     async def _lines(self, path: str, response: httpx.Response, line_limit_bytes: int) -> AsyncIterator[str]:
@@ -222,6 +227,12 @@ class JsonClient:
                 )
         if line:
             yield line.decode(errors="replace")
+
+
+def _is_unknown_name(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, socket.gaierror):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 async def _read(response: httpx.Response, limit_bytes: int) -> bytes:

@@ -68,7 +68,7 @@ def flood(text: bytes, before: bytes = b"") -> Reply:
         (reply([]), "is not an Ollama server: it has no list of models"),
         (
             reply(b"<html><head><title>502 Bad Gateway</title></head>", "502 Bad Gateway"),
-            "answered 502: 502 Bad Gateway; the proxy there does not reach Ollama",
+            "answered 502: Bad Gateway; the proxy there does not reach Ollama",
         ),
         (reply(b"[" * 200_000), "sent an answer that is not JSON"),
         (reply(gzip.compress(b"{}"), "200 OK", "Content-Encoding: gzip"), "sent a compressed answer"),
@@ -90,6 +90,19 @@ def test_why_a_node_cannot_be_used_is_in_the_error_with_its_address(tags: Reply,
             assert "\n" not in str(error.value)
         with pytest.raises(OllamaUnavailableError, match=reason):
             OllamaPool(url).list()
+
+
+def test_an_unknown_host_and_an_unusable_certificate_file_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", "/missing.pem")
+    for node, reason in [
+        ("no.such.host.invalid", r"is running at http://no\.such\.host\.invalid:11434 \(no host has this name\)"),
+        ("https://127.0.0.1:9", r"can be used \(https://127\.0\.0\.1:9: SSL_CERT_FILE='/missing.pem'"),
+    ]:
+        with (
+            HybridRouter(OllamaPool(node), auto_discover_rpc=False) as router,
+            pytest.raises(ModelNotFoundError, match=reason),
+        ):
+            router.route("qwen3:8b")
 
 
 def test_a_node_in_trouble_is_named_beside_one_that_lacks_the_model() -> None:
@@ -185,11 +198,15 @@ def test_an_answer_of_another_form_is_one_line_that_names_the_node(answer: Reply
             reply(b"", "307 Elsewhere", "Location: http://127.0.0.1:9/steal"),
             "it redirects to http://127.0.0.1:9/steal",
         ),
+        (
+            reply({"error": "unauthorized"}, "401 Unauthorized"),
+            "unauthorized; a cloud model needs `ollama signin`",
+        ),
         (reply({"error": "E" * 50_000}, "400 Bad"), "E" * 400),
         (lines({"error": {"message": "two\nlines \x1b[2J"}, "status": 400}), r"two lines \[2J$"),
         (lines({"error": ["x"], "status": "y"}), r"\['x'\]"),
     ],
-    ids=["redirect", "a long error", "an error in the stream", "an error of wrong types"],
+    ids=["redirect", "no login", "a long error", "an error in the stream", "an error of wrong types"],
 )
 def test_a_refusal_is_one_line_of_limited_length(answer: Reply, reason: str) -> None:
     with pytest.raises(OllamaResponseError, match=reason) as error:
