@@ -52,8 +52,8 @@ class BuildSteps:
 
         Output goes to a file, not a pipe, so that a helper process that outlives the compiler cannot block us.
         KeyboardInterrupt ends the whole process tree and is raised again; a guard ends it if we are killed. The
-        program stays in our process group, so that an interrupt from terminal or notebook also stops it while we run
-        in another thread.
+        program stays in our process group, so that an interrupt from terminal or notebook also stops it while we
+        run in another thread.
         """
         step = uuid.uuid4().hex
         environment = config.child_environment(
