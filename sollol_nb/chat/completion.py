@@ -168,8 +168,8 @@ def checked_against_schema(completion: Completion, schema: object) -> Completion
         if completion.finish_reason == "length":
             length = counted(completion.get("eval_count") or 0, "token")
             message = (
-                f"the answer was stopped after {length}, before it matched the schema; give a larger max_tokens (the "
-                "text is in .text)"
+                f"the answer was stopped after {length}, before it matched the schema; give a larger max_tokens "
+                "(the text is in .text)"
             )
         raise StructureError(message, text=completion.text, completion=completion) from None
     return completion

@@ -120,7 +120,7 @@ def test_the_footer_opens_and_shows_the_details() -> None:
     shown = completion("x", eval_count=1200, prompt_eval_count=7, _routing=routing)
     markdown = shown._repr_mimebundle_()["text/markdown"]
 
-    assert "<summary><small>demo · llama.cpp-distributed · layers 5/4 · first token 12 ms · 1200" in markdown
+    assert "<summary><small>demo · llama.cpp-distributed · layers 5/4 · first token 12 ms · 1,200" in markdown
     assert "dropped the 2 oldest turns</small></summary>" in markdown
     for line in (
         r"- why: listed \* as large",
