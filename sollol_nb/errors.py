@@ -115,9 +115,11 @@ class CoordinatorStartError(CoordinatorError):
 
     Attributes:
         may_pass: it was killed, stalled or lost a worker, so another attempt may succeed.
+        is_crash: its own program failed (an illegal instruction, an invalid access), so it would fail again.
     """
 
     may_pass: bool = False
+    is_crash: bool = False
 
 
 class CoordinatorTimeoutError(CoordinatorError, TimeoutError):

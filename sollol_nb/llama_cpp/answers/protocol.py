@@ -25,6 +25,7 @@ THINK_LEVEL_VARIABLE = "reasoning_effort"
 """The variable of chat templates that know levels of thinking."""
 _UNTIL_CONTEXT_IS_FULL = -2  # Ollama's num_predict
 _PROMPT_TOO_LONG = re.compile(r"\((\d+) tokens\) .*context size \((\d+)")
+_TEMPLATE_FAILED = re.compile(r"While executing .*Error: (.+)", re.DOTALL)
 _PARSER_FAILED = re.compile(r"does not match the expected .* format|empty grammar stack")
 # The engine's debug log, at which it must start, takes the whole answer as JSON, which broken UTF-8 cannot be. By
 # then all tokens have been sent; only the event with the reason of the end is missing.
@@ -149,6 +150,9 @@ def refusal(model: str, reason: str, context_tokens: int) -> RequestRejectedErro
     too_long = _PROMPT_TOO_LONG.search(reason)
     if too_long is not None:
         return overflow_error(model, int(too_long[1]), int(too_long[2]))
+    by_template = _TEMPLATE_FAILED.search(reason)
+    if by_template is not None:
+        return RequestRejectedError(f"{model}: its chat template does not take these messages: {by_template[1]}")
     if _POOL_USED_UP.search(reason):
         return ContextOverflowError(
             f"{short_name(model)}: requests that ran at the same time filled the {context_tokens:,} tokens of "

@@ -24,10 +24,14 @@ from sollol_nb.llama_cpp.coordinators.settings import CoordinatorSettings
 from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.processes.exit_reasons import (
     BAD_MODEL,
+    BAD_TEMPLATE,
     PORT_TAKEN,
     WORKER_LOST,
+    crash_reason,
     describe_exit,
     exit_reason,
+    last_lines,
+    template_problem,
 )
 from sollol_nb.llama_cpp.processes.process import EngineProcess, ExitReport
 from sollol_nb.runtime.http_client import JsonClient
@@ -225,8 +229,15 @@ class StartingCoordinator:
             return self._port_taken_error()
         if report.why and report.code is not None:
             reason = report.why
+        crash = crash_reason(report.code) if reason is None else None
         if reason is None:
-            reason = "; ".join(report.tail[-2:]) or "its log is empty"
+            reason = crash or last_lines(report.tail)
+        if reason is BAD_TEMPLATE:
+            problem = template_problem(report.tail)
+            return ModelFileError(
+                f"the coordinator of {self._settings.model} cannot start: {reason}"
+                f"{f' ({problem})' if problem else ''}; log: {self._process.log_path}"
+            )
         message = (
             f"the coordinator of {self._settings.model} ended while starting ({describe_exit(report.code)}): "
             f"{reason}; log: {self._process.log_path}"
@@ -235,7 +246,8 @@ class StartingCoordinator:
             return ModelFileError(message)
         error = CoordinatorStartError(message)
         was_killed = report.code is None or report.code < 0
-        error.may_pass = not report.why and (was_killed or reason is WORKER_LOST)
+        error.is_crash = crash is not None
+        error.may_pass = not report.why and not error.is_crash and (was_killed or reason is WORKER_LOST)
         return error
 
     def _stalled_error(self, what: str) -> CoordinatorStartError:

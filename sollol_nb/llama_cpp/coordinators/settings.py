@@ -65,6 +65,8 @@ class CoordinatorSettings:
         slots: requests served at the same time.
         device_free_bytes: free bytes of each device, per endpoint, for workers with several devices.
         modelfile: what is added to the file; of that, the engine needs what `Modelfile.of_engine` has.
+        repacks_weights: whether weights are rearranged for this CPU, which makes it faster. Some CPUs and virtual
+            machines lack an instruction that the code for that takes for granted.
     """
 
     model: str
@@ -75,6 +77,7 @@ class CoordinatorSettings:
     slots: int = DEFAULT_SLOTS
     device_free_bytes: Mapping[str, Sequence[int]] = field(default_factory=dict)
     modelfile: Modelfile = NO_MODELFILE
+    repacks_weights: bool = True
 
     def is_named(self, model: str) -> bool:
         """Whether a name that somebody writes means this: its name, or what stands for its file."""
@@ -164,6 +167,8 @@ def server_flags(settings: CoordinatorSettings, port: int, known: frozenset[str]
     ]
     if settings.plan is not None:
         optional.append(("--fit", ["off"]))  # it would change the plan
+    if not settings.repacks_weights:
+        optional.append(("--no-repack", []))
     adapters = settings.modelfile.adapters
     if adapters:
         quoted = ('"{}"'.format(str(path).replace('"', '""')) for path in adapters)

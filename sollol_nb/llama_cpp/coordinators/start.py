@@ -75,6 +75,7 @@ class CoordinatorStarter:
         self._events = events
         self._running = running
         self._planner = Planner(workers, running, measurements)
+        self._repacks_weights = True  # until an engine crashes on this machine
         self._claiming = asyncio.Lock()  # planning and holding workers is one step
 
     async def engine(self) -> Engine:
@@ -161,8 +162,19 @@ class CoordinatorStarter:
             start.lost |= lost
             if lost:
                 return True
+        if isinstance(error, CoordinatorStartError) and error.is_crash:
+            return not coordinator.is_adopted and self._leave_out_repacking(start)
         start.chances_left -= 1
         return isinstance(error, CoordinatorStartError) and error.may_pass and start.chances_left >= 0
+
+    def _leave_out_repacking(self, start: Start) -> bool:
+        """After a crash on this machine: start without rearranged weights, now and later; False if that is so."""
+        if start.route.backend == DISTRIBUTED or not self._repacks_weights:
+            return False
+        self._repacks_weights = False
+        message = f"{start.model} crashed; starting it without rearranging its weights for this CPU"
+        self._events.publish(EventKind.COORDINATOR_STARTING, start.model, message)
+        return True
 
     async def _report_ready(self, route: Route, coordinator: Coordinator) -> None:
         if coordinator.is_adopted:
@@ -277,6 +289,7 @@ class CoordinatorStarter:
                     slots=self.settings.slots,
                     device_free_bytes=devices,
                     modelfile=start.route.modelfile,
+                    repacks_weights=sharded or self._repacks_weights,  # workers get them as they are
                 )
                 async with registry.claims():
                     running = await self._adopt(start)
