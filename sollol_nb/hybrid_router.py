@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 from sollol_nb.batch.batch import Batch
@@ -53,7 +54,7 @@ class HybridRouter(Router):
         rows: Rows,
         template: RowTemplate,
         *,
-        model: str | None = None,
+        model: str | Path | None = None,
         schema: object = None,
         system: str | None = None,
         backend: str | None = None,

@@ -20,6 +20,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing, closing, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from sollol_nb.batch.frame import CACHED, ERROR, OK, SKIPPED, RowResult, check_columns, joined
@@ -52,6 +53,7 @@ from sollol_nb.runtime.priority import Priority, checked_priority
 from sollol_nb.runtime.progress_bars import progress_bar
 from sollol_nb.schema.schema import parser_of
 from sollol_nb.settings import config
+from sollol_nb.settings.models import model_text
 from sollol_nb.text.short_names import short_name
 from sollol_nb.text.tables import counted
 
@@ -102,7 +104,7 @@ class Batch:
         rows: Rows,
         template: RowTemplate,
         *,
-        model: str | None = None,
+        model: str | Path | None = None,
         schema: object = None,
         system: str | None = None,
         backend: str | None = None,
@@ -116,7 +118,7 @@ class Batch:
     ) -> None:
         self._router = router
         self._store = store
-        self._model = config.default("model") if model is None else model
+        self._model = config.default("model") if model is None else model_text(model)
         if not self._model:
             raise ConfigError(
                 'no model given; pass model="demo", or set a default: %config Sollol.model = "demo" (in a script: '

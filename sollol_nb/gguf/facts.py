@@ -99,6 +99,15 @@ def read_facts(path: Path | str) -> ModelFacts:
     return _facts_of(tuple(check_file(part, advice=advice) for part in paths))
 
 
+def first_part(path: Path) -> Path:
+    """The first part of the split model that a file belongs to, which llama.cpp loads; any other file itself.
+
+    Raises:
+        ModelFileError: its name is that of no part, such as 5 of 3.
+    """
+    return _part_paths(path)[0]
+
+
 def _part_paths(path: Path) -> list[Path]:
     """The files of the model, in order."""
     match = _SPLIT_NAME.fullmatch(path.name)

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from sollol_nb.errors import ModelError, ModelFileError, ModelNotFoundError
-from sollol_nb.gguf.facts import read_facts
+from sollol_nb.gguf.facts import first_part, read_facts
+from sollol_nb.gguf.header import check_file
 from sollol_nb.models.names import DIGEST, ModelName, split_digest
 from sollol_nb.settings import config
 from sollol_nb.settings.models import BUILT_IN_NAMES, is_file_name
@@ -60,7 +61,7 @@ def find_model_file(model: str, gguf_path: str | Path | None = None) -> Path | N
 
     Args:
         model: `demo` and `demo:sharded` name the file in this package; the setting `models` may name others; a
-            name that ends in `.gguf` is a path; all others are looked up in Ollama's storage.
+            name that `is_file_name` is a path; all others are looked up in Ollama's storage.
         gguf_path: the file to use instead of Ollama's.
 
     Raises:
@@ -75,16 +76,27 @@ def find_model_file(model: str, gguf_path: str | Path | None = None) -> Path | N
                 f"{model} stands for {saved.gguf} (in {saved.source}), which does not exist; correct it with "
                 f"%sollol_profile {model} --gguf PATH"
             )
-        return saved.gguf
-    if gguf_path is not None or model.endswith(".gguf"):
-        path = Path(model if model.endswith(".gguf") or gguf_path is None else gguf_path).expanduser().absolute()
-        if not path.is_file():
-            raise ModelFileError(f"{path} does not exist; give the path of a GGUF file")
-        return path
+        return first_part(saved.gguf)
+    if is_file_name(model):
+        return _named_file(model)
+    if gguf_path is not None:
+        return _named_file(gguf_path)
     try:
         return OllamaGGUFResolver().resolve(model)
     except ModelNotFoundError:
         return None
+
+
+def _named_file(named: str | Path) -> Path:
+    """The file that a user names; of a split model its first part. Raises ModelFileError if there is none."""
+    if "://" in str(named):
+        raise ModelFileError(f"{named} is a web address; download the file, and give its path")
+    try:
+        path = Path(named).expanduser().absolute()
+    except RuntimeError as error:  # "~someone" without a home
+        raise ModelFileError(f"cannot read {named}: {error}; check the path") from None
+    check_file(path, advice="give the path of a GGUF file")
+    return first_part(path)
 
 
 def names_file(model: str) -> bool:

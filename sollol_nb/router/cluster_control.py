@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from sollol_nb.cluster.state import ClusterState
 from sollol_nb.cluster.status import ClusterStatus
@@ -18,6 +19,7 @@ from sollol_nb.runtime.events import EventBus, EventKind
 from sollol_nb.runtime.io_loop import io_bound
 from sollol_nb.settings.endpoints import format_endpoint, parse_endpoint
 from sollol_nb.settings.kinds import keep_alive_seconds
+from sollol_nb.settings.models import model_text
 
 
 class ClusterControl:
@@ -130,12 +132,12 @@ class ClusterControl:
         await self._workers.let_go_local([endpoint])
 
     @io_bound
-    async def end_coordinators(self, model: str | None = None, *, force: bool = False) -> list[Ended]:
+    async def end_coordinators(self, model: str | Path | None = None, *, force: bool = False) -> list[Ended]:
         """As `stop_coordinator`; returns also what was left running, and for whom."""
-        return await self._coordinators.stop(model, force=force)
+        return await self._coordinators.stop(model_text(model), force=force)
 
     @io_bound
-    async def stop_coordinator(self, model: str | None = None, *, force: bool = False) -> list[str]:
+    async def stop_coordinator(self, model: str | Path | None = None, *, force: bool = False) -> list[str]:
         """Stop the coordinators of a model, or all; returns the models stopped.
 
         One that another process uses is left running for that process.
@@ -143,10 +145,11 @@ class ClusterControl:
         Args:
             force: stop it in any case.
         """
-        return [ended.name for ended in await self._coordinators.stop(model, force=force) if not ended.users]
+        all_ended = await self._coordinators.stop(model_text(model), force=force)
+        return [ended.name for ended in all_ended if not ended.users]
 
     @io_bound
-    async def apply_plan(self, model: str, counts: Mapping[str, int]) -> None:
+    async def apply_plan(self, model: str | Path, counts: Mapping[str, int]) -> None:
         """Start a running model anew with another layout; its answers continue on the new one.
 
         Args:
@@ -161,10 +164,10 @@ class ClusterControl:
                 or lost while the new one started.
             CoordinatorError: the new one could not be started; the old one has ended.
         """
-        await self._coordinators.lay_out(model, counts)
+        await self._coordinators.lay_out(model_text(model), counts)
 
     @io_bound
-    async def what_if(self, model: str, counts: Mapping[str, int]) -> Forecast:
+    async def what_if(self, model: str | Path, counts: Mapping[str, int]) -> Forecast:
         """How much memory another layout of a running model would need, and how fast it would be.
 
         Args:
@@ -173,7 +176,7 @@ class ClusterControl:
         Raises:
             ConfigError: no coordinator of this router shards the model, or this is not a layout of it.
         """
-        return self._coordinators.what_if(model, counts)
+        return self._coordinators.what_if(model_text(model), counts)
 
     @io_bound
     async def configure(self, *, layer_strategy: str | None = None, keep_alive: float | str | None = None) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sollol_nb.chat.option_checks import SAMPLING_OPTIONS, check_llama_cpp_options, check_options
+from sollol_nb.chat.plain_data import checked_text
 from sollol_nb.errors import (
     ConfigError,
     ModelError,
@@ -33,6 +34,7 @@ from sollol_nb.models.profiles import ModelProfile, profile_of
 from sollol_nb.models.routing import DISTRIBUTED, LOCAL, OLLAMA, Route, decide_route
 from sollol_nb.ollama.pool import OllamaPool
 from sollol_nb.settings import config
+from sollol_nb.settings.models import model_text
 
 # The messages of Ollama and its engine when a model does not fit (Ollama's llm/server.go, ggml's allocators).
 _OUT_OF_MEMORY = re.compile(
@@ -79,11 +81,12 @@ class RouteFinder:
         self.model_filter = model_filter
         self.gguf_path = gguf_path
 
-    def would_shard(self, model: str) -> bool:
+    def would_shard(self, model: str | Path) -> bool:
         """Whether the model is sharded by its profile; contacts no node or worker."""
+        model = checked_model(model)
         return self._may_shard(model) and bool(self.profile(model).requires_distributed)
 
-    async def find(self, model: str, backend: str | None) -> Route:
+    async def find(self, model: str | Path, backend: str | None) -> Route:
         """Where a request for this model goes now, and why.
 
         Args:
@@ -92,8 +95,7 @@ class RouteFinder:
         Raises:
             ModelError, ConfigError: no backend, or not this one, can answer; the message says why.
         """
-        if not isinstance(model, str) or not model.strip():
-            raise ConfigError(f"model={model!r} is not a model name; try demo or llama3.2")
+        model = checked_model(model)
         profile = await asyncio.to_thread(self.profile, model, backend)
         shards = bool(profile.requires_distributed) and self.enable_distributed
         path, trouble = None, ""
@@ -188,7 +190,7 @@ class RouteFinder:
             coordinators=coordinators,
         )
 
-    def profile(self, model: str, backend: str | None = None) -> ModelProfile:
+    def profile(self, model: str | Path, backend: str | None = None) -> ModelProfile:
         """What is known of a model, and from where.
 
         A file in Ollama's storage that cannot be used leaves the size unknown: Ollama may serve the model
@@ -201,6 +203,7 @@ class RouteFinder:
             ConfigError: see `profile_of`.
             ModelFileError: the user names the file (the model, or `gguf_path`), and it cannot be used.
         """
+        model = checked_model(model)
         saved = config.saved_model(model)
         profile = profile_of(model, threshold_params=self.threshold_params, saved=saved)
         if profile.is_stated and saved.gguf is None:
@@ -239,6 +242,25 @@ class RouteFinder:
         if await self._ollama.has_model(model):
             return True, "an Ollama node has it"
         return False, self._ollama.describe_state()
+
+
+def checked_model(model: object) -> str:
+    """A model as a caller names it, as text.
+
+    Raises:
+        ConfigError: it is neither a name nor the path of a file.
+    """
+    text = model_text(model)
+    if not isinstance(text, str) or not text.strip():
+        raise ConfigError(f"model={model!r} is not a model name; try demo or llama3.2")
+    if "\0" in text:
+        raise ConfigError(f"model={model!r} contains a NUL character; no model and no file has such a name")
+    try:
+        return checked_text(text, "it")
+    except ConfigError:
+        raise ConfigError(
+            f"model={model!r} has characters that are not Unicode; rename the file, in UTF-8"
+        ) from None
 
 
 def _checked_sampling_option(name: str, value: Any) -> Any:

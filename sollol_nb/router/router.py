@@ -56,6 +56,7 @@ from sollol_nb.runtime.io_loop import (
 from sollol_nb.runtime.priority import Priority, checked_priority
 from sollol_nb.settings import config
 from sollol_nb.settings.endpoints import DEFAULT_COORDINATOR_PORT, DEFAULT_RPC_PORT
+from sollol_nb.settings.models import model_text
 from sollol_nb.text.tables import counted
 
 if TYPE_CHECKING:
@@ -227,7 +228,7 @@ class Router:
     async def route_request(
         self,
         /,
-        model: str,
+        model: str | Path,
         messages: Sequence[Mapping[str, Any]] | str,
         *,
         schema: object = None,
@@ -239,7 +240,8 @@ class Router:
         """Ask a model, and wait for the whole answer.
 
         Args:
-            model: a model's name, such as `llama3.1:70b` or `demo:sharded`, or the path of a `.gguf` file.
+            model: a model's name, such as `llama3.1:70b` or `demo:sharded`, or the path of a GGUF file, as text or
+                `Path`.
             messages: `[{"role": "user", "content": "Hello!"}]`, or one user message as a string.
             schema: what the answer must match: a pydantic model class, a dataclass, another type such as
                 `list[str]`, a JSON schema as a dict, or a DataFrame as an example (see `schema/schema.py`). The
@@ -269,7 +271,7 @@ class Router:
     def stream(
         self,
         /,
-        model: str,
+        model: str | Path,
         messages: Sequence[Mapping[str, Any]] | str,
         *,
         schema: object = None,
@@ -292,7 +294,7 @@ class Router:
             timeout_s=self._timeout_s if timeout is None else timeout,
             options=options,
         )
-        return ActiveRequest(self._services, model, check, router=self).chunks()
+        return ActiveRequest(self._services, model_text(model), check, router=self).chunks()
 
     async def resume(
         self, interrupted: AnswerInterruptedError, *, priority: int = Priority.NORMAL, timeout: float | None = None
@@ -335,12 +337,12 @@ class Router:
 
     # --- deciding -------------------------------------------------------------------------------
 
-    def should_use_distributed(self, model: str) -> bool:
+    def should_use_distributed(self, model: str | Path) -> bool:
         """Whether this router would shard the model, by its profile; contacts no node or worker."""
         return self._routes.would_shard(model)
 
     @io_bound
-    async def route(self, model: str, *, backend: str | None = None) -> Route:
+    async def route(self, model: str | Path, *, backend: str | None = None) -> Route:
         """Where a request for this model would go now, and why.
 
         Args:
@@ -352,7 +354,7 @@ class Router:
         return await self._routes.find(model, checked_backend(backend))
 
     @io_bound
-    async def slots_for(self, model: str, *, backend: str | None = None) -> ModelSlots:
+    async def slots_for(self, model: str | Path, *, backend: str | None = None) -> ModelSlots:
         """How many requests for this model would run at the same time now, and which model that is.
 
         Args:
@@ -366,11 +368,11 @@ class Router:
             slots = self._routes.ollama_slots(route.model)
         else:
             slots = self._coordinators.gate(route).slots
-        identity, saved = await self._routes.identity(route), config.saved_model(model)
+        identity, saved = await self._routes.identity(route), config.saved_model(route.model)
         defaults = {**saved.options, **({"system": saved.system} if saved.system else {})}
         return ModelSlots(identity=identity | ({"defaults": defaults} if defaults else {}), slots=slots)
 
-    def profile(self, model: str) -> ModelProfile:
+    def profile(self, model: str | Path) -> ModelProfile:
         """What is known about a model, and from where; contacts no node or worker.
 
         Raises:
@@ -387,7 +389,7 @@ class Router:
         return await asyncio.to_thread(models_frame, models)
 
     @io_bound
-    async def preload(self, model: str | Route) -> str:
+    async def preload(self, model: str | Path | Route) -> str:
         """Have a model loaded where a request for it would go; returns where that is, such as `in Ollama`.
 
         Args:

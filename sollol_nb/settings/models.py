@@ -15,9 +15,10 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import MappingProxyType
 from typing import Any
 
@@ -29,9 +30,23 @@ BUILT_IN_NAMES = ("demo", "demo:sharded")
 """Names of the model that comes with the package, which cannot be given to another file."""
 
 
+# A path from a root or a folder; no Ollama model can have such a name.
+_PATH = re.compile(r"[/~\\]|\.{1,2}[/\\]|[A-Za-z]:[/\\]")
+_BLOB = re.compile(r".*[/\\]sha256-[0-9a-fA-F]{64}", re.DOTALL)
+
+
 def is_file_name(model: str) -> bool:
-    """Whether a model's name is the path of a GGUF file."""
-    return model.lower().endswith(".gguf")
+    """Whether a model's name is the path of a GGUF file: it ends in `.gguf`, is one of Ollama's blobs, or begins
+    as a path does."""
+    return bool(model.lower().endswith(".gguf") or _PATH.match(model) or _BLOB.fullmatch(model))
+
+
+def model_text(model: Any) -> Any:
+    """A model that is given as a `Path`, as text that names a file; anything else unchanged."""
+    if not isinstance(model, PurePath):
+        return model
+    text = str(model)
+    return text if is_file_name(text) else str(Path(model).absolute())
 
 
 def _gguf(value: Any) -> Path:
