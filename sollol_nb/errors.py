@@ -2,6 +2,7 @@
 
 * SollolError
   x ConfigError                    a setting or option that cannot be used
+  x StorageError                   (also an OSError) the latency log, or a file that is written from it
   + EngineError                    the llama.cpp binaries
     x EngineNotFoundError
     x EngineIncompatibleError
@@ -48,6 +49,10 @@ class SollolError(Exception):
 
 class ConfigError(SollolError, ValueError):
     """A setting, option or argument has an invalid value."""
+
+
+class StorageError(SollolError, OSError):
+    """The latency log cannot be read, or a file cannot be written from it."""
 
 
 # --- the llama.cpp binaries -------------------------------------------------------------------

@@ -14,7 +14,7 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sollol_nb.errors import ConfigError
+from sollol_nb.errors import ConfigError, StorageError
 from sollol_nb.latency.filter import Moment, RowFilter
 from sollol_nb.latency.schema import COLUMNS, SCHEMA_VERSION, LatencyRow
 from sollol_nb.latency.writer import EXIT_LIMIT_S, writer
@@ -146,7 +146,7 @@ class LatencyLog:
 
         Raises:
             ConfigError: an argument cannot be used.
-            sqlite3.Error: the file cannot be read.
+            StorageError: the file cannot be read.
         """
         from sollol_nb.latency.frames import frame_of
 
@@ -154,8 +154,13 @@ class LatencyLog:
             time.time(), model=model, backend=backend, status=status, since=since, until=until, last=last
         )
         writer().wait_written()
-        with self._file.connection() as connection:
-            return frame_of(connection.execute(*_query(wanted)))
+        try:
+            with self._file.connection() as connection:
+                return frame_of(connection.execute(*_query(wanted)))
+        except sqlite3.Error as error:
+            damaged = type(error) is sqlite3.DatabaseError  # not one of the kinds derived from it
+            advice = "; it is damaged: move it away, and the next request begins a new one" if damaged else ""
+            raise StorageError(f"cannot read the latency log {self.path}: {error}{advice}") from error
 
     def export(self, path: str | Path, **filters: Any) -> Path:
         """Write the log to a `.csv` or `.parquet` file; the file appears when it is whole.
@@ -169,12 +174,17 @@ class LatencyLog:
 
         Raises:
             ConfigError: the suffix is unknown, pyarrow is not installed, or a filter cannot be used.
-            OSError: the file cannot be written.
+            StorageError: the log cannot be read, or the file cannot be written.
         """
         from sollol_nb.latency.frames import check_format, write_frame
 
         check_format(Path(path))
-        return write_frame(self.frame(**filters), Path(path))
+        frame = self.frame(**filters)
+        try:
+            return write_frame(frame, Path(path))
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise StorageError(f"cannot write {path}: {reason}; give a path in a folder of yours") from error
 
     def _prune(self) -> None:
         """Delete some of the rows that need not be kept."""

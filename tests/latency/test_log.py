@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from sollol_nb.errors import ConfigError
+from sollol_nb.errors import ConfigError, StorageError
 from sollol_nb.latency.filter import seconds_of
 from sollol_nb.latency.frames import ROWS_AT_ONCE
 from sollol_nb.latency.log import PRUNED_AT_ONCE, LatencyLog
@@ -514,3 +514,19 @@ def test_a_log_that_cannot_be_pruned_still_takes_rows(
 def test_what_is_kept_must_be_more_than_nothing(wanted: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wanted))):
         LatencyLog("log", **wanted)
+
+
+@pytest.mark.parametrize("content", [b"garbage" * 500, b"SQLite format 3\0" + bytes(60)], ids=["text", "cut"])
+def test_a_damaged_log_is_named_with_what_to_do(log: LatencyLog, tmp_path: Path, content: bytes) -> None:
+    log.path.write_bytes(content)
+
+    for read in (log.frame, lambda: log.export(tmp_path / "log.csv")):
+        with pytest.raises(StorageError, match=r"cannot read the latency log .*latency.sqlite.*move it away"):
+            read()
+
+
+def test_an_export_that_cannot_be_written_is_named_with_what_to_do(log: LatencyLog, tmp_path: Path) -> None:
+    log.record(FULL)
+
+    with pytest.raises(StorageError, match=r"cannot write .*log.csv: .*; give a path in a folder of yours"):
+        log.export(tmp_path / "absent" / "log.csv")
