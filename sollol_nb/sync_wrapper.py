@@ -103,6 +103,7 @@ class HybridRouter:
     should_use_distributed = delegate(hybrid_router.HybridRouter.should_use_distributed)
     profile = delegate(hybrid_router.HybridRouter.profile)
     get_stats = delegate(hybrid_router.HybridRouter.get_stats)
+    route_of = delegate(hybrid_router.HybridRouter.route_of)
 
     @property
     def stream_async(self) -> Callable[..., AsyncGenerator[Chunk, None]]:
@@ -144,9 +145,9 @@ class HybridRouter:
         """Limit of a request in seconds, from when its backend is ready."""
         return self._async.timeout_s
 
-    def sibling(self, **changes: Any) -> Self:
+    def sibling(self, *, exact: bool = False, **changes: Any) -> Self:
         router = type(self).__new__(type(self))
-        router._async = self._async.sibling(**changes)
+        router._async = self._async.sibling(exact=exact, **changes)
         return router
 
     sibling.__doc__ = hybrid_router.HybridRouter.sibling.__doc__

@@ -62,6 +62,12 @@ def own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             os.environ[name] = value
 
 
+@pytest.fixture
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state folder in which no other test's coordinators and workers are found, which would be shared."""
+    monkeypatch.setenv("SOLLOL_STATE_DIR", str(tmp_path / "state"))
+
+
 @pytest.fixture(scope="session")
 def engine() -> Engine:
     """The real llama.cpp binaries. `make test` installs them; their absence is a failure, never a skip."""

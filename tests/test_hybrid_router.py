@@ -585,7 +585,7 @@ def test_events_report_the_life_of_requests_workers_and_coordinators(engine: Eng
     assert [event.data["status"] for event in seen if event.kind == "request.finished"] == ["ok", "error"]
 
 
-def test_the_statistics_count_requests_and_show_what_runs(engine: Engine) -> None:
+def test_the_statistics_count_requests_and_show_what_runs(engine: Engine, alone: None) -> None:
     # Over workers that no other test uses: one that others have stopped twice would be avoided for a while.
     with HybridRouter(
         auto_setup_rpc=True, auto_discover_rpc=False, num_rpc_backends=3, context_tokens=1920, rpc_port=51152

@@ -220,7 +220,7 @@ def test_keyboard_interrupt_cancels_the_generation_and_nothing_else(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a process cannot send itself Ctrl-C alone there")
-def test_an_interrupt_before_the_coordinator_is_ready_stops_its_start(engine: Engine) -> None:
+def test_an_interrupt_before_the_coordinator_is_ready_stops_its_start(engine: Engine, alone: None) -> None:
     with HybridRouter(auto_discover_rpc=False) as mine:
         (endpoint,) = mine.start_workers(1)
         worker = engine_on(int(endpoint.rpartition(":")[2]))
@@ -242,7 +242,7 @@ def test_an_interrupt_before_the_coordinator_is_ready_stops_its_start(engine: En
         assert mine.route_request("demo:sharded", QUESTION, max_tokens=1)["done"]
 
 
-def test_a_router_shows_its_cluster(engine: Engine) -> None:
+def test_a_router_shows_its_cluster(engine: Engine, alone: None) -> None:
     # Over workers that no other test uses: one that others have stopped twice would be avoided for a while.
     with HybridRouter(
         auto_setup_rpc=True, auto_discover_rpc=False, num_rpc_backends=3, context_tokens=1920, rpc_port=51152

@@ -17,7 +17,7 @@ from sollol_nb.errors import ConfigError, ModelNotFoundError, RequestTimeoutErro
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.runtime.events import Event
 from sollol_nb.sync_wrapper import HybridRouter
-from tests.support.engines import engine_on, engines_of, is_alive, run, unused_port, unused_ports
+from tests.support.engines import engine_on, engines_of, eventually, is_alive, run, unused_port, unused_ports
 
 pytestmark = pytest.mark.engine
 
@@ -28,7 +28,8 @@ QUICK: dict[str, Any] = {"prompts": ["Hello!", "What is a worker?"], "repeat": 2
 @pytest.fixture(scope="module")
 def three_workers(engine: Engine) -> Iterator[HybridRouter]:
     """A blocking router that knows three workers, and starts no more."""
-    with HybridRouter(auto_discover_rpc=False, rpc_port=unused_ports(3)) as router:
+    # With a larger context than the coordinators of other tests, which it would share.
+    with HybridRouter(auto_discover_rpc=False, rpc_port=unused_ports(3), context_tokens=2560) as router:
         router.start_workers(3)
         yield router
 
@@ -74,7 +75,7 @@ def test_coordinators_take_turns_on_the_same_workers_where_these_are_few(idle: H
     assert two < three
     assert any("took turns on the same workers" in note for note in result.notes)
     assert len(result.rows) == 2 * 2 * 2
-    assert [worker.state for worker in idle.cluster().workers] == ["free"] * 3
+    assert [worker.state for worker in idle.check_workers()] == ["free"] * 3
 
 
 def test_turns_can_be_requested_and_refused(idle: HybridRouter) -> None:
@@ -119,11 +120,17 @@ def test_auto_is_the_router_itself_and_stays_loaded(idle: HybridRouter) -> None:
     assert set(logged["status"]) == {"ok"}, "requests of a benchmark are in the latency log"
 
 
-def test_an_idle_coordinator_of_the_router_is_stopped_to_free_its_workers(idle: HybridRouter) -> None:
+def test_an_idle_coordinator_is_stopped_to_free_its_workers_and_loaded_again_after_the_benchmark(
+    idle: HybridRouter,
+) -> None:
     idle.route_request(MODEL, "Hello!", max_tokens=1)
+    (before,) = idle.coordinators
     result = idle.bench(MODEL, layouts=3, **QUICK)
-    assert idle.coordinators == []
-    assert f"stopped the idle coordinator of {MODEL} to free its workers" in result.notes
+    note = f"stopped the idle coordinator of {MODEL} to free its workers; it is loaded again after the benchmark"
+    assert note in result.notes
+    assert not before.is_running()
+    eventually(lambda: idle.coordinators, "it is loaded again")
+    assert idle.route_request(MODEL, "Hello!", max_tokens=1).routing["load_ms"] is None
 
 
 def test_a_small_model_is_sharded_where_a_layout_says_so(idle: HybridRouter) -> None:
@@ -208,7 +215,7 @@ def test_an_interrupt_keeps_what_was_measured_and_ends_what_was_started(idle: Hy
     assert not result.complete
     assert 0 < len(result.rows) < 1000
     assert "incomplete" in str(result)
-    assert [worker.state for worker in idle.cluster().workers] == ["free"] * 3
+    assert [worker.state for worker in idle.check_workers()] == ["free"] * 3
     assert idle.route_request(MODEL, "Hello!", max_tokens=2).text
 
 

@@ -124,8 +124,8 @@ def test_the_route_magic_shows_the_route_and_its_reason(notebook: Kernel) -> Non
         ),
         ("%%sollol demo\n  ", "UsageError: the prompt is empty"),
         ("%%sollol demo --out 1x\nHello", "UsageError: '1x' (--out) is not a valid variable name"),
-        ("%sollol_cluster start many", "UsageError: start takes a number of workers, not 'many'"),
-        ("%sollol_cluster stop nosuch", "UsageError: there is no coordinator of nosuch"),
+        ("%sollol_cluster start many", "UsageError: start takes one number of workers, not 'many'"),
+        ("%sollol_cluster stop nosuch", "UsageError: this notebook runs no coordinator or worker called nosuch"),
     ],
 )
 def test_errors_are_one_line(notebook: Kernel, cell: str, message: str) -> None:

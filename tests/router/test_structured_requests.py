@@ -124,10 +124,9 @@ def test_a_tool_call_is_not_checked_against_the_schema() -> None:
     assert checked_against_schema(completion, TURN) is completion
 
 
-def test_an_interrupted_answer_is_resumed_on_its_backend_and_checked(engine: Engine) -> None:
+def test_an_interrupted_answer_is_resumed_on_its_backend_and_checked(engine: Engine, alone: None) -> None:
     flips = {"type": "array", "items": {"type": "boolean"}, "minItems": 60, "maxItems": 60}
     asked: dict[str, Any] = {"backend": "sharded", "schema": flips, "temperature": 0, "max_tokens": 1500}
-    # With a context of its own, so that no coordinator of other tests is adopted.
     with HybridRouter(auto_discover_rpc=False, num_rpc_backends=2, context_tokens=1856, rpc_port=52152) as mine:
         workers = mine.start_workers(2)
         whole = mine.route_request("demo", QUESTION, **asked)

@@ -477,7 +477,7 @@ def test_an_action_runs_once_at_a_time(widget: ClusterWidget, cluster: Simulated
 
 
 @pytest.mark.engine
-def test_a_loaded_model_gets_a_new_layout_that_was_predicted_before(engine: object) -> None:
+def test_a_loaded_model_gets_a_new_layout_that_was_predicted_before(engine: object, alone: None) -> None:
     with HybridRouter(auto_discover_rpc=False, context_tokens=1024) as router:
         router.start_workers(2)
         widget = router.widget()
