@@ -58,6 +58,26 @@ def test_each_new_router_has_the_settings_of_the_kernel(
         session.end(shell)
 
 
+def test_the_previous_router_is_closed_also_if_the_next_one_cannot_take_its_workers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    session = Session()
+    previous = session.use_router(HybridRouter(auto_discover_rpc=False))
+    following = HybridRouter(auto_discover_rpc=False)
+
+    def fails(_: HybridRouter, endpoints: object) -> None:
+        raise OSError("the registry cannot be read")
+
+    monkeypatch.setattr(HybridRouter, "take_workers", fails)
+    monkeypatch.setattr(session_module, "_new_router", lambda **_: following)
+    session._router_is_stale = True
+    with pytest.raises(OSError, match="the registry cannot be read"):
+        session.router()
+    assert previous.state.is_closed
+    assert session.router() is following
+    following.close()
+
+
 def test_without_the_extension_there_are_no_settings() -> None:
     with pytest.raises(RuntimeError, match="%load_ext sollol_nb"):
         Session().settings()

@@ -58,11 +58,11 @@ def nothing_is_left(folder: Path) -> None:
 class Control:
     """A control connection, already greeted if there is a key."""
 
-    def __init__(self, port: int, key: str | None = KEY) -> None:
+    def __init__(self, port: int, key: str | None = KEY, **about: Any) -> None:
         self.socket = socket.create_connection(("127.0.0.1", port), timeout=HANG_GUARD_S)
         self._lines = self.socket.makefile("rb")
         if key is not None:
-            self.send({"key": key})
+            self.send({"key": key, **about})
             self.hello = self.line()
 
     def send(self, *messages: Any) -> None:
@@ -113,8 +113,8 @@ class Supervised:
             self.engine = psutil.Process(started["pid"])
         self.log_path = Path(spec["log_path"])
 
-    def connect(self, key: str | None = KEY) -> Control:
-        return Control(self.control_port, key)
+    def connect(self, key: str | None = KEY, **about: Any) -> Control:
+        return Control(self.control_port, key, **about)
 
     def entry(self) -> dict[str, Any]:
         entry: dict[str, Any] = json.loads(Path(self.spec["entry_path"]).read_text("utf-8"))

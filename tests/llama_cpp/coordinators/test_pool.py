@@ -25,6 +25,7 @@ from sollol_nb.errors import (
 from sollol_nb.layers.strategies import WorkerCapacity
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.engine.check import Engine
+from sollol_nb.llama_cpp.workers.probe import test_rpc_backend
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.sync_wrapper import HybridRouter
 from tests.support.engines import (
@@ -500,3 +501,53 @@ def test_a_request_cancelled_while_its_coordinator_starts_leaves_no_engine_and_f
         all_end([process for process in engines_of(psutil.Process()) if process not in before])
         eventually(lambda: worker_states(mine) == ["free"] * 2, "the workers are free")
         assert mine.latency.frame(model="demo:sharded", last=1).status[0] == "cancelled"
+
+
+# --- a second router in the same process ------------------------------------------------------
+
+
+@pytest.fixture
+def running(engine: Engine, alone: None) -> Iterator[HybridRouter]:
+    """A router that runs the demo model over the only three workers, as nobody else asked for."""
+    with HybridRouter(context_tokens=1024) as mine:
+        mine.start_workers(3)
+        mine.route_request("demo:sharded", QUESTION, **TWO_TOKENS)
+        yield mine
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, ""),
+        ({"num_rpc_backends": 3}, ""),
+        ({"num_rpc_backends": 2}, "so the running coordinator is used: it has 3 workers instead of 2"),
+        ({"layer_strategy": "even"}, "it has layer strategy memory_aware instead of even"),
+        ({"slots": 9, "num_rpc_backends": 6}, "it has 4 slots instead of 9, 3 workers instead of 6"),
+        ({"context_tokens": 512}, ""),
+    ],
+)  # fmt: skip
+def test_a_running_coordinator_is_used_and_the_route_says_where_it_is_not_as_asked(
+    running: HybridRouter, settings: dict[str, Any], said: str
+) -> None:
+    with HybridRouter(**{"context_tokens": 1024, **settings}) as second:
+        answer = second.route_request("demo:sharded", QUESTION, **TWO_TOKENS)
+        assert answer.routing["coordinator_url"] == coordinator_of(running).base_url
+        assert answer.routing["reason"].endswith(said)
+        assert ("instead of" in answer.routing["reason"]) == bool(said)
+    assert coordinator_of(running).is_running()
+
+
+def test_a_coordinator_with_too_small_a_context_is_not_used_and_makes_room(running: HybridRouter) -> None:
+    before = coordinator_of(running)
+    with HybridRouter(context_tokens=1536) as second:
+        second.route_request("demo:sharded", QUESTION, **TWO_TOKENS)
+        assert coordinator_of(second).settings.context_tokens == 1536
+        assert not before.is_running()
+        messages = [event.message for event in second.events.recent() if event.kind == "coordinator.made_room"]
+        assert messages == ["stopped demo:sharded, which is idle in another router, to make room for demo:sharded"]
+
+
+def test_a_worker_that_an_own_coordinator_holds_is_available(running: HybridRouter) -> None:
+    host, _, port = coordinator_of(running).rpc_backends[0].rpartition(":")
+    assert test_rpc_backend(host, int(port))
+    assert not test_rpc_backend("127.0.0.1", unused_port())

@@ -73,3 +73,14 @@ def test_only_a_coordinator_that_is_ready_and_left_by_its_kernel_makes_room(
     assert run(coordinators.end_left("wanted")) == (load_ms is not None)
     assert len(registry.entries()) == (load_ms is None)
     run(stop_engines(also_used=True))
+
+
+def test_a_left_coordinator_whose_model_file_is_gone_makes_room(alone: None, tmp_path: Path) -> None:
+    gone = {"path": str(tmp_path / "removed.gguf"), "size": 1, "mtime_ns": 1}
+    run(start_left(load_ms=100.0, model_file=gone)).detach()
+    events = EventBus()
+    coordinators = RunningCoordinators(Workers([], events), events, TokenMeasurements(events))
+    assert run(coordinators.end_left("wanted"))
+    assert registry.entries() == []
+    (event,) = events.recent()
+    assert event.message == "stopped left, which an ended kernel left, to make room for wanted"

@@ -89,6 +89,20 @@ def test_the_end_is_reported_to_every_client(folder: Path) -> None:
     )
 
 
+def test_stop_unless_used_spares_an_engine_of_other_processes_and_one_that_is_held(folder: Path) -> None:
+    with supervised(folder) as owner:
+        mine, idle, other = (owner.connect(pid=pid, name=name) for pid, name in [(7, "a"), (7, "b"), (8, "c")])
+        for unless in ("used", "foreign"):
+            assert mine.ask("stop", unless=unless) == {"ok": False, "users": ["c"]}
+        other.close()
+        eventually(lambda: mine.ask("status")["clients"] == 1, "the other process has left")
+        idle.ask("hold")
+        assert mine.ask("stop", unless="used") == {"ok": False, "users": ["b"]}
+        idle.ask("free")
+        assert mine.ask("stop", unless="used") == {"ok": True}
+        mine.exited()
+
+
 def test_stop_unless_shared_spares_an_engine_that_others_are_connected_to(folder: Path) -> None:
     with supervised(folder) as owner:
         mine, other, keyless = owner.connect(), owner.connect(), owner.connect(key=None)

@@ -29,7 +29,9 @@ from sollol_nb.llama_cpp.workers.probe import (
     probe_all,
     test_rpc_backend,
 )
+from sollol_nb.sync_wrapper import HybridRouter
 from tests.support.engines import HANG_GUARD_S, Peer, listening, run, unused_port
+from tests.support.ollama_server import OllamaServer
 
 SHORT_S = 0.4  # the probe's time limit for a silent peer
 HELLO, DEVICE_COUNT, GET_DEVICE_MEMORY = 14, 15, 11
@@ -301,6 +303,45 @@ def test_random_garbage_never_crashes_or_hangs_the_probe(seed: int) -> None:
 
     assert outcomes <= {ProbeOutcome.FREE, ProbeOutcome.BUSY, ProbeOutcome.INCOMPATIBLE}
     assert ProbeOutcome.INCOMPATIBLE in outcomes
+
+
+async def waits_for_a_line(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """As HTTP servers do: HELLO has no line, so they say nothing to it."""
+    while await reader.readline() != b"\r\n":
+        pass
+    writer.write(b"HTTP/1.1 404 Not Found\r\nServer: llama.cpp\r\nContent-Length: 0\r\n\r\n")
+    await writer.drain()
+
+
+def test_an_http_port_that_is_given_as_a_worker_is_recognised() -> None:
+    result = run(probed(waits_for_a_line))
+
+    assert result.outcome is ProbeOutcome.INCOMPATIBLE
+    assert "is a llama-server, not an RPC worker; give the port on which ggml-rpc-server listens" in result.detail
+
+
+@pytest.mark.ollama
+def test_an_ollama_port_that_is_given_as_a_worker_is_recognised(ollama: OllamaServer) -> None:
+    result = run(probe("127.0.0.1", ollama.port))
+
+    assert result.outcome is ProbeOutcome.INCOMPATIBLE
+    name = f"127.0.0.1:{ollama.port}"
+    assert result.detail == f"{name} is Ollama, not an RPC worker; to use it, set OLLAMA_HOST={name}"
+
+
+def test_a_host_that_has_only_ipv6_addresses_is_unreachable_in_words() -> None:
+    result = run(probe("::1", 50052))
+
+    assert result.outcome is ProbeOutcome.UNREACHABLE
+    assert "llama.cpp reaches workers only at IPv4 addresses, and ::1 has none" in result.detail
+
+
+@pytest.mark.parametrize("given", ["[::1]:50052", "::1", {"host": "fe80::1", "port": 50052}])
+def test_an_ipv6_worker_is_refused_by_name_when_the_router_is_made(given: Any) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^\[.*\]:50052 is an IPv6 address, but llama.cpp connects to workers by"
+    ):
+        HybridRouter(rpc_backends=[given])
 
 
 # --- discovery --------------------------------------------------------------------------------
