@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from sollol_nb.errors import ConfigError, ContextOverflowError
+from sollol_nb.runtime.amounts import shown
 from sollol_nb.text.short_names import short_name
 
 ERROR, DROP_OLDEST = OVERFLOW_CHOICES = ("error", "drop_oldest")
@@ -44,7 +45,7 @@ class FittedMessages:
 def check_overflow(choice: str) -> str:
     """The choice. Raises ConfigError if it is not one of `OVERFLOW_CHOICES`."""
     if choice not in OVERFLOW_CHOICES:
-        raise ConfigError(f"overflow={choice!r} must be {' or '.join(OVERFLOW_CHOICES)}")
+        raise ConfigError(f"overflow={shown(choice)} must be {' or '.join(OVERFLOW_CHOICES)}")
     return choice
 
 

@@ -7,11 +7,12 @@ are all text become one text, the arguments of tool calls become a dict, and the
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sollol_nb.chat.plain_data import plain_data
 from sollol_nb.errors import ConfigError
+from sollol_nb.runtime.amounts import shown
 
 ROLES = ("system", "user", "assistant", "tool")
 _OPENAI_ROLES = {"developer": "system"}
@@ -37,25 +38,29 @@ def _checked(given: Any, where: str) -> dict[str, Any]:
     role = given["role"]
     if isinstance(role, str):
         role = _OPENAI_ROLES.get(role, role)
-    if role not in ROLES:
-        raise ConfigError(f"{where} has role {role!r}; known roles: {', '.join(ROLES)}")
-    if not isinstance(given.get("content"), str | list | tuple) and not given.get("tool_calls"):
-        raise ConfigError(f'{where} needs "content" as text')
-    images = given.get("images") or []
-    if not isinstance(images, list | tuple) or not all(isinstance(image, str) for image in images):
+    if not isinstance(role, str) or role not in ROLES:
+        raise ConfigError(f"{where} has role {shown(role)}; known roles: {', '.join(ROLES)}")
+    calls = given.get("tool_calls")
+    images = given.get("images")
+    if not (images is None or _is_list(images, lambda image: isinstance(image, str))):
         raise ConfigError(f'{where} has "images" that are not a list of base64 texts')
-    calls = given.get("tool_calls") or []
-    if not isinstance(calls, list | tuple) or not all(map(_is_tool_call, calls)):
+    if not (calls is None or _is_list(calls, _is_tool_call)):
         raise ConfigError(
             f"{where} has tool_calls that are not a list such as "
             '[{"function": {"name": "f", "arguments": {}}}]'
         )
+    if not calls and not isinstance(given.get("content"), str | list | tuple):
+        raise ConfigError(f'{where} needs "content" as text')
     message: dict[str, Any] = {**plain_data(given, where), "role": role}
     if isinstance(message.get("content"), list):
         message["content"] = _checked_parts(message["content"], where)
     for position, call in enumerate(message.get("tool_calls") or []):
         _read_arguments(call["function"], f"{where} tool_calls[{position}]")
     return message
+
+
+def _is_list(value: Any, is_item: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list | tuple) and all(map(is_item, value))
 
 
 def _is_tool_call(call: Any) -> bool:
@@ -67,10 +72,10 @@ def _checked_parts(parts: list[Any], where: str) -> str | list[dict[str, Any]]:
     """The parts of a content; one text where all of them are text, joined as llama.cpp joins them."""
     for position, part in enumerate(parts):
         kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind not in _PART_TYPES:
-            shown = type(part).__name__ if not isinstance(part, Mapping) else f"type {kind!r}"
+        if not isinstance(kind, str) or kind not in _PART_TYPES:
+            what = type(part).__name__ if not isinstance(part, Mapping) else f"type {shown(kind)}"
             raise ConfigError(
-                f'{where} has a content part of {shown}; a part is {{"type": "text", "text": "Hello!"}} or one of '
+                f'{where} has a content part of {what}; a part is {{"type": "text", "text": "Hello!"}} or one of '
                 f"type {' or '.join(_PART_TYPES[1:])}"
             )
         if kind == "text" and not isinstance(part.get("text"), str):

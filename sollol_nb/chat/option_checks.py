@@ -14,12 +14,11 @@ from typing import Any
 from sollol_nb.chat.context_window import check_overflow
 from sollol_nb.chat.plain_data import checked_text, plain_data
 from sollol_nb.errors import ConfigError
-from sollol_nb.runtime.amounts import is_number, is_whole_number
+from sollol_nb.runtime.amounts import is_number, is_whole_number, shown
 from sollol_nb.text.nearest import nearest
 
 _MOST_WHOLE = 2**31 - 1
 _MOST_FLOAT = 3.4e38  # both engines compute with 32-bit floats
-_MOST_SHOWN_CHARACTERS = 80
 THINK_LEVELS = ("low", "medium", "high")
 RECOVERIES = ("fast", "exact")
 
@@ -165,7 +164,7 @@ def answer_schema(options: Mapping[str, Any]) -> dict[str, Any] | None:
     if isinstance(requested, Mapping):
         return dict(requested)
     if requested and requested != "json":
-        raise ConfigError(f'format={requested!r} must be "json" or a JSON schema as a dict')
+        raise ConfigError(f'format={shown(requested)} must be "json" or a JSON schema as a dict')
     return {"type": "object"} if requested else None
 
 
@@ -183,12 +182,9 @@ def _checked_ollama_options(options: Mapping[Any, Any]) -> dict[str, Any]:
 def _check_value(name: object, value: Any, known: Mapping[str, Values], label: str, where: str) -> None:
     values = known.get(name) if isinstance(name, str) else None
     if values is None:
-        raise ConfigError(f"unknown option {name!r}{where}; {_hint(name, known)}")
+        raise ConfigError(f"unknown option {shown(name)}{where}; {_hint(name, known)}")
     if not values.is_valid(value):
-        shown = " ".join(repr(value).split())
-        if len(shown) > _MOST_SHOWN_CHARACTERS:
-            shown = shown[: _MOST_SHOWN_CHARACTERS - 1] + "…"
-        raise ConfigError(f"{label}={shown} must be {values.description}")
+        raise ConfigError(f"{label}={shown(value)} must be {values.description}")
     if isinstance(value, str):
         checked_text(value, label)
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sollol_nb.errors import ConfigError
-from sollol_nb.runtime.amounts import is_number
+from sollol_nb.runtime.amounts import is_number, shown
 
 MAX_DEPTH = 64
 """How deep lists and dicts may be nested; the parsers of the engines have limits of their own."""
@@ -36,7 +36,7 @@ def plain_data(value: Any, where: str, *, depth: int = 0) -> Any:
     if isinstance(value, Mapping):
         for name in value:
             if not isinstance(name, str):
-                raise ConfigError(f"{where} has the key {name!r}, but keys must be text")
+                raise ConfigError(f"{where} has the key {shown(name)}, but keys must be text")
             checked_text(name, where)
         return {name: plain_data(item, f"{where}[{name!r}]", depth=depth + 1) for name, item in value.items()}
     if isinstance(value, list | tuple):

@@ -11,7 +11,7 @@ from sollol_nb.chat.option_checks import answer_schema, check_options
 from sollol_nb.errors import ConfigError, RequestRejectedError
 from sollol_nb.models.modelfile import Modelfile
 from sollol_nb.models.routing import checked_backend
-from sollol_nb.runtime.amounts import is_positive
+from sollol_nb.runtime.amounts import is_positive, shown
 from sollol_nb.runtime.priority import checked_priority
 from sollol_nb.schema.schema import json_schema_of
 from sollol_nb.settings.kinds import keep_alive_seconds
@@ -121,5 +121,5 @@ def options_with_schema(options: Mapping[str, Any], schema: object) -> dict[str,
 def checked_timeout_s(timeout_s: float) -> float:
     """The limit in seconds. Raises ConfigError if it is not a number above 0."""
     if not is_positive(timeout_s):
-        raise ConfigError(f"timeout={timeout_s!r} must be more than 0 seconds")
+        raise ConfigError(f"timeout={shown(timeout_s)} must be more than 0 seconds")
     return min(timeout_s, LONGEST_TIMEOUT_S)

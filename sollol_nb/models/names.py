@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass
 
 from sollol_nb.errors import ModelNotFoundError
+from sollol_nb.runtime.amounts import shown
 
 DEFAULT_HOST = "registry.ollama.ai"
 DEFAULT_NAMESPACE = "library"
@@ -49,8 +50,8 @@ class ModelName:
         checks = ((_HOST_PART, host), (_NAMESPACE_PART, namespace), (_NAME_PART, model), (_NAME_PART, tag))
         if not all(pattern.fullmatch(part) for pattern, part in checks):
             raise ModelNotFoundError(
-                f"{text!r} is not the name of an Ollama model; use a name such as llama3.1:70b, user/model:tag or "
-                "hf.co/user/repo:quant"
+                f"{shown(text)} is not the name of an Ollama model; use a name such as llama3.1:70b, "
+                "user/model:tag or hf.co/user/repo:quant"
             )
         return cls(host, namespace, model, tag)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from sollol_nb.errors import ConfigError, ModelFileError, ModelNotFoundError
 from sollol_nb.models.modelfile import NO_MODELFILE, Modelfile
 from sollol_nb.models.profiles import ModelProfile
+from sollol_nb.runtime.amounts import shown
 from sollol_nb.settings.models import is_file_name
 from sollol_nb.text.nearest import nearest
 from sollol_nb.text.short_names import short_name
@@ -74,7 +75,7 @@ def checked_backend(backend: str | None) -> str | None:
         return BACKEND_NAMES[backend.lower()] if backend is not None else None
     near = nearest(backend, BACKEND_NAMES)
     hint = f"did you mean {near!r}?" if near else f"known backends: {', '.join(BACKEND_NAMES)}"
-    raise ConfigError(f"backend={backend!r} is unknown; {hint}")
+    raise ConfigError(f"backend={shown(backend)} is unknown; {hint}")
 
 
 def decide_route(

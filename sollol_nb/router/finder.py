@@ -33,6 +33,7 @@ from sollol_nb.models.names import ModelName, key_of
 from sollol_nb.models.profiles import ModelProfile, profile_of
 from sollol_nb.models.routing import DISTRIBUTED, LOCAL, OLLAMA, Route, decide_route
 from sollol_nb.ollama.pool import OllamaPool
+from sollol_nb.runtime.amounts import shown
 from sollol_nb.settings import config
 from sollol_nb.settings.models import model_text
 
@@ -252,14 +253,14 @@ def checked_model(model: object) -> str:
     """
     text = model_text(model)
     if not isinstance(text, str) or not text.strip():
-        raise ConfigError(f"model={model!r} is not a model name; try demo or llama3.2")
+        raise ConfigError(f"model={shown(model)} is not a model name; try demo or llama3.2")
     if "\0" in text:
-        raise ConfigError(f"model={model!r} contains a NUL character; no model and no file has such a name")
+        raise ConfigError(f"model={shown(model)} contains a NUL character; no model and no file has such a name")
     try:
         return checked_text(text, "it")
     except ConfigError:
         raise ConfigError(
-            f"model={model!r} has characters that are not Unicode; rename the file, in UTF-8"
+            f"model={shown(model)} has characters that are not Unicode; rename the file, in UTF-8"
         ) from None
 
 

@@ -12,6 +12,18 @@ SECONDS_PER_UNIT = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _AMOUNT = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([a-z]+)[\s,]*")
 
 
+_LONGEST_SHOWN_CHARS = 80
+
+
+def shown(value: object) -> str:
+    """A value as an error message shows it: on one line, and not much longer."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # a caller's class can raise anything
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= _LONGEST_SHOWN_CHARS else f"{text[: _LONGEST_SHOWN_CHARS - 1]}…"
+
+
 def is_number(value: object) -> TypeGuard[int | float]:
     """Whether it is an int or a float; True and False are not numbers."""
     return isinstance(value, int | float) and not isinstance(value, bool)

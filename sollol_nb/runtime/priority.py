@@ -10,7 +10,7 @@ from enum import IntEnum
 from typing import TypeGuard
 
 from sollol_nb.errors import ConfigError
-from sollol_nb.runtime.amounts import is_whole_number
+from sollol_nb.runtime.amounts import is_whole_number, shown
 
 
 class Priority(IntEnum):
@@ -105,5 +105,5 @@ def checked_priority(priority: int) -> int:
         ConfigError: it is not a whole number from 1 to 10.
     """
     if not is_priority(priority):
-        raise ConfigError(f"priority={priority!r} must be a number from 1 (BATCH) to 10 (CRITICAL)")
+        raise ConfigError(f"priority={shown(priority)} must be a number from 1 (BATCH) to 10 (CRITICAL)")
     return int(priority)

@@ -14,12 +14,11 @@ from typing import Any
 
 from sollol_nb.errors import ConfigError
 from sollol_nb.layers.strategies import STRATEGIES
-from sollol_nb.runtime.amounts import is_number, is_whole_number, parse_duration
+from sollol_nb.runtime.amounts import is_number, is_whole_number, parse_duration, shown
 from sollol_nb.runtime.priority import is_priority, priority_named
 from sollol_nb.settings.endpoints import format_endpoint, parse_endpoint
 
 _YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
-_LONGEST_SHOWN_CHARS = 80
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +49,7 @@ class Kind:
         except ConfigError as error:
             raise ConfigError(f"{label}: {error}") from None
         except (ValueError, TypeError, OverflowError):
-            shown = " ".join(repr(value).split())
-            if len(shown) > _LONGEST_SHOWN_CHARS:
-                shown = shown[: _LONGEST_SHOWN_CHARS - 1] + "…"
-            raise ConfigError(f"{label}={shown} must be {self.description}") from None
+            raise ConfigError(f"{label}={shown(value)} must be {self.description}") from None
 
 
 def text(description: str) -> Kind:
@@ -122,7 +118,7 @@ def keep_alive_seconds(value: object) -> float | None:
             with contextlib.suppress(ValueError):
                 seconds = float(text)
     if seconds is None or seconds != seconds:
-        raise ConfigError(f'keep_alive={value!r} is not a time; use seconds, "10m", 0, or "forever"')
+        raise ConfigError(f'keep_alive={shown(value)} is not a time; use seconds, "10m", 0, or "forever"')
     return None if seconds < 0 or seconds == float("inf") else seconds
 
 
