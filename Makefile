@@ -13,7 +13,7 @@ help:
 	@echo "make demo   run the quickstart notebook headless and print its output"
 	@echo "make lab    open JupyterLab on the notebooks"
 	@echo "make test   run all tests, on real engines, and the notebooks"
-	@echo "make chaos  N=200: interrupt answers at random moments and compare them with undisturbed ones"
+	@echo "make chaos  N=200: interrupt answers of two models at random moments, and compare them with undisturbed ones"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  run the benchmarks; every figure in the README comes from them"
 	@echo "make ollama build the two Ollamas that the tests use"
@@ -46,6 +46,8 @@ test: $(VENV)/stamp-dev engine ollama-for-ci
 
 chaos: $(VENV)/stamp-dev engine
 	$(BIN)/python -m tests.chaos --n $(N)
+	$(BIN)/python -m tests.chaos --n $(N) --model smollm2 --recovery fast
+	$(BIN)/python -m tests.chaos --n $(N) --model smollm2 --recovery exact
 
 lint: $(VENV)/stamp-dev
 	$(BIN)/ruff check .

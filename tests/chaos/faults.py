@@ -9,9 +9,10 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 import psutil
 
@@ -28,11 +29,15 @@ class Scene:
         wired: the router reaches the machines through their wires.
         lost: endpoints, as the router knows them, of the machines that were lost, in this order.
         struck_at: `time.perf_counter()` of the first fault, None before.
+        model: what is asked.
+        options: of each request.
     """
 
     cluster: Cluster
     router: HybridRouter
     random: random.Random
+    model: str
+    options: Mapping[str, Any]
     wired: bool = False
     lost: list[str] = field(default_factory=list)
     struck_at: float | None = None

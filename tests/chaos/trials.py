@@ -23,6 +23,7 @@ from sollol_nb.sync_wrapper import HybridRouter
 from tests.chaos.faults import FAULTS, QUICK_FAULTS, WORKER_KILLED, Fault, Scene
 from tests.chaos.machines import COORDINATOR_PORT, Cluster
 from tests.support.engines import HANG_GUARD_S, eventually
+from tests.support.smollm2 import smollm2_path
 
 MODEL = "demo:sharded"
 WORKERS = 3
@@ -72,6 +73,55 @@ QUESTIONS = (LONG, ACCENTS, JSON)
 
 
 @dataclass(frozen=True)
+class Subject:
+    """A model, and what it is asked.
+
+    Attributes:
+        model: a name or the path of a file.
+        options: of each request.
+        questions: that a fault may strike.
+        long: one with a long answer.
+        long_prompt: one with a long prompt.
+        others: that only some trials ask.
+        always_identical: whether a fault must not change an answer.
+    """
+
+    model: str
+    options: Mapping[str, Any]
+    questions: tuple[Question, ...]
+    long: Question
+    long_prompt: Question
+    others: tuple[Question, ...] = ()
+    always_identical: bool = True
+
+    @property
+    def all(self) -> tuple[Question, ...]:
+        """All questions, each once."""
+        return tuple(dict.fromkeys((*self.questions, self.long, self.long_prompt, *self.others)))
+
+
+def demo(**options: Any) -> Subject:
+    """The demo model, which has learned its answers by heart: it never wavers between two tokens."""
+    return Subject(MODEL, options, QUESTIONS, LONG, LONG_PROMPT, (NOT_SO_LONG,))
+
+
+def smollm2(**options: Any) -> Subject:
+    """A real instruct model, which does waver; over workers, though it is small."""
+    lighthouse = Question("a story", "Write a long story about a lighthouse keeper.", {"max_tokens": 60})
+    countries = Question("a list", "List 10 countries, each with its capital and one fact.", {"max_tokens": 60})
+    engine = Question("an explanation", "Explain step by step how a steam engine works.", {"max_tokens": 60})
+    prompt = Question("a long prompt", "The lamp was lit. " * 60 + "What was lit?", {"max_tokens": 30})
+    return Subject(
+        str(smollm2_path()),
+        {"backend": "sharded", **options},
+        (lighthouse, countries, engine),
+        lighthouse,
+        prompt,
+        always_identical="deterministic" in options,
+    )
+
+
+@dataclass(frozen=True)
 class Answer:
     """One answer, and how it was received.
 
@@ -80,6 +130,7 @@ class Answer:
         chunks_since: how many of them since the first fault.
         first_at: `time.perf_counter()` of the first.
         silence_s: the longest time without a chunk since the first fault; None if none struck.
+        struck_characters: how many were received before the first fault.
     """
 
     question: Question
@@ -91,6 +142,7 @@ class Answer:
     chunks_since: int = 0
     first_at: float = 0.0
     silence_s: float | None = None
+    struck_characters: int = 0
 
     @property
     def failovers(self) -> list[dict[str, Any]]:
@@ -109,11 +161,11 @@ class Answer:
 class Chaos:
     """A cluster to be broken, and the undisturbed answers of its model."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Cluster, subject: Subject | None = None) -> None:
         self.cluster = cluster
+        self.subject = subject = subject or demo()
         with self.scene(random.Random(0)) as scene:
-            questions = (*QUESTIONS, LONG_PROMPT, NOT_SO_LONG)
-            self._undisturbed = {question: ask(scene, question) for question in questions}
+            self._undisturbed = {question: ask(scene, question) for question in subject.all}
 
     @contextmanager
     def scene(self, rng: random.Random, *, wired: bool = False, **settings: Any) -> Iterator[Scene]:
@@ -130,7 +182,7 @@ class Chaos:
             "keep_alive": "20s",
         }
         with HybridRouter(rpc_backends=endpoints, **{**usual, **settings}) as router:
-            yield Scene(self.cluster, router, rng, wired)
+            yield Scene(self.cluster, router, rng, self.subject.model, self.subject.options, wired)
 
     def undisturbed(self, question: Question) -> Answer:
         """The answer without any fault."""
@@ -144,6 +196,31 @@ class Chaos:
         """Where the answers differ from the undisturbed ones, one line each."""
         return [line for answer in answers for line in answer.differences(self.undisturbed(answer.question))]
 
+    def problems(self, answers: list[Answer]) -> list[str]:
+        """What must not be: differences, or, for a model whose answers may differ after a fault, lost ones."""
+        if self.subject.always_identical:
+            return self.differences(answers)
+        return self.differences([answer for answer in answers if self.outcome(answer) == "lost"])
+
+    def outcome(self, answer: Answer) -> str:
+        """What became of an answer: one of `OUTCOMES`.
+
+        A finished one has kept all text from before the fault and ended as the undisturbed one did, after as many
+        tokens where that was stopped at its limit.
+        """
+        undisturbed = self.undisturbed(answer.question)
+        if not answer.differences(undisturbed):
+            return "identical"
+        kept = undisturbed.text.startswith(answer.text[: answer.struck_characters])
+        at_limit = answer.done_reason == undisturbed.done_reason == "length"
+        ended = (
+            answer.eval_count == undisturbed.eval_count if at_limit else answer.done_reason in ("stop", "length")
+        )
+        return "finished" if kept and ended else "lost"
+
+
+OUTCOMES = ("identical", "finished", "lost")
+"""Of an answer that a fault struck: the same as undisturbed; ended, with another text after the fault; neither."""
 
 Trial = Callable[[Chaos, random.Random], list[Answer]]
 
@@ -152,23 +229,34 @@ def ask(
     scene: Scene, question: Question, at: Mapping[int, Callable[[], object]] | None = None, **more: Any
 ) -> Answer:
     """Ask, and do something right after the chunks of these numbers (from 1)."""
-    text, number, since, first_at, silence_s = "", 0, 0, 0.0, None
+    text, number, since, first_at, silence_s, struck_characters = "", 0, 0, 0.0, None, 0
     seen_at = time.perf_counter()
     chunk: dict[str, Any] = {}
-    stream = scene.router.stream(MODEL, question.text, temperature=0, **question.options, **more)
+    options = {"temperature": 0, **scene.options, **question.options, **more}
+    stream = scene.router.stream(scene.model, question.text, **options)
     for number, chunk in enumerate(stream, 1):
         now = time.perf_counter()
         first_at = first_at or now
         if scene.struck_at is not None:
             since += 1
             silence_s = max(silence_s or 0.0, now - max(seen_at, scene.struck_at))
+            struck_characters = struck_characters or len(text)
         seen_at = now
         text += chunk["message"]["content"]
         if at is not None and number in at:
             at[number]()
     routing = chunk["_routing"]
     return Answer(
-        question, text, chunk["eval_count"], chunk["done_reason"], routing, number, since, first_at, silence_s
+        question,
+        text,
+        chunk["eval_count"],
+        chunk["done_reason"],
+        routing,
+        number,
+        since,
+        first_at,
+        silence_s,
+        struck_characters,
     )
 
 
@@ -202,7 +290,7 @@ def _check_reported(scene: Scene, answer: Answer) -> None:
 
 def one_fault(fault: Fault, chaos: Chaos, rng: random.Random, question: Question | None = None) -> list[Answer]:
     """A fault in mid-answer, which the answer's `_routing` and the latency row report."""
-    question = question or rng.choice(QUESTIONS)
+    question = question or rng.choice(chaos.subject.questions)
     with chaos.scene(rng, wired=fault.needs_wire) as scene:
         ask(scene, HELLO)
         answer = ask(scene, question, {chaos.somewhere(rng, question): partial(scene.strike, fault)})
@@ -214,7 +302,7 @@ def one_fault(fault: Fault, chaos: Chaos, rng: random.Random, question: Question
 
 def two_faults(chaos: Chaos, rng: random.Random) -> list[Answer]:
     """A second fault later in the same answer, or while the first is being survived."""
-    first, second = rng.choice(QUICK_FAULTS), rng.choice(FAULTS)
+    first, second, long = rng.choice(QUICK_FAULTS), rng.choice(FAULTS), chaos.subject.long
     with chaos.scene(rng, wired=first.needs_wire or second.needs_wire) as scene:
         ask(scene, HELLO)
         if rng.random() < 0.5:
@@ -224,18 +312,18 @@ def two_faults(chaos: Chaos, rng: random.Random) -> list[Answer]:
                 late.append(scene.strike_later(second, SOON_S))
 
             late: list[Any] = []
-            answer = ask(scene, LONG, {chaos.somewhere(rng, LONG): both})
+            answer = ask(scene, long, {chaos.somewhere(rng, long): both})
             late[0].join()
         else:
-            places = sorted((chaos.somewhere(rng, LONG), chaos.somewhere(rng, LONG)))
+            places = sorted((chaos.somewhere(rng, long), chaos.somewhere(rng, long)))
             strikes = [partial(scene.strike, first), partial(scene.strike, second)]
-            answer = ask(scene, LONG, dict(zip(places, strikes, strict=True)))
+            answer = ask(scene, long, dict(zip(places, strikes, strict=True)))
         return [answer]
 
 
 def all_dead_then_one_back(chaos: Chaos, rng: random.Random) -> list[Answer]:
     """No worker is left: the answer is interrupted, keeps its text, and is resumed once a worker is back."""
-    question = rng.choice(QUESTIONS)
+    question = rng.choice(chaos.subject.questions)
     with chaos.scene(rng) as scene:
         ask(scene, HELLO)
 
@@ -264,6 +352,7 @@ def all_dead_then_one_back(chaos: Chaos, rng: random.Random) -> list[Answer]:
                 done.finish_reason,
                 done.routing,
                 silence_s=done.routing["ttft_ms"] / 1000,
+                struck_characters=len(partial_text),
             )
         ]
 
@@ -278,7 +367,7 @@ def while_loading(chaos: Chaos, rng: random.Random) -> list[Answer]:
                 strikes.append(scene.strike_later(WORKER_KILLED, SOON_S))
 
         scene.router.events.subscribe(strike_once)
-        answer = ask(scene, LONG)
+        answer = ask(scene, chaos.subject.long)
         strikes[0].join()
         return [answer]
 
@@ -289,7 +378,7 @@ def in_the_prompt(chaos: Chaos, rng: random.Random) -> list[Answer]:
     with chaos.scene(rng, wired=fault.needs_wire) as scene:
         ask(scene, HELLO)
         late = scene.strike_later(fault, SOON_S)
-        answer = ask(scene, LONG_PROMPT)
+        answer = ask(scene, chaos.subject.long_prompt)
         late.join()
         return [answer]
 
@@ -326,11 +415,14 @@ def all_slots_busy(chaos: Chaos, rng: random.Random) -> list[Answer]:
         return [*running, replace(low, silence_s=None), replace(high, silence_s=None)]
 
 
+ALL_SLOTS_BUSY = "all slots busy"
+"""Only with the demo model: its answers do not depend on those beside them."""
+
 TRIALS: dict[str, Trial] = {
     **{fault.name: partial(one_fault, fault) for fault in FAULTS},
     "two faults": two_faults,
     "all dead, one back": all_dead_then_one_back,
     "while loading": while_loading,
     "in the prompt": in_the_prompt,
-    "all slots busy": all_slots_busy,
+    ALL_SLOTS_BUSY: all_slots_busy,
 }
