@@ -100,7 +100,7 @@ async def stream_answer(
                     raise _interrupted(route, answer, reason) from error
                 if lost is not None:
                     record.set_lost_workers(coordinators.lost_workers(route))
-                    coordinators.report_continued(route, answer.token_count if answer else 0, coordinator)
+                    coordinators.report_continued(route, answer, coordinator)
     except TimeoutError as error:
         if not limit.expired():  # the start of a coordinator has its own limit
             raise

@@ -95,7 +95,7 @@ class StandInPool:
     def lost_workers(self, _: Route) -> frozenset[str]:
         return frozenset({"w:1"})
 
-    def report_continued(self, _route: Route, _tokens: int, coordinator: StandIn) -> None:
+    def report_continued(self, _route: Route, _answer: object, coordinator: StandIn) -> None:
         self.reported.append(coordinator)
 
 

@@ -42,6 +42,7 @@ class Answer(ABC):
         is_abandoned: the rest of this stream is useless; close it, and send the next `request`.
         is_deterministic: it must not depend on other requests, past or present: see `deterministic` in
             `chat/options.py`.
+        recovers_exactly: another engine generates it again from its beginning.
         recovery: how it continued on another engine: `fast`, or `exact` if that one has generated all tokens
             again, and they were the same; "" before it was continued.
     """
@@ -64,7 +65,7 @@ class Answer(ABC):
         self._options = dict(options)
         self.recovery = ""
         self.is_deterministic = bool(options.get("deterministic"))
-        self._recovers_exactly = self.is_deterministic or options.get("recovery") == "exact"
+        self.recovers_exactly = self.is_deterministic or options.get("recovery") == "exact"
         given = sampling_settings(options).get("seed")
         self.seed: int = given if given is not None and given >= 0 else secrets.randbelow(SEEDS)
         self._prompt_tokens: int | None = None
@@ -136,7 +137,7 @@ class Answer(ABC):
     def _cache_settings(self) -> dict[str, Any]:
         """For the body of a request: the cached beginning of another request's prompt was computed in other
         batches, which round differently, so an answer that is to be repeated must not begin with it."""
-        return {"cache_prompt": False} if self._recovers_exactly else {}
+        return {"cache_prompt": False} if self.recovers_exactly else {}
 
     def _begin_stream(self) -> None:
         self._spent_ms = {name: self._total_ms(name) for name in self._spent_ms}

@@ -122,4 +122,4 @@ class FittingAnswer(Answer):
         self.text, self.thinking, self.token_count = answer.text, answer.thinking, answer.token_count
         self.waiting_prompt_tokens = answer.waiting_prompt_tokens
         self.is_complete, self.is_abandoned = answer.is_complete, answer.is_abandoned
-        self.recovery = answer.recovery
+        self.recovery, self.recovers_exactly = answer.recovery, answer.recovers_exactly

@@ -93,7 +93,7 @@ class RawAnswer(Answer):
         assert self._prompt is not None
         if self._known is not None:  # lost again while it was repeated
             self._pieces, self._known = self._known, None
-        if self._recovers_exactly and self._sent.text:
+        if self.recovers_exactly and self._sent.text:
             self._pieces, self._known, self._sent.position = [], self._pieces, 0
             self.recovery = "exact"
         else:
@@ -241,7 +241,7 @@ class RawAnswer(Answer):
         """The engine did not repeat the text that was sent, so generating again cannot find its tokens."""
         if self._known is not None:  # what was sent stays, so it continues from the tokens of that
             self._pieces, self._known = self._known, None
-            self._recovers_exactly, self.is_abandoned = False, True
+            self.recovers_exactly, self.is_abandoned = False, True
             return
         if self._from_start:
             raise diverged_error(self.model)

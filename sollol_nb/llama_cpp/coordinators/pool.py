@@ -22,6 +22,7 @@ from sollol_nb.errors import ConfigError, CoordinatorStartError, ModelDoesNotFit
 from sollol_nb.layers.plan import LayerPlan
 from sollol_nb.layers.token_time import TokenTime
 from sollol_nb.layers.what_if import Forecast, forecast, without_layout
+from sollol_nb.llama_cpp.answers.base import Answer
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.coordinators.measurements import TokenMeasurements
 from sollol_nb.llama_cpp.coordinators.running import RouteKey, RunningCoordinators, key_of
@@ -35,6 +36,7 @@ from sollol_nb.llama_cpp.workers.workers import Workers
 from sollol_nb.models.routing import Route
 from sollol_nb.runtime.events import EventBus, EventKind
 from sollol_nb.runtime.gate import Gate
+from sollol_nb.text.tables import counted
 
 
 class CoordinatorPool:
@@ -203,11 +205,15 @@ class CoordinatorPool:
         """Workers that were found lost when the coordinator of a route was last restarted."""
         return self._lost.get(key_of(route), frozenset())
 
-    def report_continued(self, route: Route, token_count: int, coordinator: Coordinator) -> None:
-        """Publish that an answer continues on this coordinator, after so many tokens from one that was lost."""
+    def report_continued(self, route: Route, answer: Answer | None, coordinator: Coordinator) -> None:
+        """Publish that an answer continues on this coordinator; None is one that had not begun."""
         where = coordinator.settings.describe_workers()
-        message = f"resumed an answer from {route.name} at token {token_count} {where}"
-        self._events.publish(EventKind.ANSWER_CONTINUED, route.name, message)
+        tokens = answer.token_count if answer is not None else 0
+        repeats = answer is not None and answer.recovers_exactly and tokens > 0
+        message = f"resumed an answer from {route.name} at token {tokens} {where}"
+        if repeats:
+            message = f"generating {counted(tokens, 'known token')} of an answer from {route.name} again {where}"
+        self._events.publish(EventKind.ANSWER_CONTINUED, route.name, message, repeats=repeats)
 
     def gate(self, route: Route) -> Gate:
         """The gate before the coordinator of a route, which it keeps when it restarts."""

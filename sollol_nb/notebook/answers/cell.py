@@ -109,6 +109,8 @@ def follow_events(events: EventBus, model: str, answer: LiveAnswer) -> Iterator[
             answer.status = lost = f"lost worker {event.subject}"
         elif event.kind is EventKind.ANSWER_CONTINUED and is_about_model:
             lost = ""
+            if event.data.get("repeats"):  # exact recovery: nothing new arrives for a while
+                answer.status = event.message
         elif source in ("engine", "worker") or (source == "coordinator" and is_about_model):
             answer.status = f"{lost}; {event.message}" if lost else event.message
 

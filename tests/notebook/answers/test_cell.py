@@ -39,3 +39,11 @@ def test_the_loss_of_a_worker_is_shown_until_the_answer_continues() -> None:
 def test_a_stopped_answer_says_whether_some_of_it_is_kept() -> None:
     assert str(stopped_error("demo", Completion())) == "demo: stopped; the partial answer is kept"
     assert str(stopped_error("/m/a.gguf", None)) == "a: stopped before any text arrived"
+
+
+def test_a_cell_says_that_known_tokens_are_generated_again() -> None:
+    events, answer = EventBus(), LiveAnswer("demo")
+    with follow_events(events, "demo", answer):
+        message = "generating 39 known tokens of an answer from demo again on 2 workers (7/6 layers)"
+        events.publish(EventKind.ANSWER_CONTINUED, "demo", message, repeats=True)
+    assert answer.status == message
