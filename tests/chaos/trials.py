@@ -107,15 +107,15 @@ def demo(**options: Any) -> Subject:
 
 def smollm2(**options: Any) -> Subject:
     """A real instruct model, which does waver; over workers, though it is small."""
-    lighthouse = Question("a story", "Write a long story about a lighthouse keeper.", {"max_tokens": 60})
-    countries = Question("a list", "List 10 countries, each with its capital and one fact.", {"max_tokens": 60})
-    engine = Question("an explanation", "Explain step by step how a steam engine works.", {"max_tokens": 60})
+    engine = Question("an explanation", "Explain step by step how a steam engine works.", {"max_tokens": 80})
+    story = Question("a story", "Write a long story about a lighthouse keeper.", {"max_tokens": 80})
+    forest = Question("a description", "Describe a forest in winter.", {"max_tokens": 80})
     prompt = Question("a long prompt", "The lamp was lit. " * 60 + "What was lit?", {"max_tokens": 30})
     return Subject(
         str(smollm2_path()),
         {"backend": "sharded", **options},
-        (lighthouse, countries, engine),
-        lighthouse,
+        (engine, story, forest),
+        engine,
         prompt,
         always_identical="deterministic" in options,
     )
