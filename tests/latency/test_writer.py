@@ -84,7 +84,7 @@ for _ in range(20):
     child = os.fork()
     if child == 0:
         log.record_later(REFUSED)
-        log.frame()
+        log.flush()
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
 """
