@@ -54,6 +54,13 @@ def test_options_override_defaults() -> None:
     assert request("demo --system ''", "Hi", defaults=defaults).messages == [{"role": "user", "content": "Hi"}]
 
 
+def test_recovery_and_determinism_are_options_of_a_cell() -> None:
+    made = request("demo --recovery exact --deterministic", "Hi")
+
+    assert made.stream_options == {"recovery": "exact", "deterministic": True}
+    assert request("demo", "Hi").stream_options == {}, "the router has its own settings"
+
+
 def test_json_is_requested_from_the_engine_unless_there_is_a_schema() -> None:
     schema = {"type": "object"}
 
