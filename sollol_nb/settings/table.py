@@ -186,7 +186,7 @@ _TABLE = (
         "RPC workers, each as host:port; in a variable separated by commas.",
         "RPC_BACKENDS",
         default=[],
-        default_description="those found on this machine",
+        default_description="your own on this machine",
         option="rpc_backends",
         guarded=True,
     ),
