@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from sollol_nb.errors import ModelError
 from sollol_nb.models.files import DEMO_NAMES
 from sollol_nb.models.profiles import MODEL_PROFILES, ModelProfile
 from sollol_nb.models.profiles import profile_of as profile_of_name
+from sollol_nb.settings.models import SavedModel
+from sollol_nb.text.short_names import short_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,8 +27,10 @@ class ListedModel:
         where: URLs of the Ollama nodes that have it, `this machine`, `built in`, or "" for none.
         parameters_b: billions of parameters; None when unknown.
         memory_gb: estimated memory in 1e9 bytes; None when unknown.
-        sharded: whether it needs sharding; None when its size is unknown.
-        running: URL of the coordinator that runs it, `loaded` if an Ollama node has it loaded, or "".
+        sharded: whether it is sharded, if a coordinator runs it, else whether it needs sharding; None when its
+            size is unknown.
+        running: where a coordinator runs it, such as `on 3 workers`, `loaded` if an Ollama node has it loaded, or
+            "".
     """
 
     model: str
@@ -56,6 +61,8 @@ def list_models(
     loaded: Iterable[Mapping[str, Any]],
     in_storage: Iterable[str],
     coordinators: Mapping[str, str],
+    are_sharded: Mapping[str, bool] = MappingProxyType({}),
+    saved: Mapping[str, SavedModel] = MappingProxyType({}),
 ) -> list[ListedModel]:
     """All models: the running ones first, then the available ones, each by name.
 
@@ -64,7 +71,9 @@ def list_models(
         in_ollama: entries of `OllamaPool.list`.
         loaded: entries of `OllamaPool.ps`.
         in_storage: names found in Ollama's storage on this machine.
-        coordinators: model -> URL of the running coordinators.
+        coordinators: model -> where its running coordinator runs.
+        are_sharded: model -> whether its running coordinator shards it.
+        saved: what the settings say about models, by name.
     """
     where: dict[str, list[str]] = {name: [] for name in MODEL_PROFILES}
     for entry in in_ollama:
@@ -73,6 +82,9 @@ def list_models(
         owners = where.setdefault(_short(name), [])
         if not owners:  # otherwise a node on this machine may be among them
             owners.append("this machine")
+    for name, model in saved.items():
+        is_here = model.gguf is not None and model.gguf.is_file()
+        where.setdefault(short_name(name), []).extend(["this machine"] if is_here else [])
     for name in coordinators:
         where.setdefault(name, [])
     for name in DEMO_NAMES:
@@ -83,7 +95,8 @@ def list_models(
             profile = profile_of(name)
         except ModelError:  # a damaged model must not hide the others
             profile = profile_of_name(name)
-        return ListedModel.of(profile, ", ".join(owners), running.get(name, ""))
+        model = ListedModel.of(profile, ", ".join(owners), running.get(name, ""))
+        return replace(model, model=name, sharded=are_sharded.get(name, model.sharded))
 
     running = {_short(str(entry["name"])): "loaded" for entry in loaded} | dict(coordinators)
     models = [listed(name, owners) for name, owners in where.items()]

@@ -237,7 +237,7 @@ class _Names:
         self._shell = shell
         self._cache = cache
         self._ollama_models = ollama_models
-        self._in_memory = {"running": running, "chats": chats, "workers": workers}
+        self._in_memory = {"running": running, "chats": chats, "workers": workers, "saved": config.saved_models}
 
     def slow_models(self) -> dict[str, Read]:
         """The sources of model names on disk and in the network."""
@@ -253,7 +253,14 @@ class _Names:
                 folder = _Folder(typed)
                 slow = self._cache.names(self.slow_models() | folder.source)
                 paths = folder.paths(slow.pop(folder.key), ".gguf")
-                return {*MODEL_PROFILES, *self._quick("running"), *chain.from_iterable(slow.values()), *paths}
+                saved = self._quick("saved")
+                return {
+                    *MODEL_PROFILES,
+                    *saved,
+                    *self._quick("running"),
+                    *chain.from_iterable(slow.values()),
+                    *paths,
+                }
             case "files":
                 folder = _Folder(typed)
                 return folder.paths(self._cache.names(folder.source)[folder.key], "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,12 @@ from sollol_nb.errors import (
     ConfigError,
     ModelError,
     ModelFileError,
+    ModelNotFoundError,
     OllamaResponseError,
     OllamaUnavailableError,
 )
 from sollol_nb.gguf.facts import read_facts
-from sollol_nb.llama_cpp.coordinators.settings import file_identity
+from sollol_nb.llama_cpp.coordinators.settings import CoordinatorSettings, file_identity
 from sollol_nb.models.files import (
     DEMO_MODEL_PATH,
     DEMO_NOTE,
@@ -36,6 +37,8 @@ from sollol_nb.ollama.pool import OllamaPool
 from sollol_nb.runtime.amounts import shown
 from sollol_nb.settings import config
 from sollol_nb.settings.models import model_text
+from sollol_nb.text.nearest import nearest
+from sollol_nb.text.short_names import short_name
 
 # The messages of Ollama and its engine when a model does not fit (Ollama's llm/server.go, ggml's allocators).
 _OUT_OF_MEMORY = re.compile(
@@ -108,17 +111,23 @@ class RouteFinder:
             in_ollama, state = await self._in_ollama(model)
         if backend is None and path is None and not in_ollama:
             path, _ = await self._file(model, LOCAL)
-        route = decide_route(
-            profile,
-            in_ollama=in_ollama,
-            ollama_state=state,
-            model_path=path,
-            file_trouble=trouble,
-            backend=backend,
-            enable_distributed=self.enable_distributed,
-            model_filter=self.model_filter,
-            names_file=names_file(model),
-        )
+        try:
+            route = decide_route(
+                profile,
+                in_ollama=in_ollama,
+                ollama_state=state,
+                model_path=path,
+                file_trouble=trouble,
+                backend=backend,
+                enable_distributed=self.enable_distributed,
+                model_filter=self.model_filter,
+                names_file=names_file(model),
+            )
+        except ModelNotFoundError as error:
+            near = nearest(model, config.saved_models())
+            if near is None:
+                raise
+            raise ModelNotFoundError(f"{error}; did you mean {near}?") from None
         is_demo = route.model_path == DEMO_MODEL_PATH
         if is_demo:
             return replace(route, reason=f"{route.reason} ({DEMO_NOTE})")
@@ -170,12 +179,19 @@ class RouteFinder:
         ]
         return max(1, sum(slots))
 
-    async def models(self, coordinators: Mapping[str, str]) -> list[ListedModel]:
+    async def models(self, coordinators: Iterable[CoordinatorSettings]) -> list[ListedModel]:
         """The available models, as `list_models` gives them, without those of Ollama nodes that do not answer.
 
         Args:
-            coordinators: model to URL of the running ones.
+            coordinators: what the running ones run.
         """
+        running = {settings.model: settings for settings in coordinators}
+
+        def profile(model: str) -> ModelProfile:
+            settings = running.get(model)
+            is_path = settings is not None and model == short_name(settings.model_path)
+            return self.profile(str(settings.model_path) if settings is not None and is_path else model)
+
         try:
             in_ollama = (await self._ollama.list())["models"]
             loaded = (await self._ollama.ps())["models"]
@@ -184,11 +200,13 @@ class RouteFinder:
         in_storage = await asyncio.to_thread(OllamaGGUFResolver().installed)
         return await asyncio.to_thread(
             list_models,
-            self.profile,
+            profile,
             in_ollama=in_ollama,
             loaded=loaded,
             in_storage=in_storage,
-            coordinators=coordinators,
+            coordinators={model: settings.describe_workers() for model, settings in running.items()},
+            are_sharded={model: settings.plan is not None for model, settings in running.items()},
+            saved=await asyncio.to_thread(config.saved_models),
         )
 
     def profile(self, model: str | Path, backend: str | None = None) -> ModelProfile:

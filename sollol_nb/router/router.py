@@ -384,8 +384,7 @@ class Router:
     async def models(self) -> pd.DataFrame:
         """The available models, one row each (see `models/listing.py`), without those of Ollama nodes that do not
         answer."""
-        running = {coordinator.model: coordinator.base_url for coordinator in self.coordinators}
-        models = await self._routes.models(running)
+        models = await self._routes.models([coordinator.settings for coordinator in self.coordinators])
         return await asyncio.to_thread(models_frame, models)
 
     @io_bound

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import PurePath, PureWindowsPath
 
 _SUFFIX = re.compile(r"(-\d{5}-of-\d{5})?\.gguf$", re.IGNORECASE)
+_PATH = re.compile(r"[/~\\]|\.{1,2}[/\\]|[A-Za-z]:[/\\]")
+"""How a path begins, and no other name of a model."""
 _BLOB = re.compile(r".*[/\\]sha256[-:](?P<digits>[0-9a-f]{12})[0-9a-f]{52}", re.IGNORECASE | re.DOTALL)
 
 
@@ -18,7 +20,8 @@ def short_name(model: object) -> str:
     blob = _BLOB.fullmatch(text)
     if blob is not None:
         return f"sha256-{blob['digits']}"
-    return (_SUFFIX.sub("", _parts(text)[-1]) or text) if _SUFFIX.search(text) else text
+    is_path = _SUFFIX.search(text) or _PATH.match(text)
+    return (_SUFFIX.sub("", _parts(text)[-1]) or text) if is_path else text
 
 
 def short_names(models: Iterable[str]) -> dict[str, str]:

@@ -5,6 +5,7 @@ Each is enabled only while it makes sense according to the cluster's plain state
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from sollol_nb.layers.strategies import STRATEGIES
 from sollol_nb.llama_cpp.workers.workers import MAX_LOCAL_WORKERS
 from sollol_nb.models.profiles import MODEL_PROFILES
 from sollol_nb.router.router import Router
+from sollol_nb.settings import config
 from sollol_nb.settings.endpoints import format_endpoint, parse_endpoint
 from sollol_nb.settings.kinds import keep_alive_seconds
 from sollol_nb.text.short_names import short_name
@@ -140,6 +142,12 @@ class WorkerControls:
         self._actions.start("discover", "searching for workers", discover)
 
 
+def _known_models() -> tuple[str, ...]:
+    with contextlib.suppress(ConfigError):  # a settings file that cannot be read
+        return tuple(dict.fromkeys([*MODEL_PROFILES, *config.saved_models()]))
+    return tuple(MODEL_PROFILES)
+
+
 class ModelControls:
     """Load and stop models, and choose how the next ones are started.
 
@@ -152,7 +160,7 @@ class ModelControls:
         self._strategy = strategy
         self._data: Mapping[str, Any] = {}
         self.model = ipywidgets.Combobox(
-            placeholder="model", options=tuple(MODEL_PROFILES), ensure_option=False, layout=_NARROW
+            placeholder="model", options=_known_models(), ensure_option=False, layout=_NARROW
         )
         self.load = ipywidgets.Button(
             description="Load",

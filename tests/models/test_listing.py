@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from sollol_nb.errors import ModelFileError
 from sollol_nb.models.listing import ListedModel, list_models, models_frame
 from sollol_nb.models.profiles import MODEL_PROFILES, ModelProfile, profile_of
+from sollol_nb.settings.models import SavedModel
 
 
 def listed(**given: object) -> dict[str, ListedModel]:
@@ -44,6 +47,20 @@ def test_a_model_is_listed_once_with_all_its_nodes() -> None:
     assert (models["odd"].parameters_b, models["odd"].sharded) == (None, None)
     assert models["demo:sharded"].running == "http://127.0.0.1:18080"
     assert "/models/x.gguf" in models
+
+
+def test_a_name_for_a_file_is_listed_and_a_running_model_says_how_it_runs(tmp_path: Path) -> None:
+    (tmp_path / "smol.gguf").touch()
+    models = listed(
+        saved={
+            "smol": SavedModel({"gguf": tmp_path / "smol.gguf"}),
+            "gone": SavedModel({"gguf": tmp_path / "no.gguf"}),
+        },
+        coordinators={"demo": "on 3 workers (5/4/4 layers)"},
+        are_sharded={"demo": True},
+    )
+    assert [models[name].where for name in ("smol", "gone")] == ["this machine", ""]
+    assert (models["demo"].sharded, models["demo"].running) == (True, "on 3 workers (5/4/4 layers)")
 
 
 def test_a_damaged_model_is_listed_by_its_name() -> None:

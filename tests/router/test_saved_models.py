@@ -136,3 +136,16 @@ def test_a_name_and_the_path_of_its_file_share_one_coordinator(
         longer = router.map(["What is a worker?"], "{{ item }}", model="tiny", progress=False)
         assert [*rows["completion_tokens"], *longer["completion_tokens"]] == [3, 4]
         assert longer["status"].tolist() == ["ok"]
+
+
+def test_a_misspelt_name_gets_a_hint(planner: HybridRouter, file: Path, tiny: Path) -> None:
+    file.write_text(f"[models]\ntiny = '{tiny}'\n")
+    with pytest.raises(ModelNotFoundError, match=r"^tinyy is not available: .*; did you mean tiny\?$"):
+        planner.route("tinyy")
+
+
+def test_names_for_files_are_among_the_models(planner: HybridRouter, file: Path, tiny: Path) -> None:
+    file.write_text(f"[models]\ntiny = '{tiny}'\n")
+    models = planner.models().set_index("model")
+    assert models.loc["tiny", "where"] == "this machine"
+    assert models.loc["tiny", "parameters_b"] > 0

@@ -20,6 +20,8 @@ DIGEST = "0123456789ab" + "c" * 52
         ("/m/big-00001-of-00003.gguf", "big"),
         (r"C:\models\small.gguf", "small"),
         (f"/ollama/blobs/sha256-{DIGEST}", "sha256-0123456789ab"),
+        ("~/models/file-without-suffix", "file-without-suffix"),
+        ("./here/model.bin", "model.bin"),
         ("/m/.gguf", "/m/.gguf"),
         ("", ""),
     ],

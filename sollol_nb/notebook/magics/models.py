@@ -25,9 +25,10 @@ class ModelMagics(Magics):
     @magic_line.options_magic()
     @magic_arguments()
     @argument("text", nargs="?", default="", help="only names that contain this text")
+    @argument("--all", action="store_true", help="also models that have a profile, but are not available yet")
     @line_magic
     def sollol_models(self, call: magic_line.Call) -> pd.DataFrame:
-        """List the models as a frame: installed in Ollama, running, built in, or with a profile.
+        """List the models as a frame: installed in Ollama, running, built in, or with a name for their file.
 
         Columns: `model`, `where` (Ollama nodes, this machine; empty if not available yet), `parameters_b`
         (billions), `memory_gb` (1e9 bytes, if known), `sharded`, `running`.
@@ -37,9 +38,13 @@ class ModelMagics(Magics):
             %sollol_models
 
             %sollol_models demo
+
+            %sollol_models --all
         """
         arguments = call.arguments
         frame = session.router().models()
+        if not arguments.all:
+            frame = frame[(frame["where"] != "") | (frame["running"] != "")]
         return frame[frame["model"].str.contains(arguments.text, case=False, regex=False)].reset_index(drop=True)
 
     @magic_line.options_magic()
