@@ -9,14 +9,14 @@ import functools
 import itertools
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from typing import TYPE_CHECKING, Any
 
 from sollol_nb.go_template.jinja import to_jinja
 from sollol_nb.go_template.render import field_names, render, thinking_tags, with_response
 from sollol_nb.go_template.syntax import UnknownSyntaxError, parse
+
+if TYPE_CHECKING:
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 _ROLES = ("system", "user", "assistant", "tool")
 _TEXTS = ("You are Mario.", "It's-a {{ me }}, %}!\n\n- \u00fc \\n 'q' \"Q\" <|x|>", " ", "two\nlines\n", "{}")
@@ -42,6 +42,8 @@ def reads_tools(source: str) -> bool:
 
 @functools.lru_cache(maxsize=32)
 def _proven_jinja(source: str) -> str | UnknownSyntaxError:
+    from jinja2 import TemplateError  # here, so that `%load_ext` is quick
+
     try:
         nodes = with_response(parse(source))
         translated = to_jinja(source)
@@ -96,6 +98,8 @@ def _openai_message(message: Mapping[str, str]) -> dict[str, Any]:
 @functools.cache
 def _environment() -> ImmutableSandboxedEnvironment:
     """Jinja as llama.cpp and the transformers library use it for chat templates."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.globals["strftime_now"] = time.strftime
     return environment
