@@ -13,12 +13,13 @@ from sollol_nb.settings.trust import review
 class TrustMagics(Magics):
     """`%sollol_trust`."""
 
+    @magic_line.options_magic()
     @magic_arguments()
     @argument("file", nargs="?", help="a settings file or its folder; default: the one in use here")
     @argument("--yes", action="store_true", help="let these settings count, until the file changes")
     @argument("--revoke", action="store_true", help="ignore them again")
     @line_magic
-    def sollol_trust(self, line: str) -> None:
+    def sollol_trust(self, call: magic_line.Call) -> None:
         """Show which settings of a folder's `sollol_nb.toml` need your consent.
 
         They could run a program, send prompts elsewhere, add to what is asked, or move or delete your data, so
@@ -28,5 +29,5 @@ class TrustMagics(Magics):
 
             %sollol_trust
         """
-        arguments, _ = magic_line.parse(self.sollol_trust, line, name="%sollol_trust")
+        arguments = call.arguments
         print(review(arguments.file, "%sollol_trust", give=arguments.yes, withdraw=arguments.revoke))

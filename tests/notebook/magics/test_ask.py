@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.engines import eventually, write_endless
-from tests.support.kernels import Kernel, notebook_kernel
+from tests.support.kernels import MAGICS, Kernel, notebook_kernel
 
 pytestmark = pytest.mark.engine
 
@@ -134,7 +134,7 @@ def test_braces_see_the_variables_of_the_function_that_asks(notebook: Kernel) ->
 
 
 def test_asking_a_magic_for_help_is_no_error(notebook: Kernel) -> None:
-    for cell in ("%%sollol demo --help\nHi", "%sollol -h", "%sollol_bench --help"):
+    for cell in ("%%sollol demo --help\nHi", *(f"%{magic} -h" for magic in MAGICS)):
         shown = notebook.run(cell)
         assert (shown.status, shown.error) == ("ok", [])
         assert "Example::" in shown.stream
