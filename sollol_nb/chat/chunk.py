@@ -48,6 +48,7 @@ class Routing(TypedDict, total=False):
     Keys:
         backend: `ollama-pool`, `llama.cpp-distributed` or `llama.cpp-local`.
         reason: why it went there.
+        model_path: the file that the model's name stands for; "" for models of Ollama and the built-in one.
         note: what else to know about the answer, as one line; usually "".
         loaded_by: who had loaded the model before this router began to use its coordinator; usually "".
         duration_ms: from the request to the last token.
@@ -62,6 +63,7 @@ class Routing(TypedDict, total=False):
 
     backend: str
     reason: str
+    model_path: str
     note: str
     duration_ms: float
     coordinator_url: str | None

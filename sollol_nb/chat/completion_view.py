@@ -171,6 +171,8 @@ def details(answer: Answer) -> list[str]:
     if not routing:
         return []
     lines = [f"why: {routing['reason']}"] if routing.get("reason") else []
+    if routing.get("model_path"):
+        lines.append(f"model file: {routing['model_path']}")
     if routing.get("loaded_by"):
         lines.append(f"the model had been loaded by {routing['loaded_by']}")
     url = routing.get("coordinator_url") or routing.get("node_url")

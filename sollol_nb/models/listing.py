@@ -86,7 +86,9 @@ def list_models(
         is_here = model.gguf is not None and model.gguf.is_file()
         where.setdefault(short_name(name), []).extend(["this machine"] if is_here else [])
     for name in coordinators:
-        where.setdefault(name, [])
+        owners = where.setdefault(name, [])
+        if not owners and name not in DEMO_NAMES:  # the coordinator has its file
+            owners.append("this machine")
     for name in DEMO_NAMES:
         where.setdefault(name, []).append("built in")
 

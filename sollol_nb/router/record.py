@@ -12,6 +12,7 @@ from sollol_nb.chat.chunk import DROPPED, RESTARTED, Chunk, Failover, Routing
 from sollol_nb.chat.completion import Completion
 from sollol_nb.latency.schema import LatencyRow
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
+from sollol_nb.models.files import names_file
 from sollol_nb.models.routing import Route
 from sollol_nb.text.short_names import short_name
 
@@ -31,6 +32,7 @@ class RequestRecord:
         self.name = short_name(model)
         self.backend = ""
         self.reason = ""
+        self.model_path = ""
         self._route_reason = ""
         self.note = ""
         self.server_url = ""
@@ -62,6 +64,7 @@ class RequestRecord:
         """Note the route that the request takes."""
         self.backend, self.reason = route.backend, route.reason
         self._route_reason = route.reason
+        self.model_path = str(route.model_path) if route.model_path and names_file(route.model) else ""
 
     def set_node(self, node_routing: Mapping[str, Any]) -> None:
         """Note the Ollama node that answers, and its times so far, from the `_routing` of its chunk."""
@@ -169,6 +172,7 @@ class RequestRecord:
         return {
             "backend": self.backend,
             "reason": self.reason,
+            "model_path": self.model_path,
             "note": self.note,
             "duration_ms": round(self.duration_ms, 3),
             "coordinator_url": self.server_url if self.backend.startswith("llama.cpp") else None,

@@ -170,3 +170,8 @@ def test_the_details_say_what_a_recovery_gives(recovery: str, text: str) -> None
 
 def test_a_model_file_is_shown_without_its_folders() -> None:
     assert Completion(model="/models/some.gguf").footer() == "some"
+
+
+def test_the_details_have_the_path_of_a_model_file() -> None:
+    answer = Completion(model="smol", _routing={"reason": "small", "model_path": "/m/s.gguf"})
+    assert details(answer)[:2] == ["why: small", "model file: /m/s.gguf"]

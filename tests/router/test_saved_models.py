@@ -127,6 +127,7 @@ def test_a_name_and_the_path_of_its_file_share_one_coordinator(
     with HybridRouter(auto_discover_rpc=False) as router:
         answer = router.route_request("tiny", QUESTION)
         assert (answer["model"], answer["eval_count"]) == ("tiny", 3)
+        assert answer["_routing"]["model_path"] == str(tiny)
         assert router.route_request("tiny", QUESTION, max_tokens=5)["eval_count"] == 5
         by_path = router.route_request(str(tiny), QUESTION, max_tokens=3, temperature=0)
         assert by_path["message"] == answer["message"]
