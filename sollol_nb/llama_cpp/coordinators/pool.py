@@ -88,9 +88,8 @@ class CoordinatorPool:
             return coordinator, None
         async with self._starting[key]:
             coordinator = self._running.find(route)
-            if coordinator is not None and self._serves(
-                coordinator, route
-            ):  # started by another request meanwhile
+            # Another request may have started it meanwhile.
+            if coordinator is not None and self._serves(coordinator, route):
                 return coordinator, (time.perf_counter() - began) * 1000
             lost: frozenset[str] = frozenset()
             if coordinator is not None:  # lost, or too small; answers that run on it continue on the next one
