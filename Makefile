@@ -7,20 +7,22 @@ NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 .DEFAULT_GOAL := help
 N ?= 50
 
-.PHONY: help demo test chaos lab lint bench engine ollama ollama-for-ci clean
+.PHONY: help demo test chaos lowest lab lint bench engine ollama ollama-for-ci clean
 
 help:
 	@echo "make demo   run the quickstart notebook headless and print its output"
-	@echo "make lab    open JupyterLab on the notebooks"
+	@echo "make lab    open JupyterLab on the notebooks; ARGS='--allow-root --port 58000' are options of jupyter lab"
 	@echo "make test   run all tests, on real engines, and the notebooks"
 	@echo "make chaos  N=200: interrupt answers of two models at random moments, and compare them with undisturbed ones"
+	@echo "make lowest run the tests that need no engine with the lowest versions that pyproject.toml allows"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  run the benchmarks; every figure in the README comes from them"
 	@echo "make ollama build the two Ollamas that the tests use"
 
 # One stamp for each set of extras; pip runs again when pyproject.toml has changed.
 $(VENV)/stamp-%: pyproject.toml
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/python || { $(PYTHON) -m venv $(VENV); \
+		echo "setting up, once: about 600 MB of packages, then llama.cpp is built; 5 to 15 minutes in all"; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
 	@touch $@
 
@@ -31,7 +33,7 @@ demo: $(VENV)/stamp-lab engine
 	@$(BIN)/python tools/run_notebook.py notebooks/01_quickstart.ipynb
 
 lab: $(VENV)/stamp-lab engine
-	$(BIN)/jupyter lab --notebook-dir notebooks
+	$(BIN)/jupyter lab --notebook-dir notebooks $(ARGS)
 
 ollama: $(VENV)/stamp-build
 	@$(BIN)/python tools/build_ollama.py
@@ -49,6 +51,12 @@ chaos: $(VENV)/stamp-dev engine
 	$(BIN)/python -m tests.chaos --n $(N) --model smollm2 --recovery fast
 	$(BIN)/python -m tests.chaos --n $(N) --model smollm2 --recovery exact
 
+# The lower bounds of pyproject.toml must be what works.
+lowest: $(VENV)/stamp-dev
+	$(BIN)/uv venv --quiet --clear --seed --python $(BIN)/python $(VENV)-lowest
+	$(BIN)/uv pip install --quiet --python $(VENV)-lowest/bin/python --resolution lowest-direct --editable '.[dev]'
+	$(VENV)-lowest/bin/python -m pytest -m "not engine and not ollama and not lab"
+
 lint: $(VENV)/stamp-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -58,4 +66,4 @@ bench: $(VENV)/stamp-dev engine
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-lowest .pytest_cache .mypy_cache .ruff_cache

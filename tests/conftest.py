@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -101,3 +102,9 @@ def engine_processes() -> list[psutil.Process]:
         for child in psutil.Process().children(recursive=True)
         if child.name().removesuffix(".exe") in ENGINE_NAMES
     ]
+
+
+def pytest_collection_finish() -> None:
+    """Leave what exists now out of garbage collections: the imported libraries are searched again and again."""
+    gc.collect()
+    gc.freeze()

@@ -129,7 +129,8 @@ def _typed(values: Sequence[Any]) -> Any:
     """A column of the values' type; booleans and numbers keep theirs beside None."""
     import pandas as pd
 
-    column: pd.Series[Any] = pd.Series(object_column(values))
+    # Without its dtype, older pandas fails at an integer that is too large for a float.
+    column: pd.Series[Any] = pd.Series(object_column(values), dtype=object)
     kinds: frozenset[type] = frozenset(type(value) for value in values if value is not None)
     dtype: Any = _NULLABLE.get(kinds)
     has_none = any(value is None for value in values)

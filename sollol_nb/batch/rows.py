@@ -50,7 +50,8 @@ class RowTable:
                 twice = rows.columns[rows.columns.duplicated()][0]
                 raise ConfigError(f"the frame has two columns named {twice!r}; rename one of them")
             names = list(rows.columns)
-            values = rows.itertuples(index=False, name=None)
+            # Older pandas has no tuples for rows without columns.
+            values = rows.itertuples(index=False, name=None) if names else ((),) * len(rows)
             return cls(rows, [dict(zip(names, row, strict=True)) for row in values])
         if isinstance(rows, pd.Series):
             return cls(rows.to_frame("item" if rows.name is None else rows.name), list(rows))

@@ -12,7 +12,7 @@ from tests.lab.lab import HeadlessLab
 from tests.lab.page import LabPage
 from tests.support.hostile_answers import ADDRESSES, IMAGE, SCRIPTS, TAGS
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.engine, pytest.mark.lab]
 
 LIVE = """output => [...output.querySelectorAll('*')].filter(one =>
     one.tagName === 'IMG' || (one.protocol || '').startsWith('javascript')

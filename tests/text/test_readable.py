@@ -174,7 +174,7 @@ def test_large_parts_of_json_leave_room_for_the_others() -> None:
         pd.DataFrame({"pipes": ["|" * 10_000] * 10_000}),
         pd.DataFrame({"frames": [pd.DataFrame({"a": range(100)})] * 100}),
         pd.Series(["é\n" * 10_000] * 1000),
-        pd.date_range("2024", periods=100_000),
+        pd.date_range("1900", periods=100_000),
         np.zeros((2,) * 16),
         np.array([["x" * 10_000] * 50] * 50),
         ['\n"\\' * 5000] * 100,

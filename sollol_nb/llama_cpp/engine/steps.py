@@ -153,7 +153,7 @@ def _guarded(step: str) -> Iterator[None]:
     flags: dict[str, Any] = (
         {"start_new_session": True} if os.name == "posix" else {"creationflags": 0x00000200}
     )  # CREATE_NEW_PROCESS_GROUP; an interrupt ends the step, not its guard
-    command = [sys.executable, "-I", build_guard.__file__, str(Path(psutil.__file__).parents[1]), step]
+    command = [sys.executable, "-I", "-S", build_guard.__file__, str(Path(psutil.__file__).parents[1]), step]
     guard = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **flags
     )
