@@ -1,7 +1,7 @@
 """The guard of a build step: it ends the step's programs if the process that runs the step is killed.
 
-Run by path (`python -I -S build_guard.py PSUTIL_FOLDER STEP`), with the standard library and psutil only, in its own
-session. Its stdin ends when that process does; after `done`, nothing is left to end.
+Run by path (`python -I -S build_guard.py PSUTIL_FOLDER STEP`), with the standard library and psutil only, in a
+session apart. Its stdin ends when that process does; after `done`, nothing is left to end.
 """
 
 from __future__ import annotations
