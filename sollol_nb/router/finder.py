@@ -23,6 +23,7 @@ from sollol_nb.gguf.facts import read_facts
 from sollol_nb.llama_cpp.coordinators.settings import CoordinatorSettings, file_identity
 from sollol_nb.models.files import (
     DEMO_MODEL_PATH,
+    DEMO_NAMES,
     DEMO_NOTE,
     OllamaGGUFResolver,
     find_model_file,
@@ -189,8 +190,9 @@ class RouteFinder:
 
         def profile(model: str) -> ModelProfile:
             settings = running.get(model)
-            is_path = settings is not None and model == short_name(settings.model_path)
-            return self.profile(str(settings.model_path) if settings is not None and is_path else model)
+            if settings is None or model in DEMO_NAMES or model != short_name(settings.model_path):
+                return self.profile(model)
+            return self.profile(settings.model_path)
 
         try:
             in_ollama = (await self._ollama.list())["models"]

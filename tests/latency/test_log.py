@@ -530,3 +530,17 @@ def test_an_export_that_cannot_be_written_is_named_with_what_to_do(log: LatencyL
 
     with pytest.raises(StorageError, match=r"cannot write .*log.csv: .*; give a path in a folder of yours"):
         log.export(tmp_path / "absent" / "log.csv")
+
+
+# --- models that were requested by path --------------------------------------------------------
+
+
+def test_models_that_were_requested_by_path_have_short_names(log: LatencyLog) -> None:
+    paths = ["/a/m.gguf", "/b/m.gguf", "/a/50%_off.gguf", "llama3.2"]
+    log.record(*(replace(FULL, model=path) for path in paths))
+    frame = log.frame()
+    assert frame["model"].tolist() == ["a/m", "b/m", "50%_off", "llama3.2"]
+    assert frame["model"].dtype == log.frame(model="llama3.2")["model"].dtype
+    assert frame.attrs["model_paths"] == {"a/m": "/a/m.gguf", "b/m": "/b/m.gguf", "50%_off": "/a/50%_off.gguf"}
+    found = {name: len(log.frame(model=name)) for name in ("m", "a/m", "/a/m.gguf", "50%_off", "off", "llama3.2")}
+    assert found == {"m": 2, "a/m": 1, "/a/m.gguf": 1, "50%_off": 1, "off": 0, "llama3.2": 1}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
 
 from sollol_nb.chat.completion import Completion
+from sollol_nb.notebook import displays
 from sollol_nb.notebook.displays import hide_once
 
 
@@ -43,3 +44,31 @@ def test_the_users_own_printer_is_restored(shell: Any) -> None:
     shell.events.trigger("post_execute")
     shell.display_formatter.format(value)
     assert seen == [value]
+
+
+def test_a_progress_bar_is_as_wide_as_its_cell_however_long_its_texts_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[dict[str, str]] = []
+
+    def make_display(bundle: dict[str, str]) -> Callable[[dict[str, str]], None]:
+        shown.append(bundle)
+        return shown.append
+
+    monkeypatch.setattr(displays, "make_display", make_display)
+    bar = displays.TextBar(total=20, desc="a-model-with-a-very-long-name.Q4_K_M", unit="row", mininterval=0)
+    bar.set_postfix_str("loading <another model>: 25 %")
+    bar.update(5)
+    bar.close()
+    assert "25%|█████               | 5/20" in shown[-1]["text/plain"]
+    assert "width:25.0%" in shown[-1]["text/html"]
+    assert "a-model-with-a-very-long-name.Q4_K_M: 25 % · 5 of 20" in shown[-1]["text/html"]
+    assert "&lt;another model&gt;" in shown[-1]["text/html"]
+
+
+def test_a_closed_bar_that_need_not_stay_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[dict[str, str]] = []
+    monkeypatch.setattr(displays, "make_display", lambda bundle: (shown.append(bundle), shown.append)[1])
+    bar = displays.TextBar(total=None, desc="x", leave=False, mininterval=0)
+    bar.update(1)
+    bar.close()
+    assert shown[0]["text/plain"].startswith("x: ")
+    assert shown[-1] == {"text/plain": "", "text/html": ""}

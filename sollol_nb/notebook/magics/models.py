@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from IPython.core.error import UsageError
@@ -112,14 +114,20 @@ class ModelMagics(Magics):
                 MODEL_PROFILES.pop(model, None)
         elif given:
             path = save_profile(model, given)
-            print(
-                f"saved in {path}" if path else "set in this kernel only: SOLLOL_CONFIG=0 allows no settings file"
-            )
+            in_kernel = "set in this kernel only: SOLLOL_CONFIG=0 allows no settings file"
+            print(f"saved in {_below_home(path)}" if path else in_kernel)
         print(session.router().profile(model))
         saved = config.saved_model(model)
         if not given and saved.values:
             print("\n".join(f"{key}: {value}" for key, value in saved.values.items()))
-            print(f"set in {saved.source}")
+            print(f"set in {_below_home(saved.source)}")
+
+
+def _below_home(path: str) -> str:
+    """A path for display, from the user's home on."""
+    with contextlib.suppress(RuntimeError, ValueError):  # no home, or not in it
+        return f"~/{Path(path).relative_to(Path.home()).as_posix()}"
+    return path
 
 
 _OPTIONS = {"memory_gb": "memory"}
