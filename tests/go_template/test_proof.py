@@ -132,11 +132,11 @@ def llama_server(engine: Engine, template: str) -> Iterator[JsonClient]:
 @pytest.mark.ollama
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_ollama_and_llama_server_render_the_same_prompts(
-    engine: Engine, ollama: OllamaServer, name: str, tmp_path: Path
+    engine: Engine, scratch_ollama: OllamaServer, name: str, tmp_path: Path
 ) -> None:
     source = TEMPLATES[name]
     thinks = all(thinking_tags(with_response(parse(source))))
-    ollama.create(f"template-{name}", template=source)
+    scratch_ollama.create(f"template-{name}", template=source)
     conversations = [
         conversation for at, conversation in enumerate(_conversations()) if at % 8 == 0 or len(conversation) > 4
     ]
@@ -145,7 +145,7 @@ def test_ollama_and_llama_server_render_the_same_prompts(
             for think in (True, False) if thinks else (None,):
                 thinking: dict[str, Any] = {} if think is None else {"think": think}
                 asked = {"model": f"template-{name}", "messages": messages, "stream": False, **thinking}
-                answer = ollama.ask("/api/chat", {**asked, "_debug_render_only": True})
+                answer = scratch_ollama.ask("/api/chat", {**asked, "_debug_render_only": True})
                 body = {"messages": [_openai_message(message) for message in messages]}
                 if think is not None:
                     body["chat_template_kwargs"] = {"enable_thinking": think}

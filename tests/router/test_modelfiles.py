@@ -27,12 +27,12 @@ GREEDY = ("PARAMETER temperature 0", "PARAMETER repeat_penalty 1")
 
 
 @pytest.fixture(scope="module")
-def mine(ollama: OllamaServer) -> Iterator[HybridRouter]:
+def mine(scratch_ollama: OllamaServer) -> Iterator[HybridRouter]:
     """A router that knows this Ollama and its storage, over one worker started here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OLLAMA_MODELS", str(ollama.models_folder))
+        patch.setenv("OLLAMA_MODELS", str(scratch_ollama.models_folder))
         with HybridRouter(
-            OllamaPool([ollama.base_url]),
+            OllamaPool([scratch_ollama.base_url]),
             auto_setup_rpc=True,
             auto_discover_rpc=False,
             num_rpc_backends=1,
@@ -49,7 +49,9 @@ def both(router: HybridRouter, model: str, messages: Any = QUESTION, **options: 
     return answers[0], answers[1]
 
 
-def test_a_custom_model_answers_the_same_in_ollama_and_sharded(ollama: OllamaServer, mine: HybridRouter) -> None:
+def test_a_custom_model_answers_the_same_in_ollama_and_sharded(
+    scratch_ollama: OllamaServer, mine: HybridRouter
+) -> None:
     lines = [
         'SYSTEM """You only know sharding.\nAnd sollol_nb."""',
         "MESSAGE user What is a worker?",
@@ -58,7 +60,7 @@ def test_a_custom_model_answers_the_same_in_ollama_and_sharded(ollama: OllamaSer
         'PARAMETER stop "coordinator"',
         "PARAMETER num_predict 40",
     ]
-    ollama.create("mario:70b", DEMO_MODEL_PATH, TURNS, *GREEDY, *lines)
+    scratch_ollama.create("mario:70b", DEMO_MODEL_PATH, TURNS, *GREEDY, *lines)
 
     there, here = both(mine, "mario:70b")
 
@@ -71,11 +73,11 @@ def test_a_custom_model_answers_the_same_in_ollama_and_sharded(ollama: OllamaSer
     assert mine.route("mario:70b", backend="sharded").reason == reason
 
 
-def test_what_the_caller_gives_wins_over_the_modelfile(ollama: OllamaServer, mine: HybridRouter) -> None:
-    ollama.create(
+def test_what_the_caller_gives_wins_over_the_modelfile(scratch_ollama: OllamaServer, mine: HybridRouter) -> None:
+    scratch_ollama.create(
         "terse:70b", DEMO_MODEL_PATH, CHATML, *GREEDY, "SYSTEM You are terse.", "PARAMETER num_predict 3"
     )
-    ollama.create("plain:70b", DEMO_MODEL_PATH, CHATML, *GREEDY)
+    scratch_ollama.create("plain:70b", DEMO_MODEL_PATH, CHATML, *GREEDY)
     system = [{"role": "system", "content": "Be loud and clear."}, {"role": "user", "content": QUESTION}]
 
     terse = mine.route_request("terse:70b", QUESTION, backend="sharded")
@@ -90,12 +92,12 @@ def test_what_the_caller_gives_wins_over_the_modelfile(ollama: OllamaServer, min
 
 
 def test_names_of_one_file_share_the_coordinator_and_a_larger_context_replaces_it(
-    ollama: OllamaServer, mine: HybridRouter
+    scratch_ollama: OllamaServer, mine: HybridRouter
 ) -> None:
     long_question = "What is a worker? " * 120
-    ollama.create("base:70b", DEMO_MODEL_PATH, CHATML, "PARAMETER num_ctx 512")
-    ollama.create("luigi:70b", DEMO_MODEL_PATH, CHATML, "SYSTEM You are Luigi.", "PARAMETER num_ctx 256")
-    ollama.create("wide:70b", DEMO_MODEL_PATH, CHATML, "PARAMETER num_ctx 1024")
+    scratch_ollama.create("base:70b", DEMO_MODEL_PATH, CHATML, "PARAMETER num_ctx 512")
+    scratch_ollama.create("luigi:70b", DEMO_MODEL_PATH, CHATML, "SYSTEM You are Luigi.", "PARAMETER num_ctx 256")
+    scratch_ollama.create("wide:70b", DEMO_MODEL_PATH, CHATML, "PARAMETER num_ctx 1024")
     mine.stop_coordinator()
 
     mine.route_request("base:70b", QUESTION, backend="sharded", max_tokens=2)
@@ -113,14 +115,16 @@ def test_names_of_one_file_share_the_coordinator_and_a_larger_context_replaces_i
     assert not first.is_running()
 
 
-def test_an_adapter_is_applied_over_workers(ollama: OllamaServer, mine: HybridRouter, tmp_path: Path) -> None:
+def test_an_adapter_is_applied_over_workers(
+    scratch_ollama: OllamaServer, mine: HybridRouter, tmp_path: Path
+) -> None:
     model = write_llama(tmp_path / "model.gguf")
     adapter = write_adapter(tmp_path / "adapter.gguf")
     wrong = write_adapter(tmp_path / "wrong.gguf", embedding=32)
     short = ("PARAMETER num_predict 6", *GREEDY)
-    ollama.create("bare:70b", model, CHATML, *short)
-    ollama.create("tuned:70b", model, CHATML, f"ADAPTER {adapter}", *short)
-    ollama.create("mistuned:70b", model, CHATML, f"ADAPTER {wrong}", *short)
+    scratch_ollama.create("bare:70b", model, CHATML, *short)
+    scratch_ollama.create("tuned:70b", model, CHATML, f"ADAPTER {adapter}", *short)
+    scratch_ollama.create("mistuned:70b", model, CHATML, f"ADAPTER {wrong}", *short)
 
     bare = mine.route_request("bare:70b", QUESTION, backend="sharded")
     there, tuned = both(mine, "tuned:70b")
@@ -137,10 +141,10 @@ def test_an_adapter_is_applied_over_workers(ollama: OllamaServer, mine: HybridRo
 
 
 def test_images_are_read_where_the_model_is_sharded(
-    ollama: OllamaServer, mine: HybridRouter, tmp_path: Path
+    scratch_ollama: OllamaServer, mine: HybridRouter, tmp_path: Path
 ) -> None:
     model, projector = write_llama(tmp_path / "model.gguf"), write_projector(tmp_path / "projector.gguf")
-    ollama.create("seeing:70b", model, CHATML, f"FROM {projector}", *GREEDY)
+    scratch_ollama.create("seeing:70b", model, CHATML, f"FROM {projector}", *GREEDY)
 
     def asked(*images: bytes) -> Any:
         message = {
@@ -158,9 +162,9 @@ def test_images_are_read_where_the_model_is_sharded(
 
 
 def test_a_template_without_a_place_for_tools_refuses_them_as_ollama_does(
-    ollama: OllamaServer, mine: HybridRouter
+    scratch_ollama: OllamaServer, mine: HybridRouter
 ) -> None:
-    ollama.create("toolless:70b", DEMO_MODEL_PATH, CHATML)
+    scratch_ollama.create("toolless:70b", DEMO_MODEL_PATH, CHATML)
     tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
 
     with pytest.raises(RequestRejectedError, match="does not support tools"):

@@ -235,6 +235,12 @@ def ollama(start_ollamas: Callable[..., OllamaServer]) -> OllamaServer:
     return server
 
 
+@pytest.fixture(scope="session")
+def scratch_ollama(start_ollamas: Callable[..., OllamaServer]) -> OllamaServer:
+    """A server for tests that make models and leave them loaded."""
+    return start_ollamas()
+
+
 @pytest.fixture
 def ollama_pair(ollama_program: Path, tmp_path: Path) -> Iterator[tuple[OllamaServer, OllamaServer]]:
     """Two servers with `llama3.2`, for tests that do them harm."""
