@@ -331,7 +331,13 @@ HELLO = [{"role": "user", "content": "Hello!"}]
         ("demo", [{"role": "user"}], {}, ConfigError, 'messages[0] needs "content" as text'),
         ("demo", [{"role": "user", "content": None}], {}, ConfigError, 'messages[0] needs "content" as text'),
         ("demo", HELLO, {"temprature": 1}, ConfigError, "unknown option 'temprature'; did you mean temperature?"),
-        ("demo", HELLO, {"max_tokens": "many"}, ConfigError, "option max_tokens='many' must be a whole number of 1 or more"),
+        (
+            "demo",
+            HELLO,
+            {"max_tokens": "many"},
+            ConfigError,
+            "option max_tokens='many' must be a whole number of 1 or more",
+        ),
         (
             "demo",
             HELLO,
