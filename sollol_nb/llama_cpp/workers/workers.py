@@ -133,9 +133,11 @@ class Workers:
         return frozenset(lost)
 
     def _record_loss(self, probe: Probe) -> None:
-        endpoint = probe.endpoint
-        self._losses.record(endpoint)
+        endpoint, before = probe.endpoint, self._probes[probe.endpoint]
         self._probes[endpoint] = probe
+        if before is not None and before.outcome is not ProbeOutcome.FREE and endpoint in self._losses:
+            return  # the same loss, which several look for: two would make the worker cool down
+        self._losses.record(endpoint)
         # The supervisor of a local worker reports its end.
         if probe.outcome is not ProbeOutcome.REFUSED or endpoint not in self._local:
             self._events.publish(EventKind.WORKER_LOST, endpoint, f"lost worker {endpoint}: {probe.detail}")
