@@ -45,7 +45,7 @@ class KeptChats:
 
     Args:
         notebook: what identifies the notebook, such as its path.
-        path: the file; by default `chats.sqlite` in the state folder.
+        path: the file; by default the one in the state folder.
     """
 
     def __init__(self, notebook: str, path: Path | None = None) -> None:

@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from itertools import islice
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -97,7 +97,7 @@ def _brief(frame: pd.DataFrame) -> pd.DataFrame:
     started = frame["started_at"].dt.tz_convert(datetime.now().astimezone().tzinfo)
     columns = {
         "started": started.dt.strftime("%Y-%m-%d %H:%M:%S"),
-        "model": [PurePath(model).name if model.endswith(".gguf") else model for model in frame["model"]],
+        "model": frame["model"],
         **{name: frame[name] for name in ("backend", "layout", "status")},
         **{name: frame[name].round().astype("Int64") for name in ("queue_ms", "load_ms", "ttft_ms", "total_ms")},
         "tokens": frame["completion_tokens"],
