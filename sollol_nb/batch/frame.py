@@ -85,7 +85,7 @@ def joined(
         while column in taken:
             column = f"{prefix}answer_{column.removeprefix(prefix)}"
         taken.add(column)
-        fields[column] = _typed([_field(result.value, name) for result in results])
+        fields[column] = _typed([_field(result.value, name) for result in results], frame.index)
     answer = f"{prefix}answer"
     new = pd.DataFrame({answer: columns.pop(answer), **fields, **columns}, index=frame.index)
     if (levels := frame.columns.nlevels) > 1:  # else the names of all columns would become tuples
@@ -125,16 +125,16 @@ def _field(value: Any, name: str) -> Any:
     return value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
 
 
-def _typed(values: Sequence[Any]) -> Any:
+def _typed(values: Sequence[Any], index: pd.Index[Any]) -> pd.Series[Any]:
     """A column of the values' type; booleans and numbers keep theirs beside None."""
     import pandas as pd
 
-    # Without its dtype, older pandas fails at an integer that is too large for a float.
-    column: pd.Series[Any] = pd.Series(object_column(values), dtype=object)
+    # Without a dtype, older pandas fails at an integer that is too large for a float.
+    column: pd.Series[Any] = pd.Series(object_column(values), index=index, dtype=object)
     kinds: frozenset[type] = frozenset(type(value) for value in values if value is not None)
     dtype: Any = _NULLABLE.get(kinds)
     has_none = any(value is None for value in values)
     try:
-        return (column.astype(dtype) if dtype is not None and has_none else column.infer_objects()).array
+        return column.astype(dtype) if dtype is not None and has_none else column.infer_objects()
     except (OverflowError, TypeError, ValueError):  # JSON's numbers have no limits
-        return column.array
+        return column
