@@ -298,7 +298,7 @@ def test_a_model_file_named_as_the_model_answers(one_slot: HybridRouter, router:
 
 
 def test_workers_of_others_are_found_and_used_and_left_running(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, alone: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     others = Workers([], EventBus())
     try:
@@ -566,7 +566,7 @@ def test_a_failed_request_leaves_a_row_with_its_error(router: HybridRouter) -> N
     assert router.get_stats()["failed_requests"] == failed + 1
 
 
-def test_events_report_the_life_of_requests_workers_and_coordinators(engine: Engine) -> None:
+def test_events_report_the_life_of_requests_workers_and_coordinators(engine: Engine, alone: None) -> None:
     seen: list[Any] = []
     with HybridRouter(auto_setup_rpc=True, auto_discover_rpc=False, num_rpc_backends=1) as mine:
         unsubscribe = mine.events.subscribe(seen.append)
@@ -675,7 +675,7 @@ def test_an_answer_has_the_name_that_was_requested(router: HybridRouter) -> None
     assert (by_name["model"], by_path["model"]) == ("demo", str(DEMO_MODEL_PATH))
 
 
-def test_a_worker_that_a_coordinator_holds_cannot_be_removed() -> None:
+def test_a_worker_that_a_coordinator_holds_cannot_be_removed(alone: None) -> None:
     with HybridRouter(auto_discover_rpc=False, rpc_port=52052) as mine:
         (worker,) = mine.start_workers(1)
         mine.route_request("demo:sharded", QUESTION, max_tokens=2)

@@ -184,8 +184,8 @@ def test_the_blocking_api_works_in_the_running_loop_of_a_kernel(notebook: Kernel
     assert notebook.run(code).stream == "True True\n"
 
 
-def test_unloading_leaves_nothing_behind(engine: object) -> None:
-    with kernel() as fresh:
+def test_unloading_leaves_nothing_behind(engine: object, tmp_path: Path) -> None:
+    with kernel(SOLLOL_STATE_DIR=str(tmp_path)) as fresh:
         fresh.run("import asyncio, asyncio.events, asyncio.tasks, asyncio.futures")
         fresh.run("loop = type(asyncio.get_running_loop())")
         snapshot = (

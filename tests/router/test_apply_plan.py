@@ -31,7 +31,9 @@ LONG_QUESTION = "Tell me everything about sharding."  # the answer is still unde
 @pytest.fixture(scope="module")
 def sharding(engine: Engine) -> Iterator[HybridRouter]:
     """A router over three workers of its own."""
-    with HybridRouter(auto_discover_rpc=False, distributed_threshold_params=1e-6, context_tokens=1024) as mine:
+    # With more slots than the coordinators of other tests, which it would share.
+    settings: dict[str, Any] = {"distributed_threshold_params": 1e-6, "context_tokens": 1024, "slots": 5}
+    with HybridRouter(auto_discover_rpc=False, **settings) as mine:
         mine.start_workers(3)
         yield mine
 
