@@ -98,13 +98,16 @@ def follow_events(events: EventBus, model: str, answer: LiveAnswer) -> Iterator[
 
     After the loss of its coordinator the status begins with that, until the answer continues.
     """
-    lost = ""
+    lost, lost_workers = "", set[str]()
 
     def note(event: Event) -> None:
         nonlocal lost
         source, is_about_model = event.kind.source, event.subject == short_name(model)
+        if event.kind is EventKind.WORKER_LOST:  # known before its coordinator has ended, or found after that
+            lost_workers.add(event.subject)
         if event.kind is EventKind.COORDINATOR_LOST and is_about_model:
-            answer.status = lost = event.message
+            named = [f"lost worker {worker}" for worker in sorted(lost_workers) if worker in event.message]
+            answer.status = lost = ", ".join(named) or event.message
         elif event.kind is EventKind.WORKER_LOST and lost:
             answer.status = lost = f"lost worker {event.subject}"
         elif event.kind is EventKind.ANSWER_CONTINUED and is_about_model:

@@ -21,6 +21,8 @@ def test_the_loss_of_a_worker_is_shown_until_the_answer_continues() -> None:
             (EventKind.COORDINATOR_LOADING, "demo", "loading demo: 50 %"),
             (EventKind.ANSWER_CONTINUED, "demo", "resumed an answer"),
             (EventKind.COORDINATOR_STARTING, "demo", "starting demo on 1 worker"),
+            (EventKind.WORKER_LOST, "10.0.0.2:1", "lost worker 10.0.0.2:1: killed (signal 9)"),
+            (EventKind.COORDINATOR_LOST, "demo", "demo ended because worker 10.0.0.2:1 was lost"),
         ):
             events.publish(kind, subject, message)
             seen.append(answer.status)
@@ -33,6 +35,8 @@ def test_the_loss_of_a_worker_is_shown_until_the_answer_continues() -> None:
         "lost worker 10.0.0.1:1; loading demo: 50 %",
         "lost worker 10.0.0.1:1; loading demo: 50 %",
         "starting demo on 1 worker",
+        "lost worker 10.0.0.2:1: killed (signal 9)",
+        "lost worker 10.0.0.2:1",
     ]
 
 
