@@ -64,7 +64,7 @@ def ps(arguments: argparse.Namespace) -> int:
 
 def status(arguments: argparse.Namespace) -> int:
     """Show workers, layers and Ollama nodes. Exit code 0: all is well; 3: something needs attention."""
-    from sollol_nb.cli.status import problems, user_cluster
+    from sollol_nb.cli.status import problems, user_cluster, without_problems
     from sollol_nb.runtime.io_loop import run_blocking
 
     cluster = run_blocking(user_cluster())
@@ -73,7 +73,7 @@ def status(arguments: argparse.Namespace) -> int:
         print(json.dumps({**asdict(cluster), "troubles": lines}, indent=1, default=_as_json))
     else:
         print(cluster)
-        print("\n".join(f"attention: {line}" for line in lines) if lines else "all is well")
+        print("\n".join(f"attention: {line}" for line in lines) if lines else without_problems(cluster))
     return EXIT_ATTENTION if lines else EXIT_OK
 
 

@@ -44,3 +44,10 @@ def problems(status: ClusterStatus) -> list[str]:
     for coordinator in status.coordinators:
         lines += [f"{coordinator.model} differs from its plan: {text}" for text in coordinator.differences]
     return lines
+
+
+def without_problems(status: ClusterStatus) -> str:
+    """The verdict where nothing needs attention: a cluster in which nothing runs is not called well."""
+    if status.workers or status.coordinators or any(node.state == "ready" for node in status.nodes):
+        return "all is well"
+    return "nothing runs: there is no worker, no loaded model, and no Ollama node that answers"

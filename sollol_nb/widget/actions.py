@@ -1,6 +1,7 @@
 """What a cluster's controls do: each action runs on the I/O loop, one of a kind at a time, and ends in an event.
 
-The router itself publishes what it did; a failure is published here, as `action.failed`.
+The router itself publishes what it did; a failure is published here, as `action.failed`. What the last action
+does, or how it ended, is in `progress`, for a line below the controls.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ class ClusterActions:
     Args:
         router: what the actions act on.
         on_change: called on the I/O loop when an action starts or ends.
+
+    Attributes:
+        progress: what the last action is doing, or how it ended; empty before the first one.
     """
 
     def __init__(self, router: Router, on_change: Callable[[], None]) -> None:
@@ -31,6 +35,7 @@ class ClusterActions:
         self._events = router.events
         self._on_change = on_change
         self._running: set[str] = set()
+        self.progress = ""
 
     def is_unavailable(self, kind: str) -> bool:
         """Whether an action cannot start now: one of its kind is running, or the router was closed or is gone."""
@@ -54,17 +59,22 @@ class ClusterActions:
         submit(self._run(kind, description, action(router)))
 
     async def _run(self, kind: str, description: str, work: Coroutine[Any, Any, str | None]) -> None:
+        self.progress = f"{description} …"
         self._on_change()
         try:
             message = await work
+            self.progress = message or f"{description}: done"
             if message:
                 self._events.publish(EventKind.ACTION_DONE, kind, message)
         except SollolError as error:
-            self._events.publish(EventKind.ACTION_FAILED, kind, f"{description} failed: {error}")
+            self._fail(kind, f"{description} failed: {error}")
         except Exception as error:
             logger.exception("%s failed", description)
-            message = f"{description} failed: {type(error).__name__}: {error}"
-            self._events.publish(EventKind.ACTION_FAILED, kind, message)
+            self._fail(kind, f"{description} failed: {type(error).__name__}: {error}")
         finally:
             self._running.discard(kind)
             self._on_change()
+
+    def _fail(self, kind: str, message: str) -> None:
+        self.progress = f"⚠ {message}"
+        self._events.publish(EventKind.ACTION_FAILED, kind, message)

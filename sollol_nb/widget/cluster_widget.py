@@ -18,6 +18,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets
@@ -58,6 +59,7 @@ class ClusterWidget:
     Attributes:
         map: the drawing; None without anywidget.
         workers, models, what_if: the controls.
+        progress: what the controls are doing, or how the last action ended.
         box: all of them, as one ipywidget.
         is_closed: whether it was closed for good.
     """
@@ -71,17 +73,18 @@ class ClusterWidget:
         self._is_cell_running = False
         self._snapshots: deque[DisplayHandle] = deque(maxlen=SNAPSHOTS_KEPT)
         self._due: set[str] = set()
-        actions, get_router = ClusterActions(router, self._refresh), weakref.ref(router)
-        self.workers = WorkerControls(actions)
-        self.models = ModelControls(actions, lambda: _strategy_of(get_router()))
-        self.what_if = WhatIfPanel(get_router, actions)
+        self._actions, get_router = ClusterActions(router, self._refresh), weakref.ref(router)
+        self.workers = WorkerControls(self._actions)
+        self.models = ModelControls(self._actions, lambda: _strategy_of(get_router()))
+        self.what_if = WhatIfPanel(get_router, self._actions)
+        self.progress = ipywidgets.HTML()
         self.map = _create_map(self)
         self._html = ipywidgets.HTML(self._state.status()._repr_html_()) if self.map is None else None
         controls = ipywidgets.VBox([self.workers.box, self.models.box])
         panels = ipywidgets.Accordion(
             [controls, self.what_if.box], titles=("Controls", "What if"), selected_index=None
         )
-        self.box = ipywidgets.VBox([self.map if self.map is not None else self._html, panels])
+        self.box = ipywidgets.VBox([self.map if self.map is not None else self._html, panels, self.progress])
 
     def __repr__(self) -> str:
         return f"<ClusterWidget: {'closed' if self.is_closed else f'{len(self._views)} views'}>"
@@ -194,6 +197,7 @@ class ClusterWidget:
         if not self.is_closed:
             for panel in (self.workers, self.models, self.what_if):
                 panel.refresh(self._state.data)
+            self.progress.value = escape(self._actions.progress)
 
     def _drop_lost_views(self) -> None:
         if self.map is None or self._is_cell_running:  # views of ipywidgets.HTML do not report

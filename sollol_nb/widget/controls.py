@@ -27,6 +27,12 @@ _SMALL = {"width": "auto"}
 _NARROW = {"width": "170px"}
 _COUNT = {"width": "60px"}
 _WIDE = {"width": "230px"}
+_LABEL = {"width": "110px"}
+
+
+def row(label: str, *controls: ipywidgets.Widget) -> ipywidgets.HBox:
+    """Labelled controls beside each other; in a narrow window they continue on the next line."""
+    return ipywidgets.HBox([ipywidgets.Label(label, layout=_LABEL), *controls], layout={"flex_flow": "row wrap"})
 
 
 def choose_among(dropdown: ipywidgets.Dropdown, names: Sequence[str]) -> None:
@@ -70,8 +76,8 @@ class WorkerControls:
         )
         self.box = ipywidgets.VBox(
             [
-                ipywidgets.HBox([self.count, self.start, self.stop]),
-                ipywidgets.HBox([self.endpoint, self.add, self.known, self.remove, self.discover]),
+                row("Workers here", self.count, self.start, self.stop, self.discover),
+                row("Other workers", self.endpoint, self.add, self.known, self.remove),
             ]
         )
         self.start.on_click(self._start)
@@ -177,16 +183,17 @@ class ModelControls:
             tooltip="how the layers of the next models are spread",
             layout=_NARROW,
         )
-        self.keep_alive = ipywidgets.Text(placeholder="keep_alive, such as 1h", layout=_NARROW)
+        self.keep_alive = ipywidgets.Text(placeholder="10m, 1h, forever", layout=_NARROW)
         self.keep = ipywidgets.Button(
             description="Apply",
-            tooltip="how long coordinators stay loaded without requests: 10m, 1h, forever",
+            tooltip="how long coordinators stay loaded without requests (keep_alive)",
             layout=_SMALL,
         )
         self.box = ipywidgets.VBox(
             [
-                ipywidgets.HBox([self.model, self.load, self.running, self.stop]),
-                ipywidgets.HBox([self.strategy, self.keep_alive, self.keep]),
+                row("Models", self.model, self.load, self.running, self.stop),
+                row("Layer strategy", self.strategy),
+                row("Keep loaded for", self.keep_alive, self.keep),
             ]
         )
         for text in (self.model, self.keep_alive):

@@ -56,7 +56,7 @@ class WhatIfPanel:
         self.reset = ipywidgets.Button(
             description="Reset", tooltip="back to the running layout", layout={"width": "auto"}, disabled=True
         )
-        header = ipywidgets.HBox([self.model, self.apply, self.reset])
+        header = ipywidgets.HBox([self.model, self.apply, self.reset], layout={"flex_flow": "row wrap"})
         self.box = ipywidgets.VBox([header, self._rows, self.prediction])
         self.model.observe(self._choose, "value")
         self.apply.on_click(self._apply)
@@ -223,6 +223,6 @@ def _slider(endpoint: str, count: int, total: int) -> ipywidgets.IntSlider:
         min=0,
         max=total,
         description=endpoint,
-        style={"description_width": "180px"},
-        layout={"width": "520px"},
+        style={"description_width": "min(180px, 40%)"},
+        layout={"width": "auto", "max_width": "520px"},
     )

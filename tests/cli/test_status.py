@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from sollol_nb.cli.status import problems
+from sollol_nb.cli.status import problems, without_problems
 from sollol_nb.cluster.status import ClusterStatus
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.ollama.nodes import NodeStatus
@@ -56,6 +56,12 @@ def test_what_needs_attention_is_listed(monkeypatch: pytest.MonkeyPatch) -> None
         problems(status)[-1] == "Ollama node http://a:11434 is absent: no route; start it there with: ollama serve"
     )
     assert problems(ClusterStatus((), (), (node("ready"),))) == []
+
+
+def test_a_cluster_in_which_nothing_runs_is_not_called_well() -> None:
+    assert without_problems(ClusterStatus((), (), (node("absent"),))).startswith("nothing runs")
+    assert without_problems(ClusterStatus((), (), (node("ready"),))) == "all is well"
+    assert without_problems(ClusterStatus((worker("a:1", "free"),), (), ())) == "all is well"
 
 
 @pytest.mark.engine

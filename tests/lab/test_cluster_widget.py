@@ -71,7 +71,7 @@ def test_it_shows_layers_workers_and_events(page: LabPage) -> None:
 def test_a_moved_slider_changes_the_prediction_and_the_applied_layout_the_map(page: LabPage) -> None:
     output = page.output(4)
     output.get_by_text("What if", exact=True).click()
-    prediction = output.locator(".widget-html").last
+    prediction = output.locator(".jupyter-widget-Collapse-contents .widget-html").last
     expect(prediction).to_contain_text("fits")
     before = prediction.inner_text()
     sliders = output.get_by_role("slider")
@@ -190,6 +190,30 @@ def test_it_is_readable_in_each_theme_and_size(lab: HeadlessLab, theme: str, cou
     )
     page.close()
     assert contrast(background, text) > 7
+
+
+def test_nothing_is_cut_in_a_narrow_window(lab: HeadlessLab) -> None:
+    source = SIMULATED + (
+        "cluster = SimulatedCluster(3, [node(1)])\ncluster.run_model('llama3.1:70b', range(3))\n"
+        "cluster_widget(cluster)"
+    )
+    page = lab.open([source], viewport=(660, 1800))
+    page.run_all()
+    output = page.output(0)
+    for panel, button in (("Controls", "Remove"), ("What if", "Reset")):
+        output.get_by_text(panel, exact=True).click()
+        expect(output.get_by_role("button", name=button, exact=True)).to_be_visible()
+        page.screenshot(f"cluster-narrow-{panel.lower().replace(' ', '-')}")
+        cut = output.evaluate(
+            """output => {
+                const right = output.getBoundingClientRect().right + 1;
+                return [...output.querySelectorAll('button, input, select, .noUi-target, .widget-readout, td')]
+                    .filter(part => part.getBoundingClientRect().right > right)
+                    .map(part => part.outerHTML.slice(0, 200));
+            }"""
+        )
+        assert cut == [], panel
+    page.close()
 
 
 def contrast(first: str, second: str) -> float:

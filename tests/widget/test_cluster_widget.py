@@ -103,7 +103,7 @@ def test_without_anywidget_the_state_is_shown_as_html(
     monkeypatch.setitem(sys.modules, "sollol_nb.widget.map", None)
     widget = cluster_widget(cluster)  # type: ignore[arg-type]
     widget.bundle()
-    (shown, _) = widget.box.children
+    shown = widget.box.children[0]
 
     cluster.change_worker(3, "down", "nothing listens there", EventKind.WORKER_LOST)
 
@@ -403,6 +403,7 @@ def test_a_failure_is_reported_by_an_event(steered: ClusterWidget, router: Hybri
         lambda: any(text.startswith("loading /no/such/file.gguf failed") for text in messages(router)), "reported"
     )
     eventually(lambda: not steered.models.load.disabled, "it can be tried again")
+    assert steered.progress.value.startswith("⚠ loading /no/such/file.gguf failed"), "beside the controls, too"
 
 
 def test_an_unexpected_failure_is_reported_too(
@@ -468,8 +469,10 @@ def test_an_action_runs_once_at_a_time(widget: ClusterWidget, cluster: Simulated
     actions.start("add", "adding", wait)
     widget.workers.endpoint.value = "10.9.9.9"
     assert widget.workers.add.disabled
+    eventually(lambda: widget.progress.value == "adding …", "what it does is shown")
     may_end.set()
     eventually(lambda: not actions.is_unavailable("add") and not widget.workers.add.disabled, "it is done")
+    assert widget.progress.value == "adding: done"
     assert begun == [1]
 
 

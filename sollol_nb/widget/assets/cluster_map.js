@@ -310,6 +310,7 @@ class View {
       entry.model ? coordinatorCard(entry) : startingCard(entry.name, entry),
     );
     const [workers, workerBody] = table(["worker", "state", "round trip", "memory", "protocol", "details"]);
+    workers.classList.add("sollol-worker-table");
     this.workerOverview = element("div");
     this.workerPart = part(this.workerOverview, workers);
     this.workers = new Rows(workerBody, workerRow);
@@ -333,6 +334,7 @@ class View {
     const { totals, coordinators, starting, workers, nodes, events } = state;
     if (totals !== before.totals || state.closed !== before.closed) {
       const closed = state.closed ? " · the router was closed; this is its last state" : "";
+      this.totals.title = "failed: ended in an error or at their time limit; stopped requests do not count";
       this.totals.replaceChildren(describeTotals(totals || {}) + closed);
     }
     if (coordinators !== before.coordinators || starting !== before.starting) {
