@@ -459,7 +459,7 @@ def test_an_error_of_every_row_is_raised_before_the_first_request(
     assert asked == []
 
 
-def test_without_workers_no_second_row_is_tried(engine: Engine, tmp_path: Path) -> None:
+def test_without_workers_no_second_row_is_tried(engine: Engine, tmp_path: Path, alone: None) -> None:
     with HybridRouter(auto_discover_rpc=False) as mine:
         mine._async.batch_store = BatchStore(tmp_path / "b.sqlite")
         begun: list[Event] = []
