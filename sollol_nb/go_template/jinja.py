@@ -111,6 +111,7 @@ _FIELDS: dict[str, dict[str, Value]] = {
 }
 _ITEMS = {"messages": "message", "calls": "call", "tools": "tool"}
 _JSON = {"tools", "tool", "function", "parameters", "properties", "property", "calls", "call", "called", "json"}
+_STRUCTURES = {"root", "message", "tool", "call", "called", "function", "parameters", "property"}
 _MISSING: Value = ("''", "missing")
 
 
@@ -274,7 +275,8 @@ class _Writer:
         if name not in _FIELDS.get(kind, {}):
             raise UnknownSyntaxError(f".{name} of a {kind}")
         key, field_kind = _FIELDS[kind][name]
-        return f"{code}['{key}']", field_kind
+        field = f"{code}['{key}']"
+        return (f"({field} or {{}})" if field_kind == "parameters" else field), field_kind
 
     def _formatted(self, pattern: str, values: Sequence[Value]) -> Value:
         """Go's `printf` with `%s`, `%v` and `%d`."""
@@ -329,7 +331,7 @@ def _jumps(node: Node) -> bool:
 def _tested(value: Value) -> str:
     """A value as a condition."""
     code, kind = value
-    if kind in ("root", "message", "tool", "call"):  # structures count as true
+    if kind in _STRUCTURES:  # which Go takes for true even where all their fields are empty
         return "true"
     return code
 

@@ -28,6 +28,7 @@ from sollol_nb.go_template.syntax import (
 )
 
 MAX_STEPS = 5_000
+MAX_CHARACTERS = 1_000_000  # of a prompt, and of each text on the way to it
 _MESSAGE = {
     "Role": "",
     "Content": "",
@@ -169,7 +170,7 @@ class _Renderer:
         self._root = root
         self._scopes: list[dict[str, Any]] = [{}]
         self._out: list[str] = []
-        self._steps = 0
+        self._steps = self._characters = 0
 
     def written(self, nodes: Sequence[Node]) -> str:
         self._run(nodes, self._root)
@@ -182,9 +183,9 @@ class _Renderer:
                 raise UnknownSyntaxError("it takes too long")
             match node:
                 case Text(text):
-                    self._out.append(text)
+                    self._write(text)
                 case Write(value):
-                    self._out.append(_text(self._value(value, dot)))
+                    self._write(_text(self._value(value, dot)))
                 case Set(name, value, declares):
                     self._set(name, self._value(value, dot), declares)
                 case If():
@@ -193,6 +194,11 @@ class _Renderer:
                     self._run_range(node, dot)
                 case Jump(kind):
                     raise _Break if kind == "break" else _Continue
+
+    def _write(self, text: str) -> None:
+        self._characters += len(text)
+        _check_length(self._characters)
+        self._out.append(text)
 
     def _run_if(self, node: If, dot: Any) -> None:
         value = self._value(node.condition, dot)
@@ -291,6 +297,7 @@ def apply(function: str, values: Sequence[Any]) -> Any:
         case "index", [list() as items, int() as position] if 0 <= position < len(items):
             return items[position]
         case "print", _ if all(isinstance(value, str) for value in values):
+            _check_length(sum(map(len, values)))
             return "".join(values)
         case "printf", [str() as pattern, *rest]:
             return formatted(pattern, rest)
@@ -304,6 +311,11 @@ def apply(function: str, values: Sequence[Any]) -> Any:
     raise UnknownSyntaxError(f"{function} of these values")
 
 
+def _check_length(characters: int) -> None:
+    if characters > MAX_CHARACTERS:
+        raise UnknownSyntaxError(f"a text of more than {MAX_CHARACTERS:,} characters")
+
+
 def _of_kind(first: Any, other: Any) -> Any:
     if type(first) is not type(other) or not isinstance(first, str | int):
         raise UnknownSyntaxError("a comparison of different kinds of values")
@@ -315,6 +327,7 @@ def formatted(pattern: str, values: Sequence[Any]) -> str:
     parts = pattern.replace("%%", "\0").split("%")
     if len(parts) - 1 != len(values):
         raise UnknownSyntaxError("printf with another number of values")
+    _check_length(sum(len(value) for value in values if isinstance(value, str)))
     text = parts[0]
     for part, value in zip(parts[1:], values, strict=True):
         is_text, is_number = isinstance(value, str), isinstance(value, int) and not isinstance(value, bool)

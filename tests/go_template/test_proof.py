@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from sollol_nb.go_template.proof import _conversations, _openai_message, proven_jinja, reads_tools
+from sollol_nb.go_template.proof import _conversations, _environment, _openai_message, proven_jinja, reads_tools
 from sollol_nb.go_template.render import render, thinking_tags, with_response
 from sollol_nb.go_template.syntax import MAX_BYTES, UnknownSyntaxError, parse
 from sollol_nb.llama_cpp.engine.check import Engine
@@ -29,6 +29,12 @@ CONVERSATION = [
     {"role": "assistant", "content": "It's me!"},
     {"role": "user", "content": "Who?"},
 ]
+
+
+def doubled(value: str) -> str:
+    """A template whose text doubles, by this value, for each pair of messages."""
+    loop = "{{ range .Messages }}{{ range $.Messages }}{{ $x = " + value + " }}{{ end }}{{ end }}"
+    return '{{ $x := "12345678" }}' + loop
 
 
 def prompt(source: str, *, think: bool = True) -> str:
@@ -85,6 +91,9 @@ def test_whether_a_template_has_a_place_for_tools_is_known() -> None:
         ("x" * (MAX_BYTES + 1), "more than"),
         ("{{ (index .Messages 3).Content }}", "index of these values"),
         ("{{ range $.Messages }}" * 9 + "{{ end }}" * 9, "it takes too long"),
+        (doubled('printf "%s%s" $x $x'), "a text of more than"),
+        (doubled("print $x $x"), "a text of more than"),
+        ("{{ range $.Messages }}" * 3 + "x" * 25_000 + "{{ end }}" * 3, "a text of more than"),
     ],
 )
 def test_what_cannot_be_translated_is_named(source: str, reason: str) -> None:
@@ -92,6 +101,22 @@ def test_what_cannot_be_translated_is_named(source: str, reason: str) -> None:
         proven_jinja(source)
     assert reason in str(caught.value)
     assert len(str(caught.value)) < 200
+
+
+def test_a_tool_without_parameters_is_written_as_ollama_writes_it() -> None:
+    source = (
+        "{{ range .Messages }}{{ .Content }}{{ end }}{{ range .Tools }}{{ .Function.Name }}"
+        "{{ if .Function.Parameters }}:{{ range $name, $property := .Function.Parameters.Properties }}"
+        " {{ $name }}{{ end }}{{ end }};{{ end }}"
+    )
+    tools = [
+        {"type": "function", "function": {"name": "now"}},
+        {"type": "function", "function": {"name": "add", "parameters": {"properties": {"a": {}, "b": {}}}}},
+    ]
+
+    template = _environment().from_string(proven_jinja(source))
+
+    assert template.render(messages=[{"role": "user", "content": "Hi"}], tools=tools) == "Hinow:;add: a b;"
 
 
 def test_a_translation_that_gives_other_prompts_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
