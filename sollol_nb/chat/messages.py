@@ -1,7 +1,8 @@
 """The messages of a chat request, checked before anything is loaded or sent, in one form for both backends. Pure.
 
 That form is Ollama's (its `docs/api.md`). Messages in OpenAI's form are accepted and converted: content parts that
-are all text become one text, the arguments of tool calls become a dict, and the role `developer` is `system`.
+are all text become one text, the arguments of tool calls become a dict, the role `developer` is `system`, and
+fields that are None, as OpenAI's library writes them, are left out.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from sollol_nb.runtime.amounts import shown
 ROLES = ("system", "user", "assistant", "tool")
 _OPENAI_ROLES = {"developer": "system"}
 _PART_TYPES = ("text", "image_url", "input_audio")
+_TEXT_FIELDS = ("thinking", "reasoning_content", "reasoning", "tool_name", "tool_call_id", "name")
 
 
 def check_messages(messages: Sequence[Mapping[str, Any]] | str) -> list[dict[str, Any]]:
@@ -51,10 +53,16 @@ def _checked(given: Any, where: str) -> dict[str, Any]:
         )
     if not calls and not isinstance(given.get("content"), str | list | tuple):
         raise ConfigError(f'{where} needs "content" as text')
-    message: dict[str, Any] = {**plain_data(given, where), "role": role}
+    for name in _TEXT_FIELDS:
+        if not isinstance(given.get(name), str | None):
+            raise ConfigError(f'{where} needs "{name}" as text, not {shown(given[name])}')
+    present = {name: value for name, value in given.items() if value is not None or name == "content"}
+    message: dict[str, Any] = {**plain_data(present, where), "role": role}
     if isinstance(message.get("content"), list):
         message["content"] = _checked_parts(message["content"], where)
     for position, call in enumerate(message.get("tool_calls") or []):
+        if not isinstance(call.get("id"), str | None):
+            raise ConfigError(f'{where} tool_calls[{position}] needs "id" as text, not {shown(call["id"])}')
         _read_arguments(call["function"], f"{where} tool_calls[{position}]")
     return message
 
@@ -82,9 +90,10 @@ def _checked_parts(parts: list[Any], where: str) -> str | list[dict[str, Any]]:
             raise ConfigError(f'{where} content[{position}] needs "text" as text')
         if kind == "image_url":
             part["image_url"] = _checked_image(part.get("image_url"), f"{where} content[{position}]")
-        if kind == "input_audio" and not isinstance(part.get("input_audio"), Mapping):
+        audio = part.get("input_audio")
+        if kind == "input_audio" and not (isinstance(audio, Mapping) and isinstance(audio.get("data"), str)):
             raise ConfigError(
-                f'{where} content[{position}] needs "input_audio" as a dict with "data" and "format"'
+                f'{where} content[{position}] needs "input_audio" as a dict with "data" (base64 text) and "format"'
             )
     if all(part["type"] == "text" for part in parts):
         return "\n".join(part["text"] for part in parts)

@@ -212,3 +212,10 @@ def _check_tool(tool: Any, where: str) -> None:
             f'{where} must be a dict such as {{"type": "function", "function": {{"name": "f", "parameters": '
             "{...}}}"
         )
+    if not isinstance(function.get("parameters"), Mapping | None):
+        raise ConfigError(
+            f'{where} needs "parameters" as a JSON schema, such as {{"type": "object", "properties": {{...}}}}, '
+            f"not {shown(function['parameters'])}"
+        )
+    if not isinstance(function.get("description"), str | None):
+        raise ConfigError(f'{where} needs "description" as text, not {shown(function["description"])}')

@@ -12,7 +12,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,14 @@ from sollol_nb.gguf.header import GgufFile, Header, check_file, read_header
 from sollol_nb.go_template.proof import proven_jinja, reads_tools
 from sollol_nb.go_template.syntax import UnknownSyntaxError
 from sollol_nb.models.files import DEMO_NAMES, OllamaGGUFResolver, OllamaModelFiles, names_file
+from sollol_nb.text.tables import shortened
 
 BARE_PROMPT = "{{ .Prompt }}"
 """The template of a model that has none, in Ollama."""
 
 _TEXT_LIMIT_BYTES = 1024 * 1024
+_REASON_LIMIT_CHARS = 300
+_MAX_REASONS = 20
 _ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -127,7 +130,7 @@ def read_modelfile(
     options, context_tokens = _options(files.parameters, checked_option, left_out)
     chat_template, refuses_tools = _chat_template(files, model_path, left_out)
     return Modelfile(
-        system=_text(files.system, "SYSTEM", left_out),
+        system=_text(files.system, "SYSTEM", left_out) or "",
         messages=_messages(files.messages, left_out),
         options=options,
         context_tokens=context_tokens,
@@ -135,14 +138,25 @@ def read_modelfile(
         projector=_projector(files.projectors, left_out),
         chat_template=chat_template,
         refuses_tools=refuses_tools,
-        left_out=tuple(left_out),
+        left_out=_bounded(left_out),
     )
 
 
-def _text(path: Path | None, what: str, left_out: list[str]) -> str:
-    """The text of a layer; one that cannot be read is left out."""
+def _bounded(reasons: Sequence[str]) -> tuple[str, ...]:
+    """The reasons as parts of a line: files choose names in them, and how many there are."""
+    lines = [shortened(_printable(reason), _REASON_LIMIT_CHARS) for reason in reasons[:_MAX_REASONS]]
+    more = [f"{len(reasons) - _MAX_REASONS:,} more"] if len(reasons) > _MAX_REASONS else []
+    return (*lines, *more)
+
+
+def _printable(text: str) -> str:
+    return "".join(character if character.isprintable() else "?" for character in " ".join(text.split()))
+
+
+def _text(path: Path | None, what: str, left_out: list[str]) -> str | None:
+    """The text of a layer; None without one. One that cannot be read is left out."""
     if path is None:
-        return ""
+        return None
     try:
         with path.open("rb") as file:
             content = file.read(_TEXT_LIMIT_BYTES + 1)
@@ -151,10 +165,10 @@ def _text(path: Path | None, what: str, left_out: list[str]) -> str:
         return content.decode()
     except UnicodeDecodeError:
         left_out.append(f"{what} (not UTF-8)")
-        return ""
+        return None
     except (OSError, ValueError) as error:
         left_out.append(f"{what} ({getattr(error, 'strerror', None) or error})")
-        return ""
+        return None
 
 
 def _json(path: Path | None, what: str, left_out: list[str]) -> Any:
@@ -202,11 +216,16 @@ def _messages(path: Path | None, left_out: list[str]) -> tuple[dict[str, Any], .
     if not isinstance(given, list) or not all(map(_is_message, given)):
         left_out.append("MESSAGE (not messages)")
         return ()
+    lost = {name for message in given for name, value in message.items() if value} - {"role", "content"}
+    left_out += [f"{name} of MESSAGE" for name in sorted(lost)]
     return tuple({"role": message["role"], "content": message["content"]} for message in given)
 
 
 def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and message.get("role") in _ROLES and isinstance(message.get("content"), str)
+    if not isinstance(message, dict) or message.get("role") not in _ROLES:
+        return False
+    content = message.get("content")
+    return isinstance(content, str) and content == content.encode(errors="ignore").decode()  # not half of a pair
 
 
 def _chat_template(files: OllamaModelFiles, model_path: Path, left_out: list[str]) -> tuple[str, bool]:
@@ -218,7 +237,10 @@ def _chat_template(files: OllamaModelFiles, model_path: Path, left_out: list[str
         return "", False
     if files.template is None and (files.settings is None or _own_template(model_path)):
         return "", False
-    source = _text(files.template, "TEMPLATE", left_out) or BARE_PROMPT
+    source = BARE_PROMPT if files.template is None else _text(files.template, "TEMPLATE", left_out)
+    if source is None:
+        return "", False
+    source = source or BARE_PROMPT
     try:
         return proven_jinja(source), not reads_tools(source)
     except UnknownSyntaxError as error:

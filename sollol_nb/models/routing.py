@@ -73,7 +73,7 @@ def checked_backend(backend: str | None) -> str | None:
     """
     if backend is None or (isinstance(backend, str) and backend.lower() in BACKEND_NAMES):
         return BACKEND_NAMES[backend.lower()] if backend is not None else None
-    near = nearest(backend, BACKEND_NAMES)
+    near = nearest(backend, BACKEND_NAMES) if isinstance(backend, str) else None
     hint = f"did you mean {near!r}?" if near else f"known backends: {', '.join(BACKEND_NAMES)}"
     raise ConfigError(f"backend={shown(backend)} is unknown; {hint}")
 

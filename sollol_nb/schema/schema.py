@@ -22,11 +22,11 @@ from operator import attrgetter
 from typing import Any
 
 from sollol_nb.errors import ConfigError, StructureError
+from sollol_nb.runtime.amounts import shown
 from sollol_nb.schema.checks import SchemaMismatch, checked_schema, json_in, plain, validate
 from sollol_nb.schema.frames import frame_like, schema_of_frame
 from sollol_nb.schema.types import built, is_type, schema_of_type
 from sollol_nb.text.readable import is_instance_of
-from sollol_nb.text.tables import shortened
 
 
 def json_schema_of(schema: object) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def json_schema_of(schema: object) -> dict[str, Any]:
     is_object = dataclasses.is_dataclass(schema) or is_instance_of(schema, "pydantic.BaseModel")
     raise ConfigError(
         "a schema is a pydantic model class, a dataclass, a type such as list[str], a JSON schema as a dict, or a "
-        f"DataFrame as an example, not {shortened(' '.join(repr(schema).split()), 60)}"
+        f"DataFrame as an example, not {shown(schema)}"
         + (f" (give the class {type(schema).__name__}, not an object of it)" if is_object else "")
     )
 

@@ -59,6 +59,10 @@ def call(arguments: Any) -> dict[str, Any]:
         ((MappingProxyType(HELLO[0]),), HELLO),
         ([{"role": "user", "content": "a", "images": ["aGk="]}],) * 2,
         ([{"role": "tool", "content": "2", "tool_name": "add"}],) * 2,
+        (
+            [{**HELLO[0], "name": None, "images": None, "tool_calls": None, "refusal": None}],
+            HELLO,
+        ),
     ],
 )
 def test_messages_are_a_list_of_dicts(given: Any, checked: list[dict[str, Any]]) -> None:
@@ -107,6 +111,11 @@ def test_checked_messages_are_copies() -> None:
         ([{**HELLO[0], "at": datetime.date(2026, 1, 1)}], r"messages\[0\]\['at'\] is of type date, which JSON"),
         ([{**HELLO[0], "score": float("nan")}], r"\['score'\] is nan, which JSON does not have"),
         ([{**HELLO[0], "raw": b"a"}], "is of type bytes"),
+        ([{**HELLO[0], "thinking": 5}], r'messages\[0\] needs "thinking" as text, not 5'),
+        ([{**HELLO[0], "tool_call_id": 1}], 'needs "tool_call_id" as text'),
+        ([{"role": "tool", "content": "2", "tool_name": ["add"]}], 'needs "tool_name" as text'),
+        ([{"role": "assistant", "tool_calls": [{**CALL, "id": 1}]}], r'tool_calls\[0\] needs "id" as text, not 1'),
+        ([{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": 5}}]}], '"data" .base64'),
         ([{**HELLO[0], "images": {}}], '"images" that are not a list'),
         ([{**HELLO[0], "tool_calls": "x" * 9999}], "tool_calls that are not a list"),
         ([{**HELLO[0], "role": "x" * 9999}], r"has role 'x{78}…; known roles"),

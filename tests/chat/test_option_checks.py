@@ -21,6 +21,10 @@ TOOL = {"type": "function", "function": {"name": "now", "parameters": {}}}
 NAN, INFINITY = float("nan"), float("inf")
 
 
+def tool_with(**fields: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "now", **fields}}
+
+
 @pytest.mark.parametrize(
     ("given", "checked"),
     [
@@ -95,10 +99,10 @@ def test_known_options_pass_and_none_is_left_out(given: dict[str, Any], checked:
         ({"tools": [time.sleep]}, r"tools\[0\] is the Python function sleep; describe it as a dict"),
         ({"tools": [TOOL, "now"]}, r"tools\[1\] must be a dict such as"),
         ({"tools": [{"name": "now"}]}, r"tools\[0\] must be a dict such as"),
-        (
-            {"tools": [{"type": "function", "function": {"name": "f", "parameters": time.sleep}}]},
-            "of type builtin",
-        ),
+        ({"tools": [tool_with(parameters={"default": time.sleep})]}, "of type builtin"),
+        ({"tools": [tool_with(parameters="none")]}, r'tools\[0\] needs "parameters" as a JSON schema'),
+        ({"tools": [tool_with(parameters=[])]}, r'"parameters" as a JSON schema, such as .*, not \[\]'),
+        ({"tools": [tool_with(description=5)]}, r'tools\[0\] needs "description" as text, not 5'),
         ({"options": [1]}, "must be a dict"),
         (
             {"options": {"temprature": 1}},

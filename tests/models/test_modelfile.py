@@ -87,6 +87,12 @@ def test_a_model_that_is_only_a_file_has_none(storage: Storage, llama: bytes) ->
         (("messages", b'{"role": "user"}'), "MESSAGE (not messages)"),
         (("messages", b'[{"role": "root", "content": "x"}]'), "MESSAGE (not messages)"),
         (("messages", b'[{"role": "user", "content": ["x"]}]'), "MESSAGE (not messages)"),
+        (("messages", b'[{"role": ["user"], "content": "x"}]'), "MESSAGE (not messages)"),
+        (("messages", rb'[{"role": "user", "content": "\ud800"}]'), "MESSAGE (not messages)"),
+        (("messages", b'[{"role": "user", "content": "x", "images": ["eA=="]}]'), "images of MESSAGE"),
+        (("template", b"\xff{{ .Prompt }}"), "TEMPLATE (not UTF-8)"),
+        (params(**{"a\nb\x1b": 1, "c" * 1000: 1}), f"a b?, {'c' * 299}…"),
+        (params(**{f"p{number}": 1 for number in range(1000)}), "p0, p1, p2"),
         (("system", b"\xff\xfe"), "SYSTEM (not UTF-8)"),
         (("system", b"x" * 1_100_000), "SYSTEM (larger than 1 MiB)"),
         (("adapter", b"ggla" + bytes(100)), "ADAPTER (it is not a GGUF file"),
@@ -106,6 +112,9 @@ def test_what_cannot_be_applied_is_named_and_the_rest_is_kept(
 
     assert f"; left out: {left_out}" in modelfile.describe()
     assert modelfile.system == "You are Mario." or modelfile.options == {"stop": ["x"]}
+    assert modelfile.chat_template == ""
+    assert len(modelfile.describe()) < 500
+    assert modelfile.describe().isprintable()
 
 
 def test_of_an_adapter_for_another_model_the_reason_is_said(

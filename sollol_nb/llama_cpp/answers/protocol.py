@@ -83,9 +83,14 @@ def sampling_settings(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _openai_message(message: Mapping[str, Any]) -> dict[str, Any]:
     ours = dict(message)
-    for theirs, name in (("thinking", "reasoning_content"), ("tool_name", "name")):
-        if theirs in ours:
-            ours.setdefault(name, ours.pop(theirs))
+    for theirs, name in (
+        ("thinking", "reasoning_content"),
+        ("reasoning", "reasoning_content"),
+        ("tool_name", "name"),
+    ):
+        value = ours.pop(theirs, None)
+        if value and not ours.get(name):
+            ours[name] = value
     images = ours.pop("images", None)
     if images:
         content = ours.get("content") or ""
@@ -96,7 +101,7 @@ def _openai_message(message: Mapping[str, Any]) -> dict[str, Any]:
     if ours.get("tool_calls"):  # Ollama's arguments are an object, OpenAI's a JSON text
         ours["tool_calls"] = [
             {
-                "id": call.get("id", f"call_{position}"),
+                "id": call.get("id") or f"call_{position}",
                 "type": "function",
                 "function": {
                     "name": call["function"]["name"],

@@ -85,6 +85,15 @@ def test_images_become_parts_of_the_content(image: str, url: str) -> None:
     assert message["images"] == [image]
 
 
+@pytest.mark.parametrize("name", ["thinking", "reasoning", "reasoning_content"])
+def test_earlier_thoughts_are_sent_under_the_name_that_templates_read(name: str) -> None:
+    message = {"role": "assistant", "content": "Yes.", name: "Hm."}
+
+    (sent,) = request_body([message], {})["messages"]
+
+    assert sent == {"role": "assistant", "content": "Yes.", "reasoning_content": "Hm."}
+
+
 @pytest.mark.parametrize("arguments", [{"a": 1}, '{"a": 1}'])
 def test_arguments_of_tool_calls_become_json_text(arguments: object) -> None:
     message = {
