@@ -254,6 +254,12 @@ def test_speed_is_grouped_by_layout_and_by_model_if_there_are_several(ax: Axes) 
     ]
 
 
+def test_a_layout_on_one_worker_is_named_as_such(ax: Axes) -> None:
+    frame = frame_with(model=["m"], backend=["llama.cpp-distributed"], layout=["31"], tokens_per_s=[10.0])
+    plots.tokens_per_s_by_layout(frame, ax)
+    assert rows(ax) == ["1 worker (31 units)  (n = 1)"]
+
+
 def test_queue_waits_are_grouped_by_priority_the_highest_on_top(ax: Axes) -> None:
     plots.queue_wait_by_priority(frame_with(priority=[5, 10, 1, 5, None], queue_ms=[1.0, 0.0, 9.0, 3.0, 7.0]), ax)
 
