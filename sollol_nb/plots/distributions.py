@@ -92,7 +92,7 @@ def tokens_per_s_by_layout(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     groups: list[tuple[str, Values]] = []
     for (model, layout, backend), speeds in measured.groupby(["model", "layout", "backend"])["tokens_per_s"]:
         # One number alone would not be understood as a layout.
-        name = f"1 worker ({layout} units)" if layout.isdigit() else str(layout or backend)
+        name = f"1 worker ({layout} units)" if str(layout).isdigit() else str(layout or backend)
         label = f"{fitted_name(model, MAX_NAME_CHARS)}, {name}" if has_several_models else name
         groups.append((label, speeds.to_numpy(dtype=float)))
     most = sorted(groups, key=lambda group: -len(group[1]))[:MAX_GROUPS]
