@@ -122,6 +122,19 @@ def test_answer_that_continues_a_message_has_only_what_is_new(
 
 
 @pytest.mark.engine
+@pytest.mark.parametrize("template", [CHATML, PARSED], ids=["raw", "parsed"])
+def test_value_that_follows_a_given_beginning_has_its_format(
+    local: HybridRouter, tmp_path: Path, template: str
+) -> None:
+    path = write_scripted(tmp_path / "m.gguf", ['{"a":', " true", "}"], template=template, specials=CHATML_TOKENS)
+    schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+
+    answer = local.route_request(str(path), PREFILLED, temperature=0, max_tokens=40, schema=schema)
+
+    assert answer.value == {"a": True}
+
+
+@pytest.mark.engine
 def test_text_before_a_refusal_in_mid_answer_is_kept(engine: Engine, tmp_path: Path) -> None:
     """Two answers fill the context that they share, so llama-server ends both."""
     path = write_scripted(tmp_path / "m.gguf", words(2000), specials=CHATML_TOKENS)

@@ -8,7 +8,7 @@ from typing import Any
 
 from sollol_nb.llama_cpp.answers.base import Answer
 from sollol_nb.llama_cpp.answers.chat import ChatAnswer
-from sollol_nb.llama_cpp.answers.protocol import OPENING_TAG, has_media
+from sollol_nb.llama_cpp.answers.protocol import OPENING_TAG, continues_message, has_media
 from sollol_nb.llama_cpp.answers.raw import RawAnswer
 
 # Other than <think>: markup of thoughts or answers that only llama-server's own parsers know.
@@ -47,10 +47,12 @@ def needs_chat_parser(
     messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any], chat_template: str
 ) -> bool:
     """Whether only llama-server's chat endpoint can answer: tools, images, or markup other than `<think>`."""
+    if options.get("tools") or any(map(has_media, messages)):
+        return True
+    if options.get("format") and continues_message(messages):
+        return False  # its grammar would begin with the given text; the value is all that follows, as in Ollama
     return bool(
-        options.get("tools")
-        or any(map(has_media, messages))
-        or _OTHER_MARKUP.search(chat_template)
+        _OTHER_MARKUP.search(chat_template)
         # The grammar must allow thoughts before the value.
         or (options.get("format") and OPENING_TAG in chat_template)
     )

@@ -54,7 +54,7 @@ def request_body(messages: Sequence[Mapping[str, Any]], options: Mapping[str, An
         body["chat_template_kwargs"] = {"enable_thinking": think is not False}
         if isinstance(think, str):
             body["chat_template_kwargs"][THINK_LEVEL_VARIABLE] = think
-    if messages and messages[-1]["role"] == "assistant":
+    if continues_message(messages):
         # The answer continues this message and does not repeat it, as with Ollama.
         body |= {"continue_final_message": True, "add_generation_prompt": False}
     return body
@@ -111,6 +111,11 @@ def _openai_message(message: Mapping[str, Any]) -> dict[str, Any]:
             for position, call in enumerate(ours["tool_calls"])
         ]
     return ours
+
+
+def continues_message(messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the answer continues the last message: the assistant's."""
+    return bool(messages) and messages[-1]["role"] == "assistant"
 
 
 def has_media(message: Mapping[str, Any]) -> bool:

@@ -36,6 +36,7 @@ from tests.support.llama_server import (
 # --- which kind -------------------------------------------------------------------------------
 
 HELLO = [{"role": "user", "content": "Hello!"}]
+CONTINUED = [*HELLO, {"role": "assistant", "content": "It is"}]
 
 
 @pytest.mark.parametrize(
@@ -55,6 +56,9 @@ HELLO = [{"role": "user", "content": "Hello!"}]
         (HELLO, {"format": "json"}, PLAIN, False),
         (HELLO, {"format": "json"}, THINKING, True),
         (HELLO, {"format": ""}, THINKING, False),
+        (CONTINUED, {"format": "json"}, THINKING, False),
+        (CONTINUED, {"format": "json", "tools": [TOOL]}, THINKING, True),
+        (CONTINUED, {}, "[THINK]{{ thoughts }}[/THINK]", True),
         (HELLO, {}, "<|start|>assistant<|channel|>final<|message|>", True),
         (HELLO, {}, "[THINK]{{ thoughts }}[/THINK]", True),
         (HELLO, {}, "<seed:think>{{ thoughts }}</seed:think>", True),
