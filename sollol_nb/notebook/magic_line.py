@@ -21,7 +21,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 from IPython.core.error import UsageError
-from IPython.core.magic import needs_local_scope, no_var_expand
+from IPython.core.magic import no_var_expand
 from IPython.utils.text import DollarFormatter
 
 from sollol_nb.errors import ConfigError
@@ -184,7 +184,7 @@ def variable_name(text: str, where: str) -> str:
 def options_magic(*, shell_style: bool = True) -> Callable[[Callable[[Any, Call], R]], Callable[..., R | None]]:
     """Let a magic get its line as options: the decorated method takes a `Call`.
 
-    Its `{{ }}` see the local variables of a function that runs the magic, as those of `!echo {name}` do. `-h` and
+    Its `{{ }}` see the variables of a function that runs the magic, and of the functions around that one. `-h` and
     `--help` print the help that `?` shows. Goes above `@magic_arguments()`.
 
     Args:
@@ -193,30 +193,35 @@ def options_magic(*, shell_style: bool = True) -> Callable[[Callable[[Any, Call]
 
     def decorate(method: Callable[[Any, Call], R]) -> Callable[..., R | None]:
         @functools.wraps(method)
-        def magic(
-            self: Any, line: str, cell: str | None = None, local_ns: Mapping[str, Any] | None = None
-        ) -> R | None:
+        def magic(self: Any, line: str, cell: str | None = None) -> R | None:
             if not {"-h", "--help"}.isdisjoint(word.raw for word in split(line)):
                 print(textwrap.dedent((method.__doc__ or "").removeprefix("::\n")).strip())
                 return None
-            if cell is not None:  # IPython gives a cell magic no local variables
-                local_ns = _locals_of_caller()
             name = f"{'%' if cell is None else '%%'}{method.__name__}"
-            namespace = {**self.shell.user_ns, **(local_ns or {})}
+            namespace = {**self.shell.user_ns, **_variables_of_caller()}
             arguments, variables = parse(method, line, name=name, namespace=namespace, shell_style=shell_style)
             return method(self, Call(name, arguments, variables, cell))
 
-        return needs_local_scope(no_var_expand(magic))
+        marked: Callable[..., R | None] = no_var_expand(magic)
+        return marked
 
     return decorate
 
 
-def _locals_of_caller() -> Mapping[str, Any] | None:
-    """The local variables where `run_cell_magic` was called: those of a function, or the notebook's."""
+def _variables_of_caller() -> dict[str, Any]:
+    """The variables where IPython was called to run the magic: the local ones, and those of the functions around
+    that code as far as these still run. Python itself keeps of the latter only what the code names.
+    """
     frame: FrameType | None = sys._getframe(2)
-    if frame is None or frame.f_code.co_name != "run_cell_magic" or frame.f_back is None:
-        return None
-    return frame.f_back.f_locals
+    if frame is None or frame.f_code.co_name not in ("run_line_magic", "run_cell_magic"):
+        return {}
+    scopes: list[Mapping[str, Any]] = []
+    code = None
+    while (frame := frame.f_back) is not None:
+        if code is None or code in frame.f_code.co_consts:
+            scopes.append(frame.f_locals)
+            code = frame.f_code
+    return {name: value for scope in reversed(scopes) for name, value in scope.items()}
 
 
 def parse(
@@ -244,7 +249,7 @@ def parse(
         words = _expanded(words, variables, name, shell_style=shell_style)
     try:
         # Intermixed, since a prompt may come after options.
-        arguments = magic.parser.parse_intermixed_args(words)
+        arguments = magic.parser.parse_intermixed_args(_with_dashed_values(words, magic.parser))
     except UsageError as error:
         raise UsageError(_usage_message(str(error), magic.parser, name)) from None
     if out is not None:
@@ -270,6 +275,17 @@ def _in_full(word: Word, parser: argparse.ArgumentParser) -> Word:
     name, sign, value = word.partition("=")
     option = option_named(name, parser)
     return word if option in (None, name) else Word(f"{option}{sign}{value}", word.raw)
+
+
+def _with_dashed_values(words: list[Word], parser: argparse.ArgumentParser) -> list[Word]:
+    """The words; a quoted value that begins with `-` is joined to its option, or argparse takes it for another."""
+    joined: list[Word] = []
+    for word in words:
+        option = parser._option_string_actions.get(joined[-1]) if joined else None
+        if option is not None and option.nargs is None and word.is_quoted and word.startswith("-"):
+            word = Word(f"{joined[-1]}={word}", f"{joined.pop().raw} {word.raw}")
+        joined.append(word)
+    return joined
 
 
 def _expanded(words: list[Word], variables: dict[str, Any], name: str, *, shell_style: bool) -> list[Word]:

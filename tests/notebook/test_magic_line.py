@@ -127,6 +127,12 @@ def test_a_missing_argument_is_named() -> None:
         magic_line.parse(needy, "a b c", name="%n")
 
 
+@pytest.mark.parametrize("line", ["--stop '---' demo", 'demo "--stop" "---"', "demo --stop={{ dashes }}"])
+def test_a_quoted_value_may_begin_with_a_dash(line: str) -> None:
+    arguments, _ = magic_line.parse(magic, line, name="%m", namespace={"dashes": "---"})
+    assert (arguments.words, arguments.stop) == (["demo"], ["---"])
+
+
 def test_expressions_in_options_are_expanded_each_as_one_word() -> None:
     variables = {"model": "demo", "role": 'a "wise" critic', "n": 3}
     line = "{{ model }} --system {{ role }} --max-tokens {{ n * 2 }} tell {{ n }}"
@@ -240,6 +246,13 @@ class Magics:
         return call
 
 
+def run_line_magic(line: str) -> magic_line.Call:
+    """Run a line as IPython's function of this name does."""
+    called = Magics().line(line)
+    assert called is not None
+    return called
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
@@ -252,8 +265,8 @@ class Magics:
     ],
 )
 def test_all_magics_take_expressions_and_the_shells_own_style(line: str, words: list[str]) -> None:
-    called = Magics().line(line, local_ns={"price": "$5"})
-    assert called.arguments.words == words
+    price = "$5"
+    assert run_line_magic(line).arguments.words == words, price
 
 
 @pytest.mark.parametrize(
@@ -270,8 +283,35 @@ def test_a_variable_that_does_not_exist_is_named(line: str, message: str) -> Non
 
 
 def test_local_variables_hide_those_of_the_notebook() -> None:
-    called = Magics().line("{{ topic }}", local_ns={"topic": "local"})
-    assert (called.arguments.words, called.variables["topic"]) == (["local"], "local")
+    topic = "local"
+    called = run_line_magic("{{ topic }}")
+    assert (called.arguments.words, called.variables["topic"]) == (["local"], topic)
+
+
+def ask_about(topic: str) -> list[str]:
+    """Run a line in a comprehension in a nested function, neither of which names the topic."""
+
+    def ask() -> list[str]:
+        return [" ".join(run_line_magic("{{ number }} {{ topic }}").arguments.words) for number in (1, 2)]
+
+    return ask()
+
+
+def test_variables_of_the_functions_around_are_seen_and_of_callers_are_not() -> None:
+    topic, number = "of the caller", 0
+    assert ask_about("outer") == ["1 outer", "2 outer"]
+
+    def ask(word: str) -> list[str]:
+        topic = word
+        return [run_line_magic("{{ topic }}").arguments.words[0] for topic in (topic, "inner")]
+
+    assert ask("word") == ["word", "inner"]
+    assert unrelated() == "global", (topic, number)
+
+
+def unrelated() -> str:
+    """Run a line in a function that has no variables."""
+    return str(run_line_magic("{{ topic }}").arguments.words[0])
 
 
 def test_a_prompt_keeps_its_dollars_and_single_braces() -> None:

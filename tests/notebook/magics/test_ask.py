@@ -114,6 +114,7 @@ def test_braces_are_expanded_in_the_cell_and_in_options(notebook: Kernel) -> Non
 
 def test_braces_see_the_variables_of_the_function_that_asks(notebook: Kernel) -> None:
     notebook.run(
+        "import asyncio\n"
         "from typing import Literal\n"
         "topic, Kind = 'GLOBAL', int\n"
         "def ask(topic):\n"
@@ -122,6 +123,9 @@ def test_braces_see_the_variables_of_the_function_that_asks(notebook: Kernel) ->
         f'    answer = %sollol demo {GREEDY} --quiet --chat scope --schema Kind "On the line: {{{{ topic }}}}?"\n'
         f"    shell.run_line_magic('sollol', 'demo {GREEDY} --quiet --chat scope A line: {{{{ topic }}}}?')\n"
         f"    shell.run_cell_magic('sollol', 'demo {GREEDY} --quiet --chat scope', 'A cell: {{{{ topic }}}}?')\n"
+        "    async def inner():\n"
+        f"        %sollol demo {GREEDY} --quiet --chat scope An inner function: {{{{ topic }}}}?\n"
+        "    asyncio.run(inner())\n"
         "    return answer.value\n"
         "value = ask('LOCAL')\n"
         f"%sollol demo {GREEDY} --quiet --chat scope At the top: {{{{ topic }}}}?\n"
@@ -129,7 +133,8 @@ def test_braces_see_the_variables_of_the_function_that_asks(notebook: Kernel) ->
     )
     assert notebook.value("value in ('x', 'y')") == "True"
     assert notebook.value("[message['content'] for message in m if message['role'] == 'user']") == (
-        "['On the line: LOCAL?', 'A line: LOCAL?', 'A cell: LOCAL?', 'At the top: GLOBAL?']"
+        "['On the line: LOCAL?', 'A line: LOCAL?', 'A cell: LOCAL?', 'An inner function: LOCAL?', "
+        "'At the top: GLOBAL?']"
     )
 
 
