@@ -39,7 +39,7 @@ LONG_CHARS = 700
 SUMMARY_CHARS = 120
 
 _NAME = re.compile(r"\w[\w.-]{0,63}")
-_ENDED_EARLY = {"length": "stopped at its length limit", "cancelled": "stopped", "error": "interrupted"}
+_ENDED_EARLY = {"length": "stopped at max_tokens", "cancelled": "stopped", "error": "interrupted"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

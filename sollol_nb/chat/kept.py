@@ -3,7 +3,7 @@
 The file lies in the state folder; only its owner can read it, and several kernels may write to it at the same time
 (see `sqlite_file`). It is bounded: of a conversation that is longer than `LIMIT_BYTES` the oldest messages are not
 kept; conversations that were not used for `KEEP_DAYS` days are deleted, and the least recently used of more than
-`KEEP_BYTES`. What fails here costs no answer: the conversation goes on in memory, and the failure is logged once.
+`KEEP_BYTES`. A failure here costs no answer: the conversation continues in memory, and the failure is logged once.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 class KeptChats:
     """The kept conversations of one notebook.
 
-    Writing happens in a thread of its own, so that no answer waits for the disk.
+    A separate thread writes, so that no answer waits for the disk.
 
     Args:
         notebook: what identifies the notebook, such as its path.
@@ -92,7 +92,7 @@ class KeptChats:
 
     def _open(self) -> SqliteFile:
         if self._file is None:
-            path = self._path if self._path is not None else config.state_dir() / "chats.sqlite"
+            path = self._path if self._path is not None else config.state_file("chats.sqlite")
             self._file = SqliteFile(path, [_CREATE])
         return self._file
 

@@ -13,7 +13,6 @@ In `sollol_nb.toml`:
 from __future__ import annotations
 
 import contextlib
-import difflib
 import os
 import re
 from collections.abc import Mapping
@@ -25,10 +24,10 @@ from typing import Any
 from sollol_nb.errors import ConfigError
 from sollol_nb.settings import kinds
 from sollol_nb.settings.kinds import Kind
+from sollol_nb.text.nearest import nearest
 
 BUILT_IN_NAMES = ("demo", "demo:sharded")
 """Names of the model that comes with the package, which cannot be given to another file."""
-
 
 # A path from a root or a folder; no Ollama model can have such a name.
 _PATH = re.compile(r"[/~\\]|\.{1,2}[/\\]|[A-Za-z]:[/\\]")
@@ -54,9 +53,7 @@ def _gguf(value: Any) -> Path:
         value = str(value)
     if not isinstance(value, str) or not value.strip():
         raise ValueError
-    if not is_file_name(value) and not any(
-        mark in value for mark in ("/", os.sep)
-    ):  # Ollama's blobs have no suffix
+    if not is_file_name(value) and "/" not in value and os.sep not in value:
         raise ValueError
     path = Path(value)
     with contextlib.suppress(RuntimeError):  # a user without a home folder
@@ -135,8 +132,8 @@ def checked_entry(model: str, entry: object) -> dict[str, Any]:
     checked = {}
     for key, value in entry.items():
         if key not in KEYS:
-            near = difflib.get_close_matches(str(key), KEYS, 1)
-            hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(KEYS)}"
+            near = nearest(key, KEYS)
+            hint = f"did you mean {near}?" if near else f"known keys: {', '.join(KEYS)}"
             raise ConfigError(f"{model} has an unknown key {key!r}; {hint}")
         checked[key] = KEYS[key].checked(value, f"{model}: {key}")
     if "gguf" in checked and (model in BUILT_IN_NAMES or is_file_name(model)):

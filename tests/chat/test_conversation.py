@@ -214,7 +214,7 @@ def test_long_messages_are_folded_and_lose_nothing() -> None:
 def test_an_answer_cut_by_either_limit_is_shown_as_cut(more: dict[str, Any]) -> None:
     chat = Chat("c")
     chat.add(user("Hi"), Completion({**answer("Hello"), "done_reason": "length", **more}))
-    assert str(chat).endswith("assistant (m, stopped at its length limit): Hello")
+    assert str(chat).endswith("assistant (m, stopped at max_tokens): Hello")
 
 
 def test_the_text_names_speakers_and_dropped_turns() -> None:

@@ -66,7 +66,7 @@ def _named(what: Sequence[str], action: str) -> Sequence[str]:
 
 
 def _add_workers(router: HybridRouter, endpoints: Sequence[str]) -> None:
-    """Add those that are there, and say of each what came of it."""
+    """Add those that can be reached, and print for each whether it was added."""
     from sollol_nb.cluster.status import describe_worker
 
     for endpoint in endpoints:
