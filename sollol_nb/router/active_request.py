@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
@@ -32,6 +33,8 @@ from sollol_nb.router.record import RequestRecord
 from sollol_nb.runtime.events import EventBus, EventKind
 from sollol_nb.settings import config
 
+_THINKS = re.compile("think|thought|reason|channel", re.IGNORECASE)
+"""In all chat templates of models that think: a variable, or the markup of thoughts."""
 ONLY_LLAMA_CPP = ("recovery", "deterministic")
 """Options that Ollama does not have."""
 
@@ -207,11 +210,17 @@ async def _check_options(request: ChatRequest, route: Route) -> None:
     if route.model_path is None:  # Ollama refuses what it does not know
         return
     check_llama_cpp_options(request.options)
-    if isinstance(think := request.options.get("think"), str):
-        template = route.modelfile.chat_template
-        template = template or (await asyncio.to_thread(read_facts, route.model_path)).chat_template
-        if THINK_LEVEL_VARIABLE not in template:
-            raise ConfigError(
-                f"{route.model} does not know think={think!r}: its chat template has no levels of thinking; give "
-                "think=True or think=False"
-            )
+    if not (think := request.options.get("think")):
+        return
+    template = route.modelfile.chat_template
+    template = template or (await asyncio.to_thread(read_facts, route.model_path)).chat_template
+    if not _THINKS.search(template):
+        raise ConfigError(
+            f"{route.name} does not know think={think!r}: its chat template has no place for thoughts; leave "
+            "think out"
+        )
+    if isinstance(think, str) and THINK_LEVEL_VARIABLE not in template:
+        raise ConfigError(
+            f"{route.name} does not know think={think!r}: its chat template has no levels of thinking; give "
+            "think=True or think=False"
+        )

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sollol_nb.chat.completion import Completion
-from sollol_nb.errors import ConfigError, ContextOverflowError
+from sollol_nb.errors import ConfigError, ContextOverflowError, EngineError
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.sync_wrapper import HybridRouter
 from tests.support.engines import unused_ports
@@ -153,7 +153,8 @@ def test_text_before_a_refusal_in_mid_answer_is_kept(engine: Engine, tmp_path: P
     [
         ({"options": {"num_ctx": 64}}, "does not take num_ctx"),
         ({"options": {"mirostat": 2}}, "does not take the option mirostat"),
-        ({"think": "low"}, "demo does not know think='low': its chat template has no levels of thinking"),
+        ({"think": "low"}, "demo does not know think='low': its chat template has no place for thoughts"),
+        ({"think": True}, "demo does not know think=True: its chat template has no place for thoughts; leave"),
         ({"stop": ""}, "none of them empty"),
         ({"max_tokens": 3, "num_predict": 4}, "not both"),
     ],
@@ -163,3 +164,14 @@ def test_option_that_would_be_dropped_is_refused_before_anything_loads(
 ) -> None:
     with HybridRouter(llama_cpp="/nowhere") as router, pytest.raises(ConfigError, match=message):
         router.route_request("demo", "hi", backend="local", **options)
+
+
+def test_level_of_thinking_that_a_template_does_not_have_is_refused(tmp_path: Path) -> None:
+    template = CHATML + "{% if enable_thinking %}<think>{% endif %}"
+    path = write_scripted(tmp_path / "thinks.gguf", words(3), template=template, specials=CHATML_TOKENS)
+
+    with HybridRouter(llama_cpp="/nowhere") as router:
+        with pytest.raises(ConfigError, match=r"thinks does not know think='low': .* no levels of thinking; give"):
+            router.route_request(str(path), "hi", backend="local", think="low")
+        with pytest.raises(EngineError):  # think=True is accepted, and the engine is looked for
+            router.route_request(str(path), "hi", backend="local", think=True)
