@@ -95,8 +95,8 @@ def questions(
     """The messages of each row; None where there is nothing to ask.
 
     That is a row of which the template inserts a missing value (None, NaN, NaT, NA) or a blank column, a missing
-    or blank value that is the row itself, and one for which a function returns None or a blank text. Line ends
-    become `\\n`: in a table they depend on the program that wrote it.
+    or blank value that is the row itself, and one for which a function returns a missing value or a blank text.
+    Line ends become `\\n`: in a table they depend on the program that wrote it.
 
     Args:
         template: a text with `{{ expression }}` (see `text/expansion.py`) over the row: its columns by their names
@@ -120,7 +120,7 @@ def questions(
     for position, item in enumerate(items):
         try:
             asked = None if _is_blank_row(item) else ask(item)
-            if asked is None or (isinstance(asked, str) and not asked.strip()):
+            if asked is None or _is_missing(asked) or (isinstance(asked, str) and not asked.strip()):
                 filled.append(None)
             else:
                 filled.append(before + [_with_line_feeds(message) for message in check_messages(asked)])

@@ -25,9 +25,10 @@ _FIXED_HEADER_BYTES = 24  # magic, version, tensor count, key count
 _SUPPORTED_VERSIONS = (2, 3)
 _MAX_ENTRIES = 2**16  # tensors, and keys; the largest models have a few thousand
 _MAX_HEADER_BYTES = 128 * 2**20  # a vocabulary of 256,000 tokens with its merges takes 15 MiB
-_MAX_STRINGS = 2**21  # in one array
+_MAX_STRINGS = 2**21  # in all arrays: each takes time
 _MAX_TEXT_BYTES = 16 * 2**20
 _MAX_KEPT_NUMBERS = 2**12  # of an array: one for each block, say
+_MAX_NUMBERS = 2**20  # in all arrays that are kept: each takes memory
 _MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
 _MAX_SIZE = 2**62  # of any number that is a size or a position, so that their sums are plausible too
 _DEFAULT_ALIGNMENT = 32
@@ -161,6 +162,7 @@ class _Parser:
         self._data = data
         self._at = _FIXED_HEADER_BYTES
         self._end = len(data)
+        self._string_count = self._number_count = 0
         self._tensor_count, self._key_count = struct.unpack_from("<QQ", data, 8)
 
     def header(self) -> Header:
@@ -222,14 +224,18 @@ class _Parser:
 
     def _array(self, kind: int, count: int) -> list[Any] | None:
         if kind == _STRING:
-            if count > _MAX_STRINGS:
-                raise _DamagedError(f"a list of {count} texts")
+            self._string_count += count
+            if self._string_count > _MAX_STRINGS:
+                raise _DamagedError(f"its lists have {self._string_count} texts or more")
             for _ in range(count):
                 self._skip(*self._read("Q"))
             return None
         if kind == _ARRAY:
             raise ValueError("an array of arrays")
         if count <= _MAX_KEPT_NUMBERS:
+            self._number_count += count
+            if self._number_count > _MAX_NUMBERS:
+                raise _DamagedError(f"its lists have {self._number_count} numbers or more")
             return list(self._read(f"{count}{_scalar(kind)}"))
         self._skip(count * struct.calcsize(f"<{_scalar(kind)}"))
         return None

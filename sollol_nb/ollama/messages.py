@@ -30,13 +30,14 @@ def ollama_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
         if "content" in message:
             changed |= _content(message, f"messages[{position}]")
         if "images" in changed:
-            images = changed["images"] or ()
+            images = _list(changed, "images", f"messages[{position}]")
             changed["images"] = [_base64(image, f"messages[{position}]") for image in images]
         for name in ("reasoning_content", "reasoning"):
             if isinstance(message.get(name), str):
                 changed["thinking"] = changed.get("thinking") or changed.pop(name)
         if message.get("tool_calls"):
-            calls = [_tool_call(call, f"messages[{position}]") for call in message["tool_calls"]]
+            calls = _list(message, "tool_calls", f"messages[{position}]")
+            calls = [_tool_call(call, f"messages[{position}]") for call in calls]
             tool_names |= {str(call.get("id")): call["function"]["name"] for call in calls}
             changed["tool_calls"] = calls
         if message.get("role") == "tool" and not message.get("tool_name"):
@@ -54,7 +55,7 @@ def _content(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(content, list | tuple):
         return {"content": content}
     texts: list[str] = []
-    images: list[Any] = [*(message.get("images") or ())]
+    images = _list(message, "images", where)
     for part in content:
         text = part.get("text") if isinstance(part, Mapping) else part
         if isinstance(part, Mapping) and part.get("type") == "image_url":
@@ -71,13 +72,22 @@ def _content(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {"content": "\n".join(texts)} | ({"images": images} if images else {})
 
 
+def _list(message: Mapping[str, Any], name: str, where: str) -> list[Any]:
+    values = message.get(name) or ()
+    if not isinstance(values, list | tuple):
+        raise ConfigError(f"{where} has {name} that are not a list")
+    return [*values]
+
+
 def _base64(image: Any, where: str) -> str:
     """The base64 text of an image, without the head of a data URL."""
     if isinstance(image, str) and image.startswith("data:"):
         head, comma, image = image.partition(",")
         if not comma or not head.endswith(";base64"):
             raise ConfigError(f"{where} has an image as a data URL without base64; encode it")
-    if not isinstance(image, str) or image.startswith(("http:", "https:", "file:")):
+    if not isinstance(image, str):
+        raise ConfigError(f"{where} has an image of type {type(image).__name__}; Ollama takes base64 text")
+    if image.startswith(("http:", "https:", "file:")):
         raise ConfigError(f"{where} has an image by its address; Ollama takes images as base64 text only")
     return image
 

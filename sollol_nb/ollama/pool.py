@@ -36,6 +36,7 @@ from sollol_nb.ollama.pool_request import CHAT, EMBED, GENERATE, PoolRequest
 from sollol_nb.ollama.requests import KEEPS_ALL, AnswerSoFar, request_body
 from sollol_nb.ollama.serving import Serving
 from sollol_nb.runtime.events import EventBus
+from sollol_nb.runtime.http_client import one_line
 from sollol_nb.runtime.io_loop import io_bound, io_bound_stream, is_of_parent
 from sollol_nb.runtime.priority import Priority, checked_priority
 from sollol_nb.runtime.progress_bars import progress_bar
@@ -45,6 +46,7 @@ from sollol_nb.settings.endpoints import LOOPBACK
 FIRST_TOKEN_TIMEOUT_S = 600.0  # loading hundreds of gigabytes from a slow disk takes minutes
 SILENCE_TIMEOUT_S = 60.0
 PROBE_AFTER_S = 5.0
+STATUS_CHARS = 60  # of a pull; the longest has a digest
 
 
 class OllamaPool:
@@ -364,7 +366,7 @@ class PullBar:
         """Show one step that `pull` yields."""
         if "digest" in step and "total" in step:
             self._layers[step["digest"]] = (step.get("completed", 0), step["total"])
-        self._bar.set_postfix_str(str(step.get("status", "")), refresh=False)
+        self._bar.set_postfix_str(one_line(step.get("status", ""), STATUS_CHARS), refresh=False)
         self._bar.n, self._bar.total = (sum(column) for column in zip((0, 0), *self._layers.values(), strict=True))
         self._bar.refresh()
 

@@ -157,6 +157,10 @@ class JsonClient:
     def _translated(self, path: str) -> Iterator[None]:
         try:
             yield
+        except UnicodeEncodeError:  # the body has half a surrogate pair
+            raise
+        except UnicodeError as error:  # a host name that is wrong Punycode
+            raise ConnectFailedError(f"{self.base_url}{path}: the address is not valid") from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             if "CERTIFICATE_VERIFY_FAILED" in str(error):
                 reason = str(error).partition("CERTIFICATE_VERIFY_FAILED] ")[2].partition(" (_ssl")[0]

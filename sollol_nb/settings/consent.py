@@ -7,6 +7,7 @@ trust --yes` or `%sollol_trust --yes`. An edit needs a new yes, except one by th
 (`config.keeping_consent`). The user's own file, and the one that `SOLLOL_CONFIG` names, need none.
 
 Each consent is a private file in the user's state; its name is the hash of the path and the content of the file.
+The path is where the file was found, not where a link there leads: relative paths in it begin there.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def _checked(folder: Path) -> Path:
 
 
 def _place(path: Path) -> str:
-    return os.path.realpath(path)
+    return os.path.join(os.path.realpath(path.parent), path.name)  # noqa: PTH118
 
 
 def _hash(file: SettingsFile) -> str:

@@ -7,6 +7,7 @@ import socket
 from functools import lru_cache
 
 from sollol_nb.errors import ConfigError
+from sollol_nb.runtime.amounts import shown
 
 DEFAULT_RPC_PORT = 50052
 DEFAULT_COORDINATOR_PORT = 18080
@@ -33,9 +34,10 @@ def parse_endpoint(text: str, default_port: int = DEFAULT_RPC_PORT) -> tuple[str
         or any(c.isspace() or not c.isprintable() or c in "/@,;" for c in host)
         or (":" in host and not _is_address(host))
         or not port.isdecimal()
+        or len(port) > 5
         or not 0 < int(port) < 65536
     ):
-        raise ConfigError(f"{text!r} is not an endpoint; use host:port, such as 192.168.1.10:{default_port}")
+        raise ConfigError(f"{shown(text)} is not an endpoint; use host:port, such as 192.168.1.10:{default_port}")
     return host, int(port)
 
 

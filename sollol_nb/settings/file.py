@@ -10,6 +10,7 @@ reading of a setting, so an edit takes effect immediately; it is parsed again on
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tomllib
 from collections.abc import Mapping
@@ -23,6 +24,8 @@ from sollol_nb.errors import ConfigError
 from sollol_nb.settings.table import FILE_NAME, setting_of
 
 FILE_LIMIT_BYTES = 1024 * 1024
+_DEEP_KEY = re.compile(r"""(?<![\w-])(?:(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*\.[ \t]*){64}""")
+"""A key of very many parts, which takes tomllib time with the square of their number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,8 @@ def read_settings(path: Path) -> SettingsFile:
     Raises:
         ConfigError: it cannot be read, is not TOML, or has an unknown key or an invalid value.
     """
+    if path.is_fifo():  # reading would wait for a writer
+        raise ConfigError(f"{path} is not a regular file; set SOLLOL_CONFIG to a settings file")
     try:
         with path.open("rb") as file:
             data = file.read(FILE_LIMIT_BYTES + 1)
@@ -81,9 +86,11 @@ def read_settings(path: Path) -> SettingsFile:
 
 @lru_cache(maxsize=8)
 def _parsed(path: Path, text: str) -> Mapping[str, Any]:
+    if _DEEP_KEY.search(text):
+        raise ConfigError(f"{path} has a key of more than 64 parts; is it a settings file?")
     try:
         document = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits
         raise ConfigError(f"{path} is not TOML: {error}") from None
     values: dict[str, Any] = {}
     for name, value in document.items():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,8 @@ def number(description: str, *, least: float = 0, above: bool = False, most: flo
     def check(value: Any) -> float:
         if not is_number(value):
             raise TypeError
-        # In this form NaN fails too.
-        if not (least < value if above else least <= value) or not value <= most or value == float("inf"):
+        # A huge int, which is no float, is refused by `isfinite` itself.
+        if not isfinite(value) or not (least < value if above else least <= value) or value > most:
             raise ValueError
         return value
 
@@ -72,12 +73,12 @@ def number(description: str, *, least: float = 0, above: bool = False, most: flo
 
 
 def whole_number(description: str, *, least: int) -> Kind:
-    """A whole number from `least` up."""
+    """A whole number from `least` up to the largest of 64 bits."""
 
     def check(value: Any) -> int:
         if not is_whole_number(value):
             raise TypeError
-        if value < least:
+        if not least <= value < 2**63:
             raise ValueError
         return value
 

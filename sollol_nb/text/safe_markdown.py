@@ -19,6 +19,8 @@ _LANGUAGE = re.compile(r"[\w+#.-]*")
 # with a title, which may span blank lines; an address that is a script; and the mark that JupyterLab puts in
 # place of a formula. It puts formulas back unchecked, also into addresses, where a quote ends the attribute.
 # Browsers ignore tabs and line ends in a scheme, and MathJax does not look for them in the address of a `\\href`.
+# TeX can put such an address together from a macro's arguments, so a `\\href` needs one that begins harmlessly;
+# `\\mmlToken`, which can set an address too, is never needed.
 
 
 def _scheme(name: str) -> str:
@@ -30,6 +32,7 @@ _TYPES = "|".join(map(_scheme, ("text", "application", "image/svg")))
 _DATA = rf"{_scheme('data')}(?=[\s\\]*:[\s\\]*(?:{_TYPES}))"
 _DANGER = (
     r"<(?=[a-z/!?])|&(?=#|(?:tab|newline|colon);)|!(?=\[)|\](?=:\s*(?:<[^\n>]*>|\S+)\s+[\"'(])|@(?=\\*@)"
+    r"|\\(?=href(?![a-z])(?!\s*\{\s*(?:https?:|mailto:|#(?!\d)))|mmlToken)"
     rf"|{_SCRIPT}|{_DATA}"
 )
 _ADDRESS = re.compile(r"\][(:]|://|www\.", re.IGNORECASE)
@@ -167,8 +170,8 @@ def _with_html_as_text(text: str, may_have_formulas: bool) -> str:
             return "&quot;" if may_have_formulas else match[0]
         if not match["danger"]:
             return match[0]
-        if match[0][0].isalpha():
-            return f"{match[0]}\u200b"  # a space without width: no scheme contains one
+        if match[0][0].isalpha() or match[0] == "\\":
+            return f"{match[0]}\u200b"  # a space without width: no scheme and no command contains one
         return {"<": "&lt;", "&": "&amp;"}.get(match[0], f"&#{ord(match[0])};")
 
     return _SPAN_OR_DANGER.sub(replacement, text)

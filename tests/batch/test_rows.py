@@ -178,7 +178,7 @@ def test_a_missing_value_that_is_not_inserted_does_not_matter(template: Any, tex
     assert said(questions([{"text": None, "n": 1}], template, None)) == [text]
 
 
-@pytest.mark.parametrize("nothing", [None, "", " "])
+@pytest.mark.parametrize("nothing", [*MISSING, "", " "])
 def test_a_function_can_say_that_there_is_nothing_to_ask(nothing: Any) -> None:
     assert questions(["a", "b"], lambda item: nothing if item == "a" else item, None)[0] is None
 

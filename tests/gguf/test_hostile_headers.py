@@ -131,6 +131,18 @@ def test_a_huge_file_of_nothing_is_not_searched(more: bytes, counts: tuple[int, 
     assert "damaged" in refusal(path)
 
 
+@pytest.mark.parametrize(
+    ("kind", "count", "item_bytes"), [(TEXT, 2**21, 8), (0, 2**12, 1)], ids=["texts", "numbers"]
+)
+def test_many_lists_cost_no_more_than_one(kind: int, count: int, item_bytes: int, tmp_path: Path) -> None:
+    lists = [
+        array(f"general.list{number}", kind, count) + bytes(count * item_bytes)  # empty texts, or zeros
+        for number in range(2 if kind == TEXT else 300)
+    ]
+    path = write(tmp_path / "m.gguf", (*MODEL, *lists))
+    assert "its lists have" in refusal(path)
+
+
 def test_a_name_with_control_characters_is_one_line(tmp_path: Path) -> None:
     path = write(tmp_path / "m.gguf", MODEL, tensor("blk.7.\n\x1b[2J" + "x" * 1000))
     assert "holds blk.7.??[2Jxxx" in refusal(path)

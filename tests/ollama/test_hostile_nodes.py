@@ -95,6 +95,7 @@ def test_why_a_node_cannot_be_used_is_in_the_error_with_its_address(tags: Reply,
 def test_an_unknown_host_and_an_unusable_certificate_file_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", "/missing.pem")
     for node, reason in [
+        ("xn--a", r"is running at http://xn--a:11434 \(the address is not valid\)"),
         ("no.such.host.invalid", r"is running at http://no\.such\.host\.invalid:11434 \(no host has this name\)"),
         ("https://127.0.0.1:9", r"can be used \(https://127\.0\.0\.1:9: SSL_CERT_FILE='/missing.pem'"),
     ]:

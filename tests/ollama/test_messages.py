@@ -61,7 +61,7 @@ def test_a_tool_call_has_its_arguments_as_an_object_and_its_answer_the_name_of_t
         ({"content": [{"type": "input_audio", "input_audio": {}}]}, "a part of type 'input_audio'"),
         ({"content": [7]}, "a part of type 'int'"),
         ({"content": [{"type": "image_url", "image_url": {"url": "https://x/y.png"}}]}, "base64 text only"),
-        ({"content": [{"type": "image_url"}]}, "base64 text only"),
+        ({"content": [{"type": "image_url"}]}, "an image of type NoneType"),
         ({"content": "x", "images": ["data:image/png,hi"]}, "without base64"),
         ({"content": "", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}, "f are not JSON"),
         (
@@ -73,6 +73,10 @@ def test_a_tool_call_has_its_arguments_as_an_object_and_its_answer_the_name_of_t
             "f are not a JSON object",
         ),
         ({"content": "", "tool_calls": ["f"]}, "a tool call that is not"),
+        ({"content": "", "tool_calls": 5}, "tool_calls that are not a list"),
+        ({"content": "x", "images": "aGk="}, "images that are not a list"),
+        ({"content": [{"type": "text", "text": "x"}], "images": 5}, "images that are not a list"),
+        ({"content": "x", "images": [b"hi"]}, "an image of type bytes"),
     ],
 )
 def test_what_ollama_cannot_take_is_refused_before_anything_is_sent(message: dict[str, Any], reason: str) -> None:

@@ -199,3 +199,14 @@ def test_no_program_of_the_folder_runs(sent: Path, tmp_path: Path) -> None:
     assert f"settings      {sent}\n" in printed.stdout
     assert str(programs) not in printed.stdout
     assert not (tmp_path / "ran").exists()
+
+
+@posix_only
+def test_a_link_to_an_allowed_file_is_not_allowed_in_another_folder(sent: Path, tmp_path: Path) -> None:
+    allowed = tmp_path / "allowed" / FILE_NAME
+    allowed.parent.mkdir()
+    allowed.write_text('llama_cpp = "bin"\n')
+    assert main(["trust", "--yes", str(allowed)]) == 0
+    sent.unlink()
+    sent.symlink_to(allowed)  # the relative path would lead to a program in this folder
+    assert config.find("llama_cpp").source == BUILT_IN

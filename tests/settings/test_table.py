@@ -17,6 +17,7 @@ from sollol_nb.hybrid_router import HybridRouter
 from sollol_nb.settings import config, consent
 from sollol_nb.settings.file import read_settings
 from sollol_nb.settings.table import FILE_NAME, SETTINGS, Setting, as_markdown
+from tests.support.engines import posix_only
 
 EACH = pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
 
@@ -434,3 +435,30 @@ def test_a_deleted_working_folder_has_no_file(folder: Path, monkeypatch: pytest.
 
 def test_the_readme_has_the_table_of_settings() -> None:
     assert as_markdown().strip() in (Path(__file__).parents[2] / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("seed = " + "9" * 5000, "is not TOML"),
+        ("seed = 0x" + "f" * 5000, "must be a whole number"),
+        ("timeout = " + "9" * 400, "must be a number of seconds"),
+        ("a." * 100_000 + "b = 1", "has a key of more than 64 parts"),
+        ("[" + "'a' . " * 100_000 + "b]", "has a key of more than 64 parts"),
+        ("seed = " + "[" * 100_000, "is not TOML"),
+    ],
+    ids=["digits", "a huge number", "no float", "a deep key", "a deep table", "a deep list"],
+)
+def test_absurd_files_are_refused_in_a_line(text: str, reason: str, folder: Path) -> None:
+    write(folder, text)
+    with pytest.raises(ConfigError, match=reason) as caught:
+        config.default("slots")
+    assert len(str(caught.value)) < 500
+
+
+@posix_only
+def test_a_pipe_is_refused_without_waiting(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(folder / "pipe")
+    monkeypatch.setenv("SOLLOL_CONFIG", str(folder / "pipe"))
+    with pytest.raises(ConfigError, match="is not a regular file"):
+        config.default("slots")

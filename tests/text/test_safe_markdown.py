@@ -68,6 +68,24 @@ def test_no_address_is_a_script_whatever_stands_in_its_scheme(form: str, scheme:
     assert scheme_as_a_browser_reads_it(address) != scheme.lower()
 
 
+@pytest.mark.parametrize(
+    "formula",
+    [
+        "$\\def\\a#1{\\href{#1\nscript:alert(1)}{x}}\\a{java}$",
+        "$\\def\\a#1{\\href#1{x}}\\a{{java}}$",
+        "$$\\let\\a=\\href \\a{x}{y}$$",
+        '$\\def\\a#1{\\mmlToken{mi}[href="#1\nscript:alert(1)"]{x}}\\a{java}$',
+    ],
+)
+def test_a_macro_cannot_put_an_address_together(formula: str) -> None:
+    assert not re.search(r"\\(?:href|mmlToken)", safe_markdown(formula))
+
+
+def test_a_formula_may_link_to_the_web() -> None:
+    formula = "$\\href{https://example.org/#1}{x^2}$"
+    assert safe_markdown(formula) == formula
+
+
 @pytest.mark.parametrize("form", ["%s", "a\n\n```py\n%s\n```", "<b>\n```html\n<i>%s\n```", "`%s`"])
 def test_characters_that_control_terminals_or_reorder_text_are_dropped(form: str) -> None:
     hostile = "a\0b\x1b[2Jc\x9bd\u202ee\u2066f\u2069g\x7f"
