@@ -121,30 +121,31 @@ class ChatBook(Mapping[str, Chat]):
             ConfigError: no chat has this name, or the kept one cannot be deleted.
         """
         chat = self.find(name)
-        self._forget(chat.name)
+        self._drop(name)
+        if self._kept is not None:
+            self._kept.remove(name)
         return chat
 
     def forget(self) -> list[str]:
-        """Forget all chats, also the kept ones; returns their names.
+        """Forget all chats, also the kept ones that this process has not read; returns their names.
 
         Raises:
             ConfigError: the kept ones cannot be deleted.
         """
         names = [*self]
-        self._forget(*names)
-        return names
+        for name in names:
+            self._drop(name)
+        kept = self._kept.remove_all() if self._kept is not None else []
+        return [*dict.fromkeys([*names, *kept])]
 
     def flush(self) -> None:
         """Wait until all changes are kept."""
         if self._kept is not None:
             self._kept.flush()
 
-    def _forget(self, *names: str) -> None:
-        for name in names:
-            self._chats.pop(name).on_change = None  # an answer that is under way must not keep it again
-            self._restored.discard(name)
-        if self._kept is not None:
-            self._kept.remove(*names)
+    def _drop(self, name: str) -> None:
+        self._chats.pop(name).on_change = None  # an answer that is under way must not keep it again
+        self._restored.discard(name)
 
     def __repr__(self) -> str:
         return f"<ChatBook: {', '.join(map(repr, self._chats.values())) or 'empty'}>"

@@ -12,6 +12,7 @@ import json
 import logging
 import sqlite3
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -33,6 +34,9 @@ _CREATE = (
         PRIMARY KEY (notebook, name)
     )""",
 )
+_SELECT = "SELECT name FROM chats WHERE notebook = ? AND name = coalesce(?, name)"
+_DELETE = "DELETE FROM chats WHERE notebook = ? AND name = coalesce(?, name)"
+"""The conversation of a name; where it is NULL, all of the notebook."""
 _FAILURES = (OSError, sqlite3.Error, ConfigError)
 
 logger = logging.getLogger(__name__)
@@ -46,11 +50,15 @@ class KeptChats:
     Args:
         notebook: what identifies the notebook, such as its path.
         path: the file; by default the one in the state folder.
+        is_on: whether conversations are to be kept; where not, nothing is read or written, but still deleted.
     """
 
-    def __init__(self, notebook: str, path: Path | None = None) -> None:
+    def __init__(
+        self, notebook: str, path: Path | None = None, *, is_on: Callable[[], bool] = lambda: True
+    ) -> None:
         self.notebook = notebook
         self._path = path
+        self._is_on = is_on
         self._file: SqliteFile | None = None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="sollol_nb chats")
         self._has_failed = False
@@ -59,13 +67,15 @@ class KeptChats:
     def load(self) -> list[Chat]:
         """All conversations of the notebook, the one used last at the end; damaged ones are left out."""
         chats: list[Chat] = []
+        if not self._is_on():
+            return chats
         try:
             with self._open().connection() as connection:
                 rows = connection.execute(
                     "SELECT name, chat FROM chats WHERE notebook = ? ORDER BY used_at", [self.notebook]
                 ).fetchall()
         except _FAILURES as error:
-            self._report("read", error)
+            self._report("read the conversations of earlier kernels", error)
             return []
         for name, text in rows:
             try:
@@ -76,15 +86,24 @@ class KeptChats:
 
     def save(self, chat: Chat) -> None:
         """Keep a conversation as it is now; returns at once."""
-        self._writer.submit(self._save, chat)
+        if self._is_on():
+            self._writer.submit(self._save, chat)
 
-    def remove(self, *names: str) -> None:
-        """Delete conversations; returns when they are deleted.
+    def remove(self, name: str) -> None:
+        """Delete a conversation; returns when it is deleted.
+
+        Raises:
+            ConfigError: it cannot be deleted.
+        """
+        self._writer.submit(self._remove, name).result()
+
+    def remove_all(self) -> list[str]:
+        """Delete all conversations of the notebook; returns their names when they are deleted.
 
         Raises:
             ConfigError: they cannot be deleted.
         """
-        self._writer.submit(self._remove, names).result()
+        return self._writer.submit(self._remove, None).result()
 
     def flush(self) -> None:
         """Wait until all is written."""
@@ -103,16 +122,23 @@ class KeptChats:
                 connection.execute("INSERT OR REPLACE INTO chats VALUES (?, ?, ?, ?)", row)
                 _prune(connection)
         except (*_FAILURES, TypeError, ValueError) as error:
-            self._report("keep", error)
+            self._report("keep conversations for the next kernel", error)
 
-    def _remove(self, names: tuple[str, ...]) -> None:
+    def _remove(self, name: str | None) -> list[str]:
+        file = self._open()
+        if not file.path.exists():
+            return []
         try:
-            with self._open().connection() as connection:
+            with file.connection() as connection:
                 connection.execute("PRAGMA secure_delete = ON")  # nothing of them stays in the file
-                for name in names:
-                    connection.execute("DELETE FROM chats WHERE notebook = ? AND name = ?", [self.notebook, name])
+                found = connection.execute(_SELECT, [self.notebook, name]).fetchall()
+                connection.execute(_DELETE, [self.notebook, name])
         except (OSError, sqlite3.Error) as error:
-            raise ConfigError(f"cannot delete conversations from {self._open().path}: {error}") from None
+            raise ConfigError(
+                f"cannot delete conversations from {file.path}: {error}; try again, or delete that file (it has "
+                "the conversations of all notebooks)"
+            ) from None
+        return [name for (name,) in found]
 
     def _text(self, chat: Chat) -> str:
         """The conversation as JSON, without so many of its oldest messages that it is not too long."""
@@ -134,7 +160,8 @@ class KeptChats:
     def _report(self, doing: str, error: Exception) -> None:
         if not self._has_failed:
             self._has_failed = True
-            logger.warning("cannot %s conversations for the next kernel: %s", doing, error)
+            where = f" ({self._file.path})" if self._file is not None else ""
+            logger.warning("cannot %s%s: %s", doing, where, error)
 
 
 def _prune(connection: sqlite3.Connection) -> None:

@@ -104,11 +104,12 @@ class Session:
             return self._replace_router(new if new is not None else _new_router(), keep=False)
 
     def _kept_chats(self) -> KeptChats | None:
-        """Where the notebook's conversations are kept; None if they are not, or if the notebook is not known."""
-        if self._settings is None or self._shell is None or not self._settings.or_built_in("keep_chats"):
+        """Where the notebook's conversations are kept; None if the notebook is not known."""
+        settings = self._settings
+        notebook = notebook_of(self._shell) if self._shell is not None else None
+        if settings is None or notebook is None:
             return None
-        notebook = notebook_of(self._shell)
-        return None if notebook is None else KeptChats(notebook)
+        return KeptChats(notebook, is_on=lambda: bool(settings.or_built_in("keep_chats")))
 
     def running_models(self) -> list[str]:
         """The models of the router's coordinators."""

@@ -13,6 +13,7 @@ from sollol_nb.chat.completion import Completion
 from sollol_nb.chat.conversation import Chat
 from sollol_nb.chat.conversations import ChatBook
 from sollol_nb.chat.kept import KeptChats
+from sollol_nb.errors import ConfigError
 
 
 @pytest.fixture
@@ -136,6 +137,33 @@ def test_a_file_that_cannot_be_used_costs_no_answer(tmp_path: Path, caplog: pyte
     talk(chats, "talk", "one")
     talk(chats, "talk", "two")
     assert chats["talk"].turn_count == 2
-    assert [record.getMessage()[:60] for record in caplog.records] == [
-        "cannot read conversations for the next kernel: unable to ope"
+    assert [record.getMessage()[:50] for record in caplog.records] == [
+        "cannot read the conversations of earlier kernels ("
     ]
+
+
+def test_a_damaged_file_is_named_with_the_way_out(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file.write_bytes(b"no database " * 1000)
+    chats = book(file)
+    talk(chats, "talk", "one")
+    assert f"({file}): file is not a database" in caplog.text
+    with pytest.raises(ConfigError, match=f"{file}: file is not a database; try again, or delete that file"):
+        chats.forget()
+
+
+def test_nothing_is_kept_while_that_is_switched_off_and_all_can_still_be_forgotten(file: Path) -> None:
+    is_on = True
+
+    def chats_of_kernel() -> ChatBook:
+        return ChatBook(lambda: KeptChats("/nb/a.ipynb", file, is_on=lambda: is_on))
+
+    first = chats_of_kernel()
+    talk(first, "talk", "one")
+    is_on = False
+    talk(first, "talk", "secret")
+    assert [entry.text for entry in book(file)["talk"].history] == ["Hi", "one"]
+    second = chats_of_kernel()
+    talk(second, "other", "secret")
+    assert [*second] == ["other"]
+    assert second.forget() == ["other", "talk"]
+    assert [*book(file)] == []
