@@ -23,6 +23,7 @@ from sollol_nb.errors import ModelError, ModelFileError, ModelNotFoundError
 from sollol_nb.gguf.facts import first_part, read_facts
 from sollol_nb.gguf.header import check_file
 from sollol_nb.models.names import DIGEST, ModelName, split_digest
+from sollol_nb.runtime.amounts import shown
 from sollol_nb.settings import config
 from sollol_nb.settings.models import BUILT_IN_NAMES, is_file_name
 
@@ -370,7 +371,7 @@ def _check_model(name: str, path: Path) -> None:
         raise ModelFileError(f"{name}: {error}") from error
     if architecture not in ARCHITECTURES:
         raise ModelFileError(
-            f"{name}: {path} has the architecture {architecture!r}, which this llama.cpp does not load; "
+            f"{name}: {path} has the architecture {shown(architecture)}, which this llama.cpp does not load; "
             "run it in Ollama, or use a GGUF made for llama.cpp"
         )
     # Ollama's own engine keeps vision and audio tensors in the model's file; llama.cpp needs them in a separate

@@ -26,7 +26,8 @@ THINK_LEVEL_VARIABLE = "reasoning_effort"
 _UNTIL_CONTEXT_IS_FULL = -2  # Ollama's num_predict
 _PROMPT_TOO_LONG = re.compile(r"\((\d+) tokens\) .*context size \((\d+)")
 _TEMPLATE_FAILED = re.compile(r"While executing .*Error: (.+)", re.DOTALL)
-_PARSER_FAILED = re.compile(r"does not match the expected .* format|empty grammar stack")
+# "Invalid diff" is of common/chat.cpp: the parser takes back what it had found in the text before.
+_PARSER_FAILED = re.compile(r"does not match the expected .* format|empty grammar stack|^Invalid diff: ")
 # The engine's debug log, at which it must start, takes the whole answer as JSON, which broken UTF-8 cannot be. By
 # then all tokens have been sent; only the event with the reason of the end is missing.
 _NOT_ENCODED = re.compile(r"json\.exception\.type_error\.316")

@@ -232,6 +232,19 @@ def test_answer_that_cannot_be_parsed_is_shown_once_as_its_text(
     assert not answer.recover("another reason")
 
 
+@pytest.mark.parametrize(
+    "reason",
+    [
+        PARSER_FAILED,
+        "Unexpected empty grammar stack after accepting piece: > (62)",
+        "Invalid diff: tool call mismatch!",
+        "Invalid diff: now finding less tool calls!\n  Previous (2):\n",
+    ],
+)
+def test_all_failures_of_the_parser_keep_the_text(reason: str) -> None:
+    assert ChatAnswer("demo", check_messages(SHORT), {}).recover(reason)
+
+
 def test_images_and_other_failures_are_not_asked_again() -> None:
     image = [{"role": "user", "content": "What is this?", "images": ["aGk="]}]
 
