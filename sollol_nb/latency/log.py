@@ -158,7 +158,8 @@ class LatencyLog:
             with self._file.connection() as connection:
                 return frame_of(connection.execute(*_query(wanted)))
         except sqlite3.Error as error:
-            damaged = type(error) is sqlite3.DatabaseError  # not one of the kinds derived from it
+            # Of the derived kinds, only a table or column that is missing.
+            damaged = type(error) is sqlite3.DatabaseError or str(error).startswith("no such ")
             advice = "; it is damaged: move it away, and the next request begins a new one" if damaged else ""
             raise StorageError(f"cannot read the latency log {self.path}: {error}{advice}") from error
 

@@ -8,6 +8,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from datetime import date
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from sollol_nb.errors import ConfigError, StructureError
@@ -63,7 +64,7 @@ def _schema_of_column(name: str, column: pd.Series[Any]) -> dict[str, Any]:
     elif kinds.is_integer_dtype(dtype):
         numpy_dtype = getattr(dtype, "numpy_dtype", getattr(dtype, "subtype", dtype))  # nullable, sparse
         schema = {"type": "integer", **_bounds(numpy_dtype)}
-    elif kinds.is_float_dtype(dtype):
+    elif kinds.is_float_dtype(dtype) or _is_arrow_decimal(dtype):
         schema = {"type": "number"}
     elif kinds.is_datetime64_any_dtype(dtype):
         times = column.dropna()
@@ -79,6 +80,12 @@ def _schema_of_column(name: str, column: pd.Series[Any]) -> dict[str, Any]:
         raise ConfigError(f"column {name}: JSON has no type for {dtype}; use numbers, texts or dates")
     types = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
     return {**schema, "type": [*types, "null"]} if has_null and "null" not in types else schema
+
+
+def _is_arrow_decimal(dtype: Any) -> bool:
+    import pandas as pd
+
+    return isinstance(dtype, pd.ArrowDtype) and dtype.type is Decimal
 
 
 def _bounds(dtype: Any) -> dict[str, int]:
@@ -149,6 +156,8 @@ def _column_like(example: pd.Series[Any], values: list[Any]) -> pd.Series[Any]:
             data = [None if value is None else date.fromisoformat(value) for value in values]
         elif kinds.is_object_dtype(dtype) and kinds.infer_dtype(example, skipna=True) == "decimal":
             return pd.Series([None if value is None else decimal_of(value) for value in values], dtype=object)
+        elif _is_arrow_decimal(dtype):
+            data = [None if value is None else decimal_of(value) for value in values]
         elif kinds.is_integer_dtype(dtype):  # JSON's 3.0 is an integer too
             data = [None if value is None else int(value) for value in values]
     column: pd.Series[Any] = pd.Series(data, dtype=dtype)

@@ -525,6 +525,13 @@ def test_a_damaged_log_is_named_with_what_to_do(log: LatencyLog, tmp_path: Path,
             read()
 
 
+def test_a_file_of_another_program_is_named_with_what_to_do(log: LatencyLog) -> None:
+    with contextlib.closing(sqlite3.connect(log.path)) as connection:
+        connection.execute("CREATE TABLE requests (other)")
+    with pytest.raises(StorageError, match=r"latency.sqlite: no such column.*move it away"):
+        log.frame()
+
+
 def test_an_export_that_cannot_be_written_is_named_with_what_to_do(log: LatencyLog, tmp_path: Path) -> None:
     log.record(FULL)
 

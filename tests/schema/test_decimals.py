@@ -7,6 +7,7 @@ from decimal import Decimal
 from typing import Any
 
 import pandas as pd
+import pyarrow
 import pytest
 from pydantic import BaseModel
 
@@ -56,6 +57,14 @@ def test_decimals_keep_their_digits(schema: type[Any]) -> None:
 def test_a_column_of_decimals_keeps_them() -> None:
     frame = parse_structured('{"rows": [{"p": 19.90}, {"p": 2}]}', pd.DataFrame({"p": [Decimal("1.50")]}))
     assert [str(value) for value in frame.p] == ["19.90", "2"]
+
+
+def test_a_column_of_decimals_of_pyarrow_keeps_them() -> None:
+    example = pd.DataFrame({"p": pd.Series([Decimal("1.50")], dtype=pd.ArrowDtype(pyarrow.decimal128(10, 2)))})
+    frame = parse_structured('{"rows": [{"p": 19.90}, {"p": 2}]}', example)
+    assert [str(value) for value in frame.p] == ["19.90", "2.00"]
+    with pytest.raises(StructureError, match="p"):
+        parse_structured('{"rows": [{"p": 1.999}]}', example)
 
 
 @pytest.mark.parametrize(

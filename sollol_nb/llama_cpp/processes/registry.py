@@ -36,7 +36,7 @@ import psutil
 from sollol_nb.errors import ConfigError, WorkersUnavailableError
 from sollol_nb.runtime.private_files import check_private, read_private
 from sollol_nb.settings import config
-from sollol_nb.settings.endpoints import LOOPBACK, parse_endpoint
+from sollol_nb.settings.endpoints import LOOPBACK, is_loopback, parse_endpoint
 
 COORDINATOR = "coordinator"
 WORKER = "worker"
@@ -231,7 +231,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 _ABOUT_TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("model", "endpoint", "url", "owner"), (str,)),
     **dict.fromkeys(("port", "owner_pid"), (int,)),
-    **dict.fromkeys(("load_ms", "seconds_per_token"), (int, float)),
+    **dict.fromkeys(("load_ms", "seconds_per_token", "owner_started"), (int, float)),
     "workers": (list,),
 }
 
@@ -253,12 +253,14 @@ def _read(path: Path) -> Entry | None:
         for name, types in _TYPES.items():
             if not isinstance(known[name], types):
                 raise TypeError(name)
+            if isinstance(known[name], int):
+                float(known[name])  # an OverflowError where no process or time can have such a number
         known["key_path"] = str(path.with_suffix(".key"))
         known["log_path"] = str(path.parent.parent / config.LOGS / Path(known["log_path"]).name)
         entry = Entry(**known, path=path)
         _check_about(entry)
         return entry
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, ConfigError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError, ConfigError):
         path.unlink(missing_ok=True)
         return None
 
@@ -280,3 +282,5 @@ def _check_about(entry: Entry) -> None:
     # Prompts and keys go only to this machine.
     if entry.kind == COORDINATOR and (url := about.get("url")) and urlsplit(url).hostname != LOOPBACK:
         raise ValueError(url)
+    if entry.kind == WORKER and (endpoint := about.get("endpoint")) and not is_loopback(endpoint):
+        raise ValueError(endpoint)
