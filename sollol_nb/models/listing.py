@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from sollol_nb.errors import ModelError
 from sollol_nb.models.files import DEMO_NAMES
 from sollol_nb.models.profiles import MODEL_PROFILES, ModelProfile
 from sollol_nb.models.profiles import profile_of as profile_of_name
-from sollol_nb.settings.models import SavedModel
+from sollol_nb.settings.models import SavedModel, is_file_name
 from sollol_nb.text.short_names import short_name
 
 if TYPE_CHECKING:
@@ -82,8 +83,12 @@ def list_models(
         owners = where.setdefault(_short(name), [])
         if not owners:  # otherwise a node on this machine may be among them
             owners.append("this machine")
+    paths: dict[str, str] = {}
     for name, model in saved.items():
-        is_here = model.gguf is not None and model.gguf.is_file()
+        file = Path(name) if is_file_name(name) else model.gguf
+        is_here = file is not None and file.is_file()
+        if short_name(name) != name:
+            paths.setdefault(short_name(name), name)
         where.setdefault(short_name(name), []).extend(["this machine"] if is_here else [])
     for name in coordinators:
         owners = where.setdefault(name, [])
@@ -94,7 +99,7 @@ def list_models(
 
     def listed(name: str, owners: list[str]) -> ListedModel:
         try:
-            profile = profile_of(name)
+            profile = profile_of(name if name in saved or name in MODEL_PROFILES else paths.get(name, name))
         except ModelError:  # a damaged model must not hide the others
             profile = profile_of_name(name)
         model = ListedModel.of(profile, ", ".join(owners), running.get(name, ""))

@@ -63,6 +63,21 @@ def test_a_name_for_a_file_is_listed_and_a_running_model_says_how_it_runs(tmp_pa
     assert (models["demo"].sharded, models["demo"].running) == (True, "on 3 workers (5/4/4 layers)")
 
 
+def test_a_file_that_is_set_by_its_path_is_listed_with_what_is_known_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "big.gguf"
+    path.touch()
+    known = SavedModel({"parameters": 70, "sharded": True}, "sollol_nb.toml")
+
+    def profile(model: str) -> ModelProfile:
+        return profile_of(model, saved=known if model == str(path) else SavedModel())
+
+    models = list_models(
+        profile, in_ollama=[], loaded=[], in_storage=[], coordinators={}, saved={str(path): known}
+    )
+    big = {model.model: model for model in models}["big"]
+    assert (big.where, big.parameters_b, big.sharded) == ("this machine", 70, True)
+
+
 def test_a_damaged_model_is_listed_by_its_name() -> None:
     def refuse(model: str) -> ModelProfile:
         if model == "broken:7b":
