@@ -213,14 +213,15 @@ def _variables_of_caller() -> dict[str, Any]:
     that code as far as these still run. Python itself keeps of the latter only what the code names.
     """
     frame: FrameType | None = sys._getframe(2)
-    if frame is None or frame.f_code.co_name not in ("run_line_magic", "run_cell_magic"):
-        return {}
+    while frame is not None and str(frame.f_globals.get("__name__")).startswith("IPython.core."):
+        frame = frame.f_back
     scopes: list[Mapping[str, Any]] = []
     code = None
-    while (frame := frame.f_back) is not None:
+    while frame is not None:
         if code is None or code in frame.f_code.co_consts:
             scopes.append(frame.f_locals)
             code = frame.f_code
+        frame = frame.f_back
     return {name: value for scope in reversed(scopes) for name, value in scope.items()}
 
 

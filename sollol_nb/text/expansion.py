@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 _BUILTINS = {name: value for name, value in vars(builtins).items() if name[0] != "_"} | {"readable": readable}
 """The names that expressions may use besides variables."""
 _PATH = re.compile(r"\s*\w+(?:\.\w+|\[[^\[\]()]*\])*\s*")
+_SELF = "_sollol_self"
+"""The name of the variable `self` in compiled expressions: in Jinja `self` is always the template."""
 _NEVER = "\0never in a text {}\0"  # for Jinja's delimiters that must not occur in a text
 
 
@@ -120,7 +122,8 @@ class _Expression:
 
         environment = _environment()
         self._source = source
-        self._names = meta.find_undeclared_variables(environment.parse(f"{{{{ {source} }}}}"))
+        names = meta.find_undeclared_variables(environment.parse(f"{{{{ {source} }}}}"))
+        self._names = {"self" if name == _SELF else name for name in names}
         # Only the built-in names that it uses: Jinja copies them at each run.
         self._builtins = {name: _BUILTINS[name] for name in self._names if name in _BUILTINS}
         self._compute: Callable[[dict[str, object]], Any] = environment.compile_expression(
@@ -135,7 +138,8 @@ class _Expression:
 
         shown = _shown(self._source)
         try:
-            value = self._compute({**self._builtins, **namespace})
+            own_self = {_SELF: namespace["self"]} if "self" in namespace else {}
+            value = self._compute({**self._builtins, **namespace, **own_self})
             if isinstance(value, Undefined):
                 str(value)  # raises UndefinedError
             name = self._source.strip()
@@ -176,6 +180,18 @@ def _describe_near(name: str, namespace: Mapping[str, object]) -> str:
 @cache
 def _environment() -> Environment:
     from jinja2 import Environment, StrictUndefined
+    from jinja2.ext import Extension
+    from jinja2.lexer import Token, TokenStream
+
+    class PlainSelf(Extension):
+        """Makes `self` a variable as any other."""
+
+        def filter_stream(self, stream: TokenStream) -> Iterator[Token]:
+            before = ""
+            for token in stream:
+                is_self = token.type == "name" and token.value == "self" and before != "dot"
+                yield Token(token.lineno, "name", _SELF) if is_self else token
+                before = token.type
 
     environment = Environment(  # noqa: S701  (the text is for a model, not for a page)
         undefined=StrictUndefined,
@@ -184,6 +200,7 @@ def _environment() -> Environment:
         block_end_string=_NEVER.format(2),
         comment_start_string=_NEVER.format(3),
         comment_end_string=_NEVER.format(4),
+        extensions=[PlainSelf],
     )
     environment.globals.clear()
     return environment

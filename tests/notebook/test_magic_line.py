@@ -246,13 +246,6 @@ class Magics:
         return call
 
 
-def run_line_magic(line: str) -> magic_line.Call:
-    """Run a line as IPython's function of this name does."""
-    called = Magics().line(line)
-    assert called is not None
-    return called
-
-
 @pytest.mark.parametrize(
     ("line", "words"),
     [
@@ -266,7 +259,7 @@ def run_line_magic(line: str) -> magic_line.Call:
 )
 def test_all_magics_take_expressions_and_the_shells_own_style(line: str, words: list[str]) -> None:
     price = "$5"
-    assert run_line_magic(line).arguments.words == words, price
+    assert Magics().line(line).arguments.words == words, price
 
 
 @pytest.mark.parametrize(
@@ -284,7 +277,7 @@ def test_a_variable_that_does_not_exist_is_named(line: str, message: str) -> Non
 
 def test_local_variables_hide_those_of_the_notebook() -> None:
     topic = "local"
-    called = run_line_magic("{{ topic }}")
+    called = Magics().line("{{ topic }}")
     assert (called.arguments.words, called.variables["topic"]) == (["local"], topic)
 
 
@@ -292,7 +285,7 @@ def ask_about(topic: str) -> list[str]:
     """Run a line in a comprehension in a nested function, neither of which names the topic."""
 
     def ask() -> list[str]:
-        return [" ".join(run_line_magic("{{ number }} {{ topic }}").arguments.words) for number in (1, 2)]
+        return [" ".join(Magics().line("{{ number }} {{ topic }}").arguments.words) for number in (1, 2)]
 
     return ask()
 
@@ -303,7 +296,7 @@ def test_variables_of_the_functions_around_are_seen_and_of_callers_are_not() -> 
 
     def ask(word: str) -> list[str]:
         topic = word
-        return [run_line_magic("{{ topic }}").arguments.words[0] for topic in (topic, "inner")]
+        return [Magics().line("{{ topic }}").arguments.words[0] for topic in (topic, "inner")]
 
     assert ask("word") == ["word", "inner"]
     assert unrelated() == "global", (topic, number)
@@ -311,7 +304,7 @@ def test_variables_of_the_functions_around_are_seen_and_of_callers_are_not() -> 
 
 def unrelated() -> str:
     """Run a line in a function that has no variables."""
-    return str(run_line_magic("{{ topic }}").arguments.words[0])
+    return str(Magics().line("{{ topic }}").arguments.words[0])
 
 
 def test_a_prompt_keeps_its_dollars_and_single_braces() -> None:

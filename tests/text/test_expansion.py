@@ -104,6 +104,14 @@ def test_values_become_readable(variables: dict[str, Any]) -> None:
     assert "| x | y z |\n| --- | --- |\n| 1 | 3 |" in expand("The data:\n{{ df }}", variables)
 
 
+def test_self_in_a_method_is_its_object() -> None:
+    """In Jinja `self` is the template."""
+    variables = {"self": {"name": "Ada", "self": 2}}
+    assert expand("{{ self.name }} {{ self['name'] }} {{ self.self }} {{ 'self' }}", variables) == "Ada Ada 2 self"
+    with pytest.raises(ConfigError, match=r"^{{ self.name }}: there is no variable self$"):
+        expand("{{ self.name }}", {})
+
+
 def test_a_limit_can_be_given_in_the_expression() -> None:
     text = expand("{{ readable(numbers, limit_chars=200) }}", {"numbers": list(range(1000))})
     assert len(text) <= 200
