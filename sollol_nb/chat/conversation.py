@@ -102,8 +102,18 @@ class ChatMessage:
 
     @classmethod
     def from_answer(cls, answer: Completion) -> Self | None:
-        """An answer as a chat keeps it; None if it has no text and calls no tool."""
+        """An answer as a chat keeps it; None if it has no text and calls no tool.
+
+        A call of a tool that was cut within its arguments becomes text: no model takes it as a call.
+        """
         message = {name: value for name, value in answer["message"].items() if value}
+        calls = message.pop("tool_calls", [])
+        cut = [call["function"] for call in calls if isinstance(call["function"].get("arguments"), str)]
+        if cut:
+            texts = [f"{function['name']} {function['arguments']}" for function in cut]
+            message["content"] = "\n".join(filter(None, [message.get("content", ""), *texts]))
+        if len(calls) > len(cut):
+            message["tool_calls"] = [call for call in calls if call["function"] not in cut]
         if not message.get("content") and not message.get("tool_calls"):
             return None
         return cls(

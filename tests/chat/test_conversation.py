@@ -10,6 +10,7 @@ import pytest
 
 from sollol_nb.chat.completion import Completion
 from sollol_nb.chat.conversation import Chat
+from sollol_nb.chat.messages import check_messages
 from sollol_nb.errors import ChatBusyError, ConfigError
 from tests.support.chats import CALL, Chunks, answer, assistant, chat_of, user
 
@@ -25,6 +26,17 @@ def test_a_turn_is_kept_with_what_is_known_of_it() -> None:
     assert (reply.prompt_tokens, reply.answer_tokens) == (9, 3)
     assert chat.notes == [(reply.at, "dropped it")]
     assert (chat.model, chat.turn_count) == ("m", 1)
+
+
+def test_a_tool_call_that_was_cut_is_kept_as_text_and_the_chat_continues() -> None:
+    cut = {"function": {"name": "now", "arguments": '{"zone": "U'}}
+    chat = Chat("c")
+
+    assert chat.add(user("Hi"), Completion({**answer(""), "message": assistant("Wait.", tool_calls=[CALL, cut])}))
+
+    reply = assistant('Wait.\nnow {"zone": "U', tool_calls=[CALL])
+    assert check_messages(chat.messages) == [user("Hi"), reply]
+    assert Chat.from_dict(json.loads(json.dumps(chat.as_dict())), name="c").messages == [user("Hi"), reply]
 
 
 @pytest.mark.parametrize(
