@@ -116,7 +116,7 @@ class RunningCoordinators:
             if taken and was_running:
                 message = f"stopped {coordinator.model}"
                 if users:
-                    message = f"disconnected from {coordinator.model}, which {', '.join(users)} still uses"
+                    message = f"disconnected from {coordinator.model}, which is still used by {', '.join(users)}"
                 self._events.publish(EventKind.COORDINATOR_STOPPED, coordinator.model, message)
             return users
 

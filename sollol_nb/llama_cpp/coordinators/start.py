@@ -218,11 +218,12 @@ class CoordinatorStarter:
             return None  # the user has named the workers to use
         if self.settings.exact or start.layout is not None:
             return [] if all(about.get(name) == value for name, value in wanted.items()) else None
-        if about.get("context_tokens", 0) < wanted["context_tokens"]:
+        context_tokens, slots = about.get("context_tokens") or 0, about.get("slots") or 0
+        if context_tokens < wanted["context_tokens"]:
             return None
         differences = []
-        if about.get("slots", 0) < wanted["slots"]:
-            differences.append(f"{counted(about.get('slots', 0), 'slot')} instead of {wanted['slots']}")
+        if slots < wanted["slots"]:
+            differences.append(f"{counted(slots, 'slot')} instead of {wanted['slots']}")
         if wanted["wanted_workers"] not in (None, len(entry.workers)):
             differences.append(f"{counted(len(entry.workers), 'worker')} instead of {wanted['wanted_workers']}")
         if about.get("strategy") != wanted["strategy"]:
@@ -237,6 +238,8 @@ class CoordinatorStarter:
         Args:
             as_it_is: also one that differs, as far as its answers are the same.
         """
+        if self._workers.has_named:  # their addresses tell whether it holds them under other names
+            await self._workers.refresh_holders()
         found: list[tuple[list[str], Entry]] = []
         for entry in await asyncio.to_thread(registry.entries, registry.COORDINATOR):
             differences = self._differences(start, entry)

@@ -177,6 +177,8 @@ def worker_at(host: str, port: int) -> Address:
         address = str(socket.getaddrinfo(host, port, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
     except (OSError, UnicodeError):  # unknown now; it cannot be reached either
         return host.lower(), port
+    if address == "0.0.0.0":  # noqa: S104 - who connects there reaches this machine
+        address = LOOPBACK
     if _is_own_address(address):
         here = {listener.address for listener in listeners(port)}
         if address not in here and here & {"0.0.0.0", "::"}:  # noqa: S104 - compared, not bound

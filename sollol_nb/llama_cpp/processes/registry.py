@@ -230,9 +230,10 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }
 _ABOUT_TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("model", "endpoint", "url", "owner"), (str,)),
-    **dict.fromkeys(("port", "owner_pid"), (int,)),
+    **dict.fromkeys(("port", "owner_pid", "context_tokens", "slots"), (int,)),
     **dict.fromkeys(("load_ms", "seconds_per_token", "owner_started"), (int, float)),
     "workers": (list,),
+    "probes": (dict,),
 }
 
 

@@ -93,7 +93,8 @@ class Ended:
     def __str__(self) -> str:
         if not self.users:
             return f"stopped {self.kind} {self.name}"
-        return f"left {self.kind} {self.name} running: {', '.join(self.users)} uses it"
+        use = "uses" if len(self.users) == 1 else "use"
+        return f"left {self.kind} {self.name} running: {', '.join(self.users)} {use} it"
 
 
 @io_bound

@@ -20,6 +20,7 @@ class Identities:
     def __init__(self) -> None:
         self._address_of: dict[str, Address] = {}
         self._second_names: dict[str, str] = {}  # that only an attempt has shown
+        self._lookups: dict[str, asyncio.Future[Address]] = {}
 
     async def resolve(self, endpoints: Iterable[str], *, again: bool = False) -> None:
         """Look up the addresses of endpoints.
@@ -28,15 +29,26 @@ class Identities:
             again: also of those that are known: names and listening programs change.
         """
 
-        async def look_up(endpoint: str) -> None:
-            self._address_of[endpoint] = await asyncio.to_thread(worker_at, *parse_endpoint(endpoint))
+        loop = asyncio.get_running_loop()
+
+        def look_up(endpoint: str) -> asyncio.Future[Address]:
+            def note(lookup: asyncio.Future[Address]) -> None:
+                del self._lookups[endpoint]
+                if not lookup.cancelled() and lookup.exception() is None:
+                    self._address_of[endpoint] = lookup.result()
+
+            lookup = loop.run_in_executor(None, worker_at, *parse_endpoint(endpoint))
+            lookup.add_done_callback(note)
+            return lookup
 
         wanted = {endpoint for endpoint in endpoints if again or endpoint not in self._address_of}
-        tasks = [asyncio.create_task(look_up(endpoint)) for endpoint in wanted]
-        if tasks:
-            _, slow = await asyncio.wait(tasks, timeout=DEFAULT_TIMEOUT_S)
-            for task in slow:  # until it is known, it counts as another worker
-                task.cancel()
+        for endpoint in wanted - self._lookups.keys():
+            self._lookups[endpoint] = look_up(endpoint)
+        if wanted:
+            # A slow one cannot be stopped, so nobody asks again meanwhile. Until it is known, it counts as another
+            # worker.
+            lookups = [self._lookups[endpoint] for endpoint in wanted]
+            await asyncio.wait(lookups, timeout=DEFAULT_TIMEOUT_S)
 
     def of(self, endpoint: str) -> object:
         """Equal for two endpoints that are one worker, as far as is known."""
@@ -71,8 +83,19 @@ class Identities:
             if await answering_together([endpoint]):
                 before = [known for known in free[: free.index(endpoint)] if known not in silent]
                 for known in before:
-                    if len(await answering_together([known, endpoint])) == 1:
+                    if await _exclude_each_other(known, endpoint):
                         self._second_names[endpoint] = known
                         found.append(endpoint)
                         break
         return found
+
+
+async def _exclude_each_other(first: str, second: str) -> bool:
+    """Whether of two free workers each is silent while the other is connected.
+
+    Both ways, since another kernel may be connected to one of them at one moment.
+    """
+    for pair in ([first, second], [second, first]):
+        if await answering_together(pair) != pair[:1]:
+            return False
+    return True

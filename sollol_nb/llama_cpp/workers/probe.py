@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import socket
 import struct
@@ -27,6 +28,7 @@ from enum import Enum
 from typing import Any
 
 from sollol_nb.llama_cpp.processes import registry
+from sollol_nb.llama_cpp.processes.machine import worker_at
 from sollol_nb.runtime.io_loop import run_blocking
 from sollol_nb.settings.endpoints import DEFAULT_RPC_PORT, LOOPBACK, format_endpoint, parse_endpoint
 
@@ -188,8 +190,10 @@ def test_rpc_backend(
     timeout: float = DEFAULT_TIMEOUT_S,  # noqa: PT028 - not a test
 ) -> bool:
     """Whether a worker is there that coordinators of this user can use: it speaks a compatible protocol and is
-    free, or one of this user's coordinators holds it (then it is not asked)."""
-    if format_endpoint(host, port) in registry.holders():
+    free, or one of this user's coordinators holds it, under whichever name (then it is not asked)."""
+    host, port = parse_endpoint(format_endpoint(host, port))
+    held = [worker for worker in map(parse_endpoint, registry.holders()) if worker[1] == port]
+    if held and worker_at(host, port) in itertools.starmap(worker_at, held):
         return True
     return run_blocking(probe(host, port, timeout_s=timeout)).outcome is ProbeOutcome.FREE
 

@@ -227,7 +227,9 @@ class Workers:
         """
         adopted = await self.adopt_local()
         await self.refresh_holders()
-        probes = [probe for probe in await discover() if not self.knows_all([probe.endpoint])]
+        answering = await discover()
+        await self._identities.resolve(probe.endpoint for probe in answering)
+        probes = [probe for probe in answering if not self.knows_all([probe.endpoint])]
         found = []
         for probe in probes:
             user = await asyncio.to_thread(_other_user_of, probe.endpoint)
@@ -365,7 +367,7 @@ class Workers:
                 process.detach()
             message = f"stopped worker {endpoint}"
             if users:
-                message = f"disconnected from worker {endpoint}, which {', '.join(users)} still uses"
+                message = f"disconnected from worker {endpoint}, which is still used by {', '.join(users)}"
             self._events.publish(EventKind.WORKER_STOPPED, endpoint, message)
             return Ended(kind=registry.WORKER, name=endpoint, users=tuple(users))
 

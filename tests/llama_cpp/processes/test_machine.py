@@ -63,3 +63,8 @@ def test_cores_that_the_process_is_not_bound_to_do_not_count(monkeypatch: pytest
 
 def test_this_machine_has_at_least_one_core() -> None:
     assert 1 <= usable_cores() <= (os.cpu_count() or 1)
+
+
+@pytest.mark.parametrize("name", ["localhost", "LOCALHOST", "127.1", "0.0.0.0", "0"])
+def test_names_of_this_machine_are_one_worker(name: str) -> None:
+    assert machine.worker_at(name, 50052) == ("127.0.0.1", 50052)

@@ -18,6 +18,7 @@ import pytest
 
 from sollol_nb.errors import ConfigError
 from sollol_nb.llama_cpp.engine.check import Engine
+from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.processes.process import EngineProcess
 from sollol_nb.llama_cpp.workers.probe import (
     PROTOCOL_MAJOR,
@@ -384,6 +385,13 @@ def test_the_blocking_check_says_whether_a_worker_can_be_used(peer: Peer, usable
             return await asyncio.to_thread(test_rpc_backend, "127.0.0.1", port, timeout=SHORT_S)
 
     assert run(check()) is usable
+
+
+def test_the_blocking_check_knows_a_held_worker_by_its_other_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    port = unused_port()
+    monkeypatch.setattr(registry, "holders", lambda: {f"127.0.0.1:{port}": None})
+    assert test_rpc_backend("localhost", port, timeout=SHORT_S)
+    assert not test_rpc_backend("127.0.0.2", port, timeout=SHORT_S)
 
 
 def test_the_blocking_check_is_not_taken_for_a_test() -> None:

@@ -130,6 +130,21 @@ def test_one_worker_under_two_names_is_used_once(own_state: None, listen: Callab
         assert (second.state, second.detail) == ("duplicate", f"the same worker as {name}, which is used")
 
 
+def test_a_running_coordinator_is_used_where_its_worker_has_another_name(
+    own_state: None, listen: Callable[..., str]
+) -> None:
+    name = listen()
+    with HybridRouter(rpc_backends=[name]) as first:
+        first.route_request("demo:sharded", QUESTION, max_tokens=2)
+        assert first.coordinator is not None
+        pid = first.coordinator.pid
+        first.close(keep=True)
+    with HybridRouter(rpc_backends=[f"localhost:{name.rpartition(':')[2]}"]) as second:
+        second.route_request("demo:sharded", QUESTION, max_tokens=2)
+        assert second.coordinator is not None
+        assert second.coordinator.pid == pid
+
+
 @pytest.mark.skipif(machine.sys.platform != "linux", reason="only Linux says which addresses a program listens on")
 def test_a_worker_that_listens_on_all_addresses_is_one_worker(own_state: None, listen: Callable[..., str]) -> None:
     port = int(listen("0.0.0.0").rpartition(":")[2])
