@@ -8,6 +8,7 @@ kept; conversations that were not used for `KEEP_DAYS` days are deleted, and the
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sqlite3
@@ -24,6 +25,7 @@ from sollol_nb.settings import config
 LIMIT_BYTES = 4 * 1024 * 1024
 KEEP_BYTES = 64 * 1024 * 1024
 KEEP_DAYS = 180.0
+FLUSH_LIMIT_S = 15.0
 
 _CREATE = (
     """CREATE TABLE chats (
@@ -61,6 +63,7 @@ class KeptChats:
         self._is_on = is_on
         self._file: SqliteFile | None = None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="sollol_nb chats")
+        self._to_save: set[Chat] = set()
         self._has_failed = False
         self._cut: set[str] = set()
 
@@ -85,8 +88,10 @@ class KeptChats:
         return chats
 
     def save(self, chat: Chat) -> None:
-        """Keep a conversation as it is now; returns at once."""
-        if self._is_on():
+        """Keep a conversation as it is when the writer comes to it, once for all changes until then; returns at
+        once."""
+        if self._is_on() and chat not in self._to_save:
+            self._to_save.add(chat)
             self._writer.submit(self._save, chat)
 
     def remove(self, name: str) -> None:
@@ -106,8 +111,9 @@ class KeptChats:
         return self._writer.submit(self._remove, None).result()
 
     def flush(self) -> None:
-        """Wait until all is written."""
-        self._writer.submit(lambda: None).result()
+        """Wait until all is written, at most `FLUSH_LIMIT_S` seconds."""
+        with contextlib.suppress(TimeoutError):
+            self._writer.submit(lambda: None).result(FLUSH_LIMIT_S)
 
     def _open(self) -> SqliteFile:
         if self._file is None:
@@ -116,6 +122,7 @@ class KeptChats:
         return self._file
 
     def _save(self, chat: Chat) -> None:
+        self._to_save.discard(chat)
         try:
             row = (self.notebook, chat.name, time.time(), self._text(chat))
             with self._open().connection() as connection:

@@ -142,6 +142,26 @@ def test_a_file_that_cannot_be_used_costs_no_answer(tmp_path: Path, caplog: pyte
     ]
 
 
+def test_a_file_that_is_locked_for_a_while_gets_the_newest_state_in_one_write(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chats = book(file)
+    talk(chats, "talk", "0")
+    written: list[str] = []
+    as_dict = Chat.as_dict
+    monkeypatch.setattr(Chat, "as_dict", lambda chat: written.append(chat.name) or as_dict(chat))
+    other = sqlite3.connect(file, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    for number in range(1, 50):
+        completion = Completion(model="demo", message={"role": "assistant", "content": str(number)})
+        chats["talk"].add({"role": "user", "content": "Hi"}, completion)
+    other.execute("COMMIT")
+    other.close()
+    chats.flush()
+    assert [entry.text for entry in book(file)["talk"].history][1::2] == [str(number) for number in range(50)]
+    assert len(written) <= 2  # the first may have begun before the last change
+
+
 def test_a_damaged_file_is_named_with_the_way_out(file: Path, caplog: pytest.LogCaptureFixture) -> None:
     file.write_bytes(b"no database " * 1000)
     chats = book(file)
