@@ -23,7 +23,7 @@ from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Self
 
-from sollol_nb.chat.chunk import RESTARTED, Chunk
+from sollol_nb.chat.chunk import RESTARTED, ROUTING, Chunk
 from sollol_nb.chat.context_window import DROP_OLDEST, ERROR, check_overflow, turn_starts
 from sollol_nb.errors import ConfigError, OllamaResponseError, OllamaUnavailableError
 from sollol_nb.models.names import ModelName
@@ -238,7 +238,10 @@ class OllamaPool:
         batch, in its order. Errors are those of `chat`."""
         texts = input if isinstance(input, str) else [*input]
         body = request_body(model, input=texts, **_without_stream(options))
-        return await _merged(self._serving.answer(_pool_request(EMBED, body, priority, timeout)))
+        answer = await _merged(self._serving.answer(_pool_request(EMBED, body, priority, timeout)))
+        if "embeddings" not in answer:
+            raise OllamaResponseError(f"Ollama at {answer[ROUTING]['node']} sent an answer without embeddings")
+        return answer
 
     # --- models -------------------------------------------------------------------------------
 

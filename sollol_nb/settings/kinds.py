@@ -205,7 +205,7 @@ def _folder(value: Any) -> Path:
 
 
 def _anchored_model(model: str, folder: Path) -> str:
-    return str(folder / _folder(model)) if model.endswith(".gguf") else model
+    return str(folder / _folder(model)) if model.lower().endswith(".gguf") else model
 
 
 YES_OR_NO = Kind("true or false (1 or 0 in a variable)", _yes_or_no, _yes_or_no_from_text)

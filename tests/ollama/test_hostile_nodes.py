@@ -290,3 +290,20 @@ def test_events_say_why_a_node_is_not_used(monkeypatch: pytest.MonkeyPatch) -> N
             f"Ollama at {url} cannot be used for a while: {node.last_error}"
         ]
         router.close()
+
+
+def test_an_answer_without_embeddings_is_an_error() -> None:
+    with (
+        fake_node({"/api/embed": reply({"model": MODEL})}) as (url, _),
+        OllamaPool(url) as pool,
+        pytest.raises(OllamaResponseError, match=f"{url} sent an answer without embeddings"),
+    ):
+        pool.embed("llama3.2", "hi")
+
+
+def test_the_status_of_a_pull_cannot_control_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with fake_node({"/api/pull": lines({"status": "\x1b[2Jpulling\n\n"})}) as (url, _), OllamaPool(url) as pool:
+        pool.pull_with_bar("llama3.2")
+    shown = capsys.readouterr().err
+    assert "pulling" in shown
+    assert "\x1b[2J" not in shown

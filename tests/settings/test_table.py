@@ -349,6 +349,8 @@ def test_paths_are_relative_to_the_folder_of_the_file(folder: Path, monkeypatch:
 
     assert config.default("llama_cpp") == folder / ".." / "llama.cpp"
     assert config.default("model") == str(folder / "models" / "small.gguf")
+    allowed(write(folder, 'model = "models/SMALL.GGUF"'))
+    assert config.default("model") == str(folder / "models" / "SMALL.GGUF")
 
 
 def test_a_byte_order_mark_is_accepted(folder: Path) -> None:
