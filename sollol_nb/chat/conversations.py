@@ -102,12 +102,12 @@ class ChatBook(Mapping[str, Chat]):
         Raises:
             ConfigError: another chat has this name and must not be replaced.
         """
-        if not replace and self._chats.get(chat.name, chat) is not chat:
+        replaced = self._chats.get(chat.name)
+        if not replace and replaced not in (None, chat):
             raise ConfigError(
                 f"a conversation named {chat.name} exists already; give another name, or remove that one first"
             )
         self._restored.discard(chat.name)
-        replaced = self._chats.get(chat.name)
         if replaced is not None:
             replaced.on_change = None
         self._chats[chat.name] = self._watch(chat)

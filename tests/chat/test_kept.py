@@ -84,6 +84,7 @@ def test_a_conversation_that_starts_over_is_kept_anew(file: Path) -> None:
     talk(chats, "talk", "one")
     chats = book(file)
     chats.add(Chat("talk"), replace=True)
+    assert chats.restored("talk") is None
     talk(chats, "talk", "two")
     assert [entry.text for entry in book(file)["talk"].history] == ["Hi", "two"]
 
