@@ -65,15 +65,20 @@ def check_private(path: Path) -> None:
     user's own file is removed.
 
     Raises:
-        ConfigError: it is a link, not a regular file, or belongs to another user.
+        ConfigError: it is a link, not a regular file, or belongs to another user; or its mode cannot be changed.
     """
-    with contextlib.suppress(FileNotFoundError):
+    try:
         found = path.lstat()
         why = _distrusted(found)
         if why:
             raise ConfigError(f"{path} is not used, because it is {why}; move it away")
         if os.name == "posix" and stat.S_IMODE(found.st_mode) & 0o077:
             path.chmod(0o600)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise ConfigError(f"cannot use {path} ({why}); set SOLLOL_STATE_DIR to another folder") from None
 
 
 def open_private(path: Path, flags: int) -> int:

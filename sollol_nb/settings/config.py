@@ -240,7 +240,7 @@ def save_model(model: str, changes: Mapping[str, Any]) -> str:
         )
         return ""
     _check_not_overridden(model, changes, path)
-    edit.save_entry(path, model, changes, lock=state_dir() / "settings.lock")
+    edit.save_entry(path, model, changes, lock=state_file("settings.lock"))
     return str(path)
 
 
@@ -257,7 +257,7 @@ def forget_model(model: str) -> bool:
         return was_here
     is_in_file = path.is_file() and model in read_settings(path).values.get("models", {})
     if is_in_file:
-        edit.remove_entry(path, model, lock=state_dir() / "settings.lock")
+        edit.remove_entry(path, model, lock=state_file("settings.lock"))
     elif (saved := saved_model(model)).values:
         raise ConfigError(f"{model} is set in {saved.source}; remove it there")
     return is_in_file or was_here

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Callable
@@ -132,6 +133,17 @@ def test_a_long_file_is_not_read_to_its_end(tmp_path: Path) -> None:
     write_private(tmp_path / "long", "x" * 100)
     assert read_private(tmp_path / "long", limit_bytes=99) is None
     assert read_private(tmp_path / "long", limit_bytes=100) == "x" * 100
+
+
+def test_a_file_whose_mode_cannot_be_changed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "readable").touch(0o644)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "chmod", refuse)
+    with pytest.raises(ConfigError, match=r"cannot use .*readable \(Read-only file system\); set SOLLOL_"):
+        check_private(tmp_path / "readable")
 
 
 def test_a_private_file_is_replaced_as_a_whole(tmp_path: Path) -> None:

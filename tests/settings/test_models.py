@@ -203,6 +203,17 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         edit.save_entry(broken, "smol", {"seed": 1}, lock=tmp_path / "lock")
 
 
+def test_a_lock_that_is_a_link_is_refused_and_its_target_stays(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOLLOL_STATE_DIR", str(project / "state"))
+    (project / "precious").write_text("x")
+    (config.state_dir() / "settings.lock").symlink_to(project / "precious")
+    with pytest.raises(ConfigError, match=r"settings\.lock is not used, because it is a symbolic link"):
+        config.save_model("smol", {"seed": 1})
+    assert (project / "precious").read_text() == "x"
+
+
 def test_a_linked_file_stays_a_link_and_keeps_its_mode(tmp_path: Path) -> None:
     target, link = tmp_path / "dotfiles.toml", tmp_path / FILE_NAME
     target.write_text('model = "a"\n')
