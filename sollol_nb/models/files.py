@@ -74,8 +74,7 @@ def find_model_file(model: str, gguf_path: str | Path | None = None) -> Path | N
     if saved.gguf is not None:
         if not saved.gguf.is_file():
             raise ModelFileError(
-                f"{model} stands for {saved.gguf} (in {saved.source}), which does not exist; correct it with "
-                f"%sollol_profile {model} --gguf PATH"
+                f"{model} stands for {saved.gguf}, which does not exist; correct its entry in {saved.source}"
             )
         return first_part(saved.gguf)
     if is_file_name(model):

@@ -70,8 +70,7 @@ def test_a_name_whose_file_is_gone_says_where_it_is_written(planner: HybridRoute
     with pytest.raises(ModelFileError) as caught:
         planner.route("tiny")
     assert str(caught.value) == (
-        f"tiny stands for {file.parent / 'gone.gguf'} (in {file}), which does not exist; correct it with "
-        "%sollol_profile tiny --gguf PATH"
+        f"tiny stands for {file.parent / 'gone.gguf'}, which does not exist; correct its entry in {file}"
     )
 
 
