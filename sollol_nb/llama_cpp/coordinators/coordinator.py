@@ -272,14 +272,17 @@ class Coordinator:
         await self._close()
         return stopped
 
-    async def stop_unless_used(self) -> list[str]:
+    async def stop_unless_used(self, *, leave: bool = False) -> list[str]:
         """End the process, unless another process is connected or anybody else has a lease.
 
+        Args:
+            leave: disconnect from it if it keeps running.
+
         Returns:
-            Who keeps it running; empty if it has ended. This process stays connected.
+            Who keeps it running; empty if it has ended.
         """
-        users = await self._process.stop_unless_used()
-        if not users:
+        users = await self._process.stop_unless_used(leave=leave)
+        if leave or not users:
             await self._close()
         return users
 

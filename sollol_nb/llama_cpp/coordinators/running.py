@@ -98,14 +98,7 @@ class RunningCoordinators:
         Returns:
             Who uses it, and keeps it running; empty if it was ended.
         """
-
-        async def stop() -> list[str]:
-            users = await coordinator.stop_unless_used()
-            if users:
-                await coordinator.detach()
-            return users
-
-        return await self._end(coordinator, stop)
+        return await self._end(coordinator, lambda: coordinator.stop_unless_used(leave=True))
 
     async def _end(self, coordinator: Coordinator, stop: Callable[[], Awaitable[list[str]]]) -> list[str]:
         was_running = coordinator.is_running()
@@ -197,7 +190,6 @@ class RunningCoordinators:
                 message = f"stopped {entry.name}, {whose}, to make room for {model}"
                 self._events.publish(EventKind.COORDINATOR_MADE_ROOM, entry.name, message)
                 return True
-            process.detach()
         return False
 
     async def _end_least_recently_used(self, eligible: Callable[[Coordinator], bool], needed_for: str) -> bool:
@@ -255,4 +247,4 @@ class RunningCoordinators:
 
 
 async def _is_ended_unless_used(process: EngineProcess) -> bool:
-    return not await process.stop_unless_used()
+    return not await process.stop_unless_used(leave=True)

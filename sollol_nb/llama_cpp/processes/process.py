@@ -216,26 +216,28 @@ class EngineProcess:
 
     async def stop_unless_shared(self) -> bool:
         """End the process unless another process (or router) is connected; False if it keeps running for them."""
-        if await self._stop_unless("shared", why="closed"):
-            self.detach()
-            return False
-        return True
+        return not await self._stop_unless("shared", why="closed", leave=True)
 
-    async def stop_unless_used(self, *, why: str = "stopped") -> list[str]:
+    async def stop_unless_used(self, *, leave: bool = False) -> list[str]:
         """End the process, unless another process is connected or anybody else has a lease.
 
+        Args:
+            leave: detach from it if it keeps running.
+
         Returns:
-            Who keeps it running; empty if it has ended. This handle stays connected.
+            Who keeps it running; empty if it has ended.
         """
-        return await self._stop_unless("used", why=why)
+        return await self._stop_unless("used", why="stopped", leave=leave)
 
     async def stop_unless_foreign(self, *, why: str = "stopped") -> list[str]:
-        """As `stop_unless_used`, but leases of this process do not count."""
-        return await self._stop_unless("foreign", why=why)
+        """As `stop_unless_used` with `leave`, but leases of this process do not count."""
+        return await self._stop_unless("foreign", why=why, leave=True)
 
-    async def _stop_unless(self, unless: str, *, why: str) -> list[str]:
-        answer = await self._request("stop", unless=unless, why=why)
+    async def _stop_unless(self, unless: str, *, why: str, leave: bool) -> list[str]:
+        answer = await self._request("stop", unless=unless, why=why, leave=leave)
         if not answer.get("ok") and self.is_running():
+            if leave:
+                self.detach()
             return [str(user) for user in answer.get("users") or ("another process",)]
         await self.wait()
         return []

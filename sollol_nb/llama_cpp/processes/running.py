@@ -156,8 +156,8 @@ async def end_engines(names: Collection[str] = (), *, force: bool = False) -> li
             users: list[str] = []
             if force:
                 await process.stop(why=BY_THE_USER)
-            elif users := await process.stop_unless_foreign(why=BY_THE_USER):
-                process.detach()
+            else:
+                users = await process.stop_unless_foreign(why=BY_THE_USER)
             ended.append(Ended(kind=entry.kind, name=entry.name, users=tuple(users)))
     return ended
 

@@ -16,7 +16,7 @@ secret of this engine, which the supervisor keeps in a separate file, and who th
 | `keep_alive` | set the `seconds` that the engine lives without a lease; null is forever |
 | `about` | merge `about` into the registry entry |
 | `status` | `clients` (except the one that asks), `users` (their names, one for each process), `leases`, `idle_s`, `ends_in_s` |
-| `stop` | end the engine, by force after `grace_s`; `unless`: `shared`, not if another client is connected; `used`, not if one has a lease or belongs to another process; `foreign`, not if one belongs to another process; then the answer has `users` |
+| `stop` | end the engine, by force after `grace_s`; `unless`: `shared`, not if another client is connected; `used`, not if one has a lease or belongs to another process; `foreign`, not if one belongs to another process; then the answer has `users`, and with `leave` the client is none of them from then on |
 
 When the engine has ended, all clients receive `{"event": "exited", "code": ..., "tail": [...], "why": ...}`.
 
@@ -118,6 +118,7 @@ class Client:
         self.unread = b""
         self.leases = 0
         self.greeted = False
+        self.has_left = False
         self.pid = 0
         self.name = ""
         self.since = time.monotonic()
@@ -273,10 +274,13 @@ class Supervisor:
     def _drop(self, client: Client) -> None:
         if client not in self._clients:  # an earlier event of this round has dropped it
             return
-        held = client.leases
+        self._end_leases(client)
         self._clients.discard(client)
         self._selector.unregister(client.connection)
         client.connection.close()
+
+    def _end_leases(self, client: Client) -> None:
+        held, client.leases = client.leases, 0
         if held and not self._leases():
             self._idle_since = time.monotonic()
 
@@ -303,7 +307,7 @@ class Supervisor:
                 return
 
     def _others(self, client: Client) -> list[Client]:
-        return [known for known in self._clients if known.greeted and known is not client]
+        return [known for known in self._clients if known.greeted and not known.has_left and known is not client]
 
     def _keepers(self, client: Client, unless: str) -> list[Client]:
         """The clients for whose sake the engine is not ended."""
@@ -352,6 +356,10 @@ class Supervisor:
                 keepers = self._keepers(client, str(message.get("unless", "")))
                 if keepers:
                     answer |= {"ok": False, "users": _names_of(keepers, client.pid)}
+                    # At once: of two that stop it at the same time, the second one must not count the first.
+                    if message.get("leave"):
+                        client.has_left = True
+                        self._end_leases(client)
                 else:
                     self._stop(str(message.get("why", "stopped")), float(message.get("grace_s", STOP_GRACE_S)))
             case _:

@@ -363,8 +363,8 @@ class Workers:
             users: list[str] = []
             if force:
                 await process.stop()
-            elif users := await process.stop_unless_foreign():
-                process.detach()
+            else:
+                users = await process.stop_unless_foreign()
             message = f"stopped worker {endpoint}"
             if users:
                 message = f"disconnected from worker {endpoint}, which is still used by {', '.join(users)}"

@@ -103,6 +103,18 @@ def test_stop_unless_used_spares_an_engine_of_other_processes_and_one_that_is_he
         mine.exited()
 
 
+@pytest.mark.parametrize("unless", ["shared", "used", "foreign"])
+def test_of_two_that_stop_an_engine_at_the_same_time_the_second_one_ends_it(folder: Path, unless: str) -> None:
+    with supervised(folder) as owner:
+        first, second = owner.connect(pid=7, name="a"), owner.connect(pid=8, name="b")
+        first.ask("hold")
+        assert first.ask("stop", unless=unless, leave=True) == {"ok": False, "users": ["b"]}
+        status = second.ask("status")
+        assert (status["clients"], status["leases"]) == (0, 0), "though it is still connected"
+        assert second.ask("stop", unless=unless, leave=True) == {"ok": True}
+        assert second.exited()["why"] == "stopped"
+
+
 def test_stop_unless_shared_spares_an_engine_that_others_are_connected_to(folder: Path) -> None:
     with supervised(folder) as owner:
         mine, other, keyless = owner.connect(), owner.connect(), owner.connect(key=None)
