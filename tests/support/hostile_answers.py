@@ -50,6 +50,7 @@ SCRIPTS = (
     "[x](java\u202escript:alert(1))",
     "[x](\x1bjavascript:alert(1))",
     "$\\href{java\nscript:alert(1)}{x}$",
+    "$\\def\\a#1{\\href{#1\nscript:alert(1)}{x}}\\a{java}$",
     "$$\\href{java\tscr\ript:alert(1)}{x}$$",
 )
 """Addresses that are scripts."""
