@@ -146,7 +146,9 @@ def _filling(template: Template) -> Callable[[Any], str]:
 
     def fill(item: Any) -> str:
         if isinstance(item, Mapping):
-            return template.fill({"row": item, **{str(name): value for name, value in item.items()}}, check)
+            # pandas' marks are not false, so `{{ note or "" }}` would not work with them.
+            row = {name: None if _is_missing(value) else value for name, value in item.items()}
+            return template.fill({"row": row, **{str(name): value for name, value in row.items()}}, check)
         return template.fill({"row": item, "item": item, "value": item}, check)
 
     return fill

@@ -178,6 +178,14 @@ def test_a_missing_value_that_is_not_inserted_does_not_matter(template: Any, tex
     assert said(questions([{"text": None, "n": 1}], template, None)) == [text]
 
 
+@pytest.mark.parametrize("missing", [None, float("nan"), pd.NA, pd.NaT])
+def test_a_missing_value_can_be_replaced_in_the_template(missing: Any) -> None:
+    frame = pd.DataFrame({"text": ["a"], "note": pd.Series([missing], dtype=object)})
+    items = RowTable.read(frame).items
+    filled = questions(items, "{{ text }} {{ note or 'no note' }} {{ row.note or 'none' }}", None)
+    assert filled == [[{"role": "user", "content": "a no note none"}]]
+
+
 @pytest.mark.parametrize("nothing", [*MISSING, "", " "])
 def test_a_function_can_say_that_there_is_nothing_to_ask(nothing: Any) -> None:
     assert questions(["a", "b"], lambda item: nothing if item == "a" else item, None)[0] is None
