@@ -84,11 +84,11 @@ class ChatRequest:
         """The request as Ollama completes it from the model's Modelfile. What the caller gives wins.
 
         Raises:
-            RequestRejectedError: it has tools, for which the model's template has no place.
+            RequestRejectedError: it has tools, which the model's template does not read.
         """
         if modelfile.refuses_tools and self.options.get("tools"):
             raise RequestRejectedError(
-                "the model does not support tools: the TEMPLATE of its Modelfile has no place for them; "
+                "the model does not support tools: the TEMPLATE of its Modelfile does not use them; "
                 "ask without tools, or ask another model"
             )
         messages = [*map(dict, modelfile.messages), *self.messages]

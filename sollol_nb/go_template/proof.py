@@ -36,7 +36,7 @@ def proven_jinja(source: str) -> str:
 
 
 def reads_tools(source: str) -> bool:
-    """Whether a template that can be parsed has a place for tools."""
+    """Whether a template that can be parsed uses tools."""
     return "Tools" in field_names(parse(source))
 
 

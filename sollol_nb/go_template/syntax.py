@@ -128,7 +128,7 @@ def parse(source: str) -> tuple[Node, ...]:
     """The nodes of a template.
 
     Raises:
-        UnknownSyntaxError: it has something else, or is no template.
+        UnknownSyntaxError: it has something else, or is not a template.
     """
     if len(source.encode()) > MAX_BYTES:
         raise UnknownSyntaxError(f"more than {MAX_BYTES:,} bytes")
@@ -299,7 +299,7 @@ def _value(tokens: Sequence[tuple[str, str]], position: int, depth: int = 0) -> 
         elif len(operands) == 1:
             value = operands[0]
         else:
-            raise UnknownSyntaxError("a value that is no function, with arguments")
+            raise UnknownSyntaxError("arguments after a value that is not a function")
         if position >= len(tokens) or tokens[position][1] == ")":
             return value, position
         position += 1  # the pipe

@@ -45,7 +45,7 @@ class Modelfile:
         adapters: LoRA adapters.
         projector: the file that lets the model read images or audio; None without one.
         chat_template: Jinja; "" for the template in the model's file.
-        refuses_tools: the template has no place for tools, so Ollama refuses requests with tools.
+        refuses_tools: the template does not use tools, so Ollama refuses requests with tools.
         left_out: what is not applied, and why.
     """
 
@@ -229,7 +229,7 @@ def _is_message(message: Any) -> bool:
 
 
 def _chat_template(files: OllamaModelFiles, model_path: Path, left_out: list[str]) -> tuple[str, bool]:
-    """The template in Jinja, "" where that of the GGUF file is used; and whether it has no place for tools."""
+    """The template in Jinja, "" where that of the GGUF file is used; and whether it does not use tools."""
     settings = _json(files.settings, "settings", left_out)
     built_in = {name: settings.get(name) for name in ("renderer", "parser")} if isinstance(settings, dict) else {}
     left_out += [f"{name.upper()} {value}" for name, value in built_in.items() if value]

@@ -32,7 +32,7 @@ def checked_chunk(chunk: Any) -> dict[str, Any]:
     """A chunk of an answer with the right types.
 
     Raises:
-        ValueError: it is no chunk; the message says what is wrong with it.
+        ValueError: it is not a chunk; the message says what is wrong with it.
     """
     if not isinstance(chunk, dict):
         raise ValueError(f"a JSON object was expected, not {_kind(chunk)}")

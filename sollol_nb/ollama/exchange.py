@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """The longest silences; None is no limit, as long as the server itself answers."""
+    """The longest silences; None means no limit, as long as the server itself answers."""
 
     first_chunk_s: float | None
     between_chunks_s: float | None
@@ -45,7 +45,7 @@ class Patience:
 
 
 class Deadline:
-    """The time limit of a request; a `timeout_s` of None is no limit.
+    """The time limit of a request; a `timeout_s` of None means no limit.
 
     Raises:
         ConfigError: the timeout is not a positive number.

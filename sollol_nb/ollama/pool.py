@@ -149,7 +149,7 @@ class OllamaPool:
             messages: as Ollama takes them (`role`, `content`, perhaps `images` in base64 and `tool_calls`), or in
                 OpenAI's shapes (`content` as parts, `arguments` of a tool call as JSON text).
             priority: 1 (BATCH) to 10 (CRITICAL).
-            timeout: seconds for everything, loading the model included; None is no limit.
+            timeout: seconds for everything, including loading the model; None means no limit.
             overflow: what happens to messages that do not fit the context: `error`, or `drop_oldest`, which drops
                 the oldest turns (see `chat/context_window.py`) and reports them as `_dropped`.
             options: `max_tokens`, any of Ollama's options (`temperature`, `seed`, ...), and anything else that

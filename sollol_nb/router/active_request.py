@@ -216,7 +216,7 @@ async def _check_options(request: ChatRequest, route: Route) -> None:
     template = template or (await asyncio.to_thread(read_facts, route.model_path)).chat_template
     if not _THINKS.search(template):
         raise ConfigError(
-            f"{route.name} does not know think={think!r}: its chat template has no place for thoughts; leave "
+            f"{route.name} does not know think={think!r}: its chat template does not support reasoning; leave "
             "think out"
         )
     if isinstance(think, str) and THINK_LEVEL_VARIABLE not in template:

@@ -344,7 +344,7 @@ def registry_dir() -> Path:
 
 
 def default_keep_alive_s() -> float | None:
-    """How long an engine runs without a request, in seconds; None is no end."""
+    """How long an engine runs without a request, in seconds; None means without end."""
     value = default("keep_alive")
     if isinstance(value, Mapping):
         value = value.get("*", SETTINGS["keep_alive"].default)

@@ -27,7 +27,7 @@ REQUEST_STATUSES = {"ok": GREEN, "error": BAD, "timeout": ORANGE, "cancelled": G
 
 _STATES = {
     "free": GREEN,
-    "held": BLUE,
+    "held": "#2b8cc4",  # `BLUE`, lightened: a small dot must be visible on black, too
     "busy": ORANGE,
     "ready": GREEN,
     "cooling": ORANGE,

@@ -153,8 +153,8 @@ def test_text_before_a_refusal_in_mid_answer_is_kept(engine: Engine, tmp_path: P
     [
         ({"options": {"num_ctx": 64}}, "does not take num_ctx"),
         ({"options": {"mirostat": 2}}, "does not take the option mirostat"),
-        ({"think": "low"}, "demo does not know think='low': its chat template has no place for thoughts"),
-        ({"think": True}, "demo does not know think=True: its chat template has no place for thoughts; leave"),
+        ({"think": "low"}, "demo does not know think='low': its chat template does not support reasoning"),
+        ({"think": True}, "demo does not know think=True: its chat template does not support reasoning; leave"),
         ({"stop": ""}, "none of them empty"),
         ({"max_tokens": 3, "num_predict": 4}, "not both"),
     ],

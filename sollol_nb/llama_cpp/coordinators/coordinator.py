@@ -60,7 +60,7 @@ class Coordinator:
         gate: waiting requests, in order of priority.
         is_adopted: whether another process (or router) started it.
         loaded_by: who had loaded its model before this router adopted it; "" if it was not loaded by then.
-        compromise: in what it differs from what was asked for, where nothing better was free; "" otherwise.
+        compromise: how it differs from what was requested, where nothing better was free; "" otherwise.
     """
 
     def __init__(

@@ -23,7 +23,7 @@ _BUFFER = re.compile(r"(\w+)(?:\[(\S+)\])?\s+(model|KV) buffer size\s*=\s*([\d.]
 
 @dataclass(frozen=True, slots=True)
 class DevicePlacement:
-    """What the engine placed on one worker, or on a device of its own machine.
+    """What the engine placed on one worker, or on a device of the coordinator's machine.
 
     Attributes:
         name: the worker's endpoint, or the engine's name of a local device such as `CPU`.
