@@ -1,13 +1,13 @@
 """Which workers a starting coordinator gets, and how many layers each.
 
 Free workers are used first; then, as far as the settings allow, workers of this user's other processes are shared,
-others on this machine discovered (only where that was requested), and more started here; last, idle coordinators
-end to free theirs.
+others on this machine discovered (only where that was requested), and more started here; last, coordinators that
+ended kernels left end to free theirs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -78,13 +78,8 @@ class Planner:
         self._running = running
         self._measurements = measurements
 
-    async def plan(
-        self, start: Start, settings: PoolSettings, make_room: Callable[[str], Awaitable[bool]]
-    ) -> PlanOverDevices:
-        """The plan for a start.
-
-        Args:
-            make_room: ends a coordinator, to free its workers for this model; False if there is none to end.
+    async def plan(self, start: Start, settings: PoolSettings) -> PlanOverDevices:
+        """The plan for a start; coordinators that ended kernels left end where free workers do not suffice.
 
         Raises:
             WorkersUnavailableError: there are no free workers, or those of the given layout are not free.
@@ -112,7 +107,7 @@ class Planner:
             except (WorkersUnavailableError, ModelDoesNotFitError):
                 if avoided:  # better an unreliable worker than none
                     avoided = frozenset()
-                elif not await make_room(start.model):
+                elif not await self._running.end_left(start.model):
                     raise
 
     async def _plan_layout(self, start: Start, layout: Mapping[str, int]) -> PlanOverDevices:

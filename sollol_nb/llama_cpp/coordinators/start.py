@@ -278,11 +278,13 @@ class CoordinatorStarter:
                 plan, devices = None, dict[str, tuple[int, ...]]()
                 if sharded:
                     try:
-                        plan, devices = await self._planner.plan(start, self.settings, self._running.end_left)
+                        plan, devices = await self._planner.plan(start, self.settings)
                     except (WorkersUnavailableError, ModelDoesNotFitError):
                         if (running := await self._adopt(start, as_it_is=True)) is not None:
                             return running
-                        plan, devices = await self._planner.plan(start, self.settings, self._running.end_idle)
+                        if start.layout is not None or not await self._running.end_idle(start.model):
+                            raise
+                        continue
                 settings = CoordinatorSettings(
                     model=start.model,
                     model_path=start.model_path,

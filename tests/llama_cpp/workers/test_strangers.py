@@ -92,6 +92,10 @@ def test_a_worker_of_another_user_is_not_discovered_but_can_be_named(
         (message,) = [event.message for event in mine.events.recent()]
         assert message.startswith(f"{theirs} is a worker of user ")
         assert message.endswith("and is not used; add it if you may use it")
+        with pytest.raises(WorkersUnavailableError, match="none is known"):
+            mine.route_request("demo:sharded", QUESTION, max_tokens=2)
+        searched = [event for event in mine.events.recent() if event.kind == "worker.discovered"]
+        assert len(searched) == 2, "once for each of the two searches"
         assert mine.add_worker(theirs).state == "free"
 
 
