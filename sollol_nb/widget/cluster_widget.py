@@ -83,7 +83,7 @@ class ClusterWidget:
         controls = ipywidgets.VBox([self.workers.box, self.models.box])
         panels = ipywidgets.Accordion(
             [controls, self.what_if.box], titles=("Controls", "What if"), selected_index=None
-        )
+        ).add_class("sollol-panels")
         self.box = ipywidgets.VBox([self.map if self.map is not None else self._html, panels, self.progress])
 
     def __repr__(self) -> str:

@@ -188,8 +188,13 @@ def test_it_is_readable_in_each_theme_and_size(lab: HeadlessLab, theme: str, cou
         }"""
         )
     )
+    page.output(0).get_by_text("Controls", exact=True).click()
+    dropdown = page.output(0).locator(".widget-dropdown select").first
+    arrow = dropdown.evaluate("select => getComputedStyle(select).backgroundImage")
+    page.screenshot(f"cluster-{count}-{theme}-controls")
     page.close()
     assert contrast(background, text) > 7
+    assert "%238c8c8c" in arrow, "the arrow is visible on white and on black"
 
 
 def test_nothing_is_cut_in_a_narrow_window(lab: HeadlessLab) -> None:
