@@ -219,6 +219,11 @@ class OllamaPool:
         """Every node as seen now, in the order given."""
         return self._async.nodes
 
+    def describe_state(self) -> str:
+        """Why no node can answer, as known now: none runs, none can be used (with addresses and reasons), or none
+        has the model."""
+        return self._async.describe_state()
+
     def __enter__(self) -> Self:
         return self
 

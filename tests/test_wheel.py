@@ -53,6 +53,7 @@ def test_the_source_archive_holds_the_package_and_the_texts_about_it(archives: P
 
 
 @pytest.mark.engine
+@pytest.mark.usefixtures("alone")  # the same model at another path is not shared
 def test_the_quickstart_runs_from_an_installed_wheel(wheel: Path, tmp_path: Path, engine: Engine) -> None:
     installed = tmp_path / "installed"
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]

@@ -116,7 +116,7 @@ def test_a_very_long_answer_is_light_while_it_streams_and_whole_in_the_end(page:
     page.wait_done(cell)
     *live, last = page.seen()
     assert max(map(len, live)) < LIVE_CHARS + 200
-    assert f"{LONG_TOKENS} tokens" in last
+    assert f"{LONG_TOKENS:,} tokens" in last
     assert len(last) > LONG_CHARS
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from sollol_nb.errors import ContextOverflowError, OllamaResponseError
 from sollol_nb.sync_wrapper import HybridRouter, OllamaPool
-from tests.support.engines import write_endless
+from tests.support.engines import eventually, write_endless
 from tests.support.gguf_files import write_llama
 from tests.support.ollama_server import OllamaServer
 
@@ -125,6 +125,12 @@ def test_an_answer_continues_at_an_older_node_when_the_newer_dies(
         newer.start().create("llama3.2")
         with OllamaPool(newer.base_url) as alone:
             whole = alone.chat("llama3.2", STORY, **asked)["message"]["content"]
+        # Else either node may answer first.
+        ollama.ask("/api/generate", {"stream": False, "model": "llama3.2", "keep_alive": 0})
+        eventually(
+            lambda: all(loaded["name"] != "llama3.2:latest" for loaded in ollama.ask("/api/ps")["models"]),
+            "the older node has unloaded the model",
+        )
         with OllamaPool([newer.base_url, ollama.base_url]) as both:
             assert {node.state for node in both.refresh()} == {"ready"}
             with closing(both.stream_chat("llama3.2", STORY, **asked)) as chunks:
