@@ -25,7 +25,8 @@ from sollol_nb.gguf.header import check_file
 from sollol_nb.models.names import DIGEST, ModelName, split_digest
 from sollol_nb.runtime.amounts import shown
 from sollol_nb.settings import config
-from sollol_nb.settings.models import BUILT_IN_NAMES, is_file_name
+from sollol_nb.settings.models import BUILT_IN_NAMES
+from sollol_nb.text.short_names import is_file_name
 
 DEMO_MODEL_PATH = Path(__file__).parent / "demo.gguf"
 DEMO_NAMES = BUILT_IN_NAMES

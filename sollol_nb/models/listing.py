@@ -12,8 +12,8 @@ from sollol_nb.errors import ModelError
 from sollol_nb.models.files import DEMO_NAMES
 from sollol_nb.models.profiles import MODEL_PROFILES, ModelProfile
 from sollol_nb.models.profiles import profile_of as profile_of_name
-from sollol_nb.settings.models import SavedModel, is_file_name
-from sollol_nb.text.short_names import short_name
+from sollol_nb.settings.models import SavedModel
+from sollol_nb.text.short_names import is_file_name, short_name
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -10,9 +10,8 @@ from sollol_nb.errors import ConfigError, ModelFileError, ModelNotFoundError
 from sollol_nb.models.modelfile import NO_MODELFILE, Modelfile
 from sollol_nb.models.profiles import ModelProfile
 from sollol_nb.runtime.amounts import shown
-from sollol_nb.settings.models import is_file_name
 from sollol_nb.text.nearest import nearest
-from sollol_nb.text.short_names import short_name
+from sollol_nb.text.short_names import is_file_name, short_name
 
 OLLAMA = "ollama-pool"
 DISTRIBUTED = "llama.cpp-distributed"

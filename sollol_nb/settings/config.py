@@ -34,8 +34,9 @@ from sollol_nb.runtime.private_files import check_private, private_folder
 from sollol_nb.settings import consent, edit
 from sollol_nb.settings.file import SettingsFile, find_nearest, is_file, read_settings
 from sollol_nb.settings.kinds import keep_alive_seconds
-from sollol_nb.settings.models import SavedModel, checked_entry, is_file_name
+from sollol_nb.settings.models import SavedModel, checked_entry
 from sollol_nb.settings.table import FILE_NAME, SETTINGS
+from sollol_nb.text.short_names import is_file_name
 
 APP_NAME = "sollol_nb"
 logger = logging.getLogger(__name__)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
@@ -25,19 +24,10 @@ from sollol_nb.errors import ConfigError
 from sollol_nb.settings import kinds
 from sollol_nb.settings.kinds import Kind
 from sollol_nb.text.nearest import nearest
+from sollol_nb.text.short_names import is_file_name
 
 BUILT_IN_NAMES = ("demo", "demo:sharded")
 """Names of the model that comes with the package, which cannot be given to another file."""
-
-# A path from a root or a folder; no Ollama model can have such a name.
-_PATH = re.compile(r"[/~\\]|\.{1,2}[/\\]|[A-Za-z]:[/\\]")
-_BLOB = re.compile(r".*[/\\]sha256-[0-9a-fA-F]{64}", re.DOTALL)
-
-
-def is_file_name(model: str) -> bool:
-    """Whether a model's name is the path of a GGUF file: it ends in `.gguf`, is one of Ollama's blobs, or begins
-    as a path does."""
-    return bool(model.lower().endswith(".gguf") or _PATH.match(model) or _BLOB.fullmatch(model))
 
 
 def model_text(model: Any) -> Any:

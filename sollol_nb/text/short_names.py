@@ -1,4 +1,4 @@
-"""The names of models as people read them: of a file without folders and suffix, since a path hides the rest."""
+"""Which names of models are files, and how people read those: without folders and suffix."""
 
 from __future__ import annotations
 
@@ -7,10 +7,16 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import PurePath, PureWindowsPath
 
-_SUFFIX = re.compile(r"(-\d{5}-of-\d{5})?\.gguf$", re.IGNORECASE)
+_SUFFIX = re.compile(r"(-\d{5}-of-\d{5})?\.gguf\Z", re.IGNORECASE)
 _PATH = re.compile(r"[/~\\]|\.{1,2}[/\\]|[A-Za-z]:[/\\]")
-"""How a path begins, and no other name of a model."""
+"""How a path begins, and no name of an Ollama model."""
 _BLOB = re.compile(r".*[/\\]sha256[-:](?P<digits>[0-9a-f]{12})[0-9a-f]{52}", re.IGNORECASE | re.DOTALL)
+
+
+def is_file_name(model: str) -> bool:
+    """Whether a model's name is the path of a GGUF file: it ends in `.gguf`, is one of Ollama's blobs, or begins
+    as a path does."""
+    return bool(_SUFFIX.search(model) or _PATH.match(model) or _BLOB.fullmatch(model))
 
 
 def short_name(model: object) -> str:
@@ -20,8 +26,7 @@ def short_name(model: object) -> str:
     blob = _BLOB.fullmatch(text)
     if blob is not None:
         return f"sha256-{blob['digits']}"
-    is_path = _SUFFIX.search(text) or _PATH.match(text)
-    return (_SUFFIX.sub("", _parts(text)[-1]) or text) if is_path else text
+    return (_SUFFIX.sub("", _parts(text)[-1]) or text) if is_file_name(text) else text
 
 
 def short_names(models: Iterable[str]) -> dict[str, str]:

@@ -12,8 +12,8 @@ import pytest
 from sollol_nb.errors import ConfigError, ModelFileError
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.models.files import DEMO_MODEL_PATH
-from sollol_nb.settings.models import is_file_name
 from sollol_nb.sync_wrapper import HybridRouter
+from sollol_nb.text.short_names import is_file_name
 from tests.support.engines import unused_ports
 from tests.support.gguf_files import write_llama
 

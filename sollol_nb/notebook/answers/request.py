@@ -13,8 +13,8 @@ from IPython.core.error import UsageError
 
 from sollol_nb.chat.completion import Completion, checked_against_schema
 from sollol_nb.notebook.magic_line import NO_EXPAND_HINT, Call, Word
-from sollol_nb.settings.models import is_file_name
 from sollol_nb.text.expansion import expand
+from sollol_nb.text.short_names import is_file_name
 
 if TYPE_CHECKING:
     import pandas as pd
