@@ -302,7 +302,7 @@ def test_workers_of_others_are_found_and_used_and_left_running(
 ) -> None:
     others = Workers([], EventBus())
     try:
-        endpoints = run(others.start_local(engine, 2))
+        endpoints = run(others.local.start(engine, 2))
         ports = [int(endpoint.rpartition(":")[2]) for endpoint in endpoints]
         monkeypatch.setattr(workers, "discover", partial(discover, ports=ports))
         with HybridRouter() as mine:
@@ -312,7 +312,7 @@ def test_workers_of_others_are_found_and_used_and_left_running(
         free = ["free"] * 2
         eventually(lambda: [worker.state for worker in run(others.refresh())] == free, "they are free again")
     finally:
-        run(others.stop_local())
+        run(others.local.stop())
 
 
 # --- bad input --------------------------------------------------------------------------------

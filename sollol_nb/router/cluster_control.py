@@ -56,7 +56,7 @@ class ClusterControl:
         """Start workers on this machine, on loopback from `rpc_port` upward; returns their endpoints."""
         engine = await self._coordinators.engine()
         settings = self._coordinators.settings
-        return await self._workers.start_local(
+        return await self._workers.local.start(
             engine, count, first_port=settings.rpc_port, keep_alive_s=settings.keep_alive_s
         )
 
@@ -72,7 +72,7 @@ class ClusterControl:
         """
         engine = await self._coordinators.engine()
         settings = self._coordinators.settings
-        return await self._workers.ensure_local(
+        return await self._workers.local.ensure(
             engine, count, first_port=settings.rpc_port, keep_alive_s=settings.keep_alive_s
         )
 
@@ -93,13 +93,13 @@ class ClusterControl:
         for coordinator in self._coordinators.coordinators:
             if chosen & set(coordinator.rpc_backends):
                 ended += await self._coordinators.stop(coordinator.model, force=force)
-        return ended + await self._workers.let_go_local(sorted(chosen), force=force)
+        return ended + await self._workers.local.let_go(sorted(chosen), force=force)
 
     @io_bound
     async def share_workers(self) -> list[str]:
         """Share the workers that other processes of this user run on this machine and no coordinator holds, unless
         somebody has named the workers to use; returns the endpoints that are new."""
-        return [] if self._workers.has_named else await self._workers.adopt_local()
+        return [] if self._workers.has_named else await self._workers.local.adopt()
 
     @io_bound
     async def discover_workers(self) -> list[str]:
@@ -118,7 +118,7 @@ class ClusterControl:
         """Add workers that another router of this process knows; it holds those on this machine, too."""
         for endpoint in endpoints:
             self._workers.add(endpoint)
-        await self._workers.adopt_local(endpoints)
+        await self._workers.local.adopt(endpoints)
 
     @io_bound
     async def remove_worker(self, endpoint: str) -> None:
@@ -129,7 +129,7 @@ class ClusterControl:
         """
         endpoint = format_endpoint(*parse_endpoint(endpoint))
         self._workers.remove(endpoint)
-        await self._workers.let_go_local([endpoint])
+        await self._workers.local.let_go([endpoint])
 
     @io_bound
     async def end_coordinators(self, model: str | Path | None = None, *, force: bool = False) -> list[Ended]:
@@ -220,8 +220,8 @@ class ClusterControl:
         await self._state.close()
         if keep:
             await self._coordinators.detach()
-            self._workers.detach()
+            self._workers.local.detach()
         else:
             await self._coordinators.close()
-            await self._workers.close()
+            await self._workers.local.close()
         await self._ollama.close()

@@ -13,7 +13,7 @@ import ipywidgets
 
 from sollol_nb.errors import ConfigError
 from sollol_nb.layers.strategies import STRATEGIES
-from sollol_nb.llama_cpp.workers.workers import MAX_LOCAL_WORKERS
+from sollol_nb.llama_cpp.workers.local_workers import MAX_LOCAL_WORKERS
 from sollol_nb.models.profiles import MODEL_PROFILES
 from sollol_nb.router.router import Router
 from sollol_nb.settings import config

@@ -163,7 +163,7 @@ class Planner:
                 settings.auto_discover_rpc is None and not self._workers.has_named
             )
             if may_share or settings.auto_setup_rpc:
-                found = await self._workers.adopt_local(only_left=not may_share)
+                found = await self._workers.local.adopt(only_left=not may_share)
             if settings.auto_discover_rpc and len(free()) + len(found) < (wanted or 1):
                 found += await self._workers.discover()
             if found:
@@ -171,7 +171,7 @@ class Planner:
         # More workers on this machine bring no more memory: those that another coordinator holds count too.
         missing = min(enough - len(free()), (wanted or DEFAULT_WORKERS) - self._workers.running_local_count)
         if missing > 0 and settings.auto_setup_rpc:
-            started = await self._workers.start_local(
+            started = await self._workers.local.start(
                 start.engine, missing, first_port=settings.rpc_port, keep_alive_s=settings.keep_alive_s
             )
             replacements.update(started)

@@ -178,7 +178,7 @@ class CoordinatorStarter:
 
     async def _report_ready(self, route: Route, coordinator: Coordinator) -> None:
         if coordinator.is_adopted:
-            await self._workers.adopt_local(coordinator.rpc_backends)
+            await self._workers.local.adopt(coordinator.rpc_backends)
             kind = EventKind.COORDINATOR_ADOPTED
             message = f"{route.name} is already running at {coordinator.base_url}"
         else:

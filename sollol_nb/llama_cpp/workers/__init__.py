@@ -5,6 +5,7 @@
 * `identities.py`: which endpoints are names of one worker
 * `losses.py`: how often each was lost lately
 * `local.py`: start a worker process on this machine
+* `local_workers.py`: the workers on this machine that a router started or shares
 * `workers.py`: all workers that a router may use
 * `choice.py`: which free workers get a model, and why none can be used
 """

@@ -72,8 +72,8 @@ GIB = 1024**3
 def endpoints(engine: Engine) -> Iterator[list[str]]:
     """Three real workers for the coordinators of this module, which take turns."""
     workers = Workers([], EventBus())
-    yield run(workers.start_local(engine, 3))
-    run(workers.stop_local())
+    yield run(workers.local.start(engine, 3))
+    run(workers.local.stop())
 
 
 @pytest.fixture(scope="module")

@@ -258,9 +258,9 @@ def test_progress_grows_with_what_the_workers_receive_and_stops_with_the_wire(en
 
     async def load() -> tuple[list[Event], list[Event], list[tuple[int, Event]]]:
         workers = Workers([], EventBus())
-        near, far = await workers.start_local(engine, 2)
+        near, far = await workers.local.start(engine, 2)
         async with AsyncExitStack() as stack:
-            stack.push_async_callback(workers.stop_local)
+            stack.push_async_callback(workers.local.stop)
             wire = await stack.enter_async_context(MeteredWire(near))
             loads, adopts = [
                 await stack.enter_async_context(

@@ -19,8 +19,8 @@ from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.processes.machine import free_ports
 from sollol_nb.llama_cpp.processes.process import EngineProcess
-from sollol_nb.llama_cpp.workers import local as local_workers
-from sollol_nb.llama_cpp.workers import workers
+from sollol_nb.llama_cpp.workers import local as local_module
+from sollol_nb.llama_cpp.workers import local_workers, workers
 from sollol_nb.llama_cpp.workers.probe import Probe, ProbeOutcome
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.llama_cpp.workers.workers import Workers
@@ -49,11 +49,11 @@ GIB = 2**30
 
 
 @pytest.fixture
-def local(engine: Engine) -> Iterator[Workers]:
+def mine(engine: Engine) -> Iterator[Workers]:
     """Workers that are all stopped at the end."""
-    mine = Workers([], EventBus())
-    yield mine
-    run(mine.stop_local())
+    known = Workers([], EventBus())
+    yield known
+    run(known.local.stop())
 
 
 def port_of(endpoint: str) -> int:
@@ -96,19 +96,19 @@ def test_a_worker_that_was_taken_during_its_probe_is_held_and_keeps_its_last_pro
     assert (seen.state, seen.held_by, seen.probe) == ("held", "demo", free)
 
 
-def test_a_discovered_worker_is_immediately_known_to_be_free(engine: Engine, local: Workers) -> None:
-    (started,) = run(local.start_local(engine, 1))
+def test_a_discovered_worker_is_immediately_known_to_be_free(engine: Engine, mine: Workers) -> None:
+    (started,) = run(mine.local.start(engine, 1))
     other = Workers([], EventBus())
 
     assert started in run(other.discover())
     assert {status.endpoint: status.state for status in other.statuses()}[started] == "free"
-    run(other.close())
+    run(other.local.close())
 
 
 # --- starting ---------------------------------------------------------------------------------
 
 
-def test_local_workers_take_the_first_free_ports_from_the_given_one_upward(engine: Engine, local: Workers) -> None:
+def test_local_workers_take_the_first_free_ports_from_the_given_one_upward(engine: Engine, mine: Workers) -> None:
     first = unused_ports(6)
     with ExitStack() as held:
         for taken in (first, first + 2):
@@ -116,15 +116,15 @@ def test_local_workers_take_the_first_free_ports_from_the_given_one_upward(engin
             listener.bind(("127.0.0.1", taken))
             listener.listen()
 
-        endpoints = run(local.start_local(engine, 3, first_port=first))
+        endpoints = run(mine.local.start(engine, 3, first_port=first))
 
     assert endpoints == [f"127.0.0.1:{first + step}" for step in (1, 3, 4)]
-    assert [status.state for status in local.statuses()] == ["free"] * 3
-    assert all(status.is_local for status in local.statuses())
+    assert [status.state for status in mine.statuses()] == ["free"] * 3
+    assert all(status.is_local for status in mine.statuses())
 
 
-def test_local_workers_start_at_the_usual_port_and_listen_on_loopback_only(engine: Engine, local: Workers) -> None:
-    endpoints = run(local.start_local(engine, 2))
+def test_local_workers_start_at_the_usual_port_and_listen_on_loopback_only(engine: Engine, mine: Workers) -> None:
+    endpoints = run(mine.local.start(engine, 2))
 
     assert DEFAULT_RPC_PORT == 50052
     assert all(port_of(endpoint) >= 50052 for endpoint in endpoints)
@@ -140,15 +140,15 @@ def test_local_workers_start_at_the_usual_port_and_listen_on_loopback_only(engin
 @pytest.mark.parametrize(("cores", "count", "threads"), [(8, 2, "4"), (7, 3, "2"), (1, 3, "1")])
 def test_the_workers_share_the_cores(
     engine: Engine,
-    local: Workers,
+    mine: Workers,
     monkeypatch: pytest.MonkeyPatch,
     cores: int,
     count: int,
     threads: str,
 ) -> None:
-    monkeypatch.setattr(workers, "usable_cores", lambda: cores)
+    monkeypatch.setattr(local_workers, "usable_cores", lambda: cores)
 
-    endpoints = run(local.start_local(engine, count))
+    endpoints = run(mine.local.start(engine, count))
 
     assert [argument_after(engine_on(port_of(endpoint)), "-t") for endpoint in endpoints] == [threads] * count
 
@@ -176,7 +176,7 @@ def test_two_processes_that_start_workers_concurrently_get_different_ports(engin
 
 @pytest.mark.parametrize("holder", ["a silent program", "another worker"])
 def test_a_worker_whose_port_is_taken_after_it_was_found_free_starts_on_the_next_one(
-    engine: Engine, local: Workers, monkeypatch: pytest.MonkeyPatch, holder: str
+    engine: Engine, mine: Workers, monkeypatch: pytest.MonkeyPatch, holder: str
 ) -> None:
     first = unused_ports(5)
     other = Workers([], EventBus())
@@ -184,19 +184,19 @@ def test_a_worker_whose_port_is_taken_after_it_was_found_free_starts_on_the_next
         if holder == "a silent program":
             held.enter_context(silent_peer(first + 1))
         else:
-            run(other.start_local(engine, 1, first_port=first + 1))
+            run(other.local.start(engine, 1, first_port=first + 1))
         # As if another program took the port just after it was found free.
-        monkeypatch.setattr(local_workers, "free_ports", lambda start, count: list(range(start, start + count)))
-        started = run(local.start_local(engine, 3, first_port=first))
-        run(other.stop_local())
+        monkeypatch.setattr(local_module, "free_ports", lambda start, count: list(range(start, start + count)))
+        started = run(mine.local.start(engine, 3, first_port=first))
+        run(other.local.stop())
 
     assert started == [f"127.0.0.1:{first + step}" for step in (0, 2, 3)]
-    assert [status.state for status in local.statuses()] == ["free"] * 3
+    assert [status.state for status in mine.statuses()] == ["free"] * 3
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a script with a shebang stands for the worker")
 def test_a_worker_that_ends_while_starting_is_reported_with_its_last_log_lines_and_none_is_left(
-    engine: Engine, local: Workers, tmp_path: Path
+    engine: Engine, mine: Workers, tmp_path: Path
 ) -> None:
     broken = tmp_path / "broken-worker"
     broken.write_text("#!/bin/sh\necho hello\necho 'error: no memory'\nexit 1\n")
@@ -204,43 +204,43 @@ def test_a_worker_that_ends_while_starting_is_reported_with_its_last_log_lines_a
     before = engines_of(psutil.Process())
 
     with pytest.raises(WorkerStartError) as caught:
-        run(local.start_local(replace(engine, worker=broken), 3))
+        run(mine.local.start(replace(engine, worker=broken), 3))
 
     message = str(caught.value)
     assert "ended while starting: error: no memory; log: " in message
     assert "\n" not in message
     assert Path(message.rpartition("log: ")[2]).is_file()
     assert [process for process in engines_of(psutil.Process()) if process not in before] == []
-    assert local.endpoints == []
+    assert mine.endpoints == []
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a script with a shebang stands for the worker")
 def test_a_worker_that_never_answers_is_given_up_and_ended(
-    engine: Engine, local: Workers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, mine: Workers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pid_file = tmp_path / "pid"
     mute = tmp_path / "mute-worker"
     mute.write_text(f"#!/bin/sh\necho $$ > {pid_file}.new; mv {pid_file}.new {pid_file}\nexec sleep 600\n")
     mute.chmod(0o700)
-    monkeypatch.setattr(local_workers, "START_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(local_module, "START_TIMEOUT_S", 1.0)
 
     with pytest.raises(WorkerStartError, match=r"did not answer within 1 s; log: "):
-        run(local.start_local(replace(engine, worker=mute), 1))
+        run(mine.local.start(replace(engine, worker=mute), 1))
 
     assert not psutil.pid_exists(int(pid_file.read_text()))
-    assert local.endpoints == []
+    assert mine.endpoints == []
 
 
-def test_a_missing_worker_program_is_named(engine: Engine, local: Workers, tmp_path: Path) -> None:
+def test_a_missing_worker_program_is_named(engine: Engine, mine: Workers, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"could not run .*no-such-worker: .*sollol-nb doctor"):
-        run(local.start_local(replace(engine, worker=tmp_path / "no-such-worker"), 1))
-    assert local.endpoints == []
+        run(mine.local.start(replace(engine, worker=tmp_path / "no-such-worker"), 1))
+    assert mine.endpoints == []
 
 
 @pytest.mark.parametrize("count", [0, -1, 65])
-def test_an_invalid_number_of_workers_is_refused(engine: Engine, local: Workers, count: int) -> None:
+def test_an_invalid_number_of_workers_is_refused(engine: Engine, mine: Workers, count: int) -> None:
     with pytest.raises(ConfigError, match=f"cannot start {count} workers; choose between 1 and 64"):
-        run(local.start_local(engine, count))
+        run(mine.local.start(engine, count))
 
 
 def test_too_few_ports_say_what_to_do() -> None:
@@ -253,29 +253,29 @@ def test_too_few_ports_say_what_to_do() -> None:
 # --- ending -----------------------------------------------------------------------------------
 
 
-def test_stopped_workers_end_and_are_forgotten(engine: Engine, local: Workers) -> None:
-    kept, *stopped = run(local.start_local(engine, 3))
+def test_stopped_workers_end_and_are_forgotten(engine: Engine, mine: Workers) -> None:
+    kept, *stopped = run(mine.local.start(engine, 3))
     processes = [engine_on(port_of(endpoint)) for endpoint in stopped]
 
-    assert run(local.stop_local(stopped)) == stopped
+    assert run(mine.local.stop(stopped)) == stopped
     all_end(processes)
-    assert local.endpoints == [kept]
+    assert mine.endpoints == [kept]
 
     last = engine_on(port_of(kept))
-    assert run(local.stop_local()) == [kept]
+    assert run(mine.local.stop()) == [kept]
     all_end([last])
-    assert run(local.stop_local()) == [], "stopping twice is fine"
+    assert run(mine.local.stop()) == [], "stopping twice is fine"
 
 
-def test_a_killed_local_worker_shows_as_down(engine: Engine, local: Workers) -> None:
-    killed, other = run(local.start_local(engine, 2))
+def test_a_killed_local_worker_shows_as_down(engine: Engine, mine: Workers) -> None:
+    killed, other = run(mine.local.start(engine, 2))
     engine_on(port_of(killed)).kill()
 
     description = f"killed (signal {signal.SIGKILL})"
-    eventually(lambda: statuses_of(local)[killed].detail == description, "its end is noticed")
+    eventually(lambda: statuses_of(mine)[killed].detail == description, "its end is noticed")
 
-    assert statuses_of(local)[killed].state == "down"
-    assert statuses_of(local)[other].state == "free"
+    assert statuses_of(mine)[killed].state == "down"
+    assert statuses_of(mine)[other].state == "free"
 
 
 @contextmanager
@@ -299,16 +299,16 @@ def holding(endpoint: str, model: str) -> Iterator[None]:
 # --- states ---------------------------------------------------------------------------------
 
 
-def test_each_state_is_distinguished(engine: Engine, local: Workers) -> None:
-    free, held = run(local.start_local(engine, 2))
+def test_each_state_is_distinguished(engine: Engine, mine: Workers) -> None:
+    free, held = run(mine.local.start(engine, 2))
     with silent_peer() as silent, serving(OtherProtocolWorker) as newer:
         refused = unused_port()
         for port in (silent, newer, refused):
-            local.add(f"127.0.0.1:{port}")
-        probed_before = statuses_of(local)[held].probe
+            mine.add(f"127.0.0.1:{port}")
+        probed_before = statuses_of(mine)[held].probe
         with holding(held, "llama3.1:70b"):
-            seen = statuses_of(local)
-            assert statuses_of(local)[held].probe is probed_before, "a held worker is not probed"
+            seen = statuses_of(mine)
+            assert statuses_of(mine)[held].probe is probed_before, "a held worker is not probed"
 
     assert {endpoint: (status.state, status.held_by) for endpoint, status in seen.items()} == {
         free: ("free", None),
@@ -319,12 +319,12 @@ def test_each_state_is_distinguished(engine: Engine, local: Workers) -> None:
     }
     assert seen[held].detail == "held by the coordinator of llama3.1:70b, started by this kernel"
     assert "RPC protocol 8.0.0" in seen[f"127.0.0.1:{newer}"].detail
-    assert statuses_of(local)[held].state == "free"
+    assert statuses_of(mine)[held].state == "free"
 
 
-def test_workers_of_one_machine_share_its_memory_in_the_plan(engine: Engine, local: Workers) -> None:
-    run(local.start_local(engine, 2))
-    capacities = [status.capacity for status in local.statuses()]
+def test_workers_of_one_machine_share_its_memory_in_the_plan(engine: Engine, mine: Workers) -> None:
+    run(mine.local.start(engine, 2))
+    capacities = [status.capacity for status in mine.statuses()]
     assert {capacity.memory_domain for capacity in capacities} == {"127.0.0.1"}
     assert all(0 < capacity.free_bytes <= capacity.total_bytes for capacity in capacities)
     assert all(capacity.round_trip_ms > 0 for capacity in capacities)
@@ -346,8 +346,8 @@ def test_an_endpoint_is_added_once_and_can_be_removed() -> None:
 def test_the_start_and_stop_of_workers_are_events(engine: Engine) -> None:
     events = EventBus()
     mine = Workers([], events)
-    (endpoint,) = run(mine.start_local(engine, 1))
-    run(mine.stop_local())
+    (endpoint,) = run(mine.local.start(engine, 1))
+    run(mine.local.stop())
     assert [(event.kind, event.subject) for event in events.recent()] == [
         ("worker.started", endpoint),
         ("worker.stopped", endpoint),
