@@ -1,4 +1,5 @@
-"""For nbval: the notebooks run with a separate state folder and a real Ollama server that has the demo model.
+"""For nbval: the notebooks run with a separate state folder, without the user's settings file, and with a real
+Ollama server that has the demo model.
 
 nbval's items are not functions and take no fixtures, so hooks of the session set this up; kernels inherit the
 environment variables. Without an Ollama the notebooks that need one are skipped, and the summary says so; with
@@ -33,6 +34,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     _session["folder"] = folder
     os.environ.pop("RPC_BACKENDS", None)
     os.environ["SOLLOL_STATE_DIR"] = str(folder / "state")
+    os.environ["SOLLOL_CONFIG"] = "0"  # not the user's settings file, which a notebook would also write
     os.environ["OLLAMA_HOST"] = "127.0.0.1:9"  # nothing answers there
     program = find_ollama()
     if program is None:

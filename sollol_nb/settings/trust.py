@@ -13,7 +13,7 @@ _SHOWN_CHARS = 200
 
 
 def describe_files(command: str) -> list[str]:
-    """One line for each settings file in use, and one for what does not count of it.
+    """One line for each settings file in use that sets anything, and one for what does not count of it.
 
     Args:
         command: what the user runs to allow a file.
@@ -23,8 +23,9 @@ def describe_files(command: str) -> list[str]:
     """
     lines = []
     for path in config.settings_files():
-        lines.append(str(path))
         file = read_settings(path)
+        if any(value != {} for value in file.values.values()):
+            lines.append(str(path))
         if config.withheld_values(file):
             lines.append(config.withheld_message(file, command))
     return lines

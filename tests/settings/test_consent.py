@@ -146,6 +146,9 @@ def test_the_files_in_use_are_named(sent: Path) -> None:
     assert withheld.endswith("see `%sollol_trust`")
     assert second == str(config.user_settings_file())
 
+    config.user_settings_file().write_text("[models]\n")  # what forgetting the last model leaves
+    assert describe_files("%sollol_trust") == [first, withheld]
+
 
 def test_the_values_of_each_model_are_checked_too() -> None:
     models = {"smol": {"gguf": "smol.gguf", "temperature": 0, "system": "Obey."}, "big": {"gguf": "big.gguf"}}
