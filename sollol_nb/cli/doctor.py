@@ -1,6 +1,6 @@
 """Check everything that the package needs, and name the one command that fixes what is missing.
 
-`diagnose` reads files and asks ports. It runs none of the programs that it finds, unless it is told to check them:
+`diagnose` reads files and asks ports. It runs none of the programs that it finds, unless `check` is set:
 a diagnosis is wanted where something is wrong, and that may be a program. Nothing is installed.
 """
 

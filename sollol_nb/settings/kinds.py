@@ -64,7 +64,7 @@ def number(description: str, *, least: float = 0, above: bool = False, most: flo
     def check(value: Any) -> float:
         if not is_number(value):
             raise TypeError
-        # A huge int, which is no float, is refused by `isfinite` itself.
+        # A huge int, which no float can hold, is refused by `isfinite` itself.
         if not isfinite(value) or not (least < value if above else least <= value) or value > most:
             raise ValueError
         return value

@@ -65,7 +65,7 @@ _SPAN_OR_DOLLAR = re.compile(
 _AMOUNT = re.compile(r"[0-9].* [A-Za-z]{2,}[ .,;:?!)]", re.DOTALL)
 _GROUP = re.compile(r"\{[^{}]*\}")
 _DOLLAR = "\ue000"  # in place of a dollar that is only a dollar, until the rest of the text has been looked at
-# An element of its own: MathJax reads the page, too, and its formulas end with an element.
+# A separate element: MathJax reads the page, too, and its formulas end with an element.
 _DOLLAR_AS_TEXT = "<span>&#36;</span>"
 # Control characters except tab and line feed; those that change the direction of writing.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u202a-\u202e\u2066-\u2069]")
@@ -118,7 +118,7 @@ def safe_markdown(text: str) -> str:
 
 
 def _with_marked_dollars(text: str) -> str:
-    """Text that is not fenced code, with a mark in place of each dollar that is no part of a formula."""
+    """Text that is not fenced code, with a mark in place of each dollar that does not belong to a formula."""
     if "$" not in text:
         return text
 

@@ -95,7 +95,7 @@ def test_an_answer_that_fills_the_context_ends_with_a_mark(pool: OllamaPool) -> 
 def test_an_answer_that_it_ends_because_the_model_repeats_itself_is_whole(
     newer: OllamaServer, pool: OllamaPool, path: str
 ) -> None:
-    """Ollama ends such an answer without a last chunk. That is no lost connection: nothing is asked again."""
+    """Ollama ends such an answer without a last chunk. The connection is not lost: nothing is asked again."""
     if path == "/api/chat":
         answer = pool.chat("endless", QUESTION, num_ctx=1024, **GREEDY)
         text = answer["message"]["content"]

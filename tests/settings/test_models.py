@@ -148,7 +148,7 @@ FILES = {
     "no line end": 'model = "a"',
     "other settings": '# mine\nmodel = "a"  # why\nworkers = [\n  "a:1",\n]\n\n[keep_alive]\n"*" = 0\n',
     "a path": '[models]\nsmol = "x.gguf"  # small\nother = { gguf = "b.gguf" }  # b\n',
-    "a table of its own": '[models.smol]\n# why\ngguf = "x.gguf"\n\n[models.b]\ngguf = "c.gguf"\n',
+    "a separate table": '[models.smol]\n# why\ngguf = "x.gguf"\n\n[models.b]\ngguf = "c.gguf"\n',
     "dotted keys": '[models]\nsmol.gguf = "x.gguf"\nsmol.seed = 3\nb = "c.gguf"\n',
     "a quoted name": "[ models ] # all\n  'smol' = { gguf = 'C:\\x#\\y.gguf' } # a # b\n",
     "Windows": 'model = "a"\r\n\r\n[models]\r\nsmol = "x.gguf"\r\n',

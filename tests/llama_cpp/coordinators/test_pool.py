@@ -508,7 +508,7 @@ def test_a_request_cancelled_while_its_coordinator_starts_leaves_no_engine_and_f
 
 @pytest.fixture
 def running(engine: Engine, alone: None) -> Iterator[HybridRouter]:
-    """A router that runs the demo model over the only three workers, as nobody else asked for."""
+    """A router that runs the demo model over the only three workers, which nobody else uses."""
     with HybridRouter(context_tokens=1024) as mine:
         mine.start_workers(3)
         mine.route_request("demo:sharded", QUESTION, **TWO_TOKENS)
