@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from sollol_nb.cluster import state
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.engine.find import find_engine
 from sollol_nb.llama_cpp.processes.running import stop_engines
@@ -67,6 +68,13 @@ def own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A state folder in which no other test's coordinators and workers are found, which would be shared."""
     monkeypatch.setenv("SOLLOL_STATE_DIR", str(tmp_path / "state"))
+
+
+@pytest.fixture
+def four_times_as_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patches and probes of the live cluster in the same proportion as for users, in a quarter of the time."""
+    monkeypatch.setattr(state, "PATCHES_PER_S", 4 * state.PATCHES_PER_S)
+    monkeypatch.setattr(state, "PROBES_PER_S", 4 * state.PROBES_PER_S)
 
 
 @pytest.fixture(scope="session")

@@ -13,9 +13,8 @@ from typing import Any
 import psutil
 import pytest
 
-from sollol_nb.cluster import state as cluster_state
 from sollol_nb.cluster.data import describe_answer
-from sollol_nb.cluster.state import EVENTS_KEPT, PATCHES_PER_S, PROBES_PER_S, ROUND_TRIPS_KEPT
+from sollol_nb.cluster.state import EVENTS_KEPT, ROUND_TRIPS_KEPT
 from sollol_nb.hybrid_router import HybridRouter as AsyncHybridRouter
 from sollol_nb.runtime.events import KEPT_EVENTS, EventKind
 from sollol_nb.runtime.io_loop import run_blocking
@@ -24,12 +23,7 @@ from tests.support.engines import engine_on, eventually, run
 from tests.support.merge_patch import patched
 from tests.support.simulated_cluster import GIB, SimulatedCluster, endpoint, node
 
-
-@pytest.fixture(autouse=True)
-def four_times_as_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Patches and probes in the same proportion as for users, so that the tests wait a quarter of the time."""
-    monkeypatch.setattr(cluster_state, "PATCHES_PER_S", 4 * PATCHES_PER_S)
-    monkeypatch.setattr(cluster_state, "PROBES_PER_S", 4 * PROBES_PER_S)
+pytestmark = pytest.mark.usefixtures("four_times_as_often")
 
 
 class Watcher:
@@ -338,7 +332,7 @@ def test_round_trips_of_ollama_nodes_are_kept_too() -> None:
 def test_polling_continues_after_a_failure(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    cluster = SimulatedCluster(1)
+    cluster = SimulatedCluster(40)  # many, so that the next attempt comes soon
     probe = cluster.state._workers.probe
     failures = [ValueError("a strange answer"), PermissionError("no entry")]
 

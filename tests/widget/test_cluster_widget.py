@@ -26,6 +26,8 @@ from sollol_nb.widget.cluster_widget import SNAPSHOTS_KEPT, ClusterWidget, clust
 from tests.support.engines import eventually, unused_port
 from tests.support.simulated_cluster import SimulatedCluster, endpoint, node
 
+pytestmark = pytest.mark.usefixtures("four_times_as_often")
+
 OPEN, CLOSED = {"view": "first", "shown": True}, {"view": "first", "shown": False}
 
 
@@ -101,6 +103,7 @@ def test_without_anywidget_the_state_is_shown_as_html(
     cluster: SimulatedCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "sollol_nb.widget.map", None)
+    monkeypatch.setattr("sollol_nb.widget.cluster_widget.HTML_EVERY_S", 0.2)
     widget = cluster_widget(cluster)  # type: ignore[arg-type]
     widget.bundle()
     shown = widget.box.children[0]

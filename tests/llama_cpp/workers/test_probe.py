@@ -215,57 +215,70 @@ HUGE = struct.pack("<Q", 2**62)
 GREETING = answer(hello(*OURS))
 
 
-@pytest.mark.parametrize(
-    ("peer", "outcome", "message"),
-    [
-        pytest.param(closes_immediately, INCOMPATIBLE, NOT_RPC, id="closes immediately"),
-        pytest.param(says(b"", then="close"), INCOMPATIBLE, NOT_RPC, id="closes after HELLO"),
-        pytest.param(resets, INCOMPATIBLE, NOT_RPC, id="resets the connection"),
-        pytest.param(says(os.urandom(200), then="close"), INCOMPATIBLE, NOT_RPC, id="random bytes"),
-        pytest.param(
-            says(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n", then="close"),
-            INCOMPATIBLE,
-            "is an HTTP server, not an RPC worker",
-            id="HTTP answer",
-        ),
-        pytest.param(says(b"SSH-2.0-OpenSSH_9.6\r\n", then="silence"), INCOMPATIBLE, NOT_RPC, id="SSH banner"),
-        pytest.param(says(HUGE, then="silence"), INCOMPATIBLE, NOT_RPC, id="huge length, then silence"),
-        pytest.param(says(HUGE + bytes(5000), then="close"), INCOMPATIBLE, NOT_RPC, id="huge length and data"),
-        pytest.param(says(b"", then="silence"), BUSY, "accepts connections but does not answer", id="silence"),
-        pytest.param(says(bytes(4), then="silence"), BUSY, "does not answer", id="half a length, then silence"),
-        pytest.param(
-            says(GREETING[:20], then="silence"),
-            BUSY,
-            "does not answer",
-            id="half a HELLO, then silence",
-        ),
-        pytest.param(says(GREETING[:20], then="close"), INCOMPATIBLE, NOT_RPC, id="half a HELLO, closes"),
-        pytest.param(says(GREETING, then="close"), INCOMPATIBLE, NOT_RPC, id="closes after its HELLO"),
-        pytest.param(says(GREETING, then="silence"), BUSY, "does not answer", id="only a HELLO"),
-        pytest.param(worker(memory=None), BUSY, "does not answer", id="silent about memory"),
-        pytest.param(trickles(b"\xff", 0.001), INCOMPATIBLE, NOT_RPC, id="endless trickle of garbage"),
-        pytest.param(trickles(GREETING, 0.1), BUSY, "does not answer", id="endless slow trickle"),
-        pytest.param(worker(greeting=b""), INCOMPATIBLE, NOT_RPC, id="empty HELLO"),
-        pytest.param(worker(greeting=bytes(5)), INCOMPATIBLE, NOT_RPC, id="HELLO of 5 bytes"),
-        pytest.param(worker(greeting=bytes(29)), INCOMPATIBLE, NOT_RPC, id="HELLO of 29 bytes"),
-        pytest.param(of_protocol_3(), INCOMPATIBLE, "RPC protocol 3.6.1", id="older, closes on capabilities"),
-        pytest.param(
-            worker(greeting=bytes([6, 0, 2])), INCOMPATIBLE, "RPC protocol 6.0.2", id="older, answers 3 bytes"
-        ),
-        pytest.param(
-            worker(greeting=bytes([6, 1, 2, 0])), INCOMPATIBLE, "RPC protocol 6.1.2", id="older, answers 4 bytes"
-        ),
-        pytest.param(worker(greeting=hello(8, 0)), INCOMPATIBLE, "RPC protocol 8.0.0", id="newer major"),
-        pytest.param(worker(greeting=hello(7, 9)), INCOMPATIBLE, "RPC protocol 7.9.0", id="newer minor"),
-        pytest.param(worker(devices=bytes(4)), INCOMPATIBLE, "0 devices", id="no device"),
-        pytest.param(worker(devices=b"\xff" * 4), INCOMPATIBLE, "4294967295 devices", id="4 billion devices"),
-        pytest.param(worker(devices=bytes(3)), INCOMPATIBLE, "device count is malformed", id="short device count"),
-        pytest.param(worker(memory=bytes(8)), INCOMPATIBLE, "memory answer is malformed", id="short memory"),
-        pytest.param(worker(memory=bytes(24)), INCOMPATIBLE, "memory answer is malformed", id="long memory"),
-    ],
-)
-def test_misbehaving_peer_is_classified(peer: Peer, outcome: ProbeOutcome, message: str) -> None:
-    result = run(probed(peer))
+MISBEHAVING = [
+    pytest.param(closes_immediately, INCOMPATIBLE, NOT_RPC, id="closes immediately"),
+    pytest.param(says(b"", then="close"), INCOMPATIBLE, NOT_RPC, id="closes after HELLO"),
+    pytest.param(resets, INCOMPATIBLE, NOT_RPC, id="resets the connection"),
+    pytest.param(says(os.urandom(200), then="close"), INCOMPATIBLE, NOT_RPC, id="random bytes"),
+    pytest.param(
+        says(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n", then="close"),
+        INCOMPATIBLE,
+        "is an HTTP server, not an RPC worker",
+        id="HTTP answer",
+    ),
+    pytest.param(says(b"SSH-2.0-OpenSSH_9.6\r\n", then="silence"), INCOMPATIBLE, NOT_RPC, id="SSH banner"),
+    pytest.param(says(HUGE, then="silence"), INCOMPATIBLE, NOT_RPC, id="huge length, then silence"),
+    pytest.param(says(HUGE + bytes(5000), then="close"), INCOMPATIBLE, NOT_RPC, id="huge length and data"),
+    pytest.param(says(b"", then="silence"), BUSY, "accepts connections but does not answer", id="silence"),
+    pytest.param(says(bytes(4), then="silence"), BUSY, "does not answer", id="half a length, then silence"),
+    pytest.param(
+        says(GREETING[:20], then="silence"),
+        BUSY,
+        "does not answer",
+        id="half a HELLO, then silence",
+    ),
+    pytest.param(says(GREETING[:20], then="close"), INCOMPATIBLE, NOT_RPC, id="half a HELLO, closes"),
+    pytest.param(says(GREETING, then="close"), INCOMPATIBLE, NOT_RPC, id="closes after its HELLO"),
+    pytest.param(says(GREETING, then="silence"), BUSY, "does not answer", id="only a HELLO"),
+    pytest.param(worker(memory=None), BUSY, "does not answer", id="silent about memory"),
+    pytest.param(trickles(b"\xff", 0.001), INCOMPATIBLE, NOT_RPC, id="endless trickle of garbage"),
+    pytest.param(trickles(GREETING, 0.1), BUSY, "does not answer", id="endless slow trickle"),
+    pytest.param(worker(greeting=b""), INCOMPATIBLE, NOT_RPC, id="empty HELLO"),
+    pytest.param(worker(greeting=bytes(5)), INCOMPATIBLE, NOT_RPC, id="HELLO of 5 bytes"),
+    pytest.param(worker(greeting=bytes(29)), INCOMPATIBLE, NOT_RPC, id="HELLO of 29 bytes"),
+    pytest.param(of_protocol_3(), INCOMPATIBLE, "RPC protocol 3.6.1", id="older, closes on capabilities"),
+    pytest.param(
+        worker(greeting=bytes([6, 0, 2])), INCOMPATIBLE, "RPC protocol 6.0.2", id="older, answers 3 bytes"
+    ),
+    pytest.param(
+        worker(greeting=bytes([6, 1, 2, 0])), INCOMPATIBLE, "RPC protocol 6.1.2", id="older, answers 4 bytes"
+    ),
+    pytest.param(worker(greeting=hello(8, 0)), INCOMPATIBLE, "RPC protocol 8.0.0", id="newer major"),
+    pytest.param(worker(greeting=hello(7, 9)), INCOMPATIBLE, "RPC protocol 7.9.0", id="newer minor"),
+    pytest.param(worker(devices=bytes(4)), INCOMPATIBLE, "0 devices", id="no device"),
+    pytest.param(worker(devices=b"\xff" * 4), INCOMPATIBLE, "4294967295 devices", id="4 billion devices"),
+    pytest.param(worker(devices=bytes(3)), INCOMPATIBLE, "device count is malformed", id="short device count"),
+    pytest.param(worker(memory=bytes(8)), INCOMPATIBLE, "memory answer is malformed", id="short memory"),
+    pytest.param(worker(memory=bytes(24)), INCOMPATIBLE, "memory answer is malformed", id="long memory"),
+]
+
+
+@pytest.fixture(scope="module")
+def probes_of_misbehaving() -> dict[object, Probe]:
+    """What the probe finds of each of these peers, of all at the same time: many cost its whole time limit."""
+
+    async def check() -> dict[object, Probe]:
+        found = await asyncio.gather(*(probed(case.values[0]) for case in MISBEHAVING))
+        return dict(zip((case.values[0] for case in MISBEHAVING), found, strict=True))
+
+    return run(check())
+
+
+@pytest.mark.parametrize(("peer", "outcome", "message"), MISBEHAVING)
+def test_misbehaving_peer_is_classified(
+    probes_of_misbehaving: dict[object, Probe], peer: Peer, outcome: ProbeOutcome, message: str
+) -> None:
+    result = probes_of_misbehaving[peer]
 
     assert result.outcome is outcome
     assert message in result.detail
