@@ -119,6 +119,8 @@ def silent(text: str, share: float | None) -> None:
 def engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SOLLOL_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("SOLLOL_STATE_DIR", str(tmp_path / "state"))
+    # Only a wait for what nothing may reap here; that the processes have ended is asserted by the tests.
+    monkeypatch.setattr("sollol_nb.llama_cpp.engine.steps._GONE_LIMIT_S", 0.2)
     return tmp_path / "cache" / "engines"
 
 
