@@ -113,6 +113,8 @@ def engine_processes() -> list[psutil.Process]:
 
 
 def pytest_collection_finish() -> None:
-    """Leave what exists now out of garbage collections: the imported libraries are searched again and again."""
+    """Leave what exists now out of garbage collections, and have fewer: they searched the imported libraries again
+    and again."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
