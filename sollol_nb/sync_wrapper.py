@@ -84,6 +84,7 @@ class HybridRouter:
     ensure_workers = blocking(hybrid_router.HybridRouter.ensure_workers)
     stop_workers = blocking(hybrid_router.HybridRouter.stop_workers)
     share_workers = blocking(hybrid_router.HybridRouter.share_workers)
+    wait_started = blocking(hybrid_router.HybridRouter.wait_started)
     end_coordinators = blocking(hybrid_router.HybridRouter.end_coordinators)
     discover_workers = blocking(hybrid_router.HybridRouter.discover_workers)
     add_worker = blocking(hybrid_router.HybridRouter.add_worker)

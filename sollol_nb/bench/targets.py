@@ -86,6 +86,7 @@ class BenchTargets:
             else:
                 self._needs[target] = usual if backends[target.model] == DISTRIBUTED else 0
         await self._find_workers(max(self._needs.values()))
+        await self._router.wait_started()  # such as one that the previous benchmark loads again
         known = len(self._router.worker_endpoints)
         self._needs = {target: min(need, known) for target, need in self._needs.items()}
         self._routers = {target: self._router_for(target, path) for target, path in model_paths.items()}

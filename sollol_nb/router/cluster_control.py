@@ -132,6 +132,11 @@ class ClusterControl:
         await self._workers.local.let_go([endpoint])
 
     @io_bound
+    async def wait_started(self) -> None:
+        """Wait until no coordinator of this router is being started; until then its workers cannot be freed."""
+        await self._coordinators.wait_started()
+
+    @io_bound
     async def end_coordinators(self, model: str | Path | None = None, *, force: bool = False) -> list[Ended]:
         """As `stop_coordinator`; returns also what was left running, and for whom."""
         return await self._coordinators.stop(model_text(model), force=force)

@@ -413,6 +413,7 @@ class Router:
     ensure_workers = _control(ClusterControl.ensure_workers)
     stop_workers = _control(ClusterControl.stop_workers)
     share_workers = _control(ClusterControl.share_workers)
+    wait_started = _control(ClusterControl.wait_started)
     end_coordinators = _control(ClusterControl.end_coordinators)
     discover_workers = _control(ClusterControl.discover_workers)
     add_worker = _control(ClusterControl.add_worker)

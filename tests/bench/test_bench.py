@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import asyncio
 from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
@@ -14,6 +15,7 @@ from sollol_nb import hybrid_router
 from sollol_nb.bench.bench import bench
 from sollol_nb.bench.result import BenchResult
 from sollol_nb.errors import ConfigError, ModelNotFoundError, RequestTimeoutError, WorkersUnavailableError
+from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.runtime.events import Event
 from sollol_nb.sync_wrapper import HybridRouter
@@ -131,6 +133,26 @@ def test_an_idle_coordinator_is_stopped_to_free_its_workers_and_loaded_again_aft
     assert not before.is_running()
     eventually(lambda: idle.coordinators, "it is loaded again")
     assert idle.route_request(MODEL, "Hello!", max_tokens=1).routing["load_ms"] is None
+
+
+def test_a_benchmark_waits_for_a_model_that_is_being_loaded(
+    idle: HybridRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its workers can be freed only then; the benchmark before it may have just begun the load."""
+    idle.route_request(MODEL, "Hello!", max_tokens=1)
+    until_ready = Coordinator.until_ready
+
+    async def slow(coordinator: Coordinator, timeout_s: float) -> None:
+        await until_ready(coordinator, timeout_s)
+        if coordinator.settings.plan is not None and len(coordinator.rpc_backends) == 3:
+            await asyncio.sleep(2)
+
+    idle.bench(MODEL, layouts=2, **QUICK)
+    monkeypatch.setattr(Coordinator, "until_ready", slow)
+    result = idle.bench(MODEL, layouts=[1, 2], **QUICK)
+    assert result.complete
+    assert set(result.frame["error"]) == {""}
+    eventually(lambda: idle.coordinators, "it is loaded again")
 
 
 def test_a_small_model_is_sharded_where_a_layout_says_so(idle: HybridRouter) -> None:

@@ -204,6 +204,12 @@ class CoordinatorPool:
         """Workers that were found lost when the coordinator of a route was last restarted."""
         return self._lost.get(key_of(route), frozenset())
 
+    async def wait_started(self) -> None:
+        """Wait until no coordinator is being started any more, whether it runs then or has failed."""
+        for lock in list(self._starting.values()):
+            async with lock:
+                pass
+
     def report_continued(self, route: Route, answer: Answer | None, coordinator: Coordinator) -> None:
         """Publish that an answer continues on this coordinator; None is one that had not begun."""
         where = coordinator.settings.describe_workers()
