@@ -27,7 +27,7 @@ from sollol_nb.llama_cpp.coordinators.pool import CoordinatorPool
 from sollol_nb.llama_cpp.workers.workers import Workers
 from sollol_nb.ollama.pool import OllamaPool
 from sollol_nb.runtime.events import Event, EventBus, EventKind
-from sollol_nb.runtime.io_loop import io_bound
+from sollol_nb.runtime.io_loop import io_bound, is_exiting
 
 logger = logging.getLogger(__name__)
 
@@ -240,6 +240,8 @@ class ClusterState:
             except OSError as error:  # of the registry's folder; the next attempt may succeed
                 logger.warning("could not check the cluster: %s", error)
             except Exception:
+                if is_exiting():
+                    return
                 logger.exception("could not check the cluster")
             with contextlib.suppress(TimeoutError):
                 # A few workers are each probed once a second, not more often.

@@ -18,7 +18,7 @@ import threading
 import time
 import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
@@ -50,7 +50,23 @@ def io_loop() -> asyncio.AbstractEventLoop:
         return _loop
 
 
+def is_exiting() -> bool:
+    """Whether the interpreter is ending: thread pools take no more work, so what still runs on the loop fails."""
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(int)
+    except RuntimeError:  # the main thread still counts as alive by then
+        return True
+    return False
+
+
+def _report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    if not is_exiting():
+        loop.default_exception_handler(context)
+
+
 def _run(loop: asyncio.AbstractEventLoop) -> None:
+    loop.set_exception_handler(_report)
     loop.run_forever()  # until `stop_if_unused`
     loop.run_until_complete(loop.shutdown_asyncgens())
     loop.run_until_complete(loop.shutdown_default_executor())

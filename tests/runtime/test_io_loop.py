@@ -607,6 +607,36 @@ print("last line")
     assert (run.stdout, run.stderr) == ("last line\n", "")
 
 
+def test_a_script_ends_without_complaints_about_what_still_runs_on_the_loop() -> None:
+    """Its end closes the thread pools under the tasks; the state of a cluster that is watched is one of them."""
+    code = """
+import asyncio, atexit, gc, time
+from sollol_nb.cluster import state
+from sollol_nb.runtime.io_loop import run_blocking
+from sollol_nb.sync_wrapper import HybridRouter
+
+async def busy():
+    while True:
+        await asyncio.to_thread(int)
+
+async def start():
+    asyncio.create_task(busy())
+
+@atexit.register  # it runs after the thread pools have ended
+def collect():
+    time.sleep(0.3)
+    gc.collect()
+
+state.PROBES_PER_S, state.OTHERS_EVERY_S = 1000, 0
+router = HybridRouter(rpc_backends=["127.0.0.1:1"])
+run_blocking(router._async.state.watch(lambda patch: None))
+run_blocking(start())
+print("last line")
+"""
+    run = subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True, text=True)
+    assert (run.stdout, run.stderr) == ("last line\n", "")
+
+
 def test_the_loop_ends_when_nothing_uses_it_and_begins_anew_when_asked() -> None:
     """In a separate process: the suite's loop has users."""
     code = """
