@@ -193,9 +193,12 @@ def check_two_at_once(ran: Ran) -> None:
             threads.submit(router.route_request, model, QUESTION, max_tokens=8)
             for model, router in routers.items()
         ]
-        assert [answer.result()["_routing"]["backend"] for answer in asked] == [DISTRIBUTED, DISTRIBUTED]
-    held = [set(router.coordinator.rpc_backends) for router in routers.values()]
-    assert held[0].isdisjoint(held[1])
+        routings = [answer.result()["_routing"] for answer in asked]
+    assert [routing["backend"] for routing in routings] == [DISTRIBUTED, DISTRIBUTED]
+    held = [{shard["endpoint"] for shard in routing["plan"]["shards"]} for routing in routings]
+    # Where other blocks' coordinators hold workers, that of the first to end may have made room for the second.
+    has_made_room = not ran.is_alone and None in [router.coordinator for router in routers.values()]
+    assert held[0].isdisjoint(held[1]) or has_made_room
     assert not routers[LARGE].should_use_distributed("llama3.1:405b")
 
 

@@ -170,7 +170,8 @@ def test_a_worker_that_is_also_named_through_a_tunnel_is_used_once(
 ) -> None:
     name = listen()
     tunnel = """
-import asyncio, sys
+import asyncio, socket, struct, sys
+no_linger = struct.pack("ii", 1, 0)
 async def copy(source, sink):
     while data := await source.read(65536):
         sink.write(data)
@@ -180,6 +181,8 @@ async def carry(reader, writer):
     far_reader, far_writer = await asyncio.open_connection("127.0.0.1", int(sys.argv[1]))
     copies = [asyncio.create_task(copy(*ends)) for ends in ((reader, far_writer), (far_reader, writer))]
     await asyncio.wait(copies, return_when=asyncio.FIRST_COMPLETED)
+    if copies[0].done() and copies[0].exception():  # a reset goes through, so that SIGPIPE does not end the worker
+        far_writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, no_linger)
     for end in (writer, far_writer):
         end.transport.abort()
 async def main():
