@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -105,11 +106,12 @@ def endless(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def engine_processes() -> list[psutil.Process]:
     """Engine processes that descend from this one."""
-    return [
-        child
-        for child in psutil.Process().children(recursive=True)
-        if child.name().removesuffix(".exe") in ENGINE_NAMES
-    ]
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # it may end at any moment
+            if child.name().removesuffix(".exe") in ENGINE_NAMES:
+                found.append(child)
+    return found
 
 
 def pytest_collection_finish() -> None:

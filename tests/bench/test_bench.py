@@ -49,7 +49,7 @@ def turns(result: BenchResult) -> list[str]:
 
 
 def coordinators() -> list[psutil.Process]:
-    return [process for process in engines_of(psutil.Process()) if "llama-server" in process.name()]
+    return engines_of(psutil.Process(), "llama-server")
 
 
 def test_cases_take_turns_side_by_side_where_workers_suffice(idle: HybridRouter) -> None:

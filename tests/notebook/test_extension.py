@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from sollol_nb.models.profiles import MODEL_PROFILES
-from tests.support.engines import eventually
+from tests.support.engines import engines_of, eventually
 from tests.support.kernels import MAGICS, Kernel, kernel, notebook_kernel
 
 pytestmark = pytest.mark.engine
@@ -373,5 +373,4 @@ def test_in_a_terminal_the_answer_is_printed_while_it_streams(engine: object, tm
 
 def engines_below(pid: int) -> list[psutil.Process]:
     """Engine processes among the descendants of a process."""
-    names = ("llama-server", "ggml-rpc-server", "rpc-server")
-    return [child for child in psutil.Process(pid).children(recursive=True) if child.name() in names]
+    return engines_of(psutil.Process(pid))

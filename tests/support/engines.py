@@ -89,12 +89,13 @@ def write_endless(folder: Path, name: str = "endless.gguf") -> Path:
 # --- processes --------------------------------------------------------------------------------
 
 
-def engines_of(root: psutil.Process) -> list[psutil.Process]:
-    """Engine processes that descend from `root`. They compare by pid and start time."""
+def engines_of(root: psutil.Process, part_of_name: str = "") -> list[psutil.Process]:
+    """Engine processes that descend from `root`, with this part of a name. They compare by pid and start time."""
     found = []
     for child in root.children(recursive=True):
-        with suppress(psutil.NoSuchProcess):
-            if child.name().removesuffix(".exe") in ENGINE_NAMES:
+        with suppress(psutil.NoSuchProcess):  # it may end at any moment
+            name = child.name().removesuffix(".exe")
+            if name in ENGINE_NAMES and part_of_name in name:
                 found.append(child)
     return found
 
@@ -107,9 +108,16 @@ def engine_on(port: int) -> psutil.Process:
     return found[0]
 
 
+def arguments_of(process: psutil.Process) -> list[str]:
+    """Its program and arguments; empty if it has ended."""
+    with suppress(psutil.NoSuchProcess):
+        return process.cmdline()
+    return []
+
+
 def argument_after(process: psutil.Process, *flags: str) -> str | None:
-    """The argument after one of these flags."""
-    return next((value for flag, value in pairwise(process.cmdline()) if flag in flags), None)
+    """The argument after one of these flags; None if there is none, or if the process has ended."""
+    return next((value for flag, value in pairwise(arguments_of(process)) if flag in flags), None)
 
 
 def is_alive(process: psutil.Process) -> bool:

@@ -13,6 +13,7 @@ from sollol_nb.errors import EngineBuildError, EngineIncompatibleError, EngineNo
 from sollol_nb.llama_cpp.engine import build, check
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.engine.find import ensure_engine, find_engine
+from tests.support.engines import engines_of, is_alive
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the stand-in programs are scripts")
 
@@ -264,12 +265,11 @@ def test_a_failed_build_is_raised_to_the_caller(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.engine
 def test_the_real_pair_is_usable_and_leaves_no_worker_running(engine: Engine) -> None:
     check._checked.cache_clear()
-    before = set(psutil.Process().children(recursive=True))
+    before = set(engines_of(psutil.Process(), "rpc-server"))
     found = find_engine(engine.server.parent)
     assert found.protocol.split(".")[0] == "7"
     assert "commit" in found.version
-    new = set(psutil.Process().children(recursive=True)) - before
-    assert engine.worker.name not in {child.name() for child in new if child.is_running()}
+    assert not list(filter(is_alive, set(engines_of(psutil.Process(), "rpc-server")) - before))
 
 
 @pytest.mark.engine

@@ -14,6 +14,7 @@ from sollol_nb.llama_cpp.engine.check import Engine
 from tests.support.engines import (
     HANG_GUARD_S,
     all_end,
+    arguments_of,
     engines_of,
     eventually,
     is_alive,
@@ -153,7 +154,7 @@ def test_a_killed_supervisor_takes_its_engine_with_it_even_when_the_kernel_is_go
 def test_engines_end_even_if_a_forked_child_holds_their_pipes(engine: Engine, endless: str) -> None:
     with script(USES_A_ROUTER, "a forked child stays", endless, "1") as process:
         says(process, "ready")
-        forked = [child for child in descendants(process.pid) if child.cmdline()[:2] == [sys.executable, "-c"]]
+        forked = [child for child in descendants(process.pid) if arguments_of(child)[:2] == [sys.executable, "-c"]]
         everything = [child for child in descendants(process.pid) if child not in forked]
         process.kill()
         process.wait(HANG_GUARD_S)

@@ -41,8 +41,7 @@ def second(engine: Engine, state: dict[str, str]) -> Iterator[Kernel]:
 
 def workers_of(notebook: Kernel) -> list[psutil.Process]:
     """The worker processes below a kernel, by pid."""
-    found = [engine for engine in engines_of(psutil.Process(notebook.pid)) if "rpc-server" in engine.name()]
-    return sorted(found, key=lambda worker: worker.pid)
+    return sorted(engines_of(psutil.Process(notebook.pid), "rpc-server"), key=lambda worker: worker.pid)
 
 
 def test_start_makes_sure_that_so_many_workers_run(first: Kernel) -> None:
