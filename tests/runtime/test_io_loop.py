@@ -620,16 +620,22 @@ async def busy():
         await asyncio.to_thread(int)
 
 async def start():
-    asyncio.create_task(busy())
+    await watched.watch(lambda patch: None)
+    _, poll = watched._tasks
+    tasks.extend([asyncio.create_task(busy()), poll])
 
 @atexit.register  # it runs after the thread pools have ended
 def collect():
-    time.sleep(0.3)
+    deadline = time.monotonic() + 10
+    while not all(task.done() for task in tasks) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    tasks.clear()  # only a task that is collected reports its error
     gc.collect()
 
+tasks = []
 state.PROBES_PER_S, state.OTHERS_EVERY_S = 1000, 0
 router = HybridRouter(rpc_backends=["127.0.0.1:1"])
-run_blocking(router._async.state.watch(lambda patch: None))
+watched = router._async.state
 run_blocking(start())
 print("last line")
 """
