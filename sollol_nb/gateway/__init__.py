@@ -1,0 +1,18 @@
+"""The gateway: a process that owns a cluster and speaks the APIs of Ollama, OpenAI and Anthropic (an extra).
+
+In reading order:
+
+* `command.py`: its arguments; `python -m sollol_nb.gateway` and `sollol-nb gateway`.
+* `server.py`: the socket, the HTTP server on the I/O loop, and its end without losing an answer.
+* `gateway.py`: what the routes of one gateway share. `app.py`: the routes, and the shape of their errors.
+* `access.py`, `keys.py`, `limits.py`: who may ask how much.
+* `bodies.py`, `calls.py`: what a request says, bounded and checked.
+* `answers.py`: how an answer is sent, whatever the API.
+* `failures.py`: every error as a status and a kind, which each API writes in its shape.
+* `ollama_api.py`, `openai_api.py`, `responses_api.py`, `anthropic_api.py`: translation from and to each API.
+* `notebook_api.py`: what kernels that use this gateway call.
+* `metrics.py`, `status_page.py`, `openapi.py`: what shows the gateway's state.
+
+Starlette and uvicorn are used because they add little between a request and the router (no validation layer, no
+dependency injection), and run on the I/O loop that the router uses.
+"""

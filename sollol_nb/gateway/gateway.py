@@ -1,0 +1,42 @@
+"""The gateway: its router, its Ollama nodes, and the requests that run."""
+
+from __future__ import annotations
+
+import asyncio
+
+from starlette.requests import Request
+from starlette.types import ASGIApp
+
+from sollol_nb.gateway.answers import AnswerResponse, AnswerWriter
+from sollol_nb.gateway.calls import ChatCall
+from sollol_nb.gateway.failures import ApiError
+from sollol_nb.hybrid_router import HybridRouter
+from sollol_nb.ollama.pool import OllamaPool
+
+
+class Gateway:
+    """What the routes of one gateway share. Lives on the I/O loop.
+
+    Attributes:
+        ollama: its Ollama nodes.
+        router: its router, over these nodes and the workers of the settings.
+        is_draining: whether it ends, and accepts no more requests.
+        stopped: has an error once the requests that still run are to be ended with it.
+    """
+
+    def __init__(self, router: HybridRouter, ollama: OllamaPool) -> None:
+        self.router = router
+        self.ollama = ollama
+        self.is_draining = False
+        self.stopped: asyncio.Future[ApiError] = asyncio.get_running_loop().create_future()
+
+
+def gateway_of(request: Request) -> Gateway:
+    """The gateway that a request came to."""
+    gateway: Gateway = request.app.state.gateway
+    return gateway
+
+
+def answer(request: Request, call: ChatCall, writer: AnswerWriter, *, api: str) -> ASGIApp:
+    """The response with the answer to a call."""
+    return AnswerResponse(gateway_of(request).router, call, writer, api=api)

@@ -1,0 +1,1 @@
+"""The gateway, with the official clients of the APIs that it speaks."""

@@ -1,0 +1,79 @@
+"""A real gateway: `python -m sollol_nb.gateway` as a process, for the clients of its APIs."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+from tests.support.engines import HANG_GUARD_S, REPOSITORY, eventually
+
+
+class GatewayProcess:
+    """A running gateway.
+
+    Attributes:
+        url: such as `http://127.0.0.1:41234`.
+        lines: what it has written so far.
+    """
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.lines: list[str] = []
+        threading.Thread(target=self._read, daemon=True).start()
+        self.url = eventually(self._listening_url, "the gateway says where it listens")
+
+    @property
+    def output(self) -> str:
+        """What it has written so far."""
+        return "".join(self.lines)
+
+    def client(self, **options: object) -> httpx.Client:
+        """A plain HTTP client."""
+        return httpx.Client(base_url=self.url, timeout=HANG_GUARD_S, **options)  # type: ignore[arg-type]
+
+    def wait(self) -> int:
+        """Wait for its end; returns the exit code."""
+        return self.process.wait(HANG_GUARD_S)
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        self.lines.extend(self.process.stdout)
+
+    def _listening_url(self) -> str | None:
+        assert self.process.poll() is None, f"the gateway has ended: {self.output}"
+        found = re.search(r"https?://\S+:\d+", self.output)
+        return found[0] if found else None
+
+
+@contextmanager
+def running_gateway(
+    *arguments: str, variables: Mapping[str, str] | None = None, folder: Path | None = None
+) -> Iterator[GatewayProcess]:
+    """A gateway on a free port, with these arguments and environment variables; ended afterwards."""
+    command = gateway_command("--port", "0", *arguments)
+    environment = {**os.environ, **(variables or {}), "PYTHONPATH": str(REPOSITORY)}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=folder
+    ) as process:
+        try:
+            yield GatewayProcess(process)
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                try:
+                    process.wait(HANG_GUARD_S)
+                finally:
+                    process.kill()
+
+
+def gateway_command(*arguments: str) -> Sequence[str]:
+    """The command that runs a gateway."""
+    return [sys.executable, "-m", "sollol_nb.gateway", *arguments]
