@@ -2,7 +2,7 @@
 
 In reading order:
 
-* `command.py`: its arguments; `python -m sollol_nb.gateway` and `sollol-nb gateway`.
+* `__main__.py`, `command.py`: its arguments; `python -m sollol_nb.gateway` and `sollol-nb gateway`.
 * `server.py`: the socket, the HTTP server on the I/O loop, and its end without losing an answer.
 * `gateway.py`: what the routes of one gateway share. `app.py`: the routes, and the shape of their errors.
 * `access.py`, `keys.py`, `limits.py`: who may ask how much.

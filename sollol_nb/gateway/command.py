@@ -29,10 +29,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m sollol_nb.gateway`; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="sollol_nb.gateway", description="Serve a cluster to other programs.")
+    parser = argparse.ArgumentParser(prog="python -m sollol_nb.gateway", description="Serve a cluster to other programs.")
     add_arguments(parser)
     try:
         return run(parser.parse_args(argv))
     except SollolError as error:
-        print(f"sollol_nb.gateway: {error}", file=sys.stderr)
+        print(f"gateway: {error}", file=sys.stderr)
         return 1
