@@ -9,7 +9,8 @@ In reading order:
 * `bodies.py`, `calls.py`: what a request says, bounded and checked.
 * `answers.py`: how an answer is sent, whatever the API.
 * `failures.py`: every error as a status and a kind, which each API writes in its shape.
-* `ollama_api.py`, `openai_api.py`, `responses_api.py`, `anthropic_api.py`: translation from and to each API.
+* `ollama_api.py`, `openai_api.py`, `responses_api.py`, `anthropic_api.py`: translation from and to each API;
+  `openai_parts.py`: what OpenAI's have in common.
 * `notebook_api.py`: what kernels that use this gateway call.
 * `metrics.py`, `status_page.py`, `openapi.py`: what shows the gateway's state.
 

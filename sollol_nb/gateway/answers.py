@@ -196,7 +196,7 @@ class AnswerResponse:
         return failure
 
     async def _send_json(self, send: Send, status: int, content: Any, headers: Mapping[str, str]) -> None:
-        body = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+        body = json_bytes(content)
         await self._start(send, status, "application/json", {**headers, "Content-Length": str(len(body))})
         await _within_limit(send({"type": "http.response.body", "body": body}))
 
@@ -304,6 +304,25 @@ async def without_restarts(chunks: AsyncGenerator[Chunk, None]) -> AsyncGenerato
                 sent[part] += message.get(part) or ""
             sent_tool_calls = sent_tool_calls or bool(message.get("tool_calls"))
             yield {**chunk, "message": message}  # type: ignore[typeddict-item]
+
+
+_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+def json_bytes(data: Any) -> bytes:
+    """Data as JSON, as short as it can be written."""
+    return _to_json(data).encode("utf-8", "replace")
+
+
+def event(data: Any, name: str = "") -> bytes:
+    """Data as a server-sent event, with a name if one is given."""
+    head = f"event: {name}\ndata: ".encode() if name else b"data: "
+    return head + json_bytes(data) + b"\n\n"
+
+
+def comment(text: str) -> bytes:
+    """What clients of server-sent events ignore, and people who watch them see."""
+    return f": sollol: {' '.join(text.split())}\n\n".encode("utf-8", "replace")
 
 
 async def _within_limit(sending: Any) -> None:

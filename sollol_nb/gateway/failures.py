@@ -90,5 +90,6 @@ def api_error(error: Exception) -> ApiError:
     for kind_of_error, status, kind in _TABLE:
         if isinstance(error, kind_of_error):
             retry_after_s = RETRY_AFTER_S if status in (502, 503) else None
-            return ApiError(status, kind, str(error), retry_after_s=retry_after_s)
+            parameter = "model" if kind == "not_found" else None
+            return ApiError(status, kind, str(error), retry_after_s=retry_after_s, parameter=parameter)
     return ApiError(500, "internal", "the gateway failed; its log says why")

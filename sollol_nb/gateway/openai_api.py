@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from typing import Any
@@ -13,19 +12,12 @@ from starlette.types import ASGIApp
 
 from sollol_nb.chat.chunk import Chunk
 from sollol_nb.chat.completion import Completion
-from sollol_nb.gateway.answers import AnswerWriter
+from sollol_nb.gateway.answers import AnswerWriter, event
 from sollol_nb.gateway.bodies import read_json
 from sollol_nb.gateway.calls import ChatCall, apply_headers, model_of
 from sollol_nb.gateway.failures import ApiError
 from sollol_nb.gateway.gateway import answer
-
-
-def error_shape(error: ApiError) -> Any:
-    """An error as OpenAI's API writes it."""
-    types = {"unauthorized": "authentication_error", "busy": "rate_limit_error"}
-    kind = types.get(error.kind, "invalid_request_error" if error.status < 500 else "server_error")
-    code = "context_length_exceeded" if error.kind == "context_length" else None
-    return {"error": {"message": error.message, "type": kind, "param": error.parameter, "code": code}}
+from sollol_nb.gateway.openai_parts import error_shape
 
 
 class _ChatWriter(AnswerWriter):
@@ -42,11 +34,11 @@ class _ChatWriter(AnswerWriter):
         delta = {"content": chunk["message"].get("content", "")}
         done = chunk.get("done_reason") if chunk.get("done") else None
         choice = {"index": 0, "delta": delta, "finish_reason": done}
-        event = _event({**self._base, "object": "chat.completion.chunk", "choices": [choice]})
-        return event + b"data: [DONE]\n\n" if chunk.get("done") else event
+        sent = event({**self._base, "object": "chat.completion.chunk", "choices": [choice]})
+        return sent + b"data: [DONE]\n\n" if chunk.get("done") else sent
 
     def failed(self, error: ApiError) -> bytes:
-        return _event(error_shape(error))
+        return event(error_shape(error))
 
     def whole(self, completion: Completion) -> Any:
         message = {"role": "assistant", "content": completion.text}
@@ -55,14 +47,6 @@ class _ChatWriter(AnswerWriter):
 
     def refusal(self, error: ApiError) -> Any:
         return error_shape(error)
-
-
-def _event(data: Any) -> bytes:
-    return (
-        b"data: "
-        + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
-        + b"\n\n"
-    )
 
 
 async def _chat(request: Request) -> ASGIApp:
