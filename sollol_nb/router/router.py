@@ -34,7 +34,7 @@ from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.coordinators.pool import CoordinatorPool
 from sollol_nb.llama_cpp.coordinators.settings import PoolSettings
 from sollol_nb.llama_cpp.workers.workers import Workers
-from sollol_nb.models.listing import models_frame
+from sollol_nb.models.listing import ListedModel, models_frame
 from sollol_nb.models.profiles import ModelProfile
 from sollol_nb.models.routing import DISTRIBUTED, LOCAL, OLLAMA, Route, checked_backend
 from sollol_nb.ollama.pool import OllamaPool
@@ -384,8 +384,12 @@ class Router:
     async def models(self) -> pd.DataFrame:
         """The available models, one row each (see `models/listing.py`), without those of Ollama nodes that do not
         answer."""
-        models = await self._routes.models([coordinator.settings for coordinator in self.coordinators])
-        return await asyncio.to_thread(models_frame, models)
+        return await asyncio.to_thread(models_frame, await self.listed_models())
+
+    @io_bound
+    async def listed_models(self) -> list[ListedModel]:
+        """The rows of `models`, without pandas."""
+        return await self._routes.models([coordinator.settings for coordinator in self.coordinators])
 
     @io_bound
     async def preload(self, model: str | Path | Route) -> str:
