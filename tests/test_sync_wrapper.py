@@ -158,7 +158,7 @@ def test_on_the_io_loop_they_raise_instead_of_hanging(router: HybridRouter) -> N
 def test_a_router_takes_the_blocking_pool() -> None:
     pool = sync_wrapper.OllamaPool(["127.0.0.1:9"])
     assert [node.url for node in pool.nodes] == ["http://127.0.0.1:9"]
-    assert HybridRouter(pool)._async._ollama is pool._async
+    assert HybridRouter(pool)._async._engines._ollama is pool._async
 
 
 # --- Ctrl-C -----------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The router: which backend answers a request, the life of the request, and its record.
 
 - `router.py`: `Router`, the API of all this.
+- `own_engines.py`: what it works with: workers, coordinators, Ollama nodes.
 - `settings.py`: the arguments of a router, checked.
 - `finder.py`: from a model's name to a route.
 - `active_request.py`: the life of one request.

@@ -2,8 +2,8 @@
 
 `Router` can be awaited from any event loop, since its work runs on the process's I/O loop (`runtime/io_loop.py`).
 Making a router does no I/O: Ollama nodes are asked, workers probed and engines started when a request needs them.
-Its parts: `RouteFinder` decides where a request goes, `ActiveRequest` is the life of one request, and
-`ClusterControl` shows and changes workers and coordinators.
+What it works with are `OwnEngines`: there `RouteFinder` decides where a request goes, `ActiveRequest` is the life
+of one request, and `ClusterControl` shows and changes workers and coordinators.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import functools
 import html
 import os
 import weakref
-from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -26,23 +25,17 @@ from sollol_nb.chat.completion import Completion, checked_against_schema
 from sollol_nb.chat.option_checks import check_options
 from sollol_nb.chat.options import ChatOptions
 from sollol_nb.chat.request import ChatRequest, checked_timeout_s
-from sollol_nb.cluster.state import ClusterState
 from sollol_nb.errors import AnswerInterruptedError, ConfigError
 from sollol_nb.latency.log import LatencyLog
 from sollol_nb.llama_cpp.answers.base import Answer
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
-from sollol_nb.llama_cpp.coordinators.pool import CoordinatorPool
 from sollol_nb.llama_cpp.coordinators.settings import PoolSettings
-from sollol_nb.llama_cpp.workers.workers import Workers
-from sollol_nb.models.listing import ListedModel, models_frame
+from sollol_nb.models.listing import models_frame
 from sollol_nb.models.profiles import ModelProfile
-from sollol_nb.models.routing import DISTRIBUTED, LOCAL, OLLAMA, Route, checked_backend
+from sollol_nb.models.routing import Route, checked_backend
 from sollol_nb.ollama.pool import OllamaPool
-from sollol_nb.router.active_request import ActiveRequest, RequestServices
-from sollol_nb.router.cluster_control import ClusterControl
-from sollol_nb.router.finder import ModelSlots, RouteFinder
-from sollol_nb.router.settings import check_amounts, endpoints, latency_log, pool_arguments, pool_settings
-from sollol_nb.runtime.events import EventBus
+from sollol_nb.router.own_engines import OwnEngines
+from sollol_nb.router.settings import check_amounts, endpoints, latency_log, pool_settings
 from sollol_nb.runtime.io_loop import (
     hold_io_loop,
     io_bound,
@@ -68,13 +61,14 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _control(
-    method: Callable[Concatenate[ClusterControl, P], Coroutine[Any, Any, R]],
+def _of_engines(
+    method: Callable[Concatenate[Any, P], Coroutine[Any, Any, R]],
 ) -> Callable[Concatenate[Any, P], Coroutine[Any, Any, R]]:
-    """A method of `ClusterControl`, as a method of the router, which lives at least until the method has ended."""
+    """A method of the router's engines, as a method of the router, which lives at least until it has ended."""
 
     async def delegate(self: Router, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        return await method(self._control, *args, **kwargs)
+        result: R = await getattr(self._engines, method.__name__)(*args, **kwargs)
+        return result
 
     functools.update_wrapper(delegate, method)
     return delegate
@@ -154,7 +148,7 @@ class Router:
             ConfigError: an argument cannot be used.
         """
         self._timeout_s: float = config.or_default(timeout, "timeout")
-        self._options = check_options(
+        options = check_options(
             {
                 "recovery": config.or_default(recovery, "recovery"),
                 "deterministic": config.or_default(deterministic, "deterministic"),
@@ -179,35 +173,24 @@ class Router:
             llama_cpp=llama_cpp,
             keep_alive=config.or_default(keep_alive, "keep_alive"),
         )
-        self.events = EventBus()
-        self._workers = Workers(endpoints(rpc_backends), self.events)
-        self._ollama = ollama_pool or OllamaPool.auto_configure(events=self.events)
-        self._coordinators = CoordinatorPool(settings, self._workers, self.events)
-        self._routes = RouteFinder(
-            self._ollama,
+        self._engines = OwnEngines(
+            ollama_pool,
+            settings,
+            workers=endpoints(rpc_backends),
             enable_distributed=enable_distributed,
             threshold_params=distributed_threshold_params,
-            model_filter=[model_filter] if isinstance(model_filter, str) else model_filter,
+            model_filter=model_filter,
             gguf_path=gguf_path,
+            latency=latency if latency is not None else latency_log(),
+            options=options,
         )
-        self.latency = latency if latency is not None else latency_log()
-        self.state = ClusterState(self._coordinators, self._workers, self._ollama, self.events)
-        self._control = ClusterControl(
-            self._coordinators, self._workers, self._ollama, state=self.state, events=self.events
-        )
-        self._services = RequestServices(
-            routes=self._routes,
-            ollama=self._ollama,
-            coordinators=self._coordinators,
-            latency=self.latency,
-            events=self.events,
-            counts=Counter(),
-            options=self._options,
-        )
+        self.events = self._engines.events
+        self.latency = self._engines.latency
+        self.state = self._engines.state
         hold_io_loop(self)
         # A router that is garbage must not hold workers. Its engines live on for their keep_alive, so that the
         # next router, or this kernel after a restart, finds the model loaded.
-        weakref.finalize(self, _release, self._control, os.getpid()).atexit = False
+        weakref.finalize(self, _release, self._engines, os.getpid()).atexit = False
 
     def __repr__(self) -> str:
         models = ", ".join(coordinator.model for coordinator in self.coordinators) or "none"
@@ -294,7 +277,7 @@ class Router:
             timeout_s=self._timeout_s if timeout is None else timeout,
             options=options,
         )
-        return ActiveRequest(self._services, model_text(model), check, router=self).chunks()
+        return self._engines.chunks(model_text(model), check, router=self)
 
     async def resume(
         self, interrupted: AnswerInterruptedError, *, priority: int = Priority.NORMAL, timeout: float | None = None
@@ -333,44 +316,13 @@ class Router:
                 schema=interrupted.schema,
             )
 
-        return ActiveRequest(self._services, answer.model, checked, router=self, interrupted=answer).chunks()
+        return self._engines.chunks(answer.model, checked, router=self, interrupted=answer)
 
     # --- deciding -------------------------------------------------------------------------------
 
     def should_use_distributed(self, model: str | Path) -> bool:
         """Whether this router would shard the model, by its profile; contacts no node or worker."""
-        return self._routes.would_shard(model)
-
-    @io_bound
-    async def route(self, model: str | Path, *, backend: str | None = None) -> Route:
-        """Where a request for this model would go now, and why.
-
-        Args:
-            backend: as for `route_request`.
-
-        Raises:
-            ModelError, ConfigError: no backend, or not this one, can answer; the message says why.
-        """
-        return await self._routes.find(model, checked_backend(backend))
-
-    @io_bound
-    async def slots_for(self, model: str | Path, *, backend: str | None = None) -> ModelSlots:
-        """How many requests for this model would run at the same time now, and which model that is.
-
-        Args:
-            backend: as for `route_request`.
-
-        Raises:
-            ModelError, ConfigError: as for `route`.
-        """
-        route = await self.route(model, backend=backend)
-        if route.backend == OLLAMA:
-            slots = self._routes.ollama_slots(route.model)
-        else:
-            slots = self._coordinators.gate(route).slots
-        identity, saved = await self._routes.identity(route), config.saved_model(route.model)
-        defaults = {**saved.options, **({"system": saved.system} if saved.system else {})}
-        return ModelSlots(identity=identity | ({"defaults": defaults} if defaults else {}), slots=slots)
+        return self._engines.should_use_distributed(model)
 
     def profile(self, model: str | Path) -> ModelProfile:
         """What is known about a model, and from where; contacts no node or worker.
@@ -378,7 +330,12 @@ class Router:
         Raises:
             ModelFileError, ConfigError: its file or its entry in `MODEL_PROFILES` cannot be used.
         """
-        return self._routes.profile(model)
+        return self._engines.profile(model)
+
+    route = _of_engines(OwnEngines.route)
+    slots_for = _of_engines(OwnEngines.slots_for)
+    preload = _of_engines(OwnEngines.preload)
+    listed_models = _of_engines(OwnEngines.listed_models)
 
     @io_bound
     async def models(self) -> pd.DataFrame:
@@ -386,56 +343,34 @@ class Router:
         answer."""
         return await asyncio.to_thread(models_frame, await self.listed_models())
 
-    @io_bound
-    async def listed_models(self) -> list[ListedModel]:
-        """The rows of `models`, without pandas."""
-        return await self._routes.models([coordinator.settings for coordinator in self.coordinators])
-
-    @io_bound
-    async def preload(self, model: str | Path | Route) -> str:
-        """Have a model loaded where a request for it would go; returns where that is, such as `in Ollama`.
-
-        Args:
-            model: its name, or a route that it is to take.
-
-        Raises:
-            SollolError: it cannot be loaded; of the kind that fits, as for `route_request`.
-        """
-        route = model if isinstance(model, Route) else await self.route(model)
-        if route.backend == OLLAMA:
-            await self._ollama.generate(route.model, "", max_tokens=1)
-            return "in Ollama"
-        coordinator, _ = await self._coordinators.get(route)
-        return f"at {coordinator.base_url}"
-
     # --- workers and coordinators ---------------------------------------------------------------
 
-    cluster = _control(ClusterControl.cluster)
-    status = _control(ClusterControl.status)
-    check_workers = _control(ClusterControl.check_workers)
-    start_workers = _control(ClusterControl.start_workers)
-    ensure_workers = _control(ClusterControl.ensure_workers)
-    stop_workers = _control(ClusterControl.stop_workers)
-    share_workers = _control(ClusterControl.share_workers)
-    wait_started = _control(ClusterControl.wait_started)
-    end_coordinators = _control(ClusterControl.end_coordinators)
-    discover_workers = _control(ClusterControl.discover_workers)
-    add_worker = _control(ClusterControl.add_worker)
-    take_workers = _control(ClusterControl.take_workers)
-    remove_worker = _control(ClusterControl.remove_worker)
-    stop_coordinator = _control(ClusterControl.stop_coordinator)
-    apply_plan = _control(ClusterControl.apply_plan)
-    what_if = _control(ClusterControl.what_if)
-    configure = _control(ClusterControl.configure)
+    cluster = _of_engines(OwnEngines.cluster)
+    status = _of_engines(OwnEngines.status)
+    check_workers = _of_engines(OwnEngines.check_workers)
+    start_workers = _of_engines(OwnEngines.start_workers)
+    ensure_workers = _of_engines(OwnEngines.ensure_workers)
+    stop_workers = _of_engines(OwnEngines.stop_workers)
+    share_workers = _of_engines(OwnEngines.share_workers)
+    wait_started = _of_engines(OwnEngines.wait_started)
+    end_coordinators = _of_engines(OwnEngines.end_coordinators)
+    discover_workers = _of_engines(OwnEngines.discover_workers)
+    add_worker = _of_engines(OwnEngines.add_worker)
+    take_workers = _of_engines(OwnEngines.take_workers)
+    remove_worker = _of_engines(OwnEngines.remove_worker)
+    stop_coordinator = _of_engines(OwnEngines.stop_coordinator)
+    apply_plan = _of_engines(OwnEngines.apply_plan)
+    what_if = _of_engines(OwnEngines.what_if)
+    configure = _of_engines(OwnEngines.configure)
 
     def route_of(self, coordinator: Coordinator) -> Route:
         """The route that one of this router's coordinators was started for."""
-        return self._coordinators.route_of(coordinator)
+        return self._engines.route_of(coordinator)
 
     @property
     def worker_endpoints(self) -> list[str]:
         """All known workers as `host:port`, in the order in which they became known."""
-        return self._workers.endpoints
+        return self._engines.worker_endpoints
 
     @property
     def coordinator(self) -> Coordinator | None:
@@ -451,12 +386,12 @@ class Router:
     @property
     def coordinators(self) -> list[Coordinator]:
         """All running coordinators, local ones too, the most recently used last."""
-        return self._coordinators.coordinators
+        return self._engines.coordinators
 
     @property
     def layer_strategy(self) -> str:
         """How the layers of the next models are spread."""
-        return self.settings.layer_strategy
+        return self._engines.layer_strategy
 
     def get_stats(self) -> dict[str, Any]:
         """Counts and states of this router.
@@ -465,12 +400,9 @@ class Router:
         found), `coordinator_uptime_seconds` (of `coordinator`; 0 without), `active_rpc_backends` (workers held),
         `known_rpc_backends`, `coordinators` (model to URL).
         """
-        counts, running = self._services.counts, self.coordinators
+        running = self.coordinators
         return {
-            "distributed_requests": counts[DISTRIBUTED],
-            "ollama_requests": counts[OLLAMA],
-            "local_requests": counts[LOCAL],
-            "failed_requests": counts[""],
+            **self._engines.request_counts(),
             "coordinator_uptime_seconds": round(self.coordinator.uptime_s, 3) if self.coordinator else 0,
             "active_rpc_backends": sum(len(coordinator.rpc_backends) for coordinator in running),
             "known_rpc_backends": len(self.worker_endpoints),
@@ -482,7 +414,7 @@ class Router:
     @property
     def settings(self) -> PoolSettings:
         """How coordinators are started; `configure` changes it."""
-        return self._coordinators.settings
+        return self._engines.settings
 
     @property
     def timeout_s(self) -> float:
@@ -496,20 +428,9 @@ class Router:
             exact: it uses no running coordinator that was started with other settings than its own.
             **changes: arguments of the class; all others are as they are here now.
         """
-        arguments = {
-            "ollama_pool": OllamaPool([node.url for node in self._ollama.nodes]),
-            "rpc_backends": self.worker_endpoints,
-            "timeout": self.timeout_s,
-            **self._options,
-            "latency": self.latency,
-            "enable_distributed": self._routes.enable_distributed,
-            "distributed_threshold_params": self._routes.threshold_params,
-            "model_filter": self._routes.model_filter,
-            "gguf_path": self._routes.gguf_path,
-            **pool_arguments(self.settings),
-        }
+        arguments = {**self._engines.arguments(), "timeout": self.timeout_s}
         sibling = type(self)(**{**arguments, **changes})
-        sibling._coordinators.settings = replace(sibling.settings, exact=exact)
+        sibling._engines.settings = replace(sibling.settings, exact=exact)
         return sibling
 
     async def close(self, *, keep: bool = False) -> None:
@@ -525,7 +446,7 @@ class Router:
     @io_bound
     async def _close(self, keep: bool) -> None:
         release_io_loop(self)
-        await self._control.close(keep=keep)
+        await self._engines.close(keep=keep)
         await asyncio.to_thread(self.latency.flush)
 
     async def __aenter__(self) -> Self:
@@ -541,6 +462,6 @@ async def _joined(chunks: AsyncGenerator[Chunk, None], *before: Chunk) -> Comple
         return Completion.from_chunks([*before, *[chunk async for chunk in chunks]])
 
 
-def _release(control: ClusterControl, process_id: int) -> None:
+def _release(engines: OwnEngines, process_id: int) -> None:
     if process_id == os.getpid():  # else it is the copy in a forked child, and the connections are not the child's
-        submit(control.close(keep=True))
+        submit(engines.close(keep=True))

@@ -77,7 +77,7 @@ def test_its_token_time_was_predicted_from_the_layouts_before_it(
     sharding.stop_coordinator()
     sharding.cluster()
     sharding.route_request(endless, QUESTION, temperature=0, max_tokens=20)
-    pool = sharding._async._coordinators
+    pool = sharding._async._engines._coordinators
     measurements = pool._measurements
     speeds = measurements.speeds(Path(endless), pool.coordinators, pool._workers.round_trips_ms)
     assert speeds is not None

@@ -1,0 +1,205 @@
+"""The engines of a router in this process: workers, coordinators and Ollama nodes, and the requests to them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sollol_nb.chat.chunk import Chunk
+from sollol_nb.chat.request import ChatRequest
+from sollol_nb.cluster.state import ClusterState
+from sollol_nb.latency.log import LatencyLog
+from sollol_nb.llama_cpp.answers.base import Answer
+from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
+from sollol_nb.llama_cpp.coordinators.pool import CoordinatorPool
+from sollol_nb.llama_cpp.coordinators.settings import PoolSettings
+from sollol_nb.llama_cpp.workers.workers import Workers
+from sollol_nb.models.listing import ListedModel
+from sollol_nb.models.profiles import ModelProfile
+from sollol_nb.models.routing import DISTRIBUTED, LOCAL, OLLAMA, Route, checked_backend
+from sollol_nb.ollama.pool import OllamaPool
+from sollol_nb.router.active_request import ActiveRequest, RequestServices
+from sollol_nb.router.cluster_control import ClusterControl
+from sollol_nb.router.finder import ModelSlots, RouteFinder
+from sollol_nb.router.settings import pool_arguments
+from sollol_nb.runtime.events import EventBus
+from sollol_nb.runtime.io_loop import io_bound
+from sollol_nb.settings import config
+
+
+class OwnEngines(ClusterControl):
+    """What a router works with that has no gateway. Making it does no I/O.
+
+    Attributes:
+        events, latency, state: as of the router.
+    """
+
+    def __init__(
+        self,
+        ollama: OllamaPool | None,
+        settings: PoolSettings,
+        *,
+        workers: Iterable[str],
+        enable_distributed: bool,
+        threshold_params: float | None,
+        model_filter: Collection[str] | None,
+        gguf_path: str | Path | None,
+        latency: LatencyLog,
+        options: Mapping[str, Any],
+    ) -> None:
+        """Arguments are those of `Router`, checked; `options` are of requests that do not have them."""
+        events = EventBus()
+        known = Workers(workers, events)
+        ollama = ollama or OllamaPool.auto_configure(events=events)
+        coordinators = CoordinatorPool(settings, known, events)
+        state = ClusterState(coordinators, known, ollama, events)
+        super().__init__(coordinators, known, ollama, state=state, events=events)
+        self.events = events
+        self.latency = latency
+        self.state = state
+        self._options = options
+        self._routes = RouteFinder(
+            ollama,
+            enable_distributed=enable_distributed,
+            threshold_params=threshold_params,
+            model_filter=[model_filter] if isinstance(model_filter, str) else model_filter,
+            gguf_path=gguf_path,
+        )
+        self._services = RequestServices(
+            routes=self._routes,
+            ollama=ollama,
+            coordinators=coordinators,
+            latency=latency,
+            events=events,
+            counts=Counter(),
+            options=options,
+        )
+
+    def chunks(
+        self, model: str, check: Callable[[], ChatRequest], *, router: object, interrupted: Answer | None = None
+    ) -> AsyncGenerator[Chunk, None]:
+        """The answer to a request; arguments are those of `ActiveRequest`."""
+        return ActiveRequest(self._services, model, check, router=router, interrupted=interrupted).chunks()
+
+    # --- deciding -------------------------------------------------------------------------------
+
+    def should_use_distributed(self, model: str | Path) -> bool:
+        """Whether this router would shard the model, by its profile; contacts no node or worker."""
+        return self._routes.would_shard(model)
+
+    def profile(self, model: str | Path) -> ModelProfile:
+        """What is known about a model, and from where; contacts no node or worker.
+
+        Raises:
+            ModelFileError, ConfigError: its file or its entry in `MODEL_PROFILES` cannot be used.
+        """
+        return self._routes.profile(model)
+
+    @io_bound
+    async def route(self, model: str | Path, *, backend: str | None = None) -> Route:
+        """Where a request for this model would go now, and why.
+
+        Args:
+            backend: as for `route_request`.
+
+        Raises:
+            ModelError, ConfigError: no backend, or not this one, can answer; the message says why.
+        """
+        return await self._routes.find(model, checked_backend(backend))
+
+    @io_bound
+    async def slots_for(self, model: str | Path, *, backend: str | None = None) -> ModelSlots:
+        """How many requests for this model would run at the same time now, and which model that is.
+
+        Args:
+            backend: as for `route_request`.
+
+        Raises:
+            ModelError, ConfigError: as for `route`.
+        """
+        route = await self.route(model, backend=backend)
+        if route.backend == OLLAMA:
+            slots = self._routes.ollama_slots(route.model)
+        else:
+            slots = self._coordinators.gate(route).slots
+        identity, saved = await self._routes.identity(route), config.saved_model(route.model)
+        defaults = {**saved.options, **({"system": saved.system} if saved.system else {})}
+        return ModelSlots(identity=identity | ({"defaults": defaults} if defaults else {}), slots=slots)
+
+    @io_bound
+    async def listed_models(self) -> list[ListedModel]:
+        """The rows of `models`, without pandas."""
+        return await self._routes.models([coordinator.settings for coordinator in self.coordinators])
+
+    @io_bound
+    async def preload(self, model: str | Path | Route) -> str:
+        """Have a model loaded where a request for it would go; returns where that is, such as `in Ollama`.
+
+        Args:
+            model: its name, or a route that it is to take.
+
+        Raises:
+            SollolError: it cannot be loaded; of the kind that fits, as for `route_request`.
+        """
+        route = model if isinstance(model, Route) else await self.route(model)
+        if route.backend == OLLAMA:
+            await self._ollama.generate(route.model, "", max_tokens=1)
+            return "in Ollama"
+        coordinator, _ = await self._coordinators.get(route)
+        return f"at {coordinator.base_url}"
+
+    # --- what is known now ------------------------------------------------------------------------
+
+    @property
+    def coordinators(self) -> list[Coordinator]:
+        """All running coordinators, local ones too, the most recently used last."""
+        return self._coordinators.coordinators
+
+    @property
+    def worker_endpoints(self) -> list[str]:
+        """All known workers as `host:port`, in the order in which they became known."""
+        return self._workers.endpoints
+
+    @property
+    def settings(self) -> PoolSettings:
+        """How coordinators are started."""
+        return self._coordinators.settings
+
+    @settings.setter
+    def settings(self, settings: PoolSettings) -> None:
+        self._coordinators.settings = settings
+
+    @property
+    def layer_strategy(self) -> str:
+        """How the layers of the next models are spread."""
+        return self.settings.layer_strategy
+
+    def route_of(self, coordinator: Coordinator) -> Route:
+        """The route that one of the coordinators was started for."""
+        return self._coordinators.route_of(coordinator)
+
+    def request_counts(self) -> dict[str, int]:
+        """How many requests have ended, for `get_stats`."""
+        counts = self._services.counts
+        return {
+            "distributed_requests": counts[DISTRIBUTED],
+            "ollama_requests": counts[OLLAMA],
+            "local_requests": counts[LOCAL],
+            "failed_requests": counts[""],
+        }
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of `Router` that give other engines like these, over the same workers and Ollama nodes."""
+        return {
+            "ollama_pool": OllamaPool([node.url for node in self._ollama.nodes]),
+            "rpc_backends": self.worker_endpoints,
+            **self._options,
+            "latency": self.latency,
+            "enable_distributed": self._routes.enable_distributed,
+            "distributed_threshold_params": self._routes.threshold_params,
+            "model_filter": self._routes.model_filter,
+            "gguf_path": self._routes.gguf_path,
+            **pool_arguments(self.settings),
+        }
