@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+import time
 
-from sollol_nb.gateway.gateway import Gateway
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from sollol_nb.gateway.gateway import FinishedRequest, Gateway
 from sollol_nb.gateway.keys import ANYBODY
 
 
@@ -18,4 +20,24 @@ class Access:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["sollol.key"] = ANYBODY
         scope["sollol.stopped"] = self._gateway.stopped
-        await self._app(scope, receive, send)
+        status, began = 0, time.perf_counter()
+
+        async def send_noted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_noted)
+        finally:
+            finished = FinishedRequest(
+                method=scope.get("method", ""),
+                path=scope.get("path", ""),
+                status=status,
+                duration_s=time.perf_counter() - began,
+                key=scope["sollol.key"].name,
+                answer=scope.get("sollol.answer"),
+            )
+            for note in self._gateway.on_finished:
+                note(finished)

@@ -75,7 +75,9 @@ class AnswerRecord:
     Attributes:
         api: `ollama`, `openai`, `anthropic` or `notebook`.
         model: as the client names it.
+        operation: `chat`, `text_completion` or `embeddings`, as in OpenTelemetry's conventions.
         error: one line; "" for a complete answer.
+        error_kind: as in `ApiError.kind`, or `cancelled` where the client disconnected; "" for a complete answer.
         routing: the last `_routing`; empty where the request was not routed.
         prompt_tokens, completion_tokens: None where unknown.
         done_reason: as in Ollama's API.
@@ -83,7 +85,9 @@ class AnswerRecord:
 
     api: str
     model: str
+    operation: str = "chat"
     error: str = ""
+    error_kind: str = ""
     routing: Mapping[str, Any] = field(default_factory=dict)
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
@@ -111,7 +115,8 @@ class AnswerResponse:
         self._router = router
         self._call = call
         self._writer = writer
-        self._record = AnswerRecord(api, call.model)
+        operation = "text_completion" if call.is_generate else "chat"
+        self._record = AnswerRecord(api, call.model, operation)
         self._has_started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -134,7 +139,7 @@ class AnswerResponse:
         elif not answering.cancelled():
             answering.result()
         elif not self._record.error:
-            self._record.error = "the client disconnected"
+            self._record.error, self._record.error_kind = "the client disconnected", "cancelled"
 
     async def _stream(self, send: Send) -> None:
         buffer = _Buffer()
@@ -182,7 +187,7 @@ class AnswerResponse:
     # --- sending ----------------------------------------------------------------------------------
 
     async def _fail(self, send: Send, error: ApiError) -> None:
-        self._record.error = error.message
+        self._record.error, self._record.error_kind = error.message, error.kind
         if self._has_started:
             body: Message = {"type": "http.response.body", "body": self._writer.failed(error)}
             await _within_limit(send(body))

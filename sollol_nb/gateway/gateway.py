@@ -3,15 +3,37 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from starlette.requests import Request
 from starlette.types import ASGIApp
 
-from sollol_nb.gateway.answers import AnswerResponse, AnswerWriter
+from sollol_nb.gateway.answers import AnswerRecord, AnswerResponse, AnswerWriter
 from sollol_nb.gateway.calls import ChatCall
 from sollol_nb.gateway.failures import ApiError
 from sollol_nb.hybrid_router import HybridRouter
 from sollol_nb.ollama.pool import OllamaPool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedRequest:
+    """One HTTP request that has ended, for the log and the metrics.
+
+    Attributes:
+        method, path: of the request, without the query.
+        status: of the response; 0 if none was sent.
+        duration_s: from its headers to the end of its response.
+        key: the name of its key; "" without one.
+        answer: what the answer was; None where none was requested.
+    """
+
+    method: str
+    path: str
+    status: int
+    duration_s: float
+    key: str
+    answer: AnswerRecord | None
 
 
 class Gateway:
@@ -22,6 +44,7 @@ class Gateway:
         router: its router, over these nodes and the workers of the settings.
         is_draining: whether it ends, and accepts no more requests.
         stopped: has an error once the requests that still run are to be ended with it.
+        on_finished: called with each request that has ended; each must be quick.
     """
 
     def __init__(self, router: HybridRouter, ollama: OllamaPool) -> None:
@@ -29,6 +52,7 @@ class Gateway:
         self.ollama = ollama
         self.is_draining = False
         self.stopped: asyncio.Future[ApiError] = asyncio.get_running_loop().create_future()
+        self.on_finished: list[Callable[[FinishedRequest], None]] = []
 
 
 def gateway_of(request: Request) -> Gateway:
