@@ -1,0 +1,267 @@
+"""The official clients stream through the death of machines, and receive the undisturbed answer."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import anthropic
+import httpx
+import ollama
+import openai
+import psutil
+import pytest
+
+from sollol_nb.latency.log import LatencyLog
+from sollol_nb.llama_cpp.engine.check import Engine
+from sollol_nb.llama_cpp.processes import registry
+from tests.chaos.machines import Cluster
+from tests.support.engines import HANG_GUARD_S, eventually, with_variable
+from tests.support.gateway import GatewayProcess, running_gateway
+
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals"),
+]
+
+QUESTION = [{"role": "user", "content": "Tell me everything about sharding."}]
+STORY = [{"role": "user", "content": "Write a long story about a lighthouse keeper."}]
+TOKENS = 300
+TOKENS_OF_REAL_MODEL = 60
+STRIKE_AFTER = 8
+"""Pieces of text. The answers have many more."""
+
+Texts = Iterator[str]
+AsyncTexts = AsyncIterator[str]
+
+
+class Clients:
+    """How each official client streams the text of an answer."""
+
+    def __init__(self, url: str, tokens: int) -> None:
+        self.url = url
+        self.tokens = tokens
+        self._openai: dict[str, Any] = {"base_url": f"{url}/v1", "api_key": "none", "max_retries": 0}
+        self._anthropic: dict[str, Any] = {"base_url": url, "api_key": "none", "max_retries": 0}
+
+    def openai_chat(self, model: str, messages: list[Any]) -> Texts:
+        stream: Any = openai.OpenAI(**self._openai).chat.completions.create(
+            model=model, messages=messages, temperature=0, max_tokens=self.tokens, stream=True
+        )
+        for chunk in stream:
+            yield chunk.choices[0].delta.content or "" if chunk.choices else ""
+
+    def openai_responses(self, model: str, messages: list[Any]) -> Texts:
+        client = openai.OpenAI(**self._openai)
+        for event in client.responses.create(
+            model=model, input=messages, temperature=0, max_output_tokens=self.tokens, stream=True
+        ):
+            yield event.delta if event.type == "response.output_text.delta" else ""
+
+    def anthropic_messages(self, model: str, messages: list[Any]) -> Texts:
+        client = anthropic.Anthropic(**self._anthropic)
+        with client.messages.stream(
+            model=model, messages=messages, temperature=0, max_tokens=self.tokens
+        ) as stream:
+            yield from stream.text_stream
+
+    def ollama_chat(self, model: str, messages: list[Any]) -> Texts:
+        options = {"temperature": 0, "num_predict": self.tokens}
+        for chunk in ollama.Client(self.url).chat(model, messages, stream=True, options=options):
+            yield chunk.message.content or ""
+
+    async def async_openai_chat(self, model: str, messages: list[Any]) -> AsyncTexts:
+        stream: Any = await openai.AsyncOpenAI(**self._openai).chat.completions.create(
+            model=model, messages=messages, temperature=0, max_tokens=self.tokens, stream=True
+        )
+        async for chunk in stream:
+            yield chunk.choices[0].delta.content or "" if chunk.choices else ""
+
+    async def async_openai_responses(self, model: str, messages: list[Any]) -> AsyncTexts:
+        client = openai.AsyncOpenAI(**self._openai)
+        stream = await client.responses.create(
+            model=model, input=messages, temperature=0, max_output_tokens=self.tokens, stream=True
+        )
+        async for event in stream:
+            yield event.delta if event.type == "response.output_text.delta" else ""
+
+    async def async_anthropic_messages(self, model: str, messages: list[Any]) -> AsyncTexts:
+        client = anthropic.AsyncAnthropic(**self._anthropic)
+        async with client.messages.stream(
+            model=model, messages=messages, temperature=0, max_tokens=self.tokens
+        ) as stream:
+            async for text in stream.text_stream:
+                yield text
+
+    async def async_ollama_chat(self, model: str, messages: list[Any]) -> AsyncTexts:
+        options = {"temperature": 0, "num_predict": self.tokens}
+        client = ollama.AsyncClient(self.url)
+        async for chunk in await client.chat(model, messages, stream=True, options=options):
+            yield chunk.message.content or ""
+
+
+BLOCKING = ("openai_chat", "openai_responses", "anthropic_messages", "ollama_chat")
+ALL = (*BLOCKING, *(f"async_{name}" for name in BLOCKING))
+
+
+@pytest.fixture(scope="module")
+def state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A state folder in which only this module's gateways keep their engines."""
+    folder = tmp_path_factory.mktemp("survival")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SOLLOL_STATE_DIR", str(folder))
+        yield folder
+        eventually(lambda: not with_variable("SOLLOL_STATE_DIR", str(folder)), "no process is left")
+
+
+@pytest.fixture(scope="module")
+def cluster(engine: Engine, state: Path) -> Iterator[Cluster]:
+    """Three machines and a spare one."""
+    with Cluster(engine) as machines:
+        yield machines
+
+
+@pytest.fixture(scope="module")
+def over_machines(cluster: Cluster) -> Iterator[GatewayProcess]:
+    """A gateway over these machines."""
+    with gateway_over(cluster) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def all_machines_are_well(cluster: Cluster) -> None:
+    cluster.make_well()
+
+
+@contextmanager
+def gateway_over(cluster: Cluster, **variables: str) -> Iterator[GatewayProcess]:
+    endpoints = ",".join(machine.endpoint for machine in cluster.machines)
+    settings = {"RPC_BACKENDS": endpoints, "SOLLOL_KEEP_ALIVE": "5s", **variables}
+    with running_gateway(variables=settings) as running:
+        yield running
+
+
+def kill_a_worker(cluster: Cluster) -> None:
+    """Kill one of the workers that hold layers now."""
+    cluster.machine(sorted(registry.holders())[0]).kill()
+
+
+def kill_the_coordinator(_: Cluster) -> None:
+    for entry in registry.entries(registry.COORDINATOR):
+        psutil.Process(entry.pid).kill()
+
+
+def streamed(
+    gateway: GatewayProcess, client: str, model: str, messages: list[Any], strike: Callable[[], None]
+) -> str:
+    """The text that a client receives, while something strikes after its first pieces."""
+    tokens = TOKENS_OF_REAL_MODEL if model == "smollm2" else TOKENS
+    texts: Any = getattr(Clients(gateway.url, tokens), client)(model, messages)
+    received: list[str] = []
+
+    def receive(text: str) -> None:
+        if text:
+            received.append(text)
+            if len(received) == STRIKE_AFTER:
+                strike()
+
+    async def receive_all() -> None:
+        async with asyncio.timeout(HANG_GUARD_S):
+            async for text in texts:
+                receive(text)
+
+    if client.startswith("async_"):
+        asyncio.run(receive_all())
+    else:
+        for text in texts:
+            receive(text)
+    assert len(received) >= STRIKE_AFTER, f"the answer ended before anything struck: {received}"
+    return "".join(received)
+
+
+def survived(
+    gateway: GatewayProcess, client: str, model: str, messages: list[Any], strike: Callable[[], None]
+) -> str:
+    """The text that a client receives through a failover."""
+    before = failovers()
+    text = streamed(gateway, client, model, messages, strike)
+    eventually(lambda: failovers() > before, "the gateway has recorded a failover")
+    return text
+
+
+def failovers() -> int:
+    """How many failovers the latency log of the gateways has."""
+    return int(LatencyLog().frame()["failovers"].sum())
+
+
+@pytest.fixture(scope="module")
+def undisturbed(over_machines: GatewayProcess) -> str:
+    return streamed(over_machines, "openai_chat", "demo:sharded", QUESTION, lambda: None)
+
+
+@pytest.mark.parametrize("client", ALL)
+def test_a_client_streams_through_the_death_of_a_worker(
+    over_machines: GatewayProcess, cluster: Cluster, client: str, undisturbed: str
+) -> None:
+    assert survived(over_machines, client, "demo:sharded", QUESTION, lambda: kill_a_worker(cluster)) == undisturbed
+
+
+@pytest.mark.parametrize("client", BLOCKING)
+def test_a_client_streams_through_the_death_of_the_coordinator(
+    over_machines: GatewayProcess, cluster: Cluster, client: str, undisturbed: str
+) -> None:
+    def strike() -> None:
+        kill_the_coordinator(cluster)
+
+    assert survived(over_machines, client, "demo:sharded", QUESTION, strike) == undisturbed
+
+
+@pytest.fixture(scope="module")
+def exact(cluster: Cluster, smollm2: Path) -> Iterator[tuple[GatewayProcess, str]]:
+    """A gateway that shards a real model, deterministic and with exact recovery, and its undisturbed story."""
+    model = {"SOLLOL_MODELS": f"smollm2={smollm2}", "SOLLOL_DETERMINISTIC": "1", "SOLLOL_THRESHOLD_PARAMS": "0.01"}
+    with gateway_over(cluster, **model) as running:
+        yield running, streamed(running, "openai_chat", "smollm2", STORY, lambda: None)
+
+
+@pytest.mark.parametrize("client", BLOCKING)
+def test_with_exact_recovery_the_answer_of_a_real_model_is_the_undisturbed_one(
+    exact: tuple[GatewayProcess, str], cluster: Cluster, client: str
+) -> None:
+    gateway, undisturbed = exact
+    assert survived(gateway, client, "smollm2", STORY, lambda: kill_a_worker(cluster)) == undisturbed
+
+
+def test_when_no_worker_is_left_the_client_gets_an_error_and_later_requests_work(
+    over_machines: GatewayProcess, cluster: Cluster, undisturbed: str
+) -> None:
+    def kill_all() -> None:
+        for machine in cluster.machines:
+            machine.kill()
+
+    with pytest.raises(openai.APIError, match="worker"):
+        streamed(over_machines, "openai_chat", "demo:sharded", QUESTION, kill_all)
+    cluster.make_well()
+    assert streamed(over_machines, "openai_chat", "demo:sharded", QUESTION, lambda: None) == undisturbed
+
+
+def test_the_header_of_a_whole_answer_says_how_many_failovers_it_had(
+    over_machines: GatewayProcess, cluster: Cluster, undisturbed: str
+) -> None:
+    body = {"model": "demo:sharded", "messages": QUESTION, "temperature": 0, "max_tokens": TOKENS}
+
+    async def ask() -> httpx.Response:
+        async with httpx.AsyncClient(timeout=HANG_GUARD_S) as client:
+            asking = asyncio.create_task(client.post(f"{over_machines.url}/v1/chat/completions", json=body))
+            await asyncio.to_thread(eventually, lambda: registry.holders(), "workers are held")
+            await asyncio.to_thread(kill_a_worker, cluster)
+            return await asking
+
+    response = asyncio.run(ask())
+    assert response.json()["choices"][0]["message"]["content"] == undisturbed
+    assert response.headers["X-Sollol-Route"].startswith("llama.cpp-distributed http")
+    assert int(response.headers["X-Sollol-Failovers"]) >= 1
