@@ -200,7 +200,15 @@ class OllamaUnavailableError(OllamaError):
 
 
 class OllamaResponseError(OllamaError):
-    """An Ollama node answered with an error; the message is Ollama's own."""
+    """An Ollama node answered with an error; the message is Ollama's own.
+
+    Attributes:
+        status: the HTTP status with which it refused the request; None where the node failed.
+    """
+
+    def __init__(self, message: str, *, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 # --- requests ---------------------------------------------------------------------------------

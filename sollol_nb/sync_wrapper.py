@@ -93,6 +93,7 @@ class HybridRouter:
     take_workers = blocking(hybrid_router.HybridRouter.take_workers)
     stop_coordinator = blocking(hybrid_router.HybridRouter.stop_coordinator)
     preload = blocking(hybrid_router.HybridRouter.preload)
+    unload = blocking(hybrid_router.HybridRouter.unload)
     apply_plan = blocking(hybrid_router.HybridRouter.apply_plan)
     what_if = blocking(hybrid_router.HybridRouter.what_if)
     configure = blocking(hybrid_router.HybridRouter.configure)
@@ -205,6 +206,8 @@ class OllamaPool:
     list = blocking(ollama_pool.OllamaPool.list)
     ps = blocking(ollama_pool.OllamaPool.ps)
     show = blocking(ollama_pool.OllamaPool.show)
+    unload = blocking(ollama_pool.OllamaPool.unload)
+    versions = blocking(ollama_pool.OllamaPool.versions)
     pull = blocking_stream(ollama_pool.OllamaPool.pull)
     close = blocking(ollama_pool.OllamaPool.close)
 

@@ -87,6 +87,8 @@ def api_error(error: Exception) -> ApiError:
     """The error as its client is informed. One that is not of this package shows nothing of itself."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, errors.OllamaResponseError) and error.status in (400, 422):
+        return ApiError(error.status, "invalid", str(error))
     for kind_of_error, status, kind in _TABLE:
         if isinstance(error, kind_of_error):
             retry_after_s = RETRY_AFTER_S if status in (502, 503) else None

@@ -201,7 +201,7 @@ def _refused(node: OllamaNode, status: int, reason: str) -> Exception:
         return NodeLostError(message, reason=message)
     if status == 401:
         message += "; a cloud model needs `ollama signin` there, and this package sends no other login"
-    return OllamaResponseError(message)
+    return OllamaResponseError(message, status=status)
 
 
 def _chunk(node: OllamaNode, line: str) -> dict[str, Any]:

@@ -27,6 +27,7 @@ INVENTORY_FRESH_S = 10.0  # an older inventory is refreshed during the next requ
 INVENTORY_RECENT_S = 1.0  # a younger inventory is trusted when it lacks a model
 FIRST_RETRY_S = 1.0
 LONGEST_RETRY_S = 60.0
+LONGEST_VERSION = 40  # characters; a name such as 0.17.4-rc1
 
 NEW_SAMPLE_WEIGHT = 0.3
 ASSUMED_MS_PER_TOKEN = 50.0  # of a node that is busy but was never measured
@@ -254,6 +255,15 @@ class OllamaNode:
         except TransportError:
             return False
         return True
+
+    async def version(self) -> str:
+        """The version of Ollama that it runs; "" if it does not say."""
+        try:
+            answer = await self.client.get("/api/version", timeout_s=QUERY_TIMEOUT_S)
+        except TransportError:
+            return ""
+        version = answer.get("version") if isinstance(answer, Mapping) else None
+        return one_line(version, LONGEST_VERSION) if isinstance(version, str) else ""
 
     async def entries(self, path: str) -> list[dict[str, Any]]:
         """The well-formed entries of `/api/tags` (on disk) or `/api/ps` (loaded).

@@ -46,6 +46,7 @@ from sollol_nb.settings.endpoints import LOOPBACK
 FIRST_TOKEN_TIMEOUT_S = 600.0  # loading hundreds of gigabytes from a slow disk takes minutes
 SILENCE_TIMEOUT_S = 60.0
 PROBE_AFTER_S = 5.0
+UNLOAD_TIMEOUT_S = 30.0
 STATUS_CHARS = 60  # of a pull; the longest has a digest
 
 
@@ -285,6 +286,23 @@ class OllamaPool:
                 )
             except NodeLostError as error:
                 request.failed[offer.url] = error
+
+    @io_bound
+    async def unload(self, /, model: str) -> None:
+        """Have a model unloaded by every node that has it loaded. Errors are those of `chat`."""
+        key = ModelName.parse(model).key
+        for node in await self._serving.nodes_with_loaded(key):
+            body = request_body(model, prompt="", keep_alive=0, stream=False)
+            try:
+                await self._serving.post(node, GENERATE, body, Deadline(UNLOAD_TIMEOUT_S, model))
+            except NodeLostError as error:
+                raise OllamaUnavailableError(f"{model} may still be loaded: {error}") from error
+            node.record_unload(key)
+
+    @io_bound
+    async def versions(self) -> dict[str, str]:
+        """The version of Ollama that each node which can be used runs, by URL."""
+        return await self._serving.versions()
 
     @io_bound_stream
     async def pull(

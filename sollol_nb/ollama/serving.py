@@ -335,6 +335,21 @@ class Serving:
             raise self.unavailable()
         return entries
 
+    async def nodes_with_loaded(self, key: str) -> list[OllamaNode]:
+        """The nodes that have a model loaded, asked now."""
+        await self.refresh()
+        nodes = self.nodes.values()
+        return [
+            node for node in nodes if node.state is NodeState.READY and node.residency(key) is Residency.LOADED
+        ]
+
+    async def versions(self) -> dict[str, str]:
+        """What each node that can be used answers to `/api/version`, by URL."""
+        await _refresh(node for node in self.nodes.values() if node.state is NodeState.UNKNOWN)
+        ready = [node for node in self.nodes.values() if node.state is NodeState.READY]
+        versions = await asyncio.gather(*(node.version() for node in ready))
+        return {node.url: version for node, version in zip(ready, versions, strict=True) if version}
+
     def _node_changed(self, node: OllamaNode, *, has_new_state: bool) -> None:
         # Requests that wait chose a node by the state before.
         for waited_for in self.nodes.values():

@@ -27,6 +27,7 @@ from sollol_nb.router.settings import pool_arguments
 from sollol_nb.runtime.events import EventBus
 from sollol_nb.runtime.io_loop import io_bound
 from sollol_nb.settings import config
+from sollol_nb.settings.kinds import keep_alive_seconds
 
 
 class OwnEngines(ClusterControl):
@@ -134,21 +135,40 @@ class OwnEngines(ClusterControl):
         return await self._routes.models([coordinator.settings for coordinator in self.coordinators])
 
     @io_bound
-    async def preload(self, model: str | Path | Route) -> str:
+    async def preload(self, model: str | Path | Route, *, keep_alive: float | str | None = None) -> str:
         """Have a model loaded where a request for it would go; returns where that is, such as `in Ollama`.
 
         Args:
             model: its name, or a route that it is to take.
+            keep_alive: how long it lives without a request from now on, as in `Router`; None changes nothing.
 
         Raises:
             SollolError: it cannot be loaded; of the kind that fits, as for `route_request`.
         """
         route = model if isinstance(model, Route) else await self.route(model)
+        seconds = None if keep_alive is None else keep_alive_seconds(keep_alive)
         if route.backend == OLLAMA:
-            await self._ollama.generate(route.model, "", max_tokens=1)
+            sent = -1 if keep_alive is not None and seconds is None else seconds  # Ollama's "forever"
+            await self._ollama.generate(route.model, "", max_tokens=1, keep_alive=sent)
             return "in Ollama"
         coordinator, _ = await self._coordinators.get(route)
+        if keep_alive is not None:
+            await coordinator.keep_alive(seconds)
         return f"at {coordinator.base_url}"
+
+    @io_bound
+    async def unload(self, model: str | Path) -> None:
+        """Have a model unloaded where it is loaded: by the Ollama nodes, or by ending its coordinators, unless
+        another process uses them. Nothing happens if it is not loaded.
+
+        Raises:
+            ModelError, ConfigError: as for `route`.
+        """
+        route = await self.route(model)
+        if route.backend == OLLAMA:
+            await self._ollama.unload(route.model)
+        else:
+            await self.end_coordinators(route.model)
 
     # --- what is known now ------------------------------------------------------------------------
 

@@ -335,6 +335,7 @@ class Router:
     route = _of_engines(OwnEngines.route)
     slots_for = _of_engines(OwnEngines.slots_for)
     preload = _of_engines(OwnEngines.preload)
+    unload = _of_engines(OwnEngines.unload)
     listed_models = _of_engines(OwnEngines.listed_models)
 
     @io_bound
