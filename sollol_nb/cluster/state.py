@@ -135,6 +135,15 @@ class ClusterState:
         self._others = await self._coordinators.of_other_kernels()
         return self.status()
 
+    @io_bound
+    async def current(self) -> dict[str, Any]:
+        """The state as plain data: as it is kept while somebody watches, else after a check as by `refresh`."""
+        if not self.is_watched and not self.is_closed:
+            await self.refresh()
+            await self.watch(_no_listener)
+            await self.unwatch(_no_listener)
+        return self._data
+
     def status(self) -> ClusterStatus:
         """Workers, coordinators and nodes as known now; sends no request to them."""
         statuses = [
@@ -290,6 +299,10 @@ class ClusterState:
         if event.kind not in _NOT_LOGGED:
             live.events[number] = event
             _keep_last(live.events, EVENTS_KEPT)
+
+
+def _no_listener(_: Mapping[str, Any]) -> None:
+    """For who wants the state only once."""
 
 
 def _keep_last(numbered: dict[int, Any], count: int) -> None:

@@ -42,7 +42,7 @@ class Gateway:
     Attributes:
         ollama: its Ollama nodes.
         router: its router, over these nodes and the workers of the settings.
-        is_draining: whether it ends, and accepts no more requests.
+        draining: set once it ends, and accepts no more requests.
         stopped: has an error once the requests that still run are to be ended with it.
         on_finished: called with each request that has ended; each must be quick.
     """
@@ -50,7 +50,7 @@ class Gateway:
     def __init__(self, router: HybridRouter, ollama: OllamaPool) -> None:
         self.router = router
         self.ollama = ollama
-        self.is_draining = False
+        self.draining = asyncio.Event()
         self.stopped: asyncio.Future[ApiError] = asyncio.get_running_loop().create_future()
         self.on_finished: list[Callable[[FinishedRequest], None]] = []
 

@@ -9,22 +9,12 @@ sends it by itself. A saved notebook keeps what the front end has, patches inclu
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import anywidget
 import traitlets
 
-from sollol_nb.text import palette
-
-ASSETS = Path(__file__).parent / "assets"
-SOURCE = ASSETS / "cluster_map.js"
-STYLE = (
-    f".sollol-cluster {{ --sollol-bad: {palette.BAD}; --sollol-used: {palette.SKY_BLUE};"
-    f" --sollol-segment-text: {palette.SEGMENT_TEXT}; }}\n"
-    + (ASSETS / "cluster_map.css").read_text(encoding="utf-8")
-)
-"""The style sheet, after the palette's colours as the variables that it uses."""
+from sollol_nb.widget.drawing import SOURCE, STYLE
 
 OnView = Callable[[str, bool], None]
 """Called with the id of a view: with True when it opens and regularly while it is shown, else False."""

@@ -10,7 +10,7 @@ import pytest
 from playwright.sync_api import Page
 
 from sollol_nb.runtime.io_loop import run_blocking
-from sollol_nb.widget.map import SOURCE, STYLE
+from sollol_nb.widget.drawing import SOURCE, STYLE
 from tests.lab.lab import HeadlessLab
 from tests.support.merge_patch import patched, random_state
 from tests.support.simulated_cluster import SimulatedCluster, endpoint, node

@@ -46,9 +46,15 @@ function percent(share) {
   return `${(100 * share).toFixed(3)}%`;
 }
 
+// The colour is set on the object: a strict Content-Security-Policy forbids it in an attribute.
+function mark(entry, attributes = {}) {
+  const created = element("span", { class: "sollol-mark", ...attributes }, MARKS[entry.state] || "✕");
+  created.style.color = entry.color;
+  return created;
+}
+
 function stateMark(entry) {
-  const mark = element("span", { class: "sollol-mark", style: `color: ${entry.color}` }, MARKS[entry.state] || "✕");
-  return element("span", {}, mark, ` ${entry.state}`);
+  return element("span", {}, mark(entry), ` ${entry.state}`);
 }
 
 // --- one coordinator -----------------------------------------------------------------------------
@@ -236,8 +242,7 @@ function overview(entries, singular, plural) {
   for (const [, entry] of entries) counts[entry.state] = (counts[entry.state] || 0) + 1;
   const states = Object.entries(counts).map(([state, count]) => `${count} ${state}`);
   const marks = entries.map(([name, entry]) => {
-    const title = `${name}: ${entry.state}${entry.description ? `, ${entry.description}` : ""}`;
-    return element("span", { class: "sollol-mark", style: `color: ${entry.color}`, title }, MARKS[entry.state] || "✕");
+    return mark(entry, { title: `${name}: ${entry.state}${entry.description ? `, ${entry.description}` : ""}` });
   });
   const total = `${entries.length} ${entries.length === 1 ? singular : plural}`;
   return element("div", {}, element("b", {}, total), `: ${states.join(", ")} `, ...marks);
