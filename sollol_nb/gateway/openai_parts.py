@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
+import secrets
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from sollol_nb.chat.option_checks import CHAT_OPTIONS, SAMPLING_OPTIONS, Values
 from sollol_nb.gateway.failures import ApiError, invalid
-from sollol_nb.runtime.amounts import is_number, shown
+from sollol_nb.runtime.amounts import shown
 from sollol_nb.text.nearest import nearest
 
 _TEXT_PARTS = ("text", "input_text", "output_text")
@@ -77,6 +79,10 @@ ENGINE_OPTIONS: Mapping[str, Values] = {
 """Options of this package that OpenAI's APIs do not have."""
 
 
+TOOL_CHOICES = ("auto", "none", "required")
+LONGEST_NAME_CHARS = 100
+
+
 def only(value: Any, why: str) -> Values:
     """A field of which only one value, which changes nothing, can be followed."""
     return Values(f"{shown(value)}: {why}", lambda given: type(given) is type(value) and given == value)
@@ -90,17 +96,19 @@ class Fields:
         known: which values each one takes.
         refused: why fields that the API has cannot be followed.
         ignored: those that change no answer.
+        required: those that a body must have.
     """
 
     known: Mapping[str, Values]
     refused: Mapping[str, str] = field(default_factory=dict)
     ignored: Collection[str] = METADATA
+    required: tuple[str, ...] = ()
 
     def checked(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """The known fields of a body that have a value.
 
         Raises:
-            ApiError: a field is not known, or refused, or has a value that it does not take; it is named.
+            ApiError: a field is missing, not known or refused, or has a value that it does not take; it is named.
         """
         checked = {}
         for name, value in body.items():
@@ -108,10 +116,13 @@ class Fields:
                 continue
             values = self.known.get(name)
             if values is None:
-                raise invalid(self._reason(name), name)
+                raise invalid(self._reason(name), name[:LONGEST_NAME_CHARS])
             if not values.is_valid(value):
                 raise invalid(f"{name}={shown(value)} must be {values.description}", name)
             checked[name] = value
+        for name in self.required:
+            if name not in checked:
+                raise invalid(f'give "{name}": {self.known[name].description}', name)
         return checked
 
     def _reason(self, name: str) -> str:
@@ -232,10 +243,18 @@ def function_tool(given: Any, where: str) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def function_choice(name: Any, where: str = "tool_choice") -> dict[str, Any]:
-    """The tool choice that names one function. Raises ApiError if the name is not a text."""
+def tool_choice(given: Any) -> str | dict[str, Any]:
+    """The option `tool_choice`, from one of OpenAI's words or the name of a function as `{"name": ...}`.
+
+    Raises:
+        ApiError: it is neither.
+    """
+    if isinstance(given, str) and given in TOOL_CHOICES:
+        return given
+    name = given.get("name") if isinstance(given, dict) else None
     if not isinstance(name, str) or not name:
-        raise invalid(f"{where} must be auto, none, required, or name a function", where)
+        message = f"tool_choice={shown(given)} must be {', '.join(TOOL_CHOICES)}, or name a function"
+        raise invalid(message, "tool_choice")
     return {"type": "function", "function": {"name": name}}
 
 
@@ -261,9 +280,22 @@ def answer_format(kind: Any, description: Any, where: str) -> str | dict[str, An
     return schema
 
 
-# --- amounts --------------------------------------------------------------------------------------
+# --- answers --------------------------------------------------------------------------------------
 
 
-def count(value: Any) -> int:
-    """A number of tokens for `usage`; 0 where the engine does not report it."""
-    return int(value) if is_number(value) else 0
+def wire_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool call of an answer as OpenAI's API writes it: the arguments are JSON text."""
+    function = call["function"]
+    arguments = function.get("arguments", {})
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return {
+        "id": call.get("id") or f"call_{secrets.token_hex(8)}",
+        "type": "function",
+        "function": {"name": function.get("name", ""), "arguments": text},
+    }
+
+
+def usage_of(last: Mapping[str, Any]) -> dict[str, int]:
+    """The tokens of a request, from its last chunk; 0 where the engine does not report them."""
+    prompt, answer = last.get("prompt_eval_count") or 0, last.get("eval_count") or 0
+    return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
