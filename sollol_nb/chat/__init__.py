@@ -4,6 +4,7 @@
 - `messages.py`: the messages of a request, checked.
 - `option_checks.py`: the options of a request, checked.
 - `options.py`: the same options as types, for editors.
+- `tool_choice.py`: which tools a model may or must call.
 - `request.py`: one chat request, checked.
 - `context_window.py`: which messages fit the context.
 - `chunk.py`: a chunk of a streamed answer, and the marks that this package adds.

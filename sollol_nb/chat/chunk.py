@@ -84,7 +84,12 @@ class Routing(TypedDict, total=False):
 
 
 class ChunkMessage(TypedDict, total=False):
-    """The piece of the assistant's message that a chunk brings."""
+    """The piece of the assistant's message that a chunk brings.
+
+    Keys:
+        tool_calls: whole calls, each `{"id": ..., "function": {"name": ..., "arguments": {...}}}`; from llama.cpp
+            all come with the last chunk. Old versions of Ollama give no `id`. Arguments that are no JSON are text.
+    """
 
     role: str
     content: str

@@ -13,6 +13,7 @@ from typing import Any
 
 from sollol_nb.chat.context_window import check_overflow
 from sollol_nb.chat.plain_data import checked_text, plain_data
+from sollol_nb.chat.tool_choice import is_tool_choice
 from sollol_nb.errors import ConfigError
 from sollol_nb.runtime.amounts import is_number, is_whole_number, shown
 from sollol_nb.text.nearest import nearest
@@ -97,6 +98,10 @@ CHAT_OPTIONS: dict[str, Values] = {
     "options": _of_type("a dict of Ollama's options", dict),
     "format": _of_type('"json", or a JSON schema as a dict', str, dict),
     "tools": _of_type("a list of dicts that describe functions", list, tuple),
+    "tool_choice": Values(
+        '"auto", "none", "required", or {"type": "function", "function": {"name": ...}}', is_tool_choice
+    ),
+    "parallel_tool_calls": _YES_OR_NO,
     "keep_alive": _of_type('a time: seconds, "10m", 0 or "forever"', str, int, float),
     "think": Values(
         f"True, False, or a level: {', '.join(THINK_LEVELS)}",

@@ -18,6 +18,9 @@ class ChatOptions(TypedDict, total=False):
         options: Ollama's own dict of these.
         format: `"json"`, or a JSON schema.
         tools: functions that the model may call, as in Ollama's `docs/api.md`.
+        tool_choice: whether it may call them (`"auto"`), must not (`"none"`) or must (`"required"`); or which one
+            it must call, as `{"type": "function", "function": {"name": ...}}`.
+        parallel_tool_calls: False: it calls one function at most.
         keep_alive: how long the model stays loaded after a request: seconds, `"10m"`, 0 or `"forever"`.
         think: whether (and for some models how much) the model thinks first.
         overflow: what happens if the messages do not fit the context: `"error"`, or `"drop_oldest"`, which drops
@@ -45,6 +48,8 @@ class ChatOptions(TypedDict, total=False):
     options: dict[str, Any] | None
     format: str | dict[str, Any] | None
     tools: list[dict[str, Any]] | tuple[dict[str, Any], ...] | None
+    tool_choice: str | dict[str, Any] | None
+    parallel_tool_calls: bool | None
     keep_alive: float | str | None
     think: bool | str | None
     overflow: Literal["error", "drop_oldest"] | None

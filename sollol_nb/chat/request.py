@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from sollol_nb.chat.messages import check_messages
 from sollol_nb.chat.option_checks import answer_schema, check_options
+from sollol_nb.chat.tool_choice import apply_tool_choice
 from sollol_nb.errors import ConfigError, RequestRejectedError
 from sollol_nb.models.modelfile import Modelfile
 from sollol_nb.models.routing import checked_backend
@@ -54,6 +55,10 @@ class ChatRequest:
         has_system = not self.messages or any(message["role"] == "system" for message in self.messages)
         first = [{"role": "system", "content": system}] if system and not has_system else []
         return replace(self, options=self.options | added, messages=[*first, *self.messages])
+
+    def with_tool_choice(self) -> Self:
+        """The request as both backends take it; see `tool_choice.py`, also for errors."""
+        return replace(self, options=apply_tool_choice(self.options))
 
     @classmethod
     def checked(

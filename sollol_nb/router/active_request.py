@@ -13,6 +13,7 @@ from typing import Any
 from sollol_nb.chat.chunk import ROUTING, Chunk
 from sollol_nb.chat.option_checks import check_llama_cpp_options
 from sollol_nb.chat.request import ChatRequest
+from sollol_nb.chat.tool_choice import CallFilter
 from sollol_nb.errors import (
     AnswerInterruptedError,
     ConfigError,
@@ -35,8 +36,10 @@ from sollol_nb.settings import config
 
 _THINKS = re.compile("think|thought|reason|channel", re.IGNORECASE)
 """In all chat templates of models that think: a variable, or the markup of thoughts."""
-ONLY_LLAMA_CPP = ("recovery", "deterministic")
-"""Options that Ollama does not have."""
+_READS_TOOLS = re.compile("tools|functions")
+"""In all chat templates that have tools: a variable."""
+NOT_SENT_TO_OLLAMA = ("recovery", "deterministic", "tool_choice", "parallel_tool_calls")
+"""Options that Ollama does not have; `CallFilter` does what the last two require."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,16 +99,19 @@ class ActiveRequest:
         try:
             saved = await asyncio.to_thread(config.saved_model, str(record.model))
             request = self._check().with_defaults(saved.options, saved.system)
-            request = request.with_defaults(self._services.options)
+            request = request.with_defaults(self._services.options).with_tool_choice()
             record.priority = request.priority
             route = await self._services.routes.find(record.model, request.backend)
             record.set_route(route)
             while True:
                 await _check_options(request, route)
+                calls = CallFilter(request.options)
                 try:
                     async with aclosing(self._answer(request, route)) as answer:
                         async for chunk in answer:
-                            yielded = self._recorded(chunk)
+                            yielded = calls.shown(self._recorded(chunk))
+                            if yielded is None:
+                                continue
                             if yielded.get("done"):  # readers of the log see the row from now on
                                 status = "ok"
                                 self._services.latency.record_later(record.row("ok"))
@@ -163,7 +169,7 @@ class ActiveRequest:
                 f"{route.name} is routed to Ollama now, which cannot continue this answer; ask again"
             )
         self._record.set_sent()
-        options = {name: value for name, value in request.options.items() if name not in ONLY_LLAMA_CPP}
+        options = {name: value for name, value in request.options.items() if name not in NOT_SENT_TO_OLLAMA}
         if request.options.get("deterministic"):
             self._record.note = "not deterministic: Ollama may answer differently each time"
         return self._services.ollama.stream_chat(
@@ -210,11 +216,17 @@ async def _check_options(request: ChatRequest, route: Route) -> None:
     if route.model_path is None:  # Ollama refuses what it does not know
         return
     check_llama_cpp_options(request.options)
-    if not (think := request.options.get("think")):
+    think, tools = request.options.get("think"), request.options.get("tools")
+    if not think and not tools:
         return
     template = route.modelfile.chat_template
     template = template or (await asyncio.to_thread(read_facts, route.model_path)).chat_template
-    if not _THINKS.search(template):
+    if tools and not _READS_TOOLS.search(template):
+        raise ConfigError(
+            f"{route.name} does not support tools: its chat template does not use them; ask without tools, or ask "
+            "another model"
+        )
+    if think and not _THINKS.search(template):
         raise ConfigError(
             f"{route.name} does not know think={think!r}: its chat template does not support reasoning; leave "
             "think out"

@@ -25,6 +25,7 @@ from sollol_nb.chat.completion import Completion, checked_against_schema
 from sollol_nb.chat.option_checks import check_options
 from sollol_nb.chat.options import ChatOptions
 from sollol_nb.chat.request import ChatRequest, checked_timeout_s
+from sollol_nb.chat.tool_choice import resumed_call
 from sollol_nb.errors import AnswerInterruptedError, ConfigError
 from sollol_nb.latency.log import LatencyLog
 from sollol_nb.llama_cpp.answers.base import Answer
@@ -234,8 +235,9 @@ class Router:
             priority: 1 to 10; of requests that wait for the same backend, higher ones go first.
             timeout: limit in seconds, from when the coordinator is ready; at Ollama, loading counts.
             **options: `max_tokens`, `temperature`, `top_p`, `top_k`, `min_p`, `seed`, `stop`, `format`
-                (`"json"` or a JSON schema), `tools`, `options` (Ollama's own dict), `overflow` (`"error"`, or
-                `"drop_oldest"`: leaves out the oldest turns that do not fit, and says so as `_dropped`), ...
+                (`"json"` or a JSON schema), `tools`, `tool_choice`, `options` (Ollama's own dict), `overflow`
+                (`"error"`, or `"drop_oldest"`: leaves out the oldest turns that do not fit, and says so as
+                `_dropped`), ... (see `chat/options.py`)
 
         Returns:
             The answer in Ollama's shape, with `_routing`.
@@ -300,7 +302,7 @@ class Router:
         answer = Answer.from_state(interrupted.state)
         before: Chunk = {"message": {"role": "assistant", "content": answer.text, "thinking": answer.thinking}}
         whole = await _joined(self._resumed(answer, interrupted, priority, timeout), before)
-        return checked_against_schema(whole, interrupted.schema)
+        return checked_against_schema(resumed_call(whole, answer.options), interrupted.schema)
 
     @io_bound_stream
     def _resumed(

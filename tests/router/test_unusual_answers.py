@@ -20,11 +20,12 @@ CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 PARSED = CHATML + "{# [THINK] #}"
 HARMONY = (
     "{%- for m in messages -%}<|start|>{{ m['role'] }}<|message|>{{ m['content'] }}<|end|>{%- endfor -%}"
-    "{# <|channel|>analysis<|message|> #}<|start|>assistant"
+    "{# tools <|channel|>analysis<|message|> #}<|start|>assistant"
 )
 HARMONY_TOKENS = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|call|>", "<|return|>")
 FUNCTIONARY = (
-    "{% for m in messages %}{{ m.role }}>>>{{ m.content }}{% endfor %}{# >>>all >>>${recipient} #}assistant>>>"
+    "{% for m in messages %}{{ m.role }}>>>{{ m.content }}{% endfor %}{# tools #}"
+    "{# >>>all >>>${recipient} #}assistant>>>"
 )
 TOOL = {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}
 TOOLS = {"tools": [TOOL]}
@@ -114,6 +115,7 @@ def test_broken_utf8_that_fills_max_tokens_is_reported_as_cut(local: HybridRoute
 def test_answer_that_continues_a_message_has_only_what_is_new(
     local: HybridRouter, tmp_path: Path, template: str, options: dict[str, Any]
 ) -> None:
+    template += "{# tools #}" if options else ""
     path = write_scripted(tmp_path / "m.gguf", [" alpha,", " beta."], template=template, specials=CHATML_TOKENS)
 
     answer = local.route_request(str(path), PREFILLED, temperature=0, **options)
@@ -162,6 +164,7 @@ def test_text_before_a_refusal_in_mid_answer_is_kept(engine: Engine, tmp_path: P
         ({"options": {"mirostat": 2}}, "does not take the option mirostat"),
         ({"think": "low"}, "demo does not know think='low': its chat template does not support reasoning"),
         ({"think": True}, "demo does not know think=True: its chat template does not support reasoning; leave"),
+        (TOOLS, "demo does not support tools: its chat template does not use them; ask without tools"),
         ({"stop": ""}, "none of them empty"),
         ({"max_tokens": 3, "num_predict": 4}, "not both"),
     ],

@@ -72,6 +72,11 @@ class Answer(ABC):
         self._timings: Mapping[str, Any] = {}
         self._spent_ms = {"prompt_ms": 0.0, "predicted_ms": 0.0}  # on engines that were lost
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of the request that it answers."""
+        return self._options
+
     @abstractmethod
     async def request(self, post: Post) -> tuple[str, dict[str, Any]] | None:
         """Path and body of the next request to stream; None when the answer is complete. Call it once per stream.

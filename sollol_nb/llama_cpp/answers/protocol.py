@@ -18,6 +18,7 @@ from typing import Any
 from sollol_nb.chat.chunk import Chunk, ChunkMessage
 from sollol_nb.chat.context_window import overflow_error
 from sollol_nb.chat.option_checks import SAMPLING_OPTIONS, answer_schema
+from sollol_nb.chat.tool_choice import new_call_id
 from sollol_nb.errors import ContextOverflowError, RequestRejectedError
 from sollol_nb.text.short_names import short_name
 
@@ -50,6 +51,8 @@ def request_body(messages: Sequence[Mapping[str, Any]], options: Mapping[str, An
         body["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
     if options.get("tools"):
         body["tools"] = list(options["tools"])
+        if "parallel_tool_calls" in options:
+            body["parallel_tool_calls"] = options["parallel_tool_calls"]
     if "think" in options:
         think = options["think"]
         body["chat_template_kwargs"] = {"enable_thinking": think is not False}
@@ -215,7 +218,8 @@ class ChunkTranslator:
             self._finish_reason = choice.get("finish_reason") or self._finish_reason
             delta = choice.get("delta") or {}
             for call in delta.get("tool_calls") or ():
-                entry = self._tool_calls.setdefault(call.get("index", 0), {"name": "", "arguments": ""})
+                entry = self._tool_calls.setdefault(call.get("index", 0), {"id": "", "name": "", "arguments": ""})
+                entry["id"] = entry["id"] or call.get("id") or ""
                 function = call.get("function") or {}
                 entry["name"] += function.get("name") or ""
                 entry["arguments"] += function.get("arguments") or ""
@@ -229,7 +233,10 @@ class ChunkTranslator:
         chunk = chat_chunk(self._model, "", done=True)
         if self._tool_calls:
             chunk["message"]["tool_calls"] = [
-                {"function": {"name": call["name"], "arguments": _parsed_arguments(call["arguments"])}}
+                {
+                    "id": call["id"] or new_call_id(),
+                    "function": {"name": call["name"], "arguments": _parsed_arguments(call["arguments"])},
+                }
                 for call in self._tool_calls.values()
             ]
         chunk["done_reason"] = self._finish_reason

@@ -161,7 +161,7 @@ def test_tool_calls_come_with_the_last_chunk_and_only_once() -> None:
         raise AssertionError(path)
 
     def call(name: str | None, arguments: str) -> dict[str, Any]:
-        calls = [{"index": 0, "function": {"name": name, "arguments": arguments}}]
+        calls = [{"index": 0, "id": "call_7", "function": {"name": name, "arguments": arguments}}]
         return {"choices": [{"delta": {"tool_calls": calls}}]}
 
     answer = new_answer(SHORT, {"tools": [TOOL]})
@@ -177,7 +177,9 @@ def test_tool_calls_come_with_the_last_chunk_and_only_once() -> None:
     final = answer.final()
 
     assert (final["prompt_eval_count"], final["eval_count"]) == (9, 6)  # no usage was received
-    assert final["message"]["tool_calls"] == [{"function": {"name": "now", "arguments": {"zone": "UTC"}}}]
+    assert final["message"]["tool_calls"] == [
+        {"id": "call_7", "function": {"name": "now", "arguments": {"zone": "UTC"}}}
+    ]
     assert final["done_reason"] == "tool_calls"
     assert answer.is_complete
     assert answer.text == "Let me see."
