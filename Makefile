@@ -6,14 +6,16 @@ NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
 .DEFAULT_GOAL := help
 N ?= 50
+MINUTES ?= 5
 
-.PHONY: help demo test chaos lowest lab lint bench engine ollama ollama-for-ci clean
+.PHONY: help demo test chaos soak lowest lab lint bench engine ollama ollama-for-ci clean
 
 help:
 	@echo "make demo   run the quickstart notebook headless and print its output"
 	@echo "make lab    open JupyterLab on the notebooks; ARGS='--allow-root --port 58000' are options of jupyter lab"
 	@echo "make test   run all tests, on real engines, and the notebooks"
 	@echo "make chaos  N=200: interrupt answers of two models at random moments, and compare them with undisturbed ones"
+	@echo "make soak   MINUTES=5: 500 clients of a gateway stream answers at the same time; nothing is lost, memory stays flat"
 	@echo "make lowest run the tests that need no engine with the lowest versions that pyproject.toml allows"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  run the benchmarks; every figure in the README comes from them"
@@ -50,6 +52,9 @@ chaos: $(VENV)/stamp-dev engine
 	$(BIN)/python -m tests.chaos --n $(N)
 	$(BIN)/python -m tests.chaos --n $(N) --model smollm2 --recovery fast
 	$(BIN)/python -m tests.chaos --n $(N) --model smollm2 --recovery exact
+
+soak: $(VENV)/stamp-dev engine
+	$(BIN)/python -m tests.gateway.soak --minutes $(MINUTES)
 
 # The lower bounds of pyproject.toml must be what works.
 lowest: $(VENV)/stamp-dev

@@ -49,7 +49,7 @@ BODIES = {
     "no model": b'{"messages": [{"role": "user", "content": "Hi"}], "prompt": "Hi", "input": "Hi"}',
     "a model that is a number": b'{"model": 1, "messages": "Hi"}',
     "an empty model": b'{"model": "  ", "messages": "Hi"}',
-    "a model with control characters": b'{"model": "de\\u0000\\u001b[2J", "messages": "Hi", "prompt": "", "input": ""}',
+    "a model with control characters": b'{"model": "de\\u0000\\u001b[2J", "messages": "", "prompt": ""}',
     "a very long model": b'{"model": "' + b"m" * 200_000 + b'", "messages": "Hi", "prompt": "Hi", "input": "Hi"}',
     "the same field twice": b'{"model": "demo", "model": 7}',
 }
