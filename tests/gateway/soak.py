@@ -1,8 +1,8 @@
 """The long run: `python -m tests.gateway.soak --minutes 5 --streams 500`, or `make soak MINUTES=5`.
 
-That many clients of a gateway stream answers of the demo model at the same time, each with another API in each
-round. At the end every text must be the one that the model gives alone, no slot of the engine may be in use, and the
-gateway must not have more memory than after the first round (but for `MARGIN_BYTES`). Exit code 1 otherwise.
+That many clients of a gateway stream answers of the demo model at the same time, with another API in each
+round. At the end every text must be the one that the model gives alone, no slot of the engine may be in use, and
+the gateway must not have more memory than after the first round (but for `MARGIN_BYTES`). Exit code 1 otherwise.
 """
 
 from __future__ import annotations
