@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,12 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 
 from sollol_nb.hybrid_router import MODEL_PROFILES
 from sollol_nb.hybrid_router import HybridRouter as AsyncRouter
 from sollol_nb.llama_cpp.engine.check import Engine
+from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.processes.machine import free_ports
 from sollol_nb.llama_cpp.processes.process import EngineProcess
 from sollol_nb.llama_cpp.processes.running import running_engines, stop_engines
@@ -32,7 +35,7 @@ from sollol_nb.models.files import DEMO_MODEL_PATH
 from sollol_nb.runtime.io_loop import run_blocking
 from sollol_nb.settings.endpoints import parse_endpoint
 from sollol_nb.sync_wrapper import HybridRouter, OllamaPool
-from tests.support.engines import eventually
+from tests.support.engines import HANG_GUARD_S, REPOSITORY, eventually
 from tests.support.ollama_server import OllamaServer
 
 pytestmark = [
@@ -44,6 +47,10 @@ pytestmark = [
 BLOCKS = re.findall(
     r"```python\n(.*?)```", (Path(__file__).parent / "data" / "guide_blocks.md").read_text(), re.DOTALL
 )
+(SHELL_BLOCK,) = re.findall(
+    r"```bash\n(.*?)```", (Path(__file__).parent / "data" / "guide_blocks.md").read_text(), re.DOTALL
+)
+GATEWAY_PORT = 11440
 MODELS = ("llama3.2", "llama3.1:8b", "llama3.1:70b", "llama3.1:405b", "custom-70b")
 LARGE = "llama3.1:70b"
 QUESTION = [{"role": "user", "content": "What is a worker?"}]
@@ -284,6 +291,34 @@ def test_block_of_the_guide(
         close_all([earlier, *names.values()])
         MODEL_PROFILES.clear()
         MODEL_PROFILES.update(profiles)
+
+
+def test_the_gateway_of_the_guide_shards_over_its_workers(guide_world: Path) -> None:
+    script = adapted(SHELL_BLOCK, guide_world)
+    folder = Path(sys.executable).parent
+    variables = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY)}
+    eventually(lambda: free_ports(GATEWAY_PORT, 1) == [GATEWAY_PORT], "the gateway's port is free")
+    with subprocess.Popen(["bash", "-c", script], env=variables, start_new_session=True) as shell:
+        try:
+            with httpx.Client(base_url=f"http://127.0.0.1:{GATEWAY_PORT}", timeout=HANG_GUARD_S) as client:
+                eventually(lambda: is_ready(client), "the gateway is ready")
+                body = {"model": LARGE, "messages": QUESTION, "max_tokens": 8}
+                answer = client.post("/v1/chat/completions", json=body)
+                backend, url = answer.headers["X-Sollol-Route"].split()
+        finally:
+            os.killpg(shell.pid, signal.SIGTERM)
+    held = [entry for entry in registry.entries(registry.COORDINATOR) if entry.about["url"] == url]
+    close_all([])
+    assert answer.json()["choices"][0]["message"]["content"]
+    assert backend == DISTRIBUTED
+    assert [set(entry.workers) for entry in held] == [set(GUIDE_WORKERS)]
+
+
+def is_ready(client: httpx.Client) -> bool:
+    try:
+        return client.get("/ready").status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 @pytest.mark.parametrize("direction", ["top to bottom", "bottom to top"])
