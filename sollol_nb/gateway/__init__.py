@@ -12,7 +12,7 @@ In reading order:
 * `ollama_api.py`, `openai_api.py`, `responses_api.py`, `anthropic_api.py`: translation from and to each API;
   `openai_parts.py`: what OpenAI's have in common.
 * `notebook_api.py`: what kernels that use this gateway call.
-* `metrics.py`, `status_page.py`, `openapi.py`: what shows the gateway's state.
+* `health.py`, `metrics.py`, `cluster_view.py`, `status_page.py`: what shows the gateway's state.
 
 Starlette and uvicorn are used because they add little between a request and the router (no validation layer, no
 dependency injection), and run on the I/O loop that the router uses.

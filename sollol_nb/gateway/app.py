@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp
 
-from sollol_nb.gateway import openai_api, openai_parts
+from sollol_nb.gateway import cluster_view, health, metrics, openai_api, openai_parts, status_page
 from sollol_nb.gateway.access import Access
 from sollol_nb.gateway.failures import ApiError, Kind, api_error
 from sollol_nb.gateway.gateway import Gateway
@@ -43,7 +43,13 @@ _KINDS: Mapping[int, Kind] = {404: "not_found", 405: "wrong_method"}
 def application(gateway: Gateway) -> ASGIApp:
     """The application of a gateway."""
     app = Starlette(
-        routes=[route for api in APIS for route in api.routes],
+        routes=[
+            *(route for api in APIS for route in api.routes),
+            *health.routes(gateway),
+            *metrics.routes(gateway),
+            *cluster_view.routes(gateway),
+            *status_page.ROUTES,
+        ],
         exception_handlers={ApiError: _answer_error, HTTPException: _answer_http_error, Exception: _answer_error},
     )
     app.state.gateway = gateway

@@ -1,4 +1,4 @@
-"""The map's JavaScript and style sheet, for whatever shows it: the widget in a notebook, the gateway's status page."""
+"""The map's JavaScript and style sheet, for the widget in a notebook and for the gateway's status page."""
 
 from __future__ import annotations
 
