@@ -3,6 +3,7 @@
 - `plain_data.py`: values that can be sent as JSON.
 - `messages.py`: the messages of a request, checked.
 - `option_checks.py`: the options of a request, checked.
+- `chat_templates.py`: what a chat template says about its model.
 - `options.py`: the same options as types, for editors.
 - `tool_choice.py`: which tools a model may or must call.
 - `request.py`: one chat request, checked.

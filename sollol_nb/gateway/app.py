@@ -13,7 +13,16 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp
 
-from sollol_nb.gateway import cluster_view, health, metrics, openai_api, openai_parts, status_page
+from sollol_nb.gateway import (
+    cluster_view,
+    health,
+    metrics,
+    ollama_api,
+    ollama_parts,
+    openai_api,
+    openai_parts,
+    status_page,
+)
 from sollol_nb.gateway.access import Access
 from sollol_nb.gateway.failures import ApiError, Kind, api_error
 from sollol_nb.gateway.gateway import Gateway
@@ -35,7 +44,10 @@ class Api:
     error_shape: ErrorShape
 
 
-APIS: tuple[Api, ...] = (Api(("/",), openai_api.ROUTES, openai_parts.error_shape),)
+APIS: tuple[Api, ...] = (
+    Api(("/api/",), ollama_api.ROUTES, ollama_parts.error_shape),
+    Api(("/",), openai_api.ROUTES, openai_parts.error_shape),
+)
 """The first API with a fitting prefix counts."""
 _KINDS: Mapping[int, Kind] = {404: "not_found", 405: "wrong_method"}
 

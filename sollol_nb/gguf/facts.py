@@ -53,6 +53,7 @@ class ModelFacts:
             and for hybrid models; the state of recurrent blocks, which does not grow with the context, is
             not counted.
         chat_template: in Jinja; "" without one.
+        quantization: how most weights are stored, such as "Q4_K_M"; "" if not stated.
     """
 
     path: Path
@@ -68,6 +69,7 @@ class ModelFacts:
     vocabulary_size: int
     layer_kv_bytes_per_token: tuple[int, ...]
     chat_template: str = ""
+    quantization: str = ""
 
     def kv_bytes(self, context_tokens: int) -> tuple[int, ...]:
         """Bytes of the KV cache of each block for a context of `context_tokens` (all slots together)."""
@@ -175,7 +177,32 @@ def _summarise(parts: Sequence[GgufFile], keys: Keys, tensors: Sequence[TensorIn
         vocabulary_size=token_embedding.shape[-1] if token_embedding is not None else 0,
         layer_kv_bytes_per_token=_kv_bytes_per_token(keys, architecture, layer_count),
         chat_template=_text(keys, "tokenizer.chat_template") or "",
+        quantization=_quantization(keys),
     )
+
+
+def _quantization(keys: Keys) -> str:
+    from gguf.constants import LlamaFileType  # loads numpy
+
+    try:
+        name = LlamaFileType(keys.get("general.file_type", LlamaFileType.GUESSED)).name
+    except ValueError:
+        return ""
+    return "" if name == "GUESSED" else name.removeprefix("MOSTLY_").removeprefix("ALL_")
+
+
+def model_keys(path: Path) -> Keys:
+    """The keys of a model's first file, without lists of texts and the vocabulary.
+
+    Raises:
+        ModelFileError: as for `read_facts`.
+    """
+    return _keys_of(check_file(first_part(path), advice="check the path"))
+
+
+@functools.lru_cache(maxsize=8)
+def _keys_of(file: GgufFile) -> Keys:
+    return read_header(file).keys
 
 
 def _feed_forward_width(keys: Keys, architecture: str, layer_count: int) -> int:

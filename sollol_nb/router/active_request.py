@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
+from sollol_nb.chat.chat_templates import supports_thinking, takes_tools
 from sollol_nb.chat.chunk import ROUTING, Chunk
 from sollol_nb.chat.option_checks import check_llama_cpp_options
 from sollol_nb.chat.request import ChatRequest
@@ -34,10 +34,6 @@ from sollol_nb.router.record import RequestRecord
 from sollol_nb.runtime.events import EventBus, EventKind
 from sollol_nb.settings import config
 
-_THINKS = re.compile("think|thought|reason|channel", re.IGNORECASE)
-"""In all chat templates of models that think: a variable, or the markup of thoughts."""
-_READS_TOOLS = re.compile("tools|functions")
-"""In all chat templates that have tools: a variable."""
 NOT_SENT_TO_OLLAMA = ("recovery", "deterministic", "tool_choice", "parallel_tool_calls")
 """Options that Ollama does not have; `CallFilter` does what the last two require."""
 
@@ -221,12 +217,12 @@ async def _check_options(request: ChatRequest, route: Route) -> None:
         return
     template = route.modelfile.chat_template
     template = template or (await asyncio.to_thread(read_facts, route.model_path)).chat_template
-    if tools and not _READS_TOOLS.search(template):
+    if tools and not takes_tools(template):
         raise ConfigError(
             f"{route.name} does not support tools: its chat template does not use them; ask without tools, or ask "
             "another model"
         )
-    if think and not _THINKS.search(template):
+    if think and not supports_thinking(template):
         raise ConfigError(
             f"{route.name} does not know think={think!r}: its chat template does not support reasoning; leave "
             "think out"

@@ -58,6 +58,7 @@ class Coordinator:
         placement: where the engine says it put the layers; None until it is ready.
         load_ms: from the start of the process until it was ready.
         gate: waiting requests, in order of priority.
+        keep_alive_s: seconds that it lives without a request, as last set from here; None is forever.
         is_adopted: whether another process (or router) started it.
         loaded_by: who had loaded its model before this router adopted it; "" if it was not loaded by then.
         compromise: how it differs from what was requested, where nothing better was free; "" otherwise.
@@ -79,6 +80,7 @@ class Coordinator:
         self.placement: Placement | None = None
         self.load_ms = 0.0
         self.gate = gate if gate is not None else Gate(settings.slots)
+        self.keep_alive_s = process.entry.keep_alive_s
         self.is_adopted = is_adopted
         self.loaded_by = ""
         self.compromise = ""
@@ -259,6 +261,7 @@ class Coordinator:
     async def keep_alive(self, seconds: float | None) -> None:
         """Set how long it lives without a request; None is forever."""
         await self._process.keep_alive(seconds)
+        self.keep_alive_s = seconds
 
     async def stop(self, *, grace_s: float | None = None, why: str = "stopped") -> ExitReport:
         """End the process and close connections. Stopping twice is fine."""
