@@ -18,6 +18,7 @@ from starlette.types import ASGIApp
 from sollol_nb.chat.chunk import DROPPED, NOTE, ROUTING, Chunk
 from sollol_nb.chat.completion import Completion
 from sollol_nb.chat.option_checks import SAMPLING_OPTIONS, Values
+from sollol_nb.gateway import openai_models
 from sollol_nb.gateway.answers import AnswerWriter, comment, event, json_bytes
 from sollol_nb.gateway.bodies import read_json
 from sollol_nb.gateway.calls import ChatCall, apply_headers, model_of
@@ -283,4 +284,4 @@ def _think(fields: Mapping[str, Any]) -> bool | str | None:
     return variables.get("enable_thinking") if effort is None else EFFORTS[effort]
 
 
-ROUTES: list[BaseRoute] = [Route("/v1/chat/completions", _chat, methods=["POST"])]
+ROUTES: list[BaseRoute] = [Route("/v1/chat/completions", _chat, methods=["POST"]), *openai_models.ROUTES]

@@ -7,13 +7,19 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import httpx
 
+from sollol_nb.gateway.app import application
+from sollol_nb.gateway.gateway import Gateway
+from sollol_nb.hybrid_router import HybridRouter
+from sollol_nb.ollama.pool import OllamaPool
 from tests.support.engines import HANG_GUARD_S, REPOSITORY, eventually
+
+NOTHING_LISTENS = "127.0.0.1:9"
 
 
 class GatewayProcess:
@@ -72,6 +78,20 @@ def running_gateway(
                     process.wait(HANG_GUARD_S)
                 finally:
                     process.kill()
+
+
+@asynccontextmanager
+async def gateway_without_engines() -> AsyncIterator[httpx.AsyncClient]:
+    """A client of a gateway in this process, on the running loop. It has no workers and no Ollama, so it answers
+    only what needs neither."""
+    pool = OllamaPool(NOTHING_LISTENS)
+    router = HybridRouter(pool, enable_distributed=False)
+    transport = httpx.ASGITransport(application(Gateway(router, pool)))
+    try:
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:11440") as client:
+            yield client
+    finally:
+        await router.close()
 
 
 def gateway_command(*arguments: str) -> Sequence[str]:
