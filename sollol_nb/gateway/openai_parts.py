@@ -8,12 +8,12 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-import secrets
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from sollol_nb.chat.option_checks import CHAT_OPTIONS, SAMPLING_OPTIONS, Values
+from sollol_nb.chat.tool_choice import MODES, new_call_id
 from sollol_nb.gateway.failures import ApiError, invalid
 from sollol_nb.runtime.amounts import shown
 from sollol_nb.text.nearest import nearest
@@ -79,7 +79,6 @@ ENGINE_OPTIONS: Mapping[str, Values] = {
 """Options of this package that OpenAI's APIs do not have."""
 
 
-TOOL_CHOICES = ("auto", "none", "required")
 LONGEST_NAME_CHARS = 100
 
 
@@ -249,11 +248,11 @@ def tool_choice(given: Any) -> str | dict[str, Any]:
     Raises:
         ApiError: it is neither.
     """
-    if isinstance(given, str) and given in TOOL_CHOICES:
+    if isinstance(given, str) and given in MODES:
         return given
     name = given.get("name") if isinstance(given, dict) else None
     if not isinstance(name, str) or not name:
-        message = f"tool_choice={shown(given)} must be {', '.join(TOOL_CHOICES)}, or name a function"
+        message = f"tool_choice={shown(given)} must be {', '.join(MODES)}, or name a function"
         raise invalid(message, "tool_choice")
     return {"type": "function", "function": {"name": name}}
 
@@ -289,7 +288,7 @@ def wire_call(call: Mapping[str, Any]) -> dict[str, Any]:
     arguments = function.get("arguments", {})
     text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
     return {
-        "id": call.get("id") or f"call_{secrets.token_hex(8)}",
+        "id": call.get("id") or new_call_id(),
         "type": "function",
         "function": {"name": function.get("name", ""), "arguments": text},
     }
