@@ -139,18 +139,15 @@ def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_llama_cpp_options(options: Mapping[str, Any]) -> None:
-    """Check that a request (already checked) has no option that llama.cpp cannot follow.
+    """Check that a request (already checked) has no option that llama.cpp cannot follow. Whether `num_ctx` fits
+    depends on the coordinator.
 
     Raises:
         ConfigError: it has one; the message says what to use instead.
     """
     nested = options.get("options") or {}
     for name in nested:
-        if name == "num_ctx":
-            raise ConfigError(
-                "llama.cpp does not take num_ctx with a request; give the router context_tokens= instead"
-            )
-        if name in OLLAMA_OPTIONS:
+        if name in OLLAMA_OPTIONS and name != "num_ctx":
             raise ConfigError(
                 f"llama.cpp does not take the option {name}; leave it out, or ask with backend=ollama "
                 f"(llama.cpp takes {', '.join(sorted(set(SAMPLING_OPTIONS) - {'max_tokens'}))})"

@@ -24,7 +24,7 @@ from sollol_nb.errors import (
 from sollol_nb.gguf.facts import read_facts
 from sollol_nb.latency.log import LatencyLog
 from sollol_nb.llama_cpp.answers.base import Answer
-from sollol_nb.llama_cpp.answers.protocol import THINK_LEVEL_VARIABLE
+from sollol_nb.llama_cpp.answers.protocol import THINK_LEVEL_VARIABLE, has_media
 from sollol_nb.llama_cpp.coordinators.pool import CoordinatorPool
 from sollol_nb.models.routing import OLLAMA, Route
 from sollol_nb.ollama.pool import OllamaPool
@@ -101,6 +101,7 @@ class ActiveRequest:
             record.set_route(route)
             while True:
                 await _check_options(request, route)
+                await self._check_context(request, route)
                 calls = CallFilter(request.options)
                 try:
                     async with aclosing(self._answer(request, route)) as answer:
@@ -140,6 +141,18 @@ class ActiveRequest:
                 place=record.server_url,
                 tokens_per_s=record.tokens_per_s,
                 ttft_ms=record.ttft_ms,
+            )
+
+    async def _check_context(self, request: ChatRequest, route: Route) -> None:
+        """Refuse a wanted context (`num_ctx`) that is larger than the coordinator's, which it cannot change."""
+        wanted = (request.options.get("options") or {}).get("num_ctx", 0)
+        if not wanted or route.model_path is None:
+            return
+        context_tokens = await self._services.coordinators.context_tokens(route)
+        if wanted > context_tokens:
+            raise ConfigError(
+                f"num_ctx={wanted} is more than the {context_tokens:,} tokens of context with which {route.name} "
+                "runs; give less, or start the router with a larger context_tokens="
             )
 
     def _answer(self, request: ChatRequest, route: Route) -> AsyncGenerator[Chunk, None]:
@@ -212,6 +225,11 @@ async def _check_options(request: ChatRequest, route: Route) -> None:
     if route.model_path is None:  # Ollama refuses what it does not know
         return
     check_llama_cpp_options(request.options)
+    if route.modelfile.projector is None and any(map(has_media, request.messages)):
+        raise ConfigError(
+            f"{route.name} does not read images or sound: llama.cpp has no projector for it; leave them out, or ask "
+            "a model in Ollama"
+        )
     think, tools = request.options.get("think"), request.options.get("tools")
     if not think and not tools:
         return

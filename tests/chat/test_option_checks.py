@@ -135,7 +135,6 @@ def test_option_that_cannot_be_used_is_named(given: dict[str, Any], message: str
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"options": {"num_ctx": 64}}, "llama.cpp does not take num_ctx with a request; give the router context_"),
         ({"options": {"mirostat": 2}}, "llama.cpp does not take the option mirostat; leave it out, or ask with"),
         ({"options": {"num_gpu": 0}}, "does not take the option num_gpu"),
         ({"options": {"repeat_last_n": -1}}, "does not take repeat_last_n=-1; give a number of tokens"),
@@ -149,7 +148,8 @@ def test_option_that_only_ollama_takes_is_refused_on_llama_cpp(given: dict[str, 
 
 
 def test_sampling_options_are_taken_by_both_backends() -> None:
-    options = {"temperature": 0.5, "repeat_last_n": 64, "options": {"top_k": 3, "stop": ["a"], "num_predict": 5}}
+    nested = {"top_k": 3, "stop": ["a"], "num_predict": 5, "num_ctx": 64}
+    options = {"temperature": 0.5, "repeat_last_n": 64, "options": nested}
     check_llama_cpp_options(check_options(options))
 
 

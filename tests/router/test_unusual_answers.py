@@ -160,7 +160,7 @@ def test_text_before_a_refusal_in_mid_answer_is_kept(engine: Engine, tmp_path: P
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"options": {"num_ctx": 64}}, "does not take num_ctx"),
+        ({"options": {"num_ctx": 4096}}, "num_ctx=4096 is more than the 2,048 tokens of context with which demo"),
         ({"options": {"mirostat": 2}}, "does not take the option mirostat"),
         ({"think": "low"}, "demo does not know think='low': its chat template does not support reasoning"),
         ({"think": True}, "demo does not know think=True: its chat template does not support reasoning; leave"),
@@ -174,6 +174,18 @@ def test_option_that_would_be_dropped_is_refused_before_anything_loads(
 ) -> None:
     with HybridRouter(llama_cpp="/nowhere") as router, pytest.raises(ConfigError, match=message):
         router.route_request("demo", "hi", backend="local", **options)
+
+
+def test_a_wanted_context_that_the_model_has_is_accepted() -> None:
+    with HybridRouter(llama_cpp="/nowhere") as router, pytest.raises(EngineError):  # the engine is looked for
+        router.route_request("demo", "hi", backend="local", options={"num_ctx": 2048})
+
+
+def test_images_are_refused_before_a_model_without_a_projector_is_loaded() -> None:
+    message = {"role": "user", "content": "What is it?", "images": ["aGVsbG8="]}
+    refused = pytest.raises(ConfigError, match="demo does not read images or sound: llama")
+    with HybridRouter(llama_cpp="/nowhere") as router, refused:
+        router.route_request("demo", [message], backend="local")
 
 
 def test_level_of_thinking_that_a_template_does_not_have_is_refused(tmp_path: Path) -> None:

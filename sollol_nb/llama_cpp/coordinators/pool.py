@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from sollol_nb.errors import ConfigError, CoordinatorStartError, ModelDoesNotFitError
+from sollol_nb.gguf.facts import read_facts
 from sollol_nb.layers.plan import LayerPlan
 from sollol_nb.layers.token_time import TokenTime
 from sollol_nb.layers.what_if import Forecast, forecast, without_layout
@@ -105,6 +106,19 @@ class CoordinatorPool:
             return coordinator.is_running()
         wanted = context_tokens_for(self.settings, route.modelfile, coordinator.settings.facts)
         return coordinator.is_running() and coordinator.settings.context_tokens >= wanted
+
+    async def context_tokens(self, route: Route) -> int:
+        """Tokens of context of the running coordinator for a route, or of the one that would be started.
+
+        Raises:
+            ModelFileError: the model's file cannot be read.
+        """
+        coordinator = self._running.find(route)
+        if coordinator is not None and coordinator.is_running():
+            return coordinator.settings.context_tokens
+        assert route.model_path is not None
+        facts = await asyncio.to_thread(read_facts, route.model_path)
+        return context_tokens_for(self.settings, route.modelfile, facts)
 
     async def lay_out(self, model: str, layout: Mapping[str, int]) -> Coordinator:
         """Restart the coordinator of a model with another layout; its answers continue on the new one.
