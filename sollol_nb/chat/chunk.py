@@ -97,10 +97,28 @@ class ChunkMessage(TypedDict, total=False):
     tool_calls: list[dict[str, Any]]
 
 
+class TokenLogprob(TypedDict):
+    """How likely the model found a token, as in Ollama's `/api/chat`.
+
+    Keys:
+        token: its text. From llama.cpp it is "" where the next token has the text of both.
+        logprob: the natural logarithm of its probability, before any sampling option.
+        bytes: the token's UTF-8 bytes; not with every Ollama.
+        top_logprobs: the likeliest tokens at this place, likeliest first; only with the option `top_logprobs`.
+    """
+
+    token: str
+    logprob: float
+    bytes: NotRequired[list[int]]
+    top_logprobs: NotRequired[list[TokenLogprob]]
+
+
 class Chunk(TypedDict, total=False):
     """One chunk of a chat's answer, in the shape of Ollama's `/api/chat`. The last has `done` and the counts.
 
-    Durations are in nanoseconds.
+    Durations are in nanoseconds. `logprobs` has an entry for each token that the model wrote, thoughts included,
+    also in chunks without text. The entries of a whole answer spell its text, unless thoughts or markup were taken
+    out. llama-server's chat parser (images, some kinds of thoughts) gives none for markup that it takes out.
     """
 
     model: str
@@ -114,6 +132,7 @@ class Chunk(TypedDict, total=False):
     prompt_eval_duration: int
     eval_count: int | None
     eval_duration: int
+    logprobs: list[TokenLogprob]
     _routing: Routing
     _dropped: str
     _restarted: bool

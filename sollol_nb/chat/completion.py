@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from sollol_nb.chat import completion_view
-from sollol_nb.chat.chunk import RESTARTED, ROUTING, Chunk
+from sollol_nb.chat.chunk import RESTARTED, ROUTING, Chunk, TokenLogprob
 from sollol_nb.errors import StructureError
 from sollol_nb.schema.frames import frame_from_text, frame_of
 from sollol_nb.schema.schema import PickledSchema, parse_structured
@@ -24,11 +24,11 @@ class Completion(dict[str, Any]):
 
     Keys: `model`, `created_at`, `message` (`role`, `content`, and where present `thinking`, `tool_calls`),
     `done`, `done_reason`, `prompt_eval_count`, `eval_count` (tokens), `total_duration`, `load_duration`,
-    `prompt_eval_duration`, `eval_duration` (nanoseconds), and `_routing`: `backend`, `reason`, `duration_ms`,
-    `coordinator_url`, `plan`, `queue_ms`, `load_ms`, `ttft_ms`, `tokens_per_s`, `router_overhead_ms`,
-    `failovers`, `dropped` (which turns were dropped to fit the context). Where it applies also `_dropped` (the
-    same), `_context_full` (tokens of the context that was full before the answer ended) and `_note` (what to know
-    about the text).
+    `prompt_eval_duration`, `eval_duration` (nanoseconds), `logprobs` if requested, and `_routing`: `backend`,
+    `reason`, `duration_ms`, `coordinator_url`, `plan`, `queue_ms`, `load_ms`, `ttft_ms`, `tokens_per_s`,
+    `router_overhead_ms`, `failovers`, `dropped` (which turns were dropped to fit the context). Where it applies also
+    `_dropped` (the same), `_context_full` (tokens of the context that was full before the answer ended) and `_note`
+    (what to know about the text).
 
     Attributes:
         schema: what the answer must match (see `sollol_nb.schema`); None for free text.
@@ -47,21 +47,23 @@ class Completion(dict[str, Any]):
         content: list[str] = []
         thinking: list[str] = []
         tool_calls: list[Any] = []
+        logprobs: list[TokenLogprob] = []
         last: Mapping[str, Any] = {}
         for chunk in chunks:
             message = chunk.get("message") or {}
             if chunk.get(RESTARTED):  # the text received so far is void
-                content, thinking, tool_calls = [], [], []
+                content, thinking, tool_calls, logprobs = [], [], [], []
             content.append(message.get("content") or "")
             thinking.append(message.get("thinking") or "")
             tool_calls.extend(message.get("tool_calls") or ())
+            logprobs.extend(chunk.get("logprobs") or ())
             last = chunk
         message = {"role": "assistant", "content": "".join(content)}
         if any(thinking):
             message["thinking"] = "".join(thinking)
         if tool_calls:
             message["tool_calls"] = tool_calls
-        return cls({**last, "message": message})
+        return cls({**last, "message": message, **({"logprobs": logprobs} if logprobs else {})})
 
     @property
     def text(self) -> str:

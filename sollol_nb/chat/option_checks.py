@@ -102,6 +102,8 @@ CHAT_OPTIONS: dict[str, Values] = {
         '"auto", "none", "required", or {"type": "function", "function": {"name": ...}}', is_tool_choice
     ),
     "parallel_tool_calls": _YES_OR_NO,
+    "logprobs": _YES_OR_NO,
+    "top_logprobs": _whole("a whole number from 0 to 20", 0, 20),
     "keep_alive": _of_type('a time: seconds, "10m", 0 or "forever"', str, int, float),
     "think": Values(
         f"True, False, or a level: {', '.join(THINK_LEVELS)}",
@@ -131,6 +133,8 @@ def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
     _check_one_limit(checked)
     if "options" in checked:
         checked["options"] = _checked_ollama_options(checked["options"])
+    if checked.get("top_logprobs") and not checked.get("logprobs"):
+        raise ConfigError("top_logprobs needs logprobs=True")
     if "overflow" in checked:
         check_overflow(checked["overflow"])
     for position, tool in enumerate(checked.get("tools", ())):
@@ -152,6 +156,8 @@ def check_llama_cpp_options(options: Mapping[str, Any]) -> None:
                 f"llama.cpp does not take the option {name}; leave it out, or ask with backend=ollama "
                 f"(llama.cpp takes {', '.join(sorted(set(SAMPLING_OPTIONS) - {'max_tokens'}))})"
             )
+    if options.get("logprobs") and options.get("tools"):
+        raise ConfigError("llama.cpp does not give logprobs with tools; leave out one of them")
     if options.get("repeat_last_n", nested.get("repeat_last_n", 0)) < 0:
         raise ConfigError("llama.cpp does not take repeat_last_n=-1; give a number of tokens, such as 64")
 

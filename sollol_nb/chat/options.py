@@ -21,6 +21,8 @@ class ChatOptions(TypedDict, total=False):
         tool_choice: whether it may call them (`"auto"`), must not (`"none"`) or must (`"required"`); or which one
             it must call, as `{"type": "function", "function": {"name": ...}}`.
         parallel_tool_calls: False: it calls one function at most.
+        logprobs: whether each token comes with its log probability (`chat/chunk.py`); on llama.cpp not with tools.
+        top_logprobs: how many of the likeliest tokens come with each, 0 to 20.
         keep_alive: how long the model stays loaded after a request: seconds, `"10m"`, 0 or `"forever"`.
         think: whether (and for some models how much) the model thinks first.
         overflow: what happens if the messages do not fit the context: `"error"`, or `"drop_oldest"`, which drops
@@ -50,6 +52,8 @@ class ChatOptions(TypedDict, total=False):
     tools: list[dict[str, Any]] | tuple[dict[str, Any], ...] | None
     tool_choice: str | dict[str, Any] | None
     parallel_tool_calls: bool | None
+    logprobs: bool | None
+    top_logprobs: int | None
     keep_alive: float | str | None
     think: bool | str | None
     overflow: Literal["error", "drop_oldest"] | None

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from sollol_nb.chat.chunk import TokenLogprob
 from sollol_nb.models.names import key_of
 
 MOST_MODELS = 10_000  # of a list; a node has some dozens
@@ -48,6 +49,9 @@ def checked_chunk(chunk: Any) -> dict[str, Any]:
             checked[name] = value
         elif name == "embeddings":
             checked[name] = _embeddings(value)
+        elif name == "logprobs":
+            if isinstance(value, list):
+                checked[name] = _logprobs(value)
         elif not _is_wrong(name, value):
             checked[name] = value
     return checked
@@ -121,13 +125,29 @@ def _embeddings(value: Any) -> list[list[float]]:
     return list(value)
 
 
+def _logprobs(entries: Any) -> list[TokenLogprob]:
+    """The well-formed entries, with what this package knows of them."""
+    checked: list[TokenLogprob] = []
+    for entry in entries if isinstance(entries, list) else ():
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("token"), str):
+            continue
+        if type(entry.get("logprob")) not in (int, float):
+            continue
+        known: TokenLogprob = {"token": entry["token"], "logprob": entry["logprob"]}
+        values = entry.get("bytes")
+        if isinstance(values, list) and all(type(value) is int and 0 <= value < 256 for value in values):
+            known["bytes"] = values
+        if isinstance(entry.get("top_logprobs"), list):
+            known["top_logprobs"] = _logprobs(entry["top_logprobs"])
+        checked.append(known)
+    return checked
+
+
 def _is_wrong(name: str, value: Any) -> bool:
     if name in _TEXTS:
         return not isinstance(value, str)
     if name in _FIGURES:
         return not _is_figure(value)
-    if name == "logprobs":
-        return not isinstance(value, list)
     return name.startswith("_") and name != _REPORTED
 
 

@@ -181,13 +181,14 @@ class ActiveRequest:
         options = {name: value for name, value in request.options.items() if name not in NOT_SENT_TO_OLLAMA}
         if request.options.get("deterministic"):
             self._record.note = "not deterministic: Ollama may answer differently each time"
-        return self._services.ollama.stream_chat(
+        chunks = self._services.ollama.stream_chat(
             route.model,
             request.messages,
             priority=request.priority,
             timeout=request.timeout_s,
             **options,
         )
+        return _with_logprobs(chunks) if options.get("logprobs") else chunks
 
     async def _sharded_instead(self, request: ChatRequest, route: Route, error: OllamaResponseError) -> Route:
         """The route over workers, if that is what Ollama's error calls for; else raises the error."""
@@ -250,3 +251,22 @@ async def _check_options(request: ChatRequest, route: Route) -> None:
             f"{route.name} does not know think={think!r}: its chat template has no levels of thinking; give "
             "think=True or think=False"
         )
+
+
+async def _with_logprobs(chunks: AsyncGenerator[Chunk, None]) -> AsyncGenerator[Chunk, None]:
+    """The chunks of an Ollama node.
+
+    Raises:
+        OllamaResponseError: they come without log probabilities: the node does not know the option.
+    """
+    node, has_any = "", False
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            node = chunk.get(ROUTING, {}).get("node") or node
+            has_any = has_any or bool(chunk.get("logprobs"))
+            message = chunk.get("message") or {}
+            if not has_any and (message.get("content") or message.get("thinking")):
+                raise OllamaResponseError(
+                    f"Ollama at {node} gave no logprobs; update it to 0.12.11 or newer, or leave logprobs out"
+                )
+            yield chunk

@@ -301,6 +301,7 @@ class Router:
             raise ConfigError("resume() takes an AnswerInterruptedError of an answer that had begun; ask again")
         answer = Answer.from_state(interrupted.state)
         before: Chunk = {"message": {"role": "assistant", "content": answer.text, "thinking": answer.thinking}}
+        before["logprobs"] = answer.logprobs
         whole = await _joined(self._resumed(answer, interrupted, priority, timeout), before)
         return checked_against_schema(resumed_call(whole, answer.options), interrupted.schema)
 

@@ -49,6 +49,8 @@ def tool_with(**fields: Any) -> dict[str, Any]:
         ({"options": {"max_tokens": 10}}, {"options": {"num_predict": 10}}),
         ({"options": {"mirostat": 2, "use_mmap": False}}, {"options": {"mirostat": 2, "use_mmap": False}}),
         ({"overflow": "drop_oldest"}, {"overflow": "drop_oldest"}),
+        ({"logprobs": True, "top_logprobs": 20}, {"logprobs": True, "top_logprobs": 20}),
+        ({"top_logprobs": 0}, {"top_logprobs": 0}),
     ],
 )
 def test_known_options_pass_and_none_is_left_out(given: dict[str, Any], checked: dict[str, Any]) -> None:
@@ -122,6 +124,9 @@ def test_known_options_pass_and_none_is_left_out(given: dict[str, Any], checked:
         ({"think": 1}, "option think=1 must be True, False, or a level: low, medium, high"),
         ({"think": "lo"}, "must be True, False, or a level"),
         ({"think": "false"}, "must be True, False, or a level"),
+        ({"top_logprobs": 2}, "top_logprobs needs logprobs=True"),
+        ({"logprobs": True, "top_logprobs": 21}, "must be a whole number from 0 to 20"),
+        ({"logprobs": 1}, "must be True or False"),
         ({"overflow": 1}, "must be a text"),
         ({"overflow": "drop"}, "overflow='drop' must be error or drop_oldest"),
     ],
@@ -139,6 +144,10 @@ def test_option_that_cannot_be_used_is_named(given: dict[str, Any], message: str
         ({"options": {"num_gpu": 0}}, "does not take the option num_gpu"),
         ({"options": {"repeat_last_n": -1}}, "does not take repeat_last_n=-1; give a number of tokens"),
         ({"repeat_last_n": -1}, "does not take repeat_last_n=-1"),
+        (
+            {"logprobs": True, "tools": [TOOL]},
+            "does not give logprobs with tools; leave out one",
+        ),
     ],
 )
 def test_option_that_only_ollama_takes_is_refused_on_llama_cpp(given: dict[str, Any], message: str) -> None:

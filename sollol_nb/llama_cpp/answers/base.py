@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
-from sollol_nb.chat.chunk import NOTE, Chunk
+from sollol_nb.chat.chunk import NOTE, Chunk, TokenLogprob
 from sollol_nb.errors import AnswerDivergedError, ConfigError
 from sollol_nb.llama_cpp.answers.protocol import chat_chunk, sampling_settings
 from sollol_nb.llama_cpp.answers.tokens import Post
@@ -35,6 +35,7 @@ class Answer(ABC):
     Attributes:
         model: the name it was requested by.
         text, thinking: the text sent to the reader so far.
+        logprobs: of the tokens sent to the reader so far, if they were requested.
         token_count: tokens generated so far, as far as known.
         seed: given, or drawn.
         waiting_prompt_tokens: tokens of the prompt that are not processed yet; a guess until the engine reports.
@@ -56,6 +57,7 @@ class Answer(ABC):
         self.model = model
         self.text = ""
         self.thinking = ""
+        self.logprobs: list[TokenLogprob] = []
         self.token_count = 0
         self.is_complete = False
         self.is_abandoned = False
@@ -130,6 +132,7 @@ class Answer(ABC):
             "seed": self.seed,
             "token_count": self.token_count,
             "prompt_tokens": self._prompt_tokens,
+            "logprobs": self.logprobs,
             "spent_ms": {name: self._total_ms(name) for name in self._spent_ms},
         }
 
@@ -137,6 +140,7 @@ class Answer(ABC):
         self.seed = int(state["seed"])
         self.token_count = int(state["token_count"])
         self._prompt_tokens = state["prompt_tokens"]
+        self.logprobs = list(state["logprobs"])
         self._spent_ms = {name: float(state["spent_ms"][name]) for name in self._spent_ms}
 
     def _cache_settings(self) -> dict[str, Any]:
@@ -152,10 +156,16 @@ class Answer(ABC):
     def _total_ms(self, name: str) -> float:
         return float(self._spent_ms[name] + self._timings.get(name, 0.0))
 
-    def _append(self, content: str, thinking: str) -> Chunk | None:
+    def _append(self, content: str, thinking: str, logprobs: Sequence[TokenLogprob] = ()) -> Chunk | None:
         self.text += content
         self.thinking += thinking
-        return chat_chunk(self.model, content, thinking) if content or thinking else None
+        self.logprobs += logprobs
+        if not (content or thinking or logprobs):
+            return None
+        chunk = chat_chunk(self.model, content, thinking)
+        if logprobs:
+            chunk["logprobs"] = [*logprobs]
+        return chunk
 
     def _with_counts(self, chunk: Chunk, done_reason: str) -> Chunk:
         if self._note:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sollol_nb.chat.chunk import NOTE, RESTARTED, Chunk
+from sollol_nb.chat.chunk import NOTE, RESTARTED, Chunk, TokenLogprob
 from sollol_nb.llama_cpp.answers.base import (
     NOT_ENCODED_NOTE,
     NOT_PARSED_NOTE,
@@ -13,6 +13,7 @@ from sollol_nb.llama_cpp.answers.base import (
     SentText,
     diverged_error,
 )
+from sollol_nb.llama_cpp.answers.logprobs import LogprobReader, wanted_alternatives
 from sollol_nb.llama_cpp.answers.protocol import (
     ChunkTranslator,
     chat_chunk,
@@ -53,6 +54,7 @@ class ChatAnswer(Answer):
         self._markup = tuple(markup)
         self._translator = ChunkTranslator(model)
         self._content, self._thoughts = SentText(), SentText()
+        self._tokens_seen = 0  # of the present engine, with their log probabilities
         self._unparsed: RawAnswer | None = None
 
     async def request(self, post: Post) -> tuple[str, dict[str, Any]] | None:
@@ -67,8 +69,11 @@ class ChatAnswer(Answer):
             self.recovery = "exact"  # it is generated again, and must be the same
         self._translator = ChunkTranslator(self.model)
         self._content, self._thoughts = SentText(self.text), SentText(self.thinking)
+        self._tokens_seen = 0
         body = request_body(self._messages, self._options)
         body |= {"seed": self.seed, "return_progress": True, "timings_per_token": True, **self._cache_settings()}
+        if (alternatives := wanted_alternatives(self._options)) is not None:
+            body |= {"logprobs": True, "top_logprobs": alternatives}
         return "/v1/chat/completions", body
 
     def translate(self, event: Mapping[str, Any]) -> Chunk | None:
@@ -82,7 +87,8 @@ class ChatAnswer(Answer):
         content, thinking = message.get("content", ""), message.get("thinking", "")
         if not (self._content.agrees_with(content) and self._thoughts.agrees_with(thinking)):
             raise diverged_error(self.model)
-        shown = self._append(self._content.add(content), self._thoughts.add(thinking))
+        logprobs = self._new_logprobs(event)
+        shown = self._append(self._content.add(content), self._thoughts.add(thinking), logprobs)
         if any(choice.get("finish_reason") for choice in event.get("choices", ())):
             if not (self._content.is_repeated and self._thoughts.is_repeated):
                 raise diverged_error(self.model)
@@ -159,19 +165,30 @@ class ChatAnswer(Answer):
         is_same = self._content.agrees_with(content) and self._thoughts.agrees_with(thinking)
         if not is_same or (content and not self._thoughts.is_repeated):  # the thoughts came as text
             return self._start_over(unparsed)
-        return self._append(self._content.add(content), self._thoughts.add(thinking))
+        logprobs = unparsed.logprobs[len(self.logprobs) :]
+        return self._append(self._content.add(content), self._thoughts.add(thinking), logprobs)
 
     def _start_over(self, unparsed: RawAnswer) -> Chunk:
-        self.text, self.thinking = "", ""
+        self.text, self.thinking, self.logprobs = "", "", []
         self._content, self._thoughts = SentText(unparsed.text), SentText(unparsed.thinking)
         self._content.position, self._thoughts.position = len(unparsed.text), len(unparsed.thinking)
-        chunk: Chunk = self._append(unparsed.text, unparsed.thinking) or chat_chunk(self.model, "")
+        chunk: Chunk | None = self._append(unparsed.text, unparsed.thinking, unparsed.logprobs)
+        chunk = chunk or chat_chunk(self.model, "")
         return {**chunk, RESTARTED: True}
 
     def _copy_progress(self, answer: Answer) -> None:
         self.token_count = answer.token_count
         self.waiting_prompt_tokens = answer.waiting_prompt_tokens
         self.is_complete, self.is_abandoned = answer.is_complete, answer.is_abandoned
+
+    def _new_logprobs(self, event: Mapping[str, Any]) -> list[TokenLogprob]:
+        """Those of an event that were not sent before, by an engine that was lost."""
+        choices = event.get("choices", ())
+        tokens = [token for choice in choices for token in (choice.get("logprobs") or {}).get("content") or ()]
+        entries = LogprobReader(self._options).read_parsed(tokens)
+        known = max(0, len(self.logprobs) - self._tokens_seen)
+        self._tokens_seen += len(entries)
+        return entries[known:]
 
     def _count(self, event: Mapping[str, Any]) -> None:
         self._timings = event.get("timings") or self._timings

@@ -120,6 +120,7 @@ class FittingAnswer(Answer):
 
     def _copy_progress(self, answer: Answer) -> None:
         self.text, self.thinking, self.token_count = answer.text, answer.thinking, answer.token_count
+        self.logprobs = answer.logprobs
         self.waiting_prompt_tokens = answer.waiting_prompt_tokens
         self.is_complete, self.is_abandoned = answer.is_complete, answer.is_abandoned
         self.recovery, self.recovers_exactly = answer.recovery, answer.recovers_exactly

@@ -16,6 +16,7 @@ from sollol_nb.llama_cpp.answers.base import (
     SentText,
     diverged_error,
 )
+from sollol_nb.llama_cpp.answers.logprobs import LogprobReader, spelling, wanted_alternatives
 from sollol_nb.llama_cpp.answers.protocol import (
     CLOSING_TAG,
     OPENING_TAG,
@@ -81,9 +82,11 @@ class RawAnswer(Answer):
         self._given = 0  # tokens of the answer that the present engine received with the prompt
         self._predicted = 0  # tokens that it has generated
         self._pending: list[int | None] = []  # of these, those whose text was not received yet
+        self._logprob_reader = LogprobReader(options)
 
     async def request(self, post: Post) -> tuple[str, dict[str, Any]] | None:
         self._begin_stream()
+        self._logprob_reader = LogprobReader(self._options)
         if self.is_complete:
             return None
         if self._prompt is None:
@@ -139,7 +142,8 @@ class RawAnswer(Answer):
         self._pending += [*[None] * (predicted - self._predicted - len(ids)), *ids]
         self._predicted = predicted
         self.token_count = max(self.token_count, self._given + predicted)
-        text = event.get("content")
+        text = event.get("content") or ""
+        logprobs = self._logprob_reader.read(event.get("completion_probabilities", ()), text)
         if not text:
             return None
         if not self._sent.agrees_with(text):
@@ -149,7 +153,8 @@ class RawAnswer(Answer):
         self._pending = []
         if self._sent.position + len(text) >= len(self._sent.text):
             self._known = None  # all of it is repeated
-        return self._append(*self._split(self._sent.add(text)))
+        new = self._sent.add(text)
+        return self._append(*self._split(new), spelling(logprobs, new))
 
     def recover(self, reason: str) -> bool:
         if not is_encoding_failure(reason) or not self._sent.is_repeated:
@@ -222,6 +227,8 @@ class RawAnswer(Answer):
             body["n_predict"] = self._limit
         if self._schema is not None:
             body["json_schema"] = self._schema
+        if (alternatives := wanted_alternatives(self._options)) is not None:
+            body["n_probs"] = alternatives
         preserved = [*([OPENING_TAG, CLOSING_TAG] if self._splits_thinking else ()), *self._markup]
         if preserved:
             body["preserved_tokens"] = preserved  # sent also where they are special tokens
