@@ -125,7 +125,7 @@ def _embeddings(value: Any) -> list[list[float]]:
     return list(value)
 
 
-def _logprobs(entries: Any) -> list[TokenLogprob]:
+def _logprobs(entries: Any, *, are_alternatives: bool = False) -> list[TokenLogprob]:
     """The well-formed entries, with what this package knows of them."""
     checked: list[TokenLogprob] = []
     for entry in entries if isinstance(entries, list) else ():
@@ -137,8 +137,8 @@ def _logprobs(entries: Any) -> list[TokenLogprob]:
         values = entry.get("bytes")
         if isinstance(values, list) and all(type(value) is int and 0 <= value < 256 for value in values):
             known["bytes"] = values
-        if isinstance(entry.get("top_logprobs"), list):
-            known["top_logprobs"] = _logprobs(entry["top_logprobs"])
+        if isinstance(entry.get("top_logprobs"), list) and not are_alternatives:
+            known["top_logprobs"] = _logprobs(entry["top_logprobs"], are_alternatives=True)
         checked.append(known)
     return checked
 

@@ -228,8 +228,8 @@ async def _check_options(request: ChatRequest, route: Route) -> None:
     check_llama_cpp_options(request.options)
     if route.modelfile.projector is None and any(map(has_media, request.messages)):
         raise ConfigError(
-            f"{route.name} does not read images or sound: llama.cpp has no projector for it; leave them out, or ask "
-            "a model in Ollama"
+            f"{route.name} does not read images or sound: llama.cpp has no projector for it; leave them out, or "
+            "ask a model in Ollama"
         )
     think, tools = request.options.get("think"), request.options.get("tools")
     if not think and not tools:

@@ -58,6 +58,15 @@ def test_wrong_figures_and_marks_are_left_out(name: str, value: Any) -> None:
     assert checked_chunk({"response": "x", name: value}) == {"response": "x"}
 
 
+def test_only_well_formed_logprobs_are_kept() -> None:
+    good = {"token": "x", "logprob": -1.5, "bytes": [120], "top_logprobs": [{"token": "x", "logprob": -1}]}
+    odd = {"token": "y", "logprob": -1, "bytes": [256], "top_logprobs": [{**good, "_mark": 1}, 5], "_mark": 1}
+    given = [good, odd, None, 5, {"token": 5, "logprob": -1}, {"token": "x", "logprob": "-1"}]
+    alternative = {"token": "x", "logprob": -1.5, "bytes": [120]}
+    expected = [good, {"token": "y", "logprob": -1, "top_logprobs": [alternative]}]
+    assert checked_chunk({"response": "x", "logprobs": given})["logprobs"] == expected
+
+
 @pytest.mark.parametrize(
     ("chunk", "reason"),
     [
