@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp
 
@@ -23,9 +24,10 @@ from sollol_nb.gateway import (
     openai_parts,
     status_page,
 )
-from sollol_nb.gateway.access import Access
+from sollol_nb.gateway.access import Access, AccessRules
 from sollol_nb.gateway.failures import ApiError, Kind, api_error
 from sollol_nb.gateway.gateway import Gateway
+from sollol_nb.runtime.amounts import shown
 
 ErrorShape = Callable[[ApiError], Any]
 """Writes an error as an API does."""
@@ -52,8 +54,8 @@ APIS: tuple[Api, ...] = (
 _KINDS: Mapping[int, Kind] = {404: "not_found", 405: "wrong_method"}
 
 
-def application(gateway: Gateway) -> ASGIApp:
-    """The application of a gateway."""
+def application(gateway: Gateway, rules: AccessRules | None = None) -> ASGIApp:
+    """The application of a gateway; without rules, that of one on this machine only."""
     app = Starlette(
         routes=[
             *(route for api in APIS for route in api.routes),
@@ -65,21 +67,26 @@ def application(gateway: Gateway) -> ASGIApp:
         exception_handlers={ApiError: _answer_error, HTTPException: _answer_http_error, Exception: _answer_error},
     )
     app.state.gateway = gateway
-    return Access(app, gateway)
+    return Access(app, gateway, rules or AccessRules(), error_response)
 
 
 def error_response(path: str, error: ApiError) -> Response:
     """An error as the response of the API that owns the path."""
     api = next(api for api in APIS if path.startswith(api.prefixes))
-    return JSONResponse(api.error_shape(error), error.status, headers=error.headers)
+    content = json.dumps(api.error_shape(error))  # in ASCII, since a path or message may have what UTF-8 has not
+    return Response(content, error.status, error.headers, "application/json")
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:
-    return error_response(request.url.path, api_error(error))
+    failure = api_error(error)
+    request.scope["sollol.error"] = failure.kind
+    return error_response(request.scope["path"], failure)
 
 
 async def _answer_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    message = f"{request.method} {request.url.path}: {error.detail.lower()}"
+    path: str = request.scope["path"]
+    message = f"{request.method} {shown(path)}: {error.detail.lower()}"
     failure = ApiError(error.status_code, _KINDS.get(error.status_code, "invalid"), message)
-    return error_response(request.url.path, failure)
+    request.scope["sollol.error"] = failure.kind
+    return error_response(path, failure)

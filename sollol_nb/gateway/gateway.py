@@ -12,6 +12,8 @@ from starlette.types import ASGIApp
 from sollol_nb.gateway.answers import AnswerRecord, AnswerResponse, AnswerWriter
 from sollol_nb.gateway.calls import ChatCall
 from sollol_nb.gateway.failures import ApiError
+from sollol_nb.gateway.keys import Keys
+from sollol_nb.gateway.limits import Limits
 from sollol_nb.hybrid_router import HybridRouter
 from sollol_nb.ollama.pool import OllamaPool
 
@@ -25,6 +27,8 @@ class FinishedRequest:
         status: of the response; 0 if none was sent.
         duration_s: from its headers to the end of its response.
         key: the name of its key; "" without one.
+        client: its address.
+        error_kind: as in `ApiError.kind`, or `cancelled`; "" where nothing went wrong.
         answer: what the answer was; None where none was requested.
     """
 
@@ -33,6 +37,8 @@ class FinishedRequest:
     status: int
     duration_s: float
     key: str
+    client: str
+    error_kind: str
     answer: AnswerRecord | None
 
 
@@ -42,14 +48,19 @@ class Gateway:
     Attributes:
         ollama: its Ollama nodes.
         router: its router, over these nodes and the workers of the settings.
+        keys, limits: who may ask, and how much.
         draining: set once it ends, and accepts no more requests.
         stopped: has an error once the requests that still run are to be ended with it.
         on_finished: called with each request that has ended; each must be quick.
     """
 
-    def __init__(self, router: HybridRouter, ollama: OllamaPool) -> None:
+    def __init__(
+        self, router: HybridRouter, ollama: OllamaPool, *, keys: Keys | None = None, limits: Limits | None = None
+    ) -> None:
         self.router = router
         self.ollama = ollama
+        self.keys = keys or Keys()
+        self.limits = limits or Limits()
         self.draining = asyncio.Event()
         self.stopped: asyncio.Future[ApiError] = asyncio.get_running_loop().create_future()
         self.on_finished: list[Callable[[FinishedRequest], None]] = []
