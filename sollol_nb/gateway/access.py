@@ -37,6 +37,8 @@ from sollol_nb.runtime.amounts import shown
 
 OPEN_PATH = "/health"
 """Needs no key: what watches the process has none."""
+WHILE_DRAINING = frozenset((OPEN_PATH, "/ready", "/metrics"))
+"""What is still answered while the gateway ends."""
 STATUS_PAGE = "/"
 """Browsers ask for a key there."""
 UNCOUNTED = frozenset(("/api/show",))
@@ -147,9 +149,9 @@ class Access:
                 return _preflight(headers)
             if path != OPEN_PATH:
                 scope["sollol.key"] = self._key(scope, headers)
-                if self._gateway.draining.is_set():
-                    message = "the gateway is being stopped; try again later"
-                    raise ApiError(503, "unavailable", message, retry_after_s=DRAIN_RETRY_S)
+            if self._gateway.draining.is_set() and path not in WHILE_DRAINING:
+                message = "the gateway is being stopped; try again later"
+                raise ApiError(503, "unavailable", message, retry_after_s=DRAIN_RETRY_S)
         except ApiError as error:
             return self._refused(scope, error)
         return None
