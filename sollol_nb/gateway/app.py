@@ -15,6 +15,7 @@ from starlette.routing import BaseRoute
 from starlette.types import ASGIApp
 
 from sollol_nb.gateway import (
+    anthropic_api,
     cluster_view,
     health,
     metrics,
@@ -48,6 +49,7 @@ class Api:
 
 APIS: tuple[Api, ...] = (
     Api(("/api/",), ollama_api.ROUTES, ollama_parts.error_shape),
+    Api(("/v1/messages",), anthropic_api.ROUTES, anthropic_api.error_shape),
     Api(("/",), openai_api.ROUTES, openai_parts.error_shape),
 )
 """The first API with a fitting prefix counts."""
