@@ -2,12 +2,43 @@
 
 from __future__ import annotations
 
-import pytest
-from openai import OpenAI
+import asyncio
+import json
+from pathlib import Path
+from typing import Any, Literal
 
-from tests.support.gateway import GatewayProcess
+import openai
+import pytest
+from openai import AsyncOpenAI, OpenAI
+from pydantic import BaseModel
+
+from tests.support.engines import eventually
+from tests.support.gateway import GatewayProcess, busy_slots_at
+from tests.support.scripted_model import write_scripted
+from tests.support.tool_model import TEMPLATE, write_tool_model
 
 pytestmark = pytest.mark.engine
+
+QUESTION: list[Any] = [{"role": "user", "content": "What is a worker?"}]
+WEATHER: Any = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather in a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"enum": ["Rome", "Oslo"]}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+        "strict": True,
+    },
+}
+
+
+class Verdict(BaseModel):
+    place: Literal["here", "there"]
+    is_far: bool
 
 
 @pytest.fixture(scope="module")
@@ -15,12 +46,149 @@ def client(gateway: GatewayProcess) -> OpenAI:
     return OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0)
 
 
+@pytest.fixture(scope="module")
+def tool_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_tool_model(tmp_path_factory.mktemp("models") / "tools.gguf"))
+
+
 def test_a_streamed_answer_is_that_of_the_whole_one(client: OpenAI) -> None:
-    messages = [{"role": "user", "content": "What is a worker?"}]
-    whole = client.chat.completions.create(model="demo", messages=messages, temperature=0)  # type: ignore[arg-type]
-    streamed = client.chat.completions.create(  # type: ignore[call-overload]
-        model="demo", messages=messages, temperature=0, stream=True
+    whole = client.chat.completions.create(model="demo", messages=QUESTION, temperature=0)
+    streamed = list(
+        client.chat.completions.create(
+            model="demo", messages=QUESTION, temperature=0, stream=True, stream_options={"include_usage": True}
+        )
     )
-    text = "".join(chunk.choices[0].delta.content or "" for chunk in streamed if chunk.choices)
+    *answer, end, usage = streamed
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in answer)
     assert text == whole.choices[0].message.content
     assert len(text) > 20
+    assert answer[0].choices[0].delta.role == "assistant"
+    assert end.choices[0].finish_reason == whole.choices[0].finish_reason == "stop"
+    assert usage.choices == []
+    assert usage.usage == whole.usage
+    assert whole.usage is not None
+    assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens > 30
+    assert {chunk.id for chunk in streamed} == {streamed[0].id}
+
+
+def test_the_headers_say_which_place_answered(client: OpenAI) -> None:
+    raw = client.chat.completions.with_raw_response.create(
+        model="demo:sharded", messages=QUESTION, max_tokens=5, extra_headers={"X-Sollol-Priority": "high"}
+    )
+    assert raw.headers["X-Sollol-Route"].startswith("llama.cpp-distributed http://127.0.0.1:")
+    assert raw.headers["X-Sollol-Failovers"] == "0"
+    assert raw.parse().choices[0].finish_reason == "length"
+
+
+def test_an_async_client_streams_several_answers_at_the_same_time(gateway: GatewayProcess) -> None:
+    async def texts() -> list[str]:
+        async with AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0) as client:
+
+            async def text() -> str:
+                stream = await client.chat.completions.create(
+                    model="demo", messages=QUESTION, temperature=0, stream=True, max_completion_tokens=40
+                )
+                return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+            return await asyncio.gather(*(text() for _ in range(8)))
+
+    first, *others = asyncio.run(texts())
+    assert len(first) > 20
+    assert others == [first] * 7
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+def test_a_tool_is_called_and_its_result_leads_to_an_answer(client: OpenAI, tool_model: str, choice: Any) -> None:
+    messages = [*QUESTION]
+    called = client.chat.completions.create(
+        model=tool_model, messages=messages, tools=[WEATHER], tool_choice=choice, max_tokens=100
+    )
+    assert called.choices[0].finish_reason == "tool_calls"
+    message = called.choices[0].message
+    assert message.content is None
+    (call,) = message.tool_calls or ()
+    assert call.type == "function"
+    assert call.function.name == "weather"
+    assert json.loads(call.function.arguments)["city"] in ("Rome", "Oslo")
+    messages += [message, {"role": "tool", "tool_call_id": call.id, "content": "Rain."}]
+    answer = client.chat.completions.create(model=tool_model, messages=messages, tools=[WEATHER], max_tokens=5)
+    assert answer.choices[0].message.content
+
+
+def test_calls_that_a_model_decides_on_arrive_in_a_stream(client: OpenAI, tmp_path: Path) -> None:
+    call = '{"name": "weather", "arguments": {"city": "Rome"}}'
+    script = ["I will look.", "<tool_call>\n", call, "\n</tool_call>"]
+    specials = ("<|im_start|>", "<|im_end|>")
+    model = write_scripted(tmp_path / "calls.gguf", script, template=TEMPLATE, specials=specials)
+    with client.chat.completions.stream(model=str(model), messages=QUESTION, tools=[WEATHER]) as stream:
+        events = list(stream)
+        final = stream.get_final_completion()
+    assert any(event.type == "tool_calls.function.arguments.done" for event in events)
+    assert final.choices[0].finish_reason == "tool_calls"
+    (called,) = final.choices[0].message.tool_calls or ()
+    assert called.function.name == "weather"
+    assert called.function.parsed_arguments == {"city": "Rome"}
+    assert called.id
+    assert final.choices[0].message.content == "I will look."
+
+
+def test_a_pydantic_class_describes_the_answer(client: OpenAI) -> None:
+    parsed = client.chat.completions.parse(
+        model="demo", messages=QUESTION, response_format=Verdict, max_tokens=100
+    )
+    assert isinstance(parsed.choices[0].message.parsed, Verdict)
+    asked: Any = {"model": "demo", "messages": QUESTION, "response_format": Verdict, "max_tokens": 100}
+    with client.chat.completions.stream(**asked) as stream:
+        assert isinstance(stream.get_final_completion().choices[0].message.parsed, Verdict)
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+def test_a_model_that_does_not_exist_is_not_found(client: OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.chat.completions.create(model="nobody/has:this", messages=QUESTION)
+    assert caught.value.code == "model_not_found"
+    assert caught.value.param == "model"
+    with pytest.raises(openai.NotFoundError):
+        next(client.chat.completions.create(model="nobody/has:this", messages=QUESTION, stream=True))
+
+
+def test_a_text_that_does_not_fit_is_refused_with_its_code(client: OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(
+            model="demo", messages=[{"role": "user", "content": "worker " * 20_000}], stream=True
+        )
+    assert caught.value.code == "context_length_exceeded"
+
+
+def test_a_field_that_cannot_be_followed_is_named(client: OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model="demo", messages=QUESTION, n=2)
+    assert caught.value.param == "n"
+
+
+def test_a_client_that_leaves_frees_its_slot(client: OpenAI, endless: str) -> None:
+    raw = client.chat.completions.with_raw_response.create(
+        model=endless, messages=QUESTION, temperature=0, max_tokens=30_000, stream=True
+    )
+    engine_url = raw.headers["X-Sollol-Route"].split()[-1]
+    stream = raw.parse()
+    for _ in range(3):
+        next(stream)
+    assert busy_slots_at(engine_url) == 1
+    stream.close()
+    eventually(lambda: busy_slots_at(engine_url) == 0, "the slot is free")
+
+
+# --- models ---------------------------------------------------------------------------------------
+
+
+def test_the_models_are_listed_and_can_be_named(client: OpenAI) -> None:
+    names = [model.id for model in client.models.list()]
+    assert "demo" in names
+    assert "demo:sharded" in names
+    assert client.models.retrieve("demo:sharded").id == "demo:sharded"
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.models.retrieve("nobody/has:this")
+    assert caught.value.code == "model_not_found"

@@ -16,6 +16,7 @@ import httpx
 from sollol_nb.gateway.app import application
 from sollol_nb.gateway.gateway import Gateway
 from sollol_nb.hybrid_router import HybridRouter
+from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.ollama.pool import OllamaPool
 from tests.support.engines import HANG_GUARD_S, REPOSITORY, eventually
 
@@ -92,6 +93,13 @@ async def gateway_without_engines() -> AsyncIterator[httpx.AsyncClient]:
             yield client
     finally:
         await router.close()
+
+
+def busy_slots_at(engine_url: str) -> int:
+    """How many slots of a llama-server, which a gateway of this state folder has started, are processing."""
+    (entry,) = (entry for entry in registry.entries(registry.COORDINATOR) if entry.about["url"] == engine_url)
+    slots = httpx.get(f"{engine_url}/slots", headers={"Authorization": f"Bearer {entry.read_key()}"}).json()
+    return sum(slot["is_processing"] for slot in slots)
 
 
 def gateway_command(*arguments: str) -> Sequence[str]:
