@@ -28,6 +28,9 @@
   + OllamaError                    Ollama nodes
     x OllamaUnavailableError
     x OllamaResponseError
+  + GatewayError                   a gateway that a notebook uses
+    x GatewayUnavailableError
+    x GatewayBusyError             (.retry_after_s)
   + RequestError                   one chat request
     x RequestTimeoutError          (also a TimeoutError)
     + RequestRejectedError         (.partial)
@@ -180,12 +183,14 @@ class HttpStatusError(TransportError):
     Attributes:
         status: the HTTP status code.
         reason: the peer's own message.
+        body: the beginning of what it sent, as text.
     """
 
-    def __init__(self, message: str, *, status: int, reason: str) -> None:
+    def __init__(self, message: str, *, status: int, reason: str, body: str = "") -> None:
         super().__init__(message)
         self.status = status
         self.reason = reason
+        self.body = body
 
 
 # --- Ollama -----------------------------------------------------------------------------------
@@ -209,6 +214,27 @@ class OllamaResponseError(OllamaError):
     def __init__(self, message: str, *, status: int | None = None) -> None:
         super().__init__(message)
         self.status = status
+
+
+# --- gateways ---------------------------------------------------------------------------------
+
+
+class GatewayError(SollolError):
+    """A gateway refused what it was asked for, or the server at its address is something else."""
+
+
+class GatewayUnavailableError(GatewayError):
+    """No gateway answers at its address, or its connection was lost."""
+
+
+class GatewayBusyError(GatewayError):
+    """The gateway, or this key, has as many requests as it may have.
+
+    Attributes:
+        retry_after_s: when it is worth to ask again, in seconds.
+    """
+
+    retry_after_s: float = 5.0
 
 
 # --- requests ---------------------------------------------------------------------------------

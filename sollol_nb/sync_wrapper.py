@@ -15,12 +15,13 @@ from sollol_nb.batch.batch import Batch
 from sollol_nb.batch.store import BatchStore
 from sollol_nb.bench.bench import bench_blocking
 from sollol_nb.chat.chunk import Chunk
-from sollol_nb.cluster.state import ClusterState
+from sollol_nb.cluster.state import LiveState
 from sollol_nb.latency.log import LatencyLog
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.coordinators.settings import PoolSettings
 from sollol_nb.ollama import pool as ollama_pool
 from sollol_nb.ollama.nodes import NodeStatus
+from sollol_nb.router.remote.calls import GatewayCoordinator
 from sollol_nb.runtime.events import EventBus
 from sollol_nb.runtime.io_loop import blocking, blocking_stream, delegate
 
@@ -97,6 +98,9 @@ class HybridRouter:
     apply_plan = blocking(hybrid_router.HybridRouter.apply_plan)
     what_if = blocking(hybrid_router.HybridRouter.what_if)
     configure = blocking(hybrid_router.HybridRouter.configure)
+    end_engines = blocking(hybrid_router.HybridRouter.end_engines)
+    engine_log = blocking(hybrid_router.HybridRouter.engine_log)
+    connect = blocking(hybrid_router.HybridRouter.connect)
     close = blocking(hybrid_router.HybridRouter.close)
     slots_for = blocking(hybrid_router.HybridRouter.slots_for)
     map = _from_this_thread(_map_blocking, hybrid_router.HybridRouter.map)
@@ -113,6 +117,11 @@ class HybridRouter:
         return self._async.stream
 
     @property
+    def gateway(self) -> str | None:
+        """The URL of the gateway whose engines it uses; None where it has its own."""
+        return self._async.gateway
+
+    @property
     def layer_strategy(self) -> str:
         """How the layers of the next models are spread."""
         return self._async.layer_strategy
@@ -123,7 +132,7 @@ class HybridRouter:
         return self._async.worker_endpoints
 
     @property
-    def coordinator(self) -> Coordinator | None:
+    def coordinator(self) -> Coordinator | GatewayCoordinator | None:
         """The running coordinator that shards over workers, the last used if several; None if there is none."""
         return self._async.coordinator
 
@@ -133,7 +142,7 @@ class HybridRouter:
         return self._async.coordinator_model
 
     @property
-    def coordinators(self) -> list[Coordinator]:
+    def coordinators(self) -> Sequence[Coordinator | GatewayCoordinator]:
         """All running coordinators, local ones too, the most recently used last."""
         return self._async.coordinators
 
@@ -165,7 +174,7 @@ class HybridRouter:
         return self._async.batch_store
 
     @property
-    def state(self) -> ClusterState:
+    def state(self) -> LiveState:
         """The router's cluster, live, for watchers such as the widget."""
         return self._async.state
 

@@ -77,6 +77,9 @@ class BenchTargets:
         models = self._settings.models if Layout() in self._settings.layouts else ()
         backends = {model: (await self._router.route(model)).backend for model in models}
         self.cases = bench_cases(self._settings, backends)
+        if self._router.gateway:
+            self._use_gateway()
+            return
         model_paths: dict[BenchTarget, Path | None] = {}
         for target in dict.fromkeys(case.target for case in self.cases):
             model_paths[target] = await self._sharded_file(target)
@@ -91,6 +94,24 @@ class BenchTargets:
         self._needs = {target: min(need, known) for target, need in self._needs.items()}
         self._routers = {target: self._router_for(target, path) for target, path in model_paths.items()}
         await self._decide()
+
+    def _use_gateway(self) -> None:
+        """Measure over a gateway: its coordinators are everybody's, so they are used as they are.
+
+        Raises:
+            ConfigError: a case needs a layout of its own.
+        """
+        for case in self.cases:
+            target = case.target
+            if target.layout.worker_count or target.strategy:
+                what = f"strategy {target.strategy}" if target.strategy else f"layout {target.layout}"
+                raise ConfigError(
+                    f"{what}: over the gateway {self._router.gateway}, models are measured as it runs them; leave "
+                    "out layouts and strategies, or use own engines (%sollol_connect --off)"
+                )
+            self._needs[target] = 0
+            self._routers[target] = self._router
+        self.takes_turns = False
 
     async def load(self, target: BenchTarget) -> bool:
         """Make sure that a target is loaded, or that the workers are free that its next request needs to load it.
@@ -245,13 +266,13 @@ class BenchTargets:
         """Coordinators that the router keeps warm, the longest idle first."""
         return [
             coordinator
-            for coordinator in self._router.coordinators
+            for coordinator in self._router.own_coordinators
             if coordinator.is_idle and coordinator.rpc_backends
         ]
 
     def _is_running(self, target: BenchTarget) -> bool:
         """Whether the target's own coordinator is running already."""
-        running = self._routers[target].coordinators
+        running = self._routers[target].own_coordinators
         return any(
             coordinator.rpc_backends and coordinator.settings.is_named(target.model) for coordinator in running
         )

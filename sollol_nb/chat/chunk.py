@@ -58,6 +58,7 @@ class Routing(TypedDict, total=False):
         layout: layers per worker, in order, such as `5/4/4`.
         queue_ms, load_ms, ttft_ms, tokens_per_s, router_overhead_ms, failovers: as in the latency log.
         dropped: which messages were left out to fit the context.
+        gateway: the URL of the gateway over which the answer came, if one did.
         node, total_ms: of the Ollama pool: the node that finished, and from the call to the end.
     """
 
@@ -79,6 +80,7 @@ class Routing(TypedDict, total=False):
     router_overhead_ms: float | None
     failovers: list[Failover]
     dropped: str
+    gateway: str
     node: str
     total_ms: float
 

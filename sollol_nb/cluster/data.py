@@ -9,6 +9,7 @@
 | `events` | number of the event: `at`, `kind`, `message` |
 | `totals` | requests: `running`, `waiting`, `total`, `failed` |
 | `closed` | present once the router was closed: nothing changes any more |
+| `unreachable` | while a notebook's gateway does not answer: one line about it |
 
 Numbers are rounded to what a view shows, so that noise causes no traffic. Unknown values are left out.
 
@@ -131,6 +132,20 @@ def patch_between(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[s
         elif key not in before or old != value:
             patch[key] = value
     return patch
+
+
+def patched(before: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, Any]:
+    """What a patch turns `before` into; parts that it does not touch stay the same objects."""
+    after = dict(before)
+    for key, value in patch.items():
+        if value is None:
+            after.pop(key, None)
+        elif isinstance(value, Mapping):
+            old = after.get(key)
+            after[key] = patched(old if isinstance(old, Mapping) else {}, value)
+        else:
+            after[key] = value
+    return after
 
 
 def describe_answer(figures: Mapping[str, Any]) -> str | None:

@@ -18,7 +18,7 @@ import contextlib
 import itertools
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from sollol_nb.cluster.data import LiveFigures, RequestCounts, cluster_data, describe_answer, patch_between
 from sollol_nb.cluster.status import ClusterStatus, CoordinatorStatus
@@ -57,6 +57,28 @@ _HELD_WORKERS_CHANGED = (
 
 Listener = Callable[[Mapping[str, Any]], None]
 """Gets patches, on the I/O loop; must be quick."""
+
+
+class LiveState(Protocol):
+    """The live state of a cluster, whoever keeps it; see `ClusterState` for the methods."""
+
+    is_closed: bool
+
+    @property
+    def data(self) -> dict[str, Any]: ...
+
+    @property
+    def is_watched(self) -> bool: ...
+
+    async def watch(self, listener: Listener, /) -> dict[str, Any]: ...
+
+    async def unwatch(self, listener: Listener, /) -> None: ...
+
+    async def current(self) -> dict[str, Any]: ...
+
+    async def refresh(self) -> ClusterStatus: ...
+
+    def status(self) -> ClusterStatus: ...
 
 
 class ClusterState:

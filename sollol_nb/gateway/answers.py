@@ -46,6 +46,8 @@ class AnswerWriter:
 
     media_type = "text/event-stream"
     """Of a streamed answer."""
+    takes_text_back = False
+    """Whether its clients understand that an answer begins again."""
 
     def chunk(self, chunk: Chunk) -> bytes:
         """What to send for a chunk; the last one has `done`. b"" sends nothing."""
@@ -169,7 +171,8 @@ class AnswerResponse:
             buffer.end()
 
     async def _chunks(self) -> AsyncGenerator[Chunk, None]:
-        async with aclosing(without_restarts(self._call.chunks(self._router))) as chunks:
+        answer = self._call.chunks(self._router)
+        async with aclosing(answer if self._writer.takes_text_back else without_restarts(answer)) as chunks:
             async for chunk in chunks:
                 self._record.add(chunk)
                 yield chunk

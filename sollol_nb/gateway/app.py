@@ -19,6 +19,7 @@ from sollol_nb.gateway import (
     cluster_view,
     health,
     metrics,
+    notebook_api,
     ollama_api,
     ollama_parts,
     openai_api,
@@ -50,6 +51,7 @@ class Api:
 APIS: tuple[Api, ...] = (
     Api(("/api/",), ollama_api.ROUTES, ollama_parts.error_shape),
     Api(("/v1/messages",), anthropic_api.ROUTES, anthropic_api.error_shape),
+    Api(("/sollol/",), notebook_api.ROUTES, notebook_api.error_shape),
     Api(("/",), openai_api.ROUTES, openai_parts.error_shape),
 )
 """The first API with a fitting prefix counts."""

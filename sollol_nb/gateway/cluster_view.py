@@ -23,7 +23,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from sollol_nb.cluster.state import ClusterState
+from sollol_nb.cluster.state import LiveState
 from sollol_nb.gateway.failures import ApiError
 from sollol_nb.gateway.gateway import Gateway
 
@@ -96,7 +96,7 @@ class Viewer:
         state: what it watches.
     """
 
-    def __init__(self, state: ClusterState) -> None:
+    def __init__(self, state: LiveState) -> None:
         self._state = state
         self._pending: list[Mapping[str, Any]] = []
         self._needs_state = True

@@ -29,7 +29,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m sollol_nb.gateway`; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m sollol_nb.gateway", description="Serve a cluster to other programs.")
+    parser = argparse.ArgumentParser(
+        prog="python -m sollol_nb.gateway", description="Serve a cluster to other programs."
+    )
     add_arguments(parser)
     try:
         return run(parser.parse_args(argv))

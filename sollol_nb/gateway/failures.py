@@ -84,9 +84,16 @@ _TABLE: tuple[tuple[type[Exception], int, Kind], ...] = (
 
 
 def api_error(error: Exception) -> ApiError:
-    """The error as its client is informed. One that is not of this package shows nothing of itself."""
+    """The error as its client is informed, with the given one as its cause. One that is not of this package shows
+    nothing of itself."""
     if isinstance(error, ApiError):
         return error
+    failure = _failure(error)
+    failure.__cause__ = error
+    return failure
+
+
+def _failure(error: Exception) -> ApiError:
     if isinstance(error, errors.OllamaResponseError) and error.status in (400, 422):
         return ApiError(error.status, "invalid", str(error))
     for kind_of_error, status, kind in _TABLE:

@@ -87,7 +87,7 @@ async def _ps(request: Request) -> Response:
     except OllamaUnavailableError:
         in_ollama = []
     entries = [_without(entry, "node") for entry in in_ollama]
-    ours = await asyncio.to_thread(lambda: [_loaded(each) for each in gateway.router.coordinators])
+    ours = await asyncio.to_thread(lambda: [_loaded(each) for each in gateway.router.own_coordinators])
     models = [*entries, *(entry for entry in ours if entry)]
     return JSONResponse({"models": [{"model": entry["name"], **entry} for entry in models]})
 

@@ -13,6 +13,7 @@ from sollol_nb.gateway.gateway import Gateway
 from sollol_nb.hybrid_router import HybridRouter
 from sollol_nb.ollama.pool import OllamaPool
 from sollol_nb.runtime.io_loop import submit
+from sollol_nb.settings.kinds import LOCAL
 
 DEFAULT_PORT = 11440
 """Not that of Ollama (11434), of ollama-herd (11435) or of llama-server (8080)."""
@@ -40,7 +41,7 @@ def serve(host: str, port: int) -> None:
 
 async def _serve(listening: socket.socket) -> None:
     ollama = OllamaPool.auto_configure()
-    router = HybridRouter(ollama)
+    router = HybridRouter(ollama, gateway=LOCAL)
     gateway = Gateway(router, ollama)
     config = uvicorn.Config(application(gateway), lifespan="off", access_log=False, log_config=None)
     server = uvicorn.Server(config)

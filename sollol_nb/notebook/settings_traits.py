@@ -102,6 +102,8 @@ class Sollol(Configurable):
     threshold_params = SettingTrait()
     ollama_hosts = SettingTrait()
     llama_cpp = SettingTrait()
+    gateway = SettingTrait()
+    gateway_key = SettingTrait()
 
     short_errors = SettingTrait()
     on_unload = SettingTrait()

@@ -2,6 +2,7 @@
 
 - `router.py`: `Router`, the API of all this.
 - `own_engines.py`: what it works with: workers, coordinators, Ollama nodes.
+- `remote/`: the same, where a gateway has them.
 - `settings.py`: the arguments of a router, checked.
 - `finder.py`: from a model's name to a route.
 - `active_request.py`: the life of one request.

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sollol_nb.chat.chunk import Chunk
 from sollol_nb.chat.request import ChatRequest
 from sollol_nb.cluster.state import ClusterState
+from sollol_nb.errors import ConfigError
 from sollol_nb.latency.log import LatencyLog
 from sollol_nb.llama_cpp.answers.base import Answer
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.coordinators.pool import CoordinatorPool
 from sollol_nb.llama_cpp.coordinators.settings import PoolSettings
+from sollol_nb.llama_cpp.processes.running import Ended, end_engines, engine_log
 from sollol_nb.llama_cpp.workers.workers import Workers
 from sollol_nb.models.listing import ListedModel
 from sollol_nb.models.profiles import ModelProfile
@@ -23,7 +26,7 @@ from sollol_nb.ollama.pool import OllamaPool
 from sollol_nb.router.active_request import ActiveRequest, RequestServices
 from sollol_nb.router.cluster_control import ClusterControl
 from sollol_nb.router.finder import ModelSlots, RouteFinder
-from sollol_nb.router.settings import pool_arguments
+from sollol_nb.router.settings import check_amounts, endpoints, pool_arguments, pool_settings, request_options
 from sollol_nb.runtime.events import EventBus
 from sollol_nb.runtime.io_loop import io_bound
 from sollol_nb.settings import config
@@ -75,6 +78,64 @@ class OwnEngines(ClusterControl):
             latency=latency,
             events=events,
             counts=Counter(),
+            options=options,
+        )
+
+    @classmethod
+    def of(
+        cls,
+        ollama_pool: OllamaPool | None,
+        *,
+        enable_distributed: bool,
+        rpc_backends: Iterable[str | Mapping[str, Any]] | None,
+        num_rpc_backends: int | None,
+        auto_setup_rpc: bool | None,
+        coordinator_timeout: float,
+        distributed_threshold_params: float | None,
+        model_filter: Collection[str] | None,
+        gguf_path: str | Path | None,
+        layer_strategy: str | None,
+        context_tokens: int | None,
+        slots: int | None,
+        recovery: str | None,
+        deterministic: bool | None,
+        keep_alive: float | str | Mapping[str, float | str] | None,
+        latency: LatencyLog,
+        **others: Any,
+    ) -> OwnEngines:
+        """The engines for these arguments of `Router`, and for the settings where they are None.
+
+        Args:
+            others: fields of `PoolSettings`.
+
+        Raises:
+            ConfigError: an argument cannot be used.
+        """
+        options = request_options(recovery=recovery, deterministic=deterministic)
+        threshold_params = config.or_default(distributed_threshold_params, "threshold_params")
+        check_amounts(
+            coordinator_timeout=coordinator_timeout,
+            distributed_threshold_params=threshold_params,
+        )
+        settings = pool_settings(
+            num_rpc_backends=config.or_default(num_rpc_backends, "num_workers"),
+            auto_setup_rpc=config.or_default(auto_setup_rpc, "auto_setup"),
+            coordinator_timeout=coordinator_timeout,
+            layer_strategy=config.or_default(layer_strategy, "strategy"),
+            context_tokens=config.or_default(context_tokens, "context_tokens"),
+            slots=config.or_default(slots, "slots"),
+            keep_alive=config.or_default(keep_alive, "keep_alive"),
+            **others,
+        )
+        return cls(
+            ollama_pool,
+            settings,
+            workers=endpoints(rpc_backends),
+            enable_distributed=enable_distributed,
+            threshold_params=threshold_params,
+            model_filter=model_filter,
+            gguf_path=gguf_path,
+            latency=latency,
             options=options,
         )
 
@@ -169,6 +230,39 @@ class OwnEngines(ClusterControl):
             await self._ollama.unload(route.model)
         else:
             await self.end_coordinators(route.model)
+
+    # --- engines of this user on this machine -----------------------------------------------------
+
+    @io_bound
+    async def end_engines(self, names: Sequence[str] = (), *, force: bool = False) -> list[Ended]:
+        """Stop the engines of this user on this machine, of all kernels, that have these names, or all.
+
+        Args:
+            names: models, and workers as `host:port`.
+            force: also those that another process uses.
+
+        Raises:
+            ConfigError: no engine has one of the names.
+        """
+        return await end_engines(names, force=force)
+
+    @io_bound
+    async def engine_log(self, name: str | None = None, *, last: int = 20, grep: str | None = None) -> str:
+        """The last lines of the log of an engine.
+
+        Args:
+            name: a model, or a worker as `host:port`; None is the coordinator used last.
+            last: number of lines.
+            grep: only lines that contain this text, ignoring case.
+
+        Raises:
+            ConfigError: no engine has this name, or none runs.
+        """
+        if name is None:
+            if not self.coordinators:
+                raise ConfigError("no coordinator of this router is running; name a model or a worker")
+            name = self.coordinators[-1].model
+        return await asyncio.to_thread(engine_log, name, last=last, grep=grep)
 
     # --- what is known now ------------------------------------------------------------------------
 

@@ -73,6 +73,22 @@ class RequestRecord:
         self.load_ms = node_routing.get("load_ms") or None
         self.failovers = list(node_routing.get("failovers") or ())
 
+    def set_gateway_routing(self, routing: Mapping[str, Any], earlier: Iterable[Failover]) -> None:
+        """Note where a gateway has the request answered, from the `_routing` of its chunk.
+
+        Args:
+            earlier: failovers before this one of the gateway's answers.
+        """
+        self.backend, self.reason = str(routing.get("backend") or ""), str(routing.get("reason") or "")
+        self.server_url = str(routing.get("coordinator_url") or routing.get("node_url") or "")
+        self.model_path, self.note = str(routing.get("model_path") or ""), str(routing.get("note") or "")
+        self.layout, self.loaded_by = str(routing.get("layout") or ""), str(routing.get("loaded_by") or "")
+        self.plan, self.dropped = routing.get("plan"), str(routing.get("dropped") or "")
+        self.placement_differences = list(routing.get("placement_differences") or ())
+        self.queue_ms, self.load_ms = routing.get("queue_ms"), routing.get("load_ms")
+        self.router_overhead_ms = routing.get("router_overhead_ms")
+        self.failovers = [*earlier, *(routing.get("failovers") or ())]
+
     def add_fallback(self, what: str) -> None:
         """Note that a backend could not answer, and that another one answers from the beginning."""
         self._add_failover(what, 0, continued=False)

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar, Un
 
 from sollol_nb.chat.chunk import Chunk
 from sollol_nb.chat.completion import Completion, checked_against_schema
-from sollol_nb.chat.option_checks import check_options
 from sollol_nb.chat.options import ChatOptions
 from sollol_nb.chat.request import ChatRequest, checked_timeout_s
 from sollol_nb.chat.tool_choice import resumed_call
+from sollol_nb.cluster.state import LiveState
 from sollol_nb.errors import AnswerInterruptedError, ConfigError
 from sollol_nb.latency.log import LatencyLog
 from sollol_nb.llama_cpp.answers.base import Answer
@@ -36,7 +36,9 @@ from sollol_nb.models.profiles import ModelProfile
 from sollol_nb.models.routing import Route, checked_backend
 from sollol_nb.ollama.pool import OllamaPool
 from sollol_nb.router.own_engines import OwnEngines
-from sollol_nb.router.settings import check_amounts, endpoints, latency_log, pool_settings
+from sollol_nb.router.remote.calls import GatewayCoordinator, GatewayInfo
+from sollol_nb.router.remote.engines import GatewayEngines
+from sollol_nb.router.settings import check_amounts, check_gateway_arguments, latency_log, request_options
 from sollol_nb.runtime.io_loop import (
     hold_io_loop,
     io_bound,
@@ -50,6 +52,7 @@ from sollol_nb.runtime.io_loop import (
 from sollol_nb.runtime.priority import Priority, checked_priority
 from sollol_nb.settings import config
 from sollol_nb.settings.endpoints import DEFAULT_COORDINATOR_PORT, DEFAULT_RPC_PORT
+from sollol_nb.settings.kinds import checked_gateway
 from sollol_nb.settings.models import model_text
 from sollol_nb.text.tables import counted
 
@@ -108,6 +111,8 @@ class Router:
         llama_cpp: str | Path | None = None,
         keep_alive: float | str | Mapping[str, float | str] | None = None,
         latency: LatencyLog | None = None,
+        gateway: str | None = None,
+        gateway_key: str | None = None,
     ) -> None:
         """What is not given here is taken from the settings (`settings/table.py`): an environment variable, then
         `sollol_nb.toml`, then the default named below.
@@ -144,50 +149,66 @@ class Router:
                 `"10m"`, 0 (ends with its request) or `"forever"`; or a dict of these by model, with `"*"` for all
                 others. By default 10 minutes. It lives on when the kernel ends.
             latency: the latency log; by default the one in the state folder.
+            gateway: use the engines of the gateway at this address, such as `http://head:11440`, instead of own
+                ones; `local` uses own ones, whatever the setting `gateway` says. Of the other arguments, only
+                `timeout`, `recovery`, `deterministic` and `latency` go together with a gateway.
+            gateway_key: the gateway's key, where it needs one.
 
         Raises:
             ConfigError: an argument cannot be used.
         """
         self._timeout_s: float = config.or_default(timeout, "timeout")
-        options = check_options(
-            {
-                "recovery": config.or_default(recovery, "recovery"),
-                "deterministic": config.or_default(deterministic, "deterministic"),
-            }
-        )
-        distributed_threshold_params = config.or_default(distributed_threshold_params, "threshold_params")
-        check_amounts(
-            coordinator_timeout=coordinator_timeout,
-            timeout=self._timeout_s,
-            distributed_threshold_params=distributed_threshold_params,
-        )
-        settings = pool_settings(
-            num_rpc_backends=config.or_default(num_rpc_backends, "num_workers"),
-            auto_discover_rpc=auto_discover_rpc,
-            auto_setup_rpc=config.or_default(auto_setup_rpc, "auto_setup"),
-            coordinator_timeout=coordinator_timeout,
-            coordinator_port=coordinator_port,
-            rpc_port=rpc_port,
-            layer_strategy=config.or_default(layer_strategy, "strategy"),
-            context_tokens=config.or_default(context_tokens, "context_tokens"),
-            slots=config.or_default(slots, "slots"),
-            llama_cpp=llama_cpp,
-            keep_alive=config.or_default(keep_alive, "keep_alive"),
-        )
-        self._engines = OwnEngines(
-            ollama_pool,
-            settings,
-            workers=endpoints(rpc_backends),
-            enable_distributed=enable_distributed,
-            threshold_params=distributed_threshold_params,
-            model_filter=model_filter,
-            gguf_path=gguf_path,
-            latency=latency if latency is not None else latency_log(),
-            options=options,
-        )
+        check_amounts(timeout=self._timeout_s)
+        latency = latency if latency is not None else latency_log()
+        where = checked_gateway(config.or_default(gateway, "gateway"))
+        self._engines: OwnEngines | GatewayEngines
+        if where is None:
+            self._engines = OwnEngines.of(
+                ollama_pool,
+                enable_distributed=enable_distributed,
+                rpc_backends=rpc_backends,
+                num_rpc_backends=num_rpc_backends,
+                auto_discover_rpc=auto_discover_rpc,
+                auto_setup_rpc=auto_setup_rpc,
+                coordinator_timeout=coordinator_timeout,
+                coordinator_port=coordinator_port,
+                rpc_port=rpc_port,
+                distributed_threshold_params=distributed_threshold_params,
+                model_filter=model_filter,
+                gguf_path=gguf_path,
+                layer_strategy=layer_strategy,
+                context_tokens=context_tokens,
+                slots=slots,
+                recovery=recovery,
+                deterministic=deterministic,
+                llama_cpp=llama_cpp,
+                keep_alive=keep_alive,
+                latency=latency,
+            )
+        else:
+            check_gateway_arguments(
+                where,
+                ollama_pool=ollama_pool,
+                enable_distributed=None if enable_distributed else False,
+                rpc_backends=rpc_backends,
+                num_rpc_backends=num_rpc_backends,
+                auto_discover_rpc=auto_discover_rpc,
+                auto_setup_rpc=auto_setup_rpc,
+                distributed_threshold_params=distributed_threshold_params,
+                model_filter=model_filter,
+                gguf_path=gguf_path,
+                layer_strategy=layer_strategy,
+                context_tokens=context_tokens,
+                slots=slots,
+                llama_cpp=llama_cpp,
+                keep_alive=keep_alive,
+            )
+            key = config.or_default(gateway_key, "gateway_key")
+            options = request_options(recovery=recovery, deterministic=deterministic, only_given=True)
+            self._engines = GatewayEngines(where, key, latency=latency, options=options)
         self.events = self._engines.events
         self.latency = self._engines.latency
-        self.state = self._engines.state
+        self.state: LiveState = self._engines.state
         hold_io_loop(self)
         # A router that is garbage must not hold workers. Its engines live on for their keep_alive, so that the
         # next router, or this kernel after a restart, finds the model loaded.
@@ -196,6 +217,7 @@ class Router:
     def __repr__(self) -> str:
         models = ", ".join(coordinator.model for coordinator in self.coordinators) or "none"
         workers = counted(len(self.worker_endpoints), "worker")
+        workers = f"over {self.gateway}, {workers}" if self.gateway else workers
         return f"<{type(self).__name__}: {workers}, coordinators: {models}>"
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
@@ -302,21 +324,46 @@ class Router:
         answer = Answer.from_state(interrupted.state)
         before: Chunk = {"message": {"role": "assistant", "content": answer.text, "thinking": answer.thinking}}
         before["logprobs"] = answer.logprobs
-        whole = await _joined(self._resumed(answer, interrupted, priority, timeout), before)
+        chunks = self.resumed(
+            interrupted.state,
+            backend=interrupted.backend,
+            schema=interrupted.schema,
+            priority=priority,
+            timeout=timeout,
+        )
+        whole = await _joined(chunks, before)
         return checked_against_schema(resumed_call(whole, answer.options), interrupted.schema)
 
     @io_bound_stream
-    def _resumed(
-        self, answer: Answer, interrupted: AnswerInterruptedError, priority: int, timeout_s: float | None
+    def resumed(
+        self,
+        state: Mapping[str, Any],
+        *,
+        backend: str | None = None,
+        schema: object = None,
+        priority: int = Priority.NORMAL,
+        timeout: float | None = None,
     ) -> AsyncGenerator[Chunk, None]:
+        """The rest of an interrupted answer, as chunks; `resume` gives the whole.
+
+        Args:
+            state: of the `AnswerInterruptedError`.
+            backend, schema, priority, timeout: as for `route_request`.
+
+        Raises:
+            ConfigError: this is not the state of an answer.
+            SollolError: as for `stream`.
+        """
+        answer = Answer.from_state(state)
+
         def checked() -> ChatRequest:
             return ChatRequest(
                 messages=[],  # the answer has them, and the options
                 options={},
                 priority=checked_priority(priority),
-                timeout_s=checked_timeout_s(self._timeout_s if timeout_s is None else timeout_s),
-                backend=checked_backend(interrupted.backend),
-                schema=interrupted.schema,
+                timeout_s=checked_timeout_s(self._timeout_s if timeout is None else timeout),
+                backend=checked_backend(backend),
+                schema=schema,
             )
 
         return self._engines.chunks(answer.model, checked, router=self, interrupted=answer)
@@ -366,10 +413,12 @@ class Router:
     apply_plan = _of_engines(OwnEngines.apply_plan)
     what_if = _of_engines(OwnEngines.what_if)
     configure = _of_engines(OwnEngines.configure)
+    end_engines = _of_engines(OwnEngines.end_engines)
+    engine_log = _of_engines(OwnEngines.engine_log)
 
     def route_of(self, coordinator: Coordinator) -> Route:
         """The route that one of this router's coordinators was started for."""
-        return self._engines.route_of(coordinator)
+        return self._own("a coordinator has no route").route_of(coordinator)
 
     @property
     def worker_endpoints(self) -> list[str]:
@@ -377,9 +426,9 @@ class Router:
         return self._engines.worker_endpoints
 
     @property
-    def coordinator(self) -> Coordinator | None:
+    def coordinator(self) -> Coordinator | GatewayCoordinator | None:
         """The running coordinator that shards over workers, the last used if several; None if there is none."""
-        sharded = [coordinator for coordinator in self.coordinators if coordinator.plan is not None]
+        sharded = [coordinator for coordinator in self.coordinators if coordinator.rpc_backends]
         return sharded[-1] if sharded else None
 
     @property
@@ -388,9 +437,14 @@ class Router:
         return self.coordinator.model if self.coordinator else None
 
     @property
-    def coordinators(self) -> list[Coordinator]:
+    def coordinators(self) -> Sequence[Coordinator | GatewayCoordinator]:
         """All running coordinators, local ones too, the most recently used last."""
         return self._engines.coordinators
+
+    @property
+    def own_coordinators(self) -> list[Coordinator]:
+        """`coordinators`, where they belong to this router; over a gateway none does."""
+        return self._engines.coordinators if isinstance(self._engines, OwnEngines) else []
 
     @property
     def layer_strategy(self) -> str:
@@ -413,12 +467,30 @@ class Router:
             "coordinators": {coordinator.model: coordinator.base_url for coordinator in running},
         }
 
+    # --- the gateway ------------------------------------------------------------------------------
+
+    @property
+    def gateway(self) -> str | None:
+        """The URL of the gateway whose engines it uses; None where it has its own."""
+        return self._engines.url if isinstance(self._engines, GatewayEngines) else None
+
+    async def connect(self) -> GatewayInfo:
+        """Connect to the gateway now, instead of with the first request; returns what it says of itself.
+
+        Raises:
+            ConfigError: this router has its own engines.
+            GatewayError: no gateway answers there, or it refuses the key.
+        """
+        if not isinstance(self._engines, GatewayEngines):
+            raise ConfigError("this router has its own engines; give gateway= the address of a gateway")
+        return await self._engines.connect()
+
     # --- settings, siblings, the end ------------------------------------------------------------
 
     @property
     def settings(self) -> PoolSettings:
         """How coordinators are started; `configure` changes it."""
-        return self._engines.settings
+        return self._own("the settings of coordinators are those of the gateway; they cannot be read").settings
 
     @property
     def timeout_s(self) -> float:
@@ -434,8 +506,16 @@ class Router:
         """
         arguments = {**self._engines.arguments(), "timeout": self.timeout_s}
         sibling = type(self)(**{**arguments, **changes})
-        sibling._engines.settings = replace(sibling.settings, exact=exact)
+        if exact:
+            own = sibling._own("all routers use the same coordinators")
+            own.settings = replace(own.settings, exact=True)
         return sibling
+
+    def _own(self, otherwise: str) -> OwnEngines:
+        """The engines of this process. Raises ConfigError with this reason where they are a gateway's."""
+        if isinstance(self._engines, GatewayEngines):
+            self._engines.refuse(otherwise)
+        return self._engines
 
     async def close(self, *, keep: bool = False) -> None:
         """End the coordinators and workers that no other process uses, and close connections. Twice is fine; in a
@@ -466,6 +546,6 @@ async def _joined(chunks: AsyncGenerator[Chunk, None], *before: Chunk) -> Comple
         return Completion.from_chunks([*before, *[chunk async for chunk in chunks]])
 
 
-def _release(engines: OwnEngines, process_id: int) -> None:
+def _release(engines: OwnEngines | GatewayEngines, process_id: int) -> None:
     if process_id == os.getpid():  # else it is the copy in a forked child, and the connections are not the child's
         submit(engines.close(keep=True))

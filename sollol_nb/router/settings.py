@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from sollol_nb.chat.option_checks import check_options
 from sollol_nb.errors import ConfigError
 from sollol_nb.latency.log import LatencyLog
 from sollol_nb.layers.plan import check_strategy
@@ -72,6 +73,39 @@ def pool_arguments(settings: PoolSettings) -> dict[str, Any]:
     keep_alive = {**arguments.pop("keep_alive_of"), "*": arguments.pop("keep_alive_s")}
     arguments["keep_alive"] = {model: "forever" if s is None else s for model, s in keep_alive.items()}
     return arguments
+
+
+def request_options(
+    *, recovery: str | None, deterministic: bool | None, only_given: bool = False
+) -> dict[str, Any]:
+    """Options of requests that do not have them, from the arguments of `Router`, else from the settings.
+
+    Args:
+        only_given: leave out what is neither given nor set.
+
+    Raises:
+        ConfigError: one of them cannot be used.
+    """
+    given = {"recovery": recovery, "deterministic": deterministic}
+    found = {name: config.find(name) for name, value in given.items() if value is None}
+    if only_given:
+        given = {name: value for name, value in given.items() if value is not None}
+        found = {name: each for name, each in found.items() if each.source != config.BUILT_IN}
+    return check_options({**given, **{name: each.value for name, each in found.items()}})
+
+
+def check_gateway_arguments(url: str, **arguments: object) -> None:
+    """Check that no argument is given that is about own engines.
+
+    Raises:
+        ConfigError: one is.
+    """
+    given = [name for name, value in arguments.items() if value is not None]
+    if given:
+        raise ConfigError(
+            f"{', '.join(given)}: the engines are those of the gateway {url}; leave this out, or give "
+            "gateway='local'"
+        )
 
 
 def endpoints(backends: Iterable[str | Mapping[str, Any]] | None) -> list[str]:

@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -75,6 +75,11 @@ class EventKind(StrEnum):
     NODE_COOLING = "node.cooling"
     """An Ollama node failed or went silent, and is not used for a while; `error`."""
 
+    GATEWAY_LOST = "gateway.lost"
+    """The gateway that a notebook uses does not answer any more."""
+    GATEWAY_RETURNED = "gateway.returned"
+    """A lost gateway answers again."""
+
     ROUTER_CHANGED = "router.changed"
     """A setting of the router was changed."""
     REQUEST_STARTED = "request.started"
@@ -133,6 +138,17 @@ class EventBus:
     def report(self, kind: EventKind, subject: str, message: str, **data: Any) -> None:
         """Send an event without keeping it: for values that change often, such as a round trip."""
         self._send(Event(kind, subject, message, data))
+
+    def pass_on(self, event: Event, *, keep: bool) -> None:
+        """Send an event of another process, such as a gateway, to all subscribers."""
+        if keep:
+            self.keep([event])
+        self._send(event)
+
+    def keep(self, events: Iterable[Event]) -> None:
+        """Keep earlier events of another process for `recent`; subscribers do not get them."""
+        with self._lock:
+            self._kept.extend(events)
 
     def _send(self, event: Event) -> None:
         with self._lock:

@@ -101,12 +101,12 @@ class JsonClient:
     async def stream_lines(
         self,
         path: str,
-        body: Mapping[str, Any],
+        body: Mapping[str, Any] | None,
         *,
         read_timeout_s: float | None = None,
         line_limit_bytes: int = LINE_LIMIT_BYTES,
     ) -> AsyncIterator[AsyncIterator[str]]:
-        """POST, and read the answer line by line while it arrives.
+        """POST (without a body GET), and read the answer line by line while it arrives.
 
         Example:
             async with client.stream_lines("/api/chat", body) as lines:
@@ -123,7 +123,11 @@ class JsonClient:
         with self._translated(path):
             # llama-server closes the connection after a streamed answer without notice; do not use it again.
             async with self._client.stream(
-                "POST", self.base_url + path, json=body, timeout=timeout, headers={"Connection": "close"}
+                "GET" if body is None else "POST",
+                self.base_url + path,
+                json=body,
+                timeout=timeout,
+                headers={"Connection": "close"},
             ) as response:
                 await self._check(path, response)
                 yield self._lines(path, response, line_limit_bytes)
@@ -194,7 +198,7 @@ class JsonClient:
 
     async def _check(self, path: str, response: httpx.Response) -> None:
         """Raise HttpStatusError unless the status is a success, TransportError if the answer is compressed."""
-        status, url = response.status_code, self.base_url + path
+        status, url, text = response.status_code, self.base_url + path, ""
         encoding = one_line(response.headers.get("content-encoding", "identity"), 40)
         is_compressed = encoding.lower() not in ("", "identity")
         if 200 <= status < 300:
@@ -206,9 +210,10 @@ class JsonClient:
             reason = f"it redirects to {target}; use that address instead" if target else "a redirect"
         else:
             content = b"" if is_compressed else await _read(response, ERROR_LIMIT_BYTES)
-            reason = _reason(content.decode(errors="replace")) or one_line(response.reason_phrase) or "no reason"
+            text = content.decode(errors="replace")
+            reason = _reason(text) or one_line(response.reason_phrase) or "no reason"
             reason = reason.removeprefix(f"{status} ")  # in titles of web pages
-        raise HttpStatusError(f"{url} answered {status}: {reason}", status=status, reason=reason)
+        raise HttpStatusError(f"{url} answered {status}: {reason}", status=status, reason=reason, body=text)
 
     async def _lines(self, path: str, response: httpx.Response, line_limit_bytes: int) -> AsyncIterator[str]:
         """Lines that end with a line feed and nothing else: JSON text may contain U+2028, U+0085 and the like, at

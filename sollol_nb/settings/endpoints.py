@@ -12,6 +12,7 @@ from sollol_nb.runtime.amounts import shown
 DEFAULT_RPC_PORT = 50052
 DEFAULT_COORDINATOR_PORT = 18080
 DEFAULT_OLLAMA_PORT = 11434
+DEFAULT_GATEWAY_PORT = 11440
 LOOPBACK = "127.0.0.1"
 
 
@@ -54,6 +55,28 @@ def worker_endpoint(text: str) -> str:
             "use the worker's IPv4 address or host name"
         )
     return format_endpoint(host, port)
+
+
+def gateway_url(text: str) -> str:
+    """The URL of a gateway given as URL, `host:port` or `host`; without a port, 11440, or with https 443.
+
+    Raises:
+        ConfigError: it is none of these, or contains a password.
+    """
+    scheme, separator, rest = text.strip().rpartition("://")
+    scheme = scheme.lower() or "http"
+    address, _, path = rest.partition("/")
+    if "@" in rest:
+        raise ConfigError("the address of a gateway must not contain a password; give the key as gateway_key")
+    if scheme not in ("http", "https") or not address or "?" in rest or "#" in rest:
+        raise ConfigError(f"{shown(text)} is not the address of a gateway; use a URL such as http://head:11440")
+    try:
+        host, port = parse_endpoint(address, 443 if scheme == "https" and separator else DEFAULT_GATEWAY_PORT)
+    except ConfigError:
+        raise ConfigError(
+            f"{shown(text)} is not the address of a gateway; use a URL such as http://head:11440"
+        ) from None
+    return f"{scheme}://{format_endpoint(host, port)}{f'/{path}'.rstrip('/')}"
 
 
 def format_endpoint(host: str, port: int) -> str:

@@ -17,8 +17,10 @@ from sollol_nb.errors import ConfigError
 from sollol_nb.layers.strategies import STRATEGIES
 from sollol_nb.runtime.amounts import is_number, is_whole_number, parse_duration, shown
 from sollol_nb.runtime.priority import is_priority, priority_named
-from sollol_nb.settings.endpoints import format_endpoint, parse_endpoint
+from sollol_nb.settings.endpoints import format_endpoint, gateway_url, parse_endpoint
 
+LOCAL = "local"
+"""Instead of the address of a gateway: own engines."""
 _YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
@@ -174,6 +176,35 @@ def _strategy(value: Any) -> str:
     return str(value)
 
 
+def checked_gateway(value: str | None) -> str | None:
+    """The URL of a gateway; None for `local` and for None: own engines.
+
+    Raises:
+        ConfigError: it is neither an address nor `local`.
+    """
+    if value is None or (isinstance(value, str) and value.strip().lower() == LOCAL):
+        return None
+    if not isinstance(value, str):
+        raise ConfigError(f"gateway={shown(value)} must be the address of a gateway, or {LOCAL}")
+    return gateway_url(value)
+
+
+class Secret(str):
+    """A text that is not shown by `repr`."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "(hidden)"
+
+
+def _secret(value: Any) -> Secret:
+    text = _text(value).strip()
+    if not text.isascii() or not text.isprintable():
+        raise ConfigError("the key contains characters that no key has; copy it again")
+    return Secret(text)
+
+
 def _entries(value: Any) -> list[str]:
     """The entries of a list, or of a text separated by commas."""
     if isinstance(value, str):
@@ -221,3 +252,8 @@ MAX_TOKENS = whole_number("a whole number of 1 or more, such as 512", least=1)
 SEED = whole_number("a whole number of 0 or more, such as 42", least=0)
 SYSTEM = text("a text")
 MODEL = Kind("a model's name, such as llama3.1:70b", _text, anchor=_anchored_model)
+GATEWAY = Kind(
+    f"the address of a gateway, such as http://head:11440, or {LOCAL}",
+    lambda value: checked_gateway(_text(value)) or LOCAL,
+)
+SECRET = Kind("a key, as `sollol-nb key add` prints it", _secret)

@@ -1,0 +1,291 @@
+"""An answer over a gateway, continued after the gateway was started again.
+
+The gateway itself continues an answer whose coordinator is lost. If the gateway is lost, nobody knows the tokens
+any more, only their text:
+
+- Plain text is continued: the question is sent again, with the text so far as the beginning of the answer.
+- With exact recovery the question is sent again, with the same seed, and the known text must come again.
+- Else (thoughts, tool calls, a format) the answer begins again, and its reader takes back what it has
+  (`_restarted`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
+from typing import Any
+
+from sollol_nb.chat.chunk import RESTARTED, ROUTING, Chunk, Failover
+from sollol_nb.chat.request import ChatRequest
+from sollol_nb.errors import (
+    AnswerInterruptedError,
+    GatewayBusyError,
+    GatewayUnavailableError,
+    RequestRejectedError,
+    SollolError,
+)
+from sollol_nb.latency.log import LatencyLog
+from sollol_nb.llama_cpp.answers.base import SEEDS, SentText, diverged_error
+from sollol_nb.router.record import RequestRecord
+from sollol_nb.router.remote.connection import GatewayConnection
+from sollol_nb.router.remote.live import GatewayEvents
+from sollol_nb.settings import config
+from sollol_nb.settings.table import SETTINGS
+from sollol_nb.text.tables import counted
+
+MOST_LOSSES = 10
+LONGEST_BUSY_PAUSE_S = 5.0
+
+
+class GatewayRequest:
+    """One request over a gateway, from its arguments to its latency row. Lives on the I/O loop.
+
+    Args:
+        connection: to the gateway.
+        events: whom to inform when the gateway is lost.
+        latency: where the row is written.
+        counts: requests that have ended, by backend.
+        model: as the caller names it.
+        check: gives the checked request; called when the request begins, so that a refused one is recorded too.
+        options: of requests that do not have them.
+        router: the router, which must live as long as the request.
+        interrupted: an answer that is to be continued, as `Answer.state` gives it; None begins a new one.
+        text: what was received of that answer.
+    """
+
+    def __init__(
+        self,
+        connection: GatewayConnection,
+        events: GatewayEvents,
+        *,
+        latency: LatencyLog,
+        counts: Counter[str],
+        model: str,
+        check: Callable[[], ChatRequest],
+        options: Mapping[str, Any],
+        router: object,
+        interrupted: Mapping[str, Any] | None = None,
+        text: str = "",
+    ) -> None:
+        self._connection = connection
+        self._events = events
+        self._latency = latency
+        self._counts = counts
+        self._check = check
+        self._options = options
+        self._router = router
+        self._interrupted = interrupted
+        self._record = RequestRecord(model, text=text)
+        self._losses: list[Failover] = []
+        self._text, self._thinking = "", ""  # received by this request
+        self._texts = 0  # chunks with text: about as many as tokens
+        self._has_tool_calls = False
+        self._continues_after = 0  # tokens that the present answer of the gateway does not count
+
+    async def chunks(self) -> AsyncGenerator[Chunk, None]:
+        """Ollama-shaped chunks, as those of `ActiveRequest`; errors are those of `Router.route_request`."""
+        record, status, error_text = self._record, "cancelled", ""
+        record.start()
+        try:
+            saved = await asyncio.to_thread(config.saved_model, str(record.model))
+            request = self._check().with_defaults(saved.options, saved.system).with_defaults(self._options)
+            record.priority = request.priority
+            try:
+                async with aclosing(self._answer(request)) as answer:
+                    async for chunk in answer:
+                        yielded = self._recorded(chunk)
+                        if yielded.get("done"):  # readers of the log see the row from now on
+                            status = "ok"
+                            self._latency.record_later(record.row("ok"))
+                        yield yielded
+            except AnswerInterruptedError as error:
+                error.backend, error.schema, error.partial = request.backend, request.schema, record.partial()
+                if self._losses:  # its state has only what came after the last loss
+                    error.state = None
+                raise
+            except RequestRejectedError as error:
+                error.partial = record.partial() if record.text else None
+                raise
+        except Exception as error:
+            status, error_text = "timeout" if isinstance(error, TimeoutError) else "error", str(error)
+            raise
+        finally:
+            if status != "ok":
+                self._latency.record_later(record.row(status, error_text))
+            self._counts[record.backend] += 1
+
+    async def _answer(self, request: ChatRequest) -> AsyncGenerator[Chunk, None]:
+        first = body = self._body(request)
+        form, waited_s = _AsItComes(), 0.0
+        while True:
+            try:
+                async with self._connection.lines("/sollol/chat", body) as lines:
+                    self._record.set_sent()
+                    async for data in lines:
+                        chunk = form.apply(self._connection.chunk_of(data), self._record.name)
+                        self._note(chunk)
+                        yield chunk
+                        if chunk.get("done"):
+                            return
+                raise GatewayUnavailableError(f"the gateway {self._connection.url} ended the answer early")
+            except GatewayBusyError as error:
+                pause_s = min(error.retry_after_s, LONGEST_BUSY_PAUSE_S)
+                if waited_s + pause_s > request.timeout_s:
+                    raise
+                waited_s += pause_s
+                await asyncio.sleep(pause_s)
+            except GatewayUnavailableError as error:
+                if self._connection.info is None or self._interrupted is not None:
+                    raise
+                await self._wait_for_gateway(error)
+                body, form = self._next(first)
+
+    async def _wait_for_gateway(self, error: GatewayUnavailableError) -> None:
+        """Wait until the lost gateway answers again, and note the failover.
+
+        Raises:
+            GatewayError: it does not, or it was lost too often.
+        """
+        self._events.lost(error)
+        received = f"the answer was interrupted after {counted(self._texts, 'token')}; the text so far is kept"
+        self._record.add_failover(str(error), self._texts)
+        self._losses.append(self._record.failovers[-1])
+        if len(self._losses) > MOST_LOSSES:
+            raise GatewayUnavailableError(f"{error} ({counted(len(self._losses), 'time')}); {received}") from error
+        try:
+            await self._connection.wait_until_back()
+        except SollolError as lasting:
+            if self._texts:
+                raise type(lasting)(f"{lasting}; {received}") from error
+            raise
+        self._events.returned()
+
+    def _body(self, request: ChatRequest) -> dict[str, Any]:
+        """What is sent for a request."""
+        options = dict(request.options)
+        if self._is_exact(options) and "seed" not in {*options, *(options.get("options") or {})}:
+            options["seed"] = secrets.randbelow(SEEDS)  # so that it can be generated again
+        is_default = request.timeout_s == SETTINGS["timeout"].default
+        return {
+            "model": str(self._record.model),
+            "messages": request.messages,
+            "options": options,
+            "backend": request.backend,
+            "priority": request.priority,
+            "timeout": None if is_default else request.timeout_s,  # then it is the gateway's
+            "interrupted": self._interrupted,
+        }
+
+    def _next(self, body: dict[str, Any]) -> tuple[dict[str, Any], _AsItComes]:
+        """What is sent after a loss, and what becomes of the chunks.
+
+        Args:
+            body: what was sent first.
+        """
+        options, messages = body["options"], body["messages"]
+        self._continues_after = 0
+        if not (self._text or self._thinking or self._has_tool_calls):
+            return body, _AsItComes()
+        if self._is_exact(options) and not self._has_tool_calls:
+            self._record.set_recovery("exact")
+            return body, _Repeated(self._text, self._thinking)
+        if self._thinking or self._has_tool_calls or options.get("format") or options.get("tools"):
+            self._losses[-1]["continued"] = False
+            return body, _Restarted()
+        self._record.set_recovery("fast")
+        begun: dict[str, Any] = {"role": "assistant", "content": ""}
+        if messages[-1]["role"] == "assistant":  # the answer continues a message that its reader has begun
+            *messages, begun = messages
+        begun = {**begun, "content": f"{begun.get('content') or ''}{self._text}"}
+        self._continues_after = self._texts
+        return {**body, "messages": [*messages, begun], "options": _less(options, self._texts)}, _AsItComes()
+
+    def _is_exact(self, options: Mapping[str, Any]) -> bool:
+        return options.get("recovery") == "exact" or bool(options.get("deterministic"))
+
+    def _note(self, chunk: Chunk) -> None:
+        message = chunk.get("message") or {}
+        content, thinking = message.get("content") or "", message.get("thinking") or ""
+        if chunk.get(RESTARTED):
+            self._text, self._thinking, self._texts, self._has_tool_calls = "", "", 0, False
+        self._text += content
+        self._thinking += thinking
+        self._texts += bool(content or thinking)
+        self._has_tool_calls = self._has_tool_calls or bool(message.get("tool_calls"))
+
+    def _recorded(self, chunk: Chunk) -> Chunk:
+        """Note what a chunk brings; returns it with the whole `_routing`, where it has one."""
+        record = self._record
+        if isinstance(chunk.get(ROUTING), dict):
+            record.set_gateway_routing(chunk[ROUTING], self._losses)
+        if chunk.get("done") and self._continues_after:
+            chunk = _with_tokens_before(chunk, self._continues_after)
+        record.add_chunk(chunk)
+        if ROUTING in chunk:
+            chunk = {**chunk, ROUTING: {**record.routing(), "gateway": self._connection.url}}
+        return chunk
+
+
+class _AsItComes:
+    """What becomes of the chunks of one answer of the gateway: nothing."""
+
+    def apply(self, chunk: Chunk, name: str) -> Chunk:
+        """The chunk for the reader of the answer of the model with this name."""
+        return chunk
+
+
+class _Restarted(_AsItComes):
+    """The first chunk says that the text before it is void."""
+
+    def __init__(self) -> None:
+        self._has_begun = False
+
+    def apply(self, chunk: Chunk, name: str) -> Chunk:
+        if self._has_begun:
+            return chunk
+        self._has_begun = True
+        return {**chunk, RESTARTED: True}
+
+
+class _Repeated(_AsItComes):
+    """What the reader has is left out; it must be the same.
+
+    Raises:
+        AnswerDivergedError: from `apply`: it is not.
+    """
+
+    def __init__(self, content: str, thinking: str) -> None:
+        self._content, self._thinking = SentText(content), SentText(thinking)
+
+    def apply(self, chunk: Chunk, name: str) -> Chunk:
+        message: dict[str, Any] = dict(chunk.get("message") or {})
+        for part, sent in (("content", self._content), ("thinking", self._thinking)):
+            if chunk.get(RESTARTED):
+                sent.position = 0
+            text = message.get(part) or ""
+            if not sent.agrees_with(text) or (chunk.get("done") and sent.position + len(text) < len(sent.text)):
+                raise diverged_error(name)
+            if text:
+                message[part] = sent.add(text)
+        return {**{key: value for key, value in chunk.items() if key != RESTARTED}, "message": message}  # type: ignore[typeddict-item]
+
+
+def _less(options: Mapping[str, Any], tokens: int) -> dict[str, Any]:
+    """The options with a smaller maximum length; at least one token is left."""
+    left = dict(options)
+    for name in ("max_tokens", "num_predict"):
+        if isinstance(left.get(name), int) and left[name] > 0:
+            left[name] = max(1, left[name] - tokens)
+    if isinstance(left.get("options"), Mapping):
+        left["options"] = _less(left["options"], tokens)
+    return left
+
+
+def _with_tokens_before(chunk: Chunk, tokens: int) -> Chunk:
+    """The last chunk of an answer that was continued, with all its tokens, at the pace of the last ones."""
+    count, duration = chunk.get("eval_count") or 0, chunk.get("eval_duration") or 0
+    scaled = duration * (count + tokens) // count if count else duration
+    return {**chunk, "eval_count": count + tokens, "eval_duration": scaled}
