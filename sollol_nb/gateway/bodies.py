@@ -25,7 +25,7 @@ async def read_json(request: Request) -> dict[str, Any]:
     """
     content = await _read(request)
     try:
-        body = json.loads(content, parse_constant=_refuse_constant)
+        body = json.loads(content.decode(), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise invalid(f"the body is not JSON: {reason}") from None

@@ -67,7 +67,7 @@ class Clients:
     def anthropic_messages(self, model: str, messages: list[Any]) -> Texts:
         client = anthropic.Anthropic(**self._anthropic)
         with client.messages.stream(
-            model=model, messages=messages, temperature=0, max_tokens=self.tokens
+            model=model, messages=messages, max_tokens=self.tokens, extra_body={"temperature": 0}
         ) as stream:
             yield from stream.text_stream
 
@@ -94,7 +94,7 @@ class Clients:
     async def async_anthropic_messages(self, model: str, messages: list[Any]) -> AsyncTexts:
         client = anthropic.AsyncAnthropic(**self._anthropic)
         async with client.messages.stream(
-            model=model, messages=messages, temperature=0, max_tokens=self.tokens
+            model=model, messages=messages, max_tokens=self.tokens, extra_body={"temperature": 0}
         ) as stream:
             async for text in stream.text_stream:
                 yield text
