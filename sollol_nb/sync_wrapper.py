@@ -77,6 +77,8 @@ class HybridRouter:
     route_request = blocking(hybrid_router.HybridRouter.route_request)
     resume = blocking(hybrid_router.HybridRouter.resume)
     stream = blocking_stream(hybrid_router.HybridRouter.stream)
+    generate = blocking(hybrid_router.HybridRouter.generate)
+    stream_generate = blocking_stream(hybrid_router.HybridRouter.stream_generate)
     route = blocking(hybrid_router.HybridRouter.route)
     cluster = blocking(hybrid_router.HybridRouter.cluster)
     status = blocking(hybrid_router.HybridRouter.status)

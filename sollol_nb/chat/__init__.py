@@ -6,7 +6,8 @@
 - `chat_templates.py`: what a chat template says about its model.
 - `options.py`: the same options as types, for editors.
 - `tool_choice.py`: which tools a model may or must call.
-- `request.py`: one chat request, checked.
+- `raw_prompt.py`: a text that a model continues without a chat template.
+- `request.py`: one request, checked.
 - `context_window.py`: which messages fit the context.
 - `chunk.py`: a chunk of a streamed answer, and the marks that this package adds.
 - `completion.py`: the whole answer.

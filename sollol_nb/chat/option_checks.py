@@ -7,6 +7,7 @@ An option that no backend knows is refused here. One that only Ollama knows is r
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +60,7 @@ _TOKENS = Values(
 )
 _SHARE = _number("a number from 0 to 1", 0, 1)
 _FINITE = _number("a finite number")
+_TOKEN_ID = re.compile("[0-9]{1,9}")
 _COUNT = _whole("a whole number of 0 or more", 0)
 _YES_OR_NO = _of_type("True or False", bool)
 _STOP = Values(
@@ -104,6 +106,14 @@ CHAT_OPTIONS: dict[str, Values] = {
     "parallel_tool_calls": _YES_OR_NO,
     "logprobs": _YES_OR_NO,
     "top_logprobs": _whole("a whole number from 0 to 20", 0, 20),
+    "logit_bias": Values(
+        'a dict of token ids (as text) to numbers from -100 to 100, such as {"42": -100}',
+        lambda value: (
+            isinstance(value, dict)
+            and all(isinstance(token, str) and _TOKEN_ID.fullmatch(token) for token in value)
+            and all(is_number(bias) and -100 <= bias <= 100 for bias in value.values())
+        ),
+    ),
     "keep_alive": _of_type('a time: seconds, "10m", 0 or "forever"', str, int, float),
     "think": Values(
         f"True, False, or a level: {', '.join(THINK_LEVELS)}",
@@ -160,6 +170,16 @@ def check_llama_cpp_options(options: Mapping[str, Any]) -> None:
         raise ConfigError("llama.cpp does not give logprobs with tools; leave out one of them")
     if options.get("repeat_last_n", nested.get("repeat_last_n", 0)) < 0:
         raise ConfigError("llama.cpp does not take repeat_last_n=-1; give a number of tokens, such as 64")
+
+
+def check_ollama_options(options: Mapping[str, Any]) -> None:
+    """Check that a request (already checked) has no option that Ollama ignores.
+
+    Raises:
+        ConfigError: it has one.
+    """
+    if options.get("logit_bias"):
+        raise ConfigError("Ollama does not take logit_bias; leave it out, or ask with backend=sharded or local")
 
 
 def answer_schema(options: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -23,6 +23,8 @@ class ChatOptions(TypedDict, total=False):
         parallel_tool_calls: False: it calls one function at most.
         logprobs: whether each token comes with its log probability (`chat/chunk.py`); on llama.cpp not with tools.
         top_logprobs: how many of the likeliest tokens come with each, 0 to 20.
+        logit_bias: for tokens by their ids (as text) a number from -100 to 100 that is added to their logits; only
+            on llama.cpp.
         keep_alive: how long the model stays loaded after a request: seconds, `"10m"`, 0 or `"forever"`.
         think: whether (and for some models how much) the model thinks first.
         overflow: what happens if the messages do not fit the context: `"error"`, or `"drop_oldest"`, which drops
@@ -54,6 +56,7 @@ class ChatOptions(TypedDict, total=False):
     parallel_tool_calls: bool | None
     logprobs: bool | None
     top_logprobs: int | None
+    logit_bias: dict[str, float] | None
     keep_alive: float | str | None
     think: bool | str | None
     overflow: Literal["error", "drop_oldest"] | None

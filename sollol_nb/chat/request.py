@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from sollol_nb.chat.messages import check_messages
 from sollol_nb.chat.option_checks import answer_schema, check_options
+from sollol_nb.chat.raw_prompt import RawPrompt
 from sollol_nb.chat.tool_choice import apply_tool_choice
 from sollol_nb.errors import ConfigError, RequestRejectedError
 from sollol_nb.models.modelfile import Modelfile
@@ -34,6 +35,7 @@ class ChatRequest:
         timeout_s: limit in seconds, from when the coordinator is ready; at Ollama, loading counts.
         backend: the requested backend by its full name; None if the router chooses.
         schema: what the answer must match, as given; None for free text.
+        prompt: a text to continue instead of messages.
     """
 
     messages: list[dict[str, Any]]
@@ -42,6 +44,7 @@ class ChatRequest:
     timeout_s: float
     backend: str | None
     schema: object
+    prompt: RawPrompt | None = None
 
     def with_defaults(self, options: Mapping[str, Any], system: str | None = None) -> Self:
         """The request, with options that it does not have, and a system message if it has none.
@@ -85,6 +88,34 @@ class ChatRequest:
             schema=schema,
         )
 
+    @classmethod
+    def of_prompt(
+        cls,
+        text: str,
+        *,
+        suffix: str | None,
+        images: Sequence[str] | None,
+        priority: int,
+        timeout_s: float,
+        backend: str | None,
+        options: Mapping[str, Any],
+    ) -> ChatRequest:
+        """The request to continue a text, with these arguments (those of `HybridRouter.generate`).
+
+        Raises:
+            ConfigError: one of them is invalid.
+        """
+        checked = options_with_schema(options, None)
+        return cls(
+            messages=[],
+            prompt=RawPrompt.checked(text, suffix=suffix, images=images, options=checked),
+            options=checked,
+            priority=checked_priority(priority),
+            timeout_s=checked_timeout_s(timeout_s),
+            backend=checked_backend(backend),
+            schema=None,
+        )
+
     def with_modelfile(self, modelfile: Modelfile) -> ChatRequest:
         """The request as Ollama completes it from the model's Modelfile. What the caller gives wins.
 
@@ -96,8 +127,8 @@ class ChatRequest:
                 "the model does not support tools: the TEMPLATE of its Modelfile does not use them; "
                 "ask without tools, or ask another model"
             )
-        messages = [*map(dict, modelfile.messages), *self.messages]
-        if modelfile.system and self.messages[0]["role"] != "system":
+        messages = self.messages if self.prompt is not None else [*map(dict, modelfile.messages), *self.messages]
+        if messages and modelfile.system and self.messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": modelfile.system})
         given = self.options.get("options") or {}
         defaults = dict(modelfile.options)

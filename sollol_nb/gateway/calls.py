@@ -55,14 +55,10 @@ class ChatCall:
 
     def chunks(self, router: HybridRouter) -> AsyncGenerator[Chunk, None]:
         """The router's answer."""
-        return router.stream(
-            self.model,
-            self.messages,
-            backend=self.backend,
-            priority=self.priority,
-            timeout=self.timeout_s,
-            **self.options,
-        )
+        where: dict[str, Any] = {"backend": self.backend, "priority": self.priority, "timeout": self.timeout_s}
+        if self.is_generate:
+            return router.stream_generate(self.model, self.prompt, **where, **self.extra, **self.options)
+        return router.stream(self.model, self.messages, **where, **self.options)
 
 
 def model_of(request: Request, body: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """The Ollama backend: all Ollama nodes as one.
 
 - `pool.py`: the pool: chat, generate, embed, pull and the rest.
+- `generated.py`: continuations of raw prompts, as chunks of a chat.
 - `serving.py`: how a request passes through the nodes: choose, wait, read, fail over.
 - `fitting.py`: chats whose oldest turns are dropped to fit the context.
 - `choice.py`: which node a request goes to.

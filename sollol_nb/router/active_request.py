@@ -11,7 +11,7 @@ from typing import Any
 
 from sollol_nb.chat.chat_templates import supports_thinking, takes_tools
 from sollol_nb.chat.chunk import ROUTING, Chunk
-from sollol_nb.chat.option_checks import check_llama_cpp_options
+from sollol_nb.chat.option_checks import check_llama_cpp_options, check_ollama_options
 from sollol_nb.chat.request import ChatRequest
 from sollol_nb.chat.tool_choice import CallFilter
 from sollol_nb.errors import (
@@ -25,8 +25,10 @@ from sollol_nb.gguf.facts import read_facts
 from sollol_nb.latency.log import LatencyLog
 from sollol_nb.llama_cpp.answers.base import Answer
 from sollol_nb.llama_cpp.answers.protocol import THINK_LEVEL_VARIABLE, has_media
+from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.coordinators.pool import CoordinatorPool
 from sollol_nb.models.routing import OLLAMA, Route
+from sollol_nb.ollama.generated import generated
 from sollol_nb.ollama.pool import OllamaPool
 from sollol_nb.router.failover import stream_answer
 from sollol_nb.router.finder import RouteFinder
@@ -165,9 +167,7 @@ class ActiveRequest:
                 self._services.coordinators,
                 route,
                 self._record,
-                lambda coordinator: (
-                    begun or coordinator.answer(request.messages, request.options, model=route.model)
-                ),
+                lambda coordinator: begun or _new_answer(coordinator, request, route),
                 priority=request.priority,
                 timeout_s=request.timeout_s,
                 keep_alive=request.options.get("keep_alive"),
@@ -181,13 +181,11 @@ class ActiveRequest:
         options = {name: value for name, value in request.options.items() if name not in NOT_SENT_TO_OLLAMA}
         if request.options.get("deterministic"):
             self._record.note = "not deterministic: Ollama may answer differently each time"
-        chunks = self._services.ollama.stream_chat(
-            route.model,
-            request.messages,
-            priority=request.priority,
-            timeout=request.timeout_s,
-            **options,
-        )
+        options |= {"priority": request.priority, "timeout": request.timeout_s}
+        if request.prompt is None:
+            chunks = self._services.ollama.stream_chat(route.model, request.messages, **options)
+        else:
+            chunks = generated(self._services.ollama, route.model, request.prompt, options)
         return _with_logprobs(chunks) if options.get("logprobs") else chunks
 
     async def _sharded_instead(self, request: ChatRequest, route: Route, error: OllamaResponseError) -> Route:
@@ -217,15 +215,25 @@ class ActiveRequest:
         return chunk
 
 
+def _new_answer(coordinator: Coordinator, request: ChatRequest, route: Route) -> Answer:
+    if request.prompt is None:
+        return coordinator.answer(request.messages, request.options, model=route.model)
+    return coordinator.raw_answer(request.prompt.text, request.options, model=route.model)
+
+
 async def _check_options(request: ChatRequest, route: Route) -> None:
     """Refuse options that the backend of the route would drop, before anything is loaded.
 
     Raises:
         ConfigError: there is one.
     """
-    if route.model_path is None:  # Ollama refuses what it does not know
+    if route.model_path is None:
+        check_ollama_options(request.options)
         return
     check_llama_cpp_options(request.options)
+    if request.prompt is not None and (request.prompt.suffix or request.prompt.images):
+        what = "suffix" if request.prompt.suffix else "images with a raw prompt"
+        raise ConfigError(f"llama.cpp does not take {what} here; leave it out, or ask a model in Ollama")
     if route.modelfile.projector is None and any(map(has_media, request.messages)):
         raise ConfigError(
             f"{route.name} does not read images or sound: llama.cpp has no projector for it; leave them out, or "

@@ -303,6 +303,72 @@ class Router:
         )
         return self._engines.chunks(model_text(model), check, router=self)
 
+    async def generate(
+        self,
+        /,
+        model: str | Path,
+        prompt: str,
+        *,
+        suffix: str | None = None,
+        images: Sequence[str] | None = None,
+        backend: str | None = None,
+        priority: int = Priority.NORMAL,
+        timeout: float | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> Completion:
+        """Continue a text without a chat template, and wait for the whole continuation.
+
+        It survives the death of machines as other answers do.
+
+        Args:
+            prompt: as the model reads it; special tokens may be written as text. It is not part of the answer.
+            suffix: what follows the answer, which fills the gap; only models in Ollama whose template knows it.
+            images: in base64, where the prompt says `[img-0]`, `[img-1]`, ...; only models in Ollama.
+            model, backend, priority, timeout, **options: as for `route_request`, but for `tools`, `tool_choice`,
+                `parallel_tool_calls` and `think`.
+
+        Returns:
+            The answer in the shape of a chat's, with `_routing`. Errors are those of `route_request`.
+        """
+        chunks = self.stream_generate(
+            model,
+            prompt,
+            suffix=suffix,
+            images=images,
+            backend=backend,
+            priority=priority,
+            timeout=timeout,
+            **options,
+        )
+        return await _joined(chunks)
+
+    @io_bound_stream
+    def stream_generate(
+        self,
+        /,
+        model: str | Path,
+        prompt: str,
+        *,
+        suffix: str | None = None,
+        images: Sequence[str] | None = None,
+        backend: str | None = None,
+        priority: int = Priority.NORMAL,
+        timeout: float | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> AsyncGenerator[Chunk, None]:
+        """As `generate`; yields chunks in the shape of a chat's, as `stream` does."""
+        check = partial(
+            ChatRequest.of_prompt,
+            prompt,
+            suffix=suffix,
+            images=images,
+            backend=backend,
+            priority=priority,
+            timeout_s=self._timeout_s if timeout is None else timeout,
+            options=options,
+        )
+        return self._engines.chunks(model_text(model), check, router=self)
+
     async def resume(
         self, interrupted: AnswerInterruptedError, *, priority: int = Priority.NORMAL, timeout: float | None = None
     ) -> Completion:

@@ -80,6 +80,8 @@ def sampling_settings(options: Mapping[str, Any]) -> dict[str, Any]:
                 settings["max_tokens" if name == "num_predict" else name] = given[name]
     if settings.get("max_tokens") == _UNTIL_CONTEXT_IS_FULL:
         settings["max_tokens"] = -1  # the same here: the context is never shifted
+    if options.get("logit_bias"):
+        settings["logit_bias"] = options["logit_bias"]
     if isinstance(settings.get("stop"), str):
         settings["stop"] = [settings["stop"]]
     return settings

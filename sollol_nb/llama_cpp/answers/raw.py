@@ -48,6 +48,7 @@ class RawAnswer(Answer):
     Args:
         splits_thinking: the model's template writes thoughts between `<think>` and `</think>`.
         markup: special tokens that are sent as text, too.
+        prompt: what the model reads; by default the template with the messages filled in.
     """
 
     kind = "raw"
@@ -60,6 +61,7 @@ class RawAnswer(Answer):
         *,
         splits_thinking: bool = False,
         markup: Sequence[str] = (),
+        prompt: str | None = None,
     ) -> None:
         super().__init__(model, messages, options)
         settings = sampling_settings(options)
@@ -70,7 +72,7 @@ class RawAnswer(Answer):
         self._splits_thinking = splits_thinking
         self._markup = tuple(markup)
         self._splitter: ThinkSplitter | None = None
-        self._prompt: str | None = None
+        self._prompt = prompt
         self._done_reason = ""
         self._pieces: list[_Piece] = []
         self._sent = SentText()

@@ -317,6 +317,10 @@ class Coordinator:
         """
         return self._streams.new_answer(messages, options, model)
 
+    def raw_answer(self, prompt: str, options: Mapping[str, Any], *, model: str | None = None) -> Answer:
+        """As `answer`, to a text that the model continues without a chat template."""
+        return self._streams.new_raw_answer(prompt, options, model)
+
     def stream(self, answer: Answer) -> AsyncGenerator[Chunk, None]:
         """Stream the rest of an answer; yields Ollama-shaped chunks, the last with `done`.
 

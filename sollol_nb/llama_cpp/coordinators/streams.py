@@ -23,6 +23,7 @@ from sollol_nb.llama_cpp.answers.base import Answer
 from sollol_nb.llama_cpp.answers.fitting import FittingAnswer
 from sollol_nb.llama_cpp.answers.kinds import answer_for
 from sollol_nb.llama_cpp.answers.protocol import parse_event, refusal
+from sollol_nb.llama_cpp.answers.raw import RawAnswer
 from sollol_nb.llama_cpp.coordinators.pace import Pace
 from sollol_nb.llama_cpp.processes.exit_reasons import describe_exit, exit_reason
 from sollol_nb.llama_cpp.processes.process import EngineProcess
@@ -79,6 +80,10 @@ class AnswerStreams:
                 context_tokens=self.context_tokens,
             )
         return answer_for(model, messages, options, chat_template=self.chat_template)
+
+    def new_raw_answer(self, prompt: str, options: Mapping[str, Any], model: str | None = None) -> Answer:
+        """As `Coordinator.raw_answer`."""
+        return RawAnswer(self._model if model is None else model, [], options, prompt=prompt)
 
     async def stream(self, answer: Answer) -> AsyncGenerator[Chunk, None]:
         """As `Coordinator.stream`."""
