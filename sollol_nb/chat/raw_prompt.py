@@ -41,7 +41,8 @@ class RawPrompt:
             raise ConfigError(f"prompt={shown(text)} must be text, and not empty")
         if not isinstance(suffix, str | None):
             raise ConfigError(f"suffix={shown(suffix)} must be text")
-        if not isinstance(images, list | tuple | None) or not all(isinstance(image, str) for image in images or ()):
+        is_list = isinstance(images, list | tuple | None)
+        if not is_list or not all(isinstance(image, str) for image in images or ()):
             raise ConfigError("images must be a list of base64 texts")
         for name in _OF_CHATS:
             if options.get(name):
