@@ -30,6 +30,7 @@
     x OllamaResponseError
   + GatewayError                   a gateway that a notebook uses
     x GatewayUnavailableError
+    x GatewayKeyError
     x GatewayBusyError             (.retry_after_s)
   + RequestError                   one chat request
     x RequestTimeoutError          (also a TimeoutError)
@@ -225,6 +226,10 @@ class GatewayError(SollolError):
 
 class GatewayUnavailableError(GatewayError):
     """No gateway answers at its address, or its connection was lost."""
+
+
+class GatewayKeyError(GatewayError):
+    """The gateway needs a key, or does not know the given one."""
 
 
 class GatewayBusyError(GatewayError):

@@ -37,6 +37,7 @@ from sollol_nb.errors import (
     CoordinatorStartError,
     CoordinatorTimeoutError,
     EngineError,
+    GatewayError,
     ModelError,
     OllamaResponseError,
     OllamaUnavailableError,
@@ -71,6 +72,7 @@ HITS_EVERY_ROW = (
     CoordinatorStartError,
     CoordinatorTimeoutError,
     OllamaUnavailableError,
+    GatewayError,
 )
 """Errors that are not about a single row."""
 

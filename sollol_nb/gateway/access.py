@@ -41,8 +41,8 @@ WHILE_DRAINING = frozenset((OPEN_PATH, "/ready", "/metrics"))
 """What is still answered while the gateway ends."""
 STATUS_PAGE = "/"
 """Browsers ask for a key there."""
-UNCOUNTED = frozenset(("/api/show",))
-"""POST requests that are not counted, since no engine works for them; GET requests never are."""
+UNCOUNTED = ("/api/show", "/sollol/call/")
+"""Paths of POST requests that are not counted, since no engine works for them; GET requests never are."""
 DRAIN_RETRY_S = 10
 PREFLIGHT_S = 600
 _ASK_IN_BROWSER = 'Basic realm="the password is the key"'
@@ -127,7 +127,7 @@ class Access:
 
         try:
             refusal = self._refusal(scope, headers)
-            counted = scope["method"] == "POST" and scope["path"] not in UNCOUNTED
+            counted = scope["method"] == "POST" and not scope["path"].startswith(UNCOUNTED)
             if refusal is not None:
                 await refusal(scope, receive, send_noted)
             else:

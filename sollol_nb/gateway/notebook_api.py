@@ -30,7 +30,7 @@ from starlette.types import ASGIApp
 
 from sollol_nb._version import __version__
 from sollol_nb.chat.chunk import Chunk
-from sollol_nb.errors import GatewayBusyError, GatewayError, GatewayUnavailableError, SollolError
+from sollol_nb.errors import GatewayBusyError, GatewayError, GatewayKeyError, GatewayUnavailableError, SollolError
 from sollol_nb.gateway.answers import AnswerWriter
 from sollol_nb.gateway.bodies import read_json
 from sollol_nb.gateway.calls import ChatCall, apply_headers, key_of, model_of
@@ -48,7 +48,12 @@ MOST_UNREAD = 1000
 """Lines of a stream that its kernel has not read yet; one that falls further behind has to connect again."""
 RECENT_EVENTS = 200
 _NDJSON = "application/x-ndjson"
-_PLACES = {"unavailable": GatewayUnavailableError, "timeout": GatewayUnavailableError, "busy": GatewayBusyError}
+_CLASSES: dict[str, type[GatewayError]] = {
+    "unavailable": GatewayUnavailableError,
+    "timeout": GatewayUnavailableError,
+    "busy": GatewayBusyError,
+    "unauthorized": GatewayKeyError,
+}
 _FIELDS = {"model", "messages", "options", "backend", "priority", "timeout", "interrupted"}
 
 
@@ -57,7 +62,7 @@ def error_shape(error: ApiError) -> Any:
     cause = error.__cause__
     if isinstance(cause, SollolError):
         return {"error": error_data(cause)}
-    kind = _PLACES.get(error.kind, GatewayError)
+    kind = _CLASSES.get(error.kind, GatewayError)
     attributes = {} if error.retry_after_s is None else {"retry_after_s": error.retry_after_s}
     return {"error": {"class": kind.__name__, "message": error.message, "attributes": attributes}}
 
@@ -82,6 +87,7 @@ async def _hello(request: Request) -> Response:
         host=platform.node(),
         key=key.name,
         may_control=key.may_control,
+        latency_log=gateway_of(request).router.latency.identity,
         protocol=PROTOCOL,
     )
     return JSONResponse(to_plain(info))

@@ -6,10 +6,13 @@ time (see `sqlite_file`).
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import platform
 import re
 import sqlite3
 import time
+import uuid
 from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,6 +96,12 @@ class LatencyLog:
         self.keep_rows = keep_rows
         self._file = SqliteFile(self.path, _MIGRATIONS, usable_from=max(column.since for column in COLUMNS))
         self._has_pruned = False
+
+    @property
+    def identity(self) -> str:
+        """The same for all processes that write this file, and for no others."""
+        text = f"{uuid.getnode()}\0{platform.node()}\0{self.path.resolve()}"
+        return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
     def __repr__(self) -> str:
         return f"LatencyLog({str(self.path)!r})"

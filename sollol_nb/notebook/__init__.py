@@ -24,6 +24,7 @@ from sollol_nb.notebook.displays import TextBar, is_kernel
 from sollol_nb.notebook.magics.ask import AskMagics
 from sollol_nb.notebook.magics.bench import BenchMagics
 from sollol_nb.notebook.magics.cluster import ClusterMagics
+from sollol_nb.notebook.magics.connect import ConnectMagics
 from sollol_nb.notebook.magics.latency import LatencyMagics
 from sollol_nb.notebook.magics.models import ModelMagics
 from sollol_nb.notebook.magics.trust import TrustMagics
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["chats", "load_ipython_extension", "router", "settings", "unload_ipython_extension", "use_router"]
 
-_MAGICS = (AskMagics, ClusterMagics, ModelMagics, LatencyMagics, BenchMagics, TrustMagics)
+_MAGICS = (AskMagics, ClusterMagics, ModelMagics, LatencyMagics, BenchMagics, ConnectMagics, TrustMagics)
 _END_LIMIT_S = 5.0
 """How long unloading waits for answers in the background, and then for the I/O loop, to end."""
 

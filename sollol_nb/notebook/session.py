@@ -12,6 +12,7 @@ from sollol_nb.chat.kept import KeptChats
 from sollol_nb.notebook import settings_traits
 from sollol_nb.notebook.identity import notebook_of
 from sollol_nb.notebook.settings_traits import Sollol
+from sollol_nb.settings.kinds import Secret
 
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
@@ -97,6 +98,31 @@ class Session:
                 return self._replace_router(_new_router(**router_settings), keep=not router_settings)
             return self._router
 
+    def connect(self, gateway: str, key: str | None = None) -> None:
+        """Use the engines of a gateway from now on, or own ones; the previous ones run on for their keep_alive.
+
+        Args:
+            gateway: its address, or `local`.
+            key: instead of that of the setting `gateway_key`.
+
+        Raises:
+            GatewayError: no gateway answers there, or it refuses the key; nothing has changed.
+        """
+        settings = self.settings()
+        given = {} if key is None else {"gateway_key": Secret(key.strip())}
+        with self._lock:
+            new = _new_router(gateway=gateway, **given)
+            try:
+                if new.gateway is not None:
+                    new.connect()
+            except BaseException:
+                new.close(keep=True)
+                raise
+            settings.gateway = gateway
+            if key is not None:
+                settings.gateway_key = given["gateway_key"]
+            self._replace_router(new, keep=True)
+
     def use_router(self, new: HybridRouter | None) -> HybridRouter:
         """Let the magics use this router from now on; None: a new one, with the kernel's settings. The previous
         router is closed."""
@@ -132,7 +158,8 @@ class Session:
         previous, self._router, self._router_is_stale = self._router, new, False
         if previous is not None and previous is not new:
             try:
-                if keep and (self._settings is None or self._settings.own("workers") is None):
+                are_own = new.gateway is None and previous.gateway is None
+                if keep and are_own and (self._settings is None or self._settings.own("workers") is None):
                     new.take_workers(previous.worker_endpoints)  # also those that were started, found or added
             finally:
                 previous.close(keep=keep)
@@ -151,6 +178,7 @@ chats = _session.chats
 remember = _session.remember
 last_answers = _session.last_answers
 router = _session.router
+connect = _session.connect
 use_router = _session.use_router
 running_models = _session.running_models
 worker_endpoints = _session.worker_endpoints

@@ -7,6 +7,7 @@ from pathlib import Path
 from sollol_nb.errors import ConfigError
 from sollol_nb.settings import config, consent
 from sollol_nb.settings.file import SettingsFile, find_nearest, read_settings
+from sollol_nb.settings.kinds import Secret
 from sollol_nb.settings.table import FILE_NAME
 
 _SHOWN_CHARS = 200
@@ -75,5 +76,7 @@ def _file(given: str | None) -> SettingsFile | None:
 
 def _shown(value: object) -> str:
     """A value on one line: the file may try to hide what it sets."""
+    if isinstance(value, Secret):
+        return repr(value)
     text = repr([str(item) for item in value] if isinstance(value, list) else str(value))
     return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}… ({len(text)} characters)"

@@ -19,6 +19,7 @@ MAGICS = (
     "sollol_bench",
     "sollol_chat",
     "sollol_cluster",
+    "sollol_connect",
     "sollol_last",
     "sollol_latency",
     "sollol_log",

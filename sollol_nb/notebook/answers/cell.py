@@ -114,7 +114,7 @@ def follow_events(events: EventBus, model: str, answer: LiveAnswer) -> Iterator[
             lost = ""
             if event.data.get("repeats"):  # exact recovery: nothing new arrives for a while
                 answer.status = event.message
-        elif source in ("engine", "worker") or (source == "coordinator" and is_about_model):
+        elif source in ("engine", "worker", "gateway") or (source == "coordinator" and is_about_model):
             answer.status = f"{lost}; {event.message}" if lost else event.message
 
     unsubscribe = events.subscribe(note)

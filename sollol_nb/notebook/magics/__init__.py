@@ -5,5 +5,6 @@
 - `models.py`: `%sollol_models`, `%sollol_route`, `%sollol_profile`.
 - `latency.py`: `%sollol_latency`.
 - `bench.py`: `%sollol_bench`.
+- `connect.py`: `%sollol_connect`.
 - `trust.py`: `%sollol_trust`.
 """

@@ -16,7 +16,6 @@ from IPython.core.magic_arguments import argument, magic_arguments
 from sollol_nb.notebook import magic_line, session
 from sollol_nb.notebook.displays import is_kernel
 from sollol_nb.runtime.events import EventKind
-from sollol_nb.runtime.io_loop import run_blocking
 from sollol_nb.text.tables import counted
 
 if TYPE_CHECKING:
@@ -37,8 +36,8 @@ def _start_workers(router: HybridRouter, what: Sequence[str], *, more: bool) -> 
         raise UsageError(f"start takes one number of workers, not {given!r}: %sollol_cluster start 3")
     from sollol_nb.llama_cpp.engine.find import ensure_engine
 
-    # Here, in the main thread, so that a first build shows its progress bar.
-    ensure_engine(session.settings().own("llama_cpp"))
+    if router.gateway is None:  # here, in the main thread, so that a first build shows its progress bar
+        ensure_engine(session.settings().own("llama_cpp"))
     started = router.start_workers(int(count)) if more else router.ensure_workers(int(count))
     if started:
         print(f"started {counted(len(started), 'worker')}: {', '.join(started)}")
@@ -197,11 +196,9 @@ class ClusterMagics(Magics):
 
             %sollol_stop --all
         """
-        from sollol_nb.llama_cpp.processes.running import end_engines
-
         arguments = call.arguments
         if arguments.all or arguments.names:
-            ended = run_blocking(end_engines(arguments.names, force=arguments.force))
+            ended = session.router().end_engines(arguments.names, force=arguments.force)
         else:
             ended = session.router().end_coordinators(force=arguments.force)
         _report(ended)
@@ -225,14 +222,8 @@ class ClusterMagics(Magics):
 
             %sollol_log demo --grep error
         """
-        from sollol_nb.llama_cpp.processes.running import engine_log
-
         arguments = call.arguments
-        name = arguments.name
-        if name is None:
-            if not session.router().coordinators:
-                raise UsageError(
-                    "this notebook has no running coordinator; name a model or worker: %sollol_log demo"
-                )
-            name = session.router().coordinators[-1].model
-        print(engine_log(name, last=arguments.last, grep=arguments.grep))
+        router = session.router()
+        if arguments.name is None and router.gateway is None and not router.coordinators:
+            raise UsageError("this notebook has no running coordinator; name a model or worker: %sollol_log demo")
+        print(router.engine_log(arguments.name, last=arguments.last, grep=arguments.grep))

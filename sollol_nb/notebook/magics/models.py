@@ -116,7 +116,10 @@ class ModelMagics(Magics):
             path = save_profile(model, given)
             in_kernel = "set in this kernel only: SOLLOL_CONFIG=0 allows no settings file"
             print(f"saved in {_below_home(path)}" if path else in_kernel)
-        print(session.router().profile(model))
+        router = session.router()
+        if router.gateway is not None and (given or arguments.forget):
+            print(f"the gateway {router.gateway} reads the settings of its own machine; this is what it knows:")
+        print(router.profile(model))
         saved = config.saved_model(model)
         if not given and saved.values:
             print("\n".join(f"{key}: {value}" for key, value in saved.values.items()))

@@ -99,7 +99,7 @@ class GatewayRequest:
                         yielded = self._recorded(chunk)
                         if yielded.get("done"):  # readers of the log see the row from now on
                             status = "ok"
-                            self._latency.record_later(record.row("ok"))
+                            self._write("ok")
                         yield yielded
             except AnswerInterruptedError as error:
                 error.backend, error.schema, error.partial = request.backend, request.schema, record.partial()
@@ -114,8 +114,14 @@ class GatewayRequest:
             raise
         finally:
             if status != "ok":
-                self._latency.record_later(record.row(status, error_text))
+                self._write(status, error_text)
             self._counts[record.backend] += 1
+
+    def _write(self, status: str, error: str = "") -> None:
+        """Write the latency row, unless the gateway writes its own into the same file."""
+        info = self._connection.info
+        if info is None or not self._record.backend or info.latency_log != self._latency.identity:
+            self._latency.record_later(self._record.row(status, error))
 
     async def _answer(self, request: ChatRequest) -> AsyncGenerator[Chunk, None]:
         first = body = self._body(request)

@@ -148,6 +148,7 @@ class GatewayInfo:
         host: the name of its machine.
         key: the name of the key that was used; "" where none is needed.
         may_control: whether that key may change the cluster.
+        latency_log: the identity of the latency log that it writes.
         protocol: see `PROTOCOL`.
     """
 
@@ -155,4 +156,5 @@ class GatewayInfo:
     host: str
     key: str
     may_control: bool
+    latency_log: str
     protocol: int

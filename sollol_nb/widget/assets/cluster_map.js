@@ -337,10 +337,12 @@ class View {
     const before = this.state;
     this.state = state;
     const { totals, coordinators, starting, workers, nodes, events } = state;
-    if (totals !== before.totals || state.closed !== before.closed) {
-      const closed = state.closed ? " · the router was closed; this is its last state" : "";
+    const { closed, unreachable } = state;
+    if (totals !== before.totals || closed !== before.closed || unreachable !== before.unreachable) {
+      const reason = closed ? "the router was closed; this is its last state" : unreachable;
       this.totals.title = "failed: ended in an error or at their time limit; stopped requests do not count";
-      this.totals.replaceChildren(describeTotals(totals || {}) + closed);
+      this.totals.replaceChildren(describeTotals(totals || {}) + (reason ? ` · ${reason}` : ""));
+      this.totals.classList.toggle("sollol-bad", Boolean(unreachable) && !closed);
     }
     if (coordinators !== before.coordinators || starting !== before.starting) {
       const loading = Object.entries(starting || {}).map(([name, entry]) => [
