@@ -24,6 +24,7 @@ from sollol_nb.gateway import (
     ollama_parts,
     openai_api,
     openai_parts,
+    responses_api,
     status_page,
 )
 from sollol_nb.gateway.access import Access, AccessRules
@@ -52,6 +53,7 @@ APIS: tuple[Api, ...] = (
     Api(("/api/",), ollama_api.ROUTES, ollama_parts.error_shape),
     Api(("/v1/messages",), anthropic_api.ROUTES, anthropic_api.error_shape),
     Api(("/sollol/",), notebook_api.ROUTES, notebook_api.error_shape),
+    Api(("/v1/responses",), responses_api.ROUTES, openai_parts.error_shape),
     Api(("/",), openai_api.ROUTES, openai_parts.error_shape),
 )
 """The first API with a fitting prefix counts."""

@@ -55,6 +55,7 @@ EFFORTS: Mapping[str, bool | str] = {
     "medium": "medium",
     "high": "high",
     "xhigh": "high",
+    "max": "high",
 }
 """OpenAI's levels of `reasoning_effort` as the option `think`."""
 EFFORT = Values(f"one of {', '.join(EFFORTS)}", lambda value: isinstance(value, str) and value in EFFORTS)
