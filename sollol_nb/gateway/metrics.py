@@ -41,7 +41,7 @@ _PER_TOKEN_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1
 _TOKENS = tuple(4**power for power in range(14))
 _LABELS = ("gen_ai_operation_name", "gen_ai_provider_name", "gen_ai_request_model")
 _TEXT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-_PREFIXES = {"/api/": "ollama", "/v1/messages": "anthropic", "/v1/": "openai", "/notebook": "notebook"}
+_PREFIXES = {"/api/": "ollama", "/v1/messages": "anthropic", "/v1/": "openai", "/sollol/": "notebook"}
 
 
 class Metrics:

@@ -19,7 +19,7 @@ from starlette.routing import BaseRoute, Route
 from sollol_nb._version import __version__
 from sollol_nb.gateway.calls import key_of
 from sollol_nb.gateway.failures import ApiError
-from sollol_nb.gateway.keys import ANYBODY
+from sollol_nb.gateway.keys import ANYBODY, WITHOUT_KEY
 from sollol_nb.widget import drawing
 
 ASSETS = Path(__file__).parent / "assets"
@@ -56,7 +56,7 @@ async def _answer_page(request: Request) -> Response:
     if "text/html" not in request.headers.get("accept", ""):
         return PlainTextResponse("Ollama is running")  # what Ollama answers, which its clients ask
     address = str(request.base_url).rstrip("/")
-    key = "none is needed" if key_of(request) == ANYBODY else "the one that you gave for this page"
+    key = "none is needed" if key_of(request) in (ANYBODY, WITHOUT_KEY) else "the one that you gave for this page"
     page = _page().substitute(address=escape(address), version=escape(__version__), key=key)
     return Response(page, media_type="text/html", headers=_HEADERS)
 

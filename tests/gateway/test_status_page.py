@@ -1,0 +1,183 @@
+"""The status page in a browser: the widget's map, live, on a gateway whose machines die and which dies itself."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
+
+from sollol_nb.llama_cpp.engine.check import Engine
+from tests.chaos.machines import Cluster
+from tests.lab.conftest import PICTURES
+from tests.lab.lab import NO_CHROMIUM, find_chromium
+from tests.support.engines import HANG_GUARD_S, eventually, unused_port, with_variable
+from tests.support.gateway import GatewayProcess, running_gateway
+
+pytestmark = [pytest.mark.engine, pytest.mark.lab]
+
+LIMIT_MS = HANG_GUARD_S * 1000
+
+
+class Site:
+    """A gateway over machines that can fail, at an address that stays the same when it is started again."""
+
+    def __init__(self, cluster: Cluster, stack: ExitStack) -> None:
+        self.cluster = cluster
+        self.port = unused_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._stack = stack
+        self.start()
+
+    def start(self) -> None:
+        endpoints = ",".join(machine.endpoint for machine in self.cluster.machines)
+        settings = {"RPC_BACKENDS": endpoints, "SOLLOL_KEEP_ALIVE": "5s"}
+        running = running_gateway("--port", str(self.port), variables=settings)
+        self.gateway: GatewayProcess = self._stack.enter_context(running)
+
+    def ask(self) -> None:
+        body = {"model": "demo:sharded", "messages": [{"role": "user", "content": "What is a worker?"}]}
+        with self.gateway.client() as client:
+            client.post("/v1/chat/completions", json=body).raise_for_status()
+
+
+@pytest.fixture(scope="module")
+def state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A state folder in which only this module's gateways keep their engines."""
+    folder = tmp_path_factory.mktemp("page")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SOLLOL_STATE_DIR", str(folder))
+        yield folder
+        eventually(lambda: not with_variable("SOLLOL_STATE_DIR", str(folder)), "no process is left")
+
+
+@pytest.fixture(scope="module")
+def site(engine: Engine, state: Path) -> Iterator[Site]:
+    with Cluster(engine) as cluster, ExitStack() as stack:
+        yield Site(cluster, stack)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    chromium = find_chromium()
+    if chromium is None:
+        if os.environ.get("CI"):
+            pytest.fail(NO_CHROMIUM)
+        pytest.skip(NO_CHROMIUM)
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    expect.set_options(timeout=LIMIT_MS)
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=chromium)
+        yield opened
+        opened.close()
+
+
+class Visit:
+    """The page, what it requested and what it complained about."""
+
+    def __init__(self, page: Page) -> None:
+        self.page = page
+        self.requested: list[str] = []
+        self.complaints: list[str] = []
+        page.on("request", lambda request: self.requested.append(request.url))
+        page.on("console", self._console)
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+
+    def _console(self, message: ConsoleMessage) -> None:
+        if message.type in ("error", "warning"):
+            self.complaints.append(message.text)
+
+    def row(self, endpoint: str) -> str:
+        return f"tr[data-endpoint='{endpoint}']"
+
+
+@pytest.fixture
+def visit(browser: Browser, site: Site) -> Iterator[Visit]:
+    site.cluster.make_well()
+    site.ask()
+    page = browser.new_page(viewport={"width": 1100, "height": 900})
+    opened = Visit(page)
+    page.goto(site.url)
+    expect(page.locator("#connection")).to_have_text("live")
+    yield opened
+    page.close()
+
+
+def test_it_shows_the_layers_the_machines_and_how_to_connect(visit: Visit, site: Site) -> None:
+    page = visit.page
+    expect(page.locator("section.sollol-card")).to_have_count(1)
+    layers = page.locator(".sollol-row-planned text.sollol-strong")
+    assert layers.evaluate_all("texts => texts.map(text => text.dataset.whole)") == ["0-3", "4-7", "8-11 + output"]
+    expect(page.locator("tr[data-state='held']")).to_have_count(3)
+    expect(page.locator("tr[data-state='free']")).to_have_count(1)
+    colors = page.locator(".sollol-mark").evaluate_all("marks => marks.map(mark => mark.style.color)")
+    assert all(colors), "the policy allows the marks their colours"
+    expect(page.locator("header")).to_contain_text(site.url)
+    expect(page.locator("#connect")).to_contain_text(f"OPENAI_BASE_URL={site.url}/v1")
+    expect(page.locator("#connect")).to_contain_text(f"%sollol_connect {site.url}")
+    page.screenshot(path=PICTURES / "status-page.png", full_page=True)
+
+    assert visit.complaints == []
+    elsewhere = [url for url in visit.requested if not url.startswith(f"{site.url}/")]
+    assert elsewhere == []
+
+
+def test_a_request_is_counted_on_the_page(visit: Visit, site: Site) -> None:
+    totals = visit.page.locator("#cluster .sollol-part").first
+    counted = re.search(r"(\d+) total", totals.inner_text())
+    assert counted is not None
+    site.ask()
+    expect(totals).to_contain_text(f"{int(counted[1]) + 1} total")
+
+
+def test_a_killed_worker_is_shown_as_down(visit: Visit, site: Site) -> None:
+    page = visit.page
+    for state in ("free", "held"):
+        endpoint = page.locator(f"tr[data-state='{state}']").first.get_attribute("data-endpoint")
+        assert endpoint is not None
+        site.cluster.machine(endpoint).kill()
+        expect(page.locator(visit.row(endpoint))).to_have_attribute("data-state", "down")
+    expect(page.locator(".sollol-log")).to_contain_text("lost worker")
+    page.screenshot(path=PICTURES / "status-page-lost.png", full_page=True)
+    assert visit.complaints == []
+
+
+def test_a_page_says_that_its_gateway_is_gone_and_is_live_with_the_next_one(visit: Visit, site: Site) -> None:
+    page, notice = visit.page, visit.page.get_by_role("alert")
+    expect(notice).to_be_hidden()
+    site.gateway.process.kill()
+    expect(notice).to_contain_text("The gateway does not answer; trying again.")
+    expect(page.locator("#connection")).to_have_text("not connected")
+    page.screenshot(path=PICTURES / "status-page-gone.png", full_page=True)
+
+    site.gateway.wait()
+    site.start()
+    expect(page.locator("#connection")).to_have_text("live")
+    expect(notice).to_be_hidden()
+    site.ask()
+    expect(page.locator("tr[data-state='held']")).to_have_count(3)
+    assert not [text for text in visit.complaints if "ERR_" not in text], "only that nothing answered"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_can_be_read_in_a_narrow_window(visit: Visit, scheme: str) -> None:
+    page = visit.page
+    page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+    page.set_viewport_size({"width": 400, "height": 900})
+    expect(page.locator("section.sollol-card")).to_have_count(1)
+    page.screenshot(path=PICTURES / f"status-page-narrow-{scheme}.png", full_page=True)
+    wide = page.evaluate(
+        """() => {
+            if (document.documentElement.scrollWidth > document.documentElement.clientWidth) return ['the page'];
+            const right = document.documentElement.clientWidth;
+            return [...document.querySelectorAll('body *')]
+                .filter(part => part.getBoundingClientRect().right > right + 1 && !part.closest('details table'))
+                .map(part => part.outerHTML.slice(0, 200));
+        }"""
+    )
+    assert wide == [], "only the table of the layers scrolls sideways"
+    assert visit.complaints == []
