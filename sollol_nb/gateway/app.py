@@ -23,6 +23,8 @@ from sollol_nb.gateway import (
     ollama_api,
     ollama_parts,
     openai_api,
+    openai_completions,
+    openai_models,
     openai_parts,
     responses_api,
     status_page,
@@ -54,7 +56,11 @@ APIS: tuple[Api, ...] = (
     Api(("/v1/messages",), anthropic_api.ROUTES, anthropic_api.error_shape),
     Api(("/sollol/",), notebook_api.ROUTES, notebook_api.error_shape),
     Api(("/v1/responses",), responses_api.ROUTES, openai_parts.error_shape),
-    Api(("/",), openai_api.ROUTES, openai_parts.error_shape),
+    Api(
+        ("/",),
+        [*openai_api.ROUTES, *openai_completions.ROUTES, *openai_models.ROUTES],
+        openai_parts.error_shape,
+    ),
 )
 """The first API with a fitting prefix counts."""
 _KINDS: Mapping[int, Kind] = {404: "not_found", 405: "wrong_method"}

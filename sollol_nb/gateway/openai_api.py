@@ -1,4 +1,4 @@
-"""OpenAI's API (https://platform.openai.com/docs/api-reference): chat completions, and the other routes.
+"""OpenAI's API (https://platform.openai.com/docs/api-reference): chat completions.
 
 Thoughts are `reasoning_content`, as llama-server, vLLM and others write them. Fields of llama.cpp that OpenAI's
 API does not have (`top_k`, `min_p`, `chat_template_kwargs.enable_thinking`, ...) are taken too.
@@ -17,8 +17,7 @@ from starlette.types import ASGIApp
 
 from sollol_nb.chat.chunk import DROPPED, NOTE, ROUTING, Chunk
 from sollol_nb.chat.completion import Completion
-from sollol_nb.chat.option_checks import SAMPLING_OPTIONS, Values
-from sollol_nb.gateway import openai_models
+from sollol_nb.chat.option_checks import CHAT_OPTIONS, SAMPLING_OPTIONS, Values
 from sollol_nb.gateway.answers import AnswerWriter, comment, event, json_bytes
 from sollol_nb.gateway.bodies import read_json
 from sollol_nb.gateway.calls import ChatCall, apply_headers, model_of
@@ -49,7 +48,7 @@ from sollol_nb.gateway.openai_parts import (
 )
 from sollol_nb.runtime.amounts import is_whole_number, shown
 
-SAMPLING_FIELDS: Mapping[str, Values] = {
+PASSED_FIELDS: Mapping[str, Values] = {
     **{
         name: SAMPLING_OPTIONS[name]
         for name in ("temperature", "top_p", "seed", "presence_penalty", "frequency_penalty")
@@ -58,6 +57,7 @@ SAMPLING_FIELDS: Mapping[str, Values] = {
         "a text, or a list of texts, none of them empty",
         lambda value: value == [] or SAMPLING_OPTIONS["stop"].is_valid(value),
     ),
+    "logit_bias": CHAT_OPTIONS["logit_bias"],
     **ENGINE_OPTIONS,
 }
 """The fields that are options of the router by the same name."""
@@ -67,9 +67,8 @@ ANSWER_FIELDS: Mapping[str, Values] = {
     "stream_options": AN_OBJECT,
     "max_tokens": SAMPLING_OPTIONS["max_tokens"],
     "n": only(1, "a request gets one answer; send another one for a second answer"),
-    "logit_bias": only({}, "the engines do not take it from clients"),
     "priority": PRIORITY,
-    **SAMPLING_FIELDS,
+    **PASSED_FIELDS,
 }
 _FIELDS = Fields(
     known={
@@ -100,70 +99,31 @@ _MESSAGE_TEXTS = ("name", "tool_call_id", "reasoning_content", "reasoning")
 _FINISH_REASONS = {"length": "length", "tool_calls": "tool_calls"}
 
 
-class ChatWriter(AnswerWriter):
-    """`chat.completion.chunk` events, or a `chat.completion`.
+class CompletionWriter(AnswerWriter):
+    """What the events and the whole answers of OpenAI's two completion APIs have in common.
 
     Args:
         model: as the client names it.
         has_usage: whether an event with the usage follows the answer.
     """
 
+    id_prefix = "chatcmpl"
+    event_kind = "chat.completion.chunk"
+    whole_kind = "chat.completion"
+
     def __init__(self, model: str, *, has_usage: bool = False) -> None:
         self._model = model
-        self._id = f"chatcmpl-{uuid.uuid4().hex}"
+        self._id = f"{self.id_prefix}-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._has_usage = has_usage
-        self._has_begun = False
-        self._calls = 0
         self._failovers = 0
         # Only what is between these two changes from one event to the next.
-        head = json_bytes(self._base("chat.completion.chunk"))[:-1]
-        self._head = b"data: " + head + b',"choices":[{"index":0,"delta":'
+        head = json_bytes(self._base(self.event_kind))[:-1]
+        self._head = b"data: " + head + b',"choices":[{"index":0,'
         self._tail = b"}]" + (b',"usage":null' if has_usage else b"") + b"}\n\n"
-        self._content_tail = b'},"logprobs":null,"finish_reason":null' + self._tail
-
-    def chunk(self, chunk: Chunk) -> bytes:
-        message: Mapping[str, Any] = chunk.get("message") or {}
-        sent = b""
-        if not self._has_begun:
-            self._has_begun = True
-            sent = self._event({"role": "assistant", "content": ""})
-        if ROUTING in chunk:
-            sent += self._news(chunk)
-        if text := message.get("thinking"):
-            sent += self._head + b'{"reasoning_content":' + json_bytes(text) + self._content_tail
-        text, logprobs = message.get("content"), chunk.get("logprobs")
-        if logprobs:
-            sent += self._event({"content": text or ""}, logprobs=_logprobs(logprobs))
-        elif text:
-            sent += self._head + b'{"content":' + json_bytes(text) + self._content_tail
-        if calls := message.get("tool_calls"):
-            first, self._calls = self._calls, self._calls + len(calls)
-            indexed = [{"index": at, **wire_call(call)} for at, call in enumerate(calls, first)]
-            sent += self._event({"tool_calls": indexed})
-        return sent + self._end(chunk) if chunk.get("done") else sent
 
     def failed(self, error: ApiError) -> bytes:
         return event(error_shape(error))
-
-    def whole(self, completion: Completion) -> Any:
-        calls = completion["message"].get("tool_calls") or ()
-        message: dict[str, Any] = {
-            "role": "assistant",
-            "content": completion.text if completion.text or not calls else None,
-            "refusal": None,
-        }
-        if completion.thinking:
-            message["reasoning_content"] = completion.thinking
-        if calls:
-            message["tool_calls"] = [wire_call(call) for call in calls]
-        choice = {
-            "index": 0,
-            "message": message,
-            "logprobs": _logprobs(completion.get("logprobs")),
-            "finish_reason": finish_reason(completion, has_calls=bool(calls)),
-        }
-        return {**self._base("chat.completion"), "choices": [choice], "usage": usage_of(completion)}
 
     def refusal(self, error: ApiError) -> Any:
         return error_shape(error)
@@ -171,9 +131,9 @@ class ChatWriter(AnswerWriter):
     def _base(self, kind: str) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
 
-    def _event(self, delta: Any, *, logprobs: Any = None, reason: str | None = None) -> bytes:
-        rest = json_bytes({"logprobs": logprobs, "finish_reason": reason})[1:-1]
-        return self._head + json_bytes(delta) + b"," + rest + self._tail
+    def _event(self, part: Any, *, logprobs: Any = None, reason: str | None = None) -> bytes:
+        choice = {**part, "logprobs": logprobs, "finish_reason": reason}
+        return self._head + json_bytes(choice)[1:-1] + self._tail
 
     def _news(self, chunk: Chunk) -> bytes:
         """What happened to the request since the last chunk, for people who watch the stream."""
@@ -181,13 +141,61 @@ class ChatWriter(AnswerWriter):
         news, self._failovers = failovers[self._failovers :], len(failovers)
         return b"".join(comment(failover["what"]) for failover in news)
 
-    def _end(self, chunk: Chunk) -> bytes:
+    def _end(self, chunk: Chunk, part: Any, *, has_calls: bool = False) -> bytes:
         notes = (chunk.get(name) for name in (DROPPED, NOTE))
         sent = b"".join(comment(str(note)) for note in notes if note)
-        sent += self._event({}, reason=finish_reason(chunk, has_calls=self._calls > 0))
+        sent += self._event(part, reason=finish_reason(chunk, has_calls=has_calls))
         if self._has_usage:
-            sent += event({**self._base("chat.completion.chunk"), "choices": [], "usage": usage_of(chunk)})
+            sent += event({**self._base(self.event_kind), "choices": [], "usage": usage_of(chunk)})
         return sent + b"data: [DONE]\n\n"
+
+    def _whole(self, completion: Completion, part: Any, logprobs: Any, *, has_calls: bool = False) -> Any:
+        reason = finish_reason(completion, has_calls=has_calls)
+        choice = {"index": 0, **part, "logprobs": logprobs, "finish_reason": reason}
+        return {**self._base(self.whole_kind), "choices": [choice], "usage": usage_of(completion)}
+
+
+class ChatWriter(CompletionWriter):
+    """`chat.completion.chunk` events, or a `chat.completion`. Arguments are those of `CompletionWriter`."""
+
+    def __init__(self, model: str, *, has_usage: bool = False) -> None:
+        super().__init__(model, has_usage=has_usage)
+        self._has_begun = False
+        self._calls = 0
+        self._content_head = self._head + b'"delta":{"content":'
+        self._content_tail = b'},"logprobs":null,"finish_reason":null' + self._tail
+
+    def chunk(self, chunk: Chunk) -> bytes:
+        message: Mapping[str, Any] = chunk.get("message") or {}
+        sent = b""
+        if not self._has_begun:
+            self._has_begun = True
+            sent = self._event({"delta": {"role": "assistant", "content": ""}})
+        if ROUTING in chunk:
+            sent += self._news(chunk)
+        if thoughts := message.get("thinking"):
+            sent += self._event({"delta": {"reasoning_content": thoughts}})
+        text, logprobs = message.get("content"), chunk.get("logprobs")
+        if logprobs:
+            sent += self._event({"delta": {"content": text or ""}}, logprobs=_logprobs(logprobs))
+        elif text:
+            sent += self._content_head + json_bytes(text) + self._content_tail
+        if calls := message.get("tool_calls"):
+            first, self._calls = self._calls, self._calls + len(calls)
+            indexed = [{"index": at, **wire_call(call)} for at, call in enumerate(calls, first)]
+            sent += self._event({"delta": {"tool_calls": indexed}})
+        return sent + self._end(chunk, {"delta": {}}, has_calls=self._calls > 0) if chunk.get("done") else sent
+
+    def whole(self, completion: Completion) -> Any:
+        calls = completion["message"].get("tool_calls") or ()
+        content = completion.text if completion.text or not calls else None
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if completion.thinking:
+            message["reasoning_content"] = completion.thinking
+        if calls:
+            message["tool_calls"] = [wire_call(call) for call in calls]
+        logprobs = _logprobs(completion.get("logprobs"))
+        return self._whole(completion, {"message": message}, logprobs, has_calls=bool(calls))
 
 
 def finish_reason(last: Mapping[str, Any], *, has_calls: bool) -> str:
@@ -196,7 +204,9 @@ def finish_reason(last: Mapping[str, Any], *, has_calls: bool) -> str:
 
 
 def _logprobs(tokens: Any) -> Any:
-    return {"content": tokens, "refusal": None} if tokens else None
+    """The tokens as `logprobs` has them; OpenAI's clients expect the fields that an engine may leave out."""
+    known: dict[str, Any] = {"bytes": None, "top_logprobs": []}
+    return {"content": [known | token for token in tokens], "refusal": None} if tokens else None
 
 
 async def _chat(request: Request) -> ASGIApp:
@@ -244,7 +254,7 @@ def _options(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The router's options for the fields of a body."""
     if fields.get("top_logprobs") and not fields.get("logprobs"):
         raise invalid("top_logprobs needs logprobs=true", "top_logprobs")
-    passed = (*SAMPLING_FIELDS, "parallel_tool_calls", "logprobs", "top_logprobs")
+    passed = (*PASSED_FIELDS, "parallel_tool_calls", "logprobs", "top_logprobs")
     return {
         **{name: fields[name] for name in passed if name in fields},
         "max_tokens": maximum_tokens(fields, "max_completion_tokens", "max_tokens"),
@@ -284,4 +294,4 @@ def _think(fields: Mapping[str, Any]) -> bool | str | None:
     return variables.get("enable_thinking") if effort is None else EFFORTS[effort]
 
 
-ROUTES: list[BaseRoute] = [Route("/v1/chat/completions", _chat, methods=["POST"]), *openai_models.ROUTES]
+ROUTES: list[BaseRoute] = [Route("/v1/chat/completions", _chat, methods=["POST"])]

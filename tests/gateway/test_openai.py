@@ -142,6 +142,38 @@ def test_a_pydantic_class_describes_the_answer(client: OpenAI) -> None:
         assert isinstance(stream.get_final_completion().choices[0].message.parsed, Verdict)
 
 
+def test_tokens_come_with_their_probabilities(client: OpenAI) -> None:
+    asked: Any = {"model": "demo", "messages": QUESTION, "max_tokens": 8, "temperature": 0}
+    whole = client.chat.completions.create(**asked, logprobs=True, top_logprobs=3)
+    assert whole.choices[0].logprobs is not None
+    tokens = whole.choices[0].logprobs.content or []
+    assert "".join(token.token for token in tokens) == whole.choices[0].message.content
+    assert all(token.logprob <= 0 and len(token.top_logprobs) == 3 for token in tokens)
+    streamed = [
+        token.token
+        for chunk in client.chat.completions.create(**asked, logprobs=True, stream=True)
+        if chunk.choices[0].logprobs is not None
+        for token in chunk.choices[0].logprobs.content or ()
+    ]
+    assert streamed == [token.token for token in tokens]
+
+
+def test_a_completion_continues_the_text_itself(client: OpenAI) -> None:
+    prompt = "<|im_start|>user\nWhat is a worker?<|im_end|>\n<|im_start|>assistant\n"
+    asked: Any = {"model": "demo", "prompt": prompt, "temperature": 0, "max_tokens": 30}
+    whole = client.completions.create(**asked, logprobs=2)
+    answer = client.chat.completions.create(model="demo", messages=QUESTION, temperature=0, max_tokens=30)
+    assert whole.choices[0].text == answer.choices[0].message.content
+    assert whole.choices[0].finish_reason == "length"
+    assert whole.choices[0].logprobs is not None
+    assert "".join(whole.choices[0].logprobs.tokens or ()) == whole.choices[0].text
+    assert whole.usage is not None
+    assert whole.usage.completion_tokens == 30
+    *streamed, last = client.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+    assert "".join(chunk.choices[0].text for chunk in streamed) == whole.choices[0].text
+    assert last.usage == whole.usage
+
+
 # --- errors ---------------------------------------------------------------------------------------
 
 

@@ -8,12 +8,14 @@ from typing import Any
 
 from sollol_nb.chat.chunk import Chunk
 from sollol_nb.chat.completion import Completion
-from sollol_nb.gateway.openai_api import ChatWriter
+from sollol_nb.gateway.openai_api import ChatWriter, CompletionWriter
+from sollol_nb.gateway.openai_completions import TextWriter
 from tests.support.engines import run
 from tests.support.gateway import gateway_without_engines
 
 HELLO = [{"role": "user", "content": "Hello!"}]
 CHAT: dict[str, Any] = {"model": "nowhere", "messages": HELLO}
+COMPLETION: dict[str, Any] = {"model": "nowhere", "prompt": "Once upon"}
 FUNCTION = {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}
 CALL = {"id": "call_1", "type": "function", "function": {"name": "now", "arguments": '{"city": "Rome"}'}}
 PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
@@ -73,7 +75,8 @@ WRONG_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"max_tokens": 5, "max_completion_tokens": 6}, "not both"),
     ({"n": 2}, "n=2 must be 1"),
     ({"n": True}, "n=True must be 1"),
-    ({"logit_bias": {"5": 100}}, "logit_bias"),
+    ({"logit_bias": {"hello": 100}}, "logit_bias"),
+    ({"logit_bias": {"5": 101}}, "logit_bias"),
     ({"logprobs": 5}, "logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"top_logprobs": 2}, "top_logprobs"),
@@ -111,6 +114,29 @@ WRONG_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"priority": []}, "priority"),
     ({"temprature": 1}, "did you mean temperature"),
     ({"x" * 100_000: 1}, "unknown field"),
+]
+WRONG_COMPLETIONS: list[tuple[dict[str, Any], str]] = [
+    ({"prompt": None}, "prompt"),
+    ({"prompt": ""}, "prompt"),
+    ({"prompt": []}, "prompt"),
+    ({"prompt": 7}, "prompt"),
+    ({"prompt": [1, 2, 3]}, "lists of tokens"),
+    ({"prompt": [[1, 2, 3]]}, "lists of tokens"),
+    ({"prompt": ["a", "b"]}, "prompt has 2 texts"),
+    ({"suffix": 7}, "suffix"),
+    ({"echo": True}, "echo"),
+    ({"best_of": 2}, "best_of"),
+    ({"n": 2}, "n=2 must be 1"),
+    ({"logprobs": True}, "logprobs"),
+    ({"logprobs": 21}, "logprobs"),
+    ({"max_tokens": "many"}, "max_tokens"),
+    ({"temperature": "hot"}, "temperature"),
+    ({"stream": 1}, "stream"),
+    ({"messages": HELLO}, "messages"),
+]
+GOOD_COMPLETIONS: list[dict[str, Any]] = [
+    {"prompt": ["Once"], "best_of": 1, "n": 1, "echo": False, "suffix": "", "logprobs": 2, "user": "me"},
+    {"max_tokens": 5, "logit_bias": {"5": -100}, "seed": 3, "stop": ["a", "b"]},
 ]
 GOOD_CHATS: list[dict[str, Any]] = [
     {"n": 1, "logit_bias": {}, "stop": [], "tools": [], "temperature": None, "modalities": ["text"]},
@@ -161,11 +187,22 @@ def test_each_wrong_field_of_a_chat_is_named() -> None:
     assert_refused("/v1/chat/completions", CHAT, WRONG_CHATS)
 
 
-def test_what_a_chat_may_have_is_not_refused() -> None:
-    for body, (status, error) in zip(
-        GOOD_CHATS, errors_of("/v1/chat/completions", [CHAT | fields for fields in GOOD_CHATS]), strict=True
-    ):
+def assert_taken(path: str, good: dict[str, Any], taken: list[dict[str, Any]]) -> None:
+    """Each of these fields is taken, so that only the model is missing."""
+    for body, (status, error) in zip(taken, errors_of(path, [good | fields for fields in taken]), strict=True):
         assert (status, error["code"], error["param"]) == (404, "model_not_found", "model"), (body, error)
+
+
+def test_what_a_chat_may_have_is_not_refused() -> None:
+    assert_taken("/v1/chat/completions", CHAT, GOOD_CHATS)
+
+
+def test_each_wrong_field_of_a_completion_is_named() -> None:
+    assert_refused("/v1/completions", COMPLETION, WRONG_COMPLETIONS)
+
+
+def test_what_a_completion_may_have_is_not_refused() -> None:
+    assert_taken("/v1/completions", COMPLETION, GOOD_COMPLETIONS)
 
 
 def test_a_path_that_does_not_exist_is_not_taken_for_a_model() -> None:
@@ -176,7 +213,7 @@ def test_a_path_that_does_not_exist_is_not_taken_for_a_model() -> None:
 # --- the form of answers --------------------------------------------------------------------------
 
 
-def events_of(writer: ChatWriter, chunks: list[Chunk]) -> list[Any]:
+def events_of(writer: CompletionWriter, chunks: list[Chunk]) -> list[Any]:
     """The events of an answer, parsed; comments and `[DONE]` as text."""
     sent = b"".join(map(writer.chunk, chunks)).decode()
     assert sent.endswith("\n\n")
@@ -256,6 +293,28 @@ def test_a_failover_shows_as_a_comment_and_once() -> None:
         ": sollol: cut",
         "data: [DONE]",
     ]
+
+
+def test_tokens_of_a_completion_have_their_places_in_the_text() -> None:
+    likely: Any = [{"token": "Hel", "logprob": -0.1}, {"token": "Hey", "logprob": -3.0}]
+    tokens: Any = [{**likely[0], "top_logprobs": likely}, {"token": "lo", "logprob": -0.2}]
+    writer = TextWriter("m", has_usage=True)
+    chunks = [chunk("Hel", logprobs=tokens[:1]), chunk("lo", logprobs=tokens[1:]), chunk(done_reason="length")]
+    *events, end, usage, done = events_of(writer, chunks)
+    assert [event["choices"][0]["text"] for event in events] == ["Hel", "lo"]
+    assert [event["choices"][0]["logprobs"]["text_offset"] for event in events] == [[0], [3]]
+    assert (end["object"], end["choices"][0]["text"]) == ("text_completion", "")
+    assert end["choices"][0]["finish_reason"] == "length"
+    assert usage["usage"]["total_tokens"] == 10
+    assert done == "data: [DONE]"
+    whole = writer.whole(Completion.from_chunks(chunks))
+    assert whole["choices"][0]["text"] == "Hello"
+    assert whole["choices"][0]["logprobs"] == {
+        "tokens": ["Hel", "lo"],
+        "token_logprobs": [-0.1, -0.2],
+        "top_logprobs": [{"Hel": -0.1, "Hey": -3.0}, {}],
+        "text_offset": [0, 3],
+    }
 
 
 def test_the_whole_answer_has_the_same_parts() -> None:
