@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from tests.support.engines import eventually
 from tests.support.gateway import GatewayProcess, busy_slots_at
 from tests.support.scripted_model import write_scripted
-from tests.support.tool_model import TEMPLATE, write_tool_model
+from tests.support.tool_model import TEMPLATE
 
 pytestmark = pytest.mark.engine
 
@@ -44,11 +44,6 @@ class Verdict(BaseModel):
 @pytest.fixture(scope="module")
 def client(gateway: GatewayProcess) -> OpenAI:
     return OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0)
-
-
-@pytest.fixture(scope="module")
-def tool_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_tool_model(tmp_path_factory.mktemp("models") / "tools.gguf"))
 
 
 def test_a_streamed_answer_is_that_of_the_whole_one(client: OpenAI) -> None:
