@@ -17,6 +17,7 @@ from typing import Any
 
 from sollol_nb._version import __version__
 from sollol_nb.errors import SollolError
+from sollol_nb.gateway import command as gateway_command
 from sollol_nb.llama_cpp.engine.tools import BACKENDS
 from sollol_nb.settings import config
 
@@ -102,6 +103,34 @@ def trust(arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def gateway(arguments: argparse.Namespace) -> int:
+    """Serve the cluster to other programs and notebooks, with the APIs of Ollama, OpenAI and Anthropic."""
+    return gateway_command.run(arguments)
+
+
+def key(arguments: argparse.Namespace) -> int:
+    """Make, list or remove the gateway's API keys."""
+    from sollol_nb.gateway.keys import Key, Keys, add_key, remove_key
+
+    if arguments.action == "add":
+        made = Key(
+            name=arguments.name,
+            priority=arguments.priority,
+            may_control=arguments.control,
+            max_requests=arguments.max_requests,
+            requests_per_minute=arguments.per_minute,
+        )
+        print(add_key(made))
+        print("this key cannot be shown again: only a hash of it is kept", file=sys.stderr)
+    elif arguments.action == "remove":
+        remove_key(arguments.name)
+        print(f"removed the key {arguments.name}")
+    else:
+        keys = Keys().all
+        print("\n".join(map(str, keys)) if keys else "there are no keys; `sollol-nb key add NAME` makes one")
+    return EXIT_OK
+
+
 def _install_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend", choices=BACKENDS, help="default: that of the GPU toolkit found here, else cpu"
@@ -135,6 +164,23 @@ def _trust_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revoke", action="store_true", help="ignore them again")
 
 
+def _key_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="action", required=True)
+    add = actions.add_parser("add", help="make a key and print it")
+    add.add_argument("name", metavar="NAME", help="whose key it is, for the log and the metrics")
+    add.add_argument(
+        "--priority", type=int, default=5, metavar="N", help="of its requests, which may ask for less: 1 to 10"
+    )
+    add.add_argument("--max-requests", type=int, metavar="N", help="requests at the same time")
+    add.add_argument("--per-minute", type=int, metavar="N", help="requests in a minute")
+    add.add_argument(
+        "--control", action="store_true", help="may also change the cluster, pull models and name model files"
+    )
+    actions.add_parser("list", help="list the keys, which are shown by their names")
+    remove = actions.add_parser("remove", help="remove a key, which is refused from then on")
+    remove.add_argument("name", metavar="NAME")
+
+
 _SUBCOMMANDS: tuple[tuple[Callable[[argparse.Namespace], int], Callable[[argparse.ArgumentParser], None]], ...] = (
     (install, _install_arguments),
     (doctor, _doctor_arguments),
@@ -142,6 +188,8 @@ _SUBCOMMANDS: tuple[tuple[Callable[[argparse.Namespace], int], Callable[[argpars
     (status, _status_arguments),
     (stop, _stop_arguments),
     (trust, _trust_arguments),
+    (gateway, gateway_command.add_arguments),
+    (key, _key_arguments),
 )
 
 

@@ -3,7 +3,8 @@
 In reading order:
 
 * `__main__.py`, `command.py`: its arguments; `python -m sollol_nb.gateway` and `sollol-nb gateway`.
-* `server.py`: the socket, the HTTP server on the I/O loop, and its end without losing an answer.
+* `server.py`: the process: it listens, serves, and ends without losing an answer.
+* `connections.py`: HTTP and its limits. `access_log.py`: a line for each request.
 * `gateway.py`: what the routes of one gateway share. `app.py`: the routes, and the shape of their errors.
 * `access.py`, `keys.py`, `limits.py`: who may ask how much.
 * `bodies.py`, `calls.py`: what a request says, bounded and checked.

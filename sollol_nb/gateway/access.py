@@ -1,7 +1,7 @@
 """Who may ask: the application around all routes.
 
-It checks, in this order: the name by which the gateway was called (`Host`), which web page asks (`Origin`), the
-key, and the limits. It is on the way of every request, so it reads the headers once.
+It checks, in this order: by which name the gateway was called, which web page asks, the key, and the limits. It is
+on the way of every request, so it reads the headers once.
 
 * The name: a web page whose own name is made to lead here (DNS rebinding) would be of the same origin as the
   gateway. So names count only if they are known to be those of this machine; addresses cannot be made to lead

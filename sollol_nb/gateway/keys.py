@@ -56,6 +56,16 @@ class Key:
     max_requests: int | None = None
     requests_per_minute: int | None = None
 
+    def __str__(self) -> str:
+        parts = [f"priority {self.priority}"]
+        if self.max_requests is not None:
+            parts.append(f"{self.max_requests} requests at the same time")
+        if self.requests_per_minute is not None:
+            parts.append(f"{self.requests_per_minute} requests a minute")
+        if self.may_control:
+            parts.append("may change the cluster")
+        return f"{self.name}: {', '.join(parts)}"
+
 
 ANYBODY = Key(name="", limits_priority=False, may_control=True)
 """Who asks where there are no keys: on loopback."""

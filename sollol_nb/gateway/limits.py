@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ class Limits:
 
     Attributes:
         running: how many run now.
+        none_runs: set while there are none.
         max_requests: see Args.
     """
 
@@ -37,6 +39,8 @@ class Limits:
     ) -> None:
         self.max_requests = max_requests
         self.running = 0
+        self.none_runs = asyncio.Event()
+        self.none_runs.set()
         self._clock = clock
         self._running_by_key: Counter[str] = Counter()
         self._starts: dict[str, deque[float]] = {}
@@ -50,6 +54,7 @@ class Limits:
         """
         self._check(key)
         self.running += 1
+        self.none_runs.clear()
         self._running_by_key[key.name] += 1
         try:
             yield
@@ -58,6 +63,8 @@ class Limits:
             self._running_by_key[key.name] -= 1
             if not self._running_by_key[key.name]:
                 del self._running_by_key[key.name]
+            if not self.running:
+                self.none_runs.set()
 
     def _check(self, key: Key) -> None:
         if self.running >= self.max_requests:

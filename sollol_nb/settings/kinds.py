@@ -125,6 +125,14 @@ def keep_alive_seconds(value: object) -> float | None:
     return None if seconds < 0 or seconds == float("inf") else seconds
 
 
+def _port(value: Any) -> int:
+    if not is_whole_number(value):
+        raise TypeError
+    if not 0 <= value < 65536:
+        raise ValueError
+    return value
+
+
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError
@@ -251,6 +259,7 @@ TOP_P = number("a number above 0, at most 1, such as 0.9", above=True, most=1)
 MAX_TOKENS = whole_number("a whole number of 1 or more, such as 512", least=1)
 SEED = whole_number("a whole number of 0 or more, such as 42", least=0)
 SYSTEM = text("a text")
+PORT = Kind("a port from 1 to 65535, or 0 for any free one", _port, _number_from_text)
 MODEL = Kind("a model's name, such as llama3.1:70b", _text, anchor=_anchored_model)
 GATEWAY = Kind(
     f"the address of a gateway, such as http://head:11440, or {LOCAL}",

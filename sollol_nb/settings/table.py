@@ -43,6 +43,8 @@ DEFAULT_WORKERS = 3
 MAX_DEFAULT_CONTEXT_TOKENS = 8192
 DEFAULT_THRESHOLD_PARAMS = 40.0
 DEFAULT_KEEP_ROWS = 1_000_000
+DEFAULT_GATEWAY_PORT = 11440
+"""Not that of Ollama (11434), of ollama-herd (11435) or of llama-server (8080)."""
 
 Side = Literal["request", "router", "notebook", "machine"]
 
@@ -385,6 +387,24 @@ _TABLE = (
         "Requests that an Ollama node serves at the same time.",
         "OLLAMA_NUM_PARALLEL",
         default=1,
+    ),
+    Setting(
+        "gateway_host",
+        "machine",
+        kinds.text("an address of this machine, or 0.0.0.0 for all of them"),
+        "Address on which the gateway listens; beyond this machine it requires a key.",
+        "SOLLOL_GATEWAY_HOST",
+        default="127.0.0.1",
+        guarded=True,
+    ),
+    Setting(
+        "gateway_port",
+        "machine",
+        kinds.PORT,
+        "Port on which the gateway listens.",
+        "SOLLOL_GATEWAY_PORT",
+        default=DEFAULT_GATEWAY_PORT,
+        guarded=True,
     ),
 )
 

@@ -1,0 +1,291 @@
+"""Connections to the gateway: HTTP as uvicorn speaks it, with the limits that it does not have.
+
+uvicorn waits without end for the rest of a request as long as single bytes arrive, for headers of any length, and
+for clients that read no more. Here each connection is looked at once a second: what it waits for, and since when.
+So a request costs nothing more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+import time
+from collections.abc import Mapping
+from email.utils import formatdate
+from http import HTTPStatus
+from typing import Any, Literal
+
+import h11
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
+
+MAX_CONNECTIONS = 4096
+HEADER_LIMIT_BYTES = 64 * 1024
+"""Of what is neither the content of a request nor makes its headers complete."""
+BACKLOG = 2048
+HANDSHAKE_TIMEOUT_S = 20.0
+CHECK_EVERY_S = 1.0
+CLOSE_TIMEOUT_S = 2.0
+CLOSE_CHECK_S = 0.02
+
+Phase = Literal["new", "headers", "body", "reading", "closing", "idle"]
+LIMITS_S: Mapping[Phase, float] = {
+    "new": 20.0,
+    "headers": 20.0,
+    "body": 90.0,
+    "reading": 60.0,
+    "closing": 30.0,
+    "idle": 75.0,
+}
+"""How long a client may take: to send anything, its headers, its body; to read what it was sent; to close its
+side; and to send the next request on the same connection."""
+
+
+class _Limited:
+    """What both parsers' connections have: limits. A subclass says what is missing of a request."""
+
+    transport: asyncio.Transport
+    flow: Any
+    cycle: Any
+    connections: set[Any]
+    _seen_phase: Phase | None = None
+    _seen_cycle: object = None
+    _since = 0.0
+
+    def missing(self) -> Literal["headers", "body"] | None:
+        """What is missing of a request that has begun to arrive."""
+        raise NotImplementedError
+
+    @property
+    def is_answering(self) -> bool:
+        """Whether a response has not been sent completely."""
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def check(self, now: float) -> None:
+        """End the connection if its client has taken too long."""
+        phase = self._phase()
+        if phase != self._seen_phase or self.cycle is not self._seen_cycle:  # each request has its own cycle
+            self._seen_phase, self._seen_cycle, self._since = phase, self.cycle, now
+        elif phase is not None and now - self._since > LIMITS_S[phase]:
+            self._end(phase)
+
+    def refuse(self, status: HTTPStatus, message: str) -> None:
+        """Answer what is not a request that the routes could answer, and close the connection."""
+        if self.transport.is_closing():
+            return
+        if not self.is_answering:  # else it would be within the answer to an earlier request
+            content = message.encode()
+            head = (
+                f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: text/plain; charset=utf-8\r\n"
+                f"content-length: {len(content)}\r\nconnection: close\r\n\r\n"
+            )
+            self.transport.write(head.encode() + content)
+        self.transport.close()
+
+    def _phase(self) -> Phase | None:
+        if self.transport.is_closing():
+            return "closing"
+        if self.flow.write_paused:
+            return "reading"
+        missing = self.missing()
+        if missing == "body":
+            return None if self.flow.read_paused else "body"  # paused: the gateway has not read what has arrived
+        if self.is_answering:
+            return None
+        return missing or ("new" if self.cycle is None else "idle")
+
+    def _end(self, phase: Phase) -> None:
+        if phase == "headers":
+            self.refuse(HTTPStatus.REQUEST_TIMEOUT, "the request did not arrive in time")
+        elif phase in ("new", "idle"):
+            self.transport.close()
+        else:
+            self.transport.abort()  # `close` waits until the client has read everything
+
+    def _refuse_one_too_many(self) -> None:
+        if len(self.connections) > MAX_CONNECTIONS:
+            message = f"the gateway already has {MAX_CONNECTIONS} connections; try again later"
+            self.refuse(HTTPStatus.SERVICE_UNAVAILABLE, message)
+
+
+class H11Connection(_Limited, H11Protocol):
+    """A connection with a parser in Python, which has a limit for headers."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._refuse_one_too_many()
+
+    def send_400_response(self, msg: str) -> None:
+        self.refuse(HTTPStatus.BAD_REQUEST, "this is not a valid HTTP request")
+
+    def missing(self) -> Literal["headers", "body"] | None:
+        if self.conn.their_state is h11.SEND_BODY:
+            return "body"
+        return "headers" if self.conn.their_state is h11.IDLE and self.conn.trailing_data[0] else None
+
+    def _should_upgrade(self) -> bool:
+        return False
+
+
+connection_class: type[asyncio.Protocol]
+try:
+    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+except ImportError:  # not built for this Python
+    connection_class = H11Connection
+else:
+
+    class HttpToolsConnection(_Limited, HttpToolsProtocol):
+        """A connection with a parser in C."""
+
+        _missing: Literal["headers", "body"] | None = None
+        _has_advanced = False
+        _unused_bytes = 0
+        _are_headers_too_long = False
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._refuse_one_too_many()
+
+        def data_received(self, data: bytes) -> None:
+            self._has_advanced = False
+            super().data_received(_without_upgrade(data) if self._missing is None else data)
+            if self._has_advanced:
+                self._unused_bytes = 0
+                return
+            self._unused_bytes += len(data)
+            if self._unused_bytes > HEADER_LIMIT_BYTES:
+                self._refuse_headers()
+
+        def on_message_begin(self) -> None:
+            super().on_message_begin()
+            self._missing = "headers"
+
+        def on_headers_complete(self) -> None:
+            if sum(len(name) + len(value) for name, value in self.headers) + len(self.url) > HEADER_LIMIT_BYTES:
+                self._are_headers_too_long = True
+                raise ValueError("the headers are too long")  # the parser makes it its own error
+            super().on_headers_complete()
+            self.headers = []  # what follows the body must not change what was checked
+            self._missing, self._has_advanced = "body", True
+
+        def on_body(self, body: bytes) -> None:
+            super().on_body(body)
+            self._has_advanced = True
+
+        def on_message_complete(self) -> None:
+            super().on_message_complete()
+            self._missing, self._has_advanced = None, True
+
+        def send_400_response(self, msg: str) -> None:
+            if self._are_headers_too_long:
+                self._refuse_headers()
+            else:
+                self.refuse(HTTPStatus.BAD_REQUEST, "this is not a valid HTTP request")
+
+        def missing(self) -> Literal["headers", "body"] | None:
+            return self._missing
+
+        def _refuse_headers(self) -> None:
+            message = f"the headers are longer than {HEADER_LIMIT_BYTES >> 10} KiB"
+            self.refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, message)
+
+        def _should_upgrade(self) -> bool:
+            return False
+
+        def _unsupported_upgrade_warning(self) -> None:
+            pass
+
+    connection_class = HttpToolsConnection
+
+
+def _without_upgrade(data: bytes) -> bytes:
+    """The begin of a request without what asks for another protocol, which HTTP lets a server ignore.
+
+    The parser in C would take it that the rest of the connection is in that protocol, and the body be lost. Java's
+    own client asks for HTTP/2 in this way with each first request.
+    """
+    head = data[: data.find(b"\r\n\r\n")].lower()
+    found = head.find(b"\r\nupgrade:")
+    return data if found < 0 else data[: found + 2] + b"ignored" + data[found + 9 :]
+
+
+class HttpServer:
+    """Serves an application on a socket, on the running loop.
+
+    Args:
+        listening: the socket; closed with the server.
+        tls: for HTTPS.
+    """
+
+    def __init__(self, app: ASGIApp, listening: socket.socket, tls: ssl.SSLContext | None = None) -> None:
+        self._config = uvicorn.Config(
+            app,
+            http=connection_class,
+            ws="none",
+            interface="asgi3",
+            lifespan="off",
+            access_log=False,
+            log_config=None,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=int(LIMITS_S["idle"]),
+            h11_max_incomplete_event_size=HEADER_LIMIT_BYTES,
+        )
+        self._config.load()
+        self._listening = listening
+        self._tls = tls
+        self._state = ServerState()
+        self._server: asyncio.Server | None = None
+        self._checking: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Accept connections from now on."""
+        loop = asyncio.get_running_loop()
+        self._set_date()
+        self._server = await loop.create_server(
+            lambda: self._config.http_protocol_class(  # type: ignore[call-arg]
+                config=self._config, server_state=self._state, app_state={}, _loop=loop
+            ),
+            sock=self._listening,
+            ssl=self._tls,
+            ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S if self._tls else None,
+            backlog=BACKLOG,
+        )
+        self._checking = asyncio.create_task(self._check())
+
+    def stop_listening(self) -> None:
+        """Accept no more connections; those that are open stay."""
+        if self._server is not None:
+            self._server.close()
+
+    async def close(self) -> None:
+        """Close all connections, as soon as their clients have read what they were sent, or soon."""
+        self.stop_listening()
+        if self._checking is not None:
+            self._checking.cancel()
+        for connection in list(self._state.connections):
+            connection.transport.close()
+        for _ in range(int(CLOSE_TIMEOUT_S / CLOSE_CHECK_S)):
+            if not self._state.connections:
+                break
+            await asyncio.sleep(CLOSE_CHECK_S)
+        for connection in list(self._state.connections):
+            connection.transport.abort()
+        for task in list(self._state.tasks):
+            task.cancel()
+        await asyncio.gather(*self._state.tasks, return_exceptions=True)
+
+    async def _check(self) -> None:
+        while True:
+            await asyncio.sleep(CHECK_EVERY_S)
+            self._set_date()
+            now = time.monotonic()
+            for connection in list(self._state.connections):
+                assert isinstance(connection, _Limited)
+                connection.check(now)
+
+    def _set_date(self) -> None:
+        self._state.default_headers = [(b"date", formatdate(usegmt=True).encode())]
