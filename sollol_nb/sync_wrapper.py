@@ -78,6 +78,8 @@ class HybridRouter:
     resume = blocking(hybrid_router.HybridRouter.resume)
     stream = blocking_stream(hybrid_router.HybridRouter.stream)
     generate = blocking(hybrid_router.HybridRouter.generate)
+    count_tokens = blocking(hybrid_router.HybridRouter.count_tokens)
+    embed = blocking(hybrid_router.HybridRouter.embed)
     stream_generate = blocking_stream(hybrid_router.HybridRouter.stream_generate)
     route = blocking(hybrid_router.HybridRouter.route)
     cluster = blocking(hybrid_router.HybridRouter.cluster)

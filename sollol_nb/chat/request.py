@@ -149,9 +149,14 @@ def options_with_schema(options: Mapping[str, Any], schema: object) -> dict[str,
         checked["format"] = json_schema_of(schema)
     answer_schema(checked)
     if "keep_alive" in checked:
-        keep_alive_s = keep_alive_seconds(checked["keep_alive"])
-        checked["keep_alive"] = -1 if keep_alive_s is None else keep_alive_s  # Ollama's "forever"
+        checked["keep_alive"] = ollama_keep_alive(checked["keep_alive"])
     return checked
+
+
+def ollama_keep_alive(keep_alive: Any) -> float:
+    """The time in seconds, as Ollama takes it. Raises ConfigError if it is not a time."""
+    keep_alive_s = keep_alive_seconds(keep_alive)
+    return -1 if keep_alive_s is None else keep_alive_s  # its "forever"
 
 
 def checked_timeout_s(timeout_s: float) -> float:

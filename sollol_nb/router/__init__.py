@@ -6,6 +6,7 @@
 - `settings.py`: the arguments of a router, checked.
 - `finder.py`: from a model's name to a route.
 - `active_request.py`: the life of one request.
+- `direct_requests.py`: tokens counted, texts embedded.
 - `failover.py`: an answer that is continued when its coordinator is lost.
 - `record.py`: the times of one request, its `_routing` and its latency row.
 - `cluster_control.py`: workers and coordinators, shown and changed.

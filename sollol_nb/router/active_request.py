@@ -102,7 +102,7 @@ class ActiveRequest:
             route = await self._services.routes.find(record.model, request.backend)
             record.set_route(route)
             while True:
-                await _check_options(request, route)
+                await check_route_options(request, route)
                 await self._check_context(request, route)
                 calls = CallFilter(request.options)
                 try:
@@ -178,7 +178,7 @@ class ActiveRequest:
                 f"{route.name} is routed to Ollama now, which cannot continue this answer; ask again"
             )
         self._record.set_sent()
-        options = {name: value for name, value in request.options.items() if name not in NOT_SENT_TO_OLLAMA}
+        options = ollama_options(request.options)
         if request.options.get("deterministic"):
             self._record.note = "not deterministic: Ollama may answer differently each time"
         options |= {"priority": request.priority, "timeout": request.timeout_s}
@@ -215,13 +215,18 @@ class ActiveRequest:
         return chunk
 
 
+def ollama_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a request that are sent to Ollama."""
+    return {name: value for name, value in options.items() if name not in NOT_SENT_TO_OLLAMA}
+
+
 def _new_answer(coordinator: Coordinator, request: ChatRequest, route: Route) -> Answer:
     if request.prompt is None:
         return coordinator.answer(request.messages, request.options, model=route.model)
     return coordinator.raw_answer(request.prompt.text, request.options, model=route.model)
 
 
-async def _check_options(request: ChatRequest, route: Route) -> None:
+async def check_route_options(request: ChatRequest, route: Route) -> None:
     """Refuse options that the backend of the route would drop, before anything is loaded.
 
     Raises:

@@ -25,12 +25,15 @@ from sollol_nb.models.routing import DISTRIBUTED, LOCAL, OLLAMA, Route, checked_
 from sollol_nb.ollama.pool import OllamaPool
 from sollol_nb.router.active_request import ActiveRequest, RequestServices
 from sollol_nb.router.cluster_control import ClusterControl
+from sollol_nb.router.direct_requests import count_tokens, embed
 from sollol_nb.router.finder import ModelSlots, RouteFinder
 from sollol_nb.router.settings import check_amounts, endpoints, pool_arguments, pool_settings, request_options
 from sollol_nb.runtime.events import EventBus
 from sollol_nb.runtime.io_loop import io_bound
+from sollol_nb.runtime.priority import Priority
 from sollol_nb.settings import config
 from sollol_nb.settings.kinds import keep_alive_seconds
+from sollol_nb.settings.models import model_text
 
 
 class OwnEngines(ClusterControl):
@@ -52,8 +55,9 @@ class OwnEngines(ClusterControl):
         gguf_path: str | Path | None,
         latency: LatencyLog,
         options: Mapping[str, Any],
+        timeout_s: float,
     ) -> None:
-        """Arguments are those of `Router`, checked; `options` are of requests that do not have them."""
+        """Arguments are those of `Router`, checked; `options` and `timeout_s` are of requests that have none."""
         events = EventBus()
         known = Workers(workers, events)
         ollama = ollama or OllamaPool.auto_configure(events=events)
@@ -64,6 +68,7 @@ class OwnEngines(ClusterControl):
         self.latency = latency
         self.state = state
         self._options = options
+        self._timeout_s = timeout_s
         self._routes = RouteFinder(
             ollama,
             enable_distributed=enable_distributed,
@@ -101,6 +106,7 @@ class OwnEngines(ClusterControl):
         deterministic: bool | None,
         keep_alive: float | str | Mapping[str, float | str] | None,
         latency: LatencyLog,
+        timeout_s: float,
         **others: Any,
     ) -> OwnEngines:
         """The engines for these arguments of `Router`, and for the settings where they are None.
@@ -137,6 +143,7 @@ class OwnEngines(ClusterControl):
             gguf_path=gguf_path,
             latency=latency,
             options=options,
+            timeout_s=timeout_s,
         )
 
     def chunks(
@@ -216,6 +223,86 @@ class OwnEngines(ClusterControl):
         if keep_alive is not None:
             await coordinator.keep_alive(seconds)
         return f"at {coordinator.base_url}"
+
+    @io_bound
+    async def count_tokens(
+        self,
+        model: str | Path,
+        messages: Sequence[Mapping[str, Any]] | str,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        system: str | None = None,
+        backend: str | None = None,
+        priority: int = Priority.NORMAL,
+        timeout: float | None = None,
+    ) -> int:
+        """How many tokens the model reads for these messages, with its chat template; it is loaded if necessary.
+
+        Ollama reports them only with an answer, so there one token is generated.
+
+        Args:
+            messages: as for `route_request`; llama.cpp counts no images.
+            tools: what the model may call.
+            system: a system message, if the messages have none.
+            backend, priority, timeout: as for `route_request`; loading does not count.
+
+        Raises:
+            SollolError: as for `route_request`.
+        """
+        return await count_tokens(
+            self._services,
+            model_text(model),
+            messages,
+            tools=tools,
+            system=system,
+            backend=backend,
+            priority=priority,
+            timeout_s=self._timeout_s if timeout is None else timeout,
+        )
+
+    @io_bound
+    async def embed(
+        self,
+        model: str | Path,
+        inputs: str | Sequence[str],
+        *,
+        dimensions: int | None = None,
+        truncate: bool | None = None,
+        keep_alive: float | str | None = None,
+        options: Mapping[str, Any] | None = None,
+        priority: int = Priority.NORMAL,
+        timeout: float | None = None,
+    ) -> dict[str, Any]:
+        """The embeddings of texts, from the Ollama node that has the model and is the least busy.
+
+        Args:
+            inputs: a text, or a list of texts.
+            dimensions: of each vector, for models that can shorten them.
+            truncate: whether texts that do not fit the model's context are cut, as Ollama does by default; False
+                refuses them.
+            keep_alive: how long the model stays loaded.
+            options: Ollama's own dict of options.
+            priority, timeout: as for `route_request`.
+
+        Returns:
+            Ollama's answer: `embeddings` (one vector for each text), `model`, `prompt_eval_count` (tokens),
+            `total_duration` and `load_duration` (nanoseconds), and `_routing` (see `ollama/pool.py`).
+
+        Raises:
+            ConfigError: an argument is invalid, or the model is routed to llama.cpp, which embeds nothing here.
+            SollolError: as for `route_request`.
+        """
+        return await embed(
+            self._services,
+            model_text(model),
+            inputs,
+            dimensions=dimensions,
+            truncate=truncate,
+            keep_alive=keep_alive,
+            options=options,
+            priority=priority,
+            timeout_s=self._timeout_s if timeout is None else timeout,
+        )
 
     @io_bound
     async def unload(self, model: str | Path) -> None:

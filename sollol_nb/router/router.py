@@ -184,6 +184,7 @@ class Router:
                 llama_cpp=llama_cpp,
                 keep_alive=keep_alive,
                 latency=latency,
+                timeout_s=self._timeout_s,
             )
         else:
             check_gateway_arguments(
@@ -452,6 +453,8 @@ class Router:
     slots_for = _of_engines(OwnEngines.slots_for)
     preload = _of_engines(OwnEngines.preload)
     unload = _of_engines(OwnEngines.unload)
+    count_tokens = _of_engines(OwnEngines.count_tokens)
+    embed = _of_engines(OwnEngines.embed)
     listed_models = _of_engines(OwnEngines.listed_models)
 
     @io_bound

@@ -321,6 +321,10 @@ class Coordinator:
         """As `answer`, to a text that the model continues without a chat template."""
         return self._streams.new_raw_answer(prompt, options, model)
 
+    async def count_tokens(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> int:
+        """Tokens of the prompt of a request; those of images are not counted. Errors are those of `stream`."""
+        return await self._streams.count_tokens(messages, options)
+
     def stream(self, answer: Answer) -> AsyncGenerator[Chunk, None]:
         """Stream the rest of an answer; yields Ollama-shaped chunks, the last with `done`.
 

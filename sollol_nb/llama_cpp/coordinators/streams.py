@@ -22,8 +22,9 @@ from sollol_nb.errors import (
 from sollol_nb.llama_cpp.answers.base import Answer
 from sollol_nb.llama_cpp.answers.fitting import FittingAnswer
 from sollol_nb.llama_cpp.answers.kinds import answer_for
-from sollol_nb.llama_cpp.answers.protocol import parse_event, refusal
+from sollol_nb.llama_cpp.answers.protocol import parse_event, refusal, request_body
 from sollol_nb.llama_cpp.answers.raw import RawAnswer
+from sollol_nb.llama_cpp.answers.tokens import prompt_tokens
 from sollol_nb.llama_cpp.coordinators.pace import Pace
 from sollol_nb.llama_cpp.processes.exit_reasons import describe_exit, exit_reason
 from sollol_nb.llama_cpp.processes.process import EngineProcess
@@ -84,6 +85,16 @@ class AnswerStreams:
     def new_raw_answer(self, prompt: str, options: Mapping[str, Any], model: str | None = None) -> Answer:
         """As `Coordinator.raw_answer`."""
         return RawAnswer(self._model if model is None else model, [], options, prompt=prompt)
+
+    async def count_tokens(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> int:
+        """As `Coordinator.count_tokens`."""
+        self.last_used_at = time.monotonic()
+        try:
+            return await prompt_tokens(self._client.post, request_body(messages, options))
+        except HttpStatusError as error:
+            raise self._refusal(error.reason) from error
+        except (ConnectionBrokenError, ConnectFailedError, TransportTimeoutError) as error:
+            raise await self._lost_error(error) from error
 
     async def stream(self, answer: Answer) -> AsyncGenerator[Chunk, None]:
         """As `Coordinator.stream`."""

@@ -77,6 +77,8 @@ CALLS: Mapping[str, Call] = {
         Call(OwnEngines.listed_models),
         Call(OwnEngines.preload, limit_s=LONG_S),
         Call(OwnEngines.unload, controls=True),
+        Call(OwnEngines.count_tokens, limit_s=LONG_S),
+        Call(OwnEngines.embed, limit_s=LONG_S),
         Call(OwnEngines.cluster),
         Call(OwnEngines.status),
         Call(OwnEngines.check_workers),

@@ -156,6 +156,8 @@ class GatewayEngines:
     route = _at_gateway(OwnEngines.route)
     listed_models = _at_gateway(OwnEngines.listed_models)
     unload = _at_gateway(OwnEngines.unload)
+    count_tokens = _at_gateway(OwnEngines.count_tokens)
+    embed = _at_gateway(OwnEngines.embed)
     check_workers = _at_gateway(OwnEngines.check_workers)
     start_workers = _at_gateway(OwnEngines.start_workers)
     ensure_workers = _at_gateway(OwnEngines.ensure_workers)
