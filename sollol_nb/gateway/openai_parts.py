@@ -61,6 +61,7 @@ EFFORTS: Mapping[str, bool | str] = {
 EFFORT = Values(f"one of {', '.join(EFFORTS)}", lambda value: isinstance(value, str) and value in EFFORTS)
 METADATA = frozenset(
     {
+        "client_metadata",
         "metadata",
         "prompt_cache_key",
         "prompt_cache_retention",
