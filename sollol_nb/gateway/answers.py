@@ -117,8 +117,7 @@ class AnswerResponse:
         self._router = router
         self._call = call
         self._writer = writer
-        operation = "text_completion" if call.is_generate else "chat"
-        self._record = AnswerRecord(api, call.model, operation)
+        self._record = AnswerRecord(api, call.model, call.operation)
         self._has_started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -227,7 +226,7 @@ class AnswerResponse:
         routing = self._record.routing
         if not routing:
             return {}
-        place = routing.get("coordinator_url") or routing.get("node_url") or ""
+        place = routing.get("coordinator_url") or routing.get("node_url") or routing.get("node") or ""
         return {
             ROUTE_HEADER: f"{routing.get('backend', '')} {place}".strip(),
             FAILOVERS_HEADER: str(len(routing.get("failovers") or ())),

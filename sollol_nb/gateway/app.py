@@ -24,6 +24,7 @@ from sollol_nb.gateway import (
     ollama_parts,
     openai_api,
     openai_completions,
+    openai_embeddings,
     openai_models,
     openai_parts,
     responses_api,
@@ -58,7 +59,7 @@ APIS: tuple[Api, ...] = (
     Api(("/v1/responses",), responses_api.ROUTES, openai_parts.error_shape),
     Api(
         ("/",),
-        [*openai_api.ROUTES, *openai_completions.ROUTES, *openai_models.ROUTES],
+        [*openai_api.ROUTES, *openai_completions.ROUTES, *openai_embeddings.ROUTES, *openai_models.ROUTES],
         openai_parts.error_shape,
     ),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from starlette.requests import Request
 
@@ -13,6 +13,7 @@ from sollol_nb.errors import ConfigError
 from sollol_nb.gateway.failures import ApiError, invalid
 from sollol_nb.gateway.keys import Key
 from sollol_nb.hybrid_router import HybridRouter
+from sollol_nb.models.routing import OLLAMA, checked_backend
 from sollol_nb.runtime.amounts import shown
 from sollol_nb.runtime.priority import priority_named
 from sollol_nb.text.short_names import is_file_name
@@ -53,12 +54,49 @@ class ChatCall:
     prompt: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def operation(self) -> str:
+        """What is asked for, as in OpenTelemetry's conventions."""
+        return "text_completion" if self.is_generate else "chat"
+
     def chunks(self, router: HybridRouter) -> AsyncGenerator[Chunk, None]:
-        """The router's answer."""
+        """The router's answer; the last chunk has `done`."""
         where: dict[str, Any] = {"backend": self.backend, "priority": self.priority, "timeout": self.timeout_s}
         if self.is_generate:
             return router.stream_generate(self.model, self.prompt, **where, **self.extra, **self.options)
         return router.stream(self.model, self.messages, **where, **self.options)
+
+
+@dataclass(slots=True, kw_only=True)
+class EmbedCall(ChatCall):
+    """Embeddings of texts. The only chunk has them: `embeddings`, a vector for each text, in their order.
+
+    Attributes:
+        inputs: the texts.
+        options: those of `Router.embed`, by name.
+    """
+
+    inputs: str | list[str]
+
+    @property
+    def operation(self) -> str:
+        """What is asked for, as in OpenTelemetry's conventions."""
+        return "embeddings"
+
+    async def chunks(self, router: HybridRouter) -> AsyncGenerator[Chunk, None]:
+        """The router's answer.
+
+        Raises:
+            ApiError: a header asks for what embeddings do not have.
+        """
+        if checked_backend(self.backend) not in (None, OLLAMA):
+            raise invalid(f"{BACKEND_HEADER}: embeddings come from Ollama only; leave the header out")
+        if "recovery" in self.options:
+            raise invalid(f"{RECOVERY_HEADER}: there is no recovery of embeddings; leave the header out")
+        found = await router.embed(
+            self.model, self.inputs, priority=self.priority, timeout=self.timeout_s, **self.options
+        )
+        yield cast(Chunk, {"message": {}, "done": True, "done_reason": "stop", **found})
 
 
 def model_of(request: Request, body: dict[str, Any]) -> str:

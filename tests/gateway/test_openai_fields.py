@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Any
+
+import openai
+import pytest
 
 from sollol_nb.chat.chunk import Chunk
 from sollol_nb.chat.completion import Completion
+from sollol_nb.gateway.access import AccessRules
+from sollol_nb.gateway.keys import Key, Keys, add_key
 from sollol_nb.gateway.openai_api import ChatWriter, CompletionWriter
 from sollol_nb.gateway.openai_completions import TextWriter
 from tests.support.engines import run
@@ -16,6 +22,7 @@ from tests.support.gateway import gateway_without_engines
 HELLO = [{"role": "user", "content": "Hello!"}]
 CHAT: dict[str, Any] = {"model": "nowhere", "messages": HELLO}
 COMPLETION: dict[str, Any] = {"model": "nowhere", "prompt": "Once upon"}
+EMBEDDING: dict[str, Any] = {"model": "nowhere", "input": "Once upon"}
 FUNCTION = {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}
 CALL = {"id": "call_1", "type": "function", "function": {"name": "now", "arguments": '{"city": "Rome"}'}}
 PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
@@ -138,6 +145,26 @@ GOOD_COMPLETIONS: list[dict[str, Any]] = [
     {"prompt": ["Once"], "best_of": 1, "n": 1, "echo": False, "suffix": "", "logprobs": 2, "user": "me"},
     {"max_tokens": 5, "logit_bias": {"5": -100}, "seed": 3, "stop": ["a", "b"]},
 ]
+WRONG_EMBEDDINGS: list[tuple[dict[str, Any], str]] = [
+    ({"input": None}, "input"),
+    ({"input": ""}, "input"),
+    ({"input": []}, "input"),
+    ({"input": 7}, "input"),
+    ({"input": ["a", ""]}, "empty text"),
+    ({"input": [1, 2, 3]}, "lists of tokens"),
+    ({"input": [[1, 2, 3]]}, "lists of tokens"),
+    ({"encoding_format": "int8"}, "encoding_format"),
+    ({"encoding_format": []}, "encoding_format"),
+    ({"dimensions": 0}, "dimensions"),
+    ({"dimensions": "few"}, "dimensions"),
+    ({"truncate": "no"}, "truncate"),
+    ({"keep_alive": []}, "keep_alive"),
+    ({"temperature": 1}, "temperature"),
+]
+GOOD_EMBEDDINGS: list[dict[str, Any]] = [
+    {"input": ["a", "b"], "encoding_format": "base64", "dimensions": 64, "user": "me", "keep_alive": "5m"},
+    {"truncate": True, "priority": 8, "encoding_format": "float"},
+]
 GOOD_CHATS: list[dict[str, Any]] = [
     {"n": 1, "logit_bias": {}, "stop": [], "tools": [], "temperature": None, "modalities": ["text"]},
     {"user": "me", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "safety_identifier": "me"},
@@ -205,9 +232,37 @@ def test_what_a_completion_may_have_is_not_refused() -> None:
     assert_taken("/v1/completions", COMPLETION, GOOD_COMPLETIONS)
 
 
+def test_each_wrong_field_of_embeddings_is_named() -> None:
+    assert_refused("/v1/embeddings", EMBEDDING, WRONG_EMBEDDINGS)
+
+
+def test_what_embeddings_may_have_is_not_refused() -> None:
+    assert_taken("/v1/embeddings", EMBEDDING, GOOD_EMBEDDINGS)
+
+
 def test_a_path_that_does_not_exist_is_not_taken_for_a_model() -> None:
     ((status, error),) = errors_of("/v1/nothing", [CHAT])
     assert (status, error["code"]) == (404, None)
+
+
+def test_the_client_raises_its_own_errors_for_keys_and_limits(tmp_path: Path) -> None:
+    file = tmp_path / "keys.json"
+    key = add_key(Key(name="ada", requests_per_minute=1), file)
+
+    async def ask() -> None:
+        async with gateway_without_engines(AccessRules(requires_key=True), Keys(file)) as http:
+            options: Any = {"base_url": "http://127.0.0.1:11440/v1", "http_client": http, "max_retries": 0}
+            with pytest.raises(openai.AuthenticationError) as refused:
+                await openai.AsyncOpenAI(api_key="wrong", **options).models.list()
+            assert refused.value.code == "invalid_api_key"
+            client = openai.AsyncOpenAI(api_key=key, **options)
+            assert (await client.models.list()).data
+            with pytest.raises(openai.RateLimitError) as limited:
+                await client.models.list()
+            assert limited.value.code == "rate_limit_exceeded"
+            assert int(limited.value.response.headers["Retry-After"]) > 0
+
+    run(ask())
 
 
 # --- the form of answers --------------------------------------------------------------------------

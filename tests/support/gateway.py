@@ -13,8 +13,10 @@ from pathlib import Path
 
 import httpx
 
+from sollol_nb.gateway.access import AccessRules
 from sollol_nb.gateway.app import application
 from sollol_nb.gateway.gateway import Gateway
+from sollol_nb.gateway.keys import Keys
 from sollol_nb.hybrid_router import HybridRouter
 from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.ollama.pool import OllamaPool
@@ -82,12 +84,14 @@ def running_gateway(
 
 
 @asynccontextmanager
-async def gateway_without_engines() -> AsyncIterator[httpx.AsyncClient]:
+async def gateway_without_engines(
+    rules: AccessRules | None = None, keys: Keys | None = None
+) -> AsyncIterator[httpx.AsyncClient]:
     """A client of a gateway in this process, on the running loop. It has no workers and no Ollama, so it answers
     only what needs neither."""
     pool = OllamaPool(NOTHING_LISTENS)
     router = HybridRouter(pool, enable_distributed=False)
-    transport = httpx.ASGITransport(application(Gateway(router, pool)))
+    transport = httpx.ASGITransport(application(Gateway(router, pool, keys=keys), rules))
     try:
         async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:11440") as client:
             yield client
