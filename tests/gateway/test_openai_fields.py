@@ -256,9 +256,11 @@ def test_the_client_raises_its_own_errors_for_keys_and_limits(tmp_path: Path) ->
                 await openai.AsyncOpenAI(api_key="wrong", **options).models.list()
             assert refused.value.code == "invalid_api_key"
             client = openai.AsyncOpenAI(api_key=key, **options)
-            assert (await client.models.list()).data
+            asked: Any = {"model": "nowhere", "messages": HELLO}
+            with pytest.raises(openai.NotFoundError):
+                await client.chat.completions.create(**asked)
             with pytest.raises(openai.RateLimitError) as limited:
-                await client.models.list()
+                await client.chat.completions.create(**asked)
             assert limited.value.code == "rate_limit_exceeded"
             assert int(limited.value.response.headers["Retry-After"]) > 0
 
