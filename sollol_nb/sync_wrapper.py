@@ -76,6 +76,7 @@ class HybridRouter:
 
     route_request = blocking(hybrid_router.HybridRouter.route_request)
     resume = blocking(hybrid_router.HybridRouter.resume)
+    resumed = blocking_stream(hybrid_router.HybridRouter.resumed)
     stream = blocking_stream(hybrid_router.HybridRouter.stream)
     generate = blocking(hybrid_router.HybridRouter.generate)
     count_tokens = blocking(hybrid_router.HybridRouter.count_tokens)
@@ -95,6 +96,7 @@ class HybridRouter:
     add_worker = blocking(hybrid_router.HybridRouter.add_worker)
     remove_worker = blocking(hybrid_router.HybridRouter.remove_worker)
     models = blocking(hybrid_router.HybridRouter.models)
+    listed_models = blocking(hybrid_router.HybridRouter.listed_models)
     take_workers = blocking(hybrid_router.HybridRouter.take_workers)
     stop_coordinator = blocking(hybrid_router.HybridRouter.stop_coordinator)
     preload = blocking(hybrid_router.HybridRouter.preload)
@@ -149,6 +151,11 @@ class HybridRouter:
     def coordinators(self) -> Sequence[Coordinator | GatewayCoordinator]:
         """All running coordinators, local ones too, the most recently used last."""
         return self._async.coordinators
+
+    @property
+    def own_coordinators(self) -> list[Coordinator]:
+        """`coordinators`, where they belong to this router; over a gateway none does."""
+        return self._async.own_coordinators
 
     @property
     def settings(self) -> PoolSettings:

@@ -54,7 +54,7 @@ _CLASSES: dict[str, type[GatewayError]] = {
     "busy": GatewayBusyError,
     "unauthorized": GatewayKeyError,
 }
-_FIELDS = {"model", "messages", "options", "backend", "priority", "timeout", "interrupted"}
+_FIELDS = {"model", "messages", "prompt", "options", "backend", "priority", "timeout", "interrupted"}
 
 
 def error_shape(error: ApiError) -> Any:
@@ -135,6 +135,11 @@ async def _chat(request: Request) -> ASGIApp:
     backend, timeout_s, state = body.get("backend"), body.get("timeout"), body.get("interrupted")
     common: dict[str, Any] = {"model": model, "stream": True, "timeout_s": timeout_s, "backend": backend}
     call = ChatCall(**common, messages=messages, options=options)
+    if (prompt := body.get("prompt")) is not None:
+        if not isinstance(prompt, dict):
+            raise invalid('"prompt" must be an object with "text"', "prompt")
+        extra = {name: prompt.get(name) or None for name in ("suffix", "images")}
+        call = ChatCall(**common, options=options, is_generate=True, prompt=prompt.get("text", ""), extra=extra)
     if state is not None:
         if not isinstance(state, dict):
             raise invalid('"interrupted" must be the state of an answer', "interrupted")

@@ -29,9 +29,11 @@ from sollol_nb.errors import (
 )
 from sollol_nb.latency.log import LatencyLog
 from sollol_nb.llama_cpp.answers.base import SEEDS, SentText, diverged_error
+from sollol_nb.llama_cpp.answers.logprobs import spelling
 from sollol_nb.router.record import RequestRecord
 from sollol_nb.router.remote.connection import GatewayConnection
 from sollol_nb.router.remote.live import GatewayEvents
+from sollol_nb.router.remote.plain_data import to_plain
 from sollol_nb.settings import config
 from sollol_nb.settings.table import SETTINGS
 from sollol_nb.text.tables import counted
@@ -178,6 +180,7 @@ class GatewayRequest:
         return {
             "model": str(self._record.model),
             "messages": request.messages,
+            "prompt": None if request.prompt is None else to_plain(request.prompt),
             "options": options,
             "backend": request.backend,
             "priority": request.priority,
@@ -202,6 +205,10 @@ class GatewayRequest:
             self._losses[-1]["continued"] = False
             return body, _Restarted()
         self._record.set_recovery("fast")
+        if body["prompt"] is not None:
+            self._continues_after = self._texts
+            prompt = {**body["prompt"], "text": body["prompt"]["text"] + self._text}
+            return {**body, "prompt": prompt, "options": _less(options, self._texts)}, _AsItComes()
         begun: dict[str, Any] = {"role": "assistant", "content": ""}
         if messages[-1]["role"] == "assistant":  # the answer continues a message that its reader has begun
             *messages, begun = messages
@@ -276,7 +283,11 @@ class _Repeated(_AsItComes):
                 raise diverged_error(name)
             if text:
                 message[part] = sent.add(text)
-        return {**{key: value for key, value in chunk.items() if key != RESTARTED}, "message": message}  # type: ignore[typeddict-item]
+        rest = {key: value for key, value in chunk.items() if key != RESTARTED}
+        if rest.get("logprobs"):
+            new = (message.get("thinking") or "") + (message.get("content") or "")
+            rest["logprobs"] = spelling(chunk["logprobs"], new)
+        return {**rest, "message": message}  # type: ignore[typeddict-item]
 
 
 def _less(options: Mapping[str, Any], tokens: int) -> dict[str, Any]:
