@@ -31,9 +31,9 @@ def test_a_raw_prompt_is_continued_as_the_chat_that_it_spells(over: HybridRouter
 
 
 def test_what_the_engines_cannot_do_is_refused_as_without_a_gateway(over: HybridRouter) -> None:
-    with pytest.raises(ConfigError, match="llama.cpp does not take suffix here"):
+    with pytest.raises(ConfigError, match=r"llama\.cpp does not take suffix here"):
         over.generate("demo", PROMPT, suffix="!", backend="local")
     with pytest.raises(ConfigError, match="prompt='' must be text"):
         over.generate("demo", "")
-    with pytest.raises(ConfigError, match="demo is routed to llama.cpp, which embeds nothing here"):
+    with pytest.raises(ConfigError, match=r"demo is routed to llama\.cpp, which embeds nothing here"):
         over.embed("demo", ["a", "b"])
