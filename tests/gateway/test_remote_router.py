@@ -1,0 +1,494 @@
+"""A router that uses a gateway works as one with own engines does, and survives the gateway's restarts."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import sys
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import ExitStack, aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from sollol_nb import hybrid_router
+from sollol_nb.chat.chunk import Chunk
+from sollol_nb.chat.completion import Completion
+from sollol_nb.errors import (
+    AnswerInterruptedError,
+    ConfigError,
+    ContextOverflowError,
+    GatewayError,
+    GatewayKeyError,
+    GatewayUnavailableError,
+    ModelNotFoundError,
+)
+from sollol_nb.gateway.keys import Key, add_key
+from sollol_nb.latency.log import LatencyLog
+from sollol_nb.llama_cpp.engine.check import Engine
+from sollol_nb.llama_cpp.processes import registry
+from sollol_nb.llama_cpp.processes.running import stop_engines
+from sollol_nb.router.remote import connection
+from sollol_nb.runtime.events import EventKind
+from sollol_nb.runtime.io_loop import run_blocking
+from sollol_nb.sync_wrapper import HybridRouter
+from tests.support.engines import (
+    engine_on,
+    engines_of,
+    eventually,
+    eventually_async,
+    http_stranger,
+    run,
+    serving,
+    silent_peer,
+    unused_port,
+)
+from tests.support.gateway import GatewayProcess, running_gateway
+from tests.support.merge_patch import patched
+
+pytestmark = pytest.mark.engine
+posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+
+QUESTION = "Tell me everything about sharding."
+LENGTH = 300
+
+
+@pytest.fixture(scope="module")
+def router(gateway: GatewayProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HybridRouter]:
+    """A blocking router over the gateway, with a latency log of its own."""
+    log = LatencyLog(tmp_path_factory.mktemp("log") / "latency.sqlite")
+    with HybridRouter(gateway=gateway.url, latency=log) as remote:
+        yield remote
+
+
+class Gateways:
+    """Gateways on one port, one after the other, over workers of their own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.port = unused_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._variables = {"SOLLOL_STATE_DIR": str(folder), "SOLLOL_AUTO_SETUP": "1"}
+        self._stack = ExitStack()
+        self.running: GatewayProcess | None = None
+
+    def start(self) -> None:
+        process = running_gateway("--port", str(self.port), variables=self._variables)
+        self.running = self._stack.enter_context(process)
+
+    def kill(self) -> None:
+        assert self.running is not None
+        self.running.process.kill()
+        self.running.wait()
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+@pytest.fixture
+def gateways(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gateways]:
+    """A gateway that can be killed and started again. Its machine's state is not that of the reader."""
+    its = Gateways(tmp_path / "gateway")
+    its.start()
+    yield its
+    its.close()
+    monkeypatch.setenv("SOLLOL_STATE_DIR", str(tmp_path / "gateway"))
+    run_blocking(stop_engines(also_used=True))
+
+
+# --- the same as with own engines -----------------------------------------------------------------
+
+
+def test_an_answer_has_its_route_its_times_and_a_row_in_the_own_log(router: HybridRouter) -> None:
+    chunks = list(router.stream("demo:sharded", "What is a worker?", temperature=0))
+    answer = Completion.from_chunks(chunks)
+    assert "worker" in answer.text
+    assert answer.routing["backend"] == "llama.cpp-distributed"
+    assert answer.routing["gateway"] == router.gateway
+    assert answer.routing["layout"].count("/") == 2
+    assert answer.routing["failovers"] == []
+    assert "_routing" in chunks[0]
+    row = router.latency.frame().iloc[-1]
+    assert (row["model"], row["status"], row["layout"]) == ("demo:sharded", "ok", answer.routing["layout"])
+    assert row["completion_tokens"] == answer["eval_count"] > 10
+    assert row["ttft_ms"] <= row["total_ms"]
+
+
+def test_the_kernel_starts_no_engine(router: HybridRouter) -> None:
+    router.route_request("demo:sharded", "Hello!", max_tokens=2)
+    assert engines_of(psutil.Process(), "llama-server") == engines_of(
+        psutil.Process(gateway_pid(router)), "llama-server"
+    )
+
+
+def gateway_pid(router: HybridRouter) -> int:
+    """The process that listens where the router's gateway is."""
+    port = int(str(router.gateway).rpartition(":")[2])
+    return next(
+        listening.pid
+        for listening in psutil.net_connections("tcp")
+        if listening.status == psutil.CONN_LISTEN and listening.laddr.port == port and listening.pid
+    )
+
+
+def test_a_schema_is_held_and_its_answer_is_a_value(router: HybridRouter) -> None:
+    @dataclass
+    class Sharding:
+        workers: int
+
+    answer = router.route_request("demo", "How many workers?", schema=Sharding, temperature=0, max_tokens=40)
+    assert isinstance(answer.value, Sharding)
+
+
+def test_a_raw_prompt_is_continued(router: HybridRouter) -> None:
+    answer = router.generate("demo", "A worker is", max_tokens=8, temperature=0)
+    assert answer.text
+    assert answer["eval_count"] == 8
+
+
+def test_the_cluster_is_shown_and_controlled(router: HybridRouter) -> None:
+    router.preload("demo:sharded")
+    status = router.cluster()
+    (sharded,) = (shown for shown in status.coordinators if shown.model == "demo:sharded")
+    assert [segment.endpoint for segment in sharded.segments] == router.worker_endpoints[:3]
+    assert [coordinator.model for coordinator in router.coordinators][-1] == "demo:sharded"
+    assert router.coordinator_model == "demo:sharded"
+    assert "13 layers" not in repr(status)
+    assert "demo:sharded" in repr(router)
+    assert router.get_stats()["coordinators"]["demo:sharded"] == sharded.url
+    assert router.route("demo:sharded").backend == "llama.cpp-distributed"
+    assert router.profile("demo:sharded").requires_distributed
+    assert router.should_use_distributed("demo:sharded")
+    assert router.slots_for("demo:sharded").slots == 4
+    models = router.models()
+    assert "3 workers" in models[models["model"] == "demo:sharded"]["running"].item()
+    assert "llama" in router.engine_log("demo:sharded", last=200)
+
+    counts = dict(zip(router.worker_endpoints, (6, 4, 3), strict=False))
+    assert router.what_if("demo:sharded", counts).fits
+    router.apply_plan("demo:sharded", counts)
+    assert router.route_request("demo:sharded", "Hello!", max_tokens=2).routing["layout"] == "6/4/3"
+    router.configure(layer_strategy="even")
+    assert router.layer_strategy == "even"
+    router.configure(layer_strategy="memory_aware")
+    assert router.stop_coordinator("demo:sharded") == ["demo:sharded"]
+    assert "demo:sharded" not in [coordinator.model for coordinator in router.coordinators]
+
+
+def test_events_of_the_gateway_arrive(router: HybridRouter) -> None:
+    router.stop_coordinator()
+    router.route_request("demo", "Hello!", max_tokens=2)
+    eventually(
+        lambda: (
+            {event.kind for event in router.events.recent()[-6:]}
+            >= {EventKind.COORDINATOR_STARTING, EventKind.COORDINATOR_READY, EventKind.REQUEST_FINISHED}
+        ),
+        "the gateway's events are here",
+    )
+
+
+def test_errors_are_the_same_exceptions(router: HybridRouter) -> None:
+    with pytest.raises(ModelNotFoundError, match="nope is not available"):
+        router.route_request("nope", "Hello!")
+    with pytest.raises(ConfigError, match="is not an endpoint"):
+        router.add_worker("not an endpoint")
+    with pytest.raises(ConfigError, match="temperature"):
+        router.route_request("demo", "Hello!", temperature="hot")
+    with pytest.raises(ContextOverflowError) as overflow:
+        router.route_request("demo", "worker " * 9000)
+    assert overflow.value.context_tokens
+    assert router.latency.frame().iloc[-1]["status"] == "error"
+
+
+def test_a_map_uses_all_slots(router: HybridRouter) -> None:
+    frame = router.map(range(8), "What is {{ item }}?", model="demo", max_tokens=20, fresh=True, progress=False)
+    assert list(frame["status"]) == ["ok"] * 8
+    waited_ms = sorted(router.latency.frame()["queue_ms"].tail(8))
+    assert waited_ms[3] < 1 <= waited_ms[4] or waited_ms[-1] < 1  # four at a time, or so quick that none waited
+
+
+def test_a_benchmark_measures_models_as_the_gateway_runs_them(router: HybridRouter) -> None:
+    result = router.bench("demo", prompts=2, repeat=1, warmup=0, max_tokens=4)
+    assert len(result.frame) == 2
+    with pytest.raises(
+        ConfigError, match=r"layout 2: over the gateway http://\S+, models are measured as it runs"
+    ):
+        router.bench("demo:sharded", layouts=[2], prompts=1, repeat=1)
+
+
+def test_what_a_gateway_decides_is_refused_by_name(gateway: GatewayProcess) -> None:
+    with pytest.raises(
+        ConfigError, match=f"slots, keep_alive: the engines are those of the gateway {gateway.url}"
+    ):
+        HybridRouter(gateway=gateway.url, slots=2, keep_alive="1h")
+    with HybridRouter(gateway=gateway.url) as remote, pytest.raises(ConfigError, match="settings of coordinators"):
+        _ = remote.settings
+
+
+def test_a_stopped_reader_cancels_the_answer_at_the_gateway(router: HybridRouter, endless: str) -> None:
+    stream = router.stream(endless, "Hello!", max_tokens=2000)
+    assert next(stream)["message"]["content"] is not None
+    stream.close()
+    eventually(
+        lambda: all(shown.running == 0 for shown in router.status().coordinators),
+        "the slot at the gateway is free",
+    )
+
+
+def test_the_live_state_arrives_as_patches(router: HybridRouter, gateway: GatewayProcess) -> None:
+    router.preload("demo:sharded")
+    victim = router.worker_endpoints[1]
+
+    async def watched() -> None:
+        seen: dict[str, Any] = {}
+
+        def note(patch: Mapping[str, Any]) -> None:
+            seen.update(patched(seen, patch))
+
+        seen |= await router.state.watch(note)
+        assert seen["workers"][victim]["state"] == "held"
+        entry = next(entry for entry in registry.entries(registry.WORKER) if entry.name == victim)
+        psutil.Process(entry.pid).kill()
+        await eventually_async(
+            lambda: seen["workers"].get(victim, {}).get("state") != "held", "the dead worker is shown"
+        )
+        assert seen["workers"] == router.state.data["workers"]
+        assert router.state.status().workers
+        await router.state.unwatch(note)
+        assert not router.state.is_watched
+
+    run(watched())
+
+
+# --- who may do what ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def guarded(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, str]]]:
+    """A gateway with two keys; its URL, and the keys by name."""
+    folder = tmp_path_factory.mktemp("guarded")
+    before = pytest.MonkeyPatch()
+    before.setenv("SOLLOL_STATE_DIR", str(folder))
+    keys = {"ana": add_key(Key(name="ana")), "head": add_key(Key(name="head", may_control=True))}
+    before.undo()
+    with running_gateway(variables={"SOLLOL_STATE_DIR": str(folder)}) as running:
+        yield running.url, keys
+
+
+def test_a_key_without_control_may_ask_only(guarded: tuple[str, dict[str, str]]) -> None:
+    url, keys = guarded
+    with HybridRouter(gateway=url, gateway_key=keys["ana"]) as remote:
+        info = remote.connect()
+        assert (info.key, info.may_control) == ("ana", False)
+        assert remote.route_request("demo", "Hello!", max_tokens=2).text
+        assert remote.cluster().coordinators
+        for change in (
+            lambda: remote.start_workers(1),
+            lambda: remote.stop_coordinator("demo"),
+            lambda: remote.engine_log("demo"),
+            lambda: remote.add_worker("127.0.0.1:1"),
+        ):
+            with pytest.raises(GatewayError, match=f"the gateway {url}: this key may ask, but not change"):
+                change()
+        assert keys["ana"] not in repr(remote)
+    with HybridRouter(gateway=url, gateway_key=keys["head"]) as remote:
+        assert remote.stop_coordinator("demo") == ["demo"]
+
+
+def test_a_wrong_key_is_one_line(guarded: tuple[str, dict[str, str]]) -> None:
+    url, keys = guarded
+    wrong = keys["ana"][:-4] + "AAAA"
+    with HybridRouter(gateway=url, gateway_key=wrong) as remote:
+        with pytest.raises(GatewayKeyError, match=f"the gateway {url}: ") as refused:
+            remote.route_request("demo", "Hello!")
+        assert wrong not in str(refused.value)
+        assert remote.latency.frame().iloc[-1]["status"] == "error"
+
+
+# --- no gateway there -----------------------------------------------------------------------------
+
+
+def test_no_gateway_is_one_line_at_once() -> None:
+    url = f"http://127.0.0.1:{unused_port()}"
+    with HybridRouter(gateway=url) as remote, pytest.raises(GatewayUnavailableError) as absent:
+        remote.route_request("demo", "Hello!")
+    assert str(absent.value) == (
+        f"no gateway answers at {url}: cannot connect; start it there with `sollol-nb gateway`, or correct the "
+        "address"
+    )
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [(200, b'{"status":"ok"}'), (404, b'{"error":{"message":"File Not Found"}}'), (404, b"404 page not found")],
+)
+def test_another_server_at_the_address_is_named(status: int, body: bytes) -> None:
+    with (
+        serving(http_stranger(status, body)) as port,
+        HybridRouter(gateway=f"127.0.0.1:{port}") as remote,
+        pytest.raises(GatewayError, match=f"http://127.0.0.1:{port} is not a gateway of sollol_nb: it") as error,
+    ):
+        remote.cluster()
+    assert "\n" not in str(error.value)
+
+
+def test_a_llama_server_at_the_address_is_named(router: HybridRouter) -> None:
+    router.preload("demo")
+    url = next(coordinator.base_url for coordinator in router.coordinators if coordinator.model == "demo")
+    with HybridRouter(gateway=url) as remote, pytest.raises(GatewayError, match=f"{url} is not a gateway"):
+        remote.route_request("demo", "Hello!")
+
+
+def test_a_silent_server_is_not_waited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "_HELLO_LIMIT_S", 0.2)
+    with (
+        silent_peer() as port,
+        HybridRouter(gateway=f"http://127.0.0.1:{port}") as remote,
+        pytest.raises(GatewayUnavailableError, match="no answer within the time limit"),
+    ):
+        remote.connect()
+
+
+# --- the gateway is killed and started again ------------------------------------------------------
+
+
+async def _read(chunks: AsyncIterator[Chunk], after: int, strike: object) -> Completion:
+    """The whole answer, with a strike after some chunks."""
+    received: list[Chunk] = []
+    async with aclosing(chunks) as items:  # type: ignore[type-var]
+        async for chunk in items:
+            received.append(chunk)
+            if len(received) == after:
+                await asyncio.to_thread(strike)  # type: ignore[arg-type]
+    return Completion.from_chunks(received)
+
+
+@posix
+@pytest.mark.parametrize("recovery", ["fast", "exact"])
+def test_an_answer_continues_on_the_next_gateway(gateways: Gateways, recovery: str) -> None:
+    async def test() -> None:
+        async with hybrid_router.HybridRouter(gateway=gateways.url, recovery=recovery) as remote:
+            options = {"temperature": 0, "max_tokens": LENGTH}
+            whole = await remote.route_request("demo:sharded", QUESTION, **options)
+
+            def strike() -> None:
+                gateways.kill()
+                gateways.start()
+
+            answer = await _read(remote.stream("demo:sharded", QUESTION, **options), 10, strike)
+            assert answer.text == whole.text
+            assert answer["eval_count"] == whole["eval_count"]
+            (failover,) = answer.routing["failovers"]
+            assert failover["continued"]
+            assert failover["recovery"] == recovery
+            assert failover["cost_ms"] > 0
+            assert gateways.url in failover["what"]
+            row = remote.latency.frame().iloc[-1]
+            assert (row["status"], row["failovers"]) == ("ok", 1)
+            assert json.loads(row["failover_details"])[0]["tokens_before"] > 0
+            kinds = [event.kind for event in remote.events.recent()]
+            assert kinds.index(EventKind.GATEWAY_LOST) < kinds.index(EventKind.GATEWAY_RETURNED)
+
+    run(test())
+
+
+@posix
+def test_thoughts_and_values_begin_again_on_the_next_gateway(gateways: Gateways) -> None:
+    async def test() -> None:
+        schema = {"type": "array", "items": {"type": "integer"}, "minItems": 40, "maxItems": 40}
+        async with hybrid_router.HybridRouter(gateway=gateways.url) as remote:
+
+            def strike() -> None:
+                gateways.kill()
+                gateways.start()
+
+            chunks = remote.stream("demo", "Count!", format=schema, temperature=0, max_tokens=600)
+            answer = await _read(chunks, 5, strike)
+            assert len(answer.value) == 40
+            assert not answer.routing["failovers"][0]["continued"]
+
+    run(test())
+
+
+@posix
+def test_without_another_gateway_the_partial_answer_is_told_in_one_line(
+    gateways: Gateways, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "RETURN_LIMIT_S", 1.0)
+
+    async def test() -> None:
+        async with hybrid_router.HybridRouter(gateway=gateways.url) as remote:
+            chunks = remote.stream("demo", QUESTION, temperature=0, max_tokens=LENGTH)
+            with pytest.raises(GatewayUnavailableError) as lost:
+                await _read(chunks, 10, gateways.kill)
+            message = str(lost.value)
+            assert message.startswith(f"no gateway answers at {gateways.url}: cannot connect")
+            assert "tokens; the text so far is kept" in message
+            row = remote.latency.frame().iloc[-1]
+            assert row["status"] == "error"
+            assert len(row["partial_text"]) > 10
+
+    run(test())
+
+
+@posix
+def test_the_live_state_says_that_the_gateway_is_gone_and_comes_back_with_it(gateways: Gateways) -> None:
+    async def test() -> None:
+        async with hybrid_router.HybridRouter(gateway=gateways.url) as remote:
+            patches: list[object] = []
+            await remote.preload("demo")
+            first = await remote.state.watch(patches.append)
+            assert first["coordinators"]
+            await asyncio.to_thread(gateways.kill)
+            await eventually_async(
+                lambda: f"no gateway answers at {gateways.url}" in remote.state.data.get("unreachable", ""),
+                "the state says that the gateway does not answer",
+            )
+            await asyncio.to_thread(gateways.start)
+            await eventually_async(lambda: "unreachable" not in remote.state.data, "the state is back")
+            assert set(remote.state.data) == set(first)
+
+    run(test())
+
+
+@posix
+def test_a_gateway_that_is_ended_lets_its_answers_end(gateways: Gateways) -> None:
+    async def test() -> None:
+        async with hybrid_router.HybridRouter(gateway=gateways.url) as remote:
+
+            def end() -> None:
+                assert gateways.running is not None
+                gateways.running.process.send_signal(signal.SIGTERM)
+
+            chunks = remote.stream("demo", QUESTION, temperature=0, max_tokens=LENGTH)
+            answer = await _read(chunks, 10, end)
+            assert answer["done"]
+            assert answer.routing["failovers"] == []
+
+    run(test())
+
+
+@posix
+def test_an_interrupted_answer_is_resumed_over_the_gateway(engine: Engine, tmp_path: Path) -> None:
+    async def test(url: str) -> None:
+        async with hybrid_router.HybridRouter(gateway=url) as remote:
+            options = {"temperature": 0, "max_tokens": LENGTH}
+            workers = await remote.start_workers(1)
+            whole = await remote.route_request("demo:sharded", QUESTION, **options)
+
+            def strike() -> None:
+                engine_on(int(workers[0].rpartition(":")[2])).kill()
+
+            with pytest.raises(AnswerInterruptedError) as interrupted:
+                await _read(remote.stream("demo:sharded", QUESTION, **options), 10, strike)
+            assert interrupted.value.partial.text
+            assert whole.text.startswith(interrupted.value.partial.text)
+            await remote.start_workers(1)
+            assert (await remote.resume(interrupted.value)).text == whole.text
+            await remote.stop_workers()
+
+    with running_gateway(variables={"SOLLOL_STATE_DIR": str(tmp_path / "gateway")}) as running:
+        run(test(running.url))
