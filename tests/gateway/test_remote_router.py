@@ -476,17 +476,18 @@ def test_an_interrupted_answer_is_resumed_over_the_gateway(engine: Engine, tmp_p
     async def test(url: str) -> None:
         async with hybrid_router.HybridRouter(gateway=url) as remote:
             options = {"temperature": 0, "max_tokens": LENGTH}
-            workers = await remote.start_workers(1)
+            workers = await remote.start_workers(3)
             whole = await remote.route_request("demo:sharded", QUESTION, **options)
 
             def strike() -> None:
-                engine_on(int(workers[0].rpartition(":")[2])).kill()
+                for worker in workers:
+                    engine_on(int(worker.rpartition(":")[2])).kill()
 
             with pytest.raises(AnswerInterruptedError) as interrupted:
                 await _read(remote.stream("demo:sharded", QUESTION, **options), 10, strike)
             assert interrupted.value.partial.text
             assert whole.text.startswith(interrupted.value.partial.text)
-            await remote.start_workers(1)
+            await remote.start_workers(3)
             assert (await remote.resume(interrupted.value)).text == whole.text
             await remote.stop_workers()
 
