@@ -127,6 +127,15 @@ def test_calls_that_a_model_decides_on_arrive_in_a_stream(client: OpenAI, tmp_pa
     assert final.choices[0].message.content == "I will look."
 
 
+def test_thoughts_come_apart_from_the_answer(client: OpenAI, thinking_model: str) -> None:
+    asked: Any = {"model": thinking_model, "messages": QUESTION, "temperature": 0, "max_tokens": 20}
+    (whole,) = client.chat.completions.create(**asked).choices
+    deltas = [chunk.choices[0].delta for chunk in client.chat.completions.create(**asked, stream=True)]
+    assert whole.message.content == "".join(delta.content or "" for delta in deltas) == "A worker computes."
+    thoughts = "".join(getattr(delta, "reasoning_content", "") for delta in deltas)
+    assert whole.message.reasoning_content == thoughts == "Workers compute."  # type: ignore[attr-defined]
+
+
 def test_a_pydantic_class_describes_the_answer(client: OpenAI) -> None:
     parsed = client.chat.completions.parse(
         model="demo", messages=QUESTION, response_format=Verdict, max_tokens=100
