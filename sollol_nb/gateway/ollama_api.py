@@ -1,8 +1,8 @@
 """Ollama's API (its `docs/api.md`, `api/types.go` and `server/routes.go`): answers and embeddings.
 
 Two things differ from Ollama, which drops without a word what does not fit a model's context: here that is an
-error, unless the request has `"truncate": true`; and fields that cannot be followed are refused by name. The answer
-to a request with the header `X-Sollol-Routing: 1` also has this package's marks (`_routing`, `_dropped`, `_note`).
+error, unless the request has `"truncate": true`; and fields that cannot be followed are refused by name. To a
+request with the header `X-Sollol-Routing: 1` the answer has this package's marks (`_routing`, `_dropped`, `_note`).
 """
 
 from __future__ import annotations

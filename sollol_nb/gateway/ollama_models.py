@@ -1,8 +1,9 @@
 """Ollama's API about models: what there is, what is loaded, what is known of one, and pulling more.
 
 Models of Ollama nodes are shown as the nodes show them. Models that llama.cpp runs here are shown in the same
-form: their facts are those of the file's header, and the digest stands for the file (path, size, time of change),
-since that of its content would take minutes. Source of the shapes: Ollama's `api/types.go` and `server/routes.go`.
+form, without the list of tensors: their facts are those of the file's header, and the digest stands for the file
+(path, size, time of change), since that of its content would take minutes. Source of the shapes: Ollama's
+`api/types.go` and `server/routes.go`.
 """
 
 from __future__ import annotations
