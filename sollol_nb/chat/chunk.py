@@ -18,6 +18,9 @@ NOTE: Final = "_note"
 CONTEXT_FULL: Final = "_context_full"
 """Size in tokens of the context that was full before the answer ended. On the last chunk."""
 
+STOPPED_BY: Final = "_stopped_by"
+"""Which of the texts of `stop` ended the answer. On the last chunk, where the engine says it."""
+
 
 class Failover(TypedDict):
     """A request that moved to another server, because its server was lost or given up.
@@ -140,3 +143,4 @@ class Chunk(TypedDict, total=False):
     _restarted: bool
     _context_full: int
     _note: str
+    _stopped_by: str

@@ -12,17 +12,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp
 
-from sollol_nb.chat.chunk import CONTEXT_FULL, Chunk
+from sollol_nb.chat.chunk import CONTEXT_FULL, STOPPED_BY, Chunk
 from sollol_nb.chat.completion import Completion
 from sollol_nb.gateway.answers import AnswerWriter, event
 from sollol_nb.gateway.anthropic_parts import checked_fields, messages_of, options_of
 from sollol_nb.gateway.bodies import read_json
 from sollol_nb.gateway.calls import ChatCall, apply_headers, model_of
 from sollol_nb.gateway.failures import ApiError, Kind
-from sollol_nb.gateway.gateway import answer
+from sollol_nb.gateway.gateway import answer, prompt_tokens
 
 _SIGNATURE = "unsigned"
 _ERROR_TYPES: Mapping[Kind, str] = {
@@ -150,12 +151,14 @@ class MessageWriter(AnswerWriter):
         return event(delta, "message_delta") + event({"type": "message_stop"}, "message_stop")
 
     def _stop(self, last: Mapping[str, Any]) -> dict[str, Any]:
-        reason = _STOP_REASONS.get(last.get("done_reason", ""), "end_turn")
+        reason, stopped_by = _STOP_REASONS.get(last.get("done_reason", ""), "end_turn"), last.get(STOPPED_BY)
         if self._has_called:
             reason = "tool_use"
+        elif stopped_by:
+            reason = "stop_sequence"
         elif reason == "max_tokens" and last.get(CONTEXT_FULL):
             reason = "model_context_window_exceeded"
-        return {"stop_reason": reason, "stop_sequence": None, "stop_details": None}
+        return {"stop_reason": reason, "stop_sequence": stopped_by, "stop_details": None}
 
 
 def _empty_block(kind: str) -> dict[str, Any]:
@@ -182,16 +185,29 @@ def _usage(last: Mapping[str, Any]) -> dict[str, int]:
     }
 
 
-async def _messages(request: Request) -> ASGIApp:
-    body = await read_json(request)
-    fields = checked_fields(body)
+def _call(request: Request, body: dict[str, Any], fields: Mapping[str, Any]) -> ChatCall:
     call = ChatCall(
         model=model_of(request, body),
         messages=messages_of(fields),
         options=options_of(fields),
         stream=fields.get("stream", False),
     )
-    return answer(request, apply_headers(request, call, body), MessageWriter(fields), api="anthropic")
+    return apply_headers(request, call, body)
 
 
-ROUTES: list[BaseRoute] = [Route("/v1/messages", _messages, methods=["POST"])]
+async def _messages(request: Request) -> ASGIApp:
+    body = await read_json(request)
+    fields = checked_fields(body)
+    return answer(request, _call(request, body, fields), MessageWriter(fields), api="anthropic")
+
+
+async def _count_tokens(request: Request) -> Response:
+    body = await read_json(request)
+    call = _call(request, body, checked_fields(body, needs_max_tokens=False))
+    return JSONResponse({"input_tokens": await prompt_tokens(request, call)})
+
+
+ROUTES: list[BaseRoute] = [
+    Route("/v1/messages", _messages, methods=["POST"]),
+    Route("/v1/messages/count_tokens", _count_tokens, methods=["POST"]),
+]

@@ -75,3 +75,17 @@ def gateway_of(request: Request) -> Gateway:
 def answer(request: Request, call: ChatCall, writer: AnswerWriter, *, api: str) -> ASGIApp:
     """The response with the answer to a call."""
     return AnswerResponse(gateway_of(request).router, call, writer, api=api)
+
+
+async def prompt_tokens(request: Request, call: ChatCall) -> int:
+    """How many tokens the prompt of a call has."""
+    options = call.options
+    return await gateway_of(request).router.count_tokens(
+        call.model,
+        call.messages,
+        tools=None if options.get("tool_choice") == "none" else options.get("tools"),
+        think=options.get("think"),
+        backend=call.backend,
+        priority=call.priority,
+        timeout=call.timeout_s,
+    )

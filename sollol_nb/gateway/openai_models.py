@@ -1,4 +1,7 @@
-"""OpenAI's list of models: those of Ollama's nodes and storage, and those that llama.cpp runs here."""
+"""OpenAI's list of models: those of Ollama's nodes and storage, and those that llama.cpp runs here.
+
+Anthropic's clients ask under the same paths, with a header of theirs.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
+from sollol_nb.gateway import anthropic_models
 from sollol_nb.gateway.failures import ApiError
 from sollol_nb.gateway.gateway import gateway_of
 from sollol_nb.models.listing import ListedModel
@@ -36,12 +40,15 @@ async def named_model(request: Request) -> ListedModel:
 
 
 async def _list(request: Request) -> Response:
-    models = [_shape(model) for model in await available_models(request)]
-    return JSONResponse({"object": "list", "data": models})
+    models = await available_models(request)
+    if anthropic_models.asks(request):
+        return JSONResponse(anthropic_models.page(models, request.query_params))
+    return JSONResponse({"object": "list", "data": [_shape(model) for model in models]})
 
 
 async def _show(request: Request) -> Response:
-    return JSONResponse(_shape(await named_model(request)))
+    shape = anthropic_models.shape if anthropic_models.asks(request) else _shape
+    return JSONResponse(shape(await named_model(request)))
 
 
 def _shape(model: ListedModel) -> dict[str, Any]:

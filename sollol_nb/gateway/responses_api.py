@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp
 
@@ -22,7 +22,7 @@ from sollol_nb.gateway.answers import AnswerWriter, event
 from sollol_nb.gateway.bodies import read_json
 from sollol_nb.gateway.calls import ChatCall, apply_headers, model_of
 from sollol_nb.gateway.failures import ApiError, Kind
-from sollol_nb.gateway.gateway import answer
+from sollol_nb.gateway.gateway import answer, prompt_tokens
 from sollol_nb.gateway.openai_parts import error_shape, usage_of, wire_call
 from sollol_nb.gateway.responses_parts import checked_fields, messages_of, options_of, wants_summary
 
@@ -226,16 +226,27 @@ class _TextItem:
         return {**shape, "summary": parts} if self._is_summary else {**shape, "summary": [], "content": parts}
 
 
-async def _create(request: Request) -> ASGIApp:
-    body = await read_json(request)
-    fields = checked_fields(body)
+def _call(request: Request, body: dict[str, Any], fields: Mapping[str, Any]) -> ChatCall:
     call = ChatCall(
         model=model_of(request, body),
         messages=messages_of(fields),
         options=options_of(fields),
         stream=fields.get("stream", False),
     )
-    return answer(request, apply_headers(request, call, body), ResponseWriter(body), api="openai")
+    return apply_headers(request, call, body)
+
+
+async def _create(request: Request) -> ASGIApp:
+    body = await read_json(request)
+    call = _call(request, body, checked_fields(body))
+    return answer(request, call, ResponseWriter(body), api="openai")
+
+
+async def _count_tokens(request: Request) -> Response:
+    body = await read_json(request)
+    call = _call(request, body, checked_fields(body, only_counts=True))
+    tokens = await prompt_tokens(request, call)
+    return JSONResponse({"object": "response.input_tokens", "input_tokens": tokens})
 
 
 async def _stored(request: Request) -> Response:
@@ -247,5 +258,6 @@ async def _stored(request: Request) -> Response:
 
 ROUTES: list[BaseRoute] = [
     Route("/v1/responses", _create, methods=["POST"]),
+    Route("/v1/responses/input_tokens", _count_tokens, methods=["POST"]),
     Route("/v1/responses/{path:path}", _stored, methods=["GET", "POST", "DELETE"]),
 ]

@@ -40,6 +40,7 @@ async def count_tokens(
     messages: Sequence[Mapping[str, Any]] | str,
     *,
     tools: Sequence[Mapping[str, Any]] | None,
+    think: bool | str | None,
     system: str | None,
     backend: str | None,
     priority: int,
@@ -52,7 +53,7 @@ async def count_tokens(
         backend=backend,
         priority=priority,
         timeout_s=timeout_s,
-        options={"tools": None if tools is None else list(tools)},
+        options={"tools": None if tools is None else list(tools), "think": think},
     )
     saved = await asyncio.to_thread(config.saved_model, str(model))
     request = request.with_defaults({}, saved.system if system is None else system)

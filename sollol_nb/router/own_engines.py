@@ -231,6 +231,7 @@ class OwnEngines(ClusterControl):
         messages: Sequence[Mapping[str, Any]] | str,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        think: bool | str | None = None,
         system: str | None = None,
         backend: str | None = None,
         priority: int = Priority.NORMAL,
@@ -243,6 +244,7 @@ class OwnEngines(ClusterControl):
         Args:
             messages: as for `route_request`; llama.cpp counts no images.
             tools: what the model may call.
+            think: whether it thinks first; some chat templates say so in the prompt.
             system: a system message, if the messages have none.
             backend, priority, timeout: as for `route_request`; loading does not count.
 
@@ -254,6 +256,7 @@ class OwnEngines(ClusterControl):
             model_text(model),
             messages,
             tools=tools,
+            think=think,
             system=system,
             backend=backend,
             priority=priority,

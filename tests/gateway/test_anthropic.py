@@ -134,6 +134,13 @@ def test_thinking_has_its_own_block_and_is_taken_back(client: Anthropic, thinkin
     assert again.stop_reason == "end_turn"
 
 
+def test_the_text_that_stops_an_answer_is_named(client: Anthropic) -> None:
+    asked: dict[str, Any] = {"model": "demo", "max_tokens": 100, "messages": QUESTION, "extra_body": GREEDY}
+    answer = client.messages.create(**asked, stop_sequences=["never said", " server"])
+    assert (answer.stop_reason, answer.stop_sequence) == ("stop_sequence", " server")
+    assert answer.content[0].text.endswith("small")  # type: ignore[union-attr]
+
+
 def test_a_pydantic_class_describes_the_answer(client: Anthropic) -> None:
     parsed = client.messages.parse(model="demo", max_tokens=100, messages=QUESTION, output_format=Verdict)
     assert isinstance(parsed.parsed_output, Verdict)
@@ -146,6 +153,25 @@ def test_the_answer_continues_a_given_beginning(client: Anthropic) -> None:
     messages: list[Any] = [*QUESTION, {"role": "assistant", "content": begin}]
     rest = client.messages.create(**asked, messages=messages).content[0].text  # type: ignore[union-attr]
     assert begin + rest == whole
+
+
+def test_tokens_are_counted_as_they_are_used(client: Anthropic, tool_model: str) -> None:
+    asked: dict[str, Any] = {"model": tool_model, "messages": QUESTION, "system": "Be brief.", "tools": [WEATHER]}
+    counted = client.messages.count_tokens(**asked)
+    assert counted.input_tokens == client.messages.create(**asked, max_tokens=1).usage.input_tokens
+    without_tools = client.messages.count_tokens(**asked, tool_choice={"type": "none"})
+    assert without_tools.input_tokens < counted.input_tokens
+
+
+def test_the_models_are_listed_page_by_page(client: Anthropic) -> None:
+    names = [model.id for model in client.models.list()]
+    assert "demo" in names
+    assert len(names) > 1
+    assert [model.id for model in client.models.list(limit=1)] == names
+    assert client.models.list(limit=1).has_more
+    assert client.models.retrieve("demo").type == "model"
+    with pytest.raises(anthropic.NotFoundError):
+        client.models.retrieve("claude-sonnet-5")
 
 
 # --- errors ---------------------------------------------------------------------------------------

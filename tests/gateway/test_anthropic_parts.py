@@ -280,11 +280,12 @@ def without_ids(message: dict[str, Any]) -> dict[str, Any]:
         (chunk("stop"), "end_turn"),
         (chunk("length"), "max_tokens"),
         ({**chunk("length"), "_context_full": 4096}, "model_context_window_exceeded"),
+        ({**chunk("stop"), "_stopped_by": "END"}, "stop_sequence"),
     ],
 )
 def test_reason_of_the_end_is_named(last: Chunk, expected: str) -> None:
     _, message = streamed([chunk(content="Hi"), last])
-    assert message.stop_reason == expected
+    assert (message.stop_reason, message.stop_sequence) == (expected, last.get("_stopped_by"))
     assert MessageWriter(BODY).whole(Completion.from_chunks([last]))["stop_reason"] == expected
 
 

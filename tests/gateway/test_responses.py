@@ -107,6 +107,13 @@ def test_a_pydantic_class_describes_the_answer(client: OpenAI) -> None:
         assert isinstance(stream.get_final_response().output_parsed, Verdict)
 
 
+def test_tokens_are_counted_as_they_are_used(client: OpenAI) -> None:
+    counted = client.responses.input_tokens.count(model="demo", input=QUESTION, instructions="Be brief.")
+    used = client.responses.create(model="demo", input=QUESTION, instructions="Be brief.", max_output_tokens=1)
+    assert used.usage is not None
+    assert counted.input_tokens == used.usage.input_tokens
+
+
 def test_errors_raise_the_classes_of_the_client(client: OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as unknown:
         client.responses.create(model="nobody/has:this", input=QUESTION, stream=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sollol_nb.chat.chunk import Chunk
+from sollol_nb.chat.chunk import STOPPED_BY, Chunk
 from sollol_nb.chat.option_checks import answer_schema
 from sollol_nb.llama_cpp.answers.base import (
     CHARACTERS_PER_TOKEN,
@@ -31,7 +31,7 @@ from sollol_nb.llama_cpp.answers.protocol import (
 from sollol_nb.llama_cpp.answers.tokens import Post, grammar_prompt, spelled, tokens_within
 
 # Without this list the last event repeats the request, with the whole prompt.
-_LAST_EVENT_FIELDS = ["stop", "stop_type", "tokens_predicted", "tokens_evaluated", "timings"]
+_LAST_EVENT_FIELDS = ["stop", "stop_type", "stopping_word", "tokens_predicted", "tokens_evaluated", "timings"]
 
 
 @dataclass(slots=True)
@@ -74,6 +74,7 @@ class RawAnswer(Answer):
         self._splitter: ThinkSplitter | None = None
         self._prompt = prompt
         self._done_reason = ""
+        self._stopped_by = ""
         self._pieces: list[_Piece] = []
         self._sent = SentText()
         # Text whose tokens are not known for sure: whether to tokenise it, or to generate it again and compare.
@@ -137,6 +138,7 @@ class RawAnswer(Answer):
         predicted, ids = event.get("tokens_predicted", 0), event.get("tokens") or []
         if event.get("stop"):
             if self._sent.is_repeated:
+                self._stopped_by = event.get("stopping_word") or ""
                 self._complete("length" if event.get("stop_type") == "limit" else "stop", self._given + predicted)
             else:
                 self._diverge()
@@ -169,7 +171,8 @@ class RawAnswer(Answer):
     def final(self) -> Chunk:
         thinking, content = self._splitter.flush() if self._splitter is not None else ("", "")
         self._append(content, thinking)
-        return self._with_counts(chat_chunk(self.model, content, thinking, done=True), self._done_reason)
+        last = self._with_counts(chat_chunk(self.model, content, thinking, done=True), self._done_reason)
+        return {**last, STOPPED_BY: self._stopped_by} if self._stopped_by else last
 
     def state(self) -> dict[str, Any]:
         return {

@@ -114,7 +114,7 @@ def test_first_request_is_the_rendered_prompt_with_the_options(
 
     assert request is not None
     fields = request.pop("response_fields")
-    assert {"stop", "stop_type", "tokens_predicted", "tokens_evaluated", "timings"} == set(fields)
+    assert {"stop", "stop_type", "stopping_word", "tokens_predicted", "tokens_evaluated", "timings"} == set(fields)
     flags = ("stream", "return_tokens", "return_progress", "timings_per_token")
     assert request == {"prompt": PROMPT, "seed": 7, **dict.fromkeys(flags, True), **body}
 
