@@ -1,8 +1,9 @@
 """Ollama's API (its `docs/api.md`, `api/types.go` and `server/routes.go`): answers and embeddings.
 
-Two things differ from Ollama, which drops without a word what does not fit a model's context: here that is an
-error, unless the request has `"truncate": true`; and fields that cannot be followed are refused by name. To a
-request with the header `X-Sollol-Routing: 1` the answer has this package's marks (`_routing`, `_dropped`, `_note`).
+What differs from Ollama: it drops without a word what does not fit a model's context, while here that is an error
+unless the request has `"truncate": true`; fields that cannot be followed are refused by name; and the vectors of
+`/api/embeddings` have the length 1, as those of `/api/embed`. The answer to a request with the header
+`X-Sollol-Routing: 1` also has this package's marks (`_routing`, `_dropped`, `_note`).
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from starlette.requests import Request
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp
 
-from sollol_nb.chat.chunk import Chunk
+from sollol_nb.chat.chunk import ROUTING, Chunk
 from sollol_nb.chat.completion import Completion
 from sollol_nb.gateway import ollama_models
 from sollol_nb.gateway.answers import AnswerWriter, json_bytes
 from sollol_nb.gateway.bodies import read_json
-from sollol_nb.gateway.calls import ChatCall, apply_headers, key_of, model_of
+from sollol_nb.gateway.calls import ChatCall, EmbedCall, apply_headers, key_of, model_of
 from sollol_nb.gateway.failures import ApiError, invalid
 from sollol_nb.gateway.gateway import answer
 from sollol_nb.gateway.ollama_parts import ANSWER_FIELDS, error_shape, model_error
@@ -107,6 +108,23 @@ class _GenerateWriter(_ChatWriter):
         return {"response": message.get("content") or "", **({"thinking": thinking} if thinking else {})}
 
 
+class _EmbedWriter(_ChatWriter):
+    """The answer of `/api/embed`."""
+
+    def whole(self, completion: Completion) -> Any:
+        whole = self._wire(completion)
+        names = ("total_duration", "load_duration", "prompt_eval_count", ROUTING)
+        found = {name: whole[name] for name in names if name in whole}
+        return {"model": self._model, "embeddings": completion.get("embeddings", []), **found}
+
+
+class _EmbeddingsWriter(_EmbedWriter):
+    """The answer of `/api/embeddings`."""
+
+    def whole(self, completion: Completion) -> Any:
+        return {"embedding": next(iter(completion.get("embeddings", [])), [])}
+
+
 @dataclass(slots=True, kw_only=True)
 class _LoadCall(ChatCall):
     """The model is loaded, or unloaded; the answer is empty.
@@ -118,6 +136,11 @@ class _LoadCall(ChatCall):
 
     keep_alive: float | str | None = None
     unloads: bool = False
+
+    @property
+    def operation(self) -> str:
+        """What is asked for; OpenTelemetry's conventions have no name for it."""
+        return "load_model"
 
     async def chunks(self, router: HybridRouter) -> AsyncGenerator[Chunk, None]:
         if self.unloads:
@@ -149,16 +172,52 @@ async def _generate(request: Request) -> ASGIApp:
     prompt, system = body.get("prompt", ""), body.get("system", "")
     if not prompt:
         return _load(request, body, writer)
-    if body.get("raw") or body.get("suffix"):
-        raise invalid("raw and suffix are not supported yet")
     user = _message({"role": "user", "content": prompt, "images": body.get("images")}, "the prompt")
-    call = ChatCall(
-        model=model_of(request, body),
-        messages=[*([{"role": "system", "content": system}] if system else []), user],
-        options=_options(body),
-        stream=body.get("stream", True),
-    )
+    call = ChatCall(model=model_of(request, body), options=_options(body), stream=body.get("stream", True))
+    if body.get("raw") or body.get("suffix"):
+        _check_raw(body)
+        call.is_generate, call.prompt = True, prompt
+        call.extra = {"suffix": body.get("suffix"), "images": user.get("images")}
+    else:
+        call.messages = [*([{"role": "system", "content": system}] if system else []), user]
     return answer(request, apply_headers(request, call, body), writer, api="ollama")
+
+
+def _check_raw(body: Mapping[str, Any]) -> None:
+    """Refuse what has no meaning without a chat, or would be dropped by Ollama. Raises ApiError."""
+    what = "suffix" if body.get("suffix") else "raw"
+    if body.get("system"):
+        raise invalid(
+            f"system cannot be used with {what}; write it into the prompt, or leave {what} out", "system"
+        )
+    if body.get("raw") and body.get("suffix"):
+        raise invalid("suffix cannot be used with raw: only the model's template knows where it belongs", "suffix")
+
+
+async def _embed(request: Request) -> ASGIApp:
+    body = ANSWER_FIELDS["embed"].checked(await read_json(request))
+    given = body.get("input", [])
+    inputs = [given] if isinstance(given, str) and given else given or []
+    if not all(isinstance(text, str) for text in inputs):
+        raise invalid("input must be a text or a list of texts", "input")
+    return _embedded(request, body, inputs, _EmbedWriter)
+
+
+async def _embeddings(request: Request) -> ASGIApp:
+    body = ANSWER_FIELDS["embeddings"].checked(await read_json(request))
+    inputs = [body["prompt"]] if body.get("prompt") else []
+    return _embedded(request, body, inputs, _EmbeddingsWriter)
+
+
+def _embedded(request: Request, body: dict[str, Any], inputs: list[str], writer: type[_EmbedWriter]) -> ASGIApp:
+    """The response with the embeddings of some texts. Without texts the model is only loaded."""
+    model = model_of(request, body)
+    if not inputs:
+        return _load(request, body, writer(model))
+    options: dict[str, Any] = {"truncate": body.get("truncate", False)}
+    options |= {name: body[name] for name in ("dimensions", "keep_alive", "options") if name in body}
+    call = EmbedCall(model=model, inputs=inputs, options=options)
+    return answer(request, apply_headers(request, call, body), writer(model), api="ollama")
 
 
 def _load(request: Request, body: Mapping[str, Any], writer: AnswerWriter) -> ASGIApp:
@@ -173,7 +232,8 @@ def _load(request: Request, body: Mapping[str, Any], writer: AnswerWriter) -> AS
 
 def _options(body: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a request, by the names of `Router.stream`."""
-    options = {name: body.get(name) for name in ("options", "keep_alive", "think")}
+    passed = ("options", "keep_alive", "think", "logprobs", "top_logprobs")
+    options = {name: body[name] for name in passed if name in body}
     return options | {"format": body.get("format") or None}
 
 
@@ -217,5 +277,7 @@ def _now() -> str:
 ROUTES: list[BaseRoute] = [
     Route("/api/chat", _chat, methods=["POST"]),
     Route("/api/generate", _generate, methods=["POST"]),
+    Route("/api/embed", _embed, methods=["POST"]),
+    Route("/api/embeddings", _embeddings, methods=["POST"]),
     *ollama_models.ROUTES,
 ]

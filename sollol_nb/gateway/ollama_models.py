@@ -213,6 +213,11 @@ class _PullCall(ChatCall):
     pool: OllamaPool
     insecure: bool | None = None
 
+    @property
+    def operation(self) -> str:
+        """What is asked for; OpenTelemetry's conventions have no name for it."""
+        return "pull_model"
+
     async def chunks(self, router: HybridRouter) -> AsyncGenerator[Chunk, None]:
         async for step in self.pool.pull(self.model, insecure=self.insecure):
             yield cast(Chunk, step)

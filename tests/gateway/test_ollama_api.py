@@ -103,6 +103,26 @@ def test_generate_is_a_chat_with_one_question(client: ollama_client.Client) -> N
 
 
 @pytest.mark.engine
+def test_a_raw_prompt_is_continued_as_it_is(client: ollama_client.Client) -> None:
+    chat = client.chat("demo", MESSAGES, options=GREEDY)
+    prompt = f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
+    parts = [*client.generate("demo", prompt, raw=True, options=GREEDY, stream=True)]
+    assert "".join(part.response or "" for part in parts) == chat.message.content
+    assert parts[-1].prompt_eval_count == chat.prompt_eval_count
+
+
+@pytest.mark.engine
+def test_the_probabilities_of_tokens_come_with_them(client: ollama_client.Client) -> None:
+    short = {**GREEDY, "num_predict": 5}
+    chat = client.chat("demo", MESSAGES, options=short, logprobs=True, top_logprobs=2)
+    tokens = list(chat.logprobs or ())
+    assert "".join(token.token for token in tokens) == chat.message.content
+    assert all(token.logprob <= 0 and len(token.top_logprobs or ()) == 2 for token in tokens)
+    generated = client.generate("demo", QUESTION, options=short, logprobs=True)
+    assert [token.token for token in generated.logprobs or ()] == [token.token for token in tokens]
+
+
+@pytest.mark.engine
 @pytest.mark.parametrize("wanted", [SCHEMA, "json"])
 def test_a_format_holds_the_answer(client: ollama_client.Client, wanted: Any) -> None:
     limit = {**GREEDY, "num_predict": 60}
@@ -215,6 +235,9 @@ REFUSED: list[tuple[Callable[[ollama_client.Client], Any], int, str]] = [
     (lambda client: client.chat("demo", MESSAGES, options={"num_ctx": 9999}), 400, "num_ctx=9999 is more than"),
     (lambda client: client.chat("demo", MESSAGES, options={"mirostat": 2}), 400, "the option mirostat"),
     (lambda client: client.chat("demo", [{"role": "user", "content": "a b " * 9000}]), 400, "context of 2,048"),
+    (lambda client: client.generate("demo", "a", suffix="b"), 400, "suffix"),
+    (lambda client: client.embed("demo", "hi"), 400, "demo"),
+    (lambda client: client.embeddings("nope", "hi"), 404, "model 'nope' not found"),
     (lambda client: client.create("mine", from_="demo"), 501, "/api/create is not supported"),
     (lambda client: client.copy("demo", "mine"), 501, "/api/copy is not supported"),
     (lambda client: client.delete("demo"), 501, "/api/delete is not supported"),
@@ -288,6 +311,14 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("generate", {"prompt": "hi", "template": "{{ .Prompt }}"}, "template is not supported"),
     ("generate", {"prompt": "hi", "images": ["file:///etc/passwd"]}, "not base64"),
     ("generate", {"prompt": "hi", "steps": 3}, "steps"),
+    ("generate", {"prompt": "hi", "raw": True, "system": "Be brief."}, "system cannot be used with raw"),
+    ("generate", {"prompt": "hi", "suffix": "ho", "system": "Be brief."}, "system cannot be used with suffix"),
+    ("generate", {"prompt": "hi", "raw": True, "suffix": "ho"}, "suffix cannot be used with raw"),
+    ("generate", {"prompt": "hi", "raw": True, "think": True}, "think"),
+    ("embed", {"input": [7]}, "input"),
+    ("embed", {"input": {"text": "hi"}}, "input"),
+    ("embed", {"input": "hi", "dimensions": -1}, "dimensions"),
+    ("embeddings", {"prompt": ["hi"]}, "prompt"),
     ("show", {"model": 7}, "model"),
     ("show", {"options": {}}, "options"),
     ("pull", {"stream": 1}, "stream"),
@@ -348,6 +379,7 @@ SAME: list[tuple[str, str, dict[str, Any]]] = [
     ("POST", "/api/chat", {"messages": MESSAGES, "options": SHORT}),
     ("POST", "/api/chat", {"messages": MESSAGES, "options": SHORT, "stream": False}),
     ("POST", "/api/chat", {"messages": MESSAGES, "options": GREEDY, "stream": False, "format": SCHEMA}),
+    ("POST", "/api/chat", {"messages": MESSAGES, "options": SHORT, "logprobs": True, "top_logprobs": 2}),
     ("POST", "/api/chat", {"messages": []}),
     ("POST", "/api/generate", {"prompt": QUESTION, "options": SHORT}),
     ("POST", "/api/generate", {"prompt": QUESTION, "system": "Be brief.", "options": SHORT, "stream": False}),
@@ -396,6 +428,21 @@ def test_lists_have_the_models_of_nodes_and_of_llama_cpp(with_node: GatewayProce
 
 @pytest.mark.ollama
 @pytest.mark.engine
+def test_texts_are_embedded_as_by_the_node_itself(with_node: GatewayProcess, ollama: OllamaServer) -> None:
+    for body in ({"input": ["worker", "layer"]}, {"input": "worker"}, {"input": []}):
+        own, ours = (
+            asked(url, "POST", "/api/embed", {"model": "llama3.2", **body})[2][0]
+            for url in (ollama.base_url, with_node.url)
+        )
+        assert ours["embeddings"] == own["embeddings"]
+        assert shape(ours) == shape(own) or not own["embeddings"]
+    client = ollama_client.Client(with_node.url)
+    old = client.embeddings("llama3.2", "worker").embedding
+    assert list(old) == list(client.embed("llama3.2", "worker").embeddings[0])
+
+
+@pytest.mark.ollama
+@pytest.mark.engine
 def test_a_model_of_a_node_is_loaded_and_unloaded(with_node: GatewayProcess, ollama: OllamaServer) -> None:
     def loaded() -> list[str]:
         return [model["name"] for model in ollama.ask("/api/ps")["models"]]
@@ -414,6 +461,10 @@ def test_what_ollama_refuses_keeps_its_status(with_node: GatewayProcess) -> None
     status, _, [answer] = asked(with_node.url, "POST", "/api/chat", body)
     assert status == 400
     assert 'llama3.2" does not support thinking' in answer["error"]
+    body = {"model": "llama3.2", "prompt": "a", "suffix": "b", "stream": False}
+    status, _, [answer] = asked(with_node.url, "POST", "/api/generate", body)
+    assert status == 400
+    assert "does not support insert" in answer["error"]
 
 
 @pytest.mark.ollama
