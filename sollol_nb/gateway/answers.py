@@ -17,11 +17,11 @@ import logging
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from starlette.types import Message, Receive, Scope, Send
 
-from sollol_nb.chat.chunk import RESTARTED, ROUTING, Chunk
+from sollol_nb.chat.chunk import RESTARTED, ROUTING, Chunk, ChunkMessage
 from sollol_nb.chat.completion import Completion
 from sollol_nb.errors import RequestCancelledError
 from sollol_nb.gateway.calls import FAILOVERS_HEADER, ROUTE_HEADER, ChatCall
@@ -171,7 +171,9 @@ class AnswerResponse:
 
     async def _chunks(self) -> AsyncGenerator[Chunk, None]:
         answer = self._call.chunks(self._router)
-        async with aclosing(answer if self._writer.takes_text_back else without_restarts(answer)) as chunks:
+        if self._call.stream and not self._writer.takes_text_back:
+            answer = without_restarts(answer)
+        async with aclosing(answer) as chunks:
             async for chunk in chunks:
                 self._record.add(chunk)
                 yield chunk
@@ -289,28 +291,54 @@ async def without_restarts(chunks: AsyncGenerator[Chunk, None]) -> AsyncGenerato
     Raises:
         RequestCancelledError: the new answer differs from what was sent.
     """
-    sent = {"thinking": "", "content": ""}
-    left_out = {"thinking": "", "content": ""}
+    sent: dict[str, list[str]] = {"thinking": [], "content": []}
+    left_out: dict[str, str] = {}
+    sent_tokens = left_out_tokens = 0
     sent_tool_calls = False
     async with aclosing(chunks):
         async for chunk in chunks:
-            message: dict[str, Any] = dict(chunk.get("message") or {})
             if chunk.get(RESTARTED):
                 if sent_tool_calls:
                     raise RequestCancelledError("the server was lost after it had called tools; ask again")
-                left_out = dict(sent)
-            for part, known in left_out.items():
-                text = message.get(part) or ""
-                if known and text:
-                    common = min(len(known), len(text))
-                    if known[:common] != text[:common]:
-                        raise RequestCancelledError(
-                            "the server was lost, and the next one answers differently; ask again"
-                        )
-                    left_out[part], message[part] = known[common:], text[common:]
-                sent[part] += message.get(part) or ""
+                chunk = chunk.copy()
+                chunk.pop(RESTARTED)
+                left_out = {part: "".join(pieces) for part, pieces in sent.items()}
+                left_out_tokens = sent_tokens
+            if left_out_tokens and (logprobs := chunk.get("logprobs")):
+                chunk = {**chunk, "logprobs": logprobs[left_out_tokens:]}
+                left_out_tokens = max(0, left_out_tokens - len(logprobs))
+            if left_out:
+                rest, left_out = _rest(chunk.get("message") or {}, left_out)
+                chunk = {**chunk, "message": rest}
+                if chunk.get("done") and left_out:
+                    raise _answers_differently()
+            message = chunk.get("message") or {}
+            for part, pieces in sent.items():
+                if text := message.get(part):
+                    pieces.append(text)
+            sent_tokens += len(chunk.get("logprobs") or ())
             sent_tool_calls = sent_tool_calls or bool(message.get("tool_calls"))
-            yield {**chunk, "message": message}  # type: ignore[typeddict-item]
+            yield chunk
+
+
+def _rest(message: ChunkMessage, left_out: Mapping[str, str]) -> tuple[ChunkMessage, dict[str, str]]:
+    """A message without the text that is to be left out, and what is to be left out after it."""
+    rest: dict[str, Any] = dict(message)
+    still_left_out = {}
+    for part, known in left_out.items():
+        text = rest.get(part) or ""
+        common = min(len(known), len(text))
+        if known[:common] != text[:common]:
+            raise _answers_differently()
+        if text:
+            rest[part] = text[common:]
+        if known[common:]:
+            still_left_out[part] = known[common:]
+    return cast(ChunkMessage, rest), still_left_out
+
+
+def _answers_differently() -> RequestCancelledError:
+    return RequestCancelledError("the server was lost, and the next one answers differently; ask again")
 
 
 _to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
