@@ -17,6 +17,7 @@ from __future__ import annotations
 import binascii
 import ipaddress
 import re
+import secrets
 import socket
 import threading
 import time
@@ -47,7 +48,9 @@ DRAIN_RETRY_S = 10
 PREFLIGHT_S = 600
 _ASK_IN_BROWSER = 'Basic realm="the password is the key"'
 _METHODS = b"GET, POST, DELETE, PUT, PATCH, OPTIONS"
-_EXPOSED = b"X-Sollol-Route, X-Sollol-Failovers, Retry-After"
+_REQUEST_ID_HEADERS = (b"request-id", b"x-request-id")
+"""Anthropic's clients read the first, OpenAI's the second; the log has it, too."""
+_EXPOSED = b"X-Sollol-Route, X-Sollol-Failovers, Retry-After, " + b", ".join(_REQUEST_ID_HEADERS)
 _HEADER_NAMES = re.compile(rb"[A-Za-z0-9_, -]{1,1024}")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@,]+")
 
@@ -111,18 +114,18 @@ class Access:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
-        status, began = 0, time.perf_counter()
+        status, began, request_id = 0, time.perf_counter(), f"req_{secrets.token_hex(12)}"
         scope["sollol.key"] = WITHOUT_KEY
         scope["sollol.stopped"] = self._gateway.stopped
         headers = _Headers(scope)
         added = self._cross_origin_headers(headers)
+        added += ((name, request_id.encode()) for name in _REQUEST_ID_HEADERS)
 
         async def send_noted(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                if added:
-                    message["headers"] = [*message.get("headers", ()), *added]
+                message["headers"] = [*message.get("headers", ()), *added]
             await send(message)
 
         try:
@@ -138,7 +141,7 @@ class Access:
                 except ApiError as error:  # of the limits: the routes answer theirs
                     await self._refused(scope, error)(scope, receive, send_noted)
         finally:
-            self._finish(scope, status, time.perf_counter() - began)
+            self._finish(scope, request_id, status, time.perf_counter() - began)
 
     def _refusal(self, scope: Scope, headers: _Headers) -> ASGIApp | None:
         """The response to a request that does not reach the routes, else None. The key is noted in the scope."""
@@ -216,9 +219,10 @@ class Access:
             (b"vary", b"Origin"),
         ]
 
-    def _finish(self, scope: Scope, status: int, duration_s: float) -> None:
+    def _finish(self, scope: Scope, request_id: str, status: int, duration_s: float) -> None:
         answer = scope.get("sollol.answer")
         finished = FinishedRequest(
+            request_id=request_id,
             method=scope["method"],
             path=scope["path"],
             status=status,

@@ -96,6 +96,7 @@ def _append(path: Path, text: str) -> None:
 def _facts(request: FinishedRequest) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        "id": request.request_id,
         "client": request.client,
         "key": request.key,
         "method": request.method[:LONGEST_TEXT],

@@ -23,6 +23,7 @@ class FinishedRequest:
     """One HTTP request that has ended, for the log and the metrics.
 
     Attributes:
+        request_id: in the headers of its response.
         method, path: of the request, without the query.
         status: of the response; 0 if none was sent.
         duration_s: from its headers to the end of its response.
@@ -32,6 +33,7 @@ class FinishedRequest:
         answer: what the answer was; None where none was requested.
     """
 
+    request_id: str
     method: str
     path: str
     status: int

@@ -10,6 +10,9 @@ import pytest
 from anthropic import Anthropic, AsyncAnthropic
 from pydantic import BaseModel
 
+from sollol_nb.gateway import access_log
+from sollol_nb.settings import config
+from tests.support.engines import eventually
 from tests.support.gateway import GatewayProcess
 
 pytestmark = pytest.mark.engine
@@ -182,6 +185,9 @@ def test_errors_raise_the_classes_of_the_client(client: Anthropic) -> None:
     with pytest.raises(anthropic.NotFoundError, match="claude-sonnet-5 is not available") as unknown:
         client.messages.create(**{**asked, "model": "claude-sonnet-5"}, stream=True)
     assert unknown.value.type == "not_found_error"
+    request_id = unknown.value.request_id or "none"
+    log = config.log_dir() / access_log.FILE_NAME
+    eventually(lambda: request_id in log.read_text(), "the log has the request by its id")
     with pytest.raises(anthropic.BadRequestError, match="prompt is too long"):
         client.messages.create(**{**asked, "messages": [{"role": "user", "content": "worker " * 20_000}]})
     with pytest.raises(anthropic.BadRequestError, match="web_search_20250305") as refused:
