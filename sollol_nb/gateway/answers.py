@@ -312,7 +312,7 @@ async def without_restarts(chunks: AsyncGenerator[Chunk, None]) -> AsyncGenerato
                 chunk = {**chunk, "message": rest}
                 if chunk.get("done") and left_out:
                     raise _answers_differently()
-            message = chunk.get("message") or {}
+            message: Mapping[str, Any] = chunk.get("message") or {}
             for part, pieces in sent.items():
                 if text := message.get(part):
                     pieces.append(text)
