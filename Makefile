@@ -34,7 +34,7 @@ engine: $(VENV)/stamp-build
 demo: $(VENV)/stamp-lab engine
 	@$(BIN)/python tools/run_notebook.py notebooks/01_quickstart.ipynb
 
-lab: $(VENV)/stamp-lab engine
+lab: $(VENV)/stamp-lab,gateway engine
 	$(BIN)/jupyter lab --notebook-dir notebooks $(ARGS)
 
 ollama: $(VENV)/stamp-build
