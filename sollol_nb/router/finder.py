@@ -101,17 +101,14 @@ class RouteFinder:
             ModelError, ConfigError: no backend, or not this one, can answer; the message says why.
         """
         model = checked_model(model)
-        profile = await asyncio.to_thread(self.profile, model, backend)
-        shards = bool(profile.requires_distributed) and self.enable_distributed
-        path, trouble = None, ""
-        # A model that is sharded need not wait for Ollama, unless there is no file to shard.
-        if shards if backend is None else backend != OLLAMA:
-            path, trouble = await self._file(model, backend)
+        profile, path, trouble = await asyncio.to_thread(self._known, model, backend)
         in_ollama, state = False, ""
         if backend in (None, OLLAMA) and path is None and not names_file(model):
             in_ollama, state = await self._in_ollama(model)
         if backend is None and path is None and not in_ollama:
-            path, _ = await self._file(model, LOCAL)
+            path = DEMO_MODEL_PATH
+            if model not in DEMO_NAMES:
+                path, _ = await asyncio.to_thread(self._file, model, LOCAL)
         try:
             route = decide_route(
                 profile,
@@ -139,7 +136,7 @@ class RouteFinder:
         the error has another cause."""
         if not _OUT_OF_MEMORY.search(str(error)) or not self._may_shard(route.model):
             return None
-        path, _ = await self._file(route.model, None)
+        path, _ = await asyncio.to_thread(self._file, route.model, None)
         if path is None:
             return None
         reason = f"{route.reason}, but Ollama has too little memory for it, so it is sharded"
@@ -246,11 +243,25 @@ class RouteFinder:
         """Whether the user names the model's file."""
         return self.gguf_path is not None or names_file(model)
 
-    async def _file(self, model: str, backend: str | None) -> tuple[Path | None, str]:
+    def _known(self, model: str, backend: str | None) -> tuple[ModelProfile, Path | None, str]:
+        """What is known of a model without Ollama: its profile, and, where Ollama need not be asked first, its
+        file and why that cannot be used.
+
+        A model that is sharded need not wait for Ollama, unless there is no file to shard.
+        """
+        profile = self.profile(model, backend)
+        shards = bool(profile.requires_distributed) and self.enable_distributed
+        if shards if backend is None else backend != OLLAMA:
+            return profile, *self._file(model, backend)
+        if backend is None and names_file(model):
+            return profile, *self._file(model, LOCAL)
+        return profile, None, ""
+
+    def _file(self, model: str, backend: str | None) -> tuple[Path | None, str]:
         """The model's file on this machine, if any, and why it cannot be used. Raises ModelFileError instead
         where a backend needs the file."""
         try:
-            return await asyncio.to_thread(find_model_file, model, self.gguf_path), ""
+            return find_model_file(model, self.gguf_path), ""
         except ModelFileError as error:
             if backend is not None or self._is_named_file(model):
                 raise
