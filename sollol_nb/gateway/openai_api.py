@@ -1,7 +1,7 @@
 """OpenAI's API (https://platform.openai.com/docs/api-reference): chat completions.
 
 Thoughts are `reasoning_content`, as llama-server, vLLM and others write them. Fields of llama.cpp that OpenAI's
-API does not have (`top_k`, `min_p`, `chat_template_kwargs.enable_thinking`, ...) are taken too.
+API does not have (`top_k`, `min_p`, `enable_thinking` of `chat_template_kwargs`, ...) are taken too.
 """
 
 from __future__ import annotations
