@@ -87,7 +87,7 @@ class AccessRules:
         threading.Thread(target=learn, name="sollol_nb full name", daemon=True).start()
 
     def knows_host(self, host: str) -> bool:
-        """Whether a `Host` header is one of this machine."""
+        """Whether a name by which the gateway is called is one of this machine."""
         name = _without_port(host.strip().lower()).removesuffix(".")
         return name in self._hosts or name.endswith(".localhost") or _is_address(name)
 

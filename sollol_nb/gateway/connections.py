@@ -28,6 +28,7 @@ HEADER_LIMIT_BYTES = 64 * 1024
 BACKLOG = 2048
 HANDSHAKE_TIMEOUT_S = 20.0
 CHECK_EVERY_S = 1.0
+NEVER_S = 24 * 3600
 CLOSE_TIMEOUT_S = 2.0
 CLOSE_CHECK_S = 0.02
 
@@ -231,7 +232,7 @@ class HttpServer:
             log_config=None,
             server_header=False,
             proxy_headers=False,
-            timeout_keep_alive=int(LIMITS_S["idle"]),
+            timeout_keep_alive=NEVER_S,  # here is a limit for that, too
             h11_max_incomplete_event_size=HEADER_LIMIT_BYTES,
         )
         self._config.load()
