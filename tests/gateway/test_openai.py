@@ -217,6 +217,12 @@ def test_a_client_that_leaves_frees_its_slot(client: OpenAI, endless: str) -> No
     eventually(lambda: busy_slots_at(engine_url) == 0, "the slot is free")
 
 
+def test_an_error_within_a_stream_is_raised_by_the_client(client: OpenAI, endless: str) -> None:
+    asked: Any = {"model": endless, "messages": QUESTION, "temperature": 0, "max_tokens": 30_000}
+    with pytest.raises(openai.APIError, match="1 s"):
+        list(client.chat.completions.create(**asked, stream=True, extra_headers={"X-Sollol-Timeout": "1"}))
+
+
 # --- models ---------------------------------------------------------------------------------------
 
 
