@@ -26,7 +26,7 @@ from sollol_nb.gateway.bodies import read_json
 from sollol_nb.gateway.calls import ChatCall, EmbedCall, apply_headers, key_of, model_of
 from sollol_nb.gateway.failures import ApiError, invalid
 from sollol_nb.gateway.gateway import answer
-from sollol_nb.gateway.ollama_parts import ANSWER_FIELDS, error_shape, model_error
+from sollol_nb.gateway.ollama_parts import checked_fields, error_shape, model_error
 from sollol_nb.gateway.openai_parts import checked_base64
 from sollol_nb.hybrid_router import HybridRouter
 from sollol_nb.runtime.amounts import shown
@@ -152,7 +152,7 @@ class _LoadCall(ChatCall):
 
 
 async def _chat(request: Request) -> ASGIApp:
-    body = ANSWER_FIELDS["chat"].checked(await read_json(request))
+    body = checked_fields("chat", await read_json(request))
     messages = [_message(message, f"messages[{at}]") for at, message in enumerate(body.get("messages", ()))]
     writer = _ChatWriter(model_of(request, body), shows_marks=_wants_marks(request))
     if not messages:
@@ -167,7 +167,7 @@ async def _chat(request: Request) -> ASGIApp:
 
 
 async def _generate(request: Request) -> ASGIApp:
-    body = ANSWER_FIELDS["generate"].checked(await read_json(request))
+    body = checked_fields("generate", await read_json(request))
     writer = _GenerateWriter(model_of(request, body), shows_marks=_wants_marks(request))
     prompt, system = body.get("prompt", ""), body.get("system", "")
     if not prompt:
@@ -195,7 +195,7 @@ def _check_raw(body: Mapping[str, Any]) -> None:
 
 
 async def _embed(request: Request) -> ASGIApp:
-    body = ANSWER_FIELDS["embed"].checked(await read_json(request))
+    body = checked_fields("embed", await read_json(request))
     given = body.get("input", [])
     inputs = [given] if isinstance(given, str) and given else given or []
     if not all(isinstance(text, str) for text in inputs):
@@ -204,7 +204,7 @@ async def _embed(request: Request) -> ASGIApp:
 
 
 async def _embeddings(request: Request) -> ASGIApp:
-    body = ANSWER_FIELDS["embeddings"].checked(await read_json(request))
+    body = checked_fields("embeddings", await read_json(request))
     inputs = [body["prompt"]] if body.get("prompt") else []
     return _embedded(request, body, inputs, _EmbeddingsWriter)
 

@@ -34,7 +34,7 @@ from sollol_nb.gateway.bodies import read_json
 from sollol_nb.gateway.calls import ChatCall, key_of, model_of
 from sollol_nb.gateway.failures import ApiError, api_error
 from sollol_nb.gateway.gateway import answer, gateway_of
-from sollol_nb.gateway.ollama_parts import MODEL_FIELDS, error_shape, model_error
+from sollol_nb.gateway.ollama_parts import checked_fields, error_shape, model_error
 from sollol_nb.gguf.facts import ModelFacts, model_keys, read_facts
 from sollol_nb.hybrid_router import HybridRouter
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
@@ -147,7 +147,7 @@ def human_number(count: int) -> str:
 
 
 async def _show(request: Request) -> Response:
-    body = MODEL_FIELDS["show"].checked(await read_json(request))
+    body = checked_fields("show", await read_json(request))
     model = model_of(request, {"model": body.get("model") or body.get("name")})
     gateway = gateway_of(request)
     try:
@@ -249,7 +249,7 @@ class _PullWriter(AnswerWriter):
 
 
 async def _pull(request: Request) -> ASGIApp:
-    body = MODEL_FIELDS["pull"].checked(await read_json(request))
+    body = checked_fields("pull", await read_json(request))
     if not key_of(request).may_control:
         raise ApiError(403, "forbidden", "this key may not pull models; use a key made with --control")
     call = _PullCall(

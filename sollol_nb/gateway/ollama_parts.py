@@ -54,7 +54,7 @@ def _fields(known: Mapping[str, Values], *ignored: str) -> Fields:
     return Fields(known, _REFUSED, METADATA | set(ignored))
 
 
-ANSWER_FIELDS: Mapping[str, Fields] = {
+_FIELDS: Mapping[str, Fields] = {
     "chat": _fields({**_ANSWER_FIELDS, "messages": A_LIST, "tools": A_LIST}),
     "generate": _fields(
         {
@@ -88,10 +88,6 @@ ANSWER_FIELDS: Mapping[str, Fields] = {
             "priority": PRIORITY,
         }
     ),
-}
-"""Of the paths that answer."""
-
-MODEL_FIELDS: Mapping[str, Fields] = {
     "show": Fields(
         {"model": TEXT, "name": TEXT, "verbose": YES_OR_NO},
         dict.fromkeys(("system", "template", "options"), "the model is shown as it is"),
@@ -102,7 +98,21 @@ MODEL_FIELDS: Mapping[str, Fields] = {
         ignored=METADATA | {"username", "password"},
     ),
 }
-"""Of the paths about models."""
+"""By the last part of the path."""
+
+
+def checked_fields(path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a body that have a value. What cannot be followed may be empty: Ollama's own program sends all
+    fields that a request can have.
+
+    Args:
+        path: its last part.
+
+    Raises:
+        ApiError: a field is not known, or refused, or has a value that it does not take; it is named.
+    """
+    fields = _FIELDS[path]
+    return fields.checked({name: value for name, value in body.items() if value or name not in fields.refused})
 
 
 def error_shape(error: ApiError) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import subprocess
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +15,7 @@ import httpx
 import ollama as ollama_client
 import pytest
 
+from sollol_nb.gateway.keys import Key, Keys, add_key
 from tests.support.engines import HANG_GUARD_S, QUESTION, eventually, run
 from tests.support.gateway import GatewayProcess, gateway_without_engines, running_gateway
 from tests.support.gguf_files import write_llama
@@ -320,7 +323,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("embed", {"input": "hi", "dimensions": -1}, "dimensions"),
     ("embeddings", {"prompt": ["hi"]}, "prompt"),
     ("show", {"model": 7}, "model"),
-    ("show", {"options": {}}, "options"),
+    ("show", {"options": {"seed": 1}}, "options"),
     ("pull", {"stream": 1}, "stream"),
 ]
 
@@ -335,6 +338,28 @@ def test_every_field_is_followed_or_refused_by_name() -> None:
                 answer = await http.post(f"/api/{path}", json=given)
                 assert (answer.status_code, [*answer.json()]) == (400, ["error"]), (fields, answer.text)
                 assert message in answer.json()["error"], (fields, answer.text)
+
+    run(ask())
+
+
+def test_a_key_without_control_changes_no_models_and_names_no_files(tmp_path: Path) -> None:
+    refused: list[tuple[str, dict[str, Any], str]] = [
+        ("pull", {"model": "llama3.2"}, "may not pull models"),
+        ("generate", {"model": "demo", "keep_alive": 0}, "may not unload models"),
+        ("chat", {"model": "demo", "messages": [], "keep_alive": "0s"}, "may not unload models"),
+        ("chat", {"model": "/root/secret.gguf", "messages": MESSAGES}, "may not name model files"),
+        ("show", {"model": "/root/secret.gguf"}, "may not name model files"),
+        ("embed", {"model": "/root/secret.gguf", "input": "hi"}, "may not name model files"),
+    ]
+    file = tmp_path / "keys.json"
+    headers = {"Authorization": f"Bearer {add_key(Key(name='ada'), file)}"}
+
+    async def ask() -> None:
+        async with gateway_without_engines(keys=Keys(file)) as http:
+            for path, body, message in refused:
+                answer = await http.post(f"/api/{path}", json=body, headers=headers)
+                assert (answer.status_code, [*answer.json()]) == (403, ["error"]), (path, answer.text)
+                assert message in answer.json()["error"]
 
     run(ask())
 
@@ -424,6 +449,36 @@ def test_lists_have_the_models_of_nodes_and_of_llama_cpp(with_node: GatewayProce
         assert shape(by_name["demo"]) == shape(own["models"][0])
     [version] = asked(ollama.base_url, "GET", "/api/version")[2]
     assert asked(with_node.url, "GET", "/api/version")[2][0]["version"] == version["version"]
+
+
+@pytest.mark.ollama
+@pytest.mark.engine
+def test_ollamas_own_program_uses_the_gateway_as_its_server(
+    with_node: GatewayProcess, ollama_program: Path, tmp_path: Path
+) -> None:
+    environment = {**os.environ, "OLLAMA_HOST": with_node.url, "HOME": str(tmp_path)}
+
+    def said(*arguments: str) -> str:
+        done = subprocess.run(
+            [str(ollama_program), *arguments],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=HANG_GUARD_S,
+            check=False,
+        )
+        return done.stdout if done.returncode == 0 else done.stderr
+
+    listed = {line.split()[0] for line in said("list").splitlines()}
+    assert {"demo", "demo:sharded", "llama3.2:latest"} <= listed
+    for model in ("demo", "llama3.2"):
+        assert said("run", model, QUESTION).strip()
+        assert model in said("ps")
+        assert "2.74M" in said("show", model)
+    said("stop", "demo")
+    assert "demo" not in said("ps")
+    assert "/api/delete is not supported" in said("rm", "demo")
 
 
 @pytest.mark.ollama
