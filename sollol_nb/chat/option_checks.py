@@ -166,6 +166,8 @@ def check_llama_cpp_options(options: Mapping[str, Any]) -> None:
                 f"llama.cpp does not take the option {name}; leave it out, or ask with backend=ollama "
                 f"(llama.cpp takes {', '.join(sorted(set(SAMPLING_OPTIONS) - {'max_tokens'}))})"
             )
+    if options.get("tools") and options.get("format") and options.get("tool_choice") != "required":
+        raise ConfigError("llama.cpp offers no tools where it holds the answer to a format; leave out one of them")
     if options.get("logprobs") and options.get("tools"):
         raise ConfigError("llama.cpp does not give logprobs with tools; leave out one of them")
     if options.get("repeat_last_n", nested.get("repeat_last_n", 0)) < 0:

@@ -144,6 +144,7 @@ def test_option_that_cannot_be_used_is_named(given: dict[str, Any], message: str
         ({"options": {"num_gpu": 0}}, "does not take the option num_gpu"),
         ({"options": {"repeat_last_n": -1}}, "does not take repeat_last_n=-1; give a number of tokens"),
         ({"repeat_last_n": -1}, "does not take repeat_last_n=-1"),
+        ({"format": "json", "tools": [TOOL]}, "offers no tools where it holds the answer to a format"),
         (
             {"logprobs": True, "tools": [TOOL]},
             "does not give logprobs with tools; leave out one",

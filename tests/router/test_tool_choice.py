@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
+from sollol_nb.chat.completion import Completion
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.models.routing import OLLAMA
 from sollol_nb.sync_wrapper import HybridRouter, OllamaPool
@@ -69,6 +71,19 @@ def test_a_required_call_comes_with_the_last_chunk(
     after = local.route_request(tool_model, answered, tools=TOOLS, tool_choice="none", max_tokens=5)
     assert after.text
     assert "tool_calls" not in after["message"]
+
+
+def test_a_required_call_survives_its_coordinator(local: HybridRouter, tool_model: str) -> None:
+    asked: Any = {"tools": TOOLS, "tool_choice": NAMED, "temperature": 0, "backend": "local"}
+    whole = local.route_request(tool_model, QUESTION, **asked)
+    chunks = local.stream(tool_model, QUESTION, **asked)
+    first = next(chunks)
+    psutil.Process(local.own_coordinators[-1].pid).kill()
+    answer = Completion.from_chunks([first, *chunks])
+    assert [call["function"] for call in answer["message"]["tool_calls"]] == [
+        call["function"] for call in whole["message"]["tool_calls"]
+    ]
+    assert answer.routing["failovers"]
 
 
 @pytest.mark.parametrize("parallel", [True, False])

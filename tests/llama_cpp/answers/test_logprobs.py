@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sollol_nb.llama_cpp.answers.logprobs import LogprobReader, spelling
+from sollol_nb.llama_cpp.engine.check import Engine
 from tests.support.llama_server import (
     ACCENTS,
     GREEDY,
@@ -17,6 +20,7 @@ from tests.support.llama_server import (
     Run,
     Server,
     cut_after,
+    llama_server,
     new_answer,
     uncut,
 )
@@ -95,3 +99,32 @@ def test_they_spell_the_answer_wherever_it_was_cut(
             assert pieces(sent) == pieces(whole.logprobs), cut
 
     run(test)
+
+
+@pytest.fixture(scope="module")
+def real_run(engine: Engine, smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """Runs a test with a llama-server that has a real model, which wavers between tokens."""
+    # Without repacking: some virtual machines announce instructions that they do not have.
+    with llama_server(engine, tmp_path_factory.mktemp("real"), "-m", str(smollm2), "--no-repack") as run:
+        yield run
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("recovery", ["fast", "exact"])
+def test_those_of_a_real_model_follow_its_text_through_a_cut(real_run: Run, recovery: str) -> None:
+    options = {**WANTED, "recovery": recovery, "max_tokens": 30}
+
+    async def test(server: Server) -> None:
+        whole = new_answer(LONG, options, PLAIN)
+        events, expected = await uncut(server, whole)
+        assert "".join(pieces(whole.logprobs)) == expected["content"]
+        assert len({entry["logprob"] for entry in whole.logprobs}) > 20
+        answer, before = await cut_after(server, new_answer(LONG, options, PLAIN), events[: len(events) // 2])
+        after = await server.finish(answer)
+        sent = [entry for chunk in before + after for entry in chunk.get("logprobs", ())]
+        assert "".join(pieces(sent)) == answer.text
+        assert len(sent) == answer.token_count == 30
+        if recovery == "exact":
+            assert pieces(sent) == pieces(whole.logprobs)
+
+    real_run(test)
