@@ -111,11 +111,12 @@ def gateway(arguments: argparse.Namespace) -> int:
 def key(arguments: argparse.Namespace) -> int:
     """Make, list or remove the gateway's API keys."""
     from sollol_nb.gateway.keys import Key, Keys, add_key, remove_key
+    from sollol_nb.settings.kinds import PRIORITY
 
     if arguments.action == "add":
         made = Key(
             name=arguments.name,
-            priority=arguments.priority,
+            priority=PRIORITY.checked(PRIORITY.from_text(arguments.priority), "--priority"),
             may_control=arguments.control,
             max_requests=arguments.max_requests,
             requests_per_minute=arguments.per_minute,
@@ -169,7 +170,10 @@ def _key_arguments(parser: argparse.ArgumentParser) -> None:
     add = actions.add_parser("add", help="make a key and print it")
     add.add_argument("name", metavar="NAME", help="whose key it is, for the log and the metrics")
     add.add_argument(
-        "--priority", type=int, default=5, metavar="N", help="of its requests, which may ask for less: 1 to 10"
+        "--priority",
+        default="normal",
+        metavar="N",
+        help="the highest of its requests: 1 to 10, or a name such as high",
     )
     add.add_argument("--max-requests", type=int, metavar="N", help="requests at the same time")
     add.add_argument("--per-minute", type=int, metavar="N", help="requests in a minute")

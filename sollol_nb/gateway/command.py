@@ -44,9 +44,10 @@ def run(arguments: argparse.Namespace) -> int:
         from sollol_nb.gateway.limits import DEFAULT_MAX_REQUESTS
         from sollol_nb.gateway.server import DEFAULT_DRAIN_S, ServeOptions, serve
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in _EXTRA:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in _EXTRA:
             raise
-        raise ConfigError(f"the gateway needs {error.name}, which is missing; run {INSTALL_COMMAND}") from None
+        raise ConfigError(f"the gateway needs {missing}, which is missing; run {INSTALL_COMMAND}") from None
     port = config.or_default(arguments.port, "gateway_port")
     drain_s = DEFAULT_DRAIN_S if arguments.drain is None else arguments.drain
     max_requests = DEFAULT_MAX_REQUESTS if arguments.max_requests is None else arguments.max_requests

@@ -19,6 +19,7 @@ from sollol_nb.gateway.gateway import FinishedRequest, Gateway
 from sollol_nb.gateway.keys import ANYBODY, WITHOUT_KEY, Key, add_key, remove_key
 from sollol_nb.gateway.keys import Keys as KeysOfFile
 from sollol_nb.gateway.limits import ALLOWED_FAILURES, WINDOW_S, Failures, Limits
+from tests.support.engines import posix_only
 
 PAGE = "https://chat.example.org"
 
@@ -161,6 +162,7 @@ def test_on_this_machine_only_what_looks_like_a_key_must_be_one(file: Path) -> N
     on_site(test, KeysOfFile(file))
 
 
+@posix_only
 def test_only_hashes_are_kept_in_a_private_file(file: Path) -> None:
     key = add_key(Key(name="ada"), file)
     text = file.read_text()
