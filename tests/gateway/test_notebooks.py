@@ -1,0 +1,166 @@
+"""Kernels that use a gateway: the magics work as with own engines, and answers survive its restart."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from sollol_nb.gateway.keys import Key, add_key
+from sollol_nb.llama_cpp.engine.check import Engine
+from sollol_nb.llama_cpp.processes.running import stop_engines
+from sollol_nb.runtime.io_loop import run_blocking
+from tests.support.engines import engines_of
+from tests.support.gateway import GatewayProcess, running_gateway
+from tests.support.gateways import Gateways
+from tests.support.kernels import MAGICS, Kernel, kernel
+from tests.support.magic_examples import run_examples
+
+pytestmark = pytest.mark.engine
+LENGTH = 500
+"""In tokens: two such answers fit the context, and run for seconds."""
+posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+
+
+def loaded(fresh: Kernel, *cells: str) -> Kernel:
+    """The kernel after it has loaded the extension and run these cells."""
+    for cell in ("%load_ext sollol_nb", *cells):
+        shown = fresh.run(cell)
+        assert shown.status == "ok", shown.error
+    return fresh
+
+
+@pytest.fixture(scope="module")
+def notebook(gateway: GatewayProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
+    """A kernel without an engine, in an empty folder, that uses the gateway by its setting."""
+    folder = tmp_path_factory.mktemp("kernel")
+    variables = {
+        "SOLLOL_STATE_DIR": str(folder / "state"),
+        "SOLLOL_GATEWAY": gateway.url,
+        "SOLLOL_LLAMA_CPP": str(folder),  # there is none
+    }
+    with kernel(**variables) as fresh:
+        yield loaded(fresh, f"%cd -q {folder}")
+
+
+@pytest.mark.parametrize("magic", [magic for magic in MAGICS if magic not in ("sollol_connect", "sollol_bench")])
+def test_the_examples_of_a_magic_run_over_a_gateway(notebook: Kernel, magic: str) -> None:
+    run_examples(notebook, magic)
+    assert engines_of(psutil.Process(notebook.pid)) == []
+
+
+def test_a_benchmark_over_a_gateway_takes_no_layouts(notebook: Kernel) -> None:
+    assert notebook.run("%sollol_bench demo --prompts 1 --repeat 1 --warmup 0 --max-tokens 4").status == "ok"
+    refused = notebook.run("%sollol_bench demo:sharded --layouts 1,2")
+    assert "models are measured as it runs them" in refused.error[0]
+
+
+def test_a_connection_is_made_shown_and_ended(notebook: Kernel, gateway: GatewayProcess) -> None:
+    shown = notebook.run("%sollol_connect")
+    assert shown.stream.startswith(f"connected to {gateway.url} (sollol_nb ")
+    assert notebook.run("%sollol_connect --off").stream == "this kernel uses own engines\n"
+    failed = notebook.run("%sollol demo Hello")
+    assert "SOLLOL_LLAMA_CPP" in failed.error[0]
+    assert notebook.run(f"%sollol_connect {gateway.url.removeprefix('http://')}").stream == shown.stream
+    assert notebook.run('%sollol demo "Hello!" --max-tokens 2').status == "ok"
+    wrong = notebook.run("%sollol_connect 127.0.0.1:9")
+    assert wrong.error[0].startswith("GatewayUnavailableError: no gateway answers at http://127.0.0.1:9: cannot")
+    assert notebook.run("%sollol_connect").stream == shown.stream  # nothing has changed
+    assert "use a URL such as http://head:11440" in notebook.run("%sollol_connect http://a:b:c").error[0]
+
+
+def test_two_notebooks_share_one_loaded_model(notebook: Kernel, gateway: GatewayProcess, tmp_path: Path) -> None:
+    with kernel(SOLLOL_STATE_DIR=str(tmp_path)) as fresh:
+        other = loaded(fresh, f"%sollol_connect {gateway.url}")
+        first = notebook.run('%sollol demo:sharded "What is a worker?" --temperature 0')
+        second = other.run('%sollol demo:sharded "What is a worker?" --temperature 0 --out answer')
+        assert first.markdown.partition("\n\n")[0] == second.markdown.partition("\n\n")[0]
+        assert other.value("answer.routing['load_ms'] in (None, 0) or answer.routing['load_ms'] < 100") == "True"
+        text = other.run("%sollol_cluster --text").stream
+        assert text.count("demo:sharded at ") == 1
+        frame = other.value("(lambda frame: (len(frame), frame['model'][0]))(get_ipython().run_line_magic("
+                            "'sollol_latency', ''))")  # fmt: skip
+        assert frame == "(1, 'demo:sharded')"
+
+
+def test_the_status_of_a_cell_follows_the_gateway(notebook: Kernel) -> None:
+    notebook.run("%sollol_stop")
+    shown = notebook.run('%sollol demo "Hello!" --max-tokens 2')
+    assert shown.updates > 0
+    events = notebook.value(
+        "[event.kind for event in __import__('sollol_nb.notebook').notebook.router().events.recent()][-4:]"
+    )
+    assert "coordinator.ready" in events
+
+
+def test_the_widget_shows_the_gateways_cluster(notebook: Kernel) -> None:
+    notebook.run('%sollol demo:sharded "Hello!" --max-tokens 2')
+    shown = notebook.run("widget = %sollol_cluster\nwidget")
+    assert any("application/vnd.jupyter.widget-view+json" in display for display in shown.displays)
+    assert notebook.value("'demo:sharded' in str(widget.map.current()['coordinators'])") == "True"
+    assert notebook.value("widget.what_if.model.value") == "'demo:sharded'"
+    notebook.run("widget.close()")
+
+
+def test_a_key_is_asked_for_and_never_shown(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as before:
+        before.setenv("SOLLOL_STATE_DIR", str(tmp_path / "gateway"))
+        key = add_key(Key(name="ana"))
+    variables = {"SOLLOL_STATE_DIR": str(tmp_path / "gateway")}
+    with (
+        running_gateway("--require-key", variables=variables) as guarded,
+        kernel(SOLLOL_STATE_DIR=str(tmp_path / "kernel")) as fresh,
+    ):
+        notebook = loaded(fresh)
+        message = notebook.client.execute(f"%sollol_connect {guarded.url}", allow_stdin=True)
+        asked = notebook.client.get_stdin_msg(timeout=60)["content"]
+        assert asked == {"prompt": f"Key of the gateway {guarded.url}: ", "password": True}
+        notebook.client.input(key)
+        shown = notebook.collect(message)
+        assert ", as ana)" in shown.stream
+        assert "not change the cluster" in shown.stream
+        assert notebook.run('%sollol demo "Hello!" --max-tokens 2').status == "ok"
+        refused = notebook.run("%sollol_cluster stop")
+        assert refused.error[0].startswith(f"GatewayError: the gateway {guarded.url}: this key may ask, but not")
+        outputs = [
+            shown.stream,
+            notebook.run("%config Sollol").stream,
+            notebook.run("%config Sollol.gateway_key").stream + str(notebook.run("%config Sollol.gateway_key")),
+            notebook.value("__import__('sollol_nb.notebook').notebook.router()"),
+            notebook.value("__import__('sollol_nb.notebook').notebook.settings().gateway_key"),
+        ]
+        assert not [output for output in outputs if key in output]
+        assert "(hidden)" in outputs[1]
+
+
+@posix
+def test_answers_of_two_notebooks_continue_after_the_gateway_was_killed(
+    engine: Engine, endless: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateways = Gateways(tmp_path / "gateway")
+    try:
+        with (
+            kernel(SOLLOL_STATE_DIR=str(tmp_path / "a"), SOLLOL_GATEWAY=gateways.url) as first,
+            kernel(SOLLOL_STATE_DIR=str(tmp_path / "b"), SOLLOL_GATEWAY=gateways.url) as second,
+        ):
+            kernels = [loaded(first), loaded(second)]
+            cell = f"%sollol {endless} Hello --temperature 0 --max-tokens {LENGTH} --out answer"
+            messages = [each.client.execute(cell) for each in kernels]
+            for each, message in zip(kernels, messages, strict=True):
+                each.collect(message, until_shown=" ")
+            gateways.restart()
+            for each, message in zip(kernels, messages, strict=True):
+                shown = each.collect(message)
+                assert shown.status == "ok", shown.error
+                assert each.value("answer['eval_count']") == str(LENGTH)
+                assert each.value("[each['continued'] for each in answer.routing['failovers']]") == "[True]"
+    finally:
+        gateways.close()
+        with monkeypatch.context() as its:
+            its.setenv("SOLLOL_STATE_DIR", str(tmp_path / "gateway"))
+            run_blocking(stop_engines(also_used=True))
