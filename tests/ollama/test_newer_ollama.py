@@ -72,6 +72,15 @@ def test_a_prompt_that_does_not_fit_is_an_error_with_both_numbers(
     assert pool.nodes[0].state == "ready"
 
 
+def test_it_counts_what_it_has_cached_and_spells_its_log_probabilities(newer: OllamaServer) -> None:
+    with HybridRouter(OllamaPool(newer.base_url), auto_discover_rpc=False) as router:
+        counts = [router.count_tokens("llama3.2", QUESTION) for _ in range(2)]
+        answer = router.route_request("llama3.2", QUESTION, logprobs=True, top_logprobs=2, max_tokens=10, **GREEDY)
+    assert counts == [answer["prompt_eval_count"]] * 2
+    assert "".join(entry["token"] for entry in answer["logprobs"]) == answer.text
+    assert all(len(entry["top_logprobs"]) == 2 for entry in answer["logprobs"])
+
+
 def test_a_prompt_that_it_may_not_cut_is_recognised_in_its_own_words_too(pool: OllamaPool) -> None:
     with pytest.raises(ContextOverflowError, match="more tokens than its context of 512"):
         pool.generate("narrow", LONG, truncate=True, shift=False, max_tokens=2, raw=True)
