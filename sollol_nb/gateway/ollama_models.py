@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp
 
@@ -69,7 +69,7 @@ async def _tags(request: Request) -> Response:
     ]
     ours = await asyncio.to_thread(lambda: [entry for name in names if (entry := _listed(name))])
     models = [*reversed(entries.values()), *ours]
-    return JSONResponse({"models": [{"model": entry["name"], **entry} for entry in models]})
+    return _json({"models": [{"model": entry["name"], **entry} for entry in models]})
 
 
 def _listed(name: str) -> dict[str, Any] | None:
@@ -90,7 +90,7 @@ async def _ps(request: Request) -> Response:
     entries = [_without(entry, "node") for entry in in_ollama]
     ours = await asyncio.to_thread(lambda: [_loaded(each) for each in gateway.router.own_coordinators])
     models = [*entries, *(entry for entry in ours if entry)]
-    return JSONResponse({"models": [{"model": entry["name"], **entry} for entry in models]})
+    return _json({"models": [{"model": entry["name"], **entry} for entry in models]})
 
 
 def _loaded(coordinator: Coordinator) -> dict[str, Any] | None:
@@ -153,8 +153,8 @@ async def _show(request: Request) -> Response:
     try:
         route = await gateway.router.route(model)
         if route.model_path is None:
-            return JSONResponse(await gateway.ollama.show(route.model, verbose=body.get("verbose")))
-        return JSONResponse(await asyncio.to_thread(_shown, route))
+            return _json(await gateway.ollama.show(route.model, verbose=body.get("verbose")))
+        return _json(await asyncio.to_thread(_shown, route))
     except ModelNotFoundError as error:
         raise model_error(api_error(error), model) from None
 
@@ -267,7 +267,7 @@ async def _pull(request: Request) -> ASGIApp:
 async def _version(request: Request) -> Response:
     versions = await gateway_of(request).ollama.versions()
     newest = max(versions.values(), key=_version_order, default=API_VERSION)
-    return JSONResponse({"version": newest, "server": f"sollol_nb {__version__}"})
+    return _json({"version": newest, "server": f"sollol_nb {__version__}"})
 
 
 def _version_order(version: str) -> list[int]:
@@ -281,6 +281,10 @@ async def _refused(request: Request) -> Response:
         f"{request.url.path} is not supported: the gateway changes no models except by pulling them; use the "
         "Ollama of the node",
     )
+
+
+def _json(data: Any) -> Response:
+    return Response(json_bytes(data), media_type="application/json")
 
 
 def _without(entry: Mapping[str, Any], *names: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from sollol_nb.gateway.openai_parts import (
     Fields,
     only,
 )
-from sollol_nb.runtime.amounts import is_whole_number
+from sollol_nb.runtime.amounts import is_whole_number, shown
 
 MOST_TOP_LOGPROBS = 20
 _REFUSED: Mapping[str, str] = {
@@ -124,4 +124,4 @@ def model_error(error: ApiError, model: str) -> ApiError:
     """The error; where the model is not there, it begins as Ollama's does, for which tools look."""
     if error.kind != "not_found":
         return error
-    return ApiError(error.status, error.kind, f"model '{model}' not found: {error.message}")
+    return ApiError(error.status, error.kind, f"model {shown(model)} not found: {error.message}")
