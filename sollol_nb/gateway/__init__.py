@@ -13,7 +13,7 @@ In reading order:
 * `ollama_api.py`, `openai_api.py`, `responses_api.py`, `anthropic_api.py`: translation from and to each API;
   `openai_completions.py`, `openai_embeddings.py`: more of OpenAI's; `ollama_models.py`, `openai_models.py`,
   `anthropic_models.py`: theirs about models; `ollama_parts.py`, `openai_parts.py`: what their paths have in
-  common; `responses_parts.py`, `anthropic_parts.py`: what their bodies say.
+  common; `responses_parts.py`, `anthropic_parts.py`, `anthropic_messages.py`: what their bodies say.
 * `notebook_api.py`: what kernels that use this gateway call.
 * `health.py`, `metrics.py`, `cluster_view.py`, `status_page.py`: what shows the gateway's state.
 

@@ -19,7 +19,8 @@ from starlette.types import ASGIApp
 from sollol_nb.chat.chunk import CONTEXT_FULL, STOPPED_BY, Chunk
 from sollol_nb.chat.completion import Completion
 from sollol_nb.gateway.answers import AnswerWriter, event
-from sollol_nb.gateway.anthropic_parts import checked_fields, messages_of, options_of
+from sollol_nb.gateway.anthropic_messages import Conversation
+from sollol_nb.gateway.anthropic_parts import checked_fields, options_of
 from sollol_nb.gateway.bodies import read_json
 from sollol_nb.gateway.calls import ChatCall, apply_headers, model_of
 from sollol_nb.gateway.failures import ApiError, Kind
@@ -186,10 +187,11 @@ def _usage(last: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _call(request: Request, body: dict[str, Any], fields: Mapping[str, Any]) -> ChatCall:
+    conversation = Conversation(fields)
     call = ChatCall(
         model=model_of(request, body),
-        messages=messages_of(fields),
-        options=options_of(fields),
+        messages=conversation.messages,
+        options=options_of(fields, conversation.tools),
         stream=fields.get("stream", False),
     )
     return apply_headers(request, call, body)

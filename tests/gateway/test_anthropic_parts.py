@@ -15,7 +15,8 @@ from sollol_nb.chat.completion import Completion
 from sollol_nb.chat.messages import check_messages
 from sollol_nb.chat.option_checks import check_options
 from sollol_nb.gateway.anthropic_api import MessageWriter
-from sollol_nb.gateway.anthropic_parts import checked_fields, messages_of, options_of
+from sollol_nb.gateway.anthropic_messages import Conversation
+from sollol_nb.gateway.anthropic_parts import checked_fields, options_of
 from sollol_nb.gateway.failures import ApiError
 
 HELLO = {"role": "user", "content": "Hello!"}
@@ -28,7 +29,8 @@ PIXEL = {"type": "image", "source": {"type": "base64", "media_type": "image/png"
 def translated(**fields: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The messages and options of a body, which the router's own checks accept."""
     checked = checked_fields({**BODY, **fields})
-    messages, options = messages_of(checked), options_of(checked)
+    conversation = Conversation(checked)
+    messages, options = conversation.messages, options_of(checked, conversation.tools)
     check_messages(messages)
     check_options(options)
     return messages, options
@@ -82,6 +84,51 @@ def test_conversation_with_tools_and_images_is_translated() -> None:
     function = {"name": "weather", "description": "Weather of a city.", "parameters": SCHEMA}
     assert options["tools"][0] == {"type": "function", "function": function}
     assert options["tools"][1]["function"]["name"] == "time"
+
+
+def test_system_messages_after_the_beginning_are_text_of_the_user() -> None:
+    """Chat templates refuse them elsewhere, and Claude Code sends them."""
+    messages, _ = translated(
+        system="Be brief.",
+        messages=[
+            {"role": "system", "content": "Be kind."},
+            HELLO,
+            {"role": "system", "content": "It is noon.", "clear_at": "next_user_message"},
+            {"role": "system", "content": "You are in Oslo."},
+            {"role": "assistant", "content": "Hi!"},
+            {"role": "user", "content": "And now?"},
+            {"role": "system", "content": "It is one.", "clear_at": "next_user_message"},
+            {"role": "system", "output_config": {"effort": "low"}},
+        ],
+    )
+    assert messages == [
+        {"role": "system", "content": "Be brief.\nBe kind."},
+        {"role": "user", "content": "Hello!\n<system-reminder>\nYou are in Oslo.\n</system-reminder>"},
+        {"role": "assistant", "content": "Hi!"},
+        {"role": "user", "content": "And now?\n<system-reminder>\nIt is one.\n</system-reminder>"},
+    ]
+
+
+def test_tools_are_offered_from_when_a_message_names_them() -> None:
+    def offered(*messages: dict[str, Any]) -> list[str]:
+        tools = [TOOL, *({**TOOL, "name": name, "defer_loading": True} for name in ("time", "news"))]
+        _, options = translated(tools=tools, messages=[HELLO, *messages])
+        return [tool["function"]["name"] for tool in options.get("tools", ())]
+
+    def change(kind: str, **tool: Any) -> dict[str, Any]:
+        return {"role": "system", "content": [{"type": kind, "tool": tool}]}
+
+    found = {"type": "tool_reference", "tool_name": "time"}
+    searched = [
+        {"role": "assistant", "content": [{"type": "tool_use", "id": "1", "name": "weather", "input": {}}]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "1", "content": [found]}]},
+    ]
+    assert offered() == ["weather"]
+    assert offered(*searched) == ["weather", "time"]
+    assert offered(change("tool_addition", type="tool_reference", name="news")) == ["weather", "news"]
+    assert offered(change("tool_removal", type="tool_reference", name="weather")) == []
+    defined = change("tool_addition", type="tool_definition", definition={**TOOL, "name": "mail"})
+    assert offered(defined) == ["weather", "mail"]
 
 
 @pytest.mark.parametrize(
@@ -171,6 +218,15 @@ def one_block(**block: Any) -> list[Any]:
             },
             "messages[1].content[0].input",
         ),
+        (
+            {"messages": [HELLO, {"role": "system", "content": "x", "clear_at": "now"}]},
+            "messages[1].clear_at",
+        ),
+        (
+            {"messages": [{"role": "system", "content": [{"type": "tool_addition", "tool": {"type": "mcp"}}]}]},
+            "messages[0].content[0].tool",
+        ),
+        ({"tools": [TOOL, TOOL]}, "tools[1].name"),
         ({"system": 5}, "system"),
         ({"system": [PIXEL]}, "system[0]"),
         ({"stop_sequences": "END"}, "stop_sequences"),
