@@ -53,6 +53,7 @@ class Gateway:
         keys, limits: who may ask, and how much.
         draining: set once it ends, and accepts no more requests.
         stopped: has an error once the requests that still run are to be ended with it.
+        readers: streams of events and states that notebooks read now.
         on_finished: called with each request that has ended; each must be quick.
     """
 
@@ -65,6 +66,7 @@ class Gateway:
         self.limits = limits or Limits()
         self.draining = asyncio.Event()
         self.stopped: asyncio.Future[ApiError] = asyncio.get_running_loop().create_future()
+        self.readers = 0
         self.on_finished: list[Callable[[FinishedRequest], None]] = []
 
 

@@ -47,6 +47,8 @@ ALIVE_EVERY_S = 15.0
 MOST_UNREAD = 1000
 """Lines of a stream that its kernel has not read yet; one that falls further behind has to connect again."""
 RECENT_EVENTS = 200
+MOST_READERS = 1000
+"""Streams at the same time; a kernel has one, and a second one while it shows the cluster."""
 _NDJSON = "application/x-ndjson"
 _CLASSES: dict[str, type[GatewayError]] = {
     "unavailable": GatewayUnavailableError,
@@ -237,6 +239,10 @@ def _stream(gateway: Gateway, opened: Callable[[Callable[[Any], None]], Any]) ->
         opened: a context in which the function that it gets is called with each object to send, on the I/O loop.
     """
 
+    if gateway.readers >= MOST_READERS:
+        message = f"{MOST_READERS} streams are open already; close some notebooks"
+        raise ApiError(429, "busy", message, retry_after_s=30)
+
     async def lines() -> AsyncGenerator[bytes, None]:
         unread: asyncio.Queue[Any] = asyncio.Queue(MOST_UNREAD)
         has_fallen_behind = False
@@ -249,6 +255,7 @@ def _stream(gateway: Gateway, opened: Callable[[Callable[[Any], None]], Any]) ->
                 has_fallen_behind = True
 
         draining = asyncio.create_task(gateway.draining.wait())
+        gateway.readers += 1
         try:
             async with opened(put):
                 while not (has_fallen_behind or draining.done()):
@@ -262,6 +269,7 @@ def _stream(gateway: Gateway, opened: Callable[[Callable[[Any], None]], Any]) ->
                         taking.cancel()
                         yield b"\n"
         finally:
+            gateway.readers -= 1
             draining.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await draining

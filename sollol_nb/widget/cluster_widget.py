@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import ipywidgets
 
+from sollol_nb.layers.strategies import STRATEGIES
 from sollol_nb.router.router import Router
 from sollol_nb.runtime.io_loop import run_blocking, submit
 from sollol_nb.widget.actions import ClusterActions
@@ -232,7 +233,8 @@ class ClusterWidget:
 
 
 def _strategy_of(router: Router | None) -> str | None:
-    return router.layer_strategy if router is not None else None
+    """The router's strategy; None where it is not known: the router is gone, or its gateway has not answered."""
+    return router.layer_strategy if router is not None and router.layer_strategy in STRATEGIES else None
 
 
 def _create_map(widget: ClusterWidget) -> ClusterMap | None:

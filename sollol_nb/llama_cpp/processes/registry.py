@@ -40,6 +40,8 @@ from sollol_nb.settings.endpoints import LOOPBACK, is_loopback, parse_endpoint
 
 COORDINATOR = "coordinator"
 WORKER = "worker"
+GATEWAY = "the gateway"
+"""What starts engines, besides notebooks and scripts."""
 LOCK_TIMEOUT_S = 60.0
 LOGS_KEPT = 50
 _CLOCK_TOLERANCE_S = 2.0  # start times are computed from the clock, which may be adjusted
@@ -147,7 +149,16 @@ def own_name() -> str:
     """The name by which a person knows this process: that of its notebook, else of its script."""
     notebook = os.environ.get("JPY_SESSION_NAME")  # Jupyter servers set it for the kernels that they start
     name = Path(notebook or (sys.argv[0] if sys.argv else "")).name
+    if _is_gateway():
+        return GATEWAY
     return {"ipykernel_launcher.py": "a notebook", "": "python", "-c": "python", "-m": "python"}.get(name, name)
+
+
+def _is_gateway() -> bool:
+    program, first = Path(sys.argv[0] if sys.argv else ""), sys.argv[1:2]
+    is_module = program.parts[-3:] == ("sollol_nb", "gateway", "__main__.py")
+    is_command = program.stem == "sollol-nb" or program.parts[-2:] == ("sollol_nb", "__main__.py")
+    return is_module or (is_command and first == ["gateway"])
 
 
 def own_description() -> dict[str, Any]:
@@ -159,7 +170,7 @@ def describe_owner(about: dict[str, Any]) -> str:
     """Who started an engine, as text."""
     pid = about.get("owner_pid")
     if pid == os.getpid():
-        return "this kernel"
+        return "this gateway" if own_name() == GATEWAY else "this kernel"
     name = str(about.get("owner") or "a kernel")
     if isinstance(pid, int) and is_same_process(pid, about.get("owner_started")):
         return f"{name} (process {pid})"

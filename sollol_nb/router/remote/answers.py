@@ -34,6 +34,7 @@ from sollol_nb.router.record import RequestRecord
 from sollol_nb.router.remote.connection import GatewayConnection
 from sollol_nb.router.remote.live import GatewayEvents
 from sollol_nb.router.remote.plain_data import to_plain
+from sollol_nb.runtime.priority import Priority
 from sollol_nb.settings import config
 from sollol_nb.settings.table import SETTINGS
 from sollol_nb.text.tables import counted
@@ -183,7 +184,8 @@ class GatewayRequest:
             "prompt": None if request.prompt is None else to_plain(request.prompt),
             "options": options,
             "backend": request.backend,
-            "priority": request.priority,
+            # Without one it is the key's.
+            "priority": None if request.priority == Priority.NORMAL else request.priority,
             "timeout": None if is_default else request.timeout_s,  # then it is the gateway's
             "interrupted": self._interrupted,
         }
@@ -201,7 +203,8 @@ class GatewayRequest:
         if self._is_exact(options) and not self._has_tool_calls:
             self._record.set_recovery("exact")
             return body, _Repeated(self._text, self._thinking)
-        if self._thinking or self._has_tool_calls or options.get("format") or options.get("tools"):
+        suffix = body["prompt"] is not None and body["prompt"]["suffix"]
+        if self._thinking or self._has_tool_calls or suffix or options.get("format") or options.get("tools"):
             self._losses[-1]["continued"] = False
             return body, _Restarted()
         self._record.set_recovery("fast")

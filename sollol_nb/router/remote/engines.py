@@ -62,9 +62,9 @@ class GatewayEngines:
         self.url = self._connection.url
         self.events = EventBus()
         self.latency = latency
-        self.state = GatewayState(self._connection)
         self._options = options
         self._feed = GatewayEvents(self._connection, self.events)
+        self.state = GatewayState(self._connection, self._feed.note_known)
         self._counts: Counter[str] = Counter()
 
     @io_bound

@@ -125,9 +125,11 @@ class GatewayState:
         is_closed: whether its router was closed; the state then stays as it was last sent.
     """
 
-    def __init__(self, connection: GatewayConnection) -> None:
+    def __init__(self, connection: GatewayConnection, note_known: Callable[[Any], None]) -> None:
+        """Args: note_known: gets what the gateway reports as known."""
         self.is_closed = False
         self._connection = connection
+        self._note_known = note_known
         self._listeners: list[Listener] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._data: dict[str, Any] = {}
@@ -203,7 +205,8 @@ class GatewayState:
         return self._status
 
     async def _ask(self, name: str) -> ClusterStatus:
-        data, _ = await self._connection.call(name, {})
+        data, known = await self._connection.call(name, {})
+        self._note_known(known)
         self._status = CALLS[name].result(data)
         return self._status
 
