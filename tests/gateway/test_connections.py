@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,9 +16,16 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.routing import Route
 
-from sollol_nb.gateway import connections
+from sollol_nb.gateway import answers, connections
+from sollol_nb.gateway.app import application
 from sollol_nb.gateway.connections import HEADER_LIMIT_BYTES, H11Connection, HttpServer, HttpToolsConnection
-from tests.support.engines import HANG_GUARD_S
+from sollol_nb.gateway.gateway import FinishedRequest, Gateway
+from sollol_nb.hybrid_router import HybridRouter
+from sollol_nb.ollama.pool import OllamaPool
+from sollol_nb.runtime.io_loop import run_blocking
+from tests.support.engines import HANG_GUARD_S, eventually_async
+from tests.support.fake_node import HEAD as HEAD_OF_NODE
+from tests.support.fake_node import MODEL, fake_node
 
 HEAD = b"POST /echo HTTP/1.1\r\nHost: localhost\r\n"
 PIECE = b"x" * 65536
@@ -184,6 +193,46 @@ def test_a_client_that_stops_reading_loses_its_connection_and_its_answer(run: Ru
         assert not (await connection.rest()).endswith(b"\r\n0\r\n\r\n")
 
     run(test, "reading")
+
+
+def test_a_client_that_stops_reading_holds_no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "CHECK_EVERY_S", SHORT_S / 4)
+    monkeypatch.setattr(
+        connections, "LIMITS_S", dict.fromkeys(connections.LIMITS_S, LONG_S) | {"reading": SHORT_S}
+    )
+    monkeypatch.setattr(answers, "STALLED_S", SHORT_S)
+    node_ended = threading.Event()
+
+    def endless() -> Iterator[bytes]:
+        try:
+            yield HEAD_OF_NODE
+            while True:
+                yield json.dumps({"message": {"role": "assistant", "content": "x" * 65536}}).encode() + b"\n"
+        finally:
+            node_ended.set()
+
+    async def test(url: str) -> None:
+        pool = OllamaPool(url)
+        finished: list[FinishedRequest] = []
+        async with HybridRouter(pool, enable_distributed=False) as router:
+            gateway = Gateway(router, pool)
+            gateway.on_finished.append(finished.append)
+            listening = socket.create_server(("127.0.0.1", 0))
+            server = HttpServer(application(gateway), listening)
+            await server.start()
+            body = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}).encode()
+            head = f"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+            client = socket.create_connection(listening.getsockname())
+            client.sendall(head.encode() + body)
+            await eventually_async(node_ended.is_set, "the node generates no longer")
+            await eventually_async(lambda: finished, "the connection has ended")
+            assert gateway.limits.running == 0
+            assert finished[0].error_kind == "cancelled"
+            client.close()
+            await server.close()
+
+    with fake_node({"/api/chat": endless}) as (url, _):
+        run_blocking(test(url))
 
 
 def test_a_connection_is_kept_for_the_next_request_and_left_when_none_comes(run: Run) -> None:
