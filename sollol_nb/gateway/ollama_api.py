@@ -33,6 +33,9 @@ from sollol_nb.runtime.amounts import shown
 from sollol_nb.settings.kinds import keep_alive_seconds
 
 MARKS_HEADER = "X-Sollol-Routing"
+_PIECE = {"model", "created_at", "message", "done"}
+_TEXT = {"role", "content"}
+"""What a chunk and its message have where they bring a piece of text and nothing else, as most do."""
 _DONE_REASONS = {"tool_calls": "stop"}
 """llama.cpp's reasons by Ollama's names."""
 
@@ -46,13 +49,20 @@ class _ChatWriter(AnswerWriter):
     """
 
     media_type = "application/x-ndjson"
+    _before_text = b',"message":{"role":"assistant","content":'
+    _after_text = b'},"done":false}\n'
 
     def __init__(self, model: str, *, shows_marks: bool = False) -> None:
         self._model = model
         self._shows_marks = shows_marks
+        # Only what is between these changes from one piece of text to the next.
+        self._head = json_bytes({"model": model})[:-1] + b',"created_at":'
 
     def chunk(self, chunk: Chunk) -> bytes:
         message: Mapping[str, Any] = chunk.get("message") or {}
+        if chunk.keys() == _PIECE and message.keys() == _TEXT and not chunk["done"]:
+            text = self._before_text + json_bytes(message["content"]) + self._after_text
+            return self._head + json_bytes(chunk["created_at"]) + text
         if not (chunk.get("done") and message.get("tool_calls")):
             return self._line(chunk)
         # Ollama's last line has no more of the answer.
@@ -102,6 +112,9 @@ class _ChatWriter(AnswerWriter):
 
 class _GenerateWriter(_ChatWriter):
     """Lines of `/api/generate`, or its whole answer."""
+
+    _before_text = b',"response":'
+    _after_text = b',"done":false}\n'
 
     def _message(self, message: Mapping[str, Any]) -> dict[str, Any]:
         thinking = message.get("thinking")

@@ -183,7 +183,7 @@ def _shown(route: ModelRoute) -> dict[str, Any]:
         "system": system,
         "details": _details(facts),
         "messages": [dict(message) for message in route.modelfile.messages],
-        "model_info": _model_info(facts),
+        "model_info": _model_info(route.name, facts),
         "capabilities": [name for name, is_so in has.items() if is_so],
         "modified_at": _time(route.model_path.stat().st_mtime),
     }
@@ -191,8 +191,9 @@ def _shown(route: ModelRoute) -> dict[str, Any]:
     return {name: value for name, value in shown.items() if value or name not in optional}
 
 
-def _model_info(facts: ModelFacts) -> dict[str, Any]:
-    keys = {**model_keys(facts.path), "general.parameter_count": facts.parameter_count}
+def _model_info(name: str, facts: ModelFacts) -> dict[str, Any]:
+    # Editors show the base name as the model's name; not every file has one.
+    keys = {"general.basename": name, **model_keys(facts.path), "general.parameter_count": facts.parameter_count}
     return {name: _plain(value) for name, value in sorted(keys.items()) if name not in _HIDDEN_KEYS}
 
 

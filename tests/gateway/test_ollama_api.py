@@ -177,6 +177,19 @@ def test_headers_say_where_an_answer_comes_from_and_one_asks_for_the_routing(gat
 
 
 @pytest.mark.engine
+def test_turns_that_do_not_fit_are_dropped_only_if_the_request_says_so(gateway: GatewayProcess) -> None:
+    turns = [{"role": role, "content": "a b c d " * 60} for role in ("user", "assistant") * 6]
+    body = {"model": "demo", "messages": [*turns, *MESSAGES], "stream": False, "options": {"num_predict": 3}}
+    with gateway.client(headers={"X-Sollol-Routing": "1"}) as http:
+        kept = http.post("/api/chat", json=body)
+        dropped = http.post("/api/chat", json={**body, "truncate": True})
+    assert kept.status_code == 400
+    assert "context of 2,048" in kept.json()["error"]
+    assert "oldest" in dropped.json()["_dropped"]
+    assert dropped.json()["message"]["content"]
+
+
+@pytest.mark.engine
 def test_who_leaves_frees_the_slot(gateway: GatewayProcess, endless: str) -> None:
     body = {"model": endless, "prompt": "Begin.", "options": {"num_predict": -1}}
     with gateway.client() as http:
@@ -220,6 +233,7 @@ def test_a_model_is_shown_by_the_header_of_its_file(
     details = (demo.details.family, demo.details.parameter_size, demo.details.quantization_level)
     assert details == ("llama", "2.74M", "F16")
     assert demo.modelinfo["llama.context_length"] == 2048
+    assert demo.modelinfo["general.basename"] == "demo"  # editors show it as the name
     assert demo.capabilities == ["completion"]
     assert "<|im_start|>" in (demo.template or "")
     assert client.show(caller).capabilities == ["completion", "tools"]
