@@ -8,12 +8,13 @@ from typing import Any
 import anthropic
 import pytest
 from anthropic import Anthropic, AsyncAnthropic
+from openai import OpenAI
 from pydantic import BaseModel
 
 from sollol_nb.gateway import access_log
 from sollol_nb.settings import config
 from tests.support.engines import eventually
-from tests.support.gateway import GatewayProcess
+from tests.support.gateway import GatewayProcess, running_gateway
 
 pytestmark = pytest.mark.engine
 
@@ -195,3 +196,22 @@ def test_errors_raise_the_classes_of_the_client(client: Anthropic) -> None:
     assert refused.value.type == "invalid_request_error"
     with pytest.raises(anthropic.NotFoundError, match="/v1/messages/batches"):
         client.messages.batches.list()
+
+
+def test_streams_that_a_stopped_gateway_ends_have_an_error(engine: object, endless: str) -> None:
+    with running_gateway("--drain", "0") as gateway:
+        client = Anthropic(base_url=gateway.url, api_key="none", max_retries=0)
+        message = client.messages.create(model=endless, max_tokens=30_000, messages=QUESTION, stream=True)
+        responses = OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0).responses
+        response = responses.create(model=endless, max_output_tokens=30_000, input=QUESTION, stream=True)
+        for _ in range(5):
+            next(message)
+            next(response)
+        gateway.process.terminate()
+        with pytest.raises(anthropic.APIStatusError) as ended:
+            list(message)
+        *_, last = response
+    assert ended.value.type == "overloaded_error"
+    assert last.type == "response.failed"
+    assert last.response.error is not None
+    assert last.response.error.code == "server_error"

@@ -1,11 +1,13 @@
-"""OpenAI's official client on a gateway with an Ollama node: embeddings, names of models, chats."""
+"""Official clients on a gateway with an Ollama node: embeddings, names of models, chats."""
 
 from __future__ import annotations
 
 import asyncio
 import math
 from collections.abc import Iterator
+from typing import Any
 
+import anthropic
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
@@ -92,3 +94,17 @@ def test_a_chat_with_a_model_in_ollama_has_the_same_form(client: OpenAI, ollama:
     assert answer.usage.completion_tokens == 5
     texts = client.completions.create(model="llama3.2", prompt="A worker", max_tokens=5, stream=True)
     assert "".join(chunk.choices[0].text for chunk in texts)
+
+
+def test_the_other_apis_answer_with_a_model_in_ollama_too(client: OpenAI, with_node: GatewayProcess) -> None:
+    question = "What is a worker?"
+    *_, last = client.responses.create(model="llama3.2", input=question, max_output_tokens=5, stream=True)
+    assert last.type == "response.incomplete"
+    assert last.response.usage is not None
+    assert last.response.usage.output_tokens == 5
+
+    messages = anthropic.Anthropic(base_url=with_node.url, api_key="none", max_retries=0).messages
+    asked: dict[str, Any] = {"model": "llama3.2", "messages": [{"role": "user", "content": question}]}
+    answer = messages.create(**asked, max_tokens=5)
+    assert (answer.stop_reason, answer.usage.output_tokens) == ("max_tokens", 5)
+    assert messages.count_tokens(**asked).input_tokens == answer.usage.input_tokens
