@@ -44,6 +44,9 @@ STATUS_PAGE = "/"
 """Browsers ask for a key there."""
 UNCOUNTED = ("/api/show", "/sollol/call/")
 """Paths of POST requests that are not counted, since no engine works for them; GET requests never are."""
+ASSETS = "/assets/"
+"""Files of the status page, which hold nothing of the cluster. Browsers name an origin when they load them as
+modules, and behind a proxy that is the proxy's."""
 DRAIN_RETRY_S = 10
 PREFLIGHT_S = 600
 _ASK_IN_BROWSER = 'Basic realm="the password is the key"'
@@ -147,7 +150,7 @@ class Access:
         """The response to a request that does not reach the routes, else None. The key is noted in the scope."""
         path: str = scope["path"]
         try:
-            self._check_origin(headers)
+            self._check_origin(headers, path)
             if scope["method"] == "OPTIONS" and headers.is_preflight:
                 return _preflight(headers)
             if path != OPEN_PATH:
@@ -159,7 +162,7 @@ class Access:
             return self._refused(scope, error)
         return None
 
-    def _check_origin(self, headers: _Headers) -> None:
+    def _check_origin(self, headers: _Headers, path: str) -> None:
         if headers.hosts > 1:
             raise ApiError(400, "invalid", "the request has more than one Host header")
         if headers.host is not None and not self._rules.knows_host(headers.host):
@@ -171,6 +174,8 @@ class Access:
                 "the gateway with --allow-host and this name",
             )
         if headers.origin is None or headers.is_same_origin or self._rules.allows_origin(headers.origin):
+            return
+        if path.startswith(ASSETS):
             return
         raise ApiError(
             403,

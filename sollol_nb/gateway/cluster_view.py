@@ -6,8 +6,11 @@ As JSON it is the state after a check of all workers and nodes. As `text/event-s
 - `patch`: a change, as a JSON merge patch (RFC 7396).
 - `alive`: nothing has changed for `ALIVE_EVERY_S`; so a viewer sees that the gateway still answers.
 
-Each has an id, counted from 0. The stream ends when the gateway does. Cluster and engines are watched only while
-there are viewers.
+- `end`: the stream ends now, after `STREAM_S`; connect again. Some proxies (jupyter-server-proxy is one) keep a
+  stream open whose viewer is gone.
+
+Each has an id, counted from 0. Without `end`, the stream ends when the gateway does. Cluster and engines are watched
+only while there are viewers.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ MAX_VIEWERS = 64
 MAX_PENDING = 100
 """Changes kept for a viewer that does not read; after more of them it gets the whole state."""
 ALIVE_EVERY_S = 5.0
+STREAM_S = 120.0
 CHECK_TIMEOUT_S = 20.0
 
 
@@ -72,7 +76,7 @@ class ClusterView:
         try:
             await self._gateway.router.state.watch(viewer.add)
             tasks = [
-                asyncio.create_task(_send_all(viewer, send)),
+                asyncio.create_task(send_events(viewer, send)),
                 asyncio.create_task(_disconnect(receive)),
                 asyncio.create_task(self._gateway.draining.wait()),
             ]
@@ -119,20 +123,22 @@ class Viewer:
                 async with asyncio.timeout(ALIVE_EVERY_S):
                     await self._changed.wait()
             except TimeoutError:
-                return self._event("alive", {})
+                return self.event("alive", {})
         changes, self._pending = self._pending, []
         if self._needs_state:
             self._needs_state = False
-            return self._event("state", self._state.data)
-        return b"".join(self._event("patch", patch) for patch in changes)
+            return self.event("state", self._state.data)
+        return b"".join(self.event("patch", patch) for patch in changes)
 
-    def _event(self, name: str, data: Mapping[str, Any]) -> bytes:
+    def event(self, name: str, data: Mapping[str, Any]) -> bytes:
+        """An event with the next id."""
         content = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
         return f"id: {next(self._numbers)}\nevent: {name}\ndata: {content}\n\n".encode("utf-8", "replace")
 
 
-async def _send_all(viewer: Viewer, send: Send) -> None:
-    """Send what a viewer gets, until nothing will change any more."""
+async def send_events(viewer: Viewer, send: Send) -> None:
+    """Send what a viewer gets, for `STREAM_S` or until nothing changes any more."""
+    ends_at = asyncio.get_running_loop().time() + STREAM_S
     headers = [
         (b"content-type", b"text/event-stream; charset=utf-8"),
         (b"cache-control", b"no-store"),
@@ -140,7 +146,11 @@ async def _send_all(viewer: Viewer, send: Send) -> None:
     ]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     while content := await viewer.next():
-        await send({"type": "http.response.body", "body": content, "more_body": True})
+        is_last = asyncio.get_running_loop().time() >= ends_at
+        body = content + viewer.event("end", {}) if is_last else content
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+        if is_last:
+            return
 
 
 async def _disconnect(receive: Receive) -> None:

@@ -1,7 +1,7 @@
 """`/metrics`, for Prometheus: what was answered, and how the cluster is used now.
 
 Answers are measured under the names of OpenTelemetry's conventions for generative AI, with its buckets, in seconds
-and tokens (https://github.com/open-telemetry/semantic-conventions-genai, `docs/gen-ai/gen-ai-metrics.md`). Labels:
+and tokens (https://github.com/open-telemetry/semantic-conventions-genai). Labels:
 
 - `gen_ai_provider_name`: the backend that answered, as in `_routing`; "" where the request reached none.
 - `gen_ai_request_model`: the model's name. "" where the request reached no backend, so that clients cannot make up

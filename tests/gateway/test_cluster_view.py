@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
+from sollol_nb.gateway import cluster_view
 from sollol_nb.gateway.cluster_view import MAX_PENDING, MAX_VIEWERS, Viewer
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.processes import registry
@@ -216,6 +218,16 @@ def test_viewers_are_limited_and_each_that_leaves_makes_room(client: httpx.Clien
     eventually(is_let_in, "there is room again")
 
 
+@pytest.mark.engine
+def test_the_events_end_with_the_gateway(machines: Cluster) -> None:
+    with gateway_over(machines) as gateway, gateway.client() as client, events(client) as received:
+        assert next(received)[0] == "state"
+        threading.Timer(0.1, gateway.process.terminate).start()
+        for name, _ in received:  # to a clean end
+            assert name in ("patch", "alive")
+        assert gateway.wait() == 0
+
+
 def test_a_viewer_that_reads_too_little_gets_the_whole_state() -> None:
     cluster = SimulatedCluster(3)
 
@@ -236,3 +248,22 @@ def test_a_viewer_that_reads_too_little_gets_the_whole_state() -> None:
         assert await viewer.next() == b""
 
     run(watch())
+
+
+def test_a_stream_ends_after_a_while_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster_view, "STREAM_S", 0)
+    cluster = SimulatedCluster(3)
+    sent: list[bytes] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message.get("body", b""))
+
+    async def watch() -> None:
+        viewer = Viewer(cluster.state)
+        await cluster.state.watch(viewer.add)
+        await cluster_view.send_events(viewer, send)
+        await cluster.state.unwatch(viewer.add)
+
+    run(watch())
+    assert sent[1].startswith(b"id: 0\nevent: state\n")
+    assert sent[-1].endswith(b"id: 1\nevent: end\ndata: {}\n\n")

@@ -54,7 +54,7 @@ class HeadlessLab:
     def __init__(self, server: LabServer, browser: BrowserContext, pictures: Path) -> None:
         self._server = server
         self._browser = browser
-        self._pictures = pictures
+        self.pictures = pictures
         self._opened = 0
 
     def open(
@@ -83,9 +83,15 @@ class HeadlessLab:
         page = self._browser.new_page()
         page.set_viewport_size({"width": width, "height": height})
         page.emulate_media(color_scheme=theme)
-        opened = LabPage(page, self._server, path, self._pictures)
+        opened = LabPage(page, self._server, path, self.pictures)
         opened.load()
         return opened
+
+    def open_launcher(self) -> Page:
+        """JupyterLab's launcher in a page of its own."""
+        page = self.new_page()
+        page.goto(f"{self._server.url}lab?token={self._server.token}&reset")
+        return page
 
     def new_page(self) -> Page:
         """An empty page of the browser, for what needs no notebook."""

@@ -72,7 +72,9 @@ class LabServer:
         Raises:
             RuntimeError: it ended or did not answer in time; with the end of its log.
         """
-        options = ["--no-browser", "--ip=127.0.0.1", "--port=0", "--allow-root"]
+        # Without configuration files, extensions of the server are off.
+        extensions = "--ServerApp.jpserver_extensions=jupyter_server_proxy=True"
+        options = ["--no-browser", "--ip=127.0.0.1", "--port=0", "--allow-root", extensions]
         with self.log_path.open("wb") as log:
             self._process = psutil.Popen(
                 [sys.executable, "-m", "jupyterlab", *options],

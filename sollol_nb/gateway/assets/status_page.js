@@ -80,6 +80,7 @@ function connect() {
   silent = setTimeout(lost, SILENT_MS);
   source.onerror = lost;
   source.addEventListener("alive", heard);
+  source.addEventListener("end", connect);
   source.addEventListener("state", (event) => {
     model.set("state", JSON.parse(event.data));
     heard();
