@@ -5,12 +5,11 @@ As JSON it is the state after a check of all workers and nodes. As `text/event-s
 - `state`: the whole state. It comes first, and again where a viewer has read too little to get every change.
 - `patch`: a change, as a JSON merge patch (RFC 7396).
 - `alive`: nothing has changed for `ALIVE_EVERY_S`; so a viewer sees that the gateway still answers.
-
 - `end`: the stream ends now, after `STREAM_S`; connect again. Some proxies (jupyter-server-proxy is one) keep a
   stream open whose viewer is gone.
 
-Each has an id, counted from 0. Without `end`, the stream ends when the gateway does. Cluster and engines are watched
-only while there are viewers.
+Each has an id, counted from 0. Without `end`, the stream ends when the gateway does. Cluster and engines are
+watched only while there are viewers.
 """
 
 from __future__ import annotations
