@@ -8,6 +8,7 @@ unless the request has `"truncate": true`; fields that cannot be followed are re
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from starlette.types import ASGIApp
 
 from sollol_nb.chat.chunk import ROUTING, Chunk
 from sollol_nb.chat.completion import Completion
+from sollol_nb.chat.request import checked_timeout_s
 from sollol_nb.gateway import ollama_models
 from sollol_nb.gateway.answers import AnswerWriter, json_bytes
 from sollol_nb.gateway.bodies import read_json
@@ -31,6 +33,7 @@ from sollol_nb.gateway.openai_parts import checked_base64
 from sollol_nb.hybrid_router import HybridRouter
 from sollol_nb.runtime.amounts import shown
 from sollol_nb.settings.kinds import keep_alive_seconds
+from sollol_nb.text.short_names import short_name
 
 MARKS_HEADER = "X-Sollol-Routing"
 _PIECE = {"model", "created_at", "message", "done"}
@@ -156,11 +159,19 @@ class _LoadCall(ChatCall):
         return "load_model"
 
     async def chunks(self, router: HybridRouter) -> AsyncGenerator[Chunk, None]:
-        if self.unloads:
-            await router.unload(self.model)
-        else:
-            route = await router.route(self.model, backend=self.backend)
-            await router.preload(route, keep_alive=self.keep_alive)
+        limit_s = None if self.timeout_s is None else checked_timeout_s(self.timeout_s)
+        try:
+            async with asyncio.timeout(limit_s) as limit:
+                if self.unloads:
+                    await router.unload(self.model)
+                else:
+                    route = await router.route(self.model, backend=self.backend)
+                    await router.preload(route, keep_alive=self.keep_alive)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            message = f"{short_name(self.model)} was not loaded within {limit_s:g} s; it may be soon, so ask again"
+            raise ApiError(504, "timeout", message) from None
         yield {"done": True, "done_reason": "unload" if self.unloads else "load"}
 
 

@@ -13,7 +13,8 @@ import hashlib
 import math
 import re
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -39,6 +40,7 @@ from sollol_nb.gguf.facts import ModelFacts, model_keys, read_facts
 from sollol_nb.hybrid_router import HybridRouter
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.models.files import find_model_file
+from sollol_nb.models.names import key_of as key_of_name
 from sollol_nb.models.routing import Route as ModelRoute
 from sollol_nb.ollama.pool import OllamaPool
 from sollol_nb.settings import config
@@ -57,19 +59,23 @@ _NUMBER = re.compile(r"\d+")
 
 async def _tags(request: Request) -> Response:
     gateway = gateway_of(request)
-    try:
-        in_ollama = (await gateway.ollama.list())["models"]
-    except OllamaUnavailableError:
-        in_ollama = []
-    entries = {entry["name"]: _without(entry, "nodes") for entry in reversed(in_ollama)}
-    names = [
-        model.model
-        for model in await gateway.router.listed_models()
-        if model.where and _full(model.model) not in entries and model.model not in entries
-    ]
+    in_ollama, available = await asyncio.gather(
+        _of_nodes(gateway.ollama.list(), "nodes"), gateway.router.listed_models()
+    )
+    entries = {entry["name"]: entry for entry in reversed(in_ollama)}  # of several nodes, the first
+    known = set(map(key_of_name, entries))
+    names = [model.model for model in available if model.where and key_of_name(model.model) not in known]
     ours = await asyncio.to_thread(lambda: [entry for name in names if (entry := _listed(name))])
     models = [*reversed(entries.values()), *ours]
     return _json({"models": [{"model": entry["name"], **entry} for entry in models]})
+
+
+async def _of_nodes(asking: Awaitable[Mapping[str, Any]], where: str) -> list[dict[str, Any]]:
+    """The entries of the Ollama nodes, without the field that says of which node; none if no node runs."""
+    try:
+        return [_without(entry, where) for entry in (await asking)["models"]]
+    except OllamaUnavailableError:
+        return []
 
 
 def _listed(name: str) -> dict[str, Any] | None:
@@ -83,11 +89,7 @@ def _listed(name: str) -> dict[str, Any] | None:
 
 async def _ps(request: Request) -> Response:
     gateway = gateway_of(request)
-    try:
-        in_ollama = (await gateway.ollama.ps())["models"]
-    except OllamaUnavailableError:
-        in_ollama = []
-    entries = [_without(entry, "node") for entry in in_ollama]
+    entries = await _of_nodes(gateway.ollama.ps(), "node")
     ours = await asyncio.to_thread(lambda: [_loaded(each) for each in gateway.router.own_coordinators])
     models = [*entries, *(entry for entry in ours if entry)]
     return _json({"models": [{"model": entry["name"], **entry} for entry in models]})
@@ -220,8 +222,9 @@ class _PullCall(ChatCall):
         return "pull_model"
 
     async def chunks(self, router: HybridRouter) -> AsyncGenerator[Chunk, None]:
-        async for step in self.pool.pull(self.model, insecure=self.insecure):
-            yield cast(Chunk, step)
+        async with aclosing(self.pool.pull(self.model, insecure=self.insecure)) as steps:
+            async for step in steps:
+                yield cast(Chunk, step)
 
 
 class _PullWriter(AnswerWriter):
@@ -290,11 +293,6 @@ def _json(data: Any) -> Response:
 
 def _without(entry: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return {name: value for name, value in entry.items() if name not in names}
-
-
-def _full(name: str) -> str:
-    """A name with its tag, as Ollama shows it."""
-    return name if ":" in name.rpartition("/")[2] else f"{name}:latest"
 
 
 def _time(seconds: float) -> str:
