@@ -16,8 +16,8 @@ import ssl
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent import futures
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as NotYet
 from dataclasses import dataclass
 from types import FrameType
 
@@ -107,9 +107,9 @@ def serve(options: ServeOptions) -> None:
         service = _Service(options, listening, tls, keys, rules, log)
         with _ending_at_signals(service):
             running: Future[None] = submit(service.run())
-            while True:
-                with contextlib.suppress(NotYet):  # a wait without a limit blocks signals on Windows
-                    return running.result(_WAIT_S)
+            while not running.done():  # a wait without a limit blocks signals on Windows
+                futures.wait([running], timeout=_WAIT_S)
+            running.result()
 
 
 class _Service:
@@ -149,7 +149,7 @@ class _Service:
         logging_task = asyncio.create_task(self._log.write_always())
         try:
             await server.start()
-            print("\n".join(self._introduction()), flush=True)
+            _say("\n".join(self._introduction()))
             await self._ends.wait()
             await self._drain(gateway, server)
         finally:
@@ -166,7 +166,7 @@ class _Service:
         server.stop_listening()
         if gateway.limits.running:
             waits = f"waits up to {self._options.drain_s:g} s for {gateway.limits.running} requests"
-            print(f"the gateway {waits}, then ends; again to end it at once", flush=True)
+            _say(f"the gateway {waits}, then ends; a second signal ends it at once")
         await self._wait_for_requests(gateway, self._options.drain_s)
         gateway.stopped.set_result(ApiError(503, "unavailable", "the gateway was stopped; ask again later"))
         self._ends_at_once.clear()
@@ -196,6 +196,11 @@ class _Service:
             yield f"  log of requests: {self._log.path}"
         if self._tls is None and not address.is_loopback:
             yield "  keys and prompts are sent unencrypted; --tls-cert and --tls-key encrypt them"
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # nobody reads any more, as after `| head`
+        print(text, flush=True)
 
 
 # --- what the process needs -------------------------------------------------------------------
