@@ -28,7 +28,7 @@ from sollol_nb.runtime.amounts import is_whole_number, shown
 _EFFORTS = {"low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high"}
 _EFFORT = Values(f"one of {', '.join(_EFFORTS)}", lambda value: isinstance(value, str) and value in _EFFORTS)
 
-_FIELDS = Fields(
+FIELDS = Fields(
     known={
         "model": TEXT,
         "messages": A_LIST,
@@ -79,7 +79,7 @@ def checked_fields(body: Mapping[str, Any], *, needs_max_tokens: bool = True) ->
     Raises:
         ApiError: a field is missing, not known, or has a value that it does not take; it is named.
     """
-    fields = _FIELDS.checked(body)
+    fields = FIELDS.checked(body)
     if needs_max_tokens and "max_tokens" not in fields:
         raise invalid('give "max_tokens", the most tokens of the answer', "max_tokens")
     if not fields.get("messages"):

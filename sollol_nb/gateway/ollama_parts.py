@@ -54,7 +54,7 @@ def _fields(known: Mapping[str, Values], *ignored: str) -> Fields:
     return Fields(known, _REFUSED, METADATA | set(ignored))
 
 
-_FIELDS: Mapping[str, Fields] = {
+FIELDS: Mapping[str, Fields] = {
     "chat": _fields({**_ANSWER_FIELDS, "messages": A_LIST, "tools": A_LIST}),
     "generate": _fields(
         {
@@ -111,7 +111,7 @@ def checked_fields(path: str, body: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ApiError: a field is not known, or refused, or has a value that it does not take; it is named.
     """
-    fields = _FIELDS[path]
+    fields = FIELDS[path]
     return fields.checked({name: value for name, value in body.items() if value or name not in fields.refused})
 
 

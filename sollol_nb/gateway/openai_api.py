@@ -70,7 +70,7 @@ ANSWER_FIELDS: Mapping[str, Values] = {
     "priority": PRIORITY,
     **PASSED_FIELDS,
 }
-_FIELDS = Fields(
+FIELDS = Fields(
     known={
         **ANSWER_FIELDS,
         "messages": Values("a list of messages, not empty", lambda value: isinstance(value, list) and bool(value)),
@@ -211,7 +211,7 @@ def _logprobs(tokens: Any) -> Any:
 
 async def _chat(request: Request) -> ASGIApp:
     body = await read_json(request)
-    fields = _FIELDS.checked(body)
+    fields = FIELDS.checked(body)
     has_usage = includes_usage(fields)
     call = ChatCall(
         model=model_of(request, body),

@@ -23,7 +23,7 @@ from sollol_nb.gateway.openai_api import ANSWER_FIELDS, PASSED_FIELDS, Completio
 from sollol_nb.gateway.openai_parts import TEXT, TEXT_OR_LIST, Fields, only, without_empty
 from sollol_nb.runtime.amounts import is_whole_number, shown
 
-_FIELDS = Fields(
+FIELDS = Fields(
     known={
         **ANSWER_FIELDS,
         "prompt": TEXT_OR_LIST,
@@ -81,7 +81,7 @@ def _logprobs(tokens: Sequence[Mapping[str, Any]], offset: int) -> Any:
 
 async def _complete(request: Request) -> ASGIApp:
     body = await read_json(request)
-    fields = _FIELDS.checked(body)
+    fields = FIELDS.checked(body)
     options = {name: fields[name] for name in (*PASSED_FIELDS, "max_tokens") if name in fields}
     if "logprobs" in fields:
         options |= {"logprobs": True, "top_logprobs": fields["logprobs"]}

@@ -21,7 +21,7 @@ from sollol_nb.gateway.gateway import answer
 from sollol_nb.gateway.openai_parts import PRIORITY, TEXT, TEXT_OR_LIST, YES_OR_NO, Fields, error_shape, usage_of
 from sollol_nb.runtime.amounts import is_whole_number, shown
 
-_FIELDS = Fields(
+FIELDS = Fields(
     known={
         "model": TEXT,
         "input": TEXT_OR_LIST,
@@ -70,7 +70,7 @@ class EmbeddingWriter(AnswerWriter):
 
 async def _embed(request: Request) -> ASGIApp:
     body = await read_json(request)
-    fields = _FIELDS.checked(body)
+    fields = FIELDS.checked(body)
     options: dict[str, Any] = {"truncate": fields.get("truncate", False)}  # Ollama would cut without a word
     options |= {name: fields[name] for name in ("dimensions", "keep_alive") if name in fields}
     call = EmbedCall(

@@ -59,7 +59,7 @@ _REFUSED = {
     "prompt": "this gateway keeps no prompts; send instructions and input",
     "top_logprobs": "ask /v1/chat/completions for logprobs",
 }
-_FIELDS = Fields(
+FIELDS = Fields(
     known={
         **_SHAPING,
         "background": only(False, "answers are not generated in the background"),
@@ -78,7 +78,7 @@ _FIELDS = Fields(
     ignored=METADATA | {"access_programs", "image", "max_tool_calls", "prompt_cache_options"},
     required=("model", "input"),
 )
-_COUNTED_FIELDS = Fields(known=_SHAPING, refused=_REFUSED, ignored=("personality",), required=("model", "input"))
+COUNTED_FIELDS = Fields(known=_SHAPING, refused=_REFUSED, ignored=("personality",), required=("model", "input"))
 _INCLUDED = frozenset(
     {
         "code_interpreter_call.outputs",
@@ -103,7 +103,7 @@ def checked_fields(body: Mapping[str, Any], *, only_counts: bool = False) -> dic
     Raises:
         ApiError: a field is missing, not known, or has a value that it does not take; it is named.
     """
-    fields = (_COUNTED_FIELDS if only_counts else _FIELDS).checked(body)
+    fields = (COUNTED_FIELDS if only_counts else FIELDS).checked(body)
     for position, name in enumerate(fields.get("include", ())):
         if not isinstance(name, str) or name not in _INCLUDED:
             raise invalid(
