@@ -120,6 +120,7 @@ class Access:
         status, began, request_id = 0, time.perf_counter(), f"req_{secrets.token_hex(12)}"
         scope["sollol.key"] = WITHOUT_KEY
         scope["sollol.stopped"] = self._gateway.stopped
+        scope["sollol.limits"] = self._gateway.limits
         headers = _Headers(scope)
         added = self._cross_origin_headers(headers)
         added += ((name, request_id.encode()) for name in _REQUEST_ID_HEADERS)
@@ -144,6 +145,7 @@ class Access:
                 except ApiError as error:  # of the limits: the routes answer theirs
                     await self._refused(scope, error)(scope, receive, send_noted)
         finally:
+            self._gateway.limits.forget_body(scope)
             self._finish(scope, request_id, status, time.perf_counter() - began)
 
     def _refusal(self, scope: Scope, headers: _Headers) -> ASGIApp | None:

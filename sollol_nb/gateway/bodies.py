@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from starlette.requests import ClientDisconnect, Request
 
 from sollol_nb.gateway.failures import ApiError, invalid
+from sollol_nb.gateway.limits import Limits
 
 BODY_LIMIT_BYTES = 32 * 1024 * 1024
 """Several pictures, or a million tokens of text."""
@@ -40,9 +41,11 @@ async def _read(request: Request) -> bytes:
     if announced.isascii() and announced.isdigit() and int(announced[:20]) > BODY_LIMIT_BYTES:
         raise _too_large()
     content = bytearray()
+    limits: Limits = request.scope["sollol.limits"]
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
             async for piece in request.stream():
+                limits.add_to_body(request.scope, len(piece))
                 content += piece
                 if len(content) > BODY_LIMIT_BYTES:
                     raise _too_large()

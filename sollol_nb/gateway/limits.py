@@ -1,13 +1,15 @@
-"""How many requests may run: at the same time in the gateway and with each key, and in a minute with each key."""
+"""How many requests may run: at the same time in the gateway and with each key, and in a minute with each key; and
+how much memory their bodies may take together."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from math import ceil
+from typing import Any
 
 from sollol_nb.gateway.failures import ApiError
 from sollol_nb.gateway.keys import Key
@@ -15,10 +17,14 @@ from sollol_nb.gateway.keys import Key
 DEFAULT_MAX_REQUESTS = 1024
 WINDOW_S = 60.0
 RETRY_WHEN_FULL_S = 1
+BODIES_LIMIT_BYTES = 512 * 1024 * 1024
+"""Of the bodies of all requests that run."""
 ALLOWED_FAILURES = 10
 """Wrong keys of one address in `WINDOW_S`."""
 KNOWN_ADDRESSES = 1024
 """How many addresses of wrong keys are remembered; the oldest are forgotten."""
+
+_BODY = "sollol.body_bytes"
 
 
 class Limits:
@@ -41,6 +47,7 @@ class Limits:
         self.running = 0
         self.none_runs = asyncio.Event()
         self.none_runs.set()
+        self._bodies_bytes = 0
         self._clock = clock
         self._running_by_key: Counter[str] = Counter()
         self._starts: dict[str, deque[float]] = {}
@@ -65,6 +72,26 @@ class Limits:
                 del self._running_by_key[key.name]
             if not self.running:
                 self.none_runs.set()
+
+    def add_to_body(self, scope: MutableMapping[str, Any], size_bytes: int) -> None:
+        """Count a piece of a request's body, until `forget_body`.
+
+        Raises:
+            ApiError: the bodies of the requests that run are too long together.
+        """
+        if self._bodies_bytes + size_bytes > BODIES_LIMIT_BYTES:
+            raise ApiError(
+                503,
+                "busy",
+                "the gateway has too many long requests to keep this one, too; try again later",
+                retry_after_s=RETRY_WHEN_FULL_S,
+            )
+        self._bodies_bytes += size_bytes
+        scope[_BODY] = scope.get(_BODY, 0) + size_bytes
+
+    def forget_body(self, scope: MutableMapping[str, Any]) -> None:
+        """Count the body of a request no more, which has ended."""
+        self._bodies_bytes -= scope.pop(_BODY, 0)
 
     def _check(self, key: Key) -> None:
         if self.running >= self.max_requests:

@@ -10,11 +10,17 @@ from typing import Any, cast
 
 import httpx
 import pytest
-from starlette.responses import PlainTextResponse
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
 
 from sollol_nb.errors import ConfigError
+from sollol_nb.gateway import limits as limits_module
 from sollol_nb.gateway.access import Access, AccessRules
 from sollol_nb.gateway.app import error_response
+from sollol_nb.gateway.bodies import read_json
+from sollol_nb.gateway.failures import ApiError
 from sollol_nb.gateway.gateway import FinishedRequest, Gateway
 from sollol_nb.gateway.keys import ANYBODY, WITHOUT_KEY, Key, add_key, remove_key
 from sollol_nb.gateway.keys import Keys as KeysOfFile
@@ -222,6 +228,39 @@ def test_limits_are_said_with_the_time_to_wait(file: Path) -> None:
         assert limits.running == 0
 
     on_site(test, KeysOfFile(file), None, limits)
+
+
+def test_bodies_that_are_too_long_together_are_refused_until_one_of_them_is_answered(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits_module, "BODIES_LIMIT_BYTES", 100)
+    is_read, may_end = asyncio.Event(), asyncio.Event()
+    short, long = b"{}", b"{" + b" " * 60 + b"}"
+
+    async def read(request: Request) -> Response:
+        if await read_json(request) == {} and int(request.headers["content-length"]) == len(long):
+            is_read.set()
+            await may_end.wait()
+        return PlainTextResponse("read")
+
+    async def test(site: Site) -> None:
+        app = Starlette(routes=[Route("/", read, methods=["POST"])], exception_handlers={ApiError: refused})
+        transport = httpx.ASGITransport(Access(app, site.gateway, AccessRules(), error_response))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            waiting = asyncio.create_task(client.post("/", content=long))
+            await is_read.wait()
+            full = await client.post("/", content=long)
+            assert (full.status_code, full.headers["retry-after"]) == (503, "1")
+            assert (await client.post("/", content=short)).status_code == 200
+            may_end.set()
+            assert (await waiting).status_code == 200
+            assert (await client.post("/", content=long)).status_code == 200
+
+    async def refused(request: Request, error: Exception) -> Response:
+        assert isinstance(error, ApiError)
+        return error_response(request.url.path, error)
+
+    on_site(test, KeysOfFile(file))
 
 
 def test_an_address_with_many_wrong_keys_waits_but_a_right_key_is_never_refused(file: Path) -> None:
