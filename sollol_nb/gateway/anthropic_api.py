@@ -18,7 +18,7 @@ from starlette.types import ASGIApp
 
 from sollol_nb.chat.chunk import CONTEXT_FULL, STOPPED_BY, Chunk
 from sollol_nb.chat.completion import Completion
-from sollol_nb.gateway.answers import AnswerWriter, event
+from sollol_nb.gateway.answers import AnswerWriter, event, json_bytes
 from sollol_nb.gateway.anthropic_messages import Conversation
 from sollol_nb.gateway.anthropic_parts import checked_fields, options_of
 from sollol_nb.gateway.bodies import read_json
@@ -37,6 +37,8 @@ _ERROR_TYPES: Mapping[Kind, str] = {
     "timeout": "timeout_error",
     "internal": "api_error",
 }
+_TEXT_END = b"}}\n\n"
+_EMPTY_TEXT = b'""' + _TEXT_END
 _STOP_REASONS = {"length": "max_tokens", "tool_calls": "tool_use"}
 
 
@@ -68,6 +70,7 @@ class MessageWriter(AnswerWriter):
         self._has_begun = False
         self._blocks = 0
         self._open = ""
+        self._head = b""
         self._has_called = False
 
     def chunk(self, chunk: Chunk) -> bytes:
@@ -76,9 +79,9 @@ class MessageWriter(AnswerWriter):
         if thinking := message.get("thinking"):
             events.append(self._opened("thinking"))
             if self._shows_thinking:
-                events.append(self._delta({"type": "thinking_delta", "thinking": thinking}))
+                events.append(self._piece(thinking))
         if text := message.get("content"):
-            events += self._opened("text"), self._delta({"type": "text_delta", "text": text})
+            events += self._opened("text"), self._piece(text)
         for call in message.get("tool_calls") or ():
             events.append(self._tool_use(_tool_use(call)))
         if chunk.get("done"):
@@ -121,7 +124,12 @@ class MessageWriter(AnswerWriter):
             return b""
         closed = self._closed()
         self._open = kind
+        # Only the text changes from one event to the next.
+        self._head = self._delta({"type": f"{kind}_delta", kind: ""}).removesuffix(_EMPTY_TEXT)
         return closed + self._start(_empty_block(kind))
+
+    def _piece(self, text: str) -> bytes:
+        return self._head + json_bytes(text) + _TEXT_END
 
     def _closed(self) -> bytes:
         if not self._open:

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp
 
 from sollol_nb.chat.chunk import Chunk
 from sollol_nb.chat.completion import Completion
-from sollol_nb.gateway.answers import AnswerWriter, event
+from sollol_nb.gateway.answers import AnswerWriter, event, json_bytes
 from sollol_nb.gateway.bodies import read_json
 from sollol_nb.gateway.calls import ChatCall, apply_headers, model_of
 from sollol_nb.gateway.failures import ApiError, Kind
@@ -38,6 +38,7 @@ _DEFAULTS: Mapping[str, Any] = {
     "tools": [],
     "truncation": "disabled",
 }
+_EMPTY_TEXT = b'""}\n\n'
 _CODES: Mapping[Kind, str] = {
     "busy": "rate_limit_exceeded",
     "context_length": "context_length_exceeded",
@@ -75,6 +76,7 @@ class ResponseWriter(AnswerWriter):
         self._has_summary = wants_summary(body)
         self._events = 0
         self._open: _TextItem | None = None
+        self._head = b""
 
     def chunk(self, chunk: Chunk) -> bytes:
         events = [self._begin()]
@@ -121,10 +123,12 @@ class ResponseWriter(AnswerWriter):
             item = self._open = _TextItem(kind, as_summary=self._has_summary)
             opened += self._item_event("added", item.shape("in_progress"))
             opened += self._event(f"response.{item.part_event}.added", **self._place(item), part=item.part())
-        item.text += text
-        return opened + self._event(
-            f"response.{item.text_event}.delta", **self._place(item), delta=text, **item.more
-        )
+            kind = f"response.{item.text_event}.delta"
+            delta = event({"type": kind, **self._place(item), **item.more, "delta": ""}, kind)
+            self._head = delta.removesuffix(_EMPTY_TEXT)  # only the text and the number change from now on
+        item.pieces.append(text)
+        self._events += 1
+        return opened + self._head + json_bytes(text) + b',"sequence_number":%d}\n\n' % (self._events - 1)
 
     def _close(self, status: str = "completed") -> bytes:
         item, self._open = self._open, None
@@ -195,13 +199,13 @@ class _TextItem:
         part_event, text_event: what the names of its events have.
         index_name: of its only part.
         more: what else its events of text have.
-        text: all of it so far.
+        pieces: of its text, so far.
     """
 
     def __init__(self, kind: str, *, as_summary: bool) -> None:
         self.kind = kind
         self.id = f"{'msg' if kind == 'message' else 'rs'}_{uuid.uuid4().hex}"
-        self.text = ""
+        self.pieces: list[str] = []
         self._is_summary = kind == "reasoning" and as_summary
         self.part_event = "reasoning_summary_part" if self._is_summary else "content_part"
         self.index_name = "summary_index" if self._is_summary else "content_index"
@@ -210,6 +214,11 @@ class _TextItem:
             self.text_event = "output_text"
         else:
             self.text_event = "reasoning_summary_text" if self._is_summary else "reasoning_text"
+
+    @property
+    def text(self) -> str:
+        """All of its text so far."""
+        return "".join(self.pieces)
 
     def part(self) -> dict[str, Any]:
         """The part that has the text."""
