@@ -188,8 +188,13 @@ def test_a_patch_is_drawn_in_all_views_and_touches_only_what_it_changes(page: Pa
     assert order == [endpoint(number) for number in range(4)]
 
 
-def test_the_end_of_the_router_is_shown(page: Page) -> None:
+def test_a_lost_gateway_and_the_end_of_the_router_are_shown(page: Page) -> None:
     page.evaluate("state => window.show(state)", state_of(three_workers()))
+    reason = "no gateway answers at http://head:11440; trying again"
+    page.evaluate("patch => window.change(patch)", {"unreachable": reason})
+    assert f"· {reason}" in page.locator("#first .sollol-bad").first.inner_text()
+    page.evaluate("patch => window.change(patch)", {"unreachable": None})
+    assert reason not in page.locator("#first").inner_text()
     page.evaluate("patch => window.change(patch)", {"closed": True})
     assert "the router was closed; this is its last state" in page.locator("#first").inner_text()
 
