@@ -538,6 +538,24 @@ def test_what_ollama_refuses_keeps_its_status(with_node: GatewayProcess) -> None
 
 @pytest.mark.ollama
 @pytest.mark.engine
+def test_a_pulled_model_can_be_used(scratch_ollama: OllamaServer, registry: str, tmp_path: Path) -> None:
+    scratch_ollama.create("llama3.2")  # its files need not be downloaded
+    variables = {"OLLAMA_HOST": scratch_ollama.base_url, "SOLLOL_STATE_DIR": str(tmp_path)}
+    with running_gateway(variables=variables) as gateway:
+        client = ollama_client.Client(gateway.url)
+        steps = [*client.pull(f"{registry}:latest", insecure=True, stream=True)]
+        assert any(step.total == step.completed and (step.total or 0) > 1_000_000 for step in steps)
+        assert steps[-1].status == "success"
+        assert client.pull(f"{registry}:latest", insecure=True).status == "success"
+        name = registry.removeprefix("http://")
+        assert f"{name}:latest" in [model.model for model in client.list().models]
+        assert client.generate(name, QUESTION, options={"num_predict": 3}).response
+        with pytest.raises(ollama_client.ResponseError, match="pull"):
+            list(client.pull(f"{registry}:no-such-tag", insecure=True, stream=True))
+
+
+@pytest.mark.ollama
+@pytest.mark.engine
 def test_a_pull_that_fails_says_so_within_its_progress(with_node: GatewayProcess) -> None:
     body = {"model": "http://127.0.0.1:9/someone/tiny:latest", "insecure": True}
     status, media_type, lines = asked(with_node.url, "POST", "/api/pull", body)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import http.server
 import json
-import re
-import threading
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -398,49 +395,6 @@ def test_a_model_created_meanwhile_is_found(ollama: OllamaServer, monkeypatch: p
         assert (await pool.chat("created-meanwhile", MESSAGES, max_tokens=1))["done"]
 
     with_pool(ollama)(ask)
-
-
-class Registry(http.server.BaseHTTPRequestHandler):
-    """The two requests of Ollama's registry protocol, answered from another Ollama's storage."""
-
-    storage: Path
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        match = re.fullmatch(r"/v2/someone/tiny/(manifests|blobs)/(.+)", self.path)
-        file = None
-        if match and match[1] == "manifests":
-            file = self.storage / "manifests/registry.ollama.ai/library/llama3.2" / match[2]
-        elif match:
-            file = self.storage / "blobs" / match[2].replace(":", "-")
-        if file is None or not file.exists():
-            self.send_error(404)
-            return
-        content = file.read_bytes()
-        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        if asked:
-            content = content[int(asked[1]) : int(asked[2]) + 1]
-        self.send_response(206 if asked else 200)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@pytest.fixture
-def registry(ollama: OllamaServer) -> Iterator[str]:
-    handler = type("Handler", (Registry,), {"storage": ollama.models_folder})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}/someone/tiny"
-        server.shutdown()
-        thread.join()
 
 
 def test_a_pull_shows_progress_and_the_model_can_be_used(

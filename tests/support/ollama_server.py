@@ -8,14 +8,17 @@ skipped, and the end of the run says how many; if `CI` is set, that is a failure
 
 from __future__ import annotations
 
+import http.server
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -252,6 +255,50 @@ def ollama_pair(ollama_program: Path, tmp_path: Path) -> Iterator[tuple[OllamaSe
     finally:
         for server in pair:
             server.kill()
+
+
+class Registry(http.server.BaseHTTPRequestHandler):
+    """The two requests of Ollama's registry protocol, answered from another Ollama's storage."""
+
+    storage: Path
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        match = re.fullmatch(r"/v2/someone/tiny/(manifests|blobs)/(.+)", self.path)
+        file = None
+        if match and match[1] == "manifests":
+            file = self.storage / "manifests/registry.ollama.ai/library/llama3.2" / match[2]
+        elif match:
+            file = self.storage / "blobs" / match[2].replace(":", "-")
+        if file is None or not file.exists():
+            self.send_error(404)
+            return
+        content = file.read_bytes()
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if asked:
+            content = content[int(asked[1]) : int(asked[2]) + 1]
+        self.send_response(206 if asked else 200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def registry(ollama: OllamaServer) -> Iterator[str]:
+    """A registry with one model, from which Ollama can pull; its address with the model's name."""
+    handler = type("Handler", (Registry,), {"storage": ollama.models_folder})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/someone/tiny"
+        server.shutdown()
+        thread.join()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
