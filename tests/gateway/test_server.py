@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import socket
 import ssl
@@ -19,7 +20,8 @@ import pytest
 
 from sollol_nb.cli.main import main as sollol_nb
 from sollol_nb.gateway.command import main
-from tests.support.engines import HANG_GUARD_S, eventually, posix_only
+from sollol_nb.llama_cpp.engine.check import Engine
+from tests.support.engines import HANG_GUARD_S, REPOSITORY, eventually, posix_only
 from tests.support.fake_node import HEAD, MODEL, fake_node
 from tests.support.gateway import GatewayProcess, running_gateway
 
@@ -158,6 +160,32 @@ def test_keys_tls_and_the_log_of_a_running_gateway(
     assert (answer["prompt_tokens"], answer["completion_tokens"]) == (5, 2)
     assert answer["route"].startswith("http://127.0.0.1:")
     assert {entry.get("error", "") for entry in entries} == {"", "unauthorized", "busy"}
+
+
+@posix_only
+@pytest.mark.engine
+def test_the_next_gateway_uses_what_the_last_one_has_loaded(engine: Engine, tmp_path: Path) -> None:
+    variables = {"SOLLOL_STATE_DIR": str(tmp_path), "SOLLOL_AUTO_SETUP": "1"}
+    routes = []
+    try:
+        for _ in range(2):
+            with running_gateway(variables=variables) as gateway, gateway.client() as client:
+                response = client.post("/api/chat", json={**CHAT, "model": "demo", "stream": False})
+                assert response.status_code == 200, response.text
+                routes.append(response.headers["x-sollol-route"])
+                gateway.process.send_signal(signal.SIGTERM)
+                assert gateway.wait() == 0
+            left = sollol_nb_command("ps", **variables)
+            assert "coordinator" in left
+        assert routes[0] == routes[1]
+    finally:
+        sollol_nb_command("stop", "--all", **variables)
+
+
+def sollol_nb_command(*arguments: str, **variables: str) -> str:
+    command = [sys.executable, "-m", "sollol_nb", *arguments]
+    environment = {**os.environ, **variables, "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
