@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sollol_nb.errors import ContextOverflowError, RequestRejectedError
+from sollol_nb.errors import ConfigError, ContextOverflowError
 from sollol_nb.models.files import DEMO_MODEL_PATH
 from sollol_nb.ollama.pool import OllamaPool
 from sollol_nb.sync_wrapper import HybridRouter
@@ -167,7 +167,7 @@ def test_a_template_without_a_place_for_tools_refuses_them_as_ollama_does(
     scratch_ollama.create("toolless:70b", DEMO_MODEL_PATH, CHATML)
     tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
 
-    with pytest.raises(RequestRejectedError, match="does not support tools"):
+    with pytest.raises(ConfigError, match="does not support tools"):
         mine.route_request("toolless:70b", QUESTION, backend="sharded", tools=tools)
 
 
