@@ -70,6 +70,7 @@ FIELDS = Fields(
             "workspace_id",
         }
     ),
+    required=("model",),
 )
 
 

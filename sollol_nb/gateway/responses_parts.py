@@ -136,7 +136,7 @@ def options_of(fields: Mapping[str, Any]) -> dict[str, Any]:
 def wants_summary(fields: Mapping[str, Any]) -> bool:
     """Whether the client shows thoughts only where they come as a summary. Nothing is summarized here, so the
     thoughts themselves are sent as one."""
-    reasoning = fields.get("reasoning", {})
+    reasoning = fields.get("reasoning") or {}
     return bool(reasoning.get("summary") or reasoning.get("generate_summary"))
 
 

@@ -181,6 +181,7 @@ def one_block(**block: Any) -> list[Any]:
 @pytest.mark.parametrize(
     ("fields", "parameter"),
     [
+        ({"model": None}, "model"),
         ({"max_tokens": None}, "max_tokens"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": True}, "max_tokens"),

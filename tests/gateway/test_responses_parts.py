@@ -283,3 +283,4 @@ def test_response_repeats_what_was_requested() -> None:
     )
     assert (whole["tools"], whole["temperature"], whole["tool_choice"]) == ([TOOL], 0.5, "auto")
     assert whole["store"] is False
+    assert ResponseWriter({**BODY, "reasoning": None, "tools": None}).whole(Completion())["tools"] == []
