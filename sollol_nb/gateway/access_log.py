@@ -33,7 +33,7 @@ class AccessLog:
     """Lines are collected, and written once a second in another thread, so that no request waits for the disk.
 
     Args:
-        path: of the file, or `STDERR`; the default is a file in the folder of logs.
+        path: of the file, or `STDERR`; the default is a file in the folder of logs. `/dev/null` is none.
 
     Raises:
         ConfigError: the folder or the file cannot be trusted.
@@ -44,11 +44,14 @@ class AccessLog:
         self.path = None if path == STDERR else Path(path) if path is not None else config.log_dir() / FILE_NAME
         self._pending: list[str] = []
         self._lost = 0
-        if self.path is not None:
+        self._is_off = path == os.devnull
+        if self.path is not None and not self._is_off:
             os.close(open_private(self.path, _APPEND))
 
     def note(self, request: FinishedRequest) -> None:
         """Add a request that has ended."""
+        if self._is_off:
+            return
         if len(self._pending) >= MAX_PENDING:
             self._lost += 1
         else:
@@ -59,19 +62,25 @@ class AccessLog:
         try:
             while True:
                 await asyncio.sleep(WRITE_EVERY_S)
-                await asyncio.to_thread(self.write)
+                if text := self._take():  # here, where lines are added
+                    await asyncio.to_thread(self._write, text)
         finally:
             self.write()
 
     def write(self) -> None:
         """Write what has been noted."""
+        self._write(self._take())
+
+    def _take(self) -> str:
         lines, self._pending = self._pending, []
-        lost, self._lost = self._lost, 0
-        if lost:
-            lines.append(json.dumps({"lost_lines": lost}))
-        if not lines:
+        if self._lost:
+            lines.append(json.dumps({"lost_lines": self._lost}))
+            self._lost = 0
+        return "".join(f"{line}\n" for line in lines)
+
+    def _write(self, text: str) -> None:
+        if not text:
             return
-        text = "".join(f"{line}\n" for line in lines)
         try:
             if self.path is None:
                 sys.stderr.write(text)
