@@ -16,6 +16,7 @@ In reading order:
   common; `responses_parts.py`, `anthropic_parts.py`, `anthropic_messages.py`: what their bodies say.
 * `notebook_api.py`: what kernels that use this gateway call.
 * `health.py`, `metrics.py`, `cluster_view.py`, `status_page.py`: what shows the gateway's state.
+* `openapi.py`: all routes as an OpenAPI document.
 * `server_proxy.py`: the tile in JupyterLab's launcher.
 
 Starlette and uvicorn are used because they add little between a request and the router (no validation layer, no

@@ -27,6 +27,7 @@ from sollol_nb.gateway import (
     openai_embeddings,
     openai_models,
     openai_parts,
+    openapi,
     responses_api,
     status_page,
 )
@@ -75,6 +76,7 @@ def application(gateway: Gateway, rules: AccessRules | None = None) -> ASGIApp:
             *health.routes(gateway),
             *metrics.routes(gateway),
             *cluster_view.routes(gateway),
+            *openapi.ROUTES,
             *status_page.ROUTES,
         ],
         exception_handlers={ApiError: _answer_error, HTTPException: _answer_http_error, Exception: _answer_error},
