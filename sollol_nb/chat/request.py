@@ -10,7 +10,7 @@ from sollol_nb.chat.messages import check_messages
 from sollol_nb.chat.option_checks import answer_schema, check_options
 from sollol_nb.chat.raw_prompt import RawPrompt
 from sollol_nb.chat.tool_choice import apply_tool_choice
-from sollol_nb.errors import ConfigError, RequestRejectedError
+from sollol_nb.errors import ConfigError
 from sollol_nb.models.modelfile import Modelfile
 from sollol_nb.models.routing import checked_backend
 from sollol_nb.runtime.amounts import is_positive, shown
@@ -117,16 +117,7 @@ class ChatRequest:
         )
 
     def with_modelfile(self, modelfile: Modelfile) -> ChatRequest:
-        """The request as Ollama completes it from the model's Modelfile. What the caller gives wins.
-
-        Raises:
-            RequestRejectedError: it has tools, which the model's template does not read.
-        """
-        if modelfile.refuses_tools and self.options.get("tools"):
-            raise RequestRejectedError(
-                "the model does not support tools: the TEMPLATE of its Modelfile does not use them; "
-                "ask without tools, or ask another model"
-            )
+        """The request as Ollama completes it from the model's Modelfile. What the caller gives wins."""
         messages = self.messages if self.prompt is not None else [*map(dict, modelfile.messages), *self.messages]
         if messages and modelfile.system and self.messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": modelfile.system})

@@ -249,7 +249,7 @@ async def check_route_options(request: ChatRequest, route: Route) -> None:
         return
     template = route.modelfile.chat_template
     template = template or (await asyncio.to_thread(read_facts, route.model_path)).chat_template
-    if tools and not takes_tools(template):
+    if tools and (route.modelfile.refuses_tools or not takes_tools(template)):
         raise ConfigError(
             f"{route.name} does not support tools: its chat template does not use them; ask without tools, or ask "
             "another model"

@@ -167,7 +167,7 @@ def test_a_template_without_a_place_for_tools_refuses_them_as_ollama_does(
     scratch_ollama.create("toolless:70b", DEMO_MODEL_PATH, CHATML)
     tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
 
-    with pytest.raises(ConfigError, match="does not support tools"):
+    with pytest.raises(ConfigError, match="toolless:70b does not support tools: its chat template does"):
         mine.route_request("toolless:70b", QUESTION, backend="sharded", tools=tools)
 
 
