@@ -41,11 +41,13 @@ class AccessLog:
     """
 
     def __init__(self, path: str | None = None) -> None:
-        self.path = None if path == STDERR else Path(path) if path is not None else config.log_dir() / FILE_NAME
+        self._is_off = path == os.devnull
+        self.path = None
+        if path != STDERR and not self._is_off:
+            self.path = Path(path) if path is not None else config.log_dir() / FILE_NAME
         self._pending: list[str] = []
         self._lost = 0
-        self._is_off = path == os.devnull
-        if self.path is not None and not self._is_off:
+        if self.path is not None:
             os.close(open_private(self.path, _APPEND))
 
     def note(self, request: FinishedRequest) -> None:
