@@ -24,7 +24,7 @@ from sollol_nb.settings.endpoints import DEFAULT_OLLAMA_PORT, LOOPBACK, format_e
 
 QUERY_TIMEOUT_S = 3.0  # of short requests, such as for the list of models
 INVENTORY_FRESH_S = 10.0  # an older inventory is refreshed during the next request
-INVENTORY_RECENT_S = 1.0  # a younger inventory is trusted when it lacks a model
+INVENTORY_RECENT_S = 1.0  # a node that was asked within it is not asked again where none has the model
 FIRST_RETRY_S = 1.0
 LONGEST_RETRY_S = 60.0
 LONGEST_VERSION = 40  # characters; a name such as 0.17.4-rc1
@@ -175,7 +175,7 @@ class OllamaNode:
         self._round_trip_ms: float | None = None
         self._loaded_bytes: int | None = None
         self._failures = 0
-        self._refreshed_at_s = float("-inf")
+        self._refreshed_at_s = self._asked_at_s = float("-inf")
         self._retry_at_s = 0.0
         self._refreshing: asyncio.Task[None] | None = None
         self._recovering: asyncio.Task[None] | None = None
@@ -191,6 +191,11 @@ class OllamaNode:
     def inventory_age_s(self) -> float:
         """Seconds since it last reported its models; infinite if it never did."""
         return time.monotonic() - self._refreshed_at_s
+
+    @property
+    def asked_age_s(self) -> float:
+        """Seconds since it was last asked for its models, whether it answered or not; infinite if it never was."""
+        return time.monotonic() - self._asked_at_s
 
     def residency(self, key: str) -> Residency:
         """Where it has a model (by `ModelName.key`)."""
@@ -284,9 +289,10 @@ class OllamaNode:
             running = await self.entries("/api/ps")
             self._round_trip_ms = (time.monotonic() - asked_at_s) * 1e3
         except TransportError as error:
+            self._asked_at_s = time.monotonic()
             self.record_failure(error)
             return
-        self._refreshed_at_s = time.monotonic()
+        self._refreshed_at_s = self._asked_at_s = time.monotonic()
         on_disk = {_keys(entry)[0]: entry["name"] for entry in stored}
         loaded = {_keys(entry)[0]: entry["name"] for entry in running}
         has_new_state = self.state is not NodeState.READY

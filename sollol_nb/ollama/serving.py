@@ -275,7 +275,7 @@ class Serving:
 
     async def offers(self, key: str, skip: Container[str] = ()) -> Sequence[NodeOffer]:
         """The offers of all usable nodes. Nodes that were never asked are asked now; so are all the others if none
-        is usable, or none has the model."""
+        is usable, or none has the model, except those that were asked within the last second."""
         nodes = [node for node in self.nodes.values() if node.url not in skip]
         await _refresh(node for node in nodes if node.state is NodeState.UNKNOWN)
         for node in nodes:
@@ -284,7 +284,7 @@ class Serving:
         if not any(
             node.state is NodeState.READY and node.residency(key) is not Residency.MISSING for node in nodes
         ):
-            await _refresh(node for node in nodes if node.inventory_age_s > INVENTORY_RECENT_S)
+            await _refresh(node for node in nodes if node.asked_age_s > INVENTORY_RECENT_S)
         return [node.offer(key, self.answer_tokens) for node in nodes if node.state is NodeState.READY]
 
     def _record_answer(

@@ -307,3 +307,11 @@ def test_the_status_of_a_pull_cannot_control_the_terminal(capsys: pytest.Capture
     shown = capsys.readouterr().err
     assert "pulling" in shown
     assert "\x1b[2J" not in shown
+
+
+def test_a_node_that_failed_just_now_is_not_asked_again_by_each_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sollol_nb.ollama.serving.INVENTORY_RECENT_S", 600.0)  # however slow the machine is
+    monkeypatch.setattr("sollol_nb.ollama.nodes.FIRST_RETRY_S", 600.0)
+    with fake_node({"/api/tags": reply(b"", "500 Oops")}) as (url, received), OllamaPool([url]) as pool:
+        assert [pool.has_model(MODEL) for _ in range(5)] == [False] * 5
+    assert [path for path, _ in received] == ["/api/tags"]
