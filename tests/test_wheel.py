@@ -42,7 +42,19 @@ def test_the_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert packed == package_files()
-    assert {Path(name).suffix for name in packed} >= {".py", ".gguf", ".j2", ".js", ".typed"}
+    assert {Path(name).suffix for name in packed} >= {
+        ".py",
+        ".gguf",
+        ".j2",
+        ".js",
+        ".css",
+        ".html",
+        ".svg",
+        ".typed",
+    }
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
+        assert "[jupyter_serverproxy_servers]" in archive.read(name).decode()
 
 
 def test_the_source_archive_holds_the_package_and_the_texts_about_it(archives: Path) -> None:

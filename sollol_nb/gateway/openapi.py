@@ -1,4 +1,4 @@
-"""`/openapi.json`: an OpenAPI 3.1 document of all routes.
+"""The path /openapi.json: an OpenAPI 3.1 document of all routes.
 
 What bodies may have is derived from the tables that check them (`Fields`), so that the document and the gateway
 cannot differ. What a table says in words only stays a description.
@@ -89,8 +89,19 @@ def body_schema(fields: Fields, *required: str) -> Schema:
     """The schema of a body that a table of fields checks; None (null) counts as "not given" everywhere."""
     needed = sorted({*required, *fields.required})
     properties = {name: _field_schema(values, name in needed) for name, values in fields.known.items()}
+    if "messages" in properties:
+        properties["messages"]["items"] = _MESSAGE
+    if "model" in properties:
+        properties["model"]["examples"] = ["demo"]
     properties |= {name: {"description": "changes no answer"} for name in sorted(fields.ignored)}
     return {**_object(needed, **properties), "additionalProperties": False}
+
+
+_MESSAGE = _object(
+    ["role"],
+    role={**_TEXT, "examples": ["user", "assistant", "system", "tool"]},
+    content={"type": ["string", "array", "null"], "examples": ["What is a worker?"]},
+)
 
 
 def _field_schema(values: Values, is_required: bool) -> Schema:
@@ -100,6 +111,8 @@ def _field_schema(values: Values, is_required: bool) -> Schema:
     schema: Schema = {"description": values.description}
     if "string" in types and not values.is_valid(""):
         schema["minLength"] = 1
+    if types == ["array"] and not values.is_valid([]):
+        schema["minItems"] = 1
     if {"number", "integer"} & set(types):
         schema |= _limits(values)
     if values.description.startswith("one of "):
@@ -313,6 +326,8 @@ def _described(path: str, operation: Operation, body: Schema | None) -> Schema:
     if operation.asks:
         answer["headers"] = dict(_ANSWER_HEADERS)
     responses = {} if operation.always_refused else {"200": answer}
+    if operation.always_refused and path.startswith("/api/"):
+        responses["501"] = refusal
     if path == "/ready":
         responses["503"] = {"description": "it cannot answer now", "content": content}
     described: Schema = {"summary": operation.summary, "responses": {**responses, "default": refusal}}

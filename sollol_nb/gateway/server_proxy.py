@@ -26,7 +26,7 @@ LOOK_EVERY_S = 1.0
 def gateway_process() -> dict[str, Any]:
     """How jupyter-server-proxy starts and shows the gateway (its documentation calls this a server process)."""
     return {
-        "command": [sys.executable, "-m", __spec__.name, "--port", "{port}"],
+        "command": [sys.executable, "-m", __spec__.name, "--host", "127.0.0.1", "--port", "{port}"],
         "timeout": START_TIMEOUT_S,
         # The gateway answers only under a name of its own machine, not under the hub's.
         "request_headers_override": {"Host": "127.0.0.1:{port}"},
