@@ -14,6 +14,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp
 
+from sollol_nb.errors import SollolError
 from sollol_nb.gateway import (
     anthropic_api,
     cluster_view,
@@ -79,7 +80,12 @@ def application(gateway: Gateway, rules: AccessRules | None = None) -> ASGIApp:
             *openapi.ROUTES,
             *status_page.ROUTES,
         ],
-        exception_handlers={ApiError: _answer_error, HTTPException: _answer_http_error, Exception: _answer_error},
+        exception_handlers={
+            ApiError: _answer_error,
+            SollolError: _answer_error,
+            HTTPException: _answer_http_error,
+            Exception: _answer_error,  # the server logs these
+        },
     )
     app.state.gateway = gateway
     return Access(app, gateway, rules or AccessRules(), error_response)
@@ -87,7 +93,7 @@ def application(gateway: Gateway, rules: AccessRules | None = None) -> ASGIApp:
 
 def error_response(path: str, error: ApiError) -> Response:
     """An error as the response of the API that owns the path."""
-    api = next(api for api in APIS if path.startswith(api.prefixes))
+    api = next((api for api in APIS if path.startswith(api.prefixes)), APIS[-1])  # OPTIONS may have the path *
     content = json.dumps(api.error_shape(error))  # in ASCII, since a path or message may have what UTF-8 has not
     return Response(content, error.status, error.headers, "application/json")
 

@@ -11,7 +11,7 @@ import asyncio
 import socket
 import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from email.utils import formatdate
 from http import HTTPStatus
 from typing import Any, Literal
@@ -145,10 +145,19 @@ else:
         _has_advanced = False
         _unused_bytes = 0
         _are_headers_too_long = False
+        _unanswered: Sequence[Any] = ()
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             self._refuse_one_too_many()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            for (
+                cycle
+            ) in self._unanswered:  # uvicorn informs only the last one, which may wait behind a running one
+                cycle.disconnected = True
+                cycle.message_event.set()
 
         def data_received(self, data: bytes) -> None:
             self._has_advanced = False
@@ -169,6 +178,7 @@ else:
                 self._are_headers_too_long = True
                 raise ValueError("the headers are too long")  # the parser makes it its own error
             super().on_headers_complete()
+            self._unanswered = [cycle for cycle in (*self._unanswered, self.cycle) if not cycle.response_complete]
             self.headers = []  # what follows the body must not change what was checked
             self._missing, self._has_advanced = "body", True
 

@@ -195,6 +195,18 @@ def test_a_client_that_stops_reading_loses_its_connection_and_its_answer(run: Ru
     run(test, "reading")
 
 
+def test_a_client_that_leaves_after_its_next_request_ends_the_running_answer(run: Run) -> None:
+    async def test(site: Site) -> None:
+        connection = await site.connect()
+        flood = b"GET /flood HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        connection.writer.write(flood + HEAD + b"Content-Length: 0\r\n\r\n")
+        await connection.reader.readexactly(len(PIECE))
+        connection.writer.transport.abort()
+        await site.flood_ended.wait()
+
+    run(test)
+
+
 def test_a_client_that_stops_reading_holds_no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "CHECK_EVERY_S", SHORT_S / 4)
     monkeypatch.setattr(

@@ -159,6 +159,7 @@ RAW = {
     "a wrong chunk size": CHAT_HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n0\r\n\r\n",
     "a header of a megabyte": b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 1024 * 1024 + b"\r\n\r\n",
     "a hundred thousand headers": b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + b"X: y\r\n" * 100_000 + b"\r\n",
+    "options of the whole server": b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\n\r\n",
     "a path of a megabyte": b"GET /" + b"p" * 1024 * 1024 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
 }
 

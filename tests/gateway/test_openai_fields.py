@@ -245,6 +245,11 @@ def test_a_path_that_does_not_exist_is_not_taken_for_a_model() -> None:
     assert (status, error["code"]) == (404, None)
 
 
+def test_counting_with_a_model_that_does_not_exist_is_no_failure_of_the_gateway() -> None:
+    ((status, error),) = errors_of("/v1/responses/input_tokens", [{"model": "nowhere", "input": "Hello!"}])
+    assert (status, error["code"], error["param"]) == (404, "model_not_found", "model")
+
+
 def test_the_client_raises_its_own_errors_for_keys_and_limits(tmp_path: Path) -> None:
     file = tmp_path / "keys.json"
     key = add_key(Key(name="ada", requests_per_minute=1), file)
