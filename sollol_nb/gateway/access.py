@@ -43,7 +43,9 @@ WHILE_DRAINING = frozenset((OPEN_PATH, "/ready", "/metrics"))
 STATUS_PAGE = "/"
 """Browsers ask for a key there."""
 UNCOUNTED = ("/api/show", "/sollol/call/")
-"""Paths of POST requests that are not counted, since no engine works for them; GET requests never are."""
+COUNTED = ("/sollol/call/embed", "/sollol/call/count_tokens")
+"""Where the paths of POST requests begin that are not counted, since no engine works for them, but for those that
+are; GET requests never are counted."""
 ASSETS = "/assets/"
 """Files of the status page, which hold nothing of the cluster. Browsers name an origin when they load them as
 modules, and behind a proxy that is the proxy's."""
@@ -134,7 +136,8 @@ class Access:
 
         try:
             refusal = self._refusal(scope, headers)
-            counted = scope["method"] == "POST" and not scope["path"].startswith(UNCOUNTED)
+            path: str = scope["path"]
+            counted = scope["method"] == "POST" and (path in COUNTED or not path.startswith(UNCOUNTED))
             if refusal is not None:
                 await refusal(scope, receive, send_noted)
             else:

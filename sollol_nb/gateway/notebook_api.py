@@ -41,6 +41,7 @@ from sollol_nb.router.remote.calls import CALLS, MODEL_ARGUMENTS, PROTOCOL, Gate
 from sollol_nb.router.remote.live import NOT_KEPT, event_data
 from sollol_nb.router.remote.plain_data import error_data, to_plain
 from sollol_nb.runtime.events import Event, EventKind
+from sollol_nb.runtime.http_client import ERROR_LIMIT_BYTES
 from sollol_nb.text.short_names import is_file_name
 
 ALIVE_EVERY_S = 15.0
@@ -114,7 +115,10 @@ class _ChunkWriter(AnswerWriter):
         return _line(error_shape(error))
 
     def refusal(self, error: ApiError) -> Any:
-        return error_shape(error)
+        shape = error_shape(error)
+        if len(json.dumps(shape)) > ERROR_LIMIT_BYTES:  # the kernel reads no more of a refusal
+            shape["error"]["attributes"] = {}
+        return shape
 
 
 @dataclass(slots=True, kw_only=True)
@@ -173,6 +177,9 @@ async def _call(request: Request) -> Response:
             raise invalid(f"{name}: {argument} must be the name of a model", argument)
         if isinstance(named, str) and is_file_name(named) and not key.may_control:
             raise ApiError(403, "forbidden", "this key may not name model files; give the name of a model")
+    if call.asks:
+        given = arguments.get("priority", key.priority)
+        arguments["priority"] = min(given, key.priority) if key.limits_priority else given
     result: Any = getattr(router, name)
     try:
         result = await asyncio.to_thread(result, **arguments) if call.is_plain else await result(**arguments)

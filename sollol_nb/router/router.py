@@ -438,11 +438,12 @@ class Router:
     # --- deciding -------------------------------------------------------------------------------
 
     def should_use_distributed(self, model: str | Path) -> bool:
-        """Whether this router would shard the model, by its profile; contacts no node or worker."""
+        """Whether this router would shard the model, by its profile; contacts no node or worker (a gateway is
+        asked)."""
         return self._engines.should_use_distributed(model)
 
     def profile(self, model: str | Path) -> ModelProfile:
-        """What is known about a model, and from where; contacts no node or worker.
+        """What is known about a model, and from where; contacts no node or worker (a gateway is asked).
 
         Raises:
             ModelFileError, ConfigError: its file or its entry in `MODEL_PROFILES` cannot be used.

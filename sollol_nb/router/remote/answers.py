@@ -23,6 +23,7 @@ from sollol_nb.chat.request import ChatRequest
 from sollol_nb.errors import (
     AnswerInterruptedError,
     GatewayBusyError,
+    GatewayError,
     GatewayUnavailableError,
     RequestRejectedError,
     SollolError,
@@ -83,6 +84,7 @@ class GatewayRequest:
         self._interrupted = interrupted
         self._record = RequestRecord(model, text=text)
         self._losses: list[Failover] = []
+        self._is_known_there = False  # whether the gateway has a row of it
         self._text, self._thinking = "", ""  # received by this request
         self._texts = 0  # chunks with text: about as many as tokens
         self._has_tool_calls = False
@@ -92,6 +94,7 @@ class GatewayRequest:
         """Ollama-shaped chunks, as those of `ActiveRequest`; errors are those of `Router.route_request`."""
         record, status, error_text = self._record, "cancelled", ""
         record.start()
+        self._events.start()
         try:
             saved = await asyncio.to_thread(config.saved_model, str(record.model))
             request = self._check().with_defaults(saved.options, saved.system).with_defaults(self._options)
@@ -123,7 +126,7 @@ class GatewayRequest:
     def _write(self, status: str, error: str = "") -> None:
         """Write the latency row, unless the gateway writes its own into the same file."""
         info = self._connection.info
-        if info is None or not self._record.backend or info.latency_log != self._latency.identity:
+        if info is None or not self._is_known_there or info.latency_log != self._latency.identity:
             self._latency.record_later(self._record.row(status, error))
 
     async def _answer(self, request: ChatRequest) -> AsyncGenerator[Chunk, None]:
@@ -132,6 +135,7 @@ class GatewayRequest:
         while True:
             try:
                 async with self._connection.lines("/sollol/chat", body) as lines:
+                    self._is_known_there = True
                     self._record.set_sent()
                     async for data in lines:
                         chunk = form.apply(self._connection.chunk_of(data), self._record.name)
@@ -151,6 +155,9 @@ class GatewayRequest:
                     raise
                 await self._wait_for_gateway(error)
                 body, form = self._next(first)
+            except SollolError as error:
+                self._is_known_there |= not isinstance(error, GatewayError)
+                raise
 
     async def _wait_for_gateway(self, error: GatewayUnavailableError) -> None:
         """Wait until the lost gateway answers again, and note the failover.

@@ -39,6 +39,11 @@ class Call:
     limit_s: float = SHORT_S
 
     @property
+    def asks(self) -> bool:
+        """Whether it waits at a gate, with a priority."""
+        return "priority" in self._types
+
+    @property
     def is_plain(self) -> bool:
         """Whether the method is not async."""
         return not inspect.iscoroutinefunction(inspect.unwrap(self.method))

@@ -82,7 +82,6 @@ class GatewayEngines:
         self, model: str, check: Callable[[], ChatRequest], *, router: object, interrupted: Answer | None = None
     ) -> AsyncGenerator[Chunk, None]:
         """The answer to a request; arguments are those of `OwnEngines.chunks`."""
-        self._feed.start()
         return GatewayRequest(
             self._connection,
             self._feed,
