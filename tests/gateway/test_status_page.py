@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,7 +17,7 @@ from sollol_nb.llama_cpp.engine.check import Engine
 from tests.chaos.machines import Cluster
 from tests.lab.conftest import PICTURES
 from tests.lab.lab import NO_CHROMIUM, find_chromium
-from tests.support.engines import HANG_GUARD_S, eventually, unused_port, with_variable
+from tests.support.engines import HANG_GUARD_S, REPOSITORY, eventually, unused_port, with_variable
 from tests.support.gateway import GatewayProcess, running_gateway
 
 pytestmark = [pytest.mark.engine, pytest.mark.lab]
@@ -181,3 +183,20 @@ def test_it_can_be_read_in_a_narrow_window(visit: Visit, scheme: str) -> None:
     )
     assert wide == [], "only the table of the layers scrolls sideways"
     assert visit.complaints == []
+
+
+def test_a_browser_gives_the_key_once_as_the_password(browser: Browser, tmp_path: Path) -> None:
+    own = {"SOLLOL_STATE_DIR": str(tmp_path)}
+    add = [sys.executable, "-m", "sollol_nb", "key", "add", "reader"]
+    made = subprocess.run(add, env=os.environ | own, capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    (key,) = re.findall(r"\bsnb-\S+", made.stdout)
+    with running_gateway("--require-key", variables=own) as gateway:
+        with gateway.client() as stranger:
+            refused = stranger.get("/")
+        assert refused.status_code == 401
+        assert refused.headers["WWW-Authenticate"].startswith("Basic ")
+        with browser.new_context(http_credentials={"username": "anybody", "password": key}) as reader:
+            page = reader.new_page()
+            page.goto(gateway.url)
+            expect(page.locator("#connection")).to_have_text("live")
+            assert key not in page.content()
