@@ -185,7 +185,11 @@ class EngineProcess:
 
     async def hold(self) -> bool:
         """Take a lease, until `free`: the engine is not ended when idle. False if it has ended or is ending."""
-        return bool((await self._request("hold")).get("ok"))
+        try:
+            return bool((await self._request("hold")).get("ok"))
+        except asyncio.CancelledError:
+            self.free()  # it may have been granted by now
+            raise
 
     def free(self) -> None:
         """End a lease."""

@@ -206,6 +206,20 @@ def test_engine_whose_supervisor_cannot_be_reached_does_not_stay(
     run(check())
 
 
+def test_a_lease_whose_request_is_cancelled_meanwhile_is_not_kept() -> None:
+    async def check() -> None:
+        async with running(f"print('up', flush=True); {MINUTES}") as engine:
+            assert await engine.hold()
+            holding = asyncio.create_task(engine.hold())
+            await asyncio.sleep(0)  # it has sent its request
+            holding.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await holding
+            assert (await engine.status())["leases"] == 1
+
+    run(check())
+
+
 # --- adopting ---------------------------------------------------------------------------------
 
 
