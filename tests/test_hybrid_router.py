@@ -336,7 +336,7 @@ HELLO = [{"role": "user", "content": "Hello!"}]
             HELLO,
             {"max_tokens": "many"},
             ConfigError,
-            "option max_tokens='many' must be a whole number of 1 or more",
+            "option max_tokens='many' must be a whole number from 1 to 2147483647",
         ),
         (
             "demo",

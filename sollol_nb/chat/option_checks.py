@@ -55,7 +55,7 @@ def _of_type(description: str, *types: type) -> Values:
 
 
 _TOKENS = Values(
-    "a whole number of 1 or more (or -1: no limit)",
+    f"a whole number from 1 to {_MOST_WHOLE} (or -1: no limit)",
     lambda value: is_whole_number(value) and (1 <= value <= _MOST_WHOLE or value in (-1, -2)),
 )
 _SHARE = _number("a number from 0 to 1", 0, 1)

@@ -56,7 +56,7 @@ class ChatCall:
 
     @property
     def operation(self) -> str:
-        """What is asked for, as in OpenTelemetry's conventions."""
+        """The kind of request, as in OpenTelemetry's conventions."""
         return "text_completion" if self.is_generate else "chat"
 
     def chunks(self, router: HybridRouter) -> AsyncGenerator[Chunk, None]:
@@ -80,7 +80,7 @@ class EmbedCall(ChatCall):
 
     @property
     def operation(self) -> str:
-        """What is asked for, as in OpenTelemetry's conventions."""
+        """The kind of request, as in OpenTelemetry's conventions."""
         return "embeddings"
 
     async def chunks(self, router: HybridRouter) -> AsyncGenerator[Chunk, None]:

@@ -36,6 +36,7 @@ from sollol_nb.gateway.openai_parts import (
     YES_OR_NO,
     Fields,
     answer_format,
+    check_names,
     content_of,
     error_shape,
     function_tool,
@@ -224,8 +225,10 @@ async def _chat(request: Request) -> ASGIApp:
 
 
 def includes_usage(fields: Mapping[str, Any]) -> bool:
-    """Whether an event with the usage is asked for. Raises ApiError if that is not true or false."""
-    wanted = fields.get("stream_options", {}).get("include_usage")
+    """Whether the client wants an event with the usage. Raises ApiError if its `stream_options` are not known."""
+    options = fields.get("stream_options", {})
+    check_names(options, ("include_usage", "include_obfuscation"), "stream_options")
+    wanted = options.get("include_usage")
     if not isinstance(wanted, bool | None):
         raise invalid(f"stream_options.include_usage={shown(wanted)} must be true or false", "stream_options")
     return bool(wanted)
@@ -279,7 +282,10 @@ def _tool_choice(given: Any) -> Any:
 def _format(given: Any) -> str | dict[str, Any] | None:
     if given is None:
         return None
-    return answer_format(given.get("type"), given.get("json_schema"), "response_format")
+    kind, description = given.get("type"), given.get("json_schema")
+    if kind == "json_object" and given.get("schema") is not None:  # as llama-server takes it
+        kind, description = "json_schema", given
+    return answer_format(kind, description, "response_format")
 
 
 def _think(fields: Mapping[str, Any]) -> bool | str | None:

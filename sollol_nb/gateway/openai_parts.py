@@ -133,6 +133,17 @@ class Fields:
         return f"unknown field {shown(name)}" + (f"; did you mean {near}?" if near else "; leave it out")
 
 
+def check_names(given: Mapping[str, Any], known: Collection[str], where: str) -> None:
+    """Check that an object within a body has no other fields.
+
+    Raises:
+        ApiError: it has one with a value; it is named.
+    """
+    for name, value in given.items():
+        if name not in known and value is not None:
+            raise invalid(f"{where} has {shown(name)}, which is not supported; it takes {', '.join(known)}", where)
+
+
 def maximum_tokens(fields: Mapping[str, Any], *names: str) -> int | None:
     """The most tokens of an answer, by whichever of two names it is given.
 
@@ -245,7 +256,7 @@ def function_tool(given: Any, where: str) -> dict[str, Any]:
 
 
 def tool_choice(given: Any) -> str | dict[str, Any]:
-    """The option `tool_choice`, from one of OpenAI's words or the name of a function as `{"name": ...}`.
+    """The option `tool_choice`, from one of OpenAI's modes or the name of a function as `{"name": ...}`.
 
     Raises:
         ApiError: it is neither.

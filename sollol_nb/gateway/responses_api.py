@@ -25,6 +25,7 @@ from sollol_nb.gateway.failures import ApiError, Kind
 from sollol_nb.gateway.gateway import answer, prompt_tokens
 from sollol_nb.gateway.openai_parts import error_shape, usage_of, wire_call
 from sollol_nb.gateway.responses_parts import checked_fields, messages_of, options_of, wants_summary
+from sollol_nb.runtime.amounts import shown
 
 _REPEATED = (
     *("instructions", "max_output_tokens", "metadata", "reasoning", "temperature", "text", "tool_choice", "tools"),
@@ -259,7 +260,7 @@ async def _count_tokens(request: Request) -> Response:
 
 
 async def _stored(request: Request) -> Response:
-    path = request.url.path
+    path = shown(request.scope["path"])
     raise ApiError(
         404, "not_found", f"{path}: this gateway keeps no responses; send the whole conversation as input"
     )

@@ -25,6 +25,7 @@ from sollol_nb.gateway.openai_parts import (
     YES_OR_NO,
     Fields,
     answer_format,
+    check_names,
     content_of,
     function_tool,
     only,
@@ -91,6 +92,7 @@ _INCLUDED = frozenset(
     }
 )
 """What else an answer may have, if the tool or the encryption that it comes from was used; here neither is."""
+_SUMMARY_FIELDS = ("summary", "generate_summary")
 _SUMMARIES = ("auto", "concise", "detailed")
 
 
@@ -104,6 +106,7 @@ def checked_fields(body: Mapping[str, Any], *, only_counts: bool = False) -> dic
         ApiError: a field is missing, not known, or has a value that it does not take; it is named.
     """
     fields = (COUNTED_FIELDS if only_counts else FIELDS).checked(body)
+    check_names(fields.get("stream_options", {}), ("include_obfuscation",), "stream_options")
     for position, name in enumerate(fields.get("include", ())):
         if not isinstance(name, str) or name not in _INCLUDED:
             raise invalid(
@@ -137,7 +140,7 @@ def wants_summary(fields: Mapping[str, Any]) -> bool:
     """Whether the client shows thoughts only where they come as a summary. Nothing is summarized here, so the
     thoughts themselves are sent as one."""
     reasoning = fields.get("reasoning") or {}
-    return bool(reasoning.get("summary") or reasoning.get("generate_summary"))
+    return any(reasoning.get(name) for name in _SUMMARY_FIELDS)
 
 
 # --- messages -------------------------------------------------------------------------------------
@@ -282,6 +285,7 @@ def _tool_choice(given: Any) -> str | dict[str, Any]:
 
 
 def _format(text: Mapping[str, Any]) -> str | dict[str, Any] | None:
+    check_names(text, ("format", "verbosity"), "text")
     if text.get("verbosity") not in (None, "medium"):
         raise invalid(
             f"text.verbosity={shown(text['verbosity'])} is not supported: ask for short or long answers in a "
@@ -295,7 +299,9 @@ def _format(text: Mapping[str, Any]) -> str | dict[str, Any] | None:
 
 
 def _think(reasoning: Mapping[str, Any]) -> bool | str | None:
-    for name in ("summary", "generate_summary"):
+    # `context`: which thoughts of earlier answers the prompt has is up to the chat template.
+    check_names(reasoning, ("effort", *_SUMMARY_FIELDS, "context"), "reasoning")
+    for name in _SUMMARY_FIELDS:
         if reasoning.get(name) not in (None, *_SUMMARIES):
             raise invalid(
                 f"reasoning.{name}={shown(reasoning[name])} must be one of {', '.join(_SUMMARIES)}",

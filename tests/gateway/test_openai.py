@@ -146,6 +146,14 @@ def test_a_pydantic_class_describes_the_answer(client: OpenAI) -> None:
         assert isinstance(stream.get_final_completion().choices[0].message.parsed, Verdict)
 
 
+def test_a_schema_describes_the_answer_as_llama_server_takes_it(client: OpenAI) -> None:
+    described: Any = {"type": "json_object", "schema": Verdict.model_json_schema()}
+    answer = client.chat.completions.create(
+        model="demo", messages=QUESTION, response_format=described, max_tokens=100
+    )
+    assert Verdict.model_validate_json(answer.choices[0].message.content or "")
+
+
 def test_tokens_come_with_their_probabilities(client: OpenAI) -> None:
     asked: Any = {"model": "demo", "messages": QUESTION, "max_tokens": 8, "temperature": 0}
     whole = client.chat.completions.create(**asked, logprobs=True, top_logprobs=3)
