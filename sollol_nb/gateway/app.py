@@ -110,4 +110,6 @@ async def _answer_http_error(request: Request, error: Exception) -> Response:
     message = f"{request.method} {shown(path)}: {error.detail.lower()}"
     failure = ApiError(error.status_code, _KINDS.get(error.status_code, "invalid"), message)
     request.scope["sollol.error"] = failure.kind
-    return error_response(path, failure)
+    response = error_response(path, failure)
+    response.headers.update(error.headers or {})  # `Allow`
+    return response
