@@ -5,7 +5,7 @@
 - `gate.py`: which request may use a server next
 - `priority.py`: the ten levels of priority, and those of roles and tasks
 - `amounts.py`: numbers and durations as callers give them
-- `http_connection.py`: HTTP/1.1 as engines and nodes speak it; `http_client.py`: JSON over HTTP
+- `http_client.py`: JSON over HTTP
 - `sqlite_file.py`: SQLite files that several kernels use
 - `private_files.py`: files and folders of this user alone
 - `progress_bars.py`: progress bars

@@ -1,6 +1,7 @@
-"""JSON over HTTP to engines and nodes.
+"""HTTP to engines and nodes: the only module that imports the HTTP client library.
 
-A `JsonClient` speaks to one base URL; `http_connection.py` has the protocol. A client belongs to the event loop on
+A `JsonClient` speaks to one base URL in JSON. Foreign exceptions are translated here, once, by a table (the
+most specific class wins), so that no other module depends on the library. A client belongs to the event loop on
 which it is first used; close it there with `aclose()`. Closing a stream early (leaving its `async with`) closes
 the connection, and the engine stops generating.
 
@@ -22,23 +23,17 @@ from contextlib import asynccontextmanager, contextmanager
 from functools import cache
 from typing import Any, Final
 
+import httpx
+
 from sollol_nb.errors import (
-    ConfigError,
     ConnectFailedError,
     ConnectionBrokenError,
     HttpStatusError,
     TransportError,
     TransportTimeoutError,
 )
-from sollol_nb.runtime.http_connection import (
-    HttpError,
-    HttpServer,
-    LostError,
-    NoConnectionError,
-    NotHttpError,
-    Response,
-    SilentError,
-)
+
+CONNECT_TIMEOUT_S = 5.0
 
 ANSWER_LIMIT_BYTES: Final = 32 * 2**20  # of an answer that is not streamed: the longest are thousands of token ids
 LINE_LIMIT_BYTES: Final = 16 * 2**20  # of a line: the longest has the token ids of a whole context
@@ -49,11 +44,16 @@ ERROR_LIMIT_BYTES: Final = 64 * 1024  # of the body of an error, whose first 500
 CANNOT_CONNECT: Final = "cannot connect"
 CERTIFICATE_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
 
-
-_TRANSLATIONS: tuple[tuple[type[HttpError], type[TransportError], str], ...] = (
-    (NotHttpError, ConnectionBrokenError, "the answer is incomplete or not HTTP"),
-    (LostError, ConnectionBrokenError, "the connection was lost"),
-    (SilentError, TransportTimeoutError, "no answer within the time limit"),
+_TRANSLATIONS: tuple[tuple[type[Exception], type[TransportError], str], ...] = (
+    (httpx.ConnectTimeout, ConnectFailedError, "cannot connect (timed out)"),
+    (httpx.ConnectError, ConnectFailedError, CANNOT_CONNECT),
+    (httpx.TimeoutException, TransportTimeoutError, "no answer within the time limit"),
+    (httpx.RemoteProtocolError, ConnectionBrokenError, "the answer is incomplete or not HTTP"),
+    (httpx.ReadError, ConnectionBrokenError, "the connection was lost"),
+    (httpx.WriteError, ConnectionBrokenError, "the connection was lost"),
+    (httpx.CloseError, ConnectionBrokenError, "the connection was lost"),
+    (httpx.InvalidURL, ConnectFailedError, "the address is not valid"),
+    (httpx.HTTPError, TransportError, "the HTTP request failed"),
 )
 
 
@@ -71,12 +71,16 @@ class JsonClient:
         self.base_url = base_url.rstrip("/")
         headers = {"Accept-Encoding": "identity"}
         if api_key:
-            if not (api_key.isascii() and api_key.isprintable()):
-                raise ConfigError("the API key has characters that no HTTP header can have; correct it")
             headers["Authorization"] = f"Bearer {api_key}"
         self._read_timeout_s = read_timeout_s
-        is_https = self.base_url.lower().startswith("https:")
-        self._server = HttpServer(self.base_url, _certificates() if is_https else None, headers)
+        # trust_env=False: a proxy meant for the web must not see prompts, nor stand before loopback.
+        self._client = httpx.AsyncClient(
+            headers=headers,
+            trust_env=False,
+            verify=not self.base_url.lower().startswith("http:") and _certificates(),
+            timeout=_timeout(read_timeout_s),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=32),
+        )
 
     def __repr__(self) -> str:
         return f"JsonClient({self.base_url!r})"
@@ -115,21 +119,22 @@ class JsonClient:
         Raises:
             TransportError: of the matching kind, before the answer or within it.
         """
+        timeout = _timeout(read_timeout_s if read_timeout_s is not None else self._read_timeout_s)
         with self._translated(path):
             # llama-server closes the connection after a streamed answer without notice; do not use it again.
-            async with self._server.request(
+            async with self._client.stream(
                 "GET" if body is None else "POST",
-                path,
-                _encoded(body),
-                read_timeout_s=read_timeout_s if read_timeout_s is not None else self._read_timeout_s,
-                is_last=True,
+                self.base_url + path,
+                json=body,
+                timeout=timeout,
+                headers={"Connection": "close"},
             ) as response:
                 await self._check(path, response)
                 yield self._lines(path, response, line_limit_bytes)
 
     async def aclose(self) -> None:
         """Close all connections. Closing twice is fine."""
-        self._server.close()
+        await self._client.aclose()
 
     async def _request(
         self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float | None
@@ -156,54 +161,44 @@ class JsonClient:
     def _translated(self, path: str) -> Iterator[None]:
         try:
             yield
-        except NoConnectionError as error:
-            raise self._no_connection(path, error.__cause__) from error
-        except HttpError as error:
+        except UnicodeEncodeError:  # the body has half a surrogate pair
+            raise
+        except UnicodeError as error:  # a host name that is wrong Punycode
+            raise ConnectFailedError(f"{self.base_url}{path}: the address is not valid") from error
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                reason = str(error).partition("CERTIFICATE_VERIFY_FAILED] ")[2].partition(" (_ssl")[0]
+                variables = " or ".join(CERTIFICATE_VARIABLES)
+                raise TransportError(
+                    f"{self.base_url}{path}: {reason or 'its certificate is not trusted'}; name a file or folder "
+                    f"with the certificate of its authority in {variables}"
+                ) from error
+            if "SSL: " in str(error):
+                raise TransportError(
+                    f"{self.base_url}{path}: no HTTPS server answers; if it speaks HTTP, write http://"
+                ) from error
+            if _is_unknown_name(error):
+                raise ConnectFailedError(f"{self.base_url}{path}: no host has this name") from error
             for theirs, ours, message in _TRANSLATIONS:
                 if isinstance(error, theirs):
                     raise ours(f"{self.base_url}{path}: {message}") from error
             raise
-
-    def _no_connection(self, path: str, error: BaseException | None) -> TransportError:
-        """Why there is no connection."""
-        url = f"{self.base_url}{path}"
-        if isinstance(error, ssl.SSLCertVerificationError):
-            reason = str(error).partition("CERTIFICATE_VERIFY_FAILED] ")[2].partition(" (_ssl")[0]
-            variables = " or ".join(CERTIFICATE_VARIABLES)
-            return TransportError(
-                f"{url}: {reason or 'its certificate is not trusted'}; name a file or folder with the certificate "
-                f"of its authority in {variables}"
-            )
-        if isinstance(error, ssl.SSLError):
-            return TransportError(f"{url}: no HTTPS server answers; if it speaks HTTP, write http://")
-        if isinstance(error, socket.gaierror):
-            return ConnectFailedError(f"{url}: no host has this name")
-        if isinstance(error, TimeoutError):
-            return ConnectFailedError(f"{url}: {CANNOT_CONNECT} (timed out)")
-        if isinstance(error, ValueError):
-            return ConnectFailedError(f"{url}: the address is not valid")
-        return ConnectFailedError(f"{url}: {CANNOT_CONNECT}")
 
     async def _content(
         self, method: str, path: str, body: Mapping[str, Any] | None, read_timeout_s: float | None
     ) -> bytes:
         url = self.base_url + path
         with self._translated(path):
-            async with self._server.request(
-                method,
-                path,
-                _encoded(body),
-                read_timeout_s=read_timeout_s,
-            ) as response:
+            async with self._client.stream(method, url, json=body, timeout=_timeout(read_timeout_s)) as response:
                 await self._check(path, response)
                 content = await _read(response, ANSWER_LIMIT_BYTES)
         if len(content) > ANSWER_LIMIT_BYTES:
             raise TransportError(f"{url}: the answer is longer than {ANSWER_LIMIT_BYTES >> 20} MiB")
         return content
 
-    async def _check(self, path: str, response: Response) -> None:
+    async def _check(self, path: str, response: httpx.Response) -> None:
         """Raise HttpStatusError unless the status is a success, TransportError if the answer is compressed."""
-        status, url, text = response.status, self.base_url + path, ""
+        status, url, text = response.status_code, self.base_url + path, ""
         encoding = one_line(response.headers.get("content-encoding", "identity"), 40)
         is_compressed = encoding.lower() not in ("", "identity")
         if 200 <= status < 300:
@@ -216,15 +211,15 @@ class JsonClient:
         else:
             content = b"" if is_compressed else await _read(response, ERROR_LIMIT_BYTES)
             text = content.decode(errors="replace")
-            reason = _reason(text) or one_line(response.reason) or "no reason"
+            reason = _reason(text) or one_line(response.reason_phrase) or "no reason"
             reason = reason.removeprefix(f"{status} ")  # in titles of web pages
         raise HttpStatusError(f"{url} answered {status}: {reason}", status=status, reason=reason, body=text)
 
-    async def _lines(self, path: str, response: Response, line_limit_bytes: int) -> AsyncIterator[str]:
+    async def _lines(self, path: str, response: httpx.Response, line_limit_bytes: int) -> AsyncIterator[str]:
         """Lines that end with a line feed and nothing else: JSON text may contain U+2028, U+0085 and the like, at
         which the library's own reader would split."""
         line, total_bytes = bytearray(), 0
-        async for piece in response.pieces():
+        async for piece in response.aiter_raw():
             total_bytes += len(piece)
             if total_bytes > max(STREAM_LIMIT_BYTES, line_limit_bytes):
                 limit = max(STREAM_LIMIT_BYTES, line_limit_bytes) >> 20
@@ -243,10 +238,16 @@ class JsonClient:
             yield line.decode(errors="replace")
 
 
-async def _read(response: Response, limit_bytes: int) -> bytes:
+def _is_unknown_name(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, socket.gaierror):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+async def _read(response: httpx.Response, limit_bytes: int) -> bytes:
     """The body, or somewhat more than its first `limit_bytes`."""
     content = bytearray()
-    async for piece in response.pieces():
+    async for piece in response.aiter_raw():
         content += piece
         if len(content) > limit_bytes:
             break
@@ -254,11 +255,11 @@ async def _read(response: Response, limit_bytes: int) -> bytes:
 
 
 @cache
-def _context(file: str | None, folder: str | None) -> ssl.SSLContext:
-    return ssl.create_default_context(cafile=file, capath=folder)
+def _context(file: str | None, folder: str | None) -> ssl.SSLContext | bool:
+    return ssl.create_default_context(cafile=file, capath=folder) if file or folder else True
 
 
-def _certificates() -> ssl.SSLContext:
+def _certificates() -> ssl.SSLContext | bool:
     """The certificates to trust: those that `SSL_CERT_FILE` or `SSL_CERT_DIR` names, else the usual authorities.
 
     Reading all of them takes 3 MB and 20 ms, so it is done for https only.
@@ -277,11 +278,9 @@ def _certificates() -> ssl.SSLContext:
         ) from None
 
 
-def _encoded(body: Mapping[str, Any] | None) -> bytes:
-    """A body as JSON; b"" for None. Raises UnicodeEncodeError if a text has half a surrogate pair."""
-    if body is None:
-        return b""
-    return json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+def _timeout(read_timeout_s: float | None) -> httpx.Timeout:
+    connect = CONNECT_TIMEOUT_S if read_timeout_s is None else min(CONNECT_TIMEOUT_S, read_timeout_s)
+    return httpx.Timeout(read_timeout_s, connect=connect)
 
 
 def _reason(text: str) -> str:

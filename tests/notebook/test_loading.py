@@ -13,7 +13,7 @@ from sollol_nb.notebook import tab_completion
 tab_completion.models_of_nodes = list  # it runs in another thread, and may import more
 InteractiveShell.instance().run_line_magic("load_ext", "sollol_nb")
 heavy = {"pandas", "numpy", "matplotlib", "ipywidgets", "jinja2", "jsonschema", "gguf"}
-heavy |= {"psutil", "filelock"}
+heavy |= {"httpx", "psutil", "filelock"}
 heavy |= {f"sollol_nb.{package}" for package in ("llama_cpp", "ollama", "router", "cluster", "widget")}
 print(sorted(heavy & set(sys.modules)))
 """

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 
 from sollol_nb.errors import (
-    ConfigError,
     ConnectFailedError,
     ConnectionBrokenError,
     HttpStatusError,
@@ -236,21 +235,6 @@ def test_http_where_https_is_requested_is_named() -> None:
             id="a byte at a time",
         ),
         pytest.param(says(response(b'{"a": ')), TransportError, "is not JSON", id="half of JSON"),
-        *(
-            pytest.param(says(head), ConnectionBrokenError, "incomplete or not HTTP", id=id_)
-            for id_, head in {
-                "a chunk of no size": CHUNKED + b"\r\n",
-                "a chunk of a negative size": CHUNKED + b"-1\r\n{}\r\n0\r\n\r\n",
-                "a chunk that is longer than it says": CHUNKED + b"2\r\n{}  \r\n0\r\n\r\n",
-                "no last chunk": CHUNKED + chunk(b"{}"),
-                "a chunk larger than memory": CHUNKED + b"fffffffffffffff\r\n{}",
-                "a signed length": b"HTTP/1.1 200 OK\r\nContent-Length: +2\r\n\r\n{}",
-                "an unknown coding": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: br\r\n\r\n{}",
-                "a header without a name": b"HTTP/1.1 200 OK\r\n: x\r\n\r\n{}",
-                "an endless head": b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 20_000,
-                "only interim answers": b"HTTP/1.1 100 Continue\r\n\r\n" * 100,
-            }.items()
-        ),
         pytest.param(says(response(b'"\xff"')), TransportError, "is not JSON", id="not UTF-8"),
         pytest.param(says(response(b"[" * 200_000)), TransportError, "is not JSON", id="nested too deeply"),
     ],
@@ -264,59 +248,6 @@ def test_failure_has_its_own_error(peer: Peer, error: type[Exception], message: 
     assert "/props" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert KEY not in "".join(traceback.format_exception(caught.value))
-
-
-def counts_connections(seen: list[int], *, answers_each: int) -> Peer:
-    """Answers so many requests on each connection, and closes it without notice; notes the connection of each."""
-    connections = iter(range(100))
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        number = next(connections)
-        for _ in range(answers_each):
-            await read_request(reader)
-            seen.append(number)
-            writer.write(b"HTTP/1.1 100 Continue\r\n\r\n" + response(b"{}"))
-
-    return serve
-
-
-@pytest.mark.parametrize(("answers_each", "connections"), [(9, [0, 0, 0]), (1, [0, 1, 2])])
-def test_a_connection_is_used_again_unless_the_server_closed_it(answers_each: int, connections: list[int]) -> None:
-    seen: list[int] = []
-
-    async def ask() -> None:
-        async with client_of(counts_connections(seen, answers_each=answers_each)) as client:
-            for _ in connections:
-                assert await client.post("/tokenize", {}) == {}
-                await asyncio.sleep(0.05)
-
-    run(ask())
-    assert seen == connections
-
-
-def test_an_answer_that_was_not_read_to_its_end_costs_its_connection() -> None:
-    seen: list[int] = []
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        seen.append(len(seen))
-        with contextlib.suppress(asyncio.IncompleteReadError):
-            while True:
-                await read_request(reader)
-                writer.write(response(b"x" * 10**6, "500 Oops"))
-
-    async def ask() -> None:
-        async with client_of(serve) as client:
-            for _ in range(3):
-                with pytest.raises(HttpStatusError):
-                    await client.get("/props")
-
-    run(ask())
-    assert len(seen) == 3
-
-
-def test_a_key_that_no_header_can_have_is_refused() -> None:
-    with pytest.raises(ConfigError, match="the API key has characters that no HTTP header can have"):
-        JsonClient("http://127.0.0.1:1", api_key="key\r\nX-Other: header")
 
 
 def test_an_endless_answer_ends() -> None:
