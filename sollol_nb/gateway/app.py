@@ -111,5 +111,5 @@ async def _answer_http_error(request: Request, error: Exception) -> Response:
     failure = ApiError(error.status_code, _KINDS.get(error.status_code, "invalid"), message)
     request.scope["sollol.error"] = failure.kind
     response = error_response(path, failure)
-    response.headers.update(error.headers or {})  # `Allow`
+    response.headers.update(error.headers or {})  # the header "Allow"
     return response

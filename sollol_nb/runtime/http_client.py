@@ -26,6 +26,7 @@ from typing import Any, Final
 import httpx
 
 from sollol_nb.errors import (
+    ConfigError,
     ConnectFailedError,
     ConnectionBrokenError,
     HttpStatusError,
@@ -71,6 +72,8 @@ class JsonClient:
         self.base_url = base_url.rstrip("/")
         headers = {"Accept-Encoding": "identity"}
         if api_key:
+            if not (api_key.isascii() and api_key.isprintable()):
+                raise ConfigError("the API key has characters that no HTTP header can have; correct it")
             headers["Authorization"] = f"Bearer {api_key}"
         self._read_timeout_s = read_timeout_s
         # trust_env=False: a proxy meant for the web must not see prompts, nor stand before loopback.

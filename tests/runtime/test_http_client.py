@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from sollol_nb.errors import (
+    ConfigError,
     ConnectFailedError,
     ConnectionBrokenError,
     HttpStatusError,
@@ -440,3 +441,8 @@ def test_error_of_the_reader_passes_through_unchanged() -> None:
 
     with pytest.raises(ValueError, match="mine"):
         run(read())
+
+
+def test_a_key_that_no_header_can_have_is_refused() -> None:
+    with pytest.raises(ConfigError, match="the API key has characters that no HTTP header can have"):
+        JsonClient("http://127.0.0.1:1", api_key="key\r\nX-Other: header")
