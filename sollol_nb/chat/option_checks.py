@@ -78,7 +78,7 @@ SAMPLING_OPTIONS: dict[str, Values] = {
     "top_k": _COUNT,
     "min_p": _SHARE,
     "typical_p": _SHARE,
-    "seed": _whole("a whole number of 0 or more (or -1: random)", -1, 2**32 - 1),
+    "seed": _whole("a whole number from 0 to 4294967295 (or -1: random)", -1, 2**32 - 1),
     "stop": _STOP,
     "repeat_penalty": _number("a number above 0", 0, above=True),
     "repeat_last_n": _whole("a whole number of 0 or more (or -1: the whole context)", -1),

@@ -83,7 +83,7 @@ def test_known_options_pass_and_none_is_left_out(given: dict[str, Any], checked:
         ({"min_p": -1}, "from 0 to 1"),
         ({"typical_p": 1.5}, "from 0 to 1"),
         ({"top_k": -5}, "option top_k=-5 must be a whole number of 0 or more"),
-        ({"seed": -2}, "option seed=-2 must be a whole number of 0 or more"),
+        ({"seed": -2}, "option seed=-2 must be a whole number from 0 to 4294967295"),
         ({"seed": 2**32}, "option seed=4294967296 must be"),
         ({"repeat_penalty": 0}, "option repeat_penalty=0 must be a number above 0"),
         ({"repeat_last_n": -2}, "option repeat_last_n=-2 must be"),
