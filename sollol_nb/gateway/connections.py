@@ -11,10 +11,10 @@ import asyncio
 import socket
 import ssl
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from email.utils import formatdate
 from http import HTTPStatus
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import h11
 import uvicorn
@@ -25,6 +25,8 @@ from uvicorn.server import ServerState
 MAX_CONNECTIONS = 4096
 HEADER_LIMIT_BYTES = 64 * 1024
 """Of what is neither the content of a request nor makes its headers complete."""
+MAX_UNANSWERED = 100
+"""Requests of one connection that wait for their answers; clients rarely send a second one."""
 BACKLOG = 2048
 HANDSHAKE_TIMEOUT_S = 20.0
 CHECK_EVERY_S = 1.0
@@ -43,6 +45,10 @@ LIMITS_S: Mapping[Phase, float] = {
 }
 """How long a client may take: to send anything, its headers, its body; to read what it was sent; to close its
 side; and to send the next request on the same connection."""
+_TOO_LONG = (
+    HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
+    f"the headers are longer than {HEADER_LIMIT_BYTES >> 10} KiB",
+)
 
 
 class _Limited:
@@ -144,18 +150,17 @@ else:
         _missing: Literal["headers", "body"] | None = None
         _has_advanced = False
         _unused_bytes = 0
-        _are_headers_too_long = False
-        _unanswered: Sequence[Any] = ()
+        _refusal = (HTTPStatus.BAD_REQUEST, "this is not a valid HTTP request")
+        _unanswered: list[Any]
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            self._unanswered = []
             super().connection_made(transport)
             self._refuse_one_too_many()
 
         def connection_lost(self, exc: Exception | None) -> None:
             super().connection_lost(exc)
-            for (
-                cycle
-            ) in self._unanswered:  # uvicorn informs only the last one, which may wait behind a running one
+            for cycle in self._unanswered:  # uvicorn informs only the last one, which may wait behind another
                 cycle.disconnected = True
                 cycle.message_event.set()
 
@@ -167,18 +172,22 @@ else:
                 return
             self._unused_bytes += len(data)
             if self._unused_bytes > HEADER_LIMIT_BYTES:
-                self._refuse_headers()
+                self.refuse(*_TOO_LONG)
 
         def on_message_begin(self) -> None:
             super().on_message_begin()
             self._missing = "headers"
 
         def on_headers_complete(self) -> None:
+            self._unanswered = [cycle for cycle in self._unanswered if not cycle.response_complete]
             if sum(len(name) + len(value) for name, value in self.headers) + len(self.url) > HEADER_LIMIT_BYTES:
-                self._are_headers_too_long = True
-                raise ValueError("the headers are too long")  # the parser makes it its own error
+                self._raise(*_TOO_LONG)
+            if self.parser.should_upgrade():  # the parser would take the body for the next request
+                self._raise(HTTPStatus.BAD_REQUEST, "the gateway speaks no other protocol than HTTP/1.1")
+            if len(self._unanswered) >= MAX_UNANSWERED:
+                self._raise(HTTPStatus.TOO_MANY_REQUESTS, "wait for answers before you send further requests")
             super().on_headers_complete()
-            self._unanswered = [cycle for cycle in (*self._unanswered, self.cycle) if not cycle.response_complete]
+            self._unanswered.append(self.cycle)
             self.headers = []  # what follows the body must not change what was checked
             self._missing, self._has_advanced = "body", True
 
@@ -191,23 +200,15 @@ else:
             self._missing, self._has_advanced = None, True
 
         def send_400_response(self, msg: str) -> None:
-            if self._are_headers_too_long:
-                self._refuse_headers()
-            else:
-                self.refuse(HTTPStatus.BAD_REQUEST, "this is not a valid HTTP request")
+            self.refuse(*self._refusal)
 
         def missing(self) -> Literal["headers", "body"] | None:
             return self._missing
 
-        def _refuse_headers(self) -> None:
-            message = f"the headers are longer than {HEADER_LIMIT_BYTES >> 10} KiB"
-            self.refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, message)
-
-        def _should_upgrade(self) -> bool:
-            return False
-
-        def _unsupported_upgrade_warning(self) -> None:
-            pass
+        def _raise(self, status: HTTPStatus, message: str) -> NoReturn:
+            """End the parsing, for which the parser raises its own error; then `send_400_response` is called."""
+            self._refusal = (status, message)
+            raise ValueError(message)
 
     connection_class = HttpToolsConnection
 
@@ -215,8 +216,8 @@ else:
 def _without_upgrade(data: bytes) -> bytes:
     """The begin of a request without what asks for another protocol, which HTTP lets a server ignore.
 
-    The parser in C would take it that the rest of the connection is in that protocol, and the body be lost. Java's
-    own client asks for HTTP/2 in this way with each first request.
+    For the parser in C the rest of the connection would be in that protocol, so such requests are refused. But
+    Java's own client asks for HTTP/2 in this way with each first request; it sends all headers at once.
     """
     head = data[: data.find(b"\r\n\r\n")].lower()
     found = head.find(b"\r\nupgrade:")

@@ -18,7 +18,13 @@ from starlette.routing import Route
 
 from sollol_nb.gateway import answers, connections
 from sollol_nb.gateway.app import application
-from sollol_nb.gateway.connections import HEADER_LIMIT_BYTES, H11Connection, HttpServer, HttpToolsConnection
+from sollol_nb.gateway.connections import (
+    HEADER_LIMIT_BYTES,
+    MAX_UNANSWERED,
+    H11Connection,
+    HttpServer,
+    HttpToolsConnection,
+)
 from sollol_nb.gateway.gateway import FinishedRequest, Gateway
 from sollol_nb.hybrid_router import HybridRouter
 from sollol_nb.ollama.pool import OllamaPool
@@ -314,6 +320,37 @@ def test_a_request_for_another_protocol_keeps_its_body(run: Run) -> None:
             b"Content-Length: 2\r\n\r\nhi"
         )
         assert (await connection.reader.readuntil(b"\r\n\r\nhi")).startswith(b"HTTP/1.1 200 ")
+
+    run(test)
+
+
+@pytest.mark.parametrize("run", [HttpToolsConnection], indirect=True)  # the other parser keeps such bodies
+@pytest.mark.parametrize("upgrades", [1, 2])
+def test_a_request_for_another_protocol_whose_body_would_be_the_next_request_is_refused(
+    run: Run, upgrades: int
+) -> None:
+    async def test(site: Site) -> None:
+        connection = await site.connect()
+        connection.writer.write(HEAD)
+        if upgrades == 1:  # the header comes after the server has begun to read the request
+            await eventually_async(
+                lambda: any(known.missing() for known in site.server._state.connections), "the request has begun"
+            )
+        connection.writer.write(b"Connection: Upgrade\r\n" + b"Upgrade: h2c\r\n" * upgrades)
+        connection.writer.write(b"Content-Length: 100\r\n\r\n")
+        assert (await connection.rest()).startswith(b"HTTP/1.1 400 ")
+
+    run(test, "idle")
+
+
+@pytest.mark.parametrize("run", [HttpToolsConnection], indirect=True)  # the other parser waits for each answer
+def test_a_connection_with_many_unanswered_requests_is_ended(run: Run) -> None:
+    async def test(site: Site) -> None:
+        connection = await site.connect()
+        connection.reader._transport.pause_reading()  # type: ignore[attr-defined]
+        connection.writer.write(b"GET /flood HTTP/1.1\r\nHost: localhost\r\n\r\n" * (MAX_UNANSWERED + 1))
+        await site.flood_ended.wait()
+        connection.writer.transport.abort()
 
     run(test)
 
