@@ -149,6 +149,7 @@ async def _chat(request: Request) -> ASGIApp:
     if state is not None:
         if not isinstance(state, dict):
             raise invalid('"interrupted" must be the state of an answer', "interrupted")
+        model_of(request, state)  # it is this one that answers
         call = _ResumeCall(**common, state=state)
     return answer(request, apply_headers(request, call, body), _ChunkWriter(), api="notebook")
 
