@@ -190,10 +190,13 @@ def _check(key: Key) -> None:
 
 
 def _version_of(path: Path) -> tuple[int, int, int] | None:
+    """Differs after each change; None if there is no file."""
     try:
         found = os.stat(path)  # noqa: PTH116  # on the way of each request
-    except OSError:
+    except FileNotFoundError:
         return None
+    except OSError:  # it may well exist, and without keys everybody may do everything
+        return -1, -1, -1
     return found.st_mtime_ns, found.st_size, found.st_ino
 
 

@@ -201,6 +201,18 @@ def test_a_damaged_file_of_keys_lets_nobody_else_in(file: Path, caplog: pytest.L
         KeysOfFile(file)
 
 
+@posix_only
+def test_a_file_of_keys_that_cannot_be_reached_lets_nobody_else_in(file: Path) -> None:
+    key = add_key(Key(name="ada"), file)
+    keys = KeysOfFile(file)
+    file.unlink()
+    file.symlink_to(file)
+    assert keys.exist
+    assert keys.find(key) is not None
+    with pytest.raises(ConfigError, match="cannot be read or trusted"):
+        KeysOfFile(file)
+
+
 def test_limits_are_said_with_the_time_to_wait(file: Path) -> None:
     key = add_key(Key(name="ada", max_requests=1, requests_per_minute=3), file)
     now = [0.0]
