@@ -27,6 +27,7 @@ from sollol_nb.chat.completion import Completion
 from sollol_nb.errors import RequestCancelledError
 from sollol_nb.gateway.calls import FAILOVERS_HEADER, ROUTE_HEADER, ChatCall
 from sollol_nb.gateway.failures import ApiError, api_error
+from sollol_nb.runtime.amounts import shown
 
 if TYPE_CHECKING:
     from sollol_nb.hybrid_router import HybridRouter
@@ -200,7 +201,7 @@ class AnswerResponse:
     def _failure(self, error: Exception) -> ApiError:
         failure = api_error(error)
         if failure.kind == "internal":
-            logger.error("a request for %s failed", self._call.model, exc_info=error)
+            logger.error("a request for %s failed", shown(self._call.model), exc_info=error)
         return failure
 
     async def _send_json(self, send: Send, status: int, content: Any, headers: Mapping[str, str]) -> None:

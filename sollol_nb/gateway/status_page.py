@@ -7,6 +7,7 @@ Its Content-Security-Policy allows nothing but files and events of the gateway i
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from functools import cache
 from html import escape
 from pathlib import Path
@@ -36,15 +37,14 @@ _TYPES = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 
 
 @cache
-def _asset(name: str) -> bytes | None:
-    """A file of the page; None if there is no such file."""
-    if name == "cluster_map.js":
-        return drawing.SOURCE.read_bytes()
-    if name == "cluster_map.css":
-        return drawing.STYLE.encode()
-    if name in ("status_page.js", "status_page.css", "icon.svg"):
-        return (ASSETS / name).read_bytes()
-    return None
+def _assets() -> Mapping[str, bytes]:
+    """The files of the page by name."""
+    own = {name: (ASSETS / name).read_bytes() for name in ("status_page.js", "status_page.css", "icon.svg")}
+    return {
+        **own,
+        "cluster_map.js": drawing.SOURCE.read_bytes(),
+        "cluster_map.css": drawing.STYLE.encode(),
+    }
 
 
 @cache
@@ -63,7 +63,7 @@ async def _answer_page(request: Request) -> Response:
 
 async def _answer_asset(request: Request) -> Response:
     name = request.path_params["name"]
-    content = _asset(name)
+    content = _assets().get(name)
     if content is None:
         raise ApiError(404, "not_found", f"GET {request.url.path}: not found")
     tag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
