@@ -15,7 +15,7 @@ help:
 	@echo "make lab    open JupyterLab on the notebooks; ARGS='--allow-root --port 58000' are options of jupyter lab"
 	@echo "make test   run all tests, on real engines, and the notebooks"
 	@echo "make chaos  N=200: interrupt answers of two models at random moments, and compare them with undisturbed ones"
-	@echo "make soak   MINUTES=5: 500 clients of a gateway stream answers at the same time; nothing is lost, memory stays flat"
+	@echo "make soak   MINUTES=5: 500 clients stream answers from a gateway at the same time; no text is lost, memory stays flat"
 	@echo "make lowest run the tests that need no engine with the lowest versions that pyproject.toml allows"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  run the benchmarks; every figure in the README comes from them"
