@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from types import FrameType
 
 from sollol_nb.errors import ConfigError
-from sollol_nb.gateway.access import AccessRules
+from sollol_nb.gateway.access import DRAIN_RETRY_S, AccessRules
 from sollol_nb.gateway.access_log import AccessLog
 from sollol_nb.gateway.app import application
 from sollol_nb.gateway.connections import BACKLOG, HttpServer
@@ -168,7 +168,8 @@ class _Service:
             waits = f"waits up to {self._options.drain_s:g} s for {gateway.limits.running} requests"
             _say(f"the gateway {waits}, then ends; a second signal ends it at once")
         await self._wait_for_requests(gateway, self._options.drain_s)
-        gateway.stopped.set_result(ApiError(503, "unavailable", "the gateway was stopped; ask again later"))
+        message = "the gateway was stopped; ask again later"
+        gateway.stopped.set_result(ApiError(503, "unavailable", message, retry_after_s=DRAIN_RETRY_S))
         self._ends_at_once.clear()
         await self._wait_for_requests(gateway, STOP_S)
 

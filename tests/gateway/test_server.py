@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import ssl
@@ -13,12 +14,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
 
 from sollol_nb.cli.main import main as sollol_nb
+from sollol_nb.gateway.access import DRAIN_RETRY_S
 from sollol_nb.gateway.command import main
 from sollol_nb.llama_cpp.engine.check import Engine
 from tests.support.engines import HANG_GUARD_S, REPOSITORY, eventually, posix_only
@@ -103,6 +106,12 @@ def test_answers_that_may_not_end_get_an_error_in_the_form_of_their_api(ending: 
         streams = {
             path: stack.enter_context(streaming(stack.enter_context(gateway.client()), path)) for path in PATHS
         }
+        client = stack.enter_context(gateway.client())
+        queued = stack.enter_context(ThreadPoolExecutor(1)).submit(
+            client.post, "/v1/chat/completions", json={**CHAT, "stream": False}
+        )
+        waits = re.compile(r'sollol_requests_waiting\{backend="ollama".*\} 1\.0')
+        eventually(lambda: waits.search(httpx.get(f"{gateway.url}/metrics").text), "a request waits for a slot")
         gateway.process.send_signal(signal.SIGTERM)
         if not arguments:
             eventually(lambda: "waits up to" in gateway.output, "the gateway drains")
@@ -112,6 +121,8 @@ def test_answers_that_may_not_end_get_an_error_in_the_form_of_their_api(ending: 
     message = "the gateway was stopped; ask again later"
     assert message in json.loads(rests["/api/chat"][-1])["error"]
     assert message in json.loads(rests["/v1/chat/completions"][-1].removeprefix("data: "))["error"]["message"]
+    assert (queued.result().status_code, queued.result().json()["error"]["message"]) == (503, message)
+    assert queued.result().headers["Retry-After"] == str(DRAIN_RETRY_S)
     assert rests["/v1/messages"][-2] == "event: error"
     assert message in json.loads(rests["/v1/messages"][-1].removeprefix("data: "))["error"]["message"]
     assert "Traceback" not in gateway.output
