@@ -44,10 +44,10 @@ from sollol_nb.models.names import key_of as key_of_name
 from sollol_nb.models.routing import Route as ModelRoute
 from sollol_nb.ollama.pool import OllamaPool
 from sollol_nb.settings import config
+from sollol_nb.settings.kinds import CENTURY_S
 
 API_VERSION = "0.32.1"
 """The version of Ollama whose API this is; tools compare it with the oldest one that they take."""
-FOREVER_S = 100 * 365 * 86400.0
 _MOST_ELEMENTS = 5  # of a list in `model_info`; Ollama leaves out longer ones, too
 _HIDDEN_KEYS = ("general.name", "tokenizer.chat_template")
 _UNITS = ((10**9, "B", 1), (10**6, "M", 2), (10**3, "K", 0))
@@ -98,7 +98,7 @@ async def _ps(request: Request) -> Response:
 def _loaded(coordinator: Coordinator) -> dict[str, Any] | None:
     """The entry of a model that llama.cpp has loaded; None if its file is gone."""
     settings = coordinator.settings
-    keep_alive_s = FOREVER_S if coordinator.keep_alive_s is None else coordinator.keep_alive_s
+    keep_alive_s = CENTURY_S if coordinator.keep_alive_s is None else coordinator.keep_alive_s
     unused_s = time.monotonic() - coordinator.last_used_at if coordinator.is_idle else 0.0
     try:
         facts = _file_facts(settings.model_path)

@@ -21,6 +21,8 @@ from sollol_nb.settings.endpoints import format_endpoint, gateway_url, parse_end
 
 LOCAL = "local"
 """Instead of the address of a gateway: own engines."""
+CENTURY_S = 100 * 365 * 86400.0
+"""What is kept as long stays for ever; clocks and Ollama's durations end somewhere after it."""
 _YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
@@ -100,7 +102,7 @@ def one_of(*names: str) -> Kind:
 
 def keep_alive_seconds(value: object) -> float | None:
     """Seconds of a keep_alive in Ollama's form: `300`, `"10m"`, `"1h30m"`; 0 ends an engine right after its
-    request. Negative numbers and `"forever"` give None: no end.
+    request. Negative numbers, `"forever"` and a century or more give None: no end.
 
     Raises:
         ConfigError: it has another form.
@@ -122,7 +124,7 @@ def keep_alive_seconds(value: object) -> float | None:
                 seconds = float(text)
     if seconds is None or seconds != seconds:
         raise ConfigError(f'keep_alive={shown(value)} is not a time; use seconds, "10m", 0, or "forever"')
-    return None if seconds < 0 or seconds == float("inf") else seconds
+    return seconds if 0 <= seconds < CENTURY_S else None
 
 
 def _port(value: Any) -> int:

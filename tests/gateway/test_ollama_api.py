@@ -221,6 +221,8 @@ def test_an_empty_prompt_loads_a_model_and_keep_alive_0_unloads_it(
     assert model.expires_at > datetime(2100, 1, 1, tzinfo=UTC)
     assert client.chat(thinker, [], keep_alive=600).done_reason == "load"
     assert loaded()["thinker"].expires_at < datetime(2100, 1, 1, tzinfo=UTC)
+    assert client.generate(thinker, keep_alive="99999999h").done_reason == "load"  # longer than there are dates
+    assert loaded()["thinker"].expires_at > datetime(2100, 1, 1, tzinfo=UTC)
     assert client.generate(thinker, keep_alive=0).done_reason == "unload"
     assert "thinker" not in loaded()
 

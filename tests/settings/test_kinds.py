@@ -28,6 +28,8 @@ from sollol_nb.settings.kinds import keep_alive_seconds
         (" Forever", None),
         ("inf", None),
         (float("inf"), None),
+        (1e300, None),
+        ("876000h", None),
     ],
 )
 def test_keep_alive_is_read_in_ollamas_form(value: object, seconds: float | None) -> None:
