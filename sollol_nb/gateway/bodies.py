@@ -53,7 +53,7 @@ async def _read(request: Request) -> bytes:
         message = f"the body had not arrived after {BODY_TIMEOUT_S:.0f} s; send it in one go"
         raise ApiError(408, "timeout", message) from None
     except ClientDisconnect:
-        raise invalid("the connection ended within the body") from None
+        raise ApiError(400, "cancelled", "the connection ended within the body") from None
     return bytes(content)
 
 

@@ -17,6 +17,7 @@ Kind = Literal[
     "busy",
     "unavailable",
     "timeout",
+    "cancelled",
     "internal",
 ]
 RETRY_AFTER_S = 5

@@ -29,7 +29,7 @@ class FinishedRequest:
         duration_s: from its headers to the end of its response.
         key: the name of its key; "" without one.
         client: its address.
-        error_kind: as in `ApiError.kind`, or `cancelled`; "" where nothing went wrong.
+        error_kind: as in `ApiError.kind`, `cancelled` where the client left; "" where nothing went wrong.
         answer: what the answer was; None where none was requested.
     """
 

@@ -77,13 +77,13 @@ class Site:
         """How many chats the node has received."""
         return sum(path == "/api/chat" for path, _ in self._received)
 
-    def leaving_client(self, body: Any) -> socket.socket:
-        """A client that has sent a request and reads nothing."""
+    def leaving_client(self, body: Any, missing_bytes: int = 0) -> socket.socket:
+        """A client that has sent a request, perhaps without its end, and reads nothing."""
         content = json.dumps(body).encode()
         head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n\r\n"
         url = self.client.base_url
         client = socket.create_connection((url.host, url.port or 80))
-        client.sendall(head.encode() + content)
+        client.sendall(head.encode() + content[: len(content) - missing_bytes])
         return client
 
 
@@ -142,6 +142,20 @@ def test_an_error_after_a_long_wait_is_sent_within_the_stream(monkeypatch: pytes
             assert site.finished[0].error_kind == "unavailable"
 
     with fake_node({"/api/chat": node.answer}) as over:
+        run_blocking(test(*over))
+
+
+def test_a_client_that_leaves_within_its_body_has_cancelled_its_request() -> None:
+    async def test(*over: Any) -> None:
+        async with gateway_over(*over) as site:
+            client = site.leaving_client(ASKED, missing_bytes=10)
+            await eventually_async(lambda: site.gateway.limits.running, "the gateway reads the body")
+            client.close()
+            await eventually_async(lambda: site.finished, "the request has ended")
+            assert site.finished[0].error_kind == "cancelled"
+            assert site.gateway.limits.running == site.chats == 0
+
+    with fake_node({}) as over:
         run_blocking(test(*over))
 
 
