@@ -1,6 +1,7 @@
 """The router: which backend answers a request, the life of the request, and its record.
 
 - `router.py`: `Router`, the API of all this.
+- `requests.py`: its methods that ask a model.
 - `own_engines.py`: what it works with: workers, coordinators, Ollama nodes.
 - `remote/`: the same, where a gateway has them.
 - `settings.py`: the arguments of a router, checked.

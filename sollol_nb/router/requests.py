@@ -1,0 +1,239 @@
+"""What a router is asked: chats, continuations of a text, and the rest of interrupted answers."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from functools import partial
+from pathlib import Path
+from typing import Any, Unpack
+
+from sollol_nb.chat.chunk import Chunk
+from sollol_nb.chat.completion import Completion, checked_against_schema
+from sollol_nb.chat.options import ChatOptions
+from sollol_nb.chat.request import ChatRequest, checked_timeout_s
+from sollol_nb.chat.tool_choice import resumed_call
+from sollol_nb.errors import AnswerInterruptedError, ConfigError
+from sollol_nb.llama_cpp.answers.base import Answer
+from sollol_nb.models.routing import checked_backend
+from sollol_nb.router.own_engines import OwnEngines
+from sollol_nb.router.remote.engines import GatewayEngines
+from sollol_nb.runtime.io_loop import io_bound_stream
+from sollol_nb.runtime.priority import Priority, checked_priority
+from sollol_nb.settings.models import model_text
+
+
+class RouterRequests:
+    """The methods of `Router` that ask a model. They need its engines and its time limit."""
+
+    _engines: OwnEngines | GatewayEngines
+    _timeout_s: float
+
+    async def route_request(
+        self,
+        /,
+        model: str | Path,
+        messages: Sequence[Mapping[str, Any]] | str,
+        *,
+        schema: object = None,
+        backend: str | None = None,
+        priority: int = Priority.NORMAL,
+        timeout: float | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> Completion:
+        """Ask a model, and wait for the whole answer.
+
+        Args:
+            model: a model's name, such as `llama3.1:70b` or `demo:sharded`, or the path of a GGUF file, as text or
+                `Path`.
+            messages: `[{"role": "user", "content": "Hello!"}]`, or one user message as a string.
+            schema: what the answer must match: a pydantic model class, a dataclass, another type such as
+                `list[str]`, a JSON schema as a dict, or a DataFrame as an example (see `schema/schema.py`). The
+                engine is held to it, and the answer is checked; `.value` has the answer as that type.
+            backend: where it must run, whatever the model's size: `ollama`, `sharded` or `local` (or in full, as
+                in `_routing`); None and `auto` leave that to the router.
+            priority: 1 to 10; of requests that wait for the same backend, higher ones go first.
+            timeout: limit in seconds, from when the coordinator is ready; at Ollama, loading counts.
+            **options: `max_tokens`, `temperature`, `top_p`, `top_k`, `min_p`, `seed`, `stop`, `format`
+                (`"json"` or a JSON schema), `tools`, `tool_choice`, `options` (Ollama's own dict), `overflow`
+                (`"error"`, or `"drop_oldest"`: leaves out the oldest turns that do not fit, and says so as
+                `_dropped`), ... (see `chat/options.py`)
+
+        Returns:
+            The answer in Ollama's shape, with `_routing`.
+
+        Raises:
+            StructureError: the answer does not match the schema; the error has it as `.completion`.
+            ContextOverflowError: the messages do not fit the model's context.
+            SollolError: of the kind that fits; see `errors.py`.
+        """
+        chunks = self.stream(
+            model, messages, schema=schema, backend=backend, priority=priority, timeout=timeout, **options
+        )
+        return checked_against_schema(await _joined(chunks), schema)
+
+    @io_bound_stream
+    def stream(
+        self,
+        /,
+        model: str | Path,
+        messages: Sequence[Mapping[str, Any]] | str,
+        *,
+        schema: object = None,
+        backend: str | None = None,
+        priority: int = Priority.NORMAL,
+        timeout: float | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> AsyncGenerator[Chunk, None]:
+        """Ask a model; yields Ollama-shaped chunks as they arrive, the last with `done` and `_routing`.
+
+        Arguments and errors are those of `route_request`, but only the engine is held to the schema: the text is
+        not checked here. Leaving the loop early (closing the generator) cancels the generation on the engine.
+        """
+        check = partial(
+            ChatRequest.checked,
+            messages,
+            schema=schema,
+            backend=backend,
+            priority=priority,
+            timeout_s=self._timeout_s if timeout is None else timeout,
+            options=options,
+        )
+        return self._engines.chunks(model_text(model), check, router=self)
+
+    async def generate(
+        self,
+        /,
+        model: str | Path,
+        prompt: str,
+        *,
+        suffix: str | None = None,
+        images: Sequence[str] | None = None,
+        backend: str | None = None,
+        priority: int = Priority.NORMAL,
+        timeout: float | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> Completion:
+        """Continue a text without a chat template, and wait for the whole continuation.
+
+        It survives the death of machines as other answers do.
+
+        Args:
+            prompt: as the model reads it; special tokens may be written as text. It is not part of the answer.
+            suffix: what follows the answer, which fills the gap; only models in Ollama whose template knows it.
+            images: in base64, where the prompt says `[img-0]`, `[img-1]`, ...; only models in Ollama.
+            model, backend, priority, timeout, **options: as for `route_request`, but for `tools`, `tool_choice`,
+                `parallel_tool_calls` and `think`.
+
+        Returns:
+            The answer in the shape of a chat's, with `_routing`. Errors are those of `route_request`.
+        """
+        chunks = self.stream_generate(
+            model,
+            prompt,
+            suffix=suffix,
+            images=images,
+            backend=backend,
+            priority=priority,
+            timeout=timeout,
+            **options,
+        )
+        return await _joined(chunks)
+
+    @io_bound_stream
+    def stream_generate(
+        self,
+        /,
+        model: str | Path,
+        prompt: str,
+        *,
+        suffix: str | None = None,
+        images: Sequence[str] | None = None,
+        backend: str | None = None,
+        priority: int = Priority.NORMAL,
+        timeout: float | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> AsyncGenerator[Chunk, None]:
+        """As `generate`; yields chunks in the shape of a chat's, as `stream` does."""
+        check = partial(
+            ChatRequest.of_prompt,
+            prompt,
+            suffix=suffix,
+            images=images,
+            backend=backend,
+            priority=priority,
+            timeout_s=self._timeout_s if timeout is None else timeout,
+            options=options,
+        )
+        return self._engines.chunks(model_text(model), check, router=self)
+
+    async def resume(
+        self, interrupted: AnswerInterruptedError, *, priority: int = Priority.NORMAL, timeout: float | None = None
+    ) -> Completion:
+        """Continue an answer that was interrupted because no coordinator could take over.
+
+        Args:
+            interrupted: the error that was raised then.
+
+        Returns:
+            The whole answer, with the text from before the interruption; checked if a schema was given.
+
+        Raises:
+            ConfigError: the error has nothing to continue.
+            StructureError: as for `route_request`.
+            SollolError: as for `route_request`.
+        """
+        if not isinstance(interrupted, AnswerInterruptedError) or interrupted.state is None:
+            raise ConfigError("resume() takes an AnswerInterruptedError of an answer that had begun; ask again")
+        answer = Answer.from_state(interrupted.state)
+        before: Chunk = {"message": {"role": "assistant", "content": answer.text, "thinking": answer.thinking}}
+        before["logprobs"] = answer.logprobs
+        chunks = self.resumed(
+            interrupted.state,
+            backend=interrupted.backend,
+            schema=interrupted.schema,
+            priority=priority,
+            timeout=timeout,
+        )
+        whole = await _joined(chunks, before)
+        return checked_against_schema(resumed_call(whole, answer.options), interrupted.schema)
+
+    @io_bound_stream
+    def resumed(
+        self,
+        state: Mapping[str, Any],
+        *,
+        backend: str | None = None,
+        schema: object = None,
+        priority: int = Priority.NORMAL,
+        timeout: float | None = None,
+    ) -> AsyncGenerator[Chunk, None]:
+        """The rest of an interrupted answer, as chunks; `resume` gives the whole.
+
+        Args:
+            state: of the `AnswerInterruptedError`.
+            backend, schema, priority, timeout: as for `route_request`.
+
+        Raises:
+            ConfigError: this is not the state of an answer.
+            SollolError: as for `stream`.
+        """
+        answer = Answer.from_state(state)
+
+        def checked() -> ChatRequest:
+            return ChatRequest(
+                messages=[],  # the answer has them, and the options
+                options={},
+                priority=checked_priority(priority),
+                timeout_s=checked_timeout_s(self._timeout_s if timeout is None else timeout),
+                backend=checked_backend(backend),
+                schema=schema,
+            )
+
+        return self._engines.chunks(answer.model, checked, router=self, interrupted=answer)
+
+
+async def _joined(chunks: AsyncGenerator[Chunk, None], *before: Chunk) -> Completion:
+    """The whole answer of a stream, after the chunks from before it."""
+    async with aclosing(chunks):
+        return Completion.from_chunks([*before, *[chunk async for chunk in chunks]])
