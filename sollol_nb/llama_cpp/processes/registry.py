@@ -170,10 +170,12 @@ def describe_owner(about: dict[str, Any]) -> str:
     """Who started an engine, as text."""
     pid = about.get("owner_pid")
     if pid == os.getpid():
-        return "this gateway" if own_name() == GATEWAY else "this kernel"
+        return GATEWAY if own_name() == GATEWAY else "this kernel"
     name = str(about.get("owner") or "a kernel")
     if isinstance(pid, int) and is_same_process(pid, about.get("owner_started")):
         return f"{name} (process {pid})"
+    if name == GATEWAY:
+        return "an earlier gateway"
     is_this_notebook = name == own_name() and name.endswith(".ipynb")
     return f"an earlier kernel of {'this notebook' if is_this_notebook else name}"
 

@@ -116,6 +116,7 @@ def test_repr_of_an_entry_shows_neither_its_key_nor_its_about(folder: Path) -> N
         ({"owner_pid": os.getpid(), "owner": "x"}, "this kernel"),
         ({"owner_pid": os.getppid(), "owner": "job.ipynb"}, f"job.ipynb (process {os.getppid()})"),
         ({"owner_pid": os.getppid()}, f"a kernel (process {os.getppid()})"),
+        ({"owner_pid": UNUSED_PID, "owner": registry.GATEWAY}, "an earlier gateway"),
         ({"owner_pid": UNUSED_PID, "owner": "job.ipynb"}, "an earlier kernel of job.ipynb"),
         ({"owner_pid": UNUSED_PID, "owner": "mine.ipynb"}, "an earlier kernel of this notebook"),
     ],
