@@ -188,7 +188,9 @@ class ClusterWidget:
 
     def _update_html(self) -> None:
         if self._html is not None:
-            self._html.value = self._state.status()._repr_html_()
+            unreachable = self._state.data.get("unreachable")
+            line = f"<p>{escape(unreachable)}</p>" if unreachable else ""
+            self._html.value = self._state.status()._repr_html_() + line
 
     def _update_snapshots(self) -> None:
         for snapshot in self._snapshots:

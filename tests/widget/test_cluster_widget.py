@@ -19,6 +19,7 @@ from IPython.core.events import EventManager
 from ipywidgets.widgets import widget as widget_module
 
 from sollol_nb import hybrid_router
+from sollol_nb.cluster.data import patched
 from sollol_nb.runtime.events import EventKind
 from sollol_nb.runtime.io_loop import run_blocking
 from sollol_nb.sync_wrapper import HybridRouter
@@ -113,6 +114,27 @@ def test_without_anywidget_the_state_is_shown_as_html(
     assert widget.map is None
     assert isinstance(shown, ipywidgets.HTML)
     eventually(lambda: "nothing listens there" in shown.value, "the change is shown")
+    widget.close()
+
+
+def test_without_anywidget_a_gateway_that_does_not_answer_is_said(
+    cluster: SimulatedCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sollol_nb.widget.map", None)
+    monkeypatch.setattr("sollol_nb.widget.cluster_widget.HTML_EVERY_S", 0.0)
+    widget = cluster_widget(cluster)  # type: ignore[arg-type]
+    widget.bundle()
+    shown = widget.box.children[0]
+
+    async def change(unreachable: str | None) -> None:
+        patch = {"unreachable": unreachable}
+        cluster.state._data = patched(cluster.state.data, patch)
+        widget._on_patch(patch)
+
+    run_blocking(change("no gateway answers at <there>"))
+    eventually(lambda: "<p>no gateway answers at &lt;there&gt;</p>" in shown.value, "it is said")
+    run_blocking(change(None))
+    eventually(lambda: "no gateway" not in shown.value, "it is back")
     widget.close()
 
 
