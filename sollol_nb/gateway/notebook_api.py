@@ -15,7 +15,6 @@ which the kernel makes the same exception; a stream that has begun ends with it.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import platform
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
@@ -263,24 +262,24 @@ def _stream(gateway: Gateway, opened: Callable[[Callable[[Any], None]], Any]) ->
                 has_fallen_behind = True
 
         draining = asyncio.create_task(gateway.draining.wait())
+        taking = asyncio.create_task(unread.get())
         gateway.readers += 1
         try:
             async with opened(put):
                 while not (has_fallen_behind or draining.done()):
-                    taking = asyncio.create_task(unread.get())
                     await asyncio.wait(
                         (taking, draining), timeout=ALIVE_EVERY_S, return_when=asyncio.FIRST_COMPLETED
                     )
                     if taking.done():
-                        yield _line(taking.result())
+                        data, taking = taking.result(), asyncio.create_task(unread.get())
+                        yield _line(data)
                     else:
-                        taking.cancel()
                         yield b"\n"
         finally:
             gateway.readers -= 1
+            taking.cancel()
             draining.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await draining
+            await asyncio.gather(taking, draining, return_exceptions=True)
 
     return StreamingResponse(lines(), media_type=_NDJSON)
 

@@ -98,7 +98,7 @@ class Session:
                 return self._replace_router(_new_router(**router_settings), keep=not router_settings)
             return self._router
 
-    def connect(self, gateway: str, key: str | None = None) -> None:
+    def connect(self, gateway: str, key: Secret | None = None) -> None:
         """Use the engines of a gateway from now on, or own ones; the previous ones run on for their keep_alive.
 
         Args:
@@ -109,7 +109,7 @@ class Session:
             GatewayError: no gateway answers there, or it refuses the key; nothing has changed.
         """
         settings = self.settings()
-        given = {} if key is None else {"gateway_key": Secret(key.strip())}
+        given = {} if key is None else {"gateway_key": key}
         with self._lock:
             new = _new_router(gateway=gateway, **given)
             try:
@@ -120,7 +120,7 @@ class Session:
                 raise
             settings.gateway = gateway
             if key is not None:
-                settings.gateway_key = given["gateway_key"]
+                settings.gateway_key = key
             self._replace_router(new, keep=True)
 
     def use_router(self, new: HybridRouter | None) -> HybridRouter:

@@ -108,6 +108,7 @@ class JsonClient:
         *,
         read_timeout_s: float | None = None,
         line_limit_bytes: int = LINE_LIMIT_BYTES,
+        is_endless: bool = False,
     ) -> AsyncIterator[AsyncIterator[str]]:
         """POST (without a body GET), and read the answer line by line while it arrives.
 
@@ -118,6 +119,7 @@ class JsonClient:
         Args:
             read_timeout_s: the longest silence between two pieces; by default the client's.
             line_limit_bytes: the longest line.
+            is_endless: whether all lines together may be longer than any answer is.
 
         Raises:
             TransportError: of the matching kind, before the answer or within it.
@@ -133,7 +135,8 @@ class JsonClient:
                 headers={"Connection": "close"},
             ) as response:
                 await self._check(path, response)
-                yield self._lines(path, response, line_limit_bytes)
+                limit_bytes = None if is_endless else max(STREAM_LIMIT_BYTES, line_limit_bytes)
+                yield self._lines(path, response, line_limit_bytes, limit_bytes)
 
     async def aclose(self) -> None:
         """Close all connections. Closing twice is fine."""
@@ -218,15 +221,16 @@ class JsonClient:
             reason = reason.removeprefix(f"{status} ")  # in titles of web pages
         raise HttpStatusError(f"{url} answered {status}: {reason}", status=status, reason=reason, body=text)
 
-    async def _lines(self, path: str, response: httpx.Response, line_limit_bytes: int) -> AsyncIterator[str]:
+    async def _lines(
+        self, path: str, response: httpx.Response, line_limit_bytes: int, limit_bytes: int | None
+    ) -> AsyncIterator[str]:
         """Lines that end with a line feed and nothing else: JSON text may contain U+2028, U+0085 and the like, at
         which the library's own reader would split."""
         line, total_bytes = bytearray(), 0
         async for piece in response.aiter_raw():
             total_bytes += len(piece)
-            if total_bytes > max(STREAM_LIMIT_BYTES, line_limit_bytes):
-                limit = max(STREAM_LIMIT_BYTES, line_limit_bytes) >> 20
-                raise TransportError(f"{self.base_url}{path}: the answer is longer than {limit} MiB")
+            if limit_bytes is not None and total_bytes > limit_bytes:
+                raise TransportError(f"{self.base_url}{path}: the answer is longer than {limit_bytes >> 20} MiB")
             first, *others = piece.split(b"\n")
             line += first
             for following in others:

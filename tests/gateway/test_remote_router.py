@@ -284,6 +284,16 @@ def test_a_wrong_key_is_one_line(guarded: tuple[str, dict[str, str]]) -> None:
         assert remote.latency.frame().iloc[-1]["status"] == "error"
 
 
+def test_a_closed_router_follows_no_gateway(router: HybridRouter, caplog: pytest.LogCaptureFixture) -> None:
+    assert router.gateway
+    remote = HybridRouter(gateway=router.gateway)
+    remote.close()
+    for ask in (lambda: remote.route_request("demo", "Hello!"), remote.cluster, remote.models):
+        with pytest.raises(GatewayError, match=f"the gateway {remote.gateway} was closed; make a new one"):
+            ask()
+    assert not caplog.records
+
+
 # --- no gateway there -----------------------------------------------------------------------------
 
 

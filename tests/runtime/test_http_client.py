@@ -394,6 +394,17 @@ def test_a_stream_has_limits(monkeypatch: pytest.MonkeyPatch, peer: Peer, messag
         run(read())
 
 
+def test_an_endless_stream_has_only_limited_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_client, "STREAM_LIMIT_BYTES", 4_000)
+
+    async def read() -> int:
+        peer = says(CHUNKED, *[chunk(b"z\n" * 900)] * 5, chunk(b""))
+        async with client_of(peer) as client, client.stream_lines("/x", None, is_endless=True) as lines:
+            return len([line async for line in lines])
+
+    assert run(read()) == 4_500
+
+
 @pytest.mark.parametrize(("then", "error"), [("close", ConnectionBrokenError), ("silence", TransportTimeoutError)])
 def test_stream_that_breaks_gives_its_lines_and_then_the_error(then: str, error: type[Exception]) -> None:
     seen: list[str] = []

@@ -11,7 +11,7 @@ from IPython.core.magic_arguments import argument, magic_arguments
 
 from sollol_nb.errors import GatewayKeyError
 from sollol_nb.notebook import magic_line, session
-from sollol_nb.settings.kinds import LOCAL, checked_gateway
+from sollol_nb.settings.kinds import LOCAL, Secret, checked_gateway
 
 if TYPE_CHECKING:
     from sollol_nb.sync_wrapper import HybridRouter
@@ -58,14 +58,14 @@ class ConnectMagics(Magics):
         print(_description(session.router()))
 
 
-def _asked_key(url: str, error: GatewayKeyError) -> str:
+def _asked_key(url: str, error: GatewayKeyError) -> Secret:
     """The key, as the user types it; it is not shown.
 
     Raises:
         GatewayKeyError: the given one, if the front end cannot ask.
     """
     try:
-        return getpass(f"Key of the gateway {url}: ")
+        return Secret(getpass(f"Key of the gateway {url}: ").strip())
     except (StdinNotImplementedError, EOFError):
         raise GatewayKeyError(f"{error}; set it as SOLLOL_GATEWAY_KEY before the kernel starts") from None
 

@@ -41,7 +41,7 @@ from sollol_nb.settings.table import SETTINGS
 from sollol_nb.text.tables import counted
 
 MOST_LOSSES = 10
-LONGEST_BUSY_PAUSE_S = 5.0
+SHORTEST_BUSY_PAUSE_S, LONGEST_BUSY_PAUSE_S = 0.2, 5.0
 
 
 class GatewayRequest:
@@ -145,7 +145,7 @@ class GatewayRequest:
                             return
                 raise GatewayUnavailableError(f"the gateway {self._connection.url} ended the answer early")
             except GatewayBusyError as error:
-                pause_s = min(error.retry_after_s, LONGEST_BUSY_PAUSE_S)
+                pause_s = min(max(SHORTEST_BUSY_PAUSE_S, error.retry_after_s), LONGEST_BUSY_PAUSE_S)
                 if waited_s + pause_s > request.timeout_s:
                     raise
                 waited_s += pause_s

@@ -46,6 +46,7 @@ class GatewayConnection:
     def __init__(self, url: str, key: str | None) -> None:
         self.url = gateway_url(url)
         self.info: GatewayInfo | None = None
+        self._is_closed = False
         self._client = JsonClient(self.url, api_key=key, read_timeout_s=SILENCE_S)
 
     def __repr__(self) -> str:
@@ -56,8 +57,11 @@ class GatewayConnection:
 
         Raises:
             GatewayUnavailableError: nothing answers there.
-            GatewayError: it refuses the key, or it is no gateway, or one of another version.
+            GatewayError: it refuses the key, or it is not a gateway, or one of another version; or the connection
+                was closed.
         """
+        if self._is_closed:
+            raise GatewayError(f"the router that used the gateway {self.url} was closed; make a new one")
         try:
             data = await self._client.get("/sollol/hello", timeout_s=_HELLO_LIMIT_S)
         except TransportError as error:
@@ -102,7 +106,9 @@ class GatewayConnection:
         """
         await self.ensure()
         try:
-            async with self._client.stream_lines(path, body, read_timeout_s=SILENCE_S) as lines:
+            # A feed, which has no body, may run for weeks; only its lines are limited.
+            stream = self._client.stream_lines(path, body, read_timeout_s=SILENCE_S, is_endless=body is None)
+            async with stream as lines:
                 yield self._objects(lines)
         except TransportError as error:
             raise self._translated(error) from error
@@ -122,7 +128,7 @@ class GatewayConnection:
 
     async def ensure(self) -> None:
         """Ask the gateway who it is, unless it has said so."""
-        if self.info is None:
+        if self.info is None or self._is_closed:
             await self.hello()
 
     async def wait_until_back(self) -> None:
@@ -148,7 +154,8 @@ class GatewayConnection:
             raise GatewayUnavailableError(f"{last or f'no gateway answers at {self.url}'} ({waited})") from None
 
     async def aclose(self) -> None:
-        """Close all connections. Closing twice is fine."""
+        """Close all connections, for good. Closing twice is fine."""
+        self._is_closed = True
         await self._client.aclose()
 
     async def _objects(self, lines: AsyncIterator[str]) -> AsyncIterator[dict[str, Any]]:

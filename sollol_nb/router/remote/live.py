@@ -54,7 +54,7 @@ def event_of(data: Any) -> Event | None:
         kind, at = EventKind(data["kind"]), float(data["at"])
         details = data["data"] if isinstance(data["data"], dict) else {}
         return Event(kind, one_line(str(data["subject"])), one_line(str(data["message"]), 2000), details, at)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return None
 
 
@@ -72,14 +72,16 @@ class GatewayEvents:
         self._newest_at = 0.0
         self._is_lost = False
         self._task: asyncio.Task[None] | None = None
+        self._is_closed = False
 
     def start(self) -> None:
-        """Follow the events, unless that is done already."""
-        if self._task is None:
+        """Follow the events, unless that is done already, or it was closed."""
+        if self._task is None and not self._is_closed:
             self._task = asyncio.create_task(_follow(self._connection, "/sollol/events", self._read, self.lost))
 
     async def close(self) -> None:
-        """Follow them no more."""
+        """Follow them no more, for good."""
+        self._is_closed = True
         await _cancelled(self._task)
 
     def note_known(self, data: Any) -> None:

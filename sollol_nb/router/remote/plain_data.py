@@ -18,15 +18,16 @@ from sollol_nb.runtime.http_client import one_line
 
 LONGEST_MESSAGE_CHARS = 4000
 """Of an error; the longest have the last lines of an engine's log."""
-_ATTRIBUTES: Mapping[type[SollolError], tuple[str, ...]] = {
-    errors.AnswerInterruptedError: ("state",),
-    errors.CoordinatorStartError: ("may_pass", "is_crash"),
-    errors.ContextOverflowError: ("prompt_tokens", "context_tokens"),
-    errors.HttpStatusError: ("status", "reason"),
-    errors.OllamaResponseError: ("status",),
-    errors.GatewayBusyError: ("retry_after_s",),
+_ATTRIBUTES: Mapping[type[SollolError], Mapping[str, Any]] = {
+    errors.AnswerInterruptedError: {"state": dict[str, Any] | None},
+    errors.CoordinatorStartError: {"may_pass": bool, "is_crash": bool},
+    errors.ContextOverflowError: {"prompt_tokens": int | None, "context_tokens": int | None},
+    errors.HttpStatusError: {"status": int, "reason": str},
+    errors.OllamaResponseError: {"status": int | None},
+    errors.GatewayBusyError: {"retry_after_s": float},
 }
-"""What errors say besides their message. Partial answers are left out: who reads an answer has its text."""
+"""What errors say besides their message, and its types. Partial answers are left out: the reader of an answer has its
+text."""
 _CLASSES = {
     name: kind
     for name, kind in inspect.getmembers(errors, inspect.isclass)
@@ -79,7 +80,10 @@ def from_plain(hint: Any, data: Any, where: str = "it") -> Any:
         return _checked(data is None, data, where)
     if hint is float:
         is_number = isinstance(data, int | float) and not isinstance(data, bool)
-        return float(_checked(is_number, data, where))
+        try:
+            return float(_checked(is_number, data, where))
+        except OverflowError:
+            raise ValueError(f"{where} is too large") from None
     if hint in (str, int, bool):
         return _checked(isinstance(data, hint) and (hint is bool or not isinstance(data, bool)), data, where)
     if hint is Path:
@@ -125,7 +129,7 @@ def _fields(cls: type) -> dict[str, Any]:
 def error_data(error: Exception) -> dict[str, Any]:
     """An error of this package as plain data: its class, its message, and what else it says."""
     kind = next(kind for kind in type(error).__mro__ if kind.__name__ in _CLASSES)
-    names = next((names for cls, names in _ATTRIBUTES.items() if isinstance(error, cls)), ())
+    names: Mapping[str, Any] = next((hints for cls, hints in _ATTRIBUTES.items() if isinstance(error, cls)), {})
     return {
         "class": kind.__name__,
         "message": str(error),
@@ -138,13 +142,14 @@ def error_of(data: Mapping[str, Any]) -> SollolError:
     kind = _CLASSES.get(str(data.get("class")), GatewayError)
     message = one_line(str(data.get("message", "")), LONGEST_MESSAGE_CHARS) or "the gateway gave no reason"
     given = data.get("attributes")
-    names = next((names for cls, names in _ATTRIBUTES.items() if issubclass(kind, cls)), ())
-    attributes = {name: given[name] for name in names if name in given} if isinstance(given, Mapping) else {}
+    hints: Mapping[str, Any] = next((hints for cls, hints in _ATTRIBUTES.items() if issubclass(kind, cls)), {})
+    said = given if isinstance(given, Mapping) else {}
     try:
+        attributes = {name: from_plain(hint, said[name], name) for name, hint in hints.items() if name in said}
         if issubclass(kind, _OWN_ARGUMENTS):
             return kind(message, **attributes)
         error = kind(message)
-    except TypeError:
+    except (TypeError, ValueError):
         return GatewayError(message)
     for name, value in attributes.items():
         setattr(error, name, value)

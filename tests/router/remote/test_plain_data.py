@@ -110,6 +110,7 @@ def test_fields_of_a_newer_version_are_ignored() -> None:
         (list[str], {"a": 1}),
         (tuple[int, int, int], [1, 2]),
         (int, True),
+        (float, 10**400),
         (bool, 1),
         (str | None, 3),
         (ProbeOutcome, "???"),
@@ -159,6 +160,11 @@ def test_an_unknown_error_is_one_of_the_gateway_and_one_line() -> None:
     error = error_of({"class": "ZeroDivisionError", "message": "a\nb\x1b[2J", "attributes": 3})
     assert type(error) is GatewayError
     assert str(error) == "a b [2J"
+
+
+def test_an_error_that_says_something_of_another_type_is_one_of_the_gateway() -> None:
+    error = error_of({"class": "GatewayBusyError", "message": "busy", "attributes": {"retry_after_s": "soon"}})
+    assert (type(error), str(error)) == (GatewayError, "busy")
 
 
 def test_the_types_of_all_calls_are_known() -> None:
