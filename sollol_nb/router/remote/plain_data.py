@@ -26,7 +26,7 @@ _ATTRIBUTES: Mapping[type[SollolError], Mapping[str, Any]] = {
     errors.OllamaResponseError: {"status": int | None},
     errors.GatewayBusyError: {"retry_after_s": float},
 }
-"""What errors say besides their message, and its types. Partial answers are left out: the reader of an answer has its
+"""What errors say besides their message, and its types. Partial answers are left out: who reads an answer has its
 text."""
 _CLASSES = {
     name: kind
