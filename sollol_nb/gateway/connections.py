@@ -8,6 +8,7 @@ So a request costs nothing more.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import ssl
 import time
@@ -18,7 +19,7 @@ from typing import Any, Literal, NoReturn
 
 import h11
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
@@ -224,6 +225,16 @@ def _without_upgrade(data: bytes) -> bytes:
     return data if found < 0 else data[: found + 2] + b"ignored" + data[found + 9 :]
 
 
+def _without_cancellation(app: ASGIApp) -> ASGIApp:
+    """The application, whose requests may be cancelled, by `HttpServer.close` alone, without a traceback."""
+
+    async def cancellable(scope: Scope, receive: Receive, send: Send) -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            await app(scope, receive, send)
+
+    return cancellable
+
+
 class HttpServer:
     """Serves an application on a socket, on the running loop.
 
@@ -234,7 +245,7 @@ class HttpServer:
 
     def __init__(self, app: ASGIApp, listening: socket.socket, tls: ssl.SSLContext | None = None) -> None:
         self._config = uvicorn.Config(
-            app,
+            _without_cancellation(app),
             http=connection_class,
             ws="none",
             interface="asgi3",
@@ -273,6 +284,18 @@ class HttpServer:
         if self._server is not None:
             self._server.close()
 
+    @property
+    def running(self) -> int:
+        """How many requests are being answered."""
+        return len(self._state.tasks)
+
+    async def wait_for_requests(self, limit_s: float) -> None:
+        """Wait until no request is being answered, or the time is over."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(limit_s):
+                while self._state.tasks:
+                    await asyncio.wait(self._state.tasks)
+
     async def close(self) -> None:
         """Close all connections, as soon as their clients have read what they were sent, or soon."""
         self.stop_listening()
@@ -288,7 +311,7 @@ class HttpServer:
             connection.transport.abort()
         for task in list(self._state.tasks):
             task.cancel()
-        await asyncio.gather(*self._state.tasks, return_exceptions=True)
+        await self.wait_for_requests(CLOSE_TIMEOUT_S)
 
     async def _check(self) -> None:
         while True:

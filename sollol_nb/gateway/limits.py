@@ -3,7 +3,6 @@ how much memory their bodies may take together."""
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, MutableMapping
@@ -36,7 +35,6 @@ class Limits:
 
     Attributes:
         running: how many run now.
-        none_runs: set while there are none.
         max_requests: see Args.
     """
 
@@ -45,8 +43,6 @@ class Limits:
     ) -> None:
         self.max_requests = max_requests
         self.running = 0
-        self.none_runs = asyncio.Event()
-        self.none_runs.set()
         self._bodies_bytes = 0
         self._clock = clock
         self._running_by_key: Counter[str] = Counter()
@@ -61,7 +57,6 @@ class Limits:
         """
         self._check(key)
         self.running += 1
-        self.none_runs.clear()
         self._running_by_key[key.name] += 1
         try:
             yield
@@ -70,8 +65,6 @@ class Limits:
             self._running_by_key[key.name] -= 1
             if not self._running_by_key[key.name]:
                 del self._running_by_key[key.name]
-            if not self.running:
-                self.none_runs.set()
 
     def add_to_body(self, scope: MutableMapping[str, Any], size_bytes: int) -> None:
         """Count a piece of a request's body, until `forget_body`.

@@ -35,10 +35,13 @@ from sollol_nb.ollama.pool import OllamaPool
 from sollol_nb.runtime.io_loop import io_loop, submit
 from sollol_nb.settings.endpoints import format_endpoint
 from sollol_nb.settings.kinds import LOCAL
+from sollol_nb.text.tables import counted
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_DRAIN_S = 30.0
+SOON_S = 0.2
+"""How long requests may take at the end before the user is informed that they are waited for."""
 STOP_S = 5.0
 """How long the ends of answers may take to be sent once the drain time is over."""
 CLOSE_S = 10.0
@@ -164,19 +167,23 @@ class _Service:
         """Wait for the requests that run, then end them with an error."""
         gateway.draining.set()
         server.stop_listening()
-        if gateway.limits.running:
-            waits = f"waits up to {self._options.drain_s:g} s for {gateway.limits.running} requests"
+        await server.wait_for_requests(SOON_S)
+        if server.running:
+            waits = f"waits up to {self._options.drain_s:g} s for {counted(server.running, 'request')}"
             _say(f"the gateway {waits}, then ends; a second signal ends it at once")
-        await self._wait_for_requests(gateway, self._options.drain_s)
+        await self._wait_for_requests(server, self._options.drain_s)
         message = "the gateway was stopped; ask again later"
         gateway.stopped.set_result(ApiError(503, "unavailable", message, retry_after_s=DRAIN_RETRY_S))
         self._ends_at_once.clear()
-        await self._wait_for_requests(gateway, STOP_S)
+        await self._wait_for_requests(server, STOP_S)
 
-    async def _wait_for_requests(self, gateway: Gateway, limit_s: float) -> None:
-        waits = [asyncio.create_task(event.wait()) for event in (gateway.limits.none_runs, self._ends_at_once)]
+    async def _wait_for_requests(self, server: HttpServer, limit_s: float) -> None:
+        waits = [
+            asyncio.create_task(server.wait_for_requests(limit_s)),
+            asyncio.create_task(self._ends_at_once.wait()),
+        ]
         try:
-            await asyncio.wait(waits, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for task in waits:
                 task.cancel()

@@ -51,10 +51,12 @@ class Site:
             Route("/echo", self.echo, methods=["GET", "POST"]),
             Route("/flood", self.flood),
             Route("/refuse", self.refuse, methods=["POST"]),
+            Route("/wait", self.wait),
         ]
         self.listening = socket.create_server(("127.0.0.1", 0))
         self.server = HttpServer(Starlette(routes=routes), self.listening)
         self.flood_ended = asyncio.Event()
+        self.waiting = asyncio.Event()
         self.seen_headers: list[str] = []
 
     async def echo(self, request: Request) -> PlainTextResponse:
@@ -64,6 +66,11 @@ class Site:
 
     async def refuse(self, request: Request) -> PlainTextResponse:
         return PlainTextResponse("no", 413)
+
+    async def wait(self, request: Request) -> PlainTextResponse:
+        self.waiting.set()
+        await asyncio.Event().wait()
+        return PlainTextResponse("never")
 
     async def flood(self, request: Request) -> StreamingResponse:
         async def pieces() -> AsyncIterator[bytes]:
@@ -353,6 +360,23 @@ def test_a_connection_with_many_unanswered_requests_is_ended(run: Run) -> None:
         connection.writer.transport.abort()
 
     run(test)
+
+
+def test_a_server_that_is_closed_ends_what_still_runs_without_a_word_in_the_log(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test(site: Site) -> None:
+        connection = await site.connect()
+        connection.writer.write(b"GET /wait HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        await site.waiting.wait()
+        assert site.server.running == 1
+        await site.server.close()
+        assert site.server.running == 0
+        assert await connection.rest() == b""
+
+    caplog.set_level("ERROR")
+    run(test)
+    assert not caplog.text
 
 
 def test_one_connection_too_many_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

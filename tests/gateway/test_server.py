@@ -25,7 +25,7 @@ from sollol_nb.gateway.access import DRAIN_RETRY_S
 from sollol_nb.gateway.command import main
 from sollol_nb.llama_cpp.engine.check import Engine
 from tests.support.engines import HANG_GUARD_S, REPOSITORY, eventually, posix_only
-from tests.support.fake_node import HEAD, MODEL, fake_node
+from tests.support.fake_node import HEAD, MODEL, fake_node, reply
 from tests.support.gateway import GatewayProcess, running_gateway
 
 CERTIFICATE = Path(__file__).parents[1] / "support" / "tls" / "loopback.pem"
@@ -94,6 +94,36 @@ def test_a_signal_lets_running_answers_end_and_no_new_ones_begin() -> None:
             rest = "\n".join(lines)
         assert "two" in rest
         assert "[DONE]" in rest
+        assert gateway.wait() == 0
+        assert "Traceback" not in gateway.output
+
+
+@posix_only
+def test_a_signal_lets_requests_without_an_engine_end_as_well() -> None:
+    is_asked, may_end = threading.Event(), threading.Event()
+
+    def details() -> Iterator[bytes]:
+        is_asked.set()
+        may_end.wait(HANG_GUARD_S)
+        yield reply({"details": {"family": "llama"}, "model_info": {}})
+
+    def ask() -> None:
+        with gateway.client() as client:
+            answers.append(client.post("/api/show", json={"model": MODEL}))
+
+    answers: list[httpx.Response] = []
+    asking = threading.Thread(target=ask)
+    with (
+        fake_node({"/api/show": details}) as (url, _),
+        running_gateway(variables={"OLLAMA_HOST": url}) as gateway,
+    ):
+        asking.start()
+        assert is_asked.wait(HANG_GUARD_S)
+        gateway.process.send_signal(signal.SIGTERM)
+        eventually(lambda: "for 1 request, then ends" in gateway.output, "the gateway drains")
+        may_end.set()
+        asking.join(HANG_GUARD_S)
+        assert answers[0].status_code == 200
         assert gateway.wait() == 0
         assert "Traceback" not in gateway.output
 
