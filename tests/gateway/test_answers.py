@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -197,3 +198,25 @@ def test_a_client_that_leaves_the_queue_never_reaches_the_engine() -> None:
 
     with fake_node({"/api/chat": node.answer}) as over:
         run_blocking(test(*over))
+
+
+def waiting() -> set[str]:
+    """What tasks of feeds wait for."""
+    names = {task.get_coro().__qualname__ for task in asyncio.all_tasks()}  # type: ignore[union-attr]
+    return names & {"Queue.get", "Event.wait"}
+
+
+@pytest.mark.parametrize("path", ["/sollol/events", "/sollol/state"])
+def test_a_notebook_that_leaves_a_feed_leaves_nothing_behind(path: str) -> None:
+    async def test() -> None:
+        async with gateway_over("http://127.0.0.1:9", []) as site:
+            router = site.gateway.router
+            subscribers = list(router.events._subscribers)
+            async with site.client.stream("GET", path) as response:
+                await anext(response.aiter_lines())
+                assert site.gateway.readers == 1
+            await eventually_async(lambda: not (site.gateway.readers or router.state.is_watched), "it has ended")
+            await eventually_async(lambda: not waiting(), "nothing waits for it any more")
+            assert router.events._subscribers == subscribers
+
+    run_blocking(test())

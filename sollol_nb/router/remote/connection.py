@@ -183,15 +183,15 @@ class GatewayConnection:
             if error.status in _GATEWAY_PROXY_STATUS:
                 return GatewayUnavailableError(f"no gateway answers at {self.url}: {error.reason}")
             return self._no_gateway(f"it answered {error.status} ({error.reason})")
+        reason = str(error).removeprefix(self.url).partition(": ")[2] or str(error)
         if isinstance(error, ConnectFailedError):
-            reason = str(error).removeprefix(self.url).partition(": ")[2] or str(error)
             return GatewayUnavailableError(
                 f"no gateway answers at {self.url}: {reason}; start it there with `sollol-nb gateway`, or correct "
                 "the address"
             )
         if type(error) is TransportError:
             return self._no_gateway(str(error))
-        return GatewayUnavailableError(f"the gateway {self.url} was lost: {error}")
+        return GatewayUnavailableError(f"the gateway {self.url} was lost: {reason}")
 
     def _reported(self, data: Mapping[str, Any]) -> SollolError:
         """The error that the gateway reports; its own errors name it."""
