@@ -59,7 +59,7 @@ _EXPOSED = b"X-Sollol-Route, X-Sollol-Failovers, Retry-After, " + b", ".join(_RE
 _HEADER_NAMES = re.compile(rb"[A-Za-z0-9_, -]{1,1024}")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@,]+")
 
-ErrorResponse = Callable[[str, ApiError], Response]
+ErrorResponse = Callable[[Scope, ApiError], Response]
 """Makes the response of an error on a path."""
 
 
@@ -106,7 +106,7 @@ class Access:
 
     Args:
         app: the routes.
-        error_response: writes an error as the API does that has the path.
+        error_response: writes an error as the API does that the request belongs to.
     """
 
     def __init__(self, app: ASGIApp, gateway: Gateway, rules: AccessRules, error_response: ErrorResponse) -> None:
@@ -211,7 +211,7 @@ class Access:
 
     def _refused(self, scope: Scope, error: ApiError) -> ASGIApp:
         scope["sollol.error"] = error.kind
-        response = self._error_response(scope["path"], error)
+        response = self._error_response(scope, error)
         if error.status == 401:
             is_page = scope["path"] == STATUS_PAGE and scope["method"] in ("GET", "HEAD")
             response.headers["WWW-Authenticate"] = _ASK_IN_BROWSER if is_page else "Bearer"

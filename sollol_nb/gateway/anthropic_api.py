@@ -25,6 +25,7 @@ from sollol_nb.gateway.bodies import read_json
 from sollol_nb.gateway.calls import ChatCall, apply_headers, model_of
 from sollol_nb.gateway.failures import ApiError, Kind
 from sollol_nb.gateway.gateway import answer, prompt_tokens
+from sollol_nb.gateway.openai_parts import call_arguments
 
 _SIGNATURE = "unsigned"
 _ERROR_TYPES: Mapping[Kind, str] = {
@@ -161,12 +162,12 @@ class MessageWriter(AnswerWriter):
 
     def _stop(self, last: Mapping[str, Any]) -> dict[str, Any]:
         reason, stopped_by = _STOP_REASONS.get(last.get("done_reason", ""), "end_turn"), last.get(STOPPED_BY)
-        if self._has_called:
+        if reason == "max_tokens":  # the last tool call may be incomplete
+            reason = "model_context_window_exceeded" if last.get(CONTEXT_FULL) else reason
+        elif self._has_called:
             reason = "tool_use"
         elif stopped_by:
             reason = "stop_sequence"
-        elif reason == "max_tokens" and last.get(CONTEXT_FULL):
-            reason = "model_context_window_exceeded"
         return {"stop_reason": reason, "stop_sequence": stopped_by, "stop_details": None}
 
 
@@ -177,12 +178,8 @@ def _empty_block(kind: str) -> dict[str, Any]:
 
 
 def _tool_use(call: Mapping[str, Any]) -> dict[str, Any]:
-    function = call["function"]
-    arguments = function.get("arguments") or {}
-    if not isinstance(arguments, dict):  # the model wrote no JSON object; the client's check of the input says so
-        arguments = {"arguments": arguments}
     call_id = call.get("id") or f"toolu_{uuid.uuid4().hex}"
-    return {"type": "tool_use", "id": call_id, "name": function["name"], "input": arguments}
+    return {"type": "tool_use", "id": call_id, "name": call["function"]["name"], "input": call_arguments(call)}
 
 
 def _usage(last: Mapping[str, Any]) -> dict[str, int]:

@@ -12,11 +12,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Scope
 
 from sollol_nb.errors import SollolError
 from sollol_nb.gateway import (
     anthropic_api,
+    anthropic_models,
     cluster_view,
     health,
     metrics,
@@ -91,17 +92,22 @@ def application(gateway: Gateway, rules: AccessRules | None = None) -> ASGIApp:
     return Access(app, gateway, rules or AccessRules(), error_response)
 
 
-def error_response(path: str, error: ApiError) -> Response:
-    """An error as the response of the API that owns the path."""
+def error_response(scope: Scope, error: ApiError) -> Response:
+    """An error as the response of the API that owns the path; for Anthropic's clients, which share paths with
+    OpenAI's, as that of theirs."""
+    path: str = scope["path"]
     api = next((api for api in APIS if path.startswith(api.prefixes)), APIS[-1])  # OPTIONS may have the path *
-    content = json.dumps(api.error_shape(error))  # in ASCII, since a path or message may have what UTF-8 has not
+    shape = api.error_shape
+    if path.startswith("/v1/") and anthropic_models.asks(Request(scope)):
+        shape = anthropic_api.error_shape
+    content = json.dumps(shape(error))  # in ASCII, since a path or message may have what UTF-8 has not
     return Response(content, error.status, error.headers, "application/json")
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     failure = api_error(error)
     request.scope["sollol.error"] = failure.kind
-    return error_response(request.scope["path"], failure)
+    return error_response(request.scope, failure)
 
 
 async def _answer_http_error(request: Request, error: Exception) -> Response:
@@ -110,6 +116,6 @@ async def _answer_http_error(request: Request, error: Exception) -> Response:
     message = f"{request.method} {shown(path)}: {error.detail.lower()}"
     failure = ApiError(error.status_code, _KINDS.get(error.status_code, "invalid"), message)
     request.scope["sollol.error"] = failure.kind
-    response = error_response(path, failure)
+    response = error_response(request.scope, failure)
     response.headers.update(error.headers or {})  # the header "Allow"
     return response

@@ -29,7 +29,7 @@ from sollol_nb.gateway.calls import ChatCall, EmbedCall, apply_headers, key_of, 
 from sollol_nb.gateway.failures import ApiError, invalid
 from sollol_nb.gateway.gateway import answer
 from sollol_nb.gateway.ollama_parts import checked_fields, error_shape, model_error
-from sollol_nb.gateway.openai_parts import checked_base64
+from sollol_nb.gateway.openai_parts import call_arguments, checked_base64
 from sollol_nb.hybrid_router import HybridRouter
 from sollol_nb.runtime.amounts import shown
 from sollol_nb.settings.kinds import keep_alive_seconds
@@ -286,7 +286,7 @@ def _message(given: Any, where: str) -> dict[str, Any]:
 
 def _tool_call(call: Mapping[str, Any], position: int) -> dict[str, Any]:
     """A call with the fields that Ollama adds."""
-    function = {"index": position, **call["function"]}
+    function = {"index": position, **call["function"], "arguments": call_arguments(call)}
     return {"id": f"call_{secrets.token_hex(4)}", **call, "function": function}
 
 

@@ -28,7 +28,7 @@ _REFUSED: Mapping[str, str] = {
     ),
     "max_tokens": "Ollama's API calls it num_predict, in options",
     "_debug_render_only": "the gateway does not show prompts",
-    "context": "Ollama gives it up; send the conversation to /api/chat",
+    "context": "it is deprecated; send the conversation to /api/chat",
     "template": "the model's own is used",
     **dict.fromkeys(("width", "height", "steps"), "the gateway makes no images"),
 }

@@ -200,8 +200,10 @@ class ChatWriter(CompletionWriter):
 
 
 def finish_reason(last: Mapping[str, Any], *, has_calls: bool) -> str:
-    """Why an answer ended, as OpenAI's API says it; Ollama says "stop" where it calls tools, too."""
-    return "tool_calls" if has_calls else _FINISH_REASONS.get(last.get("done_reason", ""), "stop")
+    """Why an answer ended, as OpenAI's API says it. Ollama says "stop" where it calls tools, too. The last call of
+    an answer that ended at its limit may be incomplete."""
+    reason = _FINISH_REASONS.get(last.get("done_reason", ""), "stop")
+    return "tool_calls" if has_calls and reason != "length" else reason
 
 
 def _logprobs(tokens: Any) -> Any:

@@ -295,6 +295,13 @@ def answer_format(kind: Any, description: Any, where: str) -> str | dict[str, An
 # --- answers --------------------------------------------------------------------------------------
 
 
+def call_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a tool call of an answer, for the APIs in which they must be an object. A text that is not
+    the JSON of one, such as the beginning of it, is in `{"arguments": ...}`."""
+    arguments = call["function"].get("arguments") or {}
+    return arguments if isinstance(arguments, dict) else {"arguments": arguments}
+
+
 def wire_call(call: Mapping[str, Any]) -> dict[str, Any]:
     """A tool call of an answer as OpenAI's API writes it: the arguments are JSON text."""
     function = call["function"]

@@ -270,7 +270,7 @@ def test_bodies_that_are_too_long_together_are_refused_until_one_of_them_is_answ
 
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, ApiError)
-        return error_response(request.url.path, error)
+        return error_response(request.scope, error)
 
     on_site(test, KeysOfFile(file))
 

@@ -174,8 +174,10 @@ def test_the_models_are_listed_page_by_page(client: Anthropic) -> None:
     assert [model.id for model in client.models.list(limit=1)] == names
     assert client.models.list(limit=1).has_more
     assert client.models.retrieve("demo").type == "model"
-    with pytest.raises(anthropic.NotFoundError):
+    with pytest.raises(anthropic.NotFoundError) as caught:
         client.models.retrieve("claude-sonnet-5")
+    assert isinstance(caught.value.body, dict)
+    assert caught.value.body["error"]["type"] == "not_found_error"
 
 
 # --- errors ---------------------------------------------------------------------------------------
