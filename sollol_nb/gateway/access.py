@@ -43,9 +43,9 @@ WHILE_DRAINING = frozenset((OPEN_PATH, "/ready", "/metrics"))
 STATUS_PAGE = "/"
 """Browsers ask for a key there."""
 UNCOUNTED = ("/api/show", "/sollol/call/")
-COUNTED = ("/sollol/call/embed", "/sollol/call/count_tokens")
-"""Where the paths of POST requests begin that are not counted, since no engine works for them, but for those that
-are; GET requests never are counted."""
+COUNTED = ("/sollol/call/embed", "/sollol/call/count_tokens", "/sollol/call/preload")
+"""POST requests below the first paths are not counted, since no engine works for them; those to the second ones
+are. GET requests are never counted."""
 ASSETS = "/assets/"
 """Files of the status page, which hold nothing of the cluster. Browsers name an origin when they load them as
 modules, and behind a proxy that is the proxy's."""

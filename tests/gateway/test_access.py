@@ -242,6 +242,28 @@ def test_limits_are_said_with_the_time_to_wait(file: Path) -> None:
     on_site(test, KeysOfFile(file), None, limits)
 
 
+@pytest.mark.parametrize(
+    ("path", "is_counted"),
+    [
+        ("/api/chat", True),
+        ("/api/pull", True),
+        ("/api/show", False),
+        ("/sollol/chat", True),
+        ("/sollol/call/status", False),
+        *((f"/sollol/call/{name}", True) for name in ("embed", "count_tokens", "preload")),
+    ],
+)
+def test_what_no_engine_works_for_is_answered_by_a_full_gateway(file: Path, path: str, is_counted: bool) -> None:
+    limits = Limits(1)
+
+    async def test(site: Site) -> None:
+        with limits.admitted(ANYBODY):
+            assert (await site.client.post(path)).status_code == (503 if is_counted else 200)
+            assert (await site.client.get(path)).status_code == 200
+
+    on_site(test, KeysOfFile(file), None, limits)
+
+
 def test_bodies_that_are_too_long_together_are_refused_until_one_of_them_is_answered(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
