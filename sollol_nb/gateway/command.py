@@ -85,3 +85,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SollolError as error:
         print(f"gateway: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # before it listens; then a signal drains it
+        print("gateway: interrupted", file=sys.stderr)
+        return 130

@@ -91,7 +91,7 @@ def serve(options: ServeOptions) -> None:
     try:
         log = AccessLog(options.log)
     except OSError as error:
-        raise ConfigError(f"cannot write the log {options.log}: {error.strerror}; give another --log") from None
+        raise ConfigError(f"cannot write the log {error.filename}: {error.strerror}; give another --log") from None
     with listen(options.host, options.port) as listening:
         is_local = ipaddress.ip_address(listening.getsockname()[0]).is_loopback
         if not is_local and not keys.exist:

@@ -21,6 +21,7 @@ from sollol_nb._version import __version__
 from sollol_nb.gateway.calls import key_of
 from sollol_nb.gateway.failures import ApiError
 from sollol_nb.gateway.keys import ANYBODY, WITHOUT_KEY
+from sollol_nb.runtime.amounts import shown
 from sollol_nb.widget import drawing
 
 ASSETS = Path(__file__).parent / "assets"
@@ -65,7 +66,7 @@ async def _answer_asset(request: Request) -> Response:
     name = request.path_params["name"]
     content = _assets().get(name)
     if content is None:
-        raise ApiError(404, "not_found", f"GET {request.url.path}: not found")
+        raise ApiError(404, "not_found", f"GET {shown(request.url.path)}: not found")
     tag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
     headers = {**_HEADERS, "ETag": tag}
     if request.headers.get("if-none-match") == tag:

@@ -21,6 +21,7 @@ import httpx
 import pytest
 
 from sollol_nb.cli.main import main as sollol_nb
+from sollol_nb.gateway import server
 from sollol_nb.gateway.access import DRAIN_RETRY_S
 from sollol_nb.gateway.command import main
 from sollol_nb.llama_cpp.engine.check import Engine
@@ -260,6 +261,26 @@ def test_a_gateway_that_cannot_start_says_why_in_one_line(
         assert "is damaged" in refusal(capsys, "--port", "0")
     finally:
         damaged.unlink()
+
+
+def test_a_log_in_the_state_folder_that_cannot_be_written_is_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOLLOL_STATE_DIR", str(tmp_path))
+    log = tmp_path / "logs" / "gateway.jsonl"
+    log.mkdir(parents=True)
+    assert f"cannot write the log {log}: " in refusal(capsys, "--port", "0")
+
+
+def test_an_interruption_of_the_start_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(server, "serve", interrupted)
+    assert main([]) == 130
+    assert capsys.readouterr().err == "gateway: interrupted\n"
 
 
 def test_without_the_extra_one_line_says_how_to_install_it() -> None:
