@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from sollol_nb.runtime.amounts import shown
 from sollol_nb.text.short_names import short_name
 
 MOST_PER_PAGE = 1000
+_LIMIT = re.compile("[0-9]{1,4}")
 
 
 def asks(request: Request) -> bool:
@@ -37,15 +39,16 @@ def page(models: Sequence[ListedModel], query: Mapping[str, str]) -> dict[str, A
     Raises:
         ApiError: `limit` is not 1 to 1000.
     """
-    limit = query.get("limit", str(MOST_PER_PAGE))
-    if not (limit.isascii() and limit.isdecimal() and 1 <= int(limit[:5]) <= MOST_PER_PAGE):
-        raise invalid(f"limit={shown(limit)} must be 1 to {MOST_PER_PAGE}", "limit")
+    given = query.get("limit", str(MOST_PER_PAGE))
+    limit = int(given) if _LIMIT.fullmatch(given) else 0
+    if not 1 <= limit <= MOST_PER_PAGE:
+        raise invalid(f"limit={shown(given)} must be 1 to {MOST_PER_PAGE}", "limit")
     names = [model.model for model in models]
     after, before = query.get("after_id"), query.get("before_id")
     begin = names.index(after) + 1 if after in names else 0
     end = names.index(before) if before in names else len(names)
     found = list(models[begin:end])
-    shown_models = found[-int(limit) :] if before in names else found[: int(limit)]
+    shown_models = found[-limit:] if before in names else found[:limit]
     return {
         "data": [shape(model) for model in shown_models],
         "has_more": len(shown_models) < len(found),

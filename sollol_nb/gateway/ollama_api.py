@@ -239,7 +239,8 @@ def _embedded(request: Request, body: dict[str, Any], inputs: list[str], writer:
     if not inputs:
         return _load(request, body, writer(model))
     options: dict[str, Any] = {"truncate": body.get("truncate", False)}
-    options |= {name: body[name] for name in ("dimensions", "keep_alive", "options") if name in body}
+    options |= {name: body[name] for name in ("keep_alive", "options") if name in body}
+    options["dimensions"] = body.get("dimensions") or None  # Ollama's 0 is that of the model
     call = EmbedCall(model=model, inputs=inputs, options=options)
     return answer(request, apply_headers(request, call, body), writer(model), api="ollama")
 

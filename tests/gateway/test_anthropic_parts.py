@@ -16,6 +16,7 @@ from sollol_nb.chat.messages import check_messages
 from sollol_nb.chat.option_checks import check_options
 from sollol_nb.gateway.anthropic_api import MessageWriter
 from sollol_nb.gateway.anthropic_messages import Conversation
+from sollol_nb.gateway.anthropic_models import page
 from sollol_nb.gateway.anthropic_parts import checked_fields, options_of
 from sollol_nb.gateway.failures import ApiError
 
@@ -352,6 +353,12 @@ def test_thinking_can_be_hidden() -> None:
     )
     assert [block.type for block in message.content] == ["thinking", "text"]
     assert message.content[0].thinking == ""
+
+
+@pytest.mark.parametrize("limit", ["0", "1001", "-1", "1.0", "\u0661", "", "00001" + "9" * 5000])
+def test_a_page_of_models_has_1_to_1000(limit: str) -> None:
+    with pytest.raises(ApiError, match="must be 1 to 1000"):
+        page([], {"limit": limit})
 
 
 def test_an_edit_of_the_context_is_not_claimed() -> None:

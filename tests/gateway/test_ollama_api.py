@@ -380,6 +380,15 @@ def test_a_key_without_control_changes_no_models_and_names_no_files(tmp_path: Pa
     run(ask())
 
 
+def test_0_dimensions_are_those_of_the_model() -> None:
+    async def ask() -> None:
+        async with gateway_without_engines() as http:
+            answer = await http.post("/api/embed", json={"model": "nowhere", "input": "hi", "dimensions": 0})
+            assert answer.status_code == 404, answer.text  # only the model is missing
+
+    run(ask())
+
+
 def test_a_gateway_without_ollama_looks_like_one_to_those_who_look_for_it() -> None:
     async def ask() -> None:
         async with gateway_without_engines() as http:
