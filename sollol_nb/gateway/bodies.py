@@ -15,6 +15,9 @@ BODY_LIMIT_BYTES = 32 * 1024 * 1024
 """Several pictures, or a million tokens of text."""
 DEEPEST = 64
 """Nested lists and objects; a JSON schema that is deeper is a mistake or an attack."""
+MOST_PARTS = 2_000_000
+"""Brackets, braces and commas of a body, those in texts included. The parser lets nothing else run meanwhile: ten
+million empty lists, which fit into a body, take it ten seconds, and this many parts less than one."""
 BODY_TIMEOUT_S = 60.0
 
 
@@ -25,6 +28,8 @@ async def read_json(request: Request) -> dict[str, Any]:
         ApiError: it is not, or it is too long, too deep, or too slow.
     """
     content = await _read(request)
+    if len(content) > MOST_PARTS and sum(map(content.count, (b"[", b"{", b","))) > MOST_PARTS:
+        raise ApiError(413, "too_large", "the body has too many lists, objects and values; send fewer at once")
     try:
         body = json.loads(content.decode(), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:

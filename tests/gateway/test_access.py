@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from base64 import b64encode
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -25,7 +26,9 @@ from sollol_nb.gateway.gateway import FinishedRequest, Gateway
 from sollol_nb.gateway.keys import ANYBODY, WITHOUT_KEY, Key, add_key, remove_key
 from sollol_nb.gateway.keys import Keys as KeysOfFile
 from sollol_nb.gateway.limits import ALLOWED_FAILURES, WINDOW_S, Failures, Limits
+from sollol_nb.runtime.io_loop import run_blocking
 from tests.support.engines import posix_only
+from tests.support.gateway import gateway_without_engines
 
 PAGE = "https://chat.example.org"
 
@@ -295,6 +298,23 @@ def test_bodies_that_are_too_long_together_are_refused_until_one_of_them_is_answ
         return error_response(request.scope, error)
 
     on_site(test, KeysOfFile(file))
+
+
+def test_a_body_of_millions_of_lists_is_refused_before_it_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def parse(*_: object, **__: object) -> None:
+        raise AssertionError("the body is parsed")
+
+    async def ask() -> httpx.Response:
+        async with gateway_without_engines() as client:
+            monkeypatch.setattr(json, "loads", parse)
+            try:
+                return await client.post("/api/chat", content=b'{"messages": [' + b"[]," * 1_000_000 + b"[]]}")
+            finally:
+                monkeypatch.undo()
+
+    response = run_blocking(ask())
+    assert response.status_code == 413
+    assert "too many lists" in response.json()["error"]
 
 
 def test_an_address_with_many_wrong_keys_waits_but_a_right_key_is_never_refused(file: Path) -> None:

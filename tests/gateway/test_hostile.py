@@ -55,6 +55,7 @@ BODIES = {
     "an empty model": b'{"model": "  ", "messages": "Hi"}',
     "a model with control characters": b'{"model": "de\\u0000\\u001b[2J", "messages": "", "prompt": ""}',
     "a very long model": b'{"model": "' + b"m" * 200_000 + b'", "messages": "Hi", "prompt": "Hi", "input": "Hi"}',
+    "a million lists": b'{"model": "demo", "messages": [' + b"[]," * 1_000_000 + b"[]]}",
     "the same field twice": b'{"model": "demo", "model": 7}',
 }
 
