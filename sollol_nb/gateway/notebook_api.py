@@ -82,8 +82,6 @@ def known(router: HybridRouter) -> Any:
 
 async def _hello(request: Request) -> Response:
     key = key_of(request)
-    if gateway_of(request).draining.is_set():
-        raise ApiError(503, "unavailable", "the gateway is ending")
     info = GatewayInfo(
         version=__version__,
         host=platform.node(),

@@ -1,4 +1,4 @@
-"""Requests without an answer in words: how many tokens messages have, and the embeddings of texts.
+"""Requests whose answers are numbers: how many tokens messages have, and the embeddings of texts.
 
 They wait at the gates of Ollama's nodes like all others, but have no row in the latency log.
 """

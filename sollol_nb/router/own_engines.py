@@ -21,7 +21,7 @@ from sollol_nb.llama_cpp.processes.running import Ended, end_engines, engine_log
 from sollol_nb.llama_cpp.workers.workers import Workers
 from sollol_nb.models.listing import ListedModel
 from sollol_nb.models.profiles import ModelProfile
-from sollol_nb.models.routing import DISTRIBUTED, LOCAL, OLLAMA, Route, checked_backend
+from sollol_nb.models.routing import OLLAMA, Route, checked_backend
 from sollol_nb.ollama.pool import OllamaPool
 from sollol_nb.router.active_request import ActiveRequest, RequestServices
 from sollol_nb.router.cluster_control import ClusterControl
@@ -41,6 +41,7 @@ class OwnEngines(ClusterControl):
 
     Attributes:
         events, latency, state: as of the router.
+        counts: requests that have ended, by backend; "" where none was found.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class OwnEngines(ClusterControl):
         self.events = events
         self.latency = latency
         self.state = state
+        self.counts: Counter[str] = Counter()
         self._options = options
         self._timeout_s = timeout_s
         self._routes = RouteFinder(
@@ -82,7 +84,7 @@ class OwnEngines(ClusterControl):
             coordinators=coordinators,
             latency=latency,
             events=events,
-            counts=Counter(),
+            counts=self.counts,
             options=options,
         )
 
@@ -383,16 +385,6 @@ class OwnEngines(ClusterControl):
     def route_of(self, coordinator: Coordinator) -> Route:
         """The route that one of the coordinators was started for."""
         return self._coordinators.route_of(coordinator)
-
-    def request_counts(self) -> dict[str, int]:
-        """How many requests have ended, for `get_stats`."""
-        counts = self._services.counts
-        return {
-            "distributed_requests": counts[DISTRIBUTED],
-            "ollama_requests": counts[OLLAMA],
-            "local_requests": counts[LOCAL],
-            "failed_requests": counts[""],
-        }
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of `Router` that give other engines like these, over the same workers and Ollama nodes."""

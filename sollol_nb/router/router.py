@@ -26,7 +26,7 @@ from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.coordinators.settings import PoolSettings
 from sollol_nb.models.listing import models_frame
 from sollol_nb.models.profiles import ModelProfile
-from sollol_nb.models.routing import Route
+from sollol_nb.models.routing import DISTRIBUTED, LOCAL, OLLAMA, Route
 from sollol_nb.ollama.pool import OllamaPool
 from sollol_nb.router.own_engines import OwnEngines
 from sollol_nb.router.remote.calls import GatewayCoordinator, GatewayInfo
@@ -313,9 +313,12 @@ class Router(RouterRequests):
         found), `coordinator_uptime_seconds` (of `coordinator`; 0 without), `active_rpc_backends` (workers held),
         `known_rpc_backends`, `coordinators` (model to URL).
         """
-        running = self.coordinators
+        running, counts = self.coordinators, self._engines.counts
         return {
-            **self._engines.request_counts(),
+            "distributed_requests": counts[DISTRIBUTED],
+            "ollama_requests": counts[OLLAMA],
+            "local_requests": counts[LOCAL],
+            "failed_requests": counts[""],
             "coordinator_uptime_seconds": round(self.coordinator.uptime_s, 3) if self.coordinator else 0,
             "active_rpc_backends": sum(len(coordinator.rpc_backends) for coordinator in running),
             "known_rpc_backends": len(self.worker_endpoints),

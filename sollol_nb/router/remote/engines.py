@@ -16,7 +16,7 @@ from sollol_nb.errors import ConfigError, GatewayError
 from sollol_nb.latency.log import LatencyLog
 from sollol_nb.llama_cpp.answers.base import Answer
 from sollol_nb.models.profiles import ModelProfile
-from sollol_nb.models.routing import DISTRIBUTED, LOCAL, OLLAMA, Route
+from sollol_nb.models.routing import Route
 from sollol_nb.router.finder import ModelSlots
 from sollol_nb.router.own_engines import OwnEngines
 from sollol_nb.router.remote.answers import GatewayRequest
@@ -53,6 +53,7 @@ class GatewayEngines:
     Attributes:
         url: the gateway's.
         events, latency, state: as of the router.
+        counts: requests of this router that have ended, by backend; "" where none was found.
     """
 
     def __init__(self, url: str, key: str | None, *, latency: LatencyLog, options: Mapping[str, Any]) -> None:
@@ -65,7 +66,7 @@ class GatewayEngines:
         self._options = options
         self._feed = GatewayEvents(self._connection, self.events)
         self.state = GatewayState(self._connection, self._feed.note_known)
-        self._counts: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
 
     @io_bound
     async def connect(self) -> GatewayInfo:
@@ -86,7 +87,7 @@ class GatewayEngines:
             self._connection,
             self._feed,
             latency=self.latency,
-            counts=self._counts,
+            counts=self.counts,
             model=model,
             check=check,
             options=self._options,
@@ -194,15 +195,6 @@ class GatewayEngines:
     def layer_strategy(self) -> str:
         """How the layers of the gateway's next models are spread; "" before it has answered."""
         return self._feed.known.layer_strategy
-
-    def request_counts(self) -> dict[str, int]:
-        """How many requests of this router have ended, for `get_stats`."""
-        return {
-            "distributed_requests": self._counts[DISTRIBUTED],
-            "ollama_requests": self._counts[OLLAMA],
-            "local_requests": self._counts[LOCAL],
-            "failed_requests": self._counts[""],
-        }
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of `Router` that give another router over the same gateway."""
