@@ -1,15 +1,15 @@
-"""Who may ask: the application around all routes.
+"""Access control: the ASGI application around all routes.
 
-It checks, in this order: by which name the gateway was called, which web page asks, the key, and the limits. It is
-on the way of every request, so it reads the headers once.
+It checks, in this order: the host name of the request, its origin, the key, and the limits. Every request passes
+it, so it reads the headers once.
 
-* The name: a web page whose own name is made to lead here (DNS rebinding) would be of the same origin as the
-  gateway. So names count only if they are known to be those of this machine; addresses cannot be made to lead
-  here.
-* The origin: a web page may send simple requests anywhere, without a preflight and without reading the answer. So
-  requests of pages of other origins are refused, except of those that the user allows.
-* The key: required beyond this machine. Where none is required, a text that does not look like a key of this
-  gateway counts as none, since most clients send something (`api_key="none"`).
+* The host name: if an attacker's DNS name resolves to this machine (DNS rebinding), pages of that name have the
+  same origin as the gateway. So only known names of this machine are accepted; IP addresses are not resolved, so
+  they are safe.
+* The origin: a web page may send simple requests to any server, without a preflight and without reading the
+  answer. So requests of pages of other origins are refused, except of those that the user allows.
+* The key: required if other machines reach the gateway. Otherwise a text that does not look like a key of this
+  gateway counts as no key, since most clients send something (`api_key="none"`).
 """
 
 from __future__ import annotations
@@ -37,24 +37,24 @@ from sollol_nb.gateway.limits import Failures
 from sollol_nb.runtime.amounts import shown
 
 OPEN_PATH = "/health"
-"""Needs no key: what watches the process has none."""
+"""Needs no key: supervisors of the process have none."""
 WHILE_DRAINING = frozenset((OPEN_PATH, "/ready", "/metrics"))
-"""What is still answered while the gateway ends."""
+"""Paths that are still answered while the gateway drains."""
 STATUS_PAGE = "/"
 """Browsers ask for a key there."""
 UNCOUNTED = ("/api/show", "/sollol/call/")
 COUNTED = ("/sollol/call/embed", "/sollol/call/count_tokens", "/sollol/call/preload")
-"""POST requests below the first paths are not counted, since no engine works for them; those to the second ones
-are. GET requests are never counted."""
+"""Limits count POST requests, except below `UNCOUNTED`, where requests need no engine; there they count only
+`COUNTED`. GET requests are not counted."""
 ASSETS = "/assets/"
-"""Files of the status page, which hold nothing of the cluster. Browsers name an origin when they load them as
-modules, and behind a proxy that is the proxy's."""
+"""Files of the status page, which have no data of the cluster. Browsers send an origin when they load modules, and
+behind a proxy this is the proxy's origin."""
 DRAIN_RETRY_S = 10
 PREFLIGHT_S = 600
 _ASK_IN_BROWSER = 'Basic realm="the password is the key"'
 _METHODS = b"GET, POST, DELETE, PUT, PATCH, OPTIONS"
 _REQUEST_ID_HEADERS = (b"request-id", b"x-request-id")
-"""Anthropic's clients read the first, OpenAI's the second; the log has it, too."""
+"""Anthropic's clients read the first, OpenAI's the second; the id is also in the log."""
 _EXPOSED = b"X-Sollol-Route, X-Sollol-Failovers, Retry-After, " + b", ".join(_REQUEST_ID_HEADERS)
 _HEADER_NAMES = re.compile(rb"[A-Za-z0-9_, -]{1,1024}")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@,]+")
@@ -64,12 +64,12 @@ ErrorResponse = Callable[[Scope, ApiError], Response]
 
 
 class AccessRules:
-    """What may come in.
+    """Which requests are allowed.
 
     Args:
         requires_key: whether requests need a key.
-        hosts: names of this machine by which it may be called, besides those that it knows.
-        origins: of web pages that may ask, such as `https://chat.example.org`.
+        hosts: further host names of this machine.
+        origins: of web pages that may send requests, such as `https://chat.example.org`.
 
     Raises:
         ConfigError: an origin or a name is not one.
@@ -84,7 +84,7 @@ class AccessRules:
         self._origins = frozenset(_checked_origin(origin) for origin in origins)
 
     def learn_full_name(self) -> None:
-        """Ask the name service for this machine's full name, which may take a while, and add it to the names."""
+        """Look up this machine's full name in the background (DNS may be slow), and add it to the names."""
 
         def learn() -> None:
             self._hosts.add(socket.getfqdn().lower())
@@ -92,21 +92,21 @@ class AccessRules:
         threading.Thread(target=learn, name="sollol_nb full name", daemon=True).start()
 
     def knows_host(self, host: str) -> bool:
-        """Whether a name by which the gateway is called is one of this machine."""
+        """Whether a request's host name is one of this machine."""
         name = _without_port(host.strip().lower()).removesuffix(".")
         return name in self._hosts or name.endswith(".localhost") or _is_address(name)
 
     def allows_origin(self, origin: str) -> bool:
-        """Whether pages of this other origin may ask."""
+        """Whether pages of this origin may send requests."""
         return origin.strip().lower() in self._origins
 
 
 class Access:
-    """Lets requests in.
+    """Passes allowed requests to the routes, and refuses all others.
 
     Args:
         app: the routes.
-        error_response: writes an error as the API does that the request belongs to.
+        error_response: writes an error in the shape of the API that the request belongs to.
     """
 
     def __init__(self, app: ASGIApp, gateway: Gateway, rules: AccessRules, error_response: ErrorResponse) -> None:
@@ -145,7 +145,7 @@ class Access:
                     admission = self._gateway.limits.admitted(scope["sollol.key"]) if counted else nullcontext()
                     with admission:
                         await self._app(scope, receive, send_noted)
-                except ApiError as error:  # of the limits: the routes answer theirs
+                except ApiError as error:  # from the limits; the routes handle their own errors
                     await self._refused(scope, error)(scope, receive, send_noted)
         finally:
             self._gateway.limits.forget_body(scope)
@@ -175,8 +175,8 @@ class Access:
             raise ApiError(
                 403,
                 "forbidden",
-                f"the gateway does not know the name {name} of its machine; use the machine's address, or start "
-                "the gateway with --allow-host and this name",
+                f"{name} is not a known host name of the gateway; use the machine's address, or start the gateway "
+                "with --allow-host and this name",
             )
         if headers.origin is None or headers.is_same_origin or self._rules.allows_origin(headers.origin):
             return
@@ -185,8 +185,8 @@ class Access:
         raise ApiError(
             403,
             "forbidden",
-            f"web pages of {shown(headers.origin)} may not use the gateway; to allow it, start the gateway with "
-            "--allow-origin and this origin",
+            f"web pages of {shown(headers.origin)} may not use the gateway; start the gateway with --allow-origin "
+            "and this origin to allow them",
         )
 
     def _key(self, scope: Scope, headers: _Headers) -> Key:
@@ -201,13 +201,13 @@ class Access:
             raise ApiError(
                 401,
                 "unauthorized",
-                "give a key, as Authorization: Bearer KEY or x-api-key: KEY (`sollol-nb key add`)",
+                "the request has no API key; send one as Authorization: Bearer KEY or x-api-key: KEY",
             )
         address = (scope.get("client") or ("",))[0]
         if (wait_s := self._failures.note(address)) is not None:
             message = f"this address has sent too many wrong keys; try again in {wait_s} s"
             raise ApiError(429, "unauthorized", message, retry_after_s=wait_s)
-        raise ApiError(401, "unauthorized", "this key is not, or no longer, one of the gateway's")
+        raise ApiError(401, "unauthorized", "the gateway does not know this key; check it, or add a new one")
 
     def _refused(self, scope: Scope, error: ApiError) -> ASGIApp:
         scope["sollol.error"] = error.kind
@@ -220,7 +220,7 @@ class Access:
         return response
 
     def _cross_origin_headers(self, headers: _Headers) -> list[tuple[bytes, bytes]]:
-        """What lets an allowed page of another origin read the response."""
+        """The headers that let an allowed page of another origin read the response."""
         if headers.origin is None or headers.is_same_origin or not self._rules.allows_origin(headers.origin):
             return []
         return [
@@ -247,7 +247,7 @@ class Access:
 
 
 class _Headers:
-    """The headers of a request that say who asks."""
+    """The headers of a request that access control needs."""
 
     __slots__ = ("_authorization", "_x_api_key", "asked_headers", "asks_method", "host", "hosts", "origin")
 
@@ -275,12 +275,12 @@ class _Headers:
 
     @property
     def is_preflight(self) -> bool:
-        """Whether a browser asks, with OPTIONS, whether it may send the request of a page."""
+        """Whether this is a CORS preflight: a browser checks whether it may send a page's request."""
         return self.origin is not None and self.asks_method
 
     @property
     def is_same_origin(self) -> bool:
-        """Whether the page that asks comes from the gateway itself."""
+        """Whether the request comes from a page of the gateway itself."""
         return self.origin is not None and self.host is not None and _authority(self.origin) == self.host.lower()
 
     def keys(self) -> list[str]:
@@ -297,7 +297,7 @@ class _Headers:
 
 
 def _preflight(headers: _Headers) -> Response:
-    """What browsers ask before they send the request of an allowed page."""
+    """The response to a preflight of an allowed page."""
     allowed = headers.asked_headers if _HEADER_NAMES.fullmatch(headers.asked_headers) else b""
     response = Response(status_code=204)
     response.raw_headers = [

@@ -1,4 +1,4 @@
-"""The gateway's log of requests: one line of JSON for each. It has no prompts, no answers and no keys."""
+"""The gateway's request log: one line of JSON for each request, without prompts, answers or keys."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ FILE_NAME = "gateway.jsonl"
 STDERR = "-"
 WRITE_EVERY_S = 1.0
 MAX_PENDING = 20_000
-"""Lines that wait to be written; more are not kept where the disk is that slow."""
+"""Lines that wait to be written; on a slower disk further lines are dropped."""
 LIMIT_BYTES = 16 * 1024 * 1024
-"""Of the file; then it becomes the older one, and the one that was older is deleted."""
+"""Size at which the file becomes the older file, which replaces the previous older file."""
 LONGEST_TEXT = 200
 """Characters of what clients choose: paths and names of models."""
 
 
 class AccessLog:
-    """Lines are collected, and written once a second in another thread, so that no request waits for the disk.
+    """Collects lines, and writes them once a second in another thread, so that no request waits for the disk.
 
     Args:
-        path: of the file, or `STDERR`; the default is a file in the folder of logs. `/dev/null` is none.
+        path: of the file, or `STDERR`; the default is a file in the folder of logs. `/dev/null` disables the log.
 
     Raises:
         ConfigError: the folder or the file cannot be trusted.
@@ -89,7 +89,7 @@ class AccessLog:
                 sys.stderr.flush()
             else:
                 _append(self.path, text)
-        except Exception as error:  # a full disk, say: requests must not fail because of it
+        except Exception as error:  # such as a full disk: requests must not fail because of it
             logger.warning("cannot write the log of requests: %s", error)
 
 

@@ -1,7 +1,7 @@
-"""The messages of a body of Anthropic's API, in Ollama's shape, and the tools that they leave to the model. Pure.
+"""The messages of a body of Anthropic's API, in Ollama's shape, and the tools that the model may use. Pure.
 
-Messages have blocks: text, images, thinking, uses of tools and their results. Turns of one role that follow each
-other are one turn. Tools with `defer_loading` are left out until a message names them.
+Messages have blocks: text, images, thinking, uses of tools and their results. Consecutive turns of
+the same role are one turn. Tools with `defer_loading` are left out until a message names them.
 
 Chat templates take a system message only at the beginning. Later ones are text of the user's turn, in the tags in
 which Claude Code writes such text where it may not send it as a system message.
@@ -18,8 +18,8 @@ from sollol_nb.runtime.amounts import shown
 
 _IMAGE_TYPES = ("image/jpeg", "image/png", "image/gif", "image/webp")
 _CLIENT_MARK = "x-anthropic-"
-"""How a block of the system prompt begins that Claude Code addresses to Anthropic's servers. It changes with every
-request, so no prompt would begin like the one before, and none could be taken from the engine's cache."""
+"""The beginning of a block of the system prompt that Claude Code sends to Anthropic's servers. It changes with
+every request, so no prompt would share its beginning with the previous prompt in the engine's cache."""
 _TOOL_CHANGES = ("tool_addition", "tool_removal")
 
 Block = tuple[str, dict[str, Any]]
@@ -27,7 +27,7 @@ Block = tuple[str, dict[str, Any]]
 
 
 class Conversation:
-    """What was said so far.
+    """The conversation so far.
 
     Args:
         fields: of a body, checked.
@@ -170,7 +170,7 @@ class Conversation:
         tool = function_tool({**given, "parameters": given["input_schema"]}, where)
         name: str = tool["function"]["name"]
         if name in self._offered or name in self._deferred:
-            raise invalid(f"{where}.name={shown(name)} is the name of another tool, too", f"{where}.name")
+            raise invalid(f"{where}.name={shown(name)} is also the name of another tool", f"{where}.name")
         (self._deferred if given.get("defer_loading") is True else self._offered)[name] = tool
         return name
 

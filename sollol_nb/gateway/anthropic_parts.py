@@ -1,6 +1,6 @@
-"""What a body of Anthropic's API says besides its messages, as options of the router. Pure.
+"""A body of Anthropic's API without its messages, as options of the router. Pure.
 
-Everything that changes an answer is followed or refused by name. Marks for Anthropic's prompt cache and metadata
+Fields that change an answer are followed or refused by name. Marks for Anthropic's prompt cache and metadata
 are accepted and not used; so is `context_management`, to which the answer says that no edit was applied. With
 thinking enabled, `effort` is its level; with adaptive thinking, the model decides.
 """
@@ -141,8 +141,8 @@ def _parallel(choice: Mapping[str, Any]) -> bool | None:
 
 
 def _think(fields: Mapping[str, Any]) -> bool | str | None:
-    """The option `think`. Without the field, models do not think, as clients then expect; with adaptive thinking,
-    it is left to the model."""
+    """The option `think`. Without the field, models do not think, as clients expect; with adaptive thinking, the
+    model decides."""
     effort = fields.get("output_config", {}).get("effort")
     if effort is not None and not _EFFORT.is_valid(effort):
         raise invalid(

@@ -47,7 +47,7 @@ class Api:
     """One API: the paths that it owns, and its routes.
 
     Attributes:
-        prefixes: of the paths whose errors have this API's shape.
+        prefixes: beginnings of the paths whose errors have this API's shape.
     """
 
     prefixes: tuple[str, ...]
@@ -66,12 +66,12 @@ APIS: tuple[Api, ...] = (
         openai_parts.error_shape,
     ),
 )
-"""The first API with a fitting prefix counts."""
+"""The first API with a matching prefix owns the path."""
 _KINDS: Mapping[int, Kind] = {404: "not_found", 405: "wrong_method"}
 
 
 def application(gateway: Gateway, rules: AccessRules | None = None) -> ASGIApp:
-    """The application of a gateway; without rules, that of one on this machine only."""
+    """The ASGI application of a gateway. Without rules, requests need no key."""
     app = Starlette(
         routes=[
             *(route for api in APIS for route in api.routes),
@@ -93,14 +93,14 @@ def application(gateway: Gateway, rules: AccessRules | None = None) -> ASGIApp:
 
 
 def error_response(scope: Scope, error: ApiError) -> Response:
-    """An error as the response of the API that owns the path; for Anthropic's clients, which share paths with
-    OpenAI's, as that of theirs."""
+    """An error as a response in the shape of the API that owns the path; Anthropic's shape for its clients, which
+    share paths with OpenAI's."""
     path: str = scope["path"]
     api = next((api for api in APIS if path.startswith(api.prefixes)), APIS[-1])  # OPTIONS may have the path *
     shape = api.error_shape
     if path.startswith("/v1/") and anthropic_models.asks(Request(scope)):
         shape = anthropic_api.error_shape
-    content = json.dumps(shape(error))  # in ASCII, since a path or message may have what UTF-8 has not
+    content = json.dumps(shape(error))  # ASCII: paths and messages may have lone surrogates
     return Response(content, error.status, error.headers, "application/json")
 
 

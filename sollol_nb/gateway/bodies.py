@@ -1,4 +1,4 @@
-"""Bodies of requests: JSON that is bounded in length, depth and time. The APIs check what is in it."""
+"""Bodies of requests: JSON that is bounded in length, depth and time. The APIs check its fields."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sollol_nb.gateway.failures import ApiError, invalid
 from sollol_nb.gateway.limits import Limits
 
 BODY_LIMIT_BYTES = 32 * 1024 * 1024
-"""Several pictures, or a million tokens of text."""
+"""Enough for several pictures, or a million tokens of text."""
 DEEPEST = 64
 """Nested lists and objects; a JSON schema that is deeper is a mistake or an attack."""
 MOST_PARTS = 2_000_000
@@ -55,7 +55,7 @@ async def _read(request: Request) -> bytes:
                 if len(content) > BODY_LIMIT_BYTES:
                     raise _too_large()
     except TimeoutError:
-        message = f"the body had not arrived after {BODY_TIMEOUT_S:.0f} s; send it in one go"
+        message = f"the body had not arrived after {BODY_TIMEOUT_S:.0f} s; send it faster"
         raise ApiError(408, "timeout", message) from None
     except ClientDisconnect:
         raise ApiError(400, "cancelled", "the connection ended within the body") from None
@@ -63,7 +63,7 @@ async def _read(request: Request) -> bytes:
 
 
 def _too_large() -> ApiError:
-    return ApiError(413, "too_large", f"the body is longer than {BODY_LIMIT_BYTES >> 20} MiB; send less at once")
+    return ApiError(413, "too_large", f"the body is longer than {BODY_LIMIT_BYTES >> 20} MiB; send a shorter one")
 
 
 def _refuse_constant(name: str) -> NoReturn:

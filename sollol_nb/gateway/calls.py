@@ -1,4 +1,4 @@
-"""What a client asks for, whichever API it uses, and what its headers add."""
+"""The requests of all APIs in one form, with the facts from their headers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RECOVERY_HEADER = "X-Sollol-Recovery"
 
 @dataclass(slots=True, kw_only=True)
 class ChatCall:
-    """One answer that a client asks for.
+    """One request for an answer.
 
     Attributes:
         model: its name.
@@ -87,12 +87,12 @@ class EmbedCall(ChatCall):
         """The router's answer.
 
         Raises:
-            ApiError: a header asks for what embeddings do not have.
+            ApiError: a header does not apply to embeddings.
         """
         if checked_backend(self.backend) not in (None, OLLAMA):
             raise invalid(f"{BACKEND_HEADER}: embeddings come from Ollama only; leave the header out")
         if "recovery" in self.options:
-            raise invalid(f"{RECOVERY_HEADER}: there is no recovery of embeddings; leave the header out")
+            raise invalid(f"{RECOVERY_HEADER} does not apply to embeddings; leave the header out")
         found = await router.embed(
             self.model, self.inputs, priority=self.priority, timeout=self.timeout_s, **self.options
         )

@@ -2,14 +2,14 @@
 
 As JSON it is the state after a check of all workers and nodes. As `text/event-stream` its events are:
 
-- `state`: the whole state. It comes first, and again where a viewer has read too little to get every change.
+- `state`: the whole state. It comes first, and again if a viewer reads too slowly to get every change.
 - `patch`: a change, as a JSON merge patch (RFC 7396).
-- `alive`: nothing has changed for `ALIVE_EVERY_S`; so a viewer sees that the gateway still answers.
-- `end`: the stream ends now, after `STREAM_S`; connect again. Some proxies (jupyter-server-proxy is one) keep a
-  stream open whose viewer is gone.
+- `alive`: nothing has changed for `ALIVE_EVERY_S`; it shows the viewer that the gateway still answers.
+- `end`: the stream ends now, after `STREAM_S`; connect again. Some proxies, such as jupyter-server-proxy, keep a
+  stream open after its viewer has disconnected.
 
-Each has an id, counted from 0. Without `end`, the stream ends when the gateway does. Cluster and engines are
-watched only while there are viewers.
+Events have ids, counted from 0. A stream also ends, without `end`, when the gateway ends. The cluster is watched
+only while there are viewers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from sollol_nb.gateway.gateway import Gateway
 EVENT_STREAM = "text/event-stream"
 MAX_VIEWERS = 64
 MAX_PENDING = 100
-"""Changes kept for a viewer that does not read; after more of them it gets the whole state."""
+"""Changes kept for a viewer that does not read; after further changes it gets the whole state."""
 ALIVE_EVERY_S = 5.0
 STREAM_S = 120.0
 CHECK_TIMEOUT_S = 20.0
@@ -91,7 +91,7 @@ class ClusterView:
 
 
 class Viewer:
-    """What one viewer has not been sent yet; bounded.
+    """The changes that one viewer has not been sent yet; bounded.
 
     Args:
         state: what it watches.
@@ -113,7 +113,7 @@ class Viewer:
         self._changed.set()
 
     async def next(self) -> bytes:
-        """The next events, as soon as there are some; b"" once nothing will change any more."""
+        """The next events, as soon as there are some; b"" after the last change."""
         if not self._needs_state and not self._pending:
             if self._state.is_closed:
                 return b""
@@ -136,7 +136,7 @@ class Viewer:
 
 
 async def send_events(viewer: Viewer, send: Send) -> None:
-    """Send what a viewer gets, for `STREAM_S` or until nothing changes any more."""
+    """Send a viewer's events, for `STREAM_S` or until the last change."""
     ends_at = asyncio.get_running_loop().time() + STREAM_S
     headers = [
         (b"content-type", b"text/event-stream; charset=utf-8"),

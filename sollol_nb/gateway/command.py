@@ -1,4 +1,4 @@
-"""The gateway's command line. It needs nothing of the extra, so that it can say what is missing."""
+"""The gateway's command line. It imports the extra only when it runs, so that it can report what is missing."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ORIGIN",
         action="append",
         default=[],
-        help="let web pages of this origin ask, such as https://chat.example.org",
+        help="allow requests of web pages of this origin, such as https://chat.example.org",
     )
-    add("--max-requests", type=int, metavar="N", help="requests at the same time (default: 1024)")
-    add("--drain", type=float, metavar="SECONDS", help="time for running requests at the end (default: 30)")
+    add("--max-requests", type=int, metavar="N", help="requests that run or wait at the same time (default: 1024)")
+    add("--drain", type=float, metavar="SECONDS", help="limit for running requests after a signal (default: 30)")
     add("--log", metavar="FILE", help="log of requests; - is stderr (default: a file in the state folder)")
 
 

@@ -1,8 +1,8 @@
 """Connections to the gateway: HTTP as uvicorn speaks it, with the limits that it does not have.
 
-uvicorn waits without end for the rest of a request as long as single bytes arrive, for headers of any length, and
-for clients that read no more. Here each connection is looked at once a second: what it waits for, and since when.
-So a request costs nothing more.
+uvicorn waits without a limit for a request that arrives byte by byte, for headers of any length, and for clients
+that stop reading. Here a task checks once a second what each connection waits for, and since when, which costs a
+request no time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from uvicorn.server import ServerState
 
 MAX_CONNECTIONS = 4096
 HEADER_LIMIT_BYTES = 64 * 1024
-"""Of what is neither the content of a request nor makes its headers complete."""
+"""Bytes that neither belong to the content of a request nor complete its headers."""
 MAX_UNANSWERED = 100
 """Requests of one connection that wait for their answers; clients rarely send a second one."""
 BACKLOG = 2048
@@ -44,8 +44,8 @@ LIMITS_S: Mapping[Phase, float] = {
     "closing": 30.0,
     "idle": 75.0,
 }
-"""How long a client may take: to send anything, its headers, its body; to read what it was sent; to close its
-side; and to send the next request on the same connection."""
+"""How long a client may take: to send anything, its headers, its body; to read the response; to close its side;
+and to send the next request on the same connection."""
 _TOO_LONG = (
     HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
     f"the headers are longer than {HEADER_LIMIT_BYTES >> 10} KiB",
@@ -53,7 +53,7 @@ _TOO_LONG = (
 
 
 class _Limited:
-    """What both parsers' connections have: limits. A subclass says what is missing of a request."""
+    """The limits of connections with either parser. A subclass says which part of a request is missing."""
 
     transport: asyncio.Transport
     flow: Any
@@ -64,7 +64,7 @@ class _Limited:
     _since = 0.0
 
     def missing(self) -> Literal["headers", "body"] | None:
-        """What is missing of a request that has begun to arrive."""
+        """The missing part of a request that has begun to arrive."""
         raise NotImplementedError
 
     @property
@@ -81,7 +81,7 @@ class _Limited:
             self._end(phase)
 
     def refuse(self, status: HTTPStatus, message: str) -> None:
-        """Answer what is not a request that the routes could answer, and close the connection."""
+        """Answer data that is not a valid request with an error, and close the connection."""
         if self.transport.is_closing():
             return
         if not self.is_answering:  # else it would be within the answer to an earlier request
@@ -215,10 +215,10 @@ else:
 
 
 def _without_upgrade(data: bytes) -> bytes:
-    """The begin of a request without what asks for another protocol, which HTTP lets a server ignore.
+    """The beginning of a request without an upgrade to another protocol, which HTTP lets a server ignore.
 
-    For the parser in C the rest of the connection would be in that protocol, so such requests are refused. But
-    Java's own client asks for HTTP/2 in this way with each first request; it sends all headers at once.
+    The parser in C treats the rest of the connection as that protocol, so such requests are refused otherwise. But
+    Java's standard client requests HTTP/2 in this way with its first request; it sends all headers at once.
     """
     head = data[: data.find(b"\r\n\r\n")].lower()
     found = head.find(b"\r\nupgrade:")
@@ -254,7 +254,7 @@ class HttpServer:
             log_config=None,
             server_header=False,
             proxy_headers=False,
-            timeout_keep_alive=NEVER_S,  # here is a limit for that, too
+            timeout_keep_alive=NEVER_S,  # limited here instead
             h11_max_incomplete_event_size=HEADER_LIMIT_BYTES,
         )
         self._config.load()
@@ -280,7 +280,7 @@ class HttpServer:
         self._checking = asyncio.create_task(self._check())
 
     def stop_listening(self) -> None:
-        """Accept no more connections; those that are open stay."""
+        """Stop accepting connections; open ones stay."""
         if self._server is not None:
             self._server.close()
 
@@ -297,7 +297,7 @@ class HttpServer:
                     await asyncio.wait(self._state.tasks)
 
     async def close(self) -> None:
-        """Close all connections, as soon as their clients have read what they were sent, or soon."""
+        """Close all connections, once their clients have read what was sent, or after a short time."""
         self.stop_listening()
         if self._checking is not None:
             self._checking.cancel()

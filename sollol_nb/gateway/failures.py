@@ -24,13 +24,13 @@ RETRY_AFTER_S = 5
 
 
 class ApiError(Exception):
-    """A request that cannot be answered, as its client is informed.
+    """An error as the client of a request gets it.
 
     Attributes:
         status: the HTTP status.
         kind: what went wrong, for the API's own error type.
         message: what happened, to what, and what to do, as one line.
-        retry_after_s: when it is worth to try again, in seconds; None where it is not known.
+        retry_after_s: after how many seconds a new attempt may succeed; None if this is not known.
         parameter: the field of the body that cannot be used, if one is.
     """
 
@@ -52,7 +52,7 @@ class ApiError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """What its response has besides the content."""
+        """The headers of its response."""
         return {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
 
 
@@ -61,7 +61,7 @@ def invalid(message: str, parameter: str | None = None) -> ApiError:
     return ApiError(400, "invalid", message, parameter=parameter)
 
 
-# The first class that fits counts.
+# The first matching class counts.
 _TABLE: tuple[tuple[type[Exception], int, Kind], ...] = (
     (errors.ContextOverflowError, 400, "context_length"),
     (errors.RequestTimeoutError, 504, "timeout"),
@@ -85,8 +85,8 @@ _TABLE: tuple[tuple[type[Exception], int, Kind], ...] = (
 
 
 def api_error(error: Exception) -> ApiError:
-    """The error as its client is informed, with the given one as its cause. One that is not of this package shows
-    nothing of itself."""
+    """The error for the client, with the given one as its cause. Details of an error from outside this package are
+    not sent."""
     if isinstance(error, ApiError):
         return error
     failure = _failure(error)

@@ -29,8 +29,8 @@ class FinishedRequest:
         duration_s: from its headers to the end of its response.
         key: the name of its key; "" without one.
         client: its address.
-        error_kind: as in `ApiError.kind`, `cancelled` where the client left; "" where nothing went wrong.
-        answer: what the answer was; None where none was requested.
+        error_kind: as in `ApiError.kind`, or `cancelled` where the client disconnected; "" without an error.
+        answer: the record of the answer; None where none was requested.
     """
 
     request_id: str
@@ -50,10 +50,10 @@ class Gateway:
     Attributes:
         ollama: its Ollama nodes.
         router: its router, over these nodes and the workers of the settings.
-        keys, limits: who may ask, and how much.
-        draining: set once it ends, and accepts no more requests.
-        stopped: has an error once the requests that still run are to be ended with it.
-        readers: streams of events and states that notebooks read now.
+        keys, limits: which requests are allowed, and how many.
+        draining: set once it ends and accepts no new requests.
+        stopped: the error with which running requests end, once the time to drain is over.
+        readers: number of streams of events and states that notebooks read now.
         on_finished: called with each request that has ended; each must be quick.
     """
 

@@ -39,7 +39,7 @@ class Health:
         return JSONResponse({"status": "ok", "version": __version__}, headers={"Cache-Control": "no-store"})
 
     async def ready(self, request: Request) -> Response:
-        """200 if it can answer, else 503; the reason, and what was found."""
+        """200 if it can answer, else 503; the body has the reason and the facts."""
         if not self._gateway.draining.is_set():
             await self._checked()
         status = await self._gateway.router.status()
@@ -57,7 +57,7 @@ class Health:
 
     def _reason_against(self, status: ClusterStatus) -> str:
         if self._gateway.draining.is_set():
-            return "the gateway ends, and accepts no new requests"
+            return "the gateway is being stopped and accepts no new requests"
         if any(node.state == "ready" for node in status.nodes) or status.coordinators:
             return ""
         if self._engine_problem is not None:
@@ -65,7 +65,7 @@ class Health:
         return ""
 
     async def _checked(self) -> None:
-        """Have the cluster checked, unless that was done lately or somebody watches it."""
+        """Check the cluster, unless it was checked recently or a viewer watches it."""
         is_due = self._checked_at is None or time.monotonic() - self._checked_at > CHECK_EVERY_S
         if self._check is None and is_due:
             self._check = asyncio.create_task(self._run_check())

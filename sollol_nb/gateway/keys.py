@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 FILE_NAME = "gateway_keys.json"
 PREFIX = "snb-"
-"""Of every key, so that what looks for leaked secrets in files can find it."""
+"""The beginning of every key, so that scanners for leaked secrets can find it."""
 KEY_BYTES = 32
 LONGEST = 128
 """Characters of a text that can be a key."""
@@ -38,7 +38,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Key:
-    """What whoever has this key may do.
+    """What requests with this key may do.
 
     Attributes:
         name: for logs and metrics.
@@ -46,7 +46,7 @@ class Key:
         limits_priority: whether requests may not have a higher one.
         may_control: whether it may change the cluster, pull models and name model files.
         max_requests: at the same time; None is the gateway's limit.
-        requests_per_minute: None is no limit.
+        requests_per_minute: None means no limit.
     """
 
     name: str
@@ -68,13 +68,13 @@ class Key:
 
 
 ANYBODY = Key(name="", limits_priority=False, may_control=True)
-"""Who asks where there are no keys: on loopback."""
+"""For requests on loopback, if there are no keys."""
 WITHOUT_KEY = Key(name="")
-"""Who asks without a key where there are some, but none is required."""
+"""For requests without a key, if there are keys but none is required."""
 
 
 class Keys:
-    """The keys of a file, as it is now. Looking is cheap: the file is read only after it has changed.
+    """The keys of a file, as it is now. A lookup is cheap: the file is read only after it has changed.
 
     Args:
         path: of the file; it need not exist. The default is the one that `sollol-nb key` writes.
@@ -104,11 +104,11 @@ class Keys:
         return [key for _, key in self._keys]
 
     def find(self, text: str) -> Key | None:
-        """The key that this text is; None if it is none."""
+        """The key with this text; None if there is none."""
         self._look()
         digest = _digest(text) if len(text) <= LONGEST else ""
         found = None
-        for known, key in self._keys:  # to the end: the time must not depend on which one it is
+        for known, key in self._keys:  # compare all keys: the time must not depend on which key matches
             if hmac.compare_digest(known, digest):
                 found = key
         return found
@@ -121,7 +121,7 @@ class Keys:
         try:
             self._keys = _read(self._path)
         except ConfigError as error:
-            logger.error("%s; the keys that were read before still count", error)
+            logger.error("%s; the keys that were read before stay valid", error)
 
 
 def keys_file() -> Path:
@@ -144,7 +144,7 @@ def add_key(key: Key, path: Path | None = None) -> str:
 
     def added(keys: list[tuple[str, Key]]) -> list[tuple[str, Key]]:
         if any(known.name == key.name for _, known in keys):
-            raise ConfigError(f"there is already a key {key.name}; choose another name, or remove that one")
+            raise ConfigError(f"the key {key.name} exists already; choose another name, or remove it")
         return [*keys, (_digest(text), key)]
 
     _change(path or keys_file(), added)
@@ -195,7 +195,7 @@ def _version_of(path: Path) -> tuple[int, int, int] | None:
         found = os.stat(path)  # noqa: PTH116  # on the way of each request
     except FileNotFoundError:
         return None
-    except OSError:  # it may well exist, and without keys everybody may do everything
+    except OSError:  # it may exist, and without keys every request would be allowed
         return -1, -1, -1
     return found.st_mtime_ns, found.st_size, found.st_ino
 

@@ -1,5 +1,5 @@
-"""How many requests may run: at the same time in the gateway and with each key, and in a minute with each key; and
-how much memory their bodies may take together."""
+"""Limits: requests at the same time in the gateway and with each key, requests per minute with each key, and the
+memory of all bodies together."""
 
 from __future__ import annotations
 
@@ -76,14 +76,14 @@ class Limits:
             raise ApiError(
                 503,
                 "busy",
-                "the gateway has too many long requests to keep this one, too; try again later",
+                "the requests that the gateway has now use all memory for bodies; try again later",
                 retry_after_s=RETRY_WHEN_FULL_S,
             )
         self._bodies_bytes += size_bytes
         scope[_BODY] = scope.get(_BODY, 0) + size_bytes
 
     def forget_body(self, scope: MutableMapping[str, Any]) -> None:
-        """Count the body of a request no more, which has ended."""
+        """Stop counting the body of a request that has ended."""
         self._bodies_bytes -= scope.pop(_BODY, 0)
 
     def _check(self, key: Key) -> None:
@@ -119,8 +119,8 @@ class Limits:
 class Failures:
     """The wrong keys of each address.
 
-    Guessing a key is hopeless, so this is for clients that are set up wrongly and try again without end. A right
-    key is never refused: other clients may have the same address.
+    A key cannot be guessed, so this slows down clients with a wrong key that try again and again. A valid key is
+    never refused: other clients may have the same address.
     """
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -128,7 +128,7 @@ class Failures:
         self._times: OrderedDict[str, deque[float]] = OrderedDict()
 
     def note(self, address: str) -> int | None:
-        """Note a wrong key; returns after how many seconds the address may try again, None if at once."""
+        """Note a wrong key; returns the seconds until the address may try again, None if there is no wait."""
         now = self._clock()
         times = self._times.setdefault(address, deque(maxlen=ALLOWED_FAILURES + 1))
         self._times.move_to_end(address)

@@ -1,14 +1,14 @@
-"""`/metrics`, for Prometheus: what was answered, and how the cluster is used now.
+"""`/metrics`, for Prometheus: the requests so far, and the present use of the cluster.
 
 Answers are measured under the names of OpenTelemetry's conventions for generative AI, with its buckets, in seconds
 and tokens (https://github.com/open-telemetry/semantic-conventions-genai). Labels:
 
 - `gen_ai_provider_name`: the backend that answered, as in `_routing`; "" where the request reached none.
-- `gen_ai_request_model`: the model's name. "" where the request reached no backend, so that clients cannot make up
+- `gen_ai_request_model`: the model's name. "" where the request reached no backend, so that clients cannot create
   time series, and beyond `MAX_MODELS` names.
 - `error_type`: `ApiError.kind`, or `cancelled` where the client disconnected; "" for a complete answer.
 
-A scrape contacts no engine: it shows what is known of workers, slots and queues at that moment.
+A scrape contacts no engine: it shows the last known state of workers, slots and queues.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Metrics:
     """The metrics of one gateway.
 
     Args:
-        router: of which the cluster is shown.
+        router: of the cluster to show.
     """
 
     def __init__(self, router: Router) -> None:
@@ -100,7 +100,7 @@ class Metrics:
         ProcessCollector(registry=registry)
 
     async def answer(self, request: Request) -> Response:
-        """All metrics, in OpenMetrics' form for those who accept that."""
+        """All metrics, in OpenMetrics' form if the client accepts it."""
         self._cluster.status = await self._router.status()
         form: ModuleType
         if "application/openmetrics-text" in request.headers.get("accept", ""):
@@ -143,7 +143,7 @@ class Metrics:
 
 
 class _Cluster(Collector):
-    """What is known of the cluster at the moment of a scrape.
+    """The last known state of the cluster, as metrics.
 
     Attributes:
         status: the cluster then.

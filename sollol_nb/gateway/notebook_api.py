@@ -1,11 +1,11 @@
-"""What kernels of this package call whose router uses this gateway (`router/remote/`): below `/sollol/`.
+"""The API for kernels whose router uses this gateway (`router/remote/`), below `/sollol/`.
 
 | path | gives |
 |---|---|
-| `GET /sollol/hello` | version, machine, and what the key may do |
+| `GET /sollol/hello` | version, machine, and the rights of the key |
 | `POST /sollol/chat` | an answer: its chunks as the router yields them, one JSON object per line |
 | `POST /sollol/call/METHOD` | the result of a method of the router (`router/remote/calls.py`) |
-| `GET /sollol/events` | what is known and the latest events, then each new one, one JSON object per line |
+| `GET /sollol/events` | the known state and the latest events, then each new event, one JSON object per line |
 | `GET /sollol/state` | the live state of the cluster, then JSON merge patches, one JSON object per line |
 
 An empty line says that the gateway is alive. An error is `{"error": {"class": ..., "message": ..., ...}}`, from
@@ -45,7 +45,7 @@ from sollol_nb.text.short_names import is_file_name
 
 ALIVE_EVERY_S = 15.0
 MOST_UNREAD = 1000
-"""Lines of a stream that its kernel has not read yet; one that falls further behind has to connect again."""
+"""Lines of a stream that its kernel has not read yet; a kernel that falls further behind has to connect again."""
 RECENT_EVENTS = 200
 MOST_READERS = 1000
 """Streams at the same time; a kernel has one, and a second one while it shows the cluster."""
@@ -60,7 +60,7 @@ _FIELDS = {"model", "messages", "prompt", "options", "backend", "priority", "tim
 
 
 def error_shape(error: ApiError) -> Any:
-    """An error as the kernel's side reads it."""
+    """An error in the shape that kernels read."""
     cause = error.__cause__
     if isinstance(cause, SollolError):
         return {"error": error_data(cause)}
@@ -70,7 +70,7 @@ def error_shape(error: ApiError) -> Any:
 
 
 def known(router: HybridRouter) -> Any:
-    """What kernels know of the router without asking, as plain data."""
+    """The facts about the router that kernels keep, as plain data."""
     return to_plain(
         Known(
             coordinators=tuple(map(GatewayCoordinator.of, router.own_coordinators)),
@@ -113,7 +113,7 @@ class _ChunkWriter(AnswerWriter):
 
     def refusal(self, error: ApiError) -> Any:
         shape = error_shape(error)
-        if len(json.dumps(shape)) > ERROR_LIMIT_BYTES:  # the kernel reads no more of a refusal
+        if len(json.dumps(shape)) > ERROR_LIMIT_BYTES:  # the limit of what a kernel reads of a refusal
             shape["error"]["attributes"] = {}
         return shape
 
@@ -238,7 +238,7 @@ async def _state(request: Request) -> Response:
 
 
 def _stream(gateway: Gateway, opened: Callable[[Callable[[Any], None]], Any]) -> Response:
-    """A stream of lines, until its reader leaves, or falls behind, or the gateway ends.
+    """A stream of lines, until its reader disconnects or falls behind, or the gateway ends.
 
     Args:
         opened: a context in which the function that it gets is called with each object to send, on the I/O loop.

@@ -1,6 +1,6 @@
 """Ollama's API (its `docs/api.md`, `api/types.go` and `server/routes.go`): answers and embeddings.
 
-What differs from Ollama: it drops without a word what does not fit a model's context, while here that is an error
+Differences from Ollama: it silently drops text that does not fit a model's context, while here this is an error
 unless the request has `"truncate": true`; fields that cannot be followed are refused by name; and the vectors of
 `/api/embeddings` have the length 1, as those of `/api/embed`. The answer to a request with the header
 `X-Sollol-Routing: 1` also has this package's marks (`_routing`, `_dropped`, `_note`).
@@ -38,7 +38,7 @@ from sollol_nb.text.short_names import short_name
 MARKS_HEADER = "X-Sollol-Routing"
 _PIECE = {"model", "created_at", "message", "done"}
 _TEXT = {"role", "content"}
-"""What a chunk and its message have where they bring a piece of text and nothing else, as most do."""
+"""The keys of a chunk and its message with text only, as most chunks are."""
 _DONE_REASONS = {"tool_calls": "stop"}
 """llama.cpp's reasons by Ollama's names."""
 
@@ -155,7 +155,7 @@ class _LoadCall(ChatCall):
 
     @property
     def operation(self) -> str:
-        """What is asked for; OpenTelemetry's conventions have no name for it."""
+        """The kind of request; OpenTelemetry's conventions have no name for it."""
         return "load_model"
 
     async def chunks(self, router: HybridRouter) -> AsyncGenerator[Chunk, None]:

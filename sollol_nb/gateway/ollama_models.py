@@ -1,4 +1,4 @@
-"""Ollama's API about models: what there is, what is loaded, what is known of one, and pulling more.
+"""The paths of Ollama's API about models: lists, loaded models, details of a model, and pulling.
 
 Models of Ollama nodes are shown as the nodes show them. Models that llama.cpp runs here are shown in the same
 form, without the list of tensors: their facts are those of the file's header, and the digest stands for the file
@@ -47,8 +47,8 @@ from sollol_nb.settings import config
 from sollol_nb.settings.kinds import CENTURY_S
 
 API_VERSION = "0.32.1"
-"""The version of Ollama whose API this is; tools compare it with the oldest one that they take."""
-_MOST_ELEMENTS = 5  # of a list in `model_info`; Ollama leaves out longer ones, too
+"""The version of Ollama whose API this is; tools compare it with the oldest version that they support."""
+_MOST_ELEMENTS = 5  # of a list in `model_info`; Ollama also leaves out longer lists
 _HIDDEN_KEYS = ("general.name", "tokenizer.chat_template")
 _UNITS = ((10**9, "B", 1), (10**6, "M", 2), (10**3, "K", 0))
 _NUMBER = re.compile(r"\d+")
@@ -71,7 +71,7 @@ async def _tags(request: Request) -> Response:
 
 
 async def _of_nodes(asking: Awaitable[Mapping[str, Any]], where: str) -> list[dict[str, Any]]:
-    """The entries of the Ollama nodes, without the field that says of which node; none if no node runs."""
+    """The entries of the Ollama nodes, without the field that names the node; none if no node runs."""
     try:
         return [_without(entry, where) for entry in (await asking)["models"]]
     except OllamaUnavailableError:
@@ -218,7 +218,7 @@ class _PullCall(ChatCall):
 
     @property
     def operation(self) -> str:
-        """What is asked for; OpenTelemetry's conventions have no name for it."""
+        """The kind of request; OpenTelemetry's conventions have no name for it."""
         return "pull_model"
 
     async def chunks(self, router: HybridRouter) -> AsyncGenerator[Chunk, None]:
@@ -282,7 +282,7 @@ async def _refused(request: Request) -> Response:
     raise ApiError(
         501,
         "invalid",
-        f"{request.url.path} is not supported: the gateway changes no models except by pulling them; use the "
+        f"{request.url.path} is not supported: of changes to models, the gateway supports only pulling; use the "
         "Ollama of the node",
     )
 

@@ -1,4 +1,4 @@
-"""What the paths of Ollama's API have in common: fields of bodies, and errors. Pure."""
+"""Shared by the paths of Ollama's API: fields of bodies, and errors. Pure."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def error_shape(error: ApiError) -> Any:
 
 
 def model_error(error: ApiError, model: str) -> ApiError:
-    """The error; where the model is not there, it begins as Ollama's does, for which tools look."""
+    """The error; if the model does not exist, it begins as Ollama's error, which tools recognize."""
     if error.kind != "not_found":
         return error
     return ApiError(error.status, error.kind, f"model {shown(model)} not found: {error.message}")

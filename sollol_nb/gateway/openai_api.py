@@ -1,7 +1,7 @@
 """OpenAI's API (https://platform.openai.com/docs/api-reference): chat completions.
 
-Thoughts are `reasoning_content`, as llama-server, vLLM and others write them. Fields of llama.cpp that OpenAI's
-API does not have (`top_k`, `min_p`, `enable_thinking` of `chat_template_kwargs`, ...) are taken too.
+Thoughts are `reasoning_content`, as in llama-server and vLLM. Fields of llama.cpp that OpenAI's API does not have
+(`top_k`, `min_p`, `enable_thinking` of `chat_template_kwargs`, ...) are accepted too.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ ANSWER_FIELDS: Mapping[str, Values] = {
     "stream": YES_OR_NO,
     "stream_options": AN_OBJECT,
     "max_tokens": SAMPLING_OPTIONS["max_tokens"],
-    "n": only(1, "a request gets one answer; send another one for a second answer"),
+    "n": only(1, "a request gets one answer; send a second request for a second answer"),
     "priority": PRIORITY,
     **PASSED_FIELDS,
 }
@@ -91,7 +91,7 @@ FIELDS = Fields(
         "audio": "answers are text",
         "functions": "give tools",
         "function_call": "give tool_choice",
-        "web_search_options": "there is no web search; give a tool that searches",
+        "web_search_options": "the gateway has no web search; give a tool that searches",
     },
     ignored=METADATA | {"prediction", "store"},
     required=("model", "messages"),
@@ -101,7 +101,7 @@ _FINISH_REASONS = {"length": "length", "tool_calls": "tool_calls"}
 
 
 class CompletionWriter(AnswerWriter):
-    """What the events and the whole answers of OpenAI's two completion APIs have in common.
+    """Shared by the events and the whole answers of OpenAI's two completion APIs.
 
     Args:
         model: as the client names it.
@@ -137,7 +137,7 @@ class CompletionWriter(AnswerWriter):
         return self._head + json_bytes(choice)[1:-1] + self._tail
 
     def _news(self, chunk: Chunk) -> bytes:
-        """What happened to the request since the last chunk, for people who watch the stream."""
+        """The failovers since the last chunk, as comments for people who read the stream."""
         failovers = chunk[ROUTING].get("failovers") or []
         news, self._failovers = failovers[self._failovers :], len(failovers)
         return b"".join(comment(failover["what"]) for failover in news)
@@ -200,8 +200,8 @@ class ChatWriter(CompletionWriter):
 
 
 def finish_reason(last: Mapping[str, Any], *, has_calls: bool) -> str:
-    """Why an answer ended, as OpenAI's API says it. Ollama says "stop" where it calls tools, too. The last call of
-    an answer that ended at its limit may be incomplete."""
+    """Why an answer ended, in OpenAI's terms. Ollama's reason is "stop" also for tool calls. The last call of an
+    answer that ended at its limit may be incomplete."""
     reason = _FINISH_REASONS.get(last.get("done_reason", ""), "stop")
     return "tool_calls" if has_calls and reason != "length" else reason
 
@@ -237,8 +237,8 @@ def includes_usage(fields: Mapping[str, Any]) -> bool:
 
 
 def _message(given: Any, where: str) -> dict[str, Any]:
-    """A message in Ollama's shape; the router checks the rest. What only answers have (`annotations`, ...) is
-    dropped, since clients send messages back as they got them."""
+    """A message in Ollama's shape; the router checks the rest. Fields of answers (`annotations`, ...) are dropped,
+    since clients send messages back as they received them."""
     if not isinstance(given, dict):
         raise invalid(f'{where} must be an object with "role" and "content", not {shown(given)}', where)
     if given.get("function_call") or given.get("role") == "function":

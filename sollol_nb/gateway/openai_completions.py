@@ -30,7 +30,7 @@ FIELDS = Fields(
         "suffix": TEXT,
         "logprobs": Values("0 to 20", lambda value: is_whole_number(value) and 0 <= value <= 20),
         "best_of": only(1, "a request gets one answer"),
-        "echo": only(False, "the answer does not repeat the prompt; put it in front yourself"),
+        "echo": only(False, "the answer cannot repeat the prompt; add the prompt in the client"),
     },
     required=("model", "prompt"),
 )

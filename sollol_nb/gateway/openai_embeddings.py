@@ -41,7 +41,7 @@ class EmbeddingWriter(AnswerWriter):
     Args:
         model: as the client names it.
         is_base64: whether a vector is written as the base64 text of its 32-bit floats, which OpenAI's own client
-            asks for, instead of as a list of numbers.
+            requests, instead of as a list of numbers.
     """
 
     def __init__(self, model: str, *, is_base64: bool) -> None:
@@ -71,7 +71,7 @@ class EmbeddingWriter(AnswerWriter):
 async def _embed(request: Request) -> ASGIApp:
     body = await read_json(request)
     fields = FIELDS.checked(body)
-    options: dict[str, Any] = {"truncate": fields.get("truncate", False)}  # Ollama would cut without a word
+    options: dict[str, Any] = {"truncate": fields.get("truncate", False)}  # Ollama would cut silently
     options |= {name: fields[name] for name in ("dimensions", "keep_alive") if name in fields}
     call = EmbedCall(
         model=model_of(request, body),

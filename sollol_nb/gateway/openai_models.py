@@ -1,6 +1,6 @@
 """OpenAI's list of models: those of Ollama's nodes and storage, and those that llama.cpp runs here.
 
-Anthropic's clients ask under the same paths, with a header of theirs.
+Anthropic's clients use the same paths, with the header `anthropic-version`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ async def named_model(request: Request) -> ListedModel:
     """The model that the path names, as its parameter `model`.
 
     Raises:
-        ApiError: there is none of this name.
+        ApiError: no model has this name.
     """
     name = request.path_params["model"]
     key = key_of(name)

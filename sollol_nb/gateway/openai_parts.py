@@ -1,6 +1,6 @@
-"""What OpenAI's APIs have in common: fields of bodies, contents of messages, tools, formats, errors. Pure.
+"""Shared by OpenAI's APIs: fields of bodies, contents of messages, tools, formats, errors. Pure.
 
-Everything that changes an answer is followed or refused by name. Metadata is accepted and not used.
+Fields that change an answer are followed or refused by name. Metadata is accepted and ignored.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ METADATA = frozenset(
         "user",
     }
 )
-"""Fields that change no answer."""
+"""Fields that do not change an answer."""
 ENGINE_OPTIONS: Mapping[str, Values] = {
     name: (SAMPLING_OPTIONS | CHAT_OPTIONS)[name]
     for name in (
@@ -85,7 +85,7 @@ LONGEST_NAME_CHARS = 100
 
 
 def only(value: Any, why: str) -> Values:
-    """A field of which only one value, which changes nothing, can be followed."""
+    """A field that may have only the given value, which changes nothing."""
     return Values(f"{shown(value)}: {why}", lambda given: type(given) is type(value) and given == value)
 
 
@@ -96,7 +96,7 @@ class Fields:
     Attributes:
         known: which values each one takes.
         refused: why fields that the API has cannot be followed.
-        ignored: those that change no answer.
+        ignored: those that do not change an answer.
         required: those that a body must have.
     """
 
@@ -202,15 +202,15 @@ def image_of(url: Any, where: str) -> str:
     """The base64 text of an image that is given as a data URL.
 
     Raises:
-        ApiError: it is not one. Images by their address are refused: a server that opens the addresses which its
-            clients give it reads what they must not see.
+        ApiError: it is not one. Image URLs are refused: a server that opens URLs of its clients can read data that
+            they must not see.
     """
     if not isinstance(url, str):
         raise invalid(f'{where} needs "image_url" with the image as "data:image/png;base64,..."', where)
     head, comma, data = url.partition(",")
     if not (comma and head.startswith("data:image/") and head.endswith(";base64")):
         raise invalid(
-            f"{where} has an image by its address ({shown(url[:60])}), which is not opened; send its data, as "
+            f"{where} has an image URL ({shown(url[:60])}), which the gateway does not open; send the image as "
             "data:image/png;base64,...",
             where,
         )

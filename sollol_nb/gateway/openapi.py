@@ -1,7 +1,7 @@
 """The path /openapi.json: an OpenAPI 3.1 document of all routes.
 
 What bodies may have is derived from the tables that check them (`Fields`), so that the document and the gateway
-cannot differ. What a table says in words only stays a description.
+cannot differ. Rules that a table has only as text are descriptions in the schema.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Operation:
         body: the schema of a JSON body; None for methods without one.
         answer: the schema of the JSON answer; None where it has none.
         others: further media types of an answer, such as that of a stream.
-        asks: whether an engine answers, so that the gateway's headers count.
+        asks: whether an engine answers, so that the gateway's request headers apply.
         always_refused: whether it exists only to say by name that it is not supported.
     """
 
@@ -187,14 +187,12 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("POST", "/api/embed"): _asking("Vectors of texts.", _list_in("embeddings", {"type": "array"})),
     ("POST", "/api/embeddings"): _asking("The vector of a text.", _list_in("embedding", {"type": "number"})),
     ("GET", "/api/version"): Operation(
-        summary="The version of Ollama's API that is spoken.", answer=_object(["version"], version=_TEXT)
+        summary="The version of Ollama's API that the gateway serves.", answer=_object(["version"], version=_TEXT)
     ),
     ("GET", "/api/tags"): Operation(summary="All models.", answer=_list_in("models", _OBJECT)),
     ("GET", "/api/ps"): Operation(summary="The models that are loaded.", answer=_list_in("models", _OBJECT)),
-    ("POST", "/api/show"): Operation(summary="What is known about a model.", body=_OBJECT),
-    ("POST", "/api/pull"): Operation(
-        summary="Have an Ollama node load a model from its library.", body=_OBJECT, others=(_NDJSON,)
-    ),
+    ("POST", "/api/show"): Operation(summary="Details of a model.", body=_OBJECT),
+    ("POST", "/api/pull"): Operation(summary="Pull a model onto an Ollama node.", body=_OBJECT, others=(_NDJSON,)),
     **{("POST", f"/api/{name}"): _NOT_SUPPORTED for name in ("create", "copy", "push")},
     ("DELETE", "/api/delete"): _NOT_SUPPORTED,
     ("HEAD", "/api/blobs/{digest}"): _NOT_SUPPORTED,
@@ -213,12 +211,12 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         "A response, as OpenAI's Responses API gives it.", _list_in("output", _OBJECT), _EVENTS
     ),
     ("POST", "/v1/responses/input_tokens"): _asking(
-        "How many tokens an input has.", _object(["input_tokens"], input_tokens=_WHOLE_NUMBER)
+        "The number of tokens of an input.", _object(["input_tokens"], input_tokens=_WHOLE_NUMBER)
     ),
     **{(method, "/v1/responses/{path}"): _NOT_SUPPORTED for method in ("GET", "POST", "DELETE")},
     ("POST", "/v1/messages"): _asking("Messages, as Anthropic does.", _list_in("content", _OBJECT), _EVENTS),
     ("POST", "/v1/messages/count_tokens"): _asking(
-        "How many tokens messages have.", _object(["input_tokens"], input_tokens=_WHOLE_NUMBER)
+        "The number of tokens of messages.", _object(["input_tokens"], input_tokens=_WHOLE_NUMBER)
     ),
     ("GET", "/sollol/hello"): Operation(summary="For notebooks of the same version: what the router is."),
     ("POST", "/sollol/chat"): Operation(
@@ -274,7 +272,7 @@ _ERROR_OF: Mapping[str, str] = {
     "/sollol/": "NotebookError",
     "/": "OpenAIError",
 }
-"""By the beginning of the path; the first that fits counts."""
+"""By the beginning of the path; the first match counts."""
 _REQUEST_HEADERS: Mapping[str, Schema] = {
     PRIORITY_HEADER: {"type": "string", "description": "1 to 10, or a name such as high"},
     TIMEOUT_HEADER: {"type": "number", "exclusiveMinimum": 0, "description": "seconds"},

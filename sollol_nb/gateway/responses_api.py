@@ -1,4 +1,4 @@
-"""OpenAI's Responses API (https://platform.openai.com/docs/api-reference/responses), without what needs a store.
+"""OpenAI's Responses API (https://platform.openai.com/docs/api-reference/responses), without stored responses.
 
 An answer has items: reasoning, a message, or the call of a function. Events announce, fill and close each of them,
 and the last event has the whole response again.
@@ -228,7 +228,7 @@ class _TextItem:
         return {"type": "summary_text" if self._is_summary else "reasoning_text", "text": self.text}
 
     def shape(self, status: str) -> dict[str, Any]:
-        """The item, without parts as long as it has no text."""
+        """The item as JSON data; it has no parts while it has no text."""
         parts = [self.part()] if self.text else []
         shape: dict[str, Any] = {"id": self.id, "type": self.kind, "status": status}
         if self.kind == "message":

@@ -1,7 +1,7 @@
-"""What a body of OpenAI's Responses API says, as messages and options of the router. Pure.
+"""A body of OpenAI's Responses API as messages and options of the router. Pure.
 
-The gateway keeps nothing between requests: the whole conversation comes with each of them, as `store=false` asks
-for. Items of earlier answers are taken as clients send them back.
+The gateway stores nothing between requests: each request has the whole conversation, as with `store=false`. It
+accepts items of earlier answers as clients send them back.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _SHAPING: Mapping[str, Values] = {
     "truncation": Values("auto or disabled", lambda value: value in ("auto", "disabled")),
     "priority": PRIORITY,
 }
-"""The fields that decide about the prompt, and therefore about its length."""
+"""The fields that shape the prompt, and so its number of tokens."""
 _REFUSED = {
     "background_options": "answers are not generated in the background",
     "context_management": "this gateway does not shorten conversations, except with truncation=auto",
@@ -75,7 +75,7 @@ FIELDS = Fields(
         **ENGINE_OPTIONS,
     },
     refused=_REFUSED,
-    # The number of calls of tools that OpenAI runs: here there are none. `image` is about their compression.
+    # `max_tool_calls` limits tools that OpenAI runs, which do not exist here. `image` is about their compression.
     ignored=METADATA | {"access_programs", "image", "max_tool_calls", "prompt_cache_options"},
     required=("model", "input"),
 )
@@ -91,7 +91,7 @@ _INCLUDED = frozenset(
         "web_search_call.results",
     }
 )
-"""What else an answer may have, if the tool or the encryption that it comes from was used; here neither is."""
+"""Additional parts of answers from tools or encryption that do not exist here."""
 _SUMMARY_FIELDS = ("summary", "generate_summary")
 _SUMMARIES = ("auto", "concise", "detailed")
 

@@ -1,6 +1,6 @@
-"""The gateway's process: it listens, serves, and ends without losing an answer.
+"""The gateway's process: it listens, serves, and lets running answers finish before it ends.
 
-Everything but the signals happens on the I/O loop, on which the router works, too.
+Everything except signal handling runs on the I/O loop, as the router does.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_DRAIN_S = 30.0
 SOON_S = 0.2
-"""How long requests may take at the end before the user is informed that they are waited for."""
+"""How long requests may take at the end before the gateway prints that it waits for them."""
 STOP_S = 5.0
-"""How long the ends of answers may take to be sent once the drain time is over."""
+"""How long the gateway waits for the last bytes of answers once the drain time is over."""
 CLOSE_S = 10.0
 WANTED_FILES = 65536
 _SIGNALS = [signal.SIGINT, signal.SIGTERM]
@@ -60,8 +60,8 @@ class ServeOptions:
         host, port: where it listens; port 0 is any free one.
         tls_cert, tls_key: PEM files, for HTTPS; the key may be in the certificate's file.
         hosts: further names of this machine by which clients call the gateway.
-        origins: web pages that may ask.
-        requires_key: whether a key is required on this machine, too.
+        origins: of web pages that may send requests.
+        requires_key: whether a key is also required on loopback.
         drain_s: how long running requests may take at the end.
         log: the file of the log of requests, `-` for stderr; None for the one in the state folder.
         max_requests: at the same time.
@@ -85,7 +85,7 @@ def serve(options: ServeOptions) -> None:
     Raises:
         ConfigError: it cannot start; the message says why.
     """
-    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # not a line for each client that sends nonsense
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # no log line for each invalid request
     tls = tls_context(options.tls_cert, options.tls_key)
     keys = Keys()
     try:
@@ -96,7 +96,7 @@ def serve(options: ServeOptions) -> None:
         is_local = ipaddress.ip_address(listening.getsockname()[0]).is_loopback
         if not is_local and not keys.exist:
             raise ConfigError(
-                f"on {options.host} other machines reach the gateway, so it needs a key: make one with "
+                f"other machines can reach the gateway on {options.host}, so it needs a key: make one with "
                 "`sollol-nb key add NAME`, or listen on 127.0.0.1"
             )
         rules = AccessRules(
@@ -172,7 +172,7 @@ class _Service:
             waits = f"waits up to {self._options.drain_s:g} s for {counted(server.running, 'request')}"
             _say(f"the gateway {waits}, then ends; a second signal ends it at once")
         await self._wait_for_requests(server, self._options.drain_s)
-        message = "the gateway was stopped; ask again later"
+        message = "the gateway was stopped; try again later"
         gateway.stopped.set_result(ApiError(503, "unavailable", message, retry_after_s=DRAIN_RETRY_S))
         self._ends_at_once.clear()
         await self._wait_for_requests(server, STOP_S)
@@ -207,7 +207,7 @@ class _Service:
 
 
 def _say(text: str) -> None:
-    with contextlib.suppress(OSError):  # nobody reads any more, as after `| head`
+    with contextlib.suppress(OSError):  # the reader has closed the pipe, as after `| head`
         print(text, flush=True)
 
 
@@ -223,7 +223,9 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError):
-        raise ConfigError(f"cannot listen on {host}: there is no such address; give another --host") from None
+        raise ConfigError(
+            f"cannot listen on {host}: this machine has no such address; give another --host"
+        ) from None
     family, *_, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)  # localhost is 127.0.0.1
     is_dual = family == socket.AF_INET6 and address[0] == "::" and socket.has_dualstack_ipv6()
     try:
@@ -235,7 +237,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def _holder(port: int) -> str:
-    """Who listens on a port of this machine; "" if that is not known."""
+    """The program that listens on a port of this machine; "" if it is not known."""
     import psutil
 
     with contextlib.suppress(psutil.Error, OSError):
@@ -284,7 +286,7 @@ def _no_password() -> str:
 
 @contextlib.contextmanager
 def _ending_at_signals(service: _Service) -> Iterator[None]:
-    """End the service at a signal, if this is the main thread, which alone gets them."""
+    """End the service at a signal, if this is the main thread; other threads get no signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,9 +1,9 @@
 """The entry point for jupyter-server-proxy: a tile in JupyterLab's launcher starts a gateway and opens its page.
 
 The page then comes through Jupyter's own port and needs Jupyter's login. The gateway listens on a free port of
-loopback, with the settings of the Jupyter server's environment. It ends with the server, which does not see to
-that itself when it is shut down from its menu; its engines live on for their keep_alive. At the top this module
-imports nothing of the gateway, since Jupyter loads it at each start.
+loopback, with the settings of the Jupyter server's environment. It ends with the server, which does not end
+it when it is shut down from its menu; its engines run on for their keep_alive. At the top this module imports
+nothing of the gateway, since Jupyter loads it at each start.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ def gateway_process() -> dict[str, Any]:
     return {
         "command": [sys.executable, "-m", __spec__.name, "--host", "127.0.0.1", "--port", "{port}"],
         "timeout": START_TIMEOUT_S,
-        # The gateway answers only under a name of its own machine, not under the hub's.
+        # The gateway accepts only host names of its machine, not the hub's name.
         "request_headers_override": {"Host": "127.0.0.1:{port}"},
-        "update_last_activity": False,  # an open page is no reason to keep an idle server
+        "update_last_activity": False,  # an open page must not keep an idle server running
         "launcher_entry": {
-            "enabled": find_spec("uvicorn") is not None,  # it is part of the extra `gateway`
+            "enabled": find_spec("uvicorn") is not None,  # part of the extra `gateway`
             "title": "sollol cluster",
             "icon_path": str(Path(__file__).parent / "assets" / "icon.svg"),
             "category": "Notebook",  # in other categories JupyterLab shows no icon

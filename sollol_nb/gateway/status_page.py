@@ -1,6 +1,6 @@
 """The status page at `/`: the widget's map of the cluster, live, from the same JavaScript, and how to connect.
 
-All addresses in it are relative, so that it also works below another path, such as behind jupyter-server-proxy.
+All addresses in it are relative, so it also works below another path, such as behind jupyter-server-proxy.
 Its Content-Security-Policy allows nothing but files and events of the gateway itself.
 """
 
@@ -55,9 +55,9 @@ def _page() -> Template:
 
 async def _answer_page(request: Request) -> Response:
     if "text/html" not in request.headers.get("accept", ""):
-        return PlainTextResponse("Ollama is running")  # what Ollama answers, which its clients ask
+        return PlainTextResponse("Ollama is running")  # Ollama's answer, which its clients check
     address = str(request.base_url).rstrip("/")
-    key = "none is needed" if key_of(request) in (ANYBODY, WITHOUT_KEY) else "the one that you gave for this page"
+    key = "not required" if key_of(request) in (ANYBODY, WITHOUT_KEY) else "the key that you entered for this page"
     page = _page().substitute(address=escape(address), version=escape(__version__), key=key)
     return Response(page, media_type="text/html", headers=_HEADERS)
 

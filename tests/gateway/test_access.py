@@ -179,7 +179,7 @@ def test_only_hashes_are_kept_in_a_private_file(file: Path) -> None:
     assert key.removeprefix("snb-") not in text
     assert len(key) >= 43
     assert {path.stat().st_mode & 0o777 for path in file.parent.iterdir()} == {0o600}
-    with pytest.raises(ConfigError, match="already a key ada"):
+    with pytest.raises(ConfigError, match="the key ada exists already"):
         add_key(Key(name="ada"), file)
     with pytest.raises(ConfigError, match="keys: ada"):
         remove_key("bob", file)

@@ -149,7 +149,7 @@ def test_answers_that_may_not_end_get_an_error_in_the_form_of_their_api(ending: 
             gateway.process.send_signal(signal.SIGTERM)
         rests = {path: [line for line in lines if line] for path, lines in streams.items()}
         assert gateway.wait() == 0
-    message = "the gateway was stopped; ask again later"
+    message = "the gateway was stopped; try again later"
     assert message in json.loads(rests["/api/chat"][-1])["error"]
     assert message in json.loads(rests["/v1/chat/completions"][-1].removeprefix("data: "))["error"]["message"]
     assert (queued.result().status_code, queued.result().json()["error"]["message"]) == (503, message)

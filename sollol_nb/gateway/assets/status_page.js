@@ -1,14 +1,14 @@
 // The status page: the widget's map (cluster_map.js), fed by the gateway's events instead of a kernel.
 //
-// The browser's own way to connect again is not used: it gives up after an answer that is an error, and waits
-// for a gateway that has stopped without closing its connections.
+// The browser's own reconnection is not used: it gives up after an error response, and waits for ever for a
+// gateway that has stopped without closing its connections.
 
 import map from "./cluster_map.js";
 
 const SILENT_MS = 15000; // the gateway sends an event at least every 5 s
 const RETRY_MS = [500, 1000, 2000, 4000];
 
-// What the map needs of a widget's model. The map's messages to a kernel go nowhere: the page only shows.
+// The part of a widget's model that the map needs. There is no kernel, so messages to it are dropped.
 class Model {
   constructor() {
     this.values = {};
@@ -91,7 +91,7 @@ function connect() {
   });
 }
 
-// A page that nobody sees holds no connection, of which a browser has six for each address.
+// A hidden page keeps no connection: a browser has only six for each address.
 document.addEventListener("visibilitychange", () => (document.hidden ? disconnect() : connect()));
 
 map.initialize({ model });
