@@ -221,7 +221,7 @@ class OllamaResponseError(OllamaError):
 
 
 class GatewayError(SollolError):
-    """A gateway refused what it was asked for, or the server at its address is something else."""
+    """A gateway refused a request, or the server at its address is not a gateway."""
 
 
 class GatewayUnavailableError(GatewayError):
@@ -236,7 +236,7 @@ class GatewayBusyError(GatewayError):
     """The gateway, or this key, has as many requests as it may have.
 
     Attributes:
-        retry_after_s: when it is worth to ask again, in seconds.
+        retry_after_s: after how many seconds a new request may succeed.
     """
 
     retry_after_s: float = 5.0

@@ -1,7 +1,7 @@
 """Which tools a model may or must call: the options `tool_choice` and `parallel_tool_calls`. Pure.
 
-Neither backend has them as they are: Ollama has none, and llama-server's parser lets text come before a required
-call, and several calls come where one is allowed. So, for both:
+Neither backend supports them fully: Ollama has neither, and llama-server's parser allows text before a required
+call, and several calls where one is allowed. So, for both:
 
 * `"none"` leaves the tools out of the request, `"auto"` changes nothing.
 * `"required"`, or a function by name, holds the engine to a JSON schema of one call (`{"name": ..., "arguments":

@@ -128,7 +128,7 @@ def key(arguments: argparse.Namespace) -> int:
         print(f"removed the key {arguments.name}")
     else:
         keys = Keys().all
-        print("\n".join(map(str, keys)) if keys else "there are no keys; `sollol-nb key add NAME` makes one")
+        print("\n".join(map(str, keys)) if keys else "no keys exist; `sollol-nb key add NAME` makes one")
     return EXIT_OK
 
 
@@ -168,20 +168,20 @@ def _trust_arguments(parser: argparse.ArgumentParser) -> None:
 def _key_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="action", required=True)
     add = actions.add_parser("add", help="make a key and print it")
-    add.add_argument("name", metavar="NAME", help="whose key it is, for the log and the metrics")
+    add.add_argument("name", metavar="NAME", help="name of the key's user, for the log")
     add.add_argument(
         "--priority",
         default="normal",
         metavar="N",
-        help="the highest of its requests: 1 to 10, or a name such as high",
+        help="highest priority of its requests: 1 to 10, or a name such as high",
     )
     add.add_argument("--max-requests", type=int, metavar="N", help="requests at the same time")
     add.add_argument("--per-minute", type=int, metavar="N", help="requests in a minute")
     add.add_argument(
         "--control", action="store_true", help="may also change the cluster, pull models and name model files"
     )
-    actions.add_parser("list", help="list the keys, which are shown by their names")
-    remove = actions.add_parser("remove", help="remove a key, which is refused from then on")
+    actions.add_parser("list", help="list the names, priorities and limits of the keys")
+    remove = actions.add_parser("remove", help="remove a key; the gateway refuses it from then on")
     remove.add_argument("name", metavar="NAME")
 
 

@@ -135,14 +135,14 @@ class ClusterState:
 
     @io_bound
     async def unwatch(self, listener: Listener) -> None:
-        """Send no more to a listener. All work ends with the last one. Calling it twice is fine."""
+        """Stop sending to a listener. All work ends with the last one. Calling it twice is fine."""
         if listener in self._listeners:
             self._listeners.remove(listener)
             if not self.is_watched:
                 await self._stop()
 
     async def close(self) -> None:
-        """Send no more to anybody, for good. The last patch says so: `closed`."""
+        """Stop sending for good. The last patch reports it: `closed`."""
         listeners, self._listeners = self._listeners, []
         if not self.is_closed:
             self.is_closed = True
@@ -324,7 +324,7 @@ class ClusterState:
 
 
 def _no_listener(_: Mapping[str, Any]) -> None:
-    """For who wants the state only once."""
+    """A listener for a single read of the state."""
 
 
 def _keep_last(numbered: dict[int, Any], count: int) -> None:

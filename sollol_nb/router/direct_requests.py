@@ -1,6 +1,6 @@
-"""Requests whose answers are numbers: how many tokens messages have, and the embeddings of texts.
+"""Requests whose answers are numbers: token counts of messages, and embeddings of texts.
 
-They wait at the gates of Ollama's nodes like all others, but have no row in the latency log.
+They wait at the gates of Ollama's nodes like other requests, but have no row in the latency log.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ async def count_tokens(
                 raise
         finally:
             coordinator.free()
-    raise CoordinatorLostError(f"{route.name}: its coordinators ended again and again; ask again")
+    raise CoordinatorLostError(f"{route.name}: its coordinators ended again and again; try again")
 
 
 async def _count_at_ollama(services: RequestServices, route: Route, request: ChatRequest) -> int:
@@ -141,14 +141,14 @@ async def _embedding_route(services: RequestServices, model: str) -> Route:
 
     Raises:
         ConfigError: llama.cpp has it.
-        ModelNotFoundError: nobody has it.
+        ModelNotFoundError: no backend has it.
     """
     if not names_file(model) and await services.ollama.has_model(model):
         return await services.routes.find(model, OLLAMA)
     route = await services.routes.find(model, None)
     if route.backend != OLLAMA:
         raise ConfigError(
-            f"{short_name(model)} is routed to llama.cpp, which embeds nothing here; ask an embedding model in "
+            f"{short_name(model)} is routed to llama.cpp, which has no embeddings here; use an embedding model in "
             "Ollama, such as nomic-embed-text"
         )
     return route

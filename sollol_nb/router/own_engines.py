@@ -37,7 +37,7 @@ from sollol_nb.settings.models import model_text
 
 
 class OwnEngines(ClusterControl):
-    """What a router works with that has no gateway. Making it does no I/O.
+    """The engines of a router without a gateway. Making it does no I/O.
 
     Attributes:
         events, latency, state: as of the router.
@@ -206,7 +206,7 @@ class OwnEngines(ClusterControl):
 
     @io_bound
     async def preload(self, model: str | Path | Route, *, keep_alive: float | str | None = None) -> str:
-        """Have a model loaded where a request for it would go; returns where that is, such as `in Ollama`.
+        """Load a model where a request for it would go; returns the place, such as `in Ollama`.
 
         Args:
             model: its name, or a route that it is to take.
@@ -294,7 +294,7 @@ class OwnEngines(ClusterControl):
             `total_duration` and `load_duration` (nanoseconds), and `_routing` (see `ollama/pool.py`).
 
         Raises:
-            ConfigError: an argument is invalid, or the model is routed to llama.cpp, which embeds nothing here.
+            ConfigError: an argument is invalid, or the model is routed to llama.cpp, which has no embeddings here.
             SollolError: as for `route_request`.
         """
         return await embed(

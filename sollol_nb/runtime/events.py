@@ -76,7 +76,7 @@ class EventKind(StrEnum):
     """An Ollama node failed or went silent, and is not used for a while; `error`."""
 
     GATEWAY_LOST = "gateway.lost"
-    """The gateway that a notebook uses does not answer any more."""
+    """The gateway that a notebook uses no longer answers."""
     GATEWAY_RETURNED = "gateway.returned"
     """A lost gateway answers again."""
 

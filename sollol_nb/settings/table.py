@@ -277,9 +277,9 @@ _TABLE = (
         "gateway",
         "router",
         kinds.GATEWAY,
-        "Gateway whose engines are used instead of own ones, such as http://head:11440; local uses own ones.",
+        "Gateway whose engines are used, such as http://head:11440; local uses this process's own engines.",
         "SOLLOL_GATEWAY",
-        default_description="none (own engines)",
+        default_description="none",
         guarded=True,
     ),
     Setting(

@@ -61,7 +61,7 @@ def test_a_benchmark_over_a_gateway_takes_no_layouts(notebook: Kernel) -> None:
 def test_a_connection_is_made_shown_and_ended(notebook: Kernel, gateway: GatewayProcess) -> None:
     shown = notebook.run("%sollol_connect")
     assert shown.stream.startswith(f"connected to {gateway.url} (sollol_nb ")
-    assert notebook.run("%sollol_connect --off").stream == "this kernel uses own engines\n"
+    assert notebook.run("%sollol_connect --off").stream == "this kernel uses its own engines\n"
     failed = notebook.run("%sollol demo Hello")
     assert "SOLLOL_LLAMA_CPP" in failed.error[0]
     assert notebook.run(f"%sollol_connect {gateway.url.removeprefix('http://')}").stream == shown.stream

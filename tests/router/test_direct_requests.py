@@ -103,7 +103,13 @@ def test_embeddings_survive_a_node(ollama_pair: tuple[OllamaServer, OllamaServer
 @pytest.mark.parametrize(
     ("model", "inputs", "more", "error", "message"),
     [
-        ("demo", "a", {}, ConfigError, "demo is routed to llama.cpp, which embeds nothing here; ask an embedding"),
+        (
+            "demo",
+            "a",
+            {},
+            ConfigError,
+            "demo is routed to llama.cpp, which has no embeddings here; use an embedding",
+        ),
         ("/none.gguf", "a", {}, Exception, "none.gguf"),
         ("nobody-has-it", "a", {}, ModelNotFoundError, "nobody-has-it"),
         ("demo", 5, {}, ConfigError, "inputs must be a text, or a list of texts"),

@@ -1,8 +1,8 @@
 """Log probabilities of tokens, from llama-server's shape to that of Ollama's `/api/chat` (`chat.chunk`). Pure.
 
-llama-server gives them with each token that it sends. A token that ends within a character is not sent, so the one
-that completes the character stands for both. The text of a token that is held back (it may begin a stop string)
-comes with the next one; a held token that is never sent was the end, or part of the stop string.
+llama-server gives them with each token that it sends. A token that ends within a character is not sent, so the
+token that completes the character stands for both. The text of a token that is held back (it may begin a stop
+string) comes with the next one; a held token that is never sent was the end, or part of the stop string.
 """
 
 from __future__ import annotations
@@ -55,8 +55,12 @@ class LogprobReader:
         entry: TokenLogprob = {"token": piece, "logprob": float(token["logprob"]), "bytes": list(piece.encode())}
         if self._most:
             entry["top_logprobs"] = [
-                {"token": other["token"], "logprob": float(other["logprob"]), "bytes": other["bytes"]}
-                for other in token.get("top_logprobs", ())[: self._most]
+                {
+                    "token": alternative["token"],
+                    "logprob": float(alternative["logprob"]),
+                    "bytes": alternative["bytes"],
+                }
+                for alternative in token.get("top_logprobs", ())[: self._most]
             ]
         return entry
 
@@ -76,4 +80,4 @@ def spelling(entries: Sequence[TokenLogprob], text: str) -> list[TokenLogprob]:
 def _own_piece(token: Mapping[str, Any]) -> str | None:
     """The text of a token whose text was held back, if it is among the likeliest ones."""
     alternatives = token.get("top_logprobs", ())
-    return next((other["token"] for other in alternatives if other["id"] == token["id"]), None)
+    return next((alternative["token"] for alternative in alternatives if alternative["id"] == token["id"]), None)

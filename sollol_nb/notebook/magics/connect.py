@@ -24,10 +24,10 @@ class ConnectMagics(Magics):
     @magic_line.options_magic()
     @magic_arguments()
     @argument("address", nargs="?", help="of a gateway, such as http://head:11440; `local` is the same as --off")
-    @argument("--off", action="store_true", help="use own engines again")
+    @argument("--off", action="store_true", help="use this kernel's own engines again")
     @line_magic
     def sollol_connect(self, call: magic_line.Call) -> None:
-        """Use the engines of a gateway instead of own ones; without an address, show what is used.
+        """Use the engines of a gateway instead of this kernel's own; without an address, show which are used.
 
         All magics then work on the gateway's cluster, which other notebooks and programs use, too. The setting
         `gateway` does the same for each new kernel. If the gateway needs a key, it is taken from the setting
@@ -73,7 +73,7 @@ def _asked_key(url: str, error: GatewayKeyError) -> Secret:
 def _description(router: HybridRouter) -> str:
     """`connected to http://head:11440 (sollol_nb 0.1.0 on head, as ana)`."""
     if router.gateway is None:
-        return "this kernel uses own engines"
+        return "this kernel uses its own engines"
     info = router.connect()
     key = f", as {info.key}" if info.key else ""
     control = "" if info.may_control else "; this key may ask, but not change the cluster"

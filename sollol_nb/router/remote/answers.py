@@ -1,11 +1,11 @@
 """An answer over a gateway, continued after the gateway was started again.
 
-The gateway itself continues an answer whose coordinator is lost. If the gateway is lost, nobody knows the tokens
-any more, only their text:
+The gateway itself continues an answer whose coordinator is lost. If the gateway is lost, the tokens are unknown;
+only their text is left:
 
 - Plain text is continued: the question is sent again, with the text so far as the beginning of the answer.
-- With exact recovery the question is sent again, with the same seed, and the known text must come again.
-- Else (thoughts, tool calls, a format) the answer begins again, and its reader takes back what it has
+- With exact recovery the question is sent again with the same seed, and must give the known text again.
+- Otherwise (thoughts, tool calls, a format) the answer begins again, and its reader discards the earlier part
   (`_restarted`).
 """
 
@@ -198,7 +198,7 @@ class GatewayRequest:
         }
 
     def _next(self, body: dict[str, Any]) -> tuple[dict[str, Any], _AsItComes]:
-        """What is sent after a loss, and what becomes of the chunks.
+        """The body of the request after a loss, and the changes to its chunks.
 
         Args:
             body: what was sent first.
@@ -253,7 +253,7 @@ class GatewayRequest:
 
 
 class _AsItComes:
-    """What becomes of the chunks of one answer of the gateway: nothing."""
+    """Passes the chunks of one answer of the gateway unchanged."""
 
     def apply(self, chunk: Chunk, name: str) -> Chunk:
         """The chunk for the reader of the answer of the model with this name."""
@@ -274,7 +274,7 @@ class _Restarted(_AsItComes):
 
 
 class _Repeated(_AsItComes):
-    """What the reader has is left out; it must be the same.
+    """Leaves out the text that the reader has; the new text must be the same.
 
     Raises:
         AnswerDivergedError: from `apply`: it is not.

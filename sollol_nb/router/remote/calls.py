@@ -1,4 +1,4 @@
-"""The methods that a gateway carries out for its notebooks, and who may call them.
+"""The methods that a gateway carries out for its notebooks, and the rights that they need.
 
 Both sides read their types from `OwnEngines`. A method that is not in the table cannot be called.
 """
@@ -30,7 +30,7 @@ class Call:
 
     Attributes:
         method: of `OwnEngines`.
-        controls: whether it changes the cluster, or shows what not everybody should see.
+        controls: whether it changes the cluster, or shows data that needs a key with control.
         limit_s: how long a notebook waits for its result, in seconds.
     """
 
@@ -124,7 +124,7 @@ class GatewayCoordinator:
 
     @classmethod
     def of(cls, coordinator: Coordinator) -> GatewayCoordinator:
-        """What notebooks see of a coordinator."""
+        """A coordinator as notebooks see it."""
         return cls(
             model=coordinator.model,
             base_url=coordinator.base_url,
@@ -135,7 +135,7 @@ class GatewayCoordinator:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Known:
-    """What a gateway's notebooks know of it without asking.
+    """The facts about a gateway that its notebooks keep.
 
     Attributes:
         coordinators, worker_endpoints, layer_strategy: as of the router.
@@ -148,7 +148,7 @@ class Known:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayInfo:
-    """What a gateway says of itself.
+    """The facts that a gateway reports about itself.
 
     Attributes:
         version: of its package.

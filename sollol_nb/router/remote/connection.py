@@ -25,7 +25,7 @@ from sollol_nb.settings.endpoints import gateway_url
 SILENCE_S = 60.0
 """The longest silence within a stream; a gateway sends an empty line every 15 s."""
 RETURN_LIMIT_S = 30.0
-"""How long a gateway that was lost is waited for."""
+"""How long a notebook waits for a lost gateway to return."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 2.0
 _HELLO_LIMIT_S = 10.0
 _GATEWAY_PROXY_STATUS = (502, 503, 504)
@@ -40,7 +40,7 @@ class GatewayConnection:
 
     Attributes:
         url: the address in full.
-        info: what the gateway says of itself; None before it has answered.
+        info: the facts that the gateway reports about itself; None before it has answered.
     """
 
     def __init__(self, url: str, key: str | None) -> None:
@@ -53,7 +53,7 @@ class GatewayConnection:
         return f"<GatewayConnection: {self.url}>"
 
     async def hello(self) -> GatewayInfo:
-        """Ask the gateway who it is.
+        """Request the facts about the gateway (`info`).
 
         Raises:
             GatewayUnavailableError: nothing answers there.
@@ -127,7 +127,7 @@ class GatewayConnection:
         return cast(Chunk, data)
 
     async def ensure(self) -> None:
-        """Ask the gateway who it is, unless it has said so."""
+        """Request the facts about the gateway, unless they are known."""
         if self.info is None or self._is_closed:
             await self.hello()
 

@@ -1,4 +1,4 @@
-"""What a router works with that uses a gateway: the methods of `OwnEngines`, carried out there."""
+"""The engines of a router that uses a gateway: the methods of `OwnEngines`, carried out by the gateway."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ class GatewayEngines:
 
     @io_bound
     async def preload(self, model: str | Path | Route, *, keep_alive: float | str | None = None) -> str:
-        """Have a model loaded where a request for it would go; returns where that is, such as `in Ollama`."""
+        """Load a model where a request for it would go; returns the place, such as `in Ollama`."""
         name = model.model if isinstance(model, Route) else model_text(model)
         return cast(str, await self.call("preload", {"model": name, "keep_alive": keep_alive}))
 

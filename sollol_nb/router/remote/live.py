@@ -1,7 +1,7 @@
-"""What a gateway reports by itself: its events, and the live state of its cluster.
+"""The streams of a gateway: its events, and the live state of its cluster.
 
-Each is one long answer, of a JSON object per line. Where it breaks, it is opened again after a pause that grows;
-it then begins with what is known now. Text that a gateway sends is bounded, and shown as text only.
+Each stream has a JSON object per line. If it breaks, it is opened again after a pause that grows; it then begins
+with the present state. Text that a gateway sends is bounded, and shown as text only.
 """
 
 from __future__ import annotations
@@ -168,14 +168,14 @@ class GatewayState:
 
     @io_bound
     async def unwatch(self, listener: Listener) -> None:
-        """Send no more to a listener. The connection ends with the last one. Calling it twice is fine."""
+        """Stop sending to a listener. The connection ends with the last one. Calling it twice is fine."""
         if listener in self._listeners:
             self._listeners.remove(listener)
             if not self.is_watched:
                 await self._stop()
 
     async def close(self) -> None:
-        """Send no more to anybody, for good. The last patch says so: `closed`."""
+        """Stop sending for good. The last patch reports it: `closed`."""
         if not self.is_closed:
             self._apply({"closed": True})
             self.is_closed = True
@@ -256,7 +256,7 @@ async def _follow(
     read: Callable[[Mapping[str, Any]], None],
     lost: Callable[[SollolError], None],
 ) -> None:
-    """Read the lines of a path for ever; after an error again."""
+    """Read the lines of a path for ever; open it again after an error."""
     pause_s = FIRST_PAUSE_S
     while True:
         began = time.monotonic()

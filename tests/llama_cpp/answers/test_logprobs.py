@@ -30,7 +30,7 @@ PARSED = PLAIN + "{# [THINK] #}"
 
 
 def token(number: int, text: str, *likely: tuple[int, str]) -> dict[str, Any]:
-    alternatives = [{"id": other, "token": piece, "bytes": [], "logprob": -1.0} for other, piece in likely]
+    alternatives = [{"id": likely_id, "token": piece, "bytes": [], "logprob": -1.0} for likely_id, piece in likely]
     return {"id": number, "token": text, "bytes": [], "logprob": -0.5, "top_logprobs": alternatives}
 
 
