@@ -44,7 +44,7 @@ from sollol_nb.runtime.io_loop import (
 )
 from sollol_nb.settings import config
 from sollol_nb.settings.endpoints import DEFAULT_COORDINATOR_PORT, DEFAULT_RPC_PORT
-from sollol_nb.settings.kinds import checked_gateway
+from sollol_nb.settings.kinds import SECRET, checked_gateway
 from sollol_nb.text.tables import counted
 
 if TYPE_CHECKING:
@@ -195,6 +195,7 @@ class Router(RouterRequests):
                 keep_alive=keep_alive,
             )
             key = config.or_default(gateway_key, "gateway_key")
+            key = None if key is None else SECRET.checked(key, "gateway_key")
             options = request_options(recovery=recovery, deterministic=deterministic, only_given=True)
             self._engines = GatewayEngines(where, key, latency=latency, options=options)
         self.events = self._engines.events

@@ -209,7 +209,9 @@ class Secret(str):
 
 
 def _secret(value: Any) -> Secret:
-    text = _text(value).strip()
+    text = value.strip() if isinstance(value, str) else ""
+    if not text:
+        raise ConfigError("the key must be a text, as `sollol-nb key add` prints it")  # without what it is
     if not text.isascii() or not text.isprintable():
         raise ConfigError("the key contains characters that no key has; copy it again")
     return Secret(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ from sollol_nb.settings.endpoints import gateway_url
 from sollol_nb.settings.kinds import Secret, checked_gateway
 from sollol_nb.settings.table import FILE_NAME
 from sollol_nb.settings.trust import describe_files, review
+from sollol_nb.sync_wrapper import HybridRouter
 
 KEY = "sk-sollol-secret"
 
@@ -61,6 +63,24 @@ def test_the_key_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOLLOL_GATEWAY_KEY", f"{KEY}\u2011")
     with pytest.raises(ConfigError, match="characters that no key has") as refused:
         config.find("gateway_key")
+    assert KEY not in str(refused.value)
+
+
+def test_a_key_that_is_not_a_text_is_refused_and_not_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / FILE_NAME
+    file.write_text(f'gateway_key = ["{KEY}"]\n')
+    monkeypatch.setenv("SOLLOL_CONFIG", str(file))
+    with pytest.raises(ConfigError, match="gateway_key: the key must be a text") as refused:
+        config.find("gateway_key")
+    assert KEY not in str(refused.value)
+
+
+@pytest.mark.parametrize("key", ["", 5, KEY.encode(), [KEY], f"{KEY}\u00e9"])
+def test_a_router_refuses_a_key_that_no_gateway_has_without_showing_it(key: Any) -> None:
+    with pytest.raises(ConfigError, match="^gateway_key: the key ") as refused:
+        HybridRouter(gateway="head", gateway_key=key)
     assert KEY not in str(refused.value)
 
 
