@@ -9,6 +9,7 @@ import httpx
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis.errors import Unsatisfiable
 from schemathesis import APIOperation, Case, GenerationMode
 from schemathesis.checks import CHECKS, load_all_checks
 
@@ -18,8 +19,10 @@ from tests.support.gateway import GatewayProcess, running_gateway
 
 pytestmark = pytest.mark.engine
 
-EXAMPLES = 25
+EXAMPLES = 30
 """For each operation and mode."""
+WITHOUT_END = ("/cluster", "/sollol/events", "/sollol/state")
+"""Streams of events, which last as long as their reader; other tests read them."""
 load_all_checks()
 CONFORMANCE = CHECKS.get_by_names(
     ["status_code_conformance", "content_type_conformance", "response_schema_conformance"]
@@ -35,7 +38,8 @@ def fuzzed(engine: Engine) -> Iterator[GatewayProcess]:
 
 def operations(gateway: GatewayProcess) -> list[APIOperation[Any, Any, Any]]:
     schema = schemathesis.openapi.from_url(f"{gateway.url}/openapi.json")
-    return [result.ok() for result in schema.get_all_operations()]
+    found = [result.ok() for result in schema.get_all_operations()]
+    return [operation for operation in found if operation.path not in WITHOUT_END]
 
 
 @pytest.mark.timeout(900)
@@ -54,6 +58,8 @@ def failure_of(operation: APIOperation[Any, Any, Any], mode: GenerationMode) -> 
     """What is wrong with the responses of one operation; "" if nothing is."""
     try:
         check(operation, mode)
+    except Unsatisfiable:
+        assert mode == GenerationMode.NEGATIVE, operation.label  # where nothing can be wrong
     except Exception as error:  # of the checks, of the client, or of Hypothesis
         return f"{operation.label}: {error}"
     return ""
