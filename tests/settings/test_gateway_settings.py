@@ -79,7 +79,7 @@ def test_a_key_that_is_not_a_text_is_refused_and_not_shown(
 
 @pytest.mark.parametrize("key", ["", 5, KEY.encode(), [KEY], f"{KEY}\u00e9"])
 def test_a_router_refuses_a_key_that_no_gateway_has_without_showing_it(key: Any) -> None:
-    with pytest.raises(ConfigError, match="^gateway_key: the key ") as refused:
+    with pytest.raises(ConfigError, match=r"^gateway_key: the key ") as refused:
         HybridRouter(gateway="head", gateway_key=key)
     assert KEY not in str(refused.value)
 
