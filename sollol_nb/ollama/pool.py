@@ -289,15 +289,19 @@ class OllamaPool:
 
     @io_bound
     async def unload(self, /, model: str) -> None:
-        """Have a model unloaded by every node that has it loaded. Errors are those of `chat`."""
-        key = ModelName.parse(model).key
+        """Have a model unloaded by every node that has it loaded, also if one of them fails. Errors are those of
+        `chat`."""
+        key, failed = ModelName.parse(model).key, list[NodeLostError]()
         for node in await self._serving.nodes_with_loaded(key):
             body = request_body(model, prompt="", keep_alive=0, stream=False)
             try:
                 await self._serving.post(node, GENERATE, body, Deadline(UNLOAD_TIMEOUT_S, model))
             except NodeLostError as error:
-                raise OllamaUnavailableError(f"{model} may still be loaded: {error}") from error
-            node.record_unload(key)
+                failed.append(error)
+            else:
+                node.record_unload(key)
+        if failed:
+            raise OllamaUnavailableError(f"{model} may still be loaded: {failed[0]}") from failed[0]
 
     @io_bound
     async def versions(self) -> dict[str, str]:

@@ -117,6 +117,20 @@ def test_a_node_in_trouble_is_named_beside_one_that_lacks_the_model() -> None:
             router.route_request("qwen3:8b", "hi")
 
 
+def test_a_node_that_fails_does_not_keep_the_others_from_unloading_a_model() -> None:
+    loaded = reply({"models": [{"name": MODEL, "digest": "d"}]})
+    failing = {"/api/ps": loaded, "/api/generate": b""}
+    healthy = {"/api/ps": loaded, "/api/generate": reply({"done": True, "done_reason": "unload"})}
+    with (
+        fake_node(failing) as (first, _),
+        fake_node(healthy) as (second, received),
+        OllamaPool([first, second]) as pool,
+    ):
+        with pytest.raises(OllamaUnavailableError, match=f"llama3.2 may still be loaded: .*{first}"):
+            pool.unload("llama3.2")
+        assert [body["keep_alive"] for path, body in received if path == "/api/generate"] == [0]
+
+
 def test_a_named_node_where_nothing_runs_is_named_and_an_assumed_one_is_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
