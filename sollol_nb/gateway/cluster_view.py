@@ -57,7 +57,7 @@ class ClusterView:
         """
         if EVENT_STREAM in request.headers.get("accept", "") and request.method == "GET":
             if self.viewers >= MAX_VIEWERS:
-                message = f"{MAX_VIEWERS} viewers watch the cluster already; close one of them"
+                message = f"{MAX_VIEWERS} viewers already watch the cluster; close one of them"
                 raise ApiError(429, "busy", message, retry_after_s=5)
             return self._stream
         try:

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--port", type=int, help="port to listen on; 0 is any free one (default: 11440)")
     add("--tls-cert", metavar="FILE", help="certificate as PEM, for HTTPS")
     add("--tls-key", metavar="FILE", help="its private key as PEM")
-    add("--require-key", action="store_true", help="require a key on this machine, too")
+    add("--require-key", action="store_true", help="require a key from this machine as well")
     add("--allow-host", metavar="NAME", action="append", default=[], help="a further name of this machine in URLs")
     add(
         "--allow-origin",

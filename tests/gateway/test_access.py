@@ -104,9 +104,9 @@ def test_browsers_of_allowed_pages_get_their_preflight_without_a_key(file: Path)
         assert response.status_code == 204
         assert response.headers["access-control-allow-origin"] == PAGE
         assert response.headers["access-control-allow-headers"] == "authorization, x-a"
-        other = await site.client.options("/v1/models", headers={"Origin": "https://a.example.org", **asked})
-        assert other.status_code == 403
-        assert "access-control-allow-origin" not in other.headers
+        refused = await site.client.options("/v1/models", headers={"Origin": "https://a.example.org", **asked})
+        assert refused.status_code == 403
+        assert "access-control-allow-origin" not in refused.headers
 
     on_site(test, KeysOfFile(file), AccessRules(origins=[PAGE], requires_key=True))
 
@@ -114,7 +114,7 @@ def test_browsers_of_allowed_pages_get_their_preflight_without_a_key(file: Path)
 @pytest.mark.parametrize(
     "origin", ["*", "chat.example.org", "https://chat.example.org/path", "https://a, https://b"]
 )
-def test_what_is_no_origin_is_refused_at_the_start(origin: str) -> None:
+def test_what_is_not_an_origin_is_refused_at_the_start(origin: str) -> None:
     with pytest.raises(ConfigError, match="is not an origin"):
         AccessRules(origins=[origin])
 

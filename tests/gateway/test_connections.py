@@ -283,7 +283,7 @@ def test_a_connection_is_kept_for_the_next_request_and_left_when_none_comes(run:
     ],
     ids=["no HTTP", "two lengths", "a long header", "many headers"],
 )
-def test_what_is_no_request_is_refused_without_a_word_in_the_log(
+def test_what_is_not_a_request_is_refused_and_not_logged(
     run: Run, request_bytes: bytes, status: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def test(site: Site) -> None:
@@ -362,7 +362,7 @@ def test_a_connection_with_many_unanswered_requests_is_ended(run: Run) -> None:
     run(test)
 
 
-def test_a_server_that_is_closed_ends_what_still_runs_without_a_word_in_the_log(
+def test_a_server_that_is_closed_ends_what_still_runs_and_logs_nothing(
     run: Run, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def test(site: Site) -> None:

@@ -46,11 +46,11 @@ class PausingNode:
     """An Ollama node that answers "one two", and waits before the "two"."""
 
     def __init__(self) -> None:
-        self.goes_on = threading.Event()
+        self.may_continue = threading.Event()
 
     def pieces(self) -> Iterator[bytes]:
         yield HEAD + line("one ")
-        self.goes_on.wait(HANG_GUARD_S)
+        self.may_continue.wait(HANG_GUARD_S)
         yield line("two", done=True, done_reason="stop", eval_count=2, prompt_eval_count=5)
 
 
@@ -64,7 +64,7 @@ def gateway_on_pausing_node(*arguments: str) -> Iterator[tuple[GatewayProcess, P
         ):
             yield gateway, node
     finally:
-        node.goes_on.set()
+        node.may_continue.set()
 
 
 @contextlib.contextmanager
@@ -80,18 +80,18 @@ def streaming(client: httpx.Client, path: str) -> Iterator[Iterator[str]]:
 
 @posix_only
 def test_a_signal_lets_running_answers_end_and_no_new_ones_begin() -> None:
-    with gateway_on_pausing_node() as (gateway, node), gateway.client() as client, gateway.client() as other:
-        assert other.get("/health").status_code == 200
+    with gateway_on_pausing_node() as (gateway, node), gateway.client() as client, gateway.client() as idle:
+        assert idle.get("/health").status_code == 200
         with streaming(client, "/v1/chat/completions") as lines:
             gateway.process.send_signal(signal.SIGTERM)
             eventually(lambda: "waits up to" in gateway.output, "the gateway drains")
-            refused = other.post("/api/chat", json=CHAT)  # on the connection that is open
+            refused = idle.post("/api/chat", json=CHAT)  # on the connection that is open
             assert (refused.status_code, refused.headers["connection"]) == (503, "close")
             assert "stopped" in refused.json()["error"]
             assert refused.headers["retry-after"].isdecimal()
             with pytest.raises(httpx.ConnectError):
-                other.get("/ready")
-            node.goes_on.set()
+                idle.get("/ready")
+            node.may_continue.set()
             rest = "\n".join(lines)
         assert "two" in rest
         assert "[DONE]" in rest
@@ -166,7 +166,7 @@ def test_keys_tls_and_the_log_of_a_running_gateway(
     log = tmp_path / "requests.jsonl"
     tls = ["--tls-cert", str(CERTIFICATE), "--tls-key", str(CERTIFICATE)]
     with gateway_on_pausing_node("--require-key", "--log", str(log), *tls) as (gateway, node):
-        node.goes_on.set()
+        node.may_continue.set()
         assert gateway.url.startswith("https://")
         verify = ssl.create_default_context(cafile=str(CERTIFICATE))
         with gateway.client(verify=verify) as client:
