@@ -184,9 +184,9 @@ else:
             if sum(len(name) + len(value) for name, value in self.headers) + len(self.url) > HEADER_LIMIT_BYTES:
                 self._raise(*_TOO_LONG)
             if self.parser.should_upgrade():  # the parser would take the body for the next request
-                self._raise(HTTPStatus.BAD_REQUEST, "the gateway speaks no other protocol than HTTP/1.1")
+                self._raise(HTTPStatus.BAD_REQUEST, "the gateway supports only HTTP/1.1")
             if len(self._unanswered) >= MAX_UNANSWERED:
-                self._raise(HTTPStatus.TOO_MANY_REQUESTS, "wait for answers before you send further requests")
+                self._raise(HTTPStatus.TOO_MANY_REQUESTS, "too many requests of this connection wait for answers")
             super().on_headers_complete()
             self._unanswered.append(self.cycle)
             self.headers = []  # what follows the body must not change what was checked

@@ -133,6 +133,7 @@ class _Service:
         self._keys = keys
         self._rules = rules
         self._log = log
+        self._loop = io_loop()  # not in a signal handler: it takes a lock, which the main thread may hold by then
         self._ends = asyncio.Event()
         self._ends_at_once = asyncio.Event()
         self._signals = 0
@@ -140,7 +141,8 @@ class _Service:
     def end(self) -> None:
         """End the gateway after the running requests, the second time without waiting. For signal handlers."""
         self._signals += 1
-        io_loop().call_soon_threadsafe((self._ends if self._signals == 1 else self._ends_at_once).set)
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe((self._ends if self._signals == 1 else self._ends_at_once).set)
 
     async def run(self) -> None:
         """Serve until `end`."""
