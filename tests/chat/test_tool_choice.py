@@ -127,7 +127,7 @@ def test_the_text_of_a_required_call_is_held_back_and_comes_as_a_call() -> None:
     assert (last["message"]["content"], last["done_reason"]) == ("", "tool_calls")
 
 
-def test_text_from_before_a_restart_is_no_part_of_the_call() -> None:
+def test_text_from_before_a_restart_is_not_part_of_the_call() -> None:
     options = applied(tools=[NOW], tool_choice="required")
     chunks = shown(
         options,
@@ -139,7 +139,7 @@ def test_text_from_before_a_restart_is_no_part_of_the_call() -> None:
 
 
 @pytest.mark.parametrize("text", ['{"name": "now", "argu', "5", '{"name": "now", "arguments": 5}', "[" * 5000])
-def test_a_call_that_was_cut_comes_as_text_and_says_so(text: str) -> None:
+def test_a_call_that_was_cut_comes_as_text_with_a_note(text: str) -> None:
     options = applied(tools=[NOW], tool_choice="required")
     (last,) = shown(options, chunk(text), {**chunk(), "done": True, "done_reason": "length"})
     assert last["message"] == {"role": "assistant", "content": text}

@@ -85,7 +85,7 @@ def file(tmp_path: Path) -> Path:
         ({"Origin": PAGE, "Host": "evil.example.org"}, 403),
     ],
 )
-def test_only_known_names_and_origins_are_let_in(file: Path, headers: dict[str, str], status: int) -> None:
+def test_only_known_host_names_and_origins_are_allowed(file: Path, headers: dict[str, str], status: int) -> None:
     async def test(site: Site) -> None:
         response = await site.client.post("/v1/chat/completions", headers=headers)
         assert response.status_code == status
@@ -114,7 +114,7 @@ def test_browsers_of_allowed_pages_get_their_preflight_without_a_key(file: Path)
 @pytest.mark.parametrize(
     "origin", ["*", "chat.example.org", "https://chat.example.org/path", "https://a, https://b"]
 )
-def test_what_is_not_an_origin_is_refused_at_the_start(origin: str) -> None:
+def test_an_invalid_origin_is_refused_at_the_start(origin: str) -> None:
     with pytest.raises(ConfigError, match="is not an origin"):
         AccessRules(origins=[origin])
 
@@ -157,7 +157,7 @@ def test_browsers_ask_for_the_key_on_the_status_page_alone(file: Path) -> None:
     on_site(test, KeysOfFile(file), AccessRules(requires_key=True))
 
 
-def test_on_this_machine_only_what_looks_like_a_key_must_be_one(file: Path) -> None:
+def test_where_no_key_is_required_a_text_that_looks_like_a_key_must_be_valid(file: Path) -> None:
     async def test(site: Site) -> None:
         async def asks(text: str) -> httpx.Response:
             return await site.client.get("/v1/models", headers={"Authorization": f"Bearer {text}"})
@@ -188,13 +188,15 @@ def test_only_hashes_are_kept_in_a_private_file(file: Path) -> None:
 @pytest.mark.parametrize(
     "key", [Key(name=""), Key(name="a b"), Key(name="a", priority=11), Key(name="a", max_requests=0)]
 )
-def test_a_key_that_cannot_be_is_not_made(file: Path, key: Key) -> None:
+def test_an_invalid_key_is_not_made(file: Path, key: Key) -> None:
     with pytest.raises(ConfigError):
         add_key(key, file)
     assert not file.exists()
 
 
-def test_a_damaged_file_of_keys_lets_nobody_else_in(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_with_a_damaged_key_file_only_the_known_keys_stay_valid(
+    file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     key = add_key(Key(name="ada"), file)
     keys = KeysOfFile(file)
     file.write_text('{"keys": [{"name": 1}]}')
@@ -216,7 +218,7 @@ def test_a_file_of_keys_that_cannot_be_reached_lets_nobody_else_in(file: Path) -
         KeysOfFile(file)
 
 
-def test_limits_are_said_with_the_time_to_wait(file: Path) -> None:
+def test_a_request_over_a_limit_gets_the_time_to_wait(file: Path) -> None:
     key = add_key(Key(name="ada", max_requests=1, requests_per_minute=3), file)
     now = [0.0]
     limits = Limits(2, clock=lambda: now[0])
@@ -338,7 +340,7 @@ def test_an_address_with_many_wrong_keys_waits_but_a_right_key_is_never_refused(
     assert failures.note("a") is None
 
 
-def test_a_gateway_that_drains_answers_no_more_in_the_shape_of_each_api(file: Path) -> None:
+def test_a_draining_gateway_refuses_requests_in_the_shape_of_each_api(file: Path) -> None:
     async def test(site: Site) -> None:
         site.gateway.draining.set()
         response = await site.client.post("/v1/chat/completions")

@@ -32,7 +32,7 @@ def entries(path: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_what_clients_choose_is_one_bounded_line(tmp_path: Path) -> None:
+def test_text_from_clients_is_one_bounded_line(tmp_path: Path) -> None:
     log = AccessLog(str(tmp_path / "log"))
     log.note(request("/a\n{}\x1b[2J\ud800" + "p" * 1000, AnswerRecord("ollama", "m" * 1000)))
     log.write()
@@ -42,7 +42,7 @@ def test_what_clients_choose_is_one_bounded_line(tmp_path: Path) -> None:
     assert "\x1b" not in (tmp_path / "log").read_text()
 
 
-def test_a_full_file_becomes_the_older_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_file_becomes_the_older_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(access_log, "LIMIT_BYTES", 100)
     log = AccessLog(str(tmp_path / "log"))
     for number in range(4):
@@ -69,7 +69,7 @@ def test_a_log_that_cannot_be_written_loses_lines_and_nothing_else(
     assert "cannot write the log of requests" in caplog.text
 
 
-def test_there_may_be_no_log(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_log_can_be_disabled(capsys: pytest.CaptureFixture[str]) -> None:
     log = AccessLog(os.devnull)
     log.note(request())
     log.write()

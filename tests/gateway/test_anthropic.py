@@ -41,7 +41,7 @@ def client(gateway: GatewayProcess) -> Anthropic:
     return Anthropic(base_url=gateway.url, api_key="none", max_retries=0)
 
 
-def test_a_streamed_message_is_that_of_the_whole_one(client: Anthropic) -> None:
+def test_a_streamed_message_equals_the_whole_message(client: Anthropic) -> None:
     asked: dict[str, Any] = {"model": "demo", "max_tokens": 100, "messages": QUESTION, "extra_body": GREEDY}
     whole = client.messages.create(**asked)
     with client.messages.stream(**asked) as stream:
@@ -117,7 +117,7 @@ def test_a_tool_is_called_and_its_result_leads_to_an_answer(
     assert answer.content
 
 
-def test_thinking_has_its_own_block_and_is_taken_back(client: Anthropic, thinking_model: str) -> None:
+def test_thinking_has_its_own_block_and_is_accepted_back(client: Anthropic, thinking_model: str) -> None:
     asked: dict[str, Any] = {"model": thinking_model, "max_tokens": 100, "extra_body": GREEDY}
     with client.messages.stream(
         **asked, messages=QUESTION, thinking={"type": "enabled", "budget_tokens": 1024}

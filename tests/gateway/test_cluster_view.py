@@ -179,7 +179,7 @@ def test_without_an_engine_and_without_ollama_it_is_alive_and_not_ready(tmp_path
 
 
 @pytest.mark.engine
-def test_the_changes_lead_from_the_first_state_to_the_one_that_others_get(
+def test_the_patches_lead_from_the_first_state_to_the_present_state(
     client: httpx.Client, machines: Cluster
 ) -> None:
     machines.make_well()
@@ -203,7 +203,7 @@ def test_the_changes_lead_from_the_first_state_to_the_one_that_others_get(
 
 
 @pytest.mark.engine
-def test_viewers_are_limited_and_each_that_leaves_makes_room(client: httpx.Client) -> None:
+def test_viewers_are_limited_and_a_disconnected_viewer_frees_a_place(client: httpx.Client) -> None:
     limits = httpx.Limits(max_connections=None)
     with ExitStack() as stack:
         many = stack.enter_context(httpx.Client(base_url=client.base_url, timeout=HANG_GUARD_S, limits=limits))
@@ -253,7 +253,7 @@ def test_a_viewer_that_reads_too_little_gets_the_whole_state() -> None:
     run(watch())
 
 
-def test_a_stream_ends_after_a_while_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_ends_after_its_time_with_an_end_event(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster_view, "STREAM_S", 0)
     cluster = SimulatedCluster(3)
     sent: list[bytes] = []

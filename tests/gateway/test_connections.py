@@ -153,14 +153,14 @@ def test_a_usual_request_is_answered_without_naming_the_software(run: Run) -> No
     run(test, "headers", "body", "reading")
 
 
-def test_a_client_that_sends_nothing_is_left_after_a_while(run: Run) -> None:
+def test_a_silent_client_is_disconnected_after_a_while(run: Run) -> None:
     async def test(site: Site) -> None:
         assert await (await site.connect()).rest() == b""
 
     run(test, "new")
 
 
-def test_headers_that_drip_are_waited_for_so_long(run: Run) -> None:
+def test_headers_that_arrive_slowly_have_a_time_limit(run: Run) -> None:
     async def test(site: Site) -> None:
         connection = await site.connect()
         connection.writer.write(b"GET /echo HTTP/1.1\r\nHost: localhost\r\nX: ")
@@ -178,7 +178,7 @@ def test_empty_lines_do_not_keep_a_connection(run: Run) -> None:
     run(test, "new", "headers")
 
 
-def test_a_body_that_drips_ends_the_connection(run: Run) -> None:
+def test_a_slow_body_ends_the_connection(run: Run) -> None:
     async def test(site: Site) -> None:
         connection = await site.connect()
         connection.writer.write(HEAD + b"Content-Length: 1000000\r\n\r\n")
@@ -187,7 +187,7 @@ def test_a_body_that_drips_ends_the_connection(run: Run) -> None:
     run(test, "body")
 
 
-def test_a_body_that_nobody_wants_may_not_drip_either(run: Run) -> None:
+def test_a_slow_body_that_no_route_reads_ends_the_connection(run: Run) -> None:
     async def test(site: Site) -> None:
         connection = await site.connect()
         connection.writer.write(HEAD.replace(b"/echo", b"/refuse") + b"Content-Length: 1000000\r\n\r\n")
@@ -260,7 +260,7 @@ def test_a_client_that_stops_reading_holds_no_engine(monkeypatch: pytest.MonkeyP
         run_blocking(test(url))
 
 
-def test_a_connection_is_kept_for_the_next_request_and_left_when_none_comes(run: Run) -> None:
+def test_a_connection_is_kept_for_the_next_request_and_closed_when_none_comes(run: Run) -> None:
     async def test(site: Site) -> None:
         connection = await site.connect()
         connection.writer.write(HEAD + b"Content-Length: 1\r\n\r\na")
@@ -283,7 +283,7 @@ def test_a_connection_is_kept_for_the_next_request_and_left_when_none_comes(run:
     ],
     ids=["no HTTP", "two lengths", "a long header", "many headers"],
 )
-def test_what_is_not_a_request_is_refused_and_not_logged(
+def test_an_invalid_request_is_refused_without_a_log_line(
     run: Run, request_bytes: bytes, status: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def test(site: Site) -> None:

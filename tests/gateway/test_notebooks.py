@@ -14,8 +14,7 @@ from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.processes.running import stop_engines
 from sollol_nb.runtime.io_loop import run_blocking
 from tests.support.engines import engines_of
-from tests.support.gateway import GatewayProcess, running_gateway
-from tests.support.gateways import Gateways
+from tests.support.gateway import GatewayProcess, RestartableGateway, running_gateway
 from tests.support.kernels import MAGICS, Kernel, kernel
 from tests.support.magic_examples import run_examples
 
@@ -142,25 +141,25 @@ def test_a_key_is_asked_for_and_never_shown(
 def test_answers_of_two_notebooks_continue_after_the_gateway_was_killed(
     engine: Engine, endless: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gateways = Gateways(tmp_path / "gateway")
+    restartable = RestartableGateway(tmp_path / "gateway")
     try:
         with (
-            kernel(SOLLOL_STATE_DIR=str(tmp_path / "a"), SOLLOL_GATEWAY=gateways.url) as first,
-            kernel(SOLLOL_STATE_DIR=str(tmp_path / "b"), SOLLOL_GATEWAY=gateways.url) as second,
+            kernel(SOLLOL_STATE_DIR=str(tmp_path / "a"), SOLLOL_GATEWAY=restartable.url) as first,
+            kernel(SOLLOL_STATE_DIR=str(tmp_path / "b"), SOLLOL_GATEWAY=restartable.url) as second,
         ):
             kernels = [loaded(first), loaded(second)]
             cell = f"%sollol {endless} Hello --temperature 0 --max-tokens {LENGTH} --out answer"
             messages = [each.client.execute(cell) for each in kernels]
             for each, message in zip(kernels, messages, strict=True):
                 each.collect(message, until_shown=" ")
-            gateways.restart()
+            restartable.restart()
             for each, message in zip(kernels, messages, strict=True):
                 shown = each.collect(message)
                 assert shown.status == "ok", shown.error
                 assert each.value("answer['eval_count']") == str(LENGTH)
                 assert each.value("[each['continued'] for each in answer.routing['failovers']]") == "[True]"
     finally:
-        gateways.close()
+        restartable.close()
         with monkeypatch.context() as its:
             its.setenv("SOLLOL_STATE_DIR", str(tmp_path / "gateway"))
             run_blocking(stop_engines(also_used=True))

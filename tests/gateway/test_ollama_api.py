@@ -71,7 +71,7 @@ def with_node(ollama: OllamaServer, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.mark.engine
-def test_a_streamed_chat_is_the_whole_one(client: ollama_client.Client) -> None:
+def test_a_streamed_chat_equals_the_whole_answer(client: ollama_client.Client) -> None:
     whole = client.chat("demo", MESSAGES, options=GREEDY)
     parts = [*client.chat("demo", MESSAGES, options=GREEDY, stream=True)]
     assert whole.message.content == "".join(part.message.content or "" for part in parts)
@@ -165,7 +165,7 @@ def test_thoughts_come_apart_from_the_answer(client: ollama_client.Client, think
 
 
 @pytest.mark.engine
-def test_headers_say_where_an_answer_comes_from_and_one_asks_for_the_routing(gateway: GatewayProcess) -> None:
+def test_headers_name_the_backend_and_a_request_header_adds_the_routing(gateway: GatewayProcess) -> None:
     body = {"model": "demo", "messages": MESSAGES, "stream": False, "options": {"num_predict": 2}}
     with gateway.client() as http:
         plain = http.post("/api/chat", json=body)
@@ -177,7 +177,7 @@ def test_headers_say_where_an_answer_comes_from_and_one_asks_for_the_routing(gat
 
 
 @pytest.mark.engine
-def test_turns_that_do_not_fit_are_dropped_only_if_the_request_says_so(gateway: GatewayProcess) -> None:
+def test_turns_that_do_not_fit_are_dropped_only_on_request(gateway: GatewayProcess) -> None:
     turns = [{"role": role, "content": "a b c d " * 60} for role in ("user", "assistant") * 6]
     body = {"model": "demo", "messages": [*turns, *MESSAGES], "stream": False, "options": {"num_predict": 3}}
     with gateway.client(headers={"X-Sollol-Routing": "1"}) as http:
@@ -190,7 +190,7 @@ def test_turns_that_do_not_fit_are_dropped_only_if_the_request_says_so(gateway: 
 
 
 @pytest.mark.engine
-def test_who_leaves_frees_the_slot(gateway: GatewayProcess, endless: str) -> None:
+def test_a_client_that_disconnects_frees_its_slot(gateway: GatewayProcess, endless: str) -> None:
     body = {"model": endless, "prompt": "Begin.", "options": {"num_predict": -1}}
     with gateway.client() as http:
         with http.stream("POST", "/api/generate", json=body) as response:
@@ -389,7 +389,7 @@ def test_0_dimensions_are_those_of_the_model() -> None:
     run(ask())
 
 
-def test_a_gateway_without_ollama_looks_like_one_to_those_who_look_for_it() -> None:
+def test_a_gateway_without_ollama_looks_like_ollama_to_its_clients() -> None:
     async def ask() -> None:
         async with gateway_without_engines() as http:
             found = await http.head("/")
@@ -444,7 +444,7 @@ SAME: list[tuple[str, str, dict[str, Any]]] = [
 def test_answers_have_the_shape_of_ollamas_own(
     with_node: GatewayProcess, ollama: OllamaServer, method: str, path: str, body: dict[str, Any]
 ) -> None:
-    def told(url: str, model: str) -> tuple[int, str, list[Any]]:
+    def shown(url: str, model: str) -> tuple[int, str, list[Any]]:
         status, media_type, lines = asked(url, method, path, {"model": model, **body})
         for line in lines:
             line.pop("context", None)  # of /api/generate, which Ollama gives up
@@ -454,9 +454,9 @@ def test_answers_have_the_shape_of_ollamas_own(
                 line.pop(name, None)
         return status, media_type, [shape(line) for line in (lines[0], lines[-1])]
 
-    own = told(ollama.base_url, "llama3.2")
-    assert told(with_node.url, "llama3.2") == own
-    assert told(with_node.url, "demo") == own
+    own = shown(ollama.base_url, "llama3.2")
+    assert shown(with_node.url, "llama3.2") == own
+    assert shown(with_node.url, "demo") == own
 
 
 @pytest.mark.ollama
@@ -567,7 +567,7 @@ def test_a_pulled_model_can_be_used(scratch_ollama: OllamaServer, registry: str,
 
 @pytest.mark.ollama
 @pytest.mark.engine
-def test_a_pull_that_fails_says_so_within_its_progress(with_node: GatewayProcess) -> None:
+def test_a_failed_pull_is_reported_in_its_progress(with_node: GatewayProcess) -> None:
     body = {"model": "http://127.0.0.1:9/someone/tiny:latest", "insecure": True}
     status, media_type, lines = asked(with_node.url, "POST", "/api/pull", body)
     assert (status, media_type) == (200, "application/x-ndjson")

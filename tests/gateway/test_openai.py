@@ -46,7 +46,7 @@ def client(gateway: GatewayProcess) -> OpenAI:
     return OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0)
 
 
-def test_a_streamed_answer_is_that_of_the_whole_one(client: OpenAI) -> None:
+def test_a_streamed_answer_equals_the_whole_answer(client: OpenAI) -> None:
     whole = client.chat.completions.create(model="demo", messages=QUESTION, temperature=0)
     streamed = list(
         client.chat.completions.create(

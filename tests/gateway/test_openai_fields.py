@@ -249,7 +249,7 @@ def test_a_path_that_does_not_exist_is_not_taken_for_a_model() -> None:
     assert (status, error["code"]) == (404, None)
 
 
-def test_counting_with_a_model_that_does_not_exist_is_no_failure_of_the_gateway() -> None:
+def test_counting_with_an_unknown_model_is_not_an_internal_error() -> None:
     ((status, error),) = errors_of("/v1/responses/input_tokens", [{"model": "nowhere", "input": "Hello!"}])
     assert (status, error["code"], error["param"]) == (404, "model_not_found", "model")
 

@@ -47,8 +47,7 @@ from tests.support.engines import (
     silent_peer,
     unused_port,
 )
-from tests.support.gateway import GatewayProcess, running_gateway
-from tests.support.gateways import Gateways
+from tests.support.gateway import GatewayProcess, RestartableGateway, running_gateway
 from tests.support.merge_patch import patched
 
 pytestmark = pytest.mark.engine
@@ -67,9 +66,9 @@ def router(gateway: GatewayProcess, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture
-def gateways(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gateways]:
+def restartable(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RestartableGateway]:
     """A gateway that can be killed and started again. Its machine's state is not that of the reader."""
-    its = Gateways(tmp_path / "gateway")
+    its = RestartableGateway(tmp_path / "gateway")
     yield its
     its.close()
     monkeypatch.setenv("SOLLOL_STATE_DIR", str(tmp_path / "gateway"))
@@ -79,7 +78,7 @@ def gateways(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 # --- the same as with own engines -----------------------------------------------------------------
 
 
-def test_an_answer_has_its_route_its_times_and_a_row_in_the_own_log(router: HybridRouter) -> None:
+def test_an_answer_has_its_route_its_times_and_a_row_in_the_log_of_the_kernel(router: HybridRouter) -> None:
     chunks = list(router.stream("demo:sharded", "What is a worker?", temperature=0))
     answer = Completion.from_chunks(chunks)
     assert "worker" in answer.text
@@ -195,7 +194,7 @@ def test_a_benchmark_measures_models_as_the_gateway_runs_them(router: HybridRout
         router.bench("demo:sharded", layouts=[2], prompts=1, repeat=1)
 
 
-def test_what_a_gateway_decides_is_refused_by_name(gateway: GatewayProcess) -> None:
+def test_arguments_that_the_gateway_decides_are_refused_by_name(gateway: GatewayProcess) -> None:
     with pytest.raises(
         ConfigError, match=f"slots, keep_alive: the engines are those of the gateway {gateway.url}"
     ):
@@ -297,7 +296,7 @@ def test_a_closed_router_follows_no_gateway(router: HybridRouter, caplog: pytest
 # --- no gateway there -----------------------------------------------------------------------------
 
 
-def test_no_gateway_is_one_line_at_once() -> None:
+def test_a_missing_gateway_is_one_line_at_once() -> None:
     url = f"http://127.0.0.1:{unused_port()}"
     with HybridRouter(gateway=url) as remote, pytest.raises(GatewayUnavailableError) as absent:
         remote.route_request("demo", "Hello!")
@@ -354,21 +353,21 @@ async def _read(chunks: AsyncIterator[Chunk], after: int, strike: object) -> Com
 
 @posix
 @pytest.mark.parametrize("recovery", ["fast", "exact"])
-def test_an_answer_continues_on_the_next_gateway(gateways: Gateways, recovery: str) -> None:
+def test_an_answer_continues_on_the_next_gateway(restartable: RestartableGateway, recovery: str) -> None:
     async def test() -> None:
-        async with hybrid_router.HybridRouter(gateway=gateways.url, recovery=recovery) as remote:
+        async with hybrid_router.HybridRouter(gateway=restartable.url, recovery=recovery) as remote:
             options = {"temperature": 0, "max_tokens": LENGTH}
             whole = await remote.route_request("demo:sharded", QUESTION, **options)
 
             chunks = remote.stream("demo:sharded", QUESTION, **options)
-            answer = await _read(chunks, 10, gateways.restart)
+            answer = await _read(chunks, 10, restartable.restart)
             assert answer.text == whole.text
             assert answer["eval_count"] == whole["eval_count"]
             (failover,) = answer.routing["failovers"]
             assert failover["continued"]
             assert failover["recovery"] == recovery
             assert failover["cost_ms"] > 0
-            assert gateways.url in failover["what"]
+            assert restartable.url in failover["what"]
             row = remote.latency.frame().iloc[-1]
             assert (row["status"], row["failovers"]) == ("ok", 1)
             assert json.loads(row["failover_details"])[0]["tokens_before"] > 0
@@ -379,12 +378,12 @@ def test_an_answer_continues_on_the_next_gateway(gateways: Gateways, recovery: s
 
 
 @posix
-def test_thoughts_and_values_begin_again_on_the_next_gateway(gateways: Gateways) -> None:
+def test_thoughts_and_values_begin_again_on_the_next_gateway(restartable: RestartableGateway) -> None:
     async def test() -> None:
         schema = {"type": "array", "items": {"type": "integer"}, "minItems": 20, "maxItems": 20}
-        async with hybrid_router.HybridRouter(gateway=gateways.url) as remote:
+        async with hybrid_router.HybridRouter(gateway=restartable.url) as remote:
             chunks = remote.stream("demo", "Count!", format=schema, temperature=0, max_tokens=400)
-            answer = await _read(chunks, 5, gateways.restart)
+            answer = await _read(chunks, 5, restartable.restart)
             assert len(answer.value) == 20
             assert not answer.routing["failovers"][0]["continued"]
 
@@ -392,18 +391,18 @@ def test_thoughts_and_values_begin_again_on_the_next_gateway(gateways: Gateways)
 
 
 @posix
-def test_without_another_gateway_the_partial_answer_is_told_in_one_line(
-    gateways: Gateways, monkeypatch: pytest.MonkeyPatch
+def test_without_another_gateway_the_partial_answer_is_reported_in_one_line(
+    restartable: RestartableGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection, "RETURN_LIMIT_S", 1.0)
 
     async def test() -> None:
-        async with hybrid_router.HybridRouter(gateway=gateways.url) as remote:
+        async with hybrid_router.HybridRouter(gateway=restartable.url) as remote:
             chunks = remote.stream("demo", QUESTION, temperature=0, max_tokens=LENGTH)
             with pytest.raises(GatewayUnavailableError) as lost:
-                await _read(chunks, 10, gateways.kill)
+                await _read(chunks, 10, restartable.kill)
             message = str(lost.value)
-            assert message.startswith(f"no gateway answers at {gateways.url}: cannot connect")
+            assert message.startswith(f"no gateway answers at {restartable.url}: cannot connect")
             assert "tokens; the text so far is kept" in message
             row = remote.latency.frame().iloc[-1]
             assert row["status"] == "error"
@@ -413,19 +412,21 @@ def test_without_another_gateway_the_partial_answer_is_told_in_one_line(
 
 
 @posix
-def test_the_live_state_says_that_the_gateway_is_gone_and_comes_back_with_it(gateways: Gateways) -> None:
+def test_the_live_state_says_that_the_gateway_is_gone_and_comes_back_with_it(
+    restartable: RestartableGateway,
+) -> None:
     async def test() -> None:
-        async with hybrid_router.HybridRouter(gateway=gateways.url) as remote:
+        async with hybrid_router.HybridRouter(gateway=restartable.url) as remote:
             patches: list[object] = []
             await remote.preload("demo")
             first = await remote.state.watch(patches.append)
             assert first["coordinators"]
-            await asyncio.to_thread(gateways.kill)
+            await asyncio.to_thread(restartable.kill)
             await eventually_async(
-                lambda: f"no gateway answers at {gateways.url}" in remote.state.data.get("unreachable", ""),
+                lambda: f"no gateway answers at {restartable.url}" in remote.state.data.get("unreachable", ""),
                 "the state says that the gateway does not answer",
             )
-            await asyncio.to_thread(gateways.start)
+            await asyncio.to_thread(restartable.start)
             await eventually_async(lambda: "unreachable" not in remote.state.data, "the state is back")
             assert set(remote.state.data) == set(first)
 
@@ -433,12 +434,12 @@ def test_the_live_state_says_that_the_gateway_is_gone_and_comes_back_with_it(gat
 
 
 @posix
-def test_a_gateway_that_is_ended_lets_its_answers_end(gateways: Gateways) -> None:
+def test_a_stopped_gateway_lets_running_answers_finish(restartable: RestartableGateway) -> None:
     async def test() -> None:
-        async with hybrid_router.HybridRouter(gateway=gateways.url) as remote:
+        async with hybrid_router.HybridRouter(gateway=restartable.url) as remote:
 
             def end() -> None:
-                gateways.running.process.send_signal(signal.SIGTERM)
+                restartable.running.process.send_signal(signal.SIGTERM)
 
             chunks = remote.stream("demo", QUESTION, temperature=0, max_tokens=LENGTH)
             answer = await _read(chunks, 10, end)

@@ -38,7 +38,7 @@ def client(gateway: GatewayProcess) -> OpenAI:
     return OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0)
 
 
-def test_a_streamed_response_is_that_of_the_whole_one(client: OpenAI) -> None:
+def test_a_streamed_response_equals_the_whole_response(client: OpenAI) -> None:
     asked: dict[str, Any] = {"model": "demo", "input": QUESTION, "temperature": 0}
     whole = client.responses.create(**asked)
     with client.responses.stream(**asked) as stream:
@@ -87,7 +87,7 @@ def test_a_function_is_called_and_its_output_leads_to_an_answer(
     assert answer.output_text
 
 
-def test_reasoning_is_an_item_and_is_taken_back(client: OpenAI, thinking_model: str) -> None:
+def test_reasoning_is_an_item_and_is_accepted_back(client: OpenAI, thinking_model: str) -> None:
     messages: list[Any] = [{"role": "user", "content": QUESTION}]
     response = client.responses.create(model=thinking_model, input=messages, temperature=0)
     reasoning, message = response.output

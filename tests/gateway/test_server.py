@@ -79,7 +79,7 @@ def streaming(client: httpx.Client, path: str) -> Iterator[Iterator[str]]:
 
 
 @posix_only
-def test_a_signal_lets_running_answers_end_and_no_new_ones_begin() -> None:
+def test_after_a_signal_running_answers_finish_and_new_requests_are_refused() -> None:
     with gateway_on_pausing_node() as (gateway, node), gateway.client() as client, gateway.client() as idle:
         assert idle.get("/health").status_code == 200
         with streaming(client, "/v1/chat/completions") as lines:
@@ -131,7 +131,7 @@ def test_a_signal_lets_requests_without_an_engine_end_as_well() -> None:
 
 @posix_only
 @pytest.mark.parametrize("ending", ["the time is over", "a second signal"])
-def test_answers_that_may_not_end_get_an_error_in_the_form_of_their_api(ending: str) -> None:
+def test_answers_that_are_cut_off_end_with_an_error_of_their_api(ending: str) -> None:
     arguments = ["--drain", "0"] if ending == "the time is over" else []
     with gateway_on_pausing_node(*arguments) as (gateway, _), contextlib.ExitStack() as stack:
         streams = {

@@ -28,6 +28,6 @@ def test_the_gateway_ends_with_the_process_that_started_it() -> None:
         eventually(lambda: not is_alive(gateway), "the gateway has ended")
 
 
-def test_jupyter_finds_it_by_its_entry_point() -> None:
+def test_jupyter_finds_the_gateway_by_its_entry_point() -> None:
     (found,) = entry_points(group="jupyter_serverproxy_servers", name="sollol")
     assert found.load() is gateway_process

@@ -38,7 +38,7 @@ def test_an_address_becomes_a_url(text: str, url: str) -> None:
 @pytest.mark.parametrize(
     "text", ["", "http://", "ftp://head", "http://a:b:c", "head:0", "http://head?x", "a b", "#"]
 )
-def test_what_is_no_address_is_refused_in_one_line(text: str) -> None:
+def test_an_invalid_address_is_refused_in_one_line(text: str) -> None:
     with pytest.raises(ConfigError, match="is not the address of a gateway; use a URL such as http://head:11440"):
         gateway_url(text)
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 
 import httpx
@@ -20,7 +20,7 @@ from sollol_nb.gateway.keys import Keys
 from sollol_nb.hybrid_router import HybridRouter
 from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.ollama.pool import OllamaPool
-from tests.support.engines import HANG_GUARD_S, REPOSITORY, eventually
+from tests.support.engines import HANG_GUARD_S, REPOSITORY, eventually, unused_port
 
 NOTHING_LISTENS = "127.0.0.1:9"
 
@@ -81,6 +81,44 @@ def running_gateway(
                     process.wait(HANG_GUARD_S)
                 finally:
                     process.kill()
+
+
+class RestartableGateway:
+    """A gateway that can be killed and started again on the same port; the next process finds its engines.
+
+    Attributes:
+        url: its address, the same after each start.
+        running: the present process.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Args: folder: for its state."""
+        port = unused_port()
+        self.url = f"http://127.0.0.1:{port}"
+        self._port = port
+        self._variables = {"SOLLOL_STATE_DIR": str(folder), "SOLLOL_AUTO_SETUP": "1"}
+        self._stack = ExitStack()
+        self.running: GatewayProcess = self.start()
+
+    def start(self) -> GatewayProcess:
+        """Start the next process."""
+        process = running_gateway("--port", str(self._port), variables=self._variables)
+        self.running = self._stack.enter_context(process)
+        return self.running
+
+    def kill(self) -> None:
+        """Kill the running process; its engines run on."""
+        self.running.process.kill()
+        self.running.wait()
+
+    def restart(self) -> None:
+        """Kill the running process, and start the next."""
+        self.kill()
+        self.start()
+
+    def close(self) -> None:
+        """End the last process."""
+        self._stack.close()
 
 
 @asynccontextmanager

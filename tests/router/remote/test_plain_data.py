@@ -1,4 +1,4 @@
-"""What gateways and notebooks send each other becomes what it was."""
+"""Data between gateways and notebooks survive the round trip through JSON."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ NODE = NodeStatus("http://a:3", "ready", ("m",), ("m", "n"), 0, 0, 1, 0.0, None,
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_a_value_becomes_what_it_was(value: Any) -> None:
+def test_a_value_survives_the_round_trip(value: Any) -> None:
     assert from_plain(type(value), json.loads(json.dumps(to_plain(value)))) == value
 
 
@@ -156,7 +156,7 @@ def test_an_error_becomes_the_same_exception(kind: type[SollolError]) -> None:
         assert getattr(again, name, None) == getattr(error, name, None)
 
 
-def test_an_unknown_error_is_one_of_the_gateway_and_one_line() -> None:
+def test_an_unknown_error_is_a_gateway_error_in_one_line() -> None:
     error = error_of({"class": "ZeroDivisionError", "message": "a\nb\x1b[2J", "attributes": 3})
     assert type(error) is GatewayError
     assert str(error) == "a b [2J"
