@@ -116,6 +116,9 @@ def test_a_key_is_asked_for_and_never_shown(
         kernel(SOLLOL_STATE_DIR=str(tmp_path / "kernel")) as fresh,
     ):
         notebook = loaded(fresh)
+        asking = f"from sollol_nb import HybridRouter\nHybridRouter(gateway={guarded.url!r}).profile('demo')"
+        needs = f"the gateway {guarded.url} needs a key; give it as gateway_key, or as SOLLOL_GATEWAY_KEY"
+        assert needs in notebook.run(asking).error[-1]
         message = notebook.client.execute(f"%sollol_connect {guarded.url}", allow_stdin=True)
         asked = notebook.client.get_stdin_msg(timeout=60)["content"]
         assert asked == {"prompt": f"Key of the gateway {guarded.url}: ", "password": True}

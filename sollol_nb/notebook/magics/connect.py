@@ -67,7 +67,7 @@ def _asked_key(url: str, error: GatewayKeyError) -> Secret:
     try:
         return Secret(getpass(f"Key of the gateway {url}: ").strip())
     except (StdinNotImplementedError, EOFError):
-        raise GatewayKeyError(f"{error}; set it as SOLLOL_GATEWAY_KEY before the kernel starts") from None
+        raise error from None
 
 
 def _description(router: HybridRouter) -> str:

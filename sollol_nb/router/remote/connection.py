@@ -12,6 +12,7 @@ from sollol_nb.chat.chunk import Chunk
 from sollol_nb.errors import (
     ConnectFailedError,
     GatewayError,
+    GatewayKeyError,
     GatewayUnavailableError,
     HttpStatusError,
     SollolError,
@@ -46,7 +47,7 @@ class GatewayConnection:
     def __init__(self, url: str, key: str | None) -> None:
         self.url = gateway_url(url)
         self.info: GatewayInfo | None = None
-        self._is_closed = False
+        self._is_closed, self._has_key = False, bool(key)
         self._client = JsonClient(self.url, api_key=key, read_timeout_s=SILENCE_S)
 
     def __repr__(self) -> str:
@@ -196,6 +197,11 @@ class GatewayConnection:
     def _reported(self, data: Mapping[str, Any]) -> SollolError:
         """The error that the gateway reports; its own errors name it."""
         error = error_of(data)
+        if isinstance(error, GatewayKeyError) and not self._has_key:
+            return GatewayKeyError(
+                f"the gateway {self.url} needs a key; give it as gateway_key, or as SOLLOL_GATEWAY_KEY before the "
+                "kernel starts"
+            )
         if isinstance(error, GatewayError) and self.url not in str(error):
             named = type(error)(f"the gateway {self.url}: {error}")
             named.__dict__.update(error.__dict__)
