@@ -3,12 +3,11 @@ throughput with 50 streams at the same time.
 
     python benchmarks/gateway.py [--rounds 60] [--streams 50] [--models demo smollm2] [--without-litellm]
 
-One local llama-server is asked directly, through a gateway, and through LiteLLM's proxy, in turns (A B C, B C A,
-C A B, ...), so that drift of the machine cancels. All of them share the machine's processors: where a token of the
-model takes less time than it takes to pass it on, such as with the tiny demo model on two of them, the throughput
-shows that, while with a real model the engine's share decides. The client is a bare socket, so that it takes
-little of them. No question is asked twice, so nothing that is kept of a prompt helps. LiteLLM is installed by uv,
-in an environment of its own.
+One local llama-server gets requests directly, through a gateway, and through LiteLLM's proxy, in turns (A B C,
+B C A, C A B, ...), so that drift of the machine cancels. All processes share the machine's processors. With the
+tiny demo model, forwarding a token takes longer than generating it, and limits the throughput; with a real model,
+the engine limits it. The client is a plain socket, so that it uses little processor time. Each question is sent
+once, so that no prompt cache helps. uv installs LiteLLM in a separate environment.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ class Way:
     tokens_per_s: list[float] = field(default_factory=list)
 
     async def ask(self, model: str) -> tuple[float, int]:
-        """Stream one answer over a connection of its own.
+        """Stream one answer over a separate connection.
 
         Returns:
             The seconds to its first token, and how many tokens it has.

@@ -99,7 +99,7 @@ class BenchTargets:
         """Measure over a gateway: its coordinators are everybody's, so they are used as they are.
 
         Raises:
-            ConfigError: a case needs a layout of its own.
+            ConfigError: a case has its own layout.
         """
         for case in self.cases:
             target = case.target

@@ -194,7 +194,7 @@ class OllamaNode:
 
     @property
     def asked_age_s(self) -> float:
-        """Seconds since it was last asked for its models, whether it answered or not; infinite if it never was."""
+        """Seconds since the last request for its models, with or without an answer; infinite before the first."""
         return time.monotonic() - self._asked_at_s
 
     def residency(self, key: str) -> Residency:

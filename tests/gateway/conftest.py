@@ -14,7 +14,7 @@ from tests.support.tool_model import write_tool_model
 
 @pytest.fixture(scope="package")
 def gateway(engine: Engine, own_state: object) -> Iterator[GatewayProcess]:
-    """A gateway that shards `demo:sharded` over workers of its own; it has no Ollama."""
+    """A gateway that shards `demo:sharded` over its own workers; it has no Ollama."""
     with running_gateway(variables={"SOLLOL_AUTO_SETUP": "1"}) as running:
         yield running
 

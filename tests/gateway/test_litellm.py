@@ -14,7 +14,7 @@ from tests.support.gateway import GatewayProcess
 
 pytestmark = pytest.mark.engine
 
-# In a process of its own: importing it takes seconds and changes the settings of other libraries.
+# In a separate process: importing it takes seconds and changes the settings of other libraries.
 SCRIPT = """
 import json, sys
 import litellm

@@ -44,7 +44,7 @@ def client(gateway: GatewayProcess) -> ollama_client.Client:
 
 @pytest.fixture(scope="module")
 def caller(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A model that calls a tool, and says some words after it."""
+    """A model that calls a tool, and writes text after it."""
     script = ["I look. ", "<tool_call>\n", '{"name": "clock", "arguments": {"zone": "UTC"}}', "\n</tool_call>"]
     folder = tmp_path_factory.mktemp("models")
     return str(write_scripted(folder / "caller.gguf", script, template=TEMPLATE, specials=SPECIALS))

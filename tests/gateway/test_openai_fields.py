@@ -36,7 +36,7 @@ def part(content: Any) -> dict[str, Any]:
     return said({"role": "user", "content": [content]})
 
 
-# The fields, and a part of the message: what is wrong, in the words that the client uses.
+# The fields, and a part of the error message, which names them as the client does.
 WRONG_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"model": 7}, "model"),
     ({"model": " "}, "model"),

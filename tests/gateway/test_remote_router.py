@@ -59,7 +59,7 @@ LENGTH = 300
 
 @pytest.fixture(scope="module")
 def router(gateway: GatewayProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HybridRouter]:
-    """A blocking router over the gateway, with a latency log of its own."""
+    """A blocking router over the gateway, with a separate latency log."""
     log = LatencyLog(tmp_path_factory.mktemp("log") / "latency.sqlite")
     with HybridRouter(gateway=gateway.url, latency=log) as remote:
         yield remote

@@ -88,7 +88,7 @@ class HeadlessLab:
         return opened
 
     def open_launcher(self) -> Page:
-        """JupyterLab's launcher in a page of its own."""
+        """JupyterLab's launcher in a separate page."""
         page = self.new_page()
         page.goto(f"{self._server.url}lab?token={self._server.token}&reset")
         return page

@@ -31,7 +31,7 @@ class ConnectMagics(Magics):
 
         All magics then work on the gateway's cluster, which other notebooks and programs use, too. The setting
         `gateway` does the same for each new kernel. If the gateway needs a key, it is taken from the setting
-        `gateway_key`, or you are asked for it; never write it into the line.
+        `gateway_key`, or you type it at a prompt; never write it into the line.
 
         Example::
 
