@@ -380,11 +380,12 @@ def test_an_answer_continues_on_the_next_gateway(restartable: RestartableGateway
 @posix
 def test_thoughts_and_values_begin_again_on_the_next_gateway(restartable: RestartableGateway) -> None:
     async def test() -> None:
-        schema = {"type": "array", "items": {"type": "integer"}, "minItems": 20, "maxItems": 20}
+        schema = {"type": "array", "items": {"type": "integer"}, "minItems": 80, "maxItems": 80}
         async with hybrid_router.HybridRouter(gateway=restartable.url) as remote:
-            chunks = remote.stream("demo", "Count!", format=schema, temperature=0, max_tokens=400)
+            # Long enough that it is not sent whole before the gateway is killed.
+            chunks = remote.stream("demo", "Count!", format=schema, temperature=0, max_tokens=1800)
             answer = await _read(chunks, 5, restartable.restart)
-            assert len(answer.value) == 20
+            assert len(answer.value) == 80
             assert not answer.routing["failovers"][0]["continued"]
 
     run(test())
