@@ -90,7 +90,7 @@ def _listed(name: str) -> dict[str, Any] | None:
 async def _ps(request: Request) -> Response:
     gateway = gateway_of(request)
     entries = await _of_nodes(gateway.ollama.ps(), "node")
-    ours = await asyncio.to_thread(lambda: [_loaded(each) for each in gateway.router.own_coordinators])
+    ours = await asyncio.to_thread(lambda: list(map(_loaded, gateway.router.own_coordinators)))
     models = [*entries, *(entry for entry in ours if entry)]
     return _json({"models": [{"model": entry["name"], **entry} for entry in models]})
 
