@@ -220,12 +220,20 @@ def test_a_client_that_leaves_after_its_next_request_ends_the_running_answer(run
     run(test)
 
 
-def test_a_client_that_stops_reading_holds_no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("first", "kind"), [("the connection ends", "cancelled"), ("the buffer is full", "unavailable")]
+)
+def test_a_client_that_stops_reading_holds_no_engine(
+    first: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits_s = dict.fromkeys(connections.LIMITS_S, LONG_S)
     monkeypatch.setattr(connections, "CHECK_EVERY_S", SHORT_S / 4)
-    monkeypatch.setattr(
-        connections, "LIMITS_S", dict.fromkeys(connections.LIMITS_S, LONG_S) | {"reading": SHORT_S}
-    )
-    monkeypatch.setattr(answers, "STALLED_S", SHORT_S)
+    monkeypatch.setattr(connections, "LIMITS_S", limits_s)
+    if first == "the connection ends":
+        limits_s["reading"] = SHORT_S
+        monkeypatch.setattr(answers, "STALLED_S", LONG_S)
+    else:
+        monkeypatch.setattr(answers, "STALLED_S", SHORT_S)
     node_ended = threading.Event()
 
     def endless() -> Iterator[bytes]:
@@ -250,9 +258,10 @@ def test_a_client_that_stops_reading_holds_no_engine(monkeypatch: pytest.MonkeyP
             client = socket.create_connection(listening.getsockname())
             client.sendall(head.encode() + body)
             await eventually_async(node_ended.is_set, "the node generates no longer")
+            limits_s["reading"] = SHORT_S
             await eventually_async(lambda: finished, "the connection has ended")
             assert gateway.limits.running == 0
-            assert finished[0].error_kind == "cancelled"
+            assert finished[0].error_kind == kind
             client.close()
             await server.close()
 
