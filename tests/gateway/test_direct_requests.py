@@ -35,5 +35,5 @@ def test_what_the_engines_cannot_do_is_refused_as_without_a_gateway(over: Hybrid
         over.generate("demo", PROMPT, suffix="!", backend="local")
     with pytest.raises(ConfigError, match="prompt='' must be text"):
         over.generate("demo", "")
-    with pytest.raises(ConfigError, match=r"demo is routed to llama\.cpp, which embeds nothing here"):
+    with pytest.raises(ConfigError, match=r"demo is routed to llama\.cpp, which has no embeddings here"):
         over.embed("demo", ["a", "b"])

@@ -73,7 +73,7 @@ def test_what_cannot_be_embedded_is_refused(client: OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         client.embeddings.create(model="nobody/has:this", input="Hello!")
     assert missing.value.code == "model_not_found"
-    with pytest.raises(openai.BadRequestError, match="no recovery of embeddings"):
+    with pytest.raises(openai.BadRequestError, match="does not apply to embeddings"):
         client.embeddings.create(model="llama3.2", input="Hello!", extra_headers={"X-Sollol-Recovery": "exact"})
 
 
