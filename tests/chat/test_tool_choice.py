@@ -142,7 +142,7 @@ def test_text_from_before_a_restart_is_not_part_of_the_call() -> None:
 @pytest.mark.parametrize("text", ['{"name": "now", "argu', "5", '{"name": "now", "arguments": 5}', "[" * 5000])
 def test_a_call_that_was_cut_comes_as_text_with_a_note(text: str) -> None:
     options = applied(tools=[NOW], tool_choice="required")
-    gc.disable()  # pytest reports what is collected, and cannot at the limit of recursion, which the last text reaches
+    gc.disable()  # pytest cannot report what is collected at the limit of recursion, which the last text reaches
     try:
         (last,) = shown(options, chunk(text), {**chunk(), "done": True, "done_reason": "length"})
     finally:
