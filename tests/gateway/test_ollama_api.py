@@ -191,7 +191,7 @@ def test_turns_that_do_not_fit_are_dropped_only_on_request(gateway: GatewayProce
 
 @pytest.mark.engine
 def test_a_client_that_disconnects_frees_its_slot(gateway: GatewayProcess, endless: str) -> None:
-    body = {"model": endless, "prompt": "Begin.", "options": {"num_predict": -1}}
+    body = {"model": endless, "prompt": "Begin.", "options": {"num_predict": -1, "temperature": 0}}
     with gateway.client() as http:
         with http.stream("POST", "/api/generate", json=body) as response:
             lines = response.iter_lines()

@@ -209,7 +209,7 @@ def test_arguments_that_the_gateway_decides_are_refused_by_name(gateway: Gateway
 
 
 def test_a_stopped_reader_cancels_the_answer_at_the_gateway(router: HybridRouter, endless: str) -> None:
-    stream = router.stream(endless, "Hello!", max_tokens=2000)
+    stream = router.stream(endless, "Hello!", max_tokens=2000, temperature=0)
     assert next(stream)["message"]["content"] is not None
     stream.close()
     eventually(
