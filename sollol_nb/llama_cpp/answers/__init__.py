@@ -36,6 +36,5 @@ Files, in reading order:
 * `fitting.py`: answers without the oldest turns.
 * `protocol.py`: between Ollama's chat shape and llama-server's, and the requests that llama-server refuses.
 * `logprobs.py`: log probabilities of tokens, in Ollama's shape.
-* `prompts.py`: prompts that the engine has rendered, kept for the same messages.
 * `tokens.py`: tokens and the text they spell, from the engine's tokenizer.
 """

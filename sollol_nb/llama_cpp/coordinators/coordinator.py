@@ -242,7 +242,7 @@ class Coordinator:
         finally:
             self.free()
         self.placement, self.load_ms = ready.placement, ready.load_ms
-        self._streams.set_chat_template(ready.chat_template)
+        self._streams.chat_template = ready.chat_template
         self.pace.set_load_time(ready.load_ms / 1000)
         self.pace.calibrate(ready.seconds_per_token)
         # If the engine does not say, the limit is assumed to be what was requested.

@@ -22,7 +22,6 @@ from sollol_nb.errors import (
 from sollol_nb.llama_cpp.answers.base import Answer
 from sollol_nb.llama_cpp.answers.fitting import FittingAnswer
 from sollol_nb.llama_cpp.answers.kinds import answer_for
-from sollol_nb.llama_cpp.answers.prompts import RenderedPrompts
 from sollol_nb.llama_cpp.answers.protocol import parse_event, refusal, request_body
 from sollol_nb.llama_cpp.answers.raw import RawAnswer
 from sollol_nb.llama_cpp.answers.tokens import prompt_tokens
@@ -53,7 +52,7 @@ class AnswerStreams:
     Attributes:
         context_tokens: its limit for one request, prompt and answer. With one pool of context for all slots that
             is the whole pool, if the model was trained for as much; requests that run at the same time share it.
-        chat_template: of the model; "" until the engine is ready (`set_chat_template`).
+        chat_template: of the model; "" until the engine is ready.
         pace: the time that it usually needs for a token.
         last_used_at: `time.monotonic()` of the last request's begin or end.
     """
@@ -66,13 +65,7 @@ class AnswerStreams:
         self._model = model
         self._process = process
         self._client = client
-        self._prompts = RenderedPrompts(client.post, "")
         self._watch: asyncio.Task[None] | None = None
-
-    def set_chat_template(self, chat_template: str) -> None:
-        """Note the chat template of the model, now that the engine is ready."""
-        self.chat_template = chat_template
-        self._prompts = RenderedPrompts(self._client.post, chat_template)
 
     def new_answer(
         self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any], model: str | None = None
@@ -97,7 +90,7 @@ class AnswerStreams:
         """As `Coordinator.count_tokens`."""
         self.last_used_at = time.monotonic()
         try:
-            return await prompt_tokens(self._prompts.post, request_body(messages, options))
+            return await prompt_tokens(self._client.post, request_body(messages, options))
         except HttpStatusError as error:
             raise self._refusal(error.reason) from error
         except (ConnectionBrokenError, ConnectFailedError, TransportTimeoutError) as error:
@@ -110,7 +103,7 @@ class AnswerStreams:
         if self._watch is None or self._watch.done():
             self._watch = asyncio.create_task(self._kill_when_silent())
         try:
-            while (request := await answer.request(self._prompts.post)) is not None:
+            while (request := await answer.request(self._client.post)) is not None:
                 stream.on_sent()
                 try:
                     async with self._client.stream_lines(*request) as lines:
