@@ -35,14 +35,14 @@ def ollama_router(server: OllamaServer) -> HybridRouter:
 @pytest.mark.engine
 @pytest.mark.parametrize("recovery", ["fast", "exact"])
 def test_a_continuation_survives_its_coordinator(local: HybridRouter, recovery: Any) -> None:
-    whole = local.route_request("demo", MESSAGES, backend="local", max_tokens=120, **GREEDY)
+    whole = local.route_request("demo", MESSAGES, backend="local", max_tokens=300, **GREEDY)
     before = len(local.latency.frame())
     chunks, is_killed = [], False
     for chunk in local.stream_generate(
-        "demo", PROMPT, backend="local", max_tokens=120, recovery=recovery, logprobs=True, **GREEDY
+        "demo", PROMPT, backend="local", max_tokens=300, recovery=recovery, logprobs=True, **GREEDY
     ):
         chunks.append(chunk)
-        if len(chunks) > 5 and not is_killed:
+        if not is_killed:
             is_killed = True
             psutil.Process(local.coordinators[-1].pid).kill()
     answer = Completion.from_chunks(chunks)
