@@ -2,6 +2,7 @@
 
 * `engine/`: llama.cpp's programs, found or built.
 * `processes/`: engine processes under their supervisors, and the registry of what runs.
+* `links/`: processes through which workers of other machines are reached.
 * `workers/`: the RPC workers, and the state of each.
 * `answers/`: answers that survive their engine.
 * `coordinators/`: llama-servers, each of which runs one plan of one model.

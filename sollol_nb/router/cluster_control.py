@@ -17,7 +17,7 @@ from sollol_nb.llama_cpp.workers.workers import Workers
 from sollol_nb.ollama.pool import OllamaPool
 from sollol_nb.runtime.events import EventBus, EventKind
 from sollol_nb.runtime.io_loop import io_bound
-from sollol_nb.settings.endpoints import format_endpoint, parse_endpoint
+from sollol_nb.settings.endpoints import worker_target
 from sollol_nb.settings.kinds import keep_alive_seconds
 from sollol_nb.settings.models import model_text
 
@@ -109,9 +109,16 @@ class ClusterControl:
 
     @io_bound
     async def add_worker(self, endpoint: str) -> WorkerStatus:
-        """Add a worker (`host:port`), and probe it; returns its status."""
+        """Add a worker (`host:port`), or those of a machine (`ssh://host`), and probe it.
+
+        Returns:
+            Its status, or that of the machine's first worker.
+        """
         endpoint = self._workers.add(endpoint)
-        return next(worker for worker in await self._workers.refresh() if worker.endpoint == endpoint)
+        await self._workers.links.connect(keep_alive_s=self._coordinators.settings.keep_alive_s)
+        links = self._workers.links
+        statuses = await self._workers.refresh()
+        return next(w for w in statuses if endpoint in (w.endpoint, links.target_of(w.endpoint)))
 
     @io_bound
     async def take_workers(self, endpoints: Sequence[str]) -> None:
@@ -127,9 +134,10 @@ class ClusterControl:
         Raises:
             ConfigError: it is not known, or a coordinator holds it.
         """
-        endpoint = format_endpoint(*parse_endpoint(endpoint))
+        endpoint = worker_target(endpoint)
         self._workers.remove(endpoint)
         await self._workers.local.let_go([endpoint])
+        await self._workers.links.let_go([endpoint])
 
     @io_bound
     async def wait_started(self) -> None:
@@ -226,7 +234,9 @@ class ClusterControl:
         if keep:
             await self._coordinators.detach()
             self._workers.local.detach()
+            self._workers.links.detach()
         else:
             await self._coordinators.close()
             await self._workers.local.close()
+            await self._workers.links.let_go()
         await self._ollama.close()

@@ -14,7 +14,7 @@ from sollol_nb.layers.plan import check_strategy
 from sollol_nb.llama_cpp.coordinators.settings import PoolSettings
 from sollol_nb.runtime.amounts import is_positive
 from sollol_nb.settings import config
-from sollol_nb.settings.endpoints import DEFAULT_RPC_PORT, format_endpoint, parse_endpoint
+from sollol_nb.settings.endpoints import DEFAULT_RPC_PORT, format_endpoint, parse_endpoint, worker_target
 from sollol_nb.settings.kinds import keep_alive_seconds
 
 
@@ -120,7 +120,7 @@ def endpoints(backends: Iterable[str | Mapping[str, Any]] | None) -> list[str]:
 def _endpoint(backend: str | Mapping[str, Any]) -> str:
     """`host:port` of a backend given as text or as a dict with `host` and `port`."""
     if isinstance(backend, str):
-        return format_endpoint(*parse_endpoint(backend))
+        return worker_target(backend)
     if not isinstance(backend, Mapping) or "host" not in backend:
         raise ConfigError(f'{backend!r} is not an RPC backend; write {{"host": "192.168.1.10", "port": 50052}}')
     text = format_endpoint(str(backend["host"]), backend.get("port", DEFAULT_RPC_PORT))

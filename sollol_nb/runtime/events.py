@@ -42,6 +42,10 @@ class EventKind(StrEnum):
     """A worker died or is not reachable any more."""
     WORKER_RETURNED = "worker.returned"
     """A lost worker is reachable again."""
+    LINK_READY = "link.ready"
+    """Another machine is connected; its workers can be used."""
+    LINK_LOST = "link.lost"
+    """The connection to another machine was lost, or could not be made."""
     PROBE_DONE = "probe.done"
     """A worker was probed; `round_trip_ms`. Comes often and is not kept."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 import socket
 from functools import lru_cache
 
@@ -14,6 +15,9 @@ DEFAULT_COORDINATOR_PORT = 18080
 DEFAULT_OLLAMA_PORT = 11434
 DEFAULT_GATEWAY_PORT = 11440
 LOOPBACK = "127.0.0.1"
+SSH = "ssh://"
+
+_USER = re.compile(r"[\w.$+-]+(?<!-)")
 
 
 def parse_endpoint(text: str, default_port: int = DEFAULT_RPC_PORT) -> tuple[str, int]:
@@ -42,19 +46,43 @@ def parse_endpoint(text: str, default_port: int = DEFAULT_RPC_PORT) -> tuple[str
     return host, int(port)
 
 
-def worker_endpoint(text: str) -> str:
-    """A worker's endpoint as `host:port`.
+def worker_target(text: str) -> str:
+    """How a worker, or a machine with workers, is named: `host:port`, `[v6]:port` or `ssh://user@host:port`.
 
     Raises:
-        ConfigError: it is not an endpoint, or an IPv6 address, which llama.cpp cannot reach a worker by.
+        ConfigError: it is none of these.
     """
-    host, port = parse_endpoint(text)
-    if ":" in host:
-        raise ConfigError(
-            f"{format_endpoint(host, port)} is an IPv6 address, but llama.cpp connects to workers by IPv4 only; "
-            "use the worker's IPv4 address or host name"
-        )
-    return format_endpoint(host, port)
+    if text.strip().lower().startswith(SSH):
+        return ssh_target(text)
+    return format_endpoint(*parse_endpoint(text))
+
+
+def ssh_target(text: str) -> str:
+    """`ssh://user@host:port` of a machine given so, or as `user@host:port`; user and port may be left out.
+
+    Raises:
+        ConfigError: it is no such text.
+    """
+    rest = text.strip()
+    if rest.lower().startswith(SSH):
+        rest = rest[len(SSH) :]
+    user, at, address = rest.rstrip("/").rpartition("@")
+    has_port = bool(re.search(r"(^[^:]*|\]):\d+$", address))
+    try:
+        host, port = parse_endpoint(address, 22)
+    except ConfigError:
+        host, port = "", 0
+    # What begins with a dash would be an option of the ssh program.
+    if not host or host.startswith("-") or (at and not _USER.fullmatch(user)):
+        raise ConfigError(f"{shown(text)} does not name a machine; use ssh://host or ssh://user@host:port")
+    bracketed = f"[{host}]" if ":" in host else host
+    return f"{SSH}{user}{at}{bracketed}{f':{port}' if has_port else ''}"
+
+
+def is_target(endpoint: str) -> bool:
+    """Whether a worker is reached through a link, not by its address: `ssh://...`, or an IPv6 address, which
+    llama.cpp cannot connect to."""
+    return endpoint.startswith((SSH, "["))
 
 
 def gateway_url(text: str) -> str:

@@ -17,7 +17,7 @@ from sollol_nb.errors import ConfigError
 from sollol_nb.layers.strategies import STRATEGIES
 from sollol_nb.runtime.amounts import is_number, is_whole_number, parse_duration, shown
 from sollol_nb.runtime.priority import is_priority, priority_named
-from sollol_nb.settings.endpoints import format_endpoint, gateway_url, parse_endpoint
+from sollol_nb.settings.endpoints import gateway_url, worker_target
 
 LOCAL = "local"
 """Instead of the address of a gateway: own engines."""
@@ -226,8 +226,8 @@ def _entries(value: Any) -> list[str]:
     return [entry.strip() for entry in value]
 
 
-def _endpoints(value: Any) -> list[str]:
-    return [format_endpoint(*parse_endpoint(entry)) for entry in _entries(value)]
+def _workers(value: Any) -> list[str]:
+    return [worker_target(entry) for entry in _entries(value)]
 
 
 def _ollama_hosts(value: Any) -> list[str]:
@@ -255,7 +255,7 @@ YES_OR_NO = Kind("true or false (1 or 0 in a variable)", _yes_or_no, _yes_or_no_
 PRIORITY = Kind("a number from 1 (batch) to 10 (critical), or a name such as high", _priority, _number_from_text)
 KEEP_ALIVE = Kind('a time (seconds, "10m", 0, or "forever"), or a dict of these by model', _keep_alive)
 STRATEGY = Kind("the name of a layer strategy", _strategy)
-ENDPOINTS = Kind("a list of host:port", _endpoints)
+WORKERS = Kind("a list of host:port or ssh://host", _workers)
 OLLAMA_HOSTS = Kind("a list of host:port or URLs", _ollama_hosts)
 FOLDER = Kind("the path of a folder", _folder, anchor=lambda path, folder: folder / path)
 TEMPERATURE = number("a number of 0 or more, such as 0.7")

@@ -184,8 +184,8 @@ _TABLE = (
     Setting(
         "workers",
         "router",
-        kinds.ENDPOINTS,
-        "RPC workers, each as host:port; in a variable separated by commas.",
+        kinds.WORKERS,
+        "RPC workers, each as host:port, or those of a machine as ssh://host; in a variable separated by commas.",
         "RPC_BACKENDS",
         default=[],
         default_description="your own on this machine",

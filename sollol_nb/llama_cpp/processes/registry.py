@@ -1,7 +1,8 @@
 """The registry of running engines: one small file per engine, written by its supervisor, read by every kernel.
 
 An entry says which process the engine is, how to reach its supervisor, and (`about`) what it runs: for a
-coordinator the model file and its identity, plan, workers and URL; for a local worker its endpoint. The files are
+coordinator the model file and its identity, plan, workers and URL; for a local worker its endpoint; for a link to
+other machines its target, its state and the loopback endpoints of their workers. The files are
 in the user's state folder with mode 0600; the engine's secret is in a separate file beside the entry.
 
 What an entry says is believed, so it counts only as a private file of this user (`runtime/private_files.py`) in a
@@ -40,6 +41,8 @@ from sollol_nb.settings.endpoints import LOOPBACK, is_loopback, parse_endpoint
 
 COORDINATOR = "coordinator"
 WORKER = "worker"
+LINK = "link"
+"""A process that makes workers of other machines reachable at endpoints on loopback; see `links/`."""
 GATEWAY = "the gateway"
 """What starts engines, besides notebooks and scripts."""
 LOCK_TIMEOUT_S = 60.0
@@ -53,7 +56,7 @@ class Entry:
 
     Attributes:
         id: unique, also the file's name.
-        kind: `coordinator` or `worker`.
+        kind: `coordinator`, `worker` or `link`.
         pid, pid_started: the engine's process and its start time (seconds since the epoch, None if unknown).
         supervisor_pid, supervisor_started: the same for its supervisor.
         control_port: the supervisor's port on loopback.
@@ -81,8 +84,9 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """The model of a coordinator, the endpoint of a worker."""
-        return str(self.about.get("model") or self.about.get("endpoint") or self.id)
+        """The model of a coordinator, the endpoint of a worker, the target of a link."""
+        about = self.about
+        return str(about.get("model") or about.get("endpoint") or about.get("target") or self.id)
 
     @property
     def age_s(self) -> float:
@@ -93,6 +97,11 @@ class Entry:
     def workers(self) -> list[str]:
         """Endpoints that a coordinator holds."""
         return list(self.about.get("workers") or ())
+
+    @property
+    def endpoints(self) -> dict[str, dict[str, Any]]:
+        """Loopback endpoints of the workers that a link makes reachable, each with what is known about it."""
+        return dict(self.about.get("endpoints") or {})
 
     def is_alive(self) -> bool:
         """Whether its supervisor is running."""
@@ -226,7 +235,7 @@ def new_log_path(kind: str, port: int) -> Path:
 def prune_logs() -> None:
     """Remove the oldest logs of engines, except those of running engines and the newest `LOGS_KEPT`."""
     used = {entry.log_path for entry in entries()}
-    logs = [path for kind in (COORDINATOR, WORKER) for path in config.log_dir().glob(f"{kind}-*.log")]
+    logs = [path for kind in (COORDINATOR, WORKER, LINK) for path in config.log_dir().glob(f"{kind}-*.log")]
     with contextlib.suppress(OSError):
         logs.sort(key=lambda path: path.stat().st_mtime)
         for path in logs[:-LOGS_KEPT]:
@@ -242,11 +251,11 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "about": (dict,),
 }
 _ABOUT_TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("model", "endpoint", "url", "owner"), (str,)),
+    **dict.fromkeys(("model", "endpoint", "url", "owner", "target", "state", "detail"), (str,)),
     **dict.fromkeys(("port", "owner_pid", "context_tokens", "slots"), (int,)),
     **dict.fromkeys(("load_ms", "seconds_per_token", "owner_started"), (int, float)),
     "workers": (list,),
-    "probes": (dict,),
+    **dict.fromkeys(("probes", "endpoints"), (dict,)),
 }
 
 
@@ -289,7 +298,7 @@ def _check_about(entry: Entry) -> None:
     for name, types in _ABOUT_TYPES.items():
         if not isinstance(about.get(name), (*types, type(None))):
             raise TypeError(name)
-    if entry.id != entry.path.stem or entry.kind not in (COORDINATOR, WORKER):
+    if entry.id != entry.path.stem or entry.kind not in (COORDINATOR, WORKER, LINK):
         raise ValueError(entry.id)
     for endpoint in [*entry.workers, *([about["endpoint"]] if about.get("endpoint") else [])]:
         parse_endpoint(endpoint)
@@ -298,3 +307,6 @@ def _check_about(entry: Entry) -> None:
         raise ValueError(url)
     if entry.kind == WORKER and (endpoint := about.get("endpoint")) and not is_loopback(endpoint):
         raise ValueError(endpoint)
+    for endpoint, worker in entry.endpoints.items():
+        if not is_loopback(endpoint) or not isinstance(worker, dict):
+            raise ValueError(endpoint)

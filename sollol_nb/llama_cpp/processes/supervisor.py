@@ -1,4 +1,4 @@
-"""The supervisor: a small process that owns one engine process (a coordinator or a local worker).
+"""The supervisor: a small process that owns one engine process (a coordinator, a local worker or a link).
 
 Run by path (`python -I -S supervisor.py`) with the standard library and psutil only, so that it starts quickly
 and stays small. Its parent writes one JSON line to its stdin (`argv`, `env`, `log_path`, ...: see `EngineProcess`)
@@ -307,7 +307,12 @@ class Supervisor:
                 return
 
     def _others(self, client: Client) -> list[Client]:
-        return [known for known in self._clients if known.greeted and not known.has_left and known is not client]
+        """Except the engine itself: a link keeps its registry entry up to date."""
+        return [
+            known
+            for known in self._clients
+            if known.greeted and not known.has_left and known is not client and known.pid != self._engine.pid
+        ]
 
     def _keepers(self, client: Client, unless: str) -> list[Client]:
         """The clients for whose sake the engine is not ended."""

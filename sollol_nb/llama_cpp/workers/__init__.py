@@ -6,6 +6,7 @@
 * `losses.py`: how often each was lost lately
 * `local.py`: start a worker process on this machine
 * `local_workers.py`: the workers on this machine that a router started or shares
+* `links.py`: the links to other machines that a router uses
 * `workers.py`: all workers that a router may use
 * `choice.py`: which free workers get a model, and why none can be used
 """

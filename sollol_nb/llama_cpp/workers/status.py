@@ -24,6 +24,8 @@ class WorkerStatus:
         held_by: the model whose coordinator holds it, or None.
         probe: its last probe; memory and round trip are from then.
         is_local: whether it is a process on this machine that this router started or adopted.
+        name: how people call it, if it is reached through a link; else "".
+        machine: equal for workers that share one machine's memory, if it is reached through a link; else "".
     """
 
     endpoint: str
@@ -32,6 +34,8 @@ class WorkerStatus:
     held_by: str | None
     probe: Probe | None
     is_local: bool
+    name: str = ""
+    machine: str = ""
 
     @property
     def capacity(self) -> WorkerCapacity:
@@ -39,7 +43,7 @@ class WorkerStatus:
         seen = self.probe
         if seen is None:
             return WorkerCapacity(self.endpoint, free_bytes=0, total_bytes=0)
-        free_bytes, memory_domain = seen.free_bytes, None
+        free_bytes, memory_domain = seen.free_bytes, self.machine or None
         if _is_system_memory(seen.total_bytes) and is_loopback(self.endpoint):
             # All CPU workers of a machine share its memory, and each reports all of it as free.
             free_bytes = min(free_bytes, psutil.virtual_memory().available)

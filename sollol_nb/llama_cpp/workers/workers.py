@@ -16,12 +16,13 @@ from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.processes.machine import other_user_of
 from sollol_nb.llama_cpp.processes.registry import Entry
 from sollol_nb.llama_cpp.workers.identities import Identities
+from sollol_nb.llama_cpp.workers.links import Links
 from sollol_nb.llama_cpp.workers.local_workers import LocalWorkers
 from sollol_nb.llama_cpp.workers.losses import WorkerLosses
 from sollol_nb.llama_cpp.workers.probe import DEFAULT_TIMEOUT_S, Probe, ProbeOutcome, discover, probe_all
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.runtime.events import EventBus, EventKind
-from sollol_nb.settings.endpoints import is_loopback, parse_endpoint, worker_endpoint
+from sollol_nb.settings.endpoints import is_loopback, is_target, parse_endpoint, worker_target
 
 
 class Workers:
@@ -29,6 +30,7 @@ class Workers:
 
     Attributes:
         local: those on this machine that this router started or shares.
+        links: through which workers of other machines are reached.
     """
 
     def __init__(self, endpoints: Iterable[str], events: EventBus) -> None:
@@ -40,10 +42,13 @@ class Workers:
         self._identities = Identities()
         self._round_trips_ms: dict[str, float | None] = {}
         self.local = LocalWorkers(self, events)
-        for endpoint in endpoints:
-            endpoint = worker_endpoint(endpoint)
-            self._probes[endpoint] = None
+        self.links = Links(self, events)
+        for endpoint in map(worker_target, endpoints):
             self._named.add(endpoint)
+            if is_target(endpoint):
+                self.links.add(endpoint)
+            else:
+                self._probes[endpoint] = None
 
     @property
     def endpoints(self) -> list[str]:
@@ -58,7 +63,7 @@ class Workers:
     @property
     def has_external(self) -> bool:
         """Whether workers are known that were not started here."""
-        return any(endpoint not in self.local for endpoint in self._probes)
+        return bool(self.links.targets) or any(endpoint not in self.local for endpoint in self._probes)
 
     @property
     def running_local_count(self) -> int:
@@ -75,14 +80,17 @@ class Workers:
         }
 
     def add(self, endpoint: str) -> str:
-        """Add a worker by its endpoint (`host`, `host:port`); returns it as `host:port`. Adding twice is fine.
+        """Add a worker by its endpoint (`host`, `host:port`), or those of a machine (`ssh://host`); returns it as
+        the cluster names it. Adding twice is fine. What is reached through a link is not connected yet.
 
         Raises:
-            ConfigError: it is not an endpoint, or an IPv6 address.
+            ConfigError: it is neither.
         """
-        endpoint = worker_endpoint(endpoint)
+        endpoint = worker_target(endpoint)
         self._named.add(endpoint)
-        if endpoint not in self._probes:
+        if is_target(endpoint):
+            self.links.add(endpoint)
+        elif endpoint not in self._probes:
             self._probes[endpoint] = None
             self._events.publish(EventKind.WORKER_ADDED, endpoint, f"added worker {endpoint}")
         return endpoint
@@ -93,9 +101,9 @@ class Workers:
         Raises:
             ConfigError: it is not known, or a coordinator holds it.
         """
-        if endpoint not in self._probes:
-            known = ", ".join(self._probes) or "none"
-            raise ConfigError(f"{endpoint} is not a known worker; known workers: {known}")
+        known = [*self._probes, *self.links.targets]
+        if endpoint not in known:
+            raise ConfigError(f"{endpoint} is not a known worker; known workers: {', '.join(known) or 'none'}")
         holder = registry.holders().get(endpoint)
         if holder is not None:
             raise ConfigError(f"{endpoint} is {_describe_holder(holder)}; stop that coordinator first")
@@ -172,6 +180,7 @@ class Workers:
         Args:
             except_for: endpoints not to probe now, because they were just found lost.
         """
+        await self.links.refresh()
         await self._identities.resolve(self._probes, again=True)
         await self.probe([endpoint for endpoint in self._probes if endpoint not in except_for])
         return self.statuses()
@@ -207,7 +216,7 @@ class Workers:
         return [
             self._duplicate(endpoint, duplicates[endpoint]) if endpoint in duplicates else self._status(endpoint)
             for endpoint in self._probes
-        ]
+        ] + self.links.statuses()
 
     def held_by_others(self) -> list[WorkerStatus]:
         """Workers that this router does not know, and that coordinators of this user hold; only to be shown."""
@@ -247,13 +256,17 @@ class Workers:
         return {endpoint: probe.as_dict() for endpoint, probe in probes.items() if probe is not None}
 
     def entries_of(self, endpoints: Iterable[str]) -> list[Entry]:
-        """The registry entries of these workers; only workers on this machine with a supervisor have one."""
+        """The registry entries of these workers and of the links to them; other workers have none."""
         wanted = set(endpoints)
-        return [entry for entry in registry.entries(registry.WORKER) if entry.about.get("endpoint") in wanted]
+        return [
+            entry
+            for entry in registry.entries()
+            if (entry.kind == registry.WORKER and entry.name in wanted) or wanted & entry.endpoints.keys()
+        ]
 
     def _status(self, endpoint: str) -> WorkerStatus:
         holder, end = self._holders.get(endpoint), self.local.end_of(endpoint)
-        probe = self._probes.get(endpoint)
+        probe, linked = self._probes.get(endpoint), self.links.worker(endpoint)
         if probe is None and holder is not None:  # as the process that started its coordinator saw it
             probe = Probe.from_dict((holder.about.get("probes") or {}).get(endpoint))
         if end is not None:
@@ -271,6 +284,8 @@ class Workers:
             held_by=holder.name if holder is not None else None,
             probe=probe,
             is_local=endpoint in self.local,
+            name=linked.name if linked else "",
+            machine=linked.machine if linked else "",
         )
 
     def _duplicate(self, endpoint: str, known: str) -> WorkerStatus:

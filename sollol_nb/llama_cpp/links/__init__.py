@@ -1,0 +1,11 @@
+"""Links: make the workers of other machines reachable at endpoints on this machine's loopback.
+
+llama.cpp connects to workers by plain TCP without a password. A link is a process that carries this traffic
+through something safe, and restarts what ends on the other side. It is an engine process like a worker: under a
+supervisor, in the registry, shared by all kernels of this user, with leases and keep_alive. Its registry entry says
+which endpoints there are.
+
+* `link.py`: start a link, and what its registry entry says
+* `program.py`: the process of a link: its report, and copying between connections
+* `relay.py`: a link to one worker at an address that llama.cpp cannot connect to (IPv6)
+"""
