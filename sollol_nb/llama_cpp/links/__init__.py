@@ -2,8 +2,8 @@
 
 llama.cpp connects to workers by plain TCP without a password. A link is a process that carries this traffic
 through something safe, and restarts what ends on the other side. It is an engine process like a worker: under a
-supervisor, in the registry, shared by all kernels of this user, with leases and keep_alive. Its registry entry says
-which endpoints there are.
+supervisor, in the registry, shared by all kernels of this user, with leases and keep_alive. Its registry entry has
+the endpoints.
 
 * `link.py`: start a link, and what its registry entry says
 * `program.py`: the process of a link: its report, and copying between connections
