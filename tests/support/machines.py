@@ -1,0 +1,354 @@
+"""Several machines on this one: each is a network namespace with its own real sshd, host name, home and cache.
+
+A namespace is connected by a veth pair to a bridge of the test's own namespace, so machines have addresses in one
+network (10.213.N.0/24). Where the kernel forbids namespaces, each machine is an sshd on an address of 127.0.0.0/8.
+
+The far side shares this machine's files, but its HOME and XDG folders are new, empty ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import itertools
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.support.engines import eventually
+
+SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
+_numbers = itertools.count(1)
+
+
+@dataclass
+class Machine:
+    """One machine.
+
+    Attributes:
+        name: its host name, and its name in the configuration of ssh.
+        address: its IPv4 address.
+        port: the port of its sshd.
+        folder: files of its own; `home` in it is the HOME of those who log in.
+        namespace: name of its network namespace; None where the kernel forbids namespaces.
+        ssh: the command of the ssh program for it, as for the setting `ssh`.
+    """
+
+    name: str
+    address: str
+    port: int
+    folder: Path
+    namespace: str | None
+    ssh: str
+    environment: dict[str, str]
+    sshd: subprocess.Popen[bytes] | None = None
+    started: list[subprocess.Popen[Any]] = field(default_factory=list)
+
+    @property
+    def home(self) -> Path:
+        return self.folder / "home"
+
+    @property
+    def target(self) -> str:
+        """`ssh://name`."""
+        return f"ssh://{self.name}"
+
+    def command(self, *argv: str | Path) -> list[str]:
+        """A command line that runs a program on this machine."""
+        if self.namespace is None:
+            return [str(part) for part in argv]
+        named = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', self.name]
+        return ["ip", "netns", "exec", self.namespace, *named, *map(str, argv)]
+
+    def start(self, *argv: str | Path, **options: Any) -> subprocess.Popen[Any]:
+        """Start a program on this machine, with its HOME; it is ended with the machine."""
+        environment = {**os.environ, **self.environment, **options.pop("env", {})}
+        process = subprocess.Popen(self.command(*argv), env=environment, start_new_session=True, **options)
+        self.started.append(process)
+        return process
+
+    def run(self, *argv: str | Path) -> str:
+        """Run a program on this machine; returns its standard output."""
+        environment = {**os.environ, **self.environment}
+        done = subprocess.run(
+            self.command(*argv), env=environment, check=True, capture_output=True, text=True, timeout=60
+        )
+        return done.stdout
+
+    def start_sshd(self, **options: str) -> None:
+        """Start its sshd, with more options for its configuration, such as `AllowTcpForwarding="no"`."""
+        config = self.folder / "sshd_config"
+        lines = _sshd_lines(self) | {name: value for name, value in options.items()}
+        config.write_text("".join(f"{name} {value}\n" for name, value in lines.items()))
+        assert SSHD is not None
+        with (self.folder / "sshd.log").open("ab") as log:
+            self.sshd = self.start(SSHD, "-D", "-e", "-f", config, stdout=log, stderr=log)
+
+        def answers() -> bool:
+            assert self.sshd is not None
+            if self.sshd.poll() is not None:
+                pytest.fail(f"sshd ended: {(self.folder / 'sshd.log').read_text()}")
+            with contextlib.suppress(OSError), socket.create_connection((self.address, self.port), timeout=1.0):
+                return True
+            return False
+
+        eventually(answers, f"sshd of {self.name} answers")
+
+    def restart_sshd(self, **options: str) -> None:
+        """Start its sshd with other options; its connections end."""
+        self.stop_sshd()
+        self.start_sshd(**options)
+
+    def stop_sshd(self) -> None:
+        """End its sshd and all connections through it, as when the machine's sshd is restarted."""
+        if self.sshd is not None:
+            for process in _family(self.sshd.pid):
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+            self.sshd.wait()
+            self.sshd = None
+
+    def listening(self) -> set[tuple[str, int]]:
+        """Address and port of each TCP socket that listens on this machine, as `ss -tln` shows them."""
+        lines = self.run("ss", "-tlnH").splitlines()
+        pairs = [line.split()[3].rpartition(":") for line in lines]
+        return {(address.strip("[]"), int(port)) for address, _, port in pairs}
+
+    def processes(self) -> list[psutil.Process]:
+        """The processes that run on this machine, except sshd itself and what the test has started there."""
+        if self.namespace is None:
+            known = [psutil.Process(self.sshd.pid)] if self.sshd else []
+            found = [child for process in known for child in process.children(recursive=True)]
+        else:
+            identity = os.stat(f"/run/netns/{self.namespace}").st_ino
+            found = [process for process in psutil.process_iter() if _network_of(process.pid) == identity]
+        ours = {process.pid for started in self.started for process in _family(started.pid, deep=False)}
+        return [process for process in found if process.pid not in ours and _is_alive(process)]
+
+    def cut(self) -> None:
+        """Cut its network silently: packets are lost, and nobody gets an error."""
+        if self.namespace is not None:
+            _ip("link", "set", _veth(self.namespace), "down")
+        else:
+            self._signal_sshd(signal.SIGSTOP)
+
+    def connect_again(self) -> None:
+        """The cut network works again."""
+        if self.namespace is not None:
+            _ip("link", "set", _veth(self.namespace), "up")
+        else:
+            self._signal_sshd(signal.SIGCONT)
+
+    def _signal_sshd(self, number: signal.Signals) -> None:
+        assert self.sshd is not None
+        for process in _family(self.sshd.pid):
+            if process.name().startswith("sshd"):
+                process.send_signal(number)
+
+    def stop(self) -> None:
+        """End all that runs on it."""
+        self.stop_sshd()
+        for started in self.started:
+            for process in _family(started.pid):
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+            started.wait()
+        for process in self.processes() if self.namespace else ():
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+
+
+@contextlib.contextmanager
+def running_machines(folder: Path, names: Sequence[str]) -> Iterator[list[Machine]]:
+    """Machines with these names, each with a running sshd that accepts a key of the test.
+
+    The variable `SOLLOL_SSH` has to be set to `Machine.ssh` for what connects to them.
+    """
+    if SSHD is None:
+        pytest.fail("openssh-server is not installed; run: apt-get install openssh-server")
+    if os.geteuid() == 0:
+        Path("/run/sshd").mkdir(exist_ok=True, mode=0o755)  # where sshd, as root, gives up its privileges
+    key = folder / "key"
+    _key(key)
+    with _network(names) as places:
+        machines = []
+        config = folder / "ssh_config"
+        for name, (address, namespace) in zip(names, places, strict=True):
+            own = folder / name
+            (own / "home").mkdir(parents=True, mode=0o700)
+            _key(own / "host_key")
+            (own / "authorized_keys").write_text(key.with_suffix(".pub").read_text())
+            environment = {
+                "HOME": str(own / "home"),
+                "XDG_CACHE_HOME": str(own / "home" / ".cache"),
+                "XDG_STATE_HOME": str(own / "home" / ".local" / "state"),
+            }
+            port = 22 if namespace else _free_port(address)
+            machine = Machine(name, address, port, own, namespace, f"ssh -F {config}", environment)
+            machines.append(machine)
+        _write_client_files(folder, machines)
+        try:
+            for machine in machines:
+                machine.start_sshd()
+            yield machines
+        finally:
+            for machine in machines:
+                machine.stop()
+
+
+def _write_client_files(folder: Path, machines: Sequence[Machine]) -> None:
+    """The ssh program's configuration and known hosts."""
+    known_hosts = folder / "known_hosts"
+    hosts = []
+    config = []
+    for machine in machines:
+        kind, public = (machine.folder / "host_key.pub").read_text().split()[:2]
+        hosts.append(f"[{machine.address}]:{machine.port},{machine.address} {kind} {public}\n")
+        config.append(
+            f"Host {machine.name}\n  HostName {machine.address}\n  Port {machine.port}\n"
+            f"  User {getpass.getuser()}\n"
+        )
+    known_hosts.write_text("".join(hosts))
+    config.append(
+        f"Host *\n  IdentityFile {folder / 'key'}\n  IdentitiesOnly yes\n  UserKnownHostsFile {known_hosts}\n"
+        f"  GlobalKnownHostsFile /dev/null\n  StrictHostKeyChecking yes\n"
+    )
+    (folder / "ssh_config").write_text("".join(config))
+
+
+def _sshd_lines(machine: Machine) -> dict[str, str]:
+    environment = " ".join(f"{name}={value}" for name, value in machine.environment.items())
+    return {
+        "Port": str(machine.port),
+        "ListenAddress": machine.address,
+        "HostKey": str(machine.folder / "host_key"),
+        "AuthorizedKeysFile": str(machine.folder / "authorized_keys"),
+        "PidFile": "none",
+        "StrictModes": "no",
+        "UsePAM": "no",
+        "PasswordAuthentication": "no",
+        "KbdInteractiveAuthentication": "no",
+        "PermitRootLogin": "prohibit-password",
+        "PrintMotd": "no",
+        "SetEnv": environment,
+    }
+
+
+def _key(path: Path) -> None:
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", path], check=True, timeout=30)
+
+
+def _free_port(address: str) -> int:
+    with socket.socket() as free:
+        free.bind((address, 0))
+        return int(free.getsockname()[1])
+
+
+def _family(pid: int, *, deep: bool = True) -> list[psutil.Process]:
+    try:
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=deep)] if deep else [process]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _network_of(pid: int) -> int | None:
+    try:
+        return os.stat(f"/proc/{pid}/ns/net").st_ino
+    except OSError:
+        return None
+
+
+# --- the network ------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _network(names: Sequence[str]) -> Iterator[list[tuple[str, str | None]]]:
+    """(address, namespace) of each machine."""
+    if not can_make_namespaces():
+        yield [(f"127.0.{next(_numbers)}.{position + 1}", None) for position in range(len(names))]
+        return
+    network = f"10.213.{(os.getpid() + next(_numbers)) % 250 + 1}"
+    bridge = f"sol{os.getpid()}b{next(_numbers)}"[:15]
+    made: list[str] = []
+    _ip("link", "add", bridge, "type", "bridge")
+    try:
+        _ip("addr", "add", f"{network}.1/24", "dev", bridge)
+        _ip("link", "set", bridge, "up")
+        for position in range(len(names)):
+            namespace = f"sol{os.getpid()}n{next(_numbers)}"
+            _ip("netns", "add", namespace)
+            made.append(namespace)
+            veth = _veth(namespace)
+            _ip("link", "add", veth, "type", "veth", "peer", "name", "eth0", "netns", namespace)
+            _ip("link", "set", veth, "master", bridge, "up")
+            inside = ("netns", "exec", namespace, "ip")
+            _ip(*inside, "addr", "add", f"{network}.{position + 2}/24", "dev", "eth0")
+            _ip(*inside, "link", "set", "eth0", "up")
+            _ip(*inside, "link", "set", "lo", "up")
+        yield [(f"{network}.{position + 2}", namespace) for position, namespace in enumerate(made)]
+    finally:
+        for namespace in made:
+            with contextlib.suppress(subprocess.CalledProcessError):
+                _ip("netns", "delete", namespace)
+        _ip("link", "delete", bridge)
+
+
+def _veth(namespace: str) -> str:
+    """The end of a namespace's cable on this side; an interface's name has at most 15 characters."""
+    return f"v{namespace}"[:15]
+
+
+def _ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True, timeout=30)
+
+
+def can_make_namespaces() -> bool:
+    """Whether this user and kernel can make network namespaces with veth pairs."""
+    if os.name != "posix" or os.geteuid() != 0 or shutil.which("ip") is None:
+        return False
+    name = f"sol{os.getpid()}t"
+    try:
+        _ip("netns", "add", name)
+    except subprocess.CalledProcessError:
+        return False
+    try:
+        _ip("link", "add", f"v{name}"[:15], "type", "veth", "peer", "name", "eth0", "netns", name)
+    except subprocess.CalledProcessError:
+        return False
+    finally:
+        _ip("netns", "delete", name)
+    return True
+
+
+@contextlib.contextmanager
+def short_folder() -> Iterator[Path]:
+    """A folder with a short path, for sockets."""
+    with tempfile.TemporaryDirectory(prefix="sol") as folder:
+        yield Path(folder)
+
+
+def wait_gone(machine: Machine, limit_s: float = 60.0) -> None:
+    """Wait until nothing runs on a machine any more but what the test has started there."""
+    deadline = time.monotonic() + limit_s
+    while left := machine.processes():
+        assert time.monotonic() < deadline, f"still running on {machine.name}: {left}"
+        time.sleep(0.05)
