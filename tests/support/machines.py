@@ -89,7 +89,7 @@ class Machine:
     def start_sshd(self, **options: str) -> None:
         """Start its sshd, with more options for its configuration, such as `AllowTcpForwarding="no"`."""
         config = self.folder / "sshd_config"
-        lines = _sshd_lines(self) | {name: value for name, value in options.items()}
+        lines = _sshd_lines(self) | options
         config.write_text("".join(f"{name} {value}\n" for name, value in lines.items()))
         assert SSHD is not None
         with (self.folder / "sshd.log").open("ab") as log:
@@ -131,7 +131,7 @@ class Machine:
             known = [psutil.Process(self.sshd.pid)] if self.sshd else []
             found = [child for process in known for child in process.children(recursive=True)]
         else:
-            identity = os.stat(f"/run/netns/{self.namespace}").st_ino
+            identity = Path(f"/run/netns/{self.namespace}").stat().st_ino
             found = [process for process in psutil.process_iter() if _network_of(process.pid) == identity]
         ours = {process.pid for started in self.started for process in _family(started.pid, deep=False)}
         return [process for process in found if process.pid not in ours and _is_alive(process)]
@@ -272,7 +272,7 @@ def _is_alive(process: psutil.Process) -> bool:
 
 def _network_of(pid: int) -> int | None:
     try:
-        return os.stat(f"/proc/{pid}/ns/net").st_ino
+        return Path(f"/proc/{pid}/ns/net").stat().st_ino
     except OSError:
         return None
 
