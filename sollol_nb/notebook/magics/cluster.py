@@ -5,8 +5,6 @@ What needs llama.cpp is imported where it is used, so that `%load_ext` is quick.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from IPython.core.error import UsageError
@@ -15,96 +13,11 @@ from IPython.core.magic_arguments import argument, magic_arguments
 
 from sollol_nb.notebook import magic_line, session
 from sollol_nb.notebook.displays import is_kernel
-from sollol_nb.runtime.events import EventKind
-from sollol_nb.text.tables import counted
+from sollol_nb.notebook.magics.cluster_actions import ACTIONS, SHOWING, report
 
 if TYPE_CHECKING:
     from sollol_nb.cluster.status import ClusterStatus
-    from sollol_nb.llama_cpp.processes.running import Ended
-    from sollol_nb.sync_wrapper import HybridRouter
     from sollol_nb.widget.cluster_widget import ClusterWidget
-
-ACTIONS = ("start", "stop", "discover", "add", "remove")
-USABLE = ("free", "held", "busy")
-"""States of a worker that is there."""
-
-
-def _start_workers(router: HybridRouter, what: Sequence[str], *, more: bool) -> None:
-    count = what[0] if what else "3"
-    if len(what) > 1 or not count.isdecimal() or len(count) > 9:
-        given = " ".join(what)
-        raise UsageError(f"start takes one number of workers, not {given!r}: %sollol_cluster start 3")
-    from sollol_nb.llama_cpp.engine.find import ensure_engine
-
-    if router.gateway is None:  # here, in the main thread, so that a first build shows its progress bar
-        ensure_engine(session.settings().own("llama_cpp"))
-    started = router.start_workers(int(count)) if more else router.ensure_workers(int(count))
-    if started:
-        print(f"started {counted(len(started), 'worker')}: {', '.join(started)}")
-    else:
-        running = [worker.endpoint for worker in router.check_workers() if worker.is_local]
-        print(
-            f"{counted(len(running), 'worker')} already {'run' if len(running) > 1 else 'runs'}: "
-            f"{', '.join(running)}; `%sollol_cluster start {count} --more` starts more"
-        )
-
-
-def _discover_workers(router: HybridRouter) -> None:
-    since = time.time()
-    found = router.discover_workers()
-    print(f"found {counted(len(found), 'new worker')}{': ' * bool(found)}{', '.join(found)}")
-    for event in router.events.recent():
-        if event.at >= since and event.kind == EventKind.WORKER_DISCOVERED and event.subject not in found:
-            print(event.message)
-
-
-def _named(what: Sequence[str], action: str) -> Sequence[str]:
-    if not what:
-        raise UsageError(f"{action} takes endpoints: %sollol_cluster {action} HOST:PORT")
-    return what
-
-
-def _add_workers(router: HybridRouter, endpoints: Sequence[str]) -> None:
-    """Add those that can be reached, and print for each whether it was added."""
-    from sollol_nb.cluster.status import describe_worker
-
-    for endpoint in endpoints:
-        known = router.worker_endpoints
-        worker = router.add_worker(endpoint)
-        if worker.state in USABLE or worker.endpoint in known:
-            print(f"added worker {worker.endpoint}: {worker.state}, {describe_worker(worker)}")
-        else:
-            router.remove_worker(worker.endpoint)
-            print(f"not added: {worker.detail}")
-
-
-def _stop(router: HybridRouter, what: Sequence[str], *, force: bool) -> None:
-    """Stop the named coordinators and workers of this notebook, or all."""
-    if not what:
-        _report([*router.end_coordinators(force=force), *router.stop_workers(force=force)])
-        return
-    workers = {worker.endpoint for worker in router.check_workers() if worker.is_local}
-    ended: list[Ended] = []
-    for name in what:
-        if name in workers:
-            ended += router.stop_workers([name], force=force)
-            continue
-        of_model = router.end_coordinators(name, force=force)
-        if not of_model:
-            running = ", ".join([*session.running_models(), *sorted(workers)]) or "none"
-            raise UsageError(f"this notebook runs no coordinator or worker called {name}; running: {running}")
-        ended += of_model
-    _report(ended)
-
-
-def _report(ended: Sequence[Ended]) -> None:
-    """Say what was stopped, and what was left running for whom."""
-    stopped = [f"{engine.kind} {engine.name}" for engine in ended if not engine.users]
-    left = [engine for engine in ended if engine.users]
-    if stopped or not left:
-        print("stopped " + ", ".join(stopped) if stopped else "nothing is running")
-    for engine in left:
-        print(f"{engine}; --force stops it too")
 
 
 @magics_class
@@ -113,7 +26,7 @@ class ClusterMagics(Magics):
 
     @magic_line.options_magic()
     @magic_arguments()
-    @argument("action", nargs="?", choices=ACTIONS, help="default: show")
+    @argument("action", nargs="?", choices=tuple(ACTIONS), help="default: show")
     @argument(
         "what",
         nargs="*",
@@ -150,22 +63,10 @@ class ClusterMagics(Magics):
             %sollol_cluster --text
         """
         arguments = call.arguments
-        router, what = session.router(), arguments.what
-        match arguments.action:
-            case "start":
-                _start_workers(router, what, more=arguments.more)
-            case "discover":
-                _discover_workers(router)
-            case "add":
-                _add_workers(router, _named(what, "add"))
-                return None
-            case "remove":
-                for endpoint in _named(what, "remove"):
-                    router.remove_worker(endpoint)
-                    print(f"removed worker {endpoint}")
-                return None
-            case "stop":
-                _stop(router, what, force=arguments.force)
+        router = session.router()
+        if arguments.action is not None:
+            ACTIONS[arguments.action](router, arguments)
+            if arguments.action not in SHOWING:
                 return None
         status = router.cluster()
         if arguments.text:
@@ -201,7 +102,7 @@ class ClusterMagics(Magics):
             ended = session.router().end_engines(arguments.names, force=arguments.force)
         else:
             ended = session.router().end_coordinators(force=arguments.force)
-        _report(ended)
+        report(ended)
 
     @magic_line.options_magic()
     @magic_arguments()

@@ -1,0 +1,125 @@
+"""What the actions of `%sollol_cluster` do: each prints what happened, in a line for each thing.
+
+An action is a function of the router and the line's arguments, and an entry in `ACTIONS`.
+What needs llama.cpp is imported where it is used, so that `%load_ext` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from IPython.core.error import UsageError
+
+from sollol_nb.notebook import session
+from sollol_nb.runtime.events import EventKind
+from sollol_nb.text.tables import counted
+
+if TYPE_CHECKING:
+    from sollol_nb.llama_cpp.processes.running import Ended
+    from sollol_nb.sync_wrapper import HybridRouter
+
+
+Action = Callable[["HybridRouter", argparse.Namespace], None]
+
+USABLE = ("free", "held", "busy")
+"""States of a worker that is there."""
+
+
+def _start(router: HybridRouter, arguments: argparse.Namespace) -> None:
+    what, more = arguments.what, arguments.more
+    count = what[0] if what else "3"
+    if len(what) > 1 or not count.isdecimal() or len(count) > 9:
+        given = " ".join(what)
+        raise UsageError(f"start takes one number of workers, not {given!r}: %sollol_cluster start 3")
+    from sollol_nb.llama_cpp.engine.find import ensure_engine
+
+    if router.gateway is None:  # here, in the main thread, so that a first build shows its progress bar
+        ensure_engine(session.settings().own("llama_cpp"))
+    started = router.start_workers(int(count)) if more else router.ensure_workers(int(count))
+    if started:
+        print(f"started {counted(len(started), 'worker')}: {', '.join(started)}")
+    else:
+        running = [worker.endpoint for worker in router.check_workers() if worker.is_local]
+        print(
+            f"{counted(len(running), 'worker')} already {'run' if len(running) > 1 else 'runs'}: "
+            f"{', '.join(running)}; `%sollol_cluster start {count} --more` starts more"
+        )
+
+
+def _discover(router: HybridRouter, arguments: argparse.Namespace) -> None:
+    since = time.time()
+    found = router.discover_workers()
+    print(f"found {counted(len(found), 'new worker')}{': ' * bool(found)}{', '.join(found)}")
+    for event in router.events.recent():
+        if event.at >= since and event.kind == EventKind.WORKER_DISCOVERED and event.subject not in found:
+            print(event.message)
+
+
+def _named(what: Sequence[str], action: str) -> Sequence[str]:
+    if not what:
+        raise UsageError(f"{action} takes endpoints: %sollol_cluster {action} HOST:PORT")
+    return what
+
+
+def _add(router: HybridRouter, arguments: argparse.Namespace) -> None:
+    """Add those that can be reached, and print for each whether it was added."""
+    from sollol_nb.cluster.status import describe_worker
+
+    for endpoint in _named(arguments.what, "add"):
+        known = router.worker_endpoints
+        worker = router.add_worker(endpoint)
+        if worker.state in USABLE or worker.endpoint in known:
+            print(f"added worker {worker.endpoint}: {worker.state}, {describe_worker(worker)}")
+        else:
+            router.remove_worker(worker.endpoint)
+            print(f"not added: {worker.detail}")
+
+
+def _remove(router: HybridRouter, arguments: argparse.Namespace) -> None:
+    for endpoint in _named(arguments.what, "remove"):
+        router.remove_worker(endpoint)
+        print(f"removed worker {endpoint}")
+
+
+def _stop(router: HybridRouter, arguments: argparse.Namespace) -> None:
+    """Stop the named coordinators and workers of this notebook, or all."""
+    what, force = arguments.what, arguments.force
+    if not what:
+        report([*router.end_coordinators(force=force), *router.stop_workers(force=force)])
+        return
+    workers = {worker.endpoint for worker in router.check_workers() if worker.is_local}
+    ended: list[Ended] = []
+    for name in what:
+        if name in workers:
+            ended += router.stop_workers([name], force=force)
+            continue
+        of_model = router.end_coordinators(name, force=force)
+        if not of_model:
+            running = ", ".join([*session.running_models(), *sorted(workers)]) or "none"
+            raise UsageError(f"this notebook runs no coordinator or worker called {name}; running: {running}")
+        ended += of_model
+    report(ended)
+
+
+def report(ended: Sequence[Ended]) -> None:
+    """Say what was stopped, and what was left running for whom."""
+    stopped = [f"{engine.kind} {engine.name}" for engine in ended if not engine.users]
+    left = [engine for engine in ended if engine.users]
+    if stopped or not left:
+        print("stopped " + ", ".join(stopped) if stopped else "nothing is running")
+    for engine in left:
+        print(f"{engine}; --force stops it too")
+
+
+ACTIONS: Mapping[str, Action] = {
+    "start": _start,
+    "discover": _discover,
+    "add": _add,
+    "remove": _remove,
+    "stop": _stop,
+}
+SHOWING = ("start", "discover")
+"""After these actions the cluster is shown."""
