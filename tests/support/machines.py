@@ -9,7 +9,6 @@ The far side shares this machine's files, but its HOME and XDG folders are new, 
 from __future__ import annotations
 
 import contextlib
-import getpass
 import itertools
 import os
 import shutil
@@ -26,9 +25,10 @@ from typing import Any
 import psutil
 import pytest
 
+from notebooks.ssh_hosts import SshHost, find_sshd, make_key, write_client_files
 from tests.support.engines import eventually
 
-SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
+SSHD = find_sshd()
 _numbers = itertools.count(1)
 
 
@@ -37,27 +37,29 @@ class Machine:
     """One machine.
 
     Attributes:
-        name: its host name, and its name in the configuration of ssh.
-        address: its IPv4 address.
-        port: the port of its sshd.
-        folder: files of its own; `home` in it is the HOME of those who log in.
+        host: its sshd's name, address and files.
         namespace: name of its network namespace; None where the kernel forbids namespaces.
-        ssh: the command of the ssh program for it, as for the setting `ssh`.
+        ssh: the command of the ssh program that reaches it, as for the setting `ssh`.
     """
 
-    name: str
-    address: str
-    port: int
-    folder: Path
+    host: SshHost
     namespace: str | None
-    ssh: str
-    environment: dict[str, str]
+    ssh: str = ""
     sshd: subprocess.Popen[bytes] | None = None
     started: list[subprocess.Popen[Any]] = field(default_factory=list)
 
     @property
+    def name(self) -> str:
+        return self.host.name
+
+    @property
+    def address(self) -> str:
+        return self.host.address
+
+    @property
     def home(self) -> Path:
-        return self.folder / "home"
+        """HOME of those who log in."""
+        return self.host.folder / "home"
 
     @property
     def target(self) -> str:
@@ -73,14 +75,14 @@ class Machine:
 
     def start(self, *argv: str | Path, **options: Any) -> subprocess.Popen[Any]:
         """Start a program on this machine, with its HOME; it is ended with the machine."""
-        environment = {**os.environ, **self.environment, **options.pop("env", {})}
+        environment = {**os.environ, **self.host.environment, **options.pop("env", {})}
         process = subprocess.Popen(self.command(*argv), env=environment, start_new_session=True, **options)
         self.started.append(process)
         return process
 
     def run(self, *argv: str | Path) -> str:
         """Run a program on this machine; returns its standard output."""
-        environment = {**os.environ, **self.environment}
+        environment = {**os.environ, **self.host.environment}
         done = subprocess.run(
             self.command(*argv), env=environment, check=True, capture_output=True, text=True, timeout=60
         )
@@ -88,18 +90,20 @@ class Machine:
 
     def start_sshd(self, **options: str) -> None:
         """Start its sshd, with more options for its configuration, such as `AllowTcpForwarding="no"`."""
-        config = self.folder / "sshd_config"
-        lines = _sshd_lines(self) | options
-        config.write_text("".join(f"{name} {value}\n" for name, value in lines.items()))
+        folder = self.host.folder
+        config = self.host.write_files((folder / "authorized_keys").read_text(), options)
         assert SSHD is not None
-        with (self.folder / "sshd.log").open("ab") as log:
+        with (folder / "sshd.log").open("ab") as log:
             self.sshd = self.start(SSHD, "-D", "-e", "-f", config, stdout=log, stderr=log)
 
         def answers() -> bool:
             assert self.sshd is not None
             if self.sshd.poll() is not None:
-                pytest.fail(f"sshd ended: {(self.folder / 'sshd.log').read_text()}")
-            with contextlib.suppress(OSError), socket.create_connection((self.address, self.port), timeout=1.0):
+                pytest.fail(f"sshd ended: {(folder / 'sshd.log').read_text()}")
+            with (
+                contextlib.suppress(OSError),
+                socket.create_connection((self.address, self.host.port), timeout=1.0),
+            ):
                 return True
             return False
 
@@ -180,24 +184,17 @@ def running_machines(folder: Path, names: Sequence[str]) -> Iterator[list[Machin
     if os.geteuid() == 0:
         Path("/run/sshd").mkdir(exist_ok=True, mode=0o755)  # where sshd, as root, gives up its privileges
     key = folder / "key"
-    _key(key)
+    make_key(key)
     with _network(names) as places:
         machines = []
-        config = folder / "ssh_config"
         for name, (address, namespace) in zip(names, places, strict=True):
-            own = folder / name
-            (own / "home").mkdir(parents=True, mode=0o700)
-            _key(own / "host_key")
-            (own / "authorized_keys").write_text(key.with_suffix(".pub").read_text())
-            environment = {
-                "HOME": str(own / "home"),
-                "XDG_CACHE_HOME": str(own / "home" / ".cache"),
-                "XDG_STATE_HOME": str(own / "home" / ".local" / "state"),
-            }
             port = 22 if namespace else _free_port(address)
-            machine = Machine(name, address, port, own, namespace, f"ssh -F {config}", environment)
-            machines.append(machine)
-        _write_client_files(folder, machines)
+            host = SshHost(name, address, port, folder / name)
+            host.write_files(key.with_suffix(".pub").read_text())
+            machines.append(Machine(host, namespace))
+        ssh = write_client_files(folder, [machine.host for machine in machines])
+        for machine in machines:
+            machine.ssh = ssh
         try:
             for machine in machines:
                 machine.start_sshd()
@@ -205,48 +202,6 @@ def running_machines(folder: Path, names: Sequence[str]) -> Iterator[list[Machin
         finally:
             for machine in machines:
                 machine.stop()
-
-
-def _write_client_files(folder: Path, machines: Sequence[Machine]) -> None:
-    """The ssh program's configuration and known hosts."""
-    known_hosts = folder / "known_hosts"
-    hosts = []
-    config = []
-    for machine in machines:
-        kind, public = (machine.folder / "host_key.pub").read_text().split()[:2]
-        hosts.append(f"[{machine.address}]:{machine.port},{machine.address} {kind} {public}\n")
-        config.append(
-            f"Host {machine.name}\n  HostName {machine.address}\n  Port {machine.port}\n"
-            f"  User {getpass.getuser()}\n"
-        )
-    known_hosts.write_text("".join(hosts))
-    config.append(
-        f"Host *\n  IdentityFile {folder / 'key'}\n  IdentitiesOnly yes\n  UserKnownHostsFile {known_hosts}\n"
-        f"  GlobalKnownHostsFile /dev/null\n  StrictHostKeyChecking yes\n"
-    )
-    (folder / "ssh_config").write_text("".join(config))
-
-
-def _sshd_lines(machine: Machine) -> dict[str, str]:
-    environment = " ".join(f"{name}={value}" for name, value in machine.environment.items())
-    return {
-        "Port": str(machine.port),
-        "ListenAddress": machine.address,
-        "HostKey": str(machine.folder / "host_key"),
-        "AuthorizedKeysFile": str(machine.folder / "authorized_keys"),
-        "PidFile": "none",
-        "StrictModes": "no",
-        "UsePAM": "no",
-        "PasswordAuthentication": "no",
-        "KbdInteractiveAuthentication": "no",
-        "PermitRootLogin": "prohibit-password",
-        "PrintMotd": "no",
-        "SetEnv": environment,
-    }
-
-
-def _key(path: Path) -> None:
-    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", path], check=True, timeout=30)
 
 
 def _free_port(address: str) -> int:
