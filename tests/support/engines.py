@@ -283,6 +283,42 @@ def http_stranger(status: int, body: bytes = b'{"status":"ok"}') -> type[http.se
     return Stranger
 
 
+TUNNEL = """
+import asyncio, socket, struct, sys
+host, port, worker_port = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+no_linger = struct.pack("ii", 1, 0)
+async def copy(source, sink):
+    while data := await source.read(65536):
+        sink.write(data)
+        await sink.drain()
+    sink.close()
+async def carry(reader, writer):
+    try:
+        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", worker_port)
+    except OSError:
+        writer.transport.abort()
+        return
+    copies = [asyncio.create_task(copy(*ends)) for ends in ((reader, far_writer), (far_reader, writer))]
+    await asyncio.wait(copies, return_when=asyncio.FIRST_COMPLETED)
+    if copies[0].done() and copies[0].exception():  # a reset is passed on, so that SIGPIPE does not end the worker
+        far_writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, no_linger)
+    for end in (writer, far_writer):
+        end.transport.abort()
+async def main():
+    server = await asyncio.start_server(carry, host, port)
+    print("port", server.sockets[0].getsockname()[1], flush=True)
+    await server.serve_forever()
+asyncio.run(main())
+"""
+
+
+@contextmanager
+def tunnel_to(worker_port: int, host: str = "127.0.0.1", port: int = 0) -> Iterator[int]:
+    """A process that carries connections to a worker on loopback, as `ssh -L` does; yields its port."""
+    with script(TUNNEL, host, str(port), str(worker_port)) as process:
+        yield int(says(process, "port"))
+
+
 class PausingProxy:
     """A proxy to a worker that stops after this many bytes from the coordinator, until `resumed` is set."""
 

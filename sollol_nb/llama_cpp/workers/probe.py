@@ -10,7 +10,7 @@ never answered. So a probe has five outcomes (`ProbeOutcome`), and a worker that
 is not probed: it would only appear busy.
 
 llama.cpp connects to the first IPv4 address of a worker's host (`gethostbyname` in its transport.cpp), and so does
-a probe.
+a probe. An IPv6 address, which llama.cpp reaches through a link, is probed directly.
 """
 
 from __future__ import annotations
@@ -111,6 +111,10 @@ class _NotThisProtocol(Exception):
     """The peer answers, but does not follow this protocol."""
 
 
+class _NoAnswer(Exception):
+    """The peer closes the connection before it has sent anything, as a tunnel does whose other end is dead."""
+
+
 class _Ipv6OnlyError(OSError):
     """The host has no IPv4 address."""
 
@@ -138,7 +142,9 @@ async def probe(host: str, port: int, *, timeout_s: float = DEFAULT_TIMEOUT_S) -
             detail=f"nothing listens on {endpoint}; start a worker there: ggml-rpc-server -H {host} -p {port}",
         )
     except _Ipv6OnlyError as error:
-        return _unreachable(endpoint, str(error))
+        return Probe(
+            endpoint=endpoint, outcome=ProbeOutcome.UNREACHABLE, detail=f"{endpoint} cannot be reached: {error}"
+        )
     except (OSError, UnicodeError) as error:  # no route, unknown host, a label too long for DNS
         return _unreachable(endpoint, getattr(error, "strerror", None) or str(error))
     try:
@@ -152,9 +158,16 @@ async def probe(host: str, port: int, *, timeout_s: float = DEFAULT_TIMEOUT_S) -
             outcome=ProbeOutcome.BUSY,
             detail=f"{endpoint} accepts connections but does not answer: a coordinator holds it, or it hangs",
         )
-    except (_NotThisProtocol, asyncio.IncompleteReadError, OSError) as error:
+    except (_NotThisProtocol, _NoAnswer, asyncio.IncompleteReadError, OSError) as error:
         version = await _old_version(host, port, deadline - http_limit_s)
         http = await _http_server(endpoint, deadline) if version is None else None
+        if http is None and version is None and isinstance(error, _NoAnswer):
+            return Probe(
+                endpoint=endpoint,
+                outcome=ProbeOutcome.UNREACHABLE,
+                detail=f"{endpoint} closes each connection without an answer; if it is a tunnel, start the worker "
+                "at its other end, else give the port on which ggml-rpc-server listens",
+            )
         why = str(error) if isinstance(error, _NotThisProtocol) else ""
         return http or _incompatible(endpoint, version, why)
     finally:
@@ -202,16 +215,18 @@ test_rpc_backend.__test__ = False  # type: ignore[attr-defined]  # its name look
 
 
 async def _connect(host: str, port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Connect to the address that llama.cpp would use.
+    """Connect to the address that llama.cpp would use, or to the given IPv6 address.
 
     Raises:
-        _Ipv6OnlyError: it has none.
+        _Ipv6OnlyError: llama.cpp would find none.
         OSError: nothing accepts there.
     """
+    if ":" in host:
+        return await asyncio.open_connection(host, port, limit=4096)
     addresses = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     address = next((str(address[0]) for family, *_, address in addresses if family == socket.AF_INET), None)
     if address is None:
-        raise _Ipv6OnlyError(f"llama.cpp reaches workers only at IPv4 addresses, and {host} has none")
+        raise _Ipv6OnlyError(f"{host} has no IPv4 address; give its IPv6 address, such as [fd00::10]:{port}")
     return await asyncio.open_connection(address, port, limit=4096)
 
 
@@ -221,8 +236,13 @@ async def _query(endpoint: str, reader: asyncio.StreamReader, writer: asyncio.St
     async def ask(command: int, payload: bytes) -> bytes:
         started = time.perf_counter()
         writer.write(struct.pack("<BQ", command, len(payload)) + payload)
-        await writer.drain()
-        (length,) = struct.unpack("<Q", await reader.readexactly(8))
+        try:
+            await writer.drain()
+            (length,) = struct.unpack("<Q", await reader.readexactly(8))
+        except (asyncio.IncompleteReadError, OSError) as error:
+            if round_trips or getattr(error, "partial", b""):
+                raise
+            raise _NoAnswer from error
         if length > _HELLO_ANSWER_BYTES:  # no answer to these requests is longer
             raise _NotThisProtocol("the answer does not follow the RPC protocol")
         answer = await reader.readexactly(length)

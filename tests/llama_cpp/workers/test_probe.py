@@ -30,7 +30,6 @@ from sollol_nb.llama_cpp.workers.probe import (
     probe_all,
     test_rpc_backend,
 )
-from sollol_nb.sync_wrapper import HybridRouter
 from tests.support.engines import HANG_GUARD_S, Peer, listening, run, unused_port
 from tests.support.ollama_server import OllamaServer
 
@@ -209,16 +208,18 @@ def test_host_name_too_long_for_dns_is_unreachable() -> None:
 
 # --- misbehaving peers ------------------------------------------------------------------------
 
-BUSY, INCOMPATIBLE = ProbeOutcome.BUSY, ProbeOutcome.INCOMPATIBLE
+FREE, BUSY, INCOMPATIBLE = ProbeOutcome.FREE, ProbeOutcome.BUSY, ProbeOutcome.INCOMPATIBLE
+UNREACHABLE = ProbeOutcome.UNREACHABLE
 NOT_RPC = "a protocol that is not RPC protocol 7"
+CLOSES = "closes each connection without an answer"
 HUGE = struct.pack("<Q", 2**62)
 GREETING = answer(hello(*OURS))
 
 
 MISBEHAVING = [
-    pytest.param(closes_immediately, INCOMPATIBLE, NOT_RPC, id="closes immediately"),
-    pytest.param(says(b"", then="close"), INCOMPATIBLE, NOT_RPC, id="closes after HELLO"),
-    pytest.param(resets, INCOMPATIBLE, NOT_RPC, id="resets the connection"),
+    pytest.param(closes_immediately, UNREACHABLE, CLOSES, id="closes immediately"),
+    pytest.param(says(b"", then="close"), UNREACHABLE, CLOSES, id="closes after HELLO"),
+    pytest.param(resets, UNREACHABLE, CLOSES, id="resets the connection"),
     pytest.param(says(os.urandom(200), then="close"), INCOMPATIBLE, NOT_RPC, id="random bytes"),
     pytest.param(
         says(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n", then="close"),
@@ -315,7 +316,7 @@ def test_random_garbage_never_crashes_or_hangs_the_probe(seed: int) -> None:
 
     outcomes = {result.outcome for result in run(check())}
 
-    assert outcomes <= {ProbeOutcome.FREE, ProbeOutcome.BUSY, ProbeOutcome.INCOMPATIBLE}
+    assert outcomes <= {FREE, BUSY, INCOMPATIBLE, UNREACHABLE}
     assert ProbeOutcome.INCOMPATIBLE in outcomes
 
 
@@ -343,19 +344,20 @@ def test_an_ollama_port_that_is_given_as_a_worker_is_recognised(ollama: OllamaSe
     assert result.detail == f"{name} is Ollama, not an RPC worker; to use it, set OLLAMA_HOST={name}"
 
 
-def test_a_host_that_has_only_ipv6_addresses_is_unreachable_in_words() -> None:
-    result = run(probe("::1", 50052))
+def test_a_name_that_has_only_ipv6_addresses_is_unreachable_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def check() -> Probe:
+        async def only_ipv6(*_: Any, **__: Any) -> list[Any]:
+            return [(socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("fd00::10", 50052, 0, 0))]
+
+        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", only_ipv6)
+        return await probe("box", 50052)
+
+    result = run(check())
 
     assert result.outcome is ProbeOutcome.UNREACHABLE
-    assert "llama.cpp reaches workers only at IPv4 addresses, and ::1 has none" in result.detail
-
-
-@pytest.mark.parametrize("given", ["[::1]:50052", "::1", {"host": "fe80::1", "port": 50052}])
-def test_an_ipv6_worker_is_refused_by_name_when_the_router_is_made(given: Any) -> None:
-    with pytest.raises(
-        ConfigError, match=r"^\[.*\]:50052 is an IPv6 address, but llama.cpp connects to workers by"
-    ):
-        HybridRouter(rpc_backends=[given])
+    assert result.detail == (
+        "box:50052 cannot be reached: box has no IPv4 address; give its IPv6 address, such as [fd00::10]:50052"
+    )
 
 
 # --- discovery --------------------------------------------------------------------------------

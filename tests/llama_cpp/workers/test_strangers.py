@@ -19,7 +19,7 @@ from sollol_nb.llama_cpp.processes import machine
 from sollol_nb.llama_cpp.workers import workers
 from sollol_nb.llama_cpp.workers.probe import ProbeOutcome, discover, probe
 from sollol_nb.sync_wrapper import HybridRouter
-from tests.support.engines import QUESTION, eventually, run, says, script, unused_ports
+from tests.support.engines import QUESTION, eventually, run, says, script, tunnel_to, unused_ports
 
 pytestmark = pytest.mark.engine
 
@@ -169,30 +169,8 @@ def test_a_worker_that_is_also_named_through_a_tunnel_is_used_once(
     own_state: None, listen: Callable[..., str]
 ) -> None:
     name = listen()
-    tunnel = """
-import asyncio, socket, struct, sys
-no_linger = struct.pack("ii", 1, 0)
-async def copy(source, sink):
-    while data := await source.read(65536):
-        sink.write(data)
-        await sink.drain()
-    sink.close()
-async def carry(reader, writer):
-    far_reader, far_writer = await asyncio.open_connection("127.0.0.1", int(sys.argv[1]))
-    copies = [asyncio.create_task(copy(*ends)) for ends in ((reader, far_writer), (far_reader, writer))]
-    await asyncio.wait(copies, return_when=asyncio.FIRST_COMPLETED)
-    if copies[0].done() and copies[0].exception():  # a reset goes through, so that SIGPIPE does not end the worker
-        far_writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, no_linger)
-    for end in (writer, far_writer):
-        end.transport.abort()
-async def main():
-    server = await asyncio.start_server(carry, "127.0.0.1", 0)
-    print("port", server.sockets[0].getsockname()[1], flush=True)
-    await server.serve_forever()
-asyncio.run(main())
-"""
-    with script(tunnel, name.rpartition(":")[2]) as process:
-        through = f"127.0.0.1:{says(process, 'port')}"
+    with tunnel_to(int(name.rpartition(":")[2])) as port:
+        through = f"127.0.0.1:{port}"
         with HybridRouter(rpc_backends=[name, through]) as mine:
             mine.route_request("demo:sharded", QUESTION, max_tokens=2)
             assert mine.coordinator is not None
