@@ -240,7 +240,8 @@ async def _query(endpoint: str, reader: asyncio.StreamReader, writer: asyncio.St
             await writer.drain()
             (length,) = struct.unpack("<Q", await reader.readexactly(8))
         except (asyncio.IncompleteReadError, OSError) as error:
-            if round_trips or getattr(error, "partial", b""):
+            heard = isinstance(error, asyncio.IncompleteReadError) and error.partial
+            if round_trips or heard:
                 raise
             raise _NoAnswer from error
         if length > _HELLO_ANSWER_BYTES:  # no answer to these requests is longer
