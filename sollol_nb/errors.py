@@ -108,6 +108,10 @@ class WorkerStartError(WorkerError):
     """A local worker could not be started; the message has its last log lines."""
 
 
+class LinkError(WorkerError):
+    """Another machine cannot be reached, or cannot run workers; the message has the command that helps."""
+
+
 class WorkersUnavailableError(WorkerError):
     """Too few workers are free for the request."""
 

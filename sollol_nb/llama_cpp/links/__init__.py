@@ -7,5 +7,7 @@ the endpoints.
 
 * `link.py`: start a link, and what its registry entry says
 * `program.py`: the process of a link: its report, and copying between connections
+* `ssh_shell.py`: run scripts on another machine through the `ssh` program
+* `ssh_errors.py`: what that program's messages mean, and what to do
 * `relay.py`: a link to one worker at an address that llama.cpp cannot connect to (IPv6)
 """
