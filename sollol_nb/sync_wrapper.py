@@ -94,6 +94,7 @@ class HybridRouter:
     end_coordinators = blocking(hybrid_router.HybridRouter.end_coordinators)
     discover_workers = blocking(hybrid_router.HybridRouter.discover_workers)
     add_worker = blocking(hybrid_router.HybridRouter.add_worker)
+    add_workers = blocking(hybrid_router.HybridRouter.add_workers)
     remove_worker = blocking(hybrid_router.HybridRouter.remove_worker)
     models = blocking(hybrid_router.HybridRouter.models)
     listed_models = blocking(hybrid_router.HybridRouter.listed_models)
@@ -136,6 +137,12 @@ class HybridRouter:
     def worker_endpoints(self) -> list[str]:
         """All known workers as `host:port`, in the order in which they became known."""
         return self._async.worker_endpoints
+
+    @property
+    def worker_targets(self) -> list[str]:
+        """What gives another router the same workers: `ssh://host` and the like for those that are reached through
+        links, `host:port` for all others."""
+        return self._async.worker_targets
 
     @property
     def coordinator(self) -> Coordinator | GatewayCoordinator | None:

@@ -41,7 +41,7 @@ class BenchRow:
         start_s: when it was sent, in seconds since the start of the measurement.
         backend: the backend that ran it, such as `llama.cpp-distributed`.
         layers: units per worker as planned, such as `5/4/4`; "" where nothing is sharded.
-        workers: endpoints of these workers, separated by spaces.
+        workers: these workers by their names, else by their endpoints, separated by spaces.
         queue_ms: time in the queue of its coordinator or node.
         load_ms: time that it waited for a model load; a request that did is left out of the summary.
         ttft_ms: from the request to its first token.
@@ -93,7 +93,7 @@ def measurements_of(completion: Completion) -> dict[str, Any]:
     return {
         "backend": routing.get("backend", ""),
         "layers": routing.get("layout") or "",
-        "workers": " ".join(shard["endpoint"] for shard in shards),
+        "workers": " ".join(shard.get("name") or shard["endpoint"] for shard in shards),
         "queue_ms": routing.get("queue_ms"),
         "load_ms": routing.get("load_ms"),
         "ttft_ms": routing.get("ttft_ms"),

@@ -30,6 +30,7 @@ from sollol_nb.models.routing import DISTRIBUTED, LOCAL, Route
 from sollol_nb.router.router import Router
 from sollol_nb.runtime.events import Event, EventKind
 from sollol_nb.runtime.io_loop import submit
+from sollol_nb.settings.endpoints import is_target
 from sollol_nb.settings.table import DEFAULT_WORKERS
 from sollol_nb.text.tables import counted
 
@@ -212,6 +213,9 @@ class BenchTargets:
     async def _find_workers(self, wanted: int) -> None:
         """Find or start as many workers as the largest layout needs, if the router's settings allow it."""
         settings = self._router.settings
+        machines = [target for target in self._router.worker_targets if is_target(target)]
+        if machines:
+            await self._router.add_workers(machines)  # they are known, but may not be connected yet
         if len(self._router.worker_endpoints) < wanted and settings.auto_discover_rpc is not False:
             await self._router.share_workers()
         if len(self._router.worker_endpoints) < wanted and settings.auto_discover_rpc:

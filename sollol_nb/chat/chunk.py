@@ -31,7 +31,8 @@ class Failover(TypedDict):
         cost_ms: from the last sign of the old server to the first of the new one; None until then.
         continued: whether the next server continued the answer, instead of beginning it again.
         tokens_before: tokens of the answer that had been received by then.
-        lost_workers: the endpoints of the workers that a coordinator lost; not with Ollama nodes.
+        lost_workers: the workers that a coordinator lost: their endpoints, or the names of those on other machines
+            that are reached through links; not with Ollama nodes.
         recovery: how a coordinator continued: `exact` if it has generated all tokens again and they were the same
             (so the rest is what it would have been), else `fast`; not with Ollama nodes.
     """

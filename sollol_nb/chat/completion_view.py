@@ -179,8 +179,9 @@ def details(answer: Answer) -> list[str]:
     if url:
         lines.append(f"at {url}")
     for shard in (routing.get("plan") or {}).get("shards", ()):
+        worker = shard.get("name") or shard["endpoint"]
         lines.append(
-            f"layers {shard['layers']} on {shard['endpoint']}: {format_bytes(shard['weight_bytes'])} weights, "
+            f"layers {shard['layers']} on {worker}: {format_bytes(shard['weight_bytes'])} weights, "
             f"{format_bytes(shard['kv_bytes'])} KV cache"
         )
     lines += [f"differs from the plan: {difference}" for difference in routing.get("placement_differences") or ()]

@@ -44,6 +44,7 @@ _NOT_LOGGED = (
     EventKind.REQUEST_FINISHED,
     EventKind.ENGINE_BUILDING,
     EventKind.COORDINATOR_LOADING,
+    EventKind.LINK_CONNECTING,
     EventKind.PROBE_DONE,
 )
 """Kinds that are shown as numbers, not in the event log."""

@@ -39,6 +39,7 @@ class LayerSegment:
         color: its colour wherever the layers are drawn, one of `palette.SEGMENTS`.
         token_ms: its part of the time of a token, estimated from measurements; None if unknown.
         time_share: the same as a fraction of the time of a token, 0 to 1.
+        name: how people call the worker; "" if by its endpoint.
     """
 
     endpoint: str
@@ -53,6 +54,12 @@ class LayerSegment:
     color: str
     token_ms: float | None = None
     time_share: float | None = None
+    name: str = ""
+
+    @property
+    def worker(self) -> str:
+        """The worker as people call it."""
+        return self.name or self.endpoint
 
     @property
     def description(self) -> str:
@@ -64,7 +71,7 @@ class LayerSegment:
             actual += f", {format_bytes(self.actual_kv_bytes)} KV cache"
         time = "" if self.token_ms is None else f"; {self.token_ms:.3g} ms of each token ({self.time_share:.0%})"
         return (
-            f"{self.endpoint}: layers {self.layers}; planned: {counted(self.units, 'unit')}, "
+            f"{self.worker}: layers {self.layers}; planned: {counted(self.units, 'unit')}, "
             f"{format_bytes(self.weight_bytes)} weights, {format_bytes(self.kv_bytes)} KV cache; "
             f"actual: {actual}{time}"
         )
@@ -180,6 +187,7 @@ def _segments(coordinator: Coordinator, token: TokenTime | None) -> Iterator[Lay
         placed = coordinator.placement.of(shard.endpoint) if coordinator.placement else None
         yield LayerSegment(
             endpoint=shard.endpoint,
+            name=shard.name,
             layers=shard.layers,
             units=shard.unit_count,
             actual_units=len(placed.units) if placed else None,

@@ -54,6 +54,7 @@ class Shard:
         has_output: whether it has the output layer.
         weight_bytes, kv_bytes, reserve_bytes: predicted memory for weights, KV cache and compute buffers.
         free_bytes: memory the worker reported as free.
+        name: how people call the worker; "" if by its endpoint.
     """
 
     endpoint: str
@@ -64,6 +65,12 @@ class Shard:
     kv_bytes: int
     reserve_bytes: int
     free_bytes: int
+    name: str = ""
+
+    @property
+    def worker(self) -> str:
+        """The worker as people call it."""
+        return self.name or self.endpoint
 
     @property
     def unit_count(self) -> int:
@@ -133,7 +140,7 @@ class LayerPlan:
         """One line: `12 layers over 2 workers (even): a:50052 0-5 (1.2 GiB of 4.0 GiB), ...`."""
         workers = counted(len(self.shards), "worker")
         shards = ", ".join(
-            f"{shard.endpoint} {shard.layers} "
+            f"{shard.worker} {shard.layers} "
             f"({format_bytes(shard.needed_bytes)} of {format_bytes(shard.free_bytes)})"
             for shard in self.shards
         )
@@ -142,12 +149,12 @@ class LayerPlan:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LayerPlan:
         """The plan from the data of `as_dict`. Raises KeyError or TypeError for other data."""
-        names = [field.name for field in fields(Shard)]
+        names = {field.name for field in fields(Shard)}
         return cls(
             strategy=data["strategy"],
             layer_count=data["layer_count"],
             context_tokens=data["context_tokens"],
-            shards=tuple(Shard(**{name: shard[name] for name in names}) for shard in data["shards"]),
+            shards=tuple(Shard(**{key: shard[key] for key in shard if key in names}) for shard in data["shards"]),
             predicted_token_ms=data.get("predicted_token_ms"),  # entries of older versions lack it
         )
 
@@ -340,6 +347,7 @@ def _shards(load: ModelLoad, workers: Sequence[WorkerCapacity], counts: Sequence
                 kv_bytes=sum(load.kv_bytes[first:end]),
                 reserve_bytes=load.reserve_bytes + load.output_reserve_bytes * has_output,
                 free_bytes=worker.free_bytes,
+                name=worker.name,
             )
         )
         first = end
@@ -353,7 +361,7 @@ def memory_shortage(plan: LayerPlan, workers: Sequence[WorkerCapacity]) -> str |
         shards = [shard for shard in plan.shards if shard.endpoint in domain.endpoints]
         needed = sum(shard.needed_bytes for shard in shards)
         if needed > domain.free_bytes:
-            endpoints = " and ".join(f"{shard.endpoint} (layers {shard.layers})" for shard in shards)
+            endpoints = " and ".join(f"{shard.worker} (layers {shard.layers})" for shard in shards)
             return (
                 f"{subject} needs {format_bytes(needed)} on {endpoints}, but only "
                 f"{format_bytes(domain.free_bytes)} are free: short by {format_bytes(needed - domain.free_bytes)}"
@@ -369,11 +377,12 @@ def _shortage_of_all(load: ModelLoad, workers: Sequence[WorkerCapacity]) -> str:
     free_bytes = sum(domain.free_bytes for domain in domains)
     left_count, left_bytes = unplaceable_units(load, workers)
     tightest = min(domains, key=lambda domain: domain.free_bytes)
+    names = {worker.endpoint: worker.name or worker.endpoint for worker in workers}
     owners = "1 worker has" if len(workers) == 1 else f"{len(workers)} workers have"
     return (
         f"the model needs {format_bytes(needed_bytes)} and {owners} {format_bytes(free_bytes)} free: "
         f"{left_count} of {load.unit_count} layers do not fit, "
         f"short by {format_bytes(max(needed_bytes - free_bytes, left_bytes))}; "
-        f"{tightest.endpoints[0]} has the least, {format_bytes(tightest.free_bytes)}; "
+        f"{names[tightest.endpoints[0]]} has the least, {format_bytes(tightest.free_bytes)}; "
         "add workers or use a smaller context"
     )

@@ -22,6 +22,7 @@ class WorkerCapacity:
         total_bytes: all memory that the worker reports.
         round_trip_ms: network round trip, paid once per worker and token; None where it was not measured.
         memory_domain: workers of the same domain share one memory, such as CPU workers on one host.
+        name: how people call it; "" if by its endpoint.
     """
 
     endpoint: str
@@ -29,6 +30,7 @@ class WorkerCapacity:
     total_bytes: int
     round_trip_ms: float | None = None
     memory_domain: str | None = None
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ class WorkerForecast:
         needed_bytes: predicted memory: weights, KV cache and compute buffers.
         free_bytes: its free memory without the running layout; workers in one memory share it.
         token_ms: its predicted part of the time per token; None if unknown.
+        name: how people call it; "" if by its endpoint.
     """
 
     endpoint: str
@@ -36,6 +37,7 @@ class WorkerForecast:
     needed_bytes: int
     free_bytes: int
     token_ms: float | None
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +117,7 @@ def forecast(
                 needed_bytes=shard.needed_bytes if shard else 0,
                 free_bytes=worker.free_bytes,
                 token_ms=part_ms.get(worker.endpoint),
+                name=worker.name,
             )
         )
     return Forecast(plan, tuple(forecasts), memory_shortage(plan, workers) or "", token)

@@ -52,7 +52,7 @@ def load_ipython_extension(shell: InteractiveShell) -> None:
     """
     kernel_settings = session.start(shell)
     shell.register_magics(*_MAGICS)
-    tab_completion.install(shell, session.running_models, chats=session.chats, workers=session.worker_endpoints)
+    tab_completion.install(shell, session.running_models, chats=session.chats, workers=session.worker_targets)
     kernel_hooks.shorten_errors(session.has_short_errors)
     shell.events.register("post_run_cell", background.show_in_cell)
     frame_accessor.register(session.router, session.batch_defaults)

@@ -141,9 +141,9 @@ class Session:
         """The models of the router's coordinators."""
         return [coordinator.model for coordinator in self._router.coordinators] if self._router is not None else []
 
-    def worker_endpoints(self) -> list[str]:
-        """The router's workers as `host:port`."""
-        return self._router.worker_endpoints if self._router is not None else []
+    def worker_targets(self) -> list[str]:
+        """The router's workers as `host:port`, and machines as `ssh://host`."""
+        return self._router.worker_targets if self._router is not None else []
 
     def batch_defaults(self) -> dict[str, Any]:
         """What `df.sollol.map` gets where the call names nothing else."""
@@ -160,7 +160,7 @@ class Session:
             try:
                 are_own = new.gateway is None and previous.gateway is None
                 if keep and are_own and (self._settings is None or self._settings.own("workers") is None):
-                    new.take_workers(previous.worker_endpoints)  # also those that were started, found or added
+                    new.take_workers(previous.worker_targets)  # also those that were started, found or added
             finally:
                 previous.close(keep=keep)
         return new
@@ -181,6 +181,6 @@ router = _session.router
 connect = _session.connect
 use_router = _session.use_router
 running_models = _session.running_models
-worker_endpoints = _session.worker_endpoints
+worker_targets = _session.worker_targets
 batch_defaults = _session.batch_defaults
 has_short_errors = _session.has_short_errors

@@ -56,7 +56,7 @@ def layer_map(status: ClusterStatus | CoordinatorStatus | Coordinator, ax: Axes 
     legend_below(
         ax,
         [Patch(facecolor=segment.color) for segment in segments],
-        [f"{segment.endpoint}: {segment.layers}{more}" for segment, more in zip(segments, weights, strict=True)],
+        [f"{segment.worker}: {segment.layers}{more}" for segment, more in zip(segments, weights, strict=True)],
     )
     has_actual = any(segment.actual_units is not None for segment in segments)
     set_title(ax, title, "wide bars: planned, narrow bars: actual" if has_actual else "as planned")

@@ -78,22 +78,30 @@ class ClusterControl:
 
     @io_bound
     async def stop_workers(self, endpoints: Sequence[str] | None = None, *, force: bool = False) -> list[Ended]:
-        """Stop the workers that this router started or shares on this machine (all, or these), and before them
-        its coordinators that use them. What another process uses is left running for that process.
+        """Stop the workers that this router started or shares on this machine and its links to other machines
+        (all, or these), and before them its coordinators that use them. What another process uses is left running
+        for that process. The next request connects to these machines again.
 
         Args:
-            force: stop that, too.
+            endpoints: workers on this machine, and machines as `ssh://host`; others are left out.
+            force: stop what another process uses, too.
 
         Returns:
             What was stopped or left running, coordinators first.
         """
+        links = self._workers.links
         local = {worker.endpoint for worker in self._workers.statuses() if worker.is_local}
-        chosen = local if endpoints is None else local & set(endpoints)
+        targets = links.targets
+        if endpoints is not None:
+            local &= set(endpoints)
+            targets = [target for target in targets if target in endpoints]
+        chosen = local.union(*map(links.endpoints_of, targets))
         ended = []
         for coordinator in self._coordinators.coordinators:
             if chosen & set(coordinator.rpc_backends):
                 ended += await self._coordinators.stop(coordinator.model, force=force)
-        return ended + await self._workers.local.let_go(sorted(chosen), force=force)
+        ended += await self._workers.local.let_go(sorted(local), force=force)
+        return ended + await links.let_go(targets, force=force)
 
     @io_bound
     async def share_workers(self) -> list[str]:
@@ -109,35 +117,60 @@ class ClusterControl:
 
     @io_bound
     async def add_worker(self, endpoint: str) -> WorkerStatus:
-        """Add a worker (`host:port`), or those of a machine (`ssh://host`), and probe it.
+        """Add a worker (`host:port`), or those of a machine (`ssh://host`), and probe it, as by `add_workers`.
 
         Returns:
             Its status, or that of the machine's first worker.
         """
-        endpoint = self._workers.add(endpoint)
-        await self._workers.links.connect(keep_alive_s=self._coordinators.settings.keep_alive_s)
-        links = self._workers.links
+        return (await self.add_workers([endpoint]))[0]
+
+    @io_bound
+    async def add_workers(self, endpoints: Sequence[str]) -> list[WorkerStatus]:
+        """Add workers (`host:port`) and machines (`ssh://host`), connect to the machines and probe the workers.
+
+        Where llama.cpp has to be installed on a machine, this takes minutes.
+
+        Returns:
+            The status of each worker, also of those behind the machines; a machine that could not be connected is
+            one entry, whose detail says why.
+
+        Raises:
+            ConfigError: one is neither; then none is added.
+        """
+        wanted = [worker_target(endpoint) for endpoint in endpoints]
+        for endpoint in wanted:
+            self._workers.add(endpoint)
+        targets = set(wanted) & set(self._workers.links.targets)
+        if targets:
+            keep_alive_s = self._coordinators.settings.keep_alive_s
+            await self._workers.links.connect(targets, keep_alive_s=keep_alive_s)
         statuses = await self._workers.refresh()
-        return next(w for w in statuses if endpoint in (w.endpoint, links.target_of(w.endpoint)))
+        return [worker for name in wanted for worker in statuses if name in (worker.endpoint, worker.target)]
 
     @io_bound
     async def take_workers(self, endpoints: Sequence[str]) -> None:
-        """Add workers that another router of this process knows; it holds those on this machine, too."""
+        """Add workers that another router of this process knows (its `worker_targets`); this one holds those on
+        this machine, and the links to others, too."""
         for endpoint in endpoints:
             self._workers.add(endpoint)
         await self._workers.local.adopt(endpoints)
+        await self._workers.links.share()
 
     @io_bound
     async def remove_worker(self, endpoint: str) -> None:
-        """Remove a worker; one that this router started is stopped, unless another process uses it.
+        """Remove a worker, or a machine with its workers; one that this router started is stopped, and its link to
+        a machine ended, unless another process uses it.
+
+        Args:
+            endpoint: as it was added, or the name of the machine.
 
         Raises:
             ConfigError: it is not known, or a coordinator holds it.
         """
-        endpoint = worker_target(endpoint)
+        endpoint = self._workers.named(endpoint)
         self._workers.remove(endpoint)
         await self._workers.local.let_go([endpoint])
-        await self._workers.links.let_go([endpoint])
+        await self._workers.links.let_go([endpoint], forget=True)
 
     @io_bound
     async def wait_started(self) -> None:
@@ -238,5 +271,5 @@ class ClusterControl:
         else:
             await self._coordinators.close()
             await self._workers.local.close()
-            await self._workers.links.let_go()
+            await self._workers.links.close()
         await self._ollama.close()

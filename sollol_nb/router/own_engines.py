@@ -369,6 +369,12 @@ class OwnEngines(ClusterControl):
         return self._workers.endpoints
 
     @property
+    def worker_targets(self) -> list[str]:
+        """What gives another router the same workers: `ssh://host` and the like for those that are reached through
+        links, `host:port` for all others."""
+        return self._workers.given
+
+    @property
     def settings(self) -> PoolSettings:
         """How coordinators are started."""
         return self._coordinators.settings
@@ -390,7 +396,7 @@ class OwnEngines(ClusterControl):
         """The arguments of `Router` that give other engines like these, over the same workers and Ollama nodes."""
         return {
             "ollama_pool": OllamaPool([node.url for node in self._ollama.nodes]),
-            "rpc_backends": self.worker_endpoints,
+            "rpc_backends": self._workers.given,
             **self._options,
             "latency": self.latency,
             "enable_distributed": self._routes.enable_distributed,

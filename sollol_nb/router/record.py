@@ -121,9 +121,9 @@ class RequestRecord:
             }
         )
 
-    def set_lost_workers(self, endpoints: Iterable[str]) -> None:
+    def set_lost_workers(self, workers: Iterable[str]) -> None:
         """Note which workers were lost in the last failover."""
-        self.failovers[-1]["lost_workers"] = sorted(endpoints)
+        self.failovers[-1]["lost_workers"] = sorted(workers)
 
     def set_recovery(self, recovery: str) -> None:
         """Note how the answer continued after its coordinators were lost: `exact` or `fast`."""

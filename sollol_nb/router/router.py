@@ -263,6 +263,7 @@ class Router(RouterRequests):
     end_coordinators = _of_engines(OwnEngines.end_coordinators)
     discover_workers = _of_engines(OwnEngines.discover_workers)
     add_worker = _of_engines(OwnEngines.add_worker)
+    add_workers = _of_engines(OwnEngines.add_workers)
     take_workers = _of_engines(OwnEngines.take_workers)
     remove_worker = _of_engines(OwnEngines.remove_worker)
     stop_coordinator = _of_engines(OwnEngines.stop_coordinator)
@@ -280,6 +281,12 @@ class Router(RouterRequests):
     def worker_endpoints(self) -> list[str]:
         """All known workers as `host:port`, in the order in which they became known."""
         return self._engines.worker_endpoints
+
+    @property
+    def worker_targets(self) -> list[str]:
+        """What gives another router the same workers: `ssh://host` and the like for those that are reached through
+        links, `host:port` for all others."""
+        return self._engines.worker_targets
 
     @property
     def coordinator(self) -> Coordinator | GatewayCoordinator | None:

@@ -31,6 +31,8 @@ _STATES = {
     "busy": ORANGE,
     "ready": GREEN,
     "cooling": ORANGE,
+    "connecting": ORANGE,
+    "installing": ORANGE,
     "unknown": GREY,
     "duplicate": GREY,
     "absent": GREY,

@@ -203,7 +203,8 @@ def forecast_html(predicted: Forecast) -> str:
     """A forecast as a small table, and a line that says whether it fits and how fast it would be."""
     cell = 'style="padding: 0 14px 0 0; text-align: left;"'
     rows = [
-        f"<tr><td {cell}>{escape(worker.endpoint)}</td><td {cell}>{escape(worker.layers) or 'no layers'}</td>"
+        f"<tr><td {cell}>{escape(worker.name or worker.endpoint)}</td>"
+        f"<td {cell}>{escape(worker.layers) or 'no layers'}</td>"
         f"<td {cell}>{describe_memory(worker)}</td>"
         f"<td {cell}>{'' if worker.token_ms is None else f'{worker.token_ms:.3g} ms'}</td></tr>"
         for worker in predicted.workers

@@ -42,6 +42,7 @@ class WorkerProgress:
         planned_units: how many it gets.
         loaded_bytes: weights that it has received; None where that is not known.
         total_bytes: weights that it gets.
+        name: how people call the worker; "" if by its endpoint.
     """
 
     endpoint: str
@@ -49,6 +50,7 @@ class WorkerProgress:
     planned_units: int
     loaded_bytes: int | None
     total_bytes: int
+    name: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,6 +134,7 @@ def _workers(
         progress.append(
             WorkerProgress(
                 endpoint=shard.endpoint,
+                name=shard.name,
                 placed_units=None if loaded_bytes is None else _complete_count(in_order, loaded_bytes),
                 planned_units=len(units),
                 loaded_bytes=loaded_bytes,
@@ -160,9 +163,10 @@ def _describe_weights(share: float | None, loaded_bytes: int | None, total_bytes
 
 
 def _describe_layers(worker: WorkerProgress) -> str:
+    name = worker.name or worker.endpoint
     if worker.placed_units is None:
-        return f"{worker.endpoint} {counted(worker.planned_units, 'layer')}"
-    return f"{worker.endpoint} {worker.placed_units} of {counted(worker.planned_units, 'layer')}"
+        return f"{name} {counted(worker.planned_units, 'layer')}"
+    return f"{name} {worker.placed_units} of {counted(worker.planned_units, 'layer')}"
 
 
 # --- watching ---------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ class Placement:
             if count != shard.unit_count or first != shard.first_layer:
                 actual = f"{count} from unit {first}" if count else "none"
                 planned_units = f"{counted(shard.unit_count, 'unit')} from unit {shard.first_layer}"
-                lines.append(f"{shard.endpoint}: planned {planned_units}, but the engine placed {actual}")
+                lines.append(f"{shard.worker}: planned {planned_units}, but the engine placed {actual}")
         planned = set(plan.endpoints)
         lines += [
             f"{device.name}: planned no units, but the engine placed {len(device.units)}"

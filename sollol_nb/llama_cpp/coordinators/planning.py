@@ -7,6 +7,8 @@ ended kernels left end to free theirs.
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +28,9 @@ from sollol_nb.models.routing import Route
 from sollol_nb.runtime.gate import Gate
 from sollol_nb.settings.table import DEFAULT_WORKERS
 
+RETURN_LIMIT_S = 30.0
+"""How long a start without any worker waits for a machine whose connection was lost."""
+RETURN_POLL_S = 0.25
 MAX_CHANCES = 2
 """How often a start is repeated that failed for no lasting reason, with all its workers well."""
 
@@ -176,4 +181,9 @@ class Planner:
                 start.engine, missing, first_port=settings.rpc_port, keep_alive_s=settings.keep_alive_s
             )
             replacements.update(started)
+        # Where nothing else is left, a lost machine may come back; nobody waits for one that was never there.
+        deadline = time.monotonic() + RETURN_LIMIT_S
+        while not free() and not avoided and self._workers.may_return and time.monotonic() < deadline:
+            await asyncio.sleep(RETURN_POLL_S)
+            await self._workers.refresh()
         return free()

@@ -215,8 +215,8 @@ class CoordinatorPool:
         return await self._running.of_other_kernels()
 
     def lost_workers(self, route: Route) -> frozenset[str]:
-        """Workers that were found lost when the coordinator of a route was last restarted."""
-        return self._lost.get(key_of(route), frozenset())
+        """The names of workers that were found lost when the coordinator of a route was last restarted."""
+        return frozenset(map(self._workers.name_of, self._lost.get(key_of(route), ())))
 
     async def wait_started(self) -> None:
         """Wait until no coordinator is being started any more, whether it runs then or has failed."""

@@ -217,7 +217,8 @@ class RunningCoordinators:
         if report.why and report.code is not None:  # its keep_alive or another process ended it
             self._events.publish(EventKind.COORDINATOR_STOPPED, model, f"{model} ended: {report.why}")
         elif exit_reason(report.tail) is WORKER_LOST:
-            lost = ", ".join(await self._workers.find_lost(coordinator.rpc_backends))
+            found = await self._workers.find_lost(coordinator.rpc_backends)
+            lost = ", ".join(map(self._workers.name_of, found))
             message = f"{model} ended because {f'worker {lost}' if lost else 'a worker'} was lost"
             self._events.publish(EventKind.COORDINATOR_LOST, model, message)
         else:
@@ -234,7 +235,8 @@ class RunningCoordinators:
                 await asyncio.sleep(SECOND_CHECK_S)
                 broken = await asyncio.to_thread(coordinator.broken_links)
             if broken and coordinator.is_running():
-                message = f"{coordinator.model} lost its connection to {', '.join(broken)}"
+                names = ", ".join(map(self._workers.name_of, broken))
+                message = f"{coordinator.model} lost its connection to {names}"
                 self._events.publish(EventKind.COORDINATOR_LOST, coordinator.model, message)
                 await self.end(coordinator)
                 await self._workers.find_lost(coordinator.rpc_backends)

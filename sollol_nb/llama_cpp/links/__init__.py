@@ -6,6 +6,7 @@ supervisor, in the registry, shared by all kernels of this user, with leases and
 the endpoints.
 
 * `link.py`: start a link, and what its registry entry says
+* `failures.py`: why links have failed, for all kernels
 * `program.py`: the process of a link: its report, and copying between connections
 * `ssh_shell.py`: run scripts on another machine through the `ssh` program
 * `ssh_errors.py`: what that program's messages mean, and what to do

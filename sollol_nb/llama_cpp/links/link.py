@@ -24,6 +24,8 @@ LOST = "lost"
 """It was ready; it tries to connect again."""
 SETTLED = (READY, LOST)
 """States of a link for which nobody waits."""
+CPU = "CPU"
+"""The device of a worker that computes in its machine's memory."""
 FAILED = "failed: "
 """A link that cannot work prints a last line with this prefix and the reason, and ends."""
 

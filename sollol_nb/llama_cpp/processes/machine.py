@@ -11,6 +11,7 @@ import struct
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path, PurePosixPath
 
 import psutil
@@ -87,6 +88,12 @@ def _text(path: Path) -> str:
         return path.read_text()
     except OSError:  # not Linux, or the other version of control groups
         return ""
+
+
+@cache
+def boot_id() -> str:
+    """What is the same for all processes of a machine until it starts again, in containers too; "" if unknown."""
+    return _text(Path("/proc/sys/kernel/random/boot_id")).strip()
 
 
 # --- ports -----------------------------------------------------------------------------------

@@ -44,9 +44,7 @@ def check_free(model: str, chosen: Sequence[WorkerStatus], taken: Collection[str
         WorkersUnavailableError: some of them are not free.
     """
     problems = [
-        _describe_problem(worker)
-        if worker.state != "free"
-        else f"{worker.endpoint} was taken by another coordinator"
+        _describe_problem(worker) if worker.state != "free" else f"{worker.label} was taken by another coordinator"
         for worker in chosen
         if worker.state != "free" or worker.endpoint in taken
     ]
@@ -59,8 +57,8 @@ def check_free(model: str, chosen: Sequence[WorkerStatus], taken: Collection[str
 def describe_missing_workers(model: str, statuses: Sequence[WorkerStatus]) -> str:
     """Why no worker can be used, and what to run."""
     there = (
-        "run on each machine `ggml-rpc-server -H <its address> -p 50052` and list them in rpc_backends= or "
-        "RPC_BACKENDS"
+        "use those of other machines with `%sollol_cluster --ssh HOST` (or ssh://HOST in rpc_backends= or "
+        "RPC_BACKENDS)"
     )
     if not statuses:
         return (
@@ -78,4 +76,4 @@ def describe_missing_workers(model: str, statuses: Sequence[WorkerStatus]) -> st
 
 
 def _describe_problem(worker: WorkerStatus) -> str:
-    return worker.detail if worker.endpoint in worker.detail else f"{worker.endpoint}: {worker.detail}"
+    return worker.detail if worker.label in worker.detail else f"{worker.label}: {worker.detail}"

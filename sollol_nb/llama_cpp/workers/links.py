@@ -1,158 +1,334 @@
 """The links that a router uses: started where none runs, shared with other kernels, watched, and let go.
 
-A link leads to machines whose workers are reachable through it (see `llama_cpp/links/`). Which workers these are,
-its registry entry says; it is read at every refresh.
+A link leads to machines whose workers are reachable through it (see `llama_cpp/links/`). Its registry entry has
+these workers; it is read at every refresh. A router only looks at the link of a target until it uses the target
+(`connect`); from then on it holds a lease on the link.
+
+A plan waits for a link while its first connect is in progress, however long llama.cpp is being installed there. It
+waits for no link that was lost or has failed once; such a link connects in the background. The workers of a lost
+link stay known, as `lost`, since they come back at the same endpoints. A link that failed, or that somebody has
+stopped, is started again by the next request that needs workers, and by nothing else.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from sollol_nb.errors import SollolError
-from sollol_nb.llama_cpp.links import link
+from sollol_nb.llama_cpp.links import failures, link
 from sollol_nb.llama_cpp.links.link import LinkedWorker, linked_workers, start_link
 from sollol_nb.llama_cpp.processes import registry
-from sollol_nb.llama_cpp.processes.process import EngineProcess
+from sollol_nb.llama_cpp.processes.process import EngineProcess, ExitReport
 from sollol_nb.llama_cpp.processes.registry import Entry
 from sollol_nb.llama_cpp.processes.running import Ended
-from sollol_nb.llama_cpp.workers.local_workers import KnownWorkers
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.runtime.events import EventBus, EventKind
+from sollol_nb.runtime.http_client import one_line
 from sollol_nb.settings.endpoints import SSH
 
 POLL_S = 0.1
+NAME_LIMIT = 64
+"""Names come from other machines."""
+NOT_CONNECTED = "not connected; the next request connects to it"
+PENDING = (link.CONNECTING, link.INSTALLING)
+
+
+class KnownWorkers(Protocol):
+    """What `Links` needs of all workers that the router may use, to which the linked ones belong."""
+
+    def note(self, endpoint: str) -> None:
+        """Know a worker from now on."""
+
+    def forget(self, endpoint: str) -> None:
+        """Know a worker no longer."""
+
+    def lose(self, endpoint: str, detail: str) -> None:
+        """A known worker is not reachable any more, as its link reports."""
 
 
 @dataclass(slots=True)
 class _Link:
-    """One target that this router uses.
+    """One target that this router knows.
 
     Attributes:
-        process: its link; None while none runs.
-        state, detail: as its registry entry says, or why none runs.
-        workers: reachable through it, by endpoint.
+        is_wanted: whether this router uses it; else it is only shown.
+        process: its link, with a lease; None while this router has none.
+        state, detail: as its registry entry says, or why there is none.
+        workers: reachable through it when it was ready last, by endpoint.
+        is_settled: whether its first connect has ended, well or not.
+        was_ready: whether it was ready since this router knows it.
     """
 
+    is_wanted: bool = False
     process: EngineProcess | None = None
     state: str = "unknown"
-    detail: str = "not connected yet"
+    detail: str = NOT_CONNECTED
     workers: dict[str, LinkedWorker] = field(default_factory=dict)
+    is_settled: bool = False
+    was_ready: bool = False
 
 
 class Links:
-    """The links of one router, each with a lease. Lives on the I/O loop."""
+    """The links of one router. Lives on the I/O loop."""
 
     def __init__(self, known: KnownWorkers, events: EventBus) -> None:
         self._known = known
         self._events = events
         self._links: dict[str, _Link] = {}
+        self._elsewhere: dict[str, LinkedWorker] = {}  # behind the links of other routers
+        self._names: dict[str, str] = {}
+        self._former_names: dict[str, str] = {}  # of endpoints that a link had before it was started again
+        self._refreshing = asyncio.Lock()
 
     @property
     def targets(self) -> list[str]:
         """What the links lead to, in the order they were added."""
         return list(self._links)
 
-    def add(self, target: str) -> None:
-        """Use a target from now on; adding twice is fine. It is not connected before `connect`."""
+    def add(self, target: str) -> bool:
+        """Know a target from now on; False if it is known. It is not connected before `connect`."""
+        is_new = target not in self._links
         self._links.setdefault(target, _Link())
+        return is_new
+
+    # --- what is behind them ----------------------------------------------------------------------
 
     def worker(self, endpoint: str) -> LinkedWorker | None:
-        """What is known about a worker that is reached through a link; None for other workers."""
+        """What is known about a worker that is reached through a link, of any router; None for other workers."""
         for known in self._links.values():
             if endpoint in known.workers:
                 return known.workers[endpoint]
-        return None
+        return self._elsewhere.get(endpoint)
+
+    def name_of(self, endpoint: str) -> str:
+        """How people call a worker that is or was reached through a link, a unique name; "" for other workers."""
+        return self._names.get(endpoint) or self._former_names.get(endpoint, "")
 
     def target_of(self, endpoint: str) -> str | None:
         """The target that a worker is reached through; None for other workers."""
         return next((target for target, known in self._links.items() if endpoint in known.workers), None)
 
-    async def connect(
-        self, *, keep_alive_s: float | None, limit_s: float | None = None, spec: Mapping[str, Any] | None = None
-    ) -> None:
-        """See that each target has a link, and wait until each is ready or cannot be.
+    def target_named(self, name: str) -> str | None:
+        """The target that a name means: of a worker behind it, or of its machine; None if there is none."""
+        by_name = {self._names[endpoint]: target for endpoint, target in self._targets().items()}
+        return by_name.get(name) or next((target for target in self._links if target == f"{SSH}{name}"), None)
+
+    def endpoints_of(self, target: str) -> list[str]:
+        """The workers behind a target."""
+        known = self._links.get(target)
+        return list(known.workers) if known is not None else []
+
+    def trouble_of(self, endpoint: str) -> str | None:
+        """Why a worker is not reachable although it is known, as its link reports; None if it is."""
+        for known in self._links.values():
+            if endpoint in known.workers:
+                return None if known.state == link.READY else known.detail
+        return None
+
+    def was_replaced(self, endpoint: str) -> bool:
+        """Whether a link had this endpoint before, and has others now."""
+        return endpoint in self._former_names
+
+    def may_return(self, lost: Collection[str]) -> bool:
+        """Whether workers may come back soon.
 
         Args:
+            lost: workers that were found lost, though the link that leads to them has not noticed it, perhaps.
+        """
+        return any(
+            known.process is not None
+            and known.was_ready
+            and (known.state != link.READY or lost & known.workers.keys())
+            for known in self._links.values()
+        )
+
+    # --- starting and adopting --------------------------------------------------------------------
+
+    async def connect(
+        self,
+        targets: Collection[str] | None = None,
+        *,
+        keep_alive_s: float | None,
+        spec: Mapping[str, Any] | None = None,
+    ) -> None:
+        """See that each target has a link, and wait for first connects until each is ready or cannot be.
+
+        Args:
+            targets: somebody waits for these also if they have failed before.
             keep_alive_s: seconds that a link lives without a router and without a coordinator; None is forever.
-            limit_s: seconds to wait; None waits as long as links connect or install llama.cpp there.
             spec: arguments of links over SSH.
+
+        Raises:
+            WorkersUnavailableError: another process has been starting links for a minute.
         """
         if not self._links:
             return
-        async with registry.locked("links", "connecting to other machines"):
-            await self.refresh()
-            for target, known in self._links.items():
-                if known.process is None:
-                    await self._start(target, known, keep_alive_s, spec or {})
-        loop = asyncio.get_running_loop()
-        deadline = None if limit_s is None else loop.time() + limit_s
-        while any(known.process and known.state not in link.SETTLED for known in self._links.values()):
-            if deadline is not None and loop.time() > deadline:
-                return
+        for target, known in self._links.items():
+            known.is_wanted = True
+            if targets is not None and target in targets:
+                known.is_settled = False
+        await self.refresh()
+        if any(known.process is None for known in self._links.values()):
+            async with registry.locked("links", "connecting to other machines"):
+                await self.refresh()  # another kernel may have started them
+                missing = [(target, known) for target, known in self._links.items() if known.process is None]
+                await asyncio.gather(
+                    *(self._start(target, known, keep_alive_s, spec or {}) for target, known in missing)
+                )
+        while any(map(_is_connecting_first, self._links.values())):
             await asyncio.sleep(POLL_S)
             await self.refresh()
 
+    async def share(self) -> None:
+        """Use the links that run from now on; none is started."""
+        for known in self._links.values():
+            known.is_wanted = True
+        await self.refresh()
+
     async def _start(self, target: str, known: _Link, keep_alive_s: float | None, spec: Mapping[str, Any]) -> None:
+        process: EngineProcess | None = None
         try:
             program, spec = ("ssh", spec) if target.startswith(SSH) else ("relay", {})
-            known.process = await start_link(program, target, spec, keep_alive_s=keep_alive_s)
-            await known.process.hold()
-            known.state, known.detail = link.CONNECTING, f"connecting to {target}"
+            process = await start_link(program, target, spec, keep_alive_s=keep_alive_s)
+            await process.hold()
         except SollolError as error:
-            known.state, known.detail = "down", str(error)
+            self._note_failure(target, known, str(error))
+        except BaseException:
+            if process is not None:  # a later refresh finds it
+                process.detach()
+            raise
+        else:
+            known.process = process
+            self._report_progress(target, known, link.CONNECTING, f"connecting to {target}")
 
-    async def refresh(self) -> None:
-        """Read the registry entries of the links, and share those that other kernels have started."""
-        if not self._links:
+    async def _adopt(self, known: _Link, entry: Entry) -> None:
+        process = await EngineProcess.adopt(entry)
+        if process is None:
             return
-        entries = {entry.name: entry for entry in await asyncio.to_thread(registry.entries, registry.LINK)}
-        for target, known in self._links.items():
-            entry = entries.get(target)
-            if known.process is not None and not known.process.is_running():
-                self._note_end(target, known)
-            if entry is None:
-                continue
-            if known.process is None:
-                process = await EngineProcess.adopt(entry)
-                if process is None or not await process.hold():
-                    continue
+        is_held = False
+        try:
+            is_held = await process.hold()
+        finally:
+            if is_held:
                 known.process = process
-            self._note(target, known, entry)
+            else:
+                process.detach()
+
+    # --- what their entries say -------------------------------------------------------------------
+
+    async def refresh(self) -> list[Entry]:
+        """Read the registry, and share wanted links that other kernels have started; returns all its entries."""
+        async with self._refreshing:  # so that no older entry is seen after a newer one
+            entries, failed = await asyncio.to_thread(lambda: (registry.entries(), failures.read()))
+            links = {entry.name: entry for entry in entries if entry.kind == registry.LINK}
+            for target, known in list(self._links.items()):
+                entry = links.get(target)
+                if known.process is not None and not known.process.is_running():
+                    self._note_end(target, known)
+                if entry is not None and known.process is None and known.is_wanted:
+                    await self._adopt(known, entry)
+                if target not in self._links:  # let go meanwhile
+                    continue
+                if entry is not None:
+                    self._note(target, known, entry)
+                elif known.process is None and not known.is_wanted:
+                    self._note_absence(known, failed.get(target))
+            self._elsewhere = {
+                endpoint: worker
+                for target, entry in links.items()
+                if target not in self._links
+                for endpoint, worker in linked_workers(entry).items()
+            }
+            self._set_names()
+            return entries
 
     def _note(self, target: str, known: _Link, entry: Entry) -> None:
-        state, detail = str(entry.about.get("state")), str(entry.about.get("detail"))
+        state, detail = str(entry.about.get("state")), one_line(str(entry.about.get("detail")))
+        if state in PENDING:
+            self._report_progress(target, known, state, detail)
+            return
         before, known.state, known.detail = known.state, state, detail
-        self._replace_workers(known, linked_workers(entry))
-        if state != before and state in (link.READY, link.LOST):
-            kind = EventKind.LINK_READY if state == link.READY else EventKind.LINK_LOST
-            self._events.publish(kind, target, detail)
+        known.is_settled = True
+        if state == link.READY:
+            known.was_ready = True
+            self._replace_workers(known, linked_workers(entry))
+            if before != state:
+                failures.forget(target)
+                self._events.publish(EventKind.LINK_READY, target, detail)
+        elif before != state:
+            self._lose(target, known)
+
+    def _report_progress(self, target: str, known: _Link, state: str, detail: str) -> None:
+        if (state, detail) != (known.state, known.detail):
+            known.state, known.detail = state, detail
+            self._events.report(EventKind.LINK_CONNECTING, target, detail)
 
     def _note_end(self, target: str, known: _Link) -> None:
         assert known.process is not None
         report = known.process.exit_report
-        last = report.tail[-1] if report and report.tail else ""
-        failed = last.removeprefix(link.FAILED) if last.startswith(link.FAILED) else ""
-        why = failed or (report and report.why) or "its process ended"
-        known.process, known.state, known.detail = None, "down", failed or f"{target}: {why}"
+        assert report is not None
+        known.process = None
+        if report.why and report.code is not None:  # stopped on request: nobody here wants it to start again
+            known.is_wanted = known.is_settled = False
+            known.state, known.detail = "unknown", NOT_CONNECTED
+            self._replace_workers(known, {})
+            self._events.publish(EventKind.LINK_STOPPED, target, f"the link to {target} was stopped: {report.why}")
+        else:
+            self._note_failure(target, known, _why_ended(target, report))
+
+    def _note_failure(self, target: str, known: _Link, why: str) -> None:
+        known.state, known.detail, known.is_settled = "down", why, True
+        failures.note(target, why)
+        self._lose(target, known)
+
+    def _note_absence(self, known: _Link, why: str | None) -> None:
+        """No link runs, and this router wants none: what another kernel has seen of its end is shown."""
+        known.state, known.detail = ("down", why) if why else ("unknown", NOT_CONNECTED)
         self._replace_workers(known, {})
-        self._events.publish(EventKind.LINK_LOST, target, f"lost {target}: {why}")
+
+    def _lose(self, target: str, known: _Link) -> None:
+        self._events.publish(EventKind.LINK_LOST, target, known.detail)
+        for endpoint in known.workers:
+            self._known.lose(endpoint, known.detail)
 
     def _replace_workers(self, known: _Link, workers: dict[str, LinkedWorker]) -> None:
         for endpoint in known.workers.keys() - workers.keys():
+            self._former_names[endpoint] = self.name_of(endpoint)
             self._known.forget(endpoint)
         known.workers = workers
         for endpoint in workers:
+            self._former_names.pop(endpoint, None)
             self._known.note(endpoint)
+        self._set_names()
+
+    def _targets(self) -> dict[str, str]:
+        return {endpoint: target for target, known in self._links.items() for endpoint in known.workers}
+
+    def _set_names(self) -> None:
+        """A name is unlike all others: those of several targets add the target."""
+        workers = {**self._elsewhere}
+        for known in self._links.values():
+            workers |= known.workers
+        targets = self._targets()
+        names = {endpoint: one_line(worker.name, NAME_LIMIT) or endpoint for endpoint, worker in workers.items()}
+        for addition in ({endpoint: target.removeprefix(SSH) for endpoint, target in targets.items()}, {}):
+            counts = Counter(names.values())
+            names = {
+                endpoint: name if counts[name] == 1 else f"{name} ({addition.get(endpoint, endpoint)})"
+                for endpoint, name in names.items()
+            }
+        self._names = names
 
     def statuses(self) -> list[WorkerStatus]:
-        """The targets through which no worker can be reached now, as workers that are down."""
+        """The targets behind which no worker is known now, as workers."""
         return [
             WorkerStatus(
                 endpoint=target,
-                state="down" if known.process is None else known.state,
+                state=known.state,
                 detail=known.detail,
                 held_by=None,
                 probe=None,
@@ -163,30 +339,65 @@ class Links:
             if not known.workers
         ]
 
-    async def let_go(self, targets: Sequence[str] | None = None, *, force: bool = False) -> list[Ended]:
+    # --- the end ----------------------------------------------------------------------------------
+
+    async def let_go(
+        self, targets: Sequence[str] | None = None, *, force: bool = False, forget: bool = False
+    ) -> list[Ended]:
         """Stop using targets (all, or these); links that no other process uses end.
 
         Args:
             force: end the others, too.
+            forget: know the targets no longer; else they are connected again by the next request.
         """
         ended = []
+        for target, process in self._release(targets, forget=forget):
+            users: list[str] = []
+            if force:
+                await process.stop()
+            else:
+                users = await process.stop_unless_foreign()
+            message = f"disconnected from {target}"
+            if users:
+                message += f", which is still used by {', '.join(users)}"
+            self._events.publish(EventKind.LINK_STOPPED, target, message)
+            ended.append(Ended(kind=registry.LINK, name=target, users=tuple(users)))
+        return ended
+
+    async def close(self) -> None:
+        """Let go of all; links that no other process or router uses end."""
+        released = self._release(None, forget=True)
+        await asyncio.gather(*(process.stop_unless_shared() for _, process in released))
+
+    def detach(self) -> None:
+        """Disconnect from all; they live on for their keep_alive."""
+        for _, process in self._release(None, forget=True):
+            process.detach()
+
+    def _release(self, targets: Iterable[str] | None, *, forget: bool) -> list[tuple[str, EngineProcess]]:
+        released = []
         for target in [*self._links] if targets is None else targets:
-            known = self._links.pop(target, None)
+            known = self._links.get(target)
             if known is None:
                 continue
             self._replace_workers(known, {})
             if known.process is not None:
-                users: list[str] = []
-                if force:
-                    await known.process.stop()
-                else:
-                    users = await known.process.stop_unless_foreign()
-                ended.append(Ended(kind=registry.LINK, name=target, users=tuple(users)))
-        return ended
+                released.append((target, known.process))
+            if forget:
+                del self._links[target]
+            else:
+                self._links[target] = _Link()
+        self._set_names()
+        return released
 
-    def detach(self) -> None:
-        """Disconnect from all; they live on for their keep_alive."""
-        for known in self._links.values():
-            if known.process is not None:
-                known.process.detach()
-        self._links.clear()
+
+def _is_connecting_first(known: _Link) -> bool:
+    return known.process is not None and not known.is_settled and known.state in PENDING
+
+
+def _why_ended(target: str, report: ExitReport) -> str:
+    """Why a link ended that nobody has stopped, in one line: its own last words, if it has any."""
+    for line in reversed(report.tail):
+        if line.startswith(link.FAILED):
+            return one_line(line.removeprefix(link.FAILED))
+    return f"the link to {target} ended ({one_line(report.tail[-1], 200) if report.tail else 'without a reason'})"

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from sollol_nb.errors import ConfigError
+from sollol_nb.llama_cpp.links.link import CPU
 from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.processes.machine import other_user_of
 from sollol_nb.llama_cpp.processes.registry import Entry
@@ -39,6 +40,7 @@ class Workers:
         self._named: set[str] = set()
         self._holders: dict[str, Entry] = {}
         self._losses = WorkerLosses()
+        self._lost: set[str] = set()
         self._identities = Identities()
         self._round_trips_ms: dict[str, float | None] = {}
         self.local = LocalWorkers(self, events)
@@ -89,11 +91,32 @@ class Workers:
         endpoint = worker_target(endpoint)
         self._named.add(endpoint)
         if is_target(endpoint):
-            self.links.add(endpoint)
+            if self.links.add(endpoint):
+                self._events.publish(EventKind.WORKER_ADDED, endpoint, f"added {endpoint}")
         elif endpoint not in self._probes:
             self._probes[endpoint] = None
             self._events.publish(EventKind.WORKER_ADDED, endpoint, f"added worker {endpoint}")
         return endpoint
+
+    def named(self, name: str) -> str:
+        """The endpoint or target that a person means: it, or the name of a linked worker or its machine.
+
+        Raises:
+            ConfigError: it is neither known nor an endpoint.
+        """
+        if name in self._probes or name in self.links.targets:
+            return name
+        return self.links.target_named(name) or worker_target(name)
+
+    def name_of(self, endpoint: str) -> str:
+        """How people call a worker: its name, if it is reached through a link, else its endpoint."""
+        return self.links.name_of(endpoint) or endpoint
+
+    @property
+    def given(self) -> list[str]:
+        """What gives another router the same workers: targets, and the endpoints that are not behind one."""
+        targets = self.links.targets
+        return [*targets, *(endpoint for endpoint in self._probes if self.links.target_of(endpoint) is None)]
 
     def remove(self, endpoint: str) -> None:
         """Remove a worker.
@@ -104,29 +127,49 @@ class Workers:
         known = [*self._probes, *self.links.targets]
         if endpoint not in known:
             raise ConfigError(f"{endpoint} is not a known worker; known workers: {', '.join(known) or 'none'}")
-        holder = registry.holders().get(endpoint)
-        if holder is not None:
-            raise ConfigError(f"{endpoint} is {_describe_holder(holder)}; stop that coordinator first")
+        target = self.links.target_of(endpoint)
+        if target is not None:
+            raise ConfigError(f"{self.name_of(endpoint)} is reached through {target}; remove that")
+        holders = registry.holders()
+        for held in [endpoint, *self.links.endpoints_of(endpoint)]:
+            if held in holders:
+                what = f"{self.name_of(held)} is {_describe_holder(holders[held])}"
+                raise ConfigError(f"{what}; stop that coordinator first")
         self.forget(endpoint)
         self._events.publish(EventKind.WORKER_REMOVED, endpoint, f"removed worker {endpoint}")
 
     def note(self, endpoint: str) -> None:
-        """Know a local worker from now on, which nobody has named."""
+        """Know a local or linked worker from now on, which nobody has named."""
         self._probes.setdefault(endpoint, None)
 
     def forget(self, endpoint: str) -> None:
         """Know a worker no longer; no event is published."""
         self._probes.pop(endpoint, None)
         self._named.discard(endpoint)
+        self._lost.discard(endpoint)
+        self._round_trips_ms.pop(endpoint, None)
         self._identities.forget(endpoint)
+
+    def lose(self, endpoint: str, detail: str) -> None:
+        """A linked worker is not reachable any more, as its link reports."""
+        self._record_loss(Probe(endpoint=endpoint, outcome=ProbeOutcome.UNREACHABLE, detail=detail))
+
+    @property
+    def may_return(self) -> bool:
+        """Whether linked workers that were lost may come back soon."""
+        return self.links.may_return(self._lost)
 
     async def find_lost(self, endpoints: Iterable[str]) -> frozenset[str]:
         """After the end of a coordinator: those of its workers that do not answer. Each is published as lost.
 
         A healthy worker needs a moment to notice that its coordinator is gone; the probe waits for that.
         """
-        lost = []
-        for probe in await probe_all([endpoint for endpoint in endpoints if endpoint in self._probes]):
+        await self.links.refresh()
+        endpoints = list(endpoints)
+        known = [endpoint for endpoint in endpoints if endpoint in self._probes]
+        lost = [endpoint for endpoint in known if self.links.trouble_of(endpoint) is not None]
+        lost += [endpoint for endpoint in endpoints if self.links.was_replaced(endpoint)]
+        for probe in await probe_all([endpoint for endpoint in known if endpoint not in lost]):
             if probe.endpoint not in self._probes:  # removed during the probe
                 continue
             if probe.outcome is ProbeOutcome.FREE:
@@ -144,16 +187,42 @@ class Workers:
         self._losses.record(endpoint)
         # The supervisor of a local worker reports its end.
         if probe.outcome is not ProbeOutcome.REFUSED or endpoint not in self.local:
-            self._events.publish(EventKind.WORKER_LOST, endpoint, f"lost worker {endpoint}: {probe.detail}")
+            self._publish_loss(probe)
+
+    def _publish_loss(self, probe: Probe) -> None:
+        """Once, until it is back."""
+        endpoint = probe.endpoint
+        if endpoint not in self._lost:
+            self._lost.add(endpoint)
+            name = self.name_of(endpoint)
+            self._events.publish(
+                EventKind.WORKER_LOST, endpoint, f"lost worker {name}: {self._detail(probe)}", name=name
+            )
+
+    def _detail(self, probe: Probe) -> str:
+        """A probe's detail with the worker's name instead of its endpoint on loopback."""
+        name = self.links.name_of(probe.endpoint)
+        return probe.detail.replace(probe.endpoint, name) if name else probe.detail
 
     def cool_down_s(self, endpoint: str) -> float:
         """Seconds during which this repeatedly lost worker is used only if the other workers do not suffice."""
         return self._losses.cool_down_s(endpoint)
 
-    async def refresh_holders(self) -> None:
-        """Read from the registry which workers are held now, under whichever name; no worker is probed."""
-        holders = await asyncio.to_thread(registry.holders)
-        await self._identities.resolve([*holders, *self._probes])
+    async def refresh_holders(self, *, again: bool = False) -> None:
+        """Read from the registry which links are ready, and which workers are held now, under whichever name; no
+        worker is probed.
+
+        Args:
+            again: look up the addresses of known workers again, too.
+        """
+        entries = await self.links.refresh()
+        holders = {
+            endpoint: entry
+            for entry in entries
+            if entry.kind == registry.COORDINATOR
+            for endpoint in entry.workers
+        }
+        await self._identities.resolve([*holders, *self._probes], again=again)
         entry_of = {self._identities.of(endpoint): entry for endpoint, entry in holders.items()}
         held = {endpoint: entry_of.get(self._identities.of(endpoint)) for endpoint in self._probes}
         self._holders = {**holders, **{endpoint: entry for endpoint, entry in held.items() if entry is not None}}
@@ -180,16 +249,24 @@ class Workers:
         Args:
             except_for: endpoints not to probe now, because they were just found lost.
         """
-        await self.links.refresh()
-        await self._identities.resolve(self._probes, again=True)
-        await self.probe([endpoint for endpoint in self._probes if endpoint not in except_for])
+        await self.refresh_holders(again=True)
+        await self._probe_free([endpoint for endpoint in self._probes if endpoint not in except_for])
         return self.statuses()
 
     async def probe(self, endpoints: Iterable[str], *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         """Probe these workers, except those that are held."""
         await self.refresh_holders()
+        await self._probe_free(endpoints, timeout_s=timeout_s)
+
+    async def _probe_free(self, endpoints: Iterable[str], *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         duplicates = self._identities.second_names(self._probes)
-        free = [endpoint for endpoint in endpoints if endpoint not in self._holders and endpoint not in duplicates]
+        free = [
+            endpoint
+            for endpoint in endpoints
+            if endpoint not in self._holders
+            and endpoint not in duplicates
+            and self.links.trouble_of(endpoint) is None
+        ]
         probes = await probe_all(free, timeout_s=timeout_s)
         if any(probe.outcome is ProbeOutcome.BUSY for probe in probes):  # a coordinator may have taken it since
             await self.refresh_holders()
@@ -206,9 +283,13 @@ class Workers:
         self._probes[endpoint] = probe
         was, now = before and _STATE_OF_OUTCOME[before.outcome], _STATE_OF_OUTCOME[probe.outcome]
         if was == "free" and now == "down" and endpoint not in self.local:  # supervisors report the end of these
-            self._events.publish(EventKind.WORKER_LOST, endpoint, f"lost worker {endpoint}: {probe.detail}")
-        elif now == "free" and (was == "down" or (was != "free" and endpoint in self._losses)):
-            self._events.publish(EventKind.WORKER_RETURNED, endpoint, f"worker {endpoint} is back")
+            self._publish_loss(probe)
+        elif now == "free" and (
+            was == "down" or endpoint in self._lost or (was != "free" and endpoint in self._losses)
+        ):
+            self._lost.discard(endpoint)
+            name = self.name_of(endpoint)
+            self._events.publish(EventKind.WORKER_RETURNED, endpoint, f"worker {name} is back", name=name)
 
     def statuses(self) -> list[WorkerStatus]:
         """The status of all workers as last seen, without a new probe."""
@@ -267,16 +348,19 @@ class Workers:
     def _status(self, endpoint: str) -> WorkerStatus:
         holder, end = self._holders.get(endpoint), self.local.end_of(endpoint)
         probe, linked = self._probes.get(endpoint), self.links.worker(endpoint)
+        trouble = self.links.trouble_of(endpoint)
         if probe is None and holder is not None:  # as the process that started its coordinator saw it
             probe = Probe.from_dict((holder.about.get("probes") or {}).get(endpoint))
         if end is not None:
             state, detail = "down", end
+        elif trouble is not None:
+            state, detail = "lost", trouble
         elif holder is not None:
             state, detail = "held", _describe_holder(holder)
         elif probe is None:
             state, detail = "unknown", "not probed yet"
         else:
-            state, detail = _STATE_OF_OUTCOME[probe.outcome], probe.detail
+            state, detail = _STATE_OF_OUTCOME[probe.outcome], self._detail(probe)
         return WorkerStatus(
             endpoint=endpoint,
             state=state,
@@ -284,18 +368,21 @@ class Workers:
             held_by=holder.name if holder is not None else None,
             probe=probe,
             is_local=endpoint in self.local,
-            name=linked.name if linked else "",
-            machine=linked.machine if linked else "",
+            name=self.links.name_of(endpoint),
+            target=self.links.target_of(endpoint) or "",
+            machine=linked.machine if linked and linked.device in ("", CPU) else "",
         )
 
     def _duplicate(self, endpoint: str, known: str) -> WorkerStatus:
         return WorkerStatus(
             endpoint=endpoint,
             state="duplicate",
-            detail=f"the same worker as {known}, which is used",
+            detail=f"the same worker as {self.name_of(known)}, which is used",
             held_by=None,
             probe=None,
             is_local=False,
+            name=self.links.name_of(endpoint),
+            target=self.links.target_of(endpoint) or "",
         )
 
 

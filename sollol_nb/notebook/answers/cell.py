@@ -103,18 +103,19 @@ def follow_events(events: EventBus, model: str, answer: LiveAnswer) -> Iterator[
     def note(event: Event) -> None:
         nonlocal lost
         source, is_about_model = event.kind.source, event.subject == short_name(model)
+        worker = str(event.data.get("name") or event.subject)
         if event.kind is EventKind.WORKER_LOST:  # known before its coordinator has ended, or found after that
-            lost_workers.add(event.subject)
+            lost_workers.add(worker)
         if event.kind is EventKind.COORDINATOR_LOST and is_about_model:
-            named = [f"lost worker {worker}" for worker in sorted(lost_workers) if worker in event.message]
+            named = [f"lost worker {name}" for name in sorted(lost_workers) if name in event.message]
             answer.status = lost = ", ".join(named) or event.message
         elif event.kind is EventKind.WORKER_LOST and lost:
-            answer.status = lost = f"lost worker {event.subject}"
+            answer.status = lost = f"lost worker {worker}"
         elif event.kind is EventKind.ANSWER_CONTINUED and is_about_model:
             lost = ""
             if event.data.get("repeats"):  # exact recovery: nothing new arrives for a while
                 answer.status = event.message
-        elif source in ("engine", "worker", "gateway") or (source == "coordinator" and is_about_model):
+        elif source in ("engine", "worker", "link", "gateway") or (source == "coordinator" and is_about_model):
             answer.status = f"{lost}; {event.message}" if lost else event.message
 
     unsubscribe = events.subscribe(note)

@@ -165,6 +165,7 @@ class GatewayEngines:
     share_workers = _at_gateway(OwnEngines.share_workers)
     discover_workers = _at_gateway(OwnEngines.discover_workers)
     add_worker = _at_gateway(OwnEngines.add_worker)
+    add_workers = _at_gateway(OwnEngines.add_workers)
     remove_worker = _at_gateway(OwnEngines.remove_worker)
     wait_started = _at_gateway(OwnEngines.wait_started)
     end_coordinators = _at_gateway(OwnEngines.end_coordinators)
@@ -190,6 +191,11 @@ class GatewayEngines:
     def worker_endpoints(self) -> list[str]:
         """The gateway's workers as `host:port`, as last reported."""
         return list(self._feed.known.worker_endpoints)
+
+    @property
+    def worker_targets(self) -> list[str]:
+        """The same: links are the gateway's."""
+        return self.worker_endpoints
 
     @property
     def layer_strategy(self) -> str:

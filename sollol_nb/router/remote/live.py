@@ -33,7 +33,7 @@ FIRST_STATE_LIMIT_S = 5.0
 """How long a first watcher waits for the state."""
 STATUS_EVERY_S = 1.0
 
-NOT_KEPT = (EventKind.PROBE_DONE, EventKind.COORDINATOR_LOADING)
+NOT_KEPT = (EventKind.PROBE_DONE, EventKind.COORDINATOR_LOADING, EventKind.LINK_CONNECTING)
 """Events that come often."""
 
 

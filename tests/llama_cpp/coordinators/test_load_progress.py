@@ -161,8 +161,16 @@ def test_an_event_gets_plain_values(sharded: CoordinatorSettings) -> None:
                 "planned_units": 2,
                 "loaded_bytes": 11 * MIB,
                 "total_bytes": 20 * MIB,
+                "name": "",
             },
-            {"endpoint": TWO, "placed_units": 0, "planned_units": 3, "loaded_bytes": 0, "total_bytes": 24 * MIB},
+            {
+                "endpoint": TWO,
+                "placed_units": 0,
+                "planned_units": 3,
+                "loaded_bytes": 0,
+                "total_bytes": 24 * MIB,
+                "name": "",
+            },
         ],
     }
 
