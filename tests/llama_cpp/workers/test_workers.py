@@ -81,13 +81,14 @@ def test_a_worker_that_was_taken_during_its_probe_is_held_and_keeps_its_last_pro
         round_trip_ms=0.4,
     )
     busy = Probe(endpoint=name, outcome=ProbeOutcome.BUSY, detail="in use")
-    found, holders = iter([free, busy]), iter([{}, {}, {name: SimpleNamespace(name="demo", about={})}])
+    coordinator = SimpleNamespace(kind=registry.COORDINATOR, name="demo", workers=[name], about={})
+    found, entries = iter([free, busy]), iter([[], [], [coordinator]])
 
     async def probe_all(*_: object, **__: object) -> list[Probe]:
         return [next(found)]
 
     monkeypatch.setattr(workers, "probe_all", probe_all)
-    monkeypatch.setattr(registry, "holders", lambda: next(holders))
+    monkeypatch.setattr(registry, "entries", lambda: next(entries))
     mine = Workers([name], EventBus())
     assert statuses_of(mine)[name].state == "free"
 
