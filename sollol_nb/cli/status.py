@@ -7,18 +7,23 @@ import asyncio
 from sollol_nb.cluster.status import ClusterStatus, describe_node, describe_worker
 from sollol_nb.hybrid_router import HybridRouter
 from sollol_nb.llama_cpp.processes import registry
+from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.settings import config
+from sollol_nb.settings.endpoints import is_target
 
 
 async def user_cluster() -> ClusterStatus:
-    """All coordinators of this user, the workers that they hold, run here or are configured, and Ollama nodes.
+    """All coordinators of this user, the workers that they hold, run here, are configured or are reached through
+    links, and Ollama nodes.
 
     Workers and nodes are probed now; nothing is started, held or stopped.
     """
     entries = await asyncio.to_thread(registry.entries)
     endpoints = [*config.default("workers")]
+    endpoints += [entry.name for entry in entries if entry.kind == registry.LINK and is_target(entry.name)]
+    linked = {endpoint for entry in entries for endpoint in entry.endpoints}
     for entry in entries:
-        endpoints += entry.workers
+        endpoints += [worker for worker in entry.workers if worker not in linked]
         if entry.kind == registry.WORKER and "endpoint" in entry.about:
             endpoints.append(entry.about["endpoint"])
     async with HybridRouter(rpc_backends=dict.fromkeys(endpoints), auto_discover_rpc=False) as router:
@@ -31,9 +36,10 @@ def problems(status: ClusterStatus) -> list[str]:
     An unreachable Ollama node is a problem only if `OLLAMA_HOST` or a settings file names it.
     """
     lines = [
-        f"worker {worker.endpoint} is {worker.state}: {describe_worker(worker)}"
+        f"{_kind(worker)} {worker.label} is {worker.state}: {describe_worker(worker)}"
         for worker in status.workers
-        if worker.state not in ("free", "held")
+        # A machine that nobody uses now is not connected, which is no problem.
+        if worker.state not in ("free", "held") and (worker.state, _kind(worker)) != ("unknown", "machine")
     ]
     if config.find("ollama_hosts").source != config.BUILT_IN:
         lines += [
@@ -44,6 +50,10 @@ def problems(status: ClusterStatus) -> list[str]:
     for coordinator in status.coordinators:
         lines += [f"{coordinator.model} differs from its plan: {text}" for text in coordinator.differences]
     return lines
+
+
+def _kind(worker: WorkerStatus) -> str:
+    return "machine" if is_target(worker.endpoint) else "worker"
 
 
 def without_problems(status: ClusterStatus) -> str:

@@ -2,7 +2,7 @@
 
 | key | holds, by |
 |---|---|
-| `workers` | endpoint: `n` (order), `state`, `color`, `description`, `free` and `total` memory, `used` (0 to 1), `rtt` (ms, by probe number), ... |
+| `workers` | endpoint: `n` (order), `name` and `target` (of those that are reached through links), `state`, `color`, `description`, `free` and `total` memory, `used` (0 to 1), `rtt` (ms, by probe number), ... |
 | `coordinators` | URL: `model`, `path`, `description`, `token_time`, `segments` by endpoint, `local` by device, `running`, `waiting`, ... |
 | `nodes` | URL of an Ollama node: `state`, `description`, `rtt` (as for workers), `running`, `waiting`, `slots` |
 | `starting` | model that is being loaded: `description`, `share` (0 to 1) |
@@ -171,6 +171,8 @@ def _worker(number: int, worker: WorkerStatus, live: LiveFigures) -> dict[str, A
         protocol = "RPC " + ".".join(map(str, probe.protocol))
     return _known(
         n=number,
+        name=worker.name or None,
+        target=worker.target or None,
         state=worker.state,
         color=state_color(worker.state),
         description="" if worker.state == "free" else worker.detail,
@@ -179,7 +181,7 @@ def _worker(number: int, worker: WorkerStatus, live: LiveFigures) -> dict[str, A
         total=total,
         used=used,
         protocol=protocol,
-        rtt=_round_trips(worker.endpoint, live) if worker.state != "down" else None,
+        rtt=_round_trips(worker.endpoint, live) if worker.state not in ("down", "lost") else None,
         last_error=live.last_error.get(worker.endpoint),
         local=1 if worker.is_local else None,
     )
@@ -218,6 +220,7 @@ def _coordinator(
 def _segment(number: int, segment: LayerSegment) -> dict[str, Any]:
     return _known(
         n=number,
+        name=segment.name or None,
         layers=segment.layers,
         units=segment.units,
         actual=segment.actual_units,

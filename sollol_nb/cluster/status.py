@@ -239,7 +239,7 @@ class ClusterStatus:
             lines.append("no coordinator is running")
         lines.append(counted(len(self.workers), "worker") if self.workers else "no worker is known")
         lines += [
-            f"  {worker.endpoint:<22} {worker.state:<12} {describe_worker(worker)}" + " (local)" * worker.is_local
+            f"  {worker.label:<22} {worker.state:<12} {describe_worker(worker)}" + " (local)" * worker.is_local
             for worker in self.workers
         ]
         if self.nodes:

@@ -9,7 +9,7 @@
 - `settings_traits.py`: `%config Sollol`.
 - `tab_completion.py`, `tab_line.py`: the Tab key in the lines of the magics.
 - `identity.py`: which notebook a kernel belongs to.
-- `displays.py`: displays that are updated in place, and the progress bar.
+- `displays.py`: displays that are updated in place, the progress bar, and what links do.
 - `kernel_hooks.py`: short errors, and `asyncio.run` in cells.
 """
 

@@ -7,15 +7,19 @@ content is set from here.
 
 from __future__ import annotations
 
+import contextlib
 import html
 import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from tqdm.std import tqdm
 
+from sollol_nb.runtime.events import Event, EventBus, EventKind
 from sollol_nb.text.palette import SKY_BLUE
+
+TERMINAL_CHARS = 78
 
 _BAR_HTML = (
     '<div style="font-size:90%">{text}</div>'
@@ -72,6 +76,39 @@ def _make_inner_output(bundle: dict[str, Any]) -> Callable[[dict[str, Any]], Non
     show(bundle)
     display({**output._repr_mimebundle_(), "text/plain": ""}, raw=True)
     return show
+
+
+@contextlib.contextmanager
+def link_progress(events: EventBus) -> Iterator[None]:
+    """In this context, show what the links to other machines do, a line for each that is not connected yet."""
+    from IPython.core.getipython import get_ipython
+
+    lines: dict[str, str] = {}
+    update: Callable[[dict[str, Any]], None] | None = None
+    if is_kernel(get_ipython()):
+        update = make_display({"text/plain": ""})
+
+    def show() -> None:
+        text = "\n".join(f"{line} …" for line in lines.values())
+        if update is not None:
+            update({"text/plain": text})
+        elif sys.stderr.isatty():  # one line that is replaced
+            print(f"\r\x1b[K{' '.join(text.splitlines())[:TERMINAL_CHARS]}", end="", file=sys.stderr, flush=True)
+
+    def note(event: Event) -> None:
+        if event.kind is EventKind.LINK_CONNECTING:
+            lines[event.subject] = event.message
+        elif event.kind.source != "link" or lines.pop(event.subject, None) is None:
+            return
+        show()
+
+    unsubscribe = events.subscribe(note)
+    try:
+        yield
+    finally:
+        unsubscribe()
+        lines.clear()
+        show()
 
 
 def hide_once(shell: Any, value: object) -> None:

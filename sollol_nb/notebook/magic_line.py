@@ -26,6 +26,7 @@ from IPython.utils.text import DollarFormatter
 
 from sollol_nb.errors import ConfigError
 from sollol_nb.runtime.priority import is_priority, priority_named
+from sollol_nb.settings.endpoints import ssh_target
 from sollol_nb.text.expansion import expand
 from sollol_nb.text.nearest import nearest, nearest_variable
 from sollol_nb.text.tables import shortened
@@ -387,6 +388,14 @@ def _integer(text: str) -> int | None:
 
 def _shown(text: str) -> str:
     return repr(shortened(text, _LONGEST_SHOWN_CHARS))
+
+
+def ssh_hosts(text: str) -> list[str]:
+    """Machines with commas between them, each as `ssh://host`."""
+    try:
+        return [ssh_target(host) for host in text.split(",")]
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(f"takes hosts such as gpu1,user@gpu2:2222: {error}") from None
 
 
 def priority(text: str) -> int:

@@ -32,6 +32,8 @@ from sollol_nb.notebook.tab_line import Expected, expected, line_at_cursor
 from sollol_nb.runtime.io_loop import run_blocking
 from sollol_nb.runtime.priority import Priority
 from sollol_nb.settings import config
+from sollol_nb.settings.endpoints import SSH
+from sollol_nb.settings.ssh_hosts import configured_hosts
 from sollol_nb.text.readable import is_instance_of
 
 if TYPE_CHECKING:
@@ -61,8 +63,10 @@ _KINDS = {
     "sollol_log.name": "engines",
     "sollol_stop.names": "engines",
     "sollol_models.text": "models",
-    "sollol_cluster.stop": "running",
+    "sollol_cluster.stop": "engines",
+    "sollol_cluster.add": "machines",
     "sollol_cluster.remove": "workers",
+    "ssh": "hosts",
 }
 """Name of an option or argument (see `Expected.names`) -> the kind of its values."""
 
@@ -80,7 +84,7 @@ def install(
     Args:
         running: names of the running models, from memory.
         chats: names of the conversations, from memory.
-        workers: endpoints of the known workers, from memory.
+        workers: endpoints of the known workers, and what leads to other machines, from memory.
         ollama_models: names of the models of the Ollama nodes; called in a thread, may be slow. By default the
             nodes of the setting `ollama_hosts` are asked.
     """
@@ -264,6 +268,9 @@ class _Names:
             case "files":
                 folder = _Folder(typed)
                 return folder.paths(self._cache.names(folder.source)[folder.key], "")
+            case "hosts" | "machines":  # of several with commas, the last one is completed
+                begun = typed[: typed.rfind(",") + 1] if kind == "hosts" else SSH
+                return [f"{begun}{host}" for host in configured_hosts()]
             case "engines":
                 return {*self._quick("running"), *self._quick("workers")}
             case "priorities":

@@ -8,6 +8,7 @@
 - `consent.py`: which settings of a folder's file need the user's consent.
 - `trust.py`: what `sollol-nb trust` and `%sollol_trust` show and do.
 - `edit.py`: writing models into `sollol_nb.toml`.
+- `ssh_hosts.py`: hosts in the user's configuration of ssh.
 - `endpoints.py`: endpoints (`host:port`) as text.
 - `__main__.py`: prints the table.
 """

@@ -11,13 +11,13 @@ from typing import Any
 
 import ipywidgets
 
-from sollol_nb.errors import ConfigError
+from sollol_nb.errors import ConfigError, WorkersUnavailableError
 from sollol_nb.layers.strategies import STRATEGIES
 from sollol_nb.llama_cpp.workers.local_workers import MAX_LOCAL_WORKERS
 from sollol_nb.models.profiles import MODEL_PROFILES
 from sollol_nb.router.router import Router
 from sollol_nb.settings import config
-from sollol_nb.settings.endpoints import format_endpoint, parse_endpoint
+from sollol_nb.settings.endpoints import is_target, worker_target
 from sollol_nb.settings.kinds import keep_alive_seconds
 from sollol_nb.text.short_names import short_name
 from sollol_nb.text.tables import counted
@@ -49,12 +49,16 @@ class WorkerControls:
     def __init__(self, actions: ClusterActions) -> None:
         self._actions = actions
         self._data: Mapping[str, Any] = {}
-        self.endpoint = ipywidgets.Text(placeholder="host:port of a worker", layout=_NARROW)
-        self.add = ipywidgets.Button(description="Add", tooltip="add this worker to the cluster", layout=_SMALL)
+        self.endpoint = ipywidgets.Text(placeholder="ssh://host, or host:port", layout=_NARROW)
+        self.add = ipywidgets.Button(
+            description="Add",
+            tooltip="use this machine through ssh, or this worker; llama.cpp is installed there if necessary",
+            layout=_SMALL,
+        )
         self.known = ipywidgets.Dropdown(options=(), layout=_WIDE)
         self.remove = ipywidgets.Button(
             description="Remove",
-            tooltip="remove this worker; if it was started here, it is stopped",
+            tooltip="remove this worker, or this machine with its workers; what was started here is stopped",
             layout=_SMALL,
         )
         self.discover = ipywidgets.Button(
@@ -92,14 +96,21 @@ class WorkerControls:
         """Fit the controls to the state."""
         self._data = data
         workers = data.get("workers", {})
-        choose_among(self.known, [endpoint for endpoint, worker in workers.items() if worker["state"] != "held"])
+        held = {worker.get("target") for worker in workers.values() if worker["state"] == "held"}
+        removable = [
+            worker.get("target", endpoint)
+            for endpoint, worker in workers.items()
+            if worker["state"] != "held" and worker.get("target", "") not in held
+        ]
+        choose_among(self.known, list(dict.fromkeys(removable)))
         self._enable()
 
     def _enable(self) -> None:
         busy = self._actions.is_unavailable
         endpoint = _endpoint(self.endpoint.value)
         known = self._data.get("workers", {})
-        self.add.disabled = busy("add") or endpoint is None or endpoint in known
+        used = {worker.get("target", name) for name, worker in known.items() if not _may_retry(name, worker)}
+        self.add.disabled = busy("add") or endpoint is None or endpoint in used
         self.remove.disabled = busy("remove") or self.known.value is None
         self.known.disabled = self.known.value is None
         self.discover.disabled = busy("discover")
@@ -127,7 +138,9 @@ class WorkerControls:
         endpoint = self.endpoint.value
 
         async def add(router: Router) -> None:
-            await router.add_worker(endpoint)
+            (worker, *_) = await router.add_workers([endpoint])
+            if is_target(worker.endpoint) and worker.state == "down":  # it stays, so that one click tries it again
+                raise WorkersUnavailableError(worker.detail)
             self.endpoint.value = ""
 
         self._actions.start("add", f"adding {endpoint}", add)
@@ -261,11 +274,16 @@ class ModelControls:
 
 
 def _endpoint(text: str) -> str | None:
-    """What was typed as `host:port`; None while it is not an endpoint."""
+    """What was typed as `host:port` or `ssh://host`; None while it is neither."""
     try:
-        return format_endpoint(*parse_endpoint(text))
+        return worker_target(text)
     except ConfigError:
         return None
+
+
+def _may_retry(name: str, worker: Mapping[str, Any]) -> bool:
+    """Whether it is a machine that could not be connected."""
+    return worker["state"] in ("down", "unknown") and is_target(name)
 
 
 def _is_keep_alive(text: str) -> bool:

@@ -116,7 +116,9 @@ class WhatIfPanel:
             self._base_url, self._base = self._layout()
             before = self.sliders
             total = sum(self._base.values())
-            self.sliders = [_slider(endpoint, count, total) for endpoint, count in self._base.items()]
+            workers = self._data.get("workers", {})
+            names = {endpoint: workers.get(endpoint, {}).get("name", endpoint) for endpoint in self._base}
+            self.sliders = [_slider(names[endpoint], count, total) for endpoint, count in self._base.items()]
             for slider in self.sliders:
                 slider.observe(self._moved, "value")
             self._rows.children = tuple(self.sliders)
@@ -218,12 +220,12 @@ def forecast_html(predicted: Forecast) -> str:
     )
 
 
-def _slider(endpoint: str, count: int, total: int) -> ipywidgets.IntSlider:
+def _slider(worker: str, count: int, total: int) -> ipywidgets.IntSlider:
     return ipywidgets.IntSlider(
         value=count,
         min=0,
         max=total,
-        description=endpoint,
+        description=worker,
         style={"description_width": "min(180px, 40%)"},
         layout={"width": "auto", "max_width": "520px"},
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,14 @@ from sollol_nb.errors import ConfigError
 from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.processes.process import EngineProcess
 from sollol_nb.llama_cpp.processes.registry import Entry
+from sollol_nb.runtime.http_client import one_line
 from sollol_nb.runtime.io_loop import io_bound
 from sollol_nb.settings import config
+from sollol_nb.settings.endpoints import SSH
 
 BY_THE_USER = "stopped by the user"
 SHOWN_NAMES = 10
+NAME_CHARS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,11 +33,11 @@ class RunningEngine:
 
     Attributes:
         id: id of its registry entry.
-        kind: `coordinator` or `worker`.
-        name: the model of a coordinator, the endpoint of a worker.
+        kind: `coordinator`, `worker` or `link` (to workers of other machines).
+        name: the model of a coordinator, the endpoint of a worker, the target of a link.
         pid: process id of the engine.
-        url: URL of a coordinator, "" for a worker.
-        workers: endpoints that a coordinator holds.
+        url: URL of a coordinator, else "".
+        workers: endpoints that a coordinator holds, or that lead through a link.
         age_s: seconds since its start.
         leases: requests, coordinators and kernels that hold it; None if its supervisor does not answer.
         clients: processes that are connected to it.
@@ -42,7 +45,9 @@ class RunningEngine:
         held_by: the model of the coordinator that holds a worker, or None.
         started_by: who started it, as text.
         log_path: path of its log.
-        model_path: path of a coordinator's model file, "" for a worker.
+        model_path: path of a coordinator's model file, else "".
+        worker_names: `workers` as people call them.
+        connection: the state of a link, such as `ready` or `lost`, and one line about it; else "".
     """
 
     id: str
@@ -59,6 +64,8 @@ class RunningEngine:
     started_by: str
     log_path: str
     model_path: str = ""
+    worker_names: tuple[str, ...] = ()
+    connection: tuple[str, str] = ("", "")
 
     @property
     def state(self) -> str:
@@ -68,7 +75,7 @@ class RunningEngine:
         if self.held_by is not None:
             return f"held by the coordinator of {self.held_by}"
         if self.leases:
-            return "in use" if self.kind == registry.COORDINATOR else "free, kept by a notebook or script"
+            return "free, kept by a notebook or script" if self.kind == registry.WORKER else "in use"
         return "idle, kept forever" if self.ends_in_s is None else f"idle, ends in {self.ends_in_s:.0f} s"
 
     def as_dict(self) -> dict[str, Any]:
@@ -81,8 +88,8 @@ class Ended:
     """An engine that was to be stopped.
 
     Attributes:
-        kind: `coordinator` or `worker`.
-        name: the model of a coordinator, the endpoint of a worker.
+        kind: `coordinator`, `worker` or `link`.
+        name: the model of a coordinator, the endpoint of a worker, the target of a link.
         users: who uses it, so that it runs on; empty where it was stopped.
     """
 
@@ -102,7 +109,12 @@ async def running_engines() -> list[RunningEngine]:
     """All running engines of this user, coordinators first, then by age."""
     entries = await asyncio.to_thread(registry.entries)
     holders = {worker: entry.name for entry in entries for worker in entry.workers}
-    engines = await asyncio.gather(*(_inspect(entry, holders.get(entry.name)) for entry in entries))
+    names = {
+        endpoint: one_line(str(worker.get("name") or endpoint), NAME_CHARS)
+        for entry in entries
+        for endpoint, worker in entry.endpoints.items()
+    }
+    engines = await asyncio.gather(*(_inspect(entry, holders.get(entry.name), names) for entry in entries))
     return sorted(engines, key=lambda engine: (engine.kind, -engine.age_s))
 
 
@@ -111,7 +123,7 @@ async def stop_engines(names: Collection[str] = (), *, also_used: bool = False) 
     """Stop engines; returns the stopped ones.
 
     Args:
-        names: models, endpoints or ids; by default all engines.
+        names: models, endpoints, `ssh://host` or ids; by default all engines.
         also_used: stop engines that are in use, too; named engines are stopped in any case.
 
     Raises:
@@ -137,7 +149,7 @@ async def end_engines(names: Collection[str] = (), *, force: bool = False) -> li
     """Stop engines, except those that other processes use; returns what was stopped or left running.
 
     Args:
-        names: models, endpoints or ids; by default all engines.
+        names: models, endpoints, `ssh://host` or ids; by default all engines.
         force: stop them whoever uses them.
 
     Raises:
@@ -163,9 +175,12 @@ async def end_engines(names: Collection[str] = (), *, force: bool = False) -> li
 
 
 def _is_named(engine: RunningEngine | Entry, name: str) -> bool:
-    """Whether a name that somebody writes means this engine: its name, its id, or a name or path of its model."""
+    """Whether a name that somebody writes means this engine: its name, its id, a name or path of its model, or the
+    machine that a link leads to."""
     if name in (engine.name, engine.id):
         return True
+    if engine.kind == registry.LINK:
+        return engine.name == f"{SSH}{name}"
     if engine.kind != registry.COORDINATOR:
         return False
     path = engine.model_path if isinstance(engine, RunningEngine) else _model_path(engine)
@@ -189,7 +204,8 @@ def engine_log(name: str, *, last: int = 20, grep: str | None = None) -> str:
     """The path of the log of a running engine, then the log's last lines.
 
     Args:
-        name: a coordinator's model, a worker's `host:port`, or an id of `sollol-nb ps --json`.
+        name: a coordinator's model, a worker's `host:port`, `ssh://host` of the link to a machine, or an id of
+            `sollol-nb ps --json`.
         last: how many lines at most.
         grep: only lines that contain this text, ignoring case.
 
@@ -221,7 +237,10 @@ def as_table(engines: Sequence[RunningEngine]) -> str:
         return "nothing is running"
     rows = [("KIND", "NAME", "PID", "STATE", "AGE", "WHERE")]
     for engine in engines:
-        where = f"{engine.url} on {', '.join(engine.workers)}" if engine.workers else engine.url
+        where = f"{engine.url} on {', '.join(engine.worker_names)}" if engine.worker_names else engine.url
+        if engine.kind == registry.LINK:
+            state, detail = engine.connection
+            where = f"{state}: {detail}"
         rows.append((engine.kind, engine.name, str(engine.pid), engine.state, _age(engine.age_s), where))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
@@ -229,12 +248,14 @@ def as_table(engines: Sequence[RunningEngine]) -> str:
     )
 
 
-async def _inspect(entry: Entry, held_by: str | None) -> RunningEngine:
+async def _inspect(entry: Entry, held_by: str | None, names: Mapping[str, str]) -> RunningEngine:
     process = await EngineProcess.adopt(entry)
     status: dict[str, Any] = {}
     if process is not None:
         status = await process.status()
         process.detach()
+    workers = (*entry.workers, *entry.endpoints)
+    state, detail = (one_line(str(entry.about.get(key) or "")) for key in ("state", "detail"))
     return RunningEngine(
         id=entry.id,
         kind=entry.kind,
@@ -242,7 +263,9 @@ async def _inspect(entry: Entry, held_by: str | None) -> RunningEngine:
         model_path=_model_path(entry),
         pid=entry.pid,
         url=str(entry.about.get("url", "")),
-        workers=tuple(entry.workers),
+        workers=workers,
+        worker_names=tuple(names.get(worker, worker) for worker in workers),
+        connection=(state, detail),
         age_s=time.time() - entry.started_at,
         leases=status.get("leases"),
         clients=status.get("clients"),

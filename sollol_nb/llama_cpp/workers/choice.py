@@ -44,7 +44,7 @@ def check_free(model: str, chosen: Sequence[WorkerStatus], taken: Collection[str
         WorkersUnavailableError: some of them are not free.
     """
     problems = [
-        _describe_problem(worker) if worker.state != "free" else f"{worker.label} was taken by another coordinator"
+        worker.problem if worker.state != "free" else f"{worker.label} was taken by another coordinator"
         for worker in chosen
         if worker.state != "free" or worker.endpoint in taken
     ]
@@ -66,14 +66,10 @@ def describe_missing_workers(model: str, statuses: Sequence[WorkerStatus]) -> st
             f"auto_setup_rpc=True), search this machine for running ones with `%sollol_cluster discover` (or "
             f"auto_discover_rpc=True), or {there}"
         )
-    problems = "; ".join(map(_describe_problem, statuses[:SHOWN_WORKERS]))
+    problems = "; ".join(worker.problem for worker in statuses[:SHOWN_WORKERS])
     if len(statuses) > SHOWN_WORKERS:
         problems += " ..."
     return (
         f"{model} needs RPC workers, but none of {len(statuses)} is free: {problems}; start more here with "
         f"`%sollol_cluster start 3 --more` (or auto_setup_rpc=True), or {there}"
     )
-
-
-def _describe_problem(worker: WorkerStatus) -> str:
-    return worker.detail if worker.label in worker.detail else f"{worker.label}: {worker.detail}"

@@ -10,7 +10,7 @@ import psutil
 from sollol_nb.layers.strategies import WorkerCapacity
 from sollol_nb.llama_cpp.processes.machine import boot_id
 from sollol_nb.llama_cpp.workers.probe import Probe
-from sollol_nb.settings.endpoints import LOOPBACK, is_loopback
+from sollol_nb.settings.endpoints import LOOPBACK, SSH, is_loopback
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +46,13 @@ class WorkerStatus:
     def label(self) -> str:
         """How people call it."""
         return self.name or self.endpoint
+
+    @property
+    def problem(self) -> str:
+        """Its detail, in which it is named."""
+        target = self.target or self.endpoint
+        names = (self.label, target, target.removeprefix(SSH))
+        return self.detail if any(name in self.detail for name in names) else f"{self.label}: {self.detail}"
 
     @property
     def capacity(self) -> WorkerCapacity:

@@ -13,7 +13,7 @@ from IPython.core.magic_arguments import argument, magic_arguments
 
 from sollol_nb.notebook import magic_line, session
 from sollol_nb.notebook.displays import is_kernel
-from sollol_nb.notebook.magics.cluster_actions import ACTIONS, SHOWING, report
+from sollol_nb.notebook.magics.cluster_actions import ACTIONS, SHOWING, add_workers, report
 
 if TYPE_CHECKING:
     from sollol_nb.cluster.status import ClusterStatus
@@ -30,8 +30,14 @@ class ClusterMagics(Magics):
     @argument(
         "what",
         nargs="*",
-        help="start: how many workers are to run (default: 3); add, remove: host:port; stop: models or workers "
-        "(default: all of this notebook)",
+        help="start: how many workers are to run (default: 3); add, remove: host:port or ssh://host; stop: "
+        "models, workers or machines (default: all of this notebook)",
+    )
+    @argument(
+        "--ssh",
+        metavar="HOSTS",
+        type=magic_line.ssh_hosts,
+        help="use these machines, through ssh: host or user@host:port, with commas between them",
     )
     @argument("--more", action="store_true", help="start: so many in addition to those that run")
     @argument("--force", action="store_true", help="stop: also what another notebook uses")
@@ -43,6 +49,9 @@ class ClusterMagics(Magics):
 
         `start 3` makes sure that three workers run on this machine, and `stop` ends the workers and coordinators
         of this notebook. What another notebook uses stays.
+
+        `--ssh gpu1,user@gpu2:2222` uses other machines: a worker runs on each of their devices, reached through
+        your own ssh, and nothing there listens to the network. llama.cpp is installed there if necessary.
 
         Example::
 
@@ -64,6 +73,8 @@ class ClusterMagics(Magics):
         """
         arguments = call.arguments
         router = session.router()
+        if arguments.ssh is not None:
+            add_workers(router, arguments.ssh)
         if arguments.action is not None:
             ACTIONS[arguments.action](router, arguments)
             if arguments.action not in SHOWING:
@@ -78,7 +89,11 @@ class ClusterMagics(Magics):
 
     @magic_line.options_magic()
     @magic_arguments()
-    @argument("names", nargs="*", help="models, or workers as host:port; default: this notebook's coordinators")
+    @argument(
+        "names",
+        nargs="*",
+        help="models, workers as host:port, machines as ssh://host; default: this notebook's coordinators",
+    )
     @argument("--all", action="store_true", help="all coordinators and workers on this machine")
     @argument("--force", action="store_true", help="also those that another notebook or script uses")
     @line_magic
@@ -106,12 +121,16 @@ class ClusterMagics(Magics):
 
     @magic_line.options_magic()
     @magic_arguments()
-    @argument("name", nargs="?", help="a model, or a worker as host:port; default: the coordinator used last")
+    @argument(
+        "name",
+        nargs="?",
+        help="a model, a worker as host:port, or a machine as ssh://host; default: the coordinator used last",
+    )
     @argument("--last", type=magic_line.whole_number, default=20, help="number of lines (default: 20)")
     @argument("--grep", metavar="TEXT", help="only lines that contain this text, ignoring case")
     @line_magic
     def sollol_log(self, call: magic_line.Call) -> None:
-        """Show the last lines of the log of a coordinator or a worker.
+        """Show the last lines of the log of a coordinator, a worker, or the link to another machine.
 
         Example::
 

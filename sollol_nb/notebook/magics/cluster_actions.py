@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 from IPython.core.error import UsageError
 
 from sollol_nb.notebook import session
+from sollol_nb.notebook.displays import link_progress
 from sollol_nb.runtime.events import EventKind
+from sollol_nb.settings.endpoints import SSH, is_target
 from sollol_nb.text.tables import counted
 
 if TYPE_CHECKING:
@@ -60,22 +62,32 @@ def _discover(router: HybridRouter, arguments: argparse.Namespace) -> None:
 
 def _named(what: Sequence[str], action: str) -> Sequence[str]:
     if not what:
-        raise UsageError(f"{action} takes endpoints: %sollol_cluster {action} HOST:PORT")
+        raise UsageError(f"{action} takes workers: %sollol_cluster {action} HOST:PORT, or {action} ssh://HOST")
     return what
 
 
 def _add(router: HybridRouter, arguments: argparse.Namespace) -> None:
-    """Add those that can be reached, and print for each whether it was added."""
+    add_workers(router, _named(arguments.what, "add"))
+
+
+def add_workers(router: HybridRouter, names: Sequence[str]) -> None:
+    """Add those that can be reached, and print for each whether it was added.
+
+    Args:
+        names: `host:port` of workers, `ssh://host` of machines; these are connected at the same time.
+    """
     from sollol_nb.cluster.status import describe_worker
 
-    for endpoint in _named(arguments.what, "add"):
-        known = router.worker_endpoints
-        worker = router.add_worker(endpoint)
-        if worker.state in USABLE or worker.endpoint in known:
-            print(f"added worker {worker.endpoint}: {worker.state}, {describe_worker(worker)}")
+    known = router.worker_targets
+    with link_progress(router.events):
+        workers = router.add_workers(names)
+    for worker in workers:
+        added = worker.target or worker.endpoint
+        if worker.state in USABLE or added in known:
+            print(f"added worker {worker.label}: {worker.state}, {describe_worker(worker)}")
         else:
-            router.remove_worker(worker.endpoint)
-            print(f"not added: {worker.detail}")
+            router.remove_worker(added)
+            print(f"not added: {worker.problem}")
 
 
 def _remove(router: HybridRouter, arguments: argparse.Namespace) -> None:
@@ -91,10 +103,12 @@ def _stop(router: HybridRouter, arguments: argparse.Namespace) -> None:
         report([*router.end_coordinators(force=force), *router.stop_workers(force=force)])
         return
     workers = {worker.endpoint for worker in router.check_workers() if worker.is_local}
+    workers |= set(filter(is_target, router.worker_targets))
     ended: list[Ended] = []
     for name in what:
-        if name in workers:
-            ended += router.stop_workers([name], force=force)
+        found = workers & {name, f"{SSH}{name}"}
+        if found:
+            ended += router.stop_workers([*found], force=force)
             continue
         of_model = router.end_coordinators(name, force=force)
         if not of_model:

@@ -8,7 +8,7 @@ const SVG = "http://www.w3.org/2000/svg";
 const ALIVE_EVERY_MS = 20000;
 const MAX_IN_ORDER = 12; // with more workers, those with a problem come first
 const HEALTHY = ["free", "held", "ready"];
-const MARKS = { free: "○", held: "●", busy: "◐", ready: "○", cooling: "◐", unknown: "?", absent: "–" };
+const MARKS = { free: "○", held: "●", busy: "◐", ready: "○", cooling: "◐", connecting: "◐", installing: "◐", unknown: "?", absent: "–" };
 
 // --- state ---------------------------------------------------------------------------------------
 
@@ -57,6 +57,15 @@ function stateMark(entry) {
   return element("span", {}, mark(entry), ` ${entry.state}`);
 }
 
+// A worker of another machine has a name; its endpoint is only where it is reached on this machine.
+function named(endpoint, name) {
+  return name && name !== endpoint ? `${name} (${endpoint})` : endpoint;
+}
+
+function nameCell(endpoint, name, more = "") {
+  return element("span", name && name !== endpoint ? { title: endpoint } : {}, `${name || endpoint}${more}`);
+}
+
 // --- one coordinator -----------------------------------------------------------------------------
 
 // A row of boxes, each as wide as its share of the whole: {share, color, lines, title}.
@@ -93,15 +102,15 @@ function fitLabels(root) {
 function layerMap(coordinator) {
   const segments = inOrder(coordinator.segments);
   const units = segments.reduce((sum, [, segment]) => sum + segment.units, 0);
-  const title = (endpoint, { layers, weights, kv, ms }) =>
-    `${endpoint}: layers ${layers}\nweights ${weights} (planned / actual)\nKV cache ${kv} (planned / actual)` +
+  const title = (endpoint, { name, layers, weights, kv, ms }) =>
+    `${named(endpoint, name)}: layers ${layers}\nweights ${weights} (planned / actual)\nKV cache ${kv} (planned / actual)` +
     (ms === undefined ? "" : `\n${ms} ms of each token`);
   const ports = new Set(segments.map(([endpoint]) => endpoint.split(":").pop()));
-  const name = (endpoint) => (ports.size === 1 && segments.length > 6 ? endpoint.replace(/:\d+$/, "") : endpoint);
+  const short = (endpoint) => (ports.size === 1 && segments.length > 6 ? endpoint.replace(/:\d+$/, "") : endpoint);
   const planned = segments.map(([endpoint, segment]) => ({
     share: segment.units / units,
     color: segment.color,
-    lines: [segment.layers, name(endpoint)],
+    lines: [segment.layers, segment.name || short(endpoint)],
     title: title(endpoint, segment),
   }));
   const rows = [["planned", 36, planned]];
@@ -110,7 +119,7 @@ function layerMap(coordinator) {
       share: segment.actual / units,
       color: segment.color,
       lines: [`${segment.actual}`],
-      title: `${endpoint}: the engine placed ${segment.actual} units here`,
+      title: `${named(endpoint, segment.name)}: the engine placed ${segment.actual} units here`,
     }));
     rows.push(["actual", 20, actual]);
   }
@@ -120,7 +129,7 @@ function layerMap(coordinator) {
       share: segment.share / whole,
       color: segment.color,
       lines: [`${Math.round(100 * segment.share)} %`],
-      title: `${endpoint}: ${segment.ms} ms of each token`,
+      title: `${named(endpoint, segment.name)}: ${segment.ms} ms of each token`,
     }));
     rows.push(["time", 20, time]);
   }
@@ -136,7 +145,7 @@ function layerMap(coordinator) {
 
 function layerTable(coordinator) {
   const rows = inOrder(coordinator.segments).map(([endpoint, segment]) => [
-    endpoint,
+    nameCell(endpoint, segment.name),
     segment.layers,
     `${segment.units} / ${segment.actual === undefined ? "?" : segment.actual}`,
     segment.weights,
@@ -217,12 +226,19 @@ function memoryBar(worker) {
   return element("span", {}, bar, ` ${worker.free} free of ${worker.total}`);
 }
 
+// Commands in a text are in backticks.
+function described(text) {
+  const parts = text.split("`");
+  if (parts.length % 2 === 0) return text;
+  return element("span", {}, ...parts.map((part, index) => (index % 2 ? element("code", {}, part) : part)));
+}
+
 function workerRow(endpoint, worker) {
-  const name = `${endpoint}${worker.local ? " (local)" : ""}`;
-  const lastError = worker.last_error && worker.state !== "down" ? `last error: ${worker.last_error}` : "";
+  const name = nameCell(endpoint, worker.name, worker.local ? " (local)" : "");
+  const lastError = worker.last_error && !["down", "lost"].includes(worker.state) ? `last error: ${worker.last_error}` : "";
   const details = [worker.description, lastError].filter(Boolean).join("; ");
   const protocol = worker.protocol || "";
-  const cells = [name, stateMark(worker), sparkline(worker.rtt), memoryBar(worker), protocol, details];
+  const cells = [name, stateMark(worker), sparkline(worker.rtt), memoryBar(worker), protocol, described(details)];
   const row = tableRow(cells);
   row.dataset.endpoint = endpoint;
   row.dataset.state = worker.state;
@@ -242,7 +258,7 @@ function overview(entries, singular, plural) {
   for (const [, entry] of entries) counts[entry.state] = (counts[entry.state] || 0) + 1;
   const states = Object.entries(counts).map(([state, count]) => `${count} ${state}`);
   const marks = entries.map(([name, entry]) => {
-    return mark(entry, { title: `${name}: ${entry.state}${entry.description ? `, ${entry.description}` : ""}` });
+    return mark(entry, { title: `${entry.name || name}: ${entry.state}${entry.description ? `, ${entry.description}` : ""}` });
   });
   const total = `${entries.length} ${entries.length === 1 ? singular : plural}`;
   return element("div", {}, element("b", {}, total), `: ${states.join(", ")} `, ...marks);
