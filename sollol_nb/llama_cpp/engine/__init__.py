@@ -5,5 +5,6 @@
 * `build.py`: fetch llama.cpp at one pinned commit, build it, install it in the cache folder
 * `steps.py`: run the programs of a build, with a log, progress and a time limit
 * `build_guard.py`: end the programs of a build whose kernel was killed
+* `archives.py`: the worker program, and the source that builds it, packed for other machines
 * `tools.py`: CMake, compilers and GPU toolkits of this machine
 """

@@ -42,6 +42,8 @@ GIT_COMMIT = "0c1e57098bba43ac29e6e3b677cdceebdd22334f"  # tag b11312; a tag can
 SDIST_VERSION = "0.3.36"
 SDIST_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 VERSION = GIT_COMMIT[:7]
+PROTOCOL = "7.0.0"
+"""The RPC protocol of this commit."""
 TARGETS = ("llama-server", "ggml-rpc-server")
 
 GIT_PROBE_LIMIT_S = 10.0
@@ -108,7 +110,7 @@ def build_engine(
         try:
             final.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             limit_s = BUILD_LIMIT_S if chosen in ("cpu", "metal") else GPU_BUILD_LIMIT_S
-            with _locked(final.parent / f".{key}.lock", FETCH_LIMIT_S + CONFIGURE_LIMIT_S + limit_s, report):
+            with locked(final.parent / f".{key}.lock", FETCH_LIMIT_S + CONFIGURE_LIMIT_S + limit_s, report):
                 if not force and _works(final, check):
                     (final / "engine.json").touch()  # the most recently chosen engine is found first
                     return final / "bin"
@@ -279,19 +281,23 @@ def _swap_in(work: Path, final: Path) -> None:
 
 
 @contextmanager
-def _locked(path: Path, limit_s: float, report: Progress) -> Iterator[None]:
-    """Hold the build's lock; report if another process holds it. The system releases a dead process's lock."""
+def locked(path: Path, limit_s: float, report: Progress, doing: str = "building llama.cpp") -> Iterator[None]:
+    """Hold a lock; report if another process holds it. The system releases a dead process's lock.
+
+    Raises:
+        EngineBuildError: another process holds it for longer than the limit.
+    """
     lock = filelock.FileLock(path)
     try:
         with suppress(filelock.Timeout):
             lock.acquire(timeout=0)
         if not lock.is_locked:
-            report("another process is building llama.cpp; waiting for it", None)
+            report(f"another process is {doing}; waiting for it", None)
             lock.acquire(timeout=limit_s)
         yield
     except filelock.Timeout:
         raise EngineBuildError(
-            f"another process has been building llama.cpp for {limit_s / 60:.0f} min; end it, then try again"
+            f"another process has been {doing} for {limit_s / 60:.0f} min; end it, then try again"
         ) from None
     finally:
         lock.release()

@@ -40,15 +40,20 @@ _GONE_LIMIT_S = 1.0  # after the kill; where nothing reaps orphans, they stay as
 class BuildSteps:
     """Runs the programs of one build: their output goes to one log file, their steps to `progress`."""
 
-    def __init__(self, log_path: Path, progress: Progress) -> None:
+    def __init__(self, log_path: Path, progress: Progress, is_stopped: Callable[[], bool] = lambda: False) -> None:
+        """
+        Args:
+            is_stopped: asked ten times a second; the running program is ended once it is true.
+        """
         self.log_path = log_path
         self.progress = progress
+        self._is_stopped = is_stopped
         os.close(open_private(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC))
 
     def run(
         self, *command: str | Path, limit_s: float, on_line: Callable[[str], None] = lambda line: None
     ) -> int | None:
-        """The program's exit code, or None if it was ended at the time limit.
+        """The program's exit code, or None if it was ended at the time limit or because the steps are stopped.
 
         Output goes to a file, not a pipe, so that a helper process that outlives the compiler cannot block us.
         KeyboardInterrupt ends the whole process tree and is raised again; a guard ends it if we are killed. The
@@ -74,7 +79,7 @@ class BuildSteps:
                     code = process.poll()
                     for line in _complete_lines(source):
                         on_line(line)
-                    if code is not None or time.monotonic() > deadline:
+                    if code is not None or time.monotonic() > deadline or self._is_stopped():
                         return code
                     with suppress(subprocess.TimeoutExpired):
                         process.wait(_POLL_S)

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -35,13 +36,14 @@ _TOOLKIT_WANTED: dict[Backend, str] = {
     "hip": "hipcc of ROCm",
     "vulkan": "glslc of the Vulkan SDK",
 }
-_COMPILER_COMMANDS = (  # (package manager, command); the first one found is used
-    ("apt-get", "sudo apt-get install g++"),
-    ("dnf", "sudo dnf install gcc-c++"),
-    ("pacman", "sudo pacman -S gcc"),
-    ("zypper", "sudo zypper install gcc-c++"),
-    ("apk", "sudo apk add build-base"),
-)
+_PACKAGE_MANAGERS = {  # each with its command, and its name of the C++ compiler; the first one found is used
+    "apt-get": ("sudo apt-get install", "g++"),
+    "dnf": ("sudo dnf install", "gcc-c++"),
+    "pacman": ("sudo pacman -S", "gcc"),
+    "zypper": ("sudo zypper install", "gcc-c++"),
+    "apk": ("sudo apk add", "build-base"),
+}
+COMPILER = "C++ compiler"
 _VSWHERE = Path("C:/Program Files (x86)/Microsoft Visual Studio/Installer/vswhere.exe")
 
 
@@ -98,14 +100,27 @@ def find_compiler() -> str | None:
 
 def compiler_command() -> str:
     """The command that installs a C++ compiler on this system."""
-    if sys.platform == "darwin":
-        return "xcode-select --install"
     if sys.platform == "win32":
         return "winget install Microsoft.VisualStudio.2022.BuildTools (with 'Desktop development with C++')"
-    for manager, command in _COMPILER_COMMANDS:
-        if shutil.which(manager):
-            return command
-    return "install g++ with your system's package manager"
+    managers = [manager for manager in _PACKAGE_MANAGERS if shutil.which(manager)]
+    return install_command([COMPILER], managers, on_mac=sys.platform == "darwin")
+
+
+def install_command(missing: Sequence[str], managers: Collection[str], *, on_mac: bool) -> str:
+    """The command that installs what is missing to build C++ programs on a POSIX machine.
+
+    Args:
+        missing: `COMPILER`, `cmake`, `make`.
+        managers: the package managers that the machine has.
+    """
+    if on_mac:
+        commands = ["xcode-select --install"] if COMPILER in missing or "make" in missing else []
+        return " && ".join([*commands, *(["brew install cmake"] if "cmake" in missing else [])])
+    for manager, (command, compiler) in _PACKAGE_MANAGERS.items():
+        if manager in managers:
+            return f"{command} {' '.join(compiler if name == COMPILER else name for name in missing)}"
+    names = ["g++" if name == COMPILER else name for name in missing]
+    return f"install {' and '.join(names)} with your system's package manager"
 
 
 def gpu_toolkits() -> dict[Backend, str]:
@@ -147,14 +162,23 @@ def choose_backend(requested: str | None) -> Backend:
 
 
 def cmake_options(backend: Backend, tools: BuildTools, *, commit: str) -> list[str]:
-    """CMake's configure options: Release, RPC on, the chosen GPU backend on, everything unused off.
+    """CMake's configure options for a build on this machine."""
+    cuda_compiler = gpu_toolkits()["cuda"] if backend == "cuda" else ""
+    flags = build_options(backend, commit=commit, on_mac=sys.platform == "darwin", cuda_compiler=cuda_compiler)
+    # On Windows, Ninja works only if cl is on PATH; CMake finds Visual Studio itself.
+    ninja = tools.ninja if tools.compiler != "Visual Studio" else None
+    return flags + generator_options(str(ninja) if ninja else "")
+
+
+def build_options(backend: Backend, *, commit: str, on_mac: bool, cuda_compiler: str) -> list[str]:
+    """Options for any machine: Release, RPC on, the chosen GPU backend on, everything unused off.
 
     The run path makes programs search for their libraries beside themselves, so the folder can be moved.
     """
     options = {
         "CMAKE_BUILD_TYPE": "Release",
         "CMAKE_BUILD_WITH_INSTALL_RPATH": "ON",
-        "CMAKE_INSTALL_RPATH": "@loader_path" if sys.platform == "darwin" else "$ORIGIN",
+        "CMAKE_INSTALL_RPATH": "@loader_path" if on_mac else "$ORIGIN",
         "GGML_RPC": "ON",
         "LLAMA_BUILD_TESTS": "OFF",
         "LLAMA_BUILD_EXAMPLES": "OFF",
@@ -168,12 +192,13 @@ def cmake_options(backend: Backend, tools: BuildTools, *, commit: str) -> list[s
     }
     options |= {option: "ON" if name == backend else "OFF" for name, option in _GPU_OPTIONS.items()}
     if backend == "cuda":
-        options["CMAKE_CUDA_COMPILER"] = gpu_toolkits()["cuda"]
-    flags = [f"-D{name}={value}" for name, value in options.items()]
-    # On Windows, Ninja works only if cl is on PATH; CMake finds Visual Studio itself.
-    if tools.ninja and tools.compiler != "Visual Studio":
-        flags += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tools.ninja}"]
-    return flags
+        options["CMAKE_CUDA_COMPILER"] = cuda_compiler
+    return [f"-D{name}={value}" for name, value in options.items()]
+
+
+def generator_options(ninja: str) -> list[str]:
+    """Options that choose Ninja, if its path is given."""
+    return ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
 
 
 def _compiler_of_toolkit(name: str, usual_folder: str) -> str | None:

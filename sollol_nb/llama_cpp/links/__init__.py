@@ -10,5 +10,7 @@ the endpoints.
 * `program.py`: the process of a link: its report, and copying between connections
 * `ssh_shell.py`: run scripts on another machine through the `ssh` program
 * `ssh_errors.py`: what that program's messages mean, and what to do
+* `remote_engine.py`: the engine on such a machine: found, shipped or built
+* `remote_facts.py`: what such a machine has, and which engines fit it
 * `relay.py`: a link to one worker at an address that llama.cpp cannot connect to (IPv6)
 """
