@@ -54,6 +54,7 @@ class ModelFacts:
             not counted.
         chat_template: in Jinja; "" without one.
         quantization: how most weights are stored, such as "Q4_K_M"; "" if not stated.
+        head_widths: values in K and in V of one attention head, (0, 0) without attention.
     """
 
     path: Path
@@ -70,6 +71,7 @@ class ModelFacts:
     layer_kv_bytes_per_token: tuple[int, ...]
     chat_template: str = ""
     quantization: str = ""
+    head_widths: tuple[int, int] = (0, 0)
 
     def kv_bytes(self, context_tokens: int) -> tuple[int, ...]:
         """Bytes of the KV cache of each block for a context of `context_tokens` (all slots together)."""
@@ -178,6 +180,7 @@ def _summarise(parts: Sequence[GgufFile], keys: Keys, tensors: Sequence[TensorIn
         layer_kv_bytes_per_token=_kv_bytes_per_token(keys, architecture, layer_count),
         chat_template=_text(keys, "tokenizer.chat_template") or "",
         quantization=_quantization(keys),
+        head_widths=_head_widths(keys, architecture, layer_count),
     )
 
 
@@ -217,13 +220,21 @@ def _kv_bytes_per_token(keys: Keys, architecture: str, layer_count: int) -> tupl
     prefix = f"{architecture}.attention"
     heads = _per_layer(keys, f"{prefix}.head_count", layer_count, default=0)
     kv_heads = _per_layer(keys, f"{prefix}.head_count_kv", layer_count, default=None) or heads
-    first_heads = next((count for count in heads if count), 0)
-    head_width = (_integer(keys, f"{architecture}.embedding_length") or 0) // max(1, first_heads)
     if not any(heads):
         return (0,) * layer_count
-    key_width = _integer(keys, f"{prefix}.key_length") or head_width
-    value_width = _integer(keys, f"{prefix}.value_length") or head_width
-    return tuple(count * (key_width + value_width) * KV_ELEMENT_BYTES for count in kv_heads)
+    return tuple(
+        count * sum(_head_widths(keys, architecture, layer_count)) * KV_ELEMENT_BYTES for count in kv_heads
+    )
+
+
+def _head_widths(keys: Keys, architecture: str, layer_count: int) -> tuple[int, int]:
+    """Values in K and in V of one head (llama-hparams.cpp)."""
+    prefix = f"{architecture}.attention"
+    first_heads = next(filter(None, _per_layer(keys, f"{prefix}.head_count", layer_count, default=0)), 0)
+    if not first_heads:
+        return 0, 0
+    usual = (_integer(keys, f"{architecture}.embedding_length") or 0) // first_heads
+    return _integer(keys, f"{prefix}.key_length") or usual, _integer(keys, f"{prefix}.value_length") or usual
 
 
 def _shown(name: str) -> str:

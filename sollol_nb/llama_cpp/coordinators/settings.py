@@ -24,6 +24,9 @@ from sollol_nb.settings.table import DEFAULT_SLOTS, MAX_DEFAULT_CONTEXT_TOKENS
 from sollol_nb.text.short_names import short_name
 from sollol_nb.text.tables import counted
 
+GPU_HEAD_WIDTHS = (40, 64, 72, 80, 96, 112, 128)
+"""Widths of attention heads up to 128 for which llama.cpp's CUDA backend has flash attention."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PoolSettings:
@@ -65,6 +68,7 @@ class CoordinatorSettings:
         slots: requests served at the same time.
         device_free_bytes: free bytes of each device, per endpoint, for workers with several devices.
         modelfile: what is added to the file; of that, the engine needs what `Modelfile.of_engine` has.
+        may_use_gpus: whether a worker of the plan may be a GPU; what it is, the RPC protocol does not say.
         repacks_weights: whether weights are rearranged for this CPU, which makes it faster. Some CPUs and virtual
             machines lack an instruction that the code for that takes for granted.
     """
@@ -78,6 +82,7 @@ class CoordinatorSettings:
     device_free_bytes: Mapping[str, Sequence[int]] = field(default_factory=dict)
     modelfile: Modelfile = NO_MODELFILE
     repacks_weights: bool = True
+    may_use_gpus: bool = False
 
     def is_named(self, model: str) -> bool:
         """Whether a name that somebody writes means this: its name, or what stands for its file."""
@@ -167,6 +172,8 @@ def server_flags(settings: CoordinatorSettings, port: int, known: frozenset[str]
     ]
     if settings.plan is not None:
         optional.append(("--fit", ["off"]))  # it would change the plan
+    if settings.plan is not None and settings.may_use_gpus and not _has_gpu_attention(settings.facts):
+        optional.append(("--flash-attn", ["off"]))
     if not settings.repacks_weights:
         optional.append(("--no-repack", []))
     adapters = settings.modelfile.adapters
@@ -181,6 +188,16 @@ def server_flags(settings: CoordinatorSettings, port: int, known: frozenset[str]
         if flag in known:
             flags += [flag, *values]
     return [*flags, "-lv", "5"]
+
+
+def _has_gpu_attention(facts: ModelFacts) -> bool:
+    """Whether GPUs have flash attention for heads of this size.
+
+    llama-server cannot ask a worker's device, and uses it; a CUDA worker that lacks it aborts (`fattn.cu`). Larger
+    heads depend on more than their size; models with them were made for GPUs.
+    """
+    key_width, value_width = facts.head_widths
+    return key_width > 128 or (key_width in GPU_HEAD_WIDTHS and value_width == key_width)
 
 
 def server_variables(settings: CoordinatorSettings) -> dict[str, str]:

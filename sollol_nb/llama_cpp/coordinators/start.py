@@ -294,6 +294,7 @@ class CoordinatorStarter:
                     slots=self.settings.slots,
                     device_free_bytes=devices,
                     modelfile=start.route.modelfile,
+                    may_use_gpus=plan is not None and self._workers.may_be_gpus(plan.endpoints),
                     repacks_weights=sharded or self._repacks_weights,  # workers get them as they are
                 )
                 async with registry.claims():

@@ -336,6 +336,11 @@ class Workers:
         probes = {endpoint: self._probes.get(endpoint) for endpoint in endpoints}
         return {endpoint: probe.as_dict() for endpoint, probe in probes.items() if probe is not None}
 
+    def may_be_gpus(self, endpoints: Collection[str]) -> bool:
+        """Whether one of these workers may be a GPU: its memory is not known to be that of a machine."""
+        chosen = [worker for worker in self.statuses() if worker.endpoint in endpoints]
+        return any(worker.capacity.memory_domain is None for worker in chosen)
+
     def entries_of(self, endpoints: Iterable[str]) -> list[Entry]:
         """The registry entries of these workers and of the links to them; other workers have none."""
         wanted = set(endpoints)
