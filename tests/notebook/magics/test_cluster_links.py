@@ -1,0 +1,85 @@
+"""`%sollol_cluster` with workers of other machines: what it says when they are added, stopped and removed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sollol_nb.llama_cpp.engine.check import Engine
+from tests.support.engines import QUESTION, unused_port
+from tests.support.far_workers import FarWorker, far_workers
+from tests.support.kernels import Kernel, kernel
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def far(engine: Engine) -> Iterator[FarWorker]:
+    with far_workers(engine, 1) as (worker,):
+        yield worker
+
+
+@pytest.fixture
+def notebook(engine: Engine, tmp_path: Path) -> Iterator[Kernel]:
+    with kernel(SOLLOL_STATE_DIR=str(tmp_path), SOLLOL_KEEP_ALIVE="60s") as started:
+        assert started.run("%load_ext sollol_nb").status == "ok"
+        yield started
+        started.run("%sollol_stop --all --force")
+
+
+def test_a_machine_is_added_used_stopped_and_removed(notebook: Kernel, far: FarWorker) -> None:
+    target = far.target
+    added = notebook.run(f"%sollol_cluster add {target}")
+    assert added.stream.startswith(f"added worker {target}: free, ")
+    assert added.stream.count("\n") == 1
+    assert [display["text/plain"] for display in added.displays] == [""], "the progress is gone"
+
+    answer = notebook.run(f"%%sollol demo:sharded --max-tokens 3 --out answer\n{QUESTION}")
+    assert answer.status == "ok"
+    cluster = notebook.run("%sollol_cluster --text").stream
+    assert f"{target}: layers 0-11 + output" in cluster
+    assert f"  {target:<22} held " in cluster
+    html = notebook.run("%sollol_cluster --static").displays[-1]["text/html"]
+    endpoint = notebook.value("answer.routing['plan']['shards'][0]['endpoint']").strip("'")
+    assert (
+        f'<td style="text-align: left; padding: 3px 12px 3px 0px; vertical-align: top;" title="{endpoint}">'
+        in html
+    )
+
+    assert "ready: " in notebook.run(f"%sollol_log {target}").stream
+    held = notebook.run(f"%sollol_cluster remove {target}")
+    assert f"ConfigError: {target} is held by the coordinator of demo:sharded" in str(held.error)
+    stopped = notebook.run(f"%sollol_cluster stop {target}").stream
+    assert stopped == f"stopped coordinator demo:sharded, link {target}\n"
+    cluster = notebook.run("%sollol_cluster --text").stream
+    assert f"{target:<22} unknown      not connected; the next request connects to it" in cluster
+    assert notebook.run(f"%sollol_cluster remove {target}").stream == f"removed worker {target}\n"
+    assert "no worker is known" in notebook.run("%sollol_cluster --text").stream
+
+
+def test_each_machine_that_cannot_be_used_is_one_line(notebook: Kernel, far: FarWorker) -> None:
+    nobody = f"[::1]:{unused_port()}"
+    shown = notebook.run(f"%sollol_cluster add {nobody} {far.target}")
+    assert shown.status == "ok"
+    lines = shown.stream.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith(f"not added: nothing listens on {nobody}; start a worker there: ")
+    assert lines[1].startswith(f"added worker {far.target}: free, ")
+    assert nobody not in notebook.run("%sollol_cluster --text").stream
+
+    hosts = notebook.run("%sollol_cluster --ssh nohost.invalid,me@nobody.invalid:2222 --text")
+    assert hosts.status == "ok"
+    first, second, *_ = hosts.stream.splitlines()
+    assert first.startswith("not added: ")
+    assert "nohost.invalid" in first
+    assert "nobody.invalid" in second
+    wrong = notebook.run("%sollol_cluster --ssh gpu1,-oProxyCommand=x")
+    assert "--ssh takes hosts such as gpu1,user@gpu2:2222: " in f"{wrong.error}{wrong.stream}"
+
+
+def test_added_machines_are_kept_when_a_setting_changes(notebook: Kernel, far: FarWorker) -> None:
+    notebook.run(f"%sollol_cluster add {far.target}")
+    notebook.run("%config Sollol.slots = 2")
+    assert f"{far.target:<22} free" in notebook.run("%sollol_cluster --text").stream
