@@ -49,6 +49,7 @@ def test_the_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
         ".js",
         ".css",
         ".html",
+        ".sh",
         ".svg",
         ".typed",
     }

@@ -143,7 +143,8 @@ class ClusterControl:
         targets = set(wanted) & set(self._workers.links.targets)
         if targets:
             keep_alive_s = self._coordinators.settings.keep_alive_s
-            await self._workers.links.connect(targets, keep_alive_s=keep_alive_s)
+            engine = self._coordinators.engine
+            await self._workers.links.connect(targets, keep_alive_s=keep_alive_s, engine=engine)
         statuses = await self._workers.refresh()
         return [worker for name in wanted for worker in statuses if name in (worker.endpoint, worker.target)]
 

@@ -7,6 +7,7 @@ of the package uses. The names of the settings and their sources are in `table.p
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import isfinite
@@ -238,6 +239,12 @@ def _ollama_hosts(value: Any) -> list[str]:
     return entries
 
 
+def _command(value: Any) -> str:
+    if not shlex.split(_text(value)):
+        raise ValueError
+    return str(value)
+
+
 def _folder(value: Any) -> Path:
     if not isinstance(value, Path):
         value = Path(_text(value))
@@ -257,6 +264,7 @@ KEEP_ALIVE = Kind('a time (seconds, "10m", 0, or "forever"), or a dict of these 
 STRATEGY = Kind("the name of a layer strategy", _strategy)
 WORKERS = Kind("a list of host:port or ssh://host", _workers)
 OLLAMA_HOSTS = Kind("a list of host:port or URLs", _ollama_hosts)
+COMMAND = Kind("a program with its options, such as ssh -F config", _command)
 FOLDER = Kind("the path of a folder", _folder, anchor=lambda path, folder: folder / path)
 TEMPERATURE = number("a number of 0 or more, such as 0.7")
 TOP_P = number("a number above 0, at most 1, such as 0.9", above=True, most=1)

@@ -372,6 +372,15 @@ _TABLE = (
         guarded=True,
     ),
     Setting(
+        "ssh",
+        "machine",
+        kinds.COMMAND,
+        "Program, with options, that connects to machines with workers (ssh://host).",
+        "SOLLOL_SSH",
+        default="ssh",
+        guarded=True,
+    ),
+    Setting(
         "ollama_models",
         "machine",
         kinds.FOLDER,

@@ -160,7 +160,10 @@ class Planner:
                 if worker.state == "free" and worker.endpoint not in barred
             ]
 
-        await self._workers.links.connect(keep_alive_s=settings.keep_alive_s)
+        async def engine() -> Engine:
+            return start.engine
+
+        await self._workers.links.connect(keep_alive_s=settings.keep_alive_s, engine=engine)
         await self._workers.refresh(except_for=avoided)
         if len(free()) < (wanted or 1):
             found: list[str] = []

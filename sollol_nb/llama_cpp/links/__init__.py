@@ -8,9 +8,11 @@ the endpoints.
 * `link.py`: start a link, and what its registry entry says
 * `failures.py`: why links have failed, for all kernels
 * `program.py`: the process of a link: its report, and copying between connections
-* `ssh_shell.py`: run scripts on another machine through the `ssh` program
-* `ssh_errors.py`: what that program's messages mean, and what to do
+* `ssh_errors.py`: what the messages of the `ssh` program mean, and what to do
+* `ssh_session.py`: a script that runs on another machine
+* `ssh_shell.py`: run scripts on another machine, and forward ports, over one connection of that program
 * `remote_engine.py`: the engine on such a machine: found, shipped or built
 * `remote_facts.py`: what such a machine has, and which engines fit it
+* `ssh.py`: a link to the workers of one machine over SSH; `agent.sh` runs them there
 * `relay.py`: a link to one worker at an address that llama.cpp cannot connect to (IPv6)
 """

@@ -12,12 +12,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import re
 import secrets
-import shlex
 import shutil
 import tempfile
-from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +22,7 @@ from typing import IO
 
 from sollol_nb.errors import LinkError
 from sollol_nb.llama_cpp.links import ssh_errors
+from sollol_nb.llama_cpp.links.ssh_session import OUTPUT_LIMIT_BYTES, Lines, Session, end_process, remote_command
 from sollol_nb.settings.endpoints import LOOPBACK, SSH, parse_endpoint
 
 CONNECT_LIMIT_S = 60.0
@@ -32,17 +30,12 @@ CONNECT_LIMIT_S = 60.0
 TCP_LIMIT_S = 15
 ALIVE_INTERVAL_S, ALIVE_COUNT = 5, 3
 FORWARD_LIMIT_S = 15.0
-OUTPUT_LIMIT_BYTES = 1024 * 1024
-ERROR_LINES = 40
-LINE_LIMIT_BYTES = 4096
+REACH_LIMIT_S = 10.0
 SOCKET_PATH_LIMIT = 80
 """Characters; the system has 104 or 108 with the suffix of 17 that ssh adds for a moment."""
 POLL_S = 0.02
 
 Stdin = bytes | Path | AsyncIterator[bytes] | None
-
-_UNSAFE = re.compile(r"[^\w ./:,=@%+-]", re.ASCII)
-_READ_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +63,10 @@ class Shell:
         self._destination = _destination(target)
         self._folder: Path | None = None
         self._master: asyncio.subprocess.Process | None = None
-        self._master_errors: _Lines | None = None
+        self._master_errors: Lines | None = None
         self._children: set[asyncio.subprocess.Process] = set()
+        self._forwards: dict[str, tuple[asyncio.subprocess.Process, Lines]] = {}
+        self._trying = asyncio.Lock()
 
     @property
     def host(self) -> str:
@@ -100,17 +95,21 @@ class Shell:
         ]
         self._master = await self._spawn([*options, "-S", self._socket, *self._connecting()], stdin=None)
         assert self._master.stderr is not None
-        self._master_errors = errors = _Lines(self._master.stderr)
+        self._master_errors = errors = Lines(self._master.stderr)
         try:
             async with asyncio.timeout(CONNECT_LIMIT_S):
                 while not self._is_accepted():
                     if self._master.returncode is not None:
                         await errors.ended()
-                        raise LinkError(ssh_errors.explain(self.host, self._command, errors.lines))
+                        lines = [*errors.refusals, *errors.lines]
+                        raise LinkError(ssh_errors.explain(self.host, self._command, lines))
                     await asyncio.sleep(POLL_S)
+            errors.lines.clear()
         except TimeoutError:
             await self.close()
-            raise LinkError(ssh_errors.explain_silence(self.host, CONNECT_LIMIT_S, errors.lines)) from None
+            raise LinkError(
+                ssh_errors.explain_silence(self.host, self._command, CONNECT_LIMIT_S, errors.lines)
+            ) from None
         except BaseException:
             await self.close()
             raise
@@ -166,27 +165,69 @@ class Shell:
     async def forward(self, local_port: int, remote_port: int) -> None:
         """Carry connections to a port on this machine's loopback to a port on that machine's loopback.
 
+        Whether something listens there, and whether its sshd allows it, shows with the first connection.
+
         Raises:
-            LinkError: the local port is taken, or that machine's sshd forbids it.
+            LinkError: the local port is taken, or the connection is lost.
         """
         where = f"{LOOPBACK}:{local_port}:{LOOPBACK}:{remote_port}"
         if self._shares:
-            asking = await self._spawn([*self._sharing(), "-O", "forward", "-L", where, self._name], stdin=None)
-            assert asking.stderr is not None
-            errors = _Lines(asking.stderr)
-            try:
-                async with asyncio.timeout(FORWARD_LIMIT_S):
-                    code = await asking.wait()
-                    await errors.ended()
-            except TimeoutError:
-                code = -1
-            finally:
-                await self._end(asking)
-            if code:
-                raise LinkError(ssh_errors.explain(self.host, self._command, errors.lines))
+            await self._ask_master("forward", where)
         else:
             options = ["-N", "-o", "ExitOnForwardFailure=yes", "-L", where]
-            await self._spawn([*options, *self._connecting()], stdin=None)
+            process = await self._spawn([*options, *self._connecting()], stdin=None)
+            assert process.stderr is not None
+            self._forwards[where] = process, Lines(process.stderr)
+
+    async def stop_forwarding(self, local_port: int, remote_port: int) -> None:
+        """End what `forward` has begun; connections that it carries live on."""
+        where = f"{LOOPBACK}:{local_port}:{LOOPBACK}:{remote_port}"
+        if self._shares:
+            await self._ask_master("cancel", where)
+        elif where in self._forwards:
+            await self._end(self._forwards.pop(where)[0])
+
+    async def why_unreachable(self, local_port: int, remote_port: int) -> str:
+        """Why a connection through a forwarded port fails, in one line; "" if something accepts it there.
+
+        The connection ends at once. ssh accepts every connection here, then asks the other side and prints what it
+        answers, and only then closes the connection.
+        """
+        where = f"{LOOPBACK}:{local_port}:{LOOPBACK}:{remote_port}"
+        errors = self._master_errors or self._forwards[where][1]
+        async with self._trying:  # ssh does not say which connection failed
+            errors.refusals.clear()
+            try:
+                async with asyncio.timeout(REACH_LIMIT_S):
+                    reader, writer = await asyncio.open_connection(LOOPBACK, local_port)
+                    try:
+                        writer.write_eof()
+                        await reader.read()
+                    finally:
+                        writer.transport.abort()
+                    await asyncio.sleep(POLL_S)  # what it has printed is read in another task
+            except TimeoutError:
+                return f"{self.host}: no answer through port {local_port} within {REACH_LIMIT_S:g} s"
+            except OSError as error:
+                return f"{self.host}: port {local_port} is not forwarded ({error.strerror})"
+            return ssh_errors.explain_forwarding(self.host, errors.refusals[-1]) if errors.refusals else ""
+
+    async def _ask_master(self, what: str, where: str) -> None:
+        asking = await self._spawn([*self._sharing(), "-O", what, "-L", where, self._name], stdin=None)
+        assert asking.stderr is not None
+        errors = Lines(asking.stderr)
+        try:
+            async with asyncio.timeout(FORWARD_LIMIT_S):
+                code = await asking.wait()
+                await errors.ended()
+        except TimeoutError:
+            code = -1
+        finally:
+            await self._end(asking)
+        if code:
+            raise LinkError(
+                ssh_errors.explain_forwarding(self.host, " ".join(errors.lines) or "ssh does not answer")
+            )
 
     async def close(self) -> None:
         """End the connection and all that runs through it. Closing twice is fine."""
@@ -246,7 +287,7 @@ class Shell:
             elif isinstance(stdin, Path):
                 source = stack.enter_context(stdin.open("rb"))
             process = await self._spawn([*options, remote], stdin=source, stdout=True)
-        return Session(self, process, marker)
+        return Session(self.host, self._command, process, marker)
 
     async def _spawn(
         self, options: Sequence[str], *, stdin: int | IO[bytes] | None, stdout: bool = False
@@ -262,146 +303,12 @@ class Shell:
             )
         except OSError as error:
             raise LinkError(ssh_errors.explain_missing_program(self._command[0], error)) from error
-        self._children.add(process)
+        self._children = {child for child in self._children if child.returncode is None} | {process}
         return process
 
     async def _end(self, process: asyncio.subprocess.Process) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            process.terminate()
-        try:
-            async with asyncio.timeout(1.0):
-                await process.wait()
-        except TimeoutError:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
+        await end_process(process)
         self._children.discard(process)
-
-
-class Session:
-    """A script that runs on the machine: what it prints after its login shell's own output."""
-
-    def __init__(self, shell: Shell, process: asyncio.subprocess.Process, marker: str) -> None:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        self._shell = shell
-        self._process = process
-        self._marker = marker
-        self._stdout = process.stdout
-        self._stderr = _Lines(process.stderr)
-        self._noise: deque[str] = deque(maxlen=ERROR_LINES)
-        self._has_begun = False
-
-    @property
-    def errors(self) -> list[str]:
-        """The last lines of its stderr."""
-        lines = list(self._stderr.lines)
-        return lines[lines.index(self._marker) + 1 :] if self._marker in lines else lines
-
-    async def line(self) -> str | None:
-        """The next line of its stdout, without its end; None at the end.
-
-        Raises:
-            LinkError: no POSIX shell has run it.
-        """
-        await self._begin()
-        return await _read_line(self._stdout)
-
-    async def output(self) -> str:
-        """All its stdout, cut after 1 MiB.
-
-        Raises:
-            LinkError: no POSIX shell has run it.
-        """
-        await self._begin()
-        kept = bytearray()
-        while data := await self._stdout.read(_READ_BYTES):
-            kept += data[: OUTPUT_LIMIT_BYTES - len(kept)]
-        return kept.decode("utf-8", "replace")
-
-    def send(self, text: str) -> None:
-        """Give it input."""
-        assert self._process.stdin is not None
-        if not self._process.stdin.is_closing():
-            self._process.stdin.write(text.encode())
-
-    async def feed(self, stdin: bytes | AsyncIterator[bytes]) -> None:
-        """Give it all its input."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(ConnectionError):  # it need not read all
-            if isinstance(stdin, bytes):
-                self._process.stdin.write(stdin)
-                await self._process.stdin.drain()
-            else:
-                async for data in stdin:
-                    self._process.stdin.write(data)
-                    await self._process.stdin.drain()
-        self._process.stdin.close()
-
-    async def wait(self) -> int:
-        """Wait until it ends; its exit code, 255 where the connection was lost."""
-        code = await self._process.wait()
-        await self._stderr.ended()
-        return code
-
-    async def end(self) -> None:
-        """Close its input and output; the machine's sshd may let it run on."""
-        await self._shell._end(self._process)
-
-    async def _begin(self) -> None:
-        while not self._has_begun:
-            line = await _read_line(self._stdout)
-            if line is None:
-                await self.wait()
-                raise LinkError(
-                    ssh_errors.explain_no_shell(self._shell.host, self._shell._command, self._noise, self.errors)
-                )
-            self._has_begun = line == self._marker
-            self._noise.append(line)
-
-
-class _Lines:
-    """The last lines of a stream, read as they come."""
-
-    def __init__(self, stream: asyncio.StreamReader) -> None:
-        self.lines: deque[str] = deque(maxlen=ERROR_LINES)
-        self._stream = stream
-        self._reading = asyncio.create_task(self._read())
-
-    async def _read(self) -> None:
-        while (line := await _read_line(self._stream)) is not None:
-            if ssh_errors.is_wanted(line):
-                self.lines.append(line)
-
-    async def ended(self) -> None:
-        """Wait until all is read; a process that inherited the stream may keep it open, so not for long."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(1.0):
-                await asyncio.shield(self._reading)
-
-
-async def _read_line(stream: asyncio.StreamReader) -> str | None:
-    """The next line without its end, cut after 4096 bytes; None at the end."""
-    try:
-        line = await stream.readuntil(b"\n")
-    except asyncio.IncompleteReadError as error:
-        line = error.partial
-        if not line:
-            return None
-    except asyncio.LimitOverrunError as error:
-        line = await stream.read(error.consumed)
-    return line[:LINE_LIMIT_BYTES].decode("utf-8", "replace").rstrip("\r\n")
-
-
-def remote_command(script: str, arguments: Sequence[str], marker: str) -> str:
-    """The command for the login shell: it becomes `sh`, which prints the marker, then runs the script.
-
-    Between its quotes it has only characters that sh, csh and fish all leave alone there; others are written as
-    `\\0ooo`, which `printf %b` decodes (POSIX).
-    """
-    text = f"set -- {shlex.join(arguments)}\nprintf '\\n%s\\n' {marker}; printf '\\n%s\\n' {marker} >&2\n{script}"
-    encoded = "".join(chr(byte) if not _UNSAFE.match(chr(byte)) else f"\\0{byte:03o}" for byte in text.encode())
-    return f"""exec sh -c 'eval "$(printf %b "$1")"' sh '{encoded}'"""
 
 
 def _destination(target: str) -> list[str]:

@@ -13,12 +13,14 @@ stopped, is started again by the next request that needs workers, and by nothing
 from __future__ import annotations
 
 import asyncio
+import shlex
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from sollol_nb.errors import SollolError
+from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.links import failures, link
 from sollol_nb.llama_cpp.links.link import LinkedWorker, linked_workers, start_link
 from sollol_nb.llama_cpp.processes import registry
@@ -28,6 +30,7 @@ from sollol_nb.llama_cpp.processes.running import Ended
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.runtime.events import EventBus, EventKind
 from sollol_nb.runtime.http_client import one_line
+from sollol_nb.settings import config
 from sollol_nb.settings.endpoints import SSH
 
 POLL_S = 0.1
@@ -153,14 +156,14 @@ class Links:
         targets: Collection[str] | None = None,
         *,
         keep_alive_s: float | None,
-        spec: Mapping[str, Any] | None = None,
+        engine: Callable[[], Awaitable[Engine]],
     ) -> None:
         """See that each target has a link, and wait for first connects until each is ready or cannot be.
 
         Args:
             targets: somebody waits for these also if they have failed before.
             keep_alive_s: seconds that a link lives without a router and without a coordinator; None is forever.
-            spec: arguments of links over SSH.
+            engine: finds the engine of this machine, whose build the machines behind SSH get.
 
         Raises:
             WorkersUnavailableError: another process has been starting links for a minute.
@@ -177,7 +180,7 @@ class Links:
                 await self.refresh()  # another kernel may have started them
                 missing = [(target, known) for target, known in self._links.items() if known.process is None]
                 await asyncio.gather(
-                    *(self._start(target, known, keep_alive_s, spec or {}) for target, known in missing)
+                    *(self._start(target, known, keep_alive_s, engine) for target, known in missing)
                 )
         while any(map(_is_connecting_first, self._links.values())):
             await asyncio.sleep(POLL_S)
@@ -189,10 +192,12 @@ class Links:
             known.is_wanted = True
         await self.refresh()
 
-    async def _start(self, target: str, known: _Link, keep_alive_s: float | None, spec: Mapping[str, Any]) -> None:
+    async def _start(
+        self, target: str, known: _Link, keep_alive_s: float | None, engine: Callable[[], Awaitable[Engine]]
+    ) -> None:
         process: EngineProcess | None = None
         try:
-            program, spec = ("ssh", spec) if target.startswith(SSH) else ("relay", {})
+            program, spec = ("ssh", _ssh_spec(await engine())) if target.startswith(SSH) else ("relay", {})
             process = await start_link(program, target, spec, keep_alive_s=keep_alive_s)
             await process.hold()
         except SollolError as error:
@@ -401,3 +406,12 @@ def _why_ended(target: str, report: ExitReport) -> str:
         if line.startswith(link.FAILED):
             return one_line(line.removeprefix(link.FAILED))
     return f"the link to {target} ended ({one_line(report.tail[-1], 200) if report.tail else 'without a reason'})"
+
+
+def _ssh_spec(engine: Engine) -> dict[str, Any]:
+    """The arguments of a link over SSH."""
+    return {
+        "ssh": shlex.split(config.default("ssh")),
+        "server": str(engine.server),
+        "worker": str(engine.worker),
+    }

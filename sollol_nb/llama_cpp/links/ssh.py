@@ -1,0 +1,346 @@
+"""A link to the workers of one machine over SSH: one worker for each of its devices, started and watched there.
+
+Each is reached through a port on loopback here, which stays the same when the connection is lost and made again.
+The far side ends its workers when this link ends, or is silent for too long (`agent.sh`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sollol_nb.errors import LinkError
+from sollol_nb.llama_cpp.links.link import CONNECTING, INSTALLING, LOST, READY, LinkedWorker
+from sollol_nb.llama_cpp.links.program import Report, run
+from sollol_nb.llama_cpp.links.ssh_session import LOST_CODE, Session
+from sollol_nb.llama_cpp.links.ssh_shell import Shell
+from sollol_nb.llama_cpp.processes.exit_reasons import describe_exit
+from sollol_nb.llama_cpp.processes.machine import free_ports
+from sollol_nb.settings.endpoints import LOOPBACK, format_endpoint
+from sollol_nb.text.tables import counted
+
+AGENT = Path(__file__).with_name("agent.sh")
+SILENCE_S = 20
+"""Without a heartbeat for so long, the far side ends its workers."""
+HEARTBEATS = 4
+"""In this time."""
+FIRST_PORT, LAST_PORT = 20000, 32000  # below the ports that systems give to outgoing connections
+LONGEST_PAUSE_S = 30.0
+STEADY_S = 60.0
+"""After so long, the pauses begin anew."""
+START_LIMIT_S = 120.0
+"""For a worker to listen: a GPU driver may take long."""
+POLL_S = 0.1
+MAX_ENDS = 3
+"""A worker that ends so often before it has answered is not waited for."""
+
+_LINE = re.compile(r"(machine|worker|ended)((?: [\w-]{1,64}){0,3})", re.ASCII)
+
+
+@dataclass(slots=True)
+class _Device:
+    """A device there and its worker.
+
+    Attributes:
+        name: as llama.cpp calls it.
+        port: of its worker here; it stays the same.
+        remote_port: of its worker there, while that is forwarded.
+        is_ready: whether its worker has accepted a connection.
+        ends: how often its worker has ended since it was last ready.
+        is_given_up: whether its worker cannot be reached, although it runs.
+        why: how its worker ended, or why it is not reached.
+    """
+
+    name: str
+    port: int
+    remote_port: int | None = None
+    is_ready: bool = False
+    ends: int = 0
+    is_given_up: bool = False
+    why: str = ""
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether there is nothing to wait for."""
+        return self.is_ready or self.is_given_up or self.ends >= MAX_ENDS
+
+    def reset(self) -> None:
+        """Its worker is not known any more."""
+        self.is_ready, self.is_given_up, self.why = False, False, ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Engine:
+    program: str
+    devices: tuple[str, ...]
+    commit: str
+
+
+async def prepare(shell: Shell, spec: Mapping[str, Any], tell: Any) -> _Engine:
+    return _Engine(str(spec["worker"]), ("CPU",), "")
+
+
+class _Link:
+    """The connection to one machine, made again whenever it is lost."""
+
+    def __init__(self, spec: Mapping[str, Any], report: Report) -> None:
+        self._spec = spec
+        self._report = report
+        self._silence_s = int(spec.get("silence_s", SILENCE_S))
+        self._devices: dict[str, _Device] = {}
+        self._machine = ""
+        self._engine = ""
+        self._was_ready = False
+        self._told: tuple[str, str, dict[str, LinkedWorker]] | None = None
+        self._shell = self._new_shell()
+
+    def _new_shell(self) -> Shell:
+        return Shell(str(self._spec["target"]), [str(word) for word in self._spec.get("ssh", ["ssh"])])
+
+    @property
+    def _host(self) -> str:
+        """How people call the machine: as in the target, without the user."""
+        return self._shell.host.rpartition("@")[2]
+
+    async def run(self) -> None:
+        """Connect, and again whenever the connection is lost, until cancelled.
+
+        Raises:
+            LinkError: no worker could be reached the first time.
+        """
+        loop = asyncio.get_running_loop()
+        pause_s = 1.0
+        while True:
+            began = loop.time()
+            try:
+                why = await self._connection()
+            except LinkError as error:
+                why = str(error)
+            finally:
+                await self._shell.close()
+            if not self._was_ready:
+                raise LinkError(why)
+            if loop.time() - began > STEADY_S:
+                pause_s = 1.0
+            await self._tell(LOST, f"{why}; it is tried again")
+            await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))  # noqa: S311 - against many at the same moment
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+            self._shell = self._new_shell()
+
+    async def _connection(self) -> str:
+        """Connect, and serve until the connection is lost; returns why."""
+        for device in self._devices.values():
+            device.reset()
+            device.remote_port, device.ends = None, 0
+        if not self._was_ready:
+            await self._tell(CONNECTING, f"connecting to {self._host}")
+        await self._shell.open()
+        lost = asyncio.create_task(self._shell.lost())
+        serving = asyncio.create_task(self._serve())
+        try:
+            await asyncio.wait({lost, serving}, return_when=asyncio.FIRST_COMPLETED)
+            return lost.result() if lost.done() else serving.result()
+        finally:
+            for task in (lost, serving):
+                task.cancel()
+            await asyncio.gather(lost, serving, return_exceptions=True)
+
+    async def _serve(self) -> str:
+        """Run the agent there, again whenever it ends, until the connection is lost; returns why."""
+        loop = asyncio.get_running_loop()
+        pause_s = 1.0
+        engine = await prepare(self._shell, self._spec, self._tell_installing)
+        self._engine = engine.commit
+        for name in engine.devices:
+            self._devices.setdefault(name, _Device(name, self._free_port()))
+        self._devices = {name: self._devices[name] for name in engine.devices}
+        while True:
+            began = loop.time()
+            seed = random.randrange(65537)  # noqa: S311 - ports that are probably free
+            threads = str(int(self._spec.get("threads", 0)))
+            arguments = (engine.program, str(self._silence_s), str(seed), threads, *self._devices)
+            session = await self._shell.start(AGENT.read_text("utf-8"), *arguments)
+            try:
+                code = await self._follow(session)
+            finally:
+                await session.end()
+            why = " ".join(session.errors[-2:]) or describe_exit(code)
+            if code == LOST_CODE:
+                return f"{self._host}: the connection was lost ({why})"
+            if not self._was_ready:
+                raise LinkError(f"{self._host}: its workers could not be started: {why}")
+            for device in self._devices.values():
+                device.reset()
+            await self._tell(
+                LOST, f"{self._host}: what watches the workers there ended ({why}); it is started again"
+            )
+            if loop.time() - began > STEADY_S:
+                pause_s = 1.0
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+    async def _follow(self, session: Session) -> int:
+        """Act on what the agent reports, until it ends; returns its exit code."""
+        events: asyncio.Queue[str | None] = asyncio.Queue(64)
+
+        async def read() -> None:
+            while (line := await session.line()) is not None:
+                await events.put(line)
+            await events.put(None)
+
+        async def beat() -> None:
+            while True:
+                session.send("\n")
+                await asyncio.sleep(self._silence_s / HEARTBEATS)
+
+        async def attach(device: _Device, remote_port: int) -> None:
+            try:
+                await self._attach(device, remote_port)
+            except LinkError as error:
+                device.is_given_up, device.why = True, str(error)
+            await events.put("")
+
+        await session.begin()
+        reading = asyncio.create_task(read())
+        beating = asyncio.create_task(beat())
+        attaching: dict[str, asyncio.Task[None]] = {}
+        devices = list(self._devices.values())
+        try:
+            while (line := await events.get()) is not None:
+                for device, remote_port in self._understood(line, devices, session):
+                    if (before := attaching.pop(device.name, None)) is not None:
+                        before.cancel()
+                    if remote_port:
+                        attaching[device.name] = asyncio.create_task(attach(device, remote_port))
+                await self._tell_workers()
+            return await session.wait()
+        finally:
+            tasks = [reading, beating, *attaching.values()]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _understood(self, line: str, devices: list[_Device], session: Session) -> list[tuple[_Device, int]]:
+        """The device that a line of the agent is about, and the port of its new worker there, 0 if it ended.
+
+        The other side is not trusted: what is not a line of `agent.sh` is ignored.
+        """
+        found = _LINE.fullmatch(line)
+        if found is None:
+            return []
+        kind, values = found.group(1), found.group(2).split()
+        if kind == "machine":
+            self._machine = values[0] if values else ""
+            return []
+        if not all(re.fullmatch(r"\d{1,5}", value) for value in values) or len(values) < 2:
+            return []
+        index, number = int(values[0]), int(values[1])
+        if index >= len(devices):
+            return []
+        device = devices[index]
+        device.reset()
+        if kind == "worker":
+            return [(device, number)] if 0 < number < 65536 else []
+        device.ends += 1
+        said = " ".join(session.errors[-1:])
+        ending = describe_exit(-(number - 128) if number > 128 else number)
+        device.why = f"its worker ended ({ending}{f', {said}' if said else ''})"
+        return [(device, 0)]
+
+    async def _attach(self, device: _Device, remote_port: int) -> None:
+        """Forward the device's port to its worker, and wait until that accepts connections.
+
+        Raises:
+            LinkError: it cannot be forwarded, or nothing accepts connections after 120 s.
+        """
+        if device.remote_port != remote_port:
+            if device.remote_port is not None:
+                with contextlib.suppress(LinkError):
+                    await self._shell.stop_forwarding(device.port, device.remote_port)
+            try:
+                await self._shell.forward(device.port, remote_port)
+            except LinkError:  # another program has taken the port
+                device.port = self._free_port()
+                await self._shell.forward(device.port, remote_port)
+            device.remote_port = remote_port
+        deadline = asyncio.get_running_loop().time() + START_LIMIT_S
+        while why := await self._shell.why_unreachable(device.port, remote_port):
+            if asyncio.get_running_loop().time() > deadline:
+                raise LinkError(why)
+            await asyncio.sleep(POLL_S)
+        device.is_ready, device.ends = True, 0
+
+    def _free_port(self) -> int:
+        used = {device.port for device in self._devices.values()}
+        first = random.randrange(FIRST_PORT, LAST_PORT)  # noqa: S311 - against collisions, not attacks
+        return next(port for port in free_ports(first, len(used) + 1) if port not in used)
+
+    # --- what the registry entry says -----------------------------------------------------------
+
+    async def _tell_installing(self, detail: str) -> None:
+        await self._tell(LOST if self._was_ready else INSTALLING, detail)
+
+    async def _tell_workers(self) -> None:
+        """Report the workers that are ready, once it is known of each whether it is.
+
+        Raises:
+            LinkError: none is ready, and none was before.
+        """
+        devices = self._devices.values()
+        if not self._was_ready and not all(device.is_settled for device in devices):
+            await self._tell(CONNECTING, f"starting {counted(len(devices), 'worker')} on {self._host}")
+            return
+        missing = [f"{self._name(device)}: {device.why}" for device in devices if device.why]
+        ready = [device.name for device in devices if device.is_ready]
+        if ready:
+            self._was_ready = True
+            await self._tell(READY, "; ".join([f"{self._host}: {', '.join(ready)}", *missing]))
+        elif not self._was_ready:
+            raise LinkError("; ".join(missing))
+        else:
+            await self._tell(LOST, "; ".join(missing) or f"{self._host}: its workers are starting")
+
+    def _name(self, device: _Device) -> str:
+        return f"{self._host}/{device.name}" if len(self._devices) > 1 else self._host
+
+    async def _tell(self, state: str, detail: str) -> None:
+        workers = {
+            format_endpoint(LOOPBACK, device.port): LinkedWorker(
+                name=self._name(device), machine=self._machine, device=device.name, engine=self._engine
+            )
+            for device in self._devices.values()
+            if device.is_ready and state == READY
+        }
+        now = (state, detail, workers)
+        if now != self._told:
+            self._told = now
+            await self._report.set(state, detail, workers)
+
+
+async def ssh(spec: Mapping[str, Any], report: Report) -> None:
+    """Serve until the supervisor ends.
+
+    Arguments: `target`; `ssh`, the ssh program and its options; `silence_s`, after which the far side ends its
+    workers; `threads` of each CPU worker, by default all cores there; `worker`, the worker program.
+    """
+    running = asyncio.create_task(_Link(spec, report).run())
+    ending = asyncio.create_task(report.supervisor_ended())
+    try:
+        await asyncio.wait({running, ending}, return_when=asyncio.FIRST_COMPLETED)
+        if running.done():
+            running.result()
+    finally:
+        for task in (running, ending):
+            task.cancel()
+        await asyncio.gather(running, ending, return_exceptions=True)
+
+
+if __name__ == "__main__":
+    sys.exit(run(ssh))
