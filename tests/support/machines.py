@@ -177,7 +177,7 @@ class Machine:
 def running_machines(folder: Path, names: Sequence[str]) -> Iterator[list[Machine]]:
     """Machines with these names, each with a running sshd that accepts a key of the test.
 
-    The variable `SOLLOL_SSH` has to be set to `Machine.ssh` for what connects to them.
+    The variable `SOLLOL_SSH` has to be set to `ssh` of a machine for what connects to them.
     """
     if SSHD is None:
         pytest.fail("openssh-server is not installed; run: apt-get install openssh-server")

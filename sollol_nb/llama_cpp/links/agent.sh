@@ -1,13 +1,12 @@
 # Runs the workers of one machine, on its loopback, for the link that has started this script through ssh.
 #
 # usage: agent.sh PROGRAM SILENCE SEED THREADS DEVICE...
-#   PROGRAM  the RPC worker; it gets `-d DEVICE`, or no -d where DEVICE is `all`
+#   PROGRAM  the RPC worker
 #   SILENCE  seconds without a line on stdin after which the connection counts as cut
 #   SEED     a random number, from which ports follow
-#   THREADS  of each worker's CPU; 0: as many as this machine lets this user have
+#   THREADS  of the CPU
 #
 # Prints on stdout, where INDEX counts the devices from 0:
-#   machine BOOT            an identity of this boot of the machine, or nothing
 #   worker INDEX PORT       its worker was started, and will listen on this port
 #   ended INDEX CODE PAUSE  its worker has ended with this exit code; it is started again after the pause in seconds
 # What workers print comes out on stderr; nothing is written to a file.
@@ -19,28 +18,6 @@
 program=$1 silence=$2 seed=$3 threads=$4
 shift 4
 sshd=$PPID
-
-cores() {
-    found=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null)
-    case $found in '' | *[!0-9]* | 0) found=1 ;; esac
-    quota=max period=0
-    if [ -r /sys/fs/cgroup/cpu.max ]; then
-        read -r quota period </sys/fs/cgroup/cpu.max
-    elif [ -r /sys/fs/cgroup/cpu/cpu.cfs_quota_us ]; then
-        read -r quota </sys/fs/cgroup/cpu/cpu.cfs_quota_us
-        read -r period </sys/fs/cgroup/cpu/cpu.cfs_period_us
-    fi
-    case $quota$period in
-        *[!0-9]* | '') ;;
-        *)
-            if [ "$period" -gt 0 ]; then
-                limit=$(((quota + period - 1) / period))
-                [ "$limit" -ge 1 ] && [ "$limit" -lt "$found" ] && found=$limit
-            fi
-            ;;
-    esac
-    echo "$found"
-}
 
 listen() {
     while read -r _; do kill -USR1 "$server" || exit; done
@@ -54,11 +31,7 @@ start_worker() {
         seed=$(((seed * 75 + 74) % 65537))
         port=$((16384 + seed % 16384)) # below the ports that systems give to outgoing connections
     fi
-    if [ "$device" = all ]; then
-        "$program" -H 127.0.0.1 -p "$port" -t "$threads" </dev/null >&2 3>&- &
-    else
-        "$program" -H 127.0.0.1 -p "$port" -t "$threads" -d "$device" </dev/null >&2 3>&- &
-    fi
+    "$program" -H 127.0.0.1 -p "$port" -t "$threads" -d "$device" </dev/null >&2 3>&- &
     eval "pid_$1=$! port_$1=$port since_$1=$clock"
     tell_guard
     echo "worker $1 $port" >&3
@@ -150,7 +123,5 @@ for name in $(env | sed -n '/^LLAMA_CACHE=/d; s/^\(LLAMA_[A-Z0-9_]*\)=.*/\1/p; s
 done
 export GGML_NO_BACKTRACE=1
 trap '' PIPE # workers inherit this: a client that disconnects must not end them
-[ "$threads" -gt 0 ] || threads=$(cores)
-echo "machine $(cat /proc/sys/kernel/random/boot_id 2>/dev/null || sysctl -n kern.bootsessionuuid 2>/dev/null)"
 exec 3>&1 4<&0
 serve "$@" | guard 3>&- 4<&-

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from sollol_nb.errors import LinkError
+from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.links.link import CONNECTING, INSTALLING, LOST, READY, LinkedWorker
 from sollol_nb.llama_cpp.links.program import Report, run
+from sollol_nb.llama_cpp.links.remote_engine import RemoteEngine, prepare
 from sollol_nb.llama_cpp.links.ssh_session import LOST_CODE, Session
 from sollol_nb.llama_cpp.links.ssh_shell import Shell
 from sollol_nb.llama_cpp.processes.exit_reasons import describe_exit
@@ -41,7 +43,7 @@ POLL_S = 0.1
 MAX_ENDS = 3
 """A worker that ends so often before it has answered is not waited for."""
 
-_LINE = re.compile(r"(machine|worker|ended)((?: [\w-]{1,64}){0,3})", re.ASCII)
+_LINE = re.compile(r"(worker|ended) (\d{1,4}) (\d{1,5})(?: \d+)?", re.ASCII)
 
 
 @dataclass(slots=True)
@@ -76,17 +78,6 @@ class _Device:
         self.is_ready, self.is_given_up, self.why = False, False, ""
 
 
-@dataclass(frozen=True, slots=True)
-class _Engine:
-    program: str
-    devices: tuple[str, ...]
-    commit: str
-
-
-async def prepare(shell: Shell, spec: Mapping[str, Any], tell: Any) -> _Engine:
-    return _Engine(str(spec["worker"]), ("CPU",), "")
-
-
 class _Link:
     """The connection to one machine, made again whenever it is lost."""
 
@@ -95,8 +86,14 @@ class _Link:
         self._report = report
         self._silence_s = int(spec.get("silence_s", SILENCE_S))
         self._devices: dict[str, _Device] = {}
-        self._machine = ""
-        self._engine = ""
+        self._here = Engine(
+            server=Path(spec["server"]),
+            worker=Path(spec["worker"]),
+            version=str(spec["version"]),
+            source=str(spec["source"]),
+            protocol=str(spec["protocol"]),
+        )
+        self._there: RemoteEngine | None = None
         self._was_ready = False
         self._told: tuple[str, str, dict[str, LinkedWorker]] | None = None
         self._shell = self._new_shell()
@@ -156,16 +153,17 @@ class _Link:
         """Run the agent there, again whenever it ends, until the connection is lost; returns why."""
         loop = asyncio.get_running_loop()
         pause_s = 1.0
-        engine = await prepare(self._shell, self._spec, self._tell_installing)
-        self._engine = engine.commit
-        for name in engine.devices:
-            self._devices.setdefault(name, _Device(name, self._free_port()))
-        self._devices = {name: self._devices[name] for name in engine.devices}
+        engine = await prepare(self._shell, self._here, self._tell_installing)
+        self._there = engine
+        ports = {name: device.port for name, device in self._devices.items()}
+        self._devices = {}
+        for name in (device.name for device in engine.devices):
+            self._devices[name] = _Device(name, ports.get(name) or self._free_port())
         while True:
             began = loop.time()
             seed = random.randrange(65537)  # noqa: S311 - ports that are probably free
-            threads = str(int(self._spec.get("threads", 0)))
-            arguments = (engine.program, str(self._silence_s), str(seed), threads, *self._devices)
+            numbers = (str(self._silence_s), str(seed), str(max(1, engine.cores)))
+            arguments = (engine.worker, *numbers, *self._devices)
             session = await self._shell.start(AGENT.read_text("utf-8"), *arguments)
             try:
                 code = await self._follow(session)
@@ -235,13 +233,7 @@ class _Link:
         found = _LINE.fullmatch(line)
         if found is None:
             return []
-        kind, values = found.group(1), found.group(2).split()
-        if kind == "machine":
-            self._machine = values[0] if values else ""
-            return []
-        if not all(re.fullmatch(r"\d{1,5}", value) for value in values) or len(values) < 2:
-            return []
-        index, number = int(values[0]), int(values[1])
+        kind, index, number = found.group(1), int(found.group(2)), int(found.group(3))
         if index >= len(devices):
             return []
         device = devices[index]
@@ -301,7 +293,9 @@ class _Link:
         ready = [device.name for device in devices if device.is_ready]
         if ready:
             self._was_ready = True
-            await self._tell(READY, "; ".join([f"{self._host}: {', '.join(ready)}", *missing]))
+            assert self._there is not None
+            remark = [self._there.remark] if self._there.remark else []
+            await self._tell(READY, "; ".join([f"{self._host}: {', '.join(ready)}", *missing, *remark]))
         elif not self._was_ready:
             raise LinkError("; ".join(missing))
         else:
@@ -311,12 +305,13 @@ class _Link:
         return f"{self._host}/{device.name}" if len(self._devices) > 1 else self._host
 
     async def _tell(self, state: str, detail: str) -> None:
+        there = self._there
         workers = {
             format_endpoint(LOOPBACK, device.port): LinkedWorker(
-                name=self._name(device), machine=self._machine, device=device.name, engine=self._engine
+                name=self._name(device), machine=there.machine, device=device.name, engine=there.commit
             )
             for device in self._devices.values()
-            if device.is_ready and state == READY
+            if device.is_ready and state == READY and there is not None
         }
         now = (state, detail, workers)
         if now != self._told:
@@ -328,7 +323,7 @@ async def ssh(spec: Mapping[str, Any], report: Report) -> None:
     """Serve until the supervisor ends.
 
     Arguments: `target`; `ssh`, the ssh program and its options; `silence_s`, after which the far side ends its
-    workers; `threads` of each CPU worker, by default all cores there; `worker`, the worker program.
+    workers; `server`, `worker`, `version`, `source` and `protocol` of the engine here.
     """
     running = asyncio.create_task(_Link(spec, report).run())
     ending = asyncio.create_task(report.supervisor_ended())

@@ -414,4 +414,7 @@ def _ssh_spec(engine: Engine) -> dict[str, Any]:
         "ssh": shlex.split(config.default("ssh")),
         "server": str(engine.server),
         "worker": str(engine.worker),
+        "version": engine.version,
+        "source": engine.source,
+        "protocol": engine.protocol,
     }
