@@ -204,14 +204,14 @@ def unpack_sdist(archive: Path, into: Path, sha256: str) -> None:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != sha256:
         raise EngineBuildError(f"{archive.name} has SHA-256 {found}, not the pinned {sha256}; it is not used")
-    marker = "/vendor/llama.cpp/"
     with tarfile.open(archive) as tar:
         # Python before 3.11.4 has no filters; there the hash alone guarantees the contents.
         tar.extraction_filter = getattr(tarfile, "data_filter", lambda member, path: member)
         members = []
         for member in tar.getmembers():
-            _, found_marker, inside = member.name.partition(marker)
-            if found_marker and inside and not inside.startswith(_SDIST_UNUSED):
+            # Below the archive's own folder: git's data of the same name is not the source.
+            before, _, inside = member.name.partition("/")[2].partition("vendor/llama.cpp/")
+            if not before and inside and not inside.startswith(_SDIST_UNUSED):
                 member.name = inside
                 members.append(member)
         if not members:

@@ -27,7 +27,7 @@ Progress = Callable[[str, float | None], None]
 
 _BUILD_COUNT = re.compile(r"^\[(\d+)/(\d+)\]|^\[ *(\d+)%\]")  # Ninja's and Make's
 _TROUBLE = re.compile(
-    r"^FAILED: |^CMake Error|^ERROR|\berror:|\berror [A-Z]+\d+|\bfatal\b"
+    r"^FAILED: |^CMake Error|^ERROR|\berror:|\berror [A-Z]+\d+|\bfatal error\b"
     r"|undefined reference|No space left|Killed"
 )
 _TAIL_LINES = 15

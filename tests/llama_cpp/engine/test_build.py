@@ -394,6 +394,7 @@ def sdist_archive(folder: Path) -> Path:
         "own.py": textwrap.dedent(backend),
         "PKG-INFO": f"Metadata-Version: 2.1\nName: llama_cpp_python\nVersion: {build.SDIST_VERSION}\n",
         "vendor/llama.cpp/models/big.gguf": "not wanted",
+        ".git/modules/vendor/llama.cpp/objects/pack": "not wanted",
         **{f"vendor/llama.cpp/{path}": text for path, text in TREE.items()},
     }
     folder.mkdir()
@@ -478,9 +479,13 @@ def test_the_share_done_is_read_from_the_build_tools_lines(line: str, share: flo
             "-- Looking for z - not found\nwarning: error_code unused\nlast",
             ["-- Looking for z - not found", "warning: error_code unused", "last"],
         ),
+        (
+            "fatal: not a git repository\nCMake Error at x:1:\n  no CUDA",
+            ["CMake Error at x:1:", "  no CUDA"],
+        ),
         ("\n".join(f"line {n}" for n in range(40)), [f"line {n}" for n in range(25, 40)]),
     ],
-    ids=["empty", "short", "from the first error on", "no error", "long"],
+    ids=["empty", "short", "from the first error on", "no error", "what git says is none", "long"],
 )
 def test_the_tail_of_a_log_begins_at_the_first_error(log: str, tail: list[str]) -> None:
     assert log_tail(log) == tail
