@@ -93,6 +93,7 @@ class HybridRouter:
     wait_started = blocking(hybrid_router.HybridRouter.wait_started)
     end_coordinators = blocking(hybrid_router.HybridRouter.end_coordinators)
     discover_workers = blocking(hybrid_router.HybridRouter.discover_workers)
+    find_workers = blocking(hybrid_router.HybridRouter.find_workers)
     add_worker = blocking(hybrid_router.HybridRouter.add_worker)
     add_workers = blocking(hybrid_router.HybridRouter.add_workers)
     remove_worker = blocking(hybrid_router.HybridRouter.remove_worker)

@@ -3,4 +3,5 @@
 * `main.py`: its subcommands
 * `doctor.py`: what is installed on this machine, what is missing, and how to fix it
 * `status.py`: the cluster of this user, seen from outside of any notebook
+* `discover.py`: workers that could be used
 """

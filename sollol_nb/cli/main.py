@@ -20,6 +20,7 @@ from sollol_nb.errors import SollolError
 from sollol_nb.gateway import command as gateway_command
 from sollol_nb.llama_cpp.engine.tools import BACKENDS
 from sollol_nb.settings import config
+from sollol_nb.settings.kinds import entries
 
 EXIT_OK = 0
 EXIT_ERROR = 1
@@ -80,6 +81,17 @@ def status(arguments: argparse.Namespace) -> int:
 
 def _as_json(value: Any) -> Any:
     return value.value if isinstance(value, Enum) else str(value)
+
+
+def discover(arguments: argparse.Namespace) -> int:
+    """Look for workers that could be used; nothing is started, and other machines are asked only where named."""
+    from sollol_nb.cli.discover import found_workers
+    from sollol_nb.llama_cpp.workers.discovery import as_table
+    from sollol_nb.runtime.io_loop import run_blocking
+
+    found = run_blocking(found_workers(ssh=arguments.ssh, scan=arguments.scan, mdns=arguments.mdns))
+    print(json.dumps([each.as_dict() for each in found], indent=1) if arguments.json else as_table(found))
+    return EXIT_OK
 
 
 def stop(arguments: argparse.Namespace) -> int:
@@ -152,6 +164,25 @@ def _status_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON; `troubles` lists what needs attention")
 
 
+def _discover_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ssh",
+        type=entries,
+        default=[],
+        metavar="HOSTS",
+        help="hosts to look at through ssh, separated by commas, such as gpu1,user@gpu2:2222",
+    )
+    parser.add_argument(
+        "--scan",
+        metavar="NETWORK",
+        help="connect to the usual ports of all addresses of a private network, such as 192.168.1.0/24",
+    )
+    parser.add_argument(
+        "--mdns", action="store_true", help="look for workers that are announced in the local network"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
 def _stop_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help="a model, a worker's host:port, or an id of `sollol-nb ps --json`"
@@ -190,6 +221,7 @@ _SUBCOMMANDS: tuple[tuple[Callable[[argparse.Namespace], int], Callable[[argpars
     (doctor, _doctor_arguments),
     (ps, _ps_arguments),
     (status, _status_arguments),
+    (discover, _discover_arguments),
     (stop, _stop_arguments),
     (trust, _trust_arguments),
     (gateway, gateway_command.add_arguments),

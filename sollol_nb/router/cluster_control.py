@@ -12,6 +12,7 @@ from sollol_nb.layers.plan import check_strategy
 from sollol_nb.layers.what_if import Forecast
 from sollol_nb.llama_cpp.coordinators.pool import CoordinatorPool
 from sollol_nb.llama_cpp.processes.running import Ended
+from sollol_nb.llama_cpp.workers.discovery import FoundWorker, find_workers
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.llama_cpp.workers.workers import Workers
 from sollol_nb.ollama.pool import OllamaPool
@@ -114,6 +115,25 @@ class ClusterControl:
         """Look for workers on the usual ports of this machine, except those of other users; returns the endpoints
         that are new."""
         return await self._workers.discover()
+
+    @io_bound
+    async def find_workers(
+        self, *, ssh: Sequence[str] = (), scan: str | None = None, mdns: bool = False
+    ) -> list[FoundWorker]:
+        """Look for workers that could be used; returns those of all sources, each with the line that adds it.
+
+        Looks at the workers of this router and of this user, and on the usual ports of this machine, and where
+        asked to, elsewhere. Nothing is added, started or installed.
+
+        Args:
+            ssh: hosts to look at through the ssh program, such as `gpu1` or `user@gpu2:2222`.
+            scan: a private network to scan on the usual ports, such as `192.168.1.0/24`.
+            mdns: whether to look for workers that are announced in the local network.
+
+        Raises:
+            ConfigError: a host or the network cannot be used, or zeroconf is missing.
+        """
+        return await find_workers(self._workers, ssh=ssh, scan_network=scan, mdns=mdns)
 
     @io_bound
     async def add_worker(self, endpoint: str) -> WorkerStatus:

@@ -262,6 +262,7 @@ class Router(RouterRequests):
     wait_started = _of_engines(OwnEngines.wait_started)
     end_coordinators = _of_engines(OwnEngines.end_coordinators)
     discover_workers = _of_engines(OwnEngines.discover_workers)
+    find_workers = _of_engines(OwnEngines.find_workers)
     add_worker = _of_engines(OwnEngines.add_worker)
     add_workers = _of_engines(OwnEngines.add_workers)
     take_workers = _of_engines(OwnEngines.take_workers)

@@ -218,7 +218,7 @@ def _secret(value: Any) -> Secret:
     return Secret(text)
 
 
-def _entries(value: Any) -> list[str]:
+def entries(value: Any) -> list[str]:
     """The entries of a list, or of a text separated by commas."""
     if isinstance(value, str):
         return [entry.strip() for entry in value.split(",") if entry.strip()]
@@ -228,15 +228,15 @@ def _entries(value: Any) -> list[str]:
 
 
 def _workers(value: Any) -> list[str]:
-    return [worker_target(entry) for entry in _entries(value)]
+    return [worker_target(entry) for entry in entries(value)]
 
 
 def _ollama_hosts(value: Any) -> list[str]:
     # Ollama ignores quotes around the value of its variable.
-    entries = [entry for entry in (_text(entry).strip("\"' ") for entry in _entries(value)) if entry]
-    if any("@" in entry for entry in entries):
+    hosts = [host for host in (_text(entry).strip("\"' ") for entry in entries(value)) if host]
+    if any("@" in host for host in hosts):
         raise ConfigError("the URL of an Ollama node must not contain a password, since logs would show it")
-    return entries
+    return hosts
 
 
 def _command(value: Any) -> str:

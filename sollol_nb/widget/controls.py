@@ -49,7 +49,9 @@ class WorkerControls:
     def __init__(self, actions: ClusterActions) -> None:
         self._actions = actions
         self._data: Mapping[str, Any] = {}
-        self.endpoint = ipywidgets.Text(placeholder="ssh://host, or host:port", layout=_NARROW)
+        self.endpoint = ipywidgets.Combobox(
+            placeholder="ssh://host, or host:port", options=(), ensure_option=False, layout=_NARROW
+        )
         self.add = ipywidgets.Button(
             description="Add",
             tooltip="use this machine through ssh, or this worker; llama.cpp is installed there if necessary",
@@ -62,7 +64,9 @@ class WorkerControls:
             layout=_SMALL,
         )
         self.discover = ipywidgets.Button(
-            description="Discover", tooltip="search this machine's usual ports for workers", layout=_SMALL
+            description="Discover",
+            tooltip="use the workers on this machine's usual ports, and offer those that others announce",
+            layout=_SMALL,
         )
         self.count = ipywidgets.BoundedIntText(
             value=3, min=1, max=MAX_LOCAL_WORKERS, tooltip="how many workers run on this machine", layout=_COUNT
@@ -155,8 +159,16 @@ class WorkerControls:
 
     def _discover(self, _: object) -> None:
         async def discover(router: Router) -> str | None:
-            found = await router.discover_workers()
-            return None if found else "found no new workers"
+            used = await router.discover_workers()
+            try:
+                found = await router.find_workers(mdns=True)
+            except ConfigError:  # without zeroconf, or without a local network
+                found = await router.find_workers()
+            offered = tuple(worker.name for worker in found if worker.add_line)
+            self.endpoint.options = offered
+            if offered:
+                return f"found {', '.join(offered)}; choose one beside Other workers to add it"
+            return None if used else "found no new workers"
 
         self._actions.start("discover", "searching for workers", discover)
 

@@ -20,6 +20,8 @@ from ipywidgets.widgets import widget as widget_module
 
 from sollol_nb import hybrid_router
 from sollol_nb.cluster.data import patched
+from sollol_nb.errors import ConfigError
+from sollol_nb.llama_cpp.workers.discovery import FoundWorker
 from sollol_nb.runtime.events import EventKind
 from sollol_nb.runtime.io_loop import run_blocking
 from sollol_nb.sync_wrapper import HybridRouter
@@ -465,8 +467,28 @@ def test_a_search_without_new_workers_is_reported(
         return []
 
     monkeypatch.setattr("sollol_nb.llama_cpp.workers.workers.discover", nothing)
+    monkeypatch.setattr("sollol_nb.router.cluster_control.find_workers", lambda *_, **__: nothing())
     steered.workers.discover.click()
     eventually(lambda: "found no new workers" in messages(router), "reported")
+
+
+def test_workers_that_a_search_finds_elsewhere_are_offered(
+    steered: ClusterWidget, router: HybridRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def found(_: object, *, mdns: bool, **__: Any) -> list[FoundWorker]:
+        if mdns:
+            raise ConfigError("mDNS needs the package zeroconf; run: pip install zeroconf")
+        used = FoundWorker(name="127.0.0.1:9", sources=("this notebook",), state="down", is_known=True)
+        return [used, FoundWorker(name="ssh://gpu1", sources=("link",), state="connected")]
+
+    monkeypatch.setattr("sollol_nb.router.cluster_control.find_workers", found)
+    steered.workers.discover.click()
+    eventually(lambda: steered.workers.endpoint.options == ("ssh://gpu1",), "it is offered")
+    eventually(
+        lambda: "found ssh://gpu1; choose one beside Other workers to add it" in messages(router), "reported"
+    )
+    steered.workers.endpoint.value = "ssh://gpu1"
+    assert not steered.workers.add.disabled
 
 
 def test_when_its_router_is_closed_nothing_can_be_done_any_more(

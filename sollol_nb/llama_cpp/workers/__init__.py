@@ -8,5 +8,9 @@
 * `local_workers.py`: the workers on this machine that a router started or shares
 * `links.py`: the links to other machines that a router uses
 * `workers.py`: all workers that a router may use
+* `scan.py`: the addresses of a private network that accept connections on the workers' usual ports
+* `announcements.py`: announce a worker in the local network (mDNS), and find those that are announced
+* `ssh_hosts.py`: what hosts that are reached through ssh have
+* `discovery.py`: workers that could be used, each with where it was found
 * `choice.py`: which free workers get a model, and why none can be used
 """

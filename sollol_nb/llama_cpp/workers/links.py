@@ -115,6 +115,11 @@ class Links:
         """The target that a worker is reached through; None for other workers."""
         return next((target for target, known in self._links.items() if endpoint in known.workers), None)
 
+    def is_connected(self, target: str) -> bool:
+        """Whether a link to this target runs, of this router or another one."""
+        known = self._links.get(target)
+        return known is not None and known.state not in ("unknown", "down")
+
     def target_named(self, name: str) -> str | None:
         """The target that a name means: of a worker behind it, or of its machine; None if there is none."""
         by_name = {self._names[endpoint]: target for endpoint, target in self._targets().items()}

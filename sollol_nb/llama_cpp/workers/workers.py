@@ -133,7 +133,7 @@ class Workers:
         holders = registry.holders()
         for held in [endpoint, *self.links.endpoints_of(endpoint)]:
             if held in holders:
-                what = f"{self.name_of(held)} is {_describe_holder(holders[held])}"
+                what = f"{self.name_of(held)} is {describe_holder(holders[held])}"
                 raise ConfigError(f"{what}; stop that coordinator first")
         self.forget(endpoint)
         self._events.publish(EventKind.WORKER_REMOVED, endpoint, f"removed worker {endpoint}")
@@ -281,7 +281,7 @@ class Workers:
         self._events.report(EventKind.PROBE_DONE, endpoint, probe.detail, round_trip_ms=probe.round_trip_ms)
         before = self._probes[endpoint]
         self._probes[endpoint] = probe
-        was, now = before and _STATE_OF_OUTCOME[before.outcome], _STATE_OF_OUTCOME[probe.outcome]
+        was, now = before and STATE_OF_OUTCOME[before.outcome], STATE_OF_OUTCOME[probe.outcome]
         if was == "free" and now == "down" and endpoint not in self.local:  # supervisors report the end of these
             self._publish_loss(probe)
         elif now == "free" and (
@@ -306,19 +306,22 @@ class Workers:
     async def discover(self) -> list[str]:
         """Search this machine's usual ports for workers, and adopt those of this user's other processes.
 
-        Workers of other users are not used: who wants one adds it by its name.
+        Workers of other users, and those that other notebooks reach through a link, are not used: who wants one
+        adds it by its name.
 
         Returns:
             The endpoints that were not known before.
         """
         adopted = await self.local.adopt()
         await self.refresh_holders()
-        answering = await discover()
+        links = await asyncio.to_thread(registry.entries, registry.LINK)
+        linked = {endpoint for entry in links for endpoint in entry.endpoints}
+        answering = [probe for probe in await discover() if probe.endpoint not in linked]
         await self._identities.resolve(probe.endpoint for probe in answering)
         probes = [probe for probe in answering if not self.knows_all([probe.endpoint])]
         found = []
         for probe in probes:
-            user = await asyncio.to_thread(_other_user_of, probe.endpoint)
+            user = await asyncio.to_thread(other_user_at, probe.endpoint)
             if user is None:
                 found.append(probe)
                 continue
@@ -361,11 +364,11 @@ class Workers:
         elif trouble is not None:
             state, detail = "lost", trouble
         elif holder is not None:
-            state, detail = "held", _describe_holder(holder)
+            state, detail = "held", describe_holder(holder)
         elif probe is None:
             state, detail = "unknown", "not probed yet"
         else:
-            state, detail = _STATE_OF_OUTCOME[probe.outcome], self._detail(probe)
+            state, detail = STATE_OF_OUTCOME[probe.outcome], self._detail(probe)
         return WorkerStatus(
             endpoint=endpoint,
             state=state,
@@ -391,16 +394,17 @@ class Workers:
         )
 
 
-def _other_user_of(endpoint: str) -> str | None:
+def other_user_at(endpoint: str) -> str | None:
     """The user of a worker on this machine, if that is another one than who runs this; else None."""
     return other_user_of(*parse_endpoint(endpoint)) if is_loopback(endpoint) else None
 
 
-def _describe_holder(holder: Entry) -> str:
+def describe_holder(holder: Entry) -> str:
+    """Who holds a worker, as text."""
     return f"held by the coordinator of {holder.name}, started by {registry.describe_owner(holder.about)}"
 
 
-_STATE_OF_OUTCOME = {
+STATE_OF_OUTCOME = {
     ProbeOutcome.FREE: "free",
     ProbeOutcome.BUSY: "busy",
     ProbeOutcome.REFUSED: "down",

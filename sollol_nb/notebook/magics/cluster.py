@@ -37,10 +37,13 @@ class ClusterMagics(Magics):
         "--ssh",
         metavar="HOSTS",
         type=magic_line.ssh_hosts,
-        help="use these machines, through ssh: host or user@host:port, with commas between them",
+        help="use these machines, through ssh: host or user@host:port, with commas between them; discover: only "
+        "look at them",
     )
     @argument("--more", action="store_true", help="start: so many in addition to those that run")
     @argument("--force", action="store_true", help="stop: also what another notebook uses")
+    @argument("--scan", metavar="NETWORK", help="discover: scan a private network, such as 192.168.1.0/24")
+    @argument("--mdns", action="store_true", help="discover: look for workers announced in the local network")
     @argument("--static", action="store_true", help="a snapshot instead of the live widget")
     @argument("--text", action="store_true", help="a snapshot as plain text")
     @line_magic
@@ -65,6 +68,8 @@ class ClusterMagics(Magics):
 
             %sollol_cluster discover
 
+            %sollol_cluster discover --scan 127.0.0.0/28
+
             %sollol_cluster stop
 
             %sollol_cluster --static
@@ -73,7 +78,7 @@ class ClusterMagics(Magics):
         """
         arguments = call.arguments
         router = session.router()
-        if arguments.ssh is not None:
+        if arguments.ssh is not None and arguments.action != "discover":
             add_workers(router, arguments.ssh)
         if arguments.action is not None:
             ACTIONS[arguments.action](router, arguments)

@@ -58,6 +58,11 @@ def _discover(router: HybridRouter, arguments: argparse.Namespace) -> None:
     for event in router.events.recent():
         if event.at >= since and event.kind == EventKind.WORKER_DISCOVERED and event.subject not in found:
             print(event.message)
+    hosts = arguments.ssh or ()
+    if hosts or arguments.scan or arguments.mdns:
+        from sollol_nb.llama_cpp.workers.discovery import as_table
+
+        print(as_table(router.find_workers(ssh=hosts, scan=arguments.scan, mdns=arguments.mdns)))
 
 
 def _named(what: Sequence[str], action: str) -> Sequence[str]:

@@ -94,6 +94,7 @@ CALLS: Mapping[str, Call] = {
         Call(OwnEngines.stop_workers, controls=True),
         Call(OwnEngines.share_workers, controls=True),
         Call(OwnEngines.discover_workers, controls=True),
+        Call(OwnEngines.find_workers, controls=True),
         Call(OwnEngines.add_worker, controls=True, limit_s=LONG_S),
         Call(OwnEngines.add_workers, controls=True, limit_s=LONG_S),
         Call(OwnEngines.remove_worker, controls=True),

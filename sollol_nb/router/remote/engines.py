@@ -164,6 +164,7 @@ class GatewayEngines:
     stop_workers = _at_gateway(OwnEngines.stop_workers)
     share_workers = _at_gateway(OwnEngines.share_workers)
     discover_workers = _at_gateway(OwnEngines.discover_workers)
+    find_workers = _at_gateway(OwnEngines.find_workers)
     add_worker = _at_gateway(OwnEngines.add_worker)
     add_workers = _at_gateway(OwnEngines.add_workers)
     remove_worker = _at_gateway(OwnEngines.remove_worker)
