@@ -302,3 +302,21 @@ def test_an_announced_worker_is_found_and_false_announcements_are_not_shown(
     (row,) = (row for row in found if gpu1.address in row.name)
     assert row.detail == f"announced as gpu1-{PORTS[0]}, llama.cpp 0.5.0"
     assert not any("8.8.8.8" in row.name or row.name.endswith(":22") for row in found)
+
+
+@pytest.mark.engine
+def test_a_host_that_is_named_for_ssh_is_looked_at_and_nothing_is_installed_there(
+    looking: HybridRouter, gpu1: Machine
+) -> None:
+    before = sorted(gpu1.home.rglob("*"))
+    hosts = [row for row in looking.find_workers(ssh=["gpu1", "nowhere.invalid"]) if row.sources == ("ssh",)]
+    there, nowhere = hosts
+    assert (there.name, there.state, there.is_known) == ("ssh://gpu1", "reachable", False)
+    assert "core" in there.detail
+    assert there.free_bytes
+    assert there.add_line == "%sollol_cluster add ssh://gpu1"
+    assert (nowhere.name, nowhere.state, nowhere.add_line) == ("ssh://nowhere.invalid", "down", "")
+    assert "nowhere.invalid" in nowhere.detail
+    assert "\n" not in nowhere.detail
+    assert sorted(gpu1.home.rglob("*")) == before
+    assert looking.worker_endpoints == []
