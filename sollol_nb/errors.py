@@ -14,6 +14,7 @@
   + WorkerError                    RPC workers
     x WorkerStartError
     x WorkersUnavailableError
+    x JoinError                    a join link
   + CoordinatorError               a llama-server over workers
     x CoordinatorStartError
     x CoordinatorTimeoutError      (also a TimeoutError)
@@ -114,6 +115,10 @@ class LinkError(WorkerError):
 
 class WorkersUnavailableError(WorkerError):
     """Too few workers are free for the request."""
+
+
+class JoinError(WorkerError):
+    """A join link cannot be made or used: it was refused, or its server is not the one that the link names."""
 
 
 # --- coordinators -----------------------------------------------------------------------------

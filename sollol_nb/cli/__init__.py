@@ -2,6 +2,8 @@
 
 * `main.py`: its subcommands
 * `doctor.py`: what is installed on this machine, what is missing, and how to fix it
+* `worker.py`: workers of this machine for others
+* `inviting.py`: invitations for workers that dial in
 * `status.py`: the cluster of this user, seen from outside of any notebook
 * `discover.py`: workers that could be used
 """

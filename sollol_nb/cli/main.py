@@ -16,6 +16,7 @@ from enum import Enum
 from typing import Any
 
 from sollol_nb._version import __version__
+from sollol_nb.cli import worker as worker_command
 from sollol_nb.errors import SollolError
 from sollol_nb.gateway import command as gateway_command
 from sollol_nb.llama_cpp.engine.tools import BACKENDS
@@ -113,6 +114,25 @@ def trust(arguments: argparse.Namespace) -> int:
 
     print(review(arguments.file, "sollol-nb trust", give=arguments.yes, withdraw=arguments.revoke))
     return EXIT_OK
+
+
+def worker(arguments: argparse.Namespace) -> int:
+    """Run workers of this machine: for the machine that invited it (--join), or on an address of this one."""
+    return worker_command.run(arguments)
+
+
+def invite(arguments: argparse.Namespace) -> int:
+    """Invite workers of machines that can only dial out; prints the command to run there."""
+    from sollol_nb.cli.inviting import invite
+
+    return invite(arguments)
+
+
+def revoke(arguments: argparse.Namespace) -> int:
+    """Withdraw invitations, and end the workers that have joined with them."""
+    from sollol_nb.cli.inviting import revoke
+
+    return revoke(arguments)
 
 
 def gateway(arguments: argparse.Namespace) -> int:
@@ -216,6 +236,20 @@ def _key_arguments(parser: argparse.ArgumentParser) -> None:
     remove.add_argument("name", metavar="NAME")
 
 
+def _invite_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "name", nargs="?", metavar="NAME", help="name of the workers (default: the name of their machine)"
+    )
+    parser.add_argument("--uses", type=int, default=1, metavar="N", help="so many machines may join (default: 1)")
+    parser.add_argument("--for", dest="duration", default="1h", metavar="TIME", help="how long (default: 1h)")
+    parser.add_argument("--host", metavar="ADDRESS", help="listen here (default: this machine's own address)")
+    parser.add_argument("--port", type=int, help="listen on this port (default: as before, at first any free one)")
+
+
+def _revoke_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("names", nargs="*", metavar="NAME", help="invitations or joined workers (default: all)")
+
+
 _SUBCOMMANDS: tuple[tuple[Callable[[argparse.Namespace], int], Callable[[argparse.ArgumentParser], None]], ...] = (
     (install, _install_arguments),
     (doctor, _doctor_arguments),
@@ -226,6 +260,9 @@ _SUBCOMMANDS: tuple[tuple[Callable[[argparse.Namespace], int], Callable[[argpars
     (trust, _trust_arguments),
     (gateway, gateway_command.add_arguments),
     (key, _key_arguments),
+    (worker, worker_command.add_arguments),
+    (invite, _invite_arguments),
+    (revoke, _revoke_arguments),
 )
 
 

@@ -189,7 +189,7 @@ class ClusterState:
         ]
         nodes = tuple(node for node in self._ollama.nodes if not node.is_only_looked_for)
         workers = [*self._workers.statuses(), *self._workers.held_by_others()]
-        return ClusterStatus(tuple(workers), tuple(statuses), nodes)
+        return ClusterStatus(tuple(workers), tuple(statuses), nodes, self._workers.invitations)
 
     # --- patches ----------------------------------------------------------------------------------
 

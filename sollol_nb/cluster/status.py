@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from sollol_nb.layers.token_time import TokenTime
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
+from sollol_nb.llama_cpp.links.memberships import OpenInvitation
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.models.files import DEMO_MODEL_PATH, DEMO_NOTE
 from sollol_nb.ollama.nodes import NodeStatus
@@ -221,6 +222,7 @@ class ClusterStatus:
     workers: tuple[WorkerStatus, ...]
     coordinators: tuple[CoordinatorStatus, ...]
     nodes: tuple[NodeStatus, ...] = ()
+    invitations: tuple[OpenInvitation, ...] = ()
 
     def __str__(self) -> str:
         lines = []
@@ -242,6 +244,7 @@ class ClusterStatus:
             f"  {worker.label:<22} {worker.state:<12} {describe_worker(worker)}" + " (local)" * worker.is_local
             for worker in self.workers
         ]
+        lines += map(str, self.invitations)
         if self.nodes:
             lines.append(counted(len(self.nodes), "Ollama node"))
         lines += [f"  {node.url:<22} {node.state:<12} {describe_node(node)}" for node in self.nodes]

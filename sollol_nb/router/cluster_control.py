@@ -12,7 +12,9 @@ from sollol_nb.layers.plan import check_strategy
 from sollol_nb.layers.what_if import Forecast
 from sollol_nb.llama_cpp.coordinators.pool import CoordinatorPool
 from sollol_nb.llama_cpp.processes.running import Ended
+from sollol_nb.llama_cpp.workers import invited
 from sollol_nb.llama_cpp.workers.discovery import FoundWorker, find_workers
+from sollol_nb.llama_cpp.workers.invited import Invitations, NewInvitation
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.llama_cpp.workers.workers import Workers
 from sollol_nb.ollama.pool import OllamaPool
@@ -108,7 +110,12 @@ class ClusterControl:
     async def share_workers(self) -> list[str]:
         """Share the workers that other processes of this user run on this machine and no coordinator holds, unless
         somebody has named the workers to use; returns the endpoints that are new."""
-        return [] if self._workers.has_named else await self._workers.local.adopt()
+        if self._workers.has_named:
+            return []
+        await self._workers.links.share_invited()
+        keep_alive_s = self._coordinators.settings.keep_alive_s
+        await self._workers.links.connect(keep_alive_s=keep_alive_s, engine=self._coordinators.engine)
+        return await self._workers.local.adopt()
 
     @io_bound
     async def discover_workers(self) -> list[str]:
@@ -176,6 +183,62 @@ class ClusterControl:
             self._workers.add(endpoint)
         await self._workers.local.adopt(endpoints)
         await self._workers.links.share()
+
+    @io_bound
+    async def invite(
+        self,
+        *,
+        uses: int = 1,
+        expires: float | str = "1h",
+        name: str | None = None,
+        host: str | None = None,
+        port: int | None = None,
+    ) -> NewInvitation:
+        """Invite workers of other machines, which dial this one: nothing listens there. It returns the command to
+        run there, and this router uses the workers once they have joined.
+
+        Args:
+            uses: how many machines may join, 1 to 64.
+            expires: when the invitation ends: seconds, `"1h"`; at most 30 days. Who has joined stays.
+            name: of the invitation and its workers; by default the workers have the names of their machines.
+            host: the address to listen on (`0.0.0.0` is all); by default that of this machine on its network.
+            port: the port to listen on; by default the same as before, at first any free one.
+
+        Raises:
+            ConfigError: an argument cannot be used.
+            EngineError: there is no usable llama.cpp here.
+            JoinError: this machine cannot listen there.
+        """
+        return await invited.invite(
+            self._workers.links,
+            self._coordinators.engine,
+            uses=uses,
+            expires=expires,
+            name=name,
+            host=host,
+            port=port,
+            keep_alive_s=self._coordinators.settings.keep_alive_s,
+        )
+
+    @io_bound
+    async def revoke(self, name: str | None = None) -> list[str]:
+        """Withdraw an invitation and end the workers that have joined with it, or end one such worker; or all.
+
+        Args:
+            name: of the invitation or the worker; None is all.
+
+        Returns:
+            The names of what was withdrawn or ended.
+
+        Raises:
+            ConfigError: nothing has this name.
+        """
+        return await invited.revoke(name)
+
+    @io_bound
+    async def invitations(self) -> Invitations:
+        """The open invitations, and the machines that have joined."""
+        return await invited.invitations()
 
     @io_bound
     async def remove_worker(self, endpoint: str) -> None:

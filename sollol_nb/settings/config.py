@@ -11,6 +11,7 @@ Variables that are not settings:
 | variable | meaning |
 |---|---|
 | `SOLLOL_CONFIG` | the only settings file to read, or `0` for none |
+| `SOLLOL_JOIN` | a join link for `sollol-nb worker`, where an argument could be seen by others |
 | `JPY_SESSION_NAME` | set by Jupyter's server: the path of the kernel's notebook |
 | `VULKAN_SDK`, `CXX` | as in every C++ build: the folder of the Vulkan SDK, the C++ compiler |
 """
@@ -367,6 +368,11 @@ def session_path() -> str | None:
             if parent is not None and parent.environ().get("JPY_SESSION_NAME") == path:
                 return None
     return path
+
+
+def join_link() -> str | None:
+    """The join link that `sollol-nb worker` uses (`SOLLOL_JOIN`), if set. It is a secret."""
+    return _variable("SOLLOL_JOIN")
 
 
 def vulkan_sdk() -> Path | None:

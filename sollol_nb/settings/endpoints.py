@@ -16,6 +16,8 @@ DEFAULT_OLLAMA_PORT = 11434
 DEFAULT_GATEWAY_PORT = 11440
 LOOPBACK = "127.0.0.1"
 SSH = "ssh://"
+INVITATIONS = "invitations"
+"""Target of the link through which all workers come that have joined by invitation."""
 
 _USER = re.compile(r"[\w.$+-]+(?<!-)")
 
@@ -47,13 +49,16 @@ def parse_endpoint(text: str, default_port: int = DEFAULT_RPC_PORT) -> tuple[str
 
 
 def worker_target(text: str) -> str:
-    """How a worker, or a machine with workers, is named: `host:port`, `[v6]:port` or `ssh://user@host:port`.
+    """How a worker, or a machine with workers, is named: `host:port`, `[v6]:port`, `ssh://user@host:port`,
+    or `invitations` for the machines that have joined.
 
     Raises:
         ConfigError: it is none of these.
     """
     if text.strip().lower().startswith(SSH):
         return ssh_target(text)
+    if text.strip() == INVITATIONS:
+        return INVITATIONS
     return format_endpoint(*parse_endpoint(text))
 
 
@@ -80,9 +85,9 @@ def ssh_target(text: str) -> str:
 
 
 def is_target(endpoint: str) -> bool:
-    """Whether a worker is reached through a link, not by its address: `ssh://...`, or an IPv6 address, which
-    llama.cpp cannot connect to."""
-    return endpoint.startswith((SSH, "["))
+    """Whether a worker is reached through a link, not by its address: `ssh://...`, `invitations`, or an IPv6
+    address, which llama.cpp cannot connect to."""
+    return endpoint == INVITATIONS or endpoint.startswith((SSH, "["))
 
 
 def gateway_url(text: str) -> str:

@@ -181,6 +181,7 @@ class SimulatedCluster:
             statuses=lambda: list(self.workers.values()),
             held_by_others=list,
             round_trips_ms=seen,
+            invitations=(),
         )
 
     def _ollama(self) -> SimpleNamespace:

@@ -163,14 +163,16 @@ class Planner:
         async def engine() -> Engine:
             return start.engine
 
+        # Who has named the workers to use, or wants none to be found, gets no others unasked.
+        may_share = settings.auto_discover_rpc or (
+            settings.auto_discover_rpc is None and not self._workers.has_named
+        )
+        if may_share:
+            await self._workers.links.share_invited()
         await self._workers.links.connect(keep_alive_s=settings.keep_alive_s, engine=engine)
         await self._workers.refresh(except_for=avoided)
         if len(free()) < (wanted or 1):
             found: list[str] = []
-            # Who has named the workers to use, or wants none to be found, gets no others unasked.
-            may_share = settings.auto_discover_rpc or (
-                settings.auto_discover_rpc is None and not self._workers.has_named
-            )
             if may_share or settings.auto_setup_rpc:
                 found = await self._workers.local.adopt(only_left=not may_share)
             if settings.auto_discover_rpc and len(free()) + len(found) < (wanted or 1):

@@ -14,5 +14,9 @@ the endpoints.
 * `remote_engine.py`: the engine on such a machine: found, shipped or built
 * `remote_facts.py`: what such a machine has, and which engines fit it
 * `ssh.py`: a link to the workers of one machine over SSH; `agent.sh` runs them there
+* `join_link.py`: join links, and how both sides of one talk
+* `memberships.py`: who may join: the file of invitations and of those who joined
+* `invitations.py`: the link through which all workers come that have joined
+* `joining.py`: the worker's side of a join link
 * `relay.py`: a link to one worker at an address that llama.cpp cannot connect to (IPv6)
 """

@@ -48,11 +48,18 @@ class Report:
             await asyncio.sleep(0.02)
         raise SollolError("this link has no registry entry; it is started by a router, not by hand")
 
-    async def set(self, state: str, detail: str, workers: Mapping[str, LinkedWorker]) -> None:
-        """Report the state, one line about it, and the workers that are reachable now, by endpoint."""
+    async def set(self, state: str, detail: str, workers: Mapping[str, LinkedWorker], **more: Any) -> None:
+        """Report the state, one line about it, the workers that are reachable now, by endpoint, and more."""
         print(f"{state}: {detail}", flush=True)
         endpoints = {endpoint: worker.as_dict() for endpoint, worker in workers.items()}
-        await self._supervisor.update_about(state=state, detail=detail, endpoints=endpoints)
+        await self._supervisor.update_about(state=state, detail=detail, endpoints=endpoints, **more)
+
+    async def keep(self, is_kept: bool) -> None:
+        """Whether this link lives without a router that uses it."""
+        if is_kept:
+            await self._supervisor.hold()
+        else:
+            self._supervisor.free()
 
     async def supervisor_ended(self) -> None:
         """Wait until the supervisor has ended; then this process is not wanted any more."""

@@ -1,14 +1,17 @@
-"""Facts about this machine: usable cores, free ports, who listens, and the bytes a process has sent over TCP."""
+"""Facts about this machine: usable cores, identity, free ports, who listens, and the bytes a process has sent."""
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import math
 import os
+import platform
 import re
 import socket
 import struct
 import sys
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -90,10 +93,36 @@ def _text(path: Path) -> str:
         return ""
 
 
+# --- identity and address ------------------------------------------------------------------------
+
+
 @cache
 def boot_id() -> str:
     """What is the same for all processes of a machine until it starts again, in containers too; "" if unknown."""
     return _text(Path("/proc/sys/kernel/random/boot_id")).strip()
+
+
+def machine_id() -> str:
+    """Equal for processes that share this machine's memory, until it starts again: its `boot_id`; where that is
+    unknown, its name, network card and start."""
+    facts = f"{platform.node()} {uuid.getnode()} {psutil.boot_time():.0f}"
+    return boot_id() or str(uuid.uuid5(uuid.NAMESPACE_DNS, facts))
+
+
+def primary_address() -> str:
+    """This machine's address on the network that leads outside; that of loopback if it has no network.
+
+    No packet is sent: connecting a datagram socket only looks up the route (`udp(7)`).
+    """
+    for family, outside in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as trial:
+            trial.connect((outside, 9))
+            return str(trial.getsockname()[0])
+    for known_of in psutil.net_if_addrs().values():  # a network without a way outside
+        for known in known_of:
+            if known.family == socket.AF_INET and not ipaddress.ip_address(known.address).is_loopback:
+                return known.address
+    return LOOPBACK
 
 
 # --- ports -----------------------------------------------------------------------------------

@@ -43,6 +43,9 @@ COORDINATOR = "coordinator"
 WORKER = "worker"
 LINK = "link"
 """A process that makes workers of other machines reachable at endpoints on loopback; see `links/`."""
+LENT = "lent-worker"
+"""A worker that `sollol-nb worker` runs for other machines, or for whoever names it; no router here adopts it."""
+KINDS = (COORDINATOR, WORKER, LINK, LENT)
 GATEWAY = "the gateway"
 """What starts engines, besides notebooks and scripts."""
 LOCK_TIMEOUT_S = 60.0
@@ -56,7 +59,7 @@ class Entry:
 
     Attributes:
         id: unique, also the file's name.
-        kind: `coordinator`, `worker` or `link`.
+        kind: one of `KINDS`.
         pid, pid_started: the engine's process and its start time (seconds since the epoch, None if unknown).
         supervisor_pid, supervisor_started: the same for its supervisor.
         control_port: the supervisor's port on loopback.
@@ -235,7 +238,7 @@ def new_log_path(kind: str, port: int) -> Path:
 def prune_logs() -> None:
     """Remove the oldest logs of engines, except those of running engines and the newest `LOGS_KEPT`."""
     used = {entry.log_path for entry in entries()}
-    logs = [path for kind in (COORDINATOR, WORKER, LINK) for path in config.log_dir().glob(f"{kind}-*.log")]
+    logs = [path for kind in KINDS for path in config.log_dir().glob(f"{kind}-*.log")]
     with contextlib.suppress(OSError):
         logs.sort(key=lambda path: path.stat().st_mtime)
         for path in logs[:-LOGS_KEPT]:
@@ -298,7 +301,7 @@ def _check_about(entry: Entry) -> None:
     for name, types in _ABOUT_TYPES.items():
         if not isinstance(about.get(name), (*types, type(None))):
             raise TypeError(name)
-    if entry.id != entry.path.stem or entry.kind not in (COORDINATOR, WORKER, LINK):
+    if entry.id != entry.path.stem or entry.kind not in KINDS:
         raise ValueError(entry.id)
     for endpoint in [*entry.workers, *([about["endpoint"]] if about.get("endpoint") else [])]:
         parse_endpoint(endpoint)

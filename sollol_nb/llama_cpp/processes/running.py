@@ -133,7 +133,7 @@ async def stop_engines(names: Collection[str] = (), *, also_used: bool = False) 
     _check_names(names, engines)
     stopped = []
     # Coordinators come first; then the workers that they held are free.
-    for kind in (registry.COORDINATOR, registry.WORKER, registry.LINK):
+    for kind in registry.KINDS:
         entries = {entry.id: entry for entry in await asyncio.to_thread(registry.entries, kind)}
         for engine in engines:
             if engine.kind != kind or (names and not any(_is_named(engine, name) for name in names)):
@@ -158,7 +158,7 @@ async def end_engines(names: Collection[str] = (), *, force: bool = False) -> li
     _check_names(names, await asyncio.to_thread(registry.entries))
     ended = []
     # Coordinators come first; then the workers that they held are free.
-    for kind in (registry.COORDINATOR, registry.WORKER, registry.LINK):
+    for kind in registry.KINDS:
         for entry in await asyncio.to_thread(registry.entries, kind):
             if names and not any(_is_named(entry, name) for name in names):
                 continue

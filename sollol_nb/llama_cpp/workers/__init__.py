@@ -7,6 +7,8 @@
 * `local.py`: start a worker process on this machine
 * `local_workers.py`: the workers on this machine that a router started or shares
 * `links.py`: the links to other machines that a router uses
+* `invited.py`: invitations for workers that dial in
+* `lent.py`: the workers that `sollol-nb worker` runs for other machines
 * `workers.py`: all workers that a router may use
 * `scan.py`: the addresses of a private network that accept connections on the workers' usual ports
 * `announcements.py`: announce a worker in the local network (mDNS), and find those that are announced

@@ -21,8 +21,9 @@ from typing import Any, Protocol
 
 from sollol_nb.errors import SollolError
 from sollol_nb.llama_cpp.engine.check import Engine
-from sollol_nb.llama_cpp.links import failures, link
+from sollol_nb.llama_cpp.links import failures, link, memberships
 from sollol_nb.llama_cpp.links.link import LinkedWorker, linked_workers, start_link
+from sollol_nb.llama_cpp.links.memberships import OpenInvitation
 from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.processes.process import EngineProcess, ExitReport
 from sollol_nb.llama_cpp.processes.registry import Entry
@@ -31,7 +32,7 @@ from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.runtime.events import EventBus, EventKind
 from sollol_nb.runtime.http_client import one_line
 from sollol_nb.settings import config
-from sollol_nb.settings.endpoints import SSH
+from sollol_nb.settings.endpoints import INVITATIONS, SSH
 
 POLL_S = 0.1
 NAME_LIMIT = 64
@@ -76,9 +77,14 @@ class _Link:
 
 
 class Links:
-    """The links of one router. Lives on the I/O loop."""
+    """The links of one router. Lives on the I/O loop.
+
+    Attributes:
+        invitations: with which workers can join this user's machine now.
+    """
 
     def __init__(self, known: KnownWorkers, events: EventBus) -> None:
+        self.invitations: tuple[OpenInvitation, ...] = ()
         self._known = known
         self._events = events
         self._links: dict[str, _Link] = {}
@@ -99,6 +105,12 @@ class Links:
         return is_new
 
     # --- what is behind them ----------------------------------------------------------------------
+
+    async def share_invited(self) -> None:
+        """Use the workers that have joined by invitation, and those that still will, whichever process invited
+        them; they are connected to at the next `connect`."""
+        if INVITATIONS not in self._links and (await asyncio.to_thread(memberships.read)).is_wanted:
+            self.add(INVITATIONS)
 
     def worker(self, endpoint: str) -> LinkedWorker | None:
         """What is known about a worker that is reached through a link, of any router; None for other workers."""
@@ -129,6 +141,11 @@ class Links:
         """The workers behind a target."""
         known = self._links.get(target)
         return list(known.workers) if known is not None else []
+
+    def why_down(self, target: str) -> str | None:
+        """Why a target has no link; None if it has one."""
+        known = self._links.get(target)
+        return known.detail if known is not None and known.process is None else None
 
     def trouble_of(self, endpoint: str) -> str | None:
         """Why a worker is not reachable although it is known, as its link reports; None if it is."""
@@ -202,7 +219,8 @@ class Links:
     ) -> None:
         process: EngineProcess | None = None
         try:
-            program, spec = ("ssh", _ssh_spec(await engine())) if target.startswith(SSH) else ("relay", {})
+            spec = _ssh_spec(await engine()) if target.startswith(SSH) else {}
+            program = "ssh" if target.startswith(SSH) else "invitations" if target == INVITATIONS else "relay"
             process = await start_link(program, target, spec, keep_alive_s=keep_alive_s)
             await process.hold()
         except SollolError as error:
@@ -233,7 +251,10 @@ class Links:
     async def refresh(self) -> list[Entry]:
         """Read the registry, and share wanted links that other kernels have started; returns all its entries."""
         async with self._refreshing:  # so that no older entry is seen after a newer one
-            entries, failed = await asyncio.to_thread(lambda: (registry.entries(), failures.read()))
+            entries, failed, invited = await asyncio.to_thread(
+                lambda: (registry.entries(), failures.read(), memberships.read())
+            )
+            self.invitations = invited.shown
             links = {entry.name: entry for entry in entries if entry.kind == registry.LINK}
             for target, known in list(self._links.items()):
                 entry = links.get(target)
@@ -346,7 +367,7 @@ class Links:
                 name=target,
             )
             for target, known in self._links.items()
-            if not known.workers
+            if not known.workers and target != INVITATIONS
         ]
 
     # --- the end ----------------------------------------------------------------------------------

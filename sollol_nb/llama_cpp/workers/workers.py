@@ -13,6 +13,7 @@ from typing import Any
 
 from sollol_nb.errors import ConfigError
 from sollol_nb.llama_cpp.links.link import CPU
+from sollol_nb.llama_cpp.links.memberships import OpenInvitation
 from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.processes.machine import other_user_of
 from sollol_nb.llama_cpp.processes.registry import Entry
@@ -23,7 +24,7 @@ from sollol_nb.llama_cpp.workers.losses import WorkerLosses
 from sollol_nb.llama_cpp.workers.probe import DEFAULT_TIMEOUT_S, Probe, ProbeOutcome, discover, probe_all
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.runtime.events import EventBus, EventKind
-from sollol_nb.settings.endpoints import is_loopback, is_target, parse_endpoint, worker_target
+from sollol_nb.settings.endpoints import INVITATIONS, is_loopback, is_target, parse_endpoint, worker_target
 
 
 class Workers:
@@ -65,7 +66,8 @@ class Workers:
     @property
     def has_external(self) -> bool:
         """Whether workers are known that were not started here."""
-        return bool(self.links.targets) or any(endpoint not in self.local for endpoint in self._probes)
+        is_linked = any(target != INVITATIONS for target in self.links.targets)
+        return is_linked or any(endpoint not in self.local for endpoint in self._probes)
 
     @property
     def running_local_count(self) -> int:
@@ -80,6 +82,11 @@ class Workers:
             **{endpoint: probe.round_trip_ms for endpoint, probe in held.items() if probe is not None},
             **self._round_trips_ms,
         }
+
+    @property
+    def invitations(self) -> tuple[OpenInvitation, ...]:
+        """With which workers can join this user's machine now."""
+        return self.links.invitations
 
     def add(self, endpoint: str) -> str:
         """Add a worker by its endpoint (`host`, `host:port`), or those of a machine (`ssh://host`); returns it as

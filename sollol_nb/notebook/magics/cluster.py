@@ -31,7 +31,8 @@ class ClusterMagics(Magics):
         "what",
         nargs="*",
         help="start: how many workers are to run (default: 3); add, remove: host:port or ssh://host; stop: "
-        "models, workers or machines (default: all of this notebook)",
+        "models, workers or machines (default: all of this notebook); invite: name of the workers (default: that "
+        "of their machine); revoke: names (default: all)",
     )
     @argument(
         "--ssh",
@@ -44,6 +45,11 @@ class ClusterMagics(Magics):
     @argument("--force", action="store_true", help="stop: also what another notebook uses")
     @argument("--scan", metavar="NETWORK", help="discover: scan a private network, such as 192.168.1.0/24")
     @argument("--mdns", action="store_true", help="discover: look for workers announced in the local network")
+    @argument(
+        "--uses", type=magic_line.whole_number, metavar="N", help="invite: so many machines may join (default: 1)"
+    )
+    @argument("--for", dest="duration", metavar="TIME", help="invite: how long they may join (default: 1h)")
+    @argument("--host", metavar="ADDRESS", help="invite: listen here (default: this machine's own address)")
     @argument("--static", action="store_true", help="a snapshot instead of the live widget")
     @argument("--text", action="store_true", help="a snapshot as plain text")
     @line_magic
@@ -55,6 +61,9 @@ class ClusterMagics(Magics):
 
         `--ssh gpu1,user@gpu2:2222` uses other machines: a worker runs on each of their devices, reached through
         your own ssh, and nothing there listens to the network. llama.cpp is installed there if necessary.
+
+        `invite` prints a command for a machine that cannot be reached from here: its worker dials this one, and
+        nothing listens there. `revoke` ends what was invited.
 
         Example::
 
@@ -69,6 +78,10 @@ class ClusterMagics(Magics):
             %sollol_cluster discover
 
             %sollol_cluster discover --scan 127.0.0.0/28
+
+            %sollol_cluster invite --for 30m
+
+            %sollol_cluster revoke
 
             %sollol_cluster stop
 

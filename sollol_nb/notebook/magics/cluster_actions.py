@@ -101,6 +101,22 @@ def _remove(router: HybridRouter, arguments: argparse.Namespace) -> None:
         print(f"removed worker {endpoint}")
 
 
+def _invite(router: HybridRouter, arguments: argparse.Namespace) -> None:
+    """Print the command that another machine runs to join. It is shown once."""
+    if len(arguments.what) > 1:
+        raise UsageError("invite takes one name: %sollol_cluster invite gpu1 --uses 1 --for 1h")
+    name = arguments.what[0] if arguments.what else None
+    invitation = router.invite(
+        uses=arguments.uses or 1, expires=arguments.duration or "1h", name=name, host=arguments.host
+    )
+    print(f"run on the machine that joins:\n{invitation}")
+
+
+def _revoke(router: HybridRouter, arguments: argparse.Namespace) -> None:
+    names = [name for what in arguments.what or [None] for name in router.revoke(what)]
+    print(f"revoked {', '.join(names)}" if names else "no invitation is open, and no worker has joined")
+
+
 def _stop(router: HybridRouter, arguments: argparse.Namespace) -> None:
     """Stop the named coordinators and workers of this notebook, or all."""
     what, force = arguments.what, arguments.force
@@ -139,6 +155,8 @@ ACTIONS: Mapping[str, Action] = {
     "add": _add,
     "remove": _remove,
     "stop": _stop,
+    "invite": _invite,
+    "revoke": _revoke,
 }
 SHOWING = ("start", "discover")
 """After these actions the cluster is shown."""

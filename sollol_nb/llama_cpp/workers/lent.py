@@ -1,0 +1,128 @@
+"""The workers that `sollol-nb worker` runs for other machines: one for each device, started again when they end.
+
+They end with the process that started them, however it ends: it has their only lease.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import socket
+import subprocess
+from collections.abc import Callable, Sequence
+
+from sollol_nb.errors import WorkerStartError
+from sollol_nb.llama_cpp.engine.check import Engine
+from sollol_nb.llama_cpp.processes import registry
+from sollol_nb.llama_cpp.processes.process import EngineProcess
+from sollol_nb.llama_cpp.workers.local import PORT_TRIES, WorkerPortTakenError, wait_until_free
+from sollol_nb.settings import config
+from sollol_nb.settings.endpoints import LOOPBACK, format_endpoint
+
+CPU = "CPU"
+DEVICES_LIMIT_S = 30.0
+AGAIN_AFTER_S = 1.0
+_DEVICE = re.compile(r"^ +(\w+): ", re.MULTILINE)
+ALL_ADDRESSES = ("0.0.0.0", "::")  # noqa: S104 - compared, not bound
+
+
+def devices_of(engine: Engine) -> list[str]:
+    """llama.cpp's names of the devices that it can compute on here: GPUs, else the CPU. Blocks shortly.
+
+    Raises:
+        WorkerStartError: the engine cannot list them.
+    """
+    try:
+        done = subprocess.run(
+            [engine.server, "--list-devices"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=config.child_environment(),
+            timeout=DEVICES_LIMIT_S,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise WorkerStartError(
+            f"{engine.server} cannot list its devices: {error}; run `sollol-nb doctor`"
+        ) from error
+    return _DEVICE.findall(done.stdout.decode(errors="replace")) or [CPU]
+
+
+class LentWorkers:
+    """Worker processes, one for each device (or one for several), while this object's coroutines run."""
+
+    def __init__(
+        self, engine: Engine, devices: Sequence[str], *, threads: int, say: Callable[[str], None]
+    ) -> None:
+        self._engine = engine
+        self._devices = devices
+        self._threads = threads
+        self._say = say
+        self._processes: dict[int, EngineProcess] = {}
+        self._ports: dict[int, int] = {}
+        self._watches: list[asyncio.Task[None]] = []
+
+    async def start(self, host: str = LOOPBACK, port: int | None = None) -> Callable[[int], int]:
+        """Start them; returns what gives the port of each (by its position) now.
+
+        Args:
+            port: of the first; the others follow. By default free ones.
+
+        Raises:
+            EngineError, WorkerStartError: one cannot be started.
+        """
+        for position in range(len(self._devices)):
+            wanted = None if port is None else port + position
+            await self._start(position, host, wanted)
+            self._watches.append(asyncio.create_task(self._watch(position, host, wanted)))
+        return self._ports.__getitem__
+
+    async def _start(self, position: int, host: str, port: int | None) -> None:
+        for tries_left in reversed(range(PORT_TRIES)):
+            try:
+                await self._start_at(position, host, port or _free_port(host))
+                break
+            except WorkerPortTakenError:
+                if port is not None or not tries_left:
+                    raise
+
+    async def _start_at(self, position: int, host: str, port: int) -> None:
+        device = self._devices[position]
+        argv = [str(self._engine.worker), "-H", host, "-p", str(port), "-t", str(self._threads)]
+        process = await EngineProcess.start(
+            argv if device == CPU else [*argv, "-d", device],
+            kind=registry.LENT,
+            about={"endpoint": format_endpoint(host, port), "threads": self._threads},
+            keep_alive_s=0.0,
+            log_path=registry.new_log_path(registry.LENT, port),
+        )
+        self._processes[position], self._ports[position] = process, port
+        await process.hold()
+        await wait_until_free(format_endpoint(LOOPBACK if host in ALL_ADDRESSES else host, port), process)
+
+    async def _watch(self, position: int, host: str, port: int | None) -> None:
+        while True:
+            report = await self._processes[position].wait()
+            why = report.why or (report.tail[-1] if report.tail else f"exit code {report.code}")
+            self._say(f"the worker of {self._devices[position]} has ended ({why}); starting it again")
+            await asyncio.sleep(AGAIN_AFTER_S)
+            while True:
+                try:
+                    await self._start(position, host, port)
+                    break
+                except Exception as error:
+                    self._say(f"cannot start the worker of {self._devices[position]}: {error}")
+                    await asyncio.sleep(AGAIN_AFTER_S)
+
+    async def stop(self) -> None:
+        """End them at once."""
+        for watch in self._watches:
+            watch.cancel()
+        await asyncio.gather(*(process.stop(grace_s=0.0) for process in self._processes.values()))
+
+
+def _free_port(host: str) -> int:
+    with socket.socket() as trial:
+        trial.bind((host, 0))
+        return int(trial.getsockname()[1])
