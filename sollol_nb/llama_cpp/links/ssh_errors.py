@@ -9,12 +9,12 @@ import re
 import shlex
 from collections.abc import Iterable, Sequence
 
-SHOWN_CHARACTERS = 400
+SHOWN_CHARACTERS = 600
 REFUSED_CONNECTION = re.compile(r"channel \d+: open failed: .*")
 """What the master prints for a connection that it could not carry to the other side."""
 
 _FINGERPRINT = re.compile(r"debug1: Server host key: (\S+) (\S+)")
-_OFFENDING = re.compile(r"Offending \S+ key in (.+):\d+")
+_OFFENDING = re.compile(r"Offending \S+ key in (.+):(\d+)")
 _NOISE = re.compile(
     r"debug\d: |OpenSSH_|Warning: Permanently added|Authenticated to |Connection closed by UNKNOWN"
     r"|kex_exchange_identification: Connection closed|Transferred: |Bytes per second: |Connection to .* closed\.$"
@@ -52,8 +52,8 @@ def explain(host: str, command: Sequence[str], lines: Iterable[str]) -> str:
 _MEANINGS = (
     (
         r"REMOTE HOST IDENTIFICATION HAS CHANGED",
-        "its host key{key} is not the one in {known_hosts}; if the machine was installed again, run "
-        "`ssh-keygen -R {name}` and then `{ssh}`, else somebody may be in between",
+        "its host key{key} has changed, and somebody may be in between; if the machine was installed again, "
+        "delete {known_hosts}, and run `{ssh}`",
     ),
     (
         r"Host key verification failed",
@@ -129,13 +129,12 @@ def _facts(lines: Sequence[str], host: str) -> dict[str, object]:
     fingerprints = [found for line in lines if (found := _FINGERPRINT.match(line))]
     offending = [found for line in lines if (found := _OFFENDING.search(line))]
     login = _login(host)
-    name = login[-1].rpartition("@")[2]
-    port = login[1] if len(login) > 1 else "22"
     return {
         "key": f" ({fingerprints[-1].group(1)} {fingerprints[-1].group(2)})" if fingerprints else "",
-        "known_hosts": offending[-1].group(1) if offending else "known_hosts",
+        "known_hosts": f"line {offending[-1][2]} of {offending[-1][1]}"
+        if offending
+        else "its line of known_hosts",
         "login": " ".join(login),
-        "name": name if port == "22" else f"'[{name}]:{port}'",
         "alive_s": ALIVE_S,
     }
 

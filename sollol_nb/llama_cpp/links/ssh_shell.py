@@ -93,7 +93,8 @@ class Shell:
             "-o",
             "ClearAllForwardings=yes",
         ]
-        self._master = await self._spawn([*options, "-S", self._socket, *self._connecting()], stdin=None)
+        # The fingerprint of an unknown host is shown at no lower level than DEBUG1.
+        self._master = await self._spawn([*options, "-S", self._socket, *self._connecting("DEBUG1")], stdin=None)
         assert self._master.stderr is not None
         self._master_errors = errors = Lines(self._master.stderr)
         try:
@@ -175,7 +176,7 @@ class Shell:
             await self._ask_master("forward", where)
         else:
             options = ["-N", "-o", "ExitOnForwardFailure=yes", "-L", where]
-            process = await self._spawn([*options, *self._connecting()], stdin=None)
+            process = await self._spawn([*options, *self._connecting("INFO")], stdin=None)
             assert process.stderr is not None
             self._forwards[where] = process, Lines(process.stderr)
 
@@ -252,7 +253,7 @@ class Shell:
     def _name(self) -> str:
         return self._destination[-1]
 
-    def _connecting(self) -> list[str]:
+    def _connecting(self, log_level: str) -> list[str]:
         """Options and destination of a process that connects itself. They win over the user's configuration."""
         options = (
             "BatchMode=yes",
@@ -260,7 +261,7 @@ class Shell:
             f"ServerAliveInterval={ALIVE_INTERVAL_S}",
             f"ServerAliveCountMax={ALIVE_COUNT}",
             "ForkAfterAuthentication=no",
-            "LogLevel=DEBUG1",  # the fingerprint of an unknown host is shown at no lower level
+            f"LogLevel={log_level}",
             "PermitLocalCommand=no",
             "RemoteCommand=none",
             "RequestTTY=no",
@@ -279,7 +280,7 @@ class Shell:
                 raise LinkError(f"{self.host} is not connected")
             options = [*self._sharing(), self._name]
         else:
-            options = ["-T", "-o", "ControlPath=none", "-o", "ClearAllForwardings=yes", *self._connecting()]
+            options = ["-T", "-o", "ControlPath=none", "-o", "ClearAllForwardings=yes", *self._connecting("ERROR")]
         with contextlib.ExitStack() as stack:
             source: int | IO[bytes] | None = asyncio.subprocess.PIPE
             if stdin is None:
