@@ -39,12 +39,14 @@ class LinkedWorker:
         machine: equal for workers that are processes of one machine (its boot); "" if unknown.
         device: `CPU`, or llama.cpp's name of its GPU, such as `CUDA0`; "" if unknown.
         engine: the commit of its llama.cpp; "" if unknown.
+        place: equal for links to the same user of the same machine; "" if unknown.
     """
 
     name: str
     machine: str = ""
     device: str = ""
     engine: str = ""
+    place: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for the registry entry."""

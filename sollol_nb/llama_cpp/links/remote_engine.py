@@ -51,8 +51,7 @@ class RemoteEngine:
         worker: its path there.
         devices: those to use, one worker each.
         machine: identity of the machine since it was started; "" if unknown.
-        network: identity of the network that its processes see; "" if unknown.
-        user: who is logged in there.
+        place: equal for the same user of the same machine; "" if unknown.
         system: for people: `Linux x86_64 (glibc 2.36)`.
         cores: that may be used there.
         commit: of its llama.cpp, or a hash of its files for a build of the user's own.
@@ -64,8 +63,7 @@ class RemoteEngine:
     worker: str
     devices: tuple[RemoteDevice, ...]
     machine: str
-    network: str
-    user: str
+    place: str
     system: str
     cores: int
     commit: str
@@ -349,8 +347,7 @@ class _Preparation:
             worker=worker,
             devices=devices,
             machine=self.there.boot,
-            network=self.there.network,
-            user=self.there.user,
+            place=self.there.place,
             system=self.there.name,
             cores=self.there.cores,
             commit=commit,

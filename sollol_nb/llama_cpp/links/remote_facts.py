@@ -146,6 +146,14 @@ class Facts:
         return f"{self.system} {self.architecture}" + (f" ({self.libc})" if self.libc else "")
 
     @property
+    def place(self) -> str:
+        """Equal for the same user of the same machine, under whichever name; "" if unknown.
+
+        Containers of one machine have networks of their own, and users have folders of their own.
+        """
+        return " ".join((self.boot, self.network, self.user, self.folder)) if self.boot else ""
+
+    @property
     def backends(self) -> list[Backend]:
         """Those that its hardware can use, best first."""
         if self.system == "Darwin" and self.architecture == "arm64":

@@ -308,7 +308,11 @@ class _Link:
         there = self._there
         workers = {
             format_endpoint(LOOPBACK, device.port): LinkedWorker(
-                name=self._name(device), machine=there.machine, device=device.name, engine=there.commit
+                name=self._name(device),
+                machine=there.machine,
+                device=device.name,
+                engine=there.commit,
+                place=there.place,
             )
             for device in self._devices.values()
             if device.is_ready and state == READY and there is not None

@@ -7,8 +7,9 @@ would wait for itself for ever.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
+from sollol_nb.llama_cpp.links.link import LinkedWorker
 from sollol_nb.llama_cpp.processes.machine import Address, worker_at
 from sollol_nb.llama_cpp.workers.probe import DEFAULT_TIMEOUT_S, answering_together
 from sollol_nb.settings.endpoints import parse_endpoint
@@ -88,6 +89,24 @@ class Identities:
                         found.append(endpoint)
                         break
         return found
+
+
+def second_targets(workers: Mapping[str, Iterable[LinkedWorker]]) -> dict[str, str]:
+    """The targets that lead to the same devices as one before them, each with that one.
+
+    Args:
+        workers: what each target leads to, as far as is known, in the order in which the targets were named.
+    """
+    first: dict[tuple[str, str], str] = {}
+    second = {}
+    for target, linked in workers.items():
+        devices = [(worker.place, worker.device) for worker in linked if worker.place]
+        earlier = next((first[device] for device in devices if device in first), None)
+        if earlier is not None:
+            second[target] = earlier
+        else:
+            first |= dict.fromkeys(devices, target)
+    return second
 
 
 async def _exclude_each_other(first: str, second: str) -> bool:

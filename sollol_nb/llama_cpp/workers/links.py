@@ -8,6 +8,9 @@ A plan waits for a link while its first connect is in progress, however long lla
 waits for no link that was lost or has failed once; such a link connects in the background. The workers of a lost
 link stay known, as `lost`, since they come back at the same endpoints. A link that failed, or that somebody has
 stopped, is started again by the next request that needs workers, and by nothing else.
+
+Of two targets that lead to the same devices, such as `ssh://gpu1` and `ssh://192.168.1.10`, the second is let go
+once that is known: two sets of workers would share these devices. It is used again when the first one is not.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.processes.process import EngineProcess, ExitReport
 from sollol_nb.llama_cpp.processes.registry import Entry
 from sollol_nb.llama_cpp.processes.running import Ended
+from sollol_nb.llama_cpp.workers.identities import second_targets
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.runtime.events import EventBus, EventKind
 from sollol_nb.runtime.http_client import one_line
@@ -65,6 +69,7 @@ class _Link:
         workers: reachable through it when it was ready last, by endpoint.
         is_settled: whether its first connect has ended, well or not.
         was_ready: whether it was ready since this router knows it.
+        same_as: the target whose link leads to the same devices, which is used instead; "" if there is none.
     """
 
     is_wanted: bool = False
@@ -74,6 +79,7 @@ class _Link:
     workers: dict[str, LinkedWorker] = field(default_factory=dict)
     is_settled: bool = False
     was_ready: bool = False
+    same_as: str = ""
 
 
 class Links:
@@ -197,10 +203,14 @@ class Links:
             if targets is not None and target in targets:
                 known.is_settled = False
         await self.refresh()
-        if any(known.process is None for known in self._links.values()):
+        if any(known.process is None and not known.same_as for known in self._links.values()):
             async with registry.locked("links", "connecting to other machines"):
                 await self.refresh()  # another kernel may have started them
-                missing = [(target, known) for target, known in self._links.items() if known.process is None]
+                missing = [
+                    (target, known)
+                    for target, known in self._links.items()
+                    if known.process is None and not known.same_as
+                ]
                 await asyncio.gather(
                     *(self._start(target, known, keep_alive_s, engine) for target, known in missing)
                 )
@@ -260,9 +270,11 @@ class Links:
                 entry = links.get(target)
                 if known.process is not None and not known.process.is_running():
                     self._note_end(target, known)
-                if entry is not None and known.process is None and known.is_wanted:
+                if entry is not None and known.process is None and known.is_wanted and not known.same_as:
                     await self._adopt(known, entry)
                 if target not in self._links:  # let go meanwhile
+                    continue
+                if known.same_as:
                     continue
                 if entry is not None:
                     self._note(target, known, entry)
@@ -274,8 +286,32 @@ class Links:
                 if target not in self._links
                 for endpoint, worker in linked_workers(entry).items()
             }
+            duplicates = self._find_duplicates()
             self._set_names()
-            return entries
+        if duplicates:
+            await asyncio.gather(*(process.stop_unless_foreign() for process in duplicates))
+        return entries
+
+    def _find_duplicates(self) -> list[EngineProcess]:
+        """Notice which targets lead to the same devices as one before them; returns the links of these."""
+        for known in self._links.values():
+            first = self._links.get(known.same_as)
+            if known.same_as and (first is None or not first.workers or first.state == "down"):
+                known.same_as, known.state, known.detail = "", "unknown", NOT_CONNECTED
+                known.is_settled = False
+        second = second_targets({target: known.workers.values() for target, known in self._links.items()})
+        released = []
+        for target, first_target in second.items():
+            known = self._links[target]
+            known.same_as, known.state = first_target, "duplicate"
+            known.detail = f"{target} leads to the same devices as {first_target}, which is used"
+            known.is_settled = True
+            if known.process is not None:
+                released.append(known.process)
+                known.process = None
+            self._replace_workers(known, {})
+            self._events.publish(EventKind.LINK_STOPPED, target, known.detail)
+        return released
 
     def _note(self, target: str, known: _Link, entry: Entry) -> None:
         state, detail = str(entry.about.get("state")), one_line(str(entry.about.get("detail")))
