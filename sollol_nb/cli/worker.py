@@ -39,6 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--port", type=int, help=f"without --join: listen on this port (default: {DEFAULT_RPC_PORT})"
     )
+    parser.add_argument(
+        "--announce",
+        action="store_true",
+        help="without --join: announce it in the local network by mDNS, for `sollol-nb discover --mdns`",
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="of the CPU (default: the usable cores)")
     parser.add_argument(
         "--device",
@@ -59,6 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
     link = None if text is None else JoinLink.of(text)
     if link is not None and (arguments.host is not None or arguments.port is not None):
         raise ConfigError("--host and --port are for a worker that listens; with --join nothing listens")
+    if link is not None and arguments.announce:
+        raise ConfigError("--announce is for a worker that listens; with --join nothing listens")
     if arguments.threads is not None and not 1 <= arguments.threads <= 4096:
         raise ConfigError(f"--threads is {arguments.threads}; give a number from 1 to 4096")
     host, port = arguments.host or LOOPBACK, DEFAULT_RPC_PORT if arguments.port is None else arguments.port
@@ -106,9 +113,12 @@ def _devices(arguments: argparse.Namespace) -> list[str]:
 async def _serve(arguments: argparse.Namespace, host: str, port: int) -> int:
     from sollol_nb.llama_cpp.engine.find import ensure_engine
     from sollol_nb.llama_cpp.processes.machine import usable_cores
+    from sollol_nb.llama_cpp.workers.announcements import announced, check_announceable
     from sollol_nb.llama_cpp.workers.lent import CPU, LentWorkers
 
     given = _devices(arguments)
+    if arguments.announce:
+        check_announceable(host)
     engine = await asyncio.to_thread(ensure_engine)
     threads = arguments.threads or usable_cores()
     # One process offers all devices; by default it takes all GPUs, or the CPU.
@@ -122,7 +132,11 @@ async def _serve(arguments: argparse.Namespace, host: str, port: int) -> int:
                 f"warning: whoever can connect to {endpoint} can use it, without a password and unencrypted; use "
                 "it only in a network that you trust, or `sollol-nb worker --join`"
             )
-        await asyncio.Event().wait()
+        async with contextlib.AsyncExitStack() as announcing:
+            if arguments.announce:
+                endpoints = await announcing.enter_async_context(announced(host, port, version=engine.version))
+                say(f"announced to the local network as {', '.join(endpoints)}")
+            await asyncio.Event().wait()
     finally:
         await workers.stop()
     return 0

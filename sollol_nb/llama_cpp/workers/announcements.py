@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import ipaddress
 import socket
 from collections.abc import AsyncIterator, Iterable
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from sollol_nb.errors import ConfigError
+from sollol_nb.llama_cpp.workers.lent import ALL_ADDRESSES
 from sollol_nb.llama_cpp.workers.probe import PROTOCOL_MAJOR, PROTOCOL_MINOR
 from sollol_nb.llama_cpp.workers.scan import is_private
 from sollol_nb.settings.endpoints import format_endpoint
@@ -31,7 +33,7 @@ BROWSE_S = 1.5
 RESOLVE_LIMIT_S = 1.0
 MAX_ANNOUNCED = 64
 MAX_TEXT_CHARS = 64
-ALL_ADDRESSES = ("0.0.0.0", "::")  # noqa: S104 - compared, not bound
+MISSING = "mDNS needs the package zeroconf; run: pip install zeroconf"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +132,17 @@ async def browse() -> list[Announced]:
     return found
 
 
+def check_announceable(host: str) -> None:
+    """Check what `announced` needs.
+
+    Raises:
+        ConfigError: zeroconf is missing, or other machines cannot reach that address.
+    """
+    announceable(host)
+    if importlib.util.find_spec("zeroconf") is None:
+        raise ConfigError(MISSING)
+
+
 def announceable(host: str) -> list[str]:
     """The IPv4 addresses at which other machines reach a worker that listens on `host`.
 
@@ -185,7 +198,7 @@ async def _zeroconf(addresses: list[str]) -> AsyncIterator[AsyncZeroconf]:
     try:
         from zeroconf.asyncio import AsyncZeroconf
     except ImportError:
-        raise ConfigError("mDNS needs the package zeroconf; run: pip install zeroconf") from None
+        raise ConfigError(MISSING) from None
     if not addresses:
         raise ConfigError("mDNS needs a private network (such as 192.168.1.0/24), and this machine is in none")
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import pytest
 from sollol_nb.cli import main as cli
 from sollol_nb.errors import ConfigError
 from sollol_nb.llama_cpp.engine.check import Engine
+from sollol_nb.llama_cpp.engine.find import find_engine
 from sollol_nb.llama_cpp.workers import announcements, discovery, scan, workers
 from sollol_nb.llama_cpp.workers.announcements import Announced, announceable, cleaned, reachable
 from sollol_nb.llama_cpp.workers.discovery import FoundWorker, as_table
@@ -105,6 +107,11 @@ def test_announced_texts_are_cleaned_and_cut() -> None:
 def test_a_worker_that_only_this_machine_reaches_is_not_announced() -> None:
     with pytest.raises(ConfigError, match=r"^a worker that listens on 127\.0\.0\.1 cannot be announced"):
         announceable("127.0.0.1")
+
+
+def test_a_worker_on_loopback_is_not_started_to_be_announced(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["worker", "--announce"]) == 1
+    assert capsys.readouterr().err.startswith("sollol-nb: a worker that listens on 127.0.0.1 cannot be announced")
 
 
 def test_without_zeroconf_the_command_that_installs_it_is_said(
@@ -228,15 +235,6 @@ def test_a_scan_finds_the_worker_of_another_machine_and_names_the_line_that_adds
     assert rows_of(gpu1, again) == [(name, ("this notebook", f"scan of {network}"), "free")]
 
 
-ANNOUNCE = """
-import asyncio, sys
-from sollol_nb.llama_cpp.workers.announcements import announced
-async def main():
-    async with announced(sys.argv[1], int(sys.argv[2]), version="0.5.0"):
-        print("announced", flush=True)
-        await asyncio.to_thread(sys.stdin.readline)
-asyncio.run(main())
-"""
 LIE = """
 import asyncio, sys
 from zeroconf import ServiceInfo
@@ -259,14 +257,13 @@ asyncio.run(main())
 
 
 @contextmanager
-def announcing(machine: Machine, text: str, *arguments: str) -> Iterator[None]:
+def lying(machine: Machine) -> Iterator[None]:
+    """A program on a machine that announces what is not there."""
     process = machine.start(
         sys.executable,
         "-c",
-        text,
+        LIE,
         machine.address,
-        *arguments,
-        cwd=REPOSITORY,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -277,6 +274,38 @@ def announcing(machine: Machine, text: str, *arguments: str) -> Iterator[None]:
         yield
     finally:
         process.communicate("\n", timeout=60)
+
+
+@contextmanager
+def announced_worker(machine: Machine, port: int) -> Iterator[None]:
+    """`sollol-nb worker --announce` on a machine, until it is interrupted."""
+    process = machine.start(
+        *(
+            sys.executable,
+            "-m",
+            "sollol_nb",
+            "worker",
+            "--announce",
+            "--host",
+            machine.address,
+            "--port",
+            str(port),
+        ),
+        cwd=REPOSITORY,
+        env={"SOLLOL_LLAMA_CPP": str(find_engine().server.parent), "XDG_CACHE_HOME": str(machine.home)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stderr is not None
+        lines = iter(process.stderr.readline, "")
+        assert any(
+            line.endswith(f"announced to the local network as {machine.address}:{port}\n") for line in lines
+        )
+        yield
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
 
 
 @pytest.mark.engine
@@ -295,12 +324,12 @@ def test_an_announced_worker_is_found_and_false_announcements_are_not_shown(
         with pytest.raises(ConfigError, match="cannot be announced"):
             announceable(gpu1.address)
         return
-    with announcing(gpu1, ANNOUNCE, str(PORTS[0])), announcing(gpu1, LIE):
+    with announced_worker(gpu1, PORTS[1]), lying(gpu1):
         found = looking.find_workers(mdns=True)
-    assert sorted(told) == [f"gpu1-{PORTS[0]}", "nothing", "sshd"]
-    assert rows_of(gpu1, found) == [(f"{gpu1.address}:{PORTS[0]}", ("mDNS",), "free")]
+    assert sorted(told) == [f"gpu1-{PORTS[1]}", "nothing", "sshd"]
+    assert rows_of(gpu1, found) == [(f"{gpu1.address}:{PORTS[1]}", ("mDNS",), "free")]
     (row,) = (row for row in found if gpu1.address in row.name)
-    assert row.detail == f"announced as gpu1-{PORTS[0]}, llama.cpp 0.5.0"
+    assert row.detail == f"announced as gpu1-{PORTS[1]}, llama.cpp {find_engine().version}"
     assert not any("8.8.8.8" in row.name or row.name.endswith(":22") for row in found)
 
 
