@@ -244,9 +244,9 @@ class Hub:
         if self._listener is not None:
             listens = format_endpoint(self._known.host, self._listener.getsockname()[1])
         detail = f"{counted(len(connected), 'joined worker')}{f', listening on {listens}' if listens else ''}"
-        names = [invitation.name for invitation in self._known.open]
+        hashes = [invitation.token_hash for invitation in self._known.open]
         state = LOST if self._problem else READY
-        reported = (state, detail, workers, connected, names, listens, self._problem)
+        reported = (state, detail, workers, connected, hashes, listens, self._problem)
         if reported != self._reported:
             self._reported = reported
             await self._report.set(
@@ -254,7 +254,7 @@ class Hub:
                 self._problem or detail,
                 workers,
                 listens=listens,
-                invitations=names,
+                invitations=hashes,
                 connected=connected,
             )
 
@@ -275,7 +275,8 @@ class Hub:
             )[0]
             listener = socket.create_server(address[:2], family=family, backlog=128)
         except (OSError, SollolError) as error:
-            why = getattr(error, "strerror", None) or str(error)
+            # Python adds the address to the reason.
+            why = (getattr(error, "strerror", None) or str(error)).partition(" (while ")[0]
             self._problem = (
                 f"cannot listen on {format_endpoint(host, port)} ({why}); end what uses it, or revoke the "
                 "invitations and make new ones with another host= or port="

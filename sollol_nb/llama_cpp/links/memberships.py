@@ -198,6 +198,13 @@ class Memberships:
         names = dict.fromkeys([*(known.name for known in ended), *(known.name for known in gone)])
         return replace(self, invitations=invitations, members=members), list(names)
 
+    def withdrawn(self, name: str, *, host: str, port: int) -> Memberships:
+        """Without an invitation with which nothing could be done, and at the address of before, unless others have
+        come to use this one."""
+        invitations = tuple(known for known in self.open if known.name != name)
+        kept = replace(self, invitations=(*(known for known in self.invitations if known.over), *invitations))
+        return kept if kept.is_wanted else replace(kept, host=host, port=port)
+
     def as_text(self) -> str:
         """As the file has it."""
         past = [invitation for invitation in self.invitations if invitation.over][-PAST_KEPT:]
@@ -262,7 +269,7 @@ async def changing() -> AsyncIterator[Memberships]:
 
 
 def made(
-    known: Memberships, *, name: str | None, uses: int, expires_s: float, host: str, port: int, build: Build
+    known: Memberships, *, name: str | None, uses: int, expires_s: float, host: str, port: int | None, build: Build
 ) -> tuple[Memberships, Invitation, str]:
     """With one more invitation; and that, and its token.
 
@@ -276,7 +283,7 @@ def made(
         name = next(f"{MADE_UP}{number}" for number in range(1, 1000) if f"{MADE_UP}{number}" not in taken)
     elif name in taken:
         raise ConfigError(f"an invitation is named {name} already; choose another name, or revoke it first")
-    if known.is_wanted and (host != known.host or port not in (0, known.port)):
+    if known.is_wanted and (host != known.host or port not in (None, 0, known.port)):
         raise ConfigError(
             f"join links lead to {known.host} port {known.port} while invitations are open or workers have "
             "joined; revoke them first, or leave out host and port"
@@ -287,9 +294,9 @@ def made(
     )
     # The port stays as it was, so that a firewall's rule and the workers that come back find it.
     kept_port = known.port if host == known.host or not known.host else 0
-    after = replace(
-        known, host=host, port=port or kept_port, build=build, invitations=(*known.invitations, invitation)
-    )
+    if port is None or known.is_wanted:
+        port = kept_port
+    after = replace(known, host=host, port=port, build=build, invitations=(*known.invitations, invitation))
     return after, invitation, token
 
 

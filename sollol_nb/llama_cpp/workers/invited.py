@@ -12,7 +12,7 @@ from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.links import memberships
 from sollol_nb.llama_cpp.links.join_link import Build, JoinLink
 from sollol_nb.llama_cpp.links.link import LOST
-from sollol_nb.llama_cpp.links.memberships import OpenInvitation
+from sollol_nb.llama_cpp.links.memberships import Invitation, OpenInvitation
 from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.processes.machine import primary_address
 from sollol_nb.llama_cpp.processes.registry import Entry
@@ -150,16 +150,17 @@ async def invite(
             uses=uses,
             expires_s=expires_s,
             host=host or (known.host if known.is_wanted else primary),
-            port=port or 0,
+            port=port,
             build=Build.of(here.version, here.protocol),
         )
         memberships.write(after)
     try:
         links.add(INVITATIONS)
         await links.connect([INVITATIONS], keep_alive_s=keep_alive_s, engine=engine)
-        listens = await _listening(links, invitation.name)
+        listens = await _listening(links, invitation)
     except BaseException:
-        await revoke(invitation.name)
+        async with memberships.changing() as now:
+            memberships.write(now.withdrawn(invitation.name, host=known.host, port=known.port))
         raise
     address = primary if after.host in _ALL_ADDRESSES else after.host
     link = JoinLink(host=address, port=parse_endpoint(listens)[1], token=token, fingerprint=fingerprint)
@@ -176,7 +177,7 @@ def _checked_expiry(expires: float | str) -> float:
     return seconds
 
 
-async def _listening(links: Links, name: str) -> str:
+async def _listening(links: Links, invitation: Invitation) -> str:
     """Where the link listens, once it knows this invitation.
 
     Raises:
@@ -187,10 +188,11 @@ async def _listening(links: Links, name: str) -> str:
         await links.refresh()
         entry = await asyncio.to_thread(_entry)
         about = entry.about if entry is not None else {}
-        if about.get("state") == LOST:
-            raise JoinError(str(about.get("detail")))
-        if name in (about.get("invitations") or ()) and about.get("listens"):
-            return str(about["listens"])
+        if invitation.token_hash in (about.get("invitations") or ()):
+            if about.get("state") == LOST:
+                raise JoinError(str(about.get("detail")))
+            if about.get("listens"):
+                return str(about["listens"])
         if (ended := links.why_down(INVITATIONS)) is not None:
             raise JoinError(f"cannot listen for workers: {ended}")
         await asyncio.sleep(POLL_S)
