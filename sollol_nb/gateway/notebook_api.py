@@ -75,6 +75,7 @@ def known(router: HybridRouter) -> Any:
         Known(
             coordinators=tuple(map(GatewayCoordinator.of, router.own_coordinators)),
             worker_endpoints=tuple(router.worker_endpoints),
+            worker_targets=tuple(router.worker_targets),
             layer_strategy=router.layer_strategy,
         )
     )

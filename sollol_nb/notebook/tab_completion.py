@@ -270,7 +270,7 @@ class _Names:
                 return folder.paths(self._cache.names(folder.source)[folder.key], "")
             case "hosts" | "machines":  # of several with commas, the last one is completed
                 begun = typed[: typed.rfind(",") + 1] if kind == "hosts" else SSH
-                return [f"{begun}{host}" for host in configured_hosts()]
+                return [f"{begun}{host}" for host in self._cache.names({"ssh": configured_hosts})["ssh"]]
             case "engines":
                 return {*self._quick("running"), *self._quick("workers")}
             case "priorities":

@@ -285,7 +285,7 @@ class ClusterControl:
         Args:
             model: one that this router runs sharded.
             counts: units (blocks, then the output layer) of each worker, in the order of their layers; they sum
-                to the model's blocks plus one, and 0 leaves a worker out: `{"10.0.0.1:50052": 20, ...}`.
+                to the model's blocks plus one, and 0 leaves a worker out: `{"10.0.0.1:50052": 20, "gpu1": 21}`.
 
         Raises:
             ConfigError: no coordinator of this router shards the model, or this is not a layout of it.
@@ -294,7 +294,7 @@ class ClusterControl:
                 or lost while the new one started.
             CoordinatorError: the new one could not be started; the old one has ended.
         """
-        await self._coordinators.lay_out(model_text(model), counts)
+        await self._coordinators.lay_out(model_text(model), self._workers.by_endpoint(counts))
 
     @io_bound
     async def what_if(self, model: str | Path, counts: Mapping[str, int]) -> Forecast:
@@ -306,7 +306,7 @@ class ClusterControl:
         Raises:
             ConfigError: no coordinator of this router shards the model, or this is not a layout of it.
         """
-        return self._coordinators.what_if(model_text(model), counts)
+        return self._coordinators.what_if(model_text(model), self._workers.by_endpoint(counts))
 
     @io_bound
     async def configure(self, *, layer_strategy: str | None = None, keep_alive: float | str | None = None) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,20 @@ def worker(endpoint: str, state: str) -> WorkerStatus:
 
 def node(state: str) -> NodeStatus:
     return NodeStatus("http://a:11434", state, (), (), 0, 0, 1, 0.0, None, "no route", None)
+
+
+def machine(state: str) -> WorkerStatus:
+    return replace(worker("ssh://gpu1", state), name="ssh://gpu1", detail="no route to gpu1")
+
+
+def test_a_lost_machine_needs_attention_and_one_that_nobody_uses_does_not() -> None:
+    linked = replace(worker("127.0.0.1:4000", "lost"), name="gpu2/CUDA0", target="ssh://gpu2", detail="no network")
+    status = ClusterStatus((machine("unknown"), machine("down"), machine("lost"), linked), ())
+    assert problems(status) == [
+        "machine ssh://gpu1 is down: no route to gpu1",
+        "machine ssh://gpu1 is lost: no route to gpu1",
+        "worker gpu2/CUDA0 is lost: no network",
+    ]
 
 
 def test_what_needs_attention_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:

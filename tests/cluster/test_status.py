@@ -376,3 +376,28 @@ def test_each_ollama_node_shows_what_it_has_or_what_is_wrong(node: NodeStatus, d
 
     assert f"{node.url:<22} {node.state:<12} {description}" in str(status)
     assert f"{node.state} {description}" in as_html(status).text
+
+
+def test_workers_of_other_machines_are_shown_by_name_and_a_command_as_code() -> None:
+    hidden = "127.0.0.1:40123"
+    linked = worker(1, "held", endpoint=hidden, name="gpu1/CUDA0", target="ssh://gpu1", held_by="big")
+    failed = worker(
+        2,
+        "down",
+        "gpu2 is not known to ssh; run `ssh gpu2` once, and confirm its key",
+        endpoint="ssh://gpu2",
+        name="ssh://gpu2",
+        probe=None,
+    )
+    running = coordinator(segment(hidden, "0-9", 10, name="gpu1/CUDA0"))
+    status = ClusterStatus((linked, failed), (running,))
+
+    text = str(status)
+    assert hidden not in text
+    assert "gpu1/CUDA0: layers 0-9; planned: 10 units" in text
+    assert "\n  gpu1/CUDA0             held " in text
+    assert "\n  ssh://gpu2             down         gpu2 is not known to ssh; run `ssh gpu2` once" in text
+    html = status._repr_html_()
+    assert html.count(hidden) == html.count(f'title="{hidden}"') == 2, "it is a tooltip only"
+    assert html.count("gpu1/CUDA0</td>") == 3, "the bar and both tables"
+    assert "run <code>ssh gpu2</code> once, and confirm its key" in html

@@ -417,3 +417,18 @@ def test_a_plan_survives_as_plain_data(plan: LayerPlan, predicted_ms: float | No
     assert LayerPlan.from_dict(data) == measured
     del data["predicted_token_ms"]
     assert LayerPlan.from_dict(data) == plan
+
+
+def test_a_plan_and_its_errors_call_workers_by_their_names() -> None:
+    named = [replace(worker, name=f"gpu{n}") for n, worker in enumerate(workers(60 * GB, 8 * GB))]
+    plan = plan_layers(TWELVE, named)
+    assert plan.describe().startswith("12 layers over 2 workers (memory_aware): gpu0 0-11 (")
+    assert LayerPlan.from_dict(json.loads(json.dumps(plan.as_dict()))) == plan
+    older = plan.as_dict()
+    for shard in older["shards"]:
+        del shard["name"]
+    assert LayerPlan.from_dict(older).shards[0].worker == "w0:1", "an entry of an older version"
+    with pytest.raises(ModelDoesNotFitError, match=r"on gpu1 \(layers 6-11 \+ output\)"):
+        plan_from_counts(TWELVE, named, (6, 7))
+    with pytest.raises(ModelDoesNotFitError, match="gpu1 has the least"):
+        plan_layers(TWELVE, [replace(worker, free_bytes=worker.free_bytes // 10) for worker in named])

@@ -330,6 +330,18 @@ def test_other_lines_are_completed_as_usual(notebook: Kernel) -> None:
     assert "%%sollol demo\ntownlist" in completed(notebook, "%%sollol demo\ntownl")
 
 
+def test_machines_are_completed_by_the_configuration_of_ssh(tmp_path: Path) -> None:
+    (tmp_path / ".ssh").mkdir()
+    (tmp_path / ".ssh/config").write_text("Host gpu1 gpu2\n  User me\nHost *.lab !gpu9\nInclude more\n")
+    (tmp_path / ".ssh/more").write_text("Host = box\n")
+    with kernel(HOME=str(tmp_path)) as fresh:
+        fresh.run("%load_ext sollol_nb")
+        begun = "%sollol_cluster --ssh "
+        assert completed(fresh, begun) == [f"{begun}{host}" for host in ("box", "gpu1", "gpu2")]
+        assert completed(fresh, f"{begun}box,g") == [f"{begun}box,gpu1", f"{begun}box,gpu2"]
+        assert completed(fresh, "%sollol_cluster add ssh://b") == ["%sollol_cluster add ssh://box"]
+
+
 def test_a_broken_or_hanging_node_delays_nothing_and_removal_is_complete(folder: Path) -> None:
     hanging = """\
 %load_ext sollol_nb

@@ -167,7 +167,7 @@ class CoordinatorPool:
         capacities = {worker.endpoint: worker.capacity for worker in self._workers.statuses()}
         unknown = [endpoint for endpoint in layout if endpoint not in capacities]
         if unknown:
-            known = ", ".join(capacities) or "none"
+            known = ", ".join(worker.name or worker.endpoint for worker in capacities.values()) or "none"
             raise ConfigError(f"{unknown[0]} is not a known worker; known workers: {known}")
         return forecast(
             coordinator.settings.facts,

@@ -8,7 +8,7 @@ immediately; the end of another worker is noticed at the next probe.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from sollol_nb.errors import ConfigError
@@ -118,6 +118,11 @@ class Workers:
     def name_of(self, endpoint: str) -> str:
         """How people call a worker: its name, if it is reached through a link, else its endpoint."""
         return self.links.name_of(endpoint) or endpoint
+
+    def by_endpoint(self, counts: Mapping[str, int]) -> dict[str, int]:
+        """The counts of workers that are given by their names or endpoints, by endpoint."""
+        endpoints = {self.name_of(endpoint): endpoint for endpoint in self._probes}
+        return {endpoints.get(worker, worker): count for worker, count in counts.items()}
 
     @property
     def given(self) -> list[str]:

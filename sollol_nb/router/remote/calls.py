@@ -143,11 +143,12 @@ class Known:
     """The facts about a gateway that its notebooks keep.
 
     Attributes:
-        coordinators, worker_endpoints, layer_strategy: as of the router.
+        coordinators, worker_endpoints, worker_targets, layer_strategy: as of the router.
     """
 
     coordinators: tuple[GatewayCoordinator, ...] = ()
     worker_endpoints: tuple[str, ...] = ()
+    worker_targets: tuple[str, ...] = ()
     layer_strategy: str = ""
 
 

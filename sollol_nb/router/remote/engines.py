@@ -198,8 +198,9 @@ class GatewayEngines:
 
     @property
     def worker_targets(self) -> list[str]:
-        """The same: links are the gateway's."""
-        return self.worker_endpoints
+        """The gateway's, as last reported: `ssh://host` and the like for workers that it reaches through links,
+        `host:port` for all others."""
+        return list(self._feed.known.worker_targets)
 
     @property
     def layer_strategy(self) -> str:

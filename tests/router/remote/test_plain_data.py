@@ -42,7 +42,17 @@ PROBE = Probe(
     total_bytes=20,
     round_trip_ms=0.25,
 )
-WORKER = WorkerStatus(endpoint="a:1", state="free", detail="", held_by=None, probe=PROBE, is_local=True)
+WORKER = WorkerStatus(
+    endpoint="a:1",
+    state="free",
+    detail="",
+    held_by=None,
+    probe=PROBE,
+    is_local=True,
+    name="gpu1/CUDA0",
+    machine="3f",
+    target="ssh://gpu1",
+)
 SEGMENT = LayerSegment(
     endpoint="a:1",
     layers="0-4",
@@ -53,6 +63,7 @@ SEGMENT = LayerSegment(
     kv_bytes=3,
     share=0.5,
     color="#fff",
+    name="gpu1/CUDA0",
 )
 COORDINATOR = CoordinatorStatus(
     model="demo",
