@@ -55,7 +55,7 @@ def worker_target(text: str) -> str:
     Raises:
         ConfigError: it is none of these.
     """
-    if text.strip().lower().startswith(SSH):
+    if is_ssh(text):
         return ssh_target(text)
     if text.strip() == INVITATIONS:
         return INVITATIONS
@@ -82,6 +82,11 @@ def ssh_target(text: str) -> str:
         raise ConfigError(f"{shown(text)} does not name a machine; use ssh://host or ssh://user@host:port")
     bracketed = f"[{host}]" if ":" in host else host
     return f"{SSH}{user}{at}{bracketed}{f':{port}' if has_port else ''}"
+
+
+def is_ssh(text: str) -> bool:
+    """Whether it names a machine as `ssh://host`."""
+    return text.strip().lower().startswith(SSH)
 
 
 def is_target(endpoint: str) -> bool:

@@ -429,6 +429,6 @@ def test_a_plan_and_its_errors_call_workers_by_their_names() -> None:
         del shard["name"]
     assert LayerPlan.from_dict(older).shards[0].worker == "w0:1", "an entry of an older version"
     with pytest.raises(ModelDoesNotFitError, match=r"on gpu1 \(layers 6-11 \+ output\)"):
-        plan_from_counts(TWELVE, named, (6, 7))
+        plan_from_counts(TWELVE, [named[0], replace(named[1], free_bytes=2 * GB)], (6, 7))
     with pytest.raises(ModelDoesNotFitError, match="gpu1 has the least"):
         plan_layers(TWELVE, [replace(worker, free_bytes=worker.free_bytes // 10) for worker in named])

@@ -22,7 +22,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from sollol_nb.errors import SollolError
+from sollol_nb.errors import LinkError, SollolError
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.links import failures, link, memberships
 from sollol_nb.llama_cpp.links.link import LinkedWorker, linked_workers, start_link
@@ -66,7 +66,9 @@ class _Link:
         is_wanted: whether this router uses it; else it is only shown.
         process: its link, with a lease; None while this router has none.
         state, detail: as its registry entry says, or why there is none.
-        workers: reachable through it when it was ready last, by endpoint.
+        workers: that were reachable through the link that runs or ran last, by endpoint.
+        reachable: those of them that are reachable now.
+        entry_id: of the registry entry that names the workers.
         is_settled: whether its first connect has ended, well or not.
         was_ready: whether it was ready since this router knows it.
         same_as: the target whose link leads to the same devices, which is used instead; "" if there is none.
@@ -77,6 +79,8 @@ class _Link:
     state: str = "unknown"
     detail: str = NOT_CONNECTED
     workers: dict[str, LinkedWorker] = field(default_factory=dict)
+    reachable: frozenset[str] = frozenset()
+    entry_id: str = ""
     is_settled: bool = False
     was_ready: bool = False
     same_as: str = ""
@@ -157,7 +161,7 @@ class Links:
         """Why a worker is not reachable although it is known, as its link reports; None if it is."""
         for known in self._links.values():
             if endpoint in known.workers:
-                return None if known.state == link.READY else known.detail
+                return None if endpoint in known.reachable else known.detail
         return None
 
     def was_replaced(self, endpoint: str) -> bool:
@@ -173,7 +177,7 @@ class Links:
         return any(
             known.process is not None
             and known.was_ready
-            and (known.state != link.READY or lost & known.workers.keys())
+            and (known.reachable != known.workers.keys() or not known.reachable.isdisjoint(lost))
             for known in self._links.values()
         )
 
@@ -204,6 +208,7 @@ class Links:
                 known.is_settled = False
         await self.refresh()
         if any(known.process is None and not known.same_as for known in self._links.values()):
+            engine_here = await self._engine_for_ssh(engine)  # it may be built now, so not under the lock
             async with registry.locked("links", "connecting to other machines"):
                 await self.refresh()  # another kernel may have started them
                 missing = [
@@ -212,7 +217,7 @@ class Links:
                     if known.process is None and not known.same_as
                 ]
                 await asyncio.gather(
-                    *(self._start(target, known, keep_alive_s, engine) for target, known in missing)
+                    *(self._start(target, known, keep_alive_s, engine_here) for target, known in missing)
                 )
         while any(map(_is_connecting_first, self._links.values())):
             await asyncio.sleep(POLL_S)
@@ -224,13 +229,26 @@ class Links:
             known.is_wanted = True
         await self.refresh()
 
+    async def _engine_for_ssh(self, engine: Callable[[], Awaitable[Engine]]) -> Engine | SollolError | None:
+        """The engine of this machine, or why there is none; None if no link that is to be started needs it."""
+        missing = [target for target, known in self._links.items() if known.process is None and not known.same_as]
+        if not any(target.startswith(SSH) for target in missing):
+            return None
+        try:
+            return await engine()
+        except SollolError as error:
+            return error
+
     async def _start(
-        self, target: str, known: _Link, keep_alive_s: float | None, engine: Callable[[], Awaitable[Engine]]
+        self, target: str, known: _Link, keep_alive_s: float | None, engine: Engine | SollolError | None
     ) -> None:
         process: EngineProcess | None = None
         try:
-            spec = _ssh_spec(await engine()) if target.startswith(SSH) else {}
-            program = "ssh" if target.startswith(SSH) else "invitations" if target == INVITATIONS else "relay"
+            program, spec = "invitations" if target == INVITATIONS else "relay", dict[str, Any]()
+            if target.startswith(SSH):
+                if not isinstance(engine, Engine):  # None: the target was added meanwhile
+                    raise engine or LinkError(f"{target} was not connected yet; try again")
+                program, spec = "ssh", _ssh_spec(engine)
             process = await start_link(program, target, spec, keep_alive_s=keep_alive_s)
             await process.hold()
         except SollolError as error:
@@ -322,7 +340,7 @@ class Links:
         known.is_settled = True
         if state == link.READY:
             known.was_ready = True
-            self._replace_workers(known, linked_workers(entry))
+            self._note_workers(target, known, entry)
             if before != state:
                 failures.forget(target)
                 self._events.publish(EventKind.LINK_READY, target, detail)
@@ -359,14 +377,30 @@ class Links:
 
     def _lose(self, target: str, known: _Link) -> None:
         self._events.publish(EventKind.LINK_LOST, target, known.detail)
+        known.reachable = frozenset()
         for endpoint in known.workers:
             self._known.lose(endpoint, known.detail)
+
+    def _note_workers(self, target: str, known: _Link, entry: Entry) -> None:
+        """The workers of a link that is ready; a device that is missing now returns at the same endpoint, while a
+        worker that had joined may never do."""
+        workers = linked_workers(entry)
+        before, known.reachable = known.reachable, frozenset(workers)
+        if entry.id != known.entry_id:
+            known.entry_id = entry.id
+            self._replace_workers(known, workers)
+        elif before != known.reachable:
+            for endpoint in before - known.reachable:
+                self._known.lose(endpoint, known.detail)
+            self._replace_workers(known, workers if target == INVITATIONS else {**known.workers, **workers})
 
     def _replace_workers(self, known: _Link, workers: dict[str, LinkedWorker]) -> None:
         for endpoint in known.workers.keys() - workers.keys():
             self._former_names[endpoint] = self.name_of(endpoint)
             self._known.forget(endpoint)
         known.workers = workers
+        if not workers:
+            known.reachable, known.entry_id = frozenset(), ""
         for endpoint in workers:
             self._former_names.pop(endpoint, None)
             self._known.note(endpoint)

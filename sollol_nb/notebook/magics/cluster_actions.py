@@ -16,7 +16,7 @@ from IPython.core.error import UsageError
 from sollol_nb.notebook import session
 from sollol_nb.notebook.displays import link_progress
 from sollol_nb.runtime.events import EventKind
-from sollol_nb.settings.endpoints import SSH, is_target
+from sollol_nb.settings.endpoints import SSH, is_ssh, is_target
 from sollol_nb.text.tables import counted
 
 if TYPE_CHECKING:
@@ -83,6 +83,10 @@ def add_workers(router: HybridRouter, names: Sequence[str]) -> None:
     """
     from sollol_nb.cluster.status import describe_worker
 
+    if router.gateway is None and any(map(is_ssh, names)):
+        from sollol_nb.llama_cpp.engine.find import ensure_engine
+
+        ensure_engine(session.settings().own("llama_cpp"))  # a first build shows its progress bar here
     known = router.worker_targets
     with link_progress(router.events):
         workers = router.add_workers(names)
