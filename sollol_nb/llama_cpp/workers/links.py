@@ -39,6 +39,7 @@ from sollol_nb.settings import config
 from sollol_nb.settings.endpoints import INVITATIONS, SSH
 
 POLL_S = 0.1
+END_REPORT_S = 2.0
 NAME_LIMIT = 64
 """Names come from other machines."""
 NOT_CONNECTED = "not connected; the next request connects to it"
@@ -286,6 +287,8 @@ class Links:
             links = {entry.name: entry for entry in entries if entry.kind == registry.LINK}
             for target, known in list(self._links.items()):
                 entry = links.get(target)
+                if entry is None and known.process is not None:  # its supervisor reports the end in a moment
+                    await known.process.ended_within(END_REPORT_S)
                 if known.process is not None and not known.process.is_running():
                     self._note_end(target, known)
                 if entry is not None and known.process is None and known.is_wanted and not known.same_as:
