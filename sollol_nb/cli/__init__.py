@@ -4,6 +4,7 @@
 * `doctor.py`: what is installed on this machine, what is missing, and how to fix it
 * `worker.py`: workers of this machine for others
 * `inviting.py`: invitations for workers that dial in
+* `calibrate.py`: the workers of this user, measured
 * `status.py`: the cluster of this user, seen from outside of any notebook
 * `discover.py`: workers that could be used
 """

@@ -95,6 +95,21 @@ def discover(arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def calibrate(arguments: argparse.Namespace) -> int:
+    """Measure how fast workers and this machine are. Exit code 3: a worker could not be measured."""
+    from sollol_nb.cli.calibrate import calibrate_workers
+    from sollol_nb.runtime.io_loop import run_blocking
+
+    def show(line: str) -> None:
+        if not arguments.json:
+            print(line, flush=True)
+
+    results = run_blocking(calibrate_workers(arguments.workers, show))
+    if arguments.json:
+        print(json.dumps([asdict(result) for result in results], indent=1))
+    return EXIT_ATTENTION if any(result.problem for result in results) else EXIT_OK
+
+
 def stop(arguments: argparse.Namespace) -> int:
     """Stop coordinators and workers: the unused ones, the named ones, or all."""
     from sollol_nb.llama_cpp.processes.running import running_engines, stop_engines
@@ -203,6 +218,16 @@ def _discover_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
+def _calibrate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "workers",
+        nargs="*",
+        metavar="WORKER",
+        help="host:port; default: this machine and all workers of this user",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
 def _stop_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help="a model, a worker's host:port, or an id of `sollol-nb ps --json`"
@@ -256,6 +281,7 @@ _SUBCOMMANDS: tuple[tuple[Callable[[argparse.Namespace], int], Callable[[argpars
     (ps, _ps_arguments),
     (status, _status_arguments),
     (discover, _discover_arguments),
+    (calibrate, _calibrate_arguments),
     (stop, _stop_arguments),
     (trust, _trust_arguments),
     (gateway, gateway_command.add_arguments),

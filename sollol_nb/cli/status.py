@@ -18,6 +18,12 @@ async def user_cluster() -> ClusterStatus:
 
     Workers and nodes are probed now; nothing is started, held or stopped.
     """
+    async with HybridRouter(rpc_backends=await known_workers(), auto_discover_rpc=False) as router:
+        return await router.cluster()
+
+
+async def known_workers() -> list[str]:
+    """The workers of this user: configured ones, and those that run here or are held."""
     entries = await asyncio.to_thread(registry.entries)
     endpoints = [*config.default("workers")]
     endpoints += [entry.name for entry in entries if entry.kind == registry.LINK and is_target(entry.name)]
@@ -26,8 +32,7 @@ async def user_cluster() -> ClusterStatus:
         endpoints += [worker for worker in entry.workers if worker not in linked]
         if entry.kind == registry.WORKER and "endpoint" in entry.about:
             endpoints.append(entry.about["endpoint"])
-    async with HybridRouter(rpc_backends=dict.fromkeys(endpoints), auto_discover_rpc=False) as router:
-        return await router.cluster()
+    return list(dict.fromkeys(endpoints))
 
 
 def problems(status: ClusterStatus) -> list[str]:

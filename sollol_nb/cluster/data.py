@@ -2,7 +2,7 @@
 
 | key | holds, by |
 |---|---|
-| `workers` | endpoint: `n` (order), `name` and `target` (of those that are reached through links), `state`, `color`, `description`, `free` and `total` memory, `used` (0 to 1), `rtt` (ms, by probe number), ... |
+| `workers` | endpoint: `n` (order), `name` and `target` (of those that are reached through links), `state`, `color`, `description`, `free` and `total` memory, `used` (0 to 1), `rtt` (ms, by probe number), `speed` (as calibrated), ... |
 | `coordinators` | URL: `model`, `path`, `description`, `token_time`, `segments` by endpoint, `local` by device, `running`, `waiting`, ... |
 | `nodes` | URL of an Ollama node: `state`, `description`, `rtt` (as for workers), `running`, `waiting`, `slots` |
 | `starting` | model that is being loaded: `description`, `share` (0 to 1) |
@@ -182,6 +182,7 @@ def _worker(number: int, worker: WorkerStatus, live: LiveFigures) -> dict[str, A
         used=used,
         protocol=protocol,
         rtt=_round_trips(worker.endpoint, live) if worker.state not in ("down", "lost") else None,
+        speed=worker.calibration.describe() if worker.calibration else None,
         last_error=live.last_error.get(worker.endpoint),
         local=1 if worker.is_local else None,
     )

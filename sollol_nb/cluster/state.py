@@ -46,6 +46,7 @@ _NOT_LOGGED = (
     EventKind.COORDINATOR_LOADING,
     EventKind.LINK_CONNECTING,
     EventKind.PROBE_DONE,
+    EventKind.WORKER_CALIBRATING,
 )
 """Kinds that are shown as numbers, not in the event log."""
 _LOAD_ENDED = (EventKind.COORDINATOR_READY, EventKind.COORDINATOR_ADOPTED, EventKind.COORDINATOR_FAILED)
@@ -173,11 +174,7 @@ class ClusterState:
             CoordinatorStatus.of(
                 coordinator,
                 token_ms=self._coordinators.token_ms(coordinator),
-                token=(
-                    self._coordinators.predict(coordinator.settings.model_path, coordinator.plan)
-                    if coordinator.plan
-                    else None
-                ),
+                token=self._coordinators.predict(coordinator),
             )
             for coordinator in self._coordinators.coordinators
         ]

@@ -276,7 +276,8 @@ def describe_worker(worker: WorkerStatus) -> str:
     version = ".".join(map(str, probe.protocol or ()))
     free = f"{format_bytes(worker.capacity.free_bytes)} free of {format_bytes(probe.total_bytes)}"
     holder = f"{worker.detail}; " if worker.held_by else ""
-    return f"{holder}{free}, {probe.round_trip_ms:.2f} ms, RPC {version}"
+    speed = f"; calibrated: {worker.calibration.describe()}" if worker.calibration else ""
+    return f"{holder}{free}, {probe.round_trip_ms:.2f} ms, RPC {version}{speed}"
 
 
 def describe_node(node: NodeStatus) -> str:

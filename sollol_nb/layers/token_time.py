@@ -1,22 +1,28 @@
-"""The time per token, predicted from measurements on other layouts of the same model.
+"""The time per token, predicted from measurements on other layouts of the same model, else from calibrations.
 
 The cost of a token is additive, since the workers work one after the other:
 
-    token_ms = sum over workers of (bytes read * ms per byte of this worker + round trip + hop)
+    token_ms = own part + sum over workers of (bytes read * ms per byte of this worker + round trip + hop + wire)
 
 A dense model reads all weights of a worker for each token, so `read_bytes` are the weights placed there; a mixture
 of experts reads a part of them, the same part in every block, which the measured `ms per byte` includes. The round
 trip is that of the network, from the worker's probe; the hop is what the engine itself spends for each worker
 (serialising a graph, waking threads), and shows only once layouts with different numbers of workers were measured.
+The wire is what its values take on the way, above all the logits of the output layer; the own part is what the
+coordinator spends for each token.
 
-An unknown time is None, with the reason. Nothing is carried over from one model to another.
+Calibrations (`llama_cpp/workers/calibrations.py`) give all of these before the first token. Once tokens of the
+model were measured, these decide how fast the workers are together, and calibrations only how fast each is
+relative to the others, as far as no layout has shown that. An unknown time is None, with the reason.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from statistics import median
 
+from sollol_nb.gguf.facts import ModelFacts
 from sollol_nb.layers.plan import LayerPlan
 
 ALIKE_WEIGHT = 0.05
@@ -27,6 +33,9 @@ HOP_WEIGHT = 0.01
 """Of explanations that fit equally well, the one with the smaller hop is chosen."""
 
 
+VALUE_BYTES = 4  # of a value between workers: f32
+
+
 @dataclass(frozen=True, slots=True)
 class WorkerPart:
     """The work of one worker for each token.
@@ -35,11 +44,13 @@ class WorkerPart:
         endpoint: the worker.
         read_bytes: weights that it reads.
         round_trip_ms: network round trip; None if it was never probed.
+        wire_bytes: values that are sent to it and back.
     """
 
     endpoint: str
     read_bytes: int
     round_trip_ms: float | None
+    wire_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +68,17 @@ class TokenTime:
     Attributes:
         part_ms: of each worker in order; empty if unknown.
         unknown: why it is unknown, or "".
+        own_ms: the coordinator's own part.
     """
 
     part_ms: tuple[float, ...]
     unknown: str = ""
+    own_ms: float = 0.0
 
     @property
     def token_ms(self) -> float | None:
         """Milliseconds per token of one answer that runs alone; None if unknown."""
-        return sum(self.part_ms) if self.part_ms else None
+        return sum(self.part_ms) + self.own_ms if self.part_ms else None
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -74,7 +87,7 @@ class TokenTime:
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """Share of each worker in the time per token, summing to 1; empty if unknown."""
+        """Share of each worker in the time per token, summing to 1 with the own part; empty if unknown."""
         return tuple(part_ms / self.token_ms for part_ms in self.part_ms) if self.token_ms else ()
 
 
@@ -83,14 +96,28 @@ class WorkerSpeeds:
     """How fast workers run one model.
 
     Attributes:
-        ms_per_byte: of each measured worker.
-        usual_ms_per_byte: of the others.
+        ms_per_byte: of each known worker.
+        usual_ms_per_byte: of the others; None if nothing is known about these.
         hop_ms: spent for each worker besides the network round trip.
+        hops_ms: the same of each worker where it was calibrated, besides `hop_ms`.
+        bytes_per_s: of the way to each worker, where it was calibrated.
+        own_ms: spent by the coordinator.
     """
 
     ms_per_byte: Mapping[str, float]
-    usual_ms_per_byte: float
+    usual_ms_per_byte: float | None
     hop_ms: float
+    hops_ms: Mapping[str, float] = field(default_factory=dict)
+    bytes_per_s: Mapping[str, float] = field(default_factory=dict)
+    own_ms: float = 0.0
+
+    def work_ms(self, part: WorkerPart) -> float | None:
+        """What a worker does for a token takes, without the round trip; None if nothing is known about it."""
+        ms_per_byte = self.ms_per_byte.get(part.endpoint, self.usual_ms_per_byte)
+        if ms_per_byte is None:
+            return None
+        wire_ms = part.wire_bytes * 1000 / self.bytes_per_s.get(part.endpoint, float("inf"))
+        return part.read_bytes * ms_per_byte + wire_ms + self.hop_ms + self.hops_ms.get(part.endpoint, 0.0)
 
     def predict(self, parts: Sequence[WorkerPart]) -> TokenTime:
         """The time per token over these workers."""
@@ -98,31 +125,53 @@ class WorkerSpeeds:
         for part in parts:
             if part.round_trip_ms is None:
                 return TokenTime((), f"the round trip to {part.endpoint} was not measured yet")
-            speed = self.ms_per_byte.get(part.endpoint, self.usual_ms_per_byte)
-            part_ms.append(part.read_bytes * speed + part.round_trip_ms + self.hop_ms)
-        return TokenTime(tuple(part_ms))
+            work_ms = self.work_ms(part)
+            if work_ms is None:
+                return TokenTime(
+                    (), f"no token of this model was measured yet, and {part.endpoint} not calibrated"
+                )
+            part_ms.append(work_ms + part.round_trip_ms)
+        return TokenTime(tuple(part_ms), own_ms=self.own_ms)
 
 
 def predict(speeds: WorkerSpeeds | None, parts: Sequence[WorkerPart]) -> TokenTime:
-    """The time per token over these workers; unknown until a token was measured."""
+    """The time per token over these workers; unknown until a token was measured, or the workers calibrated."""
     if speeds is None:
         return TokenTime((), "no token of this model was measured yet")
     return speeds.predict(parts)
 
 
-def worker_parts(plan: LayerPlan, round_trips_ms: Mapping[str, float | None]) -> tuple[WorkerPart, ...]:
-    """The work of each of a plan's workers for a token, in its order."""
+def worker_parts(
+    plan: LayerPlan, round_trips_ms: Mapping[str, float | None], facts: ModelFacts | None = None
+) -> tuple[WorkerPart, ...]:
+    """The work of each of a plan's workers for a token, in its order.
+
+    Args:
+        facts: of the model; without them, no values count on the wire.
+    """
+    hidden_bytes = VALUE_BYTES * facts.embedding_length if facts else 0
+    logits_bytes = VALUE_BYTES * facts.vocabulary_size if facts else 0
     return tuple(
-        WorkerPart(shard.endpoint, shard.weight_bytes, round_trips_ms.get(shard.endpoint)) for shard in plan.shards
+        WorkerPart(
+            shard.endpoint,
+            shard.weight_bytes,
+            round_trips_ms.get(shard.endpoint),
+            hidden_bytes + (logits_bytes if shard.has_output else hidden_bytes),
+        )
+        for shard in plan.shards
     )
 
 
-def calibrate(measurements: Sequence[Measurement]) -> WorkerSpeeds | None:
-    """Speeds that explain measurements of one model; None if none is usable.
+def calibrate(measurements: Sequence[Measurement], known: WorkerSpeeds | None = None) -> WorkerSpeeds | None:
+    """Speeds that explain measurements of one model; without a usable measurement, those that are known.
 
     Least squares of relative errors, with two preferences (`ALIKE_WEIGHT`, `HOP_WEIGHT`) where measurements leave
-    a choice: one measurement makes all workers equally fast with no hop, and each further layout separates them as
-    far as needed. A speed below zero is set to zero, and the others are fitted again.
+    a choice: one measurement makes all workers equally fast with no hop, or equally much faster or slower than
+    they are known to be, and each further layout separates them as far as needed. A speed below zero is set to
+    zero, and the others are fitted again.
+
+    Args:
+        known: from calibrations, for this model.
     """
     import numpy as np
 
@@ -130,17 +179,20 @@ def calibrate(measurements: Sequence[Measurement]) -> WorkerSpeeds | None:
         measured for measured in measurements if measured.token_ms > 0 and _wire_ms(measured.parts) is not None
     ]
     if not usable:
-        return None
+        return known
     endpoints = list(dict.fromkeys(part.endpoint for measured in usable for part in measured.parts))
     typical_bytes = sum(part.read_bytes for measured in usable for part in measured.parts) / len(usable)
     typical_ms = sum(measured.token_ms for measured in usable) / len(usable)
-    # Unknowns in units of a typical token: the speed of each worker, the usual speed, the hop.
+    expected = _expected(known, endpoints, typical_ms / typical_bytes)
+    # Unknowns: the time of each worker relative to what is expected, that of usual ones, and the hop, which is in
+    # units of a typical token.
     usual, hop, count = len(endpoints), len(endpoints) + 1, len(endpoints) + 2
     rows, targets = [], []
     for measured in usable:
         row = [0.0] * count
         for part in measured.parts:
-            row[endpoints.index(part.endpoint)] += part.read_bytes / typical_bytes * typical_ms / measured.token_ms
+            row[endpoints.index(part.endpoint)] += (expected.work_ms(part) or 0.0) / measured.token_ms
+        row[usual] = expected.own_ms / measured.token_ms
         row[hop] = len(measured.parts) * typical_ms / measured.token_ms
         rows.append(row)
         targets.append(max(0.0, 1 - (_wire_ms(measured.parts) or 0.0) / measured.token_ms))
@@ -160,12 +212,30 @@ def calibrate(measurements: Sequence[Measurement]) -> WorkerSpeeds | None:
             break
         free = kept
     values = dict(zip(free, map(float, found), strict=True))
-    scale = typical_ms / typical_bytes
+    usual_factor = values.get(usual, 0.0)
+    factors = {endpoint: values.get(position, 0.0) for position, endpoint in enumerate(endpoints)}
     return WorkerSpeeds(
-        {endpoint: values.get(position, 0.0) * scale for position, endpoint in enumerate(endpoints)},
-        values.get(usual, 0.0) * scale,
+        {endpoint: ms * factors.get(endpoint, usual_factor) for endpoint, ms in expected.ms_per_byte.items()},
+        (expected.usual_ms_per_byte or 0.0) * usual_factor,
         values.get(hop, 0.0) * typical_ms,
+        {endpoint: ms * factors.get(endpoint, usual_factor) for endpoint, ms in expected.hops_ms.items()},
+        {
+            endpoint: rate / factors.get(endpoint, usual_factor)
+            for endpoint, rate in expected.bytes_per_s.items()
+            if factors.get(endpoint, usual_factor)
+        },
+        expected.own_ms * usual_factor,
     )
+
+
+def _expected(known: WorkerSpeeds | None, endpoints: Sequence[str], typical_ms_per_byte: float) -> WorkerSpeeds:
+    """What is known about workers, and for the others of these endpoints the usual speed of those."""
+    speeds = dict(known.ms_per_byte) if known else {}
+    usual = median(speeds.values()) if speeds else typical_ms_per_byte
+    speeds = {**dict.fromkeys(endpoints, usual), **speeds}
+    if known is None:
+        return WorkerSpeeds(speeds, usual, 0.0)
+    return replace(known, ms_per_byte=speeds, usual_ms_per_byte=usual)
 
 
 def _wire_ms(parts: Sequence[WorkerPart]) -> float | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from sollol_nb.gguf.facts import ModelFacts
 from sollol_nb.layers.plan import LayerPlan, memory_shortage, unchecked_plan
 from sollol_nb.layers.strategies import WorkerCapacity
-from sollol_nb.layers.token_time import TokenTime, WorkerPart, WorkerSpeeds, predict
+from sollol_nb.layers.token_time import TokenTime, WorkerSpeeds, predict, worker_parts
 from sollol_nb.text.tables import counted, format_bytes
 
 
@@ -91,19 +91,15 @@ def forecast(
         workers: with their memory as it is without the running layout (see `without_layout`).
         counts: units of each worker, in order.
         context_tokens: context of the coordinator, all its slots together.
-        speeds: of these workers, from `token_time.calibrate`; None if nothing was measured.
+        speeds: of these workers, from `token_time.calibrate`; None if nothing is known.
 
     Raises:
         ConfigError: counts that do not place this model.
         WorkersUnavailableError: no workers.
     """
     plan = unchecked_plan(facts, workers, counts, context_tokens=context_tokens)
-    by_endpoint = {worker.endpoint: worker for worker in workers}
-    parts = [
-        WorkerPart(shard.endpoint, shard.weight_bytes, by_endpoint[shard.endpoint].round_trip_ms)
-        for shard in plan.shards
-    ]
-    token = predict(speeds, parts)
+    round_trips_ms = {worker.endpoint: worker.round_trip_ms for worker in workers}
+    token = predict(speeds, worker_parts(plan, round_trips_ms, facts))
     part_ms = dict(zip(plan.endpoints, token.part_ms, strict=False))
     shards = {shard.endpoint: shard for shard in plan.shards}
     forecasts = []

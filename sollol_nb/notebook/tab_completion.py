@@ -67,6 +67,7 @@ _KINDS = {
     "sollol_cluster.add": "machines",
     "sollol_cluster.remove": "workers",
     "ssh": "hosts",
+    "sollol_cluster.calibrate": "workers",
 }
 """Name of an option or argument (see `Expected.names`) -> the kind of its values."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +11,11 @@ from sollol_nb.cluster.state import ClusterState
 from sollol_nb.cluster.status import ClusterStatus
 from sollol_nb.layers.plan import check_strategy
 from sollol_nb.layers.what_if import Forecast
+from sollol_nb.llama_cpp.coordinators.calibrator import Calibrated
 from sollol_nb.llama_cpp.coordinators.pool import CoordinatorPool
 from sollol_nb.llama_cpp.processes.running import Ended
 from sollol_nb.llama_cpp.workers import invited
+from sollol_nb.llama_cpp.workers.calibrations import Calibration
 from sollol_nb.llama_cpp.workers.discovery import FoundWorker, find_workers
 from sollol_nb.llama_cpp.workers.invited import Invitations, NewInvitation
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
@@ -141,6 +144,33 @@ class ClusterControl:
             ConfigError: a host or the network cannot be used, or zeroconf is missing.
         """
         return await find_workers(self._workers, ssh=ssh, scan_network=scan, mdns=mdns)
+
+    @io_bound
+    async def calibrate(self, endpoints: Sequence[str] | None = None) -> list[Calibrated]:
+        """Measure how fast workers are, with a small generated model: some seconds for each.
+
+        A worker that is held or busy is left alone. The results are kept for all kernels of this user; times of
+        tokens are predicted from them before a model's first token, and answers to requests correct them.
+
+        Args:
+            endpoints: known workers, by endpoint, name or machine (`ssh://gpu1`), and `this machine`; by default
+            all.
+
+        Returns:
+            What became of each; `str()` of one is a line of text.
+
+        Raises:
+            ConfigError: one of them is not known.
+            EngineError: llama.cpp cannot be used here.
+        """
+        keep_alive_s = self._coordinators.settings.keep_alive_s
+        await self._workers.links.connect(keep_alive_s=keep_alive_s, engine=self._coordinators.engine)
+        return await self._coordinators.calibrate(endpoints)
+
+    @io_bound
+    async def kept_calibrations(self) -> list[Calibration]:
+        """The calibrations that are kept, of all workers that were ever measured, the oldest first."""
+        return await asyncio.to_thread(lambda: self._workers.calibrations.all)
 
     @io_bound
     async def add_worker(self, endpoint: str) -> WorkerStatus:

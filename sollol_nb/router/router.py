@@ -24,6 +24,7 @@ from sollol_nb.errors import ConfigError
 from sollol_nb.latency.log import LatencyLog
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.coordinators.settings import PoolSettings
+from sollol_nb.llama_cpp.workers.calibrations import calibrations_frame
 from sollol_nb.models.listing import models_frame
 from sollol_nb.models.profiles import ModelProfile
 from sollol_nb.models.routing import DISTRIBUTED, LOCAL, OLLAMA, Route
@@ -263,6 +264,14 @@ class Router(RouterRequests):
     end_coordinators = _of_engines(OwnEngines.end_coordinators)
     discover_workers = _of_engines(OwnEngines.discover_workers)
     find_workers = _of_engines(OwnEngines.find_workers)
+    calibrate = _of_engines(OwnEngines.calibrate)
+    kept_calibrations = _of_engines(OwnEngines.kept_calibrations)
+
+    @io_bound
+    async def calibrations(self) -> pd.DataFrame:
+        """How fast each worker was when it was measured, a row each (see `workers/calibrations.py`)."""
+        return await asyncio.to_thread(calibrations_frame, await self.kept_calibrations())
+
     add_worker = _of_engines(OwnEngines.add_worker)
     add_workers = _of_engines(OwnEngines.add_workers)
     take_workers = _of_engines(OwnEngines.take_workers)

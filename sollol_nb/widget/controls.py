@@ -68,6 +68,11 @@ class WorkerControls:
             tooltip="use the workers on this machine's usual ports, and offer those that others announce",
             layout=_SMALL,
         )
+        self.calibrate = ipywidgets.Button(
+            description="Calibrate",
+            tooltip="measure how fast this machine and the free workers are; some seconds for each",
+            layout=_SMALL,
+        )
         self.count = ipywidgets.BoundedIntText(
             value=3, min=1, max=MAX_LOCAL_WORKERS, tooltip="how many workers run on this machine", layout=_COUNT
         )
@@ -85,7 +90,7 @@ class WorkerControls:
         self.box = ipywidgets.VBox(
             [
                 row("Workers here", self.count, self.start, self.stop, self.discover),
-                row("Other workers", self.endpoint, self.add, self.known, self.remove),
+                row("Other workers", self.endpoint, self.add, self.known, self.remove, self.calibrate),
             ]
         )
         self.start.on_click(self._start)
@@ -94,6 +99,7 @@ class WorkerControls:
         self.add.on_click(self._add)
         self.remove.on_click(self._remove)
         self.discover.on_click(self._discover)
+        self.calibrate.on_click(self._calibrate)
         self._enable()
 
     def refresh(self, data: Mapping[str, Any]) -> None:
@@ -118,6 +124,7 @@ class WorkerControls:
         self.remove.disabled = busy("remove") or self.known.value is None
         self.known.disabled = self.known.value is None
         self.discover.disabled = busy("discover")
+        self.calibrate.disabled = busy("calibrate")
         self.start.disabled = busy("start workers")
         has_local = any(worker.get("local") for worker in known.values())
         self.stop.disabled = busy("stop workers") or not has_local
@@ -171,6 +178,12 @@ class WorkerControls:
             return None if used else "found no new workers"
 
         self._actions.start("discover", "searching for workers", discover)
+
+    def _calibrate(self, _: object) -> None:
+        async def calibrate(router: Router) -> None:
+            await router.calibrate()
+
+        self._actions.start("calibrate", "measuring this machine and the free workers", calibrate)
 
 
 def _known_models() -> tuple[str, ...]:

@@ -152,8 +152,10 @@ class SimulatedCluster:
         async def of_other_kernels() -> list[Any]:
             return []
 
-        def predict(_: Path, plan: LayerPlan) -> TokenTime:
-            parts = worker_parts(plan, dict.fromkeys(plan.endpoints, 0.4))
+        def predict(coordinator: Coordinator) -> TokenTime | None:
+            if coordinator.plan is None:
+                return None
+            parts = worker_parts(coordinator.plan, dict.fromkeys(coordinator.plan.endpoints, 0.4))
             return self.speeds.predict(parts) if self.speeds else TokenTime((), "nothing was measured")
 
         pool = SimpleNamespace(of_other_kernels=of_other_kernels, predict=predict, token_ms=lambda _: 26.3)

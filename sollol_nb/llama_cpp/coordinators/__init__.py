@@ -11,5 +11,7 @@
 * `placement.py`: where it placed the layers, according to its log.
 * `pace.py`: its usual time for a token, by which its silence is judged.
 * `measurements.py`: the measured time of tokens on each layout, from which token times are predicted.
+* `calibration_models.py`: small generated models that measure workers.
+* `calibrator.py`: measures how fast free workers are, with throw-away coordinators.
 * `settings.py`: how coordinators are started, what one runs, and the flags of llama-server for it.
 """

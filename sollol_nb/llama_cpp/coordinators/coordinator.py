@@ -18,6 +18,7 @@ import contextlib
 import secrets
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
@@ -46,6 +47,14 @@ from sollol_nb.settings.endpoints import LOOPBACK, addresses_of
 
 # A stream that went silent is ended by the watch over all streams (see `pace.py`), long before this.
 SILENCE_LIMIT_S = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """What the engine measured: for a whole prompt, and for each generated token."""
+
+    prompt_ms: float
+    token_ms: float
 
 
 class Coordinator:
@@ -320,6 +329,21 @@ class Coordinator:
     def raw_answer(self, prompt: str, options: Mapping[str, Any], *, model: str | None = None) -> Answer:
         """As `answer`, to a text that the model continues without a chat template."""
         return self._streams.new_raw_answer(prompt, options, model)
+
+    async def timings(self, prompt: Sequence[int], tokens: int, *, timeout_s: float) -> Timings:
+        """Have a prompt of these token ids processed anew, and so many tokens generated after it.
+
+        Raises:
+            TransportError: the engine does not answer, or not within the time.
+        """
+        body = {"prompt": list(prompt), "n_predict": tokens, "temperature": 0}
+        body |= {"cache_prompt": False, "ignore_eos": True}
+        answer = await self._client.post("/completion", body, timeout_s=timeout_s)
+        try:
+            measured = answer["timings"]
+            return Timings(float(measured["prompt_ms"]), float(measured["predicted_per_token_ms"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise TransportError(f"{self.base_url} reports no times: {error!r}") from error
 
     async def count_tokens(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> int:
         """Tokens of the prompt of a request; those of images are not counted. Errors are those of `stream`."""

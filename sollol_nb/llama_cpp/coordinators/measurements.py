@@ -1,23 +1,28 @@
 """The measured time of tokens on each layout of each model, from which token times are predicted.
 
 The time that the engine measured counts if its answer was the only one on its coordinator; the event at the end of
-a request has it. Until there is such an answer, the coordinator's pace is used instead.
+a request has it. Until there is such an answer, the coordinator's pace is used instead. Before the first token of
+a model, its time is predicted from the calibrations of its workers.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from statistics import median
 
+from sollol_nb.gguf.facts import ModelFacts
 from sollol_nb.layers.plan import LayerPlan
 from sollol_nb.layers.token_time import Measurement, TokenTime, WorkerSpeeds, calibrate, predict, worker_parts
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
+from sollol_nb.llama_cpp.workers.calibrations import THIS_MACHINE, Calibration
 from sollol_nb.runtime.events import Event, EventBus, EventKind
 
 ANSWERS_KEPT = 15
 LAYOUTS_KEPT = 20
+FASTEST_CORRECTION, SLOWEST_CORRECTION = 0.5, 8.0
+"""Of a worker, relative to its calibration."""
 
 _Layout = tuple[tuple[str, int], ...]
 """Endpoints with their units, in order."""
@@ -26,10 +31,17 @@ _Layout = tuple[tuple[str, int], ...]
 class TokenMeasurements:
     """Collects measurements from the event bus, and gives speeds. Lives on the I/O loop."""
 
-    def __init__(self, events: EventBus) -> None:
+    def __init__(
+        self, events: EventBus, calibration_of: Callable[[str], Calibration | None] = lambda _: None
+    ) -> None:
+        """Args:
+        calibration_of: how fast a worker, or `THIS_MACHINE`, is.
+        """
+        self._calibration_of = calibration_of
         self._under_way: Counter[str] = Counter()  # requests by model
         self._concurrent: set[str] = set()  # models with several requests, until the last of these has ended
         self._answers_ms: dict[str, deque[float]] = {}  # by the URL of the coordinator
+        self._counts: Counter[str] = Counter()  # answers that were measured, by the URL of the coordinator
         self._kept: dict[Path, dict[_Layout, Measurement]] = {}
         events.subscribe(self._on_event)
 
@@ -41,10 +53,15 @@ class TokenMeasurements:
         seconds = coordinator.pace.seconds_per_token
         return None if seconds is None else seconds * 1000
 
+    def answer_count(self, coordinator: Coordinator) -> int:
+        """How many answers of a coordinator were measured alone."""
+        return self._counts[coordinator.base_url]
+
     def keep(self, coordinator: Coordinator, round_trips_ms: Mapping[str, float | None]) -> None:
         """Remember what was measured on a coordinator that is about to end."""
         measurement = self._measurement(coordinator, round_trips_ms)
         self._answers_ms.pop(coordinator.base_url, None)
+        self._counts.pop(coordinator.base_url, None)
         if measurement is None or coordinator.plan is None:
             return
         kept = self._kept.setdefault(coordinator.settings.model_path, {})
@@ -55,16 +72,30 @@ class TokenMeasurements:
             del kept[next(iter(kept))]
 
     def speeds(
-        self, model_path: Path, running: Iterable[Coordinator], round_trips_ms: Mapping[str, float | None]
+        self,
+        model_path: Path,
+        running: Iterable[Coordinator],
+        round_trips_ms: Mapping[str, float | None],
+        *,
+        facts: ModelFacts | None = None,
+        endpoints: Iterable[str] = (),
     ) -> WorkerSpeeds | None:
-        """How fast workers run a model, from its layouts so far and those that run now; None if never measured."""
+        """How fast workers run a model, from its layouts so far and those that run now, and from calibrations;
+        None where there is neither.
+
+        Args:
+            facts: the model's, for calibrations.
+            endpoints: workers whose calibrations are wanted, besides those of measured layouts.
+        """
         measurements = dict(self._kept.get(model_path, {}))
         for coordinator in running:
             if coordinator.settings.model_path == model_path and coordinator.plan is not None:
                 measurement = self._measurement(coordinator, round_trips_ms)
                 if measurement is not None:
                     measurements[_layout_of(coordinator.plan)] = measurement
-        return calibrate(list(measurements.values()))
+        parts = [part.endpoint for measurement in measurements.values() for part in measurement.parts]
+        known = self.calibrated(facts, {*endpoints, *parts}) if facts is not None else None
+        return calibrate(list(measurements.values()), known)
 
     def predict(
         self,
@@ -72,9 +103,82 @@ class TokenMeasurements:
         plan: LayerPlan,
         running: Iterable[Coordinator],
         round_trips_ms: Mapping[str, float | None],
+        facts: ModelFacts,
     ) -> TokenTime:
-        """The time of a token under a plan for a model file, from what its tokens took so far."""
-        return predict(self.speeds(model_path, running, round_trips_ms), worker_parts(plan, round_trips_ms))
+        """The time of a token under a plan for a model file, from what its tokens took so far, else from the
+        calibrations of its workers.
+
+        Args:
+            round_trips_ms: of workers; where one is missing, that of its calibration counts.
+            facts: the model's.
+        """
+        speeds = self.speeds(model_path, running, round_trips_ms, facts=facts, endpoints=plan.endpoints)
+        return predict(speeds, worker_parts(plan, self._round_trips_ms(plan.endpoints, round_trips_ms), facts))
+
+    def calibrated(self, facts: ModelFacts, endpoints: Iterable[str]) -> WorkerSpeeds | None:
+        """How fast workers would run a model according to their calibrations; None without any."""
+        known = {endpoint: self._calibration_of(endpoint) for endpoint in endpoints}
+        found = {endpoint: calibration for endpoint, calibration in known.items() if calibration is not None}
+        if not found:
+            return None
+        weight_bytes = max(1, sum(facts.layer_bytes) + facts.output_bytes)
+        own = self._calibration_of(THIS_MACHINE)
+        return WorkerSpeeds(
+            # All blocks of a model are about as large, so what they cost besides counts with their bytes.
+            {
+                endpoint: calibration.ms_per_byte + calibration.block_ms * facts.layer_count / weight_bytes
+                for endpoint, calibration in found.items()
+            },
+            None,
+            0.0,
+            {endpoint: calibration.hop_ms for endpoint, calibration in found.items()},
+            {
+                endpoint: calibration.bytes_per_s
+                for endpoint, calibration in found.items()
+                if calibration.bytes_per_s
+            },
+            own.hop_ms if own else 0.0,
+        )
+
+    def corrections(
+        self, coordinator: Coordinator, running: Iterable[Coordinator], round_trips_ms: Mapping[str, float | None]
+    ) -> dict[str, float]:
+        """How much slower than calibrated the workers of a coordinator have proven to be: factors, by endpoint.
+
+        That all workers are much faster than calibrated is a property of the model (a mixture of experts reads
+        only a part of its weights), so then only the differences between them count.
+        """
+        facts, endpoints = coordinator.settings.facts, coordinator.rpc_backends
+        before = self.calibrated(facts, endpoints)
+        if before is None:
+            return {}
+        after = self.speeds(
+            coordinator.settings.model_path, running, round_trips_ms, facts=facts, endpoints=endpoints
+        )
+        if after is None:
+            return {}
+        factors = {
+            endpoint: after.ms_per_byte[endpoint] / ms
+            for endpoint, ms in before.ms_per_byte.items()
+            if ms > 0 and after.ms_per_byte.get(endpoint, 0.0) > 0
+        }
+        usual = median(factors.values()) if factors else 1.0
+        if usual < FASTEST_CORRECTION:
+            factors = {endpoint: factor / usual for endpoint, factor in factors.items()}
+        return {
+            endpoint: min(max(factor, FASTEST_CORRECTION), SLOWEST_CORRECTION)
+            for endpoint, factor in factors.items()
+        }
+
+    def _round_trips_ms(
+        self, endpoints: Iterable[str], measured: Mapping[str, float | None]
+    ) -> dict[str, float | None]:
+        known = dict(measured)
+        for endpoint in endpoints:
+            calibration = self._calibration_of(endpoint) if known.get(endpoint) is None else None
+            if calibration is not None:
+                known[endpoint] = calibration.round_trip_ms
+        return known
 
     def _measurement(
         self, coordinator: Coordinator, round_trips_ms: Mapping[str, float | None]
@@ -82,7 +186,8 @@ class TokenMeasurements:
         token_ms = self.token_ms(coordinator)
         if token_ms is None or coordinator.plan is None:
             return None
-        return Measurement(worker_parts(coordinator.plan, round_trips_ms), token_ms)
+        parts = worker_parts(coordinator.plan, round_trips_ms, coordinator.settings.facts)
+        return Measurement(parts, token_ms)
 
     def _on_event(self, event: Event) -> None:
         model = event.subject
@@ -94,6 +199,7 @@ class TokenMeasurements:
             url, tokens_per_s = event.data.get("place"), event.data.get("tokens_per_s")
             if url and tokens_per_s and model not in self._concurrent:
                 self._answers_ms.setdefault(url, deque(maxlen=ANSWERS_KEPT)).append(1000 / tokens_per_s)
+                self._counts[url] += 1
             self._under_way[model] -= 1
             if self._under_way[model] <= 0:
                 del self._under_way[model]

@@ -139,7 +139,7 @@ class Planner:
 
     def _with_prediction(self, start: Start, plan: LayerPlan, chosen: Collection[WorkerStatus]) -> PlanOverDevices:
         token = self._measurements.predict(
-            start.model_path, plan, self._running.coordinators, self._workers.round_trips_ms
+            start.model_path, plan, self._running.coordinators, self._workers.round_trips_ms, start.facts
         )
         device_free_bytes = {worker.endpoint: worker.probe.device_free_bytes for worker in chosen if worker.probe}
         return replace(plan, predicted_token_ms=token.token_ms), device_free_bytes

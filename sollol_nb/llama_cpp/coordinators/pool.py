@@ -13,17 +13,17 @@ what tokens took on each layout (`measurements.py`).
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
-from sollol_nb.errors import ConfigError, CoordinatorStartError, ModelDoesNotFitError
+from sollol_nb.errors import ConfigError, CoordinatorStartError, ModelDoesNotFitError, SollolError
 from sollol_nb.gguf.facts import read_facts
-from sollol_nb.layers.plan import LayerPlan
 from sollol_nb.layers.token_time import TokenTime
 from sollol_nb.layers.what_if import Forecast, forecast, without_layout
 from sollol_nb.llama_cpp.answers.base import Answer
+from sollol_nb.llama_cpp.coordinators.calibrator import Calibrated, Calibrator
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.coordinators.measurements import TokenMeasurements
 from sollol_nb.llama_cpp.coordinators.running import RouteKey, RunningCoordinators, key_of
@@ -35,9 +35,15 @@ from sollol_nb.llama_cpp.processes.running import Ended
 from sollol_nb.llama_cpp.workers.choice import check_free
 from sollol_nb.llama_cpp.workers.workers import Workers
 from sollol_nb.models.routing import Route
-from sollol_nb.runtime.events import EventBus, EventKind
+from sollol_nb.runtime.events import Event, EventBus, EventKind
 from sollol_nb.runtime.gate import Gate
+from sollol_nb.runtime.io_loop import submit
 from sollol_nb.text.tables import counted
+
+logger = logging.getLogger(__name__)
+
+ANSWERS_PER_CORRECTION = 5
+"""After so many measured answers of a coordinator, the calibrations of its workers are corrected once."""
 
 
 class CoordinatorPool:
@@ -46,7 +52,8 @@ class CoordinatorPool:
     def __init__(self, settings: PoolSettings, workers: Workers, events: EventBus) -> None:
         self._workers = workers
         self._events = events
-        self._measurements = TokenMeasurements(events)
+        self._measurements = TokenMeasurements(events, workers.calibration_of)
+        self._calibrator = Calibrator(workers, events)
         self._running = RunningCoordinators(workers, events, self._measurements)
         self._starter = CoordinatorStarter(settings, workers, events, self._running, self._measurements)
         # A gate outlives its coordinator: requests that wait for the model keep their turn when it restarts.
@@ -54,6 +61,8 @@ class CoordinatorPool:
         self._lost: dict[RouteKey, frozenset[str]] = {}
         self._starting: defaultdict[RouteKey, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._closings = 0
+        self._corrected: dict[str, int] = {}
+        events.subscribe(self._on_event)
 
     @property
     def settings(self) -> PoolSettings:
@@ -175,13 +184,53 @@ class CoordinatorPool:
             list(layout.values()),
             context_tokens=coordinator.settings.context_tokens,
             speeds=self._measurements.speeds(
-                coordinator.settings.model_path, self.coordinators, self._workers.round_trips_ms
+                coordinator.settings.model_path,
+                self.coordinators,
+                self._workers.round_trips_ms,
+                facts=coordinator.settings.facts,
+                endpoints=layout,
             ),
         )
 
-    def predict(self, model_path: Path, plan: LayerPlan) -> TokenTime:
-        """The time of a token under a plan for a model file, from what its tokens took so far."""
-        return self._measurements.predict(model_path, plan, self.coordinators, self._workers.round_trips_ms)
+    def predict(self, coordinator: Coordinator) -> TokenTime | None:
+        """The time of a token of a coordinator, from what tokens of its model took so far, else from calibrations;
+        None where nothing is sharded."""
+        if coordinator.plan is None:
+            return None
+        settings = coordinator.settings
+        return self._measurements.predict(
+            settings.model_path,
+            coordinator.plan,
+            self.coordinators,
+            self._workers.round_trips_ms,
+            settings.facts,
+        )
+
+    async def calibrate(self, endpoints: Iterable[str] | None = None) -> list[Calibrated]:
+        """Measure how fast this machine and all known workers are, or these; see `Calibrator.calibrate`."""
+        engine = await self.engine()
+        return await self._calibrator.calibrate(engine, endpoints, self.settings.coordinator_port)
+
+    def _on_event(self, event: Event) -> None:
+        """After some measured answers, correct the calibrations of their workers."""
+        if event.kind != EventKind.REQUEST_FINISHED:
+            return
+        for coordinator in self.coordinators:
+            count = self._measurements.answer_count(coordinator)
+            if coordinator.base_url == event.data.get("place") and count and count % ANSWERS_PER_CORRECTION == 0:
+                submit(self._correct_calibrations(coordinator, count))
+
+    async def _correct_calibrations(self, coordinator: Coordinator, answer_count: int) -> None:
+        if self._corrected.get(coordinator.base_url) == answer_count:
+            return  # the last answer was not measured
+        self._corrected[coordinator.base_url] = answer_count
+        factors = self._measurements.corrections(coordinator, self.coordinators, self._workers.round_trips_ms)
+        try:
+            await self._workers.calibrations.correct(
+                {self._workers.identity_of(endpoint): factor for endpoint, factor in factors.items()}
+            )
+        except SollolError as error:
+            logger.warning("calibrations were not corrected: %s", error)
 
     def token_ms(self, coordinator: Coordinator) -> float | None:
         """Milliseconds per token of one answer alone, as measured; None before the first token."""

@@ -1,6 +1,7 @@
 """RPC workers: find them, start them on this machine, follow their states, choose among them.
 
 * `probe.py`: the RPC protocol's bytes: ask an endpoint whether it is a free worker, and for its memory
+* `calibrations.py`: how fast workers are, as measured and kept
 * `status.py`: one worker as it was seen last
 * `identities.py`: which endpoints are names of one worker
 * `losses.py`: how often each was lost lately

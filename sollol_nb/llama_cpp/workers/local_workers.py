@@ -60,6 +60,12 @@ class LocalWorkers:
             return None
         return _describe_end(process.exit_report)
 
+    def threads_of(self, endpoint: str) -> int | None:
+        """How many threads a local worker has; None for other workers, and where that is not known."""
+        process = self._processes.get(endpoint)
+        threads = process.entry.about.get("threads") if process else None
+        return threads if isinstance(threads, int) else None
+
     async def adopt(self, endpoints: Iterable[str] | None = None, *, only_left: bool = False) -> list[str]:
         """Share workers that other processes of this user started, or that outlived the one that did.
 

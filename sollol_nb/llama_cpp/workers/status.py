@@ -9,6 +9,7 @@ import psutil
 
 from sollol_nb.layers.strategies import WorkerCapacity
 from sollol_nb.llama_cpp.processes.machine import boot_id
+from sollol_nb.llama_cpp.workers.calibrations import Calibration
 from sollol_nb.llama_cpp.workers.probe import Probe
 from sollol_nb.settings.endpoints import LOOPBACK, SSH, is_loopback
 
@@ -30,6 +31,7 @@ class WorkerStatus:
         name: how people call it, if it is reached through a link; else "".
         machine: equal for workers that share one machine's memory, if it is reached through a link; else "".
         target: what the link leads to, such as `ssh://gpu1`, if this router knows the link; else "".
+        calibration: how fast it is; None if that was not measured.
     """
 
     endpoint: str
@@ -41,6 +43,7 @@ class WorkerStatus:
     name: str = ""
     machine: str = ""
     target: str = ""
+    calibration: Calibration | None = None
 
     @property
     def label(self) -> str:

@@ -17,6 +17,7 @@ from sollol_nb.llama_cpp.links.memberships import OpenInvitation
 from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.processes.machine import other_user_of
 from sollol_nb.llama_cpp.processes.registry import Entry
+from sollol_nb.llama_cpp.workers.calibrations import Calibration, Calibrations, identity_of
 from sollol_nb.llama_cpp.workers.identities import Identities
 from sollol_nb.llama_cpp.workers.links import Links
 from sollol_nb.llama_cpp.workers.local_workers import LocalWorkers
@@ -33,6 +34,7 @@ class Workers:
     Attributes:
         local: those on this machine that this router started or shares.
         links: through which workers of other machines are reached.
+        calibrations: how fast workers are, as far as that was measured.
     """
 
     def __init__(self, endpoints: Iterable[str], events: EventBus) -> None:
@@ -46,6 +48,7 @@ class Workers:
         self._round_trips_ms: dict[str, float | None] = {}
         self.local = LocalWorkers(self, events)
         self.links = Links(self, events)
+        self.calibrations = Calibrations()
         for endpoint in map(worker_target, endpoints):
             self._named.add(endpoint)
             if is_target(endpoint):
@@ -356,6 +359,17 @@ class Workers:
         chosen = [worker for worker in self.statuses() if worker.endpoint in endpoints]
         return any(worker.capacity.memory_domain is None for worker in chosen)
 
+    def identity_of(self, endpoint: str) -> str:
+        """What the calibration of a worker (or of `THIS_MACHINE`) belongs to."""
+        linked = self.links.worker(endpoint)
+        if linked is None:
+            return identity_of(endpoint)
+        return identity_of(endpoint, target=self.links.target_of(endpoint), name=linked.name)
+
+    def calibration_of(self, endpoint: str) -> Calibration | None:
+        """How fast a worker (or `THIS_MACHINE`) is; None if that was not measured."""
+        return self.calibrations.of(self.identity_of(endpoint), threads=self.local.threads_of(endpoint))
+
     def entries_of(self, endpoints: Iterable[str]) -> list[Entry]:
         """The registry entries of these workers and of the links to them; other workers have none."""
         wanted = set(endpoints)
@@ -391,6 +405,7 @@ class Workers:
             name=self.links.name_of(endpoint),
             target=self.links.target_of(endpoint) or "",
             machine=linked.machine if linked and linked.device in ("", CPU) else "",
+            calibration=self.calibration_of(endpoint),
         )
 
     def _duplicate(self, endpoint: str, known: str) -> WorkerStatus:

@@ -30,7 +30,8 @@ class ClusterMagics(Magics):
     @argument(
         "what",
         nargs="*",
-        help="start: how many workers are to run (default: 3); add, remove: host:port or ssh://host; stop: "
+        help="start: how many workers are to run (default: 3); add, remove: host:port or ssh://host; "
+        "calibrate: workers (default: all, and this machine); stop: "
         "models, workers or machines (default: all of this notebook); invite: name of the workers (default: that "
         "of their machine); revoke: names (default: all)",
     )
@@ -57,7 +58,8 @@ class ClusterMagics(Magics):
         """Show the workers and the layers of each coordinator, live and with controls; or change them.
 
         `start 3` makes sure that three workers run on this machine, and `stop` ends the workers and coordinators
-        of this notebook. What another notebook uses stays.
+        of this notebook. What another notebook uses stays. `calibrate` measures how fast this machine and the free
+        workers (or the named ones) are.
 
         `--ssh gpu1,user@gpu2:2222` uses other machines: a worker runs on each of their devices, reached through
         your own ssh, and nothing there listens to the network. llama.cpp is installed there if necessary.
@@ -82,6 +84,8 @@ class ClusterMagics(Magics):
             %sollol_cluster invite --for 30m
 
             %sollol_cluster revoke
+
+            %sollol_cluster calibrate
 
             %sollol_cluster stop
 

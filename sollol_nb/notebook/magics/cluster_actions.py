@@ -65,6 +65,11 @@ def _discover(router: HybridRouter, arguments: argparse.Namespace) -> None:
         print(as_table(router.find_workers(ssh=hosts, scan=arguments.scan, mdns=arguments.mdns)))
 
 
+def _calibrate(router: HybridRouter, arguments: argparse.Namespace) -> None:
+    for result in router.calibrate(arguments.what or None):
+        print(result)
+
+
 def _named(what: Sequence[str], action: str) -> Sequence[str]:
     if not what:
         raise UsageError(f"{action} takes workers: %sollol_cluster {action} HOST:PORT, or {action} ssh://HOST")
@@ -156,6 +161,7 @@ def report(ended: Sequence[Ended]) -> None:
 ACTIONS: Mapping[str, Action] = {
     "start": _start,
     "discover": _discover,
+    "calibrate": _calibrate,
     "add": _add,
     "remove": _remove,
     "stop": _stop,

@@ -97,6 +97,8 @@ CALLS: Mapping[str, Call] = {
         Call(OwnEngines.find_workers, controls=True),
         Call(OwnEngines.add_worker, controls=True, limit_s=LONG_S),
         Call(OwnEngines.add_workers, controls=True, limit_s=LONG_S),
+        Call(OwnEngines.calibrate, controls=True, limit_s=LONG_S),
+        Call(OwnEngines.kept_calibrations),
         Call(OwnEngines.remove_worker, controls=True),
         Call(OwnEngines.invite, controls=True, limit_s=LONG_S),
         Call(OwnEngines.revoke, controls=True),

@@ -165,6 +165,8 @@ class GatewayEngines:
     share_workers = _at_gateway(OwnEngines.share_workers)
     discover_workers = _at_gateway(OwnEngines.discover_workers)
     find_workers = _at_gateway(OwnEngines.find_workers)
+    calibrate = _at_gateway(OwnEngines.calibrate)
+    kept_calibrations = _at_gateway(OwnEngines.kept_calibrations)
     add_worker = _at_gateway(OwnEngines.add_worker)
     add_workers = _at_gateway(OwnEngines.add_workers)
     remove_worker = _at_gateway(OwnEngines.remove_worker)

@@ -236,7 +236,7 @@ function described(text) {
 function workerRow(endpoint, worker) {
   const name = nameCell(endpoint, worker.name, worker.local ? " (local)" : "");
   const lastError = worker.last_error && !["down", "lost"].includes(worker.state) ? `last error: ${worker.last_error}` : "";
-  const details = [worker.description, lastError].filter(Boolean).join("; ");
+  const details = [worker.description, worker.speed, lastError].filter(Boolean).join("; ");
   const protocol = worker.protocol || "";
   const cells = [name, stateMark(worker), sparkline(worker.rtt), memoryBar(worker), protocol, described(details)];
   const row = tableRow(cells);

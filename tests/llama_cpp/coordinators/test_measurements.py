@@ -24,7 +24,7 @@ def coordinator(*counts: int, seconds_per_token: float | None = None, port: int 
         "base_url": f"http://127.0.0.1:{port}",
         "plan": plan_from_counts(TWELVE, workers(*[20 * GB] * len(counts)), counts),
         "pace": SimpleNamespace(seconds_per_token=seconds_per_token),
-        "settings": SimpleNamespace(model_path=PATH),
+        "settings": SimpleNamespace(model_path=PATH, facts=TWELVE),
     }
     return cast(Coordinator, SimpleNamespace(**values))
 
