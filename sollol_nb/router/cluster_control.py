@@ -154,7 +154,7 @@ class ClusterControl:
 
         Args:
             endpoints: known workers, by endpoint, name or machine (`ssh://gpu1`), and `this machine`; by default
-            all.
+                all.
 
         Returns:
             What became of each; `str()` of one is a line of text.
