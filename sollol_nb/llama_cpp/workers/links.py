@@ -346,7 +346,9 @@ class Links:
             self._note_workers(target, known, entry)
             if before != state:
                 failures.forget(target)
-                self._events.publish(EventKind.LINK_READY, target, detail)
+                where = detail.removeprefix(f"{target.removeprefix(SSH).rpartition('@')[2]}: ")
+                message = detail if target in detail else f"connected to {target}: {where}"
+                self._events.publish(EventKind.LINK_READY, target, message)
         elif before != state:
             self._lose(target, known)
 

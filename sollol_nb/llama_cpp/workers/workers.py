@@ -210,9 +210,8 @@ class Workers:
         if endpoint not in self._lost:
             self._lost.add(endpoint)
             name = self.name_of(endpoint)
-            self._events.publish(
-                EventKind.WORKER_LOST, endpoint, f"lost worker {name}: {self._detail(probe)}", name=name
-            )
+            why = self._detail(probe).removeprefix(f"{name}: ")
+            self._events.publish(EventKind.WORKER_LOST, endpoint, f"lost worker {name}: {why}", name=name)
 
     def _detail(self, probe: Probe) -> str:
         """A probe's detail with the worker's name instead of its endpoint on loopback."""
