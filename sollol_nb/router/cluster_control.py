@@ -61,6 +61,7 @@ class ClusterControl:
     async def start_workers(self, count: int) -> list[str]:
         """Start workers on this machine, on loopback from `rpc_port` upward; returns their endpoints."""
         engine = await self._coordinators.engine()
+        self._workers.use_engine(engine)
         settings = self._coordinators.settings
         return await self._workers.local.start(
             engine, count, first_port=settings.rpc_port, keep_alive_s=settings.keep_alive_s
@@ -77,6 +78,7 @@ class ClusterControl:
             The endpoints of those that were started now.
         """
         engine = await self._coordinators.engine()
+        self._workers.use_engine(engine)
         settings = self._coordinators.settings
         return await self._workers.local.ensure(
             engine, count, first_port=settings.rpc_port, keep_alive_s=settings.keep_alive_s

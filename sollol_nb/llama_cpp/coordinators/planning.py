@@ -87,9 +87,11 @@ class Planner:
         """The plan for a start; coordinators that ended kernels left end where free workers do not suffice.
 
         Raises:
+            EngineIncompatibleError: the engine here speaks another RPC protocol than workers do.
             WorkersUnavailableError: there are no free workers, or those of the given layout are not free.
             ModelDoesNotFitError: their memory does not hold the model.
         """
+        self._workers.use_engine(start.engine)
         if start.layout is not None:
             return await self._plan_layout(start, start.layout)
         cooling = {endpoint for endpoint in self._workers.endpoints if self._workers.cool_down_s(endpoint)}

@@ -16,6 +16,7 @@ from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.processes.process import EngineProcess
 from sollol_nb.llama_cpp.workers.local import PORT_TRIES, WorkerPortTakenError, wait_until_free
+from sollol_nb.llama_cpp.workers.probe import Client
 from sollol_nb.settings import config
 from sollol_nb.settings.endpoints import LOOPBACK, format_endpoint
 
@@ -99,7 +100,9 @@ class LentWorkers:
         )
         self._processes[position], self._ports[position] = process, port
         await process.hold()
-        await wait_until_free(format_endpoint(LOOPBACK if host in ALL_ADDRESSES else host, port), process)
+        await wait_until_free(
+            format_endpoint(LOOPBACK if host in ALL_ADDRESSES else host, port), process, Client.of(self._engine)
+        )
 
     async def _watch(self, position: int, host: str, port: int | None) -> None:
         while True:

@@ -20,7 +20,7 @@ from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.processes.machine import free_ports
 from sollol_nb.llama_cpp.processes.process import EngineProcess
-from sollol_nb.llama_cpp.workers.probe import ProbeOutcome, probe
+from sollol_nb.llama_cpp.workers.probe import ANY_CLIENT, Client, ProbeOutcome, probe
 from sollol_nb.settings.endpoints import LOOPBACK, format_endpoint, parse_endpoint
 
 START_TIMEOUT_S = 20.0
@@ -76,9 +76,10 @@ async def start_workers(
         barred: endpoints not to use.
 
     Raises:
-        EngineError: the program cannot be run.
+        EngineError: the program cannot be run, or its RPC protocol is another one than that of other workers.
         WorkerStartError: one could not be started; the others are stopped again.
     """
+    client = Client.of(engine)
     started: dict[str, EngineProcess] = {}
     port, tries_left = first_port, PORT_TRIES
     try:
@@ -93,7 +94,7 @@ async def start_workers(
                 port += 1
             for endpoint, process in starting.items():
                 try:
-                    await wait_until_free(endpoint, process)
+                    await wait_until_free(endpoint, process, client)
                     await process.hold()
                 except WorkerPortTakenError:
                     tries_left -= 1
@@ -106,8 +107,8 @@ async def start_workers(
     return started
 
 
-async def wait_until_free(endpoint: str, process: EngineProcess) -> None:
-    """Wait until a started worker answers a probe.
+async def wait_until_free(endpoint: str, process: EngineProcess, client: Client = ANY_CLIENT) -> None:
+    """Wait until a started worker answers a probe of the engine that it belongs to.
 
     Raises:
         WorkerPortTakenError: another program has its port.
@@ -118,7 +119,7 @@ async def wait_until_free(endpoint: str, process: EngineProcess) -> None:
     while process.is_running():
         # Another program's worker may have taken the port just before ours, and would answer too.
         is_ours = _is_listening(process.pid, port)
-        if is_ours and (await probe(host, port, timeout_s=1.0)).outcome is ProbeOutcome.FREE:
+        if is_ours and (await probe(host, port, timeout_s=1.0, client=client)).outcome is ProbeOutcome.FREE:
             return
         if time.monotonic() > deadline:
             raise WorkerStartError(

@@ -27,6 +27,8 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
 
+from sollol_nb.errors import EngineIncompatibleError
+from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.processes.machine import worker_at
 from sollol_nb.runtime.io_loop import run_blocking
@@ -107,6 +109,44 @@ class Probe:
         return sum(self.device_free_bytes)
 
 
+@dataclass(frozen=True, slots=True)
+class Client:
+    """The llama.cpp here that is to use the workers.
+
+    Attributes:
+        version: of llama.cpp; "" before it is known.
+        minor: of its RPC protocol, whose major is `PROTOCOL_MAJOR`; that of a worker must not be higher.
+    """
+
+    version: str = ""
+    minor: int = PROTOCOL_MINOR
+
+    @classmethod
+    def of(cls, engine: Engine) -> Client:
+        """The client that an engine is.
+
+        Raises:
+            EngineIncompatibleError: its RPC protocol is another one than that of the workers.
+        """
+        if not engine.protocol:
+            return cls(engine.version)
+        major, minor, *_ = map(int, engine.protocol.split("."))
+        if major != PROTOCOL_MAJOR:
+            raise EngineIncompatibleError(
+                f"llama.cpp {engine.version} in {engine.server.parent} (found in: {engine.source}) speaks RPC "
+                f"protocol {engine.protocol}, but only workers of RPC protocol {PROTOCOL_MAJOR} can be used; run "
+                "`sollol-nb install` here to build a llama.cpp that fits"
+            )
+        return cls(engine.version, minor)
+
+    def __str__(self) -> str:
+        version = f" {self.version}" if self.version else ""
+        return f"llama.cpp{version} here speaks {PROTOCOL_MAJOR}.{self.minor}"
+
+
+ANY_CLIENT = Client()
+
+
 class _NotThisProtocol(Exception):
     """The peer answers, but does not follow this protocol."""
 
@@ -119,8 +159,13 @@ class _Ipv6OnlyError(OSError):
     """The host has no IPv4 address."""
 
 
-async def probe(host: str, port: int, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Probe:
+async def probe(
+    host: str, port: int, *, timeout_s: float = DEFAULT_TIMEOUT_S, client: Client = ANY_CLIENT
+) -> Probe:
     """Probe one endpoint, within `timeout_s` seconds. Whatever the peer does is an outcome, not an exception.
+
+    Args:
+        client: what is to use the worker; it decides which protocols are compatible.
 
     Raises:
         ConfigError: host and port are not an endpoint.
@@ -149,7 +194,7 @@ async def probe(host: str, port: int, *, timeout_s: float = DEFAULT_TIMEOUT_S) -
         return _unreachable(endpoint, getattr(error, "strerror", None) or str(error))
     try:
         async with asyncio.timeout(max(0.0, deadline - http_limit_s - time.monotonic())):
-            return await _query(endpoint, reader, writer)
+            return await _query(endpoint, reader, writer, client)
     except TimeoutError:
         if (http := await _http_server(endpoint, deadline)) is not None:
             return http
@@ -169,15 +214,18 @@ async def probe(host: str, port: int, *, timeout_s: float = DEFAULT_TIMEOUT_S) -
                 "at its other end, else give the port on which ggml-rpc-server listens",
             )
         why = str(error) if isinstance(error, _NotThisProtocol) else ""
-        return http or _incompatible(endpoint, version, why)
+        return http or _incompatible(endpoint, version, client, why)
     finally:
         _reset(writer)
 
 
-async def probe_all(endpoints: Iterable[str], *, timeout_s: float = DEFAULT_TIMEOUT_S) -> list[Probe]:
+async def probe_all(
+    endpoints: Iterable[str], *, timeout_s: float = DEFAULT_TIMEOUT_S, client: Client = ANY_CLIENT
+) -> list[Probe]:
     """Probe `host:port` endpoints at the same time; results in the same order."""
     pairs = [parse_endpoint(endpoint) for endpoint in endpoints]
-    return list(await asyncio.gather(*(probe(host, port, timeout_s=timeout_s) for host, port in pairs)))
+    probes = (probe(host, port, timeout_s=timeout_s, client=client) for host, port in pairs)
+    return list(await asyncio.gather(*probes))
 
 
 async def discover(
@@ -230,7 +278,9 @@ async def _connect(host: str, port: int) -> tuple[asyncio.StreamReader, asyncio.
     return await asyncio.open_connection(address, port, limit=4096)
 
 
-async def _query(endpoint: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Probe:
+async def _query(
+    endpoint: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, client: Client
+) -> Probe:
     round_trips: list[float] = []
 
     async def ask(command: int, payload: bytes) -> bytes:
@@ -252,12 +302,12 @@ async def _query(endpoint: str, reader: asyncio.StreamReader, writer: asyncio.St
 
     hello = await ask(_HELLO, _CAPABILITIES)
     if len(hello) in _OLD_HELLO_ANSWER_BYTES:
-        return _incompatible(endpoint, (hello[0], hello[1], hello[2]))
+        return _incompatible(endpoint, (hello[0], hello[1], hello[2]), client)
     if len(hello) != _HELLO_ANSWER_BYTES:
         raise _NotThisProtocol("the answer does not follow the RPC protocol")
     protocol = (hello[0], hello[1], hello[2])
-    if protocol[0] != PROTOCOL_MAJOR or protocol[1] > PROTOCOL_MINOR:
-        return _incompatible(endpoint, protocol)
+    if protocol[0] != PROTOCOL_MAJOR or protocol[1] > client.minor:
+        return _incompatible(endpoint, protocol, client)
     count_answer = await ask(_DEVICE_COUNT, b"")
     if len(count_answer) != 4:
         raise _NotThisProtocol("the device count is malformed")
@@ -368,15 +418,17 @@ def _unreachable(endpoint: str, why: str) -> Probe:
     )
 
 
-def _incompatible(endpoint: str, version: tuple[int, int, int] | None, why: str = "") -> Probe:
+def _incompatible(endpoint: str, version: tuple[int, int, int] | None, client: Client, why: str = "") -> Probe:
     if version:
-        protocol = "RPC protocol " + ".".join(map(str, version))
+        age = "an older" if version < (PROTOCOL_MAJOR, client.minor) else "a newer"
+        protocol = f"RPC protocol {'.'.join(map(str, version))} of {age} llama.cpp"
+        advice = "run `sollol-nb install` there, or use one llama.cpp build everywhere"
     else:
         protocol = f"a protocol that is not RPC protocol {PROTOCOL_MAJOR}" + (f" ({why})" if why else "")
+        advice = "use the same llama.cpp build for workers and coordinators"
     return Probe(
         endpoint=endpoint,
         outcome=ProbeOutcome.INCOMPATIBLE,
-        detail=f"{endpoint} speaks {protocol}, but this side speaks {PROTOCOL_MAJOR}.{PROTOCOL_MINOR}; "
-        "use the same llama.cpp build for workers and coordinators",
+        detail=f"{endpoint} speaks {protocol}, but {client}; {advice}",
         protocol=version,
     )

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from sollol_nb.errors import ConfigError
+from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.links.link import CPU
 from sollol_nb.llama_cpp.links.memberships import OpenInvitation
 from sollol_nb.llama_cpp.processes import registry
@@ -22,7 +23,15 @@ from sollol_nb.llama_cpp.workers.identities import Identities
 from sollol_nb.llama_cpp.workers.links import Links
 from sollol_nb.llama_cpp.workers.local_workers import LocalWorkers
 from sollol_nb.llama_cpp.workers.losses import WorkerLosses
-from sollol_nb.llama_cpp.workers.probe import DEFAULT_TIMEOUT_S, Probe, ProbeOutcome, discover, probe_all
+from sollol_nb.llama_cpp.workers.probe import (
+    ANY_CLIENT,
+    DEFAULT_TIMEOUT_S,
+    Client,
+    Probe,
+    ProbeOutcome,
+    discover,
+    probe_all,
+)
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.runtime.events import EventBus, EventKind
 from sollol_nb.settings.endpoints import INVITATIONS, is_loopback, is_target, parse_endpoint, worker_target
@@ -45,6 +54,7 @@ class Workers:
         self._losses = WorkerLosses()
         self._lost: set[str] = set()
         self._identities = Identities()
+        self._client = ANY_CLIENT
         self._round_trips_ms: dict[str, float | None] = {}
         self.local = LocalWorkers(self, events)
         self.links = Links(self, events)
@@ -90,6 +100,14 @@ class Workers:
     def invitations(self) -> tuple[OpenInvitation, ...]:
         """With which workers can join this user's machine now."""
         return self.links.invitations
+
+    def use_engine(self, engine: Engine) -> None:
+        """From now on, workers count as compatible if this engine can use them.
+
+        Raises:
+            EngineIncompatibleError: its RPC protocol is another one than that of the workers.
+        """
+        self._client = Client.of(engine)
 
     def add(self, endpoint: str) -> str:
         """Add a worker by its endpoint (`host`, `host:port`), or those of a machine (`ssh://host`); returns it as
@@ -184,7 +202,8 @@ class Workers:
         known = [endpoint for endpoint in endpoints if endpoint in self._probes]
         lost = [endpoint for endpoint in known if self.links.trouble_of(endpoint) is not None]
         lost += [endpoint for endpoint in endpoints if self.links.was_replaced(endpoint)]
-        for probe in await probe_all([endpoint for endpoint in known if endpoint not in lost]):
+        left = [endpoint for endpoint in known if endpoint not in lost]
+        for probe in await probe_all(left, client=self._client):
             if probe.endpoint not in self._probes:  # removed during the probe
                 continue
             if probe.outcome is ProbeOutcome.FREE:
@@ -281,7 +300,7 @@ class Workers:
             and endpoint not in duplicates
             and self.links.trouble_of(endpoint) is None
         ]
-        probes = await probe_all(free, timeout_s=timeout_s)
+        probes = await probe_all(free, timeout_s=timeout_s, client=self._client)
         if any(probe.outcome is ProbeOutcome.BUSY for probe in probes):  # a coordinator may have taken it since
             await self.refresh_holders()
         for probe in probes:

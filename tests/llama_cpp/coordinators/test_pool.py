@@ -432,7 +432,10 @@ def test_a_worker_of_another_protocol_is_not_used_and_is_named(engine: Engine) -
     with serving(OtherProtocolWorker) as newer, HybridRouter(auto_discover_rpc=False) as mine:
         mine.add_worker(f"127.0.0.1:{newer}")
         message = error_of(lambda: mine.route_request("demo:sharded", QUESTION), WorkersUnavailableError)
-        assert f"127.0.0.1:{newer} speaks RPC protocol 8.0.0, but this side speaks 7.0" in message
+        assert (
+            f"127.0.0.1:{newer} speaks RPC protocol 8.0.0 of a newer llama.cpp, but llama.cpp {engine.version} "
+            "here speaks 7.0; run `sollol-nb install` there, or use one llama.cpp build everywhere"
+        ) in message
 
         (usable,) = mine.start_workers(1)
         answer = mine.route_request("demo:sharded", QUESTION, max_tokens=2)
