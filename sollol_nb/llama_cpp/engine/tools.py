@@ -103,11 +103,12 @@ def compiler_command() -> str:
     if sys.platform == "win32":
         return "winget install Microsoft.VisualStudio.2022.BuildTools (with 'Desktop development with C++')"
     managers = [manager for manager in _PACKAGE_MANAGERS if shutil.which(manager)]
-    return install_command([COMPILER], managers, on_mac=sys.platform == "darwin")
+    command = install_command([COMPILER], managers, on_mac=sys.platform == "darwin")
+    return command or "install g++ with your system's package manager"
 
 
 def install_command(missing: Sequence[str], managers: Collection[str], *, on_mac: bool) -> str:
-    """The command that installs what is missing to build C++ programs on a POSIX machine.
+    """The command that installs what is missing to build C++ programs on a POSIX machine; "" if none is known.
 
     Args:
         missing: `COMPILER`, `cmake`, `make`.
@@ -119,8 +120,7 @@ def install_command(missing: Sequence[str], managers: Collection[str], *, on_mac
     for manager, (command, compiler) in _PACKAGE_MANAGERS.items():
         if manager in managers:
             return f"{command} {' '.join(compiler if name == COMPILER else name for name in missing)}"
-    names = ["g++" if name == COMPILER else name for name in missing]
-    return f"install {' and '.join(names)} with your system's package manager"
+    return ""
 
 
 def gpu_toolkits() -> dict[Backend, str]:

@@ -115,12 +115,16 @@ folder() {
     trial=$engines/.trial-$$
     if ! trouble=$({ mkdir -p "$engines" && printf '#!/bin/sh\nexit 7\n' >"$trial" && chmod 700 "$trial"; } 2>&1); then
         say folder.trouble "$trouble"
+        rm -f "$trial"
     else
         trouble=$("$trial" 2>&1)
-        if [ $? != 7 ]; then say folder.noexec "$trouble"; fi
+        code=$?
+        rm -f "$trial"
+        if [ $code != 7 ]; then
+            say folder.noexec "$trouble"
+            rmdir "$engines" "$ours" 2>/dev/null # if they are empty, a link can take their place
+        fi
     fi
-    rm -f "$trial"
-    rmdir "$engines" "$ours" 2>/dev/null # where they are empty
     free_space
 }
 
@@ -181,7 +185,7 @@ devices() { # PROGRAM
 take_work_folder() {
     # Process numbers mean the same within one boot and one PID namespace; a home may be shared by machines.
     mkdir -p "$engines" 2>/dev/null
-    work=$engines/.work-$({ boot; readlink /proc/self/ns/pid; } 2>/dev/null | cksum | cut -d ' ' -f 1)
+    work=$engines/.work-$({ boot; readlink /proc/self/ns/pid; } 2>/dev/null | digest | cut -c 1-10)
     nameless=0
     until mkdir "$work" 2>/dev/null; do
         if [ ! -d "$work" ]; then
@@ -200,7 +204,8 @@ take_work_folder() {
         fi
         sleep 1
     done
-    trap 'rm -rf "$work"' EXIT
+    step=
+    trap 'if [ -n "$step" ]; then end_tree "$step"; fi; rm -rf "$work"' EXIT
     trap 'exit 1' HUP INT TERM
     trap '' PIPE # a client that has left shows as an error of `say`
     printf '%s %s\n' $$ "$(started $$)" >"$work/owner" || fail disk "cannot write to $work"
@@ -214,13 +219,13 @@ started() { # PID; when it started, "" if it does not run
     fi 2>/dev/null
 }
 
-digest() { # FILE
+digest() { # of stdin
     if has sha256sum; then
-        sha256sum <"$1"
+        sha256sum
     elif has shasum; then
-        shasum -a 256 <"$1"
+        shasum -a 256
     else
-        openssl dgst -sha256 -r <"$1"
+        openssl dgst -sha256 -r
     fi | cut -c 1-64
 }
 
@@ -233,7 +238,7 @@ disk_or() { # KIND TEXT
 
 receive() { # SHA256
     if ! trouble=$(cat 2>&1 >"$work/archive"); then fail "$(disk_or folder "$trouble")" "$trouble"; fi
-    received=$(digest "$work/archive")
+    received=$(digest <"$work/archive")
     if [ "$received" != "$1" ]; then fail hash "SHA-256 $received instead of $1"; fi
 }
 
@@ -271,9 +276,11 @@ install_engine() { # ship|build KEY SHA256 RECORD PROGRAM OPTION...
 
 build() { # OPTION...
     log=$ours/build-$key.log
+    nice=
+    if has nice; then nice=nice; fi # busybox may have none
     : >"$log" || fail disk "cannot write to $log"
-    run_step nice cmake --no-warn-unused-cli -S "$work/source" -B "$work/build" "$@"
-    run_step nice cmake --build "$work/build" --target ggml-rpc-server --parallel "$(cores)"
+    run_step $nice cmake --no-warn-unused-cli -S "$work/source" -B "$work/build" "$@"
+    run_step $nice cmake --build "$work/build" --target ggml-rpc-server --parallel "$(cores)"
     rm -f "$log"
     mkdir -p "$work/$key/bin"
     for file in "$work"/build/bin/*; do
@@ -293,12 +300,12 @@ run_step() { # COMMAND...; says how far it is, and ends it when nobody listens a
     while [ ! -s "$work/code" ] && kill -0 "$step" 2>/dev/null; do
         sleep 1
         if ! say step "$(tail -n 1 "$log" | cut -c 1-200)" 2>/dev/null; then
-            end_tree "$step"
             rm -f "$log"
-            exit 1
+            exit 1 # the trap ends the step
         fi
     done
     wait "$step"
+    step=
     code=$(cat "$work/code" 2>/dev/null)
     if [ "$code" != 0 ]; then
         say log "$log"

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import threading
 import time
 from collections import deque
@@ -23,7 +24,7 @@ from sollol_nb.errors import LinkError
 from sollol_nb.llama_cpp.engine import archives, build
 from sollol_nb.llama_cpp.engine.archives import Archive
 from sollol_nb.llama_cpp.engine.check import Engine
-from sollol_nb.llama_cpp.engine.steps import build_share, log_tail
+from sollol_nb.llama_cpp.engine.steps import build_share
 from sollol_nb.llama_cpp.engine.tools import Backend, build_options, generator_options
 from sollol_nb.llama_cpp.links import remote_facts
 from sollol_nb.llama_cpp.links.remote_facts import MIB, Facts, OwnBuild, RemoteDevice
@@ -39,6 +40,7 @@ GPU_BUILD_NEEDS_BYTES = 1024 * MIB
 REPORT_INTERVAL_S = 1.0
 
 _SCRIPT = Path(__file__).with_name("engine.sh").read_text()
+_ERROR = re.compile(r"\berror\b.*: |\berror: |undefined reference|Killed|\bfatal\b|No space left")
 _LOG_LINES = 80
 _READ_BYTES = 64 * 1024
 
@@ -211,8 +213,7 @@ class _Preparation:
         what = ("build", key, archive.sha256, json.dumps(record), build.TARGETS[1], *options)
         outcome = await self._install(what, archive, limit_s)
         if outcome.failed == "build":
-            lines = log_tail("\n".join(outcome.lines))
-            reason = _short(" ".join(lines[:2])) or outcome.detail
+            reason = _short(_build_error(list(outcome.lines))) or outcome.detail
             raise LinkError(f"building llama.cpp on {host} failed: {reason}; log there: {outcome.log}")
         self._check(outcome, needs)
         return self._engine(outcome.worker, outcome.devices, build.GIT_COMMIT, backend, "built")
@@ -397,6 +398,16 @@ async def _local_facts() -> Facts | None:
         return Facts.parse(output.decode(errors="replace"))
     except (ValueError, KeyError):
         return None
+
+
+def _build_error(lines: list[str]) -> str:
+    """The line of a build log that says most, else the last one."""
+    for number, line in enumerate(lines):
+        if line.startswith("CMake Error"):  # its message follows
+            return " ".join(lines[number : number + 3])
+        if _ERROR.search(line):
+            return line
+    return next((line for line in reversed(lines) if line.strip()), "")
 
 
 def _last(text: str) -> str:

@@ -183,7 +183,8 @@ class Facts:
             missing.append("make")
         if missing:
             command = install_command(missing, self.tools, on_mac=self.system == "Darwin")
-            return f"it has no {' and no '.join(missing)}; run `{command}` there"
+            advice = f"run `{command}` there" if command else "install them there"
+            return f"it has no {' and no '.join(missing)}; {advice}"
         version = tuple(map(int, re.findall(r"\d+", self.cmake)[:2]))
         if version and version < _TOO_OLD_CMAKE:
             return f"its cmake {self.cmake} is older than 3.14; run `pip install --user cmake` there"
@@ -254,8 +255,8 @@ def misfit(own: OwnBuild, here: Facts, there: Facts) -> str:
     """Why this machine's worker program cannot run there, as far as facts show; "" if they show nothing."""
     if (here.system, here.architecture) != (there.system, there.architecture):
         return f"it is {there.system} {there.architecture}, not {here.system} {here.architecture}"
-    if here.system == "Linux" and here.libc.split()[:1] != there.libc.split()[:1]:
-        return f"it has {there.libc or 'another libc'}, not {here.libc}"
+    if here.system == "Linux" and here.libc and there.libc and here.libc.split()[0] != there.libc.split()[0]:
+        return f"it has {there.libc}, not {here.libc}"
     lacking = sorted(own.features - there.features)
     if lacking:
         return f"its CPU lacks {', '.join(lacking[:3])}"
