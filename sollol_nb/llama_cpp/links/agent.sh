@@ -79,7 +79,7 @@ check_workers() {
 serve() {
     # $$ is the process that started this one.
     server=$(exec sh -c 'echo "$PPID"')
-    missed=0 clock=0 count=0 ending=
+    missed=0 clock=0 count=0 ending= pids=
     trap 'missed=0' USR1
     trap 'ending=yes' TERM HUP INT
     for device in "$@"; do
@@ -97,8 +97,10 @@ serve() {
         if ! kill -0 "$nap" 2>/dev/null; then
             missed=$((missed + 1)) clock=$((clock + 1))
         fi
+        kill -0 "$listener" 2>/dev/null || ending=yes
     done
-    kill "$listener" "$nap" 2>/dev/null
+    # shellcheck disable=SC2086 # they are separate words
+    kill -KILL "$listener" "$nap" $pids 2>/dev/null
     [ "$missed" -lt "$silence" ] || echo silent # to the guard
 }
 

@@ -13,6 +13,9 @@ SHOWN_CHARACTERS = 600
 REFUSED_CONNECTION = re.compile(r"channel \d+: open failed: .*")
 """What the master prints for a connection that it could not carry to the other side."""
 
+FORBIDDEN = "administratively prohibited"
+"""In such a line: the other side's configuration does not allow it."""
+
 _FINGERPRINT = re.compile(r"debug1: Server host key: (\S+) (\S+)")
 _OFFENDING = re.compile(r"Offending \S+ key in (.+):(\d+)")
 _NOISE = re.compile(
@@ -176,7 +179,7 @@ def explain_no_shell(host: str, command: Sequence[str], printed: Iterable[str]) 
 def explain_forwarding(host: str, reason: str) -> str:
     """Why a connection through the forwarded port failed."""
     reason = reason.partition("open failed: ")[2] or reason
-    if "prohibited" in reason:
+    if FORBIDDEN in reason:
         return f"{host}: its sshd forbids forwarding ({reason}); set AllowTcpForwarding to local or yes there"
     return _cut(f"{host}: a connection through ssh failed ({reason})")
 

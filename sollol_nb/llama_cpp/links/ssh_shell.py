@@ -193,6 +193,9 @@ class Shell:
 
         The connection ends at once. ssh accepts every connection here, then asks the other side and prints what it
         answers, and only then closes the connection.
+
+        Raises:
+            LinkError: that machine's sshd forbids it.
         """
         where = f"{LOOPBACK}:{local_port}:{LOOPBACK}:{remote_port}"
         errors = self._master_errors or self._forwards[where][1]
@@ -211,7 +214,12 @@ class Shell:
                 return f"{self.host}: no answer through port {local_port} within {REACH_LIMIT_S:g} s"
             except OSError as error:
                 return f"{self.host}: port {local_port} is not forwarded ({error.strerror})"
-            return ssh_errors.explain_forwarding(self.host, errors.refusals[-1]) if errors.refusals else ""
+            if not errors.refusals:
+                return ""
+            why = ssh_errors.explain_forwarding(self.host, errors.refusals[-1])
+            if ssh_errors.FORBIDDEN in errors.refusals[-1]:
+                raise LinkError(why)
+            return why
 
     async def _ask_master(self, what: str, where: str) -> None:
         asking = await self._spawn([*self._sharing(), "-O", what, "-L", where, self._name], stdin=None)

@@ -1,0 +1,231 @@
+"""Workers of machines behind a real sshd: one line from nothing to an answer, and nothing left in the end."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from sollol_nb.errors import WorkersUnavailableError
+from sollol_nb.llama_cpp.engine.check import Engine
+from sollol_nb.llama_cpp.links import link
+from sollol_nb.llama_cpp.processes import registry
+from sollol_nb.llama_cpp.processes.registry import Entry
+from sollol_nb.llama_cpp.workers.status import WorkerStatus
+from sollol_nb.sync_wrapper import HybridRouter
+from tests.support.engines import QUESTION, eventually, is_alive, posix_only, run
+from tests.support.machines import Machine, running_machines, short_folder, wait_gone
+from tests.support.supervised import nothing_is_left
+
+pytestmark = [pytest.mark.engine, posix_only]
+
+SILENCE_S = 3
+
+
+@pytest.fixture(scope="module")
+def gpu1() -> Iterator[Machine]:
+    with short_folder() as folder, running_machines(folder, ["gpu1"]) as (machine,):
+        yield machine
+
+
+@pytest.fixture(autouse=True)
+def own_state(gpu1: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A user without any engine here, whose ssh reaches the machine; at the end nothing runs here or there."""
+    state = tmp_path / "state"
+    monkeypatch.setenv("SOLLOL_STATE_DIR", str(state))
+    monkeypatch.setenv("SOLLOL_SSH", gpu1.ssh)
+    yield state
+    wait_gone(gpu1)
+    nothing_is_left(state)
+
+
+def the_link() -> Entry:
+    (entry,) = registry.entries(registry.LINK)
+    return entry
+
+
+def only_worker(router: HybridRouter) -> WorkerStatus:
+    (worker,) = router.check_workers()
+    return worker
+
+
+def answer(router: HybridRouter) -> str:
+    return str(router.route_request("demo:sharded", QUESTION, max_tokens=2)["message"]["content"])
+
+
+# --- processes of a link, here and there ------------------------------------------------------------
+
+
+def master(machine: Machine) -> psutil.Process:
+    """The ssh process here that keeps the connection."""
+    (found,) = (child for child in psutil.Process(the_link().pid).children() if "-M" in child.cmdline())
+    return found
+
+
+def workers_there(machine: Machine) -> list[psutil.Process]:
+    found = []
+    for process in machine.processes():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "rpc-server" in process.name():
+                found.append(process)
+    return found
+
+
+def worker_there(machine: Machine) -> psutil.Process:
+    (found,) = workers_there(machine)
+    return found
+
+
+def session_there(machine: Machine) -> psutil.Process:
+    """The process of sshd that serves the connection for its user."""
+    return agent(machine).parent()  # type: ignore[return-value]
+
+
+def agent(machine: Machine) -> psutil.Process:
+    return keeper(machine).parent()  # type: ignore[return-value]
+
+
+def keeper(machine: Machine) -> psutil.Process:
+    """The part of the agent that started the worker."""
+    return worker_there(machine).parent()  # type: ignore[return-value]
+
+
+def guard(machine: Machine) -> psutil.Process:
+    (found,) = (child for child in agent(machine).children() if child != keeper(machine))
+    return found
+
+
+def listener(machine: Machine) -> psutil.Process:
+    (found,) = (child for child in keeper(machine).children() if child.name() == "sh")
+    return found
+
+
+# --- tests ------------------------------------------------------------------------------------------
+
+
+def test_one_line_leads_to_an_answer_and_nothing_listens_beyond_loopback_or_is_left(
+    gpu1: Machine, own_state: Path
+) -> None:
+    with HybridRouter(rpc_backends=[gpu1.target]) as mine:
+        assert answer(mine) == "A worker"
+        worker = only_worker(mine)
+        assert (worker.name, worker.state) == ("gpu1", "held")
+        assert mine.coordinator is not None
+        (endpoint,) = mine.coordinator.rpc_backends
+        assert endpoint.startswith("127.0.0.1:")
+        assert worker.probe is not None
+        assert worker.probe.round_trip_ms is not None
+        ours = {(address, port) for address, port in gpu1.listening() if port != gpu1.host.port}
+        assert [address for address, _ in ours] == ["127.0.0.1"]
+        with HybridRouter(rpc_backends=[gpu1.target]) as second:
+            answer(second)
+            assert second.coordinator is not None
+            assert second.coordinator.pid == mine.coordinator.pid
+            link_pid = the_link().pid
+        assert answer(mine) == "A worker", "the other one left it running"
+        assert the_link().pid == link_pid
+    assert registry.entries() == []
+    wait_gone(gpu1)
+    assert {path.name for path in gpu1.home.iterdir()} <= {".cache"}
+
+
+def test_a_link_that_nobody_uses_ends_after_its_keep_alive(gpu1: Machine) -> None:
+    with HybridRouter(rpc_backends=[gpu1.target], keep_alive=1) as mine:
+        answer(mine)
+        mine.close(keep=True)
+    eventually(lambda: not registry.entries(), "coordinator and link end")
+    wait_gone(gpu1)
+
+
+def test_after_the_loss_of_any_process_of_the_link_its_worker_comes_back_at_the_same_endpoint(
+    gpu1: Machine,
+) -> None:
+    with HybridRouter(rpc_backends=[gpu1.target]) as mine:
+        answer(mine)
+        endpoint, link_pid = only_worker(mine).endpoint, the_link().pid
+        guard(gpu1).kill()  # it is needed only where the process that it guards is lost
+        for victim in (worker_there, agent, keeper, master, listener, session_there):
+            worker = worker_there(gpu1)
+            victim(gpu1).kill()
+            eventually(lambda: not is_alive(worker), f"without {victim.__name__}, the worker ends")  # noqa: B023
+            eventually(lambda: workers_there(gpu1), "another one is started")
+            eventually(lambda: list(the_link().endpoints) == [endpoint], "it is reached")
+        assert the_link().pid == link_pid
+        assert answer(mine) == "A worker"
+
+
+@pytest.mark.parametrize("victim", ["pid", "supervisor_pid"])
+def test_after_the_loss_of_the_link_itself_the_next_request_starts_it_again(gpu1: Machine, victim: str) -> None:
+    with HybridRouter(rpc_backends=[gpu1.target]) as mine:
+        answer(mine)
+        before = worker_there(gpu1)
+        psutil.Process(getattr(the_link(), victim)).kill()
+        eventually(lambda: not before.is_running(), "nothing runs there any more")
+        assert answer(mine) == "A worker"
+
+
+@contextlib.contextmanager
+def link_to(machine: Machine, engine: Engine) -> Iterator[Callable[[], Entry]]:
+    """A link whose far side waits for a shorter time only; returns its registry entry as it is now."""
+    spec = {
+        "ssh": shlex.split(machine.ssh),
+        "server": str(engine.server),
+        "worker": str(engine.worker),
+        "version": engine.version,
+        "source": engine.source,
+        "protocol": engine.protocol,
+        "silence_s": SILENCE_S,
+    }
+    process = run(link.start_link("ssh", machine.target, spec, keep_alive_s=600.0))
+    try:
+        run(process.hold())
+        yield the_link
+    finally:
+        run(process.stop())
+
+
+def test_where_the_network_is_cut_silently_the_far_side_ends_everything_and_the_link_connects_again(
+    gpu1: Machine, engine: Engine
+) -> None:
+    with link_to(gpu1, engine) as entry:
+        eventually(lambda: entry().about["state"] == link.READY, "it is ready")
+        endpoints = set(entry().endpoints)
+        gpu1.cut()
+        try:
+            wait_gone(gpu1)
+        finally:
+            gpu1.connect_again()
+        eventually(lambda: entry().about["state"] == link.LOST, "it notices")
+        assert entry().endpoints == {}
+        eventually(lambda: entry().about["state"] == link.READY, "it is ready again")
+        assert set(entry().endpoints) == endpoints
+
+
+def test_where_the_network_is_cut_for_good_nothing_stays_there_after_the_link_has_ended(
+    gpu1: Machine, engine: Engine
+) -> None:
+    try:
+        with link_to(gpu1, engine) as entry:
+            eventually(lambda: entry().about["state"] == link.READY, "it is ready")
+            gpu1.cut()
+        wait_gone(gpu1)
+    finally:
+        gpu1.connect_again()
+
+
+def test_a_machine_that_cannot_be_used_is_one_line_and_leaves_nothing(gpu1: Machine) -> None:
+    gpu1.restart_sshd(AllowTcpForwarding="no")
+    try:
+        with HybridRouter(rpc_backends=[gpu1.target]) as mine:
+            with pytest.raises(WorkersUnavailableError) as failure:
+                answer(mine)
+            assert "gpu1: its sshd forbids forwarding" in str(failure.value)
+            assert "\n" not in str(failure.value)
+            assert registry.entries(registry.LINK) == []
+            wait_gone(gpu1)
+    finally:
+        gpu1.restart_sshd()
