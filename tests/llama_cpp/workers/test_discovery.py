@@ -298,10 +298,10 @@ def announced_worker(machine: Machine, port: int) -> Iterator[None]:
     )
     try:
         assert process.stderr is not None
-        lines = iter(process.stderr.readline, "")
-        assert any(
-            line.endswith(f"announced to the local network as {machine.address}:{port}\n") for line in lines
-        )
+        said: list[str] = []
+        while not said or not said[-1].endswith(f"announced to the local network as {machine.address}:{port}\n"):
+            said.append(process.stderr.readline())
+            assert said[-1], said
         yield
     finally:
         process.send_signal(signal.SIGINT)
