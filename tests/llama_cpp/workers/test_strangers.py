@@ -20,6 +20,7 @@ from sollol_nb.llama_cpp.workers import workers
 from sollol_nb.llama_cpp.workers.probe import ProbeOutcome, discover, probe
 from sollol_nb.sync_wrapper import HybridRouter
 from tests.support.engines import QUESTION, eventually, run, says, script, tunnel_to, unused_ports
+from tests.support.machines import running_machines
 
 pytestmark = pytest.mark.engine
 
@@ -118,6 +119,38 @@ def test_a_free_worker_of_this_users_other_process_is_shared(
         assert mine.coordinator.rpc_backends == [started]
         other.communicate("\n")
         assert mine.route_request("demo:sharded", QUESTION, max_tokens=2)["done"], "it stays as long as it is used"
+
+
+JOIN = """
+import sys
+from sollol_nb.cli.main import main
+sys.exit(main(["worker", "--join", "-"]))
+"""
+
+
+def test_who_names_a_machine_gets_no_workers_that_other_notebooks_have(
+    own_state: None, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "machines"
+    folder.mkdir()
+    with running_machines(folder, ["gpu1", "gpu2"]) as (gpu1, gpu2):
+        monkeypatch.setenv("SOLLOL_SSH", gpu1.ssh)
+        with (
+            HybridRouter(rpc_backends=[gpu2.target]) as theirs,
+            script(JOIN, SOLLOL_LLAMA_CPP=str(engine.server.parent)) as joining,
+            HybridRouter(rpc_backends=[gpu1.target], num_rpc_backends=4) as mine,
+        ):
+            theirs.start_workers(1)
+            theirs.add_worker(gpu2.target)
+            assert joining.stdin is not None
+            joining.stdin.write(f"{theirs.invite(host='127.0.0.1').link}\n")
+            joining.stdin.flush()
+            eventually(lambda: theirs.invitations().joined, "it has joined")
+            eventually(lambda: len([w for w in theirs.check_workers() if w.state == "free"]) == 3, "all are free")
+            answer = mine.route_request("demo:sharded", QUESTION, max_tokens=2)
+            assert "it runs on 1 worker instead of 4: no more were free" in answer.routing["reason"]
+            assert [worker.label for worker in mine.check_workers()] == ["gpu1"]
+            assert [worker.state for worker in mine.check_workers()] == ["held"]
 
 
 # --- one worker under two names --------------------------------------------------------------------------------
