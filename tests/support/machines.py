@@ -38,12 +38,12 @@ class Machine:
 
     Attributes:
         host: its sshd's name, address and files.
-        namespace: name of its network namespace; None where the kernel forbids namespaces.
+        namespace: pid of the process that keeps its network namespace; None where the kernel forbids namespaces.
         ssh: the command of the ssh program that reaches it, as for the setting `ssh`.
     """
 
     host: SshHost
-    namespace: str | None
+    namespace: int | None
     ssh: str = ""
     sshd: subprocess.Popen[bytes] | None = None
     started: list[subprocess.Popen[Any]] = field(default_factory=list)
@@ -68,10 +68,8 @@ class Machine:
 
     def command(self, *argv: str | Path) -> list[str]:
         """A command line that runs a program on this machine."""
-        if self.namespace is None:
-            return [str(part) for part in argv]
-        named = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', self.name]
-        return ["ip", "netns", "exec", self.namespace, *named, *map(str, argv)]
+        inside = [] if self.namespace is None else ["nsenter", "-t", str(self.namespace), "--net", "--uts", "--"]
+        return [*inside, *map(str, argv)]
 
     def start(self, *argv: str | Path, **options: Any) -> subprocess.Popen[Any]:
         """Start a program on this machine, with its HOME; it is ended with the machine."""
@@ -135,9 +133,11 @@ class Machine:
             known = [psutil.Process(self.sshd.pid)] if self.sshd else []
             found = [child for process in known for child in process.children(recursive=True)]
         else:
-            identity = Path(f"/run/netns/{self.namespace}").stat().st_ino
+            identity = _network_of(self.namespace)
             found = [process for process in psutil.process_iter() if _network_of(process.pid) == identity]
-        ours = {process.pid for started in self.started for process in _family(started.pid, deep=False)}
+        ours = {self.namespace} | {
+            process.pid for started in self.started for process in _family(started.pid, deep=False)
+        }
         return [process for process in found if process.pid not in ours and _is_alive(process)]
 
     def cut(self) -> None:
@@ -183,6 +183,7 @@ def running_machines(folder: Path, names: Sequence[str]) -> Iterator[list[Machin
         pytest.fail("openssh-server is not installed; run: apt-get install openssh-server")
     if os.geteuid() == 0:
         Path("/run/sshd").mkdir(exist_ok=True, mode=0o755)  # where sshd, as root, gives up its privileges
+    folder.mkdir(exist_ok=True)
     key = folder / "key"
     make_key(key)
     with _network(names) as places:
@@ -210,10 +211,10 @@ def _free_port(address: str) -> int:
         return int(free.getsockname()[1])
 
 
-def _family(pid: int, *, deep: bool = True) -> list[psutil.Process]:
+def _family(pid: int) -> list[psutil.Process]:
     try:
         process = psutil.Process(pid)
-        return [process, *process.children(recursive=deep)] if deep else [process]
+        return [process, *process.children(recursive=True)]
     except psutil.NoSuchProcess:
         return []
 
@@ -236,61 +237,67 @@ def _network_of(pid: int) -> int | None:
 
 
 @contextlib.contextmanager
-def _network(names: Sequence[str]) -> Iterator[list[tuple[str, str | None]]]:
+def _network(names: Sequence[str]) -> Iterator[list[tuple[str, int | None]]]:
     """(address, namespace) of each machine."""
     if not can_make_namespaces():
         yield [(f"127.0.{next(_numbers)}.{position + 1}", None) for position in range(len(names))]
         return
     network = f"10.213.{(os.getpid() + next(_numbers)) % 250 + 1}"
     bridge = f"sol{os.getpid()}b{next(_numbers)}"[:15]
-    made: list[str] = []
     _ip("link", "add", bridge, "type", "bridge")
     try:
         _ip("addr", "add", f"{network}.1/24", "dev", bridge)
         _ip("link", "set", bridge, "up")
-        for position in range(len(names)):
-            namespace = f"sol{os.getpid()}n{next(_numbers)}"
-            _ip("netns", "add", namespace)
-            made.append(namespace)
-            veth = _veth(namespace)
-            _ip("link", "add", veth, "type", "veth", "peer", "name", "eth0", "netns", namespace)
-            _ip("link", "set", veth, "master", bridge, "up")
-            inside = ("netns", "exec", namespace, "ip")
-            _ip(*inside, "addr", "add", f"{network}.{position + 2}/24", "dev", "eth0")
-            _ip(*inside, "link", "set", "eth0", "up")
-            _ip(*inside, "link", "set", "lo", "up")
-        yield [(f"{network}.{position + 2}", namespace) for position, namespace in enumerate(made)]
+        with contextlib.ExitStack() as stack:
+            places: list[tuple[str, int | None]] = []
+            for position, name in enumerate(names):
+                address, namespace = f"{network}.{position + 2}", stack.enter_context(_namespace(name))
+                veth = _veth(namespace)
+                _ip("link", "add", veth, "type", "veth", "peer", "name", "eth0", "netns", str(namespace))
+                _ip("link", "set", veth, "master", bridge, "up")
+                for step in (("addr", "add", f"{address}/24", "dev", "eth0"), ("link", "set", "eth0", "up")):
+                    _ip(*step, namespace=namespace)
+                _ip("link", "set", "lo", "up", namespace=namespace)
+                places.append((address, namespace))
+            yield places
     finally:
-        for namespace in made:
-            with contextlib.suppress(subprocess.CalledProcessError):
-                _ip("netns", "delete", namespace)
         _ip("link", "delete", bridge)
 
 
-def _veth(namespace: str) -> str:
-    """The end of a namespace's cable on this side; an interface's name has at most 15 characters."""
-    return f"v{namespace}"[:15]
+@contextlib.contextmanager
+def _namespace(name: str) -> Iterator[int]:
+    """A network namespace with a host name of its own; the pid of the process that keeps it, and ends with us."""
+    keep = ["unshare", "--net", "--uts", "sh", "-c", 'hostname "$0" && echo && exec cat', name]
+    keeper = subprocess.Popen(keep, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert keeper.stdout is not None
+    try:
+        if not keeper.stdout.readline():
+            raise PermissionError("this kernel forbids network namespaces")
+        yield keeper.pid
+    finally:
+        keeper.kill()
+        keeper.communicate()
 
 
-def _ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True, timeout=30)
+def _veth(namespace: int) -> str:
+    """The end of a namespace's cable on this side."""
+    return f"sol{namespace}v"
+
+
+def _ip(*arguments: str, namespace: int | None = None) -> None:
+    inside = [] if namespace is None else ["nsenter", "-t", str(namespace), "--net", "--"]
+    subprocess.run([*inside, "ip", *arguments], check=True, capture_output=True, timeout=30)
 
 
 def can_make_namespaces() -> bool:
     """Whether this user and kernel can make network namespaces with veth pairs."""
     if os.name != "posix" or os.geteuid() != 0 or shutil.which("ip") is None:
         return False
-    name = f"sol{os.getpid()}t"
     try:
-        _ip("netns", "add", name)
-    except subprocess.CalledProcessError:
+        with _namespace("trial") as trial:
+            _ip("link", "add", _veth(trial), "type", "veth", "peer", "name", "eth0", "netns", str(trial))
+    except (OSError, subprocess.CalledProcessError):
         return False
-    try:
-        _ip("link", "add", f"v{name}"[:15], "type", "veth", "peer", "name", "eth0", "netns", name)
-    except subprocess.CalledProcessError:
-        return False
-    finally:
-        _ip("netns", "delete", name)
     return True
 
 

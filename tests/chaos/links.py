@@ -1,0 +1,163 @@
+"""Cuts of links over SSH at random moments of answers: `python -m tests.chaos.links --n 20`.
+
+Three machines (network namespaces, each with a real sshd) run a model's layers. A cut strikes one of them in the
+middle of an answer; the answer must be the undisturbed one, and the machine must take part again afterwards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import random
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from sollol_nb.llama_cpp.processes import registry
+from sollol_nb.sync_wrapper import HybridRouter
+from tests.support.engines import eventually
+from tests.support.machines import Machine, running_machines, short_folder, wait_gone
+
+MODEL = "demo:sharded"
+QUESTION = "Tell me everything about sharding."
+NAMES = ("gpu1", "gpu2", "gpu3")
+CUTS = ("sshd ends", "network falls silent", "ssh is killed", "worker is killed", "agent is killed")
+
+
+@dataclass
+class Answer:
+    """One answer, and what was seen of the cut.
+
+    Attributes:
+        text: the whole answer.
+        chunks: how many came.
+        failovers: as in its `_routing`.
+        silence_s: the longest time without a chunk.
+    """
+
+    text: str = ""
+    chunks: int = 0
+    failovers: list[dict[str, Any]] = field(default_factory=list)
+    silence_s: float = 0.0
+
+
+@dataclass
+class LinkedCluster:
+    """Machines behind links, and a router over them."""
+
+    machines: list[Machine]
+    router: HybridRouter
+
+    def ask(self, cut_at: int = 0, cut: str = "", victim: Machine | None = None) -> Answer:
+        """Ask, and cut a machine off right after a chunk (from 1)."""
+        answer, seen_at, chunk = Answer(), time.perf_counter(), dict[str, Any]()
+        for chunk in self.router.stream(MODEL, QUESTION, temperature=0):
+            now = time.perf_counter()
+            answer.silence_s, seen_at = max(answer.silence_s, now - seen_at), now
+            answer.text += chunk["message"]["content"]
+            answer.chunks += 1
+            if answer.chunks == cut_at and victim is not None:
+                self.strike(cut, victim)
+        answer.failovers = chunk["_routing"]["failovers"]
+        return answer
+
+    def strike(self, cut: str, machine: Machine) -> None:
+        """Cut a machine off."""
+        match cut:
+            case "sshd ends":
+                machine.stop_sshd()
+            case "network falls silent":
+                machine.cut()
+            case "ssh is killed":
+                link = next(entry for entry in registry.entries(registry.LINK) if entry.name == machine.target)
+                _kill(psutil.Process(link.pid).children())
+            case "worker is killed":
+                _kill(machine.processes(), "ggml-rpc-server")
+            case "agent is killed":
+                _kill(machine.processes(), "sh")
+
+    def make_well(self, machine: Machine) -> None:
+        """Connect a machine again, and wait until its worker is there."""
+        if machine.sshd is None:
+            machine.start_sshd()
+        machine.connect_again()
+
+        def is_there() -> bool:
+            states = {worker.name: worker.state for worker in self.router.check_workers()}
+            return states.get(machine.name) in ("free", "held", "busy")
+
+        eventually(is_there, f"the worker of {machine.name} is there again")
+
+    def used(self) -> list[Machine]:
+        """The machines that a new coordinator of the model uses: without those that were often lost lately."""
+        self.router.stop_coordinator(MODEL)
+        self.router.route_request(MODEL, "Hello!", max_tokens=1)
+        held = {worker.name for worker in self.router.check_workers() if worker.state == "held"}
+        return [machine for machine in self.machines if machine.name in held]
+
+    def listening(self) -> dict[str, set[str]]:
+        """The addresses on which each machine listens, without those of its sshd."""
+        return {
+            machine.name: {
+                address for address, port in machine.listening() if (address, port) != (machine.address, 22)
+            }
+            for machine in self.machines
+        }
+
+
+def _kill(processes: Iterable[psutil.Process], name: str = "") -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended with one before it
+            if name in ("", process.name()):
+                process.kill()
+
+
+@contextlib.contextmanager
+def linked_cluster(folder: Path, names: tuple[str, ...] = NAMES, **settings: Any) -> Iterator[LinkedCluster]:
+    """Machines and a router over them, whose links end with it; nothing is left on the machines."""
+    with running_machines(folder, names) as machines:
+        os.environ["SOLLOL_SSH"] = machines[0].ssh
+        targets = [machine.target for machine in machines]
+        usual = {"num_rpc_backends": len(machines), "keep_alive": "20s", "coordinator_port": 26800}
+        try:
+            with HybridRouter(rpc_backends=targets, **{**usual, **settings}) as router:
+                yield LinkedCluster(machines, router)
+        finally:
+            del os.environ["SOLLOL_SSH"]
+        for machine in machines:
+            wait_gone(machine)
+
+
+def main() -> int:
+    """Cut links at random moments; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--n", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=1)
+    arguments = parser.parse_args()
+    failed = 0
+    with short_folder() as folder:
+        os.environ["SOLLOL_STATE_DIR"] = str(folder / "state")
+        with linked_cluster(folder / "machines") as cluster:
+            undisturbed = cluster.ask()
+            for number in range(arguments.n):
+                rng = random.Random(f"{arguments.seed} {number}")
+                cut, victim = CUTS[number % len(CUTS)], rng.choice(cluster.used())
+                at = rng.randint(1, undisturbed.chunks - 30)
+                answer = cluster.ask(at, cut, victim)
+                same = answer.text == undisturbed.text and len(answer.failovers) == 1
+                failed += not same
+                result = "identical" if same else f"DIFFERENT: {answer.failovers}"
+                print(f"{number:>3} {victim.name} {cut} at {at}: {result}, silent for {answer.silence_s:.2f} s")
+                cluster.make_well(victim)
+    print(f"{arguments.n - failed} of {arguments.n} answers were identical to the undisturbed one")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
