@@ -478,7 +478,7 @@ def test_workers_that_a_search_finds_elsewhere_are_offered(
     async def found(_: object, *, mdns: bool, **__: Any) -> list[FoundWorker]:
         if mdns:
             raise ConfigError("mDNS needs the package zeroconf; run: pip install zeroconf")
-        used = FoundWorker(name="127.0.0.1:9", sources=("this notebook",), state="down", is_known=True)
+        used = FoundWorker(name="127.0.0.1:9", sources=("used here",), state="down", is_known=True)
         return [used, FoundWorker(name="ssh://gpu1", sources=("link",), state="connected")]
 
     monkeypatch.setattr("sollol_nb.router.cluster_control.find_workers", found)

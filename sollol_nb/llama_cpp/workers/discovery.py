@@ -125,7 +125,7 @@ def _known(worker: WorkerStatus, workers: Workers) -> FoundWorker:
     """A worker that the router knows, checked just now."""
     target = workers.links.target_of(worker.endpoint) or worker.endpoint
     setting = config.find("workers")
-    source = setting.source if target in setting.value else "this notebook"
+    source = setting.source if target in setting.value else "used here"
     probe = worker.probe
     if is_target(target) and not workers.links.is_connected(target):
         return FoundWorker(name=target, sources=(source,), is_known=True)

@@ -22,6 +22,8 @@ from sollol_nb.llama_cpp.workers.announcements import Announced, announceable, c
 from sollol_nb.llama_cpp.workers.discovery import FoundWorker, as_table
 from sollol_nb.llama_cpp.workers.probe import ProbeOutcome, probe
 from sollol_nb.llama_cpp.workers.scan import addresses_in
+from sollol_nb.router.remote.calls import CALLS
+from sollol_nb.router.remote.plain_data import to_plain
 from sollol_nb.sync_wrapper import HybridRouter
 from tests.support.engines import REPOSITORY, eventually, run, says, tunnel_to, unused_ports
 from tests.support.machines import Machine, running_machines
@@ -121,6 +123,18 @@ def test_without_zeroconf_the_command_that_installs_it_is_said(
         monkeypatch.setitem(sys.modules, name, None)
     assert cli.main(["discover", "--mdns"]) == 1
     assert capsys.readouterr().err == "sollol-nb: mDNS needs the package zeroconf; run: pip install zeroconf\n"
+
+
+def test_a_gateway_can_look_for_its_notebooks() -> None:
+    found = [FoundWorker(name="ssh://gpu1", sources=("ssh", "mDNS"), state="reachable", free_bytes=2**30)]
+    call = CALLS["find_workers"]
+    assert call.controls
+    assert call.result(json.loads(json.dumps(to_plain(found)))) == found
+    assert call.arguments({"ssh": ["gpu1"], "scan": None, "mdns": True}) == {
+        "ssh": ["gpu1"],
+        "scan": None,
+        "mdns": True,
+    }
 
 
 # --- real workers -----------------------------------------------------------------------------------
@@ -232,7 +246,7 @@ def test_a_scan_finds_the_worker_of_another_machine_and_names_the_line_that_adds
     assert f"%sollol_cluster add {name}" in as_table(found)
     assert looking.add_worker(name).state == "free"
     again = looking.find_workers(scan=network)
-    assert rows_of(gpu1, again) == [(name, ("this notebook", f"scan of {network}"), "free")]
+    assert rows_of(gpu1, again) == [(name, ("used here", f"scan of {network}"), "free")]
 
 
 LIE = """

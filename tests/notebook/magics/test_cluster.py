@@ -120,3 +120,24 @@ def test_add_and_remove_say_in_one_line_what_they_did(first: Kernel) -> None:
         stream = first.run(f"%sollol_cluster {line}").stream
         assert stream.startswith(said)
         assert stream.count("\n") == 1
+
+
+def test_discover_lists_what_could_be_used_and_uses_only_what_is_on_this_machine(
+    first: Kernel, second: Kernel
+) -> None:
+    started = first.run("%sollol_cluster start 1").stream
+    name = started.removeprefix("started 1 worker: ").strip()
+    said = second.run("%sollol_cluster discover --text --ssh nowhere.invalid --scan 127.0.0.1").stream.splitlines()
+    assert said[0] == f"found 1 new worker: {name}"
+    assert said[1].split("  ")[0] == "worker"
+    (here,) = (line for line in said[2:] if line.startswith(name))
+    assert "  used here, started by first.ipynb (process " in here
+    assert here.endswith("added already")
+    position = next(number for number, line in enumerate(said) if line.startswith("ssh://nowhere.invalid"))
+    assert said[position].split() == ["ssh://nowhere.invalid", "ssh", "down"]
+    assert said[position + 1].startswith("    nowhere.invalid")
+    cluster = said[said.index("no coordinator is running") :]
+    assert cluster[1] == "1 worker"
+
+    public = second.run("%sollol_cluster discover --scan 8.8.8.0/24")
+    assert "ConfigError: 8.8.8.0/24 is not a private network" in str(public.error)
