@@ -92,7 +92,9 @@ class Machine:
         config = self.host.write_files((folder / "authorized_keys").read_text(), options)
         assert SSHD is not None
         with (folder / "sshd.log").open("ab") as log:
-            self.sshd = self.start(SSHD, "-D", "-e", "-f", config, stdout=log, stderr=log)
+            # One core: machines that share this one's cores would be slower with a thread for each.
+            one_core = ["taskset", "-c", "0"] if shutil.which("taskset") else []
+            self.sshd = self.start(*one_core, SSHD, "-D", "-e", "-f", config, stdout=log, stderr=log)
 
         def answers() -> bool:
             assert self.sshd is not None
@@ -135,9 +137,7 @@ class Machine:
         else:
             identity = _network_of(self.namespace)
             found = [process for process in psutil.process_iter() if _network_of(process.pid) == identity]
-        ours = {self.namespace} | {
-            process.pid for started in self.started for process in _family(started.pid, deep=False)
-        }
+        ours = {self.namespace, *(started.pid for started in self.started)}
         return [process for process in found if process.pid not in ours and _is_alive(process)]
 
     def cut(self) -> None:
