@@ -50,6 +50,7 @@ export LD_LIBRARY_PATH DYLD_LIBRARY_PATH
 exec "$here/%s" "$@"
 """
 _FETCH_WAIT_LIMIT_S = 2 * build.FETCH_LIMIT_S
+_TIME = 315532800  # 1980: the same for all files, and not the 0 that some programs take for a missing file
 _COMPRESSION = 5  # of gzip: GPU libraries are large
 
 
@@ -97,7 +98,7 @@ def packed_worker(worker: Path, *, with_script: bool) -> Iterator[Archive]:
             if with_script:
                 script = (_RUN_SCRIPT % worker.resolve().name).encode()
                 member = tarfile.TarInfo(RUN)
-                member.size, member.mode = len(script), 0o755
+                member.size, member.mode, member.mtime = len(script), 0o755, _TIME
                 tar.addfile(member, io.BytesIO(script))
         yield _archive(path)
 
@@ -139,7 +140,7 @@ def _pack_source(source: Path, into: Path) -> None:
     with _writing(into) as tar:
         lists = _CMAKE_LISTS.encode()
         member = tarfile.TarInfo("CMakeLists.txt")
-        member.size, member.mode = len(lists), 0o644
+        member.size, member.mode, member.mtime = len(lists), 0o644, _TIME
         tar.addfile(member, io.BytesIO(lists))
         for name in ("LICENSE", "ggml", "tools/rpc"):
             for path in sorted([source / name, *(source / name).rglob("*")]):
@@ -169,7 +170,8 @@ def _gzip(file: IO[bytes]) -> gzip.GzipFile:
 
 def _add(tar: tarfile.TarFile, path: Path, name: str) -> None:
     def plain(member: tarfile.TarInfo) -> tarfile.TarInfo:
-        member.uid = member.gid = member.mtime = 0
+        member.uid = member.gid = 0
+        member.mtime = _TIME
         member.uname = member.gname = ""
         member.mode = 0o755 if member.mode & 0o111 else 0o644
         return member

@@ -243,8 +243,7 @@ receive() { # SHA256
 }
 
 unpack() { # FOLDER
-    if ! trouble=$({ mkdir -p "$1" && cd "$1" && gzip -dc "$work/archive" | tar xf - && rm "$work/archive"; } 2>&1) ||
-        [ -n "$trouble" ]; then
+    if ! trouble=$({ mkdir -p "$1" && cd "$1" && gzip -dc "$work/archive" | tar xf - && rm "$work/archive"; } 2>&1); then
         fail "$(disk_or unpack "$trouble")" "$trouble"
     fi
 }

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sollol_nb.errors import LinkError
+from sollol_nb.errors import EngineBuildError, LinkError
 from sollol_nb.llama_cpp.engine import archives, build
 from sollol_nb.llama_cpp.engine.archives import Archive
 from sollol_nb.llama_cpp.engine.check import Engine
@@ -99,8 +99,7 @@ async def prepare(
         fetch: fetches llama.cpp's source; by default from git, else from the sdist.
 
     Raises:
-        LinkError: it cannot; the message says what to do there.
-        EngineBuildError: the source cannot be fetched here.
+        LinkError: it cannot; the message says what to do.
     """
     own, facts_here = await _own_build(here)
     result = await shell.run(_SCRIPT, "probe", build.VERSION, own.identity, limit_s=PROBE_LIMIT_S)
@@ -227,6 +226,8 @@ class _Preparation:
 
         try:
             return await asyncio.to_thread(archives.packed_source, progress, stopped.is_set, self.fetch)
+        except EngineBuildError as error:
+            raise LinkError(f"cannot build llama.cpp on {self.shell.host}: {_short(str(error))}") from error
         finally:
             stopped.set()
 

@@ -21,7 +21,7 @@ _PATH_LIMIT = 1024
 _TOO_OLD_CMAKE = (3, 14)  # llama.cpp needs this one
 _COMPILERS = ("c++", "g++", "clang++")
 _TOOLKITS: dict[Backend, str] = {"cuda": "nvcc", "hip": "hipcc"}
-_TOOLKIT_NAMES: dict[Backend, str] = {"cuda": "CUDA toolkit", "hip": "ROCm"}
+_TOOLKIT_NAMES: dict[Backend, str] = {"cuda": "the CUDA toolkit", "hip": "ROCm"}
 _GPU_LIBRARIES: dict[str, Backend] = {
     "libggml-cuda": "cuda",
     "libggml-hip": "hip",

@@ -94,6 +94,7 @@ def test_a_machine_with_nothing_installed_gets_this_machines_worker_and_serves(
     assert found.machine == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
+@pytest.mark.timeout(1200)  # the build is nice to other processes of its machine
 @pytest.mark.engine
 def test_a_machine_with_another_cpu_builds_the_worker_and_serves(
     gpu1: Machine, engine: Engine, monkeypatch: pytest.MonkeyPatch

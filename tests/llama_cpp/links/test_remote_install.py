@@ -27,6 +27,7 @@ USUAL_PROGRAMS = """
     awk cat chmod cut df dirname grep gzip head id mkdir mv ps readlink rm rmdir sed sh sha256sum sleep tail
     tar tr uname
 """
+BUILD_PROGRAMS = "cmake make cc c++ as ld ar ranlib"  # without ninja and nice
 MOUNTING = ["unshare", "-m"] if os.name == "posix" and os.geteuid() == 0 else ["unshare", "-rm"]
 
 
@@ -148,6 +149,7 @@ def test_two_clients_at_once_build_it_only_once(
 def test_a_program_that_does_not_run_there_is_built_there(machine: ShellMachine, tmp_path: Path) -> None:
     here = engine_in(tmp_path / "here")
     here.worker.write_text("#!/bin/sh\necho libstdc++.so.6 is missing >&2; exit 127\n")
+    machine.only_programs([*USUAL_PROGRAMS.split(), *BUILD_PROGRAMS.split()])
     assert (machine.prepare(here, fetch=tiny_source())).how == "built"
 
 
@@ -173,7 +175,7 @@ def test_gpus_without_a_toolkit_are_named_and_with_one_get_a_build_and_a_worker_
     without = machine.prepare(here, fetch=tiny_source())
     assert [device.name for device in without.devices] == ["CPU"]
     assert without.remark == (
-        "it has 2 GPUs, but its CPU is used, since it has no nvcc; install CUDA toolkit there to use them"
+        "it has 2 GPUs, but its CPU is used, since it has no nvcc; install the CUDA toolkit there to use them"
     )
     machine.add_program("nvcc", "exit 1")
     built = machine.prepare(here, fetch=tiny_source())
