@@ -18,7 +18,7 @@ import socket
 import ssl
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import replace
 from typing import Any
 
@@ -155,8 +155,9 @@ class Hub:
         """Do what the file says, and report it."""
         while True:
             try:
+                connected = set(self._sessions)  # who joins during the read may be missing in it
                 self._known = await asyncio.to_thread(memberships.read)
-                await self._forget_gone()
+                await self._forget_gone(connected)
                 for member in self._known.members:
                     if member.secret_hash not in self._servers:
                         await self._open_endpoints(member)
@@ -173,14 +174,18 @@ class Hub:
 
     # --- what the file says -----------------------------------------------------------------------
 
-    async def _forget_gone(self) -> None:
-        """End what belongs to members that were revoked, and forget those that have given up."""
+    async def _forget_gone(self, connected: Set[str]) -> None:
+        """End what belongs to members that were revoked, and forget those that have given up.
+
+        Args:
+            connected: the sessions whose members must be in the file; others are new.
+        """
         hashes = {member.secret_hash for member in self._known.members}
         for gone in self._servers.keys() - hashes:
             for server in self._servers.pop(gone):
                 server.close()
             self._away_since.pop(gone, None)
-        for gone in self._sessions.keys() - hashes:
+        for gone in (connected & self._sessions.keys()) - hashes:
             await self._sessions.pop(gone).end("its invitation was revoked")
         now = time.monotonic()
         for member in self._known.members:
