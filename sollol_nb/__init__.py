@@ -18,6 +18,7 @@ Packages, each over the next (`CONTRIBUTING.md` says which imports which):
 - `notebook/`: the extension and its magics.
 - `cli/`: the command `sollol-nb`.
 - `batch/`, `bench/`, `widget/`: what is done with a router: batches, benchmarks, the live view.
+- `dask_workers/`: the machines of a Dask cluster as workers.
 - `router/`: where a request goes, its life, its record.
 - `cluster/`: the state of the whole cluster.
 - `llama_cpp/`, `ollama/`: the two backends.
@@ -43,12 +44,21 @@ if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
 
     from sollol_nb.chat.completion import Completion
+    from sollol_nb.dask_workers.start import workers_from_dask
     from sollol_nb.hybrid_router import HybridRouter
     from sollol_nb.models.profiles import MODEL_PROFILES
     from sollol_nb.ollama.pool import OllamaPool
     from sollol_nb.runtime.priority import Priority
 
-__all__ = ["MODEL_PROFILES", "Completion", "HybridRouter", "OllamaPool", "Priority", "__version__"]
+__all__ = [
+    "MODEL_PROFILES",
+    "Completion",
+    "HybridRouter",
+    "OllamaPool",
+    "Priority",
+    "__version__",
+    "workers_from_dask",
+]
 
 _LAZY_NAMES = {
     "Completion": "sollol_nb.chat.completion",
@@ -56,6 +66,7 @@ _LAZY_NAMES = {
     "MODEL_PROFILES": "sollol_nb.models.profiles",
     "OllamaPool": "sollol_nb.ollama.pool",
     "Priority": "sollol_nb.runtime.priority",
+    "workers_from_dask": "sollol_nb.dask_workers.start",
 }
 """Name -> its module, which is imported on first use, so that the command line loads no more than it needs."""
 

@@ -5,6 +5,7 @@
 * `worker.py`: workers of this machine for others
 * `inviting.py`: invitations for workers that dial in
 * `calibrate.py`: the workers of this user, measured
+* `slurm.py`: a job script whose nodes become workers of this machine
 * `status.py`: the cluster of this user, seen from outside of any notebook
 * `discover.py`: workers that could be used
 """

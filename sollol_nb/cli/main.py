@@ -16,6 +16,7 @@ from enum import Enum
 from typing import Any
 
 from sollol_nb._version import __version__
+from sollol_nb.cli import slurm as slurm_command
 from sollol_nb.cli import worker as worker_command
 from sollol_nb.errors import SollolError
 from sollol_nb.gateway import command as gateway_command
@@ -179,6 +180,11 @@ def key(arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def slurm(arguments: argparse.Namespace) -> int:
+    """Write a job script for Slurm whose nodes join this machine as workers; submit it with sbatch."""
+    return slurm_command.run(arguments)
+
+
 def _install_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend", choices=BACKENDS, help="default: that of the GPU toolkit found here, else cpu"
@@ -289,6 +295,7 @@ _SUBCOMMANDS: tuple[tuple[Callable[[argparse.Namespace], int], Callable[[argpars
     (worker, worker_command.add_arguments),
     (invite, _invite_arguments),
     (revoke, _revoke_arguments),
+    (slurm, slurm_command.add_arguments),
 )
 
 

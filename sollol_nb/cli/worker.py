@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import os
 import platform
 import signal
 import sys
+import threading
 from collections.abc import Coroutine
 from typing import Any
 
@@ -32,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TIME",
         default=DEFAULT_GIVE_UP,
         help="with --join: end when that machine has been gone for so long (default: 10m)",
+    )
+    parser.add_argument(
+        "--until-eof", action="store_true", help="end when stdin does: with the program that writes to it"
     )
     parser.add_argument(
         "--host", metavar="ADDRESS", help=f"without --join: listen on this address (default: {LOOPBACK})"
@@ -71,9 +76,10 @@ def run(arguments: argparse.Namespace) -> int:
     host, port = arguments.host or LOOPBACK, DEFAULT_RPC_PORT if arguments.port is None else arguments.port
     parse_endpoint(format_endpoint(host, port))
     if link is None:
-        return _until_ended(_serve(arguments, host, port))
+        return _until_ended(_serve(arguments, host, port), at_eof=arguments.until_eof)
     give_up_s = keep_alive_seconds(arguments.give_up)
-    return _until_ended(_join(arguments, link, float("inf") if give_up_s is None else give_up_s))
+    joined = _join(arguments, link, float("inf") if give_up_s is None else give_up_s)
+    return _until_ended(joined, at_eof=arguments.until_eof)
 
 
 def _join_text(arguments: argparse.Namespace) -> str | None:
@@ -87,8 +93,8 @@ def say(text: str) -> None:
     print(f"sollol-nb: {text}", file=sys.stderr, flush=True)
 
 
-def _until_ended(serving: Coroutine[Any, Any, int]) -> int:
-    """Run it; a signal that ends the terminal or the service ends it properly."""
+def _until_ended(serving: Coroutine[Any, Any, int], *, at_eof: bool) -> int:
+    """Run it; a signal that ends the terminal or the service ends it properly, and with `at_eof` stdin's end."""
 
     async def main() -> int:
         task = asyncio.current_task()
@@ -96,11 +102,23 @@ def _until_ended(serving: Coroutine[Any, Any, int]) -> int:
         if sys.platform != "win32":
             for number in (signal.SIGTERM, signal.SIGHUP):
                 asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+        if at_eof:
+            loop = asyncio.get_running_loop()
+            threading.Thread(target=_cancel_at_eof, args=(loop, task), daemon=True).start()
         return await serving
 
     with contextlib.suppress(asyncio.CancelledError):
         return asyncio.run(main())
     return 0
+
+
+def _cancel_at_eof(loop: asyncio.AbstractEventLoop, task: asyncio.Task[Any]) -> None:
+    # Not through the file object, whose lock a waiting thread would hold while the interpreter ends.
+    with contextlib.suppress(OSError):
+        while os.read(0, 4096):
+            pass
+    with contextlib.suppress(RuntimeError):  # the loop has ended
+        loop.call_soon_threadsafe(task.cancel)
 
 
 def _devices(arguments: argparse.Namespace) -> list[str]:
