@@ -236,7 +236,10 @@ def _calibrate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _stop_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help="a model, a worker's host:port, or an id of `sollol-nb ps --json`"
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help="a model, a worker's host:port, a machine's ssh://host, or an id of `sollol-nb ps --json`",
     )
     parser.add_argument("--all", action="store_true", help="also stop those in use")
 

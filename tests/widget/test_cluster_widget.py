@@ -9,6 +9,8 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -557,3 +559,41 @@ def test_a_loaded_model_gets_a_new_layout_that_was_predicted_before(engine: obje
         assert answer["eval_count"] == 10
         assert answer.routing["plan"]["tensor_split"] == "13"
         widget.close()
+
+
+def test_a_machine_that_cannot_be_reached_is_shown_with_the_reason_and_can_be_removed(
+    steered: ClusterWidget, router: HybridRouter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOLLOL_STATE_DIR", str(tmp_path))
+    target = f"[::1]:{unused_port()}"
+    steered.workers.endpoint.value = target
+    assert not steered.workers.add.disabled
+    steered.workers.add.click()
+    eventually(lambda: steered.workers.known.value == target, "it can be removed")
+    eventually(lambda: not steered.workers.add.disabled or not steered.workers.endpoint.value, "it was tried")
+    row = steered._state.data["workers"][target]
+    assert (row["state"], row["name"]) == ("lost", target)
+    assert row["description"].startswith(f"nothing listens on {target}; start a worker there: ")
+    steered.workers.remove.click()
+    eventually(lambda: not steered._state.data["workers"], "it is gone")
+
+
+def test_workers_of_other_machines_have_their_names_everywhere(cluster: SimulatedCluster) -> None:
+    first = endpoint(0)
+    cluster.workers[first] = replace(cluster.workers[first], name="gpu1/CUDA0", target="ssh://gpu1")
+    linked = endpoint(3)
+    cluster.workers[linked] = replace(cluster.workers[linked], name="gpu2", target="ssh://gpu2")
+    shown = cluster_widget(cluster)  # type: ignore[arg-type]
+    shown.bundle()
+    try:
+        eventually(lambda: shown.what_if.sliders, "there is a layout to change")
+        names = [slider.description for slider in shown.what_if.sliders]
+        assert names == ["gpu1/CUDA0", endpoint(1), endpoint(2), "gpu2"]
+        assert set(shown.what_if.counts) == set(cluster.workers), "their endpoints are what counts"
+        assert shown.workers.known.options == ("ssh://gpu2",), (
+            "a machine is removed as a whole, once it is not held"
+        )
+        row = cluster.state.data["workers"][first]
+        assert (row["name"], row["target"]) == ("gpu1/CUDA0", "ssh://gpu1")
+    finally:
+        shown.close()

@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import shlex
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -419,15 +419,8 @@ class Links:
         workers = {**self._elsewhere}
         for known in self._links.values():
             workers |= known.workers
-        targets = self._targets()
         names = {endpoint: one_line(worker.name, NAME_LIMIT) or endpoint for endpoint, worker in workers.items()}
-        for addition in ({endpoint: target.removeprefix(SSH) for endpoint, target in targets.items()}, {}):
-            counts = Counter(names.values())
-            names = {
-                endpoint: name if counts[name] == 1 else f"{name} ({addition.get(endpoint, endpoint)})"
-                for endpoint, name in names.items()
-            }
-        self._names = names
+        self._names = unique_names(names, self._targets())
 
     def statuses(self) -> list[WorkerStatus]:
         """The targets behind which no worker is known now, as workers."""
@@ -495,6 +488,23 @@ class Links:
                 self._links[target] = _Link()
         self._set_names()
         return released
+
+
+def unique_names(names: Mapping[str, str], targets: Mapping[str, str]) -> dict[str, str]:
+    """Names of workers that are all different: to equal ones their target is added, or their endpoint.
+
+    Args:
+        names: by endpoint.
+        targets: by endpoint, as far as known.
+    """
+    unique = dict(names)
+    for addition in ({endpoint: target.removeprefix(SSH) for endpoint, target in targets.items()}, {}):
+        counts = Counter(unique.values())
+        unique = {
+            endpoint: name if counts[name] == 1 else f"{name} ({addition.get(endpoint, endpoint)})"
+            for endpoint, name in unique.items()
+        }
+    return unique
 
 
 def _is_connecting_first(known: _Link) -> bool:

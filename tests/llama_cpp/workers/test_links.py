@@ -17,6 +17,7 @@ from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.processes.registry import Entry
 from sollol_nb.llama_cpp.processes.running import as_table, end_engines, engine_log, running_engines, stop_engines
+from sollol_nb.llama_cpp.workers.links import unique_names
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.runtime.events import Event, EventKind
 from sollol_nb.sync_wrapper import HybridRouter
@@ -267,3 +268,15 @@ def test_a_model_that_needs_workers_names_the_machines_that_are_missing(far: Far
         assert "\n" not in str(failure.value)
         mine.add_worker(far.target)
         assert mine.route_request("demo:sharded", QUESTION, max_tokens=2)["done"], "the others are used"
+
+
+def test_names_are_unlike_each_other() -> None:
+    names = {"l:1": "gpu1", "l:2": "gpu1", "l:3": "gpu2", "l:4": "cpu", "l:5": "cpu"}
+    targets = {"l:1": "ssh://gpu1", "l:2": "ssh://me@gpu1:2222", "l:3": "ssh://gpu2", "l:4": "hub", "l:5": "hub"}
+    assert unique_names(names, targets) == {
+        "l:1": "gpu1 (gpu1)",
+        "l:2": "gpu1 (me@gpu1:2222)",
+        "l:3": "gpu2",
+        "l:4": "cpu (hub) (l:4)",
+        "l:5": "cpu (hub) (l:5)",
+    }

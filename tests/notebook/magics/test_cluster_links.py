@@ -11,6 +11,7 @@ from sollol_nb.llama_cpp.engine.check import Engine
 from tests.support.engines import QUESTION, unused_port
 from tests.support.far_workers import FarWorker, far_workers
 from tests.support.kernels import Kernel, kernel
+from tests.support.machines import running_machines, short_folder, wait_gone
 
 pytestmark = pytest.mark.engine
 
@@ -83,3 +84,27 @@ def test_added_machines_are_kept_when_a_setting_changes(notebook: Kernel, far: F
     notebook.run(f"%sollol_cluster add {far.target}")
     notebook.run("%config Sollol.slots = 2")
     assert f"{far.target:<22} free" in notebook.run("%sollol_cluster --text").stream
+
+
+def test_a_host_of_ssh_is_installed_used_and_left_in_a_few_lines(engine: Engine, tmp_path: Path) -> None:
+    with (
+        short_folder() as folder,
+        running_machines(folder, ["gpu1"]) as (machine,),
+        kernel(SOLLOL_STATE_DIR=str(tmp_path), SOLLOL_SSH=machine.ssh) as notebook,
+    ):
+        notebook.run("%load_ext sollol_nb")
+        added = notebook.run("%sollol_cluster --ssh gpu1 --text")
+        assert added.stream.startswith("added worker gpu1: free, ")
+        assert added.updates > 1, "it was shown what is done there"
+        assert added.displays[0]["text/plain"] == "", "and is no more"
+        assert "  gpu1                   free " in added.stream
+        answer = notebook.run(f"%%sollol demo:sharded --max-tokens 3 --out answer\n{QUESTION}")
+        assert answer.status == "ok"
+        assert notebook.value("[shard['name'] for shard in answer.routing['plan']['shards']]") == "['gpu1']"
+        assert "gpu1: layers 0-11 + output" in notebook.run("%sollol_cluster --text").stream
+        assert "ready: gpu1: CPU" in notebook.run("%sollol_log gpu1").stream
+        stopped = notebook.run("%sollol_cluster stop gpu1").stream
+        assert stopped == "stopped coordinator demo:sharded, link ssh://gpu1\n"
+        wait_gone(machine)
+        assert notebook.run("%sollol_cluster remove gpu1").stream == "removed worker gpu1\n"
+        assert "no worker is known" in notebook.run("%sollol_cluster --text").stream
