@@ -269,6 +269,8 @@ class Shell:
             f"ServerAliveInterval={ALIVE_INTERVAL_S}",
             f"ServerAliveCountMax={ALIVE_COUNT}",
             "ForkAfterAuthentication=no",
+            "ForwardAgent=no",  # the other machine is not trusted with it, and needs none
+            "ForwardX11=no",
             f"LogLevel={log_level}",
             "PermitLocalCommand=no",
             "RemoteCommand=none",
