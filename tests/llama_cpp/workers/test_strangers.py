@@ -18,6 +18,7 @@ from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.processes import machine
 from sollol_nb.llama_cpp.workers import workers
 from sollol_nb.llama_cpp.workers.probe import ProbeOutcome, discover, probe
+from sollol_nb.settings.endpoints import LOOPBACK
 from sollol_nb.sync_wrapper import HybridRouter
 from tests.support.engines import QUESTION, eventually, run, says, script, tunnel_to, unused_ports
 from tests.support.machines import running_machines
@@ -101,6 +102,7 @@ def test_a_worker_of_another_user_is_not_discovered_but_can_be_named(
 
 
 START_ONE = """
+from sollol_nb.settings.endpoints import LOOPBACK
 from sollol_nb.sync_wrapper import HybridRouter
 import sys
 with HybridRouter() as router:
@@ -147,6 +149,8 @@ def test_who_names_a_machine_gets_no_workers_that_other_notebooks_have(
             joining.stdin.flush()
             eventually(lambda: theirs.invitations().joined, "it has joined")
             eventually(lambda: len([w for w in theirs.check_workers() if w.state == "free"]) == 3, "all are free")
+            # A local worker, one behind ssh and a joined one: all are of this machine.
+            assert {worker.capacity.memory_domain for worker in theirs.check_workers()} == {LOOPBACK}
             answer = mine.route_request("demo:sharded", QUESTION, max_tokens=2)
             assert "it runs on 1 worker instead of 4: no more were free" in answer.routing["reason"]
             assert [worker.label for worker in mine.check_workers()] == ["gpu1"]
