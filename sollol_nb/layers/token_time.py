@@ -33,6 +33,9 @@ HOP_WEIGHT = 0.01
 """Of explanations that fit equally well, the one with the smaller hop is chosen."""
 
 
+KNOWN_HOP_WEIGHT = 1.0
+"""The same where hops were calibrated: more than these is no likely explanation."""
+
 VALUE_BYTES = 4  # of a value between workers: f32
 
 
@@ -201,16 +204,16 @@ def calibrate(measurements: Sequence[Measurement], known: WorkerSpeeds | None = 
         row[position], row[usual] = ALIKE_WEIGHT, -ALIKE_WEIGHT
         rows.append(row)
         targets.append(0.0)
-    rows.append([0.0] * (count - 1) + [HOP_WEIGHT])
+    rows.append([0.0] * (count - 1) + [KNOWN_HOP_WEIGHT if known and known.hops_ms else HOP_WEIGHT])
     targets.append(0.0)
     matrix, vector = np.array(rows), np.array(targets)
     free = list(range(count))
     while True:
         found = np.linalg.lstsq(matrix[:, free], vector, rcond=None)[0]
-        kept = [unknown for unknown, value in zip(free, found, strict=True) if value >= 0]
-        if len(kept) == len(free):
+        lowest = int(np.argmin(found))
+        if found[lowest] >= 0:
             break
-        free = kept
+        del free[lowest]  # one after the other: without it, others may be above zero
     values = dict(zip(free, map(float, found), strict=True))
     usual_factor = values.get(usual, 0.0)
     factors = {endpoint: values.get(position, 0.0) for position, endpoint in enumerate(endpoints)}

@@ -1,4 +1,4 @@
-"""The time per token is predicted from measurements on other layouts, and from nothing else."""
+"""The time per token is predicted from measurements on other layouts, and before them from calibrations."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ import random
 import pytest
 
 from sollol_nb.layers.plan import LayerPlan, Shard
-from sollol_nb.layers.token_time import Measurement, TokenTime, WorkerPart, calibrate, predict, worker_parts
+from sollol_nb.layers.token_time import (
+    Measurement,
+    TokenTime,
+    WorkerPart,
+    WorkerSpeeds,
+    calibrate,
+    predict,
+    worker_parts,
+)
 
 MIB = 2**20
 
@@ -177,3 +185,63 @@ def test_the_parts_of_a_plan_have_its_weights_and_the_given_round_trips() -> Non
         WorkerPart("a:1", 7, 0.3),
         WorkerPart("b:2", 7, None),
     )
+
+
+# --- calibrated -------------------------------------------------------------------------------
+
+CALIBRATED = WorkerSpeeds(
+    {"w0": 0.2 / MIB, "w1": 0.2 / MIB, "w2": 0.8 / MIB},
+    None,
+    0.0,
+    hops_ms={"w0": 0.1, "w1": 0.1, "w2": 0.3},
+    bytes_per_s={"w2": MIB},
+    own_ms=0.25,
+)
+
+
+def test_calibrations_predict_the_first_token() -> None:
+    assert calibrate([], CALIBRATED) == CALIBRATED
+    token = predict(CALIBRATED, parts(8, 0, 9))
+
+    assert token.part_ms == pytest.approx((8 * 0.2 + 0.1 + 0.5, 9 * 0.8 + 0.3 + 0.5))
+    assert token.own_ms == 0.25
+    assert token.token_ms == pytest.approx(sum(token.part_ms) + 0.25)
+
+
+def test_values_take_their_time_on_the_wire() -> None:
+    (part,) = parts(0, 0, 9)
+    with_logits = WorkerPart(part.endpoint, part.read_bytes, part.round_trip_ms, wire_bytes=MIB // 100)
+
+    (before_ms,), (after_ms,) = (predict(CALIBRATED, [each]).part_ms for each in (part, with_logits))
+    assert after_ms - before_ms == pytest.approx(10, rel=1e-3)
+
+
+def test_a_worker_that_was_not_calibrated_makes_the_time_unknown_until_a_token_was_measured() -> None:
+    layout = (*parts(8, 8), WorkerPart("w3", 9 * MIB, 0.5))
+
+    token = predict(CALIBRATED, layout)
+    assert token.token_ms is None
+    assert token.unknown == "no token of this model was measured yet, and w3 not calibrated"
+    assert predict(calibrate(measured(ALIKE, (8, 8, 9)), CALIBRATED), layout).token_ms is not None
+
+
+@pytest.mark.parametrize("factor", [0.1, 1.0, 3.0])
+def test_one_measurement_keeps_the_calibrated_differences(factor: float) -> None:
+    """A model may be slower for its bytes than the one that calibrates, or read only a part of them."""
+
+    def true_ms(layout: tuple[WorkerPart, ...]) -> float:
+        expected = predict(CALIBRATED, layout)
+        assert expected.token_ms is not None
+        wire_ms = sum(part.round_trip_ms or 0.0 for part in layout)
+        return (expected.token_ms - wire_ms) * factor + wire_ms
+
+    speeds = calibrate([Measurement(parts(8, 8, 9), true_ms(parts(8, 8, 9)))], CALIBRATED)
+
+    for units in ((11, 11, 3), (12, 13, 0), (0, 5, 20)):
+        assert predict(speeds, parts(*units)).token_ms == pytest.approx(true_ms(parts(*units)), rel=0.02)
+
+
+def test_measurements_win_over_wrong_calibrations() -> None:
+    speeds = calibrate(measured(ALIKE, (8, 8, 9), (20, 3, 2), (2, 3, 20), (2, 20, 3)), CALIBRATED)
+
+    assert predict(speeds, parts(5, 15, 5)).token_ms == pytest.approx(token_ms(ALIKE, parts(5, 15, 5)), rel=0.05)

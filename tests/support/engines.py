@@ -352,3 +352,58 @@ class PausingProxy:
                 sink.write(data)
                 await sink.drain()
         sink.close()
+
+
+class WireProxy:
+    """A proxy to a worker that passes on what is sent there later, or not more than so many bytes a second."""
+
+    def __init__(self, worker_port: int, *, delay_s: float = 0.0, bytes_per_s: float | None = None) -> None:
+        self._worker_port = worker_port
+        self._delay_s = delay_s
+        self._bytes_per_s = bytes_per_s
+
+    async def __aenter__(self) -> WireProxy:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.endpoint = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        worker_reader, worker_writer = await asyncio.open_connection("127.0.0.1", self._worker_port)
+        waiting: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(maxsize=32)
+        await asyncio.gather(
+            self._receive(reader, waiting),
+            self._send(waiting, worker_writer),
+            self._copy(worker_reader, writer),
+        )
+
+    async def _receive(self, source: asyncio.StreamReader, waiting: asyncio.Queue[tuple[float, bytes]]) -> None:
+        data = b"-"
+        while data:
+            data = b""
+            with suppress(OSError):
+                data = await source.read(65536)
+            await waiting.put((time.monotonic() + self._delay_s, data))
+
+    async def _send(self, waiting: asyncio.Queue[tuple[float, bytes]], sink: asyncio.StreamWriter) -> None:
+        free_at = 0.0
+        with suppress(OSError):
+            while True:
+                due, data = await waiting.get()
+                if not data:
+                    break
+                await asyncio.sleep(max(due, free_at) - time.monotonic())
+                if self._bytes_per_s is not None:
+                    free_at = max(time.monotonic(), free_at) + len(data) / self._bytes_per_s
+                sink.write(data)
+                await sink.drain()
+        sink.close()
+
+    async def _copy(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while data := await source.read(65536):
+                sink.write(data)
+                await sink.drain()
+        sink.close()

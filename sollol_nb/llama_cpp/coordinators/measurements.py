@@ -148,7 +148,7 @@ class TokenMeasurements:
         That all workers are much faster than calibrated is a property of the model (a mixture of experts reads
         only a part of its weights), so then only the differences between them count.
         """
-        facts, endpoints = coordinator.settings.facts, coordinator.rpc_backends
+        facts, endpoints = coordinator.settings.facts, coordinator.plan.endpoints if coordinator.plan else ()
         before = self.calibrated(facts, endpoints)
         if before is None:
             return {}

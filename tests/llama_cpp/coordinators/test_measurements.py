@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -12,6 +13,7 @@ from sollol_nb.layers.plan import plan_from_counts
 from sollol_nb.layers.token_time import predict, worker_parts
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.coordinators.measurements import LAYOUTS_KEPT, TokenMeasurements
+from sollol_nb.llama_cpp.workers.calibrations import Calibration
 from sollol_nb.runtime.events import EventBus, EventKind
 from tests.support.layer_plans import GB, TWELVE, workers
 
@@ -91,3 +93,90 @@ def test_only_the_last_layouts_are_kept() -> None:
                 answer(bus, 40)
                 measured.keep(coordinator(*counts), ROUND_TRIPS)
     assert len(measured._kept[PATH]) == LAYOUTS_KEPT
+
+
+# --- calibrations -----------------------------------------------------------------------------
+
+
+def calibrated(ms_per_gb: float) -> Calibration:
+    return Calibration(
+        identity="",
+        engine="",
+        endpoint="",
+        name="",
+        measured_at=0.0,
+        round_trip_ms=0.5,
+        bytes_per_s=None,
+        hop_ms=0.1,
+        block_ms=0.0,
+        ms_per_byte=ms_per_gb / GB,
+        prompt_ms_per_byte=0.0,
+    )
+
+
+SPEEDS = {"w0:1": calibrated(1.0), "w1:1": calibrated(1.0), "w2:1": calibrated(4.0)}
+
+
+def test_before_the_first_token_calibrations_predict() -> None:
+    measured, over_three = TokenMeasurements(EventBus(), SPEEDS.get), coordinator(5, 4, 4)
+    assert over_three.plan is not None
+
+    token = measured.predict(PATH, over_three.plan, [], {}, TWELVE)
+
+    expected = [shard.weight_bytes * SPEEDS[shard.endpoint].ms_per_byte + 0.6 for shard in over_three.plan.shards]
+    assert token.part_ms == pytest.approx(expected), "with the round trips of the calibrations"
+
+
+def test_what_a_block_costs_besides_its_bytes_counts() -> None:
+    blocks = replace(calibrated(1.0), block_ms=0.5)
+    without, with_blocks = (
+        TokenMeasurements(EventBus(), lambda _, found=found: found).calibrated(TWELVE, ["w0:1"])
+        for found in (calibrated(1.0), blocks)
+    )
+    assert without is not None
+    assert with_blocks is not None
+    weight_bytes = sum(TWELVE.layer_bytes) + TWELVE.output_bytes
+
+    more = (with_blocks.ms_per_byte["w0:1"] - without.ms_per_byte["w0:1"]) * weight_bytes
+    assert more == pytest.approx(0.5 * TWELVE.layer_count)
+
+
+def measured_at(bus: EventBus, *counts: int, factors: dict[str, float]) -> Coordinator:
+    """A coordinator on which tokens took what workers need that are slower than calibrated by these factors."""
+    running = coordinator(*counts, port=18000 + sum(n * count for n, count in enumerate(counts)))
+    assert running.plan is not None
+    token_ms = sum(
+        shard.weight_bytes * SPEEDS[shard.endpoint].ms_per_byte * factors.get(shard.endpoint, 1.0) + 0.6
+        for shard in running.plan.shards
+    )
+    answer(bus, 1000 / token_ms, running.base_url)
+    return running
+
+
+def test_a_worker_that_became_slow_is_found_from_the_answers_of_two_layouts() -> None:
+    bus = EventBus()
+    measured = TokenMeasurements(bus, SPEEDS.get)
+    slow = {"w1:1": 4.0}
+    running = [measured_at(bus, *counts, factors=slow) for counts in ((5, 4, 4), (1, 10, 2))]
+
+    found = measured.corrections(running[1], running, ROUND_TRIPS)
+
+    assert found["w1:1"] > 2.5 * max(found["w0:1"], found["w2:1"])
+
+
+def test_a_model_that_reads_a_part_of_its_weights_makes_no_worker_faster() -> None:
+    bus = EventBus()
+    measured = TokenMeasurements(bus, SPEEDS.get)
+    running = measured_at(bus, 5, 4, 4, factors=dict.fromkeys(SPEEDS, 0.1))
+
+    assert list(measured.corrections(running, [running], ROUND_TRIPS).values()) == pytest.approx(
+        [1.0] * 3, rel=0.1
+    )
+
+
+def test_without_calibrations_nothing_is_corrected() -> None:
+    bus = EventBus()
+    measured = TokenMeasurements(bus)
+    running = measured_at(bus, 5, 4, 4, factors={})
+
+    assert measured.corrections(running, [running], ROUND_TRIPS) == {}
