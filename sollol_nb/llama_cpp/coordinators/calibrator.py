@@ -22,7 +22,7 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import chain
 from statistics import median
 
 from sollol_nb.errors import (
@@ -69,7 +69,7 @@ TOKENS_LIMIT_S, PROMPTS_LIMIT_S = 0.8, 0.8
 CLOSE_SHARE = 0.05
 """Measurements are close together if they differ by at most this share."""
 COUNT_EVERY_S = 0.01
-MIN_COUNTED_S = 0.005
+FIRST_SHARE, LAST_SHARE = 0.15, 0.98
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -386,9 +386,16 @@ async def _count_bytes(coordinator: Coordinator, endpoint: str | None) -> list[t
 
 
 def _speed(sent: Sequence[tuple[float, int]]) -> float | None:
-    """Bytes per second while bytes were on the way; None where there is too little to tell."""
-    steps = [
-        (after[0] - before[0], after[1] - before[1]) for before, after in pairwise(sent) if after[1] > before[1]
-    ]
-    seconds, byte_count = sum(step[0] for step in steps), sum(step[1] for step in steps)
-    return byte_count / seconds if seconds >= MIN_COUNTED_S and byte_count > 0 else None
+    """Bytes per second in the middle of a transfer; None where there is too little to tell.
+
+    What the buffers on the way take at once is left out, and the few bytes after the weights.
+    """
+    total = sent[-1][1] if sent else 0
+    middle = [(at, count) for at, count in sent if FIRST_SHARE * total <= count <= LAST_SHARE * total]
+    if total and len(middle) < 2:  # it was too quick for that
+        before = [step for step in sent if step[1] < FIRST_SHARE * total][-1:]
+        after = [step for step in sent if step[1] > LAST_SHARE * total][:1]
+        middle = [*before, *middle, *after]
+    if len(middle) < 2 or middle[-1][0] <= middle[0][0] or middle[-1][1] <= middle[0][1]:
+        return None
+    return (middle[-1][1] - middle[0][1]) / (middle[-1][0] - middle[0][0])

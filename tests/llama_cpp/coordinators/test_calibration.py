@@ -18,7 +18,7 @@ from sollol_nb.llama_cpp.coordinators.calibration_models import DEEP, NARROW, WI
 from sollol_nb.llama_cpp.coordinators.calibrator import Calibrated
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.processes import registry
-from sollol_nb.llama_cpp.workers.calibrations import THIS_MACHINE, Calibration
+from sollol_nb.llama_cpp.workers.calibrations import THIS_MACHINE, Calibration, Calibrations, identity_of
 from sollol_nb.llama_cpp.workers.local import LocalOptions, start_workers
 from sollol_nb.router.remote.calls import CALLS
 from sollol_nb.router.remote.plain_data import to_plain
@@ -37,6 +37,10 @@ from tests.support.engines import (
 
 DELAY_S = 0.005
 BYTES_PER_S = 60e6
+PRINT_KEPT = """
+from sollol_nb.sync_wrapper import HybridRouter
+print(HybridRouter().calibrations().to_json(double_precision=15))
+"""
 
 
 @contextmanager
@@ -55,6 +59,21 @@ async def known(*endpoints: str) -> AsyncIterator[HybridRouter]:
     """A router that knows these workers."""
     async with HybridRouter(rpc_backends=endpoints, auto_discover_rpc=False) as router:
         yield router
+
+
+async def know_this_machine(engine: Engine) -> None:
+    """Keep a calibration of this machine, so that only workers have to be measured."""
+    figures = {"round_trip_ms": None, "bytes_per_s": None, "hop_ms": 0.04, "block_ms": 0.0, "ms_per_byte": 1e-7}
+    calibration = Calibration(
+        identity=identity_of(THIS_MACHINE),
+        engine=engine.version,
+        endpoint=THIS_MACHINE,
+        name=THIS_MACHINE,
+        measured_at=1.0,
+        prompt_ms_per_byte=1e-8,
+        **figures,
+    )
+    await Calibrations().keep([calibration])
 
 
 def measured(results: list[Calibrated]) -> dict[str, Calibration]:
@@ -99,8 +118,7 @@ def test_figures_of_workers_differ_as_the_workers_do(engine: Engine, capsys: pyt
 
     with running_workers(engine, 1) as (worker,):
         (direct, far, narrow), found, events, predicted_ms = run(calibrate(worker))
-        kept = "from sollol_nb.sync_wrapper import HybridRouter\nprint(HybridRouter().calibrations().to_json(double_precision=15))"
-        with script(kept) as process:
+        with script(PRINT_KEPT) as process:
             frame = json.loads(process.communicate(timeout=60)[0])
 
     assert list(found) == [THIS_MACHINE, direct, far, narrow]
@@ -128,6 +146,7 @@ def test_a_held_worker_is_left_alone_and_a_lost_one_is_one_line(
     engine: Engine, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async def calibrate(held: str, lost: str, free: str) -> list[Calibrated]:
+        await know_this_machine(engine)
         async with known(held) as holding, known(held, lost, free) as router:
             await holding.route_request("demo:sharded", QUESTION, max_tokens=1)
 
@@ -162,6 +181,7 @@ def test_a_held_worker_is_left_alone_and_a_lost_one_is_one_line(
 @pytest.mark.parametrize("step", [1, 3])
 def test_an_interrupt_leaves_no_process_and_the_worker_free(engine: Engine, step: int) -> None:
     async def interrupt(endpoint: str) -> tuple[list[psutil.Process], str]:
+        await know_this_machine(engine)
         async with known(endpoint) as router:
             reached = asyncio.Event()
 
@@ -171,7 +191,7 @@ def test_an_interrupt_leaves_no_process_and_the_worker_free(engine: Engine, step
                     reached.set()
 
             router.events.subscribe(notice)
-            calibrating = asyncio.create_task(router.calibrate())
+            calibrating = asyncio.create_task(router.calibrate([endpoint]))
             await reached.wait()
             await eventually_async(lambda: endpoint in registry.holders(), "its coordinator has the worker")
             servers = engines_of(psutil.Process(), "llama-server")
