@@ -474,6 +474,24 @@ def test_a_search_without_new_workers_is_reported(
     eventually(lambda: "found no new workers" in messages(router), "reported")
 
 
+def test_workers_are_measured_once_at_a_time(
+    steered: ClusterWidget, router: HybridRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_end = threading.Event()
+
+    async def measuring(*_: object) -> list[Any]:
+        await asyncio.to_thread(may_end.wait)
+        return []
+
+    monkeypatch.setattr("sollol_nb.llama_cpp.coordinators.pool.CoordinatorPool.calibrate", measuring)
+    assert not steered.workers.calibrate.disabled
+    steered.workers.calibrate.click()
+    eventually(lambda: "measuring this machine and the free workers" in steered.progress.value, "it is said")
+    assert steered.workers.calibrate.disabled
+    may_end.set()
+    eventually(lambda: not steered.workers.calibrate.disabled, "it can be done again")
+
+
 def test_workers_that_a_search_finds_elsewhere_are_offered(
     steered: ClusterWidget, router: HybridRouter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
