@@ -7,6 +7,7 @@
 * `losses.py`: how often each was lost lately
 * `local.py`: start a worker process on this machine
 * `local_workers.py`: the workers on this machine that a router started or shares
+* `link_states.py`: one link as a router knows it
 * `links.py`: the links to other machines that a router uses
 * `invited.py`: invitations for workers that dial in
 * `lent.py`: the workers that `sollol-nb worker` runs for other machines

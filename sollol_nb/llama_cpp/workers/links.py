@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import shlex
-from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from typing import Any, Protocol
 
 from sollol_nb.errors import LinkError, SollolError
@@ -28,10 +26,11 @@ from sollol_nb.llama_cpp.links import failures, link, memberships
 from sollol_nb.llama_cpp.links.link import LinkedWorker, linked_workers, start_link
 from sollol_nb.llama_cpp.links.memberships import OpenInvitation
 from sollol_nb.llama_cpp.processes import registry
-from sollol_nb.llama_cpp.processes.process import EngineProcess, ExitReport
+from sollol_nb.llama_cpp.processes.process import EngineProcess
 from sollol_nb.llama_cpp.processes.registry import Entry
 from sollol_nb.llama_cpp.processes.running import Ended
 from sollol_nb.llama_cpp.workers.identities import second_targets
+from sollol_nb.llama_cpp.workers.link_states import NOT_CONNECTED, PENDING, KnownLink, unique_names, why_ended
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.runtime.events import EventBus, EventKind
 from sollol_nb.runtime.http_client import one_line
@@ -42,8 +41,6 @@ POLL_S = 0.1
 END_REPORT_S = 2.0
 NAME_LIMIT = 64
 """Names come from other machines."""
-NOT_CONNECTED = "not connected; the next request connects to it"
-PENDING = (link.CONNECTING, link.INSTALLING)
 
 
 class KnownWorkers(Protocol):
@@ -59,34 +56,6 @@ class KnownWorkers(Protocol):
         """A known worker is not reachable any more, as its link reports."""
 
 
-@dataclass(slots=True)
-class _Link:
-    """One target that this router knows.
-
-    Attributes:
-        is_wanted: whether this router uses it; else it is only shown.
-        process: its link, with a lease; None while this router has none.
-        state, detail: as its registry entry says, or why there is none.
-        workers: that were reachable through the link that runs or ran last, by endpoint.
-        reachable: those of them that are reachable now.
-        entry_id: of the registry entry that names the workers.
-        is_settled: whether its first connect has ended, well or not.
-        was_ready: whether it was ready since this router knows it.
-        same_as: the target whose link leads to the same devices, which is used instead; "" if there is none.
-    """
-
-    is_wanted: bool = False
-    process: EngineProcess | None = None
-    state: str = "unknown"
-    detail: str = NOT_CONNECTED
-    workers: dict[str, LinkedWorker] = field(default_factory=dict)
-    reachable: frozenset[str] = frozenset()
-    entry_id: str = ""
-    is_settled: bool = False
-    was_ready: bool = False
-    same_as: str = ""
-
-
 class Links:
     """The links of one router. Lives on the I/O loop.
 
@@ -98,7 +67,7 @@ class Links:
         self.invitations: tuple[OpenInvitation, ...] = ()
         self._known = known
         self._events = events
-        self._links: dict[str, _Link] = {}
+        self._links: dict[str, KnownLink] = {}
         self._elsewhere: dict[str, LinkedWorker] = {}  # behind the links of other routers
         self._names: dict[str, str] = {}
         self._former_names: dict[str, str] = {}  # of endpoints that a link had before it was started again
@@ -112,7 +81,7 @@ class Links:
     def add(self, target: str) -> bool:
         """Know a target from now on; False if it is known. It is not connected before `connect`."""
         is_new = target not in self._links
-        self._links.setdefault(target, _Link())
+        self._links.setdefault(target, KnownLink())
         return is_new
 
     # --- what is behind them ----------------------------------------------------------------------
@@ -220,7 +189,7 @@ class Links:
                 await asyncio.gather(
                     *(self._start(target, known, keep_alive_s, engine_here) for target, known in missing)
                 )
-        while any(map(_is_connecting_first, self._links.values())):
+        while any(known.is_connecting_first for known in self._links.values()):
             await asyncio.sleep(POLL_S)
             await self.refresh()
 
@@ -241,7 +210,7 @@ class Links:
             return error
 
     async def _start(
-        self, target: str, known: _Link, keep_alive_s: float | None, engine: Engine | SollolError | None
+        self, target: str, known: KnownLink, keep_alive_s: float | None, engine: Engine | SollolError | None
     ) -> None:
         process: EngineProcess | None = None
         try:
@@ -262,7 +231,7 @@ class Links:
             known.process = process
             self._report_progress(target, known, link.CONNECTING, f"connecting to {target}")
 
-    async def _adopt(self, known: _Link, entry: Entry) -> None:
+    async def _adopt(self, known: KnownLink, entry: Entry) -> None:
         process = await EngineProcess.adopt(entry)
         if process is None:
             return
@@ -334,7 +303,7 @@ class Links:
             self._events.publish(EventKind.LINK_STOPPED, target, known.detail)
         return released
 
-    def _note(self, target: str, known: _Link, entry: Entry) -> None:
+    def _note(self, target: str, known: KnownLink, entry: Entry) -> None:
         state, detail = str(entry.about.get("state")), one_line(str(entry.about.get("detail")))
         if state in PENDING:
             self._report_progress(target, known, state, detail)
@@ -352,12 +321,12 @@ class Links:
         elif before != state:
             self._lose(target, known)
 
-    def _report_progress(self, target: str, known: _Link, state: str, detail: str) -> None:
+    def _report_progress(self, target: str, known: KnownLink, state: str, detail: str) -> None:
         if (state, detail) != (known.state, known.detail):
             known.state, known.detail = state, detail
             self._events.report(EventKind.LINK_CONNECTING, target, detail)
 
-    def _note_end(self, target: str, known: _Link) -> None:
+    def _note_end(self, target: str, known: KnownLink) -> None:
         assert known.process is not None
         report = known.process.exit_report
         assert report is not None
@@ -368,25 +337,25 @@ class Links:
             self._replace_workers(known, {})
             self._events.publish(EventKind.LINK_STOPPED, target, f"the link to {target} was stopped: {report.why}")
         else:
-            self._note_failure(target, known, _why_ended(target, report))
+            self._note_failure(target, known, why_ended(target, report))
 
-    def _note_failure(self, target: str, known: _Link, why: str) -> None:
+    def _note_failure(self, target: str, known: KnownLink, why: str) -> None:
         known.state, known.detail, known.is_settled = "down", why, True
         failures.note(target, why)
         self._lose(target, known)
 
-    def _note_absence(self, known: _Link, why: str | None) -> None:
+    def _note_absence(self, known: KnownLink, why: str | None) -> None:
         """No link runs, and this router wants none: what another kernel has seen of its end is shown."""
         known.state, known.detail = ("down", why) if why else ("unknown", NOT_CONNECTED)
         self._replace_workers(known, {})
 
-    def _lose(self, target: str, known: _Link) -> None:
+    def _lose(self, target: str, known: KnownLink) -> None:
         self._events.publish(EventKind.LINK_LOST, target, known.detail)
         known.reachable = frozenset()
         for endpoint in known.workers:
             self._known.lose(endpoint, known.detail)
 
-    def _note_workers(self, target: str, known: _Link, entry: Entry) -> None:
+    def _note_workers(self, target: str, known: KnownLink, entry: Entry) -> None:
         """The workers of a link that is ready; a device that is missing now returns at the same endpoint, while a
         worker that had joined may never do."""
         workers = linked_workers(entry)
@@ -399,7 +368,7 @@ class Links:
                 self._known.lose(endpoint, known.detail)
             self._replace_workers(known, workers if target == INVITATIONS else {**known.workers, **workers})
 
-    def _replace_workers(self, known: _Link, workers: dict[str, LinkedWorker]) -> None:
+    def _replace_workers(self, known: KnownLink, workers: dict[str, LinkedWorker]) -> None:
         for endpoint in known.workers.keys() - workers.keys():
             self._former_names[endpoint] = self.name_of(endpoint)
             self._known.forget(endpoint)
@@ -485,38 +454,9 @@ class Links:
             if forget:
                 del self._links[target]
             else:
-                self._links[target] = _Link()
+                self._links[target] = KnownLink()
         self._set_names()
         return released
-
-
-def unique_names(names: Mapping[str, str], targets: Mapping[str, str]) -> dict[str, str]:
-    """Names of workers that are all different: to equal ones their target is added, or their endpoint.
-
-    Args:
-        names: by endpoint.
-        targets: by endpoint, as far as known.
-    """
-    unique = dict(names)
-    for addition in ({endpoint: target.removeprefix(SSH) for endpoint, target in targets.items()}, {}):
-        counts = Counter(unique.values())
-        unique = {
-            endpoint: name if counts[name] == 1 else f"{name} ({addition.get(endpoint, endpoint)})"
-            for endpoint, name in unique.items()
-        }
-    return unique
-
-
-def _is_connecting_first(known: _Link) -> bool:
-    return known.process is not None and not known.is_settled and known.state in PENDING
-
-
-def _why_ended(target: str, report: ExitReport) -> str:
-    """Why a link ended that nobody has stopped, in one line: its own last words, if it has any."""
-    for line in reversed(report.tail):
-        if line.startswith(link.FAILED):
-            return one_line(line.removeprefix(link.FAILED))
-    return f"the link to {target} ended ({one_line(report.tail[-1], 200) if report.tail else 'without a reason'})"
 
 
 def _ssh_spec(engine: Engine) -> dict[str, Any]:

@@ -95,13 +95,15 @@ def add_workers(router: HybridRouter, names: Sequence[str]) -> None:
     known = router.worker_targets
     with link_progress(router.events):
         workers = router.add_workers(names)
+    usable = {worker.target or worker.endpoint for worker in workers if worker.state in USABLE}
     for worker in workers:
         added = worker.target or worker.endpoint
         if worker.state in USABLE or added in known:
             print(f"added worker {worker.label}: {worker.state}, {describe_worker(worker)}")
         else:
-            router.remove_worker(added)
             print(f"not added: {worker.problem}")
+    for useless in {worker.target or worker.endpoint for worker in workers} - usable - {*known}:
+        router.remove_worker(useless)
 
 
 def _remove(router: HybridRouter, arguments: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.processes.registry import Entry
 from sollol_nb.llama_cpp.processes.running import as_table, end_engines, engine_log, running_engines, stop_engines
-from sollol_nb.llama_cpp.workers.links import unique_names
+from sollol_nb.llama_cpp.workers.link_states import unique_names
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.runtime.events import Event, EventKind
 from sollol_nb.sync_wrapper import HybridRouter
