@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sollol_nb.errors import LinkError
+from sollol_nb.errors import LinkError, SollolError
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.links.link import CONNECTING, INSTALLING, LOST, READY, LinkedWorker
 from sollol_nb.llama_cpp.links.program import Report, run
@@ -43,6 +43,9 @@ POLL_S = 0.1
 MAX_ENDS = 3
 """A worker that ends so often before it has answered is not waited for."""
 
+SHOWN_CHARACTERS = 200
+
+_TROUBLE = re.compile(r"fail|error|abort|cannot|invalid|closed|reset|terminat|denied|not found", re.IGNORECASE)
 _LINE = re.compile(r"(worker|ended) (\d{1,4}) (\d{1,5})(?: \d+)?", re.ASCII)
 
 
@@ -118,15 +121,15 @@ class _Link:
             began = loop.time()
             try:
                 why = await self._connection()
-            except LinkError as error:
-                why = str(error)
+            except (SollolError, OSError) as error:
+                why = " ".join(str(error).split())
             finally:
                 await self._shell.close()
             if not self._was_ready:
                 raise LinkError(why)
             if loop.time() - began > STEADY_S:
                 pause_s = 1.0
-            await self._tell(LOST, f"{why}; it is tried again")
+            await self._tell(LOST, f"{why}; connecting again")
             await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))  # noqa: S311 - against many at the same moment
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
             self._shell = self._new_shell()
@@ -169,16 +172,14 @@ class _Link:
                 code = await self._follow(session)
             finally:
                 await session.end()
-            why = " ".join(session.errors[-2:]) or describe_exit(code)
+            why = _trouble(session) or describe_exit(code)
             if code == LOST_CODE:
                 return f"{self._host}: the connection was lost ({why})"
             if not self._was_ready:
                 raise LinkError(f"{self._host}: its workers could not be started: {why}")
             for device in self._devices.values():
                 device.reset()
-            await self._tell(
-                LOST, f"{self._host}: what watches the workers there ended ({why}); it is started again"
-            )
+            await self._tell(LOST, f"{self._host}: the watcher of its workers ended ({why}); it is started again")
             if loop.time() - began > STEADY_S:
                 pause_s = 1.0
             await asyncio.sleep(pause_s)
@@ -189,8 +190,9 @@ class _Link:
         events: asyncio.Queue[str | None] = asyncio.Queue(64)
 
         async def read() -> None:
-            while (line := await session.line()) is not None:
-                await events.put(line)
+            with contextlib.suppress(OSError):
+                while (line := await session.line()) is not None:
+                    await events.put(line)
             await events.put(None)
 
         async def beat() -> None:
@@ -241,8 +243,8 @@ class _Link:
         if kind == "worker":
             return [(device, number)] if 0 < number < 65536 else []
         device.ends += 1
-        said = " ".join(session.errors[-1:])
-        ending = describe_exit(-(number - 128) if number > 128 else number)
+        said = _trouble(session)
+        ending = describe_exit(128 - number if 128 < number < 192 else number)
         device.why = f"its worker ended ({ending}{f', {said}' if said else ''})"
         return [(device, 0)]
 
@@ -321,6 +323,11 @@ class _Link:
         if now != self._told:
             self._told = now
             await self._report.set(state, detail, workers)
+
+
+def _trouble(session: Session) -> str:
+    """The last line that says why something ended there; "" if there is none."""
+    return next((line for line in reversed(session.errors) if _TROUBLE.search(line)), "")[:SHOWN_CHARACTERS]
 
 
 async def ssh(spec: Mapping[str, Any], report: Report) -> None:

@@ -129,6 +129,7 @@ class Lines:
 
     async def _read(self) -> None:
         while (line := await _read_line(self._stream)) is not None:
+            line = "".join(character if character.isprintable() else " " for character in line)
             if refusal := ssh_errors.REFUSED_CONNECTION.match(line):
                 self.refusals.append(refusal.group(0))
             elif ssh_errors.is_wanted(line):

@@ -15,7 +15,7 @@ import pytest
 from notebooks.ssh_hosts import make_key
 from sollol_nb.errors import LinkError
 from sollol_nb.llama_cpp.links.ssh_session import remote_command
-from sollol_nb.llama_cpp.links.ssh_shell import Result, Shell
+from sollol_nb.llama_cpp.links.ssh_shell import FOLDER_PREFIX, Result, Shell
 from tests.support.engines import HANG_GUARD_S, posix_only
 from tests.support.machines import Machine, running_machines, short_folder
 
@@ -144,7 +144,6 @@ def test_options_of_the_users_configuration_do_not_get_in_the_way(gpu1: Machine,
             "LogLevel QUIET",
             f"LocalForward {taken.getsockname()[1]} localhost:22",
             "ExitOnForwardFailure yes",
-            "ForkAfterAuthentication yes",
         )
         config = tmp_path / "config"
         _, _, base = shlex.split(gpu1.ssh)
@@ -313,6 +312,20 @@ def test_an_sshd_that_forbids_forwarding_is_described(own_gpu1: Machine) -> None
         LinkError, match=r"^gpu1: its sshd forbids forwarding \(administratively prohibited: open failed"
     ):
         asyncio.run(_forwarded(own_gpu1, 8766, shares=True))
+
+
+def test_the_folder_of_a_link_that_was_killed_is_removed_by_the_next_one(
+    gpu1: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = gpu1.host.folder.parent / "tmp"
+    folder.mkdir()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
+    left = folder / f"{FOLDER_PREFIX}left"
+    left.mkdir()
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(left / "s"))
+    ran(Shell(gpu1.target, shlex.split(gpu1.ssh)), "exit 0")
+    assert not list(folder.iterdir())
 
 
 def test_a_connection_that_ends_is_reported_with_its_reason(own_gpu1: Machine) -> None:
