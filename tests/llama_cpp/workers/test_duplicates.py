@@ -102,6 +102,11 @@ def test_a_machine_that_is_named_twice_has_one_set_of_workers(
         assert mine.route_request("demo:sharded", QUESTION, max_tokens=2)["done"]
         (worker,) = mine.check_workers()
         assert (worker.target, worker.state) == (second, "held")
+        again = mine.add_worker(first)
+        assert (again.state, again.problem) == (
+            "duplicate",
+            f"{first} leads to the same devices as {second}, which is used",
+        )
 
 
 @pytest.mark.engine
