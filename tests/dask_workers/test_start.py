@@ -17,6 +17,7 @@ from sollol_nb.errors import ConfigError, WorkerStartError
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.sync_wrapper import HybridRouter
 from tests.support.engines import QUESTION, all_end, eventually, posix_only, with_variable
+from tests.support.kernels import notebook_kernel
 
 pytestmark = [pytest.mark.engine, posix_only]
 
@@ -81,6 +82,27 @@ def test_an_answer_continues_when_a_dask_worker_is_killed_and_all_ends_with_the_
         client.cluster.close()
         all_end(running)
         eventually(lambda: not router.invitations().joined, "no membership is left")
+
+
+CELLS = (
+    """
+from distributed import Client, LocalCluster
+from sollol_nb import workers_from_dask
+
+cluster = LocalCluster(n_workers=1, threads_per_worker=1, host="127.0.0.1", dashboard_address=None)
+client = Client(cluster)
+%config Sollol.workers = workers_from_dask(client, host="127.0.0.1")
+""",
+    "%%sollol demo:sharded --temperature 0 --out answer\nWhat is a worker?",
+)
+
+
+def test_a_notebook_asks_the_workers_of_its_cluster(engine: Engine, mark: str, tmp_path: Path) -> None:
+    with notebook_kernel(tmp_path / "state", *CELLS) as notebook:
+        assert notebook.value("answer.routing['backend']") == "'llama.cpp-distributed'"
+        assert len(rpc_workers(mark)) == 1
+        assert notebook.run("client.close(); cluster.close()").status == "ok"
+        eventually(lambda: not rpc_workers(mark), "it has ended with the cluster")
 
 
 def test_a_second_call_replaces_the_workers_of_the_first_also_with_an_asynchronous_client(
