@@ -81,7 +81,7 @@ def test_its_token_time_was_predicted_from_the_layouts_before_it(
     measurements = pool._measurements
     speeds = measurements.speeds(Path(endless), pool.coordinators, pool._workers.round_trips_ms)
     assert speeds is not None
-    monkeypatch.setattr(measurements, "speeds", lambda *_: speeds)
+    monkeypatch.setattr(measurements, "speeds", lambda *_, **__: speeds)
 
     foreseen = sharding.what_if(endless, layout(sharding, 5, 0, 0)).token.token_ms
     sharding.apply_plan(endless, layout(sharding, 5, 0, 0))

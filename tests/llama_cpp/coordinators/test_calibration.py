@@ -18,12 +18,13 @@ from sollol_nb.llama_cpp.coordinators.calibration_models import DEEP, NARROW, WI
 from sollol_nb.llama_cpp.coordinators.calibrator import Calibrated
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.processes import registry
-from sollol_nb.llama_cpp.workers.calibrations import THIS_MACHINE, Calibration, Calibrations, identity_of
+from sollol_nb.llama_cpp.workers.calibrations import THIS_MACHINE, Calibration
 from sollol_nb.llama_cpp.workers.local import LocalOptions, start_workers
 from sollol_nb.router.remote.calls import CALLS
 from sollol_nb.router.remote.plain_data import to_plain
 from sollol_nb.runtime.events import Event, EventKind
 from sollol_nb.settings.endpoints import parse_endpoint
+from tests.support.calibrations import know_this_machine
 from tests.support.engines import (
     QUESTION,
     WireProxy,
@@ -59,21 +60,6 @@ async def known(*endpoints: str) -> AsyncIterator[HybridRouter]:
     """A router that knows these workers."""
     async with HybridRouter(rpc_backends=endpoints, auto_discover_rpc=False) as router:
         yield router
-
-
-async def know_this_machine(engine: Engine) -> None:
-    """Keep a calibration of this machine, so that only workers have to be measured."""
-    figures = {"round_trip_ms": None, "bytes_per_s": None, "hop_ms": 0.04, "block_ms": 0.0, "ms_per_byte": 1e-7}
-    calibration = Calibration(
-        identity=identity_of(THIS_MACHINE),
-        engine=engine.version,
-        endpoint=THIS_MACHINE,
-        name=THIS_MACHINE,
-        measured_at=1.0,
-        prompt_ms_per_byte=1e-8,
-        **figures,
-    )
-    await Calibrations().keep([calibration])
 
 
 def measured(results: list[Calibrated]) -> dict[str, Calibration]:
@@ -146,7 +132,6 @@ def test_a_held_worker_is_left_alone_and_a_lost_one_is_one_line(
     engine: Engine, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async def calibrate(held: str, lost: str, free: str) -> list[Calibrated]:
-        await know_this_machine(engine)
         async with known(held) as holding, known(held, lost, free) as router:
             await holding.route_request("demo:sharded", QUESTION, max_tokens=1)
 
@@ -162,6 +147,7 @@ def test_a_held_worker_is_left_alone_and_a_lost_one_is_one_line(
                 await router.calibrate(["10.0.0.7:50052"])
             return results
 
+    know_this_machine(engine)
     with running_workers(engine, 3) as (held, lost, free):
         results = {result.endpoint: result for result in run(calibrate(held, lost, free))}
         unreachable = main(["calibrate", lost, "--json"])
@@ -181,7 +167,6 @@ def test_a_held_worker_is_left_alone_and_a_lost_one_is_one_line(
 @pytest.mark.parametrize("step", [1, 3])
 def test_an_interrupt_leaves_no_process_and_the_worker_free(engine: Engine, step: int) -> None:
     async def interrupt(endpoint: str) -> tuple[list[psutil.Process], str]:
-        await know_this_machine(engine)
         async with known(endpoint) as router:
             reached = asyncio.Event()
 
@@ -202,6 +187,7 @@ def test_an_interrupt_leaves_no_process_and_the_worker_free(engine: Engine, step
             (worker,) = await router.check_workers()
             return servers, worker.state
 
+    know_this_machine(engine)
     with running_workers(engine, 1) as (worker,):
         servers, state = run(interrupt(worker))
         all_end(servers)

@@ -15,6 +15,7 @@ from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.workers.probe import ProbeOutcome, probe
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.sync_wrapper import HybridRouter
+from tests.support.calibrations import know_this_machine
 from tests.support.engines import QUESTION, eventually, run, tunnel_to, unused_port
 
 pytestmark = pytest.mark.engine
@@ -76,6 +77,24 @@ def test_an_ipv6_worker_answers_is_shared_by_two_routers_and_its_relay_ends_with
         mine.remove_worker(target)
         assert registry.entries(registry.LINK) == []
         assert mine.worker_endpoints == []
+
+
+def test_the_calibration_of_a_worker_behind_a_link_stays_known_when_its_port_changes(engine: Engine) -> None:
+    port = unused_port()
+    target = f"[::1]:{port}"
+    know_this_machine(engine)
+    with ipv6_worker(engine, port, unused_port()):
+        with HybridRouter(rpc_backends=[target]) as before:
+            (measured,) = before.calibrate([target])
+            assert str(measured).startswith(f"{target}: ")
+            assert only_worker(before).calibration == measured.calibration
+        assert registry.entries(registry.LINK) == []
+        with HybridRouter(auto_discover_rpc=False) as after:
+            worker = after.add_worker(target)
+
+    assert measured.calibration is not None
+    assert worker.calibration == measured.calibration
+    assert measured.endpoint not in measured.calibration.identity
 
 
 def test_a_lost_ipv6_worker_is_described_by_its_address_and_comes_back_at_the_same_endpoint(
