@@ -1,6 +1,6 @@
 """Predicted times of tokens against measured ones, after a calibration of three loopback workers.
 
-    python benchmarks/calibration.py MODEL.gguf [--rounds 5] [--json FILE]
+    python benchmarks/calibration.py [MODEL.gguf] [--rounds 5] [--json FILE]
 
 Three clusters: equal workers; one that may use a third of a processor core (by a quota of a Linux control group;
 left out where none can be made); one behind a proxy that delays what is sent there by 2 ms. Layers are split
@@ -64,7 +64,7 @@ class Worker:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("model")
+    parser.add_argument("model", nargs="?", default="demo:sharded", help="default: the demo model")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

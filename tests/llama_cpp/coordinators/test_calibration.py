@@ -16,9 +16,10 @@ from sollol_nb.gguf.facts import read_facts
 from sollol_nb.hybrid_router import HybridRouter
 from sollol_nb.llama_cpp.coordinators.calibration_models import DEEP, NARROW, WIDE
 from sollol_nb.llama_cpp.coordinators.calibrator import Calibrated
+from sollol_nb.llama_cpp.coordinators.pool import ANSWERS_PER_CORRECTION
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.processes import registry
-from sollol_nb.llama_cpp.workers.calibrations import THIS_MACHINE, Calibration
+from sollol_nb.llama_cpp.workers.calibrations import THIS_MACHINE, Calibration, Calibrations
 from sollol_nb.llama_cpp.workers.local import LocalOptions, start_workers
 from sollol_nb.router.remote.calls import CALLS
 from sollol_nb.router.remote.plain_data import to_plain
@@ -80,7 +81,7 @@ def test_the_models_differ_in_one_thing_each() -> None:
 
 @pytest.mark.engine
 @pytest.mark.usefixtures("alone")
-def test_figures_of_workers_differ_as_the_workers_do(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
+def test_figures_of_workers_differ_as_the_workers_do(engine: Engine) -> None:
     async def calibrate(direct: str) -> tuple[list[str], dict[str, Calibration], list[Event], float | None]:
         events: list[Event] = []
         port = parse_endpoint(direct)[1]
@@ -100,6 +101,13 @@ def test_figures_of_workers_differ_as_the_workers_do(engine: Engine, capsys: pyt
             await router.preload("demo:sharded")
             assert router.coordinator is not None
             predicted_ms = router.own_coordinators[0].plan.predicted_token_ms  # type: ignore[union-attr]
+            for _ in range(ANSWERS_PER_CORRECTION):
+                await router.route_request("demo:sharded", QUESTION, temperature=0, max_tokens=4)
+            kept = Calibrations()
+            await eventually_async(
+                lambda: [figures.endpoint for figures in kept.all if figures.corrections] == [direct],
+                "answers have corrected the calibration of their worker",
+            )
         return endpoints, found, events, predicted_ms
 
     with running_workers(engine, 1) as (worker,):
@@ -122,8 +130,8 @@ def test_figures_of_workers_differ_as_the_workers_do(engine: Engine, capsys: pyt
     assert predicted_ms is not None
 
     assert sorted(frame["endpoint"].values()) == sorted(found), "for another process"
-    kept_ms = sorted(frame["ms_per_byte"].values())
-    assert kept_ms == pytest.approx(sorted(figures.ms_per_byte for figures in found.values()))
+    hops_ms = sorted(frame["hop_ms"].values())
+    assert hops_ms == pytest.approx(sorted(figures.hop_ms for figures in found.values()))
 
 
 @pytest.mark.engine
@@ -180,6 +188,7 @@ def test_an_interrupt_leaves_no_process_and_the_worker_free(engine: Engine, step
             await reached.wait()
             await eventually_async(lambda: endpoint in registry.holders(), "its coordinator has the worker")
             servers = engines_of(psutil.Process(), "llama-server")
+            assert servers
             calibrating.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await calibrating
