@@ -48,7 +48,8 @@ def workers_from_dask(
             address on its network.
         port: the port on which it listens; by default a free one, which stays the same.
         uses: how many RPC workers may join in all; by default 4 for each Dask worker that runs now, at most 64.
-        expires: when the invitation ends: seconds, `"24h"`. Who has joined stays.
+        expires: when the invitation ends: seconds, `"24h"`. Who has joined stays. Until then this machine listens,
+            also after the cluster has closed, unless `HybridRouter.revoke` withdraws it.
 
     Returns:
         What `rpc_backends` takes: the target through which all workers are reached that have joined this machine.

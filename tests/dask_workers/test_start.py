@@ -15,8 +15,9 @@ from distributed import Client, LocalCluster
 from sollol_nb import workers_from_dask
 from sollol_nb.errors import ConfigError, WorkerStartError
 from sollol_nb.llama_cpp.engine.check import Engine
+from sollol_nb.llama_cpp.processes.running import stop_engines
 from sollol_nb.sync_wrapper import HybridRouter
-from tests.support.engines import QUESTION, all_end, eventually, posix_only, with_variable
+from tests.support.engines import QUESTION, all_end, eventually, posix_only, run, with_variable
 from tests.support.kernels import notebook_kernel
 
 pytestmark = [pytest.mark.engine, posix_only]
@@ -31,9 +32,10 @@ def rpc_workers(mark: str) -> list[psutil.Process]:
 
 
 @pytest.fixture
-def mark(alone: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+def mark(alone: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
     monkeypatch.setenv(MARK, str(tmp_path))
-    return str(tmp_path)
+    yield str(tmp_path)
+    run(stop_engines(also_used=True))  # an open invitation listens on
 
 
 @pytest.fixture
