@@ -43,7 +43,7 @@ def _hosts(path: Path, folder: Path, depth: int) -> list[str]:
 
 
 def _matching(pattern: str, folder: Path) -> list[Path]:
-    """The files that an `Include` names; relative ones are in the folder."""
+    """The files that an include line names; relative ones are in the folder."""
     path = folder / Path(pattern).expanduser()
     root = Path(path.anchor)
     return list(root.glob(str(path.relative_to(root))))

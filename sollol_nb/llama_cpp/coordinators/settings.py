@@ -193,7 +193,7 @@ def server_flags(settings: CoordinatorSettings, port: int, known: frozenset[str]
 def _has_gpu_attention(facts: ModelFacts) -> bool:
     """Whether GPUs have flash attention for heads of this size.
 
-    llama-server cannot ask a worker's device, and uses it; a CUDA worker that lacks it aborts (`fattn.cu`). Larger
+    llama-server cannot ask a worker's device, and uses it; a CUDA worker that lacks it aborts (fattn.cu). Larger
     heads depend on more than their size; models with them were made for GPUs.
     """
     key_width, value_width = facts.head_widths
