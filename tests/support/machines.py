@@ -140,6 +140,10 @@ class Machine:
         ours = {self.namespace, *(started.pid for started in self.started)}
         return [process for process in found if process.pid not in ours and _is_alive(process)]
 
+    def workers(self) -> list[psutil.Process]:
+        """The RPC workers that run on this machine."""
+        return [process for process in self.processes() if _name_of(process) == "ggml-rpc-server"]
+
     def cut(self) -> None:
         """Cut its network silently: packets are lost, and nobody gets an error."""
         if self.namespace is not None:
@@ -217,6 +221,13 @@ def _family(pid: int) -> list[psutil.Process]:
         return [process, *process.children(recursive=True)]
     except psutil.NoSuchProcess:
         return []
+
+
+def _name_of(process: psutil.Process) -> str:
+    try:
+        return process.name()
+    except psutil.NoSuchProcess:
+        return ""
 
 
 def _is_alive(process: psutil.Process) -> bool:
