@@ -66,7 +66,7 @@ check_workers() {
         eval "pid=\$pid_$number again=\$again_$number"
         if [ -n "$pid" ]; then
             if ! kill -0 "$pid" 2>/dev/null; then
-                wait "$pid"
+                wait "$pid" # bash may forget its end if a signal comes with it: then it waits for the next heartbeat
                 note_end "$number" $?
             fi
         elif [ "$clock" -ge "$again" ]; then

@@ -18,6 +18,9 @@ FORBIDDEN = "administratively prohibited"
 
 _FINGERPRINT = re.compile(r"debug1: Server host key: (\S+) (\S+)")
 _OFFENDING = re.compile(r"Offending \S+ key in (.+):(\d+)")
+_DENIED = re.compile(r"(\S+@\S+): Permission denied")
+_BROKEN_JUMP = re.compile(r"Connection closed by UNKNOWN port 65535")
+"""ssh prints this after the messages of the ssh that connects to the jump host."""
 _NOISE = re.compile(
     r"debug\d: |OpenSSH_|Warning: Permanently added|Authenticated to |Connection closed by UNKNOWN"
     r"|kex_exchange_identification: Connection closed|Transferred: |Bytes per second: |Connection to .* closed\.$"
@@ -45,8 +48,9 @@ def explain(host: str, command: Sequence[str], lines: Iterable[str]) -> str:
     for pattern, meaning in _MEANINGS:
         found = re.search(pattern, text)
         if found is not None:
+            who = f"the jump host of {host}" if any(map(_BROKEN_JUMP.search, lines)) else host
             return _cut(
-                f"{host}: {meaning.format(ssh=ssh, host=host, found=found.group(0), **_facts(lines, host))}"
+                f"{who}: {meaning.format(ssh=ssh, host=host, found=found.group(0), **_facts(lines, host))}"
             )
     reason = said[-1] if said else "ssh ended without a message"
     return _cut(f"{host}: cannot connect ({reason}); run `{ssh}` to see why")
@@ -103,7 +107,7 @@ _MEANINGS = (
     ),
     (
         r"stdio forwarding failed|open failed: (connect failed|administratively prohibited).*",
-        "a jump host cannot reach it ({found}); check ProxyJump in ~/.ssh/config",
+        "it does not reach {host} ({found}); check ProxyJump in ~/.ssh/config",
     ),
     (
         r"no matching .* found.*|Unable to negotiate .*",
@@ -131,13 +135,13 @@ ALIVE_S = 15
 def _facts(lines: Sequence[str], host: str) -> dict[str, object]:
     fingerprints = [found for line in lines if (found := _FINGERPRINT.match(line))]
     offending = [found for line in lines if (found := _OFFENDING.search(line))]
-    login = _login(host)
+    denied = [found for line in lines if (found := _DENIED.match(line))]
     return {
         "key": f" ({fingerprints[-1].group(1)} {fingerprints[-1].group(2)})" if fingerprints else "",
         "known_hosts": f"line {offending[-1][2]} of {offending[-1][1]}"
         if offending
         else "its line of known_hosts",
-        "login": " ".join(login),
+        "login": denied[-1][1] if denied and any(map(_BROKEN_JUMP.search, lines)) else " ".join(_login(host)),
         "alive_s": ALIVE_S,
     }
 

@@ -115,11 +115,11 @@ def test_each_device_gets_a_worker_that_is_started_again_and_ends_with_the_input
             for port, device in zip(ports, ("CPU", "CUDA0"), strict=True)
         )
         (first,) = (worker for worker in running.workers() if "CPU" in worker.cmdline())
-        running.send("\n")
         first.kill()
         assert running.line() == ["ended", "0", "137", "1"]
         again = running.line()
         assert again[:2] == ["worker", "0"]
+        running.send("\n")
         assert running.process.stdin is not None
         running.process.stdin.close()
         running.ended()

@@ -227,7 +227,7 @@ def test_a_port_without_sshd_a_name_that_is_unknown_and_a_silent_machine_have_a_
 def test_a_jump_host_that_cannot_reach_the_machine_is_named_as_the_cause(machines: list[Machine]) -> None:
     gpu1, gpu2 = machines
     message = failure(gpu2, "-o", f"ProxyCommand={gpu1.ssh} -W %h:1 gpu1")
-    assert message.startswith("gpu2: a jump host cannot reach it (")
+    assert message.startswith("the jump host of gpu2: it does not reach gpu2 (")
     assert "check ProxyJump" in message
 
 
