@@ -113,20 +113,30 @@ class ClusterControl:
 
     @io_bound
     async def share_workers(self) -> list[str]:
-        """Share the workers that other processes of this user run on this machine and no coordinator holds, unless
-        somebody has named the workers to use; returns the endpoints that are new."""
+        """Share the workers that other processes of this user run on this machine and no coordinator holds, and
+        those that have joined by invitation, unless somebody has named the workers to use.
+
+        Returns:
+            The endpoints that are new.
+        """
         if self._workers.has_named:
             return []
+        return [*await self._share_invited(), *await self._workers.local.adopt()]
+
+    async def _share_invited(self) -> list[str]:
+        """Use the workers that have joined by invitation; returns the endpoints that are new."""
+        before = set(self._workers.endpoints)
         await self._workers.links.share_invited()
         keep_alive_s = self._coordinators.settings.keep_alive_s
         await self._workers.links.connect(keep_alive_s=keep_alive_s, engine=self._coordinators.engine)
-        return await self._workers.local.adopt()
+        return [endpoint for endpoint in self._workers.endpoints if endpoint not in before]
 
     @io_bound
     async def discover_workers(self) -> list[str]:
-        """Look for workers on the usual ports of this machine, except those of other users; returns the endpoints
-        that are new."""
-        return await self._workers.discover()
+        """Look for workers on the usual ports of this machine, except those of other users, and for those that
+        have joined by invitation; returns the endpoints that are new."""
+        joined = await self._share_invited()
+        return [*joined, *await self._workers.discover()]
 
     @io_bound
     async def find_workers(

@@ -433,7 +433,10 @@ class Links:
         return ended
 
     async def close(self) -> None:
-        """Let go of all; links that no other process or router uses end."""
+        """Let go of all; links that no other process or router uses end, but not while an invitation is open."""
+        if INVITATIONS in self._links and (await asyncio.to_thread(memberships.read)).open:
+            for _, process in self._release([INVITATIONS], forget=True):
+                process.detach()
         released = self._release(None, forget=True)
         await asyncio.gather(*(process.stop_unless_shared() for _, process in released))
 

@@ -55,7 +55,7 @@ def links() -> Iterator[Links]:
     """The links of a router, without a link yet."""
     made: Links = Workers((), EventBus()).links
     yield made
-    run(made.close())
+    run(made.let_go(force=True))
 
 
 async def invite(links: Links, **options: object) -> JoinLink:
