@@ -21,9 +21,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from sollol_nb.llama_cpp.processes.running import stop_engines
 from sollol_nb.runtime.io_loop import run_blocking
+from notebooks.ssh_hosts import find_sshd
 from tests.support.ollama_server import NO_OLLAMA, OllamaServer, find_ollama
 
 NEED_OLLAMA = ("02_hybrid_routing.ipynb",)
+NEED_SSHD = ("08_many_machines.ipynb",)
+NO_SSHD = "it needs sshd; run: sudo apt-get install openssh-server"
 
 _session: dict[str, Any] = {}
 
@@ -36,6 +39,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     os.environ["SOLLOL_STATE_DIR"] = str(folder / "state")
     os.environ["SOLLOL_CONFIG"] = "0"  # not the user's settings file, which a notebook would also write
     os.environ["OLLAMA_HOST"] = "127.0.0.1:9"  # nothing answers there
+    if find_sshd() is None and os.environ.get("CI"):
+        pytest.exit(NO_SSHD, returncode=1)
     program = find_ollama()
     if program is None:
         if os.environ.get("CI"):
@@ -57,10 +62,14 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
     """Skip notebooks that cannot run here."""
+    if collection_path.name in NEED_SSHD and find_sshd() is None:
+        return True
     return True if collection_path.name in NEED_OLLAMA and "ollama" not in _session else None
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Report skipped notebooks."""
+    if find_sshd() is None:
+        terminalreporter.write_line(f"{len(NEED_SSHD)} NOTEBOOK SKIPPED: {NO_SSHD}", yellow=True, bold=True)
     if "ollama" not in _session:
         terminalreporter.write_line(f"{len(NEED_OLLAMA)} NOTEBOOK SKIPPED: {NO_OLLAMA}", yellow=True, bold=True)

@@ -5,10 +5,10 @@ Real hosts need none of this: what `ssh gpu1` reaches, `ssh://gpu1` uses.
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import tempfile
@@ -16,6 +16,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 START_LIMIT_S = 10.0
 
@@ -68,6 +70,18 @@ class SshHost:
         config = self.folder / "sshd_config"
         config.write_text("".join(f"{name} {value}\n" for name, value in {**lines, **(options or {})}.items()))
         return config
+
+
+def kill_family(pid: int) -> None:
+    """Kill a process and all that it has started; an sshd has a process for each connection."""
+    try:
+        process = psutil.Process(pid)
+        family = [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
 
 
 def find_sshd() -> str | None:
@@ -129,7 +143,7 @@ class LoopbackHosts:
     def cut(self, name: str) -> None:
         """Cut the connections to a host, and accept no new ones."""
         server = self._servers.pop(name)
-        os.killpg(server.pid, signal.SIGKILL)
+        kill_family(server.pid)
         server.wait()
 
     def close(self) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 import psutil
 import pytest
 
-from notebooks.ssh_hosts import SshHost, find_sshd, make_key, write_client_files
+from notebooks.ssh_hosts import SshHost, find_sshd, kill_family, make_key, write_client_files
 from tests.support.engines import eventually
 
 SSHD = find_sshd()
@@ -117,9 +117,7 @@ class Machine:
     def stop_sshd(self) -> None:
         """End its sshd and all connections through it, as when the machine's sshd is restarted."""
         if self.sshd is not None:
-            for process in _family(self.sshd.pid):
-                with contextlib.suppress(psutil.Error):
-                    process.kill()
+            kill_family(self.sshd.pid)
             self.sshd.wait()
             self.sshd = None
 
@@ -168,9 +166,7 @@ class Machine:
         """End all that runs on it."""
         self.stop_sshd()
         for started in self.started:
-            for process in _family(started.pid):
-                with contextlib.suppress(psutil.Error):
-                    process.kill()
+            kill_family(started.pid)
             started.wait()
         for process in self.processes() if self.namespace else ():
             with contextlib.suppress(psutil.Error):
