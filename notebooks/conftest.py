@@ -19,9 +19,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from notebooks.ssh_hosts import find_sshd
 from sollol_nb.llama_cpp.processes.running import stop_engines
 from sollol_nb.runtime.io_loop import run_blocking
-from notebooks.ssh_hosts import find_sshd
 from tests.support.ollama_server import NO_OLLAMA, OllamaServer, find_ollama
 
 NEED_OLLAMA = ("02_hybrid_routing.ipynb",)
