@@ -102,11 +102,13 @@ class Workers:
         return self.links.invitations
 
     def use_engine(self, engine: Engine) -> None:
-        """From now on, workers count as compatible if this engine can use them.
+        """From now on, workers count as compatible if this engine can use them, and only calibrations of its build
+        are used.
 
         Raises:
             EngineIncompatibleError: its RPC protocol is another one than that of the workers.
         """
+        self.calibrations.engine = engine.version
         self._client = Client.of(engine)
 
     def add(self, endpoint: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.workers import calibrations
 from sollol_nb.llama_cpp.workers.calibrations import (
     CALIBRATIONS_KEPT,
@@ -18,6 +19,8 @@ from sollol_nb.llama_cpp.workers.calibrations import (
     calibrations_frame,
     identity_of,
 )
+from sollol_nb.llama_cpp.workers.workers import Workers
+from sollol_nb.runtime.events import EventBus
 from sollol_nb.settings import config
 from tests.support.engines import run
 
@@ -100,6 +103,16 @@ def test_only_the_build_that_is_used_counts(known: Calibrations) -> None:
     assert known.of(old.identity) == new
     known.engine = "b3"
     assert known.of(old.identity) is None
+
+
+def test_a_router_predicts_from_calibrations_of_the_build_that_it_uses(known: Calibrations) -> None:
+    older, newer = calibration(), calibration(engine="b2", measured_at=2000.0)
+    run(known.keep([older, newer]))
+    router_workers = Workers([LOCAL], EventBus())
+
+    assert router_workers.calibration_of(LOCAL) == newer
+    router_workers.use_engine(Engine(server=Path("server"), worker=Path("worker"), version="b1", source="PATH"))
+    assert router_workers.calibration_of(LOCAL) == older
 
 
 def test_answers_correct_a_calibration_step_by_step(known: Calibrations) -> None:
