@@ -12,13 +12,14 @@ from sollol_nb.settings.endpoints import worker_target
 
 
 async def calibrate_workers(workers: Sequence[str], show: Callable[[str], None]) -> list[Calibrated]:
-    """Measure these workers, or this machine and all workers of this user; none is started or stopped.
+    """Measure these workers, or this machine and all workers of this user. Machines named for ssh are connected.
 
     Args:
+        workers: each as `host:port`, or those of a machine as `ssh://host`.
         show: gets a line for each as soon as it is measured.
 
     Raises:
-        ConfigError: one is not an endpoint.
+        ConfigError: one is neither.
         EngineError: llama.cpp cannot be used here.
     """
 

@@ -229,7 +229,7 @@ def _calibrate_arguments(parser: argparse.ArgumentParser) -> None:
         "workers",
         nargs="*",
         metavar="WORKER",
-        help="host:port; default: this machine and all workers of this user",
+        help="host:port, or ssh://host; default: this machine and all workers of this user",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 

@@ -32,9 +32,8 @@ property of a worker; with this weight a worker that is three times slower is st
 HOP_WEIGHT = 0.01
 """Of explanations that fit equally well, the one with the smaller hop is chosen."""
 
-
 KNOWN_HOP_WEIGHT = 1.0
-"""The same where hops were calibrated: more than these is no likely explanation."""
+"""The same where hops were calibrated: a longer hop is then an unlikely explanation."""
 
 VALUE_BYTES = 4  # of a value between workers: f32
 
@@ -102,7 +101,7 @@ class WorkerSpeeds:
         ms_per_byte: of each known worker.
         usual_ms_per_byte: of the others; None if nothing is known about these.
         hop_ms: spent for each worker besides the network round trip.
-        hops_ms: the same of each worker where it was calibrated, besides `hop_ms`.
+        hops_ms: what each calibrated worker takes in addition to `hop_ms`.
         bytes_per_s: of the way to each worker, where it was calibrated.
         own_ms: spent by the coordinator.
     """
@@ -131,7 +130,7 @@ class WorkerSpeeds:
             work_ms = self.work_ms(part)
             if work_ms is None:
                 return TokenTime(
-                    (), f"no token of this model was measured yet, and {part.endpoint} not calibrated"
+                    (), f"no token of this model was measured yet, and {part.endpoint} was not calibrated"
                 )
             part_ms.append(work_ms + part.round_trip_ms)
         return TokenTime(tuple(part_ms), own_ms=self.own_ms)

@@ -221,7 +221,7 @@ def test_a_worker_that_was_not_calibrated_makes_the_time_unknown_until_a_token_w
 
     token = predict(CALIBRATED, layout)
     assert token.token_ms is None
-    assert token.unknown == "no token of this model was measured yet, and w3 not calibrated"
+    assert token.unknown == "no token of this model was measured yet, and w3 was not calibrated"
     assert predict(calibrate(measured(ALIKE, (8, 8, 9)), CALIBRATED), layout).token_ms is not None
 
 

@@ -10,8 +10,8 @@ unknowns of three equations: with r the round trip, which is measured by probes,
 where own is what the coordinator itself spends, which is measured without workers. Bytes per second are those that
 the operating system counts while the wide model is sent.
 
-A worker is claimed like one for a model, so nobody else takes it meanwhile, and one that is held or busy is left
-alone. Workers of one machine are measured one after the other, different machines at the same time.
+A worker is claimed as for a model, so that nobody else takes it during the measurement; one that is held or busy
+is left alone. Workers of one machine are measured one after the other, different machines at the same time.
 """
 
 from __future__ import annotations
@@ -56,16 +56,16 @@ from sollol_nb.settings.endpoints import SSH, addresses_of, is_loopback, is_targ
 
 MODEL_NAME = "a calibration"
 LIMIT_S = 120.0
-"""Of one worker; over a slow network most of it is for sending the model."""
+"""For one worker; over a slow network, sending the model takes most of it."""
 LEFT_ALONE_S = 15.0
-"""A coordinator whose kernel has died ends so soon."""
+"""A coordinator ends this long after its kernel has died."""
 PROBES = 5
 PROMPT_TOKENS = 64
 GENERATED_TOKENS = 8
 MIN_MEASUREMENTS, MIN_MEASURED_S = 3, 0.2
-"""At least so often, and for so long."""
+"""Each time is measured at least this often, and for at least this long."""
 TOKENS_LIMIT_S, PROMPTS_LIMIT_S = 0.8, 0.8
-"""After so long nothing is measured again: for the tokens and the prompts of one model."""
+"""No measurement is repeated after this time: for the tokens and the prompts of one model."""
 CLOSE_SHARE = 0.05
 """Measurements are close together if they differ by at most this share."""
 COUNT_EVERY_S = 0.01
@@ -74,7 +74,7 @@ FIRST_SHARE, LAST_SHARE = 0.15, 0.98
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibrated:
-    """What became of measuring a worker.
+    """The result of measuring a worker.
 
     Attributes:
         endpoint: the worker, or `THIS_MACHINE`.
@@ -122,14 +122,15 @@ class Calibrator:
             first_port: the first port to try for the coordinators.
 
         Returns:
-            This machine first, then the workers in the order of `endpoints`. One that is not free, or is lost
-            meanwhile, is one of them with its problem.
+            This machine first, then the workers in the order of `endpoints`. A worker that is not free, or is lost
+            during the measurement, is among them with its problem.
 
         Raises:
             ConfigError: a worker of `endpoints` is not known.
             EngineError: the models cannot be written.
+            EngineIncompatibleError: the engine speaks another RPC protocol than workers do.
         """
-        self._workers.calibrations.engine = engine.version
+        self._workers.use_engine(engine)
         self._next_port = 0
         statuses = {worker.endpoint: worker for worker in await self._workers.refresh()}
         if endpoints is None:
@@ -161,7 +162,7 @@ class Calibrator:
     async def _reported(
         self, engine: Engine, worker: WorkerStatus | None, first_port: int, *, own_ms: float
     ) -> Calibrated:
-        """Measure one, keep the result, and publish it."""
+        """Measure one worker, or this machine; keep the result, and publish it."""
         endpoint = worker.endpoint if worker else THIS_MACHINE
         name = worker.label if worker else THIS_MACHINE
         problem, calibration = "", None

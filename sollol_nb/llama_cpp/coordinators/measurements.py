@@ -41,7 +41,7 @@ class TokenMeasurements:
         self._under_way: Counter[str] = Counter()  # requests by model
         self._concurrent: set[str] = set()  # models with several requests, until the last of these has ended
         self._answers_ms: dict[str, deque[float]] = {}  # by the URL of the coordinator
-        self._counts: Counter[str] = Counter()  # answers that were measured, by the URL of the coordinator
+        self._counts: Counter[str] = Counter()  # answers since `take_answers`, by the URL of the coordinator
         self._kept: dict[Path, dict[_Layout, Measurement]] = {}
         events.subscribe(self._on_event)
 
@@ -53,9 +53,12 @@ class TokenMeasurements:
         seconds = coordinator.pace.seconds_per_token
         return None if seconds is None else seconds * 1000
 
-    def answer_count(self, coordinator: Coordinator) -> int:
-        """How many answers of a coordinator were measured alone."""
-        return self._counts[coordinator.base_url]
+    def take_answers(self, coordinator: Coordinator, at_least: int) -> bool:
+        """Whether so many answers of a coordinator were measured alone since this was last true."""
+        if self._counts[coordinator.base_url] < at_least:
+            return False
+        del self._counts[coordinator.base_url]
+        return True
 
     def keep(self, coordinator: Coordinator, round_trips_ms: Mapping[str, float | None]) -> None:
         """Remember what was measured on a coordinator that is about to end."""
@@ -124,7 +127,7 @@ class TokenMeasurements:
         weight_bytes = max(1, sum(facts.layer_bytes) + facts.output_bytes)
         own = self._calibration_of(THIS_MACHINE)
         return WorkerSpeeds(
-            # All blocks of a model are about as large, so what they cost besides counts with their bytes.
+            # All blocks of a model are about as large, so their own cost is added to that of their bytes.
             {
                 endpoint: calibration.ms_per_byte + calibration.block_ms * facts.layer_count / weight_bytes
                 for endpoint, calibration in found.items()

@@ -61,7 +61,6 @@ class CoordinatorPool:
         self._lost: dict[RouteKey, frozenset[str]] = {}
         self._starting: defaultdict[RouteKey, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._closings = 0
-        self._corrected: dict[str, int] = {}
         events.subscribe(self._on_event)
 
     @property
@@ -216,18 +215,17 @@ class CoordinatorPool:
         if event.kind != EventKind.REQUEST_FINISHED:
             return
         for coordinator in self.coordinators:
-            count = self._measurements.answer_count(coordinator)
-            if coordinator.base_url == event.data.get("place") and count and count % ANSWERS_PER_CORRECTION == 0:
-                submit(self._correct_calibrations(coordinator, count))
+            is_this = coordinator.base_url == event.data.get("place")
+            if is_this and self._measurements.take_answers(coordinator, ANSWERS_PER_CORRECTION):
+                submit(self._correct_calibrations(coordinator))
 
-    async def _correct_calibrations(self, coordinator: Coordinator, answer_count: int) -> None:
-        if self._corrected.get(coordinator.base_url) == answer_count:
-            return  # the last answer was not measured
-        self._corrected[coordinator.base_url] = answer_count
+    async def _correct_calibrations(self, coordinator: Coordinator) -> None:
         factors = self._measurements.corrections(coordinator, self.coordinators, self._workers.round_trips_ms)
+        # That of a local worker may have been measured on another one.
+        calibrations = {endpoint: self._workers.calibration_of(endpoint) for endpoint in factors}
         try:
             await self._workers.calibrations.correct(
-                {self._workers.identity_of(endpoint): factor for endpoint, factor in factors.items()}
+                {known.identity: factors[endpoint] for endpoint, known in calibrations.items() if known}
             )
         except SollolError as error:
             logger.warning("calibrations were not corrected: %s", error)

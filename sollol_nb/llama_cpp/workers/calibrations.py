@@ -53,12 +53,12 @@ class Calibration:
         measured_at: seconds since the epoch.
         round_trip_ms: of the network; None for this machine.
         bytes_per_s: of weights on the way to the worker; None where they are not sent.
-        hop_ms: what the engine spends for each token and worker besides; for this machine, for each token.
+        hop_ms: what the engine spends in addition for each token and worker; for this machine, for each token.
         block_ms: what it spends for each block, whatever its size.
         ms_per_byte: of weights, for each generated token.
         prompt_ms_per_byte: of weights, for each token of a prompt.
-        threads: of a worker that was started here; None for others.
-        corrections: how often answers to requests have corrected `ms_per_byte` since.
+        threads: of the CPU, for a worker that was started here; None for others.
+        corrections: how often answers to requests have corrected `ms_per_byte` since the measurement.
     """
 
     identity: str
@@ -88,7 +88,7 @@ class Calibration:
         """The calibration of an `asdict`; keys of newer versions are ignored.
 
         Raises:
-            TypeError, ValueError: it is not one.
+            TypeError, ValueError: a value is missing, or of another type or size.
         """
         known = {field.name: data[field.name] for field in fields(cls) if field.name in data}
         found = cls(**known)
@@ -146,7 +146,7 @@ class Calibrations:
     """The calibrations of this user, in a file that all kernels share.
 
     Attributes:
-        engine: the build that is used now; "" while it is not known. Others count only then.
+        engine: the build that is used now; calibrations of others count only while it is not known ("").
     """
 
     def __init__(self) -> None:
@@ -165,9 +165,8 @@ class Calibrations:
         """The calibration of a worker, as measured with the build that is used; None if there is none.
 
         Args:
-            threads: of a worker that was started here: another one here with as many threads stands for it, and
-            one
-                at its endpoint with other threads does not.
+            threads: of a worker that was started here: the calibration of another one here with as many threads
+                counts for it, and that of an earlier one at its endpoint with other threads does not.
         """
         self._read()
         known = [calibration for calibration in self._known.values() if self.engine in ("", calibration.engine)]

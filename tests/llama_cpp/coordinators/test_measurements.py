@@ -47,6 +47,21 @@ def test_the_pace_stands_in_until_an_answer_was_measured() -> None:
     assert measured.token_ms(running) == 25, "the median of the answers"
 
 
+def test_answers_count_towards_one_correction_and_only_on_one_coordinator() -> None:
+    bus = EventBus()
+    measured, running = TokenMeasurements(bus), coordinator(7, 6)
+    taken = []
+    for _ in range(4):
+        answer(bus, 50)
+        taken.append(measured.take_answers(running, 2))
+    answer(bus, 50)
+    measured.keep(running, ROUND_TRIPS)  # it ends; the next one has the same port
+    answer(bus, 50)
+
+    assert taken == [False, True, False, True]
+    assert not measured.take_answers(running, 2)
+
+
 def test_answers_that_ran_side_by_side_measure_nothing() -> None:
     bus = EventBus()
     measured, running = TokenMeasurements(bus), coordinator(7, 6, seconds_per_token=0.04)
