@@ -83,15 +83,37 @@ class Planner:
         self._running = running
         self._measurements = measurements
 
+    async def connect(self, start: Start, settings: PoolSettings) -> None:
+        """Connect the machines whose workers a start may use, before its plan. Where llama.cpp has to be installed
+        on one, this takes minutes.
+
+        Raises:
+            EngineIncompatibleError: the engine here speaks another RPC protocol than workers do.
+            WorkersUnavailableError: another process has been starting links for a minute.
+        """
+        self._workers.use_engine(start.engine)
+        if start.layout is not None:  # over workers that are connected
+            return
+
+        async def engine() -> Engine:
+            return start.engine
+
+        if self._may_share(settings):
+            await self._workers.links.share_invited()
+        await self._workers.links.connect(keep_alive_s=settings.keep_alive_s, engine=engine)
+
+    def _may_share(self, settings: PoolSettings) -> bool:
+        """Whether workers are used that nobody has named: who has named some, or wants none to be found, gets no
+        others unasked."""
+        return settings.auto_discover_rpc or (settings.auto_discover_rpc is None and not self._workers.has_named)
+
     async def plan(self, start: Start, settings: PoolSettings) -> PlanOverDevices:
         """The plan for a start; coordinators that ended kernels left end where free workers do not suffice.
 
         Raises:
-            EngineIncompatibleError: the engine here speaks another RPC protocol than workers do.
             WorkersUnavailableError: there are no free workers, or those of the given layout are not free.
             ModelDoesNotFitError: their memory does not hold the model.
         """
-        self._workers.use_engine(start.engine)
         if start.layout is not None:
             return await self._plan_layout(start, start.layout)
         cooling = {endpoint for endpoint in self._workers.endpoints if self._workers.cool_down_s(endpoint)}
@@ -162,16 +184,7 @@ class Planner:
                 if worker.state == "free" and worker.endpoint not in barred
             ]
 
-        async def engine() -> Engine:
-            return start.engine
-
-        # Who has named the workers to use, or wants none to be found, gets no others unasked.
-        may_share = settings.auto_discover_rpc or (
-            settings.auto_discover_rpc is None and not self._workers.has_named
-        )
-        if may_share:
-            await self._workers.links.share_invited()
-        await self._workers.links.connect(keep_alive_s=settings.keep_alive_s, engine=engine)
+        may_share = self._may_share(settings)
         await self._workers.refresh(except_for=avoided)
         if len(free()) < (wanted or 1):
             found: list[str] = []

@@ -271,6 +271,8 @@ class CoordinatorStarter:
         If another kernel was quicker with the same model, that one is adopted.
         """
         sharded = start.route.backend == DISTRIBUTED
+        if sharded:  # not within the claim, since no other start is to wait for these machines
+            await self._planner.connect(start, self.settings)
         async with self._claiming:
             if not sharded:
                 await self._running.free_memory(start.facts.file_bytes)
