@@ -118,7 +118,7 @@ def _is_endpoint(name: str) -> bool:
         parse_endpoint(name)
     except ConfigError:
         return False
-    return not name.startswith(SSH) and ":" in name
+    return ":" in name
 
 
 def _known(worker: WorkerStatus, workers: Workers) -> FoundWorker:

@@ -221,6 +221,9 @@ class Links:
                 program, spec = "ssh", _ssh_spec(engine)
             process = await start_link(program, target, spec, keep_alive_s=keep_alive_s)
             await process.hold()
+            if self._links.get(target) is not known:  # let go meanwhile
+                await process.stop_unless_foreign()
+                return
         except SollolError as error:
             self._note_failure(target, known, str(error))
         except BaseException:
@@ -231,7 +234,7 @@ class Links:
             known.process = process
             self._report_progress(target, known, link.CONNECTING, f"connecting to {target}")
 
-    async def _adopt(self, known: KnownLink, entry: Entry) -> None:
+    async def _adopt(self, target: str, known: KnownLink, entry: Entry) -> None:
         process = await EngineProcess.adopt(entry)
         if process is None:
             return
@@ -239,7 +242,7 @@ class Links:
         try:
             is_held = await process.hold()
         finally:
-            if is_held:
+            if is_held and self._links.get(target) is known:  # else it was let go meanwhile
                 known.process = process
             else:
                 process.detach()
@@ -258,14 +261,16 @@ class Links:
                 entry = links.get(target)
                 if entry is None and known.process is not None:  # its supervisor reports the end in a moment
                     await known.process.ended_within(END_REPORT_S)
+                if self._links.get(target) is not known or known.same_as:  # let go meanwhile, or not used
+                    continue
                 if known.process is not None and not known.process.is_running():
+                    if entry is not None and entry.id == known.process.entry.id:
+                        entry = None  # it was read before the end
                     self._note_end(target, known)
-                if entry is not None and known.process is None and known.is_wanted and not known.same_as:
-                    await self._adopt(known, entry)
-                if target not in self._links:  # let go meanwhile
-                    continue
-                if known.same_as:
-                    continue
+                if entry is not None and known.process is None and known.is_wanted:
+                    await self._adopt(target, known, entry)
+                    if known.process is None:  # it is ending, or this target was let go meanwhile
+                        continue
                 if entry is not None:
                     self._note(target, known, entry)
                 elif known.process is None and not known.is_wanted:
@@ -418,8 +423,8 @@ class Links:
             force: end the others, too.
             forget: know the targets no longer; else they are connected again by the next request.
         """
-        ended = []
-        for target, process in self._release(targets, forget=forget):
+
+        async def end(target: str, process: EngineProcess) -> Ended:
             users: list[str] = []
             if force:
                 await process.stop()
@@ -429,8 +434,10 @@ class Links:
             if users:
                 message += f", which is still used by {', '.join(users)}"
             self._events.publish(EventKind.LINK_STOPPED, target, message)
-            ended.append(Ended(kind=registry.LINK, name=target, users=tuple(users)))
-        return ended
+            return Ended(kind=registry.LINK, name=target, users=tuple(users))
+
+        released = self._release(targets, forget=forget)
+        return await asyncio.gather(*(end(target, process) for target, process in released))
 
     async def close(self) -> None:
         """Let go of all; links that no other process or router uses end, but not while an invitation is open."""

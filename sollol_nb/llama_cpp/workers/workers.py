@@ -349,9 +349,7 @@ class Workers:
         """
         adopted = await self.local.adopt()
         await self.refresh_holders()
-        links = await asyncio.to_thread(registry.entries, registry.LINK)
-        linked = {endpoint for entry in links for endpoint in entry.endpoints}
-        answering = [probe for probe in await discover() if probe.endpoint not in linked]
+        answering = [probe for probe in await discover() if self.links.worker(probe.endpoint) is None]
         await self._identities.resolve(probe.endpoint for probe in answering)
         probes = [probe for probe in answering if not self.knows_all([probe.endpoint])]
         found = []

@@ -15,6 +15,7 @@ import pytest
 from sollol_nb.errors import WorkersUnavailableError
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.processes import registry
+from sollol_nb.llama_cpp.processes.process import EngineProcess
 from sollol_nb.llama_cpp.processes.registry import Entry
 from sollol_nb.llama_cpp.processes.running import as_table, end_engines, engine_log, running_engines, stop_engines
 from sollol_nb.llama_cpp.workers.link_states import unique_names
@@ -179,6 +180,63 @@ def test_a_link_that_somebody_has_stopped_is_started_again_only_by_a_request(far
         assert only(mine).state == "unknown"
         mine.remove_worker(far.target)
         assert mine.check_workers() == []
+
+
+def test_an_entry_that_was_read_just_before_the_end_of_its_link_does_not_bring_it_back(
+    far: FarWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with HybridRouter(rpc_backends=[far.target]) as mine:
+        mine.add_worker(far.target)
+        before = registry.entries()
+        run(stop_engines([far.target]))
+        with monkeypatch.context() as patch:
+            patch.setattr(registry, "entries", lambda kind=None: before)
+            assert only(mine).state == "unknown"
+        assert about_machines(mine) == [EventKind.LINK_READY, EventKind.LINK_STOPPED]
+
+
+def test_a_target_that_is_removed_while_its_link_is_adopted_is_not_held(
+    far: FarWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with HybridRouter(rpc_backends=[far.target]) as first, HybridRouter(rpc_backends=[far.target]) as second:
+        first.add_worker(far.target)
+        adopt = EngineProcess.adopt
+
+        async def adopt_late(entry: Entry) -> EngineProcess | None:
+            process = await adopt(entry)
+            await second._async.remove_worker(far.target)
+            return process
+
+        with monkeypatch.context() as patch:
+            patch.setattr(EngineProcess, "adopt", adopt_late)
+            assert second.add_workers([far.target]) == []
+        assert second.check_workers() == []
+        assert leases(the_link()) == 1
+
+
+def test_a_model_on_this_machine_starts_while_another_machine_is_being_connected(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    silent = tmp_path / "ssh"
+    silent.write_text("#!/bin/sh\nexec sleep 600\n")
+    silent.chmod(0o755)
+    monkeypatch.setenv("SOLLOL_SSH", str(silent))
+    with HybridRouter(rpc_backends=["ssh://gpu1"], auto_discover_rpc=False) as mine:
+
+        async def ask() -> None:
+            connecting = asyncio.Event()
+            mine.events.subscribe(
+                lambda event: connecting.set() if event.kind is EventKind.LINK_CONNECTING else None
+            )
+            sharded = asyncio.create_task(mine._async.route_request("demo:sharded", QUESTION, max_tokens=2))
+            await connecting.wait()
+            local = await mine._async.route_request("demo", QUESTION, backend="local", max_tokens=2)
+            assert local["done"]
+            assert not sharded.done()
+            sharded.cancel()
+            await asyncio.gather(sharded, return_exceptions=True)
+
+        run(ask())
 
 
 def test_a_link_in_use_is_listed_and_its_log_can_be_read(far: FarWorker) -> None:
