@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
@@ -36,6 +36,7 @@ ENDLESS_CONTEXT_TOKENS = 32768
 QUESTION = "What is a worker?"
 
 posix_only = pytest.mark.skipif(os.name != "posix", reason="POSIX signals, file modes and process groups")
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG")
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
@@ -126,6 +127,15 @@ def is_alive(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def kill_at_once(processes: Iterable[psutil.Process]) -> None:
+    """Kill them so that none can act on the end of another one."""
+    victims = list(processes)
+    for process in victims:
+        process.suspend()
+    for process in victims:
+        process.kill()
 
 
 def all_end(processes: list[psutil.Process]) -> None:

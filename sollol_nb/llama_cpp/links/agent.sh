@@ -13,7 +13,8 @@
 #
 # Everything ends when stdin does, or is silent for too long. POSIX sh has no `read` with a limit, so there are
 # processes: `listen` reads stdin, and wakes `serve`, which counts seconds and owns the workers; `guard` ends the
-# workers when `serve` itself is killed.
+# workers when `serve` itself is killed. Where all of these are killed at the same moment, Linux ends the workers
+# (PR_SET_PDEATHSIG, by util-linux' setpriv), other systems do not.
 
 program=$1 silence=$2 seed=$3 threads=$4
 shift 4
@@ -31,7 +32,8 @@ start_worker() {
         seed=$(((seed * 75 + 74) % 65537))
         port=$((16384 + seed % 16384)) # below the ports that systems give to outgoing connections
     fi
-    "$program" -H 127.0.0.1 -p "$port" -t "$threads" -d "$device" </dev/null >&2 3>&- &
+    # shellcheck disable=SC2086 # they are separate words
+    $tied "$program" -H 127.0.0.1 -p "$port" -t "$threads" -d "$device" </dev/null >&2 3>&- &
     eval "pid_$1=$! port_$1=$port since_$1=$clock"
     tell_guard
     echo "worker $1 $port" >&3
@@ -124,6 +126,8 @@ for name in $(env | sed -n '/^LLAMA_CACHE=/d; s/^\(LLAMA_[A-Z0-9_]*\)=.*/\1/p; s
     unset "$name" # as `config.child_environment` does here
 done
 export GGML_NO_BACKTRACE=1
+tied=
+if setpriv --pdeathsig KILL true 2>/dev/null; then tied="setpriv --pdeathsig KILL"; fi
 trap '' PIPE # workers inherit this: a client that disconnects must not end them
 exec 3>&1 4<&0
 serve "$@" | guard 3>&- 4<&-

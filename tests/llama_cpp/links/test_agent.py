@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from sollol_nb.llama_cpp.links import ssh
-from tests.support.engines import HANG_GUARD_S, eventually, is_alive, posix_only
+from tests.support.engines import HANG_GUARD_S, eventually, is_alive, kill_at_once, linux_only, posix_only
 
 pytestmark = posix_only
 
@@ -143,3 +143,28 @@ def test_all_ends_when_no_heartbeat_comes_and_a_worker_that_ends_at_once_gets_an
         assert (kind, index) == ("worker", "0")
         assert other != port
         running.ended()
+
+
+@linux_only
+@pytest.mark.parametrize("shell", SHELLS, ids=" ".join)
+def test_workers_end_where_all_of_the_script_is_killed_at_the_same_moment(
+    tmp_path: Path, shell: tuple[str, ...]
+) -> None:
+    with agent(tmp_path, shell, "CPU", "CUDA0") as running:
+        assert [running.line()[0], running.line()[0]] == ["worker", "worker"]
+        log = tmp_path / "log"
+        eventually(lambda: log.exists() and len(log.read_text().splitlines()) == 2, "both have started")
+        workers = running.workers()
+        kill_at_once(
+            process
+            for process in [
+                psutil.Process(running.process.pid),
+                *psutil.Process(running.process.pid).children(recursive=True),
+            ]
+            if process not in workers and process.parent() not in workers
+        )
+        try:
+            eventually(lambda: not any(map(is_alive, workers)), "no worker is left")
+        finally:
+            for worker in filter(is_alive, workers):
+                worker.kill()

@@ -17,7 +17,7 @@ from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.processes.registry import Entry
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.sync_wrapper import HybridRouter
-from tests.support.engines import QUESTION, eventually, is_alive, posix_only, run
+from tests.support.engines import QUESTION, eventually, is_alive, kill_at_once, linux_only, posix_only, run
 from tests.support.machines import Machine, running_machines, short_folder, wait_gone
 from tests.support.supervised import nothing_is_left
 
@@ -156,6 +156,21 @@ def test_after_the_loss_of_any_process_of_the_link_its_worker_comes_back_at_the_
             eventually(lambda: list(the_link().endpoints) == [endpoint], "it is reached")
         assert the_link().pid == link_pid
         assert answer(mine) == "A worker"
+
+
+@linux_only
+def test_where_all_that_watches_a_worker_is_killed_at_once_the_worker_ends_and_comes_back(
+    gpu1: Machine, engine: Engine
+) -> None:
+    with link_to(gpu1, engine) as entry:
+        eventually(lambda: entry().about["state"] == link.READY, "it is ready")
+        worker = worker_there(gpu1)
+        kill_at_once(
+            process for process in [agent(gpu1), *agent(gpu1).children(recursive=True)] if process != worker
+        )
+        eventually(lambda: not is_alive(worker), "the worker ends")
+        eventually(lambda: workers_there(gpu1), "another one is started")
+        eventually(lambda: entry().endpoints, "it is reached")
 
 
 @pytest.mark.parametrize("victim", ["pid", "supervisor_pid"])
