@@ -62,7 +62,7 @@ def _describe(target: str, error: OSError | TimeoutError) -> str:
     if isinstance(error, ConnectionRefusedError):
         host, port = parse_endpoint(target)
         return f"nothing listens on {target}; start a worker there: ggml-rpc-server -H {host} -p {port}"
-    why = f"no answer within {CONNECT_LIMIT_S:g} s" if isinstance(error, TimeoutError) else error.strerror
+    why = f"no answer within {CONNECT_LIMIT_S:g} s" if isinstance(error, TimeoutError) else error.strerror or error
     return f"{target} cannot be reached ({why}); check the address, the network and the firewall"
 
 

@@ -39,7 +39,7 @@ BUILD_NEEDS_BYTES = 100 * MIB
 GPU_BUILD_NEEDS_BYTES = 1024 * MIB
 REPORT_INTERVAL_S = 1.0
 
-_SCRIPT = Path(__file__).with_name("engine.sh").read_text()
+_SCRIPT = Path(__file__).with_name("engine.sh").read_text("utf-8")
 _ERROR = re.compile(r"\berror\b.*: |\berror: |undefined reference|Killed|\bfatal\b|No space left")
 _LOG_LINES = 80
 _READ_BYTES = 64 * 1024

@@ -17,7 +17,9 @@ from sollol_nb.llama_cpp.engine.tools import COMPILER, Backend, install_command
 
 MIB = 1024 * 1024
 _ENGINES_LIMIT = 64
-_PATH_LIMIT = 1024
+_DEVICES_LIMIT = 64
+_VALUE_LIMIT = 4096
+_BOOT_LIMIT = 64
 _TOO_OLD_CMAKE = (3, 14)  # llama.cpp needs this one
 _COMPILERS = ("c++", "g++", "clang++")
 _TOOLKITS: dict[Backend, str] = {"cuda": "nvcc", "hip": "hipcc"}
@@ -115,7 +117,7 @@ class Facts:
             if key == "record" and "engine" in values and len(engines) < _ENGINES_LIMIT:
                 engines.append(FoundEngine(values["engine"], _record(value)))
             elif equals:
-                values[key] = "".join(filter(str.isprintable, value[: _PATH_LIMIT * 4]))
+                values[key] = "".join(filter(str.isprintable, value[:_VALUE_LIMIT]))
         if values.get("end") != "probe":
             raise ValueError("its report is not complete")
         tools = {key.removeprefix("tool."): path for key, path in values.items() if key.startswith("tool.")}
@@ -125,7 +127,7 @@ class Facts:
             architecture=values["architecture"],
             libc=values.get("libc", ""),
             user=values.get("user", ""),
-            boot=values.get("boot", ""),
+            boot=values.get("boot", "")[:_BOOT_LIMIT],
             network=values.get("network", ""),
             features=cpu_features(values.get("flags", "")),
             cores=max(1, _number(values.get("cores", ""))),
@@ -151,7 +153,8 @@ class Facts:
 
         Containers of one machine have networks of their own, and users have folders of their own.
         """
-        return " ".join((self.boot, self.network, self.user, self.folder)) if self.boot else ""
+        facts = "\n".join((self.boot, self.network, self.user, self.folder))
+        return hashlib.sha256(facts.encode()).hexdigest()[:32] if self.boot else ""
 
     @property
     def backends(self) -> list[Backend]:
@@ -281,7 +284,7 @@ def devices(lines: Sequence[str]) -> tuple[RemoteDevice, ...]:
     Beside GPUs, layers on the CPU would slow down each token by more than they add memory for.
     """
     found = []
-    for line in lines:
+    for line in lines[:_DEVICES_LIMIT]:
         if match := _DEVICE.fullmatch(line.strip()):
             name, description, total, free = match.groups()
             text = "".join(filter(str.isprintable, description))[:100]

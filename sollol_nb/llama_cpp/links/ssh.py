@@ -11,7 +11,7 @@ import contextlib
 import random
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,8 @@ STEADY_S = 60.0
 """After so long, the pauses begin anew."""
 START_LIMIT_S = 120.0
 """For a worker to listen: a GPU driver may take long."""
+FIRST_LIMIT_S = 300.0
+"""Until it is known of each worker of a new link whether it can be reached."""
 POLL_S = 0.1
 MAX_ENDS = 3
 """A worker that ends so often before it has answered is not waited for."""
@@ -186,7 +188,12 @@ class _Link:
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
     async def _follow(self, session: Session) -> int:
-        """Act on what the agent reports, until it ends; returns its exit code."""
+        """Act on what the agent reports, until it ends; returns its exit code.
+
+        Raises:
+            LinkError: no worker was reached the first time.
+        """
+        limit = asyncio.get_running_loop().time() + FIRST_LIMIT_S
         events: asyncio.Queue[str | None] = asyncio.Queue(64)
 
         async def read() -> None:
@@ -207,25 +214,45 @@ class _Link:
                 device.is_given_up, device.why = True, str(error)
             await events.put("")
 
-        await session.begin()
+        async with self._limited(limit):
+            await session.begin()
         reading = asyncio.create_task(read())
         beating = asyncio.create_task(beat())
         attaching: dict[str, asyncio.Task[None]] = {}
         devices = list(self._devices.values())
         try:
-            while (line := await events.get()) is not None:
+            while True:
+                async with self._limited(None if self._was_ready else limit):
+                    line = await events.get()
+                if line is None:
+                    return await session.wait()
                 for device, remote_port in self._understood(line, devices, session):
                     if (before := attaching.pop(device.name, None)) is not None:
                         before.cancel()
+                        await asyncio.gather(before, return_exceptions=True)  # it may be forwarding the port
                     if remote_port:
                         attaching[device.name] = asyncio.create_task(attach(device, remote_port))
                 await self._tell_workers()
-            return await session.wait()
         finally:
             tasks = [reading, beating, *attaching.values()]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    @contextlib.asynccontextmanager
+    async def _limited(self, limit: float | None) -> AsyncIterator[None]:
+        """Wait for the agent until a limit, in the loop's time.
+
+        Raises:
+            LinkError: the limit is over.
+        """
+        try:
+            async with asyncio.timeout_at(limit):
+                yield
+        except TimeoutError:
+            raise LinkError(
+                f"{self._host}: its workers did not start within {FIRST_LIMIT_S:g} s; is it overloaded?"
+            ) from None
 
     def _understood(self, line: str, devices: list[_Device], session: Session) -> list[tuple[_Device, int]]:
         """The device that a line of the agent is about, and the port of its new worker there, 0 if it ended.
@@ -258,12 +285,13 @@ class _Link:
             if device.remote_port is not None:
                 with contextlib.suppress(LinkError):
                     await self._shell.stop_forwarding(device.port, device.remote_port)
+            device.remote_port = remote_port  # also if this is cancelled meanwhile
             try:
                 await self._shell.forward(device.port, remote_port)
             except LinkError:  # another program has taken the port
-                device.port = self._free_port()
+                device.port, device.remote_port = self._free_port(), None
                 await self._shell.forward(device.port, remote_port)
-            device.remote_port = remote_port
+                device.remote_port = remote_port
         deadline = asyncio.get_running_loop().time() + START_LIMIT_S
         while why := await self._shell.why_unreachable(device.port, remote_port):
             if asyncio.get_running_loop().time() > deadline:

@@ -35,6 +35,7 @@ FORWARD_LIMIT_S = 15.0
 REACH_LIMIT_S = 10.0
 SOCKET_PATH_LIMIT = 80
 """Characters; the system has 104 or 108 with the suffix of 17 that ssh adds for a moment."""
+DISCARDED_BYTES = 64 * 1024
 POLL_S = 0.02
 FOLDER_PREFIX = "sollol-ssh-"
 
@@ -212,7 +213,8 @@ class Shell:
                     reader, writer = await asyncio.open_connection(LOOPBACK, local_port)
                     try:
                         writer.write_eof()
-                        await reader.read()
+                        while await reader.read(DISCARDED_BYTES):  # it may send without end
+                            pass
                     finally:
                         writer.transport.abort()
                     await asyncio.sleep(POLL_S)  # what it has printed is read in another task
@@ -286,7 +288,8 @@ class Shell:
 
     def _sharing(self) -> list[str]:
         """Options of a process that goes through the master, and never connects itself."""
-        return ["-F", "none", "-S", self._socket, "-o", "ControlMaster=no", "-o", "ProxyCommand=false", "-T"]
+        alone = ("-o", "BatchMode=yes", "-o", "ProxyCommand=false")
+        return ["-F", "none", "-S", self._socket, "-o", "ControlMaster=no", *alone, "-T"]
 
     async def _session(self, script: str, arguments: Sequence[str], stdin: Stdin) -> Session:
         marker = secrets.token_hex(8)
@@ -350,5 +353,6 @@ def _remove_left_folders(parent: Path) -> None:
     """Remove folders of this user whose socket nobody listens on."""
     for folder in parent.glob(f"{FOLDER_PREFIX}*"):
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as trial:
+            trial.settimeout(POLL_S)
             if folder.lstat().st_uid == os.getuid() and trial.connect_ex(str(folder / "s")) == errno.ECONNREFUSED:
                 shutil.rmtree(folder, ignore_errors=True)

@@ -256,3 +256,5 @@ def test_a_gpu_is_preferred_to_the_cpu_and_other_lines_are_no_devices() -> None:
     ]
     assert [device.name for device in remote_facts.devices(lines)] == ["Metal"]
     assert [device.name for device in remote_facts.devices(lines[:2])] == ["CPU"]
+    many = [f"CUDA{number}: g (10 MiB, 5 MiB free)" for number in range(1000)]
+    assert len(remote_facts.devices(many)) == 64

@@ -7,6 +7,8 @@ import re
 import shlex
 import socket
 import subprocess
+import sys
+import tracemalloc
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import pytest
 
 from notebooks.ssh_hosts import make_key
 from sollol_nb.errors import LinkError
+from sollol_nb.llama_cpp.links import ssh_shell
 from sollol_nb.llama_cpp.links.ssh_session import remote_command
 from sollol_nb.llama_cpp.links.ssh_shell import FOLDER_PREFIX, Result, Shell
 from tests.support.engines import HANG_GUARD_S, posix_only
@@ -21,6 +24,15 @@ from tests.support.machines import Machine, running_machines, short_folder
 
 pytestmark = posix_only
 
+ENDLESS = """
+import contextlib, socket
+with socket.create_server(("127.0.0.1", 0)) as server:
+    print(server.getsockname()[1], flush=True)
+    while True:
+        with contextlib.suppress(OSError), server.accept()[0] as client:
+            while True:
+                client.sendall(bytes(1024 * 1024))
+"""
 ODD = "a b'c\"d!\n\\x$(echo q)`echo q`;é*|&"
 
 
@@ -304,6 +316,22 @@ def test_a_forwarded_port_reaches_what_listens_there_or_says_that_nothing_does(
         listener.wait()
     refused = asyncio.run(_forwarded(gpu1, 8766, shares=shares))
     assert refused == "gpu1: a connection through ssh failed (connect failed: Connection refused)"
+
+
+def test_what_sends_without_end_is_not_kept(gpu1: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ssh_shell, "REACH_LIMIT_S", 0.5)
+    sender = gpu1.start(sys.executable, "-c", ENDLESS, stdout=subprocess.PIPE)
+    assert sender.stdout is not None
+    remote_port = int(sender.stdout.readline())
+    tracemalloc.start()
+    try:
+        why = asyncio.run(_forwarded(gpu1, remote_port, shares=True))
+        assert tracemalloc.get_traced_memory()[1] < 8 * 1024**2
+    finally:
+        tracemalloc.stop()
+        sender.kill()
+        sender.communicate()
+    assert "no answer through port" in why
 
 
 def test_an_sshd_that_forbids_forwarding_is_described(own_gpu1: Machine) -> None:
