@@ -329,7 +329,8 @@ class Supervisor:
             return None
         client.greeted = True
         client.pid, client.name = int(message.get("pid", 0)), str(message.get("name", ""))[:NAME_LIMIT]
-        if self._first_client_until:
+        # The engine itself, if it is a link, may be faster than the client that has started it.
+        if self._first_client_until and client.pid != self._engine.pid:
             self._first_client_until, self._idle_since = 0.0, time.monotonic()
         return {"event": "hello", "id": self._spec["id"], "pid": self._engine.pid}
 

@@ -235,6 +235,15 @@ def test_with_a_keep_alive_of_0_one_request_can_follow_another(folder: Path) -> 
     assert supervisor.MIN_IDLE_S > 0
 
 
+def test_an_engine_that_connects_before_its_starter_is_not_taken_for_it(folder: Path) -> None:
+    program = with_constants(folder, MIN_IDLE_S=0.05, FIRST_CLIENT_S=500.0)
+    with supervised(folder, program=program, keep_alive_s=0.0) as owner:
+        link = owner.connect(pid=owner.started["pid"])
+        assert link.ask("status")["ends_in_s"] > 100
+        owner.connect()
+        assert link.exited()["why"] == "idle"
+
+
 @posix_only
 def test_lease_of_a_killed_process_ends(folder: Path) -> None:
     text = """
