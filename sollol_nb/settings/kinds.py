@@ -7,6 +7,7 @@ of the package uses. The names of the settings and their sources are in `table.p
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -239,8 +240,17 @@ def _ollama_hosts(value: Any) -> list[str]:
     return hosts
 
 
+def split_command(text: str, *, is_windows: bool = os.name == "nt") -> list[str]:
+    """A program and its options, split as a shell does; on Windows a backslash separates folders.
+
+    Raises:
+        ValueError: a quotation mark is missing.
+    """
+    return shlex.split(text.replace("\\", "\\\\") if is_windows else text)
+
+
 def _command(value: Any) -> str:
-    if not shlex.split(_text(value)):
+    if not split_command(_text(value)):
         raise ValueError
     return str(value)
 

@@ -1,11 +1,11 @@
-"""Kinds of settings: how a keep_alive is read."""
+"""Kinds of settings: how a keep_alive and a command are read."""
 
 from __future__ import annotations
 
 import pytest
 
 from sollol_nb.errors import ConfigError
-from sollol_nb.settings.kinds import keep_alive_seconds
+from sollol_nb.settings.kinds import keep_alive_seconds, split_command
 
 
 @pytest.mark.parametrize(
@@ -49,3 +49,11 @@ def test_an_invalid_keep_alive_is_refused_with_an_example(value: object) -> None
     with pytest.raises(ConfigError, match=r'is not a time; use seconds, "10m", 0, or "forever"') as caught:
         keep_alive_seconds(value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_command_may_have_quotes_and_on_windows_paths_with_backslashes() -> None:
+    assert split_command("ssh -F 'my config'", is_windows=False) == ["ssh", "-F", "my config"]
+    assert split_command(r'"C:\Program Files\OpenSSH\ssh.exe" -v', is_windows=True) == [
+        r"C:\Program Files\OpenSSH\ssh.exe",
+        "-v",
+    ]

@@ -16,7 +16,6 @@ once that is known: two sets of workers would share these devices. It is used ag
 from __future__ import annotations
 
 import asyncio
-import shlex
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from typing import Any, Protocol
 
@@ -36,6 +35,7 @@ from sollol_nb.runtime.events import EventBus, EventKind
 from sollol_nb.runtime.http_client import one_line
 from sollol_nb.settings import config
 from sollol_nb.settings.endpoints import INVITATIONS, SSH
+from sollol_nb.settings.kinds import split_command
 
 POLL_S = 0.1
 END_REPORT_S = 2.0
@@ -472,7 +472,7 @@ class Links:
 def _ssh_spec(engine: Engine) -> dict[str, Any]:
     """The arguments of a link over SSH."""
     return {
-        "ssh": shlex.split(config.default("ssh")),
+        "ssh": split_command(config.default("ssh")),
         "server": str(engine.server),
         "worker": str(engine.worker),
         "version": engine.version,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from sollol_nb.errors import LinkError
 from sollol_nb.llama_cpp.links.ssh_shell import Shell
 from sollol_nb.llama_cpp.workers.announcements import cleaned
 from sollol_nb.settings import config
+from sollol_nb.settings.kinds import split_command
 from sollol_nb.text.tables import counted
 
 HOSTS_AT_ONCE = 8
@@ -48,7 +48,7 @@ async def look_at(targets: Sequence[str]) -> list[SshHost]:
     gate = asyncio.Semaphore(HOSTS_AT_ONCE)
 
     async def look(target: str) -> SshHost:
-        shell = Shell(target, shlex.split(config.default("ssh")))
+        shell = Shell(target, split_command(config.default("ssh")))
         async with gate:
             try:
                 await shell.open()
