@@ -86,7 +86,7 @@ def _as_json(value: Any) -> Any:
 
 
 def discover(arguments: argparse.Namespace) -> int:
-    """Look for workers that could be used; nothing is started, and other machines are asked only where named."""
+    """Look for workers that could be used. Starts nothing, and contacts other machines only if you name them."""
     from sollol_nb.cli.discover import found_workers
     from sollol_nb.llama_cpp.workers.discovery import as_table
     from sollol_nb.runtime.io_loop import run_blocking
@@ -274,8 +274,8 @@ def _invite_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "name", nargs="?", metavar="NAME", help="name of the workers (default: the name of their machine)"
     )
-    parser.add_argument("--uses", type=int, default=1, metavar="N", help="so many machines may join (default: 1)")
-    parser.add_argument("--for", dest="duration", default="1h", metavar="TIME", help="how long (default: 1h)")
+    parser.add_argument("--uses", type=int, default=1, metavar="N", help="how many machines may join (default: 1)")
+    parser.add_argument("--for", dest="duration", default="1h", metavar="TIME", help="for how long (default: 1h)")
     parser.add_argument("--host", metavar="ADDRESS", help="listen here (default: this machine's own address)")
     parser.add_argument("--port", type=int, help="listen on this port (default: as before, at first any free one)")
 

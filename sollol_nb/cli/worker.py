@@ -27,13 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--join",
         metavar="LINK",
         help="dial the machine that made this join link, and listen on no network; - reads it from stdin, so that "
-        "it is in no list of processes (default: SOLLOL_JOIN)",
+        "process lists do not show it (default: SOLLOL_JOIN)",
     )
     parser.add_argument(
         "--give-up",
         metavar="TIME",
         default=DEFAULT_GIVE_UP,
-        help="with --join: end when that machine has been gone for so long (default: 10m)",
+        help="with --join: end when that machine has been unreachable for this long (default: 10m)",
     )
     parser.add_argument(
         "--until-eof", action="store_true", help="end when stdin does: with the program that writes to it"
@@ -47,9 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--announce",
         action="store_true",
-        help="without --join: announce it in the local network by mDNS, for `sollol-nb discover --mdns`",
+        help="without --join: announce the worker in the local network by mDNS, for `sollol-nb discover --mdns`",
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="of the CPU (default: the usable cores)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: the usable cores)")
     parser.add_argument(
         "--device",
         metavar="NAMES",

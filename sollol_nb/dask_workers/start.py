@@ -109,7 +109,7 @@ async def _revoke(router: Router, name: str) -> None:
 
 
 async def _all_connected(router: Router, name: str, count: int) -> None:
-    """Wait until so many workers that have joined by this invitation can be used."""
+    """Wait until this many workers that have joined by this invitation can be used."""
     deadline = asyncio.get_running_loop().time() + CONNECT_LIMIT_S
     while True:
         joined = [machine for machine in (await router.invitations()).joined if machine.invitation == name]

@@ -4,7 +4,7 @@
 #   PROGRAM  the RPC worker
 #   SILENCE  seconds without a line on stdin after which the connection counts as cut
 #   SEED     a random number, from which ports follow
-#   THREADS  of the CPU
+#   THREADS  CPU threads of each worker
 #
 # Prints on stdout, where INDEX counts the devices from 0:
 #   worker INDEX PORT       its worker was started, and will listen on this port

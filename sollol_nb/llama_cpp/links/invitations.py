@@ -50,7 +50,7 @@ MAX_CONNECTIONS = 64
 STREAM_LIMIT_S = 15.0
 """Until a member has made a connection that was requested."""
 WRONG_TOKEN_S = 1.0
-"""A refused peer keeps its place so long, which limits guesses to `MAX_UNKNOWN` in this time."""
+"""A refused peer keeps its place for this long, which limits guesses to `MAX_UNKNOWN` in this time."""
 END_LIMIT_S = 0.5
 
 
@@ -198,7 +198,7 @@ class Hub:
     async def _remove(self, member: Member) -> None:
         """A member that has left, or has given up, needs no port to come back to."""
         async with changing() as known:
-            members = tuple(one for one in known.members if one.secret_hash != member.secret_hash)
+            members = tuple(kept for kept in known.members if kept.secret_hash != member.secret_hash)
             memberships.write(replace(known, members=members))
 
     async def _open_endpoints(self, member: Member) -> None:
@@ -222,8 +222,8 @@ class Hub:
                 self._known = replace(
                     known,
                     members=tuple(
-                        replace(one, ports=tuple(ports)) if one.secret_hash == member.secret_hash else one
-                        for one in known.members
+                        replace(kept, ports=tuple(ports)) if kept.secret_hash == member.secret_hash else kept
+                        for kept in known.members
                     ),
                 )
                 memberships.write(self._known)
@@ -412,7 +412,7 @@ class Hub:
         """The member that this is, or becomes.
 
         Raises:
-            JoinError: it is none, and gets none; the message says why and what to do.
+            JoinError: it is not a member and does not become one; the message says why and what to do.
             ValueError: this is not a message of a worker.
         """
         facts, secret, token = Facts.of(message.get("facts")), message["secret"], message.get("token")

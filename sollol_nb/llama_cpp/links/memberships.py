@@ -92,7 +92,7 @@ class Member:
     Attributes:
         name: how people call it.
         invitation: name of the invitation it joined with.
-        facts: what it said about itself.
+        facts: what it has reported about itself.
         secret_hash: SHA-256 of the secret with which it comes back, in hex.
         ports: the loopback ports of its devices here.
     """

@@ -187,8 +187,8 @@ class _Preparation:
         if not self.own.accepts_pinned:
             raise LinkError(
                 f"{host} cannot use this machine's own llama.cpp: {why}; llama.cpp {build.VERSION}, which can be "
-                f"built there, speaks RPC protocol {build.PROTOCOL}, but this side speaks {self.own.protocol}; "
-                "unset SOLLOL_LLAMA_CPP here, and run `sollol-nb install`"
+                f"built there, speaks RPC protocol {build.PROTOCOL}, but the llama.cpp here speaks "
+                f"{self.own.protocol}; unset SOLLOL_LLAMA_CPP here, and run `sollol-nb install`"
             )
         if trouble := self.there.build_trouble():
             raise LinkError(f"cannot build llama.cpp on {host}: {trouble} ({why})")

@@ -144,7 +144,7 @@ class Facts:
 
     @property
     def name(self) -> str:
-        """Its system in words for people: `Linux x86_64 (glibc 2.36)`."""
+        """Its system as text: `Linux x86_64 (glibc 2.36)`."""
         return f"{self.system} {self.architecture}" + (f" ({self.libc})" if self.libc else "")
 
     @property

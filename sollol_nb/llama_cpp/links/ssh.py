@@ -30,20 +30,20 @@ from sollol_nb.text.tables import counted
 
 AGENT = Path(__file__).with_name("agent.sh")
 SILENCE_S = 20
-"""Without a heartbeat for so long, the far side ends its workers."""
+"""Without a heartbeat for this long, the far side ends its workers."""
 HEARTBEATS = 4
-"""In this time."""
+"""How many are sent in `SILENCE_S`."""
 FIRST_PORT, LAST_PORT = 20000, 32000  # below the ports that systems give to outgoing connections
 LONGEST_PAUSE_S = 30.0
 STEADY_S = 60.0
-"""After so long, the pauses begin anew."""
+"""After this long without a failure, the pauses are short again."""
 START_LIMIT_S = 120.0
 """For a worker to listen: a GPU driver may take long."""
 FIRST_LIMIT_S = 300.0
 """Until it is known of each worker of a new link whether it can be reached."""
 POLL_S = 0.1
 MAX_ENDS = 3
-"""A worker that ends so often before it has answered is not waited for."""
+"""A worker that has ended this often before it answered is not waited for."""
 
 SHOWN_CHARACTERS = 200
 
@@ -270,9 +270,9 @@ class _Link:
         if kind == "worker":
             return [(device, number)] if 0 < number < 65536 else []
         device.ends += 1
-        said = _trouble(session)
+        reason = _trouble(session)
         ending = describe_exit(128 - number if 128 < number < 192 else number)
-        device.why = f"its worker ended ({ending}{f', {said}' if said else ''})"
+        device.why = f"its worker ended ({ending}{f', {reason}' if reason else ''})"
         return [(device, 0)]
 
     async def _attach(self, device: _Device, remote_port: int) -> None:

@@ -42,8 +42,8 @@ def explain(host: str, command: Sequence[str], lines: Iterable[str]) -> str:
         lines: the last lines that it printed.
     """
     lines = [line.strip() for line in lines]
-    said = [line for line in lines if line and not _NOISE.match(line)]
-    text = "\n".join(said)
+    messages = [line for line in lines if line and not _NOISE.match(line)]
+    text = "\n".join(messages)
     ssh = shlex.join([*command, *_login(host)])
     for pattern, meaning in _MEANINGS:
         found = re.search(pattern, text)
@@ -52,7 +52,7 @@ def explain(host: str, command: Sequence[str], lines: Iterable[str]) -> str:
             return _cut(
                 f"{who}: {meaning.format(ssh=ssh, host=host, found=found.group(0), **_facts(lines, host))}"
             )
-    reason = said[-1] if said else "ssh ended without a message"
+    reason = messages[-1] if messages else "ssh ended without a message"
     return _cut(f"{host}: cannot connect ({reason}); run `{ssh}` to see why")
 
 
@@ -157,8 +157,8 @@ def _login(host: str) -> list[str]:
 
 def explain_silence(host: str, command: Sequence[str], limit_s: float, lines: Iterable[str]) -> str:
     """Why there is no connection after the limit."""
-    said = [line for line in lines if line.strip() and not _NOISE.match(line)]
-    last = f" (it printed: {said[-1]})" if said else ""
+    messages = [line for line in lines if line.strip() and not _NOISE.match(line)]
+    last = f" (it printed: {messages[-1]})" if messages else ""
     ssh = shlex.join([*command, *_login(host)])
     return _cut(f"{host}: ssh has not connected within {limit_s:g} s{last}; run `{ssh}` to see what it waits for")
 
@@ -172,10 +172,10 @@ def explain_missing_program(program: str, error: OSError) -> str:
 
 def explain_no_shell(host: str, command: Sequence[str], printed: Iterable[str]) -> str:
     """Why no POSIX shell has run a script."""
-    said = " ".join(line for line in printed if not _NOISE.match(line)).strip()
+    message = " ".join(line for line in printed if not _NOISE.match(line)).strip()
     ssh = shlex.join([*command, *_login(host), "echo", "hello"])
     return _cut(
-        f"{host}: this account runs no commands ({said or 'it printed nothing'}); use one with a POSIX shell, "
+        f"{host}: this account runs no commands ({message or 'it printed nothing'}); use one with a POSIX shell, "
         f"where `{ssh}` prints hello"
     )
 

@@ -219,7 +219,7 @@ def _of_probe(row: FoundWorker, probe: Probe, user: str | None) -> FoundWorker |
 
 
 def as_table(found: Sequence[FoundWorker]) -> str:
-    """The found workers as text: a line for each, and below it what is to be said about it."""
+    """The found workers as text: a line for each, and its detail below it."""
     if not found:
         return "found no worker"
     lines = [

@@ -67,7 +67,7 @@ def unique_names(names: Mapping[str, str], targets: Mapping[str, str]) -> dict[s
 
 
 def why_ended(target: str, report: ExitReport) -> str:
-    """Why a link ended that nobody has stopped, in one line: its own last words, if it has any."""
+    """Why a link ended that nobody has stopped, in one line: its last message, if there is one."""
     for line in reversed(report.tail):
         if line.startswith(link.FAILED):
             return one_line(line.removeprefix(link.FAILED))

@@ -47,7 +47,7 @@ class ClusterMagics(Magics):
     @argument("--scan", metavar="NETWORK", help="discover: scan a private network, such as 192.168.1.0/24")
     @argument("--mdns", action="store_true", help="discover: look for workers announced in the local network")
     @argument(
-        "--uses", type=magic_line.whole_number, metavar="N", help="invite: so many machines may join (default: 1)"
+        "--uses", type=magic_line.whole_number, metavar="N", help="invite: how many machines may join (default: 1)"
     )
     @argument("--for", dest="duration", metavar="TIME", help="invite: how long they may join (default: 1h)")
     @argument("--host", metavar="ADDRESS", help="invite: listen here (default: this machine's own address)")

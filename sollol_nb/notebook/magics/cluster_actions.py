@@ -151,7 +151,7 @@ def _stop(router: HybridRouter, arguments: argparse.Namespace) -> None:
 
 
 def report(ended: Sequence[Ended]) -> None:
-    """Say what was stopped, and what was left running for whom."""
+    """Print what was stopped, and what was left running, with its users."""
     stopped = [f"{engine.kind} {engine.name}" for engine in ended if not engine.users]
     left = [engine for engine in ended if engine.users]
     if stopped or not left:

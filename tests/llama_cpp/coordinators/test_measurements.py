@@ -142,7 +142,7 @@ def test_before_the_first_token_calibrations_predict() -> None:
     assert token.part_ms == pytest.approx(expected), "with the round trips of the calibrations"
 
 
-def test_what_a_block_costs_besides_its_bytes_counts() -> None:
+def test_the_cost_of_a_block_counts_in_addition_to_its_bytes() -> None:
     blocks = replace(calibrated(1.0), block_ms=0.5)
     without, with_blocks = (
         TokenMeasurements(EventBus(), lambda _, found=found: found).calibrated(TWELVE, ["w0:1"])

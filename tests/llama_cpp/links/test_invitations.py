@@ -440,7 +440,7 @@ def test_hostile_bytes_do_not_stop_a_worker_from_joining(links: Links) -> None:
 # --- links as text --------------------------------------------------------------------------------------
 
 
-def test_a_link_is_one_plain_word_and_says_what_it_said() -> None:
+def test_the_text_of_a_link_is_one_plain_word_and_can_be_read_back() -> None:
     link = JoinLink(host="10.0.0.5", port=40123, token="A-b_" * 6, fingerprint=bytes(range(32)))
     assert JoinLink.of(f" {link.text}\n") == link
     assert not set(link.text) & set(" '\"\\$&|;<>()*?#~!`{}[]")
@@ -459,7 +459,7 @@ def test_a_link_is_one_plain_word_and_says_what_it_said() -> None:
         "x" * 9999,
     ],
 )
-def test_what_is_no_link_is_refused_without_repeating_it(text: str) -> None:
+def test_text_that_is_not_a_link_is_refused_without_repeating_it(text: str) -> None:
     with pytest.raises(ConfigError, match="not a join link") as caught:
         JoinLink.of(text)
     assert "secret" not in str(caught.value)

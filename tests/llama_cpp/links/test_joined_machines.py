@@ -153,7 +153,7 @@ def test_two_machines_that_dial_out_answer_together_and_end_when_they_are_revoke
         eventually(lambda: not open_ports(hub()), "the port is closed")
 
 
-def test_an_answer_goes_on_when_the_network_is_cut_and_comes_back(engine: Engine, machines: list[Machine]) -> None:
+def test_an_answer_continues_when_the_network_is_cut_and_returns(engine: Engine, machines: list[Machine]) -> None:
     machine = machines[0]
     with HybridRouter(num_rpc_backends=1, auto_setup_rpc=False) as router:
         worker = join(machine, engine, invite(router, machine))
@@ -175,7 +175,7 @@ def test_an_answer_goes_on_when_the_network_is_cut_and_comes_back(engine: Engine
         assert worker.poll() is None
 
 
-def test_an_answer_goes_on_when_the_link_is_killed_and_its_members_come_back(
+def test_an_answer_continues_when_the_link_is_killed_and_its_members_come_back(
     engine: Engine, machines: list[Machine]
 ) -> None:
     machine = machines[0]

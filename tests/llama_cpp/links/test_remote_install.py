@@ -79,7 +79,7 @@ def test_an_engine_that_was_installed_there_is_used(machine: ShellMachine, tmp_p
     assert older.is_dir()
 
 
-def test_a_build_of_the_users_own_is_known_by_its_contents(machine: ShellMachine, tmp_path: Path) -> None:
+def test_the_users_own_build_is_identified_by_its_contents(machine: ShellMachine, tmp_path: Path) -> None:
     here = engine_in(tmp_path / "here", record=False)
     first = machine.prepare(here)
     assert (first.how, Path(first.worker).name) == ("shipped", "run")
@@ -205,12 +205,12 @@ def test_another_protocol_is_refused_before_anything_is_built(
 ) -> None:
     let_this_cpu_have_more(monkeypatch)
     here = engine_in(tmp_path / "here", record=False, protocol="6.1.0")
-    with pytest.raises(LinkError, match=r"speaks RPC protocol 7.0.0, but this side speaks 6.1.0; unset"):
+    with pytest.raises(LinkError, match=r"speaks RPC protocol 7.0.0, but the llama.cpp here speaks 6.1.0; unset"):
         machine.prepare(here, fetch=tiny_source())
     assert machine.installed() == []
 
 
-def test_a_full_disk_is_said_with_what_is_needed(machine: ShellMachine, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_with_what_is_needed(machine: ShellMachine, tmp_path: Path) -> None:
     here = engine_in(tmp_path / "here")
     with_file_system(machine, "size=256k")
     full = r"no space on gpu1: installing llama.cpp in \S+ needs about 2 MB, and 0 MB are free; .*run `du -sh"
@@ -221,7 +221,7 @@ def test_a_full_disk_is_said_with_what_is_needed(machine: ShellMachine, tmp_path
         machine.prepare(here)
 
 
-def test_a_cache_folder_that_cannot_be_used_is_said(machine: ShellMachine, tmp_path: Path) -> None:
+def test_a_cache_folder_that_cannot_be_used_is_reported(machine: ShellMachine, tmp_path: Path) -> None:
     here = engine_in(tmp_path / "here")
     (machine.home / ".cache").touch()
     with pytest.raises(LinkError, match=r"cannot write to \S+ on gpu1: .*; make it writable for \S+, or set XDG"):
@@ -247,7 +247,7 @@ def test_reports_that_are_not_complete_or_not_sensible_are_refused_or_bounded() 
     assert facts.engines[0].record == {}
 
 
-def test_a_gpu_is_preferred_to_the_cpu_and_other_lines_are_no_devices() -> None:
+def test_a_gpu_is_preferred_to_the_cpu_and_other_lines_are_not_devices() -> None:
     lines = [
         "CPU: c (10 MiB, 5 MiB free)",
         "BLAS: b (0 MiB, 0 MiB free)",

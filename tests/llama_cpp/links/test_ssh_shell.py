@@ -259,17 +259,17 @@ def test_a_configuration_that_ssh_refuses_is_quoted(gpu1: Machine, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("command", "said"),
+    ("command", "printed"),
     [
         ("echo This service allows sftp connections only.", "This service allows sftp connections only."),
         ("/usr/sbin/nologin", "This account is currently not available."),
         ("true", "it printed nothing"),
     ],
 )
-def test_an_account_that_runs_no_commands_is_said_so(own_gpu1: Machine, command: str, said: str) -> None:
+def test_an_account_that_runs_no_commands_is_described(own_gpu1: Machine, command: str, printed: str) -> None:
     own_gpu1.restart_sshd(ForceCommand=command)
     message = failure(own_gpu1)
-    assert message.startswith(f"gpu1: this account runs no commands ({said}")
+    assert message.startswith(f"gpu1: this account runs no commands ({printed}")
     assert "prints hello" in message
 
 

@@ -116,7 +116,7 @@ def test_a_worker_on_loopback_is_not_started_to_be_announced(capsys: pytest.Capt
     assert capsys.readouterr().err.startswith("sollol-nb: a worker that listens on 127.0.0.1 cannot be announced")
 
 
-def test_without_zeroconf_the_command_that_installs_it_is_said(
+def test_without_zeroconf_the_command_that_installs_it_is_shown(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("zeroconf", "zeroconf.asyncio"):

@@ -83,7 +83,7 @@ def about_machines(router: HybridRouter) -> list[EventKind]:
     return [event.kind for event in router.events.recent() if event.kind in ABOUT_MACHINES]
 
 
-def test_who_only_looks_at_a_link_neither_holds_nor_ends_it(far: FarWorker) -> None:
+def test_a_router_that_only_looks_at_a_link_neither_holds_nor_ends_it(far: FarWorker) -> None:
     with HybridRouter(rpc_backends=[far.target]) as looking:
         assert (only(looking).state, registry.entries(registry.LINK)) == ("unknown", []), "looking starts none"
         assert only(looking).detail == "not connected; the next request connects to it"
@@ -254,7 +254,7 @@ def test_a_link_in_use_is_listed_and_its_log_can_be_read(far: FarWorker) -> None
     run(end_engines(force=True))
 
 
-def test_an_answer_goes_on_without_the_machine_that_was_cut(two: list[FarWorker]) -> None:
+def test_an_answer_continues_without_the_machine_that_was_cut(two: list[FarWorker]) -> None:
     targets = [far.target for far in two]
     with HybridRouter(rpc_backends=targets) as mine:
         undisturbed = mine.route_request("demo:sharded", QUESTION, temperature=0, max_tokens=120)
