@@ -167,13 +167,18 @@ probe() { # VERSION IDENTITY
 
 # --- the worker program -------------------------------------------------------------------------
 
-# A device that does not exist makes the program list those that do, and end, without listening anywhere.
+# A device that does not exist makes the program list those that do, and end, without listening anywhere. A GPU
+# driver that hangs must not keep it for ever.
 devices() { # PROGRAM
-    output=$("$1" -d list-devices </dev/null 2>&1)
+    limited=
+    if timeout 1 true 2>/dev/null; then limited="timeout 50"; fi # other systems, and old busybox, have none
+    output=$($limited "$1" -d list-devices </dev/null 2>&1)
     code=$?
     listed=$(printf '%s\n' "$output" | sed -n 's/^  *\([^ :]*: .* MiB free)\)$/device=\1/p' | head -n 64)
     if [ -z "$listed" ]; then
-        trouble="exit code $code: $(printf '%s' "$output" | tail -n 3 | tr '\n' ' ' | cut -c 1-300)"
+        why="exit code $code"
+        if [ -n "$limited" ] && [ "$code" = 124 ]; then why="it has not listed its devices within 50 s"; fi
+        trouble="$why: $(printf '%s' "$output" | tail -n 3 | tr '\n' ' ' | cut -c 1-300)"
         return 1
     fi
     printf '%s\n' "$listed"

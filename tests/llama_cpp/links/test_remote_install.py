@@ -153,6 +153,13 @@ def test_a_program_that_does_not_run_there_is_built_there(machine: ShellMachine,
     assert (machine.prepare(here, fetch=tiny_source())).how == "built"
 
 
+def test_a_program_that_hangs_there_is_not_waited_for_forever(machine: ShellMachine, tmp_path: Path) -> None:
+    machine.only_programs(USUAL_PROGRAMS.split())
+    machine.add_program("timeout", '[ "$2" = true ] || exit 124')
+    with pytest.raises(LinkError, match="it has not listed its devices within 50 s"):
+        machine.prepare(engine_in(tmp_path / "here"))
+
+
 def test_a_failed_build_names_its_error_and_its_log_and_leaves_nothing(
     machine: ShellMachine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
