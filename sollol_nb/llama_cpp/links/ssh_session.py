@@ -73,18 +73,16 @@ class Session:
         if not self._process.stdin.is_closing():
             self._process.stdin.write(text.encode())
 
-    async def feed(self, stdin: bytes | AsyncIterator[bytes]) -> None:
-        """Give it all its input."""
+    async def feed(self, stdin: AsyncIterator[bytes]) -> None:
+        """Give it all its input; it ends also where that fails, so that the script does not wait for more."""
         assert self._process.stdin is not None
-        with contextlib.suppress(ConnectionError):  # it need not read all
-            if isinstance(stdin, bytes):
-                self._process.stdin.write(stdin)
-                await self._process.stdin.drain()
-            else:
+        try:
+            with contextlib.suppress(ConnectionError):  # it need not read all
                 async for data in stdin:
                     self._process.stdin.write(data)
                     await self._process.stdin.drain()
-        self._process.stdin.close()
+        finally:
+            self._process.stdin.close()
 
     async def wait(self) -> int:
         """Wait until it ends; its exit code, 255 where the connection was lost."""

@@ -17,10 +17,9 @@ import secrets
 import shutil
 import socket
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from sollol_nb.errors import LinkError
 from sollol_nb.llama_cpp.links import ssh_errors
@@ -38,8 +37,6 @@ SOCKET_PATH_LIMIT = 80
 DISCARDED_BYTES = 64 * 1024
 POLL_S = 0.02
 FOLDER_PREFIX = "sollol-ssh-"
-
-Stdin = bytes | Path | AsyncIterator[bytes] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,22 +126,20 @@ class Shell:
         await self._master_errors.ended()
         return ssh_errors.explain(self.host, self._command, self._master_errors.lines)
 
-    async def run(self, script: str, *arguments: str, stdin: Stdin = None, limit_s: float = 60.0) -> Result:
+    async def run(self, script: str, *arguments: str, limit_s: float = 60.0) -> Result:
         """Run a script with POSIX `sh`, whatever the user's login shell is.
 
-        What a login shell's start files print is left out.
+        What a login shell's start files print is left out. The script has nothing to read.
 
         Args:
             script: the text of the script; with its arguments, at most 128 KiB after quoting.
             arguments: `$1`, `$2`, ... of the script.
-            stdin: what the script reads; by default nothing.
             limit_s: seconds until it is given up.
 
         Raises:
             LinkError: the machine cannot be reached, has no POSIX shell for this user, or the limit is over.
         """
-        session = await self._session(script, arguments, stdin)
-        feeding = asyncio.create_task(session.feed(stdin)) if not isinstance(stdin, Path | None) else None
+        session = await self._session(script, arguments, stdin=None)
         try:
             async with asyncio.timeout(limit_s):
                 stdout = await session.output()
@@ -154,18 +149,16 @@ class Shell:
                 f"{self.host}: a script did not end within {limit_s:g} s; is the machine overloaded?"
             ) from None
         finally:
-            if feeding is not None:
-                feeding.cancel()
             await session.end()
         return Result(code, stdout, "\n".join(session.errors))
 
     async def start(self, script: str, *arguments: str) -> Session:
-        """Start a script that runs for long, as `run` does.
+        """Start a script that runs for long, or reads what is sent to it, as `run` does.
 
         Raises:
             LinkError: as for `run`.
         """
-        return await self._session(script, arguments, b"")
+        return await self._session(script, arguments, stdin=asyncio.subprocess.PIPE)
 
     async def forward(self, local_port: int, remote_port: int) -> None:
         """Carry connections to a port on this machine's loopback to a port on that machine's loopback.
@@ -291,7 +284,7 @@ class Shell:
         alone = ("-o", "BatchMode=yes", "-o", "ProxyCommand=false")
         return ["-F", "none", "-S", self._socket, "-o", "ControlMaster=no", *alone, "-T"]
 
-    async def _session(self, script: str, arguments: Sequence[str], stdin: Stdin) -> Session:
+    async def _session(self, script: str, arguments: Sequence[str], *, stdin: int | None) -> Session:
         marker = secrets.token_hex(8)
         remote = remote_command(script, arguments, marker)
         if self._shares:
@@ -300,17 +293,11 @@ class Shell:
             options = [*self._sharing(), self._name]
         else:
             options = ["-T", "-o", "ControlPath=none", "-o", "ClearAllForwardings=yes", *self._connecting("ERROR")]
-        with contextlib.ExitStack() as stack:
-            source: int | IO[bytes] | None = asyncio.subprocess.PIPE
-            if stdin is None:
-                source = None
-            elif isinstance(stdin, Path):
-                source = stack.enter_context(stdin.open("rb"))
-            process = await self._spawn([*options, remote], stdin=source, stdout=True)
+        process = await self._spawn([*options, remote], stdin=stdin, stdout=True)
         return Session(self.host, self._command, process, marker)
 
     async def _spawn(
-        self, options: Sequence[str], *, stdin: int | IO[bytes] | None, stdout: bool = False
+        self, options: Sequence[str], *, stdin: int | None, stdout: bool = False
     ) -> asyncio.subprocess.Process:
         try:
             process = await asyncio.create_subprocess_exec(

@@ -55,14 +55,24 @@ def own_gpu1(gpu1: Machine) -> Iterator[Machine]:
     gpu1.restart_sshd()
 
 
-def ran(shell: Shell, script: str, *arguments: str, stdin: bytes | Path | None = None) -> Result:
+def ran(shell: Shell, script: str, *arguments: str, stdin: AsyncIterator[bytes] | None = None) -> Result:
     """Connect, run a script, and disconnect."""
+
+    async def with_input(stdin: AsyncIterator[bytes]) -> Result:
+        session = await shell.start(script, *arguments)
+        feeding = asyncio.create_task(session.feed(stdin))
+        try:
+            stdout, code = await session.output(), await session.wait()
+        finally:
+            feeding.cancel()
+            await session.end()
+        return Result(code, stdout, "\n".join(session.errors))
 
     async def run() -> Result:
         async with asyncio.timeout(HANG_GUARD_S):
             try:
                 await shell.open()
-                return await shell.run(script, *arguments, stdin=stdin)
+                return await (with_input(stdin) if stdin else shell.run(script, *arguments))
             finally:
                 await shell.close()
 
@@ -80,38 +90,37 @@ def failure(machine: Machine, *options: str, target: str | None = None, script: 
     return message
 
 
+async def pieces(*data: bytes) -> AsyncIterator[bytes]:
+    for piece in data:
+        yield piece
+
+
 # --- scripts ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shares", [True, False], ids=["one connection", "a connection each, as on Windows"])
 def test_a_script_gets_its_arguments_and_input_and_its_output_comes_back(gpu1: Machine, shares: bool) -> None:
     shell = Shell(gpu1.target, shlex.split(gpu1.ssh), shares=shares)
-    result = ran(shell, 'printf %s "$1"; printf %s "$#" >&2; cat; exit 3', ODD, "", stdin=b"\x00input")
+    result = ran(shell, 'printf %s "$1"; printf %s "$#" >&2; cat; exit 3', ODD, "", stdin=pieces(b"\x00input"))
     assert result == Result(3, f"{ODD}\x00input", "2")
 
 
-def test_a_file_is_sent_and_output_is_cut(gpu1: Machine, tmp_path: Path) -> None:
-    file = tmp_path / "file"
-    file.write_bytes(b"x" * 3_000_000)
-    result = ran(Shell(gpu1.target, shlex.split(gpu1.ssh)), 'wc -c >&2; yes | head -c "$1"', "2000000", stdin=file)
+def test_much_is_sent_and_output_is_cut(gpu1: Machine) -> None:
+    much = pieces(*[b"x" * 100_000] * 30)
+    result = ran(Shell(gpu1.target, shlex.split(gpu1.ssh)), 'wc -c >&2; yes | head -c "$1"', "2000000", stdin=much)
     assert result.stderr.strip() == "3000000"
     assert len(result.stdout) == 1024 * 1024
 
 
-def test_input_is_read_from_a_generator_and_a_script_need_not_read_it(gpu1: Machine) -> None:
-    async def endless() -> AsyncIterator[bytes]:
-        while True:
-            yield b"y\n" * 1000
+def test_a_script_need_not_read_all_its_input_and_does_not_wait_for_input_that_fails(gpu1: Machine) -> None:
+    shell = Shell(gpu1.target, shlex.split(gpu1.ssh))
+    assert ran(shell, "read -r line; echo $line", stdin=pieces(*[b"y\n" * 1000] * 10_000)).stdout == "y\n"
 
-    async def run() -> Result:
-        shell = Shell(gpu1.target, shlex.split(gpu1.ssh))
-        try:
-            await shell.open()
-            return await shell.run("read -r line; echo $line", stdin=endless())
-        finally:
-            await shell.close()
+    async def failing() -> AsyncIterator[bytes]:
+        yield b"some"
+        raise OSError
 
-    assert asyncio.run(run()).stdout == "y\n"
+    assert ran(shell, "cat", stdin=failing()).stdout == "some"
 
 
 def test_the_command_for_the_login_shell_has_only_characters_that_every_shell_leaves_alone() -> None:
