@@ -125,6 +125,9 @@ def test_the_route_magic_shows_the_route_and_its_reason(notebook: Kernel) -> Non
         ("%%sollol demo\n  ", "UsageError: the prompt is empty"),
         ("%%sollol demo --out 1x\nHello", "UsageError: '1x' (--out) is not a valid variable name"),
         ("%sollol_cluster start many", "UsageError: start takes one number of workers, not 'many'"),
+        ("%sollol_cluster --scan 10.0.0.0/24", "UsageError: --scan is an option of discover: "),
+        ("%sollol_cluster revoke --uses 2", "UsageError: --uses is an option of invite: "),
+        ("%sollol_cluster discover gpu1", "UsageError: discover takes no names, but 'gpu1' was given; "),
         ("%sollol_cluster stop nosuch", "UsageError: this notebook runs no coordinator or worker called nosuch"),
     ],
 )

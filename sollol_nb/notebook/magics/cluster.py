@@ -13,7 +13,7 @@ from IPython.core.magic_arguments import argument, magic_arguments
 
 from sollol_nb.notebook import magic_line, session
 from sollol_nb.notebook.displays import is_kernel
-from sollol_nb.notebook.magics.cluster_actions import ACTIONS, SHOWING, add_workers, report
+from sollol_nb.notebook.magics.cluster_actions import ACTIONS, SHOWING, add_workers, check_options, report
 
 if TYPE_CHECKING:
     from sollol_nb.cluster.status import ClusterStatus
@@ -94,6 +94,7 @@ class ClusterMagics(Magics):
             %sollol_cluster --text
         """
         arguments = call.arguments
+        check_options(arguments)
         router = session.router()
         if arguments.ssh is not None and arguments.action != "discover":
             add_workers(router, arguments.ssh)

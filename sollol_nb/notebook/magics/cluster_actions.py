@@ -30,6 +30,34 @@ USABLE = ("free", "held", "busy")
 """States of a worker that is there."""
 
 
+OPTIONS = {
+    "more": ("--more", "start"),
+    "force": ("--force", "stop"),
+    "scan": ("--scan", "discover"),
+    "mdns": ("--mdns", "discover"),
+    "uses": ("--uses", "invite"),
+    "duration": ("--for", "invite"),
+    "host": ("--host", "invite"),
+}
+"""Arguments that only one action has: their options, and that action."""
+
+
+def check_options(arguments: argparse.Namespace) -> None:
+    """Refuse what would have no effect.
+
+    Raises:
+        UsageError: an option belongs to another action, or the action takes no names.
+    """
+    for name, (option, action) in OPTIONS.items():
+        if getattr(arguments, name) and arguments.action != action:
+            raise UsageError(f"{option} is an option of {action}: %sollol_cluster {action} {option}")
+    if arguments.action == "discover" and arguments.what:
+        raise UsageError(
+            f"discover takes no names, but {' '.join(arguments.what)!r} was given; look at hosts with "
+            "%sollol_cluster discover --ssh HOSTS"
+        )
+
+
 def _start(router: HybridRouter, arguments: argparse.Namespace) -> None:
     what, more = arguments.what, arguments.more
     count = what[0] if what else "3"
