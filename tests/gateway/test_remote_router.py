@@ -97,7 +97,8 @@ def test_the_kernel_starts_no_engine(router: HybridRouter) -> None:
     gateway = psutil.Process(gateway_pid(router))
 
     def not_of_the_gateway() -> set[psutil.Process]:
-        return {*engines_of(psutil.Process())} - {*engines_of(gateway)}
+        before = engines_of(gateway)  # those that end meanwhile
+        return {*engines_of(psutil.Process())}.difference(before, engines_of(gateway))
 
     before = not_of_the_gateway()  # other tests' engines
     router.route_request("demo:sharded", "Hello!", max_tokens=2)
