@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sollol_nb.cluster.state import ClusterState
 from sollol_nb.cluster.status import ClusterStatus
+from sollol_nb.errors import WorkersUnavailableError
 from sollol_nb.layers.plan import check_strategy
 from sollol_nb.layers.what_if import Forecast
 from sollol_nb.llama_cpp.coordinators.calibrator import Calibrated
@@ -190,8 +191,17 @@ class ClusterControl:
 
         Returns:
             Its status, or that of the machine's first worker.
+
+        Raises:
+            ConfigError: it is neither.
+            WorkersUnavailableError: it is `invitations`, and nobody has joined.
         """
-        return (await self.add_workers([endpoint]))[0]
+        workers = await self.add_workers([endpoint])
+        if not workers:
+            raise WorkersUnavailableError(
+                f"{endpoint} leads to no worker yet; workers are used as soon as they join"
+            )
+        return workers[0]
 
     @io_bound
     async def add_workers(self, endpoints: Sequence[str]) -> list[WorkerStatus]:

@@ -149,7 +149,7 @@ class WorkerControls:
         endpoint = self.endpoint.value
 
         async def add(router: Router) -> None:
-            (worker, *_) = await router.add_workers([endpoint])
+            worker = await router.add_worker(endpoint)
             if is_target(worker.endpoint) and worker.state == "down":  # it stays, so that one click tries it again
                 raise WorkersUnavailableError(worker.detail)
             self.endpoint.value = ""

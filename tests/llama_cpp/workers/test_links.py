@@ -328,6 +328,14 @@ def test_a_model_that_needs_workers_names_the_machines_that_are_missing(far: Far
         assert mine.route_request("demo:sharded", QUESTION, max_tokens=2)["done"], "the others are used"
 
 
+def test_adding_those_who_join_while_nobody_has_is_one_line() -> None:
+    with (
+        HybridRouter(auto_discover_rpc=False) as mine,
+        pytest.raises(WorkersUnavailableError, match="invitations leads to no worker yet; "),
+    ):
+        mine.add_worker("invitations")
+
+
 def test_names_are_unlike_each_other() -> None:
     names = {"l:1": "gpu1", "l:2": "gpu1", "l:3": "gpu2", "l:4": "cpu", "l:5": "cpu"}
     targets = {"l:1": "ssh://gpu1", "l:2": "ssh://me@gpu1:2222", "l:3": "ssh://gpu2", "l:4": "hub", "l:5": "hub"}
