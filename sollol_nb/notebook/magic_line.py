@@ -54,7 +54,7 @@ class Word(str):
 
     raw: str
 
-    def __new__(cls, text: str, raw: str) -> Word:
+    def __new__(cls, text: str, raw: str = "") -> Word:  # a copy is made without `raw`, and gets it afterwards
         """The word `text`, typed as `raw`."""
         word = super().__new__(cls, text)
         word.raw = raw

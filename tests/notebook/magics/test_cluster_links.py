@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from sollol_nb.llama_cpp.engine.check import Engine
+from sollol_nb.llama_cpp.links.join_link import JoinLink
 from tests.support.engines import QUESTION, unused_port
 from tests.support.far_workers import FarWorker, far_workers
 from tests.support.kernels import Kernel, kernel
@@ -78,6 +79,24 @@ def test_each_machine_that_cannot_be_used_is_one_line(notebook: Kernel, far: Far
     assert "nobody.invalid" in second
     wrong = notebook.run("%sollol_cluster --ssh gpu1,-oProxyCommand=x")
     assert "--ssh takes hosts such as gpu1,user@gpu2:2222: " in f"{wrong.error}{wrong.stream}"
+
+
+def test_a_machine_is_invited_and_the_invitation_is_revoked(notebook: Kernel) -> None:
+    shown = notebook.run("%sollol_cluster invite gpu1 --uses 2 --for 30m --host 127.0.0.1")
+    assert shown.status == "ok", shown.error
+    first, command, about = shown.stream.splitlines()
+    assert first == "run on the machine that joins:"
+    link = JoinLink.of(command.removeprefix("sollol-nb worker --join "))
+    assert about.startswith("(can be used 2 times until ")
+    assert about.endswith("; its name is gpu1)")
+    cluster = notebook.run("%sollol_cluster --text").stream
+    assert "invitation gpu1 can be used 2 times until " in cluster
+    assert link.token not in cluster
+    two = notebook.run("%sollol_cluster invite gpu1 gpu2")
+    assert "invite takes one name" in f"{two.error}{two.stream}"
+    assert notebook.run("%sollol_cluster revoke gpu1").stream == "revoked gpu1\n"
+    assert notebook.run("%sollol_cluster revoke").stream == "no invitation is open, and no worker has joined\n"
+    assert "invitation gpu1" not in notebook.run("%sollol_cluster --text").stream
 
 
 def test_added_machines_are_kept_when_a_setting_changes(notebook: Kernel, far: FarWorker) -> None:
