@@ -101,7 +101,7 @@ def job_script(job: Job, link_path: Path) -> str:
     if job.threads is not None:
         asked.append(f"--cpus-per-task={job.threads}")
     step = ["srun", f"--ntasks={job.nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=0"]
-    worker = [sys.executable, "-m", "sollol_nb", "worker", "--join", "-"]
+    worker = [sys.executable, "-P", "-m", "sollol_nb", "worker", "--join", "-"]
     if job.threads is not None:
         step.append(f"--cpus-per-task={job.threads}")  # since Slurm 22.05, a step does not inherit it from its job
         worker += ["--threads", str(job.threads)]
