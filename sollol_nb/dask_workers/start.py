@@ -90,7 +90,8 @@ async def _start(
             await _all_connected(router, name, count)
         except BaseException as error:
             await _revoke(router, name)
-            await client.unregister_worker_plugin(RpcWorkers.name)
+            with suppress(ValueError, OSError):  # it was not registered, or the scheduler is gone
+                await client.unregister_worker_plugin(RpcWorkers.name)
             if isinstance(error, SollolError) or not isinstance(error, Exception):
                 raise
             raise WorkerStartError(
