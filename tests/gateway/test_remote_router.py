@@ -30,6 +30,7 @@ from sollol_nb.errors import (
 from sollol_nb.gateway.keys import Key, add_key
 from sollol_nb.latency.log import LatencyLog
 from sollol_nb.llama_cpp.engine.check import Engine
+from sollol_nb.llama_cpp.links.join_link import JoinLink
 from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.processes.running import stop_engines
 from sollol_nb.router.remote import connection
@@ -271,12 +272,32 @@ def test_a_key_without_control_may_ask_only(guarded: tuple[str, dict[str, str]])
             lambda: remote.stop_coordinator("demo"),
             lambda: remote.engine_log("demo"),
             lambda: remote.add_worker("127.0.0.1:1"),
+            lambda: remote.invite(host="127.0.0.1"),
+            lambda: remote.revoke(),
         ):
             with pytest.raises(GatewayError, match=f"the gateway {url}: this key may ask, but not change"):
                 change()
         assert keys["ana"] not in repr(remote)
     with HybridRouter(gateway=url, gateway_key=keys["head"]) as remote:
         assert remote.stop_coordinator("demo") == ["demo"]
+
+
+def test_a_machine_is_invited_to_the_gateways_machine(guarded: tuple[str, dict[str, str]]) -> None:
+    url, keys = guarded
+    with HybridRouter(gateway=url, gateway_key=keys["head"]) as remote:
+        invitation = remote.invite(name="gpu1", uses=2, host="127.0.0.1")
+        link = JoinLink.of(invitation.link)
+        assert link.token not in repr(link)
+        now = remote.invitations()
+        assert now.listens == link.address
+        assert [(item.name, item.uses_left, item.expires_at) for item in now.open] == [
+            ("gpu1", 2, invitation.expires_at)
+        ]
+        with pytest.raises(ConfigError, match="is named gpu2; known: gpu1"):
+            remote.revoke("gpu2")
+        assert remote.revoke("gpu1") == ["gpu1"]
+        assert remote.invitations().open == ()
+        eventually(lambda: not remote.invitations().listens, "the port is closed")
 
 
 def test_a_wrong_key_is_one_line(guarded: tuple[str, dict[str, str]]) -> None:
