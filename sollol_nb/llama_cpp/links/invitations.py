@@ -49,8 +49,6 @@ MAX_CONNECTIONS = 64
 """To one device at the same time."""
 STREAM_LIMIT_S = 15.0
 """Until a member has made a connection that was requested."""
-WRONG_TOKEN_S = 1.0
-"""A refused peer keeps its place for this long, which limits guesses to `MAX_UNKNOWN` in this time."""
 END_LIMIT_S = 0.5
 
 
@@ -83,10 +81,16 @@ class _Session:
         self._requested[number] = made
         try:
             send(self._writer, {"open": number, "device": device})
-            async with asyncio.timeout(STREAM_LIMIT_S):
-                there = await made
+            # Not cancelled at the limit: a connection that is made in this moment would be lost, and stay open.
+            await asyncio.wait([made], timeout=STREAM_LIMIT_S)
         finally:
             self._requested.pop(number, None)
+        if not made.done():
+            raise TimeoutError(f"{self.member.worker_name(device)} made no connection")
+        there = made.result()
+        if self._writer.is_closing():  # it ended after the connection was made
+            there[1].transport.abort()
+            raise OSError(f"{self.member.name} is not connected")
         self._carried[device].append(there[1])
         return there
 
@@ -166,6 +170,7 @@ class Hub:
                 elif self._listener is None or self._is_elsewhere():
                     self._stop_listening()
                     await self._listen()
+                self._problem = ""
             except (SollolError, OSError) as error:  # a full disk, say; it may pass
                 self._problem = str(error)
             await self._keep_while_open()
@@ -185,8 +190,9 @@ class Hub:
             for server in self._servers.pop(gone):
                 server.close()
             self._away_since.pop(gone, None)
-        for gone in (connected & self._sessions.keys()) - hashes:
-            await self._sessions.pop(gone).end("its invitation was revoked")
+        revoked = [self._sessions.pop(gone) for gone in (connected & self._sessions.keys()) - hashes]
+        # Together: one that does not read must not delay the end of the others.
+        await asyncio.gather(*(session.end("its invitation was revoked") for session in revoked))
         now = time.monotonic()
         for member in self._known.members:
             if member.secret_hash in self._sessions:
@@ -210,23 +216,28 @@ class Hub:
                 raise OSError(f"{member.name} is not connected")
             return await session.connect(device)
 
-        servers = self._servers[member.secret_hash] = []
-        ports = []
-        for device in range(len(member.facts.devices)):
-            port = member.ports[device] if device < len(member.ports) else 0
-            endpoint, server = await serve_on_loopback(lambda device=device: connect(device), port)  # type: ignore[misc]
-            servers.append(server)
-            ports.append(parse_endpoint(endpoint)[1])
-        if tuple(ports) != member.ports:
-            async with changing() as known:
-                self._known = replace(
-                    known,
-                    members=tuple(
-                        replace(kept, ports=tuple(ports)) if kept.secret_hash == member.secret_hash else kept
-                        for kept in known.members
-                    ),
-                )
-                memberships.write(self._known)
+        def at_ports(known: Member) -> Member:
+            is_it = known.secret_hash == member.secret_hash
+            return replace(known, ports=tuple(ports)) if is_it else known
+
+        servers: list[asyncio.Server] = []
+        ports: list[int] = []
+        try:
+            for device in range(len(member.facts.devices)):
+                port = member.ports[device] if device < len(member.ports) else 0
+                endpoint, server = await serve_on_loopback(lambda device=device: connect(device), port)  # type: ignore[misc]
+                servers.append(server)
+                ports.append(parse_endpoint(endpoint)[1])
+            if tuple(ports) != member.ports:
+                async with changing() as known:
+                    after = replace(known, members=tuple(map(at_ports, known.members)))
+                    memberships.write(after)
+                    self._known = after
+        except BaseException:  # a full disk, say; it is tried again
+            for server in servers:
+                server.close()
+            raise
+        self._servers[member.secret_hash] = servers
 
     async def _keep_while_open(self) -> None:
         """An open invitation keeps this process; when it is over, keep_alive counts."""
@@ -282,12 +293,10 @@ class Hub:
         except (OSError, SollolError) as error:
             # Python adds the address to the reason.
             why = (getattr(error, "strerror", None) or str(error)).partition(" (while ")[0]
-            self._problem = (
+            raise JoinError(
                 f"cannot listen on {format_endpoint(host, port)} ({why}); end what uses it, or revoke the "
                 "invitations and make new ones with another host= or port="
-            )
-            return
-        self._problem = ""
+            ) from error
         listener.setblocking(False)
         self._context, self._listener = context, listener
         self._place = (host, listener.getsockname()[1])
@@ -303,7 +312,6 @@ class Hub:
         if self._listener is not None:
             self._listener.close()
         self._listener = self._accepting = None
-        self._problem = ""
         for task in [*self._unknown]:
             task.cancel()
 
@@ -343,7 +351,7 @@ class Hub:
                 is_taken = self._take_stream(message, (reader, writer))
             else:
                 await self._control(message, (reader, writer))
-        except (OSError, EOFError, TimeoutError, ValueError):
+        except (SollolError, OSError, EOFError, TimeoutError, ValueError):
             pass  # whoever it was; a log that grows with each is a target, too
         finally:
             if writer is None:
@@ -373,8 +381,7 @@ class Hub:
         try:
             member = await self._admit(message)
         except JoinError as error:
-            await asyncio.sleep(WRONG_TOKEN_S)
-            send(writer, {"refused": str(error), "final": True})
+            send(writer, {"refused": str(error)})
             return
         task = asyncio.current_task()
         assert task is not None

@@ -7,7 +7,7 @@ The first line of a connection says what it is for:
 
 | first line | then |
 |---|---|
-| `{"secret", "token", "facts"}` | control: the worker joins with the token, or comes back with its secret (of which only a hash is kept); answer: `{"welcome": {"name"}}`, or `{"refused": why, "final": whether it would be refused again}` |
+| `{"secret", "token", "facts"}` | control: the worker joins with the token, or comes back with its secret (of which only a hash is kept); answer: `{"welcome": {"name"}}`, or `{"refused": why}` |
 | `{"secret", "stream"}` | the bytes of one connection to a worker, which the other side has requested by this number |
 
 On a control connection the worker sends `{"ready": true}` once its workers run, `{"failed": stream}` where it cannot
@@ -160,8 +160,9 @@ class Facts:
 
 
 def _plain(text: Any) -> str:
-    """A name without what could steer a terminal or a page."""
-    return re.sub(r"[^\w.:-]", "-", str(text))[:64] if isinstance(text, str) else ""
+    """A name without what could steer a terminal or a page, or look like another one. Being ASCII, it also has a
+    limited length in the file of members, which must stay readable with as many as may join."""
+    return re.sub(r"[^\w.:-]", "-", text, flags=re.ASCII)[:64] if isinstance(text, str) else ""
 
 
 def is_secret(text: object) -> bool:

@@ -240,8 +240,18 @@ MADE_UP = "invitation-"
 
 
 def read() -> Memberships:
-    """What the file says now; nothing, if there is none that can be read."""
-    text = read_private(config.state_file(FILE))
+    """What the file says now; nothing, if there is none, or it is damaged.
+
+    Raises:
+        ConfigError: it cannot be read now, so who has joined is unknown.
+    """
+    path = config.state_file(FILE)
+    is_there = path.exists()
+    text = read_private(path)
+    if text is None and is_there:
+        raise ConfigError(
+            f"cannot read {path}, which lists the workers that have joined; if it is damaged, move it away"
+        )
     try:
         return Memberships.of(text) if text is not None else Memberships()
     except ValueError:

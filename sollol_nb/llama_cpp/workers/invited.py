@@ -141,9 +141,9 @@ async def invite(
     if host is not None:
         parse_endpoint(format_endpoint(host, 1))
     here = await engine()
-    fingerprint = await asyncio.to_thread(memberships.certificate)
     primary = await asyncio.to_thread(primary_address)
     async with memberships.changing() as known:
+        fingerprint = await asyncio.to_thread(memberships.certificate)  # here, since only one may make it
         after, invitation, token = memberships.made(
             known,
             name=name,
