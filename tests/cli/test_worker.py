@@ -150,7 +150,7 @@ def test_nothing_of_a_worker_is_left_when_it_is_killed(engine: Engine) -> None:
         eventually(lambda: not server.is_running(), "the worker has ended")
 
 
-def test_a_worker_with_an_address_listens_there_and_no_router_takes_it(engine: Engine) -> None:
+def test_a_worker_without_an_invitation_listens_and_no_router_takes_it(engine: Engine) -> None:
     port = unused_port()
     with worker("--port", str(port)) as process:
         assert line(process) == f"sollol-nb: a worker listens on 127.0.0.1:{port}; Ctrl-C ends it\n"
