@@ -221,12 +221,8 @@ class CoordinatorPool:
 
     async def _correct_calibrations(self, coordinator: Coordinator) -> None:
         factors = self._measurements.corrections(coordinator, self.coordinators, self._workers.round_trips_ms)
-        # That of a local worker may have been measured on another one.
-        calibrations = {endpoint: self._workers.calibration_of(endpoint) for endpoint in factors}
         try:
-            await self._workers.calibrations.correct(
-                {known.identity: factors[endpoint] for endpoint, known in calibrations.items() if known}
-            )
+            await self._workers.correct_calibrations(factors)
         except SollolError as error:
             logger.warning("calibrations were not corrected: %s", error)
 

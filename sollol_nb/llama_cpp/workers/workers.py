@@ -388,6 +388,14 @@ class Workers:
         """How fast a worker (or `THIS_MACHINE`) is; None if that was not measured."""
         return self.calibrations.of(self.identity_of(endpoint), threads=self.local.threads_of(endpoint))
 
+    async def correct_calibrations(self, factors: Mapping[str, float]) -> None:
+        """As `Calibrations.correct`, with factors by endpoint. The calibration of a local worker may have been
+        measured on another one, and is corrected then."""
+        known = {endpoint: self.calibration_of(endpoint) for endpoint in factors}
+        await self.calibrations.correct(
+            {calibration.identity: factors[endpoint] for endpoint, calibration in known.items() if calibration}
+        )
+
     def entries_of(self, endpoints: Iterable[str]) -> list[Entry]:
         """The registry entries of these workers and of the links to them; other workers have none."""
         wanted = set(endpoints)

@@ -130,6 +130,21 @@ def test_answers_correct_a_calibration_step_by_step(known: Calibrations) -> None
     assert known.of(other.identity) == other
 
 
+def test_answers_of_a_local_worker_correct_the_calibration_that_stands_for_it(
+    known: Calibrations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, earlier = "127.0.0.1:50053", calibration("127.0.0.1:50053", threads=1)
+    run(known.keep([calibration(threads=2), earlier]))
+    router_workers = Workers([here], EventBus())
+    monkeypatch.setattr(router_workers.local, "threads_of", lambda _: 2)
+
+    run(router_workers.correct_calibrations({here: 4.0, "10.0.0.7:50052": 4.0}))
+
+    found = {kept.endpoint: kept for kept in Calibrations().all}
+    assert found[here] == earlier
+    assert found[LOCAL].corrections == 1
+
+
 def test_the_oldest_are_forgotten(known: Calibrations) -> None:
     count = CALIBRATIONS_KEPT + 5
     run(known.keep(calibration(f"10.0.0.7:{port}", measured_at=port) for port in range(1, count + 1)))
