@@ -187,7 +187,8 @@ class Facts:
         if missing:
             command = install_command(missing, self.tools, on_mac=self.system == "Darwin")
             advice = f"run `{command}` there" if command else "install them there"
-            return f"it has no {' and no '.join(missing)}; {advice}"
+            listed = " or ".join(filter(None, [", ".join(missing[:-1]), missing[-1]]))
+            return f"it has no {listed}; {advice}"
         version = tuple(map(int, re.findall(r"\d+", self.cmake)[:2]))
         if version and version < _TOO_OLD_CMAKE:
             return f"its cmake {self.cmake} is older than 3.14; run `pip install --user cmake` there"

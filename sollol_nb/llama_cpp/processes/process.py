@@ -100,7 +100,7 @@ class EngineProcess:
         """Start `argv` under a supervisor, and connect to it.
 
         Args:
-            kind: `coordinator` or `worker`.
+            kind: one of `registry.KINDS`.
             about: what it runs, for its registry entry.
             keep_alive_s: seconds that it lives without a lease; None is forever.
             key: its secret, which `env` also contains if the engine needs it; by default a random one.

@@ -202,7 +202,7 @@ def test_a_machine_without_compiler_gets_the_command_that_installs_one(
     with pytest.raises(LinkError) as raised:
         machine.prepare(engine_in(tmp_path / "here"))
     assert str(raised.value) == (
-        "cannot build llama.cpp on gpu1: it has no C++ compiler and no cmake and no make; "
+        "cannot build llama.cpp on gpu1: it has no C++ compiler, cmake or make; "
         "run `sudo dnf install gcc-c++ cmake make` there (its CPU lacks avx1024)"
     )
 
