@@ -21,8 +21,8 @@ from sollol_nb.llama_cpp.workers.identities import Identities
 from sollol_nb.llama_cpp.workers.probe import DISCOVERY_PORTS, Probe, ProbeOutcome, probe_all
 from sollol_nb.llama_cpp.workers.scan import addresses_in, scan
 from sollol_nb.llama_cpp.workers.ssh_hosts import SshHost, look_at
-from sollol_nb.llama_cpp.workers.status import WorkerStatus
-from sollol_nb.llama_cpp.workers.workers import STATE_OF_OUTCOME, Workers, describe_holder, other_user_at
+from sollol_nb.llama_cpp.workers.status import STATE_OF_OUTCOME, WorkerStatus, describe_holder
+from sollol_nb.llama_cpp.workers.workers import Workers, other_user_at
 from sollol_nb.settings import config
 from sollol_nb.settings.endpoints import LOOPBACK, SSH, format_endpoint, is_target, parse_endpoint, ssh_target
 from sollol_nb.text.tables import counted, format_bytes, format_ms

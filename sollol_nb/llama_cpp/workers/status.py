@@ -8,10 +8,20 @@ from functools import lru_cache
 import psutil
 
 from sollol_nb.layers.strategies import WorkerCapacity
+from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.processes.machine import boot_id
+from sollol_nb.llama_cpp.processes.registry import Entry
 from sollol_nb.llama_cpp.workers.calibrations import Calibration
-from sollol_nb.llama_cpp.workers.probe import Probe
+from sollol_nb.llama_cpp.workers.probe import Probe, ProbeOutcome
 from sollol_nb.settings.endpoints import LOOPBACK, SSH, is_loopback
+
+STATE_OF_OUTCOME = {
+    ProbeOutcome.FREE: "free",
+    ProbeOutcome.BUSY: "busy",
+    ProbeOutcome.REFUSED: "down",
+    ProbeOutcome.UNREACHABLE: "down",
+    ProbeOutcome.INCOMPATIBLE: "incompatible",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +93,11 @@ class WorkerStatus:
         if not self.target:
             return is_loopback(self.endpoint)
         return self.machine == boot_id() != "" or (self.target.startswith("[") and is_loopback(self.target))
+
+
+def describe_holder(holder: Entry) -> str:
+    """Who holds a worker, as text."""
+    return f"held by the coordinator of {holder.name}, started by {registry.describe_owner(holder.about)}"
 
 
 def _is_system_memory(total_bytes: int) -> bool:

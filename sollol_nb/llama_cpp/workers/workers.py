@@ -32,7 +32,7 @@ from sollol_nb.llama_cpp.workers.probe import (
     discover,
     probe_all,
 )
-from sollol_nb.llama_cpp.workers.status import WorkerStatus
+from sollol_nb.llama_cpp.workers.status import STATE_OF_OUTCOME, WorkerStatus, describe_holder
 from sollol_nb.runtime.events import EventBus, EventKind
 from sollol_nb.settings.endpoints import INVITATIONS, is_loopback, is_target, parse_endpoint, worker_target
 
@@ -450,17 +450,3 @@ class Workers:
 def other_user_at(endpoint: str) -> str | None:
     """The user of a worker on this machine, if that is another one than who runs this; else None."""
     return other_user_of(*parse_endpoint(endpoint)) if is_loopback(endpoint) else None
-
-
-def describe_holder(holder: Entry) -> str:
-    """Who holds a worker, as text."""
-    return f"held by the coordinator of {holder.name}, started by {registry.describe_owner(holder.about)}"
-
-
-STATE_OF_OUTCOME = {
-    ProbeOutcome.FREE: "free",
-    ProbeOutcome.BUSY: "busy",
-    ProbeOutcome.REFUSED: "down",
-    ProbeOutcome.UNREACHABLE: "down",
-    ProbeOutcome.INCOMPATIBLE: "incompatible",
-}
