@@ -323,6 +323,8 @@ class Hub:
             except OSError:  # out of descriptors, say
                 await asyncio.sleep(POLL_S)
                 continue
+            # The RPC protocol sends a request in parts; asyncio sets this only for the sockets that it has made.
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             task = asyncio.create_task(self._serve(connection))
             self._unknown[task] = None
             self._serving.add(task)
