@@ -15,6 +15,7 @@ DEFAULT_COORDINATOR_PORT = 18080
 DEFAULT_OLLAMA_PORT = 11434
 DEFAULT_GATEWAY_PORT = 11440
 LOOPBACK = "127.0.0.1"
+ALL_ADDRESSES = ("0.0.0.0", "::")  # noqa: S104 - compared, not bound
 SSH = "ssh://"
 INVITATIONS = "invitations"
 """Target of the link through which all workers come that have joined by invitation."""

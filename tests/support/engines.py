@@ -23,6 +23,8 @@ import psutil
 import pytest
 
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
+from sollol_nb.llama_cpp.engine.check import Engine
+from sollol_nb.llama_cpp.workers.probe import ProbeOutcome, probe
 from sollol_nb.runtime.io_loop import run_blocking
 from tests.support.gguf_files import write_llama
 
@@ -74,6 +76,23 @@ async def eventually_async(condition: Callable[[], T], description: str) -> T:
             return value
         await asyncio.sleep(0.02)
     raise AssertionError(f"not within {HANG_GUARD_S:g} s: {description}")
+
+
+@contextmanager
+def worker_on(engine: Engine, host: str, port: int) -> Iterator[None]:
+    """An RPC worker that the package does not own, as a user starts it."""
+    process = subprocess.Popen(
+        [str(engine.worker), "-H", host, "-p", str(port), "-t", "1"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        free = ProbeOutcome.FREE
+        eventually(lambda: run(probe("127.0.0.1", port)).outcome is free, "it listens")
+        yield
+    finally:
+        process.kill()
+        process.wait()
 
 
 # --- models -----------------------------------------------------------------------------------

@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING
 import psutil
 
 from sollol_nb.errors import ConfigError
-from sollol_nb.llama_cpp.workers.lent import ALL_ADDRESSES
 from sollol_nb.llama_cpp.workers.probe import PROTOCOL_MAJOR, PROTOCOL_MINOR
 from sollol_nb.llama_cpp.workers.scan import is_private
-from sollol_nb.settings.endpoints import format_endpoint
+from sollol_nb.settings.endpoints import ALL_ADDRESSES, format_endpoint
 
 if TYPE_CHECKING:
     from zeroconf.asyncio import AsyncZeroconf

@@ -18,7 +18,7 @@ from sollol_nb.llama_cpp.processes.machine import primary_address
 from sollol_nb.llama_cpp.processes.registry import Entry
 from sollol_nb.llama_cpp.workers.links import Links
 from sollol_nb.runtime.amounts import is_whole_number, shown
-from sollol_nb.settings.endpoints import INVITATIONS, LOOPBACK, format_endpoint, parse_endpoint
+from sollol_nb.settings.endpoints import ALL_ADDRESSES, INVITATIONS, LOOPBACK, format_endpoint, parse_endpoint
 from sollol_nb.settings.kinds import keep_alive_seconds
 
 MAX_USES = 64
@@ -26,7 +26,6 @@ MAX_EXPIRES_S = 30 * 86400.0
 LISTEN_LIMIT_S = 20.0
 POLL_S = 0.05
 _NAME = re.compile(r"[\w.-]{1,40}(?<!-)")
-_ALL_ADDRESSES = ("0.0.0.0", "::")  # noqa: S104 - compared, not bound
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,7 +161,7 @@ async def invite(
         async with memberships.changing() as now:
             memberships.write(now.withdrawn(invitation.name, host=known.host, port=known.port))
         raise
-    address = primary if after.host in _ALL_ADDRESSES else after.host
+    address = primary if after.host in ALL_ADDRESSES else after.host
     link = JoinLink(host=address, port=parse_endpoint(listens)[1], token=token, fingerprint=fingerprint)
     return NewInvitation(name=invitation.name, link=link.text, uses=uses, expires_at=invitation.expires_at)
 

@@ -18,13 +18,12 @@ from sollol_nb.llama_cpp.processes.process import EngineProcess
 from sollol_nb.llama_cpp.workers.local import PORT_TRIES, WorkerPortTakenError, wait_until_free
 from sollol_nb.llama_cpp.workers.probe import Client
 from sollol_nb.settings import config
-from sollol_nb.settings.endpoints import LOOPBACK, format_endpoint
+from sollol_nb.settings.endpoints import ALL_ADDRESSES, LOOPBACK, format_endpoint
 
 CPU = "CPU"
 DEVICES_LIMIT_S = 30.0
 AGAIN_AFTER_S = 1.0
 _DEVICE = re.compile(r"^ +(\w+): ", re.MULTILINE)
-ALL_ADDRESSES = ("0.0.0.0", "::")  # noqa: S104 - compared, not bound
 
 
 def devices_of(engine: Engine) -> list[str]:

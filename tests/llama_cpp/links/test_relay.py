@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -12,11 +11,10 @@ import pytest
 from sollol_nb.errors import WorkersUnavailableError
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.processes import registry
-from sollol_nb.llama_cpp.workers.probe import ProbeOutcome, probe
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.sync_wrapper import HybridRouter
 from tests.support.calibrations import know_this_machine
-from tests.support.engines import QUESTION, eventually, run, tunnel_to, unused_port
+from tests.support.engines import QUESTION, eventually, tunnel_to, unused_port, worker_on
 
 pytestmark = pytest.mark.engine
 
@@ -28,26 +26,9 @@ def own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def worker_on(engine: Engine, port: int) -> Iterator[None]:
-    """A worker on IPv4 loopback; workers themselves do not listen on IPv6."""
-    process = subprocess.Popen(
-        [str(engine.worker), "-H", "127.0.0.1", "-p", str(port), "-t", "1"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        free = ProbeOutcome.FREE
-        eventually(lambda: run(probe("127.0.0.1", port)).outcome is free, "it listens")
-        yield
-    finally:
-        process.kill()
-        process.wait()
-
-
-@contextmanager
 def ipv6_worker(engine: Engine, port: int, worker_port: int) -> Iterator[None]:
     """A worker that is reached at `[::1]:port`."""
-    with worker_on(engine, worker_port), tunnel_to(worker_port, "::1", port):
+    with worker_on(engine, "127.0.0.1", worker_port), tunnel_to(worker_port, "::1", port):
         yield
 
 
@@ -130,5 +111,5 @@ def test_a_tunnel_without_a_worker_at_its_other_end_is_down(engine: Engine) -> N
         worker = only_worker(mine)
         assert worker.state == "down"
         assert "if it is a tunnel, start the worker at its other end" in worker.detail
-        with worker_on(engine, worker_port):
+        with worker_on(engine, "127.0.0.1", worker_port):
             assert only_worker(mine).state == "free"

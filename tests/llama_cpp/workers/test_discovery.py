@@ -25,7 +25,7 @@ from sollol_nb.llama_cpp.workers.scan import addresses_in
 from sollol_nb.router.remote.calls import CALLS
 from sollol_nb.router.remote.plain_data import to_plain
 from sollol_nb.sync_wrapper import HybridRouter
-from tests.support.engines import REPOSITORY, eventually, run, says, tunnel_to, unused_ports
+from tests.support.engines import REPOSITORY, eventually, run, says, tunnel_to, unused_ports, worker_on
 from tests.support.machines import Machine, running_machines
 
 PORTS = range(50052, 50056)
@@ -138,22 +138,6 @@ def test_a_gateway_can_look_for_its_notebooks() -> None:
 
 
 # --- real workers -----------------------------------------------------------------------------------
-
-
-@contextmanager
-def worker_on(engine: Engine, host: str, port: int) -> Iterator[None]:
-    process = subprocess.Popen(
-        [str(engine.worker), "-H", host, "-p", str(port), "-t", "1"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        free = ProbeOutcome.FREE
-        eventually(lambda: run(probe("127.0.0.1", port)).outcome is free, "it listens")
-        yield
-    finally:
-        process.kill()
-        process.wait()
 
 
 @pytest.fixture
