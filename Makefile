@@ -18,7 +18,7 @@ help:
 	@echo "make soak   MINUTES=5: 500 clients stream answers from a gateway at the same time; no text is lost, memory stays flat"
 	@echo "make lowest run the tests that need no engine with the lowest versions that pyproject.toml allows"
 	@echo "make lint   ruff and mypy"
-	@echo "make bench  run the benchmarks; every figure in the README comes from them"
+	@echo "make bench  run the benchmarks (under 25 minutes) and write benchmarks/RESULTS.md, the source of the README's figures"
 	@echo "make ollama build the two Ollamas that the tests use"
 
 # One stamp for each set of extras; pip runs again when pyproject.toml has changed.
@@ -68,7 +68,7 @@ lint: $(VENV)/stamp-dev
 	$(BIN)/mypy
 
 bench: $(VENV)/stamp-dev engine
-	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	$(BIN)/python benchmarks/run_all.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(VENV)-lowest .pytest_cache .mypy_cache .ruff_cache
