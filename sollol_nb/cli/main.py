@@ -76,7 +76,7 @@ def status(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({**asdict(cluster), "troubles": lines}, indent=1, default=_as_json))
     else:
-        print(cluster)
+        print(cluster.describe(verbose=arguments.verbose))
         print("\n".join(f"attention: {line}" for line in lines) if lines else without_problems(cluster))
     return EXIT_ATTENTION if lines else EXIT_OK
 
@@ -203,6 +203,7 @@ def _ps_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _status_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON; `troubles` lists what needs attention")
+    parser.add_argument("-v", "--verbose", action="store_true", help="with all reasons of each layer plan")
 
 
 def _discover_arguments(parser: argparse.ArgumentParser) -> None:

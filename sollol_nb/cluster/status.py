@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -112,6 +112,7 @@ class CoordinatorStatus:
     """One running coordinator; `note` says what is special about its model.
 
     `predicted_token_ms` was predicted when the layers were planned, `token_ms` is measured; None if unknown.
+    `reasons` say why its layers are planned like this, the most important one first.
     """
 
     model: str
@@ -131,6 +132,7 @@ class CoordinatorStatus:
     predicted_token_ms: float | None = None
     token_ms: float | None = None
     model_path: str = ""
+    reasons: tuple[str, ...] = ()
 
     @property
     def token_time_description(self) -> str:
@@ -225,6 +227,14 @@ class ClusterStatus:
     invitations: tuple[OpenInvitation, ...] = ()
 
     def __str__(self) -> str:
+        return self.describe()
+
+    def describe(self, *, verbose: bool = False) -> str:
+        """As text.
+
+        Args:
+            verbose: all reasons of each plan, instead of the first one.
+        """
         lines = []
         for coordinator in self.coordinators:
             note = f" {coordinator.note}" if coordinator.note else ""
@@ -234,6 +244,7 @@ class ClusterStatus:
                 f"{coordinator.running}/{coordinator.slots} slots busy, {coordinator.waiting} waiting){note}"
             )
             lines += [f"  {coordinator.token_time_description}"] if coordinator.token_time_description else []
+            lines += [f"  {line}" for line in reason_lines(coordinator.reasons, verbose=verbose)]
             lines += [f"  {_bar(segment.share)} {segment.description}" for segment in coordinator.segments]
             lines += [f"  {part.description}" for part in coordinator.local]
             lines += [f"  differs from the plan: {difference}" for difference in coordinator.differences]
@@ -266,6 +277,16 @@ class ClusterStatus:
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
         return {"text/plain": str(self), "text/html": self._repr_html_()}
+
+
+def reason_lines(reasons: Sequence[str], *, verbose: bool) -> list[str]:
+    """The reasons of a plan as lines: one that says how many more there are, or all of them."""
+    if not reasons:
+        return []
+    if verbose:
+        return [f"why: {reasons[0]}", *(f"     {reason}" for reason in reasons[1:])]
+    more = len(reasons) - 1
+    return [f"why: {reasons[0]}" + (f" ({counted(more, 'more reason')} with -v)" if more else "")]
 
 
 def describe_worker(worker: WorkerStatus) -> str:

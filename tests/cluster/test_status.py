@@ -212,7 +212,12 @@ def test_hostile_names_are_text_in_html() -> None:
         (worker(1, "busy", HOSTILE, endpoint=HOSTILE),),
         (
             coordinator(
-                segment(HOSTILE, HOSTILE, 1), model=HOSTILE, note=HOSTILE, url=HOSTILE, differences=(HOSTILE,)
+                segment(HOSTILE, HOSTILE, 1),
+                model=HOSTILE,
+                note=HOSTILE,
+                url=HOSTILE,
+                differences=(HOSTILE,),
+                reasons=(HOSTILE, HOSTILE),
             ),
         ),
     )
@@ -353,6 +358,29 @@ def test_devices_of_the_coordinators_own_machine_are_shown() -> None:
 
     assert "this machine (CPU): 3.0 MiB weights" in str(status)
     assert "this machine (CPU)" in as_html(status).text
+
+
+REASONS = ("over 2 of 3 workers: 21 ms per token", "left out: c:3, it would add 4 ms", "next best: a:1 alone, 30 ms")
+
+
+def test_a_plan_is_explained_in_one_line_that_opens() -> None:
+    status = ClusterStatus((), (coordinator(segment("a:1", "0-9", 10), reasons=REASONS),))
+
+    assert f"\n  why: {REASONS[0]} (2 more reasons with -v)\n" in str(status)
+    assert REASONS[1] not in str(status)
+    assert "\n".join(REASONS).replace("\n", "\n       ") in status.describe(verbose=True)
+    page = as_html(status)
+    assert {"details", "summary"} <= page.tags
+    assert all(reason in page.text for reason in REASONS)
+
+
+def test_a_plan_with_one_reason_has_nothing_to_open_and_one_without_any_no_line() -> None:
+    one = ClusterStatus((), (coordinator(segment("a:1", "0-9", 10), reasons=REASONS[:1]),))
+    none = ClusterStatus((), (coordinator(segment("a:1", "0-9", 10)),))
+
+    assert f"\n  why: {REASONS[0]}\n" in str(one)
+    assert "details" not in as_html(one).tags
+    assert "why:" not in str(none) + as_html(none).text
 
 
 @pytest.mark.parametrize(

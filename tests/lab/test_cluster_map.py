@@ -220,9 +220,13 @@ def test_folded_details_stay_folded(page: Page) -> None:
     assert page.locator("#first details[open]").count() == 1
     page.locator("#first summary").click()
     (url,) = state["coordinators"]
-    page.evaluate("patch => window.change(patch)", {"coordinators": {url: {"running": 1}}})
+    reasons = ["over 3 of 4 workers", "left out: gpu4"]
+    page.evaluate("patch => window.change(patch)", {"coordinators": {url: {"running": 1, "reasons": reasons}}})
     assert "1/4 slots busy" in page.locator("#first section").inner_text()
     assert page.locator("#first details[open]").count() == 0
+    page.locator("#first summary", has_text="why: over 3 of 4 workers").click()
+    page.evaluate("patch => window.change(patch)", {"coordinators": {url: {"running": 2}}})
+    assert page.locator("#first details[open]").inner_text().splitlines()[1:] == ["left out: gpu4"]
 
 
 def test_a_view_drawn_before_it_is_in_the_page_is_complete(page: Page) -> None:

@@ -53,6 +53,7 @@ class ClusterMagics(Magics):
     @argument("--host", metavar="ADDRESS", help="invite: listen here (default: this machine's own address)")
     @argument("--static", action="store_true", help="a snapshot instead of the live widget")
     @argument("--text", action="store_true", help="a snapshot as plain text")
+    @argument("-v", "--verbose", action="store_true", help="the same, with all reasons of each plan")
     @line_magic
     def sollol_cluster(self, call: magic_line.Call) -> ClusterWidget | ClusterStatus | None:
         """Show the workers and the layers of each coordinator, live and with controls; or change them.
@@ -92,6 +93,8 @@ class ClusterMagics(Magics):
             %sollol_cluster --static
 
             %sollol_cluster --text
+
+            %sollol_cluster -v
         """
         arguments = call.arguments
         check_options(arguments)
@@ -103,8 +106,8 @@ class ClusterMagics(Magics):
             if arguments.action not in SHOWING:
                 return None
         status = router.cluster()
-        if arguments.text:
-            print(status)
+        if arguments.text or arguments.verbose:
+            print(status.describe(verbose=arguments.verbose))
             return None
         if arguments.static or arguments.action is not None or not is_kernel(self.shell):
             return status

@@ -157,7 +157,7 @@ function layerTable(coordinator) {
   const note = "planned / actual; units are the model's blocks and its output layer";
   const opened = rows.length <= 4 ? { open: "" } : {};
   const summary = element("summary", {}, "Details");
-  return element("details", opened, summary, element("div", { class: "sollol-faint" }, note), table);
+  return element("details", { class: "sollol-layers", ...opened }, summary, element("div", { class: "sollol-faint" }, note), table);
 }
 
 function headRow(labels) {
@@ -166,6 +166,13 @@ function headRow(labels) {
 
 function tableRow(cells) {
   return element("tr", {}, ...cells.map((cell) => element("td", {}, cell)));
+}
+
+// Why the layers are planned like this: the first reason, which opens to show the others.
+function planReasons([first, ...others]) {
+  if (!others.length) return element("div", { class: "sollol-why" }, `why: ${first}`);
+  const lines = others.map((reason) => element("div", {}, reason));
+  return element("details", { class: "sollol-why" }, element("summary", {}, `why: ${first}`), ...lines);
 }
 
 function coordinatorCard(coordinator) {
@@ -177,6 +184,7 @@ function coordinatorCard(coordinator) {
     { class: "sollol-card" },
     element("div", {}, element("b", { title: coordinator.path || "" }, coordinator.model), ` ${facts.filter(Boolean).join(" · ")}`),
   );
+  if ((coordinator.reasons || []).length) card.append(planReasons(coordinator.reasons));
   if (Object.keys(coordinator.segments || {}).length) card.append(layerMap(coordinator), layerTable(coordinator));
   const local = inOrder(coordinator.local).map(([, part]) => part.description);
   if (local.length) card.append(element("div", { class: "sollol-faint" }, local.join("; ")));
@@ -307,9 +315,10 @@ class Rows {
 }
 
 function keepFolded(oldRow, newRow) {
-  const before = oldRow.querySelector("details");
-  const after = newRow.querySelector("details");
-  if (before && after) after.open = before.open;
+  for (const after of newRow.querySelectorAll("details")) {
+    const before = oldRow.querySelector(`details[class="${after.className}"]`);
+    if (before) after.open = before.open;
+  }
 }
 
 class View {
