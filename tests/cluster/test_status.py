@@ -360,7 +360,7 @@ def test_devices_of_the_coordinators_own_machine_are_shown() -> None:
     assert "this machine (CPU)" in as_html(status).text
 
 
-REASONS = ("over 2 of 3 workers: 21 ms per token", "left out: c:3, it would add 4 ms", "next best: a:1 alone, 30 ms")
+REASONS = ("over 2 of 3 workers: 21 ms per token", "left out: c:3, it adds 4 ms", "next best: a:1 alone, 30 ms")
 
 
 def test_a_plan_is_explained_in_one_line_that_opens() -> None:
