@@ -13,7 +13,8 @@ coordinator spends for each token.
 
 Calibrations (`llama_cpp/workers/calibrations.py`) give all of these before the first token. Once tokens of the
 model were measured, these decide how fast the workers are together, and calibrations only how fast each is
-relative to the others, as far as no layout has shown that. An unknown time is None, with the reason.
+relative to the others, as far as no layout has shown that, and nobody has seen how long the coordinator waits for
+each (`llama_cpp/processes/traffic.py`). An unknown time is None, with the reason.
 """
 
 from __future__ import annotations
@@ -57,10 +58,22 @@ class WorkerPart:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """The measured time per token on one layout."""
+    """The measured time per token on one layout.
+
+    Attributes:
+        parts: the work of each worker.
+        token_ms: of one answer that ran alone.
+        part_ms: how long the coordinator waited for each of the workers, in that time; empty if unknown.
+    """
 
     parts: tuple[WorkerPart, ...]
     token_ms: float
+    part_ms: tuple[float, ...] = ()
+
+    @property
+    def own_ms(self) -> float | None:
+        """In which the coordinator waited for no worker; None if unknown."""
+        return max(0.0, self.token_ms - sum(self.part_ms)) if self.part_ms else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,8 +182,8 @@ def calibrate(measurements: Sequence[Measurement], known: WorkerSpeeds | None = 
 
     Least squares of relative errors, with two preferences (`ALIKE_WEIGHT`, `HOP_WEIGHT`) where measurements leave
     a choice: one measurement makes all workers equally fast with no hop, or equally much faster or slower than
-    they are known to be, and each further layout separates them as far as needed. A speed below zero is set to
-    zero, and the others are fitted again.
+    they are known to be, and each further layout separates them as far as needed. Where the waits for each worker
+    were measured, these decide at once. A speed below zero is set to zero, and the others are fitted again.
 
     Args:
         known: from calibrations, for this model.
@@ -185,12 +198,21 @@ def calibrate(measurements: Sequence[Measurement], known: WorkerSpeeds | None = 
     endpoints = list(dict.fromkeys(part.endpoint for measured in usable for part in measured.parts))
     typical_bytes = sum(part.read_bytes for measured in usable for part in measured.parts) / len(usable)
     typical_ms = sum(measured.token_ms for measured in usable) / len(usable)
+    own_ms = [measured.own_ms for measured in usable if measured.own_ms is not None]
     expected = _expected(known, endpoints, typical_ms / typical_bytes)
     # Unknowns: the time of each worker relative to what is expected, that of usual ones, and the hop, which is in
     # units of a typical token.
     usual, hop, count = len(endpoints), len(endpoints) + 1, len(endpoints) + 2
     rows, targets = [], []
     for measured in usable:
+        for part, part_ms in zip(measured.parts, measured.part_ms, strict=False):
+            row = [0.0] * count
+            row[endpoints.index(part.endpoint)] = (expected.work_ms(part) or 0.0) / measured.token_ms
+            row[hop] = typical_ms / measured.token_ms
+            rows.append(row)
+            targets.append(max(0.0, part_ms - (part.round_trip_ms or 0.0)) / measured.token_ms)
+        if measured.part_ms:  # the sum has nothing to add
+            continue
         row = [0.0] * count
         for part in measured.parts:
             row[endpoints.index(part.endpoint)] += (expected.work_ms(part) or 0.0) / measured.token_ms
@@ -198,7 +220,10 @@ def calibrate(measurements: Sequence[Measurement], known: WorkerSpeeds | None = 
         row[hop] = len(measured.parts) * typical_ms / measured.token_ms
         rows.append(row)
         targets.append(max(0.0, 1 - (_wire_ms(measured.parts) or 0.0) / measured.token_ms))
-    for position in range(len(endpoints)):
+    seen = {part.endpoint for measured in usable if measured.part_ms for part in measured.parts}
+    for position, endpoint in enumerate(endpoints):
+        if endpoint in seen:
+            continue
         row = [0.0] * count
         row[position], row[usual] = ALIKE_WEIGHT, -ALIKE_WEIGHT
         rows.append(row)
@@ -216,6 +241,8 @@ def calibrate(measurements: Sequence[Measurement], known: WorkerSpeeds | None = 
     values = dict(zip(free, map(float, found), strict=True))
     usual_factor = values.get(usual, 0.0)
     factors = {endpoint: values.get(position, 0.0) for position, endpoint in enumerate(endpoints)}
+    if own_ms:  # then one slow worker does not make others slower that were not measured
+        usual_factor = median(factors.values())
     return WorkerSpeeds(
         {endpoint: ms * factors.get(endpoint, usual_factor) for endpoint, ms in expected.ms_per_byte.items()},
         (expected.usual_ms_per_byte or 0.0) * usual_factor,
@@ -226,7 +253,7 @@ def calibrate(measurements: Sequence[Measurement], known: WorkerSpeeds | None = 
             for endpoint, rate in expected.bytes_per_s.items()
             if factors.get(endpoint, usual_factor)
         },
-        expected.own_ms * usual_factor,
+        median(own_ms) if own_ms else expected.own_ms * usual_factor,
     )
 
 

@@ -82,6 +82,21 @@ def test_a_slow_worker_is_found_from_two_layouts() -> None:
     assert fewer == pytest.approx(token_ms(ONE_SLOW, parts(12, 13, 0)), rel=0.15)
 
 
+def test_a_slow_worker_is_found_from_one_layout_where_the_waits_for_each_were_measured() -> None:
+    """And only that one: what is known of a worker that took no part stays as it was."""
+    layout = parts(8, 8, 9)
+    waits_ms = tuple(token_ms(ONE_SLOW, (part,)) for part in layout)
+    known = WorkerSpeeds(dict.fromkeys(("w0", "w1", "w2", "w3"), 0.2 / MIB), None, 0.0, own_ms=5.0)
+
+    speeds = calibrate([Measurement(layout, sum(waits_ms) + 0.25, waits_ms)], known)
+
+    assert speeds is not None
+    for units in ((12, 13, 0), (1, 1, 23)):
+        predicted = predict(speeds, parts(*units))
+        assert predicted.token_ms == pytest.approx(token_ms(ONE_SLOW, parts(*units)) + 0.25, rel=0.05)
+    assert speeds.ms_per_byte["w3"] == pytest.approx(0.2 / MIB, rel=0.05)
+
+
 def test_a_hop_is_separated_from_bytes_once_the_number_of_workers_has_changed() -> None:
     alone = calibrate(measured(ALIKE, (8, 8, 9), hop_ms=2.0))
     both = calibrate(measured(ALIKE, (8, 8, 9), (25, 0, 0), hop_ms=2.0))

@@ -47,7 +47,8 @@ from sollol_nb.llama_cpp.coordinators.readiness import PortTakenError
 from sollol_nb.llama_cpp.coordinators.settings import CoordinatorSettings
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.processes import registry
-from sollol_nb.llama_cpp.processes.machine import delivered_bytes, free_ports
+from sollol_nb.llama_cpp.processes.machine import free_ports
+from sollol_nb.llama_cpp.processes.traffic import delivered_bytes
 from sollol_nb.llama_cpp.workers.calibrations import THIS_MACHINE, Calibration, identity_of
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.llama_cpp.workers.workers import Workers

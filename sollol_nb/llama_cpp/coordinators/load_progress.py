@@ -2,7 +2,7 @@
 
 The engine's log says which units each worker gets, and when the weights are loaded, but nothing in between. That
 is known from the operating system, where it counts the bytes that a TCP connection has delivered (see
-`machine.delivered_bytes`): while it loads, a coordinator sends its workers their weights and next to nothing
+`traffic.delivered_bytes`): while it loads, a coordinator sends its workers their weights and next to nothing
 else. The workers are not probed, because each answers only its coordinator. A worker with its own cache of tensors
 receives only those that it lacks; such a load is shown as less until all weights are loaded.
 
@@ -23,7 +23,7 @@ from typing import Any
 from sollol_nb.llama_cpp.coordinators.placement import Placement, read_placement
 from sollol_nb.llama_cpp.coordinators.readiness import LISTENING
 from sollol_nb.llama_cpp.coordinators.settings import CoordinatorSettings
-from sollol_nb.llama_cpp.processes.machine import Address, delivered_bytes
+from sollol_nb.llama_cpp.processes.traffic import Address, delivered_bytes
 from sollol_nb.settings.endpoints import addresses_of
 from sollol_nb.text.tables import counted, format_bytes
 

@@ -1,4 +1,4 @@
-"""Facts about this machine: usable cores, identity, free ports, who listens, and the bytes a process has sent."""
+"""Facts about this machine: usable cores, identity, free ports, and who listens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import socket
 import struct
 import sys
 import uuid
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -24,16 +23,6 @@ from sollol_nb.settings.endpoints import LOOPBACK
 from sollol_nb.text.tables import counted
 
 Address = tuple[str, int]
-
-_NETLINK_TIMEOUT_S = 0.5  # the kernel answers immediately or not at all
-_NETLINK_SOCK_DIAG = 4
-_SOCK_DIAG_BY_FAMILY = 20
-_NLM_F_REQUEST = 1
-_INET_DIAG_INFO = 2
-_ALL_STATES = 0xFFFFFFFF
-_NO_COOKIE = b"\xff" * 8
-_HEADER_BYTES, _MESSAGE_BYTES, _ATTRIBUTE_BYTES = 16, 72, 4
-_BYTES_ACKED_OFFSET = 120  # of `tcpi_bytes_acked` in `tcp_info`
 
 
 # --- cores: an engine with a thread for each core of the host is slow where its container may use two ------------
@@ -226,70 +215,3 @@ def _is_own_address(address: str) -> bool:
     if ipaddress.ip_address(address).is_loopback:
         return True
     return any(known.address == address for known_of in psutil.net_if_addrs().values() for known in known_of)
-
-
-# --- bytes sent ------------------------------------------------------------------------------
-
-
-def delivered_bytes(pid: int) -> dict[Address, int] | None:
-    """Bytes that a process has sent and its peers have acknowledged, by the peer's IP address and port.
-
-    Linux reports them without privileges (`sock_diag(7)`: the attribute `INET_DIAG_INFO` holds a `tcp_info`, see
-    `linux/inet_diag.h` and `linux/tcp.h`). Several connections to one peer are added up; no peer is asked.
-
-    Returns:
-        None on other systems, and if the process has ended.
-    """
-    if sys.platform != "linux":
-        return None
-    try:
-        connections = psutil.Process(pid).net_connections("tcp")
-        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as netlink:
-            netlink.settimeout(_NETLINK_TIMEOUT_S)
-            delivered: dict[Address, int] = {}
-            for connection in connections:
-                if not connection.raddr:
-                    continue
-                netlink.send(_diag_request(connection.family, connection.laddr, connection.raddr))
-                acked = _acked_bytes(netlink.recv(65536))
-                if acked is not None:  # else the connection was just closed
-                    peer = (str(connection.raddr[0]), int(connection.raddr[1]))
-                    delivered[peer] = delivered.get(peer, 0) + acked
-    except (psutil.Error, OSError):
-        return None
-    return delivered
-
-
-def _diag_request(family: int, local: Address, remote: Address) -> bytes:
-    """An `nlmsghdr` and an `inet_diag_req_v2` that names one connection."""
-    wanted = 1 << (_INET_DIAG_INFO - 1)
-    connection = struct.pack("!HH", local[1], remote[1]) + _packed(local[0]) + _packed(remote[0])
-    request = struct.pack("=BBBBI", family, socket.IPPROTO_TCP, wanted, 0, _ALL_STATES)
-    request += connection + bytes(4) + _NO_COOKIE
-    header = struct.pack("=IHHII", _HEADER_BYTES + len(request), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 0, 0)
-    return header + request
-
-
-def _packed(host: str) -> bytes:
-    return ipaddress.ip_address(host).packed.ljust(16, b"\0")
-
-
-def _acked_bytes(answer: bytes) -> int | None:
-    """Acknowledged bytes in the kernel's answer; None if it is an error or does not contain them."""
-    size, kind = struct.unpack_from("=IH", answer)
-    if kind != _SOCK_DIAG_BY_FAMILY:
-        return None
-    for name, value in _attributes(answer[_HEADER_BYTES + _MESSAGE_BYTES : size]):
-        if name == _INET_DIAG_INFO and len(value) >= _BYTES_ACKED_OFFSET + 8:
-            (acked,) = struct.unpack_from("=Q", value, _BYTES_ACKED_OFFSET)
-            return int(acked)
-    return None
-
-
-def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
-    while len(data) >= _ATTRIBUTE_BYTES:
-        size, name = struct.unpack_from("=HH", data)
-        if size < _ATTRIBUTE_BYTES:
-            return
-        yield name, data[_ATTRIBUTE_BYTES:size]
-        data = data[(size + 3) & ~3 :]

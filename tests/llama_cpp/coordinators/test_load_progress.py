@@ -18,7 +18,7 @@ from sollol_nb.layers.plan import LayerPlan
 from sollol_nb.llama_cpp.coordinators.load_progress import load_progress
 from sollol_nb.llama_cpp.coordinators.settings import CoordinatorSettings
 from sollol_nb.llama_cpp.engine.check import Engine
-from sollol_nb.llama_cpp.processes.machine import delivered_bytes
+from sollol_nb.llama_cpp.processes.traffic import delivered_bytes
 from sollol_nb.llama_cpp.workers.workers import Workers
 from sollol_nb.runtime.events import Event, EventBus
 from sollol_nb.settings.endpoints import parse_endpoint
