@@ -23,7 +23,8 @@ from typing import Any
 from sollol_nb.llama_cpp.coordinators.placement import Placement, read_placement
 from sollol_nb.llama_cpp.coordinators.readiness import LISTENING
 from sollol_nb.llama_cpp.coordinators.settings import CoordinatorSettings
-from sollol_nb.llama_cpp.processes.traffic import Address, delivered_bytes
+from sollol_nb.llama_cpp.processes.machine import Address
+from sollol_nb.llama_cpp.processes.traffic import delivered_bytes
 from sollol_nb.settings.endpoints import addresses_of
 from sollol_nb.text.tables import counted, format_bytes
 
