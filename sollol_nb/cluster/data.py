@@ -3,7 +3,7 @@
 | key | holds, by |
 |---|---|
 | `workers` | endpoint: `n` (order), `name` and `target` (of those that are reached through links), `state`, `color`, `description`, `free` and `total` memory, `used` (0 to 1), `rtt` (ms, by probe number), `speed` (as calibrated), ... |
-| `coordinators` | URL: `model`, `path`, `description`, `token_time`, `reasons` of its plan, `segments` by endpoint, `local` by device, `running`, `waiting`, ... |
+| `coordinators` | URL: `model`, `path`, `description`, `token_time`, `reasons` of its plan, `advice` (`text`, and `layout` as pairs of endpoint and units), `segments` by endpoint, `local` by device, `running`, `waiting`, ... |
 | `nodes` | URL of an Ollama node: `state`, `description`, `rtt` (as for workers), `running`, `waiting`, `slots` |
 | `starting` | model that is being loaded: `description`, `share` (0 to 1) |
 | `events` | number of the event: `at`, `kind`, `message` |
@@ -216,7 +216,14 @@ def _coordinator(
         local={part.device: _local_part(n, part) for n, part in enumerate(coordinator.local)},
         differences=list(coordinator.differences) or None,
         reasons=list(coordinator.reasons) or None,
+        advice=_advice(coordinator),
     )
+
+
+def _advice(coordinator: CoordinatorStatus) -> dict[str, Any] | None:
+    if not coordinator.advice:
+        return None
+    return {"text": coordinator.advice, "layout": [[*part] for part in coordinator.advised_layout]}
 
 
 def _segment(number: int, segment: LayerSegment) -> dict[str, Any]:

@@ -112,7 +112,8 @@ class CoordinatorStatus:
     """One running coordinator; `note` says what is special about its model.
 
     `predicted_token_ms` was predicted when the layers were planned, `token_ms` is measured; None if unknown.
-    `reasons` say why its layers are planned like this, the most important one first.
+    `reasons` say why its layers are planned like this, the most important one first. `advice` says what a better
+    layout would bring, "" where none is known; `advised_layout` has its units of each worker, in the order of layers.
     """
 
     model: str
@@ -133,6 +134,8 @@ class CoordinatorStatus:
     token_ms: float | None = None
     model_path: str = ""
     reasons: tuple[str, ...] = ()
+    advice: str = ""
+    advised_layout: tuple[tuple[str, int], ...] = ()
 
     @property
     def token_time_description(self) -> str:
@@ -245,6 +248,7 @@ class ClusterStatus:
             )
             lines += [f"  {coordinator.token_time_description}"] if coordinator.token_time_description else []
             lines += [f"  {line}" for line in reason_lines(coordinator.reasons, verbose=verbose)]
+            lines += [f"  ⚠ {coordinator.advice}"] if coordinator.advice else []
             lines += [f"  {_bar(segment.share)} {segment.description}" for segment in coordinator.segments]
             lines += [f"  {part.description}" for part in coordinator.local]
             lines += [f"  differs from the plan: {difference}" for difference in coordinator.differences]

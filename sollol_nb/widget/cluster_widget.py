@@ -28,6 +28,7 @@ from sollol_nb.router.router import Router
 from sollol_nb.runtime.io_loop import run_blocking, submit
 from sollol_nb.widget.actions import ClusterActions
 from sollol_nb.widget.controls import ModelControls, WorkerControls
+from sollol_nb.widget.suggestion import Suggestion
 from sollol_nb.widget.what_if_panel import WhatIfPanel
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class ClusterWidget:
 
     Attributes:
         map: the drawing; None without anywidget.
+        suggestion: a better layout, where the router knows one.
         workers, models, what_if: the controls.
         progress: what the controls are doing, or how the last action ended.
         box: all of them, as one ipywidget.
@@ -78,14 +80,16 @@ class ClusterWidget:
         self.workers = WorkerControls(self._actions)
         self.models = ModelControls(self._actions, lambda: _strategy_of(get_router()))
         self.what_if = WhatIfPanel(get_router, self._actions)
+        self.suggestion = Suggestion(self._actions, self._compare)
         self.progress = ipywidgets.HTML()
         self.map = _create_map(self)
         self._html = ipywidgets.HTML(self._state.status()._repr_html_()) if self.map is None else None
         controls = ipywidgets.VBox([self.workers.box, self.models.box])
-        panels = ipywidgets.Accordion(
+        self._panels = ipywidgets.Accordion(
             [controls, self.what_if.box], titles=("Controls", "What if"), selected_index=None
         ).add_class("sollol-panels")
-        self.box = ipywidgets.VBox([self.map if self.map is not None else self._html, panels, self.progress])
+        shown = self.map if self.map is not None else self._html
+        self.box = ipywidgets.VBox([shown, self.suggestion.box, self._panels, self.progress])
 
     def __repr__(self) -> str:
         return f"<ClusterWidget: {'closed' if self.is_closed else f'{len(self._views)} views'}>"
@@ -198,9 +202,14 @@ class ClusterWidget:
 
     def _refresh(self) -> None:
         if not self.is_closed:
-            for panel in (self.workers, self.models, self.what_if):
+            for panel in (self.suggestion, self.workers, self.models, self.what_if):
                 panel.refresh(self._state.data)
             self.progress.value = escape(self._actions.progress)
+
+    def _compare(self, model: str) -> None:
+        """Show a suggested layout on the sliders."""
+        self.what_if.show_suggestion(model)
+        self._panels.selected_index = 1
 
     def _drop_lost_views(self) -> None:
         if self.map is None or self._is_cell_running:  # views of ipywidgets.HTML do not report

@@ -1,7 +1,8 @@
 """What if: one slider for each worker; it predicts memory and token time before the layout is applied.
 
 A slider holds its worker's units (blocks and output layer); 0 drops the worker. What one slider gains, its
-neighbours lose (`what_if.rebalance`), so the sliders always hold a whole layout.
+neighbours lose (`what_if.rebalance`), so the sliders always hold a whole layout. Where the router suggests a layout,
+the sliders show it until they are moved.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ class WhatIfPanel:
         self._is_setting = False
         self._data: Mapping[str, Any] = {}
         self._base: dict[str, int] = {}  # the running layout, then free workers with 0
+        self._shown: list[str] = []  # the endpoints of the sliders, in the order of their layers
+        self._suggested: list[tuple[str, int]] = []
         self._base_url = ""
         self._forecast: Forecast | None = None
         self._predicted_with: str | None = None
@@ -60,12 +63,12 @@ class WhatIfPanel:
         self.box = ipywidgets.VBox([header, self._rows, self.prediction])
         self.model.observe(self._choose, "value")
         self.apply.on_click(self._apply)
-        self.reset.on_click(lambda _: self._move_all(list(self._base.values())))
+        self.reset.on_click(lambda _: self._set_up())
 
     @property
     def counts(self) -> dict[str, int]:
         """Units of each worker by the sliders, in the order of their layers."""
-        return dict(zip(self._base, (slider.value for slider in self.sliders), strict=True))
+        return dict(zip(self._shown, (slider.value for slider in self.sliders), strict=True))
 
     def refresh(self, data: Mapping[str, Any]) -> None:
         """Fit the panel to the state; moved sliders keep their values while their layout and workers exist."""
@@ -77,14 +80,24 @@ class WhatIfPanel:
             finally:
                 self._is_setting = False
             url, base = self._layout()
+            used = _used(self.counts)
             is_new = (url, _used(base)) != (self._base_url, _used(self._base))
-            is_new |= any(endpoint not in base for endpoint, _ in _used(self.counts))
-            if is_new or (base != self._base and self.counts == self._base):
-                self._set_up()
+            is_new |= any(endpoint not in base for endpoint, _ in used)
+            is_moved = used not in (_used(self._base), self._suggested)
+            suggested = self._suggestion()
+            if is_new or ((base != self._base or suggested != self._suggested) and not is_moved):
+                self._set_up(suggested)
             elif self._token_time() != self._predicted_with:
                 self._predict()
             else:
                 self._enable()
+
+    def show_suggestion(self, model: str) -> None:
+        """Show the layout that the router suggests for a model on the sliders."""
+        with self._lock:
+            if model in self.model.options:
+                self.model.value = model
+                self._set_up(self._suggestion())
 
     # --- sliders --------------------------------------------------------------------------------
 
@@ -106,19 +119,34 @@ class WhatIfPanel:
                 return url, counts | dict.fromkeys(free[: max(0, MAX_WORKERS - len(counts))], 0)
         return "", {}
 
+    def _suggestion(self) -> list[tuple[str, int]]:
+        """Units of the suggested layout of the chosen model, in the order of its layers; [] without one."""
+        for coordinator in self._sharded().values():
+            if coordinator["model"] == self.model.value:
+                return [(endpoint, units) for endpoint, units in coordinator.get("advice", {}).get("layout", ())]
+        return []
+
     def _choose(self, _: object) -> None:
         with self._lock:
             if not self._is_setting:
-                self._set_up()
+                self._set_up(self._suggestion())
 
-    def _set_up(self) -> None:
+    def _set_up(self, suggested: Sequence[tuple[str, int]] = ()) -> None:
+        """New sliders, with a suggested layout, else with the running one."""
         with self._lock:
             self._base_url, self._base = self._layout()
+            self._suggested = self._suggestion()
             before = self.sliders
             total = sum(self._base.values())
+            counts = dict(suggested) | {
+                endpoint: 0 if suggested else count
+                for endpoint, count in self._base.items()
+                if endpoint not in dict(suggested)
+            }
             workers = self._data.get("workers", {})
-            names = {endpoint: workers.get(endpoint, {}).get("name", endpoint) for endpoint in self._base}
-            self.sliders = [_slider(names[endpoint], count, total) for endpoint, count in self._base.items()]
+            names = {endpoint: workers.get(endpoint, {}).get("name", endpoint) for endpoint in counts}
+            self._shown = list(counts)
+            self.sliders = [_slider(names[endpoint], count, total) for endpoint, count in counts.items()]
             for slider in self.sliders:
                 slider.observe(self._moved, "value")
             self._rows.children = tuple(self.sliders)
@@ -167,7 +195,8 @@ class WhatIfPanel:
         with self._lock:
             if self._base and counts == self.counts:  # else they were moved meanwhile
                 self._forecast = predicted
-                self.prediction.value = forecast_html(predicted)
+                heading = "suggested layout: " if _used(counts) == self._suggested else ""
+                self.prediction.value = heading + forecast_html(predicted)
                 self._enable()
 
     def _token_time(self) -> str | None:
@@ -178,7 +207,7 @@ class WhatIfPanel:
     def _enable(self) -> None:
         """Apply is enabled for a changed layout that fits, while no answer runs on the old one."""
         coordinator = self._sharded().get(self._base_url, {})
-        is_moved = bool(self._base) and self.counts != self._base
+        is_moved = bool(self._base) and _used(self.counts) != _used(self._base)
         is_idle = not coordinator.get("running") and not coordinator.get("waiting")
         is_applying = self._actions.is_unavailable("apply")
         fits = self._forecast is not None and self._forecast.fits

@@ -382,6 +382,62 @@ def test_layers_cannot_be_moved_to_a_worker_that_is_gone(widget: ClusterWidget, 
     assert widget.what_if.apply.disabled
 
 
+# --- a suggested layout -------------------------------------------------------------------------
+
+FASTER = "a new layout would be 1.6 times as fast"
+
+
+def suggest(
+    cluster: SimulatedCluster, monkeypatch: pytest.MonkeyPatch, layout: tuple[tuple[str, int], ...]
+) -> None:
+    """The router knows a better layout for each of its models from now on; () is none."""
+    known = type(cluster.state).status
+
+    def with_advice(state: Any) -> Any:
+        status = known(state)
+        advice = {"advice": FASTER if layout else "", "advised_layout": layout}
+        return replace(status, coordinators=tuple(replace(each, **advice) for each in status.coordinators))
+
+    monkeypatch.setattr(type(cluster.state), "status", with_advice)
+    cluster.events.publish(EventKind.COORDINATOR_PLANNED, "big", FASTER)
+
+
+def test_a_suggested_layout_is_shown_on_the_sliders_and_applied_with_one_click(
+    widget: ClusterWidget, cluster: SimulatedCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert widget.suggestion.box.layout.display == "none"
+    suggest(cluster, monkeypatch, ((endpoint(3), 25), (endpoint(1), 16)))
+
+    eventually(lambda: widget.suggestion.box.layout.display == "", "it is shown")
+    sliders = widget.what_if.sliders
+    assert [slider.description for slider in sliders] == [endpoint(number) for number in (3, 1, 0, 2)]
+    assert units(widget) == [25, 16, 0, 0]
+    eventually(lambda: predicted(widget).startswith("suggested layout: <b>fits</b>"), "it is predicted")
+    assert FASTER in widget.bundle()["text/plain"]
+
+    widget.what_if.reset.click()
+    assert units(widget) == [14, 14, 13, 0], "the running layout"
+    widget.suggestion.compare.click()
+    assert units(widget) == [25, 16, 0, 0]
+    assert widget._panels.selected_index == 1
+
+    monkeypatch.undo()
+    widget.suggestion.apply.click()
+    eventually(lambda: widget.suggestion.box.layout.display == "none", "there is nothing better")
+    assert cluster.coordinators[0].rpc_backends == [endpoint(1), endpoint(3)]
+    eventually(lambda: sorted(units(widget), reverse=True) == [25, 16, 0, 0], "it runs")
+
+
+def test_a_suggestion_leaves_moved_sliders_alone(
+    widget: ClusterWidget, cluster: SimulatedCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widget.what_if.sliders[0].value = 20
+    suggest(cluster, monkeypatch, ((endpoint(3), 25), (endpoint(1), 16)))
+
+    eventually(lambda: widget.suggestion.box.layout.display == "", "it is shown")
+    assert units(widget) == [20, 8, 13, 0]
+
+
 def test_without_a_sharded_model_there_is_nothing_to_move(steered: ClusterWidget) -> None:
     assert steered.what_if.sliders == []
     assert steered.what_if.apply.disabled

@@ -185,6 +185,7 @@ function coordinatorCard(coordinator) {
     element("div", {}, element("b", { title: coordinator.path || "" }, coordinator.model), ` ${facts.filter(Boolean).join(" · ")}`),
   );
   if ((coordinator.reasons || []).length) card.append(planReasons(coordinator.reasons));
+  if (coordinator.advice) card.append(element("div", { class: "sollol-advice" }, `⚠ ${coordinator.advice.text}`));
   if (Object.keys(coordinator.segments || {}).length) card.append(layerMap(coordinator), layerTable(coordinator));
   const local = inOrder(coordinator.local).map(([, part]) => part.description);
   if (local.length) card.append(element("div", { class: "sollol-faint" }, local.join("; ")));
