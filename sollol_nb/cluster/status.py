@@ -113,7 +113,8 @@ class CoordinatorStatus:
 
     `predicted_token_ms` was predicted when the layers were planned, `token_ms` is measured; None if unknown.
     `reasons` say why its layers are planned like this, the most important one first. `advice` says what a better
-    layout would bring, "" where none is known; `advised_layout` has its units of each worker, in the order of layers.
+    layout would bring, "" where none is known; `advised_layout` has its units of each worker, in the order of its
+    layers.
     """
 
     model: str

@@ -1,4 +1,4 @@
-"""A better layout of a running model, where the router knows one: what it would bring, and a button that applies it."""
+"""A better layout of a running model, where the router knows one, and a button that applies it."""
 
 from __future__ import annotations
 
