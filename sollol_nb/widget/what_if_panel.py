@@ -1,8 +1,8 @@
 """What if: one slider for each worker; it predicts memory and token time before the layout is applied.
 
 A slider holds its worker's units (blocks and output layer); 0 drops the worker. What one slider gains, its
-neighbours lose (`what_if.rebalance`), so the sliders always hold a whole layout. A layout that the router suggests is
-shown on them unless they were moved.
+neighbours lose (`what_if.rebalance`), so the sliders always hold a whole layout. A suggested one is shown on them,
+unless they were moved.
 """
 
 from __future__ import annotations
