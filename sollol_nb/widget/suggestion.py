@@ -49,7 +49,7 @@ class Suggestion:
         coordinators = data.get("coordinators", {}).values()
         suggested = [each for each in coordinators if each.get("own") and each.get("advice")]
         self.model = suggested[0]["model"] if suggested else ""
-        advice = suggested[0]["advice"] if suggested else {"text": "", "layout": ()}
+        advice: Mapping[str, Any] = suggested[0]["advice"] if suggested else {"text": "", "layout": ()}
         self._layout = dict(advice["layout"])
         self.text.value = f"better layout for <b>{escape(self.model)}</b>"
         self.text.tooltip = advice["text"]
