@@ -25,6 +25,7 @@ _LONGEST_NAME = 64  # GGML_MAX_NAME
 
 _SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 _BLOCK_TENSOR = re.compile(r"(?:enc\.|dec\.)?blk\.([0-9]+)\.")
+_EXPERTS_TENSOR = re.compile(r"\.ffn_\w+_exps\.")  # all experts of a block; those used for each token are `_shexp`
 _INPUT_TENSORS = ("token_embd.", "token_types.", "position_embd.", "per_layer_token_embd.")
 _FIRST_BLOCK_TENSORS = ("token_embd_norm.", "rope_freqs.", "rope_factors_long.", "rope_factors_short.")
 
@@ -55,6 +56,8 @@ class ModelFacts:
         chat_template: in Jinja; "" without one.
         quantization: how most weights are stored, such as "Q4_K_M"; "" if not stated.
         head_widths: values in K and in V of one attention head, (0, 0) without attention.
+        layer_read_bytes: weight bytes of each block that are read for one token: of the experts of a mixture only
+            those used, in the mean; () if all are read.
     """
 
     path: Path
@@ -72,6 +75,12 @@ class ModelFacts:
     chat_template: str = ""
     quantization: str = ""
     head_widths: tuple[int, int] = (0, 0)
+    layer_read_bytes: tuple[int, ...] = ()
+
+    @property
+    def read_bytes(self) -> tuple[int, ...]:
+        """Weight bytes that one token reads of each unit: the blocks, then the output layer."""
+        return (*(self.layer_read_bytes or self.layer_bytes), self.output_bytes)
 
     def kv_bytes(self, context_tokens: int) -> tuple[int, ...]:
         """Bytes of the KV cache of each block for a context of `context_tokens` (all slots together)."""
@@ -147,8 +156,9 @@ def _summarise(parts: Sequence[GgufFile], keys: Keys, tensors: Sequence[TensorIn
             f"{path} ({_shown(architecture)}) states {layer_count} blocks; a model has 1 to {MAX_BLOCKS}: "
             "name the model's own file, not an adapter or a vision projector"
         )
-    layer_bytes = [0] * layer_count
+    layer_bytes, unread_bytes = [0] * layer_count, [0.0] * layer_count
     output_bytes = 0
+    unused_share = _unused_experts(keys, architecture, layer_count)
     for tensor in tensors:
         block = _BLOCK_TENSOR.match(tensor.name)
         if block is not None:
@@ -157,6 +167,8 @@ def _summarise(parts: Sequence[GgufFile], keys: Keys, tensors: Sequence[TensorIn
                     f"{path} holds {_shown(tensor.name)}, but states {layer_count} blocks; convert the model again"
                 )
             layer_bytes[int(block[1])] += tensor.byte_count
+            if _EXPERTS_TENSOR.search(tensor.name):
+                unread_bytes[int(block[1])] += tensor.byte_count * unused_share[int(block[1])]
         elif tensor.name.startswith(_FIRST_BLOCK_TENSORS):
             layer_bytes[0] += tensor.byte_count
         elif not tensor.name.startswith(_INPUT_TENSORS):
@@ -181,7 +193,19 @@ def _summarise(parts: Sequence[GgufFile], keys: Keys, tensors: Sequence[TensorIn
         chat_template=_text(keys, "tokenizer.chat_template") or "",
         quantization=_quantization(keys),
         head_widths=_head_widths(keys, architecture, layer_count),
+        layer_read_bytes=tuple(
+            held - round(unread) for held, unread in zip(layer_bytes, unread_bytes, strict=True)
+        )
+        if any(unread_bytes)
+        else (),
     )
+
+
+def _unused_experts(keys: Keys, architecture: str, layer_count: int) -> list[float]:
+    """The share of each block's experts that a token does not use."""
+    count = _per_layer(keys, f"{architecture}.expert_count", layer_count, default=0)
+    used = _per_layer(keys, f"{architecture}.expert_used_count", layer_count, default=0)
+    return [1 - use / all_ if 0 < use <= all_ else 0.0 for use, all_ in zip(used, count, strict=True)]
 
 
 def _quantization(keys: Keys) -> str:

@@ -1,7 +1,10 @@
 """Layer plans: which worker takes how many layers, and how fast that is. Pure functions.
 
-- `plan.py`: the plan of a model over workers.
-- `strategies.py`: how many units each worker gets.
-- `token_time.py`: the time per token, predicted from measurements.
+- `plan.py`: the plan of a model over workers and the coordinator's own devices, as data.
+- `strategies.py`: what a plan needs to know of workers; spreading a model over all of them.
+- `token_time.py`: the time per token, predicted from measurements and calibrations.
+- `costs.py`: what units cost on each device, as arrays.
+- `fastest.py`: the workers and units with the shortest token (`latency_aware`).
+- `planner.py`: the plan by a strategy, or from given counts.
 - `what_if.py`: the forecast for another layout.
 """

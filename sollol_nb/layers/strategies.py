@@ -1,7 +1,8 @@
 """Strategies: how many units (blocks, then the output layer) each worker gets.
 
-A strategy is one pure function from a `ModelLoad` and workers to unit counts. To add one, write the function and
-enter it in `STRATEGIES`; `plan_layers` checks whether its counts fit the workers' memory.
+`STRATEGIES` has the names of all. Those in `SPLITS` spread the model over all given workers: each is one pure
+function from a `ModelLoad` and workers to unit counts, and `plan_layers` checks whether its counts fit the
+workers' memory. The others choose among the workers by predicted times (`fastest.py`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ class WorkerCapacity:
         round_trip_ms: network round trip, paid once per worker and token; None where it was not measured.
         memory_domain: workers of the same domain share one memory, such as CPU workers on one host.
         name: how people call it; "" if by its endpoint.
+        device: "" for a worker; `plan.CPU`, or llama.cpp's name of a GPU such as `CUDA0`, for a device of the
+            coordinator's own machine, whose endpoint is `plan.own_endpoint(device)`.
+        device_count: as how many devices llama.cpp sees it.
     """
 
     endpoint: str
@@ -31,6 +35,18 @@ class WorkerCapacity:
     round_trip_ms: float | None = None
     memory_domain: str | None = None
     name: str = ""
+    device: str = ""
+    device_count: int = 1
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is a device of the coordinator's own machine."""
+        return bool(self.device)
+
+    @property
+    def worker(self) -> str:
+        """The worker or device as people call it."""
+        return self.name or self.endpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +102,18 @@ def memory_aware(load: ModelLoad, workers: Sequence[WorkerCapacity]) -> list[int
     return None
 
 
-STRATEGIES: dict[str, Strategy] = {"memory_aware": memory_aware, "even": even}
-DEFAULT_STRATEGY = "memory_aware"
+SPLITS: dict[str, Strategy] = {"memory_aware": memory_aware, "even": even}
+"""Strategies that spread a model over all given workers."""
+AUTO, LATENCY_AWARE, THROUGHPUT = "auto", "latency_aware", "throughput"
+STRATEGIES: dict[str, str] = {
+    AUTO: "latency_aware as soon as the workers are calibrated, else memory_aware",
+    LATENCY_AWARE: "the workers, and the layers of each, with the shortest predicted time per token",
+    THROUGHPUT: "those with the most predicted tokens per second for many requests and long prompts",
+    "memory_aware": "over all workers, by free memory",
+    "even": "over all workers, by count",
+}
+"""All strategies, and what each does."""
+DEFAULT_STRATEGY = AUTO
 
 
 def unplaceable_units(load: ModelLoad, workers: Sequence[WorkerCapacity]) -> tuple[int, int]:

@@ -2,14 +2,15 @@
 
 The cost of a token is additive, since the workers work one after the other:
 
-    token_ms = own part + sum over workers of (bytes read * ms per byte of this worker + round trip + hop + wire)
+    token_ms = own part + sum over workers of (bytes read * ms per byte of this worker + blocks * ms per block
+                                               + round trip + hop + wire)
 
-A dense model reads all weights of a worker for each token, so `read_bytes` are the weights placed there; a mixture
-of experts reads a part of them, the same part in every block, which the measured `ms per byte` includes. The round
-trip is that of the network, from the worker's probe; the hop is what the engine itself spends for each worker
-(serialising a graph, waking threads), and shows only once layouts with different numbers of workers were measured.
-The wire is what its values take on the way, above all the logits of the output layer; the own part is what the
-coordinator spends for each token.
+A dense model reads all weights of a worker for each token, a mixture of experts only those of the experts that
+a token uses: `ModelFacts.read_bytes`. The round trip is that of the network, from the worker's probe; the hop is
+what the engine itself spends for each worker (serialising a graph, waking threads), and shows only once layouts
+with different numbers of workers were measured. The wire is what its values take on the way, above all the logits
+of the output layer; the own part is what the coordinator spends for each token. A device of the coordinator's own
+machine counts like a worker without round trip, hop and wire.
 
 Calibrations (`llama_cpp/workers/calibrations.py`) give all of these before the first token. Once tokens of the
 model were measured, these decide how fast the workers are together, and calibrations only how fast each is
@@ -41,19 +42,23 @@ VALUE_BYTES = 4  # of a value between workers: f32
 
 @dataclass(frozen=True, slots=True)
 class WorkerPart:
-    """The work of one worker for each token.
+    """The work of one worker, or of one own device, for each token.
 
     Attributes:
         endpoint: the worker.
         read_bytes: weights that it reads.
         round_trip_ms: network round trip; None if it was never probed.
         wire_bytes: values that are sent to it and back.
+        block_count: its blocks.
+        is_own: whether it is a device of the coordinator's machine.
     """
 
     endpoint: str
     read_bytes: int
     round_trip_ms: float | None
     wire_bytes: int = 0
+    block_count: int = 0
+    is_own: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +68,8 @@ class Measurement:
     Attributes:
         parts: the work of each worker.
         token_ms: of one answer that ran alone.
-        part_ms: how long the coordinator waited for each of the workers, in that time; empty if unknown.
+        part_ms: how long the coordinator waited for each of the workers, in that time (0 for own devices); empty
+            if unknown.
     """
 
     parts: tuple[WorkerPart, ...]
@@ -84,11 +90,13 @@ class TokenTime:
         part_ms: of each worker in order; empty if unknown.
         unknown: why it is unknown, or "".
         own_ms: the coordinator's own part.
+        way_ms: of `part_ms`, what each spends on the way: round trip, hop and wire; the rest are its weights.
     """
 
     part_ms: tuple[float, ...]
     unknown: str = ""
     own_ms: float = 0.0
+    way_ms: tuple[float, ...] = ()
 
     @property
     def token_ms(self) -> float | None:
@@ -117,6 +125,9 @@ class WorkerSpeeds:
         hops_ms: what each calibrated worker takes in addition to `hop_ms`.
         bytes_per_s: of the way to each worker, where it was calibrated.
         own_ms: spent by the coordinator.
+        block_ms: what each calibrated worker takes for each block, whatever its size.
+
+    Devices of the coordinator's machine are keyed by `plan.own_endpoint`.
     """
 
     ms_per_byte: Mapping[str, float]
@@ -125,28 +136,47 @@ class WorkerSpeeds:
     hops_ms: Mapping[str, float] = field(default_factory=dict)
     bytes_per_s: Mapping[str, float] = field(default_factory=dict)
     own_ms: float = 0.0
+    block_ms: Mapping[str, float] = field(default_factory=dict)
 
-    def work_ms(self, part: WorkerPart) -> float | None:
-        """What a worker does for a token takes, without the round trip; None if nothing is known about it."""
+    def is_known(self, endpoint: str) -> bool:
+        """Whether this worker was calibrated or measured, so that it does not count as a usual one."""
+        return endpoint in self.ms_per_byte
+
+    def is_calibrated(self, endpoint: str) -> bool:
+        """Whether this worker was calibrated."""
+        return endpoint in self.hops_ms
+
+    def weights_ms(self, part: WorkerPart) -> float | None:
+        """What a worker's weights and blocks take for a token; None if nothing is known about it."""
         ms_per_byte = self.ms_per_byte.get(part.endpoint, self.usual_ms_per_byte)
         if ms_per_byte is None:
             return None
+        return part.read_bytes * ms_per_byte + part.block_count * self.block_ms.get(part.endpoint, 0.0)
+
+    def hop_and_wire_ms(self, part: WorkerPart) -> float:
+        """What a worker takes besides its weights and the round trip."""
         wire_ms = part.wire_bytes * 1000 / self.bytes_per_s.get(part.endpoint, float("inf"))
-        return part.read_bytes * ms_per_byte + wire_ms + self.hop_ms + self.hops_ms.get(part.endpoint, 0.0)
+        return wire_ms + (0.0 if part.is_own else self.hop_ms) + self.hops_ms.get(part.endpoint, 0.0)
+
+    def work_ms(self, part: WorkerPart) -> float | None:
+        """What a worker does for a token takes, without the round trip; None if nothing is known about it."""
+        weights_ms = self.weights_ms(part)
+        return None if weights_ms is None else weights_ms + self.hop_and_wire_ms(part)
 
     def predict(self, parts: Sequence[WorkerPart]) -> TokenTime:
         """The time per token over these workers."""
-        part_ms = []
+        part_ms, way_ms = [], []
         for part in parts:
             if part.round_trip_ms is None:
                 return TokenTime((), f"the round trip to {part.endpoint} was not measured yet")
-            work_ms = self.work_ms(part)
-            if work_ms is None:
+            weights_ms = self.weights_ms(part)
+            if weights_ms is None:
                 return TokenTime(
                     (), f"no token of this model was measured yet, and {part.endpoint} was not calibrated"
                 )
-            part_ms.append(work_ms + part.round_trip_ms)
-        return TokenTime(tuple(part_ms), own_ms=self.own_ms)
+            way_ms.append(self.hop_and_wire_ms(part) + part.round_trip_ms)
+            part_ms.append(weights_ms + way_ms[-1])
+        return TokenTime(tuple(part_ms), own_ms=self.own_ms, way_ms=tuple(way_ms))
 
 
 def predict(speeds: WorkerSpeeds | None, parts: Sequence[WorkerPart]) -> TokenTime:
@@ -159,22 +189,29 @@ def predict(speeds: WorkerSpeeds | None, parts: Sequence[WorkerPart]) -> TokenTi
 def worker_parts(
     plan: LayerPlan, round_trips_ms: Mapping[str, float | None], facts: ModelFacts | None = None
 ) -> tuple[WorkerPart, ...]:
-    """The work of each of a plan's workers for a token, in its order.
+    """The work of each of a plan's workers and own devices for a token, in its order.
 
     Args:
-        facts: of the model; without them, no values count on the wire.
+        facts: of the model; without them, all weights count as read, and no values count on the wire.
     """
-    hidden_bytes = VALUE_BYTES * facts.embedding_length if facts else 0
-    logits_bytes = VALUE_BYTES * facts.vocabulary_size if facts else 0
+    hidden_bytes, logits_bytes = value_bytes(facts) if facts else (0, 0)
+    read_bytes = facts.read_bytes if facts else ()
     return tuple(
         WorkerPart(
             shard.endpoint,
-            shard.weight_bytes,
-            round_trips_ms.get(shard.endpoint),
-            hidden_bytes + (logits_bytes if shard.has_output else hidden_bytes),
+            sum(read_bytes[unit] for unit in shard.units) if facts else shard.weight_bytes,
+            0.0 if shard.is_own else round_trips_ms.get(shard.endpoint),
+            0 if shard.is_own else hidden_bytes + (logits_bytes if shard.has_output else hidden_bytes),
+            shard.layer_count,
+            shard.is_own,
         )
         for shard in plan.shards
     )
+
+
+def value_bytes(facts: ModelFacts) -> tuple[int, int]:
+    """Bytes on the wire for each token: of what goes from block to block, and of the logits."""
+    return VALUE_BYTES * facts.embedding_length, VALUE_BYTES * facts.vocabulary_size
 
 
 def calibrate(measurements: Sequence[Measurement], known: WorkerSpeeds | None = None) -> WorkerSpeeds | None:
@@ -198,14 +235,20 @@ def calibrate(measurements: Sequence[Measurement], known: WorkerSpeeds | None = 
     endpoints = list(dict.fromkeys(part.endpoint for measured in usable for part in measured.parts))
     typical_bytes = sum(part.read_bytes for measured in usable for part in measured.parts) / len(usable)
     typical_ms = sum(measured.token_ms for measured in usable) / len(usable)
-    own_ms = [measured.own_ms for measured in usable if measured.own_ms is not None]
     expected = _expected(known, endpoints, typical_ms / typical_bytes)
+    own_ms = [
+        max(0.0, measured.own_ms - sum(expected.work_ms(part) or 0.0 for part in measured.parts if part.is_own))
+        for measured in usable
+        if measured.own_ms is not None
+    ]
     # Unknowns: the time of each worker relative to what is expected, that of usual ones, and the hop, which is in
     # units of a typical token.
     usual, hop, count = len(endpoints), len(endpoints) + 1, len(endpoints) + 2
     rows, targets = [], []
     for measured in usable:
         for part, part_ms in zip(measured.parts, measured.part_ms, strict=False):
+            if part.is_own:  # nobody waits for it
+                continue
             row = [0.0] * count
             row[endpoints.index(part.endpoint)] = (expected.work_ms(part) or 0.0) / measured.token_ms
             row[hop] = typical_ms / measured.token_ms
@@ -217,10 +260,10 @@ def calibrate(measurements: Sequence[Measurement], known: WorkerSpeeds | None = 
         for part in measured.parts:
             row[endpoints.index(part.endpoint)] += (expected.work_ms(part) or 0.0) / measured.token_ms
         row[usual] = expected.own_ms / measured.token_ms
-        row[hop] = len(measured.parts) * typical_ms / measured.token_ms
+        row[hop] = sum(not part.is_own for part in measured.parts) * typical_ms / measured.token_ms
         rows.append(row)
         targets.append(max(0.0, 1 - (_wire_ms(measured.parts) or 0.0) / measured.token_ms))
-    seen = {part.endpoint for measured in usable if measured.part_ms for part in measured.parts}
+    seen = {part.endpoint for measured in usable if measured.part_ms for part in measured.parts if not part.is_own}
     for position, endpoint in enumerate(endpoints):
         if endpoint in seen:
             continue
@@ -228,6 +271,9 @@ def calibrate(measurements: Sequence[Measurement], known: WorkerSpeeds | None = 
         row[position], row[usual] = ALIKE_WEIGHT, -ALIKE_WEIGHT
         rows.append(row)
         targets.append(0.0)
+    if seen:
+        rows.append([ALIKE_WEIGHT * (position == usual) for position in range(count)])
+        targets.append(ALIKE_WEIGHT)
     rows.append([0.0] * (count - 1) + [KNOWN_HOP_WEIGHT if known and known.hops_ms else HOP_WEIGHT])
     targets.append(0.0)
     matrix, vector = np.array(rows), np.array(targets)
@@ -254,6 +300,7 @@ def calibrate(measurements: Sequence[Measurement], known: WorkerSpeeds | None = 
             if factors.get(endpoint, usual_factor)
         },
         median(own_ms) if own_ms else expected.own_ms * usual_factor,
+        {endpoint: ms * factors.get(endpoint, usual_factor) for endpoint, ms in expected.block_ms.items()},
     )
 
 

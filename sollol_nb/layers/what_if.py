@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from sollol_nb.gguf.facts import ModelFacts
-from sollol_nb.layers.plan import LayerPlan, memory_shortage, unchecked_plan
+from sollol_nb.layers.plan import LayerPlan
+from sollol_nb.layers.planner import memory_shortage, unchecked_plan
 from sollol_nb.layers.strategies import WorkerCapacity
 from sollol_nb.layers.token_time import TokenTime, WorkerSpeeds, predict, worker_parts
 from sollol_nb.text.tables import counted, format_bytes

@@ -16,7 +16,7 @@ from typing import Any
 
 from sollol_nb.errors import ConfigError
 from sollol_nb.gguf.facts import ModelFacts, read_facts
-from sollol_nb.layers.plan import DEFAULT_CONTEXT_TOKENS
+from sollol_nb.layers.planner import DEFAULT_CONTEXT_TOKENS
 from sollol_nb.runtime.amounts import is_number
 from sollol_nb.settings import config
 from sollol_nb.settings.models import SavedModel, checked_entry

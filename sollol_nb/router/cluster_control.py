@@ -10,7 +10,7 @@ from pathlib import Path
 from sollol_nb.cluster.state import ClusterState
 from sollol_nb.cluster.status import ClusterStatus
 from sollol_nb.errors import WorkersUnavailableError
-from sollol_nb.layers.plan import check_strategy
+from sollol_nb.layers.planner import check_strategy
 from sollol_nb.layers.what_if import Forecast
 from sollol_nb.llama_cpp.coordinators.calibrator import Calibrated
 from sollol_nb.llama_cpp.coordinators.pool import CoordinatorPool

@@ -125,7 +125,8 @@ class Router(RouterRequests):
             distributed_threshold_params: models with more parameters than this, in billions, are sharded too.
             model_filter: only these models are sharded by this router.
             gguf_path: the GGUF file for models on llama.cpp; by default the one in Ollama's storage.
-            layer_strategy: how layers are spread, by default `memory_aware`.
+            layer_strategy: how layers are spread, by default `auto`: for the shortest predicted time per token
+                where the workers are calibrated, else by free memory.
             context_tokens: context of a coordinator, shared by its slots; by default the model's own, at most
                 8192.
             slots: requests that a coordinator serves at the same time, by default 4.

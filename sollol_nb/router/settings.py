@@ -10,7 +10,7 @@ from typing import Any
 from sollol_nb.chat.option_checks import check_options
 from sollol_nb.errors import ConfigError
 from sollol_nb.latency.log import LatencyLog
-from sollol_nb.layers.plan import check_strategy
+from sollol_nb.layers.planner import check_strategy
 from sollol_nb.llama_cpp.coordinators.settings import PoolSettings
 from sollol_nb.runtime.amounts import is_positive
 from sollol_nb.settings import config

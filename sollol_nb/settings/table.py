@@ -167,7 +167,8 @@ _TABLE = (
         "strategy",
         "router",
         kinds.STRATEGY,
-        "How layers are spread over workers, such as memory_aware (by free memory) or even (by count).",
+        "How layers are spread over workers: auto, latency_aware (the shortest predicted token), throughput, "
+        "memory_aware (by free memory) or even (by count).",
         "SOLLOL_STRATEGY",
         default=DEFAULT_STRATEGY,
         option="layer_strategy",

@@ -12,14 +12,9 @@ import numpy as np
 import pytest
 
 from sollol_nb.errors import ConfigError, ModelDoesNotFitError, WorkersUnavailableError
-from sollol_nb.layers.plan import (
-    MAX_WORKERS,
-    LayerPlan,
-    model_load,
-    plan_from_counts,
-    plan_layers,
-)
-from sollol_nb.layers.strategies import STRATEGIES, ModelLoad, WorkerCapacity, even, memory_aware
+from sollol_nb.layers.plan import MAX_WORKERS, LayerPlan
+from sollol_nb.layers.planner import model_load, plan_from_counts, plan_layers
+from sollol_nb.layers.strategies import SPLITS, STRATEGIES, ModelLoad, WorkerCapacity, even, memory_aware
 from sollol_nb.text.tables import format_bytes
 from tests.support.layer_plans import GB, TWELVE, model, workers
 
@@ -78,7 +73,8 @@ def test_a_strategy_is_a_function_and_an_entry(monkeypatch: pytest.MonkeyPatch) 
     def last_worker_only(load: ModelLoad, usable: Sequence[WorkerCapacity]) -> list[int]:
         return [0] * (len(usable) - 1) + [load.unit_count]
 
-    monkeypatch.setitem(STRATEGIES, "last_worker_only", last_worker_only)
+    monkeypatch.setitem(SPLITS, "last_worker_only", last_worker_only)
+    monkeypatch.setitem(STRATEGIES, "last_worker_only", "for this test")
     plan = plan_layers(TWELVE, workers(60 * GB, 60 * GB), strategy="last_worker_only")
     assert (plan.endpoints, plan.unit_counts) == (("w1:1",), (13,))
     with pytest.raises(ModelDoesNotFitError, match="'memory_aware' would fit"):
@@ -173,7 +169,7 @@ def test_no_workers_make_no_plan() -> None:
     [
         ("evn", "did you mean 'even'"),
         ("memory-aware", "did you mean 'memory_aware'"),
-        ("zzz", "known strategies: even, memory_aware"),
+        ("zzz", "known strategies: auto, even, latency_aware, memory_aware, throughput"),
     ],
 )
 def test_an_unknown_strategy_is_answered_with_the_known_ones(strategy: str, message: str) -> None:

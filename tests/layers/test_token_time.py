@@ -197,8 +197,8 @@ def test_the_parts_of_a_plan_have_its_weights_and_the_given_round_trips() -> Non
     assert worker_parts(
         LayerPlan(strategy="even", layer_count=5, context_tokens=4096, shards=shards), {"a:1": 0.3}
     ) == (
-        WorkerPart("a:1", 7, 0.3),
-        WorkerPart("b:2", 7, None),
+        WorkerPart("a:1", 7, 0.3, block_count=3),
+        WorkerPart("b:2", 7, None, block_count=3),
     )
 
 

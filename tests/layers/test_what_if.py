@@ -7,7 +7,7 @@ import random
 import pytest
 
 from sollol_nb.errors import ConfigError, WorkersUnavailableError
-from sollol_nb.layers.plan import model_load, plan_from_counts, plan_layers
+from sollol_nb.layers.planner import model_load, plan_from_counts, plan_layers
 from sollol_nb.layers.strategies import WorkerCapacity
 from sollol_nb.layers.token_time import Measurement, WorkerSpeeds, calibrate, worker_parts
 from sollol_nb.layers.what_if import (

@@ -159,7 +159,12 @@ def test_valid_values_get_their_one_form(name: str, given: Any, value: Any) -> N
         ("timeout", 0, "timeout=0 must be a number of seconds above 0"),
         ("format", "pdf", "format='pdf' must be one of markdown, text, json, html, code"),
         ("format", ["text"], "format=['text'] must be one of"),
-        ("strategy", "evn", "strategy: 'evn' is not a layer strategy; use one of memory_aware, even"),
+        (
+            "strategy",
+            "evn",
+            "strategy: 'evn' is not a layer strategy; use one of auto, latency_aware, throughput, memory_aware, "
+            "even",
+        ),
         ("strategy", [], "strategy=[] must be the name of a layer strategy"),
         ("keep_alive", "soon", 'keep_alive=\'soon\' must be a time (seconds, "10m", 0, or "forever")'),
         ("keep_alive", {"*": "soon"}, "keep_alive={'*': 'soon'} must be a time"),

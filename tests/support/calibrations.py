@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from sollol_nb.layers.plan import THIS_MACHINE
 from sollol_nb.llama_cpp.engine.check import Engine
-from sollol_nb.llama_cpp.workers.calibrations import THIS_MACHINE, Calibration, Calibrations, identity_of
+from sollol_nb.llama_cpp.workers.calibrations import Calibration, Calibrations, identity_of
 from tests.support.engines import run
 
 

@@ -13,7 +13,8 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from sollol_nb.cluster.state import ClusterState
-from sollol_nb.layers.plan import LayerPlan, plan_from_counts, plan_layers
+from sollol_nb.layers.plan import LayerPlan
+from sollol_nb.layers.planner import plan_from_counts, plan_layers
 from sollol_nb.layers.strategies import WorkerCapacity
 from sollol_nb.layers.token_time import TokenTime, WorkerSpeeds, worker_parts
 from sollol_nb.layers.what_if import Forecast, forecast

@@ -34,7 +34,8 @@ from sollol_nb.errors import (
     WorkersUnavailableError,
 )
 from sollol_nb.gguf.facts import read_facts
-from sollol_nb.layers.plan import plan_from_counts
+from sollol_nb.layers.plan import THIS_MACHINE
+from sollol_nb.layers.planner import plan_from_counts
 from sollol_nb.llama_cpp.coordinators.calibration_models import (
     CONTEXT_TOKENS,
     DEEP,
@@ -49,7 +50,7 @@ from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.processes.machine import free_ports
 from sollol_nb.llama_cpp.processes.traffic import delivered_bytes
-from sollol_nb.llama_cpp.workers.calibrations import THIS_MACHINE, Calibration, identity_of
+from sollol_nb.llama_cpp.workers.calibrations import Calibration, identity_of
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.llama_cpp.workers.workers import Workers
 from sollol_nb.runtime.events import EventBus, EventKind

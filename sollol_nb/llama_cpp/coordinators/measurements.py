@@ -13,10 +13,10 @@ from pathlib import Path
 from statistics import median
 
 from sollol_nb.gguf.facts import ModelFacts
-from sollol_nb.layers.plan import LayerPlan
+from sollol_nb.layers.plan import THIS_MACHINE, LayerPlan
 from sollol_nb.layers.token_time import Measurement, TokenTime, WorkerSpeeds, calibrate, predict, worker_parts
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
-from sollol_nb.llama_cpp.workers.calibrations import THIS_MACHINE, Calibration
+from sollol_nb.llama_cpp.workers.calibrations import Calibration
 from sollol_nb.runtime.events import Event, EventBus, EventKind
 
 ANSWERS_KEPT = 15
@@ -124,14 +124,9 @@ class TokenMeasurements:
         found = {endpoint: calibration for endpoint, calibration in known.items() if calibration is not None}
         if not found:
             return None
-        weight_bytes = max(1, sum(facts.layer_bytes) + facts.output_bytes)
         own = self._calibration_of(THIS_MACHINE)
         return WorkerSpeeds(
-            # All blocks of a model are about as large, so their own cost is added to that of their bytes.
-            {
-                endpoint: calibration.ms_per_byte + calibration.block_ms * facts.layer_count / weight_bytes
-                for endpoint, calibration in found.items()
-            },
+            {endpoint: calibration.ms_per_byte for endpoint, calibration in found.items()},
             None,
             0.0,
             {endpoint: calibration.hop_ms for endpoint, calibration in found.items()},
@@ -141,6 +136,7 @@ class TokenMeasurements:
                 if calibration.bytes_per_s
             },
             own.hop_ms if own else 0.0,
+            {endpoint: calibration.block_ms for endpoint, calibration in found.items()},
         )
 
     def corrections(

@@ -16,7 +16,8 @@ from typing import Any, TypeAlias
 
 from sollol_nb.errors import ModelDoesNotFitError, WorkersUnavailableError
 from sollol_nb.gguf.facts import ModelFacts
-from sollol_nb.layers.plan import LayerPlan, plan_from_counts
+from sollol_nb.layers.plan import LayerPlan
+from sollol_nb.layers.planner import plan_from_counts
 from sollol_nb.llama_cpp.coordinators.measurements import TokenMeasurements
 from sollol_nb.llama_cpp.coordinators.running import RunningCoordinators
 from sollol_nb.llama_cpp.coordinators.settings import PoolSettings

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from sollol_nb.errors import ConfigError
+from sollol_nb.layers.plan import THIS_MACHINE
 from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.runtime.private_files import read_private, write_private
 from sollol_nb.settings import config
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-THIS_MACHINE = "this machine"
-"""Instead of an endpoint: the machine of the coordinators, without workers."""
 CALIBRATIONS_KEPT = 200
 CORRECTION_WEIGHT = 0.25
 """How far a measured answer moves a calibration: answers vary with what else a machine does, and with the

@@ -6,7 +6,8 @@ from collections.abc import Collection, Sequence
 
 from sollol_nb.errors import ModelDoesNotFitError, WorkersUnavailableError
 from sollol_nb.gguf.facts import ModelFacts
-from sollol_nb.layers.plan import LayerPlan, plan_layers
+from sollol_nb.layers.plan import LayerPlan
+from sollol_nb.layers.planner import plan_layers
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.settings.table import DEFAULT_WORKERS
 

@@ -14,12 +14,13 @@ from sollol_nb.cli.main import EXIT_ATTENTION, main
 from sollol_nb.errors import ConfigError
 from sollol_nb.gguf.facts import read_facts
 from sollol_nb.hybrid_router import HybridRouter
+from sollol_nb.layers.plan import THIS_MACHINE
 from sollol_nb.llama_cpp.coordinators.calibration_models import DEEP, NARROW, WIDE
 from sollol_nb.llama_cpp.coordinators.calibrator import Calibrated
 from sollol_nb.llama_cpp.coordinators.pool import ANSWERS_PER_CORRECTION
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.processes import registry
-from sollol_nb.llama_cpp.workers.calibrations import THIS_MACHINE, Calibration, Calibrations
+from sollol_nb.llama_cpp.workers.calibrations import Calibration, Calibrations
 from sollol_nb.llama_cpp.workers.local import LocalOptions, start_workers
 from sollol_nb.router.remote.calls import CALLS
 from sollol_nb.router.remote.plain_data import to_plain

@@ -28,7 +28,8 @@ from sollol_nb.errors import (
     SollolError,
 )
 from sollol_nb.gguf.facts import read_facts
-from sollol_nb.layers.plan import LayerPlan, plan_layers
+from sollol_nb.layers.plan import LayerPlan
+from sollol_nb.layers.planner import plan_layers
 from sollol_nb.layers.strategies import WorkerCapacity
 from sollol_nb.llama_cpp.coordinators import start as coordinator_start
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from sollol_nb.layers.plan import plan_from_counts
+from sollol_nb.layers.planner import plan_from_counts
 from sollol_nb.layers.token_time import predict, worker_parts
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.coordinators.measurements import LAYOUTS_KEPT, TokenMeasurements
@@ -143,17 +143,13 @@ def test_before_the_first_token_calibrations_predict() -> None:
 
 
 def test_the_cost_of_a_block_counts_in_addition_to_its_bytes() -> None:
-    blocks = replace(calibrated(1.0), block_ms=0.5)
+    whole = coordinator(13).plan
+    assert whole is not None
     without, with_blocks = (
-        TokenMeasurements(EventBus(), lambda _, found=found: found).calibrated(TWELVE, ["w0:1"])
-        for found in (calibrated(1.0), blocks)
+        TokenMeasurements(EventBus(), {"w0:1": found}.get).predict(PATH, whole, [], {}, TWELVE).token_ms
+        for found in (calibrated(1.0), replace(calibrated(1.0), block_ms=0.5))
     )
-    assert without is not None
-    assert with_blocks is not None
-    weight_bytes = sum(TWELVE.layer_bytes) + TWELVE.output_bytes
-
-    more = (with_blocks.ms_per_byte["w0:1"] - without.ms_per_byte["w0:1"]) * weight_bytes
-    assert more == pytest.approx(0.5 * TWELVE.layer_count)
+    assert with_blocks == pytest.approx((without or 0.0) + 0.5 * TWELVE.layer_count)
 
 
 def measured_at(bus: EventBus, *counts: int, factors: dict[str, float]) -> Coordinator:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sollol_nb.gguf.facts import read_facts
-from sollol_nb.layers.plan import plan_layers
+from sollol_nb.layers.planner import plan_layers
 from sollol_nb.llama_cpp.coordinators.settings import CoordinatorSettings, server_flags
 from sollol_nb.models.files import DEMO_MODEL_PATH
 from tests.support.layer_plans import GB, workers

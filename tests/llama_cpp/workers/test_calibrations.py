@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
+from sollol_nb.layers.plan import THIS_MACHINE
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.workers import calibrations
 from sollol_nb.llama_cpp.workers.calibrations import (
     CALIBRATIONS_KEPT,
-    THIS_MACHINE,
     Calibration,
     Calibrations,
     calibrations_frame,
