@@ -35,6 +35,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
+from typing import Any, TypeVar
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -52,6 +53,7 @@ __all__ = ["DEMO_MODEL_PATH", "smollm2_path"]  # the two models that benchmarks 
 REPOSITORY = Path(__file__).parents[1]
 START_LIMIT_S = 60.0
 Cell = str | int | float
+Way = TypeVar("Way")
 
 # --- the report -------------------------------------------------------------------------------
 
@@ -172,10 +174,10 @@ def machine() -> dict[str, Cell]:
 # --- measurements -----------------------------------------------------------------------------
 
 
-def in_turns(names: Sequence[str], rounds: int) -> Iterator[str]:
-    """Each name once in every round, in alternating directions (A B C, C B A, ...), so that drift cancels."""
+def in_turns(ways: Sequence[Way], rounds: int) -> Iterator[Way]:
+    """Each way once in every round, in alternating directions (A B C, C B A, ...), so that drift cancels."""
     for number in range(rounds):
-        yield from names if number % 2 == 0 else reversed(names)
+        yield from ways if number % 2 == 0 else reversed(ways)
 
 
 def measured(ways: Mapping[str, Callable[[], float]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
@@ -215,7 +217,7 @@ def paired_difference(values: Sequence[float], base: Sequence[float]) -> float:
 
 
 def wait_until(
-    is_true: Callable[[], bool], what: str, process: subprocess.Popen[bytes] | None = None, poll_s: float = 0.02
+    is_true: Callable[[], bool], what: str, process: subprocess.Popen[Any] | None = None, poll_s: float = 0.02
 ) -> None:
     """Wait for something; raises RuntimeError if its process ends before, or after a minute."""
     deadline = time.monotonic() + START_LIMIT_S

@@ -1,10 +1,10 @@
 """What the gateway adds to the same llama-server, beside LiteLLM's proxy: milliseconds to the first token, and
 throughput with 50 streams at the same time.
 
-    python benchmarks/gateway.py [--rounds 60] [--streams 50] [--models demo smollm2] [--without-litellm]
+    python benchmarks/gateway.py [--rounds 30] [--streams 50] [--models demo smollm2] [--without-litellm]
 
 One local llama-server gets requests directly, through a gateway, and through LiteLLM's proxy, in turns (A B C,
-B C A, C A B, ...), so that drift of the machine cancels. All processes share the machine's processors. With the
+C B A, ...), so that drift of the machine cancels. All processes share the machine's processors. With the
 tiny demo model, forwarding a token takes longer than generating it, and limits the throughput; with a real model,
 the engine limits it. The client is a plain socket, so that it uses little processor time. Each question is sent
 once, so that no prompt cache helps. uv installs LiteLLM in a separate environment.
@@ -20,18 +20,19 @@ import os
 import re
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+
+from clusters import free_port, is_healthy
+from common import Report, in_turns, isolated, paired_difference, paired_ratio, parser_of, run, smollm2_path
 
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.sync_wrapper import HybridRouter
@@ -41,7 +42,6 @@ TOKENS = 32
 WARM_UP = 5
 START_LIMIT_S = 300.0
 ANSWER_LIMIT_S = 600.0
-REPOSITORY = Path(__file__).parents[1]
 LITELLM = "litellm[proxy]"
 _TEXT = re.compile(rb'"content":\s*"[^"]')
 _TOKENS = re.compile(rb'"completion_tokens":\s*(\d+)')
@@ -109,29 +109,36 @@ class Way:
         return first_s, int(tokens[1])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=60, help="answers one after the other, by each way")
+def main() -> Report:
+    """Measure each model."""
+    parser = parser_of(__doc__)
+    parser.add_argument("--rounds", type=int, default=30, help="answers one after the other, by each way")
     parser.add_argument("--streams", type=int, default=50, help="streams at the same time")
-    parser.add_argument("--stream-rounds", type=int, default=5)
-    parser.add_argument("--models", nargs="+", default=["demo", "smollm2"], choices=["demo", "smollm2"])
+    parser.add_argument("--stream-rounds", type=int, default=3)
+    parser.add_argument("--models", nargs="+", default=["demo"], choices=["demo", "smollm2"])
     parser.add_argument("--without-litellm", action="store_true")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ |= {"SOLLOL_STATE_DIR": folder, "SOLLOL_CONFIG": "0", "OLLAMA_HOST": "127.0.0.1:9"}
+    report = Report()
+    table = report.table(
+        f"Medians; {arguments.streams} streams together",
+        *("model", "way", "first token, ms", "added, ms", "tokens/s of all streams", "of direct"),
+    )
+    with isolated():
         if "smollm2" in arguments.models:
             os.environ["SOLLOL_MODELS"] = f"smollm2={smollm2_path()}"
-        rows = [
-            "| model | way | first token, p50 | added | streams together | of direct |",
-            "|---|---|---|---|---|---|",
-        ]
         for model in arguments.models:
-            rows += measured(model, arguments)
-        print("\n".join(rows))
+            ways = asked_by_all_ways(model, arguments, report)
+            direct = ways[0]
+            for way in ways:
+                first_ms, speed = median(way.first_s) * 1000, median(way.tokens_per_s)
+                added_ms = paired_difference(way.first_s, direct.first_s) * 1000
+                ratio = paired_ratio(way.tokens_per_s, direct.tokens_per_s)
+                table.add(model, way.name, first_ms, added_ms if way is not direct else "", speed, ratio)
+    return report
 
 
-def measured(model: str, arguments: argparse.Namespace) -> list[str]:
-    """The rows of the table for one model."""
+def asked_by_all_ways(model: str, arguments: argparse.Namespace, report: Report) -> list[Way]:
+    """The ways to a server of this model, the direct one first, with what was measured."""
     with ExitStack() as stack:
         router = stack.enter_context(HybridRouter())
         router.route_request(model, QUESTION, max_tokens=1)
@@ -140,17 +147,12 @@ def measured(model: str, arguments: argparse.Namespace) -> list[str]:
         direct = Way("llama-server directly", coordinator.port, coordinator._process.key)
         ways = [direct, Way("gateway", stack.enter_context(gateway()))]
         if not arguments.without_litellm:
-            proxy = stack.enter_context(litellm(model, direct))
-            ways += [proxy] if proxy is not None else []
+            try:
+                ways.append(stack.enter_context(litellm(model, direct)))
+            except RuntimeError as error:
+                report.notes.append(f"LiteLLM is left out: {error}.")
         asyncio.run(measure(ways, model, arguments))
-    direct_ms, direct_speed = median(direct.first_s) * 1000, median(direct.tokens_per_s)
-    rows = []
-    for way in ways:
-        first_ms, speed = median(way.first_s) * 1000, median(way.tokens_per_s)
-        added = "" if way is direct else f"{first_ms - direct_ms:.2f} ms"
-        ratio = "" if way is direct else f"{speed / direct_speed:.2f}"
-        rows.append(f"| {model} | {way.name} | {first_ms:.2f} ms | {added} | {speed:.0f} tokens/s | {ratio} |")
-    return rows
+    return ways
 
 
 async def measure(ways: list[Way], model: str, arguments: argparse.Namespace) -> None:
@@ -158,21 +160,13 @@ async def measure(ways: list[Way], model: str, arguments: argparse.Namespace) ->
     for way in ways:
         for _ in range(WARM_UP):
             await way.ask(model)
-    for number in range(arguments.rounds):
-        for way in in_turn(ways, number):
-            first_s, _ = await way.ask(model)
-            way.first_s.append(first_s)
-    for number in range(arguments.stream_rounds):
-        for way in in_turn(ways, number):
-            began = time.perf_counter()
-            answers = await asyncio.gather(*[way.ask(model) for _ in range(arguments.streams)])
-            way.tokens_per_s.append(sum(tokens for _, tokens in answers) / (time.perf_counter() - began))
-
-
-def in_turn(ways: list[Way], number: int) -> list[Way]:
-    """The ways in the order of a round, each first as often as the others."""
-    begin = number % len(ways)
-    return [*ways[begin:], *ways[:begin]]
+    for way in in_turns(ways, arguments.rounds):
+        first_s, _ = await way.ask(model)
+        way.first_s.append(first_s)
+    for way in in_turns(ways, arguments.stream_rounds):
+        began = time.perf_counter()
+        answers = await asyncio.gather(*[way.ask(model) for _ in range(arguments.streams)])
+        way.tokens_per_s.append(sum(tokens for _, tokens in answers) / (time.perf_counter() - began))
 
 
 @contextmanager
@@ -185,13 +179,11 @@ def gateway() -> Iterator[int]:
 
 
 @contextmanager
-def litellm(model: str, direct: Way) -> Iterator[Way | None]:
-    """LiteLLM's proxy before the llama-server. Yields None, and says why, if it cannot run."""
+def litellm(model: str, direct: Way) -> Iterator[Way]:
+    """LiteLLM's proxy before the llama-server. Raises RuntimeError if it cannot run."""
     uv = shutil.which("uv", path=Path(sys.executable).parent) or shutil.which("uv")
     if uv is None:
-        print(f"LiteLLM is left out: uv, which installs {LITELLM}, is not installed (`pip install uv`)")
-        yield None
-        return
+        raise RuntimeError(f"uv, which installs {LITELLM}, is not installed (`pip install uv`)")
     entry = {
         "model_name": model,
         "litellm_params": {
@@ -208,12 +200,7 @@ def litellm(model: str, direct: Way) -> Iterator[Way | None]:
         config.write_text(json.dumps(settings))  # which is YAML, too
         command = [uv, "tool", "run", "--from", LITELLM, "litellm", "--config", str(config)]
         command += ["--host", "127.0.0.1", "--port", str(proxy.port)]
-        try:
-            stack.enter_context(serving(command, proxy.port, "/health/liveliness"))
-        except RuntimeError as error:
-            print(f"LiteLLM is left out: {error}")
-            yield None
-            return
+        stack.enter_context(serving(command, proxy.port, "/health/liveliness"))
         yield proxy
 
 
@@ -247,26 +234,5 @@ def serving(command: list[str], port: int, health: str) -> Iterator[None]:
                 process.kill()
 
 
-def is_healthy(url: str) -> bool:
-    """Whether a server answers there."""
-    try:
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=5) as response:
-            return bool(response.status == 200)
-    except OSError:
-        return False
-
-
-def free_port() -> int:
-    with socket.socket() as trial:
-        trial.bind(("127.0.0.1", 0))
-        return int(trial.getsockname()[1])
-
-
-def smollm2_path() -> str:
-    """The file of a real instruct model, which is fetched once, as for the tests."""
-    command = [sys.executable, "-m", "tests.support.smollm2"]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.strip()
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

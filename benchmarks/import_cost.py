@@ -1,6 +1,6 @@
 """What `%load_ext sollol_nb` costs a notebook: its time, and the memory that it adds to bare IPython.
 
-    python benchmarks/import_cost.py [--rounds 15] [--against FOLDER]
+    python benchmarks/import_cost.py [--rounds 9] [--against FOLDER]
 
 Each round starts a fresh IPython shell, which loads the extension from compiled bytecode. The goal is 0.15 s and
 20 MB. Memory is measured once more after 2 s, when the threads that read names for the Tab key have ended; they
@@ -10,7 +10,6 @@ one. Figures are medians; the CPU time is the steadier one on a busy machine.
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 from statistics import median
 
 import psutil
+from common import REPOSITORY, Report, in_turns, isolated, parser_of, run
 
 GOAL_S, GOAL_MB = 0.15, 20.0
 SETTLED_S = 2.0
@@ -60,26 +60,31 @@ def load_once(copy: Path) -> tuple[float, float, float, float]:
     return taken_s, cpu_s, added_mb, later_mb
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15)
+def main() -> Report:
+    """Measure this copy, and another one if it is named."""
+    parser = parser_of(__doc__)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--against", type=Path, help="another copy of this repository")
     arguments = parser.parse_args()
-    copies = [Path(__file__).parents[1]]
+    copies = {"this": REPOSITORY}
     if arguments.against is not None:
-        copies.append(arguments.against.resolve())
-    for copy in copies:
-        load_once(copy)  # compiles the bytecode
-    figures: dict[Path, list[tuple[float, float, float, float]]] = {copy: [] for copy in copies}
-    for _ in range(arguments.rounds):
-        for copy in copies:
-            figures[copy].append(load_once(copy))
-    print(f"the goal is {GOAL_S:g} s and {GOAL_MB:g} MB over bare IPython")
-    for copy, loads in figures.items():
-        taken_s, cpu_s, added_mb, later_mb = (median(column) for column in zip(*loads, strict=True))
-        print(f"{copy}: {taken_s:.3f} s ({cpu_s:.3f} s of CPU), {added_mb:.1f} MB, later {later_mb:.1f} MB")
+        copies["the other"] = arguments.against.resolve()
+    loads: dict[str, list[tuple[float, float, float, float]]] = {name: [] for name in copies}
+    with isolated():
+        for copy in copies.values():
+            load_once(copy)  # compiles the bytecode
+        for name in in_turns(list(copies), arguments.rounds):
+            loads[name].append(load_once(copies[name]))
+    report = Report()
+    table = report.table("`%load_ext sollol_nb`, medians", "copy", "s", "s of CPU", "MB", "MB after 2 s")
+    for name, found in loads.items():
+        figures = tuple(median(column) for column in zip(*found, strict=True))
+        table.add(name, *figures)
+        if name == "this":
+            report.goal(f"loading takes at most {GOAL_S:g} s", figures[0], figures[0] <= GOAL_S)
+            report.goal(f"loading adds at most {GOAL_MB:g} MB to IPython", figures[2], figures[2] <= GOAL_MB)
+    return report
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

@@ -1,6 +1,6 @@
-"""What the latency log costs: writing a row, and reading the newest rows, or a million, as a frame.
+"""What the latency log costs: writing a row, and reading the newest rows, or all of them, as a frame.
 
-    python benchmarks/latency_log.py [--rows 1000000] [--rounds 5]
+    python benchmarks/latency_log.py [--rows 200000] [--rounds 3]
 
 A log in a temporary folder gets the rows through `record`. Then `frame()` is timed beside `pandas.read_sql` of the
 same rows, in turns, and with filters. Times are medians.
@@ -8,24 +8,25 @@ same rows, in turns, and with filters. Times are medians.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import random
 import sqlite3
-import tempfile
+import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
-from statistics import median, quantiles
+from functools import partial
+from statistics import median
 
 import pandas as pd
+from common import Report, isolated, measured, paired_ratio, parser_of, percentile, run, seconds_of
 
 from sollol_nb.latency.log import LatencyLog
 from sollol_nb.latency.schema import LatencyRow
 
 WRITTEN_AT_ONCE = 5000
 NEWEST = 10_000
+RECORDED_ALONE = 3000
 
 
 def realistic_row(number: int) -> LatencyRow:
@@ -61,64 +62,52 @@ def realistic_row(number: int) -> LatencyRow:
     )
 
 
-def seconds(*works: Callable[[], object], rounds: int) -> list[float]:
-    """The median time of each of these calls, in seconds; they take turns."""
-    times_s: list[list[float]] = [[] for _ in works]
-    for _ in range(rounds):
-        for work, taken_s in zip(works, times_s, strict=True):
-            began = time.perf_counter()
-            work()
-            taken_s.append(time.perf_counter() - began)
-    return [median(taken_s) for taken_s in times_s]
-
-
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--rounds", type=int, default=5)
+def main() -> Report:
+    """Write the rows, then read them."""
+    parser = parser_of(__doc__)
+    parser.add_argument("--rows", type=int, default=200_000)
+    parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     random.seed(1)
-    with tempfile.TemporaryDirectory() as folder:
-        log = LatencyLog(Path(folder) / "latency.sqlite", keep_rows=None)
+    report = Report()
+    with isolated() as folder:
+        log = LatencyLog(folder / "latency.sqlite", keep_rows=None)
         began = time.perf_counter()
         for first in range(0, arguments.rows, WRITTEN_AT_ONCE):
             log.record(*map(realistic_row, range(first, min(first + WRITTEN_AT_ONCE, arguments.rows))))
-        took_s, size_mb = time.perf_counter() - began, log.path.stat().st_size / 1e6
-        print(f"wrote {arguments.rows:,} rows in {took_s:.0f} s: {size_mb:.0f} MB")
+        size_mb, took_s = log.path.stat().st_size / 1e6, time.perf_counter() - began
+        report.notes.append(f"The log has {arguments.rows:,} rows, written in {took_s:.0f} s: {size_mb:.0f} MB.")
 
+        reading = report.table("Reading, medians", "rows", "frame(), s", "pandas.read_sql, s", "ratio")
         with contextlib.closing(sqlite3.connect(log.path)) as connection:
             newest = f"SELECT * FROM (SELECT * FROM requests ORDER BY id DESC LIMIT {NEWEST}) ORDER BY id"
+            read_sql: Callable[[str], object] = partial(pd.read_sql, con=connection)
             for what, frame, query in (
-                (f"the newest {NEWEST:,}", lambda: log.frame(last=NEWEST), newest),
-                ("all rows", log.frame, "SELECT * FROM requests"),
+                (f"the newest {NEWEST:,}", partial(log.frame, last=NEWEST), newest),
+                (f"all {arguments.rows:,}", log.frame, "SELECT * FROM requests"),
             ):
-                ours_s, pandas_s = seconds(
-                    frame, lambda query=query: pd.read_sql(query, connection), rounds=arguments.rounds
-                )
-                print(
-                    f"{what:<24} frame() {ours_s:6.3f} s   pandas.read_sql {pandas_s:6.3f} s   "
-                    f"ratio {ours_s / pandas_s:.2f}"
-                )
+                ways = {
+                    "ours": partial(seconds_of, frame),
+                    "pandas": partial(seconds_of, partial(read_sql, query)),
+                }
+                found = measured(ways, arguments.rounds, warm_up=0)
+                ours_s, pandas_s = median(found["ours"]), median(found["pandas"])
+                reading.add(what, ours_s, pandas_s, paired_ratio(found["ours"], found["pandas"]))
         day_ago = pd.Timestamp(1.7e9 + arguments.rows * 0.6 - 86_400, unit="s", tz="UTC").to_pydatetime()
         for what, filtered in (
-            ("last=20", lambda: log.frame(last=20)),
-            ("model=... (a fifth)", lambda: log.frame(model="mistral")),
-            ("since=... (the last day)", lambda: log.frame(since=day_ago)),
+            ("`last=20`", partial(log.frame, last=20)),
+            ("`model=...` (a fifth)", partial(log.frame, model="mistral")),
+            ("`since=...` (the last day)", partial(log.frame, since=day_ago)),
         ):
-            (taken_s,) = seconds(filtered, rounds=arguments.rounds)
-            print(f"{what:<24} frame() {taken_s:6.3f} s")
+            reading.add(what, median(seconds_of(filtered) for _ in range(arguments.rounds)), "", "")
 
-        times_ms = []
-        for number in range(3000):
-            began = time.perf_counter()
-            log.record(realistic_row(number))
-            times_ms.append((time.perf_counter() - began) * 1000)
-        print(
-            f"record(), one row: median {median(times_ms):.2f} ms, p99 {quantiles(times_ms, n=100)[98]:.2f} ms, "
-            f"worst (with pruning) {max(times_ms):.1f} ms"
-        )
+        times_ms = [
+            seconds_of(partial(log.record, realistic_row(number))) * 1000 for number in range(RECORDED_ALONE)
+        ]
+        writing = report.table("`record()`, one row", "p50, ms", "p99, ms", "worst (with pruning), ms")
+        writing.add(median(times_ms), percentile(times_ms, 99), max(times_ms))
+    return report
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

@@ -8,11 +8,11 @@ are tried. In a real network most addresses do not react, which costs half a sec
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import sys
-import time
 from statistics import median
+
+from common import Report, parser_of, run, seconds_of
 
 from sollol_nb.llama_cpp.workers.probe import DISCOVERY_PORTS
 from sollol_nb.llama_cpp.workers.scan import addresses_in, scan
@@ -21,27 +21,26 @@ LIMIT_S = 2.0
 LOOPBACK_NETWORK = "127.0.0.0/24"
 
 
-def measure(network: str, rounds: int) -> float:
-    """Scan a network several times and print a line; the median of the times in seconds."""
-    addresses = addresses_in(network)
-    seconds, found = [], 0
-    for _ in range(rounds):
-        started = time.perf_counter()
-        found = len(asyncio.run(scan(addresses, DISCOVERY_PORTS)))
-        seconds.append(time.perf_counter() - started)
-    print(f"{network}: {len(addresses)} addresses, {found} open ports, {median(seconds):.2f} s")
-    return median(seconds)
-
-
-def main() -> int:
-    """Scan each network; exit code 1 if one took longer than the limit."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main() -> Report:
+    """Scan each network."""
+    parser = parser_of(__doc__)
     parser.add_argument("networks", nargs="*", default=[LOOPBACK_NETWORK], metavar="NETWORK")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    slowest = max(measure(network, arguments.rounds) for network in arguments.networks)
-    return 1 if slowest > LIMIT_S else 0
+    report = Report()
+    table = report.table("Median times of a scan", "network", "addresses", "open ports", "s")
+    for network in arguments.networks:
+        addresses = addresses_in(network)
+        found: list[int] = []
+
+        def look(addresses: list[str] = addresses, found: list[int] = found) -> None:
+            found.append(len(asyncio.run(scan(addresses, DISCOVERY_PORTS))))
+
+        took_s = median(seconds_of(look) for _ in range(arguments.rounds))
+        table.add(network, len(addresses), found[-1], took_s)
+        report.goal(f"a scan of {network} takes at most {LIMIT_S:g} s", took_s, took_s <= LIMIT_S)
+    return report
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -51,7 +51,7 @@ def choose_node(
     loaded: list[NodeOffer] = []
     on_disk: list[NodeOffer] = []
     missing: list[NodeOffer] = []
-    # One loop with plain comparisons: a thousand nodes in less than 50 us (benchmarks/node_choice.py).
+    # One loop with plain comparisons: a thousand nodes in less than 50 us (benchmarks/scale.py).
     for offer in offers:
         expected_ms = offer.expected_ms
         residency = offer.residency
