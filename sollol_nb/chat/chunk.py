@@ -21,6 +21,23 @@ CONTEXT_FULL: Final = "_context_full"
 STOPPED_BY: Final = "_stopped_by"
 """Which of the texts of `stop` ended the answer. On the last chunk, where the engine says it."""
 
+DRAFTS: Final = "_drafts"
+"""What drafts brought, a `Drafts`. On the last chunk of llama.cpp's answers."""
+
+
+class Drafts(TypedDict):
+    """Tokens of an answer that were drafted, and those that were not.
+
+    Keys:
+        drafted, accepted: tokens.
+        single_tokens, single_ms: tokens that were computed alone, and the milliseconds that they took together.
+    """
+
+    drafted: int
+    accepted: int
+    single_tokens: int
+    single_ms: float
+
 
 class Failover(TypedDict):
     """A request that moved to another server, because its server was lost or given up.
@@ -61,6 +78,7 @@ class Routing(TypedDict, total=False):
         placement_differences: where llama.cpp put layers elsewhere than planned.
         layout: layers per worker, in order, such as `5/4/4`.
         queue_ms, load_ms, ttft_ms, tokens_per_s, router_overhead_ms, failovers: as in the latency log.
+        drafted_tokens, accepted_tokens: as in the latency log; None where the engine drafts none.
         dropped: which messages were left out to fit the context.
         gateway: the URL of the gateway over which the answer came, if one did.
         node, total_ms: of the Ollama pool: the node that finished, and from the call to the end.
@@ -83,6 +101,8 @@ class Routing(TypedDict, total=False):
     tokens_per_s: float | None
     router_overhead_ms: float | None
     failovers: list[Failover]
+    drafted_tokens: int | None
+    accepted_tokens: int | None
     dropped: str
     gateway: str
     node: str
@@ -145,3 +165,4 @@ class Chunk(TypedDict, total=False):
     _context_full: int
     _note: str
     _stopped_by: str
+    _drafts: Drafts

@@ -153,6 +153,8 @@ def footer(answer: Answer) -> str:
         parts.append(f"{routing['tokens_per_s']:.0f} tokens/s")
     if answer.get("eval_count") is not None:
         parts.append(counted(answer["eval_count"], "token"))
+    if routing.get("drafted_tokens"):
+        parts.append(f"drafts: {routing.get('accepted_tokens') or 0} of {routing['drafted_tokens']} accepted")
     unusual = {"length": "stopped at max_tokens", "cancelled": "stopped", "error": "interrupted"}
     if answer.get(CONTEXT_FULL):
         unusual["length"] = f"stopped: its context of {answer[CONTEXT_FULL]:,} tokens is full"

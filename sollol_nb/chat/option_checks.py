@@ -23,6 +23,7 @@ _MOST_WHOLE = 2**31 - 1
 _MOST_FLOAT = 3.4e38  # both engines compute with 32-bit floats
 THINK_LEVELS = ("low", "medium", "high")
 RECOVERIES = ("fast", "exact")
+SPECULATIONS = ("auto", "off", "ngram", "draft")
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +123,9 @@ CHAT_OPTIONS: dict[str, Values] = {
     "overflow": _of_type("a text", str),
     "recovery": Values('"fast" or "exact"', lambda value: isinstance(value, str) and value in RECOVERIES),
     "deterministic": _YES_OR_NO,
+    "speculation": Values(
+        f"one of {', '.join(SPECULATIONS)}", lambda value: isinstance(value, str) and value in SPECULATIONS
+    ),
 }
 """All other options of a request."""
 
@@ -182,6 +186,18 @@ def check_ollama_options(options: Mapping[str, Any]) -> None:
     """
     if options.get("logit_bias"):
         raise ConfigError("Ollama does not take logit_bias; leave it out, or ask with backend=sharded or local")
+
+
+def speculation_of(options: Mapping[str, Any]) -> str | None:
+    """What a request wants its engine to draft; None leaves it to the router.
+
+    It is `off` for answers that must be exact, since tokens that are verified together may round differently, and
+    for those with log probabilities, which llama-server does not give for drafted tokens.
+    """
+    if options.get("recovery") == "exact" or options.get("deterministic") or options.get("logprobs"):
+        return "off"
+    wanted: str | None = options.get("speculation")
+    return wanted
 
 
 def answer_schema(options: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -34,6 +34,10 @@ class ChatOptions(TypedDict, total=False):
             the known tokens again first.
         deterministic: whether llama.cpp gives the same answer each time (at temperature 0, or with a `seed`): the
             request runs alone, without the prompt cache, and with exact recovery.
+        speculation: whether llama.cpp drafts tokens. The engine fixes it when it starts, so `"off"` restarts a
+            coordinator that drafts (its answers continue on the new one); `"auto"`, `"ngram"` and `"draft"` count
+            only if this request starts the coordinator. Requests that must be exact (`recovery="exact"`,
+            `deterministic`) or have `logprobs` never run with drafts.
     """
 
     max_tokens: int | None
@@ -62,3 +66,4 @@ class ChatOptions(TypedDict, total=False):
     overflow: Literal["error", "drop_oldest"] | None
     recovery: Literal["fast", "exact"] | None
     deterministic: bool | None
+    speculation: Literal["auto", "off", "ngram", "draft"] | None

@@ -75,7 +75,7 @@ ENGINE_OPTIONS: Mapping[str, Values] = {
     name: (SAMPLING_OPTIONS | CHAT_OPTIONS)[name]
     for name in (
         *("top_k", "min_p", "typical_p", "repeat_penalty", "repeat_last_n"),
-        *("keep_alive", "overflow", "recovery", "deterministic"),
+        *("keep_alive", "overflow", "recovery", "deterministic", "speculation"),
     )
 }
 """Options of this package that OpenAI's APIs do not have."""

@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import mmap
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sollol_nb.errors import ModelFileError
 
 Keys = dict[str, Any]
+T = TypeVar("T")
 
 _MAGIC = b"GGUF"
 _FIXED_HEADER_BYTES = 24  # magic, version, tensor count, key count
@@ -33,6 +35,7 @@ _MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
 _MAX_SIZE = 2**62  # of any number that is a size or a position, so that their sums are plausible too
 _DEFAULT_ALIGNMENT = 32
 _STRING, _ARRAY = 8, 9
+_TOKENIZER = "tokenizer.ggml."
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """Type of a value -> its format for `struct`."""
 
@@ -104,12 +107,33 @@ def read_header(file: GgufFile) -> Header:
     Raises:
         ModelFileError: not readable, not GGUF, an unsupported version, truncated or damaged.
     """
+    header = _parsed(file, _Parser.header)
+    data_end = max((tensor.end_offset for tensor in header.tensors), default=0)
+    if data_end > file.file_bytes:
+        raise ModelFileError(
+            f"{file.path} is truncated: {data_end - file.file_bytes} bytes of {data_end} are missing; "
+            "download it again"
+        )
+    return header
+
+
+def read_tokenizer(file: GgufFile) -> Keys:
+    """Read the keys of a file's tokenizer, without `tokenizer.ggml.` before them; `tokens` are their bytes, in a
+    tuple, and other lists of texts are left out.
+
+    Raises:
+        ModelFileError: as for `read_header`.
+    """
+    return _parsed(file, _Parser.tokenizer)
+
+
+def _parsed(file: GgufFile, read: Callable[[_Parser], T]) -> T:
     try:
         with file.path.open("rb") as opened:
             problem = _obvious_problem(opened.read(_FIXED_HEADER_BYTES))
             if problem is None:
                 with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                    header = _Parser(data).header()
+                    return read(_Parser(data))
     except PermissionError:
         raise ModelFileError(_no_permission(file.path)) from None
     except OSError as error:
@@ -118,15 +142,7 @@ def read_header(file: GgufFile) -> Header:
         problem = f"is truncated or damaged: {error}; download it again"
     except ValueError as error:
         problem = f"has a header that cannot be read ({_one_line(error)}); download it again, or update gguf"
-    if problem is not None:
-        raise ModelFileError(f"{file.path} {problem}")
-    data_end = max((tensor.end_offset for tensor in header.tensors), default=0)
-    if data_end > file.file_bytes:
-        raise ModelFileError(
-            f"{file.path} is truncated: {data_end - file.file_bytes} bytes of {data_end} are missing; "
-            "download it again"
-        )
-    return header
+    raise ModelFileError(f"{file.path} {problem}")
 
 
 def _obvious_problem(start: bytes) -> str | None:
@@ -179,7 +195,7 @@ class _Parser:
                 raise _DamagedError("a key occurs twice")
             value = self._value(*self._read("I"))
             # The vocabulary is not needed.
-            if value is not None and not name.startswith("tokenizer.ggml."):
+            if value is not None and not name.startswith(_TOKENIZER):
                 keys[name] = value
         described = [self._tensor() for _ in range(self._tensor_count)]
         if len({name for name, *_ in described}) < len(described):
@@ -192,6 +208,36 @@ class _Parser:
                 for name, shape, byte_count, offset in described
             ),
         )
+
+    def tokenizer(self) -> Keys:
+        """The keys of `read_tokenizer`. Errors are those of `header`."""
+        keys: Keys = {}
+        for _ in range(self._key_count):
+            name = self._text()
+            (kind,) = self._read("I")
+            value = self._texts() if name == f"{_TOKENIZER}tokens" and kind == _ARRAY else self._value(kind)
+            if value is not None and name.startswith(_TOKENIZER):
+                keys[name.removeprefix(_TOKENIZER)] = value
+        return keys
+
+    def _texts(self) -> tuple[bytes, ...]:
+        """The next array, of texts."""
+        kind, count = self._read("IQ")
+        if kind != _STRING:
+            raise _DamagedError("its tokens are no texts")
+        self._count_strings(count)
+        texts = []
+        for _ in range(count):
+            (length,) = self._read("Q")
+            start = self._at
+            self._skip(length)
+            texts.append(self._data[start : self._at])
+        return tuple(texts)
+
+    def _count_strings(self, count: int) -> None:
+        self._string_count += count
+        if self._string_count > _MAX_STRINGS:
+            raise _DamagedError(f"its lists have {self._string_count} texts or more")
 
     def _data_start(self, keys: Keys) -> int:
         alignment = keys.get("general.alignment", _DEFAULT_ALIGNMENT)
@@ -224,9 +270,7 @@ class _Parser:
 
     def _array(self, kind: int, count: int) -> list[Any] | None:
         if kind == _STRING:
-            self._string_count += count
-            if self._string_count > _MAX_STRINGS:
-                raise _DamagedError(f"its lists have {self._string_count} texts or more")
+            self._count_strings(count)
             for _ in range(count):
                 self._skip(*self._read("Q"))
             return None

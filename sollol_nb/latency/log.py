@@ -61,6 +61,7 @@ _MIGRATIONS = (
         "DROP TRIGGER IF EXISTS drop_block_after_UPDATE",
         "DROP TABLE IF EXISTS blocks",
     ],
+    _added_in(5),
 )
 assert len(_MIGRATIONS) == SCHEMA_VERSION
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from sollol_nb.text.tables import markdown_table
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 STATUSES = ("ok", "error", "timeout", "cancelled")
 
 TEXT, FLOAT, INTEGER, TIME = "string", "float64", "Int64", "datetime64[ms, UTC]"
@@ -98,6 +98,12 @@ class LatencyRow:
         "`tokens_before`, `lost_workers`, `recovery`",
         since=3,
         default="",
+    )
+    drafted_tokens: int | None = _number(
+        "tokens", "tokens that were drafted; null without speculation", dtype=INTEGER, since=5, default=None
+    )
+    accepted_tokens: int | None = _number(
+        "tokens", "drafted tokens that the model accepted", dtype=INTEGER, since=5, default=None
     )
 
 

@@ -5,6 +5,7 @@
 - `modelfile.py`: what Ollama's Modelfile adds to the weights.
 - `profiles.py`: the size of a model, and whether it needs sharding.
 - `routing.py`: which backend a model runs on, and why.
+- `draft_models.py`: models that can draft tokens for a larger one.
 - `listing.py`: all known models as a frame.
 
 `demo.gguf` is the demo model.

@@ -99,6 +99,8 @@ class Sollol(Configurable):
     slots = SettingTrait()
     recovery = SettingTrait()
     deterministic = SettingTrait()
+    speculation = SettingTrait()
+    draft = SettingTrait()
     threshold_params = SettingTrait()
     ollama_hosts = SettingTrait()
     llama_cpp = SettingTrait()

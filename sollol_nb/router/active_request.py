@@ -11,7 +11,7 @@ from typing import Any
 
 from sollol_nb.chat.chat_templates import supports_thinking, takes_tools
 from sollol_nb.chat.chunk import ROUTING, Chunk
-from sollol_nb.chat.option_checks import check_llama_cpp_options, check_ollama_options
+from sollol_nb.chat.option_checks import check_llama_cpp_options, check_ollama_options, speculation_of
 from sollol_nb.chat.request import ChatRequest
 from sollol_nb.chat.tool_choice import CallFilter
 from sollol_nb.errors import (
@@ -36,7 +36,7 @@ from sollol_nb.router.record import RequestRecord
 from sollol_nb.runtime.events import EventBus, EventKind
 from sollol_nb.settings import config
 
-NOT_SENT_TO_OLLAMA = ("recovery", "deterministic", "tool_choice", "parallel_tool_calls")
+NOT_SENT_TO_OLLAMA = ("recovery", "deterministic", "speculation", "tool_choice", "parallel_tool_calls")
 """Options that Ollama does not have; `CallFilter` does what the last two require."""
 
 
@@ -142,6 +142,8 @@ class ActiveRequest:
                 status=status,
                 place=record.server_url,
                 tokens_per_s=record.tokens_per_s,
+                token_ms=record.token_ms,
+                drafts=record.draft_results(),
                 ttft_ms=record.ttft_ms,
             )
 
@@ -172,6 +174,7 @@ class ActiveRequest:
                 timeout_s=request.timeout_s,
                 keep_alive=request.options.get("keep_alive"),
                 alone=bool(asked if begun is None else begun.is_deterministic),
+                speculation=speculation_of(request.options if begun is None else begun.options),
             )
         if self._interrupted is not None:
             raise ConfigError(

@@ -39,6 +39,7 @@ async def stream_answer(
     timeout_s: float,
     keep_alive: object = None,
     alone: bool = False,
+    speculation: str | None = None,
 ) -> AsyncGenerator[Chunk, None]:
     """Stream one answer, continued on another coordinator whenever one is lost.
 
@@ -48,6 +49,7 @@ async def stream_answer(
         keep_alive: if given, how long the coordinator lives without a request from now on.
         timeout_s: limit from when the first coordinator is ready; the start of another one does not count.
         alone: no other request of this router runs on the coordinator meanwhile.
+        speculation: as for `CoordinatorPool.get`.
 
     Raises:
         AnswerInterruptedError: no coordinator could take over, or too many were lost.
@@ -55,7 +57,7 @@ async def stream_answer(
         RequestRejectedError: the engine refused the request.
         SollolError: the first coordinator could not be started.
     """
-    coordinator, record.load_ms = await coordinators.get(route)
+    coordinator, record.load_ms = await coordinators.get(route, speculation)
     record.loaded_by = coordinator.loaded_by if record.load_ms is not None else ""
     answer: Answer | None = None
     lost: CoordinatorLostError | None = None
@@ -92,7 +94,7 @@ async def stream_answer(
                     finally:
                         coordinator.free()
                 try:
-                    coordinator = await _next_coordinator(coordinators, route, limit, coordinator)
+                    coordinator = await _next_coordinator(coordinators, route, limit, coordinator, speculation)
                 except SollolError as error:
                     if lost is None:
                         raise
@@ -117,7 +119,11 @@ def _slot(gate: Gate, priority: int, alone: bool) -> AbstractAsyncContextManager
 
 
 async def _next_coordinator(
-    coordinators: CoordinatorPool, route: Route, limit: asyncio.Timeout, ended: Coordinator
+    coordinators: CoordinatorPool,
+    route: Route,
+    limit: asyncio.Timeout,
+    ended: Coordinator,
+    speculation: str | None,
 ) -> Coordinator:
     """The next coordinator, which may be the same; the time limit is paused while it starts."""
     loop = asyncio.get_running_loop()
@@ -125,7 +131,7 @@ async def _next_coordinator(
     limit.reschedule(None)
     try:
         if not ended.is_running() or await _is_stopping(ended):
-            coordinator, _ = await coordinators.get(route)
+            coordinator, _ = await coordinators.get(route, speculation)
             return coordinator
         return ended  # only the connection broke
     finally:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sollol_nb.chat.chunk import Chunk
+from sollol_nb.chat.option_checks import speculation_of
 from sollol_nb.chat.request import ChatRequest
 from sollol_nb.cluster.state import ClusterState
 from sollol_nb.errors import ConfigError
@@ -106,6 +107,8 @@ class OwnEngines(ClusterControl):
         slots: int | None,
         recovery: str | None,
         deterministic: bool | None,
+        speculation: str | None,
+        draft: str | Path | None,
         keep_alive: float | str | Mapping[str, float | str] | None,
         latency: LatencyLog,
         timeout_s: float,
@@ -133,6 +136,8 @@ class OwnEngines(ClusterControl):
             context_tokens=config.or_default(context_tokens, "context_tokens"),
             slots=config.or_default(slots, "slots"),
             keep_alive=config.or_default(keep_alive, "keep_alive"),
+            speculation=speculation_of(options) or config.or_default(speculation, "speculation"),
+            draft=config.or_default(draft, "draft"),
             **others,
         )
         return cls(

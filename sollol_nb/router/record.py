@@ -8,13 +8,16 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sollol_nb.chat.chunk import DROPPED, RESTARTED, Chunk, Failover, Routing
+from sollol_nb.chat.chunk import DRAFTS, DROPPED, RESTARTED, Chunk, Failover, Routing
 from sollol_nb.chat.completion import Completion
 from sollol_nb.latency.schema import LatencyRow
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.models.files import names_file
 from sollol_nb.models.routing import Route
 from sollol_nb.text.short_names import short_name
+
+MIN_SINGLE_TOKENS = 8
+"""So many tokens that were computed alone tell the time of one."""
 
 
 class RequestRecord:
@@ -46,6 +49,8 @@ class RequestRecord:
         self.router_overhead_ms: float | None = None
         self.failovers: list[Failover] = []
         self.text = text
+        self.drafted_tokens: int | None = None
+        self.accepted_tokens: int | None = None
         self.dropped = ""
         self._sent: float | None = None
         self._left_ms = 0.0  # spent at a backend that could not answer
@@ -86,6 +91,7 @@ class RequestRecord:
         self.plan, self.dropped = routing.get("plan"), str(routing.get("dropped") or "")
         self.placement_differences = list(routing.get("placement_differences") or ())
         self.queue_ms, self.load_ms = routing.get("queue_ms"), routing.get("load_ms")
+        self.drafted_tokens, self.accepted_tokens = routing.get("drafted_tokens"), routing.get("accepted_tokens")
         self.router_overhead_ms = routing.get("router_overhead_ms")
         self.failovers = [*earlier, *(routing.get("failovers") or ())]
 
@@ -102,6 +108,8 @@ class RequestRecord:
         self.plan = plan.as_dict() if plan else None
         self.layout = "/".join(map(str, plan.unit_counts)) if plan else ""
         self.placement_differences = coordinator.placement_differences
+        if coordinator.settings.speculation.is_on and self.drafted_tokens is None:
+            self.drafted_tokens = self.accepted_tokens = 0
         self.reason = "; ".join(filter(None, (self._route_reason, coordinator.compromise)))
 
     def add_failover(self, what: str, tokens_before: int) -> None:
@@ -159,6 +167,8 @@ class RequestRecord:
         self.dropped = chunk.get(DROPPED) or self.dropped
         if chunk.get("done"):
             self._final = chunk
+            if self.drafted_tokens is not None and DRAFTS in chunk:
+                self.drafted_tokens, self.accepted_tokens = chunk[DRAFTS]["drafted"], chunk[DRAFTS]["accepted"]
 
     @property
     def duration_ms(self) -> float:
@@ -175,6 +185,24 @@ class RequestRecord:
         """Generation speed as the engine measured it; None for answers of one token or none."""
         count, nanoseconds = self._final.get("eval_count"), self._final.get("eval_duration")
         return count / nanoseconds * 1e9 if count and count > 1 and nanoseconds else None
+
+    @property
+    def token_ms(self) -> float | None:
+        """Milliseconds that the engine took for a token that it computed alone; None if unknown. With drafts that
+        is not the inverse of `tokens_per_s`."""
+        if self.drafted_tokens is None:
+            return 1000 / self.tokens_per_s if self.tokens_per_s else None
+        drafts = self._final.get(DRAFTS)
+        if not drafts or drafts["single_tokens"] < MIN_SINGLE_TOKENS:
+            return None
+        return float(drafts["single_ms"] / drafts["single_tokens"])
+
+    def draft_results(self) -> dict[str, float] | None:
+        """What the engine generated, in which time, with which drafts; None without drafts, and before the end."""
+        drafts, tokens = self._final.get(DRAFTS), self._final.get("eval_count")
+        if self.drafted_tokens is None or not drafts or not tokens:
+            return None
+        return {**drafts, "tokens": tokens, "ms": self._final["eval_duration"] / 1e6}
 
     def partial(self) -> Completion:
         """The completion so far."""
@@ -203,6 +231,8 @@ class RequestRecord:
             "tokens_per_s": self.tokens_per_s,
             "router_overhead_ms": self.router_overhead_ms,
             "failovers": copy.deepcopy(self.failovers),
+            "drafted_tokens": self.drafted_tokens,
+            "accepted_tokens": self.accepted_tokens,
             "dropped": self.dropped,
         }
 
@@ -230,4 +260,6 @@ class RequestRecord:
             done_reason=self._final.get("done_reason") or "",
             predicted_ms_per_token=(self.plan or {}).get("predicted_token_ms"),
             failover_details=json.dumps(self.failovers) if self.failovers else "",
+            drafted_tokens=self.drafted_tokens,
+            accepted_tokens=self.accepted_tokens,
         )

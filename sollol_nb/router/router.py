@@ -100,6 +100,8 @@ class Router(RouterRequests):
         timeout: float | None = None,
         recovery: str | None = None,
         deterministic: bool | None = None,
+        speculation: str | None = None,
+        draft: str | Path | None = None,
         llama_cpp: str | Path | None = None,
         keep_alive: float | str | Mapping[str, float | str] | None = None,
         latency: LatencyLog | None = None,
@@ -137,6 +139,12 @@ class Router(RouterRequests):
                 again first.
             deterministic: whether llama.cpp gives the same answer each time, at temperature 0 or with a seed: each
                 request runs alone, without the prompt cache, and with exact recovery.
+            speculation: whether llama.cpp drafts several tokens, which the model verifies at once: `"auto"` (the
+                default) chooses at the start of a coordinator, from round trips and from what drafts brought
+                before; `"ngram"` drafts from the text so far, `"draft"` with a small model, `"off"` never. With
+                exact recovery or `deterministic` it is off, since verified tokens may round differently.
+            draft: the draft model, by name or path, with the vocabulary of the model; by default one found among
+                the models on this machine.
             llama_cpp: folder with the llama.cpp binaries.
             keep_alive: how long a coordinator (and a worker started here) lives without a request: seconds,
                 `"10m"`, 0 (ends with its request) or `"forever"`; or a dict of these by model, with `"*"` for all
@@ -173,6 +181,8 @@ class Router(RouterRequests):
                 slots=slots,
                 recovery=recovery,
                 deterministic=deterministic,
+                speculation=speculation,
+                draft=draft,
                 llama_cpp=llama_cpp,
                 keep_alive=keep_alive,
                 latency=latency,
@@ -193,6 +203,8 @@ class Router(RouterRequests):
                 layer_strategy=layer_strategy,
                 context_tokens=context_tokens,
                 slots=slots,
+                speculation=speculation,
+                draft=draft,
                 llama_cpp=llama_cpp,
                 keep_alive=keep_alive,
             )

@@ -16,6 +16,8 @@ from sollol_nb.runtime.amounts import is_positive
 from sollol_nb.settings import config
 from sollol_nb.settings.endpoints import DEFAULT_RPC_PORT, format_endpoint, parse_endpoint, worker_target
 from sollol_nb.settings.kinds import keep_alive_seconds
+from sollol_nb.settings.models import model_text
+from sollol_nb.settings.table import SETTINGS
 
 
 def check_amounts(**amounts: object) -> None:
@@ -38,6 +40,8 @@ def pool_settings(
     coordinator_timeout: float,
     llama_cpp: str | Path | None,
     keep_alive: float | str | Mapping[str, float | str] | None,
+    speculation: str,
+    draft: str | Path | None,
     **others: Any,
 ) -> PoolSettings:
     """The settings of the coordinator pool.
@@ -54,6 +58,8 @@ def pool_settings(
         if isinstance(count, float):
             raise ConfigError(f"{name}={count!r} must be a whole number")
     check_strategy(layer_strategy)
+    speculation = SETTINGS["speculation"].kind.checked(speculation, "speculation")
+    draft_name = None if draft is None else SETTINGS["draft"].kind.checked(model_text(draft), "draft")
     return PoolSettings(
         num_rpc_backends=num_rpc_backends,
         context_tokens=context_tokens,
@@ -61,6 +67,8 @@ def pool_settings(
         layer_strategy=layer_strategy,
         coordinator_timeout_s=coordinator_timeout,
         llama_cpp=Path(llama_cpp) if llama_cpp is not None else None,
+        speculation=speculation,
+        draft=draft_name,
         **_keep_alive_settings(keep_alive),
         **others,
     )

@@ -246,6 +246,23 @@ _TABLE = (
         default=False,
     ),
     Setting(
+        "speculation",
+        "router",
+        kinds.one_of("auto", "off", "ngram", "draft"),
+        "Whether llama.cpp drafts several tokens and verifies them at once: auto (where it pays), off, ngram "
+        "(copied from the text so far) or draft (by a small model).",
+        "SOLLOL_SPECULATION",
+        default="auto",
+    ),
+    Setting(
+        "draft",
+        "router",
+        kinds.MODEL,
+        "Draft model: name or path of a small model with the same vocabulary.",
+        "SOLLOL_DRAFT",
+        default_description="one found among the models at hand",
+    ),
+    Setting(
         "threshold_params",
         "router",
         kinds.number("billions of parameters above 0, such as 30", above=True),

@@ -289,7 +289,8 @@ def test_rows_of_version_2_stay_and_have_what_is_new_empty(log: LatencyLog) -> N
     assert frame["total_ms"].tolist() == [0.0, 1.0, 2.0, 7.0, FULL.total_ms]
     assert frame["partial_text"].tolist() == ["", "", "", "half", ""]
     assert frame["priority"].isna().tolist() == [True] * 4 + [False]
-    assert frame["predicted_ms_per_token"].isna().tolist() == [True] * 4 + [False]
+    for name in ("predicted_ms_per_token", "drafted_tokens", "accepted_tokens"):
+        assert frame[name].isna().tolist() == [True] * 4 + [False], name
     for name in ("done_reason", "failover_details"):
         assert frame[name].tolist() == [""] * 4 + [getattr(FULL, name)], name
 
@@ -311,14 +312,15 @@ def test_rows_of_version_3_stay_and_what_it_packed_is_dropped(log: LatencyLog) -
     assert log.frame()["total_ms"].tolist() == [1.0, 2.0, 7.0, FULL.total_ms]
 
 
-def test_a_log_of_version_3_that_cannot_be_migrated_is_read(
+def test_a_log_of_version_3_that_cannot_be_migrated_keeps_its_rows_until_it_can(
     log: LatencyLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_version_3(log.path)
     monkeypatch.setattr(sqlite_file, "BUSY_TIMEOUT_S", 0.01)
     with contextlib.closing(sqlite3.connect(log.path)) as writer:
         writer.execute("BEGIN IMMEDIATE")
-        assert log.frame()["priority"].fillna(0).tolist() == [0, 0, 0, 5]
+        with pytest.raises(StorageError, match="locked"):
+            log.frame()
         with pytest.raises(sqlite3.OperationalError, match="locked"):
             log.record(FULL)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -23,6 +24,7 @@ from sollol_nb.errors import (
 )
 from sollol_nb.llama_cpp.answers.chat import ChatAnswer
 from sollol_nb.llama_cpp.coordinators.pool import CoordinatorPool
+from sollol_nb.llama_cpp.coordinators.speculation import NO_SPECULATION
 from sollol_nb.models.files import DEMO_MODEL_PATH
 from sollol_nb.models.profiles import profile_of
 from sollol_nb.models.routing import DISTRIBUTED, Route
@@ -48,6 +50,7 @@ class StandIn:
     plan = None
     placement_differences: tuple[str, ...] = ()
     compromise: str = ""
+    settings = SimpleNamespace(speculation=NO_SPECULATION)
 
     def __init__(self, *chunks: Chunk, takes_requests: bool = True) -> None:
         self._chunks = chunks
@@ -86,7 +89,7 @@ class StandInPool:
     def gate(self, _: Route) -> Gate:
         return self.only_gate
 
-    async def get(self, _: Route) -> tuple[StandIn, float | None]:
+    async def get(self, _: Route, speculation: str | None = None) -> tuple[StandIn, float | None]:
         coordinator = next(self._coordinators)
         if isinstance(coordinator, SollolError):
             raise coordinator

@@ -30,6 +30,8 @@ FULL = LatencyRow(
     done_reason="stop",
     predicted_ms_per_token=24.5,
     failover_details='[{"what": "lost", "when": 1772366400.5, "lost_workers": ["a:1"]}]',
+    drafted_tokens=40,
+    accepted_tokens=18,
 )
 REFUSED = LatencyRow(
     started_at=(NOON + timedelta(hours=1)).timestamp(),

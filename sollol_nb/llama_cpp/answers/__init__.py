@@ -35,6 +35,7 @@ Files, in reading order:
 * `chat.py`: answers through the chat parser.
 * `fitting.py`: answers without the oldest turns.
 * `protocol.py`: between Ollama's chat shape and llama-server's, and the requests that llama-server refuses.
+* `drafts.py`: what drafts brought in an answer.
 * `logprobs.py`: log probabilities of tokens, in Ollama's shape.
 * `tokens.py`: tokens and the text they spell, from the engine's tokenizer.
 """

@@ -7,8 +7,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
-from sollol_nb.chat.chunk import NOTE, Chunk, TokenLogprob
+from sollol_nb.chat.chunk import DRAFTS, NOTE, Chunk, TokenLogprob
 from sollol_nb.errors import AnswerDivergedError, ConfigError
+from sollol_nb.llama_cpp.answers.drafts import NO_DRAFTS, DraftCounter
 from sollol_nb.llama_cpp.answers.protocol import chat_chunk, sampling_settings
 from sollol_nb.llama_cpp.answers.tokens import Post
 from sollol_nb.text.short_names import short_name
@@ -73,6 +74,7 @@ class Answer(ABC):
         self._prompt_tokens: int | None = None
         self._timings: Mapping[str, Any] = {}
         self._spent_ms = {"prompt_ms": 0.0, "predicted_ms": 0.0}  # on engines that were lost
+        self._drafts = DraftCounter()
 
     @property
     def options(self) -> dict[str, Any]:
@@ -134,6 +136,7 @@ class Answer(ABC):
             "prompt_tokens": self._prompt_tokens,
             "logprobs": self.logprobs,
             "spent_ms": {name: self._total_ms(name) for name in self._spent_ms},
+            "drafts": self._drafts.total,
         }
 
     def _restore_common(self, state: Mapping[str, Any]) -> None:
@@ -142,6 +145,7 @@ class Answer(ABC):
         self._prompt_tokens = state["prompt_tokens"]
         self.logprobs = list(state["logprobs"])
         self._spent_ms = {name: float(state["spent_ms"][name]) for name in self._spent_ms}
+        self._drafts = DraftCounter(state.get("drafts", NO_DRAFTS))
 
     def _cache_settings(self) -> dict[str, Any]:
         """For the body of a request: the cached beginning of another request's prompt was computed in other
@@ -151,7 +155,15 @@ class Answer(ABC):
     def _begin_stream(self) -> None:
         self._spent_ms = {name: self._total_ms(name) for name in self._spent_ms}
         self._timings = {}
+        self._drafts.next_engine()
         self.is_abandoned = False
+
+    def _read_timings(self, event: Mapping[str, Any]) -> None:
+        """Note how long the engine has taken so far, if an event says it."""
+        timings = event.get("timings")
+        if timings:
+            self._timings = timings
+            self._drafts.read(timings)
 
     def _total_ms(self, name: str) -> float:
         return float(self._spent_ms[name] + self._timings.get(name, 0.0))
@@ -177,6 +189,7 @@ class Answer(ABC):
             "eval_count": self.token_count,
             "prompt_eval_duration": int(self._total_ms("prompt_ms") * 1e6),
             "eval_duration": int(self._total_ms("predicted_ms") * 1e6),
+            DRAFTS: self._drafts.total,
         }
 
 

@@ -191,7 +191,7 @@ class ChatAnswer(Answer):
         return entries[known:]
 
     def _count(self, event: Mapping[str, Any]) -> None:
-        self._timings = event.get("timings") or self._timings
+        self._read_timings(event)
         self.token_count = max(self.token_count, self._timings.get("predicted_n", 0))
         usage = event.get("usage")
         if usage:

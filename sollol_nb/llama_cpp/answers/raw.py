@@ -127,7 +127,7 @@ class RawAnswer(Answer):
     def translate(self, event: Mapping[str, Any]) -> Chunk | None:
         if self.is_complete or self.is_abandoned:
             return None
-        self._timings = event.get("timings") or self._timings
+        self._read_timings(event)
         if self._prompt_tokens is None and "tokens_evaluated" in event:
             self._prompt_tokens = event["tokens_evaluated"]
         progress = progress_of(event)

@@ -13,5 +13,8 @@
 * `measurements.py`: the measured time of tokens on each layout, from which token times are predicted.
 * `calibration_models.py`: small generated models that measure workers.
 * `calibrator.py`: measures how fast free workers are, with throw-away coordinators.
+* `speculation.py`: whether a coordinator drafts tokens, how, and how many at once.
+* `drafting.py`: chooses what a starting coordinator drafts.
+* `draft_memory.py`: what drafts have brought, kept in a file.
 * `settings.py`: how coordinators are started, what one runs, and the flags of llama-server for it.
 """

@@ -195,9 +195,9 @@ class TokenMeasurements:
             if self._under_way[model] > 1:
                 self._concurrent.add(model)
         elif event.kind == EventKind.REQUEST_FINISHED:
-            url, tokens_per_s = event.data.get("place"), event.data.get("tokens_per_s")
-            if url and tokens_per_s and model not in self._concurrent:
-                self._answers_ms.setdefault(url, deque(maxlen=ANSWERS_KEPT)).append(1000 / tokens_per_s)
+            url, token_ms = event.data.get("place"), event.data.get("token_ms")
+            if url and token_ms and model not in self._concurrent:
+                self._answers_ms.setdefault(url, deque(maxlen=ANSWERS_KEPT)).append(token_ms)
                 self._counts[url] += 1
             self._under_way[model] -= 1
             if self._under_way[model] <= 0:

@@ -46,6 +46,7 @@ class Start:
     Attributes:
         wanted: what a running coordinator must agree with to be adopted instead.
         layout: units of each worker, in the order of their layers, instead of a strategy's choice.
+        speculation: the request's, else the router's: `auto`, `off`, `ngram` or `draft`.
         first_port: the coordinator listens on this port or the next free one.
         lost: workers that were just found lost, to be chosen last.
         taken: workers that another router or kernel took during the start.
@@ -59,6 +60,7 @@ class Start:
     context_tokens: int
     wanted: Mapping[str, Any]
     layout: Mapping[str, int] | None
+    speculation: str
     first_port: int
     lost: frozenset[str]
     taken: set[str] = field(default_factory=set)

@@ -28,6 +28,7 @@ from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.coordinators.measurements import TokenMeasurements
 from sollol_nb.llama_cpp.coordinators.running import RouteKey, RunningCoordinators, key_of
 from sollol_nb.llama_cpp.coordinators.settings import PoolSettings, context_tokens_for
+from sollol_nb.llama_cpp.coordinators.speculation import OFF
 from sollol_nb.llama_cpp.coordinators.start import CoordinatorStarter
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.processes import registry
@@ -81,8 +82,12 @@ class CoordinatorPool:
         """The llama.cpp programs: found, or built on first need, with progress reported as events."""
         return await self._starter.engine()
 
-    async def get(self, route: Route) -> tuple[Coordinator, float | None]:
+    async def get(self, route: Route, speculation: str | None = None) -> tuple[Coordinator, float | None]:
         """The running coordinator for a route, adopted or started if this router has none.
+
+        Args:
+            speculation: `off` if it must not draft: one that does is restarted. Other values count for one that is
+                started now, instead of what the settings say.
 
         Returns:
             The coordinator, and the milliseconds waited for its start; None if it was running.
@@ -93,23 +98,28 @@ class CoordinatorPool:
         key = key_of(route)
         began = time.perf_counter()
         coordinator = self._running.find(route)
-        if coordinator is not None and self._serves(coordinator, route):
+        if coordinator is not None and self._serves(coordinator, route, speculation):
             return coordinator, None
         async with self._starting[key]:
             coordinator = self._running.find(route)
             # Another request may have started it meanwhile.
-            if coordinator is not None and self._serves(coordinator, route):
+            if coordinator is not None and self._serves(coordinator, route, speculation):
                 return coordinator, (time.perf_counter() - began) * 1000
             lost: frozenset[str] = frozenset()
-            if coordinator is not None:  # lost, or too small; answers that run on it continue on the next one
+            if (
+                coordinator is not None
+            ):  # lost, too small, or drafting; answers that run on it continue on the next one
                 await self._running.end(coordinator, unless_shared=coordinator.is_running())
                 lost = await self._workers.find_lost(coordinator.rpc_backends)
             self._lost[key] = lost
-            coordinator = await self._start(route, lost)
+            coordinator = await self._start(route, lost, speculation=speculation)
             return coordinator, (time.perf_counter() - began) * 1000
 
-    def _serves(self, coordinator: Coordinator, route: Route) -> bool:
-        """Whether it runs, with the context that the route needs: names of one file may want different ones."""
+    def _serves(self, coordinator: Coordinator, route: Route, speculation: str | None) -> bool:
+        """Whether it runs, with the context that the route needs (names of one file may want different ones), and
+        without drafts where these are not wanted."""
+        if speculation == OFF and coordinator.settings.speculation.is_on:
+            return False
         if self.settings.context_tokens is not None:  # for all of them
             return coordinator.is_running()
         wanted = context_tokens_for(self.settings, route.modelfile, coordinator.settings.facts)
@@ -153,7 +163,8 @@ class CoordinatorPool:
             message = f"new layout for {route.name}: {foreseen.describe()}; before: {before}"
             self._events.publish(EventKind.COORDINATOR_PLANNED, route.name, message)
             await self._running.end(coordinator)
-            return await self._start(route, frozenset(), layout)
+            speculation = None if coordinator.settings.speculation.is_on else OFF  # an answer may need it off
+            return await self._start(route, frozenset(), layout, speculation)
 
     async def _check_free(self, model: str, endpoints: Iterable[str], coordinator: Coordinator) -> None:
         """Refuse workers that are neither free nor this coordinator's, before it is ended for them."""
@@ -216,6 +227,8 @@ class CoordinatorPool:
             return
         for coordinator in self.coordinators:
             is_this = coordinator.base_url == event.data.get("place")
+            if is_this and (drafts := event.data.get("drafts")):
+                self._starter.drafting.add_answer(coordinator, drafts, self._workers.round_trips_ms)
             if is_this and self._measurements.take_answers(coordinator, ANSWERS_PER_CORRECTION):
                 submit(self._correct_calibrations(coordinator))
 
@@ -239,10 +252,16 @@ class CoordinatorPool:
         return found[-1]
 
     async def _start(
-        self, route: Route, lost: frozenset[str], layout: Mapping[str, int] | None = None
+        self,
+        route: Route,
+        lost: frozenset[str],
+        layout: Mapping[str, int] | None = None,
+        speculation: str | None = None,
     ) -> Coordinator:
         closings = self._closings
-        coordinator = await self._starter.start(route, self.gate(route), lost, layout=layout)
+        coordinator = await self._starter.start(
+            route, self.gate(route), lost, layout=layout, speculation=speculation
+        )
         if self._closings != closings:
             await coordinator.stop_unless_shared()
             raise CoordinatorStartError(f"the router was closed while {route.name} was starting; ask again")
@@ -307,8 +326,10 @@ class CoordinatorPool:
         self._closings += 1
         for coordinator in self._running.known:
             await self._running.end(coordinator, unless_shared=True)
+        await self._starter.drafting.save()
 
     async def detach(self) -> None:
         """End the connections to all coordinators; they live on for their keep_alive."""
         self._closings += 1
         await self._running.detach()
+        await self._starter.drafting.save()

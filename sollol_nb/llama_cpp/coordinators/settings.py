@@ -15,6 +15,7 @@ from sollol_nb.errors import EngineError
 from sollol_nb.gguf.facts import ModelFacts, read_facts
 from sollol_nb.layers.plan import LayerPlan
 from sollol_nb.llama_cpp.coordinators.placement import split_over_devices
+from sollol_nb.llama_cpp.coordinators.speculation import NO_SPECULATION, Speculation
 from sollol_nb.llama_cpp.processes.machine import usable_cores
 from sollol_nb.models.files import find_model_file, names_file
 from sollol_nb.models.modelfile import NO_MODELFILE, Modelfile
@@ -45,6 +46,8 @@ class PoolSettings:
     layer_strategy: str
     context_tokens: int | None
     slots: int
+    speculation: str
+    draft: str | None
     llama_cpp: Path | None
     keep_alive_s: float | None
     keep_alive_of: Mapping[str, float | None] = field(default_factory=dict)
@@ -68,6 +71,7 @@ class CoordinatorSettings:
         slots: requests served at the same time.
         device_free_bytes: free bytes of each device, per endpoint, for workers with several devices.
         modelfile: what is added to the file; of that, the engine needs what `Modelfile.of_engine` has.
+        speculation: what it drafts.
         may_use_gpus: whether a worker of the plan may be a GPU; what it is, the RPC protocol does not say.
         repacks_weights: whether weights are rearranged for this CPU, which makes it faster. Some CPUs and virtual
             machines lack an instruction that the code for that takes for granted.
@@ -81,6 +85,7 @@ class CoordinatorSettings:
     slots: int = DEFAULT_SLOTS
     device_free_bytes: Mapping[str, Sequence[int]] = field(default_factory=dict)
     modelfile: Modelfile = NO_MODELFILE
+    speculation: Speculation = NO_SPECULATION
     repacks_weights: bool = True
     may_use_gpus: bool = False
 
@@ -105,6 +110,7 @@ class CoordinatorSettings:
             "context_tokens": self.context_tokens,
             "slots": self.slots,
             "modelfile": self.modelfile.of_engine,
+            "speculation": self.speculation.as_dict(),
         }
 
     @classmethod
@@ -125,6 +131,7 @@ class CoordinatorSettings:
             context_tokens=int(data["context_tokens"]),
             slots=int(data["slots"]),
             modelfile=Modelfile.from_engine(data["modelfile"]) if data.get("modelfile") else NO_MODELFILE,
+            speculation=Speculation.from_dict(data["speculation"]) if data.get("speculation") else NO_SPECULATION,
         )
 
 
@@ -187,6 +194,7 @@ def server_flags(settings: CoordinatorSettings, port: int, known: frozenset[str]
     for flag, values in optional:
         if flag in known:
             flags += [flag, *values]
+    flags += settings.speculation.flags()
     return [*flags, "-lv", "5"]
 
 

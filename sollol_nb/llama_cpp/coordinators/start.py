@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
+from pathlib import Path
 from typing import Any
 
 from sollol_nb.errors import (
@@ -23,6 +24,7 @@ from sollol_nb.errors import (
 from sollol_nb.gguf.facts import read_facts
 from sollol_nb.layers.plan import GIVEN
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
+from sollol_nb.llama_cpp.coordinators.drafting import Drafting
 from sollol_nb.llama_cpp.coordinators.load_progress import LoadProgress, reporting_progress
 from sollol_nb.llama_cpp.coordinators.measurements import TokenMeasurements
 from sollol_nb.llama_cpp.coordinators.planning import Planner, Start
@@ -34,6 +36,7 @@ from sollol_nb.llama_cpp.coordinators.settings import (
     context_tokens_for,
     file_identity,
 )
+from sollol_nb.llama_cpp.coordinators.speculation import AUTO, OFF
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.engine.find import ensure_engine
 from sollol_nb.llama_cpp.processes import registry
@@ -45,7 +48,9 @@ from sollol_nb.runtime.events import EventBus, EventKind
 from sollol_nb.runtime.gate import Gate
 from sollol_nb.text.tables import counted
 
-MAY_DIFFER = frozenset({"context_tokens", "slots", "strategy", "wanted_workers", "engine", "engine_version"})
+MAY_DIFFER = frozenset(
+    {"context_tokens", "slots", "strategy", "wanted_workers", "speculates", "engine", "engine_version"}
+)
 """What a running coordinator need not have exactly as wanted: these do not change what it answers, if its context
 is not smaller. All else that is wanted must agree."""
 
@@ -75,6 +80,7 @@ class CoordinatorStarter:
         self._events = events
         self._running = running
         self._planner = Planner(workers, running, measurements)
+        self.drafting = Drafting(workers.calibration_of)
         self._repacks_weights = True  # until an engine crashes on this machine
         self._claiming = asyncio.Lock()  # planning and holding workers is one step
 
@@ -94,6 +100,7 @@ class CoordinatorStarter:
         lost: frozenset[str] = frozenset(),
         *,
         layout: Mapping[str, int] | None = None,
+        speculation: str | None = None,
     ) -> Coordinator:
         """A coordinator for a route, ready for requests.
 
@@ -101,6 +108,7 @@ class CoordinatorStarter:
             gate: the gate that it gets.
             lost: workers that were just found lost, to be chosen last.
             layout: units of each worker, in the order of their layers, instead of a strategy's choice.
+            speculation: what it drafts, instead of what the settings say.
 
         Raises:
             ModelFileError, ModelDoesNotFitError, WorkersUnavailableError, CoordinatorError, EngineError: why not.
@@ -117,14 +125,16 @@ class CoordinatorStarter:
             context_tokens=context_tokens,
             wanted=self._wanted(route, engine, context_tokens, layout),
             layout=layout,
+            speculation=self.settings.speculation if speculation is None else speculation,
             first_port=self.settings.coordinator_port,
             lost=lost,
         )
+        given_draft = await self.drafting.check(start, self.settings.draft)
         failed: BaseException | None = None
         for tries_left in reversed(range(START_TRIES)):
             coordinator: Coordinator | None = None
             try:
-                coordinator = await self._adopt(start) or await self._launch(start)
+                coordinator = await self._adopt(start) or await self._launch(start, given_draft)
                 async with self._progress_reported(route.name, coordinator):
                     await coordinator.until_ready(self.settings.coordinator_timeout_s)
             except BaseException as error:
@@ -206,6 +216,7 @@ class CoordinatorStarter:
             "context_tokens": context_tokens,
             "slots": self.settings.slots,
             "strategy": (GIVEN if layout else strategy) if sharded else None,
+            "speculates": self.settings.speculation,
             "wanted_workers": (list(map(list, layout.items())) if layout else workers) if sharded else None,
         }
 
@@ -218,6 +229,9 @@ class CoordinatorStarter:
             return None  # the user has named the workers to use
         if self.settings.exact or start.layout is not None:
             return [] if all(about.get(name) == value for name, value in wanted.items()) else None
+        drafts = (about.get("speculation") or {}).get("kind", OFF)
+        if start.speculation == OFF != drafts:
+            return None
         context_tokens, slots = about.get("context_tokens") or 0, about.get("slots") or 0
         if context_tokens < wanted["context_tokens"]:
             return None
@@ -228,6 +242,8 @@ class CoordinatorStarter:
             differences.append(f"{counted(len(entry.workers), 'worker')} instead of {wanted['wanted_workers']}")
         if about.get("strategy") != wanted["strategy"]:
             differences.append(f"layer strategy {about.get('strategy')} instead of {wanted['strategy']}")
+        if start.speculation not in (AUTO, OFF, drafts):
+            differences.append(f"speculation {drafts} instead of {start.speculation}")
         if (about.get("engine"), about.get("engine_version")) != (wanted["engine"], wanted["engine_version"]):
             differences.append(f"llama.cpp {about.get('engine_version')} instead of {wanted['engine_version']}")
         return differences
@@ -265,10 +281,13 @@ class CoordinatorStarter:
 
     # --- launching ------------------------------------------------------------------------------
 
-    async def _launch(self, start: Start) -> Coordinator:
+    async def _launch(self, start: Start, given_draft: Path | None) -> Coordinator:
         """Plan, and start a coordinator that holds its workers; it is not ready yet.
 
         If another kernel was quicker with the same model, that one is adopted.
+
+        Args:
+            given_draft: the draft model that the user has named.
         """
         sharded = start.route.backend == DISTRIBUTED
         if sharded:  # not within the claim, since no other start is to wait for these machines
@@ -287,6 +306,7 @@ class CoordinatorStarter:
                         if start.layout is not None or not await self._running.end_idle(start.model):
                             raise
                         continue
+                speculation = await self.drafting.choose(start, plan, self._workers.round_trips_ms, given_draft)
                 settings = CoordinatorSettings(
                     model=start.model,
                     model_path=start.model_path,
@@ -296,6 +316,7 @@ class CoordinatorStarter:
                     slots=self.settings.slots,
                     device_free_bytes=devices,
                     modelfile=start.route.modelfile,
+                    speculation=speculation,
                     may_use_gpus=plan is not None and self._workers.may_be_gpus(plan.endpoints),
                     repacks_weights=sharded or self._repacks_weights,  # workers get them as they are
                 )
@@ -310,6 +331,8 @@ class CoordinatorStarter:
 
     async def _launch_on_free_port(self, start: Start, settings: CoordinatorSettings) -> Coordinator:
         message = f"starting {start.model} {settings.describe_workers()}"
+        if settings.speculation.is_on or settings.speculation.why:
+            message += f"; speculation: {settings.speculation.describe()}"
         self._events.publish(EventKind.COORDINATOR_STARTING, start.model, message)
         (port,) = free_ports(start.first_port, 1)
         endpoints = settings.plan.endpoints if settings.plan else ()

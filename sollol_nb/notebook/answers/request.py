@@ -30,6 +30,7 @@ OPTIONS = (
     "backend",
     "recovery",
     "deterministic",
+    "speculation",
 )
 """Options of the magic that go to the router unchanged."""
 

@@ -16,7 +16,7 @@ from sollol_nb.chat.completion import Completion
 from sollol_nb.chat.completion_view import escaped
 from sollol_nb.chat.conversation import Chat
 from sollol_nb.chat.conversations import ChatBook, ask_in_chat
-from sollol_nb.chat.option_checks import RECOVERIES
+from sollol_nb.chat.option_checks import RECOVERIES, SPECULATIONS
 from sollol_nb.models.routing import BACKENDS
 from sollol_nb.notebook import magic_line, session
 from sollol_nb.notebook.answers.background import BackgroundAnswer
@@ -65,6 +65,11 @@ class AskMagics(Magics):
         action="store_true",
         default=None,
         help="the same answer each time (at temperature 0 or with a seed): runs alone, without the prompt cache",
+    )
+    @argument(
+        "--speculation",
+        choices=SPECULATIONS,
+        help="drafts of several tokens: off restarts a coordinator that drafts; others count when it starts",
     )
     @argument("--backend", choices=BACKENDS, help="where to run it; default: the model's profile decides")
     @argument("--chat", metavar="NAME", help="continue this conversation")

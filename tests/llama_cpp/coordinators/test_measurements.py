@@ -33,7 +33,8 @@ def coordinator(*counts: int, seconds_per_token: float | None = None, port: int 
 
 def answer(bus: EventBus, tokens_per_s: float | None, place: str = "http://127.0.0.1:18080") -> None:
     bus.publish(EventKind.REQUEST_STARTED, "big", "asking big")
-    bus.publish(EventKind.REQUEST_FINISHED, "big", "big: ok", status="ok", place=place, tokens_per_s=tokens_per_s)
+    token_ms = 1000 / tokens_per_s if tokens_per_s else None
+    bus.publish(EventKind.REQUEST_FINISHED, "big", "big: ok", status="ok", place=place, token_ms=token_ms)
 
 
 def test_the_pace_stands_in_until_an_answer_was_measured() -> None:
@@ -67,7 +68,7 @@ def test_answers_that_ran_side_by_side_measure_nothing() -> None:
     measured, running = TokenMeasurements(bus), coordinator(7, 6, seconds_per_token=0.04)
     bus.publish(EventKind.REQUEST_STARTED, "big", "asking big")
     answer(bus, 10)
-    bus.publish(EventKind.REQUEST_FINISHED, "big", "big: ok", place=running.base_url, tokens_per_s=10)
+    bus.publish(EventKind.REQUEST_FINISHED, "big", "big: ok", place=running.base_url, token_ms=100)
     assert measured.token_ms(running) == 40
 
     answer(bus, 50)
