@@ -13,7 +13,7 @@ import psutil
 
 from sollol_nb.errors import ConfigError, ModelError
 from sollol_nb.gguf.facts import ModelFacts, read_facts
-from sollol_nb.layers.plan import LayerPlan
+from sollol_nb.layers.plan import THIS_MACHINE, LayerPlan
 from sollol_nb.layers.token_time import VALUE_BYTES
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.coordinators.draft_memory import DraftMemory, Key, model_key
@@ -30,7 +30,7 @@ from sollol_nb.llama_cpp.coordinators.speculation import (
     Speculation,
     choose,
 )
-from sollol_nb.llama_cpp.workers.calibrations import THIS_MACHINE, Calibration
+from sollol_nb.llama_cpp.workers.calibrations import Calibration
 from sollol_nb.models.draft_models import draft_problem, find_draft_model, keeps_a_state
 from sollol_nb.models.files import find_model_file
 
