@@ -191,7 +191,7 @@ def _segments(coordinator: Coordinator, token: TokenTime | None) -> Iterator[Lay
     part_ms = token.part_ms if token else ()
     shares = token.shares if token else ()
     for position, shard in enumerate(coordinator.plan.shards if coordinator.plan else ()):
-        placed = coordinator.placement.of(shard.endpoint) if coordinator.placement else None
+        placed = coordinator.placement.of(shard.placed_on) if coordinator.placement else None
         yield LayerSegment(
             endpoint=shard.endpoint,
             name=shard.name,
@@ -210,7 +210,7 @@ def _segments(coordinator: Coordinator, token: TokenTime | None) -> Iterator[Lay
 
 
 def _local_parts(coordinator: Coordinator) -> Iterator[LocalPart]:
-    planned = coordinator.plan.endpoints if coordinator.plan else ()
+    planned = {shard.placed_on for shard in coordinator.plan.shards} if coordinator.plan else set()
     for device in coordinator.placement.devices if coordinator.placement else ():
         if device.name not in planned and (device.units or device.model_bytes or device.kv_bytes):
             yield LocalPart(

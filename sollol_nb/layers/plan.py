@@ -37,6 +37,11 @@ def own_endpoint(device: str) -> str:
     return THIS_MACHINE if device == CPU else f"{THIS_MACHINE} {device}"
 
 
+def is_own(endpoint: str) -> bool:
+    """Whether this stands for a device of the coordinator's machine."""
+    return endpoint == THIS_MACHINE or endpoint.startswith(f"{THIS_MACHINE} ")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
     """The units of one worker, or of one device of the coordinator's machine, without a gap.
@@ -73,6 +78,11 @@ class Shard:
     def worker(self) -> str:
         """The worker or device as people call it."""
         return self.name or self.endpoint
+
+    @property
+    def placed_on(self) -> str:
+        """As llama.cpp's log names where it places units: the endpoint, or the device."""
+        return self.device or self.endpoint
 
     @property
     def unit_count(self) -> int:
@@ -130,6 +140,11 @@ class LayerPlan:
     def own(self) -> tuple[Shard, ...]:
         """The shards of own devices."""
         return tuple(shard for shard in self.shards if shard.is_own)
+
+    @property
+    def own_cpu(self) -> Shard | None:
+        """The shard of the own CPU; None if it has no units."""
+        return next((shard for shard in self.shards if shard.device == CPU), None)
 
     @property
     def endpoints(self) -> tuple[str, ...]:

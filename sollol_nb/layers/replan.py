@@ -151,7 +151,7 @@ def after_judgement(history: MoveHistory, measured_ms: float) -> MoveHistory:
 
 def layout_of(plan: LayerPlan) -> Layout:
     """The layout of a plan."""
-    return tuple(zip(plan.endpoints, plan.unit_counts, strict=True))
+    return tuple((shard.endpoint, shard.unit_count) for shard in plan.shards)
 
 
 def are_alike(one: Layout, other: Layout) -> bool:

@@ -15,7 +15,7 @@ from sollol_nb.layers.plan import LayerPlan
 from sollol_nb.layers.planner import memory_shortage, unchecked_plan
 from sollol_nb.layers.strategies import WorkerCapacity
 from sollol_nb.layers.token_time import TokenTime, WorkerSpeeds, predict, worker_parts
-from sollol_nb.text.tables import counted, format_bytes
+from sollol_nb.text.tables import format_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,9 +65,8 @@ class Forecast:
     def describe(self) -> str:
         """One line: `6/4/3 over 3 workers: fits; 12.5 ms per token (80.0 tokens/s)`."""
         counts = "/".join(map(str, self.plan.unit_counts))
-        workers = counted(len(self.plan.shards), "worker")
         fits = "fits" if self.fits else f"does not fit: {self.shortage}"
-        return f"{counts} over {workers}: {fits}; {describe_token_time(self.token)}"
+        return f"{counts} {self.plan.describe_devices()}: {fits}; {describe_token_time(self.token)}"
 
 
 def describe_token_time(token: TokenTime) -> str:
@@ -101,7 +100,7 @@ def forecast(
     plan = unchecked_plan(facts, workers, counts, context_tokens=context_tokens)
     round_trips_ms = {worker.endpoint: worker.round_trip_ms for worker in workers}
     token = predict(speeds, worker_parts(plan, round_trips_ms, facts))
-    part_ms = dict(zip(plan.endpoints, token.part_ms, strict=False))
+    part_ms = dict(zip((shard.endpoint for shard in plan.shards), token.part_ms, strict=False))
     shards = {shard.endpoint: shard for shard in plan.shards}
     forecasts = []
     for worker in workers:

@@ -1,6 +1,7 @@
-"""Measure how fast free workers are, and this machine, with throw-away coordinators of small generated models.
+"""Measure how fast free workers and the devices of this machine are, with throw-away coordinators of small
+generated models.
 
-Each worker runs three models alone, one after the other (`calibration_models.py`). Their times for a token are the
+Each device runs three models alone, one after the other (`calibration_models.py`). Their times for a token are the
 unknowns of three equations: with r the round trip, which is measured by probes,
 
     narrow = own + r + hop + 1 block
@@ -34,8 +35,9 @@ from sollol_nb.errors import (
     WorkersUnavailableError,
 )
 from sollol_nb.gguf.facts import read_facts
-from sollol_nb.layers.plan import THIS_MACHINE
+from sollol_nb.layers.plan import THIS_MACHINE, is_own
 from sollol_nb.layers.planner import plan_from_counts
+from sollol_nb.layers.strategies import WorkerCapacity
 from sollol_nb.llama_cpp.coordinators.calibration_models import (
     CONTEXT_TOKENS,
     DEEP,
@@ -79,7 +81,7 @@ class Calibrated:
     """The result of measuring a worker.
 
     Attributes:
-        endpoint: the worker, or `THIS_MACHINE`.
+        endpoint: the worker, `THIS_MACHINE`, or what stands for one of its GPUs.
         name: how people call it.
         calibration: the result; None if it could not be measured.
         problem: why not; "" if it was measured.
@@ -110,17 +112,16 @@ class Calibrator:
     def __init__(self, workers: Workers, events: EventBus) -> None:
         self._workers = workers
         self._events = events
-        self._repacks_weights = True
         self._next_port = 0
         self._ending: set[asyncio.Task[object]] = set()
 
     async def calibrate(
         self, engine: Engine, endpoints: Iterable[str] | None, first_port: int
     ) -> list[Calibrated]:
-        """Measure this machine and all known workers, or these; keep the results.
+        """Measure this machine with its GPUs and all known workers, or these; keep the results.
 
         Args:
-            endpoints: workers, by endpoint or name, or `THIS_MACHINE`.
+            endpoints: workers, by endpoint or name; `THIS_MACHINE` (also its GPUs), or one of its GPUs.
             first_port: the first port to try for the coordinators.
 
         Returns:
@@ -133,27 +134,36 @@ class Calibrator:
             EngineIncompatibleError: the engine speaks another RPC protocol than workers do.
         """
         self._workers.use_engine(engine)
+        await self._workers.own.refresh(engine)
+        gpus = [endpoint for endpoint in self._workers.own.endpoints() if endpoint != THIS_MACHINE]
         self._next_port = 0
         statuses = {worker.endpoint: worker for worker in await self._workers.refresh()}
         if endpoints is None:
-            wanted = [THIS_MACHINE, *(known for known in statuses if statuses[known].state != "duplicate")]
+            wanted = [THIS_MACHINE, *gpus, *(known for known in statuses if statuses[known].state != "duplicate")]
         else:
-            wanted = list(dict.fromkeys(chain.from_iterable(_named(name, statuses) for name in endpoints)))
+            found = (_named(name, statuses, gpus) for name in endpoints)
+            wanted = list(dict.fromkeys(chain.from_iterable(found)))
         for model in (NARROW, DEEP, WIDE):
             await asyncio.to_thread(model.path)
         own = self._workers.calibrations.of(identity_of(THIS_MACHINE))
         results: dict[str, Calibrated] = {}
         if THIS_MACHINE in wanted or own is None:
-            results[THIS_MACHINE] = await self._reported(engine, None, first_port, own_ms=0.0)
+            results[THIS_MACHINE] = await self._reported(engine, THIS_MACHINE, first_port, own_ms=0.0)
             own = results[THIS_MACHINE].calibration or own
+        own_ms = own.hop_ms if own else 0.0
+        for gpu in gpus:
+            if gpu in wanted:
+                results[gpu] = await self._reported(engine, gpu, first_port, own_ms=own_ms)
         machines: defaultdict[str, list[WorkerStatus]] = defaultdict(list)
         for endpoint in wanted:
-            if endpoint != THIS_MACHINE:
+            if not is_own(endpoint):
                 machines[_machine_of(statuses[endpoint])].append(statuses[endpoint])
 
         async def measure(of_one_machine: Sequence[WorkerStatus]) -> list[Calibrated]:
-            own_ms = own.hop_ms if own else 0.0
-            return [await self._reported(engine, worker, first_port, own_ms=own_ms) for worker in of_one_machine]
+            return [
+                await self._reported(engine, worker.endpoint, first_port, own_ms=own_ms)
+                for worker in of_one_machine
+            ]
 
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(measure(of_one_machine)) for of_one_machine in machines.values()]
@@ -161,21 +171,18 @@ class Calibrator:
         order = [endpoint for endpoint in results if endpoint not in wanted] + wanted
         return [results[endpoint] for endpoint in order]
 
-    async def _reported(
-        self, engine: Engine, worker: WorkerStatus | None, first_port: int, *, own_ms: float
-    ) -> Calibrated:
-        """Measure one worker, or this machine; keep the result, and publish it."""
-        endpoint = worker.endpoint if worker else THIS_MACHINE
-        name = worker.label if worker else THIS_MACHINE
+    async def _reported(self, engine: Engine, endpoint: str, first_port: int, *, own_ms: float) -> Calibrated:
+        """Measure one worker or own device; keep the result, and publish it."""
+        name = self._workers.name_of(endpoint)
         problem, calibration = "", None
         try:
             async with asyncio.timeout(LIMIT_S):
-                calibration = await self._measure(engine, worker, name, first_port, own_ms)
+                calibration = await self._measure(engine, endpoint, name, first_port, own_ms)
             await self._workers.calibrations.keep([calibration])
         except TimeoutError:
             problem = f"not measured within {LIMIT_S:g} s; check its network and what else runs there"
         except (CoordinatorError, TransportError) as error:
-            was_lost = worker is not None and await self._workers.find_lost([endpoint])
+            was_lost = not is_own(endpoint) and await self._workers.find_lost([endpoint])
             problem = "it was lost while it was measured" if was_lost else f"not measured: {error}"
         except SollolError as error:
             problem = f"not measured: {error}"
@@ -184,15 +191,14 @@ class Calibrator:
         return result
 
     async def _measure(
-        self, engine: Engine, worker: WorkerStatus | None, name: str, first_port: int, own_ms: float
+        self, engine: Engine, endpoint: str, name: str, first_port: int, own_ms: float
     ) -> Calibration:
-        round_trip_ms = None if worker is None else await self._round_trip_ms(worker)
+        round_trip_ms = None if is_own(endpoint) else await self._round_trip_ms(self._status(endpoint))
         runs = []
         for step, model in enumerate((NARROW, DEEP, WIDE), start=1):
             message = f"measuring {name}: {step} of 3"
-            endpoint = worker.endpoint if worker else THIS_MACHINE
             self._events.report(EventKind.WORKER_CALIBRATING, endpoint, message, step=step, steps=3)
-            runs.append(await self._run(engine, worker, model, first_port))
+            runs.append(await self._run(engine, endpoint, model, first_port))
         narrow, deep, wide = runs
         block_ms = max(0.0, deep.token_ms - narrow.token_ms) / (DEEP.blocks - NARROW.blocks)
         overhead_ms = max(0.0, narrow.token_ms - NARROW.blocks * block_ms)
@@ -201,9 +207,9 @@ class Calibrator:
         # Where a device is too fast for the difference to show, the whole is an upper limit.
         weights_ms = weights_ms if weights_ms > 0 else wide.token_ms
         return Calibration(
-            identity=self._workers.identity_of(worker.endpoint if worker else THIS_MACHINE),
+            identity=self._workers.identity_of(endpoint),
             engine=engine.version,
-            endpoint=worker.endpoint if worker else THIS_MACHINE,
+            endpoint=endpoint,
             name=name,
             measured_at=time.time(),
             round_trip_ms=round_trip_ms,
@@ -212,7 +218,7 @@ class Calibrator:
             block_ms=block_ms,
             ms_per_byte=weights_ms / wide.weight_bytes,
             prompt_ms_per_byte=max(wide.prompt_ms - prompt_overhead_ms, 0.0) / PROMPT_TOKENS / wide.weight_bytes,
-            threads=await self._threads_of(worker) if worker else None,
+            threads=await self._threads_of(endpoint),
         )
 
     async def _round_trip_ms(self, worker: WorkerStatus) -> float:
@@ -232,9 +238,9 @@ class Calibrator:
             found.append(seen.probe.round_trip_ms)
         return median(found)
 
-    async def _threads_of(self, worker: WorkerStatus) -> int | None:
+    async def _threads_of(self, endpoint: str) -> int | None:
         """Threads of a worker that was started on this machine, by whichever kernel."""
-        entries = await asyncio.to_thread(self._workers.entries_of, [worker.endpoint])
+        entries = await asyncio.to_thread(self._workers.entries_of, [endpoint])
         threads = [entry.about.get("threads") for entry in entries if entry.kind == registry.WORKER]
         return threads[0] if threads and isinstance(threads[0], int) else None
 
@@ -244,28 +250,32 @@ class Calibrator:
                 return worker
         raise WorkersUnavailableError(f"{endpoint} was removed")
 
-    async def _run(
-        self, engine: Engine, worker: WorkerStatus | None, model: CalibrationModel, first_port: int
-    ) -> _Run:
-        """One model on one worker, or on this machine."""
+    async def _run(self, engine: Engine, endpoint: str, model: CalibrationModel, first_port: int) -> _Run:
+        """One model on one worker, or on one own device."""
         try:
-            return await self._run_once(engine, worker, model, first_port)
+            return await self._run_once(engine, endpoint, model, first_port)
         except PortTakenError:  # another kernel was quicker
-            return await self._run_once(engine, worker, model, first_port)
+            return await self._run_once(engine, endpoint, model, first_port)
         except CoordinatorStartError as error:
-            if worker is not None or not error.is_crash or not self._repacks_weights:
+            own = self._workers.own
+            if endpoint != THIS_MACHINE or not error.is_crash or not own.repacks_weights:
                 raise
-            self._repacks_weights = False  # as for models that run on this machine alone
-            return await self._run_once(engine, worker, model, first_port)
+            own.repacks_weights = False  # as for models with layers there
+            return await self._run_once(engine, endpoint, model, first_port)
 
-    async def _run_once(
-        self, engine: Engine, worker: WorkerStatus | None, model: CalibrationModel, first_port: int
-    ) -> _Run:
+    def _capacity_of(self, endpoint: str) -> WorkerCapacity:
+        if not is_own(endpoint):
+            return self._status(endpoint).capacity
+        for capacity in self._workers.own.capacities():
+            if capacity.endpoint == endpoint:
+                return capacity
+        raise WorkersUnavailableError(f"{endpoint} is not found any more")
+
+    async def _run_once(self, engine: Engine, endpoint: str, model: CalibrationModel, first_port: int) -> _Run:
         facts = await asyncio.to_thread(lambda: read_facts(model.path()))
-        plan = None
-        if worker is not None:
-            capacity = self._status(worker.endpoint).capacity
-            plan = plan_from_counts(facts, [capacity], [facts.layer_count + 1], context_tokens=CONTEXT_TOKENS)
+        plan = plan_from_counts(
+            facts, [self._capacity_of(endpoint)], [facts.layer_count + 1], context_tokens=CONTEXT_TOKENS
+        )
         settings = CoordinatorSettings(
             model=MODEL_NAME,
             model_path=facts.path,
@@ -273,11 +283,11 @@ class Calibrator:
             plan=plan,
             context_tokens=CONTEXT_TOKENS,
             slots=1,
-            may_use_gpus=worker is not None and self._workers.may_be_gpus([worker.endpoint]),
-            repacks_weights=worker is not None or self._repacks_weights,
+            may_use_gpus=self._workers.may_be_gpus([endpoint]),
+            repacks_weights=self._workers.own.repacks_weights,
         )
         async with self._launched(engine, settings, first_port) as coordinator:
-            counting = asyncio.create_task(_count_bytes(coordinator, worker.endpoint if worker else None))
+            counting = asyncio.create_task(_count_bytes(coordinator))
             try:
                 await coordinator.until_ready(LIMIT_S)
             finally:
@@ -340,9 +350,11 @@ class Calibrator:
         return coordinator
 
 
-def _named(name: str, statuses: Mapping[str, WorkerStatus]) -> list[str]:
-    """The endpoints of the workers with an endpoint or a name."""
-    if name == THIS_MACHINE or name in statuses:
+def _named(name: str, statuses: Mapping[str, WorkerStatus], gpus: Sequence[str]) -> list[str]:
+    """The endpoints of the workers with an endpoint or a name, or of own devices."""
+    if name == THIS_MACHINE:
+        return [THIS_MACHINE, *gpus]
+    if name in statuses or name in gpus:
         return [name]
     found = [endpoint for endpoint, worker in statuses.items() if name in (worker.name, worker.target)]
     if not found:
@@ -375,13 +387,13 @@ async def _measured(measure: Callable[[], Awaitable[float]], limit_s: float) -> 
             return median(lower)
 
 
-async def _count_bytes(coordinator: Coordinator, endpoint: str | None) -> list[tuple[float, int]]:
-    """Follow what a loading coordinator sends to a worker, until this is cancelled: seconds, and bytes by then."""
+async def _count_bytes(coordinator: Coordinator) -> list[tuple[float, int]]:
+    """Follow what a loading coordinator sends to its worker, until cancelled: seconds, and bytes by then."""
     found: list[tuple[float, int]] = []
-    if endpoint is None:
+    if not coordinator.rpc_backends:
         return found
     with suppress(asyncio.CancelledError):
-        addresses = await asyncio.to_thread(addresses_of, endpoint)
+        addresses = await asyncio.to_thread(addresses_of, coordinator.rpc_backends[0])
         while (counts := await asyncio.to_thread(delivered_bytes, coordinator.pid)) is not None:
             found.append((time.monotonic(), sum(counts.get(address, 0) for address in addresses)))
             await asyncio.sleep(COUNT_EVERY_S)

@@ -119,7 +119,7 @@ def _workers(
         return ()
     unit_bytes = (*settings.facts.layer_bytes, settings.facts.output_bytes)
     progress = []
-    for shard in settings.plan.shards:
+    for shard in settings.plan.workers:  # what an own device has loaded is not known
         units = tuple(range(shard.first_layer, shard.first_layer + shard.unit_count))
         device = placement.of(shard.endpoint)
         if device is not None and device.units:  # what it placed counts, not what was planned

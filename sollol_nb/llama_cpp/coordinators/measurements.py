@@ -115,8 +115,9 @@ class TokenMeasurements:
             round_trips_ms: of workers; where one is missing, that of its calibration counts.
             facts: the model's.
         """
-        speeds = self.speeds(model_path, running, round_trips_ms, facts=facts, endpoints=plan.endpoints)
-        return predict(speeds, worker_parts(plan, self._round_trips_ms(plan.endpoints, round_trips_ms), facts))
+        endpoints = [shard.endpoint for shard in plan.shards]
+        speeds = self.speeds(model_path, running, round_trips_ms, facts=facts, endpoints=endpoints)
+        return predict(speeds, worker_parts(plan, self.round_trips_ms(plan.endpoints, round_trips_ms), facts))
 
     def calibrated(self, facts: ModelFacts, endpoints: Iterable[str]) -> WorkerSpeeds | None:
         """How fast workers would run a model according to their calibrations; None without any."""
@@ -129,7 +130,11 @@ class TokenMeasurements:
             {endpoint: calibration.ms_per_byte for endpoint, calibration in found.items()},
             None,
             0.0,
-            {endpoint: calibration.hop_ms for endpoint, calibration in found.items()},
+            # What this machine spends for each token anyway is the own part.
+            {
+                endpoint: 0.0 if endpoint == THIS_MACHINE else calibration.hop_ms
+                for endpoint, calibration in found.items()
+            },
             {
                 endpoint: calibration.bytes_per_s
                 for endpoint, calibration in found.items()
@@ -147,7 +152,8 @@ class TokenMeasurements:
         That all workers are much faster than calibrated is a property of the model (a mixture of experts reads
         only a part of its weights), so then only the differences between them count.
         """
-        facts, endpoints = coordinator.settings.facts, coordinator.plan.endpoints if coordinator.plan else ()
+        facts, plan = coordinator.settings.facts, coordinator.plan
+        endpoints = [shard.endpoint for shard in plan.shards] if plan else []
         before = self.calibrated(facts, endpoints)
         if before is None:
             return {}
@@ -169,9 +175,10 @@ class TokenMeasurements:
             for endpoint, factor in factors.items()
         }
 
-    def _round_trips_ms(
+    def round_trips_ms(
         self, endpoints: Iterable[str], measured: Mapping[str, float | None]
     ) -> dict[str, float | None]:
+        """Round trips of workers: as measured, else those of their calibrations."""
         known = dict(measured)
         for endpoint in endpoints:
             calibration = self._calibration_of(endpoint) if known.get(endpoint) is None else None
@@ -206,4 +213,4 @@ class TokenMeasurements:
 
 
 def _layout_of(plan: LayerPlan) -> _Layout:
-    return tuple(zip(plan.endpoints, plan.unit_counts, strict=True))
+    return tuple((shard.endpoint, shard.unit_count) for shard in plan.shards)

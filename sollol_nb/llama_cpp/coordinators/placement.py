@@ -54,14 +54,14 @@ class Placement:
             return ["the engine's log does not say where it placed the layers"]
         lines = []
         for shard in plan.shards:
-            placed = self.of(shard.endpoint)
+            placed = self.of(shard.placed_on)
             count = len(placed.units) if placed else 0
             first = placed.units[0] if placed and placed.units else None
             if count != shard.unit_count or first != shard.first_layer:
                 actual = f"{count} from unit {first}" if count else "none"
                 planned_units = f"{counted(shard.unit_count, 'unit')} from unit {shard.first_layer}"
                 lines.append(f"{shard.worker}: planned {planned_units}, but the engine placed {actual}")
-        planned = set(plan.endpoints)
+        planned = {shard.placed_on for shard in plan.shards}
         lines += [
             f"{device.name}: planned no units, but the engine placed {len(device.units)}"
             for device in self.devices
@@ -78,7 +78,7 @@ def read_placement(log: str) -> Placement:
         units.setdefault(endpoint_of.get(device, device), []).append(int(unit))
     sizes: dict[tuple[str, str], float] = {}
     for device, endpoint, kind, mebibytes in _BUFFER.findall(log):
-        name = endpoint or endpoint_of.get(device, device.removesuffix("_Mapped"))
+        name = endpoint or endpoint_of.get(device, device.removesuffix("_Mapped").removesuffix("_REPACK"))
         sizes[name, kind] = sizes.get((name, kind), 0.0) + float(mebibytes)
     names = list(dict.fromkeys([*endpoint_of.values(), *units, *(name for name, _ in sizes)]))
     return Placement(
@@ -98,13 +98,14 @@ def split_over_devices(plan: LayerPlan, device_free_bytes: Mapping[str, Sequence
     """The plan as llama.cpp's `--tensor-split`: whole units per device.
 
     A worker with several devices appears to llama.cpp as that many devices in a row; its units are shared
-    among them in proportion to their free memory (largest remainders first).
+    among them in proportion to their free memory (largest remainders first). The units of the own CPU are not
+    among them.
 
     Raises:
         WorkersUnavailableError: the workers have more devices than llama.cpp supports.
     """
     counts: list[int] = []
-    for shard in plan.shards:
+    for shard in plan.offloaded:
         free = list(device_free_bytes.get(shard.endpoint, ())) or [1]
         if not any(free):
             free = [1] * len(free)
@@ -116,7 +117,7 @@ def split_over_devices(plan: LayerPlan, device_free_bytes: Mapping[str, Sequence
         counts += shares
     if len(counts) > MAX_WORKERS:
         raise WorkersUnavailableError(
-            f"the chosen workers have {len(counts)} devices, but llama.cpp supports at most {MAX_WORKERS}; "
+            f"the workers and GPUs have {len(counts)} devices, but llama.cpp supports at most {MAX_WORKERS}; "
             "choose fewer workers with num_rpc_backends"
         )
     return ",".join(map(str, counts))

@@ -16,13 +16,16 @@ from typing import Any, TypeAlias
 
 from sollol_nb.errors import ModelDoesNotFitError, WorkersUnavailableError
 from sollol_nb.gguf.facts import ModelFacts
-from sollol_nb.layers.plan import LayerPlan
+from sollol_nb.layers.plan import LayerPlan, is_own
 from sollol_nb.layers.planner import plan_from_counts
+from sollol_nb.layers.strategies import WorkerCapacity
+from sollol_nb.layers.token_time import WorkerSpeeds
+from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.coordinators.measurements import TokenMeasurements
 from sollol_nb.llama_cpp.coordinators.running import RunningCoordinators
 from sollol_nb.llama_cpp.coordinators.settings import PoolSettings
 from sollol_nb.llama_cpp.engine.check import Engine
-from sollol_nb.llama_cpp.workers.choice import check_free, describe_missing_workers, plan_over
+from sollol_nb.llama_cpp.workers.choice import best_plan, check_free, describe_missing_workers
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.llama_cpp.workers.workers import Workers
 from sollol_nb.models.routing import Route
@@ -121,55 +124,103 @@ class Planner:
             return await self._plan_layout(start, start.layout)
         cooling = {endpoint for endpoint in self._workers.endpoints if self._workers.cool_down_s(endpoint)}
         avoided = start.lost | cooling
+        await self._workers.own.refresh(start.engine)
+        own = self._workers.own.capacities()
         while True:
             free = await self._free_workers(start, settings, avoided)
             try:
                 if not free:
                     raise WorkersUnavailableError(describe_missing_workers(start.model, self._workers.statuses()))
-                plan = plan_over(
-                    free,
+                plan = best_plan(
                     start.facts,
-                    wanted=settings.num_rpc_backends,
+                    self._capacities(free),
                     strategy=settings.layer_strategy,
                     context_tokens=start.context_tokens,
+                    wanted=settings.num_rpc_backends,
+                    own=own,
+                    speeds=self._speeds(start.model_path, start.facts, free),
                 )
                 if await self._workers.find_second_names(plan.endpoints):
                     continue
-                return self._with_prediction(start, plan, free)
+                return plan, _device_free_bytes(free)
             except (WorkersUnavailableError, ModelDoesNotFitError):
                 if avoided:  # better an unreliable worker than none
                     avoided = frozenset()
                 elif not await self._running.end_left(start.model):
                     raise
 
+    def best_for(self, coordinator: Coordinator, settings: PoolSettings) -> LayerPlan:
+        """The best plan for a running coordinator, over its workers and those that are free, as last seen.
+
+        Raises:
+            WorkersUnavailableError, ModelDoesNotFitError: there is none.
+        """
+        held = set(coordinator.rpc_backends)
+        usable = [
+            worker
+            for worker in self._workers.statuses()
+            if worker.endpoint in held
+            or (worker.state == "free" and not self._workers.cool_down_s(worker.endpoint))
+        ]
+        running = coordinator.settings
+        return best_plan(
+            running.facts,
+            self._capacities(usable),
+            strategy=settings.layer_strategy,
+            context_tokens=running.context_tokens,
+            wanted=settings.num_rpc_backends,
+            own=self._workers.own.capacities(),
+            speeds=self._speeds(running.model_path, running.facts, usable),
+            running=running.plan,
+        )
+
+    def _capacities(self, workers: Collection[WorkerStatus]) -> list[WorkerCapacity]:
+        """What a plan needs to know of workers; a round trip that no probe has measured is that of the
+        calibration."""
+        capacities = [worker.capacity for worker in workers]
+        measured = {capacity.endpoint: capacity.round_trip_ms for capacity in capacities}
+        round_trips_ms = self._measurements.round_trips_ms(measured, measured)
+        return [replace(capacity, round_trip_ms=round_trips_ms[capacity.endpoint]) for capacity in capacities]
+
+    def _speeds(
+        self, model_path: Path, facts: ModelFacts, workers: Collection[WorkerStatus]
+    ) -> WorkerSpeeds | None:
+        """How fast these workers and the devices of this machine run a model, as far as that is known."""
+        return self._measurements.speeds(
+            model_path,
+            self._running.coordinators,
+            self._workers.round_trips_ms,
+            facts=facts,
+            endpoints=[*(worker.endpoint for worker in workers), *self._workers.own.endpoints()],
+        )
+
     async def _plan_layout(self, start: Start, layout: Mapping[str, int]) -> PlanOverDevices:
-        """The plan over exactly these workers."""
+        """The plan over exactly these workers and own devices."""
         statuses = {worker.endpoint: worker for worker in await self._workers.refresh()}
         endpoints = [endpoint for endpoint, count in layout.items() if count]
-        removed = [endpoint for endpoint in endpoints if endpoint not in statuses]
+        await self._workers.own.refresh(start.engine)
+        own = {capacity.endpoint: capacity for capacity in self._workers.own.capacities()}
+        removed = [endpoint for endpoint in endpoints if endpoint not in statuses and endpoint not in own]
         if removed:
             raise WorkersUnavailableError(
                 f"cannot use this layout for {start.model}: {removed[0]} was removed; choose other workers"
             )
-        free = [endpoint for endpoint in endpoints if statuses[endpoint].state == "free"]
+        workers = [endpoint for endpoint in endpoints if not is_own(endpoint)]
+        free = [endpoint for endpoint in workers if statuses[endpoint].state == "free"]
         if await self._workers.find_second_names(free):
             statuses = {worker.endpoint: worker for worker in self._workers.statuses()}
-        chosen = [statuses[endpoint] for endpoint in endpoints]
+        chosen = [statuses[endpoint] for endpoint in workers]
         check_free(start.model, chosen, taken=start.taken)
         plan = plan_from_counts(
             start.facts,
-            [worker.capacity for worker in chosen],
+            [own[endpoint] if is_own(endpoint) else statuses[endpoint].capacity for endpoint in endpoints],
             [layout[endpoint] for endpoint in endpoints],
             context_tokens=start.context_tokens,
         )
-        return self._with_prediction(start, plan, chosen)
-
-    def _with_prediction(self, start: Start, plan: LayerPlan, chosen: Collection[WorkerStatus]) -> PlanOverDevices:
         token = self._measurements.predict(
             start.model_path, plan, self._running.coordinators, self._workers.round_trips_ms, start.facts
         )
-        device_free_bytes = {worker.endpoint: worker.probe.device_free_bytes for worker in chosen if worker.probe}
-        return replace(plan, predicted_token_ms=token.token_ms), device_free_bytes
+        return replace(plan, predicted_token_ms=token.token_ms), _device_free_bytes(chosen)
 
     async def _free_workers(
         self, start: Start, settings: PoolSettings, avoided: Collection[str]
@@ -210,3 +261,7 @@ class Planner:
             await asyncio.sleep(RETURN_POLL_S)
             await self._workers.refresh()
         return free()
+
+
+def _device_free_bytes(workers: Collection[WorkerStatus]) -> dict[str, tuple[int, ...]]:
+    return {worker.endpoint: worker.probe.device_free_bytes for worker in workers if worker.probe}

@@ -183,10 +183,12 @@ class CoordinatorPool:
         """
         coordinator = self._sharded(model)
         assert coordinator.plan is not None
-        capacities = {worker.endpoint: worker.capacity for worker in self._workers.statuses()}
+        statuses = self._workers.statuses()
+        capacities = {worker.endpoint: worker.capacity for worker in statuses}
+        capacities |= {device.endpoint: device for device in self._workers.own.capacities()}
         unknown = [endpoint for endpoint in layout if endpoint not in capacities]
         if unknown:
-            known = ", ".join(worker.name or worker.endpoint for worker in capacities.values()) or "none"
+            known = ", ".join(worker.label for worker in statuses) or "none"
             raise ConfigError(f"{unknown[0]} is not a known worker; known workers: {known}")
         return forecast(
             coordinator.settings.facts,

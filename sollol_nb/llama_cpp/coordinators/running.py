@@ -146,7 +146,7 @@ class RunningCoordinators:
         """End idle coordinators that run on this machine alone, while its memory is short."""
         while psutil.virtual_memory().available < needed_bytes:
             if not await self._end_least_recently_used(
-                lambda coordinator: coordinator.plan is None, format_bytes(needed_bytes)
+                lambda coordinator: not coordinator.rpc_backends, format_bytes(needed_bytes)
             ):
                 return  # the engine will say what it lacks
 

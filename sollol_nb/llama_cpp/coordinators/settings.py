@@ -13,7 +13,7 @@ from typing import Any
 
 from sollol_nb.errors import EngineError
 from sollol_nb.gguf.facts import ModelFacts, read_facts
-from sollol_nb.layers.plan import LayerPlan
+from sollol_nb.layers.plan import THIS_MACHINE, LayerPlan
 from sollol_nb.llama_cpp.coordinators.placement import split_over_devices
 from sollol_nb.llama_cpp.coordinators.speculation import NO_SPECULATION, Speculation
 from sollol_nb.llama_cpp.processes.machine import usable_cores
@@ -24,6 +24,9 @@ from sollol_nb.settings.endpoints import LOOPBACK
 from sollol_nb.settings.table import DEFAULT_SLOTS, MAX_DEFAULT_CONTEXT_TOKENS
 from sollol_nb.text.short_names import short_name
 from sollol_nb.text.tables import counted
+
+FEW_CORES = 4
+"""Of so many cores or less, a coordinator with layers on its own CPU leaves one to all else."""
 
 GPU_HEAD_WIDTHS = (40, 64, 72, 80, 96, 112, 128)
 """Widths of attention heads up to 128 for which llama.cpp's CUDA backend has flash attention."""
@@ -73,8 +76,7 @@ class CoordinatorSettings:
         modelfile: what is added to the file; of that, the engine needs what `Modelfile.of_engine` has.
         speculation: what it drafts.
         may_use_gpus: whether a worker of the plan may be a GPU; what it is, the RPC protocol does not say.
-        repacks_weights: whether weights are rearranged for this CPU, which makes it faster. Some CPUs and virtual
-            machines lack an instruction that the code for that takes for granted.
+        repacks_weights: whether weights on the own CPU are rearranged for it; see `OwnDevices`.
     """
 
     model: str
@@ -98,7 +100,15 @@ class CoordinatorSettings:
         if self.plan is None:
             return "on this machine"
         layers = "/".join(map(str, self.plan.unit_counts))
-        return f"on {counted(len(self.plan.endpoints), 'worker')} ({layers} layers)"
+        where = counted(len(self.plan.workers), "worker")
+        if self.plan.own:
+            where = f"{THIS_MACHINE} and {where}" if self.plan.workers else THIS_MACHINE
+        return f"on {where} ({layers} layers)"
+
+    @property
+    def uses_own_cpu(self) -> bool:
+        """Whether layers may be on this machine's CPU."""
+        return self.plan is None or self.plan.own_cpu is not None
 
     def as_dict(self) -> dict[str, Any]:
         """For a registry entry: what another kernel needs to decide whether to use the coordinator."""
@@ -157,19 +167,8 @@ def server_flags(settings: CoordinatorSettings, port: int, known: frozenset[str]
     flags = ["-m", str(settings.model_path), "--host", LOOPBACK, "--port", str(port)]
     flags += ["-c", str(settings.context_tokens), "-np", str(settings.slots)]
     if settings.plan is not None:
-        split = split_over_devices(settings.plan, settings.device_free_bytes)
-        flags += [
-            "--rpc",
-            ",".join(settings.plan.endpoints),
-            "-ngl",
-            str(settings.plan.gpu_layers),
-            "-sm",
-            "layer",
-            "-ts",
-            split,
-        ]
-    if usable_cores() < (os.cpu_count() or 1):  # llama.cpp also counts cores that a container may not use
-        flags += ["-t", str(usable_cores())]
+        flags += _placement_flags(settings.plan, settings.device_free_bytes)
+    flags += _thread_flags(settings.plan)
     optional = [
         ("--kv-unified", []),  # one pool of context for all slots, instead of an equal part for each
         ("--cache-ram", ["0"]),  # the prompt cache in memory aborts over RPC (llama.cpp issue 26529)
@@ -181,7 +180,7 @@ def server_flags(settings: CoordinatorSettings, port: int, known: frozenset[str]
         optional.append(("--fit", ["off"]))  # it would change the plan
     if settings.plan is not None and settings.may_use_gpus and not _has_gpu_attention(settings.facts):
         optional.append(("--flash-attn", ["off"]))
-    if not settings.repacks_weights:
+    if settings.uses_own_cpu and not settings.repacks_weights:  # workers get them as they are
         optional.append(("--no-repack", []))
     adapters = settings.modelfile.adapters
     if adapters:
@@ -196,6 +195,36 @@ def server_flags(settings: CoordinatorSettings, port: int, known: frozenset[str]
             flags += [flag, *values]
     flags += settings.speculation.flags()
     return [*flags, "-lv", "5"]
+
+
+def _placement_flags(plan: LayerPlan, device_free_bytes: Mapping[str, Sequence[int]]) -> list[str]:
+    """Where llama.cpp places the units.
+
+    The units that are not offloaded stay on the CPU, from the first block on. The others go to devices in the
+    order of `--device`, by default the workers and then all GPUs. It names workers by their position in `--rpc`,
+    which must come first.
+    """
+    flags = ["--rpc", ",".join(plan.endpoints)] if plan.endpoints else []
+    own = [shard.device for shard in plan.offloaded if shard.is_own]
+    if own or not plan.endpoints:
+        count = sum(max(1, len(device_free_bytes.get(endpoint, ()))) for endpoint in plan.endpoints)
+        names = [f"RPC{position}" for position in range(count)] + own
+        flags += ["--device", ",".join(names) or "none"]
+    flags += ["-ngl", str(plan.gpu_layers)]
+    if plan.offloaded:
+        flags += ["-sm", "layer", "-ts", split_over_devices(plan, device_free_bytes)]
+    return flags
+
+
+def _thread_flags(plan: LayerPlan | None) -> list[str]:
+    """How many threads the coordinator's own CPU uses; none where llama.cpp's own choice is good."""
+    threads = usable_cores()
+    if plan is not None and plan.own_cpu is not None and threads <= FEW_CORES:
+        # Its threads wait for each other without giving up their cores: where one core does something else, each
+        # token took five times as long (measured on 2 cores).
+        threads = max(1, threads - 1)
+    # llama.cpp also counts cores that a container may not use.
+    return ["-t", str(threads)] if threads < (os.cpu_count() or 1) else []
 
 
 def _has_gpu_attention(facts: ModelFacts) -> bool:

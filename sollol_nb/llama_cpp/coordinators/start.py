@@ -81,7 +81,6 @@ class CoordinatorStarter:
         self._running = running
         self._planner = Planner(workers, running, measurements)
         self.drafting = Drafting(workers.calibration_of)
-        self._repacks_weights = True  # until an engine crashes on this machine
         self._claiming = asyncio.Lock()  # planning and holding workers is one step
 
     async def engine(self) -> Engine:
@@ -173,17 +172,19 @@ class CoordinatorStarter:
             if lost:
                 return True
         if isinstance(error, CoordinatorStartError) and error.is_crash:
-            return not coordinator.is_adopted and self._leave_out_repacking(start)
+            return not coordinator.is_adopted and self._leave_out_repacking(coordinator)
         start.chances_left -= 1
         return isinstance(error, CoordinatorStartError) and error.may_pass and start.chances_left >= 0
 
-    def _leave_out_repacking(self, start: Start) -> bool:
-        """After a crash on this machine: start without rearranged weights, now and later; False if that is so."""
-        if start.route.backend == DISTRIBUTED or not self._repacks_weights:
+    def _leave_out_repacking(self, coordinator: Coordinator) -> bool:
+        """After a crash of one with layers on this machine's CPU: start without rearranged weights, now and later;
+        False if that is so."""
+        if not coordinator.settings.uses_own_cpu or not self._workers.own.repacks_weights:
             return False
-        self._repacks_weights = False
-        message = f"{start.model} crashed; starting it without rearranging its weights for this CPU"
-        self._events.publish(EventKind.COORDINATOR_STARTING, start.model, message)
+        self._workers.own.repacks_weights = False
+        model = coordinator.model
+        message = f"{model} crashed; starting it without rearranging its weights for this CPU"
+        self._events.publish(EventKind.COORDINATOR_STARTING, model, message)
         return True
 
     async def _report_ready(self, route: Route, coordinator: Coordinator) -> None:
@@ -318,7 +319,7 @@ class CoordinatorStarter:
                     modelfile=start.route.modelfile,
                     speculation=speculation,
                     may_use_gpus=plan is not None and self._workers.may_be_gpus(plan.endpoints),
-                    repacks_weights=sharded or self._repacks_weights,  # workers get them as they are
+                    repacks_weights=self._workers.own.repacks_weights,
                 )
                 async with registry.claims():
                     running = await self._adopt(start)

@@ -5,6 +5,7 @@
 * `status.py`: one worker as it was seen last
 * `identities.py`: which endpoints are names of one worker
 * `losses.py`: how often each was lost lately
+* `own_devices.py`: the CPU and GPUs of this machine, which need no worker
 * `local.py`: start a worker process on this machine
 * `local_workers.py`: the workers on this machine that a router started or shares
 * `link_states.py`: one link as a router knows it

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from sollol_nb.errors import ConfigError
-from sollol_nb.layers.plan import THIS_MACHINE
+from sollol_nb.layers.plan import THIS_MACHINE, is_own
 from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.runtime.private_files import read_private, write_private
 from sollol_nb.settings import config
@@ -118,12 +118,13 @@ def identity_of(endpoint: str, *, target: str | None = None, name: str = "") -> 
     """What a worker's calibration belongs to.
 
     Args:
-        endpoint: the worker, or `THIS_MACHINE`.
+        endpoint: the worker, `THIS_MACHINE`, or what stands for one of its GPUs.
         target, name: of the link through which it is reached, and its name there.
     """
     if target is not None:
         return f"{target} {name}"
-    return f"{platform.node()} {endpoint}" if endpoint == THIS_MACHINE or is_loopback(endpoint) else endpoint
+    is_here = is_own(endpoint) or is_loopback(endpoint)
+    return f"{platform.node()} {endpoint}" if is_here else endpoint
 
 
 def calibrations_frame(calibrations: Iterable[Calibration]) -> pd.DataFrame:

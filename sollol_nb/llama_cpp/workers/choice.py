@@ -7,31 +7,76 @@ from collections.abc import Collection, Sequence
 from sollol_nb.errors import ModelDoesNotFitError, WorkersUnavailableError
 from sollol_nb.gguf.facts import ModelFacts
 from sollol_nb.layers.plan import LayerPlan
-from sollol_nb.layers.planner import plan_layers
+from sollol_nb.layers.planner import plan_layers, resolve_strategy
+from sollol_nb.layers.strategies import SPLITS, WorkerCapacity
+from sollol_nb.layers.token_time import WorkerSpeeds
+from sollol_nb.layers.what_if import without_layout
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.settings.table import DEFAULT_WORKERS
 
 SHOWN_WORKERS = 5
 
 
-def plan_over(
-    free: Sequence[WorkerStatus], facts: ModelFacts, *, wanted: int | None, strategy: str, context_tokens: int
+def best_plan(
+    facts: ModelFacts,
+    free: Sequence[WorkerCapacity],
+    *,
+    strategy: str,
+    context_tokens: int,
+    wanted: int | None = None,
+    own: Sequence[WorkerCapacity] = (),
+    speeds: WorkerSpeeds | None = None,
+    running: LayerPlan | None = None,
 ) -> LayerPlan:
-    """The plan over the first `wanted` workers; by default over three, or more if the model needs more.
+    """The best plan of a strategy for a model.
+
+    Strategies that go by predicted times choose among all free workers and the calibrated devices of this machine.
+    The others take the first `wanted` workers; by default three, or more if the model needs more.
+
+    Args:
+        free: the workers that may be used; for a running model also those that it holds.
+        wanted: exactly so many workers, as far as there are.
+        own: devices of this machine.
+        speeds: of all these, as far as they are known.
+        running: the plan of the running model, which may stay; its memory counts as free.
 
     Raises:
+        ConfigError, WorkersUnavailableError: as in `plan_layers`.
         ModelDoesNotFitError: the model does not fit into their memory.
     """
-    count = min(wanted or DEFAULT_WORKERS, len(free))
+    if resolve_strategy(strategy, free, speeds) not in SPLITS:
+        assert speeds is not None
+        own = [device for device in own if speeds.is_calibrated(device.endpoint)]
+        count = None if wanted is None else min(wanted, len(free), facts.layer_count + 1)
+
+        def plan(workers: Sequence[WorkerCapacity]) -> LayerPlan:
+            usable = workers if running is None else without_layout(running, workers)
+            return plan_layers(
+                facts,
+                usable,
+                strategy=strategy,
+                context_tokens=context_tokens,
+                speeds=speeds,
+                wanted=count,
+                current=running,
+            )
+
+        try:
+            return plan([*free, *own])
+        except ModelDoesNotFitError:  # workers on this machine may use more of its memory than its own devices
+            if not own:
+                raise
+            return plan(free)
+    free = free if running is None else without_layout(running, free)
+    used = min(wanted or DEFAULT_WORKERS, len(free))
     while True:
         try:
-            capacities = [worker.capacity for worker in free[:count]]
-            return plan_layers(facts, capacities, strategy=strategy, context_tokens=context_tokens)
+            return plan_layers(facts, free[:used], strategy=strategy, context_tokens=context_tokens, speeds=speeds)
         except ModelDoesNotFitError:
             # Each worker costs a round trip per token, so more workers are used only if the memory requires it.
-            if wanted is not None or count == len(free):
+            if wanted is not None or used == len(free):
                 raise
-            count += 1
+            used += 1
 
 
 def check_free(model: str, chosen: Sequence[WorkerStatus], taken: Collection[str] = ()) -> None:

@@ -23,6 +23,7 @@ from sollol_nb.llama_cpp.workers.identities import Identities
 from sollol_nb.llama_cpp.workers.links import Links
 from sollol_nb.llama_cpp.workers.local_workers import LocalWorkers
 from sollol_nb.llama_cpp.workers.losses import WorkerLosses
+from sollol_nb.llama_cpp.workers.own_devices import OwnDevices
 from sollol_nb.llama_cpp.workers.probe import (
     ANY_CLIENT,
     DEFAULT_TIMEOUT_S,
@@ -43,6 +44,7 @@ class Workers:
     Attributes:
         local: those on this machine that this router started or shares.
         links: through which workers of other machines are reached.
+        own: the CPU and GPUs of this machine, which need no worker.
         calibrations: how fast workers are, as far as that was measured.
     """
 
@@ -58,6 +60,7 @@ class Workers:
         self._round_trips_ms: dict[str, float | None] = {}
         self.local = LocalWorkers(self, events)
         self.links = Links(self, events)
+        self.own = OwnDevices()
         self.calibrations = Calibrations()
         for endpoint in map(worker_target, endpoints):
             self._named.add(endpoint)
