@@ -7,4 +7,5 @@
 - `fastest.py`: the workers and units with the shortest token (`latency_aware`).
 - `planner.py`: the plan by a strategy, or from given counts.
 - `what_if.py`: the forecast for another layout.
+- `replan.py`: when a running model moves to a better layout.
 """
