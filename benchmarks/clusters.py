@@ -203,6 +203,22 @@ def _stopped_at_times(pid: int, share: float) -> Iterator[None]:
         thread.join()
 
 
+@contextmanager
+def stuttering(worker: Worker, share: float, period_s: float = 0.001) -> Iterator[None]:
+    """Let a worker run for this share of the time, in steps of a millisecond: see `stutter.py`."""
+    script = Path(__file__).with_name("stutter.py")
+    command = [sys.executable, str(script), str(worker.pid), str(share), str(period_s)]
+    try:
+        with ended(subprocess.Popen(command, stdout=subprocess.PIPE)) as process:
+            assert process.stdout is not None
+            if not process.stdout.readline():
+                raise RuntimeError(f"the worker {worker.endpoint} could not be slowed down")
+            yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(worker.pid, signal.SIGCONT)
+
+
 # --- far machines -----------------------------------------------------------------------------
 
 
