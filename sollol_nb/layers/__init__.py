@@ -6,6 +6,7 @@
 - `costs.py`: what units cost on each device, as arrays.
 - `fastest.py`: the workers and units with the shortest token (`latency_aware`).
 - `planner.py`: the plan by a strategy, or from given counts.
+- `replan.py`: when a running model moves to a better layout.
 - `what_if.py`: the forecast for another layout.
 - `replan.py`: when a running model moves to a better layout.
 """

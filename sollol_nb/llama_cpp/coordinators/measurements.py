@@ -3,12 +3,18 @@
 The time that the engine measured counts if its answer was the only one on its coordinator; the event at the end of
 a request has it. Until there is such an answer, the coordinator's pace is used instead. Before the first token of
 a model, its time is predicted from the calibrations of its workers.
+
+How much of a token's time each worker takes is measured (`waits.py`) after the first answers of a coordinator, and
+again when its tokens take another time than then. What was measured earlier does not count for a worker that
+was measured or calibrated since: machines change.
 """
 
 from __future__ import annotations
 
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -19,13 +25,53 @@ from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.workers.calibrations import Calibration
 from sollol_nb.runtime.events import Event, EventBus, EventKind
 
-ANSWERS_KEPT = 15
+ANSWERS_KEPT = 5
+"""The median of so many answers is what tokens take now."""
+ANSWERS_BEFORE_WAITS = 2
+SAME_TIME = 0.15
+"""Share by which tokens may take longer or shorter than when the waits for workers were measured."""
+MEANINGFUL_ANSWERS = 5
+"""Fewer do not show that tokens take another time than predicted."""
+SLOW_WORKER, SLOW_SHARE = 1.5, 0.1
+"""A worker is slow that takes this many times as long as expected, relative to the others, where that is at least
+this share of the time of a token."""
 LAYOUTS_KEPT = 20
 FASTEST_CORRECTION, SLOWEST_CORRECTION = 0.5, 8.0
 """Of a worker, relative to its calibration."""
 
 _Layout = tuple[tuple[str, int], ...]
 """Endpoints with their units, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Shares:
+    """How much of a token's time each worker takes, and that time when it was measured."""
+
+    of: Mapping[str, float]
+    token_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A measurement, and when it was made (`time.time()`)."""
+
+    measurement: Measurement
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlowWorker:
+    """A worker that takes longer than expected.
+
+    Attributes:
+        endpoint: the worker.
+        factor: how many times as long, relative to the other workers.
+        token_ms: how long it takes for each token.
+    """
+
+    endpoint: str
+    factor: float
+    token_ms: float
 
 
 class TokenMeasurements:
@@ -42,7 +88,10 @@ class TokenMeasurements:
         self._concurrent: set[str] = set()  # models with several requests, until the last of these has ended
         self._answers_ms: dict[str, deque[float]] = {}  # by the URL of the coordinator
         self._counts: Counter[str] = Counter()  # answers since `take_answers`, by the URL of the coordinator
-        self._kept: dict[Path, dict[_Layout, Measurement]] = {}
+        self._shares: dict[str, _Shares] = {}  # the last, by the URL of the coordinator
+        self._new_shares: dict[str, Mapping[str, float]] = {}  # of the answer that is being generated
+        self._expected_ms: dict[str, Mapping[str, float]] = {}  # of each worker, by the URL of the coordinator
+        self._kept: dict[Path, dict[_Layout, _Kept]] = {}
         events.subscribe(self._on_event)
 
     def token_ms(self, coordinator: Coordinator) -> float | None:
@@ -52,6 +101,74 @@ class TokenMeasurements:
             return median(answers_ms)
         seconds = coordinator.pace.seconds_per_token
         return None if seconds is None else seconds * 1000
+
+    def meaningful_ms(self, coordinator: Coordinator) -> float | None:
+        """As `token_ms`, but None until enough answers were measured."""
+        answers_ms = self._answers_ms.get(coordinator.base_url, ())
+        return median(answers_ms) if len(answers_ms) >= MEANINGFUL_ANSWERS else None
+
+    def expect(self, coordinator: Coordinator, round_trips_ms: Mapping[str, float | None]) -> None:
+        """Note how long each worker of a coordinator that was just started should take, by its calibration."""
+        if coordinator.plan is None:
+            return
+        facts, endpoints = coordinator.settings.facts, coordinator.plan.endpoints
+        speeds = self.calibrated(facts, endpoints)
+        parts = worker_parts(coordinator.plan, self._round_trips_ms(endpoints, round_trips_ms), facts)
+        expected = predict(speeds, parts)
+        if expected.part_ms:
+            self._expected_ms[coordinator.base_url] = dict(zip(endpoints, expected.part_ms, strict=True))
+
+    def wants_waits(self, coordinator: Coordinator) -> bool:
+        """Whether it is time to measure how long a coordinator waits for each worker."""
+        answers_ms = self._answers_ms.get(coordinator.base_url)
+        if coordinator.plan is None or not answers_ms or len(answers_ms) < ANSWERS_BEFORE_WAITS:
+            return False
+        shares = self._shares.get(coordinator.base_url)
+        return shares is None or not _is_same_time(answers_ms[-1], shares.token_ms)
+
+    def set_waits(self, coordinator: Coordinator, shares: Mapping[str, float]) -> None:
+        """Note how much of a token's time a coordinator waits for each worker, as measured in its current answer,
+        or in the last one if it is over."""
+        url = coordinator.base_url
+        answers_ms = self._answers_ms.get(url)
+        if coordinator.pace.streams or not answers_ms:
+            self._new_shares[url] = shares
+        else:
+            self._set_shares(url, shares, answers_ms[-1])
+
+    def _set_shares(self, url: str, shares: Mapping[str, float], token_ms: float) -> None:
+        self._shares[url] = _Shares(shares, token_ms)
+        # Where nothing was calibrated, the first measurement says what is usual.
+        self._expected_ms.setdefault(
+            url, {endpoint: share * token_ms for endpoint, share in shares.items() if share}
+        )
+
+    def part_ms(self, coordinator: Coordinator) -> dict[str, float]:
+        """How long each worker of a coordinator takes for a token now, by endpoint; empty where not known."""
+        shares, token_ms = self._shares.get(coordinator.base_url), self.token_ms(coordinator)
+        if shares is None or token_ms is None or not _is_same_time(token_ms, shares.token_ms):
+            return {}
+        return {endpoint: share * token_ms for endpoint, share in shares.of.items()}
+
+    def slow_workers(self, coordinator: Coordinator) -> list[SlowWorker]:
+        """The workers that take much longer for a token than expected when the coordinator was started, the
+        slowest first. That all take longer is no property of a worker."""
+        measured_ms = self.part_ms(coordinator)
+        expected_ms = self._expected_ms.get(coordinator.base_url, {})
+        factors = {
+            endpoint: ms / expected_ms[endpoint]
+            for endpoint, ms in measured_ms.items()
+            if expected_ms.get(endpoint)
+        }
+        found = []
+        for endpoint, factor in factors.items():
+            others = [other for name, other in factors.items() if name != endpoint]
+            usual = median(others) if others else 1.0
+            excess_ms = measured_ms[endpoint] - expected_ms[endpoint] * usual
+            is_much = excess_ms >= SLOW_SHARE * sum(measured_ms.values())
+            if usual and factor / usual >= SLOW_WORKER and is_much:
+                found.append(SlowWorker(endpoint=endpoint, factor=factor / usual, token_ms=measured_ms[endpoint]))
+        return sorted(found, key=lambda slow: -slow.factor)
 
     def take_answers(self, coordinator: Coordinator, at_least: int) -> bool:
         """Whether so many answers of a coordinator were measured alone since this was last true."""
@@ -63,14 +180,14 @@ class TokenMeasurements:
     def keep(self, coordinator: Coordinator, round_trips_ms: Mapping[str, float | None]) -> None:
         """Remember what was measured on a coordinator that is about to end."""
         measurement = self._measurement(coordinator, round_trips_ms)
-        self._answers_ms.pop(coordinator.base_url, None)
-        self._counts.pop(coordinator.base_url, None)
+        for known in (self._answers_ms, self._counts, self._shares, self._new_shares, self._expected_ms):
+            known.pop(coordinator.base_url, None)
         if measurement is None or coordinator.plan is None:
             return
         kept = self._kept.setdefault(coordinator.settings.model_path, {})
         layout = _layout_of(coordinator.plan)
         kept.pop(layout, None)  # so that the newest is the last
-        kept[layout] = measurement
+        kept[layout] = _Kept(measurement, time.time())
         while len(kept) > LAYOUTS_KEPT:
             del kept[next(iter(kept))]
 
@@ -90,15 +207,38 @@ class TokenMeasurements:
             facts: the model's, for calibrations.
             endpoints: workers whose calibrations are wanted, besides those of measured layouts.
         """
-        measurements = dict(self._kept.get(model_path, {}))
+        found = dict(self._kept.get(model_path, {}))
         for coordinator in running:
             if coordinator.settings.model_path == model_path and coordinator.plan is not None:
                 measurement = self._measurement(coordinator, round_trips_ms)
                 if measurement is not None:
-                    measurements[_layout_of(coordinator.plan)] = measurement
-        parts = [part.endpoint for measurement in measurements.values() for part in measurement.parts]
+                    found[_layout_of(coordinator.plan)] = _Kept(measurement, time.time())
+        measurements = self._up_to_date(found.values())
+        parts = [part.endpoint for measurement in measurements for part in measurement.parts]
         known = self.calibrated(facts, {*endpoints, *parts}) if facts is not None else None
-        return calibrate(list(measurements.values()), known)
+        return calibrate(measurements, known)
+
+    def _up_to_date(self, found: Iterable[_Kept]) -> list[Measurement]:
+        """The measurements without what is known better by now, the newest first."""
+        measured_at: dict[str, float] = {}
+        usable = []
+        for kept in sorted(found, key=lambda kept: -kept.at):
+            measurement, is_old = kept.measurement, []
+            for part in measurement.parts:
+                calibration = self._calibration_of(part.endpoint)
+                known_at = max(
+                    calibration.measured_at if calibration else 0.0, measured_at.get(part.endpoint, 0.0)
+                )
+                is_old.append(kept.at < known_at)
+            if measurement.part_ms:
+                for part in measurement.parts:
+                    measured_at.setdefault(part.endpoint, kept.at)
+                measurement = _without(measurement, is_old)
+            elif any(is_old):
+                continue
+            if measurement.parts:
+                usable.append(measurement)
+        return usable
 
     def predict(
         self,
@@ -193,7 +333,8 @@ class TokenMeasurements:
         if token_ms is None or coordinator.plan is None:
             return None
         parts = worker_parts(coordinator.plan, round_trips_ms, coordinator.settings.facts)
-        return Measurement(parts, token_ms)
+        waits_ms = self.part_ms(coordinator)
+        return Measurement(parts, token_ms, tuple(waits_ms.get(part.endpoint, 0.0) for part in parts if waits_ms))
 
     def _on_event(self, event: Event) -> None:
         model = event.subject
@@ -206,10 +347,25 @@ class TokenMeasurements:
             if url and token_ms and model not in self._concurrent:
                 self._answers_ms.setdefault(url, deque(maxlen=ANSWERS_KEPT)).append(token_ms)
                 self._counts[url] += 1
+                if (shares := self._new_shares.pop(url, None)) is not None:
+                    self._set_shares(url, shares, 1000 / tokens_per_s)
+            self._new_shares.pop(url or "", None)
             self._under_way[model] -= 1
             if self._under_way[model] <= 0:
                 del self._under_way[model]
                 self._concurrent.discard(model)
+
+
+def _is_same_time(token_ms: float, other_ms: float) -> bool:
+    return abs(token_ms / other_ms - 1) <= SAME_TIME if other_ms > 0 else False
+
+
+def _without(measurement: Measurement, is_old: Iterable[bool]) -> Measurement:
+    """A measurement without the workers that were measured again since."""
+    left = [
+        (part, ms) for part, ms, old in zip(measurement.parts, measurement.part_ms, is_old, strict=True) if not old
+    ]
+    return replace(measurement, parts=tuple(part for part, _ in left), part_ms=tuple(ms for _, ms in left))
 
 
 def _layout_of(plan: LayerPlan) -> _Layout:

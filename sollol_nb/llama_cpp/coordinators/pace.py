@@ -72,11 +72,13 @@ class Pace:
         seconds_per_token: measured; None until then.
         is_shared: whether other processes have requests there, whose prompts are not known here; it is asked when
             the silence becomes doubtful.
+        at_next_token: called once, when the next token is received.
     """
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.seconds_per_token: float | None = None
         self.is_shared = False
+        self.at_next_token: Callable[[], None] | None = None
         self._clock = clock
         self._seconds_per_prompt_token: float | None = None
         self._floor_s = MAX_FLOOR_S
@@ -144,6 +146,11 @@ class Pace:
         return self._silence_s >= self._allowed_s / 2
 
     @property
+    def is_generating(self) -> bool:
+        """Whether it has a request, and no prompt of one waits."""
+        return bool(self._streams) and not self._waiting_prompt_tokens
+
+    @property
     def streams(self) -> int:
         """How many requests of this process it has."""
         return len(self._streams)
@@ -176,6 +183,9 @@ class Pace:
             if stream.unread_s <= seconds / 2:  # else it may have waited to be read
                 self.seconds_per_token = _with_peak(self.seconds_per_token, seconds)
         stream.token_at, stream.unread_s = now, 0.0
+        if self.at_next_token is not None:
+            call, self.at_next_token = self.at_next_token, None
+            call()
 
 
 class Stream:

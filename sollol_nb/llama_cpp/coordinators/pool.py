@@ -30,6 +30,7 @@ from sollol_nb.llama_cpp.coordinators.running import RouteKey, RunningCoordinato
 from sollol_nb.llama_cpp.coordinators.settings import PoolSettings, context_tokens_for
 from sollol_nb.llama_cpp.coordinators.speculation import OFF
 from sollol_nb.llama_cpp.coordinators.start import CoordinatorStarter
+from sollol_nb.llama_cpp.coordinators.waits import WaitWatch
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.processes.running import Ended
@@ -54,6 +55,7 @@ class CoordinatorPool:
         self._workers = workers
         self._events = events
         self._measurements = TokenMeasurements(events, workers.calibration_of)
+        self._waits = WaitWatch(self._measurements.set_waits)
         self._calibrator = Calibrator(workers, events)
         self._running = RunningCoordinators(workers, events, self._measurements)
         self._starter = CoordinatorStarter(settings, workers, events, self._running, self._measurements)
@@ -224,15 +226,18 @@ class CoordinatorPool:
         return await self._calibrator.calibrate(engine, endpoints, self.settings.coordinator_port)
 
     def _on_event(self, event: Event) -> None:
-        """After some measured answers, correct the calibrations of their workers."""
+        """After measured answers, correct the calibrations of their workers, and look whose time has changed."""
         if event.kind != EventKind.REQUEST_FINISHED:
             return
         for coordinator in self.coordinators:
-            is_this = coordinator.base_url == event.data.get("place")
-            if is_this and (drafts := event.data.get("drafts")):
+            if coordinator.base_url != event.data.get("place"):
+                continue
+            if drafts := event.data.get("drafts"):
                 self._starter.drafting.add_answer(coordinator, drafts, self._workers.round_trips_ms)
-            if is_this and self._measurements.take_answers(coordinator, ANSWERS_PER_CORRECTION):
+            if self._measurements.take_answers(coordinator, ANSWERS_PER_CORRECTION):
                 submit(self._correct_calibrations(coordinator))
+            if self._measurements.wants_waits(coordinator):
+                self._waits.watch(coordinator)
 
     async def _correct_calibrations(self, coordinator: Coordinator) -> None:
         factors = self._measurements.corrections(coordinator, self.coordinators, self._workers.round_trips_ms)
@@ -268,6 +273,7 @@ class CoordinatorPool:
             await coordinator.stop_unless_shared()
             raise CoordinatorStartError(f"the router was closed while {route.name} was starting; ask again")
         self._running.add(route, coordinator)
+        self._measurements.expect(coordinator, self._workers.round_trips_ms)
         return coordinator
 
     def route_of(self, coordinator: Coordinator) -> Route:

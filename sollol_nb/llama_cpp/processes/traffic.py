@@ -99,15 +99,17 @@ def watch_waits(
     sent, received = dict.fromkeys(peers, 0), dict.fromkeys(peers, 0)  # the looks that found something new
     known: dict[Address, tuple[int, int]] = {}
     awaited: Address | None = None
-    is_known, look, since = False, 0, time.monotonic()
+    is_known, look, since, own_s = False, 0, time.monotonic(), 0.0
     try:
         requests = {peer: request for peer, request in _connections(pid) if peer in sent}
         with _netlink() as netlink:
             while is_wanted():
                 look, began = look + 1, time.monotonic()
                 if is_known and awaited is None:
-                    waits.own_s += began - since
+                    own_s += began - since
                 elif is_known and awaited is not None:
+                    # Its own time counts once it has continued: after the last token it has nothing to do.
+                    waits.own_s, own_s = waits.own_s + own_s, 0.0
                     waits.seconds[awaited] = waits.seconds.get(awaited, 0.0) + began - since
                 since = began
                 for peer, request in requests.items():

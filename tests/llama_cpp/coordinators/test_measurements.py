@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +26,7 @@ def coordinator(*counts: int, seconds_per_token: float | None = None, port: int 
     values: dict[str, Any] = {
         "base_url": f"http://127.0.0.1:{port}",
         "plan": plan_from_counts(TWELVE, workers(*[20 * GB] * len(counts)), counts),
-        "pace": SimpleNamespace(seconds_per_token=seconds_per_token),
+        "pace": SimpleNamespace(seconds_per_token=seconds_per_token, streams=0),
         "settings": SimpleNamespace(model_path=PATH, facts=TWELVE),
     }
     return cast(Coordinator, SimpleNamespace(**values))
@@ -46,6 +47,58 @@ def test_the_pace_stands_in_until_an_answer_was_measured() -> None:
     for tokens_per_s in (50, 20, 40, None):
         answer(bus, tokens_per_s)
     assert measured.token_ms(running) == 25, "the median of the answers"
+
+
+def test_the_waits_for_workers_are_measured_after_two_answers_and_again_when_tokens_take_another_time() -> None:
+    bus = EventBus()
+    measured, running = TokenMeasurements(bus), coordinator(7, 6)
+
+    wanted = []
+    for tokens_per_s in (50, 50, 50, 52, 30):
+        answer(bus, tokens_per_s)
+        wanted.append(measured.wants_waits(running))
+        if len(wanted) == 3:
+            measured.set_waits(running, {"w0:1": 0.5, "w1:1": 0.4})
+
+    assert wanted == [False, True, True, False, True]
+    assert measured.part_ms(running) == pytest.approx({"w0:1": 10.0, "w1:1": 8.0})
+
+
+def test_the_worker_that_has_become_slow_is_named() -> None:
+    bus = EventBus()
+    measured, running = TokenMeasurements(bus), coordinator(4, 4, 5)
+    for tokens_per_s, shares in ((50, (0.3, 0.3, 0.3)), (25, (0.15, 0.65, 0.15))):
+        for _ in range(5):
+            answer(bus, tokens_per_s)
+        measured.set_waits(running, dict(zip(ROUND_TRIPS, shares, strict=True)))
+        slow = measured.slow_workers(running)
+        assert [worker.endpoint for worker in slow] == (["w1:1"] if tokens_per_s == 25 else [])
+
+    assert slow[0].factor == pytest.approx(26 / 6)
+    assert slow[0].token_ms == pytest.approx(26)
+    speeds = measured.speeds(PATH, [running], ROUND_TRIPS)
+    assert speeds is not None
+    assert speeds.ms_per_byte["w1:1"] > 3 * speeds.ms_per_byte["w0:1"]
+
+
+def test_what_was_measured_of_a_worker_does_not_count_once_it_was_calibrated_again() -> None:
+    """A worker that was slow, and left for that, would never be used again."""
+    calibrations = {endpoint: calibrated(1.0) for endpoint in ROUND_TRIPS}
+    bus = EventBus()
+    measured, running = TokenMeasurements(bus, calibrations.get), coordinator(4, 4, 5)
+    for _ in range(5):
+        answer(bus, 20)
+    measured.set_waits(running, {"w0:1": 0.1, "w1:1": 0.8, "w2:1": 0.1})
+    measured.keep(running, ROUND_TRIPS)
+
+    def slowness() -> float:
+        speeds = measured.speeds(PATH, [], ROUND_TRIPS, facts=TWELVE, endpoints=ROUND_TRIPS)
+        assert speeds is not None
+        return speeds.ms_per_byte["w1:1"] / speeds.ms_per_byte["w0:1"]
+
+    assert slowness() > 5
+    calibrations["w1:1"] = replace(calibrations["w1:1"], measured_at=time.time() + 1)
+    assert slowness() < 5
 
 
 def test_answers_count_towards_one_correction_and_only_on_one_coordinator() -> None:

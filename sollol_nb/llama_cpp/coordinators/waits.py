@@ -1,0 +1,88 @@
+"""How long a coordinator waits for each of its workers: measured while tokens are generated, where that is needed.
+
+The time of a token alone does not show which of several workers is slow. For a second or so of an answer, a thread
+looks at the coordinator's connections (`processes/traffic.py`), wherever they lead; nothing is asked of the engine
+or the workers. Only Linux reports them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Mapping
+
+from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
+from sollol_nb.llama_cpp.processes.traffic import Waits, watch_waits
+from sollol_nb.settings.endpoints import addresses_of
+
+WATCHED_TOKENS, LEAST_WATCHED_S = 20, 0.25
+"""So much is watched, in one answer or in several."""
+SHORTEST_PART_S = 0.002
+"""Where a token takes less than this for each worker, the looks would be too far apart."""
+CHECK_EVERY_S = 0.02
+LOOKS_PER_TOKEN = 100
+SHORTEST_LOOK_S, LONGEST_LOOK_S = 0.001, 0.02
+
+OnMeasured = Callable[[Coordinator, Mapping[str, float]], None]
+"""Gets the share of each worker in the watched time, by endpoint."""
+
+
+class WaitWatch:
+    """Watches coordinators when asked to. Lives on the I/O loop.
+
+    Args:
+        on_measured: called when enough was watched.
+    """
+
+    def __init__(self, on_measured: OnMeasured) -> None:
+        self._on_measured = on_measured
+        self._waits: dict[str, Waits] = {}  # watched so far, by the URL of the coordinator
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def watch(self, coordinator: Coordinator) -> None:
+        """Watch a coordinator from its next token on."""
+        coordinator.pace.at_next_token = lambda: self._start(coordinator)
+
+    def forget(self, coordinator: Coordinator) -> None:
+        """What was watched of a coordinator does not count any more."""
+        self._waits.pop(coordinator.base_url, None)
+
+    def _start(self, coordinator: Coordinator) -> None:
+        token_s = coordinator.pace.seconds_per_token
+        if token_s is None or token_s < SHORTEST_PART_S * len(_workers_of(coordinator)):
+            return
+        task = asyncio.create_task(self._watch(coordinator, token_s))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _watch(self, coordinator: Coordinator, token_s: float) -> None:
+        known = await asyncio.to_thread(
+            lambda: {endpoint: addresses_of(endpoint) for endpoint in _workers_of(coordinator)}
+        )
+        peers = {address for addresses in known.values() for address in addresses}
+        waits = self._waits.setdefault(coordinator.base_url, Waits())
+        enough_s = max(LEAST_WATCHED_S, WATCHED_TOKENS * token_s)
+        every_s = min(max(token_s / LOOKS_PER_TOKEN, SHORTEST_LOOK_S), LONGEST_LOOK_S)
+        over = threading.Event()
+        watching = asyncio.create_task(
+            asyncio.to_thread(
+                watch_waits, coordinator.pid, peers, waits, every_s=every_s, is_wanted=lambda: not over.is_set()
+            )
+        )
+        try:
+            while coordinator.pace.is_generating and waits.total_s < enough_s and not watching.done():
+                await asyncio.wait({watching}, timeout=CHECK_EVERY_S)
+        finally:
+            over.set()
+            is_reported = await watching
+        if is_reported and waits.total_s >= enough_s and self._waits.pop(coordinator.base_url, None) is waits:
+            shares = {
+                endpoint: sum(waits.seconds.get(address, 0.0) for address in addresses) / waits.total_s
+                for endpoint, addresses in known.items()
+            }
+            self._on_measured(coordinator, shares)
+
+
+def _workers_of(coordinator: Coordinator) -> list[str]:
+    """Its workers, without own devices."""
+    return list(coordinator.plan.endpoints) if coordinator.plan else []
