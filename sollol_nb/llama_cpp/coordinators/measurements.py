@@ -111,9 +111,11 @@ class TokenMeasurements:
         """Note how long each worker of a coordinator that was just started should take, by its calibration."""
         if coordinator.plan is None:
             return
-        facts, endpoints = coordinator.settings.facts, coordinator.plan.endpoints
+        facts, endpoints = coordinator.settings.facts, [shard.endpoint for shard in coordinator.plan.shards]
         speeds = self.calibrated(facts, endpoints)
-        parts = worker_parts(coordinator.plan, self._round_trips_ms(endpoints, round_trips_ms), facts)
+        parts = worker_parts(
+            coordinator.plan, self.round_trips_ms(coordinator.plan.endpoints, round_trips_ms), facts
+        )
         expected = predict(speeds, parts)
         if expected.part_ms:
             self._expected_ms[coordinator.base_url] = dict(zip(endpoints, expected.part_ms, strict=True))
@@ -348,7 +350,7 @@ class TokenMeasurements:
                 self._answers_ms.setdefault(url, deque(maxlen=ANSWERS_KEPT)).append(token_ms)
                 self._counts[url] += 1
                 if (shares := self._new_shares.pop(url, None)) is not None:
-                    self._set_shares(url, shares, 1000 / tokens_per_s)
+                    self._set_shares(url, shares, token_ms)
             self._new_shares.pop(url or "", None)
             self._under_way[model] -= 1
             if self._under_way[model] <= 0:
