@@ -130,8 +130,8 @@ def slowed(worker: Worker, share: float) -> Iterator[str]:
     """Let a worker run for this share of a core; yields how, for a note.
 
     By the quota of a control group (version 1 or 2): 1 ms in every 4 ms for a quarter. A worker that waits for
-    others most of the time may not need more than its share; then nothing slows it. Where no group can be made, the
-    process is stopped and continued (SIGSTOP, SIGCONT) in the same proportion.
+    others most of the time may not need more than its share; then nothing slows it. Where no group can be made,
+    the process is stopped and continued (SIGSTOP, SIGCONT) in the same proportion.
     """
     make = next((make for make in (_group_v1, _group_v2) if make(worker.pid, share)), None)
     if make is None:
