@@ -116,6 +116,7 @@ class HybridRouter:
     engine_log = blocking(hybrid_router.HybridRouter.engine_log)
     connect = blocking(hybrid_router.HybridRouter.connect)
     close = blocking(hybrid_router.HybridRouter.close)
+    plan = blocking(hybrid_router.HybridRouter.plan)
     slots_for = blocking(hybrid_router.HybridRouter.slots_for)
     map = _from_this_thread(_map_blocking, hybrid_router.HybridRouter.map)
     bench = _from_this_thread(bench_blocking, hybrid_router.HybridRouter.bench)

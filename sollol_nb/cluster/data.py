@@ -207,6 +207,7 @@ def _coordinator(
         ),
         note=coordinator.note or None,
         token_time=coordinator.token_time_description or None,
+        drafts=coordinator.drafts or None,
         answer=live.last_answer.get(coordinator.url),
         running=coordinator.running,
         waiting=coordinator.waiting,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sollol_nb.layers.plan import reason_lines
 from sollol_nb.layers.token_time import TokenTime
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.links.memberships import OpenInvitation
@@ -25,10 +26,10 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerSegment:
-    """The layers that one worker runs of one model.
+    """The layers that one worker, or one device of the coordinator's own machine, runs of one model.
 
     Attributes:
-        endpoint: the worker's.
+        endpoint: the worker's; `this machine`, or `this machine CUDA0`, for an own device.
         layers: planned layers, such as `0-4` or `10-11 + output`.
         units: planned units (blocks and the output layer).
         actual_units: units that the engine reports to have placed; None if it reports none.
@@ -112,9 +113,9 @@ class CoordinatorStatus:
     """One running coordinator; `note` says what is special about its model.
 
     `predicted_token_ms` was predicted when the layers were planned, `token_ms` is measured; None if unknown.
-    `reasons` say why its layers are planned like this, the most important one first. `advice` says what a better
-    layout would bring, "" where none is known; `advised_layout` has its units of each worker, in the order of its
-    layers.
+    `reasons` say why its layers are planned like this, the most important one first; `drafts` says how it drafts
+    tokens, "" if it does not. `advice` says what a better layout would bring, "" where none is known;
+    `advised_layout` has its units of each worker, in the order of its layers.
     """
 
     model: str
@@ -135,6 +136,7 @@ class CoordinatorStatus:
     token_ms: float | None = None
     model_path: str = ""
     reasons: tuple[str, ...] = ()
+    drafts: str = ""
     advice: str = ""
     advised_layout: tuple[tuple[str, int], ...] = ()
 
@@ -165,7 +167,10 @@ class CoordinatorStatus:
             token: the estimated parts of its workers in that time.
         """
         demo = DEMO_NOTE if coordinator.settings.model_path == DEMO_MODEL_PATH else ""
-        plan = coordinator.plan
+        plan, speculation = coordinator.plan, coordinator.settings.speculation
+        reasons = plan.reasons if plan else ()
+        if reasons and speculation.why and not speculation.is_on:
+            reasons = (*reasons, speculation.describe())
         return cls(
             model=coordinator.model,
             model_path=str(coordinator.settings.model_path),
@@ -181,6 +186,8 @@ class CoordinatorStatus:
             load_ms=coordinator.load_ms,
             segments=tuple(_segments(coordinator, token)),
             differences=tuple(coordinator.placement_differences),
+            reasons=reasons,
+            drafts=speculation.describe() if speculation.is_on else "",
             local=tuple(_local_parts(coordinator)),
             predicted_token_ms=plan.predicted_token_ms if plan else None,
             token_ms=token_ms,
@@ -248,6 +255,7 @@ class ClusterStatus:
                 f"{coordinator.running}/{coordinator.slots} slots busy, {coordinator.waiting} waiting){note}"
             )
             lines += [f"  {coordinator.token_time_description}"] if coordinator.token_time_description else []
+            lines += [f"  {coordinator.drafts}"] if coordinator.drafts else []
             lines += [f"  {line}" for line in reason_lines(coordinator.reasons, verbose=verbose)]
             lines += [f"  ⚠ {coordinator.advice}"] if coordinator.advice else []
             lines += [f"  {_bar(segment.share)} {segment.description}" for segment in coordinator.segments]
@@ -282,16 +290,6 @@ class ClusterStatus:
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
         return {"text/plain": str(self), "text/html": self._repr_html_()}
-
-
-def reason_lines(reasons: Sequence[str], *, verbose: bool) -> list[str]:
-    """The reasons of a plan as lines: one that says how many more there are, or all of them."""
-    if not reasons:
-        return []
-    if verbose:
-        return [f"why: {reasons[0]}", *(f"     {reason}" for reason in reasons[1:])]
-    more = len(reasons) - 1
-    return [f"why: {reasons[0]}" + (f" ({counted(more, 'more reason')} with -v)" if more else "")]
 
 
 def describe_worker(worker: WorkerStatus) -> str:

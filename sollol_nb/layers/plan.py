@@ -14,7 +14,7 @@ are the same quotient of the same two whole numbers, and elsewhere they are at l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -219,3 +219,13 @@ class LayerPlan:
             "reasons": list(self.reasons),
             "shards": shards,
         }
+
+
+def reason_lines(reasons: Sequence[str], *, verbose: bool) -> list[str]:
+    """The reasons of a plan as lines: one that says how many more there are, or all of them."""
+    if not reasons:
+        return []
+    if verbose:
+        return [f"why: {reasons[0]}", *(f"     {reason}" for reason in reasons[1:])]
+    more = len(reasons) - 1
+    return [f"why: {reasons[0]}" + (f" ({counted(more, 'more reason')} with -v)" if more else "")]

@@ -14,6 +14,7 @@ from sollol_nb.chat.request import ChatRequest
 from sollol_nb.cluster.state import ClusterState
 from sollol_nb.errors import ConfigError
 from sollol_nb.latency.log import LatencyLog
+from sollol_nb.layers.plan import LayerPlan
 from sollol_nb.llama_cpp.answers.base import Answer
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.coordinators.pool import CoordinatorPool
@@ -22,7 +23,7 @@ from sollol_nb.llama_cpp.processes.running import Ended, end_engines, engine_log
 from sollol_nb.llama_cpp.workers.workers import Workers
 from sollol_nb.models.listing import ListedModel
 from sollol_nb.models.profiles import ModelProfile
-from sollol_nb.models.routing import OLLAMA, Route, checked_backend
+from sollol_nb.models.routing import DISTRIBUTED, OLLAMA, Route, checked_backend
 from sollol_nb.ollama.pool import OllamaPool
 from sollol_nb.router.active_request import ActiveRequest, RequestServices
 from sollol_nb.router.cluster_control import ClusterControl
@@ -184,6 +185,24 @@ class OwnEngines(ClusterControl):
             ModelError, ConfigError: no backend, or not this one, can answer; the message says why.
         """
         return await self._routes.find(model, checked_backend(backend))
+
+    @io_bound
+    async def plan(self, model: str | Path, *, backend: str | None = None) -> LayerPlan | None:
+        """The layer plan of a sharded model: that of its coordinator, or the one that a start would make now over
+        the workers as last seen. Contacts no worker and starts nothing.
+
+        Args:
+            backend: as for `route_request`.
+
+        Returns:
+            The plan with its `reasons`; None for a model that is not sharded.
+
+        Raises:
+            ModelError, ConfigError: as for `route`.
+            WorkersUnavailableError, ModelDoesNotFitError: there is no plan, as far as workers are known.
+        """
+        route = await self.route(model, backend=backend)
+        return await self._coordinators.plan(route) if route.backend == DISTRIBUTED else None
 
     @io_bound
     async def slots_for(self, model: str | Path, *, backend: str | None = None) -> ModelSlots:

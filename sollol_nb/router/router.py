@@ -251,6 +251,7 @@ class Router(RouterRequests):
         return self._engines.profile(model)
 
     route = _of_engines(OwnEngines.route)
+    plan = _of_engines(OwnEngines.plan)
     slots_for = _of_engines(OwnEngines.slots_for)
     preload = _of_engines(OwnEngines.preload)
     unload = _of_engines(OwnEngines.unload)

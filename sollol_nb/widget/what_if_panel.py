@@ -16,7 +16,7 @@ from typing import Any
 import ipywidgets
 
 from sollol_nb.errors import SollolError
-from sollol_nb.layers.plan import MAX_WORKERS
+from sollol_nb.layers.plan import MAX_WORKERS, THIS_MACHINE
 from sollol_nb.layers.what_if import Forecast, describe_memory, describe_token_time, rebalance
 from sollol_nb.router.router import Router
 from sollol_nb.runtime.io_loop import submit
@@ -40,7 +40,7 @@ class WhatIfPanel:
         self._lock = threading.RLock()  # the kernel's threads move sliders, the I/O loop creates them
         self._is_setting = False
         self._data: Mapping[str, Any] = {}
-        self._base: dict[str, int] = {}  # the running layout, then free workers with 0
+        self._base: dict[str, int] = {}  # the running layout; this machine's CPU and free workers with 0
         self._shown: list[str] = []  # the endpoints of the sliders, in the order of their layers
         self._suggested: list[tuple[str, int]] = []
         self._base_url = ""
@@ -116,7 +116,8 @@ class WhatIfPanel:
                 counts = {endpoint: segment["units"] for endpoint, segment in coordinator["segments"].items()}
                 workers = self._data.get("workers", {})
                 free = [endpoint for endpoint, worker in workers.items() if worker["state"] == "free"]
-                return url, counts | dict.fromkeys(free[: max(0, MAX_WORKERS - len(counts))], 0)
+                free = free[: max(0, MAX_WORKERS - len(counts))]
+                return url, {THIS_MACHINE: 0} | counts | dict.fromkeys(free, 0)  # its CPU has the first layers
         return "", {}
 
     def _suggestion(self) -> list[tuple[str, int]]:

@@ -17,6 +17,7 @@ from sollol_nb.layers.plan import LayerPlan, Shard
 from sollol_nb.layers.token_time import TokenTime
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.coordinators.placement import DevicePlacement, Placement
+from sollol_nb.llama_cpp.coordinators.speculation import NO_SPECULATION, Speculation
 from sollol_nb.llama_cpp.workers.probe import Probe, ProbeOutcome
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.models.files import DEMO_MODEL_PATH, DEMO_NOTE
@@ -283,7 +284,10 @@ def stand_in(**changes: Any) -> Coordinator:
         "plan": LayerPlan(strategy="even", layer_count=4, context_tokens=4096, shards=(first, second)),
         "placement": Placement((DevicePlacement("a:1", (0, 1, 2), 11, 1),)),
         "settings": SimpleNamespace(
-            model_path=Path("m.gguf"), context_tokens=4096, facts=SimpleNamespace(layer_count=4)
+            model_path=Path("m.gguf"),
+            context_tokens=4096,
+            facts=SimpleNamespace(layer_count=4),
+            speculation=NO_SPECULATION,
         ),
         "gate": SimpleNamespace(running=1, waiting=0, slots=2),
         "uptime_s": 5.0,
@@ -319,9 +323,23 @@ def test_local_coordinator_has_no_segments(changes: dict[str, Any]) -> None:
     assert "this machine only" in as_html(ClusterStatus((), (status,))).text
 
 
+def test_what_is_drafted_is_shown_and_why_nothing_is_belongs_to_the_reasons() -> None:
+    drafting = stand_in()
+    speculation = Speculation(kind="ngram", max_tokens=16, why="round trips take 62 %")
+    drafting.settings.speculation = speculation  # type: ignore[misc]
+    text = str(ClusterStatus((), (CoordinatorStatus.of(drafting),)))
+    assert "\n  n-gram drafts of up to 16 tokens (round trips take 62 %)\n" in text
+    without = stand_in(plan=replace(stand_in().plan, reasons=REASONS[:1]))  # type: ignore[type-var]
+    without.settings.speculation = Speculation(why="round trips take 2 %")  # type: ignore[misc]
+    assert CoordinatorStatus.of(without).reasons == (REASONS[0], "no drafts (round trips take 2 %)")
+    assert CoordinatorStatus.of(without).drafts == ""
+
+
 def test_the_demo_model_is_marked() -> None:
     settings = stand_in().settings
-    demo = SimpleNamespace(model_path=DEMO_MODEL_PATH, context_tokens=256, facts=settings.facts)
+    demo = SimpleNamespace(
+        model_path=DEMO_MODEL_PATH, context_tokens=256, facts=settings.facts, speculation=NO_SPECULATION
+    )
 
     status = ClusterStatus((), (CoordinatorStatus.of(stand_in(settings=demo)),))
 

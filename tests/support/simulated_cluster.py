@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from sollol_nb.cluster.state import ClusterState
-from sollol_nb.layers.plan import LayerPlan
+from sollol_nb.layers.plan import CPU, LayerPlan, is_own
 from sollol_nb.layers.planner import plan_from_counts, plan_layers
 from sollol_nb.layers.strategies import WorkerCapacity
 from sollol_nb.layers.token_time import TokenTime, WorkerSpeeds, worker_parts
@@ -21,6 +21,7 @@ from sollol_nb.layers.what_if import Forecast, forecast
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.coordinators.placement import DevicePlacement, Placement
 from sollol_nb.llama_cpp.coordinators.pool import CoordinatorPool
+from sollol_nb.llama_cpp.coordinators.speculation import NO_SPECULATION
 from sollol_nb.llama_cpp.workers.probe import Probe, ProbeOutcome
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.llama_cpp.workers.workers import Workers
@@ -132,7 +133,10 @@ class SimulatedCluster:
     async def what_if(self, name: str, counts: Mapping[str, int]) -> Forecast:
         """As `HybridRouter.what_if`."""
         (coordinator,) = [running for running in self.coordinators if running.model == name]
-        capacities = [WorkerCapacity(worker, 30 * GIB, 32 * GIB, 0.4) for worker in counts]
+        capacities = [
+            WorkerCapacity(worker, 30 * GIB, 32 * GIB, 0.4, device=CPU if is_own(worker) else "")
+            for worker in counts
+        ]
         return forecast(
             coordinator.settings.facts,
             capacities,
@@ -218,7 +222,11 @@ def coordinator_of(name: str, plan: LayerPlan, port: int) -> Coordinator:
         "rpc_backends": list(plan.endpoints),
         "placement": Placement((*placed, DevicePlacement("CPU", (), 256 * 2**20, 0))),
         "settings": SimpleNamespace(
-            model_path=Path(f"{name}.gguf"), context_tokens=plan.context_tokens, facts=BIG, slots=4
+            model_path=Path(f"{name}.gguf"),
+            context_tokens=plan.context_tokens,
+            facts=BIG,
+            slots=4,
+            speculation=NO_SPECULATION,
         ),
         "gate": Gate(4),
         "uptime_s": 5.0,

@@ -298,8 +298,8 @@ def predicted(widget: ClusterWidget) -> str:
 
 
 def test_there_is_a_slider_for_each_worker_of_the_model_and_each_free_one(widget: ClusterWidget) -> None:
-    assert [slider.description for slider in widget.what_if.sliders] == [endpoint(number) for number in range(4)]
-    assert units(widget) == [14, 14, 13, 0]
+    assert [slider.description for slider in widget.what_if.sliders] == ["this machine", *map(endpoint, range(4))]
+    assert units(widget) == [0, 14, 14, 13, 0]
     assert widget.what_if.apply.disabled
     assert widget.what_if.reset.disabled
     assert "26.2 ms per token" in predicted(widget)
@@ -307,9 +307,9 @@ def test_there_is_a_slider_for_each_worker_of_the_model_and_each_free_one(widget
 
 def test_a_moved_slider_moves_its_neighbours_and_the_prediction(widget: ClusterWidget) -> None:
     before = predicted(widget)
-    widget.what_if.sliders[0].value = 20
+    widget.what_if.sliders[1].value = 20
 
-    assert units(widget) == [20, 8, 13, 0]
+    assert units(widget) == [0, 20, 8, 13, 0]
     eventually(lambda: predicted(widget) != before, "there is a new prediction")
     assert "<b>fits</b>" in predicted(widget)
     assert "0-19" in predicted(widget)
@@ -318,41 +318,41 @@ def test_a_moved_slider_moves_its_neighbours_and_the_prediction(widget: ClusterW
 
 def test_a_worker_is_dropped_by_moving_its_slider_to_zero(widget: ClusterWidget) -> None:
     before = predicted(widget)
-    widget.what_if.sliders[2].value = 0
+    widget.what_if.sliders[3].value = 0
 
-    assert units(widget) == [14, 27, 0, 0]
+    assert units(widget) == [0, 14, 27, 0, 0]
     eventually(lambda: predicted(widget) != before, "there is a new prediction")
-    assert predicted(widget).count("no layers") == 2
+    assert predicted(widget).count("no layers") == 3
     assert "25.8 ms per token" in predicted(widget), "a round trip less"
 
 
 def test_a_layout_that_does_not_fit_cannot_be_applied(widget: ClusterWidget) -> None:
-    widget.what_if.sliders[0].value = 41
+    widget.what_if.sliders[1].value = 41
 
     eventually(lambda: "does not fit" in predicted(widget), "it says so")
     assert widget.what_if.apply.disabled
     assert not widget.what_if.reset.disabled
     widget.what_if.reset.click()
-    assert units(widget) == [14, 14, 13, 0]
+    assert units(widget) == [0, 14, 14, 13, 0]
 
 
 def test_an_applied_layout_is_the_running_one(widget: ClusterWidget, cluster: SimulatedCluster) -> None:
-    widget.what_if.sliders[0].value = 20
+    widget.what_if.sliders[1].value = 20
     eventually(lambda: not widget.what_if.apply.disabled, "it can be applied")
 
     widget.what_if.apply.click()
 
     eventually(lambda: cluster.coordinators[0].plan.unit_counts == (20, 8, 13), "it runs")  # type: ignore[union-attr]
-    eventually(lambda: units(widget) == [20, 8, 13, 0] and widget.what_if.reset.disabled, "and is the new base")
+    eventually(lambda: units(widget) == [0, 20, 8, 13, 0] and widget.what_if.reset.disabled, "and is the new base")
 
 
 def test_sliders_that_were_moved_stay_while_other_things_change(
     widget: ClusterWidget, cluster: SimulatedCluster
 ) -> None:
-    widget.what_if.sliders[0].value = 20
+    widget.what_if.sliders[1].value = 20
     cluster.change_worker(3, "down", "gone", EventKind.WORKER_LOST)
     eventually(lambda: cluster.state.data["workers"][endpoint(3)]["state"] == "down", "it is known")
-    assert units(widget) == [20, 8, 13, 0]
+    assert units(widget) == [0, 20, 8, 13, 0]
 
 
 def test_sliders_that_were_moved_stay_when_another_model_starts_or_ends() -> None:
@@ -360,25 +360,25 @@ def test_sliders_that_were_moved_stay_when_another_model_starts_or_ends() -> Non
     cluster.run_model("big", [0, 1, 2])
     widget = cluster_widget(cluster)  # type: ignore[arg-type]
     widget.bundle()
-    eventually(lambda: units(widget) == [14, 14, 13, 0, 0], "its layout is shown")
-    widget.what_if.sliders[0].value = 20
+    eventually(lambda: units(widget) == [0, 14, 14, 13, 0, 0], "its layout is shown")
+    widget.what_if.sliders[1].value = 20
 
     cluster.run_model("another", [3, 4])
     cluster.coordinators.reverse()  # it comes first
     cluster.events.publish(EventKind.WORKER_RETURNED, endpoint(0), "it is back")
     eventually(lambda: widget.what_if.model.options == ("another", "big"), "it can be chosen")
-    assert (widget.what_if.model.value, units(widget)) == ("big", [20, 8, 13, 0, 0])
+    assert (widget.what_if.model.value, units(widget)) == ("big", [0, 20, 8, 13, 0, 0])
     cluster.end_model("another")
     eventually(lambda: widget.what_if.model.options == ("big",), "it is gone")
-    assert units(widget) == [20, 8, 13, 0, 0]
+    assert units(widget) == [0, 20, 8, 13, 0, 0]
     widget.close()
 
 
 def test_layers_cannot_be_moved_to_a_worker_that_is_gone(widget: ClusterWidget, cluster: SimulatedCluster) -> None:
-    widget.what_if.sliders[3].value = 5
+    widget.what_if.sliders[4].value = 5
     eventually(lambda: not widget.what_if.apply.disabled, "it can be applied")
     cluster.change_worker(3, "down", "gone", EventKind.WORKER_LOST)
-    eventually(lambda: units(widget) == [14, 14, 13], "its slider is gone, and the running layout is shown")
+    eventually(lambda: units(widget) == [0, 14, 14, 13], "its slider is gone, and the running layout is shown")
     assert widget.what_if.apply.disabled
 
 
@@ -410,32 +410,36 @@ def test_a_suggested_layout_is_shown_on_the_sliders_and_applied_with_one_click(
 
     eventually(lambda: widget.suggestion.box.layout.display == "", "it is shown")
     sliders = widget.what_if.sliders
-    assert [slider.description for slider in sliders] == [endpoint(number) for number in (3, 1, 0, 2)]
-    assert units(widget) == [25, 16, 0, 0]
+    assert [slider.description for slider in sliders] == [
+        *map(endpoint, (3, 1)),
+        "this machine",
+        *map(endpoint, (0, 2)),
+    ]
+    assert units(widget) == [25, 16, 0, 0, 0]
     eventually(lambda: predicted(widget).startswith("suggested layout: <b>fits</b>"), "it is predicted")
     assert FASTER in widget.bundle()["text/plain"]
 
     widget.what_if.reset.click()
-    assert units(widget) == [14, 14, 13, 0], "the running layout"
+    assert units(widget) == [0, 14, 14, 13, 0], "the running layout"
     widget.suggestion.compare.click()
-    assert units(widget) == [25, 16, 0, 0]
+    assert units(widget) == [25, 16, 0, 0, 0]
     assert widget._panels.selected_index == 1
 
     monkeypatch.undo()
     widget.suggestion.apply.click()
     eventually(lambda: widget.suggestion.box.layout.display == "none", "there is nothing better")
     assert cluster.coordinators[0].rpc_backends == [endpoint(1), endpoint(3)]
-    eventually(lambda: sorted(units(widget), reverse=True) == [25, 16, 0, 0], "it runs")
+    eventually(lambda: sorted(units(widget), reverse=True) == [25, 16, 0, 0, 0], "it runs")
 
 
 def test_a_suggestion_leaves_moved_sliders_alone(
     widget: ClusterWidget, cluster: SimulatedCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    widget.what_if.sliders[0].value = 20
+    widget.what_if.sliders[1].value = 20
     suggest(cluster, monkeypatch, ((endpoint(3), 25), (endpoint(1), 16)))
 
     eventually(lambda: widget.suggestion.box.layout.display == "", "it is shown")
-    assert units(widget) == [20, 8, 13, 0]
+    assert units(widget) == [0, 20, 8, 13, 0]
 
 
 def test_without_a_sharded_model_there_is_nothing_to_move(steered: ClusterWidget) -> None:
@@ -615,7 +619,7 @@ def test_a_loaded_model_gets_a_new_layout_that_was_predicted_before(engine: obje
         before = router.coordinator
         assert before is not None
 
-        widget.what_if.sliders[0].value = 13
+        widget.what_if.sliders[1].value = 13
         eventually(
             lambda: "no layers" in predicted(widget) and not widget.what_if.apply.disabled, "it is predicted"
         )

@@ -163,15 +163,43 @@ class Planner:
             or (worker.state == "free" and not self._workers.cool_down_s(worker.endpoint))
         ]
         running = coordinator.settings
+        return self._best(
+            usable, running.model_path, running.facts, running.context_tokens, settings, running=running.plan
+        )
+
+    def foresee(
+        self, model: str, model_path: Path, facts: ModelFacts, context_tokens: int, settings: PoolSettings
+    ) -> LayerPlan:
+        """The plan that a start would make now over the workers that are free, as last seen.
+
+        Raises:
+            WorkersUnavailableError: none is free, as far as known.
+            ModelDoesNotFitError: their memory does not hold the model.
+        """
+        free = [worker for worker in self._workers.statuses() if worker.state == "free"]
+        if not free:
+            raise WorkersUnavailableError(describe_missing_workers(model, self._workers.statuses()))
+        usable = [worker for worker in free if not self._workers.cool_down_s(worker.endpoint)] or free
+        return self._best(usable, model_path, facts, context_tokens, settings)
+
+    def _best(
+        self,
+        usable: Collection[WorkerStatus],
+        model_path: Path,
+        facts: ModelFacts,
+        context_tokens: int,
+        settings: PoolSettings,
+        running: LayerPlan | None = None,
+    ) -> LayerPlan:
         return best_plan(
-            running.facts,
+            facts,
             self._capacities(usable),
             strategy=settings.layer_strategy,
-            context_tokens=running.context_tokens,
+            context_tokens=context_tokens,
             wanted=settings.num_rpc_backends,
             own=self._workers.own.capacities(),
-            speeds=self._speeds(running.model_path, running.facts, usable),
-            running=running.plan,
+            speeds=self._speeds(model_path, facts, usable),
+            running=running,
         )
 
     def _capacities(self, workers: Collection[WorkerStatus]) -> list[WorkerCapacity]:

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping
 
 from sollol_nb.errors import ConfigError, CoordinatorStartError, ModelDoesNotFitError, SollolError
 from sollol_nb.gguf.facts import read_facts
+from sollol_nb.layers.plan import LayerPlan
 from sollol_nb.layers.token_time import TokenTime
 from sollol_nb.layers.what_if import Forecast, forecast, without_layout
 from sollol_nb.llama_cpp.answers.base import Answer
@@ -139,6 +140,22 @@ class CoordinatorPool:
         assert route.model_path is not None
         facts = await asyncio.to_thread(read_facts, route.model_path)
         return context_tokens_for(self.settings, route.modelfile, facts)
+
+    async def plan(self, route: Route) -> LayerPlan | None:
+        """The plan of the running coordinator for a route to workers, or the one that a start would make now over
+        the workers as last seen; contacts nothing and starts nothing.
+
+        Returns:
+            The plan; None where a running coordinator has none.
+
+        Raises:
+            ModelFileError: the model's file cannot be read.
+            WorkersUnavailableError, ModelDoesNotFitError: there is no plan, as far as workers are known.
+        """
+        coordinator = self._running.find(route)
+        if coordinator is not None and coordinator.is_running():
+            return coordinator.plan
+        return await self._starter.foresee(route)
 
     async def lay_out(self, model: str, layout: Mapping[str, int]) -> Coordinator:
         """Restart the coordinator of a model with another layout; its answers continue on the new one.

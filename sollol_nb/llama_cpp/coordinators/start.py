@@ -22,7 +22,7 @@ from sollol_nb.errors import (
     WorkersUnavailableError,
 )
 from sollol_nb.gguf.facts import read_facts
-from sollol_nb.layers.plan import GIVEN
+from sollol_nb.layers.plan import GIVEN, LayerPlan
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.coordinators.drafting import Drafting
 from sollol_nb.llama_cpp.coordinators.load_progress import LoadProgress, reporting_progress
@@ -91,6 +91,18 @@ class CoordinatorStarter:
             self._events.publish(EventKind.ENGINE_BUILDING, "llama.cpp", message, share=share)
 
         return await asyncio.to_thread(ensure_engine, self.settings.llama_cpp, progress=report)
+
+    async def foresee(self, route: Route) -> LayerPlan:
+        """The plan that a start would make now; contacts nothing and starts nothing.
+
+        Raises:
+            ModelFileError: the model's file cannot be read.
+            WorkersUnavailableError, ModelDoesNotFitError: there is no plan, as far as workers are known.
+        """
+        assert route.model_path is not None
+        facts = await asyncio.to_thread(read_facts, route.model_path)
+        context_tokens = context_tokens_for(self.settings, route.modelfile, facts)
+        return self._planner.foresee(route.name, route.model_path, facts, context_tokens, self.settings)
 
     async def start(
         self,

@@ -10,6 +10,8 @@ from IPython.core.error import UsageError
 from IPython.core.magic import Magics, line_magic, magics_class
 from IPython.core.magic_arguments import argument, magic_arguments
 
+from sollol_nb.errors import ModelDoesNotFitError, WorkersUnavailableError
+from sollol_nb.layers.plan import reason_lines
 from sollol_nb.models.profiles import MODEL_PROFILES, save_profile
 from sollol_nb.models.routing import BACKENDS
 from sollol_nb.notebook import magic_line, session
@@ -53,16 +55,35 @@ class ModelMagics(Magics):
     @magic_arguments()
     @argument("model", help="model name")
     @argument("--backend", choices=BACKENDS, help="show the route of a request with this --backend")
+    @argument("-v", "--verbose", action="store_true", help="with all reasons of the layer plan")
     @line_magic
     def sollol_route(self, call: magic_line.Call) -> None:
-        """Show where a request for a model would go now, and why.
+        """Show where a request for a model would go now, and why. Nothing is started.
+
+        For a sharded model, this includes its layer plan: that of the running model, or the one that it would get
+        over the workers as last seen. `-v` says which workers are left out, and why.
 
         Example::
 
             %sollol_route demo
+
+            %sollol_cluster start 2
+
+            %sollol_route demo:sharded -v
         """
         arguments = call.arguments
-        print(session.router().route(arguments.model, backend=arguments.backend))
+        router = session.router()
+        print(router.route(arguments.model, backend=arguments.backend))
+        try:
+            plan = router.plan(arguments.model, backend=arguments.backend)
+        except (WorkersUnavailableError, ModelDoesNotFitError) as error:
+            print(f"no plan: {error}")
+            return
+        if plan is not None:
+            token_ms = plan.predicted_token_ms
+            predicted = "" if token_ms is None else f"; predicted: {token_ms:.3g} ms per token"
+            print(f"plan: {plan.describe()}{predicted}")
+            print(*reason_lines(plan.reasons, verbose=arguments.verbose), sep="\n")
 
     @magic_line.options_magic()
     @magic_arguments()

@@ -78,6 +78,7 @@ CALLS: Mapping[str, Call] = {
         Call(OwnEngines.should_use_distributed),
         Call(OwnEngines.profile),
         Call(OwnEngines.route),
+        Call(OwnEngines.plan),
         Call(OwnEngines.slots_for),
         Call(OwnEngines.listed_models),
         Call(OwnEngines.preload, limit_s=LONG_S),

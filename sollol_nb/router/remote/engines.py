@@ -154,6 +154,7 @@ class GatewayEngines:
         return await self.state.known_status()
 
     route = _at_gateway(OwnEngines.route)
+    plan = _at_gateway(OwnEngines.plan)
     listed_models = _at_gateway(OwnEngines.listed_models)
     unload = _at_gateway(OwnEngines.unload)
     count_tokens = _at_gateway(OwnEngines.count_tokens)

@@ -178,7 +178,8 @@ function planReasons([first, ...others]) {
 function coordinatorCard(coordinator) {
   const busy = `${coordinator.running}/${coordinator.slots} slots busy, ${coordinator.waiting} waiting`;
   const answer = coordinator.answer && `last answer: ${coordinator.answer}`;
-  const facts = [coordinator.description, busy, coordinator.token_time, answer, coordinator.note];
+  const { description, token_time: tokenTime, drafts, note } = coordinator;
+  const facts = [description, busy, tokenTime, drafts, answer, note];
   const card = element(
     "section",
     { class: "sollol-card" },
