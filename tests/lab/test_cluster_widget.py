@@ -75,11 +75,11 @@ def test_a_moved_slider_changes_the_prediction_and_the_applied_layout_the_map(pa
     expect(prediction).to_contain_text("fits")
     before = prediction.inner_text()
     sliders = output.get_by_role("slider")
-    expect(sliders).to_have_count(4)
+    expect(sliders).to_have_count(5)
     apply = output.get_by_role("button", name="Apply", exact=True)
     expect(apply).to_be_disabled()
 
-    sliders.nth(2).focus()
+    sliders.nth(3).focus()
     page.page.keyboard.press("Home")
 
     expect(prediction).not_to_have_text(before, use_inner_text=True)

@@ -53,6 +53,21 @@ def running_layout(router: HybridRouter) -> tuple[int, ...]:
     return router.coordinator.plan.unit_counts
 
 
+def test_a_layer_plan_is_known_before_anything_is_started(sharding: HybridRouter, endless: str) -> None:
+    sharding.check_workers()
+    foreseen = sharding.plan(endless)
+    assert (sharding.coordinators, set(states(sharding).values())) == ([], {"free"})
+
+    answer = sharding.route_request(endless, QUESTION, max_tokens=2)
+
+    assert foreseen is not None
+    shards = [(shard["endpoint"], shard["layers"]) for shard in answer.routing["plan"]["shards"]]
+    assert [(shard.endpoint, shard.layers) for shard in foreseen.shards] == shards
+    assert sharding.coordinator is not None
+    assert sharding.plan(endless) == sharding.coordinator.plan
+    assert sharding.plan(endless, backend="local") is None
+
+
 def test_a_running_model_gets_another_layout(sharding: HybridRouter, endless: str) -> None:
     whole = sharding.route_request(endless, QUESTION, temperature=0, max_tokens=60)
     before = running_layout(sharding)

@@ -614,7 +614,7 @@ def test_a_loaded_model_gets_a_new_layout_that_was_predicted_before(engine: obje
         widget.bundle()
         widget.models.model.value = "demo:sharded"
         widget.models.load.click()
-        eventually(lambda: len(widget.what_if.sliders) == 2, "it is loaded")
+        eventually(lambda: len(widget.what_if.sliders) == 3, "it is loaded")
         eventually(lambda: "ms per token" in predicted(widget), "its token time is shown")
         before = router.coordinator
         assert before is not None
@@ -666,7 +666,7 @@ def test_workers_of_other_machines_have_their_names_everywhere(cluster: Simulate
     try:
         eventually(lambda: shown.what_if.sliders, "there is a layout to change")
         names = [slider.description for slider in shown.what_if.sliders]
-        assert names == ["gpu1/CUDA0", endpoint(1), endpoint(2), "gpu2"]
+        assert names == ["this machine", "gpu1/CUDA0", endpoint(1), endpoint(2), "gpu2"]
         assert set(shown.what_if.counts) == set(cluster.workers), "their endpoints are what counts"
         assert shown.workers.known.options == ("ssh://gpu2",), (
             "a machine is removed as a whole, once it is not held"
