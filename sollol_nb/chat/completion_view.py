@@ -186,6 +186,7 @@ def details(answer: Answer) -> list[str]:
             f"layers {shard['layers']} on {worker}: {format_bytes(shard['weight_bytes'])} weights, "
             f"{format_bytes(shard['kv_bytes'])} KV cache"
         )
+    lines += [f"plan: {reason}" for reason in (routing.get("plan") or {}).get("reasons", ())]
     lines += [f"differs from the plan: {difference}" for difference in routing.get("placement_differences") or ()]
     named = (
         ("queue", "queue_ms"),

@@ -12,6 +12,7 @@ from sollol_nb.chat.kept import KeptChats
 from sollol_nb.notebook import settings_traits
 from sollol_nb.notebook.identity import notebook_of
 from sollol_nb.notebook.settings_traits import Sollol
+from sollol_nb.settings.endpoints import is_loopback
 from sollol_nb.settings.kinds import Secret
 
 if TYPE_CHECKING:
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
 
 
 KEPT_ANSWERS = 50
+CALIBRATE = "%sollol_cluster calibrate"
+CALIBRATE_HINT = (
+    f"hint: `{CALIBRATE}` measures how fast these machines are, about two seconds for each; then layers go where "
+    "they are fastest"
+)
 
 
 def _new_router(**settings: Any) -> HybridRouter:
@@ -41,6 +47,7 @@ class Session:
         self._shell: InteractiveShell | None = None
         self._chats = ChatBook()
         self._answers: deque[tuple[str, Completion]] = deque(maxlen=KEPT_ANSWERS)
+        self._hinted = False
 
     def start(self, shell: InteractiveShell) -> Sollol:
         """Let `%config Sollol` set the settings; returns them. Starting twice is fine.
@@ -81,6 +88,19 @@ class Session:
     def remember(self, prompt: str, answer: Completion) -> None:
         """Keep an answer, whole or partial, for `last_answers`."""
         self._answers.append((prompt, answer))
+
+    def hint(self, answer: Completion) -> str:
+        """A hint after the first answer over several machines whose speeds were never measured; else ""."""
+        plan = answer.routing.get("plan") or {}
+        is_unmeasured = any(CALIBRATE in reason for reason in plan.get("reasons", ()))
+        shards = plan.get("shards", ())
+        are_several = len(shards) > 1 and any(
+            shard.get("name") or not is_loopback(shard["endpoint"]) for shard in shards
+        )
+        if self._hinted or not is_unmeasured or not are_several:
+            return ""
+        self._hinted = True
+        return CALIBRATE_HINT
 
     def last_answers(self, count: int) -> list[tuple[str, Completion]]:
         """The newest answers with their prompts, oldest first; at most `KEPT_ANSWERS`."""
@@ -176,6 +196,7 @@ end = _session.end
 settings = _session.settings
 chats = _session.chats
 remember = _session.remember
+hint = _session.hint
 last_answers = _session.last_answers
 router = _session.router
 connect = _session.connect

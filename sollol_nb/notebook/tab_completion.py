@@ -26,6 +26,7 @@ from IPython.core.completer import SimpleCompletion, context_matcher
 
 from sollol_nb.chat.completion import Completion
 from sollol_nb.errors import ConfigError
+from sollol_nb.layers.strategies import STRATEGIES
 from sollol_nb.models.files import OllamaGGUFResolver
 from sollol_nb.models.profiles import MODEL_PROFILES
 from sollol_nb.notebook.tab_line import Expected, expected, line_at_cursor
@@ -56,6 +57,7 @@ _KINDS = {
     "chat": "chats",
     "priority": "priorities",
     "schema": "schemas",
+    "strategies": "strategies",
     "out": "answers",
     "save": "files",
     "load": "files",
@@ -272,6 +274,8 @@ class _Names:
             case "hosts" | "machines":  # of several with commas, the last one is completed
                 begun = typed[: typed.rfind(",") + 1] if kind == "hosts" else SSH
                 return [f"{begun}{host}" for host in self._cache.names({"ssh": configured_hosts})["ssh"]]
+            case "strategies":  # of several with commas, the last one is completed
+                return [f"{typed[: typed.rfind(',') + 1]}{strategy}" for strategy in STRATEGIES]
             case "engines":
                 return {*self._quick("running"), *self._quick("workers")}
             case "priorities":

@@ -28,6 +28,9 @@ _NARROW = {"width": "170px"}
 _COUNT = {"width": "60px"}
 _WIDE = {"width": "230px"}
 _LABEL = {"width": "110px"}
+_STRATEGIES_TOOLTIP = "\n".join(
+    ["how the layers of the next models are spread:", *(f"{name}: {does}" for name, does in STRATEGIES.items())]
+)
 
 
 def row(label: str, *controls: ipywidgets.Widget) -> ipywidgets.HBox:
@@ -218,7 +221,7 @@ class ModelControls:
         self.strategy = ipywidgets.Dropdown(
             options=tuple(STRATEGIES),
             value=strategy(),
-            tooltip="how the layers of the next models are spread",
+            tooltip=_STRATEGIES_TOOLTIP,
             layout=_NARROW,
         )
         self.keep_alive = ipywidgets.Text(placeholder="10m, 1h, forever", layout=_NARROW)

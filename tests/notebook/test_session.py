@@ -11,9 +11,15 @@ from typing import Any
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
 
+from sollol_nb.chat.completion import Completion
+from sollol_nb.layers.planner import plan_layers
+from sollol_nb.layers.strategies import WorkerCapacity
 from sollol_nb.notebook import session as session_module
 from sollol_nb.notebook.session import Session
 from sollol_nb.sync_wrapper import HybridRouter
+from tests.support.layer_plans import model
+
+GIB = 2**30
 
 
 def test_threads_that_need_the_router_at_the_same_time_share_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,3 +87,20 @@ def test_the_previous_router_is_closed_also_if_the_next_one_cannot_take_its_work
 def test_without_the_extension_there_are_no_settings() -> None:
     with pytest.raises(RuntimeError, match="%load_ext sollol_nb"):
         Session().settings()
+
+
+def answer_over(*endpoints: str, reason: str) -> Completion:
+    plan = {"reasons": [reason], "shards": [{"endpoint": endpoint, "name": ""} for endpoint in endpoints]}
+    return Completion({"_routing": {"plan": plan}})
+
+
+def test_the_first_answer_over_unmeasured_machines_hints_at_the_calibration_once() -> None:
+    plan = plan_layers(model([GIB] * 4, GIB), [WorkerCapacity("10.0.0.1:1", 9 * GIB, 9 * GIB)], strategy="auto")
+    (reason,) = plan.reasons
+    own = Session()
+    assert own.hint(answer_over("10.0.0.1:1", "10.0.0.2:1", reason="26 ms per token")) == ""
+    assert own.hint(answer_over("127.0.0.1:1", "127.0.0.1:2", reason=reason)) == "", "one machine"
+    assert own.hint(answer_over("10.0.0.1:1", reason=reason)) == "", "one worker"
+    assert own.hint(Completion({})) == ""
+    assert "`%sollol_cluster calibrate`" in own.hint(answer_over("10.0.0.1:1", "10.0.0.2:1", reason=reason))
+    assert own.hint(answer_over("10.0.0.1:1", "10.0.0.2:1", reason=reason)) == ""

@@ -267,6 +267,7 @@ def completed(notebook: Kernel, typed: str) -> list[str]:
         ("%sollol_cluster stop runn", ["running-model:1b"]),
         ("%sollol_cluster remove 127", ["127.0.0.1:50052"]),
         ("%sollol_cluster sta", ["start"]),
+        ("%sollol_bench demo --strategies even,me", ["even,memory_aware"]),
         ("%%sollol demo --temp", ["--temperature"]),
         ("%%sollol demo --priority be", ["below-normal"]),
         ("%%sollol demo --backend sh", ["sharded"]),

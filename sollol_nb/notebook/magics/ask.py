@@ -133,7 +133,11 @@ class AskMagics(Magics):
 
         value = stream_into_cell(request, chunks, router.events, self._view(request), keep=keep)
         self._keep_as(request.out, value)
-        session.remember(request.prompt, value if isinstance(value, Completion) else value.attrs["completion"])
+        completion = value if isinstance(value, Completion) else value.attrs["completion"]
+        session.remember(request.prompt, completion)
+        hint = "" if request.quiet or request.raw else session.hint(completion)
+        if hint:
+            print(hint)
         hide_once(self.shell, value)
         return value
 

@@ -11,6 +11,7 @@ from IPython.core.magic_arguments import argument, magic_arguments
 
 from sollol_nb.bench.plan import DEFAULT_MAX_TOKENS, DEFAULT_PROMPTS, DEFAULT_REPEAT, DEFAULT_WARMUP
 from sollol_nb.bench.result import BenchResult
+from sollol_nb.layers.strategies import STRATEGIES
 from sollol_nb.notebook import magic_line, session
 from sollol_nb.notebook.displays import is_kernel
 from sollol_nb.text.tables import counted
@@ -31,7 +32,7 @@ class BenchMagics(Magics):
         help="auto, local, a number of workers, or units (layers and the output layer) for each worker; "
         "comma-separated: auto,1,2,5/4/4",
     )
-    @argument("--strategies", default="", help="layer strategies, comma-separated: even,memory_aware")
+    @argument("--strategies", default="", help=f"layer strategies, comma-separated: {', '.join(STRATEGIES)}")
     @argument("--concurrency", default="1", help="simultaneous requests, comma-separated: 1,2,4")
     @argument(
         "--prompts",
