@@ -83,7 +83,8 @@ class ModelMagics(Magics):
             token_ms = plan.predicted_token_ms
             predicted = "" if token_ms is None else f"; predicted: {token_ms:.3g} ms per token"
             print(f"plan: {plan.describe()}{predicted}")
-            print(*reason_lines(plan.reasons, verbose=arguments.verbose), sep="\n")
+            for line in reason_lines(plan.reasons, verbose=arguments.verbose):
+                print(line)
 
     @magic_line.options_magic()
     @magic_arguments()
