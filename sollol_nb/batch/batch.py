@@ -151,6 +151,8 @@ class Batch:
         self._counts: Counter[str] = Counter()  # of rows, by status
         self._refusals: Counter[str] = Counter()  # of questions, by the error's message
         self._are_kept = True
+        self._to_keep: dict[str, Completion] = {}
+        self._keeping: asyncio.Task[None] | None = None
 
     def frame(self) -> pd.DataFrame:
         """The rows with the results so far."""
@@ -229,6 +231,8 @@ class Batch:
             for task in asking:
                 task.cancel()
             await asyncio.gather(*asking, *done, return_exceptions=True)
+            if self._keeping is not None:  # also where the batch is being stopped
+                await self._keeping
         await self._prune()
 
     def _by_question(self, identity: Mapping[str, Any]) -> dict[str, list[int]]:
@@ -262,7 +266,7 @@ class Batch:
             result = RowResult(ERROR, _answer_of(error), error=" ".join(str(error).split()))
         self._note(rows, result)
         if result.status == OK:
-            await self._keep(key, completion)
+            self._keep(key, completion)
         return Progress(len(rows), result.status)
 
     def _note(self, rows: list[int], result: RowResult) -> None:
@@ -284,22 +288,22 @@ class Batch:
         if none_answered and self._refusals[str(error)] >= SAME_REFUSALS:
             raise error
 
-    async def _keep(self, key: str, completion: Completion) -> None:
-        saving = asyncio.create_task(self._save(key, completion))
-        try:
-            await asyncio.shield(saving)
-        except asyncio.CancelledError:  # the batch is being stopped, but this answer is complete
-            await asyncio.wait([saving])
-            raise
+    def _keep(self, key: str, completion: Completion) -> None:
+        """Have an answer kept while the next rows are asked, together with those that come meanwhile."""
+        self._to_keep[key] = completion
+        if self._keeping is None or self._keeping.done():
+            self._keeping = asyncio.create_task(self._keep_all())
 
-    async def _save(self, key: str, completion: Completion) -> None:
-        try:
-            await asyncio.to_thread(self._store.put, key, completion)
-        except (OSError, sqlite3.Error) as error:  # an answer is worth more than its keeping
-            if self._are_kept:  # reported once; there may be thousands
-                self._are_kept = False
-                path = self._store.path
-                logger.warning("an answer was not kept in %s: %s (if the file is damaged, delete it)", path, error)
+    async def _keep_all(self) -> None:
+        while self._to_keep:
+            answers, self._to_keep = self._to_keep, {}
+            try:
+                await asyncio.to_thread(self._store.put, answers)
+            except (OSError, sqlite3.Error) as error:  # an answer is worth more than its keeping
+                if self._are_kept:  # reported once; there may be thousands
+                    self._are_kept = False
+                    reason = f"{self._store.path}: {error} (if the file is damaged, delete it)"
+                    logger.warning("an answer was not kept in %s", reason)
 
     async def _prune(self) -> None:
         try:

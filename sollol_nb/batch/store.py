@@ -84,13 +84,11 @@ class BatchStore:
         with self._file.connection() as connection:
             return int(connection.execute("SELECT count(*) FROM answers").fetchone()[0])
 
-    def put(self, key: str, completion: Completion) -> None:
-        """Keep an answer; waits for other writers, at most 10 s."""
-        routing = {name: value for name, value in completion.routing.items() if name not in _LARGE_ROUTING}
-        text = json.dumps({**completion, ROUTING: routing})
-        row = (key, str(completion.get("model", "")), time.time(), text)
+    def put(self, answers: Mapping[str, Completion]) -> None:
+        """Keep answers, by their keys; waits for other writers, at most 10 s."""
+        rows = [_row(key, completion) for key, completion in answers.items()]
         with self._file.connection() as connection:
-            connection.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?)", row)
+            connection.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?)", rows)
 
     def get(self, keys: Iterable[str]) -> dict[str, Completion]:
         """The kept answers to these; they count as used now, if the file can be written."""
@@ -140,3 +138,8 @@ class BatchStore:
             connection.isolation_level = None  # VACUUM runs in no transaction
             connection.execute("VACUUM")
         return count
+
+
+def _row(key: str, completion: Completion) -> tuple[str, str, float, str]:
+    routing = {name: value for name, value in completion.routing.items() if name not in _LARGE_ROUTING}
+    return key, str(completion.get("model", "")), time.time(), json.dumps({**completion, ROUTING: routing})

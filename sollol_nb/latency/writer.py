@@ -1,8 +1,8 @@
 """Writes the rows of latency logs in the background, so that no answer waits for a file that is locked or slow.
 
-Whoever reads a log in this process waits for the rows that are still on their way (`wait_written`). The thread
-ends when nothing is left to write. It is a daemon, so that it cannot keep the interpreter from ending; at exit it
-gets a moment to finish.
+Rows are collected for a moment, and written together: so the work falls between requests, not on the end of an
+answer. Whoever reads a log in this process waits for the rows that are still on their way (`wait_written`). The
+thread is a daemon, so that it cannot keep the interpreter from ending; at exit it gets a moment to finish.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+COLLECT_S = 0.1
 EXIT_LIMIT_S = 2.0
 READ_LIMIT_S = BUSY_TIMEOUT_S + 1.0
 
@@ -42,45 +43,57 @@ class RowWriter:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._rows: deque[tuple[Log, LatencyRow]] = deque()
-        self._is_running = False
+        self._thread: threading.Thread | None = None
+        self._is_writing = False
+        self._waiting = 0  # those that wait until all is written
 
     def write(self, log: Log, row: LatencyRow) -> None:
         """Have a row written to a log; returns immediately. A row that cannot be written costs a warning."""
         with self._changed:
             self._rows.append((log, row))
-            if not self._is_running:
-                threading.Thread(target=self._run, name="sollol_nb latency rows", daemon=True).start()
-                self._is_running = True
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="sollol_nb latency rows", daemon=True)
+                self._thread.start()
+            elif len(self._rows) == 1:  # it waits for a first row
+                self._changed.notify_all()
 
     def wait_written(self, limit_s: float = READ_LIMIT_S) -> None:
         """Wait until all rows given so far are written or given up, at most so long."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._is_running, limit_s)
+            self._wait_written(limit_s)
 
     def pause(self) -> None:
         """Write what is left, for at most 2 s, and then nothing until `resume`."""
         self._changed.acquire()
-        self._changed.wait_for(lambda: not self._is_running, EXIT_LIMIT_S)
+        self._wait_written(EXIT_LIMIT_S)
 
     def resume(self) -> None:
         """Go on after `pause`, in the same thread."""
         self._changed.release()
 
+    def _wait_written(self, limit_s: float) -> None:
+        self._waiting += 1
+        self._changed.notify_all()
+        self._changed.wait_for(lambda: not self._rows and not self._is_writing, limit_s)
+        self._waiting -= 1
+
     def _run(self) -> None:
         while True:
             with self._changed:
-                if not self._rows:
-                    self._is_running = False
-                    self._changed.notify_all()
-                    return
+                self._changed.wait_for(lambda: self._rows)
+                self._changed.wait_for(lambda: self._waiting, COLLECT_S)
                 log = self._rows[0][0]
                 rows = [row for owner, row in self._rows if owner is log]  # one transaction, however many wait
                 self._rows = deque((owner, row) for owner, row in self._rows if owner is not log)
+                self._is_writing = True
             try:
                 log.record(*rows)
             except Exception as error:  # an answer is worth more than its row
                 what = "1 latency row was" if len(rows) == 1 else f"{len(rows)} latency rows were"
                 logger.warning("%s not written to %s: %s", what, log.path, error)
+            with self._changed:
+                self._is_writing = False
+                self._changed.notify_all()
 
 
 _writer = RowWriter()

@@ -34,7 +34,6 @@ from sollol_nb.router.failover import stream_answer
 from sollol_nb.router.finder import RouteFinder
 from sollol_nb.router.record import RequestRecord
 from sollol_nb.runtime.events import EventBus, EventKind
-from sollol_nb.settings import config
 
 NOT_SENT_TO_OLLAMA = ("recovery", "deterministic", "speculation", "tool_choice", "parallel_tool_calls")
 """Options that Ollama does not have; `CallFilter` does what the last two require."""
@@ -95,12 +94,12 @@ class ActiveRequest:
         record.start()
         self._services.events.publish(EventKind.REQUEST_STARTED, record.name, f"asking {record.name}")
         try:
-            saved = await asyncio.to_thread(config.saved_model, str(record.model))
-            request = self._check().with_defaults(saved.options, saved.system)
-            request = request.with_defaults(self._services.options).with_tool_choice()
+            request = self._check()
             record.priority = request.priority
-            route = await self._services.routes.find(record.model, request.backend)
+            route, saved = await self._services.routes.find_with_settings(record.model, request.backend)
             record.set_route(route)
+            request = request.with_defaults(saved.options, saved.system)
+            request = request.with_defaults(self._services.options).with_tool_choice()
             while True:
                 await check_route_options(request, route)
                 await self._check_context(request, route)

@@ -69,30 +69,33 @@ async def stream_answer(
         ):
             record.set_sent()
             while True:
-                if await coordinator.hold():  # else it ended while the request waited, or is ending now
-                    try:
-                        record.set_coordinator(coordinator)
-                        if keep_alive is not None:
-                            await coordinator.keep_alive(keep_alive_seconds(keep_alive))
-                        answer = answer or begin(coordinator)
-                        async with aclosing(coordinator.stream(answer)) as chunks:
-                            async for chunk in chunks:
-                                chunk["model"] = route.model  # a file may be loaded under another name
-                                if answer.recovery:
-                                    record.set_recovery(answer.recovery)
-                                if chunk.get("done"):
-                                    last = chunk
-                                else:
-                                    yield chunk
-                        break
-                    except CoordinatorLostError as error:
-                        record.add_failover(str(error), answer.token_count if answer else 0)
+                lease, tokens_before = coordinator.ask_lease(), answer.token_count if answer else 0
+                try:
+                    record.set_coordinator(coordinator)
+                    if keep_alive is not None:
+                        await coordinator.keep_alive(keep_alive_seconds(keep_alive))
+                    answer = answer or begin(coordinator)
+                    async with aclosing(coordinator.stream(answer, lease)) as chunks:
+                        async for chunk in chunks:
+                            chunk["model"] = route.model  # a file may be loaded under another name
+                            if answer.recovery:
+                                record.set_recovery(answer.recovery)
+                            if chunk.get("done"):
+                                last = chunk
+                            else:
+                                yield chunk
+                    break
+                except CoordinatorLostError as error:
+                    tokens = answer.token_count if answer else 0
+                    if tokens > tokens_before or await lease.is_granted():
+                        lost = error
+                        record.add_failover(str(error), tokens)
                         if record.has_too_many_failovers(MAX_FAILOVERS, MAX_WITHOUT_A_TOKEN):
                             reason = f"the coordinator was lost {len(record.failovers)} times: {error}"
                             raise _interrupted(route, answer, reason) from error
-                        lost = error
-                    finally:
-                        coordinator.free()
+                    # else it had ended while the request waited, or was ending
+                finally:
+                    lease.free()
                 try:
                     coordinator = await _next_coordinator(coordinators, route, limit, coordinator, speculation)
                 except SollolError as error:

@@ -30,14 +30,14 @@ from sollol_nb.models.files import (
     names_file,
 )
 from sollol_nb.models.listing import ListedModel, list_models
-from sollol_nb.models.modelfile import modelfile_of
+from sollol_nb.models.modelfile import Modelfile, modelfile_of
 from sollol_nb.models.names import ModelName, key_of
 from sollol_nb.models.profiles import ModelProfile, profile_of
 from sollol_nb.models.routing import DISTRIBUTED, LOCAL, OLLAMA, Route, decide_route
 from sollol_nb.ollama.pool import OllamaPool
 from sollol_nb.runtime.amounts import shown
 from sollol_nb.settings import config
-from sollol_nb.settings.models import model_text
+from sollol_nb.settings.models import SavedModel, model_text
 from sollol_nb.text.nearest import nearest
 from sollol_nb.text.short_names import short_name
 
@@ -58,6 +58,24 @@ class ModelSlots:
 
     identity: dict[str, Any]
     slots: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What is known of a model without Ollama.
+
+    Attributes:
+        saved: what the settings say about it.
+        path: its file; None if it has none, and where Ollama is asked first.
+        trouble: why its file cannot be used.
+        modelfile: what Ollama adds to the file; None without a file.
+    """
+
+    saved: SavedModel
+    profile: ModelProfile
+    path: Path | None
+    trouble: str
+    modelfile: Modelfile | None
 
 
 class RouteFinder:
@@ -100,9 +118,13 @@ class RouteFinder:
         Raises:
             ModelError, ConfigError: no backend, or not this one, can answer; the message says why.
         """
+        return (await self.find_with_settings(model, backend))[0]
+
+    async def find_with_settings(self, model: str | Path, backend: str | None) -> tuple[Route, SavedModel]:
+        """As `find`; also what the settings say about the model."""
         model = checked_model(model)
-        profile, path, trouble = await asyncio.to_thread(self._known, model, backend)
-        in_ollama, state = False, ""
+        known = await asyncio.to_thread(self._known, model, backend)
+        profile, path, in_ollama, state = known.profile, known.path, False, ""
         if backend in (None, OLLAMA) and path is None and not names_file(model):
             in_ollama, state = await self._in_ollama(model)
         if backend is None and path is None and not in_ollama:
@@ -115,7 +137,7 @@ class RouteFinder:
                 in_ollama=in_ollama,
                 ollama_state=state,
                 model_path=path,
-                file_trouble=trouble,
+                file_trouble=known.trouble,
                 backend=backend,
                 enable_distributed=self.enable_distributed,
                 model_filter=self.model_filter,
@@ -126,10 +148,11 @@ class RouteFinder:
             if near is None:
                 raise
             raise ModelNotFoundError(f"{error}; did you mean {near}?") from None
-        is_demo = route.model_path == DEMO_MODEL_PATH
-        if is_demo:
-            return replace(route, reason=f"{route.reason} ({DEMO_NOTE})")
-        return await asyncio.to_thread(self._with_modelfile, route)
+        if route.model_path == DEMO_MODEL_PATH:
+            return replace(route, reason=f"{route.reason} ({DEMO_NOTE})"), known.saved
+        if route.model_path is None or known.modelfile is None:
+            return await asyncio.to_thread(self._with_modelfile, route), known.saved
+        return _with_modelfile(route, known.modelfile), known.saved
 
     async def sharded_instead(self, route: Route, error: OllamaResponseError) -> Route | None:
         """The route over workers for a model that Ollama has too little memory for; None if there is none, or if
@@ -147,9 +170,7 @@ class RouteFinder:
         """The route with what Ollama adds to the model, if llama.cpp runs it."""
         if route.model_path is None:
             return route
-        modelfile = modelfile_of(route.model, self.gguf_path, _checked_sampling_option)
-        reason = "; ".join(filter(None, (route.reason, modelfile.describe())))
-        return replace(route, modelfile=modelfile, reason=reason)
+        return _with_modelfile(route, modelfile_of(route.model, self.gguf_path, _checked_sampling_option))
 
     async def identity(self, route: Route) -> dict[str, Any]:
         """What distinguishes the model of a route from another of the same name: its file and Modelfile, or
@@ -243,19 +264,23 @@ class RouteFinder:
         """Whether the user names the model's file."""
         return self.gguf_path is not None or names_file(model)
 
-    def _known(self, model: str, backend: str | None) -> tuple[ModelProfile, Path | None, str]:
-        """What is known of a model without Ollama: its profile, and, where Ollama need not be asked first, its
-        file and why that cannot be used.
+    def _known(self, model: str, backend: str | None) -> _Known:
+        """What is known of a model without Ollama. All in one call: each turn of a thread costs a request time.
 
         A model that is sharded need not wait for Ollama, unless there is no file to shard.
         """
+        saved = config.saved_model(model)
         profile = self.profile(model, backend)
         shards = bool(profile.requires_distributed) and self.enable_distributed
+        path, trouble = None, ""
         if shards if backend is None else backend != OLLAMA:
-            return profile, *self._file(model, backend)
-        if backend is None and names_file(model):
-            return profile, *self._file(model, LOCAL)
-        return profile, None, ""
+            path, trouble = self._file(model, backend)
+        elif backend is None and names_file(model):
+            path, trouble = self._file(model, LOCAL)
+        modelfile = None
+        if path is not None and path != DEMO_MODEL_PATH:
+            modelfile = modelfile_of(model, self.gguf_path, _checked_sampling_option)
+        return _Known(saved, profile, path, trouble, modelfile)
 
     def _file(self, model: str, backend: str | None) -> tuple[Path | None, str]:
         """The model's file on this machine, if any, and why it cannot be used. Raises ModelFileError instead
@@ -274,6 +299,11 @@ class RouteFinder:
         if await self._ollama.has_model(model):
             return True, "an Ollama node has it"
         return False, self._ollama.describe_state()
+
+
+def _with_modelfile(route: Route, modelfile: Modelfile) -> Route:
+    reason = "; ".join(filter(None, (route.reason, modelfile.describe())))
+    return replace(route, modelfile=modelfile, reason=reason)
 
 
 def checked_model(model: object) -> str:

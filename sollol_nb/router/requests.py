@@ -18,7 +18,7 @@ from sollol_nb.llama_cpp.answers.base import Answer
 from sollol_nb.models.routing import checked_backend
 from sollol_nb.router.own_engines import OwnEngines
 from sollol_nb.router.remote.engines import GatewayEngines
-from sollol_nb.runtime.io_loop import io_bound_stream
+from sollol_nb.runtime.io_loop import io_bound, io_bound_stream
 from sollol_nb.runtime.priority import Priority, checked_priority
 from sollol_nb.settings.models import model_text
 
@@ -233,6 +233,7 @@ class RouterRequests:
         return self._engines.chunks(answer.model, checked, router=self, interrupted=answer)
 
 
+@io_bound  # so that only the whole answer changes the thread, not each of its chunks
 async def _joined(chunks: AsyncGenerator[Chunk, None], *before: Chunk) -> Completion:
     """The whole answer of a stream, after the chunks from before it."""
     async with aclosing(chunks):

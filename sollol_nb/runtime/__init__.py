@@ -6,6 +6,7 @@
 - `priority.py`: the ten levels of priority, and those of roles and tasks
 - `amounts.py`: numbers and durations as callers give them
 - `http_client.py`: JSON over HTTP
+- `exchange.py`: requests to a server on this machine, over one connection
 - `sqlite_file.py`: SQLite files that several kernels use
 - `private_files.py`: files and folders of this user alone
 - `progress_bars.py`: progress bars

@@ -154,14 +154,7 @@ class JsonClient:
             if isinstance(error, TransportError):
                 raise
             raise TransportTimeoutError(f"{url}: no answer within the time limit") from error
-        if not content:
-            return None
-        try:
-            return json.loads(content)
-        except (ValueError, RecursionError) as error:  # nested too deeply is not JSON for us either
-            page = _title(content.decode(errors="replace"))
-            what = f"a web page ({page})" if page else "an answer that is not JSON"
-            raise TransportError(f"{url} sent {what}") from error
+        return decoded(url, content)
 
     @contextmanager
     def _translated(self, path: str) -> Iterator[None]:
@@ -199,50 +192,111 @@ class JsonClient:
                 await self._check(path, response)
                 content = await _read(response, ANSWER_LIMIT_BYTES)
         if len(content) > ANSWER_LIMIT_BYTES:
-            raise TransportError(f"{url}: the answer is longer than {ANSWER_LIMIT_BYTES >> 20} MiB")
+            raise too_long_error(url)
         return content
 
     async def _check(self, path: str, response: httpx.Response) -> None:
         """Raise HttpStatusError unless the status is a success, TransportError if the answer is compressed."""
-        status, url, text = response.status_code, self.base_url + path, ""
-        encoding = one_line(response.headers.get("content-encoding", "identity"), 40)
-        is_compressed = encoding.lower() not in ("", "identity")
-        if 200 <= status < 300:
-            if is_compressed:
-                raise TransportError(f"{url} sent a compressed answer ({encoding}), which was not requested")
+        url, encoding = self.base_url + path, response.headers.get("content-encoding", "")
+        if 200 <= response.status_code < 300:
+            refuse_compressed(url, encoding)
             return
-        if status < 400:
-            target = one_line(response.headers.get("location", ""), 200)
-            reason = f"it redirects to {target}; use that address instead" if target else "a redirect"
-        else:
-            content = b"" if is_compressed else await _read(response, ERROR_LIMIT_BYTES)
-            text = content.decode(errors="replace")
-            reason = _reason(text) or one_line(response.reason_phrase) or "no reason"
-            reason = reason.removeprefix(f"{status} ")  # in titles of web pages
-        raise HttpStatusError(f"{url} answered {status}: {reason}", status=status, reason=reason, body=text)
+        is_shown = response.status_code >= 400 and not is_compressed(encoding)
+        text = (await _read(response, ERROR_LIMIT_BYTES)).decode(errors="replace") if is_shown else ""
+        location = response.headers.get("location", "")
+        raise status_error(url, response.status_code, response.reason_phrase, text=text, location=location)
 
     async def _lines(
         self, path: str, response: httpx.Response, line_limit_bytes: int, limit_bytes: int | None
     ) -> AsyncIterator[str]:
-        """Lines that end with a line feed and nothing else: JSON text may contain U+2028, U+0085 and the like, at
-        which the library's own reader would split."""
-        line, total_bytes = bytearray(), 0
+        splitter = LineSplitter(self.base_url + path, line_limit_bytes, limit_bytes)
         async for piece in response.aiter_raw():
-            total_bytes += len(piece)
-            if limit_bytes is not None and total_bytes > limit_bytes:
-                raise TransportError(f"{self.base_url}{path}: the answer is longer than {limit_bytes >> 20} MiB")
-            first, *others = piece.split(b"\n")
-            line += first
-            for following in others:
-                total_bytes += LINE_COST_BYTES if line else 0
-                yield line.removesuffix(b"\r").decode(errors="replace")
-                line = bytearray(following)
-            if len(line) > line_limit_bytes:
-                raise TransportError(
-                    f"{self.base_url}{path}: a line of the answer is longer than {line_limit_bytes >> 20} MiB"
-                )
-        if line:
-            yield line.decode(errors="replace")
+            for line in splitter.feed(piece):
+                yield line
+        for line in splitter.end():
+            yield line
+
+
+class LineSplitter:
+    """Splits a streamed answer into lines. They end with a line feed and nothing else: JSON text may contain
+    U+2028, U+0085 and the like, at which other readers would split.
+
+    Args:
+        url: for errors.
+        line_limit_bytes: the longest line.
+        limit_bytes: of all lines together; None for none.
+    """
+
+    def __init__(self, url: str, line_limit_bytes: int = LINE_LIMIT_BYTES, limit_bytes: int | None = None) -> None:
+        self._url = url
+        self._line_limit_bytes, self._limit_bytes = line_limit_bytes, limit_bytes
+        self._line, self._total_bytes = bytearray(), 0
+
+    def feed(self, piece: bytes) -> Iterator[str]:
+        """Take the next piece; gives the lines that it completes. Raises TransportError at a limit."""
+        self._total_bytes += len(piece)
+        if self._limit_bytes is not None and self._total_bytes > self._limit_bytes:
+            raise TransportError(f"{self._url}: the answer is longer than {self._limit_bytes >> 20} MiB")
+        first, *others = piece.split(b"\n")
+        self._line += first
+        for following in others:
+            self._total_bytes += LINE_COST_BYTES if self._line else 0
+            yield self._line.removesuffix(b"\r").decode(errors="replace")
+            self._line = bytearray(following)
+        if len(self._line) > self._line_limit_bytes:
+            raise TransportError(
+                f"{self._url}: a line of the answer is longer than {self._line_limit_bytes >> 20} MiB"
+            )
+
+    def end(self) -> Iterator[str]:
+        """The last line, if no line feed ends it."""
+        if self._line:
+            yield self._line.decode(errors="replace")
+
+
+def decoded(url: str, content: bytes) -> Any:
+    """A body as JSON; None if it is empty. Raises TransportError if it is not JSON."""
+    if not content:
+        return None
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:  # nested too deeply is not JSON for us either
+        page = _title(content.decode(errors="replace"))
+        what = f"a web page ({page})" if page else "an answer that is not JSON"
+        raise TransportError(f"{url} sent {what}") from error
+
+
+def is_compressed(encoding: str) -> bool:
+    """Whether the header `Content-Encoding` says so."""
+    return encoding.strip().lower() not in ("", "identity")
+
+
+def refuse_compressed(url: str, encoding: str) -> None:
+    """Raise TransportError if an answer is compressed."""
+    if is_compressed(encoding):
+        raise TransportError(f"{url} sent a compressed answer ({one_line(encoding, 40)}), which was not requested")
+
+
+def too_long_error(url: str) -> TransportError:
+    """The error for a body longer than `ANSWER_LIMIT_BYTES`."""
+    return TransportError(f"{url}: the answer is longer than {ANSWER_LIMIT_BYTES >> 20} MiB")
+
+
+def status_error(url: str, status: int, phrase: str, *, text: str = "", location: str = "") -> HttpStatusError:
+    """The error for a status that is not a success.
+
+    Args:
+        phrase: the words beside the status.
+        text: the beginning of the body.
+        location: where it redirects to.
+    """
+    if status < 400:
+        target = one_line(location, 200)
+        reason = f"it redirects to {target}; use that address instead" if target else "a redirect"
+    else:
+        reason = _reason(text) or one_line(phrase) or "no reason"
+        reason = reason.removeprefix(f"{status} ")  # in titles of web pages
+    return HttpStatusError(f"{url} answered {status}: {reason}", status=status, reason=reason, body=text)
 
 
 def _is_unknown_name(error: BaseException | None) -> bool:

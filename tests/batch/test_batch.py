@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -333,7 +333,7 @@ def test_an_answer_that_cannot_be_kept_during_a_stop_is_one_warning(
     router: HybridRouter, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Failing(BatchStore):
-        def put(self, key: str, completion: Completion) -> None:
+        def put(self, answers: Mapping[str, Completion]) -> None:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.5)  # the stop comes while this answer is being kept
             raise OSError("no space left")

@@ -75,7 +75,7 @@ def test_what_is_no_json_has_no_key() -> None:
 
 def test_an_answer_comes_back_as_it_was_but_for_its_plan(store: BatchStore) -> None:
     before = completion("Ünï \N{SNOWMAN} \ud800 \0")
-    store.put("k", before)
+    store.put({"k": before})
     after = store.get(["k", "other"])
     assert list(after) == ["k"]
     assert isinstance(after["k"], Completion)
@@ -85,14 +85,14 @@ def test_an_answer_comes_back_as_it_was_but_for_its_plan(store: BatchStore) -> N
 
 
 def test_the_newer_answer_takes_the_place_of_the_older(store: BatchStore) -> None:
-    store.put("k", completion("old"))
-    store.put("k", completion("new"))
+    store.put({"k": completion("old")})
+    store.put({"k": completion("new")})
     assert (len(store), store.get(["k"])["k"].text) == (1, "new")
 
 
 def test_many_keys_are_found_at_once(store: BatchStore) -> None:
     for number in range(3):
-        store.put(f"k{number}", completion(str(number)))
+        store.put({f"k{number}": completion(str(number))})
     found = store.get([f"k{number}" for number in range(2000)])
     assert sorted(found) == ["k0", "k1", "k2"]
     assert store.get([]) == {}
@@ -100,7 +100,7 @@ def test_many_keys_are_found_at_once(store: BatchStore) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="modes mean nothing there")
 def test_only_the_user_may_read_the_file(store: BatchStore) -> None:
-    store.put("k", completion("x"))
+    store.put({"k": completion("x")})
     with sqlite3.connect(store.path) as connection:
         connection.execute("SELECT * FROM answers").fetchall()
         modes = {path.name: path.stat().st_mode & 0o777 for path in store.path.parent.iterdir()}
@@ -109,7 +109,7 @@ def test_only_the_user_may_read_the_file(store: BatchStore) -> None:
 
 def test_many_threads_may_be_the_first_and_write_at_once(store: BatchStore) -> None:
     with ThreadPoolExecutor(8) as threads:
-        list(threads.map(lambda number: store.put(f"k{number}", completion(str(number))), range(80)))
+        list(threads.map(lambda number: store.put({f"k{number}": completion(str(number))}), range(80)))
     assert len(store) == 80
 
 
@@ -118,13 +118,13 @@ import sys
 from sollol_nb.batch.store import BatchStore
 from sollol_nb.chat.completion import Completion
 store = BatchStore(sys.argv[1])
-store.put("theirs", Completion(message={"content": "from there"}))
+store.put({"theirs": Completion(message={"content": "from there"})})
 print("wrote", store.get(["ours"])["ours"].text, flush=True)
 """
 
 
 def test_processes_share_what_is_kept(store: BatchStore) -> None:
-    store.put("ours", completion("from here"))
+    store.put({"ours": completion("from here")})
     with script(WRITER, str(store.path)) as process:
         assert says(process, "wrote") == "from here"
         assert process.wait(HANG_GUARD_S) == 0
@@ -132,7 +132,7 @@ def test_processes_share_what_is_kept(store: BatchStore) -> None:
 
 
 def test_answers_are_found_also_while_another_writes(store: BatchStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    store.put("k", completion("x"))
+    store.put({"k": completion("x")})
     monkeypatch.setattr(sqlite_file, "BUSY_TIMEOUT_S", 0.01)
     with contextlib.closing(sqlite3.connect(store.path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
@@ -140,8 +140,8 @@ def test_answers_are_found_also_while_another_writes(store: BatchStore, monkeypa
 
 
 def test_an_answer_that_cannot_be_read_is_none(store: BatchStore) -> None:
-    store.put("whole", completion("x"))
-    store.put("torn", completion("y"))
+    store.put({"whole": completion("x")})
+    store.put({"torn": completion("y")})
     with contextlib.closing(sqlite3.connect(store.path)) as connection, connection:
         connection.execute("UPDATE answers SET completion = substr(completion, 1, 9) WHERE key = 'torn'")
     assert list(store.get(["whole", "torn"])) == ["whole"]
@@ -153,12 +153,12 @@ def test_an_answer_that_cannot_be_read_is_none(store: BatchStore) -> None:
 def test_answers_that_nobody_used_for_long_go(store: BatchStore, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1_000_000.0]
     monkeypatch.setattr(batch_store.time, "time", lambda: now[0])
-    store.put("old", completion("old"))
-    store.put("used", completion("used"))
+    store.put({"old": completion("old")})
+    store.put({"used": completion("used")})
     now[0] += 20 * 86_400
     store.get(["used"])
     now[0] += 20 * 86_400
-    store.put("new", completion("new"))
+    store.put({"new": completion("new")})
     assert store.prune() == 1
     assert sorted(store.get(["old", "used", "new"])) == ["new", "used"]
 
@@ -168,7 +168,7 @@ def test_the_least_recently_used_of_too_many_go(store: BatchStore, monkeypatch: 
     monkeypatch.setattr(batch_store.time, "time", lambda: now[0])
     for number in range(5):
         now[0] += 1
-        store.put(f"k{number}", completion("x"))
+        store.put({f"k{number}": completion("x")})
     now[0] += 1
     store.get(["k0"])
     assert store.prune(keep_rows=2) == 3
@@ -177,7 +177,7 @@ def test_the_least_recently_used_of_too_many_go(store: BatchStore, monkeypatch: 
 
 def test_all_or_one_models_answers_can_be_cleared(store: BatchStore) -> None:
     for model in ("a", "b", "b"):
-        store.put(f"{model}{len(store)}", completion("x" * 100_000, model))
+        store.put({f"{model}{len(store)}": completion("x" * 100_000, model)})
     size = store.path.stat().st_size
     assert store.clear("b") == 2
     assert len(store) == 1

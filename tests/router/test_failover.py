@@ -57,8 +57,11 @@ class StandIn:
         self._takes_requests = takes_requests
         self.leases = 0
 
-    async def hold(self) -> bool:
-        self.leases += self._takes_requests
+    def ask_lease(self) -> StandIn:
+        self.leases += 1
+        return self
+
+    async def is_granted(self) -> bool:
         return self._takes_requests
 
     def free(self) -> None:
@@ -70,7 +73,7 @@ class StandIn:
     def answer(self, _: object) -> ChatAnswer:
         return ChatAnswer("demo", [{"role": "user", "content": "Hi"}], {})
 
-    async def stream(self, _: ChatAnswer) -> AsyncGenerator[Chunk, None]:
+    async def stream(self, _: ChatAnswer, lease: StandIn) -> AsyncGenerator[Chunk, None]:
         for chunk in self._chunks:
             yield chunk
             if chunk["done"]:
@@ -151,7 +154,7 @@ def test_an_answer_done_in_time_does_not_time_out_however_slow_its_reader_is() -
 
 def test_an_answer_not_done_in_time_is_cancelled() -> None:
     class Silent(StandIn):
-        async def stream(self, _: ChatAnswer) -> AsyncGenerator[Chunk, None]:
+        async def stream(self, _: ChatAnswer, lease: StandIn) -> AsyncGenerator[Chunk, None]:
             await asyncio.Event().wait()
             yield piece("never")
 

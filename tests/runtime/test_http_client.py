@@ -23,7 +23,8 @@ from sollol_nb.errors import (
     TransportError,
     TransportTimeoutError,
 )
-from sollol_nb.runtime import http_client
+from sollol_nb.runtime import exchange, http_client
+from sollol_nb.runtime.exchange import Exchange
 from sollol_nb.runtime.http_client import JsonClient
 from tests.support.engines import Peer, listening, run
 
@@ -88,6 +89,23 @@ async def get(peer: Peer, **options: Any) -> Any:
 async def read_lines(peer: Peer, **options: Any) -> list[str]:
     async with client_of(peer, **options) as client, client.stream_lines("/api/chat", {}) as lines:
         return [line async for line in lines]
+
+
+@contextlib.asynccontextmanager
+async def exchange_with(peer: Peer, **options: Any) -> AsyncIterator[Exchange]:
+    settings: Any = {"api_key": KEY, "read_timeout_s": 30.0} | options
+    async with listening(peer) as port, Exchange(f"http://127.0.0.1:{port}", **settings) as exchange:
+        yield exchange
+
+
+async def post_once(peer: Peer, **options: Any) -> Any:
+    async with exchange_with(peer, **options) as exchange:
+        return await exchange.post("/props", {})
+
+
+async def exchanged_lines(peer: Peer, **options: Any) -> list[str]:
+    async with exchange_with(peer, **options) as exchange:
+        return [line async for line in exchange.lines("/api/chat", {})]
 
 
 # --- answers ----------------------------------------------------------------------------------
@@ -240,9 +258,10 @@ def test_http_where_https_is_requested_is_named() -> None:
         pytest.param(says(response(b"[" * 200_000)), TransportError, "is not JSON", id="nested too deeply"),
     ],
 )
-def test_failure_has_its_own_error(peer: Peer, error: type[Exception], message: str) -> None:
+@pytest.mark.parametrize("ask", [get, post_once])
+def test_failure_has_its_own_error(peer: Peer, error: type[Exception], message: str, ask: Any) -> None:
     with pytest.raises(TransportError, match=message) as caught:
-        run(get(peer, api_key=KEY, read_timeout_s=0.2))
+        run(ask(peer, api_key=KEY, read_timeout_s=0.2))
 
     assert type(caught.value) is error
     assert "127.0.0.1" in str(caught.value)
@@ -253,8 +272,9 @@ def test_failure_has_its_own_error(peer: Peer, error: type[Exception], message: 
 
 def test_an_endless_answer_ends() -> None:
     endless = says(CHUNKED, *[chunk(b"a" * 2**20)] * 40, then="silence")
-    with pytest.raises(TransportError, match=r"/props: the answer is longer than 32 MiB"):
-        run(get(endless))
+    for ask in (get, post_once):
+        with pytest.raises(TransportError, match=r"/props: the answer is longer than 32 MiB"):
+            run(ask(endless))
 
 
 @pytest.mark.parametrize(
@@ -314,7 +334,7 @@ def test_an_endless_answer_ends() -> None:
     ],
 )
 def test_error_status_carries_the_peers_own_words(answer: bytes, status: int, reason: str | None) -> None:
-    for ask in (get, read_lines):
+    for ask in (get, read_lines, post_once, exchanged_lines):
         with pytest.raises(HttpStatusError) as caught:
             run(ask(says(answer), api_key=KEY))
 
@@ -371,7 +391,8 @@ def test_repr_tells_the_address_and_never_the_key() -> None:
     ],
 )
 def test_stream_gives_lines_as_they_were_sent(pieces: list[bytes], lines: list[str]) -> None:
-    assert run(read_lines(says(CHUNKED, *map(chunk, pieces), b"0\r\n\r\n"))) == lines
+    for read in (read_lines, exchanged_lines):
+        assert run(read(says(CHUNKED, *map(chunk, pieces), b"0\r\n\r\n"))) == lines
 
 
 @pytest.mark.parametrize(
@@ -457,3 +478,107 @@ def test_error_of_the_reader_passes_through_unchanged() -> None:
 def test_a_key_that_no_header_can_have_is_refused() -> None:
     with pytest.raises(ConfigError, match="the API key has characters that no HTTP header can have"):
         JsonClient("http://127.0.0.1:1", api_key="key\r\nX-Other: header")
+
+
+# --- one connection for an answer -------------------------------------------------------------
+
+
+def test_an_exchange_uses_one_connection_for_its_requests_and_the_stream() -> None:
+    heads: list[str] = []
+    connections = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        for _ in range(2):
+            head, body = await read_request(reader)
+            heads.append(head)
+            assert json.loads(body) == {"model": "caf\u00e9"}
+            writer.write(response(b'{"prompt": "x"}'))
+        await read_request(reader)
+        writer.write(CHUNKED + chunk(b"one\n") + chunk(b"two\n") + b"0\r\n\r\n")
+        assert await reader.read() == b""
+
+    async def ask() -> list[str]:
+        async with exchange_with(serve) as exchange:
+            for _ in range(2):
+                assert await exchange.post("/render", {"model": "caf\u00e9"}) == {"prompt": "x"}
+            return [line async for line in exchange.lines("/chat", {})]
+
+    assert run(ask()) == ["one", "two"]
+    assert connections == 1
+    assert all(f"authorization: bearer {KEY}" in head.lower() for head in heads)
+
+
+@pytest.mark.parametrize(
+    "ends",
+    [
+        pytest.param(response(b"1").replace(b"\r\n", b"\r\nConnection: close\r\n", 1), id="announced"),
+        pytest.param(response(b"1"), id="unannounced"),
+        pytest.param(b"HTTP/1.1 200 OK\r\n\r\n1", id="the end of the connection ends the answer"),
+    ],
+)
+def test_an_exchange_opens_another_connection_where_the_server_closed_it(ends: bytes) -> None:
+    async def ask() -> list[Any]:
+        async with exchange_with(says(ends)) as exchange:
+            answers = []
+            for _ in range(3):
+                answers.append(await exchange.post("/x", {}))
+                for _ in range(20):  # turns of the loop, in which the end of the connection arrives
+                    await asyncio.sleep(0)
+            return answers
+
+    assert run(ask()) == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(CHUNKED + b"zz\r\n", id="no size"),
+        pytest.param(CHUNKED + b"fffffff0\r\n", id="a giant piece"),
+        pytest.param(CHUNKED + b"5\r\non", id="half a piece"),
+        pytest.param(CHUNKED + chunk(b"one"), id="no last piece"),
+        pytest.param(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\n\r\n", id="an unknown coding"),
+        pytest.param(b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n", id="no length"),
+        pytest.param(b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 20_000, id="an endless head"),
+        pytest.param(b"HTTP/9.9 999\r\n\r\n", id="an unknown version"),
+    ],
+)
+def test_what_is_not_http_is_refused(answer: bytes) -> None:
+    for ask in (post_once, exchanged_lines):
+        with pytest.raises(ConnectionBrokenError, match="the answer is incomplete or not HTTP"):
+            run(ask(says(answer)))
+
+
+def test_a_stream_of_an_exchange_has_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange, "STREAM_LIMIT_BYTES", 4_000)
+    with pytest.raises(TransportError, match="the answer is longer than"):
+        run(exchanged_lines(says(CHUNKED, *[chunk(b"z\n" * 900)] * 5)))
+
+
+def test_leaving_an_exchange_closes_its_connection() -> None:
+    async def read() -> None:
+        closed = asyncio.Event()
+
+        async def talks_until_closed(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await read_request(reader)
+            writer.write(CHUNKED + chunk(b"one\n"))
+            assert await reader.read() == b""
+            closed.set()
+
+        async with listening(talks_until_closed) as port:
+            url = f"http://127.0.0.1:{port}"
+            async with Exchange(url, api_key=KEY, read_timeout_s=30.0) as exchange:
+                assert await anext(exchange.lines("/api/chat", {})) == "one"
+            await closed.wait()
+
+    run(read())
+
+
+def test_an_exchange_with_nobody_is_a_failed_connection() -> None:
+    async def ask() -> None:
+        async with Exchange(unused_url(), api_key=KEY, read_timeout_s=30.0) as exchange:
+            await exchange.post("/x", {})
+
+    with pytest.raises(ConnectFailedError, match="cannot connect"):
+        run(ask())

@@ -64,6 +64,8 @@ class Server:
         while (asked := await answer.request(self.client.post)) is not None:
             async with aclosing(self.events((asked[0], {**asked[1], **(add or {})}))) as events:
                 async for event in events:
+                    if (render := answer.unconfirmed) is not None:
+                        answer.confirm((await self.client.post("/apply-template", render))["prompt"])
                     chunk = answer.translate(event)
                     chunks += [chunk] if chunk is not None else []
                     if answer.is_abandoned:

@@ -37,5 +37,6 @@ Files, in reading order:
 * `protocol.py`: between Ollama's chat shape and llama-server's, and the requests that llama-server refuses.
 * `drafts.py`: what drafts brought in an answer.
 * `logprobs.py`: log probabilities of tokens, in Ollama's shape.
+* `prompts.py`: prompts foreseen from earlier ones.
 * `tokens.py`: tokens and the text they spell, from the engine's tokenizer.
 """

@@ -25,6 +25,8 @@ class Answer(ABC):
 
         while (request := await answer.request(post)) is not None:
             async for event in <the events of a streaming POST of request>:
+                if answer.unconfirmed is not None:
+                    answer.confirm(<the prompt that a POST of it to /apply-template gives>)
                 chunk = answer.translate(event)    # show it, unless it is None
                 if answer.is_abandoned:
                     break
@@ -42,6 +44,7 @@ class Answer(ABC):
         waiting_prompt_tokens: tokens of the prompt that are not processed yet; a guess until the engine reports.
         is_complete: no further request is needed.
         is_abandoned: the rest of this stream is useless; close it, and send the next `request`.
+        unconfirmed: what renders the prompt of the last request, which was foreseen; None if that is certain.
         is_deterministic: it must not depend on other requests, past or present: see `deterministic` in
             `chat/options.py`.
         recovers_exactly: another engine generates it again from its beginning.
@@ -62,6 +65,7 @@ class Answer(ABC):
         self.token_count = 0
         self.is_complete = False
         self.is_abandoned = False
+        self.unconfirmed: Mapping[str, Any] | None = None
         self._note = ""
         self.waiting_prompt_tokens = sum(map(_characters, messages)) // CHARACTERS_PER_TOKEN + 1
         self._messages = [dict(message) for message in messages]
@@ -88,6 +92,10 @@ class Answer(ABC):
         Raises:
             TransportError: from `post`.
         """
+
+    def confirm(self, prompt: str) -> None:
+        """Take the real prompt of the last request, where it was foreseen; a wrong one abandons the stream."""
+        self.unconfirmed = None
 
     @abstractmethod
     def translate(self, event: Mapping[str, Any]) -> Chunk | None:

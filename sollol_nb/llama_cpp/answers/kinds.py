@@ -8,6 +8,7 @@ from typing import Any
 
 from sollol_nb.llama_cpp.answers.base import Answer
 from sollol_nb.llama_cpp.answers.chat import ChatAnswer
+from sollol_nb.llama_cpp.answers.prompts import ForeseenPrompts
 from sollol_nb.llama_cpp.answers.protocol import OPENING_TAG, continues_message, has_media
 from sollol_nb.llama_cpp.answers.raw import RawAnswer
 
@@ -24,13 +25,19 @@ _MAX_MARKUP = 200
 
 
 def answer_for(
-    model: str, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any], *, chat_template: str
+    model: str,
+    messages: Sequence[Mapping[str, Any]],
+    options: Mapping[str, Any],
+    *,
+    chat_template: str,
+    prompts: ForeseenPrompts | None = None,
 ) -> Answer:
     """A new answer of the kind that suits the question.
 
     Args:
         messages, options: Ollama-shaped, as `chat.messages` and `chat.option_checks` return them.
         chat_template: of the model, as `/props` gives it.
+        prompts: the engine's prompts so far.
     """
     if needs_chat_parser(messages, options, chat_template):
         return ChatAnswer(
@@ -40,7 +47,7 @@ def answer_for(
             splits_thinking=OPENING_TAG in chat_template,
             markup=sorted(set(_MARKUP.findall(chat_template)))[:_MAX_MARKUP],
         )
-    return RawAnswer(model, messages, options, splits_thinking=OPENING_TAG in chat_template)
+    return RawAnswer(model, messages, options, splits_thinking=OPENING_TAG in chat_template, prompts=prompts)
 
 
 def needs_chat_parser(

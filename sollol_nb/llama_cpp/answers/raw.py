@@ -17,6 +17,7 @@ from sollol_nb.llama_cpp.answers.base import (
     diverged_error,
 )
 from sollol_nb.llama_cpp.answers.logprobs import LogprobReader, spelling, wanted_alternatives
+from sollol_nb.llama_cpp.answers.prompts import ForeseenPrompts
 from sollol_nb.llama_cpp.answers.protocol import (
     CLOSING_TAG,
     OPENING_TAG,
@@ -49,6 +50,7 @@ class RawAnswer(Answer):
         splits_thinking: the model's template writes thoughts between `<think>` and `</think>`.
         markup: special tokens that are sent as text, too.
         prompt: what the model reads; by default the template with the messages filled in.
+        prompts: the engine's prompts so far, from which this one may be foreseen.
     """
 
     kind = "raw"
@@ -62,6 +64,7 @@ class RawAnswer(Answer):
         splits_thinking: bool = False,
         markup: Sequence[str] = (),
         prompt: str | None = None,
+        prompts: ForeseenPrompts | None = None,
     ) -> None:
         super().__init__(model, messages, options)
         settings = sampling_settings(options)
@@ -73,6 +76,7 @@ class RawAnswer(Answer):
         self._markup = tuple(markup)
         self._splitter: ThinkSplitter | None = None
         self._prompt = prompt
+        self._prompts = prompts
         self._done_reason = ""
         self._stopped_by = ""
         self._pieces: list[_Piece] = []
@@ -92,10 +96,8 @@ class RawAnswer(Answer):
         self._logprob_reader = LogprobReader(self._options)
         if self.is_complete:
             return None
-        if self._prompt is None:
-            request = request_body(self._messages, self._options)
-            rendered = await post("/apply-template", prompt_request(request))
-            self._begin(str(rendered["prompt"]))
+        if self._prompt is None or self.unconfirmed is not None:
+            self._begin(await self._rendered(post))
         assert self._prompt is not None
         if self._known is not None:  # lost again while it was repeated
             self._pieces, self._known = self._known, None
@@ -123,6 +125,29 @@ class RawAnswer(Answer):
         if self._schema is not None:
             body["generation_prompt"] = self._grammar_prompt
         return "/completion", body
+
+    async def _rendered(self, post: Post) -> str:
+        """The prompt: foreseen, or as the engine renders it."""
+        request = prompt_request(request_body(self._messages, self._options))
+        # A request that is given up may be computed together with the next one, which rounds otherwise.
+        may_foresee = self._prompts is not None and self._prompt is None and not self.recovers_exactly
+        foreseen = self._prompts.foresee(request) if self._prompts is not None and may_foresee else None
+        self.unconfirmed = request if foreseen is not None else None
+        if foreseen is not None:
+            return foreseen
+        prompt = str((await post("/apply-template", request))["prompt"])
+        if self._prompts is not None:
+            self._prompts.learn(request, prompt)
+        return prompt
+
+    def confirm(self, prompt: str) -> None:
+        assert self.unconfirmed is not None
+        assert self._prompts is not None
+        self._prompts.learn(self.unconfirmed, prompt, foreseen=self._prompt)
+        self.unconfirmed = None
+        if prompt != self._prompt:
+            self._begin(prompt)
+            self.is_abandoned = True
 
     def translate(self, event: Mapping[str, Any]) -> Chunk | None:
         if self.is_complete or self.is_abandoned:
@@ -179,7 +204,7 @@ class RawAnswer(Answer):
             **self._common_state(),
             "splits_thinking": self._splits_thinking,
             "markup": list(self._markup),
-            "prompt": self._prompt,
+            "prompt": self._prompt if self.unconfirmed is None else None,
             "done_reason": self._done_reason,
             "spells": self._tokenises,
             "written": self._sent.text,

@@ -19,6 +19,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import psutil
@@ -39,8 +40,9 @@ from sollol_nb.llama_cpp.coordinators.settings import (
 from sollol_nb.llama_cpp.coordinators.streams import AnswerStreams
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.processes import registry
-from sollol_nb.llama_cpp.processes.process import EngineProcess, ExitReport
+from sollol_nb.llama_cpp.processes.process import EngineProcess, ExitReport, Lease
 from sollol_nb.llama_cpp.processes.registry import Entry
+from sollol_nb.runtime.exchange import Exchange
 from sollol_nb.runtime.gate import Gate
 from sollol_nb.runtime.http_client import JsonClient
 from sollol_nb.settings.endpoints import LOOPBACK, addresses_of
@@ -97,7 +99,11 @@ class Coordinator:
         self._client = JsonClient(self.base_url, api_key=process.key, read_timeout_s=SILENCE_LIMIT_S)
         self._keyless = JsonClient(self.base_url, read_timeout_s=5.0)
         self._streams = AnswerStreams(
-            settings.model, process, self._client, context_tokens=settings.context_tokens
+            settings.model,
+            process,
+            self._client,
+            partial(Exchange, self.base_url, api_key=process.key, read_timeout_s=SILENCE_LIMIT_S),
+            context_tokens=settings.context_tokens,
         )
 
     def __repr__(self) -> str:
@@ -263,6 +269,10 @@ class Coordinator:
         """Take a lease for a request; False if it has ended or is ending."""
         return await self._process.hold()
 
+    def ask_lease(self) -> Lease:
+        """Take a lease for a request, without waiting for the answer."""
+        return self._process.ask_lease()
+
     def free(self) -> None:
         """End the lease of a request."""
         self._process.free()
@@ -349,21 +359,24 @@ class Coordinator:
         """Tokens of the prompt of a request; those of images are not counted. Errors are those of `stream`."""
         return await self._streams.count_tokens(messages, options)
 
-    def stream(self, answer: Answer) -> AsyncGenerator[Chunk, None]:
+    def stream(self, answer: Answer, lease: Lease | None = None) -> AsyncGenerator[Chunk, None]:
         """Stream the rest of an answer; yields Ollama-shaped chunks, the last with `done`.
 
         Where turns were dropped to fit the context, the first chunk and the last have `_dropped`: which. Where the
         answer ended because the context was full, the last has `_context_full`: its size in tokens.
 
         Closing the generator cancels the work in the engine's slot. The caller provides the slot (see `gate`), the
-        lease (`hold`) and the time limit.
+        lease and the time limit.
+
+        Args:
+            lease: asked for just now; nothing is sent before it is granted. None where the caller has one.
 
         Raises:
-            CoordinatorLostError: the process ended, the connection broke, or it went silent.
+            CoordinatorLostError: the process ended or is ending, the connection broke, or it went silent.
             ContextOverflowError: the messages do not fit the context.
             RequestRejectedError: the engine refused the request.
         """
-        return self._streams.stream(answer)
+        return self._streams.stream(answer, lease)
 
     def broken_links(self) -> list[str]:
         """Workers to which it has no TCP connection any more, according to the operating system."""

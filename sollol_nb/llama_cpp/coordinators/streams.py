@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any
 
 from sollol_nb.chat.chunk import CONTEXT_FULL, Chunk
@@ -22,12 +22,14 @@ from sollol_nb.errors import (
 from sollol_nb.llama_cpp.answers.base import Answer
 from sollol_nb.llama_cpp.answers.fitting import FittingAnswer
 from sollol_nb.llama_cpp.answers.kinds import answer_for
+from sollol_nb.llama_cpp.answers.prompts import ForeseenPrompts
 from sollol_nb.llama_cpp.answers.protocol import parse_event, refusal, request_body
 from sollol_nb.llama_cpp.answers.raw import RawAnswer
 from sollol_nb.llama_cpp.answers.tokens import prompt_tokens
 from sollol_nb.llama_cpp.coordinators.pace import Pace
 from sollol_nb.llama_cpp.processes.exit_reasons import describe_exit, exit_reason
-from sollol_nb.llama_cpp.processes.process import EngineProcess
+from sollol_nb.llama_cpp.processes.process import EngineProcess, Lease
+from sollol_nb.runtime.exchange import Exchange
 from sollol_nb.runtime.http_client import JsonClient
 
 SLOTS_INTERVAL_S = 0.1
@@ -48,6 +50,7 @@ class AnswerStreams:
 
     Args:
         client: sends requests to it.
+        exchange: makes a connection to it, for one answer.
 
     Attributes:
         context_tokens: its limit for one request, prompt and answer. With one pool of context for all slots that
@@ -57,7 +60,15 @@ class AnswerStreams:
         last_used_at: `time.monotonic()` of the last request's begin or end.
     """
 
-    def __init__(self, model: str, process: EngineProcess, client: JsonClient, *, context_tokens: int) -> None:
+    def __init__(
+        self,
+        model: str,
+        process: EngineProcess,
+        client: JsonClient,
+        exchange: Callable[[], Exchange],
+        *,
+        context_tokens: int,
+    ) -> None:
         self.context_tokens = context_tokens
         self.chat_template = ""
         self.pace = Pace()
@@ -65,6 +76,8 @@ class AnswerStreams:
         self._model = model
         self._process = process
         self._client = client
+        self._exchange = exchange
+        self._prompts = ForeseenPrompts()
         self._watch: asyncio.Task[None] | None = None
 
     def new_answer(
@@ -80,7 +93,7 @@ class AnswerStreams:
                 chat_template=self.chat_template,
                 context_tokens=self.context_tokens,
             )
-        return answer_for(model, messages, options, chat_template=self.chat_template)
+        return answer_for(model, messages, options, chat_template=self.chat_template, prompts=self._prompts)
 
     def new_raw_answer(self, prompt: str, options: Mapping[str, Any], model: str | None = None) -> Answer:
         """As `Coordinator.raw_answer`."""
@@ -96,36 +109,46 @@ class AnswerStreams:
         except (ConnectionBrokenError, ConnectFailedError, TransportTimeoutError) as error:
             raise await self._lost_error(error) from error
 
-    async def stream(self, answer: Answer) -> AsyncGenerator[Chunk, None]:
+    async def stream(self, answer: Answer, lease: Lease | None = None) -> AsyncGenerator[Chunk, None]:
         """As `Coordinator.stream`."""
         self.last_used_at = time.monotonic()
         stream = self.pace.open(answer)
         if self._watch is None or self._watch.done():
             self._watch = asyncio.create_task(self._kill_when_silent())
         try:
-            while (request := await answer.request(self._client.post)) is not None:
-                stream.on_sent()
-                try:
-                    async with self._client.stream_lines(*request) as lines:
-                        async for line in lines:
-                            event = _checked_event(line)
-                            if event is None:
-                                continue
-                            stream.on_event(event)
-                            chunk = answer.translate(event)
-                            if chunk is not None:
-                                with stream.reader_busy():
-                                    yield chunk
-                            if answer.is_abandoned:
-                                break
-                except (HttpStatusError, _ReportedError) as error:
-                    if not answer.recover(error.reason):
-                        raise self._refusal(error.reason) from error
-                    continue
-                if not answer.is_complete and not answer.is_abandoned:
-                    raise ConnectionBrokenError(
-                        f"{self._client.base_url}: the answer ended without its last event"
-                    )
+            async with self._exchange() as exchange:
+                if lease is not None:
+                    await exchange.connect()  # meanwhile the supervisor answers
+                    if not await lease.is_granted():  # another program may have its port by now
+                        raise CoordinatorLostError(f"the coordinator of {self._model} is ending")
+                while (request := await answer.request(exchange.post)) is not None:
+                    stream.on_sent()
+                    try:
+                        async with (
+                            self._rendering(answer) as confirmed,
+                            aclosing(exchange.lines(*request)) as lines,
+                        ):
+                            async for line in lines:
+                                event = _checked_event(line)
+                                if event is None:
+                                    continue
+                                stream.on_event(event)
+                                if answer.unconfirmed is not None:
+                                    await confirmed()
+                                chunk = answer.translate(event)
+                                if chunk is not None:
+                                    with stream.reader_busy():
+                                        yield chunk
+                                if answer.is_abandoned:
+                                    break
+                    except (HttpStatusError, _ReportedError) as error:
+                        if not answer.recover(error.reason):
+                            raise self._refusal(error.reason) from error
+                        continue
+                    if not answer.is_complete and not answer.is_abandoned:
+                        raise ConnectionBrokenError(
+                            f"{self._client.base_url}: the answer ended without its last event"
+                        )
         except HttpStatusError as error:
             raise self._refusal(error.reason) from error
         except (ConnectionBrokenError, ConnectFailedError, TransportTimeoutError) as error:
@@ -135,6 +158,34 @@ class AnswerStreams:
             stream.close()
             self.last_used_at = time.monotonic()
         yield self._with_context_full(answer.final())
+
+    @asynccontextmanager
+    async def _rendering(self, answer: Answer) -> AsyncGenerator[Callable[[], Awaitable[None]], None]:
+        """Have the prompt rendered meanwhile, if it was foreseen; what it yields waits until it is confirmed. An
+        error of the engine counts only if it was about the real prompt."""
+        if answer.unconfirmed is None:
+            yield _nothing
+            return
+
+        async def render(body: Mapping[str, Any]) -> str:
+            async with self._exchange() as exchange:
+                return str((await exchange.post("/apply-template", body))["prompt"])
+
+        async def confirm() -> None:
+            answer.confirm(await rendered)
+
+        rendered = asyncio.create_task(render(answer.unconfirmed))
+        rendered.add_done_callback(lambda task: task.cancelled() or task.exception())  # else asyncio reports it
+        try:
+            yield confirm
+        except (HttpStatusError, _ReportedError):
+            if answer.unconfirmed is None:
+                raise
+            await confirm()
+            if not answer.is_abandoned:
+                raise
+        finally:
+            rendered.cancel()
 
     def close(self) -> None:
         """End the watch over silence."""
@@ -201,6 +252,10 @@ class AnswerStreams:
         return CoordinatorLostError(
             f"the coordinator of {self._model} ended ({describe_exit(report.code)}){because}; log: {log_path}"
         )
+
+
+async def _nothing() -> None:
+    """There is nothing to confirm."""
 
 
 def _checked_event(line: str) -> dict[str, Any] | None:

@@ -191,6 +191,10 @@ class EngineProcess:
             self.free()  # it may have been granted by now
             raise
 
+    def ask_lease(self) -> Lease:
+        """Take a lease without waiting for the supervisor's answer; end it with its `free`."""
+        return Lease(self)
+
     def free(self) -> None:
         """End a lease."""
         self._send("free")
@@ -261,18 +265,17 @@ class EngineProcess:
 
     async def _request(self, do: str, **arguments: Any) -> dict[str, Any]:
         """The supervisor's answer; empty if it has ended or does not answer."""
+        return await _in_time(self._ask(do, **arguments))
+
+    def _ask(self, do: str, **arguments: Any) -> asyncio.Future[dict[str, Any]]:
+        """Send a message; returns where the answer will be, which is empty if the supervisor has ended."""
         number = self._send(do, **arguments)
+        answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         if not self.is_running() or self._detached:
-            return {}
-        answer = self._answers[number] = asyncio.get_running_loop().create_future()
-        try:
-            async with asyncio.timeout(ANSWER_TIMEOUT_S):
-                message: dict[str, Any] = await answer
-                return message
-        except TimeoutError:
-            return {}
-        finally:
-            self._answers.pop(number, None)
+            answer.set_result({})
+        else:
+            self._answers[number] = answer
+        return answer
 
     async def _watch(self) -> None:
         report: ExitReport | None = None
@@ -281,7 +284,7 @@ class EngineProcess:
                 message = json.loads(line)
                 if message.get("event") == "exited":
                     report = ExitReport(message["code"], tuple(message["tail"]), message["why"])
-                answer = self._answers.get(message.get("n", 0))
+                answer = self._answers.pop(message.get("n", 0), None)
                 if answer is not None and not answer.done():
                     answer.set_result(message)
         if report is None and self._detached:
@@ -313,6 +316,35 @@ class EngineProcess:
         if started is not None and registry.is_same_process(self.pid, started):
             with contextlib.suppress(psutil.Error):
                 psutil.Process(self.pid).kill()
+
+
+class Lease:
+    """A lease that was asked for just now. Messages to the supervisor keep their order, so what follows is covered
+    by it, unless the engine is ending: then `is_granted` is False.
+
+    Args:
+        process: the engine.
+    """
+
+    def __init__(self, process: EngineProcess) -> None:
+        self._process = process
+        self._answer = process._ask("hold")
+
+    async def is_granted(self) -> bool:
+        """Whether it was granted; False if the engine has ended or is ending."""
+        return bool((await _in_time(self._answer)).get("ok"))
+
+    def free(self) -> None:
+        """End it. One that was refused had no effect, and neither has its end: the engine is ending."""
+        self._process.free()
+
+
+async def _in_time(answer: asyncio.Future[dict[str, Any]]) -> dict[str, Any]:
+    try:
+        async with asyncio.timeout(ANSWER_TIMEOUT_S):
+            return await answer
+    except TimeoutError:
+        return {}
 
 
 _handles: weakref.WeakSet[EngineProcess] = weakref.WeakSet()
