@@ -151,10 +151,10 @@ def footer(answer: Answer) -> str:
         parts.append(f"first token {format_ms(routing['ttft_ms'])}")
     if routing.get("tokens_per_s"):
         parts.append(f"{routing['tokens_per_s']:.0f} tokens/s")
+    if routing.get("accepted_tokens"):  # drafts that brought nothing are in the details only
+        parts.append(_describe_drafts(routing))
     if answer.get("eval_count") is not None:
         parts.append(counted(answer["eval_count"], "token"))
-    if routing.get("drafted_tokens"):
-        parts.append(f"drafts: {routing.get('accepted_tokens') or 0} of {routing['drafted_tokens']} accepted")
     unusual = {"length": "stopped at max_tokens", "cancelled": "stopped", "error": "interrupted"}
     if answer.get(CONTEXT_FULL):
         unusual["length"] = f"stopped: its context of {answer[CONTEXT_FULL]:,} tokens is full"
@@ -205,6 +205,8 @@ def details(answer: Answer) -> list[str]:
     ]
     if counts:
         lines.append(", ".join(counts))
+    if routing.get("drafted_tokens"):
+        lines.append(_describe_drafts(routing))
     failovers = routing.get("failovers") or ()
     lines += [str(failover["what"]) for failover in failovers if failover.get("what")]
     lines += sorted({_RECOVERIES[failover["recovery"]] for failover in failovers if failover.get("recovery")})
@@ -217,6 +219,10 @@ _RECOVERIES = {
     "exact": 'recovery "exact": the known tokens were generated again and were the same, so the text is that of '
     "an undisturbed answer",
 }
+
+
+def _describe_drafts(routing: Mapping[str, Any]) -> str:
+    return f"drafts: {routing.get('accepted_tokens') or 0} of {routing['drafted_tokens']} accepted"
 
 
 def _describe_failover(failover: Mapping[str, Any]) -> str:

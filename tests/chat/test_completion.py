@@ -100,6 +100,8 @@ def test_answer_without_text_is_empty(chunks: list[dict[str, Any]]) -> None:
         ),
         ({"_routing": {"backend": "ollama-pool", "ttft_ms": 0.0, "load_ms": None}, "eval_count": 0},
          "demo \u00b7 ollama-pool \u00b7 first token 0.0 ms \u00b7 0 tokens"),
+        ({"_routing": {"drafted_tokens": 20, "accepted_tokens": 15}}, "demo \u00b7 drafts: 15 of 20 accepted \u00b7 2 tokens"),
+        ({"_routing": {"drafted_tokens": 20, "accepted_tokens": 0}}, "demo \u00b7 2 tokens"),
         ({"_routing": {}, "eval_count": 1}, "demo \u00b7 1 token"),
         ({"_routing": {}, "done_reason": "length"}, "demo \u00b7 2 tokens \u00b7 stopped at max_tokens"),
         ({"_routing": {}, "done_reason": "cancelled", "eval_count": None}, "demo \u00b7 stopped"),

@@ -112,8 +112,10 @@ def test_the_footer_opens_and_shows_the_details() -> None:
             "shards": [
                 {"layers": "0-4", "endpoint": "a:50052", "weight_bytes": 2**20, "kv_bytes": 2**10},
                 {"layers": "5-7 + output", "endpoint": "b:50052", "weight_bytes": 2**20, "kv_bytes": 2**10},
-            ]
+            ],
+            "reasons": ["c:50052 is left out: its round trip is too long"],
         },
+        "drafted_tokens": 20,
         "failovers": [{"what": "b:50053 died", "continued": False}],
         "dropped": "dropped the 2 oldest turns",
     }
@@ -127,7 +129,9 @@ def test_the_footer_opens_and_shows_the_details() -> None:
         "- at http://127.0.0.1:18080",
         "- layers 0-4 on a:50052: 1.0 MiB weights, 1.0 KiB KV cache",
         "- queue 0.5 ms, first token 12 ms",
+        "- plan: c:50052 is left out: its round trip is too long",
         "- 7 prompt tokens, 1,200 tokens generated",
+        "- drafts: 0 of 20 accepted",
         "- b:50053 died",
     ):
         assert line in markdown
