@@ -21,20 +21,22 @@ def main() -> None:
     with contextlib.suppress(OSError, AttributeError):  # where that is allowed: to be on time on a busy machine
         os.setpriority(os.PRIO_PROCESS, 0, -20)
     print("ready", flush=True)
-    due = time.perf_counter()
+    stop_share = (1 - share) / share  # of the time for which it ran
+    credit_s = 0.0  # for which it was stopped too long
     with contextlib.suppress(ProcessLookupError):
         while True:
-            due += share * period_s
-            sleep_until(due)
+            ran_s = slept(share * period_s)
             os.kill(pid, signal.SIGSTOP)
-            due += (1 - share) * period_s
-            sleep_until(due)
+            wanted_s = ran_s * stop_share - credit_s
+            credit_s = min(slept(wanted_s) - wanted_s, period_s)
             os.kill(pid, signal.SIGCONT)
-            due = max(due, time.perf_counter() - period_s)
 
 
-def sleep_until(due: float) -> None:
-    time.sleep(max(0.0, due - time.perf_counter()))
+def slept(seconds: float) -> float:
+    """Sleep; returns for how long it really was."""
+    began = time.perf_counter()
+    time.sleep(max(0.0, seconds))
+    return time.perf_counter() - began
 
 
 if __name__ == "__main__":
