@@ -116,7 +116,8 @@ class Router(RouterRequests):
             enable_distributed: whether large models are sharded.
             rpc_backends: workers as `"host:port"` or `{"host": ..., "port": ...}`; by default those of the
                 setting `workers`.
-            num_rpc_backends: how many workers a model is spread over; by default 3, or as many as its size takes.
+            num_rpc_backends: how many workers a model is spread over; by default as the strategy chooses: by
+                memory or count 3, or as many as its size takes.
             auto_discover_rpc: what to do where no worker is named and more are needed. By default, workers on this
                 machine are used that this user's notebooks and scripts started; True: also others, whoever started
                 them, that listen on its ports 50052 to 50067 (except those of other users); False: none.

@@ -199,7 +199,8 @@ _TABLE = (
         kinds.whole_number("a whole number of 1 or more, such as 3", least=1),
         "How many workers a model is spread over.",
         "SOLLOL_NUM_WORKERS",
-        default_description=f"{DEFAULT_WORKERS}, or as many as the model needs",
+        default_description=f"as the strategy chooses: by memory or count {DEFAULT_WORKERS}, or more if the model "
+        "needs them",
         option="num_rpc_backends",
     ),
     Setting(

@@ -142,6 +142,9 @@ def test_the_cluster_is_shown_and_controlled(router: HybridRouter) -> None:
     assert "demo:sharded" in repr(router)
     assert router.get_stats()["coordinators"]["demo:sharded"] == sharded.url
     assert router.route("demo:sharded").backend == "llama.cpp-distributed"
+    plan = router.plan("demo:sharded")
+    assert plan is not None
+    assert (len(plan.workers), plan.endpoints) == (3, router.coordinator.rpc_backends)  # type: ignore[union-attr]
     assert router.profile("demo:sharded").requires_distributed
     assert router.should_use_distributed("demo:sharded")
     assert router.slots_for("demo:sharded").slots == 4
