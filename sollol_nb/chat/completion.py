@@ -26,7 +26,7 @@ class Completion(dict[str, Any]):
     `done`, `done_reason`, `prompt_eval_count`, `eval_count` (tokens), `total_duration`, `load_duration`,
     `prompt_eval_duration`, `eval_duration` (nanoseconds), `logprobs` if requested, and `_routing`: `backend`,
     `reason`, `duration_ms`, `coordinator_url`, `plan`, `queue_ms`, `load_ms`, `ttft_ms`, `tokens_per_s`,
-    `router_overhead_ms`, `failovers`, `dropped` (which turns were dropped to fit the context), `drafted_tokens` and
+    `router_overhead_ms`, `failovers`, `dropped` (which turns were dropped to fit the context), `drafted_tokens`,
     `accepted_tokens` (of drafts; None where llama.cpp drafts none). Where it applies also `_dropped` (the same),
     `_context_full` (tokens of the context that was full before the answer ended) and `_note` (what to know about
     the text).
