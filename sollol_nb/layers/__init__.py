@@ -4,6 +4,8 @@
 - `strategies.py`: what a plan needs to know of workers; spreading a model over all of them.
 - `token_time.py`: the time per token, predicted from measurements and calibrations.
 - `costs.py`: what units cost on each device, as arrays.
+- `search.py`: the search for the layout with the shortest token.
+- `reasons.py`: why a layout was chosen, in sentences.
 - `fastest.py`: the workers and units with the shortest token (`latency_aware`).
 - `planner.py`: the plan by a strategy, or from given counts.
 - `replan.py`: when a running model moves to a better layout.

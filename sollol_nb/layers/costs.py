@@ -13,6 +13,9 @@ from sollol_nb.gguf.facts import ModelFacts
 from sollol_nb.layers.strategies import ModelLoad, WorkerCapacity, memory_domains
 from sollol_nb.layers.token_time import WorkerPart, WorkerSpeeds, value_bytes
 
+ALIKE = 0.01
+"""Blocks whose bytes differ by at most this share count as alike."""
+
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
@@ -64,6 +67,11 @@ def device_cost(
     )
 
 
+def is_known(worker: WorkerCapacity, speeds: WorkerSpeeds) -> bool:
+    """Whether it is known what a token costs on a worker."""
+    return worker.endpoint in speeds.ms_per_byte and (worker.is_own or worker.round_trip_ms is not None)
+
+
 def free_by_endpoint(workers: Sequence[WorkerCapacity], margin: float) -> dict[str, int]:
     """The memory of each worker without a margin, a share of it; of one that shares it, the whole memory."""
     return {
@@ -74,7 +82,15 @@ def free_by_endpoint(workers: Sequence[WorkerCapacity], margin: float) -> dict[s
 
 
 class Runs:
-    """What each run of units costs and needs."""
+    """What each run of units costs and needs.
+
+    Attributes:
+        reserve_bytes: compute buffers of each device that has units.
+        mean_block_read, mean_block_bytes: bytes that a token reads of a block, and that a block needs.
+        largest_block_bytes: that the largest block needs.
+        output_read, output_bytes: the same for the output layer, with its own compute buffers.
+        are_alike: whether blocks differ by so little that it does not matter which ones a device gets.
+    """
 
     def __init__(self, facts: ModelFacts, load: ModelLoad) -> None:
         import numpy as np
@@ -83,16 +99,36 @@ class Runs:
         units = np.arange(load.unit_count + 1)
         read = np.cumsum([0, *facts.read_bytes]).astype(float)
         held = np.cumsum([0, *(w + kv for w, kv in zip(load.weight_bytes, load.kv_bytes, strict=True))])
+        self.reserve_bytes = load.reserve_bytes
+        self.mean_block_read = float(read[-2]) / facts.layer_count
+        self.mean_block_bytes = float(held[-2]) / facts.layer_count
+        self.largest_block_bytes = float(np.diff(held)[:-1].max())
+        self.output_read = facts.read_bytes[-1]
+        self.output_bytes = float(held[-1] - held[-2]) + load.output_reserve_bytes
+        self.are_alike = all(
+            max(sizes) - min(sizes) <= ALIKE * max(sizes)
+            for sizes in (np.diff(read)[:-1].tolist(), np.diff(held)[:-1].tolist())
+        )
         blocks = np.minimum(units, load.unit_count - 1)
         self._read = read[None, :] - read[:, None]
         self._blocks = (blocks[None, :] - blocks[:, None]).astype(float)
-        self.needed_bytes = (held[None, :] - held[:, None]).astype(float) + load.reserve_bytes
-        self.needed_bytes[:, -1] += load.output_reserve_bytes
-        self._impossible = units[None, :] <= units[:, None]
+        self._needed_bytes = (held[None, :] - held[:, None]).astype(float) + load.reserve_bytes
+        self._needed_bytes[:, -1] += load.output_reserve_bytes
+        self._needed_bytes[units[None, :] <= units[:, None]] = np.inf  # an empty run is none
+        self._known: dict[DeviceCost, Floats] = {}
 
-    def cost_ms(self, device: DeviceCost) -> Floats:
+    def needed_bytes(self, first: int, end: int) -> float:
+        """What a run needs, with compute buffers."""
+        return float(self._needed_bytes[first, end])
+
+    def ms(self, device: DeviceCost) -> Floats:
         """`[first, end]`: milliseconds of a run on a device; infinite where it does not fit, or is empty."""
-        found: Floats = device.ms_per_byte * self._read + (device.block_ms * self._blocks + device.fixed_ms)
-        found[:, -1] += device.output_ms
-        found[self._impossible | (self.needed_bytes > device.free_bytes)] = float("inf")
-        return found
+        if device not in self._known:
+            found: Floats = device.ms_per_byte * self._read
+            if device.block_ms:
+                found += device.block_ms * self._blocks
+            found += device.fixed_ms
+            found[:, -1] += device.output_ms
+            found[self._needed_bytes > device.free_bytes] = float("inf")
+            self._known[device] = found
+        return self._known[device]

@@ -31,7 +31,7 @@ from sollol_nb.layers.strategies import (
 from sollol_nb.layers.token_time import WorkerSpeeds, predict, worker_parts
 from sollol_nb.runtime.amounts import is_whole_number
 from sollol_nb.text.nearest import nearest
-from sollol_nb.text.tables import format_bytes
+from sollol_nb.text.tables import counted, format_bytes
 
 DEFAULT_CONTEXT_TOKENS = 4096
 """Context that a plan or an estimate of memory assumes where none is given."""
@@ -80,8 +80,12 @@ def plan_layers(
             plan = replace(plan, reasons=(*plan.reasons, _why_by_memory(workers, speeds)))
         return _with_prediction(plan, facts, workers, speeds)
     assert speeds is not None
-    found = fastest(facts, load, workers, speeds, wanted=wanted)
+    found = fastest(facts, load, workers, speeds, wanted=wanted, current=current)
     if found is None:
+        if wanted is not None and memory_aware(load, in_engine_order(_usable(workers))) is not None:
+            raise ModelDoesNotFitError(
+                f"the model does not fit {counted(wanted, 'worker')}; use more, or a smaller context"
+            )
         raise ModelDoesNotFitError(_shortage_of_all(load, workers))
     plan = LayerPlan(
         strategy=chosen,
