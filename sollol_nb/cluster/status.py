@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sollol_nb.layers.plan import reason_lines
+from sollol_nb.layers.plan import CPU, reason_lines
 from sollol_nb.layers.token_time import TokenTime
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.links.memberships import OpenInvitation
@@ -206,7 +206,8 @@ def _segments(coordinator: Coordinator, token: TokenTime | None) -> Iterator[Lay
             units=shard.unit_count,
             actual_units=len(placed.units) if placed else None,
             weight_bytes=shard.weight_bytes,
-            actual_weight_bytes=placed.model_bytes if placed else None,
+            # The engine reports the whole part of the file that it maps, with the embedding.
+            actual_weight_bytes=placed.model_bytes if placed and shard.device != CPU else None,
             kv_bytes=shard.kv_bytes,
             actual_kv_bytes=placed.kv_bytes if placed else None,
             share=shard.unit_count / (coordinator.settings.facts.layer_count + 1),

@@ -346,7 +346,8 @@ class CoordinatorStarter:
         message = f"starting {start.model} {settings.describe_workers()}"
         if settings.speculation.is_on or settings.speculation.why:
             message += f"; speculation: {settings.speculation.describe()}"
-        self._events.publish(EventKind.COORDINATOR_STARTING, start.model, message)
+        reasons = list(settings.plan.reasons) if settings.plan else []
+        self._events.publish(EventKind.COORDINATOR_STARTING, start.model, message, reasons=reasons)
         (port,) = free_ports(start.first_port, 1)
         endpoints = settings.plan.endpoints if settings.plan else ()
         coordinator = await Coordinator.launch(
