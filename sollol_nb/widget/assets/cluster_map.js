@@ -170,9 +170,9 @@ function tableRow(cells) {
 
 // Why the layers are planned like this: the first reason, which opens to show the others.
 function planReasons([first, ...others]) {
-  if (!others.length) return element("div", { class: "sollol-why" }, `why: ${first}`);
-  const lines = others.map((reason) => element("div", {}, reason));
-  return element("details", { class: "sollol-why" }, element("summary", {}, `why: ${first}`), ...lines);
+  if (!others.length) return element("div", { class: "sollol-why" }, "why: ", described(first));
+  const lines = others.map((reason) => element("div", {}, described(reason)));
+  return element("details", { class: "sollol-why" }, element("summary", {}, "why: ", described(first)), ...lines);
 }
 
 function coordinatorCard(coordinator) {
@@ -186,7 +186,7 @@ function coordinatorCard(coordinator) {
     element("div", {}, element("b", { title: coordinator.path || "" }, coordinator.model), ` ${facts.filter(Boolean).join(" · ")}`),
   );
   if ((coordinator.reasons || []).length) card.append(planReasons(coordinator.reasons));
-  if (coordinator.advice) card.append(element("div", { class: "sollol-advice" }, `⚠ ${coordinator.advice.text}`));
+  if (coordinator.advice) card.append(element("div", {}, "⚠ ", described(coordinator.advice.text)));
   if (Object.keys(coordinator.segments || {}).length) card.append(layerMap(coordinator), layerTable(coordinator));
   const local = inOrder(coordinator.local).map(([, part]) => part.description);
   if (local.length) card.append(element("div", { class: "sollol-faint" }, local.join("; ")));
