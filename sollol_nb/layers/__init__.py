@@ -7,6 +7,7 @@
 - `search.py`: the search for the layout with the shortest token.
 - `reasons.py`: why a layout was chosen, in sentences.
 - `fastest.py`: the workers and units with the shortest token (`latency_aware`).
+- `throughput.py`: those with which several requests with long prompts are through soonest (`throughput`).
 - `planner.py`: the plan by a strategy, or from given counts.
 - `replan.py`: when a running model moves to a better layout.
 - `what_if.py`: the forecast for another layout.

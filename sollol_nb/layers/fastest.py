@@ -11,7 +11,7 @@ half as fast as the slowest of those, and as far away as the farthest.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from sollol_nb.gguf.facts import ModelFacts
@@ -39,6 +39,9 @@ UNKNOWN = 2.0
 KEEP = 0.02
 """A running layout is kept if it takes at most this share longer than the best."""
 
+CostOf = Callable[[WorkerCapacity, int], DeviceCost | None]
+"""What units cost on a worker with so many free bytes; None if that is not known."""
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -64,6 +67,40 @@ def fastest(
         wanted: use exactly so many workers, or as many as can have a block; own devices come in addition.
         current: a layout that runs.
     """
+    found = best_layout(
+        facts,
+        load,
+        workers,
+        lambda worker, free_bytes: device_cost(worker, speeds, facts, free_bytes),
+        own_ms=speeds.own_ms,
+        wanted=wanted,
+    )
+    if found is None:
+        return None
+    search, _ = found
+    assert search.best is not None
+    best = _kept(search, current, workers) or search.best
+    unknown = [position for position in best.positions if not is_known(workers[position], speeds)]
+    reasons = explain(best, search, workers, load, unknown=unknown, wanted=wanted)
+    return Choice(best.positions, best.counts, reasons)
+
+
+def best_layout(
+    facts: ModelFacts,
+    load: ModelLoad,
+    workers: Sequence[WorkerCapacity],
+    cost_of: CostOf,
+    *,
+    own_ms: float,
+    wanted: int | None,
+) -> tuple[Search, float] | None:
+    """The search that found a layout, and the margin of memory with which it did; None if the model does not fit.
+
+    Args:
+        cost_of: what units cost on a worker with so many free bytes; None if that is not known.
+        own_ms: that the coordinator takes in addition, whatever the layout.
+        wanted: as in `fastest`.
+    """
     runs = Runs(facts, load)
     if wanted is not None:
         smallest = min(map(sum, zip(load.weight_bytes, load.kv_bytes, strict=True))) + load.reserve_bytes
@@ -71,27 +108,22 @@ def fastest(
         wanted = max(1, min(wanted, able, MAX_WORKERS, load.unit_count))
     for with_unknown in (False, True):
         for margin in (MARGIN, 0.0):
-            devices = _devices(facts, workers, speeds, margin, with_unknown=with_unknown)
-            search = _Search(runs, devices, wanted, speeds.own_ms)
+            search = Search(runs, _devices(workers, cost_of, margin, with_unknown=with_unknown), wanted, own_ms)
             if search.best is not None:
-                best = _kept(search, current, workers) or search.best
-                unknown = [position for position in best.positions if not is_known(workers[position], speeds)]
-                reasons = explain(best, search, workers, load, unknown=unknown, wanted=wanted)
-                return Choice(best.positions, best.counts, reasons)
+                return search, margin
     return None
 
 
 def _devices(
-    facts: ModelFacts,
     workers: Sequence[WorkerCapacity],
-    speeds: WorkerSpeeds,
+    cost_of: CostOf,
     margin: float,
     *,
     with_unknown: bool,
 ) -> list[Device]:
     """The devices whose costs are known; with the unknown, also those."""
     free = free_by_endpoint(workers, margin)
-    costs = [device_cost(worker, speeds, facts, free[worker.endpoint]) for worker in workers]
+    costs = [cost_of(worker, free[worker.endpoint]) for worker in workers]
     known = [cost for cost in costs if cost is not None]
     devices, gpus = [], 0
     for position, (worker, cost) in enumerate(zip(workers, costs, strict=True)):
@@ -114,7 +146,7 @@ def _devices(
     return devices
 
 
-class _Search(Alternatives):
+class Search(Alternatives):
     """The best layout, and what others would give."""
 
     def __init__(self, runs: Runs, devices: Sequence[Device], wanted: int | None, own_ms: float) -> None:
@@ -159,6 +191,10 @@ class _Search(Alternatives):
             others += [without] if without is not None else []
         different = [other for other in others if set(other.positions) != set(chosen.positions)]
         return min(different, key=lambda layout: layout.ms, default=None)
+
+    def one_of_each_memory(self) -> list[Device]:
+        """The devices, but of those that share a memory the fastest."""
+        return _one_of_each_memory(self.runs, self.devices)
 
     def _can_be(self, devices: Sequence[Device]) -> bool:
         if self._wanted is not None and sum(device.rank == WORKER for device in devices) != self._wanted:
@@ -327,7 +363,7 @@ def _fit_together(runs: Runs, layout: Layout) -> bool:
     return all(needed[device.memory] <= device.cost.free_bytes for device in layout.devices)
 
 
-def _kept(search: _Search, current: LayerPlan | None, workers: Sequence[WorkerCapacity]) -> Layout | None:
+def _kept(search: Search, current: LayerPlan | None, workers: Sequence[WorkerCapacity]) -> Layout | None:
     """The running layout, if it still fits and is nearly as fast as the best."""
     if current is None or search.best is None:
         return None

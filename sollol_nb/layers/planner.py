@@ -3,8 +3,8 @@
 `plan_layers` chooses; `plan_from_counts` takes counts as given. Devices of the coordinator's own machine are
 `WorkerCapacity`s with a `device` among the workers. Both check the memory and build the plan, the same for all
 strategies: those in `strategies.SPLITS` spread the model over all given workers (own devices help only where the
-workers' memory does not suffice), `latency_aware` (`fastest.py`) chooses workers by predicted times, which need
-`speeds`.
+workers' memory does not suffice), `latency_aware` (`fastest.py`) and `throughput` (`throughput.py`) choose workers
+by predicted times, which need `speeds`.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from sollol_nb.layers.strategies import (
     LATENCY_AWARE,
     SPLITS,
     STRATEGIES,
+    THROUGHPUT,
     ModelLoad,
     WorkerCapacity,
     memory_aware,
     memory_domains,
     unplaceable_units,
 )
+from sollol_nb.layers.throughput import DEFAULT_REQUESTS, soonest_through
 from sollol_nb.layers.token_time import WorkerSpeeds, predict, worker_parts
 from sollol_nb.runtime.amounts import is_whole_number
 from sollol_nb.text.nearest import nearest
@@ -49,6 +51,7 @@ def plan_layers(
     speeds: WorkerSpeeds | None = None,
     wanted: int | None = None,
     current: LayerPlan | None = None,
+    requests: int = DEFAULT_REQUESTS,
 ) -> LayerPlan:
     """Spread a model's layers over workers.
 
@@ -64,6 +67,7 @@ def plan_layers(
             round trips are those of `workers`. Without them, no time is predicted.
         wanted: use exactly so many workers (own devices not counted); only where speeds decide.
         current: a layout that is running; kept where no other is clearly faster.
+        requests: at the same time, for `throughput`.
 
     Raises:
         ConfigError: an unknown strategy, a context that is not positive, an endpoint named twice.
@@ -80,7 +84,10 @@ def plan_layers(
             plan = replace(plan, reasons=(*plan.reasons, _why_by_memory(workers, speeds)))
         return _with_prediction(plan, facts, workers, speeds)
     assert speeds is not None
-    found = fastest(facts, load, workers, speeds, wanted=wanted, current=current)
+    if chosen == THROUGHPUT:
+        found = soonest_through(facts, load, workers, speeds, wanted=wanted, requests=requests)
+    else:
+        found = fastest(facts, load, workers, speeds, wanted=wanted, current=current)
     if found is None:
         if wanted is not None and memory_aware(load, in_engine_order(_usable(workers))) is not None:
             raise ModelDoesNotFitError(

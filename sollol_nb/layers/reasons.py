@@ -54,13 +54,13 @@ def explain(
     if unknown:
         take, are = ("takes", "it is") if len(unknown) == 1 else ("take", "they are")
         sentences.append(
-            f"{_listed([names[position] for position in unknown])} {take} part although {are} not calibrated yet: "
+            f"{listed([names[position] for position in unknown])} {take} part although {are} not calibrated yet: "
             f"the memory of the others does not suffice ({CALIBRATE} measures speeds)"
         )
     without = [names[position] for position in range(len(workers)) if position not in devices]
     if without:
         are = "is" if len(without) == 1 else "are"
-        sentences.append(f"{_listed(without)} {are} left out: not calibrated yet ({CALIBRATE} measures speeds)")
+        sentences.append(f"{listed(without)} {are} left out: not calibrated yet ({CALIBRATE} measures speeds)")
     left_out = [device for position, device in devices.items() if position not in used]
     left_out.sort(key=lambda device: device.cost.ms_per_byte)
     if wanted is not None and left_out:
@@ -75,7 +75,7 @@ def explain(
             sentences.append(f"{counted(more, 'other')} would not make it faster either")
     other = found.next_best(chosen)
     if other is not None:
-        over = f"over {_listed([names[position] for position in other.positions])}"
+        over = f"over {listed([names[position] for position in other.positions])}"
         if len(other.counts) <= EXPLAINED:
             over = f"{'/'.join(map(str, other.counts))} {over}"
         sentences.append(f"the next best, {over}, would take {_ms(other.ms + found.own_ms)}")
@@ -112,7 +112,7 @@ def _ms(ms: float, unit: str = " ms") -> str:
     return f"{ms:.3g}{unit}"
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     """`a, b and c`, `a, b, c, d and 6 more`."""
     shown = [*names[:EXPLAINED], *([f"{len(names) - EXPLAINED} more"] if len(names) > EXPLAINED else [])]
     return f"{', '.join(shown[:-1])} and {shown[-1]}" if len(shown) > 1 else shown[0]

@@ -75,9 +75,19 @@ class Layout:
         return sum(device.weight for device in self.devices) <= MAX_WORKERS
 
 
-def in_order(runs: Runs, devices: Sequence[Device], must: Collection[int] = ()) -> Layout | None:
+def in_order(
+    runs: Runs,
+    devices: Sequence[Device],
+    must: Collection[int] = (),
+    *,
+    ms_of: Callable[[DeviceCost], Floats] | None = None,
+) -> Layout | None:
     """The best layout over devices in this order, of which any may stay empty but those at the positions `must`;
-    None if nothing fits."""
+    None if nothing fits.
+
+    Args:
+        ms_of: milliseconds of each run, as `Runs.ms`, which is the default.
+    """
     import numpy as np
 
     ms = np.full(runs.unit_count + 1, np.inf)  # by the units placed so far
@@ -85,7 +95,7 @@ def in_order(runs: Runs, devices: Sequence[Device], must: Collection[int] = ()) 
     every = np.arange(len(ms))
     firsts = []
     for device in devices:
-        sums = ms[:, None] + runs.ms(device.cost)
+        sums = ms[:, None] + (ms_of or runs.ms)(device.cost)
         first = sums.argmin(axis=0)
         found = sums[first, every]
         is_used = np.full(len(ms), True) if device.position in must else found < ms

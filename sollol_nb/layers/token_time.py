@@ -126,6 +126,7 @@ class WorkerSpeeds:
         bytes_per_s: of the way to each worker, where it was calibrated.
         own_ms: spent by the coordinator.
         block_ms: what each calibrated worker takes for each block, whatever its size.
+        prompt_ms_per_byte: of each calibrated worker, for each token of a prompt.
 
     Devices of the coordinator's machine are keyed by `plan.own_endpoint`.
     """
@@ -137,6 +138,7 @@ class WorkerSpeeds:
     bytes_per_s: Mapping[str, float] = field(default_factory=dict)
     own_ms: float = 0.0
     block_ms: Mapping[str, float] = field(default_factory=dict)
+    prompt_ms_per_byte: Mapping[str, float] = field(default_factory=dict)
 
     def is_known(self, endpoint: str) -> bool:
         """Whether this worker was calibrated or measured, so that it does not count as a usual one."""
@@ -301,6 +303,10 @@ def calibrate(measurements: Sequence[Measurement], known: WorkerSpeeds | None = 
         },
         median(own_ms) if own_ms else expected.own_ms * usual_factor,
         {endpoint: ms * factors.get(endpoint, usual_factor) for endpoint, ms in expected.block_ms.items()},
+        {
+            endpoint: ms * factors.get(endpoint, usual_factor)
+            for endpoint, ms in expected.prompt_ms_per_byte.items()
+        },
     )
 
 

@@ -22,7 +22,7 @@ from sollol_nb.layers.strategies import WorkerCapacity
 from sollol_nb.layers.token_time import WorkerSpeeds, predict, worker_parts
 from tests.support.layer_plans import GB, TWELVE, model
 
-QUICKLY = settings(max_examples=250, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+QUICKLY = settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 WITHOUT_MARGIN = 0.95
 """Of free memory; the strategy keeps the rest free as long as it can."""
 

@@ -284,6 +284,7 @@ class TokenMeasurements:
             },
             own.hop_ms if own else 0.0,
             {endpoint: calibration.block_ms for endpoint, calibration in found.items()},
+            {endpoint: calibration.prompt_ms_per_byte for endpoint, calibration in found.items()},
         )
 
     def corrections(
