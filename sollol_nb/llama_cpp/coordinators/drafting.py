@@ -36,6 +36,8 @@ from sollol_nb.models.files import find_model_file
 
 USUAL_BYTES_PER_MS = 5e6
 """How fast weights are read where it was not measured: by one core."""
+SMALL_BATCH = 2.0
+"""Small batches use a processor less well than prompts do, and each token needs logits (measured on a CPU)."""
 MEMORY_MARGIN = 1.2
 """A draft model may take the free memory of this machine divided by this."""
 
@@ -144,7 +146,7 @@ class Drafting:
             weights = _weight_bytes(facts)
             if token_ms is None or own is None:
                 return Costs()
-            return Costs(token_ms=token_ms, further_ms=own.prompt_ms_per_byte * weights)
+            return Costs(token_ms=token_ms, further_ms=SMALL_BATCH * own.prompt_ms_per_byte * weights)
         wait_ms = token_ms = further_ms = 0.0
         for shard in plan.shards:
             calibration = self._calibration_of(shard.endpoint)
@@ -154,7 +156,7 @@ class Drafting:
                 further_ms += work_ms * USUAL_COST
             else:
                 work_ms = shard.weight_bytes * calibration.ms_per_byte + calibration.hop_ms
-                further_ms += shard.weight_bytes * calibration.prompt_ms_per_byte
+                further_ms += SMALL_BATCH * shard.weight_bytes * calibration.prompt_ms_per_byte
                 round_trip_ms = calibration.round_trip_ms if round_trip_ms is None else round_trip_ms
                 if shard.has_output and calibration.bytes_per_s:
                     further_ms += facts.vocabulary_size * VALUE_BYTES * 1000 / calibration.bytes_per_s

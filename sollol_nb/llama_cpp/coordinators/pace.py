@@ -5,7 +5,8 @@ silence shows it, and how long a silence must be to mean that differs by a facto
 millisecond on one machine and five seconds on another, and a long prompt takes minutes where a token takes one
 second. So three times are measured:
 
-* of a token: from a stream's token to its next one, while no prompt is processed;
+* of a token: from a stream's token to its next one, while no prompt is processed (drafted tokens that are verified
+  together count as one);
 * of a prompt token: from the progress that llama-server reports after each batch of a prompt;
 * of the coordinator's start, which is the cost of a wrong verdict.
 
@@ -205,6 +206,7 @@ class Stream:
         self.unread_s = 0.0
         self._pace = pace
         self._processed: tuple[int, float] | None = None  # prompt tokens, and when
+        self._engine_ms: float | None = None  # the engine's time of the last token
 
     def on_sent(self) -> None:
         """The request was sent now."""
@@ -216,7 +218,11 @@ class Stream:
         now = self._pace._reset_silence()
         prompt = progress_of(event)
         if prompt is None:
-            self._pace._record_token(self, now)
+            before, self._engine_ms = self._engine_ms, (event.get("timings") or {}).get("predicted_ms")
+            # Drafted tokens that were verified together have the same time, and arrive together: one of them does
+            # not show the time of a token.
+            if self._engine_ms is None or self._engine_ms != before:
+                self._pace._record_token(self, now)
             return
         if self._processed is not None:
             tokens, since = self._processed

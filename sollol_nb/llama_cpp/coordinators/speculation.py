@@ -21,14 +21,13 @@ from typing import Any
 
 AUTO, OFF, NGRAM, DRAFT = "auto", "off", "ngram", "draft"
 
-USUAL_COST = 0.35
+USUAL_COST = 0.45
 """Of a further token in a batch, in times of a token, where it is not known: that of a slow processor nearby."""
-LONGEST_COST = 4.0
+LONGEST_COST = 2.0
 """The longest draft costs as much as so many tokens if all of it is wrong."""
-SHORTEST, LONGEST = 8, 48
-MATCH_NEAR, MATCH_FAR = 6, 4
-FAR_COST = 0.15
-"""Below this cost, drafts may be wrong more often."""
+SHORTEST, LONGEST = 6, 48
+MATCH = 4
+"""Tokens that must match in the same text; the draft is as long or longer."""
 POOL_MATCH = 16
 """Tokens that must match in another text: llama.cpp advises against fewer."""
 
@@ -232,7 +231,7 @@ def _ngram(costs: Costs) -> Speculation:
     return Speculation(
         kind=NGRAM,
         max_tokens=max(SHORTEST, min(longest, LONGEST)),
-        match_tokens=MATCH_FAR if further < FAR_COST else MATCH_NEAR,
+        match_tokens=MATCH,
         why=_share_of_waiting(costs),
     )
 
