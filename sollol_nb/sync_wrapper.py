@@ -110,6 +110,7 @@ class HybridRouter:
     preload = blocking(hybrid_router.HybridRouter.preload)
     unload = blocking(hybrid_router.HybridRouter.unload)
     apply_plan = blocking(hybrid_router.HybridRouter.apply_plan)
+    replan = blocking(hybrid_router.HybridRouter.replan)
     what_if = blocking(hybrid_router.HybridRouter.what_if)
     configure = blocking(hybrid_router.HybridRouter.configure)
     end_engines = blocking(hybrid_router.HybridRouter.end_engines)

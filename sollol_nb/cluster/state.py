@@ -175,6 +175,7 @@ class ClusterState:
                 coordinator,
                 token_ms=self._coordinators.token_ms(coordinator),
                 token=self._coordinators.predict(coordinator),
+                advice=self._coordinators.advice_for(coordinator),
             )
             for coordinator in self._coordinators.coordinators
         ]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from sollol_nb.layers.plan import CPU, reason_lines
 from sollol_nb.layers.token_time import TokenTime
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
+from sollol_nb.llama_cpp.coordinators.replanning import Advice
 from sollol_nb.llama_cpp.links.memberships import OpenInvitation
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.models.files import DEMO_MODEL_PATH, DEMO_NOTE
@@ -158,6 +159,7 @@ class CoordinatorStatus:
         *,
         token_ms: float | None = None,
         token: TokenTime | None = None,
+        advice: Advice | None = None,
     ) -> CoordinatorStatus:
         """The status of a coordinator now.
 
@@ -165,6 +167,7 @@ class CoordinatorStatus:
             remark: added to its note.
             token_ms: measured time of a token.
             token: the estimated parts of its workers in that time.
+            advice: what a better layout would bring.
         """
         demo = DEMO_NOTE if coordinator.settings.model_path == DEMO_MODEL_PATH else ""
         plan, speculation = coordinator.plan, coordinator.settings.speculation
@@ -191,6 +194,8 @@ class CoordinatorStatus:
             local=tuple(_local_parts(coordinator)),
             predicted_token_ms=plan.predicted_token_ms if plan else None,
             token_ms=token_ms,
+            advice=advice.text if advice else "",
+            advised_layout=advice.layout if advice else (),
         )
 
 

@@ -100,6 +100,7 @@ class Sollol(Configurable):
     recovery = SettingTrait()
     deterministic = SettingTrait()
     speculation = SettingTrait()
+    replan = SettingTrait()
     draft = SettingTrait()
     threshold_params = SettingTrait()
     ollama_hosts = SettingTrait()

@@ -142,6 +142,7 @@ class ActiveRequest:
                 place=record.server_url,
                 tokens_per_s=record.tokens_per_s,
                 token_ms=record.token_ms,
+                tokens=record.completion_tokens,
                 drafts=record.draft_results(),
                 ttft_ms=record.ttft_ms,
             )

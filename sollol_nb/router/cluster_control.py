@@ -349,6 +349,24 @@ class ClusterControl:
         await self._coordinators.lay_out(model_text(model), self._workers.by_endpoint(counts))
 
     @io_bound
+    async def replan(self, model: str | Path | None = None) -> list[str]:
+        """Plan running models again, with what is known now about the workers, and start those anew that have a
+        faster layout; their answers continue on it. Where tokens are slow and it is not known which worker is, the
+        workers are calibrated in between.
+
+        Args:
+            model: one that this router runs sharded; None is all of them.
+
+        Returns:
+            What became of each, a line of text.
+
+        Raises:
+            ConfigError: no coordinator of this router shards the model, or the workers' speeds are not known.
+            WorkersUnavailableError, CoordinatorError: it could not be started again.
+        """
+        return await self._coordinators.replan(None if model is None else model_text(model))
+
+    @io_bound
     async def what_if(self, model: str | Path, counts: Mapping[str, int]) -> Forecast:
         """How much memory another layout of a running model would need, and how fast it would be.
 

@@ -181,6 +181,12 @@ class RequestRecord:
         return None if self._first is None else (self._first - self._began) * 1000
 
     @property
+    def completion_tokens(self) -> int | None:
+        """Tokens of the answer; None until it is complete."""
+        count = self._final.get("eval_count")
+        return count if isinstance(count, int) else None
+
+    @property
     def tokens_per_s(self) -> float | None:
         """Generation speed as the engine measured it; None for answers of one token or none."""
         count, nanoseconds = self._final.get("eval_count"), self._final.get("eval_duration")
@@ -249,7 +255,7 @@ class RequestRecord:
             ttft_ms=self.ttft_ms,
             total_ms=self.duration_ms,
             prompt_tokens=self._final.get("prompt_eval_count"),
-            completion_tokens=self._final.get("eval_count"),
+            completion_tokens=self.completion_tokens,
             tokens_per_s=self.tokens_per_s,
             router_overhead_ms=self.router_overhead_ms,
             failovers=len(self.failovers),

@@ -101,6 +101,7 @@ class Router(RouterRequests):
         recovery: str | None = None,
         deterministic: bool | None = None,
         speculation: str | None = None,
+        replan: str | None = None,
         draft: str | Path | None = None,
         llama_cpp: str | Path | None = None,
         keep_alive: float | str | Mapping[str, float | str] | None = None,
@@ -140,6 +141,8 @@ class Router(RouterRequests):
                 again first.
             deterministic: whether llama.cpp gives the same answer each time, at temperature 0 or with a seed: each
                 request runs alone, without the prompt cache, and with exact recovery.
+            replan: what happens when another layout of a running model has become faster: by default `"say"`
+                (it is shown); `"auto"` moves there between two requests, `"off"` does nothing.
             speculation: whether llama.cpp drafts several tokens, which the model verifies at once: `"auto"` (the
                 default) chooses at the start of a coordinator, from round trips and from what drafts brought
                 before; `"ngram"` drafts from the text so far, `"draft"` with a small model, `"off"` never. With
@@ -183,6 +186,7 @@ class Router(RouterRequests):
                 recovery=recovery,
                 deterministic=deterministic,
                 speculation=speculation,
+                replan=replan,
                 draft=draft,
                 llama_cpp=llama_cpp,
                 keep_alive=keep_alive,
@@ -205,6 +209,7 @@ class Router(RouterRequests):
                 context_tokens=context_tokens,
                 slots=slots,
                 speculation=speculation,
+                replan=replan,
                 draft=draft,
                 llama_cpp=llama_cpp,
                 keep_alive=keep_alive,
@@ -296,6 +301,7 @@ class Router(RouterRequests):
     invitations = _of_engines(OwnEngines.invitations)
     stop_coordinator = _of_engines(OwnEngines.stop_coordinator)
     apply_plan = _of_engines(OwnEngines.apply_plan)
+    replan = _of_engines(OwnEngines.replan)
     what_if = _of_engines(OwnEngines.what_if)
     configure = _of_engines(OwnEngines.configure)
     end_engines = _of_engines(OwnEngines.end_engines)

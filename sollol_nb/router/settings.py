@@ -42,6 +42,7 @@ def pool_settings(
     keep_alive: float | str | Mapping[str, float | str] | None,
     speculation: str,
     draft: str | Path | None,
+    replan: str,
     **others: Any,
 ) -> PoolSettings:
     """The settings of the coordinator pool.
@@ -69,6 +70,7 @@ def pool_settings(
         llama_cpp=Path(llama_cpp) if llama_cpp is not None else None,
         speculation=speculation,
         draft=draft_name,
+        replan=SETTINGS["replan"].kind.checked(replan, "replan"),
         **_keep_alive_settings(keep_alive),
         **others,
     )

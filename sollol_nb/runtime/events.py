@@ -71,6 +71,9 @@ class EventKind(StrEnum):
     """llama.cpp has put layers elsewhere than the plan says."""
     COORDINATOR_FAILED = "coordinator.failed"
     """A coordinator could not be started."""
+    COORDINATOR_ADVICE = "coordinator.advice"
+    """A better layout for a running model is known: `layout` as pairs of endpoint and units, and which workers are
+    `slow`."""
     COORDINATOR_MADE_ROOM = "coordinator.made_room"
     """A coordinator was stopped, so that another model has workers or memory."""
     COORDINATOR_STOPPED = "coordinator.stopped"

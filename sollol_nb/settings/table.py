@@ -174,6 +174,15 @@ _TABLE = (
         option="layer_strategy",
     ),
     Setting(
+        "replan",
+        "router",
+        kinds.one_of("off", "say", "auto"),
+        "What happens when another layout of a running model has become faster (a worker is slow, or a better one "
+        "is free): say (it is shown), auto (the model also moves there between two requests) or off.",
+        "SOLLOL_REPLAN",
+        default="say",
+    ),
+    Setting(
         "keep_alive",
         "router",
         kinds.KEEP_ALIVE,

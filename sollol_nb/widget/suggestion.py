@@ -60,7 +60,10 @@ class Suggestion:
         model, layout = self.model, self._layout
 
         async def apply(router: Router) -> None:
-            await router.apply_plan(model, layout)
+            if layout:
+                await router.apply_plan(model, layout)
+            else:  # the workers have to be measured first
+                await router.replan(model)
 
         if model:
             self._actions.start("apply", f"applying the suggested layout of {model}", apply)

@@ -163,7 +163,12 @@ class SimulatedCluster:
             parts = worker_parts(coordinator.plan, dict.fromkeys(coordinator.plan.endpoints, 0.4))
             return self.speeds.predict(parts) if self.speeds else TokenTime((), "nothing was measured")
 
-        pool = SimpleNamespace(of_other_kernels=of_other_kernels, predict=predict, token_ms=lambda _: 26.3)
+        pool = SimpleNamespace(
+            of_other_kernels=of_other_kernels,
+            predict=predict,
+            token_ms=lambda _: 26.3,
+            advice_for=lambda _: None,
+        )
         pool.coordinators = self.coordinators
         return pool
 

@@ -11,6 +11,7 @@
 * `placement.py`: where it placed the layers, according to its log.
 * `pace.py`: its usual time for a token, by which its silence is judged.
 * `measurements.py`: the measured time of tokens on each layout, from which token times are predicted.
+* `replanning.py`: what a better layout would bring, and the move there.
 * `waits.py`: how long a coordinator waits for each of its workers.
 * `calibration_models.py`: small generated models that measure workers.
 * `calibrator.py`: measures how fast free workers are, with throw-away coordinators.

@@ -32,6 +32,7 @@ SAME_TIME = 0.15
 """Share by which tokens may take longer or shorter than when the waits for workers were measured."""
 MEANINGFUL_ANSWERS = 5
 """Fewer do not show that tokens take another time than predicted."""
+SLOWER = 1.5
 SLOW_WORKER, SLOW_SHARE = 1.5, 0.1
 """A worker is slow that takes this many times as long as expected, relative to the others, where that is at least
 this share of the time of a token."""
@@ -171,6 +172,14 @@ class TokenMeasurements:
             if usual and factor / usual >= SLOW_WORKER and is_much:
                 found.append(SlowWorker(endpoint=endpoint, factor=factor / usual, token_ms=measured_ms[endpoint]))
         return sorted(found, key=lambda slow: -slow.factor)
+
+    def is_unexplained(self, coordinator: Coordinator) -> bool:
+        """Whether tokens take at least `SLOWER` times as long as predicted when the layers were planned, and it is
+        not known how much of that each worker takes."""
+        measured_ms, plan = self.meaningful_ms(coordinator), coordinator.plan
+        if measured_ms is None or plan is None or not plan.predicted_token_ms or len(plan.workers) < 2:
+            return False
+        return measured_ms >= SLOWER * plan.predicted_token_ms and coordinator.base_url not in self._shares
 
     def take_answers(self, coordinator: Coordinator, at_least: int) -> bool:
         """Whether so many answers of a coordinator were measured alone since this was last true."""

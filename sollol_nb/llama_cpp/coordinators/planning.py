@@ -18,7 +18,7 @@ from sollol_nb.errors import ModelDoesNotFitError, WorkersUnavailableError
 from sollol_nb.gguf.facts import ModelFacts
 from sollol_nb.layers.plan import LayerPlan, is_own
 from sollol_nb.layers.planner import plan_from_counts
-from sollol_nb.layers.strategies import WorkerCapacity
+from sollol_nb.layers.strategies import AUTO, LATENCY_AWARE, SPLITS, WorkerCapacity
 from sollol_nb.layers.token_time import WorkerSpeeds
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.coordinators.measurements import TokenMeasurements
@@ -53,6 +53,7 @@ class Start:
         first_port: the coordinator listens on this port or the next free one.
         lost: workers that were just found lost, to be chosen last.
         taken: workers that another router or kernel took during the start.
+        by_speed: plan by predicted times, whatever the strategy of the settings.
         chances_left: how often it may still be repeated without a known reason.
     """
 
@@ -67,6 +68,7 @@ class Start:
     first_port: int
     lost: frozenset[str]
     taken: set[str] = field(default_factory=set)
+    by_speed: bool = False
     chances_left: int = MAX_CHANCES
 
     @property
@@ -122,6 +124,8 @@ class Planner:
         """
         if start.layout is not None:
             return await self._plan_layout(start, start.layout)
+        if start.by_speed:
+            settings = by_speed(settings)
         cooling = {endpoint for endpoint in self._workers.endpoints if self._workers.cool_down_s(endpoint)}
         avoided = start.lost | cooling
         await self._workers.own.refresh(start.engine)
@@ -150,7 +154,8 @@ class Planner:
                     raise
 
     def best_for(self, coordinator: Coordinator, settings: PoolSettings) -> LayerPlan:
-        """The best plan for a running coordinator, over its workers and those that are free, as last seen.
+        """The fastest plan for a running coordinator, over its workers and those that are free, as last seen; by
+        free memory where no speed is known.
 
         Raises:
             WorkersUnavailableError, ModelDoesNotFitError: there is none.
@@ -162,7 +167,7 @@ class Planner:
             if worker.endpoint in held
             or (worker.state == "free" and not self._workers.cool_down_s(worker.endpoint))
         ]
-        running = coordinator.settings
+        running, settings = coordinator.settings, by_speed(settings)
         return self._best(
             usable, running.model_path, running.facts, running.context_tokens, settings, running=running.plan
         )
@@ -289,6 +294,13 @@ class Planner:
             await asyncio.sleep(RETURN_POLL_S)
             await self._workers.refresh()
         return free()
+
+
+def by_speed(settings: PoolSettings) -> PoolSettings:
+    """The settings with a strategy that goes by predicted times."""
+    if settings.layer_strategy in SPLITS or settings.layer_strategy == AUTO:
+        return replace(settings, layer_strategy=LATENCY_AWARE)
+    return settings
 
 
 def _device_free_bytes(workers: Collection[WorkerStatus]) -> dict[str, tuple[int, ...]]:

@@ -16,17 +16,19 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from sollol_nb.errors import ConfigError, CoordinatorStartError, ModelDoesNotFitError, SollolError
 from sollol_nb.gguf.facts import read_facts
 from sollol_nb.layers.plan import LayerPlan
+from sollol_nb.layers.strategies import SPLITS
 from sollol_nb.layers.token_time import TokenTime
 from sollol_nb.layers.what_if import Forecast, forecast, without_layout
 from sollol_nb.llama_cpp.answers.base import Answer
 from sollol_nb.llama_cpp.coordinators.calibrator import Calibrated, Calibrator
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.coordinators.measurements import TokenMeasurements
+from sollol_nb.llama_cpp.coordinators.replanning import Advice, Replanner
 from sollol_nb.llama_cpp.coordinators.running import RouteKey, RunningCoordinators, key_of
 from sollol_nb.llama_cpp.coordinators.settings import PoolSettings, context_tokens_for
 from sollol_nb.llama_cpp.coordinators.speculation import OFF
@@ -45,6 +47,8 @@ from sollol_nb.text.tables import counted
 
 logger = logging.getLogger(__name__)
 
+LEAST_GAIN = 0.03
+"""Share of the time per token, below which nobody would load a model again."""
 ANSWERS_PER_CORRECTION = 5
 """After so many measured answers of a coordinator, the calibrations of its workers are corrected once."""
 
@@ -60,6 +64,17 @@ class CoordinatorPool:
         self._calibrator = Calibrator(workers, events)
         self._running = RunningCoordinators(workers, events, self._measurements)
         self._starter = CoordinatorStarter(settings, workers, events, self._running, self._measurements)
+        self._replanner = Replanner(
+            workers,
+            events,
+            self._running,
+            self._measurements,
+            settings=lambda: self.settings,
+            best_plan=lambda coordinator: self._starter.planner.best_for(coordinator, self.settings),
+            predicted_ms=self._predicted_ms,
+            move=self._move_if_unused,
+            calibrate=self.calibrate,
+        )
         # A gate outlives its coordinator: requests that wait for the model keep their turn when it restarts.
         self._gates: dict[RouteKey, Gate] = {}
         self._lost: dict[RouteKey, frozenset[str]] = {}
@@ -185,6 +200,76 @@ class CoordinatorPool:
             speculation = None if coordinator.settings.speculation.is_on else OFF  # an answer may need it off
             return await self._start(route, frozenset(), layout, speculation)
 
+    async def replan(self, model: str | None = None) -> list[str]:
+        """As `ClusterControl.replan`."""
+        if model is None:
+            models = [coordinator.model for coordinator in self.coordinators if coordinator.rpc_backends]
+        else:
+            models = [self._sharded(model).model]
+        return [await self._replan(each) for each in models]
+
+    async def _replan(self, model: str) -> str:
+        async with self._starting[key_of(self._running.route_of(self._sharded(model)))]:
+            coordinator = self._sharded(model)  # another, if it was restarted meanwhile
+            await self._workers.refresh()
+            suspects = self._suspects(coordinator)
+            if suspects:
+                message = f"measuring the workers of {model} again, for a new layout"
+            else:
+                plan = self._starter.planner.best_for(coordinator, self.settings)
+                now_ms, then_ms = self._predicted_ms(coordinator), plan.predicted_token_ms
+                if now_ms is None or then_ms is None or plan.strategy in SPLITS:
+                    raise ConfigError(
+                        f"nothing is known of how fast the workers of {model} are; measure them with "
+                        "`%sollol_cluster calibrate`, or ask the model something"
+                    )
+                if then_ms > now_ms * (1 - LEAST_GAIN):
+                    return (
+                        f"{model} stays as it is: no other layout is clearly faster than {now_ms:.3g} ms per token"
+                    )
+                counts = "/".join(map(str, plan.unit_counts))
+                message = (
+                    f"new layout for {model}: {counts} {plan.describe_devices()}, {then_ms:.3g} ms per token "
+                    f"(predicted) instead of {now_ms:.3g}"
+                )
+            route = self._running.route_of(coordinator)
+            await self._running.end(coordinator)
+            await self._start_again(coordinator, route, message, suspects)
+            return message
+
+    async def _move_if_unused(self, coordinator: Coordinator) -> bool:
+        """Move a model to its best layout, unless there is a request at its coordinator or another process uses
+        it; whether it was moved."""
+        route = self._running.route_of(coordinator)
+        async with self._starting[key_of(route)]:
+            if self._running.find(route) is not coordinator or not coordinator.is_idle:
+                return False
+            suspects = self._suspects(coordinator)
+            if await self._running.end_unless_used(coordinator):
+                return False
+            await self._start_again(coordinator, route, f"moving {route.name} to a faster layout", suspects)
+            return True
+
+    def _suspects(self, coordinator: Coordinator) -> list[str]:
+        """The workers of a coordinator, if one of them is slow and it is not known which."""
+        return coordinator.rpc_backends if self._measurements.is_unexplained(coordinator) else []
+
+    async def _start_again(self, ended: Coordinator, route: Route, message: str, suspects: Sequence[str]) -> None:
+        """Start a model that was just ended, with the fastest layout; before, calibrate suspects."""
+        self._events.publish(EventKind.COORDINATOR_PLANNED, route.name, message)
+        if suspects:
+            await self.calibrate(suspects)
+        speculation = None if ended.settings.speculation.is_on else OFF  # an answer may need it off
+        await self._start(route, frozenset(), speculation=speculation, by_speed=True)
+
+    def advice_for(self, coordinator: Coordinator) -> Advice | None:
+        """What a better layout of one of its coordinators would bring; None if none is known."""
+        return self._replanner.advice_for(coordinator) if coordinator.plan is not None else None
+
+    def _predicted_ms(self, coordinator: Coordinator) -> float | None:
+        token = self.predict(coordinator)
+        return token.token_ms if token is not None else None
+
     async def _check_free(self, model: str, endpoints: Iterable[str], coordinator: Coordinator) -> None:
         """Refuse workers that are neither free nor this coordinator's, before it is ended for them."""
         others = [endpoint for endpoint in endpoints if endpoint not in coordinator.rpc_backends]
@@ -244,6 +329,7 @@ class CoordinatorPool:
 
     def _on_event(self, event: Event) -> None:
         """After measured answers, correct the calibrations of their workers, and look whose time has changed."""
+        self._replanner.on_event(event)
         if event.kind != EventKind.REQUEST_FINISHED:
             return
         for coordinator in self.coordinators:
@@ -281,10 +367,11 @@ class CoordinatorPool:
         lost: frozenset[str],
         layout: Mapping[str, int] | None = None,
         speculation: str | None = None,
+        by_speed: bool = False,
     ) -> Coordinator:
         closings = self._closings
         coordinator = await self._starter.start(
-            route, self.gate(route), lost, layout=layout, speculation=speculation
+            route, self.gate(route), lost, layout=layout, speculation=speculation, by_speed=by_speed
         )
         if self._closings != closings:
             await coordinator.stop_unless_shared()

@@ -100,6 +100,20 @@ class RunningCoordinators:
         """
         return await self._end(coordinator, lambda: coordinator.stop_unless_used(leave=True))
 
+    async def end_unless_used(self, coordinator: Coordinator) -> list[str]:
+        """End a coordinator unless another process is connected to it, or anybody has a request there; then it
+        stays in the table.
+
+        Returns:
+            Who uses it; empty if it was ended.
+        """
+        taken = self._take(coordinator)
+        # The caller may be cancelled; the engine must end anyway.
+        users = await asyncio.shield(self._in_background(coordinator.stop_unless_used()))
+        if users:
+            self._table = {**taken, **self._table}
+        return users
+
     async def _end(self, coordinator: Coordinator, stop: Callable[[], Awaitable[list[str]]]) -> list[str]:
         was_running = coordinator.is_running()
         taken = self._take(coordinator)
@@ -196,10 +210,7 @@ class RunningCoordinators:
         for coordinator in self.coordinators:
             if not eligible(coordinator) or not coordinator.is_idle:
                 continue
-            taken = self._take(coordinator)
-            # The caller may be cancelled; the engine must end anyway.
-            if await asyncio.shield(self._in_background(coordinator.stop_unless_used())):
-                self._table = {**taken, **self._table}  # another process uses it
+            if await self.end_unless_used(coordinator):
                 continue
             message = f"stopped {coordinator.model} (idle) to make room for {needed_for}"
             self._events.publish(EventKind.COORDINATOR_MADE_ROOM, coordinator.model, message)

@@ -37,6 +37,7 @@ class PoolSettings:
     """How the coordinators of a router are started. See `HybridRouter` for the meaning of each.
 
     Attributes:
+        replan: what happens when another layout of a running model has become faster; see the setting.
         exact: use no running coordinator that was started with other settings, though it would serve as well.
     """
 
@@ -54,6 +55,7 @@ class PoolSettings:
     llama_cpp: Path | None
     keep_alive_s: float | None
     keep_alive_of: Mapping[str, float | None] = field(default_factory=dict)
+    replan: str = "say"
     exact: bool = False
 
     def keep_alive(self, model: str) -> float | None:

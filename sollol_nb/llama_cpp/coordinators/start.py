@@ -79,7 +79,7 @@ class CoordinatorStarter:
         self._workers = workers
         self._events = events
         self._running = running
-        self._planner = Planner(workers, running, measurements)
+        self.planner = Planner(workers, running, measurements)
         self.drafting = Drafting(workers.calibration_of)
         self._claiming = asyncio.Lock()  # planning and holding workers is one step
 
@@ -112,6 +112,7 @@ class CoordinatorStarter:
         *,
         layout: Mapping[str, int] | None = None,
         speculation: str | None = None,
+        by_speed: bool = False,
     ) -> Coordinator:
         """A coordinator for a route, ready for requests.
 
@@ -120,6 +121,7 @@ class CoordinatorStarter:
             lost: workers that were just found lost, to be chosen last.
             layout: units of each worker, in the order of their layers, instead of a strategy's choice.
             speculation: what it drafts, instead of what the settings say.
+            by_speed: plan by predicted times, whatever the strategy of the settings.
 
         Raises:
             ModelFileError, ModelDoesNotFitError, WorkersUnavailableError, CoordinatorError, EngineError: why not.
@@ -139,6 +141,7 @@ class CoordinatorStarter:
             speculation=self.settings.speculation if speculation is None else speculation,
             first_port=self.settings.coordinator_port,
             lost=lost,
+            by_speed=by_speed,
         )
         given_draft = await self.drafting.check(start, self.settings.draft)
         failed: BaseException | None = None
@@ -304,7 +307,7 @@ class CoordinatorStarter:
         """
         sharded = start.route.backend == DISTRIBUTED
         if sharded:  # not within the claim, since no other start is to wait for these machines
-            await self._planner.connect(start, self.settings)
+            await self.planner.connect(start, self.settings)
         async with self._claiming:
             if not sharded:
                 await self._running.free_memory(start.facts.file_bytes)
@@ -312,7 +315,7 @@ class CoordinatorStarter:
                 plan, devices = None, dict[str, tuple[int, ...]]()
                 if sharded:
                     try:
-                        plan, devices = await self._planner.plan(start, self.settings)
+                        plan, devices = await self.planner.plan(start, self.settings)
                     except (WorkersUnavailableError, ModelDoesNotFitError):
                         if (running := await self._adopt(start, as_it_is=True)) is not None:
                             return running

@@ -31,7 +31,7 @@ class ClusterMagics(Magics):
         "what",
         nargs="*",
         help="start: how many workers are to run (default: 3); add, remove: host:port or ssh://host; "
-        "calibrate: workers (default: all, and this machine); stop: "
+        "calibrate: workers (default: all, and this machine); replan: models (default: all); stop: "
         "models, workers or machines (default: all of this notebook); invite: name of the workers (default: that "
         "of their machine); revoke: names (default: all)",
     )
@@ -62,6 +62,8 @@ class ClusterMagics(Magics):
         of this notebook. What another notebook uses stays. `calibrate` measures how fast this machine and the free
         workers (or the named ones) are.
 
+        `replan` applies the layout that is the fastest now to a running model, if it is another one.
+
         `--ssh gpu1,user@gpu2:2222` uses other machines: a worker runs on each of their devices, reached through
         your own ssh, and nothing there listens to the network. llama.cpp is installed there if necessary.
 
@@ -87,6 +89,8 @@ class ClusterMagics(Magics):
             %sollol_cluster revoke
 
             %sollol_cluster calibrate
+
+            %sollol_cluster replan
 
             %sollol_cluster stop
 

@@ -98,6 +98,12 @@ def _calibrate(router: HybridRouter, arguments: argparse.Namespace) -> None:
         print(result)
 
 
+def _replan(router: HybridRouter, arguments: argparse.Namespace) -> None:
+    for model in arguments.what or [None]:
+        lines = router.replan(model)
+        print("\n".join(lines) if lines else "no sharded model is running")
+
+
 def _named(what: Sequence[str], action: str) -> Sequence[str]:
     if not what:
         raise UsageError(f"{action} takes workers: %sollol_cluster {action} HOST:PORT, or {action} ssh://HOST")
@@ -192,6 +198,7 @@ ACTIONS: Mapping[str, Action] = {
     "start": _start,
     "discover": _discover,
     "calibrate": _calibrate,
+    "replan": _replan,
     "add": _add,
     "remove": _remove,
     "stop": _stop,

@@ -109,6 +109,7 @@ CALLS: Mapping[str, Call] = {
         Call(OwnEngines.end_engines, controls=True),
         Call(OwnEngines.engine_log, controls=True),
         Call(OwnEngines.apply_plan, controls=True, limit_s=LONG_S),
+        Call(OwnEngines.replan, controls=True, limit_s=LONG_S),
         Call(OwnEngines.configure, controls=True),
     )
 }

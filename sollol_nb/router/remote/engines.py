@@ -180,6 +180,7 @@ class GatewayEngines:
     end_engines = _at_gateway(OwnEngines.end_engines)
     engine_log = _at_gateway(OwnEngines.engine_log)
     apply_plan = _at_gateway(OwnEngines.apply_plan)
+    replan = _at_gateway(OwnEngines.replan)
     what_if = _at_gateway(OwnEngines.what_if)
     configure = _at_gateway(OwnEngines.configure)
 
