@@ -102,7 +102,7 @@ class CoordinatorStarter:
         assert route.model_path is not None
         facts = await asyncio.to_thread(read_facts, route.model_path)
         context_tokens = context_tokens_for(self.settings, route.modelfile, facts)
-        return self._planner.foresee(route.name, route.model_path, facts, context_tokens, self.settings)
+        return self.planner.foresee(route.name, route.model_path, facts, context_tokens, self.settings)
 
     async def start(
         self,
