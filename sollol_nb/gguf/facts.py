@@ -26,6 +26,8 @@ _LONGEST_NAME = 64  # GGML_MAX_NAME
 _SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 _BLOCK_TENSOR = re.compile(r"(?:enc\.|dec\.)?blk\.([0-9]+)\.")
 _EXPERTS_TENSOR = re.compile(r"\.ffn_\w+_exps\.")  # all experts of a block; those used for each token are `_shexp`
+_RECURRENT_BUT_EVERY = dict.fromkeys(("qwen3next", "qwen35", "qwen35moe"), 4)
+"""Of these architectures only every so many blocks have attention (src/models/qwen3next.cpp)."""
 _INPUT_TENSORS = ("token_embd.", "token_types.", "position_embd.", "per_layer_token_embd.")
 _FIRST_BLOCK_TENSORS = ("token_embd_norm.", "rope_freqs.", "rope_factors_long.", "rope_factors_short.")
 
@@ -51,7 +53,7 @@ class ModelFacts:
         vocabulary_size: tokens in the vocabulary (rows of the token embedding); 0 without one.
         layer_kv_bytes_per_token: K and V of each block at f16, bytes per token of context. An upper bound for
             blocks with a sliding window, for multi-head latent attention (newer llama.cpp keeps no V there)
-            and for hybrid models; the state of recurrent blocks, which does not grow with the context, is
+            and for some hybrid models; the state of recurrent blocks, which does not grow with the context, is
             not counted.
         chat_template: in Jinja; "" without one.
         quantization: how most weights are stored, such as "Q4_K_M"; "" if not stated.
@@ -246,9 +248,11 @@ def _kv_bytes_per_token(keys: Keys, architecture: str, layer_count: int) -> tupl
     kv_heads = _per_layer(keys, f"{prefix}.head_count_kv", layer_count, default=None) or heads
     if not any(heads):
         return (0,) * layer_count
-    return tuple(
-        count * sum(_head_widths(keys, architecture, layer_count)) * KV_ELEMENT_BYTES for count in kv_heads
-    )
+    per_token = sum(_head_widths(keys, architecture, layer_count)) * KV_ELEMENT_BYTES
+    interval = 1
+    if architecture in _RECURRENT_BUT_EVERY:
+        interval = _integer(keys, f"{architecture}.full_attention_interval") or _RECURRENT_BUT_EVERY[architecture]
+    return tuple(count * per_token if (block + 1) % interval == 0 else 0 for block, count in enumerate(kv_heads))
 
 
 def _head_widths(keys: Keys, architecture: str, layer_count: int) -> tuple[int, int]:

@@ -63,6 +63,9 @@ def test_a_mixture_counts_all_experts_as_weights_and_the_used_ones_as_width(tmp_
     mixture = read_facts(write_llama(tmp_path / "moe.gguf", feed_forward=128, experts=4, experts_used=2))
     more_experts = 3 * 3 * 64 * 128 * F16
     assert mixture.layer_bytes[0] - dense.layer_bytes[0] == more_experts + 4 * 64 * F16
+    unused_experts = 2 * 3 * 64 * 128 * F16
+    assert mixture.read_bytes[0] == mixture.layer_bytes[0] - unused_experts, "a token reads the used ones"
+    assert dense.read_bytes == (*dense.layer_bytes, dense.output_bytes)
     assert mixture.feed_forward_width == 2 * 128
 
 
@@ -91,6 +94,14 @@ def test_kv_cache_bytes_follow_heads_and_head_widths(tmp_path: Path, keys: dict[
         tmp_path / "m.gguf", "llama", {"llama.block_count": 2, "llama.embedding_length": 64} | stated
     )
     assert read_facts(path).layer_kv_bytes_per_token == (per_token, per_token)
+
+
+def test_recurrent_blocks_have_no_kv_cache(tmp_path: Path) -> None:
+    keys = {"block_count": 8, "embedding_length": 256, "attention.head_count": 4, "full_attention_interval": 4}
+    path = write_keys(tmp_path / "hybrid.gguf", "qwen3next", {f"qwen3next.{key}": keys[key] for key in keys})
+    assert [bool(per_token) for per_token in read_facts(path).layer_kv_bytes_per_token] == [
+        (block + 1) % 4 == 0 for block in range(8)
+    ]
 
 
 def test_kv_heads_may_differ_from_block_to_block(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import random
 import pytest
 
 from sollol_nb.errors import ConfigError, WorkersUnavailableError
+from sollol_nb.layers.plan import CPU, own_endpoint
 from sollol_nb.layers.planner import model_load, plan_from_counts, plan_layers
 from sollol_nb.layers.strategies import WorkerCapacity
 from sollol_nb.layers.token_time import Measurement, WorkerSpeeds, calibrate, worker_parts
@@ -175,3 +176,18 @@ def test_moving_never_loses_a_unit() -> None:
         assert min(after) >= 0
         if len(counts) > 1:
             assert after[position] == min(wanted, sum(counts))
+
+
+def test_a_layout_may_use_own_devices_which_come_where_llama_cpp_has_them() -> None:
+    own = [
+        WorkerCapacity(own_endpoint("CUDA0"), 20 * GB, 20 * GB, device="CUDA0"),
+        WorkerCapacity("w0:1", 20 * GB, 20 * GB, round_trip_ms=1.0),
+        WorkerCapacity(own_endpoint(CPU), 20 * GB, 20 * GB, device=CPU),
+    ]
+    speeds = WorkerSpeeds({"w0:1": 1e-9, own_endpoint(CPU): 4e-9, own_endpoint("CUDA0"): 5e-10}, None, 0.5)
+    predicted = forecast(TWELVE, own, (6, 4, 3), context_tokens=4096, speeds=speeds)
+
+    assert predicted.plan.unit_counts == (3, 4, 6)
+    assert [found.layers for found in predicted.workers] == ["7-11 + output", "3-6", "0-2"]
+    assert [found.token_ms for found in predicted.workers] == pytest.approx([3, 4 + 1.5, 12])
+    assert predicted.describe().startswith("3/4/6 over 1 worker and this machine: fits; ")
