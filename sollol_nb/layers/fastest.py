@@ -27,7 +27,8 @@ MARGIN = 0.05
 FEW_MEMORIES = 8
 POOL = 6
 """Devices that are tried in all orders where blocks differ."""
-SWAPS = 48
+SWAPS, SWAP_WORK = 48, 10**6
+"""Exchanges of one device that are tried where blocks differ, and borders that are compared for them at most."""
 SMALL_SET = 4
 SETS_TRIED = 4
 ORDERS_OVER_ALL = 2
@@ -224,14 +225,16 @@ class Search(Alternatives):
         found: list[Layout] = []
         tried: list[Sequence[Device]] = []
         for candidates in _with_output_where_it_can_be(devices):
-            sizes = {self.runs.mean_block_bytes}
+            sizes = [self.runs.mean_block_bytes]
             if not self.runs.are_alike:  # where memory is tight, more devices may be needed than for mean blocks
-                sizes.add(self.runs.largest_block_bytes)
+                sizes.append(self.runs.largest_block_bytes)
             for size in sizes:
                 sets = likely_sets(self.runs, candidates, size, wanted=self._wanted, kept=SETS_TRIED)
                 tried += [members for members, _ in sets]
                 for number, (members, holder) in enumerate(sets):
-                    found += self._placed(devices, members, holder, over_all=number < ORDERS_OVER_ALL)
+                    found += self._placed(
+                        devices, members, holder, over_all=number < ORDERS_OVER_ALL // len(sizes)
+                    )
         by_memory = sorted(devices, key=lambda device: (device.rank == WORKER, -device.cost.free_bytes))
         own = sum(device.rank != WORKER for device in devices)
         by_memory = by_memory[: own + self._wanted if self._wanted else MAX_WORKERS]
@@ -272,6 +275,8 @@ class Search(Alternatives):
         best = self._swapped(layouts[0], [device for devices in sets for device in devices])
         for place in range(len(best.devices) - 1 if len(best.devices) > FEW_MEMORIES else 0):
             order = list(best.devices)
+            if place + 1 >= len(order):  # a better one has fewer
+                break
             order[place], order[place + 1] = order[place + 1], order[place]
             must = {device.position for device in order} if self._wanted is not None else set()
             swapped = in_order(self.runs, _in_engine_order(order), must)
@@ -295,7 +300,7 @@ class Search(Alternatives):
 
     def _swapped(self, best: Layout, others: Sequence[Device]) -> Layout:
         """The best layout, after putting others in its devices' places, or between them, as far as tries last."""
-        tries = SWAPS
+        tries = min(SWAPS, SWAP_WORK // (len(best.devices) * self.runs.unit_count**2))
         for other in dict.fromkeys(others):
             for place in range(len(best.devices) + 1):
                 if other in best.devices:

@@ -191,7 +191,10 @@ def test_of_the_layouts_of_more_workers_one_within_a_percent_of_the_fastest_is_f
     assert (plan.predicted_token_ms or 0.0) <= (best.predicted_token_ms or 0.0) * 1.01
 
 
-def test_many_workers_are_searched_without_trying_them_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("larger", "passes_each"), [(1.0, 5), (1.2, 12)])
+def test_many_workers_are_searched_without_trying_them_one_by_one(
+    larger: float, passes_each: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """64 workers and 126 layers: about as many passes over a worker's borders as there are workers."""
     random = Random(0)
     workers = [worker(f"w{n}", random.uniform(4, 24), random.uniform(0.1, 8)) for n in range(64)]
@@ -205,10 +208,11 @@ def test_many_workers_are_searched_without_trying_them_one_by_one(monkeypatch: p
         return run_ms(runs, cost)
 
     monkeypatch.setattr(Runs, "ms", counted)
-    plan = planned(workers, speeds, model([GB] * 126, GB))
+    sizes = [int(GB * (larger if block % 3 == 0 else 1.0)) for block in range(126)]
+    plan = planned(workers, speeds, model(sizes, GB))
     assert sum(plan.unit_counts) == 127
     assert len(plan.shards) <= MAX_WORKERS
-    assert passes <= 64 * 5
+    assert passes <= 64 * passes_each
 
 
 # --- what is chosen, and why ------------------------------------------------------------------
