@@ -80,7 +80,7 @@ def plan_layers(
     chosen = resolve_strategy(strategy, workers, speeds)
     if chosen in SPLITS:
         plan = _split(facts, workers, chosen, load, context_tokens)
-        if strategy == AUTO:
+        if strategy not in SPLITS:
             plan = replace(plan, reasons=(*plan.reasons, _why_by_memory(workers, speeds)))
         return _with_prediction(plan, facts, workers, speeds)
     assert speeds is not None

@@ -278,6 +278,8 @@ def test_a_worker_of_unknown_speed_is_used_only_where_the_memory_requires_it() -
 def test_auto_goes_by_times_once_all_workers_are_calibrated() -> None:
     workers, known = [worker("a", 20), worker("b", 20)], speeds_of({"a": 1, "b": 1})
     assert plan_layers(TWELVE, workers).strategy == "memory_aware"
+    wished = plan_layers(TWELVE, workers, strategy="latency_aware")
+    assert (wished.strategy, wished.reasons[0][:39]) == ("memory_aware", "spread by free memory: a, b not calibra")
     partly = plan_layers(TWELVE, workers, speeds=speeds_of({"a": 1}))
     assert (partly.strategy, len(partly.shards)) == ("memory_aware", 2)
     assert partly.reasons[0].startswith("spread by free memory: b not calibrated yet")
