@@ -1,6 +1,6 @@
 """Tokens per second with drafts (`speculation=auto`) and without, over three workers at several distances.
 
-    python benchmarks/speculation.py [--rounds 2] [--round-trips-ms 1,5,10,20] [--questions 12] [--json FILE]
+    python benchmarks/speculation.py [--rounds 1] [--round-trips-ms 1,5,10,20] [--questions 12] [--json FILE]
 
 Each way has three workers of its own behind delay proxies, and both answer the same questions in turns:
 
@@ -95,7 +95,7 @@ class Text:
 
 def main() -> Report:
     parser = parser_of(__doc__)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--round-trips-ms", default="1,5,10,20")
     parser.add_argument("--questions", type=int, default=12, help="to SmolLM2, whose answers are compared")
     arguments = parser.parse_args()
@@ -121,6 +121,9 @@ def main() -> Report:
                 for text in texts:
                     without, drafting, accepted = compared(routers, text, arguments.rounds)
                     ratios[round_trip_ms, text.name] = drafting / without
+                    print(
+                        f"{round_trip_ms:g} ms, {text.name}: {drafting / without:.2f}", file=sys.stderr, flush=True
+                    )
                     limit = f"{1000 / (WORKERS * round_trip_ms):.0f}" if round_trip_ms else "-"
                     table.add(round_trip_ms, text.name, without, drafting, drafting / without, accepted, limit)
                 if round_trip_ms == 0 and arguments.questions:
@@ -173,8 +176,9 @@ def compared(routers: dict[str, HybridRouter], text: Text, rounds: int) -> tuple
     chats = {question: first_turn(routers["off"], text, question) for question in text.questions}
     for way in routers:
         routers[way].preload(text.model)
-    for question, chat in chats.items():
-        for way in in_turns(list(routers), rounds):
+    for position, (question, chat) in enumerate(chats.items()):
+        ways = list(routers) if position % 2 == 0 else list(reversed(routers))
+        for way in in_turns(ways, rounds):
             answer = routers[way].route_request(text.model, chat, temperature=0, max_tokens=text.max_tokens)
             if answer.routing["tokens_per_s"]:
                 speeds[way].setdefault(question, []).append(float(answer.routing["tokens_per_s"]))
