@@ -436,6 +436,7 @@ class CoordinatorPool:
     async def close(self) -> None:
         """Stop all coordinators that no other kernel uses, also those that are being started."""
         self._closings += 1
+        self._replanner.close()
         for coordinator in self._running.known:
             await self._running.end(coordinator, unless_shared=True)
         await self._starter.drafting.save()
@@ -443,5 +444,6 @@ class CoordinatorPool:
     async def detach(self) -> None:
         """End the connections to all coordinators; they live on for their keep_alive."""
         self._closings += 1
+        self._replanner.close()
         await self._running.detach()
         await self._starter.drafting.save()
