@@ -4,7 +4,7 @@
 
 Each way has three workers of its own behind delay proxies, and both answer the same questions in turns:
 
-- repetitive: a generated model of random weights, which soon repeats itself;
+- repetitive: a generated model of random weights, which repeats itself after about 50 tokens;
 - repeated: the demo model, asked a question that it has answered before in the same chat;
 - free: the demo model, asked other questions;
 - edits and summaries, and free text of SmolLM2, on loopback and 10 ms away.
@@ -106,7 +106,7 @@ def main() -> Report:
     with isolated(), tempfile.TemporaryDirectory() as folder:
         looping = write_llama(Path(folder) / "repetitive.gguf", blocks=12)
         small = [
-            Text("repetitive", looping, ("w1 w2 w3",), 150),
+            Text("repetitive", looping, ("w1 w2 w3",), 400),
             Text("repeated", DEMO_MODEL_PATH, DEMO, 60, repeats=True),
             Text("free", DEMO_MODEL_PATH, DEMO, 60),
         ]
