@@ -1,10 +1,10 @@
 """A batch of prompts through `router.map`, beside raw httpx with as many requests at the same time.
 
-    python benchmarks/batch.py [--prompts 200] [--tokens 16] [--rounds 5] [--model demo:sharded]
+    python benchmarks/batch.py [--prompts 200] [--rounds 4]
 
-The model is sharded over three workers on loopback. Both ask as many questions at the same time as the
-llama-server has slots, in turns. Each question is asked once, so that neither the prompt cache nor a kept answer
-helps. The batch keeps its answers, writes the latency log and makes a DataFrame.
+The demo model, and a real one (SmolLM2), are sharded over three workers on loopback. Both ways ask as many
+questions at the same time as the llama-server has slots, in turns. Each question is asked once, so that neither
+the prompt cache nor a kept answer helps. A batch keeps its answers and writes the latency log.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ from __future__ import annotations
 import asyncio
 import itertools
 import sys
+from typing import Any
 
 import httpx
-from common import Report, isolated, measured, paired_ratio, parser_of, percentile, run, seconds_of
+from common import Report, isolated, measured, paired_ratio, parser_of, percentile, run, seconds_of, smollm2_path
 
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.sync_wrapper import HybridRouter
 
 GOAL = 0.95
+DEMO_TOKENS, REAL_TOKENS = 16, 4
 _numbers = itertools.count(1)
 
 
@@ -48,48 +50,56 @@ async def ask_raw(coordinator: Coordinator, prompts: list[str], tokens: int, con
 def main() -> Report:
     parser = parser_of(__doc__)
     parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--tokens", type=int, default=16, help="of each answer")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--model", default="demo:sharded", help="its name, or the path of a GGUF file")
+    parser.add_argument("--rounds", type=int, default=4, help="with the demo model; the real one has half of them")
     arguments = parser.parse_args()
-    report, options = Report(), {"max_tokens": arguments.tokens, "temperature": 0}
-    with isolated(), HybridRouter(auto_setup_rpc=True, num_rpc_backends=3) as router:
-        router.route_request(arguments.model, "Hello!", backend="sharded", max_tokens=1)
-        (coordinator,) = router.coordinators
-        assert isinstance(coordinator, Coordinator)
-        slots = coordinator.gate.slots
-
-        def through_map() -> float:
-            asked = questions(arguments.prompts)
-            began = seconds_of(
-                lambda: frames.append(
-                    router.map(
-                        asked, "{{ item }}", model=arguments.model, backend="sharded", progress=False, **options
-                    )
-                )
-            )
-            if set(frames.pop().status) != {"ok"}:
-                report.failed = "rows of the batch were not answered"
-            return began
-
-        def through_httpx() -> float:
-            asked = questions(arguments.prompts)
-            return seconds_of(lambda: asyncio.run(ask_raw(coordinator, asked, arguments.tokens, slots)))
-
-        frames: list = []
-        seconds = measured({"httpx": through_httpx, "router.map": through_map}, arguments.rounds)
-    rates = {way: [arguments.prompts / value for value in values] for way, values in seconds.items()}
-    ratio = paired_ratio(rates["router.map"], rates["httpx"])
+    report = Report()
     table = report.table(
-        f"{arguments.prompts} prompts, {slots} at the same time, answers of {arguments.tokens} tokens",
-        "way",
-        "answers a second, p50",
+        f"{arguments.prompts} prompts, answers a second",
+        "model",
+        "at the same time",
+        "httpx",
+        "router.map",
         "ratio",
     )
-    table.add("httpx", percentile(rates["httpx"], 50), "")
-    table.add("router.map", percentile(rates["router.map"], 50), ratio)
-    report.goal(f"at least {GOAL:g} of httpx", ratio, ratio >= GOAL)
+    for name, model, tokens, rounds in (
+        ("demo", "demo:sharded", DEMO_TOKENS, arguments.rounds),
+        ("SmolLM2-135M", str(smollm2_path()), REAL_TOKENS, max(1, arguments.rounds // 2)),
+    ):
+        with isolated(), HybridRouter(auto_setup_rpc=True, num_rpc_backends=3) as router:
+            slots, rates = compared(router, model, arguments.prompts, tokens, rounds)
+        ratio = paired_ratio(rates["router.map"], rates["httpx"])
+        medians = (percentile(rates["httpx"], 50), percentile(rates["router.map"], 50))
+        table.add(f"{name}, {tokens} tokens", slots, *medians, ratio)
+        report.goal(f"{name}: at least {GOAL:g} of httpx", ratio, ratio >= GOAL)
+    report.notes.append(
+        "The demo model answers faster than any real one, so the processor time of the client counts: the router "
+        "reads every token when it is generated, so that an answer survives the engine; httpx reads whole answers."
+    )
     return report
+
+
+def compared(
+    router: HybridRouter, model: str, prompts: int, tokens: int, rounds: int
+) -> tuple[int, dict[str, list[float]]]:
+    """How many requests ran at the same time, and the answers a second of both ways in each round."""
+    options: dict[str, Any] = {"model": model, "backend": "sharded", "max_tokens": tokens, "temperature": 0}
+    router.map(questions(8), "{{ item }}", progress=False, **options)
+    (coordinator,) = router.coordinators
+    assert isinstance(coordinator, Coordinator)
+    slots = coordinator.gate.slots
+
+    def through_map() -> float:
+        asked, frames = questions(prompts), []
+        seconds = seconds_of(lambda: frames.append(router.map(asked, "{{ item }}", progress=False, **options)))
+        if set(frames[0].status) != {"ok"}:
+            raise RuntimeError("rows of the batch were not answered")
+        return prompts / seconds
+
+    def through_httpx() -> float:
+        asked = questions(prompts)
+        return prompts / seconds_of(lambda: asyncio.run(ask_raw(coordinator, asked, tokens, slots)))
+
+    return slots, measured({"httpx": through_httpx, "router.map": through_map}, rounds, warm_up=0)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,8 @@ from sollol_nb.runtime.http_client import (
 
 HEAD_LIMIT_BYTES: Final = 64 * 1024
 _STATUS_LINE = re.compile(r"HTTP/1\.[01] ([2-5]\d\d)(?: (.*))?")
-_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;.*)?\r\n")
+_SIZE_LIMIT_BYTES: Final = 1024  # of the line before each chunk
+_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;.*)?")
 _LENGTH = re.compile(r"\d{1,12}")
 
 
@@ -64,17 +65,21 @@ class Exchange:
         self._api_key = api_key
         self._read_timeout_s = read_timeout_s
         self._connection: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        self._loop: asyncio.AbstractEventLoop
+        self._timer: asyncio.TimerHandle | None = None
+        self._reading_since: float | None = None
+        self._is_late = False
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._close()
+        self.close()
 
     async def connect(self) -> None:
         """Open the connection now, without sending anything; nothing happens if it is open."""
         if self._connection is not None and self._connection[0].at_eof():
-            self._close()  # the server has closed it
+            self.close()  # the server has closed it
         if self._connection is None:
             self._connection = await self._opened()
 
@@ -87,16 +92,18 @@ class Exchange:
                 reader = await self._send(path, body)
                 head = await _read_head(reader)
                 await self._check(url, reader, head)
-                async for piece in _body(reader, head):
-                    content += piece
+                pieces = _Body(head)
+                while not pieces.is_whole:
+                    content += pieces.feed(await reader.read(HEAD_LIMIT_BYTES))
                     if len(content) > ANSWER_LIMIT_BYTES:
                         raise too_long_error(url)
-        if head.headers.get("connection", "").lower() == "close" or not _is_framed(head):
-            self._close()
+        if head.headers.get("connection", "").lower() == "close" or "content-length" not in head.headers:
+            self.close()
         return decoded(url, bytes(content))
 
     async def lines(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[str, None]:
-        """POST, and give the answer line by line while it arrives. The connection is closed at its end."""
+        """POST, and give the lines of the answer that are not empty while they arrive. The connection is closed at
+        the end."""
         url = self._base_url + path
         splitter = LineSplitter(url, limit_bytes=STREAM_LIMIT_BYTES)
         try:
@@ -105,19 +112,36 @@ class Exchange:
                     reader = await self._send(path, body)
                     head = await _read_head(reader)
                     await self._check(url, reader, head)
-            pieces = _body(reader, head)
-            while True:
+                pieces = _Body(head)
+                self._begin_watch()
+            while not pieces.is_whole:
                 with self._translated(url):
-                    async with asyncio.timeout(self._read_timeout_s):
-                        piece = await anext(pieces, None)
-                if piece is None:
-                    break
+                    self._reading_since = self._loop.time()
+                    received = await reader.read(HEAD_LIMIT_BYTES)
+                    self._reading_since = None
+                    piece = pieces.feed(received)
                 for line in splitter.feed(piece):
-                    yield line
+                    if line:
+                        yield line
             for line in splitter.end():
                 yield line
         finally:
-            self._close()
+            self.close()
+
+    def _begin_watch(self) -> None:
+        """Abort the connection when it is silent for too long: one timer, whatever the number of pieces."""
+        self._loop, self._reading_since = asyncio.get_running_loop(), None
+        self._timer = self._loop.call_later(self._read_timeout_s, self._check_silence)
+
+    def _check_silence(self) -> None:
+        now = self._loop.time()
+        since = now if self._reading_since is None else self._reading_since
+        left_s = since + self._read_timeout_s - now
+        if left_s > 0:
+            self._timer = self._loop.call_later(left_s, self._check_silence)
+        elif self._connection is not None:
+            self._is_late = True
+            self._connection[1].transport.abort()
 
     async def _send(self, path: str, body: Mapping[str, Any]) -> asyncio.StreamReader:
         """Send a request, over a new connection if there is none; returns where the answer comes."""
@@ -152,15 +176,18 @@ class Exchange:
             return
         text = bytearray()
         if head.status >= 400 and not is_compressed(encoding):
-            async for piece in _body(reader, head):
-                text += piece
-                if len(text) > ERROR_LIMIT_BYTES:
-                    break
-        self._close()
+            pieces = _Body(head)
+            while not pieces.is_whole and len(text) <= ERROR_LIMIT_BYTES:
+                text += pieces.feed(await reader.read(HEAD_LIMIT_BYTES))
+        self.close()
         location = head.headers.get("location", "")
         raise status_error(url, head.status, head.phrase, text=text.decode(errors="replace"), location=location)
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Close the connection. Closing twice is fine."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         if self._connection is not None:
             self._connection[1].close()
             self._connection = None
@@ -170,19 +197,21 @@ class Exchange:
         try:
             yield
         except TransportError:  # some are TimeoutErrors
-            self._close()
+            self.close()
             raise
         except TimeoutError as error:
-            self._close()
+            self.close()
             raise TransportTimeoutError(f"{url}: no answer within the time limit") from error
         except (_NotHttpError, EOFError, asyncio.LimitOverrunError) as error:
-            self._close()
+            self.close()
+            if self._is_late:
+                raise TransportTimeoutError(f"{url}: no answer within the time limit") from error
             raise ConnectionBrokenError(f"{url}: the answer is incomplete or not HTTP") from error
         except OSError as error:
-            self._close()
+            self.close()
             raise ConnectionBrokenError(f"{url}: the connection was lost") from error
         except BaseException:
-            self._close()
+            self.close()
             raise
 
 
@@ -200,39 +229,55 @@ async def _read_head(reader: asyncio.StreamReader) -> _Head:
     return _Head(int(status[1]), status[2] or "", headers)
 
 
-def _is_framed(head: _Head) -> bool:
-    """Whether the answer says where it ends; else it ends with the connection."""
-    return "transfer-encoding" in head.headers or "content-length" in head.headers
+class _Body:
+    """The body of an answer, from what is received after its head.
 
+    Attributes:
+        is_whole: nothing more belongs to it.
+    """
 
-async def _body(reader: asyncio.StreamReader, head: _Head) -> AsyncGenerator[bytes, None]:
-    """The body of an answer in pieces of limited size; EOFError if it ends too early."""
-    coding = head.headers.get("transfer-encoding")
-    if coding is not None:
-        if coding.lower() != "chunked":
+    def __init__(self, head: _Head) -> None:
+        coding, length = head.headers.get("transfer-encoding"), head.headers.get("content-length")
+        if (coding or "chunked").lower() != "chunked" or (not coding and length and not _LENGTH.fullmatch(length)):
             raise _NotHttpError
-        while (size := await _chunk_size(reader)) > 0:
-            yield (await reader.readexactly(size + 2))[:-2]
-        await reader.readuntil(b"\r\n")
-        return
-    length = head.headers.get("content-length")
-    if length is None:
-        while piece := await reader.read(HEAD_LIMIT_BYTES):
-            yield piece
-        return
-    if _LENGTH.fullmatch(length) is None:
-        raise _NotHttpError
-    left = int(length)
-    while left:
-        piece = await reader.read(min(left, HEAD_LIMIT_BYTES))
-        if not piece:
-            raise EOFError
-        left -= len(piece)
-        yield piece
+        self._is_chunked = coding is not None
+        self._left: int | None = None if coding is not None or length is None else int(length)
+        self._received = bytearray()
+        self.is_whole = self._left == 0
 
+    def feed(self, received: bytes) -> bytes:
+        """What this adds to the body. Nothing was received at the end of the connection; EOFError if that is too
+        early."""
+        if not received:
+            if self._is_chunked or self._left is not None:
+                raise EOFError
+            self.is_whole = True
+        if self._is_chunked:
+            return self._unchunked(received)
+        if self._left is not None:
+            received = received[: self._left]  # what follows is no part of it
+            self._left -= len(received)
+            self.is_whole = self._left == 0
+        return received
 
-async def _chunk_size(reader: asyncio.StreamReader) -> int:
-    line = _CHUNK_SIZE.fullmatch(await reader.readuntil(b"\r\n"))
-    if line is None or (size := int(line[1], 16)) > ANSWER_LIMIT_BYTES:
-        raise _NotHttpError
-    return size
+    def _unchunked(self, received: bytes) -> bytes:
+        """Chunks are `size CRLF data CRLF`; one of size 0 is the last."""
+        content, buffer = bytearray(), self._received
+        buffer += received
+        begin = 0
+        while (end := buffer.find(b"\r\n", begin, begin + _SIZE_LIMIT_BYTES)) >= 0:
+            line = _CHUNK_SIZE.fullmatch(buffer[begin:end])
+            if line is None or (size := int(line[1], 16)) > ANSWER_LIMIT_BYTES:
+                raise _NotHttpError
+            if size == 0:
+                self.is_whole = True
+                return bytes(content)
+            end += 2
+            if len(buffer) < end + size + 2:
+                break
+            content += buffer[end : end + size]
+            begin = end + size + 2
+        if end < 0 and len(buffer) - begin >= _SIZE_LIMIT_BYTES:
+            raise _NotHttpError
+        del buffer[:begin]
+        return bytes(content)

@@ -391,8 +391,9 @@ def test_repr_tells_the_address_and_never_the_key() -> None:
     ],
 )
 def test_stream_gives_lines_as_they_were_sent(pieces: list[bytes], lines: list[str]) -> None:
-    for read in (read_lines, exchanged_lines):
-        assert run(read(says(CHUNKED, *map(chunk, pieces), b"0\r\n\r\n"))) == lines
+    peer = says(CHUNKED, *map(chunk, pieces), b"0\r\n\r\n")
+    assert run(read_lines(peer)) == lines
+    assert run(exchanged_lines(peer)) == [line for line in lines if line]
 
 
 @pytest.mark.parametrize(
@@ -554,6 +555,29 @@ def test_a_stream_of_an_exchange_has_limits(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(exchange, "STREAM_LIMIT_BYTES", 4_000)
     with pytest.raises(TransportError, match="the answer is longer than"):
         run(exchanged_lines(says(CHUNKED, *[chunk(b"z\n" * 900)] * 5)))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 1000])
+def test_lines_of_an_exchange_do_not_depend_on_the_packets(size: int) -> None:
+    answer = CHUNKED + chunk(b"one\ntwo") + chunk(b"\n") + chunk(b"three\r\n" * 20) + b"0\r\n\r\n"
+    packets = [answer[begin : begin + size] for begin in range(0, len(answer), size)]
+    assert run(exchanged_lines(says(*packets))) == ["one", "two", *["three"] * 20]
+
+
+@pytest.mark.parametrize(("then", "error"), [("close", ConnectionBrokenError), ("silence", TransportTimeoutError)])
+def test_an_exchange_that_breaks_gives_its_lines_and_then_the_error(then: str, error: type[Exception]) -> None:
+    seen: list[str] = []
+
+    async def read() -> None:
+        peer = says(CHUNKED, chunk(b"one\ntw"), then=then)
+        async with exchange_with(peer, read_timeout_s=0.2) as exchange:
+            async for line in exchange.lines("/api/chat", {}):
+                seen.append(line)
+                await asyncio.sleep(0.5)  # this time is the reader's
+
+    with pytest.raises(error):
+        run(read())
+    assert seen == ["one"]
 
 
 def test_leaving_an_exchange_closes_its_connection() -> None:

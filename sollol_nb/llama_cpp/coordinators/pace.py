@@ -30,8 +30,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from sollol_nb.llama_cpp.answers.protocol import progress_of
@@ -204,6 +203,7 @@ class Stream:
         self.is_read = True
         self.token_at: float | None = None
         self.unread_s = 0.0
+        self._busy_since = 0.0
         self._pace = pace
         self._processed: tuple[int, float] | None = None  # prompt tokens, and when
         self._engine_ms: float | None = None  # the engine's time of the last token
@@ -229,16 +229,17 @@ class Stream:
             self._pace._record_prompt(prompt[0] - tokens, now - since)
         self._processed = (prompt[0], now)
 
-    @contextmanager
-    def reader_busy(self) -> Iterator[None]:
-        """While the reader of the answer handles a chunk: this time is not the engine's."""
-        began = self._pace._reset_silence()
+    def reader_busy(self) -> Stream:
+        """`with` it while the reader of the answer handles a chunk: this time is not the engine's."""
+        return self
+
+    def __enter__(self) -> None:
+        self._busy_since = self._pace._reset_silence()
         self.is_read = False
-        try:
-            yield
-        finally:
-            self.is_read = True
-            self.unread_s += self._pace._reset_silence() - began
+
+    def __exit__(self, *_: object) -> None:
+        self.is_read = True
+        self.unread_s += self._pace._reset_silence() - self._busy_since
 
     def close(self) -> None:
         """The stream has ended, one way or another. Closing twice is fine."""

@@ -78,6 +78,7 @@ class AnswerStreams:
         self._client = client
         self._exchange = exchange
         self._prompts = ForeseenPrompts()
+        self._renderers: list[Exchange] = []  # those whose connection renders no prompt now
         self._watch: asyncio.Task[None] | None = None
 
     def new_answer(
@@ -167,14 +168,10 @@ class AnswerStreams:
             yield _nothing
             return
 
-        async def render(body: Mapping[str, Any]) -> str:
-            async with self._exchange() as exchange:
-                return str((await exchange.post("/apply-template", body))["prompt"])
-
         async def confirm() -> None:
             answer.confirm(await rendered)
 
-        rendered = asyncio.create_task(render(answer.unconfirmed))
+        rendered = asyncio.create_task(self._render(answer.unconfirmed))
         rendered.add_done_callback(lambda task: task.cancelled() or task.exception())  # else asyncio reports it
         try:
             yield confirm
@@ -187,8 +184,21 @@ class AnswerStreams:
         finally:
             rendered.cancel()
 
+    async def _render(self, body: Mapping[str, Any]) -> str:
+        """A prompt, over a connection that is kept for the next one."""
+        exchange = self._renderers.pop() if self._renderers else self._exchange()
+        try:
+            answer = await exchange.post("/apply-template", body)
+        except ConnectionBrokenError:  # the engine closes connections that are idle for some seconds
+            answer = await exchange.post("/apply-template", body)
+        self._renderers.append(exchange)
+        return str(answer["prompt"])
+
     def close(self) -> None:
-        """End the watch over silence."""
+        """End the watch over silence, and close connections."""
+        for exchange in self._renderers:
+            exchange.close()
+        self._renderers.clear()
         if self._watch is not None:
             self._watch.cancel()
 
