@@ -1,7 +1,7 @@
 """The strategy `latency_aware`: the workers, their order and units with the shortest predicted time per token.
 
-The search (`search.py`) is exact for up to `FEW_MEMORIES` memories (six with 126 layers). For more, it was at most
-0.2 % off in random clusters, but may be some percent off where little memory is left over and blocks differ. Of workers
+The search (`search.py`) is exact for up to `FEW_MEMORIES` memories (six with 126 layers). For more it is nearly
+always within a percent; where blocks differ and little memory is left over, it may be some percent off. Of workers
 that share a memory one takes part: moving the units of a second one to the faster of them saves a round trip. Of
 layouts that are nearly as fast, the one with fewer devices is taken, and one that runs already is kept.
 
