@@ -59,8 +59,10 @@ def running_workers(engine: Engine, count: int) -> Iterator[list[str]]:
 
 @asynccontextmanager
 async def known(*endpoints: str) -> AsyncIterator[HybridRouter]:
-    """A router that knows these workers."""
-    async with HybridRouter(rpc_backends=endpoints, auto_discover_rpc=False) as router:
+    """A router that knows these workers, and spreads models over them only."""
+    async with HybridRouter(
+        rpc_backends=endpoints, auto_discover_rpc=False, layer_strategy="memory_aware"
+    ) as router:
         yield router
 
 
