@@ -61,7 +61,7 @@ def running_workers(engine: Engine, count: int) -> Iterator[list[str]]:
 async def known(*endpoints: str) -> AsyncIterator[HybridRouter]:
     """A router that knows these workers, and spreads models over them only."""
     async with HybridRouter(
-        rpc_backends=endpoints, auto_discover_rpc=False, layer_strategy="memory_aware"
+        rpc_backends=endpoints, auto_discover_rpc=False, layer_strategy="memory_aware", speculation="off"
     ) as router:
         yield router
 
