@@ -264,6 +264,8 @@ class Supervisor:
         with contextlib.suppress(OSError):
             connection, _ = self._listener.accept()
             connection.setblocking(False)
+            # Else the second of two small answers may wait 40 ms for the acknowledgement of the first.
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             client = Client(connection)
             self._clients.add(client)
             self._selector.register(connection, selectors.EVENT_READ, lambda: self._read(client))
