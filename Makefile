@@ -7,6 +7,8 @@ NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 .DEFAULT_GOAL := help
 N ?= 50
 MINUTES ?= 5
+# They wait more than they compute; those that need an engine would disturb each other.
+WITHOUT_ENGINES := -m "not engine and not ollama and not lab" -n 2 --dist loadfile
 
 .PHONY: help demo test chaos soak lowest lab lint bench engine ollama ollama-for-ci clean
 
@@ -45,7 +47,8 @@ ollama-for-ci: $(VENV)/stamp-build
 	@test -z "$$CI" || $(MAKE) --no-print-directory ollama
 
 test: $(VENV)/stamp-dev engine ollama-for-ci
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WITHOUT_ENGINES)
+	$(BIN)/python -m pytest -m "engine or ollama or lab"
 	$(BIN)/python -m pytest --nbval $(NOTEBOOKS)
 
 chaos: $(VENV)/stamp-dev engine
@@ -60,7 +63,7 @@ soak: $(VENV)/stamp-dev engine
 lowest: $(VENV)/stamp-dev
 	$(BIN)/uv venv --quiet --clear --seed --python $(BIN)/python $(VENV)-lowest
 	$(BIN)/uv pip install --quiet --python $(VENV)-lowest/bin/python --resolution lowest-direct --editable '.[dev]'
-	$(VENV)-lowest/bin/python -m pytest -m "not engine and not ollama and not lab"
+	$(VENV)-lowest/bin/python -m pytest $(WITHOUT_ENGINES)
 
 lint: $(VENV)/stamp-dev
 	$(BIN)/ruff check .

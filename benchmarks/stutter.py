@@ -1,4 +1,4 @@
-"""Lets a process run for a share of the time only, by stopping and continuing it; `clusters.stuttering` starts it.
+"""Lets a process run for a share of the time only, by stopping and continuing it, for `clusters.py`.
 
     python benchmarks/stutter.py PID SHARE PERIOD_SECONDS
 

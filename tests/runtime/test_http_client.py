@@ -354,6 +354,7 @@ def unused_url() -> str:
 @pytest.mark.parametrize(
     "url",
     [unused_url(), "http://node.invalid:11434", "http://[::1", "http://a b:1"],
+    ids=["refused", "an unknown host", "half an address", "a space"],
 )
 def test_address_where_nothing_listens_is_a_failed_connection(url: str) -> None:
     async def ask() -> None:
