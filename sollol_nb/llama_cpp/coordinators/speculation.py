@@ -25,7 +25,7 @@ USUAL_COST = 0.45
 """Of a further token in a batch, in times of a token, where it is not known: that of a slow processor nearby."""
 LONGEST_COST = 2.0
 """The longest draft costs as much as so many tokens if all of it is wrong."""
-SHORTEST, LONGEST = 6, 48
+SHORTEST, LONGEST = 6, 24
 MATCH = 4
 """Tokens that must match in the same text; the draft is as long or longer."""
 POOL_MATCH = 16
