@@ -43,7 +43,7 @@ from sollol_nb.llama_cpp.workers.calibrations import Calibration
 from sollol_nb.runtime.events import EventBus
 from sollol_nb.sync_wrapper import HybridRouter
 
-SMALL = CalibrationModel("uneven", 4, 1536, 4096, is_quantized=True)
+SMALL = CalibrationModel("uneven", 4, 1536, 4096, "Q4_K")
 """64 MB: 3 ms for each of its 4 blocks on a core of a server."""
 CONTEXT_TOKENS = 512
 GROUP, SLOWEST, FARTHEST_MS = 5, 0.25, 5.0

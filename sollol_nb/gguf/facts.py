@@ -60,6 +60,8 @@ class ModelFacts:
         head_widths: values in K and in V of one attention head, (0, 0) without attention.
         layer_read_bytes: weight bytes of each block that are read for one token: of the experts of a mixture only
             those used, in the mean; () if all are read.
+        block_weights, output_weights: how many weights all blocks have, and the output layer; 0 if unknown.
+        shared_by: query heads that share one head of K and V, in the mean.
     """
 
     path: Path
@@ -78,6 +80,9 @@ class ModelFacts:
     quantization: str = ""
     head_widths: tuple[int, int] = (0, 0)
     layer_read_bytes: tuple[int, ...] = ()
+    block_weights: int = 0
+    output_weights: int = 0
+    shared_by: float = 1.0
 
     @property
     def read_bytes(self) -> tuple[int, ...]:
@@ -159,7 +164,7 @@ def _summarise(parts: Sequence[GgufFile], keys: Keys, tensors: Sequence[TensorIn
             "name the model's own file, not an adapter or a vision projector"
         )
     layer_bytes, unread_bytes = [0] * layer_count, [0.0] * layer_count
-    output_bytes = 0
+    output_bytes = block_weights = output_weights = 0
     unused_share = _unused_experts(keys, architecture, layer_count)
     for tensor in tensors:
         block = _BLOCK_TENSOR.match(tensor.name)
@@ -169,16 +174,19 @@ def _summarise(parts: Sequence[GgufFile], keys: Keys, tensors: Sequence[TensorIn
                     f"{path} holds {_shown(tensor.name)}, but states {layer_count} blocks; convert the model again"
                 )
             layer_bytes[int(block[1])] += tensor.byte_count
+            block_weights += tensor.element_count
             if _EXPERTS_TENSOR.search(tensor.name):
                 unread_bytes[int(block[1])] += tensor.byte_count * unused_share[int(block[1])]
         elif tensor.name.startswith(_FIRST_BLOCK_TENSORS):
             layer_bytes[0] += tensor.byte_count
         elif not tensor.name.startswith(_INPUT_TENSORS):
             output_bytes += tensor.byte_count
+            output_weights += tensor.element_count
     by_name = {tensor.name: tensor for tensor in tensors}
     token_embedding = by_name.get("token_embd.weight")
     if token_embedding is not None and "output.weight" not in by_name:
         output_bytes += token_embedding.byte_count
+        output_weights += token_embedding.element_count
     return ModelFacts(
         path=path,
         architecture=architecture,
@@ -200,6 +208,9 @@ def _summarise(parts: Sequence[GgufFile], keys: Keys, tensors: Sequence[TensorIn
         )
         if any(unread_bytes)
         else (),
+        block_weights=block_weights,
+        output_weights=output_weights,
+        shared_by=_shared_by(keys, architecture, layer_count),
     )
 
 
@@ -208,6 +219,13 @@ def _unused_experts(keys: Keys, architecture: str, layer_count: int) -> list[flo
     count = _per_layer(keys, f"{architecture}.expert_count", layer_count, default=0)
     used = _per_layer(keys, f"{architecture}.expert_used_count", layer_count, default=0)
     return [1 - use / all_ if 0 < use <= all_ else 0.0 for use, all_ in zip(used, count, strict=True)]
+
+
+def _shared_by(keys: Keys, architecture: str, layer_count: int) -> float:
+    """Query heads for each head of K and V."""
+    heads = _per_layer(keys, f"{architecture}.attention.head_count", layer_count, default=0)
+    kv_heads = _per_layer(keys, f"{architecture}.attention.head_count_kv", layer_count, default=None) or heads
+    return max(1.0, sum(heads) / sum(kv_heads)) if sum(kv_heads) else 1.0
 
 
 def _quantization(keys: Keys) -> str:

@@ -31,7 +31,7 @@ class DeviceCost:
         ms_per_byte: of weights read.
         block_ms: of each block besides.
         fixed_ms: once it has any unit: round trip, hop, and values of blocks on the wire.
-        output_ms: in addition with the output layer: logits on the wire instead.
+        output_ms: in addition with the output layer: logits on the wire instead, and the type of its weights.
         free_bytes: memory that may be used.
     """
 
@@ -62,7 +62,7 @@ def device_cost(
         ms_per_byte,
         speeds.block_ms.get(worker.endpoint, 0.0),
         fixed_ms,
-        way_ms(hidden_bytes + logits_bytes) - fixed_ms,
+        way_ms(hidden_bytes + logits_bytes) - fixed_ms + speeds.output_ms.get(worker.endpoint, 0.0),
         free_bytes,
     )
 

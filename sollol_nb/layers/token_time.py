@@ -3,7 +3,7 @@
 The cost of a token is additive, since the workers work one after the other:
 
     token_ms = own part + sum over workers of (bytes read * ms per byte of this worker + blocks * ms per block
-                                               + round trip + hop + wire)
+                                               + output layer + round trip + hop + wire)
 
 A dense model reads all weights of a worker for each token, a mixture of experts only those of the experts that
 a token uses: `ModelFacts.read_bytes`. The round trip is that of the network, from the worker's probe; the hop is
@@ -51,6 +51,7 @@ class WorkerPart:
         wire_bytes: values that are sent to it and back.
         block_count: its blocks.
         is_own: whether it is a device of the coordinator's machine.
+        has_output: whether it has the output layer.
     """
 
     endpoint: str
@@ -59,6 +60,7 @@ class WorkerPart:
     wire_bytes: int = 0
     block_count: int = 0
     is_own: bool = False
+    has_output: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +129,8 @@ class WorkerSpeeds:
         own_ms: spent by the coordinator.
         block_ms: what each calibrated worker takes for each block, whatever its size.
         prompt_ms_per_byte: of each calibrated worker, for each token of a prompt.
+        output_ms: what each calibrated worker takes for the output layer in addition to its bytes; below 0 where
+            that is of a type that is read faster than those of the blocks.
 
     Devices of the coordinator's machine are keyed by `plan.own_endpoint`.
     """
@@ -139,6 +143,7 @@ class WorkerSpeeds:
     own_ms: float = 0.0
     block_ms: Mapping[str, float] = field(default_factory=dict)
     prompt_ms_per_byte: Mapping[str, float] = field(default_factory=dict)
+    output_ms: Mapping[str, float] = field(default_factory=dict)
 
     def is_known(self, endpoint: str) -> bool:
         """Whether this worker was calibrated or measured, so that it does not count as a usual one."""
@@ -153,7 +158,8 @@ class WorkerSpeeds:
         ms_per_byte = self.ms_per_byte.get(part.endpoint, self.usual_ms_per_byte)
         if ms_per_byte is None:
             return None
-        return part.read_bytes * ms_per_byte + part.block_count * self.block_ms.get(part.endpoint, 0.0)
+        output_ms = self.output_ms.get(part.endpoint, 0.0) if part.has_output else 0.0
+        return part.read_bytes * ms_per_byte + part.block_count * self.block_ms.get(part.endpoint, 0.0) + output_ms
 
     def hop_and_wire_ms(self, part: WorkerPart) -> float:
         """What a worker takes besides its weights and the round trip."""
@@ -206,6 +212,7 @@ def worker_parts(
             0 if shard.is_own else hidden_bytes + (logits_bytes if shard.has_output else hidden_bytes),
             shard.layer_count,
             shard.is_own,
+            shard.has_output,
         )
         for shard in plan.shards
     )
@@ -307,6 +314,7 @@ def calibrate(measurements: Sequence[Measurement], known: WorkerSpeeds | None = 
             endpoint: ms * factors.get(endpoint, usual_factor)
             for endpoint, ms in expected.prompt_ms_per_byte.items()
         },
+        {endpoint: ms * factors.get(endpoint, usual_factor) for endpoint, ms in expected.output_ms.items()},
     )
 
 

@@ -143,6 +143,7 @@ class ActiveRequest:
                 tokens_per_s=record.tokens_per_s,
                 token_ms=record.token_ms,
                 tokens=record.completion_tokens,
+                context_tokens=record.context_tokens,
                 drafts=record.draft_results(),
                 ttft_ms=record.ttft_ms,
             )

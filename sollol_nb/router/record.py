@@ -190,7 +190,14 @@ class RequestRecord:
     def tokens_per_s(self) -> float | None:
         """Generation speed as the engine measured it; None for answers of one token or none."""
         count, nanoseconds = self._final.get("eval_count"), self._final.get("eval_duration")
-        return count / nanoseconds * 1e9 if count and count > 1 and nanoseconds else None
+        # The first token comes with the prompt, and the time begins after it.
+        return (count - 1) / nanoseconds * 1e9 if count and count > 1 and nanoseconds else None
+
+    @property
+    def context_tokens(self) -> float | None:
+        """How many tokens each generated one was behind, in the mean; None if unknown."""
+        prompt, answer = self._final.get("prompt_eval_count"), self._final.get("eval_count")
+        return None if prompt is None or answer is None else prompt + answer / 2
 
     @property
     def token_ms(self) -> float | None:

@@ -260,3 +260,15 @@ def test_measurements_win_over_wrong_calibrations() -> None:
     speeds = calibrate(measured(ALIKE, (8, 8, 9), (20, 3, 2), (2, 3, 20), (2, 20, 3)), CALIBRATED)
 
     assert predict(speeds, parts(5, 15, 5)).token_ms == pytest.approx(token_ms(ALIKE, parts(5, 15, 5)), rel=0.05)
+
+
+def test_the_output_layer_may_take_less_than_its_bytes_let_expect() -> None:
+    speeds = WorkerSpeeds({"w0": 0.2 / MIB}, None, 0.0, output_ms={"w0": -0.5})
+    blocks, output = WorkerPart("w0", 8 * MIB, 0.5), WorkerPart("w0", 8 * MIB, 0.5, has_output=True)
+
+    assert [predict(speeds, [part]).token_ms for part in (blocks, output)] == pytest.approx([2.1, 1.6])
+
+    measured_twice = [Measurement((output,), 2 * (1.6 - 0.5) + 0.5)]
+    twice = calibrate(measured_twice, speeds)
+    assert twice is not None
+    assert twice.output_ms["w0"] == pytest.approx(-1.0, rel=0.02)

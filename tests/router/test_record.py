@@ -27,7 +27,7 @@ def test_row_of_an_answer_has_the_figures_of_its_last_chunk_and_plan() -> None:
     row = record.row("ok")
 
     assert (row.priority, row.done_reason, row.predicted_ms_per_token) == (8, "length", 24.5)
-    assert (row.prompt_tokens, row.completion_tokens, row.tokens_per_s) == (7, 20, 40.0)
+    assert (row.prompt_tokens, row.completion_tokens, row.tokens_per_s) == (7, 20, 38.0)
     assert (row.failovers, row.failover_details, row.partial_text) == (0, "", "")
 
 

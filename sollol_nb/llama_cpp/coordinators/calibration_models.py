@@ -1,22 +1,27 @@
 """The small generated models with which workers are measured: random weights, in the cache folder.
 
-Three differ in one thing each, so that two differences separate what a token costs: `NARROW` (one block of next to
-no weights: what the engine spends for a token), `DEEP` (the same with 16 more blocks: for a block), and `WIDE`
-(ten blocks with 72 MB: for a byte).
+Four differ in one thing each, so that their differences separate what a token costs: `NARROW` (one block of next
+to no weights: what the engine spends for a token), `DEEP` (the same with 16 more blocks: for a block), `WIDE`
+(ten blocks with 72 MB in Q4_K: for its bytes), and `LIGHT` (about as many bytes in Q8_0, which are half as many
+weights).
 
-Of 72 MB, since a model that a processor's caches hold is up to three times as fast for its bytes (measured with 22
-MB and 87 MB on a server's processor), and no larger, so that it crosses a 1 Gb/s network in 0.6 s. In Q4_K, since
-most published models are, and it stands for most others: measured on one core of that processor, relative to Q4_K,
-a byte takes 1.0 in Q5_K, 0.8 in Q6_K and Q8_0, 1.1 in F16, but 1.3 in Q4_0 and Q4_1. For a token of a prompt, 0.9
-in Q5_K and Q6_K, 1.4 in Q8_0, 0.6 in F16, 2 in Q4_0 and 4 in Q4_1.
+Of 72 MB, since a model that a processor's caches hold is up to three times as fast for its bytes (measured with
+22 MB and 87 MB on a server's processor), and no larger, so that it crosses a 1 Gb/s network in 0.6 s. In Q4_K,
+since most published models are. How long a byte of another type takes depends on whether the processor waits for
+its memory (then all take as long) or computes (then a byte takes as long as the weights in it): `LIGHT` shows
+where in between a worker is. Measured on one core of a server, relative to Q4_K: Q8_0 and Q6_K 0.7, F16 0.54,
+Q5_K 0.93, Q4_1 0.92, Q4_0 0.96, F32 0.36; from `LIGHT` follow 0.7, 0.79, 0.51, 0.87, 0.93, 1.0 and 0.42. IQ types
+take more work for a weight: up to 2. For a token of a prompt, a byte takes 0.9 in Q5_K and Q6_K, 1.0 in Q8_0, 0.5
+in F16, 2 in Q4_0 and 3.6 in Q4_1.
 
-Source of the layout of Q4_K: `block_q4_K` in llama.cpp's ggml-common.h: for 256 weights two half floats (a scale
-and a minimum), 12 bytes of 6-bit scales and minima, and 128 bytes of 4-bit weights. Any bits are valid but for the
-two floats.
+Source of the layouts: `block_q4_K` and `block_q8_0` in llama.cpp's ggml-common.h. Q4_K: for 256 weights two half
+floats (a scale and a minimum), 12 bytes of 6-bit scales and minima, and 128 bytes of 4-bit weights. Q8_0: for 32
+weights a half float (the scale) and 32 bytes. Any bits are valid but for the floats.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +41,9 @@ VOCABULARY = 320
 CONTEXT_TOKENS = 512
 HEAD_WIDTH = 64
 Q4_K_WEIGHTS, Q4_K_BYTES = 256, 144
-Q4_K_SCALE = 1e-4
+Q4_K_FLOATS = (1e-4, 7.5e-4)  # a weight is scale * 6 bits * 4 bits - minimum * 6 bits; the mean of 4 bits is 7.5
+Q8_0_WEIGHTS, Q8_0_BYTES = 32, 34
+Q8_0_FLOATS = (1e-4,)
 LOCK_TIMEOUT_S = 60.0
 
 
@@ -49,14 +56,14 @@ class CalibrationModel:
         blocks: how many it has.
         width: of the residual stream.
         feed_forward: width of the feed-forward layers.
-        is_quantized: whether its matrices are Q4_K; else F16.
+        kind: of its matrices: `F16`, `Q4_K` or `Q8_0`.
     """
 
     name: str
     blocks: int
     width: int
     feed_forward: int
-    is_quantized: bool
+    kind: str
 
     def path(self) -> Path:
         """Its file in the cache folder, which is written first if it is not there. Blocks for about two seconds
@@ -81,9 +88,11 @@ class CalibrationModel:
         return path
 
 
-NARROW = CalibrationModel("narrow", 1, 64, 128, is_quantized=False)
-DEEP = CalibrationModel("deep", 17, 64, 128, is_quantized=False)
-WIDE = CalibrationModel("wide", 10, 1024, 2816, is_quantized=True)
+NARROW = CalibrationModel("narrow", 1, 64, 128, "F16")
+DEEP = CalibrationModel("deep", 17, 64, 128, "F16")
+WIDE = CalibrationModel("wide", 10, 1024, 2816, "Q4_K")
+LIGHT = CalibrationModel("light", 5, 1024, 2816, "Q8_0")
+ALL = (NARROW, DEEP, WIDE, LIGHT)
 
 
 def _write(model: CalibrationModel, path: Path) -> None:
@@ -107,12 +116,15 @@ def _write(model: CalibrationModel, path: Path) -> None:
     _add_vocabulary(writer)
 
     def add(name: str, rows: int, columns: int) -> None:
-        if not model.is_quantized:
+        if model.kind == "F16":
             weights = random.standard_normal((rows, columns), dtype=np.float32) * 0.02
             writer.add_tensor(f"{name}.weight", weights.astype(np.float16))
-            return
-        matrix = _q4_k(random, rows, columns)
-        writer.add_tensor(f"{name}.weight", matrix, raw_dtype=gguf.GGMLQuantizationType.Q4_K)
+        elif model.kind == "Q8_0":
+            matrix = _blocks(random, rows, columns, Q8_0_WEIGHTS, Q8_0_BYTES, Q8_0_FLOATS)
+            writer.add_tensor(f"{name}.weight", matrix, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+        else:
+            matrix = _blocks(random, rows, columns, Q4_K_WEIGHTS, Q4_K_BYTES, Q4_K_FLOATS)
+            writer.add_tensor(f"{name}.weight", matrix, raw_dtype=gguf.GGMLQuantizationType.Q4_K)
 
     def add_norm(name: str) -> None:
         writer.add_tensor(f"{name}.weight", np.ones(model.width, dtype=np.float32))
@@ -153,13 +165,24 @@ def _add_vocabulary(writer: gguf.GGUFWriter) -> None:
     writer.add_eos_token_id(2)
 
 
-def _q4_k(random: np.random.Generator, rows: int, columns: int) -> np.ndarray[Any, Any]:
-    """A matrix of random weights around zero; each row as bytes."""
+def _blocks(
+    random: np.random.Generator,
+    rows: int,
+    columns: int,
+    weights: int,
+    byte_count: int,
+    floats: Sequence[float],
+) -> np.ndarray[Any, Any]:
+    """A quantized matrix of random weights around zero; each row as bytes.
+
+    Args:
+        weights, byte_count: of one block of the type.
+        floats: half floats with which each block begins.
+    """
     import numpy as np
 
-    count = rows * columns // Q4_K_WEIGHTS
-    blocks = np.frombuffer(bytearray(random.bytes(count * Q4_K_BYTES)), dtype=np.uint8).reshape(count, Q4_K_BYTES)
-    # A weight is scale * 6 bits * 4 bits - minimum * 6 bits; the mean of 4 bits is 7.5.
-    floats = np.array([Q4_K_SCALE, 7.5 * Q4_K_SCALE], dtype=np.float16)
-    blocks[:, : floats.nbytes] = np.frombuffer(floats.tobytes(), dtype=np.uint8)
+    count = rows * columns // weights
+    blocks = np.frombuffer(bytearray(random.bytes(count * byte_count)), dtype=np.uint8).reshape(count, byte_count)
+    first = np.array(floats, dtype=np.float16)
+    blocks[:, : first.nbytes] = np.frombuffer(first.tobytes(), dtype=np.uint8)
     return blocks.reshape(rows, -1)

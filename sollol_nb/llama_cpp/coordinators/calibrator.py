@@ -1,15 +1,17 @@
 """Measure how fast free workers and the devices of this machine are, with throw-away coordinators of small
 generated models.
 
-Each device runs three models alone, one after the other (`calibration_models.py`). Their times for a token are the
-unknowns of three equations: with r the round trip, which is measured by probes,
+Each device runs four models alone, one after the other (`calibration_models.py`). Their times for a token are the
+unknowns of equations: with r the round trip, which is measured by probes,
 
     narrow = own + r + hop + 1 block
     deep   = own + r + hop + 17 blocks
-    wide   = own + r + hop + 10 blocks + 72 MB
+    wide   = own + r + hop + 10 blocks + 72 MB in Q4_K
+    light  = own + r + hop + 5 blocks + 69 MB in Q8_0
 
-where own is what the coordinator itself spends, which is measured without workers. Bytes per second are those that
-the operating system counts while the wide model is sent.
+and the wide model's tokens behind a longer prompt take longer by what its K and V take, where own is what the
+coordinator itself spends, which is measured without workers. Bytes per second are those that the operating system
+counts while the wide model is sent.
 
 A worker is claimed as for a model, so that nobody else takes it during the measurement; one that is held or busy
 is left alone. Workers of one machine are measured one after the other, different machines at the same time.
@@ -39,9 +41,15 @@ from sollol_nb.layers.plan import THIS_MACHINE, is_own
 from sollol_nb.layers.planner import plan_from_counts
 from sollol_nb.layers.strategies import WorkerCapacity
 from sollol_nb.llama_cpp.coordinators.calibration_models import (
+    ALL,
     CONTEXT_TOKENS,
     DEEP,
+    LIGHT,
     NARROW,
+    Q4_K_BYTES,
+    Q4_K_WEIGHTS,
+    Q8_0_BYTES,
+    Q8_0_WEIGHTS,
     WIDE,
     CalibrationModel,
 )
@@ -65,6 +73,10 @@ LEFT_ALONE_S = 15.0
 """A coordinator ends this long after its kernel has died."""
 PROBES = 5
 PROMPT_TOKENS = 64
+LONG_PROMPT_TOKENS = 320
+"""Behind a prompt of these, the wide model's K and V take about as long as its weights."""
+LIGHTER = 1 - (Q8_0_WEIGHTS / Q8_0_BYTES) / (Q4_K_WEIGHTS / Q4_K_BYTES)
+"""By which share a byte of Q8_0 holds fewer weights than one of Q4_K."""
 GENERATED_TOKENS = 8
 MIN_MEASUREMENTS, MIN_MEASURED_S = 3, 0.2
 """Each time is measured at least this often, and for at least this long."""
@@ -98,11 +110,21 @@ class Calibrated:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """One model on one worker: milliseconds for a token and for the prompt, and the speed at which it was sent."""
+    """One model on one worker.
+
+    Attributes:
+        token_ms: for a token.
+        prompt_ms, behind_ms: for a prompt, and for a token behind a long one; 0 if that was not measured.
+        weight_bytes: which it reads for a token.
+        kv_bytes: which it reads more behind a long prompt.
+        bytes_per_s: at which it was sent.
+    """
 
     token_ms: float
     prompt_ms: float
+    behind_ms: float
     weight_bytes: int
+    kv_bytes: int
     bytes_per_s: float | None
 
 
@@ -143,7 +165,7 @@ class Calibrator:
         else:
             found = (_named(name, statuses, gpus) for name in endpoints)
             wanted = list(dict.fromkeys(chain.from_iterable(found)))
-        for model in (NARROW, DEEP, WIDE):
+        for model in ALL:
             await asyncio.to_thread(model.path)
         own = self._workers.calibrations.of(identity_of(THIS_MACHINE))
         results: dict[str, Calibrated] = {}
@@ -195,17 +217,19 @@ class Calibrator:
     ) -> Calibration:
         round_trip_ms = None if is_own(endpoint) else await self._round_trip_ms(self._status(endpoint))
         runs = []
-        for step, model in enumerate((NARROW, DEEP, WIDE), start=1):
-            message = f"measuring {name}: {step} of 3"
-            self._events.report(EventKind.WORKER_CALIBRATING, endpoint, message, step=step, steps=3)
+        for step, model in enumerate(ALL, start=1):
+            message = f"measuring {name}: {step} of {len(ALL)}"
+            self._events.report(EventKind.WORKER_CALIBRATING, endpoint, message, step=step, steps=len(ALL))
             runs.append(await self._run(engine, endpoint, model, first_port))
-        narrow, deep, wide = runs
+        narrow, deep, wide, light = runs
         block_ms = max(0.0, deep.token_ms - narrow.token_ms) / (DEEP.blocks - NARROW.blocks)
         overhead_ms = max(0.0, narrow.token_ms - NARROW.blocks * block_ms)
         weights_ms = wide.token_ms - overhead_ms - WIDE.blocks * block_ms
         prompt_overhead_ms = overhead_ms + WIDE.blocks * block_ms
         # Where a device is too fast for the difference to show, the whole is an upper limit.
         weights_ms = weights_ms if weights_ms > 0 else wide.token_ms
+        light_ms = light.token_ms - overhead_ms - LIGHT.blocks * block_ms
+        faster = 1 - (light_ms / light.weight_bytes) / (weights_ms / wide.weight_bytes)
         return Calibration(
             identity=self._workers.identity_of(endpoint),
             engine=engine.version,
@@ -219,6 +243,8 @@ class Calibrator:
             ms_per_byte=weights_ms / wide.weight_bytes,
             prompt_ms_per_byte=max(wide.prompt_ms - prompt_overhead_ms, 0.0) / PROMPT_TOKENS / wide.weight_bytes,
             threads=await self._threads_of(endpoint),
+            weight_share=min(max(faster / LIGHTER, 0.0), 1.0),
+            context_ms_per_byte=max(wide.behind_ms - wide.token_ms, 0.0) / wide.kv_bytes,
         )
 
     async def _round_trip_ms(self, worker: WorkerStatus) -> float:
@@ -294,7 +320,8 @@ class Calibrator:
                 counting.cancel()
                 await asyncio.wait({counting})
             sent = [] if counting.cancelled() else counting.result()
-            prompt = [3 + position % 256 for position in range(PROMPT_TOKENS)]
+            long_prompt = [3 + position % 256 for position in range(LONG_PROMPT_TOKENS)]
+            prompt = long_prompt[:PROMPT_TOKENS]
 
             async def token_ms() -> float:
                 return (await coordinator.timings(prompt[:1], GENERATED_TOKENS, timeout_s=LIMIT_S)).token_ms
@@ -302,10 +329,16 @@ class Calibrator:
             async def prompt_ms() -> float:
                 return (await coordinator.timings(prompt, 1, timeout_s=LIMIT_S)).prompt_ms
 
+            async def behind_ms() -> float:
+                timings = await coordinator.timings(long_prompt, GENERATED_TOKENS, timeout_s=LIMIT_S, anew=False)
+                return timings.token_ms
+
             return _Run(
                 token_ms=await _measured(token_ms, TOKENS_LIMIT_S),
                 prompt_ms=await _measured(prompt_ms, PROMPTS_LIMIT_S) if model is WIDE else 0.0,
+                behind_ms=await _measured(behind_ms, TOKENS_LIMIT_S) if model is WIDE else 0.0,
                 weight_bytes=sum(facts.layer_bytes) + facts.output_bytes,
+                kv_bytes=(LONG_PROMPT_TOKENS - 1) * sum(facts.layer_kv_bytes_per_token),
                 bytes_per_s=_speed(sent),
             )
 

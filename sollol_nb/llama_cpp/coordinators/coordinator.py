@@ -340,14 +340,17 @@ class Coordinator:
         """As `answer`, to a text that the model continues without a chat template."""
         return self._streams.new_raw_answer(prompt, options, model)
 
-    async def timings(self, prompt: Sequence[int], tokens: int, *, timeout_s: float) -> Timings:
-        """Have a prompt of these token ids processed anew, and so many tokens generated after it.
+    async def timings(self, prompt: Sequence[int], tokens: int, *, timeout_s: float, anew: bool = True) -> Timings:
+        """Have a prompt of these token ids processed, and so many tokens generated after it.
+
+        Args:
+            anew: also what the engine still knows of it.
 
         Raises:
             TransportError: the engine does not answer, or not within the time.
         """
         body = {"prompt": list(prompt), "n_predict": tokens, "temperature": 0}
-        body |= {"cache_prompt": False, "ignore_eos": True}
+        body |= {"cache_prompt": not anew, "ignore_eos": True}
         answer = await self._client.post("/completion", body, timeout_s=timeout_s)
         try:
             measured = answer["timings"]

@@ -36,6 +36,7 @@ model."""
 CHECK_EVERY_S = 1.0
 _FILE = "calibrations.json"
 _LIMITS = {"round_trip_ms": 1e6, "bytes_per_s": 1e15, "hop_ms": 1e6, "block_ms": 1e6, "ms_per_byte": 1.0}
+_LIMITS |= {"weight_share": 1.0, "context_ms_per_byte": 1.0}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,9 +55,12 @@ class Calibration:
         bytes_per_s: of weights on the way to the worker; None where they are not sent.
         hop_ms: what the engine spends in addition for each token and worker; for this machine, for each token.
         block_ms: what it spends for each block, whatever its size.
-        ms_per_byte: of weights, for each generated token.
+        ms_per_byte: of weights in Q4_K, for each generated token.
         prompt_ms_per_byte: of weights, for each token of a prompt.
         threads: of the CPU, for a worker that was started here; None for others.
+        weight_share: of `ms_per_byte`, what depends on how many weights a byte holds: 1 for a processor that
+            computes all the time, 0 for one that waits for its memory.
+        context_ms_per_byte: of K and V of the tokens before, for each generated token, where no heads share them.
         corrections: how often answers to requests have corrected `ms_per_byte` since the measurement.
     """
 
@@ -73,6 +77,8 @@ class Calibration:
     prompt_ms_per_byte: float
     threads: int | None = None
     corrections: int = 0
+    weight_share: float = 0.0
+    context_ms_per_byte: float = 0.0
 
     def describe(self) -> str:
         """`0.31 ms round trip, 940 MB/s, 8.2 GB/s tokens, 95 GB/s prompts`."""
@@ -135,6 +141,7 @@ def calibrations_frame(calibrations: Iterable[Calibration]) -> pd.DataFrame:
         **dict.fromkeys(("name", "endpoint", "identity", "engine"), "string"),
         **dict.fromkeys(("round_trip_ms", "bytes_per_s", "hop_ms", "block_ms"), "Float64"),
         **dict.fromkeys(("ms_per_byte", "prompt_ms_per_byte", "measured_at"), "Float64"),
+        **dict.fromkeys(("weight_share", "context_ms_per_byte"), "Float64"),
         **dict.fromkeys(("threads", "corrections"), "Int64"),
     }
     rows = [[getattr(calibration, name) for name in dtypes] for calibration in calibrations]

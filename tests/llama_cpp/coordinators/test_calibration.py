@@ -15,7 +15,7 @@ from sollol_nb.errors import ConfigError
 from sollol_nb.gguf.facts import read_facts
 from sollol_nb.hybrid_router import HybridRouter
 from sollol_nb.layers.plan import THIS_MACHINE
-from sollol_nb.llama_cpp.coordinators.calibration_models import DEEP, NARROW, WIDE
+from sollol_nb.llama_cpp.coordinators.calibration_models import ALL
 from sollol_nb.llama_cpp.coordinators.calibrator import Calibrated
 from sollol_nb.llama_cpp.coordinators.pool import ANSWERS_PER_CORRECTION
 from sollol_nb.llama_cpp.engine.check import Engine
@@ -73,13 +73,15 @@ def measured(results: list[Calibrated]) -> dict[str, Calibration]:
 
 
 def test_the_models_differ_in_one_thing_each() -> None:
-    narrow, deep, wide = (read_facts(model.path()) for model in (NARROW, DEEP, WIDE))
+    narrow, deep, wide, light = (read_facts(model.path()) for model in ALL)
 
     assert set(narrow.layer_bytes) == set(deep.layer_bytes)
     assert (narrow.layer_count, deep.layer_count) == (1, 17)
     assert 70e6 < wide.file_bytes < 75e6
     assert wide.layer_bytes[0] > 50 * narrow.layer_bytes[0]
-    assert WIDE.path().stat().st_mtime_ns == WIDE.path().stat().st_mtime_ns, "written once"
+    assert light.file_bytes == pytest.approx(wide.file_bytes, rel=0.06)
+    assert light.block_weights == pytest.approx(wide.block_weights / 2, rel=0.01)
+    assert ALL[2].path().stat().st_mtime_ns == ALL[2].path().stat().st_mtime_ns, "written once"
 
 
 @pytest.mark.engine
@@ -129,7 +131,9 @@ def test_figures_of_workers_differ_as_the_workers_do(engine: Engine) -> None:
     if found[direct].bytes_per_s is not None:
         assert found[narrow].bytes_per_s < min(found[direct].bytes_per_s, 1.5 * BYTES_PER_S)  # type: ignore[operator]
     steps = [event.data["step"] for event in events if event.kind == EventKind.WORKER_CALIBRATING]
-    assert steps == [1, 2, 3] * 4
+    assert steps == [1, 2, 3, 4] * 4
+    assert all(0 <= figures.weight_share <= 1 for figures in found.values())
+    assert found[direct].context_ms_per_byte > 0
     assert predicted_ms is not None
 
     assert sorted(frame["endpoint"].values()) == sorted(found), "for another process"

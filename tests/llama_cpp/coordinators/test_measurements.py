@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 
-from sollol_nb.layers.planner import plan_from_counts
+from sollol_nb.layers.planner import plan_from_counts, plan_layers
 from sollol_nb.layers.token_time import predict, worker_parts
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.coordinators.measurements import LAYOUTS_KEPT, TokenMeasurements
@@ -204,6 +204,73 @@ def test_the_cost_of_a_block_counts_in_addition_to_its_bytes() -> None:
         for found in (calibrated(1.0), replace(calibrated(1.0), block_ms=0.5))
     )
     assert with_blocks == pytest.approx((without or 0.0) + 0.5 * TWELVE.layer_count)
+
+
+@pytest.mark.parametrize(
+    ("weight_share", "block_factor", "output_factor"), [(0.0, 1.0, 1.0), (1.0, 0.9, 0.529), (0.5, 0.95, 0.765)]
+)
+def test_a_processor_that_computes_takes_less_for_bytes_that_hold_fewer_weights(
+    weight_share: float, block_factor: float, output_factor: float
+) -> None:
+    """Blocks in Q4_1 (1.6 weights in a byte), the output layer in Q8_0 (32 in 34 bytes); Q4_K has 256 in 144."""
+    facts = replace(
+        TWELVE,
+        block_weights=round(sum(TWELVE.layer_bytes) * 1.6),
+        output_weights=round(TWELVE.output_bytes * 32 / 34),
+    )
+    known = {name: replace(found, weight_share=weight_share) for name, found in SPEEDS.items()}
+    plan = coordinator(7, 5, 1).plan
+    assert plan is not None
+
+    token = TokenMeasurements(EventBus(), known.get).predict(PATH, plan, [], ROUND_TRIPS, facts)
+
+    bytes_ms = [shard.weight_bytes * SPEEDS[shard.endpoint].ms_per_byte for shard in plan.shards]
+    factors = (block_factor, block_factor, output_factor)
+    expected = [ms * factor + 0.6 for ms, factor in zip(bytes_ms, factors, strict=True)]
+    assert token.part_ms == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_planner_counts_the_output_layer_as_a_prediction_does() -> None:
+    """Two workers, of which one reads the output layer much faster than its type lets expect: it gets that one."""
+    facts = replace(
+        TWELVE, output_weights=TWELVE.output_bytes // 4, block_weights=sum(TWELVE.layer_bytes) * 16 // 9
+    )
+    for computing in ("w0:1", "w1:1"):
+        known = {
+            name: replace(calibrated(1.0), weight_share=float(name == computing)) for name in ("w0:1", "w1:1")
+        }
+        speeds = TokenMeasurements(EventBus(), known.get).calibrated(facts, known)
+        capacities = [replace(worker, round_trip_ms=0.5) for worker in workers(8 * GB, 8 * GB)]
+        plan = plan_layers(facts, capacities, strategy="auto", speeds=speeds)
+
+        assert plan.shards[-1].endpoint == computing
+        parts = worker_parts(plan, dict.fromkeys(known, 0.5), facts)
+        assert plan.predicted_token_ms == pytest.approx(predict(speeds, parts).token_ms)
+
+
+@pytest.mark.parametrize("context_tokens", [10, 128, 1000])
+def test_long_contexts_make_no_worker_slow(context_tokens: int) -> None:
+    """Tokens behind a long context take longer; that is no property of the workers."""
+    known = {name: replace(found, context_ms_per_byte=1e-5) for name, found in SPEEDS.items()}
+    bus = EventBus()
+    measured, running = TokenMeasurements(bus, known.get), coordinator(5, 4, 4)
+    facts = replace(TWELVE, layer_kv_bytes_per_token=(1000,) * TWELVE.layer_count)
+    cast(Any, running.settings).facts = facts
+    assert running.plan is not None
+    measured.expect(running, ROUND_TRIPS)
+    expected_ms = measured.predict(PATH, running.plan, [], ROUND_TRIPS, facts).token_ms
+    assert expected_ms is not None
+    each_ms = 1e-5 * sum(facts.layer_kv_bytes_per_token)
+
+    bus.publish(EventKind.REQUEST_STARTED, "big", "asking big")
+    token_ms = expected_ms + (context_tokens - 128) * each_ms
+    values = {"place": running.base_url, "token_ms": token_ms, "context_tokens": context_tokens}
+    bus.publish(EventKind.REQUEST_FINISHED, "big", "big: ok", **values)
+
+    assert measured.token_ms(running) == pytest.approx(expected_ms)
+    assert list(measured.corrections(running, [running], ROUND_TRIPS).values()) == pytest.approx(
+        [1.0] * 3, rel=1e-3
+    )
 
 
 def measured_at(bus: EventBus, *counts: int, factors: dict[str, float]) -> Coordinator:
