@@ -102,10 +102,7 @@ def test_figures_of_workers_differ_as_the_workers_do(engine: Engine) -> None:
                 endpoint: found[endpoint] for endpoint in endpoints
             }
             assert found[direct].describe() in str(await router.status())
-        # It has measured no token, and runs nothing on this machine; drafts would leave too few single tokens.
-        async with HybridRouter(
-            rpc_backends=[direct], auto_discover_rpc=False, layer_strategy="even", speculation="off"
-        ) as router:
+        async with known(direct) as router:  # which has measured no token
             await router.preload("demo:sharded")
             assert router.coordinator is not None
             predicted_ms = router.own_coordinators[0].plan.predicted_token_ms  # type: ignore[union-attr]
