@@ -26,7 +26,6 @@ class Suggestion:
     def __init__(self, actions: ClusterActions, compare: Callable[[str], None]) -> None:
         self._actions = actions
         self.model = ""
-        self._layout: dict[str, int] = {}
         self.text = ipywidgets.HTML()
         small = {"width": "auto"}
         self.apply = ipywidgets.Button(
@@ -50,20 +49,17 @@ class Suggestion:
         suggested = [each for each in coordinators if each.get("own") and each.get("advice")]
         self.model = suggested[0]["model"] if suggested else ""
         advice: Mapping[str, Any] = suggested[0]["advice"] if suggested else {"text": "", "layout": ()}
-        self._layout = dict(advice["layout"])
+        self.compare.disabled = not advice["layout"]  # where workers have to be measured first
         self.text.value = f"better layout for <b>{escape(self.model)}</b>"
         self.text.tooltip = advice["text"]
         self.box.layout.display = "" if suggested else "none"
         self.apply.disabled = self._actions.is_unavailable("apply")
 
     def _apply(self, _: object) -> None:
-        model, layout = self.model, self._layout
+        model = self.model
 
-        async def apply(router: Router) -> None:
-            if layout:
-                await router.apply_plan(model, layout)
-            else:  # the workers have to be measured first
-                await router.replan(model)
+        async def apply(router: Router) -> str:
+            return "; ".join(await router.replan(model))
 
         if model:
             self._actions.start("apply", f"applying the suggested layout of {model}", apply)

@@ -93,6 +93,7 @@ class SimulatedCluster:
         self.probed: list[str] = []
         self.layer_strategy = "memory_aware"
         self.speeds: WorkerSpeeds | None = None
+        self.better: dict[str, int] = {}
         self.state = ClusterState(
             cast(CoordinatorPool, self._pool()),
             cast(Workers, self._workers()),
@@ -150,6 +151,11 @@ class SimulatedCluster:
         self.end_model(name)
         chosen = [number for number in range(len(self.workers)) if counts.get(endpoint(number))]
         self.run_model(name, chosen, counts=[counts[endpoint(number)] for number in chosen])
+
+    async def replan(self, name: str) -> list[str]:
+        """As `HybridRouter.replan`: the model moves to `better`."""
+        await self.apply_plan(name, self.better)
+        return [f"new layout for {name}"]
 
     # --- what ClusterState reads ------------------------------------------------------------------
 
