@@ -11,5 +11,4 @@
 - `planner.py`: the plan by a strategy, or from given counts.
 - `replan.py`: when a running model moves to a better layout.
 - `what_if.py`: the forecast for another layout.
-- `replan.py`: when a running model moves to a better layout.
 """

@@ -149,13 +149,18 @@ def _devices(
 
 
 class Search(Alternatives):
-    """The best layout, and what others would give."""
+    """The best layout, and what others would give.
+
+    Attributes:
+        wanted: exactly so many workers; None if that does not matter.
+        best: the layout with the shortest token; None if nothing fits.
+    """
 
     def __init__(self, runs: Runs, devices: Sequence[Device], wanted: int | None, own_ms: float) -> None:
         self.runs = runs
         self.own_ms = own_ms
         self.devices = devices
-        self._wanted = wanted
+        self.wanted = wanted
         self._every: EveryOrder | None = None
         self._groups: list[list[Device]] = []
         self._others: list[Layout] = []
@@ -176,21 +181,21 @@ class Search(Alternatives):
             return None if members is None else self._every.layout(members)
         joined = _in_engine_order([*self.best.devices[:-1], device, self.best.devices[-1]])
         found = in_order(self.runs, joined, must={device.position})
-        return found if found is not None and found.is_possible else None
+        return found if found is not None and self.is_possible(found) else None
 
     def next_best(self, chosen: Layout) -> Layout | None:
         if self._every is not None:
             best = {device.position for device in chosen.devices}
             for members in sorted(self._every.ms, key=self._every.ms.__getitem__):
                 found = self._every.layout(members)
-                if set(found.positions) != best and _fit_together(self.runs, found):
+                if set(found.positions) != best and self.is_possible(found):
                     return found
             return None
         others = [*self._others]
-        if self._wanted is None and len(chosen.devices) > 1:
+        if self.wanted is None and len(chosen.devices) > 1:
             least = min(range(len(chosen.counts)), key=chosen.counts.__getitem__)
             without = in_order(self.runs, [*chosen.devices[:least], *chosen.devices[least + 1 :]])
-            others += [without] if without is not None else []
+            others += [without] if without is not None and self.is_possible(without) else []
         different = [other for other in others if set(other.positions) != set(chosen.positions)]
         return min(different, key=lambda layout: layout.ms, default=None)
 
@@ -198,15 +203,19 @@ class Search(Alternatives):
         """The devices, but of those that share a memory the fastest."""
         return _one_of_each_memory(self.runs, self.devices)
 
+    def is_possible(self, layout: Layout) -> bool:
+        """Whether it has as many workers as wanted, not too many devices, and those in one memory fit it."""
+        return self._can_be(layout.devices) and _fit_together(self.runs, layout)
+
     def _can_be(self, devices: Sequence[Device]) -> bool:
-        if self._wanted is not None and sum(device.rank == WORKER for device in devices) != self._wanted:
+        if self.wanted is not None and sum(device.rank == WORKER for device in devices) != self.wanted:
             return False
         return sum(device.weight for device in devices) <= MAX_WORKERS
 
     def _among_few(self, devices: Sequence[Device]) -> Layout | None:
         groups: dict[str, list[Device]] = {}
         for device in devices:
-            key = device.memory if self._wanted is None else str(device.position)
+            key = device.memory if self.wanted is None else str(device.position)
             groups.setdefault(f"{key} {device.rank}" if device.rank != WORKER else key, []).append(device)
         self._groups = list(groups.values())
         self._every = EveryOrder(self.runs, self._groups, self._can_be)
@@ -216,12 +225,12 @@ class Search(Alternatives):
             nearly = [other for other in ms if ms[members] <= ms[other] <= limit - self.own_ms]
             for other in sorted(nearly, key=lambda found: (len(found), ms[found])):
                 layout = self._every.layout(other)
-                if layout.is_possible and _fit_together(self.runs, layout):
+                if self.is_possible(layout):
                     return layout
         return None
 
     def _among_many(self, devices: Sequence[Device]) -> Layout | None:
-        if self._wanted is None:
+        if self.wanted is None:
             devices = _one_of_each_memory(self.runs, devices)
         found: list[Layout] = []
         tried: list[Sequence[Device]] = []
@@ -230,7 +239,7 @@ class Search(Alternatives):
             if not self.runs.are_alike:  # where memory is tight, more devices may be needed than for mean blocks
                 sizes.append(self.runs.largest_block_bytes)
             for size in sizes:
-                sets = likely_sets(self.runs, candidates, size, wanted=self._wanted, kept=SETS_TRIED)
+                sets = likely_sets(self.runs, candidates, size, wanted=self.wanted, kept=SETS_TRIED)
                 tried += [members for members, _ in sets]
                 for number, (members, holder) in enumerate(sets):
                     found += self._placed(
@@ -238,19 +247,17 @@ class Search(Alternatives):
                     )
         by_memory = sorted(devices, key=lambda device: (device.rank == WORKER, -device.cost.free_bytes))
         own = sum(device.rank != WORKER for device in devices)
-        by_memory = by_memory[: own + self._wanted if self._wanted else MAX_WORKERS]
+        by_memory = by_memory[: own + self.wanted if self.wanted else MAX_WORKERS]
         tried.append(by_memory)
         if not found:
             found += self._placed(devices, by_memory, by_memory[-1], over_all=True)
-        found = self._possible(found)
+        found = list(filter(self.is_possible, found))
         if not self.runs.are_alike:
             found = sorted(found, key=lambda layout: layout.ms)
-            found += self._possible(self._reordered(found, [*(layout.devices for layout in found), *tried]))
+            reordered = self._reordered(found, [*(layout.devices for layout in found), *tried])
+            found += filter(self.is_possible, reordered)
         self._others = found
         return min(found, key=lambda layout: layout.ms, default=None)
-
-    def _possible(self, layouts: Sequence[Layout]) -> list[Layout]:
-        return [layout for layout in layouts if layout.is_possible and _fit_together(self.runs, layout)]
 
     def _reordered(self, layouts: Sequence[Layout], sets: Sequence[Sequence[Device]]) -> list[Layout]:
         """Layouts in other orders: where blocks differ, it matters which ones a device gets.
@@ -279,7 +286,7 @@ class Search(Alternatives):
             if place + 1 >= len(order):  # a better one has fewer
                 break
             order[place], order[place + 1] = order[place + 1], order[place]
-            must = {device.position for device in order} if self._wanted is not None else set()
+            must = {device.position for device in order} if self.wanted is not None else set()
             swapped = in_order(self.runs, _in_engine_order(order), must)
             if swapped is not None and swapped.ms < best.ms:
                 best = swapped
@@ -289,8 +296,8 @@ class Search(Alternatives):
         self, devices: Sequence[Device], members: Sequence[Device], holder: Device, *, over_all: bool
     ) -> list[Layout]:
         """Layouts with the devices of a set, of which one is to have the output layer."""
-        must = {device.position for device in members} if self._wanted is not None else set()
-        rows = [members, devices] if over_all and self._wanted is None else [members]
+        must = {device.position for device in members} if self.wanted is not None else set()
+        rows = [members, devices] if over_all and self.wanted is None else [members]
         found = []
         for row in rows:
             order = sorted(row, key=lambda device: (device is holder, device.cost.ms_per_byte))
@@ -308,17 +315,17 @@ class Search(Alternatives):
                     break
                 before, after = best.devices[:place], best.devices[place:]
                 orders = [[*before, other, *after[1:]], [*before, other, *after]]
-                for order in orders if self._wanted is None else orders[:1]:
+                for order in orders if self.wanted is None else orders[:1]:
                     ranks = [device.rank for device in order]
                     if ranks != sorted(ranks) or not self._can_be(order):
                         continue
                     tries -= 1
                     if tries < 0:
                         return best
-                    must = {device.position for device in order} if self._wanted is not None else set()
-                    found = self._possible(list(filter(None, [in_order(self.runs, order, must)])))
-                    if found and found[0].ms < best.ms:
-                        best = found[0]
+                    must = {device.position for device in order} if self.wanted is not None else set()
+                    found = in_order(self.runs, order, must)
+                    if found is not None and found.ms < best.ms and self.is_possible(found):
+                        best = found
                         break
         return best
 
@@ -384,6 +391,6 @@ def _kept(search: Search, current: LayerPlan | None, workers: Sequence[WorkerCap
         ms += float(search.runs.ms(device.cost)[first, first + count])
         first += count
     layout = Layout(devices, current.unit_counts, ms)
-    fits = first == search.runs.unit_count and _fit_together(search.runs, layout)
+    fits = first == search.runs.unit_count and search.is_possible(layout)
     best_ms = search.best.ms + search.own_ms
     return layout if fits and ms + search.own_ms <= best_ms * (1 + KEEP) else None

@@ -29,7 +29,7 @@ from sollol_nb.layers.strategies import (
     memory_domains,
     unplaceable_units,
 )
-from sollol_nb.layers.throughput import DEFAULT_REQUESTS, soonest_through
+from sollol_nb.layers.throughput import BATCH_TOKENS, DEFAULT_REQUESTS, soonest_through
 from sollol_nb.layers.token_time import WorkerSpeeds, predict, worker_parts
 from sollol_nb.runtime.amounts import is_whole_number
 from sollol_nb.text.nearest import nearest
@@ -38,7 +38,6 @@ from sollol_nb.text.tables import counted, format_bytes
 DEFAULT_CONTEXT_TOKENS = 4096
 """Context that a plan or an estimate of memory assumes where none is given."""
 
-BATCH_TOKENS = 512  # llama-server's default --ubatch-size
 NAMED_WORKERS = 3  # in a reason
 
 
@@ -109,20 +108,25 @@ def resolve_strategy(strategy: str, workers: Sequence[WorkerCapacity], speeds: W
     of those that need speeds where none is known."""
     if strategy in SPLITS:
         return strategy
-    found = [worker for worker in workers if not worker.is_own] or workers
-    if speeds is None or not any(speeds.is_known(worker.endpoint) for worker in found):
+    decisive = _decisive(workers)
+    if speeds is None or not any(speeds.is_known(worker.endpoint) for worker in decisive):
         return "memory_aware"
     if strategy == AUTO:
-        are_calibrated = all(speeds.is_calibrated(worker.endpoint) for worker in found)
+        are_calibrated = all(speeds.is_calibrated(worker.endpoint) for worker in decisive)
         return LATENCY_AWARE if are_calibrated else "memory_aware"
     return strategy
+
+
+def _decisive(workers: Sequence[WorkerCapacity]) -> Sequence[WorkerCapacity]:
+    """Those whose speeds must be known: workers, or own devices where there is no worker."""
+    return [worker for worker in workers if not worker.is_own] or workers
 
 
 def _why_by_memory(workers: Sequence[WorkerCapacity], speeds: WorkerSpeeds | None) -> str:
     unknown = [
         worker.worker
-        for worker in workers
-        if not (worker.is_own or (speeds and speeds.is_calibrated(worker.endpoint)))
+        for worker in _decisive(workers)
+        if speeds is None or not speeds.is_calibrated(worker.endpoint)
     ]
     names = ", ".join(unknown[:NAMED_WORKERS]) + (" ..." if len(unknown) > NAMED_WORKERS else "")
     return f"spread by free memory: {names} not calibrated yet (`%sollol_cluster calibrate` measures speeds)"

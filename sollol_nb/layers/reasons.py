@@ -52,11 +52,7 @@ def explain(
     names = [worker.worker for worker in workers]
     sentences = []
     if unknown:
-        take, are = ("takes", "it is") if len(unknown) == 1 else ("take", "they are")
-        sentences.append(
-            f"{listed([names[position] for position in unknown])} {take} part although {are} not calibrated yet: "
-            f"the memory of the others does not suffice ({CALIBRATE} measures speeds)"
-        )
+        sentences.append(why_unknown([names[position] for position in unknown]))
     without = [names[position] for position in range(len(workers)) if position not in devices]
     if without:
         are = "is" if len(without) == 1 else "are"
@@ -80,6 +76,15 @@ def explain(
             over = f"{'/'.join(map(str, other.counts))} {over}"
         sentences.append(f"the next best, {over}, would take {_ms(other.ms + found.own_ms)}")
     return tuple(sentences)
+
+
+def why_unknown(names: Sequence[str]) -> str:
+    """Why workers of unknown speed take part."""
+    take, are = ("takes", "it is") if len(names) == 1 else ("take", "they are")
+    return (
+        f"{listed(names)} {take} part although {are} not calibrated yet: "
+        f"the memory of the others does not suffice ({CALIBRATE} measures speeds)"
+    )
 
 
 def _why(device: Device, chosen: Layout, found: Alternatives, names: Sequence[str], load: ModelLoad) -> str:

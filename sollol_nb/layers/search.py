@@ -69,11 +69,6 @@ class Layout:
     def positions(self) -> tuple[int, ...]:
         return tuple(device.position for device in self.devices)
 
-    @property
-    def is_possible(self) -> bool:
-        """Whether llama.cpp can schedule so many devices."""
-        return sum(device.weight for device in self.devices) <= MAX_WORKERS
-
 
 def in_order(
     runs: Runs,

@@ -28,11 +28,11 @@ from itertools import permutations
 from typing import TYPE_CHECKING
 
 from sollol_nb.gguf.facts import ModelFacts
-from sollol_nb.layers.costs import DeviceCost, Runs
+from sollol_nb.layers.costs import DeviceCost, Runs, is_known
 from sollol_nb.layers.fastest import MARGIN, Choice, Search, best_layout
 from sollol_nb.layers.plan import CPU, MAX_WORKERS, LayerPlan
-from sollol_nb.layers.reasons import listed
-from sollol_nb.layers.search import OWN_CPU, Device, Layout, in_order
+from sollol_nb.layers.reasons import listed, why_unknown
+from sollol_nb.layers.search import OWN_CPU, WORKER, Device, Layout, in_order
 from sollol_nb.layers.strategies import ModelLoad, WorkerCapacity
 from sollol_nb.layers.token_time import WorkerPart, WorkerSpeeds, value_bytes, worker_parts
 from sollol_nb.text.tables import counted
@@ -232,9 +232,13 @@ def soonest_through(
         return None
     search, margin = found
     assert search.best is not None
+    unknown = [position for position in search.best.positions if not is_known(workers[position], speeds)]
+    if unknown:  # so no time can be predicted
+        reasons = [why_unknown([workers[position].worker for position in unknown])]
+        return Choice(search.best.positions, search.best.counts, tuple(reasons))
     layouts = [search.best]
     if margin == MARGIN:  # where memory is tight, there is little to choose
-        layouts += _pipelined(search, workers, workload, wanted)
+        layouts += _pipelined(search, workers, workload)
 
     def ms_of(layout: Layout) -> float:
         return workload.ms(*_times(search.runs, layout, workers, workload), is_pipelined=_is_pipelined(layout))
@@ -248,8 +252,11 @@ def soonest_through(
 
     used = counted(len(best.devices), "device") if len(best.devices) > 1 else "one device"
     reasons = [f"{requests} requests with prompts of {prompt_tokens} tokens: {describe(best)} over {used}"]
-    left_out = [workers[device.position].worker for device in search.devices if device not in best.devices]
-    if left_out:
+    unused = {device.position for device in search.devices} - set(best.positions)
+    left_out = [workers[position].worker for position in sorted(unused)]
+    if left_out and wanted is not None:
+        reasons.append(f"{counted(wanted, 'worker')} as set by num_workers")
+    elif left_out:
         reasons.append(f"left out, since such requests would take longer with them: {listed(left_out)}")
     other = next((layout for layout in layouts if set(layout.positions) != set(best.positions)), None)
     if other is not None:
@@ -278,9 +285,7 @@ def _times(
     return batch_ms, tokens_ms
 
 
-def _pipelined(
-    search: Search, workers: Sequence[WorkerCapacity], workload: Workload, wanted: int | None
-) -> list[Layout]:
+def _pipelined(search: Search, workers: Sequence[WorkerCapacity], workload: Workload) -> list[Layout]:
     """Good layouts whose micro-batches overlap, for various limits of the longest."""
     import numpy as np
 
@@ -296,12 +301,16 @@ def _pipelined(
         micro[added] = batch
         devices.append(Device(device.position, added, device.rank, device.memory, device.device_count))
     devices.sort(key=lambda device: micro[device.cost].ms_per_byte)
-    devices = devices[: CANDIDATES if wanted is None else min(wanted, MAX_WORKERS)]
+    must: set[int] = set()
+    if search.wanted is None:
+        devices = devices[:CANDIDATES]
+    else:
+        must = {device.position for device in [each for each in devices if each.rank == WORKER][: search.wanted]}
+        devices = [device for device in devices if device.rank != WORKER or device.position in must]
     if len(devices) < 2:
         return []
     whole = runs.mean_block_read * (runs.unit_count - 1) + runs.output_read
     rates = [1 / max(micro[device.cost].ms_per_byte, 1e-300) for device in devices[:MAX_WORKERS]]
-    must = {device.position for device in devices} if wanted is not None else set()
     few = len(devices) <= FEW_DEVICES
     orders = [list(order) for order in permutations(devices)] if few else [devices, devices[::-1]]
     found = []
@@ -312,6 +321,6 @@ def _pipelined(
 
         for order in orders:
             layout = in_order(runs, sorted(order, key=lambda device: device.rank), must, ms_of=within)
-            if layout is not None and layout.is_possible and len(layout.devices) > 1:
+            if layout is not None and len(layout.devices) > 1 and search.is_possible(layout):
                 found.append(layout)
     return found

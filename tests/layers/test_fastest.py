@@ -284,6 +284,8 @@ def test_auto_goes_by_times_once_all_workers_are_calibrated() -> None:
     partly = plan_layers(TWELVE, workers, speeds=speeds_of({"a": 1}))
     assert (partly.strategy, len(partly.shards)) == ("memory_aware", 2)
     assert partly.reasons[0].startswith("spread by free memory: b not calibrated yet")
+    alone = plan_layers(TWELVE, [own(CPU, 20)])
+    assert alone.reasons[0].startswith("spread by free memory: this machine not calibrated yet")
     measured = replace(known, hops_ms={})  # by answers, without a calibration
     assert plan_layers(TWELVE, workers, speeds=measured).strategy == "memory_aware"
     assert plan_layers(TWELVE, workers, speeds=known).strategy == "latency_aware"
@@ -302,9 +304,7 @@ def test_of_an_expert_model_the_bytes_that_a_token_reads_count_for_time_and_all_
     experts = replace(TWELVE, layer_read_bytes=(GB // 8,) * 12)
     workers = [worker("a", 9, 3.0), worker("b", 20, 3.0)]
     speeds = speeds_of({"a": 1.0, "b": 1.5})
-    assert (
-        planned(workers, speeds, TWELVE).endpoints == ("a:1", "b:1") or len(planned(workers, speeds).shards) == 2
-    )
+    assert len(planned(workers, speeds).shards) == 2
     plan = planned(workers, speeds, experts)
     assert plan.endpoints == ("b:1",), "a round trip costs more than a's speed saves"
     assert plan.predicted_token_ms == pytest.approx(3 + 1.5 * (12 / 8 + 1))

@@ -76,6 +76,30 @@ def test_a_small_model_stays_on_one_worker_where_round_trips_outweigh_its_work()
     assert plan.reasons[1].startswith("left out, since such requests would take longer with them: w")
 
 
+def test_the_reasons_name_only_the_workers_that_are_left_out() -> None:
+    workers = [*cluster(0.5, 0.5), WorkerCapacity("far:1", 40 * GB, 40 * GB, 500.0)]
+    plan = planned(TWELVE, workers, speeds_of(workers))
+    assert len(plan.shards) == 2
+    assert plan.reasons[1] == "left out, since such requests would take longer with them: far:1"
+    one = planned(TWELVE, workers, speeds_of(workers), wanted=1)
+    assert (len(one.workers), one.reasons[1]) == (1, "1 worker as set by num_workers")
+
+
+def test_as_many_workers_as_wanted_take_part_although_some_share_a_memory() -> None:
+    shared = [replace(worker, memory_domain="here") for worker in cluster(0.5, 0.5)]
+    workers = [*shared, WorkerCapacity("other:1", 40 * GB, 40 * GB, 0.5)]
+    gpu = WorkerCapacity(own_endpoint("CUDA0"), 40 * GB, 40 * GB, device="CUDA0")
+    assert len(planned(TWELVE, workers, speeds_of(workers), wanted=3).workers) == 3
+    assert len(planned(TWELVE, [*workers, gpu], speeds_of([*workers, gpu]), wanted=2).workers) == 2
+
+
+def test_a_worker_of_unknown_speed_takes_part_where_the_memory_requires_it() -> None:
+    workers = [*cluster(0.5, free_gb=8), WorkerCapacity("new:1", 40 * GB, 40 * GB, 0.5)]
+    plan = planned(TWELVE, workers, speeds_of(workers[:1]))
+    assert set(plan.endpoints) == {"w0:1", "new:1"}
+    assert plan.reasons[0].startswith("new:1 takes part although it is not calibrated yet: ")
+
+
 def test_layers_on_the_own_cpu_end_the_overlap_so_it_gets_none_where_workers_suffice() -> None:
     workers = cluster(0.5, 0.5, own_cpu=True)
     speeds = speeds_of(workers)
