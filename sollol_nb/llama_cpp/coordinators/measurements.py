@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -438,11 +438,15 @@ def _is_same_time(token_ms: float, other_ms: float) -> bool:
 
 
 def _without(measurement: Measurement, is_old: Iterable[bool]) -> Measurement:
-    """A measurement without the workers that were measured again since."""
-    left = [
-        (part, ms) for part, ms, old in zip(measurement.parts, measurement.part_ms, is_old, strict=True) if not old
-    ]
-    return replace(measurement, parts=tuple(part for part, _ in left), part_ms=tuple(ms for _, ms in left))
+    """A measurement without the workers that were measured again since, and without their time; own devices stay,
+    since their time is a part of the coordinator's."""
+    parts = list(zip(measurement.parts, measurement.part_ms, is_old, strict=True))
+    left = [(part, ms) for part, ms, old in parts if part.is_own or not old]
+    return Measurement(
+        tuple(part for part, _ in left),
+        measurement.token_ms - sum(ms for part, ms, old in parts if old and not part.is_own),
+        tuple(ms for _, ms in left),
+    )
 
 
 def _layout_of(plan: LayerPlan) -> _Layout:

@@ -85,6 +85,7 @@ class WorkerStatus:
             round_trip_ms=seen.round_trip_ms,
             memory_domain=memory_domain,
             name=self.name,
+            device_count=max(1, len(seen.device_free_bytes)),
         )
 
     @property

@@ -101,6 +101,21 @@ def test_what_was_measured_of_a_worker_does_not_count_once_it_was_calibrated_aga
     assert slowness() < 5
 
 
+def test_the_time_of_a_worker_that_was_calibrated_again_is_not_counted_as_the_coordinators() -> None:
+    calibrations = {endpoint: calibrated(1.0) for endpoint in ROUND_TRIPS}
+    bus = EventBus()
+    measured, running = TokenMeasurements(bus, calibrations.get), coordinator(4, 4, 5)
+    for _ in range(5):
+        answer(bus, 20)
+    measured.set_waits(running, {"w0:1": 0.1, "w1:1": 0.7, "w2:1": 0.1})
+    measured.keep(running, ROUND_TRIPS)
+    calibrations["w1:1"] = replace(calibrations["w1:1"], measured_at=time.time() + 1)
+
+    speeds = measured.speeds(PATH, [], ROUND_TRIPS, facts=TWELVE, endpoints=ROUND_TRIPS)
+    assert speeds is not None
+    assert speeds.own_ms == pytest.approx(5.0)
+
+
 def test_answers_count_towards_one_correction_and_only_on_one_coordinator() -> None:
     bus = EventBus()
     measured, running = TokenMeasurements(bus), coordinator(7, 6)
