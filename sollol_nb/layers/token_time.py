@@ -10,7 +10,7 @@ a token uses: `ModelFacts.read_bytes`. The round trip is that of the network, fr
 what the engine itself spends for each worker (serialising a graph, waking threads), and shows only once layouts
 with different numbers of workers were measured. The wire is what its values take on the way, above all the logits
 of the output layer; the own part is what the coordinator spends for each token. A device of the coordinator's own
-machine counts like a worker without round trip, hop and wire.
+machine counts like a worker without round trip and wire; a hop it has only where one was calibrated (a GPU).
 
 Calibrations (`llama_cpp/workers/calibrations.py`) give all of these before the first token. Once tokens of the
 model were measured, these decide how fast the workers are together, and calibrations only how fast each is

@@ -14,7 +14,7 @@ import psutil
 from sollol_nb.errors import ConfigError, ModelError
 from sollol_nb.gguf.facts import ModelFacts, read_facts
 from sollol_nb.layers.plan import THIS_MACHINE, LayerPlan
-from sollol_nb.layers.token_time import VALUE_BYTES
+from sollol_nb.layers.token_time import value_bytes, worker_parts
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.coordinators.draft_memory import DraftMemory, Key, model_key
 from sollol_nb.llama_cpp.coordinators.planning import Start
@@ -106,7 +106,8 @@ class Drafting:
         if draft_model is not None:
             draft_facts = await asyncio.to_thread(read_facts, draft_model)
             needed = draft_facts.file_bytes + sum(draft_facts.kv_bytes(start.context_tokens))
-            if needed * MEMORY_MARGIN > psutil.virtual_memory().available and given is None:
+            free_bytes = psutil.virtual_memory().available - _needed_here(start.facts, plan)
+            if needed * MEMORY_MARGIN > free_bytes and given is None:
                 draft_model = None
             else:
                 costs = replace(costs, draft_ms=self._own_token_ms(draft_facts))
@@ -143,23 +144,25 @@ class Drafting:
         if plan is None:
             token_ms = self._own_token_ms(facts)
             own = self._calibration_of(THIS_MACHINE)
-            weights = _weight_bytes(facts)
             if token_ms is None or own is None:
                 return Costs()
-            return Costs(token_ms=token_ms, further_ms=SMALL_BATCH * own.prompt_ms_per_byte * weights)
+            return Costs(
+                token_ms=token_ms, further_ms=SMALL_BATCH * own.prompt_ms_per_byte * sum(facts.read_bytes)
+            )
         wait_ms = token_ms = further_ms = 0.0
-        for shard in plan.shards:
+        for shard, part in zip(plan.shards, worker_parts(plan, round_trips_ms, facts), strict=True):
             calibration = self._calibration_of(shard.endpoint)
             round_trip_ms = round_trips_ms.get(shard.endpoint)
             if calibration is None:
-                work_ms = shard.weight_bytes / USUAL_BYTES_PER_MS
+                work_ms = part.read_bytes / USUAL_BYTES_PER_MS
                 further_ms += work_ms * USUAL_COST
             else:
-                work_ms = shard.weight_bytes * calibration.ms_per_byte + calibration.hop_ms
-                further_ms += SMALL_BATCH * shard.weight_bytes * calibration.prompt_ms_per_byte
+                work_ms = part.read_bytes * calibration.ms_per_byte + part.block_count * calibration.block_ms
+                work_ms += calibration.hop_ms
+                further_ms += SMALL_BATCH * part.read_bytes * calibration.prompt_ms_per_byte
                 round_trip_ms = calibration.round_trip_ms if round_trip_ms is None else round_trip_ms
                 if shard.has_output and calibration.bytes_per_s:
-                    further_ms += facts.vocabulary_size * VALUE_BYTES * 1000 / calibration.bytes_per_s
+                    further_ms += value_bytes(facts)[1] * 1000 / calibration.bytes_per_s
             wait_ms += round_trip_ms or 0.0
             token_ms += work_ms + (round_trip_ms or 0.0)
         return Costs(token_ms=token_ms, wait_ms=wait_ms, further_ms=further_ms)
@@ -169,7 +172,7 @@ class Drafting:
         own = self._calibration_of(THIS_MACHINE)
         if own is None:
             return None
-        return own.hop_ms + facts.layer_count * own.block_ms + _weight_bytes(facts) * own.ms_per_byte
+        return own.hop_ms + facts.layer_count * own.block_ms + sum(facts.read_bytes) * own.ms_per_byte
 
 
 def layout_key(plan: LayerPlan | None, round_trips_ms: Mapping[str, float | None]) -> str:
@@ -182,5 +185,8 @@ def layout_key(plan: LayerPlan | None, round_trips_ms: Mapping[str, float | None
     return f"{'/'.join(map(str, plan.unit_counts))} at 2^{distance} ms"
 
 
-def _weight_bytes(facts: ModelFacts) -> int:
-    return sum(facts.layer_bytes) + facts.output_bytes
+def _needed_here(facts: ModelFacts, plan: LayerPlan | None) -> int:
+    """Memory of this machine that the model itself will take, without that of workers here."""
+    if plan is None:
+        return facts.file_bytes
+    return plan.own_cpu.needed_bytes if plan.own_cpu is not None else 0

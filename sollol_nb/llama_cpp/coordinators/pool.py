@@ -124,9 +124,8 @@ class CoordinatorPool:
             if coordinator is not None and self._serves(coordinator, route, speculation):
                 return coordinator, (time.perf_counter() - began) * 1000
             lost: frozenset[str] = frozenset()
-            if (
-                coordinator is not None
-            ):  # lost, too small, or drafting; answers that run on it continue on the next one
+            if coordinator is not None:
+                # Lost, too small, or drafting; answers that run on it continue on the next one.
                 await self._running.end(coordinator, unless_shared=coordinator.is_running())
                 lost = await self._workers.find_lost(coordinator.rpc_backends)
             self._lost[key] = lost

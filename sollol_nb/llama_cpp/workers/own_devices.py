@@ -53,8 +53,8 @@ class OwnDevices:
         self._without_gpus: set[Path] = set()  # llama-servers that list none
 
     async def refresh(self, engine: Engine) -> None:
-        """Ask an engine which GPUs it can use, and how much of their memory is free. An engine that lists none is
-        not asked again."""
+        """Ask an engine which GPUs it can use, and how much of their memory is free. An engine that lists none, or
+        fails to, is not asked again."""
         if engine.server in self._without_gpus:
             self._gpus = ()
             return
