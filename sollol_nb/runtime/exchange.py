@@ -255,7 +255,7 @@ class _Body:
         if self._is_chunked:
             return self._unchunked(received)
         if self._left is not None:
-            received = received[: self._left]  # what follows is no part of it
+            received = received[: self._left]  # what follows does not belong to it
             self._left -= len(received)
             self.is_whole = self._left == 0
         return received

@@ -372,7 +372,7 @@ class Coordinator:
         lease and the time limit.
 
         Args:
-            lease: asked for just now; nothing is sent before it is granted. None where the caller has one.
+            lease: just requested; nothing is sent before it is granted. None where the caller has one.
 
         Raises:
             CoordinatorLostError: the process ended or is ending, the connection broke, or it went silent.

@@ -168,7 +168,7 @@ class TokenMeasurements:
 
     def slow_workers(self, coordinator: Coordinator) -> list[SlowWorker]:
         """The workers that take much longer for a token than expected when the coordinator was started, the
-        slowest first. That all take longer is no property of a worker."""
+        slowest first. Where all take longer, none of them is slow."""
         measured_ms = self.part_ms(coordinator)
         expected_ms = self._expected_ms.get(coordinator.base_url, {})
         factors = {

@@ -319,7 +319,7 @@ class EngineProcess:
 
 
 class Lease:
-    """A lease that was asked for just now. Messages to the supervisor keep their order, so what follows is covered
+    """A lease that was just requested. Messages to the supervisor keep their order, so what follows is covered
     by it, unless the engine is ending: then `is_granted` is False.
 
     Args:

@@ -265,7 +265,7 @@ def test_a_planner_counts_the_output_layer_as_a_prediction_does() -> None:
 
 @pytest.mark.parametrize("context_tokens", [10, 128, 1000])
 def test_long_contexts_make_no_worker_slow(context_tokens: int) -> None:
-    """Tokens behind a long context take longer; that is no property of the workers."""
+    """Tokens behind a long context take longer, whatever the workers."""
     known = {name: replace(found, context_ms_per_byte=1e-5) for name, found in SPEEDS.items()}
     bus = EventBus()
     measured, running = TokenMeasurements(bus, known.get), coordinator(5, 4, 4)

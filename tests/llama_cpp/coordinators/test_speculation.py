@@ -117,7 +117,7 @@ def test_results_outlive_a_process_and_fade(alone: None) -> None:
         assert asyncio.run(DraftMemory().of(*key[:2])) == {}
 
 
-def test_tokens_that_were_computed_alone_are_told_from_drafted_ones() -> None:
+def test_tokens_that_were_computed_alone_are_counted_apart_from_drafted_ones() -> None:
     counter = DraftCounter()
     for tokens, ms, drafted, accepted in (
         *((1, 0.1, 0, 0), (2, 10.1, 0, 0), (3, 20.1, 0, 0)),  # two alone
