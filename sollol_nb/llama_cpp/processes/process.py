@@ -340,11 +340,10 @@ class Lease:
 
 
 async def _in_time(answer: asyncio.Future[dict[str, Any]]) -> dict[str, Any]:
-    try:
-        async with asyncio.timeout(ANSWER_TIMEOUT_S):
-            return await answer
-    except TimeoutError:
-        return {}
+    """The supervisor's answer; empty if it takes too long. It may be awaited again, so no limit cancels it."""
+    if not answer.done():
+        await asyncio.wait({answer}, timeout=ANSWER_TIMEOUT_S)
+    return answer.result() if answer.done() else {}
 
 
 _handles: weakref.WeakSet[EngineProcess] = weakref.WeakSet()

@@ -9,7 +9,7 @@ import signal
 import socketserver
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import pytest
@@ -18,7 +18,7 @@ from sollol_nb.errors import EngineError
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.processes import process as engine_process
 from sollol_nb.llama_cpp.processes import registry, supervisor
-from sollol_nb.llama_cpp.processes.process import EngineProcess, ExitReport
+from sollol_nb.llama_cpp.processes.process import EngineProcess, ExitReport, Lease
 from sollol_nb.llama_cpp.processes.registry import Entry
 from sollol_nb.llama_cpp.workers.local import start_worker
 from sollol_nb.llama_cpp.workers.probe import ProbeOutcome, probe
@@ -274,6 +274,26 @@ def entry_at(port: int, *, is_alive: bool) -> Entry:
         about={},
         path=path,
     )
+
+
+def test_a_lease_that_a_supervisor_does_not_grant_in_time_may_be_asked_about_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(engine_process, "ANSWER_TIMEOUT_S", 0.01)
+
+    class Silent:
+        def _ask(self, do: str) -> asyncio.Future[dict[str, Any]]:
+            self.answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+            return self.answer
+
+    async def granted() -> list[bool]:
+        process = Silent()
+        lease = Lease(cast(EngineProcess, process))
+        found = [await lease.is_granted(), await lease.is_granted()]
+        process.answer.set_result({"ok": True})
+        return [*found, await lease.is_granted()]
+
+    assert run(granted()) == [False, False, True]
 
 
 @pytest.mark.parametrize("answer", ["refused", "silent", "another program"])
