@@ -235,11 +235,9 @@ def unchecked_plan(
             f"{given} does not place the model's {unit_count} units ({facts.layer_count} blocks and the output "
             f"layer); give whole numbers that sum to {unit_count}"
         )
-    if (
-        sum(bool(count) for worker, count in zip(workers, counts, strict=True) if worker.device != CPU)
-        > MAX_WORKERS
-    ):
-        raise ConfigError(f"{given} uses more than {MAX_WORKERS} workers, which llama.cpp cannot schedule")
+    used = [worker for worker, count in zip(workers, counts, strict=True) if count and worker.device != CPU]
+    if sum(worker.device_count for worker in used) > MAX_WORKERS:
+        raise ConfigError(f"{given} uses more than {MAX_WORKERS} devices, which llama.cpp cannot schedule")
     count_of = {worker.endpoint: count for worker, count in zip(workers, counts, strict=True)}
     ordered = in_engine_order(workers)
     shards = _shards(model_load(facts, context_tokens), ordered, [count_of[worker.endpoint] for worker in ordered])

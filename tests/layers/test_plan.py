@@ -398,11 +398,14 @@ def test_given_counts_are_checked_against_each_memory() -> None:
         plan_from_counts(TWELVE, workers(12 * GB, 12 * GB, domains="aa"), (6, 7))
 
 
-def test_given_counts_use_no_more_workers_than_the_engine_can_schedule() -> None:
+def test_given_counts_use_no_more_devices_than_the_engine_can_schedule() -> None:
     facts = model([GB] * 80, GB)
-    with pytest.raises(ConfigError, match="more than 15 workers"):
+    with pytest.raises(ConfigError, match="more than 15 devices"):
         plan_from_counts(facts, workers(*[90 * GB] * 16), (66, *[1] * 15))
     assert len(plan_from_counts(facts, workers(*[90 * GB] * 16), (67, *[1] * 14, 0)).shards) == 15
+    several = [replace(worker, device_count=8) for worker in workers(90 * GB, 90 * GB)]
+    with pytest.raises(ConfigError, match="more than 15 devices"):
+        plan_from_counts(facts, several, (40, 41))
 
 
 @pytest.mark.parametrize("predicted_ms", [None, 12.5])
