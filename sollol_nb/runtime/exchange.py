@@ -2,7 +2,7 @@
 
 An answer of a llama-server takes two requests within milliseconds (its prompt is rendered, then the answer is
 streamed), and the server closes the connection after a streamed answer. For such an exchange a general HTTP client
-takes longer than the server does, so this module speaks by itself the little of HTTP/1.1 that is needed. What the
+takes longer than the server does, so this module drives the HTTP/1.1 parser of httpx, `h11`, by itself. What the
 peer sends is limited as in `http_client.py`, and errors are the same.
 """
 
@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Final, Self
 from urllib.parse import urlsplit
+
+import h11
 
 from sollol_nb.errors import ConnectFailedError, ConnectionBrokenError, TransportError, TransportTimeoutError
 from sollol_nb.runtime.http_client import (
@@ -33,19 +33,6 @@ from sollol_nb.runtime.http_client import (
 )
 
 HEAD_LIMIT_BYTES: Final = 64 * 1024
-_STATUS_LINE = re.compile(r"HTTP/1\.[01] ([2-5]\d\d)(?: (.*))?")
-_SIZE_LIMIT_BYTES: Final = 1024  # of the line before each chunk
-_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;.*)?")
-_LENGTH = re.compile(r"\d{1,12}")
-
-
-@dataclass(frozen=True, slots=True)
-class _Head:
-    """Status and headers of an answer, names in lower case."""
-
-    status: int
-    phrase: str
-    headers: Mapping[str, str]
 
 
 class Exchange:
@@ -62,13 +49,15 @@ class Exchange:
     def __init__(self, base_url: str, *, api_key: str, read_timeout_s: float) -> None:
         self._base_url = base_url
         self._host = urlsplit(base_url).netloc
-        self._api_key = api_key
+        self._headers = [
+            ("Host", self._host),
+            ("Authorization", f"Bearer {api_key}"),
+            ("Accept-Encoding", "identity"),
+            ("Content-Type", "application/json"),
+        ]
         self._read_timeout_s = read_timeout_s
         self._connection: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
-        self._loop: asyncio.AbstractEventLoop
-        self._timer: asyncio.TimerHandle | None = None
-        self._reading_since: float | None = None
-        self._is_late = False
+        self._http: h11.Connection
 
     async def __aenter__(self) -> Self:
         return self
@@ -82,24 +71,24 @@ class Exchange:
             self.close()  # the server has closed it
         if self._connection is None:
             self._connection = await self._opened()
+            self._http = h11.Connection(h11.CLIENT, max_incomplete_event_size=HEAD_LIMIT_BYTES)
 
     async def post(self, path: str, body: Mapping[str, Any]) -> Any:
         """The decoded JSON of a POST."""
         url = self._base_url + path
-        content = bytearray()
         with self._translated(url):
             async with asyncio.timeout(self._read_timeout_s):
-                reader = await self._send(path, body)
-                head = await _read_head(reader)
-                await self._check(url, reader, head)
-                pieces = _Body(head)
-                while not pieces.is_whole:
-                    content += pieces.feed(await reader.read(HEAD_LIMIT_BYTES))
-                    if len(content) > ANSWER_LIMIT_BYTES:
-                        raise too_long_error(url)
-        if head.headers.get("connection", "").lower() == "close" or "content-length" not in head.headers:
+                await self._send(path, body)
+                await self._check(url)
+                content = await self._body(ANSWER_LIMIT_BYTES)
+            if len(content) > ANSWER_LIMIT_BYTES:
+                raise too_long_error(url)
+        http = self._http
+        if http.our_state is h11.DONE and http.their_state is h11.DONE and not http.trailing_data[0]:
+            http.start_next_cycle()
+        else:
             self.close()
-        return decoded(url, bytes(content))
+        return decoded(url, content)
 
     async def lines(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[str, None]:
         """POST, and give the lines of the answer that are not empty while they arrive. The connection is closed at
@@ -109,54 +98,26 @@ class Exchange:
         try:
             with self._translated(url):
                 async with asyncio.timeout(self._read_timeout_s):
-                    reader = await self._send(path, body)
-                    head = await _read_head(reader)
-                    await self._check(url, reader, head)
-                pieces = _Body(head)
-                self._begin_watch()
-            while not pieces.is_whole:
-                with self._translated(url):
-                    self._reading_since = self._loop.time()
-                    received = await reader.read(HEAD_LIMIT_BYTES)
-                    self._reading_since = None
-                    piece = pieces.feed(received)
-                for line in splitter.feed(piece):
-                    if line:
-                        yield line
+                    await self._send(path, body)
+                    await self._check(url)
+                while True:
+                    async with asyncio.timeout(self._read_timeout_s):
+                        event = await self._event()
+                    if not isinstance(event, h11.Data):
+                        break
+                    for line in splitter.feed(event.data):
+                        if line:
+                            yield line
             for line in splitter.end():
                 yield line
         finally:
             self.close()
 
-    def _begin_watch(self) -> None:
-        """Abort the connection when it is silent for too long: one timer, whatever the number of pieces."""
-        self._loop, self._reading_since = asyncio.get_running_loop(), None
-        self._timer = self._loop.call_later(self._read_timeout_s, self._check_silence)
-
-    def _check_silence(self) -> None:
-        now = self._loop.time()
-        since = now if self._reading_since is None else self._reading_since
-        left_s = since + self._read_timeout_s - now
-        if left_s > 0:
-            self._timer = self._loop.call_later(left_s, self._check_silence)
-        elif self._connection is not None:
-            self._is_late = True
-            self._connection[1].transport.abort()
-
-    async def _send(self, path: str, body: Mapping[str, Any]) -> asyncio.StreamReader:
-        """Send a request, over a new connection if there is none; returns where the answer comes."""
-        content = json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
-        await self.connect()
-        assert self._connection is not None
-        reader, writer = self._connection
-        head = (
-            f"POST {path} HTTP/1.1\r\nHost: {self._host}\r\nAuthorization: Bearer {self._api_key}\r\n"
-            "Accept-Encoding: identity\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(content)}\r\n\r\n"
-        )
-        writer.write(head.encode("ascii") + content)
-        await writer.drain()
-        return reader
+    def close(self) -> None:
+        """Close the connection. Closing twice is fine."""
+        if self._connection is not None:
+            self._connection[1].close()
+            self._connection = None
 
     async def _opened(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         host, _, port = self._host.rpartition(":")
@@ -168,116 +129,65 @@ class Exchange:
         except OSError as error:
             raise ConnectFailedError(f"{self._base_url}: {CANNOT_CONNECT}") from error
 
-    async def _check(self, url: str, reader: asyncio.StreamReader, head: _Head) -> None:
-        """Raise HttpStatusError unless the status is a success, TransportError if the answer is compressed."""
-        encoding = head.headers.get("content-encoding", "")
-        if head.status < 300:
+    async def _send(self, path: str, body: Mapping[str, Any]) -> None:
+        """Send a request, over a new connection if there is none."""
+        content = json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+        await self.connect()
+        assert self._connection is not None
+        _, writer = self._connection
+        headers = [*self._headers, ("Content-Length", str(len(content)))]
+        request = h11.Request(method="POST", target=path, headers=headers)
+        events = (request, h11.Data(data=content), h11.EndOfMessage())
+        writer.write(b"".join(self._http.send(event) or b"" for event in events))
+        await writer.drain()
+
+    async def _check(self, url: str) -> None:
+        """Read the head of the answer. Raise HttpStatusError unless the status is a success, TransportError if the
+        answer is compressed."""
+        while isinstance(head := await self._event(), h11.InformationalResponse):
+            pass
+        assert isinstance(head, h11.Response)
+        if head.http_version not in (b"1.0", b"1.1"):
+            raise h11.RemoteProtocolError("unknown version")
+        headers = {name: value.decode("latin-1") for name, value in head.headers}
+        encoding, status = headers.get(b"content-encoding", ""), head.status_code
+        if status < 300:
             refuse_compressed(url, encoding)
             return
-        text = bytearray()
-        if head.status >= 400 and not is_compressed(encoding):
-            pieces = _Body(head)
-            while not pieces.is_whole and len(text) <= ERROR_LIMIT_BYTES:
-                text += pieces.feed(await reader.read(HEAD_LIMIT_BYTES))
+        is_shown = status >= 400 and not is_compressed(encoding)
+        text = (await self._body(ERROR_LIMIT_BYTES)).decode(errors="replace") if is_shown else ""
         self.close()
-        location = head.headers.get("location", "")
-        raise status_error(url, head.status, head.phrase, text=text.decode(errors="replace"), location=location)
+        phrase = head.reason.decode("latin-1")
+        raise status_error(url, status, phrase, text=text, location=headers.get(b"location", ""))
 
-    def close(self) -> None:
-        """Close the connection. Closing twice is fine."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if self._connection is not None:
-            self._connection[1].close()
-            self._connection = None
+    async def _body(self, limit_bytes: int) -> bytes:
+        """The body, or somewhat more than its first `limit_bytes`."""
+        content = bytearray()
+        while len(content) <= limit_bytes and isinstance(event := await self._event(), h11.Data):
+            content += event.data
+        return bytes(content)
+
+    async def _event(self) -> object:
+        """The next part of the answer."""
+        while (event := self._http.next_event()) is h11.NEED_DATA:
+            assert self._connection is not None
+            self._http.receive_data(await self._connection[0].read(HEAD_LIMIT_BYTES))
+        return event
 
     @contextmanager
     def _translated(self, url: str) -> Iterator[None]:
+        """Close the connection at an error, and give the error its name."""
         try:
-            yield
+            try:
+                yield
+            except BaseException:
+                self.close()
+                raise
         except TransportError:  # some are TimeoutErrors
-            self.close()
             raise
         except TimeoutError as error:
-            self.close()
             raise TransportTimeoutError(f"{url}: no answer within the time limit") from error
-        except (_NotHttpError, EOFError, asyncio.LimitOverrunError) as error:
-            self.close()
-            if self._is_late:
-                raise TransportTimeoutError(f"{url}: no answer within the time limit") from error
+        except h11.RemoteProtocolError as error:
             raise ConnectionBrokenError(f"{url}: the answer is incomplete or not HTTP") from error
         except OSError as error:
-            self.close()
             raise ConnectionBrokenError(f"{url}: the connection was lost") from error
-        except BaseException:
-            self.close()
-            raise
-
-
-class _NotHttpError(Exception):
-    """What was received is not HTTP."""
-
-
-async def _read_head(reader: asyncio.StreamReader) -> _Head:
-    first, *lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
-    status = _STATUS_LINE.fullmatch(first)
-    if status is None:
-        raise _NotHttpError
-    pairs = (line.partition(":") for line in lines if line)
-    headers = {name.lower(): value.strip() for name, _, value in pairs}
-    return _Head(int(status[1]), status[2] or "", headers)
-
-
-class _Body:
-    """The body of an answer, from what is received after its head.
-
-    Attributes:
-        is_whole: nothing more belongs to it.
-    """
-
-    def __init__(self, head: _Head) -> None:
-        coding, length = head.headers.get("transfer-encoding"), head.headers.get("content-length")
-        if (coding or "chunked").lower() != "chunked" or (not coding and length and not _LENGTH.fullmatch(length)):
-            raise _NotHttpError
-        self._is_chunked = coding is not None
-        self._left: int | None = None if coding is not None or length is None else int(length)
-        self._received = bytearray()
-        self.is_whole = self._left == 0
-
-    def feed(self, received: bytes) -> bytes:
-        """What this adds to the body. Nothing was received at the end of the connection; EOFError if that is too
-        early."""
-        if not received:
-            if self._is_chunked or self._left is not None:
-                raise EOFError
-            self.is_whole = True
-        if self._is_chunked:
-            return self._unchunked(received)
-        if self._left is not None:
-            received = received[: self._left]  # what follows does not belong to it
-            self._left -= len(received)
-            self.is_whole = self._left == 0
-        return received
-
-    def _unchunked(self, received: bytes) -> bytes:
-        """Chunks are `size CRLF data CRLF`; one of size 0 is the last."""
-        content, buffer = bytearray(), self._received
-        buffer += received
-        begin = 0
-        while (end := buffer.find(b"\r\n", begin, begin + _SIZE_LIMIT_BYTES)) >= 0:
-            line = _CHUNK_SIZE.fullmatch(buffer[begin:end])
-            if line is None or (size := int(line[1], 16)) > ANSWER_LIMIT_BYTES:
-                raise _NotHttpError
-            if size == 0:
-                self.is_whole = True
-                return bytes(content)
-            end += 2
-            if len(buffer) < end + size + 2:
-                break
-            content += buffer[end : end + size]
-            begin = end + size + 2
-        if end < 0 and len(buffer) - begin >= _SIZE_LIMIT_BYTES:
-            raise _NotHttpError
-        del buffer[:begin]
-        return bytes(content)

@@ -552,6 +552,29 @@ def test_what_is_not_http_is_refused(answer: bytes) -> None:
             run(ask(says(answer)))
 
 
+def test_bytes_after_an_answer_are_no_part_of_the_next_one() -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(EOFError):
+            while True:
+                await read_request(reader)
+                writer.write(response(b'"true"') + response(b'"forged"'))
+
+    async def ask() -> list[Any]:
+        async with exchange_with(serve) as exchange:
+            return [await exchange.post("/x", {}) for _ in range(3)]
+
+    assert run(ask()) == ["true"] * 3
+
+
+def test_an_interim_answer_is_skipped() -> None:
+    assert run(post_once(says(b"HTTP/1.1 100 Continue\r\n\r\n", response(b"1")))) == 1
+
+
+def test_silence_is_no_end_of_an_answer_without_a_length() -> None:
+    with pytest.raises(TransportTimeoutError):
+        run(exchanged_lines(says(b"HTTP/1.1 200 OK\r\n\r\none\n", then="silence"), read_timeout_s=0.1))
+
+
 def test_a_stream_of_an_exchange_has_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exchange, "STREAM_LIMIT_BYTES", 4_000)
     with pytest.raises(TransportError, match="the answer is longer than"):
