@@ -52,8 +52,9 @@ class RowWriter:
         with self._changed:
             self._rows.append((log, row))
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="sollol_nb latency rows", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="sollol_nb latency rows", daemon=True)
+                thread.start()
+                self._thread = thread
             elif len(self._rows) == 1:  # it waits for a first row
                 self._changed.notify_all()
 
@@ -68,14 +69,16 @@ class RowWriter:
         self._wait_written(EXIT_LIMIT_S)
 
     def resume(self) -> None:
-        """Go on after `pause`, in the same thread."""
+        """Continue after `pause`, in the same thread."""
         self._changed.release()
 
     def _wait_written(self, limit_s: float) -> None:
         self._waiting += 1
-        self._changed.notify_all()
-        self._changed.wait_for(lambda: not self._rows and not self._is_writing, limit_s)
-        self._waiting -= 1
+        try:
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._rows and not self._is_writing, limit_s)
+        finally:
+            self._waiting -= 1
 
     def _run(self) -> None:
         while True:

@@ -80,6 +80,7 @@ class AnswerStreams:
         self._prompts = ForeseenPrompts()
         self._renderers: list[Exchange] = []  # those whose connection renders no prompt now
         self._watch: asyncio.Task[None] | None = None
+        self._is_closed = False
 
     def new_answer(
         self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any], model: str | None = None
@@ -155,7 +156,7 @@ class AnswerStreams:
         except (ConnectionBrokenError, ConnectFailedError, TransportTimeoutError) as error:
             stream.close()
             raise await self._lost_error(error) from error
-        finally:  # before the last chunk is handed on: the engine owes nothing more, however long the reader takes
+        finally:  # before the last chunk is yielded: the engine owes nothing more, however long the reader takes
             stream.close()
             self.last_used_at = time.monotonic()
         yield self._with_context_full(answer.final())
@@ -191,11 +192,15 @@ class AnswerStreams:
             answer = await exchange.post("/apply-template", body)
         except ConnectionBrokenError:  # the engine closes connections that are idle for some seconds
             answer = await exchange.post("/apply-template", body)
-        self._renderers.append(exchange)
+        if self._is_closed:
+            exchange.close()
+        else:
+            self._renderers.append(exchange)
         return str(answer["prompt"])
 
     def close(self) -> None:
         """End the watch over silence, and close connections."""
+        self._is_closed = True
         for exchange in self._renderers:
             exchange.close()
         self._renderers.clear()
