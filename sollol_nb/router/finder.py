@@ -150,9 +150,12 @@ class RouteFinder:
             raise ModelNotFoundError(f"{error}; did you mean {near}?") from None
         if route.model_path == DEMO_MODEL_PATH:
             return replace(route, reason=f"{route.reason} ({DEMO_NOTE})"), known.saved
-        if route.model_path is None or known.modelfile is None:
-            return await asyncio.to_thread(self._with_modelfile, route), known.saved
-        return _with_modelfile(route, known.modelfile), known.saved
+        if route.model_path is None:
+            return route, known.saved
+        modelfile = known.modelfile
+        if modelfile is None:
+            modelfile = await asyncio.to_thread(self._modelfile, route.model)
+        return _with_modelfile(route, modelfile), known.saved
 
     async def sharded_instead(self, route: Route, error: OllamaResponseError) -> Route | None:
         """The route over workers for a model that Ollama has too little memory for; None if there is none, or if
@@ -164,13 +167,11 @@ class RouteFinder:
             return None
         reason = f"{route.reason}, but Ollama has too little memory for it, so it is sharded"
         route = replace(route, backend=DISTRIBUTED, model_path=path, reason=reason)
-        return await asyncio.to_thread(self._with_modelfile, route)
+        return _with_modelfile(route, await asyncio.to_thread(self._modelfile, route.model))
 
-    def _with_modelfile(self, route: Route) -> Route:
-        """The route with what Ollama adds to the model, if llama.cpp runs it."""
-        if route.model_path is None:
-            return route
-        return _with_modelfile(route, modelfile_of(route.model, self.gguf_path, _checked_sampling_option))
+    def _modelfile(self, model: str) -> Modelfile:
+        """What Ollama adds to a model that llama.cpp runs."""
+        return modelfile_of(model, self.gguf_path, _checked_sampling_option)
 
     async def identity(self, route: Route) -> dict[str, Any]:
         """What distinguishes the model of a route from another of the same name: its file and Modelfile, or
@@ -265,7 +266,7 @@ class RouteFinder:
         return self.gguf_path is not None or names_file(model)
 
     def _known(self, model: str, backend: str | None) -> _Known:
-        """What is known of a model without Ollama. All in one call: each turn of a thread costs a request time.
+        """What is known of a model without Ollama. All in one call, since each thread hop costs a request time.
 
         A model that is sharded need not wait for Ollama, unless there is no file to shard.
         """
@@ -279,7 +280,7 @@ class RouteFinder:
             path, trouble = self._file(model, LOCAL)
         modelfile = None
         if path is not None and path != DEMO_MODEL_PATH:
-            modelfile = modelfile_of(model, self.gguf_path, _checked_sampling_option)
+            modelfile = self._modelfile(model)
         return _Known(saved, profile, path, trouble, modelfile)
 
     def _file(self, model: str, backend: str | None) -> tuple[Path | None, str]:
