@@ -21,7 +21,6 @@ import json
 import math
 import random
 import sys
-import time
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -253,7 +252,6 @@ def main() -> Report:
         real.add(*result.cells(number))
     add_goals(report, results, errors)
     report.notes.append(f"The same layout twice: {median(noise):.1%} apart in the median.")
-    add_planner(report)
     return report
 
 
@@ -405,45 +403,5 @@ def add_goals(report: Report, results: Sequence[Result], errors: Sequence[float]
     report.goal("predictions of every split tried at most 10 % off (median)", f"{off:.1%}", off <= 0.1)
 
 
-def add_planner(report: Report) -> None:
-    """How long a plan takes."""
-    chance = random.Random(0)
-    facts = synthetic_facts(126)
-    workers = [WorkerCapacity(f"w{n}:1", 2**35, 2**35, chance.uniform(0.1, 5.0)) for n in range(64)]
-    speeds = WorkerSpeeds(
-        {worker.endpoint: chance.uniform(1e-8, 2e-7) for worker in workers},
-        None,
-        0.0,
-        hops_ms={worker.endpoint: chance.uniform(0.05, 0.5) for worker in workers},
-        bytes_per_s=dict.fromkeys((worker.endpoint for worker in workers), 1e9),
-    )
-    took_ms = []
-    for _ in range(21):
-        began = time.perf_counter()
-        plan_layers(facts, workers, strategy="auto", context_tokens=4096, speeds=speeds)
-        took_ms.append((time.perf_counter() - began) * 1000)
-    table = report.table("The planner", "workers", "layers", "ms for a plan", "at most")
-    table.add(64, 126, median(took_ms), max(took_ms))
-    report.goal(
-        "a plan for 64 workers and 126 layers in under 20 ms", f"{median(took_ms):.1f} ms", median(took_ms) < 20
-    )
-
-
-def synthetic_facts(layers: int) -> ModelFacts:
-    """A model of the size of Llama 3.1 405B, in 4 bits."""
-    facts = read_facts(SMALL.path())
-    return replace(
-        facts,
-        layer_count=layers,
-        layer_bytes=(1_800_000_000,) * layers,
-        output_bytes=1_700_000_000,
-        embedding_length=16384,
-        feed_forward_width=53248,
-        vocabulary_size=128256,
-        layer_kv_bytes_per_token=(4096,) * layers,
-    )
-
-
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
-        sys.exit(run(main))
+    sys.exit(run(main))
