@@ -7,7 +7,7 @@ NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 .DEFAULT_GOAL := help
 N ?= 50
 MINUTES ?= 5
-# They wait more than they compute; those that need an engine would disturb each other.
+# Tests without engines mostly wait, so they run in two processes; those with engines would disturb each other.
 WITHOUT_ENGINES := -m "not engine and not ollama and not lab" -n 2 --dist loadfile
 
 .PHONY: help demo test chaos soak lowest lab lint bench engine ollama ollama-for-ci clean

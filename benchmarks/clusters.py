@@ -224,7 +224,7 @@ def stuttering(worker: Worker, share: float, period_s: float = 0.001) -> Iterato
 
 @contextmanager
 def delayed(endpoint: str, round_trip_s: float) -> Iterator[str]:
-    """The endpoint of a proxy to a worker that is this much farther away. It is a process of its own."""
+    """The endpoint of a proxy to a worker that is this much farther away. It is a separate process."""
     host, port = parse_endpoint(endpoint)
     script = Path(__file__).with_name("delay_proxy.py")
     command = [sys.executable, str(script), host, str(port), str(round_trip_s)]

@@ -155,7 +155,7 @@ def main() -> Report:
 
 
 def per_token_ms(times_s: list[float]) -> float:
-    """Milliseconds from a token to the next one; a token without text of its own comes with the next."""
+    """Milliseconds from a token to the next one; a token without text comes with the next."""
     return (times_s[-1] - times_s[0]) / (len(times_s) - 1) * 1000
 
 

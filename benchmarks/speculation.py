@@ -2,7 +2,7 @@
 
     python benchmarks/speculation.py [--rounds 1] [--round-trips-ms 1,5,10,20] [--questions 12] [--json FILE]
 
-Each way has three workers of its own behind delay proxies, and both answer the same questions in turns:
+Each way has its own three workers behind delay proxies, and both answer the same questions in turns:
 
 - repetitive: the demo model, asked a question that it has answered before in the same chat;
 - free: the demo model, asked other questions;
@@ -143,7 +143,7 @@ def add_goals(report: Report, ratios: dict[tuple[float, str], float]) -> None:
 
 
 def router_of(stack: ExitStack, way: str, round_trip_ms: float) -> HybridRouter:
-    """A router with this speculation, over workers of its own."""
+    """A router with this speculation, over its own workers."""
     endpoints = []
     for _ in range(WORKERS):
         endpoint = stack.enter_context(running_worker()).endpoint

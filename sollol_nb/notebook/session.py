@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 KEPT_ANSWERS = 50
 CALIBRATE = "%sollol_cluster calibrate"
 CALIBRATE_HINT = (
-    f"hint: `{CALIBRATE}` measures how fast these machines are, about two seconds for each; then layers go where "
-    "they are fastest"
+    f"hint: `{CALIBRATE}` measures how fast these machines are, about three seconds for each; then layers go "
+    "where they are fastest"
 )
 
 

@@ -286,7 +286,7 @@ def status_error(url: str, status: int, phrase: str, *, text: str = "", location
     """The error for a status that is not a success.
 
     Args:
-        phrase: the words beside the status.
+        phrase: the text after the status.
         text: the beginning of the body.
         location: where it redirects to.
     """

@@ -1,7 +1,7 @@
 """Prompts foreseen from earlier ones, so that an answer need not wait until its prompt is rendered.
 
-The engine renders chat templates, in a request of their own (`/apply-template`), which takes as long as a token of
-a small model. Prompts of requests with the same roles and settings usually differ only in the contents of their
+The engine renders chat templates in a separate request (`/apply-template`), which takes as long as a token of a
+small model. Prompts of requests with the same roles and settings usually differ only in the contents of their
 messages, so the text between the contents of one is kept, and the next prompt of this kind is foreseen. The answer
 is requested with it while the engine renders the real one, and nothing of the answer is read before the two were
 found equal (`RawAnswer.confirm`). Where they differ, the answer is requested again, with the real prompt: so a
