@@ -174,6 +174,7 @@ class ClusterState:
             CoordinatorStatus.of(
                 coordinator,
                 token_ms=self._coordinators.token_ms(coordinator),
+                drift=self._coordinators.drift(coordinator),
                 token=self._coordinators.predict(coordinator),
                 advice=self._coordinators.advice_for(coordinator),
             )

@@ -22,6 +22,8 @@ from sollol_nb.text.tables import counted, format_bytes
 if TYPE_CHECKING:
     import jinja2
 
+NO_DRIFT = 0.2
+"""Predictions are off by up to 10 %, and measured times vary by as much: less than this says nothing."""
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -113,7 +115,8 @@ class LocalPart:
 class CoordinatorStatus:
     """One running coordinator; `note` says what is special about its model.
 
-    `predicted_token_ms` was predicted when the layers were planned, `token_ms` is measured; None if unknown.
+    `predicted_token_ms` was predicted when the layers were planned, `token_ms` is measured, and `drift` is the
+    measured time relative to the predicted one, over some answers; None if unknown.
     `reasons` say why its layers are planned like this, the most important one first; `drafts` says how it drafts
     tokens, "" if it does not. `advice` says what a better layout would bring, "" where none is known;
     `advised_layout` has its units of each worker, in the order of its layers.
@@ -135,6 +138,7 @@ class CoordinatorStatus:
     local: tuple[LocalPart, ...] = ()
     predicted_token_ms: float | None = None
     token_ms: float | None = None
+    drift: float | None = None
     model_path: str = ""
     reasons: tuple[str, ...] = ()
     drafts: str = ""
@@ -143,12 +147,14 @@ class CoordinatorStatus:
 
     @property
     def token_time_description(self) -> str:
-        """Predicted beside measured; "" while neither is known."""
+        """Predicted beside measured, and how far they are apart; "" while neither is known."""
         known = []
         if self.predicted_token_ms is not None:
             known.append(f"{self.predicted_token_ms:.3g} ms per token (predicted)")
         if self.token_ms:
             known.append(f"{self.token_ms:.3g} ms per token (measured; {1000 / self.token_ms:.3g} tokens/s)")
+        if self.drift is not None and abs(self.drift - 1) > NO_DRIFT:
+            known.append(f"{float(f'{self.drift:.2g}'):g}x the predicted time")
         return ", ".join(known)
 
     @classmethod
@@ -158,6 +164,7 @@ class CoordinatorStatus:
         remark: str = "",
         *,
         token_ms: float | None = None,
+        drift: float | None = None,
         token: TokenTime | None = None,
         advice: Advice | None = None,
     ) -> CoordinatorStatus:
@@ -166,6 +173,7 @@ class CoordinatorStatus:
         Args:
             remark: added to its note.
             token_ms: measured time of a token.
+            drift: how much longer that is than predicted.
             token: the estimated parts of its workers in that time.
             advice: what a better layout would bring.
         """
@@ -194,6 +202,7 @@ class CoordinatorStatus:
             local=tuple(_local_parts(coordinator)),
             predicted_token_ms=plan.predicted_token_ms if plan else None,
             token_ms=token_ms,
+            drift=drift,
             advice=advice.text if advice else "",
             advised_layout=advice.layout if advice else (),
         )

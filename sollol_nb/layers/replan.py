@@ -4,8 +4,8 @@ A move ends a coordinator and loads the model again, so an offer of a better lay
 
 - it is at least `MIN_GAIN` faster, for `CONFIRMATIONS` answers one after the other;
 - what it saves within `HORIZON_S`, at the rate of the last requests, is more than the load takes;
-- the last move was long enough ago. That pause doubles after each move that brought less than half of what was
-  predicted, and is the first one again after a move that kept its promise;
+- the last move was long enough ago. That pause doubles after each move that failed, or brought less than half of
+  what was predicted, and is the first one again after a move that kept its promise;
 - it does not lead back to a layout that was left a short time ago. That time doubles each time the same layout is
   left, so a worker that is slow every other hour causes a few moves, not hundreds.
 """
@@ -137,6 +137,13 @@ def after_move(history: MoveHistory, offer: Offer, now_s: float) -> MoveHistory:
         promised_ms=offer.then_ms,
         left=(*others, left)[-LAYOUTS_KEPT:],
     )
+
+
+def after_failed_move(history: MoveHistory, now_s: float) -> MoveHistory:
+    """The history after the offer was taken and the model could not be started with it: like a move that brought
+    nothing."""
+    pause_s = min(history.pause_s * 2, LONGEST_PAUSE_S)
+    return replace(history, confirmed=0, moved_s=now_s, pause_s=pause_s, before_ms=None, promised_ms=None)
 
 
 def after_judgement(history: MoveHistory, measured_ms: float) -> MoveHistory:

@@ -33,11 +33,13 @@ MAX_MODELS = 6  # with a separate colour
 def predicted_vs_measured(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Time per token as the layer plan predicted it (x) and as the engine measured it (y), coloured by model.
 
-    On the dashed line both are equal; above it, the engine was slower than predicted. Answers with accepted drafts
-    are left out: a prediction is for tokens that are computed one after the other.
+    On the dashed line both are equal; above it, the engine was slower than predicted. Each answer is compared with
+    the prediction for the layout that it ran on. Left out are answers with drafts, as a prediction is for tokens
+    that are computed one after the other, and those that continued on another layout.
 
     Args:
-        frame: the latency log (`model`, `tokens_per_s`, `predicted_ms_per_token`).
+        frame: the latency log (`model`, `tokens_per_s`, `predicted_ms_per_token`, and
+            `drafted_tokens` and `failovers` if it has them).
         ax: where to draw; by default a new figure.
 
     Raises:
@@ -46,8 +48,9 @@ def predicted_vs_measured(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     checked_frame(frame, "model", "tokens_per_s", "predicted_ms_per_token")
     ax, title = axes_or_new(ax), "Time per token: predicted and measured"
     known = frame[(frame["predicted_ms_per_token"] > 0) & (frame["tokens_per_s"] > 0)]
-    if "accepted_tokens" in known:  # with accepted drafts, a token takes less than one that is computed alone
-        known = known[known["accepted_tokens"].fillna(0) == 0]
+    for reason in ("drafted_tokens", "failovers"):
+        if reason in known:
+            known = known[known[reason].fillna(0) == 0]
     if known.empty:
         return without_data(ax, title, "no requests yet" if frame.empty else "no request with a prediction yet")
     predicted_ms = known["predicted_ms_per_token"].to_numpy(dtype=float)

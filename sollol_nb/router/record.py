@@ -201,8 +201,10 @@ class RequestRecord:
 
     @property
     def token_ms(self) -> float | None:
-        """Milliseconds that the engine took for a token that it computed alone; None if unknown. With drafts that
-        is not the inverse of `tokens_per_s`."""
+        """Milliseconds that the engine took for a token that it computed alone; None if unknown, and for an answer
+        of several engines. With drafts that is not the inverse of `tokens_per_s`."""
+        if any(failover["continued"] for failover in self.failovers):
+            return None
         if self.drafted_tokens is None:
             return 1000 / self.tokens_per_s if self.tokens_per_s else None
         drafts = self._final.get(DRAFTS)

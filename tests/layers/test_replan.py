@@ -18,6 +18,7 @@ from sollol_nb.layers.replan import (
     MoveHistory,
     Offer,
     after_answer,
+    after_failed_move,
     after_judgement,
     after_move,
     are_alike,
@@ -64,6 +65,15 @@ def test_the_pause_doubles_after_each_move_that_does_not_bring_what_was_predicte
     assert disappointed.pause_s == 4 * FIRST_PAUSE_S
     assert after_judgement(disappointed, 1.0) == disappointed, "each move is judged once"
     assert after_judgement(after_move(disappointed, OFFER, 2.0), 21.0).pause_s == FIRST_PAUSE_S
+
+
+def test_a_move_that_fails_is_not_tried_again_at_once() -> None:
+    failed = replace(after_failed_move(CONFIRMED, 0.0), confirmed=CONFIRMATIONS)
+
+    assert failed.layout == OVER_THREE
+    assert reason_to_stay(failed, OFFER, 2 * FIRST_PAUSE_S - 1)
+    assert reason_to_stay(failed, OFFER, 2 * FIRST_PAUSE_S + 1) == ""
+    assert after_failed_move(failed, 0.0).pause_s == 4 * FIRST_PAUSE_S
 
 
 def test_each_time_that_a_layout_is_left_it_is_avoided_for_twice_as_long() -> None:

@@ -278,6 +278,23 @@ def test_predictions_lie_on_the_line_if_they_were_right(ax: Axes) -> None:
     assert labels(ax) == ["a, n = 1", "b, n = 1", "measured as predicted"]
 
 
+def test_predictions_are_not_compared_with_answers_of_drafts_or_of_several_layouts(ax: Axes) -> None:
+    plots.predicted_vs_measured(
+        frame_with(
+            model=["a"] * 4,
+            tokens_per_s=[50.0, 100.0, 25.0, 40.0],
+            predicted_ms_per_token=[20.0, 40.0, 20.0, 20.0],
+            drafted_tokens=[None, 0, 8, None],
+            accepted_tokens=[None, 0, 0, None],
+            failovers=[0, 0, 0, 1],
+        ),
+        ax,
+    )
+
+    (points,) = [group.get_offsets().tolist() for group in ax.collections if isinstance(group, PathCollection)]
+    assert points == [[20.0, 20.0], [40.0, 10.0]], "each with the prediction for its own layout"
+
+
 def seconds_of(days: float) -> float:
     """A position on the time axis as seconds after noon."""
     return round(float(days - NOON_S / 86400) * 86400, 3)

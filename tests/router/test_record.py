@@ -17,6 +17,15 @@ FINAL = {
 }
 
 
+def test_an_answer_that_continued_on_another_engine_measures_neither() -> None:
+    record = RequestRecord("m")
+    record.add_failover("new layout", 5)
+    record.add_chunk(FINAL)
+
+    assert record.tokens_per_s is not None
+    assert record.token_ms is None
+
+
 def test_row_of_an_answer_has_the_figures_of_its_last_chunk_and_plan() -> None:
     record = RequestRecord("m")
     record.priority = 8

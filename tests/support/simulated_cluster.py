@@ -173,6 +173,7 @@ class SimulatedCluster:
             of_other_kernels=of_other_kernels,
             predict=predict,
             token_ms=lambda _: 26.3,
+            drift=lambda _: None,
             advice_for=lambda _: None,
         )
         pool.coordinators = self.coordinators

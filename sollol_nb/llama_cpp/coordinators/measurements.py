@@ -20,6 +20,7 @@ from statistics import median
 
 from sollol_nb.gguf.facts import ModelFacts
 from sollol_nb.layers.plan import THIS_MACHINE, LayerPlan
+from sollol_nb.layers.replan import Layout, layout_of
 from sollol_nb.layers.token_time import Measurement, TokenTime, WorkerSpeeds, calibrate, predict, worker_parts
 from sollol_nb.llama_cpp.coordinators.calibration_models import Q4_K_BYTES, Q4_K_WEIGHTS
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
@@ -45,9 +46,6 @@ QUERY_SHARE = 0.4
 """Of the time for K and V, what each query head takes that uses them; measured for up to 16 heads."""
 FASTEST_CORRECTION, SLOWEST_CORRECTION = 0.5, 8.0
 """Of a worker, relative to its calibration."""
-
-_Layout = tuple[tuple[str, int], ...]
-"""Endpoints with their units, in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +97,7 @@ class TokenMeasurements:
         self._new_shares: dict[str, Mapping[str, float]] = {}  # of the answer that is being generated
         self._expected_ms: dict[str, Mapping[str, float]] = {}  # of each worker, by the URL of the coordinator
         self._context_ms: dict[str, tuple[float, float]] = {}  # for each token, and for each before it
-        self._kept: dict[Path, dict[_Layout, _Kept]] = {}
+        self._kept: dict[Path, dict[Layout, _Kept]] = {}
         events.subscribe(self._on_event)
 
     def token_ms(self, coordinator: Coordinator) -> float | None:
@@ -107,6 +105,8 @@ class TokenMeasurements:
         answers_ms = self._answers_ms.get(coordinator.base_url)
         if answers_ms:
             return median(answers_ms)
+        if coordinator.settings.speculation.is_on:  # its pace is that of several tokens verified together
+            return None
         seconds = coordinator.pace.seconds_per_token
         return None if seconds is None else seconds * 1000
 
@@ -114,6 +114,14 @@ class TokenMeasurements:
         """As `token_ms`, but None until enough answers were measured."""
         answers_ms = self._answers_ms.get(coordinator.base_url, ())
         return median(answers_ms) if len(answers_ms) >= MEANINGFUL_ANSWERS else None
+
+    def drift(self, coordinator: Coordinator) -> float | None:
+        """The measured time of a token relative to the one predicted when the layers were planned; None until
+        enough answers were measured, and without a prediction."""
+        measured_ms, plan = self.meaningful_ms(coordinator), coordinator.plan
+        if measured_ms is None or plan is None or not plan.predicted_token_ms:
+            return None
+        return measured_ms / plan.predicted_token_ms
 
     def expect(self, coordinator: Coordinator, round_trips_ms: Mapping[str, float | None]) -> None:
         """Note how long each worker of a coordinator that was just started should take, by its calibration."""
@@ -189,10 +197,10 @@ class TokenMeasurements:
     def is_unexplained(self, coordinator: Coordinator) -> bool:
         """Whether tokens take at least `SLOWER` times as long as predicted when the layers were planned, and it is
         not known how much of that each worker takes."""
-        measured_ms, plan = self.meaningful_ms(coordinator), coordinator.plan
-        if measured_ms is None or plan is None or not plan.predicted_token_ms or len(plan.workers) < 2:
+        drift, plan = self.drift(coordinator), coordinator.plan
+        if drift is None or plan is None or len(plan.workers) < 2:
             return False
-        return measured_ms >= SLOWER * plan.predicted_token_ms and coordinator.base_url not in self._shares
+        return drift >= SLOWER and coordinator.base_url not in self._shares
 
     def take_answers(self, coordinator: Coordinator, at_least: int) -> bool:
         """Whether so many answers of a coordinator were measured alone since this was last true."""
@@ -217,7 +225,7 @@ class TokenMeasurements:
         if measurement is None or coordinator.plan is None:
             return
         kept = self._kept.setdefault(coordinator.settings.model_path, {})
-        layout = _layout_of(coordinator.plan)
+        layout = layout_of(coordinator.plan)
         kept.pop(layout, None)  # so that the newest is the last
         kept[layout] = _Kept(measurement, time.time())
         while len(kept) > LAYOUTS_KEPT:
@@ -244,7 +252,7 @@ class TokenMeasurements:
             if coordinator.settings.model_path == model_path and coordinator.plan is not None:
                 measurement = self._measurement(coordinator, round_trips_ms)
                 if measurement is not None:
-                    found[_layout_of(coordinator.plan)] = _Kept(measurement, time.time())
+                    found[layout_of(coordinator.plan)] = _Kept(measurement, time.time())
         measurements = self._up_to_date(found.values())
         parts = [part.endpoint for measurement in measurements for part in measurement.parts]
         known = self.calibrated(facts, {*endpoints, *parts}) if facts is not None else None
@@ -447,7 +455,3 @@ def _without(measurement: Measurement, is_old: Iterable[bool]) -> Measurement:
         measurement.token_ms - sum(ms for part, ms, old in parts if old and not part.is_own),
         tuple(ms for _, ms in left),
     )
-
-
-def _layout_of(plan: LayerPlan) -> _Layout:
-    return tuple((shard.endpoint, shard.unit_count) for shard in plan.shards)

@@ -210,6 +210,7 @@ class CoordinatorPool:
     async def _replan(self, model: str) -> str:
         async with self._starting[key_of(self._running.route_of(self._sharded(model)))]:
             coordinator = self._sharded(model)  # another, if it was restarted meanwhile
+            route = self._running.route_of(coordinator)
             await self._workers.refresh()
             suspects = self._suspects(coordinator)
             if suspects:
@@ -231,7 +232,6 @@ class CoordinatorPool:
                     f"new layout for {model}: {counts} {plan.describe_devices()}, {then_ms:.3g} ms per token "
                     f"(predicted) instead of {now_ms:.3g}"
                 )
-            route = self._running.route_of(coordinator)
             await self._running.end(coordinator)
             await self._start_again(coordinator, route, message, suspects)
             return message
@@ -351,6 +351,10 @@ class CoordinatorPool:
     def token_ms(self, coordinator: Coordinator) -> float | None:
         """Milliseconds per token of one answer alone, as measured; None before the first token."""
         return self._measurements.token_ms(coordinator)
+
+    def drift(self, coordinator: Coordinator) -> float | None:
+        """As `TokenMeasurements.drift`."""
+        return self._measurements.drift(coordinator)
 
     def _sharded(self, model: str) -> Coordinator:
         sharded = [coordinator for coordinator in self.coordinators if coordinator.plan is not None]

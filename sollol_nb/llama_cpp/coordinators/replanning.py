@@ -27,6 +27,7 @@ from sollol_nb.layers.replan import (
     MoveHistory,
     Offer,
     after_answer,
+    after_failed_move,
     after_judgement,
     after_move,
     are_alike,
@@ -216,8 +217,17 @@ class Replanner:
         reason = reason_to_stay(watched.history, offer, time.monotonic())
         if reason:
             logger.debug("%s stays: %s", coordinator.model, reason)
-        elif coordinator.is_idle and await self._move(coordinator):
-            watched.history = after_move(watched.history, offer, time.monotonic())
+        elif coordinator.is_idle:
+            await self._take(coordinator, watched, offer)
+
+    async def _take(self, coordinator: Coordinator, watched: _Watched, offer: Offer) -> None:
+        history = watched.history  # an answer on the new coordinator may change it before the move is noted
+        try:
+            if await self._move(coordinator):
+                watched.history = after_move(history, offer, time.monotonic())
+        except SollolError:
+            watched.history = after_failed_move(history, time.monotonic())
+            raise
 
     def _is_worth_planning(self, watched: _Watched, measured_ms: float | None) -> bool:
         """Whether anything has changed since the plan was last computed, or an offer is to be confirmed."""
@@ -302,9 +312,9 @@ class Replanner:
         if not self._measurements.is_unexplained(coordinator):
             return None
         text = (
-            f"the tokens of {coordinator.model} take at least {SLOWER:g} times as long as predicted, and this "
-            "system does not show which worker is slow; `%sollol_cluster replan` measures the workers and applies "
-            "the best layout"
+            f"the tokens of {coordinator.model} take at least {SLOWER:g} times as long as predicted, and it is "
+            "not known which worker is slow; `%sollol_cluster replan` measures the workers and applies the best "
+            "layout"
         )
         return Advice(text=text)
 
@@ -330,9 +340,10 @@ class Replanner:
                         return
                 elif states.get(endpoint) == "free":
                     self._rechecks[endpoint] = min(self._rechecks[endpoint] * 2, LONGEST_RECHECK_S)
-                    await self._calibrate([endpoint])
-        except SollolError as error:
-            logger.info("%s was not measured again: %s", endpoint, error)
+                    try:
+                        await self._calibrate([endpoint])
+                    except SollolError as error:
+                        logger.info("%s was not measured again: %s", endpoint, error)
         finally:
             self._rechecks.pop(endpoint, None)
 

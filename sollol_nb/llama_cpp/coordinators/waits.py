@@ -8,6 +8,7 @@ or the workers. Only Linux reports them.
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from collections.abc import Callable, Mapping
 
@@ -37,23 +38,33 @@ class WaitWatch:
     def __init__(self, on_measured: OnMeasured) -> None:
         self._on_measured = on_measured
         self._waits: dict[str, Waits] = {}  # watched so far, by the URL of the coordinator
+        self._watching: set[str] = set()  # URLs of coordinators that are watched now
         self._tasks: set[asyncio.Task[None]] = set()
 
     def watch(self, coordinator: Coordinator) -> None:
-        """Watch a coordinator from its next token on."""
+        """Watch a coordinator from its next token on; nothing where the operating system reports no waits."""
+        if sys.platform != "linux":
+            return
         coordinator.pace.at_next_token = lambda: self._start(coordinator)
-
-    def forget(self, coordinator: Coordinator) -> None:
-        """What was watched of a coordinator does not count any more."""
-        self._waits.pop(coordinator.base_url, None)
 
     def _start(self, coordinator: Coordinator) -> None:
         token_s = coordinator.pace.seconds_per_token
         if token_s is None or token_s < SHORTEST_PART_S * len(_workers_of(coordinator)):
             return
+        url = coordinator.base_url
+        if url in self._watching:  # for another of its answers
+            return
+        self._watching.add(url)
         task = asyncio.create_task(self._watch(coordinator, token_s))
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+
+        def end(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            self._watching.discard(url)
+            if not coordinator.is_running():
+                self._waits.pop(url, None)
+
+        task.add_done_callback(end)
 
     async def _watch(self, coordinator: Coordinator, token_s: float) -> None:
         known = await asyncio.to_thread(

@@ -180,6 +180,8 @@ def _tcp_info(netlink: socket.socket, request: bytes) -> bytes:
     """The `tcp_info` of a connection; empty if the answer is an error or does not contain it."""
     netlink.send(request)
     answer = netlink.recv(65536)
+    if len(answer) < _HEADER_BYTES:
+        return b""
     size, kind = struct.unpack_from("=IH", answer)
     if kind == _SOCK_DIAG_BY_FAMILY:
         for name, value in _attributes(answer[_HEADER_BYTES + _MESSAGE_BYTES : size]):

@@ -14,6 +14,7 @@ from sollol_nb.layers.planner import plan_from_counts, plan_layers
 from sollol_nb.layers.token_time import predict, worker_parts
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.coordinators.measurements import LAYOUTS_KEPT, TokenMeasurements
+from sollol_nb.llama_cpp.coordinators.speculation import NGRAM, NO_SPECULATION, Speculation
 from sollol_nb.llama_cpp.workers.calibrations import Calibration
 from sollol_nb.runtime.events import EventBus, EventKind
 from tests.support.layer_plans import GB, TWELVE, workers
@@ -27,7 +28,7 @@ def coordinator(*counts: int, seconds_per_token: float | None = None, port: int 
         "base_url": f"http://127.0.0.1:{port}",
         "plan": plan_from_counts(TWELVE, workers(*[20 * GB] * len(counts)), counts),
         "pace": SimpleNamespace(seconds_per_token=seconds_per_token, streams=0),
-        "settings": SimpleNamespace(model_path=PATH, facts=TWELVE),
+        "settings": SimpleNamespace(model_path=PATH, facts=TWELVE, speculation=NO_SPECULATION),
     }
     return cast(Coordinator, SimpleNamespace(**values))
 
@@ -47,6 +48,29 @@ def test_the_pace_stands_in_until_an_answer_was_measured() -> None:
     for tokens_per_s in (50, 20, 40, None):
         answer(bus, tokens_per_s)
     assert measured.token_ms(running) == 25, "the median of the answers"
+
+
+def test_the_pace_of_drafts_does_not_stand_in() -> None:
+    running = coordinator(7, 6, seconds_per_token=0.04)
+    running.settings.speculation = Speculation(kind=NGRAM)
+
+    assert TokenMeasurements(EventBus()).token_ms(running) is None
+
+
+def test_how_far_the_prediction_is_off_is_known_after_five_answers() -> None:
+    bus = EventBus()
+    measured, running = TokenMeasurements(bus), coordinator(7, 6)
+    assert running.plan is not None
+    running.plan = replace(running.plan, predicted_token_ms=10.0)
+
+    drifts = []
+    for tokens_per_s in (50, 50, 20, 50, 50):
+        answer(bus, tokens_per_s)
+        drifts.append(measured.drift(running))
+
+    assert drifts == [None] * 4 + [2.0]
+    running.plan = replace(running.plan, predicted_token_ms=None)
+    assert measured.drift(running) is None
 
 
 def test_the_waits_for_workers_are_measured_after_two_answers_and_again_when_tokens_take_another_time() -> None:
