@@ -64,6 +64,7 @@ def of_cluster(cluster: str, model: str, endpoints: list[str], rounds: int) -> l
         router.calibrate()
     for count in (3, 2):
         layout = {"rpc_backends": endpoints[:count], "num_rpc_backends": count, "layer_strategy": "even"}
+        layout |= {"speculation": "off"}  # predictions are for tokens that are computed one after the other
         # A new router has measured no token of the model.
         with HybridRouter(auto_discover_rpc=False, distributed_threshold_params=1e-6, **layout) as router:
             router.preload(model)

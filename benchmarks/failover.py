@@ -61,6 +61,7 @@ def one_death(model: Path) -> tuple[float, float, float]:
             auto_discover_rpc=False,
             keep_alive=0,
             layer_strategy="even",
+            speculation="off",  # each chunk is one token
         ) as router:
             stream = router.stream(
                 str(model), QUESTION, backend="sharded", temperature=0, max_tokens=MAX_TOKENS, timeout=LIMIT_S

@@ -2,9 +2,9 @@
 
     python benchmarks/links.py [MODEL] [--rounds 5]
 
-The three run in turns with the same number of threads; each ratio is to the direct way. It also measures the time
-from a host with nothing installed to the first token. The default model is SmolLM2. A way that is more than three
-times slower is a failure: something delays small packets.
+The three run in turns with the same number of threads, without drafts; each ratio is to the direct way. It also
+measures the time from a host with nothing installed to the first token. The default model is SmolLM2. A way that
+is more than three times slower is a failure: something delays small packets.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ def main() -> Report:
     model = arguments.model or str(smollm2_path())
     report = Report()
     with isolated():
+        os.environ["SOLLOL_SPECULATION"] = "off"  # drafts would be copied from the answer before
         hosts = LoopbackHosts("host")
         os.environ["SOLLOL_SSH"] = hosts.ssh
         started = time.perf_counter()

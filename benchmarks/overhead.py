@@ -4,7 +4,8 @@
 
 The model is sharded over three workers on loopback. One-token requests and the first tokens of streams are
 measured in turns: httpx with keep-alive to `/v1/chat/completions`, the blocking router and the async one. Each
-question is asked once, so that no prompt cache helps. All processes share the machine's processors.
+question is asked once, so that no prompt cache helps, and nothing is drafted, so that every token is computed. All
+processes share the machine's processors.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def main() -> Report:
     arguments = parser.parse_args()
     model, report = arguments.model, Report()
     with isolated(), ExitStack() as stack:
-        router = stack.enter_context(HybridRouter(auto_setup_rpc=True, num_rpc_backends=3))
+        router = stack.enter_context(HybridRouter(auto_setup_rpc=True, num_rpc_backends=3, speculation="off"))
         router.route_request(model, question(), backend="sharded", max_tokens=1)
         (coordinator,) = router.coordinators
         assert isinstance(coordinator, Coordinator)
