@@ -66,6 +66,8 @@ def test_a_scan_of_a_network_stops_at_addresses_that_do_not_react_and_bounds_its
 
     async def sock_connect(self: Any, trial: Any, address: tuple[str, int]) -> None:
         nonlocal now, most
+        if not address[0].startswith("10.0."):  # of something that other tests left to end
+            raise ConnectionRefusedError
         tried.append(address)
         now += 1
         most = max(most, now)
