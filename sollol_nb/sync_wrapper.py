@@ -155,7 +155,8 @@ class HybridRouter:
 
     @property
     def coordinator(self) -> Coordinator | GatewayCoordinator | None:
-        """The running coordinator that shards over workers, the last used if several; None if there is none."""
+        """The running coordinator with a layer plan, the last used if several; None if there is none. Its plan may
+        have all layers on this machine."""
         return self._async.coordinator
 
     @property

@@ -62,12 +62,14 @@ def fastest(
     *,
     wanted: int | None = None,
     current: LayerPlan | None = None,
+    needs_worker: bool = False,
 ) -> Choice | None:
     """The choice with the shortest predicted time per token; None if the model does not fit.
 
     Args:
         wanted: use exactly so many workers, or as many as can have a block; own devices come in addition.
         current: a layout that runs.
+        needs_worker: whether at least one worker takes part.
     """
     found = best_layout(
         facts,
@@ -76,14 +78,17 @@ def fastest(
         lambda worker, free_bytes: device_cost(worker, speeds, facts, free_bytes),
         own_ms=speeds.own_ms,
         wanted=wanted,
+        needs_worker=needs_worker,
     )
     if found is None:
         return None
     search, _ = found
     assert search.best is not None
+    if needs_worker and current is not None and not current.workers:
+        current = None
     best = _kept(search, current, workers) or search.best
     unknown = [position for position in best.positions if not is_known(workers[position], speeds)]
-    reasons = explain(best, search, workers, load, unknown=unknown, wanted=wanted)
+    reasons = explain(best, search, workers, load, unknown=unknown, wanted=wanted, needs_worker=needs_worker)
     return Choice(best.positions, best.counts, reasons)
 
 
@@ -95,13 +100,14 @@ def best_layout(
     *,
     own_ms: float,
     wanted: int | None,
+    needs_worker: bool = False,
 ) -> tuple[Search, float] | None:
     """The search that found a layout, and the margin of memory with which it did; None if the model does not fit.
 
     Args:
         cost_of: what units cost on a worker with so many free bytes; None if that is not known.
         own_ms: that the coordinator takes in addition, whatever the layout.
-        wanted: as in `fastest`.
+        wanted, needs_worker: as in `fastest`.
     """
     runs = Runs(facts, load)
     if wanted is not None:
@@ -110,7 +116,10 @@ def best_layout(
         wanted = max(1, min(wanted, able, MAX_WORKERS, load.unit_count))
     for with_unknown in (False, True):
         for margin in (MARGIN, 0.0):
-            search = Search(runs, _devices(workers, cost_of, margin, with_unknown=with_unknown), wanted, own_ms)
+            devices = _devices(workers, cost_of, margin, with_unknown=with_unknown)
+            search = Search(runs, devices, wanted, own_ms, needs_worker=needs_worker)
+            if search.best is None and needs_worker and wanted is None and search.is_inexact:
+                search = Search(runs, devices, 1, own_ms, needs_worker=True)
             if search.best is not None:
                 return search, margin
     return None
@@ -156,11 +165,20 @@ class Search(Alternatives):
         best: the layout with the shortest token; None if nothing fits.
     """
 
-    def __init__(self, runs: Runs, devices: Sequence[Device], wanted: int | None, own_ms: float) -> None:
+    def __init__(
+        self,
+        runs: Runs,
+        devices: Sequence[Device],
+        wanted: int | None,
+        own_ms: float,
+        *,
+        needs_worker: bool = False,
+    ) -> None:
         self.runs = runs
         self.own_ms = own_ms
         self.devices = devices
         self.wanted = wanted
+        self._needs_worker = needs_worker
         self._every: EveryOrder | None = None
         self._groups: list[list[Device]] = []
         self._others: list[Layout] = []
@@ -207,7 +225,19 @@ class Search(Alternatives):
         """Whether it has as many workers as wanted, not too many devices, and those in one memory fit it."""
         return self._can_be(layout.devices) and _fit_together(self.runs, layout)
 
+    @property
+    def is_inexact(self) -> bool:
+        """Whether only likely sets of devices were tried."""
+        return bool(self.devices) and self._every is None
+
+    def alone(self) -> Layout | None:
+        """The best layout over own devices alone; None if these do not hold the model."""
+        own = [device for device in self.devices if device.rank != WORKER]
+        return Search(self.runs, own, None, self.own_ms).best
+
     def _can_be(self, devices: Sequence[Device]) -> bool:
+        if self._needs_worker and all(device.rank != WORKER for device in devices):
+            return False
         if self.wanted is not None and sum(device.rank == WORKER for device in devices) != self.wanted:
             return False
         return sum(device.weight for device in devices) <= MAX_WORKERS

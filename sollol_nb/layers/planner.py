@@ -51,6 +51,7 @@ def plan_layers(
     wanted: int | None = None,
     current: LayerPlan | None = None,
     requests: int = DEFAULT_REQUESTS,
+    needs_worker: bool = False,
 ) -> LayerPlan:
     """Spread a model's layers over workers.
 
@@ -67,6 +68,7 @@ def plan_layers(
         wanted: use exactly so many workers (own devices not counted); only where speeds decide.
         current: a layout that is running; kept where no other is clearly faster.
         requests: at the same time, for `throughput`.
+        needs_worker: whether at least one worker takes part, even if own devices alone would be faster.
 
     Raises:
         ConfigError: an unknown strategy, a context that is not positive, an endpoint named twice.
@@ -84,9 +86,11 @@ def plan_layers(
         return _with_prediction(plan, facts, workers, speeds)
     assert speeds is not None
     if chosen == THROUGHPUT:
-        found = soonest_through(facts, load, workers, speeds, wanted=wanted, requests=requests)
+        found = soonest_through(
+            facts, load, workers, speeds, wanted=wanted, requests=requests, needs_worker=needs_worker
+        )
     else:
-        found = fastest(facts, load, workers, speeds, wanted=wanted, current=current)
+        found = fastest(facts, load, workers, speeds, wanted=wanted, current=current, needs_worker=needs_worker)
     if found is None:
         if wanted is not None and memory_aware(load, in_engine_order(_usable(workers))) is not None:
             raise ModelDoesNotFitError(

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from sollol_nb.layers.search import Device, Layout
+from sollol_nb.layers.plan import THIS_MACHINE
+from sollol_nb.layers.search import WORKER, Device, Layout
 from sollol_nb.layers.strategies import ModelLoad, WorkerCapacity
 from sollol_nb.text.tables import counted, format_bytes
 
 EXPLAINED = 4
 """Devices that were left out are explained one by one up to this number."""
+ALONE_IS_FASTEST = f"all layers are on {THIS_MACHINE}, which alone is fastest"
 CALIBRATE = "`%sollol_cluster calibrate`"
 
 
@@ -31,6 +33,9 @@ class Alternatives(Protocol):
     def next_best(self, chosen: Layout) -> Layout | None:
         """The best layout over other devices than those chosen; None if there is none."""
 
+    def alone(self) -> Layout | None:
+        """The best layout over own devices alone; None if these do not hold the model."""
+
 
 def explain(
     chosen: Layout,
@@ -40,17 +45,27 @@ def explain(
     *,
     unknown: Sequence[int] = (),
     wanted: int | None = None,
+    needs_worker: bool = False,
 ) -> tuple[str, ...]:
     """Why this layout was chosen, a sentence each.
 
     Args:
         unknown: positions of chosen workers of unknown speed.
         wanted: so many workers were to be used.
+        needs_worker: at least one worker was to be used.
     """
     devices = {device.position: device for device in found.devices}
     used = set(chosen.positions)
     names = [worker.worker for worker in workers]
     sentences = []
+    alone = found.alone() if needs_worker else None
+    if alone is not None and alone.ms < chosen.ms:
+        sentences.append(
+            f"a worker takes part since sharding was requested: {THIS_MACHINE} alone would take "
+            f"{_ms(alone.ms + found.own_ms)} per token instead of {_ms(chosen.ms + found.own_ms, unit='')}"
+        )
+    if all(device.rank != WORKER for device in chosen.devices):
+        sentences.append(ALONE_IS_FASTEST)
     if unknown:
         sentences.append(why_unknown([names[position] for position in unknown]))
     without = [names[position] for position in range(len(workers)) if position not in devices]

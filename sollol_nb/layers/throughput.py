@@ -31,7 +31,7 @@ from sollol_nb.gguf.facts import ModelFacts
 from sollol_nb.layers.costs import DeviceCost, Runs, is_known
 from sollol_nb.layers.fastest import MARGIN, Choice, Search, best_layout
 from sollol_nb.layers.plan import CPU, MAX_WORKERS, LayerPlan
-from sollol_nb.layers.reasons import listed, why_unknown
+from sollol_nb.layers.reasons import ALONE_IS_FASTEST, listed, why_unknown
 from sollol_nb.layers.search import OWN_CPU, WORKER, Device, Layout, in_order
 from sollol_nb.layers.strategies import ModelLoad, WorkerCapacity
 from sollol_nb.layers.token_time import WorkerPart, WorkerSpeeds, value_bytes, worker_parts
@@ -213,6 +213,7 @@ def soonest_through(
     wanted: int | None = None,
     requests: int = DEFAULT_REQUESTS,
     prompt_tokens: int = DEFAULT_PROMPT_TOKENS,
+    needs_worker: bool = False,
 ) -> Choice | None:
     """The choice with the shortest time for the workload; None if the model does not fit.
 
@@ -227,7 +228,7 @@ def soonest_through(
             return None
         return sum_of(batch, requests * workload.batches, tokens, GENERATED_TOKENS)
 
-    found = best_layout(facts, load, workers, in_turn, own_ms=0.0, wanted=wanted)
+    found = best_layout(facts, load, workers, in_turn, own_ms=0.0, wanted=wanted, needs_worker=needs_worker)
     if found is None:
         return None
     search, margin = found
@@ -252,6 +253,8 @@ def soonest_through(
 
     used = counted(len(best.devices), "device") if len(best.devices) > 1 else "one device"
     reasons = [f"{requests} requests with prompts of {prompt_tokens} tokens: {describe(best)} over {used}"]
+    if all(device.rank != WORKER for device in best.devices):
+        reasons.insert(0, ALONE_IS_FASTEST)
     unused = {device.position for device in search.devices} - set(best.positions)
     left_out = [workers[position].worker for position in sorted(unused)]
     if left_out and wanted is not None:

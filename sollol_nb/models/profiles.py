@@ -77,6 +77,7 @@ class ModelProfile:
         source: "profile 'llama3.1:70b'", "GGUF header of <file name>", "name" or "unknown".
         reason: why it is sharded or not, as one line.
         is_stated: whether the user's table or settings state all of this, so that no file need be read.
+        is_listed_as_sharded: whether a table or the settings say that it is sharded, whatever its size.
     """
 
     model: str
@@ -86,6 +87,7 @@ class ModelProfile:
     source: str
     reason: str
     is_stated: bool = False
+    is_listed_as_sharded: bool = False
 
     def __str__(self) -> str:
         name = short_name(self.model)
@@ -174,6 +176,7 @@ def profile_of(
         source=source,
         reason=reason,
         is_stated=None not in (entry.parameter_count_b, entry.memory_gb),
+        is_listed_as_sharded=entry.requires_distributed is True,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sollol_nb.errors import ConfigError, ModelFileError, ModelNotFoundError
@@ -45,6 +45,8 @@ class Route:
         profile: what is known about the model.
         model_path: the GGUF file; None where Ollama serves the model.
         modelfile: what llama.cpp adds to the file; Ollama itself does it where it serves the model.
+        needs_worker: whether at least one worker takes part, since a person wants the model sharded. Where the
+            router shards it for its size, all layers may be on this machine if that is faster.
     """
 
     model: str
@@ -53,6 +55,7 @@ class Route:
     profile: ModelProfile
     model_path: Path | None
     modelfile: Modelfile = NO_MODELFILE
+    needs_worker: bool = False
 
     @property
     def name(self) -> str:
@@ -125,7 +128,8 @@ def decide_route(
         if enable_distributed:
             _check_filter(model, model_filter)
             if model_path is not None:
-                return _route(profile, DISTRIBUTED, profile.reason, model_path)
+                route = _route(profile, DISTRIBUTED, profile.reason, model_path)
+                return replace(route, needs_worker=profile.is_listed_as_sharded)
             if in_ollama:
                 why = f"cannot be sharded ({file_trouble})" if file_trouble else "is not on this machine"
                 return _route(profile, OLLAMA, f"{profile.reason}, but its GGUF file {why}, so Ollama runs it")
@@ -175,7 +179,7 @@ def _requested_route(
     if model_path is None:
         verb = "shard" if backend == DISTRIBUTED else "run"
         raise ModelNotFoundError(f"cannot {verb} {model}: {_no_file(model)}")
-    return _route(profile, backend, reason, model_path)
+    return replace(_route(profile, backend, reason, model_path), needs_worker=backend == DISTRIBUTED)
 
 
 def _route(profile: ModelProfile, backend: str, reason: str, model_path: Path | None = None) -> Route:

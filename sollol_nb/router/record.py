@@ -110,7 +110,8 @@ class RequestRecord:
         self.placement_differences = coordinator.placement_differences
         if coordinator.settings.speculation.is_on and self.drafted_tokens is None:
             self.drafted_tokens = self.accepted_tokens = 0
-        self.reason = "; ".join(filter(None, (self._route_reason, coordinator.compromise)))
+        why_alone = plan.reasons[0] if plan and plan.reasons and not plan.workers else ""
+        self.reason = "; ".join(filter(None, (self._route_reason, why_alone, coordinator.compromise)))
 
     def add_failover(self, what: str, tokens_before: int) -> None:
         """Note that the coordinator was lost after so many tokens, and that the answer will be continued."""

@@ -324,8 +324,9 @@ class Router(RouterRequests):
 
     @property
     def coordinator(self) -> Coordinator | GatewayCoordinator | None:
-        """The running coordinator that shards over workers, the last used if several; None if there is none."""
-        sharded = [coordinator for coordinator in self.coordinators if coordinator.rpc_backends]
+        """The running coordinator with a layer plan, the last used if several; None if there is none. Its plan may
+        have all layers on this machine."""
+        sharded = [coordinator for coordinator in self.coordinators if coordinator.plan is not None]
         return sharded[-1] if sharded else None
 
     @property

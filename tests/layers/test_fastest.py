@@ -59,9 +59,18 @@ def planned(
     *,
     wanted: int | None = None,
     current: LayerPlan | None = None,
+    needs_worker: bool = False,
+    strategy: str = "latency_aware",
 ) -> LayerPlan:
     return plan_layers(
-        facts, workers, strategy="latency_aware", speeds=speeds, wanted=wanted, current=current, context_tokens=256
+        facts,
+        workers,
+        strategy=strategy,
+        speeds=speeds,
+        wanted=wanted,
+        current=current,
+        context_tokens=256,
+        needs_worker=needs_worker,
     )
 
 
@@ -76,22 +85,28 @@ def token_ms(facts: ModelFacts, plan: LayerPlan, workers: Sequence[WorkerCapacit
 # --- every layout there is --------------------------------------------------------------------
 
 
-def orders(workers: Sequence[WorkerCapacity], wanted: int | None) -> Iterator[tuple[WorkerCapacity, ...]]:
+def orders(
+    workers: Sequence[WorkerCapacity], wanted: int | None, least: int
+) -> Iterator[tuple[WorkerCapacity, ...]]:
     """Every set of devices in every order that llama.cpp has."""
     for count in range(1, len(workers) + 1):
         for order in permutations(workers, count):
             ranks = [0 if capacity.device == CPU else 1 if not capacity.is_own else 2 for capacity in order]
-            if ranks == sorted(ranks) and wanted in (None, ranks.count(1)):
+            if ranks == sorted(ranks) and wanted in (None, ranks.count(1)) and ranks.count(1) >= least:
                 yield order
 
 
 def best_of_all(
-    facts: ModelFacts, workers: Sequence[WorkerCapacity], speeds: WorkerSpeeds, wanted: int | None = None
+    facts: ModelFacts,
+    workers: Sequence[WorkerCapacity],
+    speeds: WorkerSpeeds,
+    wanted: int | None = None,
+    least: int = 0,
 ) -> float | None:
-    """The shortest token of all layouts that fit."""
+    """The shortest token of all layouts that fit, with so many workers at least."""
     best = None
     units = facts.layer_count + 1
-    for order in orders(workers, wanted):
+    for order in orders(workers, wanted, least):
         for borders in combinations(range(1, units), len(order) - 1):
             counts = [end - first for first, end in zip((0, *borders), (*borders, units), strict=True)]
             plan = unchecked_plan(facts, order, counts, context_tokens=256)
@@ -134,19 +149,20 @@ def clusters(
 
 
 @QUICKLY
-@given(clusters(), st.one_of(st.none(), st.integers(1, 3)))
+@given(clusters(), st.one_of(st.none(), st.integers(1, 3)), st.booleans())
 def test_of_all_layouts_of_few_workers_the_fastest_is_found(
-    cluster: tuple[ModelFacts, list[WorkerCapacity], WorkerSpeeds], wanted: int | None
+    cluster: tuple[ModelFacts, list[WorkerCapacity], WorkerSpeeds], wanted: int | None, needs_worker: bool
 ) -> None:
     facts, workers, speeds = cluster
     with_margin = [replace(found, free_bytes=round(found.free_bytes * WITHOUT_MARGIN)) for found in workers]
     wanted = wanted and min(wanted, sum(not found.is_own for found in workers))
-    best = best_of_all(facts, with_margin, speeds, wanted) or best_of_all(facts, workers, speeds, wanted)
+    limits = (speeds, wanted, int(needs_worker))
+    best = best_of_all(facts, with_margin, *limits) or best_of_all(facts, workers, *limits)
     if best is None:
         with pytest.raises(ModelDoesNotFitError):
-            planned(workers, speeds, facts, wanted=wanted)
+            planned(workers, speeds, facts, wanted=wanted, needs_worker=needs_worker)
         return
-    plan = planned(workers, speeds, facts, wanted=wanted)
+    plan = planned(workers, speeds, facts, wanted=wanted, needs_worker=needs_worker)
     assert plan.predicted_token_ms == pytest.approx(token_ms(facts, plan, workers, speeds))
     assert best - 1e-9 <= (plan.predicted_token_ms or 0.0) <= best * (1 + TIE) + 1e-9
     assert memory_shortage(plan, workers) is None
@@ -251,6 +267,37 @@ def test_own_devices_take_part_in_the_places_that_llama_cpp_gives_them() -> None
     alone = planned([worker("far", 30, 20.0), own(CPU, 30)], speeds_of({"far": 1, CPU: 2}))
     assert (alone.endpoints, alone.gpu_layers, alone.tensor_split, alone.unit_counts) == ((), 0, "", (13,))
     assert alone.describe().startswith("12 layers on this machine (latency_aware): this machine 0-11 + output (")
+
+
+@pytest.mark.parametrize(
+    ("far_gb", "count", "fits"),
+    [
+        (30, 1, True),
+        (30, 20, True),
+        (0.1, 1, False),
+    ],
+)
+@pytest.mark.parametrize("strategy", ["latency_aware", "throughput"])
+def test_where_sharding_is_requested_a_worker_takes_part_though_this_machine_alone_is_faster(
+    strategy: str, far_gb: float, count: int, fits: bool
+) -> None:
+    workers = [worker(f"far{number}", far_gb, 20.0 + number) for number in range(count)] + [own(CPU, 30)]
+    speeds = speeds_of({f"far{number}": 200 for number in range(count)} | {CPU: 2})
+    alone = planned(workers, speeds, strategy=strategy)
+    assert not alone.workers
+    assert alone.reasons[0] == "all layers are on this machine, which alone is fastest"
+    if not fits:
+        with pytest.raises(ModelDoesNotFitError):
+            planned(workers, speeds, strategy=strategy, needs_worker=True)
+        return
+    for current in (None, alone):
+        plan = planned(workers, speeds, strategy=strategy, needs_worker=True, current=current)
+        assert [shard.endpoint for shard in plan.workers] == ["far0:1"]
+        if strategy == "latency_aware":
+            assert plan.reasons[0] == (
+                "a worker takes part since sharding was requested: this machine alone would take 26 ms per token "
+                "instead of 244"
+            )
 
 
 def test_one_of_the_workers_that_share_a_memory_is_used_unless_more_are_wanted() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,23 @@ def test_ollama_does_not_run_files() -> None:
 def test_the_route_of_a_file_shows_the_file_name_alone() -> None:
     route = decide_route(FILE, in_ollama=False, ollama_state="", model_path=PATH)
     assert str(route) == "a \u2192 local llama-server: small"
+
+
+@pytest.mark.parametrize(
+    ("profile", "backend", "needs_worker"),
+    [
+        (LARGE, None, False),
+        (LARGE, DISTRIBUTED, True),
+        (SMALL, DISTRIBUTED, True),
+        (SMALL, LOCAL, False),
+        (replace(LARGE, is_listed_as_sharded=True), None, True),
+        (replace(LARGE, is_listed_as_sharded=True), LOCAL, False),
+    ],
+)
+def test_only_who_wants_a_model_sharded_gets_a_worker_in_any_case(
+    profile: ModelProfile, backend: str | None, needs_worker: bool
+) -> None:
+    assert decide(profile, ollama=False, path=PATH, backend=backend).needs_worker == needs_worker
 
 
 @pytest.mark.parametrize(

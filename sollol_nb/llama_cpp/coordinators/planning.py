@@ -16,8 +16,8 @@ from typing import Any, TypeAlias
 
 from sollol_nb.errors import ModelDoesNotFitError, WorkersUnavailableError
 from sollol_nb.gguf.facts import ModelFacts
-from sollol_nb.layers.plan import LayerPlan, is_own
-from sollol_nb.layers.planner import plan_from_counts
+from sollol_nb.layers.plan import THIS_MACHINE, LayerPlan, is_own
+from sollol_nb.layers.planner import plan_from_counts, plan_layers
 from sollol_nb.layers.strategies import AUTO, LATENCY_AWARE, SPLITS, WorkerCapacity
 from sollol_nb.layers.token_time import WorkerSpeeds
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
@@ -143,6 +143,8 @@ class Planner:
                     wanted=settings.num_rpc_backends,
                     own=own,
                     speeds=self._speeds(start.model_path, start.facts, free),
+                    requests=settings.slots,
+                    needs_worker=start.route.needs_worker,
                 )
                 if await self._workers.find_second_names(plan.endpoints):
                     continue
@@ -169,12 +171,16 @@ class Planner:
         ]
         running, settings = coordinator.settings, by_speed(settings)
         return self._best(
-            usable, running.model_path, running.facts, running.context_tokens, settings, running=running.plan
+            usable,
+            running.model_path,
+            running.facts,
+            running.context_tokens,
+            settings,
+            running=running.plan,
+            needs_worker=self._running.needs_worker(coordinator),
         )
 
-    def foresee(
-        self, model: str, model_path: Path, facts: ModelFacts, context_tokens: int, settings: PoolSettings
-    ) -> LayerPlan:
+    def foresee(self, route: Route, facts: ModelFacts, context_tokens: int, settings: PoolSettings) -> LayerPlan:
         """The plan that a start would make now over the workers that are free, as last seen.
 
         Raises:
@@ -183,9 +189,40 @@ class Planner:
         """
         free = [worker for worker in self._workers.statuses() if worker.state == "free"]
         if not free:
-            raise WorkersUnavailableError(describe_missing_workers(model, self._workers.statuses()))
+            alone = self.plan_alone(route, facts, context_tokens, settings)
+            if alone is None:
+                raise WorkersUnavailableError(describe_missing_workers(route.name, self._workers.statuses()))
+            return alone
         usable = [worker for worker in free if not self._workers.cool_down_s(worker.endpoint)] or free
-        return self._best(usable, model_path, facts, context_tokens, settings)
+        assert route.model_path is not None
+        return self._best(
+            usable, route.model_path, facts, context_tokens, settings, needs_worker=route.needs_worker
+        )
+
+    def plan_alone(
+        self, route: Route, facts: ModelFacts, context_tokens: int, settings: PoolSettings
+    ) -> LayerPlan | None:
+        """The plan over this machine alone, for a start that finds no free worker.
+
+        Returns:
+            None where workers were requested, or this machine is not calibrated or does not hold the model.
+        """
+        assert route.model_path is not None
+        if route.needs_worker or settings.num_rpc_backends is not None or settings.layer_strategy in SPLITS:
+            return None
+        speeds = self._speeds(route.model_path, facts, ())
+        own = [
+            device
+            for device in self._workers.own.capacities()
+            if speeds is not None and speeds.is_calibrated(device.endpoint)
+        ]
+        if not own:
+            return None
+        try:
+            plan = plan_layers(facts, own, strategy=LATENCY_AWARE, context_tokens=context_tokens, speeds=speeds)
+        except ModelDoesNotFitError:
+            return None
+        return replace(plan, reasons=(f"all layers are on {THIS_MACHINE}, since no worker is free",))
 
     def _best(
         self,
@@ -195,6 +232,7 @@ class Planner:
         context_tokens: int,
         settings: PoolSettings,
         running: LayerPlan | None = None,
+        needs_worker: bool = False,
     ) -> LayerPlan:
         return best_plan(
             facts,
@@ -205,6 +243,8 @@ class Planner:
             own=self._workers.own.capacities(),
             speeds=self._speeds(model_path, facts, usable),
             running=running,
+            requests=settings.slots,
+            needs_worker=needs_worker,
         )
 
     def _capacities(self, workers: Collection[WorkerStatus]) -> list[WorkerCapacity]:

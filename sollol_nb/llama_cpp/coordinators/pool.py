@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from sollol_nb.errors import ConfigError, CoordinatorStartError, ModelDoesNotFitError, SollolError
 from sollol_nb.gguf.facts import read_facts
-from sollol_nb.layers.plan import LayerPlan
+from sollol_nb.layers.plan import GIVEN, LayerPlan
 from sollol_nb.layers.strategies import SPLITS
 from sollol_nb.layers.token_time import TokenTime
 from sollol_nb.layers.what_if import Forecast, forecast, without_layout
@@ -117,6 +117,7 @@ class CoordinatorPool:
         began = time.perf_counter()
         coordinator = self._running.find(route)
         if coordinator is not None and self._serves(coordinator, route, speculation):
+            self._running.note_route(route)
             return coordinator, None
         async with self._starting[key]:
             coordinator = self._running.find(route)
@@ -125,7 +126,7 @@ class CoordinatorPool:
                 return coordinator, (time.perf_counter() - began) * 1000
             lost: frozenset[str] = frozenset()
             if coordinator is not None:
-                # Lost, too small, or drafting; answers that run on it continue on the next one.
+                # Lost, too small, drafting, or without a worker; answers that run on it continue on the next one.
                 await self._running.end(coordinator, unless_shared=coordinator.is_running())
                 lost = await self._workers.find_lost(coordinator.rpc_backends)
             self._lost[key] = lost
@@ -133,9 +134,12 @@ class CoordinatorPool:
             return coordinator, (time.perf_counter() - began) * 1000
 
     def _serves(self, coordinator: Coordinator, route: Route, speculation: str | None) -> bool:
-        """Whether it runs, with the context that the route needs (names of one file may want different ones), and
-        without drafts where these are not wanted."""
+        """Whether it runs, with the context that the route needs (names of one file may want different ones), on
+        a worker where it needs one, and without drafts where these are not wanted."""
         if speculation == OFF and coordinator.settings.speculation.is_on:
+            return False
+        plan = coordinator.plan
+        if route.needs_worker and plan is not None and not plan.workers and plan.strategy != GIVEN:
             return False
         if self.settings.context_tokens is not None:  # for all of them
             return coordinator.is_running()
@@ -202,7 +206,7 @@ class CoordinatorPool:
     async def replan(self, model: str | None = None) -> list[str]:
         """As `ClusterControl.replan`."""
         if model is None:
-            models = [coordinator.model for coordinator in self.coordinators if coordinator.rpc_backends]
+            models = [coordinator.model for coordinator in self.coordinators if coordinator.plan is not None]
         else:
             models = [self._sharded(model).model]
         return [await self._replan(each) for each in models]

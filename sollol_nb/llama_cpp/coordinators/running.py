@@ -69,6 +69,17 @@ class RunningCoordinators:
         """The route that a known coordinator was started for."""
         return next(route for route, known in self._table.values() if known is coordinator)
 
+    def needs_worker(self, coordinator: Coordinator) -> bool:
+        """Whether a route leads to it that needs a worker."""
+        return any(route.needs_worker for route, known in self._table.values() if known is coordinator)
+
+    def note_route(self, route: Route) -> None:
+        """Note that a route that needs a worker leads to a coordinator, which may have been started for another
+        one."""
+        found = self._table.get(key_of(route))
+        if found is not None and route.needs_worker and not found[0].needs_worker:
+            self._table[key_of(route)] = (route, found[1])
+
     def add(self, route: Route, coordinator: Coordinator) -> None:
         """Enter the coordinator of a route, and watch it."""
         self._table[key_of(route)] = (route, coordinator)

@@ -23,6 +23,8 @@ from sollol_nb.errors import (
 )
 from sollol_nb.gguf.facts import read_facts
 from sollol_nb.layers.plan import GIVEN, LayerPlan
+from sollol_nb.layers.strategies import AUTO as AUTO_STRATEGY
+from sollol_nb.layers.strategies import LATENCY_AWARE
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.coordinators.drafting import Drafting
 from sollol_nb.llama_cpp.coordinators.load_progress import LoadProgress, reporting_progress
@@ -102,7 +104,7 @@ class CoordinatorStarter:
         assert route.model_path is not None
         facts = await asyncio.to_thread(read_facts, route.model_path)
         context_tokens = context_tokens_for(self.settings, route.modelfile, facts)
-        return self.planner.foresee(route.name, route.model_path, facts, context_tokens, self.settings)
+        return self.planner.foresee(route, facts, context_tokens, self.settings)
 
     async def start(
         self,
@@ -243,6 +245,8 @@ class CoordinatorStarter:
             return None
         if self._workers.has_named and not self._workers.knows_all(entry.workers):
             return None  # the user has named the workers to use
+        if start.route.needs_worker and not entry.workers:
+            return None
         if self.settings.exact or start.layout is not None:
             return [] if all(about.get(name) == value for name, value in wanted.items()) else None
         drafts = (about.get("speculation") or {}).get("kind", OFF)
@@ -256,8 +260,10 @@ class CoordinatorStarter:
             differences.append(f"{counted(slots, 'slot')} instead of {wanted['slots']}")
         if wanted["wanted_workers"] not in (None, len(entry.workers)):
             differences.append(f"{counted(len(entry.workers), 'worker')} instead of {wanted['wanted_workers']}")
-        if about.get("strategy") != wanted["strategy"]:
-            differences.append(f"layer strategy {about.get('strategy')} instead of {wanted['strategy']}")
+        used = (about.get("plan") or {}).get("strategy", about.get("strategy"))
+        is_best = wanted["strategy"] == AUTO_STRATEGY and used == LATENCY_AWARE
+        if wanted["strategy"] not in (used, about.get("strategy")) and not is_best:
+            differences.append(f"layer strategy {used} instead of {wanted['strategy']}")
         if start.speculation not in (AUTO, OFF, drafts):
             differences.append(f"speculation {drafts} instead of {start.speculation}")
         if (about.get("engine"), about.get("engine_version")) != (wanted["engine"], wanted["engine_version"]):
@@ -316,12 +322,19 @@ class CoordinatorStarter:
                 if sharded:
                     try:
                         plan, devices = await self.planner.plan(start, self.settings)
-                    except (WorkersUnavailableError, ModelDoesNotFitError):
+                    except (WorkersUnavailableError, ModelDoesNotFitError) as error:
                         if (running := await self._adopt(start, as_it_is=True)) is not None:
                             return running
-                        if start.layout is not None or not await self._running.end_idle(start.model):
+                        if start.layout is not None:
                             raise
-                        continue
+                        if await self._running.end_idle(start.model):
+                            continue
+                        if isinstance(error, WorkersUnavailableError):
+                            plan = self.planner.plan_alone(
+                                start.route, start.facts, start.context_tokens, self.settings
+                            )
+                        if plan is None:
+                            raise
                 speculation = await self.drafting.choose(start, plan, self._workers.round_trips_ms, given_draft)
                 settings = CoordinatorSettings(
                     model=start.model,

@@ -9,6 +9,7 @@ from sollol_nb.gguf.facts import ModelFacts
 from sollol_nb.layers.plan import LayerPlan
 from sollol_nb.layers.planner import plan_layers, resolve_strategy
 from sollol_nb.layers.strategies import SPLITS, WorkerCapacity
+from sollol_nb.layers.throughput import DEFAULT_REQUESTS
 from sollol_nb.layers.token_time import WorkerSpeeds
 from sollol_nb.layers.what_if import without_layout
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
@@ -27,6 +28,8 @@ def best_plan(
     own: Sequence[WorkerCapacity] = (),
     speeds: WorkerSpeeds | None = None,
     running: LayerPlan | None = None,
+    requests: int = DEFAULT_REQUESTS,
+    needs_worker: bool = False,
 ) -> LayerPlan:
     """The best plan of a strategy for a model.
 
@@ -39,6 +42,8 @@ def best_plan(
         own: devices of this machine.
         speeds: of all these, as far as they are known.
         running: the plan of the running model, which may stay; its memory counts as free.
+        requests: at the same time, for `throughput`: the slots of the coordinator.
+        needs_worker: whether at least one worker takes part, even if this machine alone would be faster.
 
     Raises:
         ConfigError, WorkersUnavailableError: as in `plan_layers`.
@@ -59,6 +64,8 @@ def best_plan(
                 speeds=speeds,
                 wanted=count,
                 current=running,
+                requests=requests,
+                needs_worker=needs_worker,
             )
 
         try:

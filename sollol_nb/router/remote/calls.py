@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from sollol_nb.layers.plan import LayerPlan
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.router.own_engines import OwnEngines
 from sollol_nb.router.remote.plain_data import from_plain
@@ -124,12 +125,14 @@ class GatewayCoordinator:
         base_url: where it is, as the gateway reaches it.
         rpc_backends: the workers that it holds; empty where nothing is sharded.
         uptime_s: seconds since its start, when the gateway reported it.
+        plan: its layer plan; None where nothing is sharded, or a gateway of an older version did not report it.
     """
 
     model: str
     base_url: str
     rpc_backends: tuple[str, ...]
     uptime_s: float
+    plan: LayerPlan | None = None
 
     @classmethod
     def of(cls, coordinator: Coordinator) -> GatewayCoordinator:
@@ -139,6 +142,7 @@ class GatewayCoordinator:
             base_url=coordinator.base_url,
             rpc_backends=tuple(coordinator.rpc_backends),
             uptime_s=coordinator.uptime_s,
+            plan=coordinator.plan,
         )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from sollol_nb.errors import WorkersUnavailableError
 from sollol_nb.gguf.facts import read_facts
 from sollol_nb.layers.plan import CPU, THIS_MACHINE, LayerPlan, own_endpoint
 from sollol_nb.layers.planner import model_load, plan_from_counts
@@ -22,7 +23,7 @@ from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.models.files import DEMO_MODEL_PATH
 from sollol_nb.settings.endpoints import parse_endpoint
 from sollol_nb.sync_wrapper import HybridRouter
-from tests.support.engines import all_end, engine_on, run
+from tests.support.engines import all_end, engine_on, run, unused_port
 
 FACTS = read_facts(DEMO_MODEL_PATH)
 UNITS = FACTS.layer_count + 1
@@ -123,8 +124,14 @@ def small_memories(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def three(engine: Engine, alone: None, small_memories: None) -> Iterator[list[str]]:
-    """Three workers: two are calibrated to be fast, the last one to be ten times slower."""
+def three(small_memories: None, calibrated: list[str]) -> list[str]:
+    """Three workers of which none holds the model alone, nor does this machine."""
+    return calibrated
+
+
+@pytest.fixture
+def calibrated(engine: Engine, alone: None) -> Iterator[list[str]]:
+    """Three workers: two are calibrated to be fast, like this machine, the last one to be ten times slower."""
     started = run(start_workers(engine, 53252, LocalOptions(3, threads=1, keep_alive_s=60.0), set()))
     figures = [
         Calibration(
@@ -223,3 +230,32 @@ def test_given_layers_of_this_machine_are_placed_there(three: list[str]) -> None
         assert placed[CPU].units == (0, 1)
         assert placed[CPU].kv_bytes == sum(FACTS.kv_bytes(CONTEXT_TOKENS)[:2])
         assert after["message"]["content"] == before["message"]["content"]
+
+
+@pytest.mark.engine
+def test_a_model_that_is_sharded_for_its_size_may_run_here_alone_and_one_requested_sharded_may_not(
+    calibrated: list[str],
+) -> None:
+    options: dict[str, Any] = {"temperature": 0, "max_tokens": 2}
+    settings: dict[str, Any] = {
+        "auto_discover_rpc": False,
+        "auto_setup_rpc": False,
+        "context_tokens": CONTEXT_TOKENS,
+        "distributed_threshold_params": 0.001,
+    }
+    with HybridRouter(rpc_backends=calibrated[2:], **settings) as router:
+        chosen = router.route_request("demo", "Hello", **options)["_routing"]
+        assert chosen["reason"].endswith("; all layers are on this machine, which alone is fastest")
+        assert router.coordinator is not None
+        assert router.coordinator.plan is not None
+        assert not router.coordinator.plan.workers
+        requested = router.route_request("demo", "Hello", backend="sharded", **options)["_routing"]
+        assert router.coordinator.rpc_backends == calibrated[2:]
+        assert requested["coordinator_url"] == router.coordinator.base_url
+        again = router.route_request("demo", "Hello", **options)["_routing"]
+        assert again["coordinator_url"] == requested["coordinator_url"]
+    with HybridRouter(rpc_backends=[f"127.0.0.1:{unused_port()}"], **settings) as router:
+        with pytest.raises(WorkersUnavailableError):
+            router.route_request("demo", "Hello", backend="sharded", **options)
+        chosen = router.route_request("demo", "Hello", **options)["_routing"]
+        assert chosen["reason"].endswith("; all layers are on this machine, since no worker is free")
