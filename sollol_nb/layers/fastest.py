@@ -84,8 +84,6 @@ def fastest(
         return None
     search, _ = found
     assert search.best is not None
-    if needs_worker and current is not None and not current.workers:
-        current = None
     best = _kept(search, current, workers) or search.best
     unknown = [position for position in best.positions if not is_known(workers[position], speeds)]
     reasons = explain(best, search, workers, load, unknown=unknown, wanted=wanted, needs_worker=needs_worker)
