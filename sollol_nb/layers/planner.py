@@ -108,16 +108,16 @@ def plan_layers(
 
 
 def resolve_strategy(strategy: str, workers: Sequence[WorkerCapacity], speeds: WorkerSpeeds | None) -> str:
-    """The strategy that plans: for `auto` `latency_aware` where all workers are calibrated; `memory_aware` instead
-    of those that need speeds where none is known."""
+    """The strategy that plans: for `auto` `latency_aware` as soon as a worker is calibrated; `memory_aware`
+    instead of those that need speeds where none is known."""
     if strategy in SPLITS:
         return strategy
     decisive = _decisive(workers)
     if speeds is None or not any(speeds.is_known(worker.endpoint) for worker in decisive):
         return "memory_aware"
     if strategy == AUTO:
-        are_calibrated = all(speeds.is_calibrated(worker.endpoint) for worker in decisive)
-        return LATENCY_AWARE if are_calibrated else "memory_aware"
+        is_any_calibrated = any(speeds.is_calibrated(worker.endpoint) for worker in decisive)
+        return LATENCY_AWARE if is_any_calibrated else "memory_aware"
     return strategy
 
 

@@ -67,7 +67,7 @@ def explain(
     if all(device.rank != WORKER for device in chosen.devices):
         sentences.append(ALONE_IS_FASTEST)
     if unknown:
-        sentences.append(why_unknown([names[position] for position in unknown]))
+        sentences.append(why_unknown([names[position] for position in unknown], wanted))
     without = [names[position] for position in range(len(workers)) if position not in devices]
     if without:
         are = "is" if len(without) == 1 else "are"
@@ -93,13 +93,17 @@ def explain(
     return tuple(sentences)
 
 
-def why_unknown(names: Sequence[str]) -> str:
-    """Why workers of unknown speed take part."""
+def why_unknown(names: Sequence[str], wanted: int | None = None) -> str:
+    """Why workers of unknown speed take part.
+
+    Args:
+        wanted: so many workers were to be used.
+    """
     take, are = ("takes", "it is") if len(names) == 1 else ("take", "they are")
-    return (
-        f"{listed(names)} {take} part although {are} not calibrated yet: "
-        f"the memory of the others does not suffice ({CALIBRATE} measures speeds)"
-    )
+    needed = "the memory of the others does not suffice"
+    if wanted is not None:
+        needed = f"{counted(wanted, 'worker')} must take part"
+    return f"{listed(names)} {take} part although {are} not calibrated yet: {needed} ({CALIBRATE} measures speeds)"
 
 
 def _why(device: Device, chosen: Layout, found: Alternatives, names: Sequence[str], load: ModelLoad) -> str:

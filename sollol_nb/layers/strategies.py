@@ -106,7 +106,7 @@ SPLITS: dict[str, Strategy] = {"memory_aware": memory_aware, "even": even}
 """Strategies that spread a model over all given workers."""
 AUTO, LATENCY_AWARE, THROUGHPUT = "auto", "latency_aware", "throughput"
 STRATEGIES: dict[str, str] = {
-    AUTO: "latency_aware as soon as the workers are calibrated, else memory_aware",
+    AUTO: "latency_aware as soon as a worker is calibrated, else memory_aware",
     LATENCY_AWARE: "the workers, and the layers of each, with the shortest predicted time per token",
     THROUGHPUT: "those with the most predicted tokens per second for many requests and long prompts",
     "memory_aware": "over all workers, by free memory",

@@ -323,14 +323,16 @@ def test_a_worker_of_unknown_speed_is_used_only_where_the_memory_requires_it() -
     assert tight.predicted_token_ms is None
 
 
-def test_auto_goes_by_times_once_all_workers_are_calibrated() -> None:
+def test_auto_goes_by_times_once_a_worker_is_calibrated() -> None:
     workers, known = [worker("a", 20), worker("b", 20)], speeds_of({"a": 1, "b": 1})
     assert plan_layers(TWELVE, workers).strategy == "memory_aware"
     wished = plan_layers(TWELVE, workers, strategy="latency_aware")
     assert (wished.strategy, wished.reasons[0][:39]) == ("memory_aware", "spread by free memory: a, b not calibra")
     partly = plan_layers(TWELVE, workers, speeds=speeds_of({"a": 1}))
-    assert (partly.strategy, len(partly.shards)) == ("memory_aware", 2)
-    assert partly.reasons[0].startswith("spread by free memory: b not calibrated yet")
+    assert (partly.strategy, partly.endpoints) == ("latency_aware", ("a:1",))
+    assert partly.reasons[0].startswith("b is left out: not calibrated yet")
+    both = plan_layers(TWELVE, workers, speeds=speeds_of({"a": 1}), wanted=2)
+    assert both.reasons[0].startswith("b takes part although it is not calibrated yet: 2 workers must take part")
     alone = plan_layers(TWELVE, [own(CPU, 20)])
     assert alone.reasons[0].startswith("spread by free memory: this machine not calibrated yet")
     measured = replace(known, hops_ms={})  # by answers, without a calibration

@@ -32,8 +32,11 @@ _PARSER_FAILED = re.compile(r"does not match the expected .* format|empty gramma
 # The engine's debug log, at which it must start, takes the whole answer as JSON, which broken UTF-8 cannot be. By
 # then all tokens have been sent; only the event with the reason of the end is missing.
 _NOT_ENCODED = re.compile(r"json\.exception\.type_error\.316")
-# Requests that run at the same time share one pool of context; when it is full, all of them end.
-_POOL_USED_UP = re.compile(r"context size has been exceeded", re.IGNORECASE)
+# Requests that run at the same time share one pool of context; when it is full, all of them end. With drafts the
+# engine fails shortly before, when it splits a batch to find a place for it (llama.cpp issue 24840).
+_POOL_USED_UP = re.compile(
+    r"context size has been exceeded|batch index \d+ is not inside the current sub-batch", re.IGNORECASE
+)
 
 
 def request_body(messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from sollol_nb.llama_cpp.answers.base import Answer
 from sollol_nb.llama_cpp.answers.fitting import FittingAnswer
 from sollol_nb.llama_cpp.answers.kinds import answer_for
 from sollol_nb.llama_cpp.answers.prompts import ForeseenPrompts
-from sollol_nb.llama_cpp.answers.protocol import parse_event, refusal, request_body
+from sollol_nb.llama_cpp.answers.protocol import parse_event, refusal, request_body, sampling_settings
 from sollol_nb.llama_cpp.answers.raw import RawAnswer
 from sollol_nb.llama_cpp.answers.tokens import prompt_tokens
 from sollol_nb.llama_cpp.coordinators.pace import Pace
@@ -159,7 +159,7 @@ class AnswerStreams:
         finally:  # before the last chunk is yielded: the engine owes nothing more, however long the reader takes
             stream.close()
             self.last_used_at = time.monotonic()
-        yield self._with_context_full(answer.final())
+        yield self._with_context_full(answer.final(), sampling_settings(answer.options).get("max_tokens"))
 
     @asynccontextmanager
     async def _rendering(self, answer: Answer) -> AsyncGenerator[Callable[[], Awaitable[None]], None]:
@@ -210,9 +210,13 @@ class AnswerStreams:
     def _refusal(self, reason: str) -> RequestRejectedError:
         return refusal(self._model, reason, self.context_tokens)
 
-    def _with_context_full(self, chunk: Chunk) -> Chunk:
-        used_tokens = (chunk.get("prompt_eval_count") or 0) + (chunk.get("eval_count") or 0)
-        if chunk.get("done_reason") != "length" or used_tokens < self.context_tokens:
+    def _with_context_full(self, chunk: Chunk, max_tokens: int | None) -> Chunk:
+        """Where the answer ended for want of context, say so. With drafts the engine stops some tokens earlier, so
+        an answer shorter than wanted shows it too."""
+        tokens = chunk.get("eval_count") or 0
+        used_tokens = (chunk.get("prompt_eval_count") or 0) + tokens
+        is_as_wanted = max_tokens is not None and 0 <= max_tokens <= tokens
+        if chunk.get("done_reason") != "length" or (is_as_wanted and used_tokens < self.context_tokens):
             return chunk
         return {**chunk, CONTEXT_FULL: self.context_tokens}
 
