@@ -94,8 +94,8 @@ async def bench(
             all of them at the same time, each on its own workers; by default this depends on whether enough
             workers are free.
         timeout: limit of each request in seconds.
-        **options: of each request, as for `route_request`; by default `temperature=0`, `max_tokens=64`. Rounds
-            repeat their answers, so drafts copy them: `speculation="off"` measures layouts without drafts.
+        **options: of each request, as for `route_request`; by default `temperature=0`, `max_tokens=64`. Sharded
+            models run without drafts, which would copy the answers that rounds repeat.
 
     Raises:
         ConfigError: an argument cannot be used.

@@ -198,6 +198,7 @@ class BenchTargets:
             auto_setup_rpc=False,
             gguf_path=model_path,
             layer_strategy=target.strategy or settings.layer_strategy,
+            speculation="off",  # drafts would copy a repeated answer, and hide what layouts differ in
             keep_alive=max(KEEP_ALIVE_S, settings.keep_alive(target.model) or 0.0),
         )
 
