@@ -525,6 +525,7 @@ def running(engine: Engine, alone: None) -> Iterator[HybridRouter]:
         ({"num_rpc_backends": 3}, ""),
         ({"num_rpc_backends": 2}, "so the running coordinator is used: it has 3 workers instead of 2"),
         ({"layer_strategy": "even"}, "it has layer strategy memory_aware instead of even"),
+        ({"layer_strategy": "memory_aware"}, ""),  # what auto, the default, has chosen
         ({"slots": 9, "num_rpc_backends": 6}, "it has 4 slots instead of 9, 3 workers instead of 6"),
         ({"context_tokens": 512}, ""),
     ],
