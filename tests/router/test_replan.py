@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import signal
 import threading
 import time
@@ -14,17 +15,34 @@ import psutil
 import pytest
 
 from sollol_nb.layers import replan
+from sollol_nb.llama_cpp.coordinators import measurements, pool
+from sollol_nb.llama_cpp.coordinators.waits import WaitWatch
 from sollol_nb.llama_cpp.engine.check import Engine
+from sollol_nb.llama_cpp.workers import calibrations
+from sollol_nb.llama_cpp.workers.calibrations import Calibration, Calibrations, identity_of
+from sollol_nb.llama_cpp.workers.local import LocalOptions, start_workers
 from sollol_nb.llama_cpp.workers.own_devices import OwnDevices
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
+from sollol_nb.notebook.magics.cluster_actions import ACTIONS
 from sollol_nb.runtime.events import Event, EventKind
 from sollol_nb.sync_wrapper import HybridRouter
-from tests.support.engines import engine_on, linux_only
+from tests.support.engines import QUESTION, engine_on, eventually, linux_only, run, says, script, unused_ports
 
-pytestmark = [pytest.mark.engine, linux_only]
+pytestmark = pytest.mark.engine
 
 TOKENS = 16
 MOST_ANSWERS = 25
+SETTINGS: dict[str, Any] = {"distributed_threshold_params": 1e-6, "context_tokens": 1024, "slots": 3}
+OTHER_USER = """
+import sys
+from sollol_nb.sync_wrapper import HybridRouter
+model, endpoint = sys.argv[1:]
+settings = {"distributed_threshold_params": 1e-6, "context_tokens": 1024, "slots": 3}
+with HybridRouter(rpc_backends=[endpoint], auto_discover_rpc=False, speculation="off", **settings) as router:
+    router.preload(model)
+    print("uses", router.coordinator.base_url, flush=True)
+    sys.stdin.read()
+"""
 
 
 @contextmanager
@@ -55,6 +73,7 @@ def units(router: HybridRouter) -> dict[str, int]:
     return {shard.endpoint: shard.unit_count for shard in coordinator.plan.shards}
 
 
+@linux_only
 def test_the_model_leaves_a_worker_that_is_throttled_in_mid_session(
     engine: Engine, smollm2: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -62,8 +81,7 @@ def test_the_model_leaves_a_worker_that_is_throttled_in_mid_session(
     # As if each worker were another machine, and this one had nothing to offer.
     monkeypatch.setattr(WorkerStatus, "_is_here", property(lambda _: False))
     monkeypatch.setattr(OwnDevices, "capacities", lambda _: [])
-    settings: dict[str, Any] = {"distributed_threshold_params": 1e-6, "context_tokens": 1024, "slots": 3}
-    with HybridRouter(auto_discover_rpc=False, replan="auto", **settings) as router, ExitStack() as stack:
+    with HybridRouter(auto_discover_rpc=False, replan="auto", **SETTINGS) as router, ExitStack() as stack:
         slow = router.start_workers(3)[1]
         model = str(smollm2)
 
@@ -98,3 +116,89 @@ def test_the_model_leaves_a_worker_that_is_throttled_in_mid_session(
         assert moves() == 1
         assert router.replan()[0].startswith(f"{router.coordinator_model} stays as it is")
         assert len(texts) <= 2, "a layout may round otherwise"
+
+
+# --- workers that become free or quicker ------------------------------------------------------
+
+
+@pytest.fixture
+def two_workers(engine: Engine, alone: None) -> Iterator[tuple[str, str]]:
+    """Workers that routers know only by their endpoints."""
+    started = run(start_workers(engine, unused_ports(2), LocalOptions(2, threads=1, keep_alive_s=60.0), set()))
+    first, second = started
+    yield first, second
+    for process in started.values():
+        run(process.stop())
+
+
+def know(engine: Engine, endpoint: str, ms_per_byte: float) -> None:
+    """Keep a calibration of a worker, made now."""
+    calibration = Calibration(
+        identity=identity_of(endpoint),
+        engine=engine.version,
+        endpoint=endpoint,
+        name=endpoint,
+        measured_at=time.time(),
+        round_trip_ms=0.05,
+        bytes_per_s=None,
+        hop_ms=0.1,
+        block_ms=0.0,
+        ms_per_byte=ms_per_byte,
+        prompt_ms_per_byte=ms_per_byte / 10,
+    )
+    run(Calibrations().keep([calibration]))
+
+
+def test_a_better_worker_that_is_added_is_moved_to_once_nobody_else_uses_the_model(
+    engine: Engine,
+    endless: str,
+    two_workers: tuple[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(replan, "CONFIRMATIONS", 1)
+    monkeypatch.setattr(measurements, "MEANINGFUL_ANSWERS", 1)
+    monkeypatch.setattr(calibrations, "CHECK_EVERY_S", 0.0)
+    # Both workers are as quick in fact: only the calibrations that this test writes shall tell them apart.
+    monkeypatch.setattr(pool, "ANSWERS_PER_CORRECTION", 10**6)
+    monkeypatch.setattr(WaitWatch, "watch", lambda *_: None)
+    monkeypatch.setattr(WorkerStatus, "_is_here", property(lambda _: False))
+    monkeypatch.setattr(OwnDevices, "capacities", lambda _: [])
+    slow, quick = two_workers
+    know(engine, slow, 1e-4)
+    with HybridRouter(
+        rpc_backends=[slow], auto_discover_rpc=False, replan="auto", speculation="off", **SETTINGS
+    ) as router:
+        texts: set[str] = set()
+
+        def ask() -> tuple[str, str]:
+            """Which coordinator and worker have answered: while the model moves, there is none."""
+            answer = router.route_request(endless, QUESTION, temperature=0, max_tokens=TOKENS)
+            texts.add(answer.text)
+            (shard,) = answer.routing["plan"]["shards"]
+            return answer.routing["coordinator_url"], shard["endpoint"]
+
+        def advice() -> list[Event]:
+            return [event for event in router.events.recent() if event.kind == EventKind.COORDINATOR_ADVICE]
+
+        url, worker = ask()
+        assert worker == slow
+        with script(OTHER_USER, endless, slow) as other:
+            assert says(other, "uses ") == url
+            know(engine, quick, 1e-6)
+            router.add_worker(quick)
+            (said,) = eventually(advice, "the better worker is named")
+            assert f"over {quick} would take " in said.message
+            for _ in range(4):
+                assert ask() == (url, slow), "another process uses it"
+        eventually(lambda: ask()[1] == quick, "it has moved")
+
+        know(engine, slow, 1e-8)
+        (line,) = router.replan()
+        assert line.startswith("new layout for endless: 5 over 1 worker, ")
+        assert ask()[1] == slow
+        know(engine, quick, 1e-10)
+        ACTIONS["replan"](router, argparse.Namespace(what=["endless"]))
+        assert capsys.readouterr().out.startswith("new layout for endless: 5 over 1 worker, ")
+        assert ask()[1] == quick
+        assert len(texts) == 1

@@ -205,6 +205,10 @@ class Replanner:
             return
         if not self._is_worth_planning(watched, measured_ms):
             return
+        if watched.workers_changed:
+            await self._workers.refresh()  # a worker that was just added has not been probed yet
+            if coordinator not in self._running.coordinators:
+                return
         watched.planned_ms, watched.workers_changed = measured_ms, False
         slow = self._measurements.slow_workers(coordinator)
         offer, plan = self._offer(coordinator, watched)
