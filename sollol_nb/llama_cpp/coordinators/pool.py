@@ -193,9 +193,9 @@ class CoordinatorPool:
             coordinator = self._sharded(model)  # another, if it was restarted meanwhile
             route = self._running.route_of(coordinator)
             foreseen = self.what_if(model, layout)
+            await self._check_free(model, foreseen.plan.endpoints, coordinator)  # one that is gone has no memory
             if not foreseen.fits:
                 raise ModelDoesNotFitError(f"{foreseen.shortage}; move layers to a worker with more memory")
-            await self._check_free(model, foreseen.plan.endpoints, coordinator)
             before = "/".join(map(str, coordinator.plan.unit_counts)) if coordinator.plan else ""
             message = f"new layout for {route.name}: {foreseen.describe()}; before: {before}"
             self._events.publish(EventKind.COORDINATOR_PLANNED, route.name, message)
