@@ -98,11 +98,13 @@ def test_the_latency_magic_gives_the_frame(notebook: Kernel) -> None:
     )
 
 
-def test_the_route_magic_shows_the_route_and_its_reason(notebook: Kernel) -> None:
-    assert notebook.run("%sollol_route demo:sharded").stream == (
+def test_the_route_magic_shows_the_route_its_reason_and_the_plan(notebook: Kernel) -> None:
+    route, plan, *_ = notebook.run("%sollol_route demo:sharded").stream.splitlines()
+    assert route == (
         "demo:sharded → sharded llama-server: listed in MODEL_PROFILES as needing sharding"
-        " (a tiny demo model, not a general one)\n"
+        " (a tiny demo model, not a general one)"
     )
+    assert plan.startswith("plan: 12 layers over ")
     assert "demo → local llama-server" in notebook.run("%sollol_route demo").stream
 
 
