@@ -58,6 +58,10 @@ class Exchange:
         self._read_timeout_s = read_timeout_s
         self._connection: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self._http: h11.Connection
+        self._loop: asyncio.AbstractEventLoop
+        self._timer: asyncio.TimerHandle | None = None
+        self._reading_since: float | None
+        self._is_late: bool
 
     async def __aenter__(self) -> Self:
         return self
@@ -69,9 +73,18 @@ class Exchange:
         """Open the connection now, without sending anything; nothing happens if it is open."""
         if self._connection is not None and self._connection[0].at_eof():
             self.close()  # the server has closed it
-        if self._connection is None:
-            self._connection = await self._opened()
-            self._http = h11.Connection(h11.CLIENT, max_incomplete_event_size=HEAD_LIMIT_BYTES)
+        if self._connection is not None:
+            return
+        host, _, port = self._host.rpartition(":")
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                self._connection = await asyncio.open_connection(host, int(port), limit=HEAD_LIMIT_BYTES)
+        except TimeoutError as error:
+            raise ConnectFailedError(f"{self._base_url}: {CANNOT_CONNECT} (timed out)") from error
+        except OSError as error:
+            raise ConnectFailedError(f"{self._base_url}: {CANNOT_CONNECT}") from error
+        self._loop, self._reading_since, self._is_late = asyncio.get_running_loop(), None, False
+        self._http = h11.Connection(h11.CLIENT, max_incomplete_event_size=HEAD_LIMIT_BYTES)
 
     async def post(self, path: str, body: Mapping[str, Any]) -> Any:
         """The decoded JSON of a POST."""
@@ -100,11 +113,8 @@ class Exchange:
                 async with asyncio.timeout(self._read_timeout_s):
                     await self._send(path, body)
                     await self._check(url)
-                while True:
-                    async with asyncio.timeout(self._read_timeout_s):
-                        event = await self._event()
-                    if not isinstance(event, h11.Data):
-                        break
+                self._watch_silence()
+                while isinstance(event := await self._event(), h11.Data):
                     for line in splitter.feed(event.data):
                         if line:
                             yield line
@@ -115,19 +125,12 @@ class Exchange:
 
     def close(self) -> None:
         """Close the connection. Closing twice is fine."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         if self._connection is not None:
             self._connection[1].close()
             self._connection = None
-
-    async def _opened(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        host, _, port = self._host.rpartition(":")
-        try:
-            async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                return await asyncio.open_connection(host, int(port), limit=HEAD_LIMIT_BYTES)
-        except TimeoutError as error:
-            raise ConnectFailedError(f"{self._base_url}: {CANNOT_CONNECT} (timed out)") from error
-        except OSError as error:
-            raise ConnectFailedError(f"{self._base_url}: {CANNOT_CONNECT}") from error
 
     async def _send(self, path: str, body: Mapping[str, Any]) -> None:
         """Send a request, over a new connection if there is none."""
@@ -171,8 +174,22 @@ class Exchange:
         """The next part of the answer."""
         while (event := self._http.next_event()) is h11.NEED_DATA:
             assert self._connection is not None
+            self._reading_since = self._loop.time()
             self._http.receive_data(await self._connection[0].read(HEAD_LIMIT_BYTES))
+            self._reading_since = None
+            if self._is_late:
+                raise TimeoutError
         return event
+
+    def _watch_silence(self) -> None:
+        """Abort the connection when it is silent for too long: one timer, as one for each token takes time."""
+        now = self._loop.time()
+        left_s = self._read_timeout_s - (0.0 if self._reading_since is None else now - self._reading_since)
+        if left_s > 0:
+            self._timer = self._loop.call_later(left_s, self._watch_silence)
+        elif self._connection is not None:
+            self._is_late = True
+            self._connection[1].transport.abort()
 
     @contextmanager
     def _translated(self, url: str) -> Iterator[None]:

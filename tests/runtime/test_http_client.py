@@ -604,6 +604,21 @@ def test_an_exchange_that_breaks_gives_its_lines_and_then_the_error(then: str, e
     assert seen == ["one"]
 
 
+def test_an_exchange_answers_after_one_that_was_too_slow() -> None:
+    peers = iter([says(CHUNKED + chunk(b"one\n"), then="silence"), says(response(b"1"))])
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await next(peers)(reader, writer)
+
+    async def ask() -> Any:
+        async with exchange_with(serve, read_timeout_s=0.2) as exchange:
+            with pytest.raises(TransportTimeoutError):
+                [line async for line in exchange.lines("/api/chat", {})]
+            return await exchange.post("/props", {})
+
+    assert run(ask()) == 1
+
+
 def test_leaving_an_exchange_closes_its_connection() -> None:
     async def read() -> None:
         closed = asyncio.Event()
