@@ -428,7 +428,7 @@ def test_a_router_that_lets_its_engines_run_on_or_is_forgotten_is_closed_for_wat
 def test_a_real_cluster_is_shown_from_its_workers_to_its_layers(router: HybridRouter) -> None:
     with watching(router) as watcher:
         router.stop_coordinator()  # all: another name of the same file may have begun it
-        router.route_request("demo:sharded", "What is a worker?", max_tokens=5, temperature=0)
+        router.route_request("demo:sharded", "What is a worker?", max_tokens=20, temperature=0)
 
         def own() -> list[dict[str, Any]]:
             known = watcher.state["coordinators"].values()

@@ -105,9 +105,9 @@ class TokenMeasurements:
         answers_ms = self._answers_ms.get(coordinator.base_url)
         if answers_ms:
             return median(answers_ms)
-        if coordinator.settings.speculation.is_on:  # its pace is that of several tokens verified together
-            return None
         seconds = coordinator.pace.seconds_per_token
+        if coordinator.settings.speculation.is_on:  # that is the pace of several tokens verified together
+            seconds = coordinator.first_seconds_per_token
         return None if seconds is None else seconds * 1000
 
     def meaningful_ms(self, coordinator: Coordinator) -> float | None:
