@@ -28,6 +28,7 @@ def coordinator(*counts: int, seconds_per_token: float | None = None, port: int 
         "base_url": f"http://127.0.0.1:{port}",
         "plan": plan_from_counts(TWELVE, workers(*[20 * GB] * len(counts)), counts),
         "pace": SimpleNamespace(seconds_per_token=seconds_per_token, streams=0),
+        "first_seconds_per_token": None,
         "settings": SimpleNamespace(model_path=PATH, facts=TWELVE, speculation=NO_SPECULATION),
     }
     return cast(Coordinator, SimpleNamespace(**values))
@@ -50,11 +51,13 @@ def test_the_pace_stands_in_until_an_answer_was_measured() -> None:
     assert measured.token_ms(running) == 25, "the median of the answers"
 
 
-def test_the_pace_of_drafts_does_not_stand_in() -> None:
+def test_with_drafts_the_first_tokens_stand_in_instead_of_the_pace() -> None:
     running = coordinator(7, 6, seconds_per_token=0.04)
     running.settings.speculation = Speculation(kind=NGRAM)
 
     assert TokenMeasurements(EventBus()).token_ms(running) is None
+    running.first_seconds_per_token = 0.01
+    assert TokenMeasurements(EventBus()).token_ms(running) == 10
 
 
 def test_how_far_the_prediction_is_off_is_known_after_five_answers() -> None:
