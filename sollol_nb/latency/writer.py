@@ -2,7 +2,8 @@
 
 Rows are collected for a moment, and written together: so the work falls between requests, not on the end of an
 answer. Whoever reads a log in this process waits for the rows that are still on their way (`wait_written`). The
-thread is a daemon, so that it cannot keep the interpreter from ending; at exit it gets a moment to finish.
+thread ends when it has been idle, or all is written that somebody waits for. It is a daemon, so that it cannot keep
+the interpreter from ending; at exit it gets a moment to finish.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 COLLECT_S = 0.1
+IDLE_S = 5.0
 EXIT_LIMIT_S = 2.0
 READ_LIMIT_S = BUSY_TIMEOUT_S + 1.0
 
@@ -44,7 +46,6 @@ class RowWriter:
         self._changed = threading.Condition()
         self._rows: deque[tuple[Log, LatencyRow]] = deque()
         self._thread: threading.Thread | None = None
-        self._is_writing = False
         self._waiting = 0  # those that wait until all is written
 
     def write(self, log: Log, row: LatencyRow) -> None:
@@ -69,34 +70,34 @@ class RowWriter:
         self._wait_written(EXIT_LIMIT_S)
 
     def resume(self) -> None:
-        """Continue after `pause`, in the same thread."""
+        """Allow writing again after `pause`, in the same thread."""
         self._changed.release()
 
     def _wait_written(self, limit_s: float) -> None:
         self._waiting += 1
         try:
             self._changed.notify_all()
-            self._changed.wait_for(lambda: not self._rows and not self._is_writing, limit_s)
+            self._changed.wait_for(lambda: self._thread is None, limit_s)
         finally:
             self._waiting -= 1
 
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._rows)
+                self._changed.wait_for(lambda: self._rows or self._waiting, IDLE_S)
+                if not self._rows:
+                    self._thread = None
+                    self._changed.notify_all()
+                    return
                 self._changed.wait_for(lambda: self._waiting, COLLECT_S)
                 log = self._rows[0][0]
                 rows = [row for owner, row in self._rows if owner is log]  # one transaction, however many wait
                 self._rows = deque((owner, row) for owner, row in self._rows if owner is not log)
-                self._is_writing = True
             try:
                 log.record(*rows)
             except Exception as error:  # an answer is worth more than its row
                 what = "1 latency row was" if len(rows) == 1 else f"{len(rows)} latency rows were"
                 logger.warning("%s not written to %s: %s", what, log.path, error)
-            with self._changed:
-                self._is_writing = False
-                self._changed.notify_all()
 
 
 _writer = RowWriter()
