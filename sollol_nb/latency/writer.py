@@ -2,8 +2,8 @@
 
 Rows are collected for a moment, and written together: so the work falls between requests, not on the end of an
 answer. Whoever reads a log in this process waits for the rows that are still on their way (`wait_written`). The
-thread ends when it has been idle, or all is written that somebody waits for. It is a daemon, so that it cannot keep
-the interpreter from ending; at exit it gets a moment to finish.
+thread ends when it has been idle, or all is written that somebody waits for. It is a daemon, so that it cannot
+keep the interpreter from ending; at exit it gets a moment to finish.
 """
 
 from __future__ import annotations

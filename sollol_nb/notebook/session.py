@@ -94,8 +94,9 @@ class Session:
         plan = answer.routing.get("plan") or {}
         is_unmeasured = any(CALIBRATE in reason for reason in plan.get("reasons", ()))
         shards = plan.get("shards", ())
+        workers = [shard for shard in shards if not shard.get("device")]
         are_several = len(shards) > 1 and any(
-            shard.get("name") or not is_loopback(shard["endpoint"]) for shard in shards
+            worker.get("name") or not is_loopback(worker["endpoint"]) for worker in workers
         )
         if self._hinted or not is_unmeasured or not are_several:
             return ""

@@ -12,6 +12,7 @@ import pytest
 from IPython.core.interactiveshell import InteractiveShell
 
 from sollol_nb.chat.completion import Completion
+from sollol_nb.layers.plan import THIS_MACHINE
 from sollol_nb.layers.planner import plan_layers
 from sollol_nb.layers.strategies import WorkerCapacity
 from sollol_nb.notebook import session as session_module
@@ -90,7 +91,9 @@ def test_without_the_extension_there_are_no_settings() -> None:
 
 
 def answer_over(*endpoints: str, reason: str) -> Completion:
-    plan = {"reasons": [reason], "shards": [{"endpoint": endpoint, "name": ""} for endpoint in endpoints]}
+    devices = {endpoint: "CPU" if endpoint == THIS_MACHINE else "" for endpoint in endpoints}
+    shards = [{"endpoint": endpoint, "device": device, "name": ""} for endpoint, device in devices.items()]
+    plan = {"reasons": [reason], "shards": shards}
     return Completion({"_routing": {"plan": plan}})
 
 
@@ -101,6 +104,7 @@ def test_the_first_answer_over_unmeasured_machines_hints_at_the_calibration_once
     assert own.hint(answer_over("10.0.0.1:1", "10.0.0.2:1", reason="26 ms per token")) == ""
     assert own.hint(answer_over("127.0.0.1:1", "127.0.0.1:2", reason=reason)) == "", "one machine"
     assert own.hint(answer_over("10.0.0.1:1", reason=reason)) == "", "one worker"
+    assert own.hint(answer_over(THIS_MACHINE, "127.0.0.1:1", reason=reason)) == "", "one machine"
     assert own.hint(Completion({})) == ""
     assert "`%sollol_cluster calibrate`" in own.hint(answer_over("10.0.0.1:1", "10.0.0.2:1", reason=reason))
     assert own.hint(answer_over("10.0.0.1:1", "10.0.0.2:1", reason=reason)) == ""
