@@ -81,7 +81,8 @@ def test_the_model_leaves_a_worker_that_is_throttled_in_mid_session(
     # As if each worker were another machine, and this one had nothing to offer.
     monkeypatch.setattr(WorkerStatus, "_is_here", property(lambda _: False))
     monkeypatch.setattr(OwnDevices, "capacities", lambda _: [])
-    with HybridRouter(auto_discover_rpc=False, replan="auto", **SETTINGS) as router, ExitStack() as stack:
+    settings = {**SETTINGS, "speculation": "off"}  # drafts would copy the repeated answer, which measures no token
+    with HybridRouter(auto_discover_rpc=False, replan="auto", **settings) as router, ExitStack() as stack:
         slow = router.start_workers(3)[1]
         model = str(smollm2)
 
