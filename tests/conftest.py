@@ -65,6 +65,13 @@ def own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             os.environ[name] = value
 
 
+@pytest.fixture(scope="module", autouse=True)
+def nothing_measured(own_state: Path) -> None:
+    """What earlier tests have measured of workers and drafts would decide plans of this module."""
+    for name in ("calibrations.json", "drafts.json"):
+        (own_state / name).unlink(missing_ok=True)
+
+
 @pytest.fixture
 def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A state folder in which no other test's coordinators and workers are found, which would be shared."""
