@@ -17,7 +17,7 @@ from sollol_nb.models.routing import Route
 from sollol_nb.text.short_names import short_name
 
 MIN_SINGLE_TOKENS = 8
-"""So many tokens that were computed alone tell the time of one."""
+"""How many tokens must have been computed alone, so that their mean is the time of one."""
 
 
 class RequestRecord:
