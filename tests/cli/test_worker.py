@@ -29,7 +29,7 @@ COMMAND = (sys.executable, "-m", "sollol_nb")
 
 
 @pytest.fixture(autouse=True)
-def own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def empty_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A user without any engine."""
     monkeypatch.setenv("SOLLOL_STATE_DIR", str(tmp_path))
     yield

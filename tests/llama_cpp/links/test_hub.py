@@ -28,7 +28,7 @@ SECRET = "s" * 40
 
 
 @pytest.fixture(autouse=True)
-def own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def empty_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A user whom nobody has joined yet."""
     monkeypatch.setenv("SOLLOL_STATE_DIR", str(tmp_path))
 

@@ -38,7 +38,7 @@ FACTS = Facts(host="far", machine="boot", devices=("CPU",), threads=1, build=HER
 
 
 @pytest.fixture(autouse=True)
-def own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def empty_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A user whom nobody has joined yet."""
     monkeypatch.setenv("SOLLOL_STATE_DIR", str(tmp_path))
     return tmp_path
@@ -383,11 +383,11 @@ def test_what_cannot_be_used_is_refused_before_anything_listens(
 
 
 @posix_only
-def test_the_files_are_private_and_have_no_token(links: Links, own_state: Path) -> None:
+def test_the_files_are_private_and_have_no_token(links: Links, empty_state: Path) -> None:
     link = run(invite(links))
     for name in (memberships.FILE, memberships.CERTIFICATE_FILE):
-        assert stat.S_IMODE((own_state / name).stat().st_mode) == 0o600
-    texts = [path.read_text(errors="replace") for path in own_state.rglob("*") if path.is_file()]
+        assert stat.S_IMODE((empty_state / name).stat().st_mode) == 0o600
+    texts = [path.read_text(errors="replace") for path in empty_state.rglob("*") if path.is_file()]
     assert not any(link.token in text for text in texts)
 
 
@@ -465,7 +465,7 @@ def test_text_that_is_not_a_link_is_refused_without_repeating_it(text: str) -> N
     assert "secret" not in str(caught.value)
 
 
-def test_a_broken_file_admits_nobody(links: Links, own_state: Path) -> None:
+def test_a_broken_file_admits_nobody(links: Links, empty_state: Path) -> None:
     run(invite(links))
     for text in ("", "{", "[]", json.dumps({"host": "a"}), json.dumps({"host": 1, "port": "x", "members": [{}]})):
         config.state_file(memberships.FILE).write_text(text)

@@ -39,13 +39,13 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Machine]
 
 
 @pytest.fixture(autouse=True)
-def own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def empty_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A user whom nobody has joined yet."""
     monkeypatch.setenv("SOLLOL_STATE_DIR", str(tmp_path / "state"))
 
 
 @pytest.fixture(autouse=True)
-def all_leave(own_state: None, machines: list[Machine]) -> Iterator[None]:
+def all_leave(empty_state: None, machines: list[Machine]) -> Iterator[None]:
     """Nothing runs after a test, here or there."""
     yield
     run(stop_engines(also_used=True))

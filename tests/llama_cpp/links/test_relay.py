@@ -20,7 +20,7 @@ pytestmark = pytest.mark.engine
 
 
 @pytest.fixture(autouse=True)
-def own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def empty_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A user without any engine."""
     monkeypatch.setenv("SOLLOL_STATE_DIR", str(tmp_path))
 

@@ -33,7 +33,7 @@ def gpu1() -> Iterator[Machine]:
 
 
 @pytest.fixture(autouse=True)
-def own_state(gpu1: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def empty_state(gpu1: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A user without any engine here, whose ssh reaches the machine; at the end nothing runs here or there."""
     state = tmp_path / "state"
     monkeypatch.setenv("SOLLOL_STATE_DIR", str(state))
@@ -108,7 +108,7 @@ def listener(machine: Machine) -> psutil.Process:
 
 
 def test_one_line_leads_to_an_answer_and_nothing_listens_beyond_loopback_or_is_left(
-    gpu1: Machine, own_state: Path
+    gpu1: Machine, empty_state: Path
 ) -> None:
     with HybridRouter(rpc_backends=[gpu1.target]) as mine:
         assert answer(mine) == "A worker"

@@ -48,7 +48,7 @@ for command in sys.stdin:
 
 
 @pytest.fixture(autouse=True)
-def own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def empty_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A user without any engine."""
     monkeypatch.setenv("SOLLOL_STATE_DIR", str(tmp_path))
 

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.engine
 
 
 @pytest.fixture
-def own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def empty_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A user without any engine."""
     monkeypatch.setenv("SOLLOL_STATE_DIR", str(tmp_path))
 
@@ -57,7 +57,7 @@ def listen(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
 
 
 def test_a_worker_that_somebody_else_started_is_not_taken_unasked(
-    own_state: None, listen: Callable[..., str]
+    empty_state: None, listen: Callable[..., str]
 ) -> None:
     stranger = listen()
     with HybridRouter(num_rpc_backends=1) as mine:
@@ -73,7 +73,7 @@ def test_a_worker_that_somebody_else_started_is_not_taken_unasked(
         assert asked.coordinator.rpc_backends == [stranger]
 
 
-def test_who_names_workers_gets_no_others(own_state: None, listen: Callable[..., str]) -> None:
+def test_who_names_workers_gets_no_others(empty_state: None, listen: Callable[..., str]) -> None:
     named, _ = listen(), listen()
     with HybridRouter(rpc_backends=[named], num_rpc_backends=2) as mine:
         answer = mine.route_request("demo:sharded", QUESTION, max_tokens=2)
@@ -84,7 +84,7 @@ def test_who_names_workers_gets_no_others(own_state: None, listen: Callable[...,
 
 @pytest.mark.skipif(os.name != "posix" or machine.sys.platform != "linux", reason="only Linux says who listens")
 def test_a_worker_of_another_user_is_not_discovered_but_can_be_named(
-    own_state: None, listen: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    empty_state: None, listen: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     theirs = listen()
     uid = os.getuid()
@@ -112,7 +112,7 @@ with HybridRouter() as router:
 
 
 def test_a_free_worker_of_this_users_other_process_is_shared(
-    own_state: None, engine: Engine, tmp_path: Path
+    empty_state: None, engine: Engine, tmp_path: Path
 ) -> None:
     with script(START_ONE, SOLLOL_STATE_DIR=str(tmp_path)) as other, HybridRouter() as mine:
         started = says(other, "started")
@@ -131,7 +131,7 @@ sys.exit(main(["worker", "--join", "-"]))
 
 
 def test_who_names_a_machine_gets_no_workers_that_other_notebooks_have(
-    own_state: None, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    empty_state: None, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "machines"
     folder.mkdir()
@@ -160,7 +160,7 @@ def test_who_names_a_machine_gets_no_workers_that_other_notebooks_have(
 # --- one worker under two names --------------------------------------------------------------------------------
 
 
-def test_one_worker_under_two_names_is_used_once(own_state: None, listen: Callable[..., str]) -> None:
+def test_one_worker_under_two_names_is_used_once(empty_state: None, listen: Callable[..., str]) -> None:
     name = listen()
     port = int(name.rpartition(":")[2])
     with HybridRouter(rpc_backends=[name, f"localhost:{port}", f"LOCALHOST:{port}"]) as mine:
@@ -172,7 +172,7 @@ def test_one_worker_under_two_names_is_used_once(own_state: None, listen: Callab
 
 
 def test_a_running_coordinator_is_used_where_its_worker_has_another_name(
-    own_state: None, listen: Callable[..., str]
+    empty_state: None, listen: Callable[..., str]
 ) -> None:
     name = listen()
     with HybridRouter(rpc_backends=[name]) as first:
@@ -187,7 +187,9 @@ def test_a_running_coordinator_is_used_where_its_worker_has_another_name(
 
 
 @pytest.mark.skipif(machine.sys.platform != "linux", reason="only Linux says which addresses a program listens on")
-def test_a_worker_that_listens_on_all_addresses_is_one_worker(own_state: None, listen: Callable[..., str]) -> None:
+def test_a_worker_that_listens_on_all_addresses_is_one_worker(
+    empty_state: None, listen: Callable[..., str]
+) -> None:
     port = int(listen("0.0.0.0").rpartition(":")[2])
     names = [f"127.0.0.1:{port}", f"127.0.0.2:{port}"]
     names += [
@@ -203,7 +205,7 @@ def test_a_worker_that_listens_on_all_addresses_is_one_worker(own_state: None, l
 
 
 def test_a_worker_that_is_also_named_through_a_tunnel_is_used_once(
-    own_state: None, listen: Callable[..., str]
+    empty_state: None, listen: Callable[..., str]
 ) -> None:
     name = listen()
     with tunnel_to(int(name.rpartition(":")[2])) as port:
