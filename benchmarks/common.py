@@ -48,7 +48,9 @@ from sollol_nb.settings.table import SETTINGS
 from sollol_nb.text.tables import markdown_table
 from tests.support.smollm2 import smollm2_path
 
-__all__ = ["DEMO_MODEL_PATH", "smollm2_path"]  # the two models that benchmarks use
+__all__ = ["DEMO_MODEL_PATH", "smollm2_path"]  # for benchmarks that need one of the two
+MODELS: Mapping[str, Callable[[], Path]] = {"demo": lambda: DEMO_MODEL_PATH, "smollm2": smollm2_path}
+"""The paths of models that can be chosen; SmolLM2 is fetched where it is missing."""
 
 REPOSITORY = Path(__file__).parents[1]
 START_LIMIT_S = 60.0
@@ -136,6 +138,11 @@ def parser_of(doc: str | None) -> ArgumentParser:
     parser = ArgumentParser(description=doc, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     return parser
+
+
+def add_models(parser: ArgumentParser) -> None:
+    """Let the models that are measured be chosen; all of them are, unless told."""
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
 
 
 def run(main: Callable[[], Report]) -> int:

@@ -20,7 +20,7 @@ from statistics import median
 
 import httpx
 from clusters import answers, bare_server, running_worker
-from common import DEMO_MODEL_PATH, Report, isolated, parser_of, run, seconds_of, smollm2_path, wait_until
+from common import MODELS, Report, add_models, isolated, parser_of, run, seconds_of, wait_until
 
 from sollol_nb.settings.endpoints import parse_endpoint
 from sollol_nb.sync_wrapper import HybridRouter
@@ -35,7 +35,7 @@ def main() -> Report:
     """Measure each model."""
     parser = parser_of(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--models", nargs="+", default=["demo", "smollm2"], choices=["demo", "smollm2"])
+    add_models(parser)
     arguments = parser.parse_args()
     report = Report()
     table = report.table(
@@ -43,7 +43,7 @@ def main() -> Report:
         *("model", "to the next token, s", "bare: load, s", "bare: known tokens, s", "the router's part, s"),
     )
     for name in arguments.models:
-        path = DEMO_MODEL_PATH if name == "demo" else smollm2_path()
+        path = MODELS[name]()
         with isolated():
             found = [one_death(path) for _ in range(arguments.rounds)]
         own_s = median(whole_s - load_s - prompt_s for whole_s, load_s, prompt_s in found)

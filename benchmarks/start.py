@@ -18,8 +18,9 @@ from statistics import median
 import psutil
 from clusters import answers, bare_server, running_worker
 from common import (
-    DEMO_MODEL_PATH,
+    MODELS,
     Report,
+    add_models,
     isolated,
     measured,
     paired_difference,
@@ -27,7 +28,6 @@ from common import (
     parser_of,
     run,
     seconds_of,
-    smollm2_path,
     wait_until,
 )
 
@@ -44,7 +44,7 @@ def main() -> Report:
     """Measure each model."""
     parser = parser_of(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--models", nargs="+", default=["demo", "smollm2"], choices=["demo", "smollm2"])
+    add_models(parser)
     arguments = parser.parse_args()
     report = Report()
     table = report.table(
@@ -52,7 +52,7 @@ def main() -> Report:
         *("model", "way", "s", "added, s", "of bare"),
     )
     for name in arguments.models:
-        path = DEMO_MODEL_PATH if name == "demo" else smollm2_path()
+        path = MODELS[name]()
         with isolated(), ExitStack() as stack:
             endpoints = [stack.enter_context(running_worker()).endpoint for _ in range(WORKERS)]
             cluster = Cluster(path, endpoints)
