@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from sollol_nb.layers import replan
-from sollol_nb.llama_cpp.coordinators import measurements, pool
+from sollol_nb.llama_cpp.coordinators import measurements, pool, replanning
 from sollol_nb.llama_cpp.coordinators.waits import WaitWatch
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.workers import calibrations
@@ -32,8 +32,6 @@ pytestmark = pytest.mark.engine
 
 TOKENS = 16
 MOST_ANSWERS = 25
-TRIES = 3
-"""What else a machine does disturbs measurements of a few tokens."""
 SETTINGS: dict[str, Any] = {"distributed_threshold_params": 1e-6, "context_tokens": 1024, "slots": 3}
 OTHER_USER = """
 import sys
@@ -83,17 +81,10 @@ def test_the_model_leaves_a_worker_that_is_throttled_in_mid_session(
     # As if each worker were another machine, and this one had nothing to offer.
     monkeypatch.setattr(WorkerStatus, "_is_here", property(lambda _: False))
     monkeypatch.setattr(OwnDevices, "capacities", lambda _: [])
-    for tries_left in reversed(range(TRIES)):
-        try:
-            _leave_a_throttled_worker(str(smollm2))
-        except (AssertionError, LookupError):
-            if not tries_left:
-                raise
-        else:
-            return
-
-
-def _leave_a_throttled_worker(model: str) -> None:
+    # On one machine, one worker is quicker than three by up to a fifth.
+    monkeypatch.setattr(replan, "MIN_GAIN", 0.5)
+    monkeypatch.setattr(replanning, "MIN_GAIN", 0.5)
+    model = str(smollm2)
     settings = {**SETTINGS, "speculation": "off"}  # drafts would copy the repeated answer, which measures no token
     with HybridRouter(auto_discover_rpc=False, replan="auto", **settings) as router, ExitStack() as stack:
         slow = router.start_workers(3)[1]

@@ -167,12 +167,20 @@ class TokenMeasurements:
             url, {endpoint: share * token_ms for endpoint, share in shares.items() if share}
         )
 
-    def part_ms(self, coordinator: Coordinator) -> dict[str, float]:
-        """How long each worker of a coordinator takes for a token now, by endpoint; empty where not known."""
+    def shares(self, coordinator: Coordinator) -> Mapping[str, float] | None:
+        """How much of a token's time each worker of a coordinator takes now, by endpoint: the same object until
+        that is measured again; None where not known."""
         shares, token_ms = self._shares.get(coordinator.base_url), self.token_ms(coordinator)
         if shares is None or token_ms is None or not _is_same_time(token_ms, shares.token_ms):
+            return None
+        return shares.of
+
+    def part_ms(self, coordinator: Coordinator) -> dict[str, float]:
+        """How long each worker of a coordinator takes for a token now, by endpoint; empty where not known."""
+        shares, token_ms = self.shares(coordinator), self.token_ms(coordinator)
+        if shares is None or token_ms is None:
             return {}
-        return {endpoint: share * token_ms for endpoint, share in shares.of.items()}
+        return {endpoint: share * token_ms for endpoint, share in shares.items()}
 
     def slow_workers(self, coordinator: Coordinator) -> list[SlowWorker]:
         """The workers that take much longer for a token than expected when the coordinator was started, the

@@ -15,7 +15,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -94,6 +94,7 @@ class _Watched:
     history: MoveHistory
     url: str
     planned_ms: float | None = None  # time per token when its plan was last computed again
+    planned_shares: Mapping[str, float] | None = None  # of its workers, then
     workers_changed: bool = True
     advice: Advice | None = None
     tokens: deque[tuple[float, int]] = field(default_factory=deque)  # of its answers: when, and how many
@@ -176,7 +177,7 @@ class Replanner:
                 watched.history = replace(watched.history, before_ms=None, promised_ms=None)
             watched.history = replace(watched.history, layout=layout, confirmed=0)
             watched.url, watched.planned_ms, watched.workers_changed = coordinator.base_url, None, True
-            watched.advice = None
+            watched.planned_shares = watched.advice = None
         return watched
 
     # --- looking ----------------------------------------------------------------------------------
@@ -203,13 +204,14 @@ class Replanner:
             watched.history = after_judgement(watched.history, measured_ms)
         elif after_answers:
             return
-        if not self._is_worth_planning(watched, measured_ms):
+        shares = self._measurements.shares(coordinator)
+        if not _is_worth_planning(watched, measured_ms, shares):
             return
         if watched.workers_changed:
             await self._workers.refresh()  # a worker that was just added has not been probed yet
             if coordinator not in self._running.coordinators:
                 return
-        watched.planned_ms, watched.workers_changed = measured_ms, False
+        watched.planned_ms, watched.planned_shares, watched.workers_changed = measured_ms, shares, False
         slow = self._measurements.slow_workers(coordinator)
         offer, plan = self._offer(coordinator, watched)
         if after_answers:
@@ -232,14 +234,6 @@ class Replanner:
         except SollolError:
             watched.history = after_failed_move(history, time.monotonic())
             raise
-
-    def _is_worth_planning(self, watched: _Watched, measured_ms: float | None) -> bool:
-        """Whether anything has changed since the plan was last computed, or an offer is to be confirmed."""
-        if watched.workers_changed or watched.history.confirmed or watched.advice is not None:
-            return True
-        if measured_ms is None or watched.planned_ms is None:
-            return True
-        return abs(measured_ms / watched.planned_ms - 1) > CHANGED_TIME
 
     def _offer(self, coordinator: Coordinator, watched: _Watched) -> tuple[Offer | None, LayerPlan | None]:
         """The best layout, if it is another one; with the plan that it is from."""
@@ -362,6 +356,15 @@ class Replanner:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _is_worth_planning(watched: _Watched, measured_ms: float | None, shares: Mapping[str, float] | None) -> bool:
+    """Whether anything has changed since the plan was last computed, or an offer is to be confirmed."""
+    if watched.workers_changed or watched.history.confirmed or watched.advice is not None:
+        return True
+    if measured_ms is None or watched.planned_ms is None or shares is not watched.planned_shares:
+        return True
+    return abs(measured_ms / watched.planned_ms - 1) > CHANGED_TIME
 
 
 def _rate(tokens: deque[tuple[float, int]], now_s: float) -> float:

@@ -1,4 +1,4 @@
-"""A worker that was left because it was slow is measured again until it is in use, whatever happens before."""
+"""When the layout of a model is computed again, and when a worker is measured again that was left as slow."""
 
 from __future__ import annotations
 
@@ -16,6 +16,60 @@ from sollol_nb.runtime.events import EventBus
 from tests.support.engines import run
 
 SLOW = "w1:1"
+
+
+def replanner_over(workers: object, **parts: Any) -> Replanner:
+    nothing: Any = SimpleNamespace(coordinators=[])
+    given: dict[str, Any] = {
+        "running": nothing,
+        "measurements": nothing,
+        "settings": lambda: SimpleNamespace(replan="auto", layer_strategy="auto"),
+        "best_plan": nothing,
+        "predicted_ms": nothing,
+        "move": nothing,
+        "calibrate": nothing,
+    }
+    return Replanner(workers, EventBus(), **{**given, **parts})  # type: ignore[arg-type]
+
+
+def test_what_workers_take_is_planned_with_as_soon_as_it_is_known_again() -> None:
+    """As with tokens that take 76 to 96 ms: an answer in which the waits were measured was not a usual one, then
+    they are measured in one that takes as long as the others."""
+    planned: list[str] = []
+    known: dict[str, Any] = {"ms": 92.0, "shares": None}
+    plan = SimpleNamespace(shards=(), workers=(), predicted_token_ms=None)
+
+    def best_plan(_: object) -> object:
+        planned.append("")
+        return plan
+
+    coordinator: Any = SimpleNamespace(plan=plan, base_url="http://127.0.0.1:1", model="m")
+    route = SimpleNamespace(model_path="m", backend="sharded", modelfile=SimpleNamespace(of_engine={}))
+    replanner = replanner_over(
+        SimpleNamespace(refresh=lambda: asyncio.sleep(0)),
+        running=SimpleNamespace(coordinators=[coordinator], route_of=lambda _: route),
+        measurements=SimpleNamespace(
+            meaningful_ms=lambda _: known["ms"],
+            shares=lambda _: known["shares"],
+            slow_workers=lambda _: [],
+            is_unexplained=lambda _: False,
+        ),
+        best_plan=best_plan,
+        predicted_ms=lambda _: known["ms"],
+    )
+
+    def plans_after_answer(**now: Any) -> int:
+        known.update(now)
+        planned.clear()
+        run(replanner._check(coordinator, after_answers=1))
+        return len(planned)
+
+    assert plans_after_answer() == 1
+    assert plans_after_answer(ms=95.0) == 0, "nothing is known that was not known before"
+    assert plans_after_answer(shares={SLOW: 0.8}) == 1
+    assert plans_after_answer(ms=93.0) == 0
+    assert plans_after_answer(shares={SLOW: 0.8}) == 1, "they were measured again"
+    assert plans_after_answer(ms=120.0) == 1
 
 
 def test_a_slow_worker_is_measured_again_less_and_less_often_until_it_is_in_use(
@@ -40,18 +94,7 @@ def test_a_slow_worker_is_measured_again_less_and_less_often_until_it_is_in_use(
 
     workers = SimpleNamespace(endpoints=[SLOW], probe=probe, state="held")
     workers.statuses = lambda: [SimpleNamespace(endpoint=SLOW, state=workers.state)]
-    nothing: Any = SimpleNamespace(coordinators=[])
-    replanner = Replanner(
-        workers,  # type: ignore[arg-type]
-        EventBus(),
-        nothing,
-        nothing,
-        settings=lambda: SimpleNamespace(replan="auto"),  # type: ignore[arg-type,return-value]
-        best_plan=nothing,
-        predicted_ms=nothing,
-        move=nothing,
-        calibrate=calibrate,
-    )
+    replanner = replanner_over(workers, calibrate=calibrate)
 
     async def recheck() -> None:
         for _ in range(2):  # it is found slow by two answers
