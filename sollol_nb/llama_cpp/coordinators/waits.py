@@ -11,6 +11,7 @@ import asyncio
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from weakref import WeakKeyDictionary, WeakSet
 
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.processes.traffic import Waits, watch_waits
@@ -37,41 +38,40 @@ class WaitWatch:
 
     def __init__(self, on_measured: OnMeasured) -> None:
         self._on_measured = on_measured
-        self._waits: dict[str, Waits] = {}  # watched so far, by the URL of the coordinator
-        self._watching: set[str] = set()  # URLs of coordinators that are watched now
+        # By coordinator, not by URL, which the next one may have too.
+        self._waits: WeakKeyDictionary[Coordinator, Waits] = WeakKeyDictionary()  # watched so far
+        self._watching: WeakSet[Coordinator] = WeakSet()  # watched now
         self._tasks: set[asyncio.Task[None]] = set()
 
     def watch(self, coordinator: Coordinator) -> None:
-        """Watch a coordinator from its next token on; nothing where the operating system reports no waits."""
-        if sys.platform != "linux":
+        """Watch a coordinator from its next token on; nothing where there are no workers, or the operating system
+        reports no waits."""
+        if sys.platform != "linux" or not coordinator.rpc_backends:
             return
         coordinator.pace.at_next_token = lambda: self._start(coordinator)
 
     def _start(self, coordinator: Coordinator) -> None:
         token_s = coordinator.pace.seconds_per_token
-        if token_s is None or token_s < SHORTEST_PART_S * len(_workers_of(coordinator)):
+        if token_s is None or token_s < SHORTEST_PART_S * len(coordinator.rpc_backends):
             return
-        url = coordinator.base_url
-        if url in self._watching:  # for another of its answers
+        if coordinator in self._watching:  # for another of its answers
             return
-        self._watching.add(url)
+        self._watching.add(coordinator)
         task = asyncio.create_task(self._watch(coordinator, token_s))
         self._tasks.add(task)
 
         def end(task: asyncio.Task[None]) -> None:
             self._tasks.discard(task)
-            self._watching.discard(url)
-            if not coordinator.is_running():
-                self._waits.pop(url, None)
+            self._watching.discard(coordinator)
 
         task.add_done_callback(end)
 
     async def _watch(self, coordinator: Coordinator, token_s: float) -> None:
         known = await asyncio.to_thread(
-            lambda: {endpoint: addresses_of(endpoint) for endpoint in _workers_of(coordinator)}
+            lambda: {endpoint: addresses_of(endpoint) for endpoint in coordinator.rpc_backends}
         )
         peers = {address for addresses in known.values() for address in addresses}
-        waits = self._waits.setdefault(coordinator.base_url, Waits())
+        waits = self._waits.setdefault(coordinator, Waits())
         enough_s = max(LEAST_WATCHED_S, WATCHED_TOKENS * token_s)
         every_s = min(max(token_s / LOOKS_PER_TOKEN, SHORTEST_LOOK_S), LONGEST_LOOK_S)
         over = threading.Event()
@@ -86,14 +86,10 @@ class WaitWatch:
         finally:
             over.set()
             is_reported = await watching
-        if is_reported and waits.total_s >= enough_s and self._waits.pop(coordinator.base_url, None) is waits:
+        if is_reported and waits.total_s >= enough_s and coordinator.is_running():
+            del self._waits[coordinator]
             shares = {
                 endpoint: sum(waits.seconds.get(address, 0.0) for address in addresses) / waits.total_s
                 for endpoint, addresses in known.items()
             }
             self._on_measured(coordinator, shares)
-
-
-def _workers_of(coordinator: Coordinator) -> list[str]:
-    """Its workers, without own devices."""
-    return list(coordinator.plan.endpoints) if coordinator.plan else []
