@@ -68,7 +68,7 @@ class Coordinator:
         log_path: the engine's log, drained to a file.
         placement: where the engine says it put the layers; None until it is ready.
         load_ms: from the start of the process until it was ready.
-        first_seconds_per_token: as measured when it became ready, without drafts; None if it was not.
+        first_seconds_per_token: as measured when it became ready; None if it was not.
         gate: waiting requests, in order of priority.
         keep_alive_s: seconds that it lives without a request, as last set from here; None is forever.
         is_adopted: whether another process (or router) started it.
@@ -261,7 +261,7 @@ class Coordinator:
         self.placement, self.load_ms = ready.placement, ready.load_ms
         self._streams.chat_template = ready.chat_template
         self.pace.set_load_time(ready.load_ms / 1000)
-        self.first_seconds_per_token = ready.seconds_per_token or None
+        self.first_seconds_per_token = ready.seconds_per_token if ready.is_measured else None
         self.pace.calibrate(ready.seconds_per_token)
         # If the engine does not say, the limit is assumed to be what was requested.
         with contextlib.suppress(TransportError, KeyError, TypeError):

@@ -24,6 +24,7 @@ from sollol_nb.layers.replan import Layout, layout_of
 from sollol_nb.layers.token_time import Measurement, TokenTime, WorkerSpeeds, calibrate, predict, worker_parts
 from sollol_nb.llama_cpp.coordinators.calibration_models import Q4_K_BYTES, Q4_K_WEIGHTS
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
+from sollol_nb.llama_cpp.coordinators.speculation import NGRAM
 from sollol_nb.llama_cpp.workers.calibrations import Calibration
 from sollol_nb.runtime.events import Event, EventBus, EventKind
 
@@ -106,8 +107,10 @@ class TokenMeasurements:
         if answers_ms:
             return median(answers_ms)
         seconds = coordinator.pace.seconds_per_token
-        if coordinator.settings.speculation.is_on:  # that is the pace of several tokens verified together
-            seconds = coordinator.first_seconds_per_token
+        speculation = coordinator.settings.speculation
+        if speculation.is_on:  # that is the pace of several tokens verified together
+            # There was nothing to copy yet; a draft model drafts from the first token on.
+            seconds = coordinator.first_seconds_per_token if speculation.kind == NGRAM else None
         return None if seconds is None else seconds * 1000
 
     def meaningful_ms(self, coordinator: Coordinator) -> float | None:

@@ -63,13 +63,16 @@ class Ready:
     Attributes:
         placement: where the engine put the layers, according to its log.
         load_ms: from the start of the process until it was ready.
-        seconds_per_token: measured; 0 if the engine did not report it.
+        seconds_per_token: measured, or estimated while requests of other processes keep it busy; 0 if the engine
+            did not report it.
+        is_measured: whether it was measured.
         chat_template: of the model.
     """
 
     placement: Placement
     load_ms: float
     seconds_per_token: float
+    is_measured: bool
     chat_template: str
 
 
@@ -136,12 +139,14 @@ class StartingCoordinator:
             load_ms = (time.time() - self._process.entry.started_at) * 1000
             await self._process.update_about(load_ms=load_ms)
         seconds_per_token = float(self._process.entry.about.get("seconds_per_token") or 0.0)
-        if not seconds_per_token:
-            seconds_per_token = await self._seconds_per_token(load_ms / 1000)
+        is_measured = seconds_per_token > 0
+        if not is_measured:
+            seconds_per_token, is_measured = await self._seconds_per_token(load_ms / 1000)
         return Ready(
             placement=placement,
             load_ms=load_ms,
             seconds_per_token=seconds_per_token,
+            is_measured=is_measured,
             chat_template=chat_template,
         )
 
@@ -155,8 +160,11 @@ class StartingCoordinator:
             await asyncio.sleep(READY_POLL_S)
         return 0.0
 
-    async def _seconds_per_token(self, load_s: float) -> float:
+    async def _seconds_per_token(self, load_s: float) -> tuple[float, bool]:
         """Measure a token, so that silence can be judged from the first request on; 0 if that is not reported.
+
+        Returns:
+            Seconds, and whether they were measured: what another process started may be too busy for that.
 
         Raises:
             CoordinatorStartError: no token was generated.
@@ -169,16 +177,16 @@ class StartingCoordinator:
             answer = await self._client.post("/completion", body, timeout_s=limit_s)
             seconds_per_token = float(answer["timings"]["predicted_per_token_ms"]) / 1000
         except (HttpStatusError, KeyError, TypeError, ValueError):
-            return 0.0  # the first request will show it
+            return 0.0, False  # the first request will show it
         except TransportError as error:
             report = await self._process.ended_within(0.5)
             if report is not None:
                 raise self._start_error(report) from error
             if not self._is_adopted:
                 raise self._stalled_error(f"generated no token within {limit_s:.0f} s of loading") from error
-            seconds_per_token = limit_s / CALIBRATION_TOKENS  # requests of other kernels may keep it busy
+            return limit_s / CALIBRATION_TOKENS, False
         await self._process.update_about(seconds_per_token=seconds_per_token)
-        return seconds_per_token
+        return seconds_per_token, True
 
     async def _start_log(self) -> str:
         """The log up to the line where the engine listens, which may be written a little after it is ready."""

@@ -14,7 +14,7 @@ from sollol_nb.layers.planner import plan_from_counts, plan_layers
 from sollol_nb.layers.token_time import predict, worker_parts
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.coordinators.measurements import LAYOUTS_KEPT, TokenMeasurements
-from sollol_nb.llama_cpp.coordinators.speculation import NGRAM, NO_SPECULATION, Speculation
+from sollol_nb.llama_cpp.coordinators.speculation import DRAFT, NGRAM, NO_SPECULATION, Speculation
 from sollol_nb.llama_cpp.workers.calibrations import Calibration
 from sollol_nb.runtime.events import EventBus, EventKind
 from tests.support.layer_plans import GB, TWELVE, workers
@@ -58,6 +58,8 @@ def test_with_drafts_the_first_tokens_stand_in_instead_of_the_pace() -> None:
     assert TokenMeasurements(EventBus()).token_ms(running) is None
     running.first_seconds_per_token = 0.01
     assert TokenMeasurements(EventBus()).token_ms(running) == 10
+    running.settings.speculation = Speculation(kind=DRAFT)
+    assert TokenMeasurements(EventBus()).token_ms(running) is None, "these were drafted, too"
 
 
 def test_how_far_the_prediction_is_off_is_known_after_five_answers() -> None:
