@@ -54,8 +54,12 @@ class RowWriter:
             self._rows.append((log, row))
             if self._thread is None:
                 thread = threading.Thread(target=self._run, name="sollol_nb latency rows", daemon=True)
-                thread.start()
-                self._thread = thread
+                try:
+                    thread.start()
+                except RuntimeError as error:  # too many threads; the next row tries again
+                    logger.warning("latency rows are not written to %s yet: %s", log.path, error)
+                else:
+                    self._thread = thread
             elif len(self._rows) == 1:  # it waits for a first row
                 self._changed.notify_all()
 

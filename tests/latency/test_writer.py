@@ -62,6 +62,22 @@ def test_a_row_that_cannot_be_written_is_a_warning(tmp_path: Path, caplog: pytes
     assert len(log.frame()) == 1
 
 
+def test_a_row_that_no_thread_can_write_is_written_with_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    log, writer = LatencyLog(tmp_path / "log"), RowWriter()
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        writer.write(log, REFUSED)
+    assert f"latency rows are not written to {log.path} yet: can't start new thread" in caplog.text
+    writer.write(log, REFUSED)
+    writer.wait_written(HANG_GUARD_S)
+    assert len(log.frame()) == 2
+
+
 def test_the_last_row_of_a_script_is_written(tmp_path: Path) -> None:
     code = f"""
 from sollol_nb.latency.log import LatencyLog
