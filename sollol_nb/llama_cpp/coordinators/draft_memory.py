@@ -72,8 +72,9 @@ class DraftMemory:
             self._saving = asyncio.create_task(self._save_soon())
 
     async def _save_soon(self) -> None:
-        await asyncio.sleep(SAVED_AFTER_S)
-        await self.save()
+        while self._new:
+            await asyncio.sleep(SAVED_AFTER_S)
+            await self.save()
 
     async def save(self) -> None:
         """Write what was added. An error is logged: no answer depends on it."""

@@ -6,12 +6,15 @@ import asyncio
 import json
 import os
 import stat
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sollol_nb.gguf.facts import read_facts
 from sollol_nb.llama_cpp.answers.drafts import DraftCounter
+from sollol_nb.llama_cpp.coordinators import draft_memory
 from sollol_nb.llama_cpp.coordinators.draft_memory import TOKENS_KEPT, DraftMemory
 from sollol_nb.llama_cpp.coordinators.pace import Pace
 from sollol_nb.llama_cpp.coordinators.speculation import (
@@ -115,6 +118,29 @@ def test_results_outlive_a_process_and_fade(alone: None) -> None:
     for damaged in ("{", "[1]", '[{"model": "m"}]', path.read_text().replace('"tokens": ', '"tokens": -')):
         path.write_text(damaged)
         assert asyncio.run(DraftMemory().of(*key[:2])) == {}
+
+
+def test_results_that_come_while_others_are_written_are_written_a_second_later(
+    alone: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory, key, written = DraftMemory(), ("model 1 2", "5/4/4 at 2^0 ms", "ngram"), list[float]()
+    loops: list[asyncio.AbstractEventLoop] = []
+
+    def write(new: Mapping[Any, DraftResults]) -> None:
+        written.extend(results.tokens for results in new.values())
+        if len(written) == 1:
+            loops[0].call_soon_threadsafe(memory.add, key, PAID)
+
+    async def answer() -> None:
+        loops.append(asyncio.get_running_loop())
+        memory.add(key, LOST)
+        assert memory._saving is not None
+        await memory._saving
+
+    monkeypatch.setattr(draft_memory, "SAVED_AFTER_S", 0.01)
+    monkeypatch.setattr(draft_memory, "_write", write)
+    asyncio.run(answer())
+    assert written == [LOST.tokens, PAID.tokens]
 
 
 def test_tokens_that_were_computed_alone_are_counted_apart_from_drafted_ones() -> None:
