@@ -235,7 +235,7 @@ def soonest_through(
     assert search.best is not None
     unknown = [position for position in search.best.positions if not is_known(workers[position], speeds)]
     if unknown:  # so no time can be predicted
-        reasons = [why_unknown([workers[position].worker for position in unknown])]
+        reasons = [why_unknown([workers[position].worker for position in unknown], wanted)]
         return Choice(search.best.positions, search.best.counts, tuple(reasons))
     layouts = [search.best]
     if margin == MARGIN:  # where memory is tight, there is little to choose

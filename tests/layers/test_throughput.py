@@ -97,7 +97,12 @@ def test_a_worker_of_unknown_speed_takes_part_where_the_memory_requires_it() -> 
     workers = [*cluster(0.5, free_gb=8), WorkerCapacity("new:1", 40 * GB, 40 * GB, 0.5)]
     plan = planned(TWELVE, workers, speeds_of(workers[:1]))
     assert set(plan.endpoints) == {"w0:1", "new:1"}
-    assert plan.reasons[0].startswith("new:1 takes part although it is not calibrated yet: ")
+    assert plan.reasons[0].startswith("new:1 takes part although it is not calibrated yet: the memory ")
+    plenty = [*cluster(0.5, free_gb=40), workers[1]]
+    both = planned(TWELVE, plenty, speeds_of(plenty[:1]), wanted=2)
+    assert both.reasons[0].startswith(
+        "new:1 takes part although it is not calibrated yet: 2 workers must take part "
+    )
 
 
 def test_layers_on_the_own_cpu_end_the_overlap_so_it_gets_none_where_workers_suffice() -> None:
