@@ -8,7 +8,7 @@ workers of a group are drawn. In half of these the workers have so little memory
 all together one and a half times of it. Every split of a small model over every subset of a cluster is measured
 briefly, and the best of them again, in turns with our plan (`auto`), the engine's own split (by free memory) and
 an even one. "Every" leaves out the order of the workers, since only the small output layer depends on it. Of
-SmolLM2, which has 31 units, splits are tried in steps of 8.
+SmolLM2, which has 31 units, splits are tried in steps of `STEP`.
 
 Memory is limited in what planner and splits know, not in the workers; there the engine gets the split by free
 memory that it would choose. The coordinator's own processor takes no part: on one machine, nothing is faster.
@@ -228,7 +228,7 @@ def main() -> Report:
     chance = random.Random(arguments.seed)
     report = Report()
     small = report.table("A model of 4 blocks: ms for each token", *COLUMNS)
-    real = report.table("SmolLM2, splits in steps of 8 of its 31 units: ms for each token", *COLUMNS)
+    real = report.table(f"SmolLM2, splits in steps of {STEP} of its 31 units: ms for each token", *COLUMNS)
     results: list[Result] = []
     real_results: list[Result] = []
     errors: list[float] = []
