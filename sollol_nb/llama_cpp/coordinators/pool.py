@@ -123,6 +123,7 @@ class CoordinatorPool:
             coordinator = self._running.find(route)
             # Another request may have started it meanwhile.
             if coordinator is not None and self._serves(coordinator, route, speculation):
+                self._running.note_route(route)
                 return coordinator, (time.perf_counter() - began) * 1000
             lost: frozenset[str] = frozenset()
             if coordinator is not None:
@@ -194,6 +195,7 @@ class CoordinatorPool:
             route = self._running.route_of(coordinator)
             foreseen = self.what_if(model, layout)
             await self._check_free(model, foreseen.plan.endpoints, coordinator)  # one that is gone has no memory
+            foreseen = self.what_if(model, layout)  # their memory was just read
             if not foreseen.fits:
                 raise ModelDoesNotFitError(f"{foreseen.shortage}; move layers to a worker with more memory")
             before = "/".join(map(str, coordinator.plan.unit_counts)) if coordinator.plan else ""
@@ -205,11 +207,15 @@ class CoordinatorPool:
 
     async def replan(self, model: str | None = None) -> list[str]:
         """As `ClusterControl.replan`."""
-        if model is None:
-            models = [coordinator.model for coordinator in self.coordinators if coordinator.plan is not None]
-        else:
-            models = [self._sharded(model).model]
-        return [await self._replan(each) for each in models]
+        if model is not None:
+            return [await self._replan(self._sharded(model).model)]
+        lines = []
+        for each in [coordinator.model for coordinator in self.coordinators if coordinator.plan is not None]:
+            try:
+                lines.append(await self._replan(each))
+            except SollolError as error:
+                lines.append(f"{each}: {error}")
+        return lines
 
     async def _replan(self, model: str) -> str:
         async with self._starting[key_of(self._running.route_of(self._sharded(model)))]:

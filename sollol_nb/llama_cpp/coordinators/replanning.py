@@ -161,7 +161,7 @@ class Replanner:
                         submit(self._check(coordinator, after_answers=1))
         elif event.kind in _WORKERS_CHANGED:
             for coordinator in self._running.coordinators:
-                if coordinator.plan is not None and coordinator.plan.workers:
+                if coordinator.plan is not None:
                     self._of(coordinator).workers_changed = True
                     submit(self._check(coordinator, after_answers=0))
 
@@ -204,14 +204,15 @@ class Replanner:
             watched.history = after_judgement(watched.history, measured_ms)
         elif after_answers:
             return
-        shares = self._measurements.shares(coordinator)
-        if not _is_worth_planning(watched, measured_ms, shares):
+        if not _is_worth_planning(watched, measured_ms, self._measurements.shares(coordinator)):
             return
-        if watched.workers_changed:
+        while watched.workers_changed:  # also while they were probed
+            watched.workers_changed = False
             await self._workers.refresh()  # a worker that was just added has not been probed yet
             if coordinator not in self._running.coordinators:
                 return
-        watched.planned_ms, watched.planned_shares, watched.workers_changed = measured_ms, shares, False
+        watched.planned_ms = self._measurements.meaningful_ms(coordinator)
+        watched.planned_shares = self._measurements.shares(coordinator)
         slow = self._measurements.slow_workers(coordinator)
         offer, plan = self._offer(coordinator, watched)
         if after_answers:

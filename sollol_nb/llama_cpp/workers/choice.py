@@ -49,7 +49,7 @@ def best_plan(
         ConfigError, WorkersUnavailableError: as in `plan_layers`.
         ModelDoesNotFitError: the model does not fit into their memory.
     """
-    if resolve_strategy(strategy, free, speeds) not in SPLITS:
+    if resolve_strategy(strategy, free or own, speeds) not in SPLITS:
         assert speeds is not None
         own = [device for device in own if speeds.is_calibrated(device.endpoint)]
         count = None if wanted is None else min(wanted, len(free), facts.layer_count + 1)

@@ -85,6 +85,13 @@ def test_by_speed_this_machine_takes_part_once_it_is_calibrated() -> None:
         assert [shard.endpoint for shard in plan.shards] == [used]
 
 
+@pytest.mark.parametrize("strategy", ["auto", "latency_aware", "throughput"])
+def test_this_machine_may_hold_a_model_alone_while_no_worker_is_free(strategy: str) -> None:
+    speeds = speeds_of(own_endpoint(CPU))
+    plan = best_plan(TWELVE, [], strategy=strategy, context_tokens=256, own=[own_cpu(20)], speeds=speeds)
+    assert [shard.endpoint for shard in plan.shards] == [own_endpoint(CPU)]
+
+
 def test_workers_here_hold_a_model_for_which_this_machines_own_layers_would_leave_too_little_memory() -> None:
     free = [replace(found, round_trip_ms=0.1) for found in workers(20 * GB, domains="a")]
     speeds = speeds_of("w0:1", own_endpoint(CPU))
