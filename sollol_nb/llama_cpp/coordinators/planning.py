@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from sollol_nb.errors import ModelDoesNotFitError, WorkersUnavailableError
+from sollol_nb.errors import ModelDoesNotFitError, SollolError, WorkersUnavailableError
 from sollol_nb.gguf.facts import ModelFacts
 from sollol_nb.layers.plan import THIS_MACHINE, LayerPlan, is_own
 from sollol_nb.layers.planner import plan_from_counts, plan_layers
@@ -188,21 +188,27 @@ class Planner:
             ModelDoesNotFitError: their memory does not hold the model.
         """
         free = [worker for worker in self._workers.statuses() if worker.state == "free"]
-        if not free:
-            alone = self.plan_alone(route, facts, context_tokens, settings)
-            if alone is None:
-                raise WorkersUnavailableError(describe_missing_workers(route.name, self._workers.statuses()))
-            return alone
         usable = [worker for worker in free if not self._workers.cool_down_s(worker.endpoint)] or free
         assert route.model_path is not None
-        return self._best(
-            usable, route.model_path, facts, context_tokens, settings, needs_worker=route.needs_worker
-        )
+        try:
+            if not free:
+                raise WorkersUnavailableError(describe_missing_workers(route.name, self._workers.statuses()))
+            return self._best(
+                usable, route.model_path, facts, context_tokens, settings, needs_worker=route.needs_worker
+            )
+        except (WorkersUnavailableError, ModelDoesNotFitError) as error:
+            alone = self.plan_alone(route, facts, context_tokens, settings, error)
+            if alone is None:
+                raise
+            return alone
 
     def plan_alone(
-        self, route: Route, facts: ModelFacts, context_tokens: int, settings: PoolSettings
+        self, route: Route, facts: ModelFacts, context_tokens: int, settings: PoolSettings, problem: SollolError
     ) -> LayerPlan | None:
-        """The plan over this machine alone, for a start that finds no free worker.
+        """The plan over this machine alone, for a start that finds no free worker, or too small ones.
+
+        Args:
+            problem: why workers cannot be used.
 
         Returns:
             None where workers were requested, or this machine is not calibrated or does not hold the model.
@@ -222,7 +228,10 @@ class Planner:
             plan = plan_layers(facts, own, strategy=LATENCY_AWARE, context_tokens=context_tokens, speeds=speeds)
         except ModelDoesNotFitError:
             return None
-        return replace(plan, reasons=(f"all layers are on {THIS_MACHINE}, since no worker is free",))
+        missing = "the free workers do not hold the model"
+        if isinstance(problem, WorkersUnavailableError):
+            missing = "no worker is free"
+        return replace(plan, reasons=(f"all layers are on {THIS_MACHINE}, since {missing}",))
 
     def _best(
         self,

@@ -329,10 +329,9 @@ class CoordinatorStarter:
                             raise
                         if await self._running.end_idle(start.model):
                             continue
-                        if isinstance(error, WorkersUnavailableError):
-                            plan = self.planner.plan_alone(
-                                start.route, start.facts, start.context_tokens, self.settings
-                            )
+                        plan = self.planner.plan_alone(
+                            start.route, start.facts, start.context_tokens, self.settings, error
+                        )
                         if plan is None:
                             raise
                 speculation = await self.drafting.choose(start, plan, self._workers.round_trips_ms, given_draft)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sollol_nb.errors import WorkersUnavailableError
+from sollol_nb.errors import ModelDoesNotFitError, WorkersUnavailableError
 from sollol_nb.gguf.facts import read_facts
 from sollol_nb.layers.plan import CPU, THIS_MACHINE, LayerPlan, own_endpoint
 from sollol_nb.layers.planner import model_load, plan_from_counts
@@ -23,7 +23,7 @@ from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.models.files import DEMO_MODEL_PATH
 from sollol_nb.settings.endpoints import parse_endpoint
 from sollol_nb.sync_wrapper import HybridRouter
-from tests.support.engines import all_end, engine_on, run, unused_port
+from tests.support.engines import all_end, engine_on, run, unused_port, unused_ports
 
 FACTS = read_facts(DEMO_MODEL_PATH)
 UNITS = FACTS.layer_count + 1
@@ -234,7 +234,7 @@ def test_given_layers_of_this_machine_are_placed_there(three: list[str]) -> None
 
 @pytest.mark.engine
 def test_a_model_that_is_sharded_for_its_size_may_run_here_alone_and_one_requested_sharded_may_not(
-    calibrated: list[str],
+    engine: Engine, calibrated: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options: dict[str, Any] = {"temperature": 0, "max_tokens": 2}
     settings: dict[str, Any] = {
@@ -259,3 +259,19 @@ def test_a_model_that_is_sharded_for_its_size_may_run_here_alone_and_one_request
             router.route_request("demo", "Hello", backend="sharded", **options)
         chosen = router.route_request("demo", "Hello", **options)["_routing"]
         assert chosen["reason"].endswith("; all layers are on this machine, since no worker is free")
+    started = run(start_workers(engine, unused_ports(1), LocalOptions(1, threads=1, keep_alive_s=60.0), set()))
+    ((endpoint, process),) = started.items()
+    try:
+        monkeypatch.setattr(WorkerStatus, "capacity", property(lambda status: WorkerCapacity(endpoint, 1, 1)))
+        with HybridRouter(rpc_backends=[endpoint], **settings) as router:
+            router.check_workers()
+            foreseen = router.plan("demo")
+            assert foreseen is not None
+            chosen = router.route_request("demo", "Hello", **options)["_routing"]
+            ending = "all layers are on this machine, since the free workers do not hold the model"
+            assert chosen["reason"].endswith(f"; {ending}")
+            assert foreseen.reasons == (ending,)
+            with pytest.raises(ModelDoesNotFitError):
+                router.route_request("demo", "Hello", backend="sharded", **options)
+    finally:
+        run(process.stop())
