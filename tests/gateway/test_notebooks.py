@@ -33,6 +33,18 @@ def loaded(fresh: Kernel, *cells: str) -> Kernel:
 
 
 @pytest.fixture(scope="module")
+def gateway(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
+    """A gateway with its own state: the examples measure its workers and stop its models, which would decide the
+    layouts of other modules' models."""
+    state = str(tmp_path_factory.mktemp("gateway"))
+    with running_gateway(variables={"SOLLOL_STATE_DIR": state, "SOLLOL_AUTO_SETUP": "1"}) as running:
+        yield running
+    with pytest.MonkeyPatch.context() as its:
+        its.setenv("SOLLOL_STATE_DIR", state)
+        run_blocking(stop_engines(also_used=True))
+
+
+@pytest.fixture(scope="module")
 def notebook(gateway: GatewayProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
     """A kernel without an engine, in an empty folder, that uses the gateway by its setting."""
     folder = tmp_path_factory.mktemp("kernel")
