@@ -11,10 +11,8 @@ import pytest
 
 from sollol_nb.gateway.keys import Key, add_key
 from sollol_nb.llama_cpp.engine.check import Engine
-from sollol_nb.llama_cpp.processes.running import stop_engines
-from sollol_nb.runtime.io_loop import run_blocking
 from tests.support.engines import engines_of
-from tests.support.gateway import GatewayProcess, RestartableGateway, running_gateway
+from tests.support.gateway import GatewayProcess, RestartableGateway, own_gateway
 from tests.support.kernels import MAGICS, Kernel, kernel
 from tests.support.magic_examples import run_examples
 
@@ -36,12 +34,8 @@ def loaded(fresh: Kernel, *cells: str) -> Kernel:
 def gateway(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
     """A gateway with its own state: the examples measure its workers and stop its models, which would decide the
     layouts of other modules' models."""
-    state = str(tmp_path_factory.mktemp("gateway"))
-    with running_gateway(variables={"SOLLOL_STATE_DIR": state, "SOLLOL_AUTO_SETUP": "1"}) as running:
+    with own_gateway(tmp_path_factory.mktemp("gateway"), SOLLOL_AUTO_SETUP="1") as running:
         yield running
-    with pytest.MonkeyPatch.context() as its:
-        its.setenv("SOLLOL_STATE_DIR", state)
-        run_blocking(stop_engines(also_used=True))
 
 
 @pytest.fixture(scope="module")
@@ -122,9 +116,8 @@ def test_a_key_is_asked_for_and_never_shown(
     with monkeypatch.context() as before:
         before.setenv("SOLLOL_STATE_DIR", str(tmp_path / "gateway"))
         key = add_key(Key(name="ana"))
-    variables = {"SOLLOL_STATE_DIR": str(tmp_path / "gateway")}
     with (
-        running_gateway("--require-key", variables=variables) as guarded,
+        own_gateway(tmp_path / "gateway", "--require-key") as guarded,
         kernel(SOLLOL_STATE_DIR=str(tmp_path / "kernel")) as fresh,
     ):
         notebook = loaded(fresh)
@@ -154,7 +147,7 @@ def test_a_key_is_asked_for_and_never_shown(
 
 @posix
 def test_answers_of_two_notebooks_continue_after_the_gateway_was_killed(
-    engine: Engine, endless: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, endless: str, tmp_path: Path
 ) -> None:
     restartable = RestartableGateway(tmp_path / "gateway")
     try:
@@ -175,6 +168,3 @@ def test_answers_of_two_notebooks_continue_after_the_gateway_was_killed(
                 assert each.value("[each['continued'] for each in answer.routing['failovers']]") == "[True]"
     finally:
         restartable.close()
-        with monkeypatch.context() as its:
-            its.setenv("SOLLOL_STATE_DIR", str(tmp_path / "gateway"))
-            run_blocking(stop_engines(also_used=True))

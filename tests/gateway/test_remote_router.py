@@ -32,10 +32,8 @@ from sollol_nb.latency.log import LatencyLog
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.links.join_link import JoinLink
 from sollol_nb.llama_cpp.processes import registry
-from sollol_nb.llama_cpp.processes.running import stop_engines
 from sollol_nb.router.remote import connection
 from sollol_nb.runtime.events import EventKind
-from sollol_nb.runtime.io_loop import run_blocking
 from sollol_nb.sync_wrapper import HybridRouter
 from tests.support.engines import (
     engine_on,
@@ -48,7 +46,7 @@ from tests.support.engines import (
     silent_peer,
     unused_port,
 )
-from tests.support.gateway import GatewayProcess, RestartableGateway, running_gateway
+from tests.support.gateway import GatewayProcess, RestartableGateway, own_gateway
 from tests.support.merge_patch import patched
 
 pytestmark = pytest.mark.engine
@@ -67,13 +65,11 @@ def router(gateway: GatewayProcess, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture
-def restartable(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RestartableGateway]:
+def restartable(engine: Engine, tmp_path: Path) -> Iterator[RestartableGateway]:
     """A gateway that can be killed and started again. Its machine's state is not that of the reader."""
     its = RestartableGateway(tmp_path / "gateway")
     yield its
     its.close()
-    monkeypatch.setenv("SOLLOL_STATE_DIR", str(tmp_path / "gateway"))
-    run_blocking(stop_engines(also_used=True))
 
 
 # --- the same as with own engines -----------------------------------------------------------------
@@ -259,7 +255,7 @@ def guarded(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     before.setenv("SOLLOL_STATE_DIR", str(folder))
     keys = {"ana": add_key(Key(name="ana")), "head": add_key(Key(name="head", may_control=True))}
     before.undo()
-    with running_gateway(variables={"SOLLOL_STATE_DIR": str(folder)}) as running:
+    with own_gateway(folder) as running:
         yield running.url, keys
 
 
@@ -500,5 +496,5 @@ def test_an_interrupted_answer_is_resumed_over_the_gateway(engine: Engine, tmp_p
             assert (await remote.resume(interrupted.value)).text == whole.text
             await remote.stop_workers()
 
-    with running_gateway(variables={"SOLLOL_STATE_DIR": str(tmp_path / "gateway")}) as running:
+    with own_gateway(tmp_path / "gateway") as running:
         run(test(running.url))

@@ -12,6 +12,7 @@ from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 
 import httpx
+import pytest
 
 from sollol_nb.gateway.access import AccessRules
 from sollol_nb.gateway.app import application
@@ -19,7 +20,9 @@ from sollol_nb.gateway.gateway import Gateway
 from sollol_nb.gateway.keys import Keys
 from sollol_nb.hybrid_router import HybridRouter
 from sollol_nb.llama_cpp.processes import registry
+from sollol_nb.llama_cpp.processes.running import stop_engines
 from sollol_nb.ollama.pool import OllamaPool
+from sollol_nb.runtime.io_loop import run_blocking
 from tests.support.engines import HANG_GUARD_S, REPOSITORY, eventually, unused_port
 
 NOTHING_LISTENS = "127.0.0.1:9"
@@ -83,6 +86,23 @@ def running_gateway(
                     process.kill()
 
 
+@contextmanager
+def own_gateway(folder: Path, *arguments: str, **variables: str) -> Iterator[GatewayProcess]:
+    """A gateway whose state is in this folder; its engines end with it."""
+    try:
+        with running_gateway(*arguments, variables={"SOLLOL_STATE_DIR": str(folder), **variables}) as running:
+            yield running
+    finally:
+        end_engines(folder)
+
+
+def end_engines(folder: Path) -> None:
+    """End all engines and links whose state is in this folder."""
+    with pytest.MonkeyPatch.context() as its:
+        its.setenv("SOLLOL_STATE_DIR", str(folder))
+        run_blocking(stop_engines(also_used=True))
+
+
 class RestartableGateway:
     """A gateway that can be killed and started again on the same port; the next process finds its engines.
 
@@ -93,6 +113,7 @@ class RestartableGateway:
 
     def __init__(self, folder: Path) -> None:
         """Args: folder: for its state."""
+        self._folder = folder
         port = unused_port()
         self.url = f"http://127.0.0.1:{port}"
         self._port = port
@@ -117,8 +138,9 @@ class RestartableGateway:
         self.start()
 
     def close(self) -> None:
-        """End the last process."""
+        """End the last process and its engines."""
         self._stack.close()
+        end_engines(self._folder)
 
 
 @asynccontextmanager
