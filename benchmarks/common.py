@@ -141,7 +141,7 @@ def parser_of(doc: str | None) -> ArgumentParser:
 
 
 def add_models(parser: ArgumentParser) -> None:
-    """Let the models that are measured be chosen; all of them are, unless told."""
+    """Add `--models`: which models are measured; all of them by default."""
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
 
 

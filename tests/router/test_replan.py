@@ -163,7 +163,7 @@ def test_a_better_worker_that_is_added_is_moved_to_once_nobody_else_uses_the_mod
     monkeypatch.setattr(replan, "CONFIRMATIONS", 1)
     monkeypatch.setattr(measurements, "MEANINGFUL_ANSWERS", 1)
     monkeypatch.setattr(calibrations, "CHECK_EVERY_S", 0.0)
-    # Both workers are as quick in fact: only the calibrations that this test writes shall tell them apart.
+    # Both workers are equally fast; only the calibrations that this test writes tell them apart.
     monkeypatch.setattr(pool, "ANSWERS_PER_CORRECTION", 10**6)
     monkeypatch.setattr(WaitWatch, "watch", lambda *_: None)
     monkeypatch.setattr(WorkerStatus, "_is_here", property(lambda _: False))
