@@ -21,6 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from sollol_nb.errors import ConfigError, CoordinatorStartError, ModelDoesNotFitError, SollolError
 from sollol_nb.gguf.facts import read_facts
 from sollol_nb.layers.plan import GIVEN, LayerPlan
+from sollol_nb.layers.replan import layout_of
 from sollol_nb.layers.strategies import SPLITS
 from sollol_nb.layers.token_time import TokenTime
 from sollol_nb.layers.what_if import Forecast, forecast, without_layout
@@ -233,7 +234,8 @@ class CoordinatorPool:
                         f"nothing is known of how fast the workers of {model} are; measure them with "
                         "`%sollol_cluster calibrate`, or ask the model something"
                     )
-                if then_ms > now_ms * (1 - LEAST_GAIN):
+                is_same = coordinator.plan is not None and layout_of(plan) == layout_of(coordinator.plan)
+                if is_same or then_ms > now_ms * (1 - LEAST_GAIN):
                     return (
                         f"{model} stays as it is: no other layout is clearly faster than {now_ms:.3g} ms per token"
                     )

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from sollol_nb.errors import WorkersUnavailableError
+from sollol_nb.layers.plan import LayerPlan
+from sollol_nb.layers.planner import plan_from_counts
 from sollol_nb.llama_cpp.coordinators import replanning
 from sollol_nb.llama_cpp.coordinators.pool import CoordinatorPool
 from sollol_nb.llama_cpp.coordinators.replanning import Replanner
 from sollol_nb.runtime.events import Event, EventBus, EventKind
 from tests.support.engines import eventually, run
+from tests.support.layer_plans import GB, TWELVE, workers
 
 SLOW = "w1:1"
 
@@ -121,6 +125,34 @@ def test_a_model_that_cannot_be_planned_again_does_not_keep_the_others_from_it()
         "alone: there is no worker to place layers on",
         "big stays as it is",
     ]
+
+
+def test_a_model_that_has_the_best_layout_is_not_restarted_for_slow_tokens() -> None:
+    def plan(predicted_ms: float) -> LayerPlan:
+        found = plan_from_counts(TWELVE, workers(20 * GB), [13])
+        return replace(found, strategy="latency_aware", predicted_token_ms=predicted_ms)
+
+    async def refresh() -> None:
+        pass
+
+    coordinator = SimpleNamespace(plan=plan(1.3))
+    pool: Any = SimpleNamespace(
+        settings=None,
+        _starting={("big.gguf", "sharded", "{}"): asyncio.Lock()},
+        _sharded=lambda _: coordinator,
+        _running=SimpleNamespace(
+            route_of=lambda _: SimpleNamespace(
+                model_path="big.gguf", backend="sharded", modelfile=SimpleNamespace(of_engine={})
+            )
+        ),
+        _workers=SimpleNamespace(refresh=refresh),
+        _suspects=lambda _: [],
+        _starter=SimpleNamespace(planner=SimpleNamespace(best_for=lambda *_: plan(1.76))),
+        _predicted_ms=lambda _: 2.03,
+    )
+    assert run(CoordinatorPool._replan(pool, "big")) == (
+        "big stays as it is: no other layout is clearly faster than 2.03 ms per token"
+    )
 
 
 def test_a_slow_worker_is_measured_again_less_and_less_often_until_it_is_in_use(
