@@ -80,6 +80,9 @@ class Routing(TypedDict, total=False):
         queue_ms, load_ms, ttft_ms, tokens_per_s, router_overhead_ms, failovers: as in the latency log.
         drafted_tokens, accepted_tokens: as in the latency log; None where the engine drafts none.
         dropped: which messages were left out to fit the context.
+        cached_tokens: prompt tokens that were taken from the engine's slot, not processed; None where unknown.
+        restored_tokens: those of `cached_tokens` that a saved context had brought there; None where unknown.
+        context_note: why a saved context of the prompt was not used, as one line; usually "".
         gateway: the URL of the gateway over which the answer came, if one did.
         node, total_ms: of the Ollama pool: the node that finished, and from the call to the end.
     """
@@ -104,6 +107,9 @@ class Routing(TypedDict, total=False):
     drafted_tokens: int | None
     accepted_tokens: int | None
     dropped: str
+    cached_tokens: int | None
+    restored_tokens: int | None
+    context_note: str
     gateway: str
     node: str
     total_ms: float

@@ -21,6 +21,9 @@ from sollol_nb.text.tables import counted, format_bytes, format_ms
 
 Answer: TypeAlias = Mapping[str, Any]
 
+SHOWN_CACHED_TOKENS = 256
+"""Of a prompt, so many tokens must have come from the slot for the footer to say so: processing fewer is quick."""
+
 LIVE_CHARS = 6000
 """Of a longer answer only the end is shown while it streams: all of it, ten times a second, would stall the
 page."""
@@ -151,6 +154,8 @@ def footer(answer: Answer) -> str:
         parts.append(f"first token {format_ms(routing['ttft_ms'])}")
     if routing.get("tokens_per_s"):
         parts.append(f"{routing['tokens_per_s']:.0f} tokens/s")
+    if routing.get("restored_tokens") or (routing.get("cached_tokens") or 0) >= SHOWN_CACHED_TOKENS:
+        parts.append(_describe_cached(answer))
     if routing.get("accepted_tokens"):  # drafts that brought nothing are in the details only
         parts.append(_describe_drafts(routing))
     if answer.get("eval_count") is not None:
@@ -162,8 +167,8 @@ def footer(answer: Answer) -> str:
     parts += [
         _describe_failover(failover) for failover in routing.get("failovers") or () if failover.get("continued")
     ]
-    parts += [str(routing.get("dropped") or answer.get(DROPPED) or ""), str(routing.get("note") or "")]
-    parts.append(str(answer.get(NOTE) or ""))
+    parts += [str(routing.get("dropped") or answer.get(DROPPED) or ""), str(routing.get("context_note") or "")]
+    parts += [str(routing.get("note") or ""), str(answer.get(NOTE) or "")]
     return " · ".join(part for part in parts if part)
 
 
@@ -205,6 +210,8 @@ def details(answer: Answer) -> list[str]:
     ]
     if counts:
         lines.append(", ".join(counts))
+    if routing.get("cached_tokens"):
+        lines.append(_describe_cached(answer))
     if routing.get("drafted_tokens"):
         lines.append(_describe_drafts(routing))
     failovers = routing.get("failovers") or ()
@@ -223,6 +230,17 @@ _RECOVERIES = {
 
 def _describe_drafts(routing: Mapping[str, Any]) -> str:
     return f"drafts: {routing.get('accepted_tokens') or 0} of {routing['drafted_tokens']} accepted"
+
+
+def _describe_cached(answer: Answer) -> str:
+    """Which tokens of the prompt were not processed, and where they came from."""
+    routing = answer.get(ROUTING, {})
+    cached, restored = routing.get("cached_tokens") or 0, routing.get("restored_tokens") or 0
+    total = answer.get("prompt_eval_count")
+    parts = [counted(total, "token")] if total is not None else []
+    parts += [f"{restored:,} from a saved context"] if restored else []
+    parts += [f"{cached - restored:,} from its slot"] if cached > restored else []
+    return f"prompt: {', '.join(parts)}"
 
 
 def _describe_failover(failover: Mapping[str, Any]) -> str:

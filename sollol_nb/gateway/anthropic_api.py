@@ -25,7 +25,7 @@ from sollol_nb.gateway.bodies import read_json
 from sollol_nb.gateway.calls import ChatCall, apply_headers, model_of
 from sollol_nb.gateway.failures import ApiError, Kind
 from sollol_nb.gateway.gateway import answer, prompt_tokens
-from sollol_nb.gateway.openai_parts import call_arguments
+from sollol_nb.gateway.openai_parts import cached_tokens_of, call_arguments
 
 _SIGNATURE = "unsigned"
 _ERROR_TYPES: Mapping[Kind, str] = {
@@ -183,10 +183,12 @@ def _tool_use(call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _usage(last: Mapping[str, Any]) -> dict[str, int]:
+    cached = cached_tokens_of(last)
     return {
-        "input_tokens": last.get("prompt_eval_count") or 0,
+        # In this API the prompt is the sum of the three.
+        "input_tokens": max(0, (last.get("prompt_eval_count") or 0) - cached),
         "cache_creation_input_tokens": 0,
-        "cache_read_input_tokens": 0,
+        "cache_read_input_tokens": cached,
         "output_tokens": last.get("eval_count") or 0,
     }
 

@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from sollol_nb.chat.chunk import ROUTING
 from sollol_nb.chat.option_checks import CHAT_OPTIONS, SAMPLING_OPTIONS, Values
 from sollol_nb.chat.tool_choice import MODES, new_call_id
 from sollol_nb.gateway.failures import ApiError, invalid
@@ -314,7 +315,18 @@ def wire_call(call: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def usage_of(last: Mapping[str, Any]) -> dict[str, int]:
+def usage_of(last: Mapping[str, Any]) -> dict[str, Any]:
     """The tokens of a request, from its last chunk; 0 where the engine does not report them."""
     prompt, answer = last.get("prompt_eval_count") or 0, last.get("eval_count") or 0
-    return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": answer,
+        "total_tokens": prompt + answer,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens_of(last)},
+    }
+
+
+def cached_tokens_of(last: Mapping[str, Any]) -> int:
+    """How many tokens of the prompt were not processed again, from the last chunk of an answer; 0 where the engine
+    does not report it."""
+    return last.get(ROUTING, {}).get("cached_tokens") or 0

@@ -52,6 +52,9 @@ class RequestRecord:
         self.drafted_tokens: int | None = None
         self.accepted_tokens: int | None = None
         self.dropped = ""
+        self.cached_tokens: int | None = None
+        self.restored_tokens: int | None = None
+        self.context_note = ""
         self._sent: float | None = None
         self._left_ms = 0.0  # spent at a backend that could not answer
         self._first: float | None = None
@@ -92,6 +95,8 @@ class RequestRecord:
         self.placement_differences = list(routing.get("placement_differences") or ())
         self.queue_ms, self.load_ms = routing.get("queue_ms"), routing.get("load_ms")
         self.drafted_tokens, self.accepted_tokens = routing.get("drafted_tokens"), routing.get("accepted_tokens")
+        self.cached_tokens, self.restored_tokens = routing.get("cached_tokens"), routing.get("restored_tokens")
+        self.context_note = str(routing.get("context_note") or "")
         self.router_overhead_ms = routing.get("router_overhead_ms")
         self.failovers = [*earlier, *(routing.get("failovers") or ())]
 
@@ -250,6 +255,9 @@ class RequestRecord:
             "drafted_tokens": self.drafted_tokens,
             "accepted_tokens": self.accepted_tokens,
             "dropped": self.dropped,
+            "cached_tokens": self.cached_tokens,
+            "restored_tokens": self.restored_tokens,
+            "context_note": self.context_note,
         }
 
     def row(self, status: str, error: str = "") -> LatencyRow:

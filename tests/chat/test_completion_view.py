@@ -149,6 +149,35 @@ def test_the_footer_names_dropped_turns_and_a_full_context() -> None:
 
 
 @pytest.mark.parametrize(
+    ("routing", "footer", "line"),
+    [
+        ({"cached_tokens": 5990, "restored_tokens": 5990}, "prompt: 6,020 tokens, 5,990 from a saved context", ""),
+        ({"cached_tokens": 5990, "restored_tokens": 0}, "prompt: 6,020 tokens, 5,990 from its slot", ""),
+        (
+            {"cached_tokens": 5990, "restored_tokens": 5000},
+            "prompt: 6,020 tokens, 5,000 from a saved context, 990 from its slot",
+            "",
+        ),
+        # A few tokens from the slot are a detail.
+        ({"cached_tokens": 20, "restored_tokens": 0}, "", "prompt: 6,020 tokens, 20 from its slot"),
+        ({"cached_tokens": 0, "restored_tokens": 0}, "", ""),
+        ({"cached_tokens": None, "restored_tokens": None}, "", ""),
+        ({"cached_tokens": 0, "context_note": "its saved context is damaged"}, "its saved context is damaged", ""),
+    ],
+)
+def test_the_footer_says_where_a_long_prompt_came_from(routing: dict[str, Any], footer: str, line: str) -> None:
+    answer = Completion(model="demo", prompt_eval_count=6020, _routing=routing)
+    assert answer.footer() == " \u00b7 ".join(filter(None, ["demo", footer]))
+    shown = [text for text in details(answer) if text.startswith("prompt: ")]
+    assert shown == ([line or footer] if routing["cached_tokens"] else [])
+
+
+def test_an_answer_without_counts_says_what_came_from_a_saved_context() -> None:
+    answer = Completion(model="demo", _routing={"cached_tokens": 1990, "restored_tokens": 1990})
+    assert answer.footer() == "demo \u00b7 prompt: 1,990 from a saved context"
+
+
+@pytest.mark.parametrize(
     ("failover", "text"),
     [
         ({"lost_workers": ["a:50052", "b:50052"], "cost_ms": 1234.5},

@@ -327,6 +327,14 @@ def test_thinking_text_and_tools_become_blocks_in_their_order() -> None:
     assert without_ids(whole) == without_ids(json.loads(message.to_json(exclude_unset=True)))
 
 
+def test_tokens_that_were_not_processed_again_are_counted_apart() -> None:
+    last: Chunk = {**chunk("stop"), "_routing": {"cached_tokens": 5}}
+    _, message = streamed([chunk(content="a"), last])
+    assert (message.usage.input_tokens, message.usage.cache_read_input_tokens) == (2, 5)
+    whole = MessageWriter(BODY).whole(Completion.from_chunks([chunk(content="a"), last]))
+    assert (whole["usage"]["input_tokens"], whole["usage"]["cache_read_input_tokens"]) == (2, 5)
+
+
 def without_ids(message: dict[str, Any]) -> dict[str, Any]:
     blocks = [{name: value for name, value in block.items() if name != "id"} for block in message["content"]]
     return {**message, "content": blocks, "id": ""}

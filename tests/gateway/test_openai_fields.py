@@ -299,7 +299,9 @@ def deltas(events: list[Any]) -> list[Any]:
 
 def test_the_events_of_an_answer_are_those_of_openai() -> None:
     writer = ChatWriter("llama3", has_usage=True)
-    events = events_of(writer, [chunk("Hello"), chunk(' "you"\n'), chunk(done_reason="length")])
+    events = events_of(
+        writer, [chunk("Hello"), chunk(' "you"\n'), chunk(done_reason="length", _routing={"cached_tokens": 6})]
+    )
     assert deltas(events) == [
         {"role": "assistant", "content": ""},
         {"content": "Hello"},
@@ -316,7 +318,12 @@ def test_the_events_of_an_answer_are_those_of_openai() -> None:
     assert usage == {
         **same,
         "choices": [],
-        "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10},
+        "usage": {
+            "prompt_tokens": 7,
+            "completion_tokens": 3,
+            "total_tokens": 10,
+            "prompt_tokens_details": {"cached_tokens": 6},
+        },
     }
     assert done == "data: [DONE]"
     assert all(event["usage"] is None and event["id"] == first["id"] for event in events[:-2])

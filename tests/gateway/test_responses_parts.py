@@ -210,6 +210,12 @@ ANSWER = [
 ]
 
 
+def test_tokens_that_were_not_processed_again_are_a_detail_of_the_input() -> None:
+    last: Chunk = {**chunk("stop"), "_routing": {"cached_tokens": 5}}
+    usage = streamed([chunk(content="a"), last])[-1].response.usage
+    assert (usage.input_tokens, usage.input_tokens_details.cached_tokens) == (7, 5)
+
+
 def test_reasoning_text_and_calls_become_items_in_their_order() -> None:
     events = streamed(ANSWER)
     calls = (
