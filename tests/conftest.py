@@ -21,6 +21,7 @@ from sollol_nb.runtime.io_loop import run_blocking
 from sollol_nb.settings.table import SETTINGS
 from sollol_nb.sync_wrapper import HybridRouter
 from tests.support.engines import write_endless
+from tests.support.gguf_files import write_heavy
 from tests.support.smollm2 import smollm2_path
 
 pytest_plugins = ["tests.support.ollama_server"]
@@ -103,6 +104,12 @@ def router(engine: Engine) -> Iterator[HybridRouter]:
 def smollm2() -> Path:
     """The GGUF file of a real instruct model, fetched once."""
     return smollm2_path()
+
+
+@pytest.fixture(scope="session")
+def heavy_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model of 453 MB in 12 blocks, whose tensors workers can cache: nearly all are over 10 MiB."""
+    return write_heavy(tmp_path_factory.mktemp("heavy") / "heavy.gguf")
 
 
 @pytest.fixture(scope="module")

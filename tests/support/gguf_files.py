@@ -72,6 +72,17 @@ def write_llama(
     return min(path.parent.glob(f"{path.stem}-?????-of-?????.gguf"))
 
 
+def write_heavy(path: Path, *, blocks: int = 12, feed_forward: int = 49152) -> Path:
+    """Write a llama model whose weights workers can cache: those of the feed-forward network are over 10 MiB.
+
+    A block has `3 * 256 * feed_forward` bytes of them (37.7 MB by default, so 12 blocks have 453 MB, and are
+    written in some seconds), and 0.13 MB of smaller ones.
+    """
+    if feed_forward * 256 <= 10 * 2**20:
+        raise ValueError(f"a matrix of {feed_forward} x 128 f16 values is not over 10 MiB")
+    return write_llama(path, blocks=blocks, embedding=128, feed_forward=feed_forward, context=4096)
+
+
 def write_keys(path: Path, architecture: str, keys: dict[str, Any]) -> Path:
     """Write a GGUF file with these keys (numbers, texts, lists of numbers) and one small tensor per block."""
     writer = gguf.GGUFWriter(path, architecture)
