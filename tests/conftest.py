@@ -69,7 +69,7 @@ def own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module", autouse=True)
 def nothing_measured(own_state: Path) -> None:
     """What earlier tests have measured of workers and drafts would decide plans of this module."""
-    for name in ("calibrations.json", "drafts.json"):
+    for name in ("calibrations.json", "drafts.json", "cached_layers.json"):
         (own_state / name).unlink(missing_ok=True)
 
 

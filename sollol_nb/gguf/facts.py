@@ -19,6 +19,8 @@ from sollol_nb.gguf.header import GgufFile, Keys, TensorInfo, check_file, read_h
 
 KV_ELEMENT_BYTES = 2  # K and V are f16 unless llama-server is started with another type
 CONTEXT_STEP_TOKENS = 256  # llama.cpp rounds the context up to this
+CACHED_ABOVE_BYTES = 10 * 2**20
+"""Workers can cache tensors above this size (HASH_THRESHOLD in ggml-rpc.cpp); smaller ones are always sent."""
 MAX_BLOCKS = 512  # LLAMA_MAX_LAYERS of llama.cpp
 _BLOCK_DIGITS = len(str(MAX_BLOCKS))
 _LONGEST_NAME = 64  # GGML_MAX_NAME
@@ -62,6 +64,9 @@ class ModelFacts:
             those used, in the mean; () if all are read.
         block_weights, output_weights: how many weights all blocks have, and the output layer; 0 if unknown.
         shared_by: query heads that share one head of K and V, in the mean.
+        cacheable_bytes: of the weights of each unit (the blocks, then the output layer), those that workers can
+            keep in their cache; () if none can be.
+        cacheable_sizes: the sizes of these tensors in bytes.
     """
 
     path: Path
@@ -83,6 +88,8 @@ class ModelFacts:
     block_weights: int = 0
     output_weights: int = 0
     shared_by: float = 1.0
+    cacheable_bytes: tuple[int, ...] = ()
+    cacheable_sizes: frozenset[int] = frozenset()
 
     @property
     def read_bytes(self) -> tuple[int, ...]:
@@ -165,6 +172,7 @@ def _summarise(parts: Sequence[GgufFile], keys: Keys, tensors: Sequence[TensorIn
         )
     layer_bytes, unread_bytes = [0] * layer_count, [0.0] * layer_count
     output_bytes = block_weights = output_weights = 0
+    cacheable: list[tuple[int, int]] = []  # unit and bytes of each tensor that workers cache
     unused_share = _unused_experts(keys, architecture, layer_count)
     for tensor in tensors:
         block = _BLOCK_TENSOR.match(tensor.name)
@@ -174,6 +182,7 @@ def _summarise(parts: Sequence[GgufFile], keys: Keys, tensors: Sequence[TensorIn
                     f"{path} holds {_shown(tensor.name)}, but states {layer_count} blocks; convert the model again"
                 )
             layer_bytes[int(block[1])] += tensor.byte_count
+            cacheable.append((int(block[1]), tensor.byte_count))
             block_weights += tensor.element_count
             if _EXPERTS_TENSOR.search(tensor.name):
                 unread_bytes[int(block[1])] += tensor.byte_count * unused_share[int(block[1])]
@@ -182,11 +191,17 @@ def _summarise(parts: Sequence[GgufFile], keys: Keys, tensors: Sequence[TensorIn
         elif not tensor.name.startswith(_INPUT_TENSORS):
             output_bytes += tensor.byte_count
             output_weights += tensor.element_count
+            cacheable.append((layer_count, tensor.byte_count))
     by_name = {tensor.name: tensor for tensor in tensors}
     token_embedding = by_name.get("token_embd.weight")
     if token_embedding is not None and "output.weight" not in by_name:
         output_bytes += token_embedding.byte_count
         output_weights += token_embedding.element_count
+        cacheable.append((layer_count, token_embedding.byte_count))
+    cacheable = [(unit, size) for unit, size in cacheable if size > CACHED_ABOVE_BYTES]
+    cacheable_bytes = [0] * (layer_count + 1)
+    for unit, size in cacheable:
+        cacheable_bytes[unit] += size
     return ModelFacts(
         path=path,
         architecture=architecture,
@@ -211,6 +226,8 @@ def _summarise(parts: Sequence[GgufFile], keys: Keys, tensors: Sequence[TensorIn
         block_weights=block_weights,
         output_weights=output_weights,
         shared_by=_shared_by(keys, architecture, layer_count),
+        cacheable_bytes=tuple(cacheable_bytes) if cacheable else (),
+        cacheable_sizes=frozenset(size for _, size in cacheable),
     )
 
 

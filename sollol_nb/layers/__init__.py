@@ -9,6 +9,7 @@
 - `fastest.py`: the workers and units with the shortest token (`latency_aware`).
 - `throughput.py`: those with which several requests with long prompts are through soonest (`throughput`).
 - `planner.py`: the plan by a strategy, or from given counts.
+- `cached.py`: the order and counts of a plan's workers with which the fewest weights have to be sent.
 - `replan.py`: when a running model moves to a better layout.
 - `what_if.py`: the forecast for another layout.
 """

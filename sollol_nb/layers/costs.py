@@ -121,6 +121,11 @@ class Runs:
         """What a run needs, with compute buffers."""
         return float(self._needed_bytes[first, end])
 
+    def needs_more_than(self, limit_bytes: int) -> npt.NDArray[np.bool_]:
+        """`[first, end]`: whether a run does not fit these bytes, or is empty."""
+        found: npt.NDArray[np.bool_] = self._needed_bytes > limit_bytes
+        return found
+
     def ms(self, device: DeviceCost) -> Floats:
         """`[first, end]`: milliseconds of a run on a device; infinite where it does not fit, or is empty."""
         if device not in self._known:

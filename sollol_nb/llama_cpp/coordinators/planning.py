@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 
 from sollol_nb.errors import ModelDoesNotFitError, SollolError, WorkersUnavailableError
 from sollol_nb.gguf.facts import ModelFacts
+from sollol_nb.layers.cached import Cached
 from sollol_nb.layers.plan import THIS_MACHINE, LayerPlan, is_own
 from sollol_nb.layers.planner import plan_from_counts, plan_layers
 from sollol_nb.layers.strategies import AUTO, LATENCY_AWARE, SPLITS, WorkerCapacity
@@ -23,7 +24,7 @@ from sollol_nb.layers.token_time import WorkerSpeeds
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.coordinators.measurements import TokenMeasurements
 from sollol_nb.llama_cpp.coordinators.running import RunningCoordinators
-from sollol_nb.llama_cpp.coordinators.settings import PoolSettings
+from sollol_nb.llama_cpp.coordinators.settings import PoolSettings, file_identity
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.workers.choice import best_plan, check_free, describe_missing_workers
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
@@ -145,6 +146,7 @@ class Planner:
                     speeds=self._speeds(start.model_path, start.facts, free),
                     requests=settings.slots,
                     needs_worker=start.route.needs_worker,
+                    cached=self._cached(start.model_path, start.facts, free),
                 )
                 if await self._workers.find_second_names(plan.endpoints):
                     continue
@@ -254,7 +256,33 @@ class Planner:
             running=running,
             requests=settings.slots,
             needs_worker=needs_worker,
+            cached=self._cached(model_path, facts, usable),
         )
+
+    def _cached(self, model_path: Path, facts: ModelFacts, workers: Collection[WorkerStatus]) -> Cached:
+        """The units of a model that these workers have cached; none where its tensors are too small for that."""
+        if not facts.cacheable_bytes:
+            return {}
+        known = self._workers.cached
+        model = file_identity(model_path)
+        return {
+            worker.endpoint: units
+            for worker in workers
+            if (units := known.of(self._workers.cache_of(worker.endpoint), model))
+        }
+
+    def note_loaded(self, coordinator: Coordinator) -> None:
+        """Remember what the workers of a coordinator have received, as the engine has placed it."""
+        settings, plan = coordinator.settings, coordinator.plan
+        if plan is None or not settings.facts.cacheable_bytes:
+            return
+        placed = {shard.endpoint: tuple(shard.units) for shard in plan.workers}
+        for endpoint in placed:
+            device = coordinator.placement.of(endpoint) if coordinator.placement else None
+            if device is not None and device.units:
+                placed[endpoint] = device.units
+        loaded = [(self._workers.cache_of(endpoint), units) for endpoint, units in placed.items()]
+        self._workers.cached.note(file_identity(settings.model_path), loaded)
 
     def _capacities(self, workers: Collection[WorkerStatus]) -> list[WorkerCapacity]:
         """What a plan needs to know of workers; a round trip that no probe has measured is that of the

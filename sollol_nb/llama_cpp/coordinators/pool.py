@@ -455,6 +455,7 @@ class CoordinatorPool:
         for coordinator in self._running.known:
             await self._running.end(coordinator, unless_shared=True)
         await self._starter.drafting.save()
+        await self._workers.cached.saved()
 
     async def detach(self) -> None:
         """End the connections to all coordinators; they live on for their keep_alive."""
@@ -462,3 +463,4 @@ class CoordinatorPool:
         self._replanner.close()
         await self._running.detach()
         await self._starter.drafting.save()
+        await self._workers.cached.saved()

@@ -210,6 +210,7 @@ class CoordinatorStarter:
             kind = EventKind.COORDINATOR_ADOPTED
             message = f"{route.name} is already running at {coordinator.base_url}"
         else:
+            self.planner.note_loaded(coordinator)
             kind, seconds = EventKind.COORDINATOR_READY, f"{coordinator.load_ms / 1000:.1f} s"
             message = f"{route.name} is ready at {coordinator.base_url} after {seconds}"
         self._events.publish(kind, route.name, message, load_ms=coordinator.load_ms)

@@ -2,6 +2,7 @@
 
 * `probe.py`: the RPC protocol's bytes: ask an endpoint whether it is a free worker, and for its memory
 * `calibrations.py`: how fast workers are, as measured and kept
+* `cached_units.py`: what workers have cached of models, as remembered
 * `status.py`: one worker as it was seen last
 * `identities.py`: which endpoints are names of one worker
 * `losses.py`: how often each was lost lately

@@ -6,8 +6,10 @@ from collections.abc import Collection, Sequence
 
 from sollol_nb.errors import ModelDoesNotFitError, WorkersUnavailableError
 from sollol_nb.gguf.facts import ModelFacts
+from sollol_nb.layers.cached import Cached, keep_cached
 from sollol_nb.layers.plan import LayerPlan
 from sollol_nb.layers.planner import plan_layers, resolve_strategy
+from sollol_nb.layers.replan import layout_of
 from sollol_nb.layers.strategies import SPLITS, WorkerCapacity
 from sollol_nb.layers.throughput import DEFAULT_REQUESTS
 from sollol_nb.layers.token_time import WorkerSpeeds
@@ -30,11 +32,14 @@ def best_plan(
     running: LayerPlan | None = None,
     requests: int = DEFAULT_REQUESTS,
     needs_worker: bool = False,
+    cached: Cached | None = None,
 ) -> LayerPlan:
     """The best plan of a strategy for a model.
 
     Strategies that go by predicted times choose among all free workers and the calibrated devices of this machine.
-    The others take the first `wanted` workers; by default three, or more if the model needs more.
+    The others take the first `wanted` workers; by default three, or more if the model needs more. Workers that
+    have layers of the model cached come first among these, and each keeps them as far as that makes the plan no
+    slower (`layers/cached.py`).
 
     Args:
         free: the workers that may be used; for a running model also those that it holds.
@@ -44,11 +49,17 @@ def best_plan(
         running: the plan of the running model, which may stay; its memory counts as free.
         requests: at the same time, for `throughput`: the slots of the coordinator.
         needs_worker: whether at least one worker takes part, even if this machine alone would be faster.
+        cached: units of the model that workers have cached, by endpoint.
 
     Raises:
         ConfigError, WorkersUnavailableError: as in `plan_layers`.
         ModelDoesNotFitError: the model does not fit into their memory.
     """
+
+    def keeping(plan: LayerPlan, workers: Sequence[WorkerCapacity]) -> LayerPlan:
+        is_running = running is not None and layout_of(plan) == layout_of(running)
+        return plan if is_running or not cached else keep_cached(plan, facts, workers, cached, speeds)
+
     if resolve_strategy(strategy, free or own, speeds) not in SPLITS:
         assert speeds is not None
         own = [device for device in own if speeds.is_calibrated(device.endpoint)]
@@ -56,7 +67,7 @@ def best_plan(
 
         def plan(workers: Sequence[WorkerCapacity]) -> LayerPlan:
             usable = workers if running is None else without_layout(running, workers)
-            return plan_layers(
+            found = plan_layers(
                 facts,
                 usable,
                 strategy=strategy,
@@ -67,6 +78,7 @@ def best_plan(
                 requests=requests,
                 needs_worker=needs_worker,
             )
+            return keeping(found, usable)
 
         try:
             return plan([*free, *own])
@@ -75,10 +87,14 @@ def best_plan(
                 raise
             return plan(free)
     free = free if running is None else without_layout(running, free)
+    if cached:
+        free = sorted(free, key=lambda worker: not cached.get(worker.endpoint))
     used = min(wanted or DEFAULT_WORKERS, len(free))
     while True:
         try:
-            return plan_layers(facts, free[:used], strategy=strategy, context_tokens=context_tokens, speeds=speeds)
+            chosen = free[:used]
+            found = plan_layers(facts, chosen, strategy=strategy, context_tokens=context_tokens, speeds=speeds)
+            return keeping(found, chosen)
         except ModelDoesNotFitError:
             # Each worker costs a round trip per token, so more workers are used only if the memory requires it.
             if wanted is not None or used == len(free):

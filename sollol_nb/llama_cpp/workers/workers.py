@@ -12,12 +12,14 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from sollol_nb.errors import ConfigError
+from sollol_nb.layers.plan import THIS_MACHINE
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.links.link import CPU
 from sollol_nb.llama_cpp.links.memberships import OpenInvitation
 from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.processes.machine import other_user_of
 from sollol_nb.llama_cpp.processes.registry import Entry
+from sollol_nb.llama_cpp.workers.cached_units import CachedUnits
 from sollol_nb.llama_cpp.workers.calibrations import Calibration, Calibrations, identity_of
 from sollol_nb.llama_cpp.workers.identities import Identities
 from sollol_nb.llama_cpp.workers.links import Links
@@ -46,6 +48,7 @@ class Workers:
         links: through which workers of other machines are reached.
         own: the CPU and GPUs of this machine, which need no worker.
         calibrations: how fast workers are, as far as that was measured.
+        cached: what they have cached of models.
     """
 
     def __init__(self, endpoints: Iterable[str], events: EventBus) -> None:
@@ -62,6 +65,7 @@ class Workers:
         self.links = Links(self, events)
         self.own = OwnDevices()
         self.calibrations = Calibrations()
+        self.cached = CachedUnits()
         for endpoint in map(worker_target, endpoints):
             self._named.add(endpoint)
             if is_target(endpoint):
@@ -386,6 +390,16 @@ class Workers:
         if linked is None:
             return identity_of(endpoint)
         return identity_of(endpoint, target=self.links.target_of(endpoint), name=linked.name)
+
+    def cache_of(self, endpoint: str) -> str:
+        """Whose cache of tensors a worker uses: equal for workers of one user of one machine, as far as known."""
+        linked = self.links.worker(endpoint)
+        if linked is not None:
+            machine = linked.name.partition("/")[0]  # `gpu1/CUDA0`: its devices share a cache
+            return f"{self.links.target_of(endpoint) or ''} {machine}"
+        if endpoint in self.local:
+            return identity_of(THIS_MACHINE)
+        return identity_of(endpoint)
 
     def calibration_of(self, endpoint: str) -> Calibration | None:
         """How fast a worker (or `THIS_MACHINE`) is; None if that was not measured."""
