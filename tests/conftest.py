@@ -52,6 +52,7 @@ def own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         "SOLLOL_STATE_DIR": str(folder),
         "SOLLOL_CONFIG": "0",  # not the user's settings file
         "SOLLOL_KEEP_ALIVE": "60s",  # if the tests are killed, their engines end soon
+        "SOLLOL_CONTEXT_CACHE_GB": "0",  # what one test saves must not shorten the prompts of another
         "OLLAMA_HOST": NO_OLLAMA,
         "OLLAMA_MODELS": str(folder / "ollama"),
     }

@@ -62,6 +62,7 @@ _MIGRATIONS = (
         "DROP TABLE IF EXISTS blocks",
     ],
     _added_in(5),
+    _added_in(6),
 )
 assert len(_MIGRATIONS) == SCHEMA_VERSION
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from sollol_nb.text.tables import markdown_table
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 STATUSES = ("ok", "error", "timeout", "cancelled")
 
 TEXT, FLOAT, INTEGER, TIME = "string", "float64", "Int64", "datetime64[ms, UTC]"
@@ -104,6 +104,20 @@ class LatencyRow:
     )
     accepted_tokens: int | None = _number(
         "tokens", "drafted tokens that the model accepted", dtype=INTEGER, since=5, default=None
+    )
+    cached_tokens: int | None = _number(
+        "tokens",
+        "tokens of the prompt that were in the engine's slot already; after a failover, of the continued prompt",
+        dtype=INTEGER,
+        since=6,
+        default=None,
+    )
+    restored_tokens: int | None = _number(
+        "tokens",
+        "those of `cached_tokens` that a saved context had brought there",
+        dtype=INTEGER,
+        since=6,
+        default=None,
     )
 
 

@@ -5,5 +5,6 @@
 * `links/`: processes through which workers of other machines are reached.
 * `workers/`: the RPC workers, and the state of each.
 * `answers/`: answers that survive their engine.
+* `contexts/`: contexts of conversations that outlive their engine.
 * `coordinators/`: llama-servers, each of which runs one plan of one model.
 """

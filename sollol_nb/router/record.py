@@ -286,4 +286,6 @@ class RequestRecord:
             failover_details=json.dumps(self.failovers) if self.failovers else "",
             drafted_tokens=self.drafted_tokens,
             accepted_tokens=self.accepted_tokens,
+            cached_tokens=self.cached_tokens,
+            restored_tokens=self.restored_tokens,
         )

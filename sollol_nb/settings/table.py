@@ -43,6 +43,7 @@ DEFAULT_WORKERS = 3
 MAX_DEFAULT_CONTEXT_TOKENS = 8192
 DEFAULT_THRESHOLD_PARAMS = 40.0
 DEFAULT_KEEP_ROWS = 1_000_000
+DEFAULT_CONTEXT_CACHE_GB = 8
 DEFAULT_GATEWAY_PORT = 11440
 """Not that of Ollama (11434), of ollama-herd (11435) or of llama-server (8080)."""
 
@@ -367,9 +368,19 @@ _TABLE = (
         "cache_dir",
         "machine",
         kinds.FOLDER,
-        "Folder for engine builds; safe to delete.",
+        "Folder for engine builds and saved contexts; safe to delete.",
         "SOLLOL_CACHE_DIR",
         default_description="the user's cache folder",
+        guarded=True,
+    ),
+    Setting(
+        "context_cache_gb",
+        "machine",
+        kinds.number("a number of gigabytes, such as 8, or 0 for none", least=0),
+        "Size of the folder with saved contexts of conversations, which are not processed again after a reload; the "
+        "least recently used are deleted. 0 saves none.",
+        "SOLLOL_CONTEXT_CACHE_GB",
+        default=DEFAULT_CONTEXT_CACHE_GB,
         guarded=True,
     ),
     Setting(

@@ -111,7 +111,7 @@ def test_a_brief_frame_shows_what_people_look_at_and_has_everything(log: Latency
     ]
     for shown in (repr(brief), brief._repr_html_()):
         assert "/home/me" not in shown
-        for text in ("a-model", "1235", "40.1", "the frame has all 23 columns"):
+        for text in ("a-model", "1235", "40.1", "the frame has all 25 columns"):
             assert text in shown
     assert "+00:00" not in repr(brief)
     pd.testing.assert_frame_equal(pd.DataFrame(brief), whole)

@@ -289,7 +289,13 @@ def test_rows_of_version_2_stay_and_have_what_is_new_empty(log: LatencyLog) -> N
     assert frame["total_ms"].tolist() == [0.0, 1.0, 2.0, 7.0, FULL.total_ms]
     assert frame["partial_text"].tolist() == ["", "", "", "half", ""]
     assert frame["priority"].isna().tolist() == [True] * 4 + [False]
-    for name in ("predicted_ms_per_token", "drafted_tokens", "accepted_tokens"):
+    for name in (
+        "predicted_ms_per_token",
+        "drafted_tokens",
+        "accepted_tokens",
+        "cached_tokens",
+        "restored_tokens",
+    ):
         assert frame[name].isna().tolist() == [True] * 4 + [False], name
     for name in ("done_reason", "failover_details"):
         assert frame[name].tolist() == [""] * 4 + [getattr(FULL, name)], name

@@ -32,6 +32,8 @@ FULL = LatencyRow(
     failover_details='[{"what": "lost", "when": 1772366400.5, "lost_workers": ["a:1"]}]',
     drafted_tokens=40,
     accepted_tokens=18,
+    cached_tokens=8,
+    restored_tokens=6,
 )
 REFUSED = LatencyRow(
     started_at=(NOON + timedelta(hours=1)).timestamp(),
