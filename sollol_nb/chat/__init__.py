@@ -14,5 +14,8 @@
 - `completion_view.py`: how an answer is shown.
 - `conversation.py`: one conversation, its file, and how it is shown.
 - `kept.py`: conversations of notebooks, kept for the next kernel.
+- `journal.py`: the journal of answers, kept while they stream.
+- `journal_state.py`: what continues an answer, as the journal keeps it.
+- `journaling.py`: answers on their way into the journal.
 - `conversations.py`: all conversations by name, and the next question in one.
 """

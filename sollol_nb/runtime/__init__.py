@@ -8,6 +8,7 @@
 - `http_client.py`: JSON over HTTP
 - `exchange.py`: requests to a server on this machine, over one connection
 - `sqlite_file.py`: SQLite files that several kernels use
+- `process_identity.py`: which process this is, and whether another one still runs
 - `private_files.py`: files and folders of this user alone
 - `progress_bars.py`: progress bars
 """

@@ -25,6 +25,7 @@ import psutil
 from sollol_nb.errors import EngineError
 from sollol_nb.llama_cpp.processes import registry, supervisor
 from sollol_nb.llama_cpp.processes.registry import Entry
+from sollol_nb.runtime.process_identity import is_same_process
 from sollol_nb.settings import config
 from sollol_nb.settings.endpoints import LOOPBACK
 
@@ -313,7 +314,7 @@ class EngineProcess:
     def _kill_engine(self) -> None:
         # Never another process that got a recycled pid.
         started = self.entry.pid_started
-        if started is not None and registry.is_same_process(self.pid, started):
+        if started is not None and is_same_process(self.pid, started):
             with contextlib.suppress(psutil.Error):
                 psutil.Process(self.pid).kill()
 

@@ -36,6 +36,7 @@ import psutil
 
 from sollol_nb.errors import ConfigError, WorkersUnavailableError
 from sollol_nb.runtime.private_files import check_private, read_private
+from sollol_nb.runtime.process_identity import is_same_process, own_start
 from sollol_nb.settings import config
 from sollol_nb.settings.endpoints import LOOPBACK, is_loopback, parse_endpoint
 
@@ -50,7 +51,6 @@ GATEWAY = "the gateway"
 """What starts engines, besides notebooks and scripts."""
 LOCK_TIMEOUT_S = 60.0
 LOGS_KEPT = 50
-_CLOCK_TOLERANCE_S = 2.0  # start times are computed from the clock, which may be adjusted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,19 +115,6 @@ class Entry:
         return read_private(Path(self.key_path))
 
 
-def is_same_process(pid: int, started: float | None) -> bool:
-    """Whether this pid is still the process that was started then, not a later one with a recycled pid."""
-    try:
-        process = psutil.Process(pid)
-        if process.status() == psutil.STATUS_ZOMBIE:
-            return False
-        return started is None or abs(process.create_time() - started) < _CLOCK_TOLERANCE_S
-    except (psutil.NoSuchProcess, ValueError):  # gone, or not a valid pid
-        return False
-    except psutil.Error:
-        return True  # it exists, and the system does not reveal more
-
-
 def entries(kind: str | None = None) -> list[Entry]:
     """The running engines, oldest first. Entries of dead supervisors are removed."""
     found = []
@@ -175,7 +162,7 @@ def _is_gateway() -> bool:
 
 def own_description() -> dict[str, Any]:
     """This process as the owner of engines, for their `about`; `describe_owner` reads it."""
-    return {"owner_pid": os.getpid(), "owner_started": psutil.Process().create_time(), "owner": own_name()}
+    return {"owner_pid": os.getpid(), "owner_started": own_start(), "owner": own_name()}
 
 
 def describe_owner(about: dict[str, Any]) -> str:

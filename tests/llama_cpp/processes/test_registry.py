@@ -20,6 +20,7 @@ import pytest
 from sollol_nb.errors import ConfigError, WorkersUnavailableError
 from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.processes.registry import Entry
+from sollol_nb.runtime.process_identity import is_same_process
 from sollol_nb.settings import config
 from tests.support.engines import HANG_GUARD_S, eventually, is_alive, posix_only, run, says, script
 from tests.support.supervised import KEY, MINUTES, PYTHON, nothing_is_left, supervised
@@ -220,14 +221,14 @@ def test_other_files_in_the_folder_stay(folder: Path) -> None:
 
 def test_a_process_is_identified_by_pid_and_start_time(unrelated: psutil.Process) -> None:
     started = unrelated.create_time()
-    assert registry.is_same_process(unrelated.pid, started)
-    assert registry.is_same_process(unrelated.pid, started + 1), "clocks are adjusted now and then"
-    assert registry.is_same_process(unrelated.pid, None), "a start time is not always known"
-    assert not registry.is_same_process(unrelated.pid, started + 60)
-    assert not registry.is_same_process(UNUSED_PID, None)
+    assert is_same_process(unrelated.pid, started)
+    assert is_same_process(unrelated.pid, started + 1), "clocks are adjusted now and then"
+    assert is_same_process(unrelated.pid, None), "a start time is not always known"
+    assert not is_same_process(unrelated.pid, started + 60)
+    assert not is_same_process(UNUSED_PID, None)
     unrelated.kill()
     eventually(lambda: not is_alive(unrelated), "it has ended")
-    assert not registry.is_same_process(unrelated.pid, started), "dead, but not reaped yet"
+    assert not is_same_process(unrelated.pid, started), "dead, but not reaped yet"
 
 
 @pytest.mark.parametrize("supervisor", ["gone", "a recycled pid"])

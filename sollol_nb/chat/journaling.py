@@ -1,0 +1,365 @@
+"""Answers on their way into the journal: noted while they stream, written by a thread about twice a second.
+
+A `JournalEntry` is one answer of this process. Whoever streams the answer gives it each chunk, which costs as much
+as appending to a list. The writer's thread asks for a snapshot of each entry that has changed (its text, and its
+state as `Answer.state` gives it); the I/O loop, on which answers change, makes them one by one, and the thread
+writes them together. The pause between two rounds is many times as long as a round takes, so a gateway with
+hundreds of answers does not journal all the time.
+
+No answer waits for the journal, and none fails because of it: what cannot be written costs one warning.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sollol_nb.chat.chunk import RESTARTED, Chunk
+from sollol_nb.chat.journal import DONE, RUNNING, Journal, JournaledAnswer, Progress, new_id
+from sollol_nb.chat.journal_state import plain_json, request_json, split_state
+from sollol_nb.runtime.io_loop import io_loop
+from sollol_nb.text.tables import shortened
+
+INTERVAL_S = 0.5
+SHARE = 20
+"""The pause after a round is at least so many times as long as the round."""
+TOUCH_S = 20.0
+"""How often an answer that brings nothing new is reported as alive."""
+SNAPSHOT_LIMIT_S = 5.0
+IDLE_S = 5.0
+EXIT_LIMIT_S = 2.0
+READ_LIMIT_S = 5.0
+QUESTION_CHARS = 200
+
+State = Callable[[], Mapping[str, Any]]
+
+logger = logging.getLogger(__name__)
+
+
+class JournalEntry:
+    """One answer of this process that is being journaled. It changes on the I/O loop.
+
+    Attributes:
+        id: of the answer.
+        run: what its row is written with.
+        state: gives what is needed to continue it; None as long as there is nothing.
+        has_changed: since its last snapshot.
+    """
+
+    def __init__(
+        self, answer_id: str, run: str, request: Mapping[str, Any], first: Callable[[], dict[str, Any]] | None
+    ) -> None:
+        """Args: first: gives the beginning of its row, in the writer's thread; None where it has one."""
+        self.id, self.run = answer_id, run
+        self.state: State | None = None
+        self.has_changed = first is not None
+        self.written_at = time.monotonic()
+        self._first = first
+        self._request = request
+        self._fixed: Mapping[str, Any] | None = None
+        self._is_request_written = first is None
+        self._text, self._thinking = [""], [""]
+        self._last_state: Mapping[str, Any] | None = None
+        self._earlier: tuple[str, str, Mapping[str, Any] | None] = ("", "", None)
+        self._is_restarted = False
+        self._end: tuple[str, str] | None = None
+        self._lock = threading.Lock()  # for the snapshot
+        self._snapshot: _Snapshot | None = None
+
+    @classmethod
+    def continuing(cls, answer: JournaledAnswer, run: str, text: str, thinking: str) -> JournalEntry:
+        """The entry of an answer that was claimed, and continues after this much of it."""
+        entry = cls(answer.id, run, answer.request or {}, None)
+        entry._text, entry._thinking, entry._last_state = [text], [thinking], answer.state
+        entry._earlier = (answer.text, answer.thinking, answer.state)
+        return entry
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether `finish` was called, and all of it is written."""
+        return self._end is not None and self._snapshot is None
+
+    @property
+    def is_due(self) -> bool:
+        """Whether a snapshot of it is to be taken."""
+        return self.has_changed and self._end is None
+
+    def add(self, chunk: Chunk) -> None:
+        """Note a chunk of the answer."""
+        message = chunk.get("message") or {}
+        if chunk.get(RESTARTED):
+            self._text, self._thinking, self._is_restarted = [], [], True
+        self._text.append(message.get("content") or "")
+        self._thinking.append(message.get("thinking") or "")
+        self.has_changed = True
+
+    def finish(self, status: str, error: str = "") -> None:
+        """Note how the answer has ended."""
+        self._end = (status, error)
+        self.take_snapshot()
+
+    def take_snapshot(self) -> None:
+        """Note the text and the state as they are now."""
+        self.has_changed = False
+        self._text, self._thinking = ["".join(self._text)], ["".join(self._thinking)]
+        text, thinking = self._text[0], self._thinking[0]
+        status, error = self._end or (RUNNING, "")
+        if self.state is not None and status != DONE:
+            try:
+                self._last_state = self.state()
+            except Exception:  # an answer is worth more than its journal
+                logger.exception("the state of an answer cannot be journaled")
+                self.state = None
+        state = self._last_state
+        if self._is_restarted and status != DONE and len(text) < len(self._earlier[0]):
+            # A continued answer that had to begin again must not cost the longer text that there was.
+            text, thinking, state = self._earlier
+        with self._lock:
+            self._snapshot = _Snapshot(text, thinking, state, status, error)
+
+    def progress(self) -> Progress | None:
+        """What is to be written of it now; None if that is nothing. For the writer's thread."""
+        with self._lock:
+            taken, self._snapshot = self._snapshot, None
+        if taken is None:
+            return None
+        moving = request = None
+        if taken.status != DONE:
+            fixed = None
+            if taken.state is not None:
+                fixed, rest = split_state(taken.state)
+                moving = plain_json(rest)
+            if not self._is_request_written or fixed != self._fixed:
+                self._is_request_written, self._fixed = True, fixed
+                request = request_json(self._request, fixed)
+        first = self._first() if self._first is not None else None
+        return Progress(
+            id=self.id,
+            run=self.run,
+            status=taken.status,
+            error=_storable(taken.error),
+            text=_storable(taken.text),
+            thinking=_storable(taken.thinking),
+            first=first,
+            request=request,
+            state=moving,
+        )
+
+    def written(self, *, is_done: bool) -> None:
+        """Note whether its progress was written. For the writer's thread."""
+        self.written_at = time.monotonic()
+        if is_done:
+            self._first = None
+        else:
+            self._is_request_written, self.has_changed = False, True
+
+
+@dataclass(frozen=True, slots=True)
+class _Snapshot:
+    text: str
+    thinking: str
+    state: Mapping[str, Any] | None
+    status: str
+    error: str
+
+
+class JournalWriter:
+    """The thread that writes the entries of this process."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self._changed = threading.Condition()
+        self._writing = threading.Lock()
+        self._entries: dict[str, JournalEntry] = {}
+        self._thread: threading.Thread | None = None
+        self._waiting = 0  # those that wait until all is written
+        self._begun = self._ended = 0  # rounds
+        self._has_failed = False
+
+    def follow(self, entry: JournalEntry) -> None:
+        """Write an entry from now on until it has ended; returns at once."""
+        with self._changed:
+            self._entries[entry.run] = entry
+            if self._thread is None:
+                thread = threading.Thread(target=self._run, name="sollol_nb journal", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError as error:  # too many threads; the next answer tries again
+                    self._report(error)
+                else:
+                    self._thread = thread
+            elif len(self._entries) == 1:  # it waits for a first one
+                self._changed.notify_all()
+
+    def wait_written(self, limit_s: float = READ_LIMIT_S) -> None:
+        """Wait until all that has happened so far is written or given up, at most so long. Not on the I/O loop."""
+        with self._changed:
+            if self._thread is None or not self._entries:
+                return
+            goal = self._begun + 1
+            self._waiting += 1
+            try:
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._thread is None or self._ended >= goal, limit_s)
+            finally:
+                self._waiting -= 1
+
+    def pause(self) -> None:
+        """Write nothing until `resume`."""
+        self._writing.acquire()
+
+    def resume(self) -> None:
+        """Allow writing again after `pause`, in the same thread."""
+        self._writing.release()
+
+    def _run(self) -> None:
+        pause_s = INTERVAL_S
+        while True:
+            with self._changed:
+                if not self._changed.wait_for(lambda: self._entries, IDLE_S):
+                    self._thread = None
+                    self._changed.notify_all()
+                    return
+                self._changed.wait_for(lambda: self._waiting, pause_s)
+                self._begun += 1
+                entries = list(self._entries.values())
+            began = time.monotonic()
+            self._write(entries)
+            pause_s = max(INTERVAL_S, SHARE * (time.monotonic() - began))
+            with self._changed:
+                for entry in entries:
+                    if entry.has_ended:
+                        self._entries.pop(entry.run, None)
+                self._ended = self._begun
+                self._changed.notify_all()
+
+    def _write(self, entries: Sequence[JournalEntry]) -> None:
+        _take_snapshots([entry for entry in entries if entry.is_due])
+        written: list[JournalEntry] = []
+        is_done = False
+        try:
+            progress = []
+            for entry in entries:
+                if (each := entry.progress()) is not None:
+                    progress.append(each)
+                    written.append(entry)
+            now = time.monotonic()
+            silent = [entry for entry in entries if entry not in written and now - entry.written_at > TOUCH_S]
+            with self._writing:
+                if progress:
+                    self._journal.write(progress)
+                if silent:
+                    self._journal.touch([entry.run for entry in silent])
+            written += silent
+            is_done = True
+        except Exception as error:  # an answer is worth more than its journal
+            self._report(error)
+        for entry in written:
+            entry.written(is_done=is_done)
+
+    def _report(self, error: Exception) -> None:
+        if not self._has_failed:
+            self._has_failed = True
+            logger.warning("answers are not journaled, so they cannot be continued after a loss: %s", error)
+
+
+def _take_snapshots(entries: Sequence[JournalEntry]) -> None:
+    """Have the I/O loop take a snapshot of each, one per turn, so that no token waits for all of them."""
+    if not entries:
+        return
+    left, done = deque(entries), threading.Event()
+    loop = io_loop()
+
+    def step() -> None:
+        if left:
+            left.popleft().take_snapshot()
+            loop.call_soon(step)
+        else:
+            done.set()
+
+    with contextlib.suppress(RuntimeError):  # the loop was closed
+        loop.call_soon_threadsafe(step)
+        done.wait(SNAPSHOT_LIMIT_S)
+
+
+_journal = Journal()
+_writer = JournalWriter(_journal)
+_owner: Callable[[], str | None] | None = None
+
+
+def journal() -> Journal:
+    """The journal of the state folder, with all that this process has to write in it. Not on the I/O loop."""
+    _writer.wait_written()
+    return _journal
+
+
+def use_owner(owner: Callable[[], str | None] | None) -> None:
+    """Let the answers of this process belong to a notebook from now on.
+
+    Args:
+        owner: gives what identifies it; None where that is not known. None: to no notebook.
+    """
+    global _owner
+    _owner = owner
+
+
+def begin(
+    model: str, question: str, request: Mapping[str, Any], *, conversation: str, own_name: Callable[[], str]
+) -> JournalEntry:
+    """Journal a new answer from now on.
+
+    Args:
+        model: as the request names it.
+        question: what is asked; only its beginning is kept beside the request.
+        request: what asks it again, as plain data.
+        conversation: the name of the one that it belongs to; "" without one.
+        own_name: gives the name of this process, for answers that belong to no notebook.
+    """
+    owner, started_at = _owner, time.time()
+    about = {"conversation": conversation, "model": model, "started_at": started_at}
+    beginning = _storable(shortened(" ".join(question[: 4 * QUESTION_CHARS].split()), QUESTION_CHARS))
+
+    def first() -> dict[str, Any]:
+        return {**about, "question": beginning, "owner": (owner and owner()) or own_name()}
+
+    entry = JournalEntry(new_id(), new_id(), request, first)
+    _writer.follow(entry)
+    return entry
+
+
+def resume(answer: JournaledAnswer, run: str, *, text: str, thinking: str) -> JournalEntry:
+    """Journal a claimed answer further.
+
+    Args:
+        answer, run: as `Journal.claim` gave them.
+        text, thinking: after which it continues.
+    """
+    entry = JournalEntry.continuing(answer, run, text, thinking)
+    _writer.follow(entry)
+    return entry
+
+
+def _storable(text: str) -> str:
+    """A text that SQLite takes: without halves of surrogate pairs."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _begin_again() -> None:
+    global _journal, _writer
+    _journal = Journal()
+    _writer = JournalWriter(_journal)  # a forked child has no copy of the thread
+
+
+if hasattr(os, "register_at_fork"):  # SQLite does not survive a fork in the middle of a write
+    os.register_at_fork(
+        before=lambda: _writer.pause(), after_in_parent=lambda: _writer.resume(), after_in_child=_begin_again
+    )
+atexit.register(lambda: _writer.wait_written(EXIT_LIMIT_S))
