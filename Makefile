@@ -10,13 +10,14 @@ MINUTES ?= 5
 # Tests without engines mostly wait, so they run in two processes; those with engines would disturb each other.
 WITHOUT_ENGINES := -m "not engine and not ollama and not lab" -n 2 --dist loadfile
 
-.PHONY: help demo test chaos soak lowest lab lint bench engine ollama ollama-for-ci clean
+.PHONY: help demo test chaos lasting soak lowest lab lint bench engine ollama ollama-for-ci clean
 
 help:
 	@echo "make demo   run the quickstart notebook headless and print its output"
 	@echo "make lab    open JupyterLab on the notebooks; ARGS='--allow-root --port 58000' are options of jupyter lab"
 	@echo "make test   run all tests, on real engines, and the notebooks"
 	@echo "make chaos  N=200: interrupt answers of two models at random moments, and compare them with undisturbed ones"
+	@echo "make lasting interrupt conversations, loads and answers in every way, and count what is lost or done again"
 	@echo "make soak   MINUTES=5: 500 clients stream answers from a gateway at the same time; no text is lost, memory stays flat"
 	@echo "make lowest run the tests that need no engine with the lowest versions that pyproject.toml allows"
 	@echo "make lint   ruff and mypy"
@@ -55,6 +56,9 @@ chaos: $(VENV)/stamp-dev engine
 	$(BIN)/python -m tests.chaos --n $(N)
 	$(BIN)/python -m tests.chaos --n $(N) --model smollm2 --recovery fast
 	$(BIN)/python -m tests.chaos --n $(N) --model smollm2 --recovery exact
+
+lasting: $(VENV)/stamp-dev engine
+	for name in $$($(BIN)/python -m tests.lasting); do $(BIN)/python -m tests.lasting $$name || exit 1; done
 
 soak: $(VENV)/stamp-dev engine
 	$(BIN)/python -m tests.gateway.soak --minutes $(MINUTES)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -18,8 +17,8 @@ from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.engine.find import find_engine
 from sollol_nb.llama_cpp.processes.running import stop_engines
 from sollol_nb.runtime.io_loop import run_blocking
-from sollol_nb.settings.table import SETTINGS
 from sollol_nb.sync_wrapper import HybridRouter
+from tests.support import own_folders
 from tests.support.engines import write_endless
 from tests.support.gguf_files import write_heavy
 from tests.support.smollm2 import smollm2_path
@@ -28,7 +27,6 @@ pytest_plugins = ["tests.support.ollama_server"]
 
 collect_ignore = ["notebook/test_terminal.py", "ollama/test_newer_ollama.py"] if sys.platform == "win32" else []
 ENGINE_NAMES = ("llama-server", "ggml-rpc-server", "rpc-server", "ollama")
-NO_OLLAMA = "127.0.0.1:9"  # the discard port: nothing answers there
 
 # Tests send signals to themselves and to processes that they start, which inherit what is ignored here: a shell
 # without job control starts background jobs with SIGINT ignored, `nohup` starts its command with SIGHUP ignored.
@@ -46,25 +44,15 @@ def pytest_report_header() -> list[str]:
 
 @pytest.fixture(scope="session", autouse=True)
 def own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Nothing that belongs to the user is read or written: state folder, workers and Ollama nodes are separate."""
-    folder = tmp_path_factory.mktemp("state")
-    settings = {
-        "SOLLOL_STATE_DIR": str(folder),
-        "SOLLOL_CONFIG": "0",  # not the user's settings file
-        "SOLLOL_KEEP_ALIVE": "60s",  # if the tests are killed, their engines end soon
-        "SOLLOL_CONTEXT_CACHE_GB": "0",  # what one test saves must not shorten the prompts of another
-        "OLLAMA_HOST": NO_OLLAMA,
-        "OLLAMA_MODELS": str(folder / "ollama"),
-    }
-    others = (setting.variable for setting in SETTINGS.values() if setting.name not in ("llama_cpp", "cache_dir"))
-    before = {name: os.environ.pop(name, None) for name in {*settings, *others}}
-    os.environ.update(settings)
-    yield folder
+    """Nothing that belongs to the user is read or written: folders, workers and Ollama nodes are separate."""
+    folder = tmp_path_factory.mktemp("own")
+    before = own_folders.use(
+        # What one test saves must not shorten the prompts of another.
+        own_folders.own_settings(folder) | {"SOLLOL_CONTEXT_CACHE_GB": "0"}
+    )
+    yield folder / "state"
     run_blocking(stop_engines(also_used=True))
-    for name, value in before.items():
-        os.environ.pop(name, None)
-        if value is not None:
-            os.environ[name] = value
+    own_folders.use(before)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -31,10 +31,10 @@ from sollol_nb.models.files import DEMO_MODEL_PATH
 from sollol_nb.models.routing import DISTRIBUTED, OLLAMA
 from sollol_nb.runtime.events import EventBus
 from sollol_nb.sync_wrapper import HybridRouter, OllamaPool
-from tests.conftest import NO_OLLAMA
 from tests.support.engines import QUESTION, busy_slots, eventually, eventually_async, run
 from tests.support.gguf_files import write_llama
 from tests.support.ollama_server import CHATML, OllamaServer
+from tests.support.own_folders import NO_OLLAMA
 
 pytestmark = pytest.mark.engine
 
