@@ -133,6 +133,11 @@ class HybridRouter:
         return self._async.stream
 
     @property
+    def preload_async(self) -> Callable[..., Coroutine[Any, Any, str]]:
+        """The async `preload`, for a caller that waits in its own way."""
+        return self._async.preload
+
+    @property
     def gateway(self) -> str | None:
         """The URL of the gateway whose engines it uses; None where it has its own."""
         return self._async.gateway

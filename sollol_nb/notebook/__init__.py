@@ -8,6 +8,7 @@
 - `magic_line.py`: the line of a magic as options.
 - `settings_traits.py`: `%config Sollol`.
 - `tab_completion.py`, `tab_line.py`: the Tab key in the lines of the magics.
+- `preloading.py`: models that load in the background.
 - `identity.py`: which notebook a kernel belongs to.
 - `displays.py`: displays that are updated in place, the progress bar, and what links do.
 - `kernel_hooks.py`: short errors, and `asyncio.run` in cells.
@@ -39,27 +40,37 @@ if TYPE_CHECKING:
 __all__ = ["chats", "load_ipython_extension", "router", "settings", "unload_ipython_extension", "use_router"]
 
 _MAGICS = (AskMagics, ClusterMagics, ModelMagics, LatencyMagics, BenchMagics, ConnectMagics, TrustMagics)
+_AFTER_EACH_CELL = (background.show_in_cell, session.check_preload)
 _END_LIMIT_S = 5.0
 """How long unloading waits for answers in the background, and then for the I/O loop, to end."""
 
 
 def load_ipython_extension(shell: InteractiveShell) -> None:
     """Register the magics, tab completion, `%config Sollol` and `df.sollol`; shorten the package's errors, and let
-    `asyncio.run` work in cells. Name the settings file in use. Loading twice is fine.
+    `asyncio.run` work in cells. Name the settings file in use. Begin to load the notebook's model (setting
+    `preload`). Loading twice is fine.
 
     Raises:
         ConfigError: a setting that loading reads has an invalid value.
     """
     kernel_settings = session.start(shell)
     shell.register_magics(*_MAGICS)
-    tab_completion.install(shell, session.running_models, chats=session.chats, workers=session.worker_targets)
+    tab_completion.install(
+        shell,
+        session.running_models,
+        chats=session.chats,
+        workers=session.worker_targets,
+        typed=session.note_typing,
+    )
     kernel_hooks.shorten_errors(session.has_short_errors)
-    shell.events.register("post_run_cell", background.show_in_cell)
+    for callback in _AFTER_EACH_CELL:
+        shell.events.register("post_run_cell", callback)
     frame_accessor.register(session.router, session.batch_defaults)
     if is_kernel(shell):
         use_bars(TextBar)
     for text in describe_files("%sollol_trust"):
         print(f"settings: {text}")
+    session.check_preload()
     # Last, since this raises if the variable or the file has an invalid value.
     hint = kernel_hooks.allow_nested_loops() if kernel_settings.nest_asyncio else ""
     if hint:
@@ -70,8 +81,9 @@ def unload_ipython_extension(shell: InteractiveShell) -> None:
     """Remove everything that loading added, since IPython does not. Stop the router's engines, or keep them
     running (`%config Sollol.on_unload`)."""
     background.cancel_all(wait_s=_END_LIMIT_S)
-    if background.show_in_cell in shell.events.callbacks["post_run_cell"]:
-        shell.events.unregister("post_run_cell", background.show_in_cell)
+    for callback in _AFTER_EACH_CELL:
+        if callback in shell.events.callbacks["post_run_cell"]:
+            shell.events.unregister("post_run_cell", callback)
     session.end(shell)
     use_bars(None)
     frame_accessor.unregister()

@@ -18,8 +18,13 @@ def notebook_of(shell: InteractiveShell) -> str | None:
     """
     if not is_kernel(shell):
         return None
-    path = shell.user_ns.get("__vsc_ipynb_file__") or config.session_path()
-    return str(path) if path else _connection(shell)
+    return notebook_path(shell) or _connection(shell)
+
+
+def notebook_path(shell: InteractiveShell) -> str | None:
+    """The path of the notebook of a kernel, if the frontend tells it; None in a terminal."""
+    path = shell.user_ns.get("__vsc_ipynb_file__") or config.session_path() if is_kernel(shell) else None
+    return str(path) if path else None
 
 
 def _connection(shell: InteractiveShell) -> str | None:

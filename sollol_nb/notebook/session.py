@@ -11,6 +11,7 @@ from sollol_nb.chat.conversations import ChatBook
 from sollol_nb.chat.kept import KeptChats
 from sollol_nb.notebook import settings_traits
 from sollol_nb.notebook.identity import notebook_of
+from sollol_nb.notebook.preloading import Preload, Preloads
 from sollol_nb.notebook.settings_traits import Sollol
 from sollol_nb.settings.endpoints import is_loopback
 from sollol_nb.settings.kinds import Secret
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 
 KEPT_ANSWERS = 50
+_STOP_LIMIT_S = 5.0
 CALIBRATE = "%sollol_cluster calibrate"
 CALIBRATE_HINT = (
     f"hint: `{CALIBRATE}` measures how fast these machines are, about three seconds for each; then layers go "
@@ -48,6 +50,7 @@ class Session:
         self._chats = ChatBook()
         self._answers: deque[tuple[str, Completion]] = deque(maxlen=KEPT_ANSWERS)
         self._hinted = False
+        self._preloads = Preloads(self.router)
 
     def start(self, shell: InteractiveShell) -> Sollol:
         """Let `%config Sollol` set the settings; returns them. Starting twice is fine.
@@ -64,6 +67,7 @@ class Session:
     def end(self, shell: InteractiveShell) -> None:
         """Close the router, with its engines or without them (setting `on_unload`); forget all else."""
         keep = self._settings is not None and self._settings.or_built_in("on_unload") == "keep"
+        self._preloads.stop(_STOP_LIMIT_S)
         if self._router is not None:
             self._router.close(keep=keep)
         self._chats.flush()
@@ -158,6 +162,22 @@ class Session:
             return None
         return KeptChats(notebook, is_on=lambda: bool(settings.or_built_in("keep_chats")))
 
+    def preload(self, model: str) -> Preload:
+        """Begin to load a model in the background; the running cell shows how far it is."""
+        return self._preloads.begin(model, self._shell)
+
+    def check_preload(self, _: object = None) -> None:
+        """Begin to load the model that the notebook names, if the settings say so; show what loads (for IPython's
+        event `post_run_cell`)."""
+        if self._shell is not None and self._settings is not None:
+            self._preloads.check(self._shell, self._settings)
+            self._preloads.show_in_cell()
+
+    def note_typing(self, cell: str) -> None:
+        """Note the text of a cell up to the cursor, for which the frontend wants completions; never waits."""
+        if self._settings is not None:
+            self._preloads.note_typing(cell, self._settings)
+
     def running_models(self) -> list[str]:
         """The models of the router's coordinators."""
         return [coordinator.model for coordinator in self._router.coordinators] if self._router is not None else []
@@ -188,6 +208,7 @@ class Session:
 
     def _mark_stale(self) -> None:
         self._router_is_stale = self._router is not None
+        self._preloads.stop()  # it loads as the router's previous settings say
 
 
 _session = Session()
@@ -202,6 +223,9 @@ last_answers = _session.last_answers
 router = _session.router
 connect = _session.connect
 use_router = _session.use_router
+preload = _session.preload
+check_preload = _session.check_preload
+note_typing = _session.note_typing
 running_models = _session.running_models
 worker_targets = _session.worker_targets
 batch_defaults = _session.batch_defaults

@@ -66,6 +66,7 @@ _KINDS = {
     "sollol_stop.names": "engines",
     "sollol_models.text": "models",
     "sollol_cluster.stop": "engines",
+    "sollol_cluster.preload": "models",
     "sollol_cluster.add": "machines",
     "sollol_cluster.remove": "workers",
     "ssh": "hosts",
@@ -81,6 +82,7 @@ def install(
     chats: Callable[[], Iterable[str]] = tuple,
     workers: Callable[[], Iterable[str]] = tuple,
     ollama_models: Read | None = None,
+    typed: Callable[[str], object] = lambda cell: None,
 ) -> None:
     """Complete the lines of this package's magics. Installing twice is fine.
 
@@ -90,6 +92,7 @@ def install(
         workers: endpoints of the known workers, and what leads to other machines, from memory.
         ollama_models: names of the models of the Ollama nodes; called in a thread, may be slow. By default the
             nodes of the setting `ollama_hosts` are asked.
+        typed: called with a cell up to the cursor, if that is below its first line; must not wait.
     """
     remove(shell)
     cache = NameCache()
@@ -97,6 +100,10 @@ def install(
 
     @context_matcher(identifier=MATCHER, priority=_PRIORITY)
     def match(context: CompletionContext) -> SimpleMatcherResult:
+        if context.cursor_line:
+            before = context.full_text.split("\n")[: context.cursor_line]
+            with contextlib.suppress(Exception):  # completions come whatever else fails
+                typed("\n".join(before))
         line = line_at_cursor(context.text_until_cursor)
         parser = _parser(shell, line.magic) if line is not None else None
         if line is None or parser is None:

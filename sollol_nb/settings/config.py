@@ -149,6 +149,19 @@ def is_chosen(path: Path) -> bool:
     return path in (user_settings_file(), *(settings_files() if _variable("SOLLOL_CONFIG") is not None else ()))
 
 
+def is_of_user(source: str) -> bool:
+    """Whether the source of a value (as in `Found`) is the user: anything but the settings file of a folder, and
+    such a file if they have allowed it with this content.
+
+    Raises:
+        ConfigError: the file is invalid, or the state folder cannot be trusted.
+    """
+    path = Path(source)
+    if not path.is_absolute() or is_chosen(path):
+        return True
+    return consent.has_consent(read_settings(path), consent_folder())
+
+
 def withheld_message(file: SettingsFile, command: str = "sollol-nb trust") -> str:
     """What does not count of a settings file, and what to do, in one line. It is not logged again."""
     _reported.add((file.path, file.text))

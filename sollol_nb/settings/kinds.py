@@ -21,6 +21,8 @@ from sollol_nb.runtime.amounts import is_number, is_whole_number, parse_duration
 from sollol_nb.runtime.priority import is_priority, priority_named
 from sollol_nb.settings.endpoints import gateway_url, worker_target
 
+TYPING = "typing"
+"""A value of the setting `preload`."""
 LOCAL = "local"
 """Instead of the address of a gateway: own engines."""
 CENTURY_S = 100 * 365 * 86400.0
@@ -269,6 +271,11 @@ def _anchored_model(model: str, folder: Path) -> str:
 
 
 YES_OR_NO = Kind("true or false (1 or 0 in a variable)", _yes_or_no, _yes_or_no_from_text)
+PRELOAD = Kind(
+    f'true, false (1 or 0 in a variable) or "{TYPING}"',
+    lambda value: value if value == TYPING else _yes_or_no(value),
+    _yes_or_no_from_text,
+)
 PRIORITY = Kind("a number from 1 (batch) to 10 (critical), or a name such as high", _priority, _number_from_text)
 KEEP_ALIVE = Kind('a time (seconds, "10m", 0, or "forever"), or a dict of these by model', _keep_alive)
 STRATEGY = Kind("the name of a layer strategy", _strategy)

@@ -354,6 +354,16 @@ _TABLE = (
         default=True,
     ),
     Setting(
+        "preload",
+        "notebook",
+        kinds.PRELOAD,
+        "Whether %load_ext begins to load the model of the notebook: that of the setting model, or of the first "
+        "%%sollol cell; typing: also that of a cell being typed, when the frontend asks for completions.",
+        "SOLLOL_PRELOAD",
+        default=False,
+        guarded=True,
+    ),
+    Setting(
         "models",
         "machine",
         MODELS,

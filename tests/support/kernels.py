@@ -93,13 +93,13 @@ class Kernel:
                 return message
 
     def collect_updates(self, *, until: str) -> dict[str, str]:
-        """The next update of any display, whichever cell made it, whose Markdown contains `until`."""
+        """The next update of any display, whichever cell made it, that contains `until`."""
         deadline = time.monotonic() + CELL_TIMEOUT_S
         while time.monotonic() < deadline:
             message = self.client.get_iopub_msg(timeout=CELL_TIMEOUT_S)
             if message["msg_type"] == "update_display_data":
                 data: dict[str, str] = message["content"]["data"]
-                if until in data.get("text/markdown", ""):
+                if any(until in text for text in data.values()):
                     return data
         raise AssertionError(f"no display showed {until!r} within {CELL_TIMEOUT_S} s")
 

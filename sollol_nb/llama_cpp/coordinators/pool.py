@@ -120,6 +120,8 @@ class CoordinatorPool:
         if coordinator is not None and self._serves(coordinator, route, speculation):
             self._running.note_route(route)
             return coordinator, None
+        if self._starting[key].locked():
+            self._starter.report_again(route.name)
         async with self._starting[key]:
             coordinator = self._running.find(route)
             # Another request may have started it meanwhile.

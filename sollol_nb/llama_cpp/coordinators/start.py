@@ -84,6 +84,7 @@ class CoordinatorStarter:
         self.planner = Planner(workers, running, measurements)
         self.drafting = Drafting(workers.calibration_of)
         self._claiming = asyncio.Lock()  # planning and holding workers is one step
+        self._progress: dict[str, LoadProgress] = {}  # of those that are loading, by the name in the route
 
     async def engine(self) -> Engine:
         """The llama.cpp programs: found, or built on first need, with progress reported as events."""
@@ -172,9 +173,19 @@ class CoordinatorStarter:
 
     def _progress_reported(self, model: str, coordinator: Coordinator) -> AbstractAsyncContextManager[None]:
         def report(progress: LoadProgress) -> None:
+            self._progress[model] = progress
             self._events.report(EventKind.COORDINATOR_LOADING, model, progress.message, **progress.as_dict())
 
+        self._progress.pop(model, None)
         return reporting_progress(coordinator.settings, coordinator.pid, coordinator.log_path, report)
+
+    def report_again(self, model: str) -> None:
+        """Report how far a start is, for a request that begins to wait for it: the next change may take long."""
+        progress = self._progress.get(model)
+        if progress is None:
+            self._events.report(EventKind.COORDINATOR_STARTING, model, f"{model} is being started")
+        else:
+            self._events.report(EventKind.COORDINATOR_LOADING, model, progress.message, **progress.as_dict())
 
     async def _worth_another_try(self, start: Start, coordinator: Coordinator, error: BaseException) -> bool:
         """Whether it may succeed next time: on another port, without the lost workers, or by chance."""

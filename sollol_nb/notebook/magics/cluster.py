@@ -31,9 +31,9 @@ class ClusterMagics(Magics):
         "what",
         nargs="*",
         help="start: how many workers are to run (default: 3); add, remove: host:port or ssh://host; "
-        "calibrate: workers (default: all, and this machine); replan: models (default: all); stop: "
-        "models, workers or machines (default: all of this notebook); invite: name of the workers (default: that "
-        "of their machine); revoke: names (default: all)",
+        "calibrate: workers (default: all, and this machine); replan: models (default: all); preload: models; "
+        "stop: models, workers or machines (default: all of this notebook); invite: name of the workers (default: "
+        "that of their machine); revoke: names (default: all)",
     )
     @argument(
         "--ssh",
@@ -61,6 +61,9 @@ class ClusterMagics(Magics):
         `start 3` makes sure that three workers run on this machine, and `stop` ends the workers and coordinators
         of this notebook. What another notebook uses stays. `calibrate` measures how fast this machine and the free
         workers (or the named ones) are.
+
+        `preload` begins to load a model in the background, and shows how far it is; a cell that asks it meanwhile
+        waits for the rest.
 
         `replan` applies the layout that is the fastest now to a running model, if it is another one.
 
@@ -91,6 +94,8 @@ class ClusterMagics(Magics):
             %sollol_cluster calibrate
 
             %sollol_cluster replan
+
+            %sollol_cluster preload demo
 
             %sollol_cluster stop
 

@@ -104,6 +104,16 @@ def _replan(router: HybridRouter, arguments: argparse.Namespace) -> None:
         print("\n".join(lines) if lines else "no sharded model is running")
 
 
+def _preload(router: HybridRouter, arguments: argparse.Namespace) -> None:
+    """Begin to load models in the background. A notebook shows how far they are."""
+    if not arguments.what:
+        raise UsageError("preload takes models: %sollol_cluster preload MODEL")
+    for model in arguments.what:
+        preload = session.preload(model)
+        if not preload.is_shown:
+            print(f"{preload.line} in the background")
+
+
 def _named(what: Sequence[str], action: str) -> Sequence[str]:
     if not what:
         raise UsageError(f"{action} takes workers: %sollol_cluster {action} HOST:PORT, or {action} ssh://HOST")
@@ -197,6 +207,7 @@ def report(ended: Sequence[Ended]) -> None:
 ACTIONS: Mapping[str, Action] = {
     "start": _start,
     "discover": _discover,
+    "preload": _preload,
     "calibrate": _calibrate,
     "replan": _replan,
     "add": _add,
