@@ -7,5 +7,6 @@
 * `calibrate.py`: the workers of this user, measured
 * `slurm.py`: a job script whose nodes become workers of this machine
 * `status.py`: the cluster of this user, seen from outside of any notebook
+* `contexts.py`: the saved contexts of conversations
 * `discover.py`: workers that could be used
 """

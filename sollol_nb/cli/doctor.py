@@ -15,7 +15,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from sollol_nb._version import __version__
+from sollol_nb.cli.contexts import total
 from sollol_nb.errors import ConfigError, EngineError
+from sollol_nb.llama_cpp.contexts.store import ContextStore
 from sollol_nb.llama_cpp.engine.build import read_record
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.engine.find import INSTALL_COMMAND, find_engine, locate_engine
@@ -59,6 +61,7 @@ class Diagnosis:
         backend: the backend that `sollol-nb install` would build.
         settings: the settings files in use, and what does not count of them.
         demo_model: the demo model's file; None if this installation lacks it.
+        saved_contexts: how much the saved contexts of conversations take, and may take.
         missing: what is missing or broken, one line each, the most important first.
         remedy: the one command to run next; empty if there is nothing to do.
     """
@@ -77,6 +80,7 @@ class Diagnosis:
     folders: dict[str, Path]
     settings: tuple[str, ...]
     ollama: tuple[OllamaProbe, ...]
+    saved_contexts: str
     missing: tuple[str, ...]
     remedy: str
 
@@ -131,6 +135,7 @@ def diagnose(*, check: bool = False) -> Diagnosis:
         folders={"cache": config.cache_dir(), "state": config.state_dir()},
         settings=settings,
         ollama=tuple(_probe_ollama(entry) for entry in config.default("ollama_hosts") or ["localhost"]),
+        saved_contexts=total(ContextStore().list()),
         missing=tuple(missing),
         remedy=remedy,
     )
@@ -154,6 +159,7 @@ def describe(diagnosis: Diagnosis) -> str:
     lines.append(("GPU toolkits", f"{kits or 'none'}; `{INSTALL_COMMAND}` builds the {diagnosis.backend} backend"))
     lines.append(("demo model", str(diagnosis.demo_model or "missing from this installation")))
     lines += [(f"{name} folder", str(path)) for name, path in diagnosis.folders.items()]
+    lines.append(("contexts", diagnosis.saved_contexts))
     lines += [("settings", text) for text in diagnosis.settings]
     lines += [
         ("Ollama", f"{node.host}:{node.port} {'answers' if node.reachable else 'does not answer'}")

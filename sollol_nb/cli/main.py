@@ -124,6 +124,29 @@ def stop(arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def contexts(arguments: argparse.Namespace) -> int:
+    """List the saved contexts of conversations, which need not be processed again; or delete some (--forget)."""
+    from sollol_nb.cli.contexts import as_table, forget, listed, total
+    from sollol_nb.errors import ConfigError
+
+    everything = listed()
+    is_chosen = arguments.ids or arguments.model is not None
+    chosen = listed(arguments.ids, arguments.model) if is_chosen else everything
+    if arguments.forget:
+        if bool(is_chosen) == arguments.all:
+            raise ConfigError("say which contexts to forget: their ids, --model MODEL, or --all")
+        print(forget(chosen))
+    elif arguments.json:
+        limit_bytes = int(config.default("context_cache_gb") * 1e9)
+        size = sum(each.context.size for each in everything)
+        shown = {"contexts": [each.as_dict() for each in chosen], "bytes": size, "limit_bytes": limit_bytes}
+        print(json.dumps(shown, indent=1))
+    else:
+        print(as_table(chosen))
+        print(total([each.context for each in everything]))
+    return EXIT_OK
+
+
 def trust(arguments: argparse.Namespace) -> int:
     """Show which settings of a folder's sollol_nb.toml need your consent; give or withdraw it."""
     from sollol_nb.settings.trust import review
@@ -245,6 +268,14 @@ def _stop_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--all", action="store_true", help="also stop those in use")
 
 
+def _contexts_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("ids", nargs="*", metavar="ID", help="only these; the beginning of an id is enough")
+    parser.add_argument("--model", metavar="MODEL", help="only those of this model")
+    parser.add_argument("--forget", action="store_true", help="delete those that are named")
+    parser.add_argument("--all", action="store_true", help="with --forget: delete all")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
 def _trust_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", nargs="?", help="a settings file or its folder; default: the one in use here")
     parser.add_argument("--yes", action="store_true", help="let these settings count, until the file changes")
@@ -293,6 +324,7 @@ _SUBCOMMANDS: tuple[tuple[Callable[[argparse.Namespace], int], Callable[[argpars
     (discover, _discover_arguments),
     (calibrate, _calibrate_arguments),
     (stop, _stop_arguments),
+    (contexts, _contexts_arguments),
     (trust, _trust_arguments),
     (gateway, gateway_command.add_arguments),
     (key, _key_arguments),
