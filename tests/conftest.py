@@ -47,8 +47,8 @@ def own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Nothing that belongs to the user is read or written: folders, workers and Ollama nodes are separate."""
     folder = tmp_path_factory.mktemp("own")
     before = own_folders.use(
-        # What one test saves must not shorten the prompts of another.
-        own_folders.own_settings(folder) | {"SOLLOL_CONTEXT_CACHE_GB": "0"}
+        # What one test saves must not shorten the prompts and loads of another.
+        own_folders.own_settings(folder) | {"SOLLOL_CONTEXT_CACHE_GB": "0", "SOLLOL_TENSOR_CACHE_GB": "0"}
     )
     yield folder / "state"
     run_blocking(stop_engines(also_used=True))

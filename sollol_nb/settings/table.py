@@ -378,7 +378,7 @@ _TABLE = (
         "cache_dir",
         "machine",
         kinds.FOLDER,
-        "Folder for engine builds and saved contexts; safe to delete.",
+        "Folder for engine builds, saved contexts and the workers' caches of weights; safe to delete.",
         "SOLLOL_CACHE_DIR",
         default_description="the user's cache folder",
         guarded=True,
@@ -391,6 +391,16 @@ _TABLE = (
         "least recently used are deleted. 0 saves none.",
         "SOLLOL_CONTEXT_CACHE_GB",
         default=DEFAULT_CONTEXT_CACHE_GB,
+        guarded=True,
+    ),
+    Setting(
+        "tensor_cache_gb",
+        "machine",
+        kinds.number("a number of GB, such as 50, or 0 for none"),
+        "Disk in GB that workers may use on each machine to keep weights, so that a model that is loaded again is "
+        "not sent again; at most half of the free disk. 0 keeps none.",
+        "SOLLOL_TENSOR_CACHE_GB",
+        default=50,
         guarded=True,
     ),
     Setting(

@@ -7,6 +7,7 @@
 * `coordinator.py`: one llama-server: launched, adopted, stopped.
 * `streams.py`: the answers that it streams, and the watch over their silence.
 * `readiness.py`: from its start until it can be used.
+* `cached_weights.py`: the workers' caches of weights around a load, and how much was sent
 * `load_progress.py`: how much of its model it has loaded.
 * `placement.py`: where it placed the layers, according to its log.
 * `pace.py`: its usual time for a token, by which its silence is judged.

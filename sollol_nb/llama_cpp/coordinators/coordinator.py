@@ -68,6 +68,7 @@ class Coordinator:
         log_path: the engine's log, drained to a file.
         placement: where the engine says it put the layers; None until it is ready.
         load_ms: from the start of the process until it was ready.
+        bytes_sent: to its workers until then; None if there are none, or where the system does not count.
         first_seconds_per_token: as measured when it became ready; None if it was not.
         gate: waiting requests, in order of priority.
         keep_alive_s: seconds that it lives without a request, as last set from here; None is forever.
@@ -91,6 +92,7 @@ class Coordinator:
         self.log_path = process.log_path
         self.placement: Placement | None = None
         self.load_ms = 0.0
+        self.bytes_sent: int | None = None
         self.first_seconds_per_token: float | None = None
         self.gate = gate if gate is not None else Gate(settings.slots)
         self.keep_alive_s = process.entry.keep_alive_s
@@ -233,6 +235,7 @@ class Coordinator:
             return None
         await coordinator.detach()
         coordinator.load_ms = float(entry.about.get("load_ms") or 0.0)
+        coordinator.bytes_sent = entry.about.get("bytes_sent")
         with contextlib.suppress(OSError):
             log = await asyncio.to_thread(coordinator.log_path.read_text, "utf-8", "replace")
             coordinator.placement = read_placement(log)
@@ -258,7 +261,7 @@ class Coordinator:
             raise
         finally:
             self.free()
-        self.placement, self.load_ms = ready.placement, ready.load_ms
+        self.placement, self.load_ms, self.bytes_sent = ready.placement, ready.load_ms, ready.bytes_sent
         self._streams.chat_template = ready.chat_template
         self.pace.set_load_time(ready.load_ms / 1000)
         self.first_seconds_per_token = ready.seconds_per_token if ready.is_measured else None

@@ -19,6 +19,7 @@ from sollol_nb.errors import (
     ModelFileError,
     TransportError,
 )
+from sollol_nb.llama_cpp.coordinators.cached_weights import count_sent
 from sollol_nb.llama_cpp.coordinators.placement import Placement, read_placement
 from sollol_nb.llama_cpp.coordinators.settings import CoordinatorSettings
 from sollol_nb.llama_cpp.processes import registry
@@ -63,6 +64,7 @@ class Ready:
     Attributes:
         placement: where the engine put the layers, according to its log.
         load_ms: from the start of the process until it was ready.
+        bytes_sent: to its workers until then; None if there are none, or where the system does not count.
         seconds_per_token: measured, or estimated while requests of other processes keep it busy; 0 if the engine
             did not report it.
         is_measured: whether it was measured.
@@ -71,6 +73,7 @@ class Ready:
 
     placement: Placement
     load_ms: float
+    bytes_sent: int | None
     seconds_per_token: float
     is_measured: bool
     chat_template: str
@@ -134,10 +137,11 @@ class StartingCoordinator:
             report = await self._process.ended_within(0.5)
             raise self._port_taken_error() if report is None else self._start_error(report)
         placement = read_placement(await self._start_log())
-        load_ms = await self._published_load_ms() if self._is_adopted else 0.0
+        load_ms, sent = await self._published() if self._is_adopted else (0.0, None)
         if not load_ms:
             load_ms = (time.time() - self._process.entry.started_at) * 1000
-            await self._process.update_about(load_ms=load_ms)
+            sent = await count_sent(self._settings, self._process.pid)
+            await self._process.update_about(load_ms=load_ms, bytes_sent=sent)
         seconds_per_token = float(self._process.entry.about.get("seconds_per_token") or 0.0)
         is_measured = seconds_per_token > 0
         if not is_measured:
@@ -145,20 +149,22 @@ class StartingCoordinator:
         return Ready(
             placement=placement,
             load_ms=load_ms,
+            bytes_sent=sent,
             seconds_per_token=seconds_per_token,
             is_measured=is_measured,
             chat_template=chat_template,
         )
 
-    async def _published_load_ms(self) -> float:
-        """The load time that the process which started it publishes a moment later; 0 if it does not."""
+    async def _published(self) -> tuple[float, int | None]:
+        """The load time, and what was sent, which the process that started it publishes a moment later; 0 if it
+        does not."""
         deadline = time.monotonic() + LOAD_TIME_LIMIT_S
         while time.monotonic() < deadline:
             entry = registry.find(self._process.entry.id)
             if entry is not None and (load_ms := entry.about.get("load_ms")):
-                return float(load_ms)
+                return float(load_ms), entry.about.get("bytes_sent")
             await asyncio.sleep(READY_POLL_S)
-        return 0.0
+        return 0.0, None
 
     async def _seconds_per_token(self, load_s: float) -> tuple[float, bool]:
         """Measure a token, so that silence can be judged from the first request on; 0 if that is not reported.

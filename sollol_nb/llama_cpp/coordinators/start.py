@@ -25,6 +25,7 @@ from sollol_nb.gguf.facts import read_facts
 from sollol_nb.layers.plan import GIVEN, LayerPlan
 from sollol_nb.layers.strategies import AUTO as AUTO_STRATEGY
 from sollol_nb.layers.strategies import LATENCY_AWARE
+from sollol_nb.llama_cpp.coordinators.cached_weights import CachedWeights
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.coordinators.drafting import Drafting
 from sollol_nb.llama_cpp.coordinators.load_progress import LoadProgress, reporting_progress
@@ -83,6 +84,7 @@ class CoordinatorStarter:
         self._running = running
         self.planner = Planner(workers, running, measurements)
         self.drafting = Drafting(workers.calibration_of)
+        self._cached = CachedWeights()
         self._claiming = asyncio.Lock()  # planning and holding workers is one step
         self._progress: dict[str, LoadProgress] = {}  # of those that are loading, by the name in the route
 
@@ -224,6 +226,7 @@ class CoordinatorStarter:
             self.planner.note_loaded(coordinator)
             kind, seconds = EventKind.COORDINATOR_READY, f"{coordinator.load_ms / 1000:.1f} s"
             message = f"{route.name} is ready at {coordinator.base_url} after {seconds}"
+            self._cached.settle(coordinator.settings, self._workers.entries_of(coordinator.rpc_backends))
         self._events.publish(kind, route.name, message, load_ms=coordinator.load_ms)
         for difference in coordinator.placement_differences:
             self._events.publish(EventKind.COORDINATOR_PLACED_OTHERWISE, route.name, difference)
@@ -377,6 +380,8 @@ class CoordinatorStarter:
         self._events.publish(EventKind.COORDINATOR_STARTING, start.model, message, reasons=reasons)
         (port,) = free_ports(start.first_port, 1)
         endpoints = settings.plan.endpoints if settings.plan else ()
+        holds = self._workers.entries_of(endpoints)
+        await self._cached.prepare(settings, holds)
         coordinator = await Coordinator.launch(
             start.engine,
             settings,
@@ -384,7 +389,7 @@ class CoordinatorStarter:
             keep_alive_s=self.settings.keep_alive(start.route.model),
             about={**start.wanted, "probes": self._workers.probes_of(endpoints)},
             gate=start.gate,
-            holds=self._workers.entries_of(endpoints),
+            holds=holds,
         )
         wanted = start.wanted["wanted_workers"]
         if isinstance(wanted, int) and len(endpoints) < min(wanted, start.facts.layer_count + 1):

@@ -242,7 +242,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }
 _ABOUT_TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("model", "endpoint", "url", "owner", "target", "state", "detail"), (str,)),
-    **dict.fromkeys(("port", "owner_pid", "context_tokens", "slots"), (int,)),
+    **dict.fromkeys(("port", "owner_pid", "context_tokens", "slots", "bytes_sent"), (int,)),
     **dict.fromkeys(("load_ms", "seconds_per_token", "owner_started"), (int, float)),
     "workers": (list,),
     **dict.fromkeys(("probes", "endpoints"), (dict,)),

@@ -20,6 +20,7 @@ from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.processes.machine import free_ports
 from sollol_nb.llama_cpp.processes.process import EngineProcess
+from sollol_nb.llama_cpp.weights import cache
 from sollol_nb.llama_cpp.workers.probe import ANY_CLIENT, Client, ProbeOutcome, probe
 from sollol_nb.settings.endpoints import LOOPBACK, format_endpoint, parse_endpoint
 
@@ -47,12 +48,15 @@ async def start_worker(
     Raises:
         EngineError: the program cannot be run.
     """
+    folder = await asyncio.to_thread(cache.open_cache, cache.local_name(port))
+    argv = [str(engine.worker), "-H", host, "-p", str(port), "-t", str(threads)]
     return await EngineProcess.start(
-        [str(engine.worker), "-H", host, "-p", str(port), "-t", str(threads)],
+        [*argv, cache.FLAG] if folder else argv,
         kind=registry.WORKER,
-        about={"endpoint": format_endpoint(host, port), "threads": threads},
+        about={"endpoint": format_endpoint(host, port), "threads": threads, "caches": folder is not None},
         keep_alive_s=keep_alive_s,
         log_path=registry.new_log_path(registry.WORKER, port),
+        env=cache.worker_environment(folder),
     )
 
 

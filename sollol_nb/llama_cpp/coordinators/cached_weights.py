@@ -1,0 +1,76 @@
+"""The workers' caches of weights around a load: verified before it, sealed after it; and how much was sent.
+
+The caches are those of the workers on this machine; those of other machines are looked after there
+(`workers/lent.py`, `links/agent.sh`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+
+from sollol_nb.llama_cpp.coordinators.settings import CoordinatorSettings
+from sollol_nb.llama_cpp.processes import registry
+from sollol_nb.llama_cpp.processes.machine import Address
+from sollol_nb.llama_cpp.processes.registry import Entry
+from sollol_nb.llama_cpp.processes.traffic import delivered_bytes
+from sollol_nb.llama_cpp.weights import cache
+from sollol_nb.settings.endpoints import addresses_of, parse_endpoint
+
+
+class CachedWeights:
+    """Lives on the I/O loop."""
+
+    def __init__(self) -> None:
+        self._settling: set[asyncio.Task[None]] = set()
+
+    async def prepare(self, settings: CoordinatorSettings, workers: Iterable[Entry]) -> None:
+        """Before a coordinator is started.
+
+        Args:
+            workers: the registry entries of its workers.
+        """
+        needs = _needs(settings, workers)
+        if needs:
+            await asyncio.to_thread(cache.prepare, needs, settings.facts.cacheable_sizes)
+
+    def settle(self, settings: CoordinatorSettings, workers: Iterable[Entry]) -> None:
+        """After its weights are loaded: in the background, since the disk may be slow. Where this process ends
+        before, the next `prepare` does it."""
+        needs = _needs(settings, workers)
+        if needs:
+            task = asyncio.create_task(asyncio.to_thread(cache.settle, list(needs)))
+            self._settling.add(task)
+            task.add_done_callback(self._settling.discard)
+
+
+def _needs(settings: CoordinatorSettings, workers: Iterable[Entry]) -> dict[str, int]:
+    """The caches of the workers on this machine, and the bytes of weights that each worker gets."""
+    if settings.plan is None:
+        return {}
+    caching = {
+        entry.name for entry in workers if entry.kind == registry.WORKER and entry.about.get("caches") is True
+    }
+    unit_bytes = settings.facts.cacheable_bytes
+    return {
+        cache.local_name(parse_endpoint(shard.endpoint)[1]): sum(
+            unit_bytes[shard.first_layer : shard.first_layer + shard.unit_count]
+        )
+        for shard in settings.plan.workers
+        if shard.endpoint in caching
+    }
+
+
+async def count_sent(settings: CoordinatorSettings, pid: int) -> int | None:
+    """Bytes that a coordinator has sent its workers so far; None without workers, or where the system does not
+    count."""
+    if settings.plan is None or not settings.plan.workers:
+        return None
+    endpoints = [shard.endpoint for shard in settings.plan.workers]
+
+    def count() -> int | None:
+        counts = delivered_bytes(pid)
+        peers = frozenset[Address]().union(*map(addresses_of, endpoints))
+        return None if counts is None else sum(counts.get(peer, 0) for peer in peers)
+
+    return await asyncio.to_thread(count)

@@ -1,0 +1,59 @@
+"""On real engines: a model that is loaded again is not sent again, and a full cache changes no answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sollol_nb.gguf.facts import read_facts
+from sollol_nb.llama_cpp.engine.check import Engine
+from sollol_nb.llama_cpp.weights import cache
+from sollol_nb.sync_wrapper import HybridRouter
+from tests.support.engines import eventually, linux_only, unused_ports
+
+pytestmark = [pytest.mark.engine, linux_only]
+
+QUESTION: dict[str, Any] = {"backend": "sharded", "temperature": 0, "max_tokens": 12}
+
+
+def new_router(port: int) -> HybridRouter:
+    return HybridRouter(
+        auto_setup_rpc=True, auto_discover_rpc=False, num_rpc_backends=2, rpc_port=port, context_tokens=512
+    )
+
+
+def text_of(router: HybridRouter, model: Path) -> str:
+    answer = router.route_request(str(model), "Hello there", **QUESTION)
+    return str(answer["message"]["content"])
+
+
+def sent_bytes(router: HybridRouter) -> int:
+    """What the coordinator has sent to its workers until it was ready."""
+    assert router.coordinator is not None
+    sent = router.coordinator.bytes_sent
+    assert sent is not None
+    return sent
+
+
+def all_sealed(count: int) -> None:
+    eventually(
+        lambda: len(files := [*cache._all_files()]) == count and all(file.is_sealed for file in files),
+        f"{count} files are sealed",
+    )
+
+
+def test_a_reload_sends_next_to_nothing(engine: Engine, heavy_model: Path, caches: Path) -> None:
+    weights = sum(read_facts(heavy_model).layer_bytes)
+    port = unused_ports(2)
+    with new_router(port) as router:
+        first = text_of(router, heavy_model)
+        assert sent_bytes(router) >= weights
+        all_sealed(36)
+        router.stop_coordinator()
+        assert text_of(router, heavy_model) == first
+        assert sent_bytes(router) <= 0.01 * weights
+    with new_router(port) as router:  # other workers, with what these had
+        assert text_of(router, heavy_model) == first
+        assert sent_bytes(router) <= 0.01 * weights
