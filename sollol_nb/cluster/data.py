@@ -3,7 +3,7 @@
 | key | holds, by |
 |---|---|
 | `workers` | endpoint: `n` (order), `name` and `target` (of those that are reached through links), `state`, `color`, `description`, `free` and `total` memory, `used` (0 to 1), `rtt` (ms, by probe number), `speed` (as calibrated), ... |
-| `coordinators` | URL: `model`, `path`, `description`, `token_time`, `reasons` of its plan, `advice` (`text`, and `layout` as pairs of endpoint and units), `segments` by endpoint, `local` by device, `running`, `waiting`, ... |
+| `coordinators` | URL: `model`, `path`, `description`, `token_time`, `reasons` of its plan, `advice` (`text`, and `layout` as pairs of endpoint and units), `segments` by endpoint, `local` by device, `running`, `waiting`, `standby` (of a standby: `starting` or `ready`), ... |
 | `nodes` | URL of an Ollama node: `state`, `description`, `rtt` (as for workers), `running`, `waiting`, `slots` |
 | `starting` | model that is being loaded: `description`, `share` (0 to 1) |
 | `events` | number of the event: `at`, `kind`, `message` |
@@ -213,6 +213,7 @@ def _coordinator(
         waiting=coordinator.waiting,
         slots=coordinator.slots,
         own=1 if is_own else None,
+        standby=coordinator.standby or None,
         segments={segment.endpoint: _segment(n, segment) for n, segment in enumerate(coordinator.segments)},
         local={part.device: _local_part(n, part) for n, part in enumerate(coordinator.local)},
         differences=list(coordinator.differences) or None,

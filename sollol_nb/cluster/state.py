@@ -170,9 +170,11 @@ class ClusterState:
 
     def status(self) -> ClusterStatus:
         """Workers, coordinators and nodes as known now; sends no request to them."""
+        standbys = self._coordinators.standbys
         statuses = [
             CoordinatorStatus.of(
                 coordinator,
+                standbys.note_of(coordinator),
                 token_ms=self._coordinators.token_ms(coordinator),
                 drift=self._coordinators.drift(coordinator),
                 token=self._coordinators.predict(coordinator),
@@ -180,6 +182,7 @@ class ClusterState:
             )
             for coordinator in self._coordinators.coordinators
         ]
+        statuses += [CoordinatorStatus.of(standby) for standby in standbys.coordinators]
         own = {status.url for status in statuses}
         statuses += [
             CoordinatorStatus.of(coordinator, f"started by {owner}")

@@ -119,7 +119,8 @@ class CoordinatorStatus:
     measured time relative to the predicted one, over some answers; None if unknown.
     `reasons` say why its layers are planned like this, the most important one first; `drafts` says how it drafts
     tokens, "" if it does not. `advice` says what a better layout would bring, "" where none is known;
-    `advised_layout` has its units of each worker, in the order of its layers.
+    `advised_layout` has its units of each worker, in the order of its layers. `standby` is the state of one that
+    is a standby of the same model (`starting` or `ready`), which answers nobody; "" for others.
     """
 
     model: str
@@ -144,6 +145,7 @@ class CoordinatorStatus:
     drafts: str = ""
     advice: str = ""
     advised_layout: tuple[tuple[str, int], ...] = ()
+    standby: str = ""
 
     @property
     def token_time_description(self) -> str:
@@ -171,7 +173,7 @@ class CoordinatorStatus:
         """The status of a coordinator now.
 
         Args:
-            remark: added to its note.
+            remark: added to its note; of a standby, its state comes first.
             token_ms: measured time of a token.
             drift: how much longer that is than predicted.
             token: the estimated parts of its workers in that time.
@@ -180,19 +182,22 @@ class CoordinatorStatus:
         demo = DEMO_NOTE if coordinator.settings.model_path == DEMO_MODEL_PATH else ""
         plan, speculation = coordinator.plan, coordinator.settings.speculation
         reasons = plan.reasons if plan else ()
+        standby = ("ready" if coordinator.load_ms else "starting") if coordinator.standby_of else ""
         if reasons and speculation.why and not speculation.is_on:
             reasons = (*reasons, speculation.describe())
         return cls(
             model=coordinator.model,
             model_path=str(coordinator.settings.model_path),
-            note="; ".join(filter(None, (demo, remark))),
+            note="; ".join(filter(None, (demo, standby and f"standby, {standby}", remark))),
             url=coordinator.base_url,
             log_path=str(coordinator.log_path),
             strategy=plan.strategy if plan else "this machine only",
             context_tokens=coordinator.settings.context_tokens,
-            running=coordinator.gate.running,
-            waiting=coordinator.gate.waiting,
-            slots=coordinator.gate.slots,
+            # A standby shares the gate of the coordinator that it may have to replace.
+            running=0 if standby else coordinator.gate.running,
+            waiting=0 if standby else coordinator.gate.waiting,
+            slots=0 if standby else coordinator.gate.slots,
+            standby=standby,
             uptime_s=coordinator.uptime_s,
             load_ms=coordinator.load_ms,
             segments=tuple(_segments(coordinator, token)),

@@ -184,6 +184,11 @@ class LayerPlan:
         )
         return f"{counted(self.layer_count, 'layer')} {self.describe_devices()} ({self.strategy}): {shards}"
 
+    def describe_cost(self) -> str:
+        """What it takes where, such as `40 GB on b (80 layers)`."""
+        shares = [f"{shard.worker} ({counted(shard.unit_count, 'layer')})" for shard in self.shards]
+        return f"{format_bytes(self.needed_bytes)} on {' and '.join(shares)}"
+
     def describe_devices(self) -> str:
         """`over 2 workers`, `over 2 workers and this machine`, `on this machine`."""
         if not self.workers:

@@ -61,7 +61,7 @@ class Session:
         self._settings = settings_traits.install(shell)
         if self._shell is not shell:
             self._shell, self._chats = shell, ChatBook(self._kept_chats)
-        self._settings.on_router_change(self._mark_stale)
+        self._settings.on_router_change(self._on_router_change)
         return self._settings
 
     def end(self, shell: InteractiveShell) -> None:
@@ -206,7 +206,12 @@ class Session:
                 previous.close(keep=keep)
         return new
 
-    def _mark_stale(self) -> None:
+    def _on_router_change(self, name: str) -> None:
+        running = self._router if name == "standby" and not self._router_is_stale else None
+        if running is not None and running.gateway is None:  # it changes while all runs on
+            for line in running.use_standbys(bool(self.settings().or_built_in("standby"))):
+                print(line)
+            return
         self._router_is_stale = self._router is not None
         self._preloads.stop()  # it loads as the router's previous settings say
 

@@ -101,6 +101,7 @@ class Sollol(Configurable):
     deterministic = SettingTrait()
     speculation = SettingTrait()
     replan = SettingTrait()
+    standby = SettingTrait()
     draft = SettingTrait()
     threshold_params = SettingTrait()
     ollama_hosts = SettingTrait()
@@ -167,10 +168,10 @@ class Sollol(Configurable):
             if each.source != config.BUILT_IN and not (name in saved and each.source in files)
         }
 
-    def on_router_change(self, callback: Callable[[], object]) -> None:
-        """Call back whenever a setting of the router changes here."""
+    def on_router_change(self, callback: Callable[[str], object]) -> None:
+        """Call back with its name whenever a setting of the router changes here."""
         names = [setting.name for setting in SETTINGS.values() if setting.side == "router"]
-        self.observe(lambda _: callback(), names)
+        self.observe(lambda change: callback(change["name"]), names)
 
     def update_config(self, config: Config) -> None:
         """`%config Sollol.NAME = ...` calls this.

@@ -400,10 +400,24 @@ class ClusterControl:
             message = f"models that start from now on are spread by strategy {layer_strategy!r}"
             self._events.publish(EventKind.ROUTER_CHANGED, "layer_strategy", message)
         if keep_alive is not None:
-            for coordinator in self._coordinators.coordinators:
+            standbys = self._coordinators.standbys.coordinators
+            for coordinator in [*self._coordinators.coordinators, *standbys]:
                 await coordinator.keep_alive(settings.keep_alive_s)
             message = f"coordinators live for {keep_alive} without a request"
             self._events.publish(EventKind.ROUTER_CHANGED, "keep_alive", message)
+
+    @io_bound
+    async def use_standbys(self, wanted: bool) -> list[str]:
+        """Keep a standby of each running model over workers and of those that start later, or end all.
+
+        Returns:
+            What that takes of each running model, or why it is impossible: a line of text each. The standbys are
+            started after that.
+        """
+        lines = await self._coordinators.use_standbys(wanted)
+        message = "; ".join(lines or [f"standbys are {'kept' if wanted else 'ended'} from now on"])
+        self._events.publish(EventKind.ROUTER_CHANGED, "standby", message)
+        return lines
 
     @io_bound
     async def status(self) -> ClusterStatus:

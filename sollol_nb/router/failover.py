@@ -82,6 +82,9 @@ async def stream_answer(
                                 record.set_recovery(answer.recovery)
                             if chunk.get("done"):
                                 last = chunk
+                                if lost is not None:
+                                    await coordinators.found_lost(route)
+                                    record.set_lost_workers(coordinators.lost_workers(route))
                             else:
                                 yield chunk
                     break

@@ -110,6 +110,7 @@ class OwnEngines(ClusterControl):
         deterministic: bool | None,
         speculation: str | None,
         replan: str | None,
+        standby: bool | None,
         draft: str | Path | None,
         keep_alive: float | str | Mapping[str, float | str] | None,
         latency: LatencyLog,
@@ -139,6 +140,7 @@ class OwnEngines(ClusterControl):
             slots=config.or_default(slots, "slots"),
             keep_alive=config.or_default(keep_alive, "keep_alive"),
             replan=config.or_default(replan, "replan"),
+            standby=config.or_default(standby, "standby"),
             speculation=speculation_of(options) or config.or_default(speculation, "speculation"),
             draft=config.or_default(draft, "draft"),
             **others,
@@ -205,6 +207,19 @@ class OwnEngines(ClusterControl):
         """
         route = await self.route(model, backend=backend)
         return await self._coordinators.plan(route) if route.backend == DISTRIBUTED else None
+
+    @io_bound
+    async def standby_of(self, model: str | Path, *, backend: str | None = None) -> str:
+        """One line about the standby of a model: what it takes, or would take over the workers as last seen, or
+        why none is possible. Starts nothing.
+
+        Args:
+            backend: as for `route_request`.
+
+        Raises:
+            ModelError, ConfigError: as for `route`.
+        """
+        return await self._coordinators.standbys.describe(await self.route(model, backend=backend))
 
     @io_bound
     async def slots_for(self, model: str | Path, *, backend: str | None = None) -> ModelSlots:

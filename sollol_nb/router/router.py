@@ -102,6 +102,7 @@ class Router(RouterRequests):
         deterministic: bool | None = None,
         speculation: str | None = None,
         replan: str | None = None,
+        standby: bool | None = None,
         draft: str | Path | None = None,
         llama_cpp: str | Path | None = None,
         keep_alive: float | str | Mapping[str, float | str] | None = None,
@@ -143,6 +144,9 @@ class Router(RouterRequests):
                 request runs alone, without the prompt cache, and with exact recovery.
             replan: what happens when another layout of a running model has become faster: by default `"say"`
                 (it is shown); `"auto"` moves there between two requests, `"off"` does nothing.
+            standby: whether a second coordinator of each model over workers is kept ready, on workers that are
+                free or on this machine: where the first is lost, the second takes over at once. It takes as much
+                memory once more, and ends where another model needs its workers. Off by default.
             speculation: whether llama.cpp drafts several tokens, which the model verifies at once: `"auto"` (the
                 default) chooses at the start of a coordinator, from round trips and from what drafts brought
                 before; `"ngram"` drafts from the text so far, `"draft"` with a small model, `"off"` never. With
@@ -187,6 +191,7 @@ class Router(RouterRequests):
                 deterministic=deterministic,
                 speculation=speculation,
                 replan=replan,
+                standby=standby,
                 draft=draft,
                 llama_cpp=llama_cpp,
                 keep_alive=keep_alive,
@@ -210,6 +215,7 @@ class Router(RouterRequests):
                 slots=slots,
                 speculation=speculation,
                 replan=replan,
+                standby=standby,
                 draft=draft,
                 llama_cpp=llama_cpp,
                 keep_alive=keep_alive,
@@ -258,6 +264,7 @@ class Router(RouterRequests):
 
     route = _of_engines(OwnEngines.route)
     plan = _of_engines(OwnEngines.plan)
+    standby_of = _of_engines(OwnEngines.standby_of)
     slots_for = _of_engines(OwnEngines.slots_for)
     preload = _of_engines(OwnEngines.preload)
     unload = _of_engines(OwnEngines.unload)
@@ -304,6 +311,7 @@ class Router(RouterRequests):
     replan = _of_engines(OwnEngines.replan)
     what_if = _of_engines(OwnEngines.what_if)
     configure = _of_engines(OwnEngines.configure)
+    use_standbys = _of_engines(OwnEngines.use_standbys)
     end_engines = _of_engines(OwnEngines.end_engines)
     engine_log = _of_engines(OwnEngines.engine_log)
 

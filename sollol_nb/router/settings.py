@@ -43,6 +43,7 @@ def pool_settings(
     speculation: str,
     draft: str | Path | None,
     replan: str,
+    standby: bool,
     **others: Any,
 ) -> PoolSettings:
     """The settings of the coordinator pool.
@@ -71,6 +72,7 @@ def pool_settings(
         speculation=speculation,
         draft=draft_name,
         replan=SETTINGS["replan"].kind.checked(replan, "replan"),
+        standby=SETTINGS["standby"].kind.checked(standby, "standby"),
         **_keep_alive_settings(keep_alive),
         **others,
     )

@@ -80,6 +80,17 @@ class EventKind(StrEnum):
     """A coordinator was stopped on request, or because it was idle or silent for too long."""
     COORDINATOR_LOST = "coordinator.lost"
     """A coordinator ended by itself, or one of its workers was lost."""
+    STANDBY_STARTING = "standby.starting"
+    """A standby of a running coordinator is being started; the message says what it takes."""
+    STANDBY_READY = "standby.ready"
+    """A standby can take over at once; `load_ms`."""
+    STANDBY_TAKEN = "standby.taken"
+    """A coordinator was lost, and its standby is the coordinator of the model from now on."""
+    STANDBY_MISSING = "standby.missing"
+    """No standby is possible now; the message says why."""
+    STANDBY_ENDED = "standby.ended"
+    """A standby was stopped, or ended by itself."""
+
     ANSWER_CONTINUED = "answer.continued"
     """An interrupted answer continues on another coordinator."""
 

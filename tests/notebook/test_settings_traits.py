@@ -169,7 +169,7 @@ def test_a_router_made_by_hand_has_the_settings_of_the_notebook(settings: Sollol
 
 def test_a_changed_router_setting_calls_back(settings: Sollol) -> None:
     changes: list[str] = []
-    settings.on_router_change(lambda: changes.append("changed"))
+    settings.on_router_change(changes.append)
 
     configure(settings, temperature=0.5, format="text", short_errors=False)
     assert changes == []

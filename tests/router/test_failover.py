@@ -98,6 +98,9 @@ class StandInPool:
             raise coordinator
         return coordinator, None
 
+    async def found_lost(self, _: Route) -> None:
+        return None
+
     def lost_workers(self, _: Route) -> frozenset[str]:
         return frozenset({"w:1"})
 

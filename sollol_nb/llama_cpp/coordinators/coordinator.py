@@ -75,6 +75,7 @@ class Coordinator:
         is_adopted: whether another process (or router) started it.
         loaded_by: who had loaded its model before this router adopted it; "" if it was not loaded by then.
         compromise: how it differs from what was requested, where nothing better was free; "" otherwise.
+        standby_of: the registry id of the coordinator that it may have to replace; "" for one that is used.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class Coordinator:
         self.is_adopted = is_adopted
         self.loaded_by = ""
         self.compromise = ""
+        self.standby_of = process.entry.standby_of
         self._process = process
         self._client = JsonClient(self.base_url, api_key=process.key, read_timeout_s=SILENCE_LIMIT_S)
         self._keyless = JsonClient(self.base_url, read_timeout_s=5.0)
@@ -113,6 +115,11 @@ class Coordinator:
     def __repr__(self) -> str:
         state = "running" if self.is_running() else "ended"
         return f"<Coordinator of {self.settings.model} at {self.base_url}, {state}>"
+
+    @property
+    def id(self) -> str:
+        """The id of its registry entry."""
+        return self._process.entry.id
 
     @property
     def model(self) -> str:
@@ -287,6 +294,11 @@ class Coordinator:
         """Set how long it lives without a request; None is forever."""
         await self._process.keep_alive(seconds)
         self.keep_alive_s = seconds
+
+    async def set_standby_of(self, coordinator_id: str) -> None:
+        """Note for all kernels which coordinator it may have to replace; "" where it is used from now on."""
+        self.standby_of = coordinator_id
+        await self._process.update_about(standby_of=coordinator_id)
 
     async def stop(self, *, grace_s: float | None = None, why: str = "stopped") -> ExitReport:
         """End the process and close connections. Stopping twice is fine."""

@@ -55,6 +55,7 @@ class Start:
         lost: workers that were just found lost, to be chosen last.
         taken: workers that another router or kernel took during the start.
         by_speed: plan by predicted times, whatever the strategy of the settings.
+        standby_of: the registry id of the coordinator whose standby is started, from what nobody else needs.
         chances_left: how often it may still be repeated without a known reason.
     """
 
@@ -70,6 +71,7 @@ class Start:
     lost: frozenset[str]
     taken: set[str] = field(default_factory=set)
     by_speed: bool = False
+    standby_of: str = ""
     chances_left: int = MAX_CHANCES
 
     @property
@@ -152,9 +154,13 @@ class Planner:
                     continue
                 return plan, _device_free_bytes(free)
             except (WorkersUnavailableError, ModelDoesNotFitError):
+                if start.standby_of:
+                    raise
                 if avoided:  # better an unreliable worker than none
                     avoided = frozenset()
-                elif not await self._running.end_left(start.model):
+                elif not (
+                    await self._running.end_standby(start.model) or await self._running.end_left(start.model)
+                ):
                     raise
 
     def best_for(self, coordinator: Coordinator, settings: PoolSettings) -> LayerPlan:
@@ -182,14 +188,28 @@ class Planner:
             needs_worker=self._running.needs_worker(coordinator),
         )
 
-    def foresee(self, route: Route, facts: ModelFacts, context_tokens: int, settings: PoolSettings) -> LayerPlan:
+    def foresee(
+        self,
+        route: Route,
+        facts: ModelFacts,
+        context_tokens: int,
+        settings: PoolSettings,
+        except_for: Collection[str] = (),
+    ) -> LayerPlan:
         """The plan that a start would make now over the workers that are free, as last seen.
+
+        Args:
+            except_for: endpoints of workers that it must not use.
 
         Raises:
             WorkersUnavailableError: none is free, as far as known.
             ModelDoesNotFitError: their memory does not hold the model.
         """
-        free = [worker for worker in self._workers.statuses() if worker.state == "free"]
+        free = [
+            worker
+            for worker in self._workers.statuses()
+            if worker.state == "free" and worker.endpoint not in except_for
+        ]
         usable = [worker for worker in free if not self._workers.cool_down_s(worker.endpoint)] or free
         assert route.model_path is not None
         try:
@@ -367,7 +387,8 @@ class Planner:
             replacements.update(started)
         # Where nothing else is left, a lost machine may come back; nobody waits for one that was never there.
         deadline = time.monotonic() + RETURN_LIMIT_S
-        while not free() and not avoided and self._workers.may_return and time.monotonic() < deadline:
+        may_wait = not start.standby_of and not avoided
+        while may_wait and not free() and self._workers.may_return and time.monotonic() < deadline:
             await asyncio.sleep(RETURN_POLL_S)
             await self._workers.refresh()
         return free()

@@ -17,6 +17,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from sollol_nb.errors import ConfigError, CoordinatorStartError, ModelDoesNotFitError, SollolError
 from sollol_nb.gguf.facts import read_facts
@@ -33,6 +34,7 @@ from sollol_nb.llama_cpp.coordinators.replanning import Advice, Replanner
 from sollol_nb.llama_cpp.coordinators.running import RouteKey, RunningCoordinators, key_of
 from sollol_nb.llama_cpp.coordinators.settings import PoolSettings, context_tokens_for
 from sollol_nb.llama_cpp.coordinators.speculation import OFF
+from sollol_nb.llama_cpp.coordinators.standby import Standbys
 from sollol_nb.llama_cpp.coordinators.start import CoordinatorStarter
 from sollol_nb.llama_cpp.coordinators.waits import WaitWatch
 from sollol_nb.llama_cpp.engine.check import Engine
@@ -81,6 +83,15 @@ class CoordinatorPool:
         self._lost: dict[RouteKey, frozenset[str]] = {}
         self._starting: defaultdict[RouteKey, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._closings = 0
+        self._standbys = Standbys(
+            workers,
+            events,
+            self._running,
+            self._starter,
+            locks=self._starting,
+            lost=self._lost,
+            promoted=self._enter,
+        )
         events.subscribe(self._on_event)
 
     @property
@@ -116,14 +127,14 @@ class CoordinatorPool:
         """
         key = key_of(route)
         began = time.perf_counter()
-        coordinator = self._running.find(route)
+        coordinator = self._standbys.take(route) or self._running.find(route)
         if coordinator is not None and self._serves(coordinator, route, speculation):
             self._running.note_route(route)
             return coordinator, None
         if self._starting[key].locked():
             self._starter.report_again(route.name)
         async with self._starting[key]:
-            coordinator = self._running.find(route)
+            coordinator = await self._standbys.take_started(route) or self._running.find(route)
             # Another request may have started it meanwhile.
             if coordinator is not None and self._serves(coordinator, route, speculation):
                 self._running.note_route(route)
@@ -197,6 +208,7 @@ class CoordinatorPool:
             coordinator = self._sharded(model)  # another, if it was restarted meanwhile
             route = self._running.route_of(coordinator)
             foreseen = self.what_if(model, layout)
+            await self._standbys.end_over(set(foreseen.plan.endpoints))
             await self._check_free(model, foreseen.plan.endpoints, coordinator)  # one that is gone has no memory
             foreseen = self.what_if(model, layout)  # their memory was just read
             if not foreseen.fits:
@@ -393,9 +405,14 @@ class CoordinatorPool:
         if self._closings != closings:
             await coordinator.stop_unless_shared()
             raise CoordinatorStartError(f"the router was closed while {route.name} was starting; ask again")
+        self._enter(route, coordinator)
+        self._standbys.follow(route, coordinator)
+        return coordinator
+
+    def _enter(self, route: Route, coordinator: Coordinator) -> None:
+        """From now on this is the coordinator of a route."""
         self._running.add(route, coordinator)
         self._measurements.expect(coordinator, self._workers.round_trips_ms)
-        return coordinator
 
     def route_of(self, coordinator: Coordinator) -> Route:
         """The route that one of its coordinators was started for."""
@@ -403,7 +420,29 @@ class CoordinatorPool:
 
     async def of_other_kernels(self) -> list[tuple[Coordinator, str]]:
         """Coordinators that other kernels of this user run, only to be shown, and who started them."""
-        return await self._running.of_other_kernels()
+        own_urls = {standby.base_url for standby in self._standbys.coordinators}
+        return [each for each in await self._running.of_other_kernels() if each[0].base_url not in own_urls]
+
+    @property
+    def standbys(self) -> Standbys:
+        """The standbys of its coordinators."""
+        return self._standbys
+
+    async def use_standbys(self, wanted: bool) -> list[str]:
+        """Keep standbys from now on, or end them.
+
+        Returns:
+            What that takes for each running model over workers, a line of text; empty where they are ended.
+        """
+        running = [self._running.route_of(each) for each in self.coordinators if each.plan is not None]
+        lines = [await self._standbys.describe(route) for route in running] if wanted else []
+        self.settings = replace(self.settings, standby=wanted)
+        await self._standbys.apply_settings()
+        return lines
+
+    async def found_lost(self, route: Route) -> None:
+        """Wait until `lost_workers` are known: where a standby took over, they are looked for meanwhile."""
+        await self._standbys.found_lost(route)
 
     def lost_workers(self, route: Route) -> frozenset[str]:
         """The names of workers that were found lost when the coordinator of a route was last restarted."""
@@ -441,6 +480,7 @@ class CoordinatorPool:
             if model is None or coordinator.settings.is_named(model)
         ]
         ended = []
+        await self._standbys.stop(chosen, force=force)
         for coordinator in chosen:
             users: list[str] = []
             if force:
@@ -454,6 +494,7 @@ class CoordinatorPool:
         """Stop all coordinators that no other kernel uses, also those that are being started."""
         self._closings += 1
         self._replanner.close()
+        await self._standbys.stop(self._running.known)
         for coordinator in self._running.known:
             await self._running.end(coordinator, unless_shared=True)
         await self._starter.drafting.save()
@@ -463,6 +504,7 @@ class CoordinatorPool:
         """End the connections to all coordinators; they live on for their keep_alive."""
         self._closings += 1
         self._replanner.close()
+        await self._standbys.detach()
         await self._running.detach()
         await self._starter.drafting.save()
         await self._workers.cached.saved()

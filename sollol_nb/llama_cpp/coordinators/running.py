@@ -27,6 +27,8 @@ from sollol_nb.text.tables import format_bytes
 CHECK_INTERVAL_S = 1.0
 """How often idle coordinators are checked: whether their workers are still connected."""
 SECOND_CHECK_S = 0.1
+LINK_LOST = "it lost its connection to a worker"
+MAKING_ROOM = "making room for "
 
 T = TypeVar("T")
 
@@ -87,18 +89,19 @@ class RunningCoordinators:
         if coordinator.rpc_backends:
             self._in_background(self._check_links(coordinator))
 
-    async def end(self, coordinator: Coordinator, *, unless_shared: bool = False) -> None:
+    async def end(self, coordinator: Coordinator, *, unless_shared: bool = False, why: str = "stopped") -> None:
         """Take a coordinator out of the table and end it.
 
         Args:
             unless_shared: leave it running if another process or router is connected to it.
+            why: for those who ask why it ended.
         """
 
         async def stop() -> list[str]:
             if unless_shared:
                 await coordinator.stop_unless_shared()
             else:
-                await coordinator.stop()
+                await coordinator.stop(why=why)
             return []
 
         await self._end(coordinator, stop)
@@ -168,8 +171,10 @@ class RunningCoordinators:
     # --- making room ----------------------------------------------------------------------------
 
     async def free_memory(self, needed_bytes: int) -> None:
-        """End idle coordinators that run on this machine alone, while its memory is short."""
+        """End standbys and idle coordinators that run on this machine alone, while its memory is short."""
         while psutil.virtual_memory().available < needed_bytes:
+            if await self.end_standby(format_bytes(needed_bytes)):
+                continue
             if not await self._end_least_recently_used(
                 lambda coordinator: not coordinator.rpc_backends, format_bytes(needed_bytes)
             ):
@@ -191,6 +196,20 @@ class RunningCoordinators:
             await self._others(), model, "which is idle in another router", _is_ended_unless_used
         )
 
+    async def end_standby(self, needed_for: str) -> bool:
+        """End a standby, whichever kernel keeps it: it answers nobody, so it gives way before all others; False if
+        there is none."""
+        for entry in await asyncio.to_thread(registry.entries, registry.COORDINATOR):
+            process = await EngineProcess.adopt(entry) if entry.standby_of else None
+            if process is None:
+                continue
+            known = registry.find(entry.id)
+            if known is not None and known.standby_of:  # else it has taken over meanwhile
+                await process.stop(why=f"{MAKING_ROOM}{needed_for}")
+                return True
+            process.detach()
+        return False
+
     async def _others(self) -> list[Entry]:
         """The running coordinators over workers that are not in the table."""
         own_urls = {coordinator.base_url for coordinator in self.known}
@@ -198,6 +217,7 @@ class RunningCoordinators:
             entry
             for entry in await asyncio.to_thread(registry.entries, registry.COORDINATOR)
             if entry.workers
+            and not entry.standby_of
             and entry.about.get("url") not in own_urls
             # The process that has just started one may not be connected to it yet.
             and (entry.about.get("load_ms") or entry.age_s > FIRST_CLIENT_S)
@@ -260,7 +280,7 @@ class RunningCoordinators:
                 names = ", ".join(map(self._workers.name_of, broken))
                 message = f"{coordinator.model} lost its connection to {names}"
                 self._events.publish(EventKind.COORDINATOR_LOST, coordinator.model, message)
-                await self.end(coordinator)
+                await self.end(coordinator, why=LINK_LOST)
                 await self._workers.find_lost(coordinator.rpc_backends)
 
     def _in_background(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:

@@ -38,6 +38,7 @@ class PoolSettings:
 
     Attributes:
         replan: what happens when another layout of a running model has become faster; see the setting.
+        standby: whether a second coordinator of a model over workers is kept ready; see `standby.py`.
         exact: use no running coordinator that was started with other settings, though it would serve as well.
     """
 
@@ -56,6 +57,7 @@ class PoolSettings:
     keep_alive_s: float | None
     keep_alive_of: Mapping[str, float | None] = field(default_factory=dict)
     replan: str = "say"
+    standby: bool = False
     exact: bool = False
 
     def keep_alive(self, model: str) -> float | None:

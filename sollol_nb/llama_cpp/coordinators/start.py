@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,11 @@ class CoordinatorStarter:
 
         return await asyncio.to_thread(ensure_engine, self.settings.llama_cpp, progress=report)
 
-    async def foresee(self, route: Route) -> LayerPlan:
+    async def foresee(self, route: Route, standby_of: LayerPlan | None = None) -> LayerPlan:
         """The plan that a start would make now; contacts nothing and starts nothing.
+
+        Args:
+            standby_of: the plan of the coordinator whose standby is started.
 
         Raises:
             ModelFileError: the model's file cannot be read.
@@ -107,7 +111,11 @@ class CoordinatorStarter:
         assert route.model_path is not None
         facts = await asyncio.to_thread(read_facts, route.model_path)
         context_tokens = context_tokens_for(self.settings, route.modelfile, facts)
-        return self.planner.foresee(route, facts, context_tokens, self.settings)
+        if standby_of is None:
+            return self.planner.foresee(route, facts, context_tokens, self.settings)
+        return self.planner.foresee(
+            route, facts, standby_of.context_tokens, self.settings, except_for=standby_of.endpoints
+        )
 
     async def start(
         self,
@@ -118,6 +126,7 @@ class CoordinatorStarter:
         layout: Mapping[str, int] | None = None,
         speculation: str | None = None,
         by_speed: bool = False,
+        standby_of: Coordinator | None = None,
     ) -> Coordinator:
         """A coordinator for a route, ready for requests.
 
@@ -127,6 +136,7 @@ class CoordinatorStarter:
             layout: units of each worker, in the order of their layers, instead of a strategy's choice.
             speculation: what it drafts, instead of what the settings say.
             by_speed: plan by predicted times, whatever the strategy of the settings.
+            standby_of: start a standby of this one, with its context, slots and drafts.
 
         Raises:
             ModelFileError, ModelDoesNotFitError, WorkersUnavailableError, CoordinatorError, EngineError: why not.
@@ -134,31 +144,38 @@ class CoordinatorStarter:
         assert route.model_path is not None
         engine = await self.engine()
         facts = await asyncio.to_thread(read_facts, route.model_path)
-        context_tokens = context_tokens_for(self.settings, route.modelfile, facts)
+        settings = self.settings
+        if standby_of is not None:  # it must serve what that one serves
+            main = standby_of.settings
+            settings = replace(settings, context_tokens=main.context_tokens, slots=main.slots)
+            speculation = main.speculation.kind
+        context_tokens = context_tokens_for(settings, route.modelfile, facts)
         start = Start(
             route=route,
             gate=gate,
             engine=engine,
             facts=facts,
             context_tokens=context_tokens,
-            wanted=self._wanted(route, engine, context_tokens, layout),
+            wanted=_wanted(settings, route, engine, context_tokens, layout),
             layout=layout,
-            speculation=self.settings.speculation if speculation is None else speculation,
-            first_port=self.settings.coordinator_port,
+            speculation=settings.speculation if speculation is None else speculation,
+            first_port=settings.coordinator_port,
             lost=lost,
             by_speed=by_speed,
+            standby_of=standby_of.id if standby_of is not None else "",
         )
-        given_draft = await self.drafting.check(start, self.settings.draft)
+        given_draft = await self.drafting.check(start, settings.draft)
         failed: BaseException | None = None
         for tries_left in reversed(range(START_TRIES)):
             coordinator: Coordinator | None = None
             try:
-                coordinator = await self._adopt(start) or await self._launch(start, given_draft)
+                coordinator = await self._adopt(start) or await self._launch(start, given_draft, settings)
                 async with self._progress_reported(route.name, coordinator):
                     await coordinator.until_ready(self.settings.coordinator_timeout_s)
             except BaseException as error:
                 message = str(error) or "the start was cancelled"
-                self._events.publish(EventKind.COORDINATOR_FAILED, route.name, message)
+                if not start.standby_of:  # nobody waits for that one; who keeps it says what became of it
+                    self._events.publish(EventKind.COORDINATOR_FAILED, route.name, message)
                 if failed is not None and isinstance(error, WorkersUnavailableError | ModelDoesNotFitError):
                     raise type(error)(f"{failed}; {error}") from failed  # without the workers lost before
                 failed = error
@@ -174,6 +191,9 @@ class CoordinatorStarter:
         raise AssertionError("the last try raises")
 
     def _progress_reported(self, model: str, coordinator: Coordinator) -> AbstractAsyncContextManager[None]:
+        if coordinator.standby_of:
+            return nullcontext()
+
         def report(progress: LoadProgress) -> None:
             self._progress[model] = progress
             self._events.report(EventKind.COORDINATOR_LOADING, model, progress.message, **progress.as_dict())
@@ -220,6 +240,9 @@ class CoordinatorStarter:
     async def _report_ready(self, route: Route, coordinator: Coordinator) -> None:
         if coordinator.is_adopted:
             await self._workers.local.adopt(coordinator.rpc_backends)
+        if coordinator.standby_of:
+            return
+        if coordinator.is_adopted:
             kind = EventKind.COORDINATOR_ADOPTED
             message = f"{route.name} is already running at {coordinator.base_url}"
         else:
@@ -233,29 +256,11 @@ class CoordinatorStarter:
 
     # --- adopting -------------------------------------------------------------------------------
 
-    def _wanted(
-        self, route: Route, engine: Engine, context_tokens: int, layout: Mapping[str, int] | None
-    ) -> dict[str, Any]:
-        """What a running coordinator must agree with to be used instead of a new one."""
-        assert route.model_path is not None
-        sharded = route.backend == DISTRIBUTED
-        strategy, workers = self.settings.layer_strategy, self.settings.num_rpc_backends
-        return {
-            "model_file": file_identity(route.model_path),
-            "modelfile": route.modelfile.of_engine,
-            "engine": str(engine.server),
-            "engine_version": engine.version,
-            "backend": route.backend,
-            "context_tokens": context_tokens,
-            "slots": self.settings.slots,
-            "strategy": (GIVEN if layout else strategy) if sharded else None,
-            "speculates": self.settings.speculation,
-            "wanted_workers": (list(map(list, layout.items())) if layout else workers) if sharded else None,
-        }
-
     def _differences(self, start: Start, entry: Entry) -> list[str] | None:
         """In what a running coordinator differs from what a start wants; None if it cannot be used instead."""
         about, wanted = entry.about, start.wanted
+        if not _may_be_used(start, entry):
+            return None
         if any(about.get(name) != value for name, value in wanted.items() if name not in MAY_DIFFER):
             return None
         if self._workers.has_named and not self._workers.knows_all(entry.workers):
@@ -296,12 +301,17 @@ class CoordinatorStarter:
         found: list[tuple[list[str], Entry]] = []
         for entry in await asyncio.to_thread(registry.entries, registry.COORDINATOR):
             differences = self._differences(start, entry)
-            if differences is not None and (as_it_is or not differences):
+            # A standby may have got fewer workers than wanted.
+            if differences is not None and (as_it_is or start.standby_of or not differences):
                 found.append((differences, entry))
         for differences, entry in sorted(found, key=lambda candidate: len(candidate[0])):
             coordinator = await Coordinator.adopt(entry, gate=start.gate)
             if coordinator is None:
                 continue
+            if start.standby_of:
+                return coordinator
+            if coordinator.standby_of:
+                await coordinator.set_standby_of("")
             if differences:
                 coordinator.compromise = (
                     f"no worker is free for what was requested, so the running coordinator is used: it has "
@@ -318,37 +328,42 @@ class CoordinatorStarter:
 
     # --- launching ------------------------------------------------------------------------------
 
-    async def _launch(self, start: Start, given_draft: Path | None) -> Coordinator:
+    async def _launch(self, start: Start, given_draft: Path | None, wanted: PoolSettings) -> Coordinator:
         """Plan, and start a coordinator that holds its workers; it is not ready yet.
 
         If another kernel was quicker with the same model, that one is adopted.
 
         Args:
             given_draft: the draft model that the user has named.
+            wanted: the settings.
         """
         sharded = start.route.backend == DISTRIBUTED
         if sharded:  # not within the claim, since no other start is to wait for these machines
-            await self.planner.connect(start, self.settings)
-        async with self._claiming:
+            await self.planner.connect(start, wanted)
+        # Nor is one to wait for the plan of a standby, which gives way.
+        async with nullcontext() if start.standby_of else self._claiming:
             if not sharded:
                 await self._running.free_memory(start.facts.file_bytes)
             while True:
                 plan, devices = None, dict[str, tuple[int, ...]]()
                 if sharded:
                     try:
-                        plan, devices = await self.planner.plan(start, self.settings)
+                        plan, devices = await self.planner.plan(start, wanted)
                     except (WorkersUnavailableError, ModelDoesNotFitError) as error:
-                        if (running := await self._adopt(start, as_it_is=True)) is not None:
-                            return running
-                        if start.layout is not None:
-                            raise
-                        if await self._running.end_idle(start.model):
-                            continue
+                        if not start.standby_of:
+                            if (running := await self._adopt(start, as_it_is=True)) is not None:
+                                return running
+                            if start.layout is not None:
+                                raise
+                            if await self._running.end_idle(start.model):
+                                continue
                         plan = self.planner.plan_alone(
-                            start.route, start.facts, start.context_tokens, self.settings, error
+                            start.route, start.facts, start.context_tokens, wanted, error
                         )
                         if plan is None:
                             raise
+                    if not start.standby_of and await self._lacks_workers(start, plan, wanted):
+                        continue
                 speculation = await self.drafting.choose(start, plan, self._workers.round_trips_ms, given_draft)
                 settings = CoordinatorSettings(
                     model=start.model,
@@ -356,7 +371,7 @@ class CoordinatorStarter:
                     facts=start.facts,
                     plan=plan,
                     context_tokens=start.context_tokens,
-                    slots=self.settings.slots,
+                    slots=wanted.slots,
                     device_free_bytes=devices,
                     modelfile=start.route.modelfile,
                     speculation=speculation,
@@ -372,12 +387,20 @@ class CoordinatorStarter:
                         return await self._launch_on_free_port(start, settings)
                 start.taken |= taken  # by another router or kernel in the meantime
 
+    async def _lacks_workers(self, start: Start, plan: LayerPlan, wanted: PoolSettings) -> bool:
+        """Whether a plan has fewer workers than wanted, and a standby was ended that may have held some."""
+        count = min(wanted.num_rpc_backends or 0, start.facts.layer_count + 1)
+        return len(plan.endpoints) < count and await self._running.end_standby(start.model)
+
     async def _launch_on_free_port(self, start: Start, settings: CoordinatorSettings) -> Coordinator:
-        message = f"starting {start.model} {settings.describe_workers()}"
+        message, plan = f"starting {start.model} {settings.describe_workers()}", settings.plan
+        if start.standby_of and plan is not None:
+            message = f"starting a standby of {start.model}: it takes {plan.describe_cost()}"
         if settings.speculation.is_on or settings.speculation.why:
             message += f"; speculation: {settings.speculation.describe()}"
         reasons = list(settings.plan.reasons) if settings.plan else []
-        self._events.publish(EventKind.COORDINATOR_STARTING, start.model, message, reasons=reasons)
+        kind = EventKind.STANDBY_STARTING if start.standby_of else EventKind.COORDINATOR_STARTING
+        self._events.publish(kind, start.model, message, reasons=reasons)
         (port,) = free_ports(start.first_port, 1)
         endpoints = settings.plan.endpoints if settings.plan else ()
         holds = self._workers.entries_of(endpoints)
@@ -387,7 +410,7 @@ class CoordinatorStarter:
             settings,
             port=port,
             keep_alive_s=self.settings.keep_alive(start.route.model),
-            about={**start.wanted, "probes": self._workers.probes_of(endpoints)},
+            about={**start.wanted, "standby_of": start.standby_of, "probes": self._workers.probes_of(endpoints)},
             gate=start.gate,
             holds=holds,
         )
@@ -397,3 +420,33 @@ class CoordinatorStarter:
                 f"it runs on {counted(len(endpoints), 'worker')} instead of {wanted}: no more were free"
             )
         return coordinator
+
+
+def _wanted(
+    settings: PoolSettings, route: Route, engine: Engine, context_tokens: int, layout: Mapping[str, int] | None
+) -> dict[str, Any]:
+    """What a running coordinator must agree with to be used instead of a new one."""
+    assert route.model_path is not None
+    sharded = route.backend == DISTRIBUTED
+    strategy, workers = settings.layer_strategy, settings.num_rpc_backends
+    return {
+        "model_file": file_identity(route.model_path),
+        "modelfile": route.modelfile.of_engine,
+        "engine": str(engine.server),
+        "engine_version": engine.version,
+        "backend": route.backend,
+        "context_tokens": context_tokens,
+        "slots": settings.slots,
+        "strategy": (GIVEN if layout else strategy) if sharded else None,
+        "speculates": settings.speculation,
+        "wanted_workers": (list(map(list, layout.items())) if layout else workers) if sharded else None,
+    }
+
+
+def _may_be_used(start: Start, entry: Entry) -> bool:
+    """Whether an entry has the part that is started: a standby waits for the end of the one that it belongs to;
+    from then on every kernel may use it."""
+    if start.standby_of or not entry.standby_of:
+        return entry.standby_of == start.standby_of
+    main = registry.find(entry.standby_of)
+    return main is None or not main.is_alive()

@@ -33,6 +33,7 @@ from sollol_nb.runtime.exchange import Exchange
 from sollol_nb.runtime.http_client import JsonClient
 
 SLOTS_INTERVAL_S = 0.1
+SILENT = "it went silent"
 LATE_CHECKS, LATE_CHECK_S = 10, 0.02
 """What arrived while this process was busy is read within a few turns of the loop."""
 
@@ -226,7 +227,7 @@ class AnswerStreams:
         try:
             while self._process.is_running() and (left_s := self.pace.patience_s()) is not None:
                 if left_s <= 0 and not await self._arrives_late():
-                    why = f"it went silent for {self.pace.silence_s():.1f} s"
+                    why = f"{SILENT} for {self.pace.silence_s():.1f} s"
                     await self._process.stop(grace_s=0.0, why=why)
                     return
                 if self.pace.is_doubtful and (question is None or question.done()):

@@ -102,6 +102,11 @@ class Entry:
         return list(self.about.get("workers") or ())
 
     @property
+    def standby_of(self) -> str:
+        """The id of the coordinator that this one may have to replace; "" for others."""
+        return str(self.about.get("standby_of") or "")
+
+    @property
     def endpoints(self) -> dict[str, dict[str, Any]]:
         """Loopback endpoints of the workers that a link makes reachable, each with what is known about it."""
         return dict(self.about.get("endpoints") or {})
@@ -241,7 +246,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "about": (dict,),
 }
 _ABOUT_TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("model", "endpoint", "url", "owner", "target", "state", "detail"), (str,)),
+    **dict.fromkeys(("model", "endpoint", "url", "owner", "target", "state", "detail", "standby_of"), (str,)),
     **dict.fromkeys(("port", "owner_pid", "context_tokens", "slots", "bytes_sent"), (int,)),
     **dict.fromkeys(("load_ms", "seconds_per_token", "owner_started"), (int, float)),
     "workers": (list,),

@@ -48,6 +48,7 @@ class RunningEngine:
         model_path: path of a coordinator's model file, else "".
         worker_names: `workers` as people call them.
         connection: the state of a link, such as `ready` or `lost`, and one line about it; else "".
+        standby: the state of a coordinator that is the standby of another one, `starting` or `ready`; else "".
     """
 
     id: str
@@ -66,12 +67,15 @@ class RunningEngine:
     model_path: str = ""
     worker_names: tuple[str, ...] = ()
     connection: tuple[str, str] = ("", "")
+    standby: str = ""
 
     @property
     def state(self) -> str:
         """Whether it is used and when it ends, as text; of a worker in the terms of the cluster."""
         if self.leases is None:
             return "not responding"
+        if self.standby:
+            return f"standby, {self.standby}"
         if self.held_by is not None:
             return f"held by the coordinator of {self.held_by}"
         if self.leases:
@@ -214,8 +218,9 @@ def engine_log(name: str, *, last: int = 20, grep: str | None = None) -> str:
             logs), or its log cannot be read.
     """
     entries = registry.entries()
-    # Of several coordinators of one model, the one that was started last.
+    # Of several coordinators of one model, the one that was started last, and is used.
     found = [entry for entry in entries if _is_named(entry, name)]
+    found.sort(key=lambda entry: not entry.standby_of)
     if not found:
         try:
             _check_names([name], entries)
@@ -273,6 +278,7 @@ async def _inspect(entry: Entry, held_by: str | None, names: Mapping[str, str]) 
         held_by=held_by if entry.kind == registry.WORKER else None,
         started_by=registry.describe_owner(entry.about),
         log_path=entry.log_path,
+        standby=("ready" if entry.about.get("load_ms") else "starting") if entry.standby_of else "",
     )
 
 

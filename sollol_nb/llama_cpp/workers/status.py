@@ -98,7 +98,8 @@ class WorkerStatus:
 
 def describe_holder(holder: Entry) -> str:
     """Who holds a worker, as text."""
-    return f"held by the coordinator of {holder.name}, started by {registry.describe_owner(holder.about)}"
+    what = "standby" if holder.standby_of else "coordinator"
+    return f"held by the {what} of {holder.name}, started by {registry.describe_owner(holder.about)}"
 
 
 def _is_system_memory(total_bytes: int) -> bool:

@@ -61,7 +61,8 @@ class ModelMagics(Magics):
         """Show where a request for a model would go now, and why. Nothing is started.
 
         For a sharded model, this includes its layer plan: that of the running model, or the one that it would get
-        over the workers as last seen. `-v` says which workers are left out, and why.
+        over the workers as last seen. `-v` says which workers are left out, and why. The last line says what a
+        standby takes, or would take (setting `standby`).
 
         Example::
 
@@ -85,6 +86,7 @@ class ModelMagics(Magics):
             print(f"plan: {plan.describe()}{predicted}")
             for line in reason_lines(plan.reasons, verbose=arguments.verbose):
                 print(line)
+            print(router.standby_of(arguments.model, backend=arguments.backend))
 
     @magic_line.options_magic()
     @magic_arguments()

@@ -80,6 +80,7 @@ CALLS: Mapping[str, Call] = {
         Call(OwnEngines.profile),
         Call(OwnEngines.route),
         Call(OwnEngines.plan),
+        Call(OwnEngines.standby_of),
         Call(OwnEngines.slots_for),
         Call(OwnEngines.listed_models),
         Call(OwnEngines.preload, limit_s=LONG_S),
@@ -112,6 +113,7 @@ CALLS: Mapping[str, Call] = {
         Call(OwnEngines.apply_plan, controls=True, limit_s=LONG_S),
         Call(OwnEngines.replan, controls=True, limit_s=LONG_S),
         Call(OwnEngines.configure, controls=True),
+        Call(OwnEngines.use_standbys, controls=True),
     )
 }
 

@@ -155,6 +155,7 @@ class GatewayEngines:
 
     route = _at_gateway(OwnEngines.route)
     plan = _at_gateway(OwnEngines.plan)
+    standby_of = _at_gateway(OwnEngines.standby_of)
     listed_models = _at_gateway(OwnEngines.listed_models)
     unload = _at_gateway(OwnEngines.unload)
     count_tokens = _at_gateway(OwnEngines.count_tokens)
@@ -183,6 +184,7 @@ class GatewayEngines:
     replan = _at_gateway(OwnEngines.replan)
     what_if = _at_gateway(OwnEngines.what_if)
     configure = _at_gateway(OwnEngines.configure)
+    use_standbys = _at_gateway(OwnEngines.use_standbys)
 
     async def take_workers(self, endpoints: Sequence[str]) -> None:
         """Raises ConfigError: the workers are the gateway's."""

@@ -1,0 +1,278 @@
+"""The warm standby, on real engines: it takes over at once, is replaced, and gives way."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import psutil
+import pytest
+
+from sollol_nb.cluster.status import CoordinatorStatus
+from sollol_nb.llama_cpp.coordinators import standby as standby_module
+from sollol_nb.llama_cpp.processes import registry
+from sollol_nb.llama_cpp.processes.registry import Entry
+from sollol_nb.llama_cpp.processes.running import running_engines, stop_engines
+from sollol_nb.runtime.events import Event
+from sollol_nb.runtime.io_loop import run_blocking
+from sollol_nb.sync_wrapper import HybridRouter
+from tests.support.engines import eventually, posix_only, write_endless
+
+pytestmark = [pytest.mark.engine, posix_only]
+
+MODEL, QUESTION = "demo:sharded", "Tell me everything about sharding."
+Make = Callable[..., HybridRouter]
+
+
+@pytest.fixture
+def make(alone: None) -> Iterator[Make]:
+    """Makes routers that keep standbys, over this test's own workers."""
+    with ExitStack() as routers:
+
+        def router(*, workers: int = 0, **settings: object) -> HybridRouter:
+            usual = {
+                "auto_discover_rpc": None,
+                "num_rpc_backends": 2,
+                "rpc_port": 52300,
+                "coordinator_port": 18300,
+            }
+            made = routers.enter_context(HybridRouter(**{**usual, "standby": True, **settings}))
+            if workers:
+                made.start_workers(workers)
+            return made
+
+        yield router
+    run_blocking(stop_engines(also_used=True))
+
+
+def ask(
+    router: HybridRouter, at: dict[int, Callable[[], object]] | None = None, **options: object
+) -> tuple[str, dict]:
+    """The answer to `QUESTION`; does something after the chunks of these numbers. Returns text and last chunk."""
+    text, chunk = "", {}
+    stream = router.stream(MODEL, QUESTION, temperature=0, **options)
+    for number, chunk in enumerate(stream, 1):
+        text += chunk["message"]["content"]
+        if at and number in at:
+            at[number]()
+    return text, chunk
+
+
+def entry_of(url: str) -> Entry:
+    return next(entry for entry in registry.entries(registry.COORDINATOR) if entry.about["url"] == url)
+
+
+def standby_of(router: HybridRouter) -> CoordinatorStatus | None:
+    return next((each for each in router.status().coordinators if each.standby == "ready"), None)
+
+
+def ready_standby(router: HybridRouter) -> Entry:
+    """The registry entry of the standby, once there is one that is ready."""
+    found = eventually(lambda: standby_of(router), "there is a standby")
+    return entry_of(found.url)
+
+
+def main_of(router: HybridRouter) -> Entry:
+    assert router.coordinator is not None
+    return entry_of(router.coordinator.base_url)
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+
+
+def kill_worker(endpoint: str) -> None:
+    (worker,) = [entry for entry in registry.entries(registry.WORKER) if entry.name == endpoint]
+    kill(worker.pid)
+
+
+def kinds(router: HybridRouter) -> list[str]:
+    return [str(event.kind) for event in router.events.recent()]
+
+
+def messages(router: HybridRouter, kind: str) -> list[str]:
+    return [event.message for event in router.events.recent() if event.kind == kind]
+
+
+@pytest.mark.parametrize("victim", ["worker", "coordinator"])
+def test_a_death_costs_a_switch_and_a_new_standby_is_started_from_what_is_left(make: Make, victim: str) -> None:
+    router = make(workers=4)
+    undisturbed, _ = ask(router)
+    before, standby = main_of(router), ready_standby(router)
+    assert not set(before.workers) & set(standby.workers)
+    assert standby.standby_of == before.id
+
+    def strike() -> None:
+        if victim == "worker":
+            kill_worker(before.workers[0])
+        else:
+            kill(before.pid)
+
+    text, last = ask(router, {20: strike})
+
+    assert text == undisturbed
+    (failover,) = last["_routing"]["failovers"]
+    assert failover["lost_workers"] == (before.workers[:1] if victim == "worker" else [])
+    assert main_of(router).id == standby.id
+    assert not registry.find(standby.id).standby_of, "it is the coordinator now"
+    assert kinds(router).count("coordinator.starting") == 1
+    assert kinds(router).count("standby.taken") == 1
+    following = ready_standby(router)
+    assert following.standby_of == standby.id
+    assert set(following.workers) <= set(before.workers)
+    assert ask(router)[0] == undisturbed
+
+
+def test_a_silent_worker_costs_a_switch(make: Make) -> None:
+    router = make(workers=4)
+    undisturbed, _ = ask(router)
+    before = main_of(router)
+    ready_standby(router)
+    (worker,) = [entry for entry in registry.entries(registry.WORKER) if entry.name == before.workers[0]]
+
+    text, last = ask(router, {20: lambda: os.kill(worker.pid, signal.SIGSTOP)}, recovery="exact")
+
+    kill(worker.pid)
+    assert text == undisturbed
+    assert len(last["_routing"]["failovers"]) == 1
+    assert kinds(router).count("standby.taken") == 1
+
+
+def test_a_worker_that_dies_while_nobody_asks_costs_a_switch(make: Make) -> None:
+    router = make(workers=4)
+    undisturbed, _ = ask(router)
+    standby = ready_standby(router)
+    kill_worker(main_of(router).workers[0])
+    eventually(lambda: "standby.taken" in kinds(router), "it takes over")
+    assert main_of(router).id == standby.id
+    assert ask(router)[0] == undisturbed
+
+
+def test_a_standby_that_dies_is_replaced(make: Make) -> None:
+    router = make(workers=4)
+    ask(router)
+    standby = ready_standby(router)
+    kill_worker(standby.workers[0])
+    eventually(lambda: "standby.ended" in kinds(router), "its end is noticed")
+    following = ready_standby(router)
+    assert following.id != standby.id
+    assert following.workers == standby.workers[1:]
+    assert kinds(router).count("standby.missing") == 0
+
+
+def test_a_standby_ends_where_another_model_needs_its_workers(make: Make, tmp_path: Path) -> None:
+    router = make(workers=4)
+    ask(router)
+    main, standby = main_of(router), ready_standby(router)
+    other = write_endless(tmp_path)
+
+    router.route_request(str(other), "Hello", max_tokens=4, backend="sharded")
+
+    assert registry.find(standby.id) is None
+    assert registry.find(main.id) is not None, "the other coordinator stays"
+    assert set(router.coordinator.rpc_backends) == set(standby.workers)
+    (ended,) = messages(router, "standby.ended")
+    assert f"making room for {other.stem}" in ended
+    assert kinds(router).count("standby.starting") == 1
+    assert kinds(router).count("coordinator.made_room") == 0
+
+
+def test_without_spare_workers_it_is_said_once_and_tried_when_one_comes(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(standby_module, "LOOK_AGAIN_S", 0.05)
+    monkeypatch.setattr(standby_module, "SELDOM_S", 0.05)
+    router = make(workers=2)
+    probes: list[Event] = []
+    ask(router)
+    eventually(lambda: messages(router, "standby.missing"), "it is said")
+    router.events.subscribe(lambda event: probes.append(event) if event.kind == "probe.done" else None)
+    ask(router)
+    (said,) = messages(router, "standby.missing")
+    assert "none of 2 is free" in said
+    assert said.split(": ", 1)[1] in str(router.status())
+    assert "no standby of demo:sharded is possible" in router.standby_of(MODEL)
+    assert kinds(router).count("standby.starting") == 0
+
+    router.start_workers(2)
+    ready_standby(router)
+    assert kinds(router).count("standby.missing") == 1
+    assert "is ready" in router.standby_of(MODEL)
+
+
+def test_the_next_kernel_adopts_both(make: Make) -> None:
+    first = make(workers=4)
+    ask(first)
+    main, standby = main_of(first), ready_standby(first)
+    first.close(keep=True)
+
+    second = make()
+    ask(second)
+    assert main_of(second).id == main.id
+    assert ready_standby(second).id == standby.id
+    assert kinds(second).count("standby.starting") == 0
+    kill(main.pid)
+    ask(second)
+    assert main_of(second).id == standby.id
+
+
+def test_two_kernels_have_one_standby_and_both_go_on_with_it(make: Make) -> None:
+    """Also the one that keeps no standbys."""
+    keeps, shares = make(workers=4), make(standby=False)
+    undisturbed, _ = ask(keeps)
+    main, standby = main_of(keeps), ready_standby(keeps)
+    assert ask(shares)[0] == undisturbed
+    assert main_of(shares).id == main.id, "it does not take the standby"
+
+    text, _ = ask(shares, {20: lambda: kill(main.pid)})
+
+    assert text == undisturbed
+    eventually(lambda: main_of(keeps).id == main_of(shares).id == standby.id, "both use it")
+
+
+def test_the_setting_off_ends_it_and_its_cost_is_said_before(make: Make) -> None:
+    router = make(workers=4, standby=False)
+    ask(router)
+    assert standby_of(router) is None
+    (cost,) = router.use_standbys(True)
+    assert cost.startswith("a standby of demo:sharded would take ")
+    assert cost == router.standby_of(MODEL) or "is ready" in router.standby_of(MODEL)
+    standby = ready_standby(router)
+    assert all(endpoint in cost for endpoint in standby.workers)
+    (started,) = messages(router, "standby.starting")
+    assert cost.split("would take ")[1] in started
+
+    assert router.use_standbys(False) == []
+    assert registry.find(standby.id) is None
+    assert not psutil.pid_exists(standby.pid)
+
+
+def test_it_ends_with_its_coordinator_and_is_shown_until_then(make: Make) -> None:
+    router = make(workers=4)
+    ask(router)
+    standby = ready_standby(router)
+    main = next(each for each in router.status().coordinators if not each.standby)
+    assert "a standby is ready" in main.note
+    shown = standby_of(router)
+    assert shown is not None
+    assert (shown.running, shown.slots, shown.note.split("; ")[-1]) == (0, 0, "standby, ready")
+    (engine,) = [engine for engine in run_blocking(running_engines()) if engine.id == standby.id]
+    assert engine.state == "standby, ready"
+    data = run_blocking(router.state.current())
+    assert data["coordinators"][standby.about["url"]]["standby"] == "ready"
+    router.stop_coordinator(MODEL)
+    assert [entry.id for entry in registry.entries(registry.COORDINATOR)] == []
+
+
+def test_it_lives_as_long_as_its_coordinator(make: Make) -> None:
+    router = make(workers=4, keep_alive=3)
+    ask(router)
+    standby = ready_standby(router)
+    for _ in range(4):  # longer than its own keep_alive
+        ask(router)
+    assert registry.find(standby.id) is not None
+    eventually(lambda: not registry.entries(registry.COORDINATOR), "both end")
+    assert kinds(router).count("standby.taken") == 0
