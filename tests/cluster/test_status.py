@@ -292,6 +292,7 @@ def stand_in(**changes: Any) -> Coordinator:
         "gate": SimpleNamespace(running=1, waiting=0, slots=2),
         "uptime_s": 5.0,
         "load_ms": 10.0,
+        "standby_of": "",
         "placement_differences": ["b:2: planned 2 units from unit 3, the engine placed none"],
     }
     return cast(Coordinator, SimpleNamespace(**(values | changes)))

@@ -175,6 +175,7 @@ class SimulatedCluster:
             token_ms=lambda _: 26.3,
             drift=lambda _: None,
             advice_for=lambda _: None,
+            standbys=SimpleNamespace(coordinators=(), note_of=lambda _: ""),
         )
         pool.coordinators = self.coordinators
         return pool
@@ -243,6 +244,7 @@ def coordinator_of(name: str, plan: LayerPlan, port: int) -> Coordinator:
         "gate": Gate(4),
         "uptime_s": 5.0,
         "load_ms": 1234.0,
+        "standby_of": "",
         "placement_differences": [],
         "is_running": lambda: True,
     }

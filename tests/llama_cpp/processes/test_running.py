@@ -97,7 +97,7 @@ def test_stop_of_an_unknown_name_is_one_error_line(
 @pytest.fixture
 def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "demo.log"
-    entry = SimpleNamespace(name="demo", id="c1", started_at=0.0, log_path=str(path))
+    entry = SimpleNamespace(name="demo", id="c1", started_at=0.0, standby_of="", log_path=str(path))
     monkeypatch.setattr(registry, "entries", lambda: [entry])
     return path
 
