@@ -20,6 +20,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,10 @@ ABOUT_LIMIT_BYTES = 32 * 1024 * 1024
 UNFINISHED_S = 3600.0
 """A `.part` file that has not changed for so long belongs to nobody; nor does a `.kv` file without `.json`."""
 BLOCK_BYTES = 4 * 1024 * 1024
+_LONG_CHARACTERS = 400
+"""So much of a text is taken for that text."""
+_MARKUP_CHARACTERS = 200
+"""So much may be between two messages: what the chat template writes there."""
 _ID = re.compile(r"[0-9a-f]{16}")
 
 
@@ -71,15 +76,37 @@ class SavedContext:
         return f"{self.id}.kv"
 
     def has_turns(self, contents: Sequence[str]) -> bool:
-        """Whether its text begins a conversation with these messages: it has their contents in this order, as far
-        as it goes, and at least the first one."""
-        position = 0
-        for number, content in enumerate(contents):
-            found = self.text.find(content.strip(), position)
-            if found < 0:
-                return number > 0
-            position = found + len(content.strip())
-        return bool(contents)
+        """Whether it has some of a conversation: a message and the next one, or the beginning of a long first one.
+
+        A conversation that only has the same system message, or the same short question, is another one.
+
+        Args:
+            contents: of the conversation's messages in order, without the system message.
+        """
+        messages = [content.strip() for content in contents]
+        first = messages[0][:_LONG_CHARACTERS] if messages else ""
+        if len(first) == _LONG_CHARACTERS and first in self.text:
+            return True
+        return any(self._has_next(*pair) for pair in pairwise(messages)) or self._has_only(messages)
+
+    def _has_next(self, message: str, following: str) -> bool:
+        """Whether a message is followed by that other one; of long ones, their ends that meet."""
+        end, begin = message[-_LONG_CHARACTERS:], following[:_LONG_CHARACTERS]
+        position = self.text.find(end) if end and begin else -1
+        while position >= 0:
+            position += len(end)
+            if self.text.find(begin, position, position + _MARKUP_CHARACTERS + len(begin)) >= 0:
+                return True
+            position = self.text.find(end, position)
+        return False
+
+    def _has_only(self, messages: Sequence[str]) -> bool:
+        """Whether the conversation has one message, and this ends soon after it."""
+        return (
+            len(messages) == 1
+            and messages != [""]
+            and messages[0] in self.text[-len(messages[0]) - _MARKUP_CHARACTERS :]
+        )
 
 
 class ContextStore:

@@ -129,6 +129,27 @@ def test_the_contexts_of_a_conversation_are_found_by_its_messages(store: Context
     assert not store.known[0].has_turns([])
 
 
+@pytest.mark.parametrize(
+    ("text", "contents", "is_of_it"),
+    [
+        ("<s>Be brief.<u>Hi<a>Hello!<u>More?", ["Hi", "Hello!", "More?", "No."], True),
+        ("<s>Be brief.<u>Hi<a>Hello!", ["Hi", "Goodbye", "More?"], False),
+        # Its oldest turns were dropped.
+        ("<s>Be brief.<u>More?<a>No.", ["Hi", "Hello!", "More?", "No."], True),
+        ("<u>" + "long " * 100 + "<a>and then", ["long " * 100 + "but longer", "an answer"], True),
+        ("<u>Summarise: " + "long " * 99, ["Summarise: " + "long " * 9, "an answer"], False),
+        ("<u>Hi<a>Hel", ["Hi"], True),
+        ("<u>Hi<a>" + "other " * 50, ["Hi"], False),
+        ("<u>Hi", ["", "", " "], False),
+        ("<u>Hi", [" "], False),
+        ("<u>Hi<a>Hello!", [], False),
+    ],
+)
+def test_only_what_has_turns_of_a_conversation_is_of_it(text: str, contents: list[str], is_of_it: bool) -> None:
+    context = SavedContext(id="", model="m", title="", made_of={}, text=text, tokens=1, size=1)
+    assert context.has_turns(contents) is is_of_it
+
+
 def test_nothing_is_saved_where_the_setting_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SOLLOL_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("SOLLOL_CONTEXT_CACHE_GB", "1.5")
