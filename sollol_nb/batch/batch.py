@@ -9,6 +9,7 @@
 * A row's error stays beside it and stops no other row; the next call asks it again. What would fail every row
   (an unknown model, no workers) is raised and ends the batch.
 * Requests wait with priority BATCH, behind all others.
+* Rows that begin alike are asked in an order in which that beginning is processed once; `batch/order.py` says how.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ import asyncio
 import logging
 import sqlite3
 from collections import Counter, defaultdict, deque
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
+from sollol_nb.batch import order
 from sollol_nb.batch.frame import CACHED, ERROR, OK, SKIPPED, RowResult, check_columns, joined
 from sollol_nb.batch.rows import Rows, RowTable, RowTemplate, questions
 from sollol_nb.batch.store import BatchStore, answer_key
@@ -47,6 +49,7 @@ from sollol_nb.errors import (
     WorkerError,
 )
 from sollol_nb.models.routing import checked_backend
+from sollol_nb.router.finder import ModelSlots
 from sollol_nb.router.router import Router
 from sollol_nb.runtime.amounts import is_whole_number
 from sollol_nb.runtime.io_loop import io_bound_stream, iterate_blocking
@@ -212,17 +215,33 @@ class Batch:
                     self._note(rows_of[key], result)
                 if count := sum(len(rows_of[key]) for key in kept):
                     yield Progress(count, CACHED)
-        to_ask = deque((key, rows) for key, rows in rows_of.items() if self._results[rows[0]].status != CACHED)
+        to_ask = [(key, rows) for key, rows in rows_of.items() if self._results[rows[0]].status != CACHED]
         concurrency = self._concurrency or model_slots.slots
-        asking: set[asyncio.Task[Progress]] = set()
+        # Over many rows this takes long, too.
+        steps = deque(await asyncio.to_thread(self._in_order, to_ask, concurrency, model_slots))
+        asking: dict[asyncio.Task[Progress], Sequence[int]] = {}  # what is asked after each
         done: set[asyncio.Task[Progress]] = set()
+
+        def begin(questions: Sequence[int]) -> asyncio.Task[Progress]:
+            task = asyncio.create_task(self._ask(*to_ask[questions[0]]))
+            asking[task] = questions[1:]
+            return task
+
         try:
-            while to_ask or asking:
-                while to_ask and len(asking) < concurrency:
-                    asking.add(asyncio.create_task(self._ask(*to_ask.popleft())))
-                done, asking = await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
+            leader: asyncio.Task[Progress] | None = None
+            while steps or asking:
+                while steps and len(asking) < concurrency and leader is None and not (steps[0].leads and asking):
+                    step = steps.popleft()
+                    task = begin(step.questions)
+                    leader = task if step.leads else None
+                done, _ = await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
+                    left = asking.pop(task)
+                    if left:
+                        begin(left)
                     yield task.result()
+                if leader in done:
+                    leader = None
         except SollolError as error:
             if self._counts[OK]:
                 error.add_note(f"{self._describe_progress()}; the same call continues once this is fixed")
@@ -243,6 +262,18 @@ class Batch:
                 continue
             rows_of[answer_key(self._model, identity, messages, self._options)].append(position)
         return dict(rows_of)
+
+    def _in_order(
+        self, to_ask: Sequence[tuple[str, list[int]]], concurrency: int, model_slots: ModelSlots
+    ) -> list[order.Step]:
+        """The steps in which the questions are asked."""
+        kept = model_slots.keeps and not self._arguments.get("deterministic")
+        return order.in_order(
+            [order.text_of(self._questions[rows[0]] or ()) for _, rows in to_ask],
+            slots=concurrency,
+            are_kept=kept,
+            are_saved=False,
+        )
 
     def _kept(self, keys: list[str]) -> dict[str, RowResult]:
         """The answers of earlier batches that match the schema."""

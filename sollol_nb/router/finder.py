@@ -54,10 +54,13 @@ class ModelSlots:
     Attributes:
         identity: what distinguishes the model from another of the same name.
         slots: the number of requests.
+        keeps: whether a request finds in its slot what it has in common with the last one there: those of
+            llama.cpp that are not deterministic do. Of Ollama's nodes it is not known.
     """
 
     identity: dict[str, Any]
     slots: int
+    keeps: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -238,7 +238,11 @@ class OwnEngines(ClusterControl):
             slots = self._coordinators.gate(route).slots
         identity, saved = await self._routes.identity(route), config.saved_model(route.model)
         defaults = {**saved.options, **({"system": saved.system} if saved.system else {})}
-        return ModelSlots(identity=identity | ({"defaults": defaults} if defaults else {}), slots=slots)
+        return ModelSlots(
+            identity=identity | ({"defaults": defaults} if defaults else {}),
+            slots=slots,
+            keeps=route.backend != OLLAMA and not self._options.get("deterministic"),
+        )
 
     @io_bound
     async def listed_models(self) -> list[ListedModel]:

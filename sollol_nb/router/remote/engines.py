@@ -133,7 +133,8 @@ class GatewayEngines:
         saved = config.saved_model(model_text(model))
         defaults = {**saved.options, **({"system": saved.system} if saved.system else {})}
         added = {"defaults_here": defaults} if defaults else {}
-        return ModelSlots(identity={**slots.identity, **added}, slots=slots.slots)
+        keeps = slots.keeps and not self._options.get("deterministic")
+        return ModelSlots(identity={**slots.identity, **added}, slots=slots.slots, keeps=keeps)
 
     @io_bound
     async def preload(self, model: str | Path | Route, *, keep_alive: float | str | None = None) -> str:
