@@ -5,6 +5,7 @@
 - `magics/`: the magics, by subject.
 - `session.py`: the kernel's router, conversations and settings.
 - `answers/`: from the options of a cell to an answer that streams into it.
+- `pages/`: answers whose page was closed, or opened again.
 - `magic_line.py`: the line of a magic as options.
 - `settings_traits.py`: `%config Sollol`.
 - `tab_completion.py`, `tab_line.py`: the Tab key in the lines of the magics.
@@ -29,6 +30,7 @@ from sollol_nb.notebook.magics.connect import ConnectMagics
 from sollol_nb.notebook.magics.latency import LatencyMagics
 from sollol_nb.notebook.magics.models import ModelMagics
 from sollol_nb.notebook.magics.trust import TrustMagics
+from sollol_nb.notebook.pages import clients
 from sollol_nb.notebook.session import chats, router, settings, use_router
 from sollol_nb.runtime import io_loop
 from sollol_nb.runtime.progress_bars import use_bars
@@ -65,6 +67,7 @@ def load_ipython_extension(shell: InteractiveShell) -> None:
     kernel_hooks.shorten_errors(session.has_short_errors)
     for callback in _AFTER_EACH_CELL:
         shell.events.register("post_run_cell", callback)
+    clients.follow(shell)
     frame_accessor.register(session.router, session.batch_defaults)
     if is_kernel(shell):
         use_bars(TextBar)
@@ -84,6 +87,7 @@ def unload_ipython_extension(shell: InteractiveShell) -> None:
     for callback in _AFTER_EACH_CELL:
         if callback in shell.events.callbacks["post_run_cell"]:
             shell.events.unregister("post_run_cell", callback)
+    clients.forget()
     session.end(shell)
     use_bars(None)
     frame_accessor.unregister()

@@ -38,17 +38,19 @@ def is_kernel(shell: Any) -> bool:
     return hasattr(shell, "kernel")
 
 
-def make_display(bundle: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
-    """Show a mime bundle; returns the function that replaces it."""
+def make_display(
+    bundle: dict[str, Any], metadata: dict[str, Any] | None = None
+) -> Callable[[dict[str, Any]], None]:
+    """Show a mime bundle, as an output with this metadata; returns the function that replaces it."""
     from IPython.display import display
 
-    if _is_captured():
+    if is_captured():
         return _make_inner_output(bundle)
-    handle: Any = display(bundle, raw=True, display_id=True)
-    return lambda new: handle.update(new, raw=True)
+    handle: Any = display(bundle, raw=True, metadata=metadata, display_id=True)
+    return lambda new: handle.update(new, raw=True, metadata=metadata)
 
 
-def _is_captured() -> bool:
+def is_captured() -> bool:
     """Whether an Output of ipywidgets takes what is displayed now."""
     from IPython.core.getipython import get_ipython
 

@@ -96,6 +96,10 @@ class JsonClient:
         """The decoded JSON of a POST. Raises a TransportError of the matching kind."""
         return await self._request("POST", path, body, timeout_s)
 
+    async def put(self, path: str, body: Mapping[str, Any], *, timeout_s: float | None = None) -> Any:
+        """PUT JSON; returns the JSON of the answer. Limit and errors as for `get`."""
+        return await self._request("PUT", path, body, timeout_s)
+
     async def delete(self, path: str, body: Mapping[str, Any], *, timeout_s: float | None = None) -> Any:
         """The decoded JSON of a DELETE with a body. Raises a TransportError of the matching kind."""
         return await self._request("DELETE", path, body, timeout_s)

@@ -52,6 +52,7 @@ class BackgroundAnswer:
         events: the router's events.
         make_display: how a notebook shows a mime bundle and updates it; None in a terminal.
         keep: called at the end with the completion, whole or partial; not without any text.
+        on_shown: called when its displays show its end.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class BackgroundAnswer:
         make_display: MakeDisplay | None,
         *,
         keep: Callable[[Completion], object] | None = None,
+        on_shown: Callable[[], object] | None = None,
     ) -> None:
         self.model = request.model
         self._request = request
@@ -69,6 +71,7 @@ class BackgroundAnswer:
         self._events = events
         self._make_display = make_display
         self._keep = keep
+        self._on_shown = on_shown
         self._views: list[NotebookView] = []
         self._views_lock = threading.Lock()
         self._end_is_shown = False
@@ -243,6 +246,8 @@ class BackgroundAnswer:
             for view in self._views:
                 self._show_end(view)
             self._end_is_shown = True
+        if self._on_shown is not None:
+            self._on_shown()
 
     def _show_end(self, view: NotebookView) -> None:
         error = self.error

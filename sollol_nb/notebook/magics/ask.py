@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,8 @@ from sollol_nb.notebook.answers.background import BackgroundAnswer
 from sollol_nb.notebook.answers.cell import stream_into_cell
 from sollol_nb.notebook.answers.request import CellRequest, cell_request, named_model
 from sollol_nb.notebook.answers.views import NotebookView, NoView, PlainView, TerminalView, View
-from sollol_nb.notebook.displays import hide_once, is_kernel, make_display
+from sollol_nb.notebook.displays import hide_once
+from sollol_nb.notebook.pages import clients
 from sollol_nb.settings.table import FORMATS
 from sollol_nb.text.tables import counted, shortened
 
@@ -119,9 +121,15 @@ class AskMagics(Magics):
         router = session.router()
         chunks = _stream(router, request)
         if request.background:
-            show = make_display if is_kernel(self.shell) and not request.quiet else None
+            page = clients.current() if not request.quiet else None
+            shown = page.shown_answer(request.model) if page is not None else None
             handle = BackgroundAnswer(
-                request, chunks, router.events, show, keep=partial(session.remember, request.prompt)
+                request,
+                chunks,
+                router.events,
+                partial(page.make_display, shown) if page is not None and shown is not None else None,
+                keep=partial(session.remember, request.prompt),
+                on_shown=shown.end if shown is not None else None,
             )
             self._keep_as(request.out, handle)
             return handle
@@ -131,7 +139,8 @@ class AskMagics(Magics):
             self._keep_as(request.out, completion)
             self.shell.displayhook.update_user_ns(completion)  # type: ignore[union-attr]  # as `_`, Out[n]
 
-        value = stream_into_cell(request, chunks, router.events, self._view(request), keep=keep)
+        with self._view(request) as view:
+            value = stream_into_cell(request, chunks, router.events, view, keep=keep)
         self._keep_as(request.out, value)
         completion = value if isinstance(value, Completion) else value.attrs["completion"]
         session.remember(request.prompt, completion)
@@ -146,12 +155,19 @@ class AskMagics(Magics):
         if name is not None:
             self.shell.user_ns[name] = value
 
-    def _view(self, request: CellRequest) -> View:
+    @contextmanager
+    def _view(self, request: CellRequest) -> Iterator[View]:
+        page = clients.current()
         if request.quiet:
-            return NoView()
-        if request.raw:
-            return PlainView()
-        return NotebookView(make_display) if is_kernel(self.shell) else TerminalView()
+            yield NoView()
+        elif page is None:
+            yield PlainView() if request.raw else TerminalView()
+        else:
+            shown = page.shown_answer(request.model)
+            try:
+                yield PlainView() if request.raw else NotebookView(partial(page.make_display, shown))
+            finally:
+                shown.end()
 
     @magic_line.options_magic()
     @magic_arguments()

@@ -1,0 +1,261 @@
+"""Answers whose page is gone: their end is put into the saved notebook, or the next cell says how to see them.
+
+A kernel's output reaches the page that asked, and no other: a page that was opened again shows nothing more of a
+running cell. So while answers stream, the Jupyter server is asked how many pages are connected. When none has
+been for `CLOSED_S`, nobody edits the notebook, and its file is changed: an answer that still streams gets a line
+that says so, and one that has ended gets its end.
+
+A page may also come back as it was, on a laptop that was asleep: the server gives it what it has missed, and it
+may have changes that are not saved. Then the file is restored, so that this page saves without asking. The kernel
+knows such a page by its session, which a page that is loaded anew does not have.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from sollol_nb.errors import HttpStatusError, SollolError
+from sollol_nb.notebook.pages.saved_outputs import SavedDisplay, put
+from sollol_nb.runtime.io_loop import io_loop
+from sollol_nb.text.short_names import short_name
+
+if TYPE_CHECKING:
+    from sollol_nb.notebook.pages.jupyter_server import JupyterServer
+
+POLL_S = 1.0
+SLOW_POLL_S = 5.0
+"""Where only answers have ended that a page has missed and that is still open."""
+CLOSED_S = 5.0
+"""How long no page is connected before the file is changed: one that is loaded again connects sooner."""
+SETTLE_S = 3.0
+"""How long after its end an answer may turn out to have missed its page: a page that was loaded again while the
+kernel was busy is heard only then. As long, a page that has connected may take to say which one it is."""
+MOST_WATCHED = 100
+ALL_COMMAND = "%sollol_answers"
+
+logger = logging.getLogger(__name__)
+
+
+class ShownAnswer:
+    """An answer, and the page that asked for it.
+
+    Args:
+        model: the model's name.
+        session: of the client that asked.
+
+    Attributes:
+        command: the magic that shows the answer again.
+        displays: what shows it in the notebook.
+        is_missed: the page was closed, or another one opened, while it streamed, and no cell has said so yet.
+        is_stale: what pages show of it may lack its end.
+        was_closed: no page was connected while it streamed, nor since.
+    """
+
+    def __init__(self, model: str, session: str) -> None:
+        self.model = short_name(model)
+        self.session = session
+        self.command = "%sollol_last"
+        self.displays: list[SavedDisplay] = []
+        self.is_missed = False
+        self.is_stale = False
+        self.was_closed = False
+        self._ended_at: float | None = None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether its displays show its end."""
+        return self._ended_at is not None
+
+    @property
+    def has_settled(self) -> bool:
+        """Whether it ended so long ago that a page that missed it is known."""
+        return self._ended_at is not None and time.monotonic() - self._ended_at > SETTLE_S
+
+    def end(self) -> None:
+        """Its displays show its end now."""
+        if self._ended_at is None:
+            self._ended_at = time.monotonic()
+
+    def note(self, session: str) -> None:
+        """A client of this session was heard."""
+        if session == self.session:
+            self.is_missed = self.is_stale = False
+        elif not self.has_settled:
+            self.is_missed = self.is_stale = True
+
+    def note_closed(self) -> None:
+        """No page is connected."""
+        if not self.has_ended:
+            self.is_missed = self.is_stale = self.was_closed = True
+
+    def put_into(self, document: dict[str, Any]) -> bool:
+        """Put what it shows into the notebook; returns whether all of it is there."""
+        shown = [
+            put(document, display, self._saved_form(display.bundle), may_add=self.was_closed)
+            for display in list(self.displays)
+        ]
+        return bool(shown) and all(shown)
+
+    def _saved_form(self, bundle: dict[str, Any]) -> dict[str, Any]:
+        if self.has_ended:
+            return bundle
+        line = f"{self.model} was still answering when this page was closed; {{}} shows the answer."
+        lines = {"text/plain": line.format(self.command), "text/markdown": f"*{line.format(f'`{self.command}`')}*"}
+        return {kind: f"{bundle.get(kind, '')}\n\n{each}".lstrip() for kind, each in lines.items()}
+
+
+@dataclass(frozen=True)
+class _Change:
+    """What was put into the file while no page was connected, and which clients were known before."""
+
+    path: str
+    before: dict[str, Any]
+    after: dict[str, Any]
+    known: frozenset[str]
+    at: float = field(default_factory=time.monotonic)
+
+
+class PageWatch:
+    """Looks after the answers of one kernel. Threads may use it.
+
+    Args:
+        find: finds the kernel's Jupyter server; None if there is none.
+    """
+
+    def __init__(self, find: Callable[[], JupyterServer | None]) -> None:
+        self._find = find
+        self._lock = threading.Lock()
+        self._answers: list[ShownAnswer] = []
+        self._heard_at: dict[str, float] = {}
+        self._task: asyncio.Task[None] | None = None
+        self._is_ended = False
+        # Of the I/O loop alone:
+        self._change: _Change | None = None
+        self._closed_at: float | None = None
+        self._opened_at: float | None = None
+        self._says_running = False
+
+    def add(self, answer: ShownAnswer) -> None:
+        """Look after an answer that begins."""
+        with self._lock:
+            self._answers = [*(each for each in self._answers if _is_open(each)), answer][-MOST_WATCHED:]
+        io_loop().call_soon_threadsafe(self._start)
+
+    def note(self, session: str) -> None:
+        """A client of this session was heard."""
+        with self._lock:
+            self._heard_at[session] = time.monotonic()
+            for answer in self._answers:
+                answer.note(session)
+
+    def hint(self, session: str) -> str:
+        """The line for a cell that a client of this session runs: what its page has missed, once; else ""."""
+        with self._lock:
+            missed = [each for each in self._answers if each.is_missed and each.session != session]
+            for answer in missed:
+                answer.is_missed = False
+        if not missed:
+            return ""
+        if len(missed) > 1:
+            return f"The page was opened again while {len(missed)} answers were written; {ALL_COMMAND} lists them."
+        (answer,) = missed
+        did = "answered" if answer.has_ended else "is answering"
+        return f"The page was opened again while {answer.model} {did}; {answer.command} shows the answer."
+
+    def end(self) -> None:
+        """Look after nothing any more."""
+        self._is_ended = True
+        io_loop().call_soon_threadsafe(lambda: self._task.cancel() if self._task is not None else None)
+
+    def _start(self) -> None:
+        if not self._is_ended and (self._task is None or self._task.done()):
+            self._task = asyncio.get_running_loop().create_task(self._watch())
+
+    async def _watch(self) -> None:
+        server = await asyncio.to_thread(self._find)
+        if server is None:
+            return
+        try:
+            while self._answers or self._change is not None:
+                is_slow = self._closed_at is None and all(each.has_settled for each in self._answers)
+                await asyncio.sleep(SLOW_POLL_S if is_slow else POLL_S)
+                try:
+                    await self._look(server)
+                except HttpStatusError as error:
+                    logger.debug("the Jupyter server refuses: %s", error)
+                    return
+                except (SollolError, UnicodeError) as error:
+                    logger.debug("cannot use the Jupyter server: %s", error)
+        finally:
+            await server.close()
+
+    async def _look(self, server: JupyterServer) -> None:
+        page = await server.page()
+        now = time.monotonic()
+        if page is None:
+            return
+        if page.connections:
+            self._opened_at = self._opened_at if self._opened_at is not None else now
+            self._closed_at, self._says_running = None, False
+            if self._change is not None:
+                await self._settle(server, self._change, self._opened_at)
+            with self._lock:
+                for answer in self._answers:
+                    answer.was_closed = False
+                self._answers = [each for each in self._answers if _is_open(each)]
+            return
+        self._opened_at = None
+        self._closed_at = self._closed_at if self._closed_at is not None else now
+        with self._lock:
+            for answer in self._answers:
+                answer.note_closed()
+        if now - self._closed_at >= CLOSED_S:
+            await self._save(server, page.path)
+
+    async def _save(self, server: JupyterServer, path: str) -> None:
+        """Put the ends of answers into the file, and once for each time that the page is closed, those that
+        stream."""
+        answers = [each for each in self._answers if each.displays and each.is_stale]
+        ended = [each for each in answers if each.has_ended]
+        if not answers or (not ended and self._says_running):
+            return
+        self._says_running = True
+        document = await server.read(path)
+        before = copy.deepcopy(document)
+        saved = [each for each in answers if each.put_into(document)]
+        if document != before:
+            page = await server.page()
+            if page is None or page.connections or page.path != path:
+                return
+            await server.write(path, document)
+            logger.debug("put %d answers into %s, which no page shows", len(saved), path)
+            first = self._change.before if self._change is not None else before
+            self._change = _Change(path, first, document, frozenset(self._heard_at))
+        with self._lock:
+            for answer in ended:
+                answer.displays.clear()  # what has no place in the file is named in the next cell
+            self._answers = [each for each in self._answers if not (each in ended and each in saved)]
+
+    async def _settle(self, server: JupyterServer, change: _Change, opened_at: float) -> None:
+        """A page is connected: restore the file if it is the page that was there before, and has not loaded it."""
+        with self._lock:
+            heard = {session for session, at in self._heard_at.items() if at > change.at}
+        is_new, is_back = bool(heard - change.known), bool(heard & change.known)
+        if not is_new and not is_back and time.monotonic() - opened_at < SETTLE_S:
+            return
+        self._change = None
+        if not is_new and await server.read(change.path) == change.after:
+            await server.write(change.path, change.before)
+            logger.debug("restored %s for the page that is back", change.path)
+
+
+def _is_open(answer: ShownAnswer) -> bool:
+    """Whether there is still something to do for it."""
+    return not answer.has_settled or answer.is_missed or (answer.is_stale and bool(answer.displays))
