@@ -1,0 +1,27 @@
+"""A model that loads while a person still reads: in JupyterLab, which tells the kernel where its notebook is."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.lab.lab import HeadlessLab
+
+pytestmark = [pytest.mark.engine, pytest.mark.lab]
+
+ASK = "%%sollol demo --temperature 0\nWhat is a worker?"
+
+
+def test_the_model_of_the_first_cell_that_asks_is_ready_before_it_runs(lab: HeadlessLab) -> None:
+    page = lab.open(["%load_ext sollol_nb", "%config Sollol.preload = True", ASK])
+    try:
+        page.run(0)
+        page.run(1)
+        page.wait_for_text(1, re.compile(r"demo is ready after \d+\.\d s"))
+        page.screenshot("preload")
+        assert re.search(r"^demo · llama\.cpp-local · ", page.run(2), re.MULTILINE)
+        starts = "sum(event.kind == 'coordinator.starting' for event in router().events.recent())"
+        assert page.ask(f"from sollol_nb.notebook import router\nprint({starts})") == "1"
+    finally:
+        page.close()
