@@ -24,6 +24,17 @@ STOPPED_BY: Final = "_stopped_by"
 DRAFTS: Final = "_drafts"
 """What drafts brought, a `Drafts`. On the last chunk of llama.cpp's answers."""
 
+CACHED: Final = "_cached"
+"""Which tokens of the prompt were not processed, a `Cached`. On the first and last chunk from llama.cpp."""
+
+
+class Cached(TypedDict):
+    """Where the tokens of a prompt came from; keys are those of `Routing`."""
+
+    cached_tokens: int | None
+    restored_tokens: int | None
+    context_note: str
+
 
 class Drafts(TypedDict):
     """Tokens of an answer that were drafted, and those that were not.
@@ -172,3 +183,4 @@ class Chunk(TypedDict, total=False):
     _note: str
     _stopped_by: str
     _drafts: Drafts
+    _cached: Cached

@@ -30,6 +30,7 @@ _BLOCK_TENSOR = re.compile(r"(?:enc\.|dec\.)?blk\.([0-9]+)\.")
 _EXPERTS_TENSOR = re.compile(r"\.ffn_\w+_exps\.")  # all experts of a block; those used for each token are `_shexp`
 _RECURRENT_BUT_EVERY = dict.fromkeys(("qwen3next", "qwen35", "qwen35moe"), 4)
 """Of these architectures only every so many blocks have attention (src/models/qwen3next.cpp)."""
+_RECURRENT = ("mamba", "rwkv", "arwkv")
 _INPUT_TENSORS = ("token_embd.", "token_types.", "position_embd.", "per_layer_token_embd.")
 _FIRST_BLOCK_TENSORS = ("token_embd_norm.", "rope_freqs.", "rope_factors_long.", "rope_factors_short.")
 
@@ -64,6 +65,8 @@ class ModelFacts:
             those used, in the mean; () if all are read.
         block_weights, output_weights: how many weights all blocks have, and the output layer; 0 if unknown.
         shared_by: query heads that share one head of K and V, in the mean.
+        keeps_whole_context: whether all blocks keep K and V of the whole context: not with a sliding window, nor
+            with recurrent blocks. llama.cpp cannot go on in the middle of what a slot of others holds.
         cacheable_bytes: of the weights of each unit (the blocks, then the output layer), those that workers can
             keep in their cache; () if none can be.
         cacheable_sizes: the sizes of these tensors in bytes.
@@ -88,6 +91,7 @@ class ModelFacts:
     block_weights: int = 0
     output_weights: int = 0
     shared_by: float = 1.0
+    keeps_whole_context: bool = True
     cacheable_bytes: tuple[int, ...] = ()
     cacheable_sizes: frozenset[int] = frozenset()
 
@@ -226,8 +230,18 @@ def _summarise(parts: Sequence[GgufFile], keys: Keys, tensors: Sequence[TensorIn
         block_weights=block_weights,
         output_weights=output_weights,
         shared_by=_shared_by(keys, architecture, layer_count),
+        keeps_whole_context=_keeps_whole_context(keys, architecture),
         cacheable_bytes=tuple(cacheable_bytes) if cacheable else (),
         cacheable_sizes=frozenset(size for _, size in cacheable),
+    )
+
+
+def _keeps_whole_context(keys: Keys, architecture: str) -> bool:
+    if architecture.startswith(_RECURRENT) or architecture in _RECURRENT_BUT_EVERY:
+        return False
+    parts = (".ssm.", ".wkv.", ".shortconv.")
+    return not any(part in key for key in keys for part in parts) and not any(
+        key.endswith(".attention.sliding_window") and value for key, value in keys.items()
     )
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sollol_nb.chat.chunk import DRAFTS, DROPPED, RESTARTED, Chunk, Failover, Routing
+from sollol_nb.chat.chunk import CACHED, DRAFTS, DROPPED, RESTARTED, Chunk, Failover, Routing
 from sollol_nb.chat.completion import Completion
 from sollol_nb.latency.schema import LatencyRow
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
@@ -171,6 +171,10 @@ class RequestRecord:
             self._first = self._last
         self.text = ("" if chunk.get(RESTARTED) else self.text) + (message.get("content") or "")
         self.dropped = chunk.get(DROPPED) or self.dropped
+        if CACHED in chunk:
+            cached = chunk[CACHED]
+            self.cached_tokens, self.restored_tokens = cached["cached_tokens"], cached["restored_tokens"]
+            self.context_note = cached["context_note"]
         if chunk.get("done"):
             self._final = chunk
             if self.drafted_tokens is not None and DRAFTS in chunk:

@@ -94,6 +94,13 @@ class EventKind(StrEnum):
     ANSWER_CONTINUED = "answer.continued"
     """An interrupted answer continues on another coordinator."""
 
+    CONTEXT_SAVED = "context.saved"
+    """The context of a conversation was saved; `tokens`, `bytes`, `ms`."""
+    CONTEXT_RESTORED = "context.restored"
+    """A saved context was restored; `tokens`, `bytes`, `ms`."""
+    CONTEXT_REFUSED = "context.refused"
+    """A saved context was not used, or one was not saved; the message says why."""
+
     NODE_READY = "node.ready"
     """An Ollama node answers."""
     NODE_ABSENT = "node.absent"

@@ -396,8 +396,8 @@ _TABLE = (
         "context_cache_gb",
         "machine",
         kinds.number("a number of gigabytes, such as 8, or 0 for none", least=0),
-        "Size of the folder with saved contexts of conversations, which are not processed again after a reload; the "
-        "least recently used are deleted. 0 saves none.",
+        "Size of the folder with saved contexts of conversations, which are not processed again after a reload; "
+        "the least recently used are deleted. 0 saves none.",
         "SOLLOL_CONTEXT_CACHE_GB",
         default=DEFAULT_CONTEXT_CACHE_GB,
         guarded=True,

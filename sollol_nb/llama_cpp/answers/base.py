@@ -93,6 +93,18 @@ class Answer(ABC):
             TransportError: from `post`.
         """
 
+    @property
+    def prompt_text(self) -> str | None:
+        """What the model reads with the last request: the prompt, and the text of the answer that it is given;
+        None where that is not known (images, or a short request that llama-server renders itself)."""
+        return None
+
+    @property
+    def context_text(self) -> str | None:
+        """What the engine's slot holds by now, or the beginning of it: prompt and answer; None where that is not
+        known."""
+        return self.prompt_text
+
     def confirm(self, prompt: str) -> None:
         """Take the real prompt of the last request, where it was foreseen; a wrong one abandons the stream."""
         self.unconfirmed = None
@@ -216,6 +228,11 @@ def _characters(message: Mapping[str, Any]) -> int:
     content = message.get("content")
     parts = content if isinstance(content, list) else [{"text": content}]
     return sum(len(part.get("text") or "") for part in parts)
+
+
+def message_tokens(message: Mapping[str, Any]) -> int:
+    """About how many tokens a message has."""
+    return _characters(message) // CHARACTERS_PER_TOKEN
 
 
 class SentText:

@@ -12,6 +12,7 @@ from sollol_nb.llama_cpp.answers.base import (
     Answer,
     SentText,
     diverged_error,
+    message_tokens,
 )
 from sollol_nb.llama_cpp.answers.logprobs import LogprobReader, wanted_alternatives
 from sollol_nb.llama_cpp.answers.protocol import (
@@ -21,10 +22,14 @@ from sollol_nb.llama_cpp.answers.protocol import (
     is_encoding_failure,
     is_parser_failure,
     progress_of,
+    prompt_request,
     request_body,
 )
 from sollol_nb.llama_cpp.answers.raw import RawAnswer
 from sollol_nb.llama_cpp.answers.tokens import Post
+
+LONG_TOKENS = 500
+"""Of a longer question the prompt is rendered before, so that a saved context can be found for it."""
 
 
 class ChatAnswer(Answer):
@@ -56,6 +61,15 @@ class ChatAnswer(Answer):
         self._content, self._thoughts = SentText(), SentText()
         self._tokens_seen = 0  # of the present engine, with their log probabilities
         self._unparsed: RawAnswer | None = None
+        self._rendered: str | None = None
+
+    @property
+    def prompt_text(self) -> str | None:
+        return self._rendered if self._unparsed is None else self._unparsed.prompt_text
+
+    @property
+    def context_text(self) -> str | None:
+        return self._rendered if self._unparsed is None else self._unparsed.context_text
 
     async def request(self, post: Post) -> tuple[str, dict[str, Any]] | None:
         if self._unparsed is not None:
@@ -74,7 +88,14 @@ class ChatAnswer(Answer):
         body |= {"seed": self.seed, "return_progress": True, "timings_per_token": True, **self._cache_settings()}
         if (alternatives := wanted_alternatives(self._options)) is not None:
             body |= {"logprobs": True, "top_logprobs": alternatives}
+        if self._rendered is None and self._is_long():
+            self._rendered = str((await post("/apply-template", prompt_request(body)))["prompt"])
         return "/v1/chat/completions", body
+
+    def _is_long(self) -> bool:
+        """Whether a saved context may be worth the milliseconds that its prompt takes to be rendered."""
+        tokens = sum(map(message_tokens, self._messages))
+        return tokens >= LONG_TOKENS and not self.recovers_exactly and not any(map(has_media, self._messages))
 
     def translate(self, event: Mapping[str, Any]) -> Chunk | None:
         if self._unparsed is not None:

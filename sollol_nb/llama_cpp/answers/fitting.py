@@ -51,6 +51,14 @@ class FittingAnswer(Answer):
         self._copy_progress(self._inner)
         return request
 
+    @property
+    def prompt_text(self) -> str | None:
+        return None if self._inner is None else self._inner.prompt_text
+
+    @property
+    def context_text(self) -> str | None:
+        return None if self._inner is None else self._inner.context_text
+
     async def _fit(self, post: Post) -> Answer:
         async def count_tokens(messages: Sequence[Message]) -> int:
             return await prompt_tokens(post, request_body(messages, self._options))

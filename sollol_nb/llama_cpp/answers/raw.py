@@ -86,6 +86,7 @@ class RawAnswer(Answer):
         self._grammar_prompt: str | None = None
         self._from_start = False  # no engine can continue in the middle of it
         self._known: list[_Piece] | None = None  # while the answer is generated again: all that had been received
+        self._given_text = ""  # of the answer, which the present engine received with the prompt
         self._given = 0  # tokens of the answer that the present engine received with the prompt
         self._predicted = 0  # tokens that it has generated
         self._pending: list[int | None] = []  # of these, those whose text was not received yet
@@ -110,6 +111,7 @@ class RawAnswer(Answer):
                 self.recovery = "exact" if self._from_start else "fast"
         ids = [token for piece in self._pieces for token in piece.ids]
         self._given, self._predicted, self._pending = len(ids), 0, []
+        self._given_text = "".join(piece.text for piece in self._pieces)
         if not ids:
             self.waiting_prompt_tokens = len(self._prompt) // CHARACTERS_PER_TOKEN + 1
             return "/completion", {**self._body(), "prompt": self._prompt, "seed": self.seed}
@@ -125,6 +127,14 @@ class RawAnswer(Answer):
         if self._schema is not None:
             body["generation_prompt"] = self._grammar_prompt
         return "/completion", body
+
+    @property
+    def prompt_text(self) -> str | None:
+        return None if self._prompt is None else self._prompt + self._given_text
+
+    @property
+    def context_text(self) -> str | None:
+        return None if self._prompt is None else self._prompt + self._sent.text[: self._sent.position]
 
     async def _rendered(self, post: Post) -> str:
         """The prompt: foreseen, or as the engine renders it."""

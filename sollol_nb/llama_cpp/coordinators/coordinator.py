@@ -28,6 +28,8 @@ from sollol_nb.chat.chunk import Chunk
 from sollol_nb.errors import ModelFileError, TransportError
 from sollol_nb.layers.plan import LayerPlan
 from sollol_nb.llama_cpp.answers.base import Answer
+from sollol_nb.llama_cpp.contexts.keeper import Identity
+from sollol_nb.llama_cpp.contexts.store import ContextStore
 from sollol_nb.llama_cpp.coordinators.pace import Pace
 from sollol_nb.llama_cpp.coordinators.placement import Placement, read_placement
 from sollol_nb.llama_cpp.coordinators.readiness import LISTENING, PortTakenError, StartingCoordinator
@@ -37,11 +39,13 @@ from sollol_nb.llama_cpp.coordinators.settings import (
     server_flags,
     server_variables,
 )
+from sollol_nb.llama_cpp.coordinators.speculation import DRAFT
 from sollol_nb.llama_cpp.coordinators.streams import AnswerStreams
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.processes.process import EngineProcess, ExitReport, Lease
 from sollol_nb.llama_cpp.processes.registry import Entry
+from sollol_nb.runtime.events import EventBus, EventKind
 from sollol_nb.runtime.exchange import Exchange
 from sollol_nb.runtime.gate import Gate
 from sollol_nb.runtime.http_client import JsonClient
@@ -49,6 +53,12 @@ from sollol_nb.settings.endpoints import LOOPBACK, addresses_of
 
 # A stream that went silent is ended by the watch over all streams (see `pace.py`), long before this.
 SILENCE_LIMIT_S = 3600.0
+
+_CONTEXT_EVENTS = {
+    "saved": EventKind.CONTEXT_SAVED,
+    "restored": EventKind.CONTEXT_RESTORED,
+    "refused": EventKind.CONTEXT_REFUSED,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +120,7 @@ class Coordinator:
             self._client,
             partial(Exchange, self.base_url, api_key=process.key, read_timeout_s=SILENCE_LIMIT_S),
             context_tokens=settings.context_tokens,
+            slots=settings.slots,
         )
 
     def __repr__(self) -> str:
@@ -299,6 +310,45 @@ class Coordinator:
         """Note for all kernels which coordinator it may have to replace; "" where it is used from now on."""
         self.standby_of = coordinator_id
         await self._process.update_about(standby_of=coordinator_id)
+
+    def keep_contexts(self, store: ContextStore, events: EventBus) -> None:
+        """Save the contexts of its slots in the background from now on, and restore saved ones before requests.
+        Without this, and where it was not started for that folder, it does neither."""
+        about, settings = self._process.entry.about, self.settings
+        if not store.is_on or settings.contexts != store.folder or settings.speculation.kind == DRAFT:
+            return  # a draft model would not know what was restored
+
+        def report(what: str, message: str, **data: Any) -> None:
+            events.publish(_CONTEXT_EVENTS[what], settings.model, message, **data)
+
+        modelfile = about.get("modelfile") or {}
+        identity = Identity(
+            model=settings.model,
+            title=registry.own_name(),
+            made_of={
+                "model_file": about.get("model_file"),
+                "engine": about.get("engine_version"),
+                "adapters": [modelfile.get("adapters"), modelfile.get("projector")],
+                "kv": about.get("kv"),
+            },
+            bytes_per_token=sum(settings.facts.layer_kv_bytes_per_token),
+            context_tokens=self._streams.context_tokens,
+            brings=settings.facts.keeps_whole_context,
+        )
+        self._streams.contexts.use(store, identity, report)
+
+    async def save_contexts(self) -> int:
+        """Save now what is in its slots and not saved yet, where that is worth it; nothing while a slot is busy.
+
+        Returns:
+            How many contexts were saved. Never raises because of the engine or the disk.
+        """
+        return await self._streams.contexts.save() if self.is_running() else 0
+
+    async def forget_contexts(self, contents: Sequence[str] = ()) -> None:
+        """Empty idle slots that hold a conversation with these messages; without messages all idle slots."""
+        with contextlib.suppress(TransportError):
+            await self._streams.contexts.forget(contents)
 
     async def stop(self, *, grace_s: float | None = None, why: str = "stopped") -> ExitReport:
         """End the process and close connections. Stopping twice is fine."""

@@ -27,6 +27,7 @@ from sollol_nb.layers.strategies import SPLITS
 from sollol_nb.layers.token_time import TokenTime
 from sollol_nb.layers.what_if import Forecast, forecast, without_layout
 from sollol_nb.llama_cpp.answers.base import Answer
+from sollol_nb.llama_cpp.contexts.store import ContextStore
 from sollol_nb.llama_cpp.coordinators.calibrator import Calibrated, Calibrator
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.coordinators.measurements import TokenMeasurements
@@ -453,6 +454,27 @@ class CoordinatorPool:
         for lock in list(self._starting.values()):
             async with lock:
                 pass
+
+    async def save_contexts(self) -> int:
+        """Save now what the coordinators' slots hold, where it is worth it; returns how many contexts."""
+        return sum([await coordinator.save_contexts() for coordinator in self.coordinators])
+
+    async def forget_contexts(self, contents: Sequence[str] = ()) -> int:
+        """Delete the saved contexts of a conversation, also from the slots of running coordinators.
+
+        Args:
+            contents: of its messages, in order; none for all contexts.
+
+        Returns:
+            How many files were deleted.
+        """
+        for coordinator in self.coordinators:
+            await coordinator.forget_contexts(contents)
+        store = ContextStore()
+        deleted = await asyncio.to_thread(
+            store.forget, lambda context: not contents or context.has_turns(contents)
+        )
+        return len(deleted)
 
     def report_continued(self, route: Route, answer: Answer | None, coordinator: Coordinator) -> None:
         """Publish that an answer continues on this coordinator; None is one that had not begun."""

@@ -90,7 +90,7 @@ class RunningCoordinators:
             self._in_background(self._check_links(coordinator))
 
     async def end(self, coordinator: Coordinator, *, unless_shared: bool = False, why: str = "stopped") -> None:
-        """Take a coordinator out of the table and end it.
+        """Take a coordinator out of the table and end it; before, save contexts where that is worth it.
 
         Args:
             unless_shared: leave it running if another process or router is connected to it.
@@ -104,7 +104,7 @@ class RunningCoordinators:
                 await coordinator.stop(why=why)
             return []
 
-        await self._end(coordinator, stop)
+        await self._end(coordinator, stop, has_lost_worker=why == LINK_LOST)
 
     async def let_go(self, coordinator: Coordinator) -> list[str]:
         """Take a coordinator out of the table, and end it unless somebody else uses it.
@@ -122,17 +122,30 @@ class RunningCoordinators:
             Who uses it; empty if it was ended.
         """
         taken = self._take(coordinator)
+
+        async def end() -> list[str]:
+            await coordinator.save_contexts()
+            return await coordinator.stop_unless_used()
+
         # The caller may be cancelled; the engine must end anyway.
-        users = await asyncio.shield(self._in_background(coordinator.stop_unless_used()))
+        users = await asyncio.shield(self._in_background(end()))
         if users:
             self._table = {**taken, **self._table}
         return users
 
-    async def _end(self, coordinator: Coordinator, stop: Callable[[], Awaitable[list[str]]]) -> list[str]:
+    async def _end(
+        self,
+        coordinator: Coordinator,
+        stop: Callable[[], Awaitable[list[str]]],
+        *,
+        has_lost_worker: bool = False,
+    ) -> list[str]:
         was_running = coordinator.is_running()
         taken = self._take(coordinator)
 
         async def end() -> list[str]:
+            if not has_lost_worker:
+                await coordinator.save_contexts()
             users = await stop()
             if taken and was_running:
                 message = f"stopped {coordinator.model}"

@@ -81,6 +81,7 @@ class CoordinatorSettings:
         speculation: what it drafts.
         may_use_gpus: whether a worker of the plan may be a GPU; what it is, the RPC protocol does not say.
         repacks_weights: whether weights on the own CPU are rearranged for it; see `OwnDevices`.
+        contexts: the folder in which the contexts of its slots can be saved; None if they are not.
     """
 
     model: str
@@ -94,6 +95,7 @@ class CoordinatorSettings:
     speculation: Speculation = NO_SPECULATION
     repacks_weights: bool = True
     may_use_gpus: bool = False
+    contexts: Path | None = None
 
     def is_named(self, model: str) -> bool:
         """Whether a name that somebody writes means this: its name, or what stands for its file."""
@@ -108,6 +110,11 @@ class CoordinatorSettings:
         if self.plan.own:
             where = f"{THIS_MACHINE} and {where}" if self.plan.workers else THIS_MACHINE
         return f"on {where} ({layers} layers)"
+
+    @property
+    def _lacks_attention(self) -> bool:
+        """Whether a GPU may lack flash attention for this model."""
+        return self.plan is not None and self.may_use_gpus and not _has_gpu_attention(self.facts)
 
     @property
     def uses_own_cpu(self) -> bool:
@@ -125,6 +132,8 @@ class CoordinatorSettings:
             "slots": self.slots,
             "modelfile": self.modelfile.of_engine,
             "speculation": self.speculation.as_dict(),
+            "contexts": str(self.contexts) if self.contexts is not None else "",
+            "kv": {"type": "f16", "flash_attention": "off" if self._lacks_attention else "auto"},
         }
 
     @classmethod
@@ -146,6 +155,7 @@ class CoordinatorSettings:
             slots=int(data["slots"]),
             modelfile=Modelfile.from_engine(data["modelfile"]) if data.get("modelfile") else NO_MODELFILE,
             speculation=Speculation.from_dict(data["speculation"]) if data.get("speculation") else NO_SPECULATION,
+            contexts=Path(data["contexts"]) if data.get("contexts") else None,
         )
 
 
@@ -182,10 +192,12 @@ def server_flags(settings: CoordinatorSettings, port: int, known: frozenset[str]
     ]
     if settings.plan is not None:
         optional.append(("--fit", ["off"]))  # it would change the plan
-    if settings.plan is not None and settings.may_use_gpus and not _has_gpu_attention(settings.facts):
+    if settings._lacks_attention:
         optional.append(("--flash-attn", ["off"]))
     if settings.uses_own_cpu and not settings.repacks_weights:  # workers get them as they are
         optional.append(("--no-repack", []))
+    if settings.contexts is not None:
+        optional.append(("--slot-save-path", [str(settings.contexts)]))
     adapters = settings.modelfile.adapters
     if adapters:
         quoted = ('"{}"'.format(str(path).replace('"', '""')) for path in adapters)

@@ -10,6 +10,7 @@ that start at the same time get disjoint workers, or one adopts the other's coor
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import replace
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sollol_nb.errors import (
+    ConfigError,
     CoordinatorError,
     CoordinatorStartError,
     ModelDoesNotFitError,
@@ -26,6 +28,7 @@ from sollol_nb.gguf.facts import read_facts
 from sollol_nb.layers.plan import GIVEN, LayerPlan
 from sollol_nb.layers.strategies import AUTO as AUTO_STRATEGY
 from sollol_nb.layers.strategies import LATENCY_AWARE
+from sollol_nb.llama_cpp.contexts.store import ContextStore
 from sollol_nb.llama_cpp.coordinators.cached_weights import CachedWeights
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.coordinators.drafting import Drafting
@@ -51,6 +54,8 @@ from sollol_nb.models.routing import DISTRIBUTED, Route
 from sollol_nb.runtime.events import EventBus, EventKind
 from sollol_nb.runtime.gate import Gate
 from sollol_nb.text.tables import counted
+
+logger = logging.getLogger(__name__)
 
 MAY_DIFFER = frozenset(
     {"context_tokens", "slots", "strategy", "wanted_workers", "speculates", "engine", "engine_version"}
@@ -186,6 +191,7 @@ class CoordinatorStarter:
                 ):
                     raise
             else:
+                coordinator.keep_contexts(ContextStore(), self._events)
                 await self._report_ready(route, coordinator)
                 return coordinator
         raise AssertionError("the last try raises")
@@ -377,6 +383,7 @@ class CoordinatorStarter:
                     speculation=speculation,
                     may_use_gpus=plan is not None and self._workers.may_be_gpus(plan.endpoints),
                     repacks_weights=self._workers.own.repacks_weights,
+                    contexts=await asyncio.to_thread(_contexts_folder),
                 )
                 async with registry.claims():
                     running = await self._adopt(start)
@@ -450,3 +457,13 @@ def _may_be_used(start: Start, entry: Entry) -> bool:
         return entry.standby_of == start.standby_of
     main = registry.find(entry.standby_of)
     return main is None or not main.is_alive()
+
+
+def _contexts_folder() -> Path | None:
+    """Where contexts are saved; None where they are not, since that is off or the folder cannot be used."""
+    store = ContextStore()
+    try:
+        return store.prepare() if store.is_on else None
+    except ConfigError as error:
+        logger.warning("contexts are not saved: %s", error)
+        return None

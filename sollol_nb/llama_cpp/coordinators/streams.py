@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequen
 from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any
 
-from sollol_nb.chat.chunk import CONTEXT_FULL, Chunk
+from sollol_nb.chat.chunk import CACHED, CONTEXT_FULL, Chunk
 from sollol_nb.chat.context_window import DROP_OLDEST, turn_starts
 from sollol_nb.errors import (
     ConnectFailedError,
@@ -26,6 +26,7 @@ from sollol_nb.llama_cpp.answers.prompts import ForeseenPrompts
 from sollol_nb.llama_cpp.answers.protocol import parse_event, refusal, request_body, sampling_settings
 from sollol_nb.llama_cpp.answers.raw import RawAnswer
 from sollol_nb.llama_cpp.answers.tokens import prompt_tokens
+from sollol_nb.llama_cpp.contexts.keeper import ContextKeeper, Visit
 from sollol_nb.llama_cpp.coordinators.pace import Pace
 from sollol_nb.llama_cpp.processes.exit_reasons import describe_exit, exit_reason
 from sollol_nb.llama_cpp.processes.process import EngineProcess, Lease
@@ -52,6 +53,7 @@ class AnswerStreams:
     Args:
         client: sends requests to it.
         exchange: makes a connection to it, for one answer.
+        slots: how many it has.
 
     Attributes:
         context_tokens: its limit for one request, prompt and answer. With one pool of context for all slots that
@@ -59,6 +61,7 @@ class AnswerStreams:
         chat_template: of the model; "" until the engine is ready.
         pace: the time that it usually needs for a token.
         last_used_at: `time.monotonic()` of the last request's begin or end.
+        contexts: what its slots hold, and what is saved of that.
     """
 
     def __init__(
@@ -69,7 +72,9 @@ class AnswerStreams:
         exchange: Callable[[], Exchange],
         *,
         context_tokens: int,
+        slots: int,
     ) -> None:
+        self.contexts = ContextKeeper(client, slots, lambda: process.ask_lease())
         self.context_tokens = context_tokens
         self.chat_template = ""
         self.pace = Pace()
@@ -115,7 +120,7 @@ class AnswerStreams:
     async def stream(self, answer: Answer, lease: Lease | None = None) -> AsyncGenerator[Chunk, None]:
         """As `Coordinator.stream`."""
         self.last_used_at = time.monotonic()
-        stream = self.pace.open(answer)
+        stream, visit, is_marked = self.pace.open(answer), Visit(), False
         if self._watch is None or self._watch.done():
             self._watch = asyncio.create_task(self._kill_when_silent())
         try:
@@ -125,21 +130,26 @@ class AnswerStreams:
                     if not await lease.is_granted():  # another program may have its port by now
                         raise CoordinatorLostError(f"the coordinator of {self._model} is ending")
                 while (request := await answer.request(exchange.post)) is not None:
+                    visit = await self._visit(answer, lease)
                     stream.on_sent()
                     try:
+                        path, body = request
                         async with (
                             self._rendering(answer) as confirmed,
-                            aclosing(exchange.lines(*request)) as lines,
+                            aclosing(exchange.lines(path, {**body, **visit.body})) as lines,
                         ):
                             async for line in lines:
                                 event = _checked_event(line)
                                 if event is None:
                                     continue
                                 stream.on_event(event)
+                                visit.read(event)
                                 if answer.unconfirmed is not None:
                                     await confirmed()
                                 chunk = answer.translate(event)
                                 if chunk is not None:
+                                    if not is_marked:
+                                        chunk, is_marked = {**chunk, CACHED: visit.mark}, True
                                     with stream.reader_busy():
                                         yield chunk
                                 if answer.is_abandoned:
@@ -148,6 +158,8 @@ class AnswerStreams:
                         if not answer.recover(error.reason):
                             raise self._refusal(error.reason) from error
                         continue
+                    finally:
+                        self.contexts.end(visit, answer.context_text)
                     if not answer.is_complete and not answer.is_abandoned:
                         raise ConnectionBrokenError(
                             f"{self._client.base_url}: the answer ended without its last event"
@@ -160,7 +172,22 @@ class AnswerStreams:
         finally:  # before the last chunk is yielded: the engine owes nothing more, however long the reader takes
             stream.close()
             self.last_used_at = time.monotonic()
-        yield self._with_context_full(answer.final(), sampling_settings(answer.options).get("max_tokens"))
+        last = self._with_context_full(answer.final(), sampling_settings(answer.options).get("max_tokens"))
+        yield {**last, CACHED: visit.mark}
+
+    async def _visit(self, answer: Answer, lease: Lease | None) -> Visit:
+        """A slot for the request, with a saved context in it where that saves time.
+
+        Raises:
+            ConnectionBrokenError: the engine was lost, or does not answer; then it is killed.
+        """
+        try:
+            return await self.contexts.visit(
+                answer.prompt_text, is_cached=not answer.recovers_exactly, lease=lease
+            )
+        except TransportTimeoutError:
+            await self._process.stop(grace_s=0.0, why="it went silent while it restored a saved context")
+            raise
 
     @asynccontextmanager
     async def _rendering(self, answer: Answer) -> AsyncGenerator[Callable[[], Awaitable[None]], None]:
@@ -202,6 +229,7 @@ class AnswerStreams:
     def close(self) -> None:
         """End the watch over silence, and close connections."""
         self._is_closed = True
+        self.contexts.close()
         for exchange in self._renderers:
             exchange.close()
         self._renderers.clear()

@@ -335,6 +335,19 @@ class Lease:
         """Whether it was granted; False if the engine has ended or is ending."""
         return bool((await _in_time(self._answer)).get("ok"))
 
+    @property
+    def others(self) -> int:
+        """How many leases others had when it was granted; 0 before."""
+        return self._count("others")
+
+    @property
+    def uses_by_others(self) -> int:
+        """How many leases others had ever had when it was granted; 0 before."""
+        return self._count("uses_by_others")
+
+    def _count(self, name: str) -> int:
+        return int(self._answer.result().get(name) or 0) if self._answer.done() else 0
+
     def free(self) -> None:
         """End it. One that was refused had no effect, and neither has its end: the engine is ending."""
         self._process.free()

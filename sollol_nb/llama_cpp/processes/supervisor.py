@@ -12,7 +12,7 @@ secret of this engine, which the supervisor keeps in a separate file, and who th
 
 | do | does |
 |---|---|
-| `hold`, `free` | take or end a lease; the end of a connection ends its leases |
+| `hold`, `free` | take or end a lease; the end of a connection ends its leases. `others`: leases of others now, `uses_by_others`: ever |
 | `keep_alive` | set the `seconds` that the engine lives without a lease; null is forever |
 | `about` | merge `about` into the registry entry |
 | `status` | `clients` (except the one that asks), `users` (their names, one for each process), `leases`, `idle_s`, `ends_in_s` |
@@ -117,6 +117,7 @@ class Client:
         self.connection = connection
         self.unread = b""
         self.leases = 0
+        self.uses = 0  # leases that it ever had
         self.greeted = False
         self.has_left = False
         self.pid = 0
@@ -147,6 +148,7 @@ class Supervisor:
         self._clients: set[Client] = set()
         self._idle_since = time.monotonic()
         self._first_client_until = self._idle_since + FIRST_CLIENT_S
+        self._uses = 0  # leases that were ever granted
         self._why = ""
         self._kill_at: float | None = None
         self._selector = selectors.DefaultSelector()
@@ -342,6 +344,11 @@ class Supervisor:
             case "hold":
                 answer["ok"] = not self._why
                 client.leases += not self._why
+                client.uses += not self._why
+                self._uses += not self._why
+                if self._uses > client.uses:  # others may have changed what the engine's slots hold
+                    answer["others"] = self._leases() - client.leases
+                    answer["uses_by_others"] = self._uses - client.uses
             case "free":
                 if client.leases:
                     client.leases -= 1
@@ -516,6 +523,7 @@ def main() -> int:
         # The process sends its pid itself, before it becomes the engine: there is no moment without a guard.
         own_session: dict[str, Any] = {
             "start_new_session": True,
+            "umask": 0o077,  # saved contexts and the tensors of private models are files of its
             "preexec_fn": lambda: _send_to_guard(guard, b"%d\n" % os.getpid()),
         }
     else:

@@ -167,7 +167,9 @@ async def streams_of(engine: FakeEngine) -> AsyncIterator[AnswerStreams]:
         url = f"http://127.0.0.1:{port}"
         client = JsonClient(url)
         exchange = partial(Exchange, url, api_key="key", read_timeout_s=30.0)
-        streams = AnswerStreams("demo", cast(EngineProcess, EndedProcess()), client, exchange, context_tokens=512)
+        streams = AnswerStreams(
+            "demo", cast(EngineProcess, EndedProcess()), client, exchange, context_tokens=512, slots=1
+        )
         try:
             yield streams
         finally:
