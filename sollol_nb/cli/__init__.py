@@ -8,5 +8,6 @@
 * `slurm.py`: a job script whose nodes become workers of this machine
 * `status.py`: the cluster of this user, seen from outside of any notebook
 * `contexts.py`: the saved contexts of conversations
+* `weights.py`: what workers of this machine keep of models
 * `discover.py`: workers that could be used
 """

@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from sollol_nb._version import __version__
+from sollol_nb.cli import weights
 from sollol_nb.cli.contexts import total
 from sollol_nb.errors import ConfigError, EngineError
 from sollol_nb.llama_cpp.contexts.store import ContextStore
@@ -62,6 +63,7 @@ class Diagnosis:
         settings: the settings files in use, and what does not count of them.
         demo_model: the demo model's file; None if this installation lacks it.
         saved_contexts: how much the saved contexts of conversations take, and may take.
+        kept_weights: how much of models the workers of this machine keep, and may keep.
         missing: what is missing or broken, one line each, the most important first.
         remedy: the one command to run next; empty if there is nothing to do.
     """
@@ -81,6 +83,7 @@ class Diagnosis:
     settings: tuple[str, ...]
     ollama: tuple[OllamaProbe, ...]
     saved_contexts: str
+    kept_weights: str
     missing: tuple[str, ...]
     remedy: str
 
@@ -136,6 +139,7 @@ def diagnose(*, check: bool = False) -> Diagnosis:
         settings=settings,
         ollama=tuple(_probe_ollama(entry) for entry in config.default("ollama_hosts") or ["localhost"]),
         saved_contexts=total(ContextStore().list()),
+        kept_weights=weights.describe(),
         missing=tuple(missing),
         remedy=remedy,
     )
@@ -159,7 +163,7 @@ def describe(diagnosis: Diagnosis) -> str:
     lines.append(("GPU toolkits", f"{kits or 'none'}; `{INSTALL_COMMAND}` builds the {diagnosis.backend} backend"))
     lines.append(("demo model", str(diagnosis.demo_model or "missing from this installation")))
     lines += [(f"{name} folder", str(path)) for name, path in diagnosis.folders.items()]
-    lines.append(("contexts", diagnosis.saved_contexts))
+    lines += [("contexts", diagnosis.saved_contexts), ("weights", diagnosis.kept_weights)]
     lines += [("settings", text) for text in diagnosis.settings]
     lines += [
         ("Ollama", f"{node.host}:{node.port} {'answers' if node.reachable else 'does not answer'}")

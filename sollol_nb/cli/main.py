@@ -147,6 +147,14 @@ def contexts(arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def weights(arguments: argparse.Namespace) -> int:
+    """Show how much workers of this machine keep of models, which a reload need not send; or delete it."""
+    from sollol_nb.cli.weights import describe, forget
+
+    print(forget() if arguments.forget else describe())
+    return EXIT_OK
+
+
 def trust(arguments: argparse.Namespace) -> int:
     """Show which settings of a folder's sollol_nb.toml need your consent; give or withdraw it."""
     from sollol_nb.settings.trust import review
@@ -276,6 +284,10 @@ def _contexts_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
+def _weights_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--forget", action="store_true", help="delete all of it; not while a model is loading")
+
+
 def _trust_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", nargs="?", help="a settings file or its folder; default: the one in use here")
     parser.add_argument("--yes", action="store_true", help="let these settings count, until the file changes")
@@ -325,6 +337,7 @@ _SUBCOMMANDS: tuple[tuple[Callable[[argparse.Namespace], int], Callable[[argpars
     (calibrate, _calibrate_arguments),
     (stop, _stop_arguments),
     (contexts, _contexts_arguments),
+    (weights, _weights_arguments),
     (trust, _trust_arguments),
     (gateway, gateway_command.add_arguments),
     (key, _key_arguments),

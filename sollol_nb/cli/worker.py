@@ -179,7 +179,7 @@ async def _join(arguments: argparse.Namespace, link: Any, give_up_s: float) -> i
     )
     workers = LentWorkers(engine, facts.devices, threads=facts.threads, say=say)
     try:
-        why = await Membership(link, facts, workers.start, say).serve()
+        why = await Membership(link, facts, workers.start, say, workers.sizes).serve()
     finally:
         await workers.stop()
     say(f"{link.address} has ended the connection: {why}")

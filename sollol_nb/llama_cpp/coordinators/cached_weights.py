@@ -30,9 +30,9 @@ class CachedWeights:
         Args:
             workers: the registry entries of its workers.
         """
-        needs = _needs(settings, workers)
-        if needs:
-            await asyncio.to_thread(cache.prepare, needs, settings.facts.cacheable_sizes)
+        sizes = settings.facts.cacheable_sizes
+        if settings.plan is not None and settings.plan.workers and sizes:  # links tell them to other machines
+            await asyncio.to_thread(cache.prepare, _needs(settings, workers), sizes)
 
     def settle(self, settings: CoordinatorSettings, workers: Iterable[Entry]) -> None:
         """After its weights are loaded: in the background, since the disk may be slow. Where this process ends

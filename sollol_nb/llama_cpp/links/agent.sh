@@ -1,10 +1,13 @@
 # Runs the workers of one machine, on its loopback, for the link that has started this script through ssh.
 #
-# usage: agent.sh PROGRAM SILENCE SEED THREADS DEVICE...
+# usage: agent.sh PROGRAM SILENCE SEED THREADS CACHE DEVICE...
 #   PROGRAM  the RPC worker
 #   SILENCE  seconds without a line on stdin after which the connection counts as cut
 #   SEED     a random number, from which ports follow
 #   THREADS  CPU threads of each worker
+#   CACHE    KiB that the caches of weights of all workers may have; 0 for no caches
+#
+# A line on stdin is a heartbeat; `sizes N...` also says which sizes the tensors have that are cached.
 #
 # Prints on stdout, where INDEX counts the devices from 0:
 #   worker INDEX PORT       its worker was started, and will listen on this port
@@ -16,24 +19,147 @@
 # workers when `serve` itself is killed. Where all of these are killed at the same moment, Linux ends the workers
 # (PR_SET_PDEATHSIG, by util-linux' setpriv), other systems do not.
 
-program=$1 silence=$2 seed=$3 threads=$4
-shift 4
+program=$1 silence=$2 seed=$3 threads=$4 cache_kib=$5
+shift 5
 sshd=$PPID
+umask 077
 
 listen() {
-    while read -r _; do kill -USR1 "$server" || exit; done
+    while read -r beat; do
+        case $beat in
+        sizes\ *)
+            printf '%s\n' "${beat#sizes }" | tr ' ' '\n' >"$tensors/sizes-$server.new"
+            mv "$tensors/sizes-$server.new" "$tensors/sizes-$server"
+            ;;
+        esac 2>/dev/null
+        kill -USR1 "$server" || exit
+    done
     kill -TERM "$server"
 }
 
+# --- caches of weights: the rules are those of weights/cache.py ---------------------------------
+
+HOME=${HOME:-/}
+case $(uname -s) in
+Darwin) tensors=${XDG_CACHE_HOME:-$HOME/Library/Caches}/sollol_nb/tensors ;;
+*) tensors=${XDG_CACHE_HOME:-$HOME/.cache}/sollol_nb/tensors ;;
+esac
+least_free_kib=1953125 # 2 GB
+hash=[0-9a-f][0-9a-f][0-9a-f][0-9a-f][0-9a-f][0-9a-f][0-9a-f][0-9a-f]
+hash=$hash$hash # the name of a file
+
+# Sets cache_$1 to the folder of worker $1's cache, which no other process uses; "" if there is none.
+claim_cache() {
+    eval "device=\$device_$1 cache_$1="
+    try=0
+    while [ "$cache_kib" != 0 ] && [ "$try" -lt 16 ]; do
+        folder=$tensors/ssh-$(uname -n)-$device-$try
+        mkdir -p "$folder" 2>/dev/null || return 0
+        if mkdir "$folder/taken" 2>/dev/null; then
+            echo "$server" >"$folder/taken/by"
+            eval "cache_$1=\$folder"
+            return 0
+        fi
+        holder=$(cat "$folder/taken/by" 2>/dev/null)
+        if [ -n "$holder" ] && ! kill -0 "$holder" 2>/dev/null; then
+            mv "$folder/taken" "$folder/left-$server" 2>/dev/null && rm -rf "$folder/left-$server"
+        else
+            try=$((try + 1))
+        fi
+    done
+}
+
+# Makes cache $1 ready for a worker that is about to start; fails if nothing may be cached.
+open_cache() {
+    [ -n "$1" ] || return 1
+    if [ -d "$1/off" ] && [ ! -e "$1/rpc" ]; then mv "$1/off" "$1/rpc"; fi
+    mkdir -p "$1/rpc" && discard "$1" && evict && measure && [ "$free" -ge "$least_free_kib" ]
+} 2>/dev/null
+
+# Deletes what is not sealed in cache $1: its worker has ended, maybe while it wrote.
+discard() {
+    find "$1" -type f -name "$hash" -perm -200 -exec rm -f {} +
+}
+
+measure() {
+    free=$(df -Pk "$tensors" | awk 'NR == 2 { print $4 }')
+    used=$(du -sk "$tensors" | awk '{ print $1 }')
+    allowed=$(((free + used) / 2))
+    [ "$allowed" -le "$cache_kib" ] || allowed=$cache_kib
+}
+
+# Deletes the least recently used files that are too many.
+evict() {
+    measure
+    [ "$used" -gt "$allowed" ] || return 0
+    (
+        cd "$tensors" || exit
+        find . -type f -name "$hash" ! -perm -200 -exec ls -lntur {} + |
+            awk -v over=$(((used - allowed) * 1024)) 'over > 0 { print $NF; over -= $5 }' |
+            while read -r file; do rm -f "$file"; done
+    )
+}
+
+# Seals the new files of a cache, from its folder, if all are complete; else deletes them.
+seal() {
+    sizes=$tensors/sizes-$server
+    if [ -z "$(find "$@" -size -20481)" ] && # all are over 10 MiB
+        { [ ! -s "$sizes" ] || ls -ln "$@" | awk '
+            NR == FNR { known[$1]; next }
+            !($5 in known) { unknown = 1 }
+            END { exit unknown }' "$sizes" -; } &&
+        dd if=/dev/zero of=../trial bs=65536 count=16 && [ "$(wc -c <../trial)" -eq 1048576 ]; then # nothing is full
+        sync
+        chmod 400 "$@"
+    else
+        rm -f "$@"
+    fi
+    rm -f ../trial
+}
+
+# Looks after all caches, in a process of its own.
+tend() {
+    loading=
+    each=0
+    while [ "$each" -lt "$count" ]; do
+        eval "cache=\$cache_$each"
+        each=$((each + 1))
+        if cd "$cache/rpc" || cd "$cache/off"; then
+            if [ -n "$(find . -type f -name "$hash" -perm -200 -mmin -2)" ]; then
+                loading=yes
+            else
+                # shellcheck disable=SC2046 # these names contain no spaces
+                set -- $(find . -type f -name "$hash" -perm -200)
+                [ $# = 0 ] || seal "$@"
+            fi
+        fi
+    done
+    [ -n "$loading" ] || evict
+    measure
+    from=off to=rpc
+    if [ "$used" -gt "$allowed" ] || [ "$free" -lt "$least_free_kib" ]; then from=rpc to=off; fi
+    each=0
+    while [ "$each" -lt "$count" ]; do
+        eval "cache=\$cache_$each"
+        each=$((each + 1))
+        if [ -d "$cache/$from" ] && [ ! -e "$cache/$to" ]; then mv "$cache/$from" "$cache/$to"; fi
+    done
+}
+
+# --- workers ------------------------------------------------------------------------------------
+
 # Sets the variables of worker $1: pid, port, since, pause. A port is kept until it is found taken.
 start_worker() {
-    eval "port=\$port_$1 device=\$device_$1"
+    eval "port=\$port_$1 device=\$device_$1 cache=\$cache_$1"
+    caching=
+    if open_cache "$cache"; then caching=-c; fi
     if [ -z "$port" ]; then
         seed=$(((seed * 75 + 74) % 65537))
         port=$((16384 + seed % 16384)) # below the ports that systems give to outgoing connections
     fi
     # shellcheck disable=SC2086 # they are separate words
-    $tied "$program" -H 127.0.0.1 -p "$port" -t "$threads" -d "$device" </dev/null >&2 3>&- &
+    LLAMA_CACHE=$cache $tied "$program" -H 127.0.0.1 -p "$port" -t "$threads" -d "$device" $caching \
+        </dev/null >&2 3>&- &
     eval "pid_$1=$! port_$1=$port since_$1=$clock"
     tell_guard
     echo "worker $1 $port" >&3
@@ -51,7 +177,8 @@ tell_guard() {
 
 # Worker $1 has ended with exit code $2.
 note_end() {
-    eval "since=\$since_$1 pause=\$pause_$1"
+    eval "since=\$since_$1 pause=\$pause_$1 cache=\$cache_$1"
+    [ -z "$cache" ] || discard "$cache"
     if [ $((clock - since)) -ge 60 ]; then
         pause=1
     fi
@@ -81,11 +208,12 @@ check_workers() {
 serve() {
     # $$ is the process that started this one.
     server=$(exec sh -c 'echo "$PPID"')
-    missed=0 clock=0 count=0 ending= pids=
+    missed=0 clock=0 count=0 ending= pids= tending=
     trap 'missed=0' USR1
     trap 'ending=yes' TERM HUP INT
     for device in "$@"; do
         eval "pid_$count= port_$count= pause_$count=1 again_$count=0 since_$count=0 device_$count=\$device"
+        claim_cache "$count"
         count=$((count + 1))
     done
     listen <&4 >/dev/null 3>&- &
@@ -98,11 +226,22 @@ serve() {
         wait "$nap" # a signal ends it early
         if ! kill -0 "$nap" 2>/dev/null; then
             missed=$((missed + 1)) clock=$((clock + 1))
+            if [ "$cache_kib" != 0 ] && [ $((clock % 10)) = 0 ] && ! kill -0 "$tending" 2>/dev/null; then
+                tend </dev/null >/dev/null 2>&1 3>&- &
+                tending=$!
+            fi
         fi
         kill -0 "$listener" 2>/dev/null || ending=yes
     done
     # shellcheck disable=SC2086 # they are separate words
-    kill -KILL "$listener" "$nap" $pids 2>/dev/null
+    kill -KILL "$listener" "$nap" $tending $pids 2>/dev/null
+    index=0
+    while [ "$index" -lt "$count" ]; do
+        eval "cache=\$cache_$index"
+        index=$((index + 1))
+        [ -z "$cache" ] || rm -rf "$cache/taken"
+    done
+    rm -f "$tensors/sizes-$server"
     [ "$missed" -lt "$silence" ] || echo silent # to the guard
 }
 

@@ -26,6 +26,7 @@ from sollol_nb.errors import JoinError, SollolError
 from sollol_nb.llama_cpp.links import memberships
 from sollol_nb.llama_cpp.links.join_link import (
     HANDSHAKE_LIMIT_S,
+    MAX_SIZES,
     SILENCE_S,
     Connection,
     Facts,
@@ -37,6 +38,7 @@ from sollol_nb.llama_cpp.links.join_link import (
 from sollol_nb.llama_cpp.links.link import LOST, READY, LinkedWorker
 from sollol_nb.llama_cpp.links.memberships import Member, Memberships, changing
 from sollol_nb.llama_cpp.links.program import COPY_BYTES, Report, run, serve_on_loopback
+from sollol_nb.llama_cpp.weights import cache
 from sollol_nb.settings import config
 from sollol_nb.settings.endpoints import LOOPBACK, format_endpoint, parse_endpoint
 from sollol_nb.text.tables import counted
@@ -395,7 +397,7 @@ class Hub:
             before.close()
         print(f"{member.name} is connected", flush=True)
         send(writer, {"welcome": {"name": member.name}})
-        beating = asyncio.create_task(beat(writer))
+        beating = asyncio.create_task(beat(writer, _SizesToTell()))
         try:
             while not await self._heed(session, await receive(reader)):
                 pass
@@ -442,6 +444,18 @@ class Hub:
                 memberships.write(known)
             self._known = known
         return member
+
+
+class _SizesToTell:
+    """The message with the sizes of tensors that a member's workers may cache, whenever there are new ones."""
+
+    def __init__(self) -> None:
+        self._told = frozenset[int]()
+
+    def __call__(self) -> dict[str, Any]:
+        new = sorted(cache.known_sizes() - self._told)[:MAX_SIZES]
+        self._told |= frozenset(new)
+        return {"sizes": new} if new else {}
 
 
 async def serve(spec: Mapping[str, Any], report: Report) -> None:

@@ -11,8 +11,8 @@ The first line of a connection says what it is for:
 | `{"secret", "stream"}` | the bytes of one connection to a worker, which the other side has requested by this number |
 
 On a control connection the worker sends `{"ready": true}` once its workers run, `{"failed": stream}` where it cannot
-connect to one, and `{"leave": true}` at its end; it receives `{"open": stream, "device": position}` and
-`{"end": why}`. Both send `{}` every `BEAT_S` seconds, and a side that hears nothing for `SILENCE_S` ends the connection.
+connect to one, and `{"leave": true}` at its end; it receives `{"open": stream, "device": position}`, `{"sizes": [...]}`
+(bytes of the tensors that its workers may cache) and `{"end": why}`. Both send `{}` every `BEAT_S` seconds, and a side that hears nothing for `SILENCE_S` ends the connection.
 """  # noqa: E501 - a table's row is one line
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import hmac
 import json
 import re
 import ssl
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -41,6 +42,8 @@ BEAT_S = 4.0
 SILENCE_S = 12.0
 MAX_DEVICES = 16
 MAX_THREADS = 4096
+MAX_SIZES = 400
+"""Told in one message."""
 _SECRET = re.compile(r"[\w-]{20,100}")
 _COMMIT = re.compile(r"\b[0-9a-f]{7,40}\b")
 
@@ -229,10 +232,14 @@ async def receive(reader: asyncio.StreamReader, limit_s: float = SILENCE_S) -> d
     return message
 
 
-async def beat(writer: asyncio.StreamWriter) -> None:
-    """Show the other side that this one is there, until the connection closes."""
+async def beat(writer: asyncio.StreamWriter, news: Callable[[], dict[str, Any]] = dict) -> None:
+    """Show the other side that this one is there, until the connection closes.
+
+    Args:
+        news: gives the next message; it may block shortly.
+    """
     with contextlib.suppress(OSError):
         while not writer.is_closing():
-            send(writer, {})
+            send(writer, await asyncio.to_thread(news))
             await writer.drain()
             await asyncio.sleep(BEAT_S)

@@ -23,6 +23,8 @@ FIRST_TRIES = 3
 MAX_CONNECTIONS = 256
 WORKER_LIMIT_S = 5.0
 
+MAX_KNOWN_SIZES = 10_000
+
 Say = Callable[[str], None]
 """Shows the user one line."""
 
@@ -36,15 +38,22 @@ class Membership:
         start: starts the workers once the other side has agreed; returns what gives the loopback port of each
             device now.
         say: shows the user one line about each change.
+        sizes: gets the sizes of tensors that the workers may cache.
     """
 
     def __init__(
-        self, link: JoinLink, facts: Facts, start: Callable[[], Awaitable[Callable[[int], int]]], say: Say
+        self,
+        link: JoinLink,
+        facts: Facts,
+        start: Callable[[], Awaitable[Callable[[int], int]]],
+        say: Say,
+        sizes: set[int] | None = None,
     ) -> None:
         self._link = link
         self._facts = facts
         self._start = start
         self._say = say
+        self._sizes = set[int]() if sizes is None else sizes
         self._secret = secrets.token_urlsafe(32)
         self._token: str | None = link.token
         self._port_of: Callable[[int], int] | None = None
@@ -100,6 +109,8 @@ class Membership:
                 if "end" in message:
                     self._is_over = True
                     return one_line(str(message["end"])), True
+                if isinstance(told := message.get("sizes"), list) and len(self._sizes) < MAX_KNOWN_SIZES:
+                    self._sizes |= {size for size in told if isinstance(size, int)}
                 if "open" in message:
                     self._open(writer, message["open"], message.get("device"))
         except (OSError, EOFError, TimeoutError, ValueError) as error:

@@ -25,6 +25,7 @@ from sollol_nb.llama_cpp.links.ssh_session import LOST_CODE, Session
 from sollol_nb.llama_cpp.links.ssh_shell import Shell
 from sollol_nb.llama_cpp.processes.exit_reasons import describe_exit
 from sollol_nb.llama_cpp.processes.machine import free_ports
+from sollol_nb.llama_cpp.weights import cache
 from sollol_nb.settings.endpoints import LOOPBACK, format_endpoint
 from sollol_nb.text.tables import counted
 
@@ -167,7 +168,8 @@ class _Link:
         while True:
             began = loop.time()
             seed = random.randrange(65537)  # noqa: S311 - ports that are probably free
-            numbers = (str(self._silence_s), str(seed), str(max(1, engine.cores)))
+            cache_kib = int(float(self._spec.get("tensor_cache_gb", 0)) * 1e9 / 1024)
+            numbers = (str(self._silence_s), str(seed), str(max(1, engine.cores)), str(cache_kib))
             arguments = (engine.worker, *numbers, *self._devices)
             session = await self._shell.start(AGENT.read_text("utf-8"), *arguments)
             try:
@@ -203,8 +205,12 @@ class _Link:
             await events.put(None)
 
         async def beat() -> None:
+            told = frozenset[int]()
             while True:
-                session.send("\n")
+                # Which sizes are right for a cached tensor, the other side cannot know.
+                sizes = await asyncio.to_thread(cache.known_sizes)
+                session.send("\n" if sizes == told else f"sizes {' '.join(map(str, sorted(sizes)))}\n")
+                told = sizes
                 await asyncio.sleep(self._silence_s / HEARTBEATS)
 
         async def attach(device: _Device, remote_port: int) -> None:
@@ -362,7 +368,8 @@ async def ssh(spec: Mapping[str, Any], report: Report) -> None:
     """Serve until the supervisor ends.
 
     Arguments: `target`; `ssh`, the ssh program and its options; `silence_s`, after which the far side ends its
-    workers; `server`, `worker`, `version`, `source` and `protocol` of the engine here.
+    workers; `tensor_cache_gb`, the disk there for caches of weights; `server`, `worker`, `version`, `source` and
+    `protocol` of the engine here.
     """
     running = asyncio.create_task(_Link(spec, report).run())
     ending = asyncio.create_task(report.supervisor_ended())

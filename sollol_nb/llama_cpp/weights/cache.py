@@ -10,9 +10,9 @@ be missing in the model's weights, without an error. So each worker has a folder
   mark. Before a worker starts, all files that are not sealed are deleted: it may have been killed while it wrote.
 * While a worker runs, files are sealed after a load and, at the latest, before the next one. Each must have the
   size of a tensor of a model that was loaded (the headers of GGUF files tell the sizes). If one has not, or the
-  disk is full, all that are not sealed are deleted: after one write that failed, others may have failed too. Where
-  sizes are not known (a worker that runs for another machine), a file must be over 10 MiB and unchanged for a
-  minute.
+  disk is full, all that are not sealed are deleted: after one write that failed, others may have failed too. A
+  worker that runs for another machine is told the sizes by it; its files must be over 10 MiB and unchanged for a
+  minute, because nobody tells when a load has ended.
 * All caches together have at most `tensor_cache_gb`, and never more than half of what would be free without them.
   The files that were not used for the longest time go, before a load that will need the space. A load for which
   there is no space uses no cache: its folder is then called `off`, so that the worker finds and writes nothing.
@@ -135,13 +135,18 @@ def open_cache(name: str) -> Path | None:
         if (folder / _OFF).is_dir() and not files.exists():
             (folder / _OFF).rename(files)
         files.mkdir(mode=0o700, exist_ok=True)
-        for file in _files(folder):
-            if not file.is_sealed:
-                _remove(file)
+        discard(name)
         _evict(0)
         return folder if _free_bytes() >= MIN_FREE_BYTES else None
     except (OSError, ConfigError):
         return None
+
+
+def discard(name: str) -> None:
+    """Delete what is not sealed: the worker of this cache has ended, maybe while it wrote."""
+    for file in _files(root() / name):
+        if not file.is_sealed:
+            _remove(file)
 
 
 @contextlib.contextmanager
@@ -204,8 +209,12 @@ def settle(names: Collection[str]) -> None:
         _evict(0)
 
 
-def tend(names: Collection[str]) -> None:
-    """The same for workers that run for another machine, every few seconds, also while they load."""
+def tend(names: Collection[str], sizes: Collection[int] | None = None) -> None:
+    """The same for workers that run for another machine, every few seconds, also while they load.
+
+    Args:
+        sizes: that cached tensors have, as far as that machine has told.
+    """
     with contextlib.suppress(OSError, ConfigError):
         is_loading = False
         for name in names:
@@ -213,7 +222,7 @@ def tend(names: Collection[str]) -> None:
             if any(time.time() - file.changed_at < QUIET_S for file in news):
                 is_loading = True
             else:
-                _seal(root() / name, None)
+                _seal(root() / name, sizes)
         if not is_loading:
             _evict(0)
         may = measure()

@@ -1,20 +1,23 @@
 """The workers that `sollol-nb worker` runs for other machines: one for each device, started again when they end.
 
-They end with the process that started them, however it ends: it has their only lease.
+Each keeps a cache of weights (`weights/cache.py`), which is looked after here. They end with the process that
+started them, however it ends: it has their only lease.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import socket
 import subprocess
 from collections.abc import Callable, Sequence
 
-from sollol_nb.errors import WorkerStartError
+from sollol_nb.errors import ConfigError, WorkerStartError
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.processes.process import EngineProcess
+from sollol_nb.llama_cpp.weights import cache
 from sollol_nb.llama_cpp.workers.local import PORT_TRIES, WorkerPortTakenError, wait_until_free
 from sollol_nb.llama_cpp.workers.probe import Client
 from sollol_nb.settings import config
@@ -23,6 +26,8 @@ from sollol_nb.settings.endpoints import ALL_ADDRESSES, LOOPBACK, format_endpoin
 CPU = "CPU"
 DEVICES_LIMIT_S = 30.0
 AGAIN_AFTER_S = 1.0
+TEND_S = 5.0
+"""How often the caches are looked after."""
 _DEVICE = re.compile(r"^ +(\w+): ", re.MULTILINE)
 
 
@@ -50,7 +55,11 @@ def devices_of(engine: Engine) -> list[str]:
 
 
 class LentWorkers:
-    """Worker processes, one for each device (or one for several), while this object's coroutines run."""
+    """Worker processes, one for each device (or one for several), while this object's coroutines run.
+
+    Attributes:
+        sizes: of the tensors that they may cache, as far as the other machine has told.
+    """
 
     def __init__(
         self, engine: Engine, devices: Sequence[str], *, threads: int, say: Callable[[str], None]
@@ -62,6 +71,9 @@ class LentWorkers:
         self._processes: dict[int, EngineProcess] = {}
         self._ports: dict[int, int] = {}
         self._watches: list[asyncio.Task[None]] = []
+        self.sizes: set[int] = set()
+        self._caches: dict[int, str] = {}
+        self._claims = contextlib.ExitStack()
 
     async def start(self, host: str = LOOPBACK, port: int | None = None) -> Callable[[int], int]:
         """Start them; returns what gives the port of each (by its position) now.
@@ -72,10 +84,13 @@ class LentWorkers:
         Raises:
             EngineError, WorkerStartError: one cannot be started.
         """
-        for position in range(len(self._devices)):
+        for position, device in enumerate(self._devices):
+            with contextlib.suppress(OSError, ConfigError):  # then it works without a cache
+                self._caches[position] = self._claims.enter_context(cache.claimed(device))
             wanted = None if port is None else port + position
             await self._start(position, host, wanted)
             self._watches.append(asyncio.create_task(self._watch(position, host, wanted)))
+        self._watches.append(asyncio.create_task(self._tend()))
         return self._ports.__getitem__
 
     async def _start(self, position: int, host: str, port: int | None) -> None:
@@ -89,13 +104,17 @@ class LentWorkers:
 
     async def _start_at(self, position: int, host: str, port: int) -> None:
         device = self._devices[position]
+        name = self._caches.get(position)
+        folder = None if name is None else await asyncio.to_thread(cache.open_cache, name)
         argv = [str(self._engine.worker), "-H", host, "-p", str(port), "-t", str(self._threads)]
+        argv += [] if device == CPU else ["-d", device]
         process = await EngineProcess.start(
-            argv if device == CPU else [*argv, "-d", device],
+            [*argv, cache.FLAG] if folder else argv,
             kind=registry.LENT,
             about={"endpoint": format_endpoint(host, port), "threads": self._threads},
             keep_alive_s=0.0,
             log_path=registry.new_log_path(registry.LENT, port),
+            env=cache.worker_environment(folder),
         )
         self._processes[position], self._ports[position] = process, port
         await process.hold()
@@ -106,6 +125,8 @@ class LentWorkers:
     async def _watch(self, position: int, host: str, port: int | None) -> None:
         while True:
             report = await self._processes[position].wait()
+            if (name := self._caches.get(position)) is not None:
+                await asyncio.to_thread(cache.discard, name)
             why = report.why or (report.tail[-1] if report.tail else f"exit code {report.code}")
             self._say(f"the worker of {self._devices[position]} has ended ({why}); starting it again")
             await asyncio.sleep(AGAIN_AFTER_S)
@@ -117,11 +138,17 @@ class LentWorkers:
                     self._say(f"cannot start the worker of {self._devices[position]}: {error}")
                     await asyncio.sleep(AGAIN_AFTER_S)
 
+    async def _tend(self) -> None:
+        while True:
+            await asyncio.sleep(TEND_S)
+            await asyncio.to_thread(cache.tend, [*self._caches.values()], frozenset(self.sizes) or None)
+
     async def stop(self) -> None:
         """End them at once."""
         for watch in self._watches:
             watch.cancel()
         await asyncio.gather(*(process.stop(grace_s=0.0) for process in self._processes.values()))
+        self._claims.close()
 
 
 def _free_port(host: str) -> int:

@@ -478,4 +478,5 @@ def _ssh_spec(engine: Engine) -> dict[str, Any]:
         "version": engine.version,
         "source": engine.source,
         "protocol": engine.protocol,
+        "tensor_cache_gb": config.default("tensor_cache_gb"),
     }

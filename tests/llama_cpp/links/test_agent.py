@@ -78,7 +78,7 @@ def agent(
     program.write_text(f"#!/bin/sh\n{log}\n{body}\nwhile :; do sleep 0.1; done\n")
     program.chmod(0o755)
     process = subprocess.Popen(
-        [*shell, "-c", ssh.AGENT.read_text(), "sh", str(program), str(silence_s), "7", "3", *devices],
+        [*shell, "-c", ssh.AGENT.read_text(), "sh", str(program), str(silence_s), "7", "3", "0", *devices],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

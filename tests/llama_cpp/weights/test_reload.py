@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +16,11 @@ from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.weights import cache
 from sollol_nb.sync_wrapper import HybridRouter
 from tests.support.engines import eventually, linux_only, unused_ports
+from tests.support.gguf_files import write_heavy
 
 pytestmark = [pytest.mark.engine, linux_only]
 
+MOUNTING = ["unshare", "-m"] if os.name == "posix" and os.geteuid() == 0 else ["unshare", "-rm"]
 QUESTION: dict[str, Any] = {"backend": "sharded", "temperature": 0, "max_tokens": 12}
 
 
@@ -57,3 +63,20 @@ def test_a_reload_sends_next_to_nothing(engine: Engine, heavy_model: Path, cache
     with new_router(port) as router:  # other workers, with what these had
         assert text_of(router, heavy_model) == first
         assert sent_bytes(router) <= 0.01 * weights
+
+
+def test_a_disk_that_fills_up_while_a_model_loads_changes_no_answer(engine: Engine, tmp_path: Path) -> None:
+    model = write_heavy(tmp_path / "heavy.gguf", blocks=2)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    inside = f'mount -t tmpfs -o size=40m none "{disk}" && exec "$@"'
+    program = [sys.executable, "-m", "tests.support.full_disk", str(model), str(disk)]
+    run = subprocess.run(
+        [*MOUNTING, "sh", "-c", inside, "sh", *program], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    said = json.loads(run.stdout.splitlines()[-1])
+    assert said["cut_files"] > 0, "the disk was full"
+    assert said["filling"] == said["plain"]
+    assert said["reloaded"] == said["plain"]
+    assert said["unguarded"] != said["plain"], "a cut file that the worker finds is used"
