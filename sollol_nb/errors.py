@@ -156,12 +156,14 @@ class AnswerInterruptedError(CoordinatorLostError):
         state: what is needed to continue, as plain data; None if no token had been requested.
         backend: the requested backend, if any.
         schema: what the whole answer must match, if anything.
+        answer_id: its id in the journal; "" where it is not journaled.
     """
 
     partial: Any = None
     state: dict[str, Any] | None = None
     backend: str | None = None
     schema: object = None
+    answer_id: str = ""
 
 
 class AnswerDivergedError(CoordinatorError):

@@ -140,6 +140,11 @@ class HybridRouter:
         return self._async.preload
 
     @property
+    def resumed_async(self) -> Callable[..., AsyncGenerator[Chunk, None]]:
+        """The async `resumed`, for a caller that waits in its own way."""
+        return self._async.resumed
+
+    @property
     def gateway(self) -> str | None:
         """The URL of the gateway whose engines it uses; None where it has its own."""
         return self._async.gateway

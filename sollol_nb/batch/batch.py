@@ -134,6 +134,7 @@ class Batch:
         if timeout is not None:
             checked_timeout_s(timeout)
         self._arguments: dict[str, Any] = {
+            "journal": False,  # the answers have their own store
             "schema": schema,
             "backend": checked_backend(backend),
             "priority": checked_priority(priority),

@@ -64,7 +64,7 @@ class BenchTargets:
             prompt,
             backend=_backend(target),
             timeout=self._settings.timeout_s,
-            **self._settings.options,
+            **{**self._settings.options, "journal": False},
         )
 
     async def prepare(self) -> None:
@@ -258,7 +258,7 @@ class BenchTargets:
     async def _apply_counts(self, target: BenchTarget) -> None:
         """Start a target's coordinator with exact counts. Only a running one can get them, so it loads twice."""
         router, counts = self._routers[target], target.layout.unit_counts
-        await router.route_request(target.model, "Hello!", backend=_backend(target), max_tokens=1)
+        await router.route_request(target.model, "Hello!", backend=_backend(target), max_tokens=1, journal=False)
         usable = {endpoint for coordinator in router.coordinators for endpoint in coordinator.rpc_backends}
         usable |= set(await self._free())
         chosen = [endpoint for endpoint in router.worker_endpoints if endpoint in usable][: len(counts)]

@@ -94,6 +94,7 @@ class Routing(TypedDict, total=False):
         cached_tokens: prompt tokens that were taken from the engine's slot, not processed; None where unknown.
         restored_tokens: those of `cached_tokens` that a saved context had brought there; None where unknown.
         context_note: why a saved context of the prompt was not used, as one line; usually "".
+        answer_id: of the answer in the journal; "" where it is not journaled.
         gateway: the URL of the gateway over which the answer came, if one did.
         node, total_ms: of the Ollama pool: the node that finished, and from the call to the end.
     """
@@ -118,6 +119,7 @@ class Routing(TypedDict, total=False):
     drafted_tokens: int | None
     accepted_tokens: int | None
     dropped: str
+    answer_id: str
     cached_tokens: int | None
     restored_tokens: int | None
     context_note: str

@@ -204,14 +204,15 @@ class Chat:
         return entry is not None
 
     def amend(self, answer: Completion) -> None:
-        """Replace the last answer, which was interrupted, by the whole one (as `router.resume` returns it).
+        """Replace the last answer, which was interrupted or stopped, by the whole one (as `router.resume` returns
+        it).
 
         Raises:
             ConfigError: the last answer was not interrupted, or this one has no text.
             ChatBusyError: the chat is answering another question.
         """
         with self.answering():
-            if not self._history or self._history[-1].done_reason != "error":
+            if not self._history or self._history[-1].done_reason not in ("error", "cancelled"):
                 raise ConfigError(
                     f"the last answer of conversation {self.name} was not interrupted; there is nothing to amend"
                 )

@@ -34,6 +34,7 @@ FILE_NAME = "answers.sqlite"
 KEEP_DAYS = 30.0
 KEEP_BYTES = 64 * 1024 * 1024
 MOST_LISTED = 50
+ID_CHARS = 16
 SILENT_S = 120.0
 """How long the process of an answer on another machine may report nothing; whether it runs cannot be seen."""
 
@@ -296,7 +297,7 @@ class Journal:
 
 def new_id() -> str:
     """An id for an answer or a run."""
-    return secrets.token_hex(8)
+    return secrets.token_hex(ID_CHARS // 2)
 
 
 def _process() -> tuple[str, int, float]:

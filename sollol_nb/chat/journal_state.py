@@ -19,14 +19,17 @@ NESTED = ("fitted", "unparsed")
 """States within the state."""
 _SHARED = ("messages", "options")
 """What a request has, too; the state's are those that the engine got."""
+END = "end"
+"""The kind of what the last chunk brought."""
 _STATE = "state"
 
 
 def read_parts(first: str | None, second: str | None) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """The request and the state of an answer from their two parts; None for what is missing or damaged."""
+    """The request and the state of an answer from their two parts; None for what is missing or damaged. Of a
+    complete answer there is only the second: what its last chunk brought."""
     request, moving = _object(first), _object(second)
     if request is None:
-        return None, None
+        return None, moving if moving is not None and moving.get("kind") == END else None
     fixed = request.pop(_STATE, None)
     if not isinstance(fixed, dict):
         return request, None

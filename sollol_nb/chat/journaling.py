@@ -24,7 +24,7 @@ from typing import Any
 
 from sollol_nb.chat.chunk import RESTARTED, Chunk
 from sollol_nb.chat.journal import DONE, RUNNING, Journal, JournaledAnswer, Progress, new_id
-from sollol_nb.chat.journal_state import plain_json, request_json, split_state
+from sollol_nb.chat.journal_state import END, plain_json, request_json, split_state
 from sollol_nb.runtime.io_loop import io_loop
 from sollol_nb.text.tables import shortened
 
@@ -38,6 +38,9 @@ IDLE_S = 5.0
 EXIT_LIMIT_S = 2.0
 READ_LIMIT_S = 5.0
 QUESTION_CHARS = 200
+
+TEXT = "text"
+"""The kind of a state that says only how many chunks with text there were, since no tokens are known."""
 
 State = Callable[[], Mapping[str, Any]]
 
@@ -69,7 +72,7 @@ class JournalEntry:
         self._text, self._thinking = [""], [""]
         self._last_state: Mapping[str, Any] | None = None
         self._earlier: tuple[str, str, Mapping[str, Any] | None] = ("", "", None)
-        self._is_restarted = False
+        self._texts = 0  # chunks with text: about as many as tokens
         self._end: tuple[str, str] | None = None
         self._lock = threading.Lock()  # for the snapshot
         self._snapshot: _Snapshot | None = None
@@ -80,11 +83,12 @@ class JournalEntry:
         entry = cls(answer.id, run, answer.request or {}, None)
         entry._text, entry._thinking, entry._last_state = [text], [thinking], answer.state
         entry._earlier = (answer.text, answer.thinking, answer.state)
+        entry._texts = texts_of(answer)
         return entry
 
     @property
     def has_ended(self) -> bool:
-        """Whether `finish` was called, and all of it is written."""
+        """Whether all of it is written."""
         return self._end is not None and self._snapshot is None
 
     @property
@@ -96,15 +100,33 @@ class JournalEntry:
         """Note a chunk of the answer."""
         message = chunk.get("message") or {}
         if chunk.get(RESTARTED):
-            self._text, self._thinking, self._is_restarted = [], [], True
-        self._text.append(message.get("content") or "")
-        self._thinking.append(message.get("thinking") or "")
-        self.has_changed = True
+            self._text, self._thinking, self._texts = [], [], 0
+        content, thinking = message.get("content"), message.get("thinking")
+        if content:
+            self._text.append(content)
+        if thinking:
+            self._thinking.append(thinking)
+        if content or thinking:
+            self._texts += 1
+            self.has_changed = True
+        if chunk.get("done"):
+            rest = {name: value for name, value in message.items() if name not in ("content", "thinking")}
+            self._last_state = {**chunk, "kind": END, "logprobs": None, "message": rest}
 
     def finish(self, status: str, error: str = "") -> None:
         """Note how the answer has ended."""
         self._end = (status, error)
         self.take_snapshot()
+
+    @property
+    def has_end(self) -> bool:
+        """Whether `finish` was called."""
+        return self._end is not None
+
+    def go_on_as_text(self) -> None:
+        """Continue it from its text, also after `finish`, since its tokens are of no use."""
+        self._end = self.state = self._last_state = None
+        _writer.follow(self)
 
     def take_snapshot(self) -> None:
         """Note the text and the state as they are now."""
@@ -119,8 +141,10 @@ class JournalEntry:
                 logger.exception("the state of an answer cannot be journaled")
                 self.state = None
         state = self._last_state
-        if self._is_restarted and status != DONE and len(text) < len(self._earlier[0]):
-            # A continued answer that had to begin again must not cost the longer text that there was.
+        if status != DONE and (state is None or state.get("kind") == TEXT):
+            state = {"kind": TEXT, "texts": self._texts}
+        if status != DONE and len(text) + len(thinking) < len(self._earlier[0]) + len(self._earlier[1]):
+            # A continued answer that begins again must not cost the longer text that there was.
             text, thinking, state = self._earlier
         with self._lock:
             self._snapshot = _Snapshot(text, thinking, state, status, error)
@@ -132,7 +156,9 @@ class JournalEntry:
         if taken is None:
             return None
         moving = request = None
-        if taken.status != DONE:
+        if taken.status == DONE:
+            moving = None if taken.state is None else plain_json(taken.state)
+        else:
             fixed = None
             if taken.state is not None:
                 fixed, rest = split_state(taken.state)
@@ -345,6 +371,12 @@ def resume(answer: JournaledAnswer, run: str, *, text: str, thinking: str) -> Jo
     entry = JournalEntry.continuing(answer, run, text, thinking)
     _writer.follow(entry)
     return entry
+
+
+def texts_of(answer: JournaledAnswer) -> int:
+    """How many chunks with text were received of an answer whose tokens are not known."""
+    texts = (answer.state or {}).get("texts")
+    return texts if isinstance(texts, int) else 0
 
 
 def _storable(text: str) -> str:

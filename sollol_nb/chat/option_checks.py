@@ -126,6 +126,8 @@ CHAT_OPTIONS: dict[str, Values] = {
     "speculation": Values(
         f"one of {', '.join(SPECULATIONS)}", lambda value: isinstance(value, str) and value in SPECULATIONS
     ),
+    "journal": _YES_OR_NO,
+    "conversation": _of_type("the name of a conversation", str),
 }
 """All other options of a request."""
 

@@ -38,6 +38,8 @@ class ChatOptions(TypedDict, total=False):
             coordinator that drafts (its answers continue on the new one); `"auto"`, `"ngram"` and `"draft"` count
             only if this request starts the coordinator. Requests that must be exact (`recovery="exact"`,
             `deterministic`) or have `logprobs` never run with drafts.
+        journal: whether the answer is journaled; by default as the setting `journal` says.
+        conversation: for the journal: the name of the conversation that the request belongs to.
     """
 
     max_tokens: int | None
@@ -67,3 +69,5 @@ class ChatOptions(TypedDict, total=False):
     recovery: Literal["fast", "exact"] | None
     deterministic: bool | None
     speculation: Literal["auto", "off", "ngram", "draft"] | None
+    journal: bool | None
+    conversation: str | None

@@ -20,6 +20,8 @@ from sollol_nb.settings.kinds import keep_alive_seconds
 
 _LENGTHS = {"max_tokens", "num_predict"}
 """Two names of one option."""
+JOURNAL_OPTIONS = ("journal", "conversation")
+"""Options that are for the journal, not for an engine."""
 LONGEST_TIMEOUT_S = 10.0**9
 """Thirty years: event loops cannot wait for an infinite time or that of a very large whole number."""
 
@@ -36,6 +38,8 @@ class ChatRequest:
         backend: the requested backend by its full name; None if the router chooses.
         schema: what the answer must match, as given; None for free text.
         prompt: a text to continue instead of messages.
+        journal: whether the answer is journaled; None is as the setting says.
+        conversation: the name of the one that it belongs to, for the journal; "" without one.
     """
 
     messages: list[dict[str, Any]]
@@ -45,6 +49,19 @@ class ChatRequest:
     backend: str | None
     schema: object
     prompt: RawPrompt | None = None
+    journal: bool | None = None
+    conversation: str = ""
+
+    @property
+    def question(self) -> str:
+        """What is asked: the text of the last message of the user, or the prompt."""
+        if self.prompt is not None:
+            return self.prompt.text
+        asked: Mapping[str, Any] = next(
+            (message for message in reversed(self.messages) if message["role"] == "user"), {}
+        )
+        content = asked.get("content") or ""
+        return content if isinstance(content, str) else " ".join(str(part.get("text") or "") for part in content)
 
     def with_defaults(self, options: Mapping[str, Any], system: str | None = None) -> Self:
         """The request, with options that it does not have, and a system message if it has none.
@@ -79,9 +96,12 @@ class ChatRequest:
         Raises:
             ConfigError: one of them is invalid.
         """
+        checked = options_with_schema(options, schema)
+        journal = {name: checked.pop(name) for name in JOURNAL_OPTIONS if name in checked}
         return cls(
             messages=check_messages(messages),
-            options=options_with_schema(options, schema),
+            options=checked,
+            **journal,
             priority=checked_priority(priority),
             timeout_s=checked_timeout_s(timeout_s),
             backend=checked_backend(backend),
@@ -106,7 +126,9 @@ class ChatRequest:
             ConfigError: one of them is invalid.
         """
         checked = options_with_schema(options, None)
+        journal = {name: checked.pop(name) for name in JOURNAL_OPTIONS if name in checked}
         return cls(
+            **journal,
             messages=[],
             prompt=RawPrompt.checked(text, suffix=suffix, images=images, options=checked),
             options=checked,

@@ -137,6 +137,7 @@ async def _chat(request: Request) -> ASGIApp:
     if not isinstance(options, dict) or not isinstance(messages, list):
         raise invalid('"options" must be an object, and "messages" a list')
     backend, timeout_s, state = body.get("backend"), body.get("timeout"), body.get("interrupted")
+    options = {**options, "journal": False}  # the kernel has its own journal, from which it continues the answer
     common: dict[str, Any] = {"model": model, "stream": True, "timeout_s": timeout_s, "backend": backend}
     call = ChatCall(**common, messages=messages, options=options)
     if (prompt := body.get("prompt")) is not None:

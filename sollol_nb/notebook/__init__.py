@@ -23,6 +23,7 @@ from sollol_nb import frame_accessor
 from sollol_nb.notebook import kernel_hooks, session, tab_completion
 from sollol_nb.notebook.answers import background
 from sollol_nb.notebook.displays import TextBar, is_kernel
+from sollol_nb.notebook.magics.answers import AnswerMagics
 from sollol_nb.notebook.magics.ask import AskMagics
 from sollol_nb.notebook.magics.bench import BenchMagics
 from sollol_nb.notebook.magics.cluster import ClusterMagics
@@ -41,8 +42,17 @@ if TYPE_CHECKING:
 
 __all__ = ["chats", "load_ipython_extension", "router", "settings", "unload_ipython_extension", "use_router"]
 
-_MAGICS = (AskMagics, ClusterMagics, ModelMagics, LatencyMagics, BenchMagics, ConnectMagics, TrustMagics)
 _AFTER_EACH_CELL = (background.show_in_cell, session.check_preload)
+_MAGICS = (
+    AskMagics,
+    AnswerMagics,
+    ClusterMagics,
+    ModelMagics,
+    LatencyMagics,
+    BenchMagics,
+    ConnectMagics,
+    TrustMagics,
+)
 _END_LIMIT_S = 5.0
 """How long unloading waits for answers in the background, and then for the I/O loop, to end."""
 

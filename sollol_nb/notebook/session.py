@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
+from sollol_nb.chat import journaling
 from sollol_nb.chat.completion import Completion
 from sollol_nb.chat.conversations import ChatBook
 from sollol_nb.chat.kept import KeptChats
@@ -62,6 +63,7 @@ class Session:
         if self._shell is not shell:
             self._shell, self._chats = shell, ChatBook(self._kept_chats)
         self._settings.on_router_change(self._on_router_change)
+        journaling.use_owner(self.owner)
         return self._settings
 
     def end(self, shell: InteractiveShell) -> None:
@@ -73,6 +75,7 @@ class Session:
         self._chats.flush()
         self._router, self._settings, self._shell, self._chats = None, None, None, ChatBook()
         self._answers.clear()
+        journaling.use_owner(None)
         settings_traits.remove(shell)
 
     def settings(self) -> Sollol:
@@ -88,6 +91,12 @@ class Session:
     def chats(self) -> ChatBook:
         """The kernel's conversations."""
         return self._chats
+
+    def owner(self) -> str:
+        """What the answers of this kernel belong to in the journal: its notebook, or the name of this process."""
+        from sollol_nb.llama_cpp.processes.registry import own_name  # imported late, as the router is
+
+        return (notebook_of(self._shell) if self._shell is not None else None) or own_name()
 
     def remember(self, prompt: str, answer: Completion) -> None:
         """Keep an answer, whole or partial, for `last_answers`."""
@@ -222,6 +231,7 @@ start = _session.start
 end = _session.end
 settings = _session.settings
 chats = _session.chats
+owner = _session.owner
 remember = _session.remember
 hint = _session.hint
 last_answers = _session.last_answers

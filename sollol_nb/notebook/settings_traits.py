@@ -114,6 +114,7 @@ class Sollol(Configurable):
     nest_asyncio = SettingTrait()
     keep_chats = SettingTrait()
     preload = SettingTrait()
+    journal = SettingTrait()
 
     def __init__(self, shell: InteractiveShell | None = None) -> None:
         self.section_before = copy.deepcopy(shell.config.get(_SECTION)) if shell is not None else None

@@ -9,6 +9,9 @@
 - `active_request.py`: the life of one request.
 - `direct_requests.py`: tokens counted, texts embedded.
 - `failover.py`: an answer that is continued when its coordinator is lost.
+- `journaled.py`: what requests write into the journal of answers.
+- `continuing.py`: an answer continued from its text.
+- `resumption.py`: an answer of the journal continued.
 - `record.py`: the times of one request, its `_routing` and its latency row.
 - `cluster_control.py`: workers and coordinators, shown and changed.
 """

@@ -11,6 +11,7 @@ from typing import Any
 
 from sollol_nb.chat.chat_templates import supports_thinking, takes_tools
 from sollol_nb.chat.chunk import ROUTING, Chunk
+from sollol_nb.chat.journaling import JournalEntry
 from sollol_nb.chat.option_checks import check_llama_cpp_options, check_ollama_options, speculation_of
 from sollol_nb.chat.request import ChatRequest
 from sollol_nb.chat.tool_choice import CallFilter
@@ -32,6 +33,7 @@ from sollol_nb.ollama.generated import generated
 from sollol_nb.ollama.pool import OllamaPool
 from sollol_nb.router.failover import stream_answer
 from sollol_nb.router.finder import RouteFinder
+from sollol_nb.router.journaled import AnswerJournal
 from sollol_nb.router.record import RequestRecord
 from sollol_nb.runtime.events import EventBus, EventKind
 
@@ -67,6 +69,7 @@ class ActiveRequest:
             recorded too.
         router: the router, which must live as long as the request: without it, its connections are closed.
         interrupted: an answer to continue; None begins a new one.
+        entry: of the journal, where the answer has one already.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class ActiveRequest:
         *,
         router: object,
         interrupted: Answer | None = None,
+        entry: JournalEntry | None = None,
     ) -> None:
         self._services = services
         self._check = check
@@ -84,13 +88,16 @@ class ActiveRequest:
         self._interrupted = interrupted
         self._record = RequestRecord(model, text=interrupted.text if interrupted is not None else "")
         self._reported_url: str | None = None
+        self._journal = AnswerJournal(self._record, entry)
+        if interrupted is not None:
+            self._journal.set_state(interrupted.state)
 
     async def chunks(self) -> AsyncGenerator[Chunk, None]:
         """Ollama-shaped chunks; the first, the last and each from another server have `_routing`.
 
         Closing the generator cancels the generation on the engine. Errors are those of `Router.route_request`.
         """
-        record, status, error_text = self._record, "cancelled", ""
+        record, status, failure = self._record, "cancelled", None
         record.start()
         self._services.events.publish(EventKind.REQUEST_STARTED, record.name, f"asking {record.name}")
         try:
@@ -99,7 +106,9 @@ class ActiveRequest:
             route, saved = await self._services.routes.find_with_settings(record.model, request.backend)
             record.set_route(route)
             request = request.with_defaults(saved.options, saved.system)
-            request = request.with_defaults(self._services.options).with_tool_choice()
+            request = request.with_defaults(self._services.options)
+            self._journal.begin(request)
+            request = request.with_tool_choice()
             while True:
                 await check_route_options(request, route)
                 await self._check_context(request, route)
@@ -113,12 +122,14 @@ class ActiveRequest:
                             if yielded.get("done"):  # readers of the log see the row from now on
                                 status = "ok"
                                 self._services.latency.record_later(record.row("ok"))
+                            self._journal.add(yielded)
                             yield yielded
                     return
                 except OllamaResponseError as error:
                     route = await self._sharded_instead(request, route, error)
                 except AnswerInterruptedError as error:
                     error.backend, error.schema, error.partial = request.backend, request.schema, record.partial()
+                    error.answer_id = record.answer_id
                     raise
                 except RequestRejectedError as error:
                     error.partial = record.partial() if record.text else None
@@ -128,11 +139,12 @@ class ActiveRequest:
                         raise
                     raise WorkersUnavailableError(f"{record.failovers[-1]['what']}; {error}") from error
         except Exception as error:
-            status, error_text = "timeout" if isinstance(error, TimeoutError) else "error", str(error)
+            status, failure = "timeout" if isinstance(error, TimeoutError) else "error", error
             raise
         finally:
             if status != "ok":
-                self._services.latency.record_later(record.row(status, error_text))
+                self._services.latency.record_later(record.row(status, str(failure or "")))
+            self._journal.end(failure)
             self._services.counts[record.backend] += 1
             self._services.events.publish(
                 EventKind.REQUEST_FINISHED,
@@ -166,11 +178,17 @@ class ActiveRequest:
             if self._interrupted is None:  # else it has its messages and options
                 request = request.with_modelfile(route.modelfile)
             begun, asked = self._interrupted, request.options.get("deterministic")
+
+            def begin(coordinator: Coordinator) -> Answer:
+                answer = begun or _new_answer(coordinator, request, route)
+                self._journal.set_state(answer.state)
+                return answer
+
             return stream_answer(
                 self._services.coordinators,
                 route,
                 self._record,
-                lambda coordinator: begun or _new_answer(coordinator, request, route),
+                begin,
                 priority=request.priority,
                 timeout_s=request.timeout_s,
                 keep_alive=request.options.get("keep_alive"),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sollol_nb.chat.chunk import Chunk
+from sollol_nb.chat.journaling import JournalEntry
 from sollol_nb.chat.option_checks import speculation_of
 from sollol_nb.chat.request import ChatRequest
 from sollol_nb.cluster.state import ClusterState
@@ -159,10 +160,17 @@ class OwnEngines(ClusterControl):
         )
 
     def chunks(
-        self, model: str, check: Callable[[], ChatRequest], *, router: object, interrupted: Answer | None = None
+        self,
+        model: str,
+        check: Callable[[], ChatRequest],
+        *,
+        router: object,
+        interrupted: Answer | None = None,
+        entry: JournalEntry | None = None,
     ) -> AsyncGenerator[Chunk, None]:
         """The answer to a request; arguments are those of `ActiveRequest`."""
-        return ActiveRequest(self._services, model, check, router=router, interrupted=interrupted).chunks()
+        request = ActiveRequest(self._services, model, check, router=router, interrupted=interrupted, entry=entry)
+        return request.chunks()
 
     # --- deciding -------------------------------------------------------------------------------
 

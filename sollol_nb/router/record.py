@@ -27,6 +27,7 @@ class RequestRecord:
         model: as the request names it.
         name: the model's name for display.
         priority: of the request; None until it has been checked.
+        answer_id: of the answer in the journal; "" where it is not journaled.
         router_overhead_ms: the router's part of the time before the request was sent to its backend.
     """
 
@@ -52,6 +53,7 @@ class RequestRecord:
         self.drafted_tokens: int | None = None
         self.accepted_tokens: int | None = None
         self.dropped = ""
+        self.answer_id = ""
         self.cached_tokens: int | None = None
         self.restored_tokens: int | None = None
         self.context_note = ""
@@ -259,6 +261,7 @@ class RequestRecord:
             "drafted_tokens": self.drafted_tokens,
             "accepted_tokens": self.accepted_tokens,
             "dropped": self.dropped,
+            "answer_id": self.answer_id,
             "cached_tokens": self.cached_tokens,
             "restored_tokens": self.restored_tokens,
             "context_note": self.context_note,

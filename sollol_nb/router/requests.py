@@ -10,16 +10,17 @@ from typing import Any, Unpack
 
 from sollol_nb.chat.chunk import Chunk
 from sollol_nb.chat.completion import Completion, checked_against_schema
+from sollol_nb.chat.journaling import JournalEntry
 from sollol_nb.chat.options import ChatOptions
-from sollol_nb.chat.request import ChatRequest, checked_timeout_s
+from sollol_nb.chat.request import ChatRequest
 from sollol_nb.chat.tool_choice import resumed_call
 from sollol_nb.errors import AnswerInterruptedError, ConfigError
 from sollol_nb.llama_cpp.answers.base import Answer
-from sollol_nb.models.routing import checked_backend
 from sollol_nb.router.own_engines import OwnEngines
 from sollol_nb.router.remote.engines import GatewayEngines
+from sollol_nb.router.resumption import bare_request, continued, entry_of
 from sollol_nb.runtime.io_loop import io_bound, io_bound_stream
-from sollol_nb.runtime.priority import Priority, checked_priority
+from sollol_nb.runtime.priority import Priority
 from sollol_nb.settings.models import model_text
 
 
@@ -168,21 +169,28 @@ class RouterRequests:
         return self._engines.chunks(model_text(model), check, router=self)
 
     async def resume(
-        self, interrupted: AnswerInterruptedError, *, priority: int = Priority.NORMAL, timeout: float | None = None
+        self,
+        interrupted: AnswerInterruptedError | str,
+        *,
+        priority: int = Priority.NORMAL,
+        timeout: float | None = None,
     ) -> Completion:
-        """Continue an answer that was interrupted because no coordinator could take over.
+        """Continue an answer that was interrupted, because no coordinator could take over or its process ended.
 
         Args:
-            interrupted: the error that was raised then.
+            interrupted: the error that was raised then; or the id of an answer in the journal (`answer_id` in its
+                `_routing`), which may be that of a process that has ended.
 
         Returns:
             The whole answer, with the text from before the interruption; checked if a schema was given.
 
         Raises:
-            ConfigError: the error has nothing to continue.
+            ConfigError: there is nothing to continue, or another process continues it.
             StructureError: as for `route_request`.
             SollolError: as for `route_request`.
         """
+        if isinstance(interrupted, str):
+            return await _joined(self.resumed(interrupted, priority=priority, timeout=timeout))
         if not isinstance(interrupted, AnswerInterruptedError) or interrupted.state is None:
             raise ConfigError("resume() takes an AnswerInterruptedError of an answer that had begun; ask again")
         answer = Answer.from_state(interrupted.state)
@@ -194,6 +202,7 @@ class RouterRequests:
             schema=interrupted.schema,
             priority=priority,
             timeout=timeout,
+            entry=await entry_of(interrupted, answer),
         )
         whole = await _joined(chunks, before)
         return checked_against_schema(resumed_call(whole, answer.options), interrupted.schema)
@@ -201,36 +210,40 @@ class RouterRequests:
     @io_bound_stream
     def resumed(
         self,
-        state: Mapping[str, Any],
+        state: Mapping[str, Any] | str,
         *,
         backend: str | None = None,
         schema: object = None,
         priority: int = Priority.NORMAL,
         timeout: float | None = None,
+        entry: JournalEntry | None = None,
     ) -> AsyncGenerator[Chunk, None]:
         """The rest of an interrupted answer, as chunks; `resume` gives the whole.
 
         Args:
-            state: of the `AnswerInterruptedError`.
-            backend, schema, priority, timeout: as for `route_request`.
+            state: of the `AnswerInterruptedError`; or the id of an answer in the journal: then the first chunk has
+                what was received of it.
+            backend, schema, priority, timeout: as for `route_request`; an answer of the journal has its backend.
+            entry: of the journal, where the answer goes on.
 
         Raises:
-            ConfigError: this is not the state of an answer.
+            ConfigError: this is not the state of an answer, or there is none of this id to continue.
             SollolError: as for `stream`.
         """
-        answer = Answer.from_state(state)
-
-        def checked() -> ChatRequest:
-            return ChatRequest(
-                messages=[],  # the answer has them, and the options
-                options={},
-                priority=checked_priority(priority),
-                timeout_s=checked_timeout_s(self._timeout_s if timeout is None else timeout),
-                backend=checked_backend(backend),
-                schema=schema,
+        timeout_s = self._timeout_s if timeout is None else timeout
+        if isinstance(state, str):
+            may_repeat = isinstance(self._engines, GatewayEngines)
+            return continued(
+                self._engines,
+                state,
+                router=self,
+                may_repeat=may_repeat,
+                priority=priority,
+                timeout_s=timeout_s,
             )
-
-        return self._engines.chunks(answer.model, checked, router=self, interrupted=answer)
+        answer = Answer.from_state(state)
+        check = partial(bare_request, backend, schema, priority, timeout_s)
+        return self._engines.chunks(answer.model, check, router=self, interrupted=answer, entry=entry)
 
 
 @io_bound  # so that only the whole answer changes the thread, not each of its chunks

@@ -373,6 +373,15 @@ _TABLE = (
         guarded=True,
     ),
     Setting(
+        "journal",
+        "notebook",
+        kinds.YES_OR_NO,
+        "Whether answers are journaled in the state folder while they stream, so that they outlive their tab and "
+        "their kernel (%sollol_answers); also those of scripts and of a gateway.",
+        "SOLLOL_JOURNAL",
+        default=True,
+    ),
+    Setting(
         "models",
         "machine",
         MODELS,

@@ -62,7 +62,10 @@ def test_known_options_pass_and_none_is_left_out(given: dict[str, Any], checked:
     [
         ({"temprature": 1}, "unknown option 'temprature'; did you mean temp"),
         ({"max_token": 1}, "did you mean max_tokens"),
-        ({"zzz": 1}, "unknown option 'zzz'; known options: deterministic, format, frequency_penalty, keep_alive"),
+        (
+            {"zzz": 1},
+            "unknown option 'zzz'; known options: conversation, deterministic, format, frequency_penalty, journal",
+        ),
         ({"num_ctx": 512}, "unknown option 'num_ctx'"),
         ({"stream": True}, r"iterate over router.stream\(...\)"),
         ({"max_tokens": "5"}, "option max_tokens='5' must be a whole number from 1 to 2147483647"),

@@ -16,6 +16,7 @@ from jupyter_client.manager import start_new_kernel
 CELL_TIMEOUT_S = 120
 MAGICS = (
     "sollol",
+    "sollol_answers",
     "sollol_bench",
     "sollol_chat",
     "sollol_cluster",

@@ -3,5 +3,6 @@
 - `request.py`: the options of a cell as one request.
 - `views.py`: an answer while it streams, and how a notebook or a terminal shows it.
 - `cell.py`: the cell waits for its answer.
+- `journaled.py`: the answers of the journal: listed, shown, followed.
 - `background.py`: the cell ends at once, and a handle represents the answer.
 """

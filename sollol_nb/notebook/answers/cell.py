@@ -8,13 +8,23 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from sollol_nb.chat.chunk import ROUTING, Chunk
 from sollol_nb.chat.completion import Completion
 from sollol_nb.errors import AnswerInterruptedError, RequestCancelledError, SollolError
 from sollol_nb.notebook.answers.request import CellRequest
-from sollol_nb.notebook.answers.views import UPDATE_INTERVAL_S, LiveAnswer, View
+from sollol_nb.notebook.answers.views import (
+    UPDATE_INTERVAL_S,
+    LiveAnswer,
+    NotebookView,
+    NoView,
+    PlainView,
+    TerminalView,
+    View,
+)
+from sollol_nb.notebook.pages import clients
 from sollol_nb.runtime.events import Event, EventBus, EventKind
 from sollol_nb.runtime.io_loop import iterate_blocking
 from sollol_nb.text.short_names import short_name
@@ -72,6 +82,22 @@ def stream_into_cell(
         raise
     view.finish(completion, None if isinstance(value, Completion) else value)
     return value
+
+
+@contextmanager
+def cell_view(request: CellRequest) -> Iterator[View]:
+    """How the answer of a request is shown in the running cell."""
+    page = clients.current()
+    if request.quiet:
+        yield NoView()
+    elif page is None:
+        yield PlainView() if request.raw else TerminalView()
+    else:
+        shown = page.shown_answer(request.model)
+        try:
+            yield PlainView() if request.raw else NotebookView(partial(page.make_display, shown))
+        finally:
+            shown.end()
 
 
 def stopped_error(model: str, partial: Completion | None) -> RequestCancelledError:

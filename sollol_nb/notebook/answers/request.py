@@ -31,6 +31,7 @@ OPTIONS = (
     "recovery",
     "deterministic",
     "speculation",
+    "journal",
 )
 """Options of the magic that go to the router unchanged."""
 

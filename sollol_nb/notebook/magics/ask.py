@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +20,8 @@ from sollol_nb.chat.option_checks import RECOVERIES, SPECULATIONS
 from sollol_nb.models.routing import BACKENDS
 from sollol_nb.notebook import magic_line, session
 from sollol_nb.notebook.answers.background import BackgroundAnswer
-from sollol_nb.notebook.answers.cell import stream_into_cell
+from sollol_nb.notebook.answers.cell import cell_view, stream_into_cell
 from sollol_nb.notebook.answers.request import CellRequest, cell_request, named_model
-from sollol_nb.notebook.answers.views import NotebookView, NoView, PlainView, TerminalView, View
 from sollol_nb.notebook.displays import hide_once
 from sollol_nb.notebook.pages import clients
 from sollol_nb.settings.table import FORMATS
@@ -76,6 +74,9 @@ class AskMagics(Magics):
     @argument("--backend", choices=BACKENDS, help="where to run it; default: the model's profile decides")
     @argument("--chat", metavar="NAME", help="continue this conversation")
     @argument("--reset", action="store_true", help="start the conversation over")
+    @argument(
+        "--no-journal", dest="journal", action="store_false", default=None, help="do not journal this answer"
+    )
     @argument("--format", choices=FORMATS, help="how to show the answer; json also makes the model write JSON")
     @argument(
         "--schema",
@@ -139,7 +140,7 @@ class AskMagics(Magics):
             self._keep_as(request.out, completion)
             self.shell.displayhook.update_user_ns(completion)  # type: ignore[union-attr]  # as `_`, Out[n]
 
-        with self._view(request) as view:
+        with cell_view(request) as view:
             value = stream_into_cell(request, chunks, router.events, view, keep=keep)
         self._keep_as(request.out, value)
         completion = value if isinstance(value, Completion) else value.attrs["completion"]
@@ -154,20 +155,6 @@ class AskMagics(Magics):
         assert self.shell is not None
         if name is not None:
             self.shell.user_ns[name] = value
-
-    @contextmanager
-    def _view(self, request: CellRequest) -> Iterator[View]:
-        page = clients.current()
-        if request.quiet:
-            yield NoView()
-        elif page is None:
-            yield PlainView() if request.raw else TerminalView()
-        else:
-            shown = page.shown_answer(request.model)
-            try:
-                yield PlainView() if request.raw else NotebookView(partial(page.make_display, shown))
-            finally:
-                shown.end()
 
     @magic_line.options_magic()
     @magic_arguments()
@@ -265,4 +252,5 @@ def _stream(router: HybridRouter, request: CellRequest) -> AsyncGenerator[Chunk,
         print(f"continuing {restored.title} (from an earlier kernel; --reset starts it over)")
     if request.system is not None and not (request.system_is_default and chat.system):
         chat.system = request.system
-    return ask_in_chat(router.stream_async, chat, request.model, request.prompt, **request.stream_options)
+    options = {**request.stream_options, "conversation": chat.name}
+    return ask_in_chat(router.stream_async, chat, request.model, request.prompt, **options)

@@ -1,12 +1,7 @@
 """An answer over a gateway, continued after the gateway was started again.
 
 The gateway itself continues an answer whose coordinator is lost. If the gateway is lost, the tokens are unknown;
-only their text is left:
-
-- Plain text is continued: the question is sent again, with the text so far as the beginning of the answer.
-- With exact recovery the question is sent again with the same seed, and must give the known text again.
-- Otherwise (thoughts, tool calls, a format) the answer begins again, and its reader discards the earlier part
-  (`_restarted`).
+only their text is left, and `router/continuing.py` says how the answer continues.
 """
 
 from __future__ import annotations
@@ -19,6 +14,7 @@ from contextlib import aclosing
 from typing import Any
 
 from sollol_nb.chat.chunk import RESTARTED, ROUTING, Chunk, Failover
+from sollol_nb.chat.journaling import JournalEntry
 from sollol_nb.chat.request import ChatRequest
 from sollol_nb.errors import (
     AnswerInterruptedError,
@@ -29,8 +25,9 @@ from sollol_nb.errors import (
     SollolError,
 )
 from sollol_nb.latency.log import LatencyLog
-from sollol_nb.llama_cpp.answers.base import SEEDS, SentText, diverged_error
-from sollol_nb.llama_cpp.answers.logprobs import spelling
+from sollol_nb.llama_cpp.answers.base import SEEDS
+from sollol_nb.router.continuing import AsItComes, Received, is_exact, next_request, with_tokens_before
+from sollol_nb.router.journaled import AnswerJournal
 from sollol_nb.router.record import RequestRecord
 from sollol_nb.router.remote.connection import GatewayConnection
 from sollol_nb.router.remote.live import GatewayEvents
@@ -58,6 +55,7 @@ class GatewayRequest:
         router: the router, which must live as long as the request.
         interrupted: an answer that is to be continued, as `Answer.state` gives it; None begins a new one.
         text: what was received of that answer.
+        entry: of the journal, where the answer has one already.
     """
 
     def __init__(
@@ -73,6 +71,7 @@ class GatewayRequest:
         router: object,
         interrupted: Mapping[str, Any] | None = None,
         text: str = "",
+        entry: JournalEntry | None = None,
     ) -> None:
         self._connection = connection
         self._events = events
@@ -83,6 +82,7 @@ class GatewayRequest:
         self._router = router
         self._interrupted = interrupted
         self._record = RequestRecord(model, text=text)
+        self._journal = AnswerJournal(self._record, entry)
         self._losses: list[Failover] = []
         self._is_known_there = False  # whether the gateway has a row of it
         self._text, self._thinking = "", ""  # received by this request
@@ -92,35 +92,41 @@ class GatewayRequest:
 
     async def chunks(self) -> AsyncGenerator[Chunk, None]:
         """Ollama-shaped chunks, as those of `ActiveRequest`; errors are those of `Router.route_request`."""
-        record, status, error_text = self._record, "cancelled", ""
+        record, status, failure = self._record, "cancelled", None
         record.start()
         self._events.start()
         try:
             saved = await asyncio.to_thread(config.saved_model, str(record.model))
             request = self._check().with_defaults(saved.options, saved.system).with_defaults(self._options)
             record.priority = request.priority
+            body = self._body(request)
+            self._journal.begin(request, body)
             try:
-                async with aclosing(self._answer(request)) as answer:
+                async with aclosing(self._answer(request, body)) as answer:
                     async for chunk in answer:
                         yielded = self._recorded(chunk)
                         if yielded.get("done"):  # readers of the log see the row from now on
                             status = "ok"
                             self._write("ok")
+                        self._journal.add(yielded)
                         yield yielded
             except AnswerInterruptedError as error:
                 error.backend, error.schema, error.partial = request.backend, request.schema, record.partial()
+                error.answer_id = record.answer_id
                 if self._losses:  # its state has only what came after the last loss
                     error.state = None
+                self._journal.set_state_of(error)
                 raise
             except RequestRejectedError as error:
                 error.partial = record.partial() if record.text else None
                 raise
         except Exception as error:
-            status, error_text = "timeout" if isinstance(error, TimeoutError) else "error", str(error)
+            status, failure = "timeout" if isinstance(error, TimeoutError) else "error", error
             raise
         finally:
             if status != "ok":
-                self._write(status, error_text)
+                self._write(status, str(failure or ""))
+            self._journal.end(failure)
             self._counts[record.backend] += 1
 
     def _write(self, status: str, error: str = "") -> None:
@@ -129,9 +135,9 @@ class GatewayRequest:
         if info is None or not self._is_known_there or info.latency_log != self._latency.identity:
             self._latency.record_later(self._record.row(status, error))
 
-    async def _answer(self, request: ChatRequest) -> AsyncGenerator[Chunk, None]:
-        first = body = self._body(request)
-        form, waited_s = _AsItComes(), 0.0
+    async def _answer(self, request: ChatRequest, first: dict[str, Any]) -> AsyncGenerator[Chunk, None]:
+        body = first
+        form, waited_s = AsItComes(), 0.0
         while True:
             try:
                 async with self._connection.lines("/sollol/chat", body) as lines:
@@ -182,7 +188,7 @@ class GatewayRequest:
     def _body(self, request: ChatRequest) -> dict[str, Any]:
         """What is sent for a request."""
         options = dict(request.options)
-        if self._is_exact(options) and "seed" not in {*options, *(options.get("options") or {})}:
+        if is_exact(options) and "seed" not in {*options, *(options.get("options") or {})}:
             options["seed"] = secrets.randbelow(SEEDS)  # so that it can be generated again
         is_default = request.timeout_s == SETTINGS["timeout"].default
         return {
@@ -197,37 +203,25 @@ class GatewayRequest:
             "interrupted": self._interrupted,
         }
 
-    def _next(self, body: dict[str, Any]) -> tuple[dict[str, Any], _AsItComes]:
+    def _next(self, body: dict[str, Any]) -> tuple[dict[str, Any], AsItComes]:
         """The body of the request after a loss, and the changes to its chunks.
 
         Args:
             body: what was sent first.
         """
-        options, messages = body["options"], body["messages"]
-        self._continues_after = 0
-        if not (self._text or self._thinking or self._has_tool_calls):
-            return body, _AsItComes()
-        if self._is_exact(options) and not self._has_tool_calls:
-            self._record.set_recovery("exact")
-            return body, _Repeated(self._text, self._thinking)
-        suffix = body["prompt"] is not None and body["prompt"]["suffix"]
-        if self._thinking or self._has_tool_calls or suffix or options.get("format") or options.get("tools"):
+        received = Received(
+            text=self._text,
+            thinking=self._thinking,
+            texts=self._texts,
+            has_tool_calls=self._has_tool_calls,
+        )
+        found = next_request(body, received, may_repeat=True)
+        if found.recovery:
+            self._record.set_recovery(found.recovery)
+        if found.begins_again:
             self._losses[-1]["continued"] = False
-            return body, _Restarted()
-        self._record.set_recovery("fast")
-        if body["prompt"] is not None:
-            self._continues_after = self._texts
-            prompt = {**body["prompt"], "text": body["prompt"]["text"] + self._text}
-            return {**body, "prompt": prompt, "options": _less(options, self._texts)}, _AsItComes()
-        begun: dict[str, Any] = {"role": "assistant", "content": ""}
-        if messages[-1]["role"] == "assistant":  # the answer continues a message that its reader has begun
-            *messages, begun = messages
-        begun = {**begun, "content": f"{begun.get('content') or ''}{self._text}"}
-        self._continues_after = self._texts
-        return {**body, "messages": [*messages, begun], "options": _less(options, self._texts)}, _AsItComes()
-
-    def _is_exact(self, options: Mapping[str, Any]) -> bool:
-        return options.get("recovery") == "exact" or bool(options.get("deterministic"))
+        self._continues_after = found.tokens_before
+        return found.body, found.form
 
     def _note(self, chunk: Chunk) -> None:
         message = chunk.get("message") or {}
@@ -245,74 +239,8 @@ class GatewayRequest:
         if isinstance(chunk.get(ROUTING), dict):
             record.set_gateway_routing(chunk[ROUTING], self._losses)
         if chunk.get("done") and self._continues_after:
-            chunk = _with_tokens_before(chunk, self._continues_after)
+            chunk = with_tokens_before(chunk, self._continues_after)
         record.add_chunk(chunk)
         if ROUTING in chunk:
             chunk = {**chunk, ROUTING: {**record.routing(), "gateway": self._connection.url}}
         return chunk
-
-
-class _AsItComes:
-    """Passes the chunks of one answer of the gateway unchanged."""
-
-    def apply(self, chunk: Chunk, name: str) -> Chunk:
-        """The chunk for the reader of the answer of the model with this name."""
-        return chunk
-
-
-class _Restarted(_AsItComes):
-    """The first chunk says that the text before it is void."""
-
-    def __init__(self) -> None:
-        self._has_begun = False
-
-    def apply(self, chunk: Chunk, name: str) -> Chunk:
-        if self._has_begun:
-            return chunk
-        self._has_begun = True
-        return {**chunk, RESTARTED: True}
-
-
-class _Repeated(_AsItComes):
-    """Leaves out the text that the reader has; the new text must be the same.
-
-    Raises:
-        AnswerDivergedError: from `apply`: it is not.
-    """
-
-    def __init__(self, content: str, thinking: str) -> None:
-        self._content, self._thinking = SentText(content), SentText(thinking)
-
-    def apply(self, chunk: Chunk, name: str) -> Chunk:
-        message: dict[str, Any] = dict(chunk.get("message") or {})
-        for part, sent in (("content", self._content), ("thinking", self._thinking)):
-            if chunk.get(RESTARTED):
-                sent.position = 0
-            text = message.get(part) or ""
-            if not sent.agrees_with(text) or (chunk.get("done") and sent.position + len(text) < len(sent.text)):
-                raise diverged_error(name)
-            if text:
-                message[part] = sent.add(text)
-        rest = {key: value for key, value in chunk.items() if key != RESTARTED}
-        if rest.get("logprobs"):
-            new = (message.get("thinking") or "") + (message.get("content") or "")
-            rest["logprobs"] = spelling(chunk["logprobs"], new)
-        return {**rest, "message": message}  # type: ignore[typeddict-item]
-
-
-def _less(options: Mapping[str, Any], tokens: int) -> dict[str, Any]:
-    """The options with a smaller maximum length; at least one token is left."""
-    left = dict(options)
-    for name in ("max_tokens", "num_predict"):
-        if isinstance(left.get(name), int) and left[name] > 0:
-            left[name] = max(1, left[name] - tokens)
-    if isinstance(left.get("options"), Mapping):
-        left["options"] = _less(left["options"], tokens)
-    return left
-
-
-def _with_tokens_before(chunk: Chunk, tokens: int) -> Chunk:
-    """The last chunk of an answer that was continued, with all its tokens, at the pace of the last ones."""
-    count, duration = chunk.get("eval_count") or 0, chunk.get("eval_duration") or 0
-    scaled = duration * (count + tokens) // count if count else duration
-    return {**chunk, "eval_count": count + tokens, "eval_duration": scaled}

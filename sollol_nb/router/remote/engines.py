@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar, cast
 
 from sollol_nb.chat.chunk import Chunk
+from sollol_nb.chat.journaling import JournalEntry
 from sollol_nb.chat.request import ChatRequest
 from sollol_nb.cluster.status import ClusterStatus
 from sollol_nb.errors import ConfigError, GatewayError
@@ -80,7 +81,13 @@ class GatewayEngines:
         return info
 
     def chunks(
-        self, model: str, check: Callable[[], ChatRequest], *, router: object, interrupted: Answer | None = None
+        self,
+        model: str,
+        check: Callable[[], ChatRequest],
+        *,
+        router: object,
+        interrupted: Answer | None = None,
+        entry: JournalEntry | None = None,
     ) -> AsyncGenerator[Chunk, None]:
         """The answer to a request; arguments are those of `OwnEngines.chunks`."""
         return GatewayRequest(
@@ -94,6 +101,7 @@ class GatewayEngines:
             router=router,
             interrupted=interrupted.state() if interrupted is not None else None,
             text=interrupted.text if interrupted is not None else "",
+            entry=entry,
         ).chunks()
 
     async def call(self, name: str, arguments: Mapping[str, Any]) -> Any:
