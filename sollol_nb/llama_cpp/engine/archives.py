@@ -69,6 +69,12 @@ def worker_files(worker: Path) -> list[Path]:
     return [worker, *sorted(path for path in worker.parent.iterdir() if path.name.startswith("libggml"))]
 
 
+def server_files(server: Path) -> list[Path]:
+    """llama-server and the libraries beside it, links included."""
+    server = server.resolve()
+    return [server, *sorted(path for path in server.parent.iterdir() if path.name.startswith("lib"))]
+
+
 def content_hash(worker: Path) -> str:
     """SHA-256 of the names and bytes of `worker_files`, for a build that nothing else identifies. Blocking."""
     digest = hashlib.sha256()
@@ -100,6 +106,17 @@ def packed_worker(worker: Path, *, with_script: bool) -> Iterator[Archive]:
                 member = tarfile.TarInfo(RUN)
                 member.size, member.mode, member.mtime = len(script), 0o755, _TIME
                 tar.addfile(member, io.BytesIO(script))
+        yield _archive(path)
+
+
+@contextmanager
+def packed_server(server: Path) -> Iterator[Archive]:
+    """An archive of `server_files`, which exists while it is used. Blocking."""
+    with tempfile.TemporaryDirectory(prefix="sollol-server-") as folder:
+        path = Path(folder) / "server.tar.gz"
+        with _writing(path) as tar:
+            for file in server_files(server):
+                _add(tar, file, file.name)
         yield _archive(path)
 
 

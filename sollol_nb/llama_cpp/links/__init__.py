@@ -13,6 +13,8 @@ the endpoints.
 * `ssh_shell.py`: run scripts on another machine, and forward ports, over one connection of that program
 * `remote_engine.py`: the engine on such a machine: found, shipped or built
 * `remote_facts.py`: what such a machine has, and which engines fit it
+* `remote_server.py`: llama-server there, found or shipped
+* `seeding.py`: caches of workers there filled from the model's file that the machine has itself; `seed.sh` does it
 * `ssh.py`: a link to the workers of one machine over SSH; `agent.sh` runs them there
 * `join_link.py`: join links, and how both sides of one talk
 * `memberships.py`: who may join: the file of invitations and of those who joined

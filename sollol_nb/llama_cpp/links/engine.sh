@@ -3,6 +3,8 @@
 #   probe VERSION IDENTITY                        what the machine has, and the engines that may be used
 #   devices PROGRAM                               the devices that a worker program offers
 #   ship KEY SHA256 RECORD PROGRAM                install the programs of the archive on stdin
+#   server WORKER KEY                             the llama-server of the same build, if it is there
+#   ship-server KEY SHA256 RECORD PROGRAM         install the llama-server of the archive on stdin
 #   build KEY SHA256 RECORD PROGRAM OPTION...     build the source of the archive on stdin with these CMake options
 set -u
 umask 077
@@ -184,6 +186,22 @@ devices() { # PROGRAM
     printf '%s\n' "$listed"
 }
 
+# The llama-server beside a worker program, or installed by `ship-server`.
+server() { # WORKER KEY
+    for program in "${1%/*}/llama-server" "$engines/$2/bin/llama-server"; do
+        if [ -x "$program" ] && runs "$program"; then
+            say server "$program"
+            return
+        fi
+    done
+}
+
+runs() { # SERVER; a build of the user's own may look for its libraries where it was built
+    output=$(LD_LIBRARY_PATH=${1%/*}${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} "$1" --version </dev/null 2>&1) && return
+    trouble="exit code $?: $(printf '%s' "$output" | tail -n 3 | tr '\n' ' ' | cut -c 1-300)"
+    return 1
+}
+
 # --- install ------------------------------------------------------------------------------------
 
 # The work folder is the lock: at most one installation of this boot of this machine at a time.
@@ -253,23 +271,30 @@ unpack() { # FOLDER
     fi
 }
 
-install_engine() { # ship|build KEY SHA256 RECORD PROGRAM OPTION...
+works() { # PROGRAM
+    case $how in
+    ship-server) runs "$1" ;;
+    *) devices "$1" ;;
+    esac
+}
+
+install_engine() { # ship|ship-server|build KEY SHA256 RECORD PROGRAM OPTION...
     how=$1 key=$2 sha=$3 record=$4 program=$5
     shift 5
     take_work_folder
-    if [ -x "$engines/$key/bin/$program" ] && devices "$engines/$key/bin/$program"; then
+    if [ -x "$engines/$key/bin/$program" ] && works "$engines/$key/bin/$program"; then
         say installed "$engines/$key/bin/$program"
         return
     fi
     receive "$sha"
     case $how in
-    ship) unpack "$work/$key/bin" ;;
+    ship | ship-server) unpack "$work/$key/bin" ;;
     build)
         unpack "$work/source"
         build "$@"
         ;;
     esac
-    devices "$work/$key/bin/$program" || fail run "$trouble"
+    works "$work/$key/bin/$program" || fail run "$trouble"
     printf '%s\n' "$record" >"$work/$key/engine.json" || fail disk "cannot write to $work"
     if [ -e "$engines/$key" ]; then mv "$engines/$key" "$work/old"; fi
     if ! trouble=$(mv "$work/$key" "$engines/" 2>&1); then fail "$(disk_or folder "$trouble")" "$trouble"; fi
@@ -336,5 +361,6 @@ shift
 case $action in
 probe) probe "$@" ;;
 devices) devices "$1" || fail run "$trouble" ;;
-ship | build) install_engine "$action" "$@" ;;
+server) server "$@" ;;
+ship | ship-server | build) install_engine "$action" "$@" ;;
 esac

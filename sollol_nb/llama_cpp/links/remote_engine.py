@@ -39,7 +39,7 @@ BUILD_NEEDS_BYTES = 100 * MIB
 GPU_BUILD_NEEDS_BYTES = 1024 * MIB
 REPORT_INTERVAL_S = 1.0
 
-_SCRIPT = Path(__file__).with_name("engine.sh").read_text("utf-8")
+SCRIPT = Path(__file__).with_name("engine.sh").read_text("utf-8")
 _ERROR = re.compile(r"\berror\b.*: |\berror: |undefined reference|Killed|\bfatal\b|No space left")
 _LOG_LINES = 80
 _READ_BYTES = 64 * 1024
@@ -75,7 +75,7 @@ class RemoteEngine:
 
 
 @dataclass(slots=True)
-class _Outcome:
+class Outcome:
     """What an installation there has printed."""
 
     worker: str = ""
@@ -101,8 +101,19 @@ async def prepare(
     Raises:
         LinkError: it cannot; the message says what to do.
     """
+    return await (await preparation(shell, here, report, fetch=fetch)).run()
+
+
+async def preparation(
+    shell: Shell, here: Engine, report: Report, *, fetch: build.FetchSource | None = None
+) -> Preparation:
+    """As `prepare`, before anything is installed.
+
+    Raises:
+        LinkError: the machine does not say what it has.
+    """
     own, facts_here = await _own_build(here)
-    result = await shell.run(_SCRIPT, "probe", build.VERSION, own.identity, limit_s=PROBE_LIMIT_S)
+    result = await shell.run(SCRIPT, "probe", build.VERSION, own.identity, limit_s=PROBE_LIMIT_S)
     try:
         there = Facts.parse(result.stdout)
     except (ValueError, KeyError):
@@ -110,11 +121,13 @@ async def prepare(
             f"{shell.host} did not report what it has (exit code {result.code}): {_last(result.stderr)}; "
             "does it have the usual POSIX tools?"
         ) from None
-    return await _Preparation(shell, here, own, facts_here, there, report, fetch).run()
+    return Preparation(shell, here, own, facts_here, there, report, fetch)
 
 
 @dataclass(slots=True)
-class _Preparation:
+class Preparation:
+    """What is known of a machine, and of the engine here, on the way to an engine there."""
+
     shell: Shell
     engine: Engine
     own: OwnBuild
@@ -125,6 +138,7 @@ class _Preparation:
     remark: str = ""
 
     async def run(self) -> RemoteEngine:
+        """The worker program there: found, shipped or built."""
         for backend in self.there.backends:
             if (found := await self._find(backend)) is not None:
                 return found
@@ -143,7 +157,7 @@ class _Preparation:
 
     async def _find(self, backend: Backend) -> RemoteEngine | None:
         for found, commit in remote_facts.usable_engines(self.own, self.there, backend):
-            result = await self.shell.run(_SCRIPT, "devices", found.worker, limit_s=PROBE_LIMIT_S)
+            result = await self.shell.run(SCRIPT, "devices", found.worker, limit_s=PROBE_LIMIT_S)
             lines = [line.removeprefix("device=") for line in result.stdout.splitlines()]
             if remote_facts.devices(lines):
                 return self._engine(found.worker, lines, commit, backend, "found")
@@ -165,11 +179,11 @@ class _Preparation:
         pack = archives.packed_worker(worker, with_script=with_script)
         archive = await asyncio.to_thread(pack.__enter__)
         try:
-            self._check_folder(2 * archive.unpacked_bytes)
+            self.check_folder(2 * archive.unpacked_bytes)
             record = self._record(backend, self.own.features)
             record |= {"commit": self.own.commit} if self.own.commit else {"content": self.own.content}
             program = archives.RUN if with_script else worker.resolve().name
-            outcome = await self._install(
+            outcome = await self.install(
                 ("ship", self.own.key(), archive.sha256, json.dumps(record), program), archive, SHIP_LIMIT_S
             )
         finally:
@@ -193,7 +207,7 @@ class _Preparation:
         if trouble := self.there.build_trouble():
             raise LinkError(f"cannot build llama.cpp on {host}: {trouble} ({why})")
         needs = BUILD_NEEDS_BYTES if backend == "cpu" else GPU_BUILD_NEEDS_BYTES
-        self._check_folder(needs)
+        self.check_folder(needs)
         archive = await self._source()
         tools = self.there.tools
         options = build_options(
@@ -210,7 +224,7 @@ class _Preparation:
         limit_s = build.BUILD_LIMIT_S if backend == "cpu" else build.GPU_BUILD_LIMIT_S
         await self.report(f"building llama.cpp on {host}")
         what = ("build", key, archive.sha256, json.dumps(record), build.TARGETS[1], *options)
-        outcome = await self._install(what, archive, limit_s)
+        outcome = await self.install(what, archive, limit_s)
         if outcome.failed == "build":
             reason = _short(_build_error(list(outcome.lines))) or outcome.detail
             raise LinkError(f"building llama.cpp on {host} failed: {reason}; log there: {outcome.log}")
@@ -237,7 +251,7 @@ class _Preparation:
 
     # --- both -----------------------------------------------------------------------------------
 
-    def _check_folder(self, needs: int) -> None:
+    def check_folder(self, needs: int) -> None:
         """Refuse what cannot work, before anything is sent."""
         host, there = self.shell.host, self.there
         if there.free_bytes is not None and there.free_bytes < needs:
@@ -263,7 +277,7 @@ class _Preparation:
             f"{max(1, needs // MIB)} MB{unused}; to see what can be deleted, run `du -sh ~/.cache/*` there"
         )
 
-    def _check(self, outcome: _Outcome, needs: int) -> None:
+    def _check(self, outcome: Outcome, needs: int) -> None:
         """Raise if an installation has failed."""
         host = self.shell.host
         match outcome.failed:
@@ -280,9 +294,14 @@ class _Preparation:
                 raise LinkError(f"the connection to {host} was lost while llama.cpp was installed; try again")
         raise LinkError(f"installing llama.cpp in {self.there.folder} on {host} failed: {outcome.detail}")
 
-    async def _install(self, what: tuple[str, ...], archive: Archive, limit_s: float) -> _Outcome:
-        outcome = _Outcome()
-        session = await self.shell.start(_SCRIPT, *what)
+    async def install(self, what: tuple[str, ...], archive: Archive, limit_s: float) -> Outcome:
+        """Run an installation of `engine.sh` there, with the archive as its input; what it has printed.
+
+        Raises:
+            LinkError: it did not end within the limit.
+        """
+        outcome = Outcome()
+        session = await self.shell.start(SCRIPT, *what)
         feeding = asyncio.create_task(session.feed(self._sent(archive)))
         try:
             async with asyncio.timeout(limit_s):
@@ -298,7 +317,7 @@ class _Preparation:
             await session.end()
         return outcome
 
-    async def _note(self, outcome: _Outcome, key: str, value: str) -> None:
+    async def _note(self, outcome: Outcome, key: str, value: str) -> None:
         host = self.shell.host
         match key:
             case "waiting":
@@ -382,7 +401,7 @@ async def _local_facts() -> Facts | None:
         return None
     process = await asyncio.create_subprocess_exec(
         "sh",
-        *("-c", _SCRIPT, "sh", "probe", build.VERSION, build.VERSION),
+        *("-c", SCRIPT, "sh", "probe", build.VERSION, build.VERSION),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.DEVNULL,

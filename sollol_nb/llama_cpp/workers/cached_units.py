@@ -1,6 +1,6 @@
 """What workers have cached of models, as far as it was loaded onto them: kept in a file.
 
-A cache belongs to a user of a machine, so all workers there share it, whichever address or device they have
+Each worker has a cache of its own, which belongs to what its calibration belongs to, not to a port that changes
 (`Workers.cache_of`). What is remembered is only a hint where layers should go: the engine compares hashes of the
 tensors themselves, so a cache that was emptied costs nothing but the bytes that are sent again. A load that shows
 that a cache is emptier than remembered makes it forgotten.

@@ -12,7 +12,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from sollol_nb.errors import ConfigError
-from sollol_nb.layers.plan import THIS_MACHINE
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.links.link import CPU
 from sollol_nb.llama_cpp.links.memberships import OpenInvitation
@@ -392,14 +391,8 @@ class Workers:
         return identity_of(endpoint, target=self.links.target_of(endpoint), name=linked.name)
 
     def cache_of(self, endpoint: str) -> str:
-        """Whose cache of tensors a worker uses: equal for workers of one user of one machine, as far as known."""
-        linked = self.links.worker(endpoint)
-        if linked is not None:
-            machine = linked.name.partition("/")[0]  # `gpu1/CUDA0`: its devices share a cache
-            return f"{self.links.target_of(endpoint) or ''} {machine}"
-        if endpoint in self.local:
-            return identity_of(THIS_MACHINE)
-        return identity_of(endpoint)
+        """What its cache of tensors is known by: each worker has one of its own."""
+        return self.identity_of(endpoint)
 
     def calibration_of(self, endpoint: str) -> Calibration | None:
         """How fast a worker (or `THIS_MACHINE`) is; None if that was not measured."""

@@ -121,7 +121,7 @@ def test_what_a_killed_installation_left_is_taken_over(machine: ShellMachine, tm
 
 def remote_script(folder: Path) -> Path:
     path = folder / "engine.sh"
-    path.write_text(remote_engine._SCRIPT)
+    path.write_text(remote_engine.SCRIPT)
     return path
 
 

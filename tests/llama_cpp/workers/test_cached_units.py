@@ -12,8 +12,6 @@ import pytest
 
 from sollol_nb.llama_cpp.workers import cached_units
 from sollol_nb.llama_cpp.workers.cached_units import RECORDS_KEPT, CachedUnits, runs_of
-from sollol_nb.llama_cpp.workers.workers import Workers
-from sollol_nb.runtime.events import EventBus
 from sollol_nb.settings import config
 from tests.support.engines import eventually_async, run
 
@@ -111,12 +109,6 @@ def test_a_damaged_file_is_ignored_and_written_again(text: str) -> None:
     assert known.of("gpu1", MODEL) == set()
     run(noted(known, (MODEL, "gpu1", range(4))))
     assert CachedUnits().of("gpu1", MODEL) == set(range(4))
-
-
-def test_workers_of_one_machine_share_a_cache_and_named_ones_have_their_own() -> None:
-    workers = Workers(["10.0.0.1:50052", "127.0.0.1:50052"], EventBus())
-    assert workers.cache_of("10.0.0.1:50052") == "10.0.0.1:50052"
-    assert workers.cache_of("10.0.0.1:50052") != workers.cache_of("127.0.0.1:50052")
 
 
 def test_runs() -> None:
