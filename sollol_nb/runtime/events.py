@@ -48,6 +48,8 @@ class EventKind(StrEnum):
     """A worker is being measured. Comes often and is not kept."""
     WORKER_CALIBRATED = "worker.calibrated"
     """A worker was measured, or could not be: `error`."""
+    WORKER_SEEDED = "worker.seeded"
+    """The caches of a machine's workers were filled from its own copy of a model, or could not be: `error`."""
     LINK_READY = "link.ready"
     """Another machine is connected; its workers can be used."""
     LINK_LOST = "link.lost"

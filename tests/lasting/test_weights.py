@@ -14,8 +14,9 @@ pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("alone")]
 
 
 def test_a_reload_sends_nothing_that_is_cached_and_a_death_only_the_dead_workers_layers(
-    engine: Engine, tmp_path: Path
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("SOLLOL_TENSOR_CACHE_GB", "50")
     model = write_heavy(tmp_path / "heavy.gguf", blocks=8, feed_forward=41_000)
     total = weights.weight_bytes(model)
     played = weights.play(engine, model, tmp_path, lost=0)

@@ -31,6 +31,7 @@ from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.llama_cpp.workers.workers import Workers
 from sollol_nb.models.routing import Route
 from sollol_nb.runtime.gate import Gate
+from sollol_nb.settings import config
 from sollol_nb.settings.table import DEFAULT_WORKERS
 
 RETURN_LIMIT_S = 30.0
@@ -56,6 +57,7 @@ class Start:
         taken: workers that another router or kernel took during the start.
         by_speed: plan by predicted times, whatever the strategy of the settings.
         standby_of: the registry id of the coordinator whose standby is started, from what nobody else needs.
+        is_seeded: whether caches of workers were seeded for it, as far as that was worth it.
         chances_left: how often it may still be repeated without a known reason.
     """
 
@@ -72,6 +74,7 @@ class Start:
     taken: set[str] = field(default_factory=set)
     by_speed: bool = False
     standby_of: str = ""
+    is_seeded: bool = False
     chances_left: int = MAX_CHANCES
 
     @property
@@ -188,6 +191,35 @@ class Planner:
             needs_worker=self._running.needs_worker(coordinator),
         )
 
+    def likely(self, start: Start, settings: PoolSettings) -> LayerPlan:
+        """The plan that a start will probably get, over the workers that are free as last seen.
+
+        Raises:
+            ConfigError, WorkersUnavailableError, ModelDoesNotFitError: there is none.
+        """
+        free = {
+            worker.endpoint: worker
+            for worker in self._workers.statuses()
+            if worker.state == "free" and worker.endpoint not in start.lost | start.taken
+        }
+        if start.layout is not None:
+            own = {device.endpoint: device for device in self._workers.own.capacities()}
+            used = {endpoint: count for endpoint, count in start.layout.items() if count}
+            if missing := [endpoint for endpoint in used if endpoint not in own.keys() | free.keys()]:
+                raise WorkersUnavailableError(f"{missing[0]} is not free")
+            devices = [own.get(endpoint) or free[endpoint].capacity for endpoint in used]
+            return plan_from_counts(start.facts, devices, list(used.values()), context_tokens=start.context_tokens)
+        if not free:
+            raise WorkersUnavailableError(describe_missing_workers(start.model, self._workers.statuses()))
+        return self._best(
+            free.values(),
+            start.model_path,
+            start.facts,
+            start.context_tokens,
+            by_speed(settings) if start.by_speed else settings,
+            needs_worker=start.route.needs_worker,
+        )
+
     def foresee(
         self,
         route: Route,
@@ -281,7 +313,7 @@ class Planner:
 
     def _cached(self, model_path: Path, facts: ModelFacts, workers: Collection[WorkerStatus]) -> Cached:
         """The units of a model that these workers have cached; none where its tensors are too small for that."""
-        if not facts.cacheable_bytes:
+        if not facts.cacheable_bytes or not config.default("tensor_cache_gb"):
             return {}
         known = self._workers.cached
         model = file_identity(model_path)
@@ -292,7 +324,8 @@ class Planner:
         }
 
     def note_loaded(self, coordinator: Coordinator) -> None:
-        """Remember what the workers of a coordinator have received, as the engine has placed it."""
+        """Remember what the workers of a coordinator have received, as the engine has placed it. If much was sent
+        of what they were said to have cached, they do not cache it, or their caches were emptied."""
         settings, plan = coordinator.settings, coordinator.plan
         if plan is None or not settings.facts.cacheable_bytes:
             return
@@ -301,8 +334,17 @@ class Planner:
             device = coordinator.placement.of(endpoint) if coordinator.placement else None
             if device is not None and device.units:
                 placed[endpoint] = device.units
+        known, model, sizes = (
+            self._workers.cached,
+            file_identity(settings.model_path),
+            settings.facts.cacheable_bytes,
+        )
         loaded = [(self._workers.cache_of(endpoint), units) for endpoint, units in placed.items()]
-        self._workers.cached.note(file_identity(settings.model_path), loaded)
+        kept = sum(sizes[unit] for cache, units in loaded for unit in known.of(cache, model).intersection(units))
+        sent, weights = coordinator.bytes_sent, sum(shard.weight_bytes for shard in plan.workers)
+        if kept and sent is not None and sent > weights - kept / 2:
+            known.forget([cache for cache, _ in loaded])
+        known.note(model, loaded)
 
     def _capacities(self, workers: Collection[WorkerStatus]) -> list[WorkerCapacity]:
         """What a plan needs to know of workers; a round trip that no probe has measured is that of the

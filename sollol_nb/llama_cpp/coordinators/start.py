@@ -10,6 +10,7 @@ that start at the same time get disjoint workers, or one adopts the other's coor
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager, nullcontext
@@ -37,6 +38,7 @@ from sollol_nb.llama_cpp.coordinators.measurements import TokenMeasurements
 from sollol_nb.llama_cpp.coordinators.planning import Planner, Start
 from sollol_nb.llama_cpp.coordinators.readiness import PortTakenError
 from sollol_nb.llama_cpp.coordinators.running import RunningCoordinators
+from sollol_nb.llama_cpp.coordinators.seeding import Seeder
 from sollol_nb.llama_cpp.coordinators.settings import (
     CoordinatorSettings,
     PoolSettings,
@@ -91,6 +93,7 @@ class CoordinatorStarter:
         self.planner = Planner(workers, running, measurements)
         self.drafting = Drafting(workers.calibration_of)
         self._cached = CachedWeights()
+        self.seeder = Seeder(workers, events)
         self._claiming = asyncio.Lock()  # planning and holding workers is one step
         self._progress: dict[str, LoadProgress] = {}  # of those that are loading, by the name in the route
 
@@ -346,6 +349,7 @@ class CoordinatorStarter:
         sharded = start.route.backend == DISTRIBUTED
         if sharded:  # not within the claim, since no other start is to wait for these machines
             await self.planner.connect(start, wanted)
+            await self._seed(start, wanted)
         # Nor is one to wait for the plan of a standby, which gives way.
         async with nullcontext() if start.standby_of else self._claiming:
             if not sharded:
@@ -398,6 +402,15 @@ class CoordinatorStarter:
         """Whether a plan has fewer workers than wanted, and a standby was ended that may have held some."""
         count = min(wanted.num_rpc_backends or 0, start.facts.layer_count + 1)
         return len(plan.endpoints) < count and await self._running.end_standby(start.model)
+
+    async def _seed(self, start: Start, wanted: PoolSettings) -> None:
+        """Seed caches for the plan that is likely, once for a start. It may take minutes, so it holds no lock."""
+        if start.is_seeded or not start.facts.cacheable_bytes:
+            return
+        start.is_seeded = True
+        with contextlib.suppress(WorkersUnavailableError, ModelDoesNotFitError):
+            await self._workers.refresh()
+            await self.seeder.seed(start, self.planner.likely(start, wanted))
 
     async def _launch_on_free_port(self, start: Start, settings: CoordinatorSettings) -> Coordinator:
         message, plan = f"starting {start.model} {settings.describe_workers()}", settings.plan

@@ -1,8 +1,7 @@
 # The far side of seeding.py: fills a worker's cache of tensors from a model's file that this machine has itself.
 # POSIX sh and the usual tools only (dash, bash, busybox, macOS). Prints lines `key=value`.
 #   find SIZE HEAD TAIL NAME PATH   a file of SIZE bytes whose first and last MiB have these SHA-256 digests
-#   seed CACHE WORKER DEVICE THREADS SERVER FILE TENSORS SIZES BYTES SILENCE SEED
-#     CACHE      name of the worker's cache
+#   seed WORKER DEVICE THREADS SERVER FILE TENSORS SIZES BYTES SILENCE SEED
 #     WORKER     the RPC worker program; SERVER, llama-server; both of the same build
 #     TENSORS    a regular expression: those of FILE that the worker will get
 #     SIZES      in bytes, between commas, of tensors that workers cache
@@ -130,10 +129,10 @@ fail() { # DETAIL [LOG]
     exit 3
 }
 
-seed() { # CACHE WORKER DEVICE THREADS SERVER FILE TENSORS SIZES BYTES SILENCE SEED
-    cache=$tensors_folder/$1 worker=$2 device=$3 threads=$4 server=$5 file=$6 pattern=$7 sizes=$8
+seed() { # WORKER DEVICE THREADS SERVER FILE TENSORS SIZES BYTES SILENCE SEED
+    worker=$1 device=$2 threads=$3 server=$4 file=$5 pattern=$6 sizes=$7 bytes=$8
     shift 8
-    bytes=$1 silence=$2 seed=$3
+    silence=$1 seed=$2
     main=$(exec sh -c 'echo "$PPID"') # $$ is the process that started this one
     missed=0 ending='' worker_pid='' server_pid=''
     work=$tensors_folder/.seed-$$
@@ -142,9 +141,10 @@ seed() { # CACHE WORKER DEVICE THREADS SERVER FILE TENSORS SIZES BYTES SILENCE S
     listen <&4 >/dev/null 3>&- &
     listener=$!
     exec 4<&-
-    mkdir -p "$tensors_folder" || fail "cannot write to $tensors_folder"
-    find "$tensors_folder" -maxdepth 1 -name '.seed-*' -mmin +720 -exec rm -rf {} + 2>/dev/null # of machines that crashed
-    mkdir -p "$work/rpc" "$cache/rpc" || fail "cannot write to $tensors_folder"
+    find_cache || fail "nothing can be cached in $tensors_folder"
+    # Of machines that crashed.
+    find "$tensors_folder" -maxdepth 1 -name '.seed-*' -mmin +720 -exec rm -rf {} + 2>/dev/null
+    mkdir -p "$work/rpc" || fail "cannot write to $tensors_folder"
     free=$(df -Pk "$work" | awk 'NR == 2 { print $4 }')
     [ "$((bytes / 512))" -le "${free:-0}" ] || fail "too little space in $tensors_folder"
     start_worker
@@ -174,6 +174,21 @@ seed() { # CACHE WORKER DEVICE THREADS SERVER FILE TENSORS SIZES BYTES SILENCE S
     done
     say seeded "$moved"
     clean
+}
+
+# The cache of the device's worker, as agent.sh names it.
+find_cache() {
+    try=0
+    while [ "$try" -lt 16 ]; do
+        cache=$tensors_folder/ssh-$(uname -n)-$device-$try
+        holder=$(cat "$cache/taken/by" 2>/dev/null)
+        if [ -n "$holder" ] && kill -0 "$holder" 2>/dev/null; then
+            [ -d "$cache/rpc" ] # else it is off
+            return
+        fi
+        try=$((try + 1))
+    done
+    return 1
 }
 
 start_worker() {

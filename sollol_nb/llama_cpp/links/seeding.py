@@ -130,7 +130,7 @@ async def _seed_one(
     if seed.device not in {device.name for device in engine.devices}:
         raise LinkError(f"{shell.host} has no device {seed.device} any more")
     sizes = ",".join(map(str, sorted(facts.cacheable_sizes)[:MAX_CACHED_SIZES]))
-    what = (cache_name(seed.device), engine.worker, seed.device, str(max(1, engine.cores)), server, file, pattern)
+    what = (engine.worker, seed.device, str(max(1, engine.cores)), server, file, pattern)
     numbers = (sizes, str(seed.byte_count), str(SILENCE_S), str(random.randrange(65537)))  # noqa: S311 - ports
     session = await shell.start(_SCRIPT, "seed", *what, *numbers)
 
@@ -144,7 +144,7 @@ async def _seed_one(
         async with asyncio.timeout(seed.limit_s):
             return await _follow(shell, session, seed, report)
     except TimeoutError:
-        raise LinkError(f"seeding {shell.host} took longer than {seed.limit_s:.0f} s") from None
+        raise LinkError(f"seeding {shell.host} took longer than {seed.limit_s:g} s") from None
     finally:
         beating.cancel()
         await session.end()
@@ -162,11 +162,6 @@ async def _follow(shell: Shell, session: Session, seed: Seed, report: Report) ->
             failed = "".join(filter(str.isprintable, value))[:300]
     why = failed or (session.errors[-1][:300] if session.errors else "the connection was lost")
     raise LinkError(f"{shell.host}: {why}")
-
-
-def cache_name(device: str) -> str:
-    """The name of the cache of the worker of a device there, as in `agent.sh`."""
-    return device
 
 
 def tensors_of(units: Collection[int], layer_count: int, output: str) -> str:
