@@ -4,7 +4,7 @@
 * `running.py`: the table of what runs, the watch over it, and the end of idle ones.
 * `start.py`: adopt a running coordinator or launch a new one.
 * `standby.py`: a second coordinator of a model, kept ready to take over.
-* `seeding.py`: caches of far workers filled from their machine's own copy of the model, before a load
+* `seeding.py`: caches of far workers filled from their machine's own copy of the model, before a load.
 * `planning.py`: which workers a starting one gets, and how many layers each.
 * `coordinator.py`: one llama-server: launched, adopted, stopped.
 * `streams.py`: the answers that it streams, and the watch over their silence.
