@@ -113,6 +113,7 @@ class HybridRouter:
     replan = blocking(hybrid_router.HybridRouter.replan)
     what_if = blocking(hybrid_router.HybridRouter.what_if)
     configure = blocking(hybrid_router.HybridRouter.configure)
+    forget_contexts = blocking(hybrid_router.HybridRouter.forget_contexts)
     use_standbys = blocking(hybrid_router.HybridRouter.use_standbys)
     end_engines = blocking(hybrid_router.HybridRouter.end_engines)
     engine_log = blocking(hybrid_router.HybridRouter.engine_log)

@@ -171,6 +171,16 @@ class Chat:
         return next((entry.model for entry in reversed(self._history) if entry.model), "")
 
     @property
+    def texts(self) -> list[str]:
+        """What either side wrote, in order, without marks: reasoning too, but not the system message."""
+        found = []
+        for entry in self._history:
+            content = entry.message.get("content") or ""
+            parts = [content] if isinstance(content, str) else [part.get("text") for part in content]
+            found += [entry.message.get("thinking"), *parts]
+        return [text for text in found if isinstance(text, str) and text.strip()]
+
+    @property
     def turn_count(self) -> int:
         """How many questions were asked."""
         return len(turn_starts([entry.message for entry in self._history]))

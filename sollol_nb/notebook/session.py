@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from sollol_nb.chat import journaling
 from sollol_nb.chat.completion import Completion
+from sollol_nb.chat.conversation import Chat
 from sollol_nb.chat.conversations import ChatBook
 from sollol_nb.chat.kept import KeptChats
+from sollol_nb.errors import SollolError
 from sollol_nb.notebook import settings_traits
 from sollol_nb.notebook.identity import notebook_of
 from sollol_nb.notebook.preloading import Preload, Preloads
@@ -97,6 +100,20 @@ class Session:
         from sollol_nb.llama_cpp.processes.registry import own_name  # imported late, as the router is
 
         return (notebook_of(self._shell) if self._shell is not None else None) or own_name()
+
+    def forget_contexts(self, chats: Sequence[Chat]) -> str:
+        """Delete the saved contexts of conversations that are deleted; returns why that failed, else "".
+
+        Where they were held over a gateway, their contexts are there.
+        """
+        conversations = [chat.texts for chat in chats]
+        if not any(conversations):
+            return ""
+        try:
+            self.router().forget_contexts(conversations)
+        except SollolError as error:
+            return f"their saved contexts could not be deleted: {error}"
+        return ""
 
     def remember(self, prompt: str, answer: Completion) -> None:
         """Keep an answer, whole or partial, for `last_answers`."""
@@ -233,6 +250,7 @@ settings = _session.settings
 chats = _session.chats
 owner = _session.owner
 remember = _session.remember
+forget_contexts = _session.forget_contexts
 hint = _session.hint
 last_answers = _session.last_answers
 router = _session.router

@@ -420,6 +420,18 @@ class ClusterControl:
         return lines
 
     @io_bound
+    async def forget_contexts(self, conversations: Sequence[Sequence[str]]) -> None:
+        """Delete the saved contexts of conversations, and empty the slots that hold them, so that they are not
+        saved again. Other contexts stay, except those that have some of the same turns.
+
+        Args:
+            conversations: of each, the texts of its messages in order, without the system message.
+        """
+        for contents in conversations:
+            if any(content.strip() for content in contents):  # none would mean all contexts
+                await self._coordinators.forget_contexts(contents)
+
+    @io_bound
     async def status(self) -> ClusterStatus:
         """The same as `cluster`, from what is known now; contacts no worker and no node."""
         await self._workers.refresh_holders()

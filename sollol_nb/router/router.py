@@ -312,6 +312,7 @@ class Router(RouterRequests):
     what_if = _of_engines(OwnEngines.what_if)
     configure = _of_engines(OwnEngines.configure)
     use_standbys = _of_engines(OwnEngines.use_standbys)
+    forget_contexts = _of_engines(OwnEngines.forget_contexts)
     end_engines = _of_engines(OwnEngines.end_engines)
     engine_log = _of_engines(OwnEngines.engine_log)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -198,7 +198,8 @@ class AskMagics(Magics):
         """Show a conversation, return its messages, save it, load it, or delete it.
 
         Conversations are kept for the next kernel of this notebook, in a file that only you can read (setting
-        `keep_chats`), until you delete them.
+        `keep_chats`), until you delete them. With a conversation its saved contexts are deleted, too (see
+        `sollol-nb contexts`).
 
         Example::
 
@@ -222,7 +223,9 @@ class AskMagics(Magics):
         chats = session.chats()
         if arguments.name is None:
             if arguments.forget:
+                forgotten = [*chats.values()]
                 print(f"deleted {counted(len(chats.forget()), 'conversation')}")
+                _forget_contexts(forgotten)
                 return None
             if arguments.messages or arguments.save or arguments.load or arguments.clear:
                 raise UsageError("%sollol_chat: name the conversation, such as %sollol_chat tour")
@@ -233,10 +236,16 @@ class AskMagics(Magics):
         if arguments.save is not None:
             print(f"saved conversation {chat.name} to {chat.export(arguments.save)}")
         if arguments.clear or arguments.forget:
-            chats.remove(arguments.name)
+            _forget_contexts([chats.remove(arguments.name)])
         if arguments.messages:
             return chat.to_messages()
         return None if arguments.save is not None or arguments.clear or arguments.forget else chat
+
+
+def _forget_contexts(chats: Sequence[Chat]) -> None:
+    why = session.forget_contexts(chats)
+    if why:
+        print(why)
 
 
 def _stream(router: HybridRouter, request: CellRequest) -> AsyncGenerator[Chunk, None]:

@@ -113,6 +113,7 @@ CALLS: Mapping[str, Call] = {
         Call(OwnEngines.apply_plan, controls=True, limit_s=LONG_S),
         Call(OwnEngines.replan, controls=True, limit_s=LONG_S),
         Call(OwnEngines.configure, controls=True),
+        Call(OwnEngines.forget_contexts),
         Call(OwnEngines.use_standbys, controls=True),
     )
 }

@@ -194,6 +194,7 @@ class GatewayEngines:
     what_if = _at_gateway(OwnEngines.what_if)
     configure = _at_gateway(OwnEngines.configure)
     use_standbys = _at_gateway(OwnEngines.use_standbys)
+    forget_contexts = _at_gateway(OwnEngines.forget_contexts)
 
     async def take_workers(self, endpoints: Sequence[str]) -> None:
         """Raises ConfigError: the workers are the gateway's."""
