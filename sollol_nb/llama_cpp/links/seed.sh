@@ -118,6 +118,7 @@ clean() {
 
 stop() { # nobody waits for it any more
     clean
+    [ "$missed" -lt "$silence" ] || echo silent # to the guard
     exit 4
 }
 
@@ -166,6 +167,7 @@ seed() { # WORKER DEVICE THREADS SERVER FILE TENSORS SIZES BYTES SILENCE SEED
     done
     kill -KILL "$worker_pid"
     wait "$worker_pid" 2>/dev/null
+    sync # what is sealed must be on the disk
     moved=0
     for written in "$work"/rpc/*; do
         length=$(size_of "$written")
@@ -224,12 +226,21 @@ start_server() {
 
 guard() {
     trap '' TERM HUP INT
-    pids=
-    while read -r line; do pids=$line; done
+    pids='' last=''
+    while read -r line; do
+        if [ "$line" = silent ]; then last=silent; else pids=$line; fi
+    done
     # shellcheck disable=SC2086 # they are separate words
     [ -z "$pids" ] || kill -KILL $pids 2>/dev/null
+    # The network was cut without a word: nobody would end the session of sshd, either.
+    if [ "$last" = silent ]; then
+        case $(ps -o comm= -p "$sshd" 2>/dev/null || cat "/proc/$sshd/comm" 2>/dev/null) in
+        *sshd* | *dropbear*) kill -TERM "$sshd" ;;
+        esac
+    fi
 }
 
+sshd=$PPID
 exec 3>&1
 action=$1
 shift

@@ -29,7 +29,7 @@ from sollol_nb.llama_cpp.links.ssh_shell import Shell
 
 FIND_LIMIT_S = 120.0
 SILENCE_S = 20
-"""Without a heartbeat for this long, the far side ends everything."""
+"""Without a heartbeat for so many whole seconds, the far side ends everything."""
 HEARTBEATS = 4
 """How many are sent in `SILENCE_S`."""
 COMPARED_BYTES = 1024 * 1024
@@ -156,6 +156,8 @@ async def _follow(shell: Shell, session: Session, seed: Seed, report: Report) ->
         key, _, value = line.partition("=")
         if key in ("written", "seeded") and value.isdecimal() and len(value) < 20:
             if key == "seeded":
+                if not int(value):
+                    raise LinkError(f"{shell.host}: no tensor was written; is its disk full?")
                 return min(int(value), seed.byte_count)
             await report(seed.device, min(int(value), seed.byte_count))
         elif key == "failed":

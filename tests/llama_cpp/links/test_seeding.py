@@ -17,6 +17,7 @@ import pytest
 from sollol_nb.errors import LinkError, RequestCancelledError
 from sollol_nb.gguf.facts import read_facts
 from sollol_nb.llama_cpp.engine.check import Engine
+from sollol_nb.llama_cpp.links import seeding
 from sollol_nb.llama_cpp.links.seeding import NoFileError, Seed, seed, tensors_of
 from tests.support.engines import eventually_async, kill_at_once, posix_only, run
 from tests.support.gguf_files import write_heavy
@@ -108,21 +109,29 @@ def test_a_machine_without_the_file_is_not_seeded(gpu1: Machine, engine: Engine,
     assert not list(cache.iterdir())
 
 
-@pytest.mark.parametrize("how", ["cancelled", "cut", "too late", "no cache"])
+@pytest.mark.parametrize("how", ["cancelled", "cut", "silent", "too late", "no cache"])
 def test_what_is_seeded_in_part_leaves_nothing(
     gpu1: Machine, engine: Engine, model: Path, cache: Path, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def seed_and_break() -> None:
         task = asyncio.create_task(seeded(gpu1, engine, model, limit_s=0.5 if how == "too late" else 120.0))
-        if how in ("cancelled", "cut"):
+        if how in ("cancelled", "cut", "silent"):
             await eventually_async(lambda: servers(gpu1) or task.done(), "a llama-server runs there")
         if how == "cancelled":
             task.cancel()
         elif how == "cut":
             sessions = [process for process in gpu1.processes() if process.name().startswith("sshd")]
             kill_at_once(sessions)
+        elif how == "silent":
+            gpu1.cut()
+            try:
+                await asyncio.to_thread(wait_gone, gpu1)
+            finally:
+                gpu1.connect_again()
+            task.cancel()
         await task
 
+    monkeypatch.setattr(seeding, "SILENCE_S", 3)
     if how == "no cache":
         (cache.parent / "taken" / "by").write_text("999999\n")
     with own_copy(gpu1, model, "models/heavy.gguf"), pytest.raises((LinkError, RequestCancelledError)):
@@ -135,7 +144,7 @@ def servers(machine: Machine) -> list[psutil.Process]:
     found = []
     for process in machine.processes():
         with contextlib.suppress(psutil.NoSuchProcess):
-            if "llama-server" in process.name():
+            if "llama-server" in process.name() and "-m" in process.cmdline():  # not `--version`
                 found.append(process)
     return found
 
