@@ -55,6 +55,8 @@ _HELD_WORKERS_CHANGED = (
     EventKind.COORDINATOR_ADOPTED,
     EventKind.COORDINATOR_STOPPED,
     EventKind.COORDINATOR_LOST,
+    EventKind.STANDBY_READY,
+    EventKind.STANDBY_ENDED,
 )
 
 Listener = Callable[[Mapping[str, Any]], None]

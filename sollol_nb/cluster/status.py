@@ -269,10 +269,10 @@ class ClusterStatus:
         lines = []
         for coordinator in self.coordinators:
             note = f" {coordinator.note}" if coordinator.note else ""
+            slots = f", {coordinator.running}/{coordinator.slots} slots busy, {coordinator.waiting} waiting"
             lines.append(
                 f"{coordinator.model} at {coordinator.url} ({coordinator.strategy}, "
-                f"{coordinator.context_tokens} tokens of context, "
-                f"{coordinator.running}/{coordinator.slots} slots busy, {coordinator.waiting} waiting){note}"
+                f"{coordinator.context_tokens} tokens of context{'' if coordinator.standby else slots}){note}"
             )
             lines += [f"  {coordinator.token_time_description}"] if coordinator.token_time_description else []
             lines += [f"  {coordinator.drafts}"] if coordinator.drafts else []

@@ -154,8 +154,10 @@ class _Cluster(Collector):
     def collect(self) -> Iterator[Metric]:
         """The metrics of slots, queues, workers and coordinators."""
         status = self.status
+        coordinators = [coordinator for coordinator in status.coordinators if not coordinator.standby]
+        standbys = Counts((each.model, each.standby) for each in status.coordinators if each.standby)
         places: list[tuple[str, str, Any]] = [
-            *(("llama.cpp", coordinator.model, coordinator) for coordinator in status.coordinators),
+            *(("llama.cpp", coordinator.model, coordinator) for coordinator in coordinators),
             *(("ollama", "", node) for node in status.nodes),
         ]
         labels = ("backend", "place", "model")
@@ -171,10 +173,11 @@ class _Cluster(Collector):
         workers = GaugeMetricFamily("sollol_workers", "Workers by state.", labels=("state",))
         for state, count in Counts(worker.state for worker in status.workers).items():
             workers.add_metric((state,), count)
-        coordinators = GaugeMetricFamily(
-            "sollol_coordinators", "Running coordinators.", value=len(status.coordinators)
-        )
-        yield from (waiting, running, slots, workers, coordinators)
+        running_ones = GaugeMetricFamily("sollol_coordinators", "Running coordinators.", value=len(coordinators))
+        ready = GaugeMetricFamily("sollol_standbys", "Standbys by state.", labels=("model", "state"))
+        for (model, state), count in standbys.items():
+            ready.add_metric((model, state), count)
+        yield from (waiting, running, slots, workers, running_ones, ready)
 
 
 def _api_of(path: str) -> str:

@@ -159,11 +159,11 @@ class Planner:
             except (WorkersUnavailableError, ModelDoesNotFitError):
                 if start.standby_of:
                     raise
+                if await self._running.end_standby(start.model):
+                    continue
                 if avoided:  # better an unreliable worker than none
                     avoided = frozenset()
-                elif not (
-                    await self._running.end_standby(start.model) or await self._running.end_left(start.model)
-                ):
+                elif not await self._running.end_left(start.model):
                     raise
 
     def best_for(self, coordinator: Coordinator, settings: PoolSettings) -> LayerPlan:

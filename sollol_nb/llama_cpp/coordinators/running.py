@@ -186,7 +186,7 @@ class RunningCoordinators:
     async def free_memory(self, needed_bytes: int) -> None:
         """End standbys and idle coordinators that run on this machine alone, while its memory is short."""
         while psutil.virtual_memory().available < needed_bytes:
-            if await self.end_standby(format_bytes(needed_bytes)):
+            if await self.end_standby(format_bytes(needed_bytes), here=True):
                 continue
             if not await self._end_least_recently_used(
                 lambda coordinator: not coordinator.rpc_backends, format_bytes(needed_bytes)
@@ -209,11 +209,18 @@ class RunningCoordinators:
             await self._others(), model, "which is idle in another router", _is_ended_unless_used
         )
 
-    async def end_standby(self, needed_for: str) -> bool:
+    async def end_standby(self, needed_for: str, *, here: bool = False) -> bool:
         """End a standby, whichever kernel keeps it: it answers nobody, so it gives way before all others; False if
-        there is none."""
-        for entry in await asyncio.to_thread(registry.entries, registry.COORDINATOR):
-            process = await EngineProcess.adopt(entry) if entry.standby_of else None
+        there is none.
+
+        Args:
+            here: one that takes memory of this machine.
+        """
+        entries = await asyncio.to_thread(registry.entries)
+        local = {entry.name for entry in entries if entry.kind == registry.WORKER}
+        for entry in entries:
+            is_elsewhere = here and entry.workers and not local & set(entry.workers)
+            process = await EngineProcess.adopt(entry) if entry.standby_of and not is_elsewhere else None
             if process is None:
                 continue
             known = registry.find(entry.id)

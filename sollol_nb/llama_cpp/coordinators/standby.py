@@ -24,7 +24,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from sollol_nb.errors import SollolError, TransportError
+from sollol_nb.errors import (
+    ConnectFailedError,
+    ConnectionBrokenError,
+    SollolError,
+    TransportError,
+    TransportTimeoutError,
+)
 from sollol_nb.layers.plan import LayerPlan
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.coordinators.running import (
@@ -49,6 +55,8 @@ logger = logging.getLogger(__name__)
 STARTING, READY = "starting", "ready"
 LOOK_AGAIN_S, SELDOM_S = 2.0, 60.0
 """How often to look for free workers where none is known to have come: less and less often."""
+TRY_AGAIN_S = 600.0
+"""A start that failed is tried again then, also over the same workers."""
 ROOM_S = 30.0
 """After a standby gave way, its workers are left to who needs them for so long."""
 TRUSTED_S = 60.0
@@ -56,6 +64,9 @@ TRUSTED_S = 60.0
 PROVE_EVERY_S = 30.0
 """An idle standby generates a token so often, since nothing else would show that a worker of it hangs."""
 PROOF_LIMIT_S, PROOF_MARGIN = 15.0, 20.0
+SWITCH_S = 5.0
+"""Instead of the time of a start: how long a coordinator with a standby may be silent in any case (see `pace.py`).
+A wrong verdict costs that the known tokens are processed again."""
 
 _WORKERS_CAME = (
     EventKind.WORKER_ADDED,
@@ -287,7 +298,7 @@ class Standbys:
             await self._wait_for_workers(kept, free, missing)
 
     def _report_ready(self, kept: _Kept, standby: Coordinator) -> None:
-        kept.main.pace.set_load_time(0.0)  # a wrong verdict about its silence costs a switch
+        kept.main.pace.set_load_time(min(SWITCH_S, kept.main.load_ms / 1000))
         cost = standby.plan.describe_cost() if standby.plan is not None else standby.settings.describe_workers()
         message = f"a standby of {kept.main.model} is ready at {standby.base_url}: {cost}"
         self._events.publish(EventKind.STANDBY_READY, kept.main.model, message, load_ms=standby.load_ms)
@@ -311,7 +322,7 @@ class Standbys:
                 await standby.stop(why=LINK_LOST)
             elif now - began - proven_s > PROVE_EVERY_S:
                 proven_s = now - began
-                await self._prove(standby)
+                await self._prove(kept, standby)
         if kept.standby is not standby or standby.is_running():
             return
         kept.standby = None
@@ -336,14 +347,16 @@ class Standbys:
         await asyncio.sleep(SECOND_CHECK_S)  # a list of connections that change while it is read may lack one
         return bool(await asyncio.to_thread(standby.broken_links)) and standby.is_running()
 
-    async def _prove(self, standby: Coordinator) -> None:
-        """Have a standby generate a token; end it if it does not."""
+    async def _prove(self, kept: _Kept, standby: Coordinator) -> None:
+        """Have a standby generate a token; end it if nothing comes."""
         limit_s = max(PROOF_LIMIT_S, PROOF_MARGIN * (standby.pace.seconds_per_token or 0.0))
         try:
             await standby.timings([0], 1, timeout_s=limit_s)
-        except TransportError:
-            if standby.is_running() and standby.standby_of:
+        except (TransportTimeoutError, ConnectionBrokenError, ConnectFailedError):
+            if kept.standby is standby:  # else it has taken over, and its requests are watched
                 await standby.stop(grace_s=0.0, why=f"{SILENT} for {limit_s:.0f} s")
+        except TransportError as error:
+            logger.info("the standby of %s reports no times: %s", standby.model, error)
 
     def _free(self) -> frozenset[str]:
         return frozenset(
@@ -355,7 +368,7 @@ class Standbys:
     async def _wait_for_workers(self, kept: _Kept, known: frozenset[str], missing: str) -> None:
         """Say why there is no standby, unless that was said; return when another worker is free, or when the
         coordinator is another one."""
-        main, pause_s = kept.main, LOOK_AGAIN_S
+        main, pause_s, until_s = kept.main, LOOK_AGAIN_S, asyncio.get_running_loop().time() + TRY_AGAIN_S
         if missing != kept.missing:
             message = f"no standby of {main.model} is possible now: {missing}"
             self._events.publish(EventKind.STANDBY_MISSING, main.model, message)
@@ -369,7 +382,7 @@ class Standbys:
                 return
             with suppress(SollolError, OSError):
                 await self._workers.refresh()
-            if self._free() - known:
+            if self._free() - known or asyncio.get_running_loop().time() > until_s:
                 return
             known &= self._free()
 

@@ -179,7 +179,7 @@ function coordinatorCard(coordinator) {
   const busy = `${coordinator.running}/${coordinator.slots} slots busy, ${coordinator.waiting} waiting`;
   const answer = coordinator.answer && `last answer: ${coordinator.answer}`;
   const { description, token_time: tokenTime, drafts, note } = coordinator;
-  const facts = [description, busy, tokenTime, drafts, answer, note];
+  const facts = [description, coordinator.standby ? "" : busy, tokenTime, drafts, answer, note];
   const card = element(
     "section",
     { class: "sollol-card" },
