@@ -203,6 +203,19 @@ def test_without_spare_workers_it_is_said_once_and_tried_when_one_comes(
     assert "is ready" in router.standby_of(MODEL)
 
 
+def test_a_model_that_starts_again_without_drafts_gets_a_standby_without_them(make: Make) -> None:
+    """A deterministic answer needs that, also on the standby."""
+    router = make(workers=4, speculation="ngram")
+    undisturbed, _ = ask(router)
+    assert ready_standby(router).about["speculation"]["kind"] == "ngram"
+    ask(router, deterministic=True)
+    eventually(lambda: ready_standby(router).about["speculation"]["kind"] == "off", "another one is ready")
+    text, last = ask(router, {20: lambda: kill(main_of(router).pid)}, deterministic=True)
+    assert text == undisturbed
+    assert last["_routing"]["failovers"][0]["recovery"] == "exact"
+    assert kinds(router).count("standby.taken") == 1
+
+
 def test_the_next_kernel_adopts_both(make: Make) -> None:
     first = make(workers=4)
     ask(first)
