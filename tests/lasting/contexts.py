@@ -29,7 +29,7 @@ from tests.support.engines import REPOSITORY, eventually, kill_at_once, with_var
 from tests.support.smollm2 import BLOCKS, smollm2_path
 
 N = 50
-SENTENCES = 432
+SENTENCES = 450
 """Of the text in the first question: about 6,000 tokens."""
 CONTEXT_TOKENS = 8192
 ANSWER_TOKENS = 12
