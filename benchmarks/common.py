@@ -43,9 +43,8 @@ from sollol_nb.llama_cpp.engine.find import find_engine
 from sollol_nb.llama_cpp.processes.running import stop_engines
 from sollol_nb.models.files import DEMO_MODEL_PATH
 from sollol_nb.runtime.io_loop import run_blocking
-from sollol_nb.settings.endpoints import LOOPBACK
-from sollol_nb.settings.table import SETTINGS
 from sollol_nb.text.tables import markdown_table
+from tests.support import own_folders
 from tests.support.smollm2 import smollm2_path
 
 __all__ = ["DEMO_MODEL_PATH", "smollm2_path"]  # for benchmarks that need one of the two
@@ -237,26 +236,21 @@ def wait_until(
 
 
 @contextmanager
-def isolated() -> Iterator[Path]:
-    """Nothing of the user's is read or used: own state folder, built-in settings, no Ollama. Ends all engines.
+def isolated(*, keeps_contexts: bool = False) -> Iterator[Path]:
+    """Nothing of the user's is read or used: own state and cache folder, built-in settings, no Ollama. Ends all
+    engines.
 
-    The engine and the cache folder stay. Programs that are started meanwhile inherit it.
+    The engine and the models for tests stay. Programs that are started meanwhile inherit it.
+
+    Args:
+        keeps_contexts: whether contexts are saved, as for users; else each prompt and load is as the first one.
     """
-    kept = {"llama_cpp", "cache_dir"}
-    variables = {setting.variable for setting in SETTINGS.values() if setting.name not in kept}
     before = dict(os.environ)
     with tempfile.TemporaryDirectory() as folder:
-        for variable in variables:
-            os.environ.pop(variable, None)
-        os.environ |= {
-            "SOLLOL_STATE_DIR": folder,
-            "SOLLOL_CONFIG": "0",
-            "SOLLOL_KEEP_ALIVE": "60s",  # if the script is killed, its engines end soon
-            "OLLAMA_HOST": f"{LOOPBACK}:9",  # the discard port
-            "OLLAMA_MODELS": str(Path(folder) / "ollama"),
-        }
+        settings = own_folders.own_settings(Path(folder)) | {"SOLLOL_TENSOR_CACHE_GB": "0"}
+        own_folders.use(settings if keeps_contexts else settings | {"SOLLOL_CONTEXT_CACHE_GB": "0"})
         try:
-            yield Path(folder)
+            yield Path(folder) / "state"
         finally:
             run_blocking(stop_engines(also_used=True))
             os.environ.clear()

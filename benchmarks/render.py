@@ -19,6 +19,7 @@ RESULTS = Path(__file__).with_name("RESULTS.md")
 HEADINGS = {
     "overhead": "What the router adds to a request",
     "batch": "A batch of prompts",
+    "prefix": "A batch with a common instruction",
     "gateway": "What the gateway adds to a request",
     "plan": "Layer plans on uneven clusters",
     "calibration": "Predicted token times",
