@@ -109,6 +109,7 @@ class HybridRouter:
     stop_coordinator = blocking(hybrid_router.HybridRouter.stop_coordinator)
     preload = blocking(hybrid_router.HybridRouter.preload)
     unload = blocking(hybrid_router.HybridRouter.unload)
+    save_contexts = blocking(hybrid_router.HybridRouter.save_contexts)
     apply_plan = blocking(hybrid_router.HybridRouter.apply_plan)
     replan = blocking(hybrid_router.HybridRouter.replan)
     what_if = blocking(hybrid_router.HybridRouter.what_if)

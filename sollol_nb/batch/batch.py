@@ -243,6 +243,8 @@ class Batch:
                     yield task.result()
                 if leader in done:
                     leader = None
+                    with suppress(SollolError):  # of a gateway; without it, each slot processes the beginning
+                        await self._router.save_contexts()
         except SollolError as error:
             if self._counts[OK]:
                 error.add_note(f"{self._describe_progress()}; the same call continues once this is fixed")
@@ -273,7 +275,7 @@ class Batch:
             [order.text_of(self._questions[rows[0]] or ()) for _, rows in to_ask],
             slots=concurrency,
             are_kept=kept,
-            are_saved=False,
+            are_saved=kept and model_slots.saves,
         )
 
     def _kept(self, keys: list[str]) -> dict[str, RowResult]:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from sollol_nb.llama_cpp.contexts.slots import shared_characters
+
 LONG_CHARACTERS = 2000
 """A common beginning of fewer characters is processed as quickly as its questions are put in order."""
 CHAINS_FOR_EACH_SLOT = 4
@@ -99,18 +101,3 @@ def _steps(
         steps.append(Step((first,), leads=are_saved))
         steps += _steps(others, run.shared[1:], min(run.shared), slots, are_saved, depth + 1)
     return steps
-
-
-def shared_characters(first: str, second: str) -> int:
-    """Length of the common beginning of two texts."""
-    most = min(len(first), len(second))
-    if first[:most] == second[:most]:
-        return most
-    least = 0
-    while most - least > 1:
-        middle = (least + most) // 2
-        if first[least:middle] == second[least:middle]:
-            least = middle
-        else:
-            most = middle
-    return least

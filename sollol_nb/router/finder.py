@@ -56,11 +56,13 @@ class ModelSlots:
         slots: the number of requests.
         keeps: whether a request finds in its slot what it has in common with the last one there: those of
             llama.cpp that are not deterministic do. Of Ollama's nodes it is not known.
+        saves: whether a slot can begin with what another one has processed, once that is saved.
     """
 
     identity: dict[str, Any]
     slots: int
     keeps: bool = False
+    saves: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -246,10 +246,12 @@ class OwnEngines(ClusterControl):
             slots = self._coordinators.gate(route).slots
         identity, saved = await self._routes.identity(route), config.saved_model(route.model)
         defaults = {**saved.options, **({"system": saved.system} if saved.system else {})}
+        keeps = route.backend != OLLAMA and not self._options.get("deterministic")
         return ModelSlots(
             identity=identity | ({"defaults": defaults} if defaults else {}),
             slots=slots,
-            keeps=route.backend != OLLAMA and not self._options.get("deterministic"),
+            keeps=keeps,
+            saves=keeps and config.default("context_cache_gb") > 0,
         )
 
     @io_bound
@@ -278,6 +280,16 @@ class OwnEngines(ClusterControl):
         if keep_alive is not None:
             await coordinator.keep_alive(seconds)
         return f"at {coordinator.base_url}"
+
+    @io_bound
+    async def save_contexts(self) -> int:
+        """Save now what the slots of the coordinators hold, where that is worth it: a request that begins alike
+        finds it in any slot, and on the next coordinator of its model. Nothing is saved where a slot is busy.
+
+        Returns:
+            How many contexts were saved.
+        """
+        return await self._coordinators.save_contexts()
 
     @io_bound
     async def count_tokens(

@@ -268,6 +268,7 @@ class Router(RouterRequests):
     slots_for = _of_engines(OwnEngines.slots_for)
     preload = _of_engines(OwnEngines.preload)
     unload = _of_engines(OwnEngines.unload)
+    save_contexts = _of_engines(OwnEngines.save_contexts)
     count_tokens = _of_engines(OwnEngines.count_tokens)
     embed = _of_engines(OwnEngines.embed)
     listed_models = _of_engines(OwnEngines.listed_models)

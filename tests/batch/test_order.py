@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import pytest
-
-from sollol_nb.batch.order import DEEPEST, LONG_CHARACTERS, Step, in_order, shared_characters, text_of
+from sollol_nb.batch.order import DEEPEST, LONG_CHARACTERS, Step, in_order, text_of
 
 A, B, C = ("a" * LONG_CHARACTERS, "b" * LONG_CHARACTERS, "c" * LONG_CHARACTERS)
 
@@ -66,14 +64,6 @@ def test_a_text_that_grows_from_row_to_row_does_not_nest_for_ever() -> None:
     texts = ["x" * LONG_CHARACTERS * rows for rows in range(1, 60)]
 
     assert sum(step.leads for step in steps(texts)) == DEEPEST
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "count"),
-    [("", "", 0), ("a", "", 0), ("abc", "abd", 2), ("abc", "abc", 3), ("abc", "abcdef", 3), ("x", "y", 0)],
-)
-def test_how_much_two_texts_share(first: str, second: str, count: int) -> None:
-    assert shared_characters(first, second) == shared_characters(second, first) == count
 
 
 def test_the_text_of_messages_is_that_of_all_of_them_in_turn() -> None:

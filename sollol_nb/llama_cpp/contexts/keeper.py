@@ -122,7 +122,7 @@ class Visit:
     def read(self, event: Mapping[str, Any]) -> None:
         """Note what an event of the engine says about its prompt."""
         number, timings = event.get("id_slot"), event.get("timings")
-        if isinstance(number, int):
+        if isinstance(number, int) and number >= 0:  # -1 where the engine chose the slot: it does not say which
             self.reported_slot = number
         if timings:
             self.cached_tokens = int(timings.get("cache_n") or 0)
@@ -283,7 +283,9 @@ class ContextKeeper:
         """Whether the engine should choose: what some slots hold is not known, so it may be this prompt."""
         if visit.restored is not None or len(text) < LONG_CHARACTERS or not visit.may_be_saved:
             return False
-        return not shared_characters(slot.text or "", text) and any(slot.text is None for slot in self.slots.all)
+        return not shared_characters(slot.text or "", text) and any(
+            slot.text is None and slot.tokens >= LEAST_TOKENS for slot in self.slots.all
+        )
 
     def _begun(self, visit: Visit) -> Visit:
         if visit.slot is not None:

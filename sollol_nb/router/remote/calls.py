@@ -85,6 +85,7 @@ CALLS: Mapping[str, Call] = {
         Call(OwnEngines.listed_models),
         Call(OwnEngines.preload, limit_s=LONG_S),
         Call(OwnEngines.unload, controls=True),
+        Call(OwnEngines.save_contexts),
         Call(OwnEngines.count_tokens, limit_s=LONG_S),
         Call(OwnEngines.embed, limit_s=LONG_S),
         Call(OwnEngines.cluster),

@@ -6,6 +6,7 @@ import functools
 import inspect
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar, cast
 
@@ -141,8 +142,13 @@ class GatewayEngines:
         saved = config.saved_model(model_text(model))
         defaults = {**saved.options, **({"system": saved.system} if saved.system else {})}
         added = {"defaults_here": defaults} if defaults else {}
-        keeps = slots.keeps and not self._options.get("deterministic")
-        return ModelSlots(identity={**slots.identity, **added}, slots=slots.slots, keeps=keeps)
+        keeps = not self._options.get("deterministic")
+        return replace(
+            slots,
+            identity={**slots.identity, **added},
+            keeps=slots.keeps and keeps,
+            saves=slots.saves and keeps,
+        )
 
     @io_bound
     async def preload(self, model: str | Path | Route, *, keep_alive: float | str | None = None) -> str:
@@ -167,6 +173,7 @@ class GatewayEngines:
     standby_of = _at_gateway(OwnEngines.standby_of)
     listed_models = _at_gateway(OwnEngines.listed_models)
     unload = _at_gateway(OwnEngines.unload)
+    save_contexts = _at_gateway(OwnEngines.save_contexts)
     count_tokens = _at_gateway(OwnEngines.count_tokens)
     embed = _at_gateway(OwnEngines.embed)
     check_workers = _at_gateway(OwnEngines.check_workers)
