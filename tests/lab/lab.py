@@ -57,6 +57,11 @@ class HeadlessLab:
         self.pictures = pictures
         self._opened = 0
 
+    @property
+    def url(self) -> str:
+        """The server's address."""
+        return self._server.url
+
     def open(
         self,
         notebook: Sequence[str] | Path,

@@ -43,6 +43,7 @@ class LabPage:
     """One open notebook. Cells are counted from 0, Markdown cells too.
 
     Attributes:
+        notebook: its file.
         received_bytes: size of each message from the kernels, in the order they came.
     """
 
@@ -50,16 +51,21 @@ class LabPage:
         self.page = page
         self.received_bytes: list[int] = []
         self._server = server
-        self._notebook = notebook
+        self.notebook = notebook
         self._pictures = pictures
         page.set_default_timeout(LIMIT_MS)
         page.on("websocket", lambda socket: socket.on("framereceived", self._received))
 
-    def load(self) -> None:
-        """Open the notebook and wait until its kernel is ready."""
+    def load(self, *, url: str = "") -> None:
+        """Open the notebook and wait until its kernel is ready.
+
+        Args:
+            url: another address of the server.
+        """
         # Before it has a kernel the page says that it is idle, too.
         with self.page.expect_websocket(lambda socket: "/channels" in socket.url):
-            self.page.goto(f"{self._server.url}doc/tree/{self._notebook.name}?token={self._server.token}&reset")
+            path = f"doc/tree/{self.notebook.name}?token={self._server.token}&reset"
+            self.page.goto((url or self._server.url) + path)
         self.page.wait_for_selector(CELLS)
         self.wait_idle()
         # The file browser takes room.
@@ -67,10 +73,23 @@ class LabPage:
             self.page.keyboard.press("Control+b")
             self.page.locator("#jp-left-stack").wait_for(state="hidden")
 
+    def close_page(self) -> None:
+        """Close the page, and leave the kernel running."""
+        self.page.close()
+
+    def open_again(self) -> None:
+        """Open the notebook in a new page, and wait until its kernel is ready."""
+        size = self.page.viewport_size
+        self.page = self.page.context.new_page()
+        if size is not None:
+            self.page.set_viewport_size(size)
+        self.page.set_default_timeout(LIMIT_MS)
+        self.load()
+
     def close(self) -> None:
         """Close the page and end the notebook's kernel."""
         self.page.close()
-        self._server.end_kernel(self._notebook.name)
+        self._server.end_kernel(self.notebook.name)
 
     # --- cells --------------------------------------------------------------------------------
 
@@ -213,7 +232,7 @@ class LabPage:
         """Press the save button and wait until it is saved; the file."""
         self.page.locator(".jp-NotebookPanel-toolbar [data-jp-item-name='save']").click()
         self.page.locator(".lm-DockPanel-tabBar .jp-mod-dirty").wait_for(state="detached")
-        return self._notebook
+        return self.notebook
 
     def saved(self) -> nbformat.NotebookNode:
         """Save, and read the file."""

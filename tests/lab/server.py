@@ -96,10 +96,11 @@ class LabServer:
         self.stop()
         raise RuntimeError(f"JupyterLab did not start:\n{self.log_path.read_text(errors='replace')[-2000:]}")
 
-    def ask(self, method: str, path: str) -> Any:
-        """The JSON that the server's REST API answers, None where it answers with nothing."""
+    def ask(self, method: str, path: str, body: Any = None) -> Any:
+        """The JSON that the server's REST API answers to a body as JSON, None where it answers with nothing."""
+        data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(
-            self.url + path, method=method, headers={"Authorization": f"token {self.token}"}
+            self.url + path, data, method=method, headers={"Authorization": f"token {self.token}"}
         )
         with urllib.request.urlopen(request, timeout=STOP_LIMIT_S) as answer:
             return json.loads(answer.read() or b"null")

@@ -18,7 +18,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sollol_nb.errors import HttpStatusError, SollolError
@@ -92,7 +92,7 @@ class ShownAnswer:
 
     def note_closed(self) -> None:
         """No page is connected."""
-        if not self.has_ended:
+        if not self.has_settled:  # it may have ended since the page was closed
             self.is_missed = self.is_stale = self.was_closed = True
 
     def put_into(self, document: dict[str, Any]) -> bool:
@@ -119,7 +119,7 @@ class _Change:
     before: dict[str, Any]
     after: dict[str, Any]
     known: frozenset[str]
-    at: float = field(default_factory=time.monotonic)
+    at: float
 
 
 class PageWatch:
@@ -237,7 +237,7 @@ class PageWatch:
             await server.write(path, document)
             logger.debug("put %d answers into %s, which no page shows", len(saved), path)
             first = self._change.before if self._change is not None else before
-            self._change = _Change(path, first, document, frozenset(self._heard_at))
+            self._change = _Change(path, first, document, frozenset(self._heard_at), time.monotonic())
         with self._lock:
             for answer in ended:
                 answer.displays.clear()  # what has no place in the file is named in the next cell

@@ -1,0 +1,215 @@
+"""An answer outlives its page and its kernel: whole, and as it would have been undisturbed.
+
+In half of the trials the page is closed at 30 % of the answer. Then the end must be in the saved notebook, and a page
+that is opened later must show the answer with `%sollol_answers show`. In the other half the kernel is killed (SIGKILL)
+at 30 %, and `%sollol_answers resume` in the next kernel of the notebook must give the whole answer. Models and kinds
+take turns. Most pages are clients of the websocket of a real Jupyter server, without a browser; every tenth page that
+is closed is one of JupyterLab in Chromium, if there is one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import psutil
+
+from tests.lab.bare_page import BarePage, write_notebook
+from tests.lab.lab import HeadlessLab, find_chromium, headless_lab
+from tests.lab.server import LabServer
+from tests.lasting.goals import Goal, Show, all_of
+from tests.support.engines import eventually
+from tests.support.smollm2 import smollm2_path
+
+N = 30
+SHARE = 0.3
+"""How much of the answer has arrived when it is disturbed."""
+BROWSER_EVERY = 10
+MAX_TOKENS = 160
+LOAD = "%load_ext sollol_nb"
+"""`deterministic` includes `recovery="exact"`, and lets an undisturbed answer repeat itself, too."""
+FOOTER = re.compile(r"\n\n\[[^\n]*\]\s*$")
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question, and its undisturbed answer."""
+
+    model: str
+    prompt: str
+    whole: str
+
+    @property
+    def cell(self) -> str:
+        """The cell that asks."""
+        return asking(self.model, self.prompt)
+
+
+def asking(model: str, prompt: str) -> str:
+    """The cell that asks."""
+    return f"%%sollol {model} --temperature 0 --deterministic --max-tokens {MAX_TOKENS}\n{prompt}"
+
+
+def run(n: int, seed: int, show: Show) -> list[Goal]:
+    """Disturb answers, and show how each of them ended."""
+    closed: list[bool] = []
+    killed: list[bool] = []
+    with (
+        tempfile.TemporaryDirectory(prefix="answers-", ignore_cleanup_errors=True) as folder,
+        jupyter(folder) as lab,
+    ):
+        questions = undisturbed(lab, seed)
+        for number in range(n):
+            question = questions[number // 2 % len(questions)]
+            if number % 2:
+                ended, how = kill_kernel(lab, number, question), "kernel killed"
+                killed.append(ended)
+            elif number % BROWSER_EVERY == 0 and lab.browser is not None:
+                ended, how = close_browser_page(lab.browser, question), "page closed (JupyterLab in Chromium)"
+                closed.append(ended)
+            else:
+                ended, how = close_page(lab.server, number, question), "page closed"
+                closed.append(ended)
+            model = Path(question.model).stem
+            show(
+                f"{number + 1}: {model}, {len(question.whole)} characters, {how}: {'same' if ended else 'NOT SAME'}"
+            )
+    goals = [all_of("page closed at 30 %: complete and identical", closed)]
+    if n > 1:
+        goals.append(all_of("kernel killed at 30 %: complete and identical", killed))
+    return goals
+
+
+@dataclass(frozen=True, slots=True)
+class Jupyter:
+    """A running server, and a browser in front of another one; None without a Chromium."""
+
+    server: LabServer
+    browser: HeadlessLab | None
+
+
+@contextmanager
+def jupyter(folder: str) -> Iterator[Jupyter]:
+    """Start both; end both, with their kernels."""
+    own = {"LLAMA_ARG_THREADS": "1"}
+    chromium = find_chromium()
+    server = LabServer(Path(folder) / "bare", **own)
+    server.start()
+    try:
+        if chromium is None:
+            yield Jupyter(server, None)
+        else:
+            with headless_lab(chromium, Path(folder) / "lab", Path(folder), **own) as browser:
+                yield Jupyter(server, browser)
+    finally:
+        server.stop()
+
+
+def undisturbed(lab: Jupyter, seed: int) -> list[Question]:
+    """Questions to both models, with their answers."""
+    write_notebook(lab.server, "whole.ipynb", [])
+    page = BarePage(lab.server, "whole.ipynb")
+    page.run(LOAD)
+    asked = [
+        ("demo", "Tell me everything about sharding."),
+        (str(smollm2_path()), f"Write a story about {3 + seed} lighthouses."),
+    ]
+    questions = []
+    for model, prompt in asked:
+        page.run(asking(model, prompt))
+        whole = page.run("print(_.text, end='')").stream
+        questions.append(Question(model, prompt, whole))
+    page.close()
+    lab.server.end_kernel("whole.ipynb")
+    return questions
+
+
+def disturbed(page: BarePage, question: Question, cell_id: str) -> None:
+    """Ask, and return when the share of the answer has arrived."""
+    page.run(LOAD)
+    run = page.start(question.cell, cell_id=cell_id)
+    page.read_until(run, lambda run: len(text_of(run.text)) >= SHARE * len(question.whole) or run.is_idle)
+    assert not run.is_idle, f"the answer has ended before it was disturbed: {run}"
+
+
+def close_page(server: LabServer, number: int, question: Question) -> bool:
+    """Close the page; whether the saved notebook and the journal have the whole answer."""
+    name = f"closed{number}.ipynb"
+    cell_id = write_notebook(server, name, [question.cell])[0]
+    page = BarePage(server, name)
+    disturbed(page, question, cell_id)
+    page.close()
+    eventually(lambda: is_complete(page.saved()), "the end is in the saved notebook")
+    opened = BarePage(server, name)
+    again = opened.run("%sollol_answers show")
+    opened.close()
+    saved = output_of(page.saved())
+    server.end_kernel(name)
+    return text_of(saved) == text_of(again.text) == question.whole
+
+
+def close_browser_page(browser: HeadlessLab, question: Question) -> bool:
+    """The same with JupyterLab in Chromium."""
+    page = browser.open([question.cell, LOAD])
+    page.run(1)
+    page.save()
+    page.start(0)
+    beginning = question.whole[: int(SHARE * len(question.whole))].split("\n")[0][:40]
+    page.wait_for_text(0, beginning)
+    page.close_page()
+
+    def saved() -> nbformat.NotebookNode:
+        return nbformat.read(page.notebook, as_version=4)
+
+    eventually(lambda: is_complete(saved()), "the end is in the saved notebook")
+    text = output_of(saved())
+    page.open_again()
+    shown = page.output_text(0)
+    page.ask("answer = %sollol_answers show")
+    again = page.ask("print(answer.text == open('whole.txt').read())" if False else "print(len(answer.text))")
+    page.close()
+    return text_of(text) == question.whole and bool(shown) and again == str(len(question.whole))
+
+
+def kill_kernel(lab: Jupyter, number: int, question: Question) -> bool:
+    """Kill the kernel; whether the next one of the notebook completes the answer."""
+    server, name = lab.server, f"killed{number}.ipynb"
+    cell_id = write_notebook(server, name, [question.cell])[0]
+    page = BarePage(server, name)
+    pid = int(page.run("import os; print(os.getpid())").stream)
+    disturbed(page, question, cell_id)
+    os.kill(pid, signal.SIGKILL)
+    page.close()
+    eventually(lambda: not psutil.pid_exists(pid), "the kernel is gone")
+    server.ask("POST", f"api/kernels/{page.kernel_id}/restart")
+    opened = BarePage(server, name)
+    opened.run(LOAD)
+    opened.run("answer = %sollol_answers resume")
+    text = opened.run("print(answer.text, end='')").stream
+    opened.close()
+    server.end_kernel(name)
+    return text == question.whole
+
+
+def is_complete(notebook: nbformat.NotebookNode) -> bool:
+    """Whether its first cell shows an answer with its footer."""
+    return FOOTER.search(output_of(notebook)) is not None
+
+
+def output_of(notebook: nbformat.NotebookNode) -> str:
+    """What its first cell shows, as plain text."""
+    outputs: list[Any] = notebook.cells[0].outputs
+    return "".join(output.get("data", {}).get("text/plain", "") for output in outputs)
+
+
+def text_of(shown: str) -> str:
+    """The text of an answer without its footer."""
+    return FOOTER.sub("", shown)

@@ -1,0 +1,214 @@
+"""Which answers a page has missed, and when the file is changed; with real pages in `lab/test_closed_pages.py`."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from typing import Any
+
+import pytest
+
+from sollol_nb.errors import HttpStatusError
+from sollol_nb.notebook.pages import watch
+from sollol_nb.notebook.pages.jupyter_server import Page
+from sollol_nb.notebook.pages.saved_outputs import SavedDisplay
+from sollol_nb.notebook.pages.watch import PageWatch, ShownAnswer
+from tests.notebook.pages.test_saved_outputs import CODE, notebook, shown
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The clock of the module, set by the test."""
+    clock = [100.0]
+    monkeypatch.setattr(watch.time, "monotonic", lambda: clock[0])
+    return clock
+
+
+class Server:
+    """A Jupyter server with one notebook."""
+
+    def __init__(self, document: dict[str, Any]) -> None:
+        self.connections = 1
+        self.document = document
+        self.writes = 0
+
+    async def page(self) -> Page:
+        return Page("a.ipynb", self.connections)
+
+    async def read(self, path: str) -> dict[str, Any]:
+        return copy.deepcopy(self.document)
+
+    async def write(self, path: str, document: dict[str, Any]) -> None:
+        self.document, self.writes = copy.deepcopy(document), self.writes + 1
+
+
+class Case:
+    """One answer, shown in a notebook of a server, and what looks after it."""
+
+    def __init__(self, now: list[float], *, is_saved: bool = True) -> None:
+        self.now = now
+        self.answer = ShownAnswer("demo", "page 1")
+        self.display = SavedDisplay("c1", CODE, "run 1", {"text/plain": "so far", "text/markdown": "so far"})
+        self.answer.displays.append(self.display)
+        self.original = notebook(*([shown(self.display)] if is_saved else []))
+        self.server: Any = Server(copy.deepcopy(self.original))
+        self.watch = PageWatch(lambda: None)
+        self.watch.add(self.answer)
+        self.watch.note("page 1")
+
+    def look(self, seconds: int = 1) -> None:
+        for _ in range(seconds):
+            self.now[0] += 1
+            asyncio.run(self.watch._look(self.server))
+
+    def end(self) -> None:
+        self.display.bundle = {"text/plain": "the end"}
+        self.answer.end()
+
+    @property
+    def saved(self) -> list[str]:
+        outputs = self.server.document["cells"][1]["outputs"]
+        return [output["data"]["text/plain"] for output in outputs]
+
+
+def test_while_a_page_is_connected_the_file_is_its_own(now: list[float]) -> None:
+    case = Case(now)
+    case.look(20)
+    case.end()
+    case.look(20)
+    assert (case.server.writes, case.saved) == (0, ["asking"])
+    assert case.watch.hint("page 2") == "", "its page has shown it"
+
+
+@pytest.mark.parametrize("is_saved", [True, False])
+def test_an_answer_that_ends_while_no_page_is_connected_is_put_into_the_file(
+    now: list[float], is_saved: bool
+) -> None:
+    case = Case(now, is_saved=is_saved)
+    case.server.connections = 0
+    case.look(10)
+    assert case.saved == [
+        "so far\n\ndemo was still answering when this page was closed; %sollol_last shows the answer."
+    ]
+    assert case.server.writes == 1, "once"
+    case.end()
+    case.look(5)
+    assert case.saved == ["the end"]
+    case.server.connections = 1
+    case.watch.note("page 2")
+    case.look()
+    assert (case.server.writes, case.saved) == (2, ["the end"])
+    assert case.watch.hint("page 2") == "", "the notebook has it"
+
+
+def test_an_answer_that_ends_between_two_looks_is_put_into_the_file(now: list[float]) -> None:
+    case = Case(now)
+    case.look()
+    case.server.connections = 0
+    case.end()
+    case.look(10)
+    assert case.saved == ["the end"]
+
+
+def test_a_page_that_is_loaded_again_soon_finds_its_file_unchanged_and_a_hint(now: list[float]) -> None:
+    case = Case(now)
+    case.server.connections = 0
+    case.look(4)
+    case.server.connections = 1
+    case.look()
+    case.end()
+    case.watch.note("page 2")  # was queued while the kernel was busy
+    case.look(10)
+    assert case.server.writes == 0
+    assert case.watch.hint("page 2") == (
+        "The page was opened again while demo answered; %sollol_last shows the answer."
+    )
+    assert case.watch.hint("page 2") == "", "once"
+    case.server.connections = 0
+    case.look(10)
+    assert case.saved == ["the end"], "when that page is closed, too"
+
+
+def test_without_a_server_a_page_that_was_loaded_again_gets_a_hint(now: list[float]) -> None:
+    case = Case(now)
+    case.watch.note("page 2")
+    assert case.watch.hint("page 2").startswith("The page was opened again while demo is answering;")
+
+
+def test_several_missed_answers_are_one_line(now: list[float]) -> None:
+    case = Case(now)
+    case.watch.add(ShownAnswer("demo", "page 1"))
+    case.watch.note("page 2")
+    assert case.watch.hint("page 2") == (
+        "The page was opened again while 2 answers were written; %sollol_answers lists them."
+    )
+
+
+def test_a_client_that_is_heard_long_after_the_end_has_missed_nothing(now: list[float]) -> None:
+    case = Case(now)
+    case.end()
+    now[0] += 60
+    case.watch.note("page 2")
+    assert case.watch.hint("page 2") == ""
+
+
+@pytest.mark.parametrize("is_heard", [True, False])
+def test_for_a_page_that_comes_back_as_it_was_the_file_is_restored(now: list[float], is_heard: bool) -> None:
+    case = Case(now)
+    case.server.connections = 0
+    case.look(8)
+    case.end()
+    case.look(8)
+    assert (case.server.writes, case.saved) == (2, ["the end"])
+    case.server.connections = 1
+    now[0] += 1
+    if is_heard:
+        case.watch.note("page 1")
+    case.look(1 if is_heard else 6)
+    assert case.server.document == case.original
+    assert case.watch.hint("page 1") == ""
+
+
+def test_a_file_that_was_changed_since_is_not_restored(now: list[float]) -> None:
+    case = Case(now)
+    case.server.connections = 0
+    case.end()
+    case.look(8)
+    case.server.document["cells"][0]["source"] = "by somebody else"
+    case.server.connections = 1
+    case.look(6)
+    assert case.server.writes == 1
+
+
+def test_a_page_that_connects_at_the_last_moment_keeps_its_file(now: list[float]) -> None:
+    case = Case(now)
+
+    async def read(path: str) -> dict[str, Any]:
+        case.server.connections = 1
+        return copy.deepcopy(case.original)
+
+    case.server.read = read
+    case.server.connections = 0
+    case.end()
+    case.look(8)
+    assert case.server.writes == 0
+
+
+def test_a_server_that_refuses_is_asked_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    class Refusing:
+        async def page(self) -> Page:
+            asked.append(1)
+            raise HttpStatusError(
+                "http://127.0.0.1:8888/api/sessions: 403 Forbidden", status=403, reason="Forbidden"
+            )
+
+        async def close(self) -> None:
+            asked.append(0)
+
+    monkeypatch.setattr(watch, "POLL_S", 0.0)
+    watching = PageWatch(lambda: Refusing())  # type: ignore[arg-type, return-value]
+    watching._answers = [ShownAnswer("demo", "page 1")]
+    asyncio.run(watching._watch())
+    assert asked == [1, 0]
