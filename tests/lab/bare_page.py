@@ -1,7 +1,7 @@
 """A page without a browser: a client of a Jupyter server's websocket, which keeps what its cells show.
 
-It does what JupyterLab does when a notebook is opened: a session of the server for the notebook's path, whose kernel
-it gets, and a websocket with a session id of its own.
+It does what JupyterLab does when a notebook is opened: a session of the server for the notebook's path, whose
+kernel it gets, and a websocket with a session id of its own.
 """
 
 from __future__ import annotations

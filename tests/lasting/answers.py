@@ -1,14 +1,15 @@
 """An answer outlives its page and its kernel: whole, and as it would have been undisturbed.
 
-In half of the trials the page is closed at 30 % of the answer. Then the end must be in the saved notebook, and a page
-that is opened later must show the answer with `%sollol_answers show`. In the other half the kernel is killed (SIGKILL)
-at 30 %, and `%sollol_answers resume` in the next kernel of the notebook must give the whole answer. Models and kinds
-take turns. Most pages are clients of the websocket of a real Jupyter server, without a browser; every tenth page that
-is closed is one of JupyterLab in Chromium, if there is one.
+In half of the trials the page is closed at 30 % of the answer. Then the end must be in the saved notebook, and a
+page that is opened later must show the answer with `%sollol_answers show`. In the other half the kernel is killed
+(SIGKILL) at 30 %, and `%sollol_answers resume` in the next kernel of the notebook must give the whole answer.
+Models and kinds take turns. Most pages are clients of the websocket of a real Jupyter server, without a browser;
+every tenth page is one of JupyterLab in Chromium, if there is one.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -35,7 +36,7 @@ SHARE = 0.3
 BROWSER_EVERY = 10
 MAX_TOKENS = 160
 LOAD = "%load_ext sollol_nb"
-"""`deterministic` includes `recovery="exact"`, and lets an undisturbed answer repeat itself, too."""
+FOOTER_LINE = "tokens/s"
 FOOTER = re.compile(r"\n\n\[[^\n]*\]\s*$")
 
 
@@ -54,7 +55,7 @@ class Question:
 
 
 def asking(model: str, prompt: str) -> str:
-    """The cell that asks."""
+    """The cell that asks; `--deterministic` includes exact recovery, and undisturbed answers are the same, too."""
     return f"%%sollol {model} --temperature 0 --deterministic --max-tokens {MAX_TOKENS}\n{prompt}"
 
 
@@ -78,10 +79,8 @@ def run(n: int, seed: int, show: Show) -> list[Goal]:
             else:
                 ended, how = close_page(lab.server, number, question), "page closed"
                 closed.append(ended)
-            model = Path(question.model).stem
-            show(
-                f"{number + 1}: {model}, {len(question.whole)} characters, {how}: {'same' if ended else 'NOT SAME'}"
-            )
+            model, is_same = Path(question.model).stem, "identical" if ended else "NOT IDENTICAL"
+            show(f"{number + 1}: {model}, {len(question.whole)} characters, {how}: {is_same}")
     goals = [all_of("page closed at 30 %: complete and identical", closed)]
     if n > 1:
         goals.append(all_of("kernel killed at 30 %: complete and identical", killed))
@@ -170,13 +169,12 @@ def close_browser_page(browser: HeadlessLab, question: Question) -> bool:
         return nbformat.read(page.notebook, as_version=4)
 
     eventually(lambda: is_complete(saved()), "the end is in the saved notebook")
-    text = output_of(saved())
     page.open_again()
-    shown = page.output_text(0)
+    is_shown = FOOTER_LINE in page.output_text(0)
     page.ask("answer = %sollol_answers show")
-    again = page.ask("print(answer.text == open('whole.txt').read())" if False else "print(len(answer.text))")
+    again = json.loads(page.ask("import json; print(json.dumps(answer.text))"))
     page.close()
-    return text_of(text) == question.whole and bool(shown) and again == str(len(question.whole))
+    return is_shown and text_of(output_of(saved())) == again == question.whole
 
 
 def kill_kernel(lab: Jupyter, number: int, question: Question) -> bool:
