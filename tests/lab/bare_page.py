@@ -20,7 +20,7 @@ from websocket import WebSocket, WebSocketTimeoutException, create_connection
 from tests.lab.server import LabServer
 
 LIMIT_S = 180.0
-_PIECE_S = 0.2
+_PIECE_S = 1.0
 
 
 @dataclass
@@ -57,8 +57,9 @@ class BarePage:
         self._socket: WebSocket = create_connection(
             f"{url}api/kernels/{self.kernel_id}/channels?session_id={self._session}",
             header=[f"Authorization: token {server.token}"],
-            timeout=_PIECE_S,
+            timeout=LIMIT_S,
         )
+        self._socket.settimeout(_PIECE_S)
         self._send("kernel_info_request", {})
 
     def start(self, code: str, *, cell_id: str = "") -> Run:

@@ -46,7 +46,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     """Take a picture of what a failed test saw."""
     report = yield
     page = getattr(item, "funcargs", {}).get("page")
-    if report.when == "call" and report.failed and isinstance(page, LabPage):
+    if report.when == "call" and report.failed and isinstance(page, LabPage) and not page.page.is_closed():
         page.screenshot("failed-" + re.sub(r"\W+", "-", item.name))
     return report
 

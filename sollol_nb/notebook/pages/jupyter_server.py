@@ -93,12 +93,14 @@ def find_server(connection_file: str | None) -> JupyterServer | None:
         told = json.loads(read_private(Path(jupyter_runtime_dir()) / f"jpserver-{parent}.json") or "null")
         if not isinstance(told, dict) or not told.get("token") or told.get("sock"):
             return None
-        host = "127.0.0.1" if told["hostname"] in _EVERYWHERE else str(told["hostname"])
-        host = f"[{host}]" if ":" in host else host
+        host = told["hostname"]
+        if not isinstance(host, str):
+            return None
+        host = "127.0.0.1" if host in _EVERYWHERE else f"[{host}]" if ":" in host else host
         scheme = "https" if told.get("secure") else "http"
         url = f"{scheme}://{host}:{int(told['port'])}{str(told.get('base_url') or '/').rstrip('/')}"
         return JupyterServer(url, str(told["token"]), name.removeprefix("kernel-"))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

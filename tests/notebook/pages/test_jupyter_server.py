@@ -1,0 +1,117 @@
+"""The Jupyter server of a kernel: found by what it has written, and asked over its REST API."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sollol_nb.errors import TransportError
+from sollol_nb.notebook.pages.jupyter_server import JupyterServer, find_server
+from tests.lab.bare_page import BarePage, write_notebook
+from tests.lab.server import LabServer
+from tests.support.engines import eventually
+
+CONNECTION_FILE = "/run/kernel-0a1b.json"
+TOLD = {"hostname": "127.0.0.1", "port": 8888, "secure": False, "base_url": "/", "token": "secret", "sock": ""}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LabServer]:
+    running = LabServer(tmp_path_factory.mktemp("jupyter"))
+    running.start()
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the server that has started this kernel wrote about itself."""
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv("JPY_PARENT_PID", "4711")
+    path = tmp_path / "jpserver-4711.json"
+    path.touch(0o600)
+    path.write_text(json.dumps(TOLD))
+    return path
+
+
+def address(**changes: Any) -> str | None:
+    path = Path(changes.pop("path"))
+    path.write_text(json.dumps(TOLD | changes))
+    found = find_server(CONNECTION_FILE)
+    return None if found is None else found._client.base_url
+
+
+def test_a_kernel_finds_the_server_that_has_started_it(told: Path) -> None:
+    assert address(path=told) == "http://127.0.0.1:8888"
+    assert address(path=told, hostname="0.0.0.0", base_url="/hub/ada/") == "http://127.0.0.1:8888/hub/ada"
+    assert address(path=told, hostname="::1", secure=True) == "https://[::1]:8888"
+
+
+@pytest.mark.parametrize("changes", [{"token": ""}, {"sock": "/run/jupyter.sock"}, {"port": "x"}, {"hostname": 1}])
+def test_a_server_that_cannot_be_asked_is_none(told: Path, changes: dict[str, Any]) -> None:
+    assert address(path=told, **changes) is None
+
+
+def test_a_server_is_believed_only_if_it_has_started_the_kernel_and_its_file_is_private(
+    told: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = find_server(CONNECTION_FILE)
+    assert found is not None
+    assert "secret" not in repr(found)
+    assert find_server("/run/other.json") is None
+    assert find_server(None) is None
+    told.chmod(0o666)
+    assert find_server(CONNECTION_FILE) is None, "others could have written it"
+    told.chmod(0o600)
+    told.write_text("[" * 100_000)
+    assert find_server(CONNECTION_FILE) is None
+    monkeypatch.setenv("JPY_PARENT_PID", "4712")
+    assert find_server(CONNECTION_FILE) is None
+    monkeypatch.delenv("JPY_PARENT_PID")
+    assert find_server(CONNECTION_FILE) is None
+
+
+def test_pages_are_counted_and_the_saved_notebook_is_read_and_written(server: LabServer) -> None:
+    name = "a notebook?ä.ipynb"
+    write_notebook(server, name, ["1 + 1"])
+    page = BarePage(server, name)
+    url, token = server.url.rstrip("/"), server.token
+
+    async def count() -> int:
+        api = JupyterServer(url, token, page.kernel_id)
+        found = await api.page()
+        await api.close()
+        assert found is not None
+        assert found.path == name
+        return found.connections
+
+    async def edit() -> None:
+        api = JupyterServer(url, token, page.kernel_id)
+        document = await api.read(name)
+        document["cells"][0]["outputs"] = [
+            {"output_type": "display_data", "data": {"text/plain": "the end"}, "metadata": {}}
+        ]
+        await api.write(name, document)
+        with pytest.raises(TransportError):
+            await api.read("none.ipynb")
+        await api.close()
+
+    assert asyncio.run(count()) == 1
+    page.close()
+    eventually(lambda: asyncio.run(count()) == 0, "the page is closed")
+    asyncio.run(edit())
+    assert page.saved().cells[0].outputs[0].data["text/plain"] == "the end"
+
+    async def page_of_another_kernel() -> object:
+        api = JupyterServer(url, token, "other")
+        found = await api.page()
+        await api.close()
+        return found
+
+    assert asyncio.run(page_of_another_kernel()) is None
+    server.end_kernel(name)
