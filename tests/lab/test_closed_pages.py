@@ -18,11 +18,11 @@ from tests.support.engines import eventually
 
 pytestmark = [pytest.mark.engine, pytest.mark.lab]
 
-OPTIONS = "--temperature 0 --max-tokens 200"
+OPTIONS = "--temperature 0 --max-tokens 100"
 PROMPT = "Write a long story about a lighthouse."
 WHOLE = "stopped at max_tokens"
 """In the footer of the whole answer."""
-HINT = "The page was opened again while SmolLM2-135M-Instruct.Q4_1.gguf answered; "
+HINT = "The page was opened again while SmolLM2-135M-Instruct.Q4_1 answered; "
 OTHER = 2
 """The cell below the one that asks."""
 

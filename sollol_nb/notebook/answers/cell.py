@@ -25,6 +25,7 @@ from sollol_nb.notebook.answers.views import (
     View,
 )
 from sollol_nb.notebook.pages import clients
+from sollol_nb.notebook.pages.watch import ShownAnswer
 from sollol_nb.runtime.events import Event, EventBus, EventKind
 from sollol_nb.runtime.io_loop import iterate_blocking
 from sollol_nb.text.short_names import short_name
@@ -85,17 +86,21 @@ def stream_into_cell(
 
 
 @contextmanager
-def cell_view(request: CellRequest) -> Iterator[View]:
-    """How the answer of a request is shown in the running cell."""
-    page = clients.current()
+def cell_view(request: CellRequest, shown: ShownAnswer | None = None) -> Iterator[View]:
+    """How the answer of a request is shown in the running cell.
+
+    Args:
+        shown: what looks after it when its page is closed; by default made here.
+    """
+    if shown is None and not request.quiet:
+        shown = clients.shown_answer(request.model)
     if request.quiet:
         yield NoView()
-    elif page is None:
+    elif shown is None:
         yield PlainView() if request.raw else TerminalView()
     else:
-        shown = page.shown_answer(request.model)
         try:
-            yield PlainView() if request.raw else NotebookView(partial(page.make_display, shown))
+            yield PlainView() if request.raw else NotebookView(partial(clients.make_display, shown))
         finally:
             shown.end()
 

@@ -121,14 +121,15 @@ class AskMagics(Magics):
         request = cell_request(call, session.settings().request_defaults(model))
         router = session.router()
         chunks = _stream(router, request)
+        shown = clients.shown_answer(request.model) if not request.quiet else None
+        if shown is not None:
+            chunks = shown.follow(chunks)
         if request.background:
-            page = clients.current() if not request.quiet else None
-            shown = page.shown_answer(request.model) if page is not None else None
             handle = BackgroundAnswer(
                 request,
                 chunks,
                 router.events,
-                partial(page.make_display, shown) if page is not None and shown is not None else None,
+                partial(clients.make_display, shown) if shown is not None else None,
                 keep=partial(session.remember, request.prompt),
                 on_shown=shown.end if shown is not None else None,
             )
@@ -140,7 +141,7 @@ class AskMagics(Magics):
             self._keep_as(request.out, completion)
             self.shell.displayhook.update_user_ns(completion)  # type: ignore[union-attr]  # as `_`, Out[n]
 
-        with cell_view(request) as view:
+        with cell_view(request, shown) as view:
             value = stream_into_cell(request, chunks, router.events, view, keep=keep)
         self._keep_as(request.out, value)
         completion = value if isinstance(value, Completion) else value.attrs["completion"]

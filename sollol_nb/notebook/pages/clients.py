@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
-from sollol_nb.notebook.displays import is_captured, is_kernel, make_display
+from sollol_nb.notebook import displays
 from sollol_nb.notebook.pages.saved_outputs import SavedDisplay
 from sollol_nb.notebook.pages.watch import PageWatch, ShownAnswer
 
@@ -68,8 +68,8 @@ class Clients:
 
     def make_display(self, answer: ShownAnswer, bundle: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
         """Show a mime bundle of an answer; returns the function that replaces it."""
-        if is_captured():  # its outputs are the state of a widget
-            return make_display(bundle)
+        if displays.is_captured():  # its outputs are the state of a widget
+            return displays.make_display(bundle)
         parent = self._shell.parent_header
         shown = SavedDisplay(
             cell_id=str((parent.get("metadata") or {}).get("cellId") or ""),
@@ -78,7 +78,7 @@ class Clients:
             bundle=bundle,
         )
         answer.displays.append(shown)
-        update = make_display(bundle, shown.metadata)
+        update = displays.make_display(bundle, shown.metadata)
 
         def replace(new: dict[str, Any]) -> None:
             shown.bundle = new
@@ -119,7 +119,7 @@ _clients: list[Clients] = []
 
 def follow(shell: InteractiveShell) -> None:
     """Listen to the clients of a kernel; in a terminal nothing is done. Twice is fine."""
-    if is_kernel(shell) and not _clients:
+    if displays.is_kernel(shell) and not _clients:
         _clients.append(Clients(shell))
 
 
@@ -129,6 +129,11 @@ def forget() -> None:
         _clients.pop().end()
 
 
-def current() -> Clients | None:
-    """The clients of this kernel; None in a terminal."""
-    return _clients[0] if _clients else None
+def shown_answer(model: str) -> ShownAnswer | None:
+    """An answer that the running cell asks for, looked after from now on; None in a terminal."""
+    return _clients[0].shown_answer(model) if _clients else None
+
+
+def make_display(answer: ShownAnswer, bundle: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
+    """Show a mime bundle of an answer; returns the function that replaces it."""
+    return _clients[0].make_display(answer, bundle) if _clients else displays.make_display(bundle)

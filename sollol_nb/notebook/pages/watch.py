@@ -17,10 +17,12 @@ import copy
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sollol_nb.chat.chunk import ROUTING, Chunk
 from sollol_nb.errors import HttpStatusError, SollolError
 from sollol_nb.notebook.pages.saved_outputs import SavedDisplay, put
 from sollol_nb.runtime.io_loop import io_loop
@@ -51,7 +53,7 @@ class ShownAnswer:
         session: of the client that asked.
 
     Attributes:
-        command: the magic that shows the answer again.
+        answer_id: of the answer in the journal; "" where it is not journaled, or not yet.
         displays: what shows it in the notebook.
         is_missed: the page was closed, or another one opened, while it streamed, and no cell has said so yet.
         is_stale: what pages show of it may lack its end.
@@ -61,12 +63,24 @@ class ShownAnswer:
     def __init__(self, model: str, session: str) -> None:
         self.model = short_name(model)
         self.session = session
-        self.command = "%sollol_last"
+        self.answer_id = ""
         self.displays: list[SavedDisplay] = []
         self.is_missed = False
         self.is_stale = False
         self.was_closed = False
         self._ended_at: float | None = None
+
+    @property
+    def command(self) -> str:
+        """The magic that shows the answer again."""
+        return f"{ALL_COMMAND} show {self.answer_id}" if self.answer_id else "%sollol_last"
+
+    async def follow(self, chunks: AsyncGenerator[Chunk, None]) -> AsyncGenerator[Chunk, None]:
+        """Its chunks, from which its id is taken."""
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                self.answer_id = str((chunk.get(ROUTING) or {}).get("answer_id") or self.answer_id)
+                yield chunk
 
     @property
     def has_ended(self) -> bool:

@@ -9,30 +9,13 @@ import nbformat
 import pytest
 
 from sollol_nb.notebook.pages.saved_outputs import SavedDisplay, put
+from tests.support.saved_notebooks import CODE, notebook, shown
 
-CODE = "%sollol demo hello"
 END = {"text/plain": "the end", "text/markdown": "the *end*"}
 
 
 def display(**changes: Any) -> SavedDisplay:
     return SavedDisplay(**{"cell_id": "c1", "code": CODE, "request": "run 1", "bundle": END} | changes)
-
-
-def notebook(*outputs: Any, source: str = CODE) -> dict[str, Any]:
-    """A notebook with one cell of the answer between two others."""
-    above, cell, below = (
-        nbformat.v4.new_code_cell(text, id=f"c{at}") for at, text in enumerate(["1", source, "2"])
-    )
-    cell.outputs = list(outputs)
-    above.outputs = [nbformat.v4.new_output("stream", name="stdout", text="1")]
-    document: dict[str, Any] = nbformat.v4.new_notebook(
-        cells=[above, cell, below, nbformat.v4.new_markdown_cell("x")]
-    )
-    return document
-
-
-def shown(of: SavedDisplay, text: str = "asking") -> Any:
-    return nbformat.v4.new_output("display_data", data={"text/plain": text}, metadata=of.metadata)
 
 
 def test_the_output_of_a_display_is_replaced_wherever_its_cell_is_now() -> None:

@@ -13,7 +13,7 @@ from sollol_nb.notebook.pages import watch
 from sollol_nb.notebook.pages.jupyter_server import Page
 from sollol_nb.notebook.pages.saved_outputs import SavedDisplay
 from sollol_nb.notebook.pages.watch import PageWatch, ShownAnswer
-from tests.notebook.pages.test_saved_outputs import CODE, notebook, shown
+from tests.support.saved_notebooks import CODE, notebook, shown
 
 
 @pytest.fixture
