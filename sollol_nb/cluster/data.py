@@ -203,7 +203,7 @@ def _coordinator(
         path=coordinator.model_path or None,
         description=(
             f"{coordinator.strategy} · {coordinator.context_tokens} tokens of context · "
-            f"loaded in {coordinator.load_ms / 1000:.2f} s"
+            f"loaded in {coordinator.load_ms / 1000:.2f} s{f' ({coordinator.sent})' if coordinator.sent else ''}"
         ),
         note=coordinator.note or None,
         token_time=coordinator.token_time_description or None,

@@ -120,7 +120,8 @@ class CoordinatorStatus:
     `reasons` say why its layers are planned like this, the most important one first; `drafts` says how it drafts
     tokens, "" if it does not. `advice` says what a better layout would bring, "" where none is known;
     `advised_layout` has its units of each worker, in the order of its layers. `standby` is the state of one that
-    is a standby of the same model (`starting` or `ready`), which answers nobody; "" for others.
+    is a standby of the same model (`starting` or `ready`), which answers nobody; "" for others. `bytes_sent` is
+    what its workers got when it was loaded, None where not known; `sent` says so where the rest was cached there.
     """
 
     model: str
@@ -141,6 +142,8 @@ class CoordinatorStatus:
     token_ms: float | None = None
     drift: float | None = None
     model_path: str = ""
+    bytes_sent: int | None = None
+    sent: str = ""
     reasons: tuple[str, ...] = ()
     drafts: str = ""
     advice: str = ""
@@ -200,6 +203,8 @@ class CoordinatorStatus:
             standby=standby,
             uptime_s=coordinator.uptime_s,
             load_ms=coordinator.load_ms,
+            bytes_sent=coordinator.bytes_sent,
+            sent=coordinator.sent_description,
             segments=tuple(_segments(coordinator, token)),
             differences=tuple(coordinator.placement_differences),
             reasons=reasons,

@@ -292,6 +292,8 @@ def stand_in(**changes: Any) -> Coordinator:
         "gate": SimpleNamespace(running=1, waiting=0, slots=2),
         "uptime_s": 5.0,
         "load_ms": 10.0,
+        "bytes_sent": None,
+        "sent_description": "",
         "standby_of": "",
         "placement_differences": ["b:2: planned 2 units from unit 3, the engine placed none"],
     }
@@ -379,6 +381,15 @@ def test_an_unknown_token_time_is_not_invented() -> None:
     assert status.token_time_description == ""
     assert [(segment.token_ms, segment.time_share) for segment in status.segments] == [(None, None)] * 2
     assert "ms of each token" not in str(ClusterStatus((), (status,)))
+
+
+def test_of_a_load_whose_weights_were_cached_it_is_said_how_much_was_sent() -> None:
+    sent = "sent 1.0 MiB of 4.0 GiB, the rest was cached on the workers"
+    status = ClusterStatus((), (CoordinatorStatus.of(stand_in(bytes_sent=MIB, sent_description=sent)),))
+
+    assert status.coordinators[0].bytes_sent == MIB
+    assert f" s ({sent})" in as_html(status).text
+    assert "cached" not in as_html(ClusterStatus((), (CoordinatorStatus.of(stand_in()),))).text
 
 
 def test_devices_of_the_coordinators_own_machine_are_shown() -> None:

@@ -244,6 +244,8 @@ def coordinator_of(name: str, plan: LayerPlan, port: int) -> Coordinator:
         "gate": Gate(4),
         "uptime_s": 5.0,
         "load_ms": 1234.0,
+        "bytes_sent": None,
+        "sent_description": "",
         "standby_of": "",
         "placement_differences": [],
         "is_running": lambda: True,

@@ -16,6 +16,10 @@ from sollol_nb.llama_cpp.processes.registry import Entry
 from sollol_nb.llama_cpp.processes.traffic import delivered_bytes
 from sollol_nb.llama_cpp.weights import cache
 from sollol_nb.settings.endpoints import addresses_of, parse_endpoint
+from sollol_nb.text.tables import format_bytes
+
+MOSTLY_SENT = 0.95
+"""If more of the weights was sent, it is not worth a word."""
 
 
 class CachedWeights:
@@ -59,6 +63,20 @@ def _needs(settings: CoordinatorSettings, workers: Iterable[Entry]) -> dict[str,
         for shard in settings.plan.workers
         if shard.endpoint in caching
     }
+
+
+def weight_bytes(settings: CoordinatorSettings) -> int:
+    """Of the weights that the workers of a coordinator get."""
+    unit_bytes = (*settings.facts.layer_bytes, settings.facts.output_bytes)
+    shards = settings.plan.workers if settings.plan else ()
+    return sum(sum(unit_bytes[shard.first_layer : shard.first_layer + shard.unit_count]) for shard in shards)
+
+
+def describe_sent(sent: int | None, total_bytes: int) -> str:
+    """How much of the weights was sent to the workers, for people; "" where that is not known, or all was."""
+    if sent is None or sent > MOSTLY_SENT * total_bytes:
+        return ""
+    return f"sent {format_bytes(sent)} of {format_bytes(total_bytes)}, the rest was cached on the workers"
 
 
 async def count_sent(settings: CoordinatorSettings, pid: int) -> int | None:

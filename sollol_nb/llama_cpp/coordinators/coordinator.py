@@ -30,6 +30,7 @@ from sollol_nb.layers.plan import LayerPlan
 from sollol_nb.llama_cpp.answers.base import Answer
 from sollol_nb.llama_cpp.contexts.keeper import Identity
 from sollol_nb.llama_cpp.contexts.store import ContextStore
+from sollol_nb.llama_cpp.coordinators.cached_weights import describe_sent, weight_bytes
 from sollol_nb.llama_cpp.coordinators.pace import Pace
 from sollol_nb.llama_cpp.coordinators.placement import Placement, read_placement
 from sollol_nb.llama_cpp.coordinators.readiness import LISTENING, PortTakenError, StartingCoordinator
@@ -171,6 +172,11 @@ class Coordinator:
     def placement_differences(self) -> list[str]:
         """Where the engine placed other layers than planned, one line each; empty if there are none."""
         return self.placement.differences(self.plan) if self.placement and self.plan else []
+
+    @property
+    def sent_description(self) -> str:
+        """How much of its weights was sent to its workers; "" where all was, or that is unknown."""
+        return describe_sent(self.bytes_sent, weight_bytes(self.settings))
 
     @property
     def is_idle(self) -> bool:

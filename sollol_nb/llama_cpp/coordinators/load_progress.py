@@ -4,7 +4,8 @@ The engine's log says which units each worker gets, and when the weights are loa
 is known from the operating system, where it counts the bytes that a TCP connection has delivered (see
 `traffic.delivered_bytes`): while it loads, a coordinator sends its workers their weights and next to nothing
 else. The workers are not probed, because each answers only its coordinator. A worker with its own cache of tensors
-receives only those that it lacks; such a load is shown as less until all weights are loaded.
+receives only those that it lacks; such a load is shown as less until all weights are loaded, and then it is said
+how much was sent.
 
 Source of the order in which a worker gets its units: llama.cpp loads a device's tensors in the order in which
 `load_tensors` (llama-model.cpp) creates them, the output layer before the blocks.
@@ -20,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sollol_nb.llama_cpp.coordinators.cached_weights import describe_sent
 from sollol_nb.llama_cpp.coordinators.placement import Placement, read_placement
 from sollol_nb.llama_cpp.coordinators.readiness import LISTENING
 from sollol_nb.llama_cpp.coordinators.settings import CoordinatorSettings
@@ -62,6 +64,7 @@ class LoadProgress:
         share: of the weights, 0 to 1; None where that is not known.
         loaded_bytes: the same in bytes.
         total_bytes: the weights that workers get; without workers, the model's file.
+        bytes_sent: to the workers so far, with what is not weights; None where that is not known.
         per_worker: in the order of the layers; empty without workers.
         message: one line for a person.
     """
@@ -69,6 +72,7 @@ class LoadProgress:
     share: float | None
     loaded_bytes: int | None
     total_bytes: int
+    bytes_sent: int | None
     per_worker: tuple[WorkerProgress, ...]
     message: str
 
@@ -95,12 +99,18 @@ def load_progress(
     total_bytes = sum(worker.total_bytes for worker in workers) if workers else settings.facts.file_bytes
     share: float | None = None
     loaded_bytes: int | None = None
+    sent = (
+        sum(delivered.get(worker.endpoint, 0) for worker in workers) if workers and delivered is not None else None
+    )
     if is_loaded:
         share, loaded_bytes = 1.0, total_bytes
     elif workers and delivered is not None:
         loaded_bytes = sum(worker.loaded_bytes or 0 for worker in workers)
         share = loaded_bytes / total_bytes if total_bytes else 0.0
-    message = f"loading {settings.model}: {_describe_weights(share, loaded_bytes, total_bytes)}"
+    weights = _describe_weights(share, loaded_bytes, total_bytes)
+    if is_loaded and (how := describe_sent(sent, total_bytes)):
+        weights = f"100 % ({how})"
+    message = f"loading {settings.model}: {weights}"
     if is_loaded:
         message += "; allocating the context (KV cache)"
     elif workers:
@@ -108,7 +118,12 @@ def load_progress(
     else:
         message += " on this machine"
     return LoadProgress(
-        share=share, loaded_bytes=loaded_bytes, total_bytes=total_bytes, per_worker=workers, message=message
+        share=share,
+        loaded_bytes=loaded_bytes,
+        total_bytes=total_bytes,
+        bytes_sent=sent,
+        per_worker=workers,
+        message=message,
     )
 
 

@@ -258,8 +258,11 @@ class CoordinatorStarter:
             self.planner.note_loaded(coordinator)
             kind, seconds = EventKind.COORDINATOR_READY, f"{coordinator.load_ms / 1000:.1f} s"
             message = f"{route.name} is ready at {coordinator.base_url} after {seconds}"
+            message = "; ".join(filter(None, (message, coordinator.sent_description)))
             self._cached.settle(coordinator.settings, self._workers.entries_of(coordinator.rpc_backends))
-        self._events.publish(kind, route.name, message, load_ms=coordinator.load_ms)
+        self._events.publish(
+            kind, route.name, message, load_ms=coordinator.load_ms, bytes_sent=coordinator.bytes_sent
+        )
         for difference in coordinator.placement_differences:
             self._events.publish(EventKind.COORDINATOR_PLACED_OTHERWISE, route.name, difference)
 

@@ -109,7 +109,8 @@ def sharded(facts: ModelFacts) -> CoordinatorSettings:
             LAYERS + CONSTRUCTING,
             {ONE: 1 * MIB},
             1.0,
-            "100 % (44.0 MiB of 44.0 MiB); allocating the context (KV cache)",
+            "100 % (sent 1.0 MiB of 44.0 MiB, the rest was cached on the workers); "
+            "allocating the context (KV cache)",
             id="the workers had the rest in their caches",
         ),
         pytest.param(
@@ -154,6 +155,7 @@ def test_an_event_gets_plain_values(sharded: CoordinatorSettings) -> None:
         "share": 0.25,
         "loaded_bytes": 11 * MIB,
         "total_bytes": 44 * MIB,
+        "bytes_sent": 11 * MIB,
         "per_worker": [
             {
                 "endpoint": ONE,

@@ -7,6 +7,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,14 +72,25 @@ def _is_stand_in(process: psutil.Process) -> bool:
 
 @contextlib.contextmanager
 def agent(
-    folder: Path, shell: tuple[str, ...], *devices: str, silence_s: int = 60, body: str = ""
+    folder: Path, shell: tuple[str, ...], *devices: str, silence_s: int = 60, body: str = "", cache_kib: int = 0
 ) -> Iterator[Agent]:
     program = folder / "worker"
     log = f'echo "$@ $GGML_NO_BACKTRACE$LLAMA_ARG_HOST" >>"{folder}/log"'
     program.write_text(f"#!/bin/sh\n{log}\n{body}\nwhile :; do sleep 0.1; done\n")
     program.chmod(0o755)
     process = subprocess.Popen(
-        [*shell, "-c", ssh.AGENT.read_text(), "sh", str(program), str(silence_s), "7", "3", "0", *devices],
+        [
+            *shell,
+            "-c",
+            ssh.AGENT.read_text(),
+            "sh",
+            str(program),
+            str(silence_s),
+            "7",
+            "3",
+            str(cache_kib),
+            *devices,
+        ],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -143,6 +155,142 @@ def test_all_ends_when_no_heartbeat_comes_and_a_worker_that_ends_at_once_gets_an
         assert (kind, index) == ("worker", "0")
         assert other != port
         running.ended()
+
+
+# --- caches of weights ----------------------------------------------------------------------------
+
+MIB = 2**20
+SIZE = 11 * MIB
+LIMIT_KIB = 100 * 1024
+FUNCTIONS = ssh.AGENT.read_text().partition("\nfor name in $(env")[0]
+
+
+def in_agent(shell: tuple[str, ...], caches: Path, commands: str, limit_kib: int = LIMIT_KIB) -> str:
+    """Run functions of the script; returns what they print."""
+    done = subprocess.run(
+        [*shell, "-c", f"{FUNCTIONS}\nserver=$$\n{commands}", "sh", "worker", "9", "7", "3", str(limit_kib)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "XDG_CACHE_HOME": str(caches)},
+        timeout=HANG_GUARD_S,
+        check=True,
+    )
+    return done.stdout.strip()
+
+
+def cached(folder: Path, number: int, size: int = SIZE, *, age_s: float = 300.0, sealed: bool = False) -> Path:
+    """A file in a cache, as the worker program writes it."""
+    path = folder / "rpc" / f"{number:016x}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(bytes(size))
+    os.utime(path, (time.time() - age_s,) * 2)
+    if sealed:
+        path.chmod(0o400)
+    return path
+
+
+def is_sealed(path: Path) -> bool:
+    return not path.stat().st_mode & 0o200
+
+
+@pytest.mark.parametrize("shell", SHELLS, ids=" ".join)
+def test_a_cache_belongs_to_one_agent_until_that_has_ended(tmp_path: Path, shell: tuple[str, ...]) -> None:
+    claim = "device_0=CPU device_1=CPU; claim_cache 0; claim_cache 1; echo $cache_0 $cache_1"
+    first, second = in_agent(shell, tmp_path, claim).split()
+    assert first.endswith("-CPU-0")
+    assert second.endswith("-CPU-1")
+    assert oct((tmp_path / "sollol_nb" / "tensors").stat().st_mode)[-3:] == "700"
+    assert in_agent(shell, tmp_path, claim).split() == [first, second], "those that held them have ended"
+    assert in_agent(shell, tmp_path, "device_0=CPU; claim_cache 0; echo $cache_0", limit_kib=0) == ""
+
+
+@pytest.mark.parametrize("shell", SHELLS, ids=" ".join)
+def test_before_a_worker_starts_what_is_not_sealed_goes_and_what_is_too_much(
+    tmp_path: Path, shell: tuple[str, ...]
+) -> None:
+    folder = tmp_path / "sollol_nb" / "tensors" / "w"
+    cut = cached(folder, 1)
+    old, new = cached(folder, 2, sealed=True, age_s=900), cached(folder, 3, sealed=True)
+    opening = f'open_cache "{folder}" && echo opened'
+    assert in_agent(shell, tmp_path, opening) == "opened"
+    assert [old.exists(), new.exists(), cut.exists()] == [True, True, False]
+    in_agent(shell, tmp_path, opening, limit_kib=20 * 1024)
+    assert [old.exists(), new.exists()] == [False, True]
+    assert in_agent(shell, tmp_path, f"least_free_kib=999999999999\n{opening} || echo full") == "full"
+
+
+@pytest.mark.parametrize("shell", SHELLS, ids=" ".join)
+def test_complete_files_are_sealed_and_one_cut_file_takes_the_others_with_it(
+    tmp_path: Path, shell: tuple[str, ...]
+) -> None:
+    tensors = tmp_path / "sollol_nb" / "tensors"
+    folder = tensors / "w"
+    tend = f'count=1 cache_0="{folder}"; tend'
+    sound = cached(folder, 1)
+    fresh = cached(folder, 2, age_s=0)
+    in_agent(shell, tmp_path, tend)
+    assert not is_sealed(sound), "a load may be running"
+    os.utime(fresh, (time.time() - 300,) * 2)
+    in_agent(shell, tmp_path, tend)
+    assert is_sealed(sound)
+    assert is_sealed(fresh)
+    others = [cached(folder, 3), cached(folder, 4, 4096)]
+    in_agent(shell, tmp_path, tend)
+    assert sound.exists()
+    assert not any(other.exists() for other in others)
+    told = f'printf "%s\\n" 1 {SIZE} >"$tensors/sizes-$server"\n{tend}'
+    right = cached(folder, 5)
+    in_agent(shell, tmp_path, told)
+    assert is_sealed(right)
+    wrong = cached(folder, 6, SIZE + 4096)
+    in_agent(shell, tmp_path, told)
+    assert right.exists()
+    assert not wrong.exists()
+
+
+@pytest.mark.parametrize("shell", SHELLS, ids=" ".join)
+def test_a_cache_that_would_take_too_much_is_switched_off_while_a_model_loads(
+    tmp_path: Path, shell: tuple[str, ...]
+) -> None:
+    folder = tmp_path / "sollol_nb" / "tensors" / "w"
+    tend = f'count=1 cache_0="{folder}"; tend'
+    cached(folder, 1, age_s=0)
+    cached(folder, 2, age_s=0)
+    in_agent(shell, tmp_path, tend, limit_kib=20 * 1024)
+    assert not (folder / "rpc").exists()
+    for left in (folder / "off").iterdir():
+        os.utime(left, (time.time() - 300,) * 2)
+    in_agent(shell, tmp_path, tend, limit_kib=20 * 1024)
+    assert len([*(folder / "rpc").iterdir()]) == 1, "one was deleted, and the next load may use the cache"
+    assert is_sealed(next((folder / "rpc").iterdir()))
+
+
+@pytest.mark.parametrize("shell", SHELLS, ids=" ".join)
+def test_the_worker_gets_its_cache_and_the_sizes_come_with_a_heartbeat(
+    tmp_path: Path, shell: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "c"))
+    body = f'echo "$LLAMA_CACHE" >>"{tmp_path}/caches"'
+    with agent(tmp_path, shell, "CPU", body=body, cache_kib=LIMIT_KIB) as running:
+        running.line()
+        eventually((tmp_path / "caches").exists, "it has started")
+        log = tmp_path / "log"
+        assert " -c " in log.read_text()
+        running.send(f"sizes 5 {SIZE}\n")
+        tensors = tmp_path / "c" / "sollol_nb" / "tensors"
+        (sizes,) = eventually(
+            lambda: [path for path in tensors.glob("sizes-*") if path.suffix != ".new"], "the sizes are kept"
+        )
+        assert sizes.read_text().split() == ["5", str(SIZE)]
+        assert (tmp_path / "caches").read_text().startswith(str(tensors))
+        assert running.process.stdin is not None
+        running.process.stdin.close()
+        running.ended()
+    assert not [*tensors.glob("sizes-*")]
+    assert not [*tensors.glob("*/taken")]
+
+
+# --- the end ----------------------------------------------------------------------------------------
 
 
 @linux_only

@@ -60,6 +60,8 @@ def test_a_reload_sends_next_to_nothing(engine: Engine, heavy_model: Path, cache
         router.stop_coordinator()
         assert text_of(router, heavy_model) == first
         assert sent_bytes(router) <= 0.01 * weights
+        (shown,) = router.status().coordinators
+        assert shown.sent.endswith("of 434.1 MiB, the rest was cached on the workers")
     with new_router(port) as router:  # other workers, with what these had
         assert text_of(router, heavy_model) == first
         assert sent_bytes(router) <= 0.01 * weights
