@@ -117,15 +117,29 @@ seal() {
     rm -f ../trial
 }
 
+# New files that are too short, with their sizes.
+list_short() {
+    find . -type f -name "$hash" -perm -200 -size -20481 -exec ls -ln {} +
+}
+
+# Whether nobody writes them any more: the next load must not find them.
+are_cut() {
+    short=$(list_short)
+    [ -n "$short" ] && sleep 3 && [ "$short" = "$(list_short)" ]
+}
+
 # Looks after all caches, in a process of its own.
 tend() {
-    loading=
+    loading= damaged=
     each=0
     while [ "$each" -lt "$count" ]; do
         eval "cache=\$cache_$each"
         each=$((each + 1))
         if cd "$cache/rpc" || cd "$cache/off"; then
-            if [ -n "$(find . -type f -name "$hash" -perm -200 -mmin -2)" ]; then
+            if are_cut; then
+                discard .
+                damaged=yes
+            elif [ -n "$(find . -type f -name "$hash" -perm -200 -mmin -2)" ]; then
                 loading=yes
             else
                 # shellcheck disable=SC2046 # these names contain no spaces
@@ -137,7 +151,7 @@ tend() {
     [ -n "$loading" ] || evict
     measure
     from=off to=rpc
-    if [ "$used" -gt "$allowed" ] || [ "$free" -lt "$least_free_kib" ]; then from=rpc to=off; fi
+    if [ -n "$damaged" ] || [ "$used" -gt "$allowed" ] || [ "$free" -lt "$least_free_kib" ]; then from=rpc to=off; fi
     each=0
     while [ "$each" -lt "$count" ]; do
         eval "cache=\$cache_$each"
@@ -226,7 +240,7 @@ serve() {
         wait "$nap" # a signal ends it early
         if ! kill -0 "$nap" 2>/dev/null; then
             missed=$((missed + 1)) clock=$((clock + 1))
-            if [ "$cache_kib" != 0 ] && [ $((clock % 10)) = 0 ] && ! kill -0 "$tending" 2>/dev/null; then
+            if [ "$cache_kib" != 0 ] && [ $((clock % 5)) = 0 ] && ! kill -0 "$tending" 2>/dev/null; then
                 tend </dev/null >/dev/null 2>&1 3>&- &
                 tending=$!
             fi

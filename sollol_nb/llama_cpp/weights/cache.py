@@ -12,13 +12,14 @@ be missing in the model's weights, without an error. So each worker has a folder
   size of a tensor of a model that was loaded (the headers of GGUF files tell the sizes). If one has not, or the
   disk is full, all that are not sealed are deleted: after one write that failed, others may have failed too. A
   worker that runs for another machine is told the sizes by it; its files must be over 10 MiB and unchanged for a
-  minute, because nobody tells when a load has ended.
+  minute, because nobody tells when a load has ended. A cut file is looked for every few seconds meanwhile.
 * All caches together have at most `tensor_cache_gb`, and never more than half of what would be free without them.
   The files that were not used for the longest time go, before a load that will need the space. A load for which
   there is no space uses no cache: its folder is then called `off`, so that the worker finds and writes nothing.
 
-No two workers share a folder, because one would read what the other is writing. All of it is safe to delete while
-no model is loading. Blocking; call it in threads.
+No two workers share a folder, because one would read what the other is writing. The hash (FNV-1a) protects against
+accidents only: whoever can connect to a worker can put files into its cache, and can do worse to it anyway. All
+of it is safe to delete while no model is loading. Blocking; call it in threads.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ MIN_FREE_BYTES = 2 * 10**9
 """With less free disk, nothing is cached."""
 QUIET_S = 60.0
 """A file of unknown size must be unchanged for this long."""
+CUT_S, UNKNOWN_S = 3.0, 15.0
+"""A file that is too short, or of an unknown size, and unchanged for this long, was not written completely."""
 ABANDONED_S = 86400.0
 """Files that are not sealed, in a folder that no worker has used for this long, are deleted."""
 MAX_CLAIMS = 64
@@ -216,19 +219,29 @@ def tend(names: Collection[str], sizes: Collection[int] | None = None) -> None:
         sizes: that cached tensors have, as far as that machine has told.
     """
     with contextlib.suppress(OSError, ConfigError):
-        is_loading = False
+        is_loading = is_damaged = False
         for name in names:
             news = [file for file in _files(root() / name) if not file.is_sealed]
-            if any(time.time() - file.changed_at < QUIET_S for file in news):
+            if any(_is_cut(file, sizes) for file in news):  # the next load must not find it
+                discard(name)
+                is_damaged = True
+            elif any(time.time() - file.changed_at < QUIET_S for file in news):
                 is_loading = True
             else:
                 _seal(root() / name, sizes)
         if not is_loading:
             _evict(0)
         may = measure()
-        is_room = may.used_bytes <= may.limit_bytes and may.free_bytes >= MIN_FREE_BYTES
+        is_room = may.used_bytes <= may.limit_bytes and may.free_bytes >= MIN_FREE_BYTES and not is_damaged
         for name in names:
             _switch(root() / name, on=is_room)
+
+
+def _is_cut(file: _File, sizes: Collection[int] | None) -> bool:
+    """Whether nobody writes a file any more that is too short; sizes may be told some seconds late."""
+    age_s = time.time() - file.changed_at
+    is_unknown = sizes is not None and file.byte_count not in sizes
+    return (file.byte_count <= CACHED_ABOVE_BYTES and age_s > CUT_S) or (is_unknown and age_s > UNKNOWN_S)
 
 
 def _seal(folder: Path, sizes: Collection[int] | None) -> None:

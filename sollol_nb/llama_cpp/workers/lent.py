@@ -26,7 +26,7 @@ from sollol_nb.settings.endpoints import ALL_ADDRESSES, LOOPBACK, format_endpoin
 CPU = "CPU"
 DEVICES_LIMIT_S = 30.0
 AGAIN_AFTER_S = 1.0
-TEND_S = 5.0
+TEND_S = 2.0
 """How often the caches are looked after."""
 _DEVICE = re.compile(r"^ +(\w+): ", re.MULTILINE)
 

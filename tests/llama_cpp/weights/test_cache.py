@@ -139,8 +139,23 @@ def test_where_sizes_are_unknown_a_quiet_large_file_is_sealed_and_a_small_one_is
     assert is_sealed(file)
     cut = written(folder, 2, 4096, age_s=cache.QUIET_S + 1)
     cache.tend(["w"])
+    cache.tend(["w"])
     assert file.exists()
     assert not cut.exists()
+
+
+def test_a_cut_file_is_deleted_also_while_another_one_is_written(caches: Path) -> None:
+    folder = open_cache()
+    fresh = written(folder, 1)
+    cut = written(folder, 2, 4096, age_s=cache.CUT_S + 1)
+    cache.tend(["w"], [SIZE])
+    assert not cut.exists()
+    assert not (folder / "off" / fresh.name).exists(), "it may be cut too"
+    assert not (folder / "rpc").exists(), "the load that filled the disk writes nothing more"
+    cache.tend(["w"], [SIZE])
+    unknown = written(folder, 3, SIZE + 1, age_s=cache.UNKNOWN_S + 1)
+    cache.tend(["w"], [SIZE])
+    assert not unknown.exists()
 
 
 def test_two_processes_get_different_caches_for_the_same_device(caches: Path) -> None:
