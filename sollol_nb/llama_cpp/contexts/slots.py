@@ -35,6 +35,7 @@ class Slot:
         requests: how many of this router run in it.
         used_at: `time.monotonic()` of the last one.
         task: the engine's number of the last request in it; None where it is not known yet.
+        is_taken: whether a request of another kernel ran in it when it was last looked at.
         may_be_saved: whether what it holds would be of use to a later request.
     """
 
@@ -45,7 +46,13 @@ class Slot:
     requests: int = 0
     used_at: float = 0.0
     task: int | None = None
+    is_taken: bool = False
     may_be_saved: bool = False
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request runs in it, as far as known."""
+        return not self.requests and not self.is_taken
 
     @property
     def unsaved_tokens(self) -> int:
@@ -85,7 +92,7 @@ class Slots:
         Args:
             text: what the model is to read; None if that is not known.
         """
-        idle = [slot for slot in self.all if not slot.requests]
+        idle = [slot for slot in self.all if slot.is_idle]
         if not idle:
             return None
         if text:
@@ -98,12 +105,12 @@ class Slots:
     def replaceable(self, *, but: Sequence[Slot] = ()) -> Slot | None:
         """The idle slot whose contents cost the least to lose: an empty one, else one that holds little, else the
         one that was not used for the longest time; None if there is none."""
-        idle = [slot for slot in self.all if not slot.requests and slot not in but]
+        idle = [slot for slot in self.all if slot.is_idle and slot not in but]
         return min(idle, key=_cost, default=None)
 
     def holding(self) -> list[Slot]:
         """Idle slots that hold something, those that cost the least to lose first."""
-        return sorted((slot for slot in self.all if slot.text != "" and not slot.requests), key=_cost)
+        return sorted((slot for slot in self.all if slot.text != "" and slot.is_idle), key=_cost)
 
     @property
     def is_idle(self) -> bool:
@@ -129,7 +136,8 @@ class Slots:
             if not 0 <= number < len(self.all):
                 continue
             slot, task, tokens = self.all[number], entry.get("id_task"), entry.get("n_prompt_tokens")
-            if is_busy and not slot.requests:
+            slot.is_taken = is_busy and not slot.requests
+            if slot.is_taken:
                 slot.clear(None)
             elif tokens == 0 and not slot.requests:
                 slot.clear()

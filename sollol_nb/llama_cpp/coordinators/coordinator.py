@@ -28,8 +28,8 @@ from sollol_nb.chat.chunk import Chunk
 from sollol_nb.errors import ModelFileError, TransportError
 from sollol_nb.layers.plan import LayerPlan
 from sollol_nb.llama_cpp.answers.base import Answer
-from sollol_nb.llama_cpp.contexts.keeper import Identity
 from sollol_nb.llama_cpp.contexts.store import ContextStore
+from sollol_nb.llama_cpp.contexts.visit import Identity
 from sollol_nb.llama_cpp.coordinators.cached_weights import describe_sent, weight_bytes
 from sollol_nb.llama_cpp.coordinators.pace import Pace
 from sollol_nb.llama_cpp.coordinators.placement import Placement, read_placement

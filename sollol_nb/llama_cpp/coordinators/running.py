@@ -168,6 +168,7 @@ class RunningCoordinators:
         """End the connections to all coordinators; they live on for their keep_alive."""
         table, self._table = self._table, {}
         for _, coordinator in table.values():
+            await coordinator.save_contexts()  # nobody else knows what its slots hold
             await coordinator.detach()
 
     async def of_other_kernels(self) -> list[tuple[Coordinator, str]]:

@@ -26,7 +26,8 @@ from sollol_nb.llama_cpp.answers.prompts import ForeseenPrompts
 from sollol_nb.llama_cpp.answers.protocol import parse_event, refusal, request_body, sampling_settings
 from sollol_nb.llama_cpp.answers.raw import RawAnswer
 from sollol_nb.llama_cpp.answers.tokens import prompt_tokens
-from sollol_nb.llama_cpp.contexts.keeper import ContextKeeper, Visit
+from sollol_nb.llama_cpp.contexts.keeper import ContextKeeper
+from sollol_nb.llama_cpp.contexts.visit import Visit
 from sollol_nb.llama_cpp.coordinators.pace import Pace
 from sollol_nb.llama_cpp.processes.exit_reasons import describe_exit, exit_reason
 from sollol_nb.llama_cpp.processes.process import EngineProcess, Lease

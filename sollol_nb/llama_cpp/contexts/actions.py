@@ -1,0 +1,126 @@
+"""What the engine is asked to do with a slot (save, restore, erase), and what that costs here."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from sollol_nb.errors import HttpStatusError
+from sollol_nb.llama_cpp.contexts.slots import Slot, Slots, shared_characters
+from sollol_nb.llama_cpp.contexts.store import SavedContext
+from sollol_nb.llama_cpp.contexts.visit import Engine
+
+BYTES_PER_MS = 200_000.0
+"""Of a file that is saved or restored, until it was measured."""
+MEASURED_TOKENS = 16
+SURE_TOKENS = 256
+"""So many tokens of a prompt must have been processed for their time to count, and to count alone."""
+LIMIT_S = 15.0
+LIMIT_FACTOR = 20.0
+"""An action may take so many times as long as expected, and this longer."""
+ERASE_MS = 100.0
+
+
+@dataclass(slots=True)
+class Costs:
+    """What things take here.
+
+    Attributes:
+        prefill_ms: of a token of a prompt; None until it was measured.
+        bytes_per_token: of the KV cache.
+        save_rate, restore_rate: bytes per millisecond.
+    """
+
+    prefill_ms: float | None = None
+    bytes_per_token: float = 0.0
+    save_rate: float = BYTES_PER_MS
+    restore_rate: float = BYTES_PER_MS
+    characters_per_token: float = 4.0
+
+    def add_prefill(self, tokens: int, took_ms: float) -> None:
+        """Note what the tokens of a prompt took: those of a few are no measure of many."""
+        if tokens >= MEASURED_TOKENS and took_ms > 0:
+            share = min(1.0, tokens / SURE_TOKENS) if self.prefill_ms is not None else 1.0
+            self.prefill_ms = share * took_ms / tokens + (1 - share) * (self.prefill_ms or 0.0)
+
+    def save_ms(self, tokens: int) -> float:
+        """Of saving so many tokens."""
+        return tokens * self.bytes_per_token / self.save_rate
+
+    def restore_ms(self, context: SavedContext) -> float:
+        """Of restoring a context, with its checksum."""
+        return context.size / self.restore_rate
+
+
+class SlotActions:
+    """The actions on the slots of one engine.
+
+    Attributes:
+        costs: as measured.
+        context_tokens: which all slots share; None if unknown.
+        running: the engine does this now, and nothing else; None if it does none.
+    """
+
+    def __init__(self, engine: Engine, slots: Slots) -> None:
+        self.costs = Costs()
+        self.context_tokens: int | None = None
+        self.running: asyncio.Task[Any] | None = None
+        self._engine = engine
+        self._slots = slots
+
+    async def make_room(self, slot: Slot, text: str, characters: int) -> None:
+        """Empty slots that the engine would have to empty, where the context that all share is full: it would take
+        them by their number."""
+        new = int(characters / self.costs.characters_per_token) - shared_tokens(slot.text or "", slot.tokens, text)
+        await self.erase_for(slot, slot.tokens + max(0, new))
+
+    async def erase_for(self, slot: Slot, tokens: int) -> None:
+        """Empty other slots, until one has room for so many tokens."""
+        if self.context_tokens is None:
+            return
+        for other in self._slots.holding():
+            others = self._slots.tokens - slot.tokens
+            if others + tokens <= self.context_tokens:
+                return
+            if other is not slot and other.tokens:
+                await self.erase(other)
+
+    async def erase(self, slot: Slot) -> None:
+        """Empty a slot."""
+        with suppress(HttpStatusError):  # an engine without this action
+            await self.act(slot, "erase", {}, ERASE_MS)
+            slot.clear()
+            slot.task = None
+
+    async def act(self, slot: Slot, action: str, body: Mapping[str, Any], expected_ms: float) -> Any:
+        """Have the engine save, restore or erase a slot. Nothing cancels it, since the engine does it anyway.
+
+        Raises:
+            HttpStatusError: it refuses.
+            TransportError: it was lost, or takes far too long.
+        """
+        limit_s = LIMIT_S + LIMIT_FACTOR * expected_ms / 1000
+        path = f"/slots/{slot.number}?action={action}"
+        self.running = task = asyncio.create_task(self._engine.post(path, body, timeout_s=limit_s))
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # else asyncio reports it
+        try:
+            return await asyncio.shield(task)
+        finally:
+            if self.running is task and task.done():
+                self.running = None
+
+
+def shared_tokens(held: str, tokens: int, text: str) -> int:
+    """About how many of the tokens of a text are the beginning of another text."""
+    return int(shared_characters(held, text) / len(held) * tokens) if held else 0
+
+
+def milliseconds(answer: Any, name: str) -> float:
+    """A time that the engine reports; 0 if it does not."""
+    try:
+        return float(answer["timings"][name])
+    except (KeyError, TypeError, ValueError):
+        return 0.0
