@@ -193,6 +193,7 @@ class ContextKeeper:
     def _save_later(self) -> None:
         """Save what is worth it after a pause; meanwhile a lease keeps the engine alive."""
         if not self._is_closed and (self._saving is None or self._saving.done()):
+            self._is_urgent.clear()
             # The lease is requested before that of the answer ends.
             self._saving = asyncio.create_task(self._save_all(self._ask_lease(), PAUSE_S))
 
@@ -200,8 +201,8 @@ class ContextKeeper:
         """Save now what is worth it; returns how many contexts. Nothing is saved while any slot is busy."""
         if self._is_closed or not self.keeps:
             return 0
+        self._is_urgent.set()  # ends a pause
         if self._saving is not None and not self._saving.done():
-            self._is_urgent.set()  # ends its pause
             return await asyncio.shield(self._saving)
         if not self._worth_saving():
             return 0
@@ -211,7 +212,6 @@ class ContextKeeper:
     async def _save_all(self, lease: Held, pause_s: float) -> int:
         count = 0
         try:
-            self._is_urgent.clear()
             tries_left = BUSY_TRIES if await lease.is_granted() else 0
             while tries_left:
                 with suppress(TimeoutError):

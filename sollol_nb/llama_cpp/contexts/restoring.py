@@ -50,7 +50,7 @@ class Restorer:
             (context, expected), began = found, now()
             is_whole = await asyncio.to_thread(self._store.is_whole, context)
             if is_whole is None:  # another kernel has deleted it
-                await asyncio.to_thread(self._store.list)
+                self._refused.add(context.id)
                 continue
             if not is_whole:
                 await asyncio.to_thread(self._store.list)

@@ -1,0 +1,287 @@
+"""What a keeper of contexts does where the engine refuses, is full, is used by others, or cannot use a file.
+
+A real engine does none of this on demand, so a small one stands for it here; `tests/router/test_contexts.py` has
+the real one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sollol_nb.errors import HttpStatusError
+from sollol_nb.llama_cpp.contexts import keeper as keeper_module
+from sollol_nb.llama_cpp.contexts.keeper import ContextKeeper
+from sollol_nb.llama_cpp.contexts.store import ContextStore, SavedContext
+from sollol_nb.llama_cpp.contexts.visit import Identity, Visit
+
+LONG = "You are a careful assistant. " * 100
+MADE_OF = {"model_file": "m1", "engine": "e1", "adapters": [], "kv": "f16"}
+TOKENS = len(LONG) // 4
+
+
+@dataclass
+class SmallEngine:
+    """Slots as numbers of tokens."""
+
+    folder: Path
+    slots: int = 2
+    free_slots_needed: int = 0  # of other slots to be empty, for a restore
+    refuses: str = ""
+    busy: set[int] = field(default_factory=set)
+    tokens: dict[int, int] = field(default_factory=dict)
+    actions: list[str] = field(default_factory=list)
+
+    async def post(self, path: str, body: Mapping[str, Any], *, timeout_s: float | None = None) -> Any:
+        number, action = int(path.split("/")[2].split("?")[0]), path.partition("=")[2]
+        self.actions.append(f"{action} {number}")
+        assert not self.busy, "the engine would wait for the slot"
+        if action == "erase":
+            self.tokens[number] = 0
+            return {}
+        if action == "save":
+            if self.refuses:
+                raise HttpStatusError("refused", status=500, reason=self.refuses)
+            (self.folder / body["filename"]).write_bytes(b"x" * 10)
+            return {"n_saved": self.tokens[number], "n_written": 10, "timings": {"save_ms": 1.0}}
+        empty = sum(not self.tokens.get(other) for other in range(self.slots) if other != number)
+        if self.refuses or empty < self.free_slots_needed:
+            raise HttpStatusError("refused", status=400, reason=self.refuses or "No available space")
+        self.tokens[number] = TOKENS
+        return {"timings": {"restore_ms": 1.0}}
+
+    async def get(self, path: str, *, timeout_s: float | None = None) -> Any:
+        return [
+            {"id": number, "is_processing": number in self.busy, "n_prompt_tokens": self.tokens.get(number, 0)}
+            for number in range(self.slots)
+        ]
+
+
+@dataclass
+class FreeLease:
+    """A lease; others may have some, too."""
+
+    others: int = 0
+    uses_by_others: int = 0
+
+    async def is_granted(self) -> bool:
+        return True
+
+    def free(self) -> None:
+        """Nothing is held."""
+
+
+@dataclass
+class Setup:
+    store: ContextStore
+    engine: SmallEngine
+    keeper: ContextKeeper
+    reports: list[str]
+
+    def save_to_folder(self, **changes: Any) -> SavedContext:
+        part = self.store.begin(10)
+        assert part is not None
+        part.write_bytes(b"x" * 10)
+        facts: dict[str, Any] = {"id": "", "model": "m", "title": "t", "made_of": MADE_OF, "text": LONG}
+        facts |= {"tokens": TOKENS, "size": 10, "prefill_ms": 5.0, **changes}
+        context = self.store.keep(part, SavedContext(**facts))
+        assert context is not None
+        return context
+
+    async def ask(self, text: str = LONG, cached: int | None = None, lease: FreeLease | None = None) -> Visit:
+        """A request, of whose prompt the engine takes so many tokens from the slot, by default all that it has."""
+        visit = await self.keeper.visit(text, is_cached=True, lease=lease)
+        total = len(text) // 4
+        number = visit.slot.number if visit.slot is not None else 0
+        known = min(self.engine.tokens.get(number, 0), total) if cached is None else cached
+        visit.read(
+            {"timings": {"cache_n": known, "prompt_n": total - known, "predicted_n": 1, "prompt_ms": 5000.0}}
+        )
+        self.engine.tokens[number] = total
+        self.keeper.end(visit, text)
+        return visit
+
+
+@pytest.fixture
+def setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setup:
+    monkeypatch.setattr(keeper_module, "PAUSE_S", 0.0)
+    store = ContextStore(tmp_path / "contexts", 10**6)
+    engine = SmallEngine(store.prepare())
+    keeper = ContextKeeper(engine, engine.slots, FreeLease)
+    return Setup(store, engine, keeper, [])
+
+
+def used(setup: Setup) -> Setup:
+    """Within the event loop: the keeper saves and restores."""
+    identity = Identity(model="m", title="t", made_of=MADE_OF, bytes_per_token=1, context_tokens=10 * TOKENS)
+    setup.keeper.use(setup.store, identity, lambda what, message, **_: setup.reports.append(what))
+    return setup
+
+
+def test_a_context_is_saved_once_and_replaces_what_it_goes_on_from(setup: Setup) -> None:
+    async def main() -> None:
+        await used(setup).ask()
+        assert await setup.keeper.save() == 1
+        assert await setup.keeper.save() == 0, "it is saved"
+        await setup.ask(LONG * 2)
+        assert await setup.keeper.save() == 1
+
+    asyncio.run(main())
+    assert [context.text for context in setup.store.list()] == [LONG * 2]
+    assert setup.engine.actions == ["save 0", "save 0"]
+
+
+def test_nothing_is_saved_while_a_slot_is_busy_also_with_a_request_of_another_kernel(setup: Setup) -> None:
+    async def main() -> None:
+        await used(setup).ask()
+        other = await setup.keeper.visit("Hi", is_cached=True, lease=None)
+        assert await setup.keeper.save() == 0
+        setup.keeper.end(other, "Hi")
+        setup.engine.busy = {1}
+        assert await setup.keeper.save() == 0
+        setup.engine.busy = set()
+        assert await setup.keeper.save() == 1
+
+    asyncio.run(main())
+
+
+def test_a_short_request_looks_at_no_file_and_asks_nothing(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup.save_to_folder(text="Hi")
+
+    async def main() -> None:
+        used(setup)
+        await asyncio.sleep(0.05)  # the folder was read once
+        monkeypatch.setattr(setup.store, "list", None)
+        monkeypatch.setattr(setup.engine, "get", None)
+        visit = await setup.keeper.visit("Hi there", is_cached=True, lease=FreeLease())
+        assert visit.body == {"id_slot": 0}
+
+    asyncio.run(main())
+    assert setup.engine.actions == []
+
+
+def test_where_the_context_is_full_idle_slots_are_emptied_and_it_is_tried_again(setup: Setup) -> None:
+    setup.save_to_folder()
+    setup.engine.free_slots_needed = 1
+
+    async def main() -> Visit:
+        await used(setup).ask("Something else. " * 10)
+        return await setup.ask()
+
+    visit = asyncio.run(main())
+    assert setup.engine.actions[:3] == ["restore 1", "erase 0", "restore 1"]
+    assert visit.mark == {"cached_tokens": TOKENS, "restored_tokens": TOKENS, "context_note": ""}
+
+
+def test_a_context_that_the_engine_does_not_take_is_not_tried_again(setup: Setup) -> None:
+    setup.save_to_folder()
+    setup.engine.refuses = "mismatched layers"
+
+    async def main() -> tuple[Visit, int]:
+        visit = await used(setup).ask(cached=0)
+        count = len(setup.engine.actions)
+        await setup.keeper.visit("Other. " + LONG, is_cached=True, lease=None)
+        return visit, len(setup.engine.actions) - count
+
+    visit, later = asyncio.run(main())
+    assert visit.note == "llama.cpp did not take the saved context: mismatched layers"
+    assert visit.mark["restored_tokens"] == 0
+    assert later == 0
+    assert "refused" in setup.reports
+
+
+@pytest.mark.parametrize(
+    ("part", "words"), [("model_file", "another version of the model's file"), ("engine", "another build")]
+)
+def test_a_context_of_something_else_is_not_used_and_the_answer_says_so(
+    setup: Setup, part: str, words: str
+) -> None:
+    foreign = setup.save_to_folder(made_of={**MADE_OF, part: "other"})
+
+    visit = asyncio.run(used_and_asked(setup))
+
+    assert words in visit.note
+    assert not any(action.startswith("restore") for action in setup.engine.actions)
+    assert foreign.id in {context.id for context in setup.store.list()}, "another engine may use it"
+
+
+async def used_and_asked(setup: Setup, **options: Any) -> Visit:
+    return await used(setup).ask(**options)
+
+
+def test_a_context_that_another_kernel_has_deleted_costs_only_time(setup: Setup) -> None:
+    context = setup.save_to_folder()
+
+    async def main() -> Visit:
+        used(setup)
+        await asyncio.to_thread(setup.store.list)
+        (setup.store.folder / context.file_name).unlink()  # between the look at the folder and the use
+        return await setup.ask(cached=0)
+
+    visit = asyncio.run(main())
+    assert (visit.restored, visit.note) == (None, "")
+
+
+def test_a_model_for_which_a_restored_context_brings_nothing_is_left_alone(setup: Setup) -> None:
+    setup.save_to_folder()
+
+    async def main() -> tuple[Visit, Visit]:
+        first = await used(setup).ask(cached=0)
+        return first, await setup.ask("Other. " + LONG)
+
+    first, second = asyncio.run(main())
+    assert "cannot use saved contexts" in first.note
+    assert second.note == ""
+    assert not setup.keeper.keeps
+
+
+def test_what_is_restored_while_others_use_the_engine_is_found_by_the_engine(setup: Setup) -> None:
+    setup.save_to_folder()
+
+    visit = asyncio.run(used_and_asked(setup, lease=FreeLease(others=1, uses_by_others=3)))
+
+    assert setup.engine.actions[0] == "restore 0"
+    assert visit.body == {}, "another kernel may take the slot"
+    assert visit.restored is not None
+
+
+def test_a_full_disk_costs_only_the_saving(setup: Setup) -> None:
+    setup.engine.refuses = "Unable to save slot"
+
+    async def main() -> None:
+        await used(setup).ask()
+        assert await setup.keeper.save() == 0
+        assert await setup.keeper.save() == 0
+
+    asyncio.run(main())
+    assert setup.engine.actions == ["save 0"], "it is not tried again for the same answer"
+    assert list(setup.store.folder.iterdir()) == []
+
+
+def test_what_was_read_of_a_prompt_before_it_was_given_up_counts_for_the_next(setup: Setup) -> None:
+    async def main() -> None:
+        visit = await used(setup).keeper.visit(LONG, is_cached=True, lease=None)
+        visit.read({"prompt_progress": {"total": 100, "cache": 0, "processed": 50}})
+        setup.keeper.end(visit, LONG)
+        assert visit.slot is not None
+        assert visit.slot.text == LONG[: int(len(LONG) * 0.45)]
+        again = await setup.keeper.visit(LONG, is_cached=True, lease=None)
+        assert again.slot is visit.slot
+
+    asyncio.run(main())
+
+
+def test_a_forgotten_conversation_is_taken_out_of_its_slot(setup: Setup) -> None:
+    async def main() -> None:
+        await used(setup).ask("<user>My cat is Kim. " + LONG)
+        await setup.ask("<user>My dog is Tom. " + LONG)
+        await setup.keeper.forget(["My cat is Kim."])
+
+    asyncio.run(main())
+    assert setup.keeper.slots.all[0].text == ""
+    assert setup.keeper.slots.all[1].text != ""
