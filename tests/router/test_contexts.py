@@ -3,7 +3,6 @@ the text is the same."""
 
 from __future__ import annotations
 
-import os
 import random
 import stat
 from collections.abc import Iterator
@@ -14,7 +13,6 @@ import psutil
 import pytest
 
 from sollol_nb.chat.completion import Completion
-from sollol_nb.llama_cpp.contexts.store import ContextStore
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.runtime.events import EventKind
 from sollol_nb.sync_wrapper import HybridRouter
@@ -183,23 +181,3 @@ def test_what_an_engine_without_keep_alive_has_saved_is_restored_by_another_kern
     assert again(answer) <= AGAIN_TOKENS
     assert answer.routing["restored_tokens"] > 0
     assert answer.text == undisturbed.text
-
-
-def test_a_damaged_context_is_not_used_and_the_answer_says_so(
-    router: HybridRouter, smollm2: Path, contexts: Path
-) -> None:
-    talk = Talk(smollm2, 3)
-    undisturbed = talk.ask(router)
-    router.stop_coordinator()
-    (saved,) = (
-        found for found in ContextStore(contexts, 10**9).list() if found.has_turns([talk.messages[1]["content"]])
-    )
-    path = contexts / saved.file_name
-    os.truncate(path, path.stat().st_size // 2)
-    answer = talk.ask(router)
-
-    assert answer.text == undisturbed.text
-    assert "damaged" in answer.routing["context_note"]
-    assert "damaged" in answer.footer()
-    assert (answer.routing["cached_tokens"], answer.routing["restored_tokens"]) == (0, 0)
-    assert not path.exists()

@@ -280,8 +280,18 @@ def test_a_forgotten_conversation_is_taken_out_of_its_slot(setup: Setup) -> None
     async def main() -> None:
         await used(setup).ask("<user>My cat is Kim. " + LONG)
         await setup.ask("<user>My dog is Tom. " + LONG)
-        await setup.keeper.forget(["My cat is Kim."])
+        await setup.keeper.forget(["My cat is Kim. " + LONG])
 
     asyncio.run(main())
     assert setup.keeper.slots.all[0].text == ""
     assert setup.keeper.slots.all[1].text != ""
+
+
+def test_a_damaged_context_is_deleted_and_the_answer_says_so(setup: Setup) -> None:
+    context = setup.save_to_folder()
+    (setup.store.folder / context.file_name).write_bytes(b"x" * 5)
+
+    visit = asyncio.run(used_and_asked(setup, cached=0))
+
+    assert visit.mark["context_note"] == "the saved context was damaged, so it was deleted and not used"
+    assert visit.mark["restored_tokens"] == 0
