@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 from sollol_nb.errors import ConfigError, HttpStatusError, TransportError
 from sollol_nb.llama_cpp.contexts.actions import SlotActions, milliseconds
@@ -60,6 +61,8 @@ class ContextKeeper:
         self._is_current = True  # whether `slots` is what the engine has, as far as others are concerned
         self._saving: asyncio.Task[int] | None = None
         self._is_urgent = asyncio.Event()
+        self._visits: WeakSet[Visit] = WeakSet()  # with those that have ended
+        self._forgotten = 0  # how often something was forgotten
         self._is_closed = False
 
     def use(self, store: ContextStore, identity: Identity, report: Report) -> None:
@@ -102,6 +105,7 @@ class ContextKeeper:
             if lease.uses_by_others != self._uses_by_others:
                 self._is_current = False
         visit = Visit(text=text, may_be_saved=is_cached)
+        self._visits.add(visit)
         is_long = text is not None and len(text) >= LONG_CHARACTERS
         if is_long and (is_shared or not self._is_current):
             await self._look(lease)
@@ -258,7 +262,7 @@ class ContextKeeper:
     async def _save(self, slot: Slot) -> int:
         assert self._store is not None
         assert self._identity is not None
-        text, tokens = slot.text, slot.tokens
+        text, tokens, forgotten = slot.text, slot.tokens, self._forgotten
         assert text
         size = int(tokens * self._actions.costs.bytes_per_token)
         part = await asyncio.to_thread(self._store.begin, size)
@@ -301,6 +305,9 @@ class ContextKeeper:
             slot.may_be_saved = False
             self._report("refused", f"{context.model}: its context was not saved; is the disk full?")
             return 0
+        if forgotten != self._forgotten:  # perhaps this, after it was looked for
+            await asyncio.to_thread(self._store.forget, lambda context: context.id == kept.id)
+            return 0
         if slot.text is not None and slot.text.startswith(text):
             slot.saved = kept
         await asyncio.to_thread(self._store.forget, partial(_is_replaced, by=kept))
@@ -314,17 +321,18 @@ class ContextKeeper:
         return 1
 
     async def forget(self, contents: Sequence[str]) -> None:
-        """Empty the idle slots that hold a conversation, so that it is not saved again.
+        """Empty the idle slots that hold a conversation, so that it is not saved again; what requests that run now
+        leave of it is not saved, either.
 
         Args:
             contents: of its messages; none for all slots.
         """
+        self._forgotten += 1
+        for visit in self._visits:
+            visit.may_be_saved = visit.may_be_saved and not _may_have(visit.text, contents)
         for slot in self.slots.holding():
-            if slot.text is not None and contents:
-                probe = SavedContext(id="", model="", title="", made_of={}, text=slot.text, tokens=0, size=0)
-                if not probe.has_turns(contents):
-                    continue
-            await self._actions.erase(slot)
+            if _may_have(slot.text, contents):
+                await self._actions.erase(slot)
 
     def _background(self, work: Awaitable[Any]) -> None:
         async def run() -> None:
@@ -334,6 +342,14 @@ class ContextKeeper:
         task = asyncio.ensure_future(run())
         _tasks.add(task)
         task.add_done_callback(_tasks.discard)
+
+
+def _may_have(text: str | None, contents: Sequence[str]) -> bool:
+    """Whether a text may be that of a conversation with these messages; without messages any may."""
+    if text is None or not contents:
+        return True
+    probe = SavedContext(id="", model="", title="", made_of={}, text=text, tokens=0, size=0)
+    return probe.has_turns(contents)
 
 
 def _is_replaced(context: SavedContext, by: SavedContext) -> bool:

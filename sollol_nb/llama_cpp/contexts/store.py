@@ -181,7 +181,7 @@ class ContextStore:
         """
         try:
             part.chmod(0o600)
-            if part.stat().st_size != context.size:
+            if not context.size or part.stat().st_size != context.size:  # of a full disk the engine says 0
                 raise OSError(f"{part} is incomplete")
             now = time.time()
             kept = replace(context, id=part.stem, checksum=_checksum(part), saved_at=now, used_at=now)

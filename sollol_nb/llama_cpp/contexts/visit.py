@@ -46,7 +46,7 @@ Report = Callable[..., None]
 """Called with what happened (`saved`, `restored`, `refused`), a message, and data for an event."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Visit:
     """A request at the engine, from before it is sent until its stream has ended.
 

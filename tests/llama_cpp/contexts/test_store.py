@@ -117,6 +117,16 @@ def test_what_describes_no_context_is_passed_over_and_deleted_when_it_is_old(sto
     }
 
 
+@pytest.mark.parametrize(("written", "said"), [(50, 100), (0, 100), (0, 0), (100, 0)])
+def test_what_a_full_disk_did_not_take_is_not_kept(store: ContextStore, written: int, said: int) -> None:
+    part = store.begin(100)
+    assert part is not None
+    part.write_bytes(b"k" * written)
+    about = SavedContext(id="", model="m", title="t", made_of={}, text="hello", tokens=9, size=said)
+    assert store.keep(part, about) is None
+    assert not list(store.folder.iterdir())
+
+
 def test_the_contexts_of_a_conversation_are_found_by_its_messages(store: ContextStore) -> None:
     saved(store, "<system>Be brief.<user>My cat is Kim.<assistant>Nice!<user>And?")
     saved(store, "<user>My dog is Tom.<assistant>Nice!")
