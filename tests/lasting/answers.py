@@ -15,10 +15,11 @@ import re
 import signal
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 
 import nbformat
 import psutil
@@ -187,7 +188,7 @@ def kill_kernel(lab: Jupyter, number: int, question: Question) -> bool:
     os.kill(pid, signal.SIGKILL)
     page.close()
     eventually(lambda: not psutil.pid_exists(pid), "the kernel is gone")
-    server.ask("POST", f"api/kernels/{page.kernel_id}/restart")
+    eventually(lambda: has_no_kernel(server, name), "the notebook has no kernel")
     opened = BarePage(server, name)
     opened.run(LOAD)
     opened.run("answer = %sollol_answers resume")
@@ -195,6 +196,13 @@ def kill_kernel(lab: Jupyter, number: int, question: Question) -> bool:
     opened.close()
     server.end_kernel(name)
     return text == question.whole
+
+
+def has_no_kernel(server: LabServer, name: str) -> bool:
+    """Whether a notebook has no kernel any more; ends the one that the server may be starting for it again."""
+    with suppress(HTTPError):
+        server.end_kernel(name)
+    return all(session["path"] != name for session in server.ask("GET", "api/sessions"))
 
 
 def is_complete(notebook: nbformat.NotebookNode) -> bool:
