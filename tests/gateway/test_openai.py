@@ -69,6 +69,19 @@ def test_a_streamed_answer_equals_the_whole_answer(client: OpenAI) -> None:
     assert {chunk.id for chunk in streamed} == {streamed[0].id}
 
 
+def test_what_the_slot_holds_of_a_conversation_is_counted_as_cached(client: OpenAI) -> None:
+    first = client.chat.completions.create(model="demo", messages=QUESTION, temperature=0)
+    reply: Any = {"role": "assistant", "content": first.choices[0].message.content}
+    messages = [*QUESTION, reply, {"role": "user", "content": "What is a coordinator?"}]
+    second = client.chat.completions.create(model="demo", messages=messages, temperature=0)
+    assert first.usage is not None
+    assert second.usage is not None
+    assert second.usage.prompt_tokens_details is not None
+    cached = second.usage.prompt_tokens_details.cached_tokens
+    assert cached is not None
+    assert first.usage.prompt_tokens <= cached < second.usage.prompt_tokens
+
+
 def test_the_headers_say_which_place_answered(client: OpenAI) -> None:
     raw = client.chat.completions.with_raw_response.create(
         model="demo:sharded", messages=QUESTION, max_tokens=5, extra_headers={"X-Sollol-Priority": "high"}

@@ -15,7 +15,7 @@ def test_a_conversation_goes_on_after_each_way_of_interruption(tmp_path: Path, s
     before = own_folders.use(own_folders.own_settings(tmp_path))
     lines: list[str] = []
     try:
-        again, _, is_same = contexts.run(len(contexts.WAYS), 1, lines.append, sentences=45)
+        again, _, is_same = contexts.run(len(contexts.WAYS), 1, lines.append, sentences=30)
     finally:
         own_folders.use(before)
     # Loading takes longer than so short a prompt, so the time to the first token says nothing here.
