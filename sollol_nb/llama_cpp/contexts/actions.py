@@ -21,6 +21,8 @@ SURE_TOKENS = 256
 LIMIT_S = 15.0
 LIMIT_FACTOR = 20.0
 """An action may take so many times as long as expected, and this longer."""
+WAIT_TOKENS = 4096
+"""Before it, the engine may have to process a batch of the prompt of another slot (2,048 tokens)."""
 ERASE_MS = 100.0
 
 
@@ -102,7 +104,8 @@ class SlotActions:
             HttpStatusError: it refuses.
             TransportError: it was lost, or takes far too long.
         """
-        limit_s = LIMIT_S + LIMIT_FACTOR * expected_ms / 1000
+        wait_ms = WAIT_TOKENS * (self.costs.prefill_ms or 0.0)
+        limit_s = LIMIT_S + (LIMIT_FACTOR * expected_ms + wait_ms) / 1000
         path = f"/slots/{slot.number}?action={action}"
         self.running = task = asyncio.create_task(self._engine.post(path, body, timeout_s=limit_s))
         task.add_done_callback(lambda done: done.cancelled() or done.exception())  # else asyncio reports it

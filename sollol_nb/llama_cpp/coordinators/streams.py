@@ -131,7 +131,8 @@ class AnswerStreams:
                     if not await lease.is_granted():  # another program may have its port by now
                         raise CoordinatorLostError(f"the coordinator of {self._model} is ending")
                 while (request := await answer.request(exchange.post)) is not None:
-                    visit = await self._visit(answer, lease)
+                    with stream.reader_busy():  # the engine owes it nothing before it is sent
+                        visit = await self._visit(answer, lease)
                     stream.on_sent()
                     try:
                         path, body = request
@@ -255,7 +256,9 @@ class AnswerStreams:
         question: asyncio.Task[None] | None = None
         try:
             while self._process.is_running() and (left_s := self.pace.patience_s()) is not None:
-                if left_s <= 0 and not await self._arrives_late():
+                if self.contexts.is_acting:  # then no stream moves; that has a limit of its own
+                    self.pace.on_moved()
+                elif left_s <= 0 and not await self._arrives_late():
                     why = f"{SILENT} for {self.pace.silence_s():.1f} s"
                     await self._process.stop(grace_s=0.0, why=why)
                     return

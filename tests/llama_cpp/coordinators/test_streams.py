@@ -1,0 +1,154 @@
+"""An engine that saves, restores or checks a context answers nobody meanwhile, and is not taken for dead."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from sollol_nb.chat.messages import check_messages
+from sollol_nb.llama_cpp.answers.base import Answer
+from sollol_nb.llama_cpp.contexts.store import ContextStore, SavedContext
+from sollol_nb.llama_cpp.contexts.visit import Identity
+from sollol_nb.llama_cpp.coordinators.pace import Pace
+from sollol_nb.llama_cpp.coordinators.streams import AnswerStreams
+from sollol_nb.llama_cpp.processes.process import EngineProcess
+from sollol_nb.runtime.exchange import Exchange
+from sollol_nb.runtime.http_client import JsonClient
+
+LONG = "You are a careful assistant. " * 100
+
+
+class Process:
+    """Stands for the process of an engine."""
+
+    def __init__(self) -> None:
+        self.stopped = asyncio.Event()
+
+    def is_running(self) -> bool:
+        return not self.stopped.is_set()
+
+    async def status(self) -> dict[str, Any]:
+        return {}
+
+    async def stop(self, *, grace_s: float, why: str) -> None:
+        self.stopped.set()
+
+    def ask_lease(self) -> None:
+        raise AssertionError("nothing is to be saved")
+
+
+class SlowClient:
+    """An engine whose actions on slots take until they may end."""
+
+    base_url = "http://127.0.0.1:1"
+
+    def __init__(self) -> None:
+        self.acting, self.may_end = asyncio.Event(), asyncio.Event()
+
+    async def post(self, path: str, body: Mapping[str, Any], *, timeout_s: float | None = None) -> Any:
+        if path.startswith("/slots"):
+            self.acting.set()
+            await self.may_end.wait()
+        return {"prompt": LONG}
+
+    async def get(self, path: str, *, timeout_s: float | None = None) -> Any:
+        await self.may_end.wait()
+        return []
+
+
+class ToTheClient:
+    """Stands for a connection of its own; the answer never comes."""
+
+    def __init__(self, client: SlowClient) -> None:
+        self.post = client.post
+
+    async def __aenter__(self) -> ToTheClient:
+        return self
+
+    async def __aexit__(self, *_: object) -> None: ...
+
+    def close(self) -> None: ...
+
+    async def lines(self, path: str, body: Mapping[str, Any]) -> Any:
+        await asyncio.Event().wait()
+        yield ""
+
+
+def streams_of(process: Process, client: SlowClient, store: ContextStore) -> AnswerStreams:
+    """With a saved context of a prompt, and a pace by a clock of which each look takes a second."""
+    streams = AnswerStreams(
+        "demo",
+        cast(EngineProcess, process),
+        cast(JsonClient, client),
+        lambda: cast(Exchange, ToTheClient(client)),
+        context_tokens=4096,
+        slots=2,
+    )
+    clock = itertools.count(0.0, 1.0)
+    streams.pace = Pace(clock=lambda: next(clock))
+    streams.pace.set_load_time(0.0)
+    streams.pace.calibrate(0.0001)
+    part = store.begin(10)
+    assert part is not None
+    part.write_bytes(b"x" * 10)
+    facts: dict[str, Any] = {"id": "", "model": "demo", "title": "t", "made_of": {}, "text": LONG}
+    assert store.keep(part, SavedContext(**facts, tokens=700, size=10, prefill_ms=5.0))
+    identity = Identity(model="demo", title="t", made_of={}, bytes_per_token=1, context_tokens=4096)
+    streams.contexts.use(store, identity, lambda *_, **__: None)
+    return streams
+
+
+def new(streams: AnswerStreams) -> Answer:
+    return streams.new_answer(check_messages("What?"), {})
+
+
+async def asked(streams: AnswerStreams) -> None:
+    async for _ in streams.stream(new(streams)):
+        pass
+
+
+@pytest.mark.parametrize("with_another_stream", [False, True])
+def test_a_restore_is_no_silence(tmp_path: Path, with_another_stream: bool) -> None:
+    async def main() -> None:
+        process, client = Process(), SlowClient()
+        streams = streams_of(process, client, ContextStore(tmp_path / "contexts", 10**6))
+        if with_another_stream:  # it gets no token meanwhile
+            streams.pace.open(new(streams))
+        asking = asyncio.create_task(asked(streams))
+        await client.acting.wait()
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(process.stopped.wait(), 3.0)
+        client.may_end.set()
+        await process.stopped.wait()  # from now on it owes a token
+        asking.cancel()
+        await asyncio.wait({asking})
+        streams.close()
+
+    asyncio.run(main())
+
+
+def test_the_check_of_a_large_file_is_no_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slowly(*_: object) -> bool:
+        time.sleep(3.0)
+        return True
+
+    async def main() -> None:
+        process, client = Process(), SlowClient()
+        store = ContextStore(tmp_path / "contexts", 10**6)
+        streams = streams_of(process, client, store)
+        monkeypatch.setattr(store, "is_whole", slowly)
+        asking = asyncio.create_task(asked(streams))
+        await client.acting.wait()
+        assert process.is_running()
+        asking.cancel()
+        client.may_end.set()
+        await asyncio.wait({asking})
+        streams.close()
+
+    asyncio.run(main())
