@@ -3,6 +3,7 @@ the text is the same."""
 
 from __future__ import annotations
 
+import os
 import random
 import stat
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import psutil
 import pytest
 
 from sollol_nb.chat.completion import Completion
+from sollol_nb.llama_cpp.contexts.store import ContextStore
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.runtime.events import EventKind
 from sollol_nb.sync_wrapper import HybridRouter
@@ -28,7 +30,8 @@ MORE = "And what else is there to say about it? Please use a few more words than
 
 
 def long_text(seed: int, words: int = 320) -> str:
-    return " ".join(random.Random(seed).choice(WORDS) for _ in range(words))
+    numbers = random.Random(seed)
+    return " ".join(numbers.choice(WORDS) for _ in range(words))
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +61,11 @@ def router(contexts: Path) -> Iterator[HybridRouter]:
 class Talk:
     """A conversation, one turn after the other."""
 
-    def __init__(self, model: Path, seed: int) -> None:
+    def __init__(self, model: Path, text: str) -> None:
         self.model = str(model)
         self.messages = [
             {"role": "system", "content": "You answer briefly."},
-            {"role": "user", "content": long_text(seed) + " What is this about?"},
+            {"role": "user", "content": f"{text} What is this about?"},
         ]
 
     def ask(self, router: HybridRouter, **options: Any) -> Completion:
@@ -80,7 +83,7 @@ class Talk:
 @pytest.fixture(scope="module")
 def first(router: HybridRouter, smollm2: Path, contexts: Path) -> tuple[Talk, Completion]:
     """A conversation of two turns, and the answer to the second one, in the same slot; both turns are saved."""
-    talk = Talk(smollm2, 1)
+    talk = Talk(smollm2, long_text(1))
     before = talk.ask(router)
     talk.go_on(before, MORE)
     until_saved(router, 1)
@@ -168,7 +171,7 @@ def test_an_answer_goes_on_over_other_workers_after_one_died(
 def test_what_an_engine_without_keep_alive_has_saved_is_restored_by_another_kernel_over_two_workers(
     router: HybridRouter, smollm2: Path, contexts: Path
 ) -> None:
-    talk = Talk(smollm2, 2)
+    talk = Talk(smollm2, long_text(2))
     router.stop_coordinator()
     talk.go_on(talk.ask(router), MORE)
     undisturbed = talk.ask(router, keep_alive=0)
@@ -181,3 +184,21 @@ def test_what_an_engine_without_keep_alive_has_saved_is_restored_by_another_kern
     assert again(answer) <= AGAIN_TOKENS
     assert answer.routing["restored_tokens"] > 0
     assert answer.text == undisturbed.text
+
+
+def test_a_damaged_context_of_many_tokens_in_few_characters_is_not_used_and_the_answer_says_so(
+    router: HybridRouter, smollm2: Path, contexts: Path
+) -> None:
+    talk = Talk(smollm2, "a " * 320)
+    undisturbed = talk.ask(router)
+    router.stop_coordinator()
+    (saved,) = (found for found in ContextStore().list() if found.has_turns([talk.messages[1]["content"]]))
+    path = contexts / saved.file_name
+    os.truncate(path, path.stat().st_size // 2)
+    answer = talk.ask(router)
+
+    assert answer.text == undisturbed.text
+    assert "damaged" in answer.routing["context_note"]
+    assert answer.routing["context_note"] in answer.footer()
+    assert (answer.routing["cached_tokens"], answer.routing["restored_tokens"]) == (0, 0)
+    assert not path.exists()

@@ -28,10 +28,8 @@ logger = logging.getLogger(__name__)
 
 PAUSE_S = 0.3
 """So long after an answer its context is saved: the next question of a program comes sooner, and would wait."""
-LONG_CHARACTERS = 1000
-"""For a shorter prompt saved contexts are not looked at."""
 LEAST_GAIN_MS = 500.0
-"""A context that is processed sooner than this is not saved."""
+"""A context that is processed sooner than this is not saved, and none is looked for."""
 BUSY_PAUSE_S, BUSY_TRIES = 1.0, 30
 """So often, and for so long, it is looked whether other kernels have let go of all slots."""
 SLOTS_LIMIT_S = 5.0
@@ -78,6 +76,11 @@ class ContextKeeper:
         """Whether contexts are saved and restored."""
         return self._store is not None and self._identity is not None and self._identity.brings
 
+    @property
+    def is_acting(self) -> bool:
+        """Whether the engine saves, restores or empties a slot for this process now, and does nothing else."""
+        return self._actions.running is not None
+
     def close(self) -> None:
         """Stop what runs in the background."""
         self._is_closed = True
@@ -106,7 +109,7 @@ class ContextKeeper:
                 self._is_current = False
         visit = Visit(text=text, may_be_saved=is_cached)
         self._visits.add(visit)
-        is_long = text is not None and len(text) >= LONG_CHARACTERS
+        is_long = text is not None and self._is_long(text)
         if is_long and (is_shared or not self._is_current):
             await self._look(lease)
         is_known = self._is_current and not is_shared and (text is not None or not is_cached)
@@ -132,9 +135,15 @@ class ContextKeeper:
             raise
         return visit
 
+    def _is_long(self, text: str) -> bool:
+        """Whether processing a prompt may take so long that its context was saved. How many characters a token has
+        depends on the language; it may be one."""
+        prefill_ms = self._actions.costs.prefill_ms
+        return len(text) >= max(LEAST_TOKENS, LEAST_GAIN_MS / prefill_ms if prefill_ms else 0)
+
     def _is_better_elsewhere(self, visit: Visit, slot: Slot, text: str) -> bool:
         """Whether the engine should choose: what some slots hold is not known, so it may be this prompt."""
-        if visit.restored is not None or len(text) < LONG_CHARACTERS or not visit.may_be_saved:
+        if visit.restored is not None or not self._is_long(text) or not visit.may_be_saved:
             return False
         return not shared_characters(slot.text or "", text) and any(
             slot.text is None and slot.tokens >= LEAST_TOKENS for slot in self.slots.all
@@ -206,12 +215,13 @@ class ContextKeeper:
         if self._is_closed or not self.keeps:
             return 0
         self._is_urgent.set()  # ends a pause
-        if self._saving is not None and not self._saving.done():
-            return await asyncio.shield(self._saving)
-        if not self._worth_saving():
-            return 0
-        self._saving = asyncio.create_task(self._save_all(self._ask_lease(), 0.0))
-        return await asyncio.shield(self._saving)
+        if self._saving is None or self._saving.done():
+            if not self._worth_saving():
+                return 0
+            self._saving = asyncio.create_task(self._save_all(self._ask_lease(), 0.0))
+        saving = self._saving
+        await asyncio.wait({saving})
+        return 0 if saving.cancelled() else saving.result()  # `close` cancels it, not who waits for it
 
     async def _save_all(self, lease: Held, pause_s: float) -> int:
         count = 0

@@ -56,6 +56,9 @@ class Restorer:
                 await asyncio.to_thread(self._store.list)
                 self._refuse(visit, context, "the saved context was damaged, so it was deleted and not used")
                 continue
+            costs = self._actions.costs
+            costs.prefill_ms = costs.prefill_ms or context.prefill_ms or None
+            slot.clear(None)  # who asks may leave meanwhile
             try:
                 await self._bring(slot, context)
             except HttpStatusError as error:
@@ -65,8 +68,7 @@ class Restorer:
                 has_tokens = 0
                 continue
             visit.restored, visit.expected_tokens, visit.note = context, expected, ""
-            self._actions.costs.restore_rate = context.size / max(1.0, (now() - began) * 1000)
-            self._actions.costs.prefill_ms = self._actions.costs.prefill_ms or context.prefill_ms or None
+            costs.restore_rate = context.size / max(1.0, (now() - began) * 1000)
             slot.text, slot.tokens, slot.saved, slot.may_be_saved = context.text, context.tokens, context, True
             await asyncio.to_thread(self._store.use, context)
             return

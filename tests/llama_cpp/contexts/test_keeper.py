@@ -295,3 +295,61 @@ def test_a_damaged_context_is_deleted_and_the_answer_says_so(setup: Setup) -> No
 
     assert visit.mark["context_note"] == "the saved context was damaged, so it was deleted and not used"
     assert visit.mark["restored_tokens"] == 0
+
+
+def test_what_was_saved_of_a_prompt_of_few_characters_is_looked_for(setup: Setup) -> None:
+    setup.save_to_folder(text=LONG[:200], tokens=150, prefill_ms=10.0)
+
+    visit = asyncio.run(used_and_asked(setup, text=LONG[:200]))
+
+    assert visit.restored is not None, "1.5 s of processing"
+
+
+def test_a_short_prompt_is_not_looked_for_where_processing_it_is_quick(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup.save_to_folder(text=LONG[:200], tokens=150, prefill_ms=10.0)
+
+    async def main() -> Visit:
+        keeper = used(setup).keeper
+        await asyncio.sleep(0.05)  # the folder was read once
+        keeper._actions.costs.add_prefill(1000, 1000.0)
+        monkeypatch.setattr(setup.store, "list", None)
+        return await keeper.visit(LONG[:200], is_cached=True, lease=None)
+
+    assert asyncio.run(main()).restored is None
+
+
+def test_who_waits_for_a_saving_is_not_cancelled_with_it(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> int:
+        await used(setup).ask()
+        monkeypatch.setattr(setup.engine, "post", hang)
+        saving = asyncio.create_task(setup.keeper.save())
+        await asyncio.sleep(0.05)
+        setup.keeper.close()  # the coordinator is ended for another reason
+        return await saving
+
+    assert asyncio.run(main()) == 0
+
+
+async def hang(*_: Any, **__: Any) -> Any:
+    await asyncio.Event().wait()
+
+
+def test_a_slot_whose_restore_was_not_awaited_holds_nobody_knows_what(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup.save_to_folder(text="Another. " + LONG)
+
+    async def main() -> None:
+        await used(setup).ask("First. " * 20)
+        await setup.ask("Second. " * 20)
+        monkeypatch.setattr(setup.engine, "post", hang)
+        asking = asyncio.create_task(setup.keeper.visit("Another. " + LONG, is_cached=True, lease=None))
+        await asyncio.sleep(0.05)
+        asking.cancel()
+        await asyncio.wait({asking})
+
+    asyncio.run(main())
+    assert sum(slot.text is None for slot in setup.keeper.slots.all) == 1
+    assert not any(slot.requests for slot in setup.keeper.slots.all)
