@@ -86,6 +86,11 @@ class LabPage:
         self.page.set_default_timeout(LIMIT_MS)
         self.load()
 
+    def dismiss_connection_errors(self) -> None:
+        """From now on dismiss the dialog that says that the server could not be reached."""
+        dialog = self.page.locator(".jp-Dialog", has_text="Server Connection Error")
+        self.page.add_locator_handler(dialog, lambda found: found.get_by_role("button", name="Dismiss").click())
+
     def close(self) -> None:
         """Close the page and end the notebook's kernel."""
         self.page.close()

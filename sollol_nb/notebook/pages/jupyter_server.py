@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from sollol_nb.errors import TransportError
+from sollol_nb.errors import HttpStatusError, TransportError
 from sollol_nb.runtime.http_client import JsonClient
 from sollol_nb.runtime.private_files import read_private
 
 LIMIT_S = 10.0
+NOTEBOOK_LIMIT_BYTES = 16 * 2**20
+"""Of a notebook that is read: the server answers nobody else while it reads or writes one."""
+_NOT_FOUND = 404
 _EVERYWHERE = ("", "*", "0.0.0.0", "::")  # noqa: S104  # never listened on here
 
 
@@ -44,16 +47,36 @@ class JupyterServer:
         self._client = JsonClient(url, api_key=token, read_timeout_s=LIMIT_S)
 
     async def page(self) -> Page | None:
-        """The notebook of this kernel; None if it has none any more.
+        """The notebook of this kernel; None if it has none any more or several, or if the server does not count
+        the pages.
 
         Raises:
             TransportError: the server does not answer as it should.
         """
-        for session in _list(await self._client.get("/api/sessions")):
-            kernel = session.get("kernel") or {}
-            if kernel.get("id") == self._kernel_id and session.get("type") == "notebook":
-                return Page(str(session.get("path")), int(kernel.get("connections") or 0))
-        return None
+        pages = []
+        # A server that ends when nobody uses it does not count this request.
+        for session in _list(await self._client.get("/api/sessions?no_track_activity=1")):
+            kernel = session.get("kernel")
+            if session.get("type") != "notebook" or not isinstance(kernel, dict):
+                continue
+            if kernel.get("id") == self._kernel_id:
+                path, connections = session.get("path"), kernel.get("connections")
+                if not isinstance(path, str) or not isinstance(connections, int):
+                    return None
+                pages.append(Page(path, connections))
+        return pages[0] if len(pages) == 1 else None
+
+    async def holds_notebooks(self) -> bool:
+        """Whether the server has notebooks in its memory and writes their files by itself (jupyter-collaboration).
+
+        Raises:
+            TransportError: the server does not answer as it should.
+        """
+        try:
+            await self._client.get("/api/collaboration/room/none")  # a websocket, if there is one
+        except HttpStatusError as error:
+            return error.status != _NOT_FOUND
+        return True
 
     async def read(self, path: str) -> dict[str, Any]:
         """The saved notebook.
@@ -61,20 +84,46 @@ class JupyterServer:
         Raises:
             TransportError: it cannot be read.
         """
-        model = await self._client.get(f"/api/contents/{quote(path)}?type=notebook&content=1")
-        document = model.get("content") if isinstance(model, dict) else None
+        document = await self._content(path, "type=notebook")
         if not isinstance(document, dict) or not isinstance(document.get("cells"), list):
             raise TransportError(f"the Jupyter server has no notebook at {path}")
         return document
 
+    async def read_text(self, path: str) -> str:
+        """The text of the notebook's file.
+
+        Raises:
+            TransportError: it cannot be read, or is too long.
+        """
+        model = await self._client.get(f"/api/contents/{quote(path)}?content=0")
+        size = model.get("size") if isinstance(model, dict) else None
+        if not isinstance(size, int) or size > NOTEBOOK_LIMIT_BYTES:
+            raise TransportError(f"the notebook {path} is longer than {NOTEBOOK_LIMIT_BYTES >> 20} MiB")
+        text = await self._content(path, "type=file&format=text")
+        if not isinstance(text, str):
+            raise TransportError(f"the Jupyter server has no text of {path}")
+        return text
+
     async def write(self, path: str, document: dict[str, Any]) -> None:
-        """Save the notebook; the server replaces its file in one step.
+        """Save the notebook, as a page does: the server trusts it if it did before.
 
         Raises:
             TransportError: it cannot be written.
         """
         model = {"type": "notebook", "format": "json", "content": document}
         await self._client.put(f"/api/contents/{quote(path)}", model)
+
+    async def write_text(self, path: str, text: str) -> None:
+        """Replace the notebook's file by this text.
+
+        Raises:
+            TransportError: it cannot be written.
+        """
+        await self._client.put(f"/api/contents/{quote(path)}", {"type": "file", "format": "text", "content": text})
+
+    async def _content(self, path: str, form: str) -> Any:
+        model = await self._client.get(f"/api/contents/{quote(path)}?{form}&content=1")
+        return model.get("content") if isinstance(model, dict) else None
 
     async def close(self) -> None:
         """Close its connections."""

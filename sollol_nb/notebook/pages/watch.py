@@ -13,17 +13,18 @@ knows such a page by its session, which a page that is loaded anew does not have
 from __future__ import annotations
 
 import asyncio
-import copy
 import logging
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sollol_nb.chat.chunk import ROUTING, Chunk
 from sollol_nb.errors import HttpStatusError, SollolError
+from sollol_nb.notebook.pages import saved_file
+from sollol_nb.notebook.pages.saved_file import FileChange
 from sollol_nb.notebook.pages.saved_outputs import SavedDisplay, put
 from sollol_nb.runtime.io_loop import io_loop
 from sollol_nb.text.short_names import short_name
@@ -33,12 +34,17 @@ if TYPE_CHECKING:
 
 POLL_S = 1.0
 SLOW_POLL_S = 5.0
-"""Where only answers have ended that a page has missed and that is still open."""
-CLOSED_S = 5.0
-"""How long no page is connected before the file is changed: one that is loaded again connects sooner."""
+"""Where all answers have ended, and no page has come or gone."""
+CLOSED_S = 10.0
+"""How long no page is connected before the file is changed: one that is loaded again connects sooner. While it
+loads, it has read the file already."""
+DOUBT_S = 1.5
+"""A page that connects so soon after the file was changed may have read it before."""
 SETTLE_S = 3.0
 """How long after its end an answer may turn out to have missed its page: a page that was loaded again while the
 kernel was busy is heard only then. As long, a page that has connected may take to say which one it is."""
+MOST_FAILURES = 10
+"""In a row, of a server that does not answer as it should; then it is asked no more for these answers."""
 MOST_WATCHED = 100
 ALL_COMMAND = "%sollol_answers"
 
@@ -68,6 +74,7 @@ class ShownAnswer:
         self.is_missed = False
         self.is_stale = False
         self.was_closed = False
+        self._told: set[str] = set()
         self._ended_at: float | None = None
 
     @property
@@ -101,8 +108,18 @@ class ShownAnswer:
         """A client of this session was heard."""
         if session == self.session:
             self.is_missed = self.is_stale = False
-        elif not self.has_settled:
+        elif not self.has_settled and session not in self._told:
             self.is_missed = self.is_stale = True
+
+    def tell(self, session: str) -> None:
+        """A cell of this session says so."""
+        self.is_missed = False
+        self._told.add(session)
+
+    @property
+    def needs_server(self) -> bool:
+        """Whether it may have to be put into the file."""
+        return not self.has_settled or (self.is_stale and bool(self.displays))
 
     def note_closed(self) -> None:
         """No page is connected."""
@@ -127,11 +144,11 @@ class ShownAnswer:
 
 @dataclass(frozen=True)
 class _Change:
-    """What was put into the file while no page was connected, and which clients were known before."""
+    """What was done to the file while no page was connected, which answers it has since, and which clients were
+    known before."""
 
-    path: str
-    before: dict[str, Any]
-    after: dict[str, Any]
+    file: FileChange
+    answers: tuple[ShownAnswer, ...]
     known: frozenset[str]
     at: float
 
@@ -151,7 +168,9 @@ class PageWatch:
         self._task: asyncio.Task[None] | None = None
         self._is_ended = False
         # Of the I/O loop alone:
+        self._wake = asyncio.Event()
         self._change: _Change | None = None
+        self._holds_notebooks: bool | None = None
         self._closed_at: float | None = None
         self._opened_at: float | None = None
         self._says_running = False
@@ -168,13 +187,15 @@ class PageWatch:
             self._heard_at[session] = time.monotonic()
             for answer in self._answers:
                 answer.note(session)
+        if self._change is not None:  # a page that is back must not save before the file is restored
+            io_loop().call_soon_threadsafe(self._wake.set)
 
     def hint(self, session: str) -> str:
         """The line for a cell that a client of this session runs: what its page has missed, once; else ""."""
         with self._lock:
             missed = [each for each in self._answers if each.is_missed and each.session != session]
             for answer in missed:
-                answer.is_missed = False
+                answer.tell(session)
         if not missed:
             return ""
         if len(missed) > 1:
@@ -196,19 +217,35 @@ class PageWatch:
         server = await asyncio.to_thread(self._find)
         if server is None:
             return
+        self._closed_at = self._opened_at = None
+        self._says_running, failures = False, 0
         try:
-            while self._answers or self._change is not None:
-                is_slow = self._closed_at is None and all(each.has_settled for each in self._answers)
-                await asyncio.sleep(SLOW_POLL_S if is_slow else POLL_S)
+            while self._change is not None or any(each.needs_server for each in self._answers):
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(POLL_S if self._is_moving() else SLOW_POLL_S):
+                        await self._wake.wait()
+                self._wake.clear()
                 try:
                     await self._look(server)
+                    failures = 0
                 except HttpStatusError as error:
                     logger.debug("the Jupyter server refuses: %s", error)
                     return
                 except (SollolError, UnicodeError) as error:
                     logger.debug("cannot use the Jupyter server: %s", error)
+                    failures += 1
+                    if failures == MOST_FAILURES:
+                        return
         finally:
             await server.close()
+
+    def _is_moving(self) -> bool:
+        """Whether answers stream, or a page has come or gone and what follows from that is not done yet."""
+        if any(not each.has_settled for each in self._answers):
+            return True
+        if self._closed_at is None:
+            return self._change is not None
+        return any(each.needs_server for each in self._answers)
 
     async def _look(self, server: JupyterServer) -> None:
         page = await server.page()
@@ -241,17 +278,22 @@ class PageWatch:
         if not answers or (not ended and self._says_running):
             return
         self._says_running = True
-        document = await server.read(path)
-        before = copy.deepcopy(document)
-        saved = [each for each in answers if each.put_into(document)]
-        if document != before:
-            page = await server.page()
-            if page is None or page.connections or page.path != path:
+        if self._holds_notebooks is None:
+            self._holds_notebooks = await server.holds_notebooks()
+        saved: list[ShownAnswer] = []
+        if not self._holds_notebooks:
+
+            def edit(document: dict[str, Any]) -> None:
+                saved.extend(each for each in answers if each.put_into(document))
+
+            earlier = self._change
+            done = await saved_file.change(server, path, edit, earlier.file if earlier is not None else None)
+            if done is None:
                 return
-            await server.write(path, document)
-            logger.debug("put %d answers into %s, which no page shows", len(saved), path)
-            first = self._change.before if self._change is not None else before
-            self._change = _Change(path, first, document, frozenset(self._heard_at), time.monotonic())
+            if done.before != done.after and (earlier is None or done is not earlier.file):
+                logger.debug("put %d answers into %s, which no page shows", len(saved), path)
+                has_them = (*(earlier.answers if earlier is not None else ()), *saved)
+                self._change = _Change(done, has_them, frozenset(self._heard_at), time.monotonic())
         with self._lock:
             for answer in ended:
                 answer.displays.clear()  # what has no place in the file is named in the next cell
@@ -265,11 +307,16 @@ class PageWatch:
         if not is_new and not is_back and time.monotonic() - opened_at < SETTLE_S:
             return
         self._change = None
-        if not is_new and await server.read(change.path) == change.after:
-            await server.write(change.path, change.before)
-            logger.debug("restored %s for the page that is back", change.path)
+        if not is_new:
+            if await saved_file.restore(server, change.file):
+                logger.debug("restored %s for the page that is back", change.file.path)
+        elif opened_at - change.at < DOUBT_S:
+            with self._lock:
+                for answer in change.answers:
+                    answer.is_missed = True
+                self._answers = [*(each for each in change.answers if each not in self._answers), *self._answers]
 
 
 def _is_open(answer: ShownAnswer) -> bool:
     """Whether there is still something to do for it."""
-    return not answer.has_settled or answer.is_missed or (answer.is_stale and bool(answer.displays))
+    return answer.needs_server or answer.is_missed

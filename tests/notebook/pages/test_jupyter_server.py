@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from sollol_nb.errors import TransportError
+from sollol_nb.errors import HttpStatusError, TransportError
+from sollol_nb.notebook.pages import jupyter_server
 from sollol_nb.notebook.pages.jupyter_server import JupyterServer, find_server
 from tests.lab.bare_page import BarePage, write_notebook
 from tests.lab.server import LabServer
@@ -76,7 +77,9 @@ def test_a_server_is_believed_only_if_it_has_started_the_kernel_and_its_file_is_
     assert find_server(CONNECTION_FILE) is None
 
 
-def test_pages_are_counted_and_the_saved_notebook_is_read_and_written(server: LabServer) -> None:
+def test_pages_are_counted_and_the_saved_notebook_is_read_and_written(
+    server: LabServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     name = "a notebook?ä.ipynb"
     write_notebook(server, name, ["1 + 1"])
     page = BarePage(server, name)
@@ -97,8 +100,17 @@ def test_pages_are_counted_and_the_saved_notebook_is_read_and_written(server: La
             {"output_type": "display_data", "data": {"text/plain": "the end"}, "metadata": {}}
         ]
         await api.write(name, document)
-        with pytest.raises(TransportError):
-            await api.read("none.ipynb")
+        text = await api.read_text(name)
+        assert "the end" in text
+        await api.write_text(name, text + "\r\n ")
+        assert await api.read_text(name) == text + "\r\n ", "every byte"
+        for read in (api.read, api.read_text):
+            with pytest.raises(TransportError):
+                await read("none.ipynb")
+        monkeypatch.setattr(jupyter_server, "NOTEBOOK_LIMIT_BYTES", 10)
+        with pytest.raises(TransportError, match="longer than"):
+            await api.read_text(name)
+        assert not await api.holds_notebooks()
         await api.close()
 
     assert asyncio.run(count()) == 1
@@ -115,3 +127,47 @@ def test_pages_are_counted_and_the_saved_notebook_is_read_and_written(server: La
 
     assert asyncio.run(page_of_another_kernel()) is None
     server.end_kernel(name)
+
+
+NOTEBOOK = {"type": "notebook", "path": "a.ipynb", "kernel": {"id": "0a1b", "connections": 1}}
+
+
+@pytest.mark.parametrize(
+    ("sessions", "connections"),
+    [
+        pytest.param([NOTEBOOK], 1, id="one"),
+        pytest.param([{**NOTEBOOK, "type": "console"}, {}, None, {"type": "notebook"}, NOTEBOOK], 1, id="others"),
+        pytest.param([NOTEBOOK, {**NOTEBOOK, "path": "b.ipynb"}], None, id="two notebooks share the kernel"),
+        pytest.param([{**NOTEBOOK, "kernel": {"id": "0a1b"}}], None, id="pages are not counted"),
+        pytest.param({"sessions": []}, None, id="not a list"),
+    ],
+)
+def test_the_page_of_a_kernel(sessions: Any, connections: int | None) -> None:
+    async def page() -> int | None:
+        api = JupyterServer("http://127.0.0.1:1", "secret", "0a1b")
+
+        async def get(path: str) -> Any:
+            return sessions
+
+        api._client.get = get  # type: ignore[assignment, method-assign]
+        found = await api.page()
+        await api.close()
+        return found.connections if found is not None else None
+
+    assert asyncio.run(page()) == connections
+
+
+@pytest.mark.parametrize(("status", "is_held"), [(404, False), (400, True), (403, True)])
+def test_a_server_with_jupyter_collaboration_is_known_by_its_websocket(status: int, is_held: bool) -> None:
+    async def asked() -> bool:
+        api = JupyterServer("http://127.0.0.1:1", "secret", "0a1b")
+
+        async def get(path: str) -> Any:
+            raise HttpStatusError(path, status=status, reason="x")
+
+        api._client.get = get  # type: ignore[assignment, method-assign]
+        holds = await api.holds_notebooks()
+        await api.close()
+        return holds
+
+    assert asyncio.run(asked()) is is_held
