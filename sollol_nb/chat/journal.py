@@ -156,6 +156,12 @@ class JournaledAnswer:
         """Whether its end is missing."""
         return self.status in CONTINUABLE
 
+    @property
+    def texts(self) -> int:
+        """How many chunks with text were received, where its tokens are not known; else 0."""
+        texts = (self.state or {}).get("texts")
+        return texts if isinstance(texts, int) else 0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:

@@ -31,14 +31,14 @@ from sollol_nb.text.tables import shortened
 INTERVAL_S = 0.5
 SHARE = 20
 """The pause after a round is at least so many times as long as the round."""
+LONGEST_PAUSE_S = 10.0
+KEEP_TRYING_S = 60.0
+"""How long the end of an answer is tried to be written: the file may be locked for a while."""
 TOUCH_S = 20.0
 """How often an answer that brings nothing new is reported as alive."""
-SNAPSHOT_LIMIT_S = 5.0
-IDLE_S = 5.0
+SNAPSHOT_LIMIT_S = IDLE_S = READ_LIMIT_S = 5.0
 EXIT_LIMIT_S = 2.0
-READ_LIMIT_S = 5.0
 QUESTION_CHARS = 200
-
 TEXT = "text"
 """The kind of a state that says only how many chunks with text there were, since no tokens are known."""
 
@@ -76,6 +76,7 @@ class JournalEntry:
         self._end: tuple[str, str] | None = None
         self._lock = threading.Lock()  # for the snapshot
         self._snapshot: _Snapshot | None = None
+        self._taken: _Snapshot | None = None  # which is being written
 
     @classmethod
     def continuing(cls, answer: JournaledAnswer, run: str, text: str, thinking: str) -> JournalEntry:
@@ -83,13 +84,13 @@ class JournalEntry:
         entry = cls(answer.id, run, answer.request or {}, None)
         entry._text, entry._thinking, entry._last_state = [text], [thinking], answer.state
         entry._earlier = (answer.text, answer.thinking, answer.state)
-        entry._texts = texts_of(answer)
+        entry._texts = answer.texts
         return entry
 
     @property
     def has_ended(self) -> bool:
-        """Whether all of it is written."""
-        return self._end is not None and self._snapshot is None
+        """Whether all of it is written, or was given up."""
+        return self.has_end and self._snapshot is None
 
     @property
     def is_due(self) -> bool:
@@ -152,7 +153,8 @@ class JournalEntry:
     def progress(self) -> Progress | None:
         """What is to be written of it now; None if that is nothing. For the writer's thread."""
         with self._lock:
-            taken, self._snapshot = self._snapshot, None
+            self._taken, self._snapshot = self._snapshot, None
+        taken = self._taken
         if taken is None:
             return None
         moving = request = None
@@ -181,11 +183,13 @@ class JournalEntry:
 
     def written(self, *, is_done: bool) -> None:
         """Note whether its progress was written. For the writer's thread."""
-        self.written_at = time.monotonic()
         if is_done:
-            self._first = None
-        else:
-            self._is_request_written, self.has_changed = False, True
+            self._first, self.written_at = None, time.monotonic()
+            return
+        self._is_request_written, self.has_changed = False, True
+        with self._lock:
+            if self._snapshot is None and time.monotonic() - self.written_at < KEEP_TRYING_S:
+                self._snapshot = self._taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +263,7 @@ class JournalWriter:
                 entries = list(self._entries.values())
             began = time.monotonic()
             self._write(entries)
-            pause_s = max(INTERVAL_S, SHARE * (time.monotonic() - began))
+            pause_s = min(max(INTERVAL_S, SHARE * (time.monotonic() - began)), LONGEST_PAUSE_S)
             with self._changed:
                 for entry in entries:
                     if entry.has_ended:
@@ -268,13 +272,18 @@ class JournalWriter:
                 self._changed.notify_all()
 
     def _write(self, entries: Sequence[JournalEntry]) -> None:
-        _take_snapshots([entry for entry in entries if entry.is_due])
         written: list[JournalEntry] = []
         is_done = False
         try:
+            _take_snapshots([entry for entry in entries if entry.is_due])
             progress = []
             for entry in entries:
-                if (each := entry.progress()) is not None:
+                try:
+                    each = entry.progress()
+                except Exception as error:  # the others are written
+                    self._report(error)
+                    continue
+                if each is not None:
                     progress.append(each)
                     written.append(entry)
             now = time.monotonic()
@@ -371,12 +380,6 @@ def resume(answer: JournaledAnswer, run: str, *, text: str, thinking: str) -> Jo
     entry = JournalEntry.continuing(answer, run, text, thinking)
     _writer.follow(entry)
     return entry
-
-
-def texts_of(answer: JournaledAnswer) -> int:
-    """How many chunks with text were received of an answer whose tokens are not known."""
-    texts = (answer.state or {}).get("texts")
-    return texts if isinstance(texts, int) else 0
 
 
 def _storable(text: str) -> str:
