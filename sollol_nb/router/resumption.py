@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from sollol_nb.chat import journaling
 from sollol_nb.chat.chunk import NOTE, ROUTING, Chunk
 from sollol_nb.chat.journal import CANCELLED, DONE, INTERRUPTED, JournaledAnswer
-from sollol_nb.chat.journaling import TEXT, JournalEntry, texts_of
+from sollol_nb.chat.journaling import TEXT, JournalEntry
 from sollol_nb.chat.request import ChatRequest, checked_timeout_s
 from sollol_nb.errors import AnswerDivergedError, AnswerInterruptedError, ConfigError
 from sollol_nb.llama_cpp.answers.base import Answer
@@ -162,7 +162,7 @@ def _ways(
         return [from_tokens]
     if begun is not None:
         return [from_tokens, lambda: asked(begun_again(body))]
-    received = Received(text=row.text, thinking=row.thinking, texts=texts_of(row))
+    received = Received(text=row.text, thinking=row.thinking, texts=row.texts)
     following = next_request(body, received, may_repeat=may_repeat)
     last = [] if following.begins_again else [lambda: asked(begun_again(body))]
     return [lambda: asked(following), *last]
@@ -194,7 +194,8 @@ async def _shown(
 
 
 def bare_request(backend: str | None, schema: object, priority: int, timeout_s: float) -> ChatRequest:
-    """The request for the rest of an answer that has its messages and options itself."""
+    """The request for the rest of an answer that has its messages and options itself. It is no new answer of the
+    journal: that would have the rest only."""
     return ChatRequest(
         messages=[],
         options={},
@@ -202,6 +203,7 @@ def bare_request(backend: str | None, schema: object, priority: int, timeout_s: 
         timeout_s=checked_timeout_s(timeout_s),
         backend=checked_backend(backend),
         schema=schema,
+        journal=False,
     )
 
 
