@@ -216,6 +216,22 @@ def test_a_model_that_starts_again_without_drafts_gets_a_standby_without_them(ma
     assert kinds(router).count("standby.taken") == 1
 
 
+def test_an_answer_goes_on_with_the_new_layout_of_its_model_and_not_on_the_standby(make: Make) -> None:
+    router = make(workers=4)
+    undisturbed, _ = ask(router)
+    before, standby = main_of(router), ready_standby(router)
+    first, second = before.workers
+
+    text, last = ask(router, {20: lambda: router.apply_plan(MODEL, {first: 1, second: 12})})
+
+    assert text == undisturbed
+    assert last["_routing"]["layout"] == "1/12"
+    assert "standby.taken" not in kinds(router)
+    following = ready_standby(router)
+    assert (following.id, following.standby_of) == (standby.id, main_of(router).id)
+    assert len(registry.entries(registry.COORDINATOR)) == 2
+
+
 def test_the_next_kernel_adopts_both(make: Make) -> None:
     first = make(workers=4)
     ask(first)

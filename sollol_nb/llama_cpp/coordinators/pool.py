@@ -128,7 +128,9 @@ class CoordinatorPool:
         """
         key = key_of(route)
         began = time.perf_counter()
-        coordinator = self._standbys.take(route) or self._running.find(route)
+        # Who has the lock may have ended the coordinator, to start another one: that is no case for the standby.
+        standby = None if self._starting[key].locked() else self._standbys.take(route)
+        coordinator = standby or self._running.find(route)
         if coordinator is not None and self._serves(coordinator, route, speculation):
             self._running.note_route(route)
             return coordinator, None

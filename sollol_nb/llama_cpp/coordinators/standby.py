@@ -285,8 +285,15 @@ class Standbys:
         kept.settled.clear()
         try:
             standby = await self._starter.start(kept.route, kept.gate, lost, standby_of=kept.main)
-            if await standby.hold():
+            try:
+                is_held = await standby.hold()
+            except asyncio.CancelledError:  # nobody else knows of it
+                self._in_background(self._end(standby))
+                raise
+            if is_held:
                 kept.standby, kept.missing = standby, ""
+            else:
+                await standby.detach()  # it has ended; this closes its connections
         except (SollolError, OSError) as error:
             missing = str(error)
         finally:
