@@ -1,8 +1,5 @@
 """Starting a coordinator: adopt one that runs for the model and is as asked, else choose workers and launch.
 
-Where no worker is free, a running one is adopted that differs from what was asked, too, and says in what. Only
-what would make answers wrong forbids it: another file or another way to read it, or a smaller context.
-
 Workers are chosen and claimed under one lock for all kernels of this user (`registry.claims`), so that two kernels
 that start at the same time get disjoint workers, or one adopts the other's coordinator.
 """
@@ -27,9 +24,8 @@ from sollol_nb.errors import (
 )
 from sollol_nb.gguf.facts import read_facts
 from sollol_nb.layers.plan import GIVEN, LayerPlan
-from sollol_nb.layers.strategies import AUTO as AUTO_STRATEGY
-from sollol_nb.layers.strategies import LATENCY_AWARE
 from sollol_nb.llama_cpp.contexts.store import ContextStore
+from sollol_nb.llama_cpp.coordinators.adopting import Adopter
 from sollol_nb.llama_cpp.coordinators.cached_weights import CachedWeights
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.coordinators.drafting import Drafting
@@ -45,12 +41,10 @@ from sollol_nb.llama_cpp.coordinators.settings import (
     context_tokens_for,
     file_identity,
 )
-from sollol_nb.llama_cpp.coordinators.speculation import AUTO, OFF
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.engine.find import ensure_engine
 from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.processes.machine import free_ports
-from sollol_nb.llama_cpp.processes.registry import Entry
 from sollol_nb.llama_cpp.workers.workers import Workers
 from sollol_nb.models.routing import DISTRIBUTED, Route
 from sollol_nb.runtime.events import EventBus, EventKind
@@ -58,12 +52,6 @@ from sollol_nb.runtime.gate import Gate
 from sollol_nb.text.tables import counted
 
 logger = logging.getLogger(__name__)
-
-MAY_DIFFER = frozenset(
-    {"context_tokens", "slots", "strategy", "wanted_workers", "speculates", "engine", "engine_version"}
-)
-"""What a running coordinator need not have exactly as wanted: these do not change what it answers, if its context
-is not smaller. All else that is wanted must agree."""
 
 START_TRIES = 5
 """A start is repeated where a worker was lost while it loaded, or another program took the port."""
@@ -92,6 +80,7 @@ class CoordinatorStarter:
         self._running = running
         self.planner = Planner(workers, running, measurements)
         self.drafting = Drafting(workers.calibration_of)
+        self._adopter = Adopter(workers, events)
         self._cached = CachedWeights()
         self.seeder = Seeder(workers, events)
         self._claiming = asyncio.Lock()  # planning and holding workers is one step
@@ -249,94 +238,26 @@ class CoordinatorStarter:
     async def _report_ready(self, route: Route, coordinator: Coordinator) -> None:
         if coordinator.is_adopted:
             await self._workers.local.adopt(coordinator.rpc_backends)
+        else:
+            self.planner.note_loaded(coordinator)
+            self._cached.settle(coordinator.settings, self._workers.entries_of(coordinator.rpc_backends))
         if coordinator.standby_of:
             return
         if coordinator.is_adopted:
             kind = EventKind.COORDINATOR_ADOPTED
             message = f"{route.name} is already running at {coordinator.base_url}"
         else:
-            self.planner.note_loaded(coordinator)
             kind, seconds = EventKind.COORDINATOR_READY, f"{coordinator.load_ms / 1000:.1f} s"
             message = f"{route.name} is ready at {coordinator.base_url} after {seconds}"
             message = "; ".join(filter(None, (message, coordinator.sent_description)))
-            self._cached.settle(coordinator.settings, self._workers.entries_of(coordinator.rpc_backends))
         self._events.publish(
             kind, route.name, message, load_ms=coordinator.load_ms, bytes_sent=coordinator.bytes_sent
         )
         for difference in coordinator.placement_differences:
             self._events.publish(EventKind.COORDINATOR_PLACED_OTHERWISE, route.name, difference)
 
-    # --- adopting -------------------------------------------------------------------------------
-
-    def _differences(self, start: Start, entry: Entry) -> list[str] | None:
-        """In what a running coordinator differs from what a start wants; None if it cannot be used instead."""
-        about, wanted = entry.about, start.wanted
-        if not _may_be_used(start, entry):
-            return None
-        if any(about.get(name) != value for name, value in wanted.items() if name not in MAY_DIFFER):
-            return None
-        if self._workers.has_named and not self._workers.knows_all(entry.workers):
-            return None  # the user has named the workers to use
-        if start.route.needs_worker and not entry.workers:
-            return None
-        if self.settings.exact or start.layout is not None:
-            return [] if all(about.get(name) == value for name, value in wanted.items()) else None
-        drafts = (about.get("speculation") or {}).get("kind", OFF)
-        if start.speculation == OFF != drafts:
-            return None
-        context_tokens, slots = about.get("context_tokens") or 0, about.get("slots") or 0
-        if context_tokens < wanted["context_tokens"]:
-            return None
-        differences = []
-        if slots < wanted["slots"]:
-            differences.append(f"{counted(slots, 'slot')} instead of {wanted['slots']}")
-        if wanted["wanted_workers"] not in (None, len(entry.workers)):
-            differences.append(f"{counted(len(entry.workers), 'worker')} instead of {wanted['wanted_workers']}")
-        used = (about.get("plan") or {}).get("strategy", about.get("strategy"))
-        is_best = wanted["strategy"] == AUTO_STRATEGY and used == LATENCY_AWARE
-        if wanted["strategy"] not in (used, about.get("strategy")) and not is_best:
-            differences.append(f"layer strategy {used} instead of {wanted['strategy']}")
-        if start.speculation not in (AUTO, OFF, drafts):
-            differences.append(f"speculation {drafts} instead of {start.speculation}")
-        if (about.get("engine"), about.get("engine_version")) != (wanted["engine"], wanted["engine_version"]):
-            differences.append(f"llama.cpp {about.get('engine_version')} instead of {wanted['engine_version']}")
-        return differences
-
     async def _adopt(self, start: Start, *, as_it_is: bool = False) -> Coordinator | None:
-        """A coordinator of the model that another kernel or router started and that is as wanted, or None.
-
-        Args:
-            as_it_is: also one that differs, as far as its answers are the same.
-        """
-        if self._workers.has_named:  # their addresses tell whether it holds them under other names
-            await self._workers.refresh_holders()
-        found: list[tuple[list[str], Entry]] = []
-        for entry in await asyncio.to_thread(registry.entries, registry.COORDINATOR):
-            differences = self._differences(start, entry)
-            # A standby may have got fewer workers than wanted.
-            if differences is not None and (as_it_is or start.standby_of or not differences):
-                found.append((differences, entry))
-        for differences, entry in sorted(found, key=lambda candidate: len(candidate[0])):
-            coordinator = await Coordinator.adopt(entry, gate=start.gate)
-            if coordinator is None:
-                continue
-            if start.standby_of:
-                return coordinator
-            if coordinator.standby_of:
-                await coordinator.set_standby_of("")
-            if differences:
-                coordinator.compromise = (
-                    f"no worker is free for what was requested, so the running coordinator is used: it has "
-                    f"{', '.join(differences)}"
-                )
-            owner = registry.describe_owner(entry.about)
-            if entry.about.get("load_ms"):
-                coordinator.loaded_by = owner
-            else:
-                message = f"{start.model} is being loaded by {owner}; waiting for it"
-                self._events.publish(EventKind.COORDINATOR_STARTING, start.model, message)
-            return coordinator
-        return None
+        return await self._adopter.adopt(start, exact=self.settings.exact, as_it_is=as_it_is)
 
     # --- launching ------------------------------------------------------------------------------
 
@@ -364,7 +285,11 @@ class CoordinatorStarter:
                         plan, devices = await self.planner.plan(start, wanted)
                     except (WorkersUnavailableError, ModelDoesNotFitError) as error:
                         if not start.standby_of:
-                            if (running := await self._adopt(start, as_it_is=True)) is not None:
+                            if (
+                                running := await self._adopter.adopt(
+                                    start, exact=self.settings.exact, as_it_is=True
+                                )
+                            ) is not None:
                                 return running
                             if start.layout is not None:
                                 raise
@@ -464,15 +389,6 @@ def _wanted(
         "speculates": settings.speculation,
         "wanted_workers": (list(map(list, layout.items())) if layout else workers) if sharded else None,
     }
-
-
-def _may_be_used(start: Start, entry: Entry) -> bool:
-    """Whether an entry has the part that is started: a standby waits for the end of the one that it belongs to;
-    from then on every kernel may use it."""
-    if start.standby_of or not entry.standby_of:
-        return entry.standby_of == start.standby_of
-    main = registry.find(entry.standby_of)
-    return main is None or not main.is_alive()
 
 
 def _contexts_folder() -> Path | None:

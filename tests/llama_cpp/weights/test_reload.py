@@ -67,6 +67,29 @@ def test_a_reload_sends_next_to_nothing(engine: Engine, heavy_model: Path, cache
         assert sent_bytes(router) <= 0.01 * weights
 
 
+def test_what_a_standby_was_sent_need_not_be_sent_again(engine: Engine, tmp_path: Path, caches: Path) -> None:
+    model = write_heavy(tmp_path / "heavy.gguf", blocks=2)
+    with HybridRouter(
+        auto_setup_rpc=True,
+        auto_discover_rpc=False,
+        num_rpc_backends=1,
+        rpc_port=unused_ports(2),
+        context_tokens=512,
+        standby=True,
+    ) as router:
+        router.start_workers(2)
+        text_of(router, model)
+        (main,) = {file.path.parent for file in cache._all_files()}
+        eventually(lambda: any(each.standby == "ready" for each in router.status().coordinators), "it is ready")
+        eventually(
+            lambda: (
+                all(file.is_sealed for file in cache._all_files())
+                and {file.path.parent for file in cache._all_files()} > {main}
+            ),
+            "what the workers of both have is sealed",
+        )
+
+
 def test_a_disk_that_fills_up_while_a_model_loads_changes_no_answer(engine: Engine, tmp_path: Path) -> None:
     model = write_heavy(tmp_path / "heavy.gguf", blocks=2)
     disk = tmp_path / "disk"
