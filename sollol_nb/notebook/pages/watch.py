@@ -237,6 +237,7 @@ class PageWatch:
                     if failures == MOST_FAILURES:
                         return
         finally:
+            self._task = None  # an answer that begins now is looked after by the next one
             await server.close()
 
     def _is_moving(self) -> bool:

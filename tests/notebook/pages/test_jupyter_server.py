@@ -125,7 +125,9 @@ def test_pages_are_counted_and_the_saved_notebook_is_read_and_written(
         await api.close()
         return found
 
+    used_at = server.ask("GET", "api/status")["last_activity"]
     assert asyncio.run(page_of_another_kernel()) is None
+    assert server.ask("GET", "api/status")["last_activity"] == used_at, "a server without users may end itself"
     server.end_kernel(name)
 
 

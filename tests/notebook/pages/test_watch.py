@@ -316,3 +316,29 @@ def test_a_hint_alone_needs_no_server(monkeypatch: pytest.MonkeyPatch) -> None:
     asyncio.run(watching._watch())
     assert closed
     assert watching.hint("page 2") != ""
+
+
+def test_an_answer_that_begins_while_a_watch_ends_has_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = 0
+
+    class Refusing:
+        async def page(self) -> Page:
+            nonlocal asked
+            asked += 1
+            raise HttpStatusError("http://127.0.0.1:8888/api/sessions: 403 Forbidden", status=403, reason="")
+
+        async def close(self) -> None:
+            if asked == 1:
+                watching._start()
+            await asyncio.sleep(0)
+
+    async def begin() -> None:
+        watching._start()
+        while (others := asyncio.all_tasks() - {asyncio.current_task()}) != set():
+            await asyncio.wait(others)
+
+    monkeypatch.setattr(watch, "POLL_S", 0.0)
+    watching = PageWatch(lambda: Refusing())  # type: ignore[arg-type, return-value]
+    watching._answers = [ShownAnswer("demo", "page 1")]
+    asyncio.run(begin())
+    assert asked == 2
