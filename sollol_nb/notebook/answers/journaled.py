@@ -170,7 +170,7 @@ def follow(answer: JournaledAnswer, view: View) -> JournaledAnswer:
             answer = newer
     except KeyboardInterrupt:
         view.finish(completion_of(answer))
-        print("it goes on; %sollol_answers show follows it again")
+        print(f"it goes on; %sollol_answers show {answer.id} follows it again")
         return answer
     view.finish(completion_of(answer))
     return answer

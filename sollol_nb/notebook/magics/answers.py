@@ -44,8 +44,9 @@ class AnswerMagics(Magics):
 
         Answers are journaled while they stream, in a file that only you can read, for 30 days (setting `journal`).
         `show` shows one again, and follows one that runs, also in another kernel. `resume` continues one whose end
-        is missing, such as after a restart of the kernel, from where it was. Without a number they take the newest
-        one that suits. `forget` deletes one, or all.
+        is missing, such as after a restart of the kernel, from where it was, with the options that it was asked
+        with (`--recovery`, say). Without a number they take the newest one that suits. `forget` deletes one, or
+        all of this notebook; with `--all`, also those of other notebooks and of scripts.
 
         Example::
 
@@ -89,7 +90,8 @@ class AnswerMagics(Magics):
         if not was_running:
             display(completion)
         if answer.is_continuable:
-            print(f"{answer.status}: {answer.error or 'its end is missing'}; %sollol_answers resume continues it")
+            why = answer.error or "its end is missing"
+            print(f"{answer.status}: {why}; %sollol_answers resume {answer.id} continues it")
         return completion
 
     def _resumed(self, answer: JournaledAnswer) -> Completion:
