@@ -20,8 +20,6 @@ LONG_CHARACTERS = 2000
 CHAINS_FOR_EACH_SLOT = 4
 """Questions that begin alike are asked one after the other only where there are so many other things to ask for
 each slot, or else slots would be idle."""
-
-
 DEEPEST = 3
 """So many beginnings within each other are parted; further ones are left to the engine."""
 

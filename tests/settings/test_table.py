@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from sollol_nb.settings.file import read_settings
 from sollol_nb.settings.table import FILE_NAME, SETTINGS, Setting, as_markdown
 from tests.support.engines import posix_only
 
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 EACH = pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
 
 
@@ -441,7 +443,15 @@ def test_a_deleted_working_folder_has_no_file(folder: Path, monkeypatch: pytest.
 
 
 def test_the_readme_has_the_table_of_settings() -> None:
-    assert as_markdown().strip() in (Path(__file__).parents[2] / "README.md").read_text()
+    assert as_markdown().strip() in README
+
+
+def test_the_readme_names_the_settings_that_need_consent() -> None:
+    told = re.search(r"in the file of a folder \(4\) the settings(.*?)are ignored until", README, re.DOTALL)
+    assert told is not None
+    patterns = [name.replace("...", ".*") for name in re.findall(r"`(\S+)`", told[1])]
+    matched = {name for name in SETTINGS if any(re.fullmatch(pattern, name) for pattern in patterns)}
+    assert matched == {name for name, setting in SETTINGS.items() if setting.guarded}
 
 
 @pytest.mark.parametrize(
