@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from sollol_nb import hybrid_router
+from sollol_nb.chat import journaling
 from sollol_nb.chat.chunk import Chunk
 from sollol_nb.chat.completion import Completion
 from sollol_nb.errors import (
@@ -88,6 +89,13 @@ def test_an_answer_has_its_route_its_times_and_a_row_in_the_log_of_the_kernel(ro
     assert (row["model"], row["status"], row["layout"]) == ("demo:sharded", "ok", answer.routing["layout"])
     assert row["completion_tokens"] == answer["eval_count"] > 10
     assert row["ttft_ms"] <= row["total_ms"]
+
+
+def test_an_answer_is_journaled_by_the_kernel_and_not_by_the_gateway(router: HybridRouter) -> None:
+    before = {each.id for each in journaling.journal().newest()}
+    answer = router.route_request("demo:sharded", "Hello!", max_tokens=2)
+    found = [each for each in journaling.journal().newest() if each.id not in before]
+    assert [(each.id, each.is_own) for each in found] == [(answer.routing["answer_id"], True)]
 
 
 def test_the_kernel_starts_no_engine(router: HybridRouter) -> None:
