@@ -136,7 +136,11 @@ class Scene:
         self.kernel.call("configure", keep_alive=SETTINGS["keep_alive"])
 
     def another_model_needs_room(self) -> None:
-        """Another model is asked, for which the coordinator has to end."""
+        """Another model is asked, for which the coordinator has to end: no worker is free."""
+        held = [worker for entry in registry.entries(registry.COORDINATOR) for worker in entry.workers]
+        for machine in self.machines:
+            if machine.endpoint not in held:
+                machine.kill()
         self.kernel.ask(str(self._other_model), [{"role": "user", "content": "Hi"}], **{**ASKED, "max_tokens": 2})
         names = [entry.about["model_file"]["path"] for entry in registry.entries(registry.COORDINATOR)]
         assert names == [str(self._other_model)], names
