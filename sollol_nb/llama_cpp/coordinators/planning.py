@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -135,24 +136,12 @@ class Planner:
         cooling = {endpoint for endpoint in self._workers.endpoints if self._workers.cool_down_s(endpoint)}
         avoided = start.lost | cooling
         await self._workers.own.refresh(start.engine)
-        own = self._workers.own.capacities()
         while True:
             free = await self._free_workers(start, settings, avoided)
             try:
                 if not free:
                     raise WorkersUnavailableError(describe_missing_workers(start.model, self._workers.statuses()))
-                plan = best_plan(
-                    start.facts,
-                    self._capacities(free),
-                    strategy=settings.layer_strategy,
-                    context_tokens=start.context_tokens,
-                    wanted=settings.num_rpc_backends,
-                    own=own,
-                    speeds=self._speeds(start.model_path, start.facts, free),
-                    requests=settings.slots,
-                    needs_worker=start.route.needs_worker,
-                    cached=self._cached(start.model_path, start.facts, free),
-                )
+                plan = await asyncio.to_thread(self._search_of(start, free, settings))
                 if await self._workers.find_second_names(plan.endpoints):
                     continue
                 return plan, _device_free_bytes(free)
@@ -181,7 +170,7 @@ class Planner:
             or (worker.state == "free" and not self._workers.cool_down_s(worker.endpoint))
         ]
         running, settings = coordinator.settings, by_speed(settings)
-        return self._best(
+        return self._search(
             usable,
             running.model_path,
             running.facts,
@@ -189,9 +178,9 @@ class Planner:
             settings,
             running=running.plan,
             needs_worker=self._running.needs_worker(coordinator),
-        )
+        )()
 
-    def likely(self, start: Start, settings: PoolSettings) -> LayerPlan:
+    async def likely(self, start: Start, settings: PoolSettings) -> LayerPlan:
         """The plan that a start will probably get, over the workers that are free as last seen.
 
         Raises:
@@ -211,14 +200,8 @@ class Planner:
             return plan_from_counts(start.facts, devices, list(used.values()), context_tokens=start.context_tokens)
         if not free:
             raise WorkersUnavailableError(describe_missing_workers(start.model, self._workers.statuses()))
-        return self._best(
-            free.values(),
-            start.model_path,
-            start.facts,
-            start.context_tokens,
-            by_speed(settings) if start.by_speed else settings,
-            needs_worker=start.route.needs_worker,
-        )
+        settings = by_speed(settings) if start.by_speed else settings
+        return await asyncio.to_thread(self._search_of(start, free.values(), settings))
 
     def foresee(
         self,
@@ -247,9 +230,9 @@ class Planner:
         try:
             if not free:
                 raise WorkersUnavailableError(describe_missing_workers(route.name, self._workers.statuses()))
-            return self._best(
+            return self._search(
                 usable, route.model_path, facts, context_tokens, settings, needs_worker=route.needs_worker
-            )
+            )()
         except (WorkersUnavailableError, ModelDoesNotFitError) as error:
             alone = self.plan_alone(route, facts, context_tokens, settings, error)
             if alone is None:
@@ -287,7 +270,21 @@ class Planner:
             missing = "no worker is free"
         return replace(plan, reasons=(f"all layers are on {THIS_MACHINE}, since {missing}",))
 
-    def _best(
+    def _search_of(
+        self, start: Start, usable: Collection[WorkerStatus], settings: PoolSettings
+    ) -> Callable[[], LayerPlan]:
+        """The search for the best plan of a start, for a thread: over many workers that have much cached it
+        takes a second."""
+        return self._search(
+            usable,
+            start.model_path,
+            start.facts,
+            start.context_tokens,
+            settings,
+            needs_worker=start.route.needs_worker,
+        )
+
+    def _search(
         self,
         usable: Collection[WorkerStatus],
         model_path: Path,
@@ -296,8 +293,10 @@ class Planner:
         settings: PoolSettings,
         running: LayerPlan | None = None,
         needs_worker: bool = False,
-    ) -> LayerPlan:
-        return best_plan(
+    ) -> Callable[[], LayerPlan]:
+        """The search for the best plan, with what is known now."""
+        return partial(
+            best_plan,
             facts,
             self._capacities(usable),
             strategy=settings.layer_strategy,

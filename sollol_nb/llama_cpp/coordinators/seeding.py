@@ -60,7 +60,7 @@ class Seeder:
     async def seed(self, start: Start, plan: LayerPlan) -> None:
         """Seed what the far workers of a plan lack, all machines at the same time. What cannot be seeded is sent
         by the load, as usual; an event says why."""
-        machines = self._worth_seeding(start, plan) if start.facts.cacheable_bytes else {}
+        machines = self._worth_seeding(start, plan)
         if not machines:
             return
         progress = _Progress(self._events, start.model, machines)

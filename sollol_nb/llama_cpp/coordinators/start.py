@@ -333,12 +333,12 @@ class CoordinatorStarter:
 
     async def _seed(self, start: Start, wanted: PoolSettings) -> None:
         """Seed caches for the plan that is likely, once for a start. It may take minutes, so it holds no lock."""
-        if start.is_seeded or not start.facts.cacheable_bytes:
+        if start.is_seeded or not start.facts.cacheable_bytes or not self._workers.links.targets:
             return
         start.is_seeded = True
         with contextlib.suppress(WorkersUnavailableError, ModelDoesNotFitError):
             await self._workers.refresh()
-            await self.seeder.seed(start, self.planner.likely(start, wanted))
+            await self.seeder.seed(start, await self.planner.likely(start, wanted))
 
     async def _launch_on_free_port(self, start: Start, settings: CoordinatorSettings) -> Coordinator:
         message, plan = f"starting {start.model} {settings.describe_workers()}", settings.plan
