@@ -6,8 +6,9 @@ kernels. One that died is noticed, and the next request plans again over the wor
 A coordinator that runs already for the same model and settings, started by another kernel or by this one before
 its restart, is adopted instead of loading the model once more.
 
-The pool owns the three parts that do this: the table of what runs (`running.py`), the starter (`start.py`), and
-what tokens took on each layout (`measurements.py`).
+The pool owns the parts that do this: the table of what runs (`running.py`), the starter (`start.py`), the standbys
+(`standby.py`), the search for better layouts (`replanning.py`), and what tokens took on each layout
+(`measurements.py`).
 """
 
 from __future__ import annotations
