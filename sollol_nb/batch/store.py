@@ -23,6 +23,7 @@ from typing import Any
 
 from sollol_nb.chat.chunk import ROUTING
 from sollol_nb.chat.completion import Completion
+from sollol_nb.chat.request import JOURNAL_OPTIONS
 from sollol_nb.errors import ConfigError
 from sollol_nb.runtime.sqlite_file import SqliteFile
 from sollol_nb.settings import config
@@ -30,6 +31,7 @@ from sollol_nb.settings import config
 KEEP_DAYS = 30.0
 KEEP_ROWS = 200_000
 
+_CHANGE_NO_ANSWER = {"keep_alive", *JOURNAL_OPTIONS}
 _DAY_S = 86_400.0
 _KEYS_AT_ONCE = 500  # older SQLite allows 999 variables in a statement
 _LARGE_ROUTING = ("plan", "placement_differences")
@@ -51,13 +53,13 @@ def answer_key(
 
     Args:
         identity: what distinguishes the model from another one of the same name.
-        options: `keep_alive` does not count, since it changes no answer.
+        options: those that change no answer do not count.
 
     Raises:
         ConfigError: messages or options cannot be written as JSON.
     """
     # The order of a schema's properties counts: it is their order in the answer.
-    counted = {name: options[name] for name in sorted(options) if name != "keep_alive"}
+    counted = {name: options[name] for name in sorted(options) if name not in _CHANGE_NO_ANSWER}
     try:
         text = json.dumps([model, dict(identity), [dict(message) for message in messages], counted])
     except (TypeError, ValueError) as error:

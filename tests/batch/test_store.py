@@ -53,8 +53,15 @@ def test_another_model_file_question_or_option_is_another_key(other: tuple[Any, 
     assert answer_key(*other) != answer_key("demo", FILE, HELLO, {"seed": 1, "top_p": 0.5})
 
 
-@pytest.mark.parametrize("options", [{"top_p": 0.5, "seed": 1}, {"seed": 1, "top_p": 0.5, "keep_alive": "1h"}])
-def test_order_and_keep_alive_do_not_count(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_p": 0.5, "seed": 1},
+        {"seed": 1, "top_p": 0.5, "keep_alive": "1h"},
+        {"seed": 1, "top_p": 0.5, "journal": True, "conversation": "tour"},
+    ],
+)
+def test_the_order_and_what_changes_no_answer_do_not_count(options: dict[str, Any]) -> None:
     assert answer_key("demo", FILE, HELLO, options) == answer_key("demo", FILE, HELLO, {"seed": 1, "top_p": 0.5})
 
 
