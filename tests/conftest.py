@@ -97,8 +97,8 @@ def smollm2() -> Path:
 
 @pytest.fixture(scope="session")
 def heavy_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model of 453 MB in 12 blocks, whose tensors workers can cache: nearly all are over 10 MiB."""
-    return write_heavy(tmp_path_factory.mktemp("heavy") / "heavy.gguf")
+    """A random model of 126 MB in 4 blocks, whose tensors workers can cache: nearly all are over 10 MiB."""
+    return write_heavy(tmp_path_factory.mktemp("heavy") / "heavy.gguf", blocks=4, feed_forward=41_000)
 
 
 @pytest.fixture(scope="module")

@@ -176,10 +176,11 @@ async def _join(arguments: argparse.Namespace, link: Any, give_up_s: float) -> i
         threads=arguments.threads or usable_cores(),
         build=Build.of(engine.version, engine.protocol),
         give_up_s=give_up_s,
+        verifies=True,
     )
-    workers = LentWorkers(engine, facts.devices, threads=facts.threads, say=say)
+    workers = LentWorkers(engine, facts.devices, threads=facts.threads, say=say, caches=True)
     try:
-        why = await Membership(link, facts, workers.start, say, workers.sizes).serve()
+        why = await Membership(link, facts, workers.start, say, workers.verify).serve()
     finally:
         await workers.stop()
     say(f"{link.address} has ended the connection: {why}")

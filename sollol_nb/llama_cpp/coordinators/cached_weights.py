@@ -1,7 +1,7 @@
 """The workers' caches of weights around a load: verified before it, sealed after it; and how much was sent.
 
 The caches are those of the workers on this machine; those of other machines are looked after there
-(`workers/lent.py`, `links/agent.sh`).
+(`workers/lent.py`, `links/agent.sh`), and verified before each load.
 """
 
 from __future__ import annotations
@@ -10,14 +10,17 @@ import asyncio
 from collections.abc import Iterable
 
 from sollol_nb.llama_cpp.coordinators.settings import CoordinatorSettings
+from sollol_nb.llama_cpp.links.verifying import verify
 from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.processes.machine import Address
 from sollol_nb.llama_cpp.processes.registry import Entry
 from sollol_nb.llama_cpp.processes.traffic import delivered_bytes
 from sollol_nb.llama_cpp.weights import cache
+from sollol_nb.llama_cpp.workers.probe import ProbeOutcome, probe_all
 from sollol_nb.settings.endpoints import addresses_of, parse_endpoint
 from sollol_nb.text.tables import format_bytes
 
+IDLE_LIMIT_S = 5.0
 MOSTLY_SENT = 0.95
 """If more of the weights was sent, it is not worth a word."""
 
@@ -28,15 +31,33 @@ class CachedWeights:
     def __init__(self) -> None:
         self._settling: set[asyncio.Task[None]] = set()
 
-    async def prepare(self, settings: CoordinatorSettings, workers: Iterable[Entry]) -> None:
-        """Before a coordinator is started.
+    async def prepare(self, settings: CoordinatorSettings, workers: Iterable[Entry]) -> set[str]:
+        """Before a coordinator is started; returns the workers that it must not use.
+
+        A worker whose cache cannot be verified might take a damaged file from it.
 
         Args:
-            workers: the registry entries of its workers.
+            workers: the registry entries of its workers and of the links to them.
         """
         sizes = settings.facts.cacheable_sizes
-        if settings.plan is not None and settings.plan.workers and sizes:  # links tell them to other machines
-            await asyncio.to_thread(cache.prepare, _needs(settings, workers), sizes)
+        if settings.plan is None or not settings.plan.workers or not sizes:
+            return set()
+        workers = [*workers]
+        needs = _needs(settings, workers)
+        by_link = [
+            (entry, entry.endpoints.keys() & {*settings.plan.endpoints}) for entry in workers if entry.endpoints
+        ]
+        # A worker answers once it has carried out all that its last client has sent: then it writes nothing more.
+        caching = [endpoint for endpoint in settings.plan.endpoints if _cache_of(endpoint) in needs]
+        caching += [endpoint for _, endpoints in by_link for endpoint in endpoints]
+        probes = await probe_all(caching, timeout_s=IDLE_LIMIT_S)
+        unsafe = {probe.endpoint for probe in probes if probe.outcome is not ProbeOutcome.FREE}
+        unverified = await asyncio.to_thread(cache.prepare, needs, sizes)  # links tell the sizes to other machines
+        unsafe |= {endpoint for endpoint in caching if _cache_of(endpoint) in unverified}
+        answers = await asyncio.gather(*(verify(entry, endpoints, sizes) for entry, endpoints in by_link))
+        for (_, endpoints), is_verified in zip(by_link, answers, strict=True):
+            unsafe |= set() if is_verified else endpoints
+        return unsafe
 
     def settle(self, settings: CoordinatorSettings, workers: Iterable[Entry]) -> None:
         """After its weights are loaded: in the background, since the disk may be slow. Where this process ends
@@ -57,12 +78,15 @@ def _needs(settings: CoordinatorSettings, workers: Iterable[Entry]) -> dict[str,
     }
     unit_bytes = settings.facts.cacheable_bytes
     return {
-        cache.local_name(parse_endpoint(shard.endpoint)[1]): sum(
-            unit_bytes[shard.first_layer : shard.first_layer + shard.unit_count]
-        )
+        _cache_of(shard.endpoint): sum(unit_bytes[shard.first_layer : shard.first_layer + shard.unit_count])
         for shard in settings.plan.workers
         if shard.endpoint in caching
     }
+
+
+def _cache_of(endpoint: str) -> str:
+    """The name of the cache of a worker of this machine."""
+    return cache.local_name(parse_endpoint(endpoint)[1])
 
 
 def weight_bytes(settings: CoordinatorSettings) -> int:

@@ -55,7 +55,7 @@ class Start:
         speculation: the request's, else the router's: `auto`, `off`, `ngram` or `draft`.
         first_port: the coordinator listens on this port or the next free one.
         lost: workers that were just found lost, to be chosen last.
-        taken: workers that another router or kernel took during the start.
+        taken: workers that another router or kernel took during the start, or that cannot be used now.
         by_speed: plan by predicted times, whatever the strategy of the settings.
         standby_of: the registry id of the coordinator whose standby is started, from what nobody else needs.
         is_seeded: whether caches of workers were seeded for it, as far as that was worth it.

@@ -322,9 +322,21 @@ class CoordinatorStarter:
                     if running is not None:
                         return running
                     taken = await self._workers.held_among(plan.endpoints) if plan else set()
-                    if not taken:
+                    if not taken and not (taken := await self._find_unsafe(start, settings)):
                         return await self._launch_on_free_port(start, settings)
                 start.taken |= taken  # by another router or kernel in the meantime
+
+    async def _find_unsafe(self, start: Start, settings: CoordinatorSettings) -> set[str]:
+        """The workers of a plan that must not be used, since a damaged file may be in their caches."""
+        endpoints = settings.plan.endpoints if settings.plan else ()
+        unsafe = await self._cached.prepare(settings, self._workers.entries_of(endpoints))
+        if unsafe:
+            message = (
+                f"{start.model} does not use {', '.join(sorted(unsafe))} now: its cache of weights could not be "
+                "verified in time; see `sollol-nb weights` on its machine"
+            )
+            self._events.publish(EventKind.COORDINATOR_STARTING, start.model, message)
+        return unsafe
 
     async def _lacks_workers(self, start: Start, plan: LayerPlan, wanted: PoolSettings) -> bool:
         """Whether a plan has fewer workers than wanted, and a standby was ended that may have held some."""
@@ -352,7 +364,6 @@ class CoordinatorStarter:
         (port,) = free_ports(start.first_port, 1)
         endpoints = settings.plan.endpoints if settings.plan else ()
         holds = self._workers.entries_of(endpoints)
-        await self._cached.prepare(settings, holds)
         coordinator = await Coordinator.launch(
             start.engine,
             settings,

@@ -15,6 +15,7 @@ the endpoints.
 * `remote_facts.py`: what such a machine has, and which engines fit it
 * `remote_server.py`: llama-server there, found or shipped
 * `seeding.py`: caches of workers there filled from the model's file that the machine has itself; `seed.sh` does it
+* `verifying.py`: before a load, the caches of workers on the other side are verified
 * `ssh.py`: a link to the workers of one machine over SSH; `agent.sh` runs them there
 * `join_link.py`: join links, and how both sides of one talk
 * `memberships.py`: who may join: the file of invitations and of those who joined

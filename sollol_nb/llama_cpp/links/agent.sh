@@ -7,9 +7,11 @@
 #   THREADS  CPU threads of each worker
 #   CACHE    KiB that the caches of weights of all workers may have; 0 for no caches
 #
-# A line on stdin is a heartbeat; `sizes N...` also says which sizes the tensors have that are cached.
+# A line on stdin is a heartbeat; `sizes N...` also says which sizes the tensors have that are cached, and
+# `verify NUMBER INDEX...` comes before a load over these workers, which are idle then.
 #
 # Prints on stdout, where INDEX counts the devices from 0:
+#   verified NUMBER         the caches of those workers have only complete files
 #   worker INDEX PORT       its worker was started, and will listen on this port
 #   ended INDEX CODE PAUSE  its worker has ended with this exit code; it is started again after the pause in seconds
 # What workers print comes out on stderr; nothing is written to a file.
@@ -27,10 +29,9 @@ umask 077
 listen() {
     while read -r beat; do
         case $beat in
-        sizes\ *)
-            printf '%s\n' "${beat#sizes }" | tr ' ' '\n' >"$tensors/sizes-$server.new"
-            mv "$tensors/sizes-$server.new" "$tensors/sizes-$server"
-            ;;
+        sizes\ *) note_sizes "${beat#sizes }" ;;
+        # shellcheck disable=SC2086 # they are separate words
+        verify\ *) verify ${beat#verify } >&3 & ;;
         esac 2>/dev/null
         kill -USR1 "$server" || exit
     done
@@ -100,58 +101,89 @@ evict() {
     )
 }
 
-# Seals the new files of a cache, from its folder, if all are complete; else deletes them.
+# Those of this user's models, of all machines that have workers here, also `sollol-nb worker`.
+note_sizes() {
+    { cat "$tensors/sizes"; printf '%s\n' "$1" | tr ' ' '\n'; } | sort -nu | tail -n 20000 >"$tensors/sizes-$server" &&
+        mv -f "$tensors/sizes-$server" "$tensors/sizes"
+}
+
+# In the folder of a cache, prints the files that `find` selects and that have no known size.
+list_unknown() {
+    find . -type f -name "$hash" "$@" -exec ls -ln {} + | sizes=$tensors/sizes awk '
+        BEGIN { while ((getline size <ENVIRON["sizes"]) > 0) known[size] }
+        !($5 in known) { print $NF }'
+}
+
+# From the folder of a cache: seals its new files, if all are complete; else deletes them.
 seal() {
-    sizes=$tensors/sizes-$server
-    if [ -z "$(find "$@" -size -20481)" ] && # all are over 10 MiB
-        { [ ! -s "$sizes" ] || ls -ln "$@" | awk '
-            NR == FNR { known[$1]; next }
-            !($5 in known) { unknown = 1 }
-            END { exit unknown }' "$sizes" -; } &&
-        dd if=/dev/zero of=../trial bs=65536 count=16 && [ "$(wc -c <../trial)" -eq 1048576 ]; then # nothing is full
-        sync
-        chmod 400 "$@"
-    else
-        rm -f "$@"
-    fi
+    # shellcheck disable=SC2046 # these names contain no spaces
+    set -- $(find . -type f -name "$hash" -perm -200)
+    [ $# != 0 ] || return 0
+    if [ -n "$(list_unknown -perm -200)" ] || ! flush "$@"; then rm -f "$@"; fi
     rm -f ../trial
 }
 
-# New files that are too short, with their sizes.
-list_short() {
-    find . -type f -name "$hash" -perm -200 -size -20481 -exec ls -ln {} +
+# Seals files that are on the disk; fails if one is not. Errors of writes may come out only then.
+flush() {
+    trial="dd if=/dev/zero of=../trial bs=65536 count=16"
+    if $trial conv=fsync; then
+        until=$(($(date +%s) + 8))
+        for each_file in "$@"; do
+            if [ "$(date +%s)" -gt "$until" ]; then # a load waits; it sends again what is left
+                rm -f "$each_file"
+            else
+                dd if=/dev/null of="$each_file" conv=notrunc,fsync && chmod 400 "$each_file" || return 1
+            fi
+        done
+    else # this dd cannot, or the disk is full
+        $trial && [ "$(wc -c <../trial)" -eq 1048576 ] && sync && chmod 400 "$@"
+    fi
 }
 
-# Whether nobody writes them any more: the next load must not find them.
-are_cut() {
-    short=$(list_short)
-    [ -n "$short" ] && sleep 3 && [ "$short" = "$(list_short)" ]
+# Before a load over workers $2 and so on: only complete files are left, and then it says so.
+verify() {
+    number=$1
+    shift
+    for each in "$@"; do
+        eval "cache=\$cache_$each"
+        [ -n "$cache" ] || continue
+        for files in "$cache/rpc" "$cache/off"; do
+            [ -d "$files" ] || continue
+            cd "$files" || return 1
+            seal
+            # shellcheck disable=SC2046
+            rm -f $(list_unknown) # something has changed them since they were sealed
+            [ -z "$(list_unknown; find . -type f -name "$hash" -perm -200)" ] || return 1
+        done
+    done
+    switch
+    echo "verified $number"
 }
 
 # Looks after all caches, in a process of its own.
 tend() {
-    loading= damaged=
+    loading=
     each=0
     while [ "$each" -lt "$count" ]; do
         eval "cache=\$cache_$each"
         each=$((each + 1))
-        if cd "$cache/rpc" || cd "$cache/off"; then
-            if are_cut; then
-                discard .
-                damaged=yes
-            elif [ -n "$(find . -type f -name "$hash" -perm -200 -mmin -2)" ]; then
+        if [ -n "$cache" ] && { cd "$cache/rpc" || cd "$cache/off"; }; then
+            if [ -n "$(find . -type f -name "$hash" -perm -200 -mmin -2)" ]; then
                 loading=yes
             else
-                # shellcheck disable=SC2046 # these names contain no spaces
-                set -- $(find . -type f -name "$hash" -perm -200)
-                [ $# = 0 ] || seal "$@"
+                seal
             fi
         fi
     done
     [ -n "$loading" ] || evict
+    switch
+}
+
+# Switches all caches on or off.
+switch() {
     measure
     from=off to=rpc
-    if [ -n "$damaged" ] || [ "$used" -gt "$allowed" ] || [ "$free" -lt "$least_free_kib" ]; then from=rpc to=off; fi
+    if [ "$used" -gt "$allowed" ] || [ "$free" -lt "$least_free_kib" ]; then from=rpc to=off; fi
     each=0
     while [ "$each" -lt "$count" ]; do
         eval "cache=\$cache_$each"
@@ -230,7 +262,7 @@ serve() {
         claim_cache "$count"
         count=$((count + 1))
     done
-    listen <&4 >/dev/null 3>&- &
+    listen <&4 >/dev/null &
     listener=$!
     exec 4<&-
     while [ -z "$ending" ] && [ "$missed" -lt "$silence" ]; do

@@ -18,7 +18,7 @@ import socket
 import ssl
 import sys
 import time
-from collections.abc import Mapping, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
@@ -38,6 +38,7 @@ from sollol_nb.llama_cpp.links.join_link import (
 from sollol_nb.llama_cpp.links.link import LOST, READY, LinkedWorker
 from sollol_nb.llama_cpp.links.memberships import Member, Memberships, changing
 from sollol_nb.llama_cpp.links.program import COPY_BYTES, Report, run, serve_on_loopback
+from sollol_nb.llama_cpp.links.verifying import VERIFIES, VERIFY_LIMIT_S, answer_requests
 from sollol_nb.llama_cpp.weights import cache
 from sollol_nb.settings import config
 from sollol_nb.settings.endpoints import LOOPBACK, format_endpoint, parse_endpoint
@@ -64,6 +65,7 @@ class _Session:
         self._numbers = itertools.count(1)
         self._requested: dict[int, asyncio.Future[Connection]] = {}
         self._carried: dict[int, list[asyncio.StreamWriter]] = {}
+        self._verified: dict[int, asyncio.Event] = {}
 
     async def connect(self, device: int) -> Connection:
         """A connection to the worker of one of its devices, made by the member.
@@ -109,6 +111,29 @@ class _Session:
         made = self._requested.pop(number, None) if isinstance(number, int) else None
         if made is not None and not made.done():
             made.set_exception(OSError(f"the worker of {self.member.name} accepts no connection"))
+
+    async def verify(self, devices: list[int], sizes: Sequence[int]) -> bool:
+        """Whether it says that the caches of these devices' workers have only complete files."""
+        if not self.member.facts.verifies:  # an older version, which has none
+            return True
+        number = next(self._numbers)
+        self._verified[number] = event = asyncio.Event()
+        try:
+            for first in range(0, len(sizes), MAX_SIZES):
+                send(self._writer, {"sizes": sizes[first : first + MAX_SIZES]})
+            send(self._writer, {"verify": number, "devices": devices, "sizes": []})
+            async with asyncio.timeout(VERIFY_LIMIT_S):
+                await event.wait()
+        except TimeoutError:
+            return False
+        finally:
+            del self._verified[number]
+        return True
+
+    def note_verified(self, number: object) -> None:
+        """It has answered."""
+        if isinstance(number, int) and number in self._verified:
+            self._verified[number].set()
 
     async def end(self, why: str = "") -> None:
         """End the member's connections; with a reason, it does not come back."""
@@ -276,6 +301,17 @@ class Hub:
                 connected=connected,
             )
 
+    async def verify(self, endpoints: Collection[str], sizes: Sequence[int]) -> bool:
+        """Have the caches of these workers verified by their members."""
+        devices: dict[str, list[int]] = {}
+        for member in self._known.members:
+            for device, port in enumerate(member.ports):
+                if format_endpoint(LOOPBACK, port) in endpoints:
+                    devices.setdefault(member.secret_hash, []).append(device)
+        sessions = {key: session for key, session in self._sessions.items() if key in devices}
+        answers = await asyncio.gather(*(session.verify(devices[key], sizes) for key, session in sessions.items()))
+        return len(sessions) == len(devices) and all(answers)
+
     # --- the port -----------------------------------------------------------------------------------
 
     def _is_elsewhere(self) -> bool:
@@ -414,6 +450,8 @@ class Hub:
             session.is_ready = True
         if "failed" in message:
             session.fail(message["failed"])
+        if "verified" in message:
+            session.note_verified(message["verified"])
         if message.get("leave"):
             await self._remove(session.member)
             return True
@@ -460,7 +498,14 @@ class _SizesToTell:
 
 async def serve(spec: Mapping[str, Any], report: Report) -> None:
     """Serve until the supervisor ends."""
-    await Hub(report).serve()
+    await report.tell(**{VERIFIES: True})
+    hub = Hub(report)
+    answering = asyncio.create_task(answer_requests(report, hub.verify))
+    try:
+        await hub.serve()
+    finally:
+        answering.cancel()
+        await asyncio.gather(answering, return_exceptions=True)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ The first line of a connection says what it is for:
 
 On a control connection the worker sends `{"ready": true}` once its workers run, `{"failed": stream}` where it cannot
 connect to one, and `{"leave": true}` at its end; it receives `{"open": stream, "device": position}`, `{"sizes": [...]}`
-(bytes of the tensors that its workers may cache) and `{"end": why}`. Both send `{}` every `BEAT_S` seconds, and a side that hears nothing for `SILENCE_S` ends the connection.
+(bytes of the tensors that its workers may cache), `{"verify": number, "devices": [position, ...], "sizes": [...]}` before
+a load over these workers, which is answered by `{"verified": number}` once their caches have only complete files, and
+`{"end": why}`. Both send `{}` every `BEAT_S` seconds, and a side that hears nothing for `SILENCE_S` ends the connection.
 """  # noqa: E501 - a table's row is one line
 
 from __future__ import annotations
@@ -125,6 +127,7 @@ class Facts:
         threads: of a CPU worker.
         build: of its llama.cpp.
         give_up_s: how long it tries to come back after the connection was lost.
+        verifies: whether its workers have caches, which it verifies when asked; older versions have none.
     """
 
     host: str
@@ -133,6 +136,7 @@ class Facts:
     threads: int
     build: Build
     give_up_s: float
+    verifies: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -154,8 +158,9 @@ class Facts:
                 threads=max(1, min(int(data["threads"]), MAX_THREADS)),
                 build=Build(commit=_plain(build["commit"]), protocol=_plain(build["protocol"])),
                 give_up_s=max(0.0, min(float(data["give_up_s"]), 30 * 86400.0)),
+                verifies=data.get("verifies") is True,
             )
-        except (LookupError, TypeError, OverflowError) as error:
+        except (AttributeError, LookupError, TypeError, OverflowError) as error:
             raise ValueError("these are not the facts of a worker") from error
         if not facts.devices:
             raise ValueError("it names no device")

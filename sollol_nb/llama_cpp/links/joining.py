@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection, Coroutine
 from typing import Any
 
 from sollol_nb.errors import JoinError, SollolError
@@ -23,8 +23,8 @@ FIRST_TRIES = 3
 MAX_CONNECTIONS = 256
 WORKER_LIMIT_S = 5.0
 
-MAX_KNOWN_SIZES = 10_000
-
+Verify = Callable[[Collection[int], Collection[int]], Awaitable[bool]]
+"""Verifies the caches of these devices' workers; the second argument are sizes of tensors that they may cache."""
 Say = Callable[[str], None]
 """Shows the user one line."""
 
@@ -38,7 +38,7 @@ class Membership:
         start: starts the workers once the other side has agreed; returns what gives the loopback port of each
             device now.
         say: shows the user one line about each change.
-        sizes: gets the sizes of tensors that the workers may cache.
+        verify: called before a load, and without devices when the other side tells sizes.
     """
 
     def __init__(
@@ -47,13 +47,13 @@ class Membership:
         facts: Facts,
         start: Callable[[], Awaitable[Callable[[int], int]]],
         say: Say,
-        sizes: set[int] | None = None,
+        verify: Verify | None = None,
     ) -> None:
         self._link = link
         self._facts = facts
         self._start = start
         self._say = say
-        self._sizes = set[int]() if sizes is None else sizes
+        self._verify = verify
         self._secret = secrets.token_urlsafe(32)
         self._token: str | None = link.token
         self._port_of: Callable[[int], int] | None = None
@@ -109,8 +109,8 @@ class Membership:
                 if "end" in message:
                     self._is_over = True
                     return one_line(str(message["end"])), True
-                if isinstance(told := message.get("sizes"), list) and len(self._sizes) < MAX_KNOWN_SIZES:
-                    self._sizes |= {size for size in told if isinstance(size, int)}
+                if self._verify is not None and "sizes" in message and len(self._streams) < MAX_CONNECTIONS:
+                    self._run(self._verified(self._verify, writer, message))
                 if "open" in message:
                     self._open(writer, message["open"], message.get("device"))
         except (OSError, EOFError, TimeoutError, ValueError) as error:
@@ -147,9 +147,22 @@ class Membership:
             send(control, {"failed": number if isinstance(number, int) else 0})
             return
         assert isinstance(device, int)
-        task = asyncio.create_task(self._carry(control, number, device))
+        self._run(self._carry(control, number, device))
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
         self._streams.add(task)
         task.add_done_callback(self._streams.discard)
+
+    async def _verified(self, verify: Verify, control: asyncio.StreamWriter, message: dict[str, Any]) -> None:
+        """Verify caches, and answer once they have only complete files."""
+        devices, sizes = message.get("devices", []), message["sizes"]
+        if not all(
+            isinstance(each, list) and all(type(number) is int for number in each) for each in (devices, sizes)
+        ):
+            return
+        if await verify(devices, sizes) and isinstance(number := message.get("verify"), int):
+            send(control, {"verified": number})
 
     async def _carry(self, control: asyncio.StreamWriter, number: int, device: int) -> None:
         assert self._port_of is not None

@@ -54,6 +54,15 @@ class Report:
         endpoints = {endpoint: worker.as_dict() for endpoint, worker in workers.items()}
         await self._supervisor.update_about(state=state, detail=detail, endpoints=endpoints, **more)
 
+    async def tell(self, **about: Any) -> None:
+        """Report something else."""
+        await self._supervisor.update_about(**about)
+
+    async def about(self) -> dict[str, Any]:
+        """What the registry entry says now."""
+        entry = await asyncio.to_thread(registry.find, self._supervisor.entry.id)
+        return entry.about if entry is not None else {}
+
     async def keep(self, is_kept: bool) -> None:
         """Whether this link lives without a router that uses it."""
         if is_kept:

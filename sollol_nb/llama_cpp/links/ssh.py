@@ -11,7 +11,7 @@ import contextlib
 import random
 import re
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from sollol_nb.llama_cpp.links.program import Report, run
 from sollol_nb.llama_cpp.links.remote_engine import RemoteEngine, prepare
 from sollol_nb.llama_cpp.links.ssh_session import LOST_CODE, Session
 from sollol_nb.llama_cpp.links.ssh_shell import Shell
+from sollol_nb.llama_cpp.links.verifying import VERIFIES, AgentVerifying, answer_requests
 from sollol_nb.llama_cpp.processes.exit_reasons import describe_exit
 from sollol_nb.llama_cpp.processes.machine import free_ports
 from sollol_nb.llama_cpp.weights import cache
@@ -103,9 +104,14 @@ class _Link:
         self._was_ready = False
         self._told: tuple[str, str, dict[str, LinkedWorker]] | None = None
         self._shell = self._new_shell()
+        self._agent: AgentVerifying | None = None
 
     def _new_shell(self) -> Shell:
         return Shell(str(self._spec["target"]), [str(word) for word in self._spec.get("ssh", ["ssh"])])
+
+    async def verify(self, endpoints: Collection[str], sizes: Sequence[int]) -> bool:
+        """Whether the caches of these workers have only complete files; they are verified by the agent."""
+        return self._agent is not None and await self._agent.verify(endpoints, sizes)
 
     @property
     def _host(self) -> str:
@@ -226,12 +232,17 @@ class _Link:
         beating = asyncio.create_task(beat())
         attaching: dict[str, asyncio.Task[None]] = {}
         devices = list(self._devices.values())
+        agent = self._agent = AgentVerifying(
+            session.send, lambda: [format_endpoint(LOOPBACK, device.port) for device in devices]
+        )
         try:
             while True:
                 async with self._limited(None if self._was_ready else limit):
                     line = await events.get()
                 if line is None:
                     return await session.wait()
+                if agent.heard(line):
+                    continue
                 for device, remote_port in self._understood(line, devices, session):
                     if (before := attaching.pop(device.name, None)) is not None:
                         before.cancel()
@@ -240,6 +251,7 @@ class _Link:
                         attaching[device.name] = asyncio.create_task(attach(device, remote_port))
                 await self._tell_workers()
         finally:
+            self._agent = None
             tasks = [reading, beating, *attaching.values()]
             for task in tasks:
                 task.cancel()
@@ -371,16 +383,20 @@ async def ssh(spec: Mapping[str, Any], report: Report) -> None:
     workers; `tensor_cache_gb`, the disk there for caches of weights; `server`, `worker`, `version`, `source` and
     `protocol` of the engine here.
     """
-    running = asyncio.create_task(_Link(spec, report).run())
+    await report.tell(**{VERIFIES: True})
+    link = _Link(spec, report)
+    running = asyncio.create_task(link.run())
+    answering = asyncio.create_task(answer_requests(report, link.verify))
     ending = asyncio.create_task(report.supervisor_ended())
     try:
         await asyncio.wait({running, ending}, return_when=asyncio.FIRST_COMPLETED)
         if running.done():
             running.result()
     finally:
-        for task in (running, ending):
+        tasks = (running, answering, ending)
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(running, ending, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 if __name__ == "__main__":

@@ -10,15 +10,20 @@ be missing in the model's weights, without an error. So each worker has a folder
   mark. Before a worker starts, all files that are not sealed are deleted: it may have been killed while it wrote.
 * While a worker runs, files are sealed after a load and, at the latest, before the next one. Each must have the
   size of a tensor of a model that was loaded (the headers of GGUF files tell the sizes). If one has not, or the
-  disk is full, all that are not sealed are deleted: after one write that failed, others may have failed too. A
-  worker that runs for another machine is told the sizes by it; its files must be over 10 MiB and unchanged for a
-  minute, because nobody tells when a load has ended. A cut file is looked for every few seconds meanwhile.
+  disk is full, or a write failed in another way (`fsync` reports it), all that are not sealed are deleted: after
+  one write that failed, others may have failed too.
+* Before each load all files are checked, also those that are sealed: what has another size is deleted. Only when
+  nothing else is left may a coordinator be started over this worker. For workers of other machines the link asks
+  the far side to do it, tells it the sizes, and waits for the answer (`links/verifying.py`). A worker from which
+  none comes is left out of the plan. Workers of versions that do not know the question have no caches.
+* Workers whose coordinators are unknown (`sollol-nb worker` that listens) have no caches: nobody could ask.
 * All caches together have at most `tensor_cache_gb`, and never more than half of what would be free without them.
   The files that were not used for the longest time go, before a load that will need the space. A load for which
   there is no space uses no cache: its folder is then called `off`, so that the worker finds and writes nothing.
 
 No two workers share a folder, because one would read what the other is writing. The hash (FNV-1a) protects against
-accidents only: whoever can connect to a worker can put files into its cache, and can do worse to it anyway. All
+accidents only: whoever can connect to a worker can put files into its cache, and can do worse to it anyway. One
+case is not covered: a model with two equal tensors, loaded while the disk runs full between them. All
 of it is safe to delete while no model is loading. Blocking; call it in threads.
 """
 
@@ -26,6 +31,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import platform
 import re
@@ -39,7 +45,6 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from sollol_nb.errors import ConfigError
-from sollol_nb.gguf.facts import CACHED_ABOVE_BYTES
 from sollol_nb.runtime.private_files import open_private, private_folder, read_private
 from sollol_nb.settings import config
 
@@ -49,11 +54,11 @@ FLAG = "-c"
 MIN_FREE_BYTES = 2 * 10**9
 """With less free disk, nothing is cached."""
 QUIET_S = 60.0
-"""A file of unknown size must be unchanged for this long."""
-CUT_S, UNKNOWN_S = 3.0, 15.0
-"""A file that is too short, or of an unknown size, and unchanged for this long, was not written completely."""
+"""Where nobody tells when a load has ended: nothing was written for this long."""
 ABANDONED_S = 86400.0
 """Files that are not sealed, in a folder that no worker has used for this long, are deleted."""
+SEAL_LIMIT_S = 8.0
+"""How long a load waits for what is flushed to the disk; what is left then is deleted."""
 MAX_CLAIMS = 64
 TRIAL_BYTES = 1024 * 1024
 MAX_SIZES_BYTES = 512 * 1024
@@ -178,16 +183,28 @@ def worker_environment(folder: Path | None) -> dict[str, str]:
     return {} if folder is None else {VARIABLE: str(folder)}
 
 
-def prepare(needs: Mapping[str, int], sizes: Collection[int]) -> None:
-    """Before a coordinator loads a model over these workers: verify their caches, and make room in them.
+def prepare(needs: Mapping[str, int], sizes: Collection[int]) -> frozenset[str]:
+    """Before a coordinator loads a model over these workers, which are idle: verify their caches, and make room.
 
     Args:
-        needs: bytes of weights that each of the named caches' workers will get.
+        needs: bytes of weights that each of the named caches' workers will get; 0 if unknown.
         sizes: of the model's tensors that are cached (`ModelFacts.cacheable_sizes`).
+
+    Returns:
+        The caches that cannot be verified; their workers must not load anything.
     """
+    known = frozenset(sizes)
     with contextlib.suppress(OSError, ConfigError):
-        _note_sizes(sizes)
-        settle(needs)
+        known |= known_sizes()
+    with contextlib.suppress(OSError, ConfigError):
+        note_sizes(sizes)
+    with contextlib.suppress(OSError, ConfigError):
+        for name in needs:
+            _seal(root() / name, known, until=time.monotonic() + SEAL_LIMIT_S)
+            for file in _files(root() / name):
+                if file.byte_count not in known:  # something has changed it since it was sealed
+                    _remove(file)
+        _evict(0)
         missing = {
             name: max(0, need - sum(file.byte_count for file in _files(root() / name) if file.is_sealed))
             for name, need in needs.items()
@@ -200,6 +217,23 @@ def prepare(needs: Mapping[str, int], sizes: Collection[int]) -> None:
         is_room = is_room and may.free_bytes - missing_bytes >= MIN_FREE_BYTES
         for name in needs:
             _switch(root() / name, on=is_room)
+    return frozenset(name for name in needs if not _is_verified(root() / name, known))
+
+
+def _is_verified(folder: Path, sizes: Collection[int]) -> bool:
+    """Whether the worker of a cache finds only files that are complete; if not, it is switched off."""
+    try:
+        with os.scandir(folder / _FILES) as entries:
+            found = [entry.stat() for entry in entries if _NAME.fullmatch(entry.name)]
+    except FileNotFoundError:
+        return True
+    except OSError:
+        found = None
+    if found is not None and all(not each.st_mode & stat.S_IWUSR and each.st_size in sizes for each in found):
+        return True
+    with contextlib.suppress(OSError):
+        _switch(folder, on=False)
+    return not (folder / _FILES).exists()
 
 
 def settle(names: Collection[str]) -> None:
@@ -212,56 +246,40 @@ def settle(names: Collection[str]) -> None:
         _evict(0)
 
 
-def tend(names: Collection[str], sizes: Collection[int] | None = None) -> None:
-    """The same for workers that run for another machine, every few seconds, also while they load.
-
-    Args:
-        sizes: that cached tensors have, as far as that machine has told.
-    """
+def tend(names: Collection[str]) -> None:
+    """The same for workers that run for another machine, every few seconds, also while they load."""
     with contextlib.suppress(OSError, ConfigError):
-        is_loading = is_damaged = False
+        sizes, is_loading = known_sizes(), False
         for name in names:
             news = [file for file in _files(root() / name) if not file.is_sealed]
-            if any(_is_cut(file, sizes) for file in news):  # the next load must not find it
-                discard(name)
-                is_damaged = True
-            elif any(time.time() - file.changed_at < QUIET_S for file in news):
+            if any(time.time() - file.changed_at < QUIET_S for file in news):
                 is_loading = True
             else:
                 _seal(root() / name, sizes)
         if not is_loading:
             _evict(0)
         may = measure()
-        is_room = may.used_bytes <= may.limit_bytes and may.free_bytes >= MIN_FREE_BYTES and not is_damaged
+        is_room = may.used_bytes <= may.limit_bytes and may.free_bytes >= MIN_FREE_BYTES
         for name in names:
             _switch(root() / name, on=is_room)
 
 
-def _is_cut(file: _File, sizes: Collection[int] | None) -> bool:
-    """Whether nobody writes a file any more that is too short; sizes may be told some seconds late."""
-    age_s = time.time() - file.changed_at
-    is_unknown = sizes is not None and file.byte_count not in sizes
-    return (file.byte_count <= CACHED_ABOVE_BYTES and age_s > CUT_S) or (is_unknown and age_s > UNKNOWN_S)
-
-
-def _seal(folder: Path, sizes: Collection[int] | None) -> None:
+def _seal(folder: Path, sizes: Collection[int], *, until: float = math.inf) -> None:
     """Mark the new files of a cache as complete, or delete them all."""
     news = [file for file in _files(folder) if not file.is_sealed]
     if not news:
         return
-    is_sound = all(
-        file.byte_count in sizes if sizes is not None else file.byte_count > CACHED_ABOVE_BYTES for file in news
-    )
-    if is_sound and _has_space(folder):
+    is_sound = all(file.byte_count in sizes for file in news) and _has_space(folder)
+    if is_sound:
         try:
             for file in news:
-                _write_through(file.path)
-            for file in news:
-                file.path.chmod(0o400)
-        except OSError:
+                if time.monotonic() < until:
+                    _write_through(file.path)
+                    file.path.chmod(0o400)
+                else:
+                    _remove(file)
+        except (OSError, ConfigError):
             is_sound = False
-    else:
-        is_sound = False
     if not is_sound:
         for file in news:
             _remove(file)
@@ -308,7 +326,12 @@ def known_sizes() -> frozenset[int]:
     return frozenset(int(line) for line in text.split() if line.isdecimal() and len(line) < 20)
 
 
-def _note_sizes(sizes: Collection[int]) -> None:
+def note_sizes(sizes: Collection[int]) -> None:
+    """Remember them.
+
+    Raises:
+        OSError, ConfigError: they cannot be written.
+    """
     new = sorted(frozenset(sizes) - known_sizes())
     if not new:
         return

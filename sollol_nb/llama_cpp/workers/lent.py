@@ -1,7 +1,7 @@
 """The workers that `sollol-nb worker` runs for other machines: one for each device, started again when they end.
 
-Each keeps a cache of weights (`weights/cache.py`), which is looked after here. They end with the process that
-started them, however it ends: it has their only lease.
+Those of a machine that has joined another one keep caches of weights (`weights/cache.py`), which are looked after
+here. All end with the process that started them, however it ends: it has their only lease.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 import re
 import socket
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from sollol_nb.errors import ConfigError, WorkerStartError
 from sollol_nb.llama_cpp.engine.check import Engine
@@ -57,12 +57,18 @@ def devices_of(engine: Engine) -> list[str]:
 class LentWorkers:
     """Worker processes, one for each device (or one for several), while this object's coroutines run.
 
-    Attributes:
-        sizes: of the tensors that they may cache, as far as the other machine has told.
+    Args:
+        caches: whether they keep weights: only where `verify` is called before each load.
     """
 
     def __init__(
-        self, engine: Engine, devices: Sequence[str], *, threads: int, say: Callable[[str], None]
+        self,
+        engine: Engine,
+        devices: Sequence[str],
+        *,
+        threads: int,
+        say: Callable[[str], None],
+        caches: bool = False,
     ) -> None:
         self._engine = engine
         self._devices = devices
@@ -71,7 +77,8 @@ class LentWorkers:
         self._processes: dict[int, EngineProcess] = {}
         self._ports: dict[int, int] = {}
         self._watches: list[asyncio.Task[None]] = []
-        self.sizes: set[int] = set()
+        self._has_caches = caches
+        self._verifying = asyncio.Lock()
         self._caches: dict[int, str] = {}
         self._claims = contextlib.ExitStack()
 
@@ -85,12 +92,14 @@ class LentWorkers:
             EngineError, WorkerStartError: one cannot be started.
         """
         for position, device in enumerate(self._devices):
-            with contextlib.suppress(OSError, ConfigError):  # then it works without a cache
-                self._caches[position] = self._claims.enter_context(cache.claimed(device))
+            if self._has_caches:
+                with contextlib.suppress(OSError, ConfigError):  # then it works without one
+                    self._caches[position] = self._claims.enter_context(cache.claimed(device))
             wanted = None if port is None else port + position
             await self._start(position, host, wanted)
             self._watches.append(asyncio.create_task(self._watch(position, host, wanted)))
-        self._watches.append(asyncio.create_task(self._tend()))
+        if self._caches:
+            self._watches.append(asyncio.create_task(self._tend()))
         return self._ports.__getitem__
 
     async def _start(self, position: int, host: str, port: int | None) -> None:
@@ -141,7 +150,19 @@ class LentWorkers:
     async def _tend(self) -> None:
         while True:
             await asyncio.sleep(TEND_S)
-            await asyncio.to_thread(cache.tend, [*self._caches.values()], frozenset(self.sizes) or None)
+            async with self._verifying:
+                await asyncio.to_thread(cache.tend, [*self._caches.values()])
+
+    async def verify(self, positions: Collection[int], sizes: Collection[int]) -> bool:
+        """Before a load over the workers of these devices, which are idle: whether their caches have only complete
+        files now.
+
+        Args:
+            sizes: of the model's tensors that are cached; they are remembered.
+        """
+        names = [self._caches[position] for position in positions if position in self._caches]
+        async with self._verifying:
+            return not await asyncio.to_thread(cache.prepare, dict.fromkeys(names, 0), sizes)
 
     async def stop(self) -> None:
         """End them at once."""

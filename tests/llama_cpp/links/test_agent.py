@@ -220,12 +220,11 @@ def test_before_a_worker_starts_what_is_not_sealed_goes_and_what_is_too_much(
 
 
 @pytest.mark.parametrize("shell", SHELLS, ids=" ".join)
-def test_complete_files_are_sealed_and_one_cut_file_takes_the_others_with_it(
+def test_complete_files_are_sealed_and_one_of_an_unknown_size_takes_the_others_with_it(
     tmp_path: Path, shell: tuple[str, ...]
 ) -> None:
-    tensors = tmp_path / "sollol_nb" / "tensors"
-    folder = tensors / "w"
-    tend = f'count=1 cache_0="{folder}"; tend'
+    folder = tmp_path / "sollol_nb" / "tensors" / "w"
+    tend = f'count=1 cache_0="{folder}"; note_sizes "5 {SIZE}"; tend'
     sound = cached(folder, 1)
     fresh = cached(folder, 2, age_s=0)
     in_agent(shell, tmp_path, tend)
@@ -234,19 +233,39 @@ def test_complete_files_are_sealed_and_one_cut_file_takes_the_others_with_it(
     in_agent(shell, tmp_path, tend)
     assert is_sealed(sound)
     assert is_sealed(fresh)
-    others = [cached(folder, 3), cached(folder, 4, 4096)]
+    others = [cached(folder, 3), cached(folder, 4, SIZE // 2)]
     in_agent(shell, tmp_path, tend)
-    (folder / "off").rename(folder / "rpc")  # until the next look, the load writes nothing more
     assert sound.exists()
     assert not any(other.exists() for other in others)
-    told = f'printf "%s\\n" 1 {SIZE} >"$tensors/sizes-$server"\n{tend}'
-    right = cached(folder, 5)
-    in_agent(shell, tmp_path, told)
-    assert is_sealed(right)
-    wrong = cached(folder, 6, SIZE + 4096)
-    in_agent(shell, tmp_path, told)
-    assert right.exists()
-    assert not wrong.exists()
+    assert (folder.parent / "sizes").read_text().split() == ["5", str(SIZE)]
+
+
+@pytest.mark.parametrize("shell", SHELLS, ids=" ".join)
+def test_before_a_load_only_complete_files_are_left_in_the_caches_of_its_workers(
+    tmp_path: Path, shell: tuple[str, ...]
+) -> None:
+    tensors = tmp_path / "sollol_nb" / "tensors"
+    folder, other = tensors / "w", tensors / "v"
+    verify = f'count=2 cache_0="{other}" cache_1="{folder}"; verify 7 1'
+    assert in_agent(shell, tmp_path, "count=1 cache_0=; verify 6 0") == "verified 6", "it has no cache"
+    sound, fresh = cached(folder, 1, sealed=True), cached(folder, 2, age_s=0)
+    loading = cached(other, 3, SIZE // 2, age_s=0)
+    assert in_agent(shell, tmp_path, f'note_sizes "5 {SIZE}"; {verify}') == "verified 7"
+    assert is_sealed(sound)
+    assert is_sealed(fresh)
+    assert loading.exists(), "it is another worker's"
+    sound.chmod(0o600)
+    os.truncate(sound, SIZE // 2)
+    sound.chmod(0o400)
+    cut, complete = cached(folder, 4, SIZE // 2, age_s=0), cached(folder, 5, age_s=0)
+    assert in_agent(shell, tmp_path, verify) == "verified 7"
+    assert [path.exists() for path in (sound, fresh, cut, complete)] == [False, True, False, False]
+    unwritten = f"dd() {{ return 1; }}\n{verify}"
+    failed = cached(folder, 6, age_s=0)
+    assert in_agent(shell, tmp_path, unwritten) == "verified 7"
+    assert not failed.exists(), "it could not be flushed to the disk"
+    cached(folder, 7, SIZE // 2)
+    assert in_agent(shell, tmp_path, f"rm() {{ return 1; }}\n{verify} || :") == "", "it cannot be deleted"
 
 
 @pytest.mark.parametrize("shell", SHELLS, ids=" ".join)
@@ -254,7 +273,7 @@ def test_a_cache_that_would_take_too_much_is_switched_off_while_a_model_loads(
     tmp_path: Path, shell: tuple[str, ...]
 ) -> None:
     folder = tmp_path / "sollol_nb" / "tensors" / "w"
-    tend = f'count=1 cache_0="{folder}"; tend'
+    tend = f'count=1 cache_0="{folder}"; note_sizes {SIZE}; tend'
     cached(folder, 1, age_s=0)
     cached(folder, 2, age_s=0)
     in_agent(shell, tmp_path, tend, limit_kib=20 * 1024)
@@ -277,17 +296,15 @@ def test_the_worker_gets_its_cache_and_the_sizes_come_with_a_heartbeat(
         eventually((tmp_path / "caches").exists, "it has started")
         log = tmp_path / "log"
         assert " -c " in log.read_text()
-        running.send(f"sizes 5 {SIZE}\n")
+        running.send(f"sizes 5 {SIZE}\nverify 3 0\n")
+        assert running.line() == ["verified", "3"]
         tensors = tmp_path / "c" / "sollol_nb" / "tensors"
-        (sizes,) = eventually(
-            lambda: [path for path in tensors.glob("sizes-*") if path.suffix != ".new"], "the sizes are kept"
-        )
-        assert sizes.read_text().split() == ["5", str(SIZE)]
+        assert (tensors / "sizes").read_text().split() == ["5", str(SIZE)]
         assert (tmp_path / "caches").read_text().startswith(str(tensors))
         assert running.process.stdin is not None
         running.process.stdin.close()
         running.ended()
-    assert not [*tensors.glob("sizes-*")]
+    assert not [*tensors.glob("sizes-*")], "half-written"
     assert not [*tensors.glob("*/taken")]
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -21,6 +19,7 @@ from sollol_nb.llama_cpp.processes.running import stop_engines
 from sollol_nb.settings.endpoints import INVITATIONS
 from sollol_nb.sync_wrapper import HybridRouter
 from tests.support.engines import QUESTION, eventually, run, says, script
+from tests.support.joining import connected, here, invite, join
 from tests.support.machines import Machine, running_machines, wait_gone
 
 pytestmark = [
@@ -55,41 +54,6 @@ def all_leave(empty_state: None, machines: list[Machine]) -> Iterator[None]:
                 process.terminate()
                 process.wait()
         wait_gone(machine)
-
-
-def here(machine: Machine) -> str:
-    """The address of this machine that another one can dial."""
-    return f"{machine.address.rpartition('.')[0]}.1" if machine.namespace else "127.0.0.1"
-
-
-def join(machine: Machine, engine: Engine, link: str, *options: str, **more: Any) -> subprocess.Popen[Any]:
-    """Start a worker there, which takes the link from its standard input. It has that machine's own state."""
-    variables = {
-        "SOLLOL_STATE_DIR": str(machine.home / "state"),
-        "SOLLOL_LLAMA_CPP": str(engine.server.parent),
-        "PYTHONPATH": str(Path(__file__).parents[3]),
-    }
-    command = (sys.executable, "-m", "sollol_nb", "worker", "--join", "-", "--threads", "1", *options)
-    process = machine.start(
-        *command, env=variables, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=machine.home, **more
-    )
-    assert process.stdin is not None
-    process.stdin.write(f"{link}\n")
-    process.stdin.close()
-    return process
-
-
-def invite(router: HybridRouter, machine: Machine) -> str:
-    """A link for this machine; where there are no namespaces, machines have no names by themselves."""
-    return router.invite(name=machine.name, host=here(machine)).link
-
-
-def connected(router: HybridRouter, *names: str) -> bool:
-    """Wait until these have joined, and no others."""
-    return eventually(
-        lambda: sorted(item.name for item in router.invitations().joined if item.is_connected) == sorted(names),
-        f"{names} have joined",
-    )
 
 
 def hub_entry() -> Entry:

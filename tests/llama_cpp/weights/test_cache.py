@@ -129,33 +129,69 @@ def test_nothing_is_cached_on_a_disk_that_is_nearly_full_or_when_it_is_switched_
     assert cache.open_cache("w") is None
 
 
-def test_where_sizes_are_unknown_a_quiet_large_file_is_sealed_and_a_small_one_is_not(caches: Path) -> None:
+def test_where_nobody_tells_when_a_load_ends_files_are_sealed_once_none_was_written_for_a_while(
+    caches: Path,
+) -> None:
+    folder = open_cache()
+    cache.note_sizes([SIZE])
+    old, file = written(folder, 1, age_s=cache.QUIET_S + 1), written(folder, 2)
+    cache.tend(["w"])
+    assert not is_sealed(old), "the load may go on"
+    written(folder, 2, age_s=cache.QUIET_S + 1)
+    cache.tend(["w"])
+    assert is_sealed(old)
+    assert is_sealed(file)
+
+
+def test_a_file_that_was_cut_after_it_was_sealed_is_deleted_before_the_next_load(caches: Path) -> None:
+    folder = open_cache()
+    cache.prepare({"w": SIZE}, [SIZE])
+    cut, sound = written(folder, 1), written(folder, 2)
+    cache.settle(["w"])
+    assert is_sealed(cut)
+    cut.chmod(0o600)
+    os.truncate(cut, SIZE // 2)
+    cut.chmod(0o400)
+    assert not cache.prepare({"w": SIZE}, [SIZE])
+    assert not cut.exists()
+    assert sound.exists()
+
+
+def test_files_that_cannot_be_flushed_to_the_disk_are_deleted(
+    caches: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = open_cache()
     file = written(folder, 1)
-    cache.tend(["w"])
-    assert not is_sealed(file), "it may still be written"
-    written(folder, 1, age_s=cache.QUIET_S + 1)
-    cache.tend(["w"])
-    assert is_sealed(file)
-    cut = written(folder, 2, 4096, age_s=cache.QUIET_S + 1)
-    cache.tend(["w"])
-    cache.tend(["w"])
-    assert file.exists()
-    assert not cut.exists()
+
+    def fail(path: Path) -> None:
+        raise OSError("an input/output error")
+
+    monkeypatch.setattr(cache, "_write_through", fail)
+    assert not cache.prepare({"w": SIZE}, [SIZE])
+    assert not file.exists()
 
 
-def test_a_cut_file_is_deleted_also_while_another_one_is_written(caches: Path) -> None:
+def test_a_load_waits_for_the_disk_only_so_long_and_does_without_the_rest(
+    caches: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = written(open_cache(), 1)
+    monkeypatch.setattr(cache, "SEAL_LIMIT_S", -1.0)
+    assert not cache.prepare({"w": SIZE}, [SIZE])
+    assert not file.exists()
+
+
+def test_a_damaged_file_that_cannot_be_deleted_is_where_the_worker_does_not_find_it(
+    caches: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = open_cache()
-    fresh = written(folder, 1)
-    cut = written(folder, 2, 4096, age_s=cache.CUT_S + 1)
-    cache.tend(["w"], [SIZE])
+    cut = written(folder, 1, SIZE // 2)
+    monkeypatch.setattr(cache, "_remove", lambda file: False)
+    assert not cache.prepare({"w": SIZE}, [SIZE])
     assert not cut.exists()
-    assert not (folder / "off" / fresh.name).exists(), "it may be cut too"
-    assert not (folder / "rpc").exists(), "the load that filled the disk writes nothing more"
-    cache.tend(["w"], [SIZE])
-    unknown = written(folder, 3, SIZE + 1, age_s=cache.UNKNOWN_S + 1)
-    cache.tend(["w"], [SIZE])
-    assert not unknown.exists()
+    assert (folder / "off" / cut.name).exists()
+    (folder / "off").rename(folder / "rpc")
+    monkeypatch.setattr(cache, "_switch", lambda folder, *, on: None)
+    assert cache.prepare({"w": SIZE}, [SIZE]) == {"w"}, "nothing may be loaded over its worker"
 
 
 def test_two_processes_get_different_caches_for_the_same_device(caches: Path) -> None:
