@@ -66,6 +66,7 @@ def shared(own: Path) -> Iterator[HybridRouter]:
 @pytest.fixture
 def router(shared: HybridRouter) -> HybridRouter:
     """The router; nothing is saved, and no slot holds anything."""
+    shared.stop_coordinator()  # once what it saves has been saved
     kill_coordinator()
     ContextStore().forget()
     return shared
