@@ -89,7 +89,7 @@ class LabPage:
     def dismiss_connection_errors(self) -> None:
         """From now on dismiss the dialog that says that the server could not be reached."""
         dialog = self.page.locator(".jp-Dialog", has_text="Server Connection Error")
-        self.page.add_locator_handler(dialog, lambda found: found.get_by_role("button", name="Dismiss").click())
+        self.page.add_locator_handler(dialog, lambda found: found.locator(".jp-mod-accept").click())
 
     def close(self) -> None:
         """Close the page and end the notebook's kernel."""

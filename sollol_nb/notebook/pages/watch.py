@@ -191,7 +191,7 @@ class PageWatch:
             io_loop().call_soon_threadsafe(self._wake.set)
 
     def hint(self, session: str) -> str:
-        """The line for a cell that a client of this session runs: what its page has missed, once; else ""."""
+        """The text for a cell that a client of this session runs: what its page has missed, once; else ""."""
         with self._lock:
             missed = [each for each in self._answers if each.is_missed and each.session != session]
             for answer in missed:
@@ -202,7 +202,7 @@ class PageWatch:
             return f"The page was opened again while {len(missed)} answers were written; {ALL_COMMAND} lists them."
         (answer,) = missed
         did = "answered" if answer.has_ended else "is answering"
-        return f"The page was opened again while {answer.model} {did}; {answer.command} shows the answer."
+        return f"The page was opened again while {answer.model} {did}; this shows the answer:\n{answer.command}"
 
     def end(self) -> None:
         """Look after nothing any more."""

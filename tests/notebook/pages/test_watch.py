@@ -151,7 +151,7 @@ def test_a_page_that_is_loaded_again_soon_finds_its_file_unchanged_and_a_hint(no
     case.look(10)
     assert case.server.writes == 0
     assert case.watch.hint("page 2") == (
-        "The page was opened again while demo answered; %sollol_last shows the answer."
+        "The page was opened again while demo answered; this shows the answer:\n%sollol_last"
     )
     assert case.watch.hint("page 2") == "", "once"
     case.watch.note("page 2")
