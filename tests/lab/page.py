@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
-from playwright.sync_api import Locator, Page
+from playwright.sync_api import Dialog, Locator, Page
 
 from tests.lab.server import LabServer
 
@@ -76,6 +76,15 @@ class LabPage:
     def close_page(self) -> None:
         """Close the page, and leave the kernel running."""
         self.page.close()
+
+    def reload(self) -> None:
+        """Load the page again, also with changes that are not saved, and wait until its kernel is ready."""
+        leave = Dialog.accept
+        self.page.on("dialog", leave)
+        self.page.reload()
+        self.page.remove_listener("dialog", leave)
+        self.page.wait_for_selector(CELLS)
+        self.wait_idle()
 
     def open_again(self) -> None:
         """Open the notebook in a new page, and wait until its kernel is ready."""
