@@ -153,21 +153,24 @@ def know(engine: Engine, endpoint: str, ms_per_byte: float) -> None:
     run(Calibrations().keep([calibration]))
 
 
+def only_calibrations_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both workers are equally fast; only the calibrations that a test writes tell them apart."""
+    monkeypatch.setattr(calibrations, "CHECK_EVERY_S", 0.0)
+    monkeypatch.setattr(pool, "ANSWERS_PER_CORRECTION", 10**6)
+    monkeypatch.setattr(WaitWatch, "watch", lambda *_: None)
+    monkeypatch.setattr(WorkerStatus, "_is_here", property(lambda _: False))
+    monkeypatch.setattr(OwnDevices, "capacities", lambda _: [])
+
+
 def test_a_better_worker_that_is_added_is_moved_to_once_nobody_else_uses_the_model(
     engine: Engine,
     endless: str,
     two_workers: tuple[str, str],
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(replan, "CONFIRMATIONS", 1)
     monkeypatch.setattr(measurements, "MEANINGFUL_ANSWERS", 1)
-    monkeypatch.setattr(calibrations, "CHECK_EVERY_S", 0.0)
-    # Both workers are equally fast; only the calibrations that this test writes tell them apart.
-    monkeypatch.setattr(pool, "ANSWERS_PER_CORRECTION", 10**6)
-    monkeypatch.setattr(WaitWatch, "watch", lambda *_: None)
-    monkeypatch.setattr(WorkerStatus, "_is_here", property(lambda _: False))
-    monkeypatch.setattr(OwnDevices, "capacities", lambda _: [])
+    only_calibrations_count(monkeypatch)
     slow, quick = two_workers
     know(engine, slow, 1e-4)
     with HybridRouter(
@@ -196,13 +199,36 @@ def test_a_better_worker_that_is_added_is_moved_to_once_nobody_else_uses_the_mod
             for _ in range(4):
                 assert ask() == (url, slow), "another process uses it"
         eventually(lambda: ask()[1] == quick, "it has moved")
+        assert len(texts) == 1
 
+
+def test_a_model_is_planned_again_when_its_user_says_so(
+    endless: str,
+    two_workers: tuple[str, str],
+    engine: Engine,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    only_calibrations_count(monkeypatch)
+    slow, quick = two_workers
+    know(engine, slow, 1e-4)
+    know(engine, quick, 1e-6)
+    with HybridRouter(
+        rpc_backends=[slow, quick], auto_discover_rpc=False, replan="off", speculation="off", **SETTINGS
+    ) as router:
+
+        def worker() -> str:
+            """Which one has answered."""
+            answer = router.route_request(endless, QUESTION, temperature=0, max_tokens=TOKENS)
+            (shard,) = answer.routing["plan"]["shards"]
+            return shard["endpoint"]
+
+        assert worker() == quick
         know(engine, slow, 1e-8)
         (line,) = router.replan()
         assert line.startswith("new layout for endless: 5 over 1 worker, ")
-        assert ask()[1] == slow
+        assert worker() == slow
         know(engine, quick, 1e-10)
         ACTIONS["replan"](router, argparse.Namespace(what=["endless"]))
         assert capsys.readouterr().out.startswith("new layout for endless: 5 over 1 worker, ")
-        assert ask()[1] == quick
-        assert len(texts) == 1
+        assert worker() == quick
