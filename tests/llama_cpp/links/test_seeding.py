@@ -123,6 +123,8 @@ def test_what_is_seeded_in_part_leaves_nothing(
             sessions = [process for process in gpu1.processes() if process.name().startswith("sshd")]
             kill_at_once(sessions)
         elif how == "silent":
+            for server in servers(gpu1):
+                server.suspend()  # else it may have ended before the silence is noticed
             gpu1.cut()
             try:
                 await asyncio.to_thread(wait_gone, gpu1)
