@@ -230,15 +230,20 @@ class JournalWriter:
                 self._changed.notify_all()
 
     def wait_written(self, limit_s: float = READ_LIMIT_S) -> None:
-        """Wait until all that has happened so far is written or given up, at most so long. Not on the I/O loop."""
+        """Wait until all that has happened so far is written or given up, at most so long. Not on the I/O loop.
+
+        The thread ends if no answer runs.
+        """
         with self._changed:
-            if self._thread is None or not self._entries:
+            if self._thread is None:
                 return
             goal = self._begun + 1
             self._waiting += 1
             try:
                 self._changed.notify_all()
-                self._changed.wait_for(lambda: self._thread is None or self._ended >= goal, limit_s)
+                self._changed.wait_for(
+                    lambda: self._thread is None or (self._entries and self._ended >= goal), limit_s
+                )
             finally:
                 self._waiting -= 1
 
@@ -254,7 +259,8 @@ class JournalWriter:
         pause_s = INTERVAL_S
         while True:
             with self._changed:
-                if not self._changed.wait_for(lambda: self._entries, IDLE_S):
+                self._changed.wait_for(lambda: self._entries or self._waiting, IDLE_S)
+                if not self._entries:
                     self._thread = None
                     self._changed.notify_all()
                     return
@@ -332,8 +338,13 @@ _owner: Callable[[], str | None] | None = None
 
 def journal() -> Journal:
     """The journal of the state folder, with all that this process has to write in it. Not on the I/O loop."""
-    _writer.wait_written()
+    flush()
     return _journal
+
+
+def flush() -> None:
+    """Wait until all is written, at most some seconds. Not on the I/O loop."""
+    _writer.wait_written()
 
 
 def use_owner(owner: Callable[[], str | None] | None) -> None:

@@ -78,6 +78,7 @@ class Session:
         self._chats.flush()
         self._router, self._settings, self._shell, self._chats = None, None, None, ChatBook()
         self._answers.clear()
+        journaling.flush()
         journaling.use_owner(None)
         settings_traits.remove(shell)
 

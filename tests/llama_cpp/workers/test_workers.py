@@ -81,7 +81,7 @@ def test_a_worker_that_was_taken_during_its_probe_is_held_and_keeps_its_last_pro
         round_trip_ms=0.4,
     )
     busy = Probe(endpoint=name, outcome=ProbeOutcome.BUSY, detail="in use")
-    coordinator = SimpleNamespace(kind=registry.COORDINATOR, name="demo", workers=[name], about={})
+    coordinator = SimpleNamespace(kind=registry.COORDINATOR, name="demo", workers=[name], about={}, standby_of="")
     found, entries = iter([free, busy]), iter([[], [], [coordinator]])
 
     async def probe_all(*_: object, **__: object) -> list[Probe]:
