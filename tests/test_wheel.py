@@ -13,6 +13,7 @@ import nbformat
 import pytest
 
 from sollol_nb.llama_cpp.engine.check import Engine
+from tests.support.gateway import end_engines
 
 REPOSITORY = Path(__file__).parents[1]
 QUICKSTART = REPOSITORY / "notebooks" / "01_quickstart.ipynb"
@@ -75,15 +76,20 @@ def test_the_quickstart_runs_from_an_installed_wheel(wheel: Path, tmp_path: Path
     notebook.cells.insert(0, nbformat.v4.new_code_cell("import sollol_nb; print(sollol_nb.__file__)"))
     copy = tmp_path / QUICKSTART.name
     nbformat.write(notebook, copy)
+    state = tmp_path / "state"
     environment = {**os.environ, "PYTHONPATH": str(installed), "SOLLOL_LLAMA_CPP": str(engine.server.parent)}
-    ran = subprocess.run(
-        [sys.executable, str(REPOSITORY / "tools" / "run_notebook.py"), str(copy)],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    environment["SOLLOL_STATE_DIR"] = str(state)
+    try:
+        ran = subprocess.run(
+            [sys.executable, str(REPOSITORY / "tools" / "run_notebook.py"), str(copy)],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+    finally:
+        end_engines(state)  # they live on for their keep_alive
     assert ran.returncode == 0, ran.stderr
     assert str(installed / "sollol_nb" / "__init__.py") in ran.stdout
     assert "Model sharding" in ran.stdout
