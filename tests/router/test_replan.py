@@ -211,8 +211,9 @@ def test_a_model_is_planned_again_when_its_user_says_so(
 ) -> None:
     only_calibrations_count(monkeypatch)
     slow, quick = two_workers
-    know(engine, slow, 1e-4)
-    know(engine, quick, 1e-6)
+    # Each time by more than round trips differ, also on a busy machine.
+    know(engine, slow, 1e-2)
+    know(engine, quick, 1e-3)
     with HybridRouter(
         rpc_backends=[slow, quick], auto_discover_rpc=False, replan="off", speculation="off", **SETTINGS
     ) as router:
@@ -224,11 +225,11 @@ def test_a_model_is_planned_again_when_its_user_says_so(
             return shard["endpoint"]
 
         assert worker() == quick
-        know(engine, slow, 1e-8)
+        know(engine, slow, 1e-4)
         (line,) = router.replan()
         assert line.startswith("new layout for endless: 5 over 1 worker, ")
         assert worker() == slow
-        know(engine, quick, 1e-10)
+        know(engine, quick, 1e-5)
         ACTIONS["replan"](router, argparse.Namespace(what=["endless"]))
         assert capsys.readouterr().out.startswith("new layout for endless: 5 over 1 worker, ")
         assert worker() == quick
