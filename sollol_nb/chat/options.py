@@ -33,7 +33,7 @@ class ChatOptions(TypedDict, total=False):
             known tokens, after which the text may differ from an undisturbed answer; or `"exact"`, which generates
             the known tokens again first.
         deterministic: whether llama.cpp gives the same answer each time (at temperature 0, or with a `seed`): the
-            request runs alone, without the prompt cache, and with exact recovery.
+            request runs alone, with all slots empty, and with exact recovery.
         speculation: whether llama.cpp drafts tokens. The engine fixes it when it starts, so `"off"` restarts a
             coordinator that drafts (its answers continue on the new one); `"auto"`, `"ngram"` and `"draft"` count
             only if this request starts the coordinator. Requests that must be exact (`recovery="exact"`,

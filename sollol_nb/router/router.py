@@ -141,7 +141,7 @@ class Router(RouterRequests):
                 after which the text may differ from an undisturbed answer; `exact` generates the known tokens
                 again first.
             deterministic: whether llama.cpp gives the same answer each time, at temperature 0 or with a seed: each
-                request runs alone, without the prompt cache, and with exact recovery.
+                request runs alone, with all slots empty, and with exact recovery.
             replan: what happens when another layout of a running model has become faster: by default `"say"`
                 (it is shown); `"auto"` moves there between two requests, `"off"` does nothing.
             standby: whether a second coordinator of each model over workers is kept ready, on workers that are

@@ -261,7 +261,7 @@ _TABLE = (
         "router",
         kinds.YES_OR_NO,
         "Whether llama.cpp gives the same answer each time, at temperature 0 or with a seed: requests run alone, "
-        "without the prompt cache, and with exact recovery.",
+        "with all slots empty, and with exact recovery.",
         "SOLLOL_DETERMINISTIC",
         default=False,
     ),

@@ -89,13 +89,16 @@ class ContextKeeper:
 
     # --- a request --------------------------------------------------------------------------------
 
-    async def visit(self, text: str | None, *, is_cached: bool, lease: Held | None) -> Visit:
+    async def visit(
+        self, text: str | None, *, is_cached: bool, lease: Held | None, is_repeatable: bool = False
+    ) -> Visit:
         """Choose a slot for a request, and restore a saved context there if that saves time.
 
         Args:
             text: what the model will read; None if that is not known.
             is_cached: whether the request may begin with what a slot holds.
             lease: the request's, granted.
+            is_repeatable: whether it must be computed as the first request of a fresh engine is.
 
         Raises:
             TransportError: the engine was lost.
@@ -110,8 +113,10 @@ class ContextKeeper:
         visit = Visit(text=text, may_be_saved=is_cached)
         self._visits.add(visit)
         is_long = text is not None and self._is_long(text)
-        if is_long and (is_shared or not self._is_current):
+        if (is_long or is_repeatable) and (is_shared or not self._is_current):
             await self._look(lease)
+        if is_repeatable:
+            await self._empty()
         is_known = self._is_current and not is_shared and (text is not None or not is_cached)
         if not is_known and not (is_long and is_cached and self.keeps):
             return visit  # the engine chooses
@@ -134,6 +139,13 @@ class ContextKeeper:
             self._left(visit)
             raise
         return visit
+
+    async def _empty(self) -> None:
+        """Empty all idle slots, so that a prompt gets the first cells of the shared context: in others the
+        engine may round otherwise."""
+        for slot in self.slots.all:
+            if slot.is_idle:
+                await self._actions.erase(slot)
 
     def _is_long(self, text: str) -> bool:
         """Whether processing a prompt may take so long that its context was saved. How many characters a token has

@@ -81,7 +81,8 @@ class CoordinatorSettings:
         speculation: what it drafts.
         may_use_gpus: whether a worker of the plan may be a GPU; what it is, the RPC protocol does not say.
         repacks_weights: whether weights on the own CPU are rearranged for it; see `OwnDevices`.
-        contexts: the folder in which the contexts of its slots can be saved; None if they are not.
+        contexts: the folder in which the contexts of its slots can be saved. Without one (None) the engine does
+            not empty slots, either.
     """
 
     model: str

@@ -49,6 +49,8 @@ from sollol_nb.llama_cpp.workers.workers import Workers
 from sollol_nb.models.routing import DISTRIBUTED, Route
 from sollol_nb.runtime.events import EventBus, EventKind
 from sollol_nb.runtime.gate import Gate
+from sollol_nb.runtime.private_files import private_folder
+from sollol_nb.settings.config import state_dir
 from sollol_nb.text.tables import counted
 
 logger = logging.getLogger(__name__)
@@ -402,11 +404,13 @@ def _wanted(
     }
 
 
-def _contexts_folder() -> Path | None:
-    """Where contexts are saved; None where they are not, since that is off or the folder cannot be used."""
+def _contexts_folder() -> Path:
+    """Where contexts are saved. Where they are not, since that is off or the folder cannot be used, an empty
+    folder: without any, the engine does not empty slots."""
     store = ContextStore()
     try:
-        return store.prepare() if store.is_on else None
+        if store.is_on:
+            return store.prepare()
     except ConfigError as error:
         logger.warning("contexts are not saved: %s", error)
-        return None
+    return private_folder(state_dir() / "no-contexts")

@@ -185,7 +185,10 @@ class AnswerStreams:
         """
         try:
             return await self.contexts.visit(
-                answer.prompt_text, is_cached=not answer.recovers_exactly, lease=lease
+                answer.prompt_text,
+                is_cached=not answer.recovers_exactly,
+                lease=lease,
+                is_repeatable=answer.is_deterministic,
             )
         except TransportTimeoutError:
             await self._process.stop(grace_s=0.0, why="it went silent while it restored a saved context")

@@ -64,7 +64,7 @@ class AskMagics(Magics):
         "--deterministic",
         action="store_true",
         default=None,
-        help="the same answer each time (at temperature 0 or with a seed): runs alone, without the prompt cache",
+        help="the same answer each time (at temperature 0 or with a seed): runs alone, with empty slots",
     )
     @argument(
         "--speculation",
