@@ -27,6 +27,8 @@ from sollol_nb.text.tables import format_bytes
 CHECK_INTERVAL_S = 1.0
 """How often idle coordinators are checked: whether their workers are still connected."""
 SECOND_CHECK_S = 0.1
+END_LIMIT_S = 20.0
+"""How long a start waits for what is being ended."""
 LINK_LOST = "it lost its connection to a worker"
 MAKING_ROOM = "making room for "
 
@@ -50,6 +52,7 @@ class RunningCoordinators:
         self._measurements = measurements
         self._table: dict[RouteKey, tuple[Route, Coordinator]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._ending: set[asyncio.Task[Any]] = set()
 
     @property
     def coordinators(self) -> list[Coordinator]:
@@ -127,8 +130,7 @@ class RunningCoordinators:
             await coordinator.save_contexts()
             return await coordinator.stop_unless_used()
 
-        # The caller may be cancelled; the engine must end anyway.
-        users = await asyncio.shield(self._in_background(end()))
+        users = await self._ended(end())
         if users:
             self._table = {**taken, **self._table}
         return users
@@ -154,8 +156,19 @@ class RunningCoordinators:
                 self._events.publish(EventKind.COORDINATOR_STOPPED, coordinator.model, message)
             return users
 
-        # The caller may be cancelled; the engine must end anyway.
-        return await asyncio.shield(self._in_background(end()))
+        return await self._ended(end())
+
+    async def _ended(self, end: Coroutine[Any, Any, list[str]]) -> list[str]:
+        """Run the end of a coordinator. The caller may be cancelled; the engine must end anyway."""
+        ending = self._in_background(end)
+        self._ending.add(ending)
+        ending.add_done_callback(self._ending.discard)
+        return await asyncio.shield(ending)
+
+    async def until_ended(self) -> None:
+        """Wait for the coordinators that are being ended: they hold their workers and memory until then."""
+        if self._ending:
+            await asyncio.wait(self._ending, timeout=END_LIMIT_S)
 
     def _take(self, coordinator: Coordinator) -> dict[RouteKey, tuple[Route, Coordinator]]:
         """Take a coordinator out of the table; returns its entries."""

@@ -168,6 +168,7 @@ class CoordinatorStarter:
         for tries_left in reversed(range(START_TRIES)):
             coordinator: Coordinator | None = None
             try:
+                await self._running.until_ended()  # it would be adopted, or hold the workers that are needed
                 coordinator = await self._adopt(start) or await self._launch(start, given_draft, settings)
                 async with self._progress_reported(route.name, coordinator):
                     await coordinator.until_ready(self.settings.coordinator_timeout_s)

@@ -25,6 +25,7 @@ from sollol_nb.errors import (
 from sollol_nb.layers.strategies import WorkerCapacity
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.engine.check import Engine
+from sollol_nb.llama_cpp.processes.process import ExitReport
 from sollol_nb.llama_cpp.workers.probe import test_rpc_backend
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.sync_wrapper import HybridRouter
@@ -284,6 +285,26 @@ def test_a_worker_killed_while_idle_is_noticed_and_replaced(breakable: HybridRou
     assert again.routing["failovers"] == []
     assert len(coordinator_of(breakable).rpc_backends) == 3
     assert worker_states(breakable).count("held") == 3
+
+
+def test_a_request_waits_for_the_end_of_a_coordinator_that_holds_workers(
+    breakable: HybridRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    breakable.route_request("demo:sharded", QUESTION, max_tokens=3)
+    before = coordinator_of(breakable)
+    stop = before.stop
+
+    async def stop_late(**options: Any) -> ExitReport:
+        await asyncio.sleep(1)
+        return await stop(**options)
+
+    monkeypatch.setattr(before, "stop", stop_late)
+    engine_on(int(before.rpc_backends[1].rpartition(":")[2])).kill()
+    eventually(lambda: breakable.coordinator is None, "it is being ended")
+
+    answer = breakable.route_request("demo:sharded", QUESTION, max_tokens=3)
+    assert answer.routing["failovers"] == [], "it was not adopted"
+    assert len(coordinator_of(breakable).rpc_backends) == 3
 
 
 def test_without_a_worker_left_the_answer_is_kept_and_resumed_later(
