@@ -132,6 +132,9 @@ class FakeEngine:
                 except ValueError as error:
                     self._answer(writer, {"error": {"message": str(error)}}, 500)
                 continue
+            if path.startswith("/slots/"):
+                self._answer(writer, {})
+                continue
             await self._note(path, body["prompt"])
             if "long" in body["prompt"]:
                 message = "the request (910 tokens) exceeds the available context size (512 tokens)"
