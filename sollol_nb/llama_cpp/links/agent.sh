@@ -55,7 +55,7 @@ claim_cache() {
     try=0
     while [ "$cache_kib" != 0 ] && [ "$try" -lt 16 ]; do
         folder=$tensors/ssh-$(uname -n)-$device-$try
-        mkdir -p "$folder" 2>/dev/null || return 0
+        mkdir -p "$folder" 2>/dev/null && is_private || return 0
         if mkdir "$folder/taken" 2>/dev/null; then
             echo "$server" >"$folder/taken/by"
             eval "cache_$1=\$folder"
@@ -69,6 +69,11 @@ claim_cache() {
         fi
     done
 }
+
+# Whether nobody else can put files into the folder of all caches: a worker believes what it finds.
+is_private() {
+    [ -n "$(find "$tensors/." -prune -user "$(id -u)" ! -perm -020 ! -perm -002)" ]
+} 2>/dev/null
 
 # Makes cache $1 ready for a worker that is about to start; fails if nothing may be cached.
 open_cache() {
@@ -84,7 +89,7 @@ discard() {
 
 measure() {
     free=$(df -Pk "$tensors" | awk 'NR == 2 { print $4 }')
-    used=$(du -sk "$tensors" | awk '{ print $1 }')
+    used=$(du -sk "$tensors/." | awk '{ print $1 }') # also where it is a link
     allowed=$(((free + used) / 2))
     [ "$allowed" -le "$cache_kib" ] || allowed=$cache_kib
 }
@@ -123,16 +128,17 @@ seal() {
     rm -f ../trial
 }
 
-# Seals files that are on the disk; fails if one is not. Errors of writes may come out only then.
+# Seals files that are on the disk; fails if one is not. Errors of writes may come out only then. At $deadline, if it
+# is set, the rest is deleted. `tend` and `verify` may be here at the same time: a file may be sealed or gone.
 flush() {
     trial="dd if=/dev/zero of=../trial bs=65536 count=16"
     if $trial conv=fsync; then
-        until=$(($(date +%s) + 8))
         for each_file in "$@"; do
-            if [ "$(date +%s)" -gt "$until" ]; then # a load waits; it sends again what is left
+            if [ -n "$deadline" ] && [ "$(date +%s)" -gt "$deadline" ]; then
                 rm -f "$each_file"
-            else
-                dd if=/dev/null of="$each_file" conv=notrunc,fsync && chmod 400 "$each_file" || return 1
+            # Opened for writing, one that is sealed would fail, and one that is gone would be made again, empty.
+            elif ! { dd if=/dev/null conv=fsync 1<"$each_file" && chmod 400 "$each_file"; } && [ -e "$each_file" ]; then
+                return 1
             fi
         done
     else # this dd cannot, or the disk is full
@@ -142,7 +148,7 @@ flush() {
 
 # Before a load over workers $2 and so on: only complete files are left, and then it says so.
 verify() {
-    number=$1
+    number=$1 deadline=$(($(date +%s) + 8)) # a load waits; it sends again what is left then
     shift
     for each in "$@"; do
         eval "cache=\$cache_$each"
@@ -162,7 +168,7 @@ verify() {
 
 # Looks after all caches, in a process of its own.
 tend() {
-    loading=
+    loading='' deadline=''
     each=0
     while [ "$each" -lt "$count" ]; do
         eval "cache=\$cache_$each"

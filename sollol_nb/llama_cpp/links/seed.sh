@@ -144,7 +144,7 @@ seed() { # WORKER DEVICE THREADS SERVER FILE TENSORS SIZES BYTES SILENCE SEED
     exec 4<&-
     find_cache || fail "nothing can be cached in $tensors_folder"
     # Of machines that crashed.
-    find "$tensors_folder" -maxdepth 1 -name '.seed-*' -mmin +720 -exec rm -rf {} + 2>/dev/null
+    find "$tensors_folder/." -maxdepth 1 -name '.seed-*' -mmin +720 -exec rm -rf {} + 2>/dev/null
     mkdir -p "$work/rpc" || fail "cannot write to $tensors_folder"
     free=$(df -Pk "$work" | awk 'NR == 2 { print $4 }')
     [ "$((bytes / 512))" -le "${free:-0}" ] || fail "too little space in $tensors_folder"

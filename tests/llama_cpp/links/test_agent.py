@@ -269,6 +269,61 @@ def test_before_a_load_only_complete_files_are_left_in_the_caches_of_its_workers
 
 
 @pytest.mark.parametrize("shell", SHELLS, ids=" ".join)
+def test_a_file_that_is_gone_before_it_is_sealed_is_not_made_again(tmp_path: Path, shell: tuple[str, ...]) -> None:
+    """A worker would take an empty file for a tensor."""
+    folder = tmp_path / "sollol_nb" / "tensors" / "w"
+    files = [cached(folder, number) for number in range(4)]
+    once = f'[ -e "{tmp_path}/once" ] || rm -f "{folder}"/rpc/*[23]; : >"{tmp_path}/once"'
+    other = f'chmod() {{ command chmod "$@"; {once}; }}\n'  # `tend` and `verify` may run at the same time
+    in_agent(shell, tmp_path, f'{other}count=1 cache_0="{folder}"; note_sizes {SIZE}; tend')
+    left = [file for file in files if file.exists()]
+    assert 1 <= len(left) <= 2
+    assert all(is_sealed(file) and file.stat().st_size == SIZE for file in left)
+
+
+@pytest.mark.parametrize("shell", SHELLS, ids=" ".join)
+def test_only_a_load_does_not_wait_for_a_slow_disk_and_not_for_each_cache_again(
+    tmp_path: Path, shell: tuple[str, ...]
+) -> None:
+    tensors = tmp_path / "sollol_nb" / "tensors"
+    folders = [tensors / name for name in ("w", "v")]
+    files = [cached(folder, number) for folder in folders for number in range(2)]
+    slow = f'date() {{ echo >>"{tmp_path}/ticks"; echo $(($(wc -l <"{tmp_path}/ticks") * 6)); }}\n'
+    caches = " ".join(f'cache_{number}="{folder}"' for number, folder in enumerate(folders))
+    assert in_agent(shell, tmp_path, f"{slow}count=2 {caches}; note_sizes {SIZE}; verify 1 0 1") == "verified 1"
+    assert sum(map(is_sealed, filter(Path.exists, files))) == 1, "the others are sent again"
+    files = [cached(folder, number) for folder in folders for number in range(10, 12)]
+    in_agent(shell, tmp_path, f"{slow}count=2 {caches}; tend")
+    assert all(map(is_sealed, files))
+
+
+@pytest.mark.parametrize("shell", SHELLS, ids=" ".join)
+def test_nothing_is_cached_where_others_can_write(tmp_path: Path, shell: tuple[str, ...]) -> None:
+    claim = "device_0=CPU; claim_cache 0; echo $cache_0"
+    tensors = tmp_path / "sollol_nb" / "tensors"
+    assert in_agent(shell, tmp_path, claim)
+    tensors.chmod(0o770)
+    assert not in_agent(shell, tmp_path, claim)
+    tensors.chmod(0o755)
+    assert in_agent(shell, tmp_path, claim)
+    if os.geteuid() == 0:
+        os.chown(tensors, 1234, -1)
+        assert not in_agent(shell, tmp_path, claim)
+
+
+@pytest.mark.parametrize("shell", SHELLS, ids=" ".join)
+def test_the_folder_of_the_caches_may_be_a_link(tmp_path: Path, shell: tuple[str, ...]) -> None:
+    disk = tmp_path / "disk"
+    (tmp_path / "sollol_nb").mkdir()
+    (tmp_path / "sollol_nb" / "tensors").symlink_to(disk)
+    file = cached(disk / "w", 1)
+    disk.chmod(0o700)
+    assert in_agent(shell, tmp_path, "device_0=CPU; claim_cache 0; echo $cache_0")
+    used = in_agent(shell, tmp_path, "measure; echo $used")
+    assert int(used) >= file.stat().st_size // 1024
+
+
+@pytest.mark.parametrize("shell", SHELLS, ids=" ".join)
 def test_a_cache_that_would_take_too_much_is_switched_off_while_a_model_loads(
     tmp_path: Path, shell: tuple[str, ...]
 ) -> None:
