@@ -58,7 +58,7 @@ QUIET_S = 60.0
 ABANDONED_S = 86400.0
 """Files that are not sealed, in a folder that no worker has used for this long, are deleted."""
 SEAL_LIMIT_S = 8.0
-"""How long a load waits for what is flushed to the disk; what is left then is deleted."""
+"""How long a load waits for what is flushed to the disk, for all caches together; what is left then is deleted."""
 MAX_CLAIMS = 64
 TRIAL_BYTES = 1024 * 1024
 MAX_SIZES_BYTES = 512 * 1024
@@ -198,20 +198,22 @@ def prepare(needs: Mapping[str, int], sizes: Collection[int]) -> frozenset[str]:
         known |= known_sizes()
     with contextlib.suppress(OSError, ConfigError):
         note_sizes(sizes)
+    until = time.monotonic() + SEAL_LIMIT_S
     with contextlib.suppress(OSError, ConfigError):
         for name in needs:
-            _seal(root() / name, known, until=time.monotonic() + SEAL_LIMIT_S)
+            _seal(root() / name, known, until=until)
             for file in _files(root() / name):
                 if file.byte_count not in known:  # something has changed it since it was sealed
                     _remove(file)
         _evict(0)
-        missing = {
-            name: max(0, need - sum(file.byte_count for file in _files(root() / name) if file.is_sealed))
-            for name, need in needs.items()
-        }
-        missing_bytes = sum(missing.values())
+        missing_bytes, wanted = 0, set[Path]()
+        for name, need in needs.items():
+            # Files of other sizes are of other models.
+            there = [file for file in _files(root() / name) if file.is_sealed and file.byte_count in sizes]
+            missing_bytes += max(0, need - sum(file.byte_count for file in there))
+            wanted |= {file.path for file in there}
         if missing_bytes <= measure().limit_bytes:  # else nothing is worth deleting
-            _evict(missing_bytes)
+            _evict(missing_bytes, last=wanted)
         may = measure()
         is_room = may.used_bytes + missing_bytes <= may.limit_bytes
         is_room = is_room and may.free_bytes - missing_bytes >= MIN_FREE_BYTES
@@ -223,17 +225,27 @@ def prepare(needs: Mapping[str, int], sizes: Collection[int]) -> frozenset[str]:
 def _is_verified(folder: Path, sizes: Collection[int]) -> bool:
     """Whether the worker of a cache finds only files that are complete; if not, it is switched off."""
     try:
-        with os.scandir(folder / _FILES) as entries:
-            found = [entry.stat() for entry in entries if _NAME.fullmatch(entry.name)]
+        files = [path for path in (folder / _FILES).iterdir() if _NAME.fullmatch(path.name)]
     except FileNotFoundError:
         return True
     except OSError:
-        found = None
-    if found is not None and all(not each.st_mode & stat.S_IWUSR and each.st_size in sizes for each in found):
+        files = None
+    if files is not None and all(_is_complete(path, sizes) for path in files):
         return True
     with contextlib.suppress(OSError):
         _switch(folder, on=False)
     return not (folder / _FILES).exists()
+
+
+def _is_complete(path: Path, sizes: Collection[int]) -> bool:
+    """Whether a worker may find this file; one that is gone it does not find."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return not found.st_mode & stat.S_IWUSR and found.st_size in sizes
 
 
 def settle(names: Collection[str]) -> None:
@@ -265,7 +277,11 @@ def tend(names: Collection[str]) -> None:
 
 
 def _seal(folder: Path, sizes: Collection[int], *, until: float = math.inf) -> None:
-    """Mark the new files of a cache as complete, or delete them all."""
+    """Mark the new files of a cache as complete, or delete them all.
+
+    `settle` may do this in one process while `prepare` does it in another: each leaves alone what the other has
+    sealed or deleted.
+    """
     news = [file for file in _files(folder) if not file.is_sealed]
     if not news:
         return
@@ -274,8 +290,9 @@ def _seal(folder: Path, sizes: Collection[int], *, until: float = math.inf) -> N
         try:
             for file in news:
                 if time.monotonic() < until:
-                    _write_through(file.path)
-                    file.path.chmod(0o400)
+                    with contextlib.suppress(FileNotFoundError):
+                        _write_through(file.path)
+                        file.path.chmod(0o400)
                 else:
                     _remove(file)
         except (OSError, ConfigError):
@@ -310,7 +327,12 @@ def _has_space(folder: Path) -> bool:
 
 
 def _write_through(path: Path) -> None:
-    descriptor = open_private(path, os.O_RDWR)
+    try:
+        descriptor = open_private(path, os.O_RDWR)
+    except PermissionError:
+        if path.stat().st_mode & stat.S_IWUSR:
+            raise
+        return  # another process has sealed it
     try:
         os.fsync(descriptor)
     finally:
@@ -376,15 +398,20 @@ def _files(folder: Path) -> Iterator[_File]:
                     )
 
 
-def _evict(wanted_bytes: int) -> None:
-    """Delete files until so many bytes fit in; of those that are not sealed, the ones that nobody will seal."""
+def _evict(wanted_bytes: int, last: Collection[Path] = ()) -> None:
+    """Delete files until so many bytes fit in; of those that are not sealed, the ones that nobody will seal.
+
+    Args:
+        last: files that go only when no others are left.
+    """
     files = _all_files()
     for file in files:
         if not file.is_sealed and time.time() - file.changed_at > ABANDONED_S:
             _remove(file)
     may = measure()
     over = may.used_bytes + wanted_bytes - may.limit_bytes
-    for file in sorted((file for file in files if file.is_sealed), key=lambda file: file.used_at):
+    sealed = [file for file in files if file.is_sealed]
+    for file in sorted(sealed, key=lambda file: (file.path in last, file.used_at)):
         if over <= 0:
             break
         if _remove(file):

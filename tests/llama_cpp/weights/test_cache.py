@@ -194,6 +194,61 @@ def test_a_damaged_file_that_cannot_be_deleted_is_where_the_worker_does_not_find
     assert cache.prepare({"w": SIZE}, [SIZE]) == {"w"}, "nothing may be loaded over its worker"
 
 
+def test_a_load_waits_for_the_disk_once_not_for_each_cache(caches: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [written(open_cache(name), number) for name in ("w", "v") for number in range(2)]
+    seconds = iter(range(0, 1000, 6))
+    monkeypatch.setattr(cache.time, "monotonic", lambda: float(next(seconds)))
+    cache.prepare({"w": SIZE, "v": SIZE}, [SIZE])
+    assert sum(map(is_sealed, filter(Path.exists, files))) == 1
+
+
+def test_two_processes_that_seal_the_same_files_lose_none(caches: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = open_cache()
+    cache.note_sizes([SIZE])
+    files = [written(folder, number) for number in range(4)]
+    open_private = cache.open_private
+
+    def while_another_seals(path: Path, flags: int) -> int:
+        for file in files[:2]:
+            file.chmod(0o400)
+        files[3].unlink(missing_ok=True)  # there was no time for this one
+        if path.exists() and is_sealed(path):
+            raise PermissionError("root may write it all the same")
+        return open_private(path, flags)
+
+    monkeypatch.setattr(cache, "open_private", while_another_seals)
+    cache.settle(["w"])
+    assert all(map(is_sealed, files[:3]))
+
+
+def test_a_file_that_another_process_deletes_does_not_hide_those_that_are_damaged(
+    caches: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = open_cache()
+    cut, gone = written(folder, 1, SIZE // 2), folder / "rpc" / f"{2:016x}"
+    gone.symlink_to(folder / "nowhere")
+    monkeypatch.setattr(cache, "_remove", lambda file: False)
+    monkeypatch.setattr(cache, "_switch", lambda folder, *, on: None)
+    assert cache.prepare({"w": SIZE}, [SIZE]) == {"w"}
+    cut.unlink()
+    assert not cache.prepare({"w": SIZE}, [SIZE])
+
+
+def test_files_of_other_models_are_not_counted_as_what_a_load_finds_and_go_first(
+    caches: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOLLOL_TENSOR_CACHE_GB", str(4.5 * SIZE / 1e9))
+    folder = open_cache()
+    cache.note_sizes([SIZE, SIZE + 4096])
+    own = written(folder, 1, age_s=900)
+    others = [written(folder, number, SIZE + 4096, age_s=800) for number in (2, 3)]
+    cache.settle(["w"])
+    cache.prepare({"w": 4 * SIZE}, [SIZE])
+    assert own.exists()
+    assert not any(other.exists() for other in others)
+    assert (folder / "rpc").exists()
+
+
 def test_two_processes_get_different_caches_for_the_same_device(caches: Path) -> None:
     with cache.claimed("CUDA0") as one:
         with cache.claimed("CUDA0") as two:
