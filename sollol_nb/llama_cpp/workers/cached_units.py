@@ -45,7 +45,9 @@ class CachedUnits:
 
     def __init__(self) -> None:
         self._known: dict[Record, _Known] = {}
-        self._changed: dict[Record, _Known | None] = {}  # not written yet
+        # Not written yet: caches of which all was forgotten, and what was noted since.
+        self._forgotten: set[str] = set()
+        self._changed: dict[Record, _Known] = {}
         self._seen: tuple[str, int, int] | None = None
         self._writing: asyncio.Task[None] | None = None
 
@@ -63,50 +65,48 @@ class CachedUnits:
     def note(self, model: Mapping[str, Any], loaded: Iterable[tuple[str, Collection[int]]]) -> None:
         """Remember the units that were loaded, by cache; the file is written in the background."""
         self._read()
-        changed: dict[Record, _Known | None] = {}
         for cache, units in loaded:
             record = _record(cache, model)
-            before = changed.get(record) or self._known.get(record)
+            before = self._known.get(record)
             kept = before.units if before is not None else frozenset[int]()
-            changed[record] = _Known(kept | frozenset(units), time.time())
-        self._change(changed)
+            self._known[record] = self._changed[record] = _Known(kept | frozenset(units), time.time())
+        self._write_soon()
 
     def forget(self, caches: Collection[str]) -> None:
         """Forget what these caches have."""
         self._read()
-        self._change({record: None for record in self._known if record[0] in caches})
+        if any(record[0] in caches for record in self._known):
+            self._forgotten |= set(caches)
+            self._changed = {record: known for record, known in self._changed.items() if record[0] not in caches}
+            self._apply(self._forgotten, self._changed)
+            self._write_soon()
 
     async def saved(self) -> None:
         """Wait until what was noted is written down."""
         if self._writing is not None:
             await asyncio.wait({self._writing})
 
-    def _change(self, changed: Mapping[Record, _Known | None]) -> None:
-        if not changed:
-            return
-        self._changed |= changed
-        self._apply(changed)
-        if self._writing is None or self._writing.done():
+    def _write_soon(self) -> None:
+        is_new = self._changed or self._forgotten
+        if is_new and (self._writing is None or self._writing.done()):
             self._writing = asyncio.create_task(self._write())
 
-    def _apply(self, changed: Mapping[Record, _Known | None]) -> None:
-        for record, known in changed.items():
-            if known is None:
-                self._known.pop(record, None)
-            else:
-                self._known[record] = known
+    def _apply(self, forgotten: Collection[str], changed: Mapping[Record, _Known]) -> None:
+        kept = {record: known for record, known in self._known.items() if record[0] not in forgotten}
+        self._known = {**kept, **changed}
 
     async def _write(self) -> None:
         try:
             async with registry.locked("cached_layers", "writing what workers have cached"):
-                while self._changed:
+                while self._changed or self._forgotten:
                     changed, self._changed = self._changed, {}
+                    forgotten, self._forgotten = self._forgotten, set()
                     self._read(again=True)
                     for record, known in changed.items():
                         before = self._known.get(record)
-                        if known is not None and before is not None:
+                        if before is not None and record[0] not in forgotten:
                             changed[record] = replace(known, units=known.units | before.units)
-                    self._apply(changed)
+                    self._apply(forgotten, changed)
                     newest = sorted(self._known.items(), key=lambda item: item[1].loaded_at)[-RECORDS_KEPT:]
                     text = json.dumps([_as_data(record, known) for record, known in newest])
                     await asyncio.to_thread(write_private, config.state_file(_FILE), text)
@@ -130,7 +130,7 @@ class CachedUnits:
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             self._known = {}
             logger.warning("%s is damaged and is ignored; the next load writes it again", path)
-        self._apply(self._changed)
+        self._apply(self._forgotten, self._changed)
 
 
 def _record(cache: str, model: Mapping[str, Any]) -> Record:

@@ -75,6 +75,23 @@ def test_what_is_forgotten_is_forgotten_by_all() -> None:
     assert CachedUnits().of("gpu2", MODEL) == set(range(4))
 
 
+def test_what_is_noted_after_it_was_forgotten_is_all_that_is_known() -> None:
+    other = MODEL | {"path": "/models/other.gguf"}
+    run(noted(CachedUnits(), (MODEL, "gpu1", range(8)), (other, "gpu1", range(8)), (MODEL, "gpu2", range(8))))
+
+    async def found_empty() -> None:
+        known = CachedUnits()
+        known.note(other, [("gpu1", range(8, 12))])
+        known.forget(["gpu1"])
+        await noted(known, (MODEL, "gpu1", range(2)))
+
+    run(found_empty())
+    known = CachedUnits()
+    assert known.of("gpu1", MODEL) == {0, 1}
+    assert known.of("gpu1", other) == set()
+    assert known.of("gpu2", MODEL) == set(range(8))
+
+
 def test_the_file_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cached_units, "RECORDS_KEPT", 3)
     assert RECORDS_KEPT > 3
