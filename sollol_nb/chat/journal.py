@@ -259,7 +259,6 @@ class Journal:
             return []
         try:
             with file.connection() as connection:
-                connection.execute("PRAGMA secure_delete = ON")  # nothing of them stays in the file
                 _settle(connection)
                 rows = connection.execute(
                     "SELECT id FROM answers WHERE status != ? AND owner = coalesce(?, owner)", [RUNNING, owner]
@@ -297,7 +296,7 @@ class Journal:
     def _opened(self) -> SqliteFile:
         path = self._path if self._path is not None else config.state_file(FILE_NAME)
         if self._file is None or self._file.path != path:
-            self._file = SqliteFile(path, [_CREATE])
+            self._file = SqliteFile(path, [_CREATE], erases=True)
         return self._file
 
 

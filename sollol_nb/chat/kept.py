@@ -118,7 +118,7 @@ class KeptChats:
     def _open(self) -> SqliteFile:
         if self._file is None:
             path = self._path if self._path is not None else config.state_file("chats.sqlite")
-            self._file = SqliteFile(path, [_CREATE])
+            self._file = SqliteFile(path, [_CREATE], erases=True)
         return self._file
 
     def _save(self, chat: Chat) -> None:
@@ -137,7 +137,6 @@ class KeptChats:
             return []
         try:
             with file.connection() as connection:
-                connection.execute("PRAGMA secure_delete = ON")  # nothing of them stays in the file
                 found = connection.execute(_SELECT, [self.notebook, name]).fetchall()
                 connection.execute(_DELETE, [self.notebook, name])
         except (OSError, sqlite3.Error) as error:

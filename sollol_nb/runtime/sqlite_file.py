@@ -25,12 +25,21 @@ class SqliteFile:
             from the version before. A file of a newer version is used as it is.
         usable_from: the oldest version that can be used as it is too, if the file cannot be migrated (it is
             read-only, say); None is only the newest.
+        erases: whether nothing stays in the file of what is deleted or replaced.
     """
 
-    def __init__(self, path: Path, migrations: Sequence[Sequence[str]], *, usable_from: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        migrations: Sequence[Sequence[str]],
+        *,
+        usable_from: int | None = None,
+        erases: bool = False,
+    ) -> None:
         self.path = path
         self._migrations = migrations
         self._usable_from = len(migrations) if usable_from is None else usable_from
+        self._erases = erases
 
     @contextlib.contextmanager
     def connection(self) -> Iterator[sqlite3.Connection]:
@@ -55,6 +64,8 @@ class SqliteFile:
                         raise
                     connection.rollback()
             connection.execute("PRAGMA synchronous = NORMAL")  # safe with WAL; only a power loss may cost a row
+            if self._erases:  # with each write, not only where a user deletes: an update leaves parts behind, too
+                connection.execute("PRAGMA secure_delete = ON")
             with connection:
                 yield connection
         finally:

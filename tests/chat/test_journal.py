@@ -27,6 +27,7 @@ from sollol_nb.chat.journal import (
 )
 from sollol_nb.chat.journal_state import merged_state, plain_json, request_json, split_state
 from sollol_nb.errors import ConfigError
+from tests.support.sqlite_builds import use_sqlite_that_does_not_erase
 
 NOTEBOOK = "/nb/a.ipynb"
 
@@ -209,6 +210,18 @@ def test_what_is_forgotten_is_gone_from_the_file_too(journal: Journal) -> None:
     assert [each.id for each in journal.newest()] == [other, running]
     journal.write([progress(DONE, "", run="a", id=running)])
     assert journal.forget() != []
+    with sqlite3.connect(journal.path) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    assert b"secret" not in journal.path.read_bytes()
+
+
+def test_the_request_of_an_answer_that_is_done_is_gone_from_the_file_too(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_sqlite_that_does_not_erase(monkeypatch)
+    answer_id = add(journal, RUNNING, run="a", request='{"messages": "secret"}')
+    journal.write([progress(DONE, "all", run="a", id=answer_id)])
+    assert journal.forget() == [answer_id]
     with sqlite3.connect(journal.path) as connection:
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     assert b"secret" not in journal.path.read_bytes()

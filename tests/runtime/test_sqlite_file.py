@@ -13,6 +13,7 @@ import pytest
 from sollol_nb.runtime import sqlite_file
 from sollol_nb.runtime.sqlite_file import SqliteFile
 from tests.support.engines import HANG_GUARD_S
+from tests.support.sqlite_builds import use_sqlite_that_does_not_erase
 
 FIRST = ["CREATE TABLE things (name TEXT)", "INSERT INTO things VALUES ('first')"]
 SECOND = ["ALTER TABLE things ADD COLUMN size INTEGER DEFAULT 7"]
@@ -111,3 +112,23 @@ def test_only_its_owner_can_read_a_file_and_those_beside_it(path: Path) -> None:
 
     assert len(modes) == 3  # with its -wal and -shm
     assert set(modes.values()) == {0o600}, modes
+
+
+@pytest.mark.parametrize("erases", [True, False])
+def test_what_is_replaced_or_deleted_leaves_nothing_where_that_is_wanted(
+    path: Path, monkeypatch: pytest.MonkeyPatch, erases: bool
+) -> None:
+    use_sqlite_that_does_not_erase(monkeypatch)
+    file = SqliteFile(path, [FIRST], erases=erases)
+    for statement in (
+        "INSERT INTO things VALUES ('secret of a request')",
+        "UPDATE things SET name = 'its answer' WHERE name LIKE 'secret%'",
+        "INSERT INTO things VALUES ('another secret')",
+        "DELETE FROM things WHERE name LIKE '%secret'",
+    ):
+        with file.connection() as connection:
+            connection.execute(statement)
+    with file.connection() as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    assert (b"secret" in path.read_bytes()) is not erases
