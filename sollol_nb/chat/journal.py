@@ -90,7 +90,10 @@ _GET = """
 """
 _CLAIM = "UPDATE answers SET status = ?, run = ?, updated_at = ?, host = ?, pid = ?, pid_started = ? WHERE id = ?"
 _INSERT = """
-    INSERT INTO answers VALUES (
+    INSERT INTO answers (
+        id, owner, conversation, model, question, started_at, updated_at, status, error, text, thinking,
+        state, run, host, pid, pid_started
+    ) VALUES (
         :id, :owner, :conversation, :model, :question, :started_at, :updated_at, :status, :error, :text, :thinking,
         :state, :run, :host, :pid, :pid_started
     )
@@ -259,6 +262,7 @@ class Journal:
             return []
         try:
             with file.connection() as connection:
+                connection.execute("BEGIN IMMEDIATE")  # from here on nobody claims one of them
                 _settle(connection)
                 rows = connection.execute(
                     "SELECT id FROM answers WHERE status != ? AND owner = coalesce(?, owner)", [RUNNING, owner]

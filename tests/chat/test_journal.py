@@ -27,6 +27,7 @@ from sollol_nb.chat.journal import (
 )
 from sollol_nb.chat.journal_state import merged_state, plain_json, request_json, split_state
 from sollol_nb.errors import ConfigError
+from sollol_nb.runtime import sqlite_file
 from tests.support.sqlite_builds import use_sqlite_that_does_not_erase
 
 NOTEBOOK = "/nb/a.ipynb"
@@ -225,6 +226,29 @@ def test_the_request_of_an_answer_that_is_done_is_gone_from_the_file_too(
     with sqlite3.connect(journal.path) as connection:
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     assert b"secret" not in journal.path.read_bytes()
+
+
+def test_an_answer_is_not_forgotten_while_another_kernel_begins_to_continue_it(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer_id, settle = add(journal, INTERRUPTED), journal_module._settle
+
+    def claimed_meanwhile(connection: sqlite3.Connection) -> None:
+        monkeypatch.setattr(journal_module, "_settle", settle)
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            Journal(journal.path).claim(answer_id)
+
+    monkeypatch.setattr(sqlite_file, "BUSY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(journal_module, "_settle", claimed_meanwhile)
+    assert journal.forget(answer_id) == [answer_id]
+
+
+def test_a_file_of_a_newer_version_is_used(journal: Journal) -> None:
+    add(journal)
+    with sqlite3.connect(journal.path) as connection:
+        connection.execute("ALTER TABLE answers ADD COLUMN added_later TEXT")
+        connection.execute("PRAGMA user_version = 2")
+    assert found(journal, add(journal, DONE, "two")).text == "two"
 
 
 def test_a_file_that_cannot_be_changed_is_named(journal: Journal) -> None:
