@@ -74,6 +74,7 @@ class JournalEntry:
         self._earlier: tuple[str, str, Mapping[str, Any] | None] = ("", "", None)
         self._texts = 0  # chunks with text: about as many as tokens
         self._end: tuple[str, str] | None = None
+        self._ended_at = 0.0
         self._lock = threading.Lock()  # for the snapshot
         self._snapshot: _Snapshot | None = None
         self._taken: _Snapshot | None = None  # which is being written
@@ -116,8 +117,8 @@ class JournalEntry:
 
     def finish(self, status: str, error: str = "") -> None:
         """Note how the answer has ended."""
-        self._end = (status, error)
-        self.take_snapshot()
+        self._ended_at = time.monotonic()
+        self.take_snapshot((status, error))
 
     @property
     def has_end(self) -> bool:
@@ -127,14 +128,22 @@ class JournalEntry:
     def go_on_as_text(self) -> None:
         """Continue it from its text, also after `finish`, since its tokens are of no use."""
         self._end = self.state = self._last_state = None
+        with self._lock:
+            self._snapshot = None
+        self.has_changed = True  # no other process may claim it, should its end have been written
         _writer.follow(self)
 
-    def take_snapshot(self) -> None:
-        """Note the text and the state as they are now."""
+    def take_snapshot(self, end: tuple[str, str] | None = None) -> None:
+        """Note the text and the state as they are now.
+
+        Args:
+            end: the status and the error with which the answer ends now.
+        """
+        end = end or self._end
         self.has_changed = False
         self._text, self._thinking = ["".join(self._text)], ["".join(self._thinking)]
         text, thinking = self._text[0], self._thinking[0]
-        status, error = self._end or (RUNNING, "")
+        status, error = end or (RUNNING, "")
         if self.state is not None and status != DONE:
             try:
                 self._last_state = self.state()
@@ -149,6 +158,7 @@ class JournalEntry:
             text, thinking, state = self._earlier
         with self._lock:
             self._snapshot = _Snapshot(text, thinking, state, status, error)
+            self._end = end  # after the snapshot: an end without one would mean that all is written
 
     def progress(self) -> Progress | None:
         """What is to be written of it now; None if that is nothing. For the writer's thread."""
@@ -188,7 +198,8 @@ class JournalEntry:
             return
         self._is_request_written, self.has_changed = False, True
         with self._lock:
-            if self._snapshot is None and time.monotonic() - self.written_at < KEEP_TRYING_S:
+            may_wait = not self.has_end or time.monotonic() - self._ended_at < KEEP_TRYING_S
+            if self._snapshot is None and may_wait:
                 self._snapshot = self._taken
 
 
@@ -370,11 +381,16 @@ def begin(
         own_name: gives the name of this process, for answers that belong to no notebook.
     """
     owner, started_at = _owner, time.time()
-    about = {"conversation": conversation, "model": model, "started_at": started_at}
-    beginning = _storable(shortened(" ".join(question[: 4 * QUESTION_CHARS].split()), QUESTION_CHARS))
+    beginning = shortened(" ".join(question[: 4 * QUESTION_CHARS].split()), QUESTION_CHARS)
 
     def first() -> dict[str, Any]:
-        return {**about, "question": beginning, "owner": (owner and owner()) or own_name()}
+        return {
+            "owner": _storable((owner and owner()) or own_name()),
+            "conversation": _storable(conversation),
+            "model": _storable(model),
+            "question": _storable(beginning),
+            "started_at": started_at,
+        }
 
     entry = JournalEntry(new_id(), new_id(), request, first)
     _writer.follow(entry)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sollol_nb.chat import journaling
-from sollol_nb.chat.journal import DONE, Journal, new_id
+from sollol_nb.chat.journal import CANCELLED, DONE, INTERRUPTED, RUNNING, Journal, JournaledAnswer, new_id
 from sollol_nb.chat.journaling import JournalEntry, JournalWriter
 from sollol_nb.runtime import sqlite_file
 
@@ -37,10 +37,17 @@ def begun(writer: JournalWriter, first: Callable[[], dict[str, Any]] | None = No
     return entry
 
 
+def row(journal: Journal, entry: JournalEntry) -> JournaledAnswer:
+    found = journal.get(entry.id)
+    assert found is not None
+    return found
+
+
 def test_the_end_of_an_answer_is_written_when_the_file_is_free_again(
     journal: Journal, writer: JournalWriter
 ) -> None:
     entry = begun(writer)
+    entry.written_at -= 3600  # the file was locked for long before the end
     with sqlite3.connect(journal.path) as other:
         other.execute("BEGIN IMMEDIATE")
         entry.add({"message": {"content": " two"}})
@@ -48,9 +55,51 @@ def test_the_end_of_an_answer_is_written_when_the_file_is_free_again(
         writer.wait_written()
         other.rollback()
     writer.wait_written()
-    found = journal.get(entry.id)
-    assert found is not None
-    assert (found.status, found.text) == (DONE, "one two")
+    assert (row(journal, entry).status, row(journal, entry).text) == (DONE, "one two")
+
+
+def test_an_end_is_written_though_the_writer_looks_while_it_is_noted(
+    journal: Journal, writer: JournalWriter
+) -> None:
+    entry = begun(writer)
+
+    def state() -> dict[str, Any]:
+        writer.wait_written()
+        return {"kind": "raw"}
+
+    entry.state = state
+    entry.finish(CANCELLED)
+    writer.wait_written()
+    assert row(journal, entry).status == CANCELLED
+
+
+def test_an_answer_that_goes_on_after_its_end_is_no_other_process_s(
+    journal: Journal, writer: JournalWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journaling, "_writer", writer)
+    entry = begun(writer)
+    entry.finish(INTERRUPTED, "another engine begins it differently")
+    writer.wait_written()
+    assert row(journal, entry).status == INTERRUPTED
+    entry.go_on_as_text()
+    writer.wait_written()
+    assert (row(journal, entry).status, row(journal, entry).text) == (RUNNING, "one")
+    entry.finish(DONE)
+    writer.wait_written()
+
+
+def test_an_answer_with_a_name_that_is_no_text_does_not_hold_up_the_others(
+    journal: Journal, writer: JournalWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journaling, "_writer", writer)
+    monkeypatch.setattr(journaling, "_owner", lambda: "/nb/caf\udce9.ipynb")  # its path is not in UTF-8
+    entry = journaling.begin("m\udce9.gguf", "Why?", {}, conversation="c\udce9", own_name=lambda: "")
+    other = begun(writer)
+    assert row(journal, entry).owner == "/nb/caf?.ipynb"
+    assert row(journal, other).text == "one"
+    entry.finish(DONE)
+    other.finish(DONE)
+    writer.wait_written()
 
 
 def test_an_end_that_can_never_be_written_is_given_up(
@@ -75,6 +124,4 @@ def test_one_answer_that_cannot_be_written_does_not_hold_up_the_others(
     nameless = begun(writer, fail)
     nameless.add({"message": {"content": " two"}})
     entry = begun(writer)
-    found = journal.get(entry.id)
-    assert found is not None
-    assert found.text == "one"
+    assert row(journal, entry).text == "one"
