@@ -18,7 +18,7 @@ FIXED = ("messages", "options", "prompt", "chat_template", "markup")
 NESTED = ("fitted", "unparsed")
 """States within the state."""
 _SHARED = ("messages", "options")
-"""What a request has, too; the state's are those that the engine got."""
+"""What a request has, too. The state's are those that the engine got: with a Modelfile's, say."""
 END = "end"
 """The kind of what the last chunk brought."""
 _STATE = "state"
@@ -61,10 +61,11 @@ def request_json(request: Mapping[str, Any], fixed: Mapping[str, Any] | None) ->
     """A request and the fixed part of its answer's state, as `Progress` takes them; None if they are too long, or
     are not plain data.
 
-    What the state has too is written once.
+    What is the same in both is written once.
     """
     if fixed is not None:
-        request = {name: value for name, value in request.items() if name not in _SHARED or name not in fixed}
+        shared = {name for name in _SHARED if name in fixed and fixed[name] == request.get(name)}
+        request = {name: value for name, value in request.items() if name not in shared}
     return plain_json({**request, **({} if fixed is None else {_STATE: fixed})})
 
 

@@ -25,7 +25,7 @@ from sollol_nb.chat.journal import (
     Progress,
     new_id,
 )
-from sollol_nb.chat.journal_state import merged_state, plain_json, request_json, split_state
+from sollol_nb.chat.journal_state import merged_state, plain_json, read_parts, request_json, split_state
 from sollol_nb.errors import ConfigError
 from sollol_nb.runtime import sqlite_file
 from tests.support.sqlite_builds import use_sqlite_that_does_not_erase
@@ -147,7 +147,7 @@ def test_the_request_is_written_once_and_the_state_again(journal: Journal) -> No
     state = {"kind": "raw", "messages": ["long"], "options": {"seed": 1}, "prompt": None, "pieces": [["a", [1]]]}
     fixed, moving = split_state(state)
     assert set(moving) == {"kind", "pieces"}
-    request = request_json({"messages": ["long"], "options": {}, "backend": "sharded"}, fixed)
+    request = request_json({"messages": ["long"], "options": {"seed": 1}, "backend": "sharded"}, fixed)
     answer_id = add(journal, run="a", request=request, state=plain_json(moving))
     moving["pieces"].append(["b", [2]])
     journal.write([progress(RUNNING, "ab", run="a", id=answer_id, state=plain_json(moving))])
@@ -158,6 +158,13 @@ def test_the_request_is_written_once_and_the_state_again(journal: Journal) -> No
     assert request.count("long") == 1
     journal.write([progress(DONE, "ab", run="a", id=answer_id)])
     assert found(journal, answer_id).request is None, "nobody continues it"
+
+
+def test_a_request_keeps_its_own_messages_and_options_where_the_engine_got_others() -> None:
+    asked = {"messages": ["why"], "options": {"tool_choice": "auto"}}
+    state = {"kind": "raw", "messages": ["of the Modelfile", "why"], "options": {}, "pieces": []}
+    fixed, moving = split_state(state)
+    assert read_parts(request_json(asked, fixed), plain_json(moving)) == (asked, state)
 
 
 def test_the_two_parts_of_a_nested_state_give_it_again() -> None:
