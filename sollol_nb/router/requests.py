@@ -194,18 +194,31 @@ class RouterRequests:
         if not isinstance(interrupted, AnswerInterruptedError) or interrupted.state is None:
             raise ConfigError("resume() takes an AnswerInterruptedError of an answer that had begun; ask again")
         answer = Answer.from_state(interrupted.state)
+        whole = await self._continued(interrupted, interrupted.state, answer, priority=priority, timeout=timeout)
+        return checked_against_schema(resumed_call(whole, answer.options), interrupted.schema)
+
+    @io_bound  # from the claim in the journal to the request, so that whoever is interrupted in between ends both
+    async def _continued(
+        self,
+        interrupted: AnswerInterruptedError,
+        state: Mapping[str, Any],
+        answer: Answer,
+        *,
+        priority: int,
+        timeout: float | None,
+    ) -> Completion:
+        """The whole of an interrupted answer, as it is before its calls and its schema are looked at."""
         before: Chunk = {"message": {"role": "assistant", "content": answer.text, "thinking": answer.thinking}}
         before["logprobs"] = answer.logprobs
         chunks = self.resumed(
-            interrupted.state,
+            state,
             backend=interrupted.backend,
             schema=interrupted.schema,
             priority=priority,
             timeout=timeout,
             entry=await entry_of(interrupted, answer),
         )
-        whole = await _joined(chunks, before)
-        return checked_against_schema(resumed_call(whole, answer.options), interrupted.schema)
+        return await _joined(chunks, before)
 
     @io_bound_stream
     def resumed(

@@ -24,6 +24,8 @@ from sollol_nb.router.continuing import NextRequest, Received, begun_again, next
 from sollol_nb.runtime.priority import checked_priority
 from sollol_nb.text.short_names import short_name
 
+_Claim = tuple[JournaledAnswer | None, tuple[JournaledAnswer, str] | None]
+"""An answer that was not claimed, if there is one of the id; or one that was, and its run."""
 ASKED_AGAIN_NOTE = "the answer could not be continued, so the question was asked again"
 
 
@@ -48,7 +50,12 @@ async def claimed(answer_id: str) -> tuple[JournaledAnswer, str]:
     Raises:
         ConfigError: it cannot be continued, or not by this process.
     """
-    found, taken = await asyncio.to_thread(_claim, answer_id)
+    claiming = asyncio.ensure_future(asyncio.to_thread(_claim, answer_id))
+    try:
+        found, taken = await asyncio.shield(claiming)
+    except asyncio.CancelledError:
+        claiming.add_done_callback(_give_back)  # the thread goes on, and nobody would continue what it claims
+        raise
     if taken is not None:
         return taken
     if found is None:
@@ -59,13 +66,22 @@ async def claimed(answer_id: str) -> tuple[JournaledAnswer, str]:
     raise ConfigError(f"the answer of {short_name(found.model)} is complete; there is nothing to continue")
 
 
-def _claim(answer_id: str) -> tuple[JournaledAnswer | None, tuple[JournaledAnswer, str] | None]:
+def _claim(answer_id: str) -> _Claim:
     journal = journaling.journal()
     try:
         taken = journal.claim(answer_id)
         return (None, taken) if taken is not None else (journal.get(answer_id), None)
     except (OSError, sqlite3.Error) as error:
         raise ConfigError(f"cannot read the journal of answers: {error}; try again") from error
+
+
+def _give_back(claiming: asyncio.Future[_Claim]) -> None:
+    if claiming.cancelled() or claiming.exception() is not None:
+        return
+    _, taken = claiming.result()
+    if taken is not None:
+        row, run = taken
+        journaling.resume(row, run, text=row.text, thinking=row.thinking).finish(row.status, row.error)
 
 
 async def entry_of(error: AnswerInterruptedError, answer: Answer) -> JournalEntry | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
@@ -11,12 +12,13 @@ import pytest
 from sollol_nb.chat import journaling
 from sollol_nb.chat.chunk import Chunk
 from sollol_nb.chat.completion import Completion
-from sollol_nb.chat.journal import CANCELLED, DONE, INTERRUPTED, JournaledAnswer, Progress, new_id
+from sollol_nb.chat.journal import CANCELLED, DONE, INTERRUPTED, Journal, JournaledAnswer, Progress, new_id
 from sollol_nb.chat.journal_state import plain_json, request_json
 from sollol_nb.chat.request import ChatRequest
 from sollol_nb.errors import AnswerDivergedError, ConfigError, WorkersUnavailableError
-from sollol_nb.router.resumption import ASKED_AGAIN_NOTE, continued
+from sollol_nb.router.resumption import ASKED_AGAIN_NOTE, claimed, continued
 from sollol_nb.runtime.io_loop import run_blocking
+from tests.support.engines import HANG_GUARD_S, eventually
 
 QUESTION = {"role": "user", "content": "Why?"}
 
@@ -151,6 +153,34 @@ def test_two_kernels_do_not_continue_the_same_answer() -> None:
     ended = run_blocking(both())
     assert [isinstance(each, ConfigError) for each in ended].count(True) == 1
     assert row(answer_id).text == "one two"
+
+
+def test_who_is_interrupted_while_an_answer_is_claimed_leaves_it_to_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answer_id, claim = interrupted("one "), Journal.claim
+    asked, may_go_on, is_claimed = threading.Event(), threading.Event(), threading.Event()
+
+    def slowly(journal: Journal, answer_id: str) -> tuple[JournaledAnswer, str] | None:
+        asked.set()
+        may_go_on.wait(HANG_GUARD_S)
+        taken = claim(journal, answer_id)
+        is_claimed.set()
+        return taken
+
+    async def leave() -> None:
+        claiming = asyncio.create_task(claimed(answer_id))
+        await asyncio.to_thread(asked.wait, HANG_GUARD_S)
+        claiming.cancel()
+        await asyncio.wait({claiming})
+        may_go_on.set()
+
+    monkeypatch.setattr(Journal, "claim", slowly)
+    run_blocking(leave())
+    assert is_claimed.wait(HANG_GUARD_S)
+    monkeypatch.undo()
+    eventually(lambda: row(answer_id).status == INTERRUPTED, "it is given back")
+    assert resumed(answer_id, Engines("two")).text == "one two"
 
 
 @pytest.mark.parametrize(
