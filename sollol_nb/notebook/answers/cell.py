@@ -86,14 +86,12 @@ def stream_into_cell(
 
 
 @contextmanager
-def cell_view(request: CellRequest, shown: ShownAnswer | None = None) -> Iterator[View]:
+def cell_view(request: CellRequest, shown: ShownAnswer | None) -> Iterator[View]:
     """How the answer of a request is shown in the running cell.
 
     Args:
-        shown: what looks after it when its page is closed; by default made here.
+        shown: what looks after it when its page is closed; None in a terminal, and where nothing is shown.
     """
-    if shown is None and not request.quiet:
-        shown = clients.shown_answer(request.model)
     if request.quiet:
         yield NoView()
     elif shown is None:

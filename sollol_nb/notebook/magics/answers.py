@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+
 from IPython.core.magic import Magics, line_magic, magics_class
 from IPython.core.magic_arguments import argument, magic_arguments
 from IPython.display import display
@@ -10,7 +12,7 @@ from sollol_nb.chat import journaling
 from sollol_nb.chat.completion import Completion
 from sollol_nb.chat.completion_view import escaped
 from sollol_nb.chat.journal import JournaledAnswer
-from sollol_nb.errors import SollolError
+from sollol_nb.errors import RequestCancelledError, SollolError
 from sollol_nb.notebook import magic_line, session
 from sollol_nb.notebook.answers.cell import cell_view, stream_into_cell
 from sollol_nb.notebook.answers.journaled import (
@@ -24,6 +26,9 @@ from sollol_nb.notebook.answers.journaled import (
 )
 from sollol_nb.notebook.answers.request import CellRequest
 from sollol_nb.notebook.displays import hide_once
+from sollol_nb.notebook.pages import clients
+from sollol_nb.notebook.pages.watch import ShownAnswer
+from sollol_nb.text.safe_markdown import printable
 from sollol_nb.text.tables import counted
 
 ACTIONS = ("show", "resume", "forget")
@@ -62,7 +67,12 @@ class AnswerMagics(Magics):
 
             %sollol_answers forget 1
         """
-        arguments = call.arguments
+        try:
+            return self._act(call.arguments)
+        except KeyboardInterrupt:  # while the journal is read, say; an answer that is followed handles it itself
+            raise RequestCancelledError(f"{call.name}: stopped") from None
+
+    def _act(self, arguments: argparse.Namespace) -> AnswerList | Completion | None:
         owner = None if arguments.of_all else session.owner()
         if arguments.action is None:
             return listed(owner)
@@ -73,7 +83,8 @@ class AnswerMagics(Magics):
             answer = chosen(arguments.which, owner, default=lambda _: True)
         else:
             answer = chosen(arguments.which, owner, default=lambda each: each.is_continuable)
-        display({"text/plain": f"> {answer.question}", "text/markdown": f"> {escaped(answer.question)}"}, raw=True)
+        question = printable(answer.question)  # perhaps of a client of a gateway
+        display({"text/plain": f"> {question}", "text/markdown": f"> {escaped(question)}"}, raw=True)
         if arguments.action == "resume" and answer.is_continuable:
             completion = self._resumed(answer)
         else:
@@ -84,7 +95,7 @@ class AnswerMagics(Magics):
     def _shown(self, answer: JournaledAnswer) -> Completion:
         was_running = answer.is_running
         if was_running:
-            with cell_view(_request_of(answer)) as view:
+            with cell_view(_request_of(answer), _looked_after(answer)) as view:
                 answer = follow(answer, view)
         completion = completion_of(answer)
         if not was_running:
@@ -104,7 +115,7 @@ class AnswerMagics(Magics):
             session.remember(answer.question, completion)
             self._keep_in_conversation(answer, completion)
 
-        with cell_view(request) as view:
+        with cell_view(request, _looked_after(answer)) as view:
             completion = stream_into_cell(request, chunks, router.events, view, keep=keep)
         assert isinstance(completion, Completion)
         keep(completion)
@@ -127,6 +138,14 @@ class AnswerMagics(Magics):
                 raise SollolError("this answer still streams; stop it, then forget it")
             forgotten = journal.forget(answer.id)
         print(f"deleted {counted(len(forgotten), 'answer')}")
+
+
+def _looked_after(answer: JournaledAnswer) -> ShownAnswer | None:
+    """What looks after it when its page is closed, with its id from the beginning: no chunk may have it yet."""
+    shown = clients.shown_answer(answer.model)
+    if shown is not None:
+        shown.answer_id = answer.id
+    return shown
 
 
 def _request_of(answer: JournaledAnswer) -> CellRequest:

@@ -54,6 +54,12 @@ def newest(state: Path) -> JournaledAnswer | None:
     return answers[0] if answers else None
 
 
+def shows_again(notebook: Kernel) -> str:
+    """The command that a page gets where it has missed the answer that was shown last."""
+    notebook.run("from sollol_nb.notebook.pages import clients")
+    return notebook.value("clients._clients[0].watch._answers[-1].command").strip("'")
+
+
 def kill_in_mid_answer(state: Path, cell: str, *, at_chars: int) -> str:
     """The id of an answer whose kernel is killed as soon as so much of it is journaled."""
     before = newest(state)
@@ -96,6 +102,7 @@ def test_an_answer_goes_on_in_the_next_kernel_and_in_its_conversation(
     assert resumed.error == []
     assert notebook.value("whole.text") == notebook.value("undisturbed.text")
     assert notebook.value("whole.routing['answer_id']") == repr(answer_id)
+    assert shows_again(notebook) == f"%sollol_answers show {answer_id}"
     assert notebook.value(
         "[m['content'] for m in get_ipython().run_line_magic('sollol_chat', 'tale --messages')]"
     ) == notebook.value(f"[{QUESTION!r}, undisturbed.text]")
@@ -156,6 +163,9 @@ def test_following_ends_with_the_stop_button_and_the_answer_does_not(
         shown = notebook.collect(following)
         assert (shown.status, shown.error) == ("ok", [])
         assert "it goes on; %sollol_answers show" in shown.stream
+        followed = newest(state)
+        assert followed is not None
+        assert shows_again(notebook) == f"%sollol_answers show {followed.id}"
         assert notebook.value("handle.done") == "False"
     assert notebook.value("len(handle.result().text) > 0") == "True"
 
@@ -176,3 +186,13 @@ def test_an_answer_that_is_not_there_is_one_line(notebook: Kernel, line: str) ->
     notebook.run("%sollol_answers forget")
     shown = notebook.run(f"%sollol_answers {line}")
     assert shown.stream.startswith("UsageError: %sollol_answers: there is no")
+
+
+@pytest.mark.parametrize("line", ["", "show", "resume", "forget"])
+def test_an_interrupt_before_anything_is_shown_is_one_line(notebook: Kernel, line: str) -> None:
+    notebook.run("from unittest.mock import patch")
+    shown = notebook.run(
+        "with patch('sollol_nb.chat.journaling.flush', side_effect=KeyboardInterrupt):\n"
+        f"    get_ipython().run_line_magic('sollol_answers', '{line}')"
+    )
+    assert shown.error == ["RequestCancelledError: %sollol_answers: stopped"]
