@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from sollol_nb.errors import HttpStatusError, TransportError
+from sollol_nb.errors import HttpStatusError, SollolError, TransportError
 from sollol_nb.runtime.http_client import JsonClient
 from sollol_nb.runtime.private_files import read_private
 
@@ -149,7 +149,7 @@ def find_server(connection_file: str | None) -> JupyterServer | None:
         scheme = "https" if told.get("secure") else "http"
         url = f"{scheme}://{host}:{int(told['port'])}{str(told.get('base_url') or '/').rstrip('/')}"
         return JupyterServer(url, str(told["token"]), name.removeprefix("kernel-"))
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (SollolError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

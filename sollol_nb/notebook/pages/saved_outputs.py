@@ -62,6 +62,13 @@ def put(document: dict[str, Any], display: SavedDisplay, bundle: dict[str, Any],
     return False
 
 
+def has_text_file(document: dict[str, Any]) -> bool:
+    """Whether jupytext keeps the notebook in a text file, too. It would write that file with the notebook, and an
+    editor may have it open."""
+    metadata = document.get("metadata")
+    return isinstance(metadata, dict) and "jupytext" in metadata
+
+
 def _code_cells(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
     cells: Iterable[Any] = document.get("cells") or ()
     for cell in cells:

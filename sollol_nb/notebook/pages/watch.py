@@ -25,7 +25,7 @@ from sollol_nb.chat.chunk import ROUTING, Chunk
 from sollol_nb.errors import HttpStatusError, SollolError
 from sollol_nb.notebook.pages import saved_file
 from sollol_nb.notebook.pages.saved_file import FileChange
-from sollol_nb.notebook.pages.saved_outputs import SavedDisplay, put
+from sollol_nb.notebook.pages.saved_outputs import SavedDisplay, has_text_file, put
 from sollol_nb.runtime.io_loop import io_loop
 from sollol_nb.text.short_names import short_name
 
@@ -231,7 +231,7 @@ class PageWatch:
                 except HttpStatusError as error:
                     logger.debug("the Jupyter server refuses: %s", error)
                     return
-                except (SollolError, UnicodeError) as error:
+                except (SollolError, ValueError, RecursionError) as error:  # a notebook with NaN is no JSON
                     logger.debug("cannot use the Jupyter server: %s", error)
                     failures += 1
                     if failures == MOST_FAILURES:
@@ -278,14 +278,14 @@ class PageWatch:
         ended = [each for each in answers if each.has_ended]
         if not answers or (not ended and self._says_running):
             return
-        self._says_running = True
         if self._holds_notebooks is None:
             self._holds_notebooks = await server.holds_notebooks()
         saved: list[ShownAnswer] = []
-        if not self._holds_notebooks:
+        if not self._holds_notebooks and path.endswith(".ipynb"):  # others are text files of jupytext
 
             def edit(document: dict[str, Any]) -> None:
-                saved.extend(each for each in answers if each.put_into(document))
+                if not has_text_file(document):
+                    saved.extend(each for each in answers if each.put_into(document))
 
             earlier = self._change
             done = await saved_file.change(server, path, edit, earlier.file if earlier is not None else None)
@@ -295,6 +295,7 @@ class PageWatch:
                 logger.debug("put %d answers into %s, which no page shows", len(saved), path)
                 has_them = (*(earlier.answers if earlier is not None else ()), *saved)
                 self._change = _Change(done, has_them, frozenset(self._heard_at), time.monotonic())
+        self._says_running = True
         with self._lock:
             for answer in ended:
                 answer.displays.clear()  # what has no place in the file is named in the next cell
@@ -307,11 +308,10 @@ class PageWatch:
         is_new, is_back = bool(heard - change.known), bool(heard & change.known)
         if not is_new and not is_back and time.monotonic() - opened_at < SETTLE_S:
             return
+        if not is_new and await saved_file.restore(server, change.file):
+            logger.debug("restored %s for the page that is back", change.file.path)
         self._change = None
-        if not is_new:
-            if await saved_file.restore(server, change.file):
-                logger.debug("restored %s for the page that is back", change.file.path)
-        elif opened_at - change.at < DOUBT_S:
+        if is_new and opened_at - change.at < DOUBT_S:
             with self._lock:
                 for answer in change.answers:
                     answer.is_missed = True

@@ -58,6 +58,14 @@ def test_a_server_that_cannot_be_asked_is_none(told: Path, changes: dict[str, An
     assert address(path=told, **changes) is None
 
 
+def test_certificates_that_cannot_be_read_are_no_error_of_a_cell(
+    told: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", "/nowhere/certificates.pem")
+    assert address(path=told, secure=True) is None
+    assert address(path=told, secure=False) is not None
+
+
 def test_a_server_is_believed_only_if_it_has_started_the_kernel_and_its_file_is_private(
     told: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

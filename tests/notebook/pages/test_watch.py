@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sollol_nb.errors import HttpStatusError, TransportError
+from sollol_nb.errors import HttpStatusError, TransportError, TransportTimeoutError
 from sollol_nb.notebook.pages import watch
 from sollol_nb.notebook.pages.jupyter_server import Page
 from sollol_nb.notebook.pages.saved_outputs import SavedDisplay
@@ -32,6 +32,7 @@ class Server:
         self.text = json.dumps(document, indent=4)
         self.writes = 0
         self.has_collaboration = False
+        self.path = "a.ipynb"
 
     @property
     def document(self) -> dict[str, Any]:
@@ -39,7 +40,7 @@ class Server:
         return document
 
     async def page(self) -> Page:
-        return Page("a.ipynb", self.connections)
+        return Page(self.path, self.connections)
 
     async def holds_notebooks(self) -> bool:
         return self.has_collaboration
@@ -243,6 +244,45 @@ def test_where_the_server_holds_the_notebooks_no_file_is_changed(now: list[float
     assert case.watch.hint("page 2") != ""
 
 
+@pytest.mark.parametrize("path", ["a.ipynb", "a.md"])
+def test_no_text_file_of_jupytext_is_changed(now: list[float], path: str) -> None:
+    case = Case(now)
+    document = case.server.document
+    if path.endswith(".ipynb"):
+        document["metadata"]["jupytext"] = {"formats": "ipynb,py:percent"}
+    case.server.text, case.server.path = json.dumps(document), path
+    case.end()
+    case.close()
+    assert case.server.writes == 0
+    case.open("page 2")
+    assert case.watch.hint("page 2") != ""
+
+
+def test_what_fails_once_is_tried_again(now: list[float]) -> None:
+    case = Case(now)
+    write_text = case.server.write_text
+
+    async def fail_once(path: str, text: str) -> None:
+        case.server.write_text = write_text
+        raise TransportTimeoutError("no answer within the time limit")
+
+    def look_and_fail(seconds: int) -> None:
+        case.server.write_text = fail_once
+        with pytest.raises(TransportTimeoutError):
+            case.look(seconds)
+
+    case.server.connections = 0
+    look_and_fail(int(watch.CLOSED_S) + 2)
+    case.look()
+    assert case.saved[0].startswith("so far\n\ndemo was still answering")
+    case.server.connections = 1
+    now[0] += 1
+    case.watch.note("page 1")
+    look_and_fail(1)
+    case.look()
+    assert case.server.text == case.original, "the page that is back finds it as it was"
+
+
 def test_a_file_that_changes_while_it_is_read_is_not_written(now: list[float]) -> None:
     case = Case(now)
 
@@ -278,6 +318,8 @@ def test_a_page_that_connects_at_the_last_moment_keeps_its_file(now: list[float]
     [
         (HttpStatusError("403 Forbidden", status=403, reason="Forbidden"), 1),
         (TransportError("its certificate is not trusted"), watch.MOST_FAILURES),
+        (ValueError("Out of range float values are not JSON compliant"), watch.MOST_FAILURES),
+        (RecursionError("maximum recursion depth exceeded"), watch.MOST_FAILURES),
     ],
 )
 def test_a_server_that_does_not_answer_as_it_should_is_soon_asked_no_more(
