@@ -56,6 +56,8 @@ class Clients:
         if not session:
             return
         self.watch.note(session)
+        if not getattr(info, "store_history", True):  # code of the page itself (a variable inspector), not a cell
+            return
         hint = self.watch.hint(session)
         if hint and not str(getattr(info, "raw_cell", "")).lstrip().startswith(_SHOWS_ANSWERS):
             print(hint)
