@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from IPython.core.error import UsageError
 
 from sollol_nb.chat import journaling
+from sollol_nb.chat.chunk import RESTARTED
 from sollol_nb.chat.completion import Completion
 from sollol_nb.chat.conversation import Chat
 from sollol_nb.chat.conversations import ChatBook
@@ -114,18 +115,18 @@ def chosen(which: str | None, owner: str | None, *, default: Callable[[Journaled
         found = next(filter(default, answers), None)
         if found is None:
             raise UsageError("%sollol_answers: there is no such answer; %sollol_answers lists them")
+        answer_id = found.id
     elif which.isdecimal() and len(which) < ID_CHARS:
         if not 1 <= int(which) <= len(answers):
             raise UsageError(
                 f"%sollol_answers: there is no answer {which}; %sollol_answers lists them, with their numbers"
             )
-        found = answers[int(which) - 1]
+        answer_id = answers[int(which) - 1].id
     else:
-        found = next((each for each in answers if each.id == which), None)
-    answer_id = which if found is None else found.id
-    whole = None if answer_id is None else _read(lambda: journaling.journal().get(answer_id))
+        answer_id = which
+    whole = _read(lambda: journaling.journal().get(answer_id))
     if whole is None:
-        raise UsageError(f"%sollol_answers: there is no answer {which}; %sollol_answers lists them")
+        raise UsageError(f"%sollol_answers: there is no answer {answer_id}; %sollol_answers lists them")
     return whole
 
 
@@ -184,7 +185,7 @@ def _update(live: LiveAnswer, answer: JournaledAnswer) -> None:
         if content or more:
             live.add({"message": {"content": content, "thinking": more}})
     else:
-        live.add({"message": {"content": answer.text, "thinking": answer.thinking}, "_restarted": True})
+        live.add({"message": {"content": answer.text, "thinking": answer.thinking}, RESTARTED: True})
     if not live.has_begun:
         live.status = f"waiting for {short_name(answer.model)}"
 
