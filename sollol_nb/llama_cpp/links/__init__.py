@@ -9,7 +9,7 @@ the endpoints.
 * `failures.py`: why links have failed, for all kernels
 * `program.py`: the process of a link: its report, and copying between connections
 * `ssh_errors.py`: what the messages of the `ssh` program mean, and what to do
-* `ssh_session.py`: a script that runs on another machine
+* `ssh_session.py`: a script that runs on another machine; `common.sh` is what all of them share
 * `ssh_shell.py`: run scripts on another machine, and forward ports, over one connection of that program
 * `remote_engine.py`: the engine on such a machine: found, shipped or built
 * `remote_facts.py`: what such a machine has, and which engines fit it

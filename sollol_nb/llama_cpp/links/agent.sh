@@ -23,8 +23,6 @@
 
 program=$1 silence=$2 seed=$3 threads=$4 cache_kib=$5
 shift 5
-sshd=$PPID
-umask 077
 
 listen() {
     while read -r beat; do
@@ -40,11 +38,6 @@ listen() {
 
 # --- caches of weights: the rules are those of weights/cache.py ---------------------------------
 
-HOME=${HOME:-/}
-case $(uname -s) in
-Darwin) tensors=${XDG_CACHE_HOME:-$HOME/Library/Caches}/sollol_nb/tensors ;;
-*) tensors=${XDG_CACHE_HOME:-$HOME/.cache}/sollol_nb/tensors ;;
-esac
 least_free_kib=1953125 # 2 GB
 hash=[0-9a-f][0-9a-f][0-9a-f][0-9a-f][0-9a-f][0-9a-f][0-9a-f][0-9a-f]
 hash=$hash$hash # the name of a file
@@ -205,10 +198,7 @@ start_worker() {
     eval "port=\$port_$1 device=\$device_$1 cache=\$cache_$1"
     caching=
     if open_cache "$cache"; then caching=-c; fi
-    if [ -z "$port" ]; then
-        seed=$(((seed * 75 + 74) % 65537))
-        port=$((16384 + seed % 16384)) # below the ports that systems give to outgoing connections
-    fi
+    [ -n "$port" ] || next_port
     # shellcheck disable=SC2086 # they are separate words
     LLAMA_CACHE=$cache $tied "$program" -H 127.0.0.1 -p "$port" -t "$threads" -d "$device" $caching \
         </dev/null >&2 3>&- &
@@ -297,28 +287,6 @@ serve() {
     [ "$missed" -lt "$silence" ] || echo silent # to the guard
 }
 
-guard() {
-    trap '' TERM HUP INT
-    pids= last=
-    while read -r line; do
-        if [ "$line" = silent ]; then last=silent; else pids=$line; fi
-    done
-    # shellcheck disable=SC2086 # they are separate words
-    [ -z "$pids" ] || kill -KILL $pids 2>/dev/null
-    # The network was cut without a word: nobody would end the session of sshd, either.
-    if [ "$last" = silent ]; then
-        case $(ps -o comm= -p "$sshd" 2>/dev/null || cat "/proc/$sshd/comm" 2>/dev/null) in
-            *sshd* | *dropbear*) kill -TERM "$sshd" ;;
-        esac
-    fi
-}
-
-for name in $(env | sed -n '/^LLAMA_CACHE=/d; s/^\(LLAMA_[A-Z0-9_]*\)=.*/\1/p; s/^\(GGML_[A-Z0-9_]*DEBUG\)=.*/\1/p'); do
-    unset "$name" # as `config.child_environment` does here
-done
-export GGML_NO_BACKTRACE=1
-tied=
-if setpriv --pdeathsig KILL true 2>/dev/null; then tied="setpriv --pdeathsig KILL"; fi
-trap '' PIPE # workers inherit this: a client that disconnects must not end them
+prepare_workers
 exec 3>&1 4<&0
 serve "$@" | guard 3>&- 4<&-

@@ -7,18 +7,8 @@
 #   ship-server KEY SHA256 RECORD PROGRAM         install the llama-server of the archive on stdin
 #   build KEY SHA256 RECORD PROGRAM OPTION...     build the source of the archive on stdin with these CMake options
 set -u
-umask 077
-LC_ALL=C
-export LC_ALL
-HOME=${HOME:-/}
 # A command over ssh lacks what the login shell's start files add.
 PATH=$PATH:$HOME/.local/bin:/usr/local/bin:/opt/homebrew/bin:/usr/local/cuda/bin:/opt/rocm/bin
-system=$(uname -s)
-case $system in
-Darwin) caches=$HOME/Library/Caches ;;
-*) caches=$HOME/.cache ;;
-esac
-ours=${XDG_CACHE_HOME:-$caches}/sollol_nb
 engines=$ours/engines
 programs="ggml-rpc-server rpc-server"
 
@@ -240,16 +230,6 @@ started() { # PID; when it started, "" if it does not run
     else
         ps -o lstart= -p "$1"
     fi 2>/dev/null
-}
-
-digest() { # of stdin
-    if has sha256sum; then
-        sha256sum
-    elif has shasum; then
-        shasum -a 256
-    else
-        openssl dgst -sha256 -r
-    fi | cut -c 1-64
 }
 
 disk_or() { # KIND TEXT

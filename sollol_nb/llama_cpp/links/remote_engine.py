@@ -17,7 +17,6 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from sollol_nb.errors import EngineBuildError, LinkError
@@ -28,6 +27,7 @@ from sollol_nb.llama_cpp.engine.steps import build_share
 from sollol_nb.llama_cpp.engine.tools import Backend, build_options, generator_options
 from sollol_nb.llama_cpp.links import remote_facts
 from sollol_nb.llama_cpp.links.remote_facts import MIB, Facts, OwnBuild, RemoteDevice
+from sollol_nb.llama_cpp.links.ssh_session import far_script
 from sollol_nb.llama_cpp.links.ssh_shell import Shell
 
 Report = Callable[[str], Awaitable[None]]
@@ -39,7 +39,7 @@ BUILD_NEEDS_BYTES = 100 * MIB
 GPU_BUILD_NEEDS_BYTES = 1024 * MIB
 REPORT_INTERVAL_S = 1.0
 
-SCRIPT = Path(__file__).with_name("engine.sh").read_text("utf-8")
+SCRIPT = far_script("engine.sh")
 _ERROR = re.compile(r"\berror\b.*: |\berror: |undefined reference|Killed|\bfatal\b|No space left")
 _LOG_LINES = 80
 _READ_BYTES = 64 * 1024

@@ -12,15 +12,6 @@
 # A throw-away worker on loopback writes into a folder of its own. Its files are moved into the cache when all of
 # it is written, so that the cache never has a part of a tensor. Everything ends when stdin does.
 set -u
-umask 077
-LC_ALL=C
-export LC_ALL
-HOME=${HOME:-/}
-case $(uname -s) in
-Darwin) caches=$HOME/Library/Caches ;;
-*) caches=$HOME/.cache ;;
-esac
-tensors_folder=${XDG_CACHE_HOME:-$caches}/sollol_nb/tensors
 
 say() {
     printf '%s=%s\n' "$1" "$2" >&3
@@ -29,16 +20,6 @@ say() {
 size_of() { # FILE
     # shellcheck disable=SC2012 # only its size is read
     ls -Lln "$1" 2>/dev/null | awk '{ print $5 }'
-}
-
-digest() { # of stdin
-    if command -v sha256sum >/dev/null 2>&1; then
-        sha256sum
-    elif command -v shasum >/dev/null 2>&1; then
-        shasum -a 256
-    else
-        openssl dgst -sha256 -r
-    fi | cut -c 1-64
 }
 
 # --- find -----------------------------------------------------------------------------------------
@@ -99,11 +80,6 @@ tell_guard() {
     echo "$worker_pid $server_pid" # through the pipe
 }
 
-next_port() {
-    seed=$(((seed * 75 + 74) % 65537))
-    port=$((16384 + seed % 16384)) # below the ports that systems give to outgoing connections
-}
-
 lines_with() { # TEXT FILE
     grep -c -e "$1" "$2" 2>/dev/null
 }
@@ -136,18 +112,18 @@ seed() { # WORKER DEVICE THREADS SERVER FILE TENSORS SIZES BYTES SILENCE SEED
     silence=$1 seed=$2
     main=$(exec sh -c 'echo "$PPID"') # $$ is the process that started this one
     missed=0 ending='' worker_pid='' server_pid=''
-    work=$tensors_folder/.seed-$$
+    work=$tensors/.seed-$$
     trap 'missed=0' USR1
     trap 'ending=yes' TERM HUP INT
     listen <&4 >/dev/null 3>&- &
     listener=$!
     exec 4<&-
-    find_cache || fail "nothing can be cached in $tensors_folder"
+    find_cache || fail "nothing can be cached in $tensors"
     # Of machines that crashed.
-    find "$tensors_folder/." -maxdepth 1 -name '.seed-*' -mmin +720 -exec rm -rf {} + 2>/dev/null
-    mkdir -p "$work/rpc" || fail "cannot write to $tensors_folder"
+    find "$tensors/." -maxdepth 1 -name '.seed-*' -mmin +720 -exec rm -rf {} + 2>/dev/null
+    mkdir -p "$work/rpc" || fail "cannot write to $tensors"
     free=$(df -Pk "$work" | awk 'NR == 2 { print $4 }')
-    [ "$((bytes / 512))" -le "${free:-0}" ] || fail "too little space in $tensors_folder"
+    [ "$((bytes / 512))" -le "${free:-0}" ] || fail "too little space in $tensors"
     start_worker
     start_server
     while ! grep -q 'listening on http' "$work/server.log"; do
@@ -182,7 +158,7 @@ seed() { # WORKER DEVICE THREADS SERVER FILE TENSORS SIZES BYTES SILENCE SEED
 find_cache() {
     try=0
     while [ "$try" -lt 16 ]; do
-        cache=$tensors_folder/ssh-$(uname -n)-$device-$try
+        cache=$tensors/ssh-$(uname -n)-$device-$try
         holder=$(cat "$cache/taken/by" 2>/dev/null)
         if [ -n "$holder" ] && kill -0 "$holder" 2>/dev/null; then
             [ -d "$cache/rpc" ] # else it is off
@@ -224,36 +200,13 @@ start_server() {
     tell_guard
 }
 
-guard() {
-    trap '' TERM HUP INT
-    pids='' last=''
-    while read -r line; do
-        if [ "$line" = silent ]; then last=silent; else pids=$line; fi
-    done
-    # shellcheck disable=SC2086 # they are separate words
-    [ -z "$pids" ] || kill -KILL $pids 2>/dev/null
-    # The network was cut without a word: nobody would end the session of sshd, either.
-    if [ "$last" = silent ]; then
-        case $(ps -o comm= -p "$sshd" 2>/dev/null || cat "/proc/$sshd/comm" 2>/dev/null) in
-        *sshd* | *dropbear*) kill -TERM "$sshd" ;;
-        esac
-    fi
-}
-
-sshd=$PPID
 exec 3>&1
 action=$1
 shift
 case $action in
 find) find_file "$@" ;;
 seed)
-    for name in $(env | sed -n 's/^\(LLAMA_[A-Z0-9_]*\)=.*/\1/p; s/^\(GGML_[A-Z0-9_]*DEBUG\)=.*/\1/p'); do
-        unset "$name"
-    done
-    export GGML_NO_BACKTRACE=1
-    tied=
-    if setpriv --pdeathsig KILL true 2>/dev/null; then tied="setpriv --pdeathsig KILL"; fi
-    trap '' PIPE # workers inherit this: a client that disconnects must not end them
+    prepare_workers
     exec 4<&0
     seed "$@" | guard 3>&- 4<&-
     ;;

@@ -24,7 +24,7 @@ from sollol_nb.gguf.header import check_file, read_header
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.links.remote_engine import RemoteEngine, preparation
 from sollol_nb.llama_cpp.links.remote_server import server_there
-from sollol_nb.llama_cpp.links.ssh_session import Session
+from sollol_nb.llama_cpp.links.ssh_session import Session, far_script
 from sollol_nb.llama_cpp.links.ssh_shell import Shell
 
 FIND_LIMIT_S = 120.0
@@ -36,7 +36,7 @@ COMPARED_BYTES = 1024 * 1024
 """At the begin and the end of a file."""
 MAX_CACHED_SIZES = 200
 
-_SCRIPT = Path(__file__).with_name("seed.sh").read_text("utf-8")
+_SCRIPT = far_script("seed.sh")
 
 Report = Callable[[str, int], Awaitable[None]]
 """Gets the device, and the bytes that its cache has received so far."""

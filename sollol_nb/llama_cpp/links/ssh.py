@@ -21,7 +21,7 @@ from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.links.link import CONNECTING, INSTALLING, LOST, READY, LinkedWorker
 from sollol_nb.llama_cpp.links.program import Report, run
 from sollol_nb.llama_cpp.links.remote_engine import RemoteEngine, prepare
-from sollol_nb.llama_cpp.links.ssh_session import LOST_CODE, Session
+from sollol_nb.llama_cpp.links.ssh_session import LOST_CODE, Session, far_script
 from sollol_nb.llama_cpp.links.ssh_shell import Shell
 from sollol_nb.llama_cpp.links.verifying import VERIFIES, AgentVerifying, answer_requests
 from sollol_nb.llama_cpp.processes.exit_reasons import describe_exit
@@ -30,7 +30,7 @@ from sollol_nb.llama_cpp.weights import cache
 from sollol_nb.settings.endpoints import LOOPBACK, format_endpoint
 from sollol_nb.text.tables import counted
 
-AGENT = Path(__file__).with_name("agent.sh")
+AGENT = far_script("agent.sh")
 SILENCE_S = 20
 """Without a heartbeat for this long, the far side ends its workers."""
 HEARTBEATS = 4
@@ -177,7 +177,7 @@ class _Link:
             cache_kib = int(float(self._spec.get("tensor_cache_gb", 0)) * 1e9 / 1024)
             numbers = (str(self._silence_s), str(seed), str(max(1, engine.cores)), str(cache_kib))
             arguments = (engine.worker, *numbers, *self._devices)
-            session = await self._shell.start(AGENT.read_text("utf-8"), *arguments)
+            session = await self._shell.start(AGENT, *arguments)
             try:
                 code = await self._follow(session)
             finally:

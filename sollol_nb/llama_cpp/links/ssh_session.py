@@ -8,6 +8,7 @@ import re
 import shlex
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 
 from sollol_nb.errors import LinkError
 from sollol_nb.llama_cpp.links import ssh_errors
@@ -151,6 +152,12 @@ async def _read_line(stream: asyncio.StreamReader) -> str | None:
     except asyncio.LimitOverrunError as error:
         line = await stream.read(error.consumed)
     return line[:LINE_LIMIT_BYTES].decode("utf-8", "replace").rstrip("\r\n")
+
+
+def far_script(name: str) -> str:
+    """A script of this folder with what all of them share."""
+    folder = Path(__file__).parent
+    return "".join((folder / part).read_text("utf-8") for part in ("common.sh", name))
 
 
 def remote_command(script: str, arguments: Sequence[str], marker: str) -> str:

@@ -82,7 +82,7 @@ def agent(
         [
             *shell,
             "-c",
-            ssh.AGENT.read_text(),
+            ssh.AGENT,
             "sh",
             str(program),
             str(silence_s),
@@ -162,7 +162,7 @@ def test_all_ends_when_no_heartbeat_comes_and_a_worker_that_ends_at_once_gets_an
 MIB = 2**20
 SIZE = 11 * MIB
 LIMIT_KIB = 100 * 1024
-FUNCTIONS = ssh.AGENT.read_text().partition("\nfor name in $(env")[0]
+FUNCTIONS = ssh.AGENT.partition("\nprepare_workers\n")[0]
 
 
 def in_agent(shell: tuple[str, ...], caches: Path, commands: str, limit_kib: int = LIMIT_KIB) -> str:
