@@ -14,11 +14,12 @@ never one that streams. What is needed to continue an answer is not kept if it i
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import secrets
 import sqlite3
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import getpid
 from pathlib import Path
@@ -200,7 +201,7 @@ class Journal:
     Args:
         path: the file; by default the one in the state folder, looked up at each use.
 
-    All methods raise ConfigError or sqlite3.Error where the file cannot be used.
+    Methods raise ConfigError where the file cannot be used; `write` and `touch` also sqlite3.Error.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -218,14 +219,14 @@ class Journal:
         Args:
             owner: only those of this notebook or script.
         """
-        with self._opened().connection() as connection:
+        with self._used("read") as connection:
             _settle(connection)
             rows = connection.execute(_NEWEST, [owner, limit]).fetchall()
         return [_answer(row) for row in rows]
 
     def get(self, answer_id: str) -> JournaledAnswer | None:
         """One answer, with what is needed to continue it; None if there is none of this id."""
-        with self._opened().connection() as connection:
+        with self._used("read") as connection:
             _settle(connection)
             return _get(connection, answer_id)
 
@@ -237,7 +238,7 @@ class Journal:
             done, or if there is none of this id.
         """
         run = new_id()
-        with self._opened().connection() as connection:
+        with self._used("continue an answer of") as connection:
             connection.execute("BEGIN IMMEDIATE")  # from here on no other process changes it
             _settle(connection)
             found = _get(connection, answer_id)
@@ -253,27 +254,17 @@ class Journal:
         Args:
             ids: which; without any, all.
             owner: only those of this notebook or script.
-
-        Raises:
-            ConfigError: they cannot be deleted.
         """
-        file = self._opened()
-        if not file.path.exists():
+        if not self.path.exists():
             return []
-        try:
-            with file.connection() as connection:
-                connection.execute("BEGIN IMMEDIATE")  # from here on nobody claims one of them
-                _settle(connection)
-                rows = connection.execute(
-                    "SELECT id FROM answers WHERE status != ? AND owner = coalesce(?, owner)", [RUNNING, owner]
-                ).fetchall()
-                found = [row[0] for row in rows if not ids or row[0] in ids]
-                _delete(connection, found)
-        except (OSError, sqlite3.Error) as error:
-            raise ConfigError(
-                f"cannot delete answers from {file.path}: {error}; try again, or delete that file (it has the "
-                "answers of all notebooks)"
-            ) from None
+        with self._used("delete answers from") as connection:
+            connection.execute("BEGIN IMMEDIATE")  # from here on nobody claims one of them
+            _settle(connection)
+            rows = connection.execute(
+                "SELECT id FROM answers WHERE status != ? AND owner = coalesce(?, owner)", [RUNNING, owner]
+            ).fetchall()
+            found = [row[0] for row in rows if not ids or row[0] in ids]
+            _delete(connection, found)
         return found
 
     def write(self, progress: Sequence[Progress]) -> None:
@@ -296,6 +287,18 @@ class Journal:
         with self._opened().connection() as connection:
             now = time.time()
             connection.executemany("UPDATE answers SET updated_at = ? WHERE run = ?", [(now, run) for run in runs])
+
+    @contextlib.contextmanager
+    def _used(self, doing: str) -> Iterator[sqlite3.Connection]:
+        file = self._opened()
+        try:
+            with file.connection() as connection:
+                yield connection
+        except (OSError, sqlite3.Error) as error:
+            raise ConfigError(
+                f"cannot {doing} the journal {file.path}: {error}; try again, or delete that file (it has the "
+                "answers of all notebooks)"
+            ) from error
 
     def _opened(self) -> SqliteFile:
         path = self._path if self._path is not None else config.state_file(FILE_NAME)

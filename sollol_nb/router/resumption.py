@@ -6,7 +6,6 @@ What cannot be continued is asked again; its reader is told so, and keeps the ea
 from __future__ import annotations
 
 import asyncio
-import sqlite3
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from functools import partial
@@ -68,11 +67,8 @@ async def claimed(answer_id: str) -> tuple[JournaledAnswer, str]:
 
 def _claim(answer_id: str) -> _Claim:
     journal = journaling.journal()
-    try:
-        taken = journal.claim(answer_id)
-        return (None, taken) if taken is not None else (journal.get(answer_id), None)
-    except (OSError, sqlite3.Error) as error:
-        raise ConfigError(f"cannot read the journal of answers: {error}; try again") from error
+    taken = journal.claim(answer_id)
+    return (None, taken) if taken is not None else (journal.get(answer_id), None)
 
 
 def _give_back(claiming: asyncio.Future[_Claim]) -> None:

@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -242,7 +243,7 @@ def test_an_answer_is_not_forgotten_while_another_kernel_begins_to_continue_it(
 
     def claimed_meanwhile(connection: sqlite3.Connection) -> None:
         monkeypatch.setattr(journal_module, "_settle", settle)
-        with pytest.raises(sqlite3.OperationalError, match="locked"):
+        with pytest.raises(ConfigError, match="locked"):
             Journal(journal.path).claim(answer_id)
 
     monkeypatch.setattr(sqlite_file, "BUSY_TIMEOUT_S", 0.05)
@@ -258,8 +259,9 @@ def test_a_file_of_a_newer_version_is_used(journal: Journal) -> None:
     assert found(journal, add(journal, DONE, "two")).text == "two"
 
 
-def test_a_file_that_cannot_be_changed_is_named(journal: Journal) -> None:
+@pytest.mark.parametrize("use", [Journal.forget, Journal.newest, lambda journal: journal.claim("0" * 16)])
+def test_a_file_that_cannot_be_used_is_named(journal: Journal, use: Callable[[Journal], object]) -> None:
     add(journal, DONE)
     journal.path.write_bytes(b"no database" * 100)
-    with pytest.raises(ConfigError, match=r"answers\.sqlite"):
-        journal.forget()
+    with pytest.raises(ConfigError, match=r"answers\.sqlite.* delete that file"):
+        use(journal)

@@ -6,13 +6,11 @@ An answer that streams into another kernel is followed by reading its row from t
 from __future__ import annotations
 
 import html
-import sqlite3
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from functools import partial
 from pathlib import PurePath
-from typing import Any, TypeVar
+from typing import Any
 
 from IPython.core.error import UsageError
 
@@ -31,8 +29,6 @@ from sollol_nb.text.tables import shortened
 
 FOLLOW_EVERY_S = 0.25
 SHOWN_QUESTION_CHARS = 60
-
-R = TypeVar("R")
 
 
 class AnswerList:
@@ -96,7 +92,7 @@ def listed(owner: str | None) -> AnswerList:
     Raises:
         ConfigError: the journal cannot be read.
     """
-    return AnswerList(_read(lambda: journaling.journal().newest(owner)), with_owners=owner is None)
+    return AnswerList(journaling.journal().newest(owner), with_owners=owner is None)
 
 
 def chosen(which: str | None, owner: str | None, *, default: Callable[[JournaledAnswer], bool]) -> JournaledAnswer:
@@ -124,7 +120,7 @@ def chosen(which: str | None, owner: str | None, *, default: Callable[[Journaled
         answer_id = answers[int(which) - 1].id
     else:
         answer_id = which
-    whole = _read(lambda: journaling.journal().get(answer_id))
+    whole = journaling.journal().get(answer_id)
     if whole is None:
         raise UsageError(f"%sollol_answers: there is no answer {answer_id}; %sollol_answers lists them")
     return whole
@@ -165,7 +161,7 @@ def follow(answer: JournaledAnswer, view: View) -> JournaledAnswer:
             _update(live, answer)
             view.show(live)
             time.sleep(FOLLOW_EVERY_S)
-            newer = _read(partial(journal.get, answer.id))
+            newer = journal.get(answer.id)
             if newer is None:  # it was deleted: it had ended without any text
                 break
             answer = newer
@@ -232,10 +228,3 @@ def _turns(messages: Sequence[Mapping[str, Any]]) -> list[Any]:
 
 def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return (one.get("role"), one.get("content")) == (other.get("role"), other.get("content"))
-
-
-def _read(read: Callable[[], R]) -> R:
-    try:
-        return read()
-    except (OSError, sqlite3.Error) as error:
-        raise ConfigError(f"cannot read the journal of answers: {error}; try again") from error
