@@ -132,7 +132,11 @@ class AnswerStreams:
                         raise CoordinatorLostError(f"the coordinator of {self._model} is ending")
                 while (request := await answer.request(exchange.post)) is not None:
                     with stream.reader_busy():  # the engine owes it nothing before it is sent
-                        visit = await self._visit(answer, lease)
+                        earlier, visit = visit, await self._visit(answer, lease)
+                    if (
+                        visit.restored is None
+                    ):  # a damaged context, say, is gone when the answer is requested again
+                        visit.note = visit.note or earlier.note
                     stream.on_sent()
                     try:
                         path, body = request

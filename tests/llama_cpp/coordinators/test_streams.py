@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -80,13 +80,48 @@ class ToTheClient:
         yield ""
 
 
-def streams_of(process: Process, client: SlowClient, store: ContextStore) -> AnswerStreams:
+class AnswersAtOnce(ToTheClient):
+    """Gives one event to each request."""
+
+    async def lines(self, path: str, body: Mapping[str, Any]) -> Any:
+        yield "data: {}"
+
+
+class AskedTwice:
+    """Stands for an answer whose first stream is abandoned: its prompt was foreseen wrongly, say."""
+
+    options: Mapping[str, Any] = {}
+    prompt_text = context_text = LONG
+    unconfirmed = None
+    waiting_prompt_tokens = 1
+    recovers_exactly = is_deterministic = is_abandoned = is_complete = False
+
+    def __init__(self) -> None:
+        self.requests = 0
+
+    async def request(self, _: object) -> tuple[str, dict[str, Any]] | None:
+        self.requests, self.is_abandoned = self.requests + 1, False
+        return None if self.is_complete else ("/completion", {})
+
+    def translate(self, _: object) -> None:
+        self.is_abandoned, self.is_complete = self.requests == 1, self.requests == 2
+
+    def final(self) -> dict[str, Any]:
+        return {"message": {}, "done": True}
+
+
+def streams_of(
+    process: Process,
+    client: SlowClient,
+    store: ContextStore,
+    connection: Callable[[SlowClient], ToTheClient] = ToTheClient,
+) -> AnswerStreams:
     """With a saved context of a prompt, and a pace by a clock of which each look takes a second."""
     streams = AnswerStreams(
         "demo",
         cast(EngineProcess, process),
         cast(JsonClient, client),
-        lambda: cast(Exchange, ToTheClient(client)),
+        lambda: cast(Exchange, connection(client)),
         context_tokens=4096,
         slots=2,
     )
@@ -149,6 +184,22 @@ def test_the_check_of_a_large_file_is_no_silence(tmp_path: Path, monkeypatch: py
         asking.cancel()
         client.may_end.set()
         await asyncio.wait({asking})
+        streams.close()
+
+    asyncio.run(main())
+
+
+def test_why_a_saved_context_was_not_used_is_said_though_the_answer_is_requested_again(tmp_path: Path) -> None:
+    async def main() -> None:
+        client, store, answer = SlowClient(), ContextStore(tmp_path / "contexts", 10**6), AskedTwice()
+        client.may_end.set()
+        streams = streams_of(Process(), client, store, AnswersAtOnce)
+        for file in (tmp_path / "contexts").rglob("*"):
+            if file.is_file() and file.read_bytes() == b"x" * 10:
+                file.write_bytes(b"y" * 10)
+        *_, last = [chunk async for chunk in streams.stream(cast(Answer, answer))]
+        assert "damaged" in last["_cached"]["context_note"]
+        assert answer.requests == 3
         streams.close()
 
     asyncio.run(main())
