@@ -14,6 +14,8 @@ def is_same_process(pid: int, started: float | None) -> bool:
     Args:
         started: its start time in seconds since the epoch; None if unknown.
     """
+    if pid == os.getpid():  # its start is known; computed again, it would move with an adjusted clock
+        return started is None or abs(own_start() - started) < _CLOCK_TOLERANCE_S
     import psutil  # on first use: it takes a while
 
     try:
