@@ -155,7 +155,7 @@ class Planner:
                 elif not await self._running.end_left(start.model):
                     raise
 
-    def best_for(self, coordinator: Coordinator, settings: PoolSettings) -> LayerPlan:
+    async def best_for(self, coordinator: Coordinator, settings: PoolSettings) -> LayerPlan:
         """The fastest plan for a running coordinator, over its workers and those that are free, as last seen; by
         free memory where no speed is known.
 
@@ -170,7 +170,7 @@ class Planner:
             or (worker.state == "free" and not self._workers.cool_down_s(worker.endpoint))
         ]
         running, settings = coordinator.settings, by_speed(settings)
-        return self._search(
+        search = self._search(
             usable,
             running.model_path,
             running.facts,
@@ -178,7 +178,8 @@ class Planner:
             settings,
             running=running.plan,
             needs_worker=self._running.needs_worker(coordinator),
-        )()
+        )
+        return await asyncio.to_thread(search)
 
     async def likely(self, start: Start, settings: PoolSettings) -> LayerPlan:
         """The plan that a start will probably get, over the workers that are free as last seen.
@@ -203,7 +204,7 @@ class Planner:
         settings = by_speed(settings) if start.by_speed else settings
         return await asyncio.to_thread(self._search_of(start, free.values(), settings))
 
-    def foresee(
+    async def foresee(
         self,
         route: Route,
         facts: ModelFacts,
@@ -230,9 +231,10 @@ class Planner:
         try:
             if not free:
                 raise WorkersUnavailableError(describe_missing_workers(route.name, self._workers.statuses()))
-            return self._search(
+            search = self._search(
                 usable, route.model_path, facts, context_tokens, settings, needs_worker=route.needs_worker
-            )()
+            )
+            return await asyncio.to_thread(search)
         except (WorkersUnavailableError, ModelDoesNotFitError) as error:
             alone = self.plan_alone(route, facts, context_tokens, settings, error)
             if alone is None:

@@ -245,7 +245,7 @@ class CoordinatorPool:
             if suspects:
                 message = f"measuring the workers of {model} again, for a new layout"
             else:
-                plan = self._starter.planner.best_for(coordinator, self.settings)
+                plan = await self._starter.planner.best_for(coordinator, self.settings)
                 now_ms, then_ms = self._predicted_ms(coordinator), plan.predicted_token_ms
                 if now_ms is None or then_ms is None or plan.strategy in SPLITS:
                     raise ConfigError(

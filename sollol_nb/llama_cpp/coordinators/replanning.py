@@ -119,7 +119,7 @@ class Replanner:
         measurements: TokenMeasurements,
         *,
         settings: Callable[[], PoolSettings],
-        best_plan: Callable[[Coordinator], LayerPlan],
+        best_plan: Callable[[Coordinator], Awaitable[LayerPlan]],
         predicted_ms: Callable[[Coordinator], float | None],
         move: Callable[[Coordinator], Awaitable[bool]],
         calibrate: Callable[[Sequence[str]], Awaitable[object]],
@@ -214,7 +214,9 @@ class Replanner:
         watched.planned_ms = self._measurements.meaningful_ms(coordinator)
         watched.planned_shares = self._measurements.shares(coordinator)
         slow = self._measurements.slow_workers(coordinator)
-        offer, plan = self._offer(coordinator, watched)
+        offer, plan = await self._offer(coordinator, watched)
+        if coordinator not in self._running.coordinators:
+            return
         if after_answers:
             watched.history = after_answer(watched.history, offer)
         self._say(coordinator, watched, offer, plan, slow, is_confirmed=not after_answers)
@@ -236,9 +238,9 @@ class Replanner:
             watched.history = after_failed_move(history, time.monotonic())
             raise
 
-    def _offer(self, coordinator: Coordinator, watched: _Watched) -> tuple[Offer | None, LayerPlan | None]:
+    async def _offer(self, coordinator: Coordinator, watched: _Watched) -> tuple[Offer | None, LayerPlan | None]:
         """The best layout, if it is another one; with the plan that it is from."""
-        plan, now_ms = self._best_plan(coordinator), self._predicted_ms(coordinator)
+        plan, now_ms = await self._best_plan(coordinator), self._predicted_ms(coordinator)
         if plan.predicted_token_ms is None or now_ms is None or plan.strategy in SPLITS:
             return None, None
         layout = layout_of(plan)

@@ -111,8 +111,8 @@ class CoordinatorStarter:
         facts = await asyncio.to_thread(read_facts, route.model_path)
         context_tokens = context_tokens_for(self.settings, route.modelfile, facts)
         if standby_of is None:
-            return self.planner.foresee(route, facts, context_tokens, self.settings)
-        return self.planner.foresee(
+            return await self.planner.foresee(route, facts, context_tokens, self.settings)
+        return await self.planner.foresee(
             route, facts, standby_of.context_tokens, self.settings, except_for=standby_of.endpoints
         )
 

@@ -45,7 +45,7 @@ class Planned:
         self.known: dict[str, Any] = {"ms": 92.0, "shares": None}
         plan = SimpleNamespace(shards=(), workers=(), predicted_token_ms=None)
 
-        def best_plan(_: object) -> object:
+        async def best_plan(_: object) -> object:
             self.plans += 1
             return plan
 
@@ -135,6 +135,9 @@ def test_a_model_that_has_the_best_layout_is_not_restarted_for_slow_tokens() -> 
     async def refresh() -> None:
         pass
 
+    async def best_for(*_: object) -> LayerPlan:
+        return plan(1.76)
+
     coordinator = SimpleNamespace(plan=plan(1.3))
     pool: Any = SimpleNamespace(
         settings=None,
@@ -147,7 +150,7 @@ def test_a_model_that_has_the_best_layout_is_not_restarted_for_slow_tokens() -> 
         ),
         _workers=SimpleNamespace(refresh=refresh),
         _suspects=lambda _: [],
-        _starter=SimpleNamespace(planner=SimpleNamespace(best_for=lambda *_: plan(1.76))),
+        _starter=SimpleNamespace(planner=SimpleNamespace(best_for=best_for)),
         _predicted_ms=lambda _: 2.03,
     )
     assert run(CoordinatorPool._replan(pool, "big")) == (
