@@ -48,10 +48,11 @@ class AnswerMagics(Magics):
         """The answers of this notebook, newest first: those that run, are done, or were interrupted.
 
         Answers are journaled while they stream, in a file that only you can read, for 30 days (setting `journal`).
-        `show` shows one again, and follows one that runs, also in another kernel. `resume` continues one whose end
-        is missing, such as after a restart of the kernel, from where it was, with the options that it was asked
-        with (`--recovery`, say). Without a number they take the newest one that suits. `forget` deletes one, or
-        all of this notebook; with `--all`, also those of other notebooks and of scripts.
+        `show` shows one again, and follows one that runs, also in another kernel; an interrupt ends the following,
+        not the answer. `resume` continues one whose end is missing, such as after a restart of the kernel, from
+        where it was, with the options that it was asked with (`--recovery`, say). Without a number they take the
+        newest one that suits. `forget` deletes one, or all of this notebook; with `--all`, also those of other
+        notebooks and of scripts.
 
         Example::
 
