@@ -242,6 +242,8 @@ def _begun(state: Mapping[str, Any] | None) -> Answer | None:
     if state is None or state.get("kind") == TEXT:
         return None
     try:
-        return Answer.from_state(state)
+        begun = Answer.from_state(state)
     except ConfigError:  # damaged, or of another version
         return None
+    # The text of a required call is held back until the call is complete, so nobody has seen its beginning.
+    return None if begun.options.get("tool_choice") == "required" else begun

@@ -13,9 +13,11 @@ from sollol_nb.chat import journaling
 from sollol_nb.chat.chunk import Chunk
 from sollol_nb.chat.completion import Completion
 from sollol_nb.chat.journal import CANCELLED, DONE, INTERRUPTED, Journal, JournaledAnswer, Progress, new_id
-from sollol_nb.chat.journal_state import plain_json, request_json
+from sollol_nb.chat.journal_state import plain_json, request_json, split_state
 from sollol_nb.chat.request import ChatRequest
+from sollol_nb.chat.tool_choice import apply_tool_choice
 from sollol_nb.errors import AnswerDivergedError, ConfigError, WorkersUnavailableError
+from sollol_nb.llama_cpp.answers.raw import RawAnswer
 from sollol_nb.router.resumption import ASKED_AGAIN_NOTE, claimed, continued
 from sollol_nb.runtime.io_loop import run_blocking
 from tests.support.engines import HANG_GUARD_S, eventually
@@ -54,7 +56,7 @@ def interrupted(text: str, **others: Any) -> str:
         thinking=others.pop("thinking", ""),
         first=first,
         request=others.pop("request", request_json(body, {})),
-        state=plain_json({"kind": "text", "texts": 3}),
+        state=others.pop("state", plain_json({"kind": "text", "texts": 3})),
     )
     journaling.journal().write([progress])
     return progress.id
@@ -87,6 +89,18 @@ def test_an_answer_that_had_not_begun_is_asked() -> None:
     engines = Engines("Because.")
     assert resumed(interrupted(""), engines).text == "Because."
     assert engines.requests[0].messages == [QUESTION]
+
+
+def test_a_required_call_is_asked_again_as_it_was() -> None:
+    tools = [{"type": "function", "function": {"name": "stop"}}]
+    options: dict[str, Any] = {"tools": tools, "tool_choice": "required"}
+    state = RawAnswer("demo", [QUESTION], apply_tool_choice(options), prompt="Why?").state()
+    fixed, moving = split_state({**state, "written": '{"name": '})
+    body = {"messages": [QUESTION], "prompt": None, "options": options, "backend": None}
+    engines = Engines("")
+    resumed(interrupted("", request=request_json(body, fixed), state=plain_json(moving)), engines)
+    assert engines.requests[0].messages == [QUESTION]
+    assert engines.requests[0].options == options
 
 
 def test_what_cannot_be_continued_is_asked_again_and_says_so() -> None:
