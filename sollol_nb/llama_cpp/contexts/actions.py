@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from sollol_nb.errors import HttpStatusError
+from sollol_nb.errors import HttpStatusError, TransportError
 from sollol_nb.llama_cpp.contexts.slots import Slot, Slots, shared_characters
 from sollol_nb.llama_cpp.contexts.store import SavedContext
 from sollol_nb.llama_cpp.contexts.visit import Engine
@@ -24,6 +24,12 @@ LIMIT_FACTOR = 20.0
 WAIT_TOKENS = 4096
 """Before it, the engine may have to process a batch of the prompt of another slot (2,048 tokens)."""
 ERASE_MS = 100.0
+TAKEN_S = 1.0
+"""After so long, and again after as long, it is looked whether the engine waits for the end of an answer."""
+
+
+class SlotTakenError(Exception):
+    """A request of another kernel has taken the slot; the engine would act only after its end."""
 
 
 @dataclass(slots=True)
@@ -91,8 +97,10 @@ class SlotActions:
                 await self.erase(other)
 
     async def erase(self, slot: Slot) -> None:
-        """Empty a slot."""
-        with suppress(HttpStatusError):  # an engine without this action
+        """Empty a slot, unless it is in use by now."""
+        if not slot.is_idle:
+            return
+        with suppress(HttpStatusError, SlotTakenError):  # the former: an engine without this action
             await self.act(slot, "erase", {}, ERASE_MS)
             slot.clear()
             slot.task = None
@@ -102,18 +110,43 @@ class SlotActions:
 
         Raises:
             HttpStatusError: it refuses.
+            SlotTakenError: it would have to wait for a request of another kernel.
             TransportError: it was lost, or takes far too long.
         """
         wait_ms = WAIT_TOKENS * (self.costs.prefill_ms or 0.0)
         limit_s = LIMIT_S + (LIMIT_FACTOR * expected_ms + wait_ms) / 1000
         path = f"/slots/{slot.number}?action={action}"
-        self.running = task = asyncio.create_task(self._engine.post(path, body, timeout_s=limit_s))
-        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # else asyncio reports it
+        post = self._engine.post(path, body, timeout_s=limit_s)
+        self.running = task = asyncio.create_task(self._unless_taken(slot, post))
+        task.add_done_callback(self._ended)  # also where who asked has left
+        return await asyncio.shield(task)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        if self.running is task:
+            self.running = None
+        if not task.cancelled():
+            task.exception()  # else asyncio reports it
+
+    async def _unless_taken(self, slot: Slot, post: Coroutine[Any, Any, Any]) -> Any:
+        """The engine's answer. The engine acts only after the end of a request in the slot, so where another
+        kernel was quicker, nothing is asked of it any more: that answer may take minutes."""
+        posting = asyncio.create_task(post)
         try:
-            return await asyncio.shield(task)
+            while not (await asyncio.wait({posting}, timeout=TAKEN_S))[0]:
+                if await self._is_taken(slot) and not posting.done():
+                    slot.clear(None)
+                    slot.is_taken = True
+                    raise SlotTakenError
+            return posting.result()
         finally:
-            if self.running is task and task.done():
-                self.running = None
+            posting.cancel()
+
+    async def _is_taken(self, slot: Slot) -> bool:
+        try:
+            reported = await self._engine.get("/slots", timeout_s=TAKEN_S)
+            return any(entry["is_processing"] for entry in reported if entry["id"] == slot.number)
+        except (TransportError, KeyError, TypeError):
+            return False  # it does not answer while it acts
 
 
 def shared_tokens(held: str, tokens: int, text: str) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 from weakref import WeakSet
 
 from sollol_nb.errors import ConfigError, HttpStatusError, TransportError
-from sollol_nb.llama_cpp.contexts.actions import SlotActions, milliseconds
+from sollol_nb.llama_cpp.contexts.actions import SlotActions, SlotTakenError, milliseconds
 from sollol_nb.llama_cpp.contexts.restoring import LEAST_TOKENS, Restorer
 from sollol_nb.llama_cpp.contexts.slots import COUNTING_ERROR_TOKENS, Slot, Slots, now, shared_characters
 from sollol_nb.llama_cpp.contexts.store import ContextStore, SavedContext
@@ -116,6 +116,7 @@ class ContextKeeper:
         if (is_long or is_repeatable) and (is_shared or not self._is_current):
             await self._look(lease)
         if is_repeatable:
+            await self.save()  # of the answer before it, which is saved only after a pause
             await self._empty()
         is_known = self._is_current and not is_shared and (text is not None or not is_cached)
         if not is_known and not (is_long and is_cached and self.keeps):
@@ -128,7 +129,10 @@ class ContextKeeper:
             if text is None:
                 return visit
             if is_long and is_cached and self.keeps and self._restorer is not None:
-                await self._restorer.restore(visit, visit.slot, text)
+                try:
+                    await self._restorer.restore(visit, visit.slot, text)
+                except SlotTakenError:
+                    is_known = False
             # Another kernel may take the slot meanwhile; the engine finds what was restored.
             if not is_known or self._is_better_elsewhere(visit, visit.slot, text):
                 self._left(visit)
@@ -144,8 +148,7 @@ class ContextKeeper:
         """Empty all idle slots, so that a prompt gets the first cells of the shared context: in others the
         engine may round otherwise."""
         for slot in self.slots.all:
-            if slot.is_idle:
-                await self._actions.erase(slot)
+            await self._actions.erase(slot)
 
     def _is_long(self, text: str) -> bool:
         """Whether processing a prompt may take so long that its context was saved. How many characters a token has
@@ -295,6 +298,9 @@ class ContextKeeper:
             answer = await self._actions.act(
                 slot, "save", {"filename": part.name}, self._actions.costs.save_ms(tokens)
             )
+        except SlotTakenError:
+            await asyncio.to_thread(self._store.drop, part)
+            return 0
         except HttpStatusError as error:  # the disk is full, or the model's contexts cannot be saved
             await asyncio.to_thread(self._store.drop, part)
             self._report("refused", f"{self._identity.model}: its context was not saved: {error.reason}")

@@ -42,7 +42,12 @@ class Restorer:
         self._refused: set[str] = set()  # saved contexts that this engine does not take
 
     async def restore(self, visit: Visit, slot: Slot, text: str) -> None:
-        """Bring the best saved context into a slot, if there is one that saves time."""
+        """Bring the best saved context into a slot, if there is one that saves time.
+
+        Raises:
+            SlotTakenError: another kernel has taken the slot.
+            TransportError: the engine was lost.
+        """
         with suppress(OSError):
             await asyncio.to_thread(self._store.list)
         has_tokens = shared_tokens(slot.text or "", slot.tokens, text)
@@ -110,6 +115,7 @@ class Restorer:
 
         Raises:
             HttpStatusError: the engine does not take it.
+            SlotTakenError: another kernel has taken the slot.
             TransportError: the engine was lost.
         """
         body, expected_ms = {"filename": context.file_name}, self._actions.costs.restore_ms(context)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from sollol_nb.errors import HttpStatusError
+from sollol_nb.llama_cpp.contexts import actions as actions_module
 from sollol_nb.llama_cpp.contexts import keeper as keeper_module
 from sollol_nb.llama_cpp.contexts.keeper import ContextKeeper
 from sollol_nb.llama_cpp.contexts.store import ContextStore, SavedContext
@@ -33,6 +34,7 @@ class SmallEngine:
     slots: int = 2
     free_slots_needed: int = 0  # of other slots to be empty, for a restore
     refuses: str = ""
+    taken: int | None = None  # the slot that a request of another kernel gets just before an action on it
     busy: set[int] = field(default_factory=set)
     tokens: dict[int, int] = field(default_factory=dict)
     actions: list[str] = field(default_factory=list)
@@ -40,7 +42,10 @@ class SmallEngine:
     async def post(self, path: str, body: Mapping[str, Any], *, timeout_s: float | None = None) -> Any:
         number, action = int(path.split("/")[2].split("?")[0]), path.partition("=")[2]
         self.actions.append(f"{action} {number}")
-        assert not self.busy, "the engine would wait for the slot"
+        if number == self.taken:
+            self.busy = {number}
+            await hang()
+        assert number not in self.busy, "the engine would wait for the slot"
         if action == "erase":
             self.tokens[number] = 0
             return {}
@@ -110,6 +115,7 @@ class Setup:
 @pytest.fixture
 def setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setup:
     monkeypatch.setattr(keeper_module, "PAUSE_S", 0.0)
+    monkeypatch.setattr(actions_module, "TAKEN_S", 0.01)
     store = ContextStore(tmp_path / "contexts", 10**6)
     engine = SmallEngine(store.prepare())
     keeper = ContextKeeper(engine, engine.slots, FreeLease)
@@ -353,3 +359,111 @@ def test_a_slot_whose_restore_was_not_awaited_holds_nobody_knows_what(
     asyncio.run(main())
     assert sum(slot.text is None for slot in setup.keeper.slots.all) == 1
     assert not any(slot.requests for slot in setup.keeper.slots.all)
+
+
+def test_an_action_that_nobody_waits_for_any_more_ends(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until then the silence of the engine does not count."""
+    setup.save_to_folder()
+    is_reading, is_read = asyncio.Event(), asyncio.Event()
+
+    async def late(*_: Any, **__: Any) -> Any:
+        is_reading.set()
+        await is_read.wait()
+        return {}
+
+    async def main() -> None:
+        used(setup)
+        monkeypatch.setattr(setup.engine, "post", late)
+        asking = asyncio.create_task(setup.keeper.visit(LONG, is_cached=True, lease=None))
+        await is_reading.wait()
+        asking.cancel()
+        await asyncio.wait({asking})
+        assert setup.keeper.is_acting, "the engine does it anyway"
+        is_read.set()
+        await asyncio.sleep(0.05)
+        assert not setup.keeper.is_acting
+
+    asyncio.run(main())
+
+
+def test_a_restore_does_not_wait_for_the_answer_of_another_kernel_that_took_the_slot(setup: Setup) -> None:
+    setup.save_to_folder()
+    setup.engine.taken = 0
+
+    async def main() -> Visit:
+        return await used(setup).keeper.visit(LONG, is_cached=True, lease=FreeLease())
+
+    visit = asyncio.run(main())
+    assert setup.engine.actions == ["restore 0"]
+    assert (visit.body, visit.restored, visit.note) == ({}, None, "")
+    assert not setup.keeper.is_acting
+    assert not setup.keeper.slots.all[0].is_idle
+
+
+def test_nor_does_a_saving(setup: Setup) -> None:
+    async def main() -> int:
+        await used(setup).ask()
+        setup.engine.taken = 0
+        return await setup.keeper.save()
+
+    assert asyncio.run(main()) == 0
+    assert setup.engine.actions == ["save 0"]
+    assert list(setup.store.folder.iterdir()) == []
+    assert setup.reports == []
+
+
+def test_nor_does_a_request_that_empties_the_slots_and_it_gets_another(setup: Setup) -> None:
+    setup.engine.taken = 0
+
+    async def main() -> Visit:
+        return await used(setup).keeper.visit(LONG, is_cached=False, lease=None, is_repeatable=True)
+
+    visit = asyncio.run(main())
+    assert setup.engine.actions[0] == "erase 0"
+    assert visit.body == {"id_slot": 1}
+
+
+def test_what_was_answered_is_saved_before_the_slots_are_emptied(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeper_module, "PAUSE_S", 60.0)
+
+    async def main() -> None:
+        await used(setup).ask()
+        await setup.keeper.visit("Hi", is_cached=False, lease=None, is_repeatable=True)
+
+    asyncio.run(main())
+    assert setup.engine.actions == ["save 0", "erase 0", "erase 1"]
+
+
+def test_no_slot_is_emptied_that_has_got_a_request_meanwhile(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    erases, chosen, get, post = asyncio.Event(), asyncio.Event(), setup.engine.get, setup.engine.post
+
+    async def get_late(*arguments: Any, **options: Any) -> Any:
+        await erases.wait()
+        return await get(*arguments, **options)
+
+    async def post_late(*arguments: Any, **options: Any) -> Any:
+        erases.set()
+        await chosen.wait()
+        return await post(*arguments, **options)
+
+    async def main() -> None:
+        await used(setup).ask("First. " * 100)
+        await setup.ask("Second. " * 100)
+        setup.engine.actions.clear()
+        monkeypatch.setattr(setup.engine, "get", get_late)
+        monkeypatch.setattr(setup.engine, "post", post_late)
+        asking = asyncio.create_task(
+            setup.keeper.visit("Second. " * 100, is_cached=True, lease=FreeLease(uses_by_others=1))
+        )
+        await asyncio.sleep(0.01)  # it looks at the slots
+        forgetting = asyncio.create_task(setup.keeper.forget([]))
+        assert (await asking).slot is setup.keeper.slots.all[1]
+        chosen.set()
+        await forgetting
+
+    asyncio.run(main())
+    assert setup.engine.actions == ["erase 0"]
