@@ -128,12 +128,12 @@ class RunningCoordinators:
 
         async def end() -> list[str]:
             await coordinator.save_contexts()
-            return await coordinator.stop_unless_used()
+            users = await coordinator.stop_unless_used()
+            if users:
+                self._table = {**taken, **self._table}
+            return users
 
-        users = await self._ended(end())
-        if users:
-            self._table = {**taken, **self._table}
-        return users
+        return await self._ended(end())
 
     async def _end(
         self,

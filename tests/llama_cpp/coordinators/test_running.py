@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.coordinators.measurements import TokenMeasurements
-from sollol_nb.llama_cpp.coordinators.running import RunningCoordinators
+from sollol_nb.llama_cpp.coordinators.running import RunningCoordinators, key_of
 from sollol_nb.llama_cpp.coordinators.settings import file_identity
 from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.processes.process import EngineProcess
 from sollol_nb.llama_cpp.processes.running import stop_engines
 from sollol_nb.llama_cpp.workers.workers import Workers
 from sollol_nb.models.files import DEMO_MODEL_PATH
+from sollol_nb.models.profiles import profile_of
+from sollol_nb.models.routing import DISTRIBUTED, Route
 from sollol_nb.runtime.events import EventBus
 from sollol_nb.settings import config
 from tests.support.engines import run
@@ -84,3 +89,39 @@ def test_a_left_coordinator_whose_model_file_is_gone_makes_room(alone: None, tmp
     assert registry.entries() == []
     (event,) = events.recent()
     assert event.message == "stopped left, which an ended kernel left, to make room for wanted"
+
+
+class UsedCoordinator:
+    """A coordinator that another process uses, as its supervisor says after a while."""
+
+    def __init__(self) -> None:
+        self.is_asked, self.is_answered = asyncio.Event(), asyncio.Event()
+
+    async def save_contexts(self) -> int:
+        return 0
+
+    async def stop_unless_used(self) -> list[str]:
+        self.is_asked.set()
+        await self.is_answered.wait()
+        return ["another notebook"]
+
+
+def test_one_that_others_use_is_known_again_also_where_the_start_that_needed_its_workers_was_cancelled() -> None:
+    async def check() -> None:
+        events = EventBus()
+        coordinators = RunningCoordinators(Workers([], events), events, TokenMeasurements(events))
+        used: Any = UsedCoordinator()
+        route = Route(
+            model="m", backend=DISTRIBUTED, reason="", profile=profile_of("m"), model_path=DEMO_MODEL_PATH
+        )
+        coordinators._table[key_of(route)] = (route, used)
+        ending = asyncio.create_task(coordinators.end_unless_used(used))
+        await used.is_asked.wait()
+        ending.cancel()
+        with suppress(asyncio.CancelledError):
+            await ending
+        used.is_answered.set()
+        await coordinators.until_ended()
+        assert coordinators.known == [used]
+
+    run(check())
