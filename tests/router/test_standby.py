@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -14,8 +16,10 @@ import pytest
 from sollol_nb.cluster.status import CoordinatorStatus
 from sollol_nb.llama_cpp.coordinators import standby as standby_module
 from sollol_nb.llama_cpp.processes import registry
+from sollol_nb.llama_cpp.processes.process import ExitReport
 from sollol_nb.llama_cpp.processes.registry import Entry
 from sollol_nb.llama_cpp.processes.running import running_engines, stop_engines
+from sollol_nb.llama_cpp.workers.workers import Workers
 from sollol_nb.runtime.events import Event
 from sollol_nb.runtime.io_loop import run_blocking
 from sollol_nb.sync_wrapper import HybridRouter
@@ -89,6 +93,12 @@ def kill_worker(endpoint: str) -> None:
     kill(worker.pid)
 
 
+def other_connections(router: HybridRouter) -> int:
+    """How many this process has to the coordinator, except that of the router's table."""
+    assert router.coordinator is not None
+    return int(run_blocking(router.coordinator._process.status())["clients"])
+
+
 def kinds(router: HybridRouter) -> list[str]:
     return [str(event.kind) for event in router.events.recent()]
 
@@ -148,6 +158,74 @@ def test_a_worker_that_dies_while_nobody_asks_costs_a_switch(make: Make) -> None
     kill_worker(main_of(router).workers[0])
     eventually(lambda: "standby.taken" in kinds(router), "it takes over")
     assert main_of(router).id == standby.id
+    assert ask(router)[0] == undisturbed
+
+
+def test_it_also_takes_over_for_a_request_that_comes_while_the_other_one_is_being_ended(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    router = make(workers=4)
+    undisturbed, _ = ask(router)
+    standby, before = ready_standby(router), router.coordinator
+    assert before is not None
+    stop = before.stop
+
+    async def stop_late(**options: Any) -> ExitReport:
+        await asyncio.sleep(1)
+        return await stop(**options)
+
+    monkeypatch.setattr(before, "stop", stop_late)
+    kill_worker(before.rpc_backends[0])
+    eventually(lambda: router.coordinator is None, "it is being ended")
+
+    assert ask(router)[0] == undisturbed
+    assert main_of(router).id == standby.id
+    assert kinds(router).count("standby.taken") == 1
+    assert other_connections(router) == 0, "nor was it adopted"
+
+
+def test_what_has_taken_over_is_no_standby_before_lost_workers_are_looked_for(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else another start ends it, which lacks the same worker."""
+    router = make(workers=4)
+    ask(router)
+    standby, seen, find_lost = ready_standby(router), [], Workers.find_lost
+
+    async def look(workers: Workers, endpoints: list[str]) -> frozenset[str]:
+        seen.append(registry.find(standby.id).standby_of)
+        return await find_lost(workers, endpoints)
+
+    monkeypatch.setattr(Workers, "find_lost", look)
+    kill(main_of(router).pid)
+    eventually(lambda: seen, "lost workers are looked for")
+    assert seen[0] == ""
+
+
+@pytest.mark.parametrize("by_speed", [False, True])
+def test_a_start_adopts_the_standby_of_what_was_ended_unless_it_is_for_a_faster_layout(
+    make: Make, by_speed: bool
+) -> None:
+    router = make(workers=4)
+    undisturbed, _ = ask(router)
+    standby, pool = ready_standby(router), router._async._engines._coordinators
+    main = router.coordinator
+    assert main is not None
+
+    async def start_again() -> None:
+        route = pool.route_of(main)
+        async with next(iter(pool._starting.values())):
+            await pool._running.end(main)
+            await pool._start(route, frozenset(), by_speed=by_speed)
+
+    run_blocking(start_again())
+
+    following = ready_standby(router)
+    assert (main_of(router).id == standby.id) != by_speed
+    assert (following.id == standby.id) == by_speed
+    eventually(lambda: ready_standby(router).standby_of == main_of(router).id, "it belongs to what runs now")
+    assert main_of(router).standby_of == ""
+    assert other_connections(router) == 0
     assert ask(router)[0] == undisturbed
 
 

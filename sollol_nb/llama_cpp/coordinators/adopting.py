@@ -107,8 +107,10 @@ class Adopter:
 
 def _may_be_used(start: Start, entry: Entry) -> bool:
     """Whether an entry has the part that is started: a standby waits for the end of the one that it belongs to;
-    from then on every kernel may use it."""
+    from then on every kernel may use it, but not for a model that was ended for the sake of a faster layout."""
     if start.standby_of or not entry.standby_of:
         return entry.standby_of == start.standby_of
+    if start.by_speed:
+        return False
     main = registry.find(entry.standby_of)
     return main is None or not main.is_alive()

@@ -138,6 +138,8 @@ class CoordinatorPool:
         if self._starting[key].locked():
             self._starter.report_again(route.name)
         async with self._starting[key]:
+            if self._running.find(route) is None:  # if it is being ended, its standby takes over after that
+                await self._running.until_ended()
             coordinator = await self._standbys.take_started(route) or self._running.find(route)
             # Another request may have started it meanwhile.
             if coordinator is not None and self._serves(coordinator, route, speculation):

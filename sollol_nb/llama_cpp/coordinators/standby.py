@@ -233,9 +233,9 @@ class Standbys:
     async def _settle(self, kept: _Kept, ended: Coordinator, main: Coordinator) -> None:
         """What is due after a switch, but need not delay a token."""
         try:
-            kept.lost = self._lost[key_of(kept.route)] = await self._workers.find_lost(ended.rpc_backends)
-            await main.set_standby_of("")
+            await main.set_standby_of("")  # first: until then, any start that lacks workers ends it
             await main.keep_alive(ended.keep_alive_s)
+            kept.lost = self._lost[key_of(kept.route)] = await self._workers.find_lost(ended.rpc_backends)
             await ended.stop()  # it has ended; this closes its connections
         finally:
             main.free()  # from now on it lives for its keep_alive, as any other
@@ -312,6 +312,10 @@ class Standbys:
 
     async def _watch(self, kept: _Kept, main: Coordinator, standby: Coordinator) -> None:
         """Return when the coordinator has ended or is another one, or when the standby has ended."""
+        if standby.id == main.id:  # the start of the model has adopted it, with a connection of its own
+            kept.standby = None
+            await standby.detach()
+            return
         if not _serves_as(standby, main):  # the model was started again with other settings
             kept.standby = None
             await self._end(standby)
