@@ -23,7 +23,16 @@ from sollol_nb.runtime.events import EventKind
 from sollol_nb.sync_wrapper import HybridRouter
 from tests.lasting._kernel import Kernel
 from tests.support import own_folders
-from tests.support.engines import engines_of, eventually, linux_only, posix_only, script, unused_ports
+from tests.support.engines import (
+    engines_of,
+    eventually,
+    linux_only,
+    posix_only,
+    run,
+    script,
+    unused_ports,
+    write_endless,
+)
 
 pytestmark = pytest.mark.engine
 
@@ -384,6 +393,28 @@ def test_a_disk_that_is_full_costs_only_the_saving(
 
 
 RUN = "import json, subprocess, sys; sys.exit(subprocess.run(json.loads(sys.argv[1])).returncode)"
+
+
+# --- while another kernel uses its slot -----------------------------------------------------------------
+
+
+def test_the_answer_of_another_kernel_is_neither_waited_for_nor_disturbed(
+    router: HybridRouter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(actions, "TAKEN_S", 0.05)
+    model = str(write_endless(tmp_path))
+    answer = router.stream(model, "Hello", temperature=0, max_tokens=100_000, backend="sharded")
+    next(answer)
+    coordinator = router.coordinators[-1]
+    contexts = keeper.ContextKeeper(coordinator._client, coordinator.settings.slots, coordinator.ask_lease)
+
+    for slot in contexts.slots.all:
+        run(contexts._actions.erase(slot))
+
+    assert sum(slot.is_taken for slot in contexts.slots.all) == 1
+    assert not contexts.is_acting
+    assert next(answer)
+    answer.close()
 
 
 # --- what shall not be saved --------------------------------------------------------------------------
