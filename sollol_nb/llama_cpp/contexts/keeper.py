@@ -115,7 +115,7 @@ class ContextKeeper:
         is_long = text is not None and self._is_long(text)
         if (is_long or is_repeatable) and (is_shared or not self._is_current):
             await self._look(lease)
-        if is_repeatable:
+        if is_repeatable and not any(slot.is_taken for slot in self.slots.all):
             await self.save()  # of the answer before it, which is saved only after a pause
             await self._empty()
         is_known = self._is_current and not is_shared and (text is not None or not is_cached)
@@ -145,8 +145,8 @@ class ContextKeeper:
         return visit
 
     async def _empty(self) -> None:
-        """Empty all idle slots, so that a prompt gets the first cells of the shared context: in others the
-        engine may round otherwise."""
+        """Empty all slots, so that a prompt gets the first cells of the shared context: in others the engine may
+        round otherwise. While another kernel has some cells, that is in vain, and would wait for its prompt."""
         for slot in self.slots.all:
             await self._actions.erase(slot)
 

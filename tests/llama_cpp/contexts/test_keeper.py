@@ -423,6 +423,17 @@ def test_nor_does_a_request_that_empties_the_slots_and_it_gets_another(setup: Se
     assert visit.body == {"id_slot": 1}
 
 
+def test_no_slot_is_emptied_in_vain_while_another_kernel_has_a_request_there(setup: Setup) -> None:
+    setup.engine.busy = {1}
+
+    async def main() -> None:
+        lease = FreeLease(others=1, uses_by_others=1)
+        await used(setup).keeper.visit("Hi", is_cached=False, lease=lease, is_repeatable=True)
+
+    asyncio.run(main())
+    assert setup.engine.actions == []
+
+
 def test_what_was_answered_is_saved_before_the_slots_are_emptied(
     setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
