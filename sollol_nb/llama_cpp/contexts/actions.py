@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +24,8 @@ LIMIT_FACTOR = 20.0
 WAIT_TOKENS = 4096
 """Before it, the engine may have to process a batch of the prompt of another slot (2,048 tokens)."""
 ERASE_MS = 100.0
+ANNOUNCED_MS = 500.0
+"""Other kernels are told of an action that takes longer: the engine answers nobody meanwhile, and is not dead."""
 TAKEN_S = 1.0
 """After so long, and again after as long, it is looked whether the engine waits for the end of an answer."""
 
@@ -66,18 +68,22 @@ class Costs:
 class SlotActions:
     """The actions on the slots of one engine.
 
+    Args:
+        announce: tells other kernels for how many seconds at most it acts now.
+
     Attributes:
         costs: as measured.
         context_tokens: which all slots share; None if unknown.
         running: the engine does this now, and nothing else; None if it does none.
     """
 
-    def __init__(self, engine: Engine, slots: Slots) -> None:
+    def __init__(self, engine: Engine, slots: Slots, announce: Callable[[float], None]) -> None:
         self.costs = Costs()
         self.context_tokens: int | None = None
         self.running: asyncio.Task[Any] | None = None
         self._engine = engine
         self._slots = slots
+        self._announce = announce
 
     async def make_room(self, slot: Slot, text: str, characters: int) -> None:
         """Empty slots that the engine would have to empty, where the context that all share is full: it would take
@@ -117,7 +123,8 @@ class SlotActions:
         limit_s = LIMIT_S + (LIMIT_FACTOR * expected_ms + wait_ms) / 1000
         path = f"/slots/{slot.number}?action={action}"
         post = self._engine.post(path, body, timeout_s=limit_s)
-        self.running = task = asyncio.create_task(self._unless_taken(slot, post))
+        announced_s = limit_s if expected_ms >= ANNOUNCED_MS else 0.0
+        self.running = task = asyncio.create_task(self._unless_taken(slot, post, announced_s))
         task.add_done_callback(self._ended)  # also where who asked has left
         return await asyncio.shield(task)
 
@@ -127,10 +134,12 @@ class SlotActions:
         if not task.cancelled():
             task.exception()  # else asyncio reports it
 
-    async def _unless_taken(self, slot: Slot, post: Coroutine[Any, Any, Any]) -> Any:
+    async def _unless_taken(self, slot: Slot, post: Coroutine[Any, Any, Any], announced_s: float) -> Any:
         """The engine's answer. The engine acts only after the end of a request in the slot, so where another
         kernel was quicker, nothing is asked of it any more: that answer may take minutes."""
         posting = asyncio.create_task(post)
+        if announced_s:
+            self._announce(announced_s)
         try:
             while not (await asyncio.wait({posting}, timeout=TAKEN_S))[0]:
                 if await self._is_taken(slot) and not posting.done():
@@ -140,6 +149,8 @@ class SlotActions:
             return posting.result()
         finally:
             posting.cancel()
+            if announced_s:
+                self._announce(0.0)
 
     async def _is_taken(self, slot: Slot) -> bool:
         try:

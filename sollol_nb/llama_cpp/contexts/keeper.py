@@ -44,16 +44,19 @@ class ContextKeeper:
         engine: sends to it.
         slots: how many it has.
         ask_lease: takes a lease, without waiting.
+        announce: tells other kernels for how many seconds at most the engine acts on a slot now.
     """
 
-    def __init__(self, engine: Engine, slots: int, ask_lease: Callable[[], Held]) -> None:
+    def __init__(
+        self, engine: Engine, slots: int, ask_lease: Callable[[], Held], announce: Callable[[float], None]
+    ) -> None:
         self.slots = Slots.of(slots)
         self._engine = engine
         self._ask_lease = ask_lease
         self._identity: Identity | None = None
         self._store: ContextStore | None = None
         self._report: Report = _nothing
-        self._actions = SlotActions(engine, self.slots)
+        self._actions = SlotActions(engine, self.slots, announce)
         self._restorer: Restorer | None = None
         self._uses_by_others = 0
         self._is_current = True  # whether `slots` is what the engine has, as far as others are concerned

@@ -23,7 +23,7 @@ with the chunk before. A stream whose answer is complete does not count at all: 
 Other kernels may use the coordinator too. While their requests have all its slots, ours wait in silence. So after
 half of the allowed silence its slots are looked at (see `streams.py`); one that moves ends the silence. A slot
 moves from batch to batch, so while other kernels use it, the longest batch of a prompt that this process does not
-know is allowed for.
+know is allowed for. A context that another kernel saves or restores is announced in the registry entry.
 """
 
 from __future__ import annotations

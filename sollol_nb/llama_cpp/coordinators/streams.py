@@ -29,6 +29,7 @@ from sollol_nb.llama_cpp.answers.tokens import prompt_tokens
 from sollol_nb.llama_cpp.contexts.keeper import ContextKeeper
 from sollol_nb.llama_cpp.contexts.visit import Visit
 from sollol_nb.llama_cpp.coordinators.pace import Pace
+from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.processes.exit_reasons import describe_exit, exit_reason
 from sollol_nb.llama_cpp.processes.process import EngineProcess, Lease
 from sollol_nb.runtime.exchange import Exchange
@@ -75,7 +76,12 @@ class AnswerStreams:
         context_tokens: int,
         slots: int,
     ) -> None:
-        self.contexts = ContextKeeper(client, slots, lambda: process.ask_lease())
+        self.contexts = ContextKeeper(
+            client,
+            slots,
+            lambda: process.ask_lease(),
+            lambda seconds: process.note_about(acts_until=time.time() + seconds),
+        )
         self.context_tokens = context_tokens
         self.chat_template = ""
         self.pace = Pace()
@@ -185,7 +191,7 @@ class AnswerStreams:
         """A slot for the request, with a saved context in it where that saves time.
 
         Raises:
-            ConnectionBrokenError: the engine was lost, or does not answer; then it is killed.
+            TransportError: the engine was lost, or does not answer; then it is killed.
         """
         try:
             return await self.contexts.visit(
@@ -195,7 +201,8 @@ class AnswerStreams:
                 is_repeatable=answer.is_deterministic,
             )
         except TransportTimeoutError:
-            await self._process.stop(grace_s=0.0, why="it went silent while it restored a saved context")
+            if not await self._acts_for_others():
+                await self._process.stop(grace_s=0.0, why="it went silent while it restored a saved context")
             raise
 
     @asynccontextmanager
@@ -263,8 +270,8 @@ class AnswerStreams:
         question: asyncio.Task[None] | None = None
         try:
             while self._process.is_running() and (left_s := self.pace.patience_s()) is not None:
-                if self.contexts.is_acting:  # then no stream moves; that has a limit of its own
-                    self.pace.on_moved()
+                if self.contexts.is_acting or (left_s <= 0 and await self._acts_for_others()):
+                    self.pace.on_moved()  # then no stream moves; that has a limit of its own
                 elif left_s <= 0 and not await self._arrives_late():
                     why = f"{SILENT} for {self.pace.silence_s():.1f} s"
                     await self._process.stop(grace_s=0.0, why=why)
@@ -289,6 +296,12 @@ class AnswerStreams:
                     self.pace.on_moved()
                 before = now
                 await asyncio.sleep(SLOTS_INTERVAL_S)
+
+    async def _acts_for_others(self) -> bool:
+        """Whether another kernel has announced that the engine saves or restores a context now."""
+        await self._process.status()  # what this process has announced has ended by then
+        entry = await asyncio.to_thread(registry.find, self._process.entry.id)
+        return entry is not None and float(entry.about.get("acts_until") or 0.0) > time.time()
 
     async def _arrives_late(self) -> bool:
         """Whether something of the engine had only not been read yet, because this process was busy."""

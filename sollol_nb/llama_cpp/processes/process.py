@@ -208,6 +208,10 @@ class EngineProcess:
         """Add to the `about` of its registry entry."""
         await self._request("about", about=about)
 
+    def note_about(self, **about: Any) -> None:
+        """As `update_about`, without waiting for the supervisor's answer."""
+        self._send("about", about=about)
+
     async def status(self) -> dict[str, Any]:
         """`clients` (except this handle), `users` (their names), `leases`, `idle_s`, `ends_in_s`; empty if it has
         ended."""

@@ -406,7 +406,9 @@ def test_the_answer_of_another_kernel_is_neither_waited_for_nor_disturbed(
     answer = router.stream(model, "Hello", temperature=0, max_tokens=100_000, backend="sharded")
     next(answer)
     coordinator = router.coordinators[-1]
-    contexts = keeper.ContextKeeper(coordinator._client, coordinator.settings.slots, coordinator.ask_lease)
+    contexts = keeper.ContextKeeper(
+        coordinator._client, coordinator.settings.slots, coordinator.ask_lease, lambda _: None
+    )
 
     for slot in contexts.slots.all:
         run(contexts._actions.erase(slot))

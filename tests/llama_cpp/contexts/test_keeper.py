@@ -87,6 +87,7 @@ class Setup:
     engine: SmallEngine
     keeper: ContextKeeper
     reports: list[str]
+    announced: list[float]
 
     def save_to_folder(self, **changes: Any) -> SavedContext:
         part = self.store.begin(10)
@@ -118,8 +119,9 @@ def setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setup:
     monkeypatch.setattr(actions_module, "TAKEN_S", 0.01)
     store = ContextStore(tmp_path / "contexts", 10**6)
     engine = SmallEngine(store.prepare())
-    keeper = ContextKeeper(engine, engine.slots, FreeLease)
-    return Setup(store, engine, keeper, [])
+    announced: list[float] = []
+    keeper = ContextKeeper(engine, engine.slots, FreeLease, announced.append)
+    return Setup(store, engine, keeper, [], announced)
 
 
 def used(setup: Setup) -> Setup:
@@ -421,6 +423,21 @@ def test_nor_does_a_request_that_empties_the_slots_and_it_gets_another(setup: Se
     visit = asyncio.run(main())
     assert setup.engine.actions[0] == "erase 0"
     assert visit.body == {"id_slot": 1}
+
+
+def test_other_kernels_are_told_of_what_takes_long(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        await used(setup).ask()
+        setup.keeper._actions.costs.save_rate = 0.001
+        monkeypatch.setattr(setup.keeper._actions.costs, "prefill_ms", 1e6)
+        assert await setup.keeper.save() == 1
+        await setup.keeper.forget([])
+
+    asyncio.run(main())
+    assert setup.engine.actions == ["save 0", "erase 0"]
+    first, last = setup.announced
+    assert first > actions_module.LIMIT_S
+    assert last == 0.0
 
 
 def test_no_slot_is_emptied_in_vain_while_another_kernel_has_a_request_there(setup: Setup) -> None:

@@ -7,6 +7,7 @@ import itertools
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -17,6 +18,7 @@ from sollol_nb.llama_cpp.contexts.store import ContextStore, SavedContext
 from sollol_nb.llama_cpp.contexts.visit import Identity
 from sollol_nb.llama_cpp.coordinators.pace import Pace
 from sollol_nb.llama_cpp.coordinators.streams import AnswerStreams
+from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.processes.process import EngineProcess
 from sollol_nb.runtime.exchange import Exchange
 from sollol_nb.runtime.http_client import JsonClient
@@ -26,6 +28,8 @@ LONG = "You are a careful assistant. " * 100
 
 class Process:
     """Stands for the process of an engine."""
+
+    entry = SimpleNamespace(id="coordinator-1")
 
     def __init__(self) -> None:
         self.stopped = asyncio.Event()
@@ -203,3 +207,23 @@ def test_why_a_saved_context_was_not_used_is_said_though_the_answer_is_requested
         streams.close()
 
     asyncio.run(main())
+
+
+def test_what_it_does_for_another_kernel_is_no_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[str] = []
+
+    def find(entry_id: str) -> Any:
+        looks.append(entry_id)
+        return SimpleNamespace(about={"acts_until": time.time() + 60 if len(looks) < 4 else 0.0})
+
+    monkeypatch.setattr(registry, "find", find)
+
+    async def main() -> None:
+        process = Process()
+        streams = streams_of(process, SlowClient(), ContextStore(tmp_path / "contexts", 10**6))
+        streams.pace.open(new(streams))
+        await streams._kill_when_silent()
+        assert process.stopped.is_set()
+
+    asyncio.run(main())
+    assert looks == ["coordinator-1"] * 4

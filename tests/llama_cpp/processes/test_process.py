@@ -232,9 +232,11 @@ def test_adopted_engine_is_the_same_for_both_handles() -> None:
             assert (await other.status())["leases"] == 1
             engine.free()
             assert (await engine.status())["leases"] == 0
+            other.note_about(acts_until=9)
             await other.update_about(load_ms=5)
             await engine.keep_alive(7)
-            assert (only_entry().about["load_ms"], only_entry().keep_alive_s) == (5, 7.0)
+            about = only_entry().about
+            assert (about["acts_until"], about["load_ms"], only_entry().keep_alive_s) == (9, 5, 7.0)
             report = await other.stop(why="as a test")
             assert await engine.wait() == report
             assert report.why == "as a test"
