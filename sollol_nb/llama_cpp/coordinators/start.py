@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Mapping
-from contextlib import AbstractAsyncContextManager, nullcontext
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -168,7 +168,7 @@ class CoordinatorStarter:
         for tries_left in reversed(range(START_TRIES)):
             coordinator: Coordinator | None = None
             try:
-                await self._running.until_ended()  # it would be adopted, or hold the workers that are needed
+                await self._running.until_ended()  # they would be adopted, or hold needed workers
                 coordinator = await self._adopt(start) or await self._launch(start, given_draft, settings)
                 async with self._progress_reported(route.name, coordinator):
                     await coordinator.until_ready(self.settings.coordinator_timeout_s)
@@ -191,16 +191,21 @@ class CoordinatorStarter:
                 return coordinator
         raise AssertionError("the last try raises")
 
-    def _progress_reported(self, model: str, coordinator: Coordinator) -> AbstractAsyncContextManager[None]:
+    @contextlib.asynccontextmanager
+    async def _progress_reported(self, model: str, coordinator: Coordinator) -> AsyncGenerator[None, None]:
         if coordinator.standby_of:
-            return nullcontext()
+            yield
+            return
 
         def report(progress: LoadProgress) -> None:
             self._progress[model] = progress
             self._events.report(EventKind.COORDINATOR_LOADING, model, progress.message, **progress.as_dict())
 
-        self._progress.pop(model, None)
-        return reporting_progress(coordinator.settings, coordinator.pid, coordinator.log_path, report)
+        try:
+            async with reporting_progress(coordinator.settings, coordinator.pid, coordinator.log_path, report):
+                yield
+        finally:
+            self._progress.pop(model, None)
 
     def report_again(self, model: str) -> None:
         """Report how far a start is, for a request that begins to wait for it: the next change may take long."""

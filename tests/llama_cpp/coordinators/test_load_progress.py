@@ -7,16 +7,24 @@ import os
 import socket
 import subprocess
 import sys
-from contextlib import AsyncExitStack, suppress
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from sollol_nb.gguf.facts import ModelFacts, read_facts
 from sollol_nb.hybrid_router import HybridRouter
 from sollol_nb.layers.plan import LayerPlan
-from sollol_nb.llama_cpp.coordinators.load_progress import load_progress
+from sollol_nb.llama_cpp.coordinators import start as start_module
+from sollol_nb.llama_cpp.coordinators.load_progress import LoadProgress, load_progress
+from sollol_nb.llama_cpp.coordinators.measurements import TokenMeasurements
+from sollol_nb.llama_cpp.coordinators.running import RunningCoordinators
 from sollol_nb.llama_cpp.coordinators.settings import CoordinatorSettings
+from sollol_nb.llama_cpp.coordinators.start import CoordinatorStarter
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.processes.traffic import delivered_bytes
 from sollol_nb.llama_cpp.workers.workers import Workers
@@ -325,3 +333,36 @@ def loading_events(router: HybridRouter) -> list[Event]:
     received: list[Event] = []
     router.events.subscribe(lambda event: received.append(event) if event.kind == "coordinator.loading" else None)
     return received
+
+
+def test_who_waits_for_a_start_is_not_told_how_far_an_earlier_one_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    @asynccontextmanager
+    async def half_loaded(*arguments: Any) -> AsyncGenerator[None, None]:
+        report: Callable[[LoadProgress], None] = arguments[-1]
+        half: dict[str, Any] = {
+            "share": 0.5,
+            "loaded_bytes": MIB,
+            "total_bytes": 2 * MIB,
+            "bytes_sent": None,
+            "per_worker": (),
+        }
+        report(LoadProgress(**half, message="half of it is loaded"))
+        yield
+
+    monkeypatch.setattr(start_module, "reporting_progress", half_loaded)
+    events, seen = EventBus(), list[str]()
+    workers, measurements = Workers([], events), TokenMeasurements(events)
+    settings: Any = None
+    starter = CoordinatorStarter(
+        settings, workers, events, RunningCoordinators(workers, events, measurements), measurements
+    )
+    loading: Any = SimpleNamespace(standby_of="", settings=None, pid=1, log_path=Path())
+
+    async def load() -> None:
+        async with starter._progress_reported("m", loading):
+            events.subscribe(lambda event: seen.append(event.message))
+            starter.report_again("m")
+        starter.report_again("m")
+
+    run(load())
+    assert seen == ["half of it is loaded", "m is being started"]
