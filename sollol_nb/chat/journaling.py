@@ -70,6 +70,7 @@ class JournalEntry:
         self._fixed: Mapping[str, Any] | None = None
         self._is_request_written = first is None
         self._text, self._thinking = [""], [""]
+        self._calls: list[Any] = []
         self._last_state: Mapping[str, Any] | None = None
         self._earlier: tuple[str, str, Mapping[str, Any] | None] = ("", "", None)
         self._texts = 0  # chunks with text: about as many as tokens
@@ -102,8 +103,9 @@ class JournalEntry:
         """Note a chunk of the answer."""
         message = chunk.get("message") or {}
         if chunk.get(RESTARTED):
-            self._text, self._thinking, self._texts = [], [], 0
+            self._text, self._thinking, self._calls, self._texts = [], [], [], 0
         content, thinking = message.get("content"), message.get("thinking")
+        self._calls += message.get("tool_calls") or ()
         if content:
             self._text.append(content)
         if thinking:
@@ -113,6 +115,8 @@ class JournalEntry:
             self.has_changed = True
         if chunk.get("done"):
             rest = {name: value for name, value in message.items() if name not in ("content", "thinking")}
+            if self._calls:  # Ollama sends them before the last chunk
+                rest["tool_calls"] = self._calls
             self._last_state = {**chunk, "kind": END, "logprobs": None, "message": rest}
 
     def finish(self, status: str, error: str = "") -> None:

@@ -58,6 +58,17 @@ def test_the_end_of_an_answer_is_written_when_the_file_is_free_again(
     assert (row(journal, entry).status, row(journal, entry).text) == (DONE, "one two")
 
 
+def test_calls_that_come_before_the_last_chunk_are_kept(journal: Journal, writer: JournalWriter) -> None:
+    entry, call = begun(writer), {"function": {"name": "clock", "arguments": {}}}
+    entry.add({"message": {"content": "", "tool_calls": [call]}})
+    entry.add({"message": {"content": ""}, "done": True})
+    entry.finish(DONE)
+    writer.wait_written()
+    state = row(journal, entry).state
+    assert state is not None
+    assert state["message"]["tool_calls"] == [call]
+
+
 def test_an_end_is_written_though_the_writer_looks_while_it_is_noted(
     journal: Journal, writer: JournalWriter
 ) -> None:
