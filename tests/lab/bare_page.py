@@ -10,14 +10,18 @@ import json
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import nbformat
+from nbformat.reader import NotJSONError
 from websocket import WebSocket, WebSocketTimeoutException, create_connection
 
 from tests.lab.server import LabServer
+from tests.support.engines import eventually
 
 LIMIT_S = 180.0
 _PIECE_S = 1.0
@@ -106,7 +110,7 @@ class BarePage:
 
     def saved(self) -> nbformat.NotebookNode:
         """The notebook as it is on disk."""
-        return nbformat.read(self._server.notebooks / self.name, as_version=4)
+        return read_notebook(self._server.notebooks / self.name)
 
     def _send(self, kind: str, content: dict[str, Any], metadata: dict[str, Any] | None = None) -> str:
         header = {
@@ -140,3 +144,16 @@ def write_notebook(server: LabServer, name: str, sources: list[str]) -> list[str
     cells = [nbformat.v4.new_code_cell(source) for source in sources]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), server.notebooks / name)
     return [cell.id for cell in cells]
+
+
+def read_notebook(path: Path) -> nbformat.NotebookNode:
+    """A notebook's file, also if the server is writing it: until it has, what is there is no JSON."""
+
+    def read() -> nbformat.NotebookNode | None:
+        with suppress(NotJSONError):
+            return nbformat.read(path, as_version=4)
+        return None
+
+    notebook = eventually(read, "the notebook is written")
+    assert notebook is not None
+    return notebook

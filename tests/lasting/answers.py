@@ -14,7 +14,7 @@ import os
 import re
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +23,8 @@ from urllib.error import HTTPError
 
 import nbformat
 import psutil
-from nbformat.reader import NotJSONError
 
-from tests.lab.bare_page import BarePage, write_notebook
+from tests.lab.bare_page import BarePage, read_notebook, write_notebook
 from tests.lab.lab import HeadlessLab, find_chromium, headless_lab
 from tests.lab.server import LabServer
 from tests.lasting.goals import Goal, Show, all_of
@@ -148,7 +147,7 @@ def close_page(server: LabServer, number: int, question: Question) -> bool:
     page = BarePage(server, name)
     disturbed(page, question, cell_id)
     page.close()
-    eventually(lambda: is_complete(page.saved), "the end is in the saved notebook")
+    eventually(lambda: is_complete(page.saved()), "the end is in the saved notebook")
     opened = BarePage(server, name)
     again = opened.run("%sollol_answers show")
     opened.close()
@@ -166,17 +165,13 @@ def close_browser_page(browser: HeadlessLab, question: Question) -> bool:
     beginning = question.whole[: int(SHARE * len(question.whole))].split("\n")[0][:40]
     page.wait_for_text(0, beginning)
     page.close_page()
-
-    def saved() -> nbformat.NotebookNode:
-        return nbformat.read(page.notebook, as_version=4)
-
-    eventually(lambda: is_complete(saved), "the end is in the saved notebook")
+    eventually(lambda: is_complete(read_notebook(page.notebook)), "the end is in the saved notebook")
     page.open_again()
     is_shown = FOOTER_LINE in page.output_text(0)
     page.ask("answer = %sollol_answers show")
     again = json.loads(page.ask("import json; print(json.dumps(answer.text))"))
     page.close()
-    return is_shown and text_of(output_of(saved())) == again == question.whole
+    return is_shown and text_of(output_of(read_notebook(page.notebook))) == again == question.whole
 
 
 def kill_kernel(lab: Jupyter, number: int, question: Question) -> bool:
@@ -206,12 +201,9 @@ def has_no_kernel(server: LabServer, name: str) -> bool:
     return all(session["path"] != name for session in server.ask("GET", "api/sessions"))
 
 
-def is_complete(read: Callable[[], nbformat.NotebookNode]) -> bool:
+def is_complete(notebook: nbformat.NotebookNode) -> bool:
     """Whether the first cell of a saved notebook shows an answer with its footer."""
-    try:
-        return FOOTER.search(output_of(read())) is not None
-    except NotJSONError:  # while the server writes it
-        return False
+    return FOOTER.search(output_of(notebook)) is not None
 
 
 def output_of(notebook: nbformat.NotebookNode) -> str:
