@@ -1,4 +1,4 @@
-"""Answers on their way into the journal: noted while they stream, written by a thread about twice a second.
+"""Answers on their way into the journal: noted while they stream, written by a thread at once and twice a second.
 
 A `JournalEntry` is one answer of this process. Whoever streams the answer gives it each chunk, which costs as much
 as appending to a list. The writer's thread asks for a snapshot of each entry that has changed (its text, and its
@@ -29,6 +29,8 @@ from sollol_nb.runtime.io_loop import io_loop
 from sollol_nb.text.tables import shortened
 
 INTERVAL_S = 0.5
+FIRST_S = 0.05
+"""After it, a new answer is written for the first time, so that its question outlives its process from then on."""
 SHARE = 20
 """The pause after a round is at least so many times as long as the round."""
 LONGEST_PAUSE_S = 10.0
@@ -55,6 +57,7 @@ class JournalEntry:
         run: what its row is written with.
         state: gives what is needed to continue it; None as long as there is nothing.
         has_changed: since its last snapshot.
+        is_new: nobody has tried to write it yet.
     """
 
     def __init__(
@@ -63,7 +66,7 @@ class JournalEntry:
         """Args: first: gives the beginning of its row, in the writer's thread; None where it has one."""
         self.id, self.run = answer_id, run
         self.state: State | None = None
-        self.has_changed = first is not None
+        self.has_changed = self.is_new = first is not None
         self.written_at = time.monotonic()
         self._first = first
         self._request = request
@@ -171,6 +174,7 @@ class JournalEntry:
         taken = self._taken
         if taken is None:
             return None
+        self.is_new = False
         moving = request = None
         if taken.status == DONE:
             moving = None if taken.state is None else plain_json(taken.state)
@@ -241,7 +245,7 @@ class JournalWriter:
                     self._report(error)
                 else:
                     self._thread = thread
-            elif len(self._entries) == 1:  # it waits for a first one
+            else:
                 self._changed.notify_all()
 
     def wait_written(self, limit_s: float = READ_LIMIT_S) -> None:
@@ -270,8 +274,12 @@ class JournalWriter:
         """Allow writing again after `pause`, in the same thread."""
         self._writing.release()
 
+    @property
+    def _has_new(self) -> bool:
+        return any(entry.is_new for entry in self._entries.values())
+
     def _run(self) -> None:
-        pause_s = INTERVAL_S
+        pause_s, first_s = INTERVAL_S, FIRST_S
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._entries or self._waiting, IDLE_S)
@@ -279,12 +287,14 @@ class JournalWriter:
                     self._thread = None
                     self._changed.notify_all()
                     return
-                self._changed.wait_for(lambda: self._waiting, pause_s)
+                if not self._changed.wait_for(lambda: self._waiting, first_s):
+                    self._changed.wait_for(lambda: self._waiting or self._has_new, pause_s - first_s)
                 self._begun += 1
                 entries = list(self._entries.values())
             began = time.monotonic()
             self._write(entries)
-            pause_s = min(max(INTERVAL_S, SHARE * (time.monotonic() - began)), LONGEST_PAUSE_S)
+            least_s = min(SHARE * (time.monotonic() - began), LONGEST_PAUSE_S)
+            pause_s, first_s = max(INTERVAL_S, least_s), max(FIRST_S, least_s)
             with self._changed:
                 for entry in entries:
                     if entry.has_ended:

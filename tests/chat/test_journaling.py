@@ -14,6 +14,7 @@ from sollol_nb.chat import journaling
 from sollol_nb.chat.journal import CANCELLED, DONE, INTERRUPTED, RUNNING, Journal, JournaledAnswer, new_id
 from sollol_nb.chat.journaling import JournalEntry, JournalWriter
 from sollol_nb.runtime import sqlite_file
+from tests.support.engines import eventually
 
 
 @pytest.fixture
@@ -41,6 +42,18 @@ def row(journal: Journal, entry: JournalEntry) -> JournaledAnswer:
     found = journal.get(entry.id)
     assert found is not None
     return found
+
+
+def test_a_new_answer_is_written_at_once(
+    journal: Journal, writer: JournalWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journaling, "INTERVAL_S", 3600.0)
+    for _ in range(2):  # also one that comes while another streams
+        about = {"owner": "a", "conversation": "", "model": "demo", "question": "Why?", "started_at": time.time()}
+        entry = JournalEntry(new_id(), new_id(), {"messages": [], "options": {}}, lambda about=about: about)
+        writer.follow(entry)
+        eventually(lambda entry=entry: journal.path.exists() and journal.get(entry.id), "it is written")
+        assert row(journal, entry).request is not None
 
 
 def test_the_end_of_an_answer_is_written_when_the_file_is_free_again(
