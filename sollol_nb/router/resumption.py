@@ -53,7 +53,9 @@ async def claimed(answer_id: str) -> tuple[JournaledAnswer, str]:
     try:
         found, taken = await asyncio.shield(claiming)
     except asyncio.CancelledError:
-        claiming.add_done_callback(_give_back)  # the thread goes on, and nobody would continue what it claims
+        claiming.add_done_callback(
+            _give_back
+        )  # the thread may still claim the answer, which nobody continues then
         raise
     if taken is not None:
         return taken

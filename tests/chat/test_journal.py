@@ -209,6 +209,13 @@ def test_old_and_large_answers_go_and_running_ones_stay(journal: Journal, monkey
     assert {each.id for each in journal.newest()} == {running, *newest}
 
 
+def file_of(journal: Journal) -> bytes:
+    """The file with all that was written, also what is in the write-ahead log."""
+    with sqlite3.connect(journal.path) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    return journal.path.read_bytes()
+
+
 def test_what_is_forgotten_is_gone_from_the_file_too(journal: Journal) -> None:
     running = add(journal, RUNNING, "secret of one that streams", run="a")
     mine = [add(journal, INTERRUPTED, f"secret {n}", request='{"messages": "secret"}') for n in range(3)]
@@ -219,9 +226,7 @@ def test_what_is_forgotten_is_gone_from_the_file_too(journal: Journal) -> None:
     assert [each.id for each in journal.newest()] == [other, running]
     journal.write([progress(DONE, "", run="a", id=running)])
     assert journal.forget() != []
-    with sqlite3.connect(journal.path) as connection:
-        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    assert b"secret" not in journal.path.read_bytes()
+    assert b"secret" not in file_of(journal)
 
 
 def test_the_request_of_an_answer_that_is_done_is_gone_from_the_file_too(
@@ -231,9 +236,7 @@ def test_the_request_of_an_answer_that_is_done_is_gone_from_the_file_too(
     answer_id = add(journal, RUNNING, run="a", request='{"messages": "secret"}')
     journal.write([progress(DONE, "all", run="a", id=answer_id)])
     assert journal.forget() == [answer_id]
-    with sqlite3.connect(journal.path) as connection:
-        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    assert b"secret" not in journal.path.read_bytes()
+    assert b"secret" not in file_of(journal)
 
 
 def test_an_answer_is_not_forgotten_while_another_kernel_begins_to_continue_it(

@@ -1,4 +1,4 @@
-"""Processes are told apart from later ones with the same pid."""
+"""Processes are distinguished from later ones with the same pid."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ WAIT_TOKENS = 4096
 """Before it, the engine may have to process a batch of the prompt of another slot (2,048 tokens)."""
 ERASE_MS = 100.0
 ANNOUNCED_MS = 500.0
-"""Other kernels are told of an action that takes longer: the engine answers nobody meanwhile, and is not dead."""
+"""A longer action is announced to other kernels: without that they would take the busy engine for dead."""
 TAKEN_S = 1.0
 """After so long, and again after as long, it is looked whether the engine waits for the end of an answer."""
 
@@ -69,7 +69,7 @@ class SlotActions:
     """The actions on the slots of one engine.
 
     Args:
-        announce: tells other kernels for how many seconds at most it acts now.
+        announce: tells other kernels how many seconds the action may take.
 
     Attributes:
         costs: as measured.

@@ -312,7 +312,7 @@ class Standbys:
 
     async def _watch(self, kept: _Kept, main: Coordinator, standby: Coordinator) -> None:
         """Return when the coordinator has ended or is another one, or when the standby has ended."""
-        if standby.id == main.id:  # the start of the model has adopted it, with a connection of its own
+        if standby.id == main.id:  # the start of the model has adopted it over a second connection
             kept.standby = None
             await standby.detach()
             return

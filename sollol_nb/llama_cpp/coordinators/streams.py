@@ -139,9 +139,8 @@ class AnswerStreams:
                 while (request := await answer.request(exchange.post)) is not None:
                     with stream.reader_busy():  # the engine owes it nothing before it is sent
                         earlier, visit = visit, await self._visit(answer, lease)
-                    if (
-                        visit.restored is None
-                    ):  # a damaged context, say, is gone when the answer is requested again
+                    # A damaged context, say, is gone when the answer is requested again.
+                    if visit.restored is None:
                         visit.note = visit.note or earlier.note
                     stream.on_sent()
                     try:
@@ -271,7 +270,7 @@ class AnswerStreams:
         try:
             while self._process.is_running() and (left_s := self.pace.patience_s()) is not None:
                 if self.contexts.is_acting or (left_s <= 0 and await self._acts_for_others()):
-                    self.pace.on_moved()  # then no stream moves; that has a limit of its own
+                    self.pace.on_moved()  # it sends no tokens during a slot action, which has its own limit
                 elif left_s <= 0 and not await self._arrives_late():
                     why = f"{SILENT} for {self.pace.silence_s():.1f} s"
                     await self._process.stop(grace_s=0.0, why=why)

@@ -28,7 +28,7 @@ listen() {
     while read -r beat; do
         case $beat in
         sizes\ *) note_sizes "${beat#sizes }" ;;
-        # shellcheck disable=SC2086 # they are separate words
+        # shellcheck disable=SC2086 # each word is an argument
         verify\ *) verify ${beat#verify } >&3 & ;;
         esac 2>/dev/null
         kill -USR1 "$server" || exit
@@ -199,7 +199,7 @@ start_worker() {
     caching=
     if open_cache "$cache"; then caching=-c; fi
     [ -n "$port" ] || next_port
-    # shellcheck disable=SC2086 # they are separate words
+    # shellcheck disable=SC2086 # each word is an argument
     LLAMA_CACHE=$cache $tied "$program" -H 127.0.0.1 -p "$port" -t "$threads" -d "$device" $caching \
         </dev/null >&2 3>&- &
     eval "pid_$1=$! port_$1=$port since_$1=$clock"
@@ -275,7 +275,7 @@ serve() {
         fi
         kill -0 "$listener" 2>/dev/null || ending=yes
     done
-    # shellcheck disable=SC2086 # they are separate words
+    # shellcheck disable=SC2086 # each word is an argument
     kill -KILL "$listener" "$nap" $tending $pids 2>/dev/null
     index=0
     while [ "$index" -lt "$count" ]; do

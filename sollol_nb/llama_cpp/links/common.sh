@@ -51,7 +51,7 @@ guard() {
     while read -r line; do
         if [ "$line" = silent ]; then last=silent; else pids=$line; fi
     done
-    # shellcheck disable=SC2086 # they are separate words
+    # shellcheck disable=SC2086 # each word is an argument
     [ -z "$pids" ] || kill -KILL $pids 2>/dev/null
     # The network was cut without a word: nobody would end the session of sshd, either.
     if [ "$last" = silent ]; then

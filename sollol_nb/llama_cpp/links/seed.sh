@@ -43,7 +43,7 @@ find_file() { # SIZE HEAD TAIL NAME PATH
 
 find_in() { # FOLDER DEPTH
     [ -d "$1" ] || return 1
-    # shellcheck disable=SC2086 # they are separate words
+    # shellcheck disable=SC2086 # each word is an argument
     found=$($limited find -L "$1" -maxdepth "$2" -type f -size "${size}c" 2>/dev/null | head -n 20)
     while IFS= read -r file; do
         if [ -n "$file" ] && is_it "$file"; then return 0; fi
@@ -85,7 +85,7 @@ lines_with() { # TEXT FILE
 }
 
 clean() {
-    # shellcheck disable=SC2086 # they are separate words
+    # shellcheck disable=SC2086 # each word is an argument
     kill -KILL "$listener" $worker_pid $server_pid 2>/dev/null
     rm -rf "$work"
     worker_pid='' server_pid=''
@@ -174,7 +174,7 @@ start_worker() {
     while :; do
         next_port
         worker_port=$port
-        # shellcheck disable=SC2086 # they are separate words
+        # shellcheck disable=SC2086 # each word is an argument
         LLAMA_CACHE=$work $tied "$worker" -H 127.0.0.1 -p "$worker_port" -t "$threads" -d "$device" -c \
             </dev/null >"$work/worker.log" 2>&1 3>&- &
         worker_pid=$!
@@ -191,7 +191,7 @@ start_server() {
     next_port
     LLAMA_API_KEY=$(od -An -N 24 -tx1 /dev/urandom | tr -d ' \n')
     export LLAMA_API_KEY
-    # shellcheck disable=SC2086 # they are separate words
+    # shellcheck disable=SC2086 # each word is an argument
     LD_LIBRARY_PATH=${server%/*}${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} \
         $tied "$server" -m "$file" --host 127.0.0.1 --port "$port" -c 256 -np 1 -t "$threads" --no-warmup \
         --no-repack --fit off --offline --no-webui -ngl 0 --rpc "127.0.0.1:$worker_port" \

@@ -18,7 +18,7 @@ from tests.lab.server import LabServer
 from tests.support.engines import eventually
 
 CONNECTION_FILE = "/run/kernel-0a1b.json"
-TOLD = {"hostname": "127.0.0.1", "port": 8888, "secure": False, "base_url": "/", "token": "secret", "sock": ""}
+SERVER = {"hostname": "127.0.0.1", "port": 8888, "secure": False, "base_url": "/", "token": "secret", "sock": ""}
 
 
 @pytest.fixture(scope="module")
@@ -30,54 +30,54 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LabServer]:
 
 
 @pytest.fixture
-def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def server_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What the server that has started this kernel wrote about itself."""
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path))
     monkeypatch.setenv("JPY_PARENT_PID", "4711")
     path = tmp_path / "jpserver-4711.json"
     path.touch(0o600)
-    path.write_text(json.dumps(TOLD))
+    path.write_text(json.dumps(SERVER))
     return path
 
 
 def address(**changes: Any) -> str | None:
     path = Path(changes.pop("path"))
-    path.write_text(json.dumps(TOLD | changes))
+    path.write_text(json.dumps(SERVER | changes))
     found = find_server(CONNECTION_FILE)
     return None if found is None else found._client.base_url
 
 
-def test_a_kernel_finds_the_server_that_has_started_it(told: Path) -> None:
-    assert address(path=told) == "http://127.0.0.1:8888"
-    assert address(path=told, hostname="0.0.0.0", base_url="/hub/ada/") == "http://127.0.0.1:8888/hub/ada"
-    assert address(path=told, hostname="::1", secure=True) == "https://[::1]:8888"
+def test_a_kernel_finds_the_server_that_has_started_it(server_file: Path) -> None:
+    assert address(path=server_file) == "http://127.0.0.1:8888"
+    assert address(path=server_file, hostname="0.0.0.0", base_url="/hub/ada/") == "http://127.0.0.1:8888/hub/ada"
+    assert address(path=server_file, hostname="::1", secure=True) == "https://[::1]:8888"
 
 
 @pytest.mark.parametrize("changes", [{"token": ""}, {"sock": "/run/jupyter.sock"}, {"port": "x"}, {"hostname": 1}])
-def test_a_server_that_cannot_be_asked_is_none(told: Path, changes: dict[str, Any]) -> None:
-    assert address(path=told, **changes) is None
+def test_a_server_that_cannot_be_asked_is_none(server_file: Path, changes: dict[str, Any]) -> None:
+    assert address(path=server_file, **changes) is None
 
 
 def test_certificates_that_cannot_be_read_are_no_error_of_a_cell(
-    told: Path, monkeypatch: pytest.MonkeyPatch
+    server_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", "/nowhere/certificates.pem")
-    assert address(path=told, secure=True) is None
-    assert address(path=told, secure=False) is not None
+    assert address(path=server_file, secure=True) is None
+    assert address(path=server_file, secure=False) is not None
 
 
 def test_a_server_is_believed_only_if_it_has_started_the_kernel_and_its_file_is_private(
-    told: Path, monkeypatch: pytest.MonkeyPatch
+    server_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = find_server(CONNECTION_FILE)
     assert found is not None
     assert "secret" not in repr(found)
     assert find_server("/run/other.json") is None
     assert find_server(None) is None
-    told.chmod(0o666)
+    server_file.chmod(0o666)
     assert find_server(CONNECTION_FILE) is None, "others could have written it"
-    told.chmod(0o600)
-    told.write_text("[" * 100_000)
+    server_file.chmod(0o600)
+    server_file.write_text("[" * 100_000)
     assert find_server(CONNECTION_FILE) is None
     monkeypatch.setenv("JPY_PARENT_PID", "4712")
     assert find_server(CONNECTION_FILE) is None
