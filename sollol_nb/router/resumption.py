@@ -53,9 +53,8 @@ async def claimed(answer_id: str) -> tuple[JournaledAnswer, str]:
     try:
         found, taken = await asyncio.shield(claiming)
     except asyncio.CancelledError:
-        claiming.add_done_callback(
-            _give_back
-        )  # the thread may still claim the answer, which nobody continues then
+        # The thread may still claim the answer, which nobody continues then.
+        claiming.add_done_callback(_give_back)
         raise
     if taken is not None:
         return taken
