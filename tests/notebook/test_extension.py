@@ -288,8 +288,7 @@ def test_model_names_complete_from_profiles_and_installed_models(
     manifest = Path(os.environ["OLLAMA_MODELS"], "manifests/registry.ollama.ai/library/installed-here/7b")
     manifest.parent.mkdir(parents=True, exist_ok=True)
     manifest.write_text("{}")
-    notebook.client.complete(typed)
-    content = notebook.reply("complete_reply")["content"]
+    content = notebook.reply(notebook.client.complete(typed))
     typed_up_to_there = typed[: content["cursor_start"]]
     model = typed_up_to_there.split()[-1] if not typed_up_to_there.endswith(" ") else ""
     names = {f"{model}{match}" for match in content["matches"]}

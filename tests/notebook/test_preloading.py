@@ -16,7 +16,7 @@ from sollol_nb.settings import config, consent
 from sollol_nb.settings.file import read_settings
 from sollol_nb.settings.table import FILE_NAME
 from tests.support.engines import PausingProxy, engines_of, eventually, unused_port, worker_on
-from tests.support.kernels import Kernel, Shown, kernel
+from tests.support.kernels import Kernel, kernel
 
 # --- which model ------------------------------------------------------------------------------
 
@@ -136,12 +136,6 @@ def servers_of(notebook: Kernel) -> list[int]:
     return [server.pid for server in engines_of(psutil.Process(notebook.pid), "llama-server")]
 
 
-def wait_for_line(notebook: Kernel, shown: Shown, text: str) -> None:
-    """Wait until the last display of a cell that was run begins so; later updates belong to no cell."""
-    if not shown.text.startswith(text):
-        notebook.collect_updates(until=text)
-
-
 @pytest.mark.engine
 def test_a_cell_waits_for_the_rest_and_its_interrupt_ends_only_the_cell(
     proxy: PausingProxy, tmp_path: Path
@@ -149,9 +143,9 @@ def test_a_cell_waits_for_the_rest_and_its_interrupt_ends_only_the_cell(
     path = write_notebook(tmp_path / "sent.ipynb", "%load_ext sollol_nb", ASK)
     variables = {"SOLLOL_STATE_DIR": str(tmp_path / "state"), "RPC_BACKENDS": proxy.endpoint}
     with kernel(**variables, SOLLOL_PRELOAD="true", JPY_SESSION_NAME=path, SOLLOL_KEEP_ALIVE="5s") as notebook:
-        shown = notebook.run("%load_ext sollol_nb")
-        assert shown.status == "ok"
-        assert shown.text.startswith("loading demo:sharded")
+        loading = notebook.run("%load_ext sollol_nb")
+        assert loading.status == "ok"
+        assert loading.text.startswith("loading demo:sharded")
         eventually(proxy.paused.is_set, "the model is loading")
         assert (servers := servers_of(notebook))
 
@@ -166,7 +160,7 @@ def test_a_cell_waits_for_the_rest_and_its_interrupt_ends_only_the_cell(
         again = notebook.client.execute(ASK)
         notebook.collect(again, until_shown="loading demo:sharded: ")
         io_loop().call_soon_threadsafe(proxy.resumed.set)
-        notebook.collect_updates(until="demo:sharded is ready after ")
+        notebook.wait_shown(loading, "demo:sharded is ready after ")
         assert notebook.collect(again).status == "ok"
         assert servers_of(notebook) == servers, "one coordinator, started once"
         assert notebook.run("%sollol_stop --all").status == "ok"
@@ -191,8 +185,7 @@ def test_what_is_typed_loads_once_and_what_is_set_or_requested_shows_its_line(
     engine: Engine, tmp_path: Path
 ) -> None:
     def complete(text: str) -> None:
-        notebook.client.complete(text, len(text))
-        assert notebook.reply("complete_reply")["content"]["status"] == "ok"
+        assert notebook.reply(notebook.client.complete(text, len(text)))["status"] == "ok"
 
     variables = {"SOLLOL_STATE_DIR": str(tmp_path), "SOLLOL_KEEP_ALIVE": "30s"}
     with kernel(**variables) as notebook:
@@ -212,11 +205,11 @@ def test_what_is_typed_loads_once_and_what_is_set_or_requested_shows_its_line(
         starts = "sum(event.kind == 'coordinator.starting' for event in router().events.recent())"
         assert notebook.value(starts) == "1"
 
-        wait_for_line(notebook, notebook.run("%sollol_cluster preload nosuch"), "nosuch was not loaded: ")
+        notebook.wait_shown(notebook.run("%sollol_cluster preload nosuch"), "nosuch was not loaded: ")
         assert notebook.run("%config Sollol.model = 'demo'\n%config Sollol.preload = True").displays == []
-        wait_for_line(notebook, notebook.run("%sollol_cluster preload demo"), "demo is ready after ")
+        notebook.wait_shown(notebook.run("%sollol_cluster preload demo"), "demo is ready after ")
         assert notebook.run("%sollol_stop demo").stream == "stopped coordinator demo\n"
         # Another router, whose model is not loaded.
-        wait_for_line(notebook, notebook.run("%config Sollol.slots = 2"), "demo is ready after ")
+        notebook.wait_shown(notebook.run("%config Sollol.slots = 2"), "demo is ready after ")
         assert len(servers_of(notebook)) == 1
         assert notebook.run("%sollol_stop --all").status == "ok"

@@ -243,8 +243,7 @@ tab_completion.install(
 
 def completed(notebook: Kernel, typed: str) -> list[str]:
     """The whole line after each completion that the kernel offers."""
-    notebook.client.complete(typed)
-    content = notebook.reply("complete_reply")["content"]
+    content = notebook.reply(notebook.client.complete(typed))
     assert content["cursor_end"] == len(typed)
     return [typed[: content["cursor_start"]] + match for match in content["matches"]]
 

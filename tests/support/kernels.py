@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import re
 import time
 from collections.abc import Iterator
@@ -64,12 +65,18 @@ class Shown:
 
 
 class Kernel:
-    """A kernel that runs cells one after another."""
+    """A kernel that runs cells one after another.
+
+    Whatever is waited for, each message goes to the cell that it belongs to, so that none is missed.
+    """
 
     def __init__(self, manager: Any, client: Any) -> None:
         self.manager = manager
         self.client = client
-        self._shown: dict[str, tuple[Shown, dict[str, int]]] = {}
+        self._cells: dict[str, Shown] = {}
+        self._idle: set[str] = set()
+        self._places: dict[str, tuple[Shown, int]] = {}  # of displays, by their ids
+        self._replies: dict[str, dict[str, Any]] = {}
 
     @property
     def pid(self) -> int:
@@ -86,54 +93,60 @@ class Kernel:
         assert shown.status == "ok", shown.error
         return shown.stream.strip()
 
-    def reply(self, kind: str) -> dict[str, Any]:
-        """The next reply of a kind on the shell channel."""
-        while True:
-            message: dict[str, Any] = self.client.get_shell_msg(timeout=CELL_TIMEOUT_S)
-            if message["msg_type"] == kind:
-                return message
-
-    def collect_updates(self, *, until: str) -> dict[str, str]:
-        """The next update of any display, whichever cell made it, that contains `until`."""
-        deadline = time.monotonic() + CELL_TIMEOUT_S
-        while time.monotonic() < deadline:
-            message = self.client.get_iopub_msg(timeout=CELL_TIMEOUT_S)
-            if message["msg_type"] == "update_display_data":
-                data: dict[str, str] = message["content"]["data"]
-                if any(until in text for text in data.values()):
-                    return data
-        raise AssertionError(f"no display showed {until!r} within {CELL_TIMEOUT_S} s")
+    def reply(self, message_id: str) -> dict[str, Any]:
+        """The content of the reply to a request on the shell channel."""
+        while message_id not in self._replies:
+            message = self.client.get_shell_msg(timeout=CELL_TIMEOUT_S)
+            self._replies[message["parent_header"].get("msg_id", "")] = message["content"]
+        return self._replies.pop(message_id)
 
     def collect(self, message_id: str, *, until_shown: str | None = None) -> Shown:
-        """What a cell shows until it is done, or until its displayed Markdown contains `until_shown`."""
-        shown, places = self._shown.setdefault(message_id, (Shown(), {}))
+        """What a cell shows until it is done, or until Markdown that it displays from now on matches this regular
+        expression."""
+        shown = self._shown(message_id)
         deadline = time.monotonic() + CELL_TIMEOUT_S
-        while time.monotonic() < deadline:
-            message = self.client.get_iopub_msg(timeout=CELL_TIMEOUT_S)
-            if message["parent_header"].get("msg_id") != message_id:
+        while message_id not in self._idle:
+            if self._take(deadline, f"the cell was not done after {CELL_TIMEOUT_S} s: {shown}") is not shown:
                 continue
-            content, kind = message["content"], message["msg_type"]
-            if kind == "stream":
-                shown.stream += content["text"]
-            elif kind == "error":
-                shown.error = _COLORS.sub("", "\n".join(content["traceback"])).splitlines()
-            elif kind in ("display_data", "execute_result"):
-                places[content.get("transient", {}).get("display_id", "")] = len(shown.displays)
-                shown.displays.append(content["data"])
-            elif kind == "update_display_data":
-                place = places.get(content["transient"]["display_id"])
-                if place is not None:  # with ipykernel 6, answers in the background update through any cell
-                    shown.updates += 1
-                    shown.displays[place] = content["data"]
-            elif kind == "status" and content["execution_state"] == "idle":
-                reply = self.client.get_shell_msg(timeout=CELL_TIMEOUT_S)
-                while reply["parent_header"].get("msg_id") != message_id:
-                    reply = self.client.get_shell_msg(timeout=CELL_TIMEOUT_S)
-                shown.status = reply["content"]["status"]
+            markdown = shown.displays[-1].get("text/markdown", "") if shown.displays else ""
+            if until_shown and message_id not in self._idle and re.search(until_shown, markdown):
                 return shown
-            if until_shown and shown.displays and until_shown in shown.displays[-1].get("text/markdown", ""):
-                return shown
-        raise AssertionError(f"the cell was not done after {CELL_TIMEOUT_S} s")
+        shown.status = self.reply(message_id)["status"]
+        return shown
+
+    def wait_shown(self, shown: Shown, text: str) -> dict[str, str]:
+        """Wait until the last display of a cell, which may be done, contains this; returns the display."""
+        deadline = time.monotonic() + CELL_TIMEOUT_S
+        while not any(text in each for each in shown.displays[-1].values()):
+            self._take(deadline, f"the cell did not show {text!r} within {CELL_TIMEOUT_S} s: {shown}")
+        return shown.displays[-1]
+
+    def _shown(self, message_id: str) -> Shown:
+        return self._cells.setdefault(message_id, Shown())
+
+    def _take(self, deadline: float, complaint: str) -> Shown | None:
+        """Note the next message; the cell that it belongs to, or whose display it updates."""
+        try:
+            message = self.client.get_iopub_msg(timeout=max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            raise AssertionError(complaint) from None
+        message_id = message["parent_header"].get("msg_id", "")
+        shown, content, kind = self._shown(message_id), message["content"], message["msg_type"]
+        if kind == "stream":
+            shown.stream += content["text"]
+        elif kind == "error":
+            shown.error = _COLORS.sub("", "\n".join(content["traceback"])).splitlines()
+        elif kind in ("display_data", "execute_result"):
+            self._places[content.get("transient", {}).get("display_id", "")] = shown, len(shown.displays)
+            shown.displays.append(content["data"])
+        elif kind == "update_display_data":
+            # Answers in the background update through any cell (ipykernel 6), and after the end of theirs.
+            shown, place = self._places[content["transient"]["display_id"]]
+            shown.updates += 1
+            shown.displays[place] = content["data"]
+        elif kind == "status" and content["execution_state"] == "idle":
+            self._idle.add(message_id)
+        return shown
 
 
 @contextmanager
@@ -150,7 +163,7 @@ def kernel(**variables: str) -> Iterator[Kernel]:
 @contextmanager
 def notebook_kernel(state_folder: Path, *cells: str) -> Iterator[Kernel]:
     """A kernel with the extension loaded that has run these cells; its engines are stopped at the end."""
-    with kernel(SOLLOL_STATE_DIR=str(state_folder), SOLLOL_KEEP_ALIVE="5s") as fresh:
+    with kernel(SOLLOL_STATE_DIR=str(state_folder), SOLLOL_KEEP_ALIVE="60s") as fresh:
         for cell in ("%load_ext sollol_nb", *cells):
             shown = fresh.run(cell)
             assert shown.status == "ok", shown.error

@@ -352,11 +352,17 @@ def test_an_answer_can_run_in_the_background(notebook: Kernel, tmp_path: Path) -
     )
 
 
-def test_a_background_answer_is_shown_while_it_streams(notebook: Kernel) -> None:
-    message_id = notebook.client.execute(f"%%sollol demo {GREEDY} --background --out handle\nWhat is a worker?")
-    notebook.collect(message_id)
-    shown = notebook.collect_updates(until="small>")
-    assert shown["text/markdown"].startswith("A worker")
+def test_a_background_answer_is_shown_while_it_streams(notebook: Kernel, endless: str) -> None:
+    asked = f"%%sollol {endless} --temperature 0 --max-tokens 30000 --background --out handle\nx"
+    shown = notebook.run(asked)
+    begun = notebook.wait_shown(shown, " w")["text/plain"]
+    assert notebook.value("handle.done, handle.state") == "(False, 'writing')"
+    assert notebook.value(f"{begun[-40:]!r} in handle.text") == "True"
+    assert notebook.value("handle.cancel()") == "True"
+    stopped = notebook.wait_shown(shown, "the partial answer is kept")
+    assert "</small>" in stopped["text/markdown"], "the footer"
+    notebook.run("from sollol_nb.text.safe_markdown import printable")
+    assert notebook.value(f"{stopped['text/plain']!r}.startswith(printable(handle.text).lstrip())") == "True"
 
 
 def test_several_threads_may_ask_at_the_same_time(notebook: Kernel) -> None:

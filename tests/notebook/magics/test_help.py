@@ -32,6 +32,5 @@ def test_the_examples_of_a_magic_run(notebook: Kernel, magic: str) -> None:
 
 @pytest.mark.parametrize("magic", MAGICS)
 def test_the_question_mark_shows_the_help(notebook: Kernel, magic: str) -> None:
-    notebook.client.execute(f"%{magic}?")
-    payload = notebook.reply("execute_reply")["content"]["payload"]
+    payload = notebook.reply(notebook.client.execute(f"%{magic}?"))["payload"]
     assert "Example::" in payload[0]["data"]["text/plain"]
