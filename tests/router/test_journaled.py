@@ -6,7 +6,9 @@ import os
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Generator
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,11 @@ import pytest
 from sollol_nb.chat import journaling
 from sollol_nb.chat.chunk import Chunk
 from sollol_nb.chat.journal import CANCELLED, DONE, FILE_NAME, JournaledAnswer
+from sollol_nb.chat.journaling import JournalWriter
 from sollol_nb.errors import ConfigError, SollolError
 from sollol_nb.settings import config
 from sollol_nb.sync_wrapper import HybridRouter
+from tests.support.engines import run
 
 pytestmark = pytest.mark.engine
 
@@ -38,22 +42,24 @@ def newest_id() -> str:
 
 def read_some(router: HybridRouter, chunks: int, **options: Any) -> str:
     """The id of an answer whose reader leaves it after so many chunks."""
-    return left_early(lambda: router.stream("demo", QUESTION, **{**GREEDY, **options}), chunks)
+    return left_early(router.stream_async("demo", QUESTION, **{**GREEDY, **options}), chunks)
 
 
-def left_early(begin: Callable[[], Generator[Chunk, None, None]], chunks: int) -> str:
-    """The id of an answer of this stream whose reader leaves it after so many chunks."""
-    for _ in range(10):
-        stream = begin()
-        for number, chunk in enumerate(stream):
-            if number == 0:
-                answer_id = str(chunk["_routing"]["answer_id"])
-            if number == chunks:
-                break
-        stream.close()
-        if row(answer_id).status != DONE:  # on a busy machine the engine may be quicker than its reader
-            return answer_id
-    raise AssertionError("each answer had ended before its reader left it")
+def left_early(stream: AsyncGenerator[Chunk, None], chunks: int) -> str:
+    """The id of an answer whose reader leaves it after so many chunks: on the I/O loop it is not read ahead."""
+
+    async def read() -> str:
+        async with aclosing(stream):
+            number = 0
+            async for chunk in stream:
+                if number == 0:
+                    answer_id = str(chunk["_routing"]["answer_id"])
+                if number == chunks:
+                    return answer_id
+                number += 1
+        raise AssertionError("the answer is too short")
+
+    return run(read())
 
 
 def test_a_complete_answer_is_in_the_journal(router: HybridRouter) -> None:
@@ -122,7 +128,7 @@ def test_a_continued_text_goes_on_too(router: HybridRouter) -> None:
     prompt = "A worker is"
     undisturbed = router.generate("demo", prompt, temperature=0, max_tokens=20, backend="local")
     answer_id = left_early(
-        lambda: router.stream_generate("demo", prompt, temperature=0, max_tokens=20, backend="local"), 0
+        router._async.stream_generate("demo", prompt, temperature=0, max_tokens=20, backend="local"), 0
     )
     assert row(answer_id).question == prompt
     assert router.resume(answer_id).text == undisturbed.text
@@ -130,32 +136,34 @@ def test_a_continued_text_goes_on_too(router: HybridRouter) -> None:
 
 def test_a_script_that_is_killed_leaves_an_answer_that_goes_on(router: HybridRouter, tmp_path: Path) -> None:
     script = f"""
-import os, time
+import asyncio, os
 from sollol_nb.sync_wrapper import HybridRouter
 from sollol_nb.chat import journaling
-for number, chunk in enumerate(HybridRouter().stream("demo", {QUESTION!r}, **{GREEDY!r})):
-    if number == 0:
-        print(chunk["_routing"]["answer_id"], flush=True)
-    if number == 8:
-        journaling.journal()
-        os.kill(os.getpid(), 9)
+from sollol_nb.runtime.io_loop import run_blocking
+async def read(router):  # on the I/O loop, where the answer is not read ahead
+    number = 0
+    async for chunk in router.stream_async("demo", {QUESTION!r}, **{GREEDY!r}):
+        if number == 0:
+            print(chunk["_routing"]["answer_id"], flush=True)
+        if number == 8:
+            await asyncio.to_thread(journaling.journal)
+            os.kill(os.getpid(), 9)
+        number += 1
+run_blocking(read(HybridRouter()))
 """
-    environment = {**os.environ, "SOLLOL_KEEP_ALIVE": "5s"}
-    for _ in range(10):
-        ended = subprocess.run(
-            [sys.executable, "-c", script],
-            capture_output=True,
-            text=True,
-            env=environment,
-            timeout=120,
-            check=False,
-        )
-        assert ended.returncode == -9, ended.stderr
-        answer_id = ended.stdout.strip()
-        before = row(answer_id)
-        if before.status != DONE:  # the engine may be quicker than its reader
-            break
+    ended = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "SOLLOL_KEEP_ALIVE": "5s"},
+        timeout=120,
+        check=False,
+    )
+    assert ended.returncode == -9, ended.stderr
+    answer_id = ended.stdout.strip()
+    before = row(answer_id)
     assert before.status == "interrupted"
+    assert before.text
     undisturbed = router.route_request("demo", QUESTION, journal=False, **GREEDY)
     assert undisturbed.text.startswith(before.text)
     assert router.resume(answer_id).text == undisturbed.text
@@ -176,13 +184,18 @@ def test_a_journal_that_cannot_be_written_costs_no_answer(
     assert router.route_request("demo", QUESTION, **GREEDY).routing["answer_id"] == newest_id()
 
 
-def test_the_state_is_taken_twice_a_second_and_not_per_token(router: HybridRouter, endless: str) -> None:
-    rounds = journaling._writer._begun
-    chunks = 0
+def test_the_state_is_taken_twice_a_second_and_not_per_token(
+    router: HybridRouter, endless: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = JournalWriter(journaling._journal)
+    monkeypatch.setattr(journaling, "_writer", writer)
+    chunks, began = 0, time.monotonic()
     for chunk in router.stream(endless, "Go.", max_tokens=300, temperature=0, backend="local"):
         chunks += bool(chunk["message"].get("content"))
     assert chunks > 100
-    assert journaling._writer._begun - rounds < chunks / 4
+    seconds = time.monotonic() - began
+    assert writer._begun <= 2 + seconds / journaling.INTERVAL_S
+    writer.wait_written()
 
 
 def test_only_the_state_folder_has_it(router: HybridRouter) -> None:
