@@ -149,12 +149,12 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 def kill_at_once(processes: Iterable[psutil.Process]) -> None:
-    """Kill them so that none can act on the end of another one."""
+    """Kill them so that none can act on the end of another one. One may have ended by itself."""
     victims = list(processes)
-    for process in victims:
-        process.suspend()
-    for process in victims:
-        process.kill()
+    for act in (psutil.Process.suspend, psutil.Process.kill):
+        for process in victims:
+            with suppress(psutil.NoSuchProcess):
+                act(process)
 
 
 def all_end(processes: list[psutil.Process]) -> None:

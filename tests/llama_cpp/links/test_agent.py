@@ -76,7 +76,10 @@ def agent(
 ) -> Iterator[Agent]:
     program = folder / "worker"
     log = f'echo "$@ $GGML_NO_BACKTRACE$LLAMA_ARG_HOST" >>"{folder}/log"'
-    program.write_text(f"#!/bin/sh\n{log}\n{body}\nwhile :; do sleep 0.1; done\n")
+    never = folder / "never"
+    os.mkfifo(never)
+    # It waits without a child, whose command line would be the same at first.
+    program.write_text(f'#!/bin/sh\n{log}\n{body}\nread -r line <"{never}"\n')
     program.chmod(0o755)
     process = subprocess.Popen(
         [
@@ -348,14 +351,15 @@ def test_the_worker_gets_its_cache_and_the_sizes_come_with_a_heartbeat(
     body = f'echo "$LLAMA_CACHE" >>"{tmp_path}/caches"'
     with agent(tmp_path, shell, "CPU", body=body, cache_kib=LIMIT_KIB) as running:
         running.line()
-        eventually((tmp_path / "caches").exists, "it has started")
+        caches = tmp_path / "caches"
+        eventually(lambda: caches.exists() and caches.read_text().endswith("\n"), "it has started")
         log = tmp_path / "log"
         assert " -c " in log.read_text()
         running.send(f"sizes 5 {SIZE}\nverify 3 0\n")
         assert running.line() == ["verified", "3"]
         tensors = tmp_path / "c" / "sollol_nb" / "tensors"
         assert (tensors / "sizes").read_text().split() == ["5", str(SIZE)]
-        assert (tmp_path / "caches").read_text().startswith(str(tensors))
+        assert caches.read_text().startswith(str(tensors))
         assert running.process.stdin is not None
         running.process.stdin.close()
         running.ended()
@@ -376,14 +380,8 @@ def test_workers_end_where_all_of_the_script_is_killed_at_the_same_moment(
         log = tmp_path / "log"
         eventually(lambda: log.exists() and len(log.read_text().splitlines()) == 2, "both have started")
         workers = running.workers()
-        kill_at_once(
-            process
-            for process in [
-                psutil.Process(running.process.pid),
-                *psutil.Process(running.process.pid).children(recursive=True),
-            ]
-            if process not in workers and process.parent() not in workers
-        )
+        script = psutil.Process(running.process.pid)
+        kill_at_once(process for process in [script, *script.children(recursive=True)] if process not in workers)
         try:
             eventually(lambda: not any(map(is_alive, workers)), "no worker is left")
         finally:

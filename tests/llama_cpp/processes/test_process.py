@@ -74,6 +74,12 @@ async def running(code: str = MINUTES, **options: Any) -> AsyncIterator[EnginePr
         await engine.stop(grace_s=0.1)
 
 
+async def is_up(engine: EngineProcess) -> None:
+    """Wait until it has written so; its log is made after its start."""
+    log = engine.log_path
+    await eventually_async(lambda: log.exists() and "up" in log.read_text(), "it is up")
+
+
 def only_entry() -> Entry:
     (entry,) = registry.entries()
     return entry
@@ -340,7 +346,7 @@ print("up", flush=True)
 
     async def check() -> ExitReport:
         engine = await start(code)
-        await eventually_async(lambda: "up" in engine.log_path.read_text(), "it is up")
+        await is_up(engine)
         return await engine.stop()
 
     assert run(check()) == ExitReport(5, ("up",), "stopped")
@@ -351,7 +357,7 @@ print("up", flush=True)
 def test_engine_that_ignores_the_request_is_killed(grace_s: float) -> None:
     async def check() -> ExitReport:
         engine = await start(f"{IGNORES} print('up', flush=True); {MINUTES}")
-        await eventually_async(lambda: "up" in engine.log_path.read_text(), "it is up")
+        await is_up(engine)
         return await engine.stop(grace_s=grace_s)
 
     assert run(check()) == ExitReport(-signal.SIGKILL, ("up",), "stopped")

@@ -9,7 +9,7 @@ import re
 import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -137,22 +137,28 @@ def test_registry_is_readable_by_its_owner_only(folder: Path) -> None:
 
 def test_reader_never_sees_a_partial_entry(folder: Path) -> None:
     with supervised(folder, name="worker-1") as owner:
-        control, path, updated = owner.connect(), Path(owner.spec["entry_path"]), threading.Event()
+        control, path, is_seen = owner.connect(), Path(owner.spec["entry_path"]), threading.Event()
+        written = []
 
         def update() -> None:
-            for number in range(400):
+            while len(written) < 400 or not is_seen.is_set():
+                number = len(written)
                 control.ask("about", about={"number": number, "filling": "x" * (number % 7) * 5000})
-            updated.set()
+                written.append(number)
 
         writer = threading.Thread(target=update)
         writer.start()
         seen = set()
-        while not updated.is_set():
-            seen.add(json.loads(path.read_text("utf-8"))["about"].get("number"))
-            assert ids() == ["worker-1"]
-        writer.join(HANG_GUARD_S)
-        assert len(seen) > 1, "it was read while it was written"
-        assert owner.entry()["about"]["number"] == 399
+        try:
+            while writer.is_alive():
+                seen.add(json.loads(path.read_text("utf-8"))["about"].get("number"))
+                assert ids() == ["worker-1"]
+                if len(seen) > 2:  # it was read while it was written
+                    is_seen.set()
+        finally:
+            is_seen.set()
+            writer.join(HANG_GUARD_S)
+        assert owner.entry()["about"]["number"] == written[-1]
 
 
 # --- files that are not entries---------------------------------------------------------------------
@@ -266,7 +272,8 @@ def test_engine_without_supervisor_and_guard_is_ended_by_the_next_reader(folder:
             assert owner.files == []
             eventually(lambda: not owner.is_running(), "the engine has ended too")
         finally:
-            owner.engine.kill()
+            with suppress(psutil.NoSuchProcess):
+                owner.engine.kill()
 
 
 @posix_only
