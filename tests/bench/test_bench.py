@@ -65,7 +65,8 @@ def test_cases_take_turns_side_by_side_where_workers_suffice(idle: HybridRouter)
     for metric in ("ttft_ms", "total_ms", "prompt_tokens_per_s", "tokens_per_s", "router_overhead_ms"):
         assert (frame[metric] > 0).all(), metric
     assert frame["load_ms"].isna().all(), "loads are not measured"
-    assert coordinators() == before, "what was started for it is ended"
+    # Some of those before, which other tests have left, may have ended meanwhile.
+    assert set(coordinators()) <= set(before), "what was started for it is ended"
 
 
 def test_coordinators_take_turns_on_the_same_workers_where_these_are_few(idle: HybridRouter) -> None:
@@ -213,12 +214,13 @@ def test_what_cannot_be_loaded_is_left_out_and_the_rest_is_measured(idle: Hybrid
 def test_what_cannot_be_measured_at_all_is_one_error(
     idle: HybridRouter, models: str, settings: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    before = {process.pid for process in coordinators()}
+    before = set(coordinators())
     with pytest.raises(error, match=message):
         idle.bench(models, **{**QUICK, **settings})
-    assert {process.pid for process in coordinators()} - before == {
-        coordinator.pid for coordinator in idle.coordinators
-    }
+    eventually(
+        lambda: {each.pid for each in {*coordinators()} - before} == {each.pid for each in idle.coordinators},
+        "only what runs in the router is left",
+    )
 
 
 def test_an_interrupt_keeps_what_was_measured_and_ends_what_was_started(idle: HybridRouter) -> None:

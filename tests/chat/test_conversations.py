@@ -141,9 +141,9 @@ def test_the_next_question_is_sent_with_all_messages(router: HybridRouter) -> No
 
 
 @pytest.mark.engine
-def test_of_a_stopped_answer_the_text_received_is_kept(router: HybridRouter) -> None:
+def test_of_a_stopped_answer_the_text_received_is_kept(router: HybridRouter, endless: str) -> None:
     chat = Chat("c")
-    stream = ask_in_chat(router.stream_async, chat, "demo", "Tell me everything about sharding.", temperature=0)
+    stream = ask_in_chat(router.stream_async, chat, endless, "Tell me everything about sharding.", temperature=0)
     with closing(iterate_blocking(stream)) as chunks:
         text = "".join(next(chunks)["message"]["content"] for _ in range(5))
     assert chat.history[-1].done_reason == "cancelled"
@@ -155,9 +155,9 @@ def test_of_a_stopped_answer_the_text_received_is_kept(router: HybridRouter) -> 
 
 
 @pytest.mark.engine
-def test_a_chat_answers_one_question_at_a_time(router: HybridRouter) -> None:
+def test_a_chat_answers_one_question_at_a_time(router: HybridRouter, endless: str) -> None:
     chat = Chat("c")
-    stream = ask_in_chat(router.stream_async, chat, "demo", "Tell me everything about sharding.")
+    stream = ask_in_chat(router.stream_async, chat, endless, "Tell me everything about sharding.")
     with closing(iterate_blocking(stream)) as chunks:
         next(chunks)
         with pytest.raises(ChatBusyError, match="conversation c is still answering"):

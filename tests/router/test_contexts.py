@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from sollol_nb.chat.completion import Completion
@@ -18,7 +17,7 @@ from sollol_nb.llama_cpp.contexts.store import ContextStore
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.runtime.events import EventKind
 from sollol_nb.sync_wrapper import HybridRouter
-from tests.support.engines import engine_on, eventually
+from tests.support.engines import engine_on, eventually, read_and_do
 
 pytestmark = pytest.mark.engine
 
@@ -154,12 +153,9 @@ def test_an_answer_goes_on_over_other_workers_after_one_died(
     talk, _ = first
     coordinator = router.coordinator
     assert coordinator is not None
-    chunks = router.stream(talk.model, talk.messages, backend="sharded", temperature=0, max_tokens=12)
-    last: dict[str, Any] = {}
-    for number, chunk in enumerate(chunks):
-        last = dict(chunk)
-        if number == 2:
-            psutil.Process(engine_on(int(coordinator.rpc_backends[-1].rpartition(":")[2])).pid).kill()
+    worker = engine_on(int(coordinator.rpc_backends[-1].rpartition(":")[2]))
+    stream = router.stream_async(talk.model, talk.messages, backend="sharded", temperature=0, max_tokens=12)
+    last = read_and_do(stream, 2, lambda _: worker.kill())[-1]
     routing = last["_routing"]
     known = last["prompt_eval_count"] + routing["failovers"][0]["tokens_before"]
 

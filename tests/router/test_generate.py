@@ -14,6 +14,7 @@ from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.models.routing import LOCAL, OLLAMA
 from sollol_nb.runtime.io_loop import run_blocking
 from sollol_nb.sync_wrapper import HybridRouter, OllamaPool
+from tests.support.engines import read_and_do
 from tests.support.ollama_server import CHATML, OllamaServer
 
 PROMPT = "<|im_start|>user\nTell me everything about sharding.<|im_end|>\n<|im_start|>assistant\n"
@@ -37,14 +38,11 @@ def ollama_router(server: OllamaServer) -> HybridRouter:
 def test_a_continuation_survives_its_coordinator(local: HybridRouter, recovery: Any) -> None:
     whole = local.route_request("demo", MESSAGES, backend="local", max_tokens=300, **GREEDY)
     before = len(local.latency.frame())
-    chunks, is_killed = [], False
-    for chunk in local.stream_generate(
+    stream = local._async.stream_generate(
         "demo", PROMPT, backend="local", max_tokens=300, recovery=recovery, logprobs=True, **GREEDY
-    ):
-        chunks.append(chunk)
-        if not is_killed:
-            is_killed = True
-            psutil.Process(local.coordinators[-1].pid).kill()
+    )
+    # Not before that: with log probabilities the model may be started again, without drafts.
+    chunks = read_and_do(stream, 0, lambda _: psutil.Process(local.coordinators[-1].pid).kill())
     answer = Completion.from_chunks(chunks)
     assert answer.text == whole.text
     assert answer["prompt_eval_count"] == whole["prompt_eval_count"]
@@ -133,14 +131,14 @@ def test_a_gap_is_filled_by_a_model_whose_template_knows_gaps(ollama: OllamaServ
 @pytest.mark.ollama
 def test_a_continuation_continues_at_another_node(ollama_pair: tuple[OllamaServer, OllamaServer]) -> None:
     with HybridRouter(OllamaPool([server.base_url for server in ollama_pair]), auto_discover_rpc=False) as router:
-        whole = router.generate("llama3.2", PROMPT, max_tokens=60, **GREEDY)
-        chunks, killed = [], ""
-        for chunk in router.stream_generate("llama3.2", PROMPT, max_tokens=60, **GREEDY):
-            chunks.append(chunk)
-            if len(chunks) == 5:
-                killed = chunks[0]["_routing"]["node_url"] or ""
-                next(server for server in ollama_pair if server.base_url == killed).kill()
+        whole = router.generate("llama3.2", PROMPT, max_tokens=300, **GREEDY)
+
+        def kill_its_node(chunks: list[Any]) -> None:
+            next(server for server in ollama_pair if server.base_url == chunks[0]["_routing"]["node_url"]).kill()
+
+        stream = router._async.stream_generate("llama3.2", PROMPT, max_tokens=300, **GREEDY)
+        chunks = read_and_do(stream, 4, kill_its_node)
         answer = Completion.from_chunks(chunks)
     assert answer.text == whole.text
-    assert answer.routing["node_url"] != killed
+    assert answer.routing["node_url"] != chunks[0]["_routing"]["node_url"]
     assert [failover["continued"] for failover in answer.routing["failovers"]] == [True]

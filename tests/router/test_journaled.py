@@ -19,9 +19,9 @@ from sollol_nb.chat.chunk import Chunk
 from sollol_nb.chat.journal import CANCELLED, DONE, FILE_NAME, JournaledAnswer
 from sollol_nb.chat.journaling import JournalWriter
 from sollol_nb.errors import ConfigError, SollolError
+from sollol_nb.runtime.io_loop import run_blocking
 from sollol_nb.settings import config
 from sollol_nb.sync_wrapper import HybridRouter
-from tests.support.engines import run
 
 pytestmark = pytest.mark.engine
 
@@ -59,7 +59,7 @@ def left_early(stream: AsyncGenerator[Chunk, None], chunks: int) -> str:
                 number += 1
         raise AssertionError("the answer is too short")
 
-    return run(read())
+    return run_blocking(read())
 
 
 def test_a_complete_answer_is_in_the_journal(router: HybridRouter) -> None:

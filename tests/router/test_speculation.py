@@ -14,7 +14,7 @@ from sollol_nb.errors import ConfigError
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.models.files import DEMO_MODEL_PATH
 from sollol_nb.sync_wrapper import HybridRouter
-from tests.support.engines import argument_after, engine_on, kill_at_once
+from tests.support.engines import argument_after, engine_on, read_and_do
 from tests.support.gguf_files import write_llama
 
 pytestmark = pytest.mark.engine
@@ -106,15 +106,10 @@ def test_an_answer_with_drafts_continues_after_the_loss_of_a_worker(
     coordinator = drafting.coordinator
     assert coordinator is not None
     worker = engine_on(int(coordinator.rpc_backends[1].rpartition(":")[2]))
-    text, last = "", None
-    for chunk in drafting.stream(MODEL, chat, temperature=0):
-        text += chunk["message"].get("content", "")
-        if last is None:
-            kill_at_once([worker])
-        last = chunk
+    chunks = read_and_do(drafting.stream_async(MODEL, chat, temperature=0), 0, lambda _: worker.kill())
+    last = chunks[-1]
 
-    assert last is not None
-    assert text == chat[1]["content"]
+    assert "".join(chunk["message"].get("content", "") for chunk in chunks) == chat[1]["content"]
     assert last["_routing"]["drafted_tokens"] >= last["_routing"]["accepted_tokens"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from sollol_nb.chat.completion import Completion
 from sollol_nb.errors import ConfigError, ContextOverflowError, EngineError
 from sollol_nb.llama_cpp.engine.check import Engine
+from sollol_nb.runtime.io_loop import run_blocking
 from sollol_nb.sync_wrapper import HybridRouter
 from tests.support.engines import unused_ports
 from tests.support.scripted_model import CHATML, write_scripted
@@ -139,22 +141,20 @@ def test_value_that_follows_a_given_beginning_has_its_format(
 @pytest.mark.engine
 def test_text_before_a_refusal_in_mid_answer_is_kept(engine: Engine, tmp_path: Path) -> None:
     """Two answers fill the context that they share, so llama-server ends both."""
-    path = write_scripted(tmp_path / "m.gguf", words(2000), specials=CHATML_TOKENS)
-    with HybridRouter(coordinator_port=unused_ports(1), keep_alive=60, context_tokens=512, slots=2) as router:
-        for _ in range(20):  # the first answer takes some milliseconds: it may end before the second one begins
-            first = router.stream(str(path), "hi", temperature=0)
-            next(first)
-            try:
-                router.route_request(str(path), "hi", temperature=0)
-            except ContextOverflowError as error:
-                partial = error.partial
-                break
-            list(first)
-        else:
-            pytest.fail("the answers never ran at the same time")
-        assert partial.text.startswith(" word0, word1,")
-        with pytest.raises(ContextOverflowError):
-            list(first)
+    path = str(write_scripted(tmp_path / "m.gguf", words(2000), specials=CHATML_TOKENS))
+
+    async def both() -> list[Any]:
+        asked = (router._async.route_request(path, "hi", temperature=0) for _ in range(2))
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    # So much context that the first answer still runs when the second request arrives.
+    with HybridRouter(coordinator_port=unused_ports(1), keep_alive=60, context_tokens=1024, slots=2) as router:
+        router.route_request(path, "hi", temperature=0, max_tokens=1)
+        errors = run_blocking(both())
+    for error in errors:
+        assert isinstance(error, ContextOverflowError)
+        assert error.partial is not None
+        assert error.partial.text.startswith(" word0, word1,")
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -49,6 +49,24 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
             return await coroutine
 
     return run_blocking(guarded())
+
+
+def read_and_do(stream: AsyncGenerator[T, None], at: int, do: Callable[[list[T]], object]) -> list[T]:
+    """All items of a stream. After the one with this number, `do` gets those so far before anything more is read.
+
+    A blocking stream is read ahead of its reader, so that a quick answer may have ended by then.
+    """
+
+    async def read() -> list[T]:
+        items: list[T] = []
+        async with aclosing(stream):
+            async for item in stream:
+                items.append(item)
+                if len(items) == at + 1:
+                    do(items)
+        return items
+
+    return run_blocking(read())  # an answer may take long on a busy machine
 
 
 async def busy_slots(coordinator: Coordinator) -> int:
