@@ -28,6 +28,8 @@ HOST = "127.0.0.1"
 FIRST_PORT = 25000
 COORDINATOR_PORT = 25800
 MACHINES = 4
+_LENGTH_BYTES = 8
+_LONGEST_OTHER_BYTES = 256
 _NO_LINGER = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
 
 
@@ -53,11 +55,18 @@ class Wire:
         self._links: set[asyncio.StreamWriter] = set()
         self._passing = asyncio.Event()
         self._passing.set()
+        self._results_left: int | None = None
+
+    @property
+    def is_passing(self) -> bool:
+        """Whether data passes."""
+        return self._passing.is_set()
 
     def open(self) -> None:
         """Listen, and pass data."""
 
         async def opened() -> None:
+            self._results_left = None
             self._passing.set()
             if self._server is None:
                 self._server = await asyncio.start_server(self._link, HOST, self.port)
@@ -76,10 +85,20 @@ class Wire:
 
         _on_network(swallowed())
 
+    def swallow_after(self, results: int) -> None:
+        """Pass so many more results of the worker's layers, and then no byte in either direction."""
+
+        async def counted() -> None:
+            self._results_left = results
+            self._passing.set()
+
+        _on_network(counted())
+
     def close(self) -> None:
         """Refuse new connections, and break the open ones."""
 
         async def closed() -> None:
+            self._results_left = None
             if self._server is not None:
                 self._server.close()
                 self._server = None
@@ -102,7 +121,9 @@ class Wire:
                 far_reader, far_writer = await asyncio.open_connection(HOST, self._target_port)
                 self._links.add(far_writer)
                 try:
-                    await asyncio.gather(self._copy(reader, far_writer), self._copy(far_reader, writer))
+                    await asyncio.gather(
+                        self._copy(reader, far_writer), self._copy(far_reader, writer, is_of_worker=True)
+                    )
                 finally:
                     self._links.discard(far_writer)
                     far_writer.transport.abort()
@@ -110,14 +131,45 @@ class Wire:
             self._links.discard(writer)
             writer.transport.abort()
 
-    async def _copy(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+    async def _copy(
+        self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, *, is_of_worker: bool = False
+    ) -> None:
+        replies = _Replies()
         with suppress(OSError):
             while data := await source.read(65536):
+                results = replies.results_in(data) if is_of_worker else 0
+                if self._results_left is not None:
+                    self._results_left -= results
+                    if self._results_left < 0:
+                        self._passing.clear()
                 await self._passing.wait()
                 sink.write(data)
                 await sink.drain()
         await self._passing.wait()  # the end of a connection does not pass either
         sink.close()
+
+
+class _Replies:
+    """Counts the results of layers in what a worker sends: replies of 8 bytes with their length, and so many more.
+    All other replies are short."""
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+        self._left_bytes = 0
+
+    def results_in(self, data: bytes) -> int:
+        """How many results begin in these bytes, which follow those before."""
+        self._data += data
+        results = 0
+        while True:
+            skipped = min(self._left_bytes, len(self._data))
+            del self._data[:skipped]
+            self._left_bytes -= skipped
+            if self._left_bytes or len(self._data) < _LENGTH_BYTES:
+                return results
+            self._left_bytes = int.from_bytes(self._data[:_LENGTH_BYTES], "little")
+            del self._data[:_LENGTH_BYTES]
+            results += self._left_bytes > _LONGEST_OTHER_BYTES
 
 
 class Machine:
@@ -154,6 +206,7 @@ class Machine:
     def make_well(self) -> None:
         """Start it, or restart it after a fault; it listens on the same ports as before."""
         if self.is_well:
+            self._wire.open()
             return
         self.kill()
         self._worker = subprocess.Popen(
@@ -193,6 +246,16 @@ class Machine:
         """Let its wire swallow all data."""
         self._was_struck = True
         self._wire.swallow()
+
+    def swallow_after(self, results: int) -> None:
+        """Let its wire swallow all data once the worker has sent so many more results of its layers: about as many
+        tokens have been computed then, and no more can be. It is no fault if `pass_again` follows."""
+        self._wire.swallow_after(results)
+
+    @property
+    def is_swallowing(self) -> bool:
+        """Whether its wire swallows all data."""
+        return not self._wire.is_passing
 
     def pass_again(self) -> None:
         """Let its wire pass data again, the swallowed data first."""

@@ -23,7 +23,7 @@ from sollol_nb.llama_cpp.processes.running import stop_engines
 from sollol_nb.runtime.io_loop import run_blocking
 from tests.chaos.machines import Cluster
 from tests.support.engines import HANG_GUARD_S, eventually, with_variable
-from tests.support.gateway import GatewayProcess, busy_slots_at, running_gateway
+from tests.support.gateway import GatewayProcess, running_gateway
 
 pytestmark = [
     pytest.mark.engine,
@@ -34,8 +34,8 @@ QUESTION = [{"role": "user", "content": "Tell me everything about sharding."}]
 STORY = [{"role": "user", "content": "Write a long story about a lighthouse keeper."}]
 TOKENS = 300
 TOKENS_OF_REAL_MODEL = 60
-STRIKE_AFTER = 8
-"""Pieces of text. The answers have many more."""
+STRIKE_AFTER = 12
+"""Results of a worker, one for each token and some for the prompt. The answers have many more tokens."""
 
 Texts = Iterator[str]
 AsyncTexts = AsyncIterator[str]
@@ -141,65 +141,94 @@ def all_machines_are_well(cluster: Cluster) -> None:
 
 @contextmanager
 def gateway_over(cluster: Cluster, **variables: str) -> Iterator[GatewayProcess]:
-    endpoints = ",".join(machine.endpoint for machine in cluster.machines)
+    endpoints = ",".join(machine.wired_endpoint for machine in cluster.machines)
     settings = {"RPC_BACKENDS": endpoints, "SOLLOL_KEEP_ALIVE": "5s", **variables}
     with running_gateway(variables=settings) as running:
         yield running
 
 
-def kill_a_worker(cluster: Cluster) -> None:
+class Answering:
+    """A loaded model in the middle of its next answer: however quick the engine is, it does not come to an end."""
+
+    def __init__(self, gateway: GatewayProcess, cluster: Cluster, model: str) -> None:
+        ollama.Client(gateway.url).generate(model)  # loads it
+        self.cluster = cluster
+        self.worker = cluster.machine(sorted(registry.holders())[0])
+        self.worker.swallow_after(STRIKE_AFTER)
+
+    def wait_begun(self) -> None:
+        """Wait until the engine is in the middle of the answer; it goes on only after `worker.pass_again`."""
+        eventually(lambda: self.worker.is_swallowing, "the answer is being generated")
+
+
+Strike = Callable[[Answering], None]
+
+
+def kill_a_worker(answering: Answering) -> None:
     """Kill one of the workers that hold layers now."""
-    cluster.machine(sorted(registry.holders())[0]).kill()
+    answering.worker.kill()
 
 
-def kill_the_coordinator(_: Cluster) -> None:
+def kill_all_workers(answering: Answering) -> None:
+    for machine in answering.cluster.machines:
+        machine.kill()
+
+
+def kill_the_coordinator(answering: Answering) -> None:
     for entry in registry.entries(registry.COORDINATOR):
-        psutil.Process(entry.pid).kill()
+        with suppress(psutil.NoSuchProcess):
+            psutil.Process(entry.pid).kill()
+    answering.worker.pass_again()
 
 
-def streamed(
-    gateway: GatewayProcess, client: str, model: str, messages: list[Any], strike: Callable[[], None]
-) -> str:
-    """The text that a client receives, while something strikes after its first pieces."""
+def texts_of(gateway: GatewayProcess, client: str, model: str, messages: list[Any]) -> Texts | AsyncTexts:
     tokens = TOKENS_OF_REAL_MODEL if model == "smollm2" else TOKENS
-    texts: Any = getattr(Clients(gateway.url, tokens), client)(model, messages)
+    texts: Texts | AsyncTexts = getattr(Clients(gateway.url, tokens), client)(model, messages)
+    return texts
+
+
+def undisturbed_text(gateway: GatewayProcess, model: str, messages: list[Any]) -> str:
+    texts = texts_of(gateway, "openai_chat", model, messages)
+    assert isinstance(texts, Iterator)
+    return "".join(texts)
+
+
+def struck(
+    gateway: GatewayProcess, cluster: Cluster, client: str, model: str, messages: list[Any], strike: Strike
+) -> str:
+    """The text that a client receives, while something strikes in the middle of the answer."""
+    answering = Answering(gateway, cluster, model)
+    texts = texts_of(gateway, client, model, messages)
     received: list[str] = []
 
     def receive(text: str) -> None:
         if text:
             received.append(text)
-            if len(received) == STRIKE_AFTER:
-                strike()
+            if len(received) == 1:
+                answering.wait_begun()
+                strike(answering)
 
-    async def receive_all() -> None:
+    async def receive_all(texts: AsyncTexts) -> None:
         async with asyncio.timeout(HANG_GUARD_S):
             async for text in texts:
                 receive(text)
 
-    if client.startswith("async_"):
-        asyncio.run(receive_all())
+    if isinstance(texts, AsyncIterator):
+        asyncio.run(receive_all(texts))
     else:
         for text in texts:
             receive(text)
-    assert len(received) >= STRIKE_AFTER, f"the answer ended before anything struck: {received}"
     return "".join(received)
 
 
 def survived(
-    gateway: GatewayProcess, client: str, model: str, messages: list[Any], strike: Callable[[], None]
+    gateway: GatewayProcess, cluster: Cluster, client: str, model: str, messages: list[Any], strike: Strike
 ) -> str:
     """The text that a client receives through a failover."""
     before = failovers()
-    text = streamed(gateway, client, model, messages, strike)
+    text = struck(gateway, cluster, client, model, messages, strike)
     eventually(lambda: failovers() > before, "the gateway has recorded a failover")
     return text
-
-
-def is_generating() -> bool:
-    """Whether a coordinator of the gateways computes an answer."""
-    with suppress(httpx.HTTPError):  # of one that ends
-        return any(busy_slots_at(entry.about["url"]) for entry in registry.entries(registry.COORDINATOR))
-    return False
 
 
 def failovers() -> int:
@@ -209,49 +238,43 @@ def failovers() -> int:
 
 @pytest.fixture(scope="module")
 def undisturbed(over_machines: GatewayProcess) -> str:
-    return streamed(over_machines, "openai_chat", "demo:sharded", QUESTION, lambda: None)
+    return undisturbed_text(over_machines, "demo:sharded", QUESTION)
 
 
 @pytest.mark.parametrize("client", ALL)
 def test_a_client_streams_through_the_death_of_a_worker(
     over_machines: GatewayProcess, cluster: Cluster, client: str, undisturbed: str
 ) -> None:
-    assert survived(over_machines, client, "demo:sharded", QUESTION, lambda: kill_a_worker(cluster)) == undisturbed
+    assert survived(over_machines, cluster, client, "demo:sharded", QUESTION, kill_a_worker) == undisturbed
 
 
 @pytest.mark.parametrize("client", BLOCKING)
 def test_a_client_streams_through_the_death_of_the_coordinator(
     over_machines: GatewayProcess, cluster: Cluster, client: str, undisturbed: str
 ) -> None:
-    def strike() -> None:
-        kill_the_coordinator(cluster)
-
-    assert survived(over_machines, client, "demo:sharded", QUESTION, strike) == undisturbed
+    assert survived(over_machines, cluster, client, "demo:sharded", QUESTION, kill_the_coordinator) == undisturbed
 
 
 def test_when_no_worker_is_left_the_client_gets_an_error_and_later_requests_work(
     over_machines: GatewayProcess, cluster: Cluster, undisturbed: str
 ) -> None:
-    def kill_all() -> None:
-        for machine in cluster.machines:
-            machine.kill()
-
     with pytest.raises(openai.APIError, match="worker"):
-        streamed(over_machines, "openai_chat", "demo:sharded", QUESTION, kill_all)
+        struck(over_machines, cluster, "openai_chat", "demo:sharded", QUESTION, kill_all_workers)
     cluster.make_well()
-    assert streamed(over_machines, "openai_chat", "demo:sharded", QUESTION, lambda: None) == undisturbed
+    assert undisturbed_text(over_machines, "demo:sharded", QUESTION) == undisturbed
 
 
 def test_the_header_of_a_whole_answer_says_how_many_failovers_it_had(
     over_machines: GatewayProcess, cluster: Cluster, undisturbed: str
 ) -> None:
     body = {"model": "demo:sharded", "messages": QUESTION, "temperature": 0, "max_tokens": TOKENS}
+    answering = Answering(over_machines, cluster, "demo:sharded")
 
     async def ask() -> httpx.Response:
         async with httpx.AsyncClient(timeout=HANG_GUARD_S) as client:
             asking = asyncio.create_task(client.post(f"{over_machines.url}/v1/chat/completions", json=body))
-            await asyncio.to_thread(eventually, is_generating, "the answer is being generated")
-            await asyncio.to_thread(kill_a_worker, cluster)
+            await asyncio.to_thread(answering.wait_begun)
+            await asyncio.to_thread(kill_a_worker, answering)
             return await asking
 
     response = asyncio.run(ask())
@@ -266,7 +289,7 @@ def exact(cluster: Cluster, smollm2: Path) -> Iterator[tuple[GatewayProcess, str
     model = {"SOLLOL_MODELS": f"smollm2={smollm2}", "SOLLOL_DETERMINISTIC": "1", "SOLLOL_THRESHOLD_PARAMS": "0.01"}
     run_blocking(stop_engines(also_used=True))  # the demo model's coordinator holds workers
     with gateway_over(cluster, **model) as running:
-        yield running, streamed(running, "openai_chat", "smollm2", STORY, lambda: None)
+        yield running, undisturbed_text(running, "smollm2", STORY)
 
 
 @pytest.mark.parametrize("client", BLOCKING)
@@ -274,4 +297,4 @@ def test_with_exact_recovery_the_answer_of_a_real_model_is_the_undisturbed_one(
     exact: tuple[GatewayProcess, str], cluster: Cluster, client: str
 ) -> None:
     gateway, undisturbed = exact
-    assert survived(gateway, client, "smollm2", STORY, lambda: kill_a_worker(cluster)) == undisturbed
+    assert survived(gateway, cluster, client, "smollm2", STORY, kill_a_worker) == undisturbed
