@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+from sollol_nb.cluster import state
 from sollol_nb.cluster.data import describe_answer
 from sollol_nb.cluster.state import EVENTS_KEPT, ROUND_TRIPS_KEPT
 from sollol_nb.hybrid_router import HybridRouter as AsyncHybridRouter
@@ -115,6 +117,10 @@ def test_patches_alone_keep_a_watcher_up_to_date() -> None:
         cluster.events.publish(EventKind.NODE_ABSENT, cluster.nodes[0].url, "Ollama is absent")
         eventually(lambda: not watcher.state["coordinators"], "its end is sent")
         eventually(lambda: watcher.state["workers"][endpoint(5)]["state"] == "down", "the loss is sent")
+        eventually(
+            lambda: "node.absent" in [event["kind"] for event in watcher.state["events"].values()],
+            "the last event is sent",
+        )
         eventually(lambda: watcher.state == cluster.state.data, "everything is sent")
 
     worker = watcher.state["workers"][endpoint(5)]
@@ -128,12 +134,16 @@ def test_two_watchers_get_the_same_patches() -> None:
     with watching(cluster) as first, watching(cluster) as second:
         cluster.change_worker(1, "down", "gone", EventKind.WORKER_LOST)
         eventually(lambda: second.state["workers"][endpoint(1)]["state"] == "down", "sent to both")
-        assert first.state == second.state
+
+        async def have_the_same() -> bool:
+            return first.state == second.state  # no patch comes in between on the I/O loop
+
+        assert run(have_the_same())
     assert first.state["workers"][endpoint(1)]["state"] == "down"
 
 
 def test_a_storm_of_events_makes_few_patches() -> None:
-    cluster = SimulatedCluster(3)
+    cluster, began = SimulatedCluster(3), time.monotonic()
     with watching(cluster) as watcher:
         for number in range(1000):
             cluster.events.publish(EventKind.WORKER_RETURNED, endpoint(0), f"event {number}")
@@ -142,7 +152,7 @@ def test_a_storm_of_events_makes_few_patches() -> None:
             "everything is sent",
         )
 
-    assert len(watcher.patches) < 20
+    assert len(watcher.patches) <= 1 + (time.monotonic() - began) * state.PATCHES_PER_S
     assert [event["message"] for event in watcher.state["events"].values()] == [
         f"event {number}" for number in range(1000 - EVENTS_KEPT, 1000)
     ]

@@ -27,9 +27,7 @@ from sollol_nb.runtime.io_loop import (
     on_io_loop,
     run_blocking,
 )
-from tests.support.engines import posix_only
-
-HANG_GUARD_S = 60.0
+from tests.support.engines import HANG_GUARD_S, posix_only
 
 
 async def for_ever() -> None:
@@ -420,7 +418,7 @@ def test_interrupt_of_a_blocking_iteration_cancels_the_work(wake: bool, tick_s: 
             cleaned_up.set()
 
     with pytest.raises(KeyboardInterrupt):
-        list(iterate_blocking(interrupts()))
+        list(iterate_blocking(interrupts(), tick_s=tick_s))
     assert cleaned_up.is_set()
 
 
@@ -601,7 +599,9 @@ stream = iterate_blocking(endless(), cancel_grace_s=3600)
 next(stream)
 print("last line")
 """
-    run = subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], check=True, timeout=HANG_GUARD_S, capture_output=True, text=True
+    )
     assert (run.stdout, run.stderr) == ("last line\n", "")
 
 
@@ -637,7 +637,9 @@ watched = router._async.state
 run_blocking(start())
 print("last line")
 """
-    run = subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], check=True, timeout=HANG_GUARD_S, capture_output=True, text=True
+    )
     assert (run.stdout, run.stderr) == ("last line\n", "")
 
 

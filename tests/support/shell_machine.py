@@ -67,8 +67,9 @@ class ShellMachine:
         """A shell there."""
         path = f"{self.own_path}:{self.path}" if self.path else str(self.own_path)
         text = _SSH.format(home=self.home, path=path, before=self.before, through=self.through)
-        self._ssh.write_text(text)
-        self._ssh.chmod(0o700)
+        if not self._ssh.exists() or self._ssh.read_text() != text:  # it may be running
+            self._ssh.write_text(text)
+            self._ssh.chmod(0o700)
         return Shell("ssh://gpu1", [str(self._ssh)], shares=False)
 
     def prepare(self, here: Engine, **options: Any) -> RemoteEngine:

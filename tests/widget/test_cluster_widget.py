@@ -202,9 +202,13 @@ def test_a_page_that_opens_gets_the_state_as_it_is_now(widget: ClusterWidget, cl
     cluster.change_worker(3, "down", "gone", EventKind.WORKER_LOST)
     eventually(lambda: cluster.state.data["workers"][endpoint(3)]["state"] == "down", "it is known")
 
-    state = widget.map.get_state()
+    async def opened() -> tuple[dict[str, Any], dict[str, Any]]:
+        assert widget.map is not None
+        return widget.map.get_state(), cluster.state.data  # no patch comes in between on the I/O loop
 
-    assert state["state"] == cluster.state.data
+    state, data = run_blocking(opened())
+
+    assert state["state"] == data
     assert "function render" in state["_esm"]
     assert "http" not in state["_esm"].replace("http://www.w3.org/2000/svg", ""), "nothing is fetched"
 
@@ -369,8 +373,12 @@ def test_sliders_that_were_moved_stay_when_another_model_starts_or_ends() -> Non
     cluster.run_model("another", [3, 4])
     cluster.coordinators.reverse()  # it comes first
     cluster.events.publish(EventKind.WORKER_RETURNED, endpoint(0), "it is back")
-    eventually(lambda: widget.what_if.model.options == ("another", "big"), "it can be chosen")
-    assert (widget.what_if.model.value, units(widget)) == ("big", [0, 20, 8, 13, 0, 0])
+    eventually(
+        # New options select the first one for a moment.
+        lambda: (widget.what_if.model.options, widget.what_if.model.value) == (("another", "big"), "big"),
+        "it can be chosen",
+    )
+    assert units(widget) == [0, 20, 8, 13, 0, 0]
     cluster.end_model("another")
     eventually(lambda: widget.what_if.model.options == ("big",), "it is gone")
     assert units(widget) == [0, 20, 8, 13, 0, 0]
@@ -382,7 +390,7 @@ def test_layers_cannot_be_moved_to_a_worker_that_is_gone(widget: ClusterWidget, 
     eventually(lambda: not widget.what_if.apply.disabled, "it can be applied")
     cluster.change_worker(3, "down", "gone", EventKind.WORKER_LOST)
     eventually(lambda: units(widget) == [0, 14, 14, 13], "its slider is gone, and the running layout is shown")
-    assert widget.what_if.apply.disabled
+    eventually(lambda: widget.what_if.apply.disabled, "that cannot be applied")
 
 
 # --- a suggested layout -------------------------------------------------------------------------
@@ -495,7 +503,10 @@ def test_a_failure_is_reported_by_an_event(steered: ClusterWidget, router: Hybri
         lambda: any(text.startswith("loading /no/such/file.gguf failed") for text in messages(router)), "reported"
     )
     eventually(lambda: not steered.models.load.disabled, "it can be tried again")
-    assert steered.progress.value.startswith("⚠ loading /no/such/file.gguf failed"), "beside the controls, too"
+    eventually(
+        lambda: steered.progress.value.startswith("⚠ loading /no/such/file.gguf failed"),
+        "it is said beside the controls, too",
+    )
 
 
 def test_an_unexpected_failure_is_reported_too(
@@ -519,7 +530,8 @@ def test_a_strategy_and_a_keep_alive_apply_from_now_on(steered: ClusterWidget, r
     settings = router.settings
     eventually(lambda: router.settings.keep_alive_s == 3600.0, "keep_alive is set")
     assert settings.layer_strategy == "even"
-    assert "models that start from now on are spread by strategy 'even'" in messages(router)
+    said = "models that start from now on are spread by strategy 'even'"
+    eventually(lambda: said in messages(router), "an event says so")
     router.configure(layer_strategy="memory_aware")
     eventually(lambda: steered.models.strategy.value == "memory_aware", "chosen elsewhere, it is shown")
     assert router.layer_strategy == "memory_aware"
@@ -602,7 +614,7 @@ def test_an_action_runs_once_at_a_time(widget: ClusterWidget, cluster: Simulated
     eventually(lambda: widget.progress.value == "adding …", "what it does is shown")
     may_end.set()
     eventually(lambda: not actions.is_unavailable("add") and not widget.workers.add.disabled, "it is done")
-    assert widget.progress.value == "adding: done"
+    eventually(lambda: widget.progress.value == "adding: done", "that is shown")
     assert begun == [1]
 
 

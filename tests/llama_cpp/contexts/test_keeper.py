@@ -7,6 +7,7 @@ the real one.
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from sollol_nb.llama_cpp.contexts import keeper as keeper_module
 from sollol_nb.llama_cpp.contexts.keeper import ContextKeeper
 from sollol_nb.llama_cpp.contexts.store import ContextStore, SavedContext
 from sollol_nb.llama_cpp.contexts.visit import Identity, Visit
+from tests.support.engines import HANG_GUARD_S, eventually_async
 
 LONG = "You are a careful assistant. " * 100
 MADE_OF = {"model_file": "m1", "engine": "e1", "adapters": [], "kv": "f16"}
@@ -44,7 +46,7 @@ class SmallEngine:
         self.actions.append(f"{action} {number}")
         if number == self.taken:
             self.busy = {number}
-            await hang()
+            await asyncio.Event().wait()
         assert number not in self.busy, "the engine would wait for the slot"
         if action == "erase":
             self.tokens[number] = 0
@@ -131,6 +133,22 @@ def used(setup: Setup) -> Setup:
     return setup
 
 
+async def used_once_read(setup: Setup) -> Setup:
+    """The same, once the folder was read in the background."""
+    read, is_read = setup.store.list, threading.Event()
+
+    def listed() -> list[SavedContext]:
+        try:
+            return read()
+        finally:
+            is_read.set()
+
+    setup.store.list = listed  # type: ignore[method-assign]
+    used(setup)
+    await asyncio.to_thread(is_read.wait, HANG_GUARD_S)
+    return setup
+
+
 def test_a_context_is_saved_once_and_replaces_what_it_goes_on_from(setup: Setup) -> None:
     async def main() -> None:
         await used(setup).ask()
@@ -162,8 +180,7 @@ def test_a_short_request_looks_at_no_file_and_asks_nothing(setup: Setup, monkeyp
     setup.save_to_folder(text="Hi")
 
     async def main() -> None:
-        used(setup)
-        await asyncio.sleep(0.05)  # the folder was read once
+        await used_once_read(setup)
         monkeypatch.setattr(setup.store, "list", None)
         monkeypatch.setattr(setup.engine, "get", None)
         visit = await setup.keeper.visit("Hi there", is_cached=True, lease=FreeLease())
@@ -319,8 +336,7 @@ def test_a_short_prompt_is_not_looked_for_where_processing_it_is_quick(
     setup.save_to_folder(text=LONG[:200], tokens=150, prefill_ms=10.0)
 
     async def main() -> Visit:
-        keeper = used(setup).keeper
-        await asyncio.sleep(0.05)  # the folder was read once
+        keeper = (await used_once_read(setup)).keeper
         keeper._actions.costs.add_prefill(1000, 1000.0)
         monkeypatch.setattr(setup.store, "list", None)
         return await keeper.visit(LONG[:200], is_cached=True, lease=None)
@@ -331,17 +347,25 @@ def test_a_short_prompt_is_not_looked_for_where_processing_it_is_quick(
 def test_who_waits_for_a_saving_is_not_cancelled_with_it(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> int:
         await used(setup).ask()
-        monkeypatch.setattr(setup.engine, "post", hang)
+        hanging = Hanging()
+        monkeypatch.setattr(setup.engine, "post", hanging)
         saving = asyncio.create_task(setup.keeper.save())
-        await asyncio.sleep(0.05)
+        await hanging.begun.wait()
         setup.keeper.close()  # the coordinator is ended for another reason
         return await saving
 
     assert asyncio.run(main()) == 0
 
 
-async def hang(*_: Any, **__: Any) -> Any:
-    await asyncio.Event().wait()
+class Hanging:
+    """A request that is never answered."""
+
+    def __init__(self) -> None:
+        self.begun = asyncio.Event()
+
+    async def __call__(self, *_: Any, **__: Any) -> Any:
+        self.begun.set()
+        await asyncio.Event().wait()
 
 
 def test_a_slot_whose_restore_was_not_awaited_holds_nobody_knows_what(
@@ -352,9 +376,10 @@ def test_a_slot_whose_restore_was_not_awaited_holds_nobody_knows_what(
     async def main() -> None:
         await used(setup).ask("First. " * 20)
         await setup.ask("Second. " * 20)
-        monkeypatch.setattr(setup.engine, "post", hang)
+        hanging = Hanging()
+        monkeypatch.setattr(setup.engine, "post", hanging)
         asking = asyncio.create_task(setup.keeper.visit("Another. " + LONG, is_cached=True, lease=None))
-        await asyncio.sleep(0.05)
+        await hanging.begun.wait()
         asking.cancel()
         await asyncio.wait({asking})
 
@@ -382,8 +407,7 @@ def test_an_action_that_nobody_waits_for_any_more_ends(setup: Setup, monkeypatch
         await asyncio.wait({asking})
         assert setup.keeper.is_acting, "the engine does it anyway"
         is_read.set()
-        await asyncio.sleep(0.05)
-        assert not setup.keeper.is_acting
+        await eventually_async(lambda: not setup.keeper.is_acting, "the action has ended")
 
     asyncio.run(main())
 
@@ -467,9 +491,11 @@ def test_what_was_answered_is_saved_before_the_slots_are_emptied(
 def test_no_slot_is_emptied_that_has_got_a_request_meanwhile(
     setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    erases, chosen, get, post = asyncio.Event(), asyncio.Event(), setup.engine.get, setup.engine.post
+    looks, erases, chosen = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    get, post = setup.engine.get, setup.engine.post
 
     async def get_late(*arguments: Any, **options: Any) -> Any:
+        looks.set()
         await erases.wait()
         return await get(*arguments, **options)
 
@@ -487,7 +513,7 @@ def test_no_slot_is_emptied_that_has_got_a_request_meanwhile(
         asking = asyncio.create_task(
             setup.keeper.visit("Second. " * 100, is_cached=True, lease=FreeLease(uses_by_others=1))
         )
-        await asyncio.sleep(0.01)  # it looks at the slots
+        await looks.wait()
         forgetting = asyncio.create_task(setup.keeper.forget([]))
         assert (await asking).slot is setup.keeper.slots.all[1]
         chosen.set()

@@ -144,6 +144,14 @@ def processes_in(folder: Path) -> list[str]:
     return found
 
 
+def nothing_runs_in(folder: Path, what: str = "") -> None:
+    """Killed processes may still be ending; one that was missed would sleep for a minute."""
+    deadline = time.monotonic() + GONE_LIMIT_S
+    while (found := [line for line in processes_in(folder) if what in line]) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not found
+
+
 # --- what is installed ------------------------------------------------------------------------
 
 
@@ -230,7 +238,7 @@ def test_a_build_over_its_time_limit_is_ended_with_all_its_processes(
     with pytest.raises(EngineBuildError, match="took longer than"):
         build_engine("cpu", check=works, progress=silent, fetch=source_of(SLOW_BUILD))
     assert contents(engines) == []
-    assert not processes_in(engines)
+    nothing_runs_in(engines)
 
 
 def in_child(tree: dict[str, str], *, wait: bool = False, in_thread: bool = False) -> subprocess.Popen[str]:
@@ -271,11 +279,7 @@ def test_an_interrupted_build_leaves_no_process_and_no_engine(engines: Path, in_
     assert "KeyboardInterrupt" in errors, errors
     assert ("building llama.cpp was interrupted" in errors) == in_thread
     assert contents(engines) == []
-    # Killed processes may still be ending; one that was missed would sleep for a minute.
-    deadline = time.monotonic() + GONE_LIMIT_S
-    while processes_in(engines) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not processes_in(engines)
+    nothing_runs_in(engines)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a shell script")
@@ -283,7 +287,7 @@ def test_what_outlives_a_failed_step_is_ended(engines: Path, tmp_path: Path) -> 
     steps = BuildSteps(tmp_path / "log", silent)
     orphan = f"cd {tmp_path}; (sleep 61; sleep 61) & exit 3"
     assert steps.run("sh", "-c", orphan, limit_s=30) == 3
-    assert not [line for line in processes_in(tmp_path) if "sleep" in line]
+    nothing_runs_in(tmp_path, "sleep")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a killed kernel of POSIX")
@@ -295,10 +299,7 @@ def test_a_killed_kernel_leaves_no_compiler_running(engines: Path) -> None:
         assert processes_in(engines)
         child.kill()
         child.wait()
-        deadline = time.monotonic() + GONE_LIMIT_S
-        while processes_in(engines) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert not processes_in(engines)
+        nothing_runs_in(engines)
     build_engine("cpu", check=works, progress=silent, fetch=source_of(TREE))
     assert contents(engines) == [KEY]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -110,12 +111,12 @@ def test_a_worker_beside_the_target_of_a_linked_server_is_found(places: dict[str
 
 
 def test_the_backend_chosen_last_is_found_first(places: dict[str, Path]) -> None:
-    cached_engine(places["cache"], "one", "cpu")
-    cuda = cached_engine(places["cache"], "two", "cuda")
-    (cuda / "engine.json").touch()
-    assert find_engine().version == "two"
-    (cuda.with_name(cuda.name.replace("cuda", "cpu")) / "engine.json").touch()
-    assert find_engine().version == "one"
+    backends = {"one": "cpu", "two": "cuda"}
+    folders = {version: cached_engine(places["cache"], version, backend) for version, backend in backends.items()}
+    for chosen_at_s, version in enumerate(("two", "one", "two"), 2_000_000_000):
+        # Later than all before: `touch` may give the same time twice, since systems count it in milliseconds.
+        os.utime(folders[version] / "engine.json", (chosen_at_s, chosen_at_s))
+        assert find_engine().version == version
 
 
 def test_without_an_engine_the_error_says_where_was_searched_and_what_to_run(places: dict[str, Path]) -> None:

@@ -154,6 +154,7 @@ def test_all_ends_when_no_heartbeat_comes_and_a_worker_that_ends_at_once_gets_an
         kind, index, port = running.line()
         assert (kind, index) == ("worker", "0")
         assert running.line() == ["ended", "0", "1", "1"]
+        running.send("\n")
         kind, index, other = running.line()
         assert (kind, index) == ("worker", "0")
         assert other != port

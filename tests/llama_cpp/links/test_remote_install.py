@@ -16,7 +16,7 @@ from sollol_nb.llama_cpp.engine import build
 from sollol_nb.llama_cpp.links import remote_engine, remote_facts
 from sollol_nb.llama_cpp.links.remote_engine import RemoteEngine
 from sollol_nb.llama_cpp.links.remote_facts import Facts
-from tests.support.engines import eventually, posix_only, run
+from tests.support.engines import eventually, eventually_async, posix_only, run
 from tests.support.shell_machine import ShellMachine, engine_in, let_this_cpu_have_more, tiny_source
 
 pytestmark = posix_only
@@ -133,15 +133,24 @@ def test_two_clients_at_once_build_it_only_once(
 ) -> None:
     let_this_cpu_have_more(monkeypatch)
     here = engine_in(tmp_path / "here")
+    both_are_there = tmp_path / "both are there"
+    waits = f"until [ -e '{both_are_there}' ]; do sleep 0.1; done"
+    fetch = tiny_source(
+        f'add_custom_target(waits COMMAND sh -c "{waits}" VERBATIM)\nadd_dependencies(ggml-rpc-server waits)\n'
+    )
+    waiting = "another connection is installing llama.cpp on gpu1; waiting for it"
 
     async def both() -> list[RemoteEngine]:
-        return await asyncio.gather(*(machine.preparing(here, fetch=tiny_source()) for _ in range(2)))
+        preparing = asyncio.gather(*(machine.preparing(here, fetch=fetch) for _ in range(2)))
+        await eventually_async(lambda: waiting in machine.reports or preparing.done(), "the second one waits")
+        both_are_there.touch()
+        return await preparing
 
     first, second = run(both())
     assert first.how == second.how == "built"
     assert first.worker == second.worker
     assert (machine.home / "configured").read_text() == "once\n"
-    assert "another connection is installing llama.cpp on gpu1; waiting for it" in machine.reports
+    assert waiting in machine.reports
     assert len(machine.installed()) == 1
     assert list(machine.engines.parent.glob("*.log")) == []
 
