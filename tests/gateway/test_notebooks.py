@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
 from sollol_nb.gateway.keys import Key, add_key
 from sollol_nb.llama_cpp.engine.check import Engine
-from tests.support.engines import engines_of
+from tests.chaos.machines import Cluster
+from tests.support.engines import engines_of, eventually
 from tests.support.gateway import GatewayProcess, RestartableGateway, own_gateway
 from tests.support.kernels import MAGICS, Kernel, kernel
 from tests.support.magic_examples import run_examples
 
 pytestmark = pytest.mark.engine
 LENGTH = 500
-"""In tokens: two such answers fit the context, and run for seconds."""
+"""In tokens: two such answers fit the context."""
+HELD_AFTER = 200
+"""Tokens. They are enough for both notebooks to show some text."""
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 
 
@@ -83,7 +89,7 @@ def test_two_notebooks_share_one_loaded_model(notebook: Kernel, gateway: Gateway
         first = notebook.run('%sollol demo:sharded "What is a worker?" --temperature 0')
         second = other.run('%sollol demo:sharded "What is a worker?" --temperature 0 --out answer')
         assert first.markdown.partition("\n\n")[0] == second.markdown.partition("\n\n")[0]
-        assert other.value("answer.routing['load_ms'] in (None, 0) or answer.routing['load_ms'] < 100") == "True"
+        assert other.value("answer.routing['load_ms'] is None") == "True"
         text = other.run("%sollol_cluster --text").stream
         assert text.count("demo:sharded at ") == 1
         frame = other.value("(lambda frame: (len(frame), frame['model'][0]))(get_ipython().run_line_magic("
@@ -92,21 +98,22 @@ def test_two_notebooks_share_one_loaded_model(notebook: Kernel, gateway: Gateway
 
 
 def test_the_status_of_a_cell_follows_the_gateway(notebook: Kernel) -> None:
-    notebook.run("%sollol_stop")
+    notebook.run("%sollol_stop\nimport time\nstopped_at = time.time()")
     shown = notebook.run('%sollol demo "Hello!" --max-tokens 2')
     assert shown.updates > 0
-    events = notebook.value(
-        "[event.kind for event in __import__('sollol_nb.notebook').notebook.router().events.recent()][-4:]"
-    )
-    assert "coordinator.ready" in events
+    recent = "__import__('sollol_nb.notebook').notebook.router().events.recent()"
+    kinds = f"[event.kind for event in {recent} if event.at >= stopped_at]"
+    eventually(lambda: "coordinator.ready" in notebook.value(kinds), "the gateway's event is here")
 
 
 def test_the_widget_shows_the_gateways_cluster(notebook: Kernel) -> None:
     notebook.run('%sollol demo:sharded "Hello!" --max-tokens 2')
     shown = notebook.run("widget = %sollol_cluster\nwidget")
     assert any("application/vnd.jupyter.widget-view+json" in display for display in shown.displays)
-    assert notebook.value("'demo:sharded' in str(widget.map.current()['coordinators'])") == "True"
-    assert notebook.value("widget.what_if.model.value") == "'demo:sharded'"
+    is_on_map = "'demo:sharded' in str(widget.map.current()['coordinators'])"
+    eventually(lambda: notebook.value(is_on_map) == "True", "the map shows the model")
+    chosen = "widget.what_if.model.value"
+    eventually(lambda: notebook.value(chosen) == "'demo:sharded'", "a layout can be tried for it")
     notebook.run("widget.close()")
 
 
@@ -149,22 +156,36 @@ def test_a_key_is_asked_for_and_never_shown(
 def test_answers_of_two_notebooks_continue_after_the_gateway_was_killed(
     engine: Engine, endless: str, tmp_path: Path
 ) -> None:
-    restartable = RestartableGateway(tmp_path / "gateway")
-    try:
+    with Cluster(engine) as cluster, ExitStack() as stack:
+        backends = ",".join(machine.wired_endpoint for machine in cluster.machines)
+        sharded = {"RPC_BACKENDS": backends, "SOLLOL_THRESHOLD_PARAMS": "0.0001"}
+        restartable = RestartableGateway(tmp_path / "gateway", **sharded)
+        stack.callback(restartable.close)
+
+        def both_run() -> bool:
+            metrics = httpx.get(f"{restartable.url}/metrics").text
+            return re.search(r'sollol_requests_running\{.*model="endless".*\} 2\.0', metrics) is not None
+
         with (
             kernel(SOLLOL_STATE_DIR=str(tmp_path / "a"), SOLLOL_GATEWAY=restartable.url) as first,
             kernel(SOLLOL_STATE_DIR=str(tmp_path / "b"), SOLLOL_GATEWAY=restartable.url) as second,
         ):
             kernels = [loaded(first), loaded(second)]
+            assert first.run(f"%sollol {endless} Hello --max-tokens 1").status == "ok"
+            (loaded_one,) = httpx.get(f"{restartable.url}/cluster").json()["coordinators"].values()
+            worker = cluster.machine(next(iter(loaded_one["segments"])))
+            worker.swallow_after(0)
             cell = f"%sollol {endless} Hello --temperature 0 --max-tokens {LENGTH} --out answer"
             messages = [each.client.execute(cell) for each in kernels]
+            eventually(both_run, "the engine has both requests")
+            worker.swallow_after(HELD_AFTER)  # neither answer comes to an end, however quick the engine is
             for each, message in zip(kernels, messages, strict=True):
                 each.collect(message, until_shown=" ")
-            restartable.restart()
+            restartable.kill()
+            worker.pass_again()
+            restartable.start()
             for each, message in zip(kernels, messages, strict=True):
                 shown = each.collect(message)
                 assert shown.status == "ok", shown.error
                 assert each.value("answer['eval_count']") == str(LENGTH)
                 assert each.value("[each['continued'] for each in answer.routing['failovers']]") == "[True]"
-    finally:
-        restartable.close()

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import pytest
 
 from sollol_nb.gateway.keys import Key, Keys, add_key
 from tests.support.engines import HANG_GUARD_S, QUESTION, eventually, run
-from tests.support.gateway import GatewayProcess, gateway_without_engines, running_gateway
+from tests.support.gateway import GatewayProcess, gateway_without_engines, running_gateway, suspended
 from tests.support.gguf_files import write_llama
 from tests.support.ollama_server import OllamaServer
 from tests.support.scripted_model import CHATML, write_scripted
@@ -202,9 +203,12 @@ def test_a_client_that_disconnects_frees_its_slot(gateway: GatewayProcess, endle
             durations = [line for line in metrics if "request_duration_seconds_count" in line]
             return any('model="endless"' in line and '"cancelled"' in line for line in durations)
 
+        def running() -> list[int]:
+            coordinators = http.get("/cluster").json()["coordinators"].values()
+            return [each["running"] for each in coordinators if each["path"] == endless]
+
         eventually(has_ended, "the answer is cancelled")
-        coordinators = http.get("/cluster").json()["coordinators"].values()
-    assert [each["running"] for each in coordinators if each["path"] == endless] == [0]
+        eventually(lambda: running() == [0], "its slot is free")
 
 
 @pytest.mark.engine
@@ -281,19 +285,25 @@ def test_what_cannot_be_done_is_refused_with_ollamas_error(
 def test_an_error_within_a_stream_is_a_line(gateway: GatewayProcess, tmp_path: Path) -> None:
     """Two answers fill the context that they share, so llama-server ends both."""
     narrow = write_llama(tmp_path / "narrow.gguf", blocks=2, embedding=64, vocabulary=1000, context=512)
-    body = {"model": str(narrow), "prompt": "Begin.", "options": {"num_predict": -1}}
-    with gateway.client() as http:
-        for _ in range(20):  # an answer takes some milliseconds: it may end before the other one begins
-            with http.stream("POST", "/api/generate", json=body) as other:
-                others = other.iter_lines()  # as long as it is kept, the other answer is read
-                next(others)
-                answer = http.post("/api/generate", json=body)
-            *lines, last = map(json.loads, answer.text.splitlines())
-            if "error" in last:
-                break
-    assert answer.status_code == 200
-    assert [line["done"] for line in lines] == [False] * max(1, len(lines))
-    assert "requests that ran at the same time filled" in last["error"]
+    body = {"model": str(narrow), "prompt": "Begin.", "options": {"num_predict": -1, "temperature": 0}}
+
+    def asked_both(http: httpx.Client) -> bool:
+        running = [line for line in http.get("/metrics").text.splitlines() if "sollol_requests_running{" in line]
+        return any('model="narrow"' in line and line.endswith(" 2.0") for line in running)
+
+    with gateway.client() as http, ThreadPoolExecutor(2) as pool:
+        http.post("/api/generate", json={"model": str(narrow)}).raise_for_status()  # loads it
+        coordinators = http.get("/cluster").json()["coordinators"]
+        (url,) = (url for url, each in coordinators.items() if each["path"] == str(narrow))
+        with suspended(url):  # so that both answers begin together
+            asking = [pool.submit(http.post, "/api/generate", json=body) for _ in range(2)]
+            eventually(lambda: asked_both(http), "both requests are with the engine")
+        answers = [each.result() for each in asking]
+    for answer in answers:
+        assert answer.status_code == 200
+        *lines, last = map(json.loads, answer.text.splitlines())
+        assert [line["done"] for line in lines] == [False] * max(1, len(lines))
+        assert "requests that ran at the same time filled" in last["error"]
 
 
 # --- fields ---------------------------------------------------------------------------------------
@@ -465,13 +475,21 @@ def test_lists_have_the_models_of_nodes_and_of_llama_cpp(with_node: GatewayProce
     for model in ("demo", "llama3.2"):
         assert asked(with_node.url, "POST", "/api/generate", {"model": model, "prompt": ""})[0] == 200
     for path in ("/api/tags", "/api/ps"):
-        [own] = asked(ollama.base_url, "GET", path)[2]
-        [ours] = asked(with_node.url, "GET", path)[2]
-        by_name = {model["name"]: model for model in ours["models"]}
-        assert len(by_name) == len(ours["models"])
-        for model in own["models"]:
+
+        def lists(path: str = path) -> tuple[list[Any], list[Any]] | None:
+            """The node's list and the gateway's, once none of the node's models changes in between."""
+            first, ours, own = (
+                asked(url, "GET", path)[2][0]["models"]
+                for url in (ollama.base_url, with_node.url, ollama.base_url)
+            )
+            return (own, ours) if first == own else None
+
+        own, ours = eventually(lists, "the node has noted when its models expire")
+        by_name = {model["name"]: model for model in ours}
+        assert len(by_name) == len(ours)
+        for model in own:
             assert by_name[model["name"]] == model
-        assert shape(by_name["demo"]) == shape(own["models"][0])
+        assert shape(by_name["demo"]) == shape(own[0])
     [version] = asked(ollama.base_url, "GET", "/api/version")[2]
     assert asked(with_node.url, "GET", "/api/version")[2][0]["version"] == version["version"]
 

@@ -12,6 +12,7 @@ from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from sollol_nb.gateway.access import AccessRules
@@ -23,7 +24,7 @@ from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.processes.running import stop_engines
 from sollol_nb.ollama.pool import OllamaPool
 from sollol_nb.runtime.io_loop import run_blocking
-from tests.support.engines import HANG_GUARD_S, REPOSITORY, eventually, unused_port
+from tests.support.engines import HANG_GUARD_S, REPOSITORY, eventually, unused_ports
 
 NOTHING_LISTENS = "127.0.0.1:9"
 
@@ -111,13 +112,13 @@ class RestartableGateway:
         running: the present process.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Args: folder: for its state."""
+    def __init__(self, folder: Path, **variables: str) -> None:
+        """Args: folder: for its state. variables: of its environment."""
         self._folder = folder
-        port = unused_port()
+        port = unused_ports(1)  # no other connection gets this port while the gateway is dead
         self.url = f"http://127.0.0.1:{port}"
         self._port = port
-        self._variables = {"SOLLOL_STATE_DIR": str(folder), "SOLLOL_AUTO_SETUP": "1"}
+        self._variables = {"SOLLOL_STATE_DIR": str(folder), **variables}
         self._stack = ExitStack()
         self.running: GatewayProcess = self.start()
 
@@ -164,6 +165,18 @@ def busy_slots_at(engine_url: str) -> int:
     (entry,) = (entry for entry in registry.entries(registry.COORDINATOR) if entry.about["url"] == engine_url)
     slots = httpx.get(f"{engine_url}/slots", headers={"Authorization": f"Bearer {entry.read_key()}"}).json()
     return sum(slot["is_processing"] for slot in slots)
+
+
+@contextmanager
+def suspended(engine_url: str) -> Iterator[None]:
+    """The llama-server at this URL, which is of this state folder, does nothing meanwhile."""
+    (entry,) = (entry for entry in registry.entries(registry.COORDINATOR) if entry.about["url"] == engine_url)
+    engine = psutil.Process(entry.pid)
+    engine.suspend()
+    try:
+        yield
+    finally:
+        engine.resume()
 
 
 def gateway_command(*arguments: str) -> Sequence[str]:
