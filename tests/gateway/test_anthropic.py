@@ -195,7 +195,7 @@ def test_errors_raise_the_classes_of_the_client(client: Anthropic) -> None:
     assert unknown.value.type == "not_found_error"
     request_id = unknown.value.request_id or "none"
     log = config.log_dir() / access_log.FILE_NAME
-    eventually(lambda: request_id in log.read_text(), "the log has the request by its id")
+    eventually(lambda: log.exists() and request_id in log.read_text(), "the log has the request by its id")
     with pytest.raises(anthropic.BadRequestError, match="prompt is too long"):
         client.messages.create(**{**asked, "messages": [{"role": "user", "content": "worker " * 20_000}]})
     with pytest.raises(anthropic.BadRequestError, match="web_search_20250305") as refused:
