@@ -18,7 +18,7 @@ from sollol_nb.llama_cpp.engine.check import Engine
 from tests.chaos.machines import Cluster
 from tests.lab.conftest import PICTURES
 from tests.lab.lab import NO_CHROMIUM, find_chromium
-from tests.support.engines import HANG_GUARD_S, REPOSITORY, eventually, unused_port, with_variable
+from tests.support.engines import HANG_GUARD_S, REPOSITORY, eventually, unused_ports, with_variable
 from tests.support.gateway import GatewayProcess, running_gateway
 
 pytestmark = [pytest.mark.engine, pytest.mark.lab]
@@ -31,7 +31,7 @@ class Site:
 
     def __init__(self, cluster: Cluster, stack: ExitStack) -> None:
         self.cluster = cluster
-        self.port = unused_port()
+        self.port = unused_ports(1)  # no other connection gets this port while the gateway is dead
         self.url = f"http://127.0.0.1:{self.port}"
         self._stack = stack
         self.start()
@@ -103,6 +103,7 @@ def visit(browser: Browser, site: Site) -> Iterator[Visit]:
     site.cluster.make_well()
     site.ask()
     page = browser.new_page(viewport={"width": 1100, "height": 900})
+    page.set_default_timeout(LIMIT_MS)
     opened = Visit(page)
     page.goto(site.url)
     expect(page.locator("#connection")).to_have_text("live")
@@ -114,6 +115,7 @@ def test_it_shows_the_layers_the_machines_and_how_to_connect(visit: Visit, site:
     page = visit.page
     expect(page.locator("section.sollol-card")).to_have_count(1)
     layers = page.locator(".sollol-row-planned text.sollol-strong")
+    expect(layers).to_have_count(3)
     assert layers.evaluate_all("texts => texts.map(text => text.dataset.whole)") == ["0-3", "4-7", "8-11 + output"]
     expect(page.locator("tr[data-state='held']")).to_have_count(3)
     expect(page.locator("tr[data-state='free']")).to_have_count(1)
@@ -198,6 +200,7 @@ def test_a_browser_gives_the_key_once_as_the_password(browser: Browser, tmp_path
         assert refused.headers["WWW-Authenticate"].startswith("Basic ")
         with browser.new_context(http_credentials={"username": "anybody", "password": key}) as reader:
             page = reader.new_page()
+            page.set_default_timeout(LIMIT_MS)
             page.goto(gateway.url)
             expect(page.locator("#connection")).to_have_text("live")
             assert key not in page.content()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,7 +18,7 @@ from sollol_nb.go_template.syntax import MAX_BYTES, UnknownSyntaxError, parse
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.models.files import DEMO_MODEL_PATH
 from sollol_nb.runtime.http_client import JsonClient
-from tests.support.engines import run, unused_port
+from tests.support.engines import eventually, run, unused_ports
 from tests.support.go_templates import CHATML, LLAMA_3_1, QWEN_3, TEMPLATES, TURNS
 from tests.support.ollama_server import OllamaServer
 
@@ -133,7 +132,14 @@ def test_a_translation_that_gives_other_prompts_is_not_used(monkeypatch: pytest.
 @contextmanager
 def llama_server(engine: Engine, template: str) -> Iterator[JsonClient]:
     """A llama-server with the demo model and this chat template."""
-    port = unused_port()
+
+    def is_ready() -> bool:
+        assert process.poll() is None, "llama-server has ended"
+        with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+            return True
+        return False
+
+    port = unused_ports(1)
     process = subprocess.Popen(
         [str(engine.server), "-m", str(DEMO_MODEL_PATH), "--host", "127.0.0.1", "--port", str(port), "-c", "256"],
         env={**os.environ, "LLAMA_ARG_CHAT_TEMPLATE": template},
@@ -141,10 +147,7 @@ def llama_server(engine: Engine, template: str) -> Iterator[JsonClient]:
         stderr=subprocess.DEVNULL,
     )
     try:
-        while process.poll() is None:
-            with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-                break
-            time.sleep(0.02)
+        eventually(is_ready, "llama-server is ready")
         client = JsonClient(f"http://127.0.0.1:{port}")
         yield client
         run(client.aclose())
