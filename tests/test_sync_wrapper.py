@@ -196,6 +196,7 @@ with HybridRouter(auto_discover_rpc=False) as router:
                 pass
     except KeyboardInterrupt:
         print("interrupted", flush=True)
+        sys.stdin.readline()
     until(lambda: busy(router) == 0)
     print("idle", router.latency.frame(model=model, last=1).status[0], flush=True)
     print("answers", router.route_request(model, "Go on", max_tokens=2)["eval_count"], flush=True)
@@ -210,6 +211,9 @@ def test_keyboard_interrupt_cancels_the_generation_and_nothing_else(
     with script(INTERRUPTED, str(write_endless(tmp_path)), how) as process:
         assert says(process, "interrupted") == ""
         engines = engines_of(psutil.Process(process.pid))
+        assert process.stdin is not None
+        process.stdin.write("\n")  # it ends, with its engines, only after they were looked at
+        process.stdin.flush()
         assert says(process, "idle") == "cancelled"
         assert says(process, "answers") == "2", "the engine still serves"
         assert process.wait(HANG_GUARD_S) == 0
