@@ -36,7 +36,8 @@ def wheel(archives: Path) -> Path:
 def package_files() -> set[str]:
     """The files of the package in this checkout, as paths from the repository's folder."""
     files = (path for path in (REPOSITORY / "sollol_nb").rglob("*") if path.is_file())
-    return {path.relative_to(REPOSITORY).as_posix() for path in files if path.suffix != ".pyc"}
+    # Python writes into `__pycache__` at any moment, under other names first.
+    return {path.relative_to(REPOSITORY).as_posix() for path in files if "__pycache__" not in path.parts}
 
 
 def test_the_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
