@@ -137,7 +137,8 @@ class OllamaServer:
         """Keep the models from doing anything, while the server itself answers."""
         assert self._process is not None
         for runner in psutil.Process(self._process.pid).children(recursive=True):
-            runner.suspend()
+            with suppress(psutil.NoSuchProcess):  # it may end at any moment
+                runner.suspend()
 
     def _signal_all(self, verb: Literal["kill", "suspend", "resume"]) -> None:
         assert self._process is not None
