@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.processes.running import stop_engines
 from sollol_nb.llama_cpp.workers.probe import ProbeOutcome, probe
 from sollol_nb.sync_wrapper import HybridRouter
-from tests.support.engines import eventually, posix_only, run, unused_port
+from tests.support.engines import eventually, is_alive, posix_only, run, unused_port
 
 pytestmark = pytest.mark.engine
 
@@ -76,7 +76,11 @@ def invite(*options: str) -> JoinLink:
 
 def lent() -> list[psutil.Process]:
     """The workers that run for others."""
-    return [psutil.Process(entry.pid) for entry in registry.entries(registry.LENT)]
+    found = []
+    for entry in registry.entries(registry.LENT):
+        with suppress(psutil.NoSuchProcess):  # it may end at any moment
+            found.append(psutil.Process(entry.pid))
+    return found
 
 
 def change_state(**changes: object) -> None:
@@ -97,7 +101,7 @@ def test_a_worker_joins_by_the_variable_too_is_listed_and_leaves_with_its_termin
             assert server.net_connections("tcp")[0].laddr.ip == "127.0.0.1"
             process.send_signal(signal.SIGTERM)
             assert process.wait(30) == 0
-            eventually(lambda: not server.is_running() and not memberships.read().members, "it has left")
+            eventually(lambda: not is_alive(server) and not memberships.read().members, "it has left")
 
 
 def test_what_cannot_join_is_one_line_and_starts_no_worker(engine: Engine) -> None:
@@ -147,7 +151,7 @@ def test_nothing_of_a_worker_is_left_when_it_is_killed(engine: Engine) -> None:
         (server,) = lent()
         process.kill()
         process.wait()
-        eventually(lambda: not server.is_running(), "the worker has ended")
+        eventually(lambda: not is_alive(server), "the worker has ended")
 
 
 def test_a_worker_without_an_invitation_listens_and_no_router_takes_it(engine: Engine) -> None:
