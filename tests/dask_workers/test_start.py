@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -17,7 +18,16 @@ from sollol_nb.errors import ConfigError, WorkerStartError
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.processes.running import stop_engines
 from sollol_nb.sync_wrapper import HybridRouter
-from tests.support.engines import QUESTION, all_end, eventually, posix_only, run, with_variable
+from tests.support.engines import (
+    QUESTION,
+    all_end,
+    eventually,
+    is_alive,
+    posix_only,
+    run,
+    suspended,
+    with_variable,
+)
 from tests.support.kernels import notebook_kernel
 
 pytestmark = [pytest.mark.engine, posix_only]
@@ -28,7 +38,12 @@ MARK = "SOLLOL_TEST_DASK"
 
 
 def rpc_workers(mark: str) -> list[psutil.Process]:
-    return [process for process in with_variable(MARK, mark) if "rpc-server" in process.name()]
+    found = []
+    for process in with_variable(MARK, mark):
+        with suppress(psutil.NoSuchProcess):  # it may end at any moment
+            if "rpc-server" in process.name():
+                found.append(process)
+    return found
 
 
 @pytest.fixture
@@ -69,7 +84,9 @@ def test_an_answer_continues_when_a_dask_worker_is_killed_and_all_ends_with_the_
         ):
             chunks.append(chunk)
             if len(chunks) == 20:
-                os.kill(victim, signal.SIGKILL)
+                with suspended(psutil.Process(router.coordinator.pid)):
+                    os.kill(victim, signal.SIGKILL)
+                    eventually(lambda: not all(map(is_alive, before)), "its RPC worker has ended")
         assert chunks[-1]["done_reason"] == "length"
         assert chunks[-1]["_routing"]["failovers"]
         # Dask starts its worker again, and so it has an RPC worker again.

@@ -175,6 +175,17 @@ def kill_at_once(processes: Iterable[psutil.Process]) -> None:
                 act(process)
 
 
+@contextmanager
+def suspended(process: psutil.Process) -> Iterator[None]:
+    """It waits meanwhile: however quick an engine is, its answer has no end. It may be ended meanwhile."""
+    process.suspend()
+    try:
+        yield
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            process.resume()
+
+
 def all_end(processes: list[psutil.Process]) -> None:
     """Wait until none of them is running."""
     eventually(lambda: not any(map(is_alive, processes)), f"{processes} ended")

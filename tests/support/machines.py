@@ -140,7 +140,7 @@ class Machine:
 
     def workers(self) -> list[psutil.Process]:
         """The RPC workers that run on this machine."""
-        return [process for process in self.processes() if _name_of(process) == "ggml-rpc-server"]
+        return [process for process in self.processes() if "rpc-server" in _name_of(process)]
 
     def cut(self) -> None:
         """Cut its network silently: packets are lost, and nobody gets an error."""
@@ -159,7 +159,7 @@ class Machine:
     def _signal_sshd(self, number: signal.Signals) -> None:
         assert self.sshd is not None
         for process in _family(self.sshd.pid):
-            if process.name().startswith("sshd"):
+            if _name_of(process).startswith("sshd"):
                 process.send_signal(number)
 
     def stop(self) -> None:

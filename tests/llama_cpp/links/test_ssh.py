@@ -60,23 +60,27 @@ def answer(router: HybridRouter) -> str:
 # --- processes of a link, here and there ------------------------------------------------------------
 
 
+def only(parent: Callable[[], psutil.Process], is_wanted: Callable[[psutil.Process], bool]) -> psutil.Process:
+    """The only wanted child of a process: others begin and end at any moment, such as each `sleep` of a script."""
+
+    def found() -> psutil.Process | None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            children = [child for child in parent().children() if is_wanted(child)]
+            return children[0] if len(children) == 1 else None
+        return None
+
+    child = eventually(found, "there is one")
+    assert child is not None
+    return child
+
+
 def master(machine: Machine) -> psutil.Process:
     """The ssh process here that keeps the connection."""
-    (found,) = (child for child in psutil.Process(the_link().pid).children() if "-M" in child.cmdline())
-    return found
-
-
-def workers_there(machine: Machine) -> list[psutil.Process]:
-    found = []
-    for process in machine.processes():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if "rpc-server" in process.name():
-                found.append(process)
-    return found
+    return only(lambda: psutil.Process(the_link().pid), lambda child: "-M" in child.cmdline())
 
 
 def worker_there(machine: Machine) -> psutil.Process:
-    (found,) = workers_there(machine)
+    (found,) = machine.workers()
     return found
 
 
@@ -95,13 +99,11 @@ def keeper(machine: Machine) -> psutil.Process:
 
 
 def guard(machine: Machine) -> psutil.Process:
-    (found,) = (child for child in agent(machine).children() if child != keeper(machine))
-    return found
+    return only(lambda: agent(machine), lambda child: child != keeper(machine))
 
 
 def listener(machine: Machine) -> psutil.Process:
-    (found,) = (child for child in keeper(machine).children() if child.name() == "sh")
-    return found
+    return only(lambda: keeper(machine), lambda child: child.name() == "sh")
 
 
 # --- tests ------------------------------------------------------------------------------------------
@@ -152,7 +154,7 @@ def test_after_the_loss_of_any_process_of_the_link_its_worker_comes_back_at_the_
             worker = worker_there(gpu1)
             victim(gpu1).kill()
             eventually(lambda: not is_alive(worker), f"without {victim.__name__}, the worker ends")  # noqa: B023
-            eventually(lambda: workers_there(gpu1), "another one is started")
+            eventually(gpu1.workers, "another one is started")
             eventually(lambda: list(the_link().endpoints) == [endpoint], "it is reached")
         assert the_link().pid == link_pid
         assert answer(mine) == "A worker"
@@ -169,7 +171,7 @@ def test_where_all_that_watches_a_worker_is_killed_at_once_the_worker_ends_and_c
             process for process in [agent(gpu1), *agent(gpu1).children(recursive=True)] if process != worker
         )
         eventually(lambda: not is_alive(worker), "the worker ends")
-        eventually(lambda: workers_there(gpu1), "another one is started")
+        eventually(gpu1.workers, "another one is started")
         eventually(lambda: entry().endpoints, "it is reached")
 
 
@@ -179,7 +181,7 @@ def test_after_the_loss_of_the_link_itself_the_next_request_starts_it_again(gpu1
         answer(mine)
         before = worker_there(gpu1)
         psutil.Process(getattr(the_link(), victim)).kill()
-        eventually(lambda: not before.is_running(), "nothing runs there any more")
+        eventually(lambda: not is_alive(before), "nothing runs there any more")
         assert answer(mine) == "A worker"
 
 
@@ -214,8 +216,9 @@ def test_where_the_network_is_cut_silently_the_far_side_ends_everything_and_the_
             wait_gone(gpu1)
         finally:
             gpu1.connect_again()
-        eventually(lambda: entry().about["state"] == link.LOST, "it notices")
-        assert entry().endpoints == {}
+        lost = eventually(lambda: now if (now := entry()).about["state"] == link.LOST else None, "it notices")
+        assert lost is not None
+        assert lost.endpoints == {}
         eventually(lambda: entry().about["state"] == link.READY, "it is ready again")
         assert set(entry().endpoints) == endpoints
 

@@ -324,8 +324,14 @@ def test_an_announced_worker_is_found_and_false_announcements_are_not_shown(
         with pytest.raises(ConfigError, match="cannot be announced"):
             announceable(gpu1.address)
         return
-    with announced_worker(gpu1, PORTS[1]), lying(gpu1):
+
+    def look() -> list[FoundWorker]:
+        told.clear()
         found = looking.find_workers(mdns=True)
+        return found if len(told) >= 3 else []
+
+    with announced_worker(gpu1, PORTS[1]), lying(gpu1):
+        found = eventually(look, "all have answered while it looked")
     assert sorted(told) == [f"gpu1-{PORTS[1]}", "nothing", "sshd"]
     assert rows_of(gpu1, found) == [(f"{gpu1.address}:{PORTS[1]}", ("mDNS",), "free")]
     (row,) = (row for row in found if gpu1.address in row.name)

@@ -37,7 +37,7 @@ def listen(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
     """Starts a worker by hand, without any registry, on a port that discovery searches."""
     first = unused_ports(4)
     ports = iter(range(first, first + 4))
-    monkeypatch.setattr(workers, "discover", partial(discover, ports=range(first, first + 4), timeout_s=0.5))
+    monkeypatch.setattr(workers, "discover", partial(discover, ports=range(first, first + 4)))
     with ExitStack() as stack:
 
         def start(host: str = "127.0.0.1") -> str:

@@ -92,4 +92,5 @@ def test_an_engine_of_another_protocol_here_is_named_before_anything_is_started(
             "only workers of RPC protocol 7 can be used; run `sollol-nb install` here to build a llama.cpp that "
             "fits"
         )
-    assert engines_of(psutil.Process()) == before
+    # Those of other tests may have ended meanwhile.
+    assert [process for process in engines_of(psutil.Process()) if process not in before] == []
