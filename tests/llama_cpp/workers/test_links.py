@@ -10,6 +10,7 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from sollol_nb.errors import WorkersUnavailableError
@@ -22,7 +23,7 @@ from sollol_nb.llama_cpp.workers.link_states import unique_names
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.runtime.events import Event, EventKind
 from sollol_nb.sync_wrapper import HybridRouter
-from tests.support.engines import QUESTION, eventually, run, says, script
+from tests.support.engines import QUESTION, eventually, run, says, script, suspended
 from tests.support.far_workers import FarWorker, far_workers
 
 pytestmark = pytest.mark.engine
@@ -34,6 +35,13 @@ ABOUT_MACHINES = (
     EventKind.WORKER_LOST,
     EventKind.WORKER_RETURNED,
 )
+LONG: dict[str, Any] = {
+    "backend": "llama.cpp-distributed",
+    "temperature": 0,
+    "max_tokens": 400,
+    "recovery": "exact",
+}
+"""An answer that has not ended when its first words are read."""
 OTHER_KERNEL = """
 import sys
 from sollol_nb.sync_wrapper import HybridRouter
@@ -72,6 +80,12 @@ def only(router: HybridRouter) -> WorkerStatus:
 def the_link() -> Entry:
     (entry,) = registry.entries(registry.LINK)
     return entry
+
+
+def the_engine(router: HybridRouter) -> psutil.Process:
+    """Of the coordinator that answers."""
+    assert router.coordinator is not None
+    return psutil.Process(router.coordinator.pid)
 
 
 def leases(entry: Entry) -> int | None:
@@ -188,7 +202,10 @@ def test_an_entry_that_was_read_just_before_the_end_of_its_link_does_not_bring_i
     with HybridRouter(rpc_backends=[far.target]) as mine:
         mine.add_worker(far.target)
         before = registry.entries()
+        process = mine._async._engines._workers.links._links[far.target].process
+        assert process is not None
         run(stop_engines([far.target]))
+        run(process.wait())
         with monkeypatch.context() as patch:
             patch.setattr(registry, "entries", lambda kind=None: before)
             assert only(mine).state == "unknown"
@@ -254,20 +271,21 @@ def test_a_link_in_use_is_listed_and_its_log_can_be_read(far: FarWorker) -> None
     run(end_engines(force=True))
 
 
-def test_an_answer_continues_without_the_machine_that_was_cut(two: list[FarWorker]) -> None:
+def test_an_answer_continues_without_the_machine_that_was_cut(two: list[FarWorker], endless: str) -> None:
     targets = [far.target for far in two]
     with HybridRouter(rpc_backends=targets) as mine:
-        undisturbed = mine.route_request("demo:sharded", QUESTION, temperature=0, max_tokens=120)
+        undisturbed = mine.route_request(endless, QUESTION, **LONG)
         assert len(undisturbed["_routing"]["plan"]["shards"]) == 2
 
         async def ask() -> tuple[str, Any]:
             text, last = "", None
-            stream = mine._async.stream("demo:sharded", QUESTION, temperature=0, max_tokens=120)
+            stream = mine._async.stream(endless, QUESTION, **LONG)
             async with aclosing(stream) as chunks:
                 async for chunk in chunks:
                     text += chunk["message"]["content"]
-                    if len(text) > 30 and two[1].is_connected:
-                        await asyncio.to_thread(two[1].cut)
+                    if text and two[1].is_connected:
+                        with suspended(the_engine(mine)):
+                            await asyncio.to_thread(two[1].cut)
                     last = chunk
             return text, last
 
@@ -277,8 +295,13 @@ def test_an_answer_continues_without_the_machine_that_was_cut(two: list[FarWorke
             (failover,) = last["_routing"]["failovers"]
             assert failover["lost_workers"] == [targets[1]]
             assert [shard["name"] for shard in last["_routing"]["plan"]["shards"]] == targets[:1]
-            states = {worker.name: worker.state for worker in mine.check_workers()}
-            assert states == {targets[0]: "held", targets[1]: "lost"}
+            eventually(
+                lambda: (
+                    {worker.name: worker.state for worker in mine.check_workers()}
+                    == {targets[0]: "held", targets[1]: "lost"}
+                ),
+                "its link has noticed, too",
+            )
         finally:
             two[1].connect()
         eventually(lambda: {w.state for w in mine.check_workers()} == {"held", "free"}, "it is back")
@@ -287,9 +310,9 @@ def test_an_answer_continues_without_the_machine_that_was_cut(two: list[FarWorke
         assert len(again["_routing"]["plan"]["shards"]) == 2
 
 
-def test_an_answer_waits_for_its_only_machine_to_come_back(far: FarWorker) -> None:
+def test_an_answer_waits_for_its_only_machine_to_come_back(far: FarWorker, endless: str) -> None:
     with HybridRouter(rpc_backends=[far.target]) as mine:
-        undisturbed = mine.route_request("demo:sharded", QUESTION, temperature=0, max_tokens=120)
+        undisturbed = mine.route_request(endless, QUESTION, **LONG)
         noticed = asyncio.Event()
 
         def note(event: Event) -> None:
@@ -304,12 +327,13 @@ def test_an_answer_waits_for_its_only_machine_to_come_back(far: FarWorker) -> No
 
         async def ask() -> tuple[str, Any]:
             text, last, returning = "", None, asyncio.create_task(connect_again())
-            stream = mine._async.stream("demo:sharded", QUESTION, temperature=0, max_tokens=120)
+            stream = mine._async.stream(endless, QUESTION, **LONG)
             async with aclosing(stream) as chunks:
                 async for chunk in chunks:
                     text += chunk["message"]["content"]
-                    if len(text) > 30 and not noticed.is_set() and far.is_connected:
-                        await asyncio.to_thread(far.cut)
+                    if text and not noticed.is_set() and far.is_connected:
+                        with suspended(the_engine(mine)):
+                            await asyncio.to_thread(far.cut)
                     last = chunk
             await returning
             return text, last
