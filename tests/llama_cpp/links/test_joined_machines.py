@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -70,10 +71,15 @@ def open_ports(process: psutil.Process) -> list[str]:
     return [f"{address.ip}:{address.port}" for address in found if address.port not in workers]
 
 
-def answer(router: HybridRouter, at_token: Mapping[int, Callable[[], object]] | None = None) -> str:
+def answer(
+    router: HybridRouter,
+    at_token: Mapping[int, Callable[[], object]] | None = None,
+    model: str = MODEL,
+    **more: Any,
+) -> str:
     """The text of an answer, with something that happens when so many pieces have come."""
     text = ""
-    for position, chunk in enumerate(router.stream(MODEL, QUESTION, recovery="exact")):
+    for position, chunk in enumerate(router.stream(model, QUESTION, recovery="exact", **more)):
         text += chunk["message"]["content"]
         if at_token and position in at_token:
             at_token[position]()
@@ -137,13 +143,15 @@ def test_an_answer_continues_when_the_network_is_cut_and_returns(engine: Engine,
 
 
 def test_an_answer_continues_when_the_link_is_killed_and_its_members_come_back(
-    engine: Engine, machines: list[Machine]
+    engine: Engine, machines: list[Machine], endless: str
 ) -> None:
     machine = machines[0]
     with HybridRouter(num_rpc_backends=1, auto_setup_rpc=False) as router:
         worker = join(machine, engine, invite(router, machine))
         connected(router, "gpu1")
-        undisturbed = answer(router)
+        # It has not ended when its first words are read.
+        long: dict[str, Any] = {"backend": "llama.cpp-distributed", "temperature": 0, "max_tokens": 400}
+        undisturbed = answer(router, model=endless, **long)
 
         def kill() -> None:
             assert router.coordinator is not None
@@ -152,7 +160,7 @@ def test_an_answer_continues_when_the_link_is_killed_and_its_members_come_back(
                 killed.kill()
                 all_end([killed])
 
-        assert answer(router, {2: kill}) == undisturbed
+        assert answer(router, {2: kill}, endless, **long) == undisturbed
         connected(router, "gpu1")
         assert worker.poll() is None
 
