@@ -24,11 +24,13 @@ from urllib.error import HTTPError
 import nbformat
 import psutil
 
+from sollol_nb.chat.journal import Journal
 from tests.lab.bare_page import BarePage, read_notebook, write_notebook
 from tests.lab.lab import HeadlessLab, find_chromium, headless_lab
 from tests.lab.server import LabServer
 from tests.lasting.goals import Goal, Show, all_of
 from tests.support.engines import eventually
+from tests.support.held_answers import holding
 from tests.support.smollm2 import smollm2_path
 
 N = 30
@@ -132,21 +134,24 @@ def undisturbed(lab: Jupyter, seed: int) -> list[Question]:
     return questions
 
 
-def disturbed(page: BarePage, question: Question, cell_id: str) -> None:
-    """Ask, and return when the share of the answer has arrived."""
-    page.run(LOAD)
+def disturbed(page: BarePage, question: Question, cell_id: str, until: Path) -> None:
+    """Ask, and return when the share of the answer has arrived and is journaled; it goes on when a file exists."""
+    share = int(SHARE * len(question.whole))
+    page.run(f"{LOAD}\n{holding(share, until)}")
     run = page.start(question.cell, cell_id=cell_id)
-    page.read_until(run, lambda run: len(text_of(run.text)) >= SHARE * len(question.whole) or run.is_idle)
+    page.read_until(run, lambda run: len(run.text) >= share or run.is_idle)
     assert not run.is_idle, f"the answer has ended before it was disturbed: {run}"
+    eventually(lambda: len(Journal().newest(limit=1)[0].text) >= share, "the share is journaled")
 
 
 def close_page(server: LabServer, number: int, question: Question) -> bool:
     """Close the page; whether the saved notebook and the journal have the whole answer."""
     name = f"closed{number}.ipynb"
     cell_id = write_notebook(server, name, [question.cell])[0]
-    page = BarePage(server, name)
-    disturbed(page, question, cell_id)
+    page, is_closed = BarePage(server, name), server.notebooks / f"{name}.is-closed"
+    disturbed(page, question, cell_id, is_closed)
     page.close()
+    is_closed.touch()
     eventually(lambda: is_complete(page.saved()), "the end is in the saved notebook")
     opened = BarePage(server, name)
     again = opened.run("%sollol_answers show")
@@ -158,13 +163,15 @@ def close_page(server: LabServer, number: int, question: Question) -> bool:
 
 def close_browser_page(browser: HeadlessLab, question: Question) -> bool:
     """The same with JupyterLab in Chromium."""
-    page = browser.open([question.cell, LOAD])
+    share, is_closed = int(SHARE * len(question.whole)), browser.pictures / "answers.is-closed"
+    is_closed.unlink(missing_ok=True)
+    page = browser.open([question.cell, f"{LOAD}\n{holding(share, is_closed)}"])
     page.run(1)
     page.save()
     page.start(0)
-    beginning = question.whole[: int(SHARE * len(question.whole))].split("\n")[0][:40]
-    page.wait_for_text(0, beginning)
+    page.wait_for_text(0, question.whole[:share].split("\n")[0][:40])
     page.close_page()
+    is_closed.touch()
     eventually(lambda: is_complete(read_notebook(page.notebook)), "the end is in the saved notebook")
     page.open_again()
     is_shown = FOOTER_LINE in page.output_text(0)
@@ -180,7 +187,7 @@ def kill_kernel(lab: Jupyter, number: int, question: Question) -> bool:
     cell_id = write_notebook(server, name, [question.cell])[0]
     page = BarePage(server, name)
     pid = int(page.run("import os; print(os.getpid())").stream)
-    disturbed(page, question, cell_id)
+    disturbed(page, question, cell_id, until=server.notebooks / "never")
     os.kill(pid, signal.SIGKILL)
     page.close()
     eventually(lambda: not psutil.pid_exists(pid), "the kernel is gone")

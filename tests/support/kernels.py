@@ -15,6 +15,8 @@ from typing import Any
 from jupyter_client.manager import start_new_kernel
 
 CELL_TIMEOUT_S = 120
+ONE_THREAD = {"LLAMA_ARG_THREADS": "1"}
+"""Of an engine: threads that wait for each other crawl on a busy machine."""
 MAGICS = (
     "sollol",
     "sollol_answers",
@@ -161,9 +163,10 @@ def kernel(**variables: str) -> Iterator[Kernel]:
 
 
 @contextmanager
-def notebook_kernel(state_folder: Path, *cells: str) -> Iterator[Kernel]:
+def notebook_kernel(state_folder: Path, *cells: str, **variables: str) -> Iterator[Kernel]:
     """A kernel with the extension loaded that has run these cells; its engines are stopped at the end."""
-    with kernel(SOLLOL_STATE_DIR=str(state_folder), SOLLOL_KEEP_ALIVE="60s") as fresh:
+    own = {"SOLLOL_STATE_DIR": str(state_folder), "SOLLOL_KEEP_ALIVE": "60s", **ONE_THREAD}
+    with kernel(**own, **variables) as fresh:
         for cell in ("%load_ext sollol_nb", *cells):
             shown = fresh.run(cell)
             assert shown.status == "ok", shown.error

@@ -14,7 +14,8 @@ import pytest
 
 from sollol_nb.chat.journal import Journal, JournaledAnswer
 from tests.support.engines import eventually, is_alive
-from tests.support.kernels import Kernel, kernel, notebook_kernel
+from tests.support.held_answers import holding
+from tests.support.kernels import ONE_THREAD, Kernel, kernel, notebook_kernel
 
 pytestmark = pytest.mark.engine
 
@@ -30,19 +31,15 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def notebook(engine: object, state: Path) -> Iterator[Kernel]:
     """A kernel of the notebook; it is the next one after those that the tests kill."""
-    os.environ["JPY_SESSION_NAME"] = NOTEBOOK
-    try:
-        with notebook_kernel(state, "%config Sollol.temperature = 0") as fresh:
-            yield fresh
-    finally:
-        del os.environ["JPY_SESSION_NAME"]
+    with notebook_kernel(state, "%config Sollol.temperature = 0", JPY_SESSION_NAME=NOTEBOOK) as fresh:
+        yield fresh
 
 
 @contextmanager
 def other_kernel(state: Path, name: str = NOTEBOOK) -> Iterator[Kernel]:
     """An earlier kernel of the notebook, or one of another."""
-    variables = {"SOLLOL_STATE_DIR": str(state), "SOLLOL_KEEP_ALIVE": "5s", "JPY_SESSION_NAME": name}
-    with kernel(**variables) as fresh:
+    variables = {"SOLLOL_STATE_DIR": str(state), "SOLLOL_KEEP_ALIVE": "60s", "JPY_SESSION_NAME": name}
+    with kernel(**variables, **ONE_THREAD) as fresh:
         shown = fresh.run("%load_ext sollol_nb\n%config Sollol.temperature = 0")
         assert shown.status == "ok", shown.error
         yield fresh
@@ -61,9 +58,10 @@ def shows_again(notebook: Kernel) -> str:
 
 
 def kill_in_mid_answer(state: Path, cell: str, *, at_chars: int) -> str:
-    """The id of an answer whose kernel is killed as soon as so much of it is journaled."""
+    """The id of an answer whose kernel is killed when it has so much of it, which is journaled."""
     before = newest(state)
     with other_kernel(state) as doomed:
+        assert doomed.run(holding(at_chars, until=state / "never")).error == []
         doomed.client.execute(cell)
         found = before
 
@@ -86,7 +84,7 @@ def kill_in_mid_answer(state: Path, cell: str, *, at_chars: int) -> str:
 def test_an_answer_goes_on_in_the_next_kernel_and_in_its_conversation(
     notebook: Kernel, state: Path, smollm2: Path
 ) -> None:
-    options = f"{smollm2} --deterministic --max-tokens 200"  # so that undisturbed answers are the same, too
+    options = f"{smollm2} --deterministic --max-tokens 60"  # so that undisturbed answers are the same, too
     assert notebook.run(f"%%sollol {options} --no-journal --out undisturbed\n{QUESTION}").error == []
     length = int(notebook.value("len(undisturbed.text)"))
     answer_id = kill_in_mid_answer(state, f"%%sollol {options} --chat tale\n{QUESTION}", at_chars=length * 3 // 10)
