@@ -80,7 +80,12 @@ def streaming(client: httpx.Client, path: str) -> Iterator[Iterator[str]]:
 
 @posix_only
 def test_after_a_signal_running_answers_finish_and_new_requests_are_refused() -> None:
-    with gateway_on_pausing_node() as (gateway, node), gateway.client() as client, gateway.client() as idle:
+    kept_open = httpx.Limits(keepalive_expiry=None)
+    with (
+        gateway_on_pausing_node() as (gateway, node),
+        gateway.client() as client,
+        gateway.client(limits=kept_open) as idle,
+    ):
         assert idle.get("/health").status_code == 200
         with streaming(client, "/v1/chat/completions") as lines:
             gateway.process.send_signal(signal.SIGTERM)

@@ -40,8 +40,7 @@ class Told(Report):
 
 
 @pytest.fixture(autouse=True)
-def short_limits(monkeypatch: pytest.MonkeyPatch, alone: None) -> None:
-    monkeypatch.setattr(verifying, "VERIFY_LIMIT_S", 0.2)
+def short_pauses(monkeypatch: pytest.MonkeyPatch, alone: None) -> None:
     monkeypatch.setattr(verifying, "REQUEST_POLL_S", 0.01)
     monkeypatch.setattr(verifying.cache, "known_sizes", lambda: frozenset({5}))
 
@@ -61,7 +60,8 @@ def test_an_agent_learns_the_sizes_first_and_has_verified_when_it_says_so() -> N
     assert agent.told == ["sizes 5 7\n", "verify 1 1\n"]
 
 
-def test_an_agent_that_does_not_answer_has_not_verified() -> None:
+def test_an_agent_that_does_not_answer_has_not_verified(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verifying, "VERIFY_LIMIT_S", 0.2)
     agent = Agent()
     assert not run(agent.here.verify(ENDPOINTS, [7]))
     assert not run(agent.here.verify(ENDPOINTS, [7]))
