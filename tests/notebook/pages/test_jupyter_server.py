@@ -91,6 +91,7 @@ def test_pages_are_counted_and_the_saved_notebook_is_read_and_written(
     name = "a notebook?ä.ipynb"
     write_notebook(server, name, ["1 + 1"])
     page = BarePage(server, name)
+    page.run("1 + 1")  # what its kernel did later, as it starts, would be activity
     url, token = server.url.rstrip("/"), server.token
 
     async def count() -> int:
