@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import psutil
 import pytest
 from pydantic import BaseModel, Field
 
@@ -348,24 +349,35 @@ def test_an_answer_that_cannot_be_kept_during_a_stop_is_one_warning(
 # --- at once ----------------------------------------------------------------------------------
 
 
-def most_at_once(router: HybridRouter, **settings: Any) -> int:
+def most_at_once(router: HybridRouter, expected: int, **settings: Any) -> int:
+    """How many requests run at the same time. From the first one on, the engine waits until there are as many as
+    expected: however quick it is, none ends before."""
     running, most = 0, 0
+    router.route_request("demo", "Hello!", max_tokens=1)
+    engine = engine_of(router)
 
     def count(event: Event) -> None:
         nonlocal running, most
         running += {"request.started": 1, "request.finished": -1}.get(event.kind, 0)
+        if running > most == 0:
+            engine.suspend()
+        if running == expected > most:
+            engine.resume()
         most = max(most, running)
 
     forget = router.events.subscribe(count)
-    router.map(range(12), "{{ item }}", model="demo", **{**GREEDY, "max_tokens": 20}, **settings)
+    try:
+        router.map(range(12), "{{ item }}", model="demo", **{**GREEDY, "max_tokens": 20}, **settings)
+    finally:
+        engine.resume()
     forget()
     return most
 
 
 def test_all_slots_are_used_or_as_many_as_requested(router: HybridRouter) -> None:
-    assert most_at_once(router) == 4, "the coordinator's slots"
-    assert most_at_once(router, fresh=True, concurrency=2) == 2
-    assert most_at_once(router, fresh=True, concurrency=100) == 12
+    assert most_at_once(router, 4) == 4, "the coordinator's slots"
+    assert most_at_once(router, 2, fresh=True, concurrency=2) == 2
+    assert most_at_once(router, 12, fresh=True, concurrency=100) == 12
 
 
 def test_rows_wait_behind_all_other_requests(router: HybridRouter) -> None:
@@ -516,18 +528,39 @@ def all_idle(router: HybridRouter) -> bool:
     return not any(run(busy_slots(coordinator)) for coordinator in router.coordinators)
 
 
-def stop_after(router: HybridRouter, answers: int) -> Callable[[], None]:
-    """Interrupt this process, as Ctrl-C does, when so many requests have ended well."""
+def engine_of(router: HybridRouter) -> psutil.Process:
+    """The engine of the coordinator that was used last."""
+    return psutil.Process(router.own_coordinators[-1].pid)
+
+
+def after_answers(router: HybridRouter, answers: int, do: Callable[[], object]) -> Callable[[], None]:
+    """Do something when so many requests have ended well. The engine waits from then on, so that not all rows are
+    done, however quick it is; what is returned lets it go on."""
     ended = 0
+    waiting: list[psutil.Process] = []
 
     def count(event: Event) -> None:
         nonlocal ended
         if event.kind == "request.finished" and event.data["status"] == "ok":
             ended += 1
             if ended == answers:
-                os.kill(os.getpid(), signal.SIGINT)
+                waiting.append(engine_of(router))
+                waiting[0].suspend()
+                do()
 
-    return router.events.subscribe(count)
+    unsubscribe = router.events.subscribe(count)
+
+    def go_on() -> None:
+        unsubscribe()
+        for engine in waiting:
+            engine.resume()
+
+    return go_on
+
+
+def stop_after(router: HybridRouter, answers: int) -> Callable[[], None]:
+    """Interrupt this process, as Ctrl-C does, when so many requests have ended well."""
+    return after_answers(router, answers, lambda: os.kill(os.getpid(), signal.SIGINT))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a process cannot send itself Ctrl-C alone there")
@@ -600,7 +633,9 @@ def test_cancelling_the_async_batch_ends_its_requests_and_keeps_its_answers(
         with pytest.raises(asyncio.CancelledError):
             await task
 
+    go_on = after_answers(router, 3, lambda: None)
     asyncio.run(cancelled())
+    go_on()
     eventually(lambda: all_idle(router), "the slots are idle")
     kept = len(router.batch_store)
     assert 3 <= kept < 16
@@ -644,14 +679,17 @@ def test_the_batch_of_a_killed_kernel_is_continued_by_the_next(router: HybridRou
 
 STOPPED_CELL = """
 import os, signal
+import psutil
 from sollol_nb.sync_wrapper import HybridRouter
 router = HybridRouter(auto_discover_rpc=False)
 ended = 0
 def count(event):
-    global ended
+    global ended, engine
     if event.kind == "request.finished" and event.data["status"] == "ok":
         ended += 1
         if ended == 5:
+            engine = psutil.Process(router.own_coordinators[-1].pid)
+            engine.suspend()  # however quick it is, not all rows are done
             os.kill(os.getpid(), signal.SIGINT)  # what the stop button sends
 router.events.subscribe(count)
 """
@@ -667,6 +705,7 @@ def test_the_stop_button_ends_a_batch_and_running_the_cell_again_continues_it(tm
         assert "of 30 rows are done and kept; run the same call again to continue" in stopped.error[-1]
         done = int(notebook.value("(__import__('sys').last_value.partial.status == 'ok').sum().item()"))
         assert 5 <= done < 30
+        assert notebook.run("engine.resume()").status == "ok"
         assert notebook.run(BATCH_CELL).status == "ok"
         kept = int(notebook.value("(result.status == 'cached').sum().item()"))
         assert kept >= done
