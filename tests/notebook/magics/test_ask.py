@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.engines import eventually, write_endless
+from tests.support.held_answers import holding
 from tests.support.kernels import MAGICS, Kernel, notebook_kernel
 
 pytestmark = pytest.mark.engine
@@ -246,11 +247,8 @@ def test_whole_tracebacks_can_be_switched_on(notebook: Kernel) -> None:
 
 def test_a_stopped_endless_answer_keeps_its_text(notebook: Kernel, tmp_path: Path) -> None:
     endless = write_endless(tmp_path)
-    assert (
-        notebook.run(f"%%sollol {endless} --max-tokens 1\nx").error == []
-    )  # loads the model, so that the next cell shows text only
     message_id = notebook.client.execute(f"%%sollol {endless} --temperature 0 --max-tokens 30000 --out cut\nx")
-    shown = notebook.collect(message_id, until_shown=" ")
+    notebook.collect(message_id, until_shown=r"w\d+ w\d+")
     notebook.manager.interrupt_kernel()
     shown = notebook.collect(message_id)
     assert shown.error == [f"RequestCancelledError: {endless.stem}: stopped; the partial answer is kept"]
@@ -263,14 +261,16 @@ def test_a_stopped_endless_answer_keeps_its_text(notebook: Kernel, tmp_path: Pat
 
 def test_a_long_answer_shows_its_end_while_it_streams_and_is_saved_whole(notebook: Kernel, tmp_path: Path) -> None:
     endless = write_endless(tmp_path)
+    goes_on = tmp_path / "goes-on"
+    notebook.run(holding(8000, until=goes_on))
     message_id = notebook.client.execute(f"%%sollol {endless} --temperature 0 --max-tokens 2500 --out long\nx")
-    largest = 0
-    while True:
-        shown = notebook.collect(message_id, until_shown="characters above")
-        if shown.status:
-            break
+    shown = notebook.collect(message_id, until_shown="characters above")
+    goes_on.touch()
+    largest = len(shown.markdown)
+    while not shown.status:
         largest = max(largest, len(shown.markdown))
-    assert 0 < largest < 7000, "while it streams"
+        shown = notebook.collect(message_id, until_shown="characters above")
+    assert largest < 7000, "while it streams"
     assert shown.error == []
     assert len(shown.markdown) > int(notebook.value("len(long.text)")), "at the end"
 

@@ -55,6 +55,9 @@ def test_start_makes_sure_that_so_many_workers_run(first: Kernel) -> None:
 
     two[0].send_signal(signal.SIGKILL)
     eventually(lambda: len(workers_of(first)) == 1, "it has ended")
+    first.run("from sollol_nb.notebook import router")
+    lost = "any(event.kind == 'worker.lost' for event in router().events.recent())"
+    eventually(lambda: first.value(lost) == "True", "its kernel knows")
     assert first.run("%sollol_cluster start 2").stream.startswith("started 1 worker: 127.0.0.1:")
     assert len(workers_of(first)) == 2
     assert "down" not in first.run("%sollol_cluster --text").stream, "the one that died was replaced"
