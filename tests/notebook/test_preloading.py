@@ -145,7 +145,7 @@ def test_a_cell_waits_for_the_rest_and_its_interrupt_ends_only_the_cell(
     with kernel(**variables, SOLLOL_PRELOAD="true", JPY_SESSION_NAME=path, SOLLOL_KEEP_ALIVE="5s") as notebook:
         loading = notebook.run("%load_ext sollol_nb")
         assert loading.status == "ok"
-        assert loading.text.startswith("loading demo:sharded")
+        notebook.wait_shown(loading, "loading demo:sharded")
         eventually(proxy.paused.is_set, "the model is loading")
         assert (servers := servers_of(notebook))
 

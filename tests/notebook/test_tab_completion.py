@@ -337,7 +337,8 @@ def test_machines_are_completed_by_the_configuration_of_ssh(tmp_path: Path) -> N
     with kernel(HOME=str(tmp_path)) as fresh:
         fresh.run("%load_ext sollol_nb")
         begun = "%sollol_cluster --ssh "
-        assert completed(fresh, begun) == [f"{begun}{host}" for host in ("box", "gpu1", "gpu2")]
+        hosts = [f"{begun}{host}" for host in ("box", "gpu1", "gpu2")]
+        eventually(lambda: completed(fresh, begun) == hosts, f"{begun!r} is completed as {hosts}")
         assert completed(fresh, f"{begun}box,g") == [f"{begun}box,gpu1", f"{begun}box,gpu2"]
         assert completed(fresh, "%sollol_cluster add ssh://b") == ["%sollol_cluster add ssh://box"]
 
