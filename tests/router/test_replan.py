@@ -194,7 +194,7 @@ def test_a_better_worker_that_is_added_is_moved_to_once_nobody_else_uses_the_mod
             assert says(other, "uses ") == url
             know(engine, quick, 1e-6)
             router.add_worker(quick)
-            (said,) = eventually(advice, "the better worker is named")
+            said = eventually(advice, "the better worker is named")[0]
             assert f"over {quick} would take " in said.message
             for _ in range(4):
                 assert ask() == (url, slow), "another process uses it"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -168,15 +169,17 @@ def test_it_also_takes_over_for_a_request_that_comes_while_the_other_one_is_bein
     undisturbed, _ = ask(router)
     standby, before = ready_standby(router), router.coordinator
     assert before is not None
-    stop = before.stop
+    stop, asked = before.stop, asyncio.Event()
 
     async def stop_late(**options: Any) -> ExitReport:
+        await asked.wait()
         await asyncio.sleep(1)
         return await stop(**options)
 
     monkeypatch.setattr(before, "stop", stop_late)
     kill_worker(before.rpc_backends[0])
     eventually(lambda: router.coordinator is None, "it is being ended")
+    router.events.subscribe(lambda event: asked.set() if event.kind == "request.started" else None)
 
     assert ask(router)[0] == undisturbed
     assert main_of(router).id == standby.id
@@ -376,10 +379,10 @@ def test_it_ends_with_its_coordinator_and_is_shown_until_then(make: Make) -> Non
 
 def test_it_lives_as_long_as_its_coordinator(make: Make) -> None:
     router = make(workers=4, keep_alive=3)
-    ask(router)
-    standby = ready_standby(router)
-    for _ in range(4):  # longer than its own keep_alive
-        ask(router)
+    ask(router, keep_alive=600)  # a standby is not ready within 3 s on a busy machine
+    standby, began = ready_standby(router), time.monotonic()
+    while time.monotonic() - began < 2 * 3:  # longer than its own keep_alive
+        ask(router, keep_alive=3)
     assert registry.find(standby.id) is not None
     eventually(lambda: not registry.entries(registry.COORDINATOR), "both end")
     assert kinds(router).count("standby.taken") == 0
