@@ -458,7 +458,10 @@ class Coordinator:
     def broken_links(self) -> list[str]:
         """Workers to which it has no TCP connection any more, according to the operating system."""
         try:
-            links = psutil.Process(self.pid).net_connections("tcp")
+            process = psutil.Process(self.pid)
+            links = process.net_connections("tcp")
+            if process.status() == psutil.STATUS_ZOMBIE:  # it has ended, with all its connections
+                return []
         except psutil.Error:
             return []
         linked = {

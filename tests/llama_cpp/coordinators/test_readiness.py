@@ -1,15 +1,19 @@
-"""What is known of a coordinator as soon as it is ready."""
+"""What is known of a coordinator as soon as it is ready, and of one that has just ended."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from sollol_nb.errors import TransportTimeoutError
+from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.coordinators.readiness import MIN_CALIBRATION_LIMIT_S, StartingCoordinator
-from tests.support.engines import run
+from tests.support.engines import eventually, posix_only, run
 
 
 @pytest.mark.parametrize("is_busy", [False, True])
@@ -38,3 +42,13 @@ def test_the_time_of_a_token_is_published_only_where_it_was_measured(is_busy: bo
         assert published == {}
     else:
         assert (seconds, published) == (0.02, {"seconds_per_token": 0.02})
+
+
+@posix_only
+def test_one_that_has_ended_is_not_said_to_have_lost_its_workers() -> None:
+    """Its supervisor says a little later why it has ended."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        ended = psutil.Process(process.pid)
+        eventually(lambda: ended.status() == psutil.STATUS_ZOMBIE, "it has ended, and nobody was told")
+        coordinator: Any = SimpleNamespace(pid=process.pid, rpc_backends=["127.0.0.1:50052"])
+        assert Coordinator.broken_links(coordinator) == []
