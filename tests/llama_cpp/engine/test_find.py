@@ -288,7 +288,15 @@ def test_the_real_server_refuses_a_worker_of_another_protocol(
 def test_the_real_server_facing_a_silent_worker_is_ended_at_the_limit(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(check, "CHECK_LIMIT_S", 1.0)
+    start = check._run
+
+    def limited(program: Path, *arguments: str) -> tuple[int | None, str]:
+        with monkeypatch.context() as patch:
+            if "--rpc" in arguments:  # all else may take its time
+                patch.setattr(check, "CHECK_LIMIT_S", 1.0)
+            return start(program, *arguments)
+
+    monkeypatch.setattr(check, "_run", limited)
     folder = copy_of(engine, tmp_path / "bin")
     program(folder / engine.worker.name, worker_text(answer=SILENT))
     with pytest.raises(EngineIncompatibleError, match=r"does not work with .*no answer within"):
