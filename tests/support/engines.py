@@ -412,6 +412,58 @@ class PausingProxy:
         sink.close()
 
 
+class MeteredWire:
+    """A proxy to a worker that passes as many bytes from the coordinator as it is allowed, and then waits.
+
+    Attributes:
+        passed_bytes: so far.
+    """
+
+    def __init__(self, worker_port: int) -> None:
+        self.passed_bytes = 0
+        self._worker_port = worker_port
+        self._left_bytes = 0
+        self._more = asyncio.Condition()
+
+    async def __aenter__(self) -> MeteredWire:
+        self._server = await asyncio.start_server(self._pass, "127.0.0.1", 0)
+        self.endpoint = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        await self.let_through(2**40)
+
+    async def let_through(self, more_bytes: int) -> None:
+        await self.let_through_only(max(0, self._left_bytes) + more_bytes)
+
+    async def let_through_only(self, more_bytes: int) -> None:
+        """Whatever was allowed before."""
+        async with self._more:
+            self._left_bytes = more_bytes
+            self._more.notify_all()
+
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            worker_reader, worker_writer = await asyncio.open_connection("127.0.0.1", self._worker_port)
+        except OSError:  # it has ended
+            writer.transport.abort()
+            return
+        await asyncio.gather(self._copy(reader, worker_writer, metered=True), self._copy(worker_reader, writer))
+
+    async def _copy(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, metered: bool = False) -> None:
+        with suppress(OSError):
+            while data := await source.read(65536):
+                if metered:
+                    async with self._more:
+                        await self._more.wait_for(lambda: self._left_bytes > 0)
+                        self._left_bytes -= len(data)
+                        self.passed_bytes += len(data)
+                sink.write(data)
+                await sink.drain()
+        sink.close()
+
+
 class WireProxy:
     """A proxy to a worker that passes on what is sent there later, or not more than so many bytes a second."""
 

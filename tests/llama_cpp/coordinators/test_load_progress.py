@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncGenerator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +32,7 @@ from sollol_nb.runtime.events import Event, EventBus
 from sollol_nb.settings.endpoints import parse_endpoint
 from sollol_nb.text.short_names import short_name
 from sollol_nb.text.tables import format_bytes
-from tests.support.engines import QUESTION, eventually_async, run
+from tests.support.engines import QUESTION, MeteredWire, eventually_async, run
 from tests.support.gguf_files import write_llama
 from tests.support.layer_plans import shard
 
@@ -225,44 +225,6 @@ HALT_EVERY_BYTES, HALF_BYTES = 12 * MIB, 6 * MIB
 ON_THE_WAY_BYTES = 16 * MIB  # more than a system buffers for one connection that is not read
 
 
-class MeteredWire:
-    """A worker behind a wire that passes as many bytes as it is allowed, and then waits."""
-
-    def __init__(self, worker: str) -> None:
-        self._worker = parse_endpoint(worker)
-        self._left_bytes = 0
-        self._more = asyncio.Condition()
-
-    async def __aenter__(self) -> MeteredWire:
-        self._server = await asyncio.start_server(self._pass, "127.0.0.1", 0)
-        self.endpoint = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._server.close()
-        await self.let_through(2**40)
-
-    async def let_through(self, more_bytes: int) -> None:
-        async with self._more:
-            self._left_bytes += more_bytes
-            self._more.notify_all()
-
-    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        worker_reader, worker_writer = await asyncio.open_connection(*self._worker)
-        await asyncio.gather(self._copy(reader, worker_writer, metered=True), self._copy(worker_reader, writer))
-
-    async def _copy(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, metered: bool = False) -> None:
-        with suppress(OSError):
-            while data := await source.read(65536):
-                if metered:
-                    async with self._more:
-                        await self._more.wait_for(lambda: self._left_bytes > 0)
-                        self._left_bytes -= len(data)
-                sink.write(data)
-                await sink.drain()
-        sink.close()
-
-
 @pytest.fixture(scope="module")
 def heavy(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A model of 150 MB: far more than the system buffers."""
@@ -279,7 +241,7 @@ def test_progress_grows_with_what_the_workers_receive_and_stops_with_the_wire(en
         near, far = await workers.local.start(engine, 2)
         async with AsyncExitStack() as stack:
             stack.push_async_callback(workers.local.stop)
-            wire = await stack.enter_async_context(MeteredWire(near))
+            wire = await stack.enter_async_context(MeteredWire(parse_endpoint(near)[1]))
             loads, adopts = [
                 await stack.enter_async_context(
                     HybridRouter(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,14 +24,19 @@ from sollol_nb.errors import (
     WorkersUnavailableError,
 )
 from sollol_nb.layers.strategies import WorkerCapacity
+from sollol_nb.llama_cpp.coordinators import pace
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.processes.process import ExitReport
+from sollol_nb.llama_cpp.workers.local import LocalOptions, start_workers
 from sollol_nb.llama_cpp.workers.probe import test_rpc_backend
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
+from sollol_nb.settings.endpoints import parse_endpoint
 from sollol_nb.sync_wrapper import HybridRouter
 from tests.support.engines import (
+    HANG_GUARD_S,
     QUESTION,
+    MeteredWire,
     OtherProtocolWorker,
     all_end,
     engine_on,
@@ -43,6 +48,7 @@ from tests.support.engines import (
     script,
     serving,
     unused_port,
+    unused_ports,
 )
 from tests.support.gguf_files import cut, write_llama
 
@@ -59,7 +65,7 @@ def breakable(engine: Engine) -> Iterator[HybridRouter]:
         yield mine
 
 
-LONG_QUESTION = "Tell me everything about sharding."  # the answer is still under way after its first chunks
+LONG_QUESTION = "Tell me everything about sharding."
 TWO_TOKENS: dict[str, Any] = {"max_tokens": 2, "temperature": 0}
 """Greedy: from random weights, sampling may draw bytes that are not text, which llama-server fails to send."""
 
@@ -70,6 +76,56 @@ def sharding(engine: Engine) -> Iterator[HybridRouter]:
     with HybridRouter(auto_discover_rpc=False, distributed_threshold_params=1e-6, timeout=600, slots=5) as mine:
         mine.start_workers(3)
         yield mine
+
+
+@pytest.fixture
+def halting(engine: Engine, alone: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Halting]:
+    """A router whose next answer can be halted, over two workers that only it uses; it starts no others."""
+    monkeypatch.setattr(pace, "MIN_FLOOR_S", HANG_GUARD_S)  # a halted answer is not taken for a silent engine
+    monkeypatch.setattr(pace, "MAX_FLOOR_S", HANG_GUARD_S)
+    started = run(start_workers(engine, unused_ports(2), LocalOptions(2, threads=1, keep_alive_s=60.0), set()))
+    ports = [parse_endpoint(endpoint)[1] for endpoint in started]
+    wire = MeteredWire(ports[0])
+    run(wire.__aenter__())
+    endpoints = [wire.endpoint, f"127.0.0.1:{ports[1]}"]
+    try:
+        with HybridRouter(
+            rpc_backends=endpoints,
+            auto_discover_rpc=False,
+            distributed_threshold_params=1e-6,
+            layer_strategy="even",
+            speculation="off",
+        ) as mine:
+            yield Halting(mine, wire, [process.pid for process in started.values()])
+    finally:
+        run(wire.__aexit__())
+        for process in started.values():
+            run(process.stop())
+
+
+class Halting:
+    """A router, and the wire to one of its workers.
+
+    Attributes:
+        workers: their processes.
+    """
+
+    def __init__(self, router: HybridRouter, wire: MeteredWire, pids: Sequence[int]) -> None:
+        self.router = router
+        self.workers = [psutil.Process(pid) for pid in pids]
+        self._wire = wire
+
+    def whole_then_halted(self, model: str, question: str, **options: Any) -> Completion:
+        """The answer; the next one gets no further than its half until `go_on`, however quick the engine is."""
+        self.go_on()
+        self.router.preload(model)
+        before = self._wire.passed_bytes
+        whole = self.router.route_request(model, question, temperature=0, **options)
+        run(self._wire.let_through_only((self._wire.passed_bytes - before) // 2))
+        return whole
+
+    def go_on(self) -> None:
+        run(self._wire.let_through(2**40))
 
 
 @pytest.fixture(scope="module")
@@ -260,15 +316,16 @@ def test_a_coordinator_killed_while_idle_is_noticed_and_the_next_request_starts_
     assert worker_states(breakable) == ["held"] * 3
 
 
-def test_an_answer_continues_when_its_coordinator_is_killed(sharding: HybridRouter) -> None:
-    whole = sharding.route_request("demo:sharded", LONG_QUESTION, temperature=0)
-    killed = psutil.Process(coordinator_of(sharding).pid)
+def test_an_answer_continues_when_its_coordinator_is_killed(halting: Halting) -> None:
+    router, whole = halting.router, halting.whole_then_halted("demo:sharded", LONG_QUESTION)
+    killed = psutil.Process(coordinator_of(router).pid)
 
     chunks = []
-    for position, chunk in enumerate(sharding.stream("demo:sharded", LONG_QUESTION, temperature=0)):
+    for position, chunk in enumerate(router.stream("demo:sharded", LONG_QUESTION, temperature=0)):
         chunks.append(chunk)
         if position == 3:
             killed.kill()
+            halting.go_on()
 
     answer = Completion.from_chunks(chunks)
     assert (answer.text, answer["eval_count"], answer["done_reason"]) == (whole.text, whole["eval_count"], "stop")
@@ -278,7 +335,7 @@ def test_an_answer_continues_when_its_coordinator_is_killed(sharding: HybridRout
     assert 3 <= failover["tokens_before"] < whole["eval_count"]
     assert failover["cost_ms"] > 0
     assert failover["lost_workers"] == []
-    row = sharding.latency.frame(model="demo:sharded", last=1).iloc[0]
+    row = router.latency.frame(model="demo:sharded", last=1).iloc[0]
     assert (row.status, row.failovers, row.completion_tokens) == ("ok", 1, whole["eval_count"])
 
 
@@ -319,17 +376,14 @@ def test_a_request_waits_for_the_end_of_a_coordinator_that_holds_workers(
     assert len(coordinator_of(breakable).rpc_backends) == 3
 
 
-def test_without_a_worker_left_the_answer_is_kept_and_resumed_later(
-    sharding: HybridRouter, router: HybridRouter
-) -> None:
-    router.stop_coordinator()  # it would take over
-    whole = sharding.route_request("demo:sharded", LONG_QUESTION, temperature=0)
-    workers = coordinator_of(sharding).rpc_backends
-    processes = [engine_on(int(endpoint.rpartition(":")[2])) for endpoint in workers]
-    asked = sharding.stream("demo:sharded", LONG_QUESTION, temperature=0)
+def test_without_a_worker_left_the_answer_is_kept_and_resumed_later(halting: Halting) -> None:
+    router, whole = halting.router, halting.whole_then_halted("demo:sharded", LONG_QUESTION)
+    workers = coordinator_of(router).rpc_backends
+    asked = router.stream("demo:sharded", LONG_QUESTION, temperature=0)
     chunks = [next(asked) for _ in range(5)]
-    for process in processes:
+    for process in halting.workers:
         process.kill()
+    halting.go_on()
 
     with pytest.raises(AnswerInterruptedError) as caught:
         chunks += asked
@@ -341,20 +395,20 @@ def test_without_a_worker_left_the_answer_is_kept_and_resumed_later(
     assert "no other coordinator could take over" in str(caught.value)
     assert "router.resume(error)" in str(caught.value)
     assert "\n" not in str(caught.value)
-    row = sharding.latency.frame(model="demo:sharded", last=1).iloc[0]
+    row = router.latency.frame(model="demo:sharded", last=1).iloc[0]
     assert (row.status, row.partial_text) == ("error", text)
 
     for endpoint in workers:
-        sharding.remove_worker(endpoint)
-    sharding.start_workers(3)
-    resumed = sharding.resume(caught.value)
+        router.remove_worker(endpoint)
+    router.start_workers(2)
+    resumed = router.resume(caught.value)
     assert (resumed.text, resumed["eval_count"], resumed["done_reason"]) == (
         whole.text,
         whole["eval_count"],
         "stop",
     )
     with pytest.raises(ConfigError, match="takes an AnswerInterruptedError"):
-        sharding.resume(ValueError())  # type: ignore[arg-type]
+        router.resume(ValueError())  # type: ignore[arg-type]
 
 
 # --- making room ------------------------------------------------------------------------------
@@ -375,20 +429,22 @@ def test_an_idle_coordinator_makes_room_for_another_model(
     assert messages == ["stopped endless (idle) to make room for small"]
 
 
-def test_a_busy_coordinator_is_not_stopped_to_make_room(sharding: HybridRouter, endless: str, small: str) -> None:
-    sharding.stop_coordinator()
-    chunks = sharding.stream(endless, QUESTION, temperature=0)
+def test_a_busy_coordinator_is_not_stopped_to_make_room(halting: Halting, endless: str, small: str) -> None:
+    router = halting.router
+    halting.whole_then_halted(endless, QUESTION, max_tokens=100)
+    chunks = router.stream(endless, QUESTION, temperature=0)
     next(chunks)
-    busy = coordinator_of(sharding)
+    busy = coordinator_of(router)
 
-    message = error_of(lambda: sharding.route_request(small, QUESTION, **TWO_TOKENS), WorkersUnavailableError)
+    message = error_of(lambda: router.route_request(small, QUESTION, **TWO_TOKENS), WorkersUnavailableError)
 
-    assert message.startswith("small needs RPC workers, but none of 3 is free: ")
-    assert message.count(": held by the coordinator of endless,") == 3
+    assert message.startswith("small needs RPC workers, but none of 2 is free: ")
+    assert message.count(": held by the coordinator of endless,") == 2
     assert busy.is_running()
+    halting.go_on()
     assert next(chunks)["done"] is False, "its answer continues"
     chunks.close()
-    assert sharding.route_request(small, QUESTION, **TWO_TOKENS)["eval_count"] == 2
+    assert router.route_request(small, QUESTION, **TWO_TOKENS)["eval_count"] == 2
     assert not busy.is_running()
 
 
