@@ -25,6 +25,7 @@ from sollol_nb.sync_wrapper import HybridRouter
 from tests.lasting._kernel import Kernel
 from tests.support import own_folders
 from tests.support.engines import (
+    ENDLESS_CONTEXT_TOKENS,
     engines_of,
     eventually,
     linux_only,
@@ -410,20 +411,22 @@ def test_the_answer_of_another_kernel_is_neither_waited_for_nor_disturbed(
 ) -> None:
     monkeypatch.setattr(actions, "TAKEN_S", 0.05)
     model = str(write_endless(tmp_path))
-    answer = router.stream(model, "Hello", temperature=0, max_tokens=100_000, backend="sharded")
-    next(answer)
-    coordinator = router.coordinators[-1]
-    contexts = keeper.ContextKeeper(
-        coordinator._client, coordinator.settings.slots, coordinator.ask_lease, lambda _: None
-    )
+    # With a context that is full only minutes later.
+    with HybridRouter(**settings(), context_tokens=ENDLESS_CONTEXT_TOKENS) as roomy:
+        answer = roomy.stream(model, "Hello", temperature=0, max_tokens=100_000, backend="sharded")
+        next(answer)
+        coordinator = roomy.coordinators[-1]
+        contexts = keeper.ContextKeeper(
+            coordinator._client, coordinator.settings.slots, coordinator.ask_lease, lambda _: None
+        )
 
-    for slot in contexts.slots.all:
-        run(contexts._actions.erase(slot))
+        for slot in contexts.slots.all:
+            run(contexts._actions.erase(slot))
 
-    assert sum(slot.is_taken for slot in contexts.slots.all) == 1
-    assert not contexts.is_acting
-    assert next(answer)
-    answer.close()
+        assert sum(slot.is_taken for slot in contexts.slots.all) == 1
+        assert not contexts.is_acting
+        assert next(answer)
+        answer.close()
 
 
 # --- what shall not be saved --------------------------------------------------------------------------
