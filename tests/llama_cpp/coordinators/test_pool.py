@@ -196,7 +196,7 @@ def test_requests_at_the_same_time_from_an_event_loop_start_one_coordinator(rout
     with messages_of(router, "coordinator.starting") as starts:
         answers = asyncio.run(ask_all())
 
-    assert len(starts) == 1
+    assert sum(message.startswith("starting") for message in starts) == 1, "the others wait for it"
     assert all(answer.routing["load_ms"] > 0 for answer in answers), "all waited for its start"
     assert len({answer.routing["coordinator_url"] for answer in answers}) == 1
 
@@ -211,7 +211,7 @@ def test_requests_at_the_same_time_from_threads_start_one_coordinator(router: Hy
 
     with messages_of(router, "coordinator.starting") as starts, ThreadPoolExecutor(4) as threads:
         assert len(set(threads.map(ask, range(4)))) == 1
-    assert len(starts) == 1
+    assert sum(message.startswith("starting") for message in starts) == 1, "the others wait for it"
 
 
 WHOLE_ROUTER = """
