@@ -142,8 +142,13 @@ class Scene:
             if machine.endpoint not in held:
                 machine.kill()
         self.kernel.ask(str(self._other_model), [{"role": "user", "content": "Hi"}], **{**ASKED, "max_tokens": 2})
-        names = [entry.about["model_file"]["path"] for entry in registry.entries(registry.COORDINATOR)]
-        assert names == [str(self._other_model)], names
+        eventually(
+            lambda: self._running_models() == [str(self._other_model)],
+            f"only {self._other_model} runs, not {self._running_models()}",
+        )
+
+    def _running_models(self) -> list[str]:
+        return [entry.about["model_file"]["path"] for entry in registry.entries(registry.COORDINATOR)]
 
     def is_stopped(self) -> None:
         """`sollol-nb stop` ends it."""

@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def notebook(engine: object, folder: Path) -> Iterator[Kernel]:
     """A kernel with the extension loaded."""
     settings = {"SOLLOL_CONFIG": str(folder / "mine.toml"), "SOLLOL_STATE_DIR": str(folder / "state")}
-    with kernel(**settings, SOLLOL_KEEP_ALIVE="5s", JPY_SESSION_NAME=str(folder / "a.ipynb")) as fresh:
+    with kernel(**settings, SOLLOL_KEEP_ALIVE="60s", JPY_SESSION_NAME=str(folder / "a.ipynb")) as fresh:
         assert fresh.run("%load_ext sollol_nb").error == []
         yield fresh
         fresh.run("%sollol_stop --all")
