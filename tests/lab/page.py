@@ -7,7 +7,7 @@ module only.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +77,17 @@ class LabPage:
         """Close the page, and leave the kernel running."""
         self.page.close()
 
-    def reload(self) -> None:
-        """Load the page again, also with changes that are not saved, and wait until its kernel is ready."""
+    def reload(self, meanwhile: Callable[[], object] = lambda: None) -> None:
+        """Load the page again, also with changes that are not saved, and wait until its kernel is ready.
+
+        Args:
+            meanwhile: called once the old page is gone.
+        """
         leave = Dialog.accept
         self.page.on("dialog", leave)
         self.page.reload()
         self.page.remove_listener("dialog", leave)
+        meanwhile()
         self.page.wait_for_selector(CELLS)
         self.wait_idle()
 
@@ -98,7 +103,7 @@ class LabPage:
     def dismiss_connection_errors(self) -> None:
         """From now on dismiss the dialog that says that the server could not be reached."""
         dialog = self.page.locator(".jp-Dialog", has_text="Server Connection Error")
-        self.page.add_locator_handler(dialog, lambda found: found.locator(".jp-mod-accept").click())
+        self.page.add_locator_handler(dialog, lambda found: found.locator(".jp-Dialog-button").click())
 
     def close(self) -> None:
         """Close the page and end the notebook's kernel."""

@@ -17,18 +17,20 @@ class CuttableProxy:
         self._to_port = to_port
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._is_cut = False
+        self._lock = threading.Lock()  # no connection is made while they are cut
         self._ends: list[socket.socket] = []
         self.port = int(self._listener.getsockname()[1])
         threading.Thread(target=self._accept, daemon=True).start()
 
     def cut(self) -> None:
         """End all connections, and take no new ones."""
-        self._is_cut = True
-        while self._ends:
-            end = self._ends.pop()
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-            end.close()
+        with self._lock:
+            self._is_cut = True
+            while self._ends:
+                end = self._ends.pop()
+                with suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+                end.close()
 
     def join(self) -> None:
         """Take connections again."""
@@ -42,11 +44,12 @@ class CuttableProxy:
         with suppress(OSError):  # closed
             while True:
                 near, _ = self._listener.accept()
-                if self._is_cut:
-                    near.close()
-                    continue
-                far = socket.create_connection(("127.0.0.1", self._to_port))
-                self._ends += [near, far]
+                with self._lock:
+                    if self._is_cut:
+                        near.close()
+                        continue
+                    far = socket.create_connection(("127.0.0.1", self._to_port))
+                    self._ends += [near, far]
                 for one, other in ((near, far), (far, near)):
                     threading.Thread(target=_pass_on, args=(one, other), daemon=True).start()
 
