@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -27,15 +28,40 @@ OTHER = 2
 """The cell below the one that asks."""
 
 
+HELD = """
+import asyncio, pathlib
+from sollol_nb.router.active_request import ActiveRequest
+
+whole = ActiveRequest._answer
+
+async def held(self, *arguments):
+    number = 0
+    async for chunk in whole(self, *arguments):
+        yield chunk
+        number += 1
+        while number == 40 and not pathlib.Path({path!r}).exists():
+            await asyncio.sleep(0.02)
+
+ActiveRequest._answer = held
+"""
+"""In the kernel: an answer waits after some words until a file is there, however quick the engine is."""
+
 SOON, NEVER = 1, 1_000_000
 """After how many seconds without a page the file is changed; a page may load for longer than usual."""
 
 
+@pytest.fixture
+def may_end(tmp_path: Path) -> Path:
+    """The file with which an answer goes on to its end."""
+    return tmp_path / "may_end"
+
+
 @pytest.fixture(params=[("", SOON)])
-def page(request: pytest.FixtureRequest, lab: HeadlessLab) -> Iterator[LabPage]:
+def page(request: pytest.FixtureRequest, lab: HeadlessLab, may_end: Path) -> Iterator[LabPage]:
     """A notebook with the cell that asks, with these options, and another one."""
     options, closed_s = request.param
     load = f"%load_ext sollol_nb\nfrom sollol_nb.notebook.pages import watch\nwatch.CLOSED_S = {closed_s}"
+    load += HELD.format(path=str(may_end))
     asking = f"%%sollol demo --temperature 0 {options}\n{PROMPT}"
     opened = lab.open([load, asking, "print('hello')"], viewport=(1000, 800))
     opened.run(0)
@@ -54,6 +80,12 @@ def saved_text(page: LabPage) -> str:
     return "".join("".join(output.get("data", {}).get("text/plain", "")) for output in outputs)
 
 
+def whole_text(page: LabPage) -> str:
+    """The same once the end of the answer is there; "" until then."""
+    text = saved_text(page)
+    return text if WHOLE in text else ""
+
+
 def begin(page: LabPage) -> None:
     """Ask, and wait for the first words."""
     page.start(1)
@@ -61,11 +93,11 @@ def begin(page: LabPage) -> None:
 
 
 @pytest.mark.parametrize("page", [("", SOON), ("--background", SOON)], indirect=True)
-def test_an_answer_whose_page_is_closed_is_whole_in_the_notebook(page: LabPage) -> None:
+def test_an_answer_whose_page_is_closed_is_whole_in_the_notebook(page: LabPage, may_end: Path) -> None:
     begin(page)
     page.close_page()  # its file does not have the answer's display yet
-    eventually(lambda: WHOLE in saved_text(page), "the end is in the file")
-    assert saved_text(page).startswith(BEGINNING)
+    may_end.touch()
+    assert eventually(lambda: whole_text(page), "the end is in the file").startswith(BEGINNING)
     eventually(lambda: time.time() - page.notebook.stat().st_mtime > DOUBT_S, "what opens now reads it like this")
     page.open_again()
     page.wait_for_text(1, WHOLE)
@@ -74,10 +106,10 @@ def test_an_answer_whose_page_is_closed_is_whole_in_the_notebook(page: LabPage) 
 
 
 @pytest.mark.parametrize("page", [("", NEVER)], indirect=True)
-def test_a_page_that_is_loaded_again_says_how_to_see_what_it_has_missed(page: LabPage) -> None:
+def test_a_page_that_is_loaded_again_says_how_to_see_what_it_has_missed(page: LabPage, may_end: Path) -> None:
     begin(page)
     page.save()
-    page.reload()
+    page.reload(meanwhile=may_end.touch)
     hint, command, own = page.run(OTHER).splitlines()
     assert (hint, own) == (HINT, "hello")
     page.screenshot("opened-again")
@@ -88,7 +120,7 @@ def test_a_page_that_is_loaded_again_says_how_to_see_what_it_has_missed(page: La
 
 
 def test_a_page_that_was_cut_off_comes_back_with_the_answer_and_saves_without_a_question(
-    lab: HeadlessLab, page: LabPage
+    lab: HeadlessLab, page: LabPage, may_end: Path
 ) -> None:
     port = urlsplit(lab.url).port
     assert port is not None
@@ -98,7 +130,8 @@ def test_a_page_that_was_cut_off_comes_back_with_the_answer_and_saves_without_a_
         page.type_in_cell(OTHER, "\n# not saved")
         before = page.notebook.read_bytes()
         proxy.cut()
-        eventually(lambda: WHOLE in saved_text(page), "the end is in the file, as no page is connected")
+        may_end.touch()
+        eventually(lambda: whole_text(page), "the end is in the file, as no page is connected")
         page.dismiss_connection_errors()
         proxy.join()
         page.wait_for_text(1, WHOLE)
