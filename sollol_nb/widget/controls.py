@@ -6,6 +6,7 @@ Each is enabled only while it makes sense according to the cluster's plain state
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -51,6 +52,7 @@ class WorkerControls:
 
     def __init__(self, actions: ClusterActions) -> None:
         self._actions = actions
+        self._lock = threading.RLock()  # the kernel's threads change values, the I/O loop refreshes
         self._data: Mapping[str, Any] = {}
         self.endpoint = ipywidgets.Combobox(
             placeholder="ssh://host, or host:port", options=(), ensure_option=False, layout=_NARROW
@@ -107,30 +109,32 @@ class WorkerControls:
 
     def refresh(self, data: Mapping[str, Any]) -> None:
         """Fit the controls to the state."""
-        self._data = data
-        workers = data.get("workers", {})
-        held = {worker.get("target") for worker in workers.values() if worker["state"] == "held"}
-        removable = [
-            worker.get("target", endpoint)
-            for endpoint, worker in workers.items()
-            if worker["state"] != "held" and worker.get("target", "") not in held
-        ]
-        choose_among(self.known, list(dict.fromkeys(removable)))
-        self._enable()
+        with self._lock:
+            self._data = data
+            workers = data.get("workers", {})
+            held = {worker.get("target") for worker in workers.values() if worker["state"] == "held"}
+            removable = [
+                worker.get("target", endpoint)
+                for endpoint, worker in workers.items()
+                if worker["state"] != "held" and worker.get("target", "") not in held
+            ]
+            choose_among(self.known, list(dict.fromkeys(removable)))
+            self._enable()
 
     def _enable(self) -> None:
-        busy = self._actions.is_unavailable
-        endpoint = _endpoint(self.endpoint.value)
-        known = self._data.get("workers", {})
-        used = {worker.get("target", name) for name, worker in known.items() if not _may_retry(name, worker)}
-        self.add.disabled = busy("add") or endpoint is None or endpoint in used
-        self.remove.disabled = busy("remove") or self.known.value is None
-        self.known.disabled = self.known.value is None
-        self.discover.disabled = busy("discover")
-        self.calibrate.disabled = busy("calibrate")
-        self.start.disabled = busy("start workers")
-        has_local = any(worker.get("local") for worker in known.values())
-        self.stop.disabled = busy("stop workers") or not has_local
+        with self._lock:
+            busy = self._actions.is_unavailable
+            endpoint = _endpoint(self.endpoint.value)
+            known = self._data.get("workers", {})
+            used = {worker.get("target", name) for name, worker in known.items() if not _may_retry(name, worker)}
+            self.add.disabled = busy("add") or endpoint is None or endpoint in used
+            self.remove.disabled = busy("remove") or self.known.value is None
+            self.known.disabled = self.known.value is None
+            self.discover.disabled = busy("discover")
+            self.calibrate.disabled = busy("calibrate")
+            self.start.disabled = busy("start workers")
+            has_local = any(worker.get("local") for worker in known.values())
+            self.stop.disabled = busy("stop workers") or not has_local
 
     def _start(self, _: object) -> None:
         count = self.count.value
@@ -205,6 +209,7 @@ class ModelControls:
     def __init__(self, actions: ClusterActions, strategy: Callable[[], str | None]) -> None:
         self._actions = actions
         self._strategy = strategy
+        self._lock = threading.RLock()  # the kernel's threads change values, the I/O loop refreshes
         self._data: Mapping[str, Any] = {}
         self.model = ipywidgets.Combobox(
             placeholder="model", options=_known_models(), ensure_option=False, layout=_NARROW
@@ -247,25 +252,27 @@ class ModelControls:
 
     def refresh(self, data: Mapping[str, Any]) -> None:
         """Fit the controls to the state."""
-        self._data = data
-        choose_among(self.running, self._running())
-        chosen = self._strategy()
-        if chosen is not None and not self._actions.is_unavailable("strategy"):  # else a change is under way
-            self.strategy.value = chosen
-        self._enable()
+        with self._lock:
+            self._data = data
+            choose_among(self.running, self._running())
+            chosen = self._strategy()
+            if chosen is not None and not self._actions.is_unavailable("strategy"):  # else a change is under way
+                self.strategy.value = chosen
+            self._enable()
 
     def _running(self) -> list[str]:
         coordinators = self._data.get("coordinators", {}).values()
         return [coordinator["model"] for coordinator in coordinators if coordinator.get("own")]
 
     def _enable(self) -> None:
-        busy, model = self._actions.is_unavailable, self.model.value.strip()
-        loading = {*self._data.get("starting", {}), *self._running()}
-        self.load.disabled = busy("load") or not model or short_name(model) in loading
-        self.stop.disabled = busy("stop") or self.running.value is None
-        self.running.disabled = self.running.value is None
-        self.keep.disabled = busy("keep_alive") or not _is_keep_alive(self.keep_alive.value)
-        self.strategy.disabled = busy("strategy")
+        with self._lock:
+            busy, model = self._actions.is_unavailable, self.model.value.strip()
+            loading = {*self._data.get("starting", {}), *self._running()}
+            self.load.disabled = busy("load") or not model or short_name(model) in loading
+            self.stop.disabled = busy("stop") or self.running.value is None
+            self.running.disabled = self.running.value is None
+            self.keep.disabled = busy("keep_alive") or not _is_keep_alive(self.keep_alive.value)
+            self.strategy.disabled = busy("strategy")
 
     def _load(self, _: object) -> None:
         model = self.model.value.strip()

@@ -494,6 +494,35 @@ def test_controls_are_enabled_only_while_they_make_sense(steered: ClusterWidget,
     assert models.stop.disabled
 
 
+@pytest.mark.parametrize("kind", ["add", "load"])
+def test_what_is_typed_while_the_state_changes_enables_its_button(
+    steered: ClusterWidget, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the I/O loop has read before it was typed is not set after it."""
+    workers, models, is_unavailable = steered.workers, steered.models, steered._actions.is_unavailable
+    text, typed, button = {
+        "add": (workers.endpoint, "10.0.0.5", workers.add),
+        "load": (models.model, "demo", models.load),
+    }[kind]
+    kernel = threading.Thread(target=setattr, args=(text, "value", typed))
+
+    def type_meanwhile(asked: str) -> bool:
+        if asked == kind and kernel.ident is None:
+            kernel.start()
+            kernel.join(0.5)  # it waits until the controls are set; if it does not, it is done by then
+        return is_unavailable(asked)
+
+    monkeypatch.setattr(steered._actions, "is_unavailable", type_meanwhile)
+    run_blocking(refreshed(steered))
+    kernel.join()
+    assert not button.disabled
+
+
+async def refreshed(widget: ClusterWidget) -> None:
+    """What a change of the state does, on the I/O loop."""
+    widget._refresh()
+
+
 def test_a_worker_is_added_and_removed_and_events_say_so(steered: ClusterWidget, router: HybridRouter) -> None:
     name = f"127.0.0.1:{unused_port()}"
     steered.workers.endpoint.value = name
