@@ -7,7 +7,7 @@ from importlib.metadata import entry_points
 import psutil
 
 from sollol_nb.gateway.server_proxy import gateway_process
-from tests.support.engines import eventually, is_alive, says, script
+from tests.support.engines import eventually, is_alive, script
 
 # Its output is that of the gateway that it starts.
 PARENT = """
@@ -22,8 +22,10 @@ gateway.wait()
 
 def test_the_gateway_ends_with_the_process_that_started_it() -> None:
     with script(PARENT) as parent:
-        gateway = psutil.Process(int(says(parent, "pid ")))
-        says(parent, "the gateway listens on")
+        assert parent.stdout is not None
+        pid, listens = sorted(parent.stdout.readline() for _ in range(2))  # of two processes, in any order
+        gateway = psutil.Process(int(pid.removeprefix("pid ")))
+        assert listens.startswith("the gateway listens on")
         parent.kill()
         eventually(lambda: not is_alive(gateway), "the gateway has ended")
 

@@ -32,7 +32,7 @@ CELLS = (
     "        display(clicked_handle)\n"
     "button = ipywidgets.Button()\nbutton.on_click(clicked)\ndisplay(button, output)\nbutton.click()",
     "clicked_handle.result(60)\nprint(answer.text)",
-    "%sollol_stop --all",
+    "Out[2].result(60)\n%sollol_stop --all",
 )
 
 

@@ -249,9 +249,8 @@ def _network(names: Sequence[str]) -> Iterator[list[tuple[str, int | None]]]:
     if not can_make_namespaces():
         yield [(f"127.0.{next(_numbers)}.{position + 1}", None) for position in range(len(names))]
         return
-    network = f"10.213.{(os.getpid() + next(_numbers)) % 250 + 1}"
-    bridge = f"sol{os.getpid()}b{next(_numbers)}"[:15]
-    _ip("link", "add", bridge, "type", "bridge")
+    number = _make_bridge()
+    network, bridge = f"10.213.{number}", _bridge(number)
     try:
         _ip("addr", "add", f"{network}.1/24", "dev", bridge)
         _ip("link", "set", bridge, "up")
@@ -269,6 +268,19 @@ def _network(names: Sequence[str]) -> Iterator[list[tuple[str, int | None]]]:
             yield places
     finally:
         _ip("link", "delete", bridge)
+
+
+def _make_bridge() -> int:
+    """Make a bridge; its number is that of no other one: the kernel refuses a name that another test's bridge has."""
+    for number in range(1, 255):
+        with contextlib.suppress(subprocess.CalledProcessError):
+            _ip("link", "add", _bridge(number), "type", "bridge")
+            return number
+    raise AssertionError("no bridge can be made, or this machine has 254 of them")
+
+
+def _bridge(number: int) -> str:
+    return f"sol{number}b"
 
 
 @contextlib.contextmanager

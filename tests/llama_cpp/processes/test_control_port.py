@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.engines import eventually, posix_only
+from tests.support.engines import eventually, posix_only, suspended
 from tests.support.supervised import (
     IGNORES,
     KEY,
@@ -246,9 +246,11 @@ def test_client_that_never_reads_is_dropped(standing: Supervised) -> None:
 
 def test_missing_greeting_is_not_waited_for(folder: Path) -> None:
     with supervised(folder, program=with_constants(folder, GREETING_LIMIT_S=0.2)) as owner:
-        silent, half = owner.connect(key=None), owner.connect(key=None)
-        half.socket.sendall(GREETING[:-5])
-        known = owner.connect()
+        with suspended(psutil.Process(owner.process.pid)):  # the time begins when it notices them
+            silent, half, known = (owner.connect(key=None) for _ in range(3))
+            half.socket.sendall(GREETING[:-5])
+            known.socket.sendall(GREETING)
+        assert known.line() is not None
         assert silent.line() is half.line() is None
         assert known.ask("status")["clients"] == 0
 
