@@ -271,7 +271,7 @@ def _network(names: Sequence[str]) -> Iterator[list[tuple[str, int | None]]]:
 
 
 def _make_bridge() -> int:
-    """Make a bridge; its number is that of no other one: the kernel refuses a name that another test's bridge has."""
+    """Make a bridge; its number is that of no other one, since the kernel refuses names that are taken."""
     for number in range(1, 255):
         with contextlib.suppress(subprocess.CalledProcessError):
             _ip("link", "add", _bridge(number), "type", "bridge")
