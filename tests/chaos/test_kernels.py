@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import ast
-import os
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.workers.probe import test_rpc_backend as is_free
 from tests.chaos.machines import COORDINATOR_PORT
 from tests.chaos.trials import ACCENTS, LONG, MODEL, Chaos
-from tests.support.engines import eventually, is_alive, with_variable
+from tests.support.engines import eventually, with_variable
 from tests.support.kernels import Kernel, Shown
 from tests.support.kernels import kernel as new_kernel
 
@@ -33,10 +30,12 @@ from sollol_nb.sync_wrapper import HybridRouter
 router = HybridRouter(auto_discover_rpc=False, coordinator_port={COORDINATOR_PORT}, **settings)
 """
 ASK = f"answer = router.route_request({MODEL!r}, {ACCENTS.text!r}, temperature=0)"
-ASK_AND_SHOW = f"""
+ASK_AND_STOP_READING = f"""
+import threading
 for number, chunk in enumerate(router.stream({MODEL!r}, {LONG.text!r}, temperature=0)):
     if number == 50:
         display(Markdown("half way"))
+        threading.Event().wait()
 """
 WHAT_RUNS = """dict(
     pid=router.coordinator.pid,
@@ -51,12 +50,14 @@ WHAT_RUNS = """dict(
 
 @contextmanager
 def kernel_with_router(chaos: Chaos, **settings: Any) -> Iterator[Kernel]:
-    """A kernel whose `router` knows three of the machines."""
+    """A kernel whose `router` knows three of the machines, and ends its engines at the end, if it still runs."""
     backends = ",".join(machine.endpoint for machine in chaos.cluster.machines[:3])
-    with new_kernel(RPC_BACKENDS=backends, SOLLOL_KEEP_ALIVE="2s") as running:
+    with new_kernel(RPC_BACKENDS=backends, SOLLOL_KEEP_ALIVE="60s") as running:
         shown = running.run(f"settings = {settings!r}\n{MAKE_ROUTER}")
         assert shown.status == "ok", shown.error
         yield running
+        if running.manager.is_alive():
+            assert running.run("router.close()").status == "ok"
 
 
 def value(kernel: Kernel, expression: str) -> Any:
@@ -68,12 +69,6 @@ def kinds(kernel: Kernel) -> list[str]:
     return [kind for kind in found if kind.startswith("coordinator.")]
 
 
-def kill(kernel: Kernel) -> None:
-    os.kill(kernel.pid, signal.SIGKILL)
-    process = psutil.Process(kernel.pid)
-    eventually(lambda: not is_alive(process), "the kernel is dead")
-
-
 def test_a_kernel_killed_in_mid_answer_leaves_its_model_to_the_next_and_nothing_for_ever(
     chaos: Chaos, state: Path
 ) -> None:
@@ -82,8 +77,8 @@ def test_a_kernel_killed_in_mid_answer_leaves_its_model_to_the_next_and_nothing_
     with kernel_with_router(chaos) as first, kernel_with_router(chaos) as second:
         assert first.run(ASK).status == "ok"
         before = value(first, WHAT_RUNS)
-        first.collect(first.client.execute(ASK_AND_SHOW), until_shown="half way")
-        kill(first)
+        first.collect(first.client.execute(ASK_AND_STOP_READING), until_shown="half way")
+        first.kill()
 
         assert second.run(ASK).status == "ok"
         assert value(second, "(answer.text, answer['eval_count'])") == (undisturbed.text, undisturbed.eval_count)
@@ -91,7 +86,8 @@ def test_a_kernel_killed_in_mid_answer_leaves_its_model_to_the_next_and_nothing_
         assert sum(len(units) for units in before["layers"].values()) > 0
         assert kinds(second) == ["coordinator.adopted"]
         assert "held" in value(second, "[worker.state for worker in router.cluster().workers]")
-        kill(second)
+        assert second.run("router.configure(keep_alive='1s')").status == "ok"
+        second.kill()
 
         # What still runs are these kernels' engines and their supervisors; keep_alive ends them.
         eventually(lambda: not with_variable("SOLLOL_STATE_DIR", str(state)), "no process is left")

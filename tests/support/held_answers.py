@@ -23,6 +23,10 @@ ActiveRequest._answer = held(ActiveRequest._answer, {at_chars}, pathlib.Path({un
 """
 
 
+PATIENT = "from sollol_nb.llama_cpp.coordinators import pace\npace.MARGIN = float('inf')"
+"""A cell after which its kernel takes no silence of an engine for the end of it: one may be suspended for long."""
+
+
 def holding(at_chars: int, until: Path) -> str:
     """A cell after which the answers of its kernel wait once they have so many characters, until a file exists."""
     return _CELL.format(at_chars=at_chars, until=str(until))

@@ -12,7 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 from jupyter_client.manager import start_new_kernel
+
+from tests.support.engines import eventually, is_alive
 
 CELL_TIMEOUT_S = 120
 ONE_THREAD = {"LLAMA_ARG_THREADS": "1"}
@@ -84,6 +87,12 @@ class Kernel:
     def pid(self) -> int:
         """Process id of the kernel."""
         return int(self.manager.provisioner.pid)
+
+    def kill(self) -> None:
+        """End it without warning."""
+        process = psutil.Process(self.pid)
+        process.kill()
+        eventually(lambda: not is_alive(process), "the kernel is dead")
 
     def run(self, code: str) -> Shown:
         """Run a cell to its end."""

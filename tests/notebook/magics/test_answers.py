@@ -13,8 +13,8 @@ import psutil
 import pytest
 
 from sollol_nb.chat.journal import Journal, JournaledAnswer
-from tests.support.engines import eventually, is_alive
-from tests.support.held_answers import holding
+from tests.support.engines import eventually, suspended
+from tests.support.held_answers import PATIENT, holding
 from tests.support.kernels import ONE_THREAD, Kernel, kernel, notebook_kernel
 
 pytestmark = pytest.mark.engine
@@ -72,9 +72,7 @@ def kill_in_mid_answer(state: Path, cell: str, *, at_chars: int) -> str:
             return is_new and found is not None and len(found.text) >= at_chars
 
         eventually(is_far_enough, "enough of the answer is journaled")
-        process = psutil.Process(doomed.pid)
-        os.kill(doomed.pid, signal.SIGKILL)
-        eventually(lambda: not is_alive(process), "the kernel is dead")
+        doomed.kill()
     assert found is not None
     assert found.is_running
     return found.id
@@ -109,23 +107,18 @@ def test_an_answer_goes_on_in_the_next_kernel_and_in_its_conversation(
     assert notebook.value("again.text == undisturbed.text and again.footer() == whole.footer()") == "True"
 
 
-@contextmanager
-def suspended(asking: Kernel, model: str) -> Iterator[None]:
-    """The engine of a model waits meanwhile: however quick it is, an answer has no end."""
+def engine_of(asking: Kernel, model: str) -> psutil.Process:
+    """The engine of a model, which the kernel leaves alone however long it is silent."""
+    asking.run(PATIENT)
     asking.run(f"%sollol {model} --max-tokens 1 --quiet --no-journal --out begun Go on.")
     asking.run("from sollol_nb.llama_cpp.processes import registry")
     pids = "{entry.about['url']: entry.pid for entry in registry.entries('coordinator')}"
-    engine = psutil.Process(int(asking.value(f"{pids}[begun.routing['coordinator_url']]")))
-    engine.suspend()
-    try:
-        yield
-    finally:
-        engine.resume()
+    return psutil.Process(int(asking.value(f"{pids}[begun.routing['coordinator_url']]")))
 
 
 def test_an_answer_of_another_kernel_is_followed_live(notebook: Kernel, state: Path, endless: str) -> None:
     with other_kernel(state, "/notebooks/other.ipynb") as other:
-        with suspended(other, endless):
+        with suspended(engine_of(other, endless)):
             other.client.execute(f"%sollol {endless} --max-tokens 150 Go on.")
             eventually(
                 lambda: (
@@ -152,7 +145,7 @@ def test_an_answer_of_another_kernel_is_followed_live(notebook: Kernel, state: P
 def test_following_ends_with_the_stop_button_and_the_answer_does_not(
     notebook: Kernel, state: Path, endless: str
 ) -> None:
-    with suspended(notebook, endless):
+    with suspended(engine_of(notebook, endless)):
         notebook.run(f"%sollol {endless} --max-tokens 50 --background --quiet --out handle Go on.")
         eventually(lambda: (found := newest(state)) is not None and found.is_running, "it is journaled")
         following = notebook.client.execute("%sollol_answers show 1")
