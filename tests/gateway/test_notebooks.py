@@ -180,7 +180,7 @@ def test_answers_of_two_notebooks_continue_after_the_gateway_was_killed(
             eventually(both_run, "the engine has both requests")
             worker.swallow_after(HELD_AFTER)  # neither answer comes to an end, however quick the engine is
             for each, message in zip(kernels, messages, strict=True):
-                each.collect(message, until_shown=" ")
+                each.collect(message, until_shown=r"w\d+ w\d+")
             restartable.kill()
             worker.pass_again()
             restartable.start()

@@ -16,6 +16,7 @@ from tests.lab.lab import HeadlessLab
 from tests.lab.page import LabPage
 from tests.lab.proxy import cuttable
 from tests.support.engines import eventually
+from tests.support.held_answers import holding
 
 pytestmark = [pytest.mark.engine, pytest.mark.lab]
 
@@ -26,25 +27,6 @@ WHOLE = "always remember what you have already said."
 HINT = "The page was opened again while demo answered; this shows the answer:"
 OTHER = 2
 """The cell below the one that asks."""
-
-
-HELD = """
-import asyncio, pathlib
-from sollol_nb.router.active_request import ActiveRequest
-
-whole = ActiveRequest._answer
-
-async def held(self, *arguments):
-    number = 0
-    async for chunk in whole(self, *arguments):
-        yield chunk
-        number += 1
-        while number == 40 and not pathlib.Path({path!r}).exists():
-            await asyncio.sleep(0.02)
-
-ActiveRequest._answer = held
-"""
-"""In the kernel: an answer waits after some words until a file is there, however quick the engine is."""
 
 SOON, NEVER = 1, 1_000_000
 """After how many seconds without a page the file is changed; a page may load for longer than usual."""
@@ -61,7 +43,7 @@ def page(request: pytest.FixtureRequest, lab: HeadlessLab, may_end: Path) -> Ite
     """A notebook with the cell that asks, with these options, and another one."""
     options, closed_s = request.param
     load = f"%load_ext sollol_nb\nfrom sollol_nb.notebook.pages import watch\nwatch.CLOSED_S = {closed_s}"
-    load += HELD.format(path=str(may_end))
+    load += holding(4 * len(BEGINNING), until=may_end)
     asking = f"%%sollol demo --temperature 0 {options}\n{PROMPT}"
     opened = lab.open([load, asking, "print('hello')"], viewport=(1000, 800))
     opened.run(0)

@@ -11,6 +11,8 @@ from playwright.sync_api import Locator, expect
 
 from tests.lab.lab import HeadlessLab
 from tests.lab.page import LIMIT_MS, LabPage
+from tests.support.engines import suspended
+from tests.support.held_answers import PATIENT
 
 pytestmark = [pytest.mark.engine, pytest.mark.lab]
 
@@ -107,13 +109,10 @@ def test_requests_are_shown_while_their_cell_runs(page: LabPage) -> None:
             new MutationObserver(record).observe(map, {subtree: true, childList: true, characterData: true});
         }"""
     )
-    engine = psutil.Process(int(page.ask("print(router().coordinator.pid)")))
-    engine.suspend()  # however quick it is, the request runs until it is shown
-    try:
+    page.ask(PATIENT)
+    with suspended(psutil.Process(int(page.ask("print(router().coordinator.pid)")))):
         page.start(asking)
         page.page.wait_for_function("() => window.totals.some(text => text.includes('1 running'))")
-    finally:
-        engine.resume()
     page.wait_done(asking)
 
 

@@ -13,6 +13,7 @@ from sollol_nb.chat.completion_view import LIVE_CHARS
 from tests.lab.lab import HeadlessLab
 from tests.lab.page import LabPage
 from tests.support.gguf_files import write_llama
+from tests.support.held_answers import holding
 
 pytestmark = [pytest.mark.engine, pytest.mark.lab]
 
@@ -48,6 +49,14 @@ def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_llama(path, blocks=1, feed_forward=64, vocabulary=1000, context=32_768)
 
 
+@pytest.fixture
+def goes_on(tmp_path: Path) -> Iterator[Path]:
+    """The file with which a held answer goes on."""
+    path = tmp_path / "goes-on"
+    yield path
+    path.touch()
+
+
 def test_an_answer_is_seen_to_grow_and_ends_as_markdown_with_a_footer(page: LabPage) -> None:
     cell = page.add(f"%%sollol demo:sharded --temperature 0 --out answer\n{STORY}")
     page.watch(cell)
@@ -60,7 +69,10 @@ def test_an_answer_is_seen_to_grow_and_ends_as_markdown_with_a_footer(page: LabP
     page.screenshot("answer")
 
 
-def test_the_stop_button_keeps_the_text_and_the_next_cell_runs(page: LabPage, endless: Path) -> None:
+def test_the_stop_button_keeps_the_text_and_the_next_cell_runs(
+    page: LabPage, endless: Path, goes_on: Path
+) -> None:
+    page.ask(holding(100, until=goes_on))
     cell = page.add(f"%%sollol {endless} --temperature 0 --max-tokens 30000 --out cut\ngo")
     page.start(cell)
     page.wait_for_text(cell, re.compile(r"w\d+ w\d+"))
@@ -101,7 +113,10 @@ def test_an_error_is_one_line(page: LabPage, source: str, words: str) -> None:
     assert lines[0].startswith(words)
 
 
-def test_a_very_long_answer_is_light_while_it_streams_and_whole_in_the_end(page: LabPage, endless: Path) -> None:
+def test_a_very_long_answer_is_light_while_it_streams_and_whole_in_the_end(
+    page: LabPage, endless: Path, goes_on: Path
+) -> None:
+    page.ask(holding(LONG_CHARS, until=goes_on))
     cell = page.add(f"%%sollol {endless} --temperature 0 --max-tokens {LONG_TOKENS} --out long\ngo")
     below = page.add()
     page.watch(cell)
@@ -113,6 +128,7 @@ def test_a_very_long_answer_is_light_while_it_streams_and_whole_in_the_end(page:
     assert max(page.received_bytes[already:]) < 4 * LIVE_CHARS, "no message holds the whole answer"
     assert page.source(below) == "the page takes keys meanwhile"
     page.screenshot("long")
+    goes_on.touch()
     page.wait_done(cell)
     *live, last = page.seen()
     assert max(map(len, live)) < LIVE_CHARS + 200
