@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -44,6 +43,7 @@ from tests.support.engines import (
     run,
     says,
     script,
+    suspended,
     write_endless,
 )
 from tests.support.kernels import kernel
@@ -333,15 +333,31 @@ def test_a_stopped_batch_says_where_its_answers_could_not_be_kept(
 def test_an_answer_that_cannot_be_kept_during_a_stop_is_one_warning(
     router: HybridRouter, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    running: list[str] = []
+    stopped = threading.Event()
+
     class Failing(BatchStore):
         def put(self, answers: Mapping[str, Completion]) -> None:
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.5)  # the stop comes while this answer is being kept
+            if not stopped.is_set():  # the stop comes while the first answer is being kept, and the next is given
+                with suspended(engine_of(router)):
+                    eventually(lambda: running, "the next row is asked")
+                    os.kill(os.getpid(), signal.SIGINT)
+                    assert stopped.wait(HANG_GUARD_S)
             raise OSError("no space left")
 
+    def note(event: Event) -> None:
+        if event.kind == "request.started":
+            running.append(event.subject)
+        elif event.kind == "request.finished":
+            running.clear()
+            if event.data["status"] == "cancelled":
+                stopped.set()
+
     monkeypatch.setattr(router._async, "batch_store", Failing(tmp_path / "batches.sqlite"))
+    forget = router.events.subscribe(note)
     with pytest.raises(BatchInterrupted):
         router.map(range(9), "Tell {{ item }}", model="demo", concurrency=1, **GREEDY)
+    forget()
     gc.collect()  # asyncio reports errors that nobody has read
     assert [record.getMessage()[:26] for record in caplog.records] == ["an answer was not kept in "]
 

@@ -120,25 +120,35 @@ def test_two_machines_that_dial_out_answer_together_and_end_when_they_are_revoke
         eventually(lambda: not open_ports(hub()), "the port is closed")
 
 
-def test_an_answer_continues_when_the_network_is_cut_and_returns(engine: Engine, machines: list[Machine]) -> None:
+LONG: dict[str, Any] = {"backend": "llama.cpp-distributed", "temperature": 0, "max_tokens": 400}
+"""Options of an answer of `endless` that has not ended when its first words are read."""
+
+
+def test_an_answer_continues_when_the_network_is_cut_and_returns(
+    engine: Engine, machines: list[Machine], endless: str
+) -> None:
     machine = machines[0]
     with HybridRouter(num_rpc_backends=1, auto_setup_rpc=False) as router:
         worker = join(machine, engine, invite(router, machine))
         connected(router, "gpu1")
-        undisturbed = answer(router)
+        undisturbed = answer(router, model=endless, **LONG)
 
         def cut() -> None:
-            if machine.namespace:
-                machine.cut()
-            else:
-                worker.send_signal(signal.SIGSTOP)
-            eventually(lambda: not any(item.is_connected for item in router.invitations().joined), "it is lost")
+            assert router.coordinator is not None
+            with suspended(psutil.Process(router.coordinator.pid)):
+                if machine.namespace:
+                    machine.cut()
+                else:
+                    worker.send_signal(signal.SIGSTOP)
+                eventually(
+                    lambda: not any(item.is_connected for item in router.invitations().joined), "it is lost"
+                )
             if machine.namespace:
                 machine.connect_again()
             else:
                 worker.send_signal(signal.SIGCONT)
 
-        assert answer(router, {5: cut}) == undisturbed
+        assert answer(router, {2: cut}, endless, **LONG) == undisturbed
         assert worker.poll() is None
 
 
@@ -149,9 +159,7 @@ def test_an_answer_continues_when_the_link_is_killed_and_its_members_come_back(
     with HybridRouter(num_rpc_backends=1, auto_setup_rpc=False) as router:
         worker = join(machine, engine, invite(router, machine))
         connected(router, "gpu1")
-        # It has not ended when its first words are read.
-        long: dict[str, Any] = {"backend": "llama.cpp-distributed", "temperature": 0, "max_tokens": 400}
-        undisturbed = answer(router, model=endless, **long)
+        undisturbed = answer(router, model=endless, **LONG)
 
         def kill() -> None:
             assert router.coordinator is not None
@@ -160,7 +168,7 @@ def test_an_answer_continues_when_the_link_is_killed_and_its_members_come_back(
                 killed.kill()
                 all_end([killed])
 
-        assert answer(router, {2: kill}, endless, **long) == undisturbed
+        assert answer(router, {2: kill}, endless, **LONG) == undisturbed
         connected(router, "gpu1")
         assert worker.poll() is None
 
