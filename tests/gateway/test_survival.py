@@ -157,7 +157,7 @@ class Answering:
         self.worker.swallow_after(STRIKE_AFTER)
 
     def wait_begun(self) -> None:
-        """Wait until the engine is in the middle of the answer; it goes on only after `worker.pass_again`."""
+        """Wait until the engine is in the middle of the answer, and its worker holds it there."""
         eventually(lambda: self.worker.is_swallowing, "the answer is being generated")
 
 

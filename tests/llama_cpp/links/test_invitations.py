@@ -243,7 +243,7 @@ def test_a_revoked_member_ends_soon_and_cannot_come_back(links: Links) -> None:
             assert (await ask(link, "stolen", token=link.token))["welcome"] == {"name": "gpu1-2"}
             assert await invited.revoke("gpu1") == ["gpu1", "gpu1-2"]
             assert hub.POLL_S < 1.0
-            async with asyncio.timeout(FACTS.give_up_s / 2):  # it is told; else it would notice only the silence
+            async with asyncio.timeout(FACTS.give_up_s / 2):  # before it could notice the silence
                 assert "revoked" in await serving
                 assert await ended_by_hub(reader)
             writer.close()
