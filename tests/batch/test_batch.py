@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -322,10 +323,8 @@ def test_a_stopped_batch_says_where_its_answers_could_not_be_kept(
     router: HybridRouter, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(router._async, "batch_store", BatchStore(tmp_path / "no" / "such" / "folder"))
-    forget = stop_after(router, 2)
-    with pytest.raises(BatchInterrupted) as caught:
+    with pytest.raises(BatchInterrupted) as caught, stop_after(router, 2):
         router.map(range(30), "Tell {{ item }}", model="demo", **{**GREEDY, "max_tokens": 40, "concurrency": 1})
-    forget()
     assert "rows are done, but could not be kept; take them from .partial" in str(caught.value)
 
 
@@ -385,8 +384,8 @@ def most_at_once(router: HybridRouter, expected: int, **settings: Any) -> int:
     try:
         router.map(range(12), "{{ item }}", model="demo", **{**GREEDY, "max_tokens": 20}, **settings)
     finally:
+        forget()
         engine.resume()
-    forget()
     return most
 
 
@@ -549,9 +548,10 @@ def engine_of(router: HybridRouter) -> psutil.Process:
     return psutil.Process(router.own_coordinators[-1].pid)
 
 
-def after_answers(router: HybridRouter, answers: int, do: Callable[[], object]) -> Callable[[], None]:
-    """Do something when so many requests have ended well. The engine waits from then on, so that not all rows are
-    done, however quick it is; what is returned lets it go on."""
+@contextmanager
+def after_answers(router: HybridRouter, answers: int, do: Callable[[], object]) -> Iterator[None]:
+    """Do something when so many requests have ended well. The engine waits from then until the end of the block:
+    however quick it is, not all rows are done."""
     ended = 0
     waiting: list[psutil.Process] = []
 
@@ -565,16 +565,15 @@ def after_answers(router: HybridRouter, answers: int, do: Callable[[], object]) 
                 do()
 
     unsubscribe = router.events.subscribe(count)
-
-    def go_on() -> None:
+    try:
+        yield
+    finally:
         unsubscribe()
         for engine in waiting:
             engine.resume()
 
-    return go_on
 
-
-def stop_after(router: HybridRouter, answers: int) -> Callable[[], None]:
+def stop_after(router: HybridRouter, answers: int) -> AbstractContextManager[None]:
     """Interrupt this process, as Ctrl-C does, when so many requests have ended well."""
     return after_answers(router, answers, lambda: os.kill(os.getpid(), signal.SIGINT))
 
@@ -582,10 +581,8 @@ def stop_after(router: HybridRouter, answers: int) -> Callable[[], None]:
 @pytest.mark.skipif(sys.platform == "win32", reason="a process cannot send itself Ctrl-C alone there")
 def test_an_interrupted_batch_continues_where_it_was(router: HybridRouter, asked: list[Event]) -> None:
     settings = {**GREEDY, "max_tokens": 40, "concurrency": 2}
-    forget = stop_after(router, 8)
-    with pytest.raises(BatchInterrupted) as caught:
+    with pytest.raises(BatchInterrupted) as caught, stop_after(router, 8):
         router.map(range(40), "Tell me of {{ item }}", model="demo:sharded", **settings)
-    forget()
 
     partial = caught.value.partial
     done = int((partial.status == "ok").sum())
@@ -649,9 +646,8 @@ def test_cancelling_the_async_batch_ends_its_requests_and_keeps_its_answers(
         with pytest.raises(asyncio.CancelledError):
             await task
 
-    go_on = after_answers(router, 3, lambda: None)
-    asyncio.run(cancelled())
-    go_on()
+    with after_answers(router, 3, lambda: None):
+        asyncio.run(cancelled())
     eventually(lambda: all_idle(router), "the slots are idle")
     kept = len(router.batch_store)
     assert 3 <= kept < 16
