@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -196,7 +197,9 @@ def test_the_patches_lead_from_the_first_state_to_the_present_state(
         while state["workers"][endpoint]["state"] != "down" or not state.get("coordinators"):
             name, patch = next(received)
             state = patched(state, patch) if name == "patch" else state
+        deadline = time.monotonic() + HANG_GUARD_S
         while state != client.get("/cluster").json():  # round trips may change in between
+            assert time.monotonic() < deadline, "the patches lead to another state"
             name, patch = next(received)
             state = patched(state, patch) if name == "patch" else state
 

@@ -145,7 +145,7 @@ async def used_once_read(setup: Setup) -> Setup:
 
     setup.store.list = listed  # type: ignore[method-assign]
     used(setup)
-    await asyncio.to_thread(is_read.wait, HANG_GUARD_S)
+    assert await asyncio.to_thread(is_read.wait, HANG_GUARD_S)
     return setup
 
 

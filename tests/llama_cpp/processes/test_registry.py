@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import fields
@@ -141,7 +142,8 @@ def test_reader_never_sees_a_partial_entry(folder: Path) -> None:
         written = []
 
         def update() -> None:
-            while len(written) < 400 or not is_seen.is_set():
+            deadline = time.monotonic() + HANG_GUARD_S
+            while len(written) < 400 or (not is_seen.is_set() and time.monotonic() < deadline):
                 number = len(written)
                 control.ask("about", about={"number": number, "filling": "x" * (number % 7) * 5000})
                 written.append(number)
@@ -158,6 +160,7 @@ def test_reader_never_sees_a_partial_entry(folder: Path) -> None:
         finally:
             is_seen.set()
             writer.join(HANG_GUARD_S)
+        assert len(seen) > 2
         assert owner.entry()["about"]["number"] == written[-1]
 
 

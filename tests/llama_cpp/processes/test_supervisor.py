@@ -224,7 +224,10 @@ def test_keep_alive_counts_from_the_last_lease_and_not_from_a_status_request(fol
         held_at = time.monotonic()
         first.ask("hold")
         first.ask("free")
-        assert first.ask("status")["idle_s"] <= time.monotonic() - held_at, "a lease restarts it"
+        status = first.ask("status")
+        since_lease_s = time.monotonic() - held_at
+        assert status["idle_s"] <= since_lease_s, "a lease restarts it"
+        assert status["ends_in_s"] >= 600 - since_lease_s
 
 
 def test_with_a_keep_alive_of_0_one_request_can_follow_another(folder: Path) -> None:
