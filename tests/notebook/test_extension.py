@@ -50,8 +50,10 @@ def test_an_answer_streams_into_the_cell_and_ends_as_markdown(notebook: Kernel, 
     goes_on = tmp_path / "goes-on"
     notebook.run(holding(len("Once there was a model"), until=goes_on))
     message_id = notebook.client.execute(f"%%sollol demo:sharded --temperature 0 --out answer\n{LONG_QUESTION}")
-    notebook.collect(message_id, until_shown="Once there was a model")
-    goes_on.touch()
+    try:
+        notebook.collect(message_id, until_shown="Once there was a model")
+    finally:
+        goes_on.touch()
     shown = notebook.collect(message_id)
     assert shown.status == "ok"
     assert len(shown.displays) == 1, "one display, updated in place"

@@ -24,7 +24,7 @@ from sollol_nb.llama_cpp.workers.workers import Workers
 from sollol_nb.runtime.events import Event
 from sollol_nb.runtime.io_loop import run_blocking
 from sollol_nb.sync_wrapper import HybridRouter
-from tests.support.engines import eventually, posix_only, write_endless
+from tests.support.engines import HANG_GUARD_S, eventually, posix_only, write_endless
 
 pytestmark = [pytest.mark.engine, posix_only]
 
@@ -172,7 +172,7 @@ def test_it_also_takes_over_for_a_request_that_comes_while_the_other_one_is_bein
     stop, asked = before.stop, asyncio.Event()
 
     async def stop_late(**options: Any) -> ExitReport:
-        await asked.wait()
+        await asyncio.wait_for(asked.wait(), HANG_GUARD_S)
         await asyncio.sleep(1)
         return await stop(**options)
 

@@ -142,8 +142,10 @@ def test_two_clients_at_once_build_it_only_once(
 
     async def both() -> list[RemoteEngine]:
         preparing = asyncio.gather(*(machine.preparing(here, fetch=fetch) for _ in range(2)))
-        await eventually_async(lambda: waiting in machine.reports or preparing.done(), "the second one waits")
-        both_are_there.touch()
+        try:
+            await eventually_async(lambda: waiting in machine.reports or preparing.done(), "the second one waits")
+        finally:
+            both_are_there.touch()  # else the build would wait for ever
         return await preparing
 
     first, second = run(both())

@@ -264,8 +264,10 @@ def test_a_long_answer_shows_its_end_while_it_streams_and_is_saved_whole(noteboo
     goes_on = tmp_path / "goes-on"
     notebook.run(holding(8000, until=goes_on))
     message_id = notebook.client.execute(f"%%sollol {endless} --temperature 0 --max-tokens 2500 --out long\nx")
-    shown = notebook.collect(message_id, until_shown="characters above")
-    goes_on.touch()
+    try:
+        shown = notebook.collect(message_id, until_shown="characters above")
+    finally:
+        goes_on.touch()
     largest = len(shown.markdown)
     while not shown.status:
         largest = max(largest, len(shown.markdown))
