@@ -221,8 +221,8 @@ def test_a_slow_worker_is_left_out_and_this_machine_takes_part(
         assert starting.data["reasons"] == list(plan().reasons)
         assert chosen["_routing"]["layout"] == "/".join(map(str, plan().unit_counts))
 
-        # A worker dies: another one replaces it, and the own layers stay. Before, the answer gets no further than
-        # its half, however quick the engines are.
+        # A worker dies: another one replaces it, and the own layers stay. Until it has died, the answer gets no
+        # further than half of its length, however quick the engines are.
         lost = plan().endpoints[0]
         wire, victim = reached[lost].wire, psutil.Process(reached[lost].process.pid)
         before = wire.passed_bytes

@@ -116,7 +116,7 @@ class Halting:
         self._wire = wire
 
     def whole_then_halted(self, model: str, question: str, **options: Any) -> Completion:
-        """The answer; the next one gets no further than its half until `go_on`, however quick the engine is."""
+        """The answer; until `go_on`, the next one gets no further than half of it, however quick the engine is."""
         self.go_on()
         self.router.preload(model)
         before = self._wire.passed_bytes
