@@ -141,7 +141,10 @@ def disturbed(page: BarePage, question: Question, cell_id: str, until: Path) -> 
     run = page.start(question.cell, cell_id=cell_id)
     page.read_until(run, lambda run: len(run.text) >= share or run.is_idle)
     assert not run.is_idle, f"the answer has ended before it was disturbed: {run}"
-    eventually(lambda: len(Journal().newest(limit=1)[0].text) >= share, "the share is journaled")
+    eventually(
+        lambda: any(row.is_running and len(row.text) >= share for row in Journal().newest(limit=1)),
+        "the share is journaled",
+    )
 
 
 def close_page(server: LabServer, number: int, question: Question) -> bool:
