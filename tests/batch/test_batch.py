@@ -374,7 +374,7 @@ def most_at_once(router: HybridRouter, expected: int, **settings: Any) -> int:
     def count(event: Event) -> None:
         nonlocal running, most
         running += {"request.started": 1, "request.finished": -1}.get(event.kind, 0)
-        if running > most == 0:
+        if running == 1 and most == 0:
             engine.suspend()
         if running == expected > most:
             engine.resume()

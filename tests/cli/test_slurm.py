@@ -97,7 +97,7 @@ def test_the_nodes_of_a_job_answer_together_and_end_with_it(
             marked = with_variable(MARK, str(tmp_path))
             nodes = []
             for process in marked:
-                with suppress(psutil.NoSuchProcess):  # one of a script may end at any moment
+                with suppress(psutil.NoSuchProcess):  # it may end at any moment
                     nodes += [process] if "SLURM_PROCID" in process.environ() else []
             secret = link.read_text().strip()
             assert not [process for process in marked if secret in " ".join(arguments_of(process))]

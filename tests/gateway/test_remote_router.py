@@ -61,8 +61,9 @@ posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 QUESTION = "Tell me everything about sharding."
 LENGTH = 300
 HELD_AFTER = 40
+"""Results of a worker: one for each token, and some for the prompt."""
 STRIKE_AFTER = 10
-"""Chunks. Each has a token or two, so that more than these come before the worker is held."""
+"""Chunks. Each has a token or two, so that all of these come before the worker is held."""
 
 
 @pytest.fixture(scope="module")

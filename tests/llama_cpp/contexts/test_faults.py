@@ -226,7 +226,7 @@ def test_what_cannot_be_used_is_named_and_the_answer_is_right(
     context = talk.saved()
     fault(context)
     kill_coordinator()
-    monkeypatch.setattr(keeper, "PAUSE_S", 600.0)  # what is saved next would replace it
+    monkeypatch.setattr(keeper, "PAUSE_S", 600.0)  # else its file may have been replaced already
 
     answer = talk.ask(router, QUESTION)
 
@@ -235,7 +235,7 @@ def test_what_cannot_be_used_is_named_and_the_answer_is_right(
     assert answer.routing["context_note"] in answer.footer()
     assert answer.routing["restored_tokens"] == 0
     assert data_of(context).exists() is not is_deleted
-    router.stop_coordinator()  # once what it saves has been saved
+    router.stop_coordinator()  # which saves first
     talk.saved(but=context.id)
 
 
@@ -275,7 +275,7 @@ def test_with_a_folder_that_cannot_be_used_answers_come_as_before(
     try:
         talk = Talk()
         assert (talk.ask(router).text, talk.ask(router, QUESTION).text) == expected
-        router.stop_coordinator()  # once it has tried to save
+        router.stop_coordinator()  # which tries to save first
         assert folder.is_file() or not list(folder.iterdir())
     finally:
         kill_coordinator()
