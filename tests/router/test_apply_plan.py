@@ -19,6 +19,7 @@ from sollol_nb.llama_cpp.workers.probe import Probe, probe_all
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.sync_wrapper import HybridRouter, OllamaPool
 from tests.support.engines import QUESTION, engine_on, eventually, run
+from tests.support.moved_answers import read_and_move
 from tests.support.ollama_server import OllamaServer
 
 pytestmark = pytest.mark.engine
@@ -221,13 +222,8 @@ def test_an_answer_continues_on_the_new_layout(sharding: HybridRouter) -> None:
     whole = sharding.route_request(MODEL, LONG_QUESTION, temperature=0)
     before = running_layout(sharding)
 
-    chunks: list[dict[str, Any]] = []
-    for position, chunk in enumerate(sharding.stream(MODEL, LONG_QUESTION, temperature=0)):
-        chunks.append(chunk)
-        if position == 3:
-            sharding.apply_plan(MODEL, layout(sharding, 0, 9, 4))
+    answer = Completion.from_chunks(read_and_move(sharding, MODEL, LONG_QUESTION, 3, layout(sharding, 0, 9, 4)))
 
-    answer = Completion.from_chunks(chunks)
     assert (answer.text, answer["eval_count"]) == (whole.text, whole["eval_count"])
     assert running_layout(sharding) == (9, 4) != before
     assert answer.routing["plan"]["strategy"] == "as given"

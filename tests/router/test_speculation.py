@@ -14,6 +14,7 @@ from sollol_nb.errors import ConfigError
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.models.files import DEMO_MODEL_PATH
 from sollol_nb.sync_wrapper import HybridRouter
+from tests.chaos.machines import Cluster
 from tests.support.engines import argument_after, engine_on, read_and_do
 from tests.support.gguf_files import write_llama
 
@@ -99,17 +100,22 @@ def test_stop_strings_and_schemas_hold_within_drafts(drafting: HybridRouter, cha
 
 
 def test_an_answer_with_drafts_continues_after_the_loss_of_a_worker(
-    drafting: HybridRouter, chat: list[dict[str, str]]
+    engine: Engine, chat: list[dict[str, str]]
 ) -> None:
-    drafting.unload(MODEL)
-    asked(drafting, chat)
-    coordinator = drafting.coordinator
-    assert coordinator is not None
-    worker = engine_on(int(coordinator.rpc_backends[1].rpartition(":")[2]))
-    chunks = read_and_do(drafting.stream_async(MODEL, chat, temperature=0), 0, lambda _: worker.kill())
+    settings: dict[str, Any] = {"auto_discover_rpc": False, "context_tokens": 1536, "speculation": "ngram"}
+    with Cluster(engine) as cluster:
+        workers = [machine.wired_endpoint for machine in cluster.machines]
+        with HybridRouter(rpc_backends=workers, **settings) as router:
+            asked(router, chat)
+            coordinator = router.coordinator
+            assert coordinator is not None
+            worker = cluster.machine(coordinator.rpc_backends[1])
+            worker.swallow_after(4)  # however quick the engine is, the answer does not end before
+            chunks = read_and_do(router.stream_async(MODEL, chat, temperature=0), 0, lambda _: worker.kill())
     last = chunks[-1]
 
     assert "".join(chunk["message"].get("content", "") for chunk in chunks) == chat[1]["content"]
+    assert last["_routing"]["failovers"]
     assert last["_routing"]["drafted_tokens"] >= last["_routing"]["accepted_tokens"]
 
 

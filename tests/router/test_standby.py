@@ -24,11 +24,13 @@ from sollol_nb.llama_cpp.workers.workers import Workers
 from sollol_nb.runtime.events import Event
 from sollol_nb.runtime.io_loop import run_blocking
 from sollol_nb.sync_wrapper import HybridRouter
-from tests.support.engines import HANG_GUARD_S, eventually, posix_only, write_endless
+from tests.support.engines import HANG_GUARD_S, eventually, posix_only, read_and_do, write_endless
+from tests.support.moved_answers import read_and_move
 
 pytestmark = [pytest.mark.engine, posix_only]
 
 MODEL, QUESTION = "demo:sharded", "Tell me everything about sharding."
+STRIKE_AT = 4  # early in the answer, which is long
 Make = Callable[..., HybridRouter]
 
 
@@ -54,16 +56,16 @@ def make(alone: None) -> Iterator[Make]:
 
 
 def ask(
-    router: HybridRouter, at: dict[int, Callable[[], object]] | None = None, **options: object
-) -> tuple[str, dict]:
-    """The answer to `QUESTION`; does something after the chunks of these numbers. Returns text and last chunk."""
-    text, chunk = "", {}
-    stream = router.stream(MODEL, QUESTION, temperature=0, **options)
-    for number, chunk in enumerate(stream, 1):
-        text += chunk["message"]["content"]
-        if at and number in at:
-            at[number]()
-    return text, chunk
+    router: HybridRouter, strike: Callable[[], object] = lambda: None, **options: object
+) -> tuple[str, dict[str, Any]]:
+    """The answer to `QUESTION`, with a strike in the middle of it. Returns text and last chunk."""
+    stream = router.stream_async(MODEL, QUESTION, temperature=0, **options)
+    return whole(read_and_do(stream, STRIKE_AT, lambda _: strike()))
+
+
+def whole(chunks: list[dict[str, Any]]) -> tuple[str, dict[str, Any]]:
+    """Text and last chunk of an answer."""
+    return "".join(chunk["message"]["content"] for chunk in chunks), chunks[-1]
 
 
 def entry_of(url: str) -> Entry:
@@ -122,7 +124,7 @@ def test_a_death_costs_a_switch_and_a_new_standby_is_started_from_what_is_left(m
         else:
             kill(before.pid)
 
-    text, last = ask(router, {20: strike})
+    text, last = ask(router, strike)
 
     assert text == undisturbed
     (failover,) = last["_routing"]["failovers"]
@@ -144,7 +146,7 @@ def test_a_silent_worker_costs_a_switch(make: Make) -> None:
     ready_standby(router)
     (worker,) = [entry for entry in registry.entries(registry.WORKER) if entry.name == before.workers[0]]
 
-    text, last = ask(router, {20: lambda: os.kill(worker.pid, signal.SIGSTOP)}, recovery="exact")
+    text, last = ask(router, lambda: os.kill(worker.pid, signal.SIGSTOP), recovery="exact")
 
     kill(worker.pid)
     assert text == undisturbed
@@ -291,7 +293,7 @@ def test_a_model_that_starts_again_without_drafts_gets_a_standby_without_them(ma
     assert ready_standby(router).about["speculation"]["kind"] == "ngram"
     ask(router, deterministic=True)
     eventually(lambda: ready_standby(router).about["speculation"]["kind"] == "off", "another one is ready")
-    text, last = ask(router, {20: lambda: kill(main_of(router).pid)}, deterministic=True)
+    text, last = ask(router, lambda: kill(main_of(router).pid), deterministic=True)
     assert text == undisturbed
     assert last["_routing"]["failovers"][0]["recovery"] == "exact"
     assert kinds(router).count("standby.taken") == 1
@@ -303,7 +305,7 @@ def test_an_answer_goes_on_with_the_new_layout_of_its_model_and_not_on_the_stand
     before, standby = main_of(router), ready_standby(router)
     first, second = before.workers
 
-    text, last = ask(router, {20: lambda: router.apply_plan(MODEL, {first: 1, second: 12})})
+    text, last = whole(read_and_move(router, MODEL, QUESTION, STRIKE_AT, {first: 1, second: 12}))
 
     assert text == undisturbed
     assert last["_routing"]["layout"] == "1/12"
@@ -337,7 +339,7 @@ def test_two_kernels_have_one_standby_and_both_go_on_with_it(make: Make) -> None
     assert ask(shares)[0] == undisturbed
     assert main_of(shares).id == main.id, "it does not take the standby"
 
-    text, _ = ask(shares, {20: lambda: kill(main.pid)})
+    text, _ = ask(shares, lambda: kill(main.pid))
 
     assert text == undisturbed
     eventually(lambda: main_of(keeps).id == main_of(shares).id == standby.id, "both use it")
