@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -13,8 +14,10 @@ pytestmark = [pytest.mark.engine, pytest.mark.lab]
 ASK = "%%sollol demo --temperature 0\nWhat is a worker?"
 
 
-def test_the_model_of_the_first_cell_that_asks_is_ready_before_it_runs(lab: HeadlessLab) -> None:
-    page = lab.open(["%load_ext sollol_nb", "%config Sollol.preload = True", ASK])
+def test_the_model_of_the_first_cell_that_asks_is_ready_before_it_runs(lab: HeadlessLab, tmp_path: Path) -> None:
+    # No model that another test has left running is found there.
+    load = f"%env SOLLOL_STATE_DIR={tmp_path}\n%load_ext sollol_nb"
+    page = lab.open([load, "%config Sollol.preload = True", ASK])
     try:
         page.run(0)
         page.run(1)
@@ -23,5 +26,6 @@ def test_the_model_of_the_first_cell_that_asks_is_ready_before_it_runs(lab: Head
         assert re.search(r"^demo · llama\.cpp-local · ", page.run(2), re.MULTILINE)
         starts = "sum(event.kind == 'coordinator.starting' for event in router().events.recent())"
         assert page.ask(f"from sollol_nb.notebook import router\nprint({starts})") == "1"
+        page.ask("%sollol_stop --all")
     finally:
         page.close()
