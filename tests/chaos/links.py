@@ -20,8 +20,9 @@ from typing import Any
 import psutil
 
 from sollol_nb.llama_cpp.processes import registry
+from sollol_nb.runtime.io_loop import run_blocking
 from sollol_nb.sync_wrapper import HybridRouter
-from tests.support.engines import eventually
+from tests.support.engines import eventually, suspended
 from tests.support.machines import Machine, running_machines, short_folder, wait_gone
 from tests.support.smollm2 import smollm2_path
 
@@ -61,17 +62,25 @@ class LinkedCluster:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def ask(self, cut_at: int = 0, cut: str = "", victim: Machine | None = None) -> Answer:
-        """Ask, and cut a machine off right after a chunk (from 1)."""
-        answer, seen_at, chunk = Answer(), time.perf_counter(), dict[str, Any]()
-        for chunk in self.router.stream(self.model, self.question, temperature=0, **self.options):
-            now = time.perf_counter()
-            answer.silence_s, seen_at = max(answer.silence_s, now - seen_at), now
-            answer.text += chunk["message"]["content"]
-            answer.chunks += 1
-            if answer.chunks == cut_at and victim is not None:
-                self.strike(cut, victim)
-        answer.failovers = chunk["_routing"]["failovers"]
-        return answer
+        """Ask, and cut a machine off right after a chunk (from 1), before anything more is read or computed."""
+
+        async def read() -> Answer:
+            answer, seen_at, chunk = Answer(), time.perf_counter(), dict[str, Any]()
+            asked = self.router.stream_async(self.model, self.question, temperature=0, **self.options)
+            async with contextlib.aclosing(asked) as stream:
+                async for chunk in stream:
+                    now = time.perf_counter()
+                    answer.silence_s, seen_at = max(answer.silence_s, now - seen_at), now
+                    answer.text += chunk["message"]["content"]
+                    answer.chunks += 1
+                    coordinator = self.router.coordinator
+                    if answer.chunks == cut_at and victim is not None and coordinator is not None:
+                        with suspended(psutil.Process(coordinator.pid)):
+                            self.strike(cut, victim)
+            answer.failovers = chunk["_routing"]["failovers"]
+            return answer
+
+        return run_blocking(read())
 
     def strike(self, cut: str, machine: Machine) -> None:
         """Cut a machine off."""

@@ -41,14 +41,16 @@ def exact(cluster: Cluster) -> Iterator[Chaos]:
 
 @pytest.mark.parametrize("fault", [WORKER_KILLED, COORDINATOR_KILLED], ids=str)
 def test_with_exact_recovery_the_answer_is_the_undisturbed_one(exact: Chaos, fault: Fault) -> None:
-    (answer,) = one_fault(fault, exact, random.Random(f"{fault} 1"))
+    rng, long = random.Random(f"{fault} 1"), exact.subject.long
+    (answer,) = one_fault(fault, exact, rng, long, at=exact.before_the_end(rng, long))
     assert not exact.differences([answer])
     assert [failover["recovery"] for failover in answer.failovers] == ["exact"]
 
 
 def test_with_fast_recovery_the_answer_is_finished_and_says_that_it_may_differ(cluster: Cluster) -> None:
     fast = new_chaos(cluster)
-    (answer,) = one_fault(WORKER_KILLED, fast, random.Random("fast"))
+    rng, long = random.Random("fast"), fast.subject.long
+    (answer,) = one_fault(WORKER_KILLED, fast, rng, long, at=fast.before_the_end(rng, long))
     assert fast.outcome(answer) in ("identical", "finished")
     assert [failover["recovery"] for failover in answer.failovers] == ["fast"]
 

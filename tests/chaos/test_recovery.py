@@ -132,8 +132,12 @@ def test_a_coordinator_that_freezes_is_ended_for_its_silence(chaos: Chaos, rng: 
         assert is_undisturbed(chaos, answer)
         (failover,) = answer.failovers
         assert re.search(r"ended \(signal 9\): it went silent for \d+\.\d s; log: ", failover["what"])
-        ended = [event.message for event in scene.router.events.recent() if event.kind == "coordinator.stopped"]
-        assert re.fullmatch(rf"{MODEL} ended: it went silent for \d+\.\d s", ended[0])
+
+        def ended() -> list[str]:
+            return [event.message for event in scene.router.events.recent() if event.kind == "coordinator.stopped"]
+
+        message, *_ = eventually(ended, "its end is published")
+        assert re.fullmatch(rf"{MODEL} ended: it went silent for \d+\.\d s", message)
 
 
 def test_a_machine_that_freezes_while_it_is_being_loaded_is_given_up(chaos: Chaos, rng: random.Random) -> None:

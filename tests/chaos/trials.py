@@ -6,34 +6,40 @@ router reports the fault incorrectly.
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
+from unittest import mock
+
+import psutil
 
 from sollol_nb.errors import AnswerInterruptedError
+from sollol_nb.llama_cpp.coordinators import pace
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
-from sollol_nb.runtime.events import Event
+from sollol_nb.runtime.events import Event, EventKind
+from sollol_nb.runtime.io_loop import run_blocking
 from sollol_nb.runtime.priority import Priority
 from sollol_nb.sync_wrapper import HybridRouter
 from tests.chaos.faults import FAULTS, QUICK_FAULTS, WORKER_KILLED, Fault, Scene
 from tests.chaos.machines import COORDINATOR_PORT, Cluster
-from tests.support.engines import HANG_GUARD_S, eventually
+from tests.support.engines import HANG_GUARD_S, eventually, suspended
 from tests.support.smollm2 import smollm2_path
 
 MODEL = "demo:sharded"
 WORKERS = 3
 SLOTS = 4
-LATE_CHUNKS = 25
-"""So near the end the whole answer may be received before a fault has an effect."""
 STALL_S = 5.0
 """In place of the coordinators' `LOAD_STALL_S`, which is meant for models that take minutes to load."""
 LIMIT_S = 60.0
 """For each answer and each start; whatever takes longer has failed."""
+SOON_CHUNKS = 50
+"""Within so many chunks no answer to `LONG` or `NOT_SO_LONG` has come to its end."""
 SOON_S = 0.3
 """About as long as the demo model takes to load over three workers, or to read the long prompt."""
 
@@ -127,7 +133,6 @@ class Answer:
 
     Attributes:
         chunks: how many were received.
-        chunks_since: how many of them since the first fault.
         first_at: `time.perf_counter()` of the first.
         silence_s: the longest time without a chunk since the first fault; None if none struck.
         struck_characters: how many were received before the first fault.
@@ -139,7 +144,6 @@ class Answer:
     done_reason: str
     routing: Mapping[str, Any]
     chunks: int = 0
-    chunks_since: int = 0
     first_at: float = 0.0
     silence_s: float | None = None
     struck_characters: int = 0
@@ -192,6 +196,10 @@ class Chaos:
         """The number of a chunk, except the last."""
         return rng.randint(1, self.undisturbed(question).chunks - 1)
 
+    def before_the_end(self, rng: random.Random, question: Question) -> int:
+        """The number of a chunk in the first half, after which the answer has certainly not been completed."""
+        return rng.randint(1, self.undisturbed(question).chunks // 2)
+
     def differences(self, answers: list[Answer]) -> list[str]:
         """Where the answers differ from the undisturbed ones, one line each."""
         return [line for answer in answers for line in answer.differences(self.undisturbed(answer.question))]
@@ -228,36 +236,38 @@ Trial = Callable[[Chaos, random.Random], list[Answer]]
 def ask(
     scene: Scene, question: Question, at: Mapping[int, Callable[[], object]] | None = None, **more: Any
 ) -> Answer:
-    """Ask, and do something right after the chunks of these numbers (from 1)."""
-    text, number, since, first_at, silence_s, struck_characters = "", 0, 0, 0.0, None, 0
-    seen_at = time.perf_counter()
-    chunk: dict[str, Any] = {}
+    """Ask, and do something right after the chunks of these numbers (from 1), before anything more is read."""
     options = {"temperature": 0, **scene.options, **question.options, **more}
-    stream = scene.router.stream(scene.model, question.text, **options)
-    for number, chunk in enumerate(stream, 1):
-        now = time.perf_counter()
-        first_at = first_at or now
-        if scene.struck_at is not None:
-            since += 1
-            silence_s = max(silence_s or 0.0, now - max(seen_at, scene.struck_at))
-            struck_characters = struck_characters or len(text)
-        seen_at = now
-        text += chunk["message"]["content"]
-        if at is not None and number in at:
-            at[number]()
-    routing = chunk["_routing"]
-    return Answer(
-        question,
-        text,
-        chunk["eval_count"],
-        chunk["done_reason"],
-        routing,
-        number,
-        since,
-        first_at,
-        silence_s,
-        struck_characters,
-    )
+
+    async def read() -> Answer:
+        text, number, first_at, silence_s, struck_characters = "", 0, 0.0, None, 0
+        seen_at = time.perf_counter()
+        chunk: dict[str, Any] = {}
+        async with aclosing(scene.router.stream_async(scene.model, question.text, **options)) as stream:
+            async for chunk in stream:
+                number += 1
+                now = time.perf_counter()
+                first_at = first_at or now
+                if scene.struck_at is not None:
+                    silence_s = max(silence_s or 0.0, now - max(seen_at, scene.struck_at))
+                    struck_characters = struck_characters or len(text)
+                seen_at = now
+                text += chunk["message"]["content"]
+                if at is not None and number in at:
+                    at[number]()
+        return Answer(
+            question,
+            text,
+            chunk["eval_count"],
+            chunk["done_reason"],
+            chunk["_routing"],
+            number,
+            first_at,
+            silence_s,
+            struck_characters,
+        )
+
+    return run_blocking(read())
 
 
 def coordinator_of(scene: Scene) -> Coordinator:
@@ -269,13 +279,12 @@ def coordinator_of(scene: Scene) -> Coordinator:
 
 
 def _check_reported(scene: Scene, answer: Answer) -> None:
-    """The answer reports the one fault that struck, unless it was too near its end for an effect.
+    """The answer reports the one fault that struck. If the engine had completed it before, nothing was started.
 
     The lost workers are those that were struck, and those that the end of their coordinator ended.
     """
-    assert len(answer.failovers) == 1 or (not answer.failovers and answer.chunks_since < LATE_CHUNKS), (
-        answer.failovers
-    )
+    starts = [event.kind for event in scene.router.events.recent()].count(EventKind.COORDINATOR_STARTING)
+    assert len(answer.failovers) == 1 or (not answer.failovers and starts == 1), answer.failovers
     for failover in answer.failovers:
         assert failover["continued"], failover
         assert failover["cost_ms"] is not None, failover
@@ -288,12 +297,19 @@ def _check_reported(scene: Scene, answer: Answer) -> None:
 # --- trials -----------------------------------------------------------------------------------
 
 
-def one_fault(fault: Fault, chaos: Chaos, rng: random.Random, question: Question | None = None) -> list[Answer]:
-    """A fault in mid-answer, which the answer's `_routing` and the latency row report."""
+def one_fault(
+    fault: Fault, chaos: Chaos, rng: random.Random, question: Question | None = None, *, at: int = 0
+) -> list[Answer]:
+    """A fault in mid-answer, which the answer's `_routing` and the latency row report.
+
+    Args:
+        at: the chunk after which it strikes; a random one by default.
+    """
     question = question or rng.choice(chaos.subject.questions)
+    at = at or chaos.somewhere(rng, question)
     with chaos.scene(rng, wired=fault.needs_wire) as scene:
         ask(scene, HELLO)
-        answer = ask(scene, question, {chaos.somewhere(rng, question): partial(scene.strike, fault)})
+        answer = ask(scene, question, {at: partial(scene.strike, fault)})
         _check_reported(scene, answer)
         (row,) = scene.router.latency.frame(last=1).itertuples()
         assert (row.failovers, row.status, row.partial_text) == (len(answer.failovers), "ok", "")
@@ -332,7 +348,7 @@ def all_dead_then_one_back(chaos: Chaos, rng: random.Random) -> list[Answer]:
                 machine.kill()
 
         try:
-            ask(scene, question, {chaos.somewhere(rng, question): all_die})
+            ask(scene, question, {chaos.before_the_end(rng, question): all_die})
         except AnswerInterruptedError as error:
             interrupted = error
         else:
@@ -387,7 +403,8 @@ def all_slots_busy(chaos: Chaos, rng: random.Random) -> list[Answer]:
     """Four answers run and two wait when a fault strikes; all are completed, the waiting ones in order."""
     fault = rng.choice(QUICK_FAULTS)
     with chaos.scene(rng, wired=fault.needs_wire) as scene, ThreadPoolExecutor(SLOTS + 2) as threads:
-        gate = coordinator_of(scene).gate
+        coordinator = coordinator_of(scene)
+        gate = coordinator.gate
         answers: list[Future[Answer]] = []
 
         def all_at_the_gate() -> bool:
@@ -395,22 +412,23 @@ def all_slots_busy(chaos: Chaos, rng: random.Random) -> list[Answer]:
             assert not done, done
             return gate.running + gate.waiting == len(answers)
 
-        def asked(question: Question, priority: int) -> None:
-            answers.append(threads.submit(ask, scene, question, priority=priority))
+        def asked(question: Question, priority: int, at: Mapping[int, Callable[[], object]] | None = None) -> None:
+            answers.append(threads.submit(ask, scene, question, at, priority=priority))
             eventually(all_at_the_gate, f"{len(answers)} requests are at the gate")
 
-        # A request that ends early frees a slot for the waiting ones, one after the other.
-        for question in (*[LONG] * (SLOTS - 1), NOT_SO_LONG):
-            asked(question, Priority.NORMAL)
-        asked(ACCENTS, Priority.BATCH)
-        asked(ACCENTS, Priority.HIGH)
-        late = scene.strike_later(fault, SOON_S)
+        # However quick the engine is, none of them ends before all are there.
+        with mock.patch.object(pace, "MARGIN", math.inf), suspended(psutil.Process(coordinator.pid)):
+            asked(LONG, Priority.NORMAL, {rng.randint(1, SOON_CHUNKS): partial(scene.strike, fault)})
+            # A request that ends early frees a slot for the waiting ones, one after the other.
+            for question in (*[LONG] * (SLOTS - 2), NOT_SO_LONG):
+                asked(question, Priority.NORMAL)
+            asked(ACCENTS, Priority.BATCH)
+            asked(ACCENTS, Priority.HIGH)
         *running, low, high = (answer.result(HANG_GUARD_S) for answer in answers)
-        late.join()
         assert high.first_at < low.first_at, "the request with the higher priority is first"
         for answer in running:
             _check_reported(scene, answer)
-            assert answer.question is NOT_SO_LONG or len(answer.failovers) == 1, "others were far from their end"
+            assert len(answer.failovers) == 1, "they were far from their end"
         # The waiting requests were silent for other reasons.
         return [*running, replace(low, silence_s=None), replace(high, silence_s=None)]
 
