@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from sollol_nb import hybrid_router
@@ -32,7 +33,7 @@ from sollol_nb.models.routing import DISTRIBUTED, OLLAMA
 from sollol_nb.runtime.events import EventBus
 from sollol_nb.runtime.io_loop import submit
 from sollol_nb.sync_wrapper import HybridRouter, OllamaPool
-from tests.support.engines import QUESTION, busy_slots, eventually, eventually_async, run
+from tests.support.engines import QUESTION, busy_slots, eventually, eventually_async, read_and_do, run
 from tests.support.gguf_files import write_llama
 from tests.support.ollama_server import CHATML, OllamaServer
 from tests.support.own_folders import NO_OLLAMA
@@ -428,11 +429,18 @@ def test_workers_can_be_named_as_text_as_dicts_and_in_the_environment(monkeypatc
 
 def test_a_request_over_its_time_is_cancelled_on_the_engine(one_slot: HybridRouter, endless: str) -> None:
     one_slot.route_request(endless, "Go on", max_tokens=1)
-    with pytest.raises(RequestTimeoutError) as caught:
-        one_slot.route_request(endless, "Go on", temperature=0, timeout=0.5)
+    coordinator = one_slot.coordinators[-1]
+    coordinator.pace.set_load_time(15)  # it may be silent for longer than the request lasts
+    engine = psutil.Process(coordinator.pid)
+    stream = one_slot.stream_async(endless, "Go on", temperature=0, timeout=3)
+    try:
+        with pytest.raises(RequestTimeoutError) as caught:
+            read_and_do(stream, 0, lambda _: engine.suspend())  # however quick it is, the answer does not end
+    finally:
+        engine.resume()
 
     assert isinstance(caught.value, TimeoutError)
-    assert "endless did not finish within 0.5 s and was cancelled after " in str(caught.value)
+    assert "endless did not finish within 3 s and was cancelled after " in str(caught.value)
     assert "give a larger timeout or a smaller max_tokens" in str(caught.value)
     slots_idle(one_slot)
     row = last_row(one_slot, endless)
