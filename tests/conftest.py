@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import signal
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import psutil
 import pytest
 
 from sollol_nb.cluster import state
+from sollol_nb.llama_cpp.coordinators import pace
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.engine.find import find_engine
 from sollol_nb.llama_cpp.processes.running import stop_engines
@@ -66,6 +68,12 @@ def nothing_measured(own_state: Path) -> None:
 def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A state folder in which no other test's coordinators and workers are found, which would be shared."""
     monkeypatch.setenv("SOLLOL_STATE_DIR", str(tmp_path / "state"))
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No silence of an engine is taken for the end of it here: one may be halted for long."""
+    monkeypatch.setattr(pace, "MARGIN", math.inf)
 
 
 @pytest.fixture

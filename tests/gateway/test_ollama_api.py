@@ -17,8 +17,8 @@ import ollama as ollama_client
 import pytest
 
 from sollol_nb.gateway.keys import Key, Keys, add_key
-from tests.support.engines import HANG_GUARD_S, QUESTION, eventually, run
-from tests.support.gateway import GatewayProcess, gateway_without_engines, running_gateway, suspended
+from tests.support.engines import HANG_GUARD_S, QUESTION, eventually, run, suspended
+from tests.support.gateway import GatewayProcess, engine_at, gateway_without_engines, running_gateway
 from tests.support.gguf_files import write_llama
 from tests.support.ollama_server import OllamaServer
 from tests.support.scripted_model import CHATML, write_scripted
@@ -295,7 +295,7 @@ def test_an_error_within_a_stream_is_a_line(gateway: GatewayProcess, tmp_path: P
         http.post("/api/generate", json={"model": str(narrow)}).raise_for_status()  # loads it
         coordinators = http.get("/cluster").json()["coordinators"]
         (url,) = (url for url, each in coordinators.items() if each["path"] == str(narrow))
-        with suspended(url):  # so that both answers begin together
+        with suspended(engine_at(url)):  # so that both answers begin together
             asking = [pool.submit(http.post, "/api/generate", json=body) for _ in range(2)]
             eventually(lambda: asked_both(http), "both requests are with the engine")
         answers = [each.result() for each in asking]

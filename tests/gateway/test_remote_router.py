@@ -50,9 +50,10 @@ from tests.support.engines import (
     run,
     serving,
     silent_peer,
+    suspended,
     unused_port,
 )
-from tests.support.gateway import GatewayProcess, RestartableGateway, own_gateway, suspended
+from tests.support.gateway import GatewayProcess, RestartableGateway, engine_at, own_gateway
 from tests.support.merge_patch import patched
 
 pytestmark = pytest.mark.engine
@@ -230,7 +231,7 @@ def test_a_map_uses_all_slots(router: HybridRouter) -> None:
         return router.map(rows, asked, model="demo", max_tokens=20, fresh=True, progress=False)
 
     with ThreadPoolExecutor(1) as pool:
-        with suspended(demo().url):
+        with suspended(engine_at(demo().url)):
             mapping = pool.submit(mapped)
             eventually(lambda: demo().running == 4, "four are asked at the same time")
         frame = mapping.result(HANG_GUARD_S)

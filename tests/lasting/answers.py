@@ -70,7 +70,7 @@ def run(n: int, seed: int, show: Show) -> list[Goal]:
         tempfile.TemporaryDirectory(prefix="answers-", ignore_cleanup_errors=True) as folder,
         jupyter(folder) as lab,
     ):
-        questions = undisturbed(lab, seed)
+        questions = undisturbed(lab, seed, (n + 1) // 2)
         for number in range(n):
             question = questions[number // 2 % len(questions)]
             if number % 2:
@@ -115,8 +115,8 @@ def jupyter(folder: str) -> Iterator[Jupyter]:
         server.stop()
 
 
-def undisturbed(lab: Jupyter, seed: int) -> list[Question]:
-    """Questions to both models, with their answers."""
+def undisturbed(lab: Jupyter, seed: int, most: int) -> list[Question]:
+    """At most so many questions, one to each model, with their answers."""
     write_notebook(lab.server, "whole.ipynb", [])
     page = BarePage(lab.server, "whole.ipynb")
     page.run(LOAD)
@@ -125,7 +125,7 @@ def undisturbed(lab: Jupyter, seed: int) -> list[Question]:
         (str(smollm2_path()), f"Write a story about {3 + seed} lighthouses."),
     ]
     questions = []
-    for model, prompt in asked:
+    for model, prompt in asked[:most]:
         page.run(asking(model, prompt))
         whole = page.run("print(_.text, end='')").stream
         questions.append(Question(model, prompt, whole))

@@ -11,11 +11,11 @@ import pytest
 
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.notebook.preloading import NOTEBOOK_LIMIT_BYTES, may_load, model_of_cell, model_of_notebook
-from sollol_nb.runtime.io_loop import io_loop, run_blocking
+from sollol_nb.runtime.io_loop import run_blocking
 from sollol_nb.settings import config, consent
 from sollol_nb.settings.file import read_settings
 from sollol_nb.settings.table import FILE_NAME
-from tests.support.engines import PausingProxy, engines_of, eventually, unused_port, worker_on
+from tests.support.engines import MeteredWire, engines_of, eventually, unused_port, worker_on
 from tests.support.kernels import Kernel, kernel
 
 # --- which model ------------------------------------------------------------------------------
@@ -118,17 +118,16 @@ ASK = "%%sollol demo:sharded --temperature 0 --max-tokens 8\nWhat is a worker?"
 
 
 @pytest.fixture
-def proxy(engine: Engine) -> Iterator[PausingProxy]:
+def proxy(engine: Engine) -> Iterator[MeteredWire]:
     """A proxy to a worker, which stops in the middle of the demo model."""
     port = unused_port()
     with worker_on(engine, "127.0.0.1", port):
-        pausing = PausingProxy(port, passes_bytes=2_000_000)
-        run_blocking(pausing.__aenter__())
+        wire = MeteredWire(port, allowed_bytes=2_000_000)
+        run_blocking(wire.__aenter__())
         try:
-            yield pausing
+            yield wire
         finally:
-            io_loop().call_soon_threadsafe(pausing.resumed.set)
-            run_blocking(pausing.__aexit__())
+            run_blocking(wire.__aexit__())
 
 
 def servers_of(notebook: Kernel) -> list[int]:
@@ -138,7 +137,7 @@ def servers_of(notebook: Kernel) -> list[int]:
 
 @pytest.mark.engine
 def test_a_cell_waits_for_the_rest_and_its_interrupt_ends_only_the_cell(
-    proxy: PausingProxy, tmp_path: Path
+    proxy: MeteredWire, tmp_path: Path
 ) -> None:
     path = write_notebook(tmp_path / "sent.ipynb", "%load_ext sollol_nb", ASK)
     variables = {"SOLLOL_STATE_DIR": str(tmp_path / "state"), "RPC_BACKENDS": proxy.endpoint}
@@ -146,7 +145,7 @@ def test_a_cell_waits_for_the_rest_and_its_interrupt_ends_only_the_cell(
         loading = notebook.run("%load_ext sollol_nb")
         assert loading.status == "ok"
         notebook.wait_shown(loading, "loading demo:sharded")
-        eventually(proxy.paused.is_set, "the model is loading")
+        eventually(proxy.halted.is_set, "the model is loading")
         assert (servers := servers_of(notebook))
 
         asked = notebook.client.execute(ASK)
@@ -159,7 +158,7 @@ def test_a_cell_waits_for_the_rest_and_its_interrupt_ends_only_the_cell(
 
         again = notebook.client.execute(ASK)
         notebook.collect(again, until_shown="loading demo:sharded: ")
-        io_loop().call_soon_threadsafe(proxy.resumed.set)
+        run_blocking(proxy.let_through(2**40))
         notebook.wait_shown(loading, "demo:sharded is ready after ")
         assert notebook.collect(again).status == "ok"
         assert servers_of(notebook) == servers, "one coordinator, started once"
@@ -167,11 +166,11 @@ def test_a_cell_waits_for_the_rest_and_its_interrupt_ends_only_the_cell(
 
 
 @pytest.mark.engine
-def test_unloading_the_extension_ends_what_is_loading(proxy: PausingProxy, tmp_path: Path) -> None:
+def test_unloading_the_extension_ends_what_is_loading(proxy: MeteredWire, tmp_path: Path) -> None:
     variables = {"SOLLOL_STATE_DIR": str(tmp_path), "RPC_BACKENDS": proxy.endpoint}
     with kernel(**variables, SOLLOL_PRELOAD="1", SOLLOL_MODEL="demo:sharded") as notebook:
         notebook.run("%load_ext sollol_nb")
-        eventually(proxy.paused.is_set, "the model is loading")
+        eventually(proxy.halted.is_set, "the model is loading")
         assert len(servers_of(notebook)) == 1
 
         assert notebook.run("%unload_ext sollol_nb").status == "ok"

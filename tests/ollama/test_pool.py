@@ -556,6 +556,11 @@ def test_a_model_that_hangs_in_a_live_server_fails_after_its_deadline(
 ) -> None:
     hung, well = ollama_pair
 
+    async def load_well(pool: OllamaPool) -> None:
+        """Load it there once the other was chosen, which has it loaded: so it is not waited for any longer."""
+        await until(lambda: any(node.running for node in pool.nodes if node.url == hung.base_url))
+        await asyncio.to_thread(direct, well, "/api/generate", model="llama3.2")
+
     async def ask() -> None:
         async with OllamaPool([hung.base_url]) as pool:
             await pool.chat("llama3.2", MESSAGES, max_tokens=1)  # loads it
@@ -563,11 +568,13 @@ def test_a_model_that_hangs_in_a_live_server_fails_after_its_deadline(
             pieces = 0
             if words_before == 0:
                 hung.suspend_runners()
+            loading = asyncio.create_task(load_well(pool))
             async for _, chunk in chat_text(pool):
                 last = chunk
                 pieces += 1
                 if pieces == words_before:
                     hung.suspend_runners()
+            await loading
             routing = last["_routing"]
             assert routing["node"] == well.base_url
             assert f"{hung.base_url} sent nothing for" in routing["failovers"][0]["what"]
@@ -678,6 +685,7 @@ def test_two_hundred_requests_over_two_nodes_lose_nothing(ollama_pair: tuple[Oll
         options = {**GREEDY, "num_predict": 3}
         own = direct(ollama_pair[0], "/api/chat", model="llama3.2", messages=messages, options=options)
         expected[question] = own["message"]["content"]
+    direct(ollama_pair[1], "/api/generate", model="llama3.2")  # both have it loaded: no other difference decides
 
     async def ask(pool: OllamaPool) -> None:
         async def ask_one(number: int) -> dict[str, Any]:

@@ -377,52 +377,19 @@ def tunnel_to(worker_port: int, host: str = "127.0.0.1", port: int = 0) -> Itera
         yield int(says(process, "port"))
 
 
-class PausingProxy:
-    """A proxy to a worker that stops after this many bytes from the coordinator, until `resumed` is set."""
-
-    def __init__(self, worker_port: int, passes_bytes: int) -> None:
-        self.paused = asyncio.Event()
-        self.resumed = asyncio.Event()
-        self._worker_port = worker_port
-        self._left_bytes = passes_bytes
-
-    async def __aenter__(self) -> PausingProxy:
-        self._server = await asyncio.start_server(self._pass, "127.0.0.1", 0)
-        self.endpoint = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._server.close()
-        self.resumed.set()
-
-    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        worker_reader, worker_writer = await asyncio.open_connection("127.0.0.1", self._worker_port)
-        await asyncio.gather(self._copy(reader, worker_writer, held=True), self._copy(worker_reader, writer))
-
-    async def _copy(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, held: bool = False) -> None:
-        with suppress(OSError):
-            while data := await source.read(65536):
-                if held:
-                    self._left_bytes -= len(data)
-                    if self._left_bytes < 0:
-                        self.paused.set()
-                        await self.resumed.wait()
-                sink.write(data)
-                await sink.drain()
-        sink.close()
-
-
 class MeteredWire:
     """A proxy to a worker that passes as many bytes from the coordinator as it is allowed, and then waits.
 
     Attributes:
         passed_bytes: so far.
+        halted: set once it has waited.
     """
 
-    def __init__(self, worker_port: int) -> None:
+    def __init__(self, worker_port: int, allowed_bytes: int = 0) -> None:
         self.passed_bytes = 0
+        self.halted = asyncio.Event()
         self._worker_port = worker_port
-        self._left_bytes = 0
+        self._left_bytes = allowed_bytes
         self._more = asyncio.Condition()
 
     async def __aenter__(self) -> MeteredWire:
@@ -456,6 +423,8 @@ class MeteredWire:
             while data := await source.read(65536):
                 if metered:
                     async with self._more:
+                        if self._left_bytes <= 0:
+                            self.halted.set()
                         await self._more.wait_for(lambda: self._left_bytes > 0)
                         self._left_bytes -= len(data)
                         self.passed_bytes += len(data)

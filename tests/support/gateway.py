@@ -167,16 +167,10 @@ def busy_slots_at(engine_url: str) -> int:
     return sum(slot["is_processing"] for slot in slots)
 
 
-@contextmanager
-def suspended(engine_url: str) -> Iterator[None]:
-    """The llama-server at this URL, which is of this state folder, does nothing meanwhile."""
+def engine_at(engine_url: str) -> psutil.Process:
+    """The llama-server at this URL, which is of this state folder."""
     (entry,) = (entry for entry in registry.entries(registry.COORDINATOR) if entry.about["url"] == engine_url)
-    engine = psutil.Process(entry.pid)
-    engine.suspend()
-    try:
-        yield
-    finally:
-        engine.resume()
+    return psutil.Process(entry.pid)
 
 
 def gateway_command(*arguments: str) -> Sequence[str]:

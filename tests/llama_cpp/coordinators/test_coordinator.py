@@ -47,8 +47,8 @@ from sollol_nb.sync_wrapper import HybridRouter
 from tests.support.engines import (
     HANG_GUARD_S,
     QUESTION,
+    MeteredWire,
     OtherProtocolWorker,
-    PausingProxy,
     all_end,
     arguments_of,
     busy_slots,
@@ -353,10 +353,10 @@ def test_it_is_ready_when_its_health_says_so_and_not_before(engine: Engine, endp
 
     async def started() -> tuple[int, bool, bool]:
         worker_port = parse_endpoint(endpoints[0])[1]
-        async with PausingProxy(worker_port, passes_bytes=100_000) as proxy:  # of 5 MB of weights
+        async with MeteredWire(worker_port, allowed_bytes=100_000) as proxy:  # of 5 MB of weights
             starting = asyncio.create_task(start(engine, over([proxy.endpoint]), first_port=first))
             async with asyncio.timeout(HANG_GUARD_S):
-                await proxy.paused.wait()
+                await proxy.halted.wait()
             async with httpx.AsyncClient() as client:
 
                 async def health() -> int:
@@ -364,7 +364,7 @@ def test_it_is_ready_when_its_health_says_so_and_not_before(engine: Engine, endp
 
                 loading = await health()
                 ready_before = starting.done()
-                proxy.resumed.set()
+                await proxy.let_through(2**40)
                 coordinator = await starting
                 healthy = await health() == 200
             await coordinator.stop()
@@ -389,7 +389,7 @@ def test_a_worker_that_hangs_in_the_middle_of_loading_ends_in_the_timeout(
 
     async def attempt() -> None:
         worker_port = parse_endpoint(endpoints[0])[1]
-        async with PausingProxy(worker_port, passes_bytes=100_000) as proxy:
+        async with MeteredWire(worker_port, allowed_bytes=100_000) as proxy:
             await start(engine, over([proxy.endpoint]), timeout_s=1.0)
 
     with pytest.raises(CoordinatorTimeoutError):

@@ -24,7 +24,6 @@ from sollol_nb.errors import (
     WorkersUnavailableError,
 )
 from sollol_nb.layers.strategies import WorkerCapacity
-from sollol_nb.llama_cpp.coordinators import pace
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.processes.process import ExitReport
@@ -34,7 +33,6 @@ from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.settings.endpoints import parse_endpoint
 from sollol_nb.sync_wrapper import HybridRouter
 from tests.support.engines import (
-    HANG_GUARD_S,
     QUESTION,
     MeteredWire,
     OtherProtocolWorker,
@@ -79,10 +77,8 @@ def sharding(engine: Engine) -> Iterator[HybridRouter]:
 
 
 @pytest.fixture
-def halting(engine: Engine, alone: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Halting]:
+def halting(engine: Engine, alone: None, patient: None) -> Iterator[Halting]:
     """A router whose next answer can be halted, over two workers that only it uses; it starts no others."""
-    monkeypatch.setattr(pace, "MIN_FLOOR_S", HANG_GUARD_S)  # a halted answer is not taken for a silent engine
-    monkeypatch.setattr(pace, "MAX_FLOOR_S", HANG_GUARD_S)
     started = run(start_workers(engine, unused_ports(2), LocalOptions(2, threads=1, keep_alive_s=60.0), set()))
     ports = [parse_endpoint(endpoint)[1] for endpoint in started]
     wire = MeteredWire(ports[0])
