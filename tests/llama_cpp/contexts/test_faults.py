@@ -294,10 +294,21 @@ def test_two_coordinators_restore_the_same_context_at_the_same_time(
     talk.saved()
     kill_coordinator()
     asked = [*talk.messages, {"role": "user", "content": QUESTION}]
-    # With state folders of their own, none adopts the other's coordinator.
-    kernels = [Kernel((), settings(), SOLLOL_STATE_DIR=str(own / f"state-{number}")) for number in range(2)]
+    # With state folders and workers of their own, none adopts the other's coordinator or meets its workers.
+    ports = unused_ports(16)
+    kernels = [
+        Kernel(
+            (),
+            {**settings(), "rpc_port": ports + 8 * number, "coordinator_port": ports + 8 * number + 4},
+            SOLLOL_STATE_DIR=str(own / f"state-{number}"),
+        )
+        for number in range(2)
+    ]
     try:
         with ThreadPoolExecutor(2) as threads:
+            # Both are ready before they ask: what one saves after its answer replaces what the other restores.
+            first = [{"role": "user", "content": "Hello!"}]
+            list(threads.map(lambda kernel: kernel.ask("demo", first, **{**ASKED, "max_tokens": 1}), kernels))
             answers = list(threads.map(lambda kernel: kernel.ask("demo", asked, **ASKED), kernels))
     finally:
         for kernel in kernels:
