@@ -319,7 +319,8 @@ def test_random_garbage_never_crashes_or_hangs_the_probe(seed: int) -> None:
 
     async def check() -> list[Probe]:
         async with listening(babbles) as port:
-            return await probe_all([f"127.0.0.1:{port}"] * 50, timeout_s=SHORT_S)
+            # Those that answer get the time for it also on a busy machine; some are silent, and take all of it.
+            return await probe_all([f"127.0.0.1:{port}"] * 50, timeout_s=5 * SHORT_S)
 
     outcomes = {result.outcome for result in run(check())}
 
