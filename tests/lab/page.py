@@ -261,6 +261,7 @@ class LabPage:
         return self.cell(index).locator(".cm-content")
 
     def _prompt(self, index: int) -> str:
+        self.cell(index).locator(".jp-InputPrompt").wait_for(state="attached")  # cells come one by one
         prompt: str = self.page.evaluate(PROMPT, index)
         return prompt
 
