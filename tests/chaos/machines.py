@@ -249,7 +249,7 @@ class Machine:
 
     def swallow_after(self, results: int) -> None:
         """Let its wire swallow all data once the worker has sent so many more results of its layers: about as many
-        tokens have been computed then, and no more can be. It is no fault if `pass_again` follows."""
+        tokens have been computed then, and no more can be. Followed by `pass_again`, it breaks nothing."""
         self._wire.swallow_after(results)
 
     @property

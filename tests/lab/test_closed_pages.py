@@ -34,7 +34,7 @@ SOON, NEVER = 1, 1_000_000
 
 @pytest.fixture
 def may_end(tmp_path: Path) -> Path:
-    """The file with which an answer goes on to its end."""
+    """Once this file exists, a held answer continues to its end."""
     return tmp_path / "may_end"
 
 

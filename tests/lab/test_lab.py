@@ -51,7 +51,7 @@ def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def goes_on(tmp_path: Path) -> Iterator[Path]:
-    """The file with which a held answer goes on."""
+    """Once this file exists, a held answer continues."""
     path = tmp_path / "goes-on"
     yield path
     path.touch()

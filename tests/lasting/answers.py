@@ -135,7 +135,7 @@ def undisturbed(lab: Jupyter, seed: int, most: int) -> list[Question]:
 
 
 def disturbed(page: BarePage, question: Question, cell_id: str, until: Path) -> None:
-    """Ask, and return when the share of the answer has arrived and is journaled; it goes on when a file exists."""
+    """Ask, and return when the share of the answer has arrived and is journaled; the rest waits for a file."""
     share = int(SHARE * len(question.whole))
     page.run(f"{LOAD}\n{holding(share, until)}")
     run = page.start(question.cell, cell_id=cell_id)

@@ -69,7 +69,7 @@ class SlotActions:
     """The actions on the slots of one engine.
 
     Args:
-        announce: tells other kernels how many seconds the action may take.
+        announce: informs other kernels how many seconds the action may take.
 
     Attributes:
         costs: as measured.

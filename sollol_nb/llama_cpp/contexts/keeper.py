@@ -44,7 +44,7 @@ class ContextKeeper:
         engine: sends to it.
         slots: how many it has.
         ask_lease: takes a lease, without waiting.
-        announce: tells other kernels how many seconds an action on a slot may take.
+        announce: informs other kernels how many seconds an action on a slot may take.
     """
 
     def __init__(

@@ -195,7 +195,7 @@ def test_an_interrupt_leaves_no_process_and_the_worker_free(engine: Engine, step
             calibrating = asyncio.create_task(router.calibrate([endpoint]))
             await reached.wait()
             await eventually_async(lambda: endpoint in registry.holders(), "its coordinator has the worker")
-            servers = [one for one in engines_of(psutil.Process(), "llama-server") if one not in before]
+            servers = [engine for engine in engines_of(psutil.Process(), "llama-server") if engine not in before]
             assert servers
             calibrating.cancel()
             with pytest.raises(asyncio.CancelledError):

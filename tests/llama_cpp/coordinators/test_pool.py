@@ -630,7 +630,7 @@ def test_a_coordinator_with_too_small_a_context_is_not_used_and_makes_room(runni
     with HybridRouter(context_tokens=1536) as second:
         second.route_request("demo:sharded", QUESTION, **TWO_TOKENS)
         assert coordinator_of(second).settings.context_tokens == 1536
-        eventually(lambda: not before.is_running(), "the other router is told that it has ended")
+        eventually(lambda: not before.is_running(), "the other router notices its end")
         messages = [event.message for event in second.events.recent() if event.kind == "coordinator.made_room"]
         assert messages == ["stopped demo:sharded, which is idle in another router, to make room for demo:sharded"]
 

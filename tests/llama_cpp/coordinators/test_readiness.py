@@ -49,6 +49,6 @@ def test_one_that_has_ended_is_not_said_to_have_lost_its_workers() -> None:
     """Its supervisor says a little later why it has ended."""
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         ended = psutil.Process(process.pid)
-        eventually(lambda: ended.status() == psutil.STATUS_ZOMBIE, "it has ended, and nobody was told")
+        eventually(lambda: ended.status() == psutil.STATUS_ZOMBIE, "it is a zombie, and no router has noticed")
         coordinator: Any = SimpleNamespace(pid=process.pid, rpc_backends=["127.0.0.1:50052"])
         assert Coordinator.broken_links(coordinator) == []

@@ -114,7 +114,7 @@ def test_two_machines_that_dial_out_answer_together_and_end_when_they_are_revoke
             assert worker.stderr is not None
             said = worker.stderr.read()
             assert "revoked" in said.splitlines()[-1]
-            assert "lost the connection" not in said, "it is told at once, not when it comes back"
+            assert "lost the connection" not in said, "it learns this at once, not when it comes back"
         for machine in machines:
             wait_gone(machine)
         eventually(lambda: not open_ports(hub()), "the port is closed")

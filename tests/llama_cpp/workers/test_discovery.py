@@ -312,11 +312,11 @@ def announced_worker(machine: Machine, port: int) -> Iterator[None]:
 def test_an_announced_worker_is_found_and_false_announcements_are_not_shown(
     looking: HybridRouter, gpu1: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: list[str] = []
+    heard: list[str] = []
 
     async def browse() -> list[Announced]:
         announced = await announcements.browse()
-        told.extend(worker.name for worker in announced)
+        heard.extend(worker.name for worker in announced)
         return announced
 
     monkeypatch.setattr(discovery, "browse", browse)
@@ -326,13 +326,13 @@ def test_an_announced_worker_is_found_and_false_announcements_are_not_shown(
         return
 
     def look() -> list[FoundWorker]:
-        told.clear()
+        heard.clear()
         found = looking.find_workers(mdns=True)
-        return found if len(told) >= 3 else []
+        return found if len(heard) >= 3 else []
 
     with announced_worker(gpu1, PORTS[1]), lying(gpu1):
         found = eventually(look, "all have answered while it looked")
-    assert sorted(told) == [f"gpu1-{PORTS[1]}", "nothing", "sshd"]
+    assert sorted(heard) == [f"gpu1-{PORTS[1]}", "nothing", "sshd"]
     assert rows_of(gpu1, found) == [(f"{gpu1.address}:{PORTS[1]}", ("mDNS",), "free")]
     (row,) = (row for row in found if gpu1.address in row.name)
     assert row.detail == f"announced as gpu1-{PORTS[1]}, llama.cpp {find_engine().version}"
