@@ -23,8 +23,7 @@ def journal(tmp_path: Path) -> Journal:
 
 
 @pytest.fixture
-def writer(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> JournalWriter:
-    monkeypatch.setattr(sqlite_file, "BUSY_TIMEOUT_S", 0.05)
+def writer(journal: Journal) -> JournalWriter:
     return JournalWriter(journal)
 
 
@@ -57,12 +56,13 @@ def test_a_new_answer_is_written_at_once(
 
 
 def test_the_end_of_an_answer_is_written_when_the_file_is_free_again(
-    journal: Journal, writer: JournalWriter
+    journal: Journal, writer: JournalWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entry = begun(writer)
     entry.written_at -= 3600  # the file was locked for long before the end
-    with sqlite3.connect(journal.path) as other:
+    with sqlite3.connect(journal.path) as other, monkeypatch.context() as patched:
         other.execute("BEGIN IMMEDIATE")
+        patched.setattr(sqlite_file, "BUSY_TIMEOUT_S", 0.05)  # only here, where no lock is ever given up in time
         entry.add({"message": {"content": " two"}})
         entry.finish(DONE)
         writer.wait_written()
