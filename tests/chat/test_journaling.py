@@ -55,6 +55,27 @@ def test_a_new_answer_is_written_at_once(
         assert row(journal, entry).request is not None
 
 
+def test_an_answer_stays_in_the_state_folder_in_which_it_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer, entries = JournalWriter(Journal()), []
+    for name in ("first", "second"):
+        monkeypatch.setenv("SOLLOL_STATE_DIR", str(tmp_path / name))
+        about = {"owner": "a", "conversation": "", "model": "demo", "question": "Why?", "started_at": time.time()}
+        entries.append(JournalEntry(new_id(), new_id(), {"messages": []}, lambda about=about: about))
+        writer.follow(entries[-1])
+    monkeypatch.setenv("SOLLOL_STATE_DIR", str(tmp_path / "third"))
+    writer.wait_written()
+    for entry in entries:
+        entry.add({"message": {"content": "one"}})
+        entry.finish(DONE)
+    writer.wait_written()
+    for name, entry in zip(("first", "second"), entries, strict=True):
+        found = Journal(tmp_path / name / "answers.sqlite").newest()
+        assert [(each.id, each.status, each.text) for each in found] == [(entry.id, DONE, "one")]
+    assert not (tmp_path / "third").exists()
+
+
 def test_the_end_of_an_answer_is_written_when_the_file_is_free_again(
     journal: Journal, writer: JournalWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
