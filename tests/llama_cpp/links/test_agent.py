@@ -54,7 +54,7 @@ class Agent:
 
     @contextlib.contextmanager
     def beating(self) -> Iterator[None]:
-        """It gets heartbeats meanwhile. They come so often that it counts no second: a signal ends its naps early."""
+        """It gets heartbeats meanwhile, so often that it counts no second: each of them ends its nap early."""
         over = threading.Event()
 
         def beat() -> None:
