@@ -102,24 +102,25 @@ async def gateway_over(url: str, received: list[tuple[str, Any]]) -> AsyncIterat
         await server.close()
 
 
-async def waited_for(site: Site, node: Node) -> tuple[httpx.Headers, list[str]]:
+async def waited_for(site: Site, node: Node, monkeypatch: pytest.MonkeyPatch) -> tuple[httpx.Headers, list[str]]:
     """The headers and the lines that a client receives which waits for the first token."""
+    monkeypatch.setattr(answers, "HEADERS_AFTER_S", 0.05)
     received = []
     async with site.client.stream("POST", CHAT, json=ASKED | {"stream": True}) as response:
         assert response.status_code == 200
         async for text in response.aiter_lines():
             received.append(text)
+            monkeypatch.setattr(answers, "HEADERS_AFTER_S", HANG_GUARD_S)  # the answer comes, however slowly
             node.released.set()
     return response.headers, [text for text in received if text]
 
 
 def test_a_client_that_waits_long_gets_comments_until_the_answer_comes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answers, "HEADERS_AFTER_S", 0.05)
     node = Node(line("hello"), LAST)
 
     async def test(*over: Any) -> None:
         async with gateway_over(*over) as site:
-            headers, (first, *rest) = await waited_for(site, node)
+            headers, (first, *rest) = await waited_for(site, node, monkeypatch)
             assert first == ": waiting"
             assert "X-Sollol-Route" not in headers
             events = [json.loads(text[6:]) for text in rest if text.startswith("data: {")]
@@ -131,12 +132,11 @@ def test_a_client_that_waits_long_gets_comments_until_the_answer_comes(monkeypat
 
 
 def test_an_error_after_a_long_wait_is_sent_within_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answers, "HEADERS_AFTER_S", 0.05)
     node = Node(b'{"error": "the model has crashed"}\n')
 
     async def test(*over: Any) -> None:
         async with gateway_over(*over) as site:
-            _, received = await waited_for(site, node)
+            _, received = await waited_for(site, node, monkeypatch)
             assert received[0] == ": waiting"
             assert "the model has crashed" in json.loads(received[-1].removeprefix("data: "))["error"]["message"]
             await eventually_async(lambda: site.finished, "the request has ended")

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from sollol_nb.errors import (
@@ -432,14 +433,18 @@ def test_an_endless_stream_has_only_limited_lines(monkeypatch: pytest.MonkeyPatc
 def test_stream_that_breaks_gives_its_lines_and_then_the_error(then: str, error: type[Exception]) -> None:
     seen: list[str] = []
 
+    async def shorten(response: httpx.Response) -> None:
+        """What is read from now on is the rest of the first line's packet, and then the silence."""
+        if then == "silence":
+            response.request.extensions["timeout"]["read"] = 0.2
+
     async def read() -> None:
-        peer = says(CHUNKED, chunk(b"one\ntw"), then=then)
-        async with (
-            client_of(peer) as client,
-            client.stream_lines("/api/chat", {}, read_timeout_s=0.2 if then == "silence" else 30.0) as lines,
-        ):
-            async for line in lines:
-                seen.append(line)
+        peer = says(CHUNKED + chunk(b"one\ntw"), then=then)
+        async with client_of(peer) as client:
+            client._client.event_hooks = {"response": [shorten]}
+            async with client.stream_lines("/api/chat", {}, read_timeout_s=30.0) as lines:
+                async for line in lines:
+                    seen.append(line)
 
     with pytest.raises(error):
         run(read())
@@ -590,12 +595,20 @@ def test_lines_of_an_exchange_do_not_depend_on_the_packets(size: int) -> None:
 
 @pytest.mark.parametrize(("then", "error"), [("close", ConnectionBrokenError), ("silence", TransportTimeoutError)])
 def test_an_exchange_that_breaks_gives_its_lines_and_then_the_error(then: str, error: type[Exception]) -> None:
+    asking: Exchange
     seen: list[str] = []
 
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        asking._read_timeout_s = 0.2  # until here it was connected and asked, however long that took
+        writer.write(CHUNKED + chunk(b"one\ntw"))
+        if then == "silence":
+            await asyncio.Event().wait()
+
     async def read() -> None:
-        peer = says(CHUNKED, chunk(b"one\ntw"), then=then)
-        async with exchange_with(peer, read_timeout_s=0.2) as exchange:
-            async for line in exchange.lines("/api/chat", {}):
+        nonlocal asking
+        async with exchange_with(serve) as asking:
+            async for line in asking.lines("/api/chat", {}):
                 seen.append(line)
                 await asyncio.sleep(0.5)  # this time is the reader's
 
@@ -614,6 +627,7 @@ def test_an_exchange_answers_after_one_that_was_too_slow() -> None:
         async with exchange_with(serve, read_timeout_s=0.2) as exchange:
             with pytest.raises(TransportTimeoutError):
                 [line async for line in exchange.lines("/api/chat", {})]
+            exchange._read_timeout_s = 30.0
             return await exchange.post("/props", {})
 
     assert run(ask()) == 1
