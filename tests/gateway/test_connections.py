@@ -187,13 +187,15 @@ def test_a_slow_body_ends_the_connection(run: Run) -> None:
     run(test, "body")
 
 
-def test_a_slow_body_that_no_route_reads_ends_the_connection(run: Run) -> None:
+def test_a_slow_body_that_no_route_reads_ends_the_connection(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     async def test(site: Site) -> None:
         connection = await site.connect()
         connection.writer.write(HEAD.replace(b"/echo", b"/refuse") + b"Content-Length: 1000000\r\n\r\n")
-        assert (await connection.drip(b"x")).startswith(b"HTTP/1.1 413 ")
+        assert (await connection.reader.readuntil(b"\r\n\r\nno")).startswith(b"HTTP/1.1 413 ")
+        monkeypatch.setitem(connections.LIMITS_S, "body", SHORT_S)
+        assert await connection.drip(b"x") == b""
 
-    run(test, "body")
+    run(test)
 
 
 def test_a_client_that_stops_reading_loses_its_connection_and_its_answer(run: Run) -> None:

@@ -47,9 +47,9 @@ def test_durations(text: str, seconds: float | None) -> None:
 
 
 def test_many_digits_without_a_unit_are_refused_quickly() -> None:
-    began_s = time.monotonic()
+    began_s = time.thread_time()  # not that of other processes
     assert parse_duration("9" * 3000) is None
-    assert time.monotonic() - began_s < 5
+    assert time.thread_time() - began_s < 5
 
 
 def test_the_units_of_a_duration_can_be_chosen() -> None:
