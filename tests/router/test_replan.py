@@ -6,8 +6,9 @@ import argparse
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from sollol_nb.layers import replan
 from sollol_nb.llama_cpp.coordinators import measurements, pool, replanning
 from sollol_nb.llama_cpp.coordinators.waits import WaitWatch
 from sollol_nb.llama_cpp.engine.check import Engine
-from sollol_nb.llama_cpp.workers import calibrations
+from sollol_nb.llama_cpp.workers import calibrations, workers
 from sollol_nb.llama_cpp.workers.calibrations import Calibration, Calibrations, identity_of
 from sollol_nb.llama_cpp.workers.local import LocalOptions, start_workers
 from sollol_nb.llama_cpp.workers.own_devices import OwnDevices
+from sollol_nb.llama_cpp.workers.probe import Probe, probe_all
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.notebook.magics.cluster_actions import ACTIONS
 from sollol_nb.runtime.events import Event, EventKind
@@ -32,6 +34,7 @@ pytestmark = pytest.mark.engine
 
 TOKENS = 16
 MOST_ANSWERS = 25
+ROUND_TRIP_MS = 0.05
 SETTINGS: dict[str, Any] = {"distributed_threshold_params": 1e-6, "context_tokens": 1024, "slots": 3}
 OTHER_USER = """
 import sys
@@ -143,7 +146,7 @@ def know(engine: Engine, endpoint: str, ms_per_byte: float) -> None:
         endpoint=endpoint,
         name=endpoint,
         measured_at=time.time(),
-        round_trip_ms=0.05,
+        round_trip_ms=ROUND_TRIP_MS,
         bytes_per_s=None,
         hop_ms=0.1,
         block_ms=0.0,
@@ -154,7 +157,13 @@ def know(engine: Engine, endpoint: str, ms_per_byte: float) -> None:
 
 
 def only_calibrations_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both workers are equally fast; only the calibrations that a test writes tell them apart."""
+    """Both workers are equally fast; only the calibrations that a test writes tell them apart, and not how quickly
+    each was scheduled when it was probed."""
+
+    async def steady(endpoints: Iterable[str], **settings: Any) -> list[Probe]:
+        return [replace(probe, round_trip_ms=ROUND_TRIP_MS) for probe in await probe_all(endpoints, **settings)]
+
+    monkeypatch.setattr(workers, "probe_all", steady)
     monkeypatch.setattr(calibrations, "CHECK_EVERY_S", 0.0)
     monkeypatch.setattr(pool, "ANSWERS_PER_CORRECTION", 10**6)
     monkeypatch.setattr(WaitWatch, "watch", lambda *_: None)
@@ -211,7 +220,6 @@ def test_a_model_is_planned_again_when_its_user_says_so(
 ) -> None:
     only_calibrations_count(monkeypatch)
     slow, quick = two_workers
-    # Each time by more than round trips differ, also on a busy machine.
     know(engine, slow, 1e-2)
     know(engine, quick, 1e-3)
     with HybridRouter(
