@@ -147,6 +147,7 @@ def test_a_source_that_hangs_delays_neither_completion_nor_other_sources(cache: 
         eventually(
             lambda: cache.names(sources) == {"hanging": (), "quick": ("here",)}, "the quick source is known"
         )
+        eventually(lambda: asked, "the other one is asked, in its own thread")
         assert cache.names(sources) == {"hanging": (), "quick": ("here",)}
         assert not may_answer.is_set()
         assert asked == ["hanging"], "it is not asked again before it has answered"

@@ -19,7 +19,14 @@ from sollol_nb.errors import (
 from sollol_nb.runtime import http_client
 from sollol_nb.runtime.events import EventKind
 from sollol_nb.sync_wrapper import HybridRouter, OllamaPool
+from tests.support.engines import HANG_GUARD_S
 from tests.support.fake_node import HEAD, HEALTHY, MODEL, Reply, fake_node, lines, reply
+
+
+@pytest.fixture(autouse=True)
+def as_long_as_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node has the time to say what it says (a flood, too) on a busy machine; no node is silent here."""
+    monkeypatch.setattr("sollol_nb.ollama.nodes.QUERY_TIMEOUT_S", HANG_GUARD_S)
 
 
 def answer_of(replies: dict[str, Reply], **options: Any) -> dict[str, Any]:
