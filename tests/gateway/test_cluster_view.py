@@ -16,14 +16,14 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from sollol_nb.gateway import cluster_view
+from sollol_nb.gateway import cluster_view, health
 from sollol_nb.gateway.cluster_view import MAX_PENDING, MAX_VIEWERS, Viewer
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.runtime.events import EventKind
 from tests.chaos.machines import Cluster
 from tests.support.engines import HANG_GUARD_S, eventually, run, with_variable
-from tests.support.gateway import GatewayProcess, running_gateway
+from tests.support.gateway import GatewayProcess, gateway_without_engines, running_gateway
 from tests.support.merge_patch import patched
 from tests.support.simulated_cluster import SimulatedCluster
 
@@ -162,8 +162,8 @@ def test_prometheus_gets_openmetrics_if_it_accepts_that(client: httpx.Client) ->
 def test_a_gateway_with_an_engine_is_alive_and_ready(client: httpx.Client, machines: Cluster) -> None:
     machines.make_well()
     assert client.get("/health").json()["status"] == "ok"
+    eventually(lambda: client.get("/ready").status_code == 200, "the engine was looked for")
     ready = client.get("/ready")
-    assert ready.status_code == 200
     assert ready.json()["ready"] is True
     assert sum(ready.json()["workers"].values()) == 4
 
@@ -175,8 +175,29 @@ def test_without_an_engine_and_without_ollama_it_is_alive_and_not_ready(tmp_path
         ready = client.get("/ready")
         assert ready.status_code == 503
         assert ready.json()["ready"] is False
-        assert str(tmp_path) in ready.json()["reason"]
-        assert ready.json()["nodes"] == {"absent": 1}
+        # An answer does not wait long for the check that it has begun.
+        eventually(lambda: str(tmp_path) in client.get("/ready").json()["reason"], "the engine was looked for")
+        eventually(lambda: client.get("/ready").json()["nodes"] == {"absent": 1}, "the node was checked")
+        assert client.get("/ready").status_code == 503
+
+
+def test_it_is_not_ready_before_it_has_looked_for_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    may_end = threading.Event()
+    monkeypatch.setattr(health, "CHECK_WAIT_S", 0.01)
+    monkeypatch.setattr(health, "locate_engine", lambda: may_end.wait(HANG_GUARD_S))
+
+    async def ask() -> None:
+        async with gateway_without_engines() as client:
+            try:
+                early = await client.get("/ready")
+                assert (early.status_code, early.json()["engine"]) == (503, False)
+                assert "search for llama.cpp has not ended" in early.json()["reason"]
+            finally:
+                may_end.set()
+            monkeypatch.setattr(health, "CHECK_WAIT_S", HANG_GUARD_S)
+            assert (await client.get("/ready")).status_code == 200
+
+    run(ask())
 
 
 # --- the cluster ------------------------------------------------------------------------------
