@@ -12,7 +12,7 @@ import pytest
 
 from sollol_nb.errors import WorkersUnavailableError
 from sollol_nb.llama_cpp.engine.check import Engine
-from sollol_nb.llama_cpp.links import link
+from sollol_nb.llama_cpp.links import link, ssh
 from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.processes.registry import Entry
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
@@ -164,7 +164,7 @@ def test_after_the_loss_of_any_process_of_the_link_its_worker_comes_back_at_the_
 def test_where_all_that_watches_a_worker_is_killed_at_once_the_worker_ends_and_comes_back(
     gpu1: Machine, engine: Engine
 ) -> None:
-    with link_to(gpu1, engine) as entry:
+    with link_to(gpu1, engine, ssh.SILENCE_S) as entry:  # no silence ends it
         eventually(lambda: entry().about["state"] == link.READY, "it is ready")
         worker = worker_there(gpu1)
         kill_at_once(
@@ -186,8 +186,12 @@ def test_after_the_loss_of_the_link_itself_the_next_request_starts_it_again(gpu1
 
 
 @contextlib.contextmanager
-def link_to(machine: Machine, engine: Engine) -> Iterator[Callable[[], Entry]]:
-    """A link whose far side waits for a shorter time only; returns its registry entry as it is now."""
+def link_to(machine: Machine, engine: Engine, silence_s: int = SILENCE_S) -> Iterator[Callable[[], Entry]]:
+    """A link whose far side waits for a shorter time only; returns its registry entry as it is now.
+
+    Args:
+        silence_s: how long the far side waits for the next heartbeat.
+    """
     spec = {
         "ssh": shlex.split(machine.ssh),
         "server": str(engine.server),
@@ -195,7 +199,7 @@ def link_to(machine: Machine, engine: Engine) -> Iterator[Callable[[], Entry]]:
         "version": engine.version,
         "source": engine.source,
         "protocol": engine.protocol,
-        "silence_s": SILENCE_S,
+        "silence_s": silence_s,
     }
     process = run(link.start_link("ssh", machine.target, spec, keep_alive_s=600.0))
     try:
@@ -210,7 +214,7 @@ def test_where_the_network_is_cut_silently_the_far_side_ends_everything_and_the_
 ) -> None:
     with link_to(gpu1, engine) as entry:
         eventually(lambda: entry().about["state"] == link.READY, "it is ready")
-        endpoints = set(entry().endpoints)
+        endpoints = eventually(lambda: set(entry().endpoints), "it is reached, if need be again")
         gpu1.cut()
         try:
             wait_gone(gpu1)
