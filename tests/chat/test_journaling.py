@@ -14,7 +14,7 @@ from sollol_nb.chat import journaling
 from sollol_nb.chat.journal import CANCELLED, DONE, INTERRUPTED, RUNNING, Journal, JournaledAnswer, new_id
 from sollol_nb.chat.journaling import JournalEntry, JournalWriter
 from sollol_nb.runtime import sqlite_file
-from tests.support.engines import eventually
+from tests.support.engines import HANG_GUARD_S, eventually
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def begun(writer: JournalWriter, first: Callable[[], dict[str, Any]] | None = No
     entry = JournalEntry(new_id(), new_id(), {"messages": [], "options": {}}, first or (lambda: about))
     writer.follow(entry)
     entry.add({"message": {"content": "one"}})
-    writer.wait_written()
+    writer.wait_written(HANG_GUARD_S)
     return entry
 
 
@@ -65,11 +65,11 @@ def test_an_answer_stays_in_the_state_folder_in_which_it_began(
         entries.append(JournalEntry(new_id(), new_id(), {"messages": []}, lambda about=about: about))
         writer.follow(entries[-1])
     monkeypatch.setenv("SOLLOL_STATE_DIR", str(tmp_path / "third"))
-    writer.wait_written()
+    writer.wait_written(HANG_GUARD_S)
     for entry in entries:
         entry.add({"message": {"content": "one"}})
         entry.finish(DONE)
-    writer.wait_written()
+    writer.wait_written(HANG_GUARD_S)
     for name, entry in zip(("first", "second"), entries, strict=True):
         found = Journal(tmp_path / name / "answers.sqlite").newest()
         assert [(each.id, each.status, each.text) for each in found] == [(entry.id, DONE, "one")]
@@ -86,9 +86,9 @@ def test_the_end_of_an_answer_is_written_when_the_file_is_free_again(
         patched.setattr(sqlite_file, "BUSY_TIMEOUT_S", 0.05)  # only here, where no lock is ever given up in time
         entry.add({"message": {"content": " two"}})
         entry.finish(DONE)
-        writer.wait_written()
+        writer.wait_written(HANG_GUARD_S)
         other.rollback()
-    writer.wait_written()
+    writer.wait_written(HANG_GUARD_S)
     assert (row(journal, entry).status, row(journal, entry).text) == (DONE, "one two")
 
 
@@ -97,7 +97,7 @@ def test_calls_that_come_before_the_last_chunk_are_kept(journal: Journal, writer
     entry.add({"message": {"content": "", "tool_calls": [call]}})
     entry.add({"message": {"content": ""}, "done": True})
     entry.finish(DONE)
-    writer.wait_written()
+    writer.wait_written(HANG_GUARD_S)
     state = row(journal, entry).state
     assert state is not None
     assert state["message"]["tool_calls"] == [call]
@@ -109,12 +109,12 @@ def test_an_end_is_written_though_the_writer_looks_while_it_is_noted(
     entry = begun(writer)
 
     def state() -> dict[str, Any]:
-        writer.wait_written()
+        writer.wait_written(HANG_GUARD_S)
         return {"kind": "raw"}
 
     entry.state = state
     entry.finish(CANCELLED)
-    writer.wait_written()
+    writer.wait_written(HANG_GUARD_S)
     assert row(journal, entry).status == CANCELLED
 
 
@@ -124,13 +124,13 @@ def test_an_answer_that_goes_on_after_its_end_is_no_other_process_s(
     monkeypatch.setattr(journaling, "_writer", writer)
     entry = begun(writer)
     entry.finish(INTERRUPTED, "another engine begins it differently")
-    writer.wait_written()
+    writer.wait_written(HANG_GUARD_S)
     assert row(journal, entry).status == INTERRUPTED
     entry.go_on_as_text()
-    writer.wait_written()
+    writer.wait_written(HANG_GUARD_S)
     assert (row(journal, entry).status, row(journal, entry).text) == (RUNNING, "one")
     entry.finish(DONE)
-    writer.wait_written()
+    writer.wait_written(HANG_GUARD_S)
 
 
 def test_an_answer_with_a_name_that_is_no_text_does_not_hold_up_the_others(
@@ -144,7 +144,7 @@ def test_an_answer_with_a_name_that_is_no_text_does_not_hold_up_the_others(
     assert row(journal, other).text == "one"
     entry.finish(DONE)
     other.finish(DONE)
-    writer.wait_written()
+    writer.wait_written(HANG_GUARD_S)
 
 
 def test_an_end_that_can_never_be_written_is_given_up(
@@ -153,10 +153,10 @@ def test_an_end_that_can_never_be_written_is_given_up(
     entry = begun(writer)
     monkeypatch.setattr(journal, "_path", journal.path.parent / "none" / "answers.sqlite")
     entry.finish(DONE)
-    writer.wait_written()
+    writer.wait_written(HANG_GUARD_S)
     assert writer._entries
     monkeypatch.setattr(journaling, "KEEP_TRYING_S", 0.0)
-    writer.wait_written()
+    writer.wait_written(HANG_GUARD_S)
     assert not writer._entries
 
 
