@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from sollol_nb.chat import journaling
 from sollol_nb.cluster import state
 from sollol_nb.llama_cpp.coordinators import pace
 from sollol_nb.llama_cpp.engine.check import Engine
@@ -54,6 +55,7 @@ def own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     )
     yield folder / "state"
     run_blocking(stop_engines(also_used=True))
+    journaling.flush()  # what is written after this would go to the user's journal
     own_folders.use(before)
 
 

@@ -207,16 +207,6 @@ class Journal:
     def __init__(self, path: Path | None = None) -> None:
         self._path = path
         self._file: SqliteFile | None = None
-        self._here: Journal | None = None
-
-    def here(self) -> Journal:
-        """This journal in the file that it uses now, also after another state folder is set."""
-        if self._path is not None:
-            return self
-        here, path = self._here, config.state_file(FILE_NAME)
-        if here is None or here._path != path:
-            here = self._here = Journal(path)
-        return here
 
     @property
     def path(self) -> Path:

@@ -6,8 +6,6 @@ state as `Answer.state` gives it); the I/O loop, on which answers change, makes 
 writes them together. The pause between two rounds is many times as long as a round takes, so a gateway with
 hundreds of answers does not journal all the time.
 
-An answer stays in the journal of the state folder in which it began, should another one be set meanwhile.
-
 No answer waits for the journal, and none fails because of it: what cannot be written costs one warning.
 """
 
@@ -27,7 +25,6 @@ from typing import Any
 from sollol_nb.chat.chunk import RESTARTED, Chunk
 from sollol_nb.chat.journal import DONE, RUNNING, Journal, JournaledAnswer, Progress, new_id
 from sollol_nb.chat.journal_state import END, plain_json, request_json, split_state
-from sollol_nb.errors import ConfigError
 from sollol_nb.runtime.io_loop import io_loop
 from sollol_nb.text.tables import shortened
 
@@ -61,7 +58,6 @@ class JournalEntry:
         state: gives what is needed to continue it; None as long as there is nothing.
         has_changed: since its last snapshot.
         is_new: nobody has tried to write it yet.
-        journal: in which it is written; None until it is followed.
     """
 
     def __init__(
@@ -70,7 +66,6 @@ class JournalEntry:
         """Args: first: gives the beginning of its row, in the writer's thread; None where it has one."""
         self.id, self.run = answer_id, run
         self.state: State | None = None
-        self.journal: Journal | None = None
         self.has_changed = self.is_new = first is not None
         self.written_at = time.monotonic()
         self._first = first
@@ -240,10 +235,6 @@ class JournalWriter:
 
     def follow(self, entry: JournalEntry) -> None:
         """Write an entry from now on until it has ended; returns at once."""
-        if entry.journal is None:
-            entry.journal = self._journal
-            with contextlib.suppress(ConfigError):  # the thread reports it
-                entry.journal = self._journal.here()
         with self._changed:
             self._entries[entry.run] = entry
             if self._thread is None:
@@ -312,20 +303,10 @@ class JournalWriter:
                 self._changed.notify_all()
 
     def _write(self, entries: Sequence[JournalEntry]) -> None:
-        try:
-            _take_snapshots([entry for entry in entries if entry.is_due])
-        except Exception as error:  # an answer is worth more than its journal
-            self._report(error)
-        together: dict[Journal, list[JournalEntry]] = {}
-        for entry in entries:
-            together.setdefault(entry.journal or self._journal, []).append(entry)
-        for journal, entries_of_it in together.items():
-            self._write_to(journal, entries_of_it)
-
-    def _write_to(self, journal: Journal, entries: Sequence[JournalEntry]) -> None:
         written: list[JournalEntry] = []
         is_done = False
         try:
+            _take_snapshots([entry for entry in entries if entry.is_due])
             progress = []
             for entry in entries:
                 try:
@@ -340,9 +321,9 @@ class JournalWriter:
             silent = [entry for entry in entries if entry not in written and now - entry.written_at > TOUCH_S]
             with self._writing:
                 if progress:
-                    journal.write(progress)
+                    self._journal.write(progress)
                 if silent:
-                    journal.touch([entry.run for entry in silent])
+                    self._journal.touch([entry.run for entry in silent])
             written += silent
             is_done = True
         except Exception as error:  # an answer is worth more than its journal
