@@ -32,7 +32,7 @@ class Health:
         self._gateway = gateway
         self._check: asyncio.Task[None] | None = None
         self._checked_at: float | None = None
-        self._engine_problem: str | None = "the first search for llama.cpp has not ended; try again"
+        self._engine_problem: str | None = "the gateway is still looking for llama.cpp; try again"
 
     async def health(self, request: Request) -> Response:
         """200 as long as the gateway serves."""

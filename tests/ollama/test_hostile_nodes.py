@@ -14,7 +14,6 @@ from sollol_nb.errors import (
     OllamaResponseError,
     OllamaUnavailableError,
     RequestTimeoutError,
-    SollolError,
 )
 from sollol_nb.runtime import http_client
 from sollol_nb.runtime.events import EventKind
@@ -25,7 +24,7 @@ from tests.support.fake_node import HEAD, HEALTHY, MODEL, Reply, fake_node, line
 
 @pytest.fixture(autouse=True)
 def as_long_as_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A node has the time to say what it says (a flood, too) on a busy machine; no node is silent here."""
+    """A node has the time to send all of it (a flood, say) on a busy machine."""
     monkeypatch.setattr("sollol_nb.ollama.nodes.QUERY_TIMEOUT_S", HANG_GUARD_S)
 
 
@@ -267,10 +266,8 @@ def test_wrong_figures_are_left_out_and_marks_of_a_node_are_not_believed() -> No
 @pytest.mark.parametrize("path", ["/api/chat", "/api/tags"])
 def test_the_timeout_holds_for_an_answer_that_comes_a_byte_at_a_time(path: str) -> None:
     """Also while the node may be loading the model: it has it on disk."""
-    with pytest.raises(SollolError) as error:
+    with pytest.raises(RequestTimeoutError):
         answer_of({path: drip}, timeout=0.5)
-    if path == "/api/chat":
-        assert isinstance(error.value, RequestTimeoutError)
 
 
 def test_an_answer_in_many_small_chunks_ends_before_they_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -161,7 +161,11 @@ def only_calibrations_count(monkeypatch: pytest.MonkeyPatch) -> None:
     each was scheduled when it was probed."""
 
     async def steady(endpoints: Iterable[str], **settings: Any) -> list[Probe]:
-        return [replace(probe, round_trip_ms=ROUND_TRIP_MS) for probe in await probe_all(endpoints, **settings)]
+        found = await probe_all(endpoints, **settings)
+        return [
+            probe if probe.round_trip_ms is None else replace(probe, round_trip_ms=ROUND_TRIP_MS)
+            for probe in found
+        ]
 
     monkeypatch.setattr(workers, "probe_all", steady)
     monkeypatch.setattr(calibrations, "CHECK_EVERY_S", 0.0)

@@ -47,7 +47,7 @@ def test_durations(text: str, seconds: float | None) -> None:
 
 
 def test_many_digits_without_a_unit_are_refused_quickly() -> None:
-    began_s = time.thread_time()  # not that of other processes
+    began_s = time.thread_time()  # other processes do not count
     assert parse_duration("9" * 3000) is None
     assert time.thread_time() - began_s < 5
 

@@ -54,12 +54,12 @@ class Agent:
 
     @contextlib.contextmanager
     def beating(self) -> Iterator[None]:
-        """It gets heartbeats meanwhile, so often that it counts no second: each of them ends its nap early."""
+        """It gets heartbeats meanwhile, so often that it never counts a missed second: each ends its nap."""
         over = threading.Event()
 
         def beat() -> None:
             with contextlib.suppress(OSError):  # it has ended
-                while not over.wait(0.1):
+                while not over.wait(0.5):
                     self.send("\n")
 
         thread = threading.Thread(target=beat)
@@ -170,7 +170,7 @@ def test_all_ends_when_no_heartbeat_comes_and_a_worker_that_ends_at_once_gets_an
         silence_s=3,
         body=f'[ -e "{tmp_path}/again" ] || {{ touch "{tmp_path}/again"; exit 1; }}',
     ) as running:
-        with running.beating():  # however long that takes here
+        with running.beating():  # its stand-in may take long to end
             kind, index, port = running.line()
             assert (kind, index) == ("worker", "0")
             assert running.line() == ["ended", "0", "1", "1"]
