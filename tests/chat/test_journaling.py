@@ -62,7 +62,7 @@ def test_the_end_of_an_answer_is_written_when_the_file_is_free_again(
     entry.written_at -= 3600  # the file was locked for long before the end
     with sqlite3.connect(journal.path) as other, monkeypatch.context() as patched:
         other.execute("BEGIN IMMEDIATE")
-        patched.setattr(sqlite_file, "BUSY_TIMEOUT_S", 0.05)  # else writer and readers wait for each other
+        patched.setattr(sqlite_file, "BUSY_TIMEOUT_S", 0.05)  # the writer gives up while it is locked
         entry.add({"message": {"content": " two"}})
         entry.finish(DONE)
         writer.wait_written(HANG_GUARD_S)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import signal
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -28,7 +27,17 @@ from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.notebook.magics.cluster_actions import ACTIONS
 from sollol_nb.runtime.events import Event, EventKind
 from sollol_nb.sync_wrapper import HybridRouter
-from tests.support.engines import QUESTION, engine_on, eventually, linux_only, run, says, script, unused_ports
+from tests.support.engines import (
+    QUESTION,
+    engine_on,
+    eventually,
+    linux_only,
+    repeatedly,
+    run,
+    says,
+    script,
+    unused_ports,
+)
 
 pytestmark = pytest.mark.engine
 
@@ -51,22 +60,15 @@ with HybridRouter(rpc_backends=[endpoint], auto_discover_rpc=False, speculation=
 @contextmanager
 def throttled(process: psutil.Process) -> Iterator[None]:
     """The process runs for a tenth of the time meanwhile."""
-    over = threading.Event()
 
     def stop_and_continue() -> None:
-        while not over.is_set():
-            process.send_signal(signal.SIGSTOP)
-            time.sleep(0.045)
-            process.send_signal(signal.SIGCONT)
-            time.sleep(0.005)
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(0.045)
+        process.send_signal(signal.SIGCONT)
+        time.sleep(0.005)
 
-    thread = threading.Thread(target=stop_and_continue)
-    thread.start()
-    try:
+    with repeatedly(stop_and_continue):
         yield
-    finally:
-        over.set()
-        thread.join()
 
 
 def units(router: HybridRouter) -> dict[str, int]:
@@ -157,8 +159,8 @@ def know(engine: Engine, endpoint: str, ms_per_byte: float) -> None:
 
 
 def only_calibrations_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both workers are equally fast; only the calibrations that a test writes tell them apart, and not how quickly
-    each was scheduled when it was probed."""
+    """The workers differ only in the calibrations that a test writes: their measured round trips are replaced by
+    equal ones."""
 
     async def steady(endpoints: Iterable[str], **settings: Any) -> list[Probe]:
         found = await probe_all(endpoints, **settings)

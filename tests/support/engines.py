@@ -97,6 +97,24 @@ async def eventually_async(condition: Callable[[], T], description: str) -> T:
 
 
 @contextmanager
+def repeatedly(step: Callable[[], object]) -> Iterator[None]:
+    """Call `step`, which takes its time, again and again in a thread until the block ends."""
+    is_over = threading.Event()
+
+    def repeat() -> None:
+        while not is_over.is_set():
+            step()
+
+    thread = threading.Thread(target=repeat)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+
+
+@contextmanager
 def worker_on(engine: Engine, host: str, port: int) -> Iterator[None]:
     """An RPC worker that the package does not own, as a user starts it."""
     process = subprocess.Popen(

@@ -7,7 +7,6 @@ import contextlib
 import os
 import shutil
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,15 @@ import psutil
 import pytest
 
 from sollol_nb.llama_cpp.links import ssh
-from tests.support.engines import HANG_GUARD_S, eventually, is_alive, kill_at_once, linux_only, posix_only
+from tests.support.engines import (
+    HANG_GUARD_S,
+    eventually,
+    is_alive,
+    kill_at_once,
+    linux_only,
+    posix_only,
+    repeatedly,
+)
 
 pytestmark = posix_only
 
@@ -52,23 +59,11 @@ class Agent:
         self.process.stdin.write(text)
         self.process.stdin.flush()
 
-    @contextlib.contextmanager
-    def beating(self) -> Iterator[None]:
-        """It gets heartbeats meanwhile, so often that it never counts a missed second: each ends its nap."""
-        over = threading.Event()
-
-        def beat() -> None:
-            with contextlib.suppress(OSError):  # it has ended
-                while not over.wait(0.5):
-                    self.send("\n")
-
-        thread = threading.Thread(target=beat)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
+    def beat(self) -> None:
+        """Send a heartbeat after half a second: the agent's nap of a second ends early, and is not counted."""
+        time.sleep(0.5)
+        with contextlib.suppress(OSError):  # the agent has ended
+            self.send("\n")
 
     def workers(self) -> list[psutil.Process]:
         """The stand-ins that run."""
@@ -170,7 +165,7 @@ def test_all_ends_when_no_heartbeat_comes_and_a_worker_that_ends_at_once_gets_an
         silence_s=3,
         body=f'[ -e "{tmp_path}/again" ] || {{ touch "{tmp_path}/again"; exit 1; }}',
     ) as running:
-        with running.beating():  # its stand-in may take long to end
+        with repeatedly(running.beat):  # the stand-in may take long to end
             kind, index, port = running.line()
             assert (kind, index) == ("worker", "0")
             assert running.line() == ["ended", "0", "1", "1"]
