@@ -89,6 +89,7 @@ def test_the_model_leaves_a_worker_that_is_throttled_in_mid_session(
     # On one machine, one worker is quicker than three by up to a fifth.
     monkeypatch.setattr(replan, "MIN_GAIN", 0.5)
     monkeypatch.setattr(replanning, "MIN_GAIN", 0.5)
+    monkeypatch.setattr(pool, "LEAST_GAIN", 0.5)
     model = str(smollm2)
     settings = {**SETTINGS, "speculation": "off"}  # drafts would copy the repeated answer, which measures no token
     with HybridRouter(auto_discover_rpc=False, replan="auto", **settings) as router, ExitStack() as stack:
