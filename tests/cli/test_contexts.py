@@ -42,8 +42,10 @@ def saved(store: ContextStore, model: Path, *, title: str = "trip.ipynb", age_s:
 
 
 def test_contexts_are_listed_with_their_model_age_and_total(
-    store: ContextStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    store: ContextStore, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
     old = saved(store, tmp_path / "big.gguf", title="old.ipynb", age_s=7200)
     new = saved(store, tmp_path / "small.gguf")
 
