@@ -19,7 +19,7 @@ from tests.chaos.machines import Cluster
 from tests.lab.conftest import PICTURES
 from tests.lab.lab import NO_CHROMIUM, find_chromium
 from tests.support.engines import HANG_GUARD_S, REPOSITORY, eventually, unused_ports, with_variable
-from tests.support.gateway import GatewayProcess, running_gateway
+from tests.support.gateway import GatewayProcess, end_engines, running_gateway
 
 pytestmark = [pytest.mark.engine, pytest.mark.lab]
 
@@ -38,7 +38,7 @@ class Site:
 
     def start(self) -> None:
         endpoints = ",".join(machine.endpoint for machine in self.cluster.machines)
-        settings = {"RPC_BACKENDS": endpoints, "SOLLOL_KEEP_ALIVE": "5s"}
+        settings = {"RPC_BACKENDS": endpoints, "SOLLOL_KEEP_ALIVE": "600s"}  # however slow the page is
         running = running_gateway("--port", str(self.port), variables=settings)
         self.gateway: GatewayProcess = self._stack.enter_context(running)
 
@@ -55,6 +55,7 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SOLLOL_STATE_DIR", str(folder))
         yield folder
+        end_engines(folder)
         eventually(lambda: not with_variable("SOLLOL_STATE_DIR", str(folder)), "no process is left")
 
 
