@@ -57,14 +57,28 @@ def goes_on(tmp_path: Path) -> Iterator[Path]:
     path.touch()
 
 
-def test_an_answer_is_seen_to_grow_and_ends_as_markdown_with_a_footer(page: LabPage) -> None:
+def test_an_answer_is_seen_to_grow_and_ends_as_markdown_with_a_footer(page: LabPage, tmp_path: Path) -> None:
+    # It waits twice until the page has shown it so far, however slow that is and however quick the engine.
+    held = {STORY_BEGINS: tmp_path / "beginning", "So the people of the house made a plan": tmp_path / "plan"}
+    for at_chars, goes_on in zip((100, 400), held.values(), strict=True):
+        page.ask(holding(at_chars, until=goes_on))
     cell = page.add(f"%%sollol demo:sharded --temperature 0 --out answer\n{STORY}")
     page.watch(cell)
-    shown = page.run(cell)
+    page.start(cell)
+    try:
+        for text, goes_on in held.items():
+            page.wait_for_text(cell, text)
+            goes_on.touch()
+    finally:
+        for goes_on in held.values():
+            goes_on.touch()
+    page.wait_done(cell)
+    page.wait_for_text(cell, re.compile(r"^demo:sharded · llama\.cpp-distributed · layers 4/4/5 · .* tokens/s"))
     growing = [text for text in page.seen() if text.startswith(STORY_BEGINS)]
     assert len({len(text) for text in growing}) >= 3
     assert all(later.startswith(earlier.rstrip()) for earlier, later in pairwise(growing))
     assert page.output(cell).locator("[data-mime-type='text/markdown'] > p").count() > 1, "its paragraphs"
+    shown = page.output_text(cell)
     assert re.search(r"^demo:sharded · llama\.cpp-distributed · layers 4/4/5 · .* tokens/s", shown, re.MULTILINE)
     page.screenshot("answer")
 
