@@ -29,7 +29,8 @@ OTHER = 2
 """The cell below the one that asks."""
 
 SOON, NEVER = 1, 1_000_000
-"""After how many seconds without a page the file is changed; a page may load for longer than usual."""
+"""After how many seconds without a page the file is changed; a page may load for longer than usual. A server
+may also take longer to say that it is gone: no answer settles here."""
 
 
 @pytest.fixture
@@ -42,7 +43,8 @@ def may_end(tmp_path: Path) -> Path:
 def page(request: pytest.FixtureRequest, lab: HeadlessLab, may_end: Path) -> Iterator[LabPage]:
     """A notebook with the cell that asks, with these options, and another one."""
     options, closed_s = request.param
-    load = f"%load_ext sollol_nb\nfrom sollol_nb.notebook.pages import watch\nwatch.CLOSED_S = {closed_s}"
+    load = f"%load_ext sollol_nb\nfrom sollol_nb.notebook.pages import watch\nwatch.CLOSED_S = {closed_s}\n"
+    load += f"watch.SETTLE_S = {NEVER}"
     load += holding(4 * len(BEGINNING), until=may_end)
     asking = f"%%sollol demo --temperature 0 {options}\n{PROMPT}"
     opened = lab.open([load, asking, "print('hello')"], viewport=(1000, 800))
