@@ -21,7 +21,8 @@ from tests.support.held_answers import holding
 pytestmark = [pytest.mark.engine, pytest.mark.lab]
 
 PROMPT = "Tell me everything about sharding."
-BEGINNING = "Once there was a model"
+BEGINNING = "Once there was a model that was too big for any machine in the house. It had many layers"
+"""What a held answer shows: nothing more comes, so that a page can be saved meanwhile."""
 WHOLE = "always remember what you have already said."
 """The end of the answer."""
 HINT = "The page was opened again while demo answered; this shows the answer:"
@@ -45,7 +46,7 @@ def page(request: pytest.FixtureRequest, lab: HeadlessLab, may_end: Path) -> Ite
     options, closed_s = request.param
     load = f"%load_ext sollol_nb\nfrom sollol_nb.notebook.pages import watch\nwatch.CLOSED_S = {closed_s}\n"
     load += f"watch.SETTLE_S = {NEVER}"
-    load += holding(4 * len(BEGINNING), until=may_end)
+    load += holding(len(BEGINNING), until=may_end)
     asking = f"%%sollol demo --temperature 0 {options}\n{PROMPT}"
     opened = lab.open([load, asking, "print('hello')"], viewport=(1000, 800))
     opened.run(0)
