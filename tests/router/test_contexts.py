@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from sollol_nb.chat.completion import Completion
+from sollol_nb.llama_cpp.contexts import actions
 from sollol_nb.llama_cpp.contexts.store import ContextStore
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.runtime.events import EventKind
@@ -23,6 +24,8 @@ pytestmark = pytest.mark.engine
 
 AGAIN_TOKENS = 32
 """At most so many tokens of a prompt are processed a second time."""
+PREFILL_MS = 5.0
+"""Of a token: what is saved and restored depends on this, and not on how quick the machine is at that moment."""
 WORDS = ("the", "worker", "sends", "a", "layer", "to", "slot", "token", "model", "cache", "time", "plan")
 
 MORE = "And what else is there to say about it? Please use a few more words than you did before, if you can."
@@ -35,13 +38,16 @@ def long_text(seed: int, words: int = 320) -> str:
 
 @pytest.fixture(scope="module")
 def contexts(engine: Engine, smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder for contexts of this module alone."""
+    """A folder for contexts of this module alone. A prompt counts as slow here, and the disk as quick."""
     cache = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SOLLOL_LLAMA_CPP", str(engine.server.parent))
         patch.setenv("SOLLOL_CACHE_DIR", str(cache))
         patch.setenv("SOLLOL_CONTEXT_CACHE_GB", "1")
         patch.setenv("SOLLOL_STATE_DIR", str(tmp_path_factory.mktemp("state")))
+        patch.setattr(actions.Costs, "add_prefill", lambda costs, *_: setattr(costs, "prefill_ms", PREFILL_MS))
+        patch.setattr(actions.Costs, "save_ms", lambda *_: 0.0)
+        patch.setattr(actions.Costs, "restore_ms", lambda *_: 0.0)
         yield cache / "contexts"
 
 
