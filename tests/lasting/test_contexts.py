@@ -7,11 +7,15 @@ from pathlib import Path
 import pytest
 
 from tests.lasting import contexts
+from tests.lasting._kernel import SAVES_ALL
 from tests.support import own_folders
 
 
 @pytest.mark.engine
-def test_a_conversation_goes_on_after_each_way_of_interruption(tmp_path: Path, smollm2: Path) -> None:
+def test_a_conversation_goes_on_after_each_way_of_interruption(
+    tmp_path: Path, smollm2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SAVES_ALL, "1")  # it is so short that a quick machine would not save it
     before = own_folders.use(own_folders.own_settings(tmp_path))
     lines: list[str] = []
     try:

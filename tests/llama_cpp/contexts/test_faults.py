@@ -47,12 +47,13 @@ MOST_AGAIN = 8
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Folders of this module alone, and contexts that are saved, however quickly they would be processed."""
+    """Folders of this module alone, and contexts that are saved and restored, however quick the prompt is."""
     folder = tmp_path_factory.mktemp("faults")
     before = own_folders.use(own_folders.own_settings(folder))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(keeper, "LEAST_GAIN_MS", 0.0)
         patch.setattr(actions.Costs, "save_ms", lambda *_: 0.0)
+        patch.setattr(actions.Costs, "restore_ms", lambda *_: 0.0)
         yield folder
     own_folders.use(before)
 
