@@ -33,4 +33,4 @@ def test_it_is_the_same_after_other_answers(
         ask("Where do foxes live?", deterministic=False)
         assert ask(QUESTION, deterministic=True) == whole
         slots = run(router.coordinators[0]._client.get("/slots"))
-        assert sum(slot["n_prompt_tokens"] > 0 for slot in slots) == 1, "the others were emptied"
+        assert sum(slot.get("n_prompt_tokens", 0) > 0 for slot in slots) == 1, "the others were emptied"
