@@ -102,6 +102,8 @@ def test_engines_end_with_a_process_that_ends_by_itself(
     assert errors == "" or ending == "an exception", "no error is printed at the end"
     assert len(engines) == 3, "two workers and a coordinator"
     all_end(everything)
+    # Also the coordinator that only the thread uses.
+    eventually(lambda: not with_variable("SOLLOL_STATE_DIR", str(tmp_path)), "nothing of it is left")
     assert nothing_is_registered(tmp_path)
 
 
