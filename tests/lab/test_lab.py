@@ -138,7 +138,8 @@ def test_a_very_long_answer_is_light_while_it_streams_and_whole_in_the_end(
     page.start(cell)
     page.wait_for_text(cell, "characters above")
     page.type_in_cell(below, "the page takes keys meanwhile")
-    page.wait_for_text(cell, re.compile(r"[2-9]\d,\d{3} characters above"))
+    for most in ("[1-9]", "[2-9]"):  # in two steps, since each has a limit
+        page.wait_for_text(cell, re.compile(most + r"\d,\d{3} characters above"))
     assert max(page.received_bytes[already:]) < 4 * LIVE_CHARS, "no message holds the whole answer"
     assert page.source(below) == "the page takes keys meanwhile"
     page.screenshot("long")
