@@ -26,7 +26,8 @@ def test_the_model_of_the_first_cell_that_asks_is_ready_before_it_runs(lab: Head
         assert re.search(r"^demo · llama\.cpp-local · ", page.run(2), re.MULTILINE)
         events = "[(event.kind, event.message) for event in router().events.recent()]"
         shown = page.ask(f"from sollol_nb.notebook import router\nprint({events})")
-        assert shown.count("('coordinator.starting', ") == 1, shown
+        # A start is tried again where another process takes its port.
+        assert shown.count("('coordinator.ready', ") == 1, shown
         page.ask("%sollol_stop --all")
     finally:
         page.close()
