@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from sollol_nb.batch import order
-from sollol_nb.llama_cpp.contexts import actions, keeper
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.sync_wrapper import HybridRouter
+from tests.support.saved_contexts import save_all
 
 pytestmark = pytest.mark.engine
 
@@ -27,9 +27,7 @@ def router(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> H
     monkeypatch.setenv("SOLLOL_CONTEXT_CACHE_GB", "1")
     monkeypatch.setattr(order, "LONG_CHARACTERS", 1000)  # a shorter instruction is processed sooner
     assert len(SYSTEM) > 1000
-    monkeypatch.setattr(keeper, "LEAST_GAIN_MS", 0.0)
-    monkeypatch.setattr(actions.Costs, "save_ms", lambda *_: 0.0)
-    monkeypatch.setattr(actions.Costs, "restore_ms", lambda *_: 0.0)
+    save_all(monkeypatch)
     return HybridRouter(
         auto_setup_rpc=True, auto_discover_rpc=False, num_rpc_backends=1, rpc_port=51252, speculation="off"
     )

@@ -30,8 +30,8 @@ OTHER = 2
 """The cell below the one that asks."""
 
 SOON, NEVER = 1, 1_000_000
-"""After how many seconds without a page the file is changed; a page may load for longer than usual. A server
-may also take longer to say that it is gone: no answer settles here."""
+"""After how many seconds without a page the file is changed; a page may load for longer than usual. NEVER is also
+when an answer settles: a server may say late that its page is gone."""
 
 
 @pytest.fixture

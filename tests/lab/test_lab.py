@@ -19,6 +19,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.lab]
 
 STORY = "Tell me everything about sharding."
 STORY_BEGINS = "Once there was a model"
+FOOTER = re.compile(r"^demo:sharded · llama\.cpp-distributed · layers 4/4/5 · .* tokens/s", re.MULTILINE)
 LONG_TOKENS = 10_000
 LONG_CHARS = 30_000  # so many tokens are more than that
 
@@ -58,28 +59,28 @@ def goes_on(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_an_answer_is_seen_to_grow_and_ends_as_markdown_with_a_footer(page: LabPage, tmp_path: Path) -> None:
-    # It waits twice until the page has shown it so far, however slow that is and however quick the engine.
-    held = {STORY_BEGINS: tmp_path / "beginning", "So the people of the house made a plan": tmp_path / "plan"}
-    for at_chars, goes_on in zip((100, 400), held.values(), strict=True):
-        page.ask(holding(at_chars, until=goes_on))
+    # The answer waits twice until the page has shown it so far, however slow the page and quick the engine.
+    beginning, plan = tmp_path / "beginning", tmp_path / "plan"
+    page.ask(holding(100, until=beginning))
+    page.ask(holding(400, until=plan))
     cell = page.add(f"%%sollol demo:sharded --temperature 0 --out answer\n{STORY}")
     page.watch(cell)
     page.start(cell)
     try:
-        for text, goes_on in held.items():
-            page.wait_for_text(cell, text)
-            goes_on.touch()
+        page.wait_for_text(cell, STORY_BEGINS)
+        beginning.touch()
+        page.wait_for_text(cell, "So the people of the house made a plan")
     finally:
-        for goes_on in held.values():
-            goes_on.touch()
+        beginning.touch()
+        plan.touch()
     page.wait_done(cell)
-    page.wait_for_text(cell, re.compile(r"^demo:sharded · llama\.cpp-distributed · layers 4/4/5 · .* tokens/s"))
+    page.wait_for_text(cell, FOOTER)
     growing = [text for text in page.seen() if text.startswith(STORY_BEGINS)]
     assert len({len(text) for text in growing}) >= 3
     assert all(later.startswith(earlier.rstrip()) for earlier, later in pairwise(growing))
     assert page.output(cell).locator("[data-mime-type='text/markdown'] > p").count() > 1, "its paragraphs"
     shown = page.output_text(cell)
-    assert re.search(r"^demo:sharded · llama\.cpp-distributed · layers 4/4/5 · .* tokens/s", shown, re.MULTILINE)
+    assert FOOTER.search(shown)
     page.screenshot("answer")
 
 
@@ -138,8 +139,8 @@ def test_a_very_long_answer_is_light_while_it_streams_and_whole_in_the_end(
     page.start(cell)
     page.wait_for_text(cell, "characters above")
     page.type_in_cell(below, "the page takes keys meanwhile")
-    for most in ("[1-9]", "[2-9]"):  # in two steps, since each has a limit
-        page.wait_for_text(cell, re.compile(most + r"\d,\d{3} characters above"))
+    for digit in ("[1-9]", "[2-9]"):  # in two steps, since each wait has a limit
+        page.wait_for_text(cell, re.compile(digit + r"\d,\d{3} characters above"))
     assert max(page.received_bytes[already:]) < 4 * LIVE_CHARS, "no message holds the whole answer"
     assert page.source(below) == "the page takes keys meanwhile"
     page.screenshot("long")

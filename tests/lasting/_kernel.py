@@ -12,9 +12,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sollol_nb.llama_cpp.contexts import actions, keeper
+import pytest
+
 from sollol_nb.sync_wrapper import HybridRouter
 from tests.support.engines import REPOSITORY
+from tests.support.saved_contexts import save_all
 
 LIMIT_S = 900.0
 SAVES_ALL = "LASTING_SAVES_ALL"
@@ -75,8 +77,7 @@ class Kernel:
 def main() -> None:
     """Do what standard input says, until it ends."""
     if SAVES_ALL in os.environ:
-        keeper.LEAST_GAIN_MS = 0.0
-        actions.Costs.save_ms = actions.Costs.restore_ms = lambda *_: 0.0  # type: ignore[method-assign, assignment]
+        save_all(pytest.MonkeyPatch())
     settings = json.loads(sys.argv[1])
     usual = {"auto_discover_rpc": False, "timeout": LIMIT_S, "coordinator_timeout": LIMIT_S}
     with HybridRouter(**{**usual, **settings}) as router:

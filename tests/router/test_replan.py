@@ -86,7 +86,7 @@ def test_the_model_leaves_a_worker_that_is_throttled_in_mid_session(
     # As if each worker were another machine, and this one had nothing to offer.
     monkeypatch.setattr(WorkerStatus, "_is_here", property(lambda _: False))
     monkeypatch.setattr(OwnDevices, "capacities", lambda _: [])
-    # On one machine, one worker is quicker than three by up to a fifth.
+    # On one machine, one worker is quicker than three by up to a fifth: neither a move nor a replan goes by that.
     monkeypatch.setattr(replan, "MIN_GAIN", 0.5)
     monkeypatch.setattr(replanning, "MIN_GAIN", 0.5)
     monkeypatch.setattr(pool, "LEAST_GAIN", 0.5)

@@ -35,6 +35,7 @@ from tests.support.engines import (
     unused_ports,
     write_endless,
 )
+from tests.support.saved_contexts import save_all
 
 pytestmark = pytest.mark.engine
 
@@ -51,9 +52,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("faults")
     before = own_folders.use(own_folders.own_settings(folder))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(keeper, "LEAST_GAIN_MS", 0.0)
-        patch.setattr(actions.Costs, "save_ms", lambda *_: 0.0)
-        patch.setattr(actions.Costs, "restore_ms", lambda *_: 0.0)
+        save_all(patch)
         yield folder
     own_folders.use(before)
 
@@ -292,7 +291,8 @@ def test_two_coordinators_restore_the_same_context_at_the_same_time(
 ) -> None:
     talk = Talk()
     talk.ask(router)
-    talk.saved()
+    # The kernels have measured no prompt and go by this: restoring is quicker, and nothing is worth saving soon.
+    change(talk.saved(), prefill_ms=1.0)
     kill_coordinator()
     asked = [*talk.messages, {"role": "user", "content": QUESTION}]
     # With state folders and workers of their own, none adopts the other's coordinator or meets its workers.
@@ -355,14 +355,14 @@ def test_a_coordinator_that_dies_while_it_saves_costs_only_the_saving(
 
 DISK_FULL = """
 import json, sys
-from sollol_nb.llama_cpp.contexts import actions, keeper
+import pytest
 from sollol_nb.llama_cpp.contexts.store import ContextStore
 from sollol_nb.runtime.events import EventKind
 from sollol_nb.sync_wrapper import HybridRouter
 from tests.support.engines import eventually
+from tests.support.saved_contexts import save_all
 told = json.loads(sys.argv[1])
-keeper.LEAST_GAIN_MS = 0.0
-actions.Costs.save_ms = lambda *_: 0.0  # however quickly it would be processed
+save_all(pytest.MonkeyPatch())
 ContextStore._allowed_bytes = lambda store: 1 << 40  # the disk fills up after it was looked at
 refused = []
 with HybridRouter(**told["settings"]) as router:
