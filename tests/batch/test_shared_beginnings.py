@@ -22,7 +22,7 @@ ROW_TOKENS = 40
 
 @pytest.fixture
 def router(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HybridRouter:
-    """A router that saves and restores contexts, in a folder of its own, however quick the prompt is."""
+    """A router that saves and restores contexts in a separate folder, however quick the prompt is."""
     monkeypatch.setenv("SOLLOL_STATE_DIR", str(tmp_path / "state"))
     monkeypatch.setenv("SOLLOL_CONTEXT_CACHE_GB", "1")
     monkeypatch.setattr(order, "LONG_CHARACTERS", 1000)  # a shorter instruction is processed sooner

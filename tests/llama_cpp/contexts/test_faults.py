@@ -48,7 +48,7 @@ MOST_AGAIN = 8
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Folders of this module alone, and contexts that are saved and restored, however quick the prompt is."""
+    """Separate folders for this module, and contexts that are saved and restored, however quick the prompt is."""
     folder = tmp_path_factory.mktemp("faults")
     before = own_folders.use(own_folders.own_settings(folder))
     with pytest.MonkeyPatch.context() as patch:
