@@ -420,7 +420,7 @@ class MeteredWire:
         await self.let_through(2**40)
 
     async def let_through(self, more_bytes: int) -> None:
-        await self.let_through_only(max(0, self._left_bytes) + more_bytes)
+        await self.let_through_only(self._left_bytes + more_bytes)
 
     async def let_through_only(self, more_bytes: int) -> None:
         """Whatever was allowed before."""
@@ -439,16 +439,23 @@ class MeteredWire:
     async def _copy(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, metered: bool = False) -> None:
         with suppress(OSError):
             while data := await source.read(65536):
-                if metered:
-                    async with self._more:
-                        if self._left_bytes <= 0:
-                            self.halted.set()
-                        await self._more.wait_for(lambda: self._left_bytes > 0)
-                        self._left_bytes -= len(data)
-                        self.passed_bytes += len(data)
-                sink.write(data)
-                await sink.drain()
+                while data:
+                    passed = await self._allowed(data) if metered else data
+                    sink.write(passed)
+                    await sink.drain()
+                    data = data[len(passed) :]
         sink.close()
+
+    async def _allowed(self, data: bytes) -> bytes:
+        """The beginning of it that may pass: exactly as much as is allowed, however much one read gave."""
+        async with self._more:
+            if self._left_bytes <= 0:
+                self.halted.set()
+            await self._more.wait_for(lambda: self._left_bytes > 0)
+            passed = data[: self._left_bytes]
+            self._left_bytes -= len(passed)
+            self.passed_bytes += len(passed)
+            return passed
 
 
 class WireProxy:
