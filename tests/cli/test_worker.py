@@ -125,16 +125,14 @@ def test_what_cannot_join_is_one_line_and_starts_no_worker(engine: Engine) -> No
         "nothing listens there": replace(links["wrong"], port=unused_port()).text,
         "not a join link": "sollol://somewhere",
     }
-    processes = {
-        reason: subprocess.Popen([*COMMAND, "worker", "--join", text], stderr=subprocess.PIPE, text=True)
-        for reason, text in texts.items()
-    }
-    for reason, process in processes.items():
-        shown = process.communicate(timeout=60)[1]
-        assert process.returncode == 1
-        assert reason in shown
-        assert shown.count("\n") == 1
-        assert JoinLink.of(links["used"].text).token not in shown
+    for reason, text in texts.items():
+        done = subprocess.run(
+            [*COMMAND, "worker", "--join", text], capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == 1
+        assert reason in done.stderr
+        assert done.stderr.count("\n") == 1
+        assert JoinLink.of(links["used"].text).token not in done.stderr
 
     change_state(build=Build(commit="abcdef0", protocol="6.0.0"))
     with worker("--join", links["build"].text) as process:

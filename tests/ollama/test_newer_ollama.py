@@ -11,9 +11,9 @@ import pytest
 
 from sollol_nb.errors import ContextOverflowError, OllamaResponseError
 from sollol_nb.sync_wrapper import HybridRouter, OllamaPool
-from tests.support.engines import eventually, write_endless
+from tests.support.engines import eventually, run, write_endless
 from tests.support.gguf_files import write_llama
-from tests.support.ollama_server import OllamaServer
+from tests.support.ollama_server import AnswerWire, OllamaServer
 
 pytestmark = [pytest.mark.ollama, pytest.mark.engine]
 
@@ -130,6 +130,8 @@ def test_an_answer_continues_at_an_older_node_when_the_newer_dies(
 ) -> None:
     asked: dict[str, Any] = {"max_tokens": 400, **GREEDY}
     newer = OllamaServer(newer_ollama_program, tmp_path)
+    wire = AnswerWire(newer)
+    run(wire.__aenter__())
     try:
         newer.start().create("llama3.2")
         with OllamaPool(newer.base_url) as alone:
@@ -140,15 +142,17 @@ def test_an_answer_continues_at_an_older_node_when_the_newer_dies(
             lambda: all(loaded["name"] != "llama3.2:latest" for loaded in ollama.ask("/api/ps")["models"]),
             "the older node has unloaded the model",
         )
-        with OllamaPool([newer.base_url, ollama.base_url]) as both:
+        with OllamaPool([wire.base_url, ollama.base_url]) as both:
             assert {node.state for node in both.refresh()} == {"ready"}
+            wire.halt_after(1)
             with closing(both.stream_chat("llama3.2", STORY, **asked)) as chunks:
                 received = [next(chunks)]
-                newer.kill()
-                assert received[0]["_routing"]["node"] == newer.base_url  # it has the model loaded
+                run(wire.kill())
+                assert received[0]["_routing"]["node"] == wire.base_url  # it has the model loaded
                 received += chunks
     finally:
         newer.kill()
+        run(wire.__aexit__())
     (failover,) = received[-1]["_routing"]["failovers"]
     assert failover["continued"]
     assert received[-1]["_routing"]["node"] == ollama.base_url

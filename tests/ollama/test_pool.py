@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,17 @@ from sollol_nb.runtime.events import Event, EventBus
 from sollol_nb.runtime.io_loop import run_blocking
 from tests.support.engines import write_endless
 from tests.support.gguf_files import write_llama
-from tests.support.ollama_server import CHATML, OllamaServer
+from tests.support.ollama_server import CHATML, AnswerWire, OllamaServer
 
 pytestmark = pytest.mark.ollama
+
+Harm = Callable[[AnswerWire], Awaitable[None]]
 
 QUESTION = "What is sollol_nb?"
 MESSAGES = [{"role": "user", "content": QUESTION}]
 STORY = "Tell me a long story."  # the demo model's longest answer
 STORY_MESSAGES = [{"role": "user", "content": STORY}]
-STORY_TOKENS = 400  # at work long enough to be harmed at it
+STORY_TOKENS = 400
 GREEDY: dict[str, Any] = {"temperature": 0, "seed": 1}
 TOOL = {
     "type": "function",
@@ -76,6 +79,21 @@ def with_pool(*servers: OllamaServer, **settings: Any) -> Callable[[Callable[[Ol
         async def go() -> Any:
             async with OllamaPool([server.base_url for server in servers], **settings) as pool:
                 return await work(pool)
+
+        return run(go())
+
+    return runner
+
+
+def with_wires(*servers: OllamaServer, **settings: Any) -> Callable[[Callable[..., Awaitable[Any]]], Any]:
+    """Run a coroutine function with a pool that reaches these servers through wires, and with the wires."""
+
+    def runner(work: Callable[..., Awaitable[Any]]) -> Any:
+        async def go() -> Any:
+            async with AsyncExitStack() as stack:
+                wires = [await stack.enter_async_context(AnswerWire(server)) for server in servers]
+                pool = OllamaPool([wire.base_url for wire in wires], **settings)
+                return await work(await stack.enter_async_context(pool), *wires)
 
         return run(go())
 
@@ -511,25 +529,40 @@ async def raw_text(pool: OllamaPool) -> AsyncIterator[tuple[str, dict[str, Any]]
         yield chunk["response"], chunk
 
 
-@pytest.mark.parametrize("harm", [OllamaServer.kill, OllamaServer.suspend], ids=["dies", "goes silent"])
+async def goes_silent(wire: AnswerWire) -> None:
+    wire.server.suspend()
+
+
+async def harm_busy(pool: OllamaPool, wires: Sequence[AnswerWire], harm: Harm) -> AnswerWire:
+    """Harm the node that is at work, and let the answers of the others pass; returns the wire of the first."""
+    (busy,) = [node.url for node in pool.nodes if node.running]
+    for wire in wires:
+        if wire.base_url != busy:
+            wire.halt_after(math.inf)
+    harmed = next(wire for wire in wires if wire.base_url == busy)
+    await harm(harmed)
+    return harmed
+
+
+@pytest.mark.parametrize("harm", [AnswerWire.kill, goes_silent], ids=["dies", "goes silent"])
 @pytest.mark.parametrize("stream", [chat_text, generate_text, raw_text])
 def test_an_answer_continues_on_another_node_when_its_node(
     ollama_pair: tuple[OllamaServer, OllamaServer],
     stream: Callable[[OllamaPool], AsyncIterator[tuple[str, dict[str, Any]]]],
-    harm: Callable[[OllamaServer], None],
+    harm: Harm,
 ) -> None:
-    async def ask(pool: OllamaPool) -> None:
+    async def ask(pool: OllamaPool, *wires: AnswerWire) -> None:
         whole = "".join([text async for text, _ in stream(pool)])
+        for wire in wires:
+            wire.halt_after(2)
         text, pieces, harmed = "", 0, None
         async for piece, chunk in stream(pool):
             text, pieces, last = text + piece, pieces + 1, chunk
             if pieces == 2:
-                (busy,) = [node.url for node in pool.nodes if node.running]
-                harmed = next(server for server in ollama_pair if server.base_url == busy)
-                harm(harmed)
+                harmed = await harm_busy(pool, wires, harm)
         assert harmed is not None
         assert text == whole
-        assert last["_routing"]["node"] in {server.base_url for server in ollama_pair} - {harmed.base_url}
+        assert last["_routing"]["node"] in {wire.base_url for wire in wires} - {harmed.base_url}
         (failover,) = last["_routing"]["failovers"]
         assert harmed.base_url in failover["what"]
         assert failover["continued"] is True
@@ -540,7 +573,7 @@ def test_an_answer_continues_on_another_node_when_its_node(
         assert left.state in ("absent", "cooling")
         assert left.last_error
 
-    with_pool(*ollama_pair, probe_after_s=1.0)(ask)
+    with_wires(*ollama_pair, probe_after_s=1.0)(ask)
 
 
 @pytest.mark.parametrize(
@@ -555,32 +588,32 @@ def test_a_model_that_hangs_in_a_live_server_fails_after_its_deadline(
     ollama_pair: tuple[OllamaServer, OllamaServer], patience: dict[str, float], words_before: int
 ) -> None:
     hung, well = ollama_pair
+    direct(hung, "/api/generate", model="llama3.2")  # loads it
 
-    async def load_well(pool: OllamaPool) -> None:
+    async def load_well(pool: OllamaPool, wire: AnswerWire) -> None:
         """Load it there once the other was chosen, which has it loaded: so it is not waited for any longer."""
-        await until(lambda: any(node.running for node in pool.nodes if node.url == hung.base_url))
+        await until(lambda: any(node.running for node in pool.nodes if node.url == wire.base_url))
         await asyncio.to_thread(direct, well, "/api/generate", model="llama3.2")
 
-    async def ask() -> None:
-        async with OllamaPool([hung.base_url]) as pool:
-            await pool.chat("llama3.2", MESSAGES, max_tokens=1)  # loads it
-        async with OllamaPool([hung.base_url, well.base_url], **patience) as pool:  # type: ignore[arg-type]
-            pieces = 0
-            if words_before == 0:
+    async def ask(pool: OllamaPool, to_hung: AnswerWire, to_well: AnswerWire) -> None:
+        pieces = 0
+        if words_before == 0:
+            hung.suspend_runners()
+        else:
+            to_hung.halt_after(words_before)
+        loading = asyncio.create_task(load_well(pool, to_hung))
+        async for _, chunk in chat_text(pool):
+            last = chunk
+            pieces += 1
+            if pieces == words_before:
                 hung.suspend_runners()
-            loading = asyncio.create_task(load_well(pool))
-            async for _, chunk in chat_text(pool):
-                last = chunk
-                pieces += 1
-                if pieces == words_before:
-                    hung.suspend_runners()
-            await loading
-            routing = last["_routing"]
-            assert routing["node"] == well.base_url
-            assert f"{hung.base_url} sent nothing for" in routing["failovers"][0]["what"]
-            assert routing["failovers"][0]["continued"] is (words_before > 0)
+        await loading
+        routing = last["_routing"]
+        assert routing["node"] == to_well.base_url
+        assert f"{to_hung.base_url} sent nothing for" in routing["failovers"][0]["what"]
+        assert routing["failovers"][0]["continued"] is (words_before > 0)
 
-    run(ask())
+    with_wires(hung, well, **patience)(ask)
 
 
 def test_a_node_that_was_silent_is_used_again_when_it_answers(
@@ -604,25 +637,25 @@ def test_a_node_that_was_silent_is_used_again_when_it_answers(
 def test_an_answer_in_a_format_starts_again_on_another_node_and_is_complete(
     ollama_pair: tuple[OllamaServer, OllamaServer],
 ) -> None:
-    # Many fields, so that the first node is at work long enough to be killed at it.
     names = [f"number_{letter}" for letter in "abcdefghijklmnopqrst"]
     properties = {name: {"type": "integer", "minimum": 10, "maximum": 99} for name in names}
     schema = {"type": "object", "properties": properties, "required": names}
 
-    async def ask(pool: OllamaPool) -> None:
+    async def ask(pool: OllamaPool, *wires: AnswerWire) -> None:
+        for wire in wires:
+            wire.halt_after(2)
         text, pieces, restarted = "", 0, 0
         async for chunk in pool.stream_chat("llama3.2", MESSAGES, format=schema, **GREEDY):
             if chunk.get("_restarted"):
                 text, restarted = "", restarted + 1
             text, pieces = text + chunk["message"]["content"], pieces + 1
             if pieces == 2:
-                (busy,) = [node.url for node in pool.nodes if node.running]
-                next(server for server in ollama_pair if server.base_url == busy).kill()
+                await harm_busy(pool, wires, AnswerWire.kill)
         assert restarted == 1
         assert list(json.loads(text)) == names
         assert chunk["_routing"]["failovers"][0]["continued"] is False
 
-    with_pool(*ollama_pair)(ask)
+    with_wires(*ollama_pair)(ask)
 
 
 def test_a_node_that_died_before_the_first_word_costs_only_time(
@@ -644,16 +677,15 @@ def test_a_node_that_died_before_the_first_word_costs_only_time(
 
 
 def test_the_error_says_that_the_only_node_died(ollama_pair: tuple[OllamaServer, OllamaServer]) -> None:
-    server, _ = ollama_pair
-
-    async def ask(pool: OllamaPool) -> None:
+    async def ask(pool: OllamaPool, wire: AnswerWire) -> None:
+        wire.halt_after(1)
         stream = chat_text(pool)
         await anext(stream)
-        server.kill()
-        with pytest.raises(OllamaUnavailableError, match=f"{server.base_url}.*no other Ollama node has llama3.2"):
+        await wire.kill()
+        with pytest.raises(OllamaUnavailableError, match=f"{wire.base_url}.*no other Ollama node has llama3.2"):
             [text async for text in stream]
 
-    with_pool(server)(ask)
+    with_wires(ollama_pair[0])(ask)
 
 
 def test_nodes_that_start_and_stop_are_published(ollama_pair: tuple[OllamaServer, OllamaServer]) -> None:

@@ -8,8 +8,10 @@ skipped, and the end of the run says how many; if `CI` is set, that is a failure
 
 from __future__ import annotations
 
+import asyncio
 import http.server
 import json
+import math
 import os
 import re
 import shutil
@@ -152,6 +154,89 @@ class OllamaServer:
         for process in (server, *server.children(recursive=True)):
             with suppress(psutil.NoSuchProcess):
                 getattr(process, verb)()
+
+
+class AnswerWire:
+    """A proxy to an Ollama server that can halt an answer after so many of its chunks. All else passes, also then.
+
+    Without it, a server that is killed in mid-answer may have sent all of the answer before.
+
+    Attributes:
+        server: the server that it leads to.
+        base_url: where it listens.
+    """
+
+    def __init__(self, server: OllamaServer) -> None:
+        self.server = server
+        self._chunks_left = math.inf
+        self._links: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> AnswerWire:
+        self._listener = await asyncio.start_server(self._link, "127.0.0.1", 0)
+        self.base_url = f"http://127.0.0.1:{self._listener.sockets[0].getsockname()[1]}"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._close()
+
+    def halt_after(self, chunks: float) -> None:
+        """Pass so many more chunks of answers, and none after them."""
+        self._chunks_left = chunks
+
+    async def kill(self) -> None:
+        """Kill the server. Nothing listens here any more, and what has not passed is lost."""
+        await asyncio.to_thread(self.server.kill)
+        await self._close()
+
+    async def _close(self) -> None:
+        self._listener.close()
+        for link in self._links:
+            link.cancel()
+        await asyncio.gather(*self._links, return_exceptions=True)
+
+    async def _link(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        link = asyncio.current_task()
+        assert link is not None
+        self._links.add(link)
+        try:
+            with suppress(OSError):  # nothing listens there
+                server_reader, server_writer = await asyncio.open_connection("127.0.0.1", self.server.port)
+                try:
+                    await asyncio.gather(
+                        self._pass_requests(reader, server_writer), self._pass_answers(server_reader, writer)
+                    )
+                finally:
+                    server_writer.close()
+        finally:
+            writer.close()
+            self._links.discard(link)
+
+    async def _pass_requests(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while data := await source.read(65536):
+                sink.write(data)
+                await sink.drain()
+        sink.close()
+
+    async def _pass_answers(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        line = b""
+        with suppress(OSError):
+            while data := await source.read(65536):
+                for piece in data.splitlines(keepends=True):
+                    sink.write(piece)
+                    line += piece
+                    if line.endswith(b"\n"):
+                        await self._count(line)
+                        line = b""
+                await sink.drain()
+        sink.close()
+
+    async def _count(self, line: bytes) -> None:
+        """Count a line that has passed. After the last chunk that may pass, this waits until it is cancelled."""
+        if b'"done":false' in line:
+            self._chunks_left -= 1
+            if self._chunks_left <= 0:
+                await asyncio.Event().wait()
 
 
 def find_ollama() -> Path | None:
