@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -47,6 +47,7 @@ from tests.support.engines import (
     suspended,
     write_endless,
 )
+from tests.support.held_answers import PATIENT
 from tests.support.kernels import kernel
 from tests.support.ollama_server import OllamaServer
 
@@ -320,7 +321,7 @@ def test_a_damaged_store_costs_no_answer(
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a process cannot send itself Ctrl-C alone there")
 def test_a_stopped_batch_says_where_its_answers_could_not_be_kept(
-    router: HybridRouter, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    router: HybridRouter, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, patient: None
 ) -> None:
     monkeypatch.setattr(router._async, "batch_store", BatchStore(tmp_path / "no" / "such" / "folder"))
     with pytest.raises(BatchInterrupted) as caught, stop_after(router, 2):
@@ -330,7 +331,11 @@ def test_a_stopped_batch_says_where_its_answers_could_not_be_kept(
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a process cannot send itself Ctrl-C alone there")
 def test_an_answer_that_cannot_be_kept_during_a_stop_is_one_warning(
-    router: HybridRouter, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    router: HybridRouter,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    patient: None,
 ) -> None:
     running: list[str] = []
     stopped = threading.Event()
@@ -375,21 +380,21 @@ def most_at_once(router: HybridRouter, expected: int, **settings: Any) -> int:
         nonlocal running, most
         running += {"request.started": 1, "request.finished": -1}.get(event.kind, 0)
         if running == 1 and most == 0:
-            engine.suspend()
+            waiting.enter_context(suspended(engine))
         if running == expected > most:
-            engine.resume()
+            waiting.close()
         most = max(most, running)
 
-    forget = router.events.subscribe(count)
-    try:
-        router.map(range(12), "{{ item }}", model="demo", **{**GREEDY, "max_tokens": 20}, **settings)
-    finally:
-        forget()
-        engine.resume()
+    with ExitStack() as waiting:
+        forget = router.events.subscribe(count)
+        try:
+            router.map(range(12), "{{ item }}", model="demo", **{**GREEDY, "max_tokens": 20}, **settings)
+        finally:
+            forget()
     return most
 
 
-def test_all_slots_are_used_or_as_many_as_requested(router: HybridRouter) -> None:
+def test_all_slots_are_used_or_as_many_as_requested(router: HybridRouter, patient: None) -> None:
     assert most_at_once(router, 4) == 4, "the coordinator's slots"
     assert most_at_once(router, 2, fresh=True, concurrency=2) == 2
     assert most_at_once(router, 12, fresh=True, concurrency=100) == 12
@@ -553,24 +558,21 @@ def after_answers(router: HybridRouter, answers: int, do: Callable[[], object]) 
     """Do something when so many requests have ended well. The engine waits from then until the end of the block:
     however quick it is, not all rows are done."""
     ended = 0
-    waiting: list[psutil.Process] = []
 
     def count(event: Event) -> None:
         nonlocal ended
         if event.kind == "request.finished" and event.data["status"] == "ok":
             ended += 1
             if ended == answers:
-                waiting.append(engine_of(router))
-                waiting[0].suspend()
+                waiting.enter_context(suspended(engine_of(router)))
                 do()
 
-    unsubscribe = router.events.subscribe(count)
-    try:
-        yield
-    finally:
-        unsubscribe()
-        for engine in waiting:
-            engine.resume()
+    with ExitStack() as waiting:
+        unsubscribe = router.events.subscribe(count)
+        try:
+            yield
+        finally:
+            unsubscribe()
 
 
 def stop_after(router: HybridRouter, answers: int) -> AbstractContextManager[None]:
@@ -579,7 +581,9 @@ def stop_after(router: HybridRouter, answers: int) -> AbstractContextManager[Non
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a process cannot send itself Ctrl-C alone there")
-def test_an_interrupted_batch_continues_where_it_was(router: HybridRouter, asked: list[Event]) -> None:
+def test_an_interrupted_batch_continues_where_it_was(
+    router: HybridRouter, asked: list[Event], patient: None
+) -> None:
     settings = {**GREEDY, "max_tokens": 40, "concurrency": 2}
     with pytest.raises(BatchInterrupted) as caught, stop_after(router, 8):
         router.map(range(40), "Tell me of {{ item }}", model="demo:sharded", **settings)
@@ -635,7 +639,7 @@ def test_a_batch_can_be_stopped_while_kept_answers_are_read(
 
 
 def test_cancelling_the_async_batch_ends_its_requests_and_keeps_its_answers(
-    router: HybridRouter, asked: list[Event]
+    router: HybridRouter, asked: list[Event], patient: None
 ) -> None:
     async def cancelled() -> None:
         task = asyncio.create_task(
@@ -711,6 +715,7 @@ BATCH_CELL = "result = router.map(range(30), 'Stop {{ item }}', model='demo', te
 @pytest.mark.skipif(sys.platform == "win32", reason="a process cannot send itself Ctrl-C alone there")
 def test_the_stop_button_ends_a_batch_and_running_the_cell_again_continues_it(tmp_path: Path) -> None:
     with kernel(SOLLOL_STATE_DIR=str(tmp_path)) as notebook:
+        notebook.run(PATIENT)
         notebook.run(STOPPED_CELL)
         stopped = notebook.run(BATCH_CELL)
         assert stopped.status == "error"
