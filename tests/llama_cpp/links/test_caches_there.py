@@ -82,6 +82,12 @@ def cut(file: Path) -> None:
     file.chmod(mode)
 
 
+def to_disk(file: Path) -> None:
+    """Returns when all of it is on the disk, however slow that is."""
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+
+
 def test_a_worker_whose_cache_cannot_be_verified_is_not_used(
     engine: Engine, gpu1: Machine, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,6 +132,8 @@ def test_a_file_that_is_cut_between_two_loads_is_not_used(
         text, sent = text_and_sent()  # at once: nothing was sealed by itself
         assert text == plain
         assert sent > TENSORS * size, "others may not be complete either"
+        for file in files:
+            to_disk(file)  # a load waits no longer than some seconds until they are on the disk
         text, sent = text_and_sent()
         assert text == plain
         assert sent < size
