@@ -23,7 +23,7 @@ from sollol_nb.llama_cpp.workers.link_states import unique_names
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.runtime.events import Event, EventKind
 from sollol_nb.sync_wrapper import HybridRouter
-from tests.support.engines import QUESTION, eventually, run, says, script, suspended
+from tests.support.engines import QUESTION, eventually, eventually_async, run, says, script, suspended
 from tests.support.far_workers import FarWorker, far_workers
 
 pytestmark = pytest.mark.engine
@@ -313,7 +313,7 @@ def test_an_answer_continues_without_the_machine_that_was_cut(two: list[FarWorke
 def test_an_answer_waits_for_its_only_machine_to_come_back(far: FarWorker, endless: str) -> None:
     with HybridRouter(rpc_backends=[far.target]) as mine:
         undisturbed = mine.route_request(endless, QUESTION, **LONG)
-        noticed = asyncio.Event()
+        noticed, lost = asyncio.Event(), mine._async._engines._coordinators._lost
 
         def note(event: Event) -> None:
             if event.kind is EventKind.WORKER_LOST:
@@ -323,6 +323,7 @@ def test_an_answer_waits_for_its_only_machine_to_come_back(far: FarWorker, endle
 
         async def connect_again() -> None:
             await noticed.wait()
+            await eventually_async(lambda: any(lost.values()), "the answer notes it, which looks for it once more")
             await asyncio.to_thread(far.connect)
 
         async def ask() -> tuple[str, Any]:
