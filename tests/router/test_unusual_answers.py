@@ -7,14 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from sollol_nb.chat.completion import Completion
 from sollol_nb.errors import ConfigError, ContextOverflowError, EngineError
+from sollol_nb.llama_cpp.coordinators import pace
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.runtime.io_loop import run_blocking
 from sollol_nb.sync_wrapper import HybridRouter
-from tests.support.engines import unused_ports
+from tests.support.engines import eventually_async, suspended, unused_ports
 from tests.support.scripted_model import CHATML, write_scripted
 
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
@@ -139,15 +141,21 @@ def test_value_that_follows_a_given_beginning_has_its_format(
 
 
 @pytest.mark.engine
-def test_text_before_a_refusal_in_mid_answer_is_kept(engine: Engine, tmp_path: Path) -> None:
+def test_text_before_a_refusal_in_mid_answer_is_kept(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patient: None
+) -> None:
     """Two answers fill the context that they share, so llama-server ends both."""
     path = str(write_scripted(tmp_path / "m.gguf", words(2000), specials=CHATML_TOKENS))
+    sent, on_sent = [], pace.Stream.on_sent
+    monkeypatch.setattr(pace.Stream, "on_sent", lambda stream: (sent.append(stream), on_sent(stream)))
 
     async def both() -> list[Any]:
-        asked = (router._async.route_request(path, "hi", temperature=0) for _ in range(2))
+        sent.clear()
+        with suspended(psutil.Process(router.coordinators[-1].pid)):  # the first one has not ended before
+            asked = [asyncio.create_task(router._async.route_request(path, "hi", temperature=0)) for _ in range(2)]
+            await eventually_async(lambda: len(sent) == 2, "both are sent")
         return await asyncio.gather(*asked, return_exceptions=True)
 
-    # So much context that the first answer still runs when the second request arrives.
     with HybridRouter(coordinator_port=unused_ports(1), keep_alive=60, context_tokens=1024, slots=2) as router:
         router.route_request(path, "hi", temperature=0, max_tokens=1)
         errors = run_blocking(both())
