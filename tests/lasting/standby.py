@@ -14,7 +14,7 @@ import random
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -123,9 +123,10 @@ class Workers:
     """RPC workers as on other machines: the router does not own them. Each has a port that no lost one had, since
     a worker that is lost again and again is avoided for a while."""
 
-    def __init__(self, engine: Engine, router: HybridRouter) -> None:
+    def __init__(self, engine: Engine, router: HybridRouter, endpoint_of: Callable[[int], str]) -> None:
         self._engine = engine
         self._router = router
+        self._endpoint_of = endpoint_of
         self._port = FIRST_PORT
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -134,13 +135,15 @@ class Workers:
         for _ in range(number):
             (port,) = free_ports(self._port, 1)
             self._port = port + 1
-            endpoint = f"127.0.0.1:{port}"
-            self._processes[endpoint] = subprocess.Popen(
+            process = subprocess.Popen(
                 [str(self._engine.worker), "-H", "127.0.0.1", "-p", str(port), "-t", "1"],
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
+                restore_signals=False,  # SIGPIPE stays ignored: a cut connection must not end it
             )
             eventually(partial(_is_free, port), "it listens")
+            endpoint = self._endpoint_of(port)
+            self._processes[endpoint] = process
             self._router.add_worker(endpoint)
 
     def replace_dead(self) -> None:
@@ -161,8 +164,18 @@ class Workers:
             process.wait()
 
 
-def play(subject: Subject, trials: int, rng: random.Random) -> Iterator[Switch]:
-    """So many kills, one after the other, on one router."""
+def _on_loopback(port: int) -> str:
+    return f"127.0.0.1:{port}"
+
+
+def play(
+    subject: Subject, trials: int, rng: random.Random, endpoint_of: Callable[[int], str] = _on_loopback
+) -> Iterator[Switch]:
+    """So many kills, one after the other, on one router.
+
+    Args:
+        endpoint_of: how the worker on a port is reached.
+    """
     with HybridRouter(
         rpc_backends=[],
         auto_discover_rpc=False,
@@ -170,7 +183,7 @@ def play(subject: Subject, trials: int, rng: random.Random) -> Iterator[Switch]:
         coordinator_port=COORDINATOR_PORT,
         standby=True,
     ) as router:
-        workers = Workers(find_engine(), router)
+        workers = Workers(find_engine(), router, endpoint_of)
         try:
             workers.add(2 * WORKERS)
             undisturbed, chunks, _ = run_on_loop(_ask(router, subject, {}))

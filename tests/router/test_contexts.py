@@ -18,7 +18,8 @@ from sollol_nb.llama_cpp.contexts.store import ContextStore
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.runtime.events import EventKind
 from sollol_nb.sync_wrapper import HybridRouter
-from tests.support.engines import engine_on, eventually, read_and_do
+from tests.support.engines import engine_on, eventually
+from tests.support.mid_answer import read_and_kill
 
 pytestmark = pytest.mark.engine
 
@@ -161,7 +162,7 @@ def test_an_answer_goes_on_over_other_workers_after_one_died(
     assert coordinator is not None
     worker = engine_on(int(coordinator.rpc_backends[-1].rpartition(":")[2]))
     stream = router.stream_async(talk.model, talk.messages, backend="sharded", temperature=0, max_tokens=12)
-    last = read_and_do(stream, 2, lambda _: worker.kill())[-1]
+    last = read_and_kill(stream, 2, worker.kill)[-1]
     routing = last["_routing"]
     known = last["prompt_eval_count"] + routing["failovers"][0]["tokens_before"]
 

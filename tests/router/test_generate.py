@@ -15,6 +15,7 @@ from sollol_nb.models.routing import LOCAL, OLLAMA
 from sollol_nb.runtime.io_loop import run_blocking
 from sollol_nb.sync_wrapper import HybridRouter, OllamaPool
 from tests.support.engines import read_and_do
+from tests.support.mid_answer import read_and_kill
 from tests.support.ollama_server import CHATML, OllamaServer
 
 PROMPT = "<|im_start|>user\nTell me everything about sharding.<|im_end|>\n<|im_start|>assistant\n"
@@ -42,7 +43,7 @@ def test_a_continuation_survives_its_coordinator(local: HybridRouter, recovery: 
         "demo", PROMPT, backend="local", max_tokens=300, recovery=recovery, logprobs=True, **GREEDY
     )
     # Not before that: with log probabilities the model may be started again, without drafts.
-    chunks = read_and_do(stream, 0, lambda _: psutil.Process(local.coordinators[-1].pid).kill())
+    chunks = read_and_kill(stream, 0, lambda: psutil.Process(local.coordinators[-1].pid).kill())
     answer = Completion.from_chunks(chunks)
     assert answer.text == whole.text
     assert answer["prompt_eval_count"] == whole["prompt_eval_count"]

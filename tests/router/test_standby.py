@@ -16,6 +16,7 @@ import pytest
 
 from sollol_nb.cluster.status import CoordinatorStatus
 from sollol_nb.llama_cpp.coordinators import standby as standby_module
+from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.processes.process import ExitReport
 from sollol_nb.llama_cpp.processes.registry import Entry
@@ -25,6 +26,7 @@ from sollol_nb.runtime.events import Event
 from sollol_nb.runtime.io_loop import run_blocking
 from sollol_nb.sync_wrapper import HybridRouter
 from tests.support.engines import HANG_GUARD_S, eventually, posix_only, read_and_do, write_endless
+from tests.support.mid_answer import read_and_kill, wired_workers
 from tests.support.moved_answers import read_and_move
 
 pytestmark = [pytest.mark.engine, posix_only]
@@ -55,6 +57,13 @@ def make(alone: None) -> Iterator[Make]:
     run_blocking(stop_engines(also_used=True))
 
 
+@pytest.fixture
+def wired(engine: Engine) -> Iterator[dict[str, psutil.Process]]:
+    """Four workers that no router owns, by their endpoints; while an answer is read late, they wait."""
+    with wired_workers(engine, 4) as workers:
+        yield workers
+
+
 def ask(
     router: HybridRouter, strike: Callable[[], object] = lambda: None, **options: object
 ) -> tuple[str, dict[str, Any]]:
@@ -63,13 +72,25 @@ def ask(
     return whole(read_and_do(stream, STRIKE_AT, lambda _: strike()))
 
 
+def ask_and_kill(router: HybridRouter, coordinator: Entry, **options: object) -> tuple[str, dict[str, Any]]:
+    """The same, whose coordinator is killed in the middle of it."""
+    stream = router.stream_async(MODEL, QUESTION, temperature=0, **options)
+    return whole(read_and_kill(stream, STRIKE_AT, lambda: kill(coordinator.pid)))
+
+
 def whole(chunks: list[dict[str, Any]]) -> tuple[str, dict[str, Any]]:
     """Text and last chunk of an answer."""
     return "".join(chunk["message"]["content"] for chunk in chunks), chunks[-1]
 
 
+def known_entry(url: str) -> Entry | None:
+    return next((entry for entry in registry.entries(registry.COORDINATOR) if entry.about["url"] == url), None)
+
+
 def entry_of(url: str) -> Entry:
-    return next(entry for entry in registry.entries(registry.COORDINATOR) if entry.about["url"] == url)
+    found = known_entry(url)
+    assert found is not None
+    return found
 
 
 def standby_of(router: HybridRouter) -> CoordinatorStatus | None:
@@ -78,13 +99,26 @@ def standby_of(router: HybridRouter) -> CoordinatorStatus | None:
 
 def ready_standby(router: HybridRouter) -> Entry:
     """The registry entry of the standby, once there is one that is ready."""
-    found = eventually(lambda: standby_of(router), "there is a standby")
-    return entry_of(found.url)
+
+    def known() -> Entry | None:  # it may be ended after it was seen
+        found = standby_of(router)
+        return None if found is None else known_entry(found.url)
+
+    found = eventually(known, "there is a standby")
+    assert found is not None
+    return found
 
 
 def main_of(router: HybridRouter) -> Entry:
     assert router.coordinator is not None
     return entry_of(router.coordinator.base_url)
+
+
+def main_id(router: HybridRouter) -> str | None:
+    """Of its coordinator's entry; None while there is none, as between two coordinators."""
+    coordinator = router.coordinator
+    found = None if coordinator is None else known_entry(coordinator.base_url)
+    return None if found is None else found.id
 
 
 def kill(pid: int) -> None:
@@ -111,8 +145,10 @@ def messages(router: HybridRouter, kind: str) -> list[str]:
 
 
 @pytest.mark.parametrize("victim", ["worker", "coordinator"])
-def test_a_death_costs_a_switch_and_a_new_standby_is_started_from_what_is_left(make: Make, victim: str) -> None:
-    router = make(workers=4)
+def test_a_death_costs_a_switch_and_a_new_standby_is_started_from_what_is_left(
+    wired: dict[str, psutil.Process], make: Make, victim: str
+) -> None:
+    router = make(rpc_backends=[*wired])
     undisturbed, _ = ask(router)
     before, standby = main_of(router), ready_standby(router)
     assert not set(before.workers) & set(standby.workers)
@@ -120,7 +156,7 @@ def test_a_death_costs_a_switch_and_a_new_standby_is_started_from_what_is_left(m
 
     def strike() -> None:
         if victim == "worker":
-            kill_worker(before.workers[0])
+            wired[before.workers[0]].kill()
         else:
             kill(before.pid)
 
@@ -139,16 +175,16 @@ def test_a_death_costs_a_switch_and_a_new_standby_is_started_from_what_is_left(m
     assert ask(router)[0] == undisturbed
 
 
-def test_a_silent_worker_costs_a_switch(make: Make) -> None:
-    router = make(workers=4)
+def test_a_silent_worker_costs_a_switch(wired: dict[str, psutil.Process], make: Make) -> None:
+    router = make(rpc_backends=[*wired])
     undisturbed, _ = ask(router)
     before = main_of(router)
     ready_standby(router)
-    (worker,) = [entry for entry in registry.entries(registry.WORKER) if entry.name == before.workers[0]]
+    worker = wired[before.workers[0]]
 
-    text, last = ask(router, lambda: os.kill(worker.pid, signal.SIGSTOP), recovery="exact")
+    text, last = ask(router, worker.suspend, recovery="exact")
 
-    kill(worker.pid)
+    worker.kill()
     assert text == undisturbed
     assert len(last["_routing"]["failovers"]) == 1
     assert kinds(router).count("standby.taken") == 1
@@ -228,7 +264,7 @@ def test_a_start_adopts_the_standby_of_what_was_ended_unless_it_is_for_a_faster_
     following = ready_standby(router)
     assert (main_of(router).id == standby.id) != by_speed
     assert (following.id == standby.id) == by_speed
-    eventually(lambda: ready_standby(router).standby_of == main_of(router).id, "it belongs to what runs now")
+    eventually(lambda: ready_standby(router).standby_of == main_id(router), "it belongs to what runs now")
     assert main_of(router).standby_of == ""
     assert other_connections(router) == 0
     assert ask(router)[0] == undisturbed
@@ -293,7 +329,7 @@ def test_a_model_that_starts_again_without_drafts_gets_a_standby_without_them(ma
     assert ready_standby(router).about["speculation"]["kind"] == "ngram"
     ask(router, deterministic=True)
     eventually(lambda: ready_standby(router).about["speculation"]["kind"] == "off", "another one is ready")
-    text, last = ask(router, lambda: kill(main_of(router).pid), deterministic=True)
+    text, last = ask_and_kill(router, main_of(router), deterministic=True)
     assert text == undisturbed
     assert last["_routing"]["failovers"][0]["recovery"] == "exact"
     assert kinds(router).count("standby.taken") == 1
@@ -339,10 +375,10 @@ def test_two_kernels_have_one_standby_and_both_go_on_with_it(make: Make) -> None
     assert ask(shares)[0] == undisturbed
     assert main_of(shares).id == main.id, "it does not take the standby"
 
-    text, _ = ask(shares, lambda: kill(main.pid))
+    text, _ = ask_and_kill(shares, main)
 
     assert text == undisturbed
-    eventually(lambda: main_of(keeps).id == main_of(shares).id == standby.id, "both use it")
+    eventually(lambda: main_id(keeps) == main_id(shares) == standby.id, "both use it")
 
 
 def test_the_setting_off_ends_it_and_its_cost_is_said_before(make: Make) -> None:

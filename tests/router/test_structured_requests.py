@@ -17,7 +17,8 @@ from sollol_nb.errors import AnswerInterruptedError, StructureError
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.models.routing import DISTRIBUTED, OLLAMA
 from sollol_nb.sync_wrapper import HybridRouter, OllamaPool
-from tests.support.engines import QUESTION, engine_on, kill_at_once, read_and_do
+from tests.support.engines import QUESTION, engine_on, kill_at_once
+from tests.support.mid_answer import read_and_kill
 from tests.support.ollama_server import OllamaServer
 
 pytestmark = pytest.mark.engine
@@ -134,7 +135,7 @@ def test_an_interrupted_answer_is_resumed_on_its_backend_and_checked(engine: Eng
         engines = [engine_on(int(endpoint.rpartition(":")[2])) for endpoint in workers]
         stream = mine.stream_async("demo", QUESTION, **asked)
         with pytest.raises(AnswerInterruptedError) as caught:
-            read_and_do(stream, 0, lambda _: kill_at_once(engines))
+            read_and_kill(stream, 0, lambda: kill_at_once(engines))
         for endpoint in workers:
             mine.remove_worker(endpoint)
         mine.start_workers(2)

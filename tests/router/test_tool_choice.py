@@ -13,7 +13,8 @@ from sollol_nb.chat.completion import Completion
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.models.routing import OLLAMA
 from sollol_nb.sync_wrapper import HybridRouter, OllamaPool
-from tests.support.engines import QUESTION, read_and_do
+from tests.support.engines import QUESTION
+from tests.support.mid_answer import read_and_kill
 from tests.support.ollama_server import OllamaServer
 from tests.support.scripted_model import write_scripted
 from tests.support.tool_model import TEMPLATE, write_tool_model
@@ -83,7 +84,7 @@ def test_a_required_call_survives_its_coordinator(local: HybridRouter, tool_mode
     whole = local.route_request(tool_model, QUESTION, **asked)
     engine = psutil.Process(local.own_coordinators[-1].pid)
     stream = local.stream_async(tool_model, QUESTION, **asked)
-    answer = Completion.from_chunks(read_and_do(stream, 0, lambda _: engine.kill()))
+    answer = Completion.from_chunks(read_and_kill(stream, 0, engine.kill))
     (call,), (undisturbed,) = answer["message"]["tool_calls"], whole["message"]["tool_calls"]
     assert call["function"] == undisturbed["function"]
     assert call["function"]["arguments"] == {"zones": ["UTC"] * 100}
