@@ -40,6 +40,8 @@ LIMIT_S = 60.0
 """For each answer and each start; whatever takes longer has failed."""
 SOON_CHUNKS = 50
 """Within so many chunks no answer to `LONG` or `NOT_SO_LONG` has come to its end."""
+PROMPT_RESULTS = 3
+"""At least as many results of a machine's layers as the prompt of a question gives."""
 SOON_S = 0.3
 """About as long as the demo model takes to load over three workers, or to read the long prompt."""
 
@@ -340,15 +342,18 @@ def two_faults(chaos: Chaos, rng: random.Random) -> list[Answer]:
 def all_dead_then_one_back(chaos: Chaos, rng: random.Random) -> list[Answer]:
     """No worker is left: the answer is interrupted, keeps its text, and is resumed once a worker is back."""
     question = rng.choice(chaos.subject.questions)
-    with chaos.scene(rng) as scene:
+    with chaos.scene(rng, wired=True) as scene:
         ask(scene, HELLO)
+        at, undisturbed = chaos.before_the_end(rng, question), chaos.undisturbed(question)
+        # A chunk may have several tokens. However late the reader is, the answer does not end before.
+        scene.victim().swallow_after(at + undisturbed.eval_count - undisturbed.chunks + PROMPT_RESULTS)
 
         def all_die() -> None:
             for machine in chaos.cluster.machines:
                 machine.kill()
 
         try:
-            ask(scene, question, {chaos.before_the_end(rng, question): all_die})
+            ask(scene, question, {at: all_die})
         except AnswerInterruptedError as error:
             interrupted = error
         else:
