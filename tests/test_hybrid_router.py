@@ -33,7 +33,7 @@ from sollol_nb.models.routing import DISTRIBUTED, OLLAMA
 from sollol_nb.runtime.events import EventBus
 from sollol_nb.runtime.io_loop import submit
 from sollol_nb.sync_wrapper import HybridRouter, OllamaPool
-from tests.support.engines import QUESTION, busy_slots, eventually, eventually_async, read_and_do, run
+from tests.support.engines import QUESTION, busy_slots, eventually, eventually_async, read_and_do, run, suspended
 from tests.support.gguf_files import write_llama
 from tests.support.ollama_server import CHATML, OllamaServer
 from tests.support.own_folders import NO_OLLAMA
@@ -430,8 +430,7 @@ def test_workers_can_be_named_as_text_as_dicts_and_in_the_environment(monkeypatc
 def test_a_request_over_its_time_is_cancelled_on_the_engine(
     one_slot: HybridRouter, endless: str, patient: None
 ) -> None:
-    one_slot.route_request(endless, "Go on", max_tokens=1)
-    engine = psutil.Process(one_slot.coordinators[-1].pid)
+    engine = engine_of(one_slot, endless)
     stream = one_slot.stream_async(endless, "Go on", temperature=0, timeout=10)  # its first token comes within it
     try:
         with pytest.raises(RequestTimeoutError) as caught:
@@ -448,10 +447,11 @@ def test_a_request_over_its_time_is_cancelled_on_the_engine(
     assert 0 < row.ttft_ms <= row.total_ms
 
 
-def test_waiting_for_a_slot_counts_against_the_time(one_slot: HybridRouter, endless: str) -> None:
+def test_waiting_for_a_slot_counts_against_the_time(one_slot: HybridRouter, endless: str, patient: None) -> None:
+    engine = engine_of(one_slot, endless)
     holder = one_slot.stream(endless, "Go on", temperature=0)
     next(holder)
-    with pytest.raises(RequestTimeoutError, match="cancelled after 0 characters"):
+    with suspended(engine), pytest.raises(RequestTimeoutError, match="cancelled after 0 characters"):
         one_slot.route_request(endless, "Go on", timeout=0.3)
     assert next(holder)["done"] is False, "the request that has the slot continues"
     holder.close()
@@ -469,11 +469,12 @@ def test_leaving_a_stream_early_frees_the_slot(one_slot: HybridRouter, endless: 
 
 
 @pytest.mark.parametrize("phase", ["writing", "waiting for a slot"])
-def test_cancelling_a_task_frees_the_slot(one_slot: HybridRouter, endless: str, phase: str) -> None:
+def test_cancelling_a_task_frees_the_slot(one_slot: HybridRouter, endless: str, phase: str, patient: None) -> None:
+    engine, gate = engine_of(one_slot, endless), gate_of(one_slot, endless)
+
     async def cancelled() -> None:
         ask = partial(one_slot._async.route_request, endless, "Go on", temperature=0)
         holder = asyncio.create_task(ask())
-        gate = await eventually_async(lambda: gate_of(one_slot, endless), "the coordinator runs")
         await eventually_async(lambda: gate.running == 1, "it has the slot")
         tasks = [holder]
         if phase == "waiting for a slot":
@@ -484,9 +485,16 @@ def test_cancelling_a_task_frees_the_slot(one_slot: HybridRouter, endless: str, 
             with pytest.raises(asyncio.CancelledError):
                 await task
 
-    asyncio.run(cancelled())
+    with suspended(engine):  # however quick it is, no answer ends before it is cancelled
+        asyncio.run(cancelled())
     slots_idle(one_slot)
     assert last_row(one_slot, endless).status == "cancelled"
+
+
+def engine_of(router: HybridRouter, model: str) -> psutil.Process:
+    """The engine of a model, which is started if none runs."""
+    router.route_request(model, "Go on", max_tokens=1)
+    return next(psutil.Process(found.pid) for found in router.coordinators if found.model == Path(model).stem)
 
 
 def gate_of(router: HybridRouter, model: str) -> Any:
@@ -496,7 +504,11 @@ def gate_of(router: HybridRouter, model: str) -> Any:
 # --- many at once -----------------------------------------------------------------------------
 
 
-def test_waiting_requests_are_served_in_order_of_priority(one_slot: HybridRouter, endless: str) -> None:
+def test_waiting_requests_are_served_in_order_of_priority(
+    one_slot: HybridRouter, endless: str, patient: None
+) -> None:
+    engine = engine_of(one_slot, endless)
+
     async def ask_all() -> list[int]:
         router = one_slot._async
         holder = router.stream(endless, "Go on", temperature=0)
@@ -510,9 +522,10 @@ def test_waiting_requests_are_served_in_order_of_priority(one_slot: HybridRouter
                     served.append(priority)
 
         asking = []
-        for priority in (3, 8, 1, 10, 5):
-            asking.append(asyncio.create_task(ask(priority)))
-            await eventually_async(lambda: gate.waiting == len(asking), "the request waits")
+        with suspended(engine):  # however quick it is, the holder has the slot until all wait
+            for priority in (3, 8, 1, 10, 5):
+                asking.append(asyncio.create_task(ask(priority)))
+                await eventually_async(lambda: gate.waiting == len(asking), "the request waits")
         await holder.aclose()
         await asyncio.gather(*asking)
         return served
