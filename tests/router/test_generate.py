@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from contextlib import aclosing
 from typing import Any
 
 import psutil
@@ -14,9 +16,9 @@ from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.models.routing import LOCAL, OLLAMA
 from sollol_nb.runtime.io_loop import run_blocking
 from sollol_nb.sync_wrapper import HybridRouter, OllamaPool
-from tests.support.engines import read_and_do
+from tests.support.engines import run
 from tests.support.mid_answer import read_and_kill
-from tests.support.ollama_server import CHATML, OllamaServer
+from tests.support.ollama_server import CHATML, AnswerWire, OllamaServer
 
 PROMPT = "<|im_start|>user\nTell me everything about sharding.<|im_end|>\n<|im_start|>assistant\n"
 MESSAGES = [{"role": "user", "content": "Tell me everything about sharding."}]
@@ -131,15 +133,33 @@ def test_a_gap_is_filled_by_a_model_whose_template_knows_gaps(ollama: OllamaServ
 
 @pytest.mark.ollama
 def test_a_continuation_continues_at_another_node(ollama_pair: tuple[OllamaServer, OllamaServer]) -> None:
-    with HybridRouter(OllamaPool([server.base_url for server in ollama_pair]), auto_discover_rpc=False) as router:
-        whole = router.generate("llama3.2", PROMPT, max_tokens=300, **GREEDY)
+    wires = [AnswerWire(server) for server in ollama_pair]
 
-        def kill_its_node(chunks: list[Any]) -> None:
-            next(server for server in ollama_pair if server.base_url == chunks[0]["_routing"]["node_url"]).kill()
-
+    async def ask_and_kill(router: HybridRouter) -> list[Any]:
+        chunks: list[Any] = []
         stream = router._async.stream_generate("llama3.2", PROMPT, max_tokens=300, **GREEDY)
-        chunks = read_and_do(stream, 4, kill_its_node)
-        answer = Completion.from_chunks(chunks)
+        async with aclosing(stream):
+            async for chunk in stream:
+                chunks.append(chunk)
+                if len(chunks) == 1:
+                    (struck,) = (wire for wire in wires if wire.base_url == chunk["_routing"]["node_url"])
+                    (other,) = (wire for wire in wires if wire is not struck)
+                    other.halt_after(math.inf)
+                    await struck.kill()
+        return chunks
+
+    try:
+        for wire in wires:
+            run(wire.__aenter__())
+        with HybridRouter(OllamaPool([wire.base_url for wire in wires]), auto_discover_rpc=False) as router:
+            whole = router.generate("llama3.2", PROMPT, max_tokens=300, **GREEDY)
+            for wire in wires:
+                wire.halt_after(5)
+            chunks = run_blocking(ask_and_kill(router))
+            answer = Completion.from_chunks(chunks)
+    finally:
+        for wire in wires:
+            run(wire.__aexit__())
     assert answer.text == whole.text
     assert answer.routing["node_url"] != chunks[0]["_routing"]["node_url"]
     assert [failover["continued"] for failover in answer.routing["failovers"]] == [True]
