@@ -33,7 +33,16 @@ from sollol_nb.models.routing import DISTRIBUTED, OLLAMA
 from sollol_nb.runtime.events import EventBus
 from sollol_nb.runtime.io_loop import submit
 from sollol_nb.sync_wrapper import HybridRouter, OllamaPool
-from tests.support.engines import QUESTION, busy_slots, eventually, eventually_async, read_and_do, run, suspended
+from tests.support.engines import (
+    QUESTION,
+    busy_slots,
+    eventually,
+    eventually_async,
+    read_and_do,
+    run,
+    suspended,
+    unused_ports,
+)
 from tests.support.gguf_files import write_llama
 from tests.support.ollama_server import CHATML, OllamaServer
 from tests.support.own_folders import NO_OLLAMA
@@ -609,7 +618,10 @@ def test_a_failed_request_leaves_a_row_with_its_error(router: HybridRouter) -> N
 
 def test_events_report_the_life_of_requests_workers_and_coordinators(engine: Engine, alone: None) -> None:
     seen: list[Any] = []
-    with HybridRouter(auto_setup_rpc=True, auto_discover_rpc=False, num_rpc_backends=1) as mine:
+    # A start has its events again where another process takes its port.
+    with HybridRouter(
+        auto_setup_rpc=True, auto_discover_rpc=False, num_rpc_backends=1, coordinator_port=unused_ports(1)
+    ) as mine:
         unsubscribe = mine.events.subscribe(seen.append)
         mine.route_request("demo:sharded", QUESTION, max_tokens=1)
         with pytest.raises(ModelNotFoundError):
