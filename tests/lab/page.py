@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,7 @@ class LabPage:
         Args:
             url: another address of the server.
         """
-        # Before it has a kernel the page says that it is idle, too.
-        with self.page.expect_websocket(lambda socket: "/channels" in socket.url):
+        with self._kernel_connected():
             path = f"doc/tree/{self.notebook.name}?token={self._server.token}&reset"
             self.page.goto((url or self._server.url) + path)
         self.page.wait_for_selector(CELLS)
@@ -85,9 +85,10 @@ class LabPage:
         """
         leave = Dialog.accept
         self.page.on("dialog", leave)
-        self.page.reload()
-        self.page.remove_listener("dialog", leave)
-        meanwhile()
+        with self._kernel_connected():
+            self.page.reload()
+            self.page.remove_listener("dialog", leave)
+            meanwhile()
         self.page.wait_for_selector(CELLS)
         self.wait_idle()
 
@@ -256,6 +257,11 @@ class LabPage:
     def saved(self) -> nbformat.NotebookNode:
         """Save, and read the file."""
         return nbformat.read(self.save(), as_version=4)
+
+    def _kernel_connected(self) -> AbstractContextManager[object]:
+        """`with` it while the page loads: it ends once the page connects to a kernel. Before that, the page says
+        that it is idle, too."""
+        return self.page.expect_websocket(lambda socket: "/channels" in socket.url)
 
     def _editor(self, index: int) -> Locator:
         return self.cell(index).locator(".cm-content")
