@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from sollol_nb.gateway import access_log
 from sollol_nb.settings import config
-from tests.support.engines import eventually
+from tests.support.engines import ENDLESS_CONTEXT_TOKENS, eventually
 from tests.support.gateway import GatewayProcess, running_gateway
 
 pytestmark = pytest.mark.engine
@@ -206,13 +206,15 @@ def test_errors_raise_the_classes_of_the_client(client: Anthropic) -> None:
 
 
 def test_streams_that_a_stopped_gateway_ends_have_an_error(engine: object, endless: str) -> None:
-    with running_gateway("--drain", "0") as gateway:
+    # A large context, so that the two answers do not fill it before the gateway is stopped.
+    variables = {"SOLLOL_CONTEXT_TOKENS": str(ENDLESS_CONTEXT_TOKENS)}
+    with running_gateway("--drain", "0", variables=variables) as gateway:
         client = Anthropic(base_url=gateway.url, api_key="none", max_retries=0)
+        responses = OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0).responses
         greedy: dict[str, Any] = {"extra_body": {"temperature": 0}}  # a sampled answer may end
         message = client.messages.create(
             model=endless, max_tokens=30_000, messages=QUESTION, stream=True, **greedy
         )
-        responses = OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0).responses
         response = responses.create(model=endless, max_output_tokens=30_000, input=QUESTION, stream=True, **greedy)
         for _ in range(5):
             next(message)

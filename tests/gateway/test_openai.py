@@ -12,8 +12,8 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel
 
-from tests.support.engines import eventually
-from tests.support.gateway import GatewayProcess, busy_slots_at
+from tests.support.engines import ENDLESS_CONTEXT_TOKENS, eventually
+from tests.support.gateway import GatewayProcess, busy_slots_at, own_gateway
 from tests.support.scripted_model import write_scripted
 from tests.support.tool_model import TEMPLATE
 
@@ -229,17 +229,21 @@ def test_a_field_that_cannot_be_followed_is_named(client: OpenAI) -> None:
     assert caught.value.param == "n"
 
 
-def test_a_client_that_leaves_frees_its_slot(client: OpenAI, endless: str) -> None:
-    raw = client.chat.completions.with_raw_response.create(
-        model=endless, messages=QUESTION, temperature=0, max_tokens=30_000, stream=True
-    )
-    engine_url = raw.headers["X-Sollol-Route"].split()[-1]
-    stream = raw.parse()
-    for _ in range(3):
-        next(stream)
-    assert busy_slots_at(engine_url) == 1
-    stream.close()
-    eventually(lambda: busy_slots_at(engine_url) == 0, "the slot is free")
+def test_a_client_that_leaves_frees_its_slot(engine: object, alone: None, tmp_path: Path, endless: str) -> None:
+    # A large context, so that the answer does not fill it before the slots are looked at.
+    variables = {"SOLLOL_CONTEXT_TOKENS": str(ENDLESS_CONTEXT_TOKENS)}
+    with own_gateway(tmp_path / "state", **variables) as gateway:
+        client = OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0)
+        raw = client.chat.completions.with_raw_response.create(
+            model=endless, messages=QUESTION, temperature=0, max_tokens=30_000, stream=True
+        )
+        engine_url = raw.headers["X-Sollol-Route"].split()[-1]
+        stream = raw.parse()
+        for _ in range(3):
+            next(stream)
+        assert busy_slots_at(engine_url) == 1
+        stream.close()
+        eventually(lambda: busy_slots_at(engine_url) == 0, "the slot is free")
 
 
 def test_an_error_within_a_stream_is_raised_by_the_client(client: OpenAI, endless: str) -> None:
