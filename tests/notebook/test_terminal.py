@@ -12,6 +12,7 @@ import pexpect
 import pytest
 
 from tests.support.engines import HANG_GUARD_S, write_endless
+from tests.support.held_answers import holding
 
 pytestmark = pytest.mark.engine
 
@@ -92,10 +93,14 @@ def test_a_cell_is_answered(terminal: Terminal) -> None:
 
 def test_text_streams_and_ctrl_c_keeps_it(terminal: Terminal, tmp_path: Path) -> None:
     endless = write_endless(tmp_path)
+    may_continue, held = tmp_path / "may-continue", tmp_path / "held.py"
+    held.write_text(holding(100, until=may_continue))
+    terminal.run(f"exec(open({str(held)!r}).read())")
     terminal.type(f"%%sollol {endless} --temperature 0 --max-tokens 30000", ENTER, "go", RUN_CELL)
     terminal.wait_for(r"w\d+ w\d+")
     terminal.press_ctrl_c()
     shown = terminal.wait_prompt()
+    may_continue.touch()
     assert "stopped; the partial answer is kept" in shown
     assert "('cancelled', True)" in terminal.run("_.finish_reason, len(_.text) > 0")
     assert "A worker" in terminal.run("%sollol demo:sharded --temperature 0 --max-tokens 9 'What is a worker?'")

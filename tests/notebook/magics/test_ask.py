@@ -24,6 +24,15 @@ def notebook(engine: object, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield fresh
 
 
+@pytest.fixture
+def held(notebook: Kernel, tmp_path: Path) -> Iterator[Path]:
+    """Answers of the notebook wait once they have some words; the file with which they continue."""
+    may_continue = tmp_path / "may-continue"
+    notebook.run(holding(100, until=may_continue))
+    yield may_continue
+    may_continue.touch()
+
+
 # --- values -------------------------------------------------------------------------------------
 
 
@@ -245,7 +254,7 @@ def test_whole_tracebacks_can_be_switched_on(notebook: Kernel) -> None:
 # --- stopping -----------------------------------------------------------------------------------
 
 
-def test_a_stopped_endless_answer_keeps_its_text(notebook: Kernel, tmp_path: Path) -> None:
+def test_a_stopped_endless_answer_keeps_its_text(notebook: Kernel, held: Path, tmp_path: Path) -> None:
     endless = write_endless(tmp_path)
     message_id = notebook.client.execute(f"%%sollol {endless} --temperature 0 --max-tokens 30000 --out cut\nx")
     notebook.collect(message_id, until_shown=r"w\d+ w\d+")
@@ -331,7 +340,7 @@ def test_a_conversation_keeps_its_system_message_whatever_the_default_is(noteboo
 # --- in the background --------------------------------------------------------------------------
 
 
-def test_an_answer_can_run_in_the_background(notebook: Kernel, tmp_path: Path) -> None:
+def test_an_answer_can_run_in_the_background(notebook: Kernel) -> None:
     shown = notebook.run(f"%%sollol demo {GREEDY} --background --out handle\nWhat is a worker?")
     assert shown.error == []
     assert len(shown.displays) == 1
@@ -339,6 +348,8 @@ def test_an_answer_can_run_in_the_background(notebook: Kernel, tmp_path: Path) -
     assert notebook.run("(await handle).text[:8]").text == "'A worker'"
     assert "A worker" in notebook.run("handle").markdown
 
+
+def test_a_background_answer_can_be_stopped(notebook: Kernel, held: Path, tmp_path: Path) -> None:
     endless = write_endless(tmp_path)
     notebook.run(f"%%sollol {endless} --temperature 0 --max-tokens 30000 --background --out handle\nx")
     assert notebook.run("import time\nwhile not handle.text: time.sleep(0.01)").error == []
@@ -354,7 +365,7 @@ def test_an_answer_can_run_in_the_background(notebook: Kernel, tmp_path: Path) -
     )
 
 
-def test_a_background_answer_is_shown_while_it_streams(notebook: Kernel, endless: str) -> None:
+def test_a_background_answer_is_shown_while_it_streams(notebook: Kernel, held: Path, endless: str) -> None:
     asked = f"%%sollol {endless} --temperature 0 --max-tokens 30000 --background --out handle\nx"
     shown = notebook.run(asked)
     begun = notebook.wait_shown(shown, " w")["text/plain"]
