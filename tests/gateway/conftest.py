@@ -14,8 +14,8 @@ from tests.support.tool_model import write_tool_model
 
 @pytest.fixture(scope="package")
 def gateway(engine: Engine, own_state: object) -> Iterator[GatewayProcess]:
-    """A gateway that shards `demo:sharded` over its own workers; it has no Ollama."""
-    with running_gateway(variables={"SOLLOL_AUTO_SETUP": "1"}) as running:
+    """A gateway that shards `demo:sharded` over its own workers; it has no Ollama. Tests may halt its engines."""
+    with running_gateway(variables={"SOLLOL_AUTO_SETUP": "1"}, is_patient=True) as running:
         yield running
 
 

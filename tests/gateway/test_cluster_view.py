@@ -23,7 +23,7 @@ from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.runtime.events import EventKind
 from tests.chaos.machines import Cluster
 from tests.support.engines import HANG_GUARD_S, eventually, run, with_variable
-from tests.support.gateway import GatewayProcess, gateway_without_engines, running_gateway
+from tests.support.gateway import GatewayProcess, end_engines, gateway_without_engines, running_gateway
 from tests.support.merge_patch import patched
 from tests.support.simulated_cluster import SimulatedCluster
 
@@ -33,11 +33,12 @@ STORY = [{"role": "user", "content": "Tell me everything about sharding."}]
 
 @pytest.fixture(scope="module")
 def machines(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    folder = str(tmp_path_factory.mktemp("view"))
+    folder = tmp_path_factory.mktemp("view")
     with pytest.MonkeyPatch.context() as patch, Cluster(engine) as cluster:
-        patch.setenv("SOLLOL_STATE_DIR", folder)
+        patch.setenv("SOLLOL_STATE_DIR", str(folder))
         yield cluster
-        eventually(lambda: not with_variable("SOLLOL_STATE_DIR", folder), "no process is left")
+        end_engines(folder)
+        eventually(lambda: not with_variable("SOLLOL_STATE_DIR", str(folder)), "no process is left")
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,9 @@ def client(machines: Cluster) -> Iterator[httpx.Client]:
 @contextmanager
 def gateway_over(cluster: Cluster) -> Iterator[GatewayProcess]:
     endpoints = ",".join(machine.wired_endpoint for machine in cluster.machines)
-    with running_gateway(variables={"RPC_BACKENDS": endpoints, "SOLLOL_KEEP_ALIVE": "5s"}) as running:
+    settings = {"RPC_BACKENDS": endpoints, "SOLLOL_SPECULATION": "off"}  # a worker's results are counted
+    settings["SOLLOL_KEEP_ALIVE"] = "600s"  # however slow a test is
+    with running_gateway(variables=settings) as running:
         yield running
 
 

@@ -23,7 +23,7 @@ from sollol_nb.llama_cpp.processes.running import stop_engines
 from sollol_nb.runtime.io_loop import run_blocking
 from tests.chaos.machines import Cluster
 from tests.support.engines import HANG_GUARD_S, eventually, with_variable
-from tests.support.gateway import GatewayProcess, running_gateway
+from tests.support.gateway import GatewayProcess, end_engines, running_gateway
 
 pytestmark = [
     pytest.mark.engine,
@@ -35,7 +35,8 @@ STORY = [{"role": "user", "content": "Write a long story about a lighthouse keep
 TOKENS = 300
 TOKENS_OF_REAL_MODEL = 60
 STRIKE_AFTER = 12
-"""Results of a worker, one for each token and some for the prompt. The answers have many more tokens."""
+"""Results of a worker: one for each token, as nothing is drafted, and some for the prompt. The answers have many
+more tokens."""
 
 Texts = Iterator[str]
 AsyncTexts = AsyncIterator[str]
@@ -117,6 +118,7 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SOLLOL_STATE_DIR", str(folder))
         yield folder
+        end_engines(folder)
         eventually(lambda: not with_variable("SOLLOL_STATE_DIR", str(folder)), "no process is left")
 
 
@@ -142,8 +144,9 @@ def all_machines_are_well(cluster: Cluster) -> None:
 @contextmanager
 def gateway_over(cluster: Cluster, **variables: str) -> Iterator[GatewayProcess]:
     endpoints = ",".join(machine.wired_endpoint for machine in cluster.machines)
-    settings = {"RPC_BACKENDS": endpoints, "SOLLOL_KEEP_ALIVE": "5s", **variables}
-    with running_gateway(variables=settings) as running:
+    settings = {"RPC_BACKENDS": endpoints, "SOLLOL_SPECULATION": "off", **variables}
+    settings["SOLLOL_KEEP_ALIVE"] = "600s"  # however slow a test is
+    with running_gateway(variables=settings, is_patient=True) as running:
         yield running
 
 

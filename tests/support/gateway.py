@@ -25,8 +25,10 @@ from sollol_nb.llama_cpp.processes.running import stop_engines
 from sollol_nb.ollama.pool import OllamaPool
 from sollol_nb.runtime.io_loop import run_blocking
 from tests.support.engines import HANG_GUARD_S, REPOSITORY, eventually, unused_ports
+from tests.support.held_answers import PATIENT
 
 NOTHING_LISTENS = "127.0.0.1:9"
+_MAIN = "import sys\nfrom sollol_nb.gateway.command import main\nsys.exit(main())"
 
 
 class GatewayProcess:
@@ -68,10 +70,14 @@ class GatewayProcess:
 
 @contextmanager
 def running_gateway(
-    *arguments: str, variables: Mapping[str, str] | None = None, folder: Path | None = None
+    *arguments: str,
+    variables: Mapping[str, str] | None = None,
+    folder: Path | None = None,
+    is_patient: bool = False,
 ) -> Iterator[GatewayProcess]:
-    """A gateway on a free port, with these arguments and environment variables; ended afterwards."""
-    command = gateway_command("--port", "0", *arguments)
+    """A gateway on a free port, with these arguments and environment variables; ended afterwards. A patient one
+    takes no silence of an engine for the end of it."""
+    command = gateway_command("--port", "0", *arguments, is_patient=is_patient)
     environment = {**os.environ, **(variables or {}), "PYTHONPATH": str(REPOSITORY)}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=folder
@@ -88,10 +94,13 @@ def running_gateway(
 
 
 @contextmanager
-def own_gateway(folder: Path, *arguments: str, **variables: str) -> Iterator[GatewayProcess]:
+def own_gateway(
+    folder: Path, *arguments: str, is_patient: bool = False, **variables: str
+) -> Iterator[GatewayProcess]:
     """A gateway whose state is in this folder; its engines end with it."""
+    own = {"SOLLOL_STATE_DIR": str(folder), **variables}
     try:
-        with running_gateway(*arguments, variables={"SOLLOL_STATE_DIR": str(folder), **variables}) as running:
+        with running_gateway(*arguments, variables=own, is_patient=is_patient) as running:
             yield running
     finally:
         end_engines(folder)
@@ -105,7 +114,8 @@ def end_engines(folder: Path) -> None:
 
 
 class RestartableGateway:
-    """A gateway that can be killed and started again on the same port; the next process finds its engines.
+    """A gateway that can be killed and started again on the same port; the next process finds its engines. Each is
+    patient: an engine may be halted for long.
 
     Attributes:
         url: its address, the same after each start.
@@ -124,7 +134,7 @@ class RestartableGateway:
 
     def start(self) -> GatewayProcess:
         """Start the next process."""
-        process = running_gateway("--port", str(self._port), variables=self._variables)
+        process = running_gateway("--port", str(self._port), variables=self._variables, is_patient=True)
         self.running = self._stack.enter_context(process)
         return self.running
 
@@ -173,6 +183,7 @@ def engine_at(engine_url: str) -> psutil.Process:
     return psutil.Process(entry.pid)
 
 
-def gateway_command(*arguments: str) -> Sequence[str]:
+def gateway_command(*arguments: str, is_patient: bool) -> Sequence[str]:
     """The command that runs a gateway."""
-    return [sys.executable, "-m", "sollol_nb.gateway", *arguments]
+    start = ["-c", f"{PATIENT}\n{_MAIN}"] if is_patient else ["-m", "sollol_nb.gateway"]
+    return [sys.executable, *start, *arguments]

@@ -24,7 +24,7 @@ ActiveRequest._answer = held(ActiveRequest._answer, {at_chars}, pathlib.Path({un
 
 
 PATIENT = "from sollol_nb.llama_cpp.coordinators import pace\npace.MARGIN = float('inf')"
-"""A cell after which its kernel takes no silence of an engine for the end of it: one may be suspended for long."""
+"""Code after which its process takes no silence of an engine for the end of it: one may be suspended for long."""
 
 
 def holding(at_chars: int, until: Path) -> str:
