@@ -398,20 +398,29 @@ def tunnel_to(worker_port: int, host: str = "127.0.0.1", port: int = 0) -> Itera
 class MeteredWire:
     """A proxy to a worker that passes as many bytes from the coordinator as it is allowed, and then waits.
 
+    Args:
+        buffer_bytes: about as many the system receives that are not read yet; by default it decides that itself.
+
     Attributes:
         passed_bytes: so far.
         halted: set once it has waited.
     """
 
-    def __init__(self, worker_port: int, allowed_bytes: int = 0) -> None:
+    def __init__(self, worker_port: int, allowed_bytes: int = 0, *, buffer_bytes: int | None = None) -> None:
         self.passed_bytes = 0
         self.halted = asyncio.Event()
         self._worker_port = worker_port
         self._left_bytes = allowed_bytes
         self._more = asyncio.Condition()
+        self._buffer_bytes = buffer_bytes
 
     async def __aenter__(self) -> MeteredWire:
-        self._server = await asyncio.start_server(self._pass, "127.0.0.1", 0)
+        listener = socket.socket(proto=socket.IPPROTO_TCP)  # else asyncio does not set TCP_NODELAY
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if self._buffer_bytes is not None:  # its connections have the same
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self._buffer_bytes)
+        listener.bind(("127.0.0.1", 0))
+        self._server = await asyncio.start_server(self._pass, sock=listener)
         self.endpoint = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
         return self
 

@@ -222,7 +222,7 @@ def test_of_an_ended_process_no_delivered_bytes_are_known() -> None:
 # --- on a real engine -------------------------------------------------------------------------
 
 HALT_EVERY_BYTES, HALF_BYTES = 12 * MIB, 6 * MIB
-ON_THE_WAY_BYTES = 16 * MIB  # more than a system buffers for one connection that is not read
+ON_THE_WAY_BYTES = 16 * MIB  # more than is buffered for the metered connection
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +241,7 @@ def test_progress_grows_with_what_the_workers_receive_and_stops_with_the_wire(en
         near, far = await workers.local.start(engine, 2)
         async with AsyncExitStack() as stack:
             stack.push_async_callback(workers.local.stop)
-            wire = await stack.enter_async_context(MeteredWire(parse_endpoint(near)[1]))
+            wire = await stack.enter_async_context(MeteredWire(parse_endpoint(near)[1], buffer_bytes=MIB))
             loads, adopts = [
                 await stack.enter_async_context(
                     HybridRouter(
