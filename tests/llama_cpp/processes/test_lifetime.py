@@ -91,8 +91,8 @@ def nothing_is_registered(state: Path) -> bool:
 def test_engines_end_with_a_process_that_ends_by_itself(
     engine: Engine, endless: str, tmp_path: Path, ending: str, code: int
 ) -> None:
-    # Closing ends them immediately; otherwise the next kernel may still use them.
-    keep_alive = "forever" if ending == "closed" else "1"
+    # Closing ends them immediately; otherwise the next kernel may still use them. They are counted before that.
+    keep_alive = "forever" if ending == "closed" else "5"
     with script(USES_A_ROUTER, ending, endless, keep_alive, SOLLOL_STATE_DIR=str(tmp_path)) as process:
         says(process, "ready")
         engines, everything = engines_of(psutil.Process(process.pid)), descendants(process.pid)
