@@ -6,9 +6,10 @@ import gc
 import math
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -19,6 +20,8 @@ from sollol_nb.llama_cpp.coordinators import pace
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.engine.find import find_engine
 from sollol_nb.llama_cpp.processes.running import stop_engines
+from sollol_nb.llama_cpp.workers import workers
+from sollol_nb.llama_cpp.workers.probe import Probe, probe_all
 from sollol_nb.runtime.io_loop import run_blocking
 from sollol_nb.sync_wrapper import HybridRouter
 from tests.support import own_folders
@@ -76,6 +79,16 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """No silence of an engine is taken for the end of it here: one may be halted for long."""
     monkeypatch.setattr(pace, "MARGIN", math.inf)
+
+
+@pytest.fixture
+def patient_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that answers a probe late is free here all the same; one that has ended refuses it immediately."""
+
+    async def wait_longer(endpoints: Iterable[str], **settings: Any) -> list[Probe]:
+        return await probe_all(endpoints, **{**settings, "timeout_s": 30.0})
+
+    monkeypatch.setattr(workers, "probe_all", wait_longer)
 
 
 @pytest.fixture

@@ -85,7 +85,7 @@ def test_the_models_differ_in_one_thing_each() -> None:
 
 
 @pytest.mark.engine
-@pytest.mark.usefixtures("alone")
+@pytest.mark.usefixtures("alone", "patient_probes")
 def test_figures_of_workers_differ_as_the_workers_do(engine: Engine) -> None:
     async def calibrate(direct: str) -> tuple[list[str], dict[str, Calibration], list[Event], float | None]:
         events: list[Event] = []
@@ -142,7 +142,7 @@ def test_figures_of_workers_differ_as_the_workers_do(engine: Engine) -> None:
 
 
 @pytest.mark.engine
-@pytest.mark.usefixtures("alone")
+@pytest.mark.usefixtures("alone", "patient_probes")
 def test_a_held_worker_is_left_alone_and_a_lost_one_is_one_line(
     engine: Engine, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -178,7 +178,7 @@ def test_a_held_worker_is_left_alone_and_a_lost_one_is_one_line(
 
 
 @pytest.mark.engine
-@pytest.mark.usefixtures("alone")
+@pytest.mark.usefixtures("alone", "patient_probes")
 @pytest.mark.parametrize("step", [1, 3])
 def test_an_interrupt_leaves_no_process_and_the_worker_free(engine: Engine, step: int) -> None:
     async def interrupt(endpoint: str) -> tuple[list[psutil.Process], str]:

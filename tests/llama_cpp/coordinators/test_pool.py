@@ -294,6 +294,7 @@ def test_a_connection_that_was_overlooked_once_is_not_a_lost_worker(
     assert coordinator_of(breakable) is coordinator
 
 
+@pytest.mark.usefixtures("patient_probes")
 def test_a_coordinator_killed_while_idle_is_noticed_and_the_next_request_starts_another(
     breakable: HybridRouter,
 ) -> None:
@@ -313,6 +314,7 @@ def test_a_coordinator_killed_while_idle_is_noticed_and_the_next_request_starts_
     assert worker_states(breakable) == ["held"] * 3
 
 
+@pytest.mark.usefixtures("patient_probes")
 def test_an_answer_continues_when_its_coordinator_is_killed(halting: Halting) -> None:
     router, whole = halting.router, halting.whole_then_halted("demo:sharded", LONG_QUESTION)
     killed = psutil.Process(coordinator_of(router).pid)
@@ -336,6 +338,7 @@ def test_an_answer_continues_when_its_coordinator_is_killed(halting: Halting) ->
     assert (row.status, row.failovers, row.completion_tokens) == ("ok", 1, whole["eval_count"])
 
 
+@pytest.mark.usefixtures("patient_probes")
 def test_a_worker_killed_while_idle_is_noticed_and_replaced(breakable: HybridRouter) -> None:
     breakable.route_request("demo:sharded", QUESTION, max_tokens=3)
     before = coordinator_of(breakable)
@@ -353,6 +356,7 @@ def test_a_worker_killed_while_idle_is_noticed_and_replaced(breakable: HybridRou
     assert worker_states(breakable).count("held") == 3
 
 
+@pytest.mark.usefixtures("patient_probes")
 def test_a_request_waits_for_the_end_of_a_coordinator_that_holds_workers(
     breakable: HybridRouter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -474,6 +478,7 @@ def test_a_stop_that_is_cancelled_releases_the_workers_all_the_same(sharding: Hy
 # --- what cannot start ------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("patient_probes")
 def test_a_model_that_does_not_fit_is_refused_before_any_engine_starts(
     sharding: HybridRouter, small: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -110,6 +110,7 @@ def test_a_discovered_worker_is_immediately_known_to_be_free(engine: Engine, min
 # --- starting ---------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("patient_probes")
 def test_local_workers_take_the_first_free_ports_from_the_given_one_upward(engine: Engine, mine: Workers) -> None:
     first = unused_ports(6)
     with ExitStack() as held:
@@ -177,6 +178,7 @@ def test_two_processes_that_start_workers_concurrently_get_different_ports(engin
 
 
 @pytest.mark.parametrize("holder", ["a silent program", "another worker"])
+@pytest.mark.usefixtures("patient_probes")
 def test_a_worker_whose_port_is_taken_after_it_was_found_free_starts_on_the_next_one(
     engine: Engine, mine: Workers, monkeypatch: pytest.MonkeyPatch, holder: str
 ) -> None:
