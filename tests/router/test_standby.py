@@ -145,6 +145,7 @@ def messages(router: HybridRouter, kind: str) -> list[str]:
 
 
 @pytest.mark.parametrize("victim", ["worker", "coordinator"])
+@pytest.mark.usefixtures("patient_probes")
 def test_a_death_costs_a_switch_and_a_new_standby_is_started_from_what_is_left(
     wired: dict[str, psutil.Process], make: Make, victim: str
 ) -> None:
