@@ -457,11 +457,13 @@ def test_a_request_over_its_time_is_cancelled_on_the_engine(
 
 
 def test_waiting_for_a_slot_counts_against_the_time(one_slot: HybridRouter, endless: str, patient: None) -> None:
-    engine = engine_of(one_slot, endless)
+    engine, gate = engine_of(one_slot, endless), gate_of(one_slot, endless)
     holder = one_slot.stream(endless, "Go on", temperature=0)
     next(holder)
-    with suspended(engine), pytest.raises(RequestTimeoutError, match="cancelled after 0 characters"):
-        one_slot.route_request(endless, "Go on", timeout=0.3)
+    with suspended(engine):
+        assert gate.running == 1, "the holder has the slot"
+        with pytest.raises(RequestTimeoutError, match="cancelled after 0 characters"):
+            one_slot.route_request(endless, "Go on", timeout=0.3)
     assert next(holder)["done"] is False, "the request that has the slot continues"
     holder.close()
     slots_idle(one_slot)
@@ -477,7 +479,7 @@ def test_leaving_a_stream_early_frees_the_slot(one_slot: HybridRouter, endless: 
     assert 0 < row.ttft_ms <= row.total_ms
 
 
-@pytest.mark.parametrize("phase", ["writing", "waiting for a slot"])
+@pytest.mark.parametrize("phase", ["at the engine", "waiting for a slot"])
 def test_cancelling_a_task_frees_the_slot(one_slot: HybridRouter, endless: str, phase: str, patient: None) -> None:
     engine, gate = engine_of(one_slot, endless), gate_of(one_slot, endless)
 

@@ -26,7 +26,7 @@ def cluster(state: Path) -> Iterator[LinkedCluster]:
 
 
 @pytest.fixture(scope="module")
-def asking(cluster: LinkedCluster, endless: str) -> LinkedCluster:
+def long_answers(cluster: LinkedCluster, endless: str) -> LinkedCluster:
     """The same machines with a model whose answers are far from their end when a cut strikes."""
     # Random weights waver between tokens, so the answer is recovered exactly.
     options = {"backend": "sharded", "deterministic": True, "recovery": "exact", "max_tokens": 1500}
@@ -34,8 +34,8 @@ def asking(cluster: LinkedCluster, endless: str) -> LinkedCluster:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(asking: LinkedCluster) -> Answer:
-    return asking.ask()
+def undisturbed(long_answers: LinkedCluster) -> Answer:
+    return long_answers.ask()
 
 
 @pytest.fixture(autouse=True)
@@ -44,11 +44,11 @@ def nothing_is_left() -> None:
 
 
 @pytest.mark.parametrize("cut", CUTS)
-def test_an_answer_survives_a_cut_link(asking: LinkedCluster, undisturbed: Answer, cut: str) -> None:
+def test_an_answer_survives_a_cut_link(long_answers: LinkedCluster, undisturbed: Answer, cut: str) -> None:
     rng = random.Random(cut)
-    victim = rng.choice(asking.used())
-    answer = asking.ask(rng.randint(1, undisturbed.chunks // 8), cut, victim)
-    asking.make_well(victim)
+    victim = rng.choice(long_answers.used())
+    answer = long_answers.ask(rng.randint(1, undisturbed.chunks // 8), cut, victim)
+    long_answers.make_well(victim)
     assert answer.text == undisturbed.text
     (failover,) = answer.failovers
     assert failover["continued"]

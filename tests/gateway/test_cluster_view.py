@@ -51,8 +51,8 @@ def client(machines: Cluster) -> Iterator[httpx.Client]:
 @contextmanager
 def gateway_over(cluster: Cluster) -> Iterator[GatewayProcess]:
     endpoints = ",".join(machine.wired_endpoint for machine in cluster.machines)
-    settings = {"RPC_BACKENDS": endpoints, "SOLLOL_SPECULATION": "off"}  # a worker's results are counted
-    settings["SOLLOL_KEEP_ALIVE"] = "600s"  # however slow a test is
+    # The model stays loaded however slow a test is, and a result of a worker is one token.
+    settings = {"RPC_BACKENDS": endpoints, "SOLLOL_SPECULATION": "off", "SOLLOL_KEEP_ALIVE": "600s"}
     with running_gateway(variables=settings) as running:
         yield running
 

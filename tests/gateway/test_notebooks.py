@@ -24,7 +24,7 @@ pytestmark = pytest.mark.engine
 LENGTH = 500
 """In tokens: two such answers fit the context."""
 HELD_AFTER = 200
-"""Tokens, without speculation. They are enough for both notebooks to show some text."""
+"""Results of a worker, each of one token for each answer. They are enough for both notebooks to show some text."""
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 
 

@@ -17,8 +17,8 @@ import ollama as ollama_client
 import pytest
 
 from sollol_nb.gateway.keys import Key, Keys, add_key
-from tests.support.engines import HANG_GUARD_S, QUESTION, eventually, run, suspended
-from tests.support.gateway import GatewayProcess, engine_at, gateway_without_engines, running_gateway
+from tests.support.engines import ENDLESS_CONTEXT_TOKENS, HANG_GUARD_S, QUESTION, eventually, run, suspended
+from tests.support.gateway import GatewayProcess, engine_at, gateway_without_engines, own_gateway, running_gateway
 from tests.support.gguf_files import write_llama
 from tests.support.ollama_server import OllamaServer
 from tests.support.scripted_model import CHATML, write_scripted
@@ -191,9 +191,13 @@ def test_turns_that_do_not_fit_are_dropped_only_on_request(gateway: GatewayProce
 
 
 @pytest.mark.engine
-def test_a_client_that_disconnects_frees_its_slot(gateway: GatewayProcess, endless: str) -> None:
+def test_a_client_that_disconnects_frees_its_slot(
+    engine: object, alone: None, tmp_path: Path, endless: str
+) -> None:
     body = {"model": endless, "prompt": "Begin.", "options": {"num_predict": -1, "temperature": 0}}
-    with gateway.client() as http:
+    # A large context, so that the answer does not fill it before the client disconnects.
+    variables = {"SOLLOL_CONTEXT_TOKENS": str(ENDLESS_CONTEXT_TOKENS)}
+    with own_gateway(tmp_path / "state", **variables) as gateway, gateway.client() as http:
         with http.stream("POST", "/api/generate", json=body) as response:
             lines = response.iter_lines()
             assert json.loads(next(lines))["response"]
@@ -501,8 +505,8 @@ def test_ollamas_own_program_uses_the_gateway_as_its_server(
 ) -> None:
     environment = {**os.environ, "OLLAMA_HOST": with_node.url, "HOME": str(tmp_path)}
 
-    def said(*arguments: str) -> str:
-        done = subprocess.run(
+    def done(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
             [str(ollama_program), *arguments],
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -511,7 +515,11 @@ def test_ollamas_own_program_uses_the_gateway_as_its_server(
             timeout=HANG_GUARD_S,
             check=False,
         )
-        return done.stdout if done.returncode == 0 else done.stderr
+
+    def said(*arguments: str) -> str:
+        ended = done(*arguments)
+        assert ended.returncode == 0, ended.stderr
+        return ended.stdout
 
     listed = {line.split()[0] for line in said("list").splitlines()}
     assert {"demo", "demo:sharded", "llama3.2:latest"} <= listed
@@ -521,7 +529,7 @@ def test_ollamas_own_program_uses_the_gateway_as_its_server(
         assert "2.74M" in said("show", model)
     said("stop", "demo")
     assert "demo" not in said("ps")
-    assert "/api/delete is not supported" in said("rm", "demo")
+    assert "/api/delete is not supported" in done("rm", "demo").stderr
 
 
 @pytest.mark.ollama

@@ -63,8 +63,8 @@ QUESTION = "Tell me everything about sharding."
 LENGTH = 300
 HELD_AFTER = 40
 """Results of a worker: one for each token, and some for the prompt."""
-ONE_TOKEN = {"SOLLOL_SPECULATION": "off"}
-"""No result is of several tokens. Drafts may be chosen where round trips were slow."""
+NO_DRAFTS = {"SOLLOL_SPECULATION": "off"}
+"""With drafts, which are chosen where round trips are slow, a result may be several tokens."""
 STRIKE_AFTER = 10
 """Chunks. Each has a token or two, so that all of these come before the worker is held."""
 
@@ -94,7 +94,7 @@ def backends(machines: Cluster) -> str:
 @pytest.fixture
 def restartable(backends: str, tmp_path: Path) -> Iterator[RestartableGateway]:
     """A gateway that can be killed and started again. Its machine's state is not that of the reader."""
-    its = RestartableGateway(tmp_path / "gateway", RPC_BACKENDS=backends, **ONE_TOKEN)
+    its = RestartableGateway(tmp_path / "gateway", RPC_BACKENDS=backends, **NO_DRAFTS)
     yield its
     its.close()
 
@@ -574,6 +574,6 @@ def test_an_interrupted_answer_is_resumed_over_the_gateway(
             assert (await remote.resume(interrupted.value)).text == whole.text
             await remote.stop_workers()
 
-    variables = {"RPC_BACKENDS": backends, **ONE_TOKEN}
+    variables = {"RPC_BACKENDS": backends, **NO_DRAFTS}
     with own_gateway(tmp_path / "gateway", is_patient=True, **variables) as running:
         run(test(running.url))

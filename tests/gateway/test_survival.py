@@ -144,9 +144,9 @@ def all_machines_are_well(cluster: Cluster) -> None:
 @contextmanager
 def gateway_over(cluster: Cluster, **variables: str) -> Iterator[GatewayProcess]:
     endpoints = ",".join(machine.wired_endpoint for machine in cluster.machines)
-    settings = {"RPC_BACKENDS": endpoints, "SOLLOL_SPECULATION": "off", **variables}
-    settings["SOLLOL_KEEP_ALIVE"] = "600s"  # however slow a test is
-    with running_gateway(variables=settings, is_patient=True) as running:
+    # The model stays loaded however slow a test is, and a result of a worker is one token.
+    settings = {"RPC_BACKENDS": endpoints, "SOLLOL_SPECULATION": "off", "SOLLOL_KEEP_ALIVE": "600s"}
+    with running_gateway(variables=settings | variables, is_patient=True) as running:
         yield running
 
 

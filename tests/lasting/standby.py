@@ -135,15 +135,14 @@ class Workers:
         for _ in range(number):
             (port,) = free_ports(self._port, 1)
             self._port = port + 1
-            process = subprocess.Popen(
+            endpoint = self._endpoint_of(port)
+            self._processes[endpoint] = subprocess.Popen(
                 [str(self._engine.worker), "-H", "127.0.0.1", "-p", str(port), "-t", "1"],
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                restore_signals=False,  # SIGPIPE stays ignored: a cut connection must not end it
+                restore_signals=self._endpoint_of is _on_loopback,  # else a wire that is cut ends it by SIGPIPE
             )
             eventually(partial(_is_free, port), "it listens")
-            endpoint = self._endpoint_of(port)
-            self._processes[endpoint] = process
             self._router.add_worker(endpoint)
 
     def replace_dead(self) -> None:

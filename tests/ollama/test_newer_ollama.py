@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import pytest
 
 from sollol_nb.errors import ContextOverflowError, OllamaResponseError
 from sollol_nb.sync_wrapper import HybridRouter, OllamaPool
-from tests.support.engines import eventually, run, write_endless
+from tests.support.engines import eventually, on_io_loop, run, write_endless
 from tests.support.gguf_files import write_llama
 from tests.support.ollama_server import AnswerWire, OllamaServer
 
@@ -130,9 +130,9 @@ def test_an_answer_continues_at_an_older_node_when_the_newer_dies(
 ) -> None:
     asked: dict[str, Any] = {"max_tokens": 400, **GREEDY}
     newer = OllamaServer(newer_ollama_program, tmp_path)
-    wire = AnswerWire(newer)
-    run(wire.__aenter__())
-    try:
+    with ExitStack() as stack:
+        stack.callback(newer.kill)
+        wire = stack.enter_context(on_io_loop(AnswerWire(newer)))
         newer.start().create("llama3.2")
         with OllamaPool(newer.base_url) as alone:
             whole = alone.chat("llama3.2", STORY, **asked)["message"]["content"]
@@ -150,9 +150,6 @@ def test_an_answer_continues_at_an_older_node_when_the_newer_dies(
                 run(wire.kill())
                 assert received[0]["_routing"]["node"] == wire.base_url  # it has the model loaded
                 received += chunks
-    finally:
-        newer.kill()
-        run(wire.__aexit__())
     (failover,) = received[-1]["_routing"]["failovers"]
     assert failover["continued"]
     assert received[-1]["_routing"]["node"] == ollama.base_url

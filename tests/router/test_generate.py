@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from typing import Any
 
 import psutil
@@ -16,7 +16,7 @@ from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.models.routing import LOCAL, OLLAMA
 from sollol_nb.runtime.io_loop import run_blocking
 from sollol_nb.sync_wrapper import HybridRouter, OllamaPool
-from tests.support.engines import run
+from tests.support.engines import on_io_loop
 from tests.support.mid_answer import read_and_kill
 from tests.support.ollama_server import CHATML, AnswerWire, OllamaServer
 
@@ -148,18 +148,15 @@ def test_a_continuation_continues_at_another_node(ollama_pair: tuple[OllamaServe
                     await struck.kill()
         return chunks
 
-    try:
+    with ExitStack() as stack:
         for wire in wires:
-            run(wire.__aenter__())
+            stack.enter_context(on_io_loop(wire))
         with HybridRouter(OllamaPool([wire.base_url for wire in wires]), auto_discover_rpc=False) as router:
             whole = router.generate("llama3.2", PROMPT, max_tokens=300, **GREEDY)
             for wire in wires:
-                wire.halt_after(5)
+                wire.halt_after(5)  # more than are read before the server is killed
             chunks = run_blocking(ask_and_kill(router))
             answer = Completion.from_chunks(chunks)
-    finally:
-        for wire in wires:
-            run(wire.__aexit__())
     assert answer.text == whole.text
     assert answer.routing["node_url"] != chunks[0]["_routing"]["node_url"]
     assert [failover["continued"] for failover in answer.routing["failovers"]] == [True]

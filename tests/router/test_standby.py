@@ -115,7 +115,7 @@ def main_of(router: HybridRouter) -> Entry:
 
 
 def main_id(router: HybridRouter) -> str | None:
-    """Of its coordinator's entry; None while there is none, as between two coordinators."""
+    """The id of its coordinator's entry; None while there is none, as between two coordinators."""
     coordinator = router.coordinator
     found = None if coordinator is None else known_entry(coordinator.base_url)
     return None if found is None else found.id

@@ -9,6 +9,7 @@ from enum import Enum
 from typing import Any
 
 import pandas as pd
+import psutil
 import pytest
 from pydantic import BaseModel
 
@@ -132,7 +133,9 @@ def test_an_interrupted_answer_is_resumed_on_its_backend_and_checked(engine: Eng
         workers = mine.start_workers(2)
         whole = mine.route_request("demo", QUESTION, **asked)
         assert len(whole.value) == 60
+        assert mine.coordinator is not None
         engines = [engine_on(int(endpoint.rpartition(":")[2])) for endpoint in workers]
+        engines.append(psutil.Process(mine.coordinator.pid))  # which ends when it notices that its workers have
         stream = mine.stream_async("demo", QUESTION, **asked)
         with pytest.raises(AnswerInterruptedError) as caught:
             read_and_kill(stream, 0, lambda: kill_at_once(engines))

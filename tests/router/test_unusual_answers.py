@@ -147,7 +147,12 @@ def test_text_before_a_refusal_in_mid_answer_is_kept(
     """Two answers fill the context that they share, so llama-server ends both."""
     path = str(write_scripted(tmp_path / "m.gguf", words(2000), specials=CHATML_TOKENS))
     sent, on_sent = [], pace.Stream.on_sent
-    monkeypatch.setattr(pace.Stream, "on_sent", lambda stream: (sent.append(stream), on_sent(stream)))
+
+    def note(stream: pace.Stream) -> None:
+        sent.append(stream)
+        on_sent(stream)
+
+    monkeypatch.setattr(pace.Stream, "on_sent", note)
 
     async def both() -> list[Any]:
         sent.clear()

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -115,17 +115,28 @@ def repeatedly(step: Callable[[], object]) -> Iterator[None]:
 
 
 @contextmanager
-def worker_on(engine: Engine, host: str, port: int) -> Iterator[None]:
-    """An RPC worker that the package does not own, as a user starts it."""
+def on_io_loop(manager: AbstractAsyncContextManager[T]) -> Iterator[T]:
+    """It is entered and left on the I/O loop of this process."""
+    entered = run(manager.__aenter__())
+    try:
+        yield entered
+    finally:
+        run(manager.__aexit__(None, None, None))
+
+
+@contextmanager
+def worker_on(engine: Engine, host: str, port: int) -> Iterator[psutil.Process]:
+    """An RPC worker that the package does not own."""
     process = subprocess.Popen(
         [str(engine.worker), "-H", host, "-p", str(port), "-t", "1"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        restore_signals=False,  # SIGPIPE stays ignored: a connection that is cut does not end it
     )
     try:
         free = ProbeOutcome.FREE
         eventually(lambda: run(probe("127.0.0.1", port)).outcome is free, "it listens")
-        yield
+        yield psutil.Process(process.pid)
     finally:
         process.kill()
         process.wait()
@@ -399,7 +410,7 @@ class MeteredWire:
     """A proxy to a worker that passes as many bytes from the coordinator as it is allowed, and then waits.
 
     Args:
-        buffer_bytes: about as many the system receives that are not read yet; by default it decides that itself.
+        buffer_bytes: about how many unread bytes the system keeps for a connection; by default the system decides.
 
     Attributes:
         passed_bytes: so far.
@@ -416,7 +427,7 @@ class MeteredWire:
 
     async def __aenter__(self) -> MeteredWire:
         listener = socket.socket(proto=socket.IPPROTO_TCP)  # else asyncio does not set TCP_NODELAY
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as `start_server` does it
         if self._buffer_bytes is not None:  # its connections have the same
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self._buffer_bytes)
         listener.bind(("127.0.0.1", 0))

@@ -28,7 +28,7 @@ from tests.support.engines import HANG_GUARD_S, REPOSITORY, eventually, unused_p
 from tests.support.held_answers import PATIENT
 
 NOTHING_LISTENS = "127.0.0.1:9"
-_MAIN = "import sys\nfrom sollol_nb.gateway.command import main\nsys.exit(main())"
+_MAIN = "import runpy\nrunpy.run_module('sollol_nb.gateway', run_name='__main__', alter_sys=True)"
 
 
 class GatewayProcess:

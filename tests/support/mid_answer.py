@@ -3,7 +3,6 @@ answer is read."""
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import ExitStack, aclosing, contextmanager
 from typing import Any, TypeVar
@@ -13,16 +12,16 @@ import pytest
 
 from sollol_nb.errors import ConnectionBrokenError
 from sollol_nb.llama_cpp.engine.check import Engine
-from sollol_nb.llama_cpp.workers.probe import ProbeOutcome, probe
 from sollol_nb.runtime.exchange import Exchange
-from tests.support.engines import MeteredWire, eventually, read_and_do, run, unused_port
+from tests.support.engines import MeteredWire, on_io_loop, read_and_do, unused_port, worker_on
 
 T = TypeVar("T")
 
 
 def read_and_kill(stream: AsyncGenerator[T, None], at: int, kill: Callable[[], object]) -> list[T]:
-    """All items of an answer. After the one with this number, `kill` ends its engine or the workers of that. What
-    was sent by then and is not read, is lost with them: it may be the whole rest."""
+    """All items of an answer. After the item with this number, `kill` must end its engine. What the engine has
+    sent by then, and is not read yet, is lost: it may be the whole rest. All other streams of this process that
+    began earlier break, too."""
     is_killed = False
     lines = Exchange.lines
 
@@ -52,25 +51,13 @@ def wired_workers(engine: Engine, count: int) -> Iterator[dict[str, psutil.Proce
         workers = {}
         for _ in range(count):
             port = unused_port()
-            worker = subprocess.Popen(
-                [str(engine.worker), "-H", "127.0.0.1", "-p", str(port), "-t", "1"],
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                restore_signals=False,  # SIGPIPE stays ignored: a cut connection must not end it
-            )
-            stack.callback(worker.wait)
-            stack.callback(worker.kill)
-            eventually(lambda at=port: run(probe("127.0.0.1", at)).outcome is ProbeOutcome.FREE, "it listens")
-            workers[stack.enter_context(wire_to(port))] = psutil.Process(worker.pid)
+            worker = stack.enter_context(worker_on(engine, "127.0.0.1", port))
+            workers[stack.enter_context(wire_to(port))] = worker
         yield workers
 
 
 @contextmanager
 def wire_to(worker_port: int) -> Iterator[str]:
     """An endpoint that leads through the I/O loop of this process to a worker."""
-    wire = MeteredWire(worker_port, allowed_bytes=2**40)
-    run(wire.__aenter__())
-    try:
+    with on_io_loop(MeteredWire(worker_port, allowed_bytes=2**40)) as wire:
         yield wire.endpoint
-    finally:
-        run(wire.__aexit__())

@@ -180,7 +180,7 @@ class AnswerWire:
         await self._close()
 
     def halt_after(self, chunks: float) -> None:
-        """Pass so many more chunks of answers, and none after them."""
+        """Pass so many more chunks of answers, and none after them. An answer that is halted stays halted."""
         self._chunks_left = chunks
 
     async def kill(self) -> None:

@@ -10,8 +10,8 @@ from sollol_nb.llama_cpp.workers import identities, probe
 
 
 @pytest.fixture
-def first_answers_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first of some names of one free worker is asked until it answers, however long that takes. With a longer
+def first_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of some names of one free worker is asked until it answers, up to 60 times. With a longer
     limit, each other name would take that long."""
 
     async def answering_together(endpoints: Iterable[str]) -> list[str]:

@@ -42,7 +42,7 @@ def test_targets_that_lead_to_the_same_devices_are_one(
 
 
 @pytest.mark.engine
-def test_a_worker_that_is_named_in_every_way_is_used_once(engine: Engine, first_answers_late: None) -> None:
+def test_a_worker_that_is_named_in_every_way_is_used_once(engine: Engine, first_is_waited_for: None) -> None:
     port = unused_port()
     process = subprocess.Popen(
         [str(engine.worker), "-H", LOOPBACK, "-p", str(port), "-t", "1"],

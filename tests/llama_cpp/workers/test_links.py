@@ -323,7 +323,9 @@ def test_an_answer_waits_for_its_only_machine_to_come_back(far: FarWorker, endle
 
         async def connect_again() -> None:
             await noticed.wait()
-            await eventually_async(lambda: any(lost.values()), "the answer notes it, which looks for it once more")
+            await eventually_async(
+                lambda: any(lost.values()), "the router has looked for lost workers and found it"
+            )
             await asyncio.to_thread(far.connect)
 
         async def ask() -> tuple[str, Any]:

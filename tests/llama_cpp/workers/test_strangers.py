@@ -205,7 +205,7 @@ def test_a_worker_that_listens_on_all_addresses_is_one_worker(
 
 
 def test_a_worker_that_is_also_named_through_a_tunnel_is_used_once(
-    empty_state: None, listen: Callable[..., str], first_answers_late: None
+    empty_state: None, listen: Callable[..., str], first_is_waited_for: None
 ) -> None:
     name = listen()
     with tunnel_to(int(name.rpartition(":")[2])) as port:

@@ -28,9 +28,11 @@ def notebook(engine: object, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 def held(notebook: Kernel, tmp_path: Path) -> Iterator[Path]:
     """Answers of the notebook wait once they have some words; the file with which they continue."""
     may_continue = tmp_path / "may-continue"
+    notebook.run("from sollol_nb.router.active_request import ActiveRequest\nunheld = ActiveRequest._answer")
     notebook.run(holding(100, until=may_continue))
     yield may_continue
     may_continue.touch()
+    notebook.run("ActiveRequest._answer = unheld")
 
 
 # --- values -------------------------------------------------------------------------------------
