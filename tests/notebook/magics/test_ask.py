@@ -26,7 +26,7 @@ def notebook(engine: object, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.fixture
 def held(notebook: Kernel, tmp_path: Path) -> Iterator[Path]:
-    """Answers of the notebook wait once they have some words; the file with which they continue."""
+    """A file. Until it exists, the answers of the notebook wait after 100 characters."""
     may_continue = tmp_path / "may-continue"
     notebook.run("from sollol_nb.router.active_request import ActiveRequest\nunheld = ActiveRequest._answer")
     notebook.run(holding(100, until=may_continue))
