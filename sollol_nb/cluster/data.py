@@ -8,6 +8,7 @@
 | `starting` | model that is being loaded: `description`, `share` (0 to 1) |
 | `events` | number of the event: `at`, `kind`, `message` |
 | `totals` | requests: `running`, `waiting`, `total`, `failed` |
+| `cards` | all of it as people look at it (`cards/shapes.py`): `models`, `workers`, `nodes`, `problems`, `events` by key with their order as `n`, `summary`, `workers_summary`, `nodes_summary`, `folds`, `invitations` |
 | `closed` | present once the router was closed: nothing changes any more |
 | `unreachable` | while a notebook's gateway does not answer: one line about it |
 
@@ -22,71 +23,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
-from sollol_nb.cluster.status import (
-    ClusterStatus,
-    CoordinatorStatus,
-    LayerSegment,
-    LocalPart,
-    describe_node,
-)
+from sollol_nb.cluster.cards.cards import cards_of
+from sollol_nb.cluster.cards.shapes import as_data
+from sollol_nb.cluster.coordinator_status import CoordinatorStatus, LayerSegment, LocalPart
+from sollol_nb.cluster.live_figures import MEMORY_STEPS, LiveFigures
+from sollol_nb.cluster.status import ClusterStatus, describe_node
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.ollama.nodes import NodeStatus
-from sollol_nb.runtime.events import Event, EventKind
+from sollol_nb.runtime.events import Event
 from sollol_nb.text.palette import state_color
 from sollol_nb.text.tables import format_bytes
-
-MEMORY_STEPS = 50
-"""Free memory is rounded down to a multiple of 1/50 of the total: a step is visible, less is noise."""
-
-
-@dataclass(slots=True)
-class RequestCounts:
-    """How many requests a router has received, counted from its first one, since the bus keeps only recent events.
-
-    Attributes:
-        total, failed: so far.
-        running: now.
-    """
-
-    total: int = 0
-    failed: int = 0
-    running: int = 0
-
-    def count(self, event: Event) -> None:
-        """Count the event if it is about a request."""
-        if event.kind == EventKind.REQUEST_STARTED:
-            self.total += 1
-            self.running += 1
-        elif event.kind == EventKind.REQUEST_FINISHED:
-            self.running -= 1
-            self.failed += event.data.get("status") in ("error", "timeout")
-
-
-@dataclass(slots=True)
-class LiveFigures:
-    """What only events report, and as much of it as a view shows.
-
-    Attributes:
-        requests: the counts.
-        round_trips_ms: of each worker and Ollama node, by the number of the probe.
-        free_bytes: of each worker's memory at its last probe. Local workers share their machine's memory, which
-            changes for all of them at the same time; views get the new value of a few workers at a time.
-        last_error: of each worker: why it was last lost.
-        last_answer: a description, by the URL of the coordinator or node.
-        starting: models that are being loaded: a description, and the share that is done.
-        events: by number, the oldest first.
-    """
-
-    requests: RequestCounts
-    round_trips_ms: dict[str, dict[int, float]] = field(default_factory=dict)
-    free_bytes: dict[str, int] = field(default_factory=dict)
-    last_error: dict[str, str] = field(default_factory=dict)
-    last_answer: dict[str, str] = field(default_factory=dict)
-    starting: dict[str, tuple[str, float | None]] = field(default_factory=dict)
-    events: dict[int, Event] = field(default_factory=dict)
 
 
 def cluster_data(status: ClusterStatus, live: LiveFigures, own: Iterable[str]) -> dict[str, Any]:
@@ -117,6 +65,7 @@ def cluster_data(status: ClusterStatus, live: LiveFigures, own: Iterable[str]) -
             "total": live.requests.total,
             "failed": live.requests.failed,
         },
+        "cards": as_data(cards_of(status, live=live, own=own)),
     }
 
 

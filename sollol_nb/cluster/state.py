@@ -20,8 +20,10 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Protocol
 
-from sollol_nb.cluster.data import LiveFigures, RequestCounts, cluster_data, describe_answer, patch_between
-from sollol_nb.cluster.status import ClusterStatus, CoordinatorStatus
+from sollol_nb.cluster.coordinator_status import CoordinatorStatus
+from sollol_nb.cluster.data import cluster_data, describe_answer, patch_between
+from sollol_nb.cluster.live_figures import LiveFigures, RequestCounts
+from sollol_nb.cluster.status import ClusterStatus
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.coordinators.pool import CoordinatorPool
 from sollol_nb.llama_cpp.workers.workers import Workers

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from sollol_nb.cluster.status import ClusterStatus, CoordinatorStatus, LayerSegment
+from sollol_nb.cluster.coordinator_status import CoordinatorStatus, LayerSegment
+from sollol_nb.cluster.status import ClusterStatus
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.plots.style import MAX_NAME_CHARS, axes_or_new, legend_below, rows_from_top, set_title, without_data
 from sollol_nb.text import palette

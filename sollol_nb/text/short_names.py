@@ -12,6 +12,9 @@ _PATH = re.compile(r"[/~\\]|\.{1,2}[/\\]|[A-Za-z]:[/\\]")
 """How a path begins, and no name of an Ollama model."""
 _BLOB = re.compile(r".*[/\\]sha256[-:](?P<digits>[0-9a-f]{12})[0-9a-f]{52}", re.IGNORECASE | re.DOTALL)
 
+_ENDPOINT = re.compile(r"(?P<host>\[[^\]]+\]|[^:\s/]+):(?P<port>\d+)")
+_ADDRESS = re.compile(r"[\d.]+|\[.*\]")
+
 
 def is_file_name(model: str) -> bool:
     """Whether a model's name is the path of a GGUF file: it ends in `.gguf`, is one of Ollama's blobs, or begins
@@ -51,6 +54,27 @@ def fitted_name(model: object, limit_chars: int) -> str:
     name = short_name(model)
     end = (limit_chars - 1) // 2
     return name if len(name) <= limit_chars else f"{name[: limit_chars - 1 - end]}…{name[-end:]}"
+
+
+def short_endpoints(names: Iterable[str]) -> dict[str, str]:
+    """The name of each of these workers for a small space.
+
+    Hosts lose their domain. Where all hosts are the same, only the port is left (`:50052`); where all ports are,
+    only the host. Names that are no endpoints stay as they are.
+    """
+    whole = list(dict.fromkeys(names))
+    found = [_ENDPOINT.fullmatch(name) for name in whole]
+    split = [(match["host"], match["port"]) for match in found if match is not None]
+    if len(split) < len(whole) or len(whole) < 2:
+        return {name: name for name in whole}
+    hosts, ports = {host for host, _ in split}, {port for _, port in split}
+    if len(hosts) == 1:
+        return {name: f":{port}" for name, (_, port) in zip(whole, split, strict=True)}
+    short = {host: host.partition(".")[0] for host in hosts if not _ADDRESS.fullmatch(host)}
+    if len(short) < len(hosts) or len(set(short.values())) < len(hosts):
+        short = {host: host for host in hosts}
+    end = {name: "" if len(ports) == 1 else f":{port}" for name, (_, port) in zip(whole, split, strict=True)}
+    return {name: short[host] + end[name] for name, (host, _) in zip(whole, split, strict=True)}
 
 
 def _parts(path: str) -> tuple[str, ...]:

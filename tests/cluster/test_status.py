@@ -12,7 +12,8 @@ from typing import Any, cast
 
 import pytest
 
-from sollol_nb.cluster.status import ClusterStatus, CoordinatorStatus, LayerSegment
+from sollol_nb.cluster.coordinator_status import CoordinatorStatus, LayerSegment
+from sollol_nb.cluster.status import ClusterStatus
 from sollol_nb.layers.plan import LayerPlan, Shard
 from sollol_nb.layers.token_time import TokenTime
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator

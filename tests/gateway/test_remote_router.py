@@ -22,7 +22,7 @@ from sollol_nb import hybrid_router
 from sollol_nb.chat import journaling
 from sollol_nb.chat.chunk import Chunk
 from sollol_nb.chat.completion import Completion
-from sollol_nb.cluster.status import CoordinatorStatus
+from sollol_nb.cluster.coordinator_status import CoordinatorStatus
 from sollol_nb.errors import (
     AnswerInterruptedError,
     ConfigError,

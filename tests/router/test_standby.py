@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from sollol_nb.cluster.status import CoordinatorStatus
+from sollol_nb.cluster.coordinator_status import CoordinatorStatus
 from sollol_nb.llama_cpp.coordinators import standby as standby_module
 from sollol_nb.llama_cpp.engine.check import Engine
 from sollol_nb.llama_cpp.processes import registry

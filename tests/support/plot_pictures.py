@@ -21,7 +21,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sollol_nb import plots
-from sollol_nb.cluster.status import ClusterStatus, CoordinatorStatus, LayerSegment
+from sollol_nb.cluster.coordinator_status import CoordinatorStatus, LayerSegment
+from sollol_nb.cluster.status import ClusterStatus
 from sollol_nb.latency.frames import frame_of
 from sollol_nb.latency.schema import COLUMNS
 from sollol_nb.runtime.events import Event, EventKind

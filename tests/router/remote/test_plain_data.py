@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from sollol_nb import errors
-from sollol_nb.cluster.status import ClusterStatus, CoordinatorStatus, LayerSegment, LocalPart
+from sollol_nb.cluster.coordinator_status import CoordinatorStatus, LayerSegment, LocalPart
+from sollol_nb.cluster.status import ClusterStatus
 from sollol_nb.errors import (
     AnswerInterruptedError,
     ContextOverflowError,
