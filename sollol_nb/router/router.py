@@ -106,6 +106,7 @@ class Router(RouterRequests):
         draft: str | Path | None = None,
         llama_cpp: str | Path | None = None,
         keep_alive: float | str | Mapping[str, float | str] | None = None,
+        adopt_only: bool = False,
         latency: LatencyLog | None = None,
         gateway: str | None = None,
         gateway_key: str | None = None,
@@ -157,6 +158,8 @@ class Router(RouterRequests):
             keep_alive: how long a coordinator (and a worker started here) lives without a request: seconds,
                 `"10m"`, 0 (ends with its request) or `"forever"`; or a dict of these by model, with `"*"` for all
                 others. By default 10 minutes. It lives on when the kernel ends.
+            adopt_only: start no coordinator: requests use those that other processes have started, also with other
+                settings, and fail where none runs. Ollama loads models all the same.
             latency: the latency log; by default the one in the state folder.
             gateway: use the engines of the gateway at this address, such as `http://head:11440`, instead of own
                 ones; `local` uses own ones, whatever the setting `gateway` says. Of the other arguments, only
@@ -195,6 +198,7 @@ class Router(RouterRequests):
                 draft=draft,
                 llama_cpp=llama_cpp,
                 keep_alive=keep_alive,
+                adopt_only=adopt_only,
                 latency=latency,
                 timeout_s=self._timeout_s,
             )
@@ -219,6 +223,7 @@ class Router(RouterRequests):
                 draft=draft,
                 llama_cpp=llama_cpp,
                 keep_alive=keep_alive,
+                adopt_only=adopt_only or None,
             )
             key = config.or_default(gateway_key, "gateway_key")
             key = None if key is None else SECRET.checked(key, "gateway_key")

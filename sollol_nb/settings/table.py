@@ -492,6 +492,16 @@ _TABLE = (
         default=DEFAULT_GATEWAY_PORT,
         guarded=True,
     ),
+    Setting(
+        "mcp_ask",
+        "machine",
+        kinds.one_of("off", "loaded", "any"),
+        "Which models agents may ask through Jupyter's MCP server (sollol_ask): loaded (only those that are "
+        "loaded already, so nothing is started), any (others are loaded for it) or off.",
+        "SOLLOL_MCP_ASK",
+        default="loaded",
+        guarded=True,
+    ),
 )
 
 SETTINGS: Mapping[str, Setting] = MappingProxyType({setting.name: setting for setting in _TABLE})

@@ -1,4 +1,4 @@
-"""A JupyterLab server of its own: loopback, a free port, a token, and folders that are nobody else's.
+"""A separate Jupyter server, such as JupyterLab's: loopback, a free port, a token, and folders of its own.
 
 Nothing of the user's Jupyter is read or written, and nothing is fetched from elsewhere. What would pop up over a
 page (news, updates) or make it differ from run to run (autosave, a hasty completer) is switched off.
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -35,16 +36,29 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 class LabServer:
-    """One `jupyter lab` process and its kernels.
+    """One `jupyter lab` process and its kernels, or one of another application.
 
     Args:
         folder: for everything that it writes; notebooks are in `notebooks` below it.
+        application: the module of the application: `jupyterlab`, `notebook` or `jupyter_server`.
+        extensions: the server's extensions, which are all off without configuration files.
+        options: more options of its command line.
         environment: more environment variables for the server, and so for its kernels.
     """
 
-    def __init__(self, folder: Path, **environment: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        application: str = "jupyterlab",
+        extensions: Sequence[str] = ("jupyter_server_proxy",),
+        options: Sequence[str] = (),
+        **environment: str,
+    ) -> None:
         self.notebooks = folder / "notebooks"
-        self.log_path = folder / "jupyterlab.log"
+        self.log_path = folder / "server.log"
+        self._application = application
+        self._options = [*(f"--ServerApp.jpserver_extensions={name}=True" for name in extensions), *options]
         self.token = secrets.token_hex(16)
         self.url = ""
         self._runtime = folder / "runtime"
@@ -72,12 +86,10 @@ class LabServer:
         Raises:
             RuntimeError: it ended or did not answer in time; with the end of its log.
         """
-        # Without configuration files, extensions of the server are off.
-        extensions = "--ServerApp.jpserver_extensions=jupyter_server_proxy=True"
-        options = ["--no-browser", "--ip=127.0.0.1", "--port=0", "--allow-root", extensions]
+        options = ["--no-browser", "--ip=127.0.0.1", "--port=0", "--allow-root", *self._options]
         with self.log_path.open("wb") as log:
             self._process = psutil.Popen(
-                [sys.executable, "-m", "jupyterlab", *options],
+                [sys.executable, "-m", self._application, *options],
                 cwd=self.notebooks,
                 env=self._environment,
                 stdin=subprocess.DEVNULL,
@@ -94,7 +106,9 @@ class LabServer:
                 return
             time.sleep(0.05)
         self.stop()
-        raise RuntimeError(f"JupyterLab did not start:\n{self.log_path.read_text(errors='replace')[-2000:]}")
+        raise RuntimeError(
+            f"{self._application} did not start:\n{self.log_path.read_text(errors='replace')[-2000:]}"
+        )
 
     def ask(self, method: str, path: str, body: Any = None) -> Any:
         """The JSON that the server's REST API answers to a body as JSON, None where it answers with nothing."""

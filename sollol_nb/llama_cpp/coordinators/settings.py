@@ -40,6 +40,7 @@ class PoolSettings:
         replan: what happens when another layout of a running model has become faster; see the setting.
         standby: whether a second coordinator of a model over workers is kept ready; see `standby.py`.
         exact: use no running coordinator that was started with other settings, though it would serve as well.
+        adopt_only: start none: use those that other processes have started, also with other settings.
     """
 
     num_rpc_backends: int | None
@@ -59,6 +60,7 @@ class PoolSettings:
     replan: str = "say"
     standby: bool = False
     exact: bool = False
+    adopt_only: bool = False
 
     def keep_alive(self, model: str) -> float | None:
         """Seconds that this model's coordinator lives without a request; None is forever."""

@@ -42,7 +42,7 @@ from sollol_nb.llama_cpp.coordinators.settings import (
     file_identity,
 )
 from sollol_nb.llama_cpp.engine.check import Engine
-from sollol_nb.llama_cpp.engine.find import ensure_engine
+from sollol_nb.llama_cpp.engine.find import ensure_engine, find_engine
 from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.processes.machine import free_ports
 from sollol_nb.llama_cpp.workers.workers import Workers
@@ -90,6 +90,8 @@ class CoordinatorStarter:
 
     async def engine(self) -> Engine:
         """The llama.cpp programs: found, or built on first need, with progress reported as events."""
+        if self.settings.adopt_only:
+            return await asyncio.to_thread(find_engine, self.settings.llama_cpp)
 
         def report(step: str, share: float | None) -> None:
             message = step if share is None else f"{step}: {share:.0%}"
@@ -169,7 +171,8 @@ class CoordinatorStarter:
             coordinator: Coordinator | None = None
             try:
                 await self._running.until_ended()  # they would be adopted, or hold needed workers
-                coordinator = await self._adopt(start) or await self._launch(start, given_draft, settings)
+                coordinator = await self._adopt(start, as_it_is=settings.adopt_only)
+                coordinator = coordinator or await self._launch(start, given_draft, settings)
                 async with self._progress_reported(route.name, coordinator):
                     await coordinator.until_ready(self.settings.coordinator_timeout_s)
             except BaseException as error:
@@ -278,6 +281,8 @@ class CoordinatorStarter:
             given_draft: the draft model that the user has named.
             wanted: the settings.
         """
+        if wanted.adopt_only:
+            raise CoordinatorStartError(f"{start.model} is not loaded, and nothing is started here; load it first")
         sharded = start.route.backend == DISTRIBUTED
         if sharded:  # not within the claim, since no other start is to wait for these machines
             await self.planner.connect(start, wanted)
