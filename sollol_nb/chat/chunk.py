@@ -27,6 +27,39 @@ DRAFTS: Final = "_drafts"
 CACHED: Final = "_cached"
 """Which tokens of the prompt were not processed, a `Cached`. On the first and last chunk from llama.cpp."""
 
+CALLING: Final = "_calling"
+"""A call of a Python function that begins now, a `Step` without its result. On a chunk of its own."""
+STEP: Final = "_step"
+"""A call of a Python function that has ended, a `Step`. On a chunk of its own; the text received before it
+belongs to the step, not to the answer."""
+
+
+class Step(TypedDict):
+    """A call of a Python function that was given as a tool.
+
+    Keys:
+        round: which answer of the model has the call, counted from 1.
+        id: of the call.
+        call: the name of the function, as the model wrote it.
+        arguments: as the model wrote them; a text where they are not JSON.
+        result: what the model was given as the result; "" if the call failed.
+        error: why it failed, as the model was told; else "".
+        seconds: how long the function took; 0 if it was not called.
+        note: what else to know, such as that the result was cut; usually "".
+        text, thinking: what the model wrote in the same answer, with its first call.
+    """
+
+    round: int
+    id: str
+    call: str
+    arguments: Any
+    result: str
+    error: str
+    seconds: float
+    note: str
+    text: str
+    thinking: str
+
 
 class Cached(TypedDict):
     """Where the tokens of a prompt came from; keys are those of `Routing`."""
@@ -186,3 +219,5 @@ class Chunk(TypedDict, total=False):
     _stopped_by: str
     _drafts: Drafts
     _cached: Cached
+    _calling: Step
+    _step: Step

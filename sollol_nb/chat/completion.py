@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from sollol_nb.chat import completion_view
-from sollol_nb.chat.chunk import RESTARTED, ROUTING, Chunk, TokenLogprob
+from sollol_nb.chat.chunk import CALLING, RESTARTED, ROUTING, STEP, Chunk, Step, TokenLogprob
 from sollol_nb.errors import StructureError
 from sollol_nb.schema.frames import frame_from_text, frame_of
 from sollol_nb.schema.schema import PickledSchema, parse_structured
@@ -16,6 +16,8 @@ from sollol_nb.text.tables import counted
 if TYPE_CHECKING:
     import pandas as pd
 
+STEPS = "_steps"
+"""Of a completion: the calls of Python functions before the answer, each a `Step`."""
 TIMINGS = ("queue_ms", "load_ms", "ttft_ms", "duration_ms", "tokens_per_s", "router_overhead_ms")
 
 
@@ -29,7 +31,7 @@ class Completion(dict[str, Any]):
     `router_overhead_ms`, `failovers`, `dropped` (which turns were dropped to fit the context), `drafted_tokens`,
     `accepted_tokens` (of drafts; None where llama.cpp drafts none). Where it applies also `_dropped` (the same),
     `_context_full` (tokens of the context that was full before the answer ended) and `_note` (what to know about
-    the text).
+    the text), and `_steps` (the calls of Python functions before the answer).
 
     Attributes:
         schema: what the answer must match (see `sollol_nb.schema`); None for free text.
@@ -43,16 +45,19 @@ class Completion(dict[str, Any]):
     def from_chunks(cls, chunks: Iterable[Chunk]) -> Completion:
         """Join streamed chunks into the whole answer; the last chunk carries everything but the text.
 
-        A chunk with `_restarted` starts the answer over.
+        A chunk with `_restarted` starts the answer over; text before a step belongs to the step.
         """
         content: list[str] = []
         thinking: list[str] = []
         tool_calls: list[Any] = []
         logprobs: list[TokenLogprob] = []
+        steps: list[Step] = []
         last: Mapping[str, Any] = {}
         for chunk in chunks:
             message = chunk.get("message") or {}
-            if chunk.get(RESTARTED):  # the text received so far is void
+            if STEP in chunk:
+                steps.append(chunk[STEP])
+            if chunk.get(RESTARTED) or STEP in chunk:  # the text received so far is void, or belongs to the step
                 content, thinking, tool_calls, logprobs = [], [], [], []
             content.append(message.get("content") or "")
             thinking.append(message.get("thinking") or "")
@@ -64,7 +69,9 @@ class Completion(dict[str, Any]):
             message["thinking"] = "".join(thinking)
         if tool_calls:
             message["tool_calls"] = tool_calls
-        return cls({**last, "message": message, **({"logprobs": logprobs} if logprobs else {})})
+        whole = {name: value for name, value in last.items() if name not in (CALLING, STEP)}
+        whole |= {"message": message} | ({"logprobs": logprobs} if logprobs else {})
+        return cls(whole | ({STEPS: steps} if steps else {}))
 
     @property
     def text(self) -> str:
@@ -75,6 +82,13 @@ class Completion(dict[str, Any]):
     def thinking(self) -> str:
         """The model's reasoning before the answer, or ""."""
         return str(self.get("message", {}).get("thinking", ""))
+
+    @property
+    def steps(self) -> list[Step]:
+        """The calls of Python functions before the answer, in order: `call` (the name), `arguments`, `result` (as
+        the model read it), `error` and `seconds` of each, see `chunk.Step`; empty where no functions were
+        given."""
+        return list(self.get(STEPS, ()))
 
     @property
     def code(self) -> str:

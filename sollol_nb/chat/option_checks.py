@@ -251,8 +251,8 @@ def _check_tool(tool: Any, where: str) -> None:
     if callable(tool):
         name = getattr(tool, "__name__", type(tool).__name__)
         raise ConfigError(
-            f"{where} is the Python function {name}; describe it as a dict such as "
-            f'{{"type": "function", "function": {{"name": "{name}", "parameters": {{...}}}}}}'
+            f"{where} is the Python function {name}, which is not called here; ask with route_request or stream, "
+            f'or describe it as {{"type": "function", "function": {{"name": "{name}", "parameters": {{...}}}}}}'
         )
     function = tool.get("function") if isinstance(tool, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
 
@@ -17,7 +18,8 @@ class ChatOptions(TypedDict, total=False):
             frequency_penalty: sampling, as in Ollama's `docs/modelfile.md`.
         options: Ollama's own dict of these.
         format: `"json"`, or a JSON schema.
-        tools: functions that the model may call, as in Ollama's `docs/api.md`.
+        tools: functions that the model may call: dicts as in Ollama's `docs/api.md`, whose calls are returned; or
+            Python functions, which `route_request` and `stream` call.
         tool_choice: whether it may call them (`"auto"`), must not (`"none"`) or must (`"required"`); or which one
             it must call, as `{"type": "function", "function": {"name": ...}}`.
         parallel_tool_calls: False: it calls one function at most.
@@ -57,7 +59,7 @@ class ChatOptions(TypedDict, total=False):
     frequency_penalty: float | None
     options: dict[str, Any] | None
     format: str | dict[str, Any] | None
-    tools: list[dict[str, Any]] | tuple[dict[str, Any], ...] | None
+    tools: Sequence[Mapping[str, Any] | Callable[..., Any]] | None
     tool_choice: str | dict[str, Any] | None
     parallel_tool_calls: bool | None
     logprobs: bool | None

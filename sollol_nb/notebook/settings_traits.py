@@ -115,6 +115,7 @@ class Sollol(Configurable):
     keep_chats = SettingTrait()
     preload = SettingTrait()
     journal = SettingTrait()
+    confirm_tools = SettingTrait()
 
     def __init__(self, shell: InteractiveShell | None = None) -> None:
         self.section_before = copy.deepcopy(shell.config.get(_SECTION)) if shell is not None else None

@@ -2,6 +2,7 @@
 
 - `router.py`: `Router`, the API of all this.
 - `requests.py`: its methods that ask a model.
+- `tool_loop.py`: answers that call Python functions.
 - `own_engines.py`: what it works with: workers, coordinators, Ollama nodes.
 - `remote/`: the same, where a gateway has them.
 - `settings.py`: the arguments of a router, checked.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from sollol_nb.llama_cpp.answers.base import Answer
 from sollol_nb.router.own_engines import OwnEngines
 from sollol_nb.router.remote.engines import GatewayEngines
 from sollol_nb.router.resumption import bare_request, continued, entry_of
+from sollol_nb.router.tool_loop import answered_with_tools, calls_functions
 from sollol_nb.runtime.io_loop import io_bound, io_bound_stream
 from sollol_nb.runtime.priority import Priority
 from sollol_nb.settings.models import model_text
@@ -40,6 +41,8 @@ class RouterRequests:
         backend: str | None = None,
         priority: int = Priority.NORMAL,
         timeout: float | None = None,
+        max_steps: int | None = None,
+        confirm: bool | Callable[[str, Mapping[str, Any]], Any] | None = None,
         **options: Unpack[ChatOptions],
     ) -> Completion:
         """Ask a model, and wait for the whole answer.
@@ -54,14 +57,27 @@ class RouterRequests:
             backend: where it must run, whatever the model's size: `ollama`, `sharded` or `local` (or in full, as
                 in `_routing`); None and `auto` leave that to the router.
             priority: 1 to 10; of requests that wait for the same backend, higher ones go first.
-            timeout: limit in seconds, from when the coordinator is ready; at Ollama, loading counts.
+            timeout: limit in seconds, from when the coordinator is ready; at Ollama, loading counts. With
+                functions as tools, of each request to the model.
+            max_steps: with functions as tools: how many answers of the model may call them; after that it has to
+                answer without. Default: 10.
+            confirm: with functions as tools: whether the user is asked before each call, in the terminal or below
+                the cell; or a function of the name and the arguments that returns whether the call may be made.
+                Default: the setting `confirm_tools`.
             **options: `max_tokens`, `temperature`, `top_p`, `top_k`, `min_p`, `seed`, `stop`, `format`
-                (`"json"` or a JSON schema), `tools`, `tool_choice`, `options` (Ollama's own dict), `overflow`
+                (`"json"` or a JSON schema), `tools` (dicts as Ollama takes them, or Python functions, see below),
+                `tool_choice`, `options` (Ollama's own dict), `overflow`
                 (`"error"`, or `"drop_oldest"`: leaves out the oldest turns that do not fit, and says so as
                 `_dropped`), ... (see `chat/options.py`)
 
+        Python functions as `tools` are called here when the model asks for it, and it goes on with their results,
+        until it answers. Type hints and docstrings tell the model what they do and take. A call whose arguments do
+        not match, or that fails, goes back to the model as an error. A blocking call runs them in its own thread,
+        so that an interrupt ends them too; `await` runs them in threads, and coroutines in its own event loop.
+        `tool_choice` is for the first answer. Only the functions given here are ever called.
+
         Returns:
-            The answer in Ollama's shape, with `_routing`.
+            The answer in Ollama's shape, with `_routing`; `.steps` has the calls of functions.
 
         Raises:
             StructureError: the answer does not match the schema; the error has it as `.completion`.
@@ -69,11 +85,21 @@ class RouterRequests:
             SollolError: of the kind that fits; see `errors.py`.
         """
         chunks = self.stream(
-            model, messages, schema=schema, backend=backend, priority=priority, timeout=timeout, **options
+            model,
+            messages,
+            schema=schema,
+            backend=backend,
+            priority=priority,
+            timeout=timeout,
+            max_steps=max_steps,
+            confirm=confirm,
+            **options,
         )
-        return checked_against_schema(await _joined(chunks), schema)
+        is_local = calls_functions(
+            options.get("tools"), max_steps, confirm
+        )  # then the loop of the caller is needed
+        return checked_against_schema(await (_joined_here if is_local else _joined)(chunks), schema)
 
-    @io_bound_stream
     def stream(
         self,
         /,
@@ -84,13 +110,36 @@ class RouterRequests:
         backend: str | None = None,
         priority: int = Priority.NORMAL,
         timeout: float | None = None,
+        max_steps: int | None = None,
+        confirm: bool | Callable[[str, Mapping[str, Any]], Any] | None = None,
         **options: Unpack[ChatOptions],
     ) -> AsyncGenerator[Chunk, None]:
         """Ask a model; yields Ollama-shaped chunks as they arrive, the last with `done` and `_routing`.
 
         Arguments and errors are those of `route_request`, but only the engine is held to the schema: the text is
         not checked here. Leaving the loop early (closing the generator) cancels the generation on the engine.
+        Where functions are called, chunks with `_calling` and `_step` say which and what they gave
+        (`chat/chunk.py`).
         """
+        ask = partial(self._answer, model, schema=schema, backend=backend, priority=priority, timeout=timeout)
+        if calls_functions(options.get("tools"), max_steps, confirm):
+            return answered_with_tools(ask, messages, options, max_steps=max_steps, confirm=confirm)
+        return ask(messages, **options)
+
+    @io_bound_stream
+    def _answer(
+        self,
+        /,
+        model: str | Path,
+        messages: Sequence[Mapping[str, Any]] | str,
+        *,
+        schema: object,
+        backend: str | None,
+        priority: int,
+        timeout: float | None,
+        **options: Any,
+    ) -> AsyncGenerator[Chunk, None]:
+        """One answer of the model, as chunks."""
         check = partial(
             ChatRequest.checked,
             messages,
@@ -259,8 +308,11 @@ class RouterRequests:
         return self._engines.chunks(answer.model, check, router=self, interrupted=answer, entry=entry)
 
 
-@io_bound  # so that only the whole answer changes the thread, not each of its chunks
-async def _joined(chunks: AsyncGenerator[Chunk, None], *before: Chunk) -> Completion:
+async def _joined_here(chunks: AsyncGenerator[Chunk, None], *before: Chunk) -> Completion:
     """The whole answer of a stream, after the chunks from before it."""
     async with aclosing(chunks):
         return Completion.from_chunks([*before, *[chunk async for chunk in chunks]])
+
+
+_joined = io_bound(_joined_here)
+"""So that only the whole answer changes the thread, not each of its chunks."""

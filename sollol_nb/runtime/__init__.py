@@ -1,6 +1,7 @@
 """What runs underneath: the I/O loop, events, order of requests, HTTP and SQLite; knows nothing of models.
 
 - `io_loop.py`: the one thread with one event loop that carries all I/O, and blocking twins of async methods
+- `callers.py`: functions of the user, which run where they cannot hold up the I/O loop
 - `events.py`: all kinds of events, and the bus that publishes them
 - `gate.py`: which request may use a server next
 - `priority.py`: the ten levels of priority, and those of roles and tasks

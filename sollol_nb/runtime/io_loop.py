@@ -23,6 +23,7 @@ from contextlib import aclosing
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
 from sollol_nb.errors import ConfigError, RequestCancelledError
+from sollol_nb.runtime.callers import Send, context_with_caller, stop_functions_loop
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -101,6 +102,7 @@ def stop_if_unused(*, wait_s: float = 0.0) -> bool:
             if _users or time.monotonic() >= deadline:
                 return False
             time.sleep(0.01)
+        stop_functions_loop()
         loop.call_soon_threadsafe(loop.stop)
         thread.join(_CANCEL_GRACE_S)
         return not thread.is_alive()
@@ -166,7 +168,8 @@ def submit(coroutine: Coroutine[Any, Any, R]) -> Future[R]:
 def run_blocking(coroutine: Coroutine[Any, Any, R]) -> R:
     """Run a coroutine on the I/O loop and wait for it, from any other thread.
 
-    A KeyboardInterrupt cancels the coroutine, waits until it has cleaned up, and is raised again.
+    A KeyboardInterrupt cancels the coroutine, waits until it has cleaned up, and is raised again. The waiting
+    thread runs the functions that the coroutine calls through `callers.called`.
 
     Raises:
         RuntimeError: called on the I/O loop itself, where waiting would never end.
@@ -177,16 +180,25 @@ def run_blocking(coroutine: Coroutine[Any, Any, R]) -> R:
     except RuntimeError:
         coroutine.close()
         raise
-    work = _Work(coroutine)
+    calls: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
+    work = _Work(coroutine, send=calls.put, then=lambda _: calls.put(_nothing))
     try:
         work.start()
-        while not work.finished.wait(_INTERRUPT_CHECK_S):  # a wait without a limit blocks Ctrl-C on Windows
-            pass
+        while not work.finished.is_set():
+            try:
+                call = calls.get(timeout=_INTERRUPT_CHECK_S)  # a wait without a limit blocks Ctrl-C on Windows
+            except queue.Empty:
+                continue
+            call()
         return work.result()
     except asyncio.CancelledError as error:
         raise RequestCancelledError("the request was cancelled") from error
     finally:
         work.stop(_CANCEL_GRACE_S)
+
+
+def _nothing() -> None:
+    """Wakes the thread that waits."""
 
 
 class _Work(Generic[R]):
@@ -196,6 +208,7 @@ class _Work(Generic[R]):
     creates it, starts it inside of a `try`, and calls `stop` at the end.
 
     Args:
+        send: takes functions that the waiting thread is to run, see `callers.py`.
         then: called on the I/O loop when the task has ended.
 
     Attributes:
@@ -203,9 +216,14 @@ class _Work(Generic[R]):
     """
 
     def __init__(
-        self, coroutine: Coroutine[Any, Any, R], *, then: Callable[[asyncio.Task[R]], object] | None = None
+        self,
+        coroutine: Coroutine[Any, Any, R],
+        *,
+        send: Send | None = None,
+        then: Callable[[asyncio.Task[R]], object] | None = None,
     ):
         self._coroutine = coroutine
+        self._context = context_with_caller(send)
         self._then = then
         self._loop = io_loop()
         self._task: asyncio.Task[R] | None = None
@@ -213,7 +231,7 @@ class _Work(Generic[R]):
         self.finished = threading.Event()
 
     def start(self) -> None:
-        self._loop.call_soon_threadsafe(self._begin)
+        self._loop.call_soon_threadsafe(self._begin, context=self._context)
 
     def cancel(self) -> None:
         """Cancel the task, if it has not ended."""
@@ -240,7 +258,7 @@ class _Work(Generic[R]):
 
     def _begin(self) -> asyncio.Task[R]:
         if self._task is None:
-            self._task = self._loop.create_task(self._coroutine)
+            self._task = self._loop.create_task(self._coroutine, context=self._context)
             self._task.add_done_callback(self._end)
         return self._task
 
@@ -313,10 +331,19 @@ async def _from_io_loop(stream: AsyncGenerator[T, None]) -> AsyncGenerator[T, No
 
 
 class _Delivery(Generic[T]):
-    """One item of a stream on its way to another thread, or its end, with or without an error."""
+    """One item of a stream on its way to another thread, a function that this is to run, or the stream's end,
+    with or without an error."""
 
-    def __init__(self, *, item: T | None = None, ended: bool = False, error: BaseException | None = None) -> None:
-        self.item: T = item  # type: ignore[assignment]  # only read when the stream has not ended
+    def __init__(
+        self,
+        *,
+        item: T | None = None,
+        call: Callable[[], object] | None = None,
+        ended: bool = False,
+        error: BaseException | None = None,
+    ) -> None:
+        self.item: T = item  # type: ignore[assignment]  # only read where it is an item
+        self.call = call
         self.ended = ended
         self._error = error
 
@@ -327,7 +354,9 @@ class _Delivery(Generic[T]):
             raise self._error
 
 
-def _pump(stream: AsyncGenerator[T, None], deliver: Callable[[_Delivery[T]], object]) -> _Work[None]:
+def _pump(
+    stream: AsyncGenerator[T, None], deliver: Callable[[_Delivery[T]], object], *, send: Send | None = None
+) -> _Work[None]:
     """One task on the I/O loop that delivers a stream's items and its end."""
 
     async def pump() -> None:
@@ -340,7 +369,7 @@ def _pump(stream: AsyncGenerator[T, None], deliver: Callable[[_Delivery[T]], obj
         with contextlib.suppress(RuntimeError):  # the consumer's loop is closed
             deliver(_Delivery(ended=True, error=error))
 
-    return _Work(pump(), then=end)
+    return _Work(pump(), send=send, then=end)
 
 
 def blocking(
@@ -380,7 +409,8 @@ def iterate_blocking(
 def iterate_blocking(
     stream: AsyncGenerator[T, None], *, tick_s: float | None = None, cancel_grace_s: float = _CANCEL_GRACE_S
 ) -> Generator[T | None, None, None]:
-    """Read an async generator, run as one task on the I/O loop, from another thread.
+    """Read an async generator, run as one task on the I/O loop, from another thread. While this thread waits, it
+    runs the functions that the generator calls through `callers.called`.
 
     Args:
         tick_s: if given, None is yielded whenever no item has arrived for so long.
@@ -392,7 +422,7 @@ def iterate_blocking(
     """
     _refuse_on_io_loop()
     deliveries: queue.SimpleQueue[_Delivery[T]] = queue.SimpleQueue()
-    work = _pump(stream, deliveries.put)
+    work = _pump(stream, deliveries.put, send=lambda call: deliveries.put(_Delivery(call=call)))
     try:
         work.start()
         last = yield from _items(work, deliveries, tick_s)
@@ -421,6 +451,9 @@ def _items(
             continue
         if delivery.ended:
             return delivery
+        if delivery.call is not None:
+            delivery.call()
+            continue
         yield delivery.item
 
 

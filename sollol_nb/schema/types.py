@@ -69,6 +69,19 @@ def schema_of_type(hint: Any) -> dict[str, Any]:
     return _SchemaOfType().whole(hint)
 
 
+def schema_of_arguments(name: str, arguments: Mapping[str, tuple[Any, bool]]) -> dict[str, Any]:
+    """The JSON schema of an object with one property for each argument of a function.
+
+    Args:
+        name: of the function, for errors.
+        arguments: the type of each, and whether it is required.
+
+    Raises:
+        ConfigError: a type that JSON cannot represent.
+    """
+    return _SchemaOfType().of_arguments(name, arguments)
+
+
 def built(hint: Any, data: Any, schema: Mapping[str, Any]) -> Any:
     """A value of a type, from JSON.
 
@@ -222,6 +235,11 @@ class _SchemaOfType:
             schema = self._definitions.pop(name)  # nothing else refers to it
         return {**schema, "$defs": self._definitions} if self._definitions else schema
 
+    def of_arguments(self, name: str, arguments: Mapping[str, tuple[Any, bool]]) -> dict[str, Any]:
+        """The schema of an object with these properties, with the definitions that it refers to."""
+        schema = self._of_fields(name, arguments)
+        return {**schema, "$defs": self._definitions} if self._definitions else schema
+
     def _of(self, hint: Any, where: str) -> dict[str, Any]:
         hint = _bare(hint)
         origin, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
@@ -236,7 +254,7 @@ class _SchemaOfType:
         if origin in (Union, types.UnionType):
             return {"anyOf": [self._of(argument, where) for argument in arguments]}
         if (fields := _fields(hint)) is not None:
-            return self._defined(hint, lambda: self._of_fields(hint, fields))
+            return self._defined(hint, lambda: self._of_fields(hint.__name__, fields))
         if _is_model(hint):
             return self._defined(hint, lambda: self._of_model(hint))
         if origin is tuple and arguments and arguments[-1] is not ...:
@@ -254,10 +272,10 @@ class _SchemaOfType:
         name = getattr(hint, "__name__", None) or shortened(repr(hint), 60)
         raise ConfigError(f"{where}: JSON has no type for {name}; use a dataclass for objects")
 
-    def _of_fields(self, cls: type, fields: Mapping[str, tuple[Any, bool]]) -> dict[str, Any]:
+    def _of_fields(self, of: str, fields: Mapping[str, tuple[Any, bool]]) -> dict[str, Any]:
         return {
             "type": "object",
-            "properties": {name: self._of(hint, f"{cls.__name__}.{name}") for name, (hint, _) in fields.items()},
+            "properties": {name: self._of(hint, f"{of}.{name}") for name, (hint, _) in fields.items()},
             "required": [name for name, (_, is_required) in fields.items() if is_required],
             "additionalProperties": False,
         }

@@ -382,6 +382,15 @@ _TABLE = (
         default=True,
     ),
     Setting(
+        "confirm_tools",
+        "notebook",
+        kinds.YES_OR_NO,
+        "Whether you are asked before a model calls one of the Python functions that you gave it (`--tools`, "
+        "`tools=`); `--confirm` and `confirm=` say it for one answer.",
+        "SOLLOL_CONFIRM_TOOLS",
+        default=False,
+    ),
+    Setting(
         "models",
         "machine",
         MODELS,

@@ -101,7 +101,7 @@ def test_known_options_pass_and_none_is_left_out(given: dict[str, Any], checked:
         ({"format": 1}, 'option format=1 must be "json", or a JSON schema'),
         ({"format": {"maximum": NAN}}, r"format\['maximum'\] is nan"),
         ({"tools": {"a": 1}}, "option tools={'a': 1} must be a list of dicts"),
-        ({"tools": [time.sleep]}, r"tools\[0\] is the Python function sleep; describe it as a dict"),
+        ({"tools": [time.sleep]}, r"tools\[0\] is the Python function sleep, which is not called here"),
         ({"tools": [TOOL, "now"]}, r"tools\[1\] must be a dict such as"),
         ({"tools": [{"name": "now"}]}, r"tools\[0\] must be a dict such as"),
         ({"tools": [tool_with(parameters={"default": time.sleep})]}, "of type builtin"),

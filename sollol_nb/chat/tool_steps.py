@@ -1,0 +1,86 @@
+"""The calls of Python functions in an answer: as messages for the model, and as lines for people. Pure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from sollol_nb.chat.chunk import Step
+from sollol_nb.text.readable import readable
+from sollol_nb.text.safe_markdown import printable
+from sollol_nb.text.tables import counted, format_ms, shortened
+
+MAX_RESULT_CHARS = 8000
+MAX_ERROR_CHARS = 1000
+DECLINED = "the user declined this call"
+_CUT = "[cut: "
+
+
+def result_text(value: object) -> tuple[str, str]:
+    """The result of a function as a model reads it, within bounds, and what was cut, as one line.
+
+    Where something was cut, the last line says so to the model.
+    """
+    text = readable(value, limit_chars=MAX_RESULT_CHARS)
+    if len(text) > MAX_RESULT_CHARS:
+        text = f"{text[:MAX_RESULT_CHARS]}\n{_CUT}{MAX_RESULT_CHARS:,} of {len(text):,} characters shown]"
+    last = text.rpartition("\n")[2]
+    is_cut = last.startswith(_CUT) and last.endswith("]")
+    return text, f"the model got a part of the result: {last.removeprefix(_CUT)[:-1]}" if is_cut else ""
+
+
+def error_text(error: BaseException) -> str:
+    """An error of a function as a model reads it."""
+    return shortened(f"{type(error).__name__}: {error}", MAX_ERROR_CHARS)
+
+
+def messages_of(steps: Sequence[Step]) -> list[dict[str, Any]]:
+    """The messages between question and answer: each answer of the model with its calls, and the results."""
+    messages: list[dict[str, Any]] = []
+    for _, together in groupby(steps, key=lambda step: step["round"]):
+        calls = list(together)
+        asked: dict[str, Any] = {"role": "assistant", "content": calls[0]["text"]}
+        if calls[0]["thinking"]:
+            asked["thinking"] = calls[0]["thinking"]
+        asked["tool_calls"] = [
+            {
+                "id": step["id"],
+                "function": {
+                    "name": step["call"],
+                    "arguments": step["arguments"] if isinstance(step["arguments"], Mapping) else {},
+                },
+            }
+            for step in calls
+        ]
+        messages.append(asked)
+        messages += [
+            {
+                "role": "tool",
+                "tool_name": step["call"],
+                "tool_call_id": step["id"],
+                "content": f"Error: {step['error']}" if step["error"] else step["result"],
+            }
+            for step in calls
+        ]
+    return messages
+
+
+def call_text(name: str, arguments: Any, limit_chars: int) -> str:
+    """A call as one line, such as `convert(amount=3, to="EUR")`; of long ones how much is left out."""
+    if isinstance(arguments, Mapping):
+        inner = ", ".join(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in arguments.items())
+    else:
+        inner = str(arguments)
+    text = printable(f"{shortened(name, 80)}({inner})").replace("\n", " ")
+    left = len(text) - limit_chars
+    return text if left <= 0 else f"{text[:limit_chars]} … ({left:,} more characters)"
+
+
+def summary(steps: Sequence[Step]) -> str:
+    """All steps as one line: how many calls, of what, how long."""
+    names = ", ".join(dict.fromkeys(printable(shortened(step["call"], 60)) for step in steps))
+    failed = sum(bool(step["error"]) for step in steps)
+    parts = [f"{counted(len(steps), 'call')}: {shortened(names, 200)}", f"{failed} failed" if failed else ""]
+    return " · ".join(filter(None, [*parts, format_ms(sum(step["seconds"] for step in steps) * 1000)]))
