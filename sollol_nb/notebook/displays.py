@@ -2,7 +2,8 @@
 
 An Output of ipywidgets (`with out:`, `interact`, a button's callback) takes displays, but none of their updates
 (ipywidgets issue 1844), in JupyterLab as in nbclient. There a display is an Output inside the outer one, whose
-content is set from here.
+content is set from here. A frontend without widgets shows what is inside an Output in the cell, and it gets the
+same content as updates of the display.
 """
 
 from __future__ import annotations
@@ -76,8 +77,15 @@ def _make_inner_output(bundle: dict[str, Any]) -> Callable[[dict[str, Any]], Non
         output.outputs = outputs
 
     show(bundle)
-    display({**output._repr_mimebundle_(), "text/plain": ""}, raw=True)
-    return show
+    shown_instead = output._repr_mimebundle_()
+    del shown_instead["text/plain"]
+    handle: Any = display({**bundle, **shown_instead}, raw=True, display_id=True)
+
+    def replace(new: dict[str, Any]) -> None:
+        show(new)
+        handle.update({**new, **shown_instead}, raw=True)
+
+    return replace
 
 
 @contextlib.contextmanager

@@ -50,6 +50,7 @@ class Shown:
         error: the traceback's lines, without colours.
         displays: mime bundles of `display_data` and `execute_result`, after all updates.
         updates: how often a display was updated.
+        comms: what was sent to widgets: the content of each `comm_open` and `comm_msg`.
     """
 
     status: str = ""
@@ -57,6 +58,7 @@ class Shown:
     error: list[str] = field(default_factory=list)
     displays: list[dict[str, str]] = field(default_factory=list)
     updates: int = 0
+    comms: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def markdown(self) -> str:
@@ -132,6 +134,10 @@ class Kernel:
             self._take(deadline, f"the cell did not show {text!r} within {CELL_TIMEOUT_S} s: {shown}")
         return shown.displays[-1]
 
+    def takes_update(self, shown: Shown, message_id: str) -> bool:
+        """Whether a display of this cell is updated by a message that belongs to the cell of this id."""
+        return True
+
     def _shown(self, message_id: str) -> Shown:
         return self._cells.setdefault(message_id, Shown())
 
@@ -153,29 +159,34 @@ class Kernel:
         elif kind == "update_display_data":
             # Answers in the background update through any cell (ipykernel 6), and after the end of theirs.
             shown, place = self._places[content["transient"]["display_id"]]
-            shown.updates += 1
-            shown.displays[place] = content["data"]
+            if self.takes_update(shown, message_id):
+                shown.updates += 1
+                shown.displays[place] = content["data"]
+        elif kind in ("comm_open", "comm_msg"):
+            shown.comms.append(content)
         elif kind == "status" and content["execution_state"] == "idle":
             self._idle.add(message_id)
         return shown
 
 
 @contextmanager
-def kernel(**variables: str) -> Iterator[Kernel]:
+def kernel(frontend: type[Kernel] = Kernel, /, **variables: str) -> Iterator[Kernel]:
     """A fresh kernel with these environment variables, shut down at the end."""
     manager, client = start_new_kernel(kernel_name="python3", env={**os.environ, **variables})
     try:
-        yield Kernel(manager, client)
+        yield frontend(manager, client)
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)
 
 
 @contextmanager
-def notebook_kernel(state_folder: Path, *cells: str, **variables: str) -> Iterator[Kernel]:
+def notebook_kernel(
+    state_folder: Path, *cells: str, frontend: type[Kernel] = Kernel, **variables: str
+) -> Iterator[Kernel]:
     """A kernel with the extension loaded that has run these cells; its engines are stopped at the end."""
     own = {"SOLLOL_STATE_DIR": str(state_folder), "SOLLOL_KEEP_ALIVE": "60s", **ONE_THREAD}
-    with kernel(**own, **variables) as fresh:
+    with kernel(frontend, **own, **variables) as fresh:
         for cell in ("%load_ext sollol_nb", *cells):
             shown = fresh.run(cell)
             assert shown.status == "ok", shown.error
