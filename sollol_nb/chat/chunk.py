@@ -32,6 +32,8 @@ CALLING: Final = "_calling"
 STEP: Final = "_step"
 """A call of a Python function that has ended, a `Step`. On a chunk of its own; the text received before it
 belongs to the step, not to the answer."""
+STEPS: Final = "_steps"
+"""Of a completion, not of a chunk: all calls of Python functions before the answer, each a `Step`."""
 
 
 class Step(TypedDict):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from sollol_nb.chat import completion_view
-from sollol_nb.chat.chunk import CALLING, RESTARTED, ROUTING, STEP, Chunk, Step, TokenLogprob
+from sollol_nb.chat.chunk import CALLING, RESTARTED, ROUTING, STEP, STEPS, Chunk, Step, TokenLogprob
 from sollol_nb.errors import StructureError
 from sollol_nb.schema.frames import frame_from_text, frame_of
 from sollol_nb.schema.schema import PickledSchema, parse_structured
@@ -16,8 +16,6 @@ from sollol_nb.text.tables import counted
 if TYPE_CHECKING:
     import pandas as pd
 
-STEPS = "_steps"
-"""Of a completion: the calls of Python functions before the answer, each a `Step`."""
 TIMINGS = ("queue_ms", "load_ms", "ttft_ms", "duration_ms", "tokens_per_s", "router_overhead_ms")
 
 

@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, TypeAlias
 
-from sollol_nb.chat.chunk import CONTEXT_FULL, DROPPED, NOTE, ROUTING
+from sollol_nb.chat.chunk import CONTEXT_FULL, DROPPED, NOTE, ROUTING, STEPS
+from sollol_nb.chat.tool_steps import folded_steps, lines_of
 from sollol_nb.text.safe_markdown import code_in, fenced, open_fence, printable, safe_markdown
 from sollol_nb.text.short_names import short_name
 from sollol_nb.text.tables import counted, format_bytes, format_ms
@@ -56,8 +57,8 @@ def tail(text: str, limit_chars: int = LIVE_CHARS) -> str:
 
 
 def plain_text(answer: Answer) -> str:
-    """The answer's text and its footer."""
-    return f"{_text_of(answer)}\n\n[{footer(answer)}]"
+    """The calls before the answer, its text and its footer."""
+    return f"{lines_of(answer.get(STEPS, ()))}{_text_of(answer)}\n\n[{footer(answer)}]"
 
 
 def mime_bundle(answer: Answer, shown_as: str) -> dict[str, str]:
@@ -72,7 +73,8 @@ def mime_bundle(answer: Answer, shown_as: str) -> dict[str, str]:
     text, thinking = split_thinking(_text_of(answer), str(answer.get("message", {}).get("thinking", "")))
     as_block = {"json": _json_block, "code": _code_block, "html": _html_block}.get(shown_as)
     body = safe_markdown(text) + folded_thinking(thinking) if as_block is None else as_block(text)
-    bundle["text/markdown"] = f"{body}\n\n{folded_footer(answer)}"
+    parts = [folded_steps(answer.get(STEPS, ())), body, folded_footer(answer)]
+    bundle["text/markdown"] = "\n\n".join(filter(None, parts))
     if shown_as == "html":
         bundle["text/html"] = _page(text, answer)
     return bundle

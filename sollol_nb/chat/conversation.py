@@ -28,6 +28,7 @@ from sollol_nb.chat.completion import Completion
 from sollol_nb.chat.completion_view import escaped, folded_thinking
 from sollol_nb.chat.context_window import turn_starts
 from sollol_nb.chat.messages import check_messages
+from sollol_nb.chat.tool_steps import messages_of
 from sollol_nb.errors import ChatBusyError, ConfigError
 from sollol_nb.text.safe_markdown import parts_of, safe_markdown
 from sollol_nb.text.short_names import short_name
@@ -204,12 +205,17 @@ class Chat:
         )
 
     def add(self, question: Mapping[str, Any], answer: Completion) -> bool:
-        """Add a question and its answer, even one that ended early. An answer without text that calls no tool is
-        not added, nor is its question; returns whether they were.
+        """Add a question and its answer, even one that ended early, and between them the functions that were
+        called and their results. An answer without text that calls no tool is not added, nor is its question;
+        returns whether they were.
         """
         entry = ChatMessage.from_answer(answer)
         if entry is not None:
-            self._history += [ChatMessage(message=dict(question), at=entry.at), entry]
+            between = [
+                ChatMessage(message=message, at=entry.at, model=entry.model if "tool_calls" in message else "")
+                for message in messages_of(answer.steps)
+            ]
+            self._history += [ChatMessage(message=dict(question), at=entry.at), *between, entry]
             self._changed()
         return entry is not None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any, Self
 
 from sollol_nb.chat.messages import check_messages
@@ -54,14 +55,21 @@ class ChatRequest:
 
     @property
     def question(self) -> str:
-        """What is asked: the text of the last message of the user, or the prompt."""
+        """What is asked: the text of the last message of the user, or the prompt. Where results of tools follow,
+        it begins with their names."""
         if self.prompt is not None:
             return self.prompt.text
         asked: Mapping[str, Any] = next(
             (message for message in reversed(self.messages) if message["role"] == "user"), {}
         )
         content = asked.get("content") or ""
-        return content if isinstance(content, str) else " ".join(str(part.get("text") or "") for part in content)
+        text = content if isinstance(content, str) else " ".join(str(part.get("text") or "") for part in content)
+        tools = [str(each.get("tool_name") or each.get("name") or "a tool") for each in self._last_results]
+        return f"[after {', '.join(dict.fromkeys(tools))}] {text}" if tools else text
+
+    @property
+    def _last_results(self) -> list[dict[str, Any]]:
+        return [*takewhile(lambda message: message["role"] == "tool", reversed(self.messages))][::-1]
 
     def with_defaults(self, options: Mapping[str, Any], system: str | None = None) -> Self:
         """The request, with options that it does not have, and a system message if it has none.

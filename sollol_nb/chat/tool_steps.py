@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -9,12 +10,16 @@ from typing import Any
 
 from sollol_nb.chat.chunk import Step
 from sollol_nb.text.readable import readable
-from sollol_nb.text.safe_markdown import printable
+from sollol_nb.text.safe_markdown import fenced, printable, safe_markdown
 from sollol_nb.text.tables import counted, format_ms, shortened
 
 MAX_RESULT_CHARS = 8000
 MAX_ERROR_CHARS = 1000
 DECLINED = "the user declined this call"
+LINE_CHARS = 80
+SHOWN_CHARS = 10_000
+"""Of arguments; results are shorter."""
+MOST_UNFOLDED = 6
 _CUT = "[cut: "
 
 
@@ -76,6 +81,55 @@ def call_text(name: str, arguments: Any, limit_chars: int) -> str:
     text = printable(f"{shortened(name, 80)}({inner})").replace("\n", " ")
     left = len(text) - limit_chars
     return text if left <= 0 else f"{text[:limit_chars]} … ({left:,} more characters)"
+
+
+def line_of(step: Step, limit_chars: int = LINE_CHARS) -> str:
+    """A step as one line: the call, and its result or error, shortened."""
+    call = call_text(step["call"], step["arguments"], limit_chars)
+    if step["error"]:
+        return f"{call} failed: {_beginning(step['error'], limit_chars)}"
+    return f"{call} = {_beginning(step['result'], limit_chars)}"
+
+
+def lines_of(steps: Sequence[Step]) -> str:
+    """Steps as text, each one line and what to know about it; "" without any."""
+    return "".join(f"[{line_of(step)}{f' ({note})' if (note := step['note']) else ''}]\n" for step in steps)
+
+
+def folded_steps(steps: Sequence[Step]) -> str:
+    """Steps as Markdown, each a fold with the arguments and the result; many of them in one more fold."""
+    folds = "\n\n".join(map(_fold, steps))
+    if len(steps) <= MOST_UNFOLDED:
+        return folds
+    return f"<details><summary><small>{_in_html(summary(steps))}</small></summary>\n\n{folds}\n\n</details>"
+
+
+def _fold(step: Step) -> str:
+    line = f"{line_of(step)} · {format_ms(step['seconds'] * 1000)}"
+    parts = [safe_markdown(step["text"].strip())] if step["text"].strip() else []
+    arguments = step["arguments"]
+    if arguments:
+        is_text = isinstance(arguments, str)
+        text = arguments if is_text else json.dumps(arguments, indent=2, ensure_ascii=False)
+        parts.append(fenced(_bounded(text), "" if is_text else "json"))
+    parts.append(fenced(_bounded(step["error"] or step["result"])))
+    parts += [f"*{_in_html(step['note'])}*"] if step["note"] else []
+    body = "\n\n".join(parts)
+    return f"<details><summary><small>{_in_html(line)}</small></summary>\n\n{body}\n\n</details>"
+
+
+def _in_html(line: str) -> str:
+    """A line as HTML in Markdown, where a dollar would begin a formula."""
+    return html.escape(line, quote=False).replace("$", "&#36;")
+
+
+def _bounded(text: str) -> str:
+    left = len(text) - SHOWN_CHARS
+    return text if left <= 0 else f"{text[:SHOWN_CHARS]}\n… ({left:,} more characters)"
+
+
+def _beginning(text: str, limit_chars: int) -> str:
+    return printable(shortened(" ".join(text[: 4 * limit_chars].split()), limit_chars))
 
 
 def summary(steps: Sequence[Step]) -> str:

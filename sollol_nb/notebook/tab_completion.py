@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import os
 import re
 import threading
@@ -57,6 +58,7 @@ _KINDS = {
     "chat": "chats",
     "priority": "priorities",
     "schema": "schemas",
+    "tools": "functions",
     "strategies": "strategies",
     "out": "answers",
     "save": "files",
@@ -289,6 +291,9 @@ class _Names:
                 return [name.lower().replace("_", "-") for name in Priority.__members__]
             case "schemas":
                 return self._variables(_is_schema)
+            case "functions":  # of several with commas, the last one is completed
+                begun = typed[: typed.rfind(",") + 1]
+                return [f"{begun}{name}" for name in self._variables(inspect.isroutine)]
             case "answers":
                 return self._variables(lambda value: isinstance(value, Completion))
         return self._quick(kind)

@@ -15,8 +15,8 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from sollol_nb.chat.chunk import CALLING, NOTE, ROUTING, STEP, Chunk, Failover, Step
-from sollol_nb.chat.completion import STEPS, Completion
+from sollol_nb.chat.chunk import CALLING, NOTE, ROUTING, STEP, STEPS, Chunk, Failover, Step
+from sollol_nb.chat.completion import Completion
 from sollol_nb.chat.confirming import Confirm, checked_confirm
 from sollol_nb.chat.messages import check_messages
 from sollol_nb.chat.tool_choice import new_call_id

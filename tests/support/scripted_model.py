@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import gguf
@@ -23,6 +23,7 @@ def write_scripted(
     *,
     template: str = CHATML,
     specials: Sequence[str] = (),
+    after: Mapping[str, Sequence[str]] | None = None,
     blocks: int = 4,
 ) -> Path:
     """Write a model that says the pieces of `script` in order and ends; returns its path.
@@ -31,26 +32,36 @@ def write_scripted(
         script: texts of 3 characters or more, single bytes, or texts among `specials`. Each special or byte may
             occur once.
         specials: the special tokens of the chat template.
+        after: what it says instead after one of the specials, of pieces that occur nowhere else.
     """
     tokens = [b"<unk>", b"<s>", b"</s>", *(f"<0x{byte:02X}>".encode() for byte in range(256))]
     types = [gguf.TokenType.UNKNOWN, *[gguf.TokenType.CONTROL] * 2, *[gguf.TokenType.BYTE] * 256]
     special_ids = {text: len(tokens) + at for at, text in enumerate(dict.fromkeys(specials))}
     tokens += [text.encode() for text in special_ids]
     types += [gguf.TokenType.CONTROL] * len(special_ids)
-    said = []
-    for piece in script:
-        if isinstance(piece, bytes):
-            said.append(_FIRST_BYTE + piece[0])
-        elif piece in special_ids:
-            said.append(special_ids[piece])
-        else:
-            said.append(len(tokens))
-            tokens.append(piece.replace(" ", "\u2581").encode())
-            types.append(gguf.TokenType.NORMAL)
+
+    def ids(pieces: Sequence[str | bytes]) -> list[int]:
+        said = []
+        for piece in pieces:
+            if isinstance(piece, bytes):
+                said.append(_FIRST_BYTE + piece[0])
+            elif piece in special_ids:
+                said.append(special_ids[piece])
+            else:
+                said.append(len(tokens))
+                tokens.append(piece.replace(" ", "\u2581").encode())
+                types.append(gguf.TokenType.NORMAL)
+        return said
+
+    said = ids(script)
+    others = {special: ids(pieces) for special, pieces in (after or {}).items()}
     width = -(-len(tokens) // _RECORD) * _RECORD
     following = np.full(len(tokens), said[0])
     for token, next_token in zip(said, [*said[1:], _END], strict=True):
         following[token] = next_token
+    for special, other in others.items():
+        for token, next_token in zip([special_ids[special], *other], [*other, _END], strict=True):
+            following[token] = next_token
     embedding = np.eye(len(tokens), width, dtype=np.float32)
     output = np.zeros((len(tokens), width), np.float32)
     output[following, np.arange(len(tokens))] = 1

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from IPython.core.error import UsageError
 
 from sollol_nb.chat.completion import Completion, checked_against_schema
+from sollol_nb.notebook.answers.tools import tool_options
 from sollol_nb.notebook.magic_line import NO_EXPAND_HINT, Call, Word
 from sollol_nb.text.expansion import expand
 from sollol_nb.text.short_names import is_file_name
@@ -133,6 +134,7 @@ def cell_request(call: Call, defaults: Mapping[str, Any]) -> CellRequest:
         value = defaults.get(name) if given is None else given
         if value is not None:
             options[name] = value
+    options |= tool_options(call)
     schema = None
     if arguments.schema is not None:
         schema = call.named_value(arguments.schema, "--schema")

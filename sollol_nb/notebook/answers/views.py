@@ -14,9 +14,10 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
-from sollol_nb.chat.chunk import RESTARTED, ROUTING, Chunk
+from sollol_nb.chat.chunk import CALLING, RESTARTED, ROUTING, STEP, Chunk, Step
 from sollol_nb.chat.completion import Completion
 from sollol_nb.chat.completion_view import folded_footer, live_markdown, tail
+from sollol_nb.chat.tool_steps import LINE_CHARS, call_text, folded_steps, lines_of
 from sollol_nb.text.safe_markdown import printable, safe_markdown
 
 if TYPE_CHECKING:
@@ -31,11 +32,15 @@ class LiveAnswer:
     Attributes:
         status: what happens while no text arrives: a model is loading, a lost worker is being replaced.
         restarts: how often the answer started over.
+        steps: the functions that were called so far.
+        is_calling: a function runs now.
     """
 
     def __init__(self, model: str) -> None:
         self.status = ""
         self.restarts = 0
+        self.steps: tuple[Step, ...] = ()
+        self.is_calling = False
         self._model = model
         self._lock = threading.Lock()
         self._chunks: list[Chunk] = []
@@ -58,8 +63,8 @@ class LiveAnswer:
 
     @property
     def has_begun(self) -> bool:
-        """Whether any text or reasoning has arrived."""
-        return any(self._text) or any(self._thinking)
+        """Whether any text or reasoning has arrived, or a function was called."""
+        return any(self._text) or any(self._thinking) or bool(self.steps)
 
     def add(self, chunk: Chunk) -> None:
         """Add the next chunk."""
@@ -68,10 +73,15 @@ class LiveAnswer:
             if chunk.get(RESTARTED):  # the text so far is void
                 self.restarts += 1
                 self._text, self._thinking = [], []
+            if STEP in chunk:  # the text so far belongs to it
+                self.steps += (chunk[STEP],)
+                self._text, self._thinking = [], []
             self._chunks.append(chunk)
             self._text.append(message.get("content") or "")
             self._thinking.append(message.get("thinking") or "")
-        self.status = ""
+        self.is_calling = CALLING in chunk
+        call = chunk.get(CALLING)
+        self.status = f"calling {call_text(call['call'], call['arguments'], LINE_CHARS)}" if call else ""
 
     def completion(self) -> Completion:
         """The completion of the chunks received so far."""
@@ -111,13 +121,16 @@ class NotebookView:
         """Show the new text, if it is time; `at_once` all text, also if it was shown already."""
         first_token = answer.has_begun and not self._has_text
         now = time.monotonic()
-        if now - self._shown_at < UPDATE_INTERVAL_S and not first_token and not at_once:
+        is_due = now - self._shown_at >= UPDATE_INTERVAL_S or answer.is_calling  # which may hold up this thread
+        if not (is_due or first_token or at_once):
             return
-        markdown = live_markdown(answer.text, answer.thinking, answer.status)
+        live = live_markdown(answer.text, answer.thinking, answer.status)
+        markdown = "\n\n".join(filter(None, [folded_steps(answer.steps), live]))
         if not markdown or (markdown == self._shown and not at_once):
             return
         self._shown, self._shown_at, self._has_text = markdown, now, answer.has_begun
-        self._put({"text/markdown": markdown, "text/plain": tail(answer.text) or answer.status})
+        plain = lines_of(answer.steps) + (tail(answer.text) or answer.status)
+        self._put({"text/markdown": markdown, "text/plain": plain})
 
     def finish(self, completion: Completion | None, frame: pd.DataFrame | None = None, *, error: str = "") -> None:
         """Replace the live answer with the final one, followed by the error if no cell raises it."""
@@ -153,7 +166,7 @@ class TerminalView:
 
     def __init__(self) -> None:
         self._printed = {"text": 0, "thinking": 0}
-        self._restarts = 0
+        self._restarts = self._steps = 0
         self._status = ""
         self._colors = sys.stdout.isatty()
 
@@ -165,6 +178,10 @@ class TerminalView:
         if answer.restarts != self._restarts:
             self._restarts, self._printed = answer.restarts, {"text": 0, "thinking": 0}
             print(f"\n{STARTS_OVER}", file=sys.stderr, flush=True)
+        if len(answer.steps) != self._steps:
+            begins = "\n" if self._printed["text"] else ""
+            print(begins + lines_of(answer.steps[self._steps :]), end="", flush=True)
+            self._steps, self._printed = len(answer.steps), {"text": 0, "thinking": 0}
         thinking = self._new("thinking", answer.thinking)
         if thinking:
             print(f"{self.DIM}{thinking}{self.PLAIN}" if self._colors else thinking, end="", flush=True)
@@ -194,7 +211,7 @@ class PlainView:
 
     def __init__(self) -> None:
         self._printed = 0
-        self._restarts = 0
+        self._restarts = self._steps = 0
         self._shown_at = 0.0
 
     def show(self, answer: LiveAnswer) -> None:
@@ -202,6 +219,9 @@ class PlainView:
         if answer.restarts != self._restarts:
             self._restarts, self._printed = answer.restarts, 0
             print(f"\n{STARTS_OVER}", file=sys.stderr, flush=True)
+        if len(answer.steps) != self._steps:  # what was printed before is not the answer
+            print(end="\n" if self._printed else "", flush=True)
+            self._steps, self._printed = len(answer.steps), 0
         now = time.monotonic()
         if now - self._shown_at < UPDATE_INTERVAL_S and self._printed:
             return

@@ -22,6 +22,7 @@ from sollol_nb.notebook import magic_line, session
 from sollol_nb.notebook.answers.background import BackgroundAnswer
 from sollol_nb.notebook.answers.cell import cell_view, stream_into_cell
 from sollol_nb.notebook.answers.request import CellRequest, cell_request, named_model
+from sollol_nb.notebook.answers.tools import check_can_ask
 from sollol_nb.notebook.displays import hide_once
 from sollol_nb.notebook.pages import clients
 from sollol_nb.settings.table import FORMATS
@@ -83,6 +84,19 @@ class AskMagics(Magics):
         metavar="VAR",
         help="pydantic model, dataclass, JSON schema or example frame the answer must match",
     )
+    @argument(
+        "--tools",
+        metavar="F,G",
+        action="append",
+        help="Python functions that the model may call: their names, with commas (may be repeated)",
+    )
+    @argument(
+        "--max-steps",
+        type=magic_line.whole_number,
+        metavar="N",
+        help="how many answers of the model may call functions; default: 10",
+    )
+    @argument("--confirm", action="store_true", default=None, help="ask before each call of a function")
     @argument("--frame", action="store_true", help="return a DataFrame")
     @argument("--out", metavar="NAME", help="store the answer in this variable")
     @argument("--quiet", action="store_true", help="show nothing")
@@ -98,6 +112,11 @@ class AskMagics(Magics):
 
         `{{ expression }}` in the cell or the options is replaced by its value; frames, arrays and figures become
         text that a model can read. `%%sollol name << MODEL` is short for `%%sollol MODEL --out name`.
+
+        With `--tools f,g` the model may call these Python functions: type hints and docstrings tell it what they
+        do. They run in this kernel, each call is shown as a fold, the stop button ends them, and `.steps` of the
+        answer has all calls. `--confirm` asks before each one. Models whose chat template does not use tools
+        refuse.
 
         Example::
 
@@ -119,6 +138,12 @@ class AskMagics(Magics):
         assert self.shell is not None
         model = named_model(call.arguments.model_and_prompt, call.cell)
         request = cell_request(call, session.settings().request_defaults(model))
+        check_can_ask(
+            self.shell,
+            request.options,
+            by_default=bool(session.settings().confirm_tools),
+            background=request.background,
+        )
         router = session.router()
         chunks = _stream(router, request)
         shown = clients.shown_answer(request.model) if not request.quiet else None
