@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from numbers import Number
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from sollol_nb.chat.messages import check_messages
+from sollol_nb.chat.messages import WITHOUT_IMAGES, check_messages
 from sollol_nb.errors import ConfigError
 from sollol_nb.text.expansion import Template
-from sollol_nb.text.readable import is_instance_of
+from sollol_nb.text.insertions import Insertions
+from sollol_nb.text.readable_frames import is_instance_of
 from sollol_nb.text.tables import shortened
 
 if TYPE_CHECKING:
@@ -138,18 +139,24 @@ class _NothingToAsk(Exception):
     """The template inserts a value that is missing."""
 
 
-def _filling(template: Template) -> Callable[[Any], str]:
+def _filling(template: Template) -> Callable[[Any], str | list[dict[str, Any]]]:
     def check(value: Any, is_plain: bool) -> None:
         # `{{ note or "" }}` is blank on purpose; `{{ note }}` is not.
         if _is_missing(value) or (is_plain and isinstance(value, str) and not value.strip()):
             raise _NothingToAsk
 
-    def fill(item: Any) -> str:
+    def fill(item: Any) -> str | list[dict[str, Any]]:
+        insertions = Insertions(text_chars=None)  # nobody would see that a text was cut
         if isinstance(item, Mapping):
             # pandas' marks are not false, so `{{ note or "" }}` would not work with them.
             row = {name: None if _is_missing(value) else value for name, value in item.items()}
-            return template.fill({"row": row, **{str(name): value for name, value in row.items()}}, check)
-        return template.fill({"row": item, "item": item, "value": item}, check)
+            variables = {"row": row, **{str(name): value for name, value in row.items()}}
+        else:
+            variables = {"row": item, "item": item, "value": item}
+        text, images, without_images = insertions.sent(template.fill(variables, check, insertions))
+        if not images:
+            return text
+        return [{"role": "user", "content": text, "images": images, WITHOUT_IMAGES: without_images}]
 
     return fill
 
@@ -174,7 +181,9 @@ def _is_blank_row(item: Any) -> bool:
 
 
 def _with_line_feeds(message: dict[str, Any]) -> dict[str, Any]:
-    content = message.get("content")
-    if not isinstance(content, str) or "\r" not in content:
-        return message
-    return {**message, "content": content.replace("\r\n", "\n").replace("\r", "\n")}
+    changed = {
+        name: message[name].replace("\r\n", "\n").replace("\r", "\n")
+        for name in ("content", WITHOUT_IMAGES)
+        if isinstance(message.get(name), str)
+    }
+    return {**message, **changed}

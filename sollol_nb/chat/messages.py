@@ -14,11 +14,13 @@ from typing import Any
 from sollol_nb.chat.plain_data import plain_data
 from sollol_nb.errors import ConfigError
 from sollol_nb.runtime.amounts import shown
+from sollol_nb.text.images import image_of
 
 ROLES = ("system", "user", "assistant", "tool")
 _OPENAI_ROLES = {"developer": "system"}
 _PART_TYPES = ("text", "image_url", "input_audio")
-_TEXT_FIELDS = ("thinking", "reasoning_content", "reasoning", "tool_name", "tool_call_id", "name")
+WITHOUT_IMAGES = "without_images"
+_TEXT_FIELDS = ("thinking", "reasoning_content", "reasoning", "tool_name", "tool_call_id", "name", WITHOUT_IMAGES)
 
 
 def check_messages(messages: Sequence[Mapping[str, Any]] | str) -> list[dict[str, Any]]:
@@ -43,9 +45,8 @@ def _checked(given: Any, where: str) -> dict[str, Any]:
     if not isinstance(role, str) or role not in ROLES:
         raise ConfigError(f"{where} has role {shown(role)}; known roles: {', '.join(ROLES)}")
     calls = given.get("tool_calls")
-    images = given.get("images")
-    if not (images is None or _is_list(images, lambda image: isinstance(image, str))):
-        raise ConfigError(f'{where} has "images" that are not a list of base64 texts')
+    if given.get("images") is not None:
+        given = {**given, "images": _checked_images(given["images"], where)}
     if not (calls is None or _is_list(calls, _is_tool_call)):
         raise ConfigError(
             f"{where} has tool_calls that are not a list such as "
@@ -65,6 +66,48 @@ def _checked(given: Any, where: str) -> dict[str, Any]:
             raise ConfigError(f'{where} tool_calls[{position}] needs "id" as text, not {shown(call["id"])}')
         _read_arguments(call["function"], f"{where} tool_calls[{position}]")
     return message
+
+
+def has_choice(messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a message has both images and what to send instead of them."""
+    return any(WITHOUT_IMAGES in message for message in messages)
+
+
+def as_read(messages: Sequence[Mapping[str, Any]], *, reads_images: bool) -> tuple[list[dict[str, Any]], int]:
+    """The messages as they are sent to a model, and how many images were left out.
+
+    Where it reads no images, `without_images` takes the place of content and images.
+    """
+    sent, left_out = [], 0
+    for message in messages:
+        changed = dict(message)
+        words = changed.pop(WITHOUT_IMAGES, None)
+        if words is not None and not reads_images:
+            left_out += len(changed.pop("images", ()))
+            changed["content"] = words
+        sent.append(changed)
+    return sent, left_out
+
+
+def _checked_images(images: Any, where: str) -> list[str]:
+    """Images as base64 texts."""
+    if not isinstance(images, list | tuple):
+        raise ConfigError(f'{where} has "images" that are not a list of images or base64 texts')
+    checked = []
+    for image in images:
+        if isinstance(image, str):
+            checked.append(str(image))
+            continue
+        made = image_of(image)
+        if made is None:
+            raise ConfigError(
+                f'{where} has "images" with {type(image).__name__}; give base64 text, the bytes of a PNG or JPEG '
+                "file, an image of PIL, or a figure"
+            )
+        if made.data is None:
+            raise ConfigError(f"{where}: {made.problem}")
+        checked.append(made.base64)
+    return checked
 
 
 def _is_list(value: Any, is_item: Callable[[Any], bool]) -> bool:

@@ -28,6 +28,7 @@ from sollol_nb.errors import ConfigError
 from sollol_nb.runtime.priority import is_priority, priority_named
 from sollol_nb.settings.endpoints import ssh_target
 from sollol_nb.text.expansion import expand
+from sollol_nb.text.insertions import Insertions
 from sollol_nb.text.nearest import nearest, nearest_variable
 from sollol_nb.text.tables import shortened
 
@@ -50,15 +51,34 @@ class Word(str):
 
     Attributes:
         raw: the word as typed, with its quotes.
+        marked: the word with marks of the images that its expressions have inserted; its own text describes them.
+        insertions: what its expressions have inserted; None without expressions.
     """
 
     raw: str
+    marked: str
+    insertions: Insertions | None
 
     def __new__(cls, text: str, raw: str = "") -> Word:  # a copy is made without `raw`, and gets it afterwards
         """The word `text`, typed as `raw`."""
         word = super().__new__(cls, text)
-        word.raw = raw
+        word.raw, word.marked, word.insertions = raw, text, None
         return word
+
+    @classmethod
+    def expanded(cls, marked: str, before: Word, insertions: Insertions | None = None) -> Word:
+        """A word whose expressions are replaced; quoted as it was before."""
+        text = marked if insertions is None else insertions.in_words(marked)
+        word = cls(text, f'"{text}"' if before.is_quoted else text)
+        word.marked, word.insertions = marked, insertions
+        return word
+
+    @property
+    def raw_marked(self) -> str:
+        """As `raw`, with the marks of `marked`."""
+        if self.insertions is None:
+            return self.raw
+        return f'"{self.marked}"' if self.is_quoted else self.marked
 
     @property
     def is_quoted(self) -> bool:
@@ -293,11 +313,15 @@ def _with_dashed_values(words: list[Word], parser: argparse.ArgumentParser) -> l
 def _expanded(words: list[Word], variables: dict[str, Any], name: str, *, shell_style: bool) -> list[Word]:
     """The words with their expressions replaced; each `--var NAME=VALUE` adds to the variables."""
     expanded: list[Word] = []
+    insertions = Insertions()
     for word in words:
-        text = expand(word, variables, hint=NO_EXPAND_HINT if not shell_style else "")
+        text = expand(word, variables, hint=NO_EXPAND_HINT if not shell_style else "", insertions=insertions)
+        new = word if text == word else Word.expanded(text, word, insertions)
         if text == word and shell_style:
             text = _shell_expanded(word, variables, name)
-        expanded.append(word if text == word else Word(text, f'"{text}"' if word.is_quoted else text))
+            new = word if text == word else Word.expanded(text, word)
+        text = str(new)
+        expanded.append(new)
         value_of_var = text.removeprefix("--var=") if text.startswith("--var=") else None
         if len(expanded) > 1 and expanded[-2] == "--var":
             value_of_var = text

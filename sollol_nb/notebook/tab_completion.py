@@ -36,7 +36,7 @@ from sollol_nb.runtime.priority import Priority
 from sollol_nb.settings import config
 from sollol_nb.settings.endpoints import SSH
 from sollol_nb.settings.ssh_hosts import configured_hosts
-from sollol_nb.text.readable import is_instance_of
+from sollol_nb.text.readable_frames import is_instance_of
 
 if TYPE_CHECKING:
     from IPython.core.completer import CompletionContext, SimpleMatcherResult

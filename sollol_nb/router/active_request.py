@@ -6,12 +6,13 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sollol_nb.chat.chat_templates import supports_thinking, takes_tools
 from sollol_nb.chat.chunk import ROUTING, Chunk
 from sollol_nb.chat.journaling import JournalEntry
+from sollol_nb.chat.messages import as_read, has_choice
 from sollol_nb.chat.option_checks import check_llama_cpp_options, check_ollama_options, speculation_of
 from sollol_nb.chat.request import ChatRequest
 from sollol_nb.chat.tool_choice import CallFilter
@@ -36,6 +37,7 @@ from sollol_nb.router.finder import RouteFinder
 from sollol_nb.router.journaled import AnswerJournal
 from sollol_nb.router.record import RequestRecord
 from sollol_nb.runtime.events import EventBus, EventKind
+from sollol_nb.text.tables import counted
 
 NOT_SENT_TO_OLLAMA = ("recovery", "deterministic", "speculation", "tool_choice", "parallel_tool_calls")
 """Options that Ollama does not have; `CallFilter` does what the last two require."""
@@ -108,8 +110,12 @@ class ActiveRequest:
             request = request.with_defaults(saved.options, saved.system)
             request = request.with_defaults(self._services.options)
             self._journal.begin(request)
-            request = request.with_tool_choice()
+            asked = request.with_tool_choice()
             while True:
+                request, left_out = await as_read_by(self._services.ollama, route, asked)
+                record.note = (
+                    f"{counted(left_out, 'image')} not sent: {record.name} reads none" if left_out else ""
+                )
                 await check_route_options(request, route)
                 await self._check_context(request, route)
                 calls = CallFilter(request.options)
@@ -202,7 +208,8 @@ class ActiveRequest:
         self._record.set_sent()
         options = ollama_options(request.options)
         if request.options.get("deterministic"):
-            self._record.note = "not deterministic: Ollama may answer differently each time"
+            note = "not deterministic: Ollama may answer differently each time"
+            self._record.note = "; ".join(filter(None, [self._record.note, note]))
         options |= {"priority": request.priority, "timeout": request.timeout_s}
         if request.prompt is None:
             chunks = self._services.ollama.stream_chat(route.model, request.messages, **options)
@@ -246,6 +253,29 @@ def _new_answer(coordinator: Coordinator, request: ChatRequest, route: Route) ->
     if request.prompt is None:
         return coordinator.answer(request.messages, request.options, model=route.model)
     return coordinator.raw_answer(request.prompt.text, request.options, model=route.model)
+
+
+async def as_read_by(ollama: OllamaPool, route: Route, request: ChatRequest) -> tuple[ChatRequest, int]:
+    """The request as the model of a route gets it, and how many images were left out since it reads none.
+
+    Only where the messages leave the choice: images without a `without_images` are never left out.
+    """
+    if not has_choice(request.messages):
+        return request, 0
+    if route.model_path is None:
+        reads_images = await _reads_images_in_ollama(ollama, route.model)
+    else:
+        reads_images = route.modelfile.projector is not None
+    messages, left_out = as_read(request.messages, reads_images=reads_images)
+    return replace(request, messages=messages), left_out
+
+
+async def _reads_images_in_ollama(ollama: OllamaPool, model: str) -> bool:
+    facts = await ollama.show(model)
+    capabilities = facts.get("capabilities")
+    if capabilities is None:  # before Ollama 0.6.4
+        return bool(facts.get("projector_info"))
+    return isinstance(capabilities, list) and "vision" in capabilities
 
 
 async def check_route_options(request: ChatRequest, route: Route) -> None:

@@ -23,7 +23,7 @@ from sollol_nb.errors import (
 from sollol_nb.llama_cpp.answers.protocol import has_media
 from sollol_nb.models.files import names_file
 from sollol_nb.models.routing import OLLAMA, Route
-from sollol_nb.router.active_request import RequestServices, check_route_options, ollama_options
+from sollol_nb.router.active_request import RequestServices, as_read_by, check_route_options, ollama_options
 from sollol_nb.router.finder import checked_model
 from sollol_nb.runtime.amounts import is_whole_number, shown
 from sollol_nb.runtime.priority import checked_priority
@@ -58,6 +58,7 @@ async def count_tokens(
     saved = await asyncio.to_thread(config.saved_model, str(model))
     request = request.with_defaults({}, saved.system if system is None else system)
     route = await services.routes.find(model, request.backend)
+    request, _ = await as_read_by(services.ollama, route, request)
     await check_route_options(request, route)
     if route.backend == OLLAMA:
         return await _count_at_ollama(services, route, request)

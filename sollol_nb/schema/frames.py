@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from sollol_nb.errors import ConfigError, StructureError
 from sollol_nb.schema.checks import FENCE, SchemaMismatch, decimal_of, json_in, plain
-from sollol_nb.text.readable import is_instance_of, whole_text_of
+from sollol_nb.text.readable import whole_text_of
+from sollol_nb.text.readable_frames import is_instance_of
 from sollol_nb.text.tables import parse_markdown_table, shortened
 
 if TYPE_CHECKING:

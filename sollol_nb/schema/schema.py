@@ -26,7 +26,7 @@ from sollol_nb.runtime.amounts import shown
 from sollol_nb.schema.checks import SchemaMismatch, checked_schema, json_in, plain, validate
 from sollol_nb.schema.frames import frame_like, schema_of_frame
 from sollol_nb.schema.types import built, is_type, schema_of_type
-from sollol_nb.text.readable import is_instance_of
+from sollol_nb.text.readable_frames import is_instance_of
 
 
 def json_schema_of(schema: object) -> dict[str, Any]:

@@ -18,14 +18,20 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from sollol_nb.errors import ConfigError
+from sollol_nb.text.insertions import Insertions
 from sollol_nb.text.nearest import nearest_variable
-from sollol_nb.text.readable import readable
+from sollol_nb.text.readable import GivenText, readable
 from sollol_nb.text.tables import shortened
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-_BUILTINS = {name: value for name, value in vars(builtins).items() if name[0] != "_"} | {"readable": readable}
+
+def _given(value: object, *, limit_chars: int | None = None) -> GivenText:
+    return GivenText(readable(value, limit_chars=limit_chars))
+
+
+_BUILTINS = {name: value for name, value in vars(builtins).items() if name[0] != "_"} | {"readable": _given}
 """The names that expressions may use besides variables."""
 _PATH = re.compile(r"\s*\w+(?:\.\w+|\[[^\[\]()]*\])*\s*")
 _SELF = "_sollol_self"
@@ -33,12 +39,15 @@ _SELF = "_sollol_self"
 _NEVER = "\0never in a text {}\0"  # for Jinja's delimiters that must not occur in a text
 
 
-def expand(text: str, namespace: Mapping[str, object], *, hint: str = "") -> str:
+def expand(
+    text: str, namespace: Mapping[str, object], *, hint: str = "", insertions: Insertions | None = None
+) -> str:
     """The text with each `{{ expression }}` replaced by its value (see `sollol_nb.text.readable`).
 
     A text without expressions is returned unchanged; in others line ends become `\\n`.
 
     Args:
+        insertions: get the images, whose marks the text then has; without them, images are described.
         namespace: the variables. Other names are looked up among Python's built-in functions, to which `readable`
             is added: `{{ readable(df, limit_chars=50_000) }}`.
         hint: added to each error line: how to send braces unchanged.
@@ -47,7 +56,7 @@ def expand(text: str, namespace: Mapping[str, object], *, hint: str = "") -> str
         ConfigError: an expression is not closed or invalid, names an unknown variable (the message suggests the
             nearest one), or failed.
     """
-    return Template(text, hint=hint).fill(namespace)
+    return Template(text, hint=hint).fill(namespace, insertions=insertions)
 
 
 class Template:
@@ -63,15 +72,22 @@ class Template:
             parts = list(self._split(text))  # all of it: nothing is compiled if a later one is not closed
             self._parts = [part if is_text else self._compiled(part, where) for is_text, part, where in parts]
 
-    def fill(self, namespace: Mapping[str, object], check: Callable[[Any, bool], object] | None = None) -> str:
+    def fill(
+        self,
+        namespace: Mapping[str, object],
+        check: Callable[[Any, bool], object] | None = None,
+        insertions: Insertions | None = None,
+    ) -> str:
         """The text with the values of its expressions.
 
         Args:
+            insertions: as for `expand`.
             check: called with each value, and whether its expression is only a name or a path, as in
                 {{ row.text }}. What it raises is raised.
         """
         return "".join(
-            part if isinstance(part, str) else part.value(namespace, self._hint, check) for part in self._parts
+            part if isinstance(part, str) else part.value(namespace, self._hint, check, insertions)
+            for part in self._parts
         )
 
     def _split(self, text: str) -> Iterator[tuple[bool, str, str]]:
@@ -131,7 +147,11 @@ class _Expression:
         )
 
     def value(
-        self, namespace: Mapping[str, object], hint: str, check: Callable[[Any, bool], object] | None = None
+        self,
+        namespace: Mapping[str, object],
+        hint: str,
+        check: Callable[[Any, bool], object] | None,
+        insertions: Insertions | None,
     ) -> str:
         """Its value as text. Raises ConfigError, which ends with `hint`."""
         from jinja2 import Undefined, UndefinedError
@@ -148,7 +168,7 @@ class _Expression:
                     f"{shown}: this is Python's built-in function, not a variable"
                     f"{_describe_near(name, namespace)}{hint}"
                 )
-            text = readable(value)
+            text = readable(value) if insertions is None else insertions.text_of(value, name)
         except ConfigError:
             raise
         except UndefinedError as error:

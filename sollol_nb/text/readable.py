@@ -1,51 +1,122 @@
 """Python values as text that a model can read: tables as Markdown, figures as descriptions, plain data as JSON.
 
-Texts are never changed, since somebody wrote them so. All other values are limited: a large one is shown by its
-shape and its head, and a last line in brackets says what is missing (`[cut: 120 of 50,000 rows shown]`). Only the
-head of a large value is read. pandas, numpy, matplotlib and pydantic are never imported here: a value can only be
-one of theirs if they have been imported already.
+Everything is limited. A text is cut only if it is very long, since somebody wrote it so. Other values are shown by
+their shape and their head if they are large, and a last line in brackets says what is missing (`[cut: 120 of
+50,000 rows shown]`). Only the head of a large value is read. No library is imported for a value: it can only be an
+object of one that has been imported already.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import sys
+import re
 from collections import deque
 from collections.abc import Collection, ItemsView, Iterator, KeysView, Mapping, ValuesView
 from enum import Enum
 from itertools import islice
 from typing import Any
 
-from sollol_nb.text.tables import compact_number, counted, escaped, markdown_table, shortened
+from sollol_nb.text.images import Image, about_image, image_of, is_figure, is_image
+from sollol_nb.text.own_forms import OwnForm, displayed_form, own_form
+from sollol_nb.text.readable_frames import describe_table, is_instance_of
+from sollol_nb.text.tables import counted, shortened
 
 LIMIT_CHARS = 8000
-MAX_COLUMNS = 30
+MAX_TEXT_CHARS = 100_000
 MAX_DEPTH = 40  # of containers inside containers
-MIN_CELL_CHARS = 40
 
+_NAME_ONLY = re.compile(r"<[\w.<>]+ object(?: at 0x[0-9A-Fa-f]+)?>")
+"""A text that says only the class of an object, as Python's default does."""
 _MAX_SORTED = 10_000
 _MAX_DIGITS = 4000  # Python refuses to convert longer integers to text
 
 
-def readable(value: object, *, limit_chars: int = LIMIT_CHARS) -> str:
+@dataclasses.dataclass(frozen=True, slots=True)
+class Form:
+    """A value as a model reads it.
+
+    Attributes:
+        text: the value in words.
+        image: the image that it is, for models that read images; None without one.
+        beside: what these models get besides the image; usually "".
+        cut_chars: the length of a text that was cut; 0 if it was not.
+        problem: why something of it was left out; usually "".
+    """
+
+    text: str
+    image: Image | None = None
+    beside: str = ""
+    cut_chars: int = 0
+    problem: str = ""
+
+
+class GivenText(str):
+    """A text whose length somebody has chosen, so it is not cut."""
+
+    __slots__ = ()
+
+
+def readable(value: object, *, limit_chars: int | None = None) -> str:
     """The value as text for a prompt.
 
-    Texts, and objects with a method `_prompt_text_()` (such as a model's answer), are given whole. A DataFrame or
-    Series becomes its shape, its dtypes and its head as a Markdown table; an array its shape, dtype, range and
-    head; a matplotlib figure a description and sampled data; a dict, list, tuple, set, dataclass or pydantic model
-    JSON in one line; anything else what `str` says.
+    A class says by a method what its objects look like: `_ai_repr_(**kwargs)`, `_repr_llm_()` (see `own_forms.py`)
+    or `_prompt_text_()`. Otherwise, a frame or series (of pandas, polars or pyarrow) becomes its shape, its dtypes
+    and its head as a Markdown table; an array its shape, dtype, range and head; a matplotlib figure a description
+    and sampled data; an image its size; a dict, list, tuple, set, dataclass or pydantic model JSON in one line;
+    anything else what `str` says.
 
     Args:
-        limit_chars: maximum length of anything but a text; 100 or more.
+        limit_chars: maximum length, 100 or more. Default: `LIMIT_CHARS`, and `MAX_TEXT_CHARS` of a text.
     """
+    return form_of(value, limit_chars=limit_chars, with_image=False).text
+
+
+def form_of(
+    value: object,
+    *,
+    limit_chars: int | None = None,
+    text_chars: int | None = MAX_TEXT_CHARS,
+    with_image: bool = True,
+) -> Form:
+    """The value as text (see `readable`), and the image that it is.
+
+    Args:
+        limit_chars: maximum length of any text. Default: `LIMIT_CHARS`, and `text_chars` of a text.
+        text_chars: maximum length of a text, and of what `_prompt_text_()` returns; None does not cut them.
+        with_image: whether to make the image, which can take a while.
+    """
+    if isinstance(value, GivenText):
+        return Form(value)
+    text_limit = text_chars if limit_chars is None else limit_chars
+    limit_chars = LIMIT_CHARS if limit_chars is None else limit_chars
+    if type(value) is str:
+        return _limited(value, text_limit)
+    own = own_form(value)
+    if own:
+        return _form_of_own(own, limit_chars)
     if isinstance(value, Enum):
-        return readable(value.value, limit_chars=limit_chars)
+        return form_of(value.value, limit_chars=limit_chars, text_chars=text_chars, with_image=with_image)
     whole = whole_text_of(value)
     if whole is not None:
-        return whole
+        return dataclasses.replace(_limited(whole, text_limit), problem=own.problem)
+    image, problem = None, own.problem
+    if with_image and is_image(value):
+        image, problem = _image(value, problem)
     text = _limited_text(value, limit_chars)
-    return text if len(text) <= limit_chars else _cut(text, limit_chars)
+    return Form(text if len(text) <= limit_chars else _cut(text, limit_chars), image, problem=problem)
+
+
+def _form_of_own(own: OwnForm, limit_chars: int) -> Form:
+    """What an object says about itself."""
+    image = own.image
+    if image is None:
+        return dataclasses.replace(_limited(own.text or "", limit_chars), problem=own.problem)
+    problem = "; ".join(filter(None, [own.problem, image.problem]))
+    form = _limited(image.about if own.text is None else own.text, limit_chars)
+    if image.data is None:
+        return dataclasses.replace(form, problem=problem)
+    return dataclasses.replace(form, image=image, beside="" if own.text is None else form.text, problem=problem)
 
 
 def whole_text_of(value: object) -> str | None:
@@ -60,35 +131,45 @@ def whole_text_of(value: object) -> str | None:
     return None if method is None else str(method(value))
 
 
-def is_instance_of(value: object, *names: str) -> bool:
-    """Whether the value is an instance of one of these classes, named `module.Class`, without importing them."""
-    for name in names:
-        module, _, class_name = name.rpartition(".")
-        found = getattr(sys.modules.get(module), class_name, None)
-        if isinstance(found, type) and isinstance(value, found):
-            return True
-    return False
+def _limited(text: str, limit_chars: int | None) -> Form:
+    if limit_chars is None or len(text) <= limit_chars:
+        return Form(text)
+    return Form(_cut(text, limit_chars), cut_chars=len(text))
+
+
+def _image(value: object, problem: str) -> tuple[Image | None, str]:
+    """The image that a value is, and the problems, one more if it cannot be sent."""
+    try:
+        image = image_of(value)
+    except Exception as error:  # what draws itself can raise anything
+        reason = shortened(" ".join(f"{type(error).__name__}: {error}".split()), 200)
+        return None, "; ".join(filter(None, [problem, f"{type(value).__name__} could not be drawn ({reason})"]))
+    if image is None or image.data is not None:
+        return image, problem
+    return None, "; ".join(filter(None, [problem, image.problem]))
 
 
 def _limited_text(value: object, limit_chars: int) -> str:
     if value is None or isinstance(value, bool | int | float):
         return _plain_number(value)
+    about = about_image(value)
+    if about:
+        return about
     if isinstance(value, bytes | bytearray | memoryview):
         return _describe_bytes(value)
-    if is_instance_of(value, "pandas.DataFrame"):
-        return _describe_frame(value, limit_chars)
-    if is_instance_of(value, "pandas.Series"):
-        return _describe_series(value, limit_chars)
-    if is_instance_of(value, "pandas.Index"):
-        return _describe_index(value, limit_chars)
-    if is_instance_of(value, "numpy.ndarray"):
-        return _describe_array(value, limit_chars)
-    if is_instance_of(value, "matplotlib.figure.FigureBase", "matplotlib.axes.Axes"):
+    table = describe_table(value, limit_chars, lambda part, limit: readable(part, limit_chars=limit))
+    if table is not None:
+        return table
+    if is_figure(value):
         from sollol_nb.text.readable_figures import describe_figure
 
         return describe_figure(value)
     container = _container(value)
-    return str(value) if container is None else _as_json(value, container, limit_chars)
+    if container is not None:
+        return _as_json(value, container, limit_chars)
+    text = str(value)
+    says_nothing = _NAME_ONLY.fullmatch(text)
+    return displayed_form(value).text or text if says_nothing else text
 
 
 def _cut(text: str, limit_chars: int) -> str:
@@ -107,157 +188,6 @@ def _describe_bytes(value: bytes | bytearray | memoryview) -> str:
     head = bytes(value[:32]) if count and (not isinstance(value, memoryview) or value.ndim == 1) else b""
     begin = f", beginning with {head!r}" if head else ""
     return f"{type(value).__name__}: {counted(count, 'byte')}{begin}"
-
-
-# --- frames -----------------------------------------------------------------------------------
-
-
-def _describe_frame(frame: Any, limit_chars: int) -> str:
-    row_count, column_count = frame.shape
-    head = frame.iloc[: _max_rows(limit_chars, min(column_count, MAX_COLUMNS)), :MAX_COLUMNS]
-    names = [_label(name) for name in head.columns]
-    columns = [(name, head.iloc[:, position].tolist()) for position, name in enumerate(names)]
-    dtypes = [f"{shortened(name, 60)} ({dtype})" for name, dtype in zip(names, head.dtypes, strict=True)]
-    if column_count > len(names):
-        dtypes.append(f"and {column_count - len(names):,} more")
-    text = f"DataFrame: {counted(row_count, 'row')} x {counted(column_count, 'column')}"
-    if dtypes:
-        text += f"\nColumns: {', '.join(dtypes)}"
-    return text + _table(_index_columns(head.index) + columns, row_count, column_count, limit_chars - len(text))
-
-
-def _describe_series(series: Any, limit_chars: int) -> str:
-    head = series.iloc[: _max_rows(limit_chars, 1)]
-    name = "" if series.name is None else f" {shortened(_label(series.name), 60)}"
-    text = f"Series{name}: {counted(len(series), 'value')}, {series.dtype}"
-    columns = [*_index_columns(head.index), (_label(series.name) if name else "value", head.tolist())]
-    return text + _table(columns, len(series), 1, limit_chars - len(text))
-
-
-def _describe_index(index: Any, limit_chars: int) -> str:
-    names = ", ".join(_label(name) for name in index.names if name is not None)
-    dtype = "" if index.nlevels > 1 else f", {index.dtype}"
-    text = f"{type(index).__name__}{' ' if names else ''}{names}: {counted(len(index), 'value')}{dtype}"
-    return text + _head_list(index[: _max_rows(limit_chars, 1)].tolist(), len(index), limit_chars - len(text))
-
-
-def _index_columns(index: Any) -> list[tuple[str, list[Any]]]:
-    """The index as columns of a table; none if it only counts the rows."""
-    if is_instance_of(index, "pandas.RangeIndex") and index.start == 0 and index.step == 1 and index.name is None:
-        return []
-    names = [_label(name) if name is not None else "index" for name in index.names]
-    return [(name, index.get_level_values(level).tolist()) for level, name in enumerate(names)]
-
-
-def _label(name: Any) -> str:
-    return " / ".join(map(str, name)) if isinstance(name, tuple) else str(name)
-
-
-def _max_rows(limit_chars: int, column_count: int) -> int:
-    """More rows than this cannot fit: a cell takes at least four characters."""
-    return max(1, limit_chars // (4 * column_count + 2))
-
-
-def _table(columns: list[tuple[str, list[Any]]], row_count: int, column_count: int, chars_left: int) -> str:
-    """The rows that fit as a Markdown table, and a notice of what is missing; "" without rows."""
-    if not columns or not row_count:
-        return ""
-    chars_left -= 100  # for the notice
-    cell_chars = max(MIN_CELL_CHARS, chars_left // (len(columns) * min(row_count, 10)))
-    header = [shortened(name, cell_chars) for name, _ in columns]
-    chars_left -= 2 * sum(len(escaped(name)) + 3 for name in header)
-    rows: list[list[str]] = []
-    long_cells = False
-    for values in zip(*(values for _, values in columns), strict=True):
-        texts = [_inline(value, cell_chars + 1) for value in values]
-        row = [shortened(text, cell_chars) for text in texts]
-        chars_left -= sum(len(escaped(text)) + 3 for text in row) + 2
-        if rows and chars_left < 0:
-            break
-        long_cells = long_cells or row != texts
-        rows.append(row)
-    cuts = [f"{len(rows):,} of {row_count:,} rows"] if len(rows) < row_count else []
-    if column_count > MAX_COLUMNS:
-        cuts.append(f"{MAX_COLUMNS} of {column_count:,} columns")
-    notices = [f"{' and '.join(cuts)} shown"] if cuts else []
-    notices += ["long cells end in …"] if long_cells else []
-    notice = f"\n[cut: {'; '.join(notices)}]" if notices else ""
-    return f"\n\n{markdown_table(header, rows)}{notice}"
-
-
-def _inline(value: Any, limit_chars: int) -> str:
-    """A value as the text of a cell, only as long as needed to see that it is too long."""
-    if isinstance(value, str):
-        return value[:limit_chars]
-    if isinstance(value, float):
-        return compact_number(value)
-    text = readable(value, limit_chars=max(limit_chars, 60))
-    return text.removesuffix(" 00:00:00")  # pandas adds a time of day to dates
-
-
-# --- arrays -----------------------------------------------------------------------------------
-
-_MAX_COUNTED = 10_000_000  # values; the range of a larger array is that of a sample
-
-
-def _describe_array(array: Any, limit_chars: int) -> str:
-    if array.dtype == object and 0 < array.size <= 50 and is_instance_of(array.flat[0], "matplotlib.axes.Axes"):
-        return "\n\n".join(readable(axes, limit_chars=limit_chars) for axes in array.flat)
-    text = f"Array: shape {array.shape}, {array.dtype}{_describe_range(array)}"
-    if array.ndim == 0:
-        return f"{text}\nvalue: {_inline(array.item(), limit_chars)}"
-    if array.size == 0:
-        return text
-    part, where = array, ""
-    while part.ndim > 2:
-        part, where = part[0], f"{where}0, "
-    if where:
-        text += f"\nThe part [{where}:, :] of it:"
-    columns = 1 if part.ndim == 1 else part.shape[1]
-    head = part[: _max_rows(limit_chars, min(columns, MAX_COLUMNS))]
-    if part.ndim == 1:
-        return text + _head_list(head.tolist(), len(part), limit_chars - len(text))
-    rows = [(str(column), head[:, column].tolist()) for column in range(min(columns, MAX_COLUMNS))]
-    return text + _table(rows, len(part), columns, limit_chars - len(text))
-
-
-def _describe_range(array: Any) -> str:
-    """Minimum, maximum and mean of the finite values in an array of numbers."""
-    if array.dtype.kind not in "biuf" or not array.size:
-        return ""
-    numpy: Any = sys.modules["numpy"]
-    values = numpy.ma.compressed(array) if is_instance_of(array, "numpy.ma.MaskedArray") else array
-    sampled = values.size > _MAX_COUNTED
-    if sampled:
-        values = values.flat[:: values.size // (_MAX_COUNTED // 10)]
-    if array.dtype.kind == "b":
-        text = f", {counted(int(numpy.count_nonzero(values)), 'value')} true"
-    else:
-        missing = 0
-        if values.size and not (numpy.isfinite(values.min()) and numpy.isfinite(values.max())):
-            finite = numpy.isfinite(values)
-            missing = int(finite.size - numpy.count_nonzero(finite))
-            values = values[finite]
-        if not values.size:
-            return ", no finite values"
-        least, largest = compact_number(float(values.min())), compact_number(float(values.max()))
-        text = f", min {least}, max {largest}, mean {compact_number(float(values.mean(dtype=float)))}"
-        text += f", {counted(missing, 'value')} not finite" if missing else ""
-    return f"{text} (of a sample)" if sampled else text
-
-
-def _head_list(head: list[Any], count: int, chars_left: int) -> str:
-    """The values that fit, as a list on a separate line."""
-    shown: list[str] = []
-    chars_left -= 60
-    for value in head:
-        text = shortened(_inline(value, 201), 200)
-        chars_left -= len(text) + 2
-        if shown and chars_left < 0:
-            break
-        shown.append(text)
-    notice = f"\n[cut: {len(shown):,} of {count:,} values shown]" if len(shown) < count else ""
-    return f"\n[{', '.join(shown)}]{notice}"
 
 
 # --- plain data -------------------------------------------------------------------------------
@@ -306,7 +236,9 @@ class _PlainData:
             if not self.shorten:
                 raise _TooLargeError
             return "…"
-        text = None if isinstance(value, Enum) else whole_text_of(value)
+        text = own_form(value).text
+        if text is None and not isinstance(value, Enum):
+            text = whole_text_of(value)
         if text is not None:
             return self._text(text)
         container = _container(value)

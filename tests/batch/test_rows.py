@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import PIL.Image
 import pyarrow
 import pytest
 
@@ -104,6 +105,20 @@ def test_each_row_fills_the_template(items: list[Any], template: Any, texts: lis
 def test_a_system_message_comes_first_and_is_not_filled_in() -> None:
     (messages,) = questions(["x"], "{{ item }}", "Be {{ brief }}.")
     assert messages == [{"role": "system", "content": "Be {{ brief }}."}, {"role": "user", "content": "x"}]
+
+
+def test_images_of_rows_are_sent_and_long_texts_are_whole() -> None:
+    image, text = PIL.Image.new("RGB", (2, 3)), "x" * 200_000
+    messages = questions(
+        [{"photo": image, "note": text}, {"photo": None}], "What is on {{ photo }}? {{ note }}", None
+    )
+    assert messages[0] is not None
+    (asked,) = messages[0]
+
+    assert asked["content"] == f"What is on [image 1]? {text}"
+    assert asked["without_images"] == f"What is on [an image that you cannot see: image, 2 x 3 pixels]? {text}"
+    assert len(asked["images"]) == 1
+    assert messages[1] is None
 
 
 def fails(_: Any) -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import datetime
+import io
 from types import MappingProxyType
 from typing import Any
 
+import PIL.Image
 import pytest
 
-from sollol_nb.chat.messages import check_messages
+from sollol_nb.chat.messages import as_read, check_messages, has_choice
 from sollol_nb.errors import ConfigError
 
 HELLO = [{"role": "user", "content": "Hello!"}]
@@ -20,6 +23,12 @@ DATA = "data:image/png;base64,aGk="
 DEEP: list[Any] = []
 for _ in range(500):
     DEEP = [DEEP]
+
+
+def png(kind: str) -> bytes:
+    buffer = io.BytesIO()
+    PIL.Image.new("RGB", (2, 2)).save(buffer, kind)
+    return buffer.getvalue()
 
 
 def call(arguments: Any) -> dict[str, Any]:
@@ -91,7 +100,9 @@ def test_checked_messages_are_copies() -> None:
         ([{"role": "user", "content": None}], 'needs "content" as text'),
         ([{"role": "user", "content": 5}], 'needs "content" as text'),
         ([{"role": "user", "content": "a", "images": "aGk="}], '"images" that are not a list'),
-        ([{"role": "user", "content": "a", "images": [b"\x89PNG"]}], '"images" that are not a list'),
+        ([{"role": "user", "content": "a", "images": [b"\x89PNG"]}], '"images" with bytes; give base64 text, the'),
+        ([{"role": "user", "content": "a", "images": [png("GIF")]}], "models take PNG and JPEG, not GIF"),
+        ([{**HELLO[0], "without_images": ["a"]}], 'messages.0. needs "without_images" as text'),
         ([{"role": "assistant", "tool_calls": CALL}], "tool_calls that are not a list"),
         ([{"role": "assistant", "tool_calls": [{"name": "add"}]}], "tool_calls that are not a list"),
         ([{"role": "assistant", "tool_calls": ["add"]}], "tool_calls that are not a list"),
@@ -128,3 +139,21 @@ def test_message_that_cannot_be_used_is_named(given: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         check_messages(given)
     assert "\n" not in str(caught.value)
+
+
+def test_images_may_be_objects() -> None:
+    picture = PIL.Image.new("RGB", (2, 2), "red")
+    sent = check_messages([{"role": "user", "content": "a", "images": [picture, png("PNG"), "aGk="]}])[0]["images"]
+
+    assert [PIL.Image.open(io.BytesIO(base64.b64decode(image))).size for image in sent[:2]] == [(2, 2), (2, 2)]
+    assert sent[2] == "aGk="
+
+
+def test_a_message_is_sent_with_its_images_or_in_words() -> None:
+    choice = {"role": "user", "content": "[image 1]?", "images": ["aGk=", "aGk="], "without_images": "words?"}
+    only = {"role": "user", "content": "b", "images": ["aGk="]}
+    seen = {name: choice[name] for name in ("role", "content", "images")}
+
+    assert as_read([choice, only], reads_images=True) == ([seen, only], 0)
+    assert as_read([choice, only], reads_images=False) == ([{"role": "user", "content": "words?"}, only], 2)
+    assert (has_choice([only, choice]), has_choice([only])) == (True, False)

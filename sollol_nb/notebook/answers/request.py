@@ -5,16 +5,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from IPython.core.error import UsageError
 
+from sollol_nb.chat.chunk import NOTE
 from sollol_nb.chat.completion import Completion, checked_against_schema
+from sollol_nb.chat.messages import WITHOUT_IMAGES
 from sollol_nb.notebook.answers.tools import tool_options
 from sollol_nb.notebook.magic_line import NO_EXPAND_HINT, Call, Word
 from sollol_nb.text.expansion import expand
+from sollol_nb.text.insertions import Insertions
 from sollol_nb.text.short_names import is_file_name
 
 if TYPE_CHECKING:
@@ -44,6 +47,9 @@ class CellRequest:
     Attributes:
         model: the model's name.
         prompt: the user's message, with `{{ }}` expanded.
+        images: those that `{{ }}` have inserted, as base64 text.
+        without_images: the prompt for a model that reads no images, if there are any.
+        notes: what was cut or left out of the prompt, one line each.
         system: the system message, or None.
         system_is_default: the system message is the default, not the cell's own.
         options: for `HybridRouter.stream`, without those that are None.
@@ -62,6 +68,9 @@ class CellRequest:
     prompt: str
     system: str | None
     options: Mapping[str, Any]
+    images: Sequence[str] = ()
+    without_images: str = ""
+    notes: Sequence[str] = ()
     system_is_default: bool = False
     schema: object = None
     chat: str | None = None
@@ -74,10 +83,18 @@ class CellRequest:
     background: bool = False
 
     @property
+    def message(self) -> dict[str, Any]:
+        """The user's message."""
+        message: dict[str, Any] = {"role": "user", "content": self.prompt}
+        if self.images:
+            message |= {"images": list(self.images), WITHOUT_IMAGES: self.without_images}
+        return message
+
+    @property
     def messages(self) -> list[dict[str, Any]]:
         """The messages of a request that continues no conversation."""
         system = [{"role": "system", "content": self.system}] if self.system else []
-        return [*system, {"role": "user", "content": self.prompt}]
+        return [*system, self.message]
 
     @property
     def stream_options(self) -> dict[str, Any]:
@@ -90,8 +107,10 @@ class CellRequest:
         return options
 
     def apply_form(self, completion: Completion) -> Completion:
-        """Set how the completion is shown, and its schema; returns it."""
+        """Set how the completion is shown, its schema, and the notes about the prompt; returns it."""
         completion.shown_as, completion.schema = self.shown_as, self.schema
+        if self.notes:
+            completion[NOTE] = " · ".join([*filter(None, [completion.get(NOTE)]), *self.notes])
         return completion
 
     def value(self, completion: Completion) -> Completion | pd.DataFrame:
@@ -119,9 +138,11 @@ def cell_request(call: Call, defaults: Mapping[str, Any]) -> CellRequest:
         UsageError, ConfigError: an option is missing or wrong.
     """
     arguments = call.arguments
-    model, prompt = _model_and_prompt(list(arguments.model_and_prompt), call.cell, defaults.get("model"))
+    words = list(arguments.model_and_prompt)
+    insertions = next((word.insertions for word in words if word.insertions is not None), None) or Insertions()
+    model, prompt = _model_and_prompt(words, call.cell, defaults.get("model"))
     if call.cell is not None and arguments.expand:
-        prompt = expand(prompt, call.variables, hint=NO_EXPAND_HINT)
+        prompt = expand(prompt, call.variables, hint=NO_EXPAND_HINT, insertions=insertions)
     if not prompt.strip():
         raise UsageError("the prompt is empty; write it below %%sollol MODEL or after %sollol MODEL")
     if arguments.reset and arguments.chat is None:
@@ -139,9 +160,13 @@ def cell_request(call: Call, defaults: Mapping[str, Any]) -> CellRequest:
     if arguments.schema is not None:
         schema = call.named_value(arguments.schema, "--schema")
     shown_as = arguments.format or ("json" if schema is not None else defaults.get("format") or "markdown")
+    prompt, images, without_images = insertions.sent(prompt.strip())
     return CellRequest(
         model=model,
-        prompt=prompt.strip(),
+        prompt=prompt,
+        images=images,
+        without_images=without_images,
+        notes=insertions.notes,
         system=arguments.system if arguments.system is not None else defaults.get("system"),
         system_is_default=arguments.system is None,
         options=options,
@@ -179,7 +204,7 @@ def _model_and_prompt(words: list[Word], cell: str | None, default: str | None) 
                 f"{model!r} is not a model's name; to insert a variable, write {{{{ {model.strip('${}')} }}}}"
             )
     if cell is None:
-        return model, str(words[0]) if len(words) == 1 else " ".join(word.raw for word in words)
+        return model, words[0].marked if len(words) == 1 else " ".join(word.raw_marked for word in words)
     if words:
         rest = " ".join(word.raw for word in words)
         raise UsageError(f"unexpected {rest!r}; with %%sollol the prompt goes below the first line")

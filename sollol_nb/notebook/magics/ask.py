@@ -110,8 +110,9 @@ class AskMagics(Magics):
     def sollol(self, call: magic_line.Call) -> Completion | pd.DataFrame | BackgroundAnswer:
         """Ask a model. The answer streams into the cell and is its value.
 
-        `{{ expression }}` in the cell or the options is replaced by its value; frames, arrays and figures become
-        text that a model can read. `%%sollol name << MODEL` is short for `%%sollol MODEL --out name`.
+        `{{ expression }}` in the cell or the options is replaced by its value: frames and arrays as text that a
+        model can read, images and figures as images if the model reads them. `%%sollol name << MODEL` is short for
+        `%%sollol MODEL --out name`.
 
         With `--tools f,g` the model may call these Python functions: type hints and docstrings tell it what they
         do. They run in this kernel, each call is shown as a fold, the stop button ends them, and `.steps` of the
@@ -288,4 +289,4 @@ def _stream(router: HybridRouter, request: CellRequest) -> AsyncGenerator[Chunk,
     if request.system is not None and not (request.system_is_default and chat.system):
         chat.system = request.system
     options = {**request.stream_options, "conversation": chat.name}
-    return ask_in_chat(router.stream_async, chat, request.model, request.prompt, **options)
+    return ask_in_chat(router.stream_async, chat, request.model, request.message, **options)

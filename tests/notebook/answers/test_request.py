@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import PIL.Image
 import pytest
 from IPython.core.error import UsageError
 
@@ -59,6 +60,65 @@ def test_recovery_and_determinism_are_options_of_a_cell() -> None:
 
     assert made.stream_options == {"recovery": "exact", "deterministic": True}
     assert request("demo", "Hi").stream_options == {}, "the router has its own settings"
+
+
+RED = PIL.Image.new("RGB", (4, 3), "red")
+UNSEEN = "[an image that you cannot see: image, 4 x 3 pixels]"
+
+
+@pytest.mark.parametrize(
+    ("line", "cell", "prompt", "without_images"),
+    [
+        ("demo", "What is {{ red }}?", "What is [image 1]?", f"What is {UNSEEN}?"),
+        ('demo "What is {{ red }}?"', None, "What is [image 1]?", f"What is {UNSEEN}?"),
+        ("demo What is {{ red }}?", None, "What is [image 1]?", f"What is {UNSEEN}?"),
+        ('demo say "{{ red }}" twice', None, 'say "[image 1]" twice', f'say "{UNSEEN}" twice'),
+        ("demo --system '{{ red }}' What is {{ red }}?", None, "What is [image 1]?", f"What is {UNSEEN}?"),
+        ("demo", "{{ [red, red] }}", "[image 1]\n[image 2]", f"{UNSEEN}\n{UNSEEN}"),
+        ("demo", "{{ red }}\n", "[image 1]", UNSEEN),
+    ],
+)
+def test_an_image_is_sent_beside_the_prompt(line: str, cell: str | None, prompt: str, without_images: str) -> None:
+    made = request(line, cell, red=RED)
+
+    assert (made.prompt, made.without_images) == (prompt, without_images)
+    assert len(made.images) == prompt.count("[image")
+    assert made.messages[-1] == {
+        "role": "user",
+        "content": prompt,
+        "images": made.images,
+        "without_images": without_images,
+    }
+    assert made.system in (None, UNSEEN)
+
+
+def test_what_was_cut_or_failed_is_noted_in_the_footer() -> None:
+    class Chart:
+        def _repr_llm_(self) -> int:
+            return 1
+
+        def __str__(self) -> str:
+            return "a chart"
+
+    made = request("demo '{{ text }} {{ chart }}'", text="x" * 150_000, chart=Chart())
+    answer = made.apply_form(Completion(message={"role": "assistant", "content": "ok"}, model="demo"))
+
+    assert len(made.prompt) < 101_000
+    assert made.prompt.endswith("[cut: 99,940 of 150,000 characters shown] a chart")
+    assert answer.footer() == (
+        "demo · {{ text }} has 150,000 characters and was cut; {{ readable(text, limit_chars=150000) }} sends all "
+        "of it · {{ chart }}: Chart._repr_llm_() returned int, not a text"
+    )
+    whole = request("demo", "{{ readable(text, limit_chars=150000) }}", text="x" * 150_000)
+    assert (len(whole.prompt), whole.notes) == (150_000, [])
+
+
+def test_the_first_images_of_many_are_sent() -> None:
+    made = request("demo", "{{ reds }}", reds=[RED] * 20)
+
+    assert len(made.images) == 16
+    assert made.prompt.endswith("[image 16]" + "\nimage, 4 x 3 pixels" * 4)
+    assert made.notes == ["only the first 16 images were sent"]
 
 
 def test_json_is_requested_from_the_engine_unless_there_is_a_schema() -> None:
