@@ -92,6 +92,15 @@ class HeadlessLab:
         opened.load()
         return opened
 
+    @contextmanager
+    def beside(self, server: LabServer) -> Iterator[HeadlessLab]:
+        """Another server in front of the same browser, which is started and stopped here."""
+        server.start()
+        try:
+            yield HeadlessLab(server, self._browser, self.pictures)
+        finally:
+            server.stop()
+
     def open_launcher(self) -> Page:
         """JupyterLab's launcher in a separate page."""
         page = self.new_page()

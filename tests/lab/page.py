@@ -64,8 +64,7 @@ class LabPage:
             url: another address of the server.
         """
         with self._kernel_connected():
-            path = f"doc/tree/{self.notebook.name}?token={self._server.token}&reset"
-            self.page.goto((url or self._server.url) + path)
+            self.page.goto((url or self._server.url) + self._server.page_of(self.notebook.name))
         self.page.wait_for_selector(CELLS)
         self.wait_idle()
         # The file browser takes room.

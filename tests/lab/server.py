@@ -110,6 +110,11 @@ class LabServer:
             f"{self._application} did not start:\n{self.log_path.read_text(errors='replace')[-2000:]}"
         )
 
+    def page_of(self, notebook: str) -> str:
+        """The path of the page that shows a notebook and nothing else, given its file name."""
+        page = "notebooks" if self._application == "notebook" else "doc/tree"
+        return f"{page}/{notebook}?token={self.token}&reset"
+
     def ask(self, method: str, path: str, body: Any = None) -> Any:
         """The JSON that the server's REST API answers to a body as JSON, None where it answers with nothing."""
         data = None if body is None else json.dumps(body).encode()
