@@ -25,7 +25,8 @@ from sollol_nb.text.short_names import is_file_name
 from sollol_nb.text.tables import counted
 
 if TYPE_CHECKING:
-    from sollol_nb.cluster.status import ClusterStatus, CoordinatorStatus
+    from sollol_nb.cluster.coordinator_status import CoordinatorStatus
+    from sollol_nb.cluster.status import ClusterStatus
     from sollol_nb.hybrid_router import HybridRouter
     from sollol_nb.models.routing import Route
 
