@@ -11,6 +11,7 @@
     x ModelNotFoundError
     x ModelFileError
     x ModelDoesNotFitError
+    x ModelPullError
   + WorkerError                    RPC workers
     x WorkerStartError
     x WorkersUnavailableError
@@ -41,6 +42,7 @@
     x ChatBusyError
     x StructureError               (.text, .completion)
 * BatchInterrupted                 (a KeyboardInterrupt: `except Exception` must not swallow a stop; .partial)
+* PullInterrupted                  (a KeyboardInterrupt, too)
 """
 
 from __future__ import annotations
@@ -92,6 +94,10 @@ class ModelNotFoundError(ModelError):
 
 class ModelFileError(ModelError):
     """The model's file is missing, unreadable, truncated or not GGUF."""
+
+
+class ModelPullError(ModelError):
+    """A model could not be downloaded; the message says what to do. What has arrived is kept."""
 
 
 class ModelDoesNotFitError(ModelError):
@@ -325,3 +331,7 @@ class BatchInterrupted(KeyboardInterrupt):
     def __init__(self, message: str, *, partial: Any) -> None:
         super().__init__(message)
         self.partial = partial
+
+
+class PullInterrupted(KeyboardInterrupt):
+    """The download of a model was stopped by Ctrl-C or the stop button; the same call continues it."""

@@ -9,5 +9,6 @@
 * `status.py`: the cluster of this user, seen from outside of any notebook
 * `contexts.py`: the saved contexts of conversations
 * `weights.py`: what workers of this machine keep of models
+* `pulling.py`: models from the Hugging Face Hub
 * `discover.py`: workers that could be used
 """

@@ -18,7 +18,7 @@ from typing import Any
 from sollol_nb._version import __version__
 from sollol_nb.cli import slurm as slurm_command
 from sollol_nb.cli import worker as worker_command
-from sollol_nb.errors import SollolError
+from sollol_nb.errors import PullInterrupted, SollolError
 from sollol_nb.gateway import command as gateway_command
 from sollol_nb.llama_cpp.engine.tools import BACKENDS
 from sollol_nb.settings import config
@@ -155,6 +155,14 @@ def weights(arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def pull(arguments: argparse.Namespace) -> int:
+    """Download a model from the Hugging Face Hub, and give it a short name. Run again, it continues."""
+    from sollol_nb.cli.pulling import pull
+
+    print(pull(arguments.model, arguments.name))
+    return EXIT_OK
+
+
 def trust(arguments: argparse.Namespace) -> int:
     """Show which settings of a folder's sollol_nb.toml need your consent; give or withdraw it."""
     from sollol_nb.settings.trust import review
@@ -288,6 +296,15 @@ def _weights_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--forget", action="store_true", help="delete all of it; not while a model is loading")
 
 
+def _pull_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", metavar="MODEL", help="hf.co/user/repo, hf.co/user/repo:quant or hf.co/user/repo:file.gguf"
+    )
+    parser.add_argument(
+        "--name", metavar="NAME", help="name of the model (default: the repository's, in lower case without -GGUF)"
+    )
+
+
 def _trust_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", nargs="?", help="a settings file or its folder; default: the one in use here")
     parser.add_argument("--yes", action="store_true", help="let these settings count, until the file changes")
@@ -338,6 +355,7 @@ _SUBCOMMANDS: tuple[tuple[Callable[[argparse.Namespace], int], Callable[[argpars
     (stop, _stop_arguments),
     (contexts, _contexts_arguments),
     (weights, _weights_arguments),
+    (pull, _pull_arguments),
     (trust, _trust_arguments),
     (gateway, gateway_command.add_arguments),
     (key, _key_arguments),
@@ -381,7 +399,7 @@ def _run(argv: Sequence[str] | None) -> int:
     except SollolError as error:
         print(f"sollol-nb: {error}", file=sys.stderr)
         return EXIT_ERROR
-    except KeyboardInterrupt:
-        print("sollol-nb: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"sollol-nb: {stop if isinstance(stop, PullInterrupted) else 'interrupted'}", file=sys.stderr)
         return EXIT_INTERRUPTED
     return code

@@ -1,4 +1,5 @@
-"""From a model's name to its GGUF file: the built-in demo model, a path, a router's own file, Ollama's storage.
+"""From a model's name to its GGUF file: the built-in demo model, a path, a router's own file, Ollama's storage,
+files of other programs.
 
 Ollama keeps `manifests/<host>/<namespace>/<model>/<tag>`, a JSON list of layers, and the layers as
 `blobs/sha256-<hex>`. The layer with mediaType `application/vnd.ollama.image.model` is the model; projectors and
@@ -22,6 +23,7 @@ from typing import Any
 from sollol_nb.errors import ModelError, ModelFileError, ModelNotFoundError
 from sollol_nb.gguf.facts import first_part, read_facts
 from sollol_nb.gguf.header import check_file
+from sollol_nb.models.found_files import find_file
 from sollol_nb.models.names import DIGEST, ModelName, split_digest
 from sollol_nb.runtime.amounts import shown
 from sollol_nb.settings import config
@@ -63,7 +65,8 @@ def find_model_file(model: str, gguf_path: str | Path | None = None) -> Path | N
 
     Args:
         model: `demo` and `demo:sharded` name the file in this package; the setting `models` may name others; a
-            name that `is_file_name` is a path; all others are looked up in Ollama's storage.
+            name that `is_file_name` is a path; all others are looked up in Ollama's storage, and then among the
+            files of other programs (`found_files.py`).
         gguf_path: the file to use instead of Ollama's.
 
     Raises:
@@ -85,7 +88,8 @@ def find_model_file(model: str, gguf_path: str | Path | None = None) -> Path | N
     try:
         return OllamaGGUFResolver().resolve(model)
     except ModelNotFoundError:
-        return None
+        found = find_file(model)
+        return None if found is None else first_part(found.path)
 
 
 def _named_file(named: str | Path) -> Path:

@@ -1,4 +1,4 @@
-"""The list of models: those of Ollama's nodes and storage, those that run, those that have a profile."""
+"""The list of models: those of Ollama's nodes and storage, those that run or have a profile, files of others."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sollol_nb.errors import ModelError
 from sollol_nb.models.files import DEMO_NAMES
+from sollol_nb.models.found_files import FoundFile
 from sollol_nb.models.profiles import MODEL_PROFILES, ModelProfile
 from sollol_nb.models.profiles import profile_of as profile_of_name
 from sollol_nb.settings.models import SavedModel
@@ -25,7 +26,8 @@ class ListedModel:
 
     Attributes:
         model: its name.
-        where: URLs of the Ollama nodes that have it, `this machine`, `built in`, or "" for none.
+        where: URLs of the Ollama nodes that have it, `this machine`, `built in`, the program or folder whose file
+            it is, such as `LM Studio`, or "" for none.
         parameters_b: billions of parameters; None when unknown.
         memory_gb: estimated memory in 1e9 bytes; None when unknown.
         sharded: whether it is sharded, if a coordinator runs it, else whether it needs sharding; None when its
@@ -64,6 +66,7 @@ def list_models(
     coordinators: Mapping[str, str],
     are_sharded: Mapping[str, bool] = MappingProxyType({}),
     saved: Mapping[str, SavedModel] = MappingProxyType({}),
+    found: Mapping[str, FoundFile] = MappingProxyType({}),
 ) -> list[ListedModel]:
     """All models: the running ones first, then the available ones, each by name.
 
@@ -75,6 +78,8 @@ def list_models(
         coordinators: model -> where its running coordinator runs.
         are_sharded: model -> whether its running coordinator shards it.
         saved: what the settings say about models, by name.
+        found: files of other programs, by name. Where the name is that of another model, the file is listed by its
+            path.
     """
     where: dict[str, list[str]] = {name: [] for name in MODEL_PROFILES}
     for entry in in_ollama:
@@ -90,6 +95,11 @@ def list_models(
         if short_name(name) != name:
             paths.setdefault(short_name(name), name)
         where.setdefault(short_name(name), []).extend(["this machine"] if is_here else [])
+    named = {path.resolve() for path in (model.gguf for model in saved.values()) if path is not None}
+    taken = {name.lower() for name in (*where, *DEMO_NAMES)}
+    for name, other in found.items():
+        if other.path.resolve() not in named:
+            where.setdefault(str(other.path) if name.lower() in taken else name, []).append(other.place)
     for name in coordinators:
         owners = where.setdefault(name, [])
         if not owners and name not in DEMO_NAMES:  # the coordinator has its file

@@ -22,6 +22,8 @@ from sollol_nb.gguf.header import GgufFile, Header, check_file, read_header
 from sollol_nb.go_template.proof import proven_jinja, reads_tools
 from sollol_nb.go_template.syntax import UnknownSyntaxError
 from sollol_nb.models.files import DEMO_NAMES, OllamaGGUFResolver, OllamaModelFiles, names_file
+from sollol_nb.models.found_files import find_file
+from sollol_nb.settings import config
 from sollol_nb.text.tables import shortened
 
 BARE_PROMPT = "{{ .Prompt }}"
@@ -111,15 +113,25 @@ def modelfile_of(model: str, gguf_path: str | Path | None, checked_option: Calla
         gguf_path: the file that is used instead of Ollama's. It replaces only the weights.
         checked_option: returns the value of a sampling option; raises ValueError if it cannot be used.
     """
-    if model in DEMO_NAMES or names_file(model):
+    if model in DEMO_NAMES:
         return NO_MODELFILE
+    if names_file(model):
+        return _with_projector(config.saved_model(model).projector)
     try:
         files = OllamaGGUFResolver().files(model, loads=gguf_path is None)
     except ModelNotFoundError:
-        return NO_MODELFILE
+        found = find_file(model) if gguf_path is None else None
+        return _with_projector(None if found is None else found.projector)
     except ModelError as error:  # only where it is not needed for the weights
         return Modelfile(left_out=(f"all of it ({error})",))
     return read_modelfile(files, Path(gguf_path) if gguf_path is not None else files.model, checked_option)
+
+
+def _with_projector(path: Path | None) -> Modelfile:
+    """What the projector of a model's file adds to it."""
+    left_out: list[str] = []
+    projector = _projector(() if path is None else (path,), left_out)
+    return Modelfile(projector=projector, left_out=_bounded(left_out))
 
 
 def read_modelfile(

@@ -22,11 +22,11 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from sollol_nb.errors import BatchInterrupted, SollolError
+from sollol_nb.errors import BatchInterrupted, PullInterrupted, SollolError
 from sollol_nb.runtime.io_loop import io_loop
 
 _HOOK = "_render_traceback_"
-_ERROR_BASES: tuple[type[BaseException], ...] = (SollolError, BatchInterrupted)
+_ERROR_BASES: tuple[type[BaseException], ...] = (SollolError, BatchInterrupted, PullInterrupted)
 _MISSING = object()
 _MARKS = ("_nest_patched", "_nest_asyncio2")
 """What nest_asyncio and nest_asyncio2 set in the module `asyncio` when they patch it."""

@@ -29,6 +29,7 @@ from sollol_nb.models.files import (
     find_model_file,
     names_file,
 )
+from sollol_nb.models.found_files import found_files
 from sollol_nb.models.listing import ListedModel, list_models
 from sollol_nb.models.modelfile import Modelfile, modelfile_of
 from sollol_nb.models.names import ModelName, key_of
@@ -233,6 +234,7 @@ class RouteFinder:
             coordinators={model: settings.describe_workers() for model, settings in running.items()},
             are_sharded={model: settings.plan is not None for model, settings in running.items()},
             saved=await asyncio.to_thread(config.saved_models),
+            found=(await asyncio.to_thread(found_files, fresh=True)).by_name,
         )
 
     def profile(self, model: str | Path, backend: str | None = None) -> ModelProfile:

@@ -7,6 +7,7 @@
 - `priority.py`: the ten levels of priority, and those of roles and tasks
 - `amounts.py`: numbers and durations as callers give them
 - `http_client.py`: JSON over HTTP
+- `download.py`: large files over HTTP, resumed
 - `exchange.py`: requests to a server on this machine, over one connection
 - `sqlite_file.py`: SQLite files that several kernels use
 - `process_identity.py`: which process this is, and whether another one still runs

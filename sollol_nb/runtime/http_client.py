@@ -1,4 +1,4 @@
-"""HTTP to engines and nodes: the only module that imports the HTTP client library.
+"""HTTP to engines and nodes: with `download.py`, the only module that imports the HTTP client library.
 
 A `JsonClient` speaks to one base URL in JSON. Foreign exceptions are translated here, once, by a table (the
 most specific class wins), so that no other module depends on the library. A client belongs to the event loop on

@@ -12,6 +12,9 @@ Variables that are not settings:
 |---|---|
 | `SOLLOL_CONFIG` | the only settings file to read, or `0` for none |
 | `SOLLOL_JOIN` | a join link for `sollol-nb worker`, where an argument could be seen by others |
+| `HF_ENDPOINT` | a mirror of the Hugging Face Hub, as for all its clients |
+| `HF_HUB_CACHE`, `HF_HOME` | the Hub's cache of files, as for all its clients |
+| `LLAMA_CACHE` | llama.cpp's cache of models |
 | `JPY_SESSION_NAME` | set by Jupyter's server: the path of the kernel's notebook |
 | `VULKAN_SDK`, `CXX` | as in every C++ build: the folder of the Vulkan SDK, the C++ compiler |
 """
@@ -35,7 +38,7 @@ from sollol_nb.runtime.private_files import check_private, private_folder
 from sollol_nb.settings import consent, edit
 from sollol_nb.settings.file import SettingsFile, find_nearest, is_file, read_settings
 from sollol_nb.settings.kinds import keep_alive_seconds
-from sollol_nb.settings.models import SavedModel, checked_entry
+from sollol_nb.settings.models import PATHS, SavedModel, checked_entry
 from sollol_nb.settings.table import FILE_NAME, SETTINGS
 from sollol_nb.text.short_names import is_file_name
 
@@ -246,8 +249,7 @@ def save_model(model: str, changes: Mapping[str, Any]) -> str:
     """
     model = model_path(model) if is_file_name(model) else model
     changes = checked_entry(model, changes)
-    if "gguf" in changes:
-        changes["gguf"] = Path.cwd() / changes["gguf"]
+    changes |= {key: Path.cwd() / changes[key] for key in PATHS if key in changes}
     path = _written_file()
     if path is None:
         _of_this_process[model] = _of_this_process.get(model, SavedModel()).below(
@@ -386,6 +388,28 @@ def session_path() -> str | None:
 def join_link() -> str | None:
     """The join link that `sollol-nb worker` uses (`SOLLOL_JOIN`), if set. It is a secret."""
     return _variable("SOLLOL_JOIN")
+
+
+def hub_endpoint() -> str:
+    """The Hugging Face Hub, or the mirror of it that `HF_ENDPOINT` names."""
+    return (_variable("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+
+def hub_cache() -> Path:
+    """The folder in which clients of the Hugging Face Hub keep files; `huggingface_hub` has the same rules."""
+    folder = _variable("HF_HUB_CACHE") or _variable("HUGGINGFACE_HUB_CACHE")
+    if folder is None:
+        cache = _variable("XDG_CACHE_HOME") or "~/.cache"
+        folder = f"{_variable('HF_HOME') or f'{cache}/huggingface'}/hub"
+    return Path(os.path.expandvars(folder)).expanduser()
+
+
+def llama_cpp_cache() -> Path:
+    """The folder of llama.cpp's own downloads: `LLAMA_CACHE`, else the usual one."""
+    folder = _variable("LLAMA_CACHE")
+    if folder is not None:
+        return Path(folder).expanduser()
+    return platformdirs.user_cache_path("llama.cpp", appauthor=False, opinion=False)
 
 
 def vulkan_sdk() -> Path | None:

@@ -282,6 +282,11 @@ STRATEGY = Kind("the name of a layer strategy", _strategy)
 WORKERS = Kind("a list of host:port or ssh://host", _workers)
 OLLAMA_HOSTS = Kind("a list of host:port or URLs", _ollama_hosts)
 COMMAND = Kind("a program with its options, such as ssh -F config", _command)
+FOLDERS = Kind(
+    "a list of folders",
+    lambda value: [_folder(entry) for entry in ([value] if isinstance(value, Path) else entries(value))],
+    anchor=lambda paths, folder: [folder / path for path in paths],
+)
 FOLDER = Kind("the path of a folder", _folder, anchor=lambda path, folder: folder / path)
 TEMPERATURE = number("a number of 0 or more, such as 0.7")
 TOP_P = number("a number above 0, at most 1, such as 0.9", above=True, most=1)

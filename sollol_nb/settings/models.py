@@ -54,6 +54,7 @@ def _gguf(value: Any) -> Path:
 KEYS: Mapping[str, Kind] = MappingProxyType(
     {
         "gguf": Kind("the path of a .gguf file", _gguf),
+        "mmproj": Kind("the path of a .gguf file", _gguf),
         "parameters": kinds.number("billions of parameters, such as 70"),
         "memory_gb": kinds.number("an amount of memory in 1e9 bytes, such as 42"),
         "sharded": kinds.YES_OR_NO,
@@ -65,6 +66,9 @@ KEYS: Mapping[str, Kind] = MappingProxyType(
     }
 )
 """What an entry may say, and the kind of each value."""
+
+PATHS = ("gguf", "mmproj")
+"""The keys that are paths."""
 
 OPTIONS = ("temperature", "top_p", "max_tokens", "seed")
 """The keys that are options of a request."""
@@ -86,6 +90,11 @@ class SavedModel:
     def gguf(self) -> Path | None:
         """The file that the name stands for, if any."""
         return self.values.get("gguf")
+
+    @property
+    def projector(self) -> Path | None:
+        """The file that lets the model read images, if any."""
+        return self.values.get("mmproj")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -147,7 +156,7 @@ def _anchored(value: Any, folder: Path) -> Any:
     """The entries with paths that are seen from a folder."""
     return {
         str(folder / Path(model).expanduser()) if is_file_name(model) else model: entry
-        | ({"gguf": folder / entry["gguf"]} if "gguf" in entry else {})
+        | {key: folder / entry[key] for key in PATHS if key in entry}
         for model, entry in value.items()
     }
 

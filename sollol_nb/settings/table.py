@@ -394,11 +394,22 @@ _TABLE = (
         "models",
         "machine",
         MODELS,
-        "Names for GGUF files, and what is known of models: a path, or a table of gguf, parameters (billions), "
-        "memory_gb, sharded, temperature, top_p, max_tokens, seed and system; in a variable name=path, separated "
-        "by commas. %sollol_profile writes it.",
+        "Names for GGUF files, and what is known of models: a path, or a table of gguf, mmproj (the projector of "
+        "a model that reads images), parameters (billions), memory_gb, sharded, temperature, top_p, max_tokens, "
+        "seed and system; in a variable name=path, separated by commas. %sollol_profile and %sollol_models pull "
+        "write it.",
         "SOLLOL_MODELS",
         default={},
+        default_description="none",
+    ),
+    Setting(
+        "model_dirs",
+        "machine",
+        kinds.FOLDERS,
+        "Folders that are searched for .gguf files, besides those of LM Studio, llama.cpp and the Hugging Face "
+        "Hub; in a variable separated by commas. %sollol_models lists what is found.",
+        "SOLLOL_MODEL_DIRS",
+        default=[],
         default_description="none",
     ),
     Setting(

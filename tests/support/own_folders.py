@@ -32,6 +32,12 @@ def own_settings(folder: Path) -> dict[str, str | None]:
         "SOLLOL_KEEP_ALIVE": "60s",  # if the tests are killed, their engines end soon
         "OLLAMA_HOST": NO_OLLAMA,
         "OLLAMA_MODELS": str(folder / "ollama"),
+        "HF_HOME": str(folder / "hub"),
+        "LLAMA_CACHE": str(folder / "llama.cpp"),
+        "HF_HUB_CACHE": None,
+        "HUGGINGFACE_HUB_CACHE": None,
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "HF_TOKEN": None,
     }
 
 

@@ -12,6 +12,7 @@ from IPython.core.magic_arguments import argument, magic_arguments
 
 from sollol_nb.errors import ModelDoesNotFitError, WorkersUnavailableError
 from sollol_nb.layers.plan import reason_lines
+from sollol_nb.models.found_files import found_files
 from sollol_nb.models.profiles import MODEL_PROFILES, save_profile
 from sollol_nb.models.routing import BACKENDS
 from sollol_nb.notebook import magic_line, session
@@ -28,14 +29,22 @@ class ModelMagics(Magics):
 
     @magic_line.options_magic()
     @magic_arguments()
-    @argument("text", nargs="?", default="", help="only names that contain this text")
+    @argument(
+        "words", nargs="*", metavar="TEXT | pull MODEL", help="only names that contain a text; or pull a model"
+    )
+    @argument("--name", metavar="NAME", help="pull: its name (default: the repository's, in lower case)")
     @argument("--all", action="store_true", help="also models that have a profile, but are not available yet")
     @line_magic
-    def sollol_models(self, call: magic_line.Call) -> pd.DataFrame:
-        """List the models as a frame: installed in Ollama, running, built in, or with a name for their file.
+    def sollol_models(self, call: magic_line.Call) -> pd.DataFrame | None:
+        """List the models as a frame, or pull one from the Hugging Face Hub.
 
-        Columns: `model`, `where` (Ollama nodes, this machine; empty if not available yet), `parameters_b`
+        Listed are models that are installed in Ollama, run, are built in or have a name for their file, and the
+        `.gguf` files of LM Studio, llama.cpp, the Hugging Face Hub's cache and the setting `model_dirs`. Columns:
+        `model`, `where` (Ollama nodes, this machine, a program; empty if not available yet), `parameters_b`
         (billions), `memory_gb` (1e9 bytes, if known), `sharded`, `running`.
+
+        `pull hf.co/user/repo:quant` downloads a model (`Q4_K_M` if none is named), verifies it, and gives it a
+        short name. Stopped, it keeps what has arrived, and the same line continues. It needs `huggingface_hub`.
 
         Example::
 
@@ -46,10 +55,20 @@ class ModelMagics(Magics):
             %sollol_models --all
         """
         arguments = call.arguments
-        frame = session.router().models()
+        words = [str(word) for word in arguments.words]
+        if words[:1] == ["pull"] or arguments.name is not None:
+            _pull(words, arguments.name)
+            return None
+        if len(words) > 1:
+            raise UsageError(f"%sollol_models: unexpected {words[1]!r}; name one text, or use: pull MODEL")
+        router = session.router()
+        frame = router.models()
+        if router.gateway is None:
+            print(*found_files().notes, sep="\n", end="\n" if found_files().notes else "")
         if not arguments.all:
             frame = frame[(frame["where"] != "") | (frame["running"] != "")]
-        return frame[frame["model"].str.contains(arguments.text, case=False, regex=False)].reset_index(drop=True)
+        text = words[0] if words else ""
+        return frame[frame["model"].str.contains(text, case=False, regex=False)].reset_index(drop=True)
 
     @magic_line.options_magic()
     @magic_arguments()
@@ -92,6 +111,7 @@ class ModelMagics(Magics):
     @magic_arguments()
     @argument("model", help="model name, or a new name for the file of --gguf")
     @argument("--gguf", metavar="PATH", help="let this name stand for a .gguf file")
+    @argument("--mmproj", metavar="PATH", help="set the projector with which it reads images, a .gguf file")
     @argument(
         "--parameters",
         type=magic_line.number,
@@ -148,6 +168,22 @@ class ModelMagics(Magics):
         if not given and saved.values:
             print("\n".join(f"{key}: {value}" for key, value in saved.values.items()))
             print(f"set in {_below_home(saved.source)}")
+
+
+def _pull(words: list[str], name: str | None) -> None:
+    """`pull MODEL`, here: a gateway has the files of its own machine."""
+    if words[:1] != ["pull"] or len(words) != 2:
+        raise UsageError("%sollol_models: name one model to pull, as in: pull hf.co/user/repo:Q4_K_M")
+    router = session.router()
+    if router.gateway is not None:
+        raise UsageError(
+            f"%sollol_models: this notebook uses the gateway {router.gateway}; on its machine, run: "
+            f"sollol-nb pull {words[1]}"
+        )
+    from sollol_nb.models.hub.pull import pull  # here, so that `%load_ext` is quick
+
+    of_nodes = [model.model for model in router.listed_models() if "://" in model.where]
+    print(pull(words[1], name=name, taken=of_nodes))
 
 
 def _below_home(path: str) -> str:
