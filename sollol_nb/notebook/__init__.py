@@ -8,7 +8,7 @@
 - `pages/`: answers whose page was closed, or opened again.
 - `magic_line.py`: the line of a magic as options.
 - `settings_traits.py`: `%config Sollol`.
-- `tab_completion.py`, `tab_line.py`: the Tab key in the lines of the magics.
+- `tab_completion.py`, `tab_line.py`, `tab_expressions.py`: the Tab key in the lines of the magics, and in `{{ }}`.
 - `preloading.py`: models that load in the background.
 - `identity.py`: which notebook a kernel belongs to.
 - `displays.py`: displays that are updated in place, the progress bar, and what links do.

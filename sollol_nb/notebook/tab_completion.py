@@ -30,6 +30,7 @@ from sollol_nb.errors import ConfigError
 from sollol_nb.layers.strategies import STRATEGIES
 from sollol_nb.models.files import OllamaGGUFResolver
 from sollol_nb.models.profiles import MODEL_PROFILES
+from sollol_nb.notebook.tab_expressions import Offer, offers, open_expression
 from sollol_nb.notebook.tab_line import Expected, expected, line_at_cursor
 from sollol_nb.runtime.io_loop import run_blocking
 from sollol_nb.runtime.priority import Priority
@@ -106,6 +107,10 @@ def install(
             before = context.full_text.split("\n")[: context.cursor_line]
             with contextlib.suppress(Exception):  # completions come whatever else fails
                 typed("\n".join(before))
+        inserted = _inserted(shell, context)
+        if inserted is not None:
+            completions = [SimpleCompletion(text, type="instance") for text in inserted.texts]
+            return {"completions": completions, "matched_fragment": inserted.fragment, "suppress": True}
         line = line_at_cursor(context.text_until_cursor)
         parser = _parser(shell, line.magic) if line is not None else None
         if line is None or parser is None:
@@ -214,6 +219,28 @@ _caches: weakref.WeakKeyDictionary[InteractiveShell, NameCache] = weakref.WeakKe
 def _parser(shell: InteractiveShell, magic: str) -> Any:
     function = shell.find_line_magic(magic) or shell.find_cell_magic(magic)
     return getattr(function, "parser", None)
+
+
+def _inserted(shell: InteractiveShell, context: CompletionContext) -> Offer | None:
+    """The completions of the `{{ }}` at the cursor, in a line or a cell of one of this package's magics."""
+    text = context.text_until_cursor
+    line = line_at_cursor(text)
+    if line is None and context.full_text.startswith("%%"):
+        before = context.full_text.split("\n")[: context.cursor_line]
+        line = line_at_cursor(f"{before[0]} ") if before else None
+        text = "\n".join([*before, text])
+    if line is None or _parser(shell, line.magic) is None:
+        return None
+    expression = open_expression(text)
+    if expression is None:
+        return None
+    hidden = shell.user_ns_hidden
+    variables = {
+        name: value
+        for name, value in shell.user_ns.items()
+        if name not in hidden or hidden[name] is not value  # the user's own, though it has a name of IPython's
+    }
+    return offers(expression, variables)
 
 
 def _completions(names: _Names, at_cursor: Expected) -> list[SimpleCompletion]:

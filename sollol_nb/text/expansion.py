@@ -33,6 +33,7 @@ def _given(value: object, *, limit_chars: int | None = None) -> GivenText:
 
 _BUILTINS = {name: value for name, value in vars(builtins).items() if name[0] != "_"} | {"readable": _given}
 """The names that expressions may use besides variables."""
+BUILTIN_NAMES = tuple(_BUILTINS)
 _PATH = re.compile(r"\s*\w+(?:\.\w+|\[[^\[\]()]*\])*\s*")
 _SELF = "_sollol_self"
 """The name of the variable `self` in compiled expressions: in Jinja `self` is always the template."""
@@ -57,6 +58,11 @@ def expand(
             nearest one), or failed.
     """
     return Template(text, hint=hint).fill(namespace, insertions=insertions)
+
+
+def filter_names() -> list[str]:
+    """The names of Jinja's filters."""
+    return list(_environment().filters)
 
 
 class Template:
