@@ -256,7 +256,8 @@ def test_a_router_shows_its_cluster(engine: Engine, alone: None) -> None:
         title = repr(mine)
 
     assert shown["text/plain"].startswith(f"{title}\n")
-    assert "\ndemo:sharded at http://127.0.0.1:" in shown["text/plain"]
-    assert "held by the coordinator of demo:sharded" in shown["text/plain"]
+    assert "\ndemo:sharded  ● ready\n" in shown["text/plain"]
+    assert "  address: http://127.0.0.1:" in shown["text/plain"]
+    assert shown["text/plain"].count("held by demo:sharded") == 3
     assert shown["text/html"].startswith("<p><code>&lt;HybridRouter: ")
     assert shown["text/html"].count("held by the coordinator of demo:sharded") == 3

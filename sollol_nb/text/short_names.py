@@ -13,7 +13,7 @@ _PATH = re.compile(r"[/~\\]|\.{1,2}[/\\]|[A-Za-z]:[/\\]")
 _BLOB = re.compile(r".*[/\\]sha256[-:](?P<digits>[0-9a-f]{12})[0-9a-f]{52}", re.IGNORECASE | re.DOTALL)
 
 _ENDPOINT = re.compile(r"(?P<host>\[[^\]]+\]|[^:\s/]+):(?P<port>\d+)")
-_ADDRESS = re.compile(r"[\d.]+|\[.*\]")
+_HOST_NAME = re.compile(r"(?P<host>[^\s/:.]*[A-Za-z][^\s/:.]*)\.[^\s/:]+(?P<port>:\d+)")
 
 
 def is_file_name(model: str) -> bool:
@@ -59,22 +59,25 @@ def fitted_name(model: object, limit_chars: int) -> str:
 def short_endpoints(names: Iterable[str]) -> dict[str, str]:
     """The name of each of these workers for a small space.
 
-    Hosts lose their domain. Where all hosts are the same, only the port is left (`:50052`); where all ports are,
-    only the host. Names that are no endpoints stay as they are.
+    As by `without_domains`; and where all hosts are the same, only the port is left (`:50052`), where all ports
+    are, only the host. Names that are no endpoints stay as they are.
     """
-    whole = list(dict.fromkeys(names))
-    found = [_ENDPOINT.fullmatch(name) for name in whole]
-    split = [(match["host"], match["port"]) for match in found if match is not None]
-    if len(split) < len(whole) or len(whole) < 2:
-        return {name: name for name in whole}
-    hosts, ports = {host for host, _ in split}, {port for _, port in split}
-    if len(hosts) == 1:
-        return {name: f":{port}" for name, (_, port) in zip(whole, split, strict=True)}
-    short = {host: host.partition(".")[0] for host in hosts if not _ADDRESS.fullmatch(host)}
-    if len(short) < len(hosts) or len(set(short.values())) < len(hosts):
-        short = {host: host for host in hosts}
-    end = {name: "" if len(ports) == 1 else f":{port}" for name, (_, port) in zip(whole, split, strict=True)}
-    return {name: short[host] + end[name] for name, (host, _) in zip(whole, split, strict=True)}
+    short = without_domains(names)
+    split = {name: (host, port) for name, text in short.items() for host, _, port in [text.rpartition(":")]}
+    if len(short) < 2 or not all(_ENDPOINT.fullmatch(text) for text in short.values()):
+        return short
+    if len({host for host, _ in split.values()}) == 1:
+        return {name: f":{port}" for name, (_, port) in split.items()}
+    has_one_port = len({port for _, port in split.values()}) == 1
+    return {name: host if has_one_port else f"{host}:{port}" for name, (host, port) in split.items()}
+
+
+def without_domains(names: Iterable[str]) -> dict[str, str]:
+    """The name of each of these workers: `gpu1:50052` for `gpu1.lab.example.org:50052`, unless two would have the
+    same. Addresses stay as they are."""
+    found = {name: _HOST_NAME.fullmatch(name) for name in names}
+    short = {name: match["host"] + match["port"] if match else name for name, match in found.items()}
+    return short if len(set(short.values())) == len(short) else {name: name for name in short}
 
 
 def _parts(path: str) -> tuple[str, ...]:

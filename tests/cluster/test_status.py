@@ -12,68 +12,22 @@ from typing import Any, cast
 
 import pytest
 
-from sollol_nb.cluster.coordinator_status import CoordinatorStatus, LayerSegment
+from sollol_nb.cluster.coordinator_status import CoordinatorStatus
 from sollol_nb.cluster.status import ClusterStatus
 from sollol_nb.layers.plan import LayerPlan, Shard
 from sollol_nb.layers.token_time import TokenTime
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
 from sollol_nb.llama_cpp.coordinators.placement import DevicePlacement, Placement
 from sollol_nb.llama_cpp.coordinators.speculation import NO_SPECULATION, Speculation
-from sollol_nb.llama_cpp.workers.probe import Probe, ProbeOutcome
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.models.files import DEMO_MODEL_PATH, DEMO_NOTE
 from sollol_nb.ollama.nodes import NodeStatus
 from sollol_nb.text.palette import SEGMENTS
+from tests.support.cluster_statuses import coordinator, segment, worker
 from tests.support.simulated_cluster import node as simulated_node
 
-GIB, MIB = 2**30, 2**20
+MIB = 2**20
 VOID = {"meta", "link", "br", "hr", "img", "input"}
-
-
-def worker(number: int, state: str = "free", detail: str = "", **more: Any) -> WorkerStatus:
-    endpoint = more.pop("endpoint", f"10.0.0.{number}:50052")
-    probe = Probe(
-        endpoint=endpoint,
-        outcome=ProbeOutcome.FREE,
-        detail="free",
-        protocol=(7, 0, 3),
-        device_free_bytes=(3 * GIB,),
-        total_bytes=4 * GIB,
-        round_trip_ms=0.4567,
-    )
-    values = {"held_by": None, "probe": probe, "is_local": False} | more
-    return WorkerStatus(endpoint=endpoint, state=state, detail=detail or state, **values)
-
-
-def segment(endpoint: str, layers: str, units: int, **more: Any) -> LayerSegment:
-    values: dict[str, Any] = {
-        "actual_units": units,
-        "weight_bytes": 2 * MIB,
-        "actual_weight_bytes": 3 * MIB,
-        "kv_bytes": MIB,
-        "share": units / 10,
-        "color": SEGMENTS[0],
-    }
-    return LayerSegment(endpoint=endpoint, layers=layers, units=units, **(values | more))
-
-
-def coordinator(*segments: LayerSegment, **more: Any) -> CoordinatorStatus:
-    values: dict[str, Any] = {
-        "model": "llama3.1:70b",
-        "note": "",
-        "url": "http://127.0.0.1:18080",
-        "log_path": "/tmp/log",
-        "strategy": "memory_aware",
-        "context_tokens": 8192,
-        "running": 1,
-        "waiting": 2,
-        "slots": 4,
-        "uptime_s": 9.0,
-        "load_ms": 1250.0,
-        "segments": segments,
-        "differences": (),
-    }
-    return CoordinatorStatus(**(values | more))
 
 
 class _Text(HTMLParser):
@@ -136,16 +90,19 @@ SHARDED = ClusterStatus(
         "llama3.1:70b",
         "http://127.0.0.1:18080",
         "memory_aware",
-        "8192 tokens of context",
-        "1/4 slots busy",
-        "2 waiting",
+        "8,192 tokens of context",
+        "answering 1, 2 waiting",
+        "1 of 4 busy, 2 waiting",
         "0-5",
         "6-8 + output",
-        "2.0 MiB",
-        "3.0 MiB",
+        "3.0 MiB (planned 2.0 MiB)",
+        "2.0 MiB planned",
+        "3 (planned 4)",
         "10.0.0.2:50052: planned 4 units from unit 6, the engine placed 3 from unit 7",
-        "held by the coordinator of llama3.1:70b",
-        "3.0 GiB free of 4.0 GiB, 0.46 ms, RPC 7.0.3",
+        "held by llama3.1:70b",
+        "3.0 of 4.0 GiB free",
+        "0.46 ms",
+        "2 workers: 1 held, 1 free",
     ],
 )
 def test_text_and_html_have_the_same_facts(fact: str) -> None:
@@ -155,17 +112,15 @@ def test_text_and_html_have_the_same_facts(fact: str) -> None:
     assert fact in page.text
 
 
-def test_tooltips_are_the_descriptions_of_the_text() -> None:
+def test_tooltips_have_what_is_too_long_for_the_line() -> None:
     titles = as_html(SHARDED).titles
 
-    assert titles == [segment.description for segment in SHARDED.coordinators[0].segments]
-    assert all(title in str(SHARDED) for title in titles)
-    assert titles[1] == (
-        "10.0.0.2:50052: layers 6-8 + output; planned: 4 units, 2.0 MiB weights, 1.0 MiB KV cache; actual: 3 units"
-    )
-    assert (
-        "actual: not reported" in segment("a:1", "0", 1, actual_units=None, actual_weight_bytes=None).description
-    )
+    assert titles == [
+        "10.0.0.1:50052\nlayers 0-5\nweights 3.0 MiB (planned 2.0 MiB)\nKV cache 1.0 MiB planned",
+        "10.0.0.2:50052\nlayers 6-8 + output\nweights 2.0 MiB planned\nKV cache 1.0 MiB planned",
+        "held by the coordinator of llama3.1:70b\nRPC 7.0.3",
+        "started on this machine\nRPC 7.0.3",
+    ]
 
 
 def test_notebook_gets_both() -> None:
@@ -175,33 +130,46 @@ def test_notebook_gets_both() -> None:
 def test_empty_cluster_says_so_and_what_to_do_next() -> None:
     empty = ClusterStatus((), ())
 
-    assert str(empty).splitlines() == ["no coordinator is running", "no worker is known"]
-    assert "No coordinator is running." in as_html(empty).text
-    assert "No worker is known" in as_html(empty).text
-    assert "%sollol_cluster start 3" in as_html(empty).text
+    assert str(empty).splitlines() == [
+        "○ Nothing runs yet: start workers on this machine, over which a model can be spread",
+        "  run: %sollol_cluster start 3",
+        "no coordinator is running",
+        "no worker is known",
+    ]
+    page = as_html(empty)
+    assert "Nothing runs yet" in page.text
+    assert "Run: %sollol_cluster start 3" in page.text
 
 
 @pytest.mark.parametrize(
-    ("status", "description"),
+    ("status", "pill", "facts"),
     [
-        (worker(1, "busy", "10.0.0.1:50052 accepts but does not answer"), "accepts but does not answer"),
-        (worker(1, "down", "nothing listens on 10.0.0.1:50052"), "nothing listens on 10.0.0.1:50052"),
-        (worker(1, "incompatible", "speaks RPC protocol 3.6.1"), "speaks RPC protocol 3.6.1"),
-        (worker(1, "down", "has not been checked yet", probe=None), "has not been checked yet"),
         (
-            worker(1, "held", "held by the coordinator of a", probe=None, held_by="a"),
-            "held by the coordinator of a",
+            worker(1, "busy", "10.0.0.1:50052 accepts but does not answer"),
+            "◐ busy",
+            ["accepts but does not answer"],
         ),
-        (worker(1), "3.0 GiB free of 4.0 GiB, 0.46 ms, RPC 7.0.3"),
+        (worker(1, "down", "nothing listens on 10.0.0.1:50052"), "✕ down", ["nothing listens on 10.0.0.1:50052"]),
+        (
+            worker(1, "incompatible", "speaks RPC protocol 3.6.1"),
+            "✕ incompatible",
+            ["10.0.0.1:50052: speaks RPC protocol 3.6.1; or remove it", "%sollol_cluster remove 10.0.0.1:50052"],
+        ),
+        (worker(1, "down", "has not been checked yet", probe=None), "✕ down", ["has not been checked yet"]),
+        (worker(1, "held", "held by the coordinator of a", probe=None, held_by="a"), "◐ held", ["held by a"]),
+        (worker(1, "unknown", "not probed yet", probe=None), "○ not checked yet", ["not probed yet"]),
+        (worker(1), "● free", ["3.0 of 4.0 GiB free", "0.46 ms"]),
     ],
 )
-def test_each_worker_shows_its_state_and_what_is_wrong(status: WorkerStatus, description: str) -> None:
+def test_each_worker_shows_its_state_and_what_is_wrong(status: WorkerStatus, pill: str, facts: list[str]) -> None:
     cluster = ClusterStatus((status,), ())
 
-    (line,) = str(cluster).splitlines()[2:]
-    assert line.split()[:2] == ["10.0.0.1:50052", status.state]
-    assert description in line
-    assert description in as_html(cluster).text
+    (line,) = [line for line in str(cluster).splitlines() if line.startswith("  10.0.0.1:50052 ")]
+    assert line.split("  ")[2] == pill
+    assert pill in as_html(cluster).text
+    for fact in facts:
+        assert fact in str(cluster)
+        assert fact in as_html(cluster).text
 
 
 # --- hostile and large ------------------------------------------------------------------------
@@ -239,17 +207,19 @@ def test_sixty_four_workers_render() -> None:
 
     page = as_html(status)
 
-    assert len(page.titles) == 64
-    assert all(f"10.0.0.{n}:50052" in page.text and f"10.0.0.{n}:50052" in str(status) for n in range(64))
-    assert "64 workers" in str(status)
+    assert len(page.titles) == 128, "segments and workers"
+    text = status.describe(verbose=True)
+    assert all(f"10.0.0.{n}:50052" in page.text and f"10.0.0.{n}:50052" in text for n in range(64))
+    assert "64 workers: all free" in str(status)
+    assert "52 more workers: all free (shown with -v)" in str(status)
     assert "http" not in status._repr_html_().replace("http://127.0.0.1:18080", "")  # nothing is fetched
 
 
 def test_several_coordinators_are_all_shown() -> None:
     status = ClusterStatus((), (coordinator(model="one"), coordinator(model="two", waiting=0)))
 
-    assert "one at http" in str(status)
-    assert "two at http" in str(status)
+    assert "one  ◐ answering 1, 2 waiting" in str(status)
+    assert "two  ◐ answering 1 of 4" in str(status)
     assert {"one", "two"} <= set(as_html(status).text.split())
 
 
@@ -332,7 +302,7 @@ def test_what_is_drafted_is_shown_and_why_nothing_is_belongs_to_the_reasons() ->
     speculation = Speculation(kind="ngram", max_tokens=16, why="round trips take 62 %")
     drafting.settings.speculation = speculation  # type: ignore[misc]
     text = str(ClusterStatus((), (CoordinatorStatus.of(drafting),)))
-    assert "\n  n-gram drafts of up to 16 tokens (round trips take 62 %)\n" in text
+    assert "drafts: n-gram drafts of up to 16 tokens (round trips take 62 %)" in text
     without = stand_in(plan=replace(stand_in().plan, reasons=REASONS[:1]))  # type: ignore[type-var]
     without.settings.speculation = Speculation(why="round trips take 2 %")  # type: ignore[misc]
     assert CoordinatorStatus.of(without).reasons == (REASONS[0], "no drafts (round trips take 2 %)")
@@ -360,10 +330,10 @@ def test_predicted_and_measured_token_times_are_shown_side_by_side() -> None:
     status = CoordinatorStatus.of(stand_in(plan=plan), token_ms=25.0, token=TokenTime((15.0, 5.0)))
 
     for shown in (str(ClusterStatus((), (status,))), as_html(ClusterStatus((), (status,))).text):
-        assert "20 ms per token (predicted), 25 ms per token (measured; 40 tokens/s)" in shown
+        assert "40 tokens/s · 25 ms per token (20 predicted)" in shown
     assert [segment.time_share for segment in status.segments] == [0.75, 0.25]
     assert "15 ms of each token (75%)" in status.segments[0].description
-    assert "15 ms (75 %)" in as_html(ClusterStatus((), (status,))).text
+    assert "15 ms (75%)" in as_html(ClusterStatus((), (status,))).text
 
 
 @pytest.mark.parametrize(
@@ -389,7 +359,7 @@ def test_of_a_load_whose_weights_were_cached_it_is_said_how_much_was_sent() -> N
     status = ClusterStatus((), (CoordinatorStatus.of(stand_in(bytes_sent=MIB, sent_description=sent)),))
 
     assert status.coordinators[0].bytes_sent == MIB
-    assert f" s ({sent})" in as_html(status).text
+    assert f" s, {sent}" in as_html(status).text
     assert "cached" not in as_html(ClusterStatus((), (CoordinatorStatus.of(stand_in()),))).text
 
 
@@ -420,31 +390,38 @@ def test_a_plan_with_one_reason_has_nothing_to_open_and_one_without_any_no_line(
     none = ClusterStatus((), (coordinator(segment("a:1", "0-9", 10)),))
 
     assert f"\n  why: {REASONS[0]}\n" in str(one)
-    assert "details" not in as_html(one).tags
+    assert f"<summary>why: {REASONS[0]}" not in one._repr_html_()
     assert "why:" not in str(none) + as_html(none).text
 
 
 @pytest.mark.parametrize(
-    ("node", "description"),
+    ("node", "pill", "facts"),
     [
-        (simulated_node(1), "llama3.2 loaded, 0/1 slots busy, 0 waiting, 21.4 ms per token"),
-        (simulated_node(1, loaded_models=(), ms_per_token=None), "nothing loaded, 0/1 slots busy, 0 waiting"),
+        (simulated_node(1), "● ready", ["llama3.2", "46.7 tokens/s · 1 model on disk"]),
+        (simulated_node(1, loaded_models=(), ms_per_token=None), "● ready", ["nothing loaded", "1 model on disk"]),
+        (simulated_node(1, running=1, waiting=2), "◐ answering 1 of 1, 2 waiting", ["llama3.2"]),
         (
             simulated_node(1, "absent"),
-            "nothing accepts connections at http://10.0.1.1:11434; start it there with: ollama",
+            "✕ down",
+            ["Ollama is down: nothing accepts connections at http://10.0.1.1:11434", "ollama serve"],
         ),
         (
             simulated_node(1, "cooling", last_error="it broke off"),
-            "it broke off; it will be tried again automatically",
+            "✕ failed",
+            ["Ollama at 10.0.1.1:11434 failed: it broke off; it will be tried again automatically"],
         ),
-        (simulated_node(1, "unknown"), "not checked yet"),
+        (simulated_node(1, "unknown"), "○ not checked yet", []),
     ],
 )
-def test_each_ollama_node_shows_what_it_has_or_what_is_wrong(node: NodeStatus, description: str) -> None:
+def test_each_ollama_node_shows_what_it_has_or_what_is_wrong(
+    node: NodeStatus, pill: str, facts: list[str]
+) -> None:
     status = ClusterStatus((), (), (node,))
 
-    assert f"{node.url:<22} {node.state:<12} {description}" in str(status)
-    assert f"{node.state} {description}" in as_html(status).text
+    assert f"  10.0.1.1:11434  {pill}" in str(status)
+    for fact in [pill, *facts]:
+        assert fact in str(status)
+        assert fact in as_html(status).text
 
 
 def test_workers_of_other_machines_are_shown_by_name_and_a_command_as_code() -> None:
@@ -463,10 +440,12 @@ def test_workers_of_other_machines_are_shown_by_name_and_a_command_as_code() -> 
 
     text = str(status)
     assert hidden not in text
-    assert "gpu1/CUDA0: layers 0-9; planned: 10 units" in text
-    assert "\n  gpu1/CUDA0             held " in text
-    assert "\n  ssh://gpu2             down         gpu2 is not known to ssh; run `ssh gpu2` once" in text
+    assert "0-9  gpu1/CUDA0  10 units" in text
+    assert "\n  gpu1/CUDA0  ◐ held " in text
+    assert "\n  ssh://gpu2  ✕ down" in text
+    assert "✕ gpu2 is not known to ssh; run `ssh gpu2` once" in text
     html = status._repr_html_()
-    assert html.count(hidden) == html.count(f'title="{hidden}"') == 2, "it is a tooltip only"
-    assert html.count("gpu1/CUDA0</td>") == 3, "the bar and both tables"
+    page = as_html(status)
+    assert html.count(hidden) == sum(title.count(hidden) for title in page.titles) == 3, "it is a tooltip only"
+    assert page.text.count("gpu1/CUDA0") == 3, "the bar, the table below it, and the workers"
     assert "run <code>ssh gpu2</code> once, and confirm its key" in html

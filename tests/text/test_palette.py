@@ -1,14 +1,16 @@
-"""The colours of dots are visible on a dark background."""
+"""Colours can be read: dots on a dark background, the text of pills and of layer bars."""
 
 from __future__ import annotations
 
 import pytest
 
-from sollol_nb.text.palette import state_color
+from sollol_nb.text.palette import MARKS, PILLS, SEGMENT_TEXT, SEGMENTS, Role, Theme, state_color
 
 BLACK_IN_JUPYTERLAB = "#111111"
 LEAST_CONTRAST = 4.5
 """Source: WCAG 2.2, success criterion 1.4.3; the formulas are its definitions of contrast and luminance."""
+LEAST_CONTRAST_OF_SHAPES = 3.0
+"""Source: WCAG 2.2, success criterion 1.4.11."""
 
 
 def _luminance(color: str) -> float:
@@ -17,7 +19,29 @@ def _luminance(color: str) -> float:
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
+def contrast(first: str, second: str) -> float:
+    darker, lighter = sorted((_luminance(first), _luminance(second)))
+    return (lighter + 0.05) / (darker + 0.05)
+
+
 @pytest.mark.parametrize("state", ["free", "held", "busy", "ready", "cooling", "unknown", "absent", "down"])
 def test_the_dot_of_a_state_is_visible_in_the_dark_theme(state: str) -> None:
-    contrast = (_luminance(state_color(state)) + 0.05) / (_luminance(BLACK_IN_JUPYTERLAB) + 0.05)
-    assert contrast >= LEAST_CONTRAST
+    assert contrast(state_color(state), BLACK_IN_JUPYTERLAB) >= LEAST_CONTRAST
+
+
+@pytest.mark.parametrize("theme", PILLS)
+@pytest.mark.parametrize("role", MARKS)
+def test_the_text_of_a_pill_can_be_read(theme: Theme, role: Role) -> None:
+    fill = PILLS[theme][role]
+    assert contrast(fill.text, fill.background) >= LEAST_CONTRAST
+
+
+@pytest.mark.parametrize("page", ["#ffffff", BLACK_IN_JUPYTERLAB])
+@pytest.mark.parametrize("role", MARKS)
+def test_a_pill_for_any_theme_stands_out_from_the_page(page: str, role: Role) -> None:
+    assert contrast(PILLS["any"][role].background, page) >= LEAST_CONTRAST_OF_SHAPES
+
+
+@pytest.mark.parametrize("color", SEGMENTS)
+def test_the_text_in_a_layer_bar_can_be_read(color: str) -> None:
+    assert contrast(SEGMENT_TEXT, color) >= LEAST_CONTRAST

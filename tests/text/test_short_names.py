@@ -1,10 +1,10 @@
-"""Names of models as people read them."""
+"""Names of models and workers as people read them."""
 
 from __future__ import annotations
 
 import pytest
 
-from sollol_nb.text.short_names import fitted_name, short_name, short_names
+from sollol_nb.text.short_names import fitted_name, short_endpoints, short_name, short_names, without_domains
 
 DIGEST = "0123456789ab" + "c" * 52
 
@@ -45,3 +45,25 @@ def test_files_with_the_same_name_get_as_many_folders_as_tell_them_apart() -> No
 def test_a_long_name_keeps_both_ends() -> None:
     assert fitted_name("/m/SmolLM2-135M-Instruct.Q4_1.gguf", 15) == "SmolLM2…ct.Q4_1"
     assert fitted_name("short", 15) == "short"
+
+
+@pytest.mark.parametrize(
+    ("names", "without_domain", "shortest"),
+    [
+        (["gpu1.lab.org:1", "gpu2.lab.org:1"], ["gpu1:1", "gpu2:1"], ["gpu1", "gpu2"]),
+        (["a.x.org:1", "a.y.org:1"], ["a.x.org:1", "a.y.org:1"], ["a.x.org", "a.y.org"]),
+        (["127.0.0.1:50052", "127.0.0.1:50053"], None, [":50052", ":50053"]),
+        (["[::1]:50052", "[::1]:50053"], None, [":50052", ":50053"]),
+        (["10.0.0.1:50052", "10.0.0.2:50052"], None, ["10.0.0.1", "10.0.0.2"]),
+        (["10.0.0.1:50052", "10.0.0.2:50053"], None, None),
+        (["gpu1/CUDA0", "gpu1/CUDA1"], None, None),
+        (["this machine", "10.0.0.1:50052"], None, None),
+        (["ssh://gpu1.lab.org:2222"], None, None),
+        ([], None, None),
+    ],
+)
+def test_workers_have_short_names_that_tell_them_apart(
+    names: list[str], without_domain: list[str] | None, shortest: list[str] | None
+) -> None:
+    assert without_domains(names) == dict(zip(names, without_domain or names, strict=True))
+    assert short_endpoints(names) == dict(zip(names, shortest or names, strict=True))

@@ -9,4 +9,5 @@ the same words, units and order.
 - `problems.py`: what needs attention, with the command and the button that fix it.
 - `events.py`: events as lines, grouped where they repeat, with relative times.
 - `cards.py`: all of it, from a status.
+- `views.py`: cards as text and as HTML (`templates/` of the folder above).
 """

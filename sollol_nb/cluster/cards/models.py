@@ -79,7 +79,7 @@ def _figures(coordinator: CoordinatorStatus, answer: str) -> Iterable[str]:
         yield f"{1000 / coordinator.token_ms:.3g} tokens/s"
         yield f"{coordinator.token_ms:.3g} ms per token{_beside(coordinator)}"
     elif coordinator.predicted_token_ms is not None:
-        yield f"{1000 / coordinator.predicted_token_ms:.2g} tokens/s predicted"
+        yield f"{1000 / coordinator.predicted_token_ms:.3g} tokens/s predicted"
     if answer:
         yield f"last answer: {answer}"
     yield f"{coordinator.context_tokens:,} tokens of context"

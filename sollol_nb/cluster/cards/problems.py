@@ -10,7 +10,7 @@ from sollol_nb.llama_cpp.workers.probe import ProbeOutcome
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.ollama.nodes import NodeState, NodeStatus
 from sollol_nb.runtime.events import Event, EventKind
-from sollol_nb.settings.endpoints import LOOPBACK, is_target, parse_endpoint
+from sollol_nb.settings.endpoints import is_target, parse_endpoint
 from sollol_nb.text.palette import Role
 from sollol_nb.text.short_names import short_name
 from sollol_nb.text.tables import counted
@@ -32,7 +32,8 @@ def problems_of(
     """All of them, the worst first; without any worker or node, what to do first."""
     found = [*_of_loads(events), *_of_workers(workers), *_of_nodes(nodes), *_of_coordinators(coordinators)]
     if not workers and not coordinators and not nodes:
-        found.append(_with_action("No worker is known.", _start(FIRST_WORKERS), "idle", "workers"))
+        text = "Nothing runs yet: start workers on this machine, over which a model can be spread"
+        found.append(_with_action(text, _start(FIRST_WORKERS), "idle", "workers"))
     return tuple(found)
 
 
@@ -75,7 +76,7 @@ def _of_workers(workers: Sequence[WorkerStatus]) -> Iterator[Problem]:
             arguments=tuple(dict.fromkeys(worker.target or worker.endpoint for worker in gone)),
             label=f"Remove {len(gone)} workers",
         )
-        text = f"{len(gone)} workers do not answer: {names}{more}"
+        text = f"{len(gone)} workers do not answer: {names}{more}; start them again, or remove them"
         details = tuple(worker.problem for worker in gone)
         yield _with_action(text, remove, "bad", "workers down", details)
     for worker in workers:
@@ -90,19 +91,21 @@ def _of_worker(worker: WorkerStatus) -> Problem:
         if worker.is_local:
             return Problem(text, command_of(_start(1)), _start(1), "bad", key)
         host, port = parse_endpoint(worker.endpoint, 0)
-        listen = host if host == LOOPBACK else "0.0.0.0"  # noqa: S104 - shown, not bound
-        text = f"{worker.label} does not answer: nothing listens there"
-        return Problem(text, f"ggml-rpc-server -H {listen} -p {port}", remove, "bad", key)
-    return _with_action(text, remove, "bad", key)
+        text = f"{worker.label} does not answer: nothing listens there; start a worker there"
+        return Problem(text, f"ggml-rpc-server -H {host} -p {port}", remove, "bad", key)
+    return _with_action(f"{text}; or remove it", remove, "bad", key)
 
 
 def _of_nodes(nodes: Sequence[NodeStatus]) -> Iterator[Problem]:
     for node in nodes:
         name, key = node.url.removeprefix("http://"), f"node {node.url}"
+        error = node.last_error or "it did not answer"
+        where = "" if name in error else f" at {name}"
         if node.state == NodeState.ABSENT:
-            yield Problem(f"Ollama at {name} does not answer", "ollama serve", None, "bad", key)
+            yield Problem(f"Ollama{where} is down: {error}", "ollama serve", None, "bad", key)
         elif node.state == NodeState.COOLING:
-            yield Problem(f"Ollama at {name} failed: {node.last_error or 'no answer'}", "", None, "bad", key)
+            text = f"Ollama{where} failed: {error}; it will be tried again automatically"
+            yield Problem(text, "", None, "bad", key)
 
 
 def _of_coordinators(coordinators: Sequence[CoordinatorStatus]) -> Iterator[Problem]:
@@ -114,8 +117,6 @@ def _of_coordinators(coordinators: Sequence[CoordinatorStatus]) -> Iterator[Prob
             yield Problem(text, "", None, "busy", key, coordinator.differences[1:])
         if coordinator.advice:
             key = f"advice {coordinator.url}"
-            if coordinator.advised_layout:
-                apply = Action(name="replan", arguments=(coordinator.model,), label="Apply")
-            else:  # workers have to be measured first
-                apply = Action(name="calibrate", arguments=(), label="Calibrate")
-            yield _with_action(f"{name}: {coordinator.advice}", apply, "busy", key)
+            text = coordinator.advice.partition("; `")[0].replace(coordinator.model, name)
+            apply = Action(name="replan", arguments=(coordinator.model,), label="Apply")
+            yield _with_action(text, apply, "busy", key)

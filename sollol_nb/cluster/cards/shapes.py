@@ -90,14 +90,16 @@ class WorkerRow:
 
     Attributes:
         key: its endpoint.
-        name: how people call it.
-        tooltip: its endpoint where it has another name, its protocol, and its speed if measured.
+        name: how people call it, without its domain.
+        tooltip: its endpoint where it has another name, what is wrong with it (as in `ClusterCards.problems`), its
+            protocol, and its speed if measured.
         pill: its state.
         used: share of its memory that is used, 0 to 1; None if unknown.
         memory: `22.4 of 23.5 GiB free`; "" if unknown.
         round_trip: `0.15 ms`; "" if unknown.
         held_by: short name of the model that holds it; "" if none does.
-        detail: what is wrong, or how far it is; "" where the pill says all. Commands are in backticks.
+        detail: how far it is, or why it is not used; "" where the pill or a problem says all. Commands are in
+            backticks.
         fold: "", or the key of `ClusterCards.folds` under which it is folded.
     """
 
@@ -122,10 +124,9 @@ class NodeRow:
         name: its URL without `http://`.
         pill: its state.
         loaded: short names of the models in its memory.
-        tooltip: the whole names of those.
+        tooltip: the whole names of those, or what is wrong.
         figures: one line of figures with units, to be joined with ` · `.
         round_trip: `0.9 ms`; "" if unknown.
-        detail: what is wrong; "" where the pill says all.
     """
 
     key: str
@@ -135,7 +136,6 @@ class NodeRow:
     tooltip: str = ""
     figures: tuple[str, ...] = ()
     round_trip: str = ""
-    detail: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,12 +143,12 @@ class Action:
     """What a button does: an action of `%sollol_cluster` with its arguments.
 
     Attributes:
-        name: `start`, `remove`, `calibrate` or `replan`.
+        name: `start`, `remove` or `replan`.
         arguments: as on the magic's line: a number, endpoints, models.
         label: the button's text.
     """
 
-    name: Literal["start", "remove", "calibrate", "replan"]
+    name: Literal["start", "remove", "replan"]
     arguments: tuple[str, ...]
     label: str
 

@@ -10,8 +10,9 @@ from sollol_nb.cluster.cards.shapes import NodeRow, Pill, WorkerRow
 from sollol_nb.cluster.live_figures import MEMORY_STEPS, LiveFigures
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.ollama.nodes import NodeState, NodeStatus
+from sollol_nb.settings.endpoints import is_target
 from sollol_nb.text.palette import Role
-from sollol_nb.text.short_names import short_name
+from sollol_nb.text.short_names import short_name, without_domains
 from sollol_nb.text.tables import counted, format_bytes
 
 UNFOLDED = 3
@@ -31,7 +32,7 @@ ROLES: Mapping[str, Role] = {
     NodeState.READY: "ok",
 }
 """Of the state of a worker or node; of others `bad`."""
-WORDS = {"unknown": "not connected", NodeState.ABSENT: "down", NodeState.COOLING: "failed"}
+WORDS = {"unknown": "not checked yet", NodeState.ABSENT: "down", NodeState.COOLING: "failed"}
 """States that people read in other words."""
 
 
@@ -44,7 +45,8 @@ def worker_rows(
     workers: Sequence[WorkerStatus], live: LiveFigures
 ) -> tuple[tuple[WorkerRow, ...], Mapping[str, str]]:
     """The rows, and a line for each group of them that is folded."""
-    rows = [_worker(worker, live) for worker in workers]
+    names = without_domains(worker.label for worker in workers)
+    rows = [_worker(worker, names[worker.label], live) for worker in workers]
     folds: dict[str, str] = {}
     bad = [row for row in rows if row.pill.role == "bad"]
     if len(bad) > UNFOLDED:
@@ -67,20 +69,23 @@ def _states_of(rows: Iterable[WorkerRow | NodeRow], singular: str, plural: str) 
     counts = Counter(row.pill.text for row in rows)
     total = sum(counts.values())
     if len(counts) == 1:
-        return f"{total:,} {singular if total == 1 else plural}, {next(iter(counts))}"
+        return f"{total:,} {singular if total == 1 else plural}: {'all ' if total > 1 else ''}{next(iter(counts))}"
     states = ", ".join(f"{count:,} {state}" for state, count in counts.items())
     return f"{total:,} {plural}: {states}"
 
 
-def _worker(worker: WorkerStatus, live: LiveFigures) -> WorkerRow:
-    probe, is_well = worker.probe, worker.state in ("free", "held")
+def _worker(worker: WorkerStatus, name: str, live: LiveFigures) -> WorkerRow:
+    probe, is_well, role = worker.probe, worker.state in ("free", "held"), role_of(worker.state)
     used, memory, round_trip, protocol = None, "", "", ""
+    word = WORDS.get(worker.state, worker.state)
+    if worker.state == "unknown" and is_target(worker.endpoint):
+        word = "not connected"
     if is_well and probe is not None and probe.total_bytes:
         free_bytes = live.free_bytes.get(worker.endpoint, worker.capacity.free_bytes)
         step = max(1, probe.total_bytes // MEMORY_STEPS)
         free_bytes = free_bytes // step * step
         used = round(1 - free_bytes / probe.total_bytes, 2)
-        memory = f"{format_bytes(free_bytes)} of {format_bytes(probe.total_bytes)} free"
+        memory = f"{_of(format_bytes(free_bytes), format_bytes(probe.total_bytes))} free"
     if is_well:
         round_trip = _round_trip(worker.endpoint, probe.round_trip_ms if probe else None, live)
     if probe is not None and probe.protocol:
@@ -89,26 +94,26 @@ def _worker(worker: WorkerStatus, live: LiveFigures) -> WorkerRow:
     last_error = live.last_error.get(worker.endpoint, "") if is_well else ""
     return WorkerRow(
         key=worker.endpoint,
-        name=worker.label,
+        name=name,
         tooltip="\n".join(
             filter(
                 None,
                 (
-                    worker.endpoint if worker.label != worker.endpoint else "",
+                    worker.endpoint if name != worker.endpoint else "",
                     "started on this machine" if worker.is_local else "",
-                    worker.detail if worker.state == "held" else "",
+                    worker.detail if worker.state == "held" or role == "bad" else "",
                     protocol,
                     f"calibrated: {worker.calibration.describe()}" if worker.calibration else "",
                     f"last error: {last_error}" if last_error else "",
                 ),
             )
         ),
-        pill=Pill(WORDS.get(worker.state, worker.state), role_of(worker.state)),
+        pill=Pill(word, role),
         used=used,
         memory=memory,
         round_trip=round_trip,
         held_by=held_by,
-        detail="" if is_well else worker.detail,
+        detail="" if is_well or role == "bad" else worker.detail.removeprefix(f"{word}; "),
     )
 
 
@@ -130,11 +135,16 @@ def node_row(node: NodeStatus, live: LiveFigures) -> NodeRow:
         name=node.url.removeprefix("http://"),
         pill=pill,
         loaded=tuple(map(short_name, node.loaded_models)),
-        tooltip="\n".join(node.loaded_models),
+        tooltip="\n".join(node.loaded_models) if is_ready else node.last_error or "",
         figures=(*figures, f"last answer: {answer}") if answer and is_ready else tuple(figures),
         round_trip=_round_trip(node.url, node.round_trip_ms, live) if is_ready else "",
-        detail="" if is_ready or node.state == NodeState.UNKNOWN else node.last_error or "",
     )
+
+
+def _of(part: str, whole: str) -> str:
+    """`22.4 of 23.5 GiB`; with both units where they differ."""
+    unit = whole.rpartition(" ")[2]
+    return f"{part.removesuffix(f' {unit}')} of {whole}"
 
 
 def _round_trip(name: str, seen_ms: float | None, live: LiveFigures) -> str:

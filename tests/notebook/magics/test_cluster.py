@@ -60,7 +60,8 @@ def test_start_makes_sure_that_so_many_workers_run(first: Kernel) -> None:
     eventually(lambda: first.value(lost) == "True", "its kernel knows")
     assert first.run("%sollol_cluster start 2").stream.startswith("started 1 worker: 127.0.0.1:")
     assert len(workers_of(first)) == 2
-    assert "down" not in first.run("%sollol_cluster --text").stream, "the one that died was replaced"
+    text = first.run("%sollol_cluster --text").stream
+    assert "\n2 workers: all free\n" in text, "the one that died was replaced"
 
     first.run("%sollol_cluster start 1 --more")
     assert len(workers_of(first)) == 3
@@ -140,7 +141,7 @@ def test_discover_lists_what_could_be_used_and_uses_only_what_is_on_this_machine
     assert said[position].split() == ["ssh://nowhere.invalid", "ssh", "down"]
     assert said[position + 1].startswith("    nowhere.invalid")
     cluster = said[said.index("no coordinator is running") :]
-    assert cluster[1] == "1 worker"
+    assert cluster[1] == "1 worker: free"
 
     public = second.run("%sollol_cluster discover --scan 8.8.8.0/24")
     assert "ConfigError: 8.8.8.0/24 is not a private network" in str(public.error)

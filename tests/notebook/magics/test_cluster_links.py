@@ -41,14 +41,11 @@ def test_a_machine_is_added_used_stopped_and_removed(notebook: Kernel, far: FarW
     answer = notebook.run(f"%%sollol demo:sharded --max-tokens 3 --out answer\n{QUESTION}")
     assert answer.status == "ok"
     cluster = notebook.run("%sollol_cluster --text").stream
-    assert f"{target}: layers 0-11 + output" in cluster
-    assert f"  {target:<22} held " in cluster
+    assert f"0-11 + output  {target}  13 units" in cluster
+    assert f"  {target}  ◐ held " in cluster
     html = notebook.run("%sollol_cluster --static").displays[-1]["text/html"]
     endpoint = notebook.value("answer.routing['plan']['shards'][0]['endpoint']").strip("'")
-    assert (
-        f'<td style="text-align: left; padding: 3px 12px 3px 0px; vertical-align: top;" title="{endpoint}">'
-        in html
-    )
+    assert f'title="{endpoint}">{target}</td>' in html
 
     assert "ready: " in notebook.run(f"%sollol_log {target}").stream
     held = notebook.run(f"%sollol_cluster remove {target}")
@@ -56,7 +53,7 @@ def test_a_machine_is_added_used_stopped_and_removed(notebook: Kernel, far: FarW
     stopped = notebook.run(f"%sollol_cluster stop {target}").stream
     assert stopped == f"stopped coordinator demo:sharded, link {target}\n"
     cluster = notebook.run("%sollol_cluster --text").stream
-    assert f"{target:<22} unknown      not connected; the next request connects to it" in cluster
+    assert f"{target}  ○ not connected  the next request connects to it" in cluster
     assert notebook.run(f"%sollol_cluster remove {target}").stream == f"removed worker {target}\n"
     assert "no worker is known" in notebook.run("%sollol_cluster --text").stream
 
@@ -102,7 +99,7 @@ def test_a_machine_is_invited_and_the_invitation_is_revoked(notebook: Kernel) ->
 def test_added_machines_are_kept_when_a_setting_changes(notebook: Kernel, far: FarWorker) -> None:
     notebook.run(f"%sollol_cluster add {far.target}")
     notebook.run("%config Sollol.slots = 2")
-    assert f"{far.target:<22} free" in notebook.run("%sollol_cluster --text").stream
+    assert f"{far.target}  ● free" in notebook.run("%sollol_cluster --text").stream
 
 
 def test_a_host_of_ssh_is_installed_used_and_left_in_a_few_lines(engine: Engine, tmp_path: Path) -> None:
@@ -116,11 +113,11 @@ def test_a_host_of_ssh_is_installed_used_and_left_in_a_few_lines(engine: Engine,
         assert added.stream.startswith("added worker gpu1: free, ")
         assert added.updates > 1, "it was shown what is done there"
         assert added.displays[0]["text/plain"] == "", "and is no more"
-        assert "  gpu1                   free " in added.stream
+        assert "  gpu1  ● free " in added.stream
         answer = notebook.run(f"%%sollol demo:sharded --max-tokens 3 --out answer\n{QUESTION}")
         assert answer.status == "ok"
         assert notebook.value("[shard['name'] for shard in answer.routing['plan']['shards']]") == "['gpu1']"
-        assert "gpu1: layers 0-11 + output" in notebook.run("%sollol_cluster --text").stream
+        assert "0-11 + output  gpu1  13 units" in notebook.run("%sollol_cluster --text").stream
         assert "ready: gpu1: CPU" in notebook.run("%sollol_log gpu1").stream
         stopped = notebook.run("%sollol_cluster stop gpu1").stream
         assert stopped == "stopped coordinator demo:sharded, link ssh://gpu1\n"
