@@ -43,7 +43,7 @@ def _assets() -> Mapping[str, bytes]:
     own = {name: (ASSETS / name).read_bytes() for name in ("status_page.js", "status_page.css", "icon.svg")}
     return {
         **own,
-        "cluster_map.js": drawing.SOURCE.read_bytes(),
+        "cluster_map.js": drawing.SOURCE.encode(),
         "cluster_map.css": drawing.STYLE.encode(),
     }
 

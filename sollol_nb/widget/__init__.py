@@ -4,6 +4,7 @@
 - `map.py`: the drawing in the browser; `drawing.py` has its JavaScript and style sheet, which are in `assets/`.
 - `controls.py`: add, remove and discover workers; load and stop models.
 - `what_if_panel.py`: sliders for the layout of a running model.
-- `suggestion.py`: a better layout, and the button that applies it.
+- `fixes.py`: what the buttons of problems do.
+- `suggestion.py`: a better layout, and the button that applies it; for front ends without a map.
 - `actions.py`: what the controls do, on the I/O loop.
 """

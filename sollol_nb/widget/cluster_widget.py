@@ -28,6 +28,7 @@ from sollol_nb.router.router import Router
 from sollol_nb.runtime.io_loop import run_blocking, submit
 from sollol_nb.widget.actions import ClusterActions
 from sollol_nb.widget.controls import ModelControls, WorkerControls
+from sollol_nb.widget.fixes import Fixes
 from sollol_nb.widget.suggestion import Suggestion
 from sollol_nb.widget.what_if_panel import WhatIfPanel
 
@@ -60,7 +61,8 @@ class ClusterWidget:
 
     Attributes:
         map: the drawing; None without anywidget.
-        suggestion: a better layout, where the router knows one.
+        suggestion: a better layout, where the router knows one; shown without a map.
+        fixes: what the buttons of problems do.
         workers, models, what_if: the controls.
         progress: what the controls are doing, or how the last action ended.
         box: all of them, as one ipywidget.
@@ -81,15 +83,17 @@ class ClusterWidget:
         self.models = ModelControls(self._actions, lambda: _strategy_of(get_router()))
         self.what_if = WhatIfPanel(get_router, self._actions)
         self.suggestion = Suggestion(self._actions, self._compare)
-        self.progress = ipywidgets.HTML()
+        self.fixes = Fixes(self._actions, lambda: self._state.data)
+        self.progress = ipywidgets.HTML().add_class("sollol-progress")
         self.map = _create_map(self)
         self._html = ipywidgets.HTML(self._state.status()._repr_html_()) if self.map is None else None
-        controls = ipywidgets.VBox([self.workers.box, self.models.box])
+        controls = ipywidgets.VBox([self.workers.box, self.models.box]).add_class("sollol-controls")
         self._panels = ipywidgets.Accordion(
             [controls, self.what_if.box], titles=("Controls", "What if"), selected_index=None
         ).add_class("sollol-panels")
-        shown = self.map if self.map is not None else self._html
-        self.box = ipywidgets.VBox([shown, self.suggestion.box, self._panels, self.progress])
+        # The map shows a suggestion among the problems.
+        shown = [self.map] if self.map is not None else [self._html, self.suggestion.box]
+        self.box = ipywidgets.VBox([*shown, self.progress, self._panels]).add_class("sollol-widget")
 
     def __repr__(self) -> str:
         return f"<ClusterWidget: {'closed' if self.is_closed else f'{len(self._views)} views'}>"
@@ -128,6 +132,7 @@ class ClusterWidget:
         for snapshot in self._snapshots:
             snapshot.update(self._snapshot(), raw=True)
         self._snapshots.clear()
+        _close_all(self.suggestion.box)
         _close_all(self.box)
 
     def _snapshot(self) -> dict[str, str]:
@@ -211,6 +216,13 @@ class ClusterWidget:
         self.what_if.show_suggestion(model)
         self._panels.selected_index = 1
 
+    def _on_button(self, button: str, key: str) -> None:
+        """Called when a button of a problem was pressed."""
+        if button == "fix":
+            self.fixes.run(key)
+        else:
+            self._compare(self.fixes.subject(key))
+
     def _drop_lost_views(self) -> None:
         if self.map is None or self._is_cell_running:  # views of ipywidgets.HTML do not report
             return
@@ -253,7 +265,7 @@ def _create_map(widget: ClusterWidget) -> ClusterMap | None:
         from sollol_nb.widget.map import ClusterMap
     except ImportError:  # anywidget is not installed
         return None
-    return ClusterMap(lambda: widget._state.data, widget.on_view)
+    return ClusterMap(lambda: widget._state.data, widget.on_view, widget._on_button)
 
 
 def _close_all(widget: ipywidgets.Widget) -> None:

@@ -27,16 +27,19 @@ from sollol_nb.widget.actions import ClusterActions
 _SMALL = {"width": "auto"}
 _NARROW = {"width": "170px"}
 _COUNT = {"width": "60px"}
-_WIDE = {"width": "230px"}
-_LABEL = {"width": "110px"}
+_LABEL_PX = 110
 _STRATEGIES_TOOLTIP = "\n".join(
     ["how the layers of the next models are spread:", *(f"{name}: {does}" for name, does in STRATEGIES.items())]
 )
 
 
-def row(label: str, *controls: ipywidgets.Widget) -> ipywidgets.HBox:
-    """Labelled controls beside each other; in a narrow window they continue on the next line."""
-    return ipywidgets.HBox([ipywidgets.Label(label, layout=_LABEL), *controls], layout={"flex_flow": "row wrap"})
+def row(label: str, first: ipywidgets.Widget, *others: ipywidgets.Widget) -> ipywidgets.HBox:
+    """Controls beside each other, and a label that belongs to the first one; in a narrow window they continue on
+    the next line."""
+    first.description = label
+    first.style.description_width = f"{_LABEL_PX}px"
+    first.layout.width = f"{_LABEL_PX + int(first.layout.width.removesuffix('px'))}px"
+    return ipywidgets.HBox([first, *others], layout={"flex_flow": "row wrap"}).add_class("sollol-group")
 
 
 def choose_among(dropdown: ipywidgets.Dropdown, names: Sequence[str]) -> None:
@@ -62,7 +65,7 @@ class WorkerControls:
             tooltip="use this machine through ssh, or this worker; llama.cpp is installed there if necessary",
             layout=_SMALL,
         )
-        self.known = ipywidgets.Dropdown(options=(), layout=_WIDE)
+        self.known = ipywidgets.Dropdown(options=(), layout=_NARROW)
         self.remove = ipywidgets.Button(
             description="Remove",
             tooltip="remove this worker, or this machine with its workers; what was started here is stopped",
@@ -94,8 +97,9 @@ class WorkerControls:
         )
         self.box = ipywidgets.VBox(
             [
-                row("Workers here", self.count, self.start, self.stop, self.discover),
-                row("Other workers", self.endpoint, self.add, self.known, self.remove, self.calibrate),
+                row("Workers here", self.count, self.start, self.stop),
+                row("Other workers", self.endpoint, self.add, self.discover),
+                row("Known workers", self.known, self.remove, self.calibrate),
             ]
         )
         self.start.on_click(self._start)
@@ -219,7 +223,7 @@ class ModelControls:
             tooltip="load this model: start its coordinator, or load it in Ollama",
             layout=_SMALL,
         )
-        self.running = ipywidgets.Dropdown(options=(), layout=_WIDE)
+        self.running = ipywidgets.Dropdown(options=(), layout=_NARROW)
         self.stop = ipywidgets.Button(
             description="Stop", tooltip="stop the coordinator of this model", layout=_SMALL
         )
@@ -237,7 +241,8 @@ class ModelControls:
         )
         self.box = ipywidgets.VBox(
             [
-                row("Models", self.model, self.load, self.running, self.stop),
+                row("Load a model", self.model, self.load),
+                row("Running model", self.running, self.stop),
                 row("Layer strategy", self.strategy),
                 row("Keep loaded for", self.keep_alive, self.keep),
             ]

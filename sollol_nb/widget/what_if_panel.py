@@ -46,7 +46,9 @@ class WhatIfPanel:
         self._base_url = ""
         self._forecast: Forecast | None = None
         self._predicted_with: str | None = None
-        self.model = ipywidgets.Dropdown(options=(), layout={"width": "250px"})
+        self.model = ipywidgets.Dropdown(
+            options=(), description="Model", style={"description_width": "60px"}, layout={"width": "310px"}
+        )
         self.sliders: list[ipywidgets.IntSlider] = []
         self._rows = ipywidgets.VBox([])
         self.prediction = ipywidgets.HTML(_NO_MODEL)

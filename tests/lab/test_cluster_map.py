@@ -1,4 +1,4 @@
-"""The map's JavaScript in a browser: plain state becomes SVG and tables, patch by patch, whatever it holds."""
+"""The map's JavaScript in a browser: plain state becomes cards and rows, patch by patch, whatever it holds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LOAD = """async ([source, style]) => {
     const url = URL.createObjectURL(new Blob([source], {type: 'text/javascript'}));
     window.map = await import(url);
     class Model {
-        constructor(state) { this.values = {state}; this.listeners = []; this.sent = []; }
+        constructor(state) { this.values = {state, can_fix: true}; this.listeners = []; this.sent = []; }
         get(name) { return this.values[name]; }
         set(name, value) { this.values[name] = value; this.emit(`change:${name}`); }
         on(event, listener) { this.listeners.push([event, listener]); }
@@ -55,7 +55,7 @@ def page(lab: HeadlessLab) -> Iterator[Page]:
     opened = lab.new_page()
     errors: list[str] = []
     opened.on("pageerror", lambda error: errors.append(str(error)))
-    opened.evaluate(LOAD, [SOURCE.read_text("utf-8"), STYLE])
+    opened.evaluate(LOAD, [SOURCE, STYLE])
     yield opened
     opened.close()
     assert errors == []
@@ -100,32 +100,46 @@ def test_layers_are_boxes_as_wide_as_their_share(page: Page) -> None:
 
     widths = page.evaluate(
         "() => [...document.querySelectorAll('#first .sollol-row-planned .sollol-box')]"
-        ".map(box => parseFloat(box.getAttribute('width')))"
+        ".map(box => box.getBoundingClientRect().width)"
     )
-    assert widths == pytest.approx([100 * units / 41 for units in (20, 15, 6)], abs=0.01)
-    planned = [box.splitlines() for box in page.locator("#first .sollol-row-planned text").all_text_contents()]
-    assert [line for (line,) in planned] == [
-        "0-19", endpoint(0), "20-34", endpoint(1), "35-39 + output", endpoint(2)
+    assert [width / sum(widths) for width in widths] == pytest.approx(
+        [units / 41 for units in (20, 15, 6)], abs=0.01
+    )
+    assert page.locator("#first .sollol-row-planned bdi").all_text_contents() == [
+        "0-19", "10.0.0.10", "20-34", "10.0.0.11", "35-39 + output", "10.0.0.12"
     ]  # fmt: skip
-    assert page.locator("#first .sollol-row-actual text").all_text_contents() == ["20", "15", "6"]
-    time = page.locator("#first .sollol-row-time text").all_text_contents()
+    assert page.locator("#first .sollol-row-actual").count() == 0, "they are as planned"
+    time = page.locator("#first .sollol-row-time bdi").all_text_contents()
     assert [float(share.removesuffix(" %")) for share in time] == pytest.approx([48, 36, 17], abs=1)
+    said = page.locator("#first .sollol-row-planned").get_attribute("aria-label")
+    assert said is not None
+    assert said.startswith(f"layers: {endpoint(0)}, layers 0-19, ")
 
 
-def test_each_worker_and_node_shows_its_state_as_mark_word_and_reason(page: Page) -> None:
+def test_each_worker_and_node_is_one_line_with_its_state(page: Page) -> None:
     cluster = three_workers()
     cluster.change_worker(3, "down", "nothing listens there; start it", "worker.lost")
     page.evaluate("state => window.show(state)", state_of(cluster))
 
     row = page.locator(f"#first tr[data-endpoint='{endpoint(3)}']")
     assert row.get_attribute("data-state") == "down"
-    assert row.inner_text().split("\t")[:2] == [endpoint(3), "✕ down"]
+    assert [cell.strip() for cell in row.inner_text().split("\t")[:2]] == [endpoint(3), "down"]
     assert row.inner_text().endswith("nothing listens there; start it")
     held = page.locator(f"#first tr[data-endpoint='{endpoint(0)}']").inner_text()
-    for fact in ("● held", "29.4 GiB free of 32.0 GiB", "RPC 7.0.0", "held by the coordinator of big"):
+    for fact in ("held", "29.4 GiB of 32.0 GiB free", "0.4 ms", "big"):
         assert fact in held
-    assert "○ ready" in page.locator("#first tr[data-endpoint='http://10.0.1.1:11434']").inner_text()
-    assert texts(page, ".sollol-log > div")[0].endswith("nothing listens there; start it")
+    assert "ready" in page.locator("#first tr[data-endpoint='http://10.0.1.1:11434']").inner_text()
+    assert texts(page, ".sollol-event-text")[0].endswith("nothing listens there; start it")
+    heights = page.locator("#first .sollol-workers tbody tr").evaluate_all(
+        "rows => rows.map(row => row.clientHeight)"
+    )
+    assert max(heights) - min(heights) <= 1, "each row is one line"
+
+
+def test_columns_without_any_content_are_left_out(page: Page) -> None:
+    page.evaluate("state => window.show(state)", state_of(SimulatedCluster(2)))
+    shown = page.locator("#first .sollol-workers thead th:visible").all_inner_texts()
+    assert shown == ["Worker", "State", "Memory", "Round trip"]
 
 
 def test_hostile_names_are_text(page: Page) -> None:
@@ -140,28 +154,84 @@ def test_hostile_names_are_text(page: Page) -> None:
     assert hostile in page.locator("#first").inner_text()
 
 
-def test_sixty_four_workers_fit_into_one_line_and_the_lost_one_is_first(page: Page) -> None:
+def test_sixty_four_workers_have_a_mark_each_and_the_dead_ones_unfold(page: Page) -> None:
     cluster = SimulatedCluster(64)
     cluster.run_model("big", range(15))
-    cluster.change_worker(50, "down", "gone", "worker.lost")
+    for number in range(50, 60):
+        cluster.change_worker(number, "down", "gone", "worker.lost")
     page.evaluate("state => window.show(state)", state_of(cluster))
 
-    assert "64 workers: 15 held, 48 free, 1 down" in page.locator("#first").inner_text()
+    heading = texts(page, ".sollol-workers .sollol-heading")[0].split()
+    assert heading[:2] == ["64", "workers"]
     assert page.locator("#first .sollol-mark[title]").count() == 64
-    assert page.locator("#first tbody tr[data-endpoint]").first.get_attribute("data-endpoint") == endpoint(50)
+    dead = page.locator("#first .sollol-fold", has_text="10 workers, down")
+    assert dead.locator("tr").count() == 10
+    assert not dead.locator("tr").first.is_visible()
+    dead.locator("summary").focus()
+    page.keyboard.press("Enter")
+    assert dead.locator("tr").first.is_visible()
+    (problem,) = texts(page, ".sollol-problem-text")
+    assert problem.startswith(f"10 workers do not answer: {endpoint(50)}")
     overflowing = page.evaluate(
-        """() => [...document.querySelectorAll('#first .sollol-box text')].filter(label =>
-            label.getComputedTextLength() + 6 > label.parentNode.width.baseVal.value)
-            .map(label => label.textContent)"""
+        """() => [...document.querySelectorAll('#first .sollol-box')]
+            .filter(box => box.scrollHeight > box.clientHeight).map(box => box.textContent)"""
     )
     assert overflowing == []
 
 
-def test_an_empty_cluster_says_so(page: Page) -> None:
+def test_an_empty_cluster_says_what_to_do_and_has_no_empty_parts(page: Page) -> None:
     page.evaluate("state => window.show(state)", state_of(SimulatedCluster(0)))
-    assert page.locator("#first [data-empty]").get_attribute("data-empty") == "no coordinator is running"
-    assert "0 workers" in page.locator("#first").inner_text()
-    assert "Ollama" not in page.locator("#first").inner_text()
+    assert page.locator("#first").inner_text().split("\n") == ["No worker is known.", "Start 3 workers"]
+
+
+# --- problems and events ----------------------------------------------------------------------
+
+
+def test_the_button_of_a_problem_asks_the_kernel_for_its_fix(page: Page) -> None:
+    cluster = three_workers()
+    cluster.change_worker(3, "down", "gone", "worker.lost")
+    state = state_of(cluster)
+    page.evaluate("state => window.show(state)", state)
+
+    (key,) = (key for key in state["cards"]["problems"] if endpoint(3) in key)
+    button = page.locator("#first .sollol-problem", has_text=endpoint(3)).get_by_role("button", name="Remove")
+    button.focus()
+    page.keyboard.press("Enter")
+    assert page.evaluate("() => window.model.sent.filter(sent => sent.fix)") == [{"fix": key}]
+    assert button.is_disabled(), "until the state changes"
+
+
+def test_without_a_kernel_a_problem_shows_what_to_type(page: Page) -> None:
+    cluster = three_workers()
+    cluster.change_worker(3, "down", "gone", "worker.lost")
+    page.evaluate(
+        """state => {
+            window.show({});
+            window.endViews.forEach(end => end());
+            const model = Object.assign(Object.create(window.model), {get: name => ({state})[name]});
+            const el = document.getElementById('first');
+            el.replaceChildren();
+            window.map.default.render({model, el});
+        }""",
+        state_of(cluster),
+    )
+    problem = page.locator("#first .sollol-problem", has_text=endpoint(3))
+    assert problem.locator("code").inner_text() == f"%sollol_cluster remove {endpoint(3)}"
+    assert problem.get_by_role("button").all_inner_texts() == ["Copy"]
+
+
+def test_repeated_events_are_one_line_that_unfolds(page: Page) -> None:
+    cluster = SimulatedCluster(3)
+    for number in range(3):
+        cluster.change_worker(number, "free", f"started worker {endpoint(number)}", "worker.started")
+    page.evaluate("state => window.show(state)", state_of(cluster))
+
+    line = page.locator("#first .sollol-event")
+    assert line.count() == 1
+    assert line.locator("summary").inner_text().splitlines()[0].endswith("\u00d73")
+    assert line.locator("time").inner_text() == "now"
+    line.locator("summary").click()
+    assert f"started worker {endpoint(0)}" in line.inner_text().splitlines()
 
 
 # --- patches ----------------------------------------------------------------------------------
@@ -170,8 +240,8 @@ def test_an_empty_cluster_says_so(page: Page) -> None:
 def test_a_patch_is_drawn_in_all_views_and_touches_only_what_it_changes(page: Page) -> None:
     page.evaluate("state => window.show(state)", state_of(three_workers()))
     page.evaluate("() => document.querySelectorAll('tr, section').forEach(row => { row.seen = true; })")
-    patch = {"workers": {endpoint(1): {"state": "down", "description": "gone", "free": None, "used": None}}}
-    page.evaluate("patch => window.change(patch)", patch)
+    down = {"pill": {"text": "down", "role": "bad"}, "detail": "gone", "memory": None, "used": None}
+    page.evaluate("patch => window.change(patch)", {"cards": {"workers": {endpoint(1): down}}})
 
     for view in ("first", "second"):
         row = page.locator(f"#{view} tr[data-endpoint='{endpoint(1)}']")
@@ -192,7 +262,7 @@ def test_a_lost_gateway_and_the_end_of_the_router_are_shown(page: Page) -> None:
     page.evaluate("state => window.show(state)", state_of(three_workers()))
     reason = "no gateway answers at http://head:11440; trying again"
     page.evaluate("patch => window.change(patch)", {"unreachable": reason})
-    assert f"· {reason}" in page.locator("#first .sollol-bad").first.inner_text()
+    assert reason in page.locator("#first .sollol-bad").first.inner_text()
     page.evaluate("patch => window.change(patch)", {"unreachable": None})
     assert reason not in page.locator("#first").inner_text()
     page.evaluate("patch => window.change(patch)", {"closed": True})
@@ -200,33 +270,30 @@ def test_a_lost_gateway_and_the_end_of_the_router_are_shown(page: Page) -> None:
 
 
 def test_a_model_is_shown_loading_and_then_running(page: Page) -> None:
-    page.evaluate(
-        "state => window.show(state)", {"starting": {"big": {"description": "1 of 4 GiB", "share": 0.25}}}
-    )
+    def loading(share: float) -> dict[str, Any]:
+        pill = {"text": f"loading {share:.0%}", "role": "busy"}
+        return {"cards": {"models": {"big": {"n": 0, "title": "big", "pill": pill, "progress": share}}}}
+
+    page.evaluate("state => window.show(state)", loading(0.25))
     assert page.locator("#first progress").get_attribute("value") == "0.25"
-    page.evaluate(
-        "patch => window.change(patch)", {"starting": {"big": {"description": "2 of 4 GiB", "share": 0.5}}}
-    )
+    page.evaluate("patch => window.change(patch)", loading(0.5))
     assert page.locator("#first progress").get_attribute("value") == "0.5"
-    coordinators = state_of(three_workers())["coordinators"]
-    page.evaluate("patch => window.change(patch)", {"starting": {"big": None}, "coordinators": coordinators})
+    running = state_of(three_workers())["cards"]["models"]
+    page.evaluate("patch => window.change(patch)", {"cards": {"models": {"big": None} | running}})
     assert page.locator("#first progress").count() == 0
     assert page.locator("#first section").count() == 1
 
 
-def test_folded_details_stay_folded(page: Page) -> None:
+def test_folded_details_stay_as_they_are(page: Page) -> None:
     state = state_of(three_workers())
     page.evaluate("state => window.show(state)", state)
-    assert page.locator("#first details[open]").count() == 1
-    page.locator("#first summary").click()
-    (url,) = state["coordinators"]
-    reasons = ["over 3 of 4 workers", "left out: gpu4"]
-    page.evaluate("patch => window.change(patch)", {"coordinators": {url: {"running": 1, "reasons": reasons}}})
-    assert "1/4 slots busy" in page.locator("#first section").inner_text()
-    assert page.locator("#first details[open]").count() == 0
-    page.locator("#first summary", has_text="why: over 3 of 4 workers").click()
-    page.evaluate("patch => window.change(patch)", {"coordinators": {url: {"running": 2}}})
-    assert page.locator("#first details[open]").inner_text().splitlines()[1:] == ["left out: gpu4"]
+    assert page.locator("#first section details[open]").count() == 0
+    page.locator("#first section summary").click()
+    (url,) = state["cards"]["models"]
+    busy = {"pill": {"text": "answering 1 of 4", "role": "busy"}, "why": ["over 3 of 4 workers", "left out: gpu4"]}
+    page.evaluate("patch => window.change(patch)", {"cards": {"models": {url: busy}}})
+    assert "answering 1 of 4" in page.locator("#first section").inner_text()
+    assert "left out: gpu4" in page.locator("#first section details[open]").inner_text()
 
 
 def test_a_view_drawn_before_it_is_in_the_page_is_complete(page: Page) -> None:

@@ -133,7 +133,7 @@ def _line(number: int, events: Sequence[Event], now: float) -> EventLine:
     icon, role = ICONS.get(last.kind, ("info", "idle"))
     return EventLine(
         key=str(number),
-        kind=str(last.kind.value),
+        kind=str(last.kind),
         icon=icon,
         role=role,
         text=_text(events),

@@ -1,14 +1,12 @@
-// The cluster map: layers of each coordinator as SVG, health of workers and Ollama nodes, requests, events.
+// The cluster map: problems with what fixes them, a card for each model, rows of workers and Ollama nodes, events.
 //
-// The model's `state` is plain data (see sollol_nb/cluster/data.py). Python sends it once; after that it sends JSON
-// merge patches (RFC 7396) as custom messages, which are applied to the state here, once for all views. Objects that a
-// patch does not touch stay the same objects, so a view redraws only the entries whose object has changed.
+// The model's `state` is plain data (see sollol_nb/cluster/data.py); what is drawn is its `cards`. Python sends it once;
+// after that it sends JSON merge patches (RFC 7396) as custom messages, which are applied to the state here, once for
+// all views. Objects that a patch does not touch stay the same objects, so a view redraws only what has changed.
 
-const SVG = "http://www.w3.org/2000/svg";
 const ALIVE_EVERY_MS = 20000;
-const MAX_IN_ORDER = 12; // with more workers, those with a problem come first
-const HEALTHY = ["free", "held", "ready"];
-const MARKS = { free: "○", held: "●", busy: "◐", ready: "○", cooling: "◐", connecting: "◐", installing: "◐", unknown: "?", absent: "–" };
+const TIMES_EVERY_MS = 10000;
+const MAX_WITHOUT_STRIP = 12; // more workers than this are also shown as a strip of marks
 
 // --- state ---------------------------------------------------------------------------------------
 
@@ -26,391 +24,279 @@ function inOrder(entries) {
   return Object.entries(entries || {}).sort(([, left], [, right]) => left.n - right.n);
 }
 
-// --- drawing helpers -----------------------------------------------------------------------------
+// --- models --------------------------------------------------------------------------------------
 
-function element(tag, attributes = {}, ...children) {
-  const created = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) created.setAttribute(name, value);
-  created.append(...children.filter((child) => child !== undefined && child !== null));
-  return created;
-}
-
-function shape(tag, attributes = {}, ...children) {
-  const created = document.createElementNS(SVG, tag);
-  for (const [name, value] of Object.entries(attributes)) created.setAttribute(name, value);
-  created.append(...children);
-  return created;
-}
-
-function percent(share) {
-  return `${(100 * share).toFixed(3)}%`;
-}
-
-// The colour is set on the object: a strict Content-Security-Policy forbids it in an attribute.
-function mark(entry, attributes = {}) {
-  const created = element("span", { class: "sollol-mark", ...attributes }, MARKS[entry.state] || "✕");
-  created.style.color = entry.color;
-  return created;
-}
-
-function stateMark(entry) {
-  return element("span", {}, mark(entry), ` ${entry.state}`);
-}
-
-// A worker of another machine has a name; its endpoint is only where it is reached on this machine.
-function named(endpoint, name) {
-  return name && name !== endpoint ? `${name} (${endpoint})` : endpoint;
-}
-
-function nameCell(endpoint, name, more = "") {
-  return element("span", name && name !== endpoint ? { title: endpoint } : {}, `${name || endpoint}${more}`);
-}
-
-// --- one coordinator -----------------------------------------------------------------------------
-
-// A row of boxes, each as wide as its share of the whole: {share, color, lines, title}.
-function boxes(height, parts) {
-  let left = 0;
-  return parts.map(({ share, color, lines, title }) => {
-    const box = shape("svg", { x: percent(left), y: 0, width: percent(share), height, class: "sollol-box" });
-    left += share;
-    box.append(shape("title", {}, title));
-    box.append(shape("rect", { x: 0.5, y: 0.5, width: "100%", height: height - 1, fill: color }));
-    lines.forEach((line, number) => {
-      const kind = number ? { "data-keeps": "end" } : { class: "sollol-strong" };
-      box.append(shape("text", { x: 6, y: 15 + 14 * number, "data-whole": line, ...kind }, line));
+function layerBars(card) {
+  const box = (segment, share, lines) => ({ share, color: segment.color, lines, title: segment.tooltip || segment.name });
+  const planned = card.segments.map((segment) => box(segment, segment.share, [segment.layers, segment.worker]));
+  const rows = [boxRow("planned", "layers", planned)];
+  if (card.segments.some((segment) => segment.actual_share !== undefined)) {
+    const actual = card.segments.map((segment) => box(segment, segment.actual_share || 0, [segment.units]));
+    rows.push(boxRow("actual", "actual", actual));
+  }
+  if (card.segments.every((segment) => segment.time_share !== undefined)) {
+    const time = card.segments.map((segment) => {
+      return box(segment, segment.time_share, [`${Math.round(100 * segment.time_share)} %`]);
     });
-    return box;
+    rows.push(boxRow("time", "time", time));
+  }
+  return element("div", { class: "sollol-bars" }, ...rows.flat());
+}
+
+function layerTable(segments) {
+  const labels = { name: "Worker", layers: "Layers", units: "Units", weights: "Weights", kv: "KV cache", time: "Per token" };
+  const shown = Object.keys(labels).filter((name) => segments.some((segment) => segment[name]));
+  const heads = shown.map((name) => element("th", { role: "columnheader", scope: "col" }, labels[name]));
+  const head = element("thead", { role: "rowgroup" }, element("tr", { role: "row" }, ...heads));
+  const rows = segments.map((segment) => {
+    const swatch = element("span", { class: "sollol-swatch", "aria-hidden": "true" });
+    swatch.style.backgroundColor = segment.color;
+    const cells = shown.map((name) => {
+      if (name === "name") return element("th", { role: "rowheader", scope: "row", title: segment.tooltip }, swatch, segment.name);
+      return element("td", { role: "cell", "data-label": labels[name] }, segment[name] || "");
+    });
+    return element("tr", { role: "row" }, ...cells);
   });
+  const body = element("tbody", { role: "rowgroup" }, ...rows);
+  return element("table", { class: "sollol-layers", role: "table", "aria-label": "layers by worker" }, head, body);
 }
 
-// Shorten the labels in boxes to the width of their boxes. Addresses differ at their ends, so those are kept.
-function fitLabels(root) {
-  if (!root.clientWidth) return; // no layout yet; the ResizeObserver calls again
-  for (const label of root.querySelectorAll(".sollol-box text")) {
-    const width = label.parentNode.width.baseVal.value - 8;
-    const { whole, keeps } = label.dataset;
-    label.textContent = whole;
-    let kept = Math.ceil((whole.length * width) / label.getComputedTextLength());
-    while (label.textContent && label.getComputedTextLength() > width) {
-      kept -= 1;
-      label.textContent = kept < 2 ? "" : keeps === "end" ? `…${whole.slice(-kept)}` : `${whole.slice(0, kept)}…`;
-    }
+function modelCard(key, card) {
+  const title = element("span", { class: "sollol-name", title: card.tooltip }, card.title);
+  const section = element("section", { class: "sollol-card", "aria-label": card.title, "data-model": card.title });
+  section.append(element("div", { class: "sollol-card-head" }, title, pill(card.pill)));
+  section.append(figures(card.figures));
+  if (card.note) section.append(element("div", { class: "sollol-faint" }, card.note));
+  if (card.pill.text === "loading" || card.progress !== undefined) {
+    const share = card.progress === undefined ? {} : { value: card.progress, max: 1 };
+    section.append(element("progress", { "aria-label": `loading ${card.title}`, ...share }));
   }
-}
-
-function layerMap(coordinator) {
-  const segments = inOrder(coordinator.segments);
-  const units = segments.reduce((sum, [, segment]) => sum + segment.units, 0);
-  const title = (endpoint, { name, layers, weights, kv, ms }) =>
-    `${named(endpoint, name)}: layers ${layers}\nweights ${weights} (planned / actual)\nKV cache ${kv} (planned / actual)` +
-    (ms === undefined ? "" : `\n${ms} ms of each token`);
-  const ports = new Set(segments.map(([endpoint]) => endpoint.split(":").pop()));
-  const short = (endpoint) => (ports.size === 1 && segments.length > 6 ? endpoint.replace(/:\d+$/, "") : endpoint);
-  const planned = segments.map(([endpoint, segment]) => ({
-    share: segment.units / units,
-    color: segment.color,
-    lines: [segment.layers, segment.name || short(endpoint)],
-    title: title(endpoint, segment),
-  }));
-  const rows = [["planned", 36, planned]];
-  if (segments.every(([, segment]) => segment.actual !== undefined)) {
-    const actual = segments.map(([endpoint, segment]) => ({
-      share: segment.actual / units,
-      color: segment.color,
-      lines: [`${segment.actual}`],
-      title: `${named(endpoint, segment.name)}: the engine placed ${segment.actual} units here`,
-    }));
-    rows.push(["actual", 20, actual]);
+  const segments = card.segments || [];
+  if (segments.length) section.append(layerBars(card));
+  const more = [];
+  if (segments.length) more.push(layerTable(segments));
+  for (const reason of card.why || []) more.push(element("div", { class: "sollol-why" }, described(reason)));
+  if ((card.facts || []).length) {
+    const facts = card.facts.flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)]);
+    more.push(element("dl", { class: "sollol-facts" }, ...facts));
   }
-  if (segments.every(([, segment]) => segment.share !== undefined)) {
-    const whole = segments.reduce((sum, [, segment]) => sum + segment.share, 0) || 1; // each share is rounded
-    const time = segments.map(([endpoint, segment]) => ({
-      share: segment.share / whole,
-      color: segment.color,
-      lines: [`${Math.round(100 * segment.share)} %`],
-      title: `${named(endpoint, segment.name)}: ${segment.ms} ms of each token`,
-    }));
-    rows.push(["time", 20, time]);
-  }
-  const bars = element("div", { class: "sollol-bars", role: "img", "aria-label": `layers of ${coordinator.model}` });
-  for (const [row, height, parts] of rows) {
-    bars.append(
-      element("span", { class: "sollol-faint" }, row),
-      shape("svg", { width: "100%", height, class: `sollol-row-${row}` }, ...boxes(height, parts)),
-    );
-  }
-  return bars;
+  if (more.length) section.append(element("details", { class: "sollol-more" }, element("summary", {}, "Details"), ...more));
+  return section;
 }
 
-function layerTable(coordinator) {
-  const rows = inOrder(coordinator.segments).map(([endpoint, segment]) => [
-    nameCell(endpoint, segment.name),
-    segment.layers,
-    `${segment.units} / ${segment.actual === undefined ? "?" : segment.actual}`,
-    segment.weights,
-    segment.kv,
-    segment.ms === undefined ? "?" : `${segment.ms} ms (${Math.round(100 * segment.share)} %)`,
-  ]);
-  const labels = ["worker", "layers", "units", "weights", "KV cache", "share of token time"];
-  const table = element("table", {}, headRow(labels), ...rows.map((row) => tableRow(row)));
-  const note = "planned / actual; units are the model's blocks and its output layer";
-  const opened = rows.length <= 4 ? { open: "" } : {};
-  const summary = element("summary", {}, "Details");
-  return element("details", { class: "sollol-layers", ...opened }, summary, element("div", { class: "sollol-faint" }, note), table);
-}
-
-function headRow(labels) {
-  return element("tr", {}, ...labels.map((label) => element("th", {}, label)));
-}
-
-function tableRow(cells) {
-  return element("tr", {}, ...cells.map((cell) => element("td", {}, cell)));
-}
-
-// Why the layers are planned like this: the first reason, which opens to show the others.
-function planReasons([first, ...others]) {
-  if (!others.length) return element("div", { class: "sollol-why" }, "why: ", described(first));
-  const lines = others.map((reason) => element("div", {}, described(reason)));
-  return element("details", { class: "sollol-why" }, element("summary", {}, "why: ", described(first)), ...lines);
-}
-
-function coordinatorCard(coordinator) {
-  const busy = `${coordinator.running}/${coordinator.slots} slots busy, ${coordinator.waiting} waiting`;
-  const answer = coordinator.answer && `last answer: ${coordinator.answer}`;
-  const { description, token_time: tokenTime, drafts, note } = coordinator;
-  const facts = [description, coordinator.standby ? "" : busy, tokenTime, drafts, answer, note];
-  const card = element(
-    "section",
-    { class: "sollol-card" },
-    element("div", {}, element("b", { title: coordinator.path || "" }, coordinator.model), ` ${facts.filter(Boolean).join(" · ")}`),
-  );
-  if ((coordinator.reasons || []).length) card.append(planReasons(coordinator.reasons));
-  if (coordinator.advice) card.append(element("div", {}, "⚠ ", described(coordinator.advice.text)));
-  if (Object.keys(coordinator.segments || {}).length) card.append(layerMap(coordinator), layerTable(coordinator));
-  const local = inOrder(coordinator.local).map(([, part]) => part.description);
-  if (local.length) card.append(element("div", { class: "sollol-faint" }, local.join("; ")));
-  for (const difference of coordinator.differences || []) {
-    card.append(element("div", { class: "sollol-bad" }, `⚠ differs from the plan: ${difference}`));
-  }
-  return card;
-}
-
-function startingCard(model, starting) {
-  const progress = starting.share === undefined ? {} : { value: starting.share, max: 1 };
-  return element(
-    "section",
-    { class: "sollol-card" },
-    element("div", {}, element("b", {}, model), ` ${starting.description}`),
-    element("progress", progress),
-  );
+function figures(texts) {
+  const parts = (texts || []).map((text) => element("span", {}, text));
+  return parts.length ? element("div", { class: "sollol-figures" }, ...parts) : "";
 }
 
 // --- workers and nodes ---------------------------------------------------------------------------
 
-function sparkline(roundTrips) {
-  const probes = Object.keys(roundTrips || {}).map(Number).sort((left, right) => left - right);
-  if (!probes.length) return "";
-  const times = probes.map((probe) => roundTrips[probe]);
-  const longest = Math.max(...times);
-  const step = 58 / Math.max(1, times.length - 1);
-  const y = (ms) => 15 - (13 * ms) / (longest || 1);
-  const points = times.map((ms, index) => `${(1 + index * step).toFixed(1)},${y(ms).toFixed(1)}`);
-  const line = shape(
-    "svg",
-    { width: 60, height: 16, class: "sollol-spark" },
-    shape("title", {}, `the last ${times.length} round trips, up to ${longest} ms`),
-    shape("polyline", { points: points.join(" ") }),
-  );
-  return element("span", {}, line, ` ${times[times.length - 1]} ms`);
+function row(key, entry, { name, ...cells }) {
+  const head = element("th", { role: "rowheader", scope: "row" }, name);
+  const others = Object.entries(cells).map(([kind, cell]) => element("td", { role: "cell", class: `sollol-${kind}` }, cell));
+  const about = { role: "row", "data-endpoint": key, "data-state": entry.pill.text, class: `sollol-is-${entry.pill.role}` };
+  return element("tr", about, head, ...others);
 }
 
-function memoryBar(worker) {
-  if (worker.used === undefined) return "";
-  const bar = shape(
-    "svg",
-    { width: 60, height: 10, class: "sollol-memory" },
-    shape("rect", { x: 0.5, y: 0.5, width: 59, height: 9, class: "sollol-all" }),
-    shape("rect", { x: 1, y: 1, width: (58 * worker.used).toFixed(1), height: 8, class: "sollol-used" }),
-  );
-  return element("span", {}, bar, ` ${worker.free} free of ${worker.total}`);
+// What is loaded or who holds it, and further facts.
+function use(main, title, facts) {
+  const first = main ? element("span", { class: "sollol-strong", title: title }, main) : "";
+  const text = facts.filter(Boolean).join(" · ");
+  return element("span", { title: text || undefined }, first, first && text ? " · " : "", described(text));
 }
 
-// Commands in a text are in backticks.
-function described(text) {
-  const parts = text.split("`");
-  if (parts.length % 2 === 0) return text;
-  return element("span", {}, ...parts.map((part, index) => (index % 2 ? element("code", {}, part) : part)));
+function workerRow(key, worker, roundTrips) {
+  const name = element("span", { title: worker.tooltip || worker.name }, worker.name);
+  const last = worker.detail ? { detail: use(worker.held_by, undefined, [worker.detail]) } : { use: use(worker.held_by, undefined, []) };
+  const trip = sparkline(roundTrips, worker.round_trip);
+  return row(key, worker, { name, state: pill(worker.pill), memory: memoryBar(worker), trip, ...last });
 }
 
-function workerRow(endpoint, worker) {
-  const name = nameCell(endpoint, worker.name, worker.local ? " (local)" : "");
-  const lastError = worker.last_error && !["down", "lost"].includes(worker.state) ? `last error: ${worker.last_error}` : "";
-  const details = [worker.description, worker.speed, lastError].filter(Boolean).join("; ");
-  const protocol = worker.protocol || "";
-  const cells = [name, stateMark(worker), sparkline(worker.rtt), memoryBar(worker), protocol, described(details)];
-  const row = tableRow(cells);
-  row.dataset.endpoint = endpoint;
-  row.dataset.state = worker.state;
-  return row;
+function nodeRow(key, node, roundTrips) {
+  const name = element("span", { title: key }, node.name);
+  const detail = use((node.loaded || []).join(", "), node.tooltip, [...(node.figures || []), node.detail]);
+  return row(key, node, { name, state: pill(node.pill), trip: sparkline(roundTrips, node.round_trip), detail });
 }
 
-function nodeRow(url, node) {
-  const row = tableRow([url, stateMark(node), sparkline(node.rtt), node.description, node.answer || ""]);
-  row.dataset.endpoint = url;
-  row.dataset.state = node.state;
-  return row;
+// A table of rows. Columns without any content are left out.
+class Table {
+  constructor(parent, title, labels, draw) {
+    this.summary = element("h2", { class: "sollol-heading" }, title);
+    this.strip = element("div", { class: "sollol-strip" });
+    this.body = element("tbody", { role: "rowgroup" });
+    this.heads = labels.map((label) => element("th", { role: "columnheader", scope: "col" }, label));
+    const head = element("thead", { role: "rowgroup" }, element("tr", { role: "row" }, ...this.heads));
+    this.table = element("table", { role: "table", "aria-label": title }, head, this.body);
+    this.table.classList.add("sollol-rows");
+    this.folds = element("div");
+    this.part = element("div", { class: "sollol-part" }, this.summary, this.strip, this.table, this.folds);
+    parent.append(this.part);
+    this.title = title;
+    this.rows = new Rows(this.body, draw);
+    this.drawRow = draw;
+    this.folded = new Map();
+  }
+
+  draw(entries, summary, folds) {
+    this.part.hidden = !entries.length;
+    this.summary.replaceChildren(...headed(summary || this.title));
+    const open = entries.filter(([, entry]) => !entry.fold);
+    this.rows.draw(open);
+    this.table.hidden = !open.length;
+    this.drawFolds(entries, folds || {});
+    this.strip.replaceChildren(...(entries.length > MAX_WITHOUT_STRIP ? entries.map(mark) : []));
+    this.heads.forEach((_, index) => {
+      const isEmpty = [...this.body.rows].every((each) => !each.cells[index].textContent);
+      this.table.classList.toggle(`sollol-without-${index + 1}`, isEmpty);
+    });
+  }
+
+  drawFolds(entries, folds) {
+    for (const [key, text] of Object.entries(folds)) {
+      let fold = this.folded.get(key);
+      if (!fold) {
+        const summary = element("summary");
+        const body = element("tbody", { role: "rowgroup" });
+        const table = element("table", { role: "table", "aria-label": text, class: "sollol-rows" }, body);
+        const reached = { class: "sollol-scroll", tabindex: "0", role: "region", "aria-label": text };
+        const details = element("details", { class: "sollol-fold" }, summary, element("div", reached, table));
+        this.folds.append(details);
+        fold = { details, summary, rows: new Rows(body, this.drawRow) };
+        this.folded.set(key, fold);
+      }
+      const inside = entries.filter(([, entry]) => entry.fold === key);
+      const roles = new Set(inside.map(([, entry]) => entry.pill.role));
+      fold.summary.replaceChildren(...(roles.size === 1 ? [icon(roles.has("bad") ? "lost" : "info", ...roles)] : []), text);
+      fold.rows.draw(inside);
+    }
+    for (const [key, { details }] of this.folded) {
+      if (key in folds) continue;
+      details.remove();
+      this.folded.delete(key);
+    }
+  }
 }
 
-// How many are in which state, and a mark for each, which shows even 64 of them in one line.
-function overview(entries, singular, plural) {
-  const counts = {};
-  for (const [, entry] of entries) counts[entry.state] = (counts[entry.state] || 0) + 1;
-  const states = Object.entries(counts).map(([state, count]) => `${count} ${state}`);
-  const marks = entries.map(([name, entry]) => {
-    return mark(entry, { title: `${entry.name || name}: ${entry.state}${entry.description ? `, ${entry.description}` : ""}` });
-  });
-  const total = `${entries.length} ${entries.length === 1 ? singular : plural}`;
-  return element("div", {}, element("b", {}, total), `: ${states.join(", ")} `, ...marks);
+// "4 workers: 3 held, 1 down": what is counted is the heading.
+function headed(text) {
+  const [first, ...rest] = text.split(": ");
+  return [first, rest.length ? element("span", { class: "sollol-faint" }, rest.join(": ")) : ""];
 }
 
-function problemsFirst(entries) {
-  const isHealthy = ([, entry]) => Number(HEALTHY.includes(entry.state));
-  return [...entries].sort((left, right) => isHealthy(left) - isHealthy(right));
+function mark([key, entry]) {
+  const title = `${entry.name || key}: ${entry.pill.text}`;
+  return element("span", { class: `sollol-mark sollol-is-${entry.pill.role}`, title });
+}
+
+// --- problems and events -------------------------------------------------------------------------
+
+function eventLine(key, event) {
+  const text = described(event.text);
+  const count = event.count > 1 ? element("span", { class: "sollol-count" }, `×${event.count}`) : "";
+  const line = [icon(event.icon, event.role), element("span", { class: "sollol-event-text" }, text, count && " ", count), timeOf(event.at)];
+  const about = { "data-kind": event.kind, class: "sollol-event" };
+  const messages = event.messages || [];
+  if (messages.length < 2) return element("div", about, ...line);
+  const each = messages.map((message) => element("div", {}, described(message)));
+  return element("details", { ...about, class: `sollol-event sollol-event-${key}` }, element("summary", {}, ...line), ...each);
 }
 
 // --- the view ------------------------------------------------------------------------------------
 
-// Keeps one element for each entry, in order, and creates a new one only for an entry that has changed.
-class Rows {
-  constructor(parent, create) {
-    this.parent = parent;
-    this.create = create;
-    this.drawn = new Map();
-  }
-
-  draw(entries) {
-    const before = this.drawn;
-    this.drawn = new Map();
-    for (const [key, entry] of entries) {
-      const old = before.get(key);
-      before.delete(key);
-      if (old && old.entry === entry) {
-        this.drawn.set(key, old);
-        continue;
-      }
-      const row = this.create(key, entry);
-      if (old) {
-        keepFolded(old.row, row);
-        old.row.replaceWith(row);
-      }
-      this.drawn.set(key, { entry, row });
-    }
-    for (const { row } of before.values()) row.remove();
-    let previous = null;
-    for (const { row } of this.drawn.values()) {
-      const next = previous ? previous.nextSibling : this.parent.firstChild;
-      if (row !== next) this.parent.insertBefore(row, next);
-      previous = row;
-    }
-  }
-}
-
-function keepFolded(oldRow, newRow) {
-  for (const after of newRow.querySelectorAll("details")) {
-    const before = oldRow.querySelector(`details[class="${after.className}"]`);
-    if (before) after.open = before.open;
-  }
-}
-
 class View {
-  constructor(root) {
+  constructor(root, send) {
     this.root = root;
+    this.send = send; // asks the kernel to fix something; undefined where there is none
     root.classList.add("sollol-cluster");
-    const part = (...children) => {
-      const created = element("div", { class: "sollol-part" }, ...children);
-      root.append(created);
-      return created;
+    const part = (title, name, more = {}) => {
+      const body = element("div", more);
+      const heading = title ? element("h2", { class: "sollol-heading" }, title) : "";
+      const whole = element("div", { class: `sollol-part ${name}` }, heading, body);
+      root.append(whole);
+      return [whole, body];
     };
-    const table = (labels) => {
-      const body = element("tbody");
-      const whole = element("table", {}, element("thead", {}, headRow(labels)), body);
-      return [element("div", { class: "sollol-scroll" }, whole), body];
-    };
-    this.totals = part();
-    this.coordinators = new Rows(part(), (_, entry) =>
-      entry.model ? coordinatorCard(entry) : startingCard(entry.name, entry),
-    );
-    const [workers, workerBody] = table(["worker", "state", "round trip", "memory", "protocol", "details"]);
-    workers.classList.add("sollol-worker-table");
-    this.workerOverview = element("div");
-    this.workerPart = part(this.workerOverview, workers);
-    this.workers = new Rows(workerBody, workerRow);
-    const [nodes, nodeBody] = table(["Ollama node", "state", "round trip", "details", "last answer"]);
-    this.nodeOverview = element("div");
-    this.nodePart = part(this.nodeOverview, nodes);
-    this.nodes = new Rows(nodeBody, nodeRow);
-    const log = element("div", { class: "sollol-log", role: "log" });
-    part(element("b", {}, "events"), log);
-    this.events = new Rows(log, (_, event) => {
-      const at = element("span", { class: "sollol-faint" }, event.at);
-      return element("div", { "data-kind": event.kind }, at, ` ${event.message}`);
-    });
+    [this.summaryPart, this.summary] = part("", "sollol-summary");
+    const [problemPart, problems] = part("", "sollol-problems", { role: "list", "aria-label": "problems" });
+    const [modelPart, models] = part("", "sollol-models");
+    this.parts = { problems: problemPart, models: modelPart };
+    this.problems = new Rows(problems, (key, problem) => this.problem(key, problem));
+    this.models = new Rows(models, modelCard);
+    this.workers = new Table(root, "Workers", ["Worker", "State", "Memory", "Round trip", "Used by"], workerRow);
+    this.workers.part.classList.add("sollol-workers");
+    this.nodes = new Table(root, "Ollama nodes", ["Ollama node", "State", "Round trip", "Loaded"], nodeRow);
+    this.nodes.part.classList.add("sollol-nodes");
+    [this.parts.invitations, this.invitations] = part("", "sollol-invitations");
+    const log = { class: "sollol-log", role: "log", "aria-label": "events", tabindex: "0" };
+    const [eventPart, events] = part("Events", "sollol-events", log);
+    this.parts.events = eventPart;
+    this.events = new Rows(events, eventLine);
     this.state = {};
-    this.starting = new Map();
   }
 
   draw(state) {
     const before = this.state;
     this.state = state;
-    const { totals, coordinators, starting, workers, nodes, events } = state;
     const { closed, unreachable } = state;
-    if (totals !== before.totals || closed !== before.closed || unreachable !== before.unreachable) {
-      const reason = closed ? "the router was closed; this is its last state" : unreachable;
-      this.totals.title = "failed: ended in an error or at their time limit; stopped requests do not count";
-      this.totals.replaceChildren(describeTotals(totals || {}) + (reason ? ` · ${reason}` : ""));
-      this.totals.classList.toggle("sollol-bad", Boolean(unreachable) && !closed);
+    const cards = state.cards || {};
+    const old = before.cards || {};
+    const isNew = (name) => cards[name] !== old[name];
+    const reason = closed ? "the router was closed; this is its last state" : unreachable;
+    this.summary.replaceChildren(...[cards.summary, reason].filter(Boolean).join(" · "));
+    this.summaryPart.hidden = !cards.summary && !reason;
+    this.summary.classList.toggle("sollol-bad", Boolean(unreachable) && !closed);
+    for (const name of ["problems", "models", "events"]) {
+      if (isNew(name)) this[name].draw(inOrder(cards[name]));
+      this.parts[name].hidden = !Object.keys(cards[name] || {}).length;
     }
-    if (coordinators !== before.coordinators || starting !== before.starting) {
-      const loading = Object.entries(starting || {}).map(([name, entry]) => [
-        `starting ${name}`,
-        this.named(name, entry),
-      ]);
-      const running = inOrder(coordinators);
-      this.coordinators.draw([...loading, ...running]);
-      fitLabels(this.root);
-      this.coordinators.parent.dataset.empty = loading.length + running.length ? "" : "no coordinator is running";
+    if (isNew("workers") || isNew("folds") || state.workers !== before.workers) {
+      this.workers.draw(withTrips(cards.workers, state.workers), cards.workers_summary, cards.folds);
     }
-    if (workers !== before.workers) {
-      const entries = inOrder(workers);
-      this.workers.draw(entries.length > MAX_IN_ORDER ? problemsFirst(entries) : entries);
-      this.workerOverview.replaceChildren(overview(entries, "worker", "workers"));
+    if (isNew("nodes") || state.nodes !== before.nodes) {
+      this.nodes.draw(withTrips(cards.nodes, state.nodes), cards.nodes_summary);
     }
-    if (nodes !== before.nodes) {
-      const entries = inOrder(nodes);
-      this.nodePart.hidden = !entries.length;
-      this.nodes.draw(entries);
-      this.nodeOverview.replaceChildren(overview(entries, "Ollama node", "Ollama nodes"));
-    }
-    if (events !== before.events) {
-      const newestFirst = Object.entries(events || {}).sort(([left], [right]) => Number(right) - Number(left));
-      this.events.draw(newestFirst);
+    this.parts.invitations.hidden = !(cards.invitations || []).length;
+    if (isNew("invitations")) {
+      this.invitations.replaceChildren(...(cards.invitations || []).map((text) => element("div", {}, described(text))));
     }
   }
 
-  // The entry of a starting model with its name added; the same object while the entry stays the same.
-  named(name, entry) {
-    const known = this.starting.get(name);
-    if (known && known.entry === entry) return known.named;
-    const named = { ...entry, name };
-    this.starting.set(name, { entry, named });
-    return named;
+  problem(key, { text, command, action, role = "bad", details }) {
+    const body = element("div", { class: "sollol-problem-text" }, element("span", {}, described(text)));
+    const buttons = element("div", { class: "sollol-buttons" });
+    if (action && this.send) {
+      buttons.append(this.button(action.label, text, command, { fix: key }, "sollol-main"));
+      if (action.name === "replan") buttons.append(this.button("Compare", text, "", { compare: key }));
+    }
+    if (command && !(action && this.send && command.startsWith("%"))) { // else the button does it
+      body.append(element("code", { class: "sollol-command" }, command));
+      buttons.append(copyButton(command));
+    }
+    if (details) {
+      const lines = details.map((line) => element("div", {}, described(line)));
+      body.append(element("details", { class: "sollol-each" }, element("summary", {}, "Show each"), ...lines));
+    }
+    const sign = icon(role === "bad" ? "warning" : "info", role);
+    return element("div", { class: `sollol-problem sollol-is-${role}`, role: "listitem" }, sign, body, buttons);
+  }
+
+  button(label, about, title, message, kind = "") {
+    const said = { "aria-label": `${label}: ${about}`, title: title || undefined };
+    const button = element("button", { type: "button", class: `sollol-button ${kind}`, ...said }, label);
+    button.addEventListener("click", () => {
+      button.disabled = true; // the state changes soon; if it does not, it can be tried again
+      setTimeout(() => { button.disabled = false; }, 3000);
+      this.send(message);
+    });
+    return button;
+  }
+
+  tellTimes() {
+    for (const time of this.root.querySelectorAll("time")) tellTime(time);
   }
 }
 
-function describeTotals(totals) {
-  const { running = 0, waiting = 0, total = 0, failed = 0 } = totals;
-  return `requests: ${running} running, ${waiting} waiting, ${total} total${failed ? `, ${failed} failed` : ""}`;
+function withTrips(rows, entries) {
+  return inOrder(rows).map(([key, entry]) => [key, entry, ((entries || {})[key] || {}).rtt]);
 }
 
 // --- anywidget -----------------------------------------------------------------------------------
@@ -424,7 +310,15 @@ function initialize({ model }) {
 }
 
 function render({ model, el }) {
-  const view = new View(el);
+  const send = (message) => {
+    try {
+      model.send(message);
+      return true;
+    } catch {
+      return false; // a saved notebook, without a kernel that could receive it
+    }
+  };
+  const view = new View(el, model.get("can_fix") ? send : undefined);
   const id = crypto.randomUUID ? crypto.randomUUID() : `${Math.random()}`;
   let scheduled = 0;
   const draw = () => {
@@ -435,22 +329,19 @@ function render({ model, el }) {
     if (!scheduled) scheduled = requestAnimationFrame(draw);
   };
   const report = (isShown) => {
-    try {
-      model.send({ view: id, shown: isShown });
-    } catch {
-      clearInterval(alive); // a saved notebook, without a kernel that could receive it
-    }
+    if (!send({ view: id, shown: isShown })) clearInterval(alive);
   };
   const alive = setInterval(() => report(true), ALIVE_EVERY_MS);
-  const resized = new ResizeObserver(() => fitLabels(el));
-  resized.observe(el);
+  const controls = completeControls(el);
+  const times = setInterval(() => view.tellTimes(), TIMES_EVERY_MS);
   draw();
   model.on("change:state", scheduleDraw);
   report(true);
   return () => {
     clearInterval(alive);
+    clearInterval(times);
+    controls.disconnect();
     cancelAnimationFrame(scheduled);
-    resized.disconnect();
     model.off("change:state", scheduleDraw);
     report(false);
   };
