@@ -738,3 +738,50 @@ def test_workers_of_other_machines_have_their_names_everywhere(cluster: Simulate
         assert (row["name"], row["target"]) == ("gpu1/CUDA0", "ssh://gpu1")
     finally:
         shown.close()
+
+
+# --- buttons of problems ----------------------------------------------------------------------
+
+
+def press(widget: ClusterWidget, button: str, key: str) -> None:
+    """What the front end sends when the button of a problem is pressed."""
+    assert widget.map is not None
+    widget.map._handle_custom_msg({button: key}, [])
+
+
+def test_the_button_of_a_problem_does_only_what_the_state_offers(
+    steered: ClusterWidget, router: HybridRouter
+) -> None:
+    name = f"127.0.0.1:{unused_port()}"
+    router.add_worker(name)
+    key = f"worker {name}"
+    eventually(lambda: key in steered._state.data["cards"]["problems"], "it is a problem")
+
+    press(steered, "fix", f"remove {name}")
+    press(steered, "fix", "worker 10.9.9.9:50052")
+    controls_are_set()
+    assert router.worker_endpoints == [name]
+    press(steered, "fix", key)
+    eventually(lambda: f"removed worker {name}" in messages(router), "it is removed")
+    eventually(lambda: key not in steered._state.data["cards"]["problems"], "nothing is wrong any more")
+    eventually(lambda: steered.progress.value == f"removing {name}: done", "it is said")
+
+
+def test_a_better_layout_is_compared_and_applied_from_its_problem(
+    widget: ClusterWidget, cluster: SimulatedCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suggest(cluster, monkeypatch, ((endpoint(3), 25), (endpoint(1), 16)))
+    eventually(lambda: widget.suggestion.model == "big", "it is known")
+    (key,) = (key for key in cluster.state.data["cards"]["problems"] if key.startswith("advice"))
+    widget.what_if.reset.click()
+
+    press(widget, "compare", key)
+    assert units(widget) == [25, 16, 0, 0, 0]
+    assert widget._panels.selected_index == 1
+
+    cluster.better = {endpoint(1): 16, endpoint(3): 25}
+    press(widget, "fix", key)
+    eventually(
+        lambda: [running.rpc_backends for running in cluster.coordinators] == [[endpoint(1), endpoint(3)]],
+        "it runs",
+    )
