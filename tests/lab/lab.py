@@ -113,13 +113,16 @@ class HeadlessLab:
 
 
 @contextmanager
-def headless_lab(chromium: Path, folder: Path, pictures: Path, **environment: str) -> Iterator[HeadlessLab]:
+def headless_lab(
+    chromium: Path, folder: Path, pictures: Path, *, scale: float = 1, **environment: str
+) -> Iterator[HeadlessLab]:
     """Start both; end both, with all pages and kernels, on leaving.
 
     Args:
         chromium: the browser, of `find_chromium`.
         folder: for the server's own files; a fresh one.
         pictures: folder of the screenshots.
+        scale: pixels of a picture for each CSS pixel of the page.
         environment: more environment variables for the kernels.
     """
     pictures.mkdir(parents=True, exist_ok=True)
@@ -128,7 +131,7 @@ def headless_lab(chromium: Path, folder: Path, pictures: Path, **environment: st
         browser = playwright.chromium.launch(executable_path=chromium)
         try:
             server.start()
-            yield HeadlessLab(server, browser.new_context(), pictures)
+            yield HeadlessLab(server, browser.new_context(device_scale_factor=scale), pictures)
         finally:
             browser.close()
             server.stop()
