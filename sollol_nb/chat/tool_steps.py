@@ -129,7 +129,9 @@ def _bounded(text: str) -> str:
 
 
 def _beginning(text: str, limit_chars: int) -> str:
-    return printable(shortened(" ".join(text[: 4 * limit_chars].split()), limit_chars))
+    """The first line of a text, shortened; it ends with … where there is more."""
+    first, _, rest = printable(text.strip()).partition("\n")
+    return shortened(f"{first} …" if rest else first, limit_chars)
 
 
 def summary(steps: Sequence[Step]) -> str:
