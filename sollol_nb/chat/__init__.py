@@ -16,7 +16,8 @@
 - `completion_view.py`: how an answer is shown.
 - `tool_steps.py`: the calls of functions in an answer, as messages and as lines.
 - `confirming.py`: whether a call may be made: the user is asked.
-- `conversation.py`: one conversation, its file, and how it is shown.
+- `conversation_view.py`: how a conversation is shown.
+- `conversation.py`: one conversation, and its file.
 - `kept.py`: conversations of notebooks, kept for the next kernel.
 - `journal.py`: the journal of answers, kept while they stream.
 - `journal_state.py`: what continues an answer, as the journal keeps it.

@@ -10,7 +10,8 @@ from sollol_nb.chat.chunk import CALLING, RESTARTED, ROUTING, STEP, STEPS, Chunk
 from sollol_nb.errors import StructureError
 from sollol_nb.schema.frames import frame_from_text, frame_of
 from sollol_nb.schema.schema import PickledSchema, parse_structured
-from sollol_nb.text.safe_markdown import code_in, printable
+from sollol_nb.text.code_blocks import CodeBlock, code_blocks
+from sollol_nb.text.safe_markdown import printable
 from sollol_nb.text.tables import counted
 
 if TYPE_CHECKING:
@@ -89,9 +90,9 @@ class Completion(dict[str, Any]):
         return list(self.get(STEPS, ()))
 
     @property
-    def code(self) -> str:
-        """The text of the answer's first fenced code block, or the whole text where it has none."""
-        return code_in(self.text)[1]
+    def code(self) -> list[CodeBlock]:
+        """The fenced code blocks of the answer, in order: strings with a `language`; [] where it has none."""
+        return code_blocks(self.text)
 
     @property
     def routing(self) -> dict[str, Any]:

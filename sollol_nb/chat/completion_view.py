@@ -2,7 +2,9 @@
 
 The functions take an answer as a mapping (Ollama's shape with `_routing`; see `completion.Completion`). What a
 model writes is not trusted: see `safe_markdown`. An answer shown as a page (`html`) goes into a frame that can run
-and fetch nothing.
+and fetch nothing; the frame takes the height of its content.
+
+The class names in an answer are for the script that adds copy buttons (`notebook/answers/copying.py`).
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import html
 import json
 import re
+import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, TypeAlias
@@ -28,6 +31,11 @@ SHOWN_CACHED_TOKENS = 256
 LIVE_CHARS = 6000
 """Of a longer answer only the end is shown while it streams: all of it, ten times a second, would stall the
 page."""
+
+CODE_CLASS = "sollol-code"
+"""Marks Markdown whose code blocks get copy buttons."""
+ANSWER_CLASS = "sollol-answer"
+"""Marks the end of an answer, which gets a copy button as well."""
 
 _THINK, _END_OF_THINK = "<think>", "</think>"
 
@@ -104,7 +112,18 @@ def _html_in(text: str) -> str:
     return code if language.lower() in ("html", "svg", "xml") else text
 
 
-_PAGE_STYLE = "width: 100%; height: 400px; border: 1px solid #8888; background: white; resize: vertical;"
+_PAGE_STYLE = (
+    "width: 100%; height: 400px; border: 1px solid #8888; border-radius: 4px; box-sizing: border-box; "
+    "background: white; resize: vertical;"
+)
+_LEAST_PX, _MOST_PX = 60, 720
+# A page can give any property of its document another meaning. What comes of it is a number within these bounds.
+_TAKE_HEIGHT = (
+    "try { this.style.height = '0'; "
+    "const height = Number(this.contentDocument.documentElement.scrollHeight) + 2; "
+    f"this.style.height = Math.min(Math.max(height || 400, {_LEAST_PX}), {_MOST_PX}) + 'px'; "
+    "} catch { this.style.height = '400px'; }"
+)
 _FETCH_NOTHING = (
     '<meta http-equiv="Content-Security-Policy" '
     "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:; font-src data:\">"
@@ -112,13 +131,16 @@ _FETCH_NOTHING = (
 
 
 def _page(text: str, answer: Answer) -> str:
-    source, title = html.escape(_html_in(text)), html.escape(str(answer.get("model")))
+    """The answer as a page in a frame. The notebook can read the frame's height, since both have the same origin;
+    so the frame must never get `allow-scripts`."""
+    source, title = html.escape(_html_in(text)), html.escape(short_name(str(answer.get("model"))))
     page = html.escape(_FETCH_NOTHING) + source
+    lines = "".join(f"<li><small>{html.escape(line)}</small></li>" for line in details(answer))
     return (
-        f'<iframe sandbox="" srcdoc="{page}" title="answer of {title}" '
-        f'style="{_PAGE_STYLE}"></iframe>'
-        f"<details><summary>source</summary><pre>{source}</pre></details>"
-        f"<small>{html.escape(footer(answer))}</small>"
+        f'<iframe sandbox="allow-same-origin" srcdoc="{page}" title="answer of {title}" '
+        f'style="{_PAGE_STYLE}" onload="{_TAKE_HEIGHT}"></iframe>'
+        f"<details><summary><small>source</small></summary><pre>{source}</pre></details>"
+        f"{_fold(answer, f'<ul>{lines}</ul>' if lines else '')}"
     )
 
 
@@ -127,14 +149,27 @@ def folded_thinking(thinking: str) -> str:
     if not thinking:
         return ""
     length = counted(len(thinking.split()), "word")
-    return f"\n\n<details><summary>reasoning ({length})</summary>\n\n{safe_markdown(thinking)}\n\n</details>"
+    summary = f"<summary><small>reasoning ({length})</small></summary>"
+    return f"\n\n<details>{summary}\n\n{safe_markdown(thinking)}\n\n</details>"
 
 
 def folded_footer(answer: Answer) -> str:
     """The footer as a fold; inside are the details (see `details`)."""
-    line = f"<small>{html.escape(footer(answer), quote=False)}</small>"
-    lines = "\n".join(f"- {escaped(line)}" for line in details(answer))
-    return f"<details><summary>{line}</summary>\n\n{lines}\n\n</details>" if lines else line
+    lines = "\n".join(f"- <small>{escaped(line)}</small>" for line in details(answer))
+    return _fold(answer, f"\n\n{lines}\n\n" if lines else "")
+
+
+def _fold(answer: Answer, inside: str) -> str:
+    line = html.escape(footer(answer), quote=False)
+    mark = f'class="{ANSWER_CLASS} {ANSWER_CLASS}-{answer_key(_text_of(answer))}"'
+    if not inside:
+        return f"<small {mark}>{line}</small>"
+    return f"<details {mark}><summary><small>{line}</small></summary>{inside}</details>"
+
+
+def answer_key(text: str) -> str:
+    """What stands for an answer's text in the page."""
+    return f"{zlib.crc32(text.encode(errors='replace')):08x}-{len(text)}"
 
 
 def escaped(text: str) -> str:

@@ -6,13 +6,11 @@ request, not out of the chat (see `context_window`). A model's earlier reasoning
 sent again.
 
 A chat lives in the memory of the process; those of a notebook are kept for its next kernel (see `kept.py`).
-`Chat.export` writes it to a file, `Chat.load` reads it back. When it is shown, it is Markdown that runs and
-fetches nothing; long messages are folded.
+`Chat.export` writes it to a file, `Chat.load` reads it back. `conversation_view.py` says how it is shown.
 """
 
 from __future__ import annotations
 
-import html
 import json
 import re
 import threading
@@ -23,21 +21,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
+from sollol_nb.chat import conversation_view
 from sollol_nb.chat.chunk import DROPPED
 from sollol_nb.chat.completion import Completion
-from sollol_nb.chat.completion_view import escaped, folded_thinking
 from sollol_nb.chat.context_window import turn_starts
 from sollol_nb.chat.messages import check_messages
 from sollol_nb.chat.tool_steps import messages_of
 from sollol_nb.errors import ChatBusyError, ConfigError
-from sollol_nb.text.safe_markdown import parts_of, safe_markdown
+from sollol_nb.text.safe_markdown import printable
 from sollol_nb.text.short_names import short_name
 from sollol_nb.text.tables import counted
 
 FILE_FORMAT = "sollol_nb chat"
 FILE_VERSION = 1
-LONG_CHARS = 700
-SUMMARY_CHARS = 120
 
 _NAME = re.compile(r"\w[\w.-]{0,63}")
 _ENDED_EARLY = {"length": "stopped at max_tokens", "cancelled": "stopped", "error": "interrupted"}
@@ -84,6 +80,16 @@ class ChatMessage:
         parts += [f"[calls {call['function']['name']}]" for call in self.message.get("tool_calls") or ()]
         parts += ["[image]"] * len(self.message.get("images") or ())
         return "\n".join(filter(None, parts))
+
+    def as_markdown(self) -> str:
+        """As a notebook shows it."""
+        if self.role == "assistant":
+            ended, thinking = _ENDED_EARLY.get(self.done_reason, ""), str(self.message.get("thinking") or "")
+            return conversation_view.answer_markdown(short_name(self.model), ended, self.text, thinking)
+        if self.role == "user":
+            return conversation_view.question_markdown(self.text)
+        label = "result of a tool" if self.role == "tool" else f"{self.role} message"
+        return conversation_view.folded_message(label, self.text)
 
     def as_dict(self) -> dict[str, Any]:
         """As it is written to a file: the message, and of the rest what is known."""
@@ -363,24 +369,26 @@ class Chat:
         """The chat as text; of long messages only the beginning."""
         lines = [self.title]
         if self.system:
-            lines.append(f"system: {_beginning(self.system)}")
+            lines.append(f"system: {conversation_view.beginning(self.system)}")
         for entry in self._history:
             lines += [f"[{entry.note}]"] if entry.note else []
-            lines.append(f"{entry.speaker}: {_beginning(entry.text)}")
+            lines.append(f"{entry.speaker}: {conversation_view.beginning(entry.text)}")
         return "\n".join(lines)
 
     def _as_markdown(self) -> str:
-        parts = [f"**{escaped(self.title)}**"]
+        turns = counted(self.turn_count, "turn")
+        known = [text for text in (turns, short_name(self.model), self.last_time) if text]
+        parts = [conversation_view.title_markdown(self.name, known)]
         if self.system:
-            parts.append(_message_markdown("system", self.system))
+            parts.append(conversation_view.folded_message("system message", self.system))
         for entry in self._history:
             if entry.note:
-                parts.append(f"*{escaped(entry.note)}*")
-            parts.append(_message_markdown(entry.speaker, entry.text, str(entry.message.get("thinking") or "")))
+                parts.append(conversation_view.note_markdown(entry.note))
+            parts.append(entry.as_markdown())
         return "\n\n".join(parts)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
-        return {"text/plain": str(self), "text/markdown": self._as_markdown()}
+        return {"text/plain": printable(str(self)), "text/markdown": self._as_markdown()}
 
 
 def checked_name(name: str) -> str:
@@ -391,23 +399,3 @@ def checked_name(name: str) -> str:
             "beginning with a letter, digit or _"
         )
     return name
-
-
-def _beginning(text: str) -> str:
-    left = len(text) - LONG_CHARS
-    return text if left <= 0 else f"{text[:LONG_CHARS]} … ({left:,} more characters)"
-
-
-def _message_markdown(speaker: str, content: str, thinking: str = "") -> str:
-    """A message as Markdown: of an answer as it is shown in a cell, of a question with its lines as they are."""
-    if not speaker.startswith("assistant"):
-        content = "".join(part if is_code else _with_hard_breaks(part) for is_code, part in parts_of(content))
-    body = safe_markdown(content)
-    if len(content) > LONG_CHARS:
-        summary = html.escape(" ".join(content[:SUMMARY_CHARS].split()))
-        body = f"<details><summary>{summary} … ({len(content):,} characters)</summary>\n\n{body}\n\n</details>"
-    return f"**{escaped(speaker)}**{folded_thinking(thinking)}\n\n{body}"
-
-
-def _with_hard_breaks(text: str) -> str:
-    return re.sub(r"(?<=\S)[ \t]*\n(?=[ \t]*\S)", "  \n", text)

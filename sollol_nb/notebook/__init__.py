@@ -30,6 +30,7 @@ from sollol_nb.notebook.magics.cluster import ClusterMagics
 from sollol_nb.notebook.magics.connect import ConnectMagics
 from sollol_nb.notebook.magics.latency import LatencyMagics
 from sollol_nb.notebook.magics.models import ModelMagics
+from sollol_nb.notebook.magics.reuse import ReuseMagics
 from sollol_nb.notebook.magics.trust import TrustMagics
 from sollol_nb.notebook.pages import clients
 from sollol_nb.notebook.session import chats, router, settings, use_router
@@ -46,6 +47,7 @@ _AFTER_EACH_CELL = (background.show_in_cell, session.check_preload)
 _MAGICS = (
     AskMagics,
     AnswerMagics,
+    ReuseMagics,
     ClusterMagics,
     ModelMagics,
     LatencyMagics,
@@ -74,7 +76,7 @@ def load_ipython_extension(shell: InteractiveShell) -> None:
         workers=session.worker_targets,
         typed=session.note_typing,
     )
-    kernel_hooks.shorten_errors(session.has_short_errors)
+    kernel_hooks.shorten_errors(session.has_short_errors, with_style=is_kernel(shell))
     for callback in _AFTER_EACH_CELL:
         shell.events.register("post_run_cell", callback)
     clients.follow(shell)

@@ -16,6 +16,7 @@ import asyncio.base_events
 import asyncio.events
 import asyncio.futures
 import asyncio.tasks
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -28,19 +29,29 @@ from sollol_nb.runtime.io_loop import io_loop
 _HOOK = "_render_traceback_"
 _ERROR_BASES: tuple[type[BaseException], ...] = (SollolError, BatchInterrupted, PullInterrupted)
 _MISSING = object()
+_CODE_IN_ERROR = re.compile(r"`([^`\x1b]+)`")
+_CODE_STYLE = "\x1b[38;2;28;28;28;48;2;236;236;236m\\1\x1b[0m"
+"""Dark on light in every theme: an error's background is the front end's."""
 _MARKS = ("_nest_patched", "_nest_asyncio2")
 """What nest_asyncio and nest_asyncio2 set in the module `asyncio` when they patch it."""
 _before_nesting: list[tuple[ModuleType | type, dict[str, Any]]] = []
 
 
-def shorten_errors(is_wanted: Callable[[], bool]) -> None:
-    """Show the package's errors as one line without a traceback, whenever `is_wanted()`."""
+def shorten_errors(is_wanted: Callable[[], bool], *, with_style: bool = False) -> None:
+    """Show the package's errors as one line without a traceback, whenever `is_wanted()`.
+
+    Args:
+        with_style: show what stands between backticks as code. A notebook's front end knows the colours of
+            terminals; a terminal shows the backticks.
+    """
 
     def render(error: BaseException, *_: Any) -> list[str]:
         if not is_wanted():
             return "".join(traceback.format_exception(error)).rstrip("\n").split("\n")
         text = " ".join(" ".join([str(error), *getattr(error, "__notes__", ())]).split())
-        return [f"\x1b[31m{type(error).__name__}\x1b[0m: {text}"]
+        if not with_style:
+            return [f"\x1b[31m{type(error).__name__}\x1b[0m: {text}"]
+        return [f"\x1b[1;31m{type(error).__name__}\x1b[0m: {_CODE_IN_ERROR.sub(_CODE_STYLE, text)}"]
 
     for base in _ERROR_BASES:
         setattr(base, _HOOK, render)

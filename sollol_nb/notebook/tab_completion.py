@@ -62,6 +62,7 @@ _KINDS = {
     "tools": "functions",
     "strategies": "strategies",
     "out": "answers",
+    "answer": "answers",
     "save": "files",
     "load": "files",
     "sollol_chat.name": "chats",

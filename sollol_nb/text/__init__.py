@@ -8,5 +8,6 @@
 - `short_names.py`: which names of models are files, and how people read those.
 - `nearest.py`: the name that somebody meant to write.
 - `safe_markdown.py`: Markdown from a model, so that nothing in it runs or is fetched.
+- `code_blocks.py`: the code blocks of such a text.
 - `palette.py`: the colours of the cluster and of all plots.
 """

@@ -1,9 +1,9 @@
 """Markdown that a model wrote, made safe: nothing in it runs or is fetched, however a frontend parses it.
 
 Frontends run scripts in the Markdown of a cell that the user has executed. So HTML outside of code is shown as
-text, links to scripts lead nowhere, and no image is fetched from an address that a model made up. Control
-characters, and those that reorder what is read, are dropped. Source of the syntax: CommonMark 0.31 (fenced code,
-code spans, HTML blocks, links).
+text, links to scripts lead nowhere, and an image is a link that names it: nothing is fetched from an address that
+a model made up. Escape sequences of terminals, other control characters, and those that reorder what is read, are
+dropped. Source of the syntax: CommonMark 0.31 (fenced code, code spans, HTML blocks, links).
 
 A dollar is a formula only where it can be one (pandoc's rules): `$5 and $10` are two amounts.
 """
@@ -42,6 +42,7 @@ _SPAN_OR_DANGER = re.compile(
     r"(?<![\\`])(?P<ticks>`+)(?!`)(?P<code>[^\n]+?)(?<!`)(?P=ticks)(?!`)"
     r"|</?(?:br|sub|sup) ?/?>"
     r"|<(?:https?|mailto):[^\s<>\"]+>"
+    r"|\\\\|(?P<image>!\[(?P<unnamed>\])?)|(?P<escaped_image>\\!(?=\[))"
     rf"|(?P<danger>{_DANGER})|(?P<quote>\")",
     re.IGNORECASE,
 )
@@ -67,6 +68,13 @@ _GROUP = re.compile(r"\{[^{}]*\}")
 _DOLLAR = "\ue000"  # in place of a dollar that is only a dollar, until the rest of the text has been looked at
 # A separate element: MathJax reads the page, too, and its formulas end with an element.
 _DOLLAR_AS_TEXT = "<span>&#36;</span>"
+# Escape sequences of terminals (ECMA-48): control sequences such as colours, strings such as titles, and others.
+_ESCAPE = re.compile(
+    r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"
+    r"|(?:\x1b[\]P_^X]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x90\x98\x9c-\x9f\n]*(?:\x07|\x1b\\|\x9c)"
+    r"|\x1b[ -/]*[0-~]"
+)
+_ESCAPE_BEGINS = re.compile(r"(?:\x1b(?:[ -/]*|\[[0-?]*[ -/]*)|\x9b[0-?]*[ -/]*)\Z")
 # Control characters except tab and line feed; those that change the direction of writing.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u202a-\u202e\u2066-\u2069]")
 
@@ -143,8 +151,7 @@ def _is_risky(block: str, may_have_formulas: bool) -> bool:
 
 def _separated_block(before: str, block: str) -> str:
     """The text before, and the code block outside of all lists and quotes."""
-    language, code = code_in(block)
-    code = re.sub(rf"^ {{1,{_indent(block)}}}", "", code, flags=re.MULTILINE) if _indent(block) else code
+    language, code = language_and_code(block)
     return f"{before}\n\n{fenced(code, language)}\n\n".lstrip("\n")
 
 
@@ -166,6 +173,10 @@ def _with_html_as_text(text: str, may_have_formulas: bool) -> str:
         if (code := match["code"]) is not None:
             is_risky = _IN_CODE.search(code) or (may_have_formulas and '"' in code)
             return f"<code>{_by_number(code)}</code>" if is_risky else match[0]
+        if match["image"]:
+            return "[image]" if match["unnamed"] else "[image: "
+        if match["escaped_image"]:
+            return "&#33;"
         if match["quote"]:
             return "&quot;" if may_have_formulas else match[0]
         if not match["danger"]:
@@ -188,8 +199,13 @@ def _by_number(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """The text without characters that control a terminal or reorder what is read."""
-    return _CONTROL.sub("", text)
+    """The text without what controls a terminal (colours, say) or reorders what is read."""
+    return _CONTROL.sub("", _ESCAPE.sub("", text))
+
+
+def without_begun_escape(text: str) -> str:
+    """A text that may continue, without an escape sequence at its end that is not complete."""
+    return _ESCAPE_BEGINS.sub("", text)
 
 
 def _marks(fence: str) -> str:
@@ -198,14 +214,18 @@ def _marks(fence: str) -> str:
 
 def code_in(text: str) -> tuple[str, str]:
     """Language and code of the first fenced code block; `("", text)` without one."""
-    for is_code, part in parts_of(text):
-        if is_code:
-            first, _, rest = part.partition("\n")
-            lines = rest.splitlines()
-            if lines and _FENCE.fullmatch(lines[-1]) and not lines[-1].strip(" `~"):
-                lines.pop()
-            return first.strip().lstrip("`~").strip(), "\n".join(lines)
-    return "", text
+    return next((language_and_code(part) for is_code, part in parts_of(text) if is_code), ("", text))
+
+
+def language_and_code(block: str) -> tuple[str, str]:
+    """What a fenced code block is written in, and its lines without the fences and their indentation."""
+    first, _, rest = block.partition("\n")
+    lines = rest.splitlines()
+    if lines and _FENCE.fullmatch(lines[-1]) and not lines[-1].strip(" `~"):
+        lines.pop()
+    code, indent = "\n".join(lines), _indent(block)
+    code = re.sub(rf"^ {{1,{indent}}}", "", code, flags=re.MULTILINE) if indent else code
+    return first.strip().lstrip("`~").strip(), code
 
 
 def fenced(text: str, language: str = "") -> str:

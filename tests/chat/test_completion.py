@@ -12,6 +12,7 @@ import pytest
 from IPython.lib.pretty import pretty
 
 from sollol_nb.chat.completion import Completion
+from sollol_nb.chat.completion_view import answer_key
 
 
 def piece(text: str, **more: Any) -> dict[str, Any]:
@@ -118,7 +119,8 @@ def test_notebook_shows_the_text_and_an_escaped_footer() -> None:
     shown = answer._repr_mimebundle_()
 
     assert shown["text/plain"] == "**Hi**\n\n[<script>x \u00b7 2 tokens]"
-    assert shown["text/markdown"] == "**Hi**\n\n<small>&lt;script&gt;x \u00b7 2 tokens</small>"
+    mark = f'class="sollol-answer sollol-answer-{answer_key("**Hi**")}"'
+    assert shown["text/markdown"] == f"**Hi**\n\n<small {mark}>&lt;script&gt;x \u00b7 2 tokens</small>"
     assert str(answer) == shown["text/plain"]
     assert repr(answer) == "<Completion of <script>x: '**Hi**'>"
 

@@ -50,7 +50,7 @@ def test_reasoning_is_folded_after_the_answer() -> None:
     markdown = completion("Yes.", thinking="I think <b>so</b>.")._repr_mimebundle_()["text/markdown"]
 
     assert markdown.startswith(
-        "Yes.\n\n<details><summary>reasoning (3 words)</summary>\n\nI think &lt;b>so&lt;/b>."
+        "Yes.\n\n<details><summary><small>reasoning (3 words)</small></summary>\n\nI think &lt;b>so&lt;/b>."
     )
 
 
@@ -89,10 +89,13 @@ def test_a_page_runs_nothing_and_stays_in_its_frame() -> None:
     bundle = completion('<b>x</b><script>alert("1")</script>', "html")._repr_mimebundle_()
 
     page = bundle["text/html"]
-    assert page.startswith('<iframe sandbox="" srcdoc="&lt;meta http-equiv=&quot;Content-Security-Policy&quot;')
+    assert page.startswith(
+        '<iframe sandbox="allow-same-origin" srcdoc="&lt;meta http-equiv=&quot;Content-Security-Policy&quot;'
+    )
     assert "default-src &#x27;none&#x27;" in page, "nothing is fetched either"
     assert "&gt;&lt;b&gt;x&lt;/b&gt;&lt;script&gt;alert(&quot;1&quot;)" in page
     assert "<script" not in page
+    assert "allow-scripts" not in page
     assert "<pre>&lt;b&gt;x" in page, "the source, where frames are not shown"
 
 
@@ -134,7 +137,7 @@ def test_the_footer_opens_and_shows_the_details() -> None:
         "- drafts: 0 of 20 accepted",
         "- b:50053 died",
     ):
-        assert line in markdown
+        assert f"- <small>{line.removeprefix('- ')}</small>" in markdown
 
 
 def test_the_footer_says_why_an_answer_ended_early() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -207,19 +208,23 @@ def test_answers_are_shown_as_markdown_and_questions_line_by_line() -> None:
     shown = chat._repr_mimebundle_()
     assert "text/html" not in shown, "frontends would take it instead"
     assert shown["text/markdown"].endswith(
-        f"**user**\n\na,b  \n1,2\n\n```\n1\n2\n```\n\n**assistant (m)**\n\n{code}"
+        f"<small>**user**</small>\n\na,b  \n1,2\n\n```\n1\n2\n```\n\n</div>\n\n<small>**m**</small>\n\n{code}"
     )
-    assert shown["text/markdown"].startswith("**conversation my\\_tour: 1 turn, m, ")
+    assert shown["text/markdown"].startswith(
+        '**conversation my\\_tour**<small class="sollol-code"> · 1 turn · m · '
+    )
 
 
-def test_long_messages_are_folded_and_lose_nothing() -> None:
-    chat = Chat("c")
-    chat.add(user("short"), answer("word " * 1000))
+def test_long_questions_and_what_systems_and_tools_say_are_folded_and_lose_nothing() -> None:
+    messages = [{"role": "system", "content": "Be brief."}, user("word " * 1000), assistant("", tool_calls=[CALL])]
+    chat = Chat.from_messages([*messages, {"role": "tool", "content": "noon"}, assistant("term " * 1000)])
     shown = chat._repr_mimebundle_()
-    assert shown["text/markdown"].count("<details>") == 1
-    assert "word " * 1000 in shown["text/markdown"]
+    folds = re.findall(r"<details><summary>(?:<small>)?([^<]{,17})", shown["text/markdown"])
+    assert folds == ["system message (9", "word word word wo", "result of a tool "]
+    for text in ("Be brief.", "word " * 1000, "noon", "term " * 1000):
+        assert text in shown["text/markdown"]
     assert "more characters" in shown["text/plain"]
-    assert len(shown["text/plain"]) < 1000
+    assert len(shown["text/plain"]) < 2000
 
 
 @pytest.mark.parametrize("more", [{}, {"_context_full": 2048}])

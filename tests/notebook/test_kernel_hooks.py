@@ -185,3 +185,15 @@ def test_whole_tracebacks_come_back() -> None:
 
     assert not hasattr(SollolError("x"), "_render_traceback_")
     assert not hasattr(ValueError("x"), "_render_traceback_")
+
+
+def test_in_a_notebook_the_commands_in_an_error_are_shown_as_code() -> None:
+    kernel_hooks.shorten_errors(lambda: True, with_style=True)
+    try:
+        error: Any = SollolError("no node; run `ollama serve`, or use `demo`")
+        (line,) = error._render_traceback_()
+    finally:
+        kernel_hooks.restore_errors()
+    chip = "\x1b[38;2;28;28;28;48;2;236;236;236m{}\x1b[0m"
+    commands = [chip.format(command) for command in ("ollama serve", "demo")]
+    assert line == "\x1b[1;31mSollolError\x1b[0m: no node; run {}, or use {}".format(*commands)

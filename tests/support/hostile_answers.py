@@ -54,3 +54,23 @@ SCRIPTS = (
     "$$\\href{java\tscr\ript:alert(1)}{x}$$",
 )
 """Addresses that are scripts."""
+
+_HACK = "(parent || top).hacked = 1; parent.document.title = 'hacked'"
+PAGES = (
+    f"<script>{_HACK}</script>",
+    f'<img src=x onerror="{_HACK}"><body onload="{_HACK}"><svg onload="{_HACK}">',
+    f'<iframe srcdoc="<script>parent.{_HACK}</script>"></iframe>',
+    '<iframe sandbox="allow-scripts allow-same-origin" src="https://hostile.invalid/frame"></iframe>',
+    "<meta http-equiv=refresh content='0;url=https://hostile.invalid/refresh'>",
+    f'<p><a href="javascript:{_HACK}">x</a></p><p><a target=_top href="https://hostile.invalid/top">x</a></p>',
+    '<p><a target=_blank href="https://hostile.invalid/popup">x</a></p>',
+    "<meta http-equiv=Content-Security-Policy content=\"default-src *; script-src * 'unsafe-inline'\">"
+    f"<script>{_HACK}</script>",
+    '<img src="https://hostile.invalid/image"><link rel=stylesheet href="https://hostile.invalid/style">'
+    '<style>@import "https://hostile.invalid/import"; p { background: url(https://hostile.invalid/url) }</style>'
+    "<p>x",
+    '<form name=documentElement><input name=scrollHeight value="</p>"></form>',
+    "<form name=documentElement action=https://hostile.invalid/form><input name=scrollHeight></form>",
+    f'"></iframe><script>{_HACK}</script>',
+)
+"""Pages that try to run something in the notebook around their frame, to leave it, or to fetch something."""

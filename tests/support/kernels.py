@@ -27,6 +27,7 @@ MAGICS = (
     "sollol_chat",
     "sollol_cluster",
     "sollol_connect",
+    "sollol_insert",
     "sollol_last",
     "sollol_latency",
     "sollol_log",

@@ -7,9 +7,13 @@ from collections.abc import Mapping
 
 from tests.support.kernels import Kernel
 
+NO_CODE = "SollolError: the answer has no code block"  # the demo model writes none
 EXPECTED_ERRORS = {
     # `add` has not taken it: nothing runs there.
     "%sollol_cluster remove 192.168.1.10:50052": "ConfigError: 192.168.1.10:50052 is not a known worker",
+    "%sollol_insert": NO_CODE,
+    "%sollol_insert 2": NO_CODE,
+    "%sollol_insert --answer reply": NO_CODE,
     "%sollol_connect http://head:11440": "GatewayUnavailableError: no gateway answers at http://head:11440",
 }
 

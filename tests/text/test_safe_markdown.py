@@ -8,7 +8,14 @@ import pytest
 from nbconvert.filters.markdown import markdown2html
 
 from sollol_nb.chat.completion import Completion
-from sollol_nb.text.safe_markdown import code_in, fenced, parts_of, safe_markdown
+from sollol_nb.text.safe_markdown import (
+    code_in,
+    fenced,
+    parts_of,
+    printable,
+    safe_markdown,
+    without_begun_escape,
+)
 from tests.support.hostile_answers import ADDRESSES, TAGS
 
 
@@ -32,7 +39,12 @@ from tests.support.hostile_answers import ADDRESSES, TAGS
         (r"[x](javascript\:alert(1))", "[x](javascript\u200b\\:alert(1))"),
         ("[x](JavaScript&colon;alert(1))", "[x](JavaScript&amp;colon;alert(1))"),
         ("[x](java&Tab;script:alert(1))", "[x](java&amp;Tab;script:alert(1))"),
-        ("![x](https://example.org/?q=secret)", "&#33;[x](https://example.org/?q=secret)"),
+        ("![x](https://example.org/?q=secret)", "[image: x](https://example.org/?q=secret)"),
+        ("wow![](https://a/b.png)!", "wow[image](https://a/b.png)!"),
+        ("![x][y]\n\n[y]: https://a/b.png", "[image: x][y]\n\n[y]: https://a/b.png"),
+        ("[![x](https://a/b.png)](https://c)", "[[image: x](https://a/b.png)](https://c)"),
+        (r"\![x](y) \\![x](y)", r"&#33;[x](y) \\[image: x](y)"),
+        ("`![x](y)`", "<code>&#33;&#91;x&#93;&#40;y&#41;</code>"),
         ("[x](&#106;avascript:alert(1))", "[x](&amp;#106;avascript:alert(1))"),
         ("here is the data: 1, 2", "here is the data: 1, 2"),
         ("[x]: data:text/html,y", "[x]: data\u200b:text/html,y"),
@@ -88,11 +100,36 @@ def test_a_formula_may_link_to_the_web() -> None:
 
 @pytest.mark.parametrize("form", ["%s", "a\n\n```py\n%s\n```", "<b>\n```html\n<i>%s\n```", "`%s`"])
 def test_characters_that_control_terminals_or_reorder_text_are_dropped(form: str) -> None:
-    hostile = "a\0b\x1b[2Jc\x9bd\u202ee\u2066f\u2069g\x7f"
+    hostile = "a\0b\x1b[2Jc\x9b1md\u202ee\u2066f\u2069g\x7f"
     shown = Completion(model="m", message={"content": form % hostile})._repr_mimebundle_()
     for text in (safe_markdown(form % hostile), fenced(hostile), *shown.values()):
         assert not re.search(r"[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", text)
-        assert "ab[2Jcdefg" in re.sub(r"&#(\d+);", lambda match: chr(int(match[1])), text)
+        assert "abcdefg" in re.sub(r"&#(\d+);", lambda match: chr(int(match[1])), text)
+
+
+@pytest.mark.parametrize(
+    "sequence",
+    [
+        "\x1b[31m",
+        "\x1b[1;38;2;10;20;30m",
+        "\x1b[?25l",
+        "\x9b0m",
+        "\x1b]0;title\x07",
+        "\x1b]8;;https://a\x1b\\",
+        "\x1b(B",
+        "\x1b7",
+    ],
+)
+def test_escape_sequences_of_terminals_are_dropped_as_a_whole(sequence: str) -> None:
+    assert printable(f"a{sequence}b[0m") == "ab[0m"
+    assert safe_markdown(f"java{sequence}script:alert(1)") == "javascript\u200b:alert(1)"
+    assert printable(f"{sequence}x" * 20_000) == "x" * 20_000
+
+
+def test_an_escape_sequence_may_arrive_in_parts() -> None:
+    for begun in ("\x1b", "\x1b[", "\x1b[38;5", "\x1b(", "\x9b1;"):
+        assert without_begun_escape(f"a\x1b[0m b{begun}") == "a\x1b[0m b"
+    assert without_begun_escape("a\x1b[0m") == "a\x1b[0m"
 
 
 @pytest.mark.parametrize(
@@ -215,7 +252,7 @@ def test_the_parts_of_a_text_make_up_the_text() -> None:
 )
 def test_the_first_code_block_is_found(text: str, language: str, code: str) -> None:
     assert code_in(text) == (language, code)
-    assert Completion(message={"content": text}).code == code
+    assert Completion(message={"content": text}).code[:1] == ([code] if code != text else [])
 
 
 def test_a_fence_is_longer_than_those_inside() -> None:

@@ -8,6 +8,7 @@ text as it arrives.
 from __future__ import annotations
 
 import html
+import re
 import sys
 import threading
 import time
@@ -18,7 +19,8 @@ from sollol_nb.chat.chunk import CALLING, RESTARTED, ROUTING, STEP, Chunk, Step
 from sollol_nb.chat.completion import Completion
 from sollol_nb.chat.completion_view import folded_footer, live_markdown, tail
 from sollol_nb.chat.tool_steps import LINE_CHARS, call_text, folded_steps, lines_of
-from sollol_nb.text.safe_markdown import printable, safe_markdown
+from sollol_nb.notebook.answers.copying import offer_copying
+from sollol_nb.text.safe_markdown import printable, safe_markdown, without_begun_escape
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -116,6 +118,7 @@ class NotebookView:
         self._shown_at = 0.0
         self._shown = ""
         self._has_text = False
+        self._is_copied = False
 
     def show(self, answer: LiveAnswer, *, at_once: bool = False) -> None:
         """Show the new text, if it is time; `at_once` all text, also if it was shown already."""
@@ -136,24 +139,40 @@ class NotebookView:
         """Replace the live answer with the final one, followed by the error if no cell raises it."""
         if error:
             end = completion._repr_mimebundle_() if completion is not None else {"text/plain": ""}
-            errors = {"text/plain": error, "text/markdown": safe_markdown(error), "text/html": html.escape(error)}
+            errors = error_bundle(error)
             self._put({kind: f"{text}\n\n{errors[kind]}".lstrip() for kind, text in end.items()})
+            if completion is not None:
+                self._offer_copying(completion)
         elif completion is None:
             if self._updates:
                 self._put({"text/plain": ""})
         elif frame is None:
             self._put(dict(completion._repr_mimebundle_()))
+            self._offer_copying(completion)
         else:
             table = {"text/plain": str(frame), "text/html": frame.to_html(max_rows=60, notebook=True)}
             self._put(table)
             footer = {"text/markdown": folded_footer(completion), "text/plain": f"[{completion.footer()}]"}
             self._put(footer, place=1)
 
+    def _offer_copying(self, completion: Completion) -> None:
+        if not self._is_copied:
+            self._is_copied = True
+            offer_copying(completion)
+
     def _put(self, bundle: dict[str, Any], *, place: int = 0) -> None:
         if place == len(self._updates):
             self._updates.append(self._make_display(bundle))
         else:
             self._updates[place](bundle)
+
+
+def error_bundle(error: str) -> dict[str, str]:
+    """An error as one line, by MIME type: its name stands out, and what to run is code."""
+    name, colon, message = error.partition(": ")
+    markdown = safe_markdown(f"**{name}**{colon}{message}")
+    code = re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(message))
+    return {"text/plain": error, "text/markdown": markdown, "text/html": f"<p><b>{name}</b>{colon}{code}</p>"}
 
 
 STARTS_OVER = "[the answer starts over]"
@@ -167,6 +186,7 @@ class TerminalView:
     def __init__(self) -> None:
         self._printed = {"text": 0, "thinking": 0}
         self._restarts = self._steps = 0
+        self._has_text = False
         self._status = ""
         self._colors = sys.stdout.isatty()
 
@@ -177,23 +197,26 @@ class TerminalView:
             print(f"[{answer.status}]", file=sys.stderr, flush=True)
         if answer.restarts != self._restarts:
             self._restarts, self._printed = answer.restarts, {"text": 0, "thinking": 0}
+            self._has_text = False
             print(f"\n{STARTS_OVER}", file=sys.stderr, flush=True)
         if len(answer.steps) != self._steps:
             begins = "\n" if self._printed["text"] else ""
             print(begins + lines_of(answer.steps[self._steps :]), end="", flush=True)
             self._steps, self._printed = len(answer.steps), {"text": 0, "thinking": 0}
+            self._has_text = False
         thinking = self._new("thinking", answer.thinking)
         if thinking:
             print(f"{self.DIM}{thinking}{self.PLAIN}" if self._colors else thinking, end="", flush=True)
         text = self._new("text", answer.text)
         if text:
-            if self._printed["text"] == len(text) and self._printed["thinking"]:
+            if not self._has_text and self._printed["thinking"]:
                 print("\n")
+            self._has_text = True
             print(text, end="", flush=True)
 
     def _new(self, kind: str, text: str) -> str:
-        new = text[self._printed[kind] :]
-        self._printed[kind] = len(text)
+        new = without_begun_escape(text[self._printed[kind] :])
+        self._printed[kind] += len(new)
         return printable(new)
 
     def finish(self, completion: Completion | None, frame: pd.DataFrame | None = None) -> None:
@@ -234,8 +257,9 @@ class PlainView:
             self._print(f"{completion.text}\n")
 
     def _print(self, text: str) -> None:
-        print(printable(text[self._printed :]), end="", flush=True)
-        self._printed = len(text)
+        new = without_begun_escape(text[self._printed :])
+        print(printable(new), end="", flush=True)
+        self._printed += len(new)
 
 
 class NoView:

@@ -15,6 +15,7 @@ from sollol_nb.chat.journal import JournaledAnswer
 from sollol_nb.errors import RequestCancelledError, SollolError
 from sollol_nb.notebook import magic_line, session
 from sollol_nb.notebook.answers.cell import cell_view, stream_into_cell
+from sollol_nb.notebook.answers.copying import offer_copying
 from sollol_nb.notebook.answers.journaled import (
     AnswerList,
     chosen,
@@ -101,6 +102,7 @@ class AnswerMagics(Magics):
         completion = completion_of(answer)
         if not was_running:
             display(completion)
+            offer_copying(completion)
         if answer.is_continuable:
             why = answer.error or "its end is missing"
             print(f"{answer.status}: {why}; %sollol_answers resume {answer.id} continues it")

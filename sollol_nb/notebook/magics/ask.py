@@ -21,6 +21,7 @@ from sollol_nb.models.routing import BACKENDS
 from sollol_nb.notebook import magic_line, session
 from sollol_nb.notebook.answers.background import BackgroundAnswer
 from sollol_nb.notebook.answers.cell import cell_view, stream_into_cell
+from sollol_nb.notebook.answers.copying import offer_copying
 from sollol_nb.notebook.answers.request import CellRequest, cell_request, named_model
 from sollol_nb.notebook.answers.tools import check_can_ask
 from sollol_nb.notebook.displays import hide_once
@@ -207,6 +208,7 @@ class AskMagics(Magics):
             question = shortened(" ".join(prompt.split()), SHOWN_QUESTION_CHARS)
             display({"text/plain": f"> {question}", "text/markdown": f"> {escaped(question)}"}, raw=True)
             display(answer)
+            offer_copying(answer)
         answers = [answer for _, answer in last]
         value = answers if count else answers[-1]
         hide_once(self.shell, value)

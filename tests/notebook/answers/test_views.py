@@ -10,7 +10,14 @@ import pytest
 from IPython.core.formatters import DisplayFormatter
 
 from sollol_nb.chat.completion import Completion
-from sollol_nb.notebook.answers.views import STARTS_OVER, LiveAnswer, PlainView, TerminalView, View
+from sollol_nb.notebook.answers.views import (
+    STARTS_OVER,
+    LiveAnswer,
+    PlainView,
+    TerminalView,
+    View,
+    error_bundle,
+)
 
 
 def chunk(text: str, **more: object) -> dict[str, object]:
@@ -64,7 +71,28 @@ def test_a_model_cannot_control_the_terminal(
     answer.add(chunk("a\x1b]52;c;cm0gLXJm\x07b\x9b2J\tc\n", done=True))
     view.show(answer)
     view.finish(answer.completion())
-    assert capsys.readouterr().out.startswith("a]52;c;cm0gLXJmb2J\tc\n")
+    assert capsys.readouterr().out.startswith("ab\tc\n")
+
+
+@pytest.mark.parametrize("make_view", [TerminalView, PlainView])
+def test_colours_are_not_printed_wherever_they_are_cut(
+    make_view: type[TerminalView | PlainView], capsys: pytest.CaptureFixture[str]
+) -> None:
+    view: View = make_view()
+    answer = LiveAnswer("demo")
+    for part in "a \x1b[1;31mred\x1b[0m word":
+        answer.add(chunk(part))
+        view.show(answer)
+    view.finish(answer.completion())
+    assert capsys.readouterr().out.startswith("a red word\n")
+
+
+def test_an_error_after_an_answer_is_one_line_with_code() -> None:
+    shown = error_bundle("ModelNotFoundError: <m> is missing. Run `ollama pull <m>`")
+    assert shown["text/plain"] == "ModelNotFoundError: <m> is missing. Run `ollama pull <m>`"
+    assert "<m>" not in shown["text/markdown"] + shown["text/html"]
+    assert shown["text/markdown"].startswith("**ModelNotFoundError**: &lt;m> is missing. Run <code>")
+    assert shown["text/html"].endswith("Run <code>ollama pull &lt;m&gt;</code></p>")
 
 
 def test_the_repr_of_a_completion_has_no_control_sequences() -> None:
