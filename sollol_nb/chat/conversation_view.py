@@ -17,9 +17,7 @@ LONG_CHARS = 700
 """Longer messages that are no answers are folded, and shown as text only up to here."""
 SUMMARY_CHARS = 120
 
-_QUESTION_STYLE = (
-    "margin: 1em 0 1em 12%; padding: .3em 1em 0; border-radius: 10px; background-color: rgba(128, 128, 128, .15);"
-)
+_QUESTION_STYLE = "margin: 1em 0 1em 12%; padding: .3em 1em .6em; border-radius: 10px; background-color: rgba(128, 128, 128, .15);"
 
 
 def title_markdown(name: str, about: Sequence[str]) -> str:

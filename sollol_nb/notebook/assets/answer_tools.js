@@ -107,7 +107,8 @@ function decorate(mark, texts) {
   if (!mark.classList.contains(ANSWER) || mark.parentElement.classList.contains("sollol-foot")) return;
   const foot = document.createElement("div");
   foot.className = "sollol-foot";
-  mark.replaceWith(foot);
+  const alone = mark.parentElement.matches("p") && mark.parentElement.childNodes.length === 1;
+  (alone ? mark.parentElement : mark).replaceWith(foot);
   const key = [...mark.classList].find((name) => name.startsWith(`${ANSWER}-`));
   foot.append(mark, copyButton("answer", () => texts.get(key) ?? shownText(output)));
 }
