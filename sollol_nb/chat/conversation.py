@@ -376,8 +376,7 @@ class Chat:
         return "\n".join(lines)
 
     def _as_markdown(self) -> str:
-        turns = counted(self.turn_count, "turn")
-        known = [text for text in (turns, short_name(self.model), self.last_time) if text]
+        known = [counted(self.turn_count, "turn"), short_name(self.model), self.last_time]
         parts = [conversation_view.title_markdown(self.name, known)]
         if self.system:
             parts.append(conversation_view.folded_message("system message", self.system))

@@ -17,12 +17,15 @@ LONG_CHARS = 700
 """Longer messages that are no answers are folded, and shown as text only up to here."""
 SUMMARY_CHARS = 120
 
-_QUESTION_STYLE = "margin: 1em 0 1em 12%; padding: .3em 1em .6em; border-radius: 10px; background-color: rgba(128, 128, 128, .15);"
+_QUESTION_STYLE = (
+    "margin: 1em 0 1em 12%; padding: .3em 1em .6em; border-radius: 10px; "
+    "background-color: rgba(128, 128, 128, .15);"
+)
 
 
 def title_markdown(name: str, about: Sequence[str]) -> str:
     """The first line: the conversation's name, and in small letters what is known of it."""
-    known = "".join(f" · {escaped(printable(text))}" for text in about)
+    known = "".join(f" · {escaped(printable(text))}" for text in about if text)
     return f'**conversation {escaped(name)}**<small class="{CODE_CLASS}">{known}</small>'
 
 

@@ -154,6 +154,7 @@ class NotebookView:
             self._put(table)
             footer = {"text/markdown": folded_footer(completion), "text/plain": f"[{completion.footer()}]"}
             self._put(footer, place=1)
+            self._offer_copying(completion)
 
     def _offer_copying(self, completion: Completion) -> None:
         if not self._is_copied:
