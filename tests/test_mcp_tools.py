@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from fastmcp import Client
 from fastmcp.exceptions import ToolError
@@ -132,6 +133,15 @@ def test_what_only_shows_starts_nothing_and_an_error_is_one_line(mcp_url: str) -
     assert str(missing.value).startswith("ModelNotFoundError: no-such-model is not available")
     assert "\n" not in str(missing.value)
     assert engines() == before
+
+
+def test_a_web_page_of_another_origin_is_refused(mcp_url: str) -> None:
+    call(mcp_url, "sollol_models", contains="demo")
+    body = {"jsonrpc": "2.0", "id": 1, "method": "tools/list"}
+    taken = {"Accept": "application/json, text/event-stream"}
+    refused = httpx.post(mcp_url, json=body, headers={**taken, "Origin": "https://example.org"})
+    assert refused.status_code == 403
+    assert httpx.post(mcp_url, json=body, headers={**taken, "Host": "example.org"}).status_code == 421
 
 
 @pytest.mark.usefixtures("alone")
