@@ -14,12 +14,14 @@ from __future__ import annotations
 import builtins
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import cache
+from types import CoroutineType, GeneratorType
 from typing import TYPE_CHECKING, Any
 
 from sollol_nb.errors import ConfigError
 from sollol_nb.text.insertions import Insertions
-from sollol_nb.text.nearest import nearest_variable
+from sollol_nb.text.nearest import nearest, nearest_variable
 from sollol_nb.text.readable import GivenText, readable
 from sollol_nb.text.tables import shortened
 
@@ -167,6 +169,9 @@ class _Expression:
             own_self = {_SELF: namespace["self"]} if "self" in namespace else {}
             value = self._compute({**self._builtins, **namespace, **own_self})
             if isinstance(value, Undefined):
+                missing = _describe_missing(value)
+                if missing:
+                    raise ConfigError(f"{shown}: {missing}{hint}")
                 str(value)  # raises UndefinedError
             name = self._source.strip()
             if callable(value) and name in self._builtins and name not in namespace:
@@ -174,6 +179,9 @@ class _Expression:
                     f"{shown}: this is Python's built-in function, not a variable"
                     f"{_describe_near(name, namespace)}{hint}"
                 )
+            hint_of_value = _cannot_insert(value, name)
+            if hint_of_value:
+                raise ConfigError(f"{shown}: {hint_of_value}")
             text = readable(value) if insertions is None else insertions.text_of(value, name)
         except ConfigError:
             raise
@@ -196,6 +204,29 @@ class _Expression:
 
 def _shown(expression: str) -> str:
     return f"{{{{ {shortened(' '.join(expression.split()), 60)} }}}}"
+
+
+def _describe_missing(undefined: Any) -> str:
+    """Which attribute or item a value does not have, and which was perhaps meant; "" if no near one is known."""
+    owner, name = undefined._undefined_obj, undefined._undefined_name
+    if not isinstance(name, str) or type(owner).__name__ == "MissingType":
+        return ""
+    names = set[str]()
+    with suppress(Exception):  # the object's own code can raise anything
+        names.update(each for each in dir(owner) if each[:1] != "_")
+        names.update(key for key in (owner if isinstance(owner, Mapping) else ()) if isinstance(key, str))
+    near = nearest(name, names)
+    return f"{type(owner).__name__} has no attribute or item {name!r} (did you mean {near}?)" if near else ""
+
+
+def _cannot_insert(value: Any, source: str) -> str:
+    """Why a value cannot be inserted, and what to write; "" if it can."""
+    if isinstance(value, GeneratorType):
+        return f"this is a generator, not its values; write {{{{ {source} | list }}}}"
+    if isinstance(value, CoroutineType):
+        value.close()  # it will never be awaited; Python would warn
+        return "this is a coroutine, not its result; await it in another cell, and insert what it returns"
+    return ""
 
 
 def _describe_near(name: str, namespace: Mapping[str, object]) -> str:

@@ -9,12 +9,15 @@ object of one that has been imported already.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import re
+import textwrap
 from collections import deque
 from collections.abc import Collection, ItemsView, Iterator, KeysView, Mapping, ValuesView
 from enum import Enum
 from itertools import islice
+from types import FunctionType, MethodType
 from typing import Any
 
 from sollol_nb.text.images import Image, about_image, image_of, is_figure, is_image
@@ -63,8 +66,8 @@ def readable(value: object, *, limit_chars: int | None = None) -> str:
     A class says by a method what its objects look like: `_ai_repr_(**kwargs)`, `_repr_llm_()` (see `own_forms.py`)
     or `_prompt_text_()`. Otherwise, a frame or series (of pandas, polars or pyarrow) becomes its shape, its dtypes
     and its head as a Markdown table; an array its shape, dtype, range and head; a matplotlib figure a description
-    and sampled data; an image its size; a dict, list, tuple, set, dataclass or pydantic model JSON in one line;
-    anything else what `str` says.
+    and sampled data; an image its size; a function or class its source; a dict, list, tuple, set, dataclass or
+    pydantic model JSON in one line; anything else what `str` says.
 
     Args:
         limit_chars: maximum length, 100 or more. Default: `LIMIT_CHARS`, and `MAX_TEXT_CHARS` of a text.
@@ -167,6 +170,8 @@ def _limited_text(value: object, limit_chars: int) -> str:
     container = _container(value)
     if container is not None:
         return _as_json(value, container, limit_chars)
+    if isinstance(value, type | FunctionType | MethodType):
+        return _source_of(value)
     text = str(value)
     says_nothing = _NAME_ONLY.fullmatch(text)
     return displayed_form(value).text or text if says_nothing else text
@@ -175,6 +180,14 @@ def _limited_text(value: object, limit_chars: int) -> str:
 def _cut(text: str, limit_chars: int) -> str:
     shown_chars = max(0, limit_chars - 60)
     return f"{text[:shown_chars]}\n[cut: {shown_chars:,} of {len(text):,} characters shown]"
+
+
+def _source_of(value: Any) -> str:
+    """The source of a function or class; where it has none, what `str` says."""
+    try:
+        return textwrap.dedent(inspect.getsource(value)).strip()
+    except (OSError, TypeError):  # builtins, and what `exec` made
+        return str(value)
 
 
 def _plain_number(value: float | None) -> str:

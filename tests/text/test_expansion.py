@@ -12,6 +12,10 @@ from sollol_nb.errors import ConfigError
 from sollol_nb.text.expansion import Template, expand
 
 
+async def later() -> None:
+    """Is never awaited."""
+
+
 class Moody:
     """Fails when it is looked at."""
 
@@ -35,6 +39,9 @@ def variables() -> dict[str, Any]:
         "result": 7,
         "answer": Completion(message={"content": "said"}),
         "moody": Moody(),
+        "config": {"alpha": 1},
+        "rows": ["a", "b"],
+        "later": later,
         "_": "the last",
     }
 
@@ -87,6 +94,8 @@ def test_text_without_double_braces_is_untouched(text: str) -> None:
         ("```jinja\n{% if a %}\n```\n# {{ x }}\n## b", "```jinja\n{% if a %}\n```\n# 3\n## b"),
         (r"\frac{{x}}{{x}}", r"\frac33"),  # by design
         # Python's own names, unless the notebook has its own.
+        ("{{ rows | map('upper') | list }}", '["A", "B"]'),
+        ("{{ later }}", 'async def later() -> None:\n    """Is never awaited."""'),
         ("{{ len('abc') }} {{ list(range(3)) }} {{ str(x) + '!' }}", "3 [0, 1, 2] 3!"),
         ("{{ True }} {{ None }}", "True None"),
         ("{{ readable('text') }}", "text"),
@@ -136,6 +145,17 @@ def test_variables_are_only_read(variables: dict[str, Any]) -> None:
         ("{{ [qqq, x] }}", "there is no variable qqq; --no-expand"),
         ("{{ 0 or qqq }}", "there is no variable qqq"),
         ("{{ df.nope }}", "has no attribute or item 'nope'"),
+        (
+            "{{ df.shpae }}",
+            "{{ df.shpae }}: DataFrame has no attribute or item 'shpae' (did you mean shape?); --no",
+        ),
+        ("{{ config.alhpa }}", "{{ config.alhpa }}: dict has no attribute or item 'alhpa' (did you mean alpha?)"),
+        ("{{ config['alhpa'] }}", "dict has no attribute or item 'alhpa' (did you mean alpha?)"),
+        (
+            "{{ rows | map('upper') }}",
+            "this is a generator, not its values; write {{ rows | map('upper') | list }}",
+        ),
+        ("{{ later() }}", "{{ later() }}: this is a coroutine, not its result; await it in another cell"),
         ("{{ nested['nope'] }}", "has no attribute or item 'nope'"),
         ("{{ nested.nope.more }}", "has no attribute or item 'nope'"),
         ("{{ x / 0 }}", "{{ x / 0 }}: ZeroDivisionError: division by zero"),

@@ -61,7 +61,6 @@ class Sales(pd.DataFrame):
         ([Book("Emma"), 1], '["A book: Emma", 1]'),
         ({"of": Book("Emma")}, '{"of": "A book: Emma"}'),
         (Sales({"a": [1, 2]}), "Sales of 2 days"),
-        (Book, str(Book)),
         (saying(repr_llm="said", prompt_text="ours"), "said"),
         (saying(repr_llm=None, prompt_text="ours"), "ours"),
         (saying(ai_repr={"text/plain": "plain"}, repr_llm="said"), "plain"),

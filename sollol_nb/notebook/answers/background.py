@@ -165,6 +165,11 @@ class BackgroundAnswer:
             self._ended.wait(left_s)
         return self._future.result()
 
+    def _prompt_text_(self) -> str:
+        """Its text in a prompt, which waits for the end of it. Errors are those of `result`."""
+        self.result()
+        return self._partial.text if self._partial is not None else ""
+
     def __await__(self) -> Generator[Any, None, Completion | pd.DataFrame]:
         return self._wait().__await__()
 

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from sollol_nb.chat.completion import Completion
-from sollol_nb.errors import RequestCancelledError
+from sollol_nb.errors import ConfigError, RequestCancelledError
 from sollol_nb.notebook.answers.background import BackgroundAnswer, MakeDisplay, cancel_all, show_in_cell
 from sollol_nb.notebook.answers.request import CellRequest
 from sollol_nb.runtime.events import EventBus
 from sollol_nb.runtime.io_loop import io_loop
+from sollol_nb.text.expansion import expand
 from tests.support.engines import HANG_GUARD_S, eventually
 
 
@@ -80,6 +81,22 @@ def test_cancelling_all_answers_ends_their_threads() -> None:
     assert handle.done
     assert "stopped" in shown[-1]["text/plain"]
     assert [thread for thread in threading.enumerate() if thread.name == "sollol_nb display"] == []
+
+
+def test_a_prompt_that_inserts_an_answer_waits_for_all_of_it() -> None:
+    stream = Stream()
+    handle = background(stream)
+    inserted: list[str] = []
+    waiter = threading.Thread(target=lambda: inserted.append(expand("{{ handle }}!", {"handle": handle})))
+    waiter.start()
+    stream.end()
+    waiter.join(HANG_GUARD_S)
+    assert inserted == ["so far!"]
+
+    failed = background(Stream())
+    failed.cancel()
+    with pytest.raises(ConfigError, match=r"{{ failed }}: RequestCancelledError: demo: stopped"):
+        expand("{{ failed }}", {"failed": failed})
 
 
 def test_several_loops_may_await_the_same_answer() -> None:
