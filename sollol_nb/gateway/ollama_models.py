@@ -45,6 +45,7 @@ from sollol_nb.models.routing import Route as ModelRoute
 from sollol_nb.ollama.pool import OllamaPool
 from sollol_nb.settings import config
 from sollol_nb.settings.kinds import CENTURY_S
+from sollol_nb.text.short_names import is_file_name
 
 API_VERSION = "0.32.1"
 """The version of Ollama whose API this is; tools compare it with the oldest version that they support."""
@@ -64,7 +65,8 @@ async def _tags(request: Request) -> Response:
     )
     entries = {entry["name"]: entry for entry in reversed(in_ollama)}  # of several nodes, the first
     known = set(map(key_of_name, entries))
-    names = [model.model for model in available if model.where and key_of_name(model.model) not in known]
+    named = [model.model for model in available if model.where and not is_file_name(model.model)]
+    names = [name for name in named if key_of_name(name) not in known]
     ours = await asyncio.to_thread(lambda: [entry for name in names if (entry := _listed(name))])
     models = [*reversed(entries.values()), *ours]
     return _json({"models": [{"model": entry["name"], **entry} for entry in models]})

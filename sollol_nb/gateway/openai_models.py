@@ -17,12 +17,13 @@ from sollol_nb.gateway.gateway import gateway_of
 from sollol_nb.models.listing import ListedModel
 from sollol_nb.models.names import key_of
 from sollol_nb.runtime.amounts import shown
+from sollol_nb.text.short_names import is_file_name
 
 
 async def available_models(request: Request) -> list[ListedModel]:
     """The models that the gateway can answer with: the running ones first, then the others by name."""
     models = await gateway_of(request).router.listed_models()
-    return [model for model in models if model.where or model.running]
+    return [model for model in models if (model.where or model.running) and not is_file_name(model.model)]
 
 
 async def named_model(request: Request) -> ListedModel:

@@ -29,6 +29,7 @@ from sollol_nb.chat.completion import Completion
 from sollol_nb.errors import ConfigError
 from sollol_nb.layers.strategies import STRATEGIES
 from sollol_nb.models.files import OllamaGGUFResolver
+from sollol_nb.models.found_files import found_files
 from sollol_nb.models.profiles import MODEL_PROFILES
 from sollol_nb.notebook.tab_expressions import Offer, offers, open_expression
 from sollol_nb.notebook.tab_line import Expected, expected, line_at_cursor
@@ -288,7 +289,11 @@ class _Names:
         hosts: Any = None
         with contextlib.suppress(ConfigError):  # the request says so
             hosts = config.default("ollama_hosts")
-        return {"stored": OllamaGGUFResolver().installed, f"nodes {hosts}": self._ollama_models}
+        return {
+            "stored": OllamaGGUFResolver().installed,
+            "found": lambda: found_files().by_name,
+            f"nodes {hosts}": self._ollama_models,
+        }
 
     def of(self, kind: str, typed: str) -> Iterable[str]:
         """The names of one kind that may match the typed text."""

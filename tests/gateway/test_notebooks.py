@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -14,6 +15,7 @@ import pytest
 
 from sollol_nb.gateway.keys import Key, add_key
 from sollol_nb.llama_cpp.engine.check import Engine
+from sollol_nb.models.files import DEMO_MODEL_PATH
 from tests.chaos.machines import Cluster
 from tests.support.engines import engines_of, eventually
 from tests.support.gateway import GatewayProcess, RestartableGateway, own_gateway
@@ -40,7 +42,11 @@ def loaded(fresh: Kernel, *cells: str) -> Kernel:
 def gateway(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
     """A gateway with its own state: the examples measure its workers and stop its models, which would decide the
     layouts of other modules' models."""
-    with own_gateway(tmp_path_factory.mktemp("gateway"), SOLLOL_AUTO_SETUP="1") as running:
+    folder = tmp_path_factory.mktemp("models")
+    for name in ("demo.gguf", "other.gguf"):
+        shutil.copyfile(DEMO_MODEL_PATH, folder / name)
+    settings = {"SOLLOL_AUTO_SETUP": "1", "SOLLOL_MODEL_DIRS": str(folder)}
+    with own_gateway(tmp_path_factory.mktemp("gateway"), **settings) as running:
         yield running
 
 
@@ -67,6 +73,20 @@ def test_a_benchmark_over_a_gateway_takes_no_layouts(notebook: Kernel) -> None:
     assert notebook.run("%sollol_bench demo --prompts 1 --repeat 1 --warmup 0 --max-tokens 4").status == "ok"
     refused = notebook.run("%sollol_bench demo:sharded --layouts 1,2")
     assert "models are measured as it runs them" in refused.error[0]
+
+
+def test_files_that_the_gateway_finds_are_listed_by_name_and_pulled_there(
+    notebook: Kernel, gateway: GatewayProcess
+) -> None:
+    assert notebook.run("frame = %sollol_models other").error == []
+    assert notebook.value("list(frame['model'])") == "['other']"
+    listed = [model["id"] for model in httpx.get(f"{gateway.url}/v1/models").json()["data"]]
+    assert "other" in listed
+    assert [name for name in listed if "/" in name] == []  # the file whose name is taken
+    tags = [model["name"] for model in httpx.get(f"{gateway.url}/api/tags").json()["models"]]
+    assert [name for name in tags if "/" in name] == []
+    refused = notebook.run("%sollol_models pull hf.co/user/repo").stream
+    assert f"uses the gateway {gateway.url}; on its machine, run: sollol-nb pull hf.co/user/repo" in refused
 
 
 def test_a_connection_is_made_shown_and_ended(notebook: Kernel, gateway: GatewayProcess) -> None:
