@@ -230,6 +230,8 @@ class RouterRequests:
             interrupted: the error that was raised then; or the id of an answer in the journal (`answer_id` in its
                 `_routing`), which may be that of a process that has ended.
 
+        With functions as tools, it is the model's present answer that continues; its calls are returned, not made.
+
         Returns:
             The whole answer, with the text from before the interruption; checked if a schema was given.
 

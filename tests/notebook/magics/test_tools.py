@@ -136,6 +136,20 @@ def test_each_call_is_confirmed_below_the_cell(notebook: Kernel) -> None:
     assert (shown.error, len(prompts)) == ([], 1)
 
 
+def test_an_awaited_request_asks_too(notebook: Kernel) -> None:
+    code = """
+from sollol_nb import HybridRouter
+router = HybridRouter(auto_discover_rpc=False)
+options = {"backend": "local", "temperature": 0, "max_tokens": 50, "confirm": True}
+answer = await router.route_request(MODEL, "How much?", tools=[slowly, fail], **options)
+await router.close()
+"""
+    shown, prompts = answered(notebook, code, "y", "a")
+    assert shown.error == []
+    assert len(prompts) == 2
+    assert notebook.value("[s['result'] for s in answer.steps]") == "['6', '12', '']"
+
+
 def test_a_front_end_without_input_is_refused_before_anything_is_asked(notebook: Kernel) -> None:
     before = notebook.value("ran")
     shown = notebook.collect(notebook.client.execute(asked("--tools double --confirm"), allow_stdin=False))
