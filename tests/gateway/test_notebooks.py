@@ -111,7 +111,7 @@ def test_two_notebooks_share_one_loaded_model(notebook: Kernel, gateway: Gateway
         assert first.markdown.partition("\n\n")[0] == second.markdown.partition("\n\n")[0]
         assert other.value("answer.routing['load_ms'] is None") == "True"
         text = other.run("%sollol_cluster --text").stream
-        assert text.count("demo:sharded at ") == 1
+        assert text.count("demo:sharded  ● ready") == 1
         frame = other.value("(lambda frame: (len(frame), frame['model'][0]))(get_ipython().run_line_magic("
                             "'sollol_latency', ''))")  # fmt: skip
         assert frame == "(1, 'demo:sharded')"

@@ -32,8 +32,8 @@ def test_the_setting_says_what_a_standby_takes_starts_it_and_ends_it(engine: obj
         )
         assert shown.removeprefix(ready) == said.strip().split("would take ")[1], "it takes what was said"
         status = notebook.run("%sollol_cluster --text").stream
-        assert "standby, ready" in status
-        assert "held by the standby of demo:sharded" in status
+        assert "demo:sharded  ○ standby" in status
+        assert "held by demo:sharded (standby)" in status
 
         assert notebook.run("%config Sollol.standby = False").error == []
         assert "standby" not in notebook.run("%sollol_cluster --text").stream

@@ -97,7 +97,7 @@ class WorkerRow:
         used: share of its memory that is used, 0 to 1; None if unknown.
         memory: `22.4 of 23.5 GiB free`; "" if unknown.
         round_trip: `0.15 ms`; "" if unknown.
-        held_by: short name of the model that holds it; "" if none does.
+        held_by: short name of the model that holds it, `demo (standby)` of a standby; "" if none does.
         detail: how far it is, or why it is not used; "" where the pill or a problem says all. Commands are in
             backticks.
         fold: "", or the key of `ClusterCards.folds` under which it is folded.

@@ -91,6 +91,7 @@ def _worker(worker: WorkerStatus, name: str, live: LiveFigures) -> WorkerRow:
     if probe is not None and probe.protocol:
         protocol = "RPC " + ".".join(map(str, probe.protocol))
     held_by = short_name(worker.held_by) if worker.held_by else ""
+    held_by += " (standby)" if held_by and worker.detail.startswith("held by the standby ") else ""
     last_error = live.last_error.get(worker.endpoint, "") if is_well else ""
     return WorkerRow(
         key=worker.endpoint,

@@ -178,6 +178,14 @@ def test_names_lose_the_domain_that_tells_nothing_apart() -> None:
     assert rows[0].tooltip.startswith("gpu1.lab.example.org:50052\n")
 
 
+def test_what_a_standby_holds_is_named_so() -> None:
+    held = worker(1, "held", "held by the standby of demo, started by this kernel", held_by="demo")
+
+    (row,) = cards_of(ClusterStatus((held,), ())).workers
+
+    assert row.held_by == "demo (standby)"
+
+
 def test_a_round_trip_and_free_memory_are_the_newest_that_are_known() -> None:
     status = ClusterStatus((worker(1),), ())
     known = live(round_trips_ms={"10.0.0.1:50052": {4: 3.0, 9: 12.34}}, free_bytes={"10.0.0.1:50052": 2**30})
