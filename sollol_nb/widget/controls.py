@@ -25,7 +25,7 @@ from sollol_nb.text.tables import counted
 from sollol_nb.widget.actions import ClusterActions
 
 _SMALL = {"width": "auto"}
-_NARROW = {"width": "170px"}
+_NARROW = {"width": "150px"}
 _COUNT = {"width": "60px"}
 _LABEL_PX = 110
 _STRATEGIES_TOOLTIP = "\n".join(
