@@ -69,7 +69,7 @@ _KINDS = {
     "sollol_chat.name": "chats",
     "sollol_log.name": "engines",
     "sollol_stop.names": "engines",
-    "sollol_models.words": "models",
+    "sollol_models.text": "models",
     "sollol_cluster.stop": "engines",
     "sollol_cluster.preload": "models",
     "sollol_cluster.add": "machines",

@@ -237,7 +237,7 @@ tab_completion.install(
     ollama_models=lambda: ["on-a-node:3b"],
 )
 """
-    with kernel() as fresh:
+    with kernel(SOLLOL_MODEL_DIRS=str(folder / "my models")) as fresh:
         assert fresh.run(code).error == []
         yield fresh
 
@@ -261,6 +261,8 @@ def completed(notebook: Kernel, typed: str) -> list[str]:
         ("%sollol_profile Mix", ["mixtral:8x7b"]),
         ("%%sollol inst", [STORED]),
         ("%%sollol on-a", ["on-a-node:3b"]),
+        ("%%sollol one", ["one"]),
+        ("%sollol_models on", ["on-a-node:3b", "one"]),
         ("%%sollol runn", ["running-model:1b"]),
         ("%sollol_stop runn", ["running-model:1b"]),
         ("%sollol_stop 127.0.0.1:5", ["127.0.0.1:50052"]),
@@ -294,6 +296,7 @@ def test_an_empty_word_is_completed_by_all_models(notebook: Kernel) -> None:
         *MODEL_PROFILES,
         STORED,
         "on-a-node:3b",
+        "one",
         "running-model:1b",
         "tiny.gguf",
         "big-00001-of-00002.gguf",

@@ -69,7 +69,7 @@ class Repository:
         self._client.utils.logging.set_verbosity(self._verbosity)
 
     def files(self) -> list[HubFile]:
-        """The files of the repository's newest version that have a hash."""
+        """The files of the repository's newest version that have a hash and a name that stays in its folder."""
         with self._translated():
             api = self._client.HfApi(endpoint=self.endpoint)
             info = api.model_info(self.name, files_metadata=True, timeout=_TIMEOUT_S)
@@ -78,6 +78,8 @@ class Repository:
             raise ModelPullError(f"{self._place.endpoint} answers as no Hugging Face Hub does; check HF_ENDPOINT")
         files = []
         for each in info.siblings or ():
+            if not _is_inside(str(each.rfilename)):
+                continue
             digest = str(each.lfs.sha256 if each.lfs is not None else each.blob_id)
             if isinstance(each.size, int) and each.size > 0 and _DIGEST.fullmatch(digest):
                 files.append(HubFile(str(each.rfilename), each.size, digest))
@@ -219,6 +221,12 @@ class Repository:
             raise
         except Exception as error:  # the client lets errors of three HTTP libraries through
             raise ModelPullError(failures.of_client(error, self._client.errors, self._place)) from None
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a file's name in a repository is one that stays in the repository's folder on every system."""
+    is_plain = name.isprintable() and not any(sign in name for sign in ("\\", ":"))
+    return is_plain and not name.startswith("/") and ".." not in name.split("/")
 
 
 def _new_digest(file: HubFile) -> Digest:

@@ -29,9 +29,7 @@ class ModelMagics(Magics):
 
     @magic_line.options_magic()
     @magic_arguments()
-    @argument(
-        "words", nargs="*", metavar="TEXT | pull MODEL", help="only names that contain a text; or pull a model"
-    )
+    @argument("words", nargs="*", metavar="TEXT", help="only names that contain this text; or: pull MODEL")
     @argument("--name", metavar="NAME", help="pull: its name (default: the repository's, in lower case)")
     @argument("--all", action="store_true", help="also models that have a profile, but are not available yet")
     @line_magic

@@ -314,6 +314,18 @@ def test_a_newer_version_takes_the_name_over(hub: Hub) -> None:
     assert hub.sent_bytes == len(DEMO)
 
 
+@pytest.mark.parametrize(
+    "name", ["../../../../victim.gguf", "a/../../../../../victim.gguf", "/{home}/victim.gguf"]
+)
+def test_a_file_name_cannot_lead_out_of_the_cache(hub: Hub, home: Path, name: str) -> None:
+    victim = home / "victim.gguf"
+    victim.write_bytes(bytes(len(DEMO)))
+    hub.repos["user/evil"] = Repo({name.format(home=home): DEMO})
+    with pytest.raises(ModelNotFoundError, match="has no GGUF file"):
+        pull("hf.co/user/evil")
+    assert victim.read_bytes() == bytes(len(DEMO))
+
+
 def test_without_the_client_the_command_that_installs_it_is_shown(
     hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
