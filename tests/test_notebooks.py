@@ -68,3 +68,9 @@ def test_links_between_notebooks_lead_somewhere() -> None:
     for path in NOTEBOOKS:
         for link in re.findall(r"(?<!!)\[[^\]]+\]\(([^)\s]+)\)", "\n".join(markdown(path))):
             assert link.startswith("https://") or (FOLDER / link).is_file(), f"{path.name}: {link}"
+
+
+def test_outputs_name_no_folder_of_whoever_ran_them() -> None:
+    for path in NOTEBOOKS:
+        found = re.findall(r"[\"' >(](/(?:home|root|tmp|Users|work)/[^\s\"'<]*)", path.read_text(encoding="utf-8"))
+        assert found == [], path.name
