@@ -72,7 +72,6 @@ class Sales(pd.DataFrame):
         (saying(ai_repr=lambda **hints: {"text/plain": str(hints)}), "{'multimodal': True}"),
         (saying(repr_llm=None), "its str"),
     ],
-    ids=repr,
 )
 def test_an_object_says_what_it_looks_like(value: object, text: str) -> None:
     form = form_of(value)
@@ -134,7 +133,6 @@ async def wrong(**hints: Any) -> None:
         (saying(ai_repr=KeyError("k"), repr_llm="said"), "said", "Chart._ai_repr_() failed (KeyError: 'k')"),
         (saying(ai_repr=1, prompt_text="ours"), "ours", "Chart._ai_repr_() returned int"),
     ],
-    ids=lambda value: "" if isinstance(value, str) else repr(value),
 )
 def test_a_method_that_fails_is_passed_over_with_a_note(value: object, text: str, problem: str) -> None:
     form = form_of(value)
