@@ -26,6 +26,13 @@ def test_an_answer_that_continued_on_another_engine_measures_neither() -> None:
     assert record.token_ms is None
 
 
+def test_an_engine_that_continues_has_no_more_of_the_prompt_cached_than_there_is() -> None:
+    record = RequestRecord("m")
+    record.add_chunk({**FINAL, "_cached": {"cached_tokens": 65, "restored_tokens": 60, "context_note": ""}})
+
+    assert (record.cached_tokens, record.restored_tokens) == (7, 7)
+
+
 def test_row_of_an_answer_has_the_figures_of_its_last_chunk_and_plan() -> None:
     record = RequestRecord("m")
     record.priority = 8
