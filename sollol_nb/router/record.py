@@ -184,7 +184,7 @@ class RequestRecord:
                 self.drafted_tokens, self.accepted_tokens = chunk[DRAFTS]["drafted"], chunk[DRAFTS]["accepted"]
 
     def _keep_cached_within(self, prompt_tokens: int | None) -> None:
-        """Count only tokens of the prompt: an engine that continues an answer has the answer's tokens cached, too."""
+        """Count only tokens of the prompt: one that continues an answer has the answer's cached too."""
         if prompt_tokens is not None and self.cached_tokens is not None:
             self.cached_tokens = min(self.cached_tokens, prompt_tokens)
             self.restored_tokens = min(self.restored_tokens or 0, self.cached_tokens)
