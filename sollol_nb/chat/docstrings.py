@@ -13,7 +13,7 @@ _OF_ARGUMENTS = ("Args", "Arguments", "Parameters", "Params", "Keyword Args", "O
 _UNDERLINE = re.compile("-{3,}|={3,}")
 _SPHINX = re.compile(r":(\w+)(?:\s+[^:]*?(\w+))?\s*:(.*)")
 _GOOGLE_ARGUMENT = re.compile(r"\s+\*{0,2}(\w+)\s*(?:\(.*?\))?:(?:\s+(.*)|$)")
-_NUMPY_ARGUMENT = re.compile(r"\*{0,2}(\w+)\s*(?::.*)?")
+_NUMPY_ARGUMENT = re.compile(r"\*{0,2}(\w+(?:, ?\w+)*)\s*(?::.*)?")
 
 
 def described(docstring: str | None) -> tuple[str, dict[str, str]]:
@@ -45,4 +45,8 @@ def described(docstring: str | None) -> tuple[str, dict[str, str]]:
                 arguments[current].append(line)
         elif section == "Sphinx" and current:
             arguments[current].append(line)
-    return "\n".join(text).strip(), {name: " ".join(" ".join(about).split()) for name, about in arguments.items()}
+    return "\n".join(text).strip(), {
+        name.strip(): " ".join(" ".join(about).split())
+        for names, about in arguments.items()
+        for name in names.split(",")  # numpy's form describes several at once
+    }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import re
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -63,7 +64,7 @@ class Tool:
         if inspect.isgeneratorfunction(plain) or inspect.isasyncgenfunction(plain):
             raise ConfigError(f"the tool {name} yields values; let it return them, as a list for example")
         try:
-            signature = inspect.signature(function)
+            signature = _open_signature(function)
         except (TypeError, ValueError):
             raise ConfigError(f"the tool {name} has no signature; wrap it in a function with type hints") from None
         try:
@@ -78,8 +79,10 @@ class Tool:
             description = _annotation(hints[argument]) or about.get(argument)
             if description:
                 schema["properties"][argument]["description"] = shortened(description, DESCRIPTION_CHARS)
-            if isinstance(parameter.default, _FROM_DEFAULT):
-                schema["properties"][argument]["default"] = parameter.default
+            default = parameter.default
+            in_json = not isinstance(default, float) or math.isfinite(default)
+            if isinstance(default, _FROM_DEFAULT) and in_json:
+                schema["properties"][argument]["default"] = default
         return cls(name, shortened(text, DESCRIPTION_CHARS), schema, function, signature, hints)
 
     @property
@@ -174,6 +177,14 @@ def _name_of(function: Any) -> str:
             f"a function named {shortened(name, 80)} cannot be a tool; define it with def and a plain name"
         )
     return name
+
+
+def _open_signature(function: Any) -> inspect.Signature:
+    """The signature without what a `functools.partial` sets: a model neither sees nor changes that."""
+    signature = inspect.signature(function)
+    fixed = function.keywords if isinstance(function, functools.partial) else {}
+    parameters = [parameter for name, parameter in signature.parameters.items() if name not in fixed]
+    return signature.replace(parameters=parameters)
 
 
 def _hint(tool: str, parameter: inspect.Parameter, found: Mapping[str, Any]) -> Any:

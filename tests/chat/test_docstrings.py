@@ -56,6 +56,11 @@ def test_three_forms_say_the_same(docstring: str) -> None:
     assert arguments == {"amount": "how much, such as 3.5", "to": "the currency: EUR or USD"}
 
 
+def test_numpys_form_describes_several_arguments_at_once() -> None:
+    docstring = "Go.\n\nParameters\n----------\nx, y : float\n    where\nz : float\n    how deep\n"
+    assert described(docstring) == ("Go.", {"x": "where", "y": "where", "z": "how deep"})
+
+
 @pytest.mark.parametrize(
     ("docstring", "text"),
     [

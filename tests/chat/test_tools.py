@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import json
+import math
 import operator
 import time
 from collections.abc import Iterator
@@ -147,8 +149,32 @@ def test_methods_and_partial_functions_are_tools() -> None:
     )
     assert tool.bound({"item": "pen"})() == 3.0
     in_rome = functools.partial(weather, "Rome", days=3)
-    assert "city" not in Tool.of(in_rome).parameters["properties"]
+    assert list(Tool.of(in_rome).parameters["properties"]) == ["unit", "at", "full"]
     assert Tool.of(in_rome).bound({})() == ("Rome", "C", None, 3, False)
+
+
+def search(query: str, key: str) -> str:
+    return f"{query} with {key}"
+
+
+def test_a_model_neither_sees_nor_changes_what_a_partial_sets() -> None:
+    tool = Tool.of(functools.partial(search, key="a secret"))
+    assert "secret" not in str(tool.spec)
+    assert tool.bound({"query": "pens"})() == "pens with a secret"
+    with pytest.raises(CallRefused, match="unknown argument key"):
+        tool.bound({"query": "pens", "key": "another"})
+
+
+def limited(amount: float, most: float = math.inf, least: float = 0.5) -> float:
+    return min(amount, most)
+
+
+def test_a_default_that_json_cannot_represent_is_left_out() -> None:
+    tool = Tool.of(limited)
+    assert json.dumps(tool.spec, allow_nan=False)
+    assert "default" not in tool.parameters["properties"]["most"]
+    assert tool.parameters["properties"]["least"]["default"] == 0.5
+    assert tool.bound({"amount": 3})() == 3
 
 
 def untyped(x):  # type: ignore[no-untyped-def]
