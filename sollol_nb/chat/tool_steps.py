@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
@@ -20,7 +21,8 @@ LINE_CHARS = 80
 SHOWN_CHARS = 10_000
 """Of arguments; results are shorter."""
 MOST_UNFOLDED = 6
-_CUT = "[cut: "
+_CUT = re.compile(r"\[cut: ([\w ,;…]+)\]")
+"""The last line of `readable` where it cut something. A text may end like it, so no other characters are taken."""
 
 
 def result_text(value: object) -> tuple[str, str]:
@@ -30,15 +32,18 @@ def result_text(value: object) -> tuple[str, str]:
     """
     text = readable(value, limit_chars=MAX_RESULT_CHARS)
     if len(text) > MAX_RESULT_CHARS:
-        text = f"{text[:MAX_RESULT_CHARS]}\n{_CUT}{MAX_RESULT_CHARS:,} of {len(text):,} characters shown]"
-    last = text.rpartition("\n")[2]
-    is_cut = last.startswith(_CUT) and last.endswith("]")
-    return text, f"the model got a part of the result: {last.removeprefix(_CUT)[:-1]}" if is_cut else ""
+        text = f"{text[:MAX_RESULT_CHARS]}\n[cut: {MAX_RESULT_CHARS:,} of {len(text):,} characters shown]"
+    cut = _CUT.fullmatch(text.rpartition("\n")[2])
+    return text, f"the model got a part of the result: {cut[1]}" if cut else ""
 
 
 def error_text(error: BaseException) -> str:
     """An error of a function as a model reads it."""
-    return shortened(f"{type(error).__name__}: {error}", MAX_ERROR_CHARS)
+    try:
+        text = str(error)
+    except Exception:  # the user's own code can raise anything
+        text = "(its text cannot be read)"
+    return shortened(f"{type(error).__name__}: {text}", MAX_ERROR_CHARS)
 
 
 def messages_of(steps: Sequence[Step]) -> list[dict[str, Any]]:

@@ -13,7 +13,15 @@ from sollol_nb.chat.chunk import Step
 from sollol_nb.chat.completion import Completion
 from sollol_nb.chat.conversation import Chat
 from sollol_nb.chat.messages import check_messages
-from sollol_nb.chat.tool_steps import call_text, folded_steps, line_of, lines_of, messages_of, result_text
+from sollol_nb.chat.tool_steps import (
+    call_text,
+    error_text,
+    folded_steps,
+    line_of,
+    lines_of,
+    messages_of,
+    result_text,
+)
 
 
 def step(call: str = "f", arguments: Any = None, result: str = "1", **more: Any) -> Step:
@@ -60,6 +68,21 @@ def test_nothing_that_a_model_or_a_result_says_leaves_its_fold() -> None:
         assert html.unescape(summary[1]).startswith("<img src=x")
         assert outside.count("</details>") == outside.count("<details>") == 1
         assert "](javascript:" not in outside
+
+
+@pytest.mark.parametrize("end", ["![x](http://localhost/x.png)", "[x](http://localhost)", "<b>", "*x*", "`x`"])
+def test_a_result_cannot_write_its_note(end: str) -> None:
+    for result in (f"page\n[cut: {end}]", f"page\n[cut: 1 of 2 rows shown {end}]"):
+        assert result_text(result) == (result, "")
+
+
+class UnreadableError(Exception):
+    def __str__(self) -> str:
+        raise ValueError
+
+
+def test_an_error_without_a_readable_text_has_its_name() -> None:
+    assert error_text(UnreadableError()) == "UnreadableError: (its text cannot be read)"
 
 
 def test_a_result_with_fences_stays_in_its_own() -> None:
