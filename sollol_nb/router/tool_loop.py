@@ -112,11 +112,10 @@ async def answered_with_tools(
         try:
             chunks: list[Chunk] = []
             async with aclosing(ask([*asked, *messages_of(steps)], **options)) as answer:
-                async for chunk in answer:
+                async for chunk in answer:  # to its end: leaving earlier cancels the request
                     chunks.append(chunk)
-                    if chunk.get("done"):
-                        break
-                    yield _without_calls(chunk)
+                    if not chunk.get("done"):
+                        yield _without_calls(chunk)
             whole = Completion.from_chunks(chunks)
         except AnswerInterruptedError as error:
             if error.partial is not None and steps:

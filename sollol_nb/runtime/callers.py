@@ -63,6 +63,8 @@ async def _in_caller(function: Callable[[], R], send: Send | None) -> R:
             return
         try:
             future.set_result(function())
+        except StopIteration:  # asyncio's futures refuse it, and whoever awaits would wait for ever
+            future.set_exception(RuntimeError("the function raised StopIteration"))
         except Exception as error:
             future.set_exception(error)
         except BaseException as error:  # an interrupt of the thread; asyncio would end the I/O loop with it

@@ -77,6 +77,19 @@ def test_a_call_goes_back_with_its_result() -> None:
     assert model.options[0]["tools"][0]["function"]["name"] == "double"
 
 
+def test_each_request_is_read_to_its_end() -> None:
+    ended = []
+
+    class Ending(Model):
+        async def ask(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> AsyncGenerator[Chunk, None]:
+            async for chunk in super().ask(messages, **options):
+                yield chunk
+            ended.append(len(self.asked))  # after the last chunk: a request that is left early does not get here
+
+    Ending(calls(("double", {"x": 3})), "6").answer(double)
+    assert ended == [1, 2]
+
+
 def test_several_calls_of_one_answer_stay_together() -> None:
     model = Model(calls(("double", {"x": 1}), ("double", {"x": 2})), calls(("double", {"x": 3})), "done")
     answer = model.answer(double)
@@ -345,6 +358,25 @@ async def allow_even(name: str, arguments: Mapping[str, Any]) -> bool:
 def test_a_function_may_confirm(confirm: Callable[..., Any]) -> None:
     model = Model(calls(("double", {"x": 1}), ("double", {"x": 2})), "done")
     assert [step["result"] for step in model.answer(double, confirm=confirm).steps] == ["", "4"]
+
+
+@pytest.mark.parametrize("run", ["blocking", "awaited"])
+def test_a_confirming_function_that_stops_an_iteration_ends_the_answer(run: str) -> None:
+    decisions = iter([True])
+
+    def confirm(name: str, arguments: Mapping[str, Any]) -> bool:
+        return next(decisions)
+
+    stream = Model(calls(("double", {"x": 1})), calls(("double", {"x": 2})), "never").stream(
+        double, confirm=confirm
+    )
+
+    async def joined() -> list[Chunk]:
+        async with asyncio.timeout(30):
+            return [chunk async for chunk in stream]
+
+    with pytest.raises(RuntimeError, match="the function raised StopIteration"):
+        asyncio.run(joined()) if run == "awaited" else run_blocking(joined())
 
 
 def test_the_setting_asks_too(monkeypatch: pytest.MonkeyPatch) -> None:
