@@ -54,7 +54,7 @@ class Insertions:
             )
             self._note(f"{shown} has {form.cut_chars:,} characters and was cut{more}")
         if form.image is None or not may_add:
-            if not may_add and is_image(value):
+            if not may_add and (form.image is not None or is_image(value)):
                 self._note(f"only the first {MAX_IMAGES} images were sent")
             return form.text
         self._images.append((form.image, form))

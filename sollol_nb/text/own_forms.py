@@ -77,7 +77,7 @@ def displayed_form(value: object) -> OwnForm:
     with_bundle = getattr(type(value), "_repr_mimebundle_", None)
     try:
         if callable(with_bundle):
-            bundle = with_bundle(value)
+            bundle = with_bundle(value, include=None, exclude=None)  # as IPython calls it
             form = _of_bundle(bundle[0] if isinstance(bundle, tuple) and bundle else bundle)
             if form:
                 return form

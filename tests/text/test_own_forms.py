@@ -160,6 +160,14 @@ def test_what_an_object_says_is_limited() -> None:
     assert len(readable(saying(repr_llm="x" * 50_000), limit_chars=100_000)) == 50_000
 
 
+def test_a_page_is_asked_for_as_ipython_does() -> None:
+    class Plot:
+        def _repr_mimebundle_(self, include: Any, exclude: Any) -> dict[str, str]:
+            return {"text/plain": "a plot"}
+
+    assert readable(Plot()) == "a plot"
+
+
 @pytest.mark.parametrize(
     ("methods", "text"),
     [

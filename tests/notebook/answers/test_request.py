@@ -121,6 +121,17 @@ def test_the_first_images_of_many_are_sent() -> None:
     assert made.notes == ["only the first 16 images were sent"]
 
 
+def test_also_images_that_objects_make_of_themselves_are_counted() -> None:
+    class Chart:
+        def _ai_repr_(self) -> dict[str, Any]:
+            return {"image/png": RED._repr_png_()}
+
+    made = request("demo", "{{ reds }} {{ chart }}", reds=[RED] * 16, chart=Chart())
+
+    assert len(made.images) == 16
+    assert made.notes == ["only the first 16 images were sent"]
+
+
 def test_json_is_requested_from_the_engine_unless_there_is_a_schema() -> None:
     schema = {"type": "object"}
 
