@@ -28,9 +28,9 @@ CACHED: Final = "_cached"
 """Which tokens of the prompt were not processed, a `Cached`. On the first and last chunk from llama.cpp."""
 
 CALLING: Final = "_calling"
-"""A call of a Python function that begins now, a `Step` without its result. On a chunk of its own."""
+"""A call of a Python function that begins now, a `Step` without its result. A chunk with it has no text."""
 STEP: Final = "_step"
-"""A call of a Python function that has ended, a `Step`. On a chunk of its own; the text received before it
+"""A call of a Python function that has ended, a `Step`. A chunk with it has no text; the text received before it
 belongs to the step, not to the answer."""
 STEPS: Final = "_steps"
 """Of a completion, not of a chunk: all calls of Python functions before the answer, each a `Step`."""
@@ -45,7 +45,7 @@ class Step(TypedDict):
         call: the name of the function, as the model wrote it.
         arguments: as the model wrote them; a text where they are not JSON.
         result: what the model was given as the result; "" if the call failed.
-        error: why it failed, as the model was told; else "".
+        error: why it failed, as the model reads it; else "".
         seconds: how long the function took; 0 if it was not called.
         note: what else to know, such as that the result was cut; usually "".
         text, thinking: what the model wrote in the same answer, with its first call.

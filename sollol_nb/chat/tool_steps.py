@@ -28,7 +28,7 @@ _CUT = re.compile(r"\[cut: ([\w ,;…]+)\]")
 def result_text(value: object) -> tuple[str, str]:
     """The result of a function as a model reads it, within bounds, and what was cut, as one line.
 
-    Where something was cut, the last line says so to the model.
+    Where something was cut, the last line of the text is the notice of it.
     """
     text = readable(value, limit_chars=MAX_RESULT_CHARS)
     if len(text) > MAX_RESULT_CHARS:

@@ -25,7 +25,7 @@ from sollol_nb.text.tables import shortened
 
 _NAME = re.compile("[A-Za-z_][A-Za-z0-9_]{0,63}")
 _FROM_DEFAULT = (bool, int, float, str)
-"""Types of arguments that their default tells, where there is no hint."""
+"""Where an argument has no hint, its type is that of its default, if it is one of these."""
 DESCRIPTION_CHARS = 2000
 
 
@@ -140,7 +140,7 @@ class Toolbox:
             tool = Tool.of(function)
             if tool.name in self._tools:
                 raise ConfigError(
-                    f"two tools are named {tool.name}; give each function once, with a name of its own"
+                    f"two tools are named {tool.name}; give each function once, and each another name"
                 )
             self._tools[tool.name] = tool
 

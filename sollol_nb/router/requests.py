@@ -70,11 +70,11 @@ class RouterRequests:
                 (`"error"`, or `"drop_oldest"`: leaves out the oldest turns that do not fit, and says so as
                 `_dropped`), ... (see `chat/options.py`)
 
-        Python functions as `tools` are called here when the model asks for it, and it goes on with their results,
-        until it answers. Type hints and docstrings tell the model what they do and take. A call whose arguments do
-        not match, or that fails, goes back to the model as an error. A blocking call runs them in its own thread,
-        so that an interrupt ends them too; `await` runs them in threads, and coroutines in its own event loop.
-        `tool_choice` is for the first answer. Only the functions given here are ever called.
+        Python functions as `tools` are called here when the model asks for it. The model gets their results, and
+        may call more, until it answers. Type hints and docstrings describe them to the model. A call whose
+        arguments do not match, or that fails, goes back to the model as an error. A blocking call runs them in its
+        own thread, so that an interrupt ends them too; `await` runs them in threads, and coroutines in its own
+        event loop. `tool_choice` is for the first answer. Only the functions given here are ever called.
 
         Returns:
             The answer in Ollama's shape, with `_routing`; `.steps` has the calls of functions.

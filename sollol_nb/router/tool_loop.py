@@ -31,7 +31,7 @@ from sollol_nb.text.tables import counted, shortened
 
 DEFAULT_MAX_STEPS = 10
 MAX_CALLS = 32
-"""Of one answer of the model; it is told about the others."""
+"""Of one answer of the model; the others are refused."""
 
 Ask = Callable[..., AsyncGenerator[Chunk, None]]
 

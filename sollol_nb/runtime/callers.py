@@ -52,7 +52,14 @@ async def called(function: Callable[[], Any], *, on_io_loop: bool) -> Any:
 
 
 async def _awaited(found: Awaitable[Any]) -> Any:
-    return await found
+    try:
+        return await found
+    except (KeyboardInterrupt, SystemExit) as error:  # either would end the loop, and with it all later coroutines
+        raise _ended_by(error) from error
+
+
+def _ended_by(error: BaseException) -> RuntimeError:
+    return RuntimeError(f"the function was ended by {type(error).__name__}")
 
 
 async def _in_caller(function: Callable[[], R], send: Send | None) -> R:
@@ -68,7 +75,7 @@ async def _in_caller(function: Callable[[], R], send: Send | None) -> R:
         except Exception as error:
             future.set_exception(error)
         except BaseException as error:  # an interrupt of the thread; asyncio would end the I/O loop with it
-            future.set_exception(RuntimeError(f"it was ended by {type(error).__name__}"))
+            future.set_exception(_ended_by(error))
             if send is not None:
                 raise
 

@@ -5,8 +5,8 @@
 - `_repr_llm_()` (the package repr_llm): a text.
 
 The first one that exists and does not return None counts. One that raises, returns something else, or does not
-return in time is passed over, and `problem` says so: the fault is rarely with the person who asks. What runs too
-long without awaiting is ended by the stop button, as any code of a cell.
+return in time is passed over, and `problem` has the reason: the fault is rarely with the person who asks. What
+runs too long without awaiting is ended by the stop button, as any code of a cell.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def _of_bundle(bundle: object) -> OwnForm:
 
 
 def _awaited(awaitable: Awaitable[Any]) -> Any:
-    """Its result. It runs on an event loop of its own, in a thread: the one of the kernel waits for the cell."""
+    """Its result. It runs on a separate event loop, in a thread: the one of the kernel waits for the cell."""
     results: list[Any] = []
     errors: list[Exception] = []
 

@@ -379,6 +379,24 @@ def test_a_confirming_function_that_stops_an_iteration_ends_the_answer(run: str)
         asyncio.run(joined()) if run == "awaited" else run_blocking(joined())
 
 
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt])
+def test_a_coroutine_that_exits_does_not_end_the_loop_of_the_next(kind: type[BaseException]) -> None:
+    async def leave(name: str, arguments: Mapping[str, Any]) -> bool:
+        raise kind
+
+    async def triple(x: int) -> int:
+        return 3 * x
+
+    async def joined(stream: AsyncGenerator[Chunk, None]) -> Completion:
+        async with asyncio.timeout(30):
+            return Completion.from_chunks([chunk async for chunk in stream])
+
+    with pytest.raises(RuntimeError, match=f"the function was ended by {kind.__name__}"):
+        run_blocking(joined(Model(calls(("triple", {"x": 1})), "never").stream(triple, confirm=leave)))
+    answer = run_blocking(joined(Model(calls(("triple", {"x": 1})), "done").stream(triple)))
+    assert answer.steps[0]["result"] == "3"
+
+
 def test_the_setting_asks_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOLLOL_CONFIRM_TOOLS", "true")
     monkeypatch.setattr(confirming, "input", lambda _: "n", raising=False)
