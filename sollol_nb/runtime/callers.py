@@ -69,7 +69,7 @@ async def _in_caller(function: Callable[[], R], send: Send | None) -> R:
         if not future.set_running_or_notify_cancel():
             return
         try:
-            future.set_result(function())
+            result = function()
         except StopIteration:  # asyncio's futures refuse it, and whoever awaits would wait for ever
             future.set_exception(RuntimeError("the function raised StopIteration"))
         except Exception as error:
@@ -78,6 +78,8 @@ async def _in_caller(function: Callable[[], R], send: Send | None) -> R:
             future.set_exception(_ended_by(error))
             if send is not None:
                 raise
+        else:  # an interrupt that arrives here is raised as it is
+            future.set_result(result)
 
     if send is None:
         context = copy_context()  # where a kernel looks up which cell an output belongs to

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import pandas as pd
@@ -17,6 +18,7 @@ from sollol_nb.chat.completion import Completion
 from sollol_nb.errors import ConfigError
 from sollol_nb.router import tool_loop
 from sollol_nb.router.tool_loop import answered_with_tools
+from sollol_nb.runtime import callers
 from sollol_nb.runtime.io_loop import iterate_blocking, run_blocking, submit
 
 QUESTION = [{"role": "user", "content": "How much?"}]
@@ -268,6 +270,18 @@ def test_an_interrupt_ends_the_function_that_runs() -> None:
         model.answer(interrupted)
     assert ended == [True]
     assert len(model.asked) == 1
+
+
+def test_an_interrupt_just_after_the_function_is_raised_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted(Future[Any]):
+        def set_result(self, result: Any) -> None:
+            super().set_result(result)
+            if threading.current_thread() is threading.main_thread():
+                raise KeyboardInterrupt  # as the stop button does it in this thread
+
+    monkeypatch.setattr(callers, "Future", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Model(calls(("double", {"x": 1})), "never").answer(double)
 
 
 def test_closing_the_answer_cancels_a_coroutine() -> None:
