@@ -118,23 +118,28 @@ _PAGE_STYLE = (
 )
 _LEAST_PX, _MOST_PX = 60, 720
 # A page can give any property of its document another meaning. What comes of it is a number within these bounds.
+# Then the frame gives up the notebook's origin: what a click on a link opens in it has none.
 _TAKE_HEIGHT = (
-    "try { this.style.height = '0'; "
-    "const height = Number(this.contentDocument.documentElement.scrollHeight) + 2; "
+    "const page = this.contentDocument; if (page) { let height; this.style.height = '0'; "
+    "try { height = Number(page.documentElement.scrollHeight) + 2; } catch {} "
     f"this.style.height = Math.min(Math.max(height || 400, {_LEAST_PX}), {_MOST_PX}) + 'px'; "
-    "} catch { this.style.height = '400px'; }"
+    "this.sandbox = ''; }"
 )
 _FETCH_NOTHING = (
-    '<meta http-equiv="Content-Security-Policy" '
-    "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:; font-src data:\">"
+    "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
+    "img-src data:; font-src data:; base-uri 'none'; form-action 'none'\">"
+    '<meta http-equiv="x-dns-prefetch-control" content="off">'
 )
+# The policy does not stop a link from looking up the name of a host, or from connecting to it, which would tell
+# the host what is in its name; a page in the page could have such links.
+_CONNECTS = re.compile(r"<(?=link|iframe)", re.IGNORECASE)
 
 
 def _page(text: str, answer: Answer) -> str:
     """The answer as a page in a frame. The notebook can read the frame's height, since both have the same origin;
     so the frame must never get `allow-scripts`."""
     source, title = html.escape(_html_in(text)), html.escape(short_name(str(answer.get("model"))))
-    page = html.escape(_FETCH_NOTHING) + source
+    page = html.escape(_FETCH_NOTHING + _CONNECTS.sub("<x-", _html_in(text)))
     lines = "".join(f"<li><small>{html.escape(line)}</small></li>" for line in details(answer))
     return (
         f'<iframe sandbox="allow-same-origin" srcdoc="{page}" title="answer of {title}" '

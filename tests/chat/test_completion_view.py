@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from typing import Any
 
 import pytest
@@ -97,6 +98,18 @@ def test_a_page_runs_nothing_and_stays_in_its_frame() -> None:
     assert "<script" not in page
     assert "allow-scripts" not in page
     assert "<pre>&lt;b&gt;x" in page, "the source, where frames are not shown"
+
+
+def test_a_page_has_no_tag_that_connects_to_a_host_unasked() -> None:
+    text = (
+        '<LINK rel=preconnect href="//x.invalid"><iframe srcdoc="&lt;link rel=dns-prefetch>"></iframe><b>link</b>'
+    )
+    page = completion(text, "html")._repr_mimebundle_()["text/html"]
+    shown = html.unescape(page.partition('srcdoc="')[2].partition('"')[0])
+    assert "<x-LINK rel=preconnect" in shown
+    assert "<x-iframe srcdoc=" in shown
+    assert "<b>link</b>" in shown
+    assert html.escape(text) in page, "its source is as it was written"
 
 
 def test_as_text_there_is_only_plain_text() -> None:

