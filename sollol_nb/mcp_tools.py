@@ -64,9 +64,9 @@ def _short_errors(tool: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
 async def sollol_status() -> str:
     """Show the user's cluster of language models: loaded models with their layers, RPC workers, Ollama nodes, and
     what needs attention. Changes nothing."""
-    from sollol_nb.cli.status import problems, without_problems
+    from sollol_nb.cli.status import problems, user_cluster, without_problems
 
-    cluster = await _cluster()
+    cluster = await user_cluster()
     lines = [f"attention: {line}" for line in problems(cluster)] or [without_problems(cluster)]
     return _bounded("\n".join([*lines, cluster.describe()]))
 
@@ -81,8 +81,10 @@ async def sollol_models(contains: str = "") -> list[dict[str, Any]]:
     Args:
         contains: only names that contain this text.
     """
+    from sollol_nb.cli.status import user_cluster
+
     async with _Router() as router:
-        listed, cluster = await router.listed_models(), await _cluster()
+        listed, cluster = await router.listed_models(), await user_cluster()
     running = {each.model: each for each in cluster.coordinators}
     rows: list[dict[str, Any]] = [
         {
@@ -114,11 +116,10 @@ async def sollol_route(model: str) -> str:
     Args:
         model: a name of `sollol_models`.
     """
-    from sollol_nb.cli.status import known_workers
+    from sollol_nb.cli.status import user_cluster, user_workers
 
-    cluster = await _cluster()
-    own = {} if config.default("gateway") else {"rpc_backends": await known_workers(), "auto_discover_rpc": False}
-    async with _Router(**own) as router:
+    cluster = await user_cluster()
+    async with _Router(**await user_workers()) as router:
         route = await _route(router, model, cluster)
         lines = [str(route), "loaded" if await _is_loaded(router, route, cluster) else "not loaded"]
         running = _coordinator_of(route, cluster)
@@ -154,13 +155,15 @@ async def sollol_ask(
         max_tokens: longest answer in tokens, at most 4096.
         temperature: 0 always takes the most likely token; by default as the user has set it.
     """
+    from sollol_nb.cli.status import user_cluster
+
     allowed = config.default("mcp_ask")
     if allowed == "off":
         raise ConfigError("the user does not let agents ask models: the setting mcp_ask is off")
     if not 1 <= max_tokens <= MOST_TOKENS:
         raise ConfigError(f"max_tokens={max_tokens} must be 1 to {MOST_TOKENS}")
     may_load = allowed == "any"
-    cluster = await _cluster()
+    cluster = await user_cluster()
     async with _Router(**({} if may_load else _loads_nothing())) as router:
         route = await _route(router, model, cluster)
         if not may_load and not await _is_loaded(router, route, cluster):
@@ -207,19 +210,11 @@ class _Router:
 
 def _loads_nothing() -> dict[str, Any]:
     """The arguments of a router that uses only running coordinators, whatever their context."""
-    if config.default("gateway"):  # its engines are asked before whether they have the model loaded
+    from sollol_nb.cli.status import uses_gateway
+
+    if uses_gateway():  # its engines are asked before whether they have the model loaded
         return {}
     return {"adopt_only": True, "context_tokens": 1, "standby": False, "replan": "off"}
-
-
-async def _cluster() -> "ClusterStatus":
-    """The coordinators of this user, or of the gateway that is set."""
-    from sollol_nb.cli.status import user_cluster
-
-    if not config.default("gateway"):
-        return await user_cluster()
-    async with _Router() as router:
-        return await router.cluster()
 
 
 async def _route(router: "HybridRouter", model: str, cluster: "ClusterStatus") -> "Route":

@@ -155,6 +155,12 @@ def test_a_model_that_is_not_loaded_is_not_asked_and_a_file_is_not_read(monkeypa
     assert engines() == []
 
 
+def test_a_gateway_called_local_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    without = mcp_tools._loads_nothing()
+    monkeypatch.setenv("SOLLOL_GATEWAY", "local")
+    assert mcp_tools._loads_nothing() == without != {}
+
+
 @pytest.mark.usefixtures("alone", "engine")
 @pytest.mark.engine
 def test_a_router_that_only_adopts_starts_nothing() -> None:

@@ -28,6 +28,7 @@ async def calibrate_workers(workers: Sequence[str], show: Callable[[str], None])
             show(event.message)
 
     named = [worker_target(worker) for worker in workers]
-    async with HybridRouter(rpc_backends=named or await known_workers(), auto_discover_rpc=False) as router:
+    workers = named or await known_workers()
+    async with HybridRouter(gateway="local", rpc_backends=workers, auto_discover_rpc=False) as router:
         router.events.subscribe(on_event)
         return await router.calibrate(named or None)

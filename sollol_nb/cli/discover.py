@@ -14,5 +14,5 @@ async def found_workers(*, ssh: Sequence[str], scan: str | None, mdns: bool) -> 
     Raises:
         ConfigError: a host, a network or a setting cannot be used, or zeroconf is missing.
     """
-    async with HybridRouter(auto_discover_rpc=False) as router:
+    async with HybridRouter(gateway="local", auto_discover_rpc=False) as router:
         return await router.find_workers(ssh=ssh, scan=scan, mdns=mdns)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 from sollol_nb.cluster.status import ClusterStatus, describe_node, describe_worker
 from sollol_nb.hybrid_router import HybridRouter
@@ -10,16 +11,32 @@ from sollol_nb.llama_cpp.processes import registry
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.settings import config
 from sollol_nb.settings.endpoints import is_target
+from sollol_nb.settings.kinds import checked_gateway
 
 
 async def user_cluster() -> ClusterStatus:
     """All coordinators of this user, the workers that they hold, run here, are configured or are reached through
-    links, and Ollama nodes.
+    links, and Ollama nodes; where the setting `gateway` names one, the cluster of this gateway.
 
     Workers and nodes are probed now; nothing is started, held or stopped.
+
+    Raises:
+        GatewayUnavailableError: the gateway does not answer.
     """
-    async with HybridRouter(rpc_backends=await known_workers(), auto_discover_rpc=False) as router:
+    async with HybridRouter(**await user_workers()) as router:
         return await router.cluster()
+
+
+async def user_workers() -> dict[str, Any]:
+    """The arguments of a router over the workers of this user; none where a gateway has its own."""
+    if uses_gateway():
+        return {}
+    return {"rpc_backends": await known_workers(), "auto_discover_rpc": False}
+
+
+def uses_gateway() -> bool:
+    """Whether the setting `gateway` names one; `local` does not."""
+    return checked_gateway(config.default("gateway")) is not None
 
 
 async def known_workers() -> list[str]:

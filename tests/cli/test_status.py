@@ -18,6 +18,7 @@ from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.ollama.nodes import NodeStatus
 from sollol_nb.sync_wrapper import HybridRouter
 from tests.support.engines import QUESTION, unused_port
+from tests.support.gateway import own_gateway
 
 
 def sollol_nb(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -109,3 +110,23 @@ def test_a_worker_that_is_gone_is_an_exit_code() -> None:
         shown = sollol_nb(*arguments, RPC_BACKENDS=endpoint, OLLAMA_HOST="")
         assert shown.returncode == 3
         assert f"worker {endpoint} is down: nothing listens on {endpoint}" in shown.stdout
+
+
+@pytest.mark.engine
+def test_where_a_gateway_is_set_its_cluster_is_shown(tmp_path: Path) -> None:
+    endpoint = f"127.0.0.1:{unused_port()}"
+    with own_gateway(tmp_path, RPC_BACKENDS=endpoint, OLLAMA_HOST="") as gateway:
+        shown = sollol_nb("status", SOLLOL_GATEWAY=str(gateway.url), OLLAMA_HOST="")
+    assert shown.stderr == ""
+    assert f"worker {endpoint} is down" in shown.stdout
+    assert shown.returncode == 3
+
+
+@pytest.mark.engine
+def test_workers_are_looked_for_and_measured_from_here_whatever_gateway_is_set() -> None:
+    endpoint, gateway = f"127.0.0.1:{unused_port()}", f"http://127.0.0.1:{unused_port()}"
+    found = sollol_nb("discover", "--json", SOLLOL_GATEWAY=gateway, RPC_BACKENDS=endpoint)
+    assert (found.returncode, found.stderr) == (0, "")
+    measured = sollol_nb("calibrate", endpoint, SOLLOL_GATEWAY=gateway)
+    assert (measured.returncode, measured.stderr) == (3, "")
+    assert endpoint in measured.stdout
