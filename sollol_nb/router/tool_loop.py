@@ -71,6 +71,9 @@ def calls_functions(tools: Any, max_steps: int | None, confirm: object) -> bool:
     """
     if has_functions(tools):
         return True
+    if callable(tools):
+        name = getattr(tools, "__name__", "function")
+        raise ConfigError(f"tools must be a list of functions; write tools=[{name}]")
     if max_steps is not None or confirm is not None:
         name = "max_steps" if max_steps is not None else "confirm"
         raise ConfigError(

@@ -16,6 +16,7 @@ from sollol_nb.chat import confirming
 from sollol_nb.chat.chunk import CALLING, STEP, Chunk
 from sollol_nb.chat.completion import Completion
 from sollol_nb.errors import ConfigError
+from sollol_nb.hybrid_router import HybridRouter
 from sollol_nb.router import tool_loop
 from sollol_nb.router.tool_loop import answered_with_tools
 from sollol_nb.runtime import callers
@@ -193,6 +194,12 @@ def test_wrong_arguments_are_refused_before_anything_is_asked(tools: Any, rules:
     with pytest.raises(ConfigError, match=why):
         model.answer(*tools, **rules)
     assert model.asked == []
+
+
+@pytest.mark.parametrize("rules", [{}, {"max_steps": 3}])
+def test_one_function_is_a_list_too(rules: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"tools must be a list of functions; write tools=\[double\]"):
+        HybridRouter(auto_discover_rpc=False).stream("demo", "hi", tools=double, **rules)
 
 
 # --- where functions run ---------------------------------------------------------------------------
