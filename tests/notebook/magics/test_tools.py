@@ -15,13 +15,13 @@ pytestmark = pytest.mark.engine
 ANSWERS: Any = [[("double", {"x": 3})], [("double", {"x": 6}), ("fail", {})], "It is twelve"]
 FUNCTIONS = '''
 import asyncio, time
-ran, waits = [], False
+ran, waits = [], []
 
 def double(x: int) -> int:
     """Double."""
     ran.append(x)
     print(f"doubling {x}")
-    while waits:
+    while x in waits:
         time.sleep(0.05)
     return 2 * x
 
@@ -171,15 +171,16 @@ def test_the_setting_asks_too(notebook: Kernel) -> None:
 
 
 def test_the_stop_button_ends_a_function_and_keeps_the_steps(notebook: Kernel) -> None:
-    notebook.run("waits = True")
+    notebook.run("waits = [6]")
     message_id = notebook.client.execute(asked("--tools double,fail --out answer"))
     try:
-        notebook.collect(message_id, until_shown=r"calling double\(x=3\)")
+        notebook.collect(message_id, until_shown=r"calling double\(x=6\)")
         notebook.manager.interrupt_kernel()
         shown = notebook.collect(message_id)
     finally:
-        notebook.run("waits = False")
+        notebook.run("waits = []")
     assert "RequestCancelledError" in "\n".join(shown.error) + shown.stream
+    assert "[double(x=3) = 6]" in shown.text
     assert notebook.run("1 + 1").status == "ok"
 
 
