@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import re
+import stat
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -104,6 +105,8 @@ def search() -> FoundFiles:
             try:
                 status = path.stat()
             except OSError:  # a link to nowhere
+                continue
+            if not stat.S_ISREG(status.st_mode):  # a pipe, which nobody may write to
                 continue
             files.setdefault((status.st_dev, status.st_ino), (-status.st_mtime, path, place))
             if len(files) >= MAX_FILES:

@@ -85,6 +85,13 @@ def test_only_models_are_found_and_a_split_one_once(home: Path, monkeypatch: pyt
     assert found.projector is None  # a folder of many models
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_no_model_file(home: Path) -> None:
+    model = put(config.llama_cpp_cache() / "model.gguf")
+    os.mkfifo(model.with_name("pipe.gguf"))
+    assert list(search().by_name) == ["model"]
+
+
 def test_a_projector_belongs_to_the_model_in_its_folder(home: Path) -> None:
     folder = put(home / ".lmstudio" / "models" / "user" / "Eyes-GGUF" / "Eyes-Q4_K_M.gguf").parent
     projector = write_projector(folder / "mmproj-Eyes-F16.gguf")
