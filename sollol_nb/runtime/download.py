@@ -6,7 +6,10 @@ no limit of a server for one answer counts. A server that does not know `Range` 
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import re
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,6 +31,8 @@ _CHUNK_BYTES = 2**20
 _TIMEOUT = httpx.Timeout(30.0, connect=10.0)
 _MAY_PASS = (408, 425, 429, 500, 502, 503, 504)
 """Statuses after which the same request may succeed."""
+_LOGGERS = ("httpx", "httpcore.http11")
+"""They log the addresses of requests and redirects, which can be signed."""
 _RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 
 
@@ -52,7 +57,7 @@ def download(
 ) -> str:
     """Bring a file to its full size; returns its digest. Errors and interrupts leave what has arrived.
 
-    Redirects are followed; a header `Authorization` goes only to the host of `url`.
+    Redirects are followed; a header `Authorization` goes only to the host of `url`. No address is logged.
 
     Args:
         partial: the file; what it has already is not requested again.
@@ -66,7 +71,11 @@ def download(
         OSError: the file cannot be written.
     """
     digest = new_digest()
-    with partial.open("ab") as file, httpx.Client(timeout=_TIMEOUT, follow_redirects=True) as client:
+    with (
+        _unlogged(),
+        partial.open("ab") as file,
+        httpx.Client(timeout=_TIMEOUT, follow_redirects=True) as client,
+    ):
         if file.tell() > size_bytes:
             file.truncate(0)
         for chunk in _read(partial) if file.seek(0, 2) else ():
@@ -92,6 +101,23 @@ def download(
                     raise _translated(error) from None
                 time.sleep(PAUSE_S)
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _unlogged() -> Iterator[None]:
+    """In this context, what this thread requests is not logged."""
+    thread = threading.get_ident()
+
+    def is_of_others(record: logging.LogRecord) -> bool:
+        return record.thread != thread
+
+    for name in _LOGGERS:
+        logging.getLogger(name).addFilter(is_of_others)
+    try:
+        yield
+    finally:
+        for name in _LOGGERS:
+            logging.getLogger(name).removeFilter(is_of_others)
 
 
 def read_digest(path: Path, digest: Digest, advanced: Callable[[int], object]) -> str:

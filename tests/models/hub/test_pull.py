@@ -266,8 +266,10 @@ def test_neither_tokens_nor_signed_addresses_are_logged(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr(logging.getLogger("huggingface_hub"), "propagate", True)
+    caplog.set_level(logging.INFO)
     hub.cut_after_bytes = 2_000_000
     pull("hf.co/user/Tiny-GGUF")
+    assert "HTTP Request: HEAD" in caplog.text, "requests are logged"
     hub.status = 500
     with pytest.raises(ModelPullError) as caught:
         pull("hf.co/user/Tiny-GGUF:Q2_K")
