@@ -180,7 +180,7 @@ def _name_of(function: Any) -> str:
 
 
 def _open_signature(function: Any) -> inspect.Signature:
-    """The signature without what a `functools.partial` sets: a model neither sees nor changes that."""
+    """The signature without what a partial function sets: a model neither sees nor changes that."""
     signature = inspect.signature(function)
     fixed = function.keywords if isinstance(function, functools.partial) else {}
     parameters = [parameter for name, parameter in signature.parameters.items() if name not in fixed]
