@@ -13,9 +13,6 @@ from sollol_nb.models.files import DEMO_MODEL_PATH, DEMO_NOTE
 from sollol_nb.text import palette
 from sollol_nb.text.tables import counted, format_bytes
 
-NO_DRIFT = 0.2
-"""Predictions are off by up to 10 %, and measured times vary by as much: less than this says nothing."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerSegment:
@@ -100,11 +97,6 @@ class LocalPart:
         kv = f", {format_bytes(self.kv_bytes)} KV cache" if self.kv_bytes else ""
         return f"{units}{format_bytes(self.weight_bytes)} weights{kv}"
 
-    @property
-    def description(self) -> str:
-        """One line."""
-        return f"{self.name}: {self.contents}"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CoordinatorStatus:
@@ -144,18 +136,6 @@ class CoordinatorStatus:
     advice: str = ""
     advised_layout: tuple[tuple[str, int], ...] = ()
     standby: str = ""
-
-    @property
-    def token_time_description(self) -> str:
-        """Predicted beside measured, and how far they are apart; "" while neither is known."""
-        known = []
-        if self.predicted_token_ms is not None:
-            known.append(f"{self.predicted_token_ms:.3g} ms per token (predicted)")
-        if self.token_ms:
-            known.append(f"{self.token_ms:.3g} ms per token (measured; {1000 / self.token_ms:.3g} tokens/s)")
-        if self.drift is not None and abs(self.drift - 1) > NO_DRIFT:
-            known.append(f"{float(f'{self.drift:.2g}'):g}x the predicted time")
-        return ", ".join(known)
 
     @classmethod
     def of(

@@ -2,10 +2,10 @@
 
 | key | holds, by |
 |---|---|
-| `workers` | endpoint: `n` (order), `name` and `target` (of those that are reached through links), `state`, `color`, `description`, `free` and `total` memory, `used` (0 to 1), `rtt` (ms, by probe number), `speed` (as calibrated), ... |
-| `coordinators` | URL: `model`, `path`, `description`, `token_time`, `reasons` of its plan, `advice` (`text`, and `layout` as pairs of endpoint and units), `segments` by endpoint, `local` by device, `running`, `waiting`, `standby` (of a standby: `starting` or `ready`), ... |
-| `nodes` | URL of an Ollama node: `state`, `description`, `rtt` (as for workers), `running`, `waiting`, `slots` |
-| `starting` | model that is being loaded: `description`, `share` (0 to 1) |
+| `workers` | endpoint: `n` (order), `name` and `target` (of those that are reached through links), `state`, `held_by`, `used` memory (0 to 1), `rtt` (ms, by probe number), `last_error`, `local` (1 if started on this machine) |
+| `coordinators` | URL: `n`, `model`, `path`, `token_ms` (measured), `predicted_ms`, `advice` (`text`, and `layout` as pairs of endpoint and units), `segments` by endpoint (`n`, `layers`, `units`, `actual` units), `running`, `waiting`, `slots`, `own` (1 if this router started or adopted it), `standby` (of a standby: `starting` or `ready`) |
+| `nodes` | URL of an Ollama node: `n`, `state`, `rtt` (as for workers), `running`, `waiting`, `slots` |
+| `starting` | model that is being loaded: `share` (0 to 1) |
 | `events` | number of the event: `at`, `kind`, `message` |
 | `totals` | requests: `running`, `waiting`, `total`, `failed` |
 | `cards` | all of it as people look at it (`cards/shapes.py`): `models`, `workers`, `nodes`, `problems`, `events` by key with their order as `n`, `summary`, `workers_summary`, `nodes_summary`, `folds`, `invitations` |
@@ -27,14 +27,13 @@ from typing import Any
 
 from sollol_nb.cluster.cards.cards import cards_of
 from sollol_nb.cluster.cards.shapes import as_data
-from sollol_nb.cluster.coordinator_status import CoordinatorStatus, LayerSegment, LocalPart
-from sollol_nb.cluster.live_figures import MEMORY_STEPS, LiveFigures
-from sollol_nb.cluster.status import ClusterStatus, describe_node
+from sollol_nb.cluster.cards.workers import used_share
+from sollol_nb.cluster.coordinator_status import CoordinatorStatus, LayerSegment
+from sollol_nb.cluster.live_figures import LiveFigures
+from sollol_nb.cluster.status import ClusterStatus
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.ollama.nodes import NodeStatus
 from sollol_nb.runtime.events import Event
-from sollol_nb.text.palette import state_color
-from sollol_nb.text.tables import format_bytes
 
 
 def cluster_data(status: ClusterStatus, live: LiveFigures, own: Iterable[str]) -> dict[str, Any]:
@@ -54,10 +53,7 @@ def cluster_data(status: ClusterStatus, live: LiveFigures, own: Iterable[str]) -
             for n, coordinator in enumerate(status.coordinators)
         },
         "nodes": {node.url: _node(n, node, live) for n, node in enumerate(status.nodes)},
-        "starting": {
-            model: _known(description=description, share=share)
-            for model, (description, share) in live.starting.items()
-        },
+        "starting": {model: _known(share=share) for model, (_, share) in live.starting.items()},
         "events": {str(number): _event(event) for number, event in live.events.items()},
         "totals": {
             "running": sum(backend.running for backend in backends),
@@ -108,30 +104,14 @@ def describe_answer(figures: Mapping[str, Any]) -> str | None:
 
 
 def _worker(number: int, worker: WorkerStatus, live: LiveFigures) -> dict[str, Any]:
-    probe = worker.probe
-    is_healthy = worker.state in ("free", "held")
-    free = total = used = protocol = None
-    if is_healthy and probe is not None and probe.total_bytes:
-        step, known_bytes = max(1, probe.total_bytes // MEMORY_STEPS), live.free_bytes.get(worker.endpoint)
-        free_bytes = (worker.capacity.free_bytes if known_bytes is None else known_bytes) // step * step
-        free, total = format_bytes(free_bytes), format_bytes(probe.total_bytes)
-        used = round(1 - free_bytes / probe.total_bytes, 2)
-    if probe is not None and probe.protocol:
-        protocol = "RPC " + ".".join(map(str, probe.protocol))
     return _known(
         n=number,
         name=worker.name or None,
         target=worker.target or None,
         state=worker.state,
-        color=state_color(worker.state),
-        description="" if worker.state == "free" else worker.detail,
         held_by=worker.held_by,
-        free=free,
-        total=total,
-        used=used,
-        protocol=protocol,
+        used=used_share(worker, live),
         rtt=_round_trips(worker.endpoint, live) if worker.state not in ("down", "lost") else None,
-        speed=worker.calibration.describe() if worker.calibration else None,
         last_error=live.last_error.get(worker.endpoint),
         local=1 if worker.is_local else None,
     )
@@ -150,23 +130,14 @@ def _coordinator(
         n=number,
         model=coordinator.model,
         path=coordinator.model_path or None,
-        description=(
-            f"{coordinator.strategy} · {coordinator.context_tokens} tokens of context · "
-            f"loaded in {coordinator.load_ms / 1000:.2f} s{f' ({coordinator.sent})' if coordinator.sent else ''}"
-        ),
-        note=coordinator.note or None,
-        token_time=coordinator.token_time_description or None,
-        drafts=coordinator.drafts or None,
-        answer=live.last_answer.get(coordinator.url),
+        token_ms=_digits(coordinator.token_ms, 3),
+        predicted_ms=_digits(coordinator.predicted_token_ms, 3),
         running=coordinator.running,
         waiting=coordinator.waiting,
         slots=coordinator.slots,
         own=1 if is_own else None,
         standby=coordinator.standby or None,
         segments={segment.endpoint: _segment(n, segment) for n, segment in enumerate(coordinator.segments)},
-        local={part.device: _local_part(n, part) for n, part in enumerate(coordinator.local)},
-        differences=list(coordinator.differences) or None,
-        reasons=list(coordinator.reasons) or None,
         advice=_advice(coordinator),
     )
 
@@ -178,32 +149,14 @@ def _advice(coordinator: CoordinatorStatus) -> dict[str, Any] | None:
 
 
 def _segment(number: int, segment: LayerSegment) -> dict[str, Any]:
-    return _known(
-        n=number,
-        name=segment.name or None,
-        layers=segment.layers,
-        units=segment.units,
-        actual=segment.actual_units,
-        color=segment.color,
-        weights=_planned_and_actual(segment.weight_bytes, segment.actual_weight_bytes),
-        kv=_planned_and_actual(segment.kv_bytes, segment.actual_kv_bytes),
-        ms=_digits(segment.token_ms, 3),
-        share=_digits(segment.time_share, 2),
-    )
-
-
-def _local_part(number: int, part: LocalPart) -> dict[str, Any]:
-    return {"n": number, "description": part.description}
+    return _known(n=number, layers=segment.layers, units=segment.units, actual=segment.actual_units)
 
 
 def _node(number: int, node: NodeStatus, live: LiveFigures) -> dict[str, Any]:
     return _known(
         n=number,
         state=node.state,
-        color=state_color(node.state),
-        description=describe_node(node),
         rtt=_round_trips(node.url, live),
-        answer=live.last_answer.get(node.url),
         running=node.running,
         waiting=node.waiting,
         slots=node.slots,
@@ -213,11 +166,6 @@ def _node(number: int, node: NodeStatus, live: LiveFigures) -> dict[str, Any]:
 def _event(event: Event) -> dict[str, str]:
     at = time.strftime("%H:%M:%S", time.localtime(event.at))
     return {"at": at, "kind": event.kind, "message": event.message}
-
-
-def _planned_and_actual(planned_bytes: int, actual_bytes: int | None) -> str:
-    actual = "?" if actual_bytes is None else format_bytes(actual_bytes)
-    return f"{format_bytes(planned_bytes)} / {actual}"
 
 
 def _format_ms(ms: float) -> str:

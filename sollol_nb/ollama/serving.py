@@ -359,7 +359,7 @@ class Serving:
             message = f"Ollama at {node.url} {_STATE_MESSAGES[node.state]}"
             if node.state is NodeState.COOLING and node.last_error:
                 message += f": {node.last_error}"
-            self._events.publish(kind, node.url, message, error=node.last_error)
+            self._events.publish(kind, node.url, message, error=node.last_error, is_named=node.is_named)
 
     def trouble(self) -> str:
         """Why nodes cannot be used although something answers there, each with its address; "" without any."""

@@ -29,25 +29,6 @@ SEGMENT_TEXT = "#111111"
 BACKENDS = {"ollama-pool": BLUE, "llama.cpp-distributed": ORANGE, "llama.cpp-local": GREEN}
 REQUEST_STATUSES = {"ok": GREEN, "error": BAD, "timeout": ORANGE, "cancelled": GREY}
 
-_STATES = {
-    "free": GREEN,
-    "held": "#2b8cc4",  # `BLUE`, lightened: a small dot must be visible on black, too
-    "busy": ORANGE,
-    "ready": GREEN,
-    "cooling": ORANGE,
-    "connecting": ORANGE,
-    "installing": ORANGE,
-    "unknown": GREY,
-    "duplicate": GREY,
-    "absent": GREY,
-}
-
-
-def state_color(state: str) -> str:
-    """The colour of the dot beside a worker's or Ollama node's state; `BAD` for states that need attention."""
-    return _STATES.get(state, BAD)
-
-
 Role = Literal["ok", "busy", "bad", "idle"]
 """What a state means to a person: usable, in use, needs attention, nothing to do."""
 Theme = Literal["light", "dark", "any"]

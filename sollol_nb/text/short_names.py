@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -78,6 +79,12 @@ def without_domains(names: Iterable[str]) -> dict[str, str]:
     found = {name: _HOST_NAME.fullmatch(name) for name in names}
     short = {name: match["host"] + match["port"] if match else name for name, match in found.items()}
     return short if len(set(short.values())) == len(short) else {name: name for name in short}
+
+
+def without_home(text: str) -> str:
+    """A text in which paths below the home folder begin with `~`, so that a saved notebook does not name it."""
+    home = os.path.expanduser("~").rstrip(r"\/")  # noqa: PTH111 - `Path.expanduser` raises where there is none
+    return re.sub(rf"(?<![\w.~/\\-]){re.escape(home)}(?=[\\/])", "~", text) if home else text
 
 
 def _parts(path: str) -> tuple[str, ...]:

@@ -45,7 +45,7 @@ class WhatIfPanel:
         self._suggested: list[tuple[str, int]] = []
         self._base_url = ""
         self._forecast: Forecast | None = None
-        self._predicted_with: str | None = None
+        self._predicted_with: tuple[float | None, ...] = ()
         self.model = ipywidgets.Dropdown(
             options=(), description="Model", style={"description_width": "60px"}, layout={"width": "310px"}
         )
@@ -202,10 +202,10 @@ class WhatIfPanel:
                 self.prediction.value = heading + forecast_html(predicted)
                 self._enable()
 
-    def _token_time(self) -> str | None:
-        """The known token time of the running layout; a prediction made with another one is out of date."""
-        time: str | None = self._sharded().get(self._base_url, {}).get("token_time")
-        return time
+    def _token_time(self) -> tuple[float | None, ...]:
+        """The known token times of the running layout; a prediction made with others is out of date."""
+        running = self._sharded().get(self._base_url, {})
+        return running.get("token_ms"), running.get("predicted_ms")
 
     def _enable(self) -> None:
         """Apply is enabled for a changed layout that fits, while no answer runs on the old one."""

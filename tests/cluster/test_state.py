@@ -76,18 +76,14 @@ def test_the_state_has_workers_coordinators_nodes_and_events() -> None:
 
     held, free = state["workers"][endpoint(0)], state["workers"][endpoint(2)]
     assert (held["state"], held["held_by"]) == ("held", "llama3.1:70b")
-    assert (free["state"], free["free"], free["total"], free["used"]) == ("free", "29.4 GiB", "32.0 GiB", 0.08)
-    assert free["protocol"] == "RPC 7.0.0"
+    assert (free["state"], free["used"]) == ("free", 0.08)
     (coordinator,) = state["coordinators"].values()
     assert [segment["layers"] for segment in coordinator["segments"].values()] == ["0-20", "21-39 + output"]
-    assert sum(segment["share"] for segment in coordinator["segments"].values()) == pytest.approx(1, abs=0.02)
-    assert coordinator["token_time"] == "26.3 ms per token (measured; 38 tokens/s)"
-    assert [part["description"] for part in coordinator["local"].values()] == [
-        "this machine (CPU): 256.0 MiB weights"
-    ]
+    assert [segment["units"] for segment in coordinator["segments"].values()] == [21, 20]
+    assert coordinator["token_ms"] == 26.3
     ready, absent = state["nodes"].values()
-    assert ready["description"] == "llama3.2 loaded, 0/1 slots busy, 0 waiting, 21.4 ms per token"
-    assert absent["description"].endswith("; start it there with: ollama serve")
+    assert (ready["state"], ready["running"], ready["slots"]) == ("ready", 0, 1)
+    assert absent["state"] == "absent"
     assert [event["kind"] for event in state["events"].values()] == ["coordinator.ready"]
 
 
@@ -123,8 +119,7 @@ def test_patches_alone_keep_a_watcher_up_to_date() -> None:
         )
         eventually(lambda: watcher.state == cluster.state.data, "everything is sent")
 
-    worker = watcher.state["workers"][endpoint(5)]
-    assert (worker["description"], worker["last_error"]) == ("nothing listens there; start it",) * 2
+    assert watcher.state["workers"][endpoint(5)]["last_error"] == "nothing listens there; start it"
     kinds = [event["kind"] for event in watcher.state["events"].values()]
     assert kinds == ["coordinator.ready", "worker.lost", "coordinator.stopped", "node.absent"]
 
@@ -182,7 +177,7 @@ def test_with_a_hundred_workers_a_change_takes_a_few_hundred_bytes() -> None:
         eventually(lambda: len(watcher.patches) >= 3, "probe results are sent too")
 
     assert whole_bytes > 10_000
-    assert max(watcher.sizes_bytes) < 1200
+    assert max(watcher.sizes_bytes) < 1000
 
 
 def test_nothing_is_sent_if_nothing_has_changed() -> None:
@@ -207,14 +202,10 @@ def test_requests_are_counted_and_their_server_keeps_the_last_answer() -> None:
         cluster.events.publish(EventKind.REQUEST_STARTED, "big", "asking big")
         cluster.events.publish(EventKind.REQUEST_FINISHED, "big", "big: error", status="error")
         eventually(lambda: watcher.state["totals"].get("failed"), "both are sent")
-        eventually(
-            lambda: "answer" in watcher.state["coordinators"][coordinator.base_url],
-            "the answer is sent, perhaps in a later patch than the totals",
-        )
 
     assert watcher.state["totals"] == {"running": 0, "waiting": 0, "total": 2, "failed": 1}
-    answer = watcher.state["coordinators"][coordinator.base_url]["answer"]
-    assert answer == "38 tokens/s, first token after 120 ms"
+    figures = watcher.state["cards"]["models"][coordinator.base_url]["figures"]
+    assert "last answer: 38 tokens/s, first token after 120 ms" in figures
     assert [event["kind"] for event in watcher.state["events"].values()] == ["coordinator.ready"]
 
 
@@ -326,7 +317,7 @@ def test_memory_that_changes_for_all_workers_is_sent_for_a_few_at_a_time() -> No
             lambda: {worker["used"] for worker in watcher.state["workers"].values()} == {0.38},
             "it is sent for all",
         )
-    assert max(watcher.sizes_bytes) < 1200
+    assert max(watcher.sizes_bytes) < 1000
 
 
 def test_round_trips_of_ollama_nodes_are_kept_too() -> None:
@@ -336,7 +327,6 @@ def test_round_trips_of_ollama_nodes_are_kept_too() -> None:
         eventually(lambda: watcher.state["nodes"][ready].get("rtt"), "it is probed")
         assert set(watcher.state["nodes"][ready]["rtt"].values()) == {1.2}
         assert "rtt" not in watcher.state["nodes"][absent]
-        assert watcher.state["nodes"][ready]["description"].startswith("llama3.2 loaded (2.0 GiB), ")
 
 
 def test_polling_continues_after_a_failure(
@@ -445,9 +435,7 @@ def test_a_real_cluster_is_shown_from_its_workers_to_its_layers(router: HybridRo
             return [
                 found
                 for found in known
-                if found.get("own")
-                and found["model"] == "demo:sharded"
-                and "measured" in (found.get("token_time") or "")
+                if found.get("own") and found["model"] == "demo:sharded" and found.get("token_ms")
             ]
 
         (coordinator,) = eventually(own, "its coordinator is sent, with the times of its tokens")
@@ -460,9 +448,7 @@ def test_a_real_cluster_is_shown_from_its_workers_to_its_layers(router: HybridRo
             return [worker for worker in watcher.state["workers"].values() if worker["state"] == "held"]
 
         eventually(lambda: len(held()) == 3, "they are shown as held")
-        assert all(
-            worker["protocol"].startswith("RPC 7") and worker["free"] and worker["total"] for worker in held()
-        )
+        assert all(0 < worker["used"] <= 1 for worker in held())
 
 
 @pytest.mark.engine

@@ -336,20 +336,10 @@ def test_predicted_and_measured_token_times_are_shown_side_by_side() -> None:
     assert "15 ms (75%)" in as_html(ClusterStatus((), (status,))).text
 
 
-@pytest.mark.parametrize(
-    ("drift", "shown"),
-    [(None, ""), (1.15, ""), (1.84, ", 1.8x the predicted time"), (0.5, ", 0.5x the predicted time")],
-)
-def test_a_prediction_that_is_clearly_off_says_so(drift: float | None, shown: str) -> None:
-    status = CoordinatorStatus.of(stand_in(), token_ms=20.0, drift=drift)
-
-    assert status.token_time_description == f"20 ms per token (measured; 50 tokens/s){shown}"
-
-
 def test_an_unknown_token_time_is_not_invented() -> None:
     status = CoordinatorStatus.of(stand_in(), token=TokenTime((), "nothing was measured"))
 
-    assert status.token_time_description == ""
+    assert (status.token_ms, status.predicted_token_ms) == (None, None)
     assert [(segment.token_ms, segment.time_share) for segment in status.segments] == [(None, None)] * 2
     assert "ms of each token" not in str(ClusterStatus((), (status,)))
 

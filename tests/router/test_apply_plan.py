@@ -111,8 +111,8 @@ def test_its_token_time_was_predicted_from_the_layouts_before_it(
     # A coordinator of an earlier test may still run the same model.
     (status,) = [seen for seen in sharding.cluster().coordinators if seen.url == answer.routing["coordinator_url"]]
     assert status.model == "endless"
-    assert " ms per token (predicted), " in status.token_time_description
-    assert " ms per token (measured; " in status.token_time_description
+    assert status.predicted_token_ms == pytest.approx(predicted)
+    assert status.token_ms is not None
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sollol_nb.text.palette import MARKS, PILLS, SEGMENT_TEXT, SEGMENTS, Role, Theme, state_color
+from sollol_nb.text.palette import MARKS, PILLS, SEGMENT_TEXT, SEGMENTS, Role, Theme
 
 BLACK_IN_JUPYTERLAB = "#111111"
 LEAST_CONTRAST = 4.5
@@ -22,11 +22,6 @@ def _luminance(color: str) -> float:
 def contrast(first: str, second: str) -> float:
     darker, lighter = sorted((_luminance(first), _luminance(second)))
     return (lighter + 0.05) / (darker + 0.05)
-
-
-@pytest.mark.parametrize("state", ["free", "held", "busy", "ready", "cooling", "unknown", "absent", "down"])
-def test_the_dot_of_a_state_is_visible_in_the_dark_theme(state: str) -> None:
-    assert contrast(state_color(state), BLACK_IN_JUPYTERLAB) >= LEAST_CONTRAST
 
 
 @pytest.mark.parametrize("theme", PILLS)

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from sollol_nb.text.short_names import fitted_name, short_endpoints, short_name, short_names, without_domains
+from sollol_nb.text.short_names import (
+    fitted_name,
+    short_endpoints,
+    short_name,
+    short_names,
+    without_domains,
+    without_home,
+)
 
 DIGEST = "0123456789ab" + "c" * 52
 
@@ -67,3 +74,20 @@ def test_workers_have_short_names_that_tell_them_apart(
 ) -> None:
     assert without_domains(names) == dict(zip(names, without_domain or names, strict=True))
     assert short_endpoints(names) == dict(zip(names, shortest or names, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("/home/me/m/a.gguf", "~/m/a.gguf"),
+        ("held by the coordinator of /home/me/m/a.gguf", "held by the coordinator of ~/m/a.gguf"),
+        ("/home/member/a.gguf", "/home/member/a.gguf"),
+        ("/data/home/me/a.gguf", "/data/home/me/a.gguf"),
+        ("llama3.1:70b", "llama3.1:70b"),
+    ],
+)
+def test_paths_below_the_home_folder_do_not_name_it(
+    text: str, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert without_home(text) == shown

@@ -714,7 +714,8 @@ def test_a_machine_that_cannot_be_reached_is_shown_with_the_reason_and_can_be_re
     row = eventually(lost, "it is shown as lost")
     assert row is not None
     assert row["name"] == target
-    assert row["description"].startswith(f"nothing listens on {target}; start a worker there: ")
+    shown = steered._state.data["cards"]["workers"][target]["tooltip"]
+    assert f"nothing listens on {target}; start a worker there: " in shown
     steered.workers.remove.click()
     eventually(lambda: not steered._state.data["workers"], "it is gone")
 

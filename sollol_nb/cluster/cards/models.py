@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from pathlib import PurePath
 
 from sollol_nb.cluster.cards.shapes import ModelCard, Pill, Segment
 from sollol_nb.cluster.coordinator_status import CoordinatorStatus, LayerSegment
-from sollol_nb.text.short_names import short_endpoints, short_names
+from sollol_nb.models.files import DEMO_NOTE
+from sollol_nb.text.short_names import short_endpoints, short_names, without_home
 from sollol_nb.text.tables import counted, format_bytes
 
 MEANT_WITHIN = 2.0
@@ -32,7 +34,7 @@ def model_cards(
         ModelCard(
             key=model,
             title=titles[model],
-            tooltip=model if model != titles[model] else "",
+            tooltip=without_home(model) if model != titles[model] else "",
             pill=Pill("loading" if share is None else f"loading {share:.0%}", "busy"),
             progress=share,
             figures=(description,),
@@ -48,6 +50,7 @@ def model_cards(
 
 def _card(coordinator: CoordinatorStatus, title: str, answer: str, own: Collection[str] | None) -> ModelCard:
     path = coordinator.model_path or (coordinator.model if coordinator.model != title else "")
+    path = PurePath(path).name if DEMO_NOTE in coordinator.note else without_home(path)
     return ModelCard(
         key=coordinator.url,
         title=title,

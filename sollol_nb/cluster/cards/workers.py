@@ -12,7 +12,7 @@ from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.ollama.nodes import NodeState, NodeStatus
 from sollol_nb.settings.endpoints import is_target
 from sollol_nb.text.palette import Role
-from sollol_nb.text.short_names import short_name, without_domains
+from sollol_nb.text.short_names import short_name, without_domains, without_home
 from sollol_nb.text.tables import counted, format_bytes
 
 UNFOLDED = 3
@@ -74,18 +74,27 @@ def _states_of(rows: Iterable[WorkerRow | NodeRow], singular: str, plural: str) 
     return f"{total:,} {plural}: {states}"
 
 
+def used_share(worker: WorkerStatus, live: LiveFigures) -> float | None:
+    """How much of its memory is used, 0 to 1; None if not known."""
+    if worker.state not in ("free", "held") or worker.probe is None or not worker.probe.total_bytes:
+        return None
+    return round(1 - _free_bytes(worker, live) / worker.probe.total_bytes, 2)
+
+
+def _free_bytes(worker: WorkerStatus, live: LiveFigures) -> int:
+    """Its free memory, in visible steps."""
+    step = max(1, (worker.probe.total_bytes if worker.probe else 0) // MEMORY_STEPS)
+    return live.free_bytes.get(worker.endpoint, worker.capacity.free_bytes) // step * step
+
+
 def _worker(worker: WorkerStatus, name: str, live: LiveFigures) -> WorkerRow:
     probe, is_well, role = worker.probe, worker.state in ("free", "held"), role_of(worker.state)
-    used, memory, round_trip, protocol = None, "", "", ""
+    memory, round_trip, protocol = "", "", ""
     word = WORDS.get(worker.state, worker.state)
     if worker.state == "unknown" and is_target(worker.endpoint):
         word = "not connected"
     if is_well and probe is not None and probe.total_bytes:
-        free_bytes = live.free_bytes.get(worker.endpoint, worker.capacity.free_bytes)
-        step = max(1, probe.total_bytes // MEMORY_STEPS)
-        free_bytes = free_bytes // step * step
-        used = round(1 - free_bytes / probe.total_bytes, 2)
-        memory = f"{_of(format_bytes(free_bytes), format_bytes(probe.total_bytes))} free"
+        memory = f"{_of(format_bytes(_free_bytes(worker, live)), format_bytes(probe.total_bytes))} free"
     if is_well:
         round_trip = _round_trip(worker.endpoint, probe.round_trip_ms if probe else None, live)
     if probe is not None and probe.protocol:
@@ -102,15 +111,15 @@ def _worker(worker: WorkerStatus, name: str, live: LiveFigures) -> WorkerRow:
                 (
                     worker.endpoint if name != worker.endpoint else "",
                     "started on this machine" if worker.is_local else "",
-                    worker.detail if worker.state == "held" or role == "bad" else "",
+                    without_home(worker.detail) if worker.state == "held" or role == "bad" else "",
                     protocol,
                     f"calibrated: {worker.calibration.describe()}" if worker.calibration else "",
-                    f"last error: {last_error}" if last_error else "",
+                    f"last error: {without_home(last_error)}" if last_error else "",
                 ),
             )
         ),
         pill=Pill(word, role),
-        used=used,
+        used=used_share(worker, live),
         memory=memory,
         round_trip=round_trip,
         held_by=held_by,

@@ -17,6 +17,7 @@ from sollol_nb.cluster.live_figures import LiveFigures, RequestCounts
 from sollol_nb.cluster.status import ClusterStatus
 from sollol_nb.llama_cpp.workers.probe import Probe, ProbeOutcome
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
+from sollol_nb.models.files import DEMO_NOTE
 from sollol_nb.runtime.events import Event, EventKind
 from tests.support.cluster_statuses import coordinator, segment, worker
 from tests.support.simulated_cluster import node
@@ -54,6 +55,22 @@ def test_a_models_title_is_short_and_its_path_a_tooltip() -> None:
     assert card.title == "Llama-3.1-70B-Instruct-Q4_K_M"
     assert card.tooltip == dict(card.facts)["file"] == LONG_PATH
     assert cards.workers[0].held_by == card.title
+
+
+def test_the_static_view_names_no_home_folder_and_not_where_the_demo_model_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HOME", "/home/user")
+    held = worker(1, "held", f"held by the coordinator of {LONG_PATH}", held_by=LONG_PATH)
+    own = coordinator(model=LONG_PATH, model_path=LONG_PATH)
+    demo = coordinator(model="demo", model_path="/srv/env/sollol_nb/models/demo.gguf", note=DEMO_NOTE)
+
+    html = as_html(cards_of(ClusterStatus((held,), (own, demo)), live=live(starting={LONG_PATH: ("", None)})))
+
+    assert "~/models/snapshots/" in html
+    assert "demo.gguf" in html
+    assert "/home/user" not in html
+    assert "/srv/env" not in html
 
 
 @pytest.mark.parametrize(
@@ -254,6 +271,16 @@ def test_events_that_repeat_are_one_line_that_names_their_subjects() -> None:
     assert line.text == "started workers 127.0.0.1:50052 and 127.0.0.1:50053 with 1 thread"
     assert (line.count, line.when, line.icon) == (2, "11 s ago", "added")
     assert line.messages[0] == "started worker 127.0.0.1:50053 with 1 thread"
+
+
+@pytest.mark.parametrize(("is_named", "role"), [(True, "bad"), (False, "idle")])
+def test_an_ollama_that_does_not_run_is_an_error_only_if_it_was_named(is_named: bool, role: str) -> None:
+    url = "http://127.0.0.1:11434"
+    absent = Event(EventKind.NODE_ABSENT, url, f"Ollama at {url} is not running", {"is_named": is_named}, at=NOW)
+
+    (line,) = lines(absent)
+
+    assert line.role == role
 
 
 def test_of_many_repeated_events_three_are_named() -> None:
