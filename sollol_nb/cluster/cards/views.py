@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from sollol_nb.cluster.cards.shapes import ClusterCards, ModelCard, NodeRow, Problem, WorkerRow
 from sollol_nb.layers.plan import reason_lines
 from sollol_nb.text import palette
+from sollol_nb.text.short_names import fitted_name
 
 if TYPE_CHECKING:
     import jinja2
@@ -29,6 +30,8 @@ GLYPHS = {
 LABELLED_SHARE, NAMED_SHARE = 0.03, 0.12
 """Narrower segments of a layer bar have no layers, or no name, in them."""
 BAR_CHARS = 20
+NAME_CHARS = 32
+"""Of a longer name in a row of the HTML, the middle is left out; its tooltip has all of it."""
 
 
 def as_html(cards: ClusterCards) -> str:
@@ -38,6 +41,8 @@ def as_html(cards: ClusterCards) -> str:
         .get_template("cluster.html.j2")
         .render(
             cards=cards,
+            fitted=fitted_name,
+            name_chars=NAME_CHARS,
             fills=palette.PILLS["any"],
             glyphs=GLYPHS,
             labelled_share=LABELLED_SHARE,

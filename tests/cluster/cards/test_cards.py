@@ -12,13 +12,14 @@ from sollol_nb.cluster.cards.cards import cards_of
 from sollol_nb.cluster.cards.events import ICONS, relative_time
 from sollol_nb.cluster.cards.problems import command_of
 from sollol_nb.cluster.cards.shapes import Action, ClusterCards, EventLine, Pill, as_data
-from sollol_nb.cluster.cards.views import GLYPHS, as_html, as_text
+from sollol_nb.cluster.cards.views import GLYPHS, NAME_CHARS, as_html, as_text
 from sollol_nb.cluster.live_figures import LiveFigures, RequestCounts
 from sollol_nb.cluster.status import ClusterStatus
 from sollol_nb.llama_cpp.workers.probe import Probe, ProbeOutcome
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.models.files import DEMO_NOTE
 from sollol_nb.runtime.events import Event, EventKind
+from sollol_nb.text.short_names import fitted_name
 from tests.support.cluster_statuses import coordinator, segment, worker
 from tests.support.simulated_cluster import node
 
@@ -193,6 +194,18 @@ def test_names_lose_the_domain_that_tells_nothing_apart() -> None:
 
     assert [row.name for row in rows] == ["gpu1:50052", "gpu2:50052"]
     assert rows[0].tooltip.startswith("gpu1.lab.example.org:50052\n")
+
+
+def test_long_names_in_a_row_of_the_static_view_lose_their_middle_and_are_whole_in_the_tooltip() -> None:
+    name, model = f"{'gpu' * 20}:50052", f"{'Llama' * 12}-Q4_K_M"
+    held = worker(1, "held", "held", endpoint=name, held_by=model)
+
+    html = as_html(cards_of(ClusterStatus((held,), ())))
+
+    assert f">{fitted_name(name, NAME_CHARS)}<" in html
+    assert f"held by {fitted_name(model, NAME_CHARS)}<" in html
+    assert f'title="{name}' in html
+    assert f'title="held by {model}"' in html
 
 
 def test_what_a_standby_holds_is_named_so() -> None:
