@@ -264,7 +264,9 @@ def test_loading_names_the_file_in_use_and_what_of_it_needs_a_yes(tmp_path: Path
     (folder / FILE_NAME).write_text('slots = 2\nsystem = "Obey."')
     with kernel(HOME=str(tmp_path), SOLLOL_CONFIG="", SOLLOL_STATE_DIR=str(tmp_path / "state")) as fresh:
         fresh.run(f"%cd -q {folder}")
-        named, withheld = fresh.run("%load_ext sollol_nb").stream.splitlines()
+        lines = fresh.run("%load_ext sollol_nb").stream.splitlines()
+        assert len(lines) == 2, lines
+        named, withheld = lines
         assert named == f"settings: {folder / FILE_NAME}"
         assert "sets system: ignored, because you have not allowed this file yet" in withheld
         assert fresh.run("%config Sollol.system").displays == []
