@@ -83,7 +83,7 @@ def without_domains(names: Iterable[str]) -> dict[str, str]:
 
 def without_home(text: str) -> str:
     """A text in which paths below the home folder begin with `~`, so that a saved notebook does not name it."""
-    home = os.path.expanduser("~").rstrip(r"\/")  # noqa: PTH111 - `Path.expanduser` raises where there is none
+    home = os.path.expanduser("~").rstrip(r"\/")  # noqa: PTH111 - the one of pathlib raises where there is none
     return re.sub(rf"(?<![\w.~/\\-]){re.escape(home)}(?=[\\/])", "~", text) if home else text
 
 
