@@ -69,13 +69,6 @@ def load_ipython_extension(shell: InteractiveShell) -> None:
     """
     kernel_settings = session.start(shell)
     shell.register_magics(*_MAGICS)
-    tab_completion.install(
-        shell,
-        session.running_models,
-        chats=session.chats,
-        workers=session.worker_targets,
-        typed=session.note_typing,
-    )
     kernel_hooks.shorten_errors(session.has_short_errors, with_style=is_kernel(shell))
     for callback in _AFTER_EACH_CELL:
         shell.events.register("post_run_cell", callback)
@@ -85,6 +78,14 @@ def load_ipython_extension(shell: InteractiveShell) -> None:
         use_bars(TextBar)
     for text in describe_files("%sollol_trust"):
         print(f"settings: {text}")
+    # After these lines: its thread reads the settings, and would log what does not count of them.
+    tab_completion.install(
+        shell,
+        session.running_models,
+        chats=session.chats,
+        workers=session.worker_targets,
+        typed=session.note_typing,
+    )
     session.check_preload()
     # Last, since this raises if the variable or the file has an invalid value.
     hint = kernel_hooks.allow_nested_loops() if kernel_settings.nest_asyncio else ""
