@@ -183,7 +183,7 @@ def test_an_agent_asks_a_loaded_model_and_nothing_is_started_or_stopped(
     assert (cut["tokens"], cut["finish_reason"]) == (3, "length")
     assert engines() == before
     assert "\nloaded\n" in call(mcp_url, "sollol_route", model="demo:sharded")
-    assert "demo:sharded at http" in call(mcp_url, "sollol_status")
+    assert "held by demo:sharded" in call(mcp_url, "sollol_status")
     (row,) = (row for row in call(mcp_url, "sollol_models") if row["model"] == "demo:sharded")
     assert row["loaded"]
     assert router.route_request("demo:sharded", QUESTION, temperature=0).text == own.text, "it runs on"
@@ -215,7 +215,7 @@ def test_over_a_gateway_only_its_loaded_models_are_asked(monkeypatch: pytest.Mon
         with HybridRouter() as router:
             own = router.route_request("demo", QUESTION, temperature=0)
         assert asyncio.run(sollol_ask("demo", QUESTION, temperature=0))["text"] == own.text
-        assert "demo at http" in asyncio.run(sollol_status())
+        assert "demo  ● ready" in asyncio.run(sollol_status())
         assert asyncio.run(sollol_route("demo")).splitlines()[1] == "loaded"
 
 

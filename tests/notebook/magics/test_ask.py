@@ -293,7 +293,7 @@ def test_answers_can_be_shown_again(notebook: Kernel) -> None:
     notebook.run(f"%sollol demo {GREEDY} --quiet --background --out h 'What is a coordinator?'\nh.result(60);")
     shown = notebook.run("%sollol_last")
     assert [bundle["text/plain"][:13] for bundle in shown.displays] == ["> What is a c", "A coordinator"]
-    assert "<details>" in shown.markdown
+    assert "<details" in shown.markdown
     shown = notebook.run("%sollol_last 2")
     assert [bundle["text/plain"][:13] for bundle in shown.displays] == [
         *("> What is a w", "A worker is a"),
