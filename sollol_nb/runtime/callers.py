@@ -3,7 +3,7 @@
 - A blocking call waits in its thread. That thread runs the function, so an interrupt ends the function, and what
   may be used only in one thread (a SQLite connection, a figure) works.
 - Of an async call, and in the background, functions run in threads, and coroutines on the loop of the caller.
-- Coroutines of blocking calls and of the background run on one loop of their own, which stays from call to call.
+- Coroutines of blocking calls and of the background run on one separate loop, which stays from call to call.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A model that calls functions as a script says, for tests: each answer depends on how many results it was given.
 
 It is a `scripted_model` whose chat template ends with a special token for the number of results, and each of these
-tokens begins an answer of its own.
+tokens begins its own answer.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9_][A-Za-z0
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})", re.IGNORECASE | re.DOTALL)
 _QUANT = re.compile(r"(?:^|[-./_])((?:UD-)?(?:I?Q|TQ|B?F|FP|MXFP|NVFP)\d[A-Z0-9_]*)$", re.IGNORECASE)
 _NO_MODELS = ("mmproj", "imatrix", "mtp-", "eagle3-", "dflash-", "dspark-")
-"""What is in the names of GGUF files that are no models of their own."""
+"""What is in the names of GGUF files that are only parts of models or projectors."""
 _MOST_LISTED = 40
 _LONGEST_NAME_CHARS = 96
 
