@@ -18,8 +18,8 @@ from contextlib import suppress
 from typing import Any, TypeAlias
 
 from sollol_nb.chat.chunk import CONTEXT_FULL, DROPPED, NOTE, ROUTING, STEPS
-from sollol_nb.chat.tool_steps import folded_steps, lines_of
-from sollol_nb.text.safe_markdown import code_in, fenced, open_fence, printable, safe_markdown
+from sollol_nb.chat.tool_steps import folded_steps, lines_of, steps_in_html
+from sollol_nb.text.safe_markdown import DOLLAR_AS_TEXT, code_in, fenced, open_fence, printable, safe_markdown
 from sollol_nb.text.short_names import short_name
 from sollol_nb.text.tables import counted, format_bytes, format_ms
 
@@ -142,6 +142,7 @@ def _page(text: str, answer: Answer) -> str:
     page = html.escape(_FETCH_NOTHING + _CONNECTS.sub("<x-", _html_in(text)))
     lines = "".join(f"<li><small>{html.escape(line)}</small></li>" for line in details(answer))
     return (
+        f"{steps_in_html(answer.get(STEPS, ()))}"
         f'<iframe sandbox="allow-same-origin" srcdoc="{page}" title="answer of {title}" '
         f'style="{_PAGE_STYLE}" onload="{_TAKE_HEIGHT}"></iframe>'
         f"<details><summary><small>source</small></summary><pre>{source}</pre></details>"
@@ -179,7 +180,8 @@ def answer_key(text: str) -> str:
 
 def escaped(text: str) -> str:
     """A line as Markdown that shows it unchanged."""
-    return re.sub(r"([\\`*_{}\[\]<>|])", r"\\\1", " ".join(text.split()))
+    line = re.sub(r"([\\`*_{}\[\]<>|])", r"\\\1", " ".join(text.split()))
+    return line.replace("$", DOLLAR_AS_TEXT)
 
 
 def footer(answer: Answer) -> str:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 
 from sollol_nb.chat.completion_view import CODE_CLASS, escaped, folded_thinking
-from sollol_nb.text.safe_markdown import parts_of, printable, safe_markdown
+from sollol_nb.text.safe_markdown import DOLLAR_AS_TEXT, parts_of, printable, safe_markdown
 
 LONG_CHARS = 700
 """Longer messages that are no answers are folded, and shown as text only up to here."""
@@ -63,7 +63,7 @@ def _lines_as_they_are(text: str) -> str:
     body = safe_markdown(with_breaks)
     if len(text) <= LONG_CHARS:
         return body
-    summary = html.escape(" ".join(printable(text[:SUMMARY_CHARS]).split()))
+    summary = html.escape(" ".join(printable(text[:SUMMARY_CHARS]).split())).replace("$", DOLLAR_AS_TEXT)
     return f"<details><summary>{summary} … ({len(text):,} characters)</summary>\n\n{body}\n\n</details>"
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from sollol_nb.chat.chunk import Step
 from sollol_nb.text.readable import readable
-from sollol_nb.text.safe_markdown import fenced, printable, safe_markdown
+from sollol_nb.text.safe_markdown import DOLLAR_AS_TEXT, fenced, printable, safe_markdown
 from sollol_nb.text.tables import counted, format_ms, shortened
 
 MAX_RESULT_CHARS = 8000
@@ -101,23 +101,35 @@ def lines_of(steps: Sequence[Step]) -> str:
     return "".join(f"[{line_of(step)}{f' ({note})' if (note := step['note']) else ''}]\n" for step in steps)
 
 
-def folded_steps(steps: Sequence[Step]) -> str:
-    """Steps as Markdown, each a fold with the arguments and the result; many of them in one more fold."""
-    folds = "\n\n".join(map(_fold, steps))
+def folded_steps(steps: Sequence[Step], *, limit_chars: int = SHOWN_CHARS) -> str:
+    """Steps as Markdown, each a fold with the arguments and the result; many of them in one more fold.
+
+    Args:
+        limit_chars: of arguments and results, each of which is cut with a note.
+    """
+    folds = "\n\n".join(_fold(step, limit_chars) for step in steps)
     if len(steps) <= MOST_UNFOLDED:
         return folds
     return f"<details><summary><small>{_in_html(summary(steps))}</small></summary>\n\n{folds}\n\n</details>"
 
 
-def _fold(step: Step) -> str:
+def steps_in_html(steps: Sequence[Step]) -> str:
+    """Steps as HTML: one fold with a line for each; "" without any."""
+    if not steps:
+        return ""
+    lines = html.escape(lines_of(steps))
+    return f"<details><summary><small>{html.escape(summary(steps))}</small></summary><pre>{lines}</pre></details>"
+
+
+def _fold(step: Step, limit_chars: int) -> str:
     line = f"{line_of(step)} · {format_ms(step['seconds'] * 1000)}"
     parts = [safe_markdown(step["text"].strip())] if step["text"].strip() else []
     arguments = step["arguments"]
     if arguments:
         is_text = isinstance(arguments, str)
         text = arguments if is_text else json.dumps(arguments, indent=2, ensure_ascii=False)
-        parts.append(fenced(_bounded(text), "" if is_text else "json"))
-    parts.append(fenced(_bounded(step["error"] or step["result"])))
+        parts.append(fenced(_bounded(text, limit_chars), "" if is_text else "json"))
+    parts.append(fenced(_bounded(step["error"] or step["result"], limit_chars)))
     parts += [f"*{_in_html(step['note'])}*"] if step["note"] else []
     body = "\n\n".join(parts)
     return f"<details><summary><small>{_in_html(line)}</small></summary>\n\n{body}\n\n</details>"
@@ -125,12 +137,12 @@ def _fold(step: Step) -> str:
 
 def _in_html(line: str) -> str:
     """A line as HTML in Markdown, where a dollar would begin a formula."""
-    return html.escape(line, quote=False).replace("$", "&#36;")
+    return html.escape(line, quote=False).replace("$", DOLLAR_AS_TEXT)
 
 
-def _bounded(text: str) -> str:
-    left = len(text) - SHOWN_CHARS
-    return text if left <= 0 else f"{text[:SHOWN_CHARS]}\n… ({left:,} more characters)"
+def _bounded(text: str, limit_chars: int) -> str:
+    left = len(text) - limit_chars
+    return text if left <= 0 else f"{text[:limit_chars]}\n… ({left:,} more characters)"
 
 
 def _beginning(text: str, limit_chars: int) -> str:

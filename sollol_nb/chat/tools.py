@@ -118,10 +118,10 @@ class Tool:
                 )
             except SchemaMismatch as mismatch:
                 raise CallRefused(f"argument {name}: {mismatch.reason}") from None
-        by_position = []
-        for name, parameter in known.items():
-            if parameter.kind is parameter.POSITIONAL_ONLY and name in values:
-                by_position.append(values.pop(name))
+        positional = [name for name, parameter in known.items() if parameter.kind is parameter.POSITIONAL_ONLY]
+        while positional and positional[-1] not in values:
+            positional.pop()
+        by_position = [values.pop(name) if name in values else known[name].default for name in positional]
         return functools.partial(self.function, *by_position, **values)
 
 

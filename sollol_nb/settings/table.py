@@ -386,9 +386,10 @@ _TABLE = (
         "notebook",
         kinds.YES_OR_NO,
         "Whether you are asked before a model calls one of the Python functions that you gave it (`--tools`, "
-        "`tools=`); `--confirm` and `confirm=` say it for one answer.",
+        "`tools=`); `--confirm` and `confirm=` decide it for one answer.",
         "SOLLOL_CONFIRM_TOOLS",
         default=False,
+        guarded=True,
     ),
     Setting(
         "models",
@@ -411,6 +412,7 @@ _TABLE = (
         "SOLLOL_MODEL_DIRS",
         default=[],
         default_description="none",
+        guarded=True,
     ),
     Setting(
         "cache_dir",

@@ -67,7 +67,8 @@ _AMOUNT = re.compile(r"[0-9].* [A-Za-z]{2,}[ .,;:?!)]", re.DOTALL)
 _GROUP = re.compile(r"\{[^{}]*\}")
 _DOLLAR = "\ue000"  # in place of a dollar that is only a dollar, until the rest of the text has been looked at
 # A separate element: MathJax reads the page, too, and its formulas end with an element.
-_DOLLAR_AS_TEXT = "<span>&#36;</span>"
+DOLLAR_AS_TEXT = "<span>&#36;</span>"
+"""A dollar in Markdown that begins no formula."""
 # Escape sequences of terminals (ECMA-48): control sequences such as colours, strings such as titles, and others.
 _ESCAPE = re.compile(
     r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"
@@ -122,7 +123,7 @@ def safe_markdown(text: str) -> str:
         else:
             text_part = _with_html_as_text(part, may_have_formulas)
             safe += _with_closed_formulas(text_part) if risky else text_part
-    return safe.replace(_DOLLAR, _DOLLAR_AS_TEXT)
+    return safe.replace(_DOLLAR, DOLLAR_AS_TEXT)
 
 
 def _with_marked_dollars(text: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from sollol_nb.errors import SollolError
 from sollol_nb.router.router import Router
 from sollol_nb.text.tables import counted
 from sollol_nb.widget.actions import ClusterActions
@@ -47,12 +48,14 @@ async def _start(router: Router, arguments: Sequence[str]) -> str | None:
 
 
 async def _remove(router: Router, endpoints: Sequence[str]) -> None:
+    errors = []
     for endpoint in endpoints:
-        await router.remove_worker(endpoint)
-
-
-async def _calibrate(router: Router, endpoints: Sequence[str]) -> None:
-    await router.calibrate(endpoints or None)
+        try:
+            await router.remove_worker(endpoint)
+        except SollolError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 async def _replan(router: Router, models: Sequence[str]) -> str:
@@ -66,7 +69,6 @@ _FIXES: Mapping[str, tuple[str, Callable[[Sequence[str]], str], Callable[[Router
         lambda given: f"removing {given[0] if len(given) == 1 else counted(len(given), 'worker')}",
         _remove,
     ),
-    "calibrate": ("calibrate", lambda _: "measuring this machine and the free workers", _calibrate),
     "replan": ("apply", lambda given: f"applying the suggested layout of {', '.join(given)}", _replan),
 }
 """By the action's name: the kind of which one runs at a time, what it does in words, and what does it."""

@@ -137,3 +137,17 @@ def test_an_answer_shows_its_steps_first() -> None:
     chat.add({"role": "user", "content": "?"}, answer)
     assert [message["role"] for message in chat.messages] == ["user", "assistant", "tool", "assistant"]
     assert chat.turn_count == 1
+
+
+def test_while_an_answer_streams_little_of_each_call_is_sent() -> None:
+    long = step(arguments={"text": "a" * 9_000}, result="b" * 8_000)
+    assert len(folded_steps([long], limit_chars=500)) < 2_000 < 17_000 < len(folded_steps([long]))
+
+
+def test_an_answer_that_is_shown_as_a_page_shows_its_calls_above() -> None:
+    message = {"role": "assistant", "content": "<b>x</b>"}
+    completion = Completion({"message": message, "_steps": [step(result="<script>")]})
+    completion.shown_as = "html"
+    above, _, frame = completion._repr_mimebundle_()["text/html"].partition("<iframe")
+    assert "f() = &lt;script&gt;" in above
+    assert frame

@@ -228,3 +228,10 @@ def test_plain_descriptions_are_no_functions() -> None:
     assert not has_functions([{"type": "function", "function": {"name": "f"}}])
     assert not has_functions(None)
     assert has_functions([weather])
+
+
+def test_arguments_that_are_only_given_by_position_keep_their_places() -> None:
+    def f(a: int = 1, b: int = 2, c: int = 3, /) -> tuple[int, int, int]:
+        return a, b, c
+
+    assert Tool.of(f).bound({"b": 9})() == (1, 9, 3)

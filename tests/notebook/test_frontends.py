@@ -98,7 +98,7 @@ def test_an_answer_in_the_background_is_seen_whole_once_it_is_waited_for(fronten
     assert len(whole(frontend.seen(shown))) == 1
 
 
-def test_an_error_is_one_line_and_a_stopped_answer_stays(frontend: WithoutWidgets) -> None:
+def test_an_error_is_one_line(frontend: WithoutWidgets) -> None:
     shown = frontend.run("%sollol no-such-model hello")
     assert shown.status == "error"
     assert len(shown.error) == 1

@@ -12,6 +12,7 @@ What the real one does not do on demand: it holds or cuts an answer after so man
 from __future__ import annotations
 
 import hashlib
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from tests.support.engines import eventually, unused_ports
+from tests.support.engines import eventually
 
 TOKEN = "hf_secretsecretsecret"
 _CHUNK_BYTES = 16 * 1024
@@ -197,11 +198,12 @@ def _error(status: int, code: str, message: str) -> Response:
 @contextmanager
 def running_hub(**repos: dict[str, bytes] | Repo) -> Iterator[Hub]:
     """A server of these repositories of `user`: the names with `_` for `-`, and files or a repository each."""
-    hub = Hub(unused_ports(1))
+    listening = socket.create_server(("127.0.0.1", 0))
+    hub = Hub(listening.getsockname()[1])
     for name, repo in repos.items():
         hub.repos[f"user/{name.replace('_', '-')}"] = repo if isinstance(repo, Repo) else Repo(repo)
-    server = uvicorn.Server(uvicorn.Config(hub.app(), port=hub.port, log_level="critical", lifespan="off"))
-    thread = threading.Thread(target=server.run, daemon=True)
+    server = uvicorn.Server(uvicorn.Config(hub.app(), log_level="critical", lifespan="off"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     try:
         eventually(lambda: server.started, "the hub's server listens")

@@ -100,7 +100,7 @@ def _beside(coordinator: CoordinatorStatus) -> str:
 
 
 def means_something(coordinator: CoordinatorStatus) -> bool:
-    """Whether the predicted time of a token is worth to be shown beside the measured one."""
+    """Whether the predicted time of a token is worth showing beside the measured one."""
     predicted_ms, token_ms, drift = coordinator.predicted_token_ms, coordinator.token_ms, coordinator.drift
     ratio = drift if drift is not None else token_ms / predicted_ms if token_ms and predicted_ms else None
     return bool(predicted_ms) and ratio is not None and 1 / MEANT_WITHIN <= ratio <= MEANT_WITHIN

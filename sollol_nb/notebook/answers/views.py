@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 UPDATE_INTERVAL_S = 0.1
+LIVE_STEP_CHARS = 500
+"""Of the arguments and the result of a call, while the answer streams: all of it is sent with each update."""
 
 
 class LiveAnswer:
@@ -128,7 +130,7 @@ class NotebookView:
         if not (is_due or first_token or at_once):
             return
         live = live_markdown(answer.text, answer.thinking, answer.status)
-        markdown = "\n\n".join(filter(None, [folded_steps(answer.steps), live]))
+        markdown = "\n\n".join(filter(None, [folded_steps(answer.steps, limit_chars=LIVE_STEP_CHARS), live]))
         if not markdown or (markdown == self._shown and not at_once):
             return
         self._shown, self._shown_at, self._has_text = markdown, now, answer.has_begun
@@ -152,7 +154,8 @@ class NotebookView:
         else:
             table = {"text/plain": str(frame), "text/html": frame.to_html(max_rows=60, notebook=True)}
             self._put(table)
-            footer = {"text/markdown": folded_footer(completion), "text/plain": f"[{completion.footer()}]"}
+            parts = [folded_steps(completion.steps), folded_footer(completion)]
+            footer = {"text/markdown": "\n\n".join(filter(None, parts)), "text/plain": f"[{completion.footer()}]"}
             self._put(footer, place=1)
             self._offer_copying(completion)
 

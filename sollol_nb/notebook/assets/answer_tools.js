@@ -81,7 +81,7 @@ function copyButton(what, read) {
       await toClipboard(read());
       show("done", "Copied", `Copied ${what}`);
     } catch {
-      show("copy", "Not copied", "The browser does not allow to copy; select the text instead");
+      show("copy", "Not copied", "The browser does not allow copying; select the text instead");
     }
     setTimeout(begin, DONE_MS);
   });

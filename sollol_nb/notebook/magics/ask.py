@@ -117,8 +117,8 @@ class AskMagics(Magics):
 
         With `--tools f,g` the model may call these Python functions: type hints and docstrings tell it what they
         do. They run in this kernel, each call is shown as a fold, the stop button ends them, and `.steps` of the
-        answer has all calls. `--confirm` asks before each one. Models whose chat template does not use tools
-        refuse.
+        answer has all calls. `--confirm` asks before each one. A model whose chat template takes no tools
+        is refused.
 
         Example::
 

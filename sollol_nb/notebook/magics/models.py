@@ -62,7 +62,8 @@ class ModelMagics(Magics):
         router = session.router()
         frame = router.models()
         if router.gateway is None:
-            print(*found_files().notes, sep="\n", end="\n" if found_files().notes else "")
+            for note in found_files().notes:
+                print(note)
         if not arguments.all:
             frame = frame[(frame["where"] != "") | (frame["running"] != "")]
         text = words[0] if words else ""

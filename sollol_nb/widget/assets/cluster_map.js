@@ -226,7 +226,7 @@ class View {
     this.nodes = new Table(root, "Ollama nodes", ["Ollama node", "State", "Round trip", "Loaded"], nodeRow);
     this.nodes.part.classList.add("sollol-nodes");
     [this.parts.invitations, this.invitations] = part("", "sollol-invitations");
-    const log = { class: "sollol-log", role: "log", "aria-label": "events", tabindex: "0" };
+    const log = { class: "sollol-log", role: "group", "aria-label": "events", tabindex: "0" };
     const [eventPart, events] = part("Events", "sollol-events", log);
     this.parts.events = eventPart;
     this.events = new Rows(events, eventLine);
@@ -264,7 +264,7 @@ class View {
     const body = element("div", { class: "sollol-problem-text" }, element("span", {}, described(text)));
     const buttons = element("div", { class: "sollol-buttons" });
     if (action && this.send) {
-      buttons.append(this.button(action.label, text, command, { fix: key }, "sollol-main"));
+      buttons.append(this.button(action.label, text, command.startsWith("%") ? command : "", { fix: key }, "sollol-main"));
       if (action.name === "replan") buttons.append(this.button("Compare", text, "", { compare: key }));
     }
     if (command && !(action && this.send && command.startsWith("%"))) { // else the button does it
