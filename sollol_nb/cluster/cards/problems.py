@@ -93,7 +93,8 @@ def _of_worker(worker: WorkerStatus) -> Problem:
         host, port = parse_endpoint(worker.endpoint, 0)
         text = f"{worker.label} does not answer: nothing listens there; start a worker there"
         return Problem(text, f"ggml-rpc-server -H {host} -p {port}", remove, "bad", key)
-    return _with_action(f"{text}; or remove it", remove, "bad", key)
+    instead = ", or remove it" if "; " in text else "; repair or remove it"
+    return _with_action(f"{text}{instead}", remove, "bad", key)
 
 
 def _of_nodes(nodes: Sequence[NodeStatus]) -> Iterator[Problem]:
