@@ -26,7 +26,7 @@ from sollol_nb.chat.chunk import DROPPED
 from sollol_nb.chat.completion import Completion
 from sollol_nb.chat.context_window import turn_starts
 from sollol_nb.chat.messages import check_messages
-from sollol_nb.chat.tool_steps import messages_of
+from sollol_nb.chat.tool_steps import call_text, messages_of
 from sollol_nb.errors import ChatBusyError, ConfigError
 from sollol_nb.text.safe_markdown import printable
 from sollol_nb.text.short_names import short_name
@@ -34,6 +34,7 @@ from sollol_nb.text.tables import counted
 
 FILE_FORMAT = "sollol_nb chat"
 FILE_VERSION = 1
+CALL_CHARS = 300
 
 _NAME = re.compile(r"\w[\w.-]{0,63}")
 _ENDED_EARLY = {"length": "stopped at max_tokens", "cancelled": "stopped", "error": "interrupted"}
@@ -77,7 +78,8 @@ class ChatMessage:
         """The content as text, with a mark for each image and each call of a tool."""
         content = self.message.get("content") or ""
         parts = [content] if isinstance(content, str) else [str(part.get("text") or "[media]") for part in content]
-        parts += [f"[calls {call['function']['name']}]" for call in self.message.get("tool_calls") or ()]
+        calls = [call["function"] for call in self.message.get("tool_calls") or ()]
+        parts += [f"[calls {call_text(call['name'], call.get('arguments') or {}, CALL_CHARS)}]" for call in calls]
         parts += ["[image]"] * len(self.message.get("images") or ())
         return "\n".join(filter(None, parts))
 
@@ -88,7 +90,8 @@ class ChatMessage:
             return conversation_view.answer_markdown(short_name(self.model), ended, self.text, thinking)
         if self.role == "user":
             return conversation_view.question_markdown(self.text)
-        label = "result of a tool" if self.role == "tool" else f"{self.role} message"
+        tool = self.message.get("tool_name") or "a tool"
+        label = f"result of {tool}" if self.role == "tool" else f"{self.role} message"
         return conversation_view.folded_message(label, self.text)
 
     def as_dict(self) -> dict[str, Any]:

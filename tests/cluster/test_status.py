@@ -153,7 +153,10 @@ def test_empty_cluster_says_so_and_what_to_do_next() -> None:
         (
             worker(1, "incompatible", "speaks RPC protocol 3.6.1"),
             "✕ incompatible",
-            ["10.0.0.1:50052: speaks RPC protocol 3.6.1; repair or remove it", "%sollol_cluster remove 10.0.0.1:50052"],
+            [
+                "10.0.0.1:50052: speaks RPC protocol 3.6.1; repair or remove it",
+                "%sollol_cluster remove 10.0.0.1:50052",
+            ],
         ),
         (worker(1, "down", "has not been checked yet", probe=None), "✕ down", ["has not been checked yet"]),
         (worker(1, "held", "held by the coordinator of a", probe=None, held_by="a"), "◐ held", ["held by a"]),
