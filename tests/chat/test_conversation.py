@@ -216,14 +216,15 @@ def test_answers_are_shown_as_markdown_and_questions_line_by_line() -> None:
 
 
 def test_long_questions_and_what_systems_and_tools_say_are_folded_and_lose_nothing() -> None:
-    messages = [{"role": "system", "content": "Be brief."}, user("word " * 1000), assistant("", tool_calls=[CALL])]
+    call = {"function": {"name": "now", "arguments": {"zone": "UTC"}}}
+    messages = [{"role": "system", "content": "Be brief."}, user("word " * 1000), assistant("", tool_calls=[call])]
     chat = Chat.from_messages(
         [*messages, {"role": "tool", "tool_name": "clock", "content": "noon"}, assistant("term " * 1000)]
     )
     shown = chat._repr_mimebundle_()
     folds = re.findall(r"<details><summary>(?:<small>)?([^<]{,17})", shown["text/markdown"])
     assert folds == ["system message (9", "word word word wo", "result of clock ("]
-    for text in ("Be brief.", "word " * 1000, "[calls now(zone=", "noon", "term " * 1000):
+    for text in ("Be brief.", "word " * 1000, '[calls now(zone="UTC")]', "noon", "term " * 1000):
         assert text in shown["text/markdown"]
     assert "more characters" in shown["text/plain"]
     assert len(shown["text/plain"]) < 2000
