@@ -66,7 +66,11 @@ def router(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OLLAMA_MODELS", str(server.models_folder))
         with HybridRouter(
-            OllamaPool([server.base_url]), auto_setup_rpc=True, auto_discover_rpc=False, num_rpc_backends=1
+            OllamaPool([server.base_url]),
+            auto_setup_rpc=True,
+            auto_discover_rpc=False,
+            num_rpc_backends=1,
+            rpc_port=51272,  # its worker outlives it, and other tests want the usual port
         ) as own:
             yield own
 
