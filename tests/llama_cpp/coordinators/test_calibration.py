@@ -103,7 +103,7 @@ def test_figures_of_workers_differ_as_the_workers_do(engine: Engine) -> None:
             assert {endpoint: statuses[endpoint].calibration for endpoint in endpoints} == {
                 endpoint: found[endpoint] for endpoint in endpoints
             }
-            assert found[direct].describe() in (await router.status())._repr_html_(), "in the tooltip of its worker"
+            assert found[direct].describe() in (await router.status())._repr_html_(), "in its tooltip"
         async with known(direct) as router:  # which has measured no token
             await router.preload("demo:sharded")
             assert router.coordinator is not None
