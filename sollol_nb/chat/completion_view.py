@@ -130,8 +130,8 @@ _FETCH_NOTHING = (
     "img-src data:; font-src data:; base-uri 'none'; form-action 'none'\">"
     '<meta http-equiv="x-dns-prefetch-control" content="off">'
 )
-# The policy does not stop a link from looking up the name of a host, or from connecting to it, which would tell
-# the host what is in its name; a page in the page could have such links.
+# The policy does not stop a link from looking up the name of a host, or from connecting to it, which gives
+# the host what is in its name. A page in the page could have such links.
 _CONNECTS = re.compile(r"<(?=link|iframe)", re.IGNORECASE)
 
 

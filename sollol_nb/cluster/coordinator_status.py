@@ -108,7 +108,7 @@ class CoordinatorStatus:
     tokens, "" if it does not. `advice` says what a better layout would bring, "" where none is known;
     `advised_layout` has its units of each worker, in the order of its layers. `standby` is the state of one that
     is a standby of the same model (`starting` or `ready`), which answers nobody; "" for others. `bytes_sent` is
-    what its workers got when it was loaded, None where not known; `sent` also tells how much was cached there.
+    what its workers got when it was loaded, None where not known; `sent` adds how much was cached there.
     """
 
     model: str

@@ -33,7 +33,7 @@ ROLES: Mapping[str, Role] = {
 }
 """Of the state of a worker or node; of others `bad`."""
 WORDS = {"unknown": "not checked yet", NodeState.ABSENT: "down", NodeState.COOLING: "failed"}
-"""States that people read in other words."""
+"""States that the views name differently."""
 
 
 def role_of(state: str) -> Role:

@@ -83,7 +83,7 @@ class HubModel:
     """The files that make up a model.
 
     Attributes:
-        quant: its quantization as the files' names have it; else what tells it from the others.
+        quant: its quantization as the files' names have it; else the part of the name in which it differs.
         parts: the file, or all parts of a split one in their order.
         projector: the file that lets the model read images; None without one.
     """
