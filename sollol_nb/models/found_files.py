@@ -2,7 +2,7 @@
 
 Searched are the folders of the setting `model_dirs`, LM Studio's, llama.cpp's cache, and that of the Hugging Face
 Hub. A file of the Hub's cache is called as for Ollama (`hf.co/user/repo:quant`), any other by its own name without
-folders and `.gguf`; files with the same name get as many of their folders as they need to differ. A name of Ollama or
+folders and `.gguf`; files with the same name get as many of their folders as needed. A name of Ollama or
 of the settings always comes first.
 
 The search is bounded in depth, files and time, and takes no file apart. What it could not see is a note.
