@@ -92,10 +92,12 @@ class Repository:
 
     def check_disk(self, model: HubModel) -> None:
         """Raise ModelPullError if the disk has no room for what is missing."""
-        missing = sum(file.size_bytes for file in model.files if self._existing(file) is None)
-        for file in model.files:
-            with contextlib.suppress(OSError):
-                missing -= self._partial(file).stat().st_size
+        # A part that is larger than its file is emptied first, which frees at least as much as the file needs.
+        missing = sum(
+            max(0, file.size_bytes - self._partial_bytes(file))
+            for file in model.files
+            if self._existing(file) is None
+        )
         folder = next(each for each in (self.cache.absolute(), *self.cache.absolute().parents) if each.exists())
         free = shutil.disk_usage(folder).free
         if missing > 0 and free < missing + MIN_FREE_BYTES:
@@ -153,9 +155,11 @@ class Repository:
     def _download(self, file: HubFile, bar: tqdm[Any]) -> None:
         partial = self._partial(file)
         partial.parent.mkdir(parents=True, exist_ok=True)
-        kept_bytes = partial.stat().st_size if partial.exists() else 0
+        kept_bytes = self._partial_bytes(file)
+        if kept_bytes > file.size_bytes:  # no beginning of this file: it is downloaded from its first byte
+            kept_bytes = 0
         while True:
-            bar.update(min(kept_bytes, file.size_bytes))
+            bar.update(kept_bytes)
             try:
                 digest = download(
                     self._url(file),
@@ -192,6 +196,13 @@ class Repository:
 
     def _partial(self, file: HubFile) -> Path:
         return self.folder / "blobs" / f"{file.digest}.incomplete"
+
+    def _partial_bytes(self, file: HubFile) -> int:
+        """The size of what an earlier attempt has left of a file."""
+        try:
+            return self._partial(file).stat().st_size
+        except OSError:
+            return 0
 
     def _url(self, file: HubFile) -> str:
         url: str = self._client.hf_hub_url(self.name, file.name, revision=self.commit, endpoint=self.endpoint)

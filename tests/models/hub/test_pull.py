@@ -152,6 +152,18 @@ def test_a_damaged_part_of_an_earlier_attempt_is_brought_again(hub: Hub) -> None
     assert pull("hf.co/user/Tiny-GGUF").path.read_bytes() == DEMO
 
 
+def test_a_part_that_is_larger_than_its_file_is_brought_from_the_beginning(
+    hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    partial = partial_path(hub)
+    partial.parent.mkdir(parents=True)
+    partial.write_bytes(DEMO + b"more")
+    assert pull("hf.co/user/Tiny-GGUF").path.read_bytes() == DEMO
+    assert hub.ranges() == [f"bytes=0-{len(DEMO) - 1}"]
+    assert partial_files() == []
+    assert "tiny Q4_K_M: 100%" in capsys.readouterr().err.split("\r")[-1], "nothing is counted twice"
+
+
 def test_a_file_that_was_damaged_in_the_cache_is_brought_again(hub: Hub) -> None:
     path = pull("hf.co/user/Tiny-GGUF").path
     path.write_bytes(DEMO[:-100] + bytes(100))
@@ -195,6 +207,24 @@ def test_nothing_is_loaded_if_the_disk_is_too_small(hub: Hub, monkeypatch: pytes
         caught.value
     )
     assert "set HF_HOME" in str(caught.value)
+    assert hub.sent_bytes == 0
+
+
+@pytest.mark.parametrize("is_complete", [False, True])
+def test_what_is_left_of_one_file_makes_no_room_for_another(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, home: Path, is_complete: bool
+) -> None:
+    """Neither a part that is larger than its file, nor one beside the complete file."""
+    projector = b"GGUF" * 1000
+    hub.repos["user/eyes"] = Repo({"eyes-Q4_K_M.gguf": DEMO, "mmproj-eyes.gguf": projector})
+    blobs = config.hub_cache() / "models--user--eyes" / "blobs"
+    blobs.mkdir(parents=True)
+    (blobs / f"{digest(projector)}.incomplete").write_bytes(DEMO)
+    if is_complete:
+        (blobs / digest(projector)).write_bytes(projector)
+    monkeypatch.setattr(repository, "MIN_FREE_BYTES", shutil.disk_usage(home).total)
+    with pytest.raises(ModelPullError, match=r"needs 5\.53 MB more in "):
+        pull("hf.co/user/eyes")
     assert hub.sent_bytes == 0
 
 
