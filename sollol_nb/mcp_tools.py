@@ -64,11 +64,10 @@ def _short_errors(tool: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
 async def sollol_status() -> str:
     """Show the user's cluster of language models: loaded models with their layers, RPC workers, Ollama nodes, and
     what needs attention. Changes nothing."""
-    from sollol_nb.cli.status import problems, user_cluster, without_problems
+    from sollol_nb.cli.status import user_cluster, verdict
 
     cluster = await user_cluster()
-    lines = [f"attention: {line}" for line in problems(cluster)] or [without_problems(cluster)]
-    return _bounded("\n".join([*lines, cluster.describe()]))
+    return _bounded(f"{cluster.describe()}\n{verdict(cluster)}")
 
 
 @_short_errors

@@ -68,17 +68,18 @@ def ps(arguments: argparse.Namespace) -> int:
 
 def status(arguments: argparse.Namespace) -> int:
     """Show workers, layers and Ollama nodes. Exit code 0: all is well; 3: something needs attention."""
-    from sollol_nb.cli.status import problems, user_cluster, without_problems
+    from sollol_nb.cli.status import user_cluster, verdict
     from sollol_nb.runtime.io_loop import run_blocking
 
     cluster = run_blocking(user_cluster())
-    lines = problems(cluster)
     if arguments.json:
-        print(json.dumps({**asdict(cluster), "troubles": lines}, indent=1, default=_as_json))
+        plain = {**asdict(cluster), "troubles": cluster.problems}
+        del plain["live"]
+        print(json.dumps(plain, indent=1, default=_as_json))
     else:
         print(cluster.describe(verbose=arguments.verbose))
-        print("\n".join(f"attention: {line}" for line in lines) if lines else without_problems(cluster))
-    return EXIT_ATTENTION if lines else EXIT_OK
+        print(verdict(cluster))
+    return EXIT_ATTENTION if cluster.problems else EXIT_OK
 
 
 def _as_json(value: Any) -> Any:

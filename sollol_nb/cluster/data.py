@@ -36,15 +36,14 @@ from sollol_nb.ollama.nodes import NodeStatus
 from sollol_nb.runtime.events import Event
 
 
-def cluster_data(status: ClusterStatus, live: LiveFigures, own: Iterable[str]) -> dict[str, Any]:
+def cluster_data(status: ClusterStatus, own: Iterable[str]) -> dict[str, Any]:
     """The state as plain data.
 
     Args:
         status: the cluster now.
-        live: what events have reported.
         own: URLs of this router's coordinators; the others belong to other kernels and cannot be controlled.
     """
-    own = set(own)
+    own, live = set(own), status.live
     backends: list[CoordinatorStatus | NodeStatus] = [*status.coordinators, *status.nodes]
     return {
         "workers": {worker.endpoint: _worker(n, worker, live) for n, worker in enumerate(status.workers)},
@@ -61,7 +60,7 @@ def cluster_data(status: ClusterStatus, live: LiveFigures, own: Iterable[str]) -
             "total": live.requests.total,
             "failed": live.requests.failed,
         },
-        "cards": as_data(cards_of(status, live=live, own=own)),
+        "cards": as_data(cards_of(status, own=own)),
     }
 
 
@@ -91,16 +90,6 @@ def patched(before: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, An
         else:
             after[key] = value
     return after
-
-
-def describe_answer(figures: Mapping[str, Any]) -> str | None:
-    """Speed and delay of a finished answer, from its event's data; None if the event has neither."""
-    known = []
-    if figures.get("tokens_per_s"):
-        known.append(f"{figures['tokens_per_s']:.3g} tokens/s")
-    if figures.get("ttft_ms") is not None:
-        known.append(f"first token after {_format_ms(figures['ttft_ms'])}")
-    return ", ".join(known) or None
 
 
 def _worker(number: int, worker: WorkerStatus, live: LiveFigures) -> dict[str, Any]:
@@ -166,11 +155,6 @@ def _node(number: int, node: NodeStatus, live: LiveFigures) -> dict[str, Any]:
 def _event(event: Event) -> dict[str, str]:
     at = time.strftime("%H:%M:%S", time.localtime(event.at))
     return {"at": at, "kind": event.kind, "message": event.message}
-
-
-def _format_ms(ms: float) -> str:
-    """`34.2 ms`, or seconds from 1000 ms on."""
-    return f"{ms:.3g} ms" if ms < 999.5 else f"{ms / 1000:.3g} s"
 
 
 def _digits(number: float | None, digits: int) -> float | None:

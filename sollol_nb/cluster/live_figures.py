@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from sollol_nb.runtime.events import Event, EventKind
 
+ROUND_TRIPS_KEPT = 20
+EVENTS_KEPT = 30
 MEMORY_STEPS = 50
 """Free memory is rounded down to a multiple of 1/50 of the total: a step is visible, less is noise."""
+
+_NOT_LOGGED = (
+    EventKind.REQUEST_STARTED,
+    EventKind.REQUEST_FINISHED,
+    EventKind.ENGINE_BUILDING,
+    EventKind.COORDINATOR_LOADING,
+    EventKind.LINK_CONNECTING,
+    EventKind.PROBE_DONE,
+    EventKind.WORKER_CALIBRATING,
+)
+"""Kinds that are shown as numbers, not in the event log."""
+_LOAD_ENDED = (EventKind.COORDINATOR_READY, EventKind.COORDINATOR_ADOPTED, EventKind.COORDINATOR_FAILED)
 
 
 @dataclass(slots=True)
@@ -48,10 +64,79 @@ class LiveFigures:
         events: by number, the oldest first.
     """
 
-    requests: RequestCounts
+    requests: RequestCounts = field(default_factory=RequestCounts)
     round_trips_ms: dict[str, dict[int, float]] = field(default_factory=dict)
     free_bytes: dict[str, int] = field(default_factory=dict)
     last_error: dict[str, str] = field(default_factory=dict)
     last_answer: dict[str, str] = field(default_factory=dict)
     starting: dict[str, tuple[str, float | None]] = field(default_factory=dict)
     events: dict[int, Event] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, events: Iterable[Event]) -> LiveFigures:
+        """What these events have reported, the oldest first."""
+        figures = cls()
+        for number, event in enumerate(events):
+            figures.record(number, event)
+        return figures
+
+    def record(self, number: int, event: Event) -> None:
+        """Add what an event reports; `number` is higher than those of the events before."""
+        match event.kind:
+            case EventKind.PROBE_DONE:
+                if event.data.get("round_trip_ms") is not None:
+                    self.record_round_trip(event.subject, number, event.data["round_trip_ms"])
+            case EventKind.WORKER_LOST:
+                self.last_error[event.subject] = event.message
+            case EventKind.WORKER_REMOVED | EventKind.WORKER_STOPPED:
+                self.last_error.pop(event.subject, None)
+                self.round_trips_ms.pop(event.subject, None)
+                self.free_bytes.pop(event.subject, None)
+            case EventKind.COORDINATOR_STARTING | EventKind.COORDINATOR_LOADING:
+                self.starting[event.subject] = (event.message, event.data.get("share"))
+            case EventKind.REQUEST_FINISHED:
+                if event.data.get("place") and (description := describe_answer(event.data)):
+                    self.last_answer[event.data["place"]] = description
+        if event.kind in _LOAD_ENDED:
+            self.starting.pop(event.subject, None)
+        if event.kind not in _NOT_LOGGED:
+            self.events[number] = event
+            _keep_last(self.events, EVENTS_KEPT)
+
+    def record_round_trip(self, name: str, number: int, round_trip_ms: float) -> None:
+        """Add the result of a probe of a worker or Ollama node."""
+        round_trips_ms = self.round_trips_ms.setdefault(name, {})
+        round_trips_ms[number] = round_trip_ms
+        _keep_last(round_trips_ms, ROUND_TRIPS_KEPT)
+
+    def copy(self) -> LiveFigures:
+        """As they are now. Any thread may copy them while events are recorded."""
+        return LiveFigures(
+            replace(self.requests),
+            {name: round_trips_ms.copy() for name, round_trips_ms in self.round_trips_ms.copy().items()},
+            self.free_bytes.copy(),
+            self.last_error.copy(),
+            self.last_answer.copy(),
+            self.starting.copy(),
+            self.events.copy(),
+        )
+
+
+def describe_answer(figures: Mapping[str, Any]) -> str | None:
+    """Speed and delay of a finished answer, from its event's data; None if the event has neither."""
+    known = []
+    if figures.get("tokens_per_s"):
+        known.append(f"{figures['tokens_per_s']:.3g} tokens/s")
+    if figures.get("ttft_ms") is not None:
+        known.append(f"first token after {_format_ms(figures['ttft_ms'])}")
+    return ", ".join(known) or None
+
+
+def _format_ms(ms: float) -> str:
+    """`34.2 ms`, or seconds from 1000 ms on."""
+    return f"{ms:.3g} ms" if ms < 999.5 else f"{ms / 1000:.3g} s"
+
+
+def _keep_last(numbered: dict[int, Any], count: int) -> None:
+    while len(numbered) > count:
+        del numbered[next(iter(numbered))]

@@ -18,10 +18,11 @@ import contextlib
 import itertools
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 from sollol_nb.cluster.coordinator_status import CoordinatorStatus
-from sollol_nb.cluster.data import cluster_data, describe_answer, patch_between
+from sollol_nb.cluster.data import cluster_data, patch_between
 from sollol_nb.cluster.live_figures import LiveFigures, RequestCounts
 from sollol_nb.cluster.status import ClusterStatus
 from sollol_nb.llama_cpp.coordinators.coordinator import Coordinator
@@ -38,20 +39,7 @@ PROBES_PER_S = 10
 PROBES_TOGETHER = 5
 PROBE_TIMEOUT_S = 1.0
 OTHERS_EVERY_S = 10.0
-ROUND_TRIPS_KEPT = 20
-EVENTS_KEPT = 30
 
-_NOT_LOGGED = (
-    EventKind.REQUEST_STARTED,
-    EventKind.REQUEST_FINISHED,
-    EventKind.ENGINE_BUILDING,
-    EventKind.COORDINATOR_LOADING,
-    EventKind.LINK_CONNECTING,
-    EventKind.PROBE_DONE,
-    EventKind.WORKER_CALIBRATING,
-)
-"""Kinds that are shown as numbers, not in the event log."""
-_LOAD_ENDED = (EventKind.COORDINATOR_READY, EventKind.COORDINATOR_ADOPTED, EventKind.COORDINATOR_FAILED)
 _HELD_WORKERS_CHANGED = (
     EventKind.COORDINATOR_READY,
     EventKind.COORDINATOR_ADOPTED,
@@ -173,7 +161,7 @@ class ClusterState:
         return self._data
 
     def status(self) -> ClusterStatus:
-        """Workers, coordinators and nodes as known now; sends no request to them."""
+        """Workers, coordinators, nodes and events as known now; sends no request to them."""
         standbys = self._coordinators.standbys
         statuses = [
             CoordinatorStatus.of(
@@ -195,7 +183,9 @@ class ClusterState:
         ]
         nodes = tuple(node for node in self._ollama.nodes if not node.is_only_looked_for)
         workers = [*self._workers.statuses(), *self._workers.held_by_others()]
-        return ClusterStatus(tuple(workers), tuple(statuses), nodes, self._workers.invitations)
+        live = self._live.copy() if self.is_watched else LiveFigures.of(self._events.recent())
+        live.requests = replace(self._requests)
+        return ClusterStatus(tuple(workers), tuple(statuses), nodes, self._workers.invitations, live)
 
     # --- patches ----------------------------------------------------------------------------------
 
@@ -242,7 +232,7 @@ class ClusterState:
 
     def _send_changes(self) -> None:
         own = [coordinator.base_url for coordinator in self._coordinators.coordinators]
-        after = cluster_data(self.status(), self._live, own)
+        after = cluster_data(self.status(), own)
         patch = patch_between(self._data, after)
         self._data = after
         if patch:
@@ -295,45 +285,15 @@ class ClusterState:
     def _record_nodes(self) -> None:
         for node in self._ollama.nodes:
             if node.round_trip_ms is not None:
-                self._record_round_trip(node.url, next(self._numbers), node.round_trip_ms)
-
-    def _record_round_trip(self, name: str, number: int, round_trip_ms: float) -> None:
-        round_trips_ms = self._live.round_trips_ms.setdefault(name, {})
-        round_trips_ms[number] = round_trip_ms
-        _keep_last(round_trips_ms, ROUND_TRIPS_KEPT)
+                self._live.record_round_trip(node.url, next(self._numbers), node.round_trip_ms)
 
     # --- events -----------------------------------------------------------------------------------
 
     def _record(self, event: Event) -> None:
-        live, number = self._live, next(self._numbers)
-        match event.kind:
-            case EventKind.PROBE_DONE:
-                if event.data.get("round_trip_ms") is not None:
-                    self._record_round_trip(event.subject, number, event.data["round_trip_ms"])
-            case EventKind.WORKER_LOST:
-                live.last_error[event.subject] = event.message
-            case EventKind.WORKER_REMOVED | EventKind.WORKER_STOPPED:
-                live.last_error.pop(event.subject, None)
-                live.round_trips_ms.pop(event.subject, None)
-                live.free_bytes.pop(event.subject, None)
-            case EventKind.COORDINATOR_STARTING | EventKind.COORDINATOR_LOADING:
-                live.starting[event.subject] = (event.message, event.data.get("share"))
-            case EventKind.REQUEST_FINISHED:
-                if event.data.get("place") and (description := describe_answer(event.data)):
-                    live.last_answer[event.data["place"]] = description
-        if event.kind in _LOAD_ENDED:
-            live.starting.pop(event.subject, None)
+        self._live.record(next(self._numbers), event)
         if event.kind in _HELD_WORKERS_CHANGED:
             self._probe_now.set()
-        if event.kind not in _NOT_LOGGED:
-            live.events[number] = event
-            _keep_last(live.events, EVENTS_KEPT)
 
 
 def _no_listener(_: Mapping[str, Any]) -> None:
     """A listener for a single read of the state."""
-
-
-def _keep_last(numbered: dict[int, Any], count: int) -> None:
-    while len(numbered) > count:
-        del numbered[next(iter(numbered))]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sollol_nb.cluster.cards.cards import cards_of
 from sollol_nb.cluster.cards.views import as_html, as_text
 from sollol_nb.cluster.coordinator_status import CoordinatorStatus
+from sollol_nb.cluster.live_figures import LiveFigures
 from sollol_nb.llama_cpp.links.memberships import OpenInvitation
 from sollol_nb.llama_cpp.workers.status import WorkerStatus
 from sollol_nb.ollama.nodes import NodeStatus
@@ -15,15 +16,25 @@ from sollol_nb.text.tables import format_bytes
 
 @dataclass(frozen=True, slots=True)
 class ClusterStatus:
-    """All workers, coordinators and Ollama nodes of a router at one moment."""
+    """All workers, coordinators and Ollama nodes of a router at one moment.
+
+    Attributes:
+        live: what events have reported; a gateway sends its events by themselves.
+    """
 
     workers: tuple[WorkerStatus, ...]
     coordinators: tuple[CoordinatorStatus, ...]
     nodes: tuple[NodeStatus, ...] = ()
     invitations: tuple[OpenInvitation, ...] = ()
+    live: LiveFigures = field(default_factory=LiveFigures, compare=False, metadata={"sent": False})
 
     def __str__(self) -> str:
         return self.describe()
+
+    @property
+    def problems(self) -> list[str]:
+        """What needs attention, one line each, the worst first."""
+        return [problem.text for problem in cards_of(self).problems if problem.role != "idle"]
 
     def describe(self, *, verbose: bool = False) -> str:
         """As text.
@@ -50,18 +61,3 @@ def describe_worker(worker: WorkerStatus) -> str:
     holder = f"{worker.detail}; " if worker.held_by else ""
     speed = f"; calibrated: {worker.calibration.describe()}" if worker.calibration else ""
     return f"{holder}{free}, {probe.round_trip_ms:.2f} ms, RPC {version}{speed}"
-
-
-def describe_node(node: NodeStatus) -> str:
-    """What an Ollama node has loaded and does, or what is wrong with it and what to do."""
-    if node.state == "ready":
-        loaded = ", ".join(node.loaded_models) or "nothing"
-        size = f" ({format_bytes(node.loaded_bytes)})" if node.loaded_bytes else ""
-        speed = "" if node.ms_per_token is None else f", {node.ms_per_token:.3g} ms per token"
-        return f"{loaded} loaded{size}, {node.running}/{node.slots} slots busy, {node.waiting} waiting{speed}"
-    if node.state == "unknown":
-        return "not checked yet"
-    what_to_do = (
-        "start it there with: ollama serve" if node.state == "absent" else "it will be tried again automatically"
-    )
-    return f"{node.last_error}; {what_to_do}" if node.last_error else what_to_do

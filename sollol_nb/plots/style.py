@@ -119,7 +119,7 @@ def scale(ax: Axes, which: str, values: np.ndarray[Any, np.dtype[np.float64]]) -
     """A linear axis from 0, or a logarithmic one where positive values differ by more than a factor of 20."""
     axis: Axis = getattr(ax, f"{which}axis")
     positive = values[values > 0]
-    low, high = (float(positive.min()), float(positive.max())) if len(positive) else (1.0, 1.0)
+    low, high = (float(np.min(positive)), float(np.max(positive))) if len(positive) else (1.0, 1.0)
     set_limits = getattr(ax, f"set_{which}lim")
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
     if high / low <= LOG_FROM_RATIO:

@@ -7,7 +7,7 @@ import gc
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +15,7 @@ import psutil
 import pytest
 
 from sollol_nb.cluster import state
-from sollol_nb.cluster.data import describe_answer
-from sollol_nb.cluster.state import EVENTS_KEPT, ROUND_TRIPS_KEPT
+from sollol_nb.cluster.live_figures import EVENTS_KEPT, ROUND_TRIPS_KEPT, describe_answer
 from sollol_nb.hybrid_router import HybridRouter as AsyncHybridRouter
 from sollol_nb.runtime.events import KEPT_EVENTS, EventKind
 from sollol_nb.runtime.io_loop import run_blocking
@@ -97,6 +96,38 @@ def test_the_state_is_plain_data_without_none() -> None:
     text = json.dumps(state)
     assert "null" not in text
     assert json.loads(text) == state
+
+
+# --- snapshots --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_watched", [False, True])
+def test_a_snapshot_has_the_events_and_the_loads_under_way(is_watched: bool) -> None:
+    cluster = SimulatedCluster(2)
+    with watching(cluster) if is_watched else nullcontext():
+        cluster.events.publish(EventKind.COORDINATOR_FAILED, "small", "small could not be started: no memory")
+        cluster.events.publish(EventKind.COORDINATOR_STARTING, "big", "starting big over 2 workers")
+        eventually(lambda: "big" in cluster.state.status().live.starting, "the events are recorded")
+        status = cluster.state.status()
+
+    assert list(status.live.events.values()) == cluster.events.recent()
+    assert status.problems == ["small could not be started: no memory"]
+    for view in (str(status), status._repr_html_()):
+        assert "loading" in view
+        assert "✕ small could not be started: no memory" in view
+        assert "starting big over 2 workers" in view
+
+
+def test_a_snapshot_stays_as_it_is() -> None:
+    cluster = SimulatedCluster(1)
+    with watching(cluster) as watcher:
+        before = cluster.state.status()
+        cluster.change_worker(0, "down", "gone", EventKind.WORKER_LOST)
+        eventually(is_down(watcher, 0), "the loss is sent")
+        after = cluster.state.status()
+
+    assert (before.live.events, before.live.last_error) == ({}, {})
+    assert after.live.last_error == {endpoint(0): "gone"}
 
 
 # --- patches ----------------------------------------------------------------------------------

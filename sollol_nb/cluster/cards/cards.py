@@ -1,8 +1,7 @@
-"""A whole cluster as cards, from its status and what events reported."""
+"""A whole cluster as cards, from its status."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Sequence
 from typing import Protocol
 
@@ -34,22 +33,17 @@ class Snapshot(Protocol):
     @property
     def invitations(self) -> Sequence[OpenInvitation]: ...
 
+    @property
+    def live(self) -> LiveFigures: ...
 
-def cards_of(
-    status: Snapshot,
-    *,
-    now: float | None = None,
-    live: LiveFigures | None = None,
-    own: Collection[str] | None = None,
-) -> ClusterCards:
+
+def cards_of(status: Snapshot, *, own: Collection[str] | None = None) -> ClusterCards:
     """The cards of a cluster.
 
     Args:
-        now: `time.time()`, to which times of events are relative.
-        live: what events reported; nothing by default.
         own: URLs of this router's coordinators; by default all of them.
     """
-    now, live = time.time() if now is None else now, live or LiveFigures(RequestCounts())
+    live = status.live
     workers, folds = worker_rows(status.workers, live)
     nodes = tuple(node_row(node, live) for node in status.nodes)
     return ClusterCards(
@@ -62,7 +56,7 @@ def cards_of(
         nodes=nodes,
         nodes_summary=summary_of(nodes, "Ollama node"),
         invitations=tuple(map(str, status.invitations)),
-        events=event_lines(live.events, now),
+        events=event_lines(live.events),
     )
 
 

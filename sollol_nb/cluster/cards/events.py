@@ -1,8 +1,7 @@
-"""Events as lines: those of one kind that come one after the other are one line, and times are relative."""
+"""Events as lines: those of one kind that come one after the other are one line."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
@@ -14,7 +13,6 @@ NAMED = 3
 """So many subjects of a group are named."""
 GROUPED_WITHIN_S = 60.0
 """Events that are further apart are not one group."""
-NOW_S = 5.0
 
 ICONS: Mapping[EventKind, tuple[Icon, Role]] = {
     **dict.fromkeys(
@@ -72,27 +70,13 @@ ICONS: Mapping[EventKind, tuple[Icon, Role]] = {
 """The symbol and the colour of a kind; of others `info` and `idle`."""
 
 
-def event_lines(events: Mapping[int, Event], now: float) -> tuple[EventLine, ...]:
+def event_lines(events: Mapping[int, Event]) -> tuple[EventLine, ...]:
     """Numbered events, the oldest first, as lines, the newest first."""
     lines = []
     for _, group in groupby(_groups(events.items()), key=lambda item: item[0]):
         numbered = [item[1] for item in group]
-        lines.append(_line(numbered[0][0], [event for _, event in numbered], now))
+        lines.append(_line(numbered[0][0], [event for _, event in numbered]))
     return tuple(reversed(lines))
-
-
-def relative_time(at: float, now: float) -> str:
-    """`now`, `12 s ago`, `3 min ago`, then the time of day, and the date from the next day on."""
-    passed_s = max(0.0, now - at)
-    if passed_s < NOW_S:
-        return "now"
-    if passed_s < 60:
-        return f"{passed_s:.0f} s ago" if passed_s < 59.5 else "1 min ago"
-    if passed_s < 3600:
-        return f"{passed_s // 60:.0f} min ago"
-    then = time.localtime(at)
-    is_today = then[:3] == time.localtime(now)[:3]
-    return time.strftime("%H:%M" if is_today else "%Y-%m-%d %H:%M", then)
 
 
 def _groups(numbered: Iterable[tuple[int, Event]]) -> Iterable[tuple[int, tuple[int, Event]]]:
@@ -128,7 +112,7 @@ def _pattern(event: Event) -> tuple[str, str]:
     return before, after.replace(name, "")
 
 
-def _line(number: int, events: Sequence[Event], now: float) -> EventLine:
+def _line(number: int, events: Sequence[Event]) -> EventLine:
     last = events[-1]
     icon, role = ICONS.get(last.kind, ("info", "idle"))
     if last.data.get("is_named") is False and last.kind == EventKind.NODE_ABSENT:
@@ -140,7 +124,6 @@ def _line(number: int, events: Sequence[Event], now: float) -> EventLine:
         role=role,
         text=_text(events),
         at=last.at,
-        when=relative_time(last.at, now),
         count=len(events),
         messages=tuple(event.message for event in reversed(events)) if len(events) > 1 else (),
     )

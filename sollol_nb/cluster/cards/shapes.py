@@ -186,7 +186,6 @@ class EventLine:
         role: its colour.
         text: what happened, to whom.
         at: `time.time()` of the last one.
-        when: that as `now`, `12 s ago`, `3 min ago`, or a time of day; made when the cards were.
         count: how many events.
         messages: all of their messages where there are several, the newest first.
     """
@@ -197,7 +196,6 @@ class EventLine:
     role: Role
     text: str
     at: float
-    when: str
     count: int = 1
     messages: tuple[str, ...] = ()
 
@@ -242,7 +240,7 @@ def as_data(value: Any) -> Any:
     in `KEYED` are dicts by key, with the position as `n`.
     """
     if is_dataclass(value) and not isinstance(value, type):
-        data = {part.name: as_data(getattr(value, part.name)) for part in fields(value) if part.name != "when"}
+        data = {part.name: as_data(getattr(value, part.name)) for part in fields(value)}
         if isinstance(value, ClusterCards):
             data |= {
                 name: {part.pop("key"): part | {"n": n} for n, part in enumerate(data[name])} for name in KEYED

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sollol_nb.cluster.cards.shapes import ClusterCards, ModelCard, NodeRow, Problem, WorkerRow
+from sollol_nb.cluster.cards.shapes import ClusterCards, EventLine, ModelCard, NodeRow, Problem, WorkerRow
 from sollol_nb.layers.plan import reason_lines
 from sollol_nb.text import palette
 from sollol_nb.text.short_names import fitted_name
@@ -30,6 +31,8 @@ GLYPHS = {
 LABELLED_SHARE, NAMED_SHARE = 0.03, 0.12
 """Narrower segments of a layer bar have no layers, or no name, in them."""
 BAR_CHARS = 20
+LAST_EVENTS = 5
+"""So many lines of events are shown, and earlier ones only on request."""
 NAME_CHARS = 32
 """Of a longer name in a row of the HTML, the middle is left out; its tooltip has all of it."""
 
@@ -41,11 +44,14 @@ def as_html(cards: ClusterCards) -> str:
         .get_template("cluster.html.j2")
         .render(
             cards=cards,
+            clock_time=_clock_time,
+            event_text=_event_text,
             fitted=fitted_name,
             name_chars=NAME_CHARS,
             fills=palette.PILLS["any"],
             glyphs=GLYPHS,
             labelled_share=LABELLED_SHARE,
+            last_events=LAST_EVENTS,
             run_label=run_label,
             marks=palette.MARKS,
             named_share=NAMED_SHARE,
@@ -73,15 +79,27 @@ def as_text(cards: ClusterCards, *, verbose: bool = False) -> str:
     lines += cards.invitations
     if cards.nodes:
         lines += [cards.nodes_summary, *_columns(map(_node_cells, cards.nodes))]
-    for event in cards.events:
-        times = f" ({event.count} times)" if event.count > 1 and event.text == event.messages[0] else ""
-        lines.append(f"{GLYPHS[event.icon]} {event.when:>10}  {event.text}{times}")
+    lines += ["last events"] if cards.events else []
+    for event in cards.events if verbose else cards.events[:LAST_EVENTS]:
+        lines.append(f"  {_clock_time(event)}  {GLYPHS[event.icon]} {_event_text(event)}")
+    if not verbose and len(cards.events) > LAST_EVENTS:
+        lines.append(f"  {len(cards.events) - LAST_EVENTS} earlier (shown with -v)")
     return "\n".join(lines)
 
 
 def run_label(command: str) -> str:
     """What stands before a command of a problem."""
     return "run" if command.startswith("%") else "run in a terminal there"
+
+
+def _clock_time(event: EventLine) -> str:
+    """Who reads a snapshot later does not know to which moment `2 min ago` would refer."""
+    return time.strftime("%H:%M:%S", time.localtime(event.at))
+
+
+def _event_text(event: EventLine) -> str:
+    is_repeated = event.count > 1 and event.text == event.messages[0]
+    return f"{event.text} ({event.count} times)" if is_repeated else event.text
 
 
 def _problem_lines(problems: Iterable[Problem], *, verbose: bool) -> Iterator[str]:

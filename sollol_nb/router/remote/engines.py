@@ -67,7 +67,7 @@ class GatewayEngines:
         self.latency = latency
         self._options = options
         self._feed = GatewayEvents(self._connection, self.events)
-        self.state = GatewayState(self._connection, self._feed.note_known)
+        self.state = GatewayState(self._connection, self._feed.note_known, self.events)
         self.counts: Counter[str] = Counter()
 
     @io_bound

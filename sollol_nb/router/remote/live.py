@@ -11,9 +11,11 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from sollol_nb.cluster.data import patch_between, patched
+from sollol_nb.cluster.live_figures import LiveFigures
 from sollol_nb.cluster.state import Listener
 from sollol_nb.cluster.status import ClusterStatus
 from sollol_nb.errors import GatewayUnavailableError, SollolError
@@ -127,11 +129,16 @@ class GatewayState:
         is_closed: whether its router was closed; the state then stays as it was last sent.
     """
 
-    def __init__(self, connection: GatewayConnection, note_known: Callable[[Any], None]) -> None:
-        """Args: note_known: gets what the gateway reports as known."""
+    def __init__(self, connection: GatewayConnection, note_known: Callable[[Any], None], events: EventBus) -> None:
+        """
+        Args:
+            note_known: gets what the gateway reports as known.
+            events: has the gateway's events.
+        """
         self.is_closed = False
         self._connection = connection
         self._note_known = note_known
+        self._events = events
         self._listeners: list[Listener] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._data: dict[str, Any] = {}
@@ -204,13 +211,13 @@ class GatewayState:
 
     def status(self) -> ClusterStatus:
         """The status as last reported; while somebody watches, a second old at most."""
-        return self._status
+        return replace(self._status, live=LiveFigures.of(self._events.recent()))
 
     async def _ask(self, name: str) -> ClusterStatus:
         data, known = await self._connection.call(name, {})
         self._note_known(known)
         self._status = CALLS[name].result(data)
-        return self._status
+        return self.status()
 
     async def _stop(self) -> None:
         tasks, self._tasks = self._tasks, []

@@ -40,9 +40,13 @@ T = TypeVar("T")
 
 
 def to_plain(value: Any) -> Any:
-    """A value as JSON has it: dataclasses as objects, paths as text, tuples as lists, enums as their values."""
+    """A value as JSON has it: dataclasses as objects, paths as text, tuples as lists, enums as their values.
+
+    Fields of dataclasses whose metadata have `sent` as False are left out.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        fields = [field for field in dataclasses.fields(value) if field.metadata.get("sent", True)]
+        return {field.name: to_plain(getattr(value, field.name)) for field in fields}
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, Mapping):
@@ -123,7 +127,11 @@ def _checked(is_right: bool, data: Any, where: str) -> Any:
 @functools.cache
 def _fields(cls: type) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
+    return {
+        field.name: hints[field.name]
+        for field in dataclasses.fields(cls)
+        if field.init and field.metadata.get("sent", True)
+    }
 
 
 def error_data(error: Exception) -> dict[str, Any]:
