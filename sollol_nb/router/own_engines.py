@@ -217,17 +217,19 @@ class OwnEngines(ClusterControl):
         return await self._coordinators.plan(route) if route.backend == DISTRIBUTED else None
 
     @io_bound
-    async def standby_of(self, model: str | Path, *, backend: str | None = None) -> str:
+    async def standby_of(self, model: str | Path, *, backend: str | None = None, even_if_off: bool = True) -> str:
         """One line about the standby of a model: what it takes, or would take over the workers as last seen, or
         why none is possible. Starts nothing.
 
         Args:
             backend: as for `route_request`.
+            even_if_off: also where the setting `standby` is off; without it, the line is "" there.
 
         Raises:
             ModelError, ConfigError: as for `route`.
         """
-        return await self._coordinators.standbys.describe(await self.route(model, backend=backend))
+        route = await self.route(model, backend=backend)
+        return await self._coordinators.standbys.describe(route, even_if_off=even_if_off)
 
     @io_bound
     async def slots_for(self, model: str | Path, *, backend: str | None = None) -> ModelSlots:

@@ -188,7 +188,7 @@ _TABLE = (
         "router",
         kinds.YES_OR_NO,
         "Whether a second coordinator of a model over workers is kept ready on free workers, so that a death "
-        "costs a switch and not a load; %sollol_route MODEL says what it would take.",
+        "costs a switch and not a load; %sollol_route MODEL -v says what it would take.",
         "SOLLOL_STANDBY",
         default=False,
     ),

@@ -113,6 +113,7 @@ def test_the_route_magic_shows_the_route_its_reason_and_the_plan(notebook: Kerne
         " (a tiny demo model, not a general one)"
     )
     assert plan.startswith("plan: 12 layers over ")
+    assert "standby" not in notebook.run("%sollol_route demo:sharded").stream, "the setting is off"
     assert "demo → local llama-server" in notebook.run("%sollol_route demo").stream
 
 

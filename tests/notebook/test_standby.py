@@ -20,8 +20,11 @@ def test_the_setting_says_what_a_standby_takes_starts_it_and_ends_it(engine: obj
         assert asked.error == []
         url = notebook.run("from sollol_nb.notebook import session\nsession.router().coordinator.base_url").text
 
+        assert "standby" not in notebook.run("%sollol_route demo:sharded").stream
+        foreseen = notebook.run("%sollol_route demo:sharded -v").stream.splitlines()[-1]
         said = notebook.run("%config Sollol.standby = True").stream
         assert said.startswith("a standby of demo:sharded would take ")
+        assert said.strip() == foreseen
         ready = "a standby of demo:sharded is ready: "
         shown = eventually(
             lambda: next(

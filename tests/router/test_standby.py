@@ -386,9 +386,13 @@ def test_the_setting_off_ends_it_and_its_cost_is_said_before(make: Make) -> None
     router = make(workers=4, standby=False)
     ask(router)
     assert standby_of(router) is None
+    assert router.standby_of(MODEL, even_if_off=False) == ""
+    foreseen = router.standby_of(MODEL)
     (cost,) = router.use_standbys(True)
     assert cost.startswith("a standby of demo:sharded would take ")
+    assert cost == foreseen
     assert cost == router.standby_of(MODEL) or "is ready" in router.standby_of(MODEL)
+    assert "a standby of demo:sharded " in router.standby_of(MODEL, even_if_off=False)
     standby = ready_standby(router)
     assert all(endpoint in cost for endpoint in standby.workers)
     (started,) = messages(router, "standby.starting")

@@ -166,8 +166,14 @@ class Standbys:
                 return f"no standby: {kept.missing}" if kept.missing else "a standby is being started"
         return ""
 
-    async def describe(self, route: Route) -> str:
-        """One line: the standby of a route, or what it would take, or why none is possible."""
+    async def describe(self, route: Route, *, even_if_off: bool = True) -> str:
+        """One line: the standby of a route, or what it would take, or why none is possible.
+
+        Args:
+            even_if_off: also where the settings keep none; without it, the line is "" there.
+        """
+        if not even_if_off and not self._starter.settings.standby:
+            return ""
         if route.backend != DISTRIBUTED:
             return f"{route.name} has no standby: it runs over no workers"
         main = self._running.find(route)

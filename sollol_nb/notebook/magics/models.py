@@ -73,14 +73,14 @@ class ModelMagics(Magics):
     @magic_arguments()
     @argument("model", help="model name")
     @argument("--backend", choices=BACKENDS, help="show the route of a request with this --backend")
-    @argument("-v", "--verbose", action="store_true", help="with all reasons of the layer plan")
+    @argument("-v", "--verbose", action="store_true", help="with all reasons of the plan, and a standby")
     @line_magic
     def sollol_route(self, call: magic_line.Call) -> None:
         """Show where a request for a model would go now, and why. Nothing is started.
 
         For a sharded model, this includes its layer plan: that of the running model, or the one that it would get
-        over the workers as last seen. `-v` says which workers are left out, and why. The last line says what a
-        standby takes, or would take (setting `standby`).
+        over the workers as last seen. `-v` says which workers are left out, and why. With the setting `standby`,
+        and with `-v`, the last line says what a standby takes or would take, or why none is possible.
 
         Example::
 
@@ -104,7 +104,9 @@ class ModelMagics(Magics):
             print(f"plan: {plan.describe()}{predicted}")
             for line in reason_lines(plan.reasons, verbose=arguments.verbose):
                 print(line)
-            print(router.standby_of(arguments.model, backend=arguments.backend))
+            standby = router.standby_of(arguments.model, backend=arguments.backend, even_if_off=arguments.verbose)
+            if standby:
+                print(standby)
 
     @magic_line.options_magic()
     @magic_arguments()
