@@ -142,4 +142,7 @@ def _text(events: Sequence[Event]) -> str:
     before, after = _pattern(last)
     if before.endswith("worker "):
         before = before.removesuffix("worker ") + "workers "
+    for one, many in ((" is ", " are "), (" was ", " were ")):
+        if after.startswith(one):
+            after = many + after.removeprefix(one)
     return f"{before}{named}{after}"

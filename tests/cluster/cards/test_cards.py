@@ -287,6 +287,13 @@ def test_events_that_repeat_are_one_line_that_names_their_subjects() -> None:
     assert line.messages[0] == "started worker 127.0.0.1:50053 with 1 thread"
 
 
+@pytest.mark.parametrize(("one", "many"), [("was stopped", "were stopped"), ("is back", "are back")])
+def test_a_line_of_several_subjects_has_a_plural_verb(one: str, many: str) -> None:
+    events = [Event(EventKind.WORKER_STOPPED, name, f"worker {name} {one}", at=NOW) for name in ("a:1", "b:1")]
+
+    assert lines(*events)[0].text == f"workers a:1 and b:1 {many}"
+
+
 @pytest.mark.parametrize(("is_named", "role"), [(True, "bad"), (False, "idle")])
 def test_an_ollama_that_does_not_run_is_an_error_only_if_it_was_named(is_named: bool, role: str) -> None:
     url = "http://127.0.0.1:11434"
