@@ -16,7 +16,7 @@ from sollol_nb.llama_cpp.contexts.store import ContextStore, SavedContext
 from sollol_nb.llama_cpp.coordinators.settings import file_identity
 from sollol_nb.settings import config
 from sollol_nb.text.short_names import short_name
-from sollol_nb.text.tables import counted, format_bytes, shortened
+from sollol_nb.text.tables import counted, format_age, format_bytes, shortened
 
 SHOWN_ID_CHARS = 8
 LEAST_COLUMN_CHARS = 10
@@ -101,7 +101,7 @@ def as_table(rows: Sequence[Listed], width: int | None = None) -> str:
                 short_name(context.model),
                 f"{context.tokens:,}",
                 format_bytes(context.size),
-                _age(time.time() - context.used_at),
+                f"{format_age(time.time() - context.used_at)} ago",
                 context.title,
                 each.why_not or "usable",
             )
@@ -161,10 +161,3 @@ def _why_not(store: ContextStore, context: SavedContext) -> str:
         except (OSError, ValueError):
             return "outdated: its model file is gone"
     return ""
-
-
-def _age(seconds: float) -> str:
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{seconds / size:.0f} {unit} ago"
-    return f"{max(0.0, seconds):.0f} s ago"

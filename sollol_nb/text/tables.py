@@ -90,3 +90,12 @@ def format_ms(duration_ms: float) -> str:
     if duration_ms < 999.5:
         return f"{duration_ms:.{1 if duration_ms < 9.95 else 0}f} ms"
     return f"{duration_ms / 1000:,.{1 if duration_ms < 99_950 else 0}f} s"
+
+
+def format_age(seconds: float) -> str:
+    """An age in the largest unit that leaves at least 1, rounded down: `0 s`, `59 s`, `3 min`, `23 h`, `5 d`."""
+    whole = max(0, int(seconds))
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if whole >= size:
+            return f"{whole // size} {unit}"
+    return f"{whole} s"

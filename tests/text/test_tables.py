@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from sollol_nb.text.tables import compact_number, format_bytes, format_ms, markdown_table, parse_markdown_table
+from sollol_nb.text.tables import (
+    compact_number,
+    format_age,
+    format_bytes,
+    format_ms,
+    markdown_table,
+    parse_markdown_table,
+)
 
 
 @pytest.mark.parametrize(
@@ -70,3 +77,19 @@ def test_bytes_have_the_largest_unit_that_leaves_1_or_more(count: int, text: str
 )
 def test_durations_are_in_seconds_from_one_second_on(duration_ms: float, text: str) -> None:
     assert format_ms(duration_ms) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (-3, "0 s"),
+        (59.9, "59 s"),
+        (60, "1 min"),
+        (3599.9, "59 min"),
+        (3600, "1 h"),
+        (86399, "23 h"),
+        (1e7, "115 d"),
+    ],
+)
+def test_an_age_has_the_largest_unit_and_is_rounded_down(seconds: float, text: str) -> None:
+    assert format_age(seconds) == text

@@ -21,6 +21,7 @@ from sollol_nb.runtime.http_client import one_line
 from sollol_nb.runtime.io_loop import io_bound
 from sollol_nb.settings import config
 from sollol_nb.settings.endpoints import SSH
+from sollol_nb.text.tables import format_age
 
 BY_THE_USER = "stopped by the user"
 SHOWN_NAMES = 10
@@ -246,7 +247,7 @@ def as_table(engines: Sequence[RunningEngine]) -> str:
         if engine.kind == registry.LINK:
             state, detail = engine.connection
             where = f"{state}: {detail}"
-        rows.append((engine.kind, engine.name, str(engine.pid), engine.state, _age(engine.age_s), where))
+        rows.append((engine.kind, engine.name, str(engine.pid), engine.state, format_age(engine.age_s), where))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
@@ -291,10 +292,3 @@ async def _stop(entry: Entry, *, also_used: bool) -> bool:
         return False
     await process.stop(why=BY_THE_USER)
     return True
-
-
-def _age(seconds: float) -> str:
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s"
