@@ -40,10 +40,10 @@ _LATER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class SearchedFolder:
     """A folder that is searched. `name` is how it is shown; `is_named` if the user names it in `model_dirs`."""
 
-    folder: Path
+    path: Path
     name: str
     is_named: bool = False
 
@@ -79,40 +79,43 @@ class FoundFiles:
         return same[0] if len(same) == 1 else None
 
 
-def places() -> list[Place]:
+def searched_folders() -> list[SearchedFolder]:
     """The folders that are searched; they need not exist.
 
     Raises:
         ConfigError: the setting `model_dirs` has an invalid value.
     """
-    named = [Place(folder, str(folder), is_named=True) for folder in config.default("model_dirs")]
-    studio = [Place(folder, LM_STUDIO) for folder in _lm_studio_folders()]
-    caches = [Place(config.llama_cpp_cache(), "llama.cpp"), Place(config.hub_cache(), "Hugging Face cache")]
+    named = [SearchedFolder(folder, str(folder), is_named=True) for folder in config.default("model_dirs")]
+    studio = [SearchedFolder(folder, LM_STUDIO) for folder in _lm_studio_folders()]
+    caches = [
+        SearchedFolder(config.llama_cpp_cache(), "llama.cpp"),
+        SearchedFolder(config.hub_cache(), "Hugging Face cache"),
+    ]
     return [*named, *studio, *caches]
 
 
 def search() -> FoundFiles:
-    """Search now. Errors are those of `places`."""
+    """Search now. Errors are those of `searched_folders`."""
     limits = _Limits()
-    files: dict[tuple[int, int], tuple[float, Path, Place]] = {}
+    files: dict[tuple[int, int], tuple[float, Path, SearchedFolder]] = {}
     notes: list[str] = []
-    for place in places():
-        if not place.folder.is_dir():
-            if place.is_named:
-                notes.append(f"{place.folder} (setting model_dirs) is not a folder")
+    for folder in searched_folders():
+        if not folder.path.is_dir():
+            if folder.is_named:
+                notes.append(f"{folder.path} (setting model_dirs) is not a folder")
             continue
-        for path in _walk(place, limits, notes):
+        for path in _walk(folder.path, limits, notes):
             try:
                 status = path.stat()
             except OSError:  # a link to nowhere
                 continue
             if not stat.S_ISREG(status.st_mode):  # a pipe, which nobody may write to
                 continue
-            files.setdefault((status.st_dev, status.st_ino), (-status.st_mtime, path, place))
+            files.setdefault((status.st_dev, status.st_ino), (-status.st_mtime, path, folder))
             if len(files) >= MAX_FILES:
                 limits.stop(f"only the first {MAX_FILES} model files are listed")
     newest_first = sorted(files.values(), key=lambda file: file[:2])
-    return FoundFiles(_named((path, place) for _, path, place in newest_first), tuple(notes + limits.notes))
+    return FoundFiles(_named((path, folder) for _, path, folder in newest_first), tuple(notes + limits.notes))
 
 
 _lock = threading.Lock()
@@ -122,7 +125,7 @@ _last: tuple[object, float, FoundFiles] | None = None
 def found_files(*, fresh: bool = False) -> FoundFiles:
     """What `search` finds; what it found lately, unless it must be `fresh`."""
     global _last
-    key = places()
+    key = searched_folders()
     with _lock:
         if _last is None or fresh or _last[0] != key or time.monotonic() > _last[1]:
             began = time.monotonic()
@@ -163,9 +166,9 @@ class _Limits:
             self.notes.append(f"{note}; name fewer or deeper folders in model_dirs")
 
 
-def _walk(place: Place, limits: _Limits, notes: list[str]) -> Iterator[Path]:
+def _walk(root: Path, limits: _Limits, notes: list[str]) -> Iterator[Path]:
     """The model files in a folder, first parts only."""
-    waiting = [(place.folder, 0)]
+    waiting = [(root, 0)]
     seen: set[tuple[int, int]] = set()
     unreadable: list[Path] = []
     while waiting and not limits.is_reached:
@@ -194,14 +197,14 @@ def _walk(place: Place, limits: _Limits, notes: list[str]) -> Iterator[Path]:
         notes.append(f"cannot read {unreadable[0]}{more}; models there are not listed")
 
 
-def _named(files: Iterable[tuple[Path, Place]]) -> Mapping[str, FoundFile]:
+def _named(files: Iterable[tuple[Path, SearchedFolder]]) -> Mapping[str, FoundFile]:
     """The files by their names. Of several versions in the Hub's cache the first one counts."""
     of_hub: dict[str, FoundFile] = {}
     others: dict[str, FoundFile] = {}
-    for path, place in files:
+    for path, folder in files:
         repository = _repository(path)
-        has_own_folder = repository is not None or place.name == LM_STUDIO
-        found = FoundFile(path, place.name, _projector(path) if has_own_folder else None)
+        has_own_folder = repository is not None or folder.name == LM_STUDIO
+        found = FoundFile(path, folder.name, _projector(path) if has_own_folder else None)
         name = f"hf.co/{repository}:{quant_of(path.name)}"
         if repository is None or (name in of_hub and of_hub[name].path.name != path.name):
             others[str(path)] = found
