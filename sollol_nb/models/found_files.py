@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from sollol_nb.models.hub.files import is_model, quant_of
+from sollol_nb.models.hub.files import SUFFIX, is_model, projector_of, quant_of
 from sollol_nb.settings import config
 from sollol_nb.text.short_names import short_names
 from sollol_nb.text.tables import counted
@@ -55,7 +55,8 @@ class FoundFile:
     Attributes:
         path: the file; of a split model the first part.
         place: where, such as `LM Studio`.
-        projector: the file beside it that lets the model read images; None without one, or if it is not clear.
+        projector: the file that lets the model read images: in the folder of the model, in the Hub's cache also in
+            one above; None without one, or if it is not clear.
     """
 
     path: Path
@@ -202,9 +203,9 @@ def _named(files: Iterable[tuple[Path, SearchedFolder]]) -> Mapping[str, FoundFi
     of_hub: dict[str, FoundFile] = {}
     others: dict[str, FoundFile] = {}
     for path, folder in files:
-        repository = _repository(path)
-        has_own_folder = repository is not None or folder.name == LM_STUDIO
-        found = FoundFile(path, folder.name, _projector(path) if has_own_folder else None)
+        repository, snapshot = _repository(path)
+        own_folder = path.parent if folder.name == LM_STUDIO else snapshot
+        found = FoundFile(path, folder.name, None if own_folder is None else _projector(path, own_folder))
         name = f"hf.co/{repository}:{quant_of(path.name)}"
         if repository is None or (name in of_hub and of_hub[name].path.name != path.name):
             others[str(path)] = found
@@ -214,23 +215,32 @@ def _named(files: Iterable[tuple[Path, SearchedFolder]]) -> Mapping[str, FoundFi
     return MappingProxyType(of_hub | {names[path]: found for path, found in others.items()})
 
 
-def _repository(path: Path) -> str | None:
-    """`user/repo` of a file in the Hub's cache (`models--user--repo/snapshots/COMMIT/...`); None elsewhere."""
+def _repository(path: Path) -> tuple[str | None, Path | None]:
+    """`user/repo` of a file in the Hub's cache (`models--user--repo/snapshots/COMMIT/...`), and the folder of that
+    commit; None elsewhere."""
     parts = path.parts
     if "snapshots" not in parts:
-        return None
-    folder = parts[parts.index("snapshots") - 1]
-    user, _, name = folder.removeprefix("models--").partition("--")
-    return f"{user}/{name}" if folder.startswith("models--") and name else None
+        return None, None
+    at = parts.index("snapshots")
+    user, _, name = parts[at - 1].removeprefix("models--").partition("--")
+    if not parts[at - 1].startswith("models--") or not name:
+        return None, None
+    return f"{user}/{name}", Path(*parts[: at + 2])
 
 
-def _projector(path: Path) -> Path | None:
-    """The projector in the folder of a model, if there is one."""
-    try:
-        found = sorted(each for each in path.parent.glob("*.gguf") if "mmproj" in each.name.lower())
-    except OSError:
-        return None
-    return found[0] if found else None
+def _projector(path: Path, own_folder: Path) -> Path | None:
+    """The projector of a model, if there is one in its folder or above, within what is only of this model."""
+    folders = [folder for folder in path.parents if folder.is_relative_to(own_folder)]
+    names = []
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            names += [
+                each.relative_to(own_folder).as_posix()
+                for each in folder.iterdir()
+                if each.name.lower().endswith(SUFFIX)
+            ]
+    projector = projector_of(path.relative_to(own_folder).as_posix(), names)
+    return None if projector is None else own_folder / projector
 
 
 def _lm_studio_folders() -> list[Path]:

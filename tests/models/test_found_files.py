@@ -100,6 +100,20 @@ def test_a_projector_belongs_to_the_model_in_its_folder(home: Path) -> None:
     assert modelfile.left_out == ()
 
 
+def test_the_projector_of_a_model_in_the_hub_s_cache_is_the_one_that_a_pull_would_choose(home: Path) -> None:
+    snapshot = config.hub_cache() / "models--user--Eyes-GGUF" / "snapshots" / ("0" * 40)
+    put(snapshot / "Q4_K_M" / "Eyes-Q4_K_M.gguf")
+    for name in ("mmproj-BF16.gguf", "mmproj-Q8_0.gguf", "Q2_K/mmproj-Q4_0.gguf"):
+        put(snapshot / name)
+    found = find_file("hf.co/user/Eyes-GGUF:Q4_K_M")
+    assert found is not None
+    assert found.projector == snapshot / "mmproj-Q8_0.gguf"
+    nearer = put(snapshot / "Q4_K_M" / "mmproj-F16.gguf")
+    found = find_file("hf.co/user/Eyes-GGUF:Q4_K_M")
+    assert found is not None
+    assert found.projector == nearer
+
+
 def test_files_with_the_same_name_are_told_apart_by_their_folders(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

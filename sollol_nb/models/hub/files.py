@@ -123,7 +123,11 @@ def choose_model(reference: HubReference, files: Iterable[HubFile]) -> HubModel:
     missing = _missing_parts(parts)
     if missing:
         raise ModelNotFoundError(f"hf.co/{reference.repository} has not all parts of {stem}: {missing} is missing")
-    return HubModel(_printable(quant_of(parts[0].name)), tuple(parts), _projector(parts[0].name, gguf))
+    by_name = {file.name: file for file in gguf}
+    projector = projector_of(parts[0].name, by_name)
+    return HubModel(
+        _printable(quant_of(parts[0].name)), tuple(parts), None if projector is None else by_name[projector]
+    )
 
 
 def quant_of(name: str) -> str:
@@ -140,6 +144,18 @@ def is_model(name: str) -> bool:
     """Whether a file's name is that of a model, and not of what belongs to one (projectors, drafting heads)."""
     lower = PurePosixPath(name).name.lower()
     return lower.endswith(SUFFIX) and not any(part in lower for part in _NO_MODELS)
+
+
+def projector_of(model: str, names: Iterable[str]) -> str | None:
+    """Of the names of GGUF files, that of the projector in the model's folder, or in the nearest one above, with
+    the nearest number of bits. All are paths in one repository or folder."""
+    folders = list(PurePosixPath(model).parents)
+    candidates = []
+    for name in names:
+        path = PurePosixPath(name)
+        if "mmproj" in path.name.lower() and path.parent in folders:
+            candidates.append((folders.index(path.parent), abs(_bits(name) - _bits(model)), name))
+    return min(candidates)[-1] if candidates else None
 
 
 def _models(gguf: Sequence[HubFile]) -> dict[str, list[HubFile]]:
@@ -200,17 +216,6 @@ def _missing_parts(parts: Sequence[HubFile]) -> str:
     stem, count = match["stem"], int(match["count"])
     wanted = (f"{stem}-{number:05}-of-{count:05}{SUFFIX}" for number in range(1, count + 1))
     return next((_printable(name) for name in wanted if name.lower() not in names), "")
-
-
-def _projector(model: str, gguf: Sequence[HubFile]) -> HubFile | None:
-    """The projector in the model's folder, or in the nearest one above, with the nearest number of bits."""
-    folders = (PurePosixPath(model).parent, *PurePosixPath(model).parent.parents)
-    candidates = [
-        (folders.index(PurePosixPath(file.name).parent), abs(_bits(file.name) - _bits(model)), file.name, file)
-        for file in gguf
-        if "mmproj" in PurePosixPath(file.name).name.lower() and PurePosixPath(file.name).parent in folders
-    ]
-    return min(candidates)[-1] if candidates else None
 
 
 def _bits(name: str) -> int:
