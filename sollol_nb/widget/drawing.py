@@ -39,7 +39,9 @@ def _style() -> str:
     )
 
 
-SOURCE = _read("cluster_parts.js") + _read("cluster_map.js")
+CLIPBOARD = _read("clipboard.js")
+"""What copies a text, also for other modules."""
+SOURCE = CLIPBOARD + _read("cluster_parts.js") + _read("cluster_map.js")
 """The module: one file, since a widget cannot import others."""
 STYLE = _style()
 """The style sheet, after the palette's colours as the variables that it uses."""

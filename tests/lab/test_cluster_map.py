@@ -221,6 +221,17 @@ def test_without_a_kernel_a_problem_shows_what_to_type(page: Page) -> None:
     assert problem.locator("code").inner_text() == f"%sollol_cluster remove {endpoint(3)}"
     assert problem.get_by_role("button").all_inner_texts() == ["Copy"]
 
+    page.evaluate(
+        """() => {  // as in a page without HTTPS
+            Object.defineProperty(navigator, 'clipboard', {value: undefined, configurable: true});
+            addEventListener('copy', (event) => { window.copied = event.target.value; }, {once: true});
+        }"""
+    )
+    problem.get_by_role("button").click()
+    problem.get_by_text("Copied").wait_for()
+    page.evaluate("() => { delete navigator.clipboard; }")
+    assert page.evaluate("window.copied") == f"%sollol_cluster remove {endpoint(3)}"
+
 
 def test_repeated_events_are_one_line_that_unfolds(page: Page) -> None:
     cluster = SimulatedCluster(3)

@@ -15,6 +15,7 @@ from typing import Any
 from sollol_nb.chat.completion import Completion
 from sollol_nb.chat.completion_view import answer_key
 from sollol_nb.settings import config
+from sollol_nb.widget.drawing import CLIPBOARD
 
 SOURCE = Path(__file__).parents[1] / "assets" / "answer_tools.js"
 LONGEST_TEXT_CHARS = 500_000
@@ -50,7 +51,7 @@ def _tools_class() -> Any:
     import traitlets
 
     class AnswerTools(anywidget.AnyWidget):
-        _esm = SOURCE
+        _esm = CLIPBOARD + SOURCE.read_text(encoding="utf-8")
         key = traitlets.Unicode().tag(sync=True)
         text = traitlets.Unicode().tag(sync=True)
 

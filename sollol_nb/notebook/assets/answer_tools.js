@@ -2,7 +2,8 @@
 //
 // A model carries the text of one answer, and is closed as soon as the page has read it, so that no saved notebook
 // holds it. The first one installs an observer for the whole page; it finds answers by their class names. All that
-// is added to the page is made here; an answer's text only ever goes to the clipboard.
+// is added to the page is made here; an answer's text only ever goes to the clipboard. `toClipboard` comes before this
+// file (`clipboard.js` of the widget).
 
 const CODE = "sollol-code";
 const ANSWER = "sollol-answer";
@@ -42,24 +43,6 @@ function icon(name) {
   path.setAttribute("d", ICONS[name]);
   svg.append(path);
   return svg;
-}
-
-async function toClipboard(text) {
-  if (navigator.clipboard && window.isSecureContext) {
-    await navigator.clipboard.writeText(text);
-    return;
-  }
-  // A server without HTTPS that is not on this machine.
-  const area = document.createElement("textarea");
-  area.value = text;
-  area.style.cssText = "position: fixed; opacity: 0";
-  const focused = document.activeElement;
-  document.body.append(area);
-  area.select();
-  const copied = document.execCommand("copy");
-  area.remove();
-  focused?.focus();
-  if (!copied) throw new Error("the page may not write to the clipboard");
 }
 
 function copyButton(what, read) {

@@ -46,10 +46,10 @@ function copyButton(text) {
   const button = element("button", { type: "button", class: "sollol-button", "aria-label": `Copy ${text}` }, "Copy");
   button.addEventListener("click", async () => {
     try {
-      await navigator.clipboard.writeText(text);
+      await toClipboard(text);
       button.textContent = "Copied";
     } catch {
-      button.textContent = "Select it, then Ctrl+C"; // a page without TLS has no clipboard
+      button.textContent = "Select it, then Ctrl+C";
     }
     setTimeout(() => { button.textContent = "Copy"; }, 2000);
   });
