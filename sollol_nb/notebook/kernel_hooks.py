@@ -51,7 +51,8 @@ def shorten_errors(is_wanted: Callable[[], bool], *, with_style: bool = False) -
         text = " ".join(" ".join([str(error), *getattr(error, "__notes__", ())]).split())
         if not with_style:
             return [f"\x1b[31m{type(error).__name__}\x1b[0m: {text}"]
-        return [f"\x1b[1;31m{type(error).__name__}\x1b[0m: {_CODE_IN_ERROR.sub(_CODE_STYLE, text)}"]
+        # Not in red as well: an error's background is red already, in dark themes a dark one.
+        return [f"\x1b[1m{type(error).__name__}\x1b[0m: {_CODE_IN_ERROR.sub(_CODE_STYLE, text)}"]
 
     for base in _ERROR_BASES:
         setattr(base, _HOOK, render)

@@ -196,4 +196,4 @@ def test_in_a_notebook_the_commands_in_an_error_are_shown_as_code() -> None:
         kernel_hooks.restore_errors()
     chip = "\x1b[38;2;28;28;28;48;2;236;236;236m{}\x1b[0m"
     commands = [chip.format(command) for command in ("ollama serve", "demo")]
-    assert line == "\x1b[1;31mSollolError\x1b[0m: no node; run {}, or use {}".format(*commands)
+    assert line == "\x1b[1mSollolError\x1b[0m: no node; run {}, or use {}".format(*commands)
