@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Locator, Route
+from playwright.sync_api import Locator, Route, expect
 
 from tests.lab.lab import HeadlessLab
 from tests.lab.page import LabPage
+from tests.support.axe import assert_accessible
 from tests.support.coder_model import ANSWER, CODE, write_coder
 from tests.support.hostile_answers import PAGES
 
@@ -26,6 +27,24 @@ def made(text, shown_as="markdown", **more):
     answer = Completion(model="/m/Some-Model.gguf", message={"role": "assistant", "content": text}, **more)
     answer.shown_as = shown_as
     return answer
+"""
+COLOURFUL = """Read [this](https://example.com), then `call` it:
+
+```python
+# a comment
+@decorated
+class Thing(Base):
+    def sum(self, numbers: list[int]) -> float:
+        return 3.14 if None in numbers else {"one": [1, True]}[f"{numbers!r}"]
+```
+
+```json
+{"name": "value", "counts": [1, 2.5, null, true]}
+```
+
+| left | right |
+|---|---|
+| 1 | 2 |
 """
 CHAT = f"""
 chat = Chat("tour", system="Be brief.")
@@ -253,5 +272,34 @@ def test_answers_fit_other_themes_and_narrow_pages(lab: HeadlessLab, coder: Path
         for cell in (1, 2):
             too_wide = opened.output(cell).evaluate("one => one.scrollWidth - one.clientWidth")
             assert too_wide <= 1, f"cell {cell}"
+    finally:
+        opened.close()
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_everybody_can_read_and_use_answers(lab: HeadlessLab, coder: Path, theme: Any) -> None:
+    shown = [f"made({COLOURFUL!r})", CHAT, "%sollol nosuchmodel hi"]
+    sources = ["%load_ext sollol_nb", MAKE, f"%sollol {coder} --temperature 0 go", *shown]
+    opened = lab.open(sources, theme=theme, viewport=(1200, 3000))
+    try:
+        opened.run_all()
+        opened.wait_for_text(5, "ollama pull nosuchmodel")
+        for width in (1200, 480):
+            opened.page.set_viewport_size({"width": width, "height": 3000})
+            for cell, count in ((2, len(CODE)), (3, 2), (4, len(CODE))):
+                buttons = opened.output(cell).get_by_role("button")
+                expect(button(opened, cell, COPY_CODE)).to_have_count(count)
+                for place in range(count):
+                    if place:
+                        opened.page.keyboard.press("Tab")
+                    else:
+                        buttons.first.focus()
+                    expect(buttons.nth(place)).to_be_focused()
+                    expect(buttons.nth(place)).to_have_css("opacity", "1")
+                    expect(buttons.nth(place)).to_have_css("outline-style", "solid")
+                opened.screenshot(f"answers-{theme}-{width}-focus-{cell}")
+                assert_accessible(opened.page, ".jp-RenderedMarkdown")
+            # What is styled in the error. The links that JupyterLab makes of addresses in it are not underlined.
+            assert_accessible(opened.page, ".jp-RenderedText span")
     finally:
         opened.close()

@@ -11,15 +11,25 @@ const OUTPUT = ".jp-RenderedMarkdown, .jp-RenderedHTML, .jp-RenderedHTMLCommon, 
 const KEPT_TEXTS = 100;
 const DONE_MS = 1600;
 
+// Of JupyterLab's colours for code, in its two themes, those with less than AA's contrast on the shade of a block:
+// a part of the text's colour is mixed in. A property cannot be made of itself, so a block hands each to its pre.
+const FAINT = ["atom", "number", "def", "variable-3", "comment", "meta", "qualifier", "bracket", "tag", "quote",
+  "link", "error", "hr"];
+const named = (name) => `--jp-mirror-editor-${name}-color`;
+const HANDED = FAINT.map((name) => `--sollol-${name}: var(${named(name)});`).join(" ");
+const CLEAR = FAINT.map((name) =>
+  `${named(name)}: color-mix(in srgb, var(--sollol-${name}) 70%, var(--jp-content-font-color0, currentColor));`).join(" ");
+
 const STYLE = `
-.sollol-block { position: relative; }
-.sollol-block > pre { border-radius: 6px; padding: 8px 12px !important; margin: .6em 0 !important;
+.sollol-block { position: relative; ${HANDED} }
+.sollol-block > pre { ${CLEAR} border-radius: 6px; padding: 8px 12px !important; margin: .6em 0 !important;
   background: var(--jp-cell-editor-background, rgba(128, 128, 128, .1)) !important; overflow-x: auto; }
 .sollol-block > pre code { background: transparent !important; }
 .sollol-block > .sollol-copy { position: absolute; top: 4px; right: 4px; opacity: 0; }
 .sollol-block:hover > .sollol-copy, .sollol-block > .sollol-copy:focus-visible,
 .sollol-block > .sollol-copy.sollol-done { opacity: 1; }
 @media (hover: none) { .sollol-block > .sollol-copy { opacity: 1; } }
+:is(${OUTPUT}):has(.${ANSWER}, .${CODE}) a { text-decoration: underline; }
 .sollol-foot { display: flex; align-items: flex-start; gap: 8px; }
 .sollol-foot > :first-child { flex: 1; min-width: 0; }
 .sollol-copy { display: inline-flex; align-items: center; gap: 4px; padding: 2px 6px; border: 1px solid var(--jp-border-color1, #bdbdbd);
