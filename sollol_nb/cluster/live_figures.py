@@ -99,7 +99,8 @@ class LiveFigures:
                     self.last_answer[event.data["place"]] = description
         if event.kind in _LOAD_ENDED:
             self.starting.pop(event.subject, None)
-        if event.kind not in _NOT_LOGGED:
+        is_only_looked_for = event.kind == EventKind.NODE_ABSENT and event.data.get("is_named") is False
+        if event.kind not in _NOT_LOGGED and not is_only_looked_for:
             self.events[number] = event
             _keep_last(self.events, EVENTS_KEPT)
 

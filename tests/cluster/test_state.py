@@ -118,6 +118,14 @@ def test_a_snapshot_has_the_events_and_the_loads_under_way(is_watched: bool) -> 
         assert "starting big over 2 workers" in view
 
 
+@pytest.mark.parametrize("is_named", [True, False])
+def test_an_ollama_that_nobody_named_is_no_event(is_named: bool) -> None:
+    cluster = SimulatedCluster(1)
+    cluster.events.publish(EventKind.NODE_ABSENT, "http://a:11434", "Ollama is not running", is_named=is_named)
+
+    assert len(cluster.state.status().live.events) == is_named
+
+
 def test_a_snapshot_stays_as_it_is() -> None:
     cluster = SimulatedCluster(1)
     with watching(cluster) as watcher:

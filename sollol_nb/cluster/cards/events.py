@@ -115,8 +115,6 @@ def _pattern(event: Event) -> tuple[str, str]:
 def _line(number: int, events: Sequence[Event]) -> EventLine:
     last = events[-1]
     icon, role = ICONS.get(last.kind, ("info", "idle"))
-    if last.data.get("is_named") is False and last.kind == EventKind.NODE_ABSENT:
-        icon, role = "info", "idle"  # this machine's Ollama, which nobody named
     return EventLine(
         key=str(number),
         kind=str(last.kind),

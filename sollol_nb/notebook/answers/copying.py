@@ -15,7 +15,6 @@ from typing import Any
 from sollol_nb.chat.completion import Completion
 from sollol_nb.chat.completion_view import answer_key
 from sollol_nb.settings import config
-from sollol_nb.widget.drawing import CLIPBOARD
 
 SOURCE = Path(__file__).parents[1] / "assets" / "answer_tools.js"
 LONGEST_TEXT_CHARS = 500_000
@@ -49,6 +48,8 @@ def _close(tools: Any, *_: object) -> None:
 def _tools_class() -> Any:
     import anywidget  # with ipywidgets, so on first use
     import traitlets
+
+    from sollol_nb.widget.drawing import CLIPBOARD
 
     class AnswerTools(anywidget.AnyWidget):
         _esm = CLIPBOARD + SOURCE.read_text(encoding="utf-8")

@@ -294,16 +294,6 @@ def test_a_line_of_several_subjects_has_a_plural_verb(one: str, many: str) -> No
     assert lines(*events)[0].text == f"workers a:1 and b:1 {many}"
 
 
-@pytest.mark.parametrize(("is_named", "role"), [(True, "bad"), (False, "idle")])
-def test_an_ollama_that_does_not_run_is_an_error_only_if_it_was_named(is_named: bool, role: str) -> None:
-    url = "http://127.0.0.1:11434"
-    absent = Event(EventKind.NODE_ABSENT, url, f"Ollama at {url} is not running", {"is_named": is_named}, at=NOW)
-
-    (line,) = lines(absent)
-
-    assert line.role == role
-
-
 def test_of_many_repeated_events_three_are_named() -> None:
     (line,) = lines(*(started(50052 + number, NOW) for number in range(10)))
 
