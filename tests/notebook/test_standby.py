@@ -39,6 +39,8 @@ def test_the_setting_says_what_a_standby_takes_starts_it_and_ends_it(engine: obj
         assert "held by demo:sharded (standby)" in status
 
         assert notebook.run("%config Sollol.standby = False").error == []
-        assert "standby" not in notebook.run("%sollol_cluster --text").stream
+        now, _, events = notebook.run("%sollol_cluster --text").stream.partition("\nlast events\n")
+        assert "standby" not in now
+        assert "stopped the standby of demo:sharded" in events
         assert notebook.run("session.router().coordinator.base_url").text == url, "the model runs on"
         notebook.run("%sollol_stop --all")

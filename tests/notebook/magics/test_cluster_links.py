@@ -66,7 +66,9 @@ def test_each_machine_that_cannot_be_used_is_one_line(notebook: Kernel, far: Far
     assert len(lines) == 2
     assert lines[0].startswith(f"not added: nothing listens on {nobody}; start a worker there: ")
     assert lines[1].startswith(f"added worker {far.target}: free, ")
-    assert nobody not in notebook.run("%sollol_cluster --text").stream
+    now, _, events = notebook.run("%sollol_cluster --text").stream.partition("\nlast events\n")
+    assert nobody not in now
+    assert f"removed worker {nobody}" in events
 
     hosts = notebook.run("%sollol_cluster --ssh nohost.invalid,me@nobody.invalid:2222 --text")
     assert hosts.status == "ok"
