@@ -140,7 +140,8 @@ def _text(events: Sequence[Event]) -> str:
     before, after = _pattern(last)
     if before.endswith("worker "):
         before = before.removesuffix("worker ") + "workers "
-    for one, many in ((" is ", " are "), (" was ", " were ")):
-        if after.startswith(one):
-            after = many + after.removeprefix(one)
+    if before in ("", "workers "):  # not in "the link to a and b was stopped"
+        for one, many in ((" is ", " are "), (" was ", " were ")):
+            if after.startswith(one):
+                after = many + after.removeprefix(one)
     return f"{before}{named}{after}"

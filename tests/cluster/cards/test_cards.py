@@ -287,11 +287,20 @@ def test_events_that_repeat_are_one_line_that_names_their_subjects() -> None:
     assert line.messages[0] == "started worker 127.0.0.1:50053 with 1 thread"
 
 
-@pytest.mark.parametrize(("one", "many"), [("was stopped", "were stopped"), ("is back", "are back")])
-def test_a_line_of_several_subjects_has_a_plural_verb(one: str, many: str) -> None:
-    events = [Event(EventKind.WORKER_STOPPED, name, f"worker {name} {one}", at=NOW) for name in ("a:1", "b:1")]
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        ("worker {} was stopped", "workers a:1 and b:1 were stopped"),
+        ("worker {} is back", "workers a:1 and b:1 are back"),
+        ("{} was seeded", "a:1 and b:1 were seeded"),
+        ("the link to {} was stopped", "the link to a:1 and b:1 was stopped"),
+        ("Ollama at {} is not running", "Ollama at a:1 and b:1 is not running"),
+    ],
+)
+def test_a_verb_whose_subjects_are_several_is_plural(message: str, text: str) -> None:
+    events = [Event(EventKind.WORKER_STOPPED, name, message.format(name), at=NOW) for name in ("a:1", "b:1")]
 
-    assert lines(*events)[0].text == f"workers a:1 and b:1 {many}"
+    assert lines(*events)[0].text == text
 
 
 def test_of_many_repeated_events_three_are_named() -> None:
