@@ -94,6 +94,8 @@ class LiveFigures:
                 self.free_bytes.pop(event.subject, None)
             case EventKind.COORDINATOR_STARTING | EventKind.COORDINATOR_LOADING:
                 self.starting[event.subject] = (event.message, event.data.get("share"))
+            case EventKind.GATEWAY_LOST:
+                self.starting.clear()  # a gateway that was started again does not report how these loads ended
             case EventKind.REQUEST_FINISHED:
                 if event.data.get("place") and (description := describe_answer(event.data)):
                     self.last_answer[event.data["place"]] = description

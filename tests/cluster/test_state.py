@@ -15,9 +15,9 @@ import psutil
 import pytest
 
 from sollol_nb.cluster import state
-from sollol_nb.cluster.live_figures import EVENTS_KEPT, ROUND_TRIPS_KEPT, describe_answer
+from sollol_nb.cluster.live_figures import EVENTS_KEPT, ROUND_TRIPS_KEPT, LiveFigures, describe_answer
 from sollol_nb.hybrid_router import HybridRouter as AsyncHybridRouter
-from sollol_nb.runtime.events import KEPT_EVENTS, EventKind
+from sollol_nb.runtime.events import KEPT_EVENTS, Event, EventKind
 from sollol_nb.runtime.io_loop import run_blocking
 from sollol_nb.sync_wrapper import HybridRouter
 from tests.support.engines import engine_on, eventually, run
@@ -136,6 +136,14 @@ def test_a_snapshot_stays_as_it_is() -> None:
 
     assert (before.live.events, before.live.last_error) == ({}, {})
     assert after.live.last_error == {endpoint(0): "gone"}
+
+
+def test_a_load_at_a_gateway_that_was_lost_is_not_under_way() -> None:
+    starting = Event(EventKind.COORDINATOR_STARTING, "big", "starting big")
+    lost = Event(EventKind.GATEWAY_LOST, "http://a:11440", "the gateway http://a:11440 does not answer")
+
+    assert list(LiveFigures.of([starting]).starting) == ["big"]
+    assert LiveFigures.of([starting, lost]).starting == {}
 
 
 # --- patches ----------------------------------------------------------------------------------
