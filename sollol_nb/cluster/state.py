@@ -98,7 +98,7 @@ class ClusterState:
         self._numbers = itertools.count()
         self._others: list[tuple[Coordinator, str]] = []
         self._requests = RequestCounts()
-        self._live = LiveFigures(self._requests)
+        self._live = LiveFigures()
         self._data: dict[str, Any] = {}
         events.subscribe(self._requests.count)
 
@@ -190,7 +190,7 @@ class ClusterState:
     # --- patches ----------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        self._live = LiveFigures(self._requests)
+        self._live = LiveFigures()
         for event in self._events.recent():
             self._record(event)
         for endpoint, round_trip_ms in self._workers.round_trips_ms.items():

@@ -19,7 +19,7 @@ class ClusterStatus:
     """All workers, coordinators and Ollama nodes of a router at one moment.
 
     Attributes:
-        live: what events have reported; a gateway sends its events by themselves.
+        live: what events have reported. A gateway does not send it, since it sends the events.
     """
 
     workers: tuple[WorkerStatus, ...]

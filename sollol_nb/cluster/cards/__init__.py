@@ -7,7 +7,7 @@ the same words, units and order.
 - `models.py`: a coordinator as a card.
 - `workers.py`: workers and Ollama nodes as rows.
 - `problems.py`: what needs attention, with the command and the button that fix it.
-- `events.py`: events as lines, grouped where they repeat, with relative times.
+- `events.py`: events as lines, grouped where they repeat.
 - `cards.py`: all of it, from a status.
 - `views.py`: cards as text and as HTML (`templates/` of the folder above).
 """

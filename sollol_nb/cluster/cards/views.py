@@ -93,7 +93,7 @@ def run_label(command: str) -> str:
 
 
 def _clock_time(event: EventLine) -> str:
-    """Who reads a snapshot later does not know to which moment `2 min ago` would refer."""
+    """When it was, and not how long ago: who reads a snapshot later does not know when it was made."""
     return time.strftime("%H:%M:%S", time.localtime(event.at))
 
 

@@ -17,4 +17,3 @@ async function toClipboard(text) {
   focused?.focus();
   if (!copied) throw new Error("the page may not write to the clipboard");
 }
-
