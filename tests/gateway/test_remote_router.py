@@ -168,6 +168,7 @@ def test_the_cluster_is_shown_and_controlled(router: HybridRouter) -> None:
     (sharded,) = (shown for shown in status.coordinators if shown.model == "demo:sharded")
     # What is known without a call comes with the events, too: those of a moment ago may come last.
     eventually(lambda: "demo:sharded" in [shown.model for shown in router.coordinators], "it is known here")
+    eventually(lambda: "\nlast events\n" in str(router.status()), "a snapshot has the gateway's events")
     assert [segment.endpoint for segment in sharded.segments] == router.worker_endpoints[:3]
     assert router.coordinator_model == "demo:sharded"
     assert "demo:sharded" in repr(router)

@@ -108,6 +108,10 @@ def test_a_value_survives_the_round_trip(value: Any) -> None:
     assert from_plain(type(value), json.loads(json.dumps(to_plain(value)))) == value
 
 
+def test_a_status_is_sent_without_what_events_report() -> None:
+    assert list(to_plain(ClusterStatus((), ()))) == ["workers", "coordinators", "nodes", "invitations"]
+
+
 def test_fields_of_a_newer_version_are_ignored() -> None:
     assert from_plain(Ended, {"kind": "worker", "name": "a", "users": [], "new": 1}).users == ()
 
