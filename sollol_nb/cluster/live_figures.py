@@ -101,10 +101,17 @@ class LiveFigures:
                     self.last_answer[event.data["place"]] = description
         if event.kind in _LOAD_ENDED:
             self.starting.pop(event.subject, None)
-        is_only_looked_for = event.kind == EventKind.NODE_ABSENT and event.data.get("is_named") is False
-        if event.kind not in _NOT_LOGGED and not is_only_looked_for:
+        if event.kind not in _NOT_LOGGED and not self._was_only_looked_for(event):
             self.events[number] = event
             _keep_last(self.events, EVENTS_KEPT)
+
+    def _was_only_looked_for(self, event: Event) -> bool:
+        """Whether it reports that this machine's Ollama, which nobody named, does not run, and none has run."""
+        if event.kind != EventKind.NODE_ABSENT or event.data.get("is_named") is not False:
+            return False
+        return (EventKind.NODE_READY, event.subject) not in [
+            (each.kind, each.subject) for each in self.events.values()
+        ]
 
     def record_round_trip(self, name: str, number: int, round_trip_ms: float) -> None:
         """Add the result of a probe of a worker or Ollama node."""

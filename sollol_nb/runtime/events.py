@@ -72,7 +72,7 @@ class EventKind(StrEnum):
     COORDINATOR_PLACED_OTHERWISE = "coordinator.placed_otherwise"
     """llama.cpp has put layers elsewhere than the plan says."""
     COORDINATOR_FAILED = "coordinator.failed"
-    """A coordinator could not be started."""
+    """A coordinator could not be started; `cancelled` is True if nobody wanted it any more."""
     COORDINATOR_ADVICE = "coordinator.advice"
     """A better layout for a running model is known: `layout` as pairs of endpoint and units, and which workers are
     `slow`."""

@@ -126,6 +126,14 @@ def test_an_ollama_that_nobody_named_is_no_event(is_named: bool) -> None:
     assert len(cluster.state.status().live.events) == is_named
 
 
+def test_the_end_of_an_ollama_that_nobody_named_is_an_event_if_it_ran() -> None:
+    cluster = SimulatedCluster(1)
+    cluster.events.publish(EventKind.NODE_READY, "http://a:11434", "Ollama is ready")
+    cluster.events.publish(EventKind.NODE_ABSENT, "http://a:11434", "Ollama is not running", is_named=False)
+
+    assert len(cluster.state.status().live.events) == 2
+
+
 def test_a_snapshot_stays_as_it_is() -> None:
     cluster = SimulatedCluster(1)
     with watching(cluster) as watcher:

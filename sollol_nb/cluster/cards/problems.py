@@ -58,7 +58,7 @@ def _of_loads(events: Iterable[Event]) -> Iterator[Problem]:
     """Models that could not be loaded, and were not since."""
     failed: dict[str, Event] = {}
     for event in events:
-        if event.kind == EventKind.COORDINATOR_FAILED:
+        if event.kind == EventKind.COORDINATOR_FAILED and not event.data.get("cancelled"):
             failed[event.subject] = event
         elif event.kind in _LOADED:
             failed.pop(event.subject, None)

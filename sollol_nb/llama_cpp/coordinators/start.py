@@ -176,9 +176,10 @@ class CoordinatorStarter:
                 async with self._progress_reported(route.name, coordinator):
                     await coordinator.until_ready(self.settings.coordinator_timeout_s)
             except BaseException as error:
-                message = str(error) or "the start was cancelled"
+                is_cancelled = isinstance(error, asyncio.CancelledError)
+                message = f"the start of {route.name} was cancelled" if is_cancelled else str(error)
                 if not start.standby_of:  # nobody waits for that one; who keeps it says what became of it
-                    self._events.publish(EventKind.COORDINATOR_FAILED, route.name, message)
+                    self._events.publish(EventKind.COORDINATOR_FAILED, route.name, message, cancelled=is_cancelled)
                 if failed is not None and isinstance(error, WorkersUnavailableError | ModelDoesNotFitError):
                     raise type(error)(f"{failed}; {error}") from failed  # without the workers lost before
                 failed = error

@@ -252,6 +252,16 @@ def test_a_model_that_could_not_be_loaded_is_a_problem_until_it_is_loaded() -> N
     assert cards_of(replace(status, live=live(failed, ready))).problems == ()
 
 
+def test_a_load_that_the_user_interrupted_is_no_problem() -> None:
+    data = {"cancelled": True}
+    cancelled = Event(EventKind.COORDINATOR_FAILED, "x", "the start of x was cancelled", data)
+
+    cards = cards_of(ClusterStatus((worker(1),), (), live=live(cancelled)))
+
+    assert cards.problems == ()
+    assert [line.text for line in cards.events] == ["the start of x was cancelled"]
+
+
 def test_a_better_layout_is_a_hint_whose_command_applies_it() -> None:
     advice = (
         f"{LONG_PATH} has a faster layout: 4/5 over a:1, b:1 would take 20 ms; `%sollol_cluster replan` applies it"
