@@ -5,6 +5,7 @@ Real hosts need none of this: what `ssh gpu1` reaches, `ssh://gpu1` uses.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import getpass
 import os
@@ -132,6 +133,7 @@ class LoopbackHosts:
         public_key = (self.folder / "key.pub").read_text()
         hosts = [SshHost(name, "127.0.0.1", _free_port(), self.folder / name) for name in names]
         self._servers: dict[str, subprocess.Popen[bytes]] = {}
+        atexit.register(self.close)  # a notebook's kernel may be stopped before its last cell
         for host in hosts:
             command = [sshd, "-D", "-e", "-f", host.write_files(public_key)]
             with (host.folder / "sshd.log").open("wb") as log:

@@ -12,6 +12,7 @@ import tracemalloc
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from notebooks.ssh_hosts import make_key
@@ -19,7 +20,7 @@ from sollol_nb.errors import LinkError
 from sollol_nb.llama_cpp.links import ssh_shell
 from sollol_nb.llama_cpp.links.ssh_session import remote_command
 from sollol_nb.llama_cpp.links.ssh_shell import FOLDER_PREFIX, Result, Shell
-from tests.support.engines import HANG_GUARD_S, posix_only
+from tests.support.engines import HANG_GUARD_S, REPOSITORY, posix_only
 from tests.support.machines import Machine, running_machines, short_folder
 
 pytestmark = posix_only
@@ -381,3 +382,20 @@ def test_a_connection_that_ends_is_reported_with_its_reason(own_gpu1: Machine) -
     why, later = asyncio.run(lose())
     assert why.startswith("gpu1: the connection was closed (")
     assert "Control socket" not in later
+
+
+def test_the_machines_of_the_notebook_end_with_its_kernel(machines: list[Machine]) -> None:
+    code = "from notebooks.ssh_hosts import LoopbackHosts\nprint(LoopbackHosts('a', 'b').folder)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        timeout=HANG_GUARD_S,
+    )
+
+    folder = done.stdout.strip()
+    assert Path(folder).is_absolute()
+    assert not Path(folder).exists()
+    assert not [process for process in psutil.process_iter(["cmdline"]) if folder in str(process.info["cmdline"])]
