@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sollol_nb.runtime.events import Event, EventKind
+from sollol_nb.text.tables import format_ms
 
 ROUND_TRIPS_KEPT = 20
 EVENTS_KEPT = 30
@@ -138,13 +139,8 @@ def describe_answer(figures: Mapping[str, Any]) -> str | None:
     if figures.get("tokens_per_s"):
         known.append(f"{figures['tokens_per_s']:.3g} tokens/s")
     if figures.get("ttft_ms") is not None:
-        known.append(f"first token after {_format_ms(figures['ttft_ms'])}")
+        known.append(f"first token after {format_ms(figures['ttft_ms'])}")
     return ", ".join(known) or None
-
-
-def _format_ms(ms: float) -> str:
-    """`34.2 ms`, or seconds from 1000 ms on."""
-    return f"{ms:.3g} ms" if ms < 999.5 else f"{ms / 1000:.3g} s"
 
 
 def _keep_last(numbered: dict[int, Any], count: int) -> None:

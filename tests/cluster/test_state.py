@@ -346,8 +346,8 @@ def test_a_late_watcher_finds_what_happened_before() -> None:
 @pytest.mark.parametrize(
     ("facts", "description"),
     [
-        ({"tokens_per_s": 9.0, "ttft_ms": 9470.1}, "9 tokens/s, first token after 9.47 s"),
-        ({"tokens_per_s": 245.2, "ttft_ms": 34.21}, "245 tokens/s, first token after 34.2 ms"),
+        ({"tokens_per_s": 9.0, "ttft_ms": 9470.1}, "9 tokens/s, first token after 9.5 s"),
+        ({"tokens_per_s": 245.2, "ttft_ms": 34.21}, "245 tokens/s, first token after 34 ms"),
         ({"tokens_per_s": None, "ttft_ms": 0.5}, "first token after 0.5 ms"),
         ({}, None),
     ],

@@ -379,7 +379,7 @@ def test_in_a_terminal_the_answer_is_printed_while_it_streams(engine: object, tm
         capture_output=True,
         text=True,
         timeout=120,
-        # With a state folder of its own it has only the two workers that it starts.
+        # A separate state folder, in which there are only the two workers that it starts.
         env={**os.environ, "IPYTHONDIR": str(tmp_path), "SOLLOL_STATE_DIR": str(tmp_path / "state")},
         check=True,
     )

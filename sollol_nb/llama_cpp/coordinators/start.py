@@ -177,7 +177,7 @@ class CoordinatorStarter:
                     await coordinator.until_ready(self.settings.coordinator_timeout_s)
             except BaseException as error:
                 is_cancelled = isinstance(error, asyncio.CancelledError)
-                message = f"the start of {route.name} was cancelled" if is_cancelled else str(error)
+                message = f"the start of {route.name} was cancelled" if is_cancelled else str(error) or repr(error)
                 if not start.standby_of:  # nobody waits for that one; who keeps it says what became of it
                     self._events.publish(EventKind.COORDINATOR_FAILED, route.name, message, cancelled=is_cancelled)
                 if failed is not None and isinstance(error, WorkersUnavailableError | ModelDoesNotFitError):
